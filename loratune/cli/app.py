@@ -1,0 +1,104 @@
+"""The `loratune` command: its subcommands, and the one place where failures become messages and exit codes."""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import os
+import signal
+import sys
+import warnings
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+from loratune import __version__, console
+from loratune.cli.help import Command, option_panels
+from loratune.errors import Exit, LoratuneError
+
+_DEBUG = "LORATUNE_DEBUG"
+# Command → its one-line help. The module loratune.cli.<command> is imported only for the command that runs.
+COMMANDS = {
+    "sft": "Train a LoRA adapter as a recipe says.",
+    "infer": "Chat with a trained adapter, or print one answer.",
+}
+
+
+class Group(TyperGroup):
+    """Loads and runs one subcommand; what the user can fix is one message, bugs keep their traceback."""
+
+    def list_commands(self, ctx: Any) -> list[str]:
+        """Names of the subcommands."""
+        return list(COMMANDS)
+
+    def get_command(self, ctx: Any, cmd_name: str) -> Any:
+        """Import a subcommand; None for an unknown name."""
+        if cmd_name not in COMMANDS:
+            return None
+        module = importlib.import_module(f"loratune.cli.{cmd_name}")
+        single = typer.Typer(add_completion=False, context_settings=_HELP_NAMES)
+        help_text = f"{COMMANDS[cmd_name]}\n\n{module.DETAILS}"
+        single.command(cmd_name, cls=Command, help=help_text)(module.command)
+        return typer.main.get_command(single)
+
+    def format_help(self, ctx: Any, formatter: Any) -> None:
+        """Print the overview."""
+        panels = {"commands": [(name, "", text) for name, text in COMMANDS.items()]}
+        panels |= option_panels(self.get_params(ctx))
+        console.help_page(self.get_usage(ctx), self.help or "", panels)
+
+    def invoke(self, ctx: Any) -> Any:
+        """Run the subcommand.
+
+        Raises:
+            typer.Exit: with the failure's exit code.
+        """
+        try:
+            return super().invoke(ctx)
+        except LoratuneError as error:
+            if os.environ.get(_DEBUG):
+                raise
+            console.error(str(error))
+            raise typer.Exit(int(error.exit_code)) from error
+        except KeyboardInterrupt as error:
+            console.error("interrupted")
+            raise typer.Exit(128 + signal.SIGINT) from error
+
+
+_HELP_NAMES = {"help_option_names": ["-h", "--help"]}
+app = typer.Typer(
+    name="loratune",
+    cls=Group,
+    help="Verified LoRA fine-tuning of Qwen-family models.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings=_HELP_NAMES,
+)
+
+
+def _print_version(value: bool) -> None:
+    if value:
+        console.write_result(f"loratune {__version__}")
+        raise typer.Exit(int(Exit.OK))
+
+
+@app.callback(invoke_without_command=False)
+def _main(
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of every failure.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    if debug:
+        os.environ[_DEBUG] = "1"
+
+
+def main() -> None:
+    """Entry point of the console script."""
+    # The libraries' warnings are for developers; what users need to know, loratune says itself.
+    warnings.simplefilter("ignore")
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    sys.exit(app())

@@ -1,0 +1,45 @@
+"""Help pages that fit a terminal of 80 columns: a line for an option's name, value and default, its meaning below."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from typer.core import TyperCommand
+
+from loratune import console
+
+
+class Command(TyperCommand):
+    """A subcommand whose help is a page of loratune's own; Typer's table cuts long option names off."""
+
+    def format_help(self, ctx: Any, formatter: Any) -> None:
+        """Print the page."""
+        console.help_page(self.get_usage(ctx), self.help or "", option_panels(self.get_params(ctx)))
+
+
+def option_panels(parameters: Iterable[Any]) -> dict[str, list[tuple[str, str, str]]]:
+    """Panel → (option and value, default, help) of each of its options; generated flags come in panels by section."""
+    panels: dict[str, list[tuple[str, str, str]]] = {}
+    for parameter in parameters:
+        if parameter.hidden:
+            continue
+        panel = getattr(parameter, "rich_help_panel", None) or "options"
+        panels.setdefault(panel, []).append((_spelling(parameter), _default(parameter), parameter.help or ""))
+    return panels
+
+
+def _spelling(parameter: Any) -> str:
+    names = sorted(parameter.opts, key=len)
+    if parameter.secondary_opts:
+        names = [f"--[no-]{names[-1].removeprefix('--')}"]
+    value = "" if parameter.is_flag else f" {parameter.metavar}"
+    return ", ".join(names) + value
+
+
+def _default(parameter: Any) -> str:
+    shown = parameter.show_default
+    if isinstance(shown, str):
+        return shown
+    value = parameter.default
+    return "" if value in (None, False, "") else f"{value:g}" if isinstance(value, float) else str(value)

@@ -1,0 +1,103 @@
+"""Every setting of the recipe as a flag, with help, default and bounds taken from its declaration."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
+
+import typer
+from pydantic.fields import FieldInfo
+
+from loratune.recipe.loading import is_list
+from loratune.recipe.sections import iterate_settings
+
+SYMBOLS = {"ge": "≥", "gt": ">", "le": "≤", "lt": "<"}
+
+
+def recipe_options(command: Callable[..., None]) -> Callable[..., None]:
+    """Add one option per setting to a command; those used reach it as `flags`: dotted setting → value as typed."""
+    settings = dict(iterate_settings())
+    names = {dotted.replace(".", "__"): dotted for dotted in settings}
+
+    def wrapped(**arguments: Any) -> None:
+        flags = {dotted: arguments.pop(name) for name, dotted in names.items()}
+        command(**arguments, flags={dotted: value for dotted, value in flags.items() if value not in (None, [])})
+
+    own = [parameter for name, parameter in _parameters(command).items() if name != "flags"]
+    generated = [
+        inspect.Parameter(
+            name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=_option(dotted, settings[dotted])
+        )
+        for name, dotted in names.items()
+    ]
+    wrapped.__signature__ = inspect.Signature([*own, *generated])  # type: ignore[attr-defined]
+    wrapped.__annotations__ = {parameter.name: parameter.annotation for parameter in [*own, *generated]}
+    wrapped.__doc__ = command.__doc__
+    return wrapped
+
+
+def _parameters(command: Callable[..., None]) -> dict[str, inspect.Parameter]:
+    signature = inspect.signature(command, eval_str=True)
+    return {
+        name: parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY) for name, parameter in signature.parameters.items()
+    }
+
+
+def _option(dotted: str, field: FieldInfo) -> Any:
+    section = dotted.rpartition(".")[0]
+    is_flag = field.annotation is bool
+    # Typer takes the first name for yes and the one after the slash for no.
+    spelled = f"--{dotted}/--no-{dotted}" if is_flag else f"--{dotted}"
+    option = typer.Option(
+        spelled,
+        help=f"{field.description}{'' if is_flag else _bounds(field)}",
+        metavar=None if is_flag else type_name(field.annotation),
+        show_default=default_text(field),
+        rich_help_panel=section or "run",
+    )
+    kind: Any = bool if is_flag else list[str] if is_list(field.annotation) else str
+    return Annotated[kind | None, option]
+
+
+def _bounds(field: FieldInfo) -> str:
+    text = bounds_text(field)
+    return f" [{text}]" if text else ""
+
+
+def bounds_text(field: FieldInfo) -> str:
+    """The numeric bounds of a setting: `≥ 1, ≤ 4096`."""
+    bounds = [
+        f"{symbol} {getattr(rule, name)}"
+        for rule in field.metadata
+        for name, symbol in SYMBOLS.items()
+        if getattr(rule, name, None) is not None
+    ]
+    return ", ".join(bounds)
+
+
+def default_text(field: FieldInfo) -> Any:
+    """The default as help and docs show it; False for none."""
+    if field.is_required():
+        return "required"
+    default = field.default
+    if default in (None, "", [], {}):
+        return False
+    if isinstance(default, bool):
+        return str(default).lower()
+    if isinstance(default, list):
+        return ", ".join(default)
+    return f"{default:g}" if isinstance(default, float) else str(default)
+
+
+def type_name(kind: Any) -> str:
+    """A setting's type for help and docs: its choices, or what is to be written."""
+    if get_origin(kind) is Literal:
+        return "|".join(str(choice) for choice in get_args(kind))
+    if get_origin(kind) in (Union, type(int | str)):
+        return "|".join(dict.fromkeys(type_name(part) for part in get_args(kind) if part is not type(None)))
+    if get_origin(kind) is list:
+        return type_name(get_args(kind)[0])
+    if get_origin(kind) is dict:
+        return "name=value"
+    return {str: "text", int: "integer", float: "number", bool: "true|false"}[kind]

@@ -1,0 +1,39 @@
+"""`loratune sft`: recipe → run folder with an adapter."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from loratune import console
+from loratune.cli.options import recipe_options
+from loratune.recipe.loading import dump_recipe, load_recipe, shipped_recipes
+
+DETAILS = """\
+Every setting of the recipe is a flag of the same name; a flag takes precedence over the recipe, and the recipe over the
+default. Shipped recipes: """ + ", ".join(path.stem for path in shipped_recipes())
+
+
+@recipe_options
+def command(
+    config: Annotated[
+        str | None,
+        typer.Option("--config", "-c", metavar="recipe", help="Recipe: a YAML file, or the name of a shipped one."),
+    ] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier run in the same folder.")] = False,
+    show: Annotated[bool, typer.Option("--show", help="Print the resolved recipe and stop.")] = False,
+    json: Annotated[bool, typer.Option("--json", help="Print the report as JSON to stdout.")] = False,
+    *,
+    flags: dict[str, object],
+) -> None:
+    """Load the recipe, train, and say what to do next."""
+    recipe = load_recipe(config, dict(flags))
+    if show:
+        console.write_result(dump_recipe(recipe), end="")
+        return
+    with console.status("starting"):
+        from loratune.training.session import train
+    report = train(recipe, overwrite)
+    if json and report:
+        console.write_json(report)

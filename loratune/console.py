@@ -1,0 +1,149 @@
+"""The only module that prints: messages, tables and progress to stderr, results to stdout."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import unicodedata
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from rich.cells import cell_len
+from rich.console import Console
+from rich.panel import Panel
+from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+from rich.text import Text
+
+# Under torchrun every process runs the same program; one of them speaks.
+IS_SPEAKER = os.environ.get("RANK", "0") == "0"
+
+_stderr = Console(stderr=True, highlight=False, quiet=not IS_SPEAKER)
+
+
+def say(message: str, style: str = "") -> None:
+    """A line for the user, not a result."""
+    _stderr.print(Text(message, style=style), soft_wrap=False)
+
+
+def warn(message: str) -> None:
+    """Something the user should know but that stops nothing."""
+    _stderr.print(Text("warning: ", style="yellow").append(message, style="default"))
+
+
+def error(message: str) -> None:
+    """Why the command failed; printed by every process, since only one of several may have failed."""
+    _stderr.quiet = False
+    _stderr.print(Text("error: ", style="bold red").append(message, style="default"))
+
+
+def table(rows: list[tuple[str, str]], title: str = "") -> None:
+    """Names and values in two columns."""
+    grid = Table(
+        title=title, title_justify="left", title_style="bold", box=None, show_header=False, padding=(0, 2, 0, 0)
+    )
+    grid.add_column(style="dim", no_wrap=True)
+    grid.add_column(overflow="fold")
+    for name, value in rows:
+        grid.add_row(name, Text(value))
+    _stderr.print(grid)
+
+
+def help_page(usage: str, text: str, panels: dict[str, list[tuple[str, str, str]]]) -> None:
+    """A help page to stdout.
+
+    Args:
+        usage: the usage line.
+        text: what the command does.
+        panels: title → (name, default, help) of each entry.
+    """
+    page = Console(highlight=False)
+    paragraphs = [Text(" ".join(paragraph.split()) + "\n") for paragraph in text.split("\n\n")]
+    page.print(Text(usage.strip() + "\n", style="bold"), *paragraphs, sep="\n")
+    for title, entries in panels.items():
+        lines = Text("\n").join(_help_entry(*entry, width=page.width - 4) for entry in entries)
+        page.print(Panel(lines, title=title, title_align="left", border_style="dim"))
+
+
+def _help_entry(name: str, default: str, text: str, width: int) -> Text:
+    entry = Text(name, style="cyan")
+    if default:
+        entry.append(" " * max(2, width - entry.cell_len - cell_len(default))).append(default, style="dim")
+    entry.append("\n")
+    for line in Text(text).wrap(Console(), width - 4):
+        entry.append("    ").append_text(line).append("\n")
+    entry.right_crop(1)
+    return entry
+
+
+def write_result(text: str, end: str = "\n") -> None:
+    """A result, to stdout, as it is; flushed, since it may be one piece of a stream."""
+    if IS_SPEAKER:
+        sys.stdout.write(printable(text) + end)
+        sys.stdout.flush()
+
+
+def write_json(value: Any) -> None:
+    """A result for scripts, to stdout."""
+    write_result(json.dumps(value, ensure_ascii=False, indent=2))
+
+
+def printable(text: str) -> str:
+    """Text of a model without control characters, which could otherwise steer the terminal."""
+    return "".join(character for character in text if character in "\n\t" or unicodedata.category(character) != "Cc")
+
+
+def memory(size_bytes: float) -> str:
+    """A size for people: 988 MB, 1.3 GB."""
+    for unit, scale in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if size_bytes >= scale:
+            value = size_bytes / scale
+            return f"{value:.1f} {unit}" if value < 100 else f"{value:.0f} {unit}"
+    return f"{size_bytes:.0f} B"
+
+
+@contextmanager
+def status(message: str) -> Iterator[None]:
+    """A spinner while something takes long; a plain line where there is no terminal."""
+    if not _stderr.is_terminal:
+        say(message)
+        yield
+        return
+    with _stderr.status(message):
+        yield
+
+
+class StepProgress:
+    """The training bar: step, loss, learning rate, speed, memory, time left; plain lines without a terminal."""
+
+    def __init__(self, total_steps: int) -> None:
+        self.total_steps = total_steps
+        self._lines_every = max(1, total_steps // 20)
+        self._progress = Progress(
+            SpinnerColumn(),
+            TextColumn("{task.completed}/{task.total}"),
+            BarColumn(bar_width=None),
+            TextColumn("{task.fields[figures]}"),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+            console=_stderr,
+            expand=True,
+            disable=not _stderr.is_terminal,
+        )
+        self._task = self._progress.add_task("training", total=total_steps, figures="")
+
+    def start(self) -> None:
+        """Show the bar."""
+        self._progress.start()
+
+    def update(self, step: int, figures: str) -> None:
+        """Move to `step` and show its figures."""
+        self._progress.update(self._task, completed=step, figures=figures)
+        if not _stderr.is_terminal and (step % self._lines_every == 0 or step in (1, self.total_steps)):
+            say(f"step {step}/{self.total_steps}  {figures}")
+
+    def stop(self) -> None:
+        """Leave the bar as it stands."""
+        self._progress.stop()

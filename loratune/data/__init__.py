@@ -1,0 +1,1 @@
+"""From files of questions and answers to token ids and labels."""

@@ -1,0 +1,31 @@
+"""The one exception for what a user can fix, and the exit code that goes with each kind."""
+
+from enum import IntEnum
+
+
+class Exit(IntEnum):
+    """Process exit codes; 128 + signal number stands for an interrupted run."""
+
+    OK = 0
+    BUG = 1
+    USAGE = 2
+    DATA = 3
+    MODEL = 4
+    DIVERGED = 5
+    IO = 6
+
+
+class LoratuneError(Exception):
+    """A failure that the user can fix: the message says what, where, and what to do."""
+
+    def __init__(self, message: str, exit_code: Exit) -> None:
+        super().__init__(message)
+        self.exit_code = exit_code
+
+
+def bullet_list(problems: list[str], limit: int = 20) -> str:
+    """One indented line per problem; past `limit` only the count of the rest."""
+    lines = [f"  {problem}" for problem in problems[:limit]]
+    if len(problems) > limit:
+        lines.append(f"  … and {len(problems) - limit} more")
+    return "\n".join(lines)

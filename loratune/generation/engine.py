@@ -1,0 +1,186 @@
+"""Load a model the way it was trained, and stream its answers."""
+
+from __future__ import annotations
+
+import copy
+import queue
+import threading
+from collections.abc import Generator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList, TextIteratorStreamer, set_seed
+
+from loratune.data.encoding import Encoder
+from loratune.data.formats import Message
+from loratune.errors import Exit, LoratuneError
+from loratune.model.adapter import load_adapter, read_adapter_config
+from loratune.model.base import find_base, load_base, load_tokenizer, set_pad_token, weight_files
+from loratune.model.hardware import detect_hardware, is_out_of_memory
+from loratune.recipe.sections import ModelSettings, PromptSettings
+from loratune.runs.fingerprint import fingerprint_base
+from loratune.runs.folder import AdapterSource, open_adapter
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How the next token is chosen."""
+
+    temperature: float = 0.0
+    """0 takes the likeliest token every time."""
+    top_p: float = 1.0
+    """Draw from the likeliest tokens that together have this probability."""
+    max_new_tokens: int = 512
+    seed: int | None = None
+    """Makes drawing repeatable."""
+
+
+class Engine:
+    """A loaded model with its prompt settings."""
+
+    def __init__(self, model: Any, tokenizer: Any, encoder: Encoder) -> None:
+        self.model = model
+        self.tokenizer = tokenizer
+        self.encoder = encoder
+        self.context_tokens: int = model.config.max_position_embeddings
+        self._stop = threading.Event()
+
+    def stream(self, messages: Sequence[Message], sampling: Sampling) -> Generator[str, None, None]:
+        """Yield the answer to the last message piece by piece.
+
+        Closing the iterator stops the generation within a token.
+
+        Raises:
+            LoratuneError: the prompt fills the model's context, or memory runs out.
+        """
+        prompt = self.encoder.prompt_ids(messages)
+        room = self.context_tokens - len(prompt)
+        if room < 1:
+            raise LoratuneError(
+                f"the prompt has {len(prompt)} tokens and the model takes {self.context_tokens}; shorten it", Exit.USAGE
+            )
+        self._stop.clear()
+        streamer = TextIteratorStreamer(self.tokenizer, skip_prompt=True, skip_special_tokens=True)
+        failures: queue.SimpleQueue[BaseException] = queue.SimpleQueue()
+        worker = threading.Thread(target=self._generate, args=(prompt, sampling, room, streamer, failures), daemon=True)
+        worker.start()
+        try:
+            yield from streamer
+        finally:
+            self._stop.set()
+            worker.join()
+        if not failures.empty():
+            raise _explained(failures.get())
+
+    def _generate(
+        self,
+        prompt: list[int],
+        sampling: Sampling,
+        room: int,
+        streamer: TextIteratorStreamer,
+        failures: queue.SimpleQueue[BaseException],
+    ) -> None:
+        try:
+            if sampling.seed is not None:
+                set_seed(sampling.seed)
+            ids = torch.tensor([prompt], device=self.model.device)
+            self.model.generate(
+                input_ids=ids,
+                attention_mask=torch.ones_like(ids),
+                generation_config=self._generation_config(sampling, room),
+                streamer=streamer,
+                stopping_criteria=StoppingCriteriaList([_StopWhen(self._stop)]),
+            )
+        except BaseException as error:  # handed to the thread that reads the stream
+            failures.put(error)
+            streamer.end()
+
+    def _generation_config(self, sampling: Sampling, room: int) -> GenerationConfig:
+        """The model's own generation settings with the user's on top."""
+        config = copy.deepcopy(self.model.generation_config)
+        known = config.eos_token_id
+        ends = known if isinstance(known, list) else [known]
+        config.eos_token_id = sorted({*ends, self.encoder.end_id, self.tokenizer.eos_token_id} - {None})
+        config.pad_token_id = self.tokenizer.pad_token_id
+        config.max_new_tokens = min(sampling.max_new_tokens, room)
+        config.max_length = None
+        config.do_sample = sampling.temperature > 0
+        config.temperature = sampling.temperature if config.do_sample else None
+        config.top_p = sampling.top_p if config.do_sample else None
+        if not config.do_sample:
+            config.top_k = None
+        return config
+
+
+class _StopWhen(StoppingCriteria):
+    def __init__(self, event: threading.Event) -> None:
+        self.event = event
+
+    def __call__(self, input_ids: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:
+        return torch.full((input_ids.shape[0],), self.event.is_set(), device=input_ids.device)
+
+
+def load_engine(adapter: Path | None, model: str | None, use_adapter: bool, warnings: list[str]) -> Engine:
+    """Load an adapter on its base, or a model alone.
+
+    Args:
+        adapter: run folder, checkpoint or plain PEFT folder; None for a model alone.
+        model: hub id or folder of the base; None takes what the adapter names.
+        use_adapter: False leaves the adapter off and keeps its prompt settings, for a comparison.
+        warnings: gets what could not be checked.
+
+    Raises:
+        LoratuneError: something is missing, damaged, or does not belong together.
+    """
+    source = open_adapter(adapter) if adapter else None
+    settings = _model_settings(source, model)
+    folder = find_base(settings)
+    if source and source.manifest:
+        _check_same_base(source.manifest, settings.base, folder)
+    elif source:
+        warnings.append(f"{source.adapter} has no loratune manifest: base and prompt template could not be checked")
+    tokenizer = load_tokenizer(folder)
+    prompt = source.recipe.prompt if source and source.recipe else PromptSettings()
+    encoder = Encoder(tokenizer, prompt)
+    set_pad_token(tokenizer, {encoder.end_id, tokenizer.eos_token_id})
+    loaded = load_base(settings, folder, detect_hardware())
+    if source and use_adapter:
+        loaded = load_adapter(loaded, source.adapter)
+    loaded.eval()
+    return Engine(loaded, tokenizer, encoder)
+
+
+def _model_settings(source: AdapterSource | None, model: str | None) -> ModelSettings:
+    """The base as it was in training, but from another place if one is given."""
+    if source is None:
+        return ModelSettings(base=model or "")
+    if source.recipe and source.manifest:
+        known = source.recipe.model
+        moved = source.manifest["base"]["path"] if Path(source.manifest["base"]["path"]).is_dir() else known.base
+        return known.model_copy(update={"base": model or moved})
+    named = read_adapter_config(source.adapter).base_model_name_or_path
+    if model is None and not (named and Path(named).is_dir()):
+        raise LoratuneError(
+            f"{source.adapter} names its base {named!r}, which is not followed; give the base with --model", Exit.MODEL
+        )
+    return ModelSettings(base=model or named)
+
+
+def _check_same_base(manifest: dict[str, Any], name: str, folder: Path) -> None:
+    known = manifest["base"]
+    found = fingerprint_base(folder, weight_files(folder))
+    different = [key.removesuffix("_sha256") for key, value in found.items() if known.get(key) != value]
+    if different:
+        raise LoratuneError(
+            f"the adapter was trained on {known['name']} and {name} is another model: {', '.join(different)} differ. "
+            "Give the right base with --model",
+            Exit.MODEL,
+        )
+
+
+def _explained(error: BaseException) -> BaseException:
+    if is_out_of_memory(error):
+        return LoratuneError("out of memory while answering; shorten the conversation with /reset", Exit.IO)
+    return error

@@ -1,0 +1,217 @@
+"""The LoRA adapter: attached to a base through PEFT, checked, counted, saved and loaded."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model, set_peft_model_state_dict
+from peft.tuners.lora import LoraLayer
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
+from torch import nn
+
+from loratune.errors import Exit, LoratuneError
+from loratune.recipe.sections import LAYERS, LoraSettings
+
+ATTENTION_TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj"]
+WEIGHTS_FILE = "adapter_model.safetensors"
+CONFIG_FILE = "adapter_config.json"
+# Keys through which PEFT has imported modules named in a config file (peft#3085), or that need code to run.
+FORBIDDEN_KEYS = ("auto_mapping", "megatron_config", "runtime_config", "eva_config", "corda_config")
+
+
+@dataclass(frozen=True)
+class AdapterSummary:
+    """What trains, and what it takes."""
+
+    trainable_parameters: int
+    total_parameters: int
+    """Of base and adapter; a quantised weight counts by its shape before quantisation."""
+    modules: dict[str, int]
+    """Name of a target → how many modules of that name have an adapter."""
+    base_bytes: int
+    adapter_bytes: int
+
+
+def attach_adapter(model: Any, settings: LoraSettings, base_name: str, seed: int) -> PeftModel:
+    """Put a fresh adapter on a frozen base.
+
+    Args:
+        model: a causal language model.
+        settings: the recipe's lora section.
+        base_name: what the adapter's config names as its base.
+        seed: of the adapter's start.
+
+    Raises:
+        LoratuneError: targets, layers or modules_to_save that the model does not have.
+    """
+    targets = _resolve_targets(model, settings)
+    layers = _resolve_layers(settings.layers, model.config.num_hidden_layers)
+    _check_modules_to_save(model, settings.modules_to_save)
+    torch.manual_seed(seed)
+    config = LoraConfig(
+        task_type="CAUSAL_LM",
+        r=settings.rank,
+        lora_alpha=int(settings.alpha) if settings.alpha == int(settings.alpha) else settings.alpha,
+        lora_dropout=settings.dropout,
+        bias=settings.bias,
+        target_modules=targets,
+        layers_to_transform=layers,
+        modules_to_save=settings.modules_to_save or None,
+        use_rslora=settings.use_rslora,
+        use_dora=settings.use_dora,
+        base_model_name_or_path=base_name,
+    )
+    adapted = get_peft_model(model, config)
+    config.base_model_name_or_path = base_name  # PEFT puts the folder it was loaded from there
+    check_frozen(adapted, settings)
+    return adapted
+
+
+def check_frozen(model: PeftModel, settings: LoraSettings) -> None:
+    """Make sure, name by name, that just the adapter trains.
+
+    Raises:
+        RuntimeError: PEFT left a base weight trainable or an adapter weight frozen; a bug, not the user's fault.
+    """
+    for name, parameter in model.named_parameters():
+        is_adapter = "lora_" in name or ".modules_to_save." in name
+        is_bias = name.endswith(".bias") and settings.bias != "none"
+        if parameter.requires_grad and not (is_adapter or is_bias):
+            raise RuntimeError(f"base weight {name} would be trained")
+        if is_adapter and not parameter.requires_grad:
+            raise RuntimeError(f"adapter weight {name} would not be trained")
+
+
+def summarise_adapter(model: PeftModel) -> AdapterSummary:
+    """Count parameters, modules and bytes of base and adapter."""
+    trainable, total = model.get_nb_trainable_parameters()
+    adapter_bytes = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
+    all_bytes = sum(p.numel() * p.element_size() for p in model.parameters())
+    modules = Counter(
+        name.rpartition(".")[2] for name, module in model.named_modules() if isinstance(module, LoraLayer)
+    )
+    return AdapterSummary(trainable, total, dict(modules), all_bytes - adapter_bytes, adapter_bytes)
+
+
+def save_adapter(model: PeftModel, folder: Path) -> None:
+    """Write adapter_config.json and adapter_model.safetensors."""
+    # Left to itself PEFT would ask the hub whether the vocabulary has grown; loratune never resizes it.
+    model.save_pretrained(folder, save_embedding_layers=False)
+    (folder / "README.md").unlink(missing_ok=True)  # PEFT's card names local paths
+
+
+def load_adapter(model: Any, folder: Path, is_trainable: bool = False) -> PeftModel:
+    """Put a saved adapter on its base.
+
+    Raises:
+        LoratuneError: the adapter is damaged, not LoRA, holds NaN, or was made for another shape.
+    """
+    config = read_adapter_config(folder)
+    _check_weights(folder)
+    try:
+        return PeftModel.from_pretrained(model, str(folder), config=config, is_trainable=is_trainable)
+    except (RuntimeError, ValueError, KeyError) as error:
+        raise LoratuneError(
+            f"{folder}: the adapter does not fit the base model: {_first_lines(str(error))}", Exit.MODEL
+        ) from error
+
+
+def load_adapter_weights(model: PeftModel, folder: Path) -> None:
+    """Put the weights of a saved adapter in the place of the model's own."""
+    set_peft_model_state_dict(model, load_file(folder / WEIGHTS_FILE))
+
+
+def read_adapter_config(folder: Path) -> LoraConfig:
+    """The adapter's config, checked before PEFT sees it.
+
+    Raises:
+        LoratuneError: there is none, it is not LoRA, or it names code.
+    """
+    path = folder / CONFIG_FILE
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise LoratuneError(f"{folder}: no {CONFIG_FILE} in it, so it is not an adapter", Exit.MODEL) from error
+    except (OSError, ValueError) as error:
+        raise LoratuneError(f"{path}: cannot be read: {error}", Exit.MODEL) from error
+    if not isinstance(values, dict) or values.get("peft_type") != "LORA":
+        raise LoratuneError(f"{path}: not a LoRA adapter", Exit.MODEL)
+    forbidden = [key for key in FORBIDDEN_KEYS if values.get(key)]
+    if forbidden:
+        raise LoratuneError(f"{path}: sets {', '.join(forbidden)}, which is not allowed", Exit.MODEL)
+    known = LoraConfig.__dataclass_fields__.keys()
+    # A newer PEFT's unset keys are no reason to refuse its adapter.
+    return LoraConfig(**{key: value for key, value in values.items() if key in known and key != "megatron_core"})
+
+
+def _check_weights(folder: Path) -> None:
+    path = folder / WEIGHTS_FILE
+    if not path.is_file():
+        raise LoratuneError(f"{folder}: no {WEIGHTS_FILE} in it", Exit.MODEL)
+    try:
+        with safe_open(path, framework="pt") as file:
+            broken = [name for name in file.keys() if not file.get_tensor(name).isfinite().all()]  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        raise LoratuneError(f"{path}: damaged: {error}", Exit.MODEL) from error
+    if broken:
+        raise LoratuneError(f"{path}: holds NaN or infinity in {len(broken)} tensors, first {broken[0]}", Exit.MODEL)
+
+
+def _linear_names(model: Any) -> list[str]:
+    """Last name parts of all linear modules, the output head left out, in the order of the model."""
+    head = model.get_output_embeddings()
+    names = [
+        name.rpartition(".")[2]
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and module is not head
+    ]
+    return list(dict.fromkeys(names))
+
+
+def _resolve_targets(model: Any, settings: LoraSettings) -> list[str]:
+    names = _linear_names(model)
+    if settings.targets == "all-linear":
+        return names
+    wanted = ATTENTION_TARGETS if settings.targets == "attention" else list(settings.targets)
+    unmatched = [target for target in wanted if target not in names]
+    if unmatched:
+        raise LoratuneError(
+            f"lora.targets: no module is called {', '.join(unmatched)}; the model has {', '.join(names)}", Exit.USAGE
+        )
+    return wanted
+
+
+def _resolve_layers(layers: str | None, count: int) -> list[int] | None:
+    """Layer numbers of `last 6`, `first 4` or `8-15`, counted from 0."""
+    if layers is None:
+        return None
+    match = LAYERS.fullmatch(layers)
+    if match is None:
+        raise RuntimeError(f"the recipe let layers {layers!r} through")
+    if match["end"]:
+        wanted = int(match["count"])
+        chosen = range(count - wanted, count) if match["end"] == "last" else range(wanted)
+    else:
+        chosen = range(int(match["start"]), int(match["stop"]) + 1)
+    if chosen.start < 0 or chosen.stop > count:
+        raise LoratuneError(f"lora.layers {layers!r}: the model has {count} layers, 0 to {count - 1}", Exit.USAGE)
+    return list(chosen)
+
+
+def _check_modules_to_save(model: Any, wanted: list[str]) -> None:
+    names = {name.rpartition(".")[2] for name, _ in model.named_modules()}
+    unmatched = [name for name in wanted if name not in names]
+    if unmatched:
+        raise LoratuneError(f"lora.modules_to_save: no module is called {', '.join(unmatched)}", Exit.USAGE)
+
+
+def _first_lines(text: str, limit: int = 3) -> str:
+    lines = [re.sub(r"\s+", " ", line).strip() for line in text.splitlines() if line.strip()]
+    return " · ".join(lines[:limit]) + (f" · … {len(lines) - limit} more" if len(lines) > limit else "")

@@ -1,0 +1,218 @@
+"""The base model: where it lies, whether it is safe and whole, and how it is loaded."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+from transformers.utils import logging as transformers_logging
+
+from loratune.errors import Exit, LoratuneError
+from loratune.model.hardware import Hardware, resolve_attention, resolve_dtype
+from loratune.recipe.sections import TINY_QWEN, ModelSettings
+
+# Architectures whose code is part of transformers and whose weights this program has been written for.
+MODEL_TYPES = {"qwen2", "qwen3", "llama", "mistral"}
+# Keys that have made a library fetch or run code from a model's folder (transformers CVE-2026-4372, vLLM
+# CVE-2026-22807, mlx-lm CVE-2026-5843).
+FORBIDDEN_KEYS = ("auto_map", "custom_pipelines", "model_file", "trust_remote_code")
+HUB_FILES = ["*.json", "*.safetensors", "*.jinja", "*.txt", "*.model"]
+
+
+def find_base(settings: ModelSettings) -> Path:
+    """The folder of the base model; a hub id is downloaded once, a local folder causes no network access.
+
+    Raises:
+        LoratuneError: there is no such folder, or the hub cannot give it.
+    """
+    if settings.base == TINY_QWEN:
+        return Path(__file__).resolve().parent.parent / "assets" / TINY_QWEN
+    folder = Path(settings.base).expanduser()
+    if folder.is_dir():
+        check_base(folder)
+        return folder
+    parts = settings.base.split("/")
+    if len(parts) != 2 or not all(parts) or folder.is_absolute() or parts[0] in (".", "..", "~"):
+        raise LoratuneError(f"model.base {settings.base!r}: no such folder, and not a hub id (org/name)", Exit.MODEL)
+    folder = _download(settings)
+    check_base(folder)
+    return folder
+
+
+def check_base(folder: Path) -> None:
+    """Refuse a folder that is incomplete, of an unknown architecture, or that asks for code of its own.
+
+    Raises:
+        LoratuneError: with what is missing or not allowed.
+    """
+    config = _read_json(folder / "config.json")
+    if config is None:
+        raise LoratuneError(f"{folder}: no config.json in it, so it is not a model folder", Exit.MODEL)
+    forbidden = [key for key in config if key in FORBIDDEN_KEYS or key.endswith("_internal")]
+    if forbidden:
+        raise LoratuneError(
+            f"{folder}/config.json asks for code outside transformers ({', '.join(forbidden)}); it is never run",
+            Exit.MODEL,
+        )
+    if config.get("model_type") not in MODEL_TYPES:
+        raise LoratuneError(
+            f"{folder}: model_type {config.get('model_type')!r} is not supported; {', '.join(sorted(MODEL_TYPES))} are",
+            Exit.MODEL,
+        )
+    if "quantization_config" in config:
+        raise LoratuneError(
+            f"{folder}: its weights are quantised already; give the full-precision model and set model.quantization",
+            Exit.MODEL,
+        )
+    if not (folder / "tokenizer.json").is_file() and not (folder / "vocab.json").is_file():
+        raise LoratuneError(f"{folder}: no tokenizer.json in it", Exit.MODEL)
+    for shard in weight_files(folder):
+        _check_safetensors(shard)
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors files of a model folder, in order.
+
+    Raises:
+        LoratuneError: there are none, one named by the index is missing, or lies elsewhere.
+    """
+    index = _read_json(folder / "model.safetensors.index.json")
+    names = sorted(set(index.get("weight_map", {}).values())) if index else ["model.safetensors"]
+    strange = [name for name in names if not isinstance(name, str) or Path(name).name != name]
+    if strange:
+        raise LoratuneError(f"{folder}: the index names files outside the folder: {strange[0]!r}", Exit.MODEL)
+    missing = [name for name in names if not (folder / name).is_file()]
+    if missing and not index and any(folder.glob("*.bin")):
+        raise LoratuneError(
+            f"{folder}: only pickled weights (.bin), which are never opened; convert them to safetensors first",
+            Exit.MODEL,
+        )
+    if missing or not names:
+        raise LoratuneError(f"{folder}: weights are missing: {', '.join(missing) or 'the index is empty'}", Exit.MODEL)
+    return [folder / name for name in names]
+
+
+def load_tokenizer(folder: Path) -> Any:
+    """The model's tokenizer, set up so that no text of a row can become a control token."""
+    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    tokenizer.chat_control_tokens = [token for token in tokenizer.added_tokens_encoder if not token.isspace()]
+    return tokenizer
+
+
+def set_pad_token(tokenizer: Any, end_ids: set[int]) -> None:
+    """Make sure that padding is not a token that ends an answer; loss and attention never see it either way."""
+    special = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
+    named_pad = [token for token in special if "pad" in token]
+    for token in [tokenizer.pad_token, *named_pad, *special, tokenizer.convert_ids_to_tokens(0)]:
+        if token is not None and tokenizer.convert_tokens_to_ids(token) not in end_ids:
+            tokenizer.pad_token = token
+            return
+
+
+def load_base(settings: ModelSettings, folder: Path, hardware: Hardware) -> Any:
+    """The base model on its device, frozen, quantised if asked.
+
+    Raises:
+        LoratuneError: settings that this machine cannot serve, or weights that do not fit the config.
+    """
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    dtype = resolve_dtype(settings.dtype, hardware)
+    try:
+        model, info = AutoModelForCausalLM.from_pretrained(
+            folder,
+            dtype=dtype,
+            quantization_config=_quantization(settings, hardware),
+            attn_implementation=resolve_attention(settings.attention, hardware),
+            device_map={"": hardware.device},
+            local_files_only=True,
+            trust_remote_code=False,
+            output_loading_info=True,
+        )
+    except (OSError, ValueError, RuntimeError) as error:
+        if "allocate" in str(error):
+            raise
+        raise LoratuneError(f"{folder}: cannot be loaded: {str(error).splitlines()[0]}", Exit.MODEL) from error
+    if info["missing_keys"]:
+        missing = ", ".join(sorted(info["missing_keys"])[:5])
+        raise LoratuneError(f"{folder}: the weights lack tensors that the model needs: {missing}", Exit.MODEL)
+    model.requires_grad_(False)
+    return model
+
+
+def _quantization(settings: ModelSettings, hardware: Hardware) -> BitsAndBytesConfig | None:
+    if settings.quantization == "none":
+        return None
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise LoratuneError(
+            f"model.quantization {settings.quantization} needs the package bitsandbytes: pip install bitsandbytes",
+            Exit.USAGE,
+        )
+    if settings.quantization == "int8":
+        return BitsAndBytesConfig(load_in_8bit=True)
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=settings.double_quantization,
+        bnb_4bit_compute_dtype=resolve_dtype(settings.compute_dtype, hardware),
+    )
+
+
+def _download(settings: ModelSettings) -> Path:
+    """Fetch config, tokenizer and safetensors of a hub id; never pickles, never code."""
+    place = f"model.base {settings.base!r}: no such folder"
+    if settings.hub == "modelscope":
+        try:
+            from modelscope import snapshot_download
+        except ImportError as error:
+            raise LoratuneError(f"{place}; to fetch it from ModelScope, pip install modelscope", Exit.MODEL) from error
+    else:
+        os.environ.setdefault("HF_HUB_ETAG_TIMEOUT", "5")
+        from huggingface_hub import snapshot_download
+    try:
+        return Path(snapshot_download(settings.base, revision=settings.revision, allow_patterns=HUB_FILES))
+    except Exception as error:  # each hub client and its HTTP library raise their own kinds
+        raise LoratuneError(
+            f"{place}, and {settings.hub} cannot give it: {type(error).__name__}: {str(error).splitlines()[0]}\n"
+            "check the name and the network, or download the model elsewhere and give its folder",
+            Exit.MODEL,
+        ) from error
+
+
+def _read_json(path: Path) -> dict[str, Any] | None:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
+        raise LoratuneError(f"{path}: cannot be read: {error}", Exit.MODEL) from error
+    if not isinstance(value, dict):
+        raise LoratuneError(f"{path}: holds no JSON object", Exit.MODEL)
+    return value
+
+
+def _check_safetensors(path: Path) -> None:
+    """Compare the file's size with what its header declares, before anything is allocated for it."""
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        if size < 8 or length > min(size - 8, 100_000_000):
+            raise LoratuneError(f"{path}: cut off or not a safetensors file ({size} bytes)", Exit.MODEL)
+        try:
+            header = json.loads(file.read(length))
+            ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
+        except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
+            raise LoratuneError(f"{path}: its header cannot be read", Exit.MODEL) from error
+    expected = 8 + length + max(ends, default=0)
+    if size != expected:
+        raise LoratuneError(f"{path}: {size} bytes where its header declares {expected}; fetch it again", Exit.MODEL)
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """`bfloat16` of `torch.bfloat16`."""
+    return str(dtype).removeprefix("torch.")

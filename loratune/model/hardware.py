@@ -1,0 +1,100 @@
+"""What this machine can do: device, number types, threads, memory in use."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import resource
+import sys
+from dataclasses import dataclass
+
+import psutil
+import torch
+
+from loratune.errors import Exit, LoratuneError
+
+
+@dataclass(frozen=True)
+class Hardware:
+    """The device that a process works on, and how many processes work together."""
+
+    device: torch.device
+    has_bfloat16: bool
+    """Whether products of bfloat16 run in hardware."""
+    name: str
+    processes: int = 1
+    """As torchrun has started them, over all machines."""
+
+    @property
+    def is_distributed(self) -> bool:
+        """Whether several processes train one model together."""
+        return self.processes > 1
+
+    @property
+    def is_gpu(self) -> bool:
+        """Whether the device is a CUDA GPU."""
+        return str(self.device.type) == "cuda"
+
+
+def detect_hardware() -> Hardware:
+    """Take the GPU of this process's local rank, else the CPU with one thread per physical core."""
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    if torch.cuda.is_available():
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+        torch.cuda.set_device(device)
+        has_bfloat16 = torch.cuda.is_bf16_supported(including_emulation=False)
+        return Hardware(device, has_bfloat16, torch.cuda.get_device_name(), processes)
+    torch.set_num_threads(max(1, _usable_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
+    threads = torch.get_num_threads()
+    has_bfloat16 = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    name = f"CPU, {threads} thread{'s' if threads > 1 else ''}"
+    return Hardware(torch.device("cpu"), has_bfloat16, name, processes)
+
+
+def _usable_cores() -> int:
+    """Physical cores, or fewer where this process is bound to some of them."""
+    bound = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(psutil.cpu_count(logical=False) or bound, bound)
+
+
+def resolve_dtype(name: str, hardware: Hardware) -> torch.dtype:
+    """The torch type of a recipe's dtype setting.
+
+    Raises:
+        LoratuneError: float16 on a CPU, whose products are emulated and overflow in training.
+    """
+    if name == "auto":
+        if hardware.has_bfloat16:
+            return torch.bfloat16
+        return torch.float16 if hardware.is_gpu else torch.float32
+    if name == "float16" and not hardware.is_gpu:
+        raise LoratuneError("float16 needs a GPU; on a CPU use bfloat16, float32 or auto", Exit.USAGE)
+    dtype: torch.dtype = getattr(torch, name)
+    return dtype
+
+
+def resolve_attention(name: str, hardware: Hardware) -> str:
+    """The transformers attention implementation of a recipe's attention setting.
+
+    Raises:
+        LoratuneError: flash attention is asked for and not there.
+    """
+    has_flash = hardware.is_gpu and importlib.util.find_spec("flash_attn") is not None
+    if name == "flash_attention_2" and not has_flash:
+        raise LoratuneError(
+            "model.attention flash_attention_2 needs a GPU and the package flash-attn; use auto or sdpa", Exit.USAGE
+        )
+    return ("flash_attention_2" if has_flash else "sdpa") if name == "auto" else name
+
+
+def peak_memory_bytes(hardware: Hardware) -> int:
+    """Most memory this process has held: on the GPU, or resident on the CPU."""
+    if hardware.is_gpu:
+        return int(torch.cuda.max_memory_allocated())
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an exception says that memory ran out; the CPU allocator raises a plain RuntimeError."""
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)

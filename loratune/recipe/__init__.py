@@ -1,0 +1,1 @@
+"""Every setting, declared once: sections, loading from YAML and flags, advice."""

@@ -1,0 +1,48 @@
+"""What the field has paid for: settings that are allowed but usually end in a poor model, with the reason."""
+
+from __future__ import annotations
+
+from loratune.recipe.sections import Recipe
+
+
+def advise(recipe: Recipe) -> list[str]:
+    """One sentence for each setting that deserves a second look."""
+    return [*_advise_lora(recipe), *_advise_training(recipe)]
+
+
+def _advise_lora(recipe: Recipe) -> list[str]:
+    lora, advice = recipe.lora, []
+    if lora.alpha < lora.rank and not lora.use_rslora:
+        advice.append(
+            f"lora.alpha {lora.alpha:g} is below lora.rank {lora.rank}: the update is scaled by "
+            f"{lora.alpha / lora.rank:g} and learns slowly; alpha = 2 × rank is the usual start"
+        )
+    if lora.rank > 64 and not lora.use_rslora:
+        advice.append(
+            f"lora.rank {lora.rank} is above 64: it costs memory and overfits small data, and alpha / rank shrinks "
+            "the update; try 8 to 64, or lora.use_rslora true"
+        )
+    if lora.rank > 16:
+        advice.append(
+            f"lora.rank {lora.rank} is above vLLM's default limit: serve it there with --max-lora-rank {lora.rank}"
+        )
+    return advice
+
+
+def _advise_training(recipe: Recipe) -> list[str]:
+    training, data, advice = recipe.training, recipe.data, []
+    if training.learning_rate < 5e-5:
+        advice.append(
+            f"training.learning_rate {training.learning_rate:g} is below 5e-5: LoRA starts from zero and hardly moves "
+            "at rates for full training; 1e-4 to 2e-4 is usual"
+        )
+    if training.learning_rate > 5e-3:
+        advice.append(f"training.learning_rate {training.learning_rate:g} is above 5e-3: training often diverges there")
+    if not data.validation:
+        advice.append(
+            "no validation rows (data.validation): overfitting will not show, and the last step is taken for the best; "
+            "0.1 is usual"
+        )
+    if training.epochs > 5 and training.steps is None and not data.validation:
+        advice.append(f"training.epochs {training.epochs:g} without validation: the model may learn the rows by heart")
+    return advice

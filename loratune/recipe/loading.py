@@ -1,0 +1,239 @@
+"""YAML file and flags → Recipe, with every problem in one message; Recipe → YAML."""
+
+from __future__ import annotations
+
+import difflib
+import types
+from pathlib import Path
+from typing import Any, Literal, Union, get_args, get_origin
+
+import yaml
+from pydantic import ValidationError
+from pydantic.fields import FieldInfo
+from pydantic_core import ErrorDetails
+
+from loratune.errors import Exit, LoratuneError, bullet_list
+from loratune.recipe.sections import Recipe, iterate_settings
+from loratune.recipe.yaml_reader import Document, read_yaml
+
+PACKAGE = Path(__file__).resolve().parent.parent
+# An installed wheel carries configs/ and data/ inside the package, a checkout beside it.
+SHIPPED = PACKAGE if (PACKAGE / "configs").is_dir() else PACKAGE.parent
+
+
+def shipped_recipes() -> list[Path]:
+    """The recipes that come with loratune."""
+    return sorted((SHIPPED / "configs").glob("*.yaml"))
+
+
+def find_recipe(name: str) -> Path:
+    """Path of a recipe file, or of a shipped recipe given by its bare name.
+
+    Raises:
+        LoratuneError: there is neither.
+    """
+    path = Path(name)
+    if path.is_file():
+        return path
+    shipped = {recipe.stem: recipe for recipe in shipped_recipes()}
+    bare = name.removesuffix(".yaml")
+    if bare in shipped:
+        return shipped[bare]
+    close = difflib.get_close_matches(bare, shipped, n=1)
+    hint = f"did you mean {close[0]}? " if close else ""
+    raise LoratuneError(
+        f"recipe {name!r}: no such file, and no shipped recipe of that name; {hint}shipped are: {', '.join(shipped)}",
+        Exit.USAGE,
+    )
+
+
+def load_recipe(config: str | None, flags: dict[str, Any]) -> Recipe:
+    """Read a recipe, lay the flags over it, and validate the whole.
+
+    Args:
+        config: path or bare name of a recipe; None for flags alone.
+        flags: dotted setting → text, list of texts, or bool, as typed on the command line.
+
+    Raises:
+        LoratuneError: with all problems, each with its line or flag.
+    """
+    document, path = Document(values={}), None
+    if config is not None:
+        path = find_recipe(config)
+        document = _read(path)
+    problems = [(line, f"line {line}: {message}") for line, message in document.problems]
+    values, recipe = document.values, None
+    if values is None and not problems:
+        problems.append((0, "the file is empty; a recipe needs at least model.base and data.train"))
+    elif not isinstance(values, dict) and not problems:
+        problems.append((0, "the file must hold settings (section: …) at its top, not a list or a single value"))
+    if isinstance(values, dict):
+        wrong_flags = _lay_over(values, flags)
+        problems += [(0, f"--{dotted}: {message}") for dotted, message in wrong_flags.items()]
+        used_flags = flags.keys() - wrong_flags
+        try:
+            recipe = Recipe.model_validate(_with_sections(values))
+        except ValidationError as error:
+            known_lines = {line for line, _ in document.problems}
+            described = [_describe(detail, document.lines, used_flags) for detail in error.errors()]
+            # A value refused for its form reads as missing; its line has been named already.
+            problems += [(line, message) for line, message in described if line not in known_lines]
+    if problems or recipe is None:
+        source = str(path) if path else "the flags"
+        count = f"{len(problems)} problems" if len(problems) > 1 else "a problem"
+        listed = bullet_list([message for _, message in sorted(problems, key=lambda problem: problem[0])], limit=40)
+        raise LoratuneError(f"{source}: the recipe has {count}:\n{listed}", Exit.USAGE)
+    return _with_found_data(recipe, path)
+
+
+def dump_recipe(recipe: Recipe) -> str:
+    """The resolved recipe as YAML that `load_recipe` reads back to an equal Recipe."""
+    return yaml.safe_dump(recipe.model_dump(), sort_keys=False, allow_unicode=True, width=100)
+
+
+def _read(path: Path) -> Document:
+    try:
+        return read_yaml(path.read_text(encoding="utf-8-sig"))
+    except UnicodeDecodeError as error:
+        raise LoratuneError(f"{path}: not UTF-8 text (byte {error.start}); save it as UTF-8", Exit.USAGE) from error
+    except OSError as error:
+        raise LoratuneError(f"{path}: cannot be read: {error.strerror}", Exit.IO) from error
+
+
+def _with_sections(values: dict[str, Any]) -> dict[str, Any]:
+    """A section that is left out, or whose settings are all commented out (null), means its defaults."""
+    sections = [name for name, field in Recipe.model_fields.items() if hasattr(field.annotation, "model_fields")]
+    return values | {name: {} for name in sections if values.get(name) is None}
+
+
+def _lay_over(values: dict[str, Any], flags: dict[str, Any]) -> dict[str, str]:
+    """Put the flags into `values`; returns setting → problem for flags whose text cannot be read."""
+    problems = {}
+    fields = dict(iterate_settings())
+    for dotted, given in flags.items():
+        try:
+            value = parse_flag(given, fields[dotted])
+        except ValueError as error:
+            problems[dotted] = str(error)
+            continue
+        section, _, name = dotted.rpartition(".")
+        place = values
+        if section:
+            place = values.get(section) or {}
+            if not isinstance(place, dict):
+                continue  # the section's own error tells
+            values[section] = place
+        place[name] = value
+    return problems
+
+
+def is_text(annotation: Any) -> bool:
+    """Whether a setting takes its text as it is typed (a text, or one of several words)."""
+    if get_origin(annotation) in (Union, types.UnionType):
+        return all(is_text(kind) for kind in get_args(annotation) if kind is not type(None))
+    return annotation is str or get_origin(annotation) is Literal
+
+
+def is_list(annotation: Any) -> bool:
+    """Whether a setting's flag may be repeated."""
+    if get_origin(annotation) in (Union, types.UnionType):
+        return any(is_list(kind) for kind in get_args(annotation))
+    return get_origin(annotation) in (list, dict)
+
+
+def parse_flag(given: Any, field: FieldInfo) -> Any:
+    """A flag's text as a recipe value: as typed for texts, as YAML for the rest."""
+    kind = field.annotation
+    if isinstance(given, bool):
+        return given
+    if get_origin(kind) is dict:
+        return dict(_parse_pair(pair) for pair in given)
+    if is_list(kind):
+        items = given if isinstance(given, list) else [given]
+        if len(items) > 1 or get_origin(kind) is list:
+            return items
+        number = _parse_yaml(items[0])
+        return number if isinstance(number, int | float) else items[0]
+    if is_text(kind):
+        return None if given == "null" and type(None) in get_args(kind) else given
+    return _parse_yaml(given)
+
+
+def _parse_pair(pair: str) -> tuple[str, str]:
+    name, equals, value = pair.partition("=")
+    if not equals or not name:
+        raise ValueError(f"write name=value, got {pair!r}")
+    return name, value
+
+
+def _parse_yaml(text: str) -> Any:
+    document = read_yaml(text)
+    if document.problems:
+        raise ValueError(f"cannot read {text!r}")
+    return document.values
+
+
+def _describe(detail: ErrorDetails, lines: dict[str, int], flags: set[str]) -> tuple[int, str]:
+    """Line and text for one pydantic error: where, which setting, what is wrong."""
+    names = [str(part) for part in detail["loc"]]
+    known = {name for name, _ in iterate_settings()} | set(Recipe.model_fields)
+    line = _line(".".join(names), lines)
+    while names and ".".join(names) not in known and detail["type"] != "extra_forbidden":
+        names.pop()  # inside a list or a union: the setting's own name is what the user knows
+    setting = ".".join(names)
+    message = _message(detail, setting)
+    if setting in flags:
+        return 0, f"--{setting}: {message}"
+    place = f"line {line}: " if line else ""
+    return line, f"{place}{setting}: {message}" if setting else f"{place}{message}"
+
+
+def _line(dotted: str, lines: dict[str, int]) -> int:
+    while dotted and dotted not in lines:
+        dotted = dotted.rpartition(".")[0]
+    return lines.get(dotted, 0)
+
+
+def _message(detail: ErrorDetails, setting: str) -> str:
+    value = detail.get("input")
+    context = detail.get("ctx", {})
+    match detail["type"]:
+        case "extra_forbidden":
+            return f"no such setting{_suggestion(setting)}"
+        case "missing":
+            return f"must be given, in the recipe or as --{setting}"
+        case "literal_error":
+            return f"expected {context['expected']}; got {value!r}"
+        case "value_error":
+            return f"{context['error']}" + (f"; got {value!r}" if setting else "")
+        case "too_short":
+            return "must not be empty"
+        case "model_type" | "model_attributes_type":
+            return f"must hold settings of its own, one per line; got {value!r}"
+        case _:
+            return f"{detail['msg'].replace('Input should be', 'must be')}; got {value!r}"
+
+
+def _suggestion(setting: str) -> str:
+    known = [name for name, _ in iterate_settings()]
+    close = difflib.get_close_matches(setting, known, n=1, cutoff=0.6)
+    last = setting.rpartition(".")[2]
+    close = close or [name for name in known if name.rpartition(".")[2] == last]
+    close = close or difflib.get_close_matches(last, known, n=1, cutoff=0.5)
+    return f"; did you mean {close[0]}?" if close else ""
+
+
+def _with_found_data(recipe: Recipe, path: Path | None) -> Recipe:
+    """Point each data file that is not below the current folder to where the recipe means it."""
+    places = [path.parent, path.parent.parent, SHIPPED] if path else [SHIPPED]
+
+    def find(name: str) -> str:
+        plain = name.partition("#")[0]
+        if Path(plain).exists() or Path(plain).is_absolute():
+            return name
+        return next((str((place / name).resolve()) for place in places if (place / plain).is_file()), name)
+
+    data = recipe.data
+    validation = data.validation if isinstance(data.validation, float) else [find(name) for name in data.validation]
+    found = data.model_copy(update={"train": [find(name) for name in data.train], "validation": validation})
+    return recipe.model_copy(update={"data": found})

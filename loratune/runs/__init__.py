@@ -1,0 +1,1 @@
+"""The run folder: the only contract between training and everything after it."""

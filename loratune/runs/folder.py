@@ -1,0 +1,172 @@
+"""Names inside a run folder, what it remembers of its run, and opening it again.
+
+run/
+  recipe.yaml      resolved; loads back to an equal Recipe
+  manifest.json    base, template, data, versions, file hashes: everything later commands check or need
+  status.json      where the run stands: running, interrupted, failed, finished
+  adapter/         plain PEFT folder with the tokenizer's files
+  checkpoints/     step-000050/ …
+  metrics.jsonl    one line per logged step
+  report.json, loss.png
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from dataclasses import dataclass
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+from loratune.errors import Exit, LoratuneError
+from loratune.recipe.loading import dump_recipe, load_recipe
+from loratune.recipe.sections import Recipe
+from loratune.runs.writing import write_json, write_text
+
+FORMAT_VERSION = 1
+RECIPE, MANIFEST, STATUS, REPORT = "recipe.yaml", "manifest.json", "status.json", "report.json"
+ADAPTER, CHECKPOINTS, METRICS, PLOT = "adapter", "checkpoints", "metrics.jsonl", "loss.png"
+
+
+@dataclass(frozen=True)
+class AdapterSource:
+    """An adapter and what is known about how it was made."""
+
+    adapter: Path
+    """PEFT folder."""
+    recipe: Recipe | None
+    """None for a plain PEFT folder."""
+    manifest: dict[str, Any] | None
+
+
+def prepare_output(output: Path, overwrite: bool) -> None:
+    """Check, before anything long starts, that a run may be written to `output`.
+
+    Raises:
+        LoratuneError: it holds a run or something else, or cannot be written to.
+    """
+    if output.is_dir() and any(output.iterdir()):
+        if not (output / STATUS).is_file():
+            raise LoratuneError(
+                f"{output} holds something that is not a run; choose another folder with --output", Exit.USAGE
+            )
+        if not overwrite:
+            raise LoratuneError(
+                f"{output} already holds a run; choose another folder with --output, or replace it with --overwrite",
+                Exit.USAGE,
+            )
+    elif output.exists() and not output.is_dir():
+        raise LoratuneError(f"{output} is a file; choose a folder with --output", Exit.IO)
+    _check_writable(output)
+
+
+def _check_writable(output: Path) -> None:
+    """Try it: permission bits say little about root, quotas, or read-only disks."""
+    existing = next(place for place in [output, *output.absolute().parents] if place.exists())
+    probe = existing / f".loratune-{hashlib.sha256(str(output).encode()).hexdigest()[:8]}"
+    try:
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise LoratuneError(f"{output}: cannot write to {existing}: {error.strerror}", Exit.IO) from error
+
+
+def create_run(output: Path, recipe: Recipe, manifest: dict[str, Any]) -> None:
+    """Start a run folder; one that holds an earlier run is emptied."""
+    try:
+        if output.exists():
+            shutil.rmtree(output)
+        output.mkdir(parents=True)
+    except OSError as error:
+        raise LoratuneError(f"{output}: cannot be made: {error.strerror}", Exit.IO) from error
+    set_status(output, "running")
+    write_text(output / RECIPE, dump_recipe(recipe))
+    write_json(output / MANIFEST, {"format_version": FORMAT_VERSION, "created": _now(), **manifest})
+
+
+def set_status(output: Path, state: str, **details: Any) -> None:
+    """Record where the run stands."""
+    write_json(output / STATUS, {"state": state, "time": _now(), **details})
+
+
+def seal_run(output: Path) -> None:
+    """Add size and sha256 of every lasting file to the manifest; the last step of a run."""
+    manifest = _read_json(output / MANIFEST)
+    adapter_files = sorted(path for path in (output / ADAPTER).rglob("*") if path.is_file())
+    files = [output / RECIPE, *adapter_files]
+    manifest["files"] = {
+        str(path.relative_to(output)): {"bytes": path.stat().st_size, "sha256": file_sha256(path)} for path in files
+    }
+    write_json(output / MANIFEST, manifest)
+
+
+def open_adapter(path: Path) -> AdapterSource:
+    """Find the adapter that a path means: a run folder, one of its checkpoints, or a plain PEFT folder.
+
+    Raises:
+        LoratuneError: there is none, or the run's files have been changed.
+    """
+    if not path.is_dir():
+        raise LoratuneError(f"{path}: no such folder", Exit.MODEL)
+    if (path / RECIPE).is_file():
+        return _open_run(path)
+    run = next((folder for folder in path.absolute().parents[:2] if (folder / MANIFEST).is_file()), None)
+    if run is not None and (run / RECIPE).is_file():
+        recipe, manifest = _read_run(run)
+        return AdapterSource(path, recipe, manifest)
+    if (path / "adapter_config.json").is_file():
+        return AdapterSource(path, None, None)
+    raise LoratuneError(f"{path}: neither a run folder nor an adapter (no adapter_config.json in it)", Exit.MODEL)
+
+
+def _open_run(run: Path) -> AdapterSource:
+    recipe, manifest = _read_run(run)
+    if not (run / ADAPTER).is_dir():
+        checkpoints = sorted(str(folder) for folder in (run / CHECKPOINTS).glob("step-*"))
+        state = _read_json(run / STATUS).get("state", "unknown") if (run / STATUS).is_file() else "unknown"
+        hint = f"; its newest checkpoint is {checkpoints[-1]}" if checkpoints else ""
+        raise LoratuneError(f"{run}: the run has no adapter yet (state: {state}){hint}", Exit.MODEL)
+    changed = [
+        name
+        for name, known in manifest.get("files", {}).items()
+        if name.startswith(ADAPTER) and (not (run / name).is_file() or file_sha256(run / name) != known["sha256"])
+    ]
+    if changed:
+        raise LoratuneError(f"{run}: changed or missing since the run ended: {', '.join(changed)}", Exit.MODEL)
+    return AdapterSource(run / ADAPTER, recipe, manifest)
+
+
+def _read_run(run: Path) -> tuple[Recipe, dict[str, Any]]:
+    manifest = _read_json(run / MANIFEST)
+    if manifest.get("format_version") != FORMAT_VERSION:
+        raise LoratuneError(
+            f"{run}: made by another version of loratune (format {manifest.get('format_version')}, this one reads "
+            f"{FORMAT_VERSION})",
+            Exit.MODEL,
+        )
+    return load_recipe(str(run / RECIPE), {}), manifest
+
+
+def file_sha256(path: Path) -> str:
+    """Hex sha256 of a file's bytes."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise LoratuneError(f"{path}: cannot be read: {error}", Exit.MODEL) from error
+    if not isinstance(value, dict):
+        raise LoratuneError(f"{path}: holds no JSON object", Exit.MODEL)
+    return value
+
+
+def _now() -> str:
+    return datetime.now(timezone.utc).isoformat(timespec="seconds")

@@ -1,0 +1,82 @@
+"""Writing so that a name holds either the whole thing or what was there before."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+
+def current_umask() -> int:
+    """The process's umask; the system tells it only by setting it."""
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def apply_umask(folder: Path) -> None:
+    """Give files the mode that the umask asks for; safetensors 0.8 writes 0600 whatever it is (safetensors#782)."""
+    for path in folder.rglob("*"):
+        if path.is_file():
+            path.chmod(0o666 & ~current_umask())
+
+
+def write_text(path: Path, text: str) -> None:
+    """Replace a file's text in one step that survives a power cut."""
+    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with beside.open("w", encoding="utf-8", newline="\n") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    beside.replace(path)
+    sync_folder(path.parent)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Replace a file by a value as JSON."""
+    write_text(path, json.dumps(value, ensure_ascii=False, indent=2) + "\n")
+
+
+def staging_place(target: Path) -> Path:
+    """Where a folder is built before it takes its name; the same for every process of a run."""
+    return target.with_name(f".tmp-{target.name}")
+
+
+@contextmanager
+def folder_in_one_step(target: Path) -> Iterator[Path]:
+    """Give a temporary sibling to fill; it takes the target's name at the end, and vanishes on an error."""
+    beside = staging_place(target)
+    shutil.rmtree(beside, ignore_errors=True)
+    beside.mkdir(parents=True)
+    try:
+        yield beside
+        apply_umask(beside)
+        for path in beside.rglob("*"):
+            if path.is_file():
+                _sync_file(path)
+        sync_folder(beside)
+        if target.exists():
+            shutil.rmtree(target)
+        beside.rename(target)
+    except BaseException:
+        shutil.rmtree(beside, ignore_errors=True)
+        raise
+    sync_folder(target.parent)
+
+
+def _sync_file(path: Path) -> None:
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+
+
+def sync_folder(folder: Path) -> None:
+    """Bring a folder's entries to disk."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

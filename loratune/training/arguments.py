@@ -1,0 +1,106 @@
+"""The one place where a recipe's settings become TRL's."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Sequence
+from pathlib import Path
+
+from trl import SFTConfig
+
+from loratune.errors import Exit, LoratuneError
+from loratune.model.hardware import Hardware, resolve_dtype
+from loratune.recipe.sections import Recipe
+
+OPTIMIZERS = {
+    "adamw": "adamw_torch",
+    "adamw_8bit": "adamw_bnb_8bit",
+    "paged_adamw_8bit": "paged_adamw_8bit",
+    "paged_adamw_32bit": "paged_adamw_32bit",
+}
+SCHEDULERS = {"cosine": "cosine", "linear": "linear", "constant": "constant_with_warmup"}
+
+
+def training_arguments(recipe: Recipe, hardware: Hardware, has_validation: bool, warnings: list[str]) -> SFTConfig:
+    """TRL's configuration for a recipe.
+
+    Args:
+        recipe: the whole recipe.
+        hardware: decides precision, optimizer and back end.
+        has_validation: whether there are rows to evaluate on.
+        warnings: gets a sentence for each setting that this machine serves otherwise.
+    """
+    training = recipe.training
+    dtype = resolve_dtype(recipe.model.dtype, hardware)
+    output = Path(recipe.output)
+    return SFTConfig(
+        output_dir=str(output),
+        seed=recipe.seed,
+        data_seed=recipe.seed,
+        num_train_epochs=training.epochs,
+        max_steps=training.steps or -1,
+        learning_rate=training.learning_rate,
+        lr_scheduler_type=SCHEDULERS[training.scheduler],
+        warmup_steps=training.warmup,
+        weight_decay=training.weight_decay,
+        per_device_train_batch_size=training.batch_size,
+        per_device_eval_batch_size=recipe.evaluation.batch_size or training.batch_size,
+        gradient_accumulation_steps=training.gradient_accumulation,
+        gradient_checkpointing=training.gradient_checkpointing,  # TRL's default is True
+        max_grad_norm=training.max_gradient_norm,
+        optim=_optimizer(training.optimizer, hardware, warnings),
+        neftune_noise_alpha=training.neftune_alpha,
+        max_length=None,  # rows are measured where they are encoded
+        dataset_kwargs={"skip_prepare_dataset": True},
+        pad_to_multiple_of=None,
+        eval_strategy="steps" if has_validation else "no",
+        eval_steps=recipe.evaluation.every_steps,
+        eval_on_start=has_validation,
+        save_strategy="steps",
+        save_steps=recipe.checkpoints.every_steps,
+        logging_steps=recipe.tracking.every_steps,
+        logging_nan_inf_filter=False,  # it would show NaN as 0
+        disable_tqdm=True,
+        report_to=_trackers(recipe.tracking.report_to, warnings),
+        run_name=recipe.tracking.run_name or output.name,
+        # The base's weights are in their type already; autocast would only convert them again and again on a CPU.
+        bf16=hardware.is_gpu and str(dtype) == "torch.bfloat16",
+        fp16=hardware.is_gpu and str(dtype) == "torch.float16",
+        use_cpu=not hardware.is_gpu,
+        ddp_backend="gloo" if hardware.is_distributed and not hardware.is_gpu else None,
+        ddp_find_unused_parameters=False,
+        dataloader_pin_memory=hardware.is_gpu,
+    )
+
+
+def check_warmup(recipe: Recipe, total_steps: int) -> None:
+    """Refuse a warm-up that never ends.
+
+    Raises:
+        LoratuneError: it is not shorter than the run.
+    """
+    warmup = recipe.training.warmup
+    if warmup >= 1 and warmup >= total_steps:
+        raise LoratuneError(
+            f"training.warmup {warmup:g} is not shorter than the run's {total_steps} steps; a fraction such as 0.05 "
+            "always fits",
+            Exit.USAGE,
+        )
+
+
+def _optimizer(name: str, hardware: Hardware, warnings: list[str]) -> str:
+    if name.startswith("paged") and not hardware.is_gpu:
+        warnings.append(f"training.optimizer {name} needs a GPU; adamw is used")
+        name = "adamw"
+    if name != "adamw" and importlib.util.find_spec("bitsandbytes") is None:
+        raise LoratuneError(f"training.optimizer {name} needs the package bitsandbytes", Exit.USAGE)
+    return "adamw_torch_fused" if name == "adamw" and hardware.is_gpu else OPTIMIZERS[name]
+
+
+def _trackers(names: Sequence[str], warnings: list[str]) -> list[str]:
+    """The trackers whose package is there; a missing one must not stop a long run."""
+    wanted = [name for name in names if name != "none"]
+    missing = [name for name in wanted if importlib.util.find_spec(name) is None]
+    for name in missing:
+        warnings.append(f"tracking.report_to {name}: the package is not installed; pip install {name}")
+    return [name for name in wanted if name not in missing]

@@ -1,0 +1,130 @@
+"""What happens at each logged step: progress on the screen, a line of metrics, a stop when numbers go bad."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from pathlib import Path
+from typing import Any
+
+from transformers import TrainerCallback
+
+from loratune import console
+from loratune.errors import Exit, LoratuneError
+from loratune.model.hardware import Hardware, peak_memory_bytes
+from loratune.runs.folder import METRICS
+
+
+class Metrics(TrainerCallback):
+    """Collects one record per logged step and per validation, and appends each to metrics.jsonl.
+
+    A training record holds step, epoch, loss (nats per trained token, mean over the logged steps), learning_rate,
+    gradient_norm (before clipping), tokens (so far, without padding), tokens_per_second (since the record before),
+    seconds (since the start). A validation record holds step, epoch, validation_loss, seconds.
+    """
+
+    def __init__(self, run: Path) -> None:
+        self.path = run / METRICS
+        self.records: list[dict[str, float]] = []
+        self._start = 0.0
+        self._last = (0.0, 0.0)  # seconds and tokens at the record before
+        self._validating_seconds = 0.0
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Start the clock."""
+        self._start = time.perf_counter()
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float], **_: Any) -> None:
+        """Turn the trainer's log into a record."""
+        seconds = time.perf_counter() - self._start
+        record: dict[str, float] = {"step": state.global_step, "epoch": round(state.epoch or 0, 4)}
+        if "eval_loss" in logs:
+            self._validating_seconds += logs["eval_runtime"]
+            record["validation_loss"] = logs["eval_loss"]
+        elif "loss" in logs:
+            record |= self._training_record(logs, seconds - self._validating_seconds)
+        else:
+            return
+        record["seconds"] = round(seconds, 3)
+        self.records.append(record)
+        if state.is_world_process_zero:
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(record) + "\n")
+
+    def _training_record(self, logs: dict[str, float], training_seconds: float) -> dict[str, float]:
+        tokens = logs.get("num_tokens", 0)
+        last_seconds, last_tokens = self._last
+        self._last = (training_seconds, tokens)
+        return {
+            "loss": logs["loss"],
+            "learning_rate": logs["learning_rate"],
+            "gradient_norm": logs.get("grad_norm", math.nan),
+            "tokens": tokens,
+            "tokens_per_second": round((tokens - last_tokens) / max(training_seconds - last_seconds, 1e-9), 1),
+        }
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Unpadded tokens of all training steps over the time spent in them."""
+        seconds, tokens = self._last
+        return round(tokens / seconds, 1) if seconds else 0.0
+
+    def of(self, name: str) -> list[tuple[int, float]]:
+        """(step, value) of every record that has `name`."""
+        return [(int(record["step"]), record[name]) for record in self.records if name in record]
+
+
+class Progress(TrainerCallback):
+    """Shows the figures of the newest records; stands after `Metrics` in the list of callbacks."""
+
+    def __init__(self, metrics: Metrics, hardware: Hardware) -> None:
+        self.metrics = metrics
+        self.hardware = hardware
+        self.bar: console.StepProgress | None = None
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Open the bar."""
+        if state.is_world_process_zero:
+            self.bar = console.StepProgress(state.max_steps)
+            self.bar.start()
+
+    def on_log(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Show loss, validation loss, learning rate, speed and memory."""
+        losses = self.metrics.of("loss")
+        if self.bar is None or not losses:
+            return
+        figures = [f"loss {losses[-1][1]:.4f}"]
+        validations = self.metrics.of("validation_loss")
+        if validations:
+            figures.append(f"val {validations[-1][1]:.4f}")
+        figures.append(f"lr {self.metrics.of('learning_rate')[-1][1]:.1e}")
+        figures.append(f"{self.metrics.of('tokens_per_second')[-1][1]:.0f} tok/s")
+        figures.append(console.memory(peak_memory_bytes(self.hardware)))
+        self.bar.update(state.global_step, "  ".join(figures))
+
+    def close(self) -> None:
+        """Leave the bar; also called when training ends with an error."""
+        if self.bar is not None:
+            self.bar.stop()
+
+
+class DivergenceGuard(TrainerCallback):
+    """Stops at the first loss or gradient that is not a number, before anything is saved from it."""
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float], **_: Any) -> None:
+        """Look at the trainer's log.
+
+        Raises:
+            LoratuneError: with step, loss, gradient norm and learning rate.
+        """
+        bad = [name for name in ("loss", "grad_norm", "eval_loss") if not math.isfinite(logs.get(name, 0.0))]
+        if bad:
+            figures = ", ".join(
+                f"{name} {logs[name]:g}" for name in ("loss", "grad_norm", "learning_rate", "eval_loss") if name in logs
+            )
+            raise LoratuneError(
+                f"training diverged at step {state.global_step}: {figures}. Earlier checkpoints are untouched; "
+                "try a lower training.learning_rate, a longer training.warmup, or model.dtype float32",
+                Exit.DIVERGED,
+            )

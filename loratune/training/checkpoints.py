@@ -1,0 +1,70 @@
+"""Which checkpoints stay: the newest few, and the best by validation loss."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+from transformers import TrainerCallback
+
+from loratune.recipe.sections import CheckpointSettings, EvaluationSettings
+from loratune.runs.folder import CHECKPOINTS
+
+PREFIX = "step-"
+
+
+def step_folder(checkpoints: Path, step: int) -> Path:
+    """Folder of a step's checkpoint; the zeros make names sort by step."""
+    return checkpoints / f"{PREFIX}{step:06d}"
+
+
+def checkpoint_steps(checkpoints: Path) -> list[int]:
+    """Steps with a complete checkpoint, in order."""
+    return sorted(int(folder.name.removeprefix(PREFIX)) for folder in checkpoints.glob(f"{PREFIX}[0-9]*"))
+
+
+class CheckpointKeeper(TrainerCallback):
+    """Remembers the best validation, saves it, removes what is no longer kept, and stops early if asked."""
+
+    def __init__(self, run: Path, checkpoints: CheckpointSettings, evaluation: EvaluationSettings) -> None:
+        self.folder = run / CHECKPOINTS
+        self.settings = checkpoints
+        self.patience = evaluation.early_stopping
+        self.best_step: int | None = None
+        self.best_loss = float("inf")
+        self.validations_since_best = 0
+        self.stopped_early = False
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, metrics: dict[str, float], **_: Any) -> None:
+        """Note a new best and have it saved; the untrained adapter of step 0 is no candidate."""
+        if state.global_step == 0:
+            return
+        if metrics["eval_loss"] < self.best_loss:
+            self.best_loss, self.best_step = metrics["eval_loss"], state.global_step
+            self.validations_since_best = 0
+            control.should_save = control.should_save or self.settings.keep_best
+        else:
+            self.validations_since_best += 1
+        if self.patience is not None and self.validations_since_best >= self.patience:
+            self.stopped_early = not control.should_training_stop
+            control.should_training_stop = True
+
+    def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Remove the oldest checkpoints, after the new one has its name."""
+        if not state.is_world_process_zero:
+            return
+        steps = checkpoint_steps(self.folder)
+        keep = set(steps[-self.settings.keep :])
+        if self.settings.keep_best and self.best_step is not None:
+            keep.add(self.best_step)
+        for step in steps:
+            if step not in keep:
+                shutil.rmtree(step_folder(self.folder, step))
+
+    @property
+    def best_checkpoint(self) -> Path | None:
+        """The checkpoint that the final adapter is taken from; None if that is the last step."""
+        if not self.settings.keep_best or self.best_step is None:
+            return None
+        return step_folder(self.folder, self.best_step)

@@ -1,0 +1,96 @@
+"""What happened in a run: report.json, loss.png, and the closing table."""
+
+from __future__ import annotations
+
+import platform
+import shlex
+from importlib.metadata import PackageNotFoundError, version
+from typing import TYPE_CHECKING, Any
+
+from loratune import __version__, console
+from loratune.model.hardware import peak_memory_bytes
+from loratune.runs.folder import PLOT, REPORT
+from loratune.runs.writing import write_json
+from loratune.training.callbacks import Metrics
+from loratune.training.checkpoints import CheckpointKeeper
+from loratune.training.plot import plot_losses
+
+if TYPE_CHECKING:
+    from loratune.training.session import Session
+    from loratune.training.trainer import AdapterTrainer
+
+LIBRARIES = ("torch", "transformers", "peft", "trl", "accelerate", "datasets", "bitsandbytes", "safetensors")
+
+
+def library_versions() -> dict[str, str]:
+    """Versions of what a run's result depends on."""
+    versions = {"loratune": __version__, "python": platform.python_version()}
+    for name in LIBRARIES:
+        try:
+            versions[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return versions
+
+
+def write_report(
+    session: Session, trainer: AdapterTrainer, metrics: Metrics, keeper: CheckpointKeeper
+) -> dict[str, Any]:
+    """Put together what happened, write report.json and loss.png, and return the report.
+
+    Losses are in nats per answer token, memory in bytes, speed in tokens per second without padding.
+    """
+    losses, validations = metrics.of("loss"), metrics.of("validation_loss")
+    data = session.data
+    report = {
+        "state": "finished",
+        "output": str(session.output),
+        "base": session.recipe.model.base,
+        "steps": trainer.state.global_step,
+        "epochs": round(trainer.state.epoch or 0, 3),
+        "stopped_early": keeper.stopped_early,
+        "rows": {
+            "training": len(data.train.dataset),
+            "validation": len(data.validation.dataset) if data.validation else 0,
+        },
+        "loss": {"first": losses[0][1], "last": losses[-1][1]},
+        "validation_loss": _validation(validations, keeper) if validations else None,
+        "seconds": metrics.records[-1]["seconds"],
+        "tokens": int(metrics.of("tokens")[-1][1]),
+        "tokens_per_second": metrics.tokens_per_second,
+        "peak_memory_bytes": peak_memory_bytes(session.hardware),
+        "adapter": vars(session.summary),
+        "warnings": session.warnings,
+        "versions": library_versions(),
+    }
+    write_json(session.output / REPORT, report)
+    plot_losses(metrics, session.output / PLOT, title=session.output.name)
+    return report
+
+
+def _validation(validations: list[tuple[int, float]], keeper: CheckpointKeeper) -> dict[str, Any]:
+    taken_step = keeper.best_step if keeper.best_checkpoint and keeper.best_step else validations[-1][0]
+    return {
+        "before": validations[0][1],
+        "after": dict(validations)[taken_step],
+        "best": keeper.best_loss,
+        "best_step": keeper.best_step,
+        "adapter_step": taken_step,
+    }
+
+
+def show_report(report: dict[str, Any]) -> None:
+    """The closing table, and what to type next."""
+    rows = [("steps", f"{report['steps']} ({report['epochs']:g} epochs) in {report['seconds']:.0f} s")]
+    rows.append(("training loss", f"{report['loss']['first']:.4f} → {report['loss']['last']:.4f}"))
+    validation = report["validation_loss"]
+    if validation:
+        taken = f", adapter of step {validation['adapter_step']}"
+        rows.append(("validation loss", f"{validation['before']:.4f} → {validation['after']:.4f}{taken}"))
+    if report["stopped_early"]:
+        rows.append(("stopped early", "the validation loss no longer fell"))
+    rows.append(("speed", f"{report['tokens_per_second']:g} tokens/s"))
+    rows.append(("peak memory", console.memory(report["peak_memory_bytes"])))
+    rows.append(("run folder", report["output"]))
+    console.table(rows, title="done")
+    console.say(f"next: loratune infer --adapter {shlex.quote(report['output'])}")

@@ -1,0 +1,232 @@
+"""From a recipe to a run folder: the flow of `loratune sft`, top to bottom."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from transformers.utils import logging as transformers_logging
+from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
+
+from loratune import console
+from loratune.data.encoding import Encoder
+from loratune.data.preparation import PreparedData, prepare_data
+from loratune.errors import Exit, LoratuneError
+from loratune.model.adapter import AdapterSummary, attach_adapter, load_adapter_weights, save_adapter, summarise_adapter
+from loratune.model.base import dtype_name, find_base, load_base, load_tokenizer, set_pad_token, weight_files
+from loratune.model.hardware import Hardware, detect_hardware, is_out_of_memory
+from loratune.recipe.advice import advise
+from loratune.recipe.sections import Recipe
+from loratune.runs.card import write_card
+from loratune.runs.fingerprint import fingerprint_base
+from loratune.runs.folder import ADAPTER, create_run, prepare_output, seal_run, set_status
+from loratune.runs.tokenizer_files import copy_tokenizer_files
+from loratune.runs.writing import folder_in_one_step
+from loratune.training.arguments import check_warmup, training_arguments
+from loratune.training.callbacks import DivergenceGuard, Metrics, Progress
+from loratune.training.checkpoints import CheckpointKeeper
+from loratune.training.report import library_versions, write_report
+from loratune.training.trainer import AdapterTrainer
+
+
+@dataclass
+class Session:
+    """Everything that a run has gathered before its first step."""
+
+    recipe: Recipe
+    output: Path
+    hardware: Hardware
+    base: Path
+    tokenizer: Any
+    encoder: Encoder
+    data: PreparedData
+    model: Any
+    """The base with the adapter on it, as PEFT makes it."""
+    summary: AdapterSummary
+    warnings: list[str]
+
+
+def train(recipe: Recipe, overwrite: bool = False) -> dict[str, Any]:
+    """Train an adapter as the recipe says and leave a run folder.
+
+    Nothing is written before data, model and settings have proved usable.
+
+    Args:
+        recipe: what to train.
+        overwrite: replace an earlier run in the same folder.
+
+    Returns:
+        The report, as in the run's report.json.
+
+    Raises:
+        LoratuneError: with what is wrong and what to do.
+    """
+    output = Path(recipe.output)
+    if console.IS_SPEAKER:
+        prepare_output(output, overwrite)
+    with _memory_errors_explained(recipe):
+        session = _gather(recipe, output)
+        trainer, metrics, keeper, progress = _build_trainer(session)
+        if console.IS_SPEAKER:
+            create_run(output, recipe, _manifest(session))
+        trainer.accelerator.wait_for_everyone()
+        with _status_kept(output, trainer):
+            try:
+                trainer.train()
+            finally:
+                progress.close()
+            _take_best(trainer, keeper)
+            if not console.IS_SPEAKER:
+                return {}
+            return _finish(session, trainer, metrics, keeper)
+
+
+def _gather(recipe: Recipe, output: Path) -> Session:
+    """Find the base, read the data, load the model; cheap checks before expensive ones."""
+    transformers_logging.set_verbosity_error()
+    hardware = detect_hardware()
+    base = find_base(recipe.model)
+    tokenizer = load_tokenizer(base)
+    encoder = Encoder(tokenizer, recipe.prompt)
+    set_pad_token(tokenizer, {encoder.end_id, tokenizer.eos_token_id})
+    data = prepare_data(recipe.data, encoder, recipe.training.max_length, recipe.seed)
+    warnings = [*advise(recipe), *data.warnings]
+    _show_data(recipe, data)
+    with console.status(f"loading {recipe.model.base}"):
+        model = load_base(recipe.model, base, hardware)
+    adapted = attach_adapter(model, recipe.lora, recipe.model.base, recipe.seed)
+    summary = summarise_adapter(adapted)
+    _show_model(recipe, hardware, summary, dtype_name(model.dtype))
+    return Session(recipe, output, hardware, base, tokenizer, encoder, data, adapted, summary, warnings)
+
+
+def _build_trainer(session: Session) -> tuple[AdapterTrainer, Metrics, CheckpointKeeper, Progress]:
+    recipe, data = session.recipe, session.data
+    arguments = training_arguments(recipe, session.hardware, data.validation is not None, session.warnings)
+    metrics = Metrics(session.output)
+    progress = Progress(metrics, session.hardware)
+    keeper = CheckpointKeeper(session.output, recipe.checkpoints, recipe.evaluation)
+    trainer = AdapterTrainer(
+        model=session.model,
+        args=arguments,
+        train_dataset=data.train.dataset,
+        eval_dataset=data.validation.dataset if data.validation else None,
+        processing_class=session.tokenizer,
+        data_collator=DataCollatorForLanguageModeling(pad_token_id=session.tokenizer.pad_token_id),
+        callbacks=[DivergenceGuard(), metrics, progress, keeper],
+    )
+    total_steps = trainer.count_steps()
+    check_warmup(recipe, total_steps)
+    for warning in session.warnings:
+        console.warn(warning)
+    console.say(
+        f"training {total_steps} steps of {trainer.rows_per_step} rows on {session.hardware.name}", style="bold"
+    )
+    return trainer, metrics, keeper, progress
+
+
+def _take_best(trainer: AdapterTrainer, keeper: CheckpointKeeper) -> None:
+    """Go back to the best checkpoint's weights where later steps have been worse."""
+    best = keeper.best_checkpoint
+    if best is not None and keeper.best_step != trainer.state.global_step:
+        load_adapter_weights(trainer.accelerator.unwrap_model(trainer.model), best)
+
+
+def _finish(session: Session, trainer: AdapterTrainer, metrics: Metrics, keeper: CheckpointKeeper) -> dict[str, Any]:
+    """Write the adapter with its tokenizer and card, the report and the picture, and seal the run."""
+    with folder_in_one_step(session.output / ADAPTER) as folder:
+        save_adapter(trainer.accelerator.unwrap_model(trainer.model), folder)
+        copy_tokenizer_files(session.base, folder)
+        write_card(folder, session.recipe)
+    report = write_report(session, trainer, metrics, keeper)
+    seal_run(session.output)
+    set_status(session.output, "finished", step=trainer.state.global_step, steps=trainer.state.max_steps)
+    return report
+
+
+def _manifest(session: Session) -> dict[str, Any]:
+    """What later commands need to know of the run, and what they check."""
+    encoder = session.encoder
+    return {
+        "base": {
+            "name": session.recipe.model.base,
+            "path": str(session.base.absolute()),
+            **fingerprint_base(session.base, weight_files(session.base)),
+        },
+        "template": {"sha256": encoder.template_sha256, "end_token_id": encoder.end_id},
+        "data": [vars(use) for use in session.data.files],
+        "seed": session.recipe.seed,
+        "versions": library_versions(),
+    }
+
+
+@contextmanager
+def _status_kept(output: Path, trainer: AdapterTrainer) -> Iterator[None]:
+    """Note in status.json how a run ended that did not finish; its adapter is never written."""
+    try:
+        yield
+    except BaseException as error:
+        if console.IS_SPEAKER:
+            interrupted = isinstance(error, KeyboardInterrupt)
+            diverged = isinstance(error, LoratuneError) and error.exit_code == Exit.DIVERGED
+            state = "interrupted" if interrupted else "diverged" if diverged else "failed"
+            set_status(output, state, step=trainer.state.global_step, steps=trainer.state.max_steps)
+            shutil.rmtree(output / f".tmp-{ADAPTER}", ignore_errors=True)
+        raise
+
+
+@contextmanager
+def _memory_errors_explained(recipe: Recipe) -> Iterator[None]:
+    """Turn a lack of memory into advice, cheapest change first."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        training = recipe.training
+        raise LoratuneError(
+            f"out of memory with rows of up to {training.max_length} tokens, {training.batch_size} at once; try\n"
+            f"  --training.batch_size 1 --training.gradient_accumulation "
+            f"{training.batch_size * training.gradient_accumulation}  (the same step in smaller parts)\n"
+            f"  --training.gradient_checkpointing  (slower, far less memory)\n"
+            f"  --model.quantization nf4  (a quarter of the base's memory)\n"
+            f"  --training.max_length {max(8, training.max_length // 2)}  (if few rows are that long)",
+            Exit.IO,
+        ) from error
+
+
+def _show_data(recipe: Recipe, data: PreparedData) -> None:
+    splits = [("training", data.train), ("validation", data.validation)]
+    rows = [
+        (
+            name,
+            f"{len(split.dataset)} rows, {split.tokens} tokens ({split.trained_tokens / split.tokens:.0%} trained), "
+            f"longest {split.longest}",
+        )
+        for name, split in splits
+        if split is not None
+    ]
+    files = ", ".join(f"{Path(use.path).name} ({use.rows})" for use in data.files)
+    console.table([("files", files), *rows, ("template", recipe.prompt.template)], title="data")
+
+
+def _show_model(recipe: Recipe, hardware: Hardware, summary: AdapterSummary, dtype: str) -> None:
+    modules = ", ".join(f"{name} × {count}" for name, count in summary.modules.items())
+    held = dtype if recipe.model.quantization == "none" else recipe.model.quantization
+    share = summary.trainable_parameters / summary.total_parameters
+    console.table(
+        [
+            ("base", f"{recipe.model.base}, {held}, {console.memory(summary.base_bytes)}"),
+            (
+                "adapter",
+                f"rank {recipe.lora.rank}, alpha {recipe.lora.alpha:g}, {console.memory(summary.adapter_bytes)}",
+            ),
+            ("trains", f"{summary.trainable_parameters:,} of {summary.total_parameters:,} parameters ({share:.2%})"),
+            ("modules", modules),
+        ],
+        title="model",
+    )

@@ -1,0 +1,100 @@
+"""TRL's SFTTrainer with what it lacks: validation loss per token, and checkpoints that are complete or absent."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers.trainer_callback import PrinterCallback
+from trl import SFTTrainer
+
+from loratune.model.adapter import save_adapter
+from loratune.runs.folder import CHECKPOINTS
+from loratune.runs.writing import folder_in_one_step, staging_place
+from loratune.training.checkpoints import step_folder
+
+TRAINER_STATE = "trainer_state.json"
+
+
+class AdapterTrainer(SFTTrainer):
+    """Trains a PEFT model on rows that already hold ids and labels."""
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(**settings)
+        self.remove_callback(PrinterCallback)
+
+    @property
+    def rows_per_step(self) -> int:
+        """Rows of one optimizer step, over all devices."""
+        return int(self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size)
+
+    def count_steps(self) -> int:
+        """Optimizer steps of the whole run."""
+        if self.args.max_steps > 0:
+            return int(self.args.max_steps)
+        batches = math.ceil(len(self.train_dataset) / (self.args.train_batch_size * self.args.world_size))
+        steps_per_epoch = math.ceil(batches / self.args.gradient_accumulation_steps)
+        return math.ceil(float(self.args.num_train_epochs) * steps_per_epoch)
+
+    def evaluate(
+        self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
+    ) -> dict[str, float]:
+        """Mean loss per trained token of the validation rows.
+
+        transformers averages the batches' means instead, which weighs a token by how short its batch is.
+        """
+        start = time.perf_counter()
+        was_training = self.model.training
+        self.model.eval()
+        loss, tokens = self._sum_loss(self.get_eval_dataloader(eval_dataset))
+        self.model.train(was_training)
+        metrics = {
+            f"{metric_key_prefix}_loss": loss / tokens,
+            f"{metric_key_prefix}_tokens": tokens,
+            f"{metric_key_prefix}_runtime": round(time.perf_counter() - start, 3),
+        }
+        self._metrics["eval"].clear()
+        self.log(metrics)
+        self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    def _sum_loss(self, batches: Any) -> tuple[float, int]:
+        """Summed loss and number of labelled tokens over all batches of all processes."""
+        loss, tokens = 0.0, 0
+        for batch in batches:
+            inputs = self._prepare_inputs(batch)
+            with torch.no_grad(), self.compute_loss_context_manager():
+                outputs = self.model(**inputs, use_cache=False, fused_lm_head=True)
+            # Rows that a process repeats to fill up the last batch are dropped again here.
+            log_probs, mask = self.accelerator.gather_for_metrics(
+                (outputs.log_probs.float().sum(dim=-1), outputs.label_mask.sum(dim=-1))
+            )
+            loss -= float(log_probs.double().sum())
+            tokens += int(mask.sum())
+        return loss, tokens
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        with self._checkpoint_folder() as folder:
+            if self.args.should_save:
+                save_adapter(self.accelerator.unwrap_model(self.model), folder)
+            self._save_optimizer_and_scheduler(str(folder))
+            self._save_scaler(str(folder))
+            self._save_rng_state(str(folder))
+            if self.args.should_save:
+                self.state.save_to_json(str(folder / TRAINER_STATE))
+
+    @contextmanager
+    def _checkpoint_folder(self) -> Iterator[Path]:
+        """A folder that all processes fill and the first one renames when all are done."""
+        target = step_folder(Path(self.args.output_dir) / CHECKPOINTS, self.state.global_step)
+        with ExitStack() as stack:
+            if self.args.should_save:
+                stack.enter_context(folder_in_one_step(target))
+            self.accelerator.wait_for_everyone()
+            yield staging_place(target)
+            self.accelerator.wait_for_everyone()

@@ -1,0 +1,70 @@
+"""Fixtures: a throwaway Qwen2 of random weights with the practice model's tokenizer, small row files, the CLI."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner, Result
+
+TINY_QWEN = Path(__file__).resolve().parent.parent / "loratune" / "assets" / "tiny-qwen"
+ROWS = [{"instruction": f"How much is {n}+{n}?", "input": "", "output": f"It is {2 * n}."} for n in range(12)]
+
+
+@pytest.fixture(autouse=True)
+def clean_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing of the caller's environment reaches a test, and nothing may ask a hub."""
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LORATUNE_DEBUG", "COLUMNS", "FORCE_COLOR"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+
+
+@pytest.fixture(scope="session")
+def random_qwen(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of a two-layer Qwen2 with random float32 weights; sizes differ so that a transposition shows."""
+    import torch
+    from transformers import Qwen2Config, Qwen2ForCausalLM
+
+    from loratune.runs.tokenizer_files import copy_tokenizer_files
+
+    folder = tmp_path_factory.mktemp("models") / "random-qwen"
+    vocabulary = json.loads((TINY_QWEN / "config.json").read_text())["vocab_size"]
+    torch.manual_seed(0)
+    config = Qwen2Config(
+        vocab_size=vocabulary,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=256,
+        tie_word_embeddings=True,
+        bos_token_id=None,
+    )
+    Qwen2ForCausalLM(config).save_pretrained(folder)
+    copy_tokenizer_files(TINY_QWEN, folder)
+    shutil.copyfile(TINY_QWEN / "generation_config.json", folder / "generation_config.json")
+    return folder
+
+
+@pytest.fixture
+def rows_file(tmp_path: Path) -> Path:
+    """Twelve short Alpaca rows."""
+    path = tmp_path / "rows.json"
+    path.write_text(json.dumps(ROWS), encoding="utf-8")
+    return path
+
+
+@pytest.fixture
+def cli() -> Callable[..., Result]:
+    """Run a loratune command line in this process; the result holds exit_code, stdout and stderr."""
+    from loratune.cli.app import app
+
+    def run(*arguments: Any, **options: Any) -> Result:
+        return CliRunner().invoke(app, [str(argument) for argument in arguments], **options)
+
+    return run
