@@ -70,7 +70,9 @@ def help_page(usage: str, text: str, panels: dict[str, list[tuple[str, str, str]
 def _help_entry(name: str, default: str, text: str, width: int) -> Text:
     entry = Text(name, style="cyan")
     if default:
-        entry.append(" " * max(2, width - entry.cell_len - cell_len(default))).append(default, style="dim")
+        gap = width - cell_len(default)
+        entry.append(" " * (gap - entry.cell_len) if entry.cell_len < gap - 1 else "\n" + " " * gap)
+        entry.append(default, style="dim")
     entry.append("\n")
     for line in Text(text).wrap(Console(), width - 4):
         entry.append("    ").append_text(line).append("\n")
@@ -121,6 +123,7 @@ class StepProgress:
     def __init__(self, total_steps: int) -> None:
         self.total_steps = total_steps
         self._lines_every = max(1, total_steps // 20)
+        self._last_line = 0
         self._progress = Progress(
             SpinnerColumn(),
             TextColumn("{task.completed}/{task.total}"),
@@ -141,7 +144,9 @@ class StepProgress:
     def update(self, step: int, figures: str) -> None:
         """Move to `step` and show its figures."""
         self._progress.update(self._task, completed=step, figures=figures)
-        if not _stderr.is_terminal and (step % self._lines_every == 0 or step in (1, self.total_steps)):
+        is_due = step % self._lines_every == 0 or step in (1, self.total_steps)
+        if not _stderr.is_terminal and is_due and step > self._last_line:
+            self._last_line = step
             say(f"step {step}/{self.total_steps}  {figures}")
 
     def stop(self) -> None:

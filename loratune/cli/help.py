@@ -42,4 +42,6 @@ def _default(parameter: Any) -> str:
     if isinstance(shown, str):
         return shown
     value = parameter.default
-    return "" if value in (None, False, "") else f"{value:g}" if isinstance(value, float) else str(value)
+    if value is None or isinstance(value, bool) or value == "":
+        return ""
+    return f"{value:g}" if isinstance(value, float) else str(value)

@@ -33,7 +33,10 @@ def command(
         console.write_result(dump_recipe(recipe), end="")
         return
     with console.status("starting"):
+        from loratune.training.report import show_report
         from loratune.training.session import train
     report = train(recipe, overwrite)
-    if json and report:
+    if report:
+        show_report(report)
+    if json:
         console.write_json(report)

@@ -124,11 +124,29 @@ class Encoder:
             examples.append(Example(prompt + answer, labels + answer))
         return examples
 
-    def _with_settings(self, messages: Sequence[Message]) -> list[Message]:
+    def _with_reasoning_apart(self, message: Message) -> Message | dict[str, str]:
+        """Hand an earlier answer's reasoning to a template that takes it by itself.
+
+        Qwen3's template would find the reasoning in the content too, but not past the marks that keep control tokens of
+        a text apart from the template's own.
+        """
+        content = message["content"]
+        if "</think>" not in content or "reasoning_content" not in self.template:
+            return message
+        reasoning = content.partition("</think>")[0].rpartition("<think>")[2].strip("\n")
+        return {
+            "role": message["role"],
+            "content": content.rpartition("</think>")[2].lstrip("\n"),
+            "reasoning_content": reasoning,
+        }
+
+    def _with_settings(self, messages: Sequence[Message]) -> list[Message | dict[str, str]]:
         """Add the system prompt where there is none, and the prefix to each instruction."""
         prefix, system = self.settings.instruction_prefix, self.settings.system
-        rendered: list[Message] = [
-            {"role": "user", "content": prefix + message["content"]} if message["role"] == "user" else message
+        rendered: list[Message | dict[str, str]] = [
+            {"role": "user", "content": prefix + message["content"]}
+            if message["role"] == "user"
+            else self._with_reasoning_apart(message)
             for message in messages
         ]
         if system and rendered[0]["role"] != "system":

@@ -84,7 +84,8 @@ def _problems(value: Any) -> list[str]:
     if not isinstance(value, dict):
         return [f"is {_kind(value)}, not an object with 'instruction' and 'output'"]
     problems = [_text_problem(value, key, required=key == "output") for key in ROW_KEYS if key != "history"]
-    if not value.get("instruction") and not value.get("input"):
+    asked = [value.get("instruction"), value.get("input")]
+    if all(text is None or (isinstance(text, str) and not text.strip()) for text in asked):
         problems.append("'instruction' is missing or empty")
     problems.append(_history_problem(value.get("history")))
     return [problem for problem in problems if problem]
@@ -96,7 +97,7 @@ def _text_problem(value: dict[str, Any], key: str, required: bool) -> str:
         return f"{key!r} is {'null' if key in value else 'missing'}" if required else ""
     if not isinstance(text, str):
         return f"{key!r} is {_kind(text)}, not a text"
-    if any("\ud800" <= character <= "\udfff" for character in text):
+    if _has_half_a_pair(text):
         return f"{key!r} holds half of a UTF-16 pair, which is no character"
     return f"{key!r} is empty" if required and not text.strip() else ""
 
@@ -108,7 +109,14 @@ def _history_problem(history: Any) -> str:
         isinstance(turn, list) and len(turn) == 2 and all(isinstance(text, str) and text.strip() for text in turn)
         for turn in history
     )
-    return "" if is_pairs else "'history' is not a list of [question, answer] pairs of texts"
+    if not is_pairs:
+        return "'history' is not a list of [question, answer] pairs of texts"
+    has_half = any(_has_half_a_pair(text) for turn in history for text in turn)
+    return "'history' holds half of a UTF-16 pair, which is no character" if has_half else ""
+
+
+def _has_half_a_pair(text: str) -> bool:
+    return any("\ud800" <= character <= "\udfff" for character in text)
 
 
 def _kind(value: Any) -> str:

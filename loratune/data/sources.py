@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +13,8 @@ from typing import Any
 from charset_normalizer import from_bytes
 
 from loratune.errors import Exit, LoratuneError, bullet_list
+
+ENDINGS = (".json", ".jsonl")
 
 
 @dataclass(frozen=True)
@@ -40,11 +43,13 @@ def parse_source(text: str) -> Source:
     """
     if "://" in text or text.startswith(("hf:", "ms:")):
         raise LoratuneError(f"{text}: nothing is fetched from the network; download the file first", Exit.DATA)
-    name, hash_sign, count = text.rpartition("#") if "#" in text else (text, "", "")
-    if hash_sign and (not count.isascii() or not count.isdigit() or int(count) == 0):
+    # A # before the ending belongs to the name.
+    has_count = "#" in text and Path(text).suffix.lower() not in ENDINGS
+    name, hash_sign, count = text.rpartition("#") if has_count else (text, "", "")
+    if hash_sign and not re.fullmatch("0*[1-9][0-9]{0,17}", count):
         raise LoratuneError(f"{text}: after # a number of rows is expected, such as rows.json#500", Exit.DATA)
     path = Path(name)
-    if path.suffix.lower() not in (".json", ".jsonl"):
+    if path.suffix.lower() not in ENDINGS:
         raise LoratuneError(f"{name}: not a .json or .jsonl file", Exit.DATA)
     return Source(path, int(count) if count else None)
 
@@ -69,7 +74,7 @@ def read_rows(source: Source, seed: int) -> list[Row]:
 def _read_text(path: Path) -> str:
     try:
         raw = path.read_bytes()
-    except FileNotFoundError as error:
+    except (FileNotFoundError, ValueError) as error:  # ValueError: a NUL in the name
         raise LoratuneError(f"{path}: no such file (looked from {Path.cwd()})", Exit.DATA) from error
     except OSError as error:
         raise LoratuneError(f"{path}: cannot be read: {error.strerror}", Exit.IO) from error
@@ -78,6 +83,7 @@ def _read_text(path: Path) -> str:
     except UnicodeDecodeError as error:
         best = from_bytes(raw[: 1 << 20]).best()
         guess = best.encoding.upper().replace("_", "-") if best else "ENCODING"
+        guess = re.sub("-([BL]E)$", r"\1", guess)  # iconv knows UTF-16LE
         raise LoratuneError(
             f"{path}: not UTF-8 (byte {error.start}), probably {guess}; convert it with\n"
             f"  iconv -f {guess} -t UTF-8 {path.name} > utf8-{path.name}",

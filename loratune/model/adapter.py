@@ -66,7 +66,8 @@ def attach_adapter(model: Any, settings: LoraSettings, base_name: str, seed: int
         modules_to_save=settings.modules_to_save or None,
         use_rslora=settings.use_rslora,
         use_dora=settings.use_dora,
-        base_model_name_or_path=base_name,
+        # An embedding trained in full must stay the head's matrix too, where the base has one for both.
+        ensure_weight_tying=bool(settings.modules_to_save) and model.config.tie_word_embeddings,
     )
     adapted = get_peft_model(model, config)
     config.base_model_name_or_path = base_name  # PEFT puts the folder it was loaded from there

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 from transformers.utils import logging as transformers_logging
 
@@ -134,7 +135,7 @@ def load_base(settings: ModelSettings, folder: Path, hardware: Hardware) -> Any:
             trust_remote_code=False,
             output_loading_info=True,
         )
-    except (OSError, ValueError, RuntimeError) as error:
+    except (OSError, ValueError, RuntimeError, StrictDataclassError) as error:
         if "allocate" in str(error):
             raise
         raise LoratuneError(f"{folder}: cannot be loaded: {str(error).splitlines()[0]}", Exit.MODEL) from error

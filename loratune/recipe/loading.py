@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import difflib
+import re
 import types
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin
 
-import yaml
 from pydantic import ValidationError
 from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
 from loratune.errors import Exit, LoratuneError, bullet_list
 from loratune.recipe.sections import Recipe, iterate_settings
-from loratune.recipe.yaml_reader import Document, read_yaml
+from loratune.recipe.yaml_reader import SURROGATE, Document, read_yaml, write_yaml
 
 PACKAGE = Path(__file__).resolve().parent.parent
 # An installed wheel carries configs/ and data/ inside the package, a checkout beside it.
@@ -33,7 +33,7 @@ def find_recipe(name: str) -> Path:
         LoratuneError: there is neither.
     """
     path = Path(name)
-    if path.is_file():
+    if _is_there(path):
         return path
     shipped = {recipe.stem: recipe for recipe in shipped_recipes()}
     bare = name.removesuffix(".yaml")
@@ -45,6 +45,13 @@ def find_recipe(name: str) -> Path:
         f"recipe {name!r}: no such file, and no shipped recipe of that name; {hint}shipped are: {', '.join(shipped)}",
         Exit.USAGE,
     )
+
+
+def _is_there(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except OSError:  # a name too long, or a folder that may not be searched
+        return False
 
 
 def load_recipe(config: str | None, flags: dict[str, Any]) -> Recipe:
@@ -88,7 +95,7 @@ def load_recipe(config: str | None, flags: dict[str, Any]) -> Recipe:
 
 def dump_recipe(recipe: Recipe) -> str:
     """The resolved recipe as YAML that `load_recipe` reads back to an equal Recipe."""
-    return yaml.safe_dump(recipe.model_dump(), sort_keys=False, allow_unicode=True, width=100)
+    return write_yaml(recipe.model_dump())
 
 
 def _read(path: Path) -> Document:
@@ -112,6 +119,8 @@ def _lay_over(values: dict[str, Any], flags: dict[str, Any]) -> dict[str, str]:
     fields = dict(iterate_settings())
     for dotted, given in flags.items():
         try:
+            if SURROGATE.search("".join(given) if isinstance(given, list) else str(given)):
+                raise ValueError(f"not UTF-8 text: {given!r}")
             value = parse_flag(given, fields[dotted])
         except ValueError as error:
             problems[dotted] = str(error)
@@ -206,7 +215,7 @@ def _message(detail: ErrorDetails, setting: str) -> str:
             return f"expected {context['expected']}; got {value!r}"
         case "value_error":
             return f"{context['error']}" + (f"; got {value!r}" if setting else "")
-        case "too_short":
+        case "too_short" | "string_too_short":
             return "must not be empty"
         case "model_type" | "model_attributes_type":
             return f"must hold settings of its own, one per line; got {value!r}"
@@ -215,7 +224,7 @@ def _message(detail: ErrorDetails, setting: str) -> str:
 
 
 def _suggestion(setting: str) -> str:
-    known = [name for name, _ in iterate_settings()]
+    known = [*Recipe.model_fields, *(name for name, _ in iterate_settings() if "." in name)]
     close = difflib.get_close_matches(setting, known, n=1, cutoff=0.6)
     last = setting.rpartition(".")[2]
     close = close or [name for name in known if name.rpartition(".")[2] == last]
@@ -228,10 +237,10 @@ def _with_found_data(recipe: Recipe, path: Path | None) -> Recipe:
     places = [path.parent, path.parent.parent, SHIPPED] if path else [SHIPPED]
 
     def find(name: str) -> str:
-        plain = name.partition("#")[0]
-        if Path(plain).exists() or Path(plain).is_absolute():
+        plain = re.sub(r"#\d*$", "", name)
+        if _is_there(Path(plain)) or Path(plain).is_absolute():
             return name
-        return next((str((place / name).resolve()) for place in places if (place / plain).is_file()), name)
+        return next((str((place / name).resolve()) for place in places if _is_there(place / plain)), name)
 
     data = recipe.data
     validation = data.validation if isinstance(data.validation, float) else [find(name) for name in data.validation]

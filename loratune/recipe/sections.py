@@ -82,7 +82,7 @@ class LoraSettings(Section):
     @field_validator("targets")
     @classmethod
     def _targets_not_empty(cls, targets: str | list[str]) -> str | list[str]:
-        if not targets:
+        if not targets or "" in list(targets):
             raise ValueError("name at least one module")
         return targets
 

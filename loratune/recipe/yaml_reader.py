@@ -9,6 +9,13 @@ from typing import Any
 import yaml
 
 MAX_DEPTH = 20
+MAX_DIGITS = 100
+_KINDS = {
+    yaml.ScalarNode: ("null", "bool", "int", "float", "str"),
+    yaml.SequenceNode: ("seq",),
+    yaml.MappingNode: ("map",),
+}
+SURROGATE = re.compile(r"[\ud800-\udfff]")
 
 
 class _Resolver(yaml.SafeLoader):
@@ -24,8 +31,23 @@ _SCALARS = [
     ("float", r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)",
      list("-+.0123456789")),
 ]  # fmt: skip
-for _name, _pattern, _first in _SCALARS:
-    _Resolver.add_implicit_resolver(f"tag:yaml.org,2002:{_name}", re.compile(f"^(?:{_pattern})$"), _first)
+_PATTERNS = {name: re.compile(rf"^(?:{pattern})\Z") for name, pattern, _ in _SCALARS}
+
+
+class _Writer(yaml.SafeDumper):
+    """Quotes every text that `_Resolver`, or a reader of YAML 1.1, would take for something else."""
+
+    def analyze_scalar(self, scalar: str) -> Any:
+        """Leave only the style with escapes where folding would turn a rare line break into a blank."""
+        analysis = super().analyze_scalar(scalar)
+        if re.search("[\x85\u2028\u2029]", scalar):
+            analysis.allow_single_quoted = analysis.allow_block = False
+        return analysis
+
+
+for _name, _, _first in _SCALARS:
+    for _side in (_Resolver, _Writer):
+        _side.add_implicit_resolver(f"tag:yaml.org,2002:{_name}", _PATTERNS[_name], _first)
 
 
 @dataclass
@@ -42,20 +64,26 @@ class Document:
 def read_yaml(text: str) -> Document:
     """Parse one YAML document; every problem of form is collected rather than raised."""
     document = Document()
-    loader = _Resolver(text)
     try:
-        node = loader.get_single_node()
+        # Reading characters starts with the loader; it holds nothing that would have to be closed.
+        node = _Resolver(text).get_single_node()
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         problem = " ".join(filter(None, [error.problem, error.context]))
         document.problems.append((mark.line + 1 if mark else 1, f"not valid YAML: {problem}"))
-    except (yaml.YAMLError, RecursionError) as error:
-        document.problems.append((1, f"not valid YAML: {str(error).splitlines()[0]}"))
+    except yaml.reader.ReaderError as error:
+        line = text.count("\n", 0, error.position) + 1
+        document.problems.append((line, f"not valid YAML: the character U+{error.character:04X} is not allowed"))
+    except RecursionError:
+        document.problems.append((1, f"nested deeper than {MAX_DEPTH} levels"))
     else:
         document.values = _Builder(document).build(node, "") if node else None
-    finally:
-        loader.dispose()
     return document
+
+
+def write_yaml(values: dict[str, Any]) -> str:
+    """YAML text that `read_yaml` reads back to equal values."""
+    return yaml.dump(values, Dumper=_Writer, sort_keys=False, allow_unicode=True, width=100)
 
 
 class _Builder:
@@ -72,7 +100,7 @@ class _Builder:
         self.seen.add(id(node))
         if depth > MAX_DEPTH:
             return self._refuse(line, f"nested deeper than {MAX_DEPTH} levels")
-        if not node.tag.startswith("tag:yaml.org,2002:") or "python" in node.tag:
+        if node.tag.removeprefix("tag:yaml.org,2002:") not in _KINDS[type(node)]:
             return self._refuse(line, f"the tag {node.tag!r} is not allowed; a recipe holds plain values")
         if isinstance(node, yaml.MappingNode):
             return self._build_mapping(node, path, depth)
@@ -84,7 +112,7 @@ class _Builder:
         values: dict[str, Any] = {}
         for key_node, value_node in node.value:
             line = key_node.start_mark.line + 1
-            if not isinstance(key_node, yaml.ScalarNode):
+            if not isinstance(key_node, yaml.ScalarNode) or not key_node.tag.startswith("tag:yaml.org,2002:"):
                 self._refuse(line, "a key must be a plain word")
                 continue
             key = key_node.value
@@ -97,19 +125,22 @@ class _Builder:
         return values
 
     def _scalar(self, node: yaml.Node) -> Any:
-        kind = node.tag.rpartition(":")[2]
+        kind, line = node.tag.rpartition(":")[2], node.start_mark.line + 1
+        if kind == "str":
+            is_text = node.value.isascii() or not SURROGATE.search(node.value)
+            return node.value if is_text else self._refuse(line, "half of a UTF-16 pair is no character")
+        if not _PATTERNS[kind].match(node.value):
+            return self._refuse(line, f"{node.value!r} is not a value of type {kind}")
         match kind:
-            case "null":
-                return None
             case "bool":
                 return node.value.lower() == "true"
+            case "int" if len(node.value) > MAX_DIGITS:
+                return self._refuse(line, f"a number of more than {MAX_DIGITS} digits is not allowed")
             case "int":
                 return int(node.value)
             case "float":
                 return float(re.sub(r"\.(inf|nan)", r"\1", node.value.lower()))
-            case "str":
-                return node.value
-        return self._refuse(node.start_mark.line + 1, f"a value of type {kind} is not allowed in a recipe")
+        return None
 
     def _refuse(self, line: int, message: str) -> None:
         self.document.problems.append((line, message))

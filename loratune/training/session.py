@@ -26,7 +26,7 @@ from loratune.runs.fingerprint import fingerprint_base
 from loratune.runs.folder import ADAPTER, create_run, prepare_output, seal_run, set_status
 from loratune.runs.tokenizer_files import copy_tokenizer_files
 from loratune.runs.writing import folder_in_one_step
-from loratune.training.arguments import check_warmup, training_arguments
+from loratune.training.arguments import plan_steps, rows_per_step, training_arguments
 from loratune.training.callbacks import DivergenceGuard, Metrics, Progress
 from loratune.training.checkpoints import CheckpointKeeper
 from loratune.training.report import library_versions, write_report
@@ -47,6 +47,8 @@ class Session:
     model: Any
     """The base with the adapter on it, as PEFT makes it."""
     summary: AdapterSummary
+    steps: int
+    """Optimizer steps that the recipe comes to."""
     warnings: list[str]
 
 
@@ -94,6 +96,7 @@ def _gather(recipe: Recipe, output: Path) -> Session:
     encoder = Encoder(tokenizer, recipe.prompt)
     set_pad_token(tokenizer, {encoder.end_id, tokenizer.eos_token_id})
     data = prepare_data(recipe.data, encoder, recipe.training.max_length, recipe.seed)
+    steps = plan_steps(recipe.training, len(data.train.dataset), hardware.processes)
     warnings = [*advise(recipe), *data.warnings]
     _show_data(recipe, data)
     with console.status(f"loading {recipe.model.base}"):
@@ -101,7 +104,7 @@ def _gather(recipe: Recipe, output: Path) -> Session:
     adapted = attach_adapter(model, recipe.lora, recipe.model.base, recipe.seed)
     summary = summarise_adapter(adapted)
     _show_model(recipe, hardware, summary, dtype_name(model.dtype))
-    return Session(recipe, output, hardware, base, tokenizer, encoder, data, adapted, summary, warnings)
+    return Session(recipe, output, hardware, base, tokenizer, encoder, data, adapted, summary, steps, warnings)
 
 
 def _build_trainer(session: Session) -> tuple[AdapterTrainer, Metrics, CheckpointKeeper, Progress]:
@@ -119,13 +122,10 @@ def _build_trainer(session: Session) -> tuple[AdapterTrainer, Metrics, Checkpoin
         data_collator=DataCollatorForLanguageModeling(pad_token_id=session.tokenizer.pad_token_id),
         callbacks=[DivergenceGuard(), metrics, progress, keeper],
     )
-    total_steps = trainer.count_steps()
-    check_warmup(recipe, total_steps)
     for warning in session.warnings:
         console.warn(warning)
-    console.say(
-        f"training {total_steps} steps of {trainer.rows_per_step} rows on {session.hardware.name}", style="bold"
-    )
+    rows = rows_per_step(recipe.training, session.hardware.processes)
+    console.say(f"training {session.steps} steps of {rows} rows on {session.hardware.name}", style="bold")
     return trainer, metrics, keeper, progress
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -27,19 +26,6 @@ class AdapterTrainer(SFTTrainer):
     def __init__(self, **settings: Any) -> None:
         super().__init__(**settings)
         self.remove_callback(PrinterCallback)
-
-    @property
-    def rows_per_step(self) -> int:
-        """Rows of one optimizer step, over all devices."""
-        return int(self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size)
-
-    def count_steps(self) -> int:
-        """Optimizer steps of the whole run."""
-        if self.args.max_steps > 0:
-            return int(self.args.max_steps)
-        batches = math.ceil(len(self.train_dataset) / (self.args.train_batch_size * self.args.world_size))
-        steps_per_epoch = math.ceil(batches / self.args.gradient_accumulation_steps)
-        return math.ceil(float(self.args.num_train_epochs) * steps_per_epoch)
 
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"

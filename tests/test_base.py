@@ -1,0 +1,137 @@
+"""The base model's folder: what is refused before anything is loaded, and what is loaded."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from loratune.errors import Exit, LoratuneError
+from loratune.model.base import check_base, find_base, load_base, load_tokenizer, set_pad_token, weight_files
+from loratune.model.hardware import detect_hardware
+from loratune.recipe.sections import ModelSettings
+
+
+@pytest.fixture
+def folder(random_qwen: Path, tmp_path: Path) -> Path:
+    """A copy of the random model that a test may damage."""
+    return shutil.copytree(random_qwen, tmp_path / "model")
+
+
+def refusal(folder: Path) -> str:
+    """The message with which a folder is refused."""
+    with pytest.raises(LoratuneError) as raised:
+        check_base(folder)
+    assert raised.value.exit_code == Exit.MODEL
+    return str(raised.value)
+
+
+def edit_config(folder: Path, **values: object) -> None:
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | values))
+
+
+def test_a_folder_without_config_is_no_model(tmp_path: Path) -> None:
+    assert "no config.json" in refusal(tmp_path)
+
+
+def test_a_name_that_is_neither_folder_nor_hub_id_is_refused() -> None:
+    for name in ("nowhere", "a/b/c", "/nowhere/at/all", "../x"):
+        with pytest.raises(LoratuneError, match="no such folder"):
+            find_base(ModelSettings(base=name))
+
+
+def test_a_hub_id_offline_fails_with_the_way_out() -> None:
+    with pytest.raises(LoratuneError, match="give its folder") as raised:
+        find_base(ModelSettings(base="nobody/nothing"))
+    assert raised.value.exit_code == Exit.MODEL
+
+
+@pytest.mark.parametrize("key", ["auto_map", "_attn_implementation_internal", "model_file", "custom_pipelines"])
+def test_a_config_that_asks_for_code_is_refused(folder: Path, key: str) -> None:
+    edit_config(folder, **{key: {"AutoConfig": "evil.py"}})
+    assert key in refusal(folder)
+
+
+def test_an_unknown_architecture_is_refused_with_those_that_work(folder: Path) -> None:
+    edit_config(folder, model_type="bert")
+    assert "'bert' is not supported" in refusal(folder)
+
+
+def test_a_quantised_base_is_refused(folder: Path) -> None:
+    edit_config(folder, quantization_config={"quant_method": "gptq"})
+    assert "quantised already" in refusal(folder)
+
+
+def test_a_truncated_weights_file_is_named(folder: Path) -> None:
+    path = folder / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-100])
+    assert "model.safetensors" in refusal(folder)
+    assert "declares" in refusal(folder)
+
+
+@pytest.mark.parametrize("content", [b"", b"short", b"\xff" * 64, (5).to_bytes(8, "little") + b"not{}"])
+def test_a_weights_file_of_rubbish_is_named(folder: Path, content: bytes) -> None:
+    (folder / "model.safetensors").write_bytes(content)
+    assert "model.safetensors" in refusal(folder)
+
+
+def test_an_index_may_not_name_files_elsewhere(folder: Path) -> None:
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": "../secret.safetensors"}}))
+    assert "outside the folder" in refusal(folder)
+
+
+def test_a_missing_shard_is_named(folder: Path) -> None:
+    weights = {"a": "model.safetensors", "b": "model-00002-of-00002.safetensors"}
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weights}))
+    assert "model-00002-of-00002.safetensors" in refusal(folder)
+
+
+def test_pickled_weights_are_never_opened(folder: Path, tmp_path: Path) -> None:
+    (folder / "model.safetensors").unlink()
+    (folder / "pytorch_model.bin").write_bytes(b"cos\nsystem\n(S'touch canary'\ntR.")
+    assert "never opened" in refusal(folder)
+
+
+def test_tensors_that_are_missing_are_named(folder: Path) -> None:
+    edit_config(folder, num_hidden_layers=3, layer_types=None)
+    with pytest.raises(LoratuneError, match=r"layers\.2"):
+        load_base(ModelSettings(base="x", dtype="float32"), folder, detect_hardware())
+
+
+def test_a_config_that_contradicts_itself_is_one_message(folder: Path) -> None:
+    edit_config(folder, num_hidden_layers=3)  # its list of layer types has two entries
+    with pytest.raises(LoratuneError, match="cannot be loaded") as raised:
+        load_base(ModelSettings(base="x", dtype="float32"), folder, detect_hardware())
+    assert raised.value.exit_code == Exit.MODEL
+
+
+def test_a_loaded_base_is_frozen_and_computes_what_transformers_computes(random_qwen: Path) -> None:
+    model = load_base(ModelSettings(base="x", dtype="float32"), random_qwen, detect_hardware())
+    reference = AutoModelForCausalLM.from_pretrained(random_qwen, dtype=torch.float32)
+    ids = torch.tensor([[5, 6, 7, 8]])
+
+    assert not any(parameter.requires_grad for parameter in model.parameters())
+    torch.testing.assert_close(model(ids).logits, reference(ids).logits)
+
+
+def test_float16_on_a_cpu_is_refused(random_qwen: Path) -> None:
+    if torch.cuda.is_available():
+        pytest.skip("about machines without a GPU")
+    with pytest.raises(LoratuneError, match="float16 needs a GPU"):
+        load_base(ModelSettings(base="x", dtype="float16"), random_qwen, detect_hardware())
+
+
+def test_padding_is_never_a_token_that_ends_an_answer(random_qwen: Path) -> None:
+    tokenizer = load_tokenizer(random_qwen)
+    ends = {tokenizer.eos_token_id, tokenizer.pad_token_id}
+    set_pad_token(tokenizer, ends)
+    assert tokenizer.pad_token_id not in ends
+
+
+def test_weight_files_come_in_order(random_qwen: Path) -> None:
+    assert [path.name for path in weight_files(random_qwen)] == ["model.safetensors"]

@@ -1,0 +1,162 @@
+"""The run folder: writing in one step, opening it again, noticing changes, and the base's fingerprint."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file, save_file
+
+from loratune.errors import Exit, LoratuneError
+from loratune.recipe.loading import load_recipe
+from loratune.recipe.sections import DataSettings, ModelSettings, Recipe
+from loratune.runs.fingerprint import fingerprint_base
+from loratune.runs.folder import create_run, open_adapter, prepare_output, seal_run, set_status
+from loratune.runs.writing import folder_in_one_step, write_json, write_text
+
+RECIPE = Recipe(model=ModelSettings(base="x"), data=DataSettings(train=["a.json"]))
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    """A finished run folder with a made-up adapter."""
+    output = tmp_path / "run"
+    create_run(output, RECIPE, {"base": {"name": "x"}})
+    with folder_in_one_step(output / "adapter") as folder:
+        (folder / "adapter_config.json").write_text("{}")
+    seal_run(output)
+    set_status(output, "finished")
+    return output
+
+
+def test_the_recipe_in_a_run_loads_back_to_an_equal_one(run: Path) -> None:
+    assert load_recipe(str(run / "recipe.yaml"), {}) == RECIPE
+
+
+def test_a_run_folder_its_adapter_and_a_checkpoint_open_with_the_run_s_recipe(run: Path) -> None:
+    checkpoint = run / "checkpoints" / "step-000010"
+    checkpoint.mkdir(parents=True)
+    for path in (run, run / "adapter", checkpoint):
+        assert open_adapter(path).recipe == RECIPE
+    assert open_adapter(run).adapter == run / "adapter"
+    assert open_adapter(checkpoint).adapter == checkpoint
+
+
+def test_a_plain_peft_folder_opens_without_recipe(tmp_path: Path) -> None:
+    (tmp_path / "adapter_config.json").write_text("{}")
+    assert open_adapter(tmp_path).recipe is None
+
+
+def test_other_folders_are_no_adapter(tmp_path: Path) -> None:
+    for path in (tmp_path, tmp_path / "missing"):
+        with pytest.raises(LoratuneError) as raised:
+            open_adapter(path)
+        assert raised.value.exit_code == Exit.MODEL
+
+
+def test_a_changed_adapter_is_named(run: Path) -> None:
+    (run / "adapter" / "adapter_config.json").write_text('{"lora_alpha": 1000}')
+    with pytest.raises(LoratuneError, match=r"changed or missing.*adapter/adapter_config\.json"):
+        open_adapter(run)
+
+
+def test_a_run_without_adapter_tells_its_state_and_newest_checkpoint(run: Path) -> None:
+    shutil.rmtree(run / "adapter")
+    (run / "checkpoints" / "step-000020").mkdir(parents=True)
+    set_status(run, "interrupted")
+    with pytest.raises(LoratuneError, match=r"state: interrupted.*step-000020"):
+        open_adapter(run)
+
+
+def test_a_manifest_of_another_format_is_refused(run: Path) -> None:
+    manifest = json.loads((run / "manifest.json").read_text())
+    write_json(run / "manifest.json", manifest | {"format_version": 99})
+    with pytest.raises(LoratuneError, match="format 99"):
+        open_adapter(run)
+
+
+def test_an_output_that_holds_something_else_is_never_touched(tmp_path: Path) -> None:
+    (tmp_path / "thesis.txt").write_text("mine")
+    for overwrite in (False, True):
+        with pytest.raises(LoratuneError, match="not a run") as raised:
+            prepare_output(tmp_path, overwrite)
+        assert raised.value.exit_code == Exit.USAGE
+    assert (tmp_path / "thesis.txt").read_text() == "mine"
+
+
+def test_an_earlier_run_is_replaced_only_when_asked(run: Path) -> None:
+    with pytest.raises(LoratuneError, match="--overwrite"):
+        prepare_output(run, overwrite=False)
+    prepare_output(run, overwrite=True)
+    create_run(run, RECIPE, {})
+    assert not (run / "adapter").exists()
+
+
+def test_an_output_that_is_a_file_or_lies_under_one_is_refused(tmp_path: Path) -> None:
+    file = tmp_path / "file"
+    file.write_text("")
+    for output in (file, file / "run"):
+        with pytest.raises(LoratuneError) as raised:
+            prepare_output(output, overwrite=False)
+        assert raised.value.exit_code == Exit.IO
+
+
+def test_checking_an_output_leaves_nothing_behind(tmp_path: Path) -> None:
+    prepare_output(tmp_path / "new" / "run", overwrite=False)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_names_with_spaces_and_chinese_work(tmp_path: Path) -> None:
+    output = tmp_path / "my run 小李"
+    prepare_output(output, overwrite=False)
+    create_run(output, RECIPE, {})
+    assert (output / "recipe.yaml").is_file()
+
+
+def test_a_folder_that_fails_half_way_never_gets_its_name(tmp_path: Path) -> None:
+    def fill(folder: Path) -> None:
+        (folder / "half").write_text("x")
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt), folder_in_one_step(tmp_path / "target") as folder:
+        fill(folder)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_written_in_one_step_obeys_the_umask(tmp_path: Path) -> None:
+    old = os.umask(0o027)
+    try:
+        with folder_in_one_step(tmp_path / "target") as folder:
+            (folder / "file").write_text("x")
+            (folder / "file").chmod(0o600)
+    finally:
+        os.umask(old)
+    assert (tmp_path / "target" / "file").stat().st_mode & 0o777 == 0o640
+
+
+def test_a_text_is_replaced_whole(tmp_path: Path) -> None:
+    path = tmp_path / "a.txt"
+    write_text(path, "old")
+    write_text(path, "new 新")
+    assert path.read_text(encoding="utf-8") == "new 新"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_the_fingerprint_tells_another_model_of_the_same_shape(random_qwen: Path, tmp_path: Path) -> None:
+    def fingerprint(folder: Path) -> dict[str, object]:
+        return fingerprint_base(folder, [folder / "model.safetensors"])
+
+    other = shutil.copytree(random_qwen, tmp_path / "other")
+    assert fingerprint(other) == fingerprint(random_qwen)
+
+    weights = load_file(other / "model.safetensors")
+    weights["model.norm.weight"][0] += 1
+    save_file(weights, other / "model.safetensors", {"format": "pt"})
+    changed = {key for key, value in fingerprint(other).items() if value != fingerprint(random_qwen)[key]}
+    assert changed == {"weights_sha256"}
+
+    (other / "tokenizer.json").write_text((other / "tokenizer.json").read_text() + " ")
+    assert fingerprint(other)["tokenizer_sha256"] != fingerprint(random_qwen)["tokenizer_sha256"]

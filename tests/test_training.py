@@ -1,0 +1,355 @@
+"""`loratune sft` on a model of random weights: what it writes, what it learns, and how it fails."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, TrainerCallback
+from typer.testing import Result
+
+from loratune.data.encoding import IGNORED, Encoder
+from loratune.data.formats import read_alpaca
+from loratune.data.sources import Row
+from loratune.errors import Exit
+from loratune.model.base import load_tokenizer
+from loratune.recipe.loading import load_recipe
+from loratune.recipe.sections import PromptSettings
+from tests.conftest import ROWS
+
+RUN_FILES = {
+    "recipe.yaml", "manifest.json", "status.json", "metrics.jsonl", "report.json", "loss.png",
+    "adapter/README.md", "adapter/adapter_config.json", "adapter/adapter_model.safetensors",
+    "adapter/tokenizer.json", "adapter/tokenizer_config.json", "adapter/chat_template.jinja",
+}  # fmt: skip
+CHECKPOINT_FILES = {
+    "README.md", "adapter_config.json", "adapter_model.safetensors", "optimizer.pt", "rng_state.pth", "scheduler.pt",
+    "trainer_state.json",
+} - {"README.md"}  # fmt: skip
+
+
+@pytest.fixture
+def sft(cli: Callable[..., Result], random_qwen: Path, rows_file: Path, tmp_path: Path) -> Callable[..., Result]:
+    """Run `loratune sft` for a few steps on the random model; more flags may be given."""
+
+    def run(*flags: Any, data: Path = rows_file, model: Path = random_qwen) -> Result:
+        return cli(
+            "sft", "--model.base", model, "--model.dtype", "float32", "--data.train", data, "--training.steps", "4",
+            "--training.gradient_accumulation", "1", "--output", tmp_path / "run", *flags,
+        )  # fmt: skip
+
+    return run
+
+
+@pytest.fixture
+def misleading(tmp_path: Path) -> Path:
+    """Validation rows that contradict the training rows, so that their loss rises sooner or later."""
+    path = tmp_path / "misleading.json"
+    path.write_text(json.dumps([row | {"output": "狐狸 zebra!"} for row in ROWS[:4]]))
+    return path
+
+
+def files_of(folder: Path) -> set[str]:
+    return {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
+
+
+def read_json(path: Path) -> Any:
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def metrics_of(run: Path) -> list[dict[str, float]]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def mean_loss(model: Any, rows: list[dict[str, str]], tokenizer: Any) -> float:
+    """Loss per answer token by full logits and plain cross-entropy, a row at a time."""
+    encoder = Encoder(tokenizer, PromptSettings())
+    total, count = 0.0, 0
+    for conversation in read_alpaca([Row(row, "") for row in rows], {}):
+        (example,) = encoder.encode(conversation)
+        labels = torch.tensor(example.labels)
+        with torch.no_grad():
+            logits = model(torch.tensor([example.input_ids])).logits[0]
+        total += torch.nn.functional.cross_entropy(
+            logits[:-1], labels[1:], ignore_index=IGNORED, reduction="sum"
+        ).item()
+        count += int((labels != IGNORED).sum())
+    return total / count
+
+
+def test_a_run_writes_exactly_its_files(sft: Callable[..., Result], tmp_path: Path) -> None:
+    assert sft("--checkpoints.every_steps", "2").exit_code == 0
+    checkpoints = {f"checkpoints/step-00000{step}/{name}" for step in (2, 4) for name in CHECKPOINT_FILES}
+    assert files_of(tmp_path / "run") == RUN_FILES | checkpoints
+
+
+def test_the_report_and_metrics_say_what_happened(sft: Callable[..., Result], tmp_path: Path) -> None:
+    result = sft("--json", "--evaluation.every_steps", "2")
+    report, metrics = read_json(tmp_path / "run" / "report.json"), metrics_of(tmp_path / "run")
+
+    assert json.loads(result.stdout) == report
+    assert report["steps"] == 4
+    assert report["rows"] == {"training": 11, "validation": 1}
+    assert [line["step"] for line in metrics if "loss" in line] == [1, 2, 3, 4]
+    assert [line["step"] for line in metrics if "validation_loss" in line] == [0, 2, 4]
+    assert read_json(tmp_path / "run" / "status.json")["state"] == "finished"
+    assert report["validation_loss"]["before"] == metrics[0]["validation_loss"]
+
+
+def test_training_lowers_the_loss_that_plain_peft_measures(
+    sft: Callable[..., Result], tmp_path: Path, random_qwen: Path
+) -> None:
+    assert sft("--training.learning_rate", "2e-2", "--training.steps", "60", "--data.validation", "0").exit_code == 0
+    base = AutoModelForCausalLM.from_pretrained(random_qwen, dtype=torch.float32)
+    tokenizer = load_tokenizer(random_qwen)
+    before = mean_loss(base, ROWS, tokenizer)
+    after = mean_loss(PeftModel.from_pretrained(base, tmp_path / "run" / "adapter").eval(), ROWS, tokenizer)
+    assert after < 0.95 * before  # embeddings and head are random and frozen, so it cannot fall far
+
+
+def test_validation_loss_is_per_token_as_a_plain_loop_has_it(
+    sft: Callable[..., Result], tmp_path: Path, random_qwen: Path
+) -> None:
+    rows = [{"instruction": "a", "output": "x" * length} for length in (1, 5, 60, 2, 30, 9, 1)]
+    held_out = tmp_path / "held_out.json"
+    held_out.write_text(json.dumps(rows))
+    assert sft("--data.validation", held_out, "--evaluation.batch_size", "2").exit_code == 0
+
+    base = AutoModelForCausalLM.from_pretrained(random_qwen, dtype=torch.float32)
+    tokenizer = load_tokenizer(random_qwen)
+    report = read_json(tmp_path / "run" / "report.json")["validation_loss"]
+    assert report["before"] == pytest.approx(mean_loss(base, rows, tokenizer), rel=1e-5)
+    adapted = PeftModel.from_pretrained(base, tmp_path / "run" / "adapter").eval()
+    assert report["after"] == pytest.approx(mean_loss(adapted, rows, tokenizer), rel=1e-5)
+
+
+def test_the_first_loss_is_that_of_the_base_over_the_whole_step(
+    sft: Callable[..., Result], tmp_path: Path, random_qwen: Path
+) -> None:
+    flags = ["--data.validation", "0", "--lora.dropout", "0", "--training.steps", "1", "--training.warmup", "0"]
+    assert sft(*flags, "--training.batch_size", "4", "--training.gradient_accumulation", "3").exit_code == 0
+    base = AutoModelForCausalLM.from_pretrained(random_qwen, dtype=torch.float32)
+    expected = mean_loss(base, ROWS, load_tokenizer(random_qwen))
+    assert metrics_of(tmp_path / "run")[0]["loss"] == pytest.approx(expected, rel=1e-5)
+
+
+def test_the_same_recipe_trains_the_same_adapter(sft: Callable[..., Result], tmp_path: Path) -> None:
+    weights = []
+    for _ in range(2):
+        assert sft("--overwrite").exit_code == 0
+        weights.append(load_file(tmp_path / "run" / "adapter" / "adapter_model.safetensors"))
+    assert weights[0].keys() == weights[1].keys()
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+
+
+def test_the_saved_recipe_trains_the_same_adapter_again(
+    sft: Callable[..., Result], cli: Callable[..., Result], tmp_path: Path
+) -> None:
+    assert sft("--lora.rank", "4").exit_code == 0
+    again = tmp_path / "again"
+    assert cli("sft", "--config", tmp_path / "run" / "recipe.yaml", "--output", again).exit_code == 0
+    first, second = (load_file(run / "adapter" / "adapter_model.safetensors") for run in (tmp_path / "run", again))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_only_the_newest_checkpoints_and_the_best_stay(
+    sft: Callable[..., Result], tmp_path: Path, misleading: Path
+) -> None:
+    flags = ["--training.steps", "20", "--checkpoints.every_steps", "1", "--evaluation.every_steps", "1"]
+    flags += ["--checkpoints.keep", "2", "--training.learning_rate", "2e-2", "--data.validation", str(misleading)]
+    assert sft(*flags).exit_code == 0
+    validations = {m["step"]: m["validation_loss"] for m in metrics_of(tmp_path / "run") if "validation_loss" in m}
+    del validations[0]
+    best = min(validations, key=lambda step: validations[step])
+    kept = {path.name for path in (tmp_path / "run" / "checkpoints").iterdir()}
+    assert kept == {f"step-{step:06d}" for step in (19, 20, best)}
+    assert len(kept) == 3
+
+
+def test_the_final_adapter_is_the_best_checkpoint_s(
+    sft: Callable[..., Result], tmp_path: Path, misleading: Path
+) -> None:
+    flags = ["--training.steps", "20", "--evaluation.every_steps", "1", "--training.learning_rate", "2e-2"]
+    assert sft(*flags, "--data.validation", misleading).exit_code == 0
+    report = read_json(tmp_path / "run" / "report.json")["validation_loss"]
+    assert report["best_step"] < 20
+    best = tmp_path / "run" / "checkpoints" / f"step-{report['best_step']:06d}" / "adapter_model.safetensors"
+    final = tmp_path / "run" / "adapter" / "adapter_model.safetensors"
+    assert best.read_bytes() == final.read_bytes()
+
+
+def test_training_stops_early_when_validation_no_longer_improves(
+    sft: Callable[..., Result], tmp_path: Path, misleading: Path
+) -> None:
+    flags = ["--training.steps", "40", "--evaluation.every_steps", "1", "--training.learning_rate", "2e-2"]
+    assert sft(*flags, "--data.validation", misleading, "--evaluation.early_stopping", "2").exit_code == 0
+    report = read_json(tmp_path / "run" / "report.json")
+    assert report["stopped_early"]
+    assert report["steps"] == report["validation_loss"]["best_step"] + 2
+
+
+@pytest.mark.parametrize(
+    ("flags", "code", "words"),
+    [
+        (["--lora.targets", "qkv"], Exit.USAGE, "no module is called qkv"),
+        (["--training.max_length", "8"], Exit.DATA, "longer than training.max_length 8"),
+        (["--training.warmup", "50", "--training.steps", "null"], Exit.USAGE, "not shorter than the run's"),
+        (["--data.train", "missing.json"], Exit.DATA, "missing.json: no such file"),
+        (["--model.base", "missing/model/folder"], Exit.MODEL, "no such folder"),
+        (["--model.attention", "flash_attention_2"], Exit.USAGE, "flash-attn"),
+    ],
+)
+def test_a_run_that_cannot_work_is_one_message_and_no_folder(
+    sft: Callable[..., Result], tmp_path: Path, flags: list[str], code: Exit, words: str
+) -> None:
+    result = sft(*flags)
+    assert result.exit_code == code
+    assert words in " ".join(result.stderr.split())
+    assert "Traceback" not in result.stderr
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_loss_that_is_not_a_number_stops_the_run_and_saves_nothing(
+    sft: Callable[..., Result], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spoil_at(monkeypatch, step=2, with_what=spoil_weights)
+    result = sft("--checkpoints.every_steps", "1")
+    assert result.exit_code == Exit.DIVERGED
+    assert "diverged at step 3" in result.stderr
+    assert read_json(tmp_path / "run" / "status.json")["state"] == "diverged"
+    assert not (tmp_path / "run" / "adapter").exists()
+    assert not (tmp_path / "run" / "checkpoints" / "step-000003").exists()
+
+
+def test_an_interrupted_run_says_so_and_leaves_no_adapter(
+    sft: Callable[..., Result], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spoil_at(monkeypatch, step=2, with_what=press_ctrl_c)
+    result = sft("--checkpoints.every_steps", "1")
+    assert result.exit_code == 130
+    status = read_json(tmp_path / "run" / "status.json")
+    assert (status["state"], status["step"], status["steps"]) == ("interrupted", 2, 4)
+    assert not (tmp_path / "run" / "adapter").exists()
+
+
+def test_lack_of_memory_is_advice(sft: Callable[..., Result], monkeypatch: pytest.MonkeyPatch) -> None:
+    def lack(*_: Any) -> None:
+        raise RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 1 bytes")
+
+    spoil_at(monkeypatch, step=1, with_what=lack)
+    result = sft()
+    assert result.exit_code == Exit.IO
+    assert "--training.batch_size 1 --training.gradient_accumulation 4" in " ".join(result.stderr.split())
+
+
+def test_a_missing_tracker_is_a_warning(sft: Callable[..., Result], tmp_path: Path) -> None:
+    result = sft("--tracking.report_to", "swanlab", "--tracking.report_to", "tensorboard")
+    assert result.exit_code == 0
+    assert "swanlab: the package is not installed" in " ".join(result.stderr.split())
+    assert list((tmp_path / "run").rglob("events.out.tfevents*"))
+
+
+def test_one_row_is_enough(sft: Callable[..., Result], tmp_path: Path) -> None:
+    data = tmp_path / "one.json"
+    data.write_text(json.dumps(ROWS[:1]))
+    result = sft(data=data)
+    assert result.exit_code == 0
+    assert "too few to split" in result.stderr
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--training.gradient_checkpointing"],
+        ["--training.neftune_alpha", "5"],
+        ["--lora.use_dora"],
+        ["--lora.modules_to_save", "embed_tokens"],
+        ["--prompt.template", "plain"],
+        ["--training.optimizer", "adamw_8bit"],
+        ["--training.optimizer", "paged_adamw_8bit"],
+        ["--training.scheduler", "constant"],
+    ],
+)
+def test_settings_train_to_the_end(sft: Callable[..., Result], tmp_path: Path, flags: list[str]) -> None:
+    result = sft(*flags)
+    assert result.exit_code == 0, result.stderr
+    assert all(torch.isfinite(w).all() for w in load_file(tmp_path / "run/adapter/adapter_model.safetensors").values())
+
+
+def test_the_step_count_is_the_trainer_s(sft: Callable[..., Result], tmp_path: Path) -> None:
+    result = sft("--training.steps", "null", "--training.epochs", "1.5", "--training.gradient_accumulation", "2")
+    assert "training 3 steps of 8 rows" in result.stderr
+    assert read_json(tmp_path / "run" / "status.json")["steps"] == 3
+
+
+def test_the_card_has_no_local_path(sft: Callable[..., Result], tmp_path: Path, random_qwen: Path) -> None:
+    assert sft().exit_code == 0
+    card = (tmp_path / "run" / "adapter" / "README.md").read_text()
+    assert str(random_qwen.parent) not in card
+    assert str(tmp_path) not in card
+
+
+def test_the_tokenizer_is_copied_byte_for_byte(sft: Callable[..., Result], tmp_path: Path, random_qwen: Path) -> None:
+    assert sft().exit_code == 0
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        assert (tmp_path / "run" / "adapter" / name).read_bytes() == (random_qwen / name).read_bytes()
+
+
+def test_the_manifest_knows_base_data_and_files(sft: Callable[..., Result], tmp_path: Path) -> None:
+    assert sft().exit_code == 0
+    manifest = read_json(tmp_path / "run" / "manifest.json")
+    assert manifest["data"][0]["rows"] == 12
+    assert manifest["base"]["path"]
+    assert load_recipe(str(tmp_path / "run" / "recipe.yaml"), {}).training.steps == 4
+    assert set(manifest["files"]) == {name for name in RUN_FILES if name.startswith("adapter/")} | {"recipe.yaml"}
+
+
+@pytest.mark.slow
+def test_two_processes_train_what_one_trains(random_qwen: Path, rows_file: Path, tmp_path: Path) -> None:
+    flags = ["--model.base", str(random_qwen), "--model.dtype", "float32", "--data.train", str(rows_file),
+             "--data.validation", str(rows_file), "--training.steps", "3", "--lora.dropout", "0"]  # fmt: skip
+    one = [sys.executable, "-m", "loratune", "sft", *flags, "--training.batch_size", "4",
+           "--training.gradient_accumulation", "1", "--output", str(tmp_path / "one")]  # fmt: skip
+    two = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "loratune", "sft", *flags,
+           "--training.batch_size", "2", "--training.gradient_accumulation", "1",
+           "--output", str(tmp_path / "two")]  # fmt: skip
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    for command in (one, two):
+        done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300, check=False)
+        assert done.returncode == 0, done.stderr
+    first, second = (
+        {m["step"]: m["validation_loss"] for m in metrics_of(tmp_path / name) if "validation_loss" in m}
+        for name in ("one", "two")
+    )
+    assert first[0] == pytest.approx(second[0], rel=1e-5)
+    assert second.keys() == first.keys()
+    weights = [load_file(tmp_path / name / "adapter" / "adapter_model.safetensors") for name in ("one", "two")]
+    assert weights[0].keys() == weights[1].keys()
+
+
+def spoil_at(monkeypatch: pytest.MonkeyPatch, step: int, with_what: Callable[[Any], None]) -> None:
+    """Let something happen to the model at the end of a step."""
+    from loratune.training.callbacks import DivergenceGuard
+
+    def on_step_end(self: TrainerCallback, args: Any, state: Any, control: Any, model: Any, **_: Any) -> None:
+        if state.global_step == step:
+            with_what(model)
+
+    monkeypatch.setattr(DivergenceGuard, "on_step_end", on_step_end)
+
+
+def spoil_weights(model: Any) -> None:
+    next(p for p in model.parameters() if p.requires_grad).data.fill_(float("nan"))
+
+
+def press_ctrl_c(_: Any) -> None:
+    raise KeyboardInterrupt
