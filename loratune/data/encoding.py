@@ -131,7 +131,8 @@ class Encoder:
         a text apart from the template's own.
         """
         content = message["content"]
-        if "</think>" not in content or "reasoning_content" not in self.template:
+        is_split = message["role"] == "assistant" and "</think>" in content and "reasoning_content" in self.template
+        if not is_split:
             return message
         reasoning = content.partition("</think>")[0].rpartition("<think>")[2].strip("\n")
         return {

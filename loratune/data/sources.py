@@ -15,6 +15,11 @@ from charset_normalizer import from_bytes
 from loratune.errors import Exit, LoratuneError, bullet_list
 
 ENDINGS = (".json", ".jsonl")
+UNKNOWN_TO_ICONV = [
+    *("cp720", "cp1006", "euc_jis_2004", "hz", "kz1048", "latin_1", "mac_greek", "mac_iceland", "mac_latin2"),
+    *("mac_roman", "mac_turkish", "ptcp154", "shift_jis_2004", "shift_jisx0213"),
+]
+"""Encodings that would be guessed under names that glibc's iconv does not take."""
 
 
 @dataclass(frozen=True)
@@ -81,7 +86,7 @@ def _read_text(path: Path) -> str:
     try:
         text = raw.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        best = from_bytes(raw[: 1 << 20]).best()
+        best = from_bytes(raw[: 1 << 20], cp_exclusion=UNKNOWN_TO_ICONV).best()
         guess = best.encoding.upper().replace("_", "-") if best else "ENCODING"
         guess = re.sub("-([BL]E)$", r"\1", guess)  # iconv knows UTF-16LE
         raise LoratuneError(
