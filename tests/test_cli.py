@@ -1,0 +1,295 @@
+"""The command line as its users meet it: help, exit codes, messages, and what it costs to start."""
+
+from __future__ import annotations
+
+import os
+import re
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal, get_args, get_origin
+
+import pytest
+from rich.cells import cell_len
+from typer.testing import Result
+
+import loratune
+from loratune.errors import Exit, LoratuneError
+from loratune.recipe.loading import load_recipe, shipped_recipes
+from loratune.recipe.sections import iterate_settings
+
+Cli = Callable[..., Result]
+SETTINGS = dict(iterate_settings())
+HEAVY = ("torch", "transformers", "peft", "trl", "datasets", "bitsandbytes", "accelerate", "numpy", "matplotlib")
+PAGES = [("--help",), ("sft", "--help"), ("infer", "--help")]
+
+
+def run_python(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, *arguments],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, "COLUMNS": "80", **environment},
+    )
+
+
+def help_page(cli: Cli, *arguments: str) -> str:
+    result = cli(*arguments, env={"COLUMNS": "80"})
+    assert result.exit_code == 0
+    return str(result.stdout)
+
+
+def entries(page: str) -> dict[str, str]:
+    """Option → its name, value, default and help, joined by single blanks."""
+    found: dict[str, str] = {}
+    name = ""
+    for line in page.splitlines():
+        if not line.startswith("│"):
+            name = ""
+            continue
+        text = line.strip("│").rstrip()
+        if not text.startswith("  ") and (option := re.search(r"--(?:\[no-\])?[\w.-]+", text)):
+            name = option[0].replace("[no-]", "")
+            found[name] = " ".join(text.split())
+        elif name:
+            found[name] += " " + " ".join(text.split())
+    return found
+
+
+# --- start ---
+
+
+@pytest.mark.parametrize(
+    ("page", "light_without"),
+    [(("--help",), (*HEAVY, "pydantic", "yaml")), (("sft", "--help"), HEAVY), (("infer", "--help"), HEAVY)],
+)
+def test_help_imports_no_heavy_library(page: tuple[str, ...], light_without: tuple[str, ...]) -> None:
+    run = run_python("-X", "importtime", "-m", "loratune", *page)
+    assert run.returncode == 0
+    imported = {line.rpartition("|")[2].strip().partition(".")[0] for line in run.stderr.splitlines()}
+    assert "loratune" in imported
+    assert imported.isdisjoint(light_without)
+
+
+def test_help_starts_about_as_fast_as_the_libraries_that_draw_it() -> None:
+    def median_seconds(*arguments: str) -> float:
+        times = []
+        for _ in range(5):
+            start = time.perf_counter()
+            assert run_python(*arguments).returncode == 0
+            times.append(time.perf_counter() - start)
+        return statistics.median(times)
+
+    assert median_seconds("-m", "loratune", "--help") <= 4 * median_seconds("-c", "import typer, rich.console")
+
+
+# --- help ---
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_help_fits_eighty_columns(cli: Cli, page: tuple[str, ...]) -> None:
+    lines = help_page(cli, *page).splitlines()
+    assert max(map(cell_len, lines)) == 80  # the frames are as wide as the terminal
+
+
+@pytest.mark.parametrize("columns", ["60", "80", "120"])
+def test_help_follows_the_width_of_the_terminal(cli: Cli, columns: str) -> None:
+    result = cli("infer", "--help", env={"COLUMNS": columns})
+    assert {cell_len(line) for line in result.stdout.splitlines() if line[:1] in "╭│╰" and line} == {int(columns)}
+
+
+def test_the_overview_names_every_command_with_its_help(cli: Cli) -> None:
+    page = help_page(cli, "--help")
+    for name, text in {"sft": "Train a LoRA adapter", "infer": "Chat with a trained adapter"}.items():
+        assert re.search(rf"│ {name} +│\n│ +{text}", page)
+
+
+@pytest.mark.parametrize("dotted", SETTINGS)
+def test_every_setting_is_in_the_help_of_sft_with_its_default_bounds_and_choices(cli: Cli, dotted: str) -> None:
+    field = SETTINGS[dotted]
+    head, found, bounds = entries(help_page(cli, "sft", "--help"))[f"--{dotted}"].partition(field.description)
+    assert found
+    for rule in field.metadata:
+        for name, symbol in {"ge": "≥", "gt": ">", "le": "≤", "lt": "<"}.items():
+            if getattr(rule, name, None) is not None:
+                assert f"{symbol} {getattr(rule, name)}" in bounds
+    words = head.split()
+    assert words[0].replace("[no-]", "") == f"--{dotted}"
+    if field.is_required():
+        assert words[-1] == "required"
+    elif isinstance(field.default, bool):
+        assert words[1:] == [str(field.default).lower()]
+    elif isinstance(field.default, int | float):
+        assert float(words[-1]) == field.default
+    elif field.default:
+        assert words[-1] == (field.default if isinstance(field.default, str) else ", ".join(field.default))
+    else:
+        assert len(words) == 2
+    if get_origin(field.annotation) is Literal:
+        assert words[1] == "|".join(get_args(field.annotation))
+
+
+def test_infer_shows_the_defaults_of_its_numbers(cli: Cli) -> None:
+    shown = entries(help_page(cli, "infer", "--help"))
+    defaults = {"--temperature": "0", "--top-p": "1", "--max-new-tokens": "512"}
+    assert {name: re.findall(r"(?:number|integer) (\S+)", shown[name])[0] for name in defaults} == defaults
+
+
+def test_the_help_of_sft_names_the_shipped_recipes(cli: Cli) -> None:
+    page = " ".join(help_page(cli, "sft", "--help").split())
+    for path in shipped_recipes():
+        assert path.stem in page
+
+
+def test_short_and_long_help_are_the_same(cli: Cli) -> None:
+    for page in PAGES:
+        assert help_page(cli, *page[:-1], "-h") == help_page(cli, *page)
+
+
+def test_version_is_the_packages(cli: Cli) -> None:
+    result = cli("--version")
+    assert (result.exit_code, result.stdout) == (0, f"loratune {loratune.__version__}\n")
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_a_completion_script_is_printed(shell: str) -> None:
+    run = run_python("-m", "loratune", "--show-completion", shell)
+    assert run.returncode == 0
+    assert "complete" in run.stdout
+    assert run.stderr == ""
+
+
+# --- wrong usage ---
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("nonsense",),
+        ("--nonsense",),
+        ("sft", "--nonsense"),
+        ("sft", "--lora.ranks", "8"),
+        ("sft", "--lora.rank"),
+        ("sft", "stray"),
+        ("sft",),
+        ("sft", "--config", "nonsense"),
+        ("sft", "--config", "quickstart", "--show", "--lora.rank", "0"),
+        ("infer",),
+        ("infer", "--adapter", "x", "--prompt", "  "),
+        ("infer", "--adapter", "x", "--temperature", "-1"),
+        ("infer", "--adapter", "x", "--temperature", "warm"),
+        ("infer", "--adapter", "x", "--top-p", "0"),
+        ("infer", "--adapter", "x", "--max-new-tokens", "0"),
+    ],
+)
+def test_wrong_usage_exits_2_with_words_on_stderr_alone(cli: Cli, arguments: tuple[str, ...]) -> None:
+    result = cli(*arguments)
+    assert result.exit_code == Exit.USAGE
+    assert result.stdout == ""
+    assert result.stderr
+    assert "Traceback" not in result.stderr
+
+
+def test_no_command_at_all_shows_the_overview_and_exits_2(cli: Cli) -> None:
+    result = cli(env={"COLUMNS": "80"})
+    assert result.exit_code == Exit.USAGE
+    assert result.stdout.strip() == help_page(cli, "--help").strip()
+
+
+def test_a_missing_recipe_is_told_with_the_shipped_names_and_the_nearest(cli: Cli) -> None:
+    result = cli("sft", "--config", "quikstart")
+    told = " ".join(result.stderr.split())
+    assert result.exit_code == Exit.USAGE
+    assert told.startswith("error: recipe 'quikstart': no such file")
+    assert "did you mean quickstart?" in told
+    for path in shipped_recipes():
+        assert path.stem in told
+
+
+# --- failures ---
+
+
+@pytest.mark.parametrize("code", [code for code in Exit if code not in (Exit.OK, Exit.BUG)])
+def test_a_failure_that_the_user_can_fix_is_one_message_and_its_exit_code(
+    cli: Cli, monkeypatch: pytest.MonkeyPatch, code: Exit
+) -> None:
+    def fail(*_: Any) -> None:
+        raise LoratuneError("rows.json: [bold]0 rows[/bold]", code)
+
+    monkeypatch.setattr("loratune.cli.sft.load_recipe", fail)
+    result = cli("sft")
+    assert result.exit_code == code
+    assert result.stderr == "error: rows.json: [bold]0 rows[/bold]\n"
+    assert result.stdout == ""
+
+
+def test_debug_shows_the_traceback_of_a_failure() -> None:
+    plain = run_python("-m", "loratune", "sft", "--config", "nonsense")
+    debug = run_python("-m", "loratune", "--debug", "sft", "--config", "nonsense")
+    assert plain.returncode == Exit.USAGE
+    assert "Traceback" not in plain.stderr
+    assert "Traceback (most recent call last)" in debug.stderr
+    assert "LoratuneError: recipe 'nonsense'" in debug.stderr
+
+
+def test_a_bug_keeps_its_traceback_and_exits_1() -> None:
+    script = (
+        "import loratune.cli.sft as sft, loratune.cli.app as app\n"
+        "def fail(*_): raise RuntimeError('a bug')\n"
+        "sft.load_recipe = fail\n"
+        "import sys; sys.argv = ['loratune', 'sft']\n"
+        "app.main()"
+    )
+    run = run_python("-c", script)
+    assert run.returncode == Exit.BUG
+    assert "Traceback (most recent call last)" in run.stderr
+    assert run.stderr.endswith("RuntimeError: a bug\n")
+
+
+def test_ctrl_c_is_one_word_and_exit_code_130(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupt(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("loratune.cli.sft.load_recipe", interrupt)
+    result = cli("sft")
+    assert result.exit_code == 130
+    assert result.stderr == "error: interrupted\n"
+
+
+# --- sft --show ---
+
+
+@pytest.mark.parametrize("path", shipped_recipes(), ids=lambda path: path.stem)
+def test_what_show_prints_loads_back_as_the_same_recipe(cli: Cli, path: Path, tmp_path: Path) -> None:
+    result = cli("sft", "-c", path.stem, "--show", "--lora.rank", "4", "--no-checkpoints.keep_best")
+    shown = tmp_path / "shown.yaml"
+    shown.write_text(result.stdout, encoding="utf-8")
+    expected = load_recipe(path.stem, {"lora.rank": "4", "checkpoints.keep_best": False})
+    assert load_recipe(str(shown), {}) == expected
+    assert expected.lora.rank == 4
+
+
+def test_flags_reach_the_recipe_as_they_are_written(cli: Cli, tmp_path: Path) -> None:
+    flags = ["--model.base", "x", "--data.train", "a.json", "--data.train", "b.jsonl#5", "--lora.targets", "q_proj"]
+    flags += ["--data.placeholders", "name=小李", "--data.placeholders", "author=a=b", "--lora.use_dora"]
+    flags += ["--no-model.double_quantization", "--training.learning_rate", "2e-4", "--prompt.system", ""]
+    result = cli("sft", "--show", *flags)
+    shown = tmp_path / "shown.yaml"
+    shown.write_text(result.stdout, encoding="utf-8")
+    recipe = load_recipe(str(shown), {})
+    assert recipe.data.train == ["a.json", "b.jsonl#5"]
+    assert recipe.data.placeholders == {"name": "小李", "author": "a=b"}
+    assert recipe.lora.targets == ["q_proj"]
+    assert recipe.lora.use_dora
+    assert not recipe.model.double_quantization
+    assert recipe.training.learning_rate == 2e-4
+    assert recipe.prompt.system == ""
+
+
+def test_the_module_and_the_console_script_are_the_same_program() -> None:
+    run = run_python("-m", "loratune", "--version")
+    assert (run.returncode, run.stdout) == (0, f"loratune {loratune.__version__}\n")

@@ -1,0 +1,620 @@
+"""Recipe and flags → settings: types, bounds, precedence, messages, advice; and what the shipped recipes hold."""
+
+from __future__ import annotations
+
+import ast
+import re
+from pathlib import Path
+from typing import Any, Literal, get_args, get_origin
+
+import pytest
+import yaml
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from pydantic import ValidationError
+
+from loratune.errors import Exit, LoratuneError
+from loratune.recipe.advice import advise
+from loratune.recipe.loading import dump_recipe, find_recipe, load_recipe, shipped_recipes
+from loratune.recipe.sections import Recipe, iterate_settings
+
+PACKAGE = Path(__file__).resolve().parent.parent / "loratune"
+SETTINGS = dict(iterate_settings())
+MINIMAL = "model: {base: x}\ndata: {train: [rows.json]}\n"
+SHIPPED = shipped_recipes()
+
+
+@pytest.fixture
+def recipe_file(tmp_path: Path) -> Any:
+    """Write a recipe; returns its path as text."""
+
+    def write(text: str) -> str:
+        path = tmp_path / "recipe.yaml"
+        path.write_text(text, encoding="utf-8")
+        return str(path)
+
+    return write
+
+
+def refusal(config: str | None, flags: dict[str, Any] | None = None) -> str:
+    """The message with which a recipe is refused as wrong usage."""
+    with pytest.raises(LoratuneError) as caught:
+        load_recipe(config, flags or {})
+    assert caught.value.exit_code == Exit.USAGE
+    return str(caught.value)
+
+
+def value_of(recipe: Recipe, dotted: str) -> Any:
+    value: Any = recipe
+    for name in dotted.split("."):
+        value = getattr(value, name)
+    return value
+
+
+def with_setting(dotted: str, text: str) -> str:
+    """A recipe on whose third line one setting stands."""
+    section, _, name = dotted.rpartition(".")
+    return MINIMAL + (f"{section}: {{{name}: {text}}}\n" if section else f"{name}: {text}\n")
+
+
+def test_a_minimal_recipe_has_the_declared_defaults(recipe_file: Any) -> None:
+    recipe = load_recipe(recipe_file(MINIMAL), {})
+    for dotted, field in SETTINGS.items():
+        if not field.is_required():
+            assert value_of(recipe, dotted) == field.default, dotted
+
+
+def test_five_mistakes_give_one_message_that_names_all_five_with_their_lines(recipe_file: Any) -> None:
+    text = (
+        "model:\n  base: x\n  dtyp: auto\ndata: {train: [a.json]}\nlora:\n  rank: 0\n"
+        "training:\n  epochs: three\n  epochs: 4\n  scheduler: cosign\n"
+    )
+    config = recipe_file(text)
+    assert refusal(config).splitlines() == [
+        f"{config}: the recipe has 5 problems:",
+        "  line 3: model.dtyp: no such setting; did you mean model.dtype?",
+        "  line 6: lora.rank: must be greater than or equal to 1; got 0",
+        "  line 8: training.epochs: must be a valid number; got 'three'",
+        "  line 9: training.epochs stands here and already on line 8",
+        "  line 10: training.scheduler: expected 'cosine', 'linear' or 'constant'; got 'cosign'",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("dotted", "text", "told"),
+    [
+        ("lora.rank", "8.5", "integer"),
+        ("lora.rank", "8.0", "integer"),
+        ("lora.rank", "true", "integer"),
+        ("lora.rank", "'8'", "integer"),
+        ("lora.rank", "null", "integer"),
+        ("lora.rank", "[8]", "integer"),
+        ("lora.rank", "1e1", "integer"),
+        ("training.epochs", "three", "number"),
+        ("training.epochs", "true", "number"),
+        ("training.learning_rate", "'1e-4'", "number"),
+        ("training.learning_rate", "{a: 1}", "number"),
+        ("lora.use_dora", "1", "boolean"),
+        ("lora.use_dora", "yes", "boolean"),
+        ("output", "5", "string"),
+        ("output", "null", "string"),
+        ("output", "''", "must not be empty"),
+        ("lora.bias", "some", "'none', 'all' or 'lora_only'"),
+        ("lora.bias", "3", "'none', 'all' or 'lora_only'"),
+        ("lora.targets", "[q_proj, 3]", "string"),
+        ("lora.targets", "[]", "at least one module"),
+        ("lora.targets", "''", "at least one module"),
+        ("lora.layers", "last", "last 6"),
+        ("lora.layers", "last 0", "last 6"),
+        ("lora.layers", "9-3", "last 6"),
+        ("lora.layers", "6", "string"),
+        ("lora.modules_to_save", "{a: b}", "list"),
+        ("prompt.system", "[a]", "string"),
+        ("tracking.report_to", "[none, post]", "tensorboard"),
+    ],
+)
+def test_a_value_of_the_wrong_type_is_refused_with_the_expected_one(
+    recipe_file: Any, dotted: str, text: str, told: str
+) -> None:
+    message = refusal(recipe_file(with_setting(dotted, text)))
+    assert f"line 3: {dotted}: " in message
+    assert told in message
+
+
+@pytest.mark.parametrize("text", ["[]", "[3]", "null", "''"])
+def test_data_train_must_be_names_of_files(recipe_file: Any, text: str) -> None:
+    config = recipe_file(f"model: {{base: x}}\ndata: {{train: {text}}}\n")
+    if text == "''":
+        assert load_recipe(config, {}).data.train == [""]  # refused as a file when it is read
+    else:
+        assert "line 2: data.train: " in refusal(config)
+
+
+BOUNDS = [
+    (dotted, name, getattr(rule, name))
+    for dotted, field in SETTINGS.items()
+    for rule in field.metadata
+    for name in ("ge", "gt", "le", "lt")
+    if getattr(rule, name, None) is not None
+]
+
+
+@pytest.mark.parametrize(("dotted", "name", "bound"), BOUNDS)
+def test_every_bound_is_kept_to_the_value(recipe_file: Any, dotted: str, name: str, bound: float) -> None:
+    is_whole = int in (SETTINGS[dotted].annotation, *get_args(SETTINGS[dotted].annotation))
+    step = 1 if is_whole else 1e-9
+    outward = -step if name in ("ge", "gt") else step
+    refused = bound if name in ("gt", "lt") else bound + outward
+    allowed = bound - outward if name in ("gt", "lt") else bound
+    message = refusal(recipe_file(with_setting(dotted, repr(refused))))
+    assert f"line 3: {dotted}: must be" in message
+    assert f"{bound:g}" in message or str(bound) in message
+    recipe = load_recipe(recipe_file(with_setting(dotted, repr(allowed))), {})
+    assert value_of(recipe, dotted) == allowed
+
+
+NUMBERS = [
+    dotted for dotted, field in SETTINGS.items() if {int, float} & {field.annotation, *get_args(field.annotation)}
+]
+
+
+@pytest.mark.parametrize("dotted", NUMBERS)
+@pytest.mark.parametrize("text", ["-1", ".nan", ".inf", "1" * 400, "1e999", "true"])
+def test_no_number_may_be_negative_endless_or_a_truth_value(recipe_file: Any, dotted: str, text: str) -> None:
+    section, _, name = dotted.rpartition(".")
+    recipe = {"model": "{base: x}", "data": "{train: [a.json]}"}
+    recipe[section or name] = f"{{{name}: {text}}}" if section else text
+    recipe["data"] = recipe["data"] if section != "data" else f"{{train: [a.json], {name}: {text}}}"
+    message = refusal(recipe_file("".join(f"{key}: {value}\n" for key, value in recipe.items())))
+    assert re.search(rf"line \d: ({re.escape(dotted)}: |a number of more than)", message)
+
+
+@pytest.mark.parametrize("text", ["1", "0.95", "-0.1"])
+def test_a_validation_fraction_lies_between_0_and_09(recipe_file: Any, text: str) -> None:
+    message = refusal(recipe_file(f"model: {{base: x}}\ndata:\n  train: a.json\n  validation: {text}\n"))
+    assert "line 4: data.validation: a fraction lies between 0 and 0.9" in message
+
+
+def test_a_warmup_from_one_up_counts_whole_steps(recipe_file: Any) -> None:
+    assert "must be whole" in refusal(recipe_file(with_setting("training.warmup", "1.5")))
+    assert load_recipe(recipe_file(with_setting("training.warmup", "20")), {}).training.warmup == 20
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("training: {steps: 10, warmup: 10}", "training.warmup must be shorter than training.steps"),
+        ("model: {base: x, quantization: nf4}\nlora: {modules_to_save: lm_head}", "lora.modules_to_save"),
+    ],
+)
+def test_settings_that_exclude_each_other_are_refused(recipe_file: Any, text: str, told: str) -> None:
+    start = "data: {train: a.json}\n" if text.startswith("model") else MINIMAL
+    assert told in refusal(recipe_file(start + text))
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("lora:\n  ranks: 8", "line 4: lora.ranks: no such setting; did you mean lora.rank?"),
+        ("trainning: {epochs: 3}", "line 3: trainning: no such setting; did you mean training?"),
+        ("learning_rate: 1e-4", "line 3: learning_rate: no such setting; did you mean training.learning_rate?"),
+        ("lora: {learning_rate: 1}", "lora.learning_rate: no such setting; did you mean training.learning_rate?"),
+        ("sed: 1", "line 3: sed: no such setting; did you mean seed?"),
+        ("training: {batchsize: 4}", "did you mean training.batch_size?"),
+        ("qqqqqq: 1", "line 3: qqqqqq: no such setting"),
+        ("5: 1", "line 3: 5: no such setting"),
+        ("lora: {rank: {deep: 1}}", "line 3: lora.rank: must be a valid integer"),
+    ],
+)
+def test_an_unknown_key_is_told_with_its_line_and_the_nearest_name(recipe_file: Any, text: str, told: str) -> None:
+    assert told in refusal(recipe_file(MINIMAL + text))
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("", "the file is empty"),
+        ("# nothing\n", "the file is empty"),
+        ("- model\n- data\n", "not a list"),
+        ("just words", "single value"),
+        ("5", "single value"),
+        ("model: {base: x}\n---\ndata: {train: a}\n", "line 2: not valid YAML"),
+        ("model: 5\ndata: [a]\n", "line 1: model: must hold settings of its own"),
+        ("model: {}\ndata: {}\n", "model.base: must be given"),
+    ],
+)
+def test_a_file_that_is_no_recipe_is_refused(recipe_file: Any, text: str, told: str) -> None:
+    assert told in refusal(recipe_file(text))
+
+
+def test_a_refused_value_is_not_told_a_second_time_as_missing(recipe_file: Any) -> None:
+    message = refusal(recipe_file("model:\n  base: !secret x\ndata: {train: a.json}\n"))
+    assert "a problem:" in message
+    assert len(message.splitlines()) == 2
+
+
+@pytest.mark.parametrize("section", ["lora", "prompt", "training", "evaluation", "checkpoints", "tracking"])
+def test_a_section_whose_settings_are_all_commented_out_means_its_defaults(recipe_file: Any, section: str) -> None:
+    recipe = load_recipe(recipe_file(f"{MINIMAL}{section}:\n  # rank: 8\n"), {})
+    assert recipe == load_recipe(recipe_file(MINIMAL), {})
+
+
+def test_null_is_the_default_only_where_the_default_is_none(recipe_file: Any) -> None:
+    for dotted, field in SETTINGS.items():
+        if dotted.startswith(("model.", "data.")):
+            continue
+        config = recipe_file(with_setting(dotted, "null"))
+        if field.default is None:
+            assert value_of(load_recipe(config, {}), dotted) is None
+        else:
+            assert f"line 3: {dotted}: " in refusal(config)
+
+
+def test_a_file_that_is_not_utf_8_is_refused_with_the_byte(tmp_path: Path) -> None:
+    path = tmp_path / "recipe.yaml"
+    path.write_bytes("# 配置\n".encode("gbk") + MINIMAL.encode())
+    assert "not UTF-8 text (byte 2)" in refusal(str(path))
+
+
+def test_a_byte_order_mark_and_windows_line_ends_are_accepted(tmp_path: Path) -> None:
+    path = tmp_path / "recipe.yaml"
+    path.write_bytes(b"\xef\xbb\xbf" + (MINIMAL + "seed: 7\n").replace("\n", "\r\n").encode())
+    assert load_recipe(str(path), {}).seed == 7
+
+
+def test_a_flag_takes_precedence_over_the_recipe_and_the_recipe_over_the_default(recipe_file: Any) -> None:
+    config = recipe_file(MINIMAL + "lora: {rank: 16, alpha: 32}\n")
+    recipe = load_recipe(config, {"lora.rank": "4", "seed": "5"})
+    assert (recipe.lora.rank, recipe.lora.alpha, recipe.lora.dropout, recipe.seed) == (4, 32, 0.05, 5)
+
+
+def test_flags_alone_make_a_recipe() -> None:
+    recipe = load_recipe(None, {"model.base": "x", "data.train": ["a.json", "b.jsonl"], "lora.use_dora": True})
+    assert recipe.data.train == ["a.json", "b.jsonl"]
+    assert recipe.lora.use_dora is True
+
+
+@pytest.mark.parametrize(
+    ("dotted", "given", "value"),
+    [
+        ("training.learning_rate", "2e-4", 2e-4),
+        ("training.steps", "null", None),
+        ("model.revision", "010", "010"),
+        ("model.revision", "null", None),
+        ("prompt.system", "Be brief: yes", "Be brief: yes"),
+        ("prompt.instruction_prefix", "# ", "# "),
+        ("lora.targets", ["q_proj"], ["q_proj"]),
+        ("lora.targets", ["q_proj", "v_proj"], ["q_proj", "v_proj"]),
+        ("lora.targets", ["attention"], "attention"),
+        ("lora.modules_to_save", ["lm_head"], ["lm_head"]),
+        ("data.validation", ["0.2"], 0.2),
+        ("data.validation", ["0"], 0.0),
+        ("data.validation", ["dev.json"], ["dev.json"]),
+        ("data.validation", ["a.json", "b.json"], ["a.json", "b.json"]),
+        ("data.placeholders", ["name=x"], {"name": "x"}),
+        ("data.placeholders", ["name=小李", "author=a=b"], {"name": "小李", "author": "a=b"}),
+        ("data.placeholders", ["name="], {"name": ""}),
+        ("tracking.report_to", ["tensorboard", "wandb"], ["tensorboard", "wandb"]),
+        ("lora.use_rslora", True, True),
+        ("model.double_quantization", False, False),
+    ],
+)
+def test_a_flag_is_read_as_its_setting_wants_it(recipe_file: Any, dotted: str, given: Any, value: Any) -> None:
+    recipe = load_recipe(recipe_file(MINIMAL), {dotted: given})
+    assert value_of(recipe, dotted) == value
+    assert type(value_of(recipe, dotted)) is type(value)
+
+
+@pytest.mark.parametrize(
+    ("dotted", "given", "told"),
+    [
+        ("lora.rank", "8.5", "integer"),
+        ("lora.rank", "true", "integer"),
+        ("lora.rank", "", "integer"),
+        ("lora.rank", "[8", "cannot read '[8'"),
+        ("lora.rank", "8: 9", "integer"),
+        ("lora.rank", "0", "greater than or equal to 1"),
+        ("lora.rank", "\udcff", "not UTF-8"),
+        ("training.epochs", "three", "number"),
+        ("training.steps", "9" * 5000, "cannot read"),
+        ("prompt.system", "\udcff", "not UTF-8"),
+        ("data.train", ["\udcff.json"], "not UTF-8"),
+        ("data.placeholders", ["name"], "write name=value, got 'name'"),
+        ("data.placeholders", ["=x"], "write name=value, got '=x'"),
+        ("data.validation", ["1.5"], "between 0 and 0.9"),
+        ("model.hub", "github", "'huggingface' or 'modelscope'"),
+        ("tracking.report_to", ["post"], "tensorboard"),
+    ],
+)
+def test_a_wrong_flag_is_named_as_a_flag(recipe_file: Any, dotted: str, given: Any, told: str) -> None:
+    message = refusal(recipe_file(MINIMAL), {dotted: given})
+    assert f"--{dotted}: " in message
+    assert told in message
+    assert "line" not in message
+
+
+def test_mistakes_of_flags_and_recipe_are_told_together(recipe_file: Any) -> None:
+    config = recipe_file(MINIMAL + "lora: {rank: 0}\nseed: x\n")
+    message = refusal(config, {"training.epochs": "0", "data.placeholders": ["x"]})
+    assert "4 problems" in message
+    for place in ("line 3: lora.rank", "line 4: seed", "--training.epochs", "--data.placeholders"):
+        assert place in message
+
+
+def test_a_flag_mends_a_mistake_of_the_recipe(recipe_file: Any) -> None:
+    config = recipe_file(MINIMAL + "lora: {rank: 0}\n")
+    assert load_recipe(config, {"lora.rank": "8"}).lora.rank == 8
+
+
+def test_a_missing_recipe_is_told_with_the_shipped_names_and_the_nearest() -> None:
+    message = refusal("quikstart")
+    assert "did you mean quickstart?" in message
+    for path in SHIPPED:
+        assert path.stem in message
+
+
+@pytest.mark.parametrize("name", ["", "/", "a" * 300, "no\0name", "configs"])
+def test_a_name_that_cannot_be_a_file_is_refused(name: str) -> None:
+    assert "no such file" in refusal(name)
+
+
+def test_settings_cannot_be_changed_once_loaded(recipe_file: Any) -> None:
+    recipe = load_recipe(recipe_file(MINIMAL), {})
+    with pytest.raises(ValidationError):
+        recipe.lora.rank = 9  # type: ignore[misc]
+
+
+# --- shipped recipes ---
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
+def test_a_shipped_recipe_is_found_by_its_bare_name(path: Path) -> None:
+    assert find_recipe(path.stem) == find_recipe(path.name) == path
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
+def test_a_shipped_recipe_holds_only_what_differs_from_the_defaults(path: Path) -> None:
+    recipe = load_recipe(str(path), {})
+    written = yaml.safe_load(path.read_text(encoding="utf-8"))
+    for dotted, field in SETTINGS.items():
+        section, _, name = dotted.rpartition(".")
+        place = written.get(section) or {} if section else written
+        if name in place and not field.is_required():
+            assert value_of(recipe, dotted) != field.default, f"{dotted} repeats its default"
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
+def test_data_of_a_shipped_recipe_is_found_from_any_folder(
+    path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in load_recipe(path.stem, {}).data.train:
+        assert Path(name.partition("#")[0]).is_file()
+
+
+def test_data_beside_the_recipe_is_found_and_keeps_its_count(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / "project"
+    folder.mkdir()
+    (folder / "rows.json").write_text("[]")
+    (folder / "odd#1.json").write_text("[]")
+    config = folder / "r.yaml"
+    config.write_text("model: {base: x}\ndata: {train: ['rows.json#5', 'odd#1.json#2'], validation: rows.json}\n")
+    monkeypatch.chdir(tmp_path)
+    data = load_recipe(str(config), {}).data
+    assert data.train == [str(folder / "rows.json#5"), str(folder / "odd#1.json#2")]
+    assert data.validation == [str(folder / "rows.json")]
+
+
+def test_data_below_the_current_folder_comes_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / "project"
+    folder.mkdir()
+    for place in (folder, tmp_path):
+        (place / "rows.json").write_text("[]")
+    config = folder / "r.yaml"
+    config.write_text("model: {base: x}\ndata: {train: rows.json}\n")
+    monkeypatch.chdir(tmp_path)
+    assert load_recipe(str(config), {}).data.train == ["rows.json"]
+
+
+@pytest.mark.parametrize("name", ["a" * 300 + ".json", "no\0name.json", "absent.json"])
+def test_data_that_is_nowhere_keeps_its_name(name: str) -> None:
+    assert load_recipe(None, {"model.base": "x", "data.train": [name]}).data.train == [name]
+
+
+# --- every setting ---
+
+
+@pytest.mark.parametrize("dotted", SETTINGS)
+def test_every_setting_has_a_sentence_that_describes_it(dotted: str) -> None:
+    description = SETTINGS[dotted].description or ""
+    assert description[:1].isupper() or description.split()[0] in ("auto", "chat")
+    assert description.endswith(".")
+    assert "\n" not in description
+
+
+def read_settings() -> set[str]:
+    """`place.name` of every attribute that the package reads outside the recipe's own modules."""
+    found = set()
+    for path in PACKAGE.rglob("*.py"):
+        if path.parent.name == "recipe":
+            continue
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load):
+                place = node.value
+                found.add(f"{getattr(place, 'attr', getattr(place, 'id', ''))}.{node.attr}")
+    return found
+
+
+READ = read_settings()
+
+
+@pytest.mark.parametrize("dotted", SETTINGS)
+def test_every_setting_is_read_outside_the_recipe(dotted: str) -> None:
+    section, _, name = dotted.rpartition(".")
+    assert READ & {f"{section or 'recipe'}.{name}", f"settings.{name}"}, f"{dotted} has no effect"
+
+
+# --- writing ---
+
+TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=12) | st.from_regex(
+    r"[-+.0-9eE_:]{1,5}", fullmatch=True
+)
+NAME = TEXT.filter(bool)
+
+
+def setting_values(field: Any, kind: Any) -> st.SearchStrategy[Any]:
+    """Random valid values of a setting's type, within its bounds."""
+    bounds = {
+        name: getattr(rule, name)
+        for rule in field.metadata
+        for name in ("ge", "gt", "le", "lt")
+        if getattr(rule, name, None) is not None
+    }
+    if kind is bool:
+        return st.booleans()
+    if kind is int:
+        return st.integers(bounds["ge"], bounds.get("le", 10**9))
+    if kind is float:
+        low, high = bounds.get("ge", bounds.get("gt", 0.0)), bounds.get("le", bounds.get("lt", 1e12))
+        return st.floats(low, high, exclude_min="gt" in bounds, exclude_max="lt" in bounds)
+    if kind is str:
+        return NAME
+    if kind is type(None):
+        return st.none()
+    if get_origin(kind) is Literal:
+        return st.sampled_from(get_args(kind))
+    if get_origin(kind) is list:
+        return st.lists(setting_values(field, get_args(kind)[0]), min_size=1, max_size=3)
+    if get_origin(kind) is dict:
+        return st.dictionaries(NAME, TEXT, max_size=3)
+    return st.one_of([setting_values(field, part) for part in get_args(kind)])
+
+
+SPECIAL = {
+    "lora.layers": st.none() | st.sampled_from(["last 6", "first 1", "0-0", "8-15"]),
+    "data.validation": st.floats(0, 0.9) | st.lists(NAME, min_size=1, max_size=2),
+    "training.warmup": st.floats(0, 1, exclude_max=True) | st.integers(1, 10**6).map(float),
+}
+
+
+@st.composite
+def recipes(draw: st.DrawFn) -> Recipe:
+    values: dict[str, Any] = {}
+    for dotted, field in SETTINGS.items():
+        section, _, name = dotted.rpartition(".")
+        place = values.setdefault(section, {}) if section else values
+        place[name] = draw(SPECIAL[dotted] if dotted in SPECIAL else setting_values(field, field.annotation))
+    if values["model"]["quantization"] != "none":
+        values["lora"]["modules_to_save"] = []
+    if values["training"]["steps"] and values["training"]["warmup"] >= values["training"]["steps"]:
+        values["training"]["steps"] = None
+    return Recipe.model_validate(values)
+
+
+@settings(deadline=None, max_examples=60)
+@given(recipe=recipes())
+def test_a_written_recipe_loads_back_equal(recipe: Recipe, tmp_path_factory: pytest.TempPathFactory) -> None:
+    path = tmp_path_factory.mktemp("recipe") / "r.yaml"
+    path.write_text(dump_recipe(recipe), encoding="utf-8", newline="")
+    assert load_recipe(str(path), {}).model_dump() == recipe.model_dump()
+
+
+WORDS = st.sampled_from(["model", "base", "data", "train", "lora", "rank", "8", "1e-4", "null", "~"]) | st.sampled_from(
+    [
+        ": ",
+        "- ",
+        "\n",
+        "\n  ",
+        "{",
+        "}",
+        "[",
+        "]",
+        ",",
+        "'",
+        '"',
+        "#",
+        "&a ",
+        "*a",
+        "!!int ",
+        "!x ",
+        "---\n",
+        "? ",
+        "|\n",
+        "\t",
+    ]
+)
+
+
+def loaded_or_refused(config: str | None, flags: dict[str, Any]) -> Recipe | LoratuneError:
+    """What comes of a recipe; anything but these two is a bug and fails the test."""
+    try:
+        return load_recipe(config, flags)
+    except LoratuneError as error:
+        return error
+
+
+@settings(deadline=None, max_examples=100)
+@given(text=st.text(max_size=30) | st.lists(WORDS, max_size=14).map("".join), after=st.booleans())
+def test_any_text_loads_or_is_refused_as_wrong_usage(
+    text: str, after: bool, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    path = tmp_path_factory.mktemp("recipe") / "r.yaml"
+    path.write_bytes(((MINIMAL if after else "") + text).encode("utf-8", "surrogatepass"))
+    outcome = loaded_or_refused(str(path), {})
+    assert isinstance(outcome, Recipe) or outcome.exit_code == Exit.USAGE
+
+
+@settings(deadline=None, max_examples=100)
+@given(
+    dotted=st.sampled_from(list(SETTINGS)), given_text=st.text(max_size=8) | st.lists(WORDS, max_size=4).map("".join)
+)
+def test_any_text_of_a_flag_loads_or_is_refused_as_wrong_usage(dotted: str, given_text: str) -> None:
+    flags: dict[str, Any] = {"model.base": "x", "data.train": ["a.json"]}
+    kind = SETTINGS[dotted].annotation
+    takes_list = get_origin(kind) in (list, dict) or any(get_origin(part) is list for part in get_args(kind))
+    flags[dotted] = [given_text] if takes_list else given_text
+    outcome = loaded_or_refused(None, flags)
+    if not isinstance(outcome, Recipe):
+        assert outcome.exit_code == Exit.USAGE
+        assert dotted in str(outcome)
+
+
+# --- advice ---
+
+
+def advice(**sections: Any) -> list[str]:
+    """Advice for the defaults with some settings changed."""
+    values = {"model": {"base": "x"}, "data": {"train": ["a.json"]}}
+    return advise(Recipe.model_validate(values | sections))
+
+
+def test_a_good_recipe_gets_no_advice() -> None:
+    assert advice() == []
+
+
+@pytest.mark.parametrize(
+    ("sections", "told"),
+    [
+        ({"lora": {"rank": 16, "alpha": 8}}, "scaled by 0.5"),
+        ({"lora": {"rank": 128, "alpha": 256}}, "lora.rank 128 is above 64"),
+        ({"lora": {"rank": 32, "alpha": 64}}, "--max-lora-rank 32"),
+        ({"training": {"learning_rate": 1e-5}}, "training.learning_rate 1e-05 is below 5e-5"),
+        ({"training": {"learning_rate": 0.1}}, "above 5e-3"),
+        ({"data": {"train": ["a.json"], "validation": 0.0}}, "no validation rows"),
+        ({"data": {"train": ["a.json"], "validation": 0.0}, "training": {"epochs": 20}}, "by heart"),
+    ],
+)
+def test_a_setting_that_usually_ends_badly_gets_advice(sections: dict[str, Any], told: str) -> None:
+    assert any(told in sentence for sentence in advice(**sections))
+
+
+def test_rslora_takes_the_advice_about_its_scale_away() -> None:
+    told = " ".join(advice(lora={"rank": 128, "alpha": 64, "use_rslora": True}))
+    assert "above 64" not in told
+    assert "scaled by" not in told
+
+
+def test_the_borders_of_advice_are_good() -> None:
+    assert advice(lora={"rank": 16, "alpha": 16}) == []
+    assert advice(training={"learning_rate": 5e-5}) == []
+    assert len(advice(training={"learning_rate": 4.9e-5})) == 1
