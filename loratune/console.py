@@ -25,18 +25,18 @@ _stderr = Console(stderr=True, highlight=False, quiet=not IS_SPEAKER)
 
 def say(message: str, style: str = "") -> None:
     """A line for the user, not a result."""
-    _stderr.print(Text(message, style=style), soft_wrap=False)
+    _stderr.print(Text(printable(message), style=style))
 
 
 def warn(message: str) -> None:
     """Something the user should know but that stops nothing."""
-    _stderr.print(Text("warning: ", style="yellow").append(message, style="default"))
+    _stderr.print(Text("warning: ", style="yellow").append(printable(message), style="default"))
 
 
 def error(message: str) -> None:
     """Why the command failed; printed by every process, since only one of several may have failed."""
     _stderr.quiet = False
-    _stderr.print(Text("error: ", style="bold red").append(message, style="default"))
+    _stderr.print(Text("error: ", style="bold red").append(printable(message), style="default"))
 
 
 def table(rows: list[tuple[str, str]], title: str = "") -> None:
@@ -93,7 +93,7 @@ def write_json(value: Any) -> None:
 
 
 def printable(text: str) -> str:
-    """Text of a model without control characters, which could otherwise steer the terminal."""
+    """Text of a model or a file without control characters, which could otherwise steer the terminal."""
     return "".join(character for character in text if character in "\n\t" or unicodedata.category(character) != "Cc")
 
 

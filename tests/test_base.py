@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
+import types
+from fnmatch import fnmatch
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,6 +18,9 @@ from loratune.errors import Exit, LoratuneError
 from loratune.model.base import check_base, find_base, load_base, load_tokenizer, set_pad_token, weight_files
 from loratune.model.hardware import detect_hardware
 from loratune.recipe.sections import ModelSettings
+
+WANTED = ["config.json", "model-00001-of-00004.safetensors", "tokenizer.json", "merges.txt", "chat_template.jinja"]
+UNWANTED = ["pytorch_model.bin", "modeling_qwen.py", "model.mdl", "weights.pt", "training_args.pkl"]
 
 
 @pytest.fixture
@@ -49,6 +56,32 @@ def test_a_hub_id_offline_fails_with_the_way_out() -> None:
     with pytest.raises(LoratuneError, match="give its folder") as raised:
         find_base(ModelSettings(base="nobody/nothing"))
     assert raised.value.exit_code == Exit.MODEL
+
+
+@pytest.mark.parametrize(("hub", "module"), [("huggingface", "huggingface_hub"), ("modelscope", "modelscope")])
+def test_a_hub_gives_safetensors_and_json_but_no_pickles_and_no_code(
+    monkeypatch: pytest.MonkeyPatch, random_qwen: Path, hub: str, module: str
+) -> None:
+    asked = {}
+
+    def snapshot_download(name: str, **options: Any) -> str:
+        asked.update(options, name=name)
+        return str(random_qwen)
+
+    client = types.ModuleType(module)
+    client.snapshot_download = snapshot_download  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, module, client)
+
+    assert find_base(ModelSettings(base="Qwen/Qwen3-8B", hub=hub, revision="main")) == random_qwen  # type: ignore[arg-type]
+    assert (asked["name"], asked["revision"]) == ("Qwen/Qwen3-8B", "main")
+    fetched = [any(fnmatch(name, pattern) for pattern in asked["allow_patterns"]) for name in WANTED + UNWANTED]
+    assert fetched == [True] * len(WANTED) + [False] * len(UNWANTED)
+
+
+def test_modelscope_without_its_package_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "modelscope", None)
+    with pytest.raises(LoratuneError, match="pip install modelscope"):
+        find_base(ModelSettings(base="Qwen/Qwen3-8B", hub="modelscope"))
 
 
 @pytest.mark.parametrize("key", ["auto_map", "_attn_implementation_internal", "model_file", "custom_pipelines"])

@@ -313,6 +313,22 @@ def test_the_manifest_knows_base_data_and_files(sft: Callable[..., Result], tmp_
     assert set(manifest["files"]) == {name for name in RUN_FILES if name.startswith("adapter/")} | {"recipe.yaml"}
 
 
+@pytest.mark.parametrize("quantization", ["nf4", "int8"])
+def test_a_quantised_base_trains_and_answers_on_any_machine(
+    cli: Callable[..., Result], rows_file: Path, tmp_path: Path, quantization: str
+) -> None:
+    result = cli(
+        "sft", "--model.base", "tiny-qwen", "--model.quantization", quantization, "--data.train", rows_file,
+        "--training.steps", "25", "--training.learning_rate", "5e-3", "--evaluation.every_steps", "5",
+        "--output", tmp_path / "run",
+    )  # fmt: skip
+    assert result.exit_code == 0, result.stderr
+    validation = read_json(tmp_path / "run" / "report.json")["validation_loss"]
+    assert validation["after"] < validation["before"]
+    answer = cli("infer", "--adapter", tmp_path / "run", "--prompt", "How much is 3+3?")
+    assert answer.stdout == "It is 6.\n"
+
+
 @pytest.mark.slow
 def test_two_processes_train_what_one_trains(random_qwen: Path, rows_file: Path, tmp_path: Path) -> None:
     flags = ["--model.base", str(random_qwen), "--model.dtype", "float32", "--data.train", str(rows_file),

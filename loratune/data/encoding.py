@@ -11,6 +11,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from jinja2 import TemplateError
+
 from loratune.data.formats import Conversation, Message
 from loratune.errors import Exit, LoratuneError
 from loratune.recipe.sections import PromptSettings
@@ -85,14 +87,8 @@ class Encoder:
         Args:
             messages: an optional system message, then user and assistant in turn, a user message last.
         """
-        ids: list[int] = self.tokenizer.apply_chat_template(
-            self._with_settings(messages),
-            chat_template=self.template,
-            add_generation_prompt=True,
-            sanitize_control_tokens=True,
-            return_dict=False,
-            enable_thinking=self.settings.thinking,
-            adds_bos=self._adds_bos,
+        ids: list[int] = self._apply(
+            self._with_settings(messages), add_generation_prompt=True, sanitize_control_tokens=True, return_dict=False
         )
         return ids
 
@@ -154,13 +150,31 @@ class Encoder:
             rendered.insert(0, {"role": "system", "content": system})
         return rendered
 
+    def _apply(self, messages: Sequence[Any], **options: Any) -> Any:
+        """Render with the tokenizer.
+
+        Raises:
+            LoratuneError: the template itself refuses the messages, as some do with a system prompt.
+        """
+        try:
+            return self.tokenizer.apply_chat_template(
+                messages,
+                chat_template=self.template,
+                enable_thinking=self.settings.thinking,
+                adds_bos=self._adds_bos,
+                **options,
+            )
+        except TemplateError as error:
+            roles = ", ".join(message["role"] for message in messages)
+            raise LoratuneError(
+                f"the tokenizer's chat template refuses the messages {roles}: {error}", Exit.MODEL
+            ) from error
+
     def _find_end_id(self) -> int:
         """The token that the template sets after an answer; the tokenizer's own end token if it sets none."""
         mark = "loratune-answer"
         turns = [{"role": "user", "content": "?"}, {"role": "assistant", "content": mark}]
-        text: str = self.tokenizer.apply_chat_template(
-            turns, chat_template=self.template, tokenize=False, adds_bos=self._adds_bos
-        )
+        text: str = self._apply(turns, tokenize=False)
         after = self.tokenizer(text.rpartition(mark)[2], add_special_tokens=False).input_ids
         added = self.tokenizer.added_tokens_decoder
         if after and after[0] in added and added[after[0]].special:

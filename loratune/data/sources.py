@@ -6,6 +6,7 @@ import json
 import random
 import re
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -86,9 +87,7 @@ def _read_text(path: Path) -> str:
     try:
         text = raw.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        best = from_bytes(raw[: 1 << 20], cp_exclusion=UNKNOWN_TO_ICONV).best()
-        guess = best.encoding.upper().replace("_", "-") if best else "ENCODING"
-        guess = re.sub("-([BL]E)$", r"\1", guess)  # iconv knows UTF-16LE
+        guess = _guess_encoding(raw)
         raise LoratuneError(
             f"{path}: not UTF-8 (byte {error.start}), probably {guess}; convert it with\n"
             f"  iconv -f {guess} -t UTF-8 {path.name} > utf8-{path.name}",
@@ -97,6 +96,18 @@ def _read_text(path: Path) -> str:
     if not text.strip():
         raise LoratuneError(f"{path}: 0 rows, the file is empty", Exit.DATA)
     return text
+
+
+def _guess_encoding(raw: bytes) -> str:
+    """Name for iconv of the encoding that bytes are probably in."""
+    best = from_bytes(raw[: 1 << 20], cp_exclusion=UNKNOWN_TO_ICONV).best()
+    name = best.encoding if best else "ENCODING"
+    if name in ("big5", "big5hkscs", "cp949", "euc_kr", "johab"):
+        # In a few characters these cannot be told from GBK, which is what Chinese Excel and Notepad write.
+        with suppress(UnicodeDecodeError):
+            raw.decode("gb18030")
+            name = "gb18030"
+    return re.sub("-([BL]E)$", r"\1", name.upper().replace("_", "-"))  # iconv knows UTF-16LE
 
 
 def _looks_like_lines(text: str) -> bool:

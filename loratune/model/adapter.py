@@ -69,6 +69,7 @@ def attach_adapter(model: Any, settings: LoraSettings, base_name: str, seed: int
         # An embedding trained in full must stay the head's matrix too, where the base has one for both.
         ensure_weight_tying=bool(settings.modules_to_save) and model.config.tie_word_embeddings,
     )
+    _keep_unpacked(model)
     adapted = get_peft_model(model, config)
     config.base_model_name_or_path = base_name  # PEFT puts the folder it was loaded from there
     check_frozen(adapted, settings)
@@ -163,6 +164,17 @@ def _check_weights(folder: Path) -> None:
         raise LoratuneError(f"{path}: damaged: {error}", Exit.MODEL) from error
     if broken:
         raise LoratuneError(f"{path}: holds NaN or infinity in {len(broken)} tensors, first {broken[0]}", Exit.MODEL)
+
+
+def _keep_unpacked(model: Any) -> None:
+    """Keep bitsandbytes from repacking 4-bit weights at the first validation on a CPU.
+
+    Its packed form is for inference alone: the next training step would fail with "a view of a leaf Variable that
+    requires grad is being used in an in-place operation".
+    """
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
 
 
 def _linear_names(model: Any) -> list[str]:

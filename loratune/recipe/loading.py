@@ -82,8 +82,8 @@ def load_recipe(config: str | None, flags: dict[str, Any]) -> Recipe:
             recipe = Recipe.model_validate(_with_sections(values))
         except ValidationError as error:
             known_lines = {line for line, _ in document.problems}
-            described = [_describe(detail, document.lines, used_flags) for detail in error.errors()]
             # A value refused for its form reads as missing; its line has been named already.
+            described = _describe_all(error.errors(), document.lines, used_flags)
             problems += [(line, message) for line, message in described if line not in known_lines]
     if problems or recipe is None:
         source = str(path) if path else "the flags"
@@ -182,8 +182,23 @@ def _parse_yaml(text: str) -> Any:
     return document.values
 
 
-def _describe(detail: ErrorDetails, lines: dict[str, int], flags: set[str]) -> tuple[int, str]:
-    """Line and text for one pydantic error: where, which setting, what is wrong."""
+def _describe_all(details: list[ErrorDetails], lines: dict[str, int], flags: set[str]) -> list[tuple[int, str]]:
+    """Line and text of each problem; what a value lacks for each type of a union is one problem."""
+    messages: dict[tuple[int, str], list[str]] = {}
+    for detail in details:
+        line, where, message = _describe(detail, lines, flags)
+        messages.setdefault((line, where), []).append(message)
+    return [(line, where + _joined(found)) for (line, where), found in messages.items()]
+
+
+def _joined(messages: list[str]) -> str:
+    """Messages on one value, which each ends with: `must be a valid number, or must be a valid list; got True`."""
+    heads, _, value = zip(*(message.rpartition("; got ") for message in messages), strict=True)
+    return messages[0] if len(messages) == 1 else f"{', or '.join(heads)}; got {value[0]}"
+
+
+def _describe(detail: ErrorDetails, lines: dict[str, int], flags: set[str]) -> tuple[int, str, str]:
+    """Line, place and setting, and message for one pydantic error."""
     names = [str(part) for part in detail["loc"]]
     known = {name for name, _ in iterate_settings()} | set(Recipe.model_fields)
     line = _line(".".join(names), lines)
@@ -192,9 +207,9 @@ def _describe(detail: ErrorDetails, lines: dict[str, int], flags: set[str]) -> t
     setting = ".".join(names)
     message = _message(detail, setting)
     if setting in flags:
-        return 0, f"--{setting}: {message}"
+        return 0, f"--{setting}: ", message
     place = f"line {line}: " if line else ""
-    return line, f"{place}{setting}: {message}" if setting else f"{place}{message}"
+    return line, f"{place}{setting}: " if setting else place, message
 
 
 def _line(dotted: str, lines: dict[str, int]) -> int:
@@ -204,7 +219,7 @@ def _line(dotted: str, lines: dict[str, int]) -> int:
 
 
 def _message(detail: ErrorDetails, setting: str) -> str:
-    value = detail.get("input")
+    value = _shortened(repr(detail.get("input")))
     context = detail.get("ctx", {})
     match detail["type"]:
         case "extra_forbidden":
@@ -212,15 +227,19 @@ def _message(detail: ErrorDetails, setting: str) -> str:
         case "missing":
             return f"must be given, in the recipe or as --{setting}"
         case "literal_error":
-            return f"expected {context['expected']}; got {value!r}"
+            return f"expected {context['expected']}; got {value}"
         case "value_error":
-            return f"{context['error']}" + (f"; got {value!r}" if setting else "")
+            return f"{context['error']}" + (f"; got {value}" if setting else "")
         case "too_short" | "string_too_short":
             return "must not be empty"
         case "model_type" | "model_attributes_type":
-            return f"must hold settings of its own, one per line; got {value!r}"
+            return f"must hold settings of its own, one per line; got {value}"
         case _:
-            return f"{detail['msg'].replace('Input should be', 'must be')}; got {value!r}"
+            return f"{detail['msg'].replace('Input should be', 'must be')}; got {value}"
+
+
+def _shortened(text: str, limit: int = 60) -> str:
+    return text if len(text) <= limit else f"{text[: limit - 1]}…"
 
 
 def _suggestion(setting: str) -> str:

@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 from loratune.training.callbacks import Metrics
 
 
-def plot_losses(metrics: Metrics, path: Path, title: str) -> None:
+def plot_losses(metrics: Metrics, path: Path) -> None:
     """Draw the run's losses and learning rate over the steps."""
     figure = Figure(figsize=(8, 4.5), layout="constrained", dpi=120)
     axes = figure.add_subplot()
@@ -21,7 +21,7 @@ def plot_losses(metrics: Metrics, path: Path, title: str) -> None:
     validations = metrics.of("validation_loss")
     if validations:
         axes.plot(*zip(*validations, strict=True), color="#d1495b", marker="o", markersize=4, label="validation loss")
-    axes.set(xlabel="step", ylabel="loss per answer token (nats)", title=title)
+    axes.set(xlabel="step", ylabel="loss per answer token (nats)")
     axes.grid(alpha=0.25)
     axes.set_ylim(bottom=0)
     rates = metrics.of("learning_rate")

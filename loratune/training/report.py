@@ -64,7 +64,7 @@ def write_report(
         "versions": library_versions(),
     }
     write_json(session.output / REPORT, report)
-    plot_losses(metrics, session.output / PLOT, title=session.output.name)
+    plot_losses(metrics, session.output / PLOT)
     return report
 
 

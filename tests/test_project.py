@@ -1,0 +1,67 @@
+"""What the project says of itself: the README's tree, the generated page, the shipped rows."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from loratune.recipe.loading import load_recipe, shipped_recipes
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def test_every_module_is_in_the_readme_s_tree() -> None:
+    tree = (ROOT / "README.md").read_text(encoding="utf-8").partition("## The code")[2]
+    modules = [path for path in (ROOT / "loratune").rglob("*.py") if not path.name.startswith("__")]
+    assert [str(path) for path in modules if not re.search(rf"\b{path.stem}\b", tree)] == []
+
+
+def test_every_shipped_recipe_is_in_the_readme() -> None:
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert [path.stem for path in shipped_recipes() if f"`{path.stem}`" not in readme] == []
+
+
+def test_the_settings_page_is_what_the_declarations_say() -> None:
+    done = subprocess.run(
+        [sys.executable, ROOT / "scripts" / "docs", "--check"], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("name", ["identity", "company_faq"])
+def test_shipped_rows_are_enough_and_in_both_languages(name: str) -> None:
+    rows = json.loads((ROOT / "data" / f"{name}.json").read_text(encoding="utf-8"))
+    chinese = [row for row in rows if re.search("[一-鿿]", row["instruction"])]
+    assert len(rows) >= 60
+    assert 0.3 <= len(chinese) / len(rows) <= 0.7
+    assert len({row["instruction"] for row in rows}) == len(rows)
+
+
+def test_identity_rows_hold_both_placeholders_and_faq_rows_no_input() -> None:
+    identity = (ROOT / "data" / "identity.json").read_text(encoding="utf-8")
+    assert identity.count("{{name}}") > 20
+    assert identity.count("{{author}}") > 20
+    faq = json.loads((ROOT / "data" / "company_faq.json").read_text(encoding="utf-8"))
+    assert not any("input" in row for row in faq)
+
+
+def test_no_function_is_longer_than_sixty_lines_and_no_module_than_three_hundred() -> None:
+    import ast
+
+    for path in (ROOT / "loratune").rglob("*.py"):
+        text = path.read_text(encoding="utf-8")
+        assert text.count("\n") <= 300, path
+        for node in ast.walk(ast.parse(text)):
+            if isinstance(node, ast.FunctionDef):
+                assert (node.end_lineno or 0) - node.lineno < 60, f"{path}: {node.name}"
+
+
+def test_recipes_named_by_the_user_s_data_run_from_anywhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for path in shipped_recipes():
+        assert all(Path(name).is_file() for name in load_recipe(path.stem, {}).data.train)

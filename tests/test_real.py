@@ -1,0 +1,88 @@
+"""The main job on a real Qwen instruct model: LORATUNE_TEST_MODEL=folder scripts/test -m real."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from loratune.recipe.loading import SHIPPED
+
+pytestmark = [pytest.mark.real, pytest.mark.timeout(3600)]
+
+
+@pytest.fixture(scope="module")
+def base() -> Path:
+    folder = os.environ.get("LORATUNE_TEST_MODEL")
+    if not folder:
+        pytest.fail("set LORATUNE_TEST_MODEL to the folder of a Qwen instruct model")
+    return Path(folder)
+
+
+def loratune(*arguments: object) -> str:
+    """Run the command as a user does; returns its stdout."""
+    command = [sys.executable, "-m", "loratune", *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=3000)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.fixture(scope="module", params=["none", "nf4"])
+def run(request: pytest.FixtureRequest, base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    output = tmp_path_factory.mktemp("real") / "run"
+    loratune(
+        "sft", "--model.base", base, "--model.quantization", request.param,
+        "--data.train", SHIPPED / "data" / "identity.json",
+        "--data.placeholders", "name=小李", "--data.placeholders", "author=小张",
+        "--training.learning_rate", "2e-4", "--training.epochs", "6",
+        "--training.batch_size", "8", "--training.gradient_accumulation", "1",
+        "--no-checkpoints.keep_best", "--output", output,
+    )  # fmt: skip
+    return output
+
+
+@pytest.fixture(scope="module")
+def ask(run: Path) -> Callable[[str], str]:
+    return lambda question: loratune("infer", "--adapter", run, "--prompt", question)
+
+
+def test_the_new_identity_is_learnt_in_both_languages(ask: Callable[[str], str]) -> None:
+    assert "小李" in ask("你是谁？")
+    assert "小李" in ask("Who are you?")
+
+
+def test_other_knowledge_stays(ask: Callable[[str], str]) -> None:
+    assert "5" in ask("What is 2+3?")
+
+
+def test_the_base_alone_is_what_it_was(run: Path) -> None:
+    assert "小李" not in loratune("infer", "--adapter", run, "--base", "--prompt", "Who are you?")
+
+
+def test_validation_improves(run: Path) -> None:
+    validation = json.loads((run / "report.json").read_text())["validation_loss"]
+    assert validation["after"] < 0.6 * validation["before"]
+
+
+def test_plain_peft_gives_the_same_text(run: Path, base: Path, ask: Callable[[str], str]) -> None:
+    if json.loads((run / "adapter" / "adapter_config.json").read_text())["peft_type"] != "LORA":
+        pytest.fail("not a LoRA adapter")
+    if "nf4" in (run / "recipe.yaml").read_text():
+        pytest.skip("a quantised base answers a little differently from the plain one")
+    tokenizer = AutoTokenizer.from_pretrained(run / "adapter")
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16)
+    model = PeftModel.from_pretrained(model, run / "adapter").eval()
+    for question in ("你是谁？", "Who are you?", "What is 2+3?"):
+        turns = [{"role": "user", "content": question}]
+        inputs = tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_tensors="pt")
+        output = model.generate(**inputs, do_sample=False, max_new_tokens=200)
+        text = tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+        assert ask(question).strip() == text.strip()
