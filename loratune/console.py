@@ -11,7 +11,8 @@ from contextlib import contextmanager
 from typing import Any
 
 from rich.cells import cell_len
-from rich.console import Console
+from rich.console import Console, Group
+from rich.live import Live
 from rich.panel import Panel
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
@@ -48,7 +49,7 @@ def table(rows: list[tuple[str, str]], title: str = "") -> None:
     grid.add_column(overflow="fold")
     for name, value in rows:
         grid.add_row(name, Text(value))
-    _stderr.print(grid)
+    _stderr.print(grid, "", sep="\n")
 
 
 def help_page(usage: str, text: str, panels: dict[str, list[tuple[str, str, str]]]) -> None:
@@ -118,7 +119,7 @@ def status(message: str) -> Iterator[None]:
 
 
 class StepProgress:
-    """The training bar: step, loss, learning rate, speed, memory, time left; plain lines without a terminal."""
+    """The training bar with a line of figures below; plain lines where there is no terminal."""
 
     def __init__(self, total_steps: int) -> None:
         self.total_steps = total_steps
@@ -126,24 +127,27 @@ class StepProgress:
         self._last_line = 0
         self._progress = Progress(
             SpinnerColumn(),
-            TextColumn("{task.completed}/{task.total}"),
+            TextColumn("step {task.completed}/{task.total}"),
             BarColumn(bar_width=None),
-            TextColumn("{task.fields[figures]}"),
             TimeElapsedColumn(),
+            TextColumn("left"),
             TimeRemainingColumn(),
             console=_stderr,
             expand=True,
-            disable=not _stderr.is_terminal,
         )
-        self._task = self._progress.add_task("training", total=total_steps, figures="")
+        self._task = self._progress.add_task("training", total=total_steps)
+        self._figures = Text("  waiting for the first step", style="dim")
+        self._live = Live(Group(self._progress, self._figures), console=_stderr, refresh_per_second=4)
 
     def start(self) -> None:
         """Show the bar."""
-        self._progress.start()
+        if _stderr.is_terminal:
+            self._live.start()
 
     def update(self, step: int, figures: str) -> None:
         """Move to `step` and show its figures."""
-        self._progress.update(self._task, completed=step, figures=figures)
+        self._progress.update(self._task, completed=step)
+        self._figures.plain = f"  {figures}"
         is_due = step % self._lines_every == 0 or step in (1, self.total_steps)
         if not _stderr.is_terminal and is_due and step > self._last_line:
             self._last_line = step
@@ -151,4 +155,5 @@ class StepProgress:
 
     def stop(self) -> None:
         """Leave the bar as it stands."""
-        self._progress.stop()
+        self._live.stop()
+        say("")

@@ -101,6 +101,22 @@ def test_another_base_of_the_same_shape_is_refused(cli: Callable[..., Result], r
     assert "weights differ" in " ".join(result.stderr.split())
 
 
+def test_a_changed_template_matters_only_where_the_adapter_has_none_of_its_own(
+    cli: Callable[..., Result], run: Path, tmp_path: Path
+) -> None:
+    moved = shutil.copytree(TINY_QWEN, tmp_path / "moved")
+    template = moved / "chat_template.jinja"
+    template.write_text(
+        template.read_text().replace("<|im_start|>' + message.role", "<|im_start|>the ' + message.role")
+    )
+    assert cli("infer", "--adapter", run, "--model", moved, "-p", "Who are you?").stdout == "I am Robin.\n"
+
+    (checkpoint,) = (run / "checkpoints").iterdir()
+    result = cli("infer", "--adapter", checkpoint, "--model", moved, "-p", "Who are you?")
+    assert result.exit_code == Exit.MODEL
+    assert "chat template has changed" in " ".join(result.stderr.split())
+
+
 def test_a_base_that_has_moved_is_found_by_model(cli: Callable[..., Result], run: Path, tmp_path: Path) -> None:
     moved = shutil.copytree(TINY_QWEN, tmp_path / "moved")
     result = cli("infer", "--adapter", run, "--model", moved, "-p", "Who are you?")

@@ -230,6 +230,15 @@ def test_a_loss_that_is_not_a_number_stops_the_run_and_saves_nothing(
     assert not (tmp_path / "run" / "checkpoints" / "step-000003").exists()
 
 
+def test_weights_spoilt_between_two_logs_are_never_saved(
+    sft: Callable[..., Result], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spoil_at(monkeypatch, step=2, with_what=spoil_weights)
+    result = sft("--checkpoints.every_steps", "3", "--tracking.every_steps", "4", "--data.validation", "0")
+    assert result.exit_code == Exit.DIVERGED
+    assert not list((tmp_path / "run").rglob("*.safetensors"))
+
+
 def test_an_interrupted_run_says_so_and_leaves_no_adapter(
     sft: Callable[..., Result], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -354,13 +363,13 @@ def test_two_processes_train_what_one_trains(random_qwen: Path, rows_file: Path,
 
 def spoil_at(monkeypatch: pytest.MonkeyPatch, step: int, with_what: Callable[[Any], None]) -> None:
     """Let something happen to the model at the end of a step."""
-    from loratune.training.callbacks import DivergenceGuard
+    from loratune.training.callbacks import Metrics
 
     def on_step_end(self: TrainerCallback, args: Any, state: Any, control: Any, model: Any, **_: Any) -> None:
         if state.global_step == step:
             with_what(model)
 
-    monkeypatch.setattr(DivergenceGuard, "on_step_end", on_step_end)
+    monkeypatch.setattr(Metrics, "on_step_end", on_step_end)
 
 
 def spoil_weights(model: Any) -> None:

@@ -9,7 +9,6 @@ from contextlib import closing
 from typing import Any
 
 from prompt_toolkit import PromptSession
-from prompt_toolkit.patch_stdout import patch_stdout
 
 from loratune import console
 from loratune.data.formats import Message
@@ -128,8 +127,7 @@ def _read_lines() -> Iterator[str]:
     session: PromptSession[str] = PromptSession()
     while True:
         try:
-            with patch_stdout():
-                yield session.prompt("> ")
+            yield session.prompt("> ")
         except KeyboardInterrupt:
             continue
         except EOFError:

@@ -141,9 +141,13 @@ def load_engine(adapter: Path | None, model: str | None, use_adapter: bool, warn
         _check_same_base(source.manifest, settings.base, folder)
     elif source:
         warnings.append(f"{source.adapter} has no loratune manifest: base and prompt template could not be checked")
-    tokenizer = load_tokenizer(folder)
+    # The adapter carries the tokenizer and template that it was trained with; a checkpoint has only its base's.
+    own_tokenizer = source is not None and (source.adapter / "tokenizer_config.json").is_file()
+    tokenizer = load_tokenizer(source.adapter if source and own_tokenizer else folder)
     prompt = source.recipe.prompt if source and source.recipe else PromptSettings()
     encoder = Encoder(tokenizer, prompt)
+    if source and source.manifest:
+        _check_same_template(source.manifest, encoder)
     set_pad_token(tokenizer, {encoder.end_id, tokenizer.eos_token_id})
     loaded = load_base(settings, folder, detect_hardware())
     if source and use_adapter:
@@ -176,6 +180,15 @@ def _check_same_base(manifest: dict[str, Any], name: str, folder: Path) -> None:
         raise LoratuneError(
             f"the adapter was trained on {known['name']} and {name} is another model: {', '.join(different)} differ. "
             "Give the right base with --model",
+            Exit.MODEL,
+        )
+
+
+def _check_same_template(manifest: dict[str, Any], encoder: Encoder) -> None:
+    if manifest["template"]["sha256"] != encoder.template_sha256:
+        raise LoratuneError(
+            "the prompt template is not the one of the training: the base's chat template has changed since; restore it, "
+            "or use the run folder rather than a checkpoint",
             Exit.MODEL,
         )
 

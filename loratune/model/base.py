@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -173,7 +172,6 @@ def _download(settings: ModelSettings) -> Path:
         except ImportError as error:
             raise LoratuneError(f"{place}; to fetch it from ModelScope, pip install modelscope", Exit.MODEL) from error
     else:
-        os.environ.setdefault("HF_HUB_ETAG_TIMEOUT", "5")
         from huggingface_hub import snapshot_download
     try:
         return Path(snapshot_download(settings.base, revision=settings.revision, allow_patterns=HUB_FILES))

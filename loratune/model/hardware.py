@@ -37,14 +37,19 @@ class Hardware:
 
 
 def detect_hardware() -> Hardware:
-    """Take the GPU of this process's local rank, else the CPU with one thread per physical core."""
+    """Take the GPU of this process's local rank, else the CPU with one thread per physical core.
+
+    OMP_NUM_THREADS decides the number of threads instead where a user has set it; torchrun sets it to 1 by itself.
+    """
     processes = int(os.environ.get("WORLD_SIZE", "1"))
     if torch.cuda.is_available():
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
         torch.cuda.set_device(device)
         has_bfloat16 = torch.cuda.is_bf16_supported(including_emulation=False)
         return Hardware(device, has_bfloat16, torch.cuda.get_device_name(), processes)
-    torch.set_num_threads(max(1, _usable_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
+    local_processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    if "OMP_NUM_THREADS" not in os.environ or local_processes > 1:
+        torch.set_num_threads(max(1, _usable_cores() // local_processes))
     threads = torch.get_num_threads()
     has_bfloat16 = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
     name = f"CPU, {threads} thread{'s' if threads > 1 else ''}"

@@ -56,13 +56,11 @@ class Metrics(TrainerCallback):
         tokens = logs.get("num_tokens", 0)
         last_seconds, last_tokens = self._last
         self._last = (training_seconds, tokens)
-        return {
-            "loss": logs["loss"],
-            "learning_rate": logs["learning_rate"],
-            "gradient_norm": logs.get("grad_norm", math.nan),
-            "tokens": tokens,
-            "tokens_per_second": round((tokens - last_tokens) / max(training_seconds - last_seconds, 1e-9), 1),
-        }
+        record = {"loss": logs["loss"], "learning_rate": logs["learning_rate"]}
+        if "grad_norm" in logs:
+            record["gradient_norm"] = logs["grad_norm"]
+        speed = (tokens - last_tokens) / max(training_seconds - last_seconds, 1e-9)
+        return record | {"tokens": tokens, "tokens_per_second": round(speed, 1)}
 
     @property
     def tokens_per_second(self) -> float:
@@ -123,8 +121,22 @@ class DivergenceGuard(TrainerCallback):
             figures = ", ".join(
                 f"{name} {logs[name]:g}" for name in ("loss", "grad_norm", "learning_rate", "eval_loss") if name in logs
             )
-            raise LoratuneError(
-                f"training diverged at step {state.global_step}: {figures}. Earlier checkpoints are untouched; "
-                "try a lower training.learning_rate, a longer training.warmup, or model.dtype float32",
-                Exit.DIVERGED,
-            )
+            raise _diverged(f"at step {state.global_step}: {figures}")
+
+    def on_step_end(self, args: Any, state: Any, control: Any, model: Any, **_: Any) -> None:
+        """Look at the weights before a checkpoint, since a step between two logs may have spoilt them.
+
+        Raises:
+            LoratuneError: a trained weight is not finite.
+        """
+        trained = (parameter for parameter in model.parameters() if parameter.requires_grad)
+        if control.should_save and not all(parameter.isfinite().all() for parameter in trained):
+            raise _diverged(f"at or before step {state.global_step}: the adapter's weights are not finite")
+
+
+def _diverged(what: str) -> LoratuneError:
+    return LoratuneError(
+        f"training diverged {what}. Earlier checkpoints are untouched; try a lower training.learning_rate, a longer "
+        "training.warmup, or model.dtype float32",
+        Exit.DIVERGED,
+    )
