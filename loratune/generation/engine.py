@@ -187,8 +187,8 @@ def _check_same_base(manifest: dict[str, Any], name: str, folder: Path) -> None:
 def _check_same_template(manifest: dict[str, Any], encoder: Encoder) -> None:
     if manifest["template"]["sha256"] != encoder.template_sha256:
         raise LoratuneError(
-            "the prompt template is not the one of the training: the base's chat template has changed since; restore it, "
-            "or use the run folder rather than a checkpoint",
+            "the prompt template is not the one of the training: the base's chat template has changed since; restore "
+            "it, or use the run folder rather than a checkpoint",
             Exit.MODEL,
         )
 
