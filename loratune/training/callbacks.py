@@ -124,13 +124,15 @@ class DivergenceGuard(TrainerCallback):
             raise _diverged(f"at step {state.global_step}: {figures}")
 
     def on_step_end(self, args: Any, state: Any, control: Any, model: Any, **_: Any) -> None:
-        """Look at the weights before a checkpoint, since a step between two logs may have spoilt them.
+        """Look at the weights before a checkpoint that no log of its step precedes.
 
         Raises:
             LoratuneError: a trained weight is not finite.
         """
+        if not control.should_save or control.should_log:
+            return
         trained = (parameter for parameter in model.parameters() if parameter.requires_grad)
-        if control.should_save and not all(parameter.isfinite().all() for parameter in trained):
+        if not all(parameter.isfinite().all() for parameter in trained):
             raise _diverged(f"at or before step {state.global_step}: the adapter's weights are not finite")
 
 
