@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import pty
@@ -10,6 +11,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import termios
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -211,7 +213,14 @@ class Terminal:
         self.master, slave = pty.openpty()
         environment = {**os.environ, "TERM": "xterm", "COLUMNS": "80", "PROMPT_TOOLKIT_NO_CPR": "1"}
         self.process = subprocess.Popen(
-            command, stdin=slave, stdout=slave, stderr=slave, env=environment, start_new_session=True
+            command,
+            stdin=slave,
+            stdout=slave,
+            stderr=slave,
+            env=environment,
+            start_new_session=True,
+            # Only a controlling terminal turns Ctrl-C into a signal.
+            preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
         )
         os.close(slave)
         self.seen = ""
@@ -246,18 +255,21 @@ def terminal() -> Iterator[Callable[[list[str]], Terminal]]:
 
 
 @pytest.mark.slow
-def test_the_chat_on_a_terminal(terminal: Callable[[list[str]], Terminal], run: Path) -> None:
-    chat = terminal(
-        [sys.executable, "-m", "loratune", "infer", "--adapter", str(run), "-t", "5", "--max-new-tokens", "1200"]
-    )
-    chat.expect("> ")
+def test_the_chat_on_a_terminal(terminal: Callable[[list[str]], Terminal], random_qwen: Path, tmp_path: Path) -> None:
+    endless = shutil.copytree(random_qwen, tmp_path / "endless")  # random weights say the same token for ever
+    config = json.loads((endless / "config.json").read_text()) | {"max_position_embeddings": 32768}
+    (endless / "config.json").write_text(json.dumps(config))
+    chat = terminal([sys.executable, "-m", "loratune", "infer", "--model", str(endless), "--max-new-tokens", "16000"])
+    chat.expect("lists the commands")
+    chat.expect(">")
     chat.send("Tell me everything\r")
     chat.expect("everything")
-    time.sleep(1)
+    time.sleep(2)
     chat.send("\x03")  # Ctrl-C ends the answer, not the program
     chat.expect("[stopped]")
-    chat.expect("> ")
+    chat.expect(">")
     chat.send("/help\r")
     chat.expect("/reset")
+    chat.expect(">")
     chat.send("\x04")  # Ctrl-D
     assert chat.process.wait(timeout=30) == 0
