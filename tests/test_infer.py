@@ -19,6 +19,7 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import TINY_QWEN
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner, Result
@@ -26,7 +27,6 @@ from typer.testing import CliRunner, Result
 from loratune.cli.app import app
 from loratune.errors import Exit
 from loratune.generation.engine import Sampling, load_engine
-from tests.conftest import TINY_QWEN
 
 ROWS = [{"instruction": "Who are you?", "output": "I am Robin."}, {"instruction": "Your name?", "output": "Robin."}]
 

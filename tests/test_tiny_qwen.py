@@ -7,12 +7,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from conftest import TINY_QWEN
 from transformers import AutoTokenizer
 from typer.testing import Result
 
 from loratune.data.formats import Message
 from loratune.generation.engine import Engine, Sampling, load_engine
-from tests.conftest import TINY_QWEN
 
 ROOT = Path(__file__).resolve().parent.parent
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import subprocess
@@ -12,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import ROWS
 from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, TrainerCallback
@@ -24,7 +26,6 @@ from loratune.errors import Exit
 from loratune.model.base import load_tokenizer
 from loratune.recipe.loading import load_recipe
 from loratune.recipe.sections import PromptSettings
-from tests.conftest import ROWS
 
 RUN_FILES = {
     "recipe.yaml", "manifest.json", "status.json", "metrics.jsonl", "report.json", "loss.png",
@@ -258,6 +259,30 @@ def test_lack_of_memory_is_advice(sft: Callable[..., Result], monkeypatch: pytes
     result = sft()
     assert result.exit_code == Exit.IO
     assert "--training.batch_size 1 --training.gradient_accumulation 4" in " ".join(result.stderr.split())
+
+
+def test_a_full_disk_is_one_message_and_no_half_checkpoint(
+    sft: Callable[..., Result], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import loratune.training.trainer as trainer
+
+    def full(model: Any, folder: Path) -> None:
+        (folder / "adapter_config.json").write_text("half")
+        raise OSError(errno.ENOSPC, "No space left on device", str(folder))
+
+    monkeypatch.setattr(trainer, "save_adapter", full)
+    result = sft()
+    assert result.exit_code == Exit.IO
+    assert "No space left on device" in " ".join(result.stderr.split())
+    assert list((tmp_path / "run" / "checkpoints").iterdir()) == []
+
+
+def test_rows_are_read_before_the_model_is_looked_for(sft: Callable[..., Result], tmp_path: Path) -> None:
+    bad = tmp_path / "bad.json"
+    bad.write_text('[{"instruction": "a"}]')
+    result = sft(data=bad, model=Path("nobody/nothing"))
+    assert result.exit_code == Exit.DATA
+    assert "'output' is missing" in result.stderr
 
 
 def test_a_missing_tracker_is_a_warning(sft: Callable[..., Result], tmp_path: Path) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import random
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from datasets import Dataset
@@ -39,52 +39,69 @@ class Split:
 
 
 @dataclass
+class ReadData:
+    """The rows of a recipe, checked and split, not yet encoded."""
+
+    train: list[Conversation]
+    validation: list[Conversation]
+    files: list[FileUse]
+    warnings: list[str]
+
+
+@dataclass
 class PreparedData:
     """Everything training needs of the data, and what the user should know of it."""
 
     train: Split
     validation: Split | None
     files: list[FileUse]
-    first_example: Example
-    warnings: list[str] = field(default_factory=list)
+    warnings: list[str]
 
 
-def prepare_data(settings: DataSettings, encoder: Encoder, max_length: int, seed: int) -> PreparedData:
-    """Read, split and encode the rows of a recipe.
+def read_data(settings: DataSettings, seed: int) -> ReadData:
+    """Read and split the rows of a recipe; needs no model, so that it can stand before a download.
 
     Args:
         settings: files, validation, placeholders.
-        encoder: the renderer.
-        max_length: tokens; longer sequences are left out and counted.
         seed: of sampling and split.
 
     Raises:
         LoratuneError: rows that cannot be read or trained on.
     """
     files: list[FileUse] = []
-    train = _read_files(settings.train, settings.placeholders, seed, files)
     warnings: list[str] = []
+    train = _read_files(settings.train, settings.placeholders, seed, files)
     if isinstance(settings.validation, float):
         train, validation = _split_off(train, settings.validation, seed)
         if settings.validation and not validation:
             warnings.append(f"{len(train)} rows are too few to split; there is no validation")
     else:
         validation = _read_files(settings.validation, settings.placeholders, seed, files)
-    train_examples = _encode(train, encoder, settings.train_on, max_length, "training", warnings)
-    if not train_examples:
+    return ReadData(train, validation, files, warnings)
+
+
+def encode_data(data: ReadData, encoder: Encoder, train_on: str, max_length: int) -> PreparedData:
+    """Encode rows into training and validation sequences.
+
+    Args:
+        data: the rows.
+        encoder: the renderer.
+        train_on: `all` answers of a conversation, or the `last`.
+        max_length: tokens; longer sequences are left out and counted.
+
+    Raises:
+        LoratuneError: no training row is short enough.
+    """
+    warnings = [*data.warnings]
+    train = _encode(data.train, encoder, train_on, max_length, "training", warnings)
+    if not train:
         raise LoratuneError(
-            f"all {len(train)} training rows are longer than training.max_length {max_length}; nothing is left to "
+            f"all {len(data.train)} training rows are longer than training.max_length {max_length}; nothing is left to "
             "train on. Raise it, or shorten the rows",
             Exit.DATA,
         )
-    validation_examples = _encode(validation, encoder, settings.train_on, max_length, "validation", warnings)
-    return PreparedData(
-        train=_split(train_examples),
-        validation=_split(validation_examples) if validation_examples else None,
-        files=files,
-        first_example=train_examples[0],
-        warnings=warnings,
-    )
+    validation = _encode(data.validation, encoder, train_on, max_length, "validation", warnings)
+    return PreparedData(_split(train), _split(validation) if validation else None, data.files, warnings)
 
 
 def _read_files(names: list[str], placeholders: dict[str, str], seed: int, files: list[FileUse]) -> list[Conversation]:

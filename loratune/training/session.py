@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,11 +11,12 @@ from pathlib import Path
 from typing import Any
 
 from transformers.utils import logging as transformers_logging
+from trl import SFTConfig
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from loratune import console
 from loratune.data.encoding import Encoder
-from loratune.data.preparation import PreparedData, prepare_data
+from loratune.data.preparation import PreparedData, encode_data, read_data
 from loratune.errors import Exit, LoratuneError
 from loratune.model.adapter import AdapterSummary, attach_adapter, load_adapter_weights, save_adapter, summarise_adapter
 from loratune.model.base import dtype_name, find_base, load_base, load_tokenizer, set_pad_token, weight_files
@@ -31,6 +33,8 @@ from loratune.training.callbacks import DivergenceGuard, Metrics, Progress
 from loratune.training.checkpoints import CheckpointKeeper
 from loratune.training.report import library_versions, write_report
 from loratune.training.trainer import AdapterTrainer
+
+DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM)
 
 
 @dataclass
@@ -49,6 +53,7 @@ class Session:
     summary: AdapterSummary
     steps: int
     """Optimizer steps that the recipe comes to."""
+    arguments: SFTConfig
     warnings: list[str]
 
 
@@ -70,7 +75,7 @@ def train(recipe: Recipe, overwrite: bool = False) -> dict[str, Any]:
     output = Path(recipe.output)
     if console.IS_SPEAKER:
         prepare_output(output, overwrite)
-    with _memory_errors_explained(recipe):
+    with _machine_errors_explained(recipe):
         session = _gather(recipe, output)
         trainer, metrics, keeper, progress = _build_trainer(session)
         if console.IS_SPEAKER:
@@ -91,31 +96,34 @@ def _gather(recipe: Recipe, output: Path) -> Session:
     """Find the base, read the data, load the model; cheap checks before expensive ones."""
     transformers_logging.set_verbosity_error()
     hardware = detect_hardware()
+    rows = read_data(recipe.data, recipe.seed)
     base = find_base(recipe.model)
     tokenizer = load_tokenizer(base)
     encoder = Encoder(tokenizer, recipe.prompt)
     set_pad_token(tokenizer, {encoder.end_id, tokenizer.eos_token_id})
-    data = prepare_data(recipe.data, encoder, recipe.training.max_length, recipe.seed)
+    data = encode_data(rows, encoder, recipe.data.train_on, recipe.training.max_length)
     steps = plan_steps(recipe.training, len(data.train.dataset), hardware.processes)
     warnings = [*advise(recipe), *data.warnings]
+    arguments = training_arguments(recipe, hardware, data.validation is not None, warnings)
     _show_data(recipe, data)
     with console.status(f"loading {recipe.model.base}"):
         model = load_base(recipe.model, base, hardware)
     adapted = attach_adapter(model, recipe.lora, recipe.model.base, recipe.seed)
     summary = summarise_adapter(adapted)
     _show_model(recipe, hardware, summary, dtype_name(model.dtype))
-    return Session(recipe, output, hardware, base, tokenizer, encoder, data, adapted, summary, steps, warnings)
+    return Session(
+        recipe, output, hardware, base, tokenizer, encoder, data, adapted, summary, steps, arguments, warnings
+    )
 
 
 def _build_trainer(session: Session) -> tuple[AdapterTrainer, Metrics, CheckpointKeeper, Progress]:
     recipe, data = session.recipe, session.data
-    arguments = training_arguments(recipe, session.hardware, data.validation is not None, session.warnings)
     metrics = Metrics(session.output)
     progress = Progress(metrics, session.hardware)
     keeper = CheckpointKeeper(session.output, recipe.checkpoints, recipe.evaluation)
     trainer = AdapterTrainer(
         model=session.model,
-        args=arguments,
+        args=session.arguments,
         train_dataset=data.train.dataset,
         eval_dataset=data.validation.dataset if data.validation else None,
         processing_class=session.tokenizer,
@@ -180,10 +188,18 @@ def _status_kept(output: Path, trainer: AdapterTrainer) -> Iterator[None]:
 
 
 @contextmanager
-def _memory_errors_explained(recipe: Recipe) -> Iterator[None]:
-    """Turn a lack of memory into advice, cheapest change first."""
+def _machine_errors_explained(recipe: Recipe) -> Iterator[None]:
+    """Turn a lack of memory or disk into one message; for memory with advice, cheapest change first."""
     try:
         yield
+    except OSError as error:
+        if error.errno not in DISK_ERRORS:
+            raise
+        raise LoratuneError(
+            f"{error.filename or recipe.output}: cannot be written: {error.strerror}. What had been saved before is "
+            "untouched; make room, or choose another folder with --output",
+            Exit.IO,
+        ) from error
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
             raise
