@@ -126,6 +126,15 @@ def test_plain_peft_loads_a_saved_adapter_to_the_same_logits(
     torch.testing.assert_close(PeftModel.from_pretrained(reference, folder).eval()(IDS).logits, logits)
 
 
+def test_transformers_alone_loads_a_saved_adapter_to_the_same_logits(
+    saved: tuple[Path, torch.Tensor], random_qwen: Path
+) -> None:
+    folder, logits = saved
+    model = AutoModelForCausalLM.from_pretrained(random_qwen, dtype=torch.float32)
+    model.load_adapter(str(folder))
+    torch.testing.assert_close(model.eval()(IDS).logits, logits)
+
+
 def test_the_update_is_alpha_over_rank_times_b_times_a(saved: tuple[Path, torch.Tensor], random_qwen: Path) -> None:
     folder, logits = saved
     weights = load_file(folder / "adapter_model.safetensors")

@@ -229,7 +229,7 @@ def test_a_failure_that_the_user_can_fix_is_one_message_and_its_exit_code(
 
 def test_debug_shows_the_traceback_of_a_failure() -> None:
     plain = run_python("-m", "loratune", "sft", "--config", "nonsense")
-    debug = run_python("-m", "loratune", "--debug", "sft", "--config", "nonsense")
+    debug = run_python("-m", "loratune", "sft", "--config", "nonsense", "--debug")
     assert plain.returncode == Exit.USAGE
     assert "Traceback" not in plain.stderr
     assert "Traceback (most recent call last)" in debug.stderr

@@ -14,7 +14,11 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from loratune.data.encoding import Encoder
+from loratune.data.formats import Conversation, Message
+from loratune.model.base import load_tokenizer
 from loratune.recipe.loading import SHIPPED
+from loratune.recipe.sections import PromptSettings
 
 pytestmark = [pytest.mark.real, pytest.mark.timeout(3600)]
 
@@ -33,6 +37,16 @@ def loratune(*arguments: object) -> str:
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=3000)
     assert done.returncode == 0, done.stderr
     return done.stdout
+
+
+def test_prompt_ids_are_those_of_the_model_s_own_template(base: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    encoder = Encoder(load_tokenizer(base), PromptSettings())
+    turns: list[Message] = [{"role": "user", "content": "What is 2+3? 等于几？"}]
+    expected = tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_dict=False)
+    assert encoder.prompt_ids(turns) == expected
+    (example,) = encoder.encode(Conversation((*turns, {"role": "assistant", "content": "5"}), ""))
+    assert example.input_ids[: len(expected)] == expected
 
 
 @pytest.fixture(scope="module", params=["none", "nf4"])

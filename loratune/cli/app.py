@@ -42,6 +42,12 @@ class Group(TyperGroup):
         single.command(cmd_name, cls=Command, help=help_text)(module.command)
         return typer.main.get_command(single)
 
+    def parse_args(self, ctx: Any, args: list[str]) -> Any:
+        """Take --debug from anywhere on the line: it is added to a command that has just failed."""
+        if "--debug" in args:
+            args = ["--debug", *(argument for argument in args if argument != "--debug")]
+        return super().parse_args(ctx, args)
+
     def format_help(self, ctx: Any, formatter: Any) -> None:
         """Print the overview."""
         panels = {"commands": [(name, "", text) for name, text in COMMANDS.items()]}

@@ -86,7 +86,7 @@ def load_recipe(config: str | None, flags: dict[str, Any]) -> Recipe:
             described = _describe_all(error.errors(), document.lines, used_flags)
             problems += [(line, message) for line, message in described if line not in known_lines]
     if problems or recipe is None:
-        source = str(path) if path else "the flags"
+        source = str(path) if path else "flags alone, without --config"
         count = f"{len(problems)} problems" if len(problems) > 1 else "a problem"
         listed = bullet_list([message for _, message in sorted(problems, key=lambda problem: problem[0])], limit=40)
         raise LoratuneError(f"{source}: the recipe has {count}:\n{listed}", Exit.USAGE)
