@@ -95,6 +95,21 @@ def test_an_earlier_run_is_replaced_only_when_asked(run: Path) -> None:
     assert not (run / "adapter").exists()
 
 
+@pytest.mark.parametrize("status", ["{}", "[]", "not json", '{"program": "another"}'])
+def test_a_folder_with_somebody_else_s_status_file_is_never_touched(tmp_path: Path, status: str) -> None:
+    (tmp_path / "status.json").write_text(status)
+    with pytest.raises(LoratuneError, match="not a run"):
+        prepare_output(tmp_path, overwrite=True)
+
+
+def test_replacing_a_run_leaves_what_a_user_has_put_beside_it(run: Path) -> None:
+    (run / "notes.txt").write_text("mine")
+    prepare_output(run, overwrite=True)
+    create_run(run, RECIPE, {})
+    assert (run / "notes.txt").read_text() == "mine"
+    assert {path.name for path in run.iterdir()} == {"notes.txt", "recipe.yaml", "manifest.json", "status.json"}
+
+
 def test_an_output_that_is_a_file_or_lies_under_one_is_refused(tmp_path: Path) -> None:
     file = tmp_path / "file"
     file.write_text("")
@@ -153,10 +168,20 @@ def test_the_fingerprint_tells_another_model_of_the_same_shape(random_qwen: Path
     assert fingerprint(other) == fingerprint(random_qwen)
 
     weights = load_file(other / "model.safetensors")
-    weights["model.norm.weight"][0] += 1
-    save_file(weights, other / "model.safetensors", {"format": "pt"})
-    changed = {key for key, value in fingerprint(other).items() if value != fingerprint(random_qwen)[key]}
-    assert changed == {"weights_sha256"}
+    for name, weight in weights.items():
+        save_file(weights | {name: weight + 0.01}, other / "model.safetensors")
+        found = fingerprint(other)
+        assert {key for key in found if found[key] != fingerprint(random_qwen)[key]} == {"weights_sha256"}, name
 
     (other / "tokenizer.json").write_text((other / "tokenizer.json").read_text() + " ")
     assert fingerprint(other)["tokenizer_sha256"] != fingerprint(random_qwen)["tokenizer_sha256"]
+
+
+def test_the_fingerprint_does_not_depend_on_how_weights_are_split(random_qwen: Path, tmp_path: Path) -> None:
+    split = shutil.copytree(random_qwen, tmp_path / "split")
+    weights = load_file(split / "model.safetensors")
+    names = sorted(weights)
+    parts = [split / "a.safetensors", split / "b.safetensors"]
+    for path, part in zip(parts, (names[::2], names[1::2]), strict=True):
+        save_file({name: weights[name] for name in part}, path)
+    assert fingerprint_base(split, parts) == fingerprint_base(random_qwen, [random_qwen / "model.safetensors"])

@@ -13,12 +13,14 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from conftest import ROWS
 from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, TrainerCallback
 from typer.testing import Result
 
+from loratune.console import printable
 from loratune.data.encoding import IGNORED, Encoder
 from loratune.data.formats import read_alpaca
 from loratune.data.sources import Row
@@ -26,6 +28,7 @@ from loratune.errors import Exit
 from loratune.model.base import load_tokenizer
 from loratune.recipe.loading import load_recipe
 from loratune.recipe.sections import PromptSettings
+from loratune.runs.tokenizer_files import copy_tokenizer_files
 
 RUN_FILES = {
     "recipe.yaml", "manifest.json", "status.json", "metrics.jsonl", "report.json", "loss.png",
@@ -104,6 +107,14 @@ def test_the_report_and_metrics_say_what_happened(sft: Callable[..., Result], tm
     assert [line["step"] for line in metrics if "validation_loss" in line] == [0, 2, 4]
     assert read_json(tmp_path / "run" / "status.json")["state"] == "finished"
     assert report["validation_loss"]["before"] == metrics[0]["validation_loss"]
+
+
+def test_a_run_shorter_than_its_logging_interval_is_reported_whole(sft: Callable[..., Result], tmp_path: Path) -> None:
+    every, seldom = tmp_path / "every", tmp_path / "seldom"
+    assert sft("--data.validation", "0", "--output", every).exit_code == 0
+    assert sft("--data.validation", "0", "--tracking.every_steps", "50", "--output", seldom).exit_code == 0
+    assert [line["step"] for line in metrics_of(seldom)] == [1, 4]
+    assert read_json(seldom / "report.json")["tokens"] == read_json(every / "report.json")["tokens"]
 
 
 def test_training_lowers_the_loss_that_plain_peft_measures(
@@ -235,7 +246,7 @@ def test_weights_spoilt_between_two_logs_are_never_saved(
     sft: Callable[..., Result], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     spoil_at(monkeypatch, step=2, with_what=spoil_weights)
-    result = sft("--checkpoints.every_steps", "3", "--tracking.every_steps", "4", "--data.validation", "0")
+    result = sft("--checkpoints.every_steps", "3", "--tracking.every_steps", "9", "--data.validation", "0")
     assert result.exit_code == Exit.DIVERGED
     assert not list((tmp_path / "run").rglob("*.safetensors"))
 
@@ -347,6 +358,31 @@ def test_the_manifest_knows_base_data_and_files(sft: Callable[..., Result], tmp_
     assert set(manifest["files"]) == {name for name in RUN_FILES if name.startswith("adapter/")} | {"recipe.yaml"}
 
 
+@pytest.mark.parametrize("architecture", ["Qwen3", "Llama", "Mistral"])
+def test_other_architectures_train_and_answer(
+    sft: Callable[..., Result], cli: Callable[..., Result], tmp_path: Path, random_qwen: Path, architecture: str
+) -> None:
+    known = read_json(random_qwen / "config.json")
+    sizes = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+             "num_key_value_heads", "max_position_embeddings", "eos_token_id", "pad_token_id")  # fmt: skip
+    config = getattr(transformers, f"{architecture}Config")(**{name: known[name] for name in sizes}, head_dim=8)
+    model = tmp_path / "model"
+    getattr(transformers, f"{architecture}ForCausalLM")(config).save_pretrained(model)
+    copy_tokenizer_files(random_qwen, model)
+
+    assert sft(model=model).exit_code == 0
+    reference = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+    adapted = PeftModel.from_pretrained(reference, tmp_path / "run" / "adapter").eval()
+    report = read_json(tmp_path / "run" / "report.json")
+    assert report["adapter"]["modules"] == dict.fromkeys(report["adapter"]["modules"], 2)
+    assert len(report["adapter"]["modules"]) == 7
+    tokenizer = load_tokenizer(model)
+    prompt = torch.tensor([Encoder(tokenizer, PromptSettings()).prompt_ids([{"role": "user", "content": "Hi"}])])
+    expected = adapted.generate(prompt, max_new_tokens=8, do_sample=False)[0, prompt.shape[1] :]
+    answer = cli("infer", "--adapter", tmp_path / "run", "-p", "Hi", "--max-new-tokens", "8")
+    assert answer.stdout == printable(tokenizer.decode(expected, skip_special_tokens=True)) + "\n"
+
+
 @pytest.mark.parametrize("quantization", ["nf4", "int8"])
 def test_a_quantised_base_trains_and_answers_on_any_machine(
     cli: Callable[..., Result], rows_file: Path, tmp_path: Path, quantization: str
@@ -392,13 +428,13 @@ def test_two_processes_train_what_one_trains(random_qwen: Path, rows_file: Path,
 
 def spoil_at(monkeypatch: pytest.MonkeyPatch, step: int, with_what: Callable[[Any], None]) -> None:
     """Let something happen to the model at the end of a step."""
-    from loratune.training.callbacks import Metrics
+    from loratune.training.callbacks import Progress
 
     def on_step_end(self: TrainerCallback, args: Any, state: Any, control: Any, model: Any, **_: Any) -> None:
         if state.global_step == step:
             with_what(model)
 
-    monkeypatch.setattr(Metrics, "on_step_end", on_step_end)
+    monkeypatch.setattr(Progress, "on_step_end", on_step_end)
 
 
 def spoil_weights(model: Any) -> None:

@@ -109,7 +109,7 @@ def save_adapter(model: PeftModel, folder: Path) -> None:
     (folder / "README.md").unlink(missing_ok=True)  # PEFT's card names local paths
 
 
-def load_adapter(model: Any, folder: Path, is_trainable: bool = False) -> PeftModel:
+def load_adapter(model: Any, folder: Path) -> PeftModel:
     """Put a saved adapter on its base.
 
     Raises:
@@ -118,7 +118,7 @@ def load_adapter(model: Any, folder: Path, is_trainable: bool = False) -> PeftMo
     config = read_adapter_config(folder)
     _check_weights(folder)
     try:
-        return PeftModel.from_pretrained(model, str(folder), config=config, is_trainable=is_trainable)
+        return PeftModel.from_pretrained(model, str(folder), config=config)
     except (RuntimeError, ValueError, KeyError) as error:
         raise LoratuneError(
             f"{folder}: the adapter does not fit the base model: {_first_lines(str(error))}", Exit.MODEL

@@ -200,7 +200,7 @@ class TrackingSettings(Section):
     run_name: str | None = None
     """Name of the run at the trackers; default is the output folder's name."""
     every_steps: int = Field(default=1, ge=1)
-    """Steps between two lines of metrics.jsonl."""
+    """Steps between two lines of metrics.jsonl; the first and the last step always have one."""
 
 
 class Recipe(Section):

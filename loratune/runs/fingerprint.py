@@ -8,13 +8,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-SAMPLES_PER_FILE = 16
-SAMPLE_BYTES = 64 * 1024
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt")
+SAMPLE_BYTES = 4096
+VOCABULARY_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt")
 
 
 def fingerprint_base(folder: Path, weight_files: Sequence[Path]) -> dict[str, Any]:
-    """Hashes of config, tokenizer and weights; of the weights, evenly spaced samples of every file are read.
+    """Hashes of config, tokenizer and weights; of the weights, 4096 bytes from the middle of every tensor are read.
 
     Args:
         folder: the model folder.
@@ -26,9 +25,8 @@ def fingerprint_base(folder: Path, weight_files: Sequence[Path]) -> dict[str, An
         config.pop(key, None)
     return {
         "config_sha256": hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest(),
-        "tokenizer_sha256": _hash_files([folder / name for name in TOKENIZER_FILES]),
-        "weights_sha256": _hash_samples(weight_files),
-        "weights_bytes": sum(path.stat().st_size for path in weight_files),
+        "tokenizer_sha256": _hash_files([folder / name for name in VOCABULARY_FILES]),
+        "weights_sha256": _hash_tensors(weight_files),
     }
 
 
@@ -40,12 +38,21 @@ def _hash_files(paths: Sequence[Path]) -> str:
     return digest.hexdigest()
 
 
-def _hash_samples(paths: Sequence[Path]) -> str:
-    digest = hashlib.sha256()
+def _hash_tensors(paths: Sequence[Path]) -> str:
+    """Hash name, type, shape and the middle bytes of every tensor, however they are spread over files."""
+    samples: dict[str, bytes] = {}
     for path in paths:
-        size = path.stat().st_size
         with path.open("rb") as file:
-            for sample in range(SAMPLES_PER_FILE):
-                file.seek((size - min(size, SAMPLE_BYTES)) * sample // (SAMPLES_PER_FILE - 1))
-                digest.update(file.read(SAMPLE_BYTES))
+            length = int.from_bytes(file.read(8), "little")
+            header = json.loads(file.read(length))
+            header.pop("__metadata__", None)
+            for name, entry in header.items():
+                start, end = entry["data_offsets"]
+                size = min(end - start, SAMPLE_BYTES)
+                file.seek(8 + length + (start + end - size) // 2)
+                about = json.dumps([name, entry["dtype"], entry["shape"]]).encode()
+                samples[name] = about + file.read(size)
+    digest = hashlib.sha256()
+    for name in sorted(samples):
+        digest.update(samples[name])
     return digest.hexdigest()

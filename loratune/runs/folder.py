@@ -28,6 +28,9 @@ from loratune.runs.writing import write_json, write_text
 FORMAT_VERSION = 1
 RECIPE, MANIFEST, STATUS, REPORT = "recipe.yaml", "manifest.json", "status.json", "report.json"
 ADAPTER, CHECKPOINTS, METRICS, PLOT = "adapter", "checkpoints", "metrics.jsonl", "loss.png"
+TRACKER_LOGS = "runs"  # transformers' place for tensorboard's files
+CONTENTS = (RECIPE, MANIFEST, STATUS, REPORT, ADAPTER, CHECKPOINTS, METRICS, PLOT, TRACKER_LOGS)
+PROGRAM = "loratune"
 
 
 @dataclass(frozen=True)
@@ -48,7 +51,7 @@ def prepare_output(output: Path, overwrite: bool) -> None:
         LoratuneError: it holds a run or something else, or cannot be written to.
     """
     if output.is_dir() and any(output.iterdir()):
-        if not (output / STATUS).is_file():
+        if not _is_run(output):
             raise LoratuneError(
                 f"{output} holds something that is not a run; choose another folder with --output", Exit.USAGE
             )
@@ -60,6 +63,14 @@ def prepare_output(output: Path, overwrite: bool) -> None:
     elif output.exists() and not output.is_dir():
         raise LoratuneError(f"{output} is a file; choose a folder with --output", Exit.IO)
     _check_writable(output)
+
+
+def _is_run(folder: Path) -> bool:
+    """Whether loratune made a folder; a status.json alone could be anybody's."""
+    try:
+        return bool(_read_json(folder / STATUS).get("program") == PROGRAM)
+    except LoratuneError:
+        return False
 
 
 def _check_writable(output: Path) -> None:
@@ -74,11 +85,14 @@ def _check_writable(output: Path) -> None:
 
 
 def create_run(output: Path, recipe: Recipe, manifest: dict[str, Any]) -> None:
-    """Start a run folder; one that holds an earlier run is emptied."""
+    """Start a run folder; of an earlier run there, what a run consists of is removed, and nothing else."""
     try:
-        if output.exists():
-            shutil.rmtree(output)
-        output.mkdir(parents=True)
+        for place in [output / name for name in CONTENTS]:
+            if place.is_dir() and not place.is_symlink():
+                shutil.rmtree(place)
+            else:
+                place.unlink(missing_ok=True)
+        output.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise LoratuneError(f"{output}: cannot be made: {error.strerror}", Exit.IO) from error
     set_status(output, "running")
@@ -88,7 +102,7 @@ def create_run(output: Path, recipe: Recipe, manifest: dict[str, Any]) -> None:
 
 def set_status(output: Path, state: str, **details: Any) -> None:
     """Record where the run stands."""
-    write_json(output / STATUS, {"state": state, "time": _now(), **details})
+    write_json(output / STATUS, {"program": PROGRAM, "state": state, "time": _now(), **details})
 
 
 def seal_run(output: Path) -> None:

@@ -60,6 +60,7 @@ def training_arguments(recipe: Recipe, hardware: Hardware, has_validation: bool,
         save_strategy="steps",
         save_steps=recipe.checkpoints.every_steps,
         logging_steps=recipe.tracking.every_steps,
+        logging_first_step=True,
         logging_nan_inf_filter=False,  # it would show NaN as 0
         disable_tqdm=True,
         report_to=_trackers(recipe.tracking.report_to, warnings),

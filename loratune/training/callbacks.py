@@ -35,6 +35,10 @@ class Metrics(TrainerCallback):
         """Start the clock."""
         self._start = time.perf_counter()
 
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Have the last step logged too, so that the report covers the whole run."""
+        control.should_log = control.should_log or state.global_step >= state.max_steps
+
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float], **_: Any) -> None:
         """Turn the trainer's log into a record."""
         seconds = time.perf_counter() - self._start

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -183,7 +182,6 @@ def _status_kept(output: Path, trainer: AdapterTrainer) -> Iterator[None]:
             diverged = isinstance(error, LoratuneError) and error.exit_code == Exit.DIVERGED
             state = "interrupted" if interrupted else "diverged" if diverged else "failed"
             set_status(output, state, step=trainer.state.global_step, steps=trainer.state.max_steps)
-            shutil.rmtree(output / f".tmp-{ADAPTER}", ignore_errors=True)
         raise
 
 
