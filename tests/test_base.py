@@ -15,7 +15,8 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from loratune.errors import Exit, LoratuneError
-from loratune.model.base import check_base, find_base, load_base, load_tokenizer, set_pad_token, weight_files
+from loratune.model.base import load_base, load_tokenizer, set_pad_token
+from loratune.model.files import check_base, find_base, weight_files
 from loratune.model.hardware import detect_hardware
 from loratune.recipe.sections import ModelSettings
 

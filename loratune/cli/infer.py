@@ -55,6 +55,9 @@ def command(
     seed: Annotated[
         int | None, typer.Option("--seed", metavar="integer", min=0, max=2**32 - 1, help="Makes sampling repeatable.")
     ] = None,
+    force: Annotated[
+        bool, typer.Option("--force", help="Take another base than the trained one, or a changed adapter.")
+    ] = False,
 ) -> None:
     """Load the model once, then answer the prompt or open the chat."""
     if adapter is None and model is None:
@@ -66,7 +69,7 @@ def command(
         from loratune.generation.chat import Chat
         from loratune.generation.engine import Sampling, load_engine
 
-        engine = load_engine(adapter, model, use_adapter=not base, warnings=warnings)
+        engine = load_engine(adapter, model, use_adapter=not base, warnings=warnings, force=force)
     for warning in warnings:
         console.warn(warning)
     sampling = Sampling(temperature=temperature, top_p=top_p, max_new_tokens=max_new_tokens, seed=seed)

@@ -16,12 +16,12 @@ from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaLis
 from loratune.data.encoding import Encoder
 from loratune.data.formats import Message
 from loratune.errors import Exit, LoratuneError
-from loratune.model.adapter import load_adapter, read_adapter_config
-from loratune.model.base import find_base, load_base, load_tokenizer, set_pad_token, weight_files
+from loratune.model.adapter import load_adapter
+from loratune.model.base import load_base, load_tokenizer, set_pad_token
+from loratune.model.files import find_base, weight_files
 from loratune.model.hardware import detect_hardware, is_out_of_memory
 from loratune.recipe.sections import ModelSettings, PromptSettings
-from loratune.runs.fingerprint import fingerprint_base
-from loratune.runs.folder import AdapterSource, open_adapter
+from loratune.runs.opening import base_settings, check_same_base, open_adapter
 
 
 @dataclass(frozen=True)
@@ -122,7 +122,9 @@ class _StopWhen(StoppingCriteria):
         return torch.full((input_ids.shape[0],), self.event.is_set(), device=input_ids.device)
 
 
-def load_engine(adapter: Path | None, model: str | None, use_adapter: bool, warnings: list[str]) -> Engine:
+def load_engine(
+    adapter: Path | None, model: str | None, use_adapter: bool, warnings: list[str], force: bool = False
+) -> Engine:
     """Load an adapter on its base, or a model alone.
 
     Args:
@@ -130,22 +132,18 @@ def load_engine(adapter: Path | None, model: str | None, use_adapter: bool, warn
         model: hub id or folder of the base; None takes what the adapter names.
         use_adapter: False leaves the adapter off and keeps its prompt settings, for a comparison.
         warnings: gets what could not be checked.
+        force: take another base than that of the training, or an adapter whose files have changed.
 
     Raises:
         LoratuneError: something is missing, damaged, or does not belong together.
     """
-    source = open_adapter(adapter) if adapter else None
-    settings = _model_settings(source, model)
+    source = open_adapter(adapter, force) if adapter else None
+    settings = base_settings(source, model) if source else ModelSettings(base=model or "")
     folder = find_base(settings)
-    if source and source.manifest:
-        _check_same_base(source.manifest, settings.base, folder)
-    elif source:
-        warnings.append(f"{source.adapter} has no loratune manifest: base and prompt template could not be checked")
-    # The adapter carries the tokenizer and template that it was trained with; a checkpoint has only its base's.
-    own_tokenizer = source is not None and (source.adapter / "tokenizer_config.json").is_file()
-    tokenizer = load_tokenizer(source.adapter if source and own_tokenizer else folder)
-    prompt = source.recipe.prompt if source and source.recipe else PromptSettings()
-    encoder = Encoder(tokenizer, prompt)
+    if source:
+        warnings += check_same_base(source, settings.base, folder, weight_files(folder), force)
+    tokenizer = load_tokenizer(source.tokenizer_folder(folder) if source else folder)
+    encoder = Encoder(tokenizer, source.prompt if source else PromptSettings())
     if source and source.manifest:
         _check_same_template(source.manifest, encoder)
     set_pad_token(tokenizer, {encoder.end_id, tokenizer.eos_token_id})
@@ -154,34 +152,6 @@ def load_engine(adapter: Path | None, model: str | None, use_adapter: bool, warn
         loaded = load_adapter(loaded, source.adapter)
     loaded.eval()
     return Engine(loaded, tokenizer, encoder)
-
-
-def _model_settings(source: AdapterSource | None, model: str | None) -> ModelSettings:
-    """The base as it was in training, but from another place if one is given."""
-    if source is None:
-        return ModelSettings(base=model or "")
-    if source.recipe and source.manifest:
-        known = source.recipe.model
-        moved = source.manifest["base"]["path"] if Path(source.manifest["base"]["path"]).is_dir() else known.base
-        return known.model_copy(update={"base": model or moved})
-    named = read_adapter_config(source.adapter).base_model_name_or_path
-    if model is None and not (named and Path(named).is_dir()):
-        raise LoratuneError(
-            f"{source.adapter} names its base {named!r}, which is not followed; give the base with --model", Exit.MODEL
-        )
-    return ModelSettings(base=model or named)
-
-
-def _check_same_base(manifest: dict[str, Any], name: str, folder: Path) -> None:
-    known = manifest["base"]
-    found = fingerprint_base(folder, weight_files(folder))
-    different = [key.removesuffix("_sha256") for key, value in found.items() if known.get(key) != value]
-    if different:
-        raise LoratuneError(
-            f"the adapter was trained on {known['name']} and {name} is another model: {', '.join(different)} differ. "
-            "Give the right base with --model",
-            Exit.MODEL,
-        )
 
 
 def _check_same_template(manifest: dict[str, Any], encoder: Encoder) -> None:

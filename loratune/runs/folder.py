@@ -1,4 +1,4 @@
-"""Names inside a run folder, what it remembers of its run, and opening it again.
+"""Names inside a run folder, how it comes to be: made, marked and sealed.
 
 run/
   recipe.yaml      resolved; loads back to an equal Recipe
@@ -8,6 +8,7 @@ run/
   checkpoints/     step-000050/ …
   metrics.jsonl    one line per logged step
   report.json, loss.png
+  probe.json       some validation rows as ids, on which a merged or exported model has to prove itself
 """
 
 from __future__ import annotations
@@ -15,33 +16,21 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
 from loratune.errors import Exit, LoratuneError
-from loratune.recipe.loading import dump_recipe, load_recipe
+from loratune.recipe.loading import dump_recipe
 from loratune.recipe.sections import Recipe
 from loratune.runs.writing import write_json, write_text
 
 FORMAT_VERSION = 1
 RECIPE, MANIFEST, STATUS, REPORT = "recipe.yaml", "manifest.json", "status.json", "report.json"
-ADAPTER, CHECKPOINTS, METRICS, PLOT = "adapter", "checkpoints", "metrics.jsonl", "loss.png"
+ADAPTER, CHECKPOINTS, METRICS, PLOT, PROBE = "adapter", "checkpoints", "metrics.jsonl", "loss.png", "probe.json"
 TRACKER_LOGS = "runs"  # transformers' place for tensorboard's files
-CONTENTS = (RECIPE, MANIFEST, STATUS, REPORT, ADAPTER, CHECKPOINTS, METRICS, PLOT, TRACKER_LOGS)
+CONTENTS = (RECIPE, MANIFEST, STATUS, REPORT, ADAPTER, CHECKPOINTS, METRICS, PLOT, PROBE, TRACKER_LOGS)
 PROGRAM = "loratune"
-
-
-@dataclass(frozen=True)
-class AdapterSource:
-    """An adapter and what is known about how it was made."""
-
-    adapter: Path
-    """PEFT folder."""
-    recipe: Recipe | None
-    """None for a plain PEFT folder."""
-    manifest: dict[str, Any] | None
 
 
 def prepare_output(output: Path, overwrite: bool) -> None:
@@ -68,7 +57,7 @@ def prepare_output(output: Path, overwrite: bool) -> None:
 def _is_run(folder: Path) -> bool:
     """Whether loratune made a folder; a status.json alone could be anybody's."""
     try:
-        return bool(_read_json(folder / STATUS).get("program") == PROGRAM)
+        return bool(read_json(folder / STATUS).get("program") == PROGRAM)
     except LoratuneError:
         return False
 
@@ -107,60 +96,13 @@ def set_status(output: Path, state: str, **details: Any) -> None:
 
 def seal_run(output: Path) -> None:
     """Add size and sha256 of every lasting file to the manifest; the last step of a run."""
-    manifest = _read_json(output / MANIFEST)
+    manifest = read_json(output / MANIFEST)
     adapter_files = sorted(path for path in (output / ADAPTER).rglob("*") if path.is_file())
     files = [output / RECIPE, *adapter_files]
     manifest["files"] = {
         str(path.relative_to(output)): {"bytes": path.stat().st_size, "sha256": file_sha256(path)} for path in files
     }
     write_json(output / MANIFEST, manifest)
-
-
-def open_adapter(path: Path) -> AdapterSource:
-    """Find the adapter that a path means: a run folder, one of its checkpoints, or a plain PEFT folder.
-
-    Raises:
-        LoratuneError: there is none, or the run's files have been changed.
-    """
-    if not path.is_dir():
-        raise LoratuneError(f"{path}: no such folder", Exit.MODEL)
-    if (path / RECIPE).is_file():
-        return _open_run(path)
-    run = next((folder for folder in path.absolute().parents[:2] if (folder / MANIFEST).is_file()), None)
-    if run is not None and (run / RECIPE).is_file():
-        recipe, manifest = _read_run(run)
-        return AdapterSource(path, recipe, manifest)
-    if (path / "adapter_config.json").is_file():
-        return AdapterSource(path, None, None)
-    raise LoratuneError(f"{path}: neither a run folder nor an adapter (no adapter_config.json in it)", Exit.MODEL)
-
-
-def _open_run(run: Path) -> AdapterSource:
-    recipe, manifest = _read_run(run)
-    if not (run / ADAPTER).is_dir():
-        checkpoints = sorted(str(folder) for folder in (run / CHECKPOINTS).glob("step-*"))
-        state = _read_json(run / STATUS).get("state", "unknown") if (run / STATUS).is_file() else "unknown"
-        hint = f"; its newest checkpoint is {checkpoints[-1]}" if checkpoints else ""
-        raise LoratuneError(f"{run}: the run has no adapter yet (state: {state}){hint}", Exit.MODEL)
-    changed = [
-        name
-        for name, known in manifest.get("files", {}).items()
-        if name.startswith(ADAPTER) and (not (run / name).is_file() or file_sha256(run / name) != known["sha256"])
-    ]
-    if changed:
-        raise LoratuneError(f"{run}: changed or missing since the run ended: {', '.join(changed)}", Exit.MODEL)
-    return AdapterSource(run / ADAPTER, recipe, manifest)
-
-
-def _read_run(run: Path) -> tuple[Recipe, dict[str, Any]]:
-    manifest = _read_json(run / MANIFEST)
-    if manifest.get("format_version") != FORMAT_VERSION:
-        raise LoratuneError(
-            f"{run}: made by another version of loratune (format {manifest.get('format_version')}, this one reads "
-            f"{FORMAT_VERSION})",
-            Exit.MODEL,
-        )
-    return load_recipe(str(run / RECIPE), {}), manifest
 
 
 def file_sha256(path: Path) -> str:
@@ -172,7 +114,12 @@ def file_sha256(path: Path) -> str:
     return digest.hexdigest()
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object of a run.
+
+    Raises:
+        LoratuneError: the file cannot be read or holds something else.
+    """
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:

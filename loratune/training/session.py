@@ -18,13 +18,15 @@ from loratune.data.encoding import Encoder
 from loratune.data.preparation import PreparedData, encode_data, read_data
 from loratune.errors import Exit, LoratuneError
 from loratune.model.adapter import AdapterSummary, attach_adapter, load_adapter_weights, save_adapter, summarise_adapter
-from loratune.model.base import dtype_name, find_base, load_base, load_tokenizer, set_pad_token, weight_files
+from loratune.model.base import dtype_name, load_base, load_tokenizer, set_pad_token
+from loratune.model.files import find_base, weight_files
 from loratune.model.hardware import Hardware, detect_hardware, is_out_of_memory
 from loratune.recipe.advice import advise
 from loratune.recipe.sections import Recipe
 from loratune.runs.card import write_card
 from loratune.runs.fingerprint import fingerprint_base
 from loratune.runs.folder import ADAPTER, create_run, prepare_output, seal_run, set_status
+from loratune.runs.probe import save_probe
 from loratune.runs.tokenizer_files import copy_tokenizer_files
 from loratune.runs.writing import folder_in_one_step
 from loratune.training.arguments import plan_steps, rows_per_step, training_arguments
@@ -79,6 +81,7 @@ def train(recipe: Recipe, overwrite: bool = False) -> dict[str, Any]:
         trainer, metrics, keeper, progress = _build_trainer(session)
         if console.IS_SPEAKER:
             create_run(output, recipe, _manifest(session))
+            save_probe(output, (session.data.validation or session.data.train).dataset)
         trainer.accelerator.wait_for_everyone()
         with _status_kept(output, trainer):
             try:

@@ -1,0 +1,139 @@
+"""The base model's folder: where it lies, and whether it is safe and whole; nothing of a model is loaded here."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from loratune.errors import Exit, LoratuneError
+from loratune.recipe.sections import TINY_QWEN, ModelSettings
+
+# Architectures whose code is part of transformers and whose weights this program has been written for.
+MODEL_TYPES = {"qwen2", "qwen3", "llama", "mistral"}
+# Keys that have made a library fetch or run code from a model's folder (transformers CVE-2026-4372, vLLM
+# CVE-2026-22807, mlx-lm CVE-2026-5843).
+FORBIDDEN_KEYS = ("auto_map", "custom_pipelines", "model_file", "trust_remote_code")
+HUB_FILES = ["*.json", "*.safetensors", "*.jinja", "*.txt", "*.model"]
+
+
+def find_base(settings: ModelSettings) -> Path:
+    """The folder of the base model; a hub id is downloaded once, a local folder causes no network access.
+
+    Raises:
+        LoratuneError: there is no such folder, or the hub cannot give it.
+    """
+    if settings.base == TINY_QWEN:
+        return Path(__file__).resolve().parent.parent / "assets" / TINY_QWEN
+    folder = Path(settings.base).expanduser()
+    if folder.is_dir():
+        check_base(folder)
+        return folder
+    parts = settings.base.split("/")
+    if len(parts) != 2 or not all(parts) or folder.is_absolute() or parts[0] in (".", "..", "~"):
+        raise LoratuneError(f"model.base {settings.base!r}: no such folder, and not a hub id (org/name)", Exit.MODEL)
+    folder = _download(settings)
+    check_base(folder)
+    return folder
+
+
+def check_base(folder: Path) -> None:
+    """Refuse a folder that is incomplete, of an unknown architecture, or that asks for code of its own.
+
+    Raises:
+        LoratuneError: with what is missing or not allowed.
+    """
+    config = _read_json(folder / "config.json")
+    if config is None:
+        raise LoratuneError(f"{folder}: no config.json in it, so it is not a model folder", Exit.MODEL)
+    forbidden = [key for key in config if key in FORBIDDEN_KEYS or key.endswith("_internal")]
+    if forbidden:
+        raise LoratuneError(
+            f"{folder}/config.json asks for code outside transformers ({', '.join(forbidden)}); it is never run",
+            Exit.MODEL,
+        )
+    if config.get("model_type") not in MODEL_TYPES:
+        raise LoratuneError(
+            f"{folder}: model_type {config.get('model_type')!r} is not supported; {', '.join(sorted(MODEL_TYPES))} are",
+            Exit.MODEL,
+        )
+    if "quantization_config" in config:
+        raise LoratuneError(
+            f"{folder}: its weights are quantised already; give the full-precision model and set model.quantization",
+            Exit.MODEL,
+        )
+    if not (folder / "tokenizer.json").is_file() and not (folder / "vocab.json").is_file():
+        raise LoratuneError(f"{folder}: no tokenizer.json in it", Exit.MODEL)
+    for shard in weight_files(folder):
+        _check_safetensors(shard)
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors files of a model folder, in order.
+
+    Raises:
+        LoratuneError: there are none, one named by the index is missing, or lies elsewhere.
+    """
+    index = _read_json(folder / "model.safetensors.index.json")
+    names = sorted(set(index.get("weight_map", {}).values())) if index else ["model.safetensors"]
+    strange = [name for name in names if not isinstance(name, str) or Path(name).name != name]
+    if strange:
+        raise LoratuneError(f"{folder}: the index names files outside the folder: {strange[0]!r}", Exit.MODEL)
+    missing = [name for name in names if not (folder / name).is_file()]
+    if missing and not index and any(folder.glob("*.bin")):
+        raise LoratuneError(
+            f"{folder}: only pickled weights (.bin), which are never opened; convert them to safetensors first",
+            Exit.MODEL,
+        )
+    if missing or not names:
+        raise LoratuneError(f"{folder}: weights are missing: {', '.join(missing) or 'the index is empty'}", Exit.MODEL)
+    return [folder / name for name in names]
+
+
+def _download(settings: ModelSettings) -> Path:
+    """Fetch config, tokenizer and safetensors of a hub id; never pickles, never code."""
+    place = f"model.base {settings.base!r}: no such folder"
+    if settings.hub == "modelscope":
+        try:
+            from modelscope import snapshot_download
+        except ImportError as error:
+            raise LoratuneError(f"{place}; to fetch it from ModelScope, pip install modelscope", Exit.MODEL) from error
+    else:
+        from huggingface_hub import snapshot_download
+    try:
+        return Path(snapshot_download(settings.base, revision=settings.revision, allow_patterns=HUB_FILES))
+    except Exception as error:  # each hub client and its HTTP library raise their own kinds
+        raise LoratuneError(
+            f"{place}, and {settings.hub} cannot give it: {type(error).__name__}: {str(error).splitlines()[0]}\n"
+            "check the name and the network, or download the model elsewhere and give its folder",
+            Exit.MODEL,
+        ) from error
+
+
+def _read_json(path: Path) -> dict[str, Any] | None:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
+        raise LoratuneError(f"{path}: cannot be read: {error}", Exit.MODEL) from error
+    if not isinstance(value, dict):
+        raise LoratuneError(f"{path}: holds no JSON object", Exit.MODEL)
+    return value
+
+
+def _check_safetensors(path: Path) -> None:
+    """Compare the file's size with what its header declares, before anything is allocated for it."""
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        if size < 8 or length > min(size - 8, 100_000_000):
+            raise LoratuneError(f"{path}: cut off or not a safetensors file ({size} bytes)", Exit.MODEL)
+        try:
+            header = json.loads(file.read(length))
+            ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
+        except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
+            raise LoratuneError(f"{path}: its header cannot be read", Exit.MODEL) from error
+    expected = 8 + length + max(ends, default=0)
+    if size != expected:
+        raise LoratuneError(f"{path}: {size} bytes where its header declares {expected}; fetch it again", Exit.MODEL)

@@ -1,0 +1,159 @@
+"""Safetensors read in place and written as a stream, so that no model ever has to fit into memory.
+
+The format is a length, a JSON header and the tensors' bytes one after another
+(https://github.com/huggingface/safetensors#format). The library reads and writes whole tensors; here a tensor is a view
+of the mapped file, its pages can be let go again, and a written one is handed over piece by piece.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import mmap
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+INDEX = "model.safetensors.index.json"
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """What a file's header says of a tensor."""
+
+    name: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+    @property
+    def nbytes(self) -> int:
+        """Size of its values in bytes."""
+        return math.prod(self.shape) * int(self.dtype.itemsize)
+
+
+class TensorFiles:
+    """The tensors of some safetensors files, as views of the mapped files; to be closed or used in a with statement.
+
+    Args:
+        paths: files whose headers have been checked against their sizes (`loratune.model.files.weight_files`).
+    """
+
+    def __init__(self, paths: Sequence[Path]) -> None:
+        self.infos: dict[str, TensorInfo] = {}
+        self._places: dict[str, tuple[mmap.mmap, int]] = {}
+        for path in paths:
+            with path.open("rb") as file:
+                header_bytes = int.from_bytes(file.read(8), "little")
+                header = json.loads(file.read(header_bytes))
+                mapping = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+            header.pop("__metadata__", None)
+            for name, entry in header.items():
+                self.infos[name] = TensorInfo(name, DTYPES[entry["dtype"]], tuple(entry["shape"]))
+                self._places[name] = (mapping, 8 + header_bytes + entry["data_offsets"][0])
+
+    def __contains__(self, name: str) -> bool:
+        return name in self.infos
+
+    def tensor(self, name: str) -> torch.Tensor:
+        """The tensor as a read-only view of the file; writing to it would end the process."""
+        info = self.infos[name]
+        mapping, start = self._places[name]
+        if info.nbytes == 0:
+            return torch.empty(info.shape, dtype=info.dtype)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="The given buffer is not writable")
+            flat = torch.frombuffer(mapping, dtype=torch.uint8, count=info.nbytes, offset=start)
+        if start % info.dtype.itemsize:  # files written before the format aligned its tensors
+            flat = flat.clone()
+        return flat.view(info.dtype).view(info.shape)
+
+    def release(self, names: Iterable[str]) -> None:
+        """Let the pages of some tensors go; their next use maps them again from the system's cache."""
+        if not hasattr(mmap, "MADV_DONTNEED"):
+            return
+        for name in names:
+            mapping, start = self._places[name]
+            page_start = start - start % mmap.PAGESIZE
+            length = min(start + self.infos[name].nbytes, len(mapping)) - page_start
+            mapping.madvise(mmap.MADV_DONTNEED, page_start, max(length, 1))
+
+
+def plan_shards(tensors: Sequence[TensorInfo], shard_bytes: int) -> dict[str, list[TensorInfo]]:
+    """Spread tensors over files of at most `shard_bytes`, in order; a larger tensor gets a file of its own."""
+    shards: list[list[TensorInfo]] = [[]]
+    filled = 0
+    for tensor in tensors:
+        if shards[-1] and filled + tensor.nbytes > shard_bytes:
+            shards.append([])
+            filled = 0
+        shards[-1].append(tensor)
+        filled += tensor.nbytes
+    if len(shards) == 1:
+        return {"model.safetensors": shards[0]}
+    return {f"model-{place:05}-of-{len(shards):05}.safetensors": shard for place, shard in enumerate(shards, 1)}
+
+
+def write_shards(
+    folder: Path,
+    shards: dict[str, list[TensorInfo]],
+    pieces: Callable[[TensorInfo], Iterator[torch.Tensor]],
+) -> None:
+    """Write the files of a model and, for more than one, their index.
+
+    Args:
+        folder: an existing folder.
+        shards: file name → its tensors, from `plan_shards`.
+        pieces: gives a tensor's values piece by piece, in order, in its dtype and contiguous.
+
+    Raises:
+        RuntimeError: the pieces of a tensor are not as long as it.
+    """
+    for name, tensors in shards.items():
+        with (folder / name).open("wb") as file:
+            file.write(_header(tensors))
+            for tensor in tensors:
+                start = file.tell()
+                for piece in pieces(tensor):
+                    file.write(memoryview(piece.reshape(-1).view(torch.uint8).numpy()))
+                if file.tell() - start != tensor.nbytes:
+                    raise RuntimeError(f"{tensor.name}: wrote {file.tell() - start} of {tensor.nbytes} bytes")
+    if len(shards) > 1:
+        index: dict[str, Any] = {
+            "metadata": {"total_size": sum(tensor.nbytes for tensors in shards.values() for tensor in tensors)},
+            "weight_map": {tensor.name: name for name, tensors in shards.items() for tensor in tensors},
+        }
+        (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+
+
+def _header(tensors: Sequence[TensorInfo]) -> bytes:
+    entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for tensor in tensors:
+        entries[tensor.name] = {
+            "dtype": DTYPE_NAMES[tensor.dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": [end, end + tensor.nbytes],
+        }
+        end += tensor.nbytes
+    text = json.dumps(entries, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # aligns the values, as the format asks
+    return len(text).to_bytes(8, "little") + text

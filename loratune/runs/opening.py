@@ -1,0 +1,163 @@
+"""Opening what a run has left: its adapter, the settings of its base, and whether a base is the right one."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from loratune.errors import Exit, LoratuneError
+from loratune.recipe.loading import load_recipe
+from loratune.recipe.sections import ModelSettings, PromptSettings, Recipe
+from loratune.runs.fingerprint import fingerprint_base
+from loratune.runs.folder import (
+    ADAPTER,
+    CHECKPOINTS,
+    FORMAT_VERSION,
+    MANIFEST,
+    RECIPE,
+    STATUS,
+    file_sha256,
+    read_json,
+)
+
+ADAPTER_CONFIG = "adapter_config.json"
+
+
+@dataclass(frozen=True)
+class AdapterSource:
+    """An adapter and what is known about how it was made."""
+
+    adapter: Path
+    """PEFT folder."""
+    recipe: Recipe | None
+    """None for a plain PEFT folder."""
+    manifest: dict[str, Any] | None
+    run: Path | None
+    """Run folder; None for a plain PEFT folder."""
+
+    @property
+    def prompt(self) -> PromptSettings:
+        """How its prompts are made; the tokenizer's own template where nothing is known."""
+        return self.recipe.prompt if self.recipe else PromptSettings()
+
+    def tokenizer_folder(self, base: Path) -> Path:
+        """Where the tokenizer of the training lies; a checkpoint has only its base's."""
+        return self.adapter if (self.adapter / "tokenizer_config.json").is_file() else base
+
+
+def open_adapter(path: Path, force: bool = False) -> AdapterSource:
+    """Find the adapter that a path means: a run folder, one of its checkpoints, or a plain PEFT folder.
+
+    Args:
+        path: the folder.
+        force: take a run's adapter even if its files have changed.
+
+    Raises:
+        LoratuneError: there is none, or the run's files have been changed.
+    """
+    if not path.is_dir():
+        raise LoratuneError(f"{path}: no such folder", Exit.MODEL)
+    if (path / RECIPE).is_file():
+        return _open_run(path, force)
+    run = next((folder for folder in path.absolute().parents[:2] if (folder / MANIFEST).is_file()), None)
+    if run is not None and (run / RECIPE).is_file():
+        recipe, manifest = _read_run(run)
+        if path.absolute() == (run / ADAPTER).absolute():
+            _check_unchanged(run, manifest, force)
+        return AdapterSource(path, recipe, manifest, run)
+    if (path / ADAPTER_CONFIG).is_file():
+        return AdapterSource(path, None, None, None)
+    raise LoratuneError(f"{path}: neither a run folder nor an adapter (no {ADAPTER_CONFIG} in it)", Exit.MODEL)
+
+
+def base_settings(source: AdapterSource, model: str | None) -> ModelSettings:
+    """The base of an adapter as it was in training, but from another place if one is given.
+
+    Args:
+        source: the adapter.
+        model: hub id or folder where its base lies now; None takes what the adapter knows.
+
+    Raises:
+        LoratuneError: a plain PEFT folder names a base that is no local folder; a name in a file is never downloaded.
+    """
+    if source.recipe and source.manifest:
+        known = source.recipe.model
+        moved = source.manifest["base"]["path"] if Path(source.manifest["base"]["path"]).is_dir() else known.base
+        return known.model_copy(update={"base": model or moved})
+    named = read_json(source.adapter / ADAPTER_CONFIG).get("base_model_name_or_path")
+    if model is None and not (isinstance(named, str) and Path(named).is_dir()):
+        raise LoratuneError(
+            f"{source.adapter} names its base {named!r}, which is not followed; give the base with --model", Exit.MODEL
+        )
+    return ModelSettings(base=model or str(named))
+
+
+def check_same_base(
+    source: AdapterSource, name: str, folder: Path, weight_files: list[Path], force: bool = False
+) -> list[str]:
+    """Compare a base with the one that an adapter was trained on.
+
+    Args:
+        source: the adapter.
+        name: what the user calls the base.
+        folder: the base's folder.
+        weight_files: its safetensors files.
+        force: warn instead of refusing.
+
+    Returns:
+        What could not be checked, or was let through.
+
+    Raises:
+        LoratuneError: it is another model.
+    """
+    if source.manifest is None:
+        return [f"{source.adapter} has no loratune manifest: base and prompt template could not be checked"]
+    known = source.manifest["base"]
+    found = fingerprint_base(folder, weight_files)
+    different = [key.removesuffix("_sha256") for key, value in found.items() if known.get(key) != value]
+    if not different:
+        return []
+    message = (
+        f"the adapter was trained on {known['name']} and {name} is another model: {', '.join(different)} "
+        f"{'differs' if len(different) == 1 else 'differ'}"
+    )
+    if force:
+        return [message]
+    raise LoratuneError(f"{message}. Give the right base with --model, or insist with --force", Exit.MODEL)
+
+
+def _open_run(run: Path, force: bool) -> AdapterSource:
+    recipe, manifest = _read_run(run)
+    if not (run / ADAPTER).is_dir():
+        checkpoints = sorted(str(folder) for folder in (run / CHECKPOINTS).glob("step-*"))
+        state = read_json(run / STATUS).get("state", "unknown") if (run / STATUS).is_file() else "unknown"
+        hint = f"; its newest checkpoint is {checkpoints[-1]}" if checkpoints else ""
+        raise LoratuneError(f"{run}: the run has no adapter yet (state: {state}){hint}", Exit.MODEL)
+    _check_unchanged(run, manifest, force)
+    return AdapterSource(run / ADAPTER, recipe, manifest, run)
+
+
+def _check_unchanged(run: Path, manifest: dict[str, Any], force: bool) -> None:
+    changed = [
+        name
+        for name, known in manifest.get("files", {}).items()
+        if name.startswith(ADAPTER) and (not (run / name).is_file() or file_sha256(run / name) != known["sha256"])
+    ]
+    if changed and not force:
+        raise LoratuneError(
+            f"{run}: changed or missing since the run ended: {', '.join(changed)}; restore them, or insist with "
+            "--force",
+            Exit.MODEL,
+        )
+
+
+def _read_run(run: Path) -> tuple[Recipe, dict[str, Any]]:
+    manifest = read_json(run / MANIFEST)
+    if manifest.get("format_version") != FORMAT_VERSION:
+        raise LoratuneError(
+            f"{run}: made by another version of loratune (format {manifest.get('format_version')}, this one reads "
+            f"{FORMAT_VERSION})",
+            Exit.MODEL,
+        )
+    return load_recipe(str(run / RECIPE), {}), manifest
