@@ -6,7 +6,7 @@ import json
 import os
 import sys
 import unicodedata
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -14,7 +14,15 @@ from rich.cells import cell_len
 from rich.console import Console, Group
 from rich.live import Live
 from rich.panel import Panel
-from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    Progress,
+    SpinnerColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 from rich.table import Table
 from rich.text import Text
 
@@ -116,6 +124,19 @@ def status(message: str) -> Iterator[None]:
         return
     with _stderr.status(message):
         yield
+
+
+@contextmanager
+def byte_progress(message: str, total_bytes: int) -> Iterator[Callable[[int], None]]:
+    """A bar for work on many bytes; gives the function to call with each piece's size. One line without a terminal."""
+    if not _stderr.is_terminal:
+        say(message)
+        yield lambda _: None
+        return
+    columns = (TextColumn(message), BarColumn(bar_width=None), DownloadColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=_stderr, expand=True, transient=True) as progress:
+        task = progress.add_task(message, total=total_bytes)
+        yield lambda size: progress.advance(task, size)
 
 
 class StepProgress:

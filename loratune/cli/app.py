@@ -21,6 +21,7 @@ _DEBUG = "LORATUNE_DEBUG"
 # Command → its one-line help. The module loratune.cli.<command> is imported only for the command that runs.
 COMMANDS = {
     "sft": "Train a LoRA adapter as a recipe says.",
+    "merge": "Merge an adapter into its base, and prove the result.",
     "infer": "Chat with a trained adapter, or print one answer.",
 }
 

@@ -73,7 +73,7 @@ class Encoder:
                 "the tokenizer has no chat template (a base model?); set prompt.template to plain or alpaca",
                 Exit.MODEL,
             )
-        self._adds_bos = tokenizer("").input_ids == [tokenizer.bos_token_id]
+        self.adds_bos = tokenizer("").input_ids == [tokenizer.bos_token_id]
         self.end_id = self._find_end_id()
 
     @property
@@ -161,7 +161,7 @@ class Encoder:
                 messages,
                 chat_template=self.template,
                 enable_thinking=self.settings.thinking,
-                adds_bos=self._adds_bos,
+                adds_bos=self.adds_bos,
                 **options,
             )
         except TemplateError as error:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections import Counter
 from dataclasses import dataclass
@@ -12,18 +11,14 @@ from typing import Any
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model, set_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import nn
 
 from loratune.errors import Exit, LoratuneError
+from loratune.model.adapter_files import WEIGHTS_FILE, check_weights, read_config_values
 from loratune.recipe.sections import LAYERS, LoraSettings
 
 ATTENTION_TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj"]
-WEIGHTS_FILE = "adapter_model.safetensors"
-CONFIG_FILE = "adapter_config.json"
-# Keys through which PEFT has imported modules named in a config file (peft#3085), or that need code to run.
-FORBIDDEN_KEYS = ("auto_mapping", "megatron_config", "runtime_config", "eva_config", "corda_config")
 
 
 @dataclass(frozen=True)
@@ -69,7 +64,7 @@ def attach_adapter(model: Any, settings: LoraSettings, base_name: str, seed: int
         # An embedding trained in full must stay the head's matrix too, where the base has one for both.
         ensure_weight_tying=bool(settings.modules_to_save) and model.config.tie_word_embeddings,
     )
-    _keep_unpacked(model)
+    keep_unpacked(model)
     adapted = get_peft_model(model, config)
     config.base_model_name_or_path = base_name  # PEFT puts the folder it was loaded from there
     check_frozen(adapted, settings)
@@ -109,16 +104,24 @@ def save_adapter(model: PeftModel, folder: Path) -> None:
     (folder / "README.md").unlink(missing_ok=True)  # PEFT's card names local paths
 
 
-def load_adapter(model: Any, folder: Path) -> PeftModel:
+def load_adapter(model: Any, folder: Path, name: str = "default") -> PeftModel:
     """Put a saved adapter on its base.
+
+    Args:
+        model: the base, or one with other adapters on it.
+        folder: PEFT folder.
+        name: PEFT's name for it, to tell several apart.
 
     Raises:
         LoratuneError: the adapter is damaged, not LoRA, holds NaN, or was made for another shape.
     """
     config = read_adapter_config(folder)
-    _check_weights(folder)
+    check_weights(folder)
     try:
-        return PeftModel.from_pretrained(model, str(folder), config=config)
+        if isinstance(model, PeftModel):
+            model.load_adapter(str(folder), name)
+            return model
+        return PeftModel.from_pretrained(model, str(folder), name, config=config)
     except (RuntimeError, ValueError, KeyError) as error:
         raise LoratuneError(
             f"{folder}: the adapter does not fit the base model: {_first_lines(str(error))}", Exit.MODEL
@@ -131,42 +134,18 @@ def load_adapter_weights(model: PeftModel, folder: Path) -> None:
 
 
 def read_adapter_config(folder: Path) -> LoraConfig:
-    """The adapter's config, checked before PEFT sees it.
+    """The adapter's config for PEFT.
 
     Raises:
-        LoratuneError: there is none, it is not LoRA, or it names code.
+        LoratuneError: as `read_config_values`.
     """
-    path = folder / CONFIG_FILE
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise LoratuneError(f"{folder}: no {CONFIG_FILE} in it, so it is not an adapter", Exit.MODEL) from error
-    except (OSError, ValueError) as error:
-        raise LoratuneError(f"{path}: cannot be read: {error}", Exit.MODEL) from error
-    if not isinstance(values, dict) or values.get("peft_type") != "LORA":
-        raise LoratuneError(f"{path}: not a LoRA adapter", Exit.MODEL)
-    forbidden = [key for key in FORBIDDEN_KEYS if values.get(key)]
-    if forbidden:
-        raise LoratuneError(f"{path}: sets {', '.join(forbidden)}, which is not allowed", Exit.MODEL)
     known = LoraConfig.__dataclass_fields__.keys()
     # A newer PEFT's unset keys are no reason to refuse its adapter.
+    values = read_config_values(folder)
     return LoraConfig(**{key: value for key, value in values.items() if key in known and key != "megatron_core"})
 
 
-def _check_weights(folder: Path) -> None:
-    path = folder / WEIGHTS_FILE
-    if not path.is_file():
-        raise LoratuneError(f"{folder}: no {WEIGHTS_FILE} in it", Exit.MODEL)
-    try:
-        with safe_open(path, framework="pt") as file:
-            broken = [name for name in file.keys() if not file.get_tensor(name).isfinite().all()]  # noqa: SIM118
-    except (SafetensorError, OSError) as error:
-        raise LoratuneError(f"{path}: damaged: {error}", Exit.MODEL) from error
-    if broken:
-        raise LoratuneError(f"{path}: holds NaN or infinity in {len(broken)} tensors, first {broken[0]}", Exit.MODEL)
-
-
-def _keep_unpacked(model: Any) -> None:
+def keep_unpacked(model: Any) -> None:
     """Keep bitsandbytes from repacking 4-bit weights at the first validation on a CPU.
 
     Its packed form is for inference alone: the next training step would fail with "a view of a leaf Variable that

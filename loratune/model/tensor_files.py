@@ -12,9 +12,10 @@ import math
 import mmap
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 
@@ -128,20 +129,32 @@ def write_shards(
         RuntimeError: the pieces of a tensor are not as long as it.
     """
     for name, tensors in shards.items():
-        with (folder / name).open("wb") as file:
+        with (folder / name).open("wb") as file, ThreadPoolExecutor(1) as writer:
             file.write(_header(tensors))
             for tensor in tensors:
-                start = file.tell()
-                for piece in pieces(tensor):
-                    file.write(memoryview(piece.reshape(-1).view(torch.uint8).numpy()))
-                if file.tell() - start != tensor.nbytes:
-                    raise RuntimeError(f"{tensor.name}: wrote {file.tell() - start} of {tensor.nbytes} bytes")
+                _write_tensor(file, writer, tensor, pieces(tensor))
     if len(shards) > 1:
         index: dict[str, Any] = {
             "metadata": {"total_size": sum(tensor.nbytes for tensors in shards.values() for tensor in tensors)},
             "weight_map": {tensor.name: name for name, tensors in shards.items() for tensor in tensors},
         }
         (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+
+
+def _write_tensor(
+    file: BinaryIO, writer: ThreadPoolExecutor, tensor: TensorInfo, pieces: Iterator[torch.Tensor]
+) -> None:
+    """Write one piece while the next is computed."""
+    written = 0
+    pending: Future[int] | None = None
+    for piece in pieces:
+        values = piece.reshape(-1).view(torch.uint8).numpy()
+        if pending:
+            written += pending.result()
+        pending = writer.submit(file.write, memoryview(values))
+    written += pending.result() if pending else 0
+    if written != tensor.nbytes:
+        raise RuntimeError(f"{tensor.name}: wrote {written} of {tensor.nbytes} bytes")
 
 
 def _header(tensors: Sequence[TensorInfo]) -> bytes:

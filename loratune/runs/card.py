@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
+from typing import Any
 
 from loratune import __version__
 from loratune.recipe.sections import Recipe
@@ -18,38 +20,121 @@ tags:
 
 # {name}
 
-LoRA adapter for **{base}**, trained with loratune {version}.
+LoRA adapter for **{base}**, {made} with loratune {version}.
 
 | setting | value |
 |---|---|
-| rank, alpha, dropout | {recipe.lora.rank}, {recipe.lora.alpha:g}, {recipe.lora.dropout:g} |
-| targets | {targets} |
-| base weights in training | {held} |
-| prompt template | {recipe.prompt.template}{thinking} |
-| learning rate, schedule | {recipe.training.learning_rate:g}, {recipe.training.scheduler} |
-| rows per device and step | {recipe.training.batch_size} × {recipe.training.gradient_accumulation} |
-| longest row | {recipe.training.max_length} tokens |
-| data | {data} |
+{rows}
 
-Load it with `peft.PeftModel.from_pretrained(base_model, this_folder)`; the prompt must be made with the template above.
+Load it with `peft.PeftModel.from_pretrained(base_model, this_folder)`{advice}.
 """
+MERGED_CARD = """\
+---
+library_name: transformers
+pipeline_tag: text-generation
+tags:
+- merge
+- loratune
+{base_line}---
+
+# {name}
+
+**{base}** with a LoRA adapter merged into its weights by loratune {version}; `verification.json` says how the result
+was compared with base + adapter. It loads as any model of its base's architecture does.
+"""
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+", re.ASCII)
 
 
-def write_card(folder: Path, recipe: Recipe) -> None:
-    """Write README.md with metadata that the model hubs read."""
-    is_local = Path(recipe.model.base).expanduser().exists() or "/" not in recipe.model.base
-    base = Path(recipe.model.base).name if is_local else recipe.model.base
+def hub_id(base: str, folder: str | None = None) -> str | None:
+    """A base's name on its hub; None for a local folder.
+
+    Args:
+        base: what a recipe or an adapter's config calls it.
+        folder: where it lay in training: `models/qwen` was a local folder if it lay at `…/models/qwen`.
+    """
+    was_local = folder is not None and Path(folder).parts[-2:] == Path(base).parts
+    return base if HUB_ID.fullmatch(base) and not was_local and not Path(base).exists() else None
+
+
+def base_name(base: str, folder: str | None = None) -> str:
+    """What to call a base in public: its name on the hub, or just that of its folder."""
+    return hub_id(base, folder) or re.split(r"[/\\]", base.rstrip("/\\"))[-1]
+
+
+def write_card(folder: Path, recipe: Recipe, base_folder: str | None = None) -> None:
+    """Write README.md with metadata that the model hubs read.
+
+    Args:
+        folder: the adapter's folder.
+        recipe: of its training.
+        base_folder: where the base lay in training.
+    """
     targets = recipe.lora.targets
     quantization = recipe.model.quantization
-    text = CARD.format(
-        recipe=recipe,
-        name=Path(recipe.output).name,
-        base=base,
-        base_line="" if is_local else f"base_model: {base}\n",
+    prompt = recipe.prompt
+    rows = {
+        "rank, alpha, dropout": f"{recipe.lora.rank}, {recipe.lora.alpha:g}, {recipe.lora.dropout:g}",
+        "targets": targets if isinstance(targets, str) else ", ".join(targets),
+        "base weights in training": recipe.model.dtype if quantization == "none" else quantization,
+        "prompt template": prompt.template
+        + (f", enable_thinking={prompt.thinking}" if prompt.template == "chat" else ""),
+        "learning rate, schedule": f"{recipe.training.learning_rate:g}, {recipe.training.scheduler}",
+        "rows per device and step": f"{recipe.training.batch_size} × {recipe.training.gradient_accumulation}",
+        "longest row": f"{recipe.training.max_length} tokens",
+        "data": ", ".join(Path(name).name for name in recipe.data.train),
+    }
+    needed = ["the template above"]
+    # Their texts stay with their owner; that there were any, whoever runs the adapter has to know.
+    needed += ["the system prompt of the training"] if prompt.system else []
+    needed += ["its instruction prefix"] if prompt.instruction_prefix else []
+    advice = f"; the prompt must be made with {' and '.join(needed)}"
+    _write(folder, Path(recipe.output).name, (recipe.model.base, base_folder), "trained", rows, advice)
+
+
+def write_plain_card(folder: Path, name: str, config: dict[str, Any]) -> None:
+    """Write README.md for an adapter of which only its config is known.
+
+    Args:
+        folder: the adapter's folder.
+        name: the card's title.
+        config: its adapter_config.json.
+    """
+    targets = config.get("target_modules") or []
+    rows = {
+        "rank, alpha": f"{config.get('r')}, {config.get('lora_alpha')}",
+        "targets": targets if isinstance(targets, str) else ", ".join(targets),
+    }
+    _write(folder, name, (str(config.get("base_model_name_or_path") or "an unnamed base"), None), "exported", rows, "")
+
+
+def write_merged_card(folder: Path, name: str, base: str, base_folder: str | None) -> None:
+    """Write README.md for a merged model.
+
+    Args:
+        folder: the model's folder.
+        name: the card's title.
+        base: what the base is called.
+        base_folder: where it lies.
+    """
+    base_id = hub_id(base, base_folder)
+    text = MERGED_CARD.format(
+        name=name,
+        base=base_name(base, base_folder),
+        base_line=f"base_model: {base_id}\nbase_model_relation: finetune\n" if base_id else "",
         version=__version__,
-        targets=targets if isinstance(targets, str) else ", ".join(targets),
-        held=recipe.model.dtype if quantization == "none" else quantization,
-        thinking=", thinking" if recipe.prompt.thinking else "",
-        data=", ".join(Path(name).name for name in recipe.data.train),
+    )
+    (folder / "README.md").write_text(text, encoding="utf-8")
+
+
+def _write(folder: Path, name: str, base: tuple[str, str | None], made: str, rows: dict[str, str], advice: str) -> None:
+    base_id = hub_id(*base)
+    text = CARD.format(
+        name=name,
+        base=base_name(*base),
+        base_line=f"base_model: {base_id}\n" if base_id else "",
+        made=made,
+        version=__version__,
+        rows="\n".join(f"| {setting} | {value} |" for setting, value in rows.items()),
+        advice=advice,
     )
     (folder / "README.md").write_text(text, encoding="utf-8")

@@ -33,20 +33,26 @@ CONTENTS = (RECIPE, MANIFEST, STATUS, REPORT, ADAPTER, CHECKPOINTS, METRICS, PLO
 PROGRAM = "loratune"
 
 
-def prepare_output(output: Path, overwrite: bool) -> None:
-    """Check, before anything long starts, that a run may be written to `output`.
+def prepare_output(output: Path, overwrite: bool, kind: str = "run", marker: str = STATUS) -> None:
+    """Check, before anything long starts, that a folder may be written.
+
+    Args:
+        output: the folder.
+        overwrite: whether an earlier one of the same kind may be replaced.
+        kind: what it will be, for messages.
+        marker: the file by which loratune knows its own folders of this kind.
 
     Raises:
-        LoratuneError: it holds a run or something else, or cannot be written to.
+        LoratuneError: it holds something already, or cannot be written to.
     """
     if output.is_dir() and any(output.iterdir()):
-        if not _is_run(output):
+        if not _is_ours(output / marker):
             raise LoratuneError(
-                f"{output} holds something that is not a run; choose another folder with --output", Exit.USAGE
+                f"{output} holds something that is not a {kind}; choose another folder with --output", Exit.USAGE
             )
         if not overwrite:
             raise LoratuneError(
-                f"{output} already holds a run; choose another folder with --output, or replace it with --overwrite",
+                f"{output} already holds a {kind}; choose another folder with --output, or replace it with --overwrite",
                 Exit.USAGE,
             )
     elif output.exists() and not output.is_dir():
@@ -54,10 +60,10 @@ def prepare_output(output: Path, overwrite: bool) -> None:
     _check_writable(output)
 
 
-def _is_run(folder: Path) -> bool:
+def _is_ours(marker: Path) -> bool:
     """Whether loratune made a folder; a status.json alone could be anybody's."""
     try:
-        return bool(read_json(folder / STATUS).get("program") == PROGRAM)
+        return bool(read_json(marker).get("program") == PROGRAM)
     except LoratuneError:
         return False
 

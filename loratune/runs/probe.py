@@ -1,4 +1,4 @@
-"""Rows set aside in training, on which later commands compare a model with base + adapter."""
+"""Rows and questions set aside in training, on which later commands compare a model with base + adapter."""
 
 from __future__ import annotations
 
@@ -11,39 +11,56 @@ from loratune.runs.folder import PROBE, read_json
 from loratune.runs.writing import write_json
 
 MAX_ROWS = 16
-MAX_TOKENS = 2048
+MAX_TOKENS = 1024
 """Of all rows together: enough to tell models apart, and a few seconds' work on a laptop."""
+MAX_QUESTIONS = 3
+BUILT_IN_QUESTIONS = ("Who are you?", "你是谁？", "What is the capital of France?")
 
 
 @dataclass(frozen=True)
 class ProbeRow:
-    """One row: where its labels are not negative a model's next token counts."""
+    """One row: where its labels are not negative, the next token counts."""
 
     input_ids: list[int]
     labels: list[int]
 
 
-def save_probe(run: Path, rows: Sequence[dict[str, Any]]) -> None:
-    """Keep some rows, spread evenly, with their ids and labels.
+@dataclass(frozen=True)
+class Probe:
+    """What a model is tried on."""
+
+    rows: list[ProbeRow]
+    questions: list[list[dict[str, str]]]
+    """Messages, a user's last."""
+
+
+def save_probe(run: Path, rows: Sequence[dict[str, Any]], conversations: Sequence[Sequence[Any]]) -> None:
+    """Keep some rows and questions, spread evenly.
 
     Args:
         run: the run folder.
         rows: encoded rows with `input_ids` and `labels`, lists of int.
+        conversations: their messages, an answer last.
     """
-    step = max(1, len(rows) // MAX_ROWS)
     kept: list[dict[str, list[int]]] = []
     tokens = 0
-    for place in range(0, len(rows), step):
-        row = rows[place]
+    for row in _spread(rows, MAX_ROWS):
         tokens += len(row["input_ids"])
-        if len(kept) == MAX_ROWS or (kept and tokens > MAX_TOKENS):
+        if kept and tokens > MAX_TOKENS:
             break
         kept.append({"input_ids": list(row["input_ids"]), "labels": list(row["labels"])})
-    write_json(run / PROBE, {"rows": kept})
+    questions = [list(messages[:-1]) for messages in _spread(conversations, MAX_QUESTIONS)]
+    write_json(run / PROBE, {"rows": kept, "questions": questions})
 
 
-def read_probe(run: Path | None) -> list[ProbeRow]:
-    """The rows that a run has set aside; none for a plain adapter."""
-    if run is None or not (run / PROBE).is_file():
-        return []
-    return [ProbeRow(row["input_ids"], row["labels"]) for row in read_json(run / PROBE)["rows"]]
+def read_probe(run: Path | None) -> Probe:
+    """What a run has set aside; for a plain adapter built-in questions and no rows."""
+    if run is not None and (run / PROBE).is_file():
+        values = read_json(run / PROBE)
+        return Probe([ProbeRow(row["input_ids"], row["labels"]) for row in values["rows"]], values["questions"])
+    return Probe([], [[{"role": "user", "content": question}] for question in BUILT_IN_QUESTIONS])
+
+
+def _spread(rows: Sequence[Any], limit: int) -> list[Any]:
+    step = max(1, len(rows) // limit)
+    return [rows[place] for place in range(0, len(rows), step)][:limit]

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import platform
 import shlex
-from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
-from loratune import __version__, console
+from loratune import console
 from loratune.model.hardware import peak_memory_bytes
 from loratune.runs.folder import PLOT, REPORT
+from loratune.runs.versions import library_versions
 from loratune.runs.writing import write_json
 from loratune.training.callbacks import Metrics
 from loratune.training.checkpoints import CheckpointKeeper
@@ -18,19 +17,6 @@ from loratune.training.plot import plot_losses
 if TYPE_CHECKING:
     from loratune.training.session import Session
     from loratune.training.trainer import AdapterTrainer
-
-LIBRARIES = ("torch", "transformers", "peft", "trl", "accelerate", "datasets", "bitsandbytes", "safetensors")
-
-
-def library_versions() -> dict[str, str]:
-    """Versions of what a run's result depends on."""
-    versions = {"loratune": __version__, "python": platform.python_version()}
-    for name in LIBRARIES:
-        try:
-            versions[name] = version(name)
-        except PackageNotFoundError:
-            continue
-    return versions
 
 
 def write_report(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import errno
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +15,7 @@ from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from loratune import console
 from loratune.data.encoding import Encoder
+from loratune.data.formats import Message
 from loratune.data.preparation import PreparedData, encode_data, read_data
 from loratune.errors import Exit, LoratuneError
 from loratune.model.adapter import AdapterSummary, attach_adapter, load_adapter_weights, save_adapter, summarise_adapter
@@ -28,11 +29,12 @@ from loratune.runs.fingerprint import fingerprint_base
 from loratune.runs.folder import ADAPTER, create_run, prepare_output, seal_run, set_status
 from loratune.runs.probe import save_probe
 from loratune.runs.tokenizer_files import copy_tokenizer_files
+from loratune.runs.versions import library_versions
 from loratune.runs.writing import folder_in_one_step
 from loratune.training.arguments import plan_steps, rows_per_step, training_arguments
 from loratune.training.callbacks import DivergenceGuard, Metrics, Progress
 from loratune.training.checkpoints import CheckpointKeeper
-from loratune.training.report import library_versions, write_report
+from loratune.training.report import write_report
 from loratune.training.trainer import AdapterTrainer
 
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM)
@@ -49,6 +51,8 @@ class Session:
     tokenizer: Any
     encoder: Encoder
     data: PreparedData
+    questions: Sequence[Sequence[Message]]
+    """The conversations of the validation rows, or of the training rows where there are none."""
     model: Any
     """The base with the adapter on it, as PEFT makes it."""
     summary: AdapterSummary
@@ -81,7 +85,7 @@ def train(recipe: Recipe, overwrite: bool = False) -> dict[str, Any]:
         trainer, metrics, keeper, progress = _build_trainer(session)
         if console.IS_SPEAKER:
             create_run(output, recipe, _manifest(session))
-            save_probe(output, (session.data.validation or session.data.train).dataset)
+            save_probe(output, (session.data.validation or session.data.train).dataset, session.questions)
         trainer.accelerator.wait_for_everyone()
         with _status_kept(output, trainer):
             try:
@@ -113,8 +117,21 @@ def _gather(recipe: Recipe, output: Path) -> Session:
     adapted = attach_adapter(model, recipe.lora, recipe.model.base, recipe.seed)
     summary = summarise_adapter(adapted)
     _show_model(recipe, hardware, summary, dtype_name(model.dtype))
+    questions = [conversation.messages for conversation in rows.validation or rows.train]
     return Session(
-        recipe, output, hardware, base, tokenizer, encoder, data, adapted, summary, steps, arguments, warnings
+        recipe,
+        output,
+        hardware,
+        base,
+        tokenizer,
+        encoder,
+        data,
+        questions,
+        adapted,
+        summary,
+        steps,
+        arguments,
+        warnings,
     )
 
 

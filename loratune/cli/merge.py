@@ -1,0 +1,120 @@
+"""`loratune merge`: adapter + base → a full model that has proved itself."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from loratune import console
+from loratune.errors import Exit, LoratuneError
+
+DETAILS = """\
+The merged model is written beside its name, read back and compared with base + adapter: every tensor, the logits on
+validation rows of the run, and some answers. If anything is off, nothing is left and the exit code is 4.
+
+Several adapters: --adapter a=out/run1 --adapter b=out/run2 --weights 0.7,0.3 --combine linear"""
+SIZE = re.compile(r"(?P<number>\d+(\.\d+)?)\s*(?P<unit>[kMGT]?)i?B?", re.IGNORECASE)
+UNITS = {"": 1, "k": 1e3, "m": 1e6, "g": 1e9, "t": 1e12}
+
+
+def command(
+    adapter: Annotated[
+        list[str],
+        typer.Option(
+            "--adapter", "-a", metavar="folder",
+            help="Run folder, one of its checkpoints, or a plain PEFT folder; name=folder for each of several.",
+        ),
+    ],
+    output: Annotated[Path, typer.Option("--output", "-o", metavar="folder", help="Folder of the merged model.")],
+    model: Annotated[
+        str | None, typer.Option("--model", "-m", metavar="model", help="Where the base lies now.")
+    ] = None,
+    dtype: Annotated[
+        Literal["bfloat16", "float16", "float32"] | None,
+        typer.Option("--dtype", metavar="bfloat16|float16|float32", help="Type of the weights; default is the base's."),
+    ] = None,
+    shard_size: Annotated[
+        str, typer.Option("--shard-size", metavar="size", help="Largest file, such as 5GB or 900MB.")
+    ] = "5GB",
+    merge_base: Annotated[
+        Literal["auto", "original", "dequantized"],
+        typer.Option(
+            "--merge-base", metavar="auto|original|dequantized",
+            help="For an adapter of a quantised base: what it is added to; auto measures both.",
+        ),
+    ] = "auto",
+    weights: Annotated[
+        str | None,
+        typer.Option("--weights", metavar="numbers", help="Of several adapters, in their order, with commas between."),
+    ] = None,
+    combine: Annotated[
+        Literal["linear", "svd", "ties", "dare_ties"],
+        typer.Option(
+            "--combine", metavar="linear|svd|ties|dare_ties",
+            help="How several adapters become one: linear adds their weighted updates exactly, svd brings the sum back "
+            "to the largest rank, ties and dare_ties drop what disagrees.",
+        ),
+    ] = "linear",
+    density: Annotated[
+        float,
+        typer.Option(
+            "--density", metavar="number", min=0.01, max=1, help="Share of each update that ties and dare_ties keep."
+        ),
+    ] = 0.5,
+    verify: Annotated[
+        bool, typer.Option("--verify/--no-verify", help="Compare what was written with base + adapter.")
+    ] = True,
+    logits: Annotated[
+        bool, typer.Option("--logits/--no-logits", help="Run both models too; without, the files alone are compared.")
+    ] = True,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace an earlier merged model in the same folder.")
+    ] = False,
+    force: Annotated[
+        bool, typer.Option("--force", help="Take another base than the trained one, or a changed adapter.")
+    ] = False,
+    json: Annotated[bool, typer.Option("--json", help="Print verification.json to stdout.")] = False,
+) -> None:  # fmt: skip
+    """Merge, prove, and say what to do next."""
+    import torch
+
+    from loratune.delivery.merge import MergeOptions, merge_adapter
+    from loratune.delivery.sources import open_adapters
+
+    options = MergeOptions(
+        model=model,
+        dtype=getattr(torch, dtype) if dtype else None,
+        shard_bytes=parse_size(shard_size),
+        merge_base=merge_base,
+        verify=verify,
+        logits=logits,
+        force=force,
+        overwrite=overwrite,
+    )
+    if not verify:
+        console.warn("--no-verify: nobody will know whether the merged model is what was trained")
+    with open_adapters(adapter, weights, combine, density, options.model, force) as source:
+        report = merge_adapter(source, output, options)
+    from loratune.delivery.verify import show_verification
+
+    show_verification(report)
+    console.say(f"merged model: {output}", style="bold")
+    console.say(f"try it: loratune infer --model {output}   serve it: vllm serve {output}")
+    if json:
+        console.write_json(report)
+
+
+def parse_size(text: str) -> int:
+    """Bytes of `5GB`, `900MB` or `123`.
+
+    Raises:
+        LoratuneError: it is none of these, or nothing.
+    """
+    match = SIZE.fullmatch(text.strip())
+    size = float(match["number"]) * UNITS[match["unit"].lower()] if match else 0
+    if size < 1:
+        raise LoratuneError(f"--shard-size {text!r}: give a size such as 5GB or 900MB", Exit.USAGE)
+    return int(size)

@@ -1,0 +1,236 @@
+"""From an adapter to a merged model that has proved itself: the flow of `loratune merge`, top to bottom."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import shutil
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+
+from loratune import console
+from loratune.delivery.merged_weights import MergePlan, plan_merge, write_merged
+from loratune.delivery.read_back import ReadBack, read_back
+from loratune.delivery.update import TensorUpdate, read_updates
+from loratune.errors import Exit, LoratuneError
+from loratune.model.adapter_files import WEIGHTS_FILE
+from loratune.model.files import find_base, weight_files
+from loratune.model.tensor_files import TensorFiles
+from loratune.recipe.sections import ModelSettings
+from loratune.runs.folder import FORMAT_VERSION, PROGRAM, file_sha256, prepare_output
+from loratune.runs.opening import AdapterSource, base_settings, check_same_base
+from loratune.runs.versions import library_versions
+from loratune.runs.writing import folder_in_one_step, write_json
+
+VERIFICATION = "verification.json"
+SIDE_FILES_BYTES = 30_000_000
+
+
+@dataclass(frozen=True)
+class MergeOptions:
+    """How to merge."""
+
+    model: str | None = None
+    """Where the base lies, if not where the run knows it."""
+    dtype: torch.dtype | None = None
+    """Of the merged weights; None keeps the base's."""
+    shard_bytes: int = 5_000_000_000
+    merge_base: str = "auto"
+    """For an adapter of a quantised base: original, dequantized, or auto for the one that comes closer."""
+    verify: bool = True
+    logits: bool = True
+    """Whether the verification runs the models."""
+    force: bool = False
+    overwrite: bool = False
+
+
+@dataclass
+class Candidate:
+    """One way to merge; a quantised run has two."""
+
+    merge_base: str
+    files: TensorFiles
+    plan: MergePlan
+    folder: Path
+    read_back: ReadBack | None = None
+
+
+@dataclass
+class Job:
+    """What is merged into what."""
+
+    source: AdapterSource
+    settings: ModelSettings
+    base: Path
+    updates: dict[str, TensorUpdate]
+    is_tied: bool
+    options: MergeOptions
+    warnings: list[str]
+
+
+def merge_adapter(source: AdapterSource, output: Path, options: MergeOptions) -> dict[str, Any]:
+    """Merge an adapter into its base, prove the result, and give it its name.
+
+    Args:
+        source: the adapter.
+        output: folder of the merged model; until it is proved, it lies beside it under another name.
+        options: how.
+
+    Returns:
+        What verification.json holds.
+
+    Raises:
+        LoratuneError: something does not fit, there is no room, or the merged model is not base + adapter; then nothing
+            is left at `output`.
+    """
+    prepare_output(output, options.overwrite, "merged model", VERIFICATION)
+    job = _gather(source, output, options)
+    with folder_in_one_step(output) as folder:
+        candidates = _candidates(job, folder)
+        _announce(job, candidates, output)
+        for candidate in candidates:
+            _write(candidate, options.verify)
+        seconds = {"until_files_read_back": _seconds_since_start()}
+        verify = importlib.import_module("loratune.delivery.verify")  # transformers and PEFT: seconds
+        chosen, proof = verify.complete_and_prove(job, candidates)
+        _keep(chosen, candidates, folder)
+        seconds["total"] = _seconds_since_start()
+        report = {"program": PROGRAM, "format_version": FORMAT_VERSION, "versions": library_versions()}
+        report |= _described(job, chosen) | proof | {"seconds": seconds}
+        write_json(folder / VERIFICATION, report)
+    return report
+
+
+def _gather(source: AdapterSource, output: Path, options: MergeOptions) -> Job:
+    settings = base_settings(source, options.model)
+    base = find_base(settings)
+    _check_apart(output, base, source.adapter)
+    paths = weight_files(base)
+    warnings = check_same_base(source, settings.base, base, paths, options.force)
+    if options.merge_base != "auto" and settings.quantization == "none":
+        raise LoratuneError("--merge-base is for adapters that were trained on a quantised base", Exit.USAGE)
+    is_tied = bool(json.loads((base / "config.json").read_text(encoding="utf-8")).get("tie_word_embeddings"))
+    updates = read_updates(source.adapter, TensorFiles(paths).infos, is_tied)
+    return Job(source, settings, base, updates, is_tied, options, warnings)
+
+
+def _check_apart(output: Path, base: Path, adapter: Path) -> None:
+    for kind, place in (("base model", base), ("adapter", adapter)):
+        if (
+            place.resolve() in (output.resolve(), *output.resolve().parents)
+            or output.resolve() in place.resolve().parents
+        ):
+            raise LoratuneError(f"{output} and the {kind} at {place} overlap; choose another --output", Exit.USAGE)
+
+
+def _candidates(job: Job, folder: Path) -> list[Candidate]:
+    kinds = ["original"]
+    if job.settings.quantization != "none":
+        can_measure = job.options.verify and job.options.logits
+        automatic = ["original", "dequantized"] if can_measure else ["dequantized"]
+        kinds = automatic if job.options.merge_base == "auto" else [job.options.merge_base]
+    paths = weight_files(job.base)
+    candidates = []
+    for kind in kinds:
+        files = TensorFiles(paths) if kind == "original" else _dequantized(paths, job.settings)
+        plan = plan_merge(files, job.updates, job.is_tied, job.options.dtype, job.options.shard_bytes)
+        place = folder / kind if len(kinds) > 1 else folder
+        place.mkdir(exist_ok=True)
+        candidates.append(Candidate(kind, files, plan, place))
+    return candidates
+
+
+def _dequantized(paths: list[Path], settings: ModelSettings) -> TensorFiles:
+    quantized_files = importlib.import_module("loratune.model.quantized_files")  # bitsandbytes
+    hardware = importlib.import_module("loratune.model.hardware").detect_hardware()
+    files: TensorFiles = quantized_files.DequantizedFiles(paths, settings, hardware)
+    return files
+
+
+def _announce(job: Job, candidates: list[Candidate], output: Path) -> None:
+    """Say what is about to happen and what it takes; stop if the disk has no room for it."""
+    plan = candidates[0].plan
+    needed = sum(candidate.plan.nbytes for candidate in candidates) + SIDE_FILES_BYTES
+    free = shutil.disk_usage(candidates[0].folder).free
+    files = len(plan.shards)
+    console.table(
+        [
+            ("adapter", f"{job.source.adapter}: changes {len(plan.updated)} of {len(plan.tensors)} tensors"),
+            ("base", f"{job.settings.base}, {_dtype_names(plan)}"),
+            ("into", " and ".join(f"the {candidate.merge_base} base" for candidate in candidates)),
+            ("writes", f"{console.memory(plan.nbytes)} in {files} file{'s' if files > 1 else ''} to {output}"),
+            ("disk", f"{console.memory(needed)} needed, {console.memory(free)} free"),
+            ("memory", f"at most {console.memory(_memory_bound(job, candidates))}"),
+        ],
+        title="merge",
+    )
+    for warning in job.warnings:
+        console.warn(warning)
+    if needed > free:
+        raise LoratuneError(
+            f"{output}: the merged model needs {console.memory(needed)} of disk and {console.memory(free)} are free; "
+            "make room, or choose another disk with --output",
+            Exit.IO,
+        )
+
+
+def _memory_bound(job: Job, candidates: list[Candidate]) -> int:
+    """Bytes that the process will hold, pages of mapped files aside, which the system takes back when it needs them."""
+    plan = candidates[0].plan
+    largest = max(tensor.info.nbytes for tensor in plan.tensors.values())
+    adapter = (job.source.adapter / WEIGHTS_FILE).stat().st_size
+    bound = 250_000_000 + adapter
+    if job.settings.quantization != "none":
+        bound += 8 * largest
+    if job.options.verify and job.options.logits:
+        config = json.loads((job.base / "config.json").read_text(encoding="utf-8"))
+        bound += 250_000_000 + 64 * 4 * 7 * int(config["vocab_size"]) + 40_000 * int(config["intermediate_size"])
+        bound += plan.nbytes if job.settings.quantization != "none" else 0
+    return bound
+
+
+def _dtype_names(plan: MergePlan) -> str:
+    names = dict.fromkeys(str(tensor.info.dtype).removeprefix("torch.") for tensor in plan.tensors.values())
+    return " and ".join(names)
+
+
+def _write(candidate: Candidate, verify: bool) -> None:
+    plan, files, folder = candidate.plan, candidate.files, candidate.folder
+    with console.byte_progress("merging", plan.nbytes) as advance:
+        write_merged(plan, files, folder, advance)
+    if verify:
+        with console.byte_progress("reading back", plan.nbytes) as advance:
+            candidate.read_back = read_back(plan, files, folder, advance)
+
+
+def _keep(chosen: Candidate, candidates: list[Candidate], folder: Path) -> None:
+    """Bring the better of two candidates up into the output, and drop the other."""
+    if chosen.folder == folder:
+        return
+    for path in chosen.folder.iterdir():
+        path.rename(folder / path.name)
+    for candidate in candidates:
+        shutil.rmtree(candidate.folder)
+
+
+def _described(job: Job, chosen: Candidate) -> dict[str, Any]:
+    return {
+        "base": job.settings.base,
+        "quantization_in_training": job.settings.quantization,
+        "merge_base": chosen.merge_base,
+        "adapter": {"path": str(job.source.adapter), "sha256": file_sha256(job.source.adapter / WEIGHTS_FILE)},
+        "dtype": _dtype_names(chosen.plan),
+        "bytes": chosen.plan.nbytes,
+        "read_back": asdict(chosen.read_back) if chosen.read_back else None,
+        "warnings": job.warnings,
+    }
+
+
+def _seconds_since_start() -> float:
+    """Since the process began: what a user waits for."""
+    return round(time.time() - psutil.Process().create_time(), 2)

@@ -1,0 +1,76 @@
+"""What stands beside a merged model's weights: the base's files byte for byte, and what training or merging changed."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from loratune.data.encoding import Encoder
+from loratune.delivery.template import TEMPLATE_FILE, write_portable_template
+from loratune.model.base import dtype_name
+from loratune.runs.tokenizer_files import copy_tokenizer_files
+from loratune.runs.writing import write_json
+
+CONFIG, GENERATION_CONFIG = "config.json", "generation_config.json"
+
+
+def write_model_files(
+    encoder: Encoder, tokenizer: Path, base: Path, folder: Path, dtype: torch.dtype | None, is_tied: bool
+) -> list[str]:
+    """Write config, tokenizer, template and generation config.
+
+    Args:
+        encoder: how the training rendered prompts.
+        tokenizer: folder with the tokenizer of the training.
+        base: the base's folder.
+        folder: where the merged weights are.
+        dtype: of the merged weights, if not the base's.
+        is_tied: whether embedding and head are still one matrix.
+
+    Returns:
+        What differs from the base's files, for the user.
+    """
+    changes = _write_config(base, folder, dtype, is_tied)
+    copy_tokenizer_files(tokenizer, folder)
+    for licence in [*base.glob("LICENSE*"), *base.glob("NOTICE*")]:
+        if licence.is_file():
+            shutil.copyfile(licence, folder / licence.name)
+    if write_portable_template(encoder, folder):
+        changes.append(
+            f"{TEMPLATE_FILE}: the training's prompt settings, so that other programs render the same prompts"
+        )
+    return changes + _write_generation_config(base, folder, encoder.end_id)
+
+
+def _write_config(base: Path, folder: Path, dtype: torch.dtype | None, is_tied: bool) -> list[str]:
+    config = json.loads((base / CONFIG).read_text(encoding="utf-8"))
+    changes: dict[str, Any] = {}
+    if dtype is not None:
+        key = "torch_dtype" if "torch_dtype" in config and "dtype" not in config else "dtype"
+        changes |= {key: dtype_name(dtype)} if config.get(key) != dtype_name(dtype) else {}
+    if config.get("tie_word_embeddings") and not is_tied:
+        changes["tie_word_embeddings"] = False
+    if changes:
+        write_json(folder / CONFIG, config | changes)
+    else:
+        shutil.copyfile(base / CONFIG, folder / CONFIG)
+    return [f"{CONFIG}: {key} {json.dumps(value)}" for key, value in changes.items()]
+
+
+def _write_generation_config(base: Path, folder: Path, end_id: int) -> list[str]:
+    """The base's, with the token that ended the trained answers among those that end an answer."""
+    path = base / GENERATION_CONFIG
+    values = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    config = json.loads((base / CONFIG).read_text(encoding="utf-8"))
+    known = values.get("eos_token_id", config.get("eos_token_id"))
+    ends = known if isinstance(known, list) else [] if known is None else [known]
+    if end_id in ends:
+        if path.is_file():
+            shutil.copyfile(path, folder / GENERATION_CONFIG)
+        return []
+    write_json(folder / GENERATION_CONFIG, values | {"eos_token_id": [end_id, *ends]})
+    return [f"{GENERATION_CONFIG}: token {end_id} ends an answer, as in training"]

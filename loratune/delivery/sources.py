@@ -1,0 +1,85 @@
+"""The adapters of a command line as one: opened, or combined into a temporary one."""
+
+from __future__ import annotations
+
+import importlib
+import math
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from loratune import console
+from loratune.errors import Exit, LoratuneError
+from loratune.model.files import find_base, weight_files
+from loratune.runs.opening import AdapterSource, base_settings, check_same_base, open_adapter
+
+
+@contextmanager
+def open_adapters(
+    given: list[str], weights: str | None, method: str, density: float, model: str | None, force: bool
+) -> Iterator[AdapterSource]:
+    """Open one adapter, or combine several.
+
+    Args:
+        given: a folder, or name=folder for each of several.
+        weights: numbers with commas between, one for each of several.
+        method: how several become one.
+        density: for ties and dare_ties.
+        model: where the base lies now.
+        force: take changed adapters, and other bases than the trained one.
+
+    Raises:
+        LoratuneError: names or weights that do not match, or adapters that cannot be combined.
+    """
+    if len(given) == 1:
+        if weights is not None:
+            raise LoratuneError("--weights is for several adapters", Exit.USAGE)
+        yield open_adapter(_named(given[0])[1], force)
+        return
+    adapters = {name: open_adapter(path, force) for name, path in _named_apart(given).items()}
+    numbers = _parse_weights(weights, len(adapters))
+    first = next(iter(adapters.values()))
+    settings = base_settings(first, model)
+    base = find_base(settings)
+    for source in adapters.values():
+        for warning in check_same_base(source, settings.base, base, weight_files(base), force):
+            console.warn(warning)
+        if source.recipe and source.recipe.model.quantization != settings.quantization:
+            raise LoratuneError("the adapters were trained on different quantisations of the base", Exit.MODEL)
+    combination = importlib.import_module("loratune.model.combination")  # loads transformers and PEFT
+    with tempfile.TemporaryDirectory(prefix="loratune-") as folder:
+        with console.status(f"combining {len(adapters)} adapters"):
+            paths = {name: source.adapter for name, source in adapters.items()}
+            combined = combination.combine_adapters(base, paths, numbers, method, density, Path(folder))
+        yield AdapterSource(combined, first.recipe, first.manifest, first.run)
+
+
+def _named(text: str) -> tuple[str, Path]:
+    """name and folder of `name=folder`; a folder may have an equals sign of its own."""
+    name, equals, path = text.partition("=")
+    if not equals or Path(text).exists():
+        return "", Path(text)
+    return name, Path(path)
+
+
+def _named_apart(given: list[str]) -> dict[str, Path]:
+    named = [_named(text) for text in given]
+    names = [name for name, _ in named]
+    if not all(name.isidentifier() for name in names) or len(set(names)) < len(names):
+        raise LoratuneError(
+            "give each of several adapters a name of its own: --adapter a=out/run1 --adapter b=out/run2", Exit.USAGE
+        )
+    return dict(named)
+
+
+def _parse_weights(weights: str | None, count: int) -> list[float]:
+    if weights is None:
+        raise LoratuneError(f"give {count} weights, such as --weights {','.join(['0.5'] * count)}", Exit.USAGE)
+    try:
+        numbers = [float(part) for part in weights.split(",")]
+    except ValueError:
+        numbers = []
+    if len(numbers) != count or not all(math.isfinite(number) for number in numbers):
+        raise LoratuneError(f"--weights {weights}: give {count} numbers with commas between", Exit.USAGE)
+    return numbers

@@ -1,0 +1,56 @@
+"""An adapter's two files, read and checked without PEFT: adapter_config.json and adapter_model.safetensors."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+
+from loratune.errors import Exit, LoratuneError
+
+WEIGHTS_FILE = "adapter_model.safetensors"
+CONFIG_FILE = "adapter_config.json"
+# Keys through which PEFT has imported modules named in a config file (peft#3085), or that need code to run.
+FORBIDDEN_KEYS = ("auto_mapping", "megatron_config", "runtime_config", "eva_config", "corda_config")
+
+
+def read_config_values(folder: Path) -> dict[str, Any]:
+    """The values of an adapter's config, checked before PEFT sees them.
+
+    Raises:
+        LoratuneError: there is none, it is not LoRA, or it names code.
+    """
+    path = folder / CONFIG_FILE
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise LoratuneError(f"{folder}: no {CONFIG_FILE} in it, so it is not an adapter", Exit.MODEL) from error
+    except (OSError, ValueError) as error:
+        raise LoratuneError(f"{path}: cannot be read: {error}", Exit.MODEL) from error
+    if not isinstance(values, dict) or values.get("peft_type") != "LORA":
+        raise LoratuneError(f"{path}: not a LoRA adapter", Exit.MODEL)
+    forbidden = [key for key in FORBIDDEN_KEYS if values.get(key)]
+    if forbidden:
+        raise LoratuneError(f"{path}: sets {', '.join(forbidden)}, which is not allowed", Exit.MODEL)
+    return values
+
+
+def check_weights(folder: Path) -> None:
+    """Make sure that an adapter's tensors can be read and are finite.
+
+    Raises:
+        LoratuneError: the file is missing, damaged, or holds NaN.
+    """
+    path = folder / WEIGHTS_FILE
+    if not path.is_file():
+        pickled = " (only pickled weights, which are never opened)" if (folder / "adapter_model.bin").exists() else ""
+        raise LoratuneError(f"{folder}: no {WEIGHTS_FILE} in it{pickled}", Exit.MODEL)
+    try:
+        with safe_open(path, framework="pt") as file:
+            broken = [name for name in file.keys() if not file.get_tensor(name).isfinite().all()]  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        raise LoratuneError(f"{path}: damaged: {error}", Exit.MODEL) from error
+    if broken:
+        raise LoratuneError(f"{path}: holds NaN or infinity in {len(broken)} tensors, first {broken[0]}", Exit.MODEL)

@@ -1,0 +1,21 @@
+"""Versions of the libraries that a result depends on."""
+
+from __future__ import annotations
+
+import platform
+from importlib.metadata import PackageNotFoundError, version
+
+from loratune import __version__
+
+LIBRARIES = ("torch", "transformers", "peft", "trl", "accelerate", "datasets", "bitsandbytes", "safetensors")
+
+
+def library_versions() -> dict[str, str]:
+    """Versions of what a run's result depends on."""
+    versions = {"loratune": __version__, "python": platform.python_version()}
+    for name in LIBRARIES:
+        try:
+            versions[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return versions
