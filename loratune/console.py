@@ -37,6 +37,11 @@ def say(message: str, style: str = "") -> None:
     _stderr.print(Text(printable(message), style=style))
 
 
+def next_step(message: str) -> None:
+    """What to do now; never broken into lines, since people copy commands from it."""
+    _stderr.print(Text(printable(message)), soft_wrap=True)
+
+
 def warn(message: str) -> None:
     """Something the user should know but that stops nothing."""
     _stderr.print(Text("warning: ", style="yellow").append(printable(message), style="default"))

@@ -22,6 +22,7 @@ _DEBUG = "LORATUNE_DEBUG"
 COMMANDS = {
     "sft": "Train a LoRA adapter as a recipe says.",
     "merge": "Merge an adapter into its base, and prove the result.",
+    "export": "Write an adapter or a merged model for another program, and prove it.",
     "infer": "Chat with a trained adapter, or print one answer.",
 }
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -102,7 +103,8 @@ def command(
 
     show_verification(report)
     console.say(f"merged model: {output}", style="bold")
-    console.say(f"try it: loratune infer --model {output}   serve it: vllm serve {output}")
+    console.next_step(f"try it:   loratune infer --model {shlex.quote(str(output))}")
+    console.next_step(f"serve it: vllm serve {shlex.quote(str(output))}")
     if json:
         console.write_json(report)
 
@@ -115,6 +117,6 @@ def parse_size(text: str) -> int:
     """
     match = SIZE.fullmatch(text.strip())
     size = float(match["number"]) * UNITS[match["unit"].lower()] if match else 0
-    if size < 1:
+    if not 1 <= size < float("inf"):
         raise LoratuneError(f"--shard-size {text!r}: give a size such as 5GB or 900MB", Exit.USAGE)
     return int(size)

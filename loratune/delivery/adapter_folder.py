@@ -8,7 +8,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from loratune.data.encoding import OWN_TEMPLATES, Encoder
+from loratune.data.encoding import Encoder
+from loratune.delivery.template import write_portable_template
 from loratune.errors import Exit, LoratuneError, bullet_list
 from loratune.model.adapter_files import CONFIG_FILE, WEIGHTS_FILE, check_weights, read_config_values
 from loratune.model.base import load_tokenizer
@@ -24,16 +25,19 @@ IDLE_SETTINGS = {"megatron_core": "megatron_config", "qalora_group_size": "use_q
 VOCABULARIES = ("tokenizer.json", "added_tokens.json", "vocab.json", "merges.txt", "tokenizer.model")
 
 
-def export_adapter(source: AdapterSource, folder: Path) -> None:
+def export_adapter(source: AdapterSource, folder: Path) -> bool:
     """Write an adapter, its tokenizer's files and its card, and read them again.
 
-    Weights and tokenizer are copied byte for byte. An adapter that was trained with a template of loratune's own gets
-    that as its chat template, since other programs know no other. Of a checkpoint, which has no tokenizer, only the
-    adapter is taken.
+    Weights and tokenizer are copied byte for byte, but for the chat template where the training's prompt settings have
+    to be put into it, since other programs know nothing else. Of a checkpoint, which has no tokenizer, only the adapter
+    is taken.
 
     Args:
         source: the adapter.
         folder: an existing empty folder.
+
+    Returns:
+        Whether the chat template is another than that of the base.
 
     Raises:
         LoratuneError: the adapter is incomplete, damaged or not LoRA, or one of its files names a local path.
@@ -45,13 +49,15 @@ def export_adapter(source: AdapterSource, folder: Path) -> None:
     write_json(folder / CONFIG_FILE, _cleaned(config))
     shutil.copyfile(source.adapter / WEIGHTS_FILE, folder / WEIGHTS_FILE)
     copy_tokenizer_files(source.adapter, folder)
-    if source.prompt.template in OWN_TEMPLATES and (folder / "tokenizer_config.json").is_file():
-        _write_own_template(source, folder)
+    has_own_template = (folder / "tokenizer_config.json").is_file() and write_portable_template(
+        Encoder(load_tokenizer(folder), source.prompt), folder
+    )
     if source.recipe:
         write_card(folder, source.recipe, base_folder)
     else:
         write_plain_card(folder, source.adapter.absolute().name, config)
     _check(source, folder)
+    return has_own_template
 
 
 def _base_folder(source: AdapterSource) -> str | None:
@@ -79,15 +85,6 @@ def _cleaned(config: dict[str, Any]) -> dict[str, Any]:
     if isinstance(kept.get("target_modules"), list):
         kept["target_modules"] = sorted(kept["target_modules"])
     return kept | {"inference_mode": True}
-
-
-def _write_own_template(source: AdapterSource, folder: Path) -> None:
-    """Put the training's template in the place of the tokenizer's, complete in itself."""
-    tokenizer = load_tokenizer(source.adapter)
-    adds_bos = tokenizer("").input_ids == [tokenizer.bos_token_id]
-    template = Encoder(tokenizer, source.prompt).template
-    text = ("{%- set adds_bos = true -%}\n" if adds_bos else "") + template
-    (folder / "chat_template.jinja").write_text(text, encoding="utf-8", newline="\n")
 
 
 def _check(source: AdapterSource, folder: Path) -> None:

@@ -22,13 +22,15 @@ from loratune.model.adapter_files import WEIGHTS_FILE
 from loratune.model.files import find_base, weight_files
 from loratune.model.tensor_files import TensorFiles
 from loratune.recipe.sections import ModelSettings
-from loratune.runs.folder import FORMAT_VERSION, PROGRAM, file_sha256, prepare_output
+from loratune.runs.card import base_name
+from loratune.runs.folder import FORMAT_VERSION, PROGRAM, VERIFICATION, file_sha256, prepare_output
 from loratune.runs.opening import AdapterSource, base_settings, check_same_base
 from loratune.runs.versions import library_versions
 from loratune.runs.writing import folder_in_one_step, write_json
 
-VERIFICATION = "verification.json"
 SIDE_FILES_BYTES = 30_000_000
+LIBRARIES_BYTES, PROOF_LIBRARIES_BYTES = 250_000_000, 250_000_000
+"""What torch takes by itself, and what transformers and PEFT add."""
 
 
 @dataclass(frozen=True)
@@ -47,6 +49,8 @@ class MergeOptions:
     """Whether the verification runs the models."""
     force: bool = False
     overwrite: bool = False
+    is_temporary: bool = False
+    """Whether it is only a step of an export."""
 
 
 @dataclass
@@ -158,12 +162,13 @@ def _announce(job: Job, candidates: list[Candidate], output: Path) -> None:
     needed = sum(candidate.plan.nbytes for candidate in candidates) + SIDE_FILES_BYTES
     free = shutil.disk_usage(candidates[0].folder).free
     files = len(plan.shards)
+    place = "a temporary folder" if job.options.is_temporary else output
     console.table(
         [
             ("adapter", f"{job.source.adapter}: changes {len(plan.updated)} of {len(plan.tensors)} tensors"),
             ("base", f"{job.settings.base}, {_dtype_names(plan)}"),
             ("into", " and ".join(f"the {candidate.merge_base} base" for candidate in candidates)),
-            ("writes", f"{console.memory(plan.nbytes)} in {files} file{'s' if files > 1 else ''} to {output}"),
+            ("writes", f"{console.memory(plan.nbytes)} in {files} file{'s' if files > 1 else ''} to {place}"),
             ("disk", f"{console.memory(needed)} needed, {console.memory(free)} free"),
             ("memory", f"at most {console.memory(_memory_bound(job, candidates))}"),
         ],
@@ -181,16 +186,14 @@ def _announce(job: Job, candidates: list[Candidate], output: Path) -> None:
 
 def _memory_bound(job: Job, candidates: list[Candidate]) -> int:
     """Bytes that the process will hold, pages of mapped files aside, which the system takes back when it needs them."""
-    plan = candidates[0].plan
-    largest = max(tensor.info.nbytes for tensor in plan.tensors.values())
-    adapter = (job.source.adapter / WEIGHTS_FILE).stat().st_size
-    bound = 250_000_000 + adapter
-    if job.settings.quantization != "none":
-        bound += 8 * largest
+    config = json.loads((job.base / "config.json").read_text(encoding="utf-8"))
+    bound = LIBRARIES_BYTES + (job.source.adapter / WEIGHTS_FILE).stat().st_size
     if job.options.verify and job.options.logits:
-        config = json.loads((job.base / "config.json").read_text(encoding="utf-8"))
-        bound += 250_000_000 + 64 * 4 * 7 * int(config["vocab_size"]) + 40_000 * int(config["intermediate_size"])
-        bound += plan.nbytes if job.settings.quantization != "none" else 0
+        activations = 40_000 * int(config["intermediate_size"])
+        logits = 64 * 4 * 7 * int(config["vocab_size"])
+        bound += PROOF_LIBRARIES_BYTES + activations + logits
+    if job.settings.quantization != "none":  # the live model, its embedding in float32
+        bound += candidates[0].plan.nbytes
     return bound
 
 
@@ -220,10 +223,11 @@ def _keep(chosen: Candidate, candidates: list[Candidate], folder: Path) -> None:
 
 def _described(job: Job, chosen: Candidate) -> dict[str, Any]:
     return {
-        "base": job.settings.base,
+        "base": base_name(job.settings.base, str(job.base.absolute())),  # the folder may go to a hub: no local paths
         "quantization_in_training": job.settings.quantization,
         "merge_base": chosen.merge_base,
-        "adapter": {"path": str(job.source.adapter), "sha256": file_sha256(job.source.adapter / WEIGHTS_FILE)},
+        "adapter_sha256": file_sha256(job.source.adapter / WEIGHTS_FILE),
+        "thinking": job.source.prompt.thinking,
         "dtype": _dtype_names(chosen.plan),
         "bytes": chosen.plan.nbytes,
         "read_back": asdict(chosen.read_back) if chosen.read_back else None,

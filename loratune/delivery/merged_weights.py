@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,6 +10,7 @@ from pathlib import Path
 import torch
 
 from loratune.delivery.update import EMBEDDING, HEAD, TensorUpdate
+from loratune.errors import Exit, LoratuneError
 from loratune.model.tensor_files import TensorFiles, TensorInfo, plan_shards, write_shards
 
 PIECE_BYTES = 8_000_000
@@ -93,16 +95,25 @@ def write_merged(plan: MergePlan, base: TensorFiles, folder: Path, advance: Call
 
 
 def merged_pieces(tensor: MergedTensor, base: TensorFiles) -> Iterator[tuple[int, torch.Tensor]]:
-    """(First row, rows) of a merged tensor, in its dtype: added in float32 and rounded once."""
+    """(First row, rows) of a merged tensor, in its dtype: added in float32 and rounded once.
+
+    Raises:
+        LoratuneError: a value is too large for float16.
+    """
     source = base.tensor(tensor.source)
-    row_bytes = 4 * max(1, source[0].numel()) if source.ndim else 4
+    row_bytes = 4 * max(1, math.prod(source.shape[1:]))
     step = max(1, PIECE_BYTES // row_bytes)
     whole = source if source.ndim else source.reshape(1)
     for start in range(0, len(whole), step):
         rows = whole[start : start + step]
         if tensor.update:
             rows = tensor.update.apply(rows.float(), start)
-        yield start, rows.to(tensor.info.dtype)
+        written = rows.to(tensor.info.dtype)
+        if written.dtype == torch.float16 != rows.dtype and (written.isinf() & rows.isfinite()).any():
+            raise LoratuneError(
+                f"{tensor.info.name}: holds values that float16 cannot; take --dtype bfloat16", Exit.MODEL
+            )
+        yield start, written
         base.release([tensor.source])
 
 

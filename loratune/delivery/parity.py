@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -29,8 +30,16 @@ class Parity:
     """Mean Kullback-Leibler divergence of the candidate from the reference, in nats."""
     top1_agreement: float
     """Share of positions where both have the same likeliest token."""
+    clear_disagreement: float
+    """Share of positions where the candidate's likeliest token is less than half as likely as the reference's own."""
     largest_logit: float
     """The reference's, by absolute value: the scale of the difference."""
+
+    def __str__(self) -> str:
+        return (
+            f"{self.tokens} tokens: same likeliest {self.top1_agreement:.2%}, mean KL {self.mean_kl:.1e}, "
+            f"largest difference {self.largest_difference:.2g} of {self.largest_logit:.3g}"
+        )
 
 
 def compare_models(reference: Any, candidates: Sequence[Any], rows: Sequence[ProbeRow]) -> list[Parity]:
@@ -101,6 +110,7 @@ class _Totals:
     def __init__(self) -> None:
         self.tokens = 0
         self.agreeing = 0
+        self.disagreeing = 0
         self.kl = 0.0
         self.difference = 0.0
         self.logit = 0.0
@@ -108,7 +118,10 @@ class _Totals:
     def add(self, expected: torch.Tensor, found: torch.Tensor) -> None:
         """Take in the logits (positions, vocabulary) of both."""
         self.tokens += len(expected)
-        self.agreeing += int((expected.argmax(-1) == found.argmax(-1)).sum())
+        likeliest = found.argmax(-1)
+        self.agreeing += int((expected.argmax(-1) == likeliest).sum())
+        behind = expected.max(-1).values - expected.gather(-1, likeliest.unsqueeze(-1)).squeeze(-1)
+        self.disagreeing += int((behind > math.log(2)).sum())
         self.difference = _largest(self.difference, (expected - found).abs())
         self.logit = _largest(self.logit, expected.abs())
         wanted, given = expected.log_softmax(-1), found.log_softmax(-1)
@@ -116,7 +129,14 @@ class _Totals:
 
     def parity(self) -> Parity:
         """The means."""
-        return Parity(self.tokens, self.difference, self.kl / self.tokens, self.agreeing / self.tokens, self.logit)
+        return Parity(
+            tokens=self.tokens,
+            largest_difference=self.difference,
+            mean_kl=self.kl / self.tokens,
+            top1_agreement=self.agreeing / self.tokens,
+            clear_disagreement=self.disagreeing / self.tokens,
+            largest_logit=self.logit,
+        )
 
 
 def _largest(known: float, values: torch.Tensor) -> float:

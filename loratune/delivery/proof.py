@@ -17,24 +17,27 @@ ANSWER_TOKENS = 20
 
 @dataclass(frozen=True)
 class Bounds:
-    """What rounding may do; a wrong merge is off by orders of magnitude."""
+    """What rounding may do; a wrong merge is off by orders of magnitude.
+
+    The share of equal likeliest tokens is no bound: where two are as likely, as everywhere in an untrained model, any
+    rounding decides between them.
+    """
 
     difference: float
     """Of logits, relative to the largest one."""
     mean_kl: float
     """nats."""
-    top1_agreement: float
-    """One token may always differ: of few tokens it is more than the share allows."""
+    clear_disagreement: float
 
 
-# Measured on Qwen2.5 0.5B: bfloat16 0.003, 2e-5 and all tokens; into the plain base of an nf4 run 0.17, 0.05 and 92 %;
-# the base without its adapter 0.6, 1.7 and 56 %.
+# Measured on Qwen2.5 0.5B: bfloat16 0.005, 4e-5 and none; on random weights of 7B shapes 0.03 and 6e-4; into the plain
+# base of an nf4 run 0.17 and 0.05; the base without its adapter 0.6, 1.7 and 40 %.
 BOUNDS = {
-    torch.float32: Bounds(1e-5, 1e-8, 0.995),
-    torch.float16: Bounds(3e-3, 1e-4, 0.995),
-    torch.bfloat16: Bounds(3e-2, 1e-3, 0.995),
+    torch.float32: Bounds(1e-5, 1e-5, 0.0),
+    torch.float16: Bounds(0.02, 3e-4, 0.005),
+    torch.bfloat16: Bounds(0.1, 5e-3, 0.005),
 }
-OTHER_BASE = Bounds(0.5, 0.3, 0.75)
+OTHER_BASE = Bounds(0.6, 0.3, 0.25)
 """For an adapter of a quantised base on the plain one: quantisation has an effect of its own."""
 
 
@@ -60,9 +63,9 @@ def check_parity(parity: Parity, bounds: Bounds) -> list[str]:
             f"mean KL divergence {parity.mean_kl:.3g}, at most {bounds.mean_kl:g} allowed",
         ),
         (
-            parity.top1_agreement >= min(bounds.top1_agreement, 1 - 1 / parity.tokens),
-            f"the likeliest token is the same in {parity.top1_agreement:.2%} of {parity.tokens}, at least "
-            f"{bounds.top1_agreement:.1%} wanted",
+            parity.clear_disagreement <= bounds.clear_disagreement,
+            f"clearly another token is likeliest in {parity.clear_disagreement:.2%} of {parity.tokens}, at most "
+            f"{bounds.clear_disagreement:.1%} allowed",
         ),
     ]
     return [message for is_within, message in tests if not is_within]
@@ -111,8 +114,6 @@ def _generate(model: Any, prompts: Sequence[list[int]], encoder: Encoder) -> lis
     pad = encoder.end_id
     ids = torch.tensor([[pad] * (longest - len(prompt)) + prompt for prompt in prompts])
     mask = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts])
-    # generate hands the head a slice with gaps, on which torch 2.13's bfloat16 product takes a hundred times as long.
-    model.lm_head.register_forward_pre_hook(lambda _, inputs: (inputs[0].contiguous(),))
     with torch.inference_mode():
         output = model.generate(
             input_ids=ids, attention_mask=mask, max_new_tokens=ANSWER_TOKENS, do_sample=False,

@@ -1,4 +1,4 @@
-"""The written files, read again by the safetensors library and compared with base + update."""
+"""The written files, read again and compared with base + update."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from safetensors import SafetensorError, safe_open
 
 from loratune.delivery.merged_weights import MergedTensor, MergePlan, merged_pieces
 from loratune.errors import Exit, LoratuneError
-from loratune.model.tensor_files import INDEX, TensorFiles
+from loratune.model.tensor_files import DTYPE_NAMES, INDEX, TensorFiles, TensorInfo
 
 SAMPLED_ROWS = 16
 """Of every updated tensor, spread evenly, first and last among them."""
@@ -51,24 +51,19 @@ def read_back(plan: MergePlan, base: TensorFiles, folder: Path, advance: Callabl
     _check_index(plan, folder)
     largest, unchanged = 0.0, []
     for file_name, infos in plan.shards.items():
-        try:
-            with safe_open(folder / file_name, framework="pt") as file:
-                if sorted(file.keys()) != sorted(info.name for info in infos):
-                    raise LoratuneError(f"{file_name}: holds other tensors than were written to it", Exit.MODEL)
-                for info in infos:
-                    tensor, written = plan.tensors[info.name], file.get_tensor(info.name)
-                    if written.dtype != info.dtype or tuple(written.shape) != info.shape:
-                        raise _mismatch(tensor, f"{written.dtype} {list(written.shape)}")
-                    if tensor.update is None:
-                        _check_identical(tensor, base, written)
-                    else:
-                        error, is_changed = _compare_rows(tensor, base.tensor(tensor.source), written)
-                        largest = max(largest, error)
-                        unchanged += [] if is_changed else [info.name]
-                    base.release([tensor.source])
-                    advance(info.nbytes)
-        except (SafetensorError, OSError) as error_read:
-            raise LoratuneError(f"{file_name}: cannot be read back: {error_read}", Exit.MODEL) from error_read
+        _check_header(folder / file_name, infos)
+        files = TensorFiles([folder / file_name])
+        for info in infos:
+            tensor, written = plan.tensors[info.name], files.tensor(info.name)
+            if tensor.update is None:
+                _check_identical(tensor, base, written)
+            else:
+                error, is_changed = _compare_rows(tensor, base.tensor(tensor.source), written)
+                largest = max(largest, error)
+                unchanged += [] if is_changed else [info.name]
+            base.release([tensor.source])
+            files.release([info.name])
+            advance(info.nbytes)
     updated = len(plan.updated)
     return ReadBack(
         tensors=len(plan.tensors),
@@ -87,6 +82,18 @@ def _check_index(plan: MergePlan, folder: Path) -> None:
     expected = {info.name: name for name, infos in plan.shards.items() for info in infos}
     if index["weight_map"] != expected or index["metadata"]["total_size"] != plan.nbytes:
         raise LoratuneError(f"{INDEX}: does not describe the files beside it", Exit.MODEL)
+
+
+def _check_header(path: Path, infos: list[TensorInfo]) -> None:
+    """Let the safetensors library read what others will read: names, types and shapes, and that no byte is missing."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
+            found = {name: (part.get_dtype(), tuple(part.get_shape())) for name, part in slices.items()}
+    except (SafetensorError, OSError) as error:
+        raise LoratuneError(f"{path.name}: cannot be read back: {error}", Exit.MODEL) from error
+    if found != {info.name: (DTYPE_NAMES[info.dtype], info.shape) for info in infos}:
+        raise LoratuneError(f"{path.name}: holds other tensors than were written to it", Exit.MODEL)
 
 
 def _check_identical(tensor: MergedTensor, base: TensorFiles, written: torch.Tensor) -> None:
@@ -123,8 +130,8 @@ def _compare_rows(tensor: MergedTensor, source: torch.Tensor, written: torch.Ten
 def _rounding_step(values: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """Distance between neighbouring numbers of a type around some float64 values."""
     limits = torch.finfo(dtype)
-    exponent = torch.frexp(values).exponent - 1
-    return (torch.ldexp(torch.ones_like(values), exponent) * limits.eps).clamp_min(limits.tiny * limits.eps)
+    exponent = torch.frexp(values.abs().clamp_min(limits.tiny)).exponent - 1
+    return torch.ldexp(torch.ones_like(values), exponent) * limits.eps
 
 
 def _sampled(rows: int) -> list[int]:

@@ -10,8 +10,10 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from loratune import console
+from loratune.delivery.update import read_updates
 from loratune.errors import Exit, LoratuneError
 from loratune.model.files import find_base, weight_files
+from loratune.model.tensor_files import TensorFiles
 from loratune.runs.opening import AdapterSource, base_settings, check_same_base, open_adapter
 
 
@@ -42,9 +44,11 @@ def open_adapters(
     first = next(iter(adapters.values()))
     settings = base_settings(first, model)
     base = find_base(settings)
+    tensors = TensorFiles(weight_files(base)).infos
     for source in adapters.values():
         for warning in check_same_base(source, settings.base, base, weight_files(base), force):
             console.warn(warning)
+        read_updates(source.adapter, tensors, is_tied=True)  # PEFT passes over tensors that have no place
         if source.recipe and source.recipe.model.quantization != settings.quantization:
             raise LoratuneError("the adapters were trained on different quantisations of the base", Exit.MODEL)
     combination = importlib.import_module("loratune.model.combination")  # loads transformers and PEFT

@@ -150,7 +150,10 @@ def _take(
     match = PART.fullmatch(name)
     if match is None:
         target = WRAPPER.sub("", name)
-        updates.setdefault(target, TensorUpdate()).replacement = tensor
+        update = updates.setdefault(target, TensorUpdate())
+        if update.replacement is not None:
+            problems.append(f"{name}: {target} is replaced twice")
+        update.replacement = tensor
         return target
     module, part = WRAPPER.sub("", match["module"] + ".").rstrip("."), match["part"]
     if part == "lora_magnitude_vector" and f"{module}.weight" == EMBEDDING:
@@ -160,8 +163,12 @@ def _take(
     update = updates.setdefault(target, TensorUpdate())
     rank = _by_pattern(config.get("rank_pattern"), module, config.get("r"))
     alpha = _by_pattern(config.get("alpha_pattern"), module, config.get("lora_alpha"))
-    if not (isinstance(rank, int) and rank > 0 and isinstance(alpha, int | float)):
+    if not (isinstance(rank, int) and rank > 0 and isinstance(alpha, int | float) and math.isfinite(alpha)):
         problems.append(f"{name}: the adapter's config gives it rank {rank!r} and alpha {alpha!r}")
+        return target
+    length = {"lora_A.weight": 0, "lora_embedding_A": 0, "lora_B.weight": 1, "lora_embedding_B": 1}.get(part)
+    if length is not None and tensor.ndim != 2:
+        problems.append(f"{name}: of shape {list(tensor.shape)}, so no matrix")
         return target
     update.scaling = alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
     if part in ("lora_A.weight", "lora_embedding_B"):
@@ -172,7 +179,6 @@ def _take(
         update.shift = tensor
     else:
         update.magnitude = tensor.reshape(-1)
-    length = {"lora_A.weight": 0, "lora_embedding_A": 0, "lora_B.weight": 1, "lora_embedding_B": 1}.get(part)
     if length is not None and tensor.shape[length] != rank:
         problems.append(f"{name}: rank {tensor.shape[length]} where the adapter's config says {rank}")
     return target

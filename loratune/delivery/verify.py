@@ -14,7 +14,7 @@ from loratune.delivery.parity import Parity, compare_models
 from loratune.delivery.proof import BOUNDS, OTHER_BASE, Answer, Bounds, check_parity, compare_answers, probe_rows
 from loratune.errors import Exit, LoratuneError, bullet_list
 from loratune.model.base import load_tokenizer
-from loratune.model.mapped import load_mapped, load_plain
+from loratune.model.mapped import load_mapped
 from loratune.model.reference import load_reference
 from loratune.runs.card import write_merged_card
 from loratune.runs.probe import read_probe
@@ -56,7 +56,7 @@ def complete_and_prove(job: Job, candidates: list[Candidate]) -> tuple[Candidate
         )
         bounds = _bounds(job, chosen)
         _require_within(parity, bounds)
-        answers = compare_answers(load_plain(chosen.folder), reference, encoder, probe)
+        answers = compare_answers(load_mapped(chosen.folder, in_float32=False), reference, encoder, probe)
     return chosen, proof | {
         "logits": {c.merge_base: asdict(p) for c, p in zip(candidates, parities, strict=True)},
         "compared_on": "the run's validation rows" if probe.rows else "built-in questions",
@@ -75,6 +75,8 @@ def _bounds(job: Job, chosen: Candidate) -> Bounds:
     if job.settings.quantization != "none" and chosen.merge_base == "original":
         return OTHER_BASE
     dtypes = {tensor.info.dtype for tensor in chosen.plan.tensors.values() if tensor.info.dtype in BOUNDS}
+    if job.settings.quantization == "int8":
+        dtypes.add(torch.bfloat16)  # bitsandbytes rounds what goes into a layer too
     return BOUNDS[max(dtypes, key=lambda dtype: torch.finfo(dtype).eps)]
 
 
@@ -124,13 +126,7 @@ def show_verification(report: dict[str, Any]) -> None:
         parity = Parity(**values)
         label = "logits" if len(report["logits"]) == 1 else name
         chosen = " ← taken" if len(report["logits"]) > 1 and name == report["merge_base"] else ""
-        rows.append(
-            (
-                label,
-                f"{parity.tokens} tokens: same likeliest {parity.top1_agreement:.2%}, mean KL {parity.mean_kl:.1e}, "
-                f"largest difference {parity.largest_difference:.2g} of {parity.largest_logit:.3g}{chosen}",
-            )
-        )
+        rows.append((label, f"{parity}{chosen}"))
     rows += [("beside", change) for change in report["changed_files"]]
     console.table(rows, title="verified" if report["verified"] != "nothing" else "NOT VERIFIED")
     if report["answers"]:

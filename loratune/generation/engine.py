@@ -20,8 +20,8 @@ from loratune.model.adapter import load_adapter
 from loratune.model.base import load_base, load_tokenizer, set_pad_token
 from loratune.model.files import find_base, weight_files
 from loratune.model.hardware import detect_hardware, is_out_of_memory
-from loratune.recipe.sections import ModelSettings, PromptSettings
-from loratune.runs.opening import base_settings, check_same_base, open_adapter
+from loratune.recipe.sections import ModelSettings
+from loratune.runs.opening import base_settings, check_same_base, merged_prompt, open_adapter
 
 
 @dataclass(frozen=True)
@@ -143,7 +143,7 @@ def load_engine(
     if source:
         warnings += check_same_base(source, settings.base, folder, weight_files(folder), force)
     tokenizer = load_tokenizer(source.tokenizer_folder(folder) if source else folder)
-    encoder = Encoder(tokenizer, source.prompt if source else PromptSettings())
+    encoder = Encoder(tokenizer, source.prompt if source else merged_prompt(folder))
     if source and source.manifest:
         _check_same_template(source.manifest, encoder)
     set_pad_token(tokenizer, {encoder.end_id, tokenizer.eos_token_id})

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
+import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +23,7 @@ def read_config_values(folder: Path) -> dict[str, Any]:
     """The values of an adapter's config, checked before PEFT sees them.
 
     Raises:
-        LoratuneError: there is none, it is not LoRA, or it names code.
+        LoratuneError: there is none, it is not LoRA, it names code, or a value is not of its kind.
     """
     path = folder / CONFIG_FILE
     try:
@@ -34,7 +37,44 @@ def read_config_values(folder: Path) -> dict[str, Any]:
     forbidden = [key for key in FORBIDDEN_KEYS if values.get(key)]
     if forbidden:
         raise LoratuneError(f"{path}: sets {', '.join(forbidden)}, which is not allowed", Exit.MODEL)
+    for key, (is_right, rule) in RULES.items():
+        if key in values and not is_right(values[key]):
+            raise LoratuneError(f"{path}: {key} is {json.dumps(values[key])}; {rule}", Exit.MODEL)
     return values
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _is_names(value: Any) -> bool:
+    return value is None or isinstance(value, str) or (isinstance(value, list) and all(map(_is_name, value)))
+
+
+def _is_name(value: Any) -> bool:
+    return isinstance(value, str)
+
+
+def _is_pattern(value: Any) -> bool:
+    """Whether a value gives regular expressions of module names their ranks or alphas."""
+    if not isinstance(value, dict) or not all(map(_is_number, value.values())):
+        return value is None
+    try:
+        return all(re.compile(pattern) for pattern in value)
+    except re.error:
+        return False
+
+
+NUMBERS, PATTERNS, NAMES = "r and lora_alpha must be numbers", "it must give names their numbers", "it must be names"
+# What PEFT takes as it is, and fails on later, in places that don't say where it came from.
+RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "r": (lambda value: _is_number(value) and isinstance(value, int), NUMBERS),
+    "lora_alpha": (_is_number, NUMBERS),
+    "rank_pattern": (_is_pattern, PATTERNS),
+    "alpha_pattern": (_is_pattern, PATTERNS),
+    "target_modules": (_is_names, NAMES),
+    "modules_to_save": (_is_names, NAMES),
+}
 
 
 def check_weights(folder: Path) -> None:

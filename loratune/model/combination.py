@@ -58,8 +58,10 @@ def combine_adapters(
 
 def _check_plain(adapters: Mapping[str, Path]) -> None:
     problems = []
+    layers = {}
     for name, adapter in adapters.items():
         config = read_adapter_config(adapter)
+        layers[name] = config.layers_to_transform
         extras = {
             "DoRA": config.use_dora,
             "modules_to_save": config.modules_to_save,
@@ -67,6 +69,8 @@ def _check_plain(adapters: Mapping[str, Path]) -> None:
             "a rank or alpha pattern": config.rank_pattern or config.alpha_pattern,
         }
         problems += [f"{name} ({adapter}) has {extra}" for extra, has in extras.items() if has]
+    if len({str(numbers) for numbers in layers.values()}) > 1:  # PEFT would drop those that the first does not have
+        problems.append(", ".join(f"{name} is on layers {numbers or 'all'}" for name, numbers in layers.items()))
     if problems:
         raise LoratuneError(
             f"only plain LoRA adapters can be combined:\n{bullet_list(problems)}\nmerge one, and train on the "

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
+
+from safetensors import SafetensorError, safe_open
 
 from loratune.errors import Exit, LoratuneError
 from loratune.recipe.sections import TINY_QWEN, ModelSettings
@@ -26,7 +29,7 @@ def find_base(settings: ModelSettings) -> Path:
     if settings.base == TINY_QWEN:
         return Path(__file__).resolve().parent.parent / "assets" / TINY_QWEN
     folder = Path(settings.base).expanduser()
-    if folder.is_dir():
+    if os.path.isdir(folder):  # noqa: PTH112 - where a name is too long, is_dir raises up to Python 3.13
         check_base(folder)
         return folder
     parts = settings.base.split("/")
@@ -52,7 +55,7 @@ def check_base(folder: Path) -> None:
             f"{folder}/config.json asks for code outside transformers ({', '.join(forbidden)}); it is never run",
             Exit.MODEL,
         )
-    if config.get("model_type") not in MODEL_TYPES:
+    if str(config.get("model_type")) not in MODEL_TYPES:
         raise LoratuneError(
             f"{folder}: model_type {config.get('model_type')!r} is not supported; {', '.join(sorted(MODEL_TYPES))} are",
             Exit.MODEL,
@@ -75,10 +78,13 @@ def weight_files(folder: Path) -> list[Path]:
         LoratuneError: there are none, one named by the index is missing, or lies elsewhere.
     """
     index = _read_json(folder / "model.safetensors.index.json")
-    names = sorted(set(index.get("weight_map", {}).values())) if index else ["model.safetensors"]
-    strange = [name for name in names if not isinstance(name, str) or Path(name).name != name]
+    places = index.get("weight_map", {}) if index else {"": "model.safetensors"}
+    if not isinstance(places, dict):
+        raise LoratuneError(f"{folder}: the index has no weight_map of tensors and files", Exit.MODEL)
+    strange = [name for name in places.values() if not isinstance(name, str) or Path(name).name != name]
     if strange:
         raise LoratuneError(f"{folder}: the index names files outside the folder: {strange[0]!r}", Exit.MODEL)
+    names = sorted(set(places.values()))
     missing = [name for name in names if not (folder / name).is_file()]
     if missing and not index and any(folder.glob("*.bin")):
         raise LoratuneError(
@@ -137,3 +143,8 @@ def _check_safetensors(path: Path) -> None:
     expected = 8 + length + max(ends, default=0)
     if size != expected:
         raise LoratuneError(f"{path}: {size} bytes where its header declares {expected}; fetch it again", Exit.MODEL)
+    try:
+        with safe_open(path, framework="numpy"):  # checks every tensor's type, shape and place
+            pass
+    except (SafetensorError, OSError) as error:
+        raise LoratuneError(f"{path}: its header contradicts itself: {error}", Exit.MODEL) from error

@@ -1,12 +1,15 @@
-"""A model whose weights stay in their files: it computes in float32 and takes little memory, whatever its size.
+"""A model whose weights stay in their files, so that it takes little memory, whatever its size.
 
-For comparing models, where exact arithmetic counts and speed does not: in bfloat16 two right ways of computing the same
-model differ by more than the rounding of merged weights does.
+It computes in float32, for comparing models: in bfloat16 two right ways of computing the same model differ by more than
+the rounding of merged weights does.
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import io
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
@@ -22,34 +25,40 @@ from loratune.model.tensor_files import TensorFiles
 
 PIECE_VALUES = 4_000_000
 """Values of a matrix that are float32 at once."""
+RESIDENT_BYTES = 2_000_000_000
+"""Pages of a smaller model stay mapped once read; those of a larger one are let go again after each use."""
 
 
-def load_mapped(folder: Path, files: TensorFiles | None = None) -> Any:
+def load_mapped(folder: Path, in_float32: bool = True, writable: Collection[str] = ()) -> Any:
     """A causal language model as transformers loads it, then bound to its mapped files.
 
     Args:
         folder: model folder.
-        files: where the values come from, if not from the folder's own files.
+        in_float32: compute in float32, as for a comparison; else in the type of the files, as any program does.
+        writable: names of matrices that will be written to, which would end the process if they were mapped; vectors
+            always can be.
 
     Raises:
         LoratuneError: transformers cannot load it, or the weights do not fit the config.
     """
     model = load_plain(folder)
-    files = files or TensorFiles(weight_files(folder))
+    files = TensorFiles(weight_files(folder))
+    is_large = sum(info.nbytes for info in files.infos.values()) > RESIDENT_BYTES
+    # A tied head has two names for one parameter.
+    copied = {parameter for name, parameter in model.named_parameters(remove_duplicate=False) if name in writable}
     names = {parameter: name for name, parameter in model.named_parameters()}
+    for parameter, name in names.items():
+        values = files.tensor(name)
+        if values.ndim < 2 and in_float32:  # norms and biases: small
+            values = values.to(torch.float32, copy=True)
+        parameter.data = values.clone() if parameter in copied else values
     for module in model.modules():
-        for parameter in module.parameters(recurse=False):
-            parameter.data = files.tensor(names[parameter])
         if isinstance(module, nn.Linear):
-            module.forward = functools.partial(
-                _linear, module, functools.partial(files.release, [names[module.weight]])
-            )
-        elif isinstance(module, nn.Embedding):
-            module.forward = functools.partial(_embedding, module)
-        else:
-            for parameter in module.parameters(recurse=False):  # norms: small
-                parameter.data = parameter.data.float()
-    return model.eval()
+            release = functools.partial(files.release, [names[module.weight]] if is_large else [])
+            module.forward = functools.partial(_linear_in_float32 if in_float32 else _linear, module, release)
+        elif isinstance(module, nn.Embedding) and in_float32:
+            module.forward = functools.partial(_embedding_in_float32, module)
+    return model
 
 
 def load_plain(folder: Path) -> Any:
@@ -79,8 +88,24 @@ def load_plain(folder: Path) -> Any:
     return model.requires_grad_(False).eval()
 
 
-def _linear(module: nn.Linear, release: Any, inputs: torch.Tensor) -> torch.Tensor:
-    """inputs (..., in) @ weight.T + bias in float32, some rows of the weight at a time."""
+def load_gguf(file: Path) -> Any:
+    """The model of a GGUF file as transformers reads it, in float32 and in memory."""
+    transformers_logging.disable_progress_bar()
+    with contextlib.redirect_stderr(io.StringIO()):  # a bar that nothing switches off
+        return AutoModelForCausalLM.from_pretrained(
+            file.parent, gguf_file=file.name, dtype=torch.float32, local_files_only=True, trust_remote_code=False
+        ).eval()
+
+
+def _linear(module: nn.Linear, release: Callable[[], None], inputs: torch.Tensor) -> torch.Tensor:
+    # generate hands the head a slice with gaps, on which torch 2.13's bfloat16 product takes a hundred times as long.
+    outputs = functional.linear(inputs.contiguous(), module.weight, module.bias)
+    release()
+    return outputs
+
+
+def _linear_in_float32(module: nn.Linear, release: Callable[[], None], inputs: torch.Tensor) -> torch.Tensor:
+    """inputs (..., in) @ weight.T + bias, some rows of the weight at a time."""
     inputs = inputs.float()
     step = max(1, PIECE_VALUES // module.in_features)
     pieces = []
@@ -92,5 +117,5 @@ def _linear(module: nn.Linear, release: Any, inputs: torch.Tensor) -> torch.Tens
     return torch.cat(pieces, dim=-1) if len(pieces) > 1 else pieces[0]
 
 
-def _embedding(module: nn.Embedding, ids: torch.Tensor) -> torch.Tensor:
+def _embedding_in_float32(module: nn.Embedding, ids: torch.Tensor) -> torch.Tensor:
     return functional.embedding(ids, module.weight).float()

@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 import math
 import mmap
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -18,6 +17,8 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
+
+from loratune.errors import Exit, LoratuneError
 
 DTYPES = {
     "F64": torch.float64,
@@ -52,10 +53,13 @@ class TensorInfo:
 
 
 class TensorFiles:
-    """The tensors of some safetensors files, as views of the mapped files; to be closed or used in a with statement.
+    """The tensors of some safetensors files, as views of the mapped files.
 
     Args:
-        paths: files whose headers have been checked against their sizes (`loratune.model.files.weight_files`).
+        paths: files whose headers have been checked against their sizes (`loratune.model.files.check_base`).
+
+    Raises:
+        LoratuneError: a tensor is of a type that no model of text has.
     """
 
     def __init__(self, paths: Sequence[Path]) -> None:
@@ -65,24 +69,28 @@ class TensorFiles:
             with path.open("rb") as file:
                 header_bytes = int.from_bytes(file.read(8), "little")
                 header = json.loads(file.read(header_bytes))
-                mapping = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+                mapping = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
             header.pop("__metadata__", None)
             for name, entry in header.items():
+                if entry["dtype"] not in DTYPES:
+                    raise LoratuneError(f"{path}: {name} is of type {entry['dtype']}, which is not read", Exit.MODEL)
                 self.infos[name] = TensorInfo(name, DTYPES[entry["dtype"]], tuple(entry["shape"]))
                 self._places[name] = (mapping, 8 + header_bytes + entry["data_offsets"][0])
 
     def __contains__(self, name: str) -> bool:
         return name in self.infos
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> TensorFiles:
+        """Itself: PEFT copies modules that are bound to files, and mapped files cannot be copied."""
+        return self
+
     def tensor(self, name: str) -> torch.Tensor:
-        """The tensor as a read-only view of the file; writing to it would end the process."""
+        """The tensor as a view of the file; what is written to it stays in this process."""
         info = self.infos[name]
         mapping, start = self._places[name]
         if info.nbytes == 0:
             return torch.empty(info.shape, dtype=info.dtype)
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="The given buffer is not writable")
-            flat = torch.frombuffer(mapping, dtype=torch.uint8, count=info.nbytes, offset=start)
+        flat = torch.frombuffer(mapping, dtype=torch.uint8, count=info.nbytes, offset=start)
         if start % info.dtype.itemsize:  # files written before the format aligned its tensors
             flat = flat.clone()
         return flat.view(info.dtype).view(info.shape)
@@ -92,10 +100,12 @@ class TensorFiles:
         if not hasattr(mmap, "MADV_DONTNEED"):
             return
         for name in names:
+            if self.infos[name].nbytes == 0:
+                continue
             mapping, start = self._places[name]
             page_start = start - start % mmap.PAGESIZE
             length = min(start + self.infos[name].nbytes, len(mapping)) - page_start
-            mapping.madvise(mmap.MADV_DONTNEED, page_start, max(length, 1))
+            mapping.madvise(mmap.MADV_DONTNEED, page_start, length)
 
 
 def plan_shards(tensors: Sequence[TensorInfo], shard_bytes: int) -> dict[str, list[TensorInfo]]:

@@ -31,6 +31,7 @@ ADAPTER, CHECKPOINTS, METRICS, PLOT, PROBE = "adapter", "checkpoints", "metrics.
 TRACKER_LOGS = "runs"  # transformers' place for tensorboard's files
 CONTENTS = (RECIPE, MANIFEST, STATUS, REPORT, ADAPTER, CHECKPOINTS, METRICS, PLOT, PROBE, TRACKER_LOGS)
 PROGRAM = "loratune"
+VERIFICATION = "verification.json"  # of a merged or exported folder
 
 
 def prepare_output(output: Path, overwrite: bool, kind: str = "run", marker: str = STATUS) -> None:

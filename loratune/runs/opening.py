@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from loratune.runs.folder import (
     MANIFEST,
     RECIPE,
     STATUS,
+    VERIFICATION,
     file_sha256,
     read_json,
 )
@@ -35,6 +37,8 @@ class AdapterSource:
     manifest: dict[str, Any] | None
     run: Path | None
     """Run folder; None for a plain PEFT folder."""
+    changed: tuple[str, ...] = ()
+    """Its files that are not as the run left them, if that was let through."""
 
     @property
     def prompt(self) -> PromptSettings:
@@ -56,16 +60,15 @@ def open_adapter(path: Path, force: bool = False) -> AdapterSource:
     Raises:
         LoratuneError: there is none, or the run's files have been changed.
     """
-    if not path.is_dir():
+    if not _is_folder(path):
         raise LoratuneError(f"{path}: no such folder", Exit.MODEL)
     if (path / RECIPE).is_file():
         return _open_run(path, force)
     run = next((folder for folder in path.absolute().parents[:2] if (folder / MANIFEST).is_file()), None)
     if run is not None and (run / RECIPE).is_file():
         recipe, manifest = _read_run(run)
-        if path.absolute() == (run / ADAPTER).absolute():
-            _check_unchanged(run, manifest, force)
-        return AdapterSource(path, recipe, manifest, run)
+        changed = _changed_files(run, manifest, force) if path.absolute() == (run / ADAPTER).absolute() else ()
+        return AdapterSource(path, recipe, manifest, run, changed)
     if (path / ADAPTER_CONFIG).is_file():
         return AdapterSource(path, None, None, None)
     raise LoratuneError(f"{path}: neither a run folder nor an adapter (no {ADAPTER_CONFIG} in it)", Exit.MODEL)
@@ -82,15 +85,24 @@ def base_settings(source: AdapterSource, model: str | None) -> ModelSettings:
         LoratuneError: a plain PEFT folder names a base that is no local folder; a name in a file is never downloaded.
     """
     if source.recipe and source.manifest:
-        known = source.recipe.model
-        moved = source.manifest["base"]["path"] if Path(source.manifest["base"]["path"]).is_dir() else known.base
-        return known.model_copy(update={"base": model or moved})
+        known, place = source.recipe.model, _recorded_base(source)["path"]
+        return known.model_copy(update={"base": model or (place if _is_folder(Path(place)) else known.base)})
     named = read_json(source.adapter / ADAPTER_CONFIG).get("base_model_name_or_path")
-    if model is None and not (isinstance(named, str) and Path(named).is_dir()):
+    if model is None and not (isinstance(named, str) and named and _is_folder(Path(named))):
         raise LoratuneError(
             f"{source.adapter} names its base {named!r}, which is not followed; give the base with --model", Exit.MODEL
         )
     return ModelSettings(base=model or str(named))
+
+
+def merged_prompt(folder: Path) -> PromptSettings:
+    """How a model without an adapter is prompted: as in the training of what was merged into it, if loratune did that.
+
+    The rest of the settings is in the merged model's template; the thinking mode is what a program asks of a template.
+    """
+    if not (folder / VERIFICATION).is_file():
+        return PromptSettings()
+    return PromptSettings(thinking=bool(read_json(folder / VERIFICATION).get("thinking")))
 
 
 def check_same_base(
@@ -113,17 +125,18 @@ def check_same_base(
     """
     if source.manifest is None:
         return [f"{source.adapter} has no loratune manifest: base and prompt template could not be checked"]
-    known = source.manifest["base"]
+    warnings = [f"changed since the run ended: {', '.join(source.changed)}"] if source.changed else []
+    known = _recorded_base(source)
     found = fingerprint_base(folder, weight_files)
     different = [key.removesuffix("_sha256") for key, value in found.items() if known.get(key) != value]
     if not different:
-        return []
+        return warnings
     message = (
         f"the adapter was trained on {known['name']} and {name} is another model: {', '.join(different)} "
         f"{'differs' if len(different) == 1 else 'differ'}"
     )
     if force:
-        return [message]
+        return [*warnings, message]
     raise LoratuneError(f"{message}. Give the right base with --model, or insist with --force", Exit.MODEL)
 
 
@@ -134,22 +147,30 @@ def _open_run(run: Path, force: bool) -> AdapterSource:
         state = read_json(run / STATUS).get("state", "unknown") if (run / STATUS).is_file() else "unknown"
         hint = f"; its newest checkpoint is {checkpoints[-1]}" if checkpoints else ""
         raise LoratuneError(f"{run}: the run has no adapter yet (state: {state}){hint}", Exit.MODEL)
-    _check_unchanged(run, manifest, force)
-    return AdapterSource(run / ADAPTER, recipe, manifest, run)
+    return AdapterSource(run / ADAPTER, recipe, manifest, run, _changed_files(run, manifest, force))
 
 
-def _check_unchanged(run: Path, manifest: dict[str, Any], force: bool) -> None:
-    changed = [
+def _changed_files(run: Path, manifest: dict[str, Any], force: bool) -> tuple[str, ...]:
+    """What of the adapter is not as the run left it.
+
+    Raises:
+        LoratuneError: something, and it is not let through.
+    """
+    files = manifest.get("files", {})
+    if not isinstance(files, dict) or not all(isinstance(known, dict) for known in files.values()):
+        raise LoratuneError(f"{run / MANIFEST}: damaged: it does not say what the run's files were", Exit.MODEL)
+    changed = tuple(
         name
-        for name, known in manifest.get("files", {}).items()
-        if name.startswith(ADAPTER) and (not (run / name).is_file() or file_sha256(run / name) != known["sha256"])
-    ]
+        for name, known in files.items()
+        if name.startswith(ADAPTER) and (not (run / name).is_file() or file_sha256(run / name) != known.get("sha256"))
+    )
     if changed and not force:
         raise LoratuneError(
             f"{run}: changed or missing since the run ended: {', '.join(changed)}; restore them, or insist with "
             "--force",
             Exit.MODEL,
         )
+    return changed
 
 
 def _read_run(run: Path) -> tuple[Recipe, dict[str, Any]]:
@@ -161,3 +182,19 @@ def _read_run(run: Path) -> tuple[Recipe, dict[str, Any]]:
             Exit.MODEL,
         )
     return load_recipe(str(run / RECIPE), {}), manifest
+
+
+def _recorded_base(source: AdapterSource) -> dict[str, Any]:
+    """What the run's manifest says of its base.
+
+    Raises:
+        LoratuneError: it says nothing.
+    """
+    base = (source.manifest or {}).get("base")
+    if not isinstance(base, dict) or not all(isinstance(base.get(key), str) for key in ("name", "path")):
+        raise LoratuneError(f"{source.run}/{MANIFEST}: damaged: it does not say what the base was", Exit.MODEL)
+    return base
+
+
+def _is_folder(path: Path) -> bool:
+    return os.path.isdir(path)  # noqa: PTH112 - where a name is too long for a path, is_dir raises up to Python 3.13

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from loratune.errors import Exit, LoratuneError
 from loratune.runs.folder import PROBE, read_json
 from loratune.runs.writing import write_json
 
@@ -54,11 +55,35 @@ def save_probe(run: Path, rows: Sequence[dict[str, Any]], conversations: Sequenc
 
 
 def read_probe(run: Path | None) -> Probe:
-    """What a run has set aside; for a plain adapter built-in questions and no rows."""
-    if run is not None and (run / PROBE).is_file():
-        values = read_json(run / PROBE)
-        return Probe([ProbeRow(row["input_ids"], row["labels"]) for row in values["rows"]], values["questions"])
-    return Probe([], [[{"role": "user", "content": question}] for question in BUILT_IN_QUESTIONS])
+    """What a run has set aside; for a plain adapter built-in questions and no rows.
+
+    Raises:
+        LoratuneError: the run's file is damaged.
+    """
+    built_in = [[{"role": "user", "content": question}] for question in BUILT_IN_QUESTIONS]
+    if run is None or not (run / PROBE).is_file():
+        return Probe([], built_in)
+    values = read_json(run / PROBE)
+    try:
+        rows = [ProbeRow(row["input_ids"], row["labels"]) for row in values["rows"]]
+        questions = values["questions"]
+        is_whole = all(map(_can_be_compared, rows)) and all(map(_can_be_asked, questions))
+    except (KeyError, TypeError, AttributeError):
+        is_whole = False
+    if not is_whole:
+        raise LoratuneError(
+            f"{run / PROBE}: damaged; restore it, or delete it and built-in questions take its place", Exit.MODEL
+        )
+    return Probe(rows, questions or built_in)
+
+
+def _can_be_compared(row: ProbeRow) -> bool:
+    is_of_numbers = all(isinstance(number, int) for number in [*row.input_ids, *row.labels])
+    return is_of_numbers and len(row.input_ids) == len(row.labels) and max(row.labels[1:], default=-1) >= 0
+
+
+def _can_be_asked(question: list[dict[str, str]]) -> bool:
+    return len(question) > 0 and all({"role", "content"} <= message.keys() for message in question)
 
 
 def _spread(rows: Sequence[Any], limit: int) -> list[Any]:

@@ -1,0 +1,79 @@
+"""`loratune export`: what another program runs, from an adapter or a merged model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from loratune import console
+from loratune.cli.push import push
+from loratune.errors import Exit, LoratuneError
+
+DETAILS = """\
+gguf and ollama: one file for llama.cpp and its relatives, with a Modelfile for Ollama. bnb4: 4-bit safetensors. These
+take an adapter, which is merged and verified first, or a merged model. vllm: the adapter, checked against what vLLM can
+serve, and the line that serves it. adapter: a clean PEFT folder with a model card, to give away.
+
+--push tells what would be uploaded; --no-dry-run uploads it."""
+
+
+def command(
+    output: Annotated[Path, typer.Option("--output", "-o", metavar="folder", help="Folder of the export.")],
+    format: Annotated[
+        Literal["gguf", "ollama", "vllm", "adapter", "bnb4"],
+        typer.Option("--format", "-f", metavar="gguf|ollama|vllm|adapter|bnb4", help="What for."),
+    ],
+    adapter: Annotated[
+        Path | None,
+        typer.Option(
+            "--adapter", "-a", metavar="folder", help="Run folder, one of its checkpoints, or a plain PEFT folder."
+        ),
+    ] = None,
+    model: Annotated[
+        str | None,
+        typer.Option(
+            "--model", "-m", metavar="folder", help="A merged model; with --adapter: where its base lies now."
+        ),
+    ] = None,
+    quantization: Annotated[
+        Literal["f32", "f16", "bf16", "q8_0"],
+        typer.Option("--quantization", "-q", metavar="f32|f16|bf16|q8_0", help="Type of a GGUF file's weights."),
+    ] = "f16",
+    num_ctx: Annotated[
+        int | None,
+        typer.Option("--num-ctx", metavar="integer", min=1, help="Context length for Ollama, in tokens."),
+    ] = None,
+    destination: Annotated[
+        str | None,
+        typer.Option("--push", metavar="hub:org/name", help="Upload to hf:org/name or ms:org/name (ModelScope)."),
+    ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run/--no-dry-run", help="Only tell what --push would upload.")
+    ] = True,
+    public: Annotated[bool, typer.Option("--public", help="Let everybody see the pushed repository.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier export there.")] = False,
+    force: Annotated[
+        bool, typer.Option("--force", help="Take another base than the trained one, or a changed adapter.")
+    ] = False,
+    json: Annotated[bool, typer.Option("--json", help="Print verification.json to stdout.")] = False,
+) -> None:  # fmt: skip
+    """Export, prove, and say what to do next."""
+    if adapter is None and model is None:
+        raise LoratuneError("give an adapter with --adapter, or a merged model with --model", Exit.USAGE)
+    with console.status("starting"):
+        from loratune.delivery.export import ExportOptions, export
+        from loratune.runs.opening import open_adapter
+
+    options = ExportOptions(format, quantization, num_ctx, model, force, overwrite)
+    source = open_adapter(adapter, force) if adapter else None
+    with push(destination, output, not public, dry_run):
+        report = export(source, output, options)
+        console.say(f"export: {output}", style="bold")
+        if format == "vllm" and not json:
+            console.write_result(report["next"])
+        else:
+            console.next_step(f"next: {report['next']}")
+    if json:
+        console.write_json(report)

@@ -1,0 +1,36 @@
+"""--push of merge and export: the destination is checked before the work, the upload comes after it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from loratune import console
+
+
+@contextmanager
+def push(text: str | None, folder: Path, private: bool, dry_run: bool) -> Iterator[None]:
+    """Push a folder after what makes it.
+
+    Args:
+        text: hf:org/name or ms:org/name; None pushes nothing.
+        folder: what is pushed.
+        private: whether the repository is to be private.
+        dry_run: only tell.
+
+    Raises:
+        LoratuneError: as `parse_push` and `push_folder`.
+    """
+    if text is None:
+        yield
+        return
+    from loratune.delivery.hub import parse_push, push_folder
+
+    destination = parse_push(text)
+    yield
+    result = push_folder(folder, destination, private, dry_run)
+    files = [(name, console.memory(size)) for name, size in result.files.items()]
+    console.table(files, title=f"{'would push' if dry_run else 'pushed'} to {destination.url}")
+    if dry_run:
+        console.say("nothing has been sent; add --no-dry-run to upload")

@@ -1,0 +1,250 @@
+"""From an adapter or a merged model to what another program runs: the flow of `loratune export`, top to bottom."""
+
+from __future__ import annotations
+
+import importlib
+import re
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+
+from loratune import console
+from loratune.data.encoding import Encoder
+from loratune.delivery.adapter_folder import export_adapter
+from loratune.delivery.merge import MergeOptions, merge_adapter
+from loratune.delivery.ollama import write_modelfile
+from loratune.delivery.parity import Parity, compare_models
+from loratune.delivery.proof import BOUNDS, Bounds, check_parity, probe_rows
+from loratune.delivery.verify import show_verification
+from loratune.delivery.vllm import require_servable, serve_command
+from loratune.errors import Exit, LoratuneError, bullet_list
+from loratune.model.base import load_tokenizer
+from loratune.model.files import check_base, weight_files
+from loratune.model.mapped import load_gguf, load_mapped
+from loratune.model.quantized_folder import load_quantized, write_quantized
+from loratune.runs.folder import FORMAT_VERSION, PROGRAM, VERIFICATION, prepare_output
+from loratune.runs.opening import AdapterSource, base_settings, merged_prompt
+from loratune.runs.probe import ProbeRow, read_probe
+from loratune.runs.tokenizer_files import copy_tokenizer_files
+from loratune.runs.versions import library_versions
+from loratune.runs.writing import folder_in_one_step, write_json
+
+GGUF_BOUNDS = {
+    "f32": BOUNDS[torch.float32],
+    "bf16": BOUNDS[torch.bfloat16],
+    "f16": BOUNDS[torch.float16],
+    # Measured on Qwen2.5 0.5B: logits 0.01 of the largest apart.
+    "q8_0": Bounds(0.2, 0.05, 0.02),
+}
+
+
+@dataclass(frozen=True)
+class ExportOptions:
+    """What to export, and how."""
+
+    format: str
+    """gguf, ollama, vllm, adapter or bnb4."""
+    quantization: str = "f16"
+    """Of a GGUF file."""
+    num_ctx: int | None = None
+    """Ollama's context length in tokens; None leaves it to Ollama."""
+    model: str | None = None
+    """A merged model in place of an adapter; with one, where its base lies."""
+    force: bool = False
+    overwrite: bool = False
+
+
+@dataclass(frozen=True)
+class Export:
+    """One export under way."""
+
+    source: AdapterSource | None
+    output: Path
+    """Its final place."""
+    folder: Path
+    """Where it is built."""
+    options: ExportOptions
+
+    @property
+    def name(self) -> str:
+        """What the files in it are called: as the run or the merged model."""
+        path = Path(self.options.model or "") if self.source is None else self.source.run or self.source.adapter
+        return re.sub(r"[^\w.-]+", "-", path.absolute().name).strip("-.") or "model"
+
+
+def export(source: AdapterSource | None, output: Path, options: ExportOptions) -> dict[str, Any]:
+    """Write an export, read it back, and give it its name.
+
+    Args:
+        source: an adapter; None for a merged model.
+        output: folder of the export.
+        options: format and details.
+
+    Returns:
+        What verification.json holds; `next` is what the user can do with it.
+
+    Raises:
+        LoratuneError: the format cannot hold this model, or what was written is not the model; then nothing is left at
+            `output`.
+    """
+    prepare_output(output, options.overwrite, "export", VERIFICATION)
+    if options.format in ("gguf", "ollama"):
+        importlib.import_module(
+            "loratune.delivery.gguf_file"
+        )  # an optional package is missed before a merge, not after
+    with folder_in_one_step(output) as folder:
+        job = Export(source, output, folder, options)
+        if options.format in FROM_MODEL:
+            with _merged(job) as model:
+                found = FROM_MODEL[options.format](job, model)
+        else:
+            found = FROM_ADAPTER[options.format](job)
+        report = {"program": PROGRAM, "format_version": FORMAT_VERSION, "versions": library_versions()}
+        report |= {"format": options.format, **found}
+        write_json(folder / VERIFICATION, {key: value for key, value in report.items() if key != "next"})
+    return report
+
+
+@contextmanager
+def _merged(job: Export) -> Iterator[Path]:
+    """The merged model to export: the given one, or one that is made of the adapter and goes away again."""
+    if job.source is None:
+        folder = Path(job.options.model or "")
+        if not folder.is_dir():
+            raise LoratuneError(f"--model {folder}: no such folder; give a merged model, or an adapter", Exit.MODEL)
+        check_base(folder)
+        yield folder
+        return
+    place = job.folder / "merged"
+    options = MergeOptions(model=job.options.model, force=job.options.force, is_temporary=True)
+    show_verification(merge_adapter(job.source, place, options))
+    yield place
+    shutil.rmtree(place)
+
+
+def _export_adapter(job: Export) -> dict[str, Any]:
+    export_adapter(_source(job), job.folder)
+    return {"next": f"loratune export --adapter … --format adapter --push hf:org/{job.name}"}
+
+
+def _export_for_vllm(job: Export) -> dict[str, Any]:
+    source = _source(job)
+    advice = require_servable(source.adapter)
+    for warning in advice.warnings:
+        console.warn(warning)
+    has_own_template = export_adapter(source, job.folder)
+    template = job.output / "chat_template.jinja" if has_own_template else None
+    base = base_settings(source, job.options.model).base
+    command = serve_command(base, job.name, job.output, advice, template)
+    return {"max_lora_rank": advice.max_lora_rank, "next": command}
+
+
+def _export_gguf(job: Export, model: Path) -> dict[str, Any]:
+    gguf_file = importlib.import_module("loratune.delivery.gguf_file")
+    target = job.folder / _gguf_name(job)
+    with console.status(f"writing {target.name}"):
+        gguf_file.write_gguf(model, target, job.options.quantization)
+    with console.status(f"reading {target.name} back"):
+        check = gguf_file.check_gguf(model, target)
+    parity = _compare_gguf(job, model, target)
+    if check.fallbacks:
+        console.warn(f"{len(check.fallbacks)} tensors are f16, since their rows do not divide into blocks of 32")
+    console.table(
+        [
+            ("file", f"{target.name}, {console.memory(target.stat().st_size)}"),
+            ("tensors", f"{check.tensors} read back; weights off by at most {check.largest_difference:.2g}"),
+            ("tokens", f"{check.tokens}, with chat template and end tokens"),
+            ("logits", str(parity) if parity else "not compared"),
+        ],
+        title="verified",
+    )
+    return {
+        "file": target.name,
+        "read_back": asdict(check),
+        "logits": asdict(parity) if parity else None,
+        "next": f"llama-cli -m {job.output / target.name}",
+    }
+
+
+def _compare_gguf(job: Export, model: Path, target: Path) -> Parity | None:
+    """Let transformers' own GGUF loader read the file, and compare what it gives with the merged model."""
+    # The loader makes float32 of everything.
+    needed = 3 * sum(path.stat().st_size for path in weight_files(model))
+    free = psutil.virtual_memory().available
+    if needed > free:
+        console.warn(
+            f"the file's logits are not compared: loading it takes {console.memory(needed)} of memory, and "
+            f"{console.memory(free)} are free. Every tensor has been read back"
+        )
+        return None
+    with console.status("comparing the file's logits with the merged model's"):
+        (parity,) = compare_models(load_mapped(model), [load_gguf(target)], _rows(job, model))
+    _require(parity, GGUF_BOUNDS[job.options.quantization], target.name)
+    return parity
+
+
+def _export_for_ollama(job: Export, model: Path) -> dict[str, Any]:
+    # The other prompt settings are in the merged model's template.
+    write_modelfile(model, _gguf_name(job), job.folder, job.options.num_ctx, merged_prompt(model))
+    return _export_gguf(job, model) | {"next": f"cd {job.output} && ollama create {job.name.lower()} -f Modelfile"}
+
+
+def _export_nf4(job: Export, model: Path) -> dict[str, Any]:
+    with console.status("quantising"):
+        quantized = write_quantized(model, job.folder)
+        copy_tokenizer_files(model, job.folder)
+    with console.status("comparing the written folder with the quantised model and with the merged one"):
+        rows = _rows(job, model)
+        (same,) = compare_models(quantized, [load_quantized(job.folder)], rows)
+        (parity,) = compare_models(load_mapped(model), [quantized], rows)
+    _require(same, BOUNDS[torch.float32], "the written folder")
+    console.table(
+        [
+            ("files", f"load again and give the same logits ({same.largest_difference:.1g} apart)"),
+            ("nf4", f"beside the merged model: {parity}"),
+        ],
+        title="verified",
+    )
+    return {
+        "logits": asdict(parity),
+        "read_back": asdict(same),
+        "next": f"vllm serve {job.output}, or transformers' AutoModelForCausalLM.from_pretrained",
+    }
+
+
+def _gguf_name(job: Export) -> str:
+    return f"{job.name}-{job.options.quantization}.gguf"
+
+
+def _rows(job: Export, model: Path) -> list[ProbeRow]:
+    """What models are compared on: the run's rows, or built-in questions."""
+    encoder = Encoder(load_tokenizer(model), merged_prompt(model))
+    return probe_rows(read_probe(job.source.run if job.source else None), encoder)
+
+
+def _require(parity: Parity, bounds: Bounds, what: str) -> None:
+    problems = check_parity(parity, bounds)
+    if problems:
+        raise LoratuneError(
+            f"{what} is not the merged model, and has been removed:\n{bullet_list(problems)}", Exit.MODEL
+        )
+
+
+def _source(job: Export) -> AdapterSource:
+    if job.source is None:
+        raise LoratuneError(f"--format {job.options.format} takes an adapter; give it with --adapter", Exit.USAGE)
+    return job.source
+
+
+FROM_ADAPTER: dict[str, Callable[[Export], dict[str, Any]]] = {"adapter": _export_adapter, "vllm": _export_for_vllm}
+FROM_MODEL: dict[str, Callable[[Export, Path], dict[str, Any]]] = {
+    "gguf": _export_gguf,
+    "ollama": _export_for_ollama,
+    "bnb4": _export_nf4,
+}
