@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
 
 from loratune import console
+from loratune.cli.flags import Adapter, DryRun, Force, Json, Output, Overwrite, Public, Push
 from loratune.cli.push import push
 from loratune.errors import Exit, LoratuneError
 
@@ -19,46 +19,37 @@ serve, and the line that serves it. adapter: a clean PEFT folder with a model ca
 --push tells what would be uploaded; --no-dry-run uploads it."""
 
 
+Format = Annotated[
+    Literal["gguf", "ollama", "vllm", "adapter", "bnb4"],
+    typer.Option("--format", "-f", metavar="gguf|ollama|vllm|adapter|bnb4", help="What for."),
+]
+Merged = Annotated[
+    str | None,
+    typer.Option("--model", "-m", metavar="folder", help="A merged model; with --adapter: where its base lies now."),
+]
+Quantization = Annotated[
+    Literal["f32", "f16", "bf16", "q8_0"],
+    typer.Option("--quantization", "-q", metavar="f32|f16|bf16|q8_0", help="Type of a GGUF file's weights."),
+]
+NumCtx = Annotated[
+    int | None, typer.Option("--num-ctx", metavar="integer", min=1, help="Context length for Ollama, in tokens.")
+]
+
+
 def command(
-    output: Annotated[Path, typer.Option("--output", "-o", metavar="folder", help="Folder of the export.")],
-    format: Annotated[
-        Literal["gguf", "ollama", "vllm", "adapter", "bnb4"],
-        typer.Option("--format", "-f", metavar="gguf|ollama|vllm|adapter|bnb4", help="What for."),
-    ],
-    adapter: Annotated[
-        Path | None,
-        typer.Option(
-            "--adapter", "-a", metavar="folder", help="Run folder, one of its checkpoints, or a plain PEFT folder."
-        ),
-    ] = None,
-    model: Annotated[
-        str | None,
-        typer.Option(
-            "--model", "-m", metavar="folder", help="A merged model; with --adapter: where its base lies now."
-        ),
-    ] = None,
-    quantization: Annotated[
-        Literal["f32", "f16", "bf16", "q8_0"],
-        typer.Option("--quantization", "-q", metavar="f32|f16|bf16|q8_0", help="Type of a GGUF file's weights."),
-    ] = "f16",
-    num_ctx: Annotated[
-        int | None,
-        typer.Option("--num-ctx", metavar="integer", min=1, help="Context length for Ollama, in tokens."),
-    ] = None,
-    destination: Annotated[
-        str | None,
-        typer.Option("--push", metavar="hub:org/name", help="Upload to hf:org/name or ms:org/name (ModelScope)."),
-    ] = None,
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run/--no-dry-run", help="Only tell what --push would upload.")
-    ] = True,
-    public: Annotated[bool, typer.Option("--public", help="Let everybody see the pushed repository.")] = False,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier export there.")] = False,
-    force: Annotated[
-        bool, typer.Option("--force", help="Take another base than the trained one, or a changed adapter.")
-    ] = False,
-    json: Annotated[bool, typer.Option("--json", help="Print verification.json to stdout.")] = False,
-) -> None:  # fmt: skip
+    output: Output,
+    format: Format,
+    adapter: Adapter = None,
+    model: Merged = None,
+    quantization: Quantization = "f16",
+    num_ctx: NumCtx = None,
+    destination: Push = None,
+    dry_run: DryRun = True,
+    public: Public = False,
+    overwrite: Overwrite = False,
+    force: Force = False,
+    json: Json = False,
+) -> None:
     """Export, prove, and say what to do next."""
     if adapter is None and model is None:
         raise LoratuneError("give an adapter with --adapter, or a merged model with --model", Exit.USAGE)

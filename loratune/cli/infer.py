@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from loratune import console
+from loratune.cli.flags import Adapter, Force
 from loratune.errors import Exit, LoratuneError
 
 DETAILS = """\
@@ -16,12 +16,7 @@ it has to be said again."""
 
 
 def command(
-    adapter: Annotated[
-        Path | None,
-        typer.Option(
-            "--adapter", "-a", metavar="folder", help="Run folder, one of its checkpoints, or a plain PEFT folder."
-        ),
-    ] = None,
+    adapter: Adapter = None,
     model: Annotated[
         str | None,
         typer.Option(
@@ -55,9 +50,7 @@ def command(
     seed: Annotated[
         int | None, typer.Option("--seed", metavar="integer", min=0, max=2**32 - 1, help="Makes sampling repeatable.")
     ] = None,
-    force: Annotated[
-        bool, typer.Option("--force", help="Take another base than the trained one, or a changed adapter.")
-    ] = False,
+    force: Force = False,
 ) -> None:
     """Load the model once, then answer the prompt or open the chat."""
     if adapter is None and model is None:

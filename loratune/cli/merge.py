@@ -5,11 +5,13 @@ from __future__ import annotations
 import re
 import shlex
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 
 from loratune import console
+from loratune.cli.flags import ADAPTER_HELP, DryRun, Force, Json, Output, Overwrite, Public, Push
+from loratune.cli.push import push
 from loratune.errors import Exit, LoratuneError
 
 DETAILS = """\
@@ -21,64 +23,70 @@ SIZE = re.compile(r"(?P<number>\d+(\.\d+)?)\s*(?P<unit>[kMGT]?)i?B?", re.IGNOREC
 UNITS = {"": 1, "k": 1e3, "m": 1e6, "g": 1e9, "t": 1e12}
 
 
+Adapters = Annotated[
+    list[str],
+    typer.Option("--adapter", "-a", metavar="folder", help=f"{ADAPTER_HELP} name=folder for each of several."),
+]
+Base = Annotated[str | None, typer.Option("--model", "-m", metavar="model", help="Where the base lies now.")]
+Dtype = Annotated[
+    Literal["bfloat16", "float16", "float32"] | None,
+    typer.Option("--dtype", metavar="bfloat16|float16|float32", help="Type of the weights; default is the base's."),
+]
+ShardSize = Annotated[str, typer.Option("--shard-size", metavar="size", help="Largest file, such as 5GB or 900MB.")]
+MergeBase = Annotated[
+    Literal["auto", "original", "dequantized"],
+    typer.Option(
+        "--merge-base",
+        metavar="auto|original|dequantized",
+        help="For an adapter of a quantised base: what it is added to; auto measures both.",
+    ),
+]
+Weights = Annotated[
+    str | None,
+    typer.Option("--weights", metavar="numbers", help="Of several adapters, in their order, with commas between."),
+]
+Combine = Annotated[
+    Literal["linear", "svd", "ties", "dare_ties"],
+    typer.Option(
+        "--combine",
+        metavar="linear|svd|ties|dare_ties",
+        help="How several adapters become one: linear adds their weighted updates exactly, svd brings the sum back to "
+        "the largest rank, ties and dare_ties drop what disagrees.",
+    ),
+]
+Density = Annotated[
+    float,
+    typer.Option(
+        "--density", metavar="number", min=0.01, max=1, help="Share of an update that ties and dare_ties keep."
+    ),
+]
+Verify = Annotated[
+    bool, typer.Option("--verify/--no-verify", help="Compare what was written with base + adapter (the default).")
+]
+Logits = Annotated[
+    bool, typer.Option("--logits/--no-logits", help="Run both models too (the default); else compare files alone.")
+]
+
+
 def command(
-    adapter: Annotated[
-        list[str],
-        typer.Option(
-            "--adapter", "-a", metavar="folder",
-            help="Run folder, one of its checkpoints, or a plain PEFT folder; name=folder for each of several.",
-        ),
-    ],
-    output: Annotated[Path, typer.Option("--output", "-o", metavar="folder", help="Folder of the merged model.")],
-    model: Annotated[
-        str | None, typer.Option("--model", "-m", metavar="model", help="Where the base lies now.")
-    ] = None,
-    dtype: Annotated[
-        Literal["bfloat16", "float16", "float32"] | None,
-        typer.Option("--dtype", metavar="bfloat16|float16|float32", help="Type of the weights; default is the base's."),
-    ] = None,
-    shard_size: Annotated[
-        str, typer.Option("--shard-size", metavar="size", help="Largest file, such as 5GB or 900MB.")
-    ] = "5GB",
-    merge_base: Annotated[
-        Literal["auto", "original", "dequantized"],
-        typer.Option(
-            "--merge-base", metavar="auto|original|dequantized",
-            help="For an adapter of a quantised base: what it is added to; auto measures both.",
-        ),
-    ] = "auto",
-    weights: Annotated[
-        str | None,
-        typer.Option("--weights", metavar="numbers", help="Of several adapters, in their order, with commas between."),
-    ] = None,
-    combine: Annotated[
-        Literal["linear", "svd", "ties", "dare_ties"],
-        typer.Option(
-            "--combine", metavar="linear|svd|ties|dare_ties",
-            help="How several adapters become one: linear adds their weighted updates exactly, svd brings the sum back "
-            "to the largest rank, ties and dare_ties drop what disagrees.",
-        ),
-    ] = "linear",
-    density: Annotated[
-        float,
-        typer.Option(
-            "--density", metavar="number", min=0.01, max=1, help="Share of each update that ties and dare_ties keep."
-        ),
-    ] = 0.5,
-    verify: Annotated[
-        bool, typer.Option("--verify/--no-verify", help="Compare what was written with base + adapter.")
-    ] = True,
-    logits: Annotated[
-        bool, typer.Option("--logits/--no-logits", help="Run both models too; without, the files alone are compared.")
-    ] = True,
-    overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Replace an earlier merged model in the same folder.")
-    ] = False,
-    force: Annotated[
-        bool, typer.Option("--force", help="Take another base than the trained one, or a changed adapter.")
-    ] = False,
-    json: Annotated[bool, typer.Option("--json", help="Print verification.json to stdout.")] = False,
-) -> None:  # fmt: skip
+    adapter: Adapters,
+    output: Output,
+    model: Base = None,
+    dtype: Dtype = None,
+    shard_size: ShardSize = "5GB",
+    merge_base: MergeBase = "auto",
+    weights: Weights = None,
+    combine: Combine = "linear",
+    density: Density = 0.5,
+    verify: Verify = True,
+    logits: Logits = True,
+    destination: Push = None,
+    dry_run: DryRun = True,
+    public: Public = False,
+    overwrite: Overwrite = False,
+    force: Force = False,
+    json: Json = False,
+) -> None:
     """Merge, prove, and say what to do next."""
     import torch
 
@@ -97,16 +105,21 @@ def command(
     )
     if not verify:
         console.warn("--no-verify: nobody will know whether the merged model is what was trained")
-    with open_adapters(adapter, weights, combine, density, options.model, force) as source:
-        report = merge_adapter(source, output, options)
+    with push(destination, output, not public, dry_run):
+        with open_adapters(adapter, weights, combine, density, model, force) as source:
+            report = merge_adapter(source, output, options)
+        _show(report, output)
+    if json:
+        console.write_json(report)
+
+
+def _show(report: dict[str, Any], output: Path) -> None:
     from loratune.delivery.verify import show_verification
 
     show_verification(report)
     console.say(f"merged model: {output}", style="bold")
     console.next_step(f"try it:   loratune infer --model {shlex.quote(str(output))}")
     console.next_step(f"serve it: vllm serve {shlex.quote(str(output))}")
-    if json:
-        console.write_json(report)
 
 
 def parse_size(text: str) -> int:

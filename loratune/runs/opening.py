@@ -124,7 +124,7 @@ def check_same_base(
         LoratuneError: it is another model.
     """
     if source.manifest is None:
-        return [f"{source.adapter} has no loratune manifest: base and prompt template could not be checked"]
+        return ["the adapter has no loratune manifest: base and prompt template could not be checked"]
     warnings = [f"changed since the run ended: {', '.join(source.changed)}"] if source.changed else []
     known = _recorded_base(source)
     found = fingerprint_base(folder, weight_files)
