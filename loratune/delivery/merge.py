@@ -227,6 +227,7 @@ def _described(job: Job, chosen: Candidate) -> dict[str, Any]:
         "quantization_in_training": job.settings.quantization,
         "merge_base": chosen.merge_base,
         "adapter_sha256": file_sha256(job.source.adapter / WEIGHTS_FILE),
+        "combined": job.source.combined,
         "thinking": job.source.prompt.thinking,
         "dtype": _dtype_names(chosen.plan),
         "bytes": chosen.plan.nbytes,

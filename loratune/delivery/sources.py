@@ -12,8 +12,10 @@ from pathlib import Path
 from loratune import console
 from loratune.delivery.update import read_updates
 from loratune.errors import Exit, LoratuneError
+from loratune.model.adapter_files import WEIGHTS_FILE
 from loratune.model.files import find_base, weight_files
 from loratune.model.tensor_files import TensorFiles
+from loratune.runs.folder import file_sha256
 from loratune.runs.opening import AdapterSource, base_settings, check_same_base, open_adapter
 
 
@@ -41,22 +43,40 @@ def open_adapters(
         return
     adapters = {name: open_adapter(path, force) for name, path in _named_apart(given).items()}
     numbers = _parse_weights(weights, len(adapters))
+    base = _common_base(adapters, model, force)
     first = next(iter(adapters.values()))
-    settings = base_settings(first, model)
-    base = find_base(settings)
-    tensors = TensorFiles(weight_files(base)).infos
-    for source in adapters.values():
-        for warning in check_same_base(source, settings.base, base, weight_files(base), force):
-            console.warn(warning)
-        read_updates(source.adapter, tensors, is_tied=True)  # PEFT passes over tensors that have no place
-        if source.recipe and source.recipe.model.quantization != settings.quantization:
-            raise LoratuneError("the adapters were trained on different quantisations of the base", Exit.MODEL)
     combination = importlib.import_module("loratune.model.combination")  # loads transformers and PEFT
     with tempfile.TemporaryDirectory(prefix="loratune-") as folder:
         with console.status(f"combining {len(adapters)} adapters"):
             paths = {name: source.adapter for name, source in adapters.items()}
             combined = combination.combine_adapters(base, paths, numbers, method, density, Path(folder))
-        yield AdapterSource(combined, first.recipe, first.manifest, first.run)
+        made = {
+            "method": method,
+            "density": density if "ties" in method else None,
+            "adapters": {
+                name: {"weight": number, "sha256": file_sha256(path / WEIGHTS_FILE)}
+                for (name, path), number in zip(paths.items(), numbers, strict=True)
+            },
+        }
+        yield AdapterSource(combined, first.recipe, first.manifest, first.run, made)
+
+
+def _common_base(adapters: dict[str, AdapterSource], model: str | None, force: bool) -> Path:
+    """The base that all the adapters belong to, with every adapter checked against it."""
+    first = next(iter(adapters.values()))
+    settings = base_settings(first, model)
+    base = find_base(settings)
+    paths = weight_files(base)
+    tensors = TensorFiles(paths).infos
+    for name, source in adapters.items():
+        for warning in check_same_base(source, settings.base, base, paths, force):
+            console.warn(warning)
+        read_updates(source.adapter, tensors, is_tied=True)  # PEFT passes over tensors that have no place
+        if source.recipe and source.recipe.model.quantization != settings.quantization:
+            raise LoratuneError("the adapters were trained on different quantisations of the base", Exit.MODEL)
+        if source.prompt != first.prompt:
+            console.warn(f"{name} was trained with other prompt settings; the merged model gets those of the first")
+    return base
 
 
 def _named(text: str) -> tuple[str, Path]:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
+import torch
+
 from loratune.errors import Exit, LoratuneError, bullet_list
 from loratune.model.adapter import load_adapter, read_adapter_config
 from loratune.model.mapped import load_mapped
@@ -39,6 +41,7 @@ def combine_adapters(
     model = load_mapped(base)
     for name, adapter in adapters.items():
         model = load_adapter(model, adapter, name)
+    torch.manual_seed(0)  # dare_ties draws what it drops
     try:
         model.add_weighted_adapter(
             list(adapters),

@@ -35,8 +35,8 @@ def load_mapped(folder: Path, in_float32: bool = True, writable: Collection[str]
     Args:
         folder: model folder.
         in_float32: compute in float32, as for a comparison; else in the type of the files, as any program does.
-        writable: names of matrices that will be written to, which would end the process if they were mapped; vectors
-            always can be.
+        writable: names of matrices that will be written to; mapped ones lose what was written with their pages.
+            Vectors always can be.
 
     Raises:
         LoratuneError: transformers cannot load it, or the weights do not fit the config.

@@ -1,0 +1,428 @@
+"""What of an adapter can be merged, what is refused, and that neither a damaged file nor a wrong model gets past."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import TINY_QWEN
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from peft import PeftModel
+from safetensors.torch import load_file, save_file
+from test_merge import make_adapter
+from transformers import AutoModelForCausalLM
+from typer.testing import Result
+
+from loratune.data.encoding import IGNORED, Encoder
+from loratune.delivery import merge
+from loratune.delivery.merged_weights import MergePlan, plan_merge, write_merged
+from loratune.delivery.parity import compare_models, likeliest_tokens
+from loratune.delivery.proof import BOUNDS, OTHER_BASE, check_parity, compare_answers
+from loratune.delivery.read_back import read_back
+from loratune.delivery.update import TensorUpdate, read_updates
+from loratune.errors import Exit, LoratuneError
+from loratune.model.base import load_tokenizer
+from loratune.model.mapped import load_mapped, load_plain
+from loratune.model.tensor_files import TensorFiles
+from loratune.recipe.sections import PromptSettings
+from loratune.runs.probe import Probe, ProbeRow
+
+Cli = Callable[..., Result]
+Edit = Callable[[Path], None]
+PREFIX = "base_model.model."
+Q0 = "model.layers.0.self_attn.q_proj"
+
+
+@pytest.fixture(scope="module")
+def plain_adapter(random_qwen: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("adapter") / "plain"
+    make_adapter(random_qwen, folder)
+    return folder
+
+
+@pytest.fixture
+def adapter(plain_adapter: Path, tmp_path: Path) -> Path:
+    """One to be spoilt."""
+    return shutil.copytree(plain_adapter, tmp_path / "adapter")
+
+
+# --- arithmetic ---
+
+SIZES = st.integers(1, 9)
+
+
+@settings(max_examples=60, deadline=None)
+@given(SIZES, SIZES, st.integers(1, 4), st.floats(-3, 3), st.booleans(), st.booleans(), st.integers(0, 2**30), SIZES)
+def test_rows_of_an_update_are_those_of_the_whole(
+    rows: int, columns: int, rank: int, scaling: float, has_magnitude: bool, is_replaced: bool, seed: int, step: int
+) -> None:
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    base, up, down = draw(rows, columns), draw(rows, rank), draw(rank, columns)
+    magnitude = draw(rows) if has_magnitude else None
+    replacement = draw(rows, columns) if is_replaced else None
+    expected = (base if replacement is None else replacement) + scaling * (up @ down)
+    if magnitude is not None:
+        expected = torch.stack([m * row / row.norm() for m, row in zip(magnitude, expected, strict=True)])
+    update = TensorUpdate(replacement=replacement, up=up, down=down, scaling=scaling, magnitude=magnitude)
+    before = base.clone()
+    pieces = [update.apply(base[start : start + step], start) for start in range(0, rows, step)]
+    torch.testing.assert_close(torch.cat(pieces), expected)
+    assert torch.equal(base, before)
+
+
+def test_a_shift_of_a_bias_is_scaled() -> None:
+    update = TensorUpdate(shift=torch.tensor([1.0, 2.0, 3.0]), scaling=0.5)
+    assert update.apply(torch.tensor([10.0, 20.0]), 1).tolist() == [11.0, 21.5]
+
+
+# --- what does not fit ---
+
+
+def edit_config(**values: Any) -> Edit:
+    def edit(folder: Path) -> None:
+        path = folder / "adapter_config.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | values))
+
+    return edit
+
+
+def edit_weights(change: Callable[[dict[str, torch.Tensor]], Any]) -> Edit:
+    def edit(folder: Path) -> None:
+        path = folder / "adapter_model.safetensors"
+        tensors = {name: tensor.clone() for name, tensor in load_file(path).items()}
+        change(tensors)
+        save_file(tensors, path)
+
+    return edit
+
+
+def put(name: str, *shape: int) -> Edit:
+    return edit_weights(lambda tensors: tensors.update({PREFIX + name: torch.zeros(*shape)}))
+
+
+A, B = f"{PREFIX}{Q0}.lora_A.weight", f"{PREFIX}{Q0}.lora_B.weight"
+FAULTS: dict[str, tuple[Edit, str]] = {
+    "an extra tensor": (put("model.layers.0.extra.weight", 2), "layers.0.extra.weight: the base has no"),
+    "a tensor of a module that there is not": (put("model.layers.7.mlp.up_proj.lora_A.weight", 4, 32), "layers.7.mlp"),
+    "a tensor without PEFT's prefix": (edit_weights(lambda t: t.update(foo=torch.zeros(1))), "foo"),
+    "a part that nobody knows": (put(f"{Q0}.lora_C.weight", 4, 4), f"{Q0}.lora_C.weight"),
+    "a tensor of a tensor": (put(f"{Q0}.weight.lora_A.weight", 4, 32), f"{Q0}.weight.weight"),
+    "a missing B": (edit_weights(lambda t: t.pop(B)), f"{Q0}.weight: only one of the two matrices"),
+    "a missing A": (edit_weights(lambda t: t.pop(A)), f"{Q0}.weight: only one of the two matrices"),
+    "A of another rank": (edit_weights(lambda t: t.update({A: torch.zeros(5, 32)})), "q_proj.lora_A.weight: rank 5"),
+    "A of another width": (
+        edit_weights(lambda t: t.update({A: torch.zeros(4, 31)})),
+        "[32, 31] for a base of [32, 32]",
+    ),
+    "B of another height": (edit_weights(lambda t: t.update({B: torch.zeros(1, 4)})), "[1, 32] for a base of [32, 32]"),
+    "a flat B": (edit_weights(lambda t: t.update({B: torch.zeros(32)})), "q_proj.lora_B.weight: of shape [32]"),
+    "a flat A": (edit_weights(lambda t: t.update({A: torch.zeros(4)})), "q_proj.lora_A.weight: of shape [4]"),
+    "another rank in the config": (edit_config(r=2), "rank 4 where the adapter's config says 2"),
+    "a rank pattern that does not fit": (edit_config(rank_pattern={"q_proj": 3}), "q_proj.lora_A.weight: rank 4"),
+    "no alpha": (edit_config(lora_alpha=None), "lora_alpha"),
+    "an alpha that is none": (edit_config(lora_alpha=float("inf")), "alpha"),
+    "no rank": (edit_config(r=0), "rank 0"),
+    "NaN": (edit_weights(lambda t: t[A].view(-1).__setitem__(0, math.nan)), "q_proj.lora_A.weight"),
+    "infinity": (edit_weights(lambda t: t[B].view(-1).__setitem__(0, -math.inf)), "q_proj.lora_B.weight"),
+    "PiSSA": (edit_config(init_lora_weights="pissa_niter_16"), "pissa_niter_16"),
+    "OLoRA": (edit_config(init_lora_weights="olora"), "olora"),
+    "trained tokens": (edit_config(trainable_token_indices=[1, 2]), "trainable_token_indices"),
+    "transposed weights": (edit_config(fan_in_fan_out=True), "fan_in_fan_out"),
+    "a setting of the future": (edit_config(use_something_new=True), "use_something_new"),
+    "a grown vocabulary": (put("model.embed_tokens.weight", 3010, 32), "[3010, 32] for a base of [3008, 32]"),
+    "a grown head": (put("lm_head.weight", 3010, 32), "lm_head.weight: an update of shape [3010, 32]"),
+    "DoRA on an embedding": (put("model.embed_tokens.lora_magnitude_vector", 32), "DoRA on an embedding"),
+    "no weights": (lambda folder: (folder / "adapter_model.safetensors").unlink(), "no adapter_model.safetensors"),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_an_adapter_that_does_not_fit_leaves_nothing_behind(
+    cli: Cli, random_qwen: Path, adapter: Path, tmp_path: Path, fault: str
+) -> None:
+    edit, message = FAULTS[fault]
+    edit(adapter)
+    result = cli("merge", "-a", adapter, "-m", random_qwen, "-o", tmp_path / "out" / "merged", "--no-logits")
+    assert result.exit_code == Exit.MODEL, result.stderr
+    assert message in " ".join(result.stderr.split())
+    assert not list((tmp_path / "out").glob("*"))
+
+
+def test_one_tensor_given_twice_is_refused(random_qwen: Path, adapter: Path) -> None:
+    put("lm_head.weight", 3008, 32)(adapter)
+    put("lm_head.modules_to_save.default.weight", 3008, 32)(adapter)
+    with pytest.raises(LoratuneError, match="replaced twice"):
+        read_updates(adapter, TensorFiles([random_qwen / "model.safetensors"]).infos, is_tied=True)
+
+
+def test_every_problem_is_told_at_once(random_qwen: Path, adapter: Path) -> None:
+    put("one.weight", 1)(adapter)
+    put("two.weight", 1)(adapter)
+    with pytest.raises(LoratuneError, match=r"2 tensors[\s\S]*one\.weight[\s\S]*two\.weight"):
+        read_updates(adapter, TensorFiles([random_qwen / "model.safetensors"]).infos, is_tied=True)
+
+
+# --- reading back ---
+
+Written = tuple[MergePlan, TensorFiles, Path]
+
+
+@pytest.fixture
+def written(random_qwen: Path, plain_adapter: Path, tmp_path: Path) -> Written:
+    """A correctly merged model in bfloat16 and in two files, not yet read back."""
+    base = TensorFiles([random_qwen / "model.safetensors"])
+    updates = read_updates(plain_adapter, base.infos, is_tied=True)
+    plan = plan_merge(base, updates, True, torch.bfloat16, 200_000)
+    assert len(plan.shards) == 2
+    write_merged(plan, base, tmp_path, lambda _: None)
+    return plan, base, tmp_path
+
+
+def file_of(written: Written, name: str) -> Path:
+    plan, _, folder = written
+    return folder / next(shard for shard, infos in plan.shards.items() if name in [info.name for info in infos])
+
+
+def rewrite(path: Path, change: Callable[[dict[str, torch.Tensor]], Any]) -> None:
+    tensors = load_file(path)
+    change(tensors)
+    save_file(tensors, path, {"format": "pt"})
+
+
+def flip_bit(path: Path, name: str, place: int) -> None:
+    """Flip the highest bit but the sign's of a two-byte number."""
+    header_bytes = int.from_bytes(path.read_bytes()[:8], "little")
+    content = bytearray(path.read_bytes())
+    start = json.loads(content[8 : 8 + header_bytes])[name]["data_offsets"][0]
+    content[8 + header_bytes + start + 2 * place + 1] ^= 0x20
+    path.write_bytes(content)
+
+
+def test_what_was_written_well_is_found_well(written: Written) -> None:
+    plan, base, folder = written
+    seen: list[int] = []
+    found = read_back(plan, base, folder, seen.append)
+    assert (found.tensors, found.updated, found.identical) == (26, 6, 20)
+    assert (
+        sum(seen) == plan.nbytes == sum(t.nbytes for p in folder.glob("*.safetensors") for t in load_file(p).values())
+    )
+    assert 0 < found.largest_error_steps <= 0.5
+    assert found.unchanged == ()
+
+
+@pytest.mark.parametrize("place", [0, 1001, 3008 * 32 - 1])
+def test_any_flipped_bit_of_an_untouched_tensor_is_noticed(written: Written, place: int) -> None:
+    name = "model.embed_tokens.weight"
+    flip_bit(file_of(written, name), name, place)
+    with pytest.raises(LoratuneError, match=name):
+        read_back(*written, lambda _: None)
+
+
+@pytest.mark.parametrize("place", [0, 31, 32 * 32 - 1])
+def test_a_flipped_bit_in_a_sampled_row_of_a_merged_tensor_is_noticed(written: Written, place: int) -> None:
+    flip_bit(file_of(written, f"{Q0}.weight"), f"{Q0}.weight", place)
+    with pytest.raises(LoratuneError, match=r"q_proj\.weight.*rounding steps"):
+        read_back(*written, lambda _: None)
+
+
+def test_a_zero_that_became_something_is_noticed(random_qwen: Path, adapter: Path, tmp_path: Path) -> None:
+    edit_weights(lambda tensors: tensors[B].zero_())(adapter)
+    base = shutil.copytree(random_qwen, tmp_path / "base")
+    rewrite(base / "model.safetensors", lambda tensors: tensors[f"{Q0}.weight"].zero_())
+    files = TensorFiles([base / "model.safetensors"])
+    plan = plan_merge(files, read_updates(adapter, files.infos, True), True, torch.bfloat16, 1 << 30)
+    (tmp_path / "out").mkdir()
+    write_merged(plan, files, tmp_path / "out", lambda _: None)
+    assert f"{Q0}.weight" in read_back(plan, files, tmp_path / "out", lambda _: None).unchanged
+    rewrite(tmp_path / "out" / "model.safetensors", lambda tensors: tensors[f"{Q0}.weight"][0].fill_(1e-3))
+    with pytest.raises(LoratuneError, match="q_proj"):
+        read_back(plan, files, tmp_path / "out", lambda _: None)
+
+
+DAMAGE: dict[str, Callable[[Path], Any]] = {
+    "cut short": lambda path: path.write_bytes(path.read_bytes()[:-1]),
+    "longer": lambda path: path.write_bytes(path.read_bytes() + b"\0"),
+    "empty": lambda path: path.write_bytes(b""),
+    "gone": lambda path: path.unlink(),
+    "without a tensor": lambda path: rewrite(path, lambda t: t.pop(f"{Q0}.weight")),
+    "with another tensor": lambda path: rewrite(path, lambda t: t.update(more=torch.zeros(2))),
+    "of another type": lambda path: rewrite(path, lambda t: t.update({n: v.float() for n, v in t.items()})),
+    "of another shape": lambda path: rewrite(path, lambda t: t.update({n: v.flatten() for n, v in t.items()})),
+    "with NaN": lambda path: rewrite(path, lambda t: t[f"{Q0}.weight"][0].fill_(math.nan)),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_a_damaged_file_is_noticed(written: Written, damage: str) -> None:
+    DAMAGE[damage](file_of(written, f"{Q0}.weight"))
+    with pytest.raises(LoratuneError) as raised:
+        read_back(*written, lambda _: None)
+    assert raised.value.exit_code == Exit.MODEL
+
+
+def test_an_index_that_names_another_file_is_noticed(written: Written) -> None:
+    path = written[2] / "model.safetensors.index.json"
+    index = json.loads(path.read_text())
+    first, last = sorted(set(index["weight_map"].values()))
+    index["weight_map"][f"{Q0}.weight"] = first if index["weight_map"][f"{Q0}.weight"] == last else last
+    path.write_text(json.dumps(index))
+    with pytest.raises(LoratuneError, match="does not describe"):
+        read_back(*written, lambda _: None)
+
+
+@pytest.mark.parametrize("flags", [(), ("--no-logits",)])
+def test_a_target_left_as_in_the_base_is_noticed_and_nothing_stays(
+    cli: Cli, random_qwen: Path, adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, flags: tuple[str, ...]
+) -> None:
+    def forget_one(plan: MergePlan, base: TensorFiles, folder: Path, advance: Callable[[int], None]) -> None:
+        write_merged(plan, base, folder, advance)
+        rewrite(folder / "model.safetensors", lambda t: t.update({f"{Q0}.weight": base.tensor(f"{Q0}.weight").clone()}))
+
+    monkeypatch.setattr(merge, "write_merged", forget_one)
+    result = cli("merge", "-a", adapter, "-m", random_qwen, "-o", tmp_path / "out" / "merged", *flags)
+    assert result.exit_code == Exit.MODEL
+    assert "rounding steps away from base + update" in " ".join(result.stderr.split())
+    assert not list((tmp_path / "out").iterdir())
+
+
+def test_logits_notice_what_was_computed_wrongly_in_writing_and_reading_back_alike(
+    cli: Cli, random_qwen: Path, adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def doubled(*arguments: Any) -> dict[str, TensorUpdate]:
+        updates = read_updates(*arguments)
+        updates[f"{Q0}.weight"].scaling *= 2
+        return updates
+
+    monkeypatch.setattr(merge, "read_updates", doubled)
+    result = cli("merge", "-a", adapter, "-m", random_qwen, "-o", tmp_path / "out" / "merged")
+    assert result.exit_code == Exit.MODEL
+    assert "not what base + adapter is" in " ".join(result.stderr.split())
+    assert not list((tmp_path / "out").iterdir())
+
+
+# --- comparing models ---
+
+
+def rows_of(*lengths: int) -> list[ProbeRow]:
+    generator = torch.Generator().manual_seed(2)
+    rows = []
+    for length in lengths:
+        ids = torch.randint(0, 3000, (length,), generator=generator).tolist()
+        rows.append(ProbeRow(ids, [IGNORED] * (length // 3) + ids[length // 3 :]))
+    return rows
+
+
+def perturbed(folder: Path) -> Any:
+    model = load_plain(folder)
+    generator = torch.Generator().manual_seed(4)
+    head = model.lm_head.weight.detach().clone()
+    model.lm_head.weight = torch.nn.Parameter(head + 0.05 * torch.randn(head.shape, generator=generator))
+    return model.requires_grad_(False)
+
+
+def test_a_model_is_like_itself(random_qwen: Path) -> None:
+    for candidate in (load_plain(random_qwen), load_mapped(random_qwen)):
+        (parity,) = compare_models(load_mapped(random_qwen), [candidate], rows_of(5, 9))
+        assert (parity.top1_agreement, parity.clear_disagreement) == (1, 0)
+        assert parity.largest_difference < 1e-6
+        assert abs(parity.mean_kl) < 1e-6
+        assert check_parity(parity, BOUNDS[torch.float32]) == []
+    model = load_plain(random_qwen)
+    (parity,) = compare_models(model, [model], rows_of(5, 9))
+    assert (parity.largest_difference, parity.mean_kl) == (0, 0)
+
+
+def test_what_is_measured_is_plain_arithmetic_on_the_logits(random_qwen: Path) -> None:
+    reference, candidate, rows = load_plain(random_qwen), perturbed(random_qwen), rows_of(70, 3, 25)
+    (parity,) = compare_models(reference, [candidate], rows)
+    kl, agree, unlike, difference, largest = [], [], [], 0.0, 0.0
+    for row in rows:
+        p, q = (model(torch.tensor([row.input_ids])).logits[0].double() for model in (reference, candidate))
+        for place in range(len(row.input_ids) - 1):
+            if row.labels[place + 1] == IGNORED:
+                continue
+            wanted, given = (logits[place].softmax(-1) for logits in (p, q))
+            kl.append(float((wanted * (wanted.log() - given.log())).sum()))
+            agree.append(int(wanted.argmax()) == int(given.argmax()))
+            unlike.append(float(wanted[given.argmax()] / wanted.max()) < 0.5)
+            difference = max(difference, float((p - q)[place].abs().max()))
+            largest = max(largest, float(p[place].abs().max()))
+    assert parity.tokens == len(kl)
+    assert parity.mean_kl == pytest.approx(sum(kl) / len(kl), rel=1e-3)
+    assert parity.top1_agreement == sum(agree) / len(agree)
+    assert 0 < parity.top1_agreement < 1
+    assert parity.clear_disagreement == sum(unlike) / len(unlike)
+    assert parity.largest_difference == pytest.approx(difference, rel=1e-4)
+    assert parity.largest_logit == pytest.approx(largest, rel=1e-4)
+    assert check_parity(parity, BOUNDS[torch.bfloat16])
+
+
+def test_batches_of_rows_of_any_length_give_what_each_row_gives(random_qwen: Path) -> None:
+    reference, candidate = load_plain(random_qwen), perturbed(random_qwen)
+    rows = rows_of(9, 250, 3, 200, 120, 240, 7, 180)
+    together = likeliest_tokens(candidate, rows)
+    assert together == [likeliest_tokens(candidate, [row])[0] for row in rows]
+    expected = [
+        candidate(torch.tensor([row.input_ids])).logits[0, :-1].argmax(-1)[torch.tensor(row.labels[1:]) >= 0].tolist()
+        for row in rows
+    ]
+    assert together == expected
+    (whole,) = compare_models(reference, [candidate], rows)
+    parts = [compare_models(reference, [candidate], [row])[0] for row in rows]
+    assert whole.tokens == sum(part.tokens for part in parts)
+    assert whole.mean_kl == pytest.approx(sum(part.mean_kl * part.tokens for part in parts) / whole.tokens, rel=1e-4)
+    assert whole.largest_difference == pytest.approx(max(part.largest_difference for part in parts), rel=1e-4)
+
+
+@pytest.mark.parametrize("side", ["reference", "candidate"])
+def test_nan_is_out_of_bounds(random_qwen: Path, side: str) -> None:
+    models = {"reference": load_plain(random_qwen), "candidate": perturbed(random_qwen)}
+    models[side].lm_head.weight.data[7] = math.nan
+    (parity,) = compare_models(models["reference"], [models["candidate"]], rows_of(5))
+    for bounds in (*BOUNDS.values(), OTHER_BASE):
+        assert check_parity(parity, bounds)
+
+
+def test_the_base_without_its_adapter_is_out_of_bounds(random_qwen: Path, plain_adapter: Path) -> None:
+    reference = PeftModel.from_pretrained(load_plain(random_qwen), plain_adapter).eval()
+    (parity,) = compare_models(reference, [load_plain(random_qwen)], rows_of(20, 30))
+    for bounds in BOUNDS.values():
+        assert check_parity(parity, bounds)
+
+
+def test_answers_are_followed_to_their_first_other_token() -> None:
+    encoder = Encoder(load_tokenizer(TINY_QWEN), PromptSettings())
+    probe = Probe([], [[{"role": "user", "content": text}] for text in ("Who are you?", "How much is 3+3?")])
+    model = load_plain(TINY_QWEN)
+    same = compare_answers(model, load_plain(TINY_QWEN), encoder, probe)
+    for question, answer in zip(probe.questions, same, strict=True):
+        assert answer.question == question[0]["content"]
+        assert answer.merged == answer.adapter
+        ids = torch.tensor([encoder.prompt_ids(question)])
+        output = AutoModelForCausalLM.from_pretrained(TINY_QWEN).generate(ids, max_new_tokens=20, do_sample=False)
+        assert answer.merged == encoder.tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True)
+
+    other = load_plain(TINY_QWEN)
+    other.lm_head.weight = torch.nn.Parameter(other.lm_head.weight.detach().clone())
+    ids = encoder.tokenizer(same[0].merged).input_ids
+    kept = 2
+    lost = next(token for token in ids[kept:] if token not in ids[:kept])
+    other.lm_head.weight.data[lost] = 0  # never the likeliest again
+    different = compare_answers(model, other, encoder, probe)[0]
+    assert different.merged == same[0].merged
+    place = ids.index(lost)
+    before = encoder.tokenizer.decode(ids[:place])
+    assert different.adapter.startswith(before)
+    assert len(encoder.tokenizer(different.adapter).input_ids) <= place + 1
+    assert not different.merged.startswith(different.adapter)
