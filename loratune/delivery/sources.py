@@ -58,7 +58,7 @@ def open_adapters(
                 for (name, path), number in zip(paths.items(), numbers, strict=True)
             },
         }
-        yield AdapterSource(combined, first.recipe, first.manifest, first.run, made)
+        yield AdapterSource(combined, first.recipe, first.manifest, first.run, combined=made)
 
 
 def _common_base(adapters: dict[str, AdapterSource], model: str | None, force: bool) -> Path:

@@ -40,6 +40,9 @@ class AdapterSource:
     changed: tuple[str, ...] = ()
     """Its files that are not as the run left them, if that was let through."""
 
+    combined: dict[str, Any] | None = None
+    """How it was made of several adapters, if it was."""
+
     @property
     def prompt(self) -> PromptSettings:
         """How its prompts are made; the tokenizer's own template where nothing is known."""
