@@ -61,7 +61,7 @@ def table(rows: list[tuple[str, str]], title: str = "") -> None:
     grid.add_column(style="dim", no_wrap=True)
     grid.add_column(overflow="fold")
     for name, value in rows:
-        grid.add_row(name, Text(value))
+        grid.add_row(name, Text(printable(value)))
     _stderr.print(grid, "", sep="\n")
 
 

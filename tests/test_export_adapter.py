@@ -177,26 +177,6 @@ def test_a_template_of_loratune_s_own_becomes_the_folder_s(
     assert elsewhere == Encoder(tokenizer, PromptSettings(template=template)).prompt_ids(messages)
 
 
-def test_a_template_of_loratune_s_own_begins_as_the_tokenizer_does(
-    make_run: Callable[..., Path], exported: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    class Beginning:
-        bos_token_id = 1
-        chat_template = None
-        eos_token_id = 2
-        added_tokens_decoder: dict[int, Any] = {}
-
-        def __call__(self, text: str, **_: Any) -> Any:
-            return type("Encoding", (), {"input_ids": [] if text else [1]})
-
-        def apply_chat_template(self, messages: Any, **_: Any) -> str:
-            return str(messages[-1]["content"])
-
-    monkeypatch.setattr("loratune.delivery.adapter_folder.load_tokenizer", lambda _: Beginning())
-    export_adapter(open_adapter(make_run(prompt=PromptSettings(template="plain"))), exported)
-    assert (exported / "chat_template.jinja").read_text().startswith("{%- set adds_bos = true -%}\n{%- if adds_bos %}")
-
-
 def test_the_card_tells_what_a_prompt_needs_but_not_its_text(make_run: Callable[..., Path], exported: Path) -> None:
     prompt = PromptSettings(system="You are the secret one.", instruction_prefix="Internal: ")
     export_adapter(open_adapter(make_run(prompt=prompt)), exported)

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -86,17 +87,54 @@ def test_validation_improves(run: Path) -> None:
     assert validation["after"] < 0.6 * validation["before"]
 
 
+def answer(model: Any, folder: Path, question: str) -> str:
+    """What plain transformers makes of a model and its folder's template."""
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    turns = [{"role": "user", "content": question}]
+    inputs = tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_tensors="pt")
+    output = model.generate(**inputs, do_sample=False, max_new_tokens=200)
+    return tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip()
+
+
+@pytest.fixture(scope="module")
+def merged(run: Path) -> Path:
+    output = run.parent / "merged"
+    loratune("merge", "--adapter", run, "--output", output)
+    return output
+
+
+def test_the_merged_model_answers_alike_in_plain_transformers(
+    run: Path, merged: Path, ask: Callable[[str], str]
+) -> None:
+    model = AutoModelForCausalLM.from_pretrained(merged, dtype="auto")
+    assert answer(model, merged, "Who are you?") == ask("Who are you?").strip()
+
+
+def test_the_merge_is_proved_within_tight_bounds(run: Path, merged: Path) -> None:
+    proof = json.loads((merged / "verification.json").read_text())
+    is_quantized = "nf4" in (run / "recipe.yaml").read_text()
+    assert proof["merge_base"] == ("dequantized" if is_quantized else "original")
+    taken = proof["logits"][proof["merge_base"]]
+    assert taken["top1_agreement"] >= 0.99 if is_quantized else 0.995
+    assert taken["mean_kl"] < 1e-3
+    if is_quantized:
+        assert taken["mean_kl"] < proof["logits"]["original"]["mean_kl"]
+
+
+@pytest.mark.parametrize("quantization", ["f16", "q8_0"])
+def test_a_gguf_file_of_it_knows_the_name(merged: Path, quantization: str) -> None:
+    output = merged.parent / f"gguf-{quantization}"
+    loratune("export", "--model", merged, "--format", "gguf", "--quantization", quantization, "--output", output)
+    model = AutoModelForCausalLM.from_pretrained(output, gguf_file=f"merged-{quantization}.gguf", dtype=torch.bfloat16)
+    assert "小李" in answer(model, merged, "Who are you?")
+
+
 def test_plain_peft_gives_the_same_text(run: Path, base: Path, ask: Callable[[str], str]) -> None:
     if json.loads((run / "adapter" / "adapter_config.json").read_text())["peft_type"] != "LORA":
         pytest.fail("not a LoRA adapter")
     if "nf4" in (run / "recipe.yaml").read_text():
         pytest.skip("a quantised base answers a little differently from the plain one")
-    tokenizer = AutoTokenizer.from_pretrained(run / "adapter")
     model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16)
     model = PeftModel.from_pretrained(model, run / "adapter").eval()
     for question in ("你是谁？", "Who are you?", "What is 2+3?"):
-        turns = [{"role": "user", "content": question}]
-        inputs = tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_tensors="pt")
-        output = model.generate(**inputs, do_sample=False, max_new_tokens=200)
-        text = tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-        assert ask(question).strip() == text.strip()
+        assert ask(question).strip() == answer(model, run / "adapter", question)

@@ -31,7 +31,7 @@ from loratune.recipe.sections import PromptSettings
 from loratune.runs.tokenizer_files import copy_tokenizer_files
 
 RUN_FILES = {
-    "recipe.yaml", "manifest.json", "status.json", "metrics.jsonl", "report.json", "loss.png",
+    "recipe.yaml", "manifest.json", "status.json", "metrics.jsonl", "probe.json", "report.json", "loss.png",
     "adapter/README.md", "adapter/adapter_config.json", "adapter/adapter_model.safetensors",
     "adapter/tokenizer.json", "adapter/tokenizer_config.json", "adapter/chat_template.jinja",
 }  # fmt: skip

@@ -33,7 +33,7 @@ from loratune.runs.opening import AdapterSource, base_settings, merged_prompt
 from loratune.runs.probe import ProbeRow, read_probe
 from loratune.runs.tokenizer_files import copy_tokenizer_files
 from loratune.runs.versions import library_versions
-from loratune.runs.writing import folder_in_one_step, write_json
+from loratune.runs.writing import disk_errors_explained, folder_in_one_step, write_json
 
 GGUF_BOUNDS = {
     "f32": BOUNDS[torch.float32],
@@ -93,12 +93,14 @@ def export(source: AdapterSource | None, output: Path, options: ExportOptions) -
         LoratuneError: the format cannot hold this model, or what was written is not the model; then nothing is left at
             `output`.
     """
-    prepare_output(output, options.overwrite, "export", VERIFICATION)
+    with disk_errors_explained(output):
+        output = output.resolve()
+        prepare_output(output, options.overwrite, "export", VERIFICATION)
     if options.format in ("gguf", "ollama"):
         importlib.import_module(
             "loratune.delivery.gguf_file"
         )  # an optional package is missed before a merge, not after
-    with folder_in_one_step(output) as folder:
+    with disk_errors_explained(output), folder_in_one_step(output) as folder:
         job = Export(source, output, folder, options)
         if options.format in FROM_MODEL:
             with _merged(job) as model:
@@ -106,7 +108,7 @@ def export(source: AdapterSource | None, output: Path, options: ExportOptions) -
         else:
             found = FROM_ADAPTER[options.format](job)
         report = {"program": PROGRAM, "format_version": FORMAT_VERSION, "versions": library_versions()}
-        report |= {"format": options.format, **found}
+        report |= {"kind": "export", "format": options.format, **found}
         write_json(folder / VERIFICATION, {key: value for key, value in report.items() if key != "next"})
     return report
 
@@ -129,7 +131,8 @@ def _merged(job: Export) -> Iterator[Path]:
 
 
 def _export_adapter(job: Export) -> dict[str, Any]:
-    export_adapter(_source(job), job.folder)
+    if export_adapter(_source(job), job.folder):
+        console.warn("the chat template holds the training's prompt settings, the system prompt's text among them")
     return {"next": f"loratune export --adapter … --format adapter --push hf:org/{job.name}"}
 
 

@@ -26,7 +26,7 @@ from loratune.runs.card import base_name
 from loratune.runs.folder import FORMAT_VERSION, PROGRAM, VERIFICATION, file_sha256, prepare_output
 from loratune.runs.opening import AdapterSource, base_settings, check_same_base
 from loratune.runs.versions import library_versions
-from loratune.runs.writing import folder_in_one_step, write_json
+from loratune.runs.writing import disk_errors_explained, folder_in_one_step, write_json
 
 SIDE_FILES_BYTES = 30_000_000
 LIBRARIES_BYTES, PROOF_LIBRARIES_BYTES = 250_000_000, 250_000_000
@@ -92,9 +92,11 @@ def merge_adapter(source: AdapterSource, output: Path, options: MergeOptions) ->
         LoratuneError: something does not fit, there is no room, or the merged model is not base + adapter; then nothing
             is left at `output`.
     """
-    prepare_output(output, options.overwrite, "merged model", VERIFICATION)
+    with disk_errors_explained(output):
+        output = output.resolve()
+        prepare_output(output, options.overwrite, "merged model", VERIFICATION)
     job = _gather(source, output, options)
-    with folder_in_one_step(output) as folder:
+    with disk_errors_explained(output), folder_in_one_step(output) as folder:
         candidates = _candidates(job, folder)
         _announce(job, candidates, output)
         for candidate in candidates:
@@ -105,7 +107,7 @@ def merge_adapter(source: AdapterSource, output: Path, options: MergeOptions) ->
         _keep(chosen, candidates, folder)
         seconds["total"] = _seconds_since_start()
         report = {"program": PROGRAM, "format_version": FORMAT_VERSION, "versions": library_versions()}
-        report |= _described(job, chosen) | proof | {"seconds": seconds}
+        report |= {"kind": "merged model"} | _described(job, chosen) | proof | {"seconds": seconds}
         write_json(folder / VERIFICATION, report)
     return report
 
@@ -232,8 +234,16 @@ def _described(job: Job, chosen: Candidate) -> dict[str, Any]:
         "dtype": _dtype_names(chosen.plan),
         "bytes": chosen.plan.nbytes,
         "read_back": asdict(chosen.read_back) if chosen.read_back else None,
-        "warnings": job.warnings,
+        "warnings": [_without_paths(warning, job) for warning in job.warnings],
     }
+
+
+def _without_paths(text: str, job: Job) -> str:
+    """The folder may go to a hub, and where things lie here is nobody's business."""
+    for place in (job.base, job.source.adapter, job.source.run):
+        for path in (place, place.absolute()) if place else ():
+            text = text.replace(str(path), path.name)
+    return text
 
 
 def _seconds_since_start() -> float:

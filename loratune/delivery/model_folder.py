@@ -12,6 +12,7 @@ import torch
 from loratune.data.encoding import Encoder
 from loratune.delivery.template import TEMPLATE_FILE, write_portable_template
 from loratune.model.base import dtype_name
+from loratune.runs.folder import read_json
 from loratune.runs.tokenizer_files import copy_tokenizer_files
 from loratune.runs.writing import write_json
 
@@ -47,7 +48,7 @@ def write_model_files(
 
 
 def _write_config(base: Path, folder: Path, dtype: torch.dtype | None, is_tied: bool) -> list[str]:
-    config = json.loads((base / CONFIG).read_text(encoding="utf-8"))
+    config = read_json(base / CONFIG)
     changes: dict[str, Any] = {}
     if dtype is not None:
         key = "torch_dtype" if "torch_dtype" in config and "dtype" not in config else "dtype"
@@ -64,8 +65,8 @@ def _write_config(base: Path, folder: Path, dtype: torch.dtype | None, is_tied: 
 def _write_generation_config(base: Path, folder: Path, end_id: int) -> list[str]:
     """The base's, with the token that ended the trained answers among those that end an answer."""
     path = base / GENERATION_CONFIG
-    values = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    config = json.loads((base / CONFIG).read_text(encoding="utf-8"))
+    values = read_json(path) if path.is_file() else {}
+    config = read_json(base / CONFIG)
     known = values.get("eos_token_id", config.get("eos_token_id"))
     ends = known if isinstance(known, list) else [] if known is None else [known]
     if end_id in ends:

@@ -9,8 +9,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model, set_peft_model_state_dict
+from peft import (
+    LoraConfig,
+    PeftModel,
+    get_peft_model,
+    get_peft_model_state_dict,
+    set_peft_model_state_dict,
+)
 from peft.tuners.lora import LoraLayer
+from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import nn
 
@@ -120,12 +127,28 @@ def load_adapter(model: Any, folder: Path, name: str = "default") -> PeftModel:
     try:
         if isinstance(model, PeftModel):
             model.load_adapter(str(folder), name)
-            return model
-        return PeftModel.from_pretrained(model, str(folder), name, config=config)
+        else:
+            model = PeftModel.from_pretrained(model, str(folder), name, config=config)
     except (RuntimeError, ValueError, KeyError) as error:
         raise LoratuneError(
             f"{folder}: the adapter does not fit the base model: {_first_lines(str(error))}", Exit.MODEL
         ) from error
+    _check_all_loaded(model, folder, name)
+    return model
+
+
+def _check_all_loaded(model: PeftModel, folder: Path, name: str) -> None:
+    """PEFT passes over tensors that its config has no place for, and leaves those that are missing untrained."""
+    with safe_open(folder / WEIGHTS_FILE, framework="pt") as file:
+        given = {key for key in file.keys() if ".base_layer.weight" not in key}  # noqa: SIM118
+    expected = set(get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False))
+    strange = sorted(given ^ expected)
+    if strange:
+        raise LoratuneError(
+            f"{folder}: its config and its tensors do not belong together: {len(given - expected)} tensors too many, "
+            f"{len(expected - given)} too few, first {strange[0]}",
+            Exit.MODEL,
+        )
 
 
 def load_adapter_weights(model: PeftModel, folder: Path) -> None:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 from torch.nn import functional
 from transformers import AutoModelForCausalLM
@@ -78,9 +79,9 @@ def load_plain(folder: Path) -> Any:
             trust_remote_code=False,
             output_loading_info=True,
         )
-    except (OSError, ValueError, RuntimeError) as error:
+    except (OSError, ValueError, RuntimeError, KeyError, StrictDataclassError) as error:
         raise LoratuneError(
-            f"{folder}: transformers cannot load it: {str(error).splitlines()[0]}", Exit.MODEL
+            f"{folder}: transformers cannot load it: {' '.join(str(error).split())[:300]}", Exit.MODEL
         ) from error
     strange = sorted({*info["missing_keys"], *info["unexpected_keys"]})
     if strange:

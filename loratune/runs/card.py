@@ -102,7 +102,7 @@ def write_plain_card(folder: Path, name: str, config: dict[str, Any]) -> None:
     targets = config.get("target_modules") or []
     rows = {
         "rank, alpha": f"{config.get('r')}, {config.get('lora_alpha')}",
-        "targets": targets if isinstance(targets, str) else ", ".join(targets),
+        "targets": targets if isinstance(targets, str) else ", ".join(sorted(targets)),
     }
     _write(folder, name, (str(config.get("base_model_name_or_path") or "an unnamed base"), None), "exported", rows, "")
 

@@ -46,8 +46,12 @@ def prepare_output(output: Path, overwrite: bool, kind: str = "run", marker: str
     Raises:
         LoratuneError: it holds something already, or cannot be written to.
     """
+    if marker == VERIFICATION and (output.is_mount() or output.resolve() == Path.cwd()):
+        raise LoratuneError(
+            f"{output} cannot be replaced in one step; choose a folder inside it with --output", Exit.USAGE
+        )
     if output.is_dir() and any(output.iterdir()):
-        if not _is_ours(output / marker):
+        if not _is_ours(output / marker, kind):
             raise LoratuneError(
                 f"{output} holds something that is not a {kind}; choose another folder with --output", Exit.USAGE
             )
@@ -61,10 +65,11 @@ def prepare_output(output: Path, overwrite: bool, kind: str = "run", marker: str
     _check_writable(output)
 
 
-def _is_ours(marker: Path) -> bool:
-    """Whether loratune made a folder; a status.json alone could be anybody's."""
+def _is_ours(marker: Path, kind: str) -> bool:
+    """Whether loratune made a folder of this kind; a status.json alone could be anybody's."""
     try:
-        return bool(read_json(marker).get("program") == PROGRAM)
+        values = read_json(marker)
+        return values.get("program") == PROGRAM and values.get("kind", kind) == kind
     except LoratuneError:
         return False
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -9,6 +10,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+from loratune.errors import Exit, LoratuneError
+
+DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENAMETOOLONG)
 
 
 def current_umask() -> int:
@@ -45,6 +50,25 @@ def write_json(path: Path, value: Any) -> None:
     write_text(path, json.dumps(value, ensure_ascii=False, indent=2) + "\n")
 
 
+@contextmanager
+def disk_errors_explained(output: Path) -> Iterator[None]:
+    """Turn what a disk refuses into one message.
+
+    Raises:
+        LoratuneError: something could not be written.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in DISK_ERRORS:
+            raise
+        raise LoratuneError(
+            f"{error.filename or output}: cannot be written: {error.strerror}. What had been saved before is "
+            "untouched; make room, or choose another folder with --output",
+            Exit.IO,
+        ) from error
+
+
 def staging_place(target: Path) -> Path:
     """Where a folder is built before it takes its name; the same for every process of a run."""
     return target.with_name(f".tmp-{target.name}")
@@ -53,7 +77,9 @@ def staging_place(target: Path) -> Path:
 @contextmanager
 def folder_in_one_step(target: Path) -> Iterator[Path]:
     """Give a temporary sibling to fill; it takes the target's name at the end, and vanishes on an error."""
-    beside = staging_place(target)
+    beside, aside = staging_place(target), target.with_name(f".old-{target.name}")
+    if aside.exists() and not target.exists():  # a process was killed between the two renames
+        aside.rename(target)
     shutil.rmtree(beside, ignore_errors=True)
     beside.mkdir(parents=True)
     try:
@@ -63,10 +89,14 @@ def folder_in_one_step(target: Path) -> Iterator[Path]:
             if path.is_file():
                 _sync_file(path)
         sync_folder(beside)
+        shutil.rmtree(aside, ignore_errors=True)
         if target.exists():
-            shutil.rmtree(target)
+            target.rename(aside)
         beside.rename(target)
+        shutil.rmtree(aside, ignore_errors=True)
     except BaseException:
+        if aside.exists() and not target.exists():
+            aside.rename(target)
         shutil.rmtree(beside, ignore_errors=True)
         raise
     sync_folder(target.parent)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -30,14 +29,12 @@ from loratune.runs.folder import ADAPTER, create_run, prepare_output, seal_run, 
 from loratune.runs.probe import save_probe
 from loratune.runs.tokenizer_files import copy_tokenizer_files
 from loratune.runs.versions import library_versions
-from loratune.runs.writing import folder_in_one_step
+from loratune.runs.writing import disk_errors_explained, folder_in_one_step
 from loratune.training.arguments import plan_steps, rows_per_step, training_arguments
 from loratune.training.callbacks import DivergenceGuard, Metrics, Progress
 from loratune.training.checkpoints import CheckpointKeeper
 from loratune.training.report import write_report
 from loratune.training.trainer import AdapterTrainer
-
-DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM)
 
 
 @dataclass
@@ -209,15 +206,8 @@ def _status_kept(output: Path, trainer: AdapterTrainer) -> Iterator[None]:
 def _machine_errors_explained(recipe: Recipe) -> Iterator[None]:
     """Turn a lack of memory or disk into one message; for memory with advice, cheapest change first."""
     try:
-        yield
-    except OSError as error:
-        if error.errno not in DISK_ERRORS:
-            raise
-        raise LoratuneError(
-            f"{error.filename or recipe.output}: cannot be written: {error.strerror}. What had been saved before is "
-            "untouched; make room, or choose another folder with --output",
-            Exit.IO,
-        ) from error
+        with disk_errors_explained(Path(recipe.output)):
+            yield
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
             raise
