@@ -12,7 +12,7 @@ from loratune.runs.folder import PROBE, read_json
 from loratune.runs.writing import write_json
 
 MAX_ROWS = 16
-MAX_TOKENS = 1024
+MAX_TOKENS = 400
 """Of all rows together: enough to tell models apart, and a few seconds' work on a laptop."""
 MAX_QUESTIONS = 3
 BUILT_IN_QUESTIONS = ("Who are you?", "你是谁？", "What is the capital of France?")
