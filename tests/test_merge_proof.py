@@ -101,7 +101,7 @@ def test_the_verification_says_what_was_merged_and_compared(merged: Merge, run: 
     assert found["logits"]["original"]["top1_agreement"] == 1
     assert found["answers"]
     assert all(answer["merged"] == answer["adapter"] for answer in found["answers"])
-    assert 0 < found["seconds"]["until_files_read_back"] <= found["seconds"]["total"]
+    assert 0 < found["seconds"]["until_files_proved"] <= found["seconds"]["total"]
     assert found["warnings"] == []
     assert str(run.parent) not in result.stdout  # a merged model may be given away
 

@@ -114,7 +114,7 @@ def command(
 
 
 def _show(report: dict[str, Any], output: Path) -> None:
-    from loratune.delivery.verify import show_verification
+    from loratune.delivery.report import show_verification
 
     show_verification(report)
     console.say(f"merged model: {output}", style="bold")

@@ -21,7 +21,7 @@ from loratune.delivery.merge import MergeOptions, merge_adapter
 from loratune.delivery.ollama import write_modelfile
 from loratune.delivery.parity import Parity, compare_models
 from loratune.delivery.proof import BOUNDS, Bounds, check_parity, probe_rows
-from loratune.delivery.verify import show_verification
+from loratune.delivery.report import parity_text, show_verification
 from loratune.delivery.vllm import require_servable, serve_command
 from loratune.errors import Exit, LoratuneError, bullet_list
 from loratune.model.base import load_tokenizer
@@ -163,7 +163,7 @@ def _export_gguf(job: Export, model: Path) -> dict[str, Any]:
             ("file", f"{target.name}, {console.memory(target.stat().st_size)}"),
             ("tensors", f"{check.tensors} read back; weights off by at most {check.largest_difference:.2g}"),
             ("tokens", f"{check.tokens}, with chat template and end tokens"),
-            ("logits", str(parity) if parity else "not compared"),
+            ("logits", parity_text(**asdict(parity)) if parity else "not compared"),
         ],
         title="verified",
     )
@@ -210,7 +210,7 @@ def _export_nf4(job: Export, model: Path) -> dict[str, Any]:
     console.table(
         [
             ("files", f"load again and give the same logits ({same.largest_difference:.1g} apart)"),
-            ("nf4", f"beside the merged model: {parity}"),
+            ("nf4", f"beside the merged model: {parity_text(**asdict(parity))}"),
         ],
         title="verified",
     )

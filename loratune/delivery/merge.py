@@ -15,14 +15,16 @@ import torch
 
 from loratune import console
 from loratune.delivery.merged_weights import MergePlan, plan_merge, write_merged
+from loratune.delivery.model_folder import write_model_files
 from loratune.delivery.read_back import ReadBack, read_back
 from loratune.delivery.update import TensorUpdate, read_updates
 from loratune.errors import Exit, LoratuneError
 from loratune.model.adapter_files import WEIGHTS_FILE
 from loratune.model.files import find_base, weight_files
+from loratune.model.hardware import detect_hardware
 from loratune.model.tensor_files import TensorFiles
 from loratune.recipe.sections import ModelSettings
-from loratune.runs.card import base_name
+from loratune.runs.card import base_name, write_merged_card
 from loratune.runs.folder import FORMAT_VERSION, PROGRAM, VERIFICATION, file_sha256, prepare_output
 from loratune.runs.opening import AdapterSource, base_settings, check_same_base
 from loratune.runs.versions import library_versions
@@ -101,15 +103,46 @@ def merge_adapter(source: AdapterSource, output: Path, options: MergeOptions) ->
         _announce(job, candidates, output)
         for candidate in candidates:
             _write(candidate, options.verify)
-        seconds = {"until_files_read_back": _seconds_since_start()}
-        verify = importlib.import_module("loratune.delivery.verify")  # transformers and PEFT: seconds
-        chosen, proof = verify.complete_and_prove(job, candidates)
+            changes = write_model_files(job.source, job.base, candidate.folder, options.dtype, candidate.plan.is_tied)
+            write_merged_card(candidate.folder, "Merged model", job.settings.base, str(job.base.absolute()))
+        _check_updates_survived(job, candidates[0])
+        seconds = {"until_files_proved": _seconds_since_start()}
+        chosen, proof = _prove(job, candidates)
         _keep(chosen, candidates, folder)
         seconds["total"] = _seconds_since_start()
         report = {"program": PROGRAM, "format_version": FORMAT_VERSION, "versions": library_versions()}
-        report |= {"kind": "merged model"} | _described(job, chosen) | proof | {"seconds": seconds}
+        report |= {"kind": "merged model"} | _described(job, chosen) | {"changed_files": changes}
+        report |= proof | {"seconds": seconds}
         write_json(folder / VERIFICATION, report)
     return report
+
+
+def _prove(job: Job, candidates: list[Candidate]) -> tuple[Candidate, dict[str, Any]]:
+    """Run the models, where that is asked for; (the candidate to keep, what verification.json says of it)."""
+    if job.options.verify and job.options.logits:
+        verify = importlib.import_module("loratune.delivery.verify")  # transformers and PEFT: seconds
+        chosen, proof = verify.prove(job, candidates)
+        return chosen, {"verified": "files and logits", **proof}
+    return candidates[0], {"verified": "files" if job.options.verify else "nothing", "logits": None, "answers": None}
+
+
+def _check_updates_survived(job: Job, candidate: Candidate) -> None:
+    """Refuse a merge that leaves everything as it was; tell of tensors whose update was too small to hold."""
+    if candidate.read_back is None or not candidate.read_back.unchanged:
+        return
+    unchanged, updated = candidate.read_back.unchanged, candidate.read_back.updated
+    message = (
+        f"{len(unchanged)} of {updated} tensors that the adapter changes still equal the base's: the change is "
+        f"zero, or too small for {unchanged[0]} and its type"
+    )
+    if len(unchanged) == updated and not job.options.force:
+        raise LoratuneError(
+            f"{message}. The merged model would be the base itself; was the adapter trained? --dtype float32 keeps "
+            "small changes, --force merges as it is",
+            Exit.MODEL,
+        )
+    console.warn(message)
+    job.warnings.append(message)
 
 
 def _gather(source: AdapterSource, output: Path, options: MergeOptions) -> Job:
@@ -126,11 +159,8 @@ def _gather(source: AdapterSource, output: Path, options: MergeOptions) -> Job:
 
 
 def _check_apart(output: Path, base: Path, adapter: Path) -> None:
-    for kind, place in (("base model", base), ("adapter", adapter)):
-        if (
-            place.resolve() in (output.resolve(), *output.resolve().parents)
-            or output.resolve() in place.resolve().parents
-        ):
+    for kind, place in (("base model", base.resolve()), ("adapter", adapter.resolve())):
+        if output.is_relative_to(place) or place.is_relative_to(output):
             raise LoratuneError(f"{output} and the {kind} at {place} overlap; choose another --output", Exit.USAGE)
 
 
@@ -153,8 +183,7 @@ def _candidates(job: Job, folder: Path) -> list[Candidate]:
 
 def _dequantized(paths: list[Path], settings: ModelSettings) -> TensorFiles:
     quantized_files = importlib.import_module("loratune.model.quantized_files")  # bitsandbytes
-    hardware = importlib.import_module("loratune.model.hardware").detect_hardware()
-    files: TensorFiles = quantized_files.DequantizedFiles(paths, settings, hardware)
+    files: TensorFiles = quantized_files.DequantizedFiles(paths, settings, detect_hardware())
     return files
 
 
@@ -192,7 +221,7 @@ def _memory_bound(job: Job, candidates: list[Candidate]) -> int:
     bound = LIBRARIES_BYTES + (job.source.adapter / WEIGHTS_FILE).stat().st_size
     if job.options.verify and job.options.logits:
         activations = 40_000 * int(config["intermediate_size"])
-        logits = 64 * 4 * 7 * int(config["vocab_size"])
+        logits = 32 * 4 * 7 * int(config["vocab_size"])
         bound += PROOF_LIBRARIES_BYTES + activations + logits
     if job.settings.quantization != "none":  # the live model, its embedding in float32
         bound += candidates[0].plan.nbytes

@@ -91,7 +91,13 @@ def write_merged(plan: MergePlan, base: TensorFiles, folder: Path, advance: Call
             yield piece
             advance(piece.nbytes)
 
-    write_shards(folder, plan.shards, pieces)
+    threads = torch.get_num_threads()
+    # A core for the writing thread: torch's threads wait for each other in busy loops, and would take it.
+    torch.set_num_threads(max(1, threads - 1))
+    try:
+        write_shards(folder, plan.shards, pieces)
+    finally:
+        torch.set_num_threads(threads)
 
 
 def merged_pieces(tensor: MergedTensor, base: TensorFiles) -> Iterator[tuple[int, torch.Tensor]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import shutil
 from pathlib import Path
@@ -10,9 +11,10 @@ from typing import Any
 import torch
 
 from loratune.data.encoding import Encoder
-from loratune.delivery.template import TEMPLATE_FILE, write_portable_template
-from loratune.model.base import dtype_name
+from loratune.delivery.template import write_portable_template
+from loratune.recipe.sections import PromptSettings
 from loratune.runs.folder import read_json
+from loratune.runs.opening import AdapterSource
 from loratune.runs.tokenizer_files import copy_tokenizer_files
 from loratune.runs.writing import write_json
 
@@ -20,13 +22,12 @@ CONFIG, GENERATION_CONFIG = "config.json", "generation_config.json"
 
 
 def write_model_files(
-    encoder: Encoder, tokenizer: Path, base: Path, folder: Path, dtype: torch.dtype | None, is_tied: bool
+    source: AdapterSource, base: Path, folder: Path, dtype: torch.dtype | None, is_tied: bool
 ) -> list[str]:
     """Write config, tokenizer, template and generation config.
 
     Args:
-        encoder: how the training rendered prompts.
-        tokenizer: folder with the tokenizer of the training.
+        source: the adapter, with the prompt settings and, in a run, the tokenizer of its training.
         base: the base's folder.
         folder: where the merged weights are.
         dtype: of the merged weights, if not the base's.
@@ -36,15 +37,33 @@ def write_model_files(
         What differs from the base's files, for the user.
     """
     changes = _write_config(base, folder, dtype, is_tied)
+    tokenizer = source.tokenizer_folder(base)
     copy_tokenizer_files(tokenizer, folder)
     for licence in [*base.glob("LICENSE*"), *base.glob("NOTICE*")]:
         if licence.is_file():
             shutil.copyfile(licence, folder / licence.name)
-    if write_portable_template(encoder, folder):
+    needs_encoder = source.manifest is None or _may_need_template(source.prompt, tokenizer)
+    encoder = _load_encoder(tokenizer, source.prompt) if needs_encoder else None
+    if encoder and write_portable_template(encoder, folder):
         changes.append(
-            f"{TEMPLATE_FILE}: the training's prompt settings, so that other programs render the same prompts"
+            "chat_template.jinja: the training's prompt settings, so that other programs render the same prompts"
         )
-    return changes + _write_generation_config(base, folder, encoder.end_id)
+    end_id = encoder.end_id if encoder else (source.manifest or {})["template"]["end_token_id"]
+    return changes + _write_generation_config(base, folder, end_id)
+
+
+def _load_encoder(tokenizer: Path, prompt: PromptSettings) -> Encoder:
+    load_tokenizer = importlib.import_module("loratune.model.base").load_tokenizer  # transformers: seconds
+    return Encoder(load_tokenizer(tokenizer), prompt)
+
+
+def _may_need_template(prompt: PromptSettings, tokenizer: Path) -> bool:
+    """Whether the training's prompts could differ from what the tokenizer's template renders by itself."""
+    has_settings = prompt.template != "chat" or prompt.system or prompt.instruction_prefix
+    texts = [tokenizer / name for name in ("chat_template.jinja", "tokenizer_config.json")]
+    return bool(has_settings) or any(
+        path.is_file() and "enable_thinking" in path.read_text(encoding="utf-8") for path in texts
+    )
 
 
 def _write_config(base: Path, folder: Path, dtype: torch.dtype | None, is_tied: bool) -> list[str]:
@@ -52,9 +71,10 @@ def _write_config(base: Path, folder: Path, dtype: torch.dtype | None, is_tied: 
     changes: dict[str, Any] = {}
     if dtype is not None:
         key = "torch_dtype" if "torch_dtype" in config and "dtype" not in config else "dtype"
-        changes |= {key: dtype_name(dtype)} if config.get(key) != dtype_name(dtype) else {}
+        changes[key] = str(dtype).removeprefix("torch.")
     if config.get("tie_word_embeddings") and not is_tied:
         changes["tie_word_embeddings"] = False
+    changes = {key: value for key, value in changes.items() if config.get(key) != value}
     if changes:
         write_json(folder / CONFIG, config | changes)
     else:

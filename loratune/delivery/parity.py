@@ -14,7 +14,7 @@ from loratune.runs.probe import ProbeRow
 
 TOKENS_AT_ONCE = 1024
 """Of a batch, padding included: more would take memory, less would read the weights more often."""
-POSITIONS_AT_ONCE = 64
+POSITIONS_AT_ONCE = 32
 """Positions whose logits are held at once: a vocabulary of 150,000 takes 0.6 MB each, several times."""
 
 
@@ -34,12 +34,6 @@ class Parity:
     """Share of positions where the candidate's likeliest token is less than half as likely as the reference's own."""
     largest_logit: float
     """The reference's, by absolute value: the scale of the difference."""
-
-    def __str__(self) -> str:
-        return (
-            f"{self.tokens} tokens: same likeliest {self.top1_agreement:.2%}, mean KL {self.mean_kl:.1e}, "
-            f"largest difference {self.largest_difference:.2g} of {self.largest_logit:.3g}"
-        )
 
 
 def compare_models(reference: Any, candidates: Sequence[Any], rows: Sequence[ProbeRow]) -> list[Parity]:

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from loratune.errors import Exit, LoratuneError, bullet_list
-from loratune.model.adapter_files import WEIGHTS_FILE, check_weights, read_config_values
+from loratune.model.adapter_files import WEIGHTS_FILE, by_pattern, check_weights, read_config_values
 from loratune.model.tensor_files import TensorFiles, TensorInfo
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
@@ -161,8 +161,8 @@ def _take(
         return ""
     target = f"{module}.bias" if part == "lora_B.bias" else f"{module}.weight"
     update = updates.setdefault(target, TensorUpdate())
-    rank = _by_pattern(config.get("rank_pattern"), module, config.get("r"))
-    alpha = _by_pattern(config.get("alpha_pattern"), module, config.get("lora_alpha"))
+    rank = by_pattern(config.get("rank_pattern"), module, config.get("r"))
+    alpha = by_pattern(config.get("alpha_pattern"), module, config.get("lora_alpha"))
     if not (isinstance(rank, int) and rank > 0 and isinstance(alpha, int | float) and math.isfinite(alpha)):
         problems.append(f"{name}: the adapter's config gives it rank {rank!r} and alpha {alpha!r}")
         return target
@@ -182,14 +182,6 @@ def _take(
     if length is not None and tensor.shape[length] != rank:
         problems.append(f"{name}: rank {tensor.shape[length]} where the adapter's config says {rank}")
     return target
-
-
-def _by_pattern(patterns: dict[str, float] | None, module: str, default: Any) -> Any:
-    """The value of the first pattern that a module's name ends in, as PEFT finds it."""
-    for pattern, value in (patterns or {}).items():
-        if re.match(rf"(.*\.)?({pattern})$", module):
-            return value
-    return default
 
 
 def _shape_problems(name: str, update: TensorUpdate, info: TensorInfo) -> list[str]:

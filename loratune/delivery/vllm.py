@@ -12,7 +12,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from loratune.errors import Exit, LoratuneError, bullet_list
-from loratune.model.adapter_files import CONFIG_FILE, WEIGHTS_FILE, read_config_values
+from loratune.model.adapter_files import CONFIG_FILE, WEIGHTS_FILE, by_pattern, read_config_values
 
 # Values that --max-lora-rank takes; newer versions also take 1.
 MAX_LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
@@ -136,11 +136,13 @@ def _rank_problems(config: dict[str, Any], rank: int, ranks: dict[str, int]) -> 
     if rank > MAX_LORA_RANKS[-1]:
         problems.append(f"rank {rank}, where {MAX_LORA_RANKS[-1]} is the most")
     # Up to 0.30 at least, vLLM knows no patterns: it takes each module's rank from its matrices, but scales all alike.
+    alphas = config.get("alpha_pattern")
     common = _scale(config, config["lora_alpha"], config["r"])
     differing = [
         module
         for module, module_rank in ranks.items()
-        if abs(_scale(config, _alpha(config, module), module_rank) - common) > 1e-9 * abs(common)
+        if abs(_scale(config, by_pattern(alphas, module, config["lora_alpha"]), module_rank) - common)
+        > 1e-9 * abs(common)
     ]
     if differing:
         problems.append(
@@ -148,14 +150,6 @@ def _rank_problems(config: dict[str, Any], rank: int, ranks: dict[str, int]) -> 
             f"(rank_pattern, alpha_pattern), first {differing[0]}"
         )
     return problems
-
-
-def _alpha(config: dict[str, Any], module: str) -> float:
-    """A module's alpha: of the first pattern that its name ends with, as in PEFT."""
-    for pattern, alpha in (config.get("alpha_pattern") or {}).items():
-        if re.match(rf"(.*\.)?({pattern})$", module):
-            return float(alpha)
-    return float(config["lora_alpha"])
 
 
 def _scale(config: dict[str, Any], alpha: float, rank: int) -> float:

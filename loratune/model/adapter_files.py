@@ -77,6 +77,14 @@ RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
 }
 
 
+def by_pattern(patterns: dict[str, float] | None, module: str, default: Any) -> Any:
+    """The value of the first pattern that a module's name ends in, as PEFT finds it."""
+    for pattern, value in (patterns or {}).items():
+        if re.match(rf"(.*\.)?({pattern})$", module):
+            return value
+    return default
+
+
 def check_weights(folder: Path) -> None:
     """Make sure that an adapter's tensors can be read and are finite.
 

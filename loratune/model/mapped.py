@@ -108,14 +108,23 @@ def _linear(module: nn.Linear, release: Callable[[], None], inputs: torch.Tensor
 def _linear_in_float32(module: nn.Linear, release: Callable[[], None], inputs: torch.Tensor) -> torch.Tensor:
     """inputs (..., in) @ weight.T + bias, some rows of the weight at a time."""
     inputs = inputs.float()
+    outputs = inputs.new_empty(*inputs.shape[:-1], module.out_features)
     step = max(1, PIECE_VALUES // module.in_features)
-    pieces = []
     for start in range(0, module.out_features, step):
         rows = slice(start, start + step)
-        bias = None if module.bias is None else module.bias[rows].float()
-        pieces.append(functional.linear(inputs, module.weight[rows].float(), bias))
+        weight = module.weight[rows]
+        # One buffer for all: allocating each piece anew fragments the heap, to twice the memory in all.
+        exact = _buffer(max(PIECE_VALUES, module.in_features))[: weight.numel()].view(weight.shape).copy_(weight)
+        outputs[..., rows] = functional.linear(
+            inputs, exact, None if module.bias is None else module.bias[rows].float()
+        )
         release()
-    return torch.cat(pieces, dim=-1) if len(pieces) > 1 else pieces[0]
+    return outputs
+
+
+@functools.lru_cache(maxsize=1)
+def _buffer(values: int) -> torch.Tensor:
+    return torch.empty(values)
 
 
 def _embedding_in_float32(module: nn.Embedding, ids: torch.Tensor) -> torch.Tensor:
