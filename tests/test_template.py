@@ -240,7 +240,6 @@ def test_the_config_says_what_has_changed_and_nothing_else(random_qwen: Path, tm
     config = json.loads((base / "config.json").read_text())
     config[key] = config.pop("dtype")
     (base / "config.json").write_text(json.dumps(config))
-    encoder = Encoder(load_tokenizer(base), PromptSettings())
     (tmp_path / "merged").mkdir()
     write_model_files(AdapterSource(base, None, None, None), base, tmp_path / "merged", torch.bfloat16, is_tied=False)
     found = json.loads((tmp_path / "merged" / "config.json").read_text())
