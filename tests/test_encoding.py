@@ -12,8 +12,8 @@ from conftest import TINY_QWEN
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from loratune.data.conversation import Conversation, Message
 from loratune.data.encoding import IGNORED, Encoder, Example
-from loratune.data.formats import Conversation, Message
 from loratune.errors import Exit, LoratuneError
 from loratune.recipe.sections import PromptSettings
 

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from loratune.data.formats import read_alpaca
+from loratune.data.formats import read_conversations
 from loratune.data.sources import Row
 from loratune.errors import Exit, LoratuneError
 
@@ -19,13 +19,13 @@ def rows_of(*values: Any) -> list[Row]:
 
 def turns(value: dict[str, Any], placeholders: dict[str, str] | None = None) -> list[tuple[str, str]]:
     """The conversation of one row as (role, content)."""
-    (conversation,) = read_alpaca(rows_of(value), placeholders or {})
+    (conversation,) = read_conversations(rows_of(value), placeholders or {})
     return [(message["role"], message["content"]) for message in conversation.messages]
 
 
 def refusal(*values: Any, placeholders: dict[str, str] | None = None) -> str:
     with pytest.raises(LoratuneError) as caught:
-        read_alpaca(rows_of(*values), placeholders or {})
+        read_conversations(rows_of(*values), placeholders or {})
     assert caught.value.exit_code == Exit.DATA
     return str(caught.value)
 
@@ -85,7 +85,10 @@ def test_texts_are_taken_to_the_letter() -> None:
 
 def test_a_conversation_keeps_the_place_of_its_row() -> None:
     rows = rows_of({"instruction": "a", "output": "b"}, {"instruction": "c", "output": "d"})
-    assert [conversation.place for conversation in read_alpaca(rows, {})] == ["rows.json row 1", "rows.json row 2"]
+    assert [conversation.place for conversation in read_conversations(rows, {})] == [
+        "rows.json row 1",
+        "rows.json row 2",
+    ]
 
 
 # --- what is refused ---
@@ -178,7 +181,7 @@ KEYS = ("instruction", "input", "output", "system", "history")
 @given(ANYTHING | st.fixed_dictionaries({}, optional=dict.fromkeys(KEYS, ANYTHING | TEXTS)))
 def test_any_row_is_refused_or_becomes_turns_of_texts_that_can_be_written(value: Any) -> None:
     try:
-        (conversation,) = read_alpaca(rows_of(value), {"name": "x", "author": "y"})
+        (conversation,) = read_conversations(rows_of(value), {"name": "x", "author": "y"})
     except LoratuneError:
         return
     roles = [message["role"] for message in conversation.messages]

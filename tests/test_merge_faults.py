@@ -227,6 +227,7 @@ class Wait:
 
     def __call__(self) -> None:
         def wait(*_: Any) -> None:
+            signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job has it ignored
             self.mark.touch()
             time.sleep(60)
 

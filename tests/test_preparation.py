@@ -11,7 +11,7 @@ import pytest
 from conftest import ROWS, TINY_QWEN
 
 from loratune.data.encoding import IGNORED, Encoder
-from loratune.data.formats import read_alpaca
+from loratune.data.formats import read_conversations
 from loratune.data.preparation import PreparedData, encode_data, read_data
 from loratune.data.sources import Row
 from loratune.errors import Exit, LoratuneError
@@ -44,7 +44,7 @@ def refusal(encoder: Encoder, **data: Any) -> str:
 
 def encoded(encoder: Encoder, rows: list[dict[str, Any]]) -> list[list[int]]:
     """Ids of one-turn rows, each encoded by itself."""
-    conversations = read_alpaca([Row(row, "") for row in rows], {})
+    conversations = read_conversations([Row(row, "") for row in rows], {})
     return [encoder.encode(conversation)[0].input_ids for conversation in conversations]
 
 
@@ -136,7 +136,8 @@ def test_rows_that_are_too_long_are_left_out_counted_and_named(encoder: Encoder,
     path = write_rows(tmp_path / "rows.json", [ROWS[0], LONG, ROWS[1], *[LONG] * 6])
     prepared = prepare(encoder, train=[path], validation=0.0)
     assert ids(prepared.train) == encoded(encoder, ROWS[:2])
-    (warning,) = prepared.warnings
+    repeated, warning = prepared.warnings
+    assert repeated.startswith("6 of 9 training rows are repetitions:\n")
     length = len(encoded(encoder, [LONG])[0])
     assert warning.startswith("7 of 9 training rows (77.8%) are longer than training.max_length 256 and left out:\n")
     assert [f"{path} row {number}: {length} tokens" in warning for number in range(1, 10)] == [
@@ -219,3 +220,16 @@ def test_a_file_that_cannot_be_opened_is_a_failure_of_the_disk(
     with pytest.raises(LoratuneError, match="Is a directory") as caught:
         prepare(encoder, train=[str(rows_file), str(folder)])
     assert caught.value.exit_code == Exit.IO
+
+
+def test_rows_that_repeat_and_rows_that_are_in_validation_too_are_told(tmp_path: Path) -> None:
+    rows = [{"instruction": f"{n}", "output": f"{n}"} for n in (1, 2, 1, 3, 1)]
+    (tmp_path / "train.json").write_text(json.dumps(rows))
+    (tmp_path / "held.json").write_text(json.dumps([rows[3], {"instruction": "9", "output": "9"}]))
+    settings = DataSettings(train=[str(tmp_path / "train.json")], validation=[str(tmp_path / "held.json")])
+    repeated, shared = read_data(settings, seed=0).warnings
+    assert "2 of 5 training rows are repetitions" in repeated
+    assert f"{tmp_path}/train.json row 5: the same as {tmp_path}/train.json row 1" in repeated
+    assert "1 of 2 validation rows are training rows too" in shared
+    assert f"{tmp_path}/held.json row 1: the same as {tmp_path}/train.json row 4" in shared
+    assert read_data(settings.model_copy(update={"train": [str(tmp_path / "held.json")]}), seed=0).warnings != []

@@ -15,8 +15,8 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from loratune.data.conversation import Conversation, Message
 from loratune.data.encoding import Encoder
-from loratune.data.formats import Conversation, Message
 from loratune.model.base import load_tokenizer
 from loratune.recipe.loading import SHIPPED
 from loratune.recipe.sections import PromptSettings

@@ -16,8 +16,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
+from loratune.data.conversation import Message
 from loratune.data.encoding import Encoder
-from loratune.data.formats import Message
 from loratune.delivery.model_folder import write_model_files
 from loratune.delivery.template import write_portable_template
 from loratune.errors import Exit, LoratuneError

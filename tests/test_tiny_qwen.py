@@ -11,7 +11,7 @@ from conftest import TINY_QWEN
 from transformers import AutoTokenizer
 from typer.testing import Result
 
-from loratune.data.formats import Message
+from loratune.data.conversation import Message
 from loratune.generation.engine import Engine, Sampling, load_engine
 
 ROOT = Path(__file__).resolve().parent.parent

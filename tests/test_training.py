@@ -22,7 +22,7 @@ from typer.testing import Result
 
 from loratune.console import printable
 from loratune.data.encoding import IGNORED, Encoder
-from loratune.data.formats import read_alpaca
+from loratune.data.formats import read_conversations
 from loratune.data.sources import Row
 from loratune.errors import Exit
 from loratune.model.base import load_tokenizer
@@ -78,7 +78,7 @@ def mean_loss(model: Any, rows: list[dict[str, str]], tokenizer: Any) -> float:
     """Loss per answer token by full logits and plain cross-entropy, a row at a time."""
     encoder = Encoder(tokenizer, PromptSettings())
     total, count = 0.0, 0
-    for conversation in read_alpaca([Row(row, "") for row in rows], {}):
+    for conversation in read_conversations([Row(row, "") for row in rows], {}):
         (example,) = encoder.encode(conversation)
         labels = torch.tensor(example.labels)
         with torch.no_grad():

@@ -13,7 +13,7 @@ from typing import Any
 
 from jinja2 import TemplateError
 
-from loratune.data.formats import Conversation, Message
+from loratune.data.conversation import Conversation, Message
 from loratune.errors import Exit, LoratuneError
 from loratune.recipe.sections import PromptSettings
 
@@ -108,7 +108,11 @@ class Encoder:
             conversation: what was said.
             train_on: `all` answers, or the `last` one.
         """
-        turns = [place for place, message in enumerate(conversation.messages) if message["role"] == "assistant"]
+        turns = [
+            place
+            for place, message in enumerate(conversation.messages)
+            if message["role"] == "assistant" and place not in conversation.untrained
+        ]
         examples: list[Example] = []
         for place in turns if train_on == "all" else turns[-1:]:
             prompt = self.prompt_ids(conversation.messages[:place])

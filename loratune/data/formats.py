@@ -1,72 +1,126 @@
-"""Alpaca rows → conversations; every row is checked, and all problems are told at once."""
+"""Rows → conversations, whatever format a file is in; every row is checked, and all problems are told at once."""
 
 from __future__ import annotations
 
 import re
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, TypedDict
+from typing import Any
 
+from loratune.data import alpaca, chat_rows
+from loratune.data.conversation import Conversation, Message, kind_of
 from loratune.data.sources import Row
 from loratune.errors import Exit, LoratuneError, bullet_list
 
 PLACEHOLDER = re.compile(r"\{\{\s*(\w+)\s*\}\}")
 # The two placeholders that published identity data uses; others may be meant literally.
 MUST_BE_FILLED = ("name", "author")
-ROW_KEYS = ("instruction", "input", "output", "system", "history")
-
-
-class Message(TypedDict):
-    """One turn, in the form that chat templates take."""
-
-    role: Literal["system", "user", "assistant"]
-    content: str
 
 
 @dataclass(frozen=True)
-class Conversation:
-    """Alternating user and assistant messages, a system message first if there is one; ends with an answer."""
+class Format:
+    """How one kind of row is read."""
 
-    messages: tuple[Message, ...]
-    place: str
-    """Where the row stands, for messages."""
+    name: str
+    keys: tuple[str, ...]
+    """A file whose first row has them is in this format."""
+    needs: str
+    """What its rows have to hold, for an error."""
+    problems: Callable[[dict[str, Any]], list[str]]
+    messages: Callable[[dict[str, Any]], list[Message]]
+    untrained: Callable[[dict[str, Any]], frozenset[int]] = lambda _: frozenset()
+    columns: Mapping[str, str] | None = None
+    """Its names of Alpaca's columns, for pairs that are called something else."""
 
 
-def read_alpaca(rows: list[Row], placeholders: dict[str, str]) -> list[Conversation]:
-    """Turn Alpaca rows (instruction, input, output, system, history) into conversations.
+ALPACA = Format("alpaca", ("instruction",), alpaca.NEEDS, alpaca.problems, alpaca.messages)
+FORMATS = (
+    Format(
+        "messages", ("messages",), chat_rows.MESSAGES_NEED, chat_rows.problems_of_messages, chat_rows.from_messages,
+        chat_rows.untrained_messages,
+    ),
+    Format(
+        "sharegpt", ("conversations",), chat_rows.SHAREGPT_NEEDS, chat_rows.problems_of_sharegpt,
+        chat_rows.from_sharegpt,
+    ),
+    ALPACA,
+    Format(
+        "prompt and completion", ("prompt", "completion"), "each row needs the texts 'prompt' and 'completion'",
+        alpaca.problems, alpaca.messages, columns={"instruction": "prompt", "output": "completion"},
+    ),
+    Format(
+        "query and response", ("query", "response"), "each row needs the texts 'query' and 'response'",
+        alpaca.problems, alpaca.messages, columns={"instruction": "query", "output": "response"},
+    ),
+)  # fmt: skip
 
-    Instruction and input are joined by a newline. `{{name}}` in any text becomes the placeholder's value.
+
+def read_conversations(
+    rows: list[Row], placeholders: Mapping[str, str], columns: Mapping[str, str] | None = None
+) -> list[Conversation]:
+    """Turn the rows of a file into conversations.
+
+    `{{name}}` in any text becomes the placeholder's value.
+
+    Args:
+        rows: of one file, all in the format of the first.
+        placeholders: name → value.
+        columns: name that a format knows → name in the file.
 
     Raises:
         LoratuneError: with the places of all rows that do not fit.
     """
+    kind = detect_format(rows, columns)
     fill = _Filler(placeholders)
     conversations, problems = [], []
     for row in rows:
-        found = _problems(row.value)
+        value = _renamed(_renamed(row.value, columns), kind.columns)
+        is_object = isinstance(value, dict)
+        found = kind.problems(value) if is_object else [f"is {kind_of(value)}, not an object"]
         if found:
-            problems.append(f"{row.place}: {'; '.join(found)}")
+            problems.append(f"{row.place}: {'; '.join(_in_file_s_words(problem, kind) for problem in found)}")
         else:
-            conversations.append(Conversation(tuple(_messages(row.value, fill)), row.place))
+            turns = tuple(_filled(message, fill) for message in kind.messages(value))
+            conversations.append(Conversation(turns, row.place, kind.untrained(value)))
     if problems:
         raise LoratuneError(
             f"{len(problems)} of {len(rows)} rows cannot be trained on:\n{bullet_list(problems, limit=5)}\n"
-            "each row needs the texts 'instruction' and 'output'; mend or remove these rows",
+            f"{kind.needs}; mend or remove these rows",
             Exit.DATA,
         )
-    if fill.missing:
-        flags = " ".join(f"--data.placeholders {name}=…" for name in sorted(fill.missing))
-        raise LoratuneError(
-            f"rows hold {', '.join('{{' + name + '}}' for name in sorted(fill.missing))}; "
-            f"give values in data.placeholders, or as {flags}",
-            Exit.DATA,
-        )
+    fill.check()
     return conversations
+
+
+def detect_format(rows: list[Row], columns: Mapping[str, str] | None = None) -> Format:
+    """The format of a file's first row; Alpaca if it looks like none, whose errors say what is missing."""
+    first = _renamed(rows[0].value, columns) if rows else None
+    keys = first.keys() if isinstance(first, dict) else set()
+    return next((kind for kind in FORMATS if all(key in keys for key in kind.keys)), ALPACA)
+
+
+def _renamed(value: Any, columns: Mapping[str, str] | None) -> Any:
+    """A row under the names that a format knows."""
+    if not isinstance(value, dict) or not columns:
+        return value
+    rest = {key: inner for key, inner in value.items() if key not in columns.values()}
+    return rest | {known: value[own] for known, own in columns.items() if own in value}
+
+
+def _in_file_s_words(problem: str, kind: Format) -> str:
+    for known, own in (kind.columns or {}).items():
+        problem = problem.replace(f"'{known}'", f"'{own}'")
+    return problem
+
+
+def _filled(message: Message, fill: _Filler) -> Message:
+    return {"role": message["role"], "content": fill(message["content"])}
 
 
 class _Filler:
     """Fills placeholders, whatever their case, and remembers those that had to be filled but were not given."""
 
-    def __init__(self, placeholders: dict[str, str]) -> None:
+    def __init__(self, placeholders: Mapping[str, str]) -> None:
         self.values = {name.lower(): value for name, value in placeholders.items()}
         self.missing: set[str] = set()
 
@@ -79,57 +133,16 @@ class _Filler:
             self.missing.add(name)
         return self.values.get(name, match[0])
 
+    def check(self) -> None:
+        """Refuse placeholders that have no value.
 
-def _problems(value: Any) -> list[str]:
-    if not isinstance(value, dict):
-        return [f"is {_kind(value)}, not an object with 'instruction' and 'output'"]
-    problems = [_text_problem(value, key, required=key == "output") for key in ROW_KEYS if key != "history"]
-    asked = [value.get("instruction"), value.get("input")]
-    if all(text is None or (isinstance(text, str) and not text.strip()) for text in asked):
-        problems.append("'instruction' is missing or empty")
-    problems.append(_history_problem(value.get("history")))
-    return [problem for problem in problems if problem]
-
-
-def _text_problem(value: dict[str, Any], key: str, required: bool) -> str:
-    text = value.get(key)
-    if text is None:
-        return f"{key!r} is {'null' if key in value else 'missing'}" if required else ""
-    if not isinstance(text, str):
-        return f"{key!r} is {_kind(text)}, not a text"
-    if _has_half_a_pair(text):
-        return f"{key!r} holds half of a UTF-16 pair, which is no character"
-    return f"{key!r} is empty" if required and not text.strip() else ""
-
-
-def _history_problem(history: Any) -> str:
-    if history is None:
-        return ""
-    is_pairs = isinstance(history, list) and all(
-        isinstance(turn, list) and len(turn) == 2 and all(isinstance(text, str) and text.strip() for text in turn)
-        for turn in history
-    )
-    if not is_pairs:
-        return "'history' is not a list of [question, answer] pairs of texts"
-    has_half = any(_has_half_a_pair(text) for turn in history for text in turn)
-    return "'history' holds half of a UTF-16 pair, which is no character" if has_half else ""
-
-
-def _has_half_a_pair(text: str) -> bool:
-    return any("\ud800" <= character <= "\udfff" for character in text)
-
-
-def _kind(value: Any) -> str:
-    names = {dict: "an object", list: "a list", str: "a text", bool: "true/false", type(None): "null"}
-    return names.get(type(value), "a number")
-
-
-def _messages(value: dict[str, Any], fill: _Filler) -> list[Message]:
-    messages: list[Message] = []
-    if value.get("system"):
-        messages.append({"role": "system", "content": fill(value["system"])})
-    question = "\n".join(text for text in (value.get("instruction"), value.get("input")) if text)
-    for asked, answered in [*(value.get("history") or []), (question, value["output"])]:
-        messages.append({"role": "user", "content": fill(asked)})
-        messages.append({"role": "assistant", "content": fill(answered)})
-    return messages
+        Raises:
+            LoratuneError: with the flags that would give them.
+        """
+        if self.missing:
+            flags = " ".join(f"--data.placeholders {name}=…" for name in sorted(self.missing))
+            raise LoratuneError(
+                f"rows hold {', '.join('{{' + name + '}}' for name in sorted(self.missing))}; "
+                f"give values in data.placeholders, or as {flags}",
+                Exit.DATA,
+            )

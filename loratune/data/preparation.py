@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import random
 from dataclasses import dataclass
 from typing import Any
 
 from datasets import Dataset
 
+from loratune.data.conversation import Conversation
 from loratune.data.encoding import Encoder, Example
-from loratune.data.formats import Conversation, read_alpaca
+from loratune.data.formats import detect_format, read_conversations
 from loratune.data.sources import parse_source, read_rows
 from loratune.errors import Exit, LoratuneError, bullet_list
 from loratune.recipe.sections import DataSettings
@@ -24,6 +26,7 @@ class FileUse:
     sha256: str
     rows: int
     """Rows used, after sampling."""
+    format: str
 
 
 @dataclass
@@ -70,13 +73,14 @@ def read_data(settings: DataSettings, seed: int) -> ReadData:
     """
     files: list[FileUse] = []
     warnings: list[str] = []
-    train = _read_files(settings.train, settings.placeholders, seed, files)
+    train = _read_files(settings.train, settings, seed, files)
     if isinstance(settings.validation, float):
         train, validation = _split_off(train, settings.validation, seed)
         if settings.validation and not validation:
             warnings.append(f"{len(train)} rows are too few to split; there is no validation")
     else:
-        validation = _read_files(settings.validation, settings.placeholders, seed, files)
+        validation = _read_files(settings.validation, settings, seed, files)
+    warnings += _repetitions(train, validation)
     return ReadData(train, validation, files, warnings)
 
 
@@ -104,21 +108,23 @@ def encode_data(data: ReadData, encoder: Encoder, train_on: str, max_length: int
     return PreparedData(_split(train), _split(validation) if validation else None, data.files, warnings)
 
 
-def _read_files(names: list[str], placeholders: dict[str, str], seed: int, files: list[FileUse]) -> list[Conversation]:
+def _read_files(names: list[str], settings: DataSettings, seed: int, files: list[FileUse]) -> list[Conversation]:
     """All conversations of some files; problems of several files are told together."""
     conversations: list[Conversation] = []
     problems: list[str] = []
     for name in names:
         try:
             source = parse_source(name)
-            read = read_alpaca(read_rows(source, seed), placeholders)
+            rows = read_rows(source, seed)
+            read = read_conversations(rows, settings.placeholders, settings.columns)
         except LoratuneError as error:
             if error.exit_code != Exit.DATA or len(names) == 1:
                 raise
             problems.append(str(error))
             continue
         conversations += read
-        files.append(FileUse(str(source.path), hashlib.sha256(source.path.read_bytes()).hexdigest(), len(read)))
+        sha256 = hashlib.sha256(source.path.read_bytes()).hexdigest()
+        files.append(FileUse(str(source.path), sha256, len(read), detect_format(rows, settings.columns).name))
     if problems:
         raise LoratuneError("\n".join(problems), Exit.DATA)
     return conversations
@@ -132,6 +138,29 @@ def _split_off(rows: list[Conversation], fraction: float, seed: int) -> tuple[li
         [row for place, row in enumerate(rows) if place not in drawn],
         [row for place, row in enumerate(rows) if place in drawn],
     )
+
+
+def _repetitions(train: list[Conversation], validation: list[Conversation]) -> list[str]:
+    """Warnings about rows that stand in training twice, and about those that stand in validation too."""
+    first: dict[str, str] = {}
+    twice = []
+    for row in train:
+        key = json.dumps(row.messages)
+        if key in first:
+            twice.append(f"{row.place}: the same as {first[key]}")
+        first.setdefault(key, row.place)
+    shared = [
+        f"{row.place}: the same as {first[key]}" for row in validation if (key := json.dumps(row.messages)) in first
+    ]
+    warnings = []
+    if twice:
+        warnings.append(f"{len(twice)} of {len(train)} training rows are repetitions:\n{bullet_list(twice, limit=5)}")
+    if shared:
+        warnings.append(
+            f"{len(shared)} of {len(validation)} validation rows are training rows too, so that the validation loss "
+            f"says less than it seems to:\n{bullet_list(shared, limit=5)}"
+        )
+    return warnings
 
 
 def _encode(

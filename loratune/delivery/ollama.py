@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from loratune.data.conversation import Message
 from loratune.data.encoding import Encoder
-from loratune.data.formats import Message
 from loratune.errors import Exit, LoratuneError
 from loratune.model.base import load_tokenizer
 from loratune.recipe.sections import PromptSettings

@@ -9,8 +9,8 @@ from typing import Any
 
 from jinja2 import TemplateError
 
+from loratune.data.conversation import Message
 from loratune.data.encoding import Encoder
-from loratune.data.formats import Message
 from loratune.errors import Exit, LoratuneError
 
 TEMPLATE_FILE = "chat_template.jinja"

@@ -11,7 +11,7 @@ from typing import Any
 from prompt_toolkit import PromptSession
 
 from loratune import console
-from loratune.data.formats import Message
+from loratune.data.conversation import Message
 from loratune.errors import LoratuneError
 from loratune.generation.engine import Engine, Sampling
 

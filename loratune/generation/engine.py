@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList, TextIteratorStreamer, set_seed
 
+from loratune.data.conversation import Message
 from loratune.data.encoding import Encoder
-from loratune.data.formats import Message
 from loratune.errors import Exit, LoratuneError
 from loratune.model.adapter import load_adapter
 from loratune.model.base import load_base, load_tokenizer, set_pad_token

@@ -101,11 +101,13 @@ class DataSettings(Section):
     """Training and validation rows."""
 
     train: TextList = Field(min_length=1)
-    """Files of Alpaca rows (JSON or JSONL); file.json#500 takes 500 rows of it at random."""
+    """Files of rows (JSON or JSONL): Alpaca, ShareGPT, messages or pairs; file.json#500 takes 500 of them at random."""
     validation: Annotated[float | list[str], BeforeValidator(_listed)] = 0.1
     """Validation rows: a fraction split off the training rows, or files; 0 is none."""
     placeholders: dict[str, str] = {}
     """Values for {{name}}-like placeholders in the rows, as name=value."""
+    columns: dict[str, str] = {}
+    """Names of a file's columns where they are none of a known format's, such as instruction=question output=answer."""
     train_on: Literal["all", "last"] = "all"
     """Which answers of a conversation are trained: all of them, or the last."""
 

@@ -13,8 +13,8 @@ from trl import SFTConfig
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from loratune import console
+from loratune.data.conversation import Message
 from loratune.data.encoding import Encoder
-from loratune.data.formats import Message
 from loratune.data.preparation import PreparedData, encode_data, read_data
 from loratune.errors import Exit, LoratuneError
 from loratune.model.adapter import AdapterSummary, attach_adapter, load_adapter_weights, save_adapter, summarise_adapter
@@ -234,7 +234,7 @@ def _show_data(recipe: Recipe, data: PreparedData) -> None:
         for name, split in splits
         if split is not None
     ]
-    files = ", ".join(f"{Path(use.path).name} ({use.rows})" for use in data.files)
+    files = ", ".join(f"{Path(use.path).name} ({use.rows} {use.format})" for use in data.files)
     console.table([("files", files), *rows, ("template", recipe.prompt.template)], title="data")
 
 
