@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 from collections.abc import Callable
@@ -68,3 +69,32 @@ def cli() -> Callable[..., Result]:
         return CliRunner().invoke(app, [str(argument) for argument in arguments], **options)
 
     return run
+
+
+@pytest.fixture(scope="session")
+def short_run(random_qwen: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of four steps on random_qwen in float32; not to be changed."""
+    from loratune.cli.app import app
+
+    folder = tmp_path_factory.mktemp("trained")
+    (folder / "rows.json").write_text(json.dumps(ROWS))
+    flags = ["--model.dtype", "float32", "--data.validation", "0.2", "--training.steps", "4"]
+    flags += ["--training.learning_rate", "5e-3", "--data.train", str(folder / "rows.json")]
+    result = CliRunner().invoke(app, ["sft", "--model.base", str(random_qwen), "--output", str(folder / "run"), *flags])
+    assert result.exit_code == 0, result.stderr
+    return folder / "run"
+
+
+@pytest.fixture
+def output(tmp_path: Path) -> Path:
+    """Where the merged model goes; nothing else is in the folder above."""
+    (tmp_path / "out").mkdir()
+    return tmp_path / "out" / "merged"
+
+
+def tree(folder: Path) -> dict[str, str]:
+    """Everything below a folder with the hashes of its files."""
+    return {
+        str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else ""
+        for path in folder.rglob("*")
+    }

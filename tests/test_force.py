@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import pickle
@@ -14,13 +13,12 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import ROWS
+from conftest import tree
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
-from typer.testing import CliRunner, Result
+from typer.testing import Result
 
-from loratune.cli.app import app
 from loratune.errors import Exit
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
@@ -34,15 +32,8 @@ Damage = Callable[[Path], Any]
 
 
 @pytest.fixture(scope="module")
-def trained(random_qwen: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run of four steps; not to be changed."""
-    folder = tmp_path_factory.mktemp("trained")
-    (folder / "rows.json").write_text(json.dumps(ROWS))
-    flags = ["--model.dtype", "float32", "--data.validation", "0.2", "--training.steps", "4"]
-    flags += ["--training.learning_rate", "5e-3", "--data.train", str(folder / "rows.json")]
-    result = CliRunner().invoke(app, ["sft", "--model.base", str(random_qwen), "--output", str(folder / "run"), *flags])
-    assert result.exit_code == 0, result.stderr
-    return folder / "run"
+def trained(short_run: Path) -> Path:
+    return short_run
 
 
 @pytest.fixture
@@ -66,14 +57,6 @@ def plain(random_qwen: Path, tmp_path: Path) -> Path:
     model = get_peft_model(AutoModelForCausalLM.from_pretrained(random_qwen), config)
     model.save_pretrained(tmp_path / "plain", save_embedding_layers=False)
     return tmp_path / "plain"
-
-
-def tree(folder: Path) -> dict[str, str]:
-    """Everything below a folder with the hashes of its files."""
-    return {
-        str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else ""
-        for path in folder.rglob("*")
-    }
 
 
 @pytest.fixture

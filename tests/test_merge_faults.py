@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 import multiprocessing
 import os
@@ -20,10 +19,10 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from conftest import ROWS
-from typer.testing import CliRunner, Result
+from conftest import tree
+from typer.testing import Result
 
-from loratune.cli.app import app, main
+from loratune.cli.app import main
 from loratune.delivery import merge, merged_weights, verify
 from loratune.errors import Exit
 
@@ -38,15 +37,8 @@ Child = Callable[..., multiprocessing.process.BaseProcess]
 
 
 @pytest.fixture(scope="module")
-def run(random_qwen: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run of four steps."""
-    folder = tmp_path_factory.mktemp("trained")
-    (folder / "rows.json").write_text(json.dumps(ROWS))
-    flags = ["--model.dtype", "float32", "--data.validation", "0.2", "--training.steps", "4"]
-    flags += ["--training.learning_rate", "5e-3", "--data.train", str(folder / "rows.json")]
-    result = CliRunner().invoke(app, ["sft", "--model.base", str(random_qwen), "--output", str(folder / "run"), *flags])
-    assert result.exit_code == 0, result.stderr
-    return folder / "run"
+def run(short_run: Path) -> Path:
+    return short_run
 
 
 @pytest.fixture(autouse=True)
@@ -58,24 +50,9 @@ def inputs_stay_as_they_are(run: Path, random_qwen: Path) -> Any:
 
 
 @pytest.fixture
-def output(tmp_path: Path) -> Path:
-    """Where the merged model goes; nothing else is in the folder above."""
-    (tmp_path / "out").mkdir()
-    return tmp_path / "out" / "merged"
-
-
-@pytest.fixture
 def merged(cli: Callable[..., Result], run: Path, output: Path) -> Merge:
     """Merge the run into `output`."""
     return lambda *arguments: cli("merge", "--adapter", run, "--output", output, *arguments, env=WIDE)
-
-
-def tree(folder: Path) -> dict[str, str]:
-    """Everything below a folder with the hashes of its files."""
-    return {
-        str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else ""
-        for path in folder.rglob("*")
-    }
 
 
 def names(folder: Path) -> list[str]:

@@ -12,12 +12,10 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import ROWS
 from safetensors import safe_open
 from safetensors.torch import load_file
-from typer.testing import CliRunner, Result
+from typer.testing import Result
 
-from loratune.cli.app import app
 from loratune.delivery import merge, model_folder, verify
 from loratune.delivery.proof import Answer
 from loratune.errors import Exit
@@ -30,22 +28,8 @@ Merge = Callable[..., Result]
 
 
 @pytest.fixture(scope="module")
-def run(random_qwen: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run of four steps."""
-    folder = tmp_path_factory.mktemp("trained")
-    (folder / "rows.json").write_text(json.dumps(ROWS))
-    flags = ["--model.dtype", "float32", "--data.validation", "0.2", "--training.steps", "4"]
-    flags += ["--training.learning_rate", "5e-3", "--data.train", str(folder / "rows.json")]
-    result = CliRunner().invoke(app, ["sft", "--model.base", str(random_qwen), "--output", str(folder / "run"), *flags])
-    assert result.exit_code == 0, result.stderr
-    return folder / "run"
-
-
-@pytest.fixture
-def output(tmp_path: Path) -> Path:
-    """Where the merged model goes; nothing else is in the folder above."""
-    (tmp_path / "out").mkdir()
-    return tmp_path / "out" / "merged"
+def run(short_run: Path) -> Path:
+    return short_run
 
 
 @pytest.fixture
