@@ -115,7 +115,7 @@ def test_the_merge_is_proved_within_tight_bounds(run: Path, merged: Path) -> Non
     is_quantized = "nf4" in (run / "recipe.yaml").read_text()
     assert proof["merge_base"] == ("dequantized" if is_quantized else "original")
     taken = proof["logits"][proof["merge_base"]]
-    assert taken["top1_agreement"] >= 0.99 if is_quantized else 0.995
+    assert taken["top1_agreement"] >= (0.99 if is_quantized else 0.995)
     assert taken["mean_kl"] < 1e-3
     if is_quantized:
         assert taken["mean_kl"] < proof["logits"]["original"]["mean_kl"]
