@@ -127,6 +127,8 @@ def test_what_a_model_answers_cannot_steer_the_terminal(merged: Merge, monkeypat
         (("--merge-base", "original"), "--merge-base is for adapters that were trained on a quantised base"),
         (("--merge-base", "dequantized"), "--merge-base is for adapters that were trained on a quantised base"),
         (("--weights", "1"), "--weights is for several adapters"),
+        (("--combine", "svd"), "--combine is for several adapters"),
+        (("--public",), "are for --push"),
         (("--dtype", "int8"), "'int8' is not one of 'bfloat16', 'float16', 'float32'"),
         (("--combine", "average"), "'average' is not one of"),
         *(

@@ -28,8 +28,10 @@ Merged = Annotated[
     typer.Option("--model", "-m", metavar="folder", help="A merged model; with --adapter: where its base lies now."),
 ]
 Quantization = Annotated[
-    Literal["f32", "f16", "bf16", "q8_0"],
-    typer.Option("--quantization", "-q", metavar="f32|f16|bf16|q8_0", help="Type of a GGUF file's weights."),
+    Literal["f32", "f16", "bf16", "q8_0"] | None,
+    typer.Option(
+        "--quantization", "-q", metavar="f32|f16|bf16|q8_0", help="Type of a GGUF file's weights; default is f16."
+    ),
 ]
 NumCtx = Annotated[
     int | None, typer.Option("--num-ctx", metavar="integer", min=1, help="Context length for Ollama, in tokens.")
@@ -41,7 +43,7 @@ def command(
     format: Format,
     adapter: Adapter = None,
     model: Merged = None,
-    quantization: Quantization = "f16",
+    quantization: Quantization = None,
     num_ctx: NumCtx = None,
     destination: Push = None,
     dry_run: DryRun = True,
@@ -53,11 +55,15 @@ def command(
     """Export, prove, and say what to do next."""
     if adapter is None and model is None:
         raise LoratuneError("give an adapter with --adapter, or a merged model with --model", Exit.USAGE)
+    if quantization and format not in ("gguf", "ollama"):
+        raise LoratuneError(f"--quantization is for gguf and ollama, not for --format {format}", Exit.USAGE)
+    if num_ctx and format != "ollama":
+        raise LoratuneError(f"--num-ctx is for ollama, not for --format {format}", Exit.USAGE)
     with console.status("starting"):
         from loratune.delivery.export import ExportOptions, export
         from loratune.runs.opening import open_adapter
 
-    options = ExportOptions(format, quantization, num_ctx, model, force, overwrite)
+    options = ExportOptions(format, quantization or "f16", num_ctx, model, force, overwrite)
     source = open_adapter(adapter, force) if adapter else None
     with push(destination, output, not public, dry_run):
         report = export(source, output, options)

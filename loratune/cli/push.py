@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from loratune import console
+from loratune.errors import Exit, LoratuneError
 
 
 @contextmanager
@@ -20,9 +21,11 @@ def push(text: str | None, folder: Path, private: bool, dry_run: bool) -> Iterat
         dry_run: only tell.
 
     Raises:
-        LoratuneError: as `parse_push` and `push_folder`.
+        LoratuneError: a flag of a push without one; else as `parse_push` and `push_folder`.
     """
     if text is None:
+        if not (private and dry_run):
+            raise LoratuneError("--public and --no-dry-run are for --push", Exit.USAGE)
         yield
         return
     from loratune.delivery.hub import parse_push, push_folder

@@ -97,9 +97,8 @@ def export(source: AdapterSource | None, output: Path, options: ExportOptions) -
         output = output.resolve()
         prepare_output(output, options.overwrite, "export", VERIFICATION)
     if options.format in ("gguf", "ollama"):
-        importlib.import_module(
-            "loratune.delivery.gguf_file"
-        )  # an optional package is missed before a merge, not after
+        # Its optional package is to be missed before a merge, not after.
+        importlib.import_module("loratune.delivery.gguf_file")
     with disk_errors_explained(output), folder_in_one_step(output) as folder:
         job = Export(source, output, folder, options)
         if options.format in FROM_MODEL:

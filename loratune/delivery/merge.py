@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import json
 import shutil
 import time
 from dataclasses import asdict, dataclass
@@ -25,7 +24,7 @@ from loratune.model.hardware import detect_hardware
 from loratune.model.tensor_files import TensorFiles
 from loratune.recipe.sections import ModelSettings
 from loratune.runs.card import base_name, write_merged_card
-from loratune.runs.folder import FORMAT_VERSION, PROGRAM, VERIFICATION, file_sha256, prepare_output
+from loratune.runs.folder import FORMAT_VERSION, PROGRAM, VERIFICATION, file_sha256, prepare_output, read_json
 from loratune.runs.opening import AdapterSource, base_settings, check_same_base
 from loratune.runs.versions import library_versions
 from loratune.runs.writing import disk_errors_explained, folder_in_one_step, write_json
@@ -153,7 +152,7 @@ def _gather(source: AdapterSource, output: Path, options: MergeOptions) -> Job:
     warnings = check_same_base(source, settings.base, base, paths, options.force)
     if options.merge_base != "auto" and settings.quantization == "none":
         raise LoratuneError("--merge-base is for adapters that were trained on a quantised base", Exit.USAGE)
-    is_tied = bool(json.loads((base / "config.json").read_text(encoding="utf-8")).get("tie_word_embeddings"))
+    is_tied = bool(read_json(base / "config.json").get("tie_word_embeddings"))
     updates = read_updates(source.adapter, TensorFiles(paths).infos, is_tied)
     return Job(source, settings, base, updates, is_tied, options, warnings)
 
@@ -217,7 +216,7 @@ def _announce(job: Job, candidates: list[Candidate], output: Path) -> None:
 
 def _memory_bound(job: Job, candidates: list[Candidate]) -> int:
     """Bytes that the process will hold, pages of mapped files aside, which the system takes back when it needs them."""
-    config = json.loads((job.base / "config.json").read_text(encoding="utf-8"))
+    config = read_json(job.base / "config.json")
     bound = LIBRARIES_BYTES + (job.source.adapter / WEIGHTS_FILE).stat().st_size
     if job.options.verify and job.options.logits:
         activations = 40_000 * int(config["intermediate_size"])

@@ -37,8 +37,9 @@ def open_adapters(
         LoratuneError: names or weights that do not match, or adapters that cannot be combined.
     """
     if len(given) == 1:
-        if weights is not None:
-            raise LoratuneError("--weights is for several adapters", Exit.USAGE)
+        flag = "--weights" if weights is not None else "--combine" if method != "linear" else None
+        if flag:
+            raise LoratuneError(f"{flag} is for several adapters", Exit.USAGE)
         yield open_adapter(_named(given[0])[1], force)
         return
     adapters = {name: open_adapter(path, force) for name, path in _named_apart(given).items()}

@@ -77,9 +77,6 @@ class TensorFiles:
                 self.infos[name] = TensorInfo(name, DTYPES[entry["dtype"]], tuple(entry["shape"]))
                 self._places[name] = (mapping, 8 + header_bytes + entry["data_offsets"][0])
 
-    def __contains__(self, name: str) -> bool:
-        return name in self.infos
-
     def __deepcopy__(self, memo: dict[int, Any]) -> TensorFiles:
         """Itself: PEFT copies modules that are bound to files, and mapped files cannot be copied."""
         return self
