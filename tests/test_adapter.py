@@ -19,7 +19,7 @@ from loratune.model.adapter import attach_adapter, check_frozen, load_adapter, s
 from loratune.model.base import load_base
 from loratune.model.hardware import detect_hardware
 from loratune.recipe.sections import LoraSettings, ModelSettings
-from loratune.runs.writing import folder_in_one_step
+from loratune.writing import folder_in_one_step
 
 IDS = torch.tensor([[5, 6, 7, 8, 9]])
 LINEAR_SHAPES = {  # out × in of the random model's linear layers

@@ -15,9 +15,10 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from loratune.errors import Exit, LoratuneError
-from loratune.model.base import load_base, load_tokenizer, set_pad_token
+from loratune.model.base import load_base
 from loratune.model.files import check_base, find_base, weight_files
 from loratune.model.hardware import detect_hardware
+from loratune.model.tokenizer import load_tokenizer, set_pad_token
 from loratune.recipe.sections import ModelSettings
 
 WANTED = ["config.json", "model-00001-of-00004.safetensors", "tokenizer.json", "merges.txt", "chat_template.jinja"]

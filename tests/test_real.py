@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from loratune.data.conversation import Conversation, Message
 from loratune.data.encoding import Encoder
-from loratune.model.base import load_tokenizer
+from loratune.model.tokenizer import load_tokenizer
 from loratune.recipe.loading import SHIPPED
 from loratune.recipe.sections import PromptSettings
 
@@ -47,7 +47,7 @@ def test_prompt_ids_are_those_of_the_model_s_own_template(base: Path) -> None:
     expected = tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_dict=False)
     assert encoder.prompt_ids(turns) == expected
     (example,) = encoder.encode(Conversation((*turns, {"role": "assistant", "content": "5"}), ""))
-    assert example.input_ids[: len(expected)] == expected
+    assert example.input_ids.tolist()[: len(expected)] == expected
 
 
 @pytest.fixture(scope="module", params=["none", "nf4"])

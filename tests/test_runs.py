@@ -11,12 +11,13 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from loratune.errors import Exit, LoratuneError
+from loratune.recipe.data_sections import DataSettings
 from loratune.recipe.loading import load_recipe
-from loratune.recipe.sections import DataSettings, ModelSettings, Recipe
+from loratune.recipe.sections import ModelSettings, Recipe
 from loratune.runs.fingerprint import fingerprint_base
 from loratune.runs.folder import create_run, prepare_output, seal_run, set_status
 from loratune.runs.opening import open_adapter
-from loratune.runs.writing import folder_in_one_step, write_json, write_text
+from loratune.writing import folder_in_one_step, write_json, write_text
 
 RECIPE = Recipe(model=ModelSettings(base="x"), data=DataSettings(train=["a.json"]))
 

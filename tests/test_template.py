@@ -21,7 +21,7 @@ from loratune.data.encoding import Encoder
 from loratune.delivery.model_folder import write_model_files
 from loratune.delivery.template import write_portable_template
 from loratune.errors import Exit, LoratuneError
-from loratune.model.base import load_tokenizer
+from loratune.model.tokenizer import load_tokenizer
 from loratune.recipe.sections import PromptSettings
 from loratune.runs.opening import AdapterSource
 from loratune.runs.tokenizer_files import TOKENIZER_FILES, copy_tokenizer_files

@@ -28,9 +28,9 @@ from loratune.delivery.proof import BOUNDS, OTHER_BASE, check_parity, compare_an
 from loratune.delivery.read_back import read_back
 from loratune.delivery.update import TensorUpdate, read_updates
 from loratune.errors import Exit, LoratuneError
-from loratune.model.base import load_tokenizer
 from loratune.model.mapped import load_mapped, load_plain
 from loratune.model.tensor_files import TensorFiles
+from loratune.model.tokenizer import load_tokenizer
 from loratune.recipe.sections import PromptSettings
 from loratune.runs.probe import Probe, ProbeRow
 

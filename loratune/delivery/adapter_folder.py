@@ -12,12 +12,12 @@ from loratune.data.encoding import Encoder
 from loratune.delivery.template import write_portable_template
 from loratune.errors import Exit, LoratuneError, bullet_list
 from loratune.model.adapter_files import CONFIG_FILE, WEIGHTS_FILE, check_weights, read_config_values
-from loratune.model.base import load_tokenizer
+from loratune.model.tokenizer import load_tokenizer
 from loratune.runs.card import base_name, write_card, write_plain_card
 from loratune.runs.folder import file_sha256
 from loratune.runs.opening import AdapterSource
 from loratune.runs.tokenizer_files import copy_tokenizer_files
-from loratune.runs.writing import write_json
+from loratune.writing import write_json
 
 # Settings that PEFT writes even where the feature that they belong to is off.
 IDLE_SETTINGS = {"megatron_core": "megatron_config", "qalora_group_size": "use_qalora"}
@@ -129,7 +129,6 @@ def _local_paths(source: AdapterSource) -> list[str]:
     places = [Path.home(), source.run or source.adapter]
     places += [Path(manifest["base"]["path"])] if manifest else []
     if recipe:
-        validation = recipe.data.validation if isinstance(recipe.data.validation, list) else []
-        names = [recipe.output, *recipe.data.train, *validation]
+        names = [recipe.output, *recipe.data.train_names, *recipe.data.validation_names]
         places += [Path(name.rpartition("#")[0] or name).expanduser() for name in names]
     return sorted({str(place.absolute()) for place in places if len(place.absolute().parts) > 1})

@@ -24,16 +24,16 @@ from loratune.delivery.proof import BOUNDS, Bounds, check_parity, probe_rows
 from loratune.delivery.report import parity_text, show_verification
 from loratune.delivery.vllm import require_servable, serve_command
 from loratune.errors import Exit, LoratuneError, bullet_list
-from loratune.model.base import load_tokenizer
 from loratune.model.files import check_base, weight_files
 from loratune.model.mapped import load_gguf, load_mapped
 from loratune.model.quantized_folder import load_quantized, write_quantized
+from loratune.model.tokenizer import load_tokenizer
 from loratune.runs.folder import FORMAT_VERSION, PROGRAM, VERIFICATION, prepare_output
 from loratune.runs.opening import AdapterSource, base_settings, merged_prompt
 from loratune.runs.probe import ProbeRow, read_probe
 from loratune.runs.tokenizer_files import copy_tokenizer_files
 from loratune.runs.versions import library_versions
-from loratune.runs.writing import disk_errors_explained, folder_in_one_step, write_json
+from loratune.writing import disk_errors_explained, folder_in_one_step, write_json
 
 GGUF_BOUNDS = {
     "f32": BOUNDS[torch.float32],

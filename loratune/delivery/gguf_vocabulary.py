@@ -13,7 +13,7 @@ from typing import Any
 
 from loratune.data.encoding import Encoder
 from loratune.errors import Exit, LoratuneError
-from loratune.model.base import load_tokenizer
+from loratune.model.tokenizer import load_tokenizer
 from loratune.recipe.sections import PromptSettings
 
 # Kinds of a token, as the format numbers them.

@@ -27,7 +27,7 @@ from loratune.runs.card import base_name, write_merged_card
 from loratune.runs.folder import FORMAT_VERSION, PROGRAM, VERIFICATION, file_sha256, prepare_output, read_json
 from loratune.runs.opening import AdapterSource, base_settings, check_same_base
 from loratune.runs.versions import library_versions
-from loratune.runs.writing import disk_errors_explained, folder_in_one_step, write_json
+from loratune.writing import disk_errors_explained, folder_in_one_step, write_json
 
 SIDE_FILES_BYTES = 30_000_000
 LIBRARIES_BYTES, PROOF_LIBRARIES_BYTES = 250_000_000, 250_000_000

@@ -16,7 +16,7 @@ from loratune.recipe.sections import PromptSettings
 from loratune.runs.folder import read_json
 from loratune.runs.opening import AdapterSource
 from loratune.runs.tokenizer_files import copy_tokenizer_files
-from loratune.runs.writing import write_json
+from loratune.writing import write_json
 
 CONFIG, GENERATION_CONFIG = "config.json", "generation_config.json"
 
@@ -53,7 +53,7 @@ def write_model_files(
 
 
 def _load_encoder(tokenizer: Path, prompt: PromptSettings) -> Encoder:
-    load_tokenizer = importlib.import_module("loratune.model.base").load_tokenizer  # transformers: seconds
+    load_tokenizer = importlib.import_module("loratune.model.tokenizer").load_tokenizer  # transformers: seconds
     return Encoder(load_tokenizer(tokenizer), prompt)
 
 

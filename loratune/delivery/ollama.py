@@ -16,9 +16,9 @@ from typing import Any
 from loratune.data.conversation import Message
 from loratune.data.encoding import Encoder
 from loratune.errors import Exit, LoratuneError
-from loratune.model.base import load_tokenizer
+from loratune.model.tokenizer import load_tokenizer
 from loratune.recipe.sections import PromptSettings
-from loratune.runs.writing import write_text
+from loratune.writing import write_text
 
 # generation_config.json's name → Ollama's.
 SAMPLING = {

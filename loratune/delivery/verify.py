@@ -12,9 +12,9 @@ from loratune.data.encoding import Encoder
 from loratune.delivery.parity import Parity, compare_models
 from loratune.delivery.proof import BOUNDS, OTHER_BASE, Bounds, check_parity, compare_answers, probe_rows
 from loratune.errors import Exit, LoratuneError, bullet_list
-from loratune.model.base import load_tokenizer
 from loratune.model.mapped import load_mapped
 from loratune.model.reference import load_reference
+from loratune.model.tokenizer import load_tokenizer
 from loratune.runs.probe import read_probe
 
 if TYPE_CHECKING:

@@ -17,7 +17,8 @@ MODEL_TYPES = {"qwen2", "qwen3", "llama", "mistral"}
 # Keys that have made a library fetch or run code from a model's folder (transformers CVE-2026-4372, vLLM
 # CVE-2026-22807, mlx-lm CVE-2026-5843).
 FORBIDDEN_KEYS = ("auto_map", "custom_pipelines", "model_file", "trust_remote_code")
-HUB_FILES = ["*.json", "*.safetensors", "*.jinja", "*.txt", "*.model"]
+TOKENIZER_FILES = ["*.json", "*.jinja", "*.txt", "*.model"]
+HUB_FILES = [*TOKENIZER_FILES, "*.safetensors"]
 
 
 def find_base(settings: ModelSettings) -> Path:
@@ -26,22 +27,50 @@ def find_base(settings: ModelSettings) -> Path:
     Raises:
         LoratuneError: there is no such folder, or the hub cannot give it.
     """
+    folder = _local_folder(settings) or _download(settings, HUB_FILES)
+    if settings.base != TINY_QWEN:
+        check_base(folder)
+    return folder
+
+
+def find_tokenizer(settings: ModelSettings) -> Path:
+    """A folder with the base's tokenizer and config; of a hub id nothing else is downloaded.
+
+    Raises:
+        LoratuneError: there is no such folder, or the hub cannot give it.
+    """
+    folder = _local_folder(settings) or _download(settings, TOKENIZER_FILES)
+    if settings.base != TINY_QWEN:
+        check_config(folder)
+    return folder
+
+
+def _local_folder(settings: ModelSettings) -> Path | None:
+    """The practice model's folder or one that the recipe names; None for a hub id."""
     if settings.base == TINY_QWEN:
         return Path(__file__).resolve().parent.parent / "assets" / TINY_QWEN
     folder = Path(settings.base).expanduser()
     if os.path.isdir(folder):  # noqa: PTH112 - where a name is too long, is_dir raises up to Python 3.13
-        check_base(folder)
         return folder
     parts = settings.base.split("/")
     if len(parts) != 2 or not all(parts) or folder.is_absolute() or parts[0] in (".", "..", "~"):
         raise LoratuneError(f"model.base {settings.base!r}: no such folder, and not a hub id (org/name)", Exit.MODEL)
-    folder = _download(settings)
-    check_base(folder)
-    return folder
+    return None
 
 
 def check_base(folder: Path) -> None:
     """Refuse a folder that is incomplete, of an unknown architecture, or that asks for code of its own.
+
+    Raises:
+        LoratuneError: with what is missing or not allowed.
+    """
+    check_config(folder)
+    for shard in weight_files(folder):
+        _check_safetensors(shard)
+
+
+def check_config(folder: Path) -> None:
+    """Refuse a folder whose config or tokenizer is missing or not allowed; weights are not looked at.
 
     Raises:
         LoratuneError: with what is missing or not allowed.
@@ -67,8 +96,6 @@ def check_base(folder: Path) -> None:
         )
     if not (folder / "tokenizer.json").is_file() and not (folder / "vocab.json").is_file():
         raise LoratuneError(f"{folder}: no tokenizer.json in it", Exit.MODEL)
-    for shard in weight_files(folder):
-        _check_safetensors(shard)
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -96,8 +123,8 @@ def weight_files(folder: Path) -> list[Path]:
     return [folder / name for name in names]
 
 
-def _download(settings: ModelSettings) -> Path:
-    """Fetch config, tokenizer and safetensors of a hub id; never pickles, never code."""
+def _download(settings: ModelSettings, patterns: list[str]) -> Path:
+    """Fetch config, tokenizer and, if asked, safetensors of a hub id; never pickles, never code."""
     place = f"model.base {settings.base!r}: no such folder"
     if settings.hub == "modelscope":
         try:
@@ -107,7 +134,7 @@ def _download(settings: ModelSettings) -> Path:
     else:
         from huggingface_hub import snapshot_download
     try:
-        return Path(snapshot_download(settings.base, revision=settings.revision, allow_patterns=HUB_FILES))
+        return Path(snapshot_download(settings.base, revision=settings.revision, allow_patterns=patterns))
     except Exception as error:  # each hub client and its HTTP library raise their own kinds
         raise LoratuneError(
             f"{place}, and {settings.hub} cannot give it: {type(error).__name__}: {str(error).splitlines()[0]}\n"

@@ -81,7 +81,7 @@ def write_card(folder: Path, recipe: Recipe, base_folder: str | None = None) -> 
         "learning rate, schedule": f"{recipe.training.learning_rate:g}, {recipe.training.scheduler}",
         "rows per device and step": f"{recipe.training.batch_size} × {recipe.training.gradient_accumulation}",
         "longest row": f"{recipe.training.max_length} tokens",
-        "data": ", ".join(Path(name).name for name in recipe.data.train),
+        "data": ", ".join(Path(name).name for name in recipe.data.train_names),
     }
     needed = ["the template above"]
     # Their texts stay with their owner; that there were any, whoever runs the adapter has to know.

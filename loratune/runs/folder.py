@@ -23,7 +23,7 @@ from typing import Any
 from loratune.errors import Exit, LoratuneError
 from loratune.recipe.loading import dump_recipe
 from loratune.recipe.sections import Recipe
-from loratune.runs.writing import write_json, write_text
+from loratune.writing import write_json, write_text
 
 FORMAT_VERSION = 1
 RECIPE, MANIFEST, STATUS, REPORT = "recipe.yaml", "manifest.json", "status.json", "report.json"

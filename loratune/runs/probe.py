@@ -9,7 +9,7 @@ from typing import Any
 
 from loratune.errors import Exit, LoratuneError
 from loratune.runs.folder import PROBE, read_json
-from loratune.runs.writing import write_json
+from loratune.writing import write_json
 
 MAX_ROWS = 16
 MAX_TOKENS = 400

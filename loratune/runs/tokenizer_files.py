@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import shutil
 from pathlib import Path
 
@@ -23,3 +24,13 @@ def copy_tokenizer_files(base: Path, folder: Path) -> None:
     for name in TOKENIZER_FILES:
         if (base / name).is_file():
             shutil.copyfile(base / name, folder / name)
+
+
+def tokenizer_sha256(folder: Path) -> str:
+    """Hash of all files that a tokenizer and its chat template come from."""
+    files = hashlib.sha256()
+    for name in TOKENIZER_FILES:
+        if (folder / name).is_file():
+            content = (folder / name).read_bytes()
+            files.update(f"{name} {len(content)} ".encode() + content)
+    return files.hexdigest()

@@ -1,0 +1,25 @@
+"""The base model's tokenizer."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoTokenizer
+
+
+def load_tokenizer(folder: Path) -> Any:
+    """The model's tokenizer, set up so that no text of a row can become a control token."""
+    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    tokenizer.chat_control_tokens = [token for token in tokenizer.added_tokens_encoder if not token.isspace()]
+    return tokenizer
+
+
+def set_pad_token(tokenizer: Any, end_ids: set[int]) -> None:
+    """Make sure that padding is not a token that ends an answer; loss and attention never see it either way."""
+    special = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
+    named_pad = [token for token in special if "pad" in token]
+    for token in [tokenizer.pad_token, *named_pad, *special, tokenizer.convert_ids_to_tokens(0)]:
+        if token is not None and tokenizer.convert_tokens_to_ids(token) not in end_ids:
+            tokenizer.pad_token = token
+            return
