@@ -1,175 +1,124 @@
-"""Files of rows: JSON or JSONL in, plain dicts with their file positions out."""
+"""The entries of data.train and data.validation: which file or data set, how many of its rows, how often."""
 
 from __future__ import annotations
 
-import json
-import random
 import re
-from collections.abc import Iterator
-from contextlib import suppress
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
-from charset_normalizer import from_bytes
+from loratune.errors import Exit, LoratuneError
+from loratune.recipe.data_sections import SourceSettings
 
-from loratune.errors import Exit, LoratuneError, bullet_list
-
-ENDINGS = (".json", ".jsonl")
-UNKNOWN_TO_ICONV = [
-    *("cp720", "cp1006", "euc_jis_2004", "hz", "kz1048", "latin_1", "mac_greek", "mac_iceland", "mac_latin2"),
-    *("mac_roman", "mac_turkish", "ptcp154", "shift_jis_2004", "shift_jisx0213"),
-]
-"""Encodings that would be guessed under names that glibc's iconv does not take."""
+# At least one character before the ending, so that `.json` alone is a name and not an ending.
+ENDING = re.compile(
+    r"[^/]\.(?:(?P<kind>json|jsonl|csv)(?:\.(?P<compression>gz|zst))?|(?P<parquet>parquet))", re.IGNORECASE
+)
+# The longest name that ends so: a # before the ending belongs to the name.
+FILE = re.compile(rf"(?P<name>.*{ENDING.pattern})(?P<marks>(?:#.*)?)", re.IGNORECASE | re.DOTALL)
+HUB_NAME = re.compile(
+    r"(?P<hub>hf|ms):(?P<dataset>\w[\w.-]*/\w[\w.-]*)(?::(?P<config>[^:\s]+)(?=:))?(?::(?P<split>\w[\w.-]*))?"
+)
+SAMPLE_MARK = re.compile("0*([1-9][0-9]{0,17})")
+REPEAT_MARK = re.compile("0*([1-9][0-9]{0,2})x")
+SPREADSHEET = re.compile(r"\.(xlsx?|xlsm|xlsb|ods|numbers)$", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
 class Source:
     """One entry of data.train or data.validation."""
 
-    path: Path
+    name: str
+    """A file, or a data set of a hub."""
     sample: int | None = None
     """How many rows to draw; None takes all."""
+    repeat: int = 1
+    """How often every row is taken."""
+    system: str | None = None
+    """System prompt for its rows without one."""
+    weight: float | None = None
+    """Its share of the training rows, relative to the other sources' weights."""
 
 
-@dataclass(frozen=True)
-class Row:
-    """One raw row and where it stands."""
+class FileKind(NamedTuple):
+    """What the name of a file says of it."""
 
-    value: Any
-    place: str
-    """`file.json row 3` or `file.jsonl:3`, counted from 1."""
+    kind: str
+    """json, jsonl, csv or parquet."""
+    compression: str | None
+    """gz or zst."""
 
 
-def parse_source(text: str) -> Source:
-    """Read `path` or `path#500`.
+class HubName(NamedTuple):
+    """`hf:org/name:config:split`, taken apart."""
+
+    hub: str
+    """hf or ms."""
+    dataset: str
+    config: str | None
+    split: str
+
+
+def parse_source(entry: str | SourceSettings) -> Source:
+    """Read `path`, `path#500` (draw 500 rows), `path#2x` (take each twice), alone or with settings of its own.
 
     Raises:
         LoratuneError: an address, an odd count, or a kind of file that is not read.
     """
-    if "://" in text or text.startswith(("hf:", "ms:")):
-        raise LoratuneError(f"{text}: nothing is fetched from the network; download the file first", Exit.DATA)
-    # A # before the ending belongs to the name.
-    has_count = "#" in text and Path(text).suffix.lower() not in ENDINGS
-    name, hash_sign, count = text.rpartition("#") if has_count else (text, "", "")
-    if hash_sign and not re.fullmatch("0*[1-9][0-9]{0,17}", count):
-        raise LoratuneError(f"{text}: after # a number of rows is expected, such as rows.json#500", Exit.DATA)
-    path = Path(name)
-    if path.suffix.lower() not in ENDINGS:
-        raise LoratuneError(f"{name}: not a .json or .jsonl file", Exit.DATA)
-    return Source(path, int(count) if count else None)
+    if isinstance(entry, str):
+        entry = SourceSettings(path=entry)
+    name, marks = _split_marks(entry.path)
+    sample, repeat = _parse_marks(entry.path, marks)
+    return Source(name, sample, repeat, entry.system, entry.weight)
 
 
-def read_rows(source: Source, seed: int) -> list[Row]:
-    """All rows of a file, or a sample of them in file order.
-
-    Raises:
-        LoratuneError: the file is missing, empty, not UTF-8, or not JSON; with line and column.
-    """
-    text = _read_text(source.path)
-    is_lines = source.path.suffix.lower() == ".jsonl" or _looks_like_lines(text)
-    rows = list(_parse_lines(source.path, text)) if is_lines else _parse_document(source.path, text)
-    if not rows:
-        raise LoratuneError(f"{source.path}: 0 rows", Exit.DATA)
-    if source.sample is not None and source.sample < len(rows):
-        chosen = random.Random(seed).sample(range(len(rows)), source.sample)
-        rows = [rows[index] for index in sorted(chosen)]
-    return rows
+def file_kind(name: str) -> FileKind | None:
+    """The kind of a file that is read; None for all others."""
+    match = FILE.fullmatch(name)
+    if not match or match["marks"]:
+        return None
+    return FileKind((match["kind"] or match["parquet"]).lower(), (match["compression"] or "").lower() or None)
 
 
-def _read_text(path: Path) -> str:
-    try:
-        raw = path.read_bytes()
-    except (FileNotFoundError, ValueError) as error:  # ValueError: a NUL in the name
-        raise LoratuneError(f"{path}: no such file (looked from {Path.cwd()})", Exit.DATA) from error
-    except OSError as error:
-        raise LoratuneError(f"{path}: cannot be read: {error.strerror}", Exit.IO) from error
-    try:
-        text = raw.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        guess = _guess_encoding(raw)
+def hub_name(name: str) -> HubName | None:
+    """The parts of a hub's data set; None for what is a file."""
+    match = HUB_NAME.fullmatch(name)
+    return HubName(match["hub"], match["dataset"], match["config"], match["split"] or "train") if match else None
+
+
+def _split_marks(path: str) -> tuple[str, list[str]]:
+    """The name, and what follows it behind each #."""
+    if "://" in path:
         raise LoratuneError(
-            f"{path}: not UTF-8 (byte {error.start}), probably {guess}; convert it with\n"
-            f"  iconv -f {guess} -t UTF-8 {path.name} > utf8-{path.name}",
+            f"{path}: nothing is fetched from the network; download the file first, "
+            "or name a data set of the Hugging Face hub as hf:org/name:split",
             Exit.DATA,
-        ) from error
-    if not text.strip():
-        raise LoratuneError(f"{path}: 0 rows, the file is empty", Exit.DATA)
-    return text
-
-
-def _guess_encoding(raw: bytes) -> str:
-    """Name for iconv of the encoding that bytes are probably in."""
-    best = from_bytes(raw[: 1 << 20], cp_exclusion=UNKNOWN_TO_ICONV).best()
-    name = best.encoding if best else "ENCODING"
-    if name in ("big5", "big5hkscs", "cp949", "euc_kr", "johab"):
-        # In a few characters these cannot be told from GBK, which is what Chinese Excel and Notepad write.
-        with suppress(UnicodeDecodeError):
-            raw.decode("gb18030")
-            name = "gb18030"
-    return re.sub("-([BL]E)$", r"\1", name.upper().replace("_", "-"))  # iconv knows UTF-16LE
-
-
-def _looks_like_lines(text: str) -> bool:
-    """A .json file that holds one object per line, as many tools write it."""
-    first, _, rest = text.lstrip().partition("\n")
-    if not first.startswith("{") or not rest.strip():
-        return False
-    try:
-        json.loads(first)
-    except (ValueError, RecursionError):
-        return False
-    return True
-
-
-def _parse_document(path: Path, text: str) -> list[Row]:
-    value = _parse_json(path, text, first_line=1)
-    if isinstance(value, dict):
-        lists = [key for key, inner in value.items() if isinstance(inner, list)]
-        hint = f"; its rows seem to be under {lists[0]!r}: save that list alone" if lists else ""
-        raise LoratuneError(f"{path}: holds one object where a list of rows is expected{hint}", Exit.DATA)
-    if not isinstance(value, list):
-        raise LoratuneError(f"{path}: holds {type(value).__name__} where a list of rows is expected", Exit.DATA)
-    return [Row(inner, f"{path} row {number}") for number, inner in enumerate(value, start=1)]
-
-
-def _parse_lines(path: Path, text: str) -> Iterator[Row]:
-    problems = []
-    # Only \n ends a line: str.splitlines would also cut at characters that JSON allows inside a text.
-    for number, line in enumerate(text.split("\n"), start=1):
-        if not line.strip():
-            continue
-        try:
-            yield Row(_parse_json(path, line, first_line=number), f"{path}:{number}")
-        except LoratuneError as error:
-            problems.append(str(error))
-    if problems:
-        raise LoratuneError(f"{path}: lines that are not JSON:\n{bullet_list(problems, limit=5)}", Exit.DATA)
-
-
-def _refuse_repeated_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    value = dict(pairs)
-    if len(value) < len(pairs):
-        keys = [key for key, _ in pairs]
-        repeated = next(key for key in keys if keys.count(key) > 1)
-        raise ValueError(f"the key {repeated!r} stands twice in one row")
-    return value
-
-
-def _refuse_constant(name: str) -> None:
-    raise ValueError(f"{name} is not a JSON value")
-
-
-def _parse_json(path: Path, text: str, first_line: int) -> Any:
-    try:
-        return json.loads(text, object_pairs_hook=_refuse_repeated_keys, parse_constant=_refuse_constant)
-    except json.JSONDecodeError as error:
-        excerpt = text[max(0, error.pos - 30) : error.pos + 30].replace("\n", "⏎")
+        )
+    if path.startswith(("hf:", "ms:")):
+        name, *marks = path.split("#")
+        if not hub_name(name):
+            raise LoratuneError(
+                f"{path}: a data set of a hub is written {path[:3]}org/name:split or {path[:3]}org/name:config:split",
+                Exit.DATA,
+            )
+        return name, marks
+    match = FILE.fullmatch(path)
+    if not match:
+        advice = "; save it as CSV UTF-8" if SPREADSHEET.search(path.partition("#")[0]) else ""
         raise LoratuneError(
-            f"{path}:{first_line + error.lineno - 1}:{error.colno}: not valid JSON: {error.msg}, near «{excerpt}»",
+            f"{path}: not a .json, .jsonl, .csv or .parquet file, nor one of the first three with .gz or .zst{advice}",
             Exit.DATA,
-        ) from error
-    except RecursionError as error:
-        raise LoratuneError(f"{path}:{first_line}: nested too deep to be rows", Exit.DATA) from error
-    except ValueError as error:
-        raise LoratuneError(f"{path}:{first_line}: {error}", Exit.DATA) from error
+        )
+    return match["name"], match["marks"].split("#")[1:]
+
+
+def _parse_marks(path: str, marks: list[str]) -> tuple[int | None, int]:
+    """How many rows to draw, and how often to take each."""
+    samples = [int(match[1]) for mark in marks if (match := SAMPLE_MARK.fullmatch(mark))]
+    repeats = [int(match[1]) for mark in marks if (match := REPEAT_MARK.fullmatch(mark))]
+    if len(samples) + len(repeats) < len(marks) or len(samples) > 1 or len(repeats) > 1:
+        raise LoratuneError(
+            f"{path}: after # a number of rows is expected, such as rows.json#500, "
+            "or how often to take each, such as rows.json#2x; each of them once",
+            Exit.DATA,
+        )
+    return (samples[0] if samples else None), (repeats[0] if repeats else 1)

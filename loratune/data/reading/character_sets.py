@@ -1,0 +1,128 @@
+"""Bytes of a file → text, in one stated encoding; what does not fit is refused, with a guess at what it is."""
+
+from __future__ import annotations
+
+import codecs
+import re
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from pathlib import Path
+
+from charset_normalizer import from_bytes
+
+from loratune.errors import Exit, LoratuneError
+
+UNKNOWN_TO_ICONV = [
+    *("cp720", "cp1006", "euc_jis_2004", "hz", "kz1048", "latin_1", "mac_greek", "mac_iceland", "mac_latin2"),
+    *("mac_roman", "mac_turkish", "ptcp154", "shift_jis_2004", "shift_jisx0213"),
+]
+"""Encodings that would be guessed under names that glibc's iconv does not take."""
+UNPACKERS = {".gz": "gzip -dc", ".zst": "zstd -dc"}
+SAMPLE = 1 << 20
+BEFORE_FAULT = 1 << 16
+
+
+def check_encoding(encoding: str) -> None:
+    """Refuse what is no name of a text encoding.
+
+    Raises:
+        LoratuneError: with names that are.
+    """
+    try:
+        "".encode(encoding)  # refuses codecs that are not of text, such as rot13
+        known = codecs.lookup(encoding).incrementaldecoder is not None
+    except (LookupError, ValueError):
+        known = False
+    if not known:
+        raise LoratuneError(
+            f"data.encoding {encoding!r}: no such text encoding; gb18030, big5, utf-16 and cp1252 are some", Exit.USAGE
+        )
+
+
+def decode_blocks(name: str, encoding: str, blocks: Callable[[], Iterator[bytes]]) -> Iterator[str]:
+    """The text of a file piece by piece, without its byte order mark.
+
+    Args:
+        name: of the file, for errors.
+        encoding: a name that check_encoding lets pass.
+        blocks: makes the bytes of the file; called again for a guess where they do not fit.
+
+    Raises:
+        LoratuneError: bytes that are not in the encoding.
+    """
+    decoder = codecs.getincrementaldecoder(encoding)()
+    fed, at_start = 0, True
+    for block in _then_empty(blocks()):
+        fed += len(block)
+        try:
+            text = decoder.decode(block, final=not block)
+        except UnicodeError as error:
+            # The decoder counts from what it had kept of the block before.
+            start = fed - len(error.object) + error.start if isinstance(error, UnicodeDecodeError) else 0
+            raise _not_in_encoding(name, encoding, start, blocks()) from error
+        if text and at_start:
+            text, at_start = text.removeprefix("\ufeff"), False
+        if text:
+            yield text
+
+
+def _then_empty(blocks: Iterator[bytes]) -> Iterator[bytes]:
+    """Blocks and an empty one, which tells the decoder that nothing more will come."""
+    yield from blocks
+    yield b""
+
+
+def _not_in_encoding(name: str, encoding: str, start: int, blocks: Iterator[bytes]) -> LoratuneError:
+    if codecs.lookup(encoding).name not in ("utf-8", "utf-8-sig"):
+        return LoratuneError(
+            f"{name}: not {encoding} (byte {start}), which data.encoding says; "
+            "give the encoding that all the files are in, or convert this one to it with iconv",
+            Exit.DATA,
+        )
+    guess = _guess_encoding(_sample(blocks, start))
+    path = Path(name)
+    unpacker = UNPACKERS.get(path.suffix.lower())
+    source, target = f" {path.name}", path.stem if unpacker else path.name
+    unpack = f"{unpacker} {path.name} | " if unpacker else ""
+    return LoratuneError(
+        f"{name}: not UTF-8 (byte {start}), probably {guess}; {_setting_for(guess)}convert it with\n"
+        f"  {unpack}iconv -f {guess} -t UTF-8{'' if unpacker else source} > utf8-{target}",
+        Exit.DATA,
+    )
+
+
+def _setting_for(guess: str) -> str:
+    try:
+        codecs.lookup(guess)
+    except LookupError:
+        return "set data.encoding (--data.encoding NAME), or "
+    return f"set data.encoding: {guess.lower()} (--data.encoding {guess.lower()}), or "
+
+
+def _sample(blocks: Iterator[bytes], position: int) -> bytes:
+    """Bytes from a fault on; far into a file from its line on, as ASCII before it would mislead a guess."""
+    wanted = max(0, position - BEFORE_FAULT)
+    start, kept = 0, b""
+    for block in blocks:
+        if not kept and start + len(block) <= wanted:
+            start += len(block)
+            continue
+        kept += block
+        if len(kept) >= SAMPLE + BEFORE_FAULT:
+            break
+    if not wanted:
+        return kept[:SAMPLE]
+    line = kept.rfind(b"\n", 0, position - start) + 1
+    return kept[line or position - start :][:SAMPLE]
+
+
+def _guess_encoding(sample: bytes) -> str:
+    """Name for iconv of the encoding that bytes are probably in."""
+    best = from_bytes(sample, cp_exclusion=UNKNOWN_TO_ICONV).best()
+    name = best.encoding if best else "ENCODING"
+    if name in ("big5", "big5hkscs", "cp949", "euc_kr", "johab"):
+        # In a few characters these cannot be told from GBK, which is what Chinese Excel and Notepad write.
+        with suppress(UnicodeDecodeError):
+            codecs.getincrementaldecoder("gb18030")().decode(sample)
+            name = "gb18030"
+    return re.sub("-([BL]E)$", r"\1", name.upper().replace("_", "-"))  # iconv knows UTF-16LE

@@ -1,0 +1,75 @@
+"""A data set of a hub → rows; asked for by name, never found by chance."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+from collections.abc import Iterator
+from typing import Any
+
+from loratune.data.reading.rows import Row
+from loratune.data.sources import HubName
+from loratune.errors import Exit, LoratuneError
+
+BATCH_ROWS = 256
+
+
+class HubRows:
+    """One split of a data set, downloaded and cached by its hub's own library."""
+
+    def __init__(self, name: str, dataset: Any) -> None:
+        self.name = name
+        self.dataset = dataset
+
+    def sha256(self) -> str:
+        """A fingerprint of the data set in place of a file's."""
+        # The library's own fingerprint of the data; no public attribute holds it.
+        parts = [self.name, str(getattr(self.dataset, "_fingerprint", "")), str(len(self.dataset))]
+        return hashlib.sha256("\n".join(parts).encode()).hexdigest()
+
+    def __iter__(self) -> Iterator[Row]:
+        if not len(self.dataset):
+            raise LoratuneError(f"{self.name}: 0 rows", Exit.DATA)
+        number = 0
+        for columns in self.dataset.iter(batch_size=BATCH_ROWS):
+            for values in zip(*columns.values(), strict=True):
+                number += 1
+                yield Row(dict(zip(columns, values, strict=True)), number)
+
+
+def open_hub(name: str, parts: HubName) -> HubRows:
+    """Load one split of a hub's data set; code that comes with a data set is never run.
+
+    Args:
+        name: as the user wrote it, for errors.
+        parts: the same, taken apart.
+
+    Raises:
+        LoratuneError: the hub's library is missing, or the hub cannot give it.
+    """
+    library = {"hf": "datasets", "ms": "modelscope.msdatasets"}[parts.hub]
+    try:
+        module = importlib.import_module(library)
+    except ImportError as error:
+        package, extra = {"hf": ("datasets", "datasets"), "ms": ("modelscope", "'loratune[modelscope]'")}[parts.hub]
+        raise LoratuneError(
+            f"{name}: needs {package}, which is not installed or not whole ({error})\n  pip install {extra}",
+            Exit.DATA,
+        ) from error
+    try:
+        return HubRows(name, _load(module, parts))
+    except Exception as error:  # each hub client and its HTTP library raise their own kinds
+        reason = next(iter(str(error).splitlines()), "no reason given")
+        hub = {"hf": "the Hugging Face hub", "ms": "ModelScope"}[parts.hub]
+        raise LoratuneError(
+            f"{name}: {hub} cannot give it: {type(error).__name__}: {reason}\n"
+            "check the name, the split and the network, or download its file and give that",
+            Exit.DATA,
+        ) from error
+
+
+def _load(module: Any, parts: HubName) -> Any:
+    if parts.hub == "hf":
+        return module.load_dataset(parts.dataset, parts.config, split=parts.split)
+    dataset = module.MsDataset.load(parts.dataset, subset_name=parts.config, split=parts.split)
+    return dataset.to_hf_dataset() if hasattr(dataset, "to_hf_dataset") else dataset

@@ -1,0 +1,44 @@
+"""The JSON decoder that rows are read with, and the words for what it refuses."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+EXCERPT = 30
+"""Characters before and after a fault that are shown."""
+
+
+def explain_fault(name: str, error: Exception, place: tuple[int, int], text: str, index: int) -> str:
+    """A decoder's error in words, with the place in the file.
+
+    Args:
+        name: of the file.
+        error: what DECODER raised.
+        place: line and column in the file.
+        text: where the fault is, and its surroundings.
+        index: of the fault in it.
+    """
+    line, column = place
+    if isinstance(error, RecursionError):
+        return f"{name}:{line}: nested too deep to be rows"
+    if not isinstance(error, json.JSONDecodeError):
+        return f"{name}:{line}: {error}"
+    excerpt = text[max(0, index - EXCERPT) : index + EXCERPT].replace("\n", "⏎")
+    return f"{name}:{line}:{column}: not valid JSON: {error.msg}, near «{excerpt}»"
+
+
+def _refuse_repeated_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    value = dict(pairs)
+    if len(value) < len(pairs):
+        keys = [key for key, _ in pairs]
+        repeated = next(key for key in keys if keys.count(key) > 1)
+        raise ValueError(f"the key {repeated!r} stands twice in one row")
+    return value
+
+
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"{name} is not a JSON value")
+
+
+DECODER = json.JSONDecoder(object_pairs_hook=_refuse_repeated_keys, parse_constant=_refuse_constant)

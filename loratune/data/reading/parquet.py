@@ -1,0 +1,39 @@
+"""A Parquet file → rows."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pyarrow
+from pyarrow.parquet import ParquetFile
+
+from loratune.data.reading.rows import Row
+from loratune.errors import Exit, LoratuneError
+
+BATCH_ROWS = 256
+
+
+def rows_of_parquet(name: str) -> Iterator[Row]:
+    """The rows of a file, numbered from 1; a few are held at a time.
+
+    Raises:
+        LoratuneError: not a whole Parquet file, or no rows.
+    """
+    number = 0
+    try:
+        with ParquetFile(name) as file:
+            columns = file.schema_arrow.names
+            repeated = sorted({column for column in columns if columns.count(column) > 1})
+            if repeated:
+                raise LoratuneError(f"{name}: has the column {repeated[0]!r} more than once; remove one", Exit.DATA)
+            for batch in file.iter_batches(batch_size=BATCH_ROWS):
+                for value in batch.to_pylist():
+                    number += 1
+                    yield Row(value, number)
+    except (pyarrow.ArrowException, OSError) as error:
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        raise LoratuneError(
+            f"{name}: cannot be read as Parquet after row {number}: {reason}; copy or write it again", Exit.DATA
+        ) from error
+    if not number:
+        raise LoratuneError(f"{name}: 0 rows", Exit.DATA)
