@@ -14,10 +14,8 @@ from typer.testing import Result
 
 from loratune.data.conversation import Conversation
 from loratune.data.encoding import IGNORED, Encoder
-from loratune.data.formats import detect_format, read_conversations
-from loratune.data.sources import Row
-from loratune.errors import Exit, LoratuneError
-from loratune.model.base import load_tokenizer
+from loratune.data.formats import ConversationReader, detect_format
+from loratune.model.tokenizer import load_tokenizer
 from loratune.recipe.sections import PromptSettings
 
 SAID = [
@@ -41,36 +39,35 @@ ROWS: dict[str, Any] = {
 }  # fmt: skip
 
 
-def read(*values: Any, columns: dict[str, str] | None = None) -> list[Conversation]:
-    rows = [Row(value, f"rows.json row {number}") for number, value in enumerate(values, start=1)]
-    return read_conversations(rows, {"name": "Ada"}, columns)
+def read(value: Any, columns: dict[str, str] | None = None) -> Conversation:
+    """The conversation of a file's only row."""
+    conversation = read_or_refuse(value, columns)
+    assert isinstance(conversation, Conversation), conversation
+    return conversation
 
 
-def refused(*values: Any, columns: dict[str, str] | None = None) -> str:
-    with pytest.raises(LoratuneError) as raised:
-        read(*values, columns=columns)
-    assert raised.value.exit_code == Exit.DATA
-    return str(raised.value)
+def read_or_refuse(value: Any, columns: dict[str, str] | None = None) -> Conversation | str:
+    return ConversationReader(detect_format([value], columns or {}), {"name": "Ada"}, columns or {}).read(value)
 
 
 @pytest.mark.parametrize("kind", ROWS)
 def test_every_format_gives_the_same_conversation(kind: str) -> None:
-    (conversation,) = read(ROWS[kind])
-    assert detect_format([Row(ROWS[kind], "")]).name == kind
+    conversation = read(ROWS[kind])
+    assert detect_format([ROWS[kind]], {}).name == kind
     expected = [(role, text.replace("{{name}}", "Ada")) for role, text in SAID]
     assert [(message["role"], message["content"]) for message in conversation.messages] == expected
 
 
 def test_a_pair_is_a_question_and_an_answer() -> None:
-    (conversation,) = read({"prompt": "2+2?", "completion": "4"})
+    conversation = read({"prompt": "2+2?", "completion": "4"})
     assert [message["content"] for message in conversation.messages] == ["2+2?", "4"]
 
 
 def test_columns_of_any_name_are_mapped() -> None:
     columns = {"instruction": "question", "output": "answer", "system": "persona"}
-    (conversation,) = read({"question": "2+2?", "answer": "4", "persona": "A sage.", "id": 7}, columns=columns)
+    conversation = read({"question": "2+2?", "answer": "4", "persona": "A sage.", "id": 7}, columns=columns)
     assert [message["content"] for message in conversation.messages] == ["A sage.", "2+2?", "4"]
-    assert "'output' is missing" in refused({"question": "2+2?"}, columns=columns)
+    assert "'output' is missing" in str(read_or_refuse({"question": "2+2?"}, columns))
 
 
 def test_a_sharegpt_system_prompt_may_stand_beside_the_conversation() -> None:
@@ -80,19 +77,19 @@ def test_a_sharegpt_system_prompt_may_stand_beside_the_conversation() -> None:
 
 def test_text_parts_are_one_text() -> None:
     parts = [{"type": "text", "text": "2+"}, {"type": "text", "text": "2?"}]
-    (conversation,) = read({"messages": [{"role": "user", "content": parts}, {"role": "assistant", "content": "4"}]})
+    conversation = read({"messages": [{"role": "user", "content": parts}, {"role": "assistant", "content": "4"}]})
     assert conversation.messages[0]["content"] == "2+2?"
 
 
 def test_an_answer_of_weight_0_is_read_but_not_trained() -> None:
     row = json.loads(json.dumps(ROWS["messages"]))
     row["messages"][2]["weight"] = 0
-    (conversation,) = read(row)
+    conversation = read(row)
     (example,) = Encoder(load_tokenizer(TINY_QWEN), PromptSettings()).encode(conversation)
     tokenizer = AutoTokenizer.from_pretrained(TINY_QWEN)
-    trained = tokenizer.decode([label for label in example.labels if label != IGNORED])
+    trained = tokenizer.decode([label for label in example.labels.tolist() if label != IGNORED])
     assert trained == "Ciao.<|im_end|>"
-    assert "Hello." in tokenizer.decode(example.input_ids)
+    assert "Hello." in tokenizer.decode(example.input_ids.tolist())
 
 
 def turns(*roles: str) -> dict[str, Any]:
@@ -113,8 +110,9 @@ def turns(*roles: str) -> dict[str, Any]:
         (turns("user", "user", "assistant"), "message 2 is of user where assistant is expected"),
         (turns("user", "system", "assistant"), "message 2 is of system where assistant is expected"),
         (turns("system", "system", "user", "assistant"), "message 2 is of system where user is expected"),
-        (turns("user", "assistant", "tool", "assistant"), "message 3: turns of tools (tool)"),
-        (turns("user", "robot"), "message 2: the role 'robot' is none of system, user, assistant"),
+        (turns("user", "assistant", "tool", "assistant"), "message 3 is of tool where user is expected"),
+        (turns("user", "tool", "assistant"), "message 2 is of tool where assistant is expected"),
+        (turns("user", "robot"), "message 2: the role 'robot' is none of system, user, assistant, tool"),
         ({"messages": [{"role": ["user"], "content": "x"}]}, "message 1: the role ['user'] is none of"),
         ({"messages": [{"role": "user", "content": None}, {"role": "assistant", "content": "x"}]}, "its text is null"),
         ({"messages": [{"role": "user", "content": "  "}, {"role": "assistant", "content": "x"}]}, "its text is empty"),
@@ -129,23 +127,162 @@ def turns(*roles: str) -> dict[str, Any]:
             "every answer has weight 0",
         ),
         (
-            {"messages": [{"role": "user", "content": "x"}, {"role": "assistant", "content": "y", "tool_calls": [1]}]},
-            "calls of tools are not trained yet",
+            {"messages": [{"role": "user", "content": "x"}, {"role": "assistant"}]},
+            "message 2: its text is null",
         ),
         ({"prompt": "x", "completion": 5}, "'completion' is a number, not a text"),
         ({"query": "x", "response": None}, "'response' is null"),
     ],
 )
 def test_a_row_that_cannot_be_trained_on_is_named(row: Any, words: str) -> None:
-    told = refused(row)
+    told = read_or_refuse(row)
+    assert isinstance(told, str)
     assert words in told
-    assert "rows.json row 1" in told
 
 
-def test_a_row_in_another_format_than_its_file_is_named() -> None:
-    told = refused(ROWS["messages"], ROWS["alpaca"])
-    assert "rows.json row 2: 'messages' is null, not a list of turns" in told
-    assert "each row needs 'messages'" in told
+def test_a_row_in_another_format_than_its_file_is_refused() -> None:
+    reader = ConversationReader(detect_format([ROWS["messages"]], {}), {"name": "Ada"}, {})
+    assert isinstance(reader.read(ROWS["messages"]), Conversation)
+    assert reader.read(ROWS["alpaca"]) == "'messages' is null, not a list of turns"
+
+
+@pytest.mark.parametrize("answer", ["", " \n"])
+def test_an_empty_answer_is_read_and_left_to_the_inspection(answer: str) -> None:
+    rows: list[Any] = [
+        {"messages": [{"role": "user", "content": "x"}, {"role": "assistant", "content": answer}]},
+        {"conversations": [{"from": "human", "value": "x"}, {"from": "gpt", "value": answer}]},
+        {"instruction": "x", "output": answer},
+        {"instruction": "x", "output": answer, "history": []},
+        {"prompt": "x", "completion": answer},
+    ]
+    assert [read(row).messages[-1]["content"] for row in rows] == [answer] * len(rows)
+    assert read({"instruction": "x", "output": "y", "history": [["z", answer]]}).messages[1]["content"] == answer
+
+
+def test_reasoning_stands_before_the_answer() -> None:
+    said = {"role": "assistant", "content": "4", "reasoning_content": "\ntwo and\ntwo\n"}
+    row = {"messages": [{"role": "user", "content": "2+2?"}, said]}
+    assert read(row).messages[-1] == {"role": "assistant", "content": "<think>\ntwo and\ntwo\n</think>\n\n4"}
+    said["reasoning_content"] = ""
+    assert read(row).messages[-1] == {"role": "assistant", "content": "4"}
+
+
+# --- tools ---
+
+ADD = {"name": "add", "description": "Adds.", "parameters": {"type": "object", "properties": {"a": {"type": "number"}}}}
+CALLS = [{"type": "function", "function": {"name": "add", "arguments": {"a": 1, "b": [2.5, None, "你"]}}}]
+ARGUMENTS = CALLS[0]["function"]["arguments"]  # type: ignore[index]
+CALLED = Conversation(
+    (
+        {"role": "user", "content": "1+2?"},
+        {"role": "assistant", "content": "", "tool_calls": CALLS},
+        {"role": "tool", "content": "3"},
+        {"role": "assistant", "content": "It is 3."},
+    ),
+    tools=({"type": "function", "function": ADD},),
+)
+
+
+def openai_row(call: Any = CALLS[0], **row: Any) -> dict[str, Any]:
+    turns = [
+        {"role": "user", "content": "1+2?"},
+        {"role": "assistant", "content": None, "tool_calls": [call]},
+        {"role": "tool", "tool_call_id": "1", "content": "3"},
+        {"role": "assistant", "content": "It is 3.", "tool_calls": None},
+    ]
+    return {"messages": turns, "tools": [{"type": "function", "function": ADD}]} | row
+
+
+def sharegpt_row(call: Any = None, **row: Any) -> dict[str, Any]:
+    called = json.dumps({"name": "add", "arguments": ARGUMENTS}) if call is None else call
+    turns = [
+        {"from": "human", "value": "1+2?"},
+        {"from": "function_call", "value": called},
+        {"from": "observation", "value": "3"},
+        {"from": "gpt", "value": "It is 3."},
+    ]
+    return {"conversations": turns, "tools": json.dumps([ADD])} | row
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        openai_row(),
+        openai_row({"id": "1", "type": "function", "function": {"name": "add", "arguments": json.dumps(ARGUMENTS)}}),
+        openai_row({"name": "add", "arguments": ARGUMENTS}),
+        openai_row(tools=[ADD]),
+        openai_row(tools=json.dumps([ADD], ensure_ascii=False)),
+        sharegpt_row(),
+        sharegpt_row(json.dumps([{"name": "add", "arguments": json.dumps(ARGUMENTS)}])),
+        sharegpt_row({"name": "add", "arguments": ARGUMENTS}),
+        sharegpt_row(tools=[ADD]),
+    ],
+)
+def test_a_call_of_a_tool_is_the_same_in_whatever_way_it_is_written(row: dict[str, Any]) -> None:
+    assert read(row) == CALLED
+
+
+@pytest.mark.parametrize("tools", [None, "", "[]", []])
+def test_no_tools_are_none(tools: Any) -> None:
+    row: dict[str, Any] = {"conversations": [{"from": "human", "value": "x"}, {"from": "gpt", "value": "y"}]}
+    assert read(row | {"tools": tools}).tools == ()
+    assert read(openai_row(tools=tools)).tools == ()
+
+
+def test_results_of_tools_may_be_several_empty_and_named() -> None:
+    row = openai_row()
+    row["messages"][2:3] = [{"role": "tool", "content": "", "name": "add"}, {"role": "tool", "content": "3"}]
+    assert read(row).messages[2:4] == ({"role": "tool", "content": "", "name": "add"}, {"role": "tool", "content": "3"})
+
+
+def test_a_call_may_end_a_conversation_and_follow_another() -> None:
+    row = openai_row()
+    row["messages"][3] = {"role": "assistant", "content": "Once more.", "tool_calls": CALLS}
+    assert read(row).messages[3] == {"role": "assistant", "content": "Once more.", "tool_calls": CALLS}
+
+
+def without(row: dict[str, Any], place: int) -> dict[str, Any]:
+    return row | {"messages": [turn for number, turn in enumerate(row["messages"]) if number != place]}
+
+
+def with_turn(turn: dict[str, Any]) -> dict[str, Any]:
+    row = openai_row()
+    return row | {"messages": [*row["messages"], turn, {"role": "assistant", "content": "x"}]}
+
+
+@pytest.mark.parametrize(
+    ("row", "words"),
+    [
+        (without(openai_row(), 2), "message 3 is of assistant where tool is expected"),
+        (without(openai_row(), 3), "does not end with an answer"),
+        (with_turn({"role": "tool", "content": "3"}), "message 5 is of tool where user is expected"),
+        (with_turn({"role": "user", "content": "3", "tool_calls": CALLS}), "message 5: calls of tools stand in a"),
+        (with_turn({"role": "user", "content": "3", "reasoning_content": "x"}), "message 5: reasoning stands in a"),
+        (with_turn({"role": "user", "content": "3", "tool_calls": "add"}), "message 5: its calls of tools are a text"),
+        (openai_row(1), "message 2: call 1 is no object with the 'name' of a tool"),
+        (openai_row({"function": {"arguments": {}}}), "message 2: call 1 is no object with the 'name' of a tool"),
+        (openai_row({"name": "add"}), "message 2: call 1 (add): 'arguments' are neither an object nor the JSON text"),
+        (openai_row({"name": "add", "arguments": "{"}), "call 1 (add): 'arguments' are neither an object nor"),
+        (
+            openai_row({"name": "add", "arguments": "[" * 100_000}),
+            "call 1 (add): 'arguments' are neither an object nor",
+        ),
+        (openai_row({"name": "add", "arguments": '{"a": "\\ud800"}'}), "message 2: holds half of a UTF-16 pair"),
+        (openai_row(tools="add"), "'tools' is neither a list nor the JSON text of one"),
+        (openai_row(tools={"name": "add"}), "'tools' is neither a list nor the JSON text of one"),
+        (openai_row(tools=["add"]), "entry 1 of 'tools' is no object with a 'name'"),
+        (openai_row(tools=[ADD, {"type": "function"}]), "entry 2 of 'tools' is no object with a 'name'"),
+        (openai_row(tools=[ADD | {"description": "\ud800"}]), "'tools' holds half of a UTF-16 pair"),
+        (sharegpt_row("add(1)"), "message 2: its call is neither a JSON object nor a list of some"),
+        (sharegpt_row("[]"), "message 2: its call is neither a JSON object nor a list of some"),
+        (sharegpt_row('{"tool": "add"}'), "message 2: call 1 is no object with the 'name' of a tool"),
+        (sharegpt_row("3"), "message 2: its calls of tools are a number, not a list"),
+    ],
+)
+def test_a_row_of_tools_that_cannot_be_trained_on_is_named(row: Any, words: str) -> None:
+    told = read_or_refuse(row)
+    assert isinstance(told, str)
+    assert words in told
 
 
 def test_training_says_which_format_a_file_is_in(cli: Callable[..., Result], random_qwen: Path, tmp_path: Path) -> None:

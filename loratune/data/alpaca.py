@@ -40,14 +40,14 @@ def _text_problem(value: dict[str, Any], key: str, required: bool) -> str:
         return f"{key!r} is {kind_of(text)}, not a text"
     if has_half_a_pair(text):
         return f"{key!r} holds half of a UTF-16 pair, which is no character"
-    return f"{key!r} is empty" if required and not text.strip() else ""
+    return ""
 
 
 def _history_problem(history: Any) -> str:
     if history is None:
         return ""
     is_pairs = isinstance(history, list) and all(
-        isinstance(turn, list) and len(turn) == 2 and all(isinstance(text, str) and text.strip() for text in turn)
+        isinstance(turn, list) and len(turn) == 2 and all(isinstance(text, str) for text in turn) and turn[0].strip()
         for turn in history
     )
     if not is_pairs:

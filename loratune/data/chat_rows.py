@@ -1,32 +1,32 @@
-"""Rows that hold whole conversations: OpenAI's `messages` and ShareGPT's `conversations`."""
+"""Rows that hold whole conversations: OpenAI's `messages` and ShareGPT's `conversations`, both with calls of tools."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from typing import Any
 
 from loratune.data.conversation import Message, has_half_a_pair, kind_of
 
-Turn = tuple[Any, Any]
-"""Role and content, as the row has them."""
-ROLES = {"system": "system", "user": "user", "assistant": "assistant"}
-SHAREGPT_ROLES = ROLES | {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "bot": "assistant"}
-TOOL_ROLES = ("tool", "function", "function_call", "observation")
+ROLES = {"system": "system", "user": "user", "assistant": "assistant", "tool": "tool"}
+SHAREGPT_ROLES = ROLES | {
+    "human": "user", "gpt": "assistant", "chatgpt": "assistant", "bot": "assistant", "function_call": "assistant",
+    "observation": "tool",
+}  # fmt: skip
 MESSAGES_NEED = "each row needs 'messages': a list of {role, content}, user and assistant in turn, an answer last"
 SHAREGPT_NEEDS = "each row needs 'conversations': a list of {from, value}, human and gpt in turn, an answer last"
+HALF_A_PAIR = "holds half of a UTF-16 pair, which is no character"
 
 
 def problems_of_messages(value: dict[str, Any]) -> list[str]:
     """What keeps a row of messages from being trained on."""
-    found = _problems(value, "messages", _turns_of_messages, ROLES)
+    found = _problems(value, "messages", "role", _read_message)
     if found:
         return found
     weights = [turn.get("weight") for turn in value["messages"]]
     found = [
         f"message {place}: 'weight' is neither 0 nor 1" for place, w in enumerate(weights, 1) if w not in (None, 0, 1)
     ]
-    if any(turn.get("tool_calls") for turn in value["messages"]):
-        found.append("calls of tools are not trained yet")
     if len(untrained_messages(value)) == sum(turn["role"] == "assistant" for turn in value["messages"]):
         found.append("every answer has weight 0")
     return found
@@ -34,17 +34,18 @@ def problems_of_messages(value: dict[str, Any]) -> list[str]:
 
 def problems_of_sharegpt(value: dict[str, Any]) -> list[str]:
     """What keeps a ShareGPT row from being trained on."""
-    return _problems(value, "conversations", _turns_of_sharegpt, SHAREGPT_ROLES)
+    return _problems(value, "conversations", "from", _read_sharegpt)
 
 
 def from_messages(value: dict[str, Any]) -> list[Message]:
-    """The turns of a row of messages."""
-    return [_message(ROLES[role], content) for role, content in _turns_of_messages(value)]
+    """The turns of a row of messages that has no problems."""
+    return [read for turn in value["messages"] if not isinstance(read := _read_message(turn), str)]
 
 
 def from_sharegpt(value: dict[str, Any]) -> list[Message]:
-    """The turns of a ShareGPT row."""
-    return [_message(SHAREGPT_ROLES[role], content) for role, content in _turns_of_sharegpt(value)]
+    """The turns of a ShareGPT row that has no problems."""
+    turns = [*_system_beside(value), *value["conversations"]]
+    return [read for turn in turns if not isinstance(read := _read_sharegpt(turn), str)]
 
 
 def untrained_messages(value: dict[str, Any]) -> frozenset[int]:
@@ -54,17 +55,103 @@ def untrained_messages(value: dict[str, Any]) -> frozenset[int]:
     )
 
 
-def _message(role: str, content: str) -> Message:
-    return {"role": role, "content": content}  # type: ignore[typeddict-item]
+def tools_of(value: dict[str, Any]) -> tuple[dict[str, Any], ...]:
+    """What the assistant of a row may call, each as OpenAI's {"type": "function", "function": {…}}."""
+    tools = _read_tools(value.get("tools"))
+    return () if isinstance(tools, str) else tuple(tools)
 
 
-def _turns_of_messages(value: dict[str, Any]) -> list[Turn]:
-    return [(turn["role"], _joined(turn.get("content"))) for turn in value["messages"]]
+def _problems(
+    value: dict[str, Any], key: str, role_key: str, read: Callable[[dict[str, Any]], Message | str]
+) -> list[str]:
+    given = value.get(key)
+    if not isinstance(given, list) or not given:
+        return [f"{key!r} is {'an empty list' if given == [] else kind_of(given)}, not a list of turns"]
+    odd = [place for place, turn in enumerate(given, 1) if not isinstance(turn, dict) or role_key not in turn]
+    if odd:
+        return [f"message {odd[0]} is not an object with {role_key!r}"]
+    beside = _system_beside(value) if key == "conversations" else []
+    messages = [read(turn) for turn in [*beside, *given]]
+    first = 1 - len(beside)
+    found = [f"message {place}: {one}" for place, one in enumerate(messages, first) if isinstance(one, str)]
+    tools = _read_tools(value.get("tools"))
+    if isinstance(tools, str):
+        found.append(tools)
+    return found or _order_problems([one for one in messages if not isinstance(one, str)], first)
 
 
-def _turns_of_sharegpt(value: dict[str, Any]) -> list[Turn]:
-    turns = [(turn["from"], turn.get("value")) for turn in value["conversations"]]
-    return [("system", value["system"]), *turns] if value.get("system") else turns
+def _system_beside(value: dict[str, Any]) -> list[dict[str, Any]]:
+    """ShareGPT's system prompt where it stands beside the conversation, as a turn."""
+    return [{"from": "system", "value": value["system"]}] if value.get("system") else []
+
+
+def _order_problems(messages: list[Message], first: int) -> list[str]:
+    expected: tuple[str, ...] = ("user",)
+    for place, message in enumerate(messages, first):
+        role = message["role"]
+        if role == "system" and place == first:
+            continue
+        if role not in expected:
+            return [f"message {place} is of {role} where {' or '.join(expected)} is expected"]
+        expected = _expected_after(message)
+    return [] if messages[-1]["role"] == "assistant" else ["it does not end with an answer"]
+
+
+def _expected_after(message: Message) -> tuple[str, ...]:
+    if message["role"] == "user":
+        return ("assistant",)
+    if message["role"] == "tool":
+        return ("tool", "assistant")
+    return ("tool",) if message.get("tool_calls") else ("user",)
+
+
+def _read_message(turn: dict[str, Any]) -> Message | str:
+    role, content = turn["role"], _joined(turn.get("content"))
+    if not isinstance(role, str) or role not in ROLES:
+        return f"the role {role!r} is none of {', '.join(ROLES)}"
+    calls, reasoning = _read_calls(turn.get("tool_calls")), turn.get("reasoning_content")
+    if isinstance(calls, str):
+        return calls
+    if role != "assistant" and (calls or reasoning):
+        return f"{'calls of tools stand' if calls else 'reasoning stands'} in a message of {role}"
+    if content is None and calls:
+        content = ""
+    if not isinstance(reasoning, str | None):
+        return f"its 'reasoning_content' is {kind_of(reasoning)}"
+    if reasoning and isinstance(content, str):
+        thought = reasoning.strip("\n")
+        content = f"<think>\n{thought}\n</think>\n\n{content}"
+    message = _checked(role, content, calls)
+    name = turn.get("name")
+    if role == "tool" and isinstance(name, str) and not isinstance(message, str):
+        return HALF_A_PAIR if has_half_a_pair(name) else {**message, "name": name}
+    return message
+
+
+def _read_sharegpt(turn: dict[str, Any]) -> Message | str:
+    role, content = turn["from"], turn.get("value")
+    if not isinstance(role, str) or role not in SHAREGPT_ROLES:
+        return f"the role {role!r} is none of {', '.join(SHAREGPT_ROLES)}"
+    if role != "function_call":
+        return _checked(SHAREGPT_ROLES[role], content, [])
+    called = _parsed(content)
+    calls = _read_calls([called] if isinstance(called, dict) else called)
+    if isinstance(calls, str):
+        return calls
+    return _checked("assistant", "", calls) if calls else "its call is neither a JSON object nor a list of some"
+
+
+def _checked(role: str, content: Any, calls: list[dict[str, Any]]) -> Message | str:
+    if not isinstance(content, str):
+        return f"its text is {kind_of(content)}"
+    if has_half_a_pair(content):
+        return HALF_A_PAIR
+    if role in ("system", "user") and not content.strip():
+        return "its text is empty"
+    message: Message = {"role": role, "content": content}  # type: ignore[typeddict-item]
+    if calls:
+        message["tool_calls"] = calls
+    return message
 
 
 def _joined(content: Any) -> Any:
@@ -75,38 +162,47 @@ def _joined(content: Any) -> Any:
     return "".join(part["text"] for part in content) if is_parts else content
 
 
-def _problems(
-    value: dict[str, Any], key: str, turns_of: Callable[[dict[str, Any]], list[Turn]], roles: dict[str, str]
-) -> list[str]:
-    given = value.get(key)
-    role_key = "role" if key == "messages" else "from"
-    if not isinstance(given, list) or not given:
-        return [f"{key!r} is {'an empty list' if given == [] else kind_of(given)}, not a list of turns"]
-    odd = [place for place, turn in enumerate(given, 1) if not isinstance(turn, dict) or role_key not in turn]
-    if odd:
-        return [f"message {odd[0]} is not an object with {role_key!r}"]
-    turns = turns_of(value)
-    found = [problem for place, turn in enumerate(turns, 1) if (problem := _turn_problem(turn, roles, place))]
-    return found or _order_problems([roles[role] for role, _ in turns])
+def _read_calls(given: Any) -> list[dict[str, Any]] | str:
+    """Calls of tools with their arguments as objects, which most templates want, or what is wrong with them."""
+    if given is None:
+        return []
+    if not isinstance(given, list):
+        return f"its calls of tools are {kind_of(given)}, not a list"
+    calls = []
+    for place, call in enumerate(given, 1):
+        function = call.get("function", call) if isinstance(call, dict) else None
+        name = function.get("name") if isinstance(function, dict) else None
+        if not isinstance(function, dict) or not isinstance(name, str) or not name:
+            return f"call {place} is no object with the 'name' of a tool"
+        arguments = _parsed(function.get("arguments"))
+        if not isinstance(arguments, dict):
+            return f"call {place} ({name}): 'arguments' are neither an object nor the JSON text of one"
+        calls.append({"type": "function", "function": {"name": name, "arguments": arguments}})
+    return HALF_A_PAIR if has_half_a_pair(json.dumps(calls, ensure_ascii=False)) else calls
 
 
-def _turn_problem(turn: Turn, roles: dict[str, str], place: int) -> str:
-    role, content = turn
-    if role in TOOL_ROLES:
-        return f"message {place}: turns of tools ({role}) are not trained yet"
-    if not isinstance(role, str) or role not in roles:
-        return f"message {place}: the role {role!r} is none of {', '.join(roles)}"
-    if not isinstance(content, str):
-        return f"message {place}: its text is {kind_of(content)}"
-    if has_half_a_pair(content):
-        return f"message {place}: holds half of a UTF-16 pair, which is no character"
-    return f"message {place}: its text is empty" if not content.strip() else ""
+def _read_tools(given: Any) -> list[dict[str, Any]] | str:
+    """Descriptions of tools, or what is wrong with them."""
+    tools = _parsed(given) if given != "" else None
+    if tools is None and given in (None, "", "null"):
+        return []
+    if not isinstance(tools, list):
+        return "'tools' is neither a list nor the JSON text of one"
+    found = []
+    for place, tool in enumerate(tools, 1):
+        function = tool.get("function", tool) if isinstance(tool, dict) else None
+        if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+            return f"entry {place} of 'tools' is no object with a 'name'"
+        found.append(tool if "function" in tool else {"type": "function", "function": tool})
+    half = has_half_a_pair(json.dumps(found, ensure_ascii=False))
+    return f"'tools' {HALF_A_PAIR}" if half else found
 
 
-def _order_problems(roles: list[str]) -> list[str]:
-    spoken = roles[1:] if roles[0] == "system" else roles
-    for place, role in enumerate(spoken):
-        expected = "assistant" if place % 2 else "user"
-        if role != expected:
-            return [f"message {place + 1 + len(roles) - len(spoken)} is of {role} where {expected} is expected"]
-    return [] if spoken and spoken[-1] == "assistant" else ["it does not end with an answer"]
+def _parsed(value: Any) -> Any:
+    """A JSON text as what it stands for, None if it is no JSON; any other value as it is."""
+    if not isinstance(value, str):
+        return value
+    try:
+        return json.loads(value)
+    except (ValueError, RecursionError):
+        return None

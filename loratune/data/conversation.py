@@ -2,26 +2,46 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal, TypedDict
 
 
-class Message(TypedDict):
+class _Said(TypedDict):
+    role: Literal["system", "user", "assistant", "tool"]
+    content: str
+
+
+class Message(_Said, total=False):
     """One turn, in the form that chat templates take."""
 
-    role: Literal["system", "user", "assistant"]
-    content: str
+    tool_calls: list[dict[str, Any]]
+    """Of an assistant: {"type": "function", "function": {"name": …, "arguments": an object}}."""
+    name: str
+    """Of a tool: which one it is."""
 
 
 @dataclass(frozen=True)
 class Conversation:
-    """Alternating user and assistant messages, a system message first if there is one; ends with an answer."""
+    """A system message if there is one, then questions and answers in turn; ends with an answer.
+
+    Between an answer that calls tools and the next answer stand the messages of these tools.
+    """
 
     messages: tuple[Message, ...]
-    place: str
-    """Where the row stands, for messages."""
     untrained: frozenset[int] = frozenset()
     """Answers, by their number among the messages, that the row itself leaves out of training."""
+    tools: tuple[dict[str, Any], ...] = ()
+    """What the assistant may call: a JSON schema each."""
+
+    def trained_answers(self, train_on: str) -> list[int]:
+        """Numbers, among the messages, of the answers to be trained: `all`, or the `last`."""
+        answers = [
+            place
+            for place, message in enumerate(self.messages)
+            if message["role"] == "assistant" and place not in self.untrained
+        ]
+        return answers if train_on == "all" else answers[-1:]
 
 
 def kind_of(value: Any) -> str:
@@ -32,4 +52,26 @@ def kind_of(value: Any) -> str:
 
 def has_half_a_pair(text: str) -> bool:
     """Whether a text holds half of a UTF-16 pair, which no encoding can write."""
-    return any("\ud800" <= character <= "\udfff" for character in text)
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return True
+    return False
+
+
+def texts_in(value: Any) -> Iterator[str]:
+    """All texts in a JSON value; the keys of its objects are left out."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict | list | tuple):
+        for inner in value.values() if isinstance(value, dict) else value:
+            yield from texts_in(inner)
+
+
+def keys_in(value: Any) -> Iterator[str]:
+    """The keys of all objects in a JSON value."""
+    if isinstance(value, dict):
+        yield from value
+    if isinstance(value, dict | list | tuple):
+        for inner in value.values() if isinstance(value, dict) else value:
+            yield from keys_in(inner)

@@ -7,50 +7,54 @@ searched for. Text of a user or of a row never becomes a control token: `<|im_en
 from __future__ import annotations
 
 import hashlib
+import re
+from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
+from itertools import groupby
 from typing import Any
 
 from jinja2 import TemplateError
 
-from loratune.data.conversation import Conversation, Message
+from loratune.data.conversation import Conversation, Message, keys_in, texts_in
+from loratune.data.templates import OWN_TEMPLATES
+from loratune.data.tokens import Ids, TokenMemo
 from loratune.errors import Exit, LoratuneError
 from loratune.recipe.sections import PromptSettings
 
 IGNORED = -100
 """Label of a position without loss, as torch's cross-entropy has it."""
 
-# Both end a finished answer with the end token, so that a conversation may go on after it.
-PLAIN_TEMPLATE = """\
-{%- if adds_bos %}{{ bos_token }}{% endif -%}
-{%- for message in messages -%}
-{%- if message.role == 'user' %}{{ 'Human: ' + message.content + '\\n\\nAssistant: ' }}
-{%- elif message.role == 'assistant' %}{{ message.content + eos_token }}
-{%- else %}{{ message.content + '\\n\\n' }}{% endif -%}
-{%- endfor -%}"""
-ALPACA_TEMPLATE = """\
-{%- if adds_bos %}{{ bos_token }}{% endif -%}
-{%- if messages[0].role != 'system' %}{{ 'Below is an instruction that describes a task. \
-Write a response that appropriately completes the request.\\n\\n' }}{% endif -%}
-{%- for message in messages -%}
-{%- if message.role == 'user' %}{{ '### Instruction:\\n' + message.content + '\\n\\n### Response:\\n' }}
-{%- elif message.role == 'assistant' %}{{ message.content + eos_token + '\\n\\n' }}
-{%- else %}{{ message.content + '\\n\\n' }}{% endif -%}
-{%- endfor -%}"""
-OWN_TEMPLATES = {"plain": PLAIN_TEMPLATE, "alpaca": ALPACA_TEMPLATE}
+# transformers sets them around control tokens of texts, and drops them from texts.
+MARKS = ("\U000f0000", "\U000f0001")
+END_OF_REASONING = re.compile(r"</think>([\r\n]*)")
 
 
 @dataclass(frozen=True)
 class Example:
     """One training sequence: `labels[i]` is `input_ids[i]` where the model learns, IGNORED elsewhere."""
 
-    input_ids: list[int]
-    labels: list[int]
+    input_ids: Ids
+    labels: Ids
 
     @property
     def trained_tokens(self) -> int:
         """How many positions carry a label."""
-        return sum(label != IGNORED for label in self.labels)
+        return len(self.labels) - self.labels.count(IGNORED)
+
+
+@dataclass
+class _Turn:
+    """An answer to be trained, and what stands before it."""
+
+    row: int
+    prompt: list[dict[str, Any]]
+    """Messages as the template takes them."""
+    tools: tuple[dict[str, Any], ...]
+    answer: str
+    is_harmless: bool
+    """Whether no text of the prompt could become a control token."""
 
 
 class Encoder:
@@ -74,30 +78,30 @@ class Encoder:
                 Exit.MODEL,
             )
         self.adds_bos = tokenizer("").input_ids == [tokenizer.bos_token_id]
-        self.end_id = self._find_end_id()
+        self._behind_answers, self.end_id = self._find_end()
+        added = [token.content for token in tokenizer.added_tokens_decoder.values()]
+        self._control = re.compile("|".join(map(re.escape, [*added, *MARKS])))
 
     @property
     def template_sha256(self) -> str:
         """Hash of the template's text."""
         return hashlib.sha256(self.template.encode()).hexdigest()
 
-    def prompt_ids(self, messages: Sequence[Message]) -> list[int]:
+    def prompt_ids(self, messages: Sequence[Message], tools: Sequence[dict[str, Any]] = ()) -> list[int]:
         """Ids up to where the answer to the last message begins.
 
         Args:
-            messages: an optional system message, then user and assistant in turn, a user message last.
+            messages: an optional system message, then user and assistant in turn, a message of user or tool last.
+            tools: what the assistant may call.
         """
-        ids: list[int] = self._apply(
-            self._with_settings(messages), add_generation_prompt=True, sanitize_control_tokens=True, return_dict=False
-        )
-        return ids
+        return self._exact_ids(self._with_settings(messages), tools)
 
     def answer_ids(self, text: str) -> list[int]:
         """Ids of an answer and its end token. Of added tokens only ordinary ones, such as <think>, stay whole."""
         ids: list[int] = self.tokenizer(text, add_special_tokens=False, split_special_tokens=True).input_ids
         return [*ids, self.end_id]
 
-    def encode(self, conversation: Conversation, train_on: str = "all") -> list[Example]:
+    def encode(self, conversation: Conversation, train_on: str = "all", train_thinking: bool = True) -> list[Example]:
         """The training sequences of a conversation.
 
         Every trained answer follows exactly the prompt that inference would give. Turns share a sequence where the
@@ -107,24 +111,125 @@ class Encoder:
         Args:
             conversation: what was said.
             train_on: `all` answers, or the `last` one.
+            train_thinking: whether the reasoning block of an answer is learnt too.
+
+        Raises:
+            LoratuneError: the template refuses the messages, or has no place for the tools in them.
         """
-        turns = [
-            place
-            for place, message in enumerate(conversation.messages)
-            if message["role"] == "assistant" and place not in conversation.untrained
-        ]
-        examples: list[Example] = []
-        for place in turns if train_on == "all" else turns[-1:]:
-            prompt = self.prompt_ids(conversation.messages[:place])
-            answer = self.answer_ids(conversation.messages[place]["content"])
-            labels = [IGNORED] * len(prompt)
+        return self.encode_all([conversation], train_on, train_thinking)[0]
+
+    def encode_all(
+        self, conversations: Sequence[Conversation], train_on: str = "all", train_thinking: bool = True
+    ) -> list[list[Example]]:
+        """What `encode` gives for each of many conversations; quicker than one after another."""
+        turns = [turn for row, spoken in enumerate(conversations) for turn in self._turns_of(row, spoken, train_on)]
+        answers = self._memo.all_ids([turn.answer for turn in turns], keep_special=False)
+        sequences: list[list[Example]] = [[] for _ in conversations]
+        for turn, prompt, answer in zip(turns, self._prompts(turns), answers, strict=True):
+            unlearnt = 0 if train_thinking else self._count_reasoning(turn.answer, answer)
+            examples, answer_ids = sequences[turn.row], answer + array("i", [self.end_id])
+            labels = array("i", [IGNORED]) * len(prompt)
             if examples and prompt[: len(examples[-1].input_ids)] == examples[-1].input_ids:
                 earlier = examples.pop().labels
                 labels[: len(earlier)] = earlier
-            examples.append(Example(prompt + answer, labels + answer))
-        return examples
+            labels += array("i", [IGNORED]) * unlearnt
+            examples.append(Example(prompt + answer_ids, labels + answer_ids[unlearnt:]))
+        return sequences
 
-    def _with_reasoning_apart(self, message: Message) -> Message | dict[str, str]:
+    @cached_property
+    def _memo(self) -> TokenMemo:
+        return TokenMemo(self.tokenizer)
+
+    @cached_property
+    def _begun_reasoning(self) -> str:
+        """What of a reasoning block the prompt itself already holds, as with models that always think."""
+        question = {"role": "user", "content": "?"}
+        _, opening, rest = self._apply([question], tokenize=False, add_generation_prompt=True).rpartition("<think>")
+        return opening + rest if opening and not rest.strip() else ""
+
+    def _turns_of(self, row: int, conversation: Conversation, train_on: str) -> list[_Turn]:
+        self._check_tools(conversation)
+        messages, tools = self._with_settings(conversation.messages), conversation.tools
+        added = len(messages) - len(conversation.messages)
+        is_harmless, seen = not self._is_forging(tools), 0
+        turns = []
+        for place in conversation.trained_answers(train_on):
+            prompt = messages[: place + added]
+            is_harmless = is_harmless and not self._is_forging(prompt[seen:])
+            seen = len(prompt)
+            if conversation.messages[place].get("tool_calls"):
+                answer = self._rendered_answer(prompt, messages[place + added], tools)
+            else:
+                answer = conversation.messages[place]["content"].removeprefix(self._begun_reasoning)
+            turns.append(_Turn(row, prompt, tools, answer, is_harmless))
+        return turns
+
+    def _is_forging(self, value: Any) -> bool:
+        """Whether a text in it could be taken for a control token."""
+        return any(self._control.search(text) for text in texts_in(value))
+
+    def _prompts(self, turns: list[_Turn]) -> list[Ids]:
+        """What `prompt_ids` gives for each."""
+        texts: list[str] = []
+        for tools, group in groupby((turn for turn in turns if turn.is_harmless), key=lambda turn: turn.tools):
+            texts += self._apply([turn.prompt for turn in group], tools, tokenize=False, add_generation_prompt=True)
+        ids = iter(self._memo.all_ids(texts, keep_special=True))
+        exact = (array("i", self._exact_ids(turn.prompt, turn.tools)) for turn in turns if not turn.is_harmless)
+        return [next(ids if turn.is_harmless else exact) for turn in turns]
+
+    def _exact_ids(self, messages: list[dict[str, Any]], tools: Sequence[dict[str, Any]]) -> list[int]:
+        ids: list[int] = self._apply(
+            messages, tools, add_generation_prompt=True, sanitize_control_tokens=True, return_dict=False
+        )
+        return ids
+
+    def _rendered_answer(
+        self, prompt: list[dict[str, Any]], message: dict[str, Any], tools: Sequence[dict[str, Any]]
+    ) -> str:
+        """What the template writes for an answer that calls tools, up to the end token."""
+        before: str = self._apply(prompt, tools, tokenize=False, add_generation_prompt=True)
+        whole: str = self._apply([*prompt, message], tools, tokenize=False)
+        answer = whole[len(before) :]
+        if not whole.startswith(before) or not answer.endswith(self._behind_answers):
+            raise LoratuneError(
+                "the tokenizer's chat template does not write an answer that calls tools as a continuation of its "
+                "prompt; leave such rows out, or set prompt.thinking as it was when their answers were written",
+                Exit.DATA,
+            )
+        return answer.removesuffix(self._behind_answers)
+
+    def _check_tools(self, conversation: Conversation) -> None:
+        """Refuse tools that the template would silently drop, or that could not be told from control tokens."""
+        calls = [message.get("tool_calls") for message in conversation.messages]
+        if not conversation.tools and not any(calls):
+            return
+        if not re.search(r"\btools\b", self.template):
+            raise LoratuneError(
+                f"a row has tools, for which the template ({self.settings.template}) has no place; "
+                "take a model whose chat template knows tools, or leave such rows out",
+                Exit.DATA,
+            )
+        for key in keys_in([*conversation.tools, *calls]):
+            if self._control.search(key):
+                raise LoratuneError(
+                    f"a name in the tools of a row holds a control token: {key!r}; rename it", Exit.DATA
+                )
+
+    def _count_reasoning(self, text: str, ids: Ids) -> int:
+        """How many tokens of an answer hold its reasoning block and the line ends behind it."""
+        is_begun = bool(self._begun_reasoning) or text.lstrip().startswith("<think>")
+        end = END_OF_REASONING.search(text) if is_begun else None
+        if not end:
+            return 0
+        block = array("i")
+        for length in (end.end(1), end.start(1)):
+            block, rest = self._memo.all_ids([text[:length], text[length:]], keep_special=False)
+            if block + rest == ids:
+                return len(block)
+        # One token holds the end of the block and the beginning of the rest.
+        return 1 + next((n for n, (one, other) in enumerate(zip(block, ids, strict=False)) if one != other), len(block))
+
+    def _with_reasoning_apart(self, message: Message) -> dict[str, Any]:
         """Hand an earlier answer's reasoning to a template that takes it by itself.
 
         Qwen3's template would find the reasoning in the content too, but not past the marks that keep control tokens of
@@ -133,18 +238,17 @@ class Encoder:
         content = message["content"]
         is_split = message["role"] == "assistant" and "</think>" in content and "reasoning_content" in self.template
         if not is_split:
-            return message
-        reasoning = content.partition("</think>")[0].rpartition("<think>")[2].strip("\n")
+            return dict(message)
         return {
-            "role": message["role"],
+            **message,
             "content": content.rpartition("</think>")[2].lstrip("\n"),
-            "reasoning_content": reasoning,
+            "reasoning_content": content.partition("</think>")[0].rpartition("<think>")[2].strip("\n"),
         }
 
-    def _with_settings(self, messages: Sequence[Message]) -> list[Message | dict[str, str]]:
+    def _with_settings(self, messages: Sequence[Message]) -> list[dict[str, Any]]:
         """Add the system prompt where there is none, and the prefix to each instruction."""
         prefix, system = self.settings.instruction_prefix, self.settings.system
-        rendered: list[Message | dict[str, str]] = [
+        rendered = [
             {"role": "user", "content": prefix + message["content"]}
             if message["role"] == "user"
             else self._with_reasoning_apart(message)
@@ -154,8 +258,8 @@ class Encoder:
             rendered.insert(0, {"role": "system", "content": system})
         return rendered
 
-    def _apply(self, messages: Sequence[Any], **options: Any) -> Any:
-        """Render with the tokenizer.
+    def _apply(self, messages: Sequence[Any], tools: Sequence[dict[str, Any]] = (), **options: Any) -> Any:
+        """Render one list of messages, or a list of such lists.
 
         Raises:
             LoratuneError: the template itself refuses the messages, as some do with a system prompt.
@@ -163,26 +267,29 @@ class Encoder:
         try:
             return self.tokenizer.apply_chat_template(
                 messages,
+                tools=list(tools) or None,
                 chat_template=self.template,
                 enable_thinking=self.settings.thinking,
                 adds_bos=self.adds_bos,
                 **options,
             )
         except TemplateError as error:
+            if isinstance(messages[0], list):
+                return [self._apply(one, tools, **options) for one in messages]
             roles = ", ".join(message["role"] for message in messages)
             raise LoratuneError(
                 f"the tokenizer's chat template refuses the messages {roles}: {error}", Exit.MODEL
             ) from error
 
-    def _find_end_id(self) -> int:
-        """The token that the template sets after an answer; the tokenizer's own end token if it sets none."""
+    def _find_end(self) -> tuple[str, int]:
+        """What the template sets after an answer, and the token that ends it: the tokenizer's own if it sets none."""
         mark = "loratune-answer"
         turns = [{"role": "user", "content": "?"}, {"role": "assistant", "content": mark}]
-        text: str = self._apply(turns, tokenize=False)
-        after = self.tokenizer(text.rpartition(mark)[2], add_special_tokens=False).input_ids
+        behind: str = self._apply(turns, tokenize=False).rpartition(mark)[2]
+        ids = self.tokenizer(behind, add_special_tokens=False).input_ids
         added = self.tokenizer.added_tokens_decoder
-        if after and after[0] in added and added[after[0]].special:
-            return int(after[0])
+        if ids and ids[0] in added and added[ids[0]].special:
+            return behind, int(ids[0])
         if self.tokenizer.eos_token_id is None:
             raise LoratuneError("the tokenizer has no end token; answers would never stop", Exit.MODEL)
-        return int(self.tokenizer.eos_token_id)
+        return behind, int(self.tokenizer.eos_token_id)
