@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import sys
-import unicodedata
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -29,6 +29,8 @@ from rich.text import Text
 # Under torchrun every process runs the same program; one of them speaks.
 IS_SPEAKER = os.environ.get("RANK", "0") == "0"
 
+# All control characters but tab and line feed, and those that turn the direction of a line around.
+UNPRINTABLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
 _stderr = Console(stderr=True, highlight=False, quiet=not IS_SPEAKER)
 
 
@@ -62,6 +64,21 @@ def table(rows: list[tuple[str, str]], title: str = "") -> None:
     grid.add_column(overflow="fold")
     for name, value in rows:
         grid.add_row(name, Text(printable(value)))
+    _stderr.print(grid, "", sep="\n")
+
+
+def bars(counts: list[tuple[str, int]], title: str) -> None:
+    """A histogram: a label, a bar as long as its count, the count."""
+    grid = Table(
+        title=title, title_justify="left", title_style="bold", box=None, show_header=False, padding=(0, 2, 0, 0)
+    )
+    grid.add_column(style="dim", justify="right", no_wrap=True)
+    grid.add_column(no_wrap=True)
+    width, most = max(10, min(40, _stderr.width - 30)), max(count for _, count in counts)
+    for label, count in counts:
+        eighths = round(count / most * width * 8)
+        bar = "█" * (eighths // 8) + " ▏▎▍▌▋▊▉"[eighths % 8].strip()
+        grid.add_row(label, f"{bar or '▏' * (count > 0)} {count:,}")
     _stderr.print(grid, "", sep="\n")
 
 
@@ -103,12 +120,40 @@ def write_result(text: str, end: str = "\n") -> None:
 
 def write_json(value: Any) -> None:
     """A result for scripts, to stdout."""
-    write_result(json.dumps(value, ensure_ascii=False, indent=2))
+    text = json.dumps(value, ensure_ascii=False, indent=2)
+    write_result(UNPRINTABLE.sub(lambda match: f"\\u{ord(match[0]):04x}", text))
+
+
+SPAN_STYLES = {
+    "title": "bold",
+    "context": "dim",
+    "context control": "dim reverse",
+    "trained": "green",
+    "trained control": "green reverse",
+}
+
+
+def write_spans(spans: list[tuple[str, str]], brackets: bool = True) -> None:
+    """Text in the colours of `SPAN_STYLES`, to stdout; where it has none, what is trained stands in ⟦ ⟧.
+
+    Args:
+        spans: text and name of its style.
+        brackets: whether to set the brackets.
+    """
+    page = Console(highlight=False, soft_wrap=True)
+    line, was_trained = Text(), False
+    for text, kind in [*spans, ("", "context")]:
+        is_trained = kind.startswith("trained")
+        if brackets and is_trained != was_trained and not page.color_system:
+            line.append("⟦" if is_trained else "⟧")
+        line.append(printable(text), SPAN_STYLES[kind])
+        was_trained = is_trained
+    page.print(line, end="")
 
 
 def printable(text: str) -> str:
     """Text of a model or a file without control characters, which could otherwise steer the terminal."""
-    return "".join(character for character in text if character in "\n\t" or unicodedata.category(character) != "Cc")
+    return UNPRINTABLE.sub("", text)
 
 
 def memory(size_bytes: float) -> str:
@@ -142,6 +187,19 @@ def byte_progress(message: str, total_bytes: int) -> Iterator[Callable[[int], No
     with Progress(*columns, console=_stderr, expand=True, transient=True) as progress:
         task = progress.add_task(message, total=total_bytes)
         yield lambda size: progress.advance(task, size)
+
+
+@contextmanager
+def row_progress(message: str) -> Iterator[Callable[[int], None]]:
+    """A count of rows done; gives the function to call with how many more there are. One line without a terminal."""
+    if not _stderr.is_terminal:
+        say(message)
+        yield lambda _: None
+        return
+    columns = (SpinnerColumn(), TextColumn(message), TextColumn("{task.completed:,} rows"), TimeElapsedColumn())
+    with Progress(*columns, console=_stderr, transient=True) as progress:
+        task = progress.add_task(message, total=None)
+        yield lambda count: progress.advance(task, count)
 
 
 class StepProgress:

@@ -23,9 +23,15 @@ class LoratuneError(Exception):
         self.exit_code = exit_code
 
 
-def bullet_list(problems: list[str], limit: int = 20) -> str:
-    """One indented line per problem; past `limit` only the count of the rest."""
+def counted(count: int, noun: str) -> str:
+    """A number with its noun: 1 row, 2,000 rows."""
+    return f"{count:,} {noun}{'' if count == 1 else 's'}"
+
+
+def bullet_list(problems: list[str], limit: int = 20, total: int | None = None) -> str:
+    """One indented line per problem; past `limit` only the count of the rest, of `total` where not all are given."""
     lines = [f"  {problem}" for problem in problems[:limit]]
-    if len(problems) > limit:
-        lines.append(f"  … and {len(problems) - limit} more")
+    rest = (len(problems) if total is None else total) - len(lines)
+    if rest > 0:
+        lines.append(f"  … and {rest} more")
     return "\n".join(lines)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import shutil
+from array import array
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,16 +14,25 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner, Result
 
+from loratune.data.encoding import Example
+
 TINY_QWEN = Path(__file__).resolve().parent.parent / "loratune" / "assets" / "tiny-qwen"
 ROWS = [{"instruction": f"How much is {n}+{n}?", "input": "", "output": f"It is {2 * n}."} for n in range(12)]
 
 
 @pytest.fixture(autouse=True)
-def clean_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+def clean_environment(monkeypatch: pytest.MonkeyPatch, encoded_rows: Path) -> None:
     """Nothing of the caller's environment reaches a test, and nothing may ask a hub."""
+    monkeypatch.setenv("LORATUNE_CACHE", str(encoded_rows))
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LORATUNE_DEBUG", "COLUMNS", "FORCE_COLOR"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+
+
+@pytest.fixture(scope="session")
+def encoded_rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where all tests keep encoded rows."""
+    return tmp_path_factory.mktemp("cache")
 
 
 @pytest.fixture(scope="session")
@@ -72,10 +83,11 @@ def cli() -> Callable[..., Result]:
 
 
 @pytest.fixture(scope="session")
-def short_run(random_qwen: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def short_run(random_qwen: Path, encoded_rows: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of four steps on random_qwen in float32; not to be changed."""
     from loratune.cli.app import app
 
+    os.environ["LORATUNE_CACHE"] = str(encoded_rows)
     folder = tmp_path_factory.mktemp("trained")
     (folder / "rows.json").write_text(json.dumps(ROWS))
     flags = ["--model.dtype", "float32", "--data.validation", "0.2", "--training.steps", "4"]
@@ -90,6 +102,11 @@ def output(tmp_path: Path) -> Path:
     """Where the merged model goes; nothing else is in the folder above."""
     (tmp_path / "out").mkdir()
     return tmp_path / "out" / "merged"
+
+
+def example_of(input_ids: list[int], labels: list[int]) -> Example:
+    """A training sequence from plain lists."""
+    return Example(array("i", input_ids), array("i", labels))
 
 
 def tree(folder: Path) -> dict[str, str]:

@@ -17,7 +17,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from loratune.data.encoding import Encoder
 from loratune.delivery.adapter_folder import export_adapter
 from loratune.errors import Exit, LoratuneError
-from loratune.recipe.sections import DataSettings, ModelSettings, PromptSettings, Recipe
+from loratune.recipe.data_sections import DataSettings
+from loratune.recipe.sections import ModelSettings, PromptSettings, Recipe
 from loratune.runs.card import base_name, hub_id, write_card
 from loratune.runs.folder import create_run, seal_run
 from loratune.runs.opening import open_adapter

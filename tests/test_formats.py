@@ -8,26 +8,30 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from loratune.data.formats import read_conversations
-from loratune.data.sources import Row
+from loratune.data.conversation import Conversation
+from loratune.data.formats import ConversationReader, detect_format
 from loratune.errors import Exit, LoratuneError
 
 
-def rows_of(*values: Any) -> list[Row]:
-    return [Row(value, f"rows.json row {number}") for number, value in enumerate(values, start=1)]
+def read(value: Any, placeholders: dict[str, str] | None = None, **settings: Any) -> Conversation | str:
+    """The conversation of a file's only row, or what is wrong with it."""
+    reader = ConversationReader(detect_format([value], {}), placeholders or {}, {}, **settings)
+    conversation = reader.read(value)
+    reader.check_placeholders()
+    return conversation
 
 
-def turns(value: dict[str, Any], placeholders: dict[str, str] | None = None) -> list[tuple[str, str]]:
+def turns(value: dict[str, Any], placeholders: dict[str, str] | None = None, **settings: Any) -> list[tuple[str, str]]:
     """The conversation of one row as (role, content)."""
-    (conversation,) = read_conversations(rows_of(value), placeholders or {})
+    conversation = read(value, placeholders, **settings)
+    assert isinstance(conversation, Conversation), conversation
     return [(message["role"], message["content"]) for message in conversation.messages]
 
 
-def refusal(*values: Any, placeholders: dict[str, str] | None = None) -> str:
-    with pytest.raises(LoratuneError) as caught:
-        read_conversations(rows_of(*values), placeholders or {})
-    assert caught.value.exit_code == Exit.DATA
-    return str(caught.value)
+def refusal(value: Any, placeholders: dict[str, str] | None = None) -> str:
+    problem = read(value, placeholders)
+    assert isinstance(problem, str)
+    return problem
 
 
 # --- what is taken ---
@@ -83,12 +87,23 @@ def test_texts_are_taken_to_the_letter() -> None:
     assert turns({"instruction": text, "output": text}) == [("user", text), ("assistant", text)]
 
 
-def test_a_conversation_keeps_the_place_of_its_row() -> None:
-    rows = rows_of({"instruction": "a", "output": "b"}, {"instruction": "c", "output": "d"})
-    assert [conversation.place for conversation in read_conversations(rows, {})] == [
-        "rows.json row 1",
-        "rows.json row 2",
-    ]
+def test_a_source_s_system_prompt_is_set_where_a_row_has_none() -> None:
+    row = {"instruction": "a", "output": "b"}
+    assert turns(row, system="s") == [("system", "s"), ("user", "a"), ("assistant", "b")]
+    assert turns(row | {"system": "own"}, system="s")[0] == ("system", "own")
+    weighed = {"role": "assistant", "content": "b", "weight": 0}
+    others = [{"role": role, "content": role} for role in ("user", "assistant")]
+    chat = {"messages": [{"role": "user", "content": "a"}, weighed, *others]}
+    conversation = read(chat, system="s")
+    assert isinstance(conversation, Conversation)
+    assert [conversation.messages[place]["content"] for place in conversation.untrained] == ["b"]
+
+
+def test_keys_that_say_nothing_to_a_format_are_kept_for_a_note() -> None:
+    reader = ConversationReader(detect_format([{"instruction": ""}], {}), {}, {})
+    for extra in ({"id": 1}, {}, {"late": 2}):
+        reader.read({"instruction": "a", "output": "b"} | extra)
+    assert reader.ignored == {"id", "late"}
 
 
 # --- what is refused ---
@@ -103,8 +118,6 @@ def test_a_conversation_keeps_the_place_of_its_row() -> None:
         ({"output": True}, "'output' is true/false, not a text"),
         ({"output": ["b"]}, "'output' is a list, not a text"),
         ({"output": {"text": "b"}}, "'output' is an object, not a text"),
-        ({"output": ""}, "'output' is empty"),
-        ({"output": " \n\t\u3000"}, "'output' is empty"),
         ({"output": "b\ud800"}, "'output' holds half of a UTF-16 pair"),
         ({"instruction": "\udfff"}, "'instruction' holds half of a UTF-16 pair"),
         ({"instruction": None}, "'instruction' is missing or empty"),
@@ -124,18 +137,16 @@ def test_a_conversation_keeps_the_place_of_its_row() -> None:
         ({"history": [["a"]]}, "'history' is not a list of [question, answer] pairs"),
         ({"history": [["a", "b", "c"]]}, "'history' is not a list of [question, answer] pairs"),
         ({"history": [["a", None]]}, "'history' is not a list of [question, answer] pairs"),
-        ({"history": [["a", " "]]}, "'history' is not a list of [question, answer] pairs"),
+        ({"history": [[" ", "b"]]}, "'history' is not a list of [question, answer] pairs"),
         ({"history": ["ab"]}, "'history' is not a list of [question, answer] pairs"),
         ({"history": [{"a": "b", "c": "d"}]}, "'history' is not a list of [question, answer] pairs"),
         ({"history": [["a", "b"], ["c", "\ud800"]]}, "'history' holds half of a UTF-16 pair"),
     ],
 )
-def test_a_row_that_does_not_fit_is_told_with_its_place_and_each_fault_once(change: dict[str, Any], told: str) -> None:
-    good = {"instruction": "a", "output": "b"}
-    lines = refusal(good, good | change, good).splitlines()
-    assert lines[0] == "1 of 3 rows cannot be trained on:"
-    assert lines[1].startswith(f"  rows.json row 2: {told}")
-    assert ";" not in lines[1]
+def test_a_row_that_does_not_fit_is_told_with_each_fault_once(change: dict[str, Any], told: str) -> None:
+    problem = refusal({"instruction": "a", "output": "b"} | change)
+    assert problem.startswith(told)
+    assert ";" not in problem
 
 
 @pytest.mark.parametrize(
@@ -155,19 +166,6 @@ def test_every_fault_of_a_row_is_told(value: Any, told: str) -> None:
     assert told in refusal(value)
 
 
-def test_of_many_wrong_rows_five_are_told_and_the_rest_counted() -> None:
-    values = [{"instruction": "a", "output": "b"}] * 4 + [{"instruction": "a"}] * 9
-    message = refusal(*values)
-    assert message.startswith("9 of 13 rows cannot be trained on:")
-    assert [f"rows.json row {number}:" in message for number in range(4, 13)] == [False] + [True] * 5 + [False] * 3
-    assert "… and 4 more" in message
-
-
-def test_a_fault_late_in_the_file_is_found_like_an_early_one() -> None:
-    good = {"instruction": "a", "output": "b"}
-    assert "rows.json row 60001: 'output' is a number" in refusal(*[good] * 60_000, good | {"output": 5})
-
-
 TEXTS = st.text(st.characters(exclude_categories=[]), max_size=4)
 ANYTHING = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | TEXTS,
@@ -180,16 +178,15 @@ KEYS = ("instruction", "input", "output", "system", "history")
 @settings(deadline=None, max_examples=100)
 @given(ANYTHING | st.fixed_dictionaries({}, optional=dict.fromkeys(KEYS, ANYTHING | TEXTS)))
 def test_any_row_is_refused_or_becomes_turns_of_texts_that_can_be_written(value: Any) -> None:
-    try:
-        (conversation,) = read_conversations(rows_of(value), {"name": "x", "author": "y"})
-    except LoratuneError:
+    conversation = read(value, {"name": "x", "author": "y"})
+    if isinstance(conversation, str):
         return
     roles = [message["role"] for message in conversation.messages]
     if roles[0] == "system":
         roles.pop(0)
     assert roles == ["user", "assistant"] * (len(roles) // 2)
     for message in conversation.messages:
-        assert message["content"].encode()
+        assert message["content"].encode() or message["role"] == "assistant"
 
 
 # --- placeholders ---
@@ -222,10 +219,13 @@ def test_placeholders_of_the_users_own_are_filled() -> None:
 
 def test_name_and_author_that_were_not_given_are_told_with_their_flags() -> None:
     value = {"instruction": "{{NAME}}", "output": "{{author}} {{name}}"}
-    message = refusal(value)
-    assert "{{author}}, {{name}}" in message
-    assert "--data.placeholders author=… --data.placeholders name=…" in message
-    assert "{{author}}" not in refusal(value, placeholders={"author": "x"})
+    with pytest.raises(LoratuneError) as caught:
+        read(value)
+    assert caught.value.exit_code == Exit.DATA
+    assert "{{author}}, {{name}}" in str(caught.value)
+    assert "--data.placeholders author=… --data.placeholders name=…" in str(caught.value)
+    with pytest.raises(LoratuneError, match=r"^rows hold \{\{name\}\};"):
+        read(value, {"author": "x"})
 
 
 @pytest.mark.parametrize("text", ["{{other}}", "{name}", "{{ a b }}", "{{}}", "{{{x}}}", "{% raw %}{{ x|y }}"])

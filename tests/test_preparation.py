@@ -10,19 +10,22 @@ from typing import Any
 import pytest
 from conftest import ROWS, TINY_QWEN
 
+from loratune.data.conversation import Conversation
+from loratune.data.dataset import as_dataset
 from loratune.data.encoding import IGNORED, Encoder
-from loratune.data.formats import read_conversations
-from loratune.data.preparation import PreparedData, encode_data, read_data
-from loratune.data.sources import Row
+from loratune.data.formats import ALPACA, ConversationReader
+from loratune.data.loaded_source import Rendering
+from loratune.data.preparation import PreparedData, prepare_data
 from loratune.errors import Exit, LoratuneError
-from loratune.recipe.sections import DataSettings, PromptSettings
+from loratune.recipe.data_sections import DataSettings
+from loratune.recipe.sections import PromptSettings
 
 
 @pytest.fixture(scope="module")
 def encoder() -> Encoder:
-    from transformers import AutoTokenizer
+    from loratune.model.tokenizer import load_tokenizer
 
-    return Encoder(AutoTokenizer.from_pretrained(TINY_QWEN), PromptSettings())
+    return Encoder(load_tokenizer(TINY_QWEN), PromptSettings())
 
 
 def write_rows(path: Path, rows: list[dict[str, Any]]) -> str:
@@ -31,8 +34,9 @@ def write_rows(path: Path, rows: list[dict[str, Any]]) -> str:
 
 
 def prepare(encoder: Encoder, seed: int = 42, max_length: int = 256, **data: Any) -> PreparedData:
-    settings = DataSettings(**data)
-    return encode_data(read_data(settings, seed), encoder, settings.train_on, max_length)
+    template = encoder.template_sha256  # some tests take a template of their own
+    rendering = Rendering(encoder.settings, template, lambda: encoder, max_length)
+    return prepare_data(DataSettings(**data), rendering, seed).checked()
 
 
 def refusal(encoder: Encoder, **data: Any) -> str:
@@ -44,12 +48,13 @@ def refusal(encoder: Encoder, **data: Any) -> str:
 
 def encoded(encoder: Encoder, rows: list[dict[str, Any]]) -> list[list[int]]:
     """Ids of one-turn rows, each encoded by itself."""
-    conversations = read_conversations([Row(row, "") for row in rows], {})
-    return [encoder.encode(conversation)[0].input_ids for conversation in conversations]
+    reader = ConversationReader(ALPACA, {}, {})
+    conversations = [reader.read(row) for row in rows]
+    return [encoder.encode(one)[0].input_ids.tolist() for one in conversations if isinstance(one, Conversation)]
 
 
 def ids(split: Any) -> list[list[int]]:
-    return [] if split is None else list(split.dataset["input_ids"])
+    return [] if split is None else list(as_dataset(split)["input_ids"])
 
 
 def test_all_rows_are_encoded_in_file_order_without_validation(encoder: Encoder, rows_file: Path) -> None:
@@ -61,12 +66,13 @@ def test_all_rows_are_encoded_in_file_order_without_validation(encoder: Encoder,
 
 def test_figures_of_a_split_are_those_of_its_columns(encoder: Encoder, rows_file: Path) -> None:
     split = prepare(encoder, train=[str(rows_file)], validation=0.0).train
-    assert split.dataset.column_names == ["input_ids", "labels"]
-    lengths = [len(row) for row in split.dataset["input_ids"]]
-    assert [len(row) for row in split.dataset["labels"]] == lengths
+    dataset = as_dataset(split)
+    assert dataset.column_names == ["input_ids", "labels"]
+    lengths = [len(row) for row in dataset["input_ids"]]
+    assert [len(row) for row in dataset["labels"]] == lengths
     assert split.tokens == sum(lengths)
     assert split.longest == max(lengths)
-    assert split.trained_tokens == sum(label != IGNORED for row in split.dataset["labels"] for label in row)
+    assert split.trained_tokens == sum(label != IGNORED for row in dataset["labels"] for label in row)
     assert 0 < split.trained_tokens < split.tokens
 
 
@@ -95,7 +101,7 @@ def test_a_single_row_is_trained_on_and_the_missing_validation_is_told(encoder: 
     prepared = prepare(encoder, train=[write_rows(tmp_path / "rows.json", ROWS[:1])], validation=0.1)
     assert ids(prepared.train) == encoded(encoder, ROWS[:1])
     assert prepared.validation is None
-    assert prepared.warnings == ["1 rows are too few to split; there is no validation"]
+    assert prepared.warnings == ["1 row cannot be split; there is no validation"]
 
 
 def test_validation_files_are_taken_whole_and_the_training_rows_stay(encoder: Encoder, tmp_path: Path) -> None:
@@ -129,7 +135,7 @@ def test_placeholders_reach_training_and_validation_rows(encoder: Encoder, tmp_p
     )
 
 
-LONG = {"instruction": "Count.", "output": "one two three " * 200}
+LONG = {"instruction": "Count.", "output": " ".join(f"{n} and {n * n % 101}" for n in range(200))}
 
 
 def test_rows_that_are_too_long_are_left_out_counted_and_named(encoder: Encoder, tmp_path: Path) -> None:
@@ -137,7 +143,7 @@ def test_rows_that_are_too_long_are_left_out_counted_and_named(encoder: Encoder,
     prepared = prepare(encoder, train=[path], validation=0.0)
     assert ids(prepared.train) == encoded(encoder, ROWS[:2])
     repeated, warning = prepared.warnings
-    assert repeated.startswith("6 of 9 training rows are repetitions:\n")
+    assert repeated.startswith("6 of 9 training rows are repetitions (--data.clean duplicates removes them):\n")
     length = len(encoded(encoder, [LONG])[0])
     assert warning.startswith("7 of 9 training rows (77.8%) are longer than training.max_length 256 and left out:\n")
     assert [f"{path} row {number}: {length} tokens" in warning for number in range(1, 10)] == [
@@ -222,14 +228,13 @@ def test_a_file_that_cannot_be_opened_is_a_failure_of_the_disk(
     assert caught.value.exit_code == Exit.IO
 
 
-def test_rows_that_repeat_and_rows_that_are_in_validation_too_are_told(tmp_path: Path) -> None:
-    rows = [{"instruction": f"{n}", "output": f"{n}"} for n in (1, 2, 1, 3, 1)]
-    (tmp_path / "train.json").write_text(json.dumps(rows))
-    (tmp_path / "held.json").write_text(json.dumps([rows[3], {"instruction": "9", "output": "9"}]))
-    settings = DataSettings(train=[str(tmp_path / "train.json")], validation=[str(tmp_path / "held.json")])
-    repeated, shared = read_data(settings, seed=0).warnings
+def test_rows_that_repeat_and_rows_that_are_in_validation_too_are_told(encoder: Encoder, tmp_path: Path) -> None:
+    rows = [{"instruction": f"{n}", "output": f"It is {n}."} for n in (1, 2, 1, 3, 1)]
+    train = write_rows(tmp_path / "train.json", rows)
+    held = write_rows(tmp_path / "held.json", [rows[3], {"instruction": "9", "output": "It is 9."}])
+    repeated, shared = prepare(encoder, train=[train], validation=[held]).warnings
     assert "2 of 5 training rows are repetitions" in repeated
-    assert f"{tmp_path}/train.json row 5: the same as {tmp_path}/train.json row 1" in repeated
+    assert f"{train} row 5 is row 1" in repeated
     assert "1 of 2 validation rows are training rows too" in shared
-    assert f"{tmp_path}/held.json row 1: the same as {tmp_path}/train.json row 4" in shared
-    assert read_data(settings.model_copy(update={"train": [str(tmp_path / "held.json")]}), seed=0).warnings != []
+    assert f"{held} row 1 is {train} row 4" in shared
+    assert "2 of 2 validation rows" in prepare(encoder, train=[held], validation=[held]).warnings[0]

@@ -54,6 +54,8 @@ def value_of(recipe: Recipe, dotted: str) -> Any:
 def with_setting(dotted: str, text: str) -> str:
     """A recipe on whose third line one setting stands."""
     section, _, name = dotted.rpartition(".")
+    if section == "data":  # which the minimal recipe has already
+        return MINIMAL.replace("data: {", f"\ndata: {{{name}: {text}, ")
     return MINIMAL + (f"{section}: {{{name}: {text}}}\n" if section else f"{name}: {text}\n")
 
 
@@ -491,6 +493,8 @@ def setting_values(field: Any, kind: Any) -> st.SearchStrategy[Any]:
 
 
 SPECIAL = {
+    "data.train": st.lists(NAME, min_size=1, max_size=2),
+    "data.levels": st.dictionaries(st.sampled_from(["short", "overlap"]), st.sampled_from(["refuse", "ignore"])),
     "lora.layers": st.none() | st.sampled_from(["last 6", "first 1", "0-0", "8-15"]),
     "data.validation": st.floats(0, 0.9) | st.lists(NAME, min_size=1, max_size=2),
     "training.warmup": st.floats(0, 1, exclude_max=True) | st.integers(1, 10**6).map(float),
@@ -506,6 +510,8 @@ def recipes(draw: st.DrawFn) -> Recipe:
         place[name] = draw(SPECIAL[dotted] if dotted in SPECIAL else setting_values(field, field.annotation))
     if values["model"]["quantization"] != "none":
         values["lora"]["modules_to_save"] = []
+    if "near_duplicates" in values["data"]["clean"]:
+        values["data"]["near_duplicates"] = 0.8
     if values["training"]["steps"] and values["training"]["warmup"] >= values["training"]["steps"]:
         values["training"]["steps"] = None
     return Recipe.model_validate(values)

@@ -22,10 +22,9 @@ from typer.testing import Result
 
 from loratune.console import printable
 from loratune.data.encoding import IGNORED, Encoder
-from loratune.data.formats import read_conversations
-from loratune.data.sources import Row
+from loratune.data.formats import ALPACA, ConversationReader
 from loratune.errors import Exit
-from loratune.model.base import load_tokenizer
+from loratune.model.tokenizer import load_tokenizer
 from loratune.recipe.loading import load_recipe
 from loratune.recipe.sections import PromptSettings
 from loratune.runs.tokenizer_files import copy_tokenizer_files
@@ -78,11 +77,11 @@ def mean_loss(model: Any, rows: list[dict[str, str]], tokenizer: Any) -> float:
     """Loss per answer token by full logits and plain cross-entropy, a row at a time."""
     encoder = Encoder(tokenizer, PromptSettings())
     total, count = 0.0, 0
-    for conversation in read_conversations([Row(row, "") for row in rows], {}):
+    for conversation in map(ConversationReader(ALPACA, {}, {}).read, rows):
         (example,) = encoder.encode(conversation)
-        labels = torch.tensor(example.labels)
+        labels = torch.tensor(example.labels.tolist())
         with torch.no_grad():
-            logits = model(torch.tensor([example.input_ids])).logits[0]
+            logits = model(torch.tensor([example.input_ids.tolist()])).logits[0]
         total += torch.nn.functional.cross_entropy(
             logits[:-1], labels[1:], ignore_index=IGNORED, reduction="sum"
         ).item()
@@ -308,7 +307,7 @@ def test_one_row_is_enough(sft: Callable[..., Result], tmp_path: Path) -> None:
     data.write_text(json.dumps(ROWS[:1]))
     result = sft(data=data)
     assert result.exit_code == 0
-    assert "too few to split" in result.stderr
+    assert "1 row cannot be split" in result.stderr
 
 
 @pytest.mark.parametrize(

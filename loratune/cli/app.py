@@ -8,7 +8,7 @@ import os
 import signal
 import sys
 import warnings
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
 import typer
 from typer.core import TyperGroup
@@ -18,43 +18,78 @@ from loratune.cli.help import Command, option_panels
 from loratune.errors import Exit, LoratuneError
 
 _DEBUG = "LORATUNE_DEBUG"
-# Command → its one-line help. The module loratune.cli.<command> is imported only for the command that runs.
+_HELP_NAMES = {"help_option_names": ["-h", "--help"]}
+# Command → its one-line help. Its module, loratune.cli.<command> or loratune.cli.<group>_<command>, is imported only
+# for the command that runs.
 COMMANDS = {
     "sft": "Train a LoRA adapter as a recipe says.",
+    "data": "See what a recipe would train on, before it does.",
     "merge": "Merge an adapter into its base, and prove the result.",
     "export": "Write an adapter or a merged model for another program, and prove it.",
     "infer": "Chat with a trained adapter, or print one answer.",
 }
+DATA_COMMANDS = {
+    "check": "Check the rows of a recipe, as sft does first; exit code 3 when it would refuse them.",
+    "preview": "Show the text of some rows and which of their tokens are trained.",
+}
 
 
-class Group(TyperGroup):
-    """Loads and runs one subcommand; what the user can fix is one message, bugs keep their traceback."""
+class CommandGroup(TyperGroup):
+    """Commands that are imported when they run."""
+
+    table: ClassVar[dict[str, str]]
+    """Command → its one-line help."""
+    prefix = ""
+    """What the names of their modules begin with."""
 
     def list_commands(self, ctx: Any) -> list[str]:
         """Names of the subcommands."""
-        return list(COMMANDS)
+        return list(self.table)
 
     def get_command(self, ctx: Any, cmd_name: str) -> Any:
         """Import a subcommand; None for an unknown name."""
-        if cmd_name not in COMMANDS:
+        if cmd_name not in self.table:
             return None
-        module = importlib.import_module(f"loratune.cli.{cmd_name}")
+        module = importlib.import_module(f"loratune.cli.{self.prefix}{cmd_name}")
         single = typer.Typer(add_completion=False, context_settings=_HELP_NAMES)
-        help_text = f"{COMMANDS[cmd_name]}\n\n{module.DETAILS}"
+        help_text = f"{self.table[cmd_name]}\n\n{module.DETAILS}"
         single.command(cmd_name, cls=Command, help=help_text)(module.command)
         return typer.main.get_command(single)
+
+    def format_help(self, ctx: Any, formatter: Any) -> None:
+        """Print the overview."""
+        panels = {"commands": [(name, "", text) for name, text in self.table.items()]}
+        panels |= option_panels(self.get_params(ctx))
+        console.help_page(self.get_usage(ctx), self.help or "", panels)
+
+
+class DataGroup(CommandGroup):
+    """`loratune data …`."""
+
+    table = DATA_COMMANDS
+    prefix = "data_"
+
+
+class Group(CommandGroup):
+    """Runs one subcommand; what the user can fix is one message, bugs keep their traceback."""
+
+    table = COMMANDS
+
+    def get_command(self, ctx: Any, cmd_name: str) -> Any:
+        """Import a subcommand or make a group of them; None for an unknown name."""
+        if cmd_name != "data":
+            return super().get_command(ctx, cmd_name)
+        group = typer.Typer(cls=DataGroup, no_args_is_help=True, add_completion=False, context_settings=_HELP_NAMES)
+        group.callback(help=COMMANDS["data"])(lambda: None)
+        made = typer.main.get_command(group)
+        made.name = "data"
+        return made
 
     def parse_args(self, ctx: Any, args: list[str]) -> Any:
         """Take --debug from anywhere on the line: it is added to a command that has just failed."""
         if "--debug" in args:
             args = ["--debug", *(argument for argument in args if argument != "--debug")]
         return super().parse_args(ctx, args)
-
-    def format_help(self, ctx: Any, formatter: Any) -> None:
-        """Print the overview."""
-        panels = {"commands": [(name, "", text) for name, text in COMMANDS.items()]}
-        panels |= option_panels(self.get_params(ctx))
-        console.help_page(self.get_usage(ctx), self.help or "", panels)
 
     def invoke(self, ctx: Any) -> Any:
         """Run the subcommand.
@@ -74,7 +109,6 @@ class Group(TyperGroup):
             raise typer.Exit(128 + signal.SIGINT) from error
 
 
-_HELP_NAMES = {"help_option_names": ["-h", "--help"]}
 app = typer.Typer(
     name="loratune",
     cls=Group,

@@ -9,6 +9,10 @@ import typer
 
 ADAPTER_HELP = "Run folder, one of its checkpoints, or a plain PEFT folder."
 Adapter = Annotated[Path | None, typer.Option("--adapter", "-a", metavar="folder", help=ADAPTER_HELP)]
+Config = Annotated[
+    str | None,
+    typer.Option("--config", "-c", metavar="recipe", help="Recipe: a YAML file, or the name of a shipped one."),
+]
 Output = Annotated[Path, typer.Option("--output", "-o", metavar="folder", help="Folder of the result.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an earlier result in the same folder.")]
 Force = Annotated[bool, typer.Option("--force", help="Take another base than the trained one, or a changed adapter.")]

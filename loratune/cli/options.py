@@ -9,7 +9,9 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 import typer
 from pydantic.fields import FieldInfo
 
+from loratune.recipe.data_sections import Finding
 from loratune.recipe.loading import is_list
+from loratune.recipe.section import Section
 from loratune.recipe.sections import iterate_settings
 
 SYMBOLS = {"ge": "≥", "gt": ">", "le": "≤", "lt": "<"}
@@ -51,7 +53,7 @@ def _option(dotted: str, field: FieldInfo) -> Any:
     spelled = f"--{dotted}/--no-{dotted}" if is_flag else f"--{dotted}"
     option = typer.Option(
         spelled,
-        help=f"{field.description}{'' if is_flag else _bounds(field)}",
+        help=f"{' '.join((field.description or '').split())}{'' if is_flag else _bounds(field)}",
         metavar=None if is_flag else type_name(field.annotation),
         show_default=default_text(field),
         rich_help_panel=section or "run",
@@ -92,6 +94,12 @@ def default_text(field: FieldInfo) -> Any:
 
 def type_name(kind: Any) -> str:
     """A setting's type for help and docs: its choices, or what is to be written."""
+    if kind is Finding:
+        return "name"  # of so many that the setting's description lists them
+    if get_origin(kind) is Annotated:
+        return type_name(get_args(kind)[0])
+    if isinstance(kind, type) and issubclass(kind, Section):
+        return "{" + ", ".join(f"{name}: …" for name in kind.model_fields) + "}"
     if get_origin(kind) is Literal:
         return "|".join(str(choice) for choice in get_args(kind))
     if get_origin(kind) in (Union, type(int | str)):

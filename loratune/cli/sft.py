@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from loratune import console
+from loratune.cli.flags import Config
 from loratune.cli.options import recipe_options
 from loratune.recipe.loading import dump_recipe, load_recipe, shipped_recipes
 
@@ -17,10 +18,7 @@ default. Shipped recipes: """ + ", ".join(path.stem for path in shipped_recipes(
 
 @recipe_options
 def command(
-    config: Annotated[
-        str | None,
-        typer.Option("--config", "-c", metavar="recipe", help="Recipe: a YAML file, or the name of a shipped one."),
-    ] = None,
+    config: Config = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier run in the same folder.")] = False,
     show: Annotated[bool, typer.Option("--show", help="Print the resolved recipe and stop.")] = False,
     json: Annotated[bool, typer.Option("--json", help="Print the report as JSON to stdout.")] = False,

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from loratune.data import alpaca, chat_rows
 from loratune.data.conversation import Conversation, Message, kind_of
-from loratune.data.sources import Row
-from loratune.errors import Exit, LoratuneError, bullet_list
+from loratune.errors import Exit, LoratuneError
 
 PLACEHOLDER = re.compile(r"\{\{\s*(\w+)\s*\}\}")
 # The two placeholders that published identity data uses; others may be meant literally.
@@ -28,75 +27,97 @@ class Format:
     """What its rows have to hold, for an error."""
     problems: Callable[[dict[str, Any]], list[str]]
     messages: Callable[[dict[str, Any]], list[Message]]
+    known: frozenset[str]
+    """Keys that it reads; others are ignored."""
     untrained: Callable[[dict[str, Any]], frozenset[int]] = lambda _: frozenset()
+    tools: Callable[[dict[str, Any]], tuple[dict[str, Any], ...]] = lambda _: ()
     columns: Mapping[str, str] | None = None
     """Its names of Alpaca's columns, for pairs that are called something else."""
 
 
-ALPACA = Format("alpaca", ("instruction",), alpaca.NEEDS, alpaca.problems, alpaca.messages)
+_ALPACA_KEYS = frozenset(alpaca.KEYS)
+ALPACA = Format("alpaca", ("instruction",), alpaca.NEEDS, alpaca.problems, alpaca.messages, _ALPACA_KEYS)
 FORMATS = (
     Format(
         "messages", ("messages",), chat_rows.MESSAGES_NEED, chat_rows.problems_of_messages, chat_rows.from_messages,
-        chat_rows.untrained_messages,
+        frozenset({"messages", "tools"}), chat_rows.untrained_messages, chat_rows.tools_of,
     ),
     Format(
         "sharegpt", ("conversations",), chat_rows.SHAREGPT_NEEDS, chat_rows.problems_of_sharegpt,
-        chat_rows.from_sharegpt,
+        chat_rows.from_sharegpt, frozenset({"conversations", "system", "tools"}), tools=chat_rows.tools_of,
     ),
     ALPACA,
     Format(
         "prompt and completion", ("prompt", "completion"), "each row needs the texts 'prompt' and 'completion'",
-        alpaca.problems, alpaca.messages, columns={"instruction": "prompt", "output": "completion"},
+        alpaca.problems, alpaca.messages, _ALPACA_KEYS, columns={"instruction": "prompt", "output": "completion"},
     ),
     Format(
         "query and response", ("query", "response"), "each row needs the texts 'query' and 'response'",
-        alpaca.problems, alpaca.messages, columns={"instruction": "query", "output": "response"},
+        alpaca.problems, alpaca.messages, _ALPACA_KEYS, columns={"instruction": "query", "output": "response"},
     ),
 )  # fmt: skip
 
 
-def read_conversations(
-    rows: list[Row], placeholders: Mapping[str, str], columns: Mapping[str, str] | None = None
-) -> list[Conversation]:
-    """Turn the rows of a file into conversations.
+class ConversationReader:
+    """Turns the rows of one file into conversations, all in one format.
 
     `{{name}}` in any text becomes the placeholder's value.
 
     Args:
-        rows: of one file, all in the format of the first.
+        kind: the format.
         placeholders: name → value.
         columns: name that a format knows → name in the file.
-
-    Raises:
-        LoratuneError: with the places of all rows that do not fit.
+        system: system prompt for rows without one.
     """
-    kind = detect_format(rows, columns)
-    fill = _Filler(placeholders)
-    conversations, problems = [], []
-    for row in rows:
-        value = _renamed(_renamed(row.value, columns), kind.columns)
-        is_object = isinstance(value, dict)
-        found = kind.problems(value) if is_object else [f"is {kind_of(value)}, not an object"]
+
+    def __init__(
+        self, kind: Format, placeholders: Mapping[str, str], columns: Mapping[str, str], system: str | None = None
+    ) -> None:
+        self.kind = kind
+        self.ignored: set[str] = set()
+        """Keys of the rows read so far that say nothing to this format."""
+        self._columns = columns
+        self._system: tuple[Message, ...] = ({"role": "system", "content": system},) if system else ()
+        self._fill = _Filler(placeholders)
+
+    def read(self, given: Any) -> Conversation | str:
+        """The conversation of a row, or what keeps the row from being trained on."""
+        value = _renamed(_renamed(given, self._columns), self.kind.columns)
+        found = self.kind.problems(value) if isinstance(value, dict) else [f"is {kind_of(value)}, not an object"]
         if found:
-            problems.append(f"{row.place}: {'; '.join(_in_file_s_words(problem, kind) for problem in found)}")
-        else:
-            turns = tuple(_filled(message, fill) for message in kind.messages(value))
-            conversations.append(Conversation(turns, row.place, kind.untrained(value)))
-    if problems:
-        raise LoratuneError(
-            f"{len(problems)} of {len(rows)} rows cannot be trained on:\n{bullet_list(problems, limit=5)}\n"
-            f"{kind.needs}; mend or remove these rows",
-            Exit.DATA,
-        )
-    fill.check()
-    return conversations
+            return "; ".join(_in_file_s_words(problem, self.kind) for problem in found)
+        self.ignored.update(value.keys() - self.kind.known)
+        turns = tuple(_filled(message, self._fill) for message in self.kind.messages(value))
+        is_set = turns[0]["role"] == "system"
+        added = () if is_set else self._system
+        untrained = frozenset(place + len(added) for place in self.kind.untrained(value))
+        return Conversation((*added, *turns), untrained, self.kind.tools(value))
+
+    def check_placeholders(self) -> None:
+        """Refuse placeholders that rows hold and that have no value.
+
+        Raises:
+            LoratuneError: with the flags that would give them.
+        """
+        self._fill.check()
 
 
-def detect_format(rows: list[Row], columns: Mapping[str, str] | None = None) -> Format:
-    """The format of a file's first row; Alpaca if it looks like none, whose errors say what is missing."""
-    first = _renamed(rows[0].value, columns) if rows else None
-    keys = first.keys() if isinstance(first, dict) else set()
-    return next((kind for kind in FORMATS if all(key in keys for key in kind.keys)), ALPACA)
+def detect_format(first: Iterable[Any], columns: Mapping[str, str]) -> Format:
+    """The format of a file by the first of its rows that is in any.
+
+    Args:
+        first: some rows from its beginning.
+        columns: name that a format knows → name in the file.
+
+    Returns:
+        The format; Alpaca if no row is in any, whose errors say what is missing.
+    """
+    for value in first:
+        row = _renamed(value, columns)
+        for kind in FORMATS:
+            if isinstance(row, dict) and all(key in row for key in kind.keys):
+                return kind
+    return ALPACA
 
 
 def _renamed(value: Any, columns: Mapping[str, str] | None) -> Any:
@@ -114,7 +135,10 @@ def _in_file_s_words(problem: str, kind: Format) -> str:
 
 
 def _filled(message: Message, fill: _Filler) -> Message:
-    return {"role": message["role"], "content": fill(message["content"])}
+    filled: Message = {**message, "content": fill(message["content"])}
+    if "tool_calls" in message:
+        filled["tool_calls"] = fill.all_texts(message["tool_calls"])
+    return filled
 
 
 class _Filler:
@@ -125,7 +149,15 @@ class _Filler:
         self.missing: set[str] = set()
 
     def __call__(self, text: str) -> str:
-        return PLACEHOLDER.sub(self._value, text)
+        return text if "{{" not in text else PLACEHOLDER.sub(self._value, text)
+
+    def all_texts(self, value: Any) -> Any:
+        """A JSON value with every text in it filled; keys stay."""
+        if isinstance(value, dict):
+            return {key: self.all_texts(inner) for key, inner in value.items()}
+        if isinstance(value, list):
+            return [self.all_texts(inner) for inner in value]
+        return self(value) if isinstance(value, str) else value
 
     def _value(self, match: re.Match[str]) -> str:
         name = match[1].lower()

@@ -1,54 +1,46 @@
-"""data settings → encoded training and validation rows, with a count of everything that was left out."""
+"""data settings → training and validation rows as token ids, with all that the gate has to say of them."""
 
 from __future__ import annotations
 
-import hashlib
-import json
-import random
-from dataclasses import dataclass
-from typing import Any
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 
-from datasets import Dataset
+import numpy as np
 
-from loratune.data.conversation import Conversation
-from loratune.data.encoding import Encoder, Example
-from loratune.data.formats import detect_format, read_conversations
-from loratune.data.sources import parse_source, read_rows
-from loratune.errors import Exit, LoratuneError, bullet_list
-from loratune.recipe.sections import DataSettings
+from loratune.data.checked_rows import check_rows, judge_log
+from loratune.data.findings import (
+    Found,
+    FoundRows,
+    describe,
+    describe_removed,
+    find_rows,
+    judge_lengths,
+    refusal,
+    shared_rows,
+)
+from loratune.data.loaded_source import LoadedSource, Rendering, load_source
+from loratune.data.pool import Indices, Pool, draw_validation, mix
+from loratune.data.reading.files import open_rows
+from loratune.data.sources import Source, parse_source
+from loratune.data.split import Split
+from loratune.errors import Exit, LoratuneError, counted
+from loratune.recipe.data_sections import DataSettings, SourceSettings
 
 
 @dataclass
 class FileUse:
-    """One data file as it was read."""
+    """One source as it was read."""
 
     path: str
     sha256: str
     rows: int
-    """Rows used, after sampling."""
+    """Rows used, after sampling, cleaning and mixing, with repetitions."""
+    seen: int
+    """Rows that it holds."""
     format: str
-
-
-@dataclass
-class Split:
-    """The encoded sequences of one purpose."""
-
-    dataset: Dataset
-    """Columns input_ids and labels: lists of int, of equal length in a row."""
-    tokens: int
-    trained_tokens: int
-    longest: int
-    """Tokens of the longest sequence."""
-
-
-@dataclass
-class ReadData:
-    """The rows of a recipe, checked and split, not yet encoded."""
-
-    train: list[Conversation]
-    validation: list[Conversation]
-    files: list[FileUse]
-    warnings: list[str]
+    ignored: list[str] = field(default_factory=list)
+    """Columns that nothing was taken from."""
 
 
 @dataclass
@@ -58,139 +50,177 @@ class PreparedData:
     train: Split
     validation: Split | None
     files: list[FileUse]
-    warnings: list[str]
+    found: list[Found]
+
+    def checked(self) -> PreparedData:
+        """Itself, unless it must not be trained on.
+
+        Raises:
+            LoratuneError: with every finding that stops a run.
+        """
+        message = refusal(self.found)
+        if message:
+            raise LoratuneError(message, Exit.DATA)
+        return self
+
+    @property
+    def warnings(self) -> list[str]:
+        """What stops nothing but should be known."""
+        return [one.text for one in self.found if one.level != "refuse"]
 
 
-def read_data(settings: DataSettings, seed: int) -> ReadData:
-    """Read and split the rows of a recipe; needs no model, so that it can stand before a download.
+def prepare_data(data: DataSettings, rendering: Rendering, seed: int) -> PreparedData:
+    """Read, encode, check, clean, mix and split the rows of a recipe.
 
     Args:
-        settings: files, validation, placeholders.
-        seed: of sampling and split.
+        data: the settings.
+        rendering: how rows become ids.
+        seed: of samples, mixture and split.
 
     Raises:
-        LoratuneError: rows that cannot be read or trained on.
+        LoratuneError: sources that cannot be read, or that leave nothing to train on. What else the gate finds raises
+            only with `PreparedData.checked`, so that all of it can be shown.
     """
-    files: list[FileUse] = []
-    warnings: list[str] = []
-    train = _read_files(settings.train, settings, seed, files)
-    if isinstance(settings.validation, float):
-        train, validation = _split_off(train, settings.validation, seed)
-        if settings.validation and not validation:
-            warnings.append(f"{len(train)} rows are too few to split; there is no validation")
+    found: list[Found] = []
+    loaded = _load(data, rendering, seed, found)
+    train, validation = loaded[: len(data.train)], loaded[len(data.train) :]
+    max_length = rendering.max_length
+    rows = _checked(train, "training", data, max_length, found)
+    times = mix(rows, seed)
+    found += _unused_sources(rows, times)
+    rows, times = rows.take(times > 0), times[times > 0]
+    if isinstance(data.validation, float):
+        is_held_out = draw_validation(rows, data.validation, seed)
+        held_out = rows.take(is_held_out)
+        times[is_held_out] = 0
+        if data.validation and not len(held_out):
+            text = f"{counted(len(rows), 'row')} cannot be split; there is no validation"
+            found.append(Found("no_validation", "warn", len(rows), text))
     else:
-        validation = _read_files(settings.validation, settings, seed, files)
-    warnings += _repetitions(train, validation)
-    return ReadData(train, validation, files, warnings)
+        held_out = _checked(validation, "validation", data, max_length, found)
+    _leave_out_shared(rows, times, held_out, data, found)
+    splits = Split(rows.take(np.repeat(np.arange(len(rows)), times)), max_length), Split(held_out, max_length)
+    if not len(splits[0]):
+        raise _nothing_left(data, max_length, splits[0].pool, found)
+    return PreparedData(splits[0], splits[1] if len(splits[1]) else None, _file_uses(loaded, splits), found)
 
 
-def encode_data(data: ReadData, encoder: Encoder, train_on: str, max_length: int) -> PreparedData:
-    """Encode rows into training and validation sequences.
-
-    Args:
-        data: the rows.
-        encoder: the renderer.
-        train_on: `all` answers of a conversation, or the `last`.
-        max_length: tokens; longer sequences are left out and counted.
+def check_sources(data: DataSettings) -> None:
+    """Read all rows without encoding them, for where there is no tokenizer.
 
     Raises:
-        LoratuneError: no training row is short enough.
+        LoratuneError: sources or rows that cannot be read or trained on.
     """
-    warnings = [*data.warnings]
-    train = _encode(data.train, encoder, train_on, max_length, "training", warnings)
-    if not train:
-        raise LoratuneError(
-            f"all {len(data.train)} training rows are longer than training.max_length {max_length}; nothing is left to "
-            "train on. Raise it, or shorten the rows",
-            Exit.DATA,
-        )
-    validation = _encode(data.validation, encoder, train_on, max_length, "validation", warnings)
-    return PreparedData(_split(train), _split(validation) if validation else None, data.files, warnings)
+
+    def read(source: Source) -> None:
+        rows = check_rows(open_rows(source.name, data.encoding), data)
+        deque(rows, maxlen=0)
+        judge_log(rows.file, rows.log, data)
+
+    _for_each_source([*data.train, *_validation_entries(data)], read)
 
 
-def _read_files(names: list[str], settings: DataSettings, seed: int, files: list[FileUse]) -> list[Conversation]:
-    """All conversations of some files; problems of several files are told together."""
-    conversations: list[Conversation] = []
+def _validation_entries(data: DataSettings) -> list[str | SourceSettings]:
+    return data.validation if isinstance(data.validation, list) else []
+
+
+def _load(data: DataSettings, rendering: Rendering, seed: int, found: list[Found]) -> list[LoadedSource]:
+    """All sources of training and then of validation rows."""
+    loaded: list[LoadedSource] = []
+
+    def load(source: Source) -> None:
+        if source.repeat > 1 and len(loaded) >= len(data.train):
+            raise LoratuneError(
+                f"{source.name}: validation rows are never repeated; leave #{source.repeat}x away", Exit.USAGE
+            )
+        one = load_source(source, data, rendering, seed)
+        left_out = judge_log(one.file, one.rows.log, data)
+        if left_out:
+            found.append(Found("bad_rows", "warn", one.rows.log.bad, left_out))
+        loaded.append(one)
+
+    _for_each_source([*data.train, *_validation_entries(data)], load)
+    return loaded
+
+
+def _for_each_source(entries: Sequence[str | SourceSettings], work: Callable[[Source], None]) -> None:
+    """Do something with each source; problems of several are told together."""
     problems: list[str] = []
-    for name in names:
+    for entry in entries:
         try:
-            source = parse_source(name)
-            rows = read_rows(source, seed)
-            read = read_conversations(rows, settings.placeholders, settings.columns)
+            work(parse_source(entry))
         except LoratuneError as error:
-            if error.exit_code != Exit.DATA or len(names) == 1:
+            if error.exit_code != Exit.DATA or len(entries) == 1:
                 raise
             problems.append(str(error))
-            continue
-        conversations += read
-        sha256 = hashlib.sha256(source.path.read_bytes()).hexdigest()
-        files.append(FileUse(str(source.path), sha256, len(read), detect_format(rows, settings.columns).name))
     if problems:
         raise LoratuneError("\n".join(problems), Exit.DATA)
-    return conversations
 
 
-def _split_off(rows: list[Conversation], fraction: float, seed: int) -> tuple[list[Conversation], list[Conversation]]:
-    """Draw validation rows; at least one where a fraction is asked for and a row can be spared."""
-    count = min(max(1, round(len(rows) * fraction)), len(rows) - 1) if fraction else 0
-    drawn = set(random.Random(seed).sample(range(len(rows)), count))
-    return (
-        [row for place, row in enumerate(rows) if place not in drawn],
-        [row for place, row in enumerate(rows) if place in drawn],
+def _checked(
+    sources: Sequence[LoadedSource], purpose: str, data: DataSettings, max_length: int, found: list[Found]
+) -> Pool:
+    """The rows of some sources without those that data.clean removes; what was removed and found goes to `found`."""
+    pool = Pool.of(sources)
+    odd = find_rows(pool, data)
+    gone = np.zeros(len(pool), bool)
+    for unwanted in data.clean:
+        rows = odd.pop(unwanted, None)
+        if rows and len(rows.places):
+            gone[rows.places] = True
+            found.append(describe_removed(unwanted, pool, rows, purpose))
+    kept = pool.take(~gone)
+    for name, rows in odd.items():
+        found += describe(name, kept, rows.without(gone), data, purpose)
+    found += judge_lengths(kept, data, max_length, purpose)
+    usable = kept.take(kept.has_usable_sequence(max_length))
+    if purpose == "training" and not len(usable):
+        raise _nothing_left(data, max_length, kept, found)
+    return usable
+
+
+def _leave_out_shared(rows: Pool, times: Indices, held_out: Pool, data: DataSettings, found: list[Found]) -> None:
+    """Tell of validation rows that stand in training too, or train on none of them where data.clean says so."""
+    taken = rows.take(times > 0)
+    if "overlap" not in data.clean:
+        found += describe("overlap", held_out, shared_rows(held_out, taken), data, "validation", other=taken)
+        return
+    shared = FoundRows(np.flatnonzero(np.isin(taken.digests, held_out.digests)))
+    if len(shared.places):
+        found.append(describe_removed("overlap", taken, shared, "training"))
+        times[np.isin(rows.digests, held_out.digests)] = 0
+
+
+def _unused_sources(rows: Pool, times: Indices) -> Iterator[Found]:
+    """Sources whose weight is too small to take a single row of them."""
+    for number, loaded in enumerate(rows.sources):
+        mine = rows.source == number
+        if mine.any() and not times[mine].any():
+            text = f"{loaded.file.name}: its weight leaves it no row; raise it, or repeat the scarcest source (#2x)"
+            yield Found("unused", "warn", int(mine.sum()), text)
+
+
+def _nothing_left(data: DataSettings, max_length: int, rows: Pool, found: Sequence[Found]) -> LoratuneError:
+    """Why there is nothing to train on."""
+    removed = [one.text for one in found if one.level == "note"]
+    if not len(rows):
+        names = ", ".join(data.train_names)
+        return LoratuneError("\n".join([*removed, f"data.clean leaves no training row of {names}"]), Exit.DATA)
+    too_long = [one.text for one in found if one.name in ("too_long", "untrained")]
+    return LoratuneError(
+        f"all {len(rows)} training rows are longer than training.max_length {max_length}, or train no token; raise it, "
+        f"or shorten the rows\n{too_long[0] if too_long else ''}".rstrip(),
+        Exit.DATA,
     )
 
 
-def _repetitions(train: list[Conversation], validation: list[Conversation]) -> list[str]:
-    """Warnings about rows that stand in training twice, and about those that stand in validation too."""
-    first: dict[str, str] = {}
-    twice = []
-    for row in train:
-        key = json.dumps(row.messages)
-        if key in first:
-            twice.append(f"{row.place}: the same as {first[key]}")
-        first.setdefault(key, row.place)
-    shared = [
-        f"{row.place}: the same as {first[key]}" for row in validation if (key := json.dumps(row.messages)) in first
+def _file_uses(loaded: Sequence[LoadedSource], splits: Sequence[Split]) -> list[FileUse]:
+    uses = [
+        FileUse(one.file.name, one.file.sha256, 0, one.rows.log.seen, one.rows.log.format, one.rows.log.ignored)
+        for one in loaded
     ]
-    warnings = []
-    if twice:
-        warnings.append(f"{len(twice)} of {len(train)} training rows are repetitions:\n{bullet_list(twice, limit=5)}")
-    if shared:
-        warnings.append(
-            f"{len(shared)} of {len(validation)} validation rows are training rows too, so that the validation loss "
-            f"says less than it seems to:\n{bullet_list(shared, limit=5)}"
-        )
-    return warnings
-
-
-def _encode(
-    rows: list[Conversation], encoder: Encoder, train_on: str, max_length: int, purpose: str, warnings: list[str]
-) -> list[Example]:
-    """Encode rows and leave out those that are too long, with a warning that names the first."""
-    examples, too_long = [], []
-    for row in rows:
-        encoded = encoder.encode(row, train_on)
-        fitting = [example for example in encoded if len(example.input_ids) <= max_length]
-        examples += fitting
-        if len(fitting) < len(encoded):
-            longest = max(len(example.input_ids) for example in encoded)
-            too_long.append(f"{row.place}: {longest} tokens")
-    if too_long:
-        warnings.append(
-            f"{len(too_long)} of {len(rows)} {purpose} rows ({len(too_long) / len(rows):.1%}) are longer than "
-            f"training.max_length {max_length} and left out:\n{bullet_list(too_long, limit=5)}"
-        )
-    return examples
-
-
-def _split(examples: list[Example]) -> Split:
-    columns: dict[str, Any] = {
-        "input_ids": [example.input_ids for example in examples],
-        "labels": [example.labels for example in examples],
-    }
-    return Split(
-        dataset=Dataset.from_dict(columns),
-        tokens=sum(len(example.input_ids) for example in examples),
-        trained_tokens=sum(example.trained_tokens for example in examples),
-        longest=max(len(example.input_ids) for example in examples),
-    )
+    place = {id(one): number for number, one in enumerate(loaded)}
+    for split in splits:
+        for number, one in enumerate(split.pool.sources):
+            uses[place[id(one)]].rows += int((split.pool.source == number).sum())
+    return uses

@@ -13,9 +13,12 @@ from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
 from loratune.errors import Exit, LoratuneError, bullet_list
+from loratune.recipe.data_sections import SourceSettings
 from loratune.recipe.sections import Recipe, iterate_settings
 from loratune.recipe.yaml_reader import SURROGATE, Document, read_yaml, write_yaml
 
+FORMS = ("text", "settings")
+"""Of an entry of data.train; pydantic names them in the place of an error."""
 PACKAGE = Path(__file__).resolve().parent.parent
 # An installed wheel carries configs/ and data/ inside the package, a checkout beside it.
 SHIPPED = PACKAGE if (PACKAGE / "configs").is_dir() else PACKAGE.parent
@@ -158,14 +161,23 @@ def parse_flag(given: Any, field: FieldInfo) -> Any:
     if get_origin(kind) is dict:
         return dict(_parse_pair(pair) for pair in given)
     if is_list(kind):
-        items = given if isinstance(given, list) else [given]
-        if len(items) > 1 or get_origin(kind) is list:
+        texts = given if isinstance(given, list) else [given]
+        items = [_parse_entry(text) for text in texts]
+        is_number_or_list = get_origin(kind) is not list
+        if is_number_or_list and len(items) > 1 and any(isinstance(_parse_yaml(item), float | int) for item in texts):
+            raise ValueError(f"give one number, or names alone; got {', '.join(map(str, items))}")
+        if len(items) > 1 or get_origin(kind) is list or isinstance(items[0], dict):
             return items
-        number = _parse_yaml(items[0])
+        number = _parse_yaml(items[0]) if isinstance(items[0], str) else None
         return number if isinstance(number, int | float) else items[0]
     if is_text(kind):
         return None if given == "null" and type(None) in get_args(kind) else given
     return _parse_yaml(given)
+
+
+def _parse_entry(text: str) -> Any:
+    """An item of a list: a text, or settings of its own as `{path: rows.json, weight: 10}`."""
+    return _parse_yaml(text) if text.startswith("{") else text
 
 
 def _parse_pair(pair: str) -> tuple[str, str]:
@@ -199,7 +211,7 @@ def _joined(messages: list[str]) -> str:
 
 def _describe(detail: ErrorDetails, lines: dict[str, int], flags: set[str]) -> tuple[int, str, str]:
     """Line, place and setting, and message for one pydantic error."""
-    names = [str(part) for part in detail["loc"]]
+    names = [str(part) for part in detail["loc"] if part not in FORMS]
     known = {name for name, _ in iterate_settings()} | set(Recipe.model_fields)
     line = _line(".".join(names), lines)
     while names and ".".join(names) not in known and detail["type"] != "extra_forbidden":
@@ -255,13 +267,15 @@ def _with_found_data(recipe: Recipe, path: Path | None) -> Recipe:
     """Point each data file that is not below the current folder to where the recipe means it."""
     places = [path.parent, path.parent.parent, SHIPPED] if path else [SHIPPED]
 
-    def find(name: str) -> str:
-        plain = re.sub(r"#\d*$", "", name)
-        if _is_there(Path(plain)) or Path(plain).is_absolute():
-            return name
-        return next((str((place / name).resolve()) for place in places if _is_there(place / plain)), name)
+    def find(entry: str | SourceSettings) -> str | SourceSettings:
+        if isinstance(entry, SourceSettings):
+            return entry.model_copy(update={"path": find(entry.path)})
+        plain = re.sub(r"(#\d*x?)+$", "", entry)
+        if _is_there(Path(plain)) or Path(plain).is_absolute() or plain.startswith(("hf:", "ms:")):
+            return entry
+        return next((str((place / entry).resolve()) for place in places if _is_there(place / plain)), entry)
 
     data = recipe.data
-    validation = data.validation if isinstance(data.validation, float) else [find(name) for name in data.validation]
-    found = data.model_copy(update={"train": [find(name) for name in data.train], "validation": validation})
+    validation = data.validation if isinstance(data.validation, float) else [find(entry) for entry in data.validation]
+    found = data.model_copy(update={"train": [find(entry) for entry in data.train], "validation": validation})
     return recipe.model_copy(update={"data": found})

@@ -6,32 +6,19 @@ import re
 from collections.abc import Iterator
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
+from pydantic import BeforeValidator, Field, field_validator, model_validator
 from pydantic.fields import FieldInfo
+
+from loratune.recipe.data_sections import DataSettings
+from loratune.recipe.section import Section, TextList, listed
 
 TINY_QWEN = "tiny-qwen"
 NAMED_TARGETS = ("attention", "all-linear")
 LAYERS = re.compile(r"(?P<end>first|last) (?P<count>[1-9]\d*)|(?P<start>\d+)-(?P<stop>\d+)")
 
 
-def _listed(value: Any) -> Any:
-    """A single text stands for a list of one, so that a flag given once and a YAML scalar both work."""
-    return [value] if isinstance(value, str) else value
-
-
 def _listed_unless_named(value: Any) -> Any:
-    return value if value in NAMED_TARGETS else _listed(value)
-
-
-TextList = Annotated[list[str], BeforeValidator(_listed)]
-
-
-class Section(BaseModel):
-    """A group of settings; unknown keys are errors, types are not coerced, and values never change."""
-
-    model_config = ConfigDict(
-        extra="forbid", frozen=True, strict=True, use_attribute_docstrings=True, allow_inf_nan=False
-    )
+    return value if value in NAMED_TARGETS else listed(value)
 
 
 class ModelSettings(Section):
@@ -95,28 +82,6 @@ class LoraSettings(Section):
         if not match or (match["start"] and int(match["start"]) > int(match["stop"])):
             raise ValueError("write 'last 6', 'first 4' or a range such as '8-15'")
         return layers
-
-
-class DataSettings(Section):
-    """Training and validation rows."""
-
-    train: TextList = Field(min_length=1)
-    """Files of rows (JSON or JSONL): Alpaca, ShareGPT, messages or pairs; file.json#500 takes 500 of them at random."""
-    validation: Annotated[float | list[str], BeforeValidator(_listed)] = 0.1
-    """Validation rows: a fraction split off the training rows, or files; 0 is none."""
-    placeholders: dict[str, str] = {}
-    """Values for {{name}}-like placeholders in the rows, as name=value."""
-    columns: dict[str, str] = {}
-    """Names of a file's columns where they are none of a known format's, such as instruction=question output=answer."""
-    train_on: Literal["all", "last"] = "all"
-    """Which answers of a conversation are trained: all of them, or the last."""
-
-    @field_validator("validation")
-    @classmethod
-    def _fraction_in_range(cls, validation: float | list[str]) -> float | list[str]:
-        if isinstance(validation, float) and not 0 <= validation <= 0.9:
-            raise ValueError("a fraction lies between 0 and 0.9")
-        return validation
 
 
 class PromptSettings(Section):
@@ -196,7 +161,7 @@ class TrackingSettings(Section):
     """What is logged, and where to."""
 
     report_to: Annotated[
-        list[Literal["none", "tensorboard", "wandb", "swanlab", "trackio", "mlflow"]], BeforeValidator(_listed)
+        list[Literal["none", "tensorboard", "wandb", "swanlab", "trackio", "mlflow"]], BeforeValidator(listed)
     ] = ["none"]
     """Experiment trackers, each from its own package; metrics.jsonl and loss.png are always written."""
     run_name: str | None = None

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import math
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -11,7 +10,7 @@ from trl import SFTConfig
 
 from loratune.errors import Exit, LoratuneError
 from loratune.model.hardware import Hardware, resolve_dtype
-from loratune.recipe.sections import Recipe, TrainingSettings
+from loratune.recipe.sections import Recipe
 
 OPTIMIZERS = {
     "adamw": "adamw_torch",
@@ -73,29 +72,6 @@ def training_arguments(recipe: Recipe, hardware: Hardware, has_validation: bool,
         ddp_find_unused_parameters=False,
         dataloader_pin_memory=hardware.is_gpu,
     )
-
-
-def rows_per_step(training: TrainingSettings, processes: int) -> int:
-    """Rows of one optimizer step, over all processes."""
-    return training.batch_size * training.gradient_accumulation * processes
-
-
-def plan_steps(training: TrainingSettings, rows: int, processes: int) -> int:
-    """Optimizer steps of a run, counted as transformers does: an epoch's last batches make a step of their own.
-
-    Raises:
-        LoratuneError: the warm-up is not shorter than the run.
-    """
-    batches = math.ceil(rows / (training.batch_size * processes))
-    steps_per_epoch = math.ceil(batches / training.gradient_accumulation)
-    steps = training.steps or math.ceil(training.epochs * steps_per_epoch)
-    if training.warmup >= 1 and training.warmup >= steps:
-        raise LoratuneError(
-            f"training.warmup {training.warmup:g} is not shorter than the run's {steps} steps; a fraction such as 0.05 "
-            "always fits",
-            Exit.USAGE,
-        )
-    return steps
 
 
 def _optimizer(name: str, hardware: Hardware, warnings: list[str]) -> str:

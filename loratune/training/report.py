@@ -9,10 +9,10 @@ from loratune import console
 from loratune.model.hardware import peak_memory_bytes
 from loratune.runs.folder import PLOT, REPORT
 from loratune.runs.versions import library_versions
-from loratune.runs.writing import write_json
 from loratune.training.callbacks import Metrics
 from loratune.training.checkpoints import CheckpointKeeper
 from loratune.training.plot import plot_losses
+from loratune.writing import write_json
 
 if TYPE_CHECKING:
     from loratune.training.session import Session
@@ -36,8 +36,8 @@ def write_report(
         "epochs": round(trainer.state.epoch or 0, 3),
         "stopped_early": keeper.stopped_early,
         "rows": {
-            "training": len(data.train.dataset),
-            "validation": len(data.validation.dataset) if data.validation else 0,
+            "training": len(data.train),
+            "validation": len(data.validation) if data.validation else 0,
         },
         "loss": {"first": losses[0][1], "last": losses[-1][1]},
         "validation_loss": _validation(validations, keeper) if validations else None,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,28 +13,31 @@ from trl import SFTConfig
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from loratune import console
-from loratune.data.conversation import Message
+from loratune.data.dataset import as_dataset
 from loratune.data.encoding import Encoder
-from loratune.data.preparation import PreparedData, encode_data, read_data
+from loratune.data.preparation import PreparedData
 from loratune.errors import Exit, LoratuneError
 from loratune.model.adapter import AdapterSummary, attach_adapter, load_adapter_weights, save_adapter, summarise_adapter
-from loratune.model.base import dtype_name, load_base, load_tokenizer, set_pad_token
+from loratune.model.base import dtype_name, load_base
 from loratune.model.files import find_base, weight_files
 from loratune.model.hardware import Hardware, detect_hardware, is_out_of_memory
+from loratune.model.tokenizer import load_tokenizer, set_pad_token
 from loratune.recipe.advice import advise
 from loratune.recipe.sections import Recipe
 from loratune.runs.card import write_card
 from loratune.runs.fingerprint import fingerprint_base
 from loratune.runs.folder import ADAPTER, create_run, prepare_output, seal_run, set_status
-from loratune.runs.probe import save_probe
+from loratune.runs.probe import MAX_QUESTIONS, save_probe
 from loratune.runs.tokenizer_files import copy_tokenizer_files
 from loratune.runs.versions import library_versions
-from loratune.runs.writing import disk_errors_explained, folder_in_one_step
-from loratune.training.arguments import plan_steps, rows_per_step, training_arguments
+from loratune.training.arguments import training_arguments
 from loratune.training.callbacks import DivergenceGuard, Metrics, Progress
 from loratune.training.checkpoints import CheckpointKeeper
+from loratune.training.gate import pass_gate
 from loratune.training.report import write_report
+from loratune.training.steps import plan_steps, rows_per_step
 from loratune.training.trainer import AdapterTrainer
+from loratune.writing import disk_errors_explained, folder_in_one_step
 
 
 @dataclass
@@ -48,8 +51,6 @@ class Session:
     tokenizer: Any
     encoder: Encoder
     data: PreparedData
-    questions: Sequence[Sequence[Message]]
-    """The conversations of the validation rows, or of the training rows where there are none."""
     model: Any
     """The base with the adapter on it, as PEFT makes it."""
     summary: AdapterSummary
@@ -82,7 +83,8 @@ def train(recipe: Recipe, overwrite: bool = False) -> dict[str, Any]:
         trainer, metrics, keeper, progress = _build_trainer(session)
         if console.IS_SPEAKER:
             create_run(output, recipe, _manifest(session))
-            save_probe(output, (session.data.validation or session.data.train).dataset, session.questions)
+            probed = session.data.validation or session.data.train
+            save_probe(output, as_dataset(probed), probed.questions(MAX_QUESTIONS))
         trainer.accelerator.wait_for_everyone()
         with _status_kept(output, trainer):
             try:
@@ -99,13 +101,12 @@ def _gather(recipe: Recipe, output: Path) -> Session:
     """Find the base, read the data, load the model; cheap checks before expensive ones."""
     transformers_logging.set_verbosity_error()
     hardware = detect_hardware()
-    rows = read_data(recipe.data, recipe.seed)
+    data = pass_gate(recipe).checked()
     base = find_base(recipe.model)
     tokenizer = load_tokenizer(base)
     encoder = Encoder(tokenizer, recipe.prompt)
     set_pad_token(tokenizer, {encoder.end_id, tokenizer.eos_token_id})
-    data = encode_data(rows, encoder, recipe.data.train_on, recipe.training.max_length)
-    steps = plan_steps(recipe.training, len(data.train.dataset), hardware.processes)
+    steps = plan_steps(recipe.training, len(data.train), hardware.processes)
     warnings = [*advise(recipe), *data.warnings]
     arguments = training_arguments(recipe, hardware, data.validation is not None, warnings)
     _show_data(recipe, data)
@@ -114,7 +115,6 @@ def _gather(recipe: Recipe, output: Path) -> Session:
     adapted = attach_adapter(model, recipe.lora, recipe.model.base, recipe.seed)
     summary = summarise_adapter(adapted)
     _show_model(recipe, hardware, summary, dtype_name(model.dtype))
-    questions = [conversation.messages for conversation in rows.validation or rows.train]
     return Session(
         recipe,
         output,
@@ -123,7 +123,6 @@ def _gather(recipe: Recipe, output: Path) -> Session:
         tokenizer,
         encoder,
         data,
-        questions,
         adapted,
         summary,
         steps,
@@ -140,8 +139,8 @@ def _build_trainer(session: Session) -> tuple[AdapterTrainer, Metrics, Checkpoin
     trainer = AdapterTrainer(
         model=session.model,
         args=session.arguments,
-        train_dataset=data.train.dataset,
-        eval_dataset=data.validation.dataset if data.validation else None,
+        train_dataset=as_dataset(data.train),
+        eval_dataset=as_dataset(data.validation) if data.validation else None,
         processing_class=session.tokenizer,
         data_collator=DataCollatorForLanguageModeling(pad_token_id=session.tokenizer.pad_token_id),
         callbacks=[DivergenceGuard(), metrics, progress, keeper],
@@ -228,7 +227,7 @@ def _show_data(recipe: Recipe, data: PreparedData) -> None:
     rows = [
         (
             name,
-            f"{len(split.dataset)} rows, {split.tokens} tokens ({split.trained_tokens / split.tokens:.0%} trained), "
+            f"{len(split)} rows, {split.tokens} tokens ({split.trained_tokens / split.tokens:.0%} trained), "
             f"longest {split.longest}",
         )
         for name, split in splits

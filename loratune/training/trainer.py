@@ -14,8 +14,8 @@ from trl import SFTTrainer
 
 from loratune.model.adapter import save_adapter
 from loratune.runs.folder import CHECKPOINTS
-from loratune.runs.writing import folder_in_one_step, staging_place
 from loratune.training.checkpoints import step_folder
+from loratune.writing import folder_in_one_step, staging_place
 
 TRAINER_STATE = "trainer_state.json"
 

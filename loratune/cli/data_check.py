@@ -1,0 +1,37 @@
+"""`loratune data check`: what the gate makes of a recipe's rows."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from loratune import console
+from loratune.cli.flags import Config
+from loratune.cli.options import recipe_options
+from loratune.errors import Exit
+from loratune.recipe.loading import load_recipe
+
+DETAILS = """\
+Takes a recipe and flags as sft does. Reads, encodes and checks every row without loading the model, and keeps the
+encoded rows for the training; only what has changed since is encoded again."""
+
+
+@recipe_options
+def command(
+    config: Config = None,
+    json: Annotated[bool, typer.Option("--json", help="Print the report as JSON to stdout.")] = False,
+    *,
+    flags: dict[str, object],
+) -> None:
+    """Check the rows and show what was found."""
+    recipe = load_recipe(config, dict(flags))
+    from loratune.training.data_report import data_report, show_data_report
+    from loratune.training.gate import pass_gate
+
+    report = data_report(recipe, pass_gate(recipe))
+    show_data_report(report)
+    if json:
+        console.write_json(report)
+    if report["refused"]:
+        raise typer.Exit(int(Exit.DATA))

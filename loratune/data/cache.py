@@ -1,0 +1,93 @@
+"""Where encoded rows are kept between runs, under a key of everything that they depend on."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import lru_cache
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock
+
+from loratune.errors import Exit, LoratuneError
+from loratune.writing import DISK_ERRORS, folder_in_one_step
+
+UNUSED_DAYS = 30
+"""Entries that no run has read for so long are removed when a new one is written."""
+
+
+def cache_folder() -> Path:
+    """`LORATUNE_CACHE`, or loratune's folder below the user's cache."""
+    own = os.environ.get("LORATUNE_CACHE")
+    if own:
+        return Path(own) / "data"
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "loratune" / "data"
+
+
+def cache_key(parts: dict[str, Any]) -> str:
+    """Name of an entry: a hash of what its rows depend on, and of the programs that make them.
+
+    Args:
+        parts: hashes of files and settings, in JSON types.
+    """
+    made_by = {name: version(name) for name in ("transformers", "tokenizers")} | {"data": _hash_of_own_code()}
+    return hashlib.sha256(json.dumps([parts, made_by], sort_keys=True).encode()).hexdigest()[:32]
+
+
+@lru_cache
+def _hash_of_own_code() -> str:
+    """A changed line in how rows are read or encoded makes new entries; no number has to be raised for it."""
+    code = hashlib.sha256()
+    for path in sorted(Path(__file__).parent.rglob("*.py")):
+        code.update(path.read_bytes())
+    return code.hexdigest()
+
+
+@contextmanager
+def entry_lock(key: str) -> Iterator[Path]:
+    """The folder of an entry, held alone: of several processes one fills it and the others find it there.
+
+    Raises:
+        LoratuneError: the cache cannot be written.
+    """
+    folder = cache_folder()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with FileLock(folder / f"{key}.lock"):
+            yield folder / key
+    except OSError as error:
+        if error.errno not in DISK_ERRORS:
+            raise
+        raise LoratuneError(
+            f"{error.filename or folder}: cannot be written: {error.strerror}. Encoded rows are kept there; make room, "
+            "or set LORATUNE_CACHE to another folder",
+            Exit.IO,
+        ) from error
+
+
+@contextmanager
+def new_entry(entry: Path) -> Iterator[Path]:
+    """Give a folder to fill that takes the entry's name at the end; old entries make room."""
+    _remove_unused(entry.parent)
+    with folder_in_one_step(entry) as folder:
+        yield folder
+
+
+def mark_used(entry: Path) -> None:
+    """Note that an entry has been read today."""
+    os.utime(entry)
+
+
+def _remove_unused(folder: Path) -> None:
+    oldest = time.time() - UNUSED_DAYS * 86400
+    for entry in folder.iterdir():
+        if entry.is_dir() and entry.stat().st_mtime < oldest:
+            shutil.rmtree(entry, ignore_errors=True)
+            entry.with_name(f"{entry.name}.lock").unlink(missing_ok=True)

@@ -1,0 +1,122 @@
+"""The settings of the data gate: which rows, and what is made of them."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BeforeValidator, Discriminator, Field, Tag, field_validator, model_validator
+
+from loratune.recipe.section import Section, listed
+
+Finding = Literal[
+    "empty",
+    "short",
+    "garbled",
+    "control_tokens",
+    "control_tokens_in_answers",
+    "repetitive",
+    "thinking",
+    "long_answers",
+    "duplicates",
+    "near_duplicates",
+    "overlap",
+]
+"""What the gate may find in rows; data.levels and data.clean take these names."""
+
+
+class SourceSettings(Section):
+    """A file or hub dataset of rows with settings of its own."""
+
+    path: str = Field(min_length=1)
+    """A file, or hf:org/name:split; path#500 and path#2x work here too."""
+    system: str | None = None
+    """System prompt for its rows without one, in place of prompt.system."""
+    weight: float | None = Field(default=None, gt=0)
+    """Its share of the training rows, relative to the other sources' weights."""
+
+
+def _form(entry: Any) -> str:
+    return "settings" if isinstance(entry, dict | SourceSettings) else "text"
+
+
+# Told apart by their form, so that an error is told of the form that was meant alone.
+SourceEntry = Annotated[Annotated[str, Tag("text")] | Annotated[SourceSettings, Tag("settings")], Discriminator(_form)]
+
+
+def _names(entries: list[str | SourceSettings]) -> list[str]:
+    return [entry if isinstance(entry, str) else entry.path for entry in entries]
+
+
+def _weight(entry: str | SourceSettings) -> float | None:
+    return None if isinstance(entry, str) else entry.weight
+
+
+class DataSettings(Section):
+    """Training and validation rows, and what the gate makes of them."""
+
+    train: Annotated[list[SourceEntry], BeforeValidator(listed)] = Field(
+        min_length=1,
+        description="Rows: JSON, JSONL, CSV, Parquet (.gz, .zst), or hf:org/name:split; Alpaca, ShareGPT, messages or "
+        "pairs. rows.json#500 draws 500, rows.json#2x takes each twice, {path: rows.json, weight: 10} mixes.",
+    )
+    validation: Annotated[float | list[SourceEntry], BeforeValidator(listed)] = 0.1
+    """Validation rows: a fraction split off the training rows, or sources like those of train; 0 is none."""
+    placeholders: dict[str, str] = {}
+    """Values for {{name}}-like placeholders in the rows, as name=value."""
+    columns: dict[str, str] = {}
+    """Names of a file's columns where they are none of a known format's, such as instruction=question output=answer."""
+    encoding: str = "utf-8"
+    """Text encoding of the files, such as gb18030; a file in another one is refused, never guessed at."""
+    train_on: Literal["all", "last"] = "all"
+    """Which answers of a conversation are trained: all of them, or the last."""
+    train_thinking: bool = True
+    """Train the <think> block of an answer too, not only what follows it."""
+    too_long: Literal["drop", "truncate_prompt", "truncate_answer", "refuse"] = "drop"
+    """Rows above training.max_length: drop them, shorten the question, shorten the answer, or stop."""
+    on_bad_row: Literal["stop", "skip"] = "stop"
+    """Rows that cannot be read or trained on: stop, or skip up to max_bad_rows of them."""
+    max_bad_rows: int = Field(default=100, ge=1)
+    """How many rows on_bad_row skip may leave out before it stops after all."""
+    levels: dict[Finding, Literal["refuse", "warn", "ignore"]] = {}
+    """What a finding of the gate (see clean) does, where not its usual: short=ignore, duplicates=refuse."""
+    clean: Annotated[list[Finding], BeforeValidator(listed)] = Field(
+        default=[],
+        description="Findings whose rows are removed, with a report: duplicates, near_duplicates, overlap (training "
+        "rows that are in validation too), empty, short, garbled, repetitive, long_answers, thinking, control_tokens, "
+        "control_tokens_in_answers.",
+    )
+    near_duplicates: float | None = Field(default=None, gt=0, lt=1)
+    """Look for rows of at least this similarity (0.8 is usual) besides equal ones; slower."""
+
+    @field_validator("validation")
+    @classmethod
+    def _fraction_in_range(cls, validation: float | list[str | SourceSettings]) -> float | list[str | SourceSettings]:
+        if isinstance(validation, float) and not 0 <= validation <= 0.9:
+            raise ValueError("a fraction lies between 0 and 0.9")
+        if isinstance(validation, list) and any(_weight(entry) for entry in validation):
+            raise ValueError("weights mix training rows; validation rows are all taken")
+        return validation
+
+    @model_validator(mode="after")
+    def _similarity_is_given(self) -> DataSettings:
+        asked = "near_duplicates" in self.clean or self.levels.get("near_duplicates", "ignore") != "ignore"
+        if asked and self.near_duplicates is None:
+            raise ValueError("near_duplicates in data.clean or data.levels needs data.near_duplicates, such as 0.8")
+        return self
+
+    @property
+    def train_names(self) -> list[str]:
+        """The sources of training rows, as the recipe names them."""
+        return _names(self.train)
+
+    @property
+    def validation_names(self) -> list[str]:
+        """The sources of validation rows, as the recipe names them; none where a fraction is split off."""
+        return _names(self.validation) if isinstance(self.validation, list) else []
+
+    @field_validator("train")
+    @classmethod
+    def _all_weighted_or_none(cls, train: list[str | SourceSettings]) -> list[str | SourceSettings]:
+        if len({_weight(entry) is None for entry in train}) > 1:
+            raise ValueError("give every source a weight, or none")
+        return train

@@ -1,0 +1,76 @@
+"""What `loratune data preview` shows: training rows token by token."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import groupby
+from typing import Any
+
+from loratune import console
+from loratune.data.encoding import IGNORED
+from loratune.model.files import find_tokenizer
+from loratune.model.tokenizer import load_tokenizer
+from loratune.recipe.sections import Recipe
+from loratune.training.gate import pass_gate
+
+
+@dataclass(frozen=True)
+class Preview:
+    """One training sequence."""
+
+    place: str
+    """Where its row stands."""
+    input_ids: list[int]
+    labels: list[int]
+    tokenizer: Any
+
+    def as_json(self) -> dict[str, Any]:
+        """The sequence for scripts."""
+        text = self.tokenizer.decode(self.input_ids)
+        return {"row": self.place, "text": text, "input_ids": self.input_ids, "labels": self.labels}
+
+    def spans(self) -> list[tuple[str, str]]:
+        """Text and style of neighbouring tokens that are alike.
+
+        Tokens are decoded together, since one may hold only a part of a character.
+        """
+        tokens = zip(self.input_ids, self.labels, strict=True)
+        groups = groupby(tokens, lambda one: self.style(*one))
+        return [(self.tokenizer.decode([token for token, _ in group]), style) for style, group in groups]
+
+    def style(self, token: int, label: int) -> str:
+        """How a token is shown, as `console.write_spans` names it."""
+        is_control = token in self.tokenizer.added_tokens_decoder
+        return ("context" if label == IGNORED else "trained") + (" control" if is_control else "")
+
+
+def preview_rows(recipe: Recipe, count: int) -> list[Preview]:
+    """The first training sequences of a recipe.
+
+    Raises:
+        LoratuneError: as the training would, before the model is loaded.
+    """
+    train = pass_gate(recipe).checked().train
+    tokenizer = load_tokenizer(find_tokenizer(recipe.model))
+    previews: list[Preview] = []
+    for loaded, sequences in zip(train.pool.sources, train.parts, strict=True):
+        for sequence in sequences[: count - len(previews)].tolist():
+            (line,) = loaded.rows.table.slice(sequence, 1).select(["number", "input_ids", "labels"]).to_pylist()
+            place = loaded.file.place(line["number"])
+            previews.append(Preview(place, line["input_ids"], line["labels"], tokenizer))
+    return previews
+
+
+def show_tokens(preview: Preview, with_ids: bool) -> None:
+    """Print a sequence, as text or as a list of its tokens."""
+    trained = sum(label != IGNORED for label in preview.labels)
+    console.write_spans([(f"{preview.place}: {len(preview.input_ids)} tokens, {trained} trained\n", "title")])
+    if with_ids:
+        for place, (token, label) in enumerate(zip(preview.input_ids, preview.labels, strict=True)):
+            mark = "" if label == IGNORED else "trained"
+            text = preview.tokenizer.decode([token]).replace("\n", "⏎")
+            spans = [(f"{place:6} {token:8} {mark:8} ", "title"), (f"{text}\n", preview.style(token, label))]
+            console.write_spans(spans, brackets=False)
+    else:
+        console.write_spans([(text.replace("\n", "⏎\n"), style) for text, style in preview.spans()])
+    console.write_spans([("\n\n", "context")])

@@ -1,0 +1,144 @@
+"""What `loratune data check` reports: files, rows, findings, lengths, and what they come to in training."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from loratune import console
+from loratune.data.packing import pack, padding_efficiency
+from loratune.data.preparation import PreparedData
+from loratune.data.split import Split
+from loratune.errors import counted
+from loratune.recipe.sections import Recipe, TrainingSettings
+from loratune.training.steps import plan_steps, rows_per_step
+
+BARS = 10
+"""Most lines of the histogram, but for the last, which takes the longest hundredth of the rows."""
+SAMPLED_SEQUENCES = 20_000
+NICE_STEPS = (1, 2, 5, 10, 20, 25, 50, 100, 200, 250, 500)
+
+
+def data_report(recipe: Recipe, data: PreparedData) -> dict[str, Any]:
+    """Everything that the check says, in JSON types. Lengths are in tokens."""
+    splits = {"training": data.train} | ({"validation": data.validation} if data.validation else {})
+    return {
+        "files": [vars(use) for use in data.files],
+        "rows": {name: _split_figures(split) for name, split in splits.items()},
+        "histogram": histogram(data.train.lengths),
+        "training": _training_figures(recipe.training, data.train, recipe.seed),
+        "findings": [vars(found) for found in data.found],
+        "refused": any(found.level == "refuse" for found in data.found),
+    }
+
+
+def histogram(lengths: NDArray[np.int64]) -> list[dict[str, int]]:
+    """Counts of lengths in steps of one nice width; the last one takes all longer ones.
+
+    Returns:
+        `from` and `to` in tokens, both inclusive, and the count of `rows`.
+    """
+    usual = float(np.percentile(lengths, 99))
+    scale = 10 ** max(0, int(np.log10(max(usual / BARS, 1))) - 1)
+    width = next((step * scale for step in NICE_STEPS if step * scale * BARS >= usual), int(np.ceil(usual / BARS)))
+    last = int(lengths.max())
+    edges = np.append(np.arange(0, int(usual) + width, width), last) if last > usual else None
+    edges = np.arange(0, last + width, width) if edges is None or edges[-2] >= last else edges
+    counts, _ = np.histogram(lengths, edges + 1)
+    first = int(np.flatnonzero(counts)[0])
+    edges, counts = edges[first:], counts[first:]
+    return [
+        {"from": int(low) + 1, "to": int(high), "rows": int(count)}
+        for low, high, count in zip(edges[:-1], edges[1:], counts, strict=True)
+    ]
+
+
+def show_data_report(report: dict[str, Any]) -> None:
+    """The report for people."""
+    console.table([(_short(use["path"]), _file_line(use)) for use in report["files"]], title="files")
+    console.table([(name, _split_line(figures)) for name, figures in report["rows"].items()], title="rows")
+    bars = [(f"{bar['from']}–{bar['to']}", bar["rows"]) for bar in report["histogram"]]
+    console.bars(bars, title="tokens of a training row")
+    figures = report["training"]
+    console.table(
+        [
+            ("an epoch", f"{figures['tokens_per_epoch']:,} tokens, {counted(figures['steps_per_epoch'], 'step')} of "
+             f"{counted(figures['rows_per_step'], 'row')}"),
+            ("the run", counted(figures["steps"], "step")),
+            ("padding", _padding_line(figures)),
+        ],
+        title="training",
+    )  # fmt: skip
+    for found in report["findings"]:
+        show = {"refuse": console.error, "warn": console.warn}.get(found["level"], console.say)
+        show(found["text"])
+    refusing = [found["name"] for found in report["findings"] if found["level"] == "refuse"]
+    if refusing:
+        console.error(f"sft would refuse these rows: {', '.join(refusing)}")
+    else:
+        console.say("sft would train on these rows", style="bold")
+
+
+def _split_figures(split: Split) -> dict[str, Any]:
+    lengths = split.lengths
+    return {
+        "rows": len(split.pool),
+        "sequences": len(lengths),
+        "tokens": split.tokens,
+        "trained_tokens": split.trained_tokens,
+        "shortest": int(lengths.min()),
+        "median": int(np.median(lengths)),
+        "longest": split.longest,
+    }
+
+
+def _training_figures(training: TrainingSettings, train: Split, seed: int) -> dict[str, Any]:
+    once = training.model_copy(update={"epochs": 1.0, "steps": None, "warmup": 0.0})
+    return {
+        "tokens_per_epoch": train.tokens,
+        "rows_per_step": rows_per_step(training, 1),
+        "steps_per_epoch": plan_steps(once, len(train), 1),
+        "steps": plan_steps(training, len(train), 1),
+        **_efficiencies(train.lengths, training, seed),
+    }
+
+
+def _efficiencies(lengths: NDArray[np.int64], training: TrainingSettings, seed: int) -> dict[str, float | None]:
+    """Shares of positions with tokens; those of very many sequences are those of a sample."""
+    if len(lengths) > SAMPLED_SEQUENCES:
+        lengths = np.random.default_rng(seed).choice(lengths, SAMPLED_SEQUENCES, replace=False)
+    # Without the emptiest pack, which is filled as it happens.
+    packs = sorted(int(lengths[members].sum()) for members in pack(lengths, training.max_length))[1:]
+    return {
+        "padded_efficiency": round(padding_efficiency(lengths, training.batch_size, seed), 4),
+        "packed_efficiency": round(sum(packs) / len(packs) / training.max_length, 4) if packs else None,
+    }
+
+
+def _file_line(use: dict[str, Any]) -> str:
+    names = [" ".join(name.split())[:30] for name in use["ignored"]]
+    ignored = f"; ignored: {', '.join(names)}" if names else ""
+    used = f"{use['rows']:,} of " if use["rows"] != use["seen"] else ""
+    return f"{used}{counted(use['seen'], 'row')}, {use['format']}{ignored}"
+
+
+def _split_line(figures: dict[str, Any]) -> str:
+    sequences = f" in {figures['sequences']:,} sequences" if figures["sequences"] != figures["rows"] else ""
+    return (
+        f"{figures['rows']:,}{sequences}, {figures['tokens']:,} tokens "
+        f"({figures['trained_tokens'] / figures['tokens']:.0%} trained); "
+        f"{figures['shortest']} to {figures['longest']}, median {figures['median']}"
+    )
+
+
+def _padding_line(figures: dict[str, Any]) -> str:
+    packed = figures["packed_efficiency"]
+    more = f"; packed, {packed:.0%} would" if packed is not None else ""
+    return f"{figures['padded_efficiency']:.0%} of the positions of a batch carry tokens{more}"
+
+
+def _short(path: str) -> str:
+    """The end of a long path, so that the table keeps its width."""
+    return path if len(path) <= 30 else f"…{path[-29:]}"

@@ -1,0 +1,198 @@
+"""Odd texts and loops: what has to be found, and ordinary rows in many languages that must not be."""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+from typing import Any, get_args
+
+import pytest
+
+from loratune.data.conversation import Conversation
+from loratune.data.inspection import FLAGS, Inspector, is_garbled, is_repetitive
+from loratune.recipe.data_sections import Finding
+
+ROOT = Path(__file__).resolve().parent.parent
+ADDED = ["<|im_start|>", "<|im_end|>", "<|endoftext|>", "<think>", "</think>", "<tool_call>", "  ", "[a-z]"]
+SPECIAL = ADDED[:3]
+SENTENCE = "Bücher über die Geschichte der Städte, señor: «l’été à Besançon»"
+
+ORDINARY = [
+    "“Don’t — it’s naïve,” said Zoë… 5 € or £4, ½ of 20 °C ± 1; § 3, ¶ 2, © 2024 ACME™ ®",
+    SENTENCE,
+    "»Übung macht den Meister«, sagte Jürgen. „Straße“ – und »Ähnliches«.",
+    "Menüden “Klasör Aç”a dokunun, ”är jag” eller ”mamma”",
+    "Příliš žluťoučký kůň úpěl ďábelské ódy. Zażółć gęślą jaźń. Árvíztűrő tükörfúrógép",
+    "Tiếng Việt có nhiều dấu: Nguyễn Văn Ế, đường phố, ồ ạt",
+    "Kæmi ný öxi hér, ykist þjófum nú bæði víl og ádrepa. Á É Ý Ú Í Ó Þ Æ Ð Ö",
+    "áéýúíóþæðö ÁÉÝÚÍÓÞÆÐÖ",
+    "Съешь же ещё этих мягких французских булок, да выпей чаю. „Добре“ — каза тя №5",
+    "Ξεσκεπάζω την ψυχοφθόρα βδελυγμία. «Γειά σου», είπε.",
+    "نص حكيم له سر قاطع وذو شأن عظيم مكتوب على ثوب أخضر",
+    "דג סקרן שט בים מאוכזב ולפתע מצא חברה",
+    "ภาษาไทย ๑๒๓ และ हिन्दी में पाठ, தமிழ்",
+    "日本語のテキストと、カタカナ・ひらがな・漢字「例えば」…横浜〜東京。(*´▽`*) m(_ _)m ヽ(´ー`)ノ",
+    "모든 국민은 인간으로서의 존엄과 가치를 가진다. ㅋㅋㅋ",
+    "联通和移动的套餐有什么区别？“中国联通”——价格：￥99／月；涓涓细流，锦绣前程。",
+    "臺灣的繁體中文：鬱鬱蔥蔥、龍飛鳳舞、鑼鼓喧天，藝術與醫學。",
+    "镆铘锒铛钅钆钇钋钊钌钍钏钐钔钗钕钚钛钜钣钤钫钪钭钬钯钰钲钴钶钷钸钹钺钼钽钿铄铈铉铊铋铌铍",
+    "😀👍🏽 🇨🇳 👨‍👩‍👧 ❤️ ✔ ✘ ★☆ → ⇒ ▶ ① Ⅳ",
+    "∀ε>0 ∃δ>0: |x−a|<δ ⇒ |f(x)−f(a)|<ε; ∑ᵢ xᵢ² ≤ ∞, √2 ≈ 1.41, ∫₀¹ x dx = ½, π ≠ 3, 3×4÷2, µm, Å",
+    "┌────┬────┐\n│ 名 │ €5 │\n├────┼────┤\n│ a  │ ½  │\n└────┴────┘ ╔═╗ ║x║ ╚═╝ ░▒▓█",
+    "├── src\n│   ├── main.py\n└── README.md",
+    "ˈnaːt͡ʃə /ʃwɑː/ [ŋ] Ĉu vi ŝatas? oʻzbek Kā‘anapali l·l “‘quoted’” ¿Qué? ¡Olé!",
+    "Fran\u0327ais de\u0301compose\u0301 \u00a0non\u202fbreaking\u200bspace\ufeff",
+]
+
+
+def conversation(*texts: str, roles: str = "ua", untrained: frozenset[int] = frozenset()) -> Conversation:
+    names = {"u": "user", "a": "assistant", "s": "system", "t": "tool"}
+    messages: Any = tuple({"role": names[role], "content": text} for role, text in zip(roles, texts, strict=True))
+    return Conversation(messages, untrained=untrained)
+
+
+def findings(said: Conversation, trained: list[int] | None = None, thinking: bool = False) -> list[str]:
+    bits = Inspector(ADDED, SPECIAL, thinking).flags(said, trained or [])
+    assert 0 <= bits < 2**31
+    return [name for place, name in enumerate(FLAGS) if bits >> place & 1]
+
+
+def test_flags_are_findings_and_have_an_order_that_files_rely_on() -> None:
+    assert set(FLAGS) <= set(get_args(Finding))
+    assert FLAGS == (
+        "empty", "short", "garbled", "control_tokens", "control_tokens_in_answers", "repetitive", "thinking",
+    )  # fmt: skip
+
+
+def test_an_ordinary_conversation_has_no_flags() -> None:
+    assert findings(conversation("Be kind.", "How are you?", "Well, thanks.", roles="sua"), list(range(100))) == []
+
+
+@pytest.mark.parametrize("name", ["identity", "company_faq"])
+def test_shipped_rows_have_no_flags(name: str) -> None:
+    for row in json.loads((ROOT / "data" / f"{name}.json").read_text(encoding="utf-8")):
+        assert findings(conversation(row["instruction"], row["output"])) == []
+
+
+@pytest.mark.parametrize(
+    ("answer", "expected"),
+    [("", ["empty"]), (" \n\u3000", ["empty"]), ("3", ["short"]), (" 是\n", ["short"]), ("no", []), ("两个", [])],
+)
+def test_answers_without_text_or_of_one_character_are_found(answer: str, expected: list[str]) -> None:
+    assert findings(conversation("How many?", answer)) == expected
+
+
+def test_an_answer_that_is_not_trained_or_calls_a_tool_may_be_empty() -> None:
+    assert findings(conversation("", "", "Go on", "Yes, gladly", roles="uaua", untrained=frozenset({1}))) == []
+    call: Any = {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "now", "arguments": {}}}]}
+    said = Conversation(({"role": "user", "content": "What time is it?"}, call))
+    assert findings(said) == []
+
+
+@pytest.mark.parametrize("text", ORDINARY)
+def test_ordinary_text_is_not_garbled(text: str) -> None:
+    assert not is_garbled(text)
+    assert not is_garbled("\n".join([text] * 50))
+
+
+@pytest.mark.parametrize("text", ["caf\ufffd", "a\x93quote\x94", "锟斤拷锟斤拷", "值是烫烫烫烫", "屯屯屯"])
+def test_lost_and_uninitialised_characters_are_garbled(text: str) -> None:
+    assert is_garbled(text)
+
+
+@pytest.mark.parametrize("encoding", ["latin-1", "cp1252", "macroman", "cp1250"])
+@pytest.mark.parametrize("text", [SENTENCE, "Ordinary text with one café in it", "“Quotes” and it’s"])
+def test_utf_8_read_as_an_encoding_of_latin_letters_is_garbled(text: str, encoding: str) -> None:
+    assert is_garbled(text.encode().decode(encoding, "replace"))
+
+
+CHINESE = ["请根据以下文本写一个摘要。", "人工智能（AI）是计算机科学的一个分支，旨在让机器具有智能。", "北京上海广州"]
+
+
+@pytest.mark.parametrize("text", CHINESE)
+@pytest.mark.parametrize(
+    ("written", "read"),
+    [
+        ("utf-8", "latin-1"), ("utf-8", "cp1252"), ("utf-8", "gbk"), ("utf-8", "gb18030"), ("utf-8", "big5"),
+        ("gb18030", "latin-1"), ("gb18030", "cp1252"), ("gb18030", "utf-8"),
+    ],
+)  # fmt: skip
+def test_chinese_read_in_the_wrong_encoding_is_garbled(text: str, written: str, read: str) -> None:
+    assert not is_garbled(text)
+    assert is_garbled(text.encode(written).decode(read, "replace"))
+    assert is_garbled(f"Ordinary English around {text.encode(written).decode(read, 'replace')} it")
+
+
+def test_utf_8_read_as_gbk_is_found_without_any_lost_character() -> None:
+    mojibake = "北京上海广州".encode().decode("gbk")
+    assert mojibake == "鍖椾含涓婃捣骞垮窞"
+    assert is_garbled(mojibake)
+
+
+def test_garbled_text_is_found_in_every_message() -> None:
+    for place in range(3):
+        texts = ["System", "Question", "Answer"]
+        texts[place] = "cafÃ©"
+        assert findings(conversation(*texts, roles="sua")) == ["garbled"]
+
+
+@pytest.mark.parametrize("token", ["<|im_end|>", "<think>", "<tool_call>", "[a-z]"])
+@pytest.mark.parametrize("place", [0, 1, 3])
+def test_added_tokens_are_found_in_what_is_no_answer(token: str, place: int) -> None:
+    texts = ["Be kind.", "Call it.", "Calling…", "42", "It is 42."]
+    texts[place] += f" {token}"
+    assert findings(conversation(*texts, roles="suata")) == ["control_tokens"]
+
+
+def test_only_special_tokens_are_found_in_answers() -> None:
+    assert findings(conversation("Hi", "Bye<|im_end|>")) == ["control_tokens_in_answers"]
+    assert findings(conversation("Hi", "<tool_call>{}")) == []
+    assert findings(conversation("Hi  there", "a  b [a-z")) == []
+
+
+def test_a_tokenizer_without_added_tokens_finds_none() -> None:
+    assert Inspector([], [], False).flags(conversation("", "<|im_end|> text"), []) == 0
+
+
+def test_reasoning_is_found_where_prompts_ask_for_none() -> None:
+    said = conversation("Why?", "<think>\nBecause.\n</think>\n\nSo.")
+    assert findings(said) == ["thinking"]
+    assert findings(said, thinking=True) == []
+    assert findings(conversation("Why?", "<think>\n\n</think>\n\nSo.")) == []
+    assert findings(conversation("Why?", "<think>Never closed")) == ["thinking"]
+
+
+PARAGRAPH = [(7 * n * n + 31 * n) % 5003 for n in range(160)]
+
+
+@pytest.mark.parametrize("before", range(0, 160, 7))
+@pytest.mark.parametrize("phrase", [[9001], [9001, 9002], [9001, 9002, 9003, 9001, 9004]])
+def test_a_loop_is_found_wherever_it_begins(phrase: list[int], before: int) -> None:
+    loop = phrase * (75 // len(phrase))
+    assert is_repetitive(PARAGRAPH[:before] + loop)
+    assert is_repetitive(PARAGRAPH[:before] + loop + PARAGRAPH[before:])
+
+
+def test_a_long_phrase_is_a_loop_from_the_fourth_time_on() -> None:
+    sentence = [9000 + n for n in range(40)]
+    assert is_repetitive(PARAGRAPH[:64] + sentence * 4)
+    assert not is_repetitive(PARAGRAPH[:64] + sentence * 3)
+
+
+def test_what_is_shorter_than_64_ids_is_no_loop() -> None:
+    assert not is_repetitive([1] * 63)
+    assert is_repetitive([1] * 64)
+    assert findings(conversation("Hi", "I am sorry."), [1, 2, 3, 4] * 30) == ["repetitive"]
+
+
+def test_tables_code_and_lists_are_no_loops() -> None:
+    bar, line, yes, no = 1, 2, 3, 4
+    source = random.Random(0)
+    table = [i for n in range(30) for i in (bar, 100 + n, bar, yes, bar, no, bar, yes, bar, line)]
+    truth = [i for n in range(16) for i in (bar, n >> 3 & 1, bar, n >> 2 & 1, bar, n >> 1 & 1, bar, n & 1, line)]
+    numbered = [i for n in range(40) for i in (200 + n, 5, 6, source.randrange(1000), line)]
+    binary = [source.randrange(2) for _ in range(300)]
+    code = [i for n in range(30) for i in (10, 11, 12, 300 + n, 13, 14, 15, 16, 300 + n, 17, line)]
+    for ids in (table, truth, numbered, binary, code, list(range(500))):
+        assert not is_repetitive(ids)
