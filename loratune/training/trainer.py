@@ -15,6 +15,7 @@ from trl import SFTTrainer
 from loratune.model.adapter import save_adapter
 from loratune.runs.folder import CHECKPOINTS
 from loratune.training.checkpoints import step_folder
+from loratune.training.labelled_loss import add_labelled_loss
 from loratune.writing import folder_in_one_step, staging_place
 
 TRAINER_STATE = "trainer_state.json"
@@ -26,6 +27,31 @@ class AdapterTrainer(SFTTrainer):
     def __init__(self, **settings: Any) -> None:
         super().__init__(**settings)
         self.remove_callback(PrinterCallback)
+        add_labelled_loss(self.model.get_base_model())
+
+    def compute_loss(
+        self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> torch.Tensor:
+        """Mean loss per labelled token of the whole optimizer step, of which this batch may be a part.
+
+        Args:
+            model: the model with its wrappers.
+            inputs: ids, labels, and what tells rows apart.
+            return_outputs: never asked for here.
+            num_items_in_batch: labelled tokens of the step, over all processes.
+        """
+        outputs = model(**inputs, summed_loss=True)
+        tokens = len(outputs.losses) if num_items_in_batch is None else num_items_in_batch
+        self._count_tokens(inputs)
+        # DDP averages gradients over the processes, while the tokens are those of all.
+        return outputs.loss_sum * self.accelerator.num_processes / max(int(tokens), 1)
+
+    def _count_tokens(self, inputs: dict[str, Any]) -> None:
+        """Add to the tokens trained so far those that are no padding."""
+        mask = inputs.get("attention_mask")
+        tokens = inputs["input_ids"].new_tensor([inputs["input_ids"].numel() if mask is None else int(mask.sum())])
+        self._total_train_tokens += int(self.accelerator.gather(tokens).sum())
+        self._metrics["train"]["num_tokens"] = [self._total_train_tokens]
 
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
@@ -55,13 +81,14 @@ class AdapterTrainer(SFTTrainer):
         for batch in batches:
             inputs = self._prepare_inputs(batch)
             with torch.no_grad(), self.compute_loss_context_manager():
-                outputs = self.model(**inputs, use_cache=False, fused_lm_head=True)
+                outputs = self.model(**inputs, summed_loss=True)
+            count = len(inputs["input_ids"])
+            sums = torch.zeros(count, dtype=torch.float64, device=outputs.losses.device)
+            sums.index_add_(0, outputs.rows, outputs.losses.double())
             # Rows that a process repeats to fill up the last batch are dropped again here.
-            log_probs, mask = self.accelerator.gather_for_metrics(
-                (outputs.log_probs.float().sum(dim=-1), outputs.label_mask.sum(dim=-1))
-            )
-            loss -= float(log_probs.double().sum())
-            tokens += int(mask.sum())
+            sums, counts = self.accelerator.gather_for_metrics((sums, outputs.rows.bincount(minlength=count)))
+            loss += float(sums.sum())
+            tokens += int(counts.sum())
         return loss, tokens
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:

@@ -1,0 +1,118 @@
+"""Loss on labelled positions only: logits exist for a few of them at a time, never for a whole batch.
+
+A batch of 4000 tokens has 600 million logits on Qwen's vocabulary, most of them at positions that teach nothing. Here the
+hidden states are gathered where labels are, and the head, the cross-entropy and its gradient run in chunks of those.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.utils.checkpoint import checkpoint
+from transformers.utils import ModelOutput
+
+from loratune.data.encoding import IGNORED
+
+CHUNK_LOGITS = 1 << 25
+"""Logits in a chunk: 128 MB of them in float32."""
+
+
+@dataclass
+class LabelledLoss(ModelOutput):
+    """What a model called with `summed_loss=True` returns."""
+
+    loss_sum: torch.Tensor | None = None
+    """Sum of the losses in nats, float32, a scalar that gradients flow from."""
+    losses: torch.Tensor | None = None
+    """The loss of each labelled position in nats, float32, detached."""
+    rows: torch.Tensor | None = None
+    """Of each of these, the row of the batch."""
+
+
+def add_labelled_loss(model: Any) -> None:
+    """Let a causal language model return `LabelledLoss` when it is called with labels and `summed_loss=True`.
+
+    The call goes through the model's own forward, so that wrappers around it see it as any other.
+    """
+    plain_forward = model.forward
+
+    def forward(*arguments: Any, summed_loss: bool = False, **inputs: Any) -> Any:
+        return _forward(model, **inputs) if summed_loss else plain_forward(*arguments, **inputs)
+
+    model.forward = forward
+
+
+def _forward(model: Any, labels: torch.Tensor, **inputs: Any) -> LabelledLoss:
+    given = {name: value for name, value in inputs.items() if value is not None}
+    hidden = model.model(**given | {"use_cache": False}).last_hidden_state
+    targets = labels[:, 1:]
+    is_labelled = targets != IGNORED
+    rows = is_labelled.nonzero()[:, 0]
+    total, losses = summed_loss(hidden[:, :-1][is_labelled], targets[is_labelled], model.get_output_embeddings())
+    return LabelledLoss(loss_sum=total, losses=losses, rows=rows)
+
+
+def summed_loss(hidden: torch.Tensor, targets: torch.Tensor, head: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    """Cross-entropy of a head's logits.
+
+    Args:
+        hidden: states at labelled positions, [positions, width].
+        targets: the tokens that follow, int64, [positions].
+        head: the layer from states to logits.
+
+    Returns:
+        The sum, a scalar that gradients flow from, and the detached loss of each position; float32, in nats.
+    """
+    is_frozen = type(head) is torch.nn.Linear and head.bias is None and not head.weight.requires_grad
+    if is_frozen:
+        total, losses = _FrozenHeadLoss.apply(hidden, head.weight, targets)
+        return total, losses
+    if not len(targets):
+        return hidden.float().sum(), hidden.new_zeros(0, dtype=torch.float32)
+    chunks = _chunks(len(targets), head.weight.shape[0])
+    parts = [checkpoint(_losses, hidden[chunk], targets[chunk], head, use_reentrant=False) for chunk in chunks]
+    losses = torch.cat(parts)
+    return losses.sum(), losses.detach()
+
+
+def _losses(hidden: torch.Tensor, targets: torch.Tensor, head: Any) -> torch.Tensor:
+    return torch.nn.functional.cross_entropy(head(hidden).float(), targets, reduction="none")
+
+
+def _chunks(positions: int, vocabulary: int) -> Iterator[slice]:
+    size = max(1, CHUNK_LOGITS // vocabulary)
+    return (slice(start, start + size) for start in range(0, positions, size))
+
+
+class _FrozenHeadLoss(torch.autograd.Function):
+    """The gradient of the states is made along with the losses, while a chunk's logits are there."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        losses = hidden.new_empty(len(targets), dtype=torch.float32)
+        # float16 would lose small gradients before a scaler can enlarge them.
+        kind = torch.float32 if hidden.dtype == torch.float16 else hidden.dtype
+        gradient = torch.empty_like(hidden, dtype=kind) if ctx.needs_input_grad[0] else None
+        for chunk in _chunks(len(targets), weight.shape[0]):
+            logits = (hidden[chunk] @ weight.T).float()
+            aims = targets[chunk, None]
+            normalizer = logits.logsumexp(dim=-1, keepdim=True)
+            losses[chunk] = (normalizer - logits.gather(1, aims))[:, 0]
+            if gradient is not None:
+                probabilities = logits.sub_(normalizer).exp_()
+                probabilities.scatter_add_(1, aims, probabilities.new_full(aims.shape, -1.0))
+                gradient[chunk] = probabilities.to(weight.dtype) @ weight
+        ctx.gradient, ctx.kind = gradient, hidden.dtype
+        ctx.mark_non_differentiable(losses)
+        return losses.sum(), losses
+
+    @staticmethod
+    def backward(ctx: Any, of_sum: torch.Tensor, _: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        gradient = ctx.gradient
+        ctx.gradient = None
+        return (gradient * of_sum).to(ctx.kind), None, None
