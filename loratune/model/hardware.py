@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import importlib.util
 import os
 import resource
@@ -12,6 +13,8 @@ import psutil
 import torch
 
 from loratune.errors import Exit, LoratuneError
+
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # as malloc.h has them
 
 
 @dataclass(frozen=True)
@@ -54,6 +57,20 @@ def detect_hardware() -> Hardware:
     has_bfloat16 = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
     name = f"CPU, {threads} thread{'s' if threads > 1 else ''}"
     return Hardware(torch.device("cpu"), has_bfloat16, name, processes)
+
+
+def keep_freed_memory() -> None:
+    """Tell glibc to keep large blocks that are freed.
+
+    By default each goes back to the system and comes anew, zeroed page by page, which takes a third of the time of a
+    training step on a CPU. Does nothing where the allocator is another one.
+    """
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (OSError, AttributeError, TypeError):
+        return
+    mallopt(M_MMAP_THRESHOLD, 1 << 30)
+    mallopt(M_TRIM_THRESHOLD, -1)
 
 
 def _usable_cores() -> int:

@@ -113,7 +113,11 @@ class TrainingSettings(Section):
     weight_decay: float = Field(default=0.0, ge=0, le=1)
     """Weight decay of the adapter's matrices."""
     batch_size: int = Field(default=4, ge=1, le=4096)
-    """Rows that one device takes at once."""
+    """Rows that one device takes at once; packed, as many on average."""
+    packing: bool = True
+    """Set rows behind each other without padding, each attending to itself alone; else pad rows of similar length."""
+    tokens_per_batch: int | None = Field(default=None, ge=8, le=1_048_576)
+    """Tokens of a packed batch; default is what batch_size rows have on average."""
     gradient_accumulation: int = Field(default=4, ge=1, le=65536)
     """Batches added up before a step; batch_size × this × devices rows make a step."""
     gradient_checkpointing: bool = False

@@ -10,17 +10,18 @@ from typing import Any
 
 from transformers.utils import logging as transformers_logging
 from trl import SFTConfig
-from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from loratune import console
 from loratune.data.dataset import as_dataset
 from loratune.data.encoding import Encoder
 from loratune.data.preparation import PreparedData
-from loratune.errors import Exit, LoratuneError
+from loratune.errors import Exit, LoratuneError, counted
 from loratune.model.adapter import AdapterSummary, attach_adapter, load_adapter_weights, save_adapter, summarise_adapter
 from loratune.model.base import dtype_name, load_base
+from loratune.model.document_attention import use_document_attention
 from loratune.model.files import find_base, weight_files
-from loratune.model.hardware import Hardware, detect_hardware, is_out_of_memory
+from loratune.model.hardware import Hardware, detect_hardware, is_out_of_memory, keep_freed_memory
+from loratune.model.lora_linear import use_fused_lora
 from loratune.model.tokenizer import load_tokenizer, set_pad_token
 from loratune.recipe.advice import advise
 from loratune.recipe.sections import Recipe
@@ -31,11 +32,12 @@ from loratune.runs.probe import MAX_QUESTIONS, save_probe
 from loratune.runs.tokenizer_files import copy_tokenizer_files
 from loratune.runs.versions import library_versions
 from loratune.training.arguments import training_arguments
+from loratune.training.batching import Batching
 from loratune.training.callbacks import DivergenceGuard, Metrics, Progress
 from loratune.training.checkpoints import CheckpointKeeper
 from loratune.training.gate import pass_gate
 from loratune.training.report import write_report
-from loratune.training.steps import plan_steps, rows_per_step
+from loratune.training.steps import count_batches, plan_steps, rows_per_step
 from loratune.training.trainer import AdapterTrainer
 from loratune.writing import disk_errors_explained, folder_in_one_step
 
@@ -100,19 +102,24 @@ def train(recipe: Recipe, overwrite: bool = False) -> dict[str, Any]:
 def _gather(recipe: Recipe, output: Path) -> Session:
     """Find the base, read the data, load the model; cheap checks before expensive ones."""
     transformers_logging.set_verbosity_error()
+    keep_freed_memory()
     hardware = detect_hardware()
     data = pass_gate(recipe).checked()
     base = find_base(recipe.model)
     tokenizer = load_tokenizer(base)
     encoder = Encoder(tokenizer, recipe.prompt)
     set_pad_token(tokenizer, {encoder.end_id, tokenizer.eos_token_id})
-    steps = plan_steps(recipe.training, len(data.train), hardware.processes)
+    batches = count_batches(recipe.training, data.train.lengths)
+    steps = plan_steps(recipe.training, batches, hardware.processes)
     warnings = [*advise(recipe), *data.warnings]
     arguments = training_arguments(recipe, hardware, data.validation is not None, warnings)
     _show_data(recipe, data)
     with console.status(f"loading {recipe.model.base}"):
         model = load_base(recipe.model, base, hardware)
     adapted = attach_adapter(model, recipe.lora, recipe.model.base, recipe.seed)
+    use_fused_lora(adapted)
+    if recipe.training.packing and recipe.model.attention == "auto":
+        use_document_attention(model)
     summary = summarise_adapter(adapted)
     _show_model(recipe, hardware, summary, dtype_name(model.dtype))
     return Session(
@@ -139,16 +146,18 @@ def _build_trainer(session: Session) -> tuple[AdapterTrainer, Metrics, Checkpoin
     trainer = AdapterTrainer(
         model=session.model,
         args=session.arguments,
-        train_dataset=as_dataset(data.train),
-        eval_dataset=as_dataset(data.validation) if data.validation else None,
+        batching=Batching(recipe.training, recipe.seed, session.tokenizer.pad_token_id),
+        train=data.train,
+        validation=data.validation,
         processing_class=session.tokenizer,
-        data_collator=DataCollatorForLanguageModeling(pad_token_id=session.tokenizer.pad_token_id),
         callbacks=[DivergenceGuard(), metrics, progress, keeper],
     )
     for warning in session.warnings:
         console.warn(warning)
-    rows = rows_per_step(recipe.training, session.hardware.processes)
-    console.say(f"training {session.steps} steps of {rows} rows on {session.hardware.name}", style="bold")
+    count = count_batches(recipe.training, data.train.lengths)
+    rows = counted(rows_per_step(recipe.training, len(data.train), count, session.hardware.processes), "row")
+    about = "about " if recipe.training.packing else ""
+    console.say(f"training {counted(session.steps, 'step')} of {about}{rows} on {session.hardware.name}", style="bold")
     return trainer, metrics, keeper, progress
 
 

@@ -9,11 +9,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.utils.data import DataLoader
 from transformers.trainer_callback import PrinterCallback
 from trl import SFTTrainer
 
+from loratune.data.batches import LengthSortedBatches
+from loratune.data.dataset import as_dataset
+from loratune.data.split import Split
 from loratune.model.adapter import save_adapter
 from loratune.runs.folder import CHECKPOINTS
+from loratune.training.batching import Batching
 from loratune.training.checkpoints import step_folder
 from loratune.training.labelled_loss import add_labelled_loss
 from loratune.writing import folder_in_one_step, staging_place
@@ -24,10 +29,32 @@ TRAINER_STATE = "trainer_state.json"
 class AdapterTrainer(SFTTrainer):
     """Trains a PEFT model on rows that already hold ids and labels."""
 
-    def __init__(self, **settings: Any) -> None:
-        super().__init__(**settings)
+    def __init__(self, batching: Batching, train: Split, validation: Split | None, **settings: Any) -> None:
+        super().__init__(
+            train_dataset=as_dataset(train),
+            eval_dataset=as_dataset(validation) if validation else None,
+            data_collator=batching.collate,
+            **settings,
+        )
         self.remove_callback(PrinterCallback)
+        self._batching, self._train_lengths = batching, train.lengths
+        self.train_dataset = batching.rows(train)
+        self.eval_dataset = batching.rows(validation) if validation else None
         add_labelled_loss(self.model.get_base_model())
+
+    def get_train_dataloader(self) -> DataLoader[Any]:
+        """Batches in an order that the seed gives: packed rows at random, or sequences of like length together."""
+        settings = self._batching.settings
+        if settings.packing:
+            return super().get_train_dataloader()
+        sampler = LengthSortedBatches(self._train_lengths, settings.batch_size, self.args.seed)
+        loader = DataLoader(
+            self.train_dataset,
+            batch_sampler=sampler,
+            collate_fn=self._batching.collate,
+            pin_memory=self.args.dataloader_pin_memory,
+        )
+        return self.accelerator.prepare(loader)
 
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None

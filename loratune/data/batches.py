@@ -1,0 +1,136 @@
+"""Rows of a dataset as the batches of a training step: packed without padding, or padded among rows of like length."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from itertools import chain
+from typing import Any
+
+import numpy as np
+import torch
+from datasets import Dataset
+from numpy.typing import NDArray
+
+IGNORED = -100
+"""The label that torch's cross entropy leaves out."""
+
+
+class PackedRows(torch.utils.data.Dataset):
+    """Several sequences of a dataset as one row.
+
+    Args:
+        rows: columns input_ids and labels, a line per sequence.
+        bins: for each row, the lines that share it.
+    """
+
+    def __init__(self, rows: Dataset, bins: list[list[int]]) -> None:
+        self.rows = rows
+        self.bins = bins
+
+    def __len__(self) -> int:
+        return len(self.bins)
+
+    def __getitem__(self, row: int) -> dict[str, list[int]]:
+        """A row's input_ids, its labels, and the lengths of the documents in it.
+
+        No document's first token has a label, which the document before it would have to predict.
+        """
+        documents = self.rows[self.bins[row]]
+        return {
+            "input_ids": list(chain.from_iterable(documents["input_ids"])),
+            "labels": list(chain.from_iterable([IGNORED, *labels[1:]] for labels in documents["labels"])),
+            "lengths": [len(ids) for ids in documents["input_ids"]],
+        }
+
+
+def collate_packed(items: Sequence[dict[str, list[int]]]) -> dict[str, Any]:
+    """All documents of some rows of PackedRows in one row, with their borders as flash attention takes them.
+
+    Returns:
+        input_ids, labels and position_ids, int64 [1, tokens]; the positions start anew with each document.
+        cu_seq_lens_q and cu_seq_lens_k, int32 [documents + 1], where documents begin and the last one ends.
+        max_length_q and max_length_k, the longest document.
+    """
+    lengths = [length for item in items for length in item["lengths"]]
+    ends = np.cumsum([0, *lengths], dtype=np.int32)
+    batch: dict[str, Any] = {
+        name: torch.tensor([list(chain.from_iterable(item[name] for item in items))])
+        for name in ("input_ids", "labels")
+    }
+    batch["position_ids"] = torch.cat([torch.arange(length) for length in lengths])[None]
+    for side in ("q", "k"):
+        batch[f"cu_seq_lens_{side}"] = torch.from_numpy(ends.copy())
+        batch[f"max_length_{side}"] = max(lengths)
+    return batch
+
+
+def collate_padded(items: Sequence[dict[str, list[int]]], pad_token_id: int) -> dict[str, torch.Tensor]:
+    """Sequences as rows of one length, filled up on the right.
+
+    Returns:
+        input_ids, labels and attention_mask (1 for tokens), int64 [sequences, longest].
+    """
+    shape = (len(items), max(len(item["input_ids"]) for item in items))
+    batch = {
+        "input_ids": torch.full(shape, pad_token_id),
+        "labels": torch.full(shape, IGNORED),
+        "attention_mask": torch.zeros(shape, dtype=torch.int64),
+    }
+    for row, item in enumerate(items):
+        length = len(item["input_ids"])
+        batch["input_ids"][row, :length] = torch.tensor(item["input_ids"])
+        batch["labels"][row, :length] = torch.tensor(item["labels"])
+        batch["attention_mask"][row, :length] = 1
+    return batch
+
+
+class LengthSortedBatches:
+    """A batch sampler that puts rows of like length together, anew in each epoch, every row once.
+
+    Rows are shuffled, then sorted within windows of some batches, then the batches are shuffled. So a batch needs
+    little padding, and what is in it and when it comes is still up to chance.
+
+    Args:
+        lengths: tokens of each row.
+        batch_size: rows in a batch; the last one of an epoch may have fewer.
+        seed: of the order, together with the epoch.
+        window: batches that are sorted together.
+    """
+
+    drop_last = False
+
+    def __init__(
+        self, lengths: Sequence[int] | NDArray[np.integer], batch_size: int, seed: int, window: int = 50
+    ) -> None:
+        self.lengths = np.asarray(lengths, dtype=np.int64)
+        self.batch_size = batch_size
+        self.seed = seed
+        self.window = window
+        self.epoch = 0
+
+    @property
+    def sampler(self) -> LengthSortedBatches:
+        """Itself: where accelerate shares the batches among processes, it tells the epoch to this attribute only."""
+        return self
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the epoch that is gone through next."""
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return -(-len(self.lengths) // self.batch_size)
+
+    def __iter__(self) -> Iterator[list[int]]:
+        random = np.random.default_rng([self.seed, self.epoch])
+        order = random.permutation(len(self.lengths))
+        # Accelerate loses batches if a smaller one comes before the end.
+        order, left = np.split(order, [len(order) // self.batch_size * self.batch_size])
+        batches: list[list[int]] = []
+        for start in range(0, len(order), self.batch_size * self.window):
+            rows = order[start : start + self.batch_size * self.window]
+            rows = rows[np.argsort(self.lengths[rows], kind="stable")]
+            batches += rows.reshape(-1, self.batch_size).tolist()
+        for place in random.permutation(len(batches)).tolist():
+            yield batches[place]
+        if len(left):
+            yield left.tolist()

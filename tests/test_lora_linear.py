@@ -1,0 +1,410 @@
+"""The fused LoRA layer against PEFT's own forward and backward, and against explicit formulas."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import importlib
+import weakref
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+from transformers import AutoModelForCausalLM
+
+from loratune.model.lora_linear import use_fused_lora, use_own_lora
+
+IN, HIDDEN, OUT = 6, 10, 7
+
+
+class Net(nn.Module):
+    """Two linear layers of different shapes, one with and one without bias, and a table of rows."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Embedding(11, IN)
+        self.first = nn.Linear(IN, HIDDEN)
+        self.second = nn.Linear(HIDDEN, OUT, bias=False)
+
+    def forward(self, x: Any) -> Any:
+        x = x if x.is_floating_point() else self.table(x)
+        return self.second(torch.tanh(self.first(x)))
+
+
+def net_with(dtype: Any = torch.float32, **settings: Any) -> Any:
+    """A Net with an adapter whose matrices are all filled."""
+    torch.manual_seed(0)
+    config = LoraConfig(**{"r": 3, "lora_alpha": 5, "target_modules": ["first", "second"], **settings})
+    model = get_peft_model(Net().to(dtype), config, autocast_adapter_dtype=True)
+    return filled(model)
+
+
+def filled(model: Any) -> Any:
+    torch.manual_seed(3)
+    for name, parameter in model.named_parameters():
+        if "lora_" in name:
+            parameter.data.normal_(std=0.3)
+    return model
+
+
+def layer_of(model: Any, name: str = "first") -> Any:
+    return model.base_model.model.get_submodule(name)
+
+
+def pair(**settings: Any) -> tuple[Any, Any]:
+    """The same model computed by PEFT and fused."""
+    own = net_with(**settings)
+    fused = copy.deepcopy(own)
+    use_fused_lora(fused)
+    return own, fused
+
+
+def inputs(*shape: int, dtype: Any = torch.float32) -> torch.Tensor:
+    torch.manual_seed(7)
+    return torch.randn(*shape, dtype=dtype)
+
+
+def run(model: Any, x: torch.Tensor, call: Callable[..., Any] | None = None) -> dict[str, torch.Tensor]:
+    """Output and gradients of input and parameters, by name."""
+    x = x.clone().requires_grad_()
+    model.zero_grad()
+    y = call(model, x) if call else model(x)
+    torch.manual_seed(11)
+    y.backward(torch.randn(y.shape).to(torch.bfloat16).to(y.dtype))  # the same for every dtype
+    gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    return {"y": y.detach(), "x": x.grad, **gradients}
+
+
+def assert_same(got: dict[str, torch.Tensor], expected: dict[str, torch.Tensor], within: float = 1e-6) -> None:
+    assert got.keys() == expected.keys()
+    for name, tensor in expected.items():
+        torch.testing.assert_close(got[name], tensor, rtol=within, atol=within, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def error_of(got: torch.Tensor, expected: torch.Tensor) -> float:
+    """Relative to the size of what is expected."""
+    return float((got.double() - expected).norm() / expected.norm())
+
+
+@pytest.mark.parametrize("settings", [{}, {"use_rslora": True}, {"r": 16}], ids=["plain", "rslora", "wide"])
+@pytest.mark.parametrize("shape", [(5, IN), (2, 4, IN), (IN,), (0, IN)], ids=str)
+def test_output_and_gradients_are_those_of_peft(settings: dict[str, Any], shape: tuple[int, ...]) -> None:
+    own, fused = pair(**settings)
+    expected = run(own, inputs(*shape))
+    assert len(expected) == 6  # output, input, two matrices of two layers
+    assert_same(run(fused, inputs(*shape)), expected)
+
+
+def test_a_strided_input_and_a_spread_gradient_give_the_same() -> None:
+    own, fused = pair()
+    x = inputs(IN, 5, 2).permute(2, 1, 0)
+    assert not x.is_contiguous()
+    results = []
+    for model in (own, fused):
+        model.zero_grad()
+        model(x).sum().backward()
+        results.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
+    assert_same(results[1], results[0])
+
+
+def test_only_what_is_asked_for_gets_a_gradient() -> None:
+    own, fused = pair(bias="all")
+    layer_of(own).lora_A.requires_grad_(False)
+    layer_of(fused).lora_A.requires_grad_(False)
+    expected = run(own, inputs(3, IN))
+    assert any(name.endswith("first.base_layer.bias") for name in expected)
+    assert not any("first.lora_A" in name for name in expected)
+    assert_same(run(fused, inputs(3, IN)), expected)
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.4])
+def test_checkpointing_changes_nothing(dropout: float) -> None:
+    model = net_with(lora_dropout=dropout).train()
+    assert use_fused_lora(model) == 2
+    torch.manual_seed(5)
+    expected = run(model, inputs(4, IN))
+    torch.manual_seed(5)
+    assert_same(run(model, inputs(4, IN), lambda m, x: checkpoint(m, x, use_reentrant=False)), expected, within=0)
+
+
+def test_gradients_agree_with_differences() -> None:
+    model = net_with(dtype=torch.float64, bias="all")
+    assert use_fused_lora(model) == 2
+    layer = layer_of(model)
+    matrices = [layer.lora_A["default"].weight, layer.lora_B["default"].weight, layer.base_layer.bias]
+    x = inputs(2, 3, IN, dtype=torch.float64).requires_grad_()
+    assert torch.autograd.gradcheck(lambda *_: layer(x), (x, *matrices))
+
+
+def test_dropout_keeps_the_expected_share_and_the_expected_sum() -> None:
+    model = net_with(lora_dropout=0.25, target_modules=["first"]).train()
+    use_fused_lora(model)
+    layer = layer_of(model)
+    x = inputs(1, IN).expand(20_000, IN)
+    torch.manual_seed(1)
+    branch = (layer(x) - layer.base_layer(x)).detach()
+    layer.eval()
+    exact = (layer(x[:1]) - layer.base_layer(x[:1])).detach()
+    torch.testing.assert_close(branch.mean(0, keepdim=True), exact, atol=0.03, rtol=0)
+    assert branch.std(0).min() > 0.05
+
+
+def test_dropout_gives_the_formula_with_its_mask() -> None:
+    rate = 0.375  # a multiple of 1/65536, so that no rounding is between rate and share
+    model = net_with(dtype=torch.float64, lora_dropout=rate, target_modules=["first"]).train()
+    use_fused_lora(model)
+    layer = layer_of(model)
+    down, up = layer.lora_A["default"].weight, layer.lora_B["default"].weight
+    x = inputs(2, 50, IN, dtype=torch.float64).requires_grad_()
+    y = layer(x)
+    mask = next(t for t in y.grad_fn.saved_tensors if t is not None and t.dtype == torch.int8)
+    assert 0.5 < mask.double().mean() < 0.75
+    dropped = x * mask.view(x.shape) / (1 - rate)
+    formula = layer.base_layer(x) + dropped @ down.t() @ up.t() * layer.scaling["default"]
+    wanted = (x, down, up)
+    weights = inputs(*y.shape, dtype=torch.float64)
+    expected = torch.autograd.grad((formula * weights).sum(), wanted)
+    torch.testing.assert_close(y, formula)
+    torch.testing.assert_close(torch.autograd.grad((y * weights).sum(), wanted), expected)
+
+
+def test_dropout_follows_the_seed_and_ends_with_training() -> None:
+    own, fused = pair(lora_dropout=0.5)
+    own.eval()
+    x = inputs(9, IN)
+
+    def seeded(seed: int) -> torch.Tensor:
+        torch.manual_seed(seed)
+        output: torch.Tensor = fused.train()(x)
+        return output
+
+    assert torch.equal(seeded(1), seeded(1))
+    assert not torch.equal(seeded(1), seeded(2))
+    assert not torch.equal(seeded(1), fused(x))
+    torch.testing.assert_close(fused.eval()(x), own(x))
+
+
+def test_smaller_base_types_lose_no_more_than_with_peft() -> None:
+    own = net_with(dtype=torch.bfloat16)
+    layer_of(own).lora_B["default"].weight.data.mul_(0.1)  # an update is small beside its base
+    fused, reference = copy.deepcopy(own), copy.deepcopy(own).double()
+    assert use_fused_lora(fused) == 2
+    x = inputs(400, IN, dtype=torch.bfloat16)
+    by_peft, by_us = run(layer_of(own), x), run(layer_of(fused), x)
+    exact = run(layer_of(reference), x.double())
+    assert error_of(by_us["y"], exact["y"]) <= 1.03 * error_of(by_peft["y"], exact["y"])
+    assert error_of(by_us["x"], exact["x"]) <= 1.1 * error_of(by_peft["x"], exact["x"])
+    for name in exact:
+        assert by_us[name].dtype == by_peft[name].dtype
+        assert error_of(by_us[name], exact[name]) < 6e-3
+    assert by_us["lora_A.default.weight"].dtype == torch.float32
+
+
+def test_nothing_is_kept_where_no_gradient_is_wanted() -> None:
+    own, fused = pair()
+    with torch.no_grad():
+        y = fused.eval()(inputs(3, IN))
+        torch.testing.assert_close(y, own.eval()(inputs(3, IN)))
+    assert y.grad_fn is None
+    with torch.inference_mode():
+        torch.testing.assert_close(fused(inputs(3, IN)), own(inputs(3, IN)))
+
+
+def test_autocast_is_left_to_peft() -> None:
+    own, fused = pair()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert_same(run(fused, inputs(4, IN)), run(own, inputs(4, IN)), within=0)
+
+
+def four_bit(compute_dtype: Any, double: bool) -> Any:
+    """A Net whose linear layers are quantised to nf4, with an adapter."""
+    bnb = importlib.import_module("bitsandbytes")
+    torch.manual_seed(0)
+    net = Net().to(compute_dtype)
+    for name in ("first", "second"):
+        old = net.get_submodule(name)
+        new = bnb.nn.Linear4bit(
+            old.in_features, old.out_features, old.bias is not None, compute_dtype, double, "nf4"
+        )  # fmt: skip
+        new.load_state_dict(old.state_dict())
+        new.support_avx512bf16_for_cpu = False
+        setattr(net, name, new.to("cpu"))
+    net.is_loaded_in_4bit = True
+    config = LoraConfig(r=3, lora_alpha=5, target_modules=["first", "second"])
+    return filled(get_peft_model(net, config))
+
+
+@pytest.mark.parametrize("double", [False, True], ids=["single", "double"])
+@pytest.mark.parametrize(("dtype", "within"), [(torch.float32, 1e-6), (torch.bfloat16, 0.03)], ids=str)
+def test_four_bit_layers_give_what_peft_gives(dtype: Any, within: float, double: bool) -> None:
+    own = four_bit(dtype, double)
+    fused = four_bit(dtype, double)
+    assert use_fused_lora(fused) == 2
+    expected = run(own, inputs(2, 5, IN, dtype=dtype))
+    assert len(expected) == 6
+    assert_same(run(fused, inputs(2, 5, IN, dtype=dtype)), expected, within)
+
+
+def test_four_bit_layers_keep_no_dense_weight() -> None:
+    model = four_bit(torch.float32, double=False)
+    use_fused_lora(model)
+    kept: list[torch.Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        layer_of(model)(inputs(2, IN).requires_grad_())
+    assert sorted(t.numel() for t in kept) == [2 * 3, 2 * IN, 3 * IN, 3 * HIDDEN]
+
+
+def test_four_bit_layers_with_another_compute_dtype_are_left_to_peft() -> None:
+    own, fused = four_bit(torch.float32, double=False), four_bit(torch.float32, double=False)
+    use_fused_lora(fused)
+    x = inputs(4, IN, dtype=torch.bfloat16)
+    assert_same(run(layer_of(fused), x), run(layer_of(own), x), within=0)
+
+
+def test_the_graph_of_a_step_is_freed() -> None:
+    model = net_with()
+    use_fused_lora(model)
+    x = inputs(3, IN).requires_grad_()
+    kept = weakref.ref(x)
+    model(x).sum().backward()
+    del x
+    gc.collect()
+    assert kept() is None
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"use_dora": True},
+        {"lora_bias": True, "target_modules": ["first"]},
+        {"target_modules": ["table"]},
+    ],
+    ids=lambda settings: next(iter(settings)),
+)
+def test_other_kinds_of_layer_are_left_to_peft(settings: dict[str, Any]) -> None:
+    own, fused = net_with(**settings), net_with(**settings)
+    assert use_fused_lora(fused) == 0
+    ids = torch.tensor([[1, 2, 3]])
+    assert torch.equal(fused(ids), own(ids))
+
+
+def test_modules_trained_in_full_are_left_to_peft() -> None:
+    settings: dict[str, Any] = {"target_modules": ["first"], "modules_to_save": ["second"]}
+    own, fused = pair(**settings)
+    assert use_fused_lora(fused) == 1
+    expected = run(own, inputs(4, IN))
+    assert any("modules_to_save" in name for name in expected)
+    assert_same(run(fused, inputs(4, IN)), expected)
+
+
+def hook_base(model: Any) -> None:
+    layer_of(model).base_layer.register_forward_hook(lambda module, args, output: output * 2)
+
+
+def thaw_base(model: Any) -> None:
+    layer_of(model).base_layer.weight.requires_grad_(True)
+
+
+@pytest.mark.parametrize("change", [hook_base, thaw_base], ids=["hook", "trained base"])
+def test_a_base_that_does_more_is_left_to_peft(change: Callable[[Any], None]) -> None:
+    own = net_with()
+    change(own)
+    fused = copy.deepcopy(own)
+    assert use_fused_lora(fused) == 1
+    assert_same(run(fused, inputs(4, IN)), run(own, inputs(4, IN)))
+
+
+def activate_two(model: Any) -> None:
+    model.add_adapter("second", LoraConfig(r=2, target_modules=["first"]))
+    filled(model).base_model.set_adapter(["default", "second"])
+
+
+def activate_missing(model: Any) -> None:
+    """The first layer has no part in the adapter that is made active."""
+    model.add_adapter("second", LoraConfig(r=2, target_modules=["second"]))
+    filled(model).set_adapter("second")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [activate_two, activate_missing, lambda m: m.merge_adapter(), lambda m: m.base_model.disable_adapter_layers()],
+    ids=["two active", "not in this layer", "merged", "disabled"],
+)
+def test_a_state_that_is_not_plain_goes_back_to_peft(change: Callable[[Any], None]) -> None:
+    own, fused = pair()
+    change(own)
+    change(fused)
+    x = inputs(4, IN)
+    assert torch.equal(layer_of(fused)(x), layer_of(own)(x))
+
+
+def test_leaving_the_state_is_noticed_and_so_is_coming_back() -> None:
+    own, fused = pair()
+    x = inputs(4, IN)
+    adapted = fused(x)
+    with fused.disable_adapter(), own.disable_adapter():
+        assert torch.equal(fused(x), own(x))
+        assert not torch.allclose(fused(x), adapted)
+    assert torch.equal(fused(x), adapted)
+    fused.merge_adapter()
+    fused.unmerge_adapter()
+    torch.testing.assert_close(fused(x), adapted)
+
+
+def test_adapters_named_per_row_go_back_to_peft() -> None:
+    own, fused = pair()
+    names = ["default", "__base__", "default"]
+    x = inputs(3, IN)
+    results = [model.eval()(x, adapter_names=names) for model in (own, fused)]
+    assert torch.equal(*results)
+
+
+def test_taking_over_twice_and_giving_back() -> None:
+    own, fused = pair()
+    assert use_fused_lora(fused) == 2
+    use_own_lora(fused)
+    assert all("forward" not in vars(module) for module in fused.modules())
+    assert_same(run(fused, inputs(4, IN)), run(own, inputs(4, IN)), within=0)
+
+
+def test_a_copy_computes_with_its_own_weights() -> None:
+    _, fused = pair()
+    twin = copy.deepcopy(fused)
+    before = fused(inputs(4, IN))
+    for parameter in twin.parameters():
+        parameter.data.zero_()
+    assert torch.equal(fused(inputs(4, IN)), before)
+    assert not twin(inputs(4, IN)).any()
+
+
+def test_saved_files_are_those_of_peft(tmp_path: Path) -> None:
+    own, fused = pair()
+    assert own.state_dict().keys() == fused.state_dict().keys()
+    own.save_pretrained(tmp_path / "own")
+    fused.save_pretrained(tmp_path / "fused")
+    for file in ("adapter_model.safetensors", "adapter_config.json"):
+        assert (tmp_path / "fused" / file).read_bytes() == (tmp_path / "own" / file).read_bytes()
+
+
+def test_a_whole_model_trains_as_with_peft(random_qwen: Path) -> None:
+    def adapted() -> PeftModel:
+        torch.manual_seed(0)
+        base = AutoModelForCausalLM.from_pretrained(random_qwen, dtype=torch.float32)
+        return filled(get_peft_model(base, LoraConfig(task_type="CAUSAL_LM", r=4, target_modules="all-linear")))
+
+    own, fused = adapted(), adapted()
+    assert use_fused_lora(fused) == 2 * 7
+    ids = torch.arange(5, 29).view(2, 12)
+    results = []
+    for model in (own, fused):
+        loss = model(input_ids=ids, labels=ids).loss
+        loss.backward()
+        gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+        results.append({"loss": loss.detach(), **gradients})
+    assert len(results[0]) == 1 + 2 * 7 * 2
+    assert_same(results[1], results[0], within=1e-5)
