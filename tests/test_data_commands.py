@@ -123,7 +123,7 @@ def test_a_split_divides_rows_and_tokens_among_training_and_validation(check: Ru
 )
 def test_steps_are_plain_arithmetic(check: Run, tmp_path: Path, batch: int, accumulation: int, epochs: float) -> None:
     path = write_rows(tmp_path / "rows.json", UNEVEN)
-    flags = ("--training.batch_size", batch, "--training.gradient_accumulation", accumulation)
+    flags = ("--no-training.packing", "--training.batch_size", batch, "--training.gradient_accumulation", accumulation)
     result = check(path, "--data.validation", "0", *flags, "--training.epochs", epochs, "--json")
     training = figures_of(result)["training"]
     steps = math.ceil(math.ceil(29 / batch) / accumulation)

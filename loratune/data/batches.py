@@ -11,8 +11,7 @@ import torch
 from datasets import Dataset
 from numpy.typing import NDArray
 
-IGNORED = -100
-"""The label that torch's cross entropy leaves out."""
+from loratune.data.encoding import IGNORED
 
 
 class PackedRows(torch.utils.data.Dataset):

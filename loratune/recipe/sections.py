@@ -119,7 +119,7 @@ class TrainingSettings(Section):
     tokens_per_batch: int | None = Field(default=None, ge=8, le=1_048_576)
     """Tokens of a packed batch; default is what batch_size rows have on average."""
     gradient_accumulation: int = Field(default=4, ge=1, le=65536)
-    """Batches added up before a step; batch_size × this × devices rows make a step."""
+    """Parts of a step: batch_size × this × devices rows make one, packed on average."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: about a third slower, far less memory."""
     max_gradient_norm: float = Field(default=1.0, ge=0)

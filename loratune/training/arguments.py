@@ -21,12 +21,15 @@ OPTIMIZERS = {
 SCHEDULERS = {"cosine": "cosine", "linear": "linear", "constant": "constant_with_warmup"}
 
 
-def training_arguments(recipe: Recipe, hardware: Hardware, has_validation: bool, warnings: list[str]) -> SFTConfig:
+def training_arguments(
+    recipe: Recipe, hardware: Hardware, accumulation: int, has_validation: bool, warnings: list[str]
+) -> SFTConfig:
     """TRL's configuration for a recipe.
 
     Args:
         recipe: the whole recipe.
         hardware: decides precision, optimizer and back end.
+        accumulation: batches of a step.
         has_validation: whether there are rows to evaluate on.
         warnings: gets a sentence for each setting that this machine serves otherwise.
     """
@@ -46,7 +49,7 @@ def training_arguments(recipe: Recipe, hardware: Hardware, has_validation: bool,
         per_device_train_batch_size=1 if training.packing else training.batch_size,
         per_device_eval_batch_size=1 if training.packing else recipe.evaluation.batch_size or training.batch_size,
         remove_unused_columns=False,
-        gradient_accumulation_steps=training.gradient_accumulation,
+        gradient_accumulation_steps=accumulation,
         gradient_checkpointing=training.gradient_checkpointing,  # TRL's default is True
         max_grad_norm=training.max_gradient_norm,
         optim=_optimizer(training.optimizer, hardware, warnings),

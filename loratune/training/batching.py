@@ -21,6 +21,8 @@ class Batching:
     """How sequences come together in batches."""
 
     settings: TrainingSettings
+    validation_batch_size: int | None
+    """Rows of a batch in validation, if not as many as in training."""
     seed: int
     pad_token_id: int
 
@@ -29,9 +31,11 @@ class Batching:
         """What makes tensors of the rows of a batch."""
         return collate_packed if self.settings.packing else partial(collate_padded, pad_token_id=self.pad_token_id)
 
-    def rows(self, split: Split) -> Dataset[Any]:
+    def rows(self, split: Split, is_validation: bool = False) -> Dataset[Any]:
         """What batches are drawn from: packed rows, or sequences."""
-        sequences = as_dataset(split)
-        if not self.settings.packing:
+        sequences, settings = as_dataset(split), self.settings
+        if not settings.packing:
             return sequences
-        return PackedRows(sequences, packed_batches(self.settings, split.lengths, self.seed))
+        if is_validation and self.validation_batch_size:
+            settings = settings.model_copy(update={"batch_size": self.validation_batch_size, "tokens_per_batch": None})
+        return PackedRows(sequences, packed_batches(settings, split.lengths, self.seed))

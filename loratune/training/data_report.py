@@ -13,7 +13,7 @@ from loratune.data.preparation import PreparedData
 from loratune.data.split import Split
 from loratune.errors import counted
 from loratune.recipe.sections import Recipe, TrainingSettings
-from loratune.training.steps import count_batches, plan_steps, rows_per_step
+from loratune.training.steps import plan_steps
 
 BARS = 10
 """Most lines of the histogram, but for the last, which takes the longest hundredth of the rows."""
@@ -95,14 +95,13 @@ def _split_figures(split: Split) -> dict[str, Any]:
 
 
 def _training_figures(training: TrainingSettings, train: Split, seed: int) -> dict[str, Any]:
-    once = training.model_copy(update={"epochs": 1.0, "steps": None, "warmup": 0.0})
-    batches = count_batches(training, train.lengths)
+    plan = plan_steps(training, train.lengths, 1)
     return {
         "tokens_per_epoch": train.tokens,
-        "batches_per_epoch": batches,
-        "rows_per_step": rows_per_step(training, len(train), batches, 1),
-        "steps_per_epoch": plan_steps(once, batches, 1),
-        "steps": plan_steps(training, batches, 1),
+        "batches_per_epoch": plan.batches,
+        "rows_per_step": plan.rows_per_step,
+        "steps_per_epoch": plan.steps_per_epoch,
+        "steps": plan.steps,
         **_efficiencies(train.lengths, training, seed),
     }
 

@@ -1,7 +1,7 @@
 """Loss on labelled positions only: logits exist for a few of them at a time, never for a whole batch.
 
-A batch of 4000 tokens has 600 million logits on Qwen's vocabulary, most of them at positions that teach nothing. Here the
-hidden states are gathered where labels are, and the head, the cross-entropy and its gradient run in chunks of those.
+A batch of 4000 tokens has 600 million logits on Qwen's vocabulary, most of them at positions that teach nothing.
+Here the hidden states are gathered where labels are, and the head, the cross-entropy and its gradient run in chunks.
 """
 
 from __future__ import annotations

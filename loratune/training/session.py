@@ -37,7 +37,7 @@ from loratune.training.callbacks import DivergenceGuard, Metrics, Progress
 from loratune.training.checkpoints import CheckpointKeeper
 from loratune.training.gate import pass_gate
 from loratune.training.report import write_report
-from loratune.training.steps import count_batches, plan_steps, rows_per_step
+from loratune.training.steps import StepPlan, plan_steps
 from loratune.training.trainer import AdapterTrainer
 from loratune.writing import disk_errors_explained, folder_in_one_step
 
@@ -56,8 +56,7 @@ class Session:
     model: Any
     """The base with the adapter on it, as PEFT makes it."""
     summary: AdapterSummary
-    steps: int
-    """Optimizer steps that the recipe comes to."""
+    plan: StepPlan
     arguments: SFTConfig
     warnings: list[str]
 
@@ -109,10 +108,9 @@ def _gather(recipe: Recipe, output: Path) -> Session:
     tokenizer = load_tokenizer(base)
     encoder = Encoder(tokenizer, recipe.prompt)
     set_pad_token(tokenizer, {encoder.end_id, tokenizer.eos_token_id})
-    batches = count_batches(recipe.training, data.train.lengths)
-    steps = plan_steps(recipe.training, batches, hardware.processes)
+    plan = plan_steps(recipe.training, data.train.lengths, hardware.processes)
     warnings = [*advise(recipe), *data.warnings]
-    arguments = training_arguments(recipe, hardware, data.validation is not None, warnings)
+    arguments = training_arguments(recipe, hardware, plan.accumulation, data.validation is not None, warnings)
     _show_data(recipe, data)
     with console.status(f"loading {recipe.model.base}"):
         model = load_base(recipe.model, base, hardware)
@@ -132,7 +130,7 @@ def _gather(recipe: Recipe, output: Path) -> Session:
         data,
         adapted,
         summary,
-        steps,
+        plan,
         arguments,
         warnings,
     )
@@ -146,7 +144,7 @@ def _build_trainer(session: Session) -> tuple[AdapterTrainer, Metrics, Checkpoin
     trainer = AdapterTrainer(
         model=session.model,
         args=session.arguments,
-        batching=Batching(recipe.training, recipe.seed, session.tokenizer.pad_token_id),
+        batching=Batching(recipe.training, recipe.evaluation.batch_size, recipe.seed, session.tokenizer.pad_token_id),
         train=data.train,
         validation=data.validation,
         processing_class=session.tokenizer,
@@ -154,10 +152,8 @@ def _build_trainer(session: Session) -> tuple[AdapterTrainer, Metrics, Checkpoin
     )
     for warning in session.warnings:
         console.warn(warning)
-    count = count_batches(recipe.training, data.train.lengths)
-    rows = counted(rows_per_step(recipe.training, len(data.train), count, session.hardware.processes), "row")
-    about = "about " if recipe.training.packing else ""
-    console.say(f"training {counted(session.steps, 'step')} of {about}{rows} on {session.hardware.name}", style="bold")
+    rows = ("about " if recipe.training.packing else "") + counted(session.plan.rows_per_step, "row")
+    console.say(f"training {counted(session.plan.steps, 'step')} of {rows} on {session.hardware.name}", style="bold")
     return trainer, metrics, keeper, progress
 
 
@@ -236,7 +232,7 @@ def _show_data(recipe: Recipe, data: PreparedData) -> None:
     rows = [
         (
             name,
-            f"{len(split)} rows, {split.tokens} tokens ({split.trained_tokens / split.tokens:.0%} trained), "
+            f"{counted(len(split), 'row')}, {split.tokens} tokens ({split.trained_tokens / split.tokens:.0%} trained), "
             f"longest {split.longest}",
         )
         for name, split in splits

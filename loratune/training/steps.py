@@ -1,8 +1,9 @@
-"""How many batches an epoch has, and how many steps a run takes."""
+"""How many batches an epoch has, how many of them make a step, and how many steps a run takes."""
 
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,11 +13,23 @@ from loratune.errors import Exit, LoratuneError
 from loratune.recipe.sections import TrainingSettings
 
 
-def tokens_per_batch(training: TrainingSettings, lengths: NDArray[np.int64]) -> int:
-    """Tokens that a packed batch holds at most: as many as batch_size rows have on average, if the recipe says nothing.
+@dataclass(frozen=True)
+class StepPlan:
+    """What a run comes to."""
 
-    Packing then changes neither the rows of a step nor, by much, the number of steps.
-    """
+    batches: int
+    """Of an epoch, over all processes."""
+    accumulation: int
+    """Batches of each process that make a step."""
+    rows_per_step: int
+    """Over all processes; packed, on average."""
+    steps_per_epoch: int
+    steps: int
+    """Of the whole run."""
+
+
+def tokens_per_batch(training: TrainingSettings, lengths: NDArray[np.int64]) -> int:
+    """Tokens that a packed batch holds at most: if the recipe says nothing, what batch_size rows have on average."""
     wanted = training.tokens_per_batch or round(training.batch_size * float(lengths.mean()))
     return max(wanted, int(lengths.max()))
 
@@ -27,25 +40,27 @@ def packed_batches(training: TrainingSettings, lengths: NDArray[np.int64], seed:
     return [order[members].tolist() for members in pack(lengths[order], tokens_per_batch(training, lengths))]
 
 
-def count_batches(training: TrainingSettings, lengths: NDArray[np.int64]) -> int:
-    """Batches of an epoch, over all processes."""
-    if training.packing:
-        return len(packed_batches(training, lengths))
-    return math.ceil(len(lengths) / training.batch_size)
+def plan_steps(training: TrainingSettings, lengths: NDArray[np.int64], processes: int) -> StepPlan:
+    """Count as transformers does: an epoch's last batches make a step of their own.
 
-
-def plan_steps(training: TrainingSettings, batches: int, processes: int) -> int:
-    """Optimizer steps of a run, counted as transformers does: an epoch's last batches make a step of their own.
+    A step is of batch_size × gradient_accumulation rows of each process, packed or not: a packed batch holds more or
+    fewer rows than batch_size, so that other numbers of them are added up.
 
     Args:
         training: the settings.
-        batches: of an epoch, over all processes.
+        lengths: tokens of each sequence.
         processes: that work together.
 
     Raises:
         LoratuneError: the warm-up is not shorter than the run.
     """
-    steps_per_epoch = math.ceil(math.ceil(batches / processes) / training.gradient_accumulation)
+    rows, accumulation = len(lengths), training.gradient_accumulation
+    batches, rows_per_batch = math.ceil(rows / training.batch_size), float(training.batch_size)
+    if training.packing:
+        batches = len(packed_batches(training, lengths))
+        rows_per_batch = rows / batches
+        accumulation = max(1, round(training.batch_size * accumulation / rows_per_batch))
+    steps_per_epoch = math.ceil(math.ceil(batches / processes) / accumulation)
     steps = training.steps or math.ceil(training.epochs * steps_per_epoch)
     if training.warmup >= 1 and training.warmup >= steps:
         raise LoratuneError(
@@ -53,9 +68,5 @@ def plan_steps(training: TrainingSettings, batches: int, processes: int) -> int:
             "always fits",
             Exit.USAGE,
         )
-    return steps
-
-
-def rows_per_step(training: TrainingSettings, rows: int, batches: int, processes: int) -> int:
-    """Rows of an optimizer step, over all processes; packed, on average."""
-    return max(1, round(rows / batches * training.gradient_accumulation * processes))
+    rows_per_step = round(rows_per_batch * accumulation * processes)
+    return StepPlan(batches, accumulation, rows_per_step, steps_per_epoch, steps)

@@ -39,7 +39,7 @@ class AdapterTrainer(SFTTrainer):
         self.remove_callback(PrinterCallback)
         self._batching, self._train_lengths = batching, train.lengths
         self.train_dataset = batching.rows(train)
-        self.eval_dataset = batching.rows(validation) if validation else None
+        self.eval_dataset = batching.rows(validation, is_validation=True) if validation else None
         add_labelled_loss(self.model.get_base_model())
 
     def get_train_dataloader(self) -> DataLoader[Any]:
