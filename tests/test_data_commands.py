@@ -557,3 +557,18 @@ def test_a_shipped_recipe_is_checked_and_shown_from_any_folder(
     assert cli("data", "check", "--config", "quickstart").exit_code == 0
     assert "⟦" in cli("data", "preview", "--config", "quickstart").stdout
     assert list(tmp_path.iterdir()) == []
+
+
+def test_packed_batches_are_shown_with_the_rows_that_share_them(cli: Run, tmp_path: Path) -> None:
+    path = write_rows(tmp_path / "rows.json", UNEVEN)
+    flags = ("--model.base", "tiny-qwen", "--data.train", path, "--data.validation", "0", "--rows", "500", "--packed")
+    flags += ("--training.tokens_per_batch", "200", "--data.levels", "repetitive=ignore")
+    batches = json.loads(cli("data", "preview", *flags, "--json").stdout)
+    lengths = [[len(row["input_ids"]) for row in batch] for batch in batches]
+    assert sorted(length for batch in lengths for length in batch) == sorted(tokens for tokens, _ in lengths_of(UNEVEN))
+    assert all(sum(batch) <= 200 for batch in lengths)
+    shown = cli("data", "preview", *flags).stdout
+    assert f"batch 1: {len(batches[0])} row" in shown
+    assert shown.count("each row attends to itself alone") == len(batches)
+    refused = cli("data", "preview", *flags, "--no-training.packing")
+    assert refused.exit_code == Exit.USAGE

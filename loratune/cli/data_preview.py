@@ -21,6 +21,7 @@ def command(
     config: Config = None,
     rows: Annotated[int, typer.Option("--rows", min=1, metavar="count", help="How many rows.")] = 3,
     ids: Annotated[bool, typer.Option("--ids", help="List every token with its id and whether it is trained.")] = False,
+    packed: Annotated[bool, typer.Option("--packed", help="Show packed batches instead, as many as --rows.")] = False,
     json: Annotated[bool, typer.Option("--json", help="Print text, ids and labels as JSON instead.")] = False,
     *,
     flags: dict[str, object],
@@ -28,10 +29,15 @@ def command(
     """Show the rows."""
     recipe = load_recipe(config, dict(flags))
     with console.status("starting"):
-        from loratune.training.data_preview import preview_rows, show_tokens
-    previews = preview_rows(recipe, rows)
+        from loratune.training.data_preview import preview_batches, preview_rows, show_batch, show_tokens
+    batches = preview_batches(recipe, rows) if packed else [preview_rows(recipe, rows)]
     if json:
-        console.write_json([preview.as_json() for preview in previews])
+        shown = [[preview.as_json() for preview in batch] for batch in batches]
+        console.write_json(shown if packed else shown[0])
         return
-    for preview in previews:
-        show_tokens(preview, ids)
+    for number, batch in enumerate(batches, start=1):
+        if packed:
+            show_batch(number, batch, ids)
+        else:
+            for preview in batch:
+                show_tokens(preview, ids)

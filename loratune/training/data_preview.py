@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from typing import Any
 
 from loratune import console
 from loratune.data.encoding import IGNORED
+from loratune.data.split import Split
+from loratune.errors import Exit, LoratuneError, counted
 from loratune.model.files import find_tokenizer
 from loratune.model.tokenizer import load_tokenizer
 from loratune.recipe.sections import Recipe
 from loratune.training.gate import pass_gate
+from loratune.training.steps import packed_batches
 
 
 @dataclass(frozen=True)
@@ -51,14 +55,42 @@ def preview_rows(recipe: Recipe, count: int) -> list[Preview]:
         LoratuneError: as the training would, before the model is loaded.
     """
     train = pass_gate(recipe).checked().train
+    return _previews(recipe, train, [list(range(min(count, len(train))))])[0]
+
+
+def preview_batches(recipe: Recipe, count: int) -> list[list[Preview]]:
+    """The sequences of some packed batches of a recipe; training takes the batches in random order.
+
+    Raises:
+        LoratuneError: as the training would, before the model is loaded; or the recipe does not pack.
+    """
+    if not recipe.training.packing:
+        raise LoratuneError("training.packing is false; there are no packed batches", Exit.USAGE)
+    train = pass_gate(recipe).checked().train
+    return _previews(recipe, train, packed_batches(recipe.training, train.lengths, recipe.seed)[:count])
+
+
+def _previews(recipe: Recipe, train: Split, groups: list[list[int]]) -> list[list[Preview]]:
+    """Groups of sequences of a split, by their place among all of it."""
     tokenizer = load_tokenizer(find_tokenizer(recipe.model))
-    previews: list[Preview] = []
-    for loaded, sequences in zip(train.pool.sources, train.parts, strict=True):
-        for sequence in sequences[: count - len(previews)].tolist():
-            (line,) = loaded.rows.table.slice(sequence, 1).select(["number", "input_ids", "labels"]).to_pylist()
-            place = loaded.file.place(line["number"])
-            previews.append(Preview(place, line["input_ids"], line["labels"], tokenizer))
-    return previews
+    sources = zip(train.pool.sources, train.parts, strict=True)
+    places = [(loaded, sequence) for loaded, sequences in sources for sequence in sequences.tolist()]
+
+    def preview(place: int) -> Preview:
+        loaded, sequence = places[place]
+        (line,) = loaded.rows.table.slice(sequence, 1).select(["number", "input_ids", "labels"]).to_pylist()
+        return Preview(loaded.file.place(line["number"]), line["input_ids"], line["labels"], tokenizer)
+
+    return [[preview(place) for place in group] for group in groups]
+
+
+def show_batch(number: int, batch: Sequence[Preview], with_ids: bool) -> None:
+    """Print the sequences of a packed batch."""
+    tokens = sum(len(preview.input_ids) for preview in batch)
+    title = f"batch {number}: {counted(len(batch), 'row')}, {tokens} tokens, each row attends to itself alone\n\n"
+    console.write_spans([(title, "title")])
+    for preview in batch:
+        show_tokens(preview, with_ids)
 
 
 def show_tokens(preview: Preview, with_ids: bool) -> None:
