@@ -135,3 +135,13 @@ def test_with_dropout_the_same_seed_gives_the_same_run(random_qwen: Path, tmp_pa
     first = losses("a", 7)
     assert losses("b", 7) == first
     assert losses("c", 8) != first
+
+
+def test_the_quickstart_s_first_losses_are_the_recorded_ones(tmp_path: Path, cli: Any) -> None:
+    flags = ["--model.dtype", "float32", "--lora.dropout", "0", "--data.validation", "0", "--output", tmp_path / "run"]
+    flags += ["--training.steps", "6", "--training.scheduler", "constant", "--training.warmup", "0"]
+    assert cli("sft", "--config", "quickstart", *flags).exit_code == 0
+    records = map(json.loads, (tmp_path / "run" / "metrics.jsonl").read_text().splitlines())
+    assert [record["loss"] for record in records] == pytest.approx(
+        [1.03113, 1.10718, 1.39592, 1.64156, 1.16779, 0.18533], abs=2e-3
+    )

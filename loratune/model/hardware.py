@@ -62,8 +62,8 @@ def detect_hardware() -> Hardware:
 def keep_freed_memory() -> None:
     """Tell glibc to keep large blocks that are freed.
 
-    By default each goes back to the system and comes anew, zeroed page by page, which takes a third of the time of a
-    training step on a CPU. Does nothing where the allocator is another one.
+    By default each goes back to the system and comes anew, zeroed page by page, which takes time in every training step
+    on a CPU. Does nothing where the allocator is another one.
     """
     try:
         mallopt = ctypes.CDLL(None).mallopt

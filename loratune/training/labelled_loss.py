@@ -16,8 +16,8 @@ from transformers.utils import ModelOutput
 
 from loratune.data.encoding import IGNORED
 
-CHUNK_LOGITS = 1 << 25
-"""Logits in a chunk: 128 MB of them in float32."""
+CHUNK_LOGITS = 1 << 24
+"""Logits in a chunk: 64 MB of them in float32."""
 
 
 @dataclass
