@@ -68,8 +68,8 @@ def training_arguments(
         disable_tqdm=True,
         report_to=_trackers(recipe.tracking.report_to, warnings),
         run_name=recipe.tracking.run_name or output.name,
-        # The base's weights are in their type already; autocast would only convert them again and again on a CPU.
-        bf16=hardware.is_gpu and str(dtype) == "torch.bfloat16",
+        # The base is in its type already: autocast would convert the rest again and again, and take LoRA layers apart.
+        bf16=False,
         fp16=hardware.is_gpu and str(dtype) == "torch.float16",
         use_cpu=not hardware.is_gpu,
         ddp_backend="gloo" if hardware.is_distributed and not hardware.is_gpu else None,
