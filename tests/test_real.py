@@ -46,7 +46,7 @@ def test_prompt_ids_are_those_of_the_model_s_own_template(base: Path) -> None:
     turns: list[Message] = [{"role": "user", "content": "What is 2+3? 等于几？"}]
     expected = tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_dict=False)
     assert encoder.prompt_ids(turns) == expected
-    (example,) = encoder.encode(Conversation((*turns, {"role": "assistant", "content": "5"}), ""))
+    (example,) = encoder.encode(Conversation((*turns, {"role": "assistant", "content": "5"})))
     assert example.input_ids.tolist()[: len(expected)] == expected
 
 
