@@ -150,8 +150,8 @@ def test_padding_is_the_share_of_positions_without_a_token(check: Run, tmp_path:
     path = write_rows(tmp_path / "rows.json", UNEVEN)
     tokens = [tokens for tokens, _ in lengths_of(UNEVEN)]
 
-    def efficiency(batch: int, kind: str = "padded", max_length: int = 1024) -> float:
-        flags = ("--training.batch_size", batch, "--training.max_length", max_length, "--data.validation", "0")
+    def efficiency(batch: int, kind: str = "padded", capacity: int = 1024) -> float:
+        flags = ("--training.batch_size", batch, "--training.tokens_per_batch", capacity, "--data.validation", "0")
         shares: dict[str, float] = figures_of(check(path, *flags, "--json"))["training"]
         return shares[f"{kind}_efficiency"]
 
@@ -168,7 +168,7 @@ def test_packed_rows_are_as_full_as_equal_lengths_allow(check: Run, tmp_path: Pa
     path = write_rows(tmp_path / "rows.json", rows)
     (tokens,) = {tokens for tokens, _ in lengths_of(rows)}
     for room in (0, tokens // 2):
-        flags = ("--training.max_length", 2 * tokens + room, "--data.validation", "0", "--json")
+        flags = ("--training.tokens_per_batch", 2 * tokens + room, "--data.validation", "0", "--json")
         shares = figures_of(check(path, *flags))["training"]
         assert shares["packed_efficiency"] == pytest.approx(2 * tokens / (2 * tokens + room), abs=1e-4)
 
@@ -570,5 +570,7 @@ def test_packed_batches_are_shown_with_the_rows_that_share_them(cli: Run, tmp_pa
     shown = cli("data", "preview", *flags).stdout
     assert f"batch 1: {len(batches[0])} row" in shown
     assert shown.count("each row attends to itself alone") == len(batches)
-    refused = cli("data", "preview", *flags, "--no-training.packing")
-    assert refused.exit_code == Exit.USAGE
+    refused = cli("data", "preview", *flags[:9], "--no-training.packing")
+    assert (refused.exit_code, "there are no packed batches" in refused.stderr) == (Exit.USAGE, True)
+    pointless = cli("data", "check", *flags[:6], "--training.tokens_per_batch", "200", "--no-training.packing")
+    assert (pointless.exit_code, "needs training.packing" in pointless.stderr) == (Exit.USAGE, True)

@@ -95,6 +95,8 @@ def train(model: Path, folder: Path, **flags: Any) -> tuple[Comparison, Any]:
         ({"training.tokens_per_batch": "70", "training.batch_size": "50"}, [11]),
         ({"training.tokens_per_batch": "70", "training.batch_size": "1", "training.gradient_accumulation": "1"}, None),
         ({"training.tokens_per_batch": "70", "training.batch_size": "2", "training.gradient_accumulation": "2"}, None),
+        ({"model.attention": "sdpa", "training.tokens_per_batch": "4096", "training.batch_size": "11"}, [11]),
+        ({"model.attention": "eager", "training.tokens_per_batch": "4096", "training.batch_size": "11"}, [11]),
         ({"training.packing": False, "training.batch_size": "11", "training.gradient_accumulation": "1"}, [11]),
         ({"training.packing": False, "training.batch_size": "2", "training.gradient_accumulation": "3"}, [6, 5]),
         ({"training.packing": False, "training.batch_size": "4", "training.gradient_accumulation": "2"}, [8, 3]),

@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from loratune import console
+from loratune.data.checked_rows import SHOWN_ROWS
 from loratune.data.encoded import CUT, UNENDED
 from loratune.data.inspection import FLAGS
 from loratune.data.pool import Indices, Pool, earlier_copies
@@ -19,7 +20,6 @@ from loratune.errors import Exit, LoratuneError, bullet_list
 from loratune.recipe.data_sections import DataSettings
 
 Level = Literal["refuse", "warn", "note"]
-SHOWN_ROWS = 5
 USUAL_LEVELS = {"empty": "refuse", "control_tokens_in_answers": "refuse"}
 """Of the findings that a recipe can set levels for; the others warn."""
 SENTENCES = {
@@ -134,7 +134,7 @@ def _other_place(pool: Pool, later: int, other: Pool, earlier: int) -> str:
     return other.short_place(earlier).removeprefix(name).lstrip()
 
 
-def _long_answers(pool: Pool) -> NDArray[np.int64]:
+def _long_answers(pool: Pool) -> Indices:
     """Rows with far more trained tokens than usual."""
     trained = pool.of_each_row("trained_of_rows")
     if len(trained) < FEWEST_FOR_OUTLIERS:

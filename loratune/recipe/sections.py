@@ -194,6 +194,8 @@ class Recipe(Section):
     def _settings_fit_together(self) -> Recipe:
         if self.lora.modules_to_save and self.model.quantization != "none":
             raise ValueError("lora.modules_to_save trains full matrices and needs model.quantization none")
+        if self.training.tokens_per_batch and not self.training.packing:
+            raise ValueError("training.tokens_per_batch is the size of packed batches and needs training.packing")
         if self.training.steps and self.training.warmup >= self.training.steps:
             raise ValueError("training.warmup must be shorter than training.steps")
         return self

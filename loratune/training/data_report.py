@@ -13,7 +13,7 @@ from loratune.data.preparation import PreparedData
 from loratune.data.split import Split
 from loratune.errors import counted
 from loratune.recipe.sections import Recipe, TrainingSettings
-from loratune.training.steps import plan_steps
+from loratune.training.steps import plan_steps, tokens_per_batch
 
 BARS = 10
 """Most lines of the histogram, but for the last, which takes the longest hundredth of the rows."""
@@ -111,10 +111,11 @@ def _efficiencies(lengths: NDArray[np.int64], training: TrainingSettings, seed: 
     if len(lengths) > SAMPLED_SEQUENCES:
         lengths = np.random.default_rng(seed).choice(lengths, SAMPLED_SEQUENCES, replace=False)
     # Without the emptiest pack, which is filled as it happens.
-    packs = sorted(int(lengths[members].sum()) for members in pack(lengths, training.max_length))[1:]
+    capacity = tokens_per_batch(training, lengths)
+    packs = sorted(int(lengths[members].sum()) for members in pack(lengths, capacity))[1:]
     return {
         "padded_efficiency": round(padding_efficiency(lengths, training.batch_size, seed), 4),
-        "packed_efficiency": round(sum(packs) / len(packs) / training.max_length, 4) if packs else None,
+        "packed_efficiency": round(sum(packs) / len(packs) / capacity, 4) if packs else None,
     }
 
 
@@ -136,8 +137,8 @@ def _split_line(figures: dict[str, Any]) -> str:
 
 def _padding_line(figures: dict[str, Any]) -> str:
     packed = figures["packed_efficiency"]
-    more = f"; packed, {packed:.0%} would" if packed is not None else ""
-    return f"{figures['padded_efficiency']:.0%} of the positions of a batch carry tokens{more}"
+    more = f", {packed:.0%} of a packed one" if packed is not None else ""
+    return f"{figures['padded_efficiency']:.0%} of the positions of a padded batch carry tokens{more}"
 
 
 def _short(path: str) -> str:
