@@ -571,6 +571,6 @@ def test_packed_batches_are_shown_with_the_rows_that_share_them(cli: Run, tmp_pa
     assert f"batch 1: {len(batches[0])} row" in shown
     assert shown.count("each row attends to itself alone") == len(batches)
     refused = cli("data", "preview", *flags[:9], "--no-training.packing")
-    assert (refused.exit_code, "there are no packed batches" in refused.stderr) == (Exit.USAGE, True)
+    assert (refused.exit_code, "no packed batches" in " ".join(refused.stderr.split())) == (Exit.USAGE, True)
     pointless = cli("data", "check", *flags[:6], "--training.tokens_per_batch", "200", "--no-training.packing")
-    assert (pointless.exit_code, "needs training.packing" in pointless.stderr) == (Exit.USAGE, True)
+    assert (pointless.exit_code, "needs training.packing" in " ".join(pointless.stderr.split())) == (Exit.USAGE, True)
