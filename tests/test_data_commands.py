@@ -158,19 +158,20 @@ def test_padding_is_the_share_of_positions_without_a_token(check: Run, tmp_path:
     assert efficiency(1) == 1
     assert efficiency(29) == pytest.approx(sum(tokens) / (29 * max(tokens)), abs=1e-4)
     assert efficiency(29) < efficiency(4) < 1
-    # All fit into one row together; how full the last one is says nothing.
-    assert efficiency(4, "packed", sum(tokens)) is None
-    assert 0.9 < efficiency(4, "packed", max(tokens)) <= 1
+    # All fit into one batch together.
+    assert efficiency(4, "packed", sum(tokens)) == 1
+    assert 0.8 < efficiency(4, "packed", max(tokens)) <= 1
 
 
-def test_packed_rows_are_as_full_as_equal_lengths_allow(check: Run, tmp_path: Path) -> None:
+def test_packed_batches_are_as_even_as_equal_lengths_allow(check: Run, tmp_path: Path) -> None:
     rows = [{"instruction": f"How much is {n}?", "output": "It is so."} for n in range(9)]
     path = write_rows(tmp_path / "rows.json", rows)
     (tokens,) = {tokens for tokens, _ in lengths_of(rows)}
     for room in (0, tokens // 2):
         flags = ("--training.tokens_per_batch", 2 * tokens + room, "--data.validation", "0", "--json")
         shares = figures_of(check(path, *flags))["training"]
-        assert shares["packed_efficiency"] == pytest.approx(2 * tokens / (2 * tokens + room), abs=1e-4)
+        assert shares["batches_per_epoch"] == 5
+        assert shares["packed_efficiency"] == pytest.approx(9 / 5 / 2, abs=1e-4)
 
 
 @settings(deadline=None, max_examples=300)

@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import give_back_forwards
 from transformers import TrainerCallback
 
 from loratune.data.encoding import IGNORED
-from loratune.model.lora_linear import use_own_lora
 from loratune.recipe.loading import load_recipe
 from loratune.training import session as training_session
 
@@ -78,7 +78,7 @@ def train(model: Path, folder: Path, **flags: Any) -> tuple[Comparison, Any]:
         if "lora_B" in name:  # zero at first, which would hide wrong gradients of A
             torch.nn.init.normal_(value, std=0.05)
     reference = copy.deepcopy(session.model)
-    use_own_lora(reference)
+    give_back_forwards(reference)
     reference.base_model.model.set_attn_implementation("eager")
     trainer, *_ = training_session._build_trainer(session)
     comparison = Comparison(trainer, reference)
@@ -145,5 +145,5 @@ def test_the_quickstart_s_first_losses_are_the_recorded_ones(tmp_path: Path, cli
     assert cli("sft", "--config", "quickstart", *flags).exit_code == 0
     records = map(json.loads, (tmp_path / "run" / "metrics.jsonl").read_text().splitlines())
     assert [record["loss"] for record in records] == pytest.approx(
-        [1.03113, 1.10718, 1.39592, 1.64156, 1.16779, 0.18533], abs=2e-3
+        [1.38922, 2.17819, 1.41612, 0.50580, 0.16683, 0.17115], abs=2e-3
     )

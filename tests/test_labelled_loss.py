@@ -23,12 +23,13 @@ def plain(hidden: torch.Tensor, targets: torch.Tensor, head: Any) -> torch.Tenso
 @given(
     positions=st.integers(0, 23),
     chunk=st.sampled_from([1, 3, 100]),
+    block=st.sampled_from([1, 2, 100]),
     frozen=st.booleans(),
     bias=st.booleans(),
     seed=st.integers(0, 99),
 )
 def test_loss_and_gradients_are_those_of_full_logits(
-    positions: int, chunk: int, frozen: bool, bias: bool, seed: int
+    positions: int, chunk: int, block: int, frozen: bool, bias: bool, seed: int
 ) -> None:
     torch.manual_seed(seed)
     head = torch.nn.Linear(6, 11, bias=bias).requires_grad_(not frozen)
@@ -38,7 +39,8 @@ def test_loss_and_gradients_are_those_of_full_logits(
     wanted = [hidden, *(() if frozen else head.parameters())]
     gradients = torch.autograd.grad(3 * expected, wanted, materialize_grads=True)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(labelled_loss, "CHUNK_LOGITS", 11 * chunk)
+        patch.setattr(labelled_loss, "CHUNK_BYTES", 4 * 11 * chunk)
+        patch.setitem(labelled_loss.BLOCK_LOGITS, "cpu", 11 * block)
         total, losses = summed_loss(hidden, targets, head)
         found = torch.autograd.grad(3 * total, wanted, materialize_grads=True)
     torch.testing.assert_close(total.double(), expected, atol=1e-5, rtol=1e-5)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import gc
 import importlib
+import json
 import weakref
 from collections.abc import Callable
 from pathlib import Path
@@ -12,12 +13,13 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import give_back_forwards
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoModelForCausalLM
 
-from loratune.model.lora_linear import use_fused_lora, use_own_lora
+from loratune.model.lora_linear import _draw_mask, use_fused_lora
 
 IN, HIDDEN, OUT = 6, 10, 7
 
@@ -154,8 +156,20 @@ def test_dropout_keeps_the_expected_share_and_the_expected_sum() -> None:
     assert branch.std(0).min() > 0.05
 
 
+@pytest.mark.parametrize("rate", [0.001, 0.05, 0.5, 0.9])
+def test_every_element_is_dropped_with_just_the_rate(rate: float) -> None:
+    torch.manual_seed(2)
+    rows = 200_000
+    mask = _draw_mask(torch.empty(rows, 10), rate)
+    dropped = 1 - mask.double().mean(0)
+    assert (dropped - rate).abs().max() < 4.5 * (rate * (1 - rate) / rows) ** 0.5
+    # Neighbours know nothing of each other, but for the row's rate of n/256, which is their own to a 256th.
+    together = ((1 - mask[:, 0]) & (1 - mask[:, 1])).double().mean()
+    assert together == pytest.approx(rate**2, abs=1 / 512**2 + 4.5 * (rate**2 / rows) ** 0.5)
+
+
 def test_dropout_gives_the_formula_with_its_mask() -> None:
-    rate = 0.375  # a multiple of 1/65536, so that no rounding is between rate and share
+    rate = 0.375  # far from both ends, so that the mask can be told by its share
     model = net_with(dtype=torch.float64, lora_dropout=rate, target_modules=["first"]).train()
     use_fused_lora(model)
     layer = layer_of(model)
@@ -367,7 +381,7 @@ def test_adapters_named_per_row_go_back_to_peft() -> None:
 def test_taking_over_twice_and_giving_back() -> None:
     own, fused = pair()
     assert use_fused_lora(fused) == 2
-    use_own_lora(fused)
+    give_back_forwards(fused)
     assert all("forward" not in vars(module) for module in fused.modules())
     assert_same(run(fused, inputs(4, IN)), run(own, inputs(4, IN)), within=0)
 
@@ -387,8 +401,14 @@ def test_saved_files_are_those_of_peft(tmp_path: Path) -> None:
     assert own.state_dict().keys() == fused.state_dict().keys()
     own.save_pretrained(tmp_path / "own")
     fused.save_pretrained(tmp_path / "fused")
-    for file in ("adapter_model.safetensors", "adapter_config.json"):
-        assert (tmp_path / "fused" / file).read_bytes() == (tmp_path / "own" / file).read_bytes()
+    folders = (tmp_path / "own", tmp_path / "fused")
+    own_weights, fused_weights = ((folder / "adapter_model.safetensors").read_bytes() for folder in folders)
+    assert own_weights == fused_weights
+    # PEFT writes a set of targets in any order.
+    own_config, fused_config = (json.loads((folder / "adapter_config.json").read_text()) for folder in folders)
+    for config in (own_config, fused_config):
+        config["target_modules"].sort()
+    assert own_config == fused_config
 
 
 def test_a_whole_model_trains_as_with_peft(random_qwen: Path) -> None:

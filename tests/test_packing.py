@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from loratune.data.packing import pack, padding_efficiency
+from loratune.data.packing import pack, padding_efficiency, spread
 
 # Capacities on both sides of where the search goes on to a second number.
 CAPACITIES = st.one_of(st.integers(1, 60), st.integers(1000, 1100), st.integers(4000, 5000))
@@ -83,6 +83,35 @@ def test_half_a_million_sequences_take_seconds() -> None:
     rows = pack(lengths, 2048)
     assert time.process_time() - begin < 3
     assert lengths.sum() / (len(rows) * 2048) > 0.999
+
+
+@given(PROBLEMS, st.integers(1, 40))
+def test_spread_rows_are_even_and_hold_every_sequence_once(problem: tuple[list[int], int], count: int) -> None:
+    lengths, _ = problem
+    count = min(count, len(lengths)) or 1
+    rows = spread(lengths, count)
+    assert len(rows) == count
+    assert sorted(sequence for row in rows for sequence in row) == list(range(len(lengths)))
+    loads = [sum(lengths[sequence] for sequence in row) for row in rows]
+    # Where a row has several sequences, it was the emptiest before the last and shortest of them came.
+    for row, load in zip(rows, loads, strict=True):
+        if len(row) > 1:
+            assert load - min(lengths[sequence] for sequence in row) <= min(loads)
+
+
+def test_long_and_short_sequences_are_in_every_row() -> None:
+    lengths = np.random.default_rng(1).permutation(np.repeat([400, 100, 20], 50))
+    for members in spread(lengths, 25):
+        assert np.bincount(lengths[members])[[20, 100, 400]].tolist() == [2, 2, 2]
+
+
+def test_half_a_million_sequences_are_spread_in_seconds() -> None:
+    lengths = np.clip(np.random.default_rng(0).lognormal(5, 1, 500_000).astype(int), 1, 2048)
+    begin = time.process_time()
+    rows = spread(lengths, 20_000)
+    assert time.process_time() - begin < 5
+    loads = [int(lengths[members].sum()) for members in rows]
+    assert max(loads) < 1.05 * np.mean(loads)
 
 
 def test_padding_efficiency_is_the_share_of_tokens_in_padded_batches() -> None:

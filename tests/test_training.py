@@ -335,6 +335,18 @@ def test_the_step_count_is_the_trainer_s(sft: Callable[..., Result], tmp_path: P
     assert read_json(tmp_path / "run" / "status.json")["steps"] == 3
 
 
+def test_the_report_tells_what_the_start_took(sft: Callable[..., Result], tmp_path: Path) -> None:
+    result = sft()
+    assert result.exit_code == 0
+    stages = read_json(tmp_path / "run" / "report.json")["start_up_seconds"]
+    assert list(stages) == ["imports", "data", "model", "trainer", "validation", "first step"]
+    assert all(seconds >= 0 for seconds in stages.values())
+    records = metrics_of(tmp_path / "run")
+    first = next(record for record in records if "loss" in record)
+    assert stages["validation"] + stages["first step"] == pytest.approx(first["seconds"], abs=0.3)
+    assert "first step" in result.stderr
+
+
 def test_the_card_has_no_local_path(sft: Callable[..., Result], tmp_path: Path, random_qwen: Path) -> None:
     assert sft().exit_code == 0
     card = (tmp_path / "run" / "adapter" / "README.md").read_text()

@@ -48,7 +48,7 @@ def _parameters(command: Callable[..., None]) -> dict[str, inspect.Parameter]:
 
 def _option(dotted: str, field: FieldInfo) -> Any:
     section = dotted.rpartition(".")[0]
-    is_flag = field.annotation is bool
+    is_flag = field.annotation in (bool, bool | None)
     # Typer takes the first name for yes and the one after the slash for no.
     spelled = f"--{dotted}/--no-{dotted}" if is_flag else f"--{dotted}"
     option = typer.Option(

@@ -11,7 +11,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 
 from loratune import console
@@ -25,7 +24,9 @@ from loratune.delivery.report import parity_text, show_verification
 from loratune.delivery.vllm import require_servable, serve_command
 from loratune.errors import Exit, LoratuneError, bullet_list
 from loratune.model.files import check_base, weight_files
+from loratune.model.hardware import detect_hardware
 from loratune.model.mapped import load_gguf, load_mapped
+from loratune.model.memory import free_memory_bytes
 from loratune.model.quantized_folder import load_quantized, write_quantized
 from loratune.model.tokenizer import load_tokenizer
 from loratune.runs.folder import FORMAT_VERSION, PROGRAM, VERIFICATION, prepare_output
@@ -178,7 +179,7 @@ def _compare_gguf(job: Export, model: Path, target: Path) -> Parity | None:
     """Let transformers' own GGUF loader read the file, and compare what it gives with the merged model."""
     # The loader makes float32 of everything.
     needed = 3 * sum(path.stat().st_size for path in weight_files(model))
-    free = psutil.virtual_memory().available
+    free = free_memory_bytes(detect_hardware())
     if needed > free:
         console.warn(
             f"the file's logits are not compared: loading it takes {console.memory(needed)} of memory, and "

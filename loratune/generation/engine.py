@@ -19,7 +19,8 @@ from loratune.errors import Exit, LoratuneError
 from loratune.model.adapter import load_adapter
 from loratune.model.base import load_base
 from loratune.model.files import find_base, weight_files
-from loratune.model.hardware import detect_hardware, is_out_of_memory
+from loratune.model.hardware import detect_hardware
+from loratune.model.memory import is_out_of_memory
 from loratune.model.tokenizer import load_tokenizer, set_pad_token
 from loratune.recipe.sections import ModelSettings
 from loratune.runs.opening import base_settings, check_same_base, merged_prompt, open_adapter

@@ -1,20 +1,15 @@
-"""What this machine can do: device, number types, threads, memory in use."""
+"""What this machine can do: device, number types, threads."""
 
 from __future__ import annotations
 
-import ctypes
 import importlib.util
 import os
-import resource
-import sys
 from dataclasses import dataclass
 
 import psutil
 import torch
 
 from loratune.errors import Exit, LoratuneError
-
-M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # as malloc.h has them
 
 
 @dataclass(frozen=True)
@@ -59,20 +54,6 @@ def detect_hardware() -> Hardware:
     return Hardware(torch.device("cpu"), has_bfloat16, name, processes)
 
 
-def keep_freed_memory() -> None:
-    """Tell glibc to keep large blocks that are freed.
-
-    By default each goes back to the system and comes anew, zeroed page by page, which takes time in every training step
-    on a CPU. Does nothing where the allocator is another one.
-    """
-    try:
-        mallopt = ctypes.CDLL(None).mallopt
-    except (OSError, AttributeError, TypeError):
-        return
-    mallopt(M_MMAP_THRESHOLD, 1 << 30)
-    mallopt(M_TRIM_THRESHOLD, -1)
-
-
 def _usable_cores() -> int:
     """Physical cores, or fewer where this process is bound to some of them."""
     bound = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -107,16 +88,3 @@ def resolve_attention(name: str, hardware: Hardware) -> str:
             "model.attention flash_attention_2 needs a GPU and the package flash-attn; use auto or sdpa", Exit.USAGE
         )
     return ("flash_attention_2" if has_flash else "sdpa") if name == "auto" else name
-
-
-def peak_memory_bytes(hardware: Hardware) -> int:
-    """Most memory this process has held: on the GPU, or resident on the CPU."""
-    if hardware.is_gpu:
-        return int(torch.cuda.max_memory_allocated())
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an exception says that memory ran out; the CPU allocator raises a plain RuntimeError."""
-    return isinstance(error, MemoryError | torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)

@@ -19,7 +19,8 @@ from peft.utils.integrations import dequantize_bnb_weight
 from torch import nn
 from torch.autograd.function import once_differentiable
 
-_DROPOUT_STEPS = 2**16  # a dropout rate is rounded to 1/65536; four draws then fit one 64-bit random number
+_MAX_DROPOUT = 254 / 256
+"""What a random byte can tell safely."""
 
 
 def use_fused_lora(model: Any) -> int:
@@ -43,13 +44,6 @@ def use_fused_lora(model: Any) -> int:
             layer.forward = MethodType(_forward, layer)
         taken += 1
     return taken
-
-
-def use_own_lora(model: Any) -> None:
-    """Give every layer PEFT's forward again."""
-    for layer in model.modules():
-        if _is_taken(layer):
-            del layer.forward
 
 
 def _is_taken(layer: Any) -> bool:
@@ -87,7 +81,7 @@ def _plain_adapter(layer: Any) -> str | None:
     if adapter not in layer.lora_A or adapter in layer.lora_variant or not layer.cast_input_dtype_enabled:
         return None
     dropout, down, up = layer.lora_dropout[adapter], layer.lora_A[adapter], layer.lora_B[adapter]
-    has_plain_dropout = _is_bare(dropout, nn.Identity) or (_is_bare(dropout, nn.Dropout) and dropout.p < 1)
+    has_plain_dropout = _is_bare(dropout, nn.Identity) or (_is_bare(dropout, nn.Dropout) and dropout.p <= _MAX_DROPOUT)
     has_plain_branch = _is_bare(down, nn.Linear) and _is_bare(up, nn.Linear) and up.bias is None
     has_known_base = _is_bare(layer.base_layer, base_class) and _has_frozen_weight(layer.base_layer)
     if not (has_plain_dropout and has_plain_branch and has_known_base):
@@ -155,8 +149,8 @@ class _FusedLinear(torch.autograd.Function):
         dense = x.contiguous()  # a bfloat16 product of strided rows is a hundred times slower on a CPU
         # Not a view of two dimensions: what comes after may change y in place, which a view made here forbids.
         y = plan.base(dense)
-        mask, kept = _draw_mask(dense, plan.dropout) if plan.dropout else (None, 1.0)
-        scale = plan.scaling / kept
+        mask = _draw_mask(dense, plan.dropout) if plan.dropout else None
+        scale = plan.scaling / (1 - plan.dropout)
         reduced = _masked(_rows(dense), mask) @ lora_a.to(x.dtype).t()
         _rows(y).addmm_(reduced, lora_b.to(x.dtype).t(), alpha=scale)
         _, _, needs_a, needs_b, _ = ctx.needs_input_grad
@@ -193,19 +187,19 @@ def _rows(tensor: Any) -> Any:
     return tensor.view(-1, tensor.shape[-1])
 
 
-def _draw_mask(x: Any, rate: float) -> tuple[Any, float]:
-    """Draw which elements of x stay: int8 of 1 and 0 as (rows, features), and the share expected to be 1.
+def _draw_mask(x: Any, rate: float) -> Any:
+    """Draw which elements of x stay: int8 of 1 and 0, as (rows, features).
 
-    Comparing 16 random bits is five times faster than torch's Bernoulli numbers, which would take as long as the
-    layer's products.
+    A random byte for each is far faster than torch's Bernoulli numbers, which would take as long as the layer's
+    products. A byte knows 256 rates; each row draws the one above or below, so that every element is dropped with
+    just this probability.
     """
-    kept_steps = min(max(1, round((1 - rate) * _DROPOUT_STEPS)), _DROPOUT_STEPS - 1)
-    count = x.numel()
-    words = torch.empty((count + 3) // 4, dtype=torch.int64, device=x.device).random_(-(2**63), None)
-    mask = torch.empty(count, dtype=torch.int8, device=x.device)
-    # As int16 the bits count from -32768.
-    torch.lt(words.view(torch.int16)[:count], kept_steps - _DROPOUT_STEPS // 2, out=mask)
-    return mask.view(-1, x.shape[-1]), kept_steps / _DROPOUT_STEPS
+    rows = _rows(x)
+    words = torch.empty((x.numel() + 7) // 8, dtype=torch.int64, device=x.device).random_(-(2**63), None)
+    dropped = torch.rand(len(rows), 1, device=x.device).add_(256 * rate).floor_()
+    mask = torch.empty(rows.shape, dtype=torch.int8, device=x.device)
+    # As int8 the bytes count from -128.
+    return torch.ge(words.view(torch.int8)[: x.numel()].view(rows.shape), dropped.sub_(128).to(torch.int8), out=mask)
 
 
 def _masked(rows: Any, mask: Any | None) -> Any:

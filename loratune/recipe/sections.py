@@ -120,8 +120,8 @@ class TrainingSettings(Section):
     """Tokens of a packed batch; default is what batch_size rows have on average."""
     gradient_accumulation: int = Field(default=4, ge=1, le=65536)
     """Parts of a step: batch_size × this × devices rows make one, packed on average."""
-    gradient_checkpointing: bool = False
-    """Recompute activations in the backward pass: about a third slower, far less memory."""
+    gradient_checkpointing: bool | None = None
+    """Compute activations again in the backward pass: about a third slower, far less memory; default is if needed."""
     max_gradient_norm: float = Field(default=1.0, ge=0)
     """Gradients above this norm are scaled down; 0 switches it off."""
     optimizer: Literal["adamw", "adamw_8bit", "paged_adamw_8bit", "paged_adamw_32bit"] = "adamw"

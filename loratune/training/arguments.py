@@ -35,6 +35,10 @@ def training_arguments(
     """
     training = recipe.training
     dtype = resolve_dtype(recipe.model.dtype, hardware)
+    if recipe.model.dtype == "auto" and str(dtype) == "torch.float32":
+        warnings.append(
+            "this CPU has no products of bfloat16: the model is trained in float32, which takes twice the memory"
+        )
     output = Path(recipe.output)
     return SFTConfig(
         output_dir=str(output),
@@ -50,7 +54,7 @@ def training_arguments(
         per_device_eval_batch_size=1 if training.packing else recipe.evaluation.batch_size or training.batch_size,
         remove_unused_columns=False,
         gradient_accumulation_steps=accumulation,
-        gradient_checkpointing=training.gradient_checkpointing,  # TRL's default is True
+        gradient_checkpointing=bool(training.gradient_checkpointing),  # TRL's default is True
         max_grad_norm=training.max_gradient_norm,
         optim=_optimizer(training.optimizer, hardware, warnings),
         neftune_noise_alpha=training.neftune_alpha,

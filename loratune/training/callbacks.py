@@ -12,7 +12,8 @@ from transformers import TrainerCallback
 
 from loratune import console
 from loratune.errors import Exit, LoratuneError
-from loratune.model.hardware import Hardware, peak_memory_bytes
+from loratune.model.hardware import Hardware
+from loratune.model.memory import peak_memory_bytes
 from loratune.runs.folder import METRICS
 
 

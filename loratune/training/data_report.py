@@ -8,12 +8,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from loratune import console
-from loratune.data.packing import pack, padding_efficiency
+from loratune.data.packing import padding_efficiency
 from loratune.data.preparation import PreparedData
 from loratune.data.split import Split
 from loratune.errors import counted
 from loratune.recipe.sections import Recipe, TrainingSettings
-from loratune.training.steps import plan_steps, tokens_per_batch
+from loratune.training.steps import packed_batches, plan_steps
 
 BARS = 10
 """Most lines of the histogram, but for the last, which takes the longest hundredth of the rows."""
@@ -106,16 +106,17 @@ def _training_figures(training: TrainingSettings, train: Split, seed: int) -> di
     }
 
 
-def _efficiencies(lengths: NDArray[np.int64], training: TrainingSettings, seed: int) -> dict[str, float | None]:
-    """Shares of positions with tokens; those of very many sequences are those of a sample."""
+def _efficiencies(lengths: NDArray[np.int64], training: TrainingSettings, seed: int) -> dict[str, float]:
+    """Share of a padded batch's positions that carry tokens, and of the largest packed batch that others fill.
+
+    Those of very many sequences are those of a sample.
+    """
     if len(lengths) > SAMPLED_SEQUENCES:
         lengths = np.random.default_rng(seed).choice(lengths, SAMPLED_SEQUENCES, replace=False)
-    # Without the emptiest pack, which is filled as it happens.
-    capacity = tokens_per_batch(training, lengths)
-    packs = sorted(int(lengths[members].sum()) for members in pack(lengths, capacity))[1:]
+    packed = [int(lengths[members].sum()) for members in packed_batches(training, lengths)]
     return {
         "padded_efficiency": round(padding_efficiency(lengths, training.batch_size, seed), 4),
-        "packed_efficiency": round(sum(packs) / len(packs) / capacity, 4) if packs else None,
+        "packed_efficiency": round(sum(packed) / len(packed) / max(packed), 4),
     }
 
 
@@ -136,9 +137,10 @@ def _split_line(figures: dict[str, Any]) -> str:
 
 
 def _padding_line(figures: dict[str, Any]) -> str:
-    packed = figures["packed_efficiency"]
-    more = f", {packed:.0%} of a packed one" if packed is not None else ""
-    return f"{figures['padded_efficiency']:.0%} of the positions of a padded batch carry tokens{more}"
+    return (
+        f"{figures['padded_efficiency']:.0%} of the positions of a padded batch carry tokens; packed ones have no "
+        f"padding, and on average {figures['packed_efficiency']:.0%} of the largest one's tokens"
+    )
 
 
 def _short(path: str) -> str:

@@ -16,8 +16,11 @@ from transformers.utils import ModelOutput
 
 from loratune.data.encoding import IGNORED
 
-CHUNK_LOGITS = 1 << 24
-"""Logits in a chunk: 64 MB of them in float32."""
+CHUNK_BYTES = 1 << 27
+"""Of logits in the head's type: so many positions that reading the head's matrix does not decide the speed."""
+BLOCK_LOGITS = {"cpu": 1 << 22}
+"""Of a chunk, in float32 at a time: 16 MB, which caches hold."""
+BLOCK_LOGITS_ELSEWHERE = 1 << 25
 
 
 @dataclass
@@ -72,7 +75,7 @@ def summed_loss(hidden: torch.Tensor, targets: torch.Tensor, head: Any) -> tuple
         return total, losses
     if not len(targets):
         return hidden.float().sum(), hidden.new_zeros(0, dtype=torch.float32)
-    chunks = _chunks(len(targets), head.weight.shape[0])
+    chunks = _parts(len(targets), CHUNK_BYTES // hidden.element_size() // head.weight.shape[0])
     parts = [checkpoint(_losses, hidden[chunk], targets[chunk], head, use_reentrant=False) for chunk in chunks]
     losses = torch.cat(parts)
     return losses.sum(), losses.detach()
@@ -82,9 +85,23 @@ def _losses(hidden: torch.Tensor, targets: torch.Tensor, head: Any) -> torch.Ten
     return torch.nn.functional.cross_entropy(head(hidden).float(), targets, reduction="none")
 
 
-def _chunks(positions: int, vocabulary: int) -> Iterator[slice]:
-    size = max(1, CHUNK_LOGITS // vocabulary)
-    return (slice(start, start + size) for start in range(0, positions, size))
+def _parts(positions: int, size: int) -> Iterator[slice]:
+    size = max(1, size)
+    return (slice(start, min(start + size, positions)) for start in range(0, positions, size))
+
+
+def _losses_then_gradients(logits: torch.Tensor, targets: torch.Tensor, with_gradients: bool) -> torch.Tensor:
+    """Losses of logits, float32, [positions]; if asked, the logits are overwritten by their gradients."""
+    losses = logits.new_empty(len(targets), dtype=torch.float32)
+    block_logits = BLOCK_LOGITS.get(logits.device.type, BLOCK_LOGITS_ELSEWHERE)
+    for block in _parts(len(targets), block_logits // logits.shape[1]):
+        aims = targets[block, None]
+        log_probabilities = logits[block].float().log_softmax(dim=-1)
+        losses[block] = -log_probabilities.gather(1, aims)[:, 0]
+        if with_gradients:
+            probabilities = log_probabilities.exp_()
+            logits[block] = probabilities.scatter_add_(1, aims, probabilities.new_full(aims.shape, -1.0))
+    return losses
 
 
 class _FrozenHeadLoss(torch.autograd.Function):
@@ -98,15 +115,11 @@ class _FrozenHeadLoss(torch.autograd.Function):
         # float16 would lose small gradients before a scaler can enlarge them.
         kind = torch.float32 if hidden.dtype == torch.float16 else hidden.dtype
         gradient = torch.empty_like(hidden, dtype=kind) if ctx.needs_input_grad[0] else None
-        for chunk in _chunks(len(targets), weight.shape[0]):
-            logits = (hidden[chunk] @ weight.T).float()
-            aims = targets[chunk, None]
-            normalizer = logits.logsumexp(dim=-1, keepdim=True)
-            losses[chunk] = (normalizer - logits.gather(1, aims))[:, 0]
+        for chunk in _parts(len(targets), CHUNK_BYTES // hidden.element_size() // weight.shape[0]):
+            logits = hidden[chunk] @ weight.T
+            losses[chunk] = _losses_then_gradients(logits, targets[chunk], gradient is not None)
             if gradient is not None:
-                probabilities = logits.sub_(normalizer).exp_()
-                probabilities.scatter_add_(1, aims, probabilities.new_full(aims.shape, -1.0))
-                gradient[chunk] = probabilities.to(weight.dtype) @ weight
+                gradient[chunk] = logits @ weight
         ctx.gradient, ctx.kind = gradient, hidden.dtype
         ctx.mark_non_differentiable(losses)
         return losses.sum(), losses

@@ -6,7 +6,7 @@ import shlex
 from typing import TYPE_CHECKING, Any
 
 from loratune import console
-from loratune.model.hardware import peak_memory_bytes
+from loratune.model.memory import peak_memory_bytes
 from loratune.runs.folder import PLOT, REPORT
 from loratune.runs.versions import library_versions
 from loratune.training.callbacks import Metrics
@@ -45,6 +45,8 @@ def write_report(
         "tokens": int(metrics.of("tokens")[-1][1]),
         "tokens_per_second": metrics.tokens_per_second,
         "peak_memory_bytes": peak_memory_bytes(session.hardware),
+        "gradient_checkpointing": session.arguments.gradient_checkpointing,
+        "start_up_seconds": session.start_up.seconds,
         "adapter": vars(session.summary),
         "warnings": session.warnings,
         "versions": library_versions(),
@@ -76,6 +78,8 @@ def show_report(report: dict[str, Any]) -> None:
     if report["stopped_early"]:
         rows.append(("stopped early", "the validation loss no longer fell"))
     rows.append(("speed", f"{report['tokens_per_second']:g} tokens/s"))
+    stages = report["start_up_seconds"]
+    rows.append(("start-up", f"{sum(stages.values()):.0f} s: " + ", ".join(f"{k} {v:.1f}" for k, v in stages.items())))
     rows.append(("peak memory", console.memory(report["peak_memory_bytes"])))
     rows.append(("run folder", report["output"]))
     console.table(rows, title="done")

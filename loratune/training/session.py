@@ -19,9 +19,11 @@ from loratune.errors import Exit, LoratuneError, counted
 from loratune.model.adapter import AdapterSummary, attach_adapter, load_adapter_weights, save_adapter, summarise_adapter
 from loratune.model.base import dtype_name, load_base
 from loratune.model.document_attention import use_document_attention
+from loratune.model.elementwise import use_fused_elementwise
 from loratune.model.files import find_base, weight_files
-from loratune.model.hardware import Hardware, detect_hardware, is_out_of_memory, keep_freed_memory
+from loratune.model.hardware import Hardware, detect_hardware
 from loratune.model.lora_linear import use_fused_lora
+from loratune.model.memory import keep_freed_memory
 from loratune.model.tokenizer import load_tokenizer, set_pad_token
 from loratune.recipe.advice import advise
 from loratune.recipe.sections import Recipe
@@ -31,15 +33,18 @@ from loratune.runs.folder import ADAPTER, create_run, prepare_output, seal_run, 
 from loratune.runs.probe import MAX_QUESTIONS, save_probe
 from loratune.runs.tokenizer_files import copy_tokenizer_files
 from loratune.runs.versions import library_versions
+from loratune.training.activations import Activations, activations_text, measure_activations
 from loratune.training.arguments import training_arguments
 from loratune.training.batching import Batching
 from loratune.training.callbacks import DivergenceGuard, Metrics, Progress
 from loratune.training.checkpoints import CheckpointKeeper
+from loratune.training.failures import machine_errors_explained
 from loratune.training.gate import pass_gate
 from loratune.training.report import write_report
+from loratune.training.start_up import StartUp
 from loratune.training.steps import StepPlan, plan_steps
 from loratune.training.trainer import AdapterTrainer
-from loratune.writing import disk_errors_explained, folder_in_one_step
+from loratune.writing import folder_in_one_step
 
 
 @dataclass
@@ -59,6 +64,7 @@ class Session:
     plan: StepPlan
     arguments: SFTConfig
     warnings: list[str]
+    start_up: StartUp
 
 
 def train(recipe: Recipe, overwrite: bool = False) -> dict[str, Any]:
@@ -79,7 +85,7 @@ def train(recipe: Recipe, overwrite: bool = False) -> dict[str, Any]:
     output = Path(recipe.output)
     if console.IS_SPEAKER:
         prepare_output(output, overwrite)
-    with _machine_errors_explained(recipe):
+    with machine_errors_explained(recipe):
         session = _gather(recipe, output)
         trainer, metrics, keeper, progress = _build_trainer(session)
         if console.IS_SPEAKER:
@@ -100,6 +106,8 @@ def train(recipe: Recipe, overwrite: bool = False) -> dict[str, Any]:
 
 def _gather(recipe: Recipe, output: Path) -> Session:
     """Find the base, read the data, load the model; cheap checks before expensive ones."""
+    start_up = StartUp()
+    start_up.stage_done("imports")
     transformers_logging.set_verbosity_error()
     keep_freed_memory()
     hardware = detect_hardware()
@@ -112,14 +120,21 @@ def _gather(recipe: Recipe, output: Path) -> Session:
     warnings = [*advise(recipe), *data.warnings]
     arguments = training_arguments(recipe, hardware, plan.accumulation, data.validation is not None, warnings)
     _show_data(recipe, data)
+    start_up.stage_done("data")
     with console.status(f"loading {recipe.model.base}"):
         model = load_base(recipe.model, base, hardware)
     adapted = attach_adapter(model, recipe.lora, recipe.model.base, recipe.seed)
     use_fused_lora(adapted)
+    use_fused_elementwise(model)
     if recipe.training.packing and recipe.model.attention == "auto":
         use_document_attention(model)
     summary = summarise_adapter(adapted)
-    _show_model(recipe, hardware, summary, dtype_name(model.dtype))
+    activations = None
+    if recipe.training.gradient_checkpointing is None:
+        activations = measure_activations(adapted, plan.largest_batch_tokens, data.train.longest, hardware)
+        arguments.gradient_checkpointing = not activations.fit
+    _show_model(recipe, hardware, summary, dtype_name(model.dtype), activations)
+    start_up.stage_done("model")
     return Session(
         recipe,
         output,
@@ -133,6 +148,7 @@ def _gather(recipe: Recipe, output: Path) -> Session:
         plan,
         arguments,
         warnings,
+        start_up,
     )
 
 
@@ -148,7 +164,7 @@ def _build_trainer(session: Session) -> tuple[AdapterTrainer, Metrics, Checkpoin
         train=data.train,
         validation=data.validation,
         processing_class=session.tokenizer,
-        callbacks=[DivergenceGuard(), metrics, progress, keeper],
+        callbacks=[session.start_up, DivergenceGuard(), metrics, progress, keeper],
     )
     for warning in session.warnings:
         console.warn(warning)
@@ -206,27 +222,6 @@ def _status_kept(output: Path, trainer: AdapterTrainer) -> Iterator[None]:
         raise
 
 
-@contextmanager
-def _machine_errors_explained(recipe: Recipe) -> Iterator[None]:
-    """Turn a lack of memory or disk into one message; for memory with advice, cheapest change first."""
-    try:
-        with disk_errors_explained(Path(recipe.output)):
-            yield
-    except (MemoryError, RuntimeError) as error:
-        if not is_out_of_memory(error):
-            raise
-        training = recipe.training
-        raise LoratuneError(
-            f"out of memory with rows of up to {training.max_length} tokens, {training.batch_size} at once; try\n"
-            f"  --training.batch_size 1 --training.gradient_accumulation "
-            f"{training.batch_size * training.gradient_accumulation}  (the same step in smaller parts)\n"
-            f"  --training.gradient_checkpointing  (slower, far less memory)\n"
-            f"  --model.quantization nf4  (a quarter of the base's memory)\n"
-            f"  --training.max_length {max(8, training.max_length // 2)}  (if few rows are that long)",
-            Exit.IO,
-        ) from error
-
-
 def _show_data(recipe: Recipe, data: PreparedData) -> None:
     splits = [("training", data.train), ("validation", data.validation)]
     rows = [
@@ -242,7 +237,9 @@ def _show_data(recipe: Recipe, data: PreparedData) -> None:
     console.table([("files", files), *rows, ("template", recipe.prompt.template)], title="data")
 
 
-def _show_model(recipe: Recipe, hardware: Hardware, summary: AdapterSummary, dtype: str) -> None:
+def _show_model(
+    recipe: Recipe, hardware: Hardware, summary: AdapterSummary, dtype: str, activations: Activations | None
+) -> None:
     modules = ", ".join(f"{name} × {count}" for name, count in summary.modules.items())
     held = dtype if recipe.model.quantization == "none" else recipe.model.quantization
     share = summary.trainable_parameters / summary.total_parameters
@@ -255,6 +252,7 @@ def _show_model(recipe: Recipe, hardware: Hardware, summary: AdapterSummary, dty
             ),
             ("trains", f"{summary.trainable_parameters:,} of {summary.total_parameters:,} parameters ({share:.2%})"),
             ("modules", modules),
+            *([("a step", activations_text(activations))] if activations else []),
         ],
         title="model",
     )

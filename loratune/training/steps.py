@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from loratune.data.packing import pack
+from loratune.data.packing import pack, spread
 from loratune.errors import Exit, LoratuneError
 from loratune.recipe.sections import TrainingSettings
 
@@ -19,6 +19,8 @@ class StepPlan:
 
     batches: int
     """Of an epoch, over all processes."""
+    largest_batch_tokens: int
+    """Positions of the batch that takes most memory."""
     accumulation: int
     """Batches of each process that make a step."""
     rows_per_step: int
@@ -28,16 +30,22 @@ class StepPlan:
     """Of the whole run."""
 
 
-def tokens_per_batch(training: TrainingSettings, lengths: NDArray[np.int64]) -> int:
-    """Tokens that a packed batch holds at most: if the recipe says nothing, what batch_size rows have on average."""
-    wanted = training.tokens_per_batch or round(training.batch_size * float(lengths.mean()))
-    return max(wanted, int(lengths.max()))
-
-
 def packed_batches(training: TrainingSettings, lengths: NDArray[np.int64], seed: int = 0) -> list[list[int]]:
-    """The sequences of each packed batch; which of those of one length come together is up to the seed."""
+    """The sequences of each packed batch; which of those of one length come together is up to the seed.
+
+    There are as many batches as without packing, or as few as training.tokens_per_batch allows.
+    """
     order = np.random.default_rng(seed).permutation(len(lengths))
-    return [order[members].tolist() for members in pack(lengths[order], tokens_per_batch(training, lengths))]
+    sizes = lengths[order]
+    batches = spread(sizes, math.ceil(len(sizes) / training.batch_size))
+    if training.tokens_per_batch:
+        capacity = max(training.tokens_per_batch, int(sizes.max()))
+        count = len(pack(sizes, capacity))
+        batches = spread(sizes, count)
+        while max(int(sizes[members].sum()) for members in batches) > capacity:
+            count += 1 + count // 100
+            batches = spread(sizes, min(count, len(sizes)))
+    return [order[members].tolist() for members in batches]
 
 
 def plan_steps(training: TrainingSettings, lengths: NDArray[np.int64], processes: int) -> StepPlan:
@@ -56,8 +64,10 @@ def plan_steps(training: TrainingSettings, lengths: NDArray[np.int64], processes
     """
     rows, accumulation = len(lengths), training.gradient_accumulation
     batches, rows_per_batch = math.ceil(rows / training.batch_size), float(training.batch_size)
+    largest = training.batch_size * int(lengths.max())
     if training.packing:
-        batches = len(packed_batches(training, lengths))
+        packed = packed_batches(training, lengths)
+        batches, largest = len(packed), max(int(lengths[members].sum()) for members in packed)
         rows_per_batch = rows / batches
         accumulation = max(1, round(training.batch_size * accumulation / rows_per_batch))
     steps_per_epoch = math.ceil(math.ceil(batches / processes) / accumulation)
@@ -69,4 +79,4 @@ def plan_steps(training: TrainingSettings, lengths: NDArray[np.int64], processes
             Exit.USAGE,
         )
     rows_per_step = round(rows_per_batch * accumulation * processes)
-    return StepPlan(batches, accumulation, rows_per_step, steps_per_epoch, steps)
+    return StepPlan(batches, largest, accumulation, rows_per_step, steps_per_epoch, steps)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import shlex
 import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 
 def measure(command: list[str], output: Path | None = None) -> tuple[float, float, float]:
@@ -31,6 +33,16 @@ def measure(command: list[str], output: Path | None = None) -> tuple[float, floa
             log.seek(0)
             sys.exit(f"{shlex.join(command)} failed:\n{log.read().decode(errors='replace')[-4000:]}")
     return wall, resident, anonymous
+
+
+def printed_figures(program: Path, *settings: object) -> dict[str, Any]:
+    """Figures that a Python program prints as JSON after the word FIGURES, and the resident memory that it took."""
+    with tempfile.TemporaryDirectory() as place:
+        log = Path(place) / "output"
+        _, resident, _ = measure([sys.executable, str(program), *map(str, settings)], log)
+        line = next(line for line in log.read_text().splitlines() if line.startswith("FIGURES"))
+    found: dict[str, Any] = json.loads(line.removeprefix("FIGURES"))
+    return found | {"resident": resident}
 
 
 def descendants(pid: int) -> list[int]:

@@ -1,4 +1,4 @@
-"""`loratune sft` beside plain TRL on the same rows: tokens a second, memory, loss on rows that neither has seen."""
+"""`loratune sft` beside plain TRL on the same rows: speed, memory, start, loss on rows that neither has seen."""
 
 from __future__ import annotations
 
@@ -7,74 +7,12 @@ import json
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
-from benchmarks.processes import measure
+from benchmarks.processes import measure, printed_figures
+from benchmarks.training_plot import plot_training
 
-# What a user gets from SFTTrainer with a LoraConfig and no further thought.
-TRL = """
-import json, sys, time
-start = time.perf_counter()
-import torch
-from datasets import Dataset
-from peft import LoraConfig
-from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
-from trl import SFTConfig, SFTTrainer
-
-folder, path, place, batch, epochs, max_length = sys.argv[1:]
-
-class FirstStep(TrainerCallback):
-    def on_step_end(self, args, state, control, **_):
-        self.seconds = getattr(self, "seconds", time.perf_counter() - start)
-
-def conversation(row):
-    question = row["instruction"] + ("\\n" + row["input"] if row.get("input") else "")
-    return {"prompt": [{"role": "user", "content": question}],
-            "completion": [{"role": "assistant", "content": row["output"]}]}
-
-first = FirstStep()
-trainer = SFTTrainer(
-    model=AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16),
-    args=SFTConfig(output_dir=place, per_device_train_batch_size=int(batch), num_train_epochs=float(epochs),
-                   learning_rate=2e-4, max_length=int(max_length), lr_scheduler_type="cosine", logging_steps=1,
-                   save_strategy="no", report_to="none", use_cpu=not torch.cuda.is_available(), bf16=False,
-                   gradient_checkpointing=False, seed=42, disable_tqdm=True),
-    train_dataset=Dataset.from_list([conversation(row) for row in json.load(open(path, encoding="utf-8"))]),
-    processing_class=AutoTokenizer.from_pretrained(folder),
-    peft_config=LoraConfig(r=8, lora_alpha=16, lora_dropout=0.0, target_modules="all-linear", task_type="CAUSAL_LM"),
-    callbacks=[first],
-)
-tokens = sum(map(len, trainer.train_dataset["input_ids"])) * float(epochs)
-begin = time.perf_counter()
-trainer.train()
-seconds = time.perf_counter() - begin
-trainer.save_model(place)
-print("FIGURES", json.dumps({"tokens": tokens, "seconds": seconds, "first_step": first.seconds}))
-"""
-# Nats per answer token on unseen rows, by PEFT and transformers alone, one row at a time.
-SCORE = """
-import json, sys
-import torch
-from peft import PeftModel
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
-folder, path, adapter = sys.argv[1:]
-tokenizer = AutoTokenizer.from_pretrained(folder)
-model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
-if adapter != "none":
-    model = PeftModel.from_pretrained(model, adapter)
-model.eval()
-loss, count = 0.0, 0
-for row in json.load(open(path, encoding="utf-8")):
-    question = row["instruction"] + ("\\n" + row["input"] if row.get("input") else "")
-    turns = [{"role": "user", "content": question}]
-    prompt = tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_dict=False)
-    answer = tokenizer(row["output"], add_special_tokens=False).input_ids + [tokenizer.eos_token_id]
-    with torch.no_grad():
-        logits = model(torch.tensor([prompt + answer])).logits[0, len(prompt) - 1 : -1].float()
-    loss += torch.nn.functional.cross_entropy(logits, torch.tensor(answer), reduction="sum").item()
-    count += len(answer)
-print("FIGURES", json.dumps({"nll": loss / count}))
-"""
+HERE = Path(__file__).parent
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -87,67 +25,99 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--epochs", type=float, default=1)
     parser.add_argument("--max-length", type=int, default=512)
+    parser.add_argument(
+        "--quantization", choices=["none", "nf4"], default="none", help="of the base, with both programs"
+    )
     parser.add_argument("--json", type=Path, help="file for all figures")
+    parser.add_argument("--plot", type=Path, help="file for a picture of them")
 
 
 def run(arguments: argparse.Namespace) -> None:
     """Train with both in turn, score both, print the table."""
     rows = json.loads(arguments.data.read_text(encoding="utf-8"))
-    figures: dict[str, list[dict[str, float]]] = {"TRL": [], "loratune": []}
+    runs: dict[str, list[dict[str, Any]]] = {"TRL": [], "loratune": []}
     with tempfile.TemporaryDirectory(prefix="loratune-benchmark-") as place:
         train, unseen = Path(place) / "train.json", Path(place) / "unseen.json"
         train.write_text(json.dumps(rows[: arguments.rows]))
         unseen.write_text(json.dumps(rows[-arguments.unseen :]))
         for _ in range(arguments.runs):
-            figures["TRL"].append(train_with_trl(arguments, train, Path(place) / "trl"))
-            figures["loratune"].append(train_with_loratune(arguments, train, Path(place) / "loratune"))
+            runs["TRL"].append(train_with_trl(arguments, train, Path(place) / "trl"))
+            runs["loratune"].append(train_with_loratune(arguments, train, Path(place) / "loratune"))
         adapters = {"untrained": "none", "TRL": f"{place}/trl", "loratune": f"{place}/loratune/adapter"}
-        score = {name: printed(SCORE, arguments.model, unseen, adapter)["nll"] for name, adapter in adapters.items()}
-    print("| | tokens/s | resident peak | first step after | nll on unseen rows |\n|---|---|---|---|---|")
-    for name, runs in figures.items():
-        every = ", ".join(f"{one['tokens'] / one['seconds']:.0f}" for one in runs)
-        peak = max(one["resident"] for one in runs) / 1e9
-        print(f"| {name} | {every} | {peak:.1f} GB | {runs[-1]['first_step']:.0f} s | {score[name]:.4f} |")
-    print(f"\nuntrained: {score['untrained']:.4f}")
+        score = {name: score_unseen(arguments.model, unseen, adapter) for name, adapter in adapters.items()}
+    batch_tokens = round(runs["loratune"][0]["tokens"] / arguments.epochs / arguments.rows * arguments.batch)
+    rate = printed_figures(HERE / "product_rate.py", arguments.model, batch_tokens)["tokens_per_second"]
+    figures = {"runs": runs, "nll": score, "products_tokens_per_second": rate, "batch_tokens": batch_tokens}
+    print_table(figures)
     if arguments.json:
-        arguments.json.write_text(json.dumps({"runs": figures, "nll": score}, indent=2))
+        arguments.json.write_text(json.dumps(figures, indent=2))
+    if arguments.plot:
+        plot_training(figures, arguments.plot)
 
 
-def train_with_trl(arguments: argparse.Namespace, train: Path, place: Path) -> dict[str, float]:
-    """Tokens without padding, seconds of train(), seconds until the first step is done, resident bytes."""
-    return printed(
-        TRL, arguments.model, train, place, arguments.batch, arguments.epochs, arguments.max_length
-    )  # fmt: skip
+def train_with_trl(arguments: argparse.Namespace, train: Path, place: Path) -> dict[str, Any]:
+    """Tokens without padding, seconds of train(), seconds until the first step is done, losses, resident bytes."""
+    settings = (arguments.batch, arguments.epochs, arguments.max_length, arguments.quantization)
+    return printed_figures(HERE / "plain_trl.py", arguments.model, train, place, *settings)
 
 
-def train_with_loratune(arguments: argparse.Namespace, train: Path, place: Path) -> dict[str, float]:
-    """The same of a run of loratune."""
+def train_with_loratune(arguments: argparse.Namespace, train: Path, place: Path) -> dict[str, Any]:
+    """The same of a run of loratune, and the stages of its start."""
     flags = {
-        "model.base": arguments.model, "data.train": train, "data.validation": 0, "lora.dropout": 0,
-        "training.batch_size": arguments.batch, "training.gradient_accumulation": 1, "training.warmup": 0,
-        "training.epochs": arguments.epochs, "training.max_length": arguments.max_length,
-        "training.learning_rate": 2e-4, "data.too_long": "truncate_answer", "output": place,
+        "model.base": arguments.model, "model.quantization": arguments.quantization,
+        "data.train": train, "data.validation": 0, "data.too_long": "truncate_answer",
+        "lora.dropout": 0, "training.batch_size": arguments.batch, "training.gradient_accumulation": 1,
+        "training.warmup": 0, "training.epochs": arguments.epochs, "training.max_length": arguments.max_length,
+        "training.learning_rate": 2e-4, "output": place,
     }  # fmt: skip
     command = [sys.executable, "-m", "loratune", "sft", "--overwrite"]
     for name, value in flags.items():
         command += [f"--{name}", str(value)]
-    wall, resident, _ = measure(command)
+    _, resident, _ = measure(command)
     report = json.loads((place / "report.json").read_text())
     lines = [json.loads(line) for line in (place / "metrics.jsonl").read_text().splitlines()]
-    in_steps = lines[-1]["seconds"]
     return {
         "tokens": report["tokens"],
-        "seconds": in_steps,
-        "first_step": wall - in_steps + lines[0]["seconds"],
+        "seconds": lines[-1]["seconds"],
+        "first_step": sum(report["start_up_seconds"].values()),
+        "start_up": report["start_up_seconds"],
+        "losses": [line["loss"] for line in lines if "loss" in line],
         "resident": resident,
     }
 
 
-def printed(code: str, *settings: object) -> dict[str, float]:
-    """Figures that a program prints, and the resident memory that it took."""
-    with tempfile.TemporaryDirectory() as place:
-        log = Path(place) / "output"
-        _, resident, _ = measure([sys.executable, "-c", code, *map(str, settings)], log)
-        line = next(line for line in log.read_text().splitlines() if line.startswith("FIGURES"))
-    found: dict[str, float] = json.loads(line.removeprefix("FIGURES"))
-    return found | {"resident": resident}
+def score_unseen(model: Path, rows: Path, adapter: str) -> float:
+    """Nats per answer token, by a program that knows nothing of loratune."""
+    return float(printed_figures(HERE / "unseen_loss.py", model, rows, adapter)["nll"])
+
+
+def print_table(figures: dict[str, Any]) -> None:
+    """Speed of every run, the largest memory, the last run's start."""
+    print("| | tokens/s | resident peak | first step after | nll on unseen rows |\n|---|---|---|---|---|")
+    for name, runs in figures["runs"].items():
+        every = ", ".join(f"{speed(one):.0f}" for one in runs)
+        peak = max(one["resident"] for one in runs) / 1e9
+        print(f"| {name} | {every} | {peak:.1f} GB | {runs[-1]['first_step']:.0f} s | {figures['nll'][name]:.4f} |")
+    trl, own = (median_of([speed(one) for one in figures["runs"][name]]) for name in ("TRL", "loratune"))
+    memory = [max(one["resident"] for one in figures["runs"][name]) for name in ("loratune", "TRL")]
+    rate = figures["products_tokens_per_second"]
+    stages = ", ".join(
+        f"{name} {seconds:.1f} s" for name, seconds in figures["runs"]["loratune"][-1]["start_up"].items()
+    )
+    print(f"\nuntrained: nll {figures['nll']['untrained']:.4f}")
+    print(f"{own / trl:.1f} times the tokens/s, {memory[0] / memory[1]:.0%} of the memory")
+    print(
+        f"matrix products of the frozen layers alone: {rate:.0f} tokens/s; "
+        f"reached {own / rate:.0%} of it (TRL {trl / rate:.0%})"
+    )
+    print(f"start of loratune: {stages}")
+
+
+def speed(one: dict[str, Any]) -> float:
+    """Tokens without padding a second, over all steps."""
+    return float(one["tokens"] / one["seconds"])
+
+
+def median_of(values: list[float]) -> float:
+    """The middle one."""
+    return sorted(values)[len(values) // 2]
