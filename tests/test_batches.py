@@ -12,7 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.utils.data import DataLoader
 
-from loratune.data.batches import LengthSortedBatches, PackedRows, collate_packed, collate_padded
+from loratune.data.batches import LengthSortedBatches, PackedRows, collate_packed, collate_padded, round_length
+from loratune.data.encoding import IGNORED
 from loratune.data.packing import pack
 
 IDS = [[1, 2, 3], [4], [5, 6, 7, 8, 9], [10, 11]]
@@ -42,6 +43,7 @@ def test_one_packed_row_is_a_batch_with_its_borders() -> None:
         "cu_seq_lens_k": [0, 5, 8],
         "max_length_q": 5,
         "max_length_k": 5,
+        "filling": 0,
     }
     assert all(batch[name].dtype == torch.int64 for name in ("input_ids", "labels", "position_ids"))
     assert all(batch[f"cu_seq_lens_{side}"].dtype == torch.int32 for side in "qk")
@@ -63,9 +65,21 @@ def test_every_sequence_of_a_packed_data_set_is_found_between_borders(lengths: l
     found = []
     for batch in DataLoader(rows, batch_size=2, collate_fn=collate_packed):
         borders = batch["cu_seq_lens_q"].tolist()
+        if batch["filling"]:
+            *borders, end = borders
+            assert batch["filling"] == end - borders[-1]
+            assert (batch["labels"][0, borders[-1] :] == IGNORED).all()
+        assert batch["filling"] <= borders[-1] / 32
         found += [batch["input_ids"][0, start:end].tolist() for start, end in pairwise(borders)]
         assert batch["max_length_q"] == max(batch["cu_seq_lens_q"].diff().tolist())
     assert sorted(found) == sequences
+
+
+def test_batches_have_few_lengths_little_longer_than_asked() -> None:
+    for tokens in range(1, 5000):
+        assert tokens <= round_length(tokens) <= tokens * 33 / 32
+    assert len({round_length(tokens) for tokens in range(1024, 2048)}) == 33
+    assert [round_length(tokens) for tokens in (1, 63, 64, 65, 1000, 1024, 1025)] == [1, 63, 64, 66, 1008, 1024, 1056]
 
 
 def test_a_padded_batch_is_filled_up_on_the_right() -> None:

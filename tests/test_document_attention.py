@@ -70,7 +70,9 @@ def batch_of(documents: list[list[int]]) -> dict[str, Any]:
         "labels": [label for ids in documents for label in [-100, *ids[1:]]],
         "lengths": [len(ids) for ids in documents],
     }
-    return collate_packed([item])
+    batch = collate_packed([item])
+    del batch["filling"]
+    return batch
 
 
 def gradients(model: Any) -> dict[str, torch.Tensor]:
@@ -86,7 +88,7 @@ def test_logits_of_a_packed_document_are_those_of_the_document_alone(models: Any
     documents = documents_of(lengths)
     batch = batch_of(documents)
     del batch["labels"]
-    packed = model(**batch).logits[0].split(lengths)
+    packed = model(**batch).logits[0, : sum(lengths)].split(lengths)
     for ids, logits in zip(documents, packed, strict=True):
         torch.testing.assert_close(logits, reference(torch.tensor([ids])).logits[0], atol=1e-5, rtol=1e-5)
 
@@ -223,6 +225,21 @@ def test_documents_in_bfloat16_are_those_alone_within_its_precision(models: Any)
     batch = batch_of(documents)
     del batch["labels"]
     exact = reference.float()
-    for ids, logits in zip(documents, model(**batch).logits[0].split([150, 40]), strict=True):
+    for ids, logits in zip(documents, model(**batch).logits[0, :190].split([150, 40]), strict=True):
         expected = exact(torch.tensor([ids])).logits[0]
         assert (logits.float() - expected).norm() < 0.05 * expected.norm()
+
+
+def test_documents_of_all_lengths_make_products_of_few_shapes(monkeypatch: pytest.MonkeyPatch) -> None:
+    shapes = set()
+    softmax = torch.nn.functional.softmax
+
+    def noted(scores: torch.Tensor, dim: int) -> torch.Tensor:
+        shapes.add(tuple(scores.shape))
+        return softmax(scores, dim=dim)
+
+    monkeypatch.setattr(document_attention.functional, "softmax", noted)
+    for length in range(1, 257):
+        tensors = (torch.randn(1, heads, length, 8) for heads in (4, 2, 2))
+        assert document_attention._attend_by_products(*tensors, None).shape == (1, length, 4, 8)
+    assert len(shapes) == 256 // document_attention.LENGTH_UNIT

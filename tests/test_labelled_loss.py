@@ -93,3 +93,21 @@ def test_a_model_returns_the_losses_of_its_labelled_positions_and_is_else_as_bef
         wanted = wanted[labels[row, 1:] != IGNORED]
         torch.testing.assert_close(out.losses[out.rows == row], wanted)
     torch.testing.assert_close(out.loss_sum, out.losses.sum())
+
+
+def test_batches_of_all_sizes_make_products_of_few_shapes(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = set()
+    made = labelled_loss._losses_then_gradients
+
+    def noted(logits: torch.Tensor, *others: Any) -> torch.Tensor:
+        seen.add(len(logits))
+        return made(logits, *others)
+
+    monkeypatch.setattr(labelled_loss, "_losses_then_gradients", noted)
+    monkeypatch.setattr(labelled_loss, "CHUNK_BYTES", 4 * 11 * 100)
+    head = torch.nn.Linear(6, 11, bias=False).requires_grad_(False)
+    for positions in range(1, 300):
+        assert summed_loss(torch.randn(positions, 6), torch.zeros(positions, dtype=torch.int64), head)[1].shape == (
+            positions,
+        )
+    assert seen == {32, 64, 96}

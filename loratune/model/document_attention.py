@@ -17,6 +17,8 @@ DOCUMENT_ATTENTION = "documents"
 LONGEST_BY_PRODUCTS = 1024
 """Longer documents go to torch's kernel, which keeps no probabilities for the backward pass."""
 QUERY_BLOCK = 128
+LENGTH_UNIT = 32
+"""Products are made for multiples of so many tokens, because oneDNN compiles each shape of them and keeps it."""
 OTHER_TERMS = ("softcap", "position_bias", "s_aux")
 """What some models add to the scores; no document is cut out of these."""
 
@@ -174,6 +176,9 @@ def _attend_by_products(
     Queries go in blocks, each with the keys up to its own end, so that half of the products are left out. Those that
     share a key head are rows of one matrix, so that no key is repeated.
     """
+    own_length = query.shape[2]
+    missing = -own_length % LENGTH_UNIT  # as last keys, which no earlier query sees
+    query, key, value = (functional.pad(tensor, (0, 0, 0, missing)) for tensor in (query, key, value))
     _, heads, length, size = query.shape
     keys, values = key[0].transpose(1, 2), value[0]
     groups = heads // len(values)
@@ -185,7 +190,7 @@ def _attend_by_products(
         scores = torch.baddbmm(bias, block.reshape(len(values), -1, size), keys[..., :end], alpha=alpha)
         mixed = torch.bmm(functional.softmax(scores, dim=-1), values[:, :end])
         outputs.append(mixed.view(1, heads, -1, size).transpose(1, 2))
-    return torch.cat(outputs, dim=1)
+    return torch.cat(outputs, dim=1)[:, :own_length]
 
 
 def _causal_bias(block: torch.Tensor, end: int) -> torch.Tensor:

@@ -45,7 +45,8 @@ def measure_activations(model: Any, tokens: int, longest: int, hardware: Hardwar
     """
     length = min(longest, SAMPLE_TOKENS)
     batch = collate_packed([{"input_ids": [0] * length, "labels": [0] * length, "lengths": [length]}])
-    del batch["labels"]
+    for unused in ("labels", "filling"):
+        del batch[unused]
     decoder = model.get_base_model().model
     seen = {tensor.untyped_storage().data_ptr() for tensor in (*model.parameters(), *model.buffers())}
     kept_bytes = 0

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch.nn.functional import pad
 from torch.utils.checkpoint import checkpoint
 from transformers.utils import ModelOutput
 
@@ -21,6 +22,8 @@ CHUNK_BYTES = 1 << 27
 BLOCK_LOGITS = {"cpu": 1 << 22}
 """Of a chunk, in float32 at a time: 16 MB, which caches hold."""
 BLOCK_LOGITS_ELSEWHERE = 1 << 25
+POSITIONS_UNIT = 32
+"""Chunks have multiples of so many positions, because oneDNN compiles each shape of products and keeps it."""
 
 
 @dataclass
@@ -75,7 +78,7 @@ def summed_loss(hidden: torch.Tensor, targets: torch.Tensor, head: Any) -> tuple
         return total, losses
     if not len(targets):
         return hidden.float().sum(), hidden.new_zeros(0, dtype=torch.float32)
-    chunks = _parts(len(targets), CHUNK_BYTES // hidden.element_size() // head.weight.shape[0])
+    chunks = _parts(len(targets), _chunk_positions(hidden, head.weight))
     parts = [checkpoint(_losses, hidden[chunk], targets[chunk], head, use_reentrant=False) for chunk in chunks]
     losses = torch.cat(parts)
     return losses.sum(), losses.detach()
@@ -83,6 +86,11 @@ def summed_loss(hidden: torch.Tensor, targets: torch.Tensor, head: Any) -> tuple
 
 def _losses(hidden: torch.Tensor, targets: torch.Tensor, head: Any) -> torch.Tensor:
     return torch.nn.functional.cross_entropy(head(hidden).float(), targets, reduction="none")
+
+
+def _chunk_positions(hidden: torch.Tensor, weight: torch.Tensor) -> int:
+    fitting: int = CHUNK_BYTES // hidden.element_size() // len(weight)
+    return max(fitting // POSITIONS_UNIT * POSITIONS_UNIT, POSITIONS_UNIT)
 
 
 def _parts(positions: int, size: int) -> Iterator[slice]:
@@ -111,16 +119,20 @@ class _FrozenHeadLoss(torch.autograd.Function):
     def forward(
         ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
+        positions = len(targets)
+        missing = -positions % POSITIONS_UNIT
+        hidden, targets = pad(hidden, (0, 0, 0, missing)), pad(targets, (0, missing))
         losses = hidden.new_empty(len(targets), dtype=torch.float32)
         # float16 would lose small gradients before a scaler can enlarge them.
         kind = torch.float32 if hidden.dtype == torch.float16 else hidden.dtype
         gradient = torch.empty_like(hidden, dtype=kind) if ctx.needs_input_grad[0] else None
-        for chunk in _parts(len(targets), CHUNK_BYTES // hidden.element_size() // weight.shape[0]):
+        for chunk in _parts(len(targets), _chunk_positions(hidden, weight)):
             logits = hidden[chunk] @ weight.T
             losses[chunk] = _losses_then_gradients(logits, targets[chunk], gradient is not None)
             if gradient is not None:
                 gradient[chunk] = logits @ weight
-        ctx.gradient, ctx.kind = gradient, hidden.dtype
+        ctx.gradient, ctx.kind = None if gradient is None else gradient[:positions], hidden.dtype
+        losses = losses[:positions].clone()
         ctx.mark_non_differentiable(losses)
         return losses.sum(), losses
 

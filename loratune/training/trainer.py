@@ -67,16 +67,18 @@ class AdapterTrainer(SFTTrainer):
             return_outputs: never asked for here.
             num_items_in_batch: labelled tokens of the step, over all processes.
         """
+        filling = inputs.pop("filling", 0)
         outputs = model(**inputs, summed_loss=True)
         tokens = len(outputs.losses) if num_items_in_batch is None else num_items_in_batch
-        self._count_tokens(inputs)
+        self._count_tokens(inputs, filling)
         # DDP averages gradients over the processes, while the tokens are those of all.
         return outputs.loss_sum * self.accelerator.num_processes / max(int(tokens), 1)
 
-    def _count_tokens(self, inputs: dict[str, Any]) -> None:
+    def _count_tokens(self, inputs: dict[str, Any], filling: int) -> None:
         """Add to the tokens trained so far those that are no padding."""
         mask = inputs.get("attention_mask")
-        tokens = inputs["input_ids"].new_tensor([inputs["input_ids"].numel() if mask is None else int(mask.sum())])
+        own = inputs["input_ids"].numel() - filling if mask is None else int(mask.sum())
+        tokens = inputs["input_ids"].new_tensor([own])
         self._total_train_tokens += int(self.accelerator.gather(tokens).sum())
         self._metrics["train"]["num_tokens"] = [self._total_train_tokens]
 
@@ -107,6 +109,7 @@ class AdapterTrainer(SFTTrainer):
         loss, tokens = 0.0, 0
         for batch in batches:
             inputs = self._prepare_inputs(batch)
+            inputs.pop("filling", None)
             with torch.no_grad(), self.compute_loss_context_manager():
                 outputs = self.model(**inputs, summed_loss=True)
             count = len(inputs["input_ids"])
