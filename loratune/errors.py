@@ -23,6 +23,19 @@ class LoratuneError(Exception):
         self.exit_code = exit_code
 
 
+class Interrupted(KeyboardInterrupt):
+    """A signal has ended the command.
+
+    Args:
+        signal_number: that came.
+        message: where things stand, and how to go on.
+    """
+
+    def __init__(self, signal_number: int, message: str = "interrupted") -> None:
+        super().__init__(message)
+        self.signal_number = signal_number
+
+
 def counted(count: int, noun: str) -> str:
     """A number with its noun: 1 row, 2,000 rows."""
     return f"{count:,} {noun}{'' if count == 1 else 's'}"

@@ -20,7 +20,7 @@ from loratune.errors import Exit, LoratuneError
 from loratune.recipe.data_sections import DataSettings
 from loratune.recipe.sections import ModelSettings, PromptSettings, Recipe
 from loratune.runs.card import base_name, hub_id, write_card
-from loratune.runs.folder import create_run, seal_run
+from loratune.runs.folder import begin_run, seal_run
 from loratune.runs.opening import open_adapter
 from loratune.runs.tokenizer_files import TOKENIZER_FILES, copy_tokenizer_files
 
@@ -49,7 +49,7 @@ def make_run(random_qwen: Path, tmp_path: Path) -> Callable[..., Path]:
         data = DataSettings(train=[f"{tmp_path}/rows.json#5"])
         sections = {"model": ModelSettings(base=str(random_qwen)), "data": data, "output": str(run), **sections}
         recipe = Recipe(**sections)
-        create_run(run, recipe, {"base": {"name": recipe.model.base, "path": str(random_qwen)}})
+        begin_run(run, recipe, {"base": {"name": recipe.model.base, "path": str(random_qwen)}})
         for folder in (run / "adapter", run / "checkpoints" / "step-000002"):
             write_peft(random_qwen, folder)
         copy_tokenizer_files(random_qwen, run / "adapter")

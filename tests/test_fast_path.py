@@ -15,6 +15,7 @@ from transformers import TrainerCallback
 from loratune.data.encoding import IGNORED
 from loratune.recipe.loading import load_recipe
 from loratune.training import session as training_session
+from loratune.training.stops import Stops
 
 # Rows of many lengths, so that packing has something to do.
 ROWS = [{"instruction": f"How much is {n}?", "output": "It is so. " * (1 + n * n % 7)} for n in range(11)]
@@ -73,7 +74,7 @@ def train(model: Path, folder: Path, **flags: Any) -> tuple[Comparison, Any]:
         "training.learning_rate": "5e-3", "training.max_gradient_norm": "0", "output": str(folder / "run"),
     }  # fmt: skip
     recipe = load_recipe(None, settings | flags)
-    session = training_session._gather(recipe, folder / "run")
+    session = training_session._load(training_session._prepare(recipe, folder / "run", Stops()))
     torch.manual_seed(1)
     for name, value in session.model.named_parameters():
         if "lora_B" in name:  # zero at first, which would hide wrong gradients of A
@@ -81,7 +82,7 @@ def train(model: Path, folder: Path, **flags: Any) -> tuple[Comparison, Any]:
     reference = copy.deepcopy(session.model)
     give_back_forwards(reference)
     reference.base_model.model.set_attn_implementation("eager")
-    trainer, *_ = training_session._build_trainer(session)
+    trainer, *_ = training_session._build_trainer(session, {})
     comparison = Comparison(trainer, reference)
     trainer.add_callback(comparison)
     (folder / "run").mkdir(exist_ok=True)

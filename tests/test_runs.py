@@ -15,7 +15,7 @@ from loratune.recipe.data_sections import DataSettings
 from loratune.recipe.loading import load_recipe
 from loratune.recipe.sections import ModelSettings, Recipe
 from loratune.runs.fingerprint import fingerprint_base
-from loratune.runs.folder import create_run, prepare_output, seal_run, set_status
+from loratune.runs.folder import begin_run, prepare_output, seal_run, set_status
 from loratune.runs.opening import open_adapter
 from loratune.writing import folder_in_one_step, write_json, write_text
 
@@ -26,7 +26,7 @@ RECIPE = Recipe(model=ModelSettings(base="x"), data=DataSettings(train=["a.json"
 def run(tmp_path: Path) -> Path:
     """A finished run folder with a made-up adapter."""
     output = tmp_path / "run"
-    create_run(output, RECIPE, {"base": {"name": "x"}})
+    begin_run(output, RECIPE, {"base": {"name": "x"}})
     with folder_in_one_step(output / "adapter") as folder:
         (folder / "adapter_config.json").write_text("{}")
     seal_run(output)
@@ -93,7 +93,7 @@ def test_an_earlier_run_is_replaced_only_when_asked(run: Path) -> None:
     with pytest.raises(LoratuneError, match="--overwrite"):
         prepare_output(run, overwrite=False)
     prepare_output(run, overwrite=True)
-    create_run(run, RECIPE, {})
+    begin_run(run, RECIPE, {})
     assert not (run / "adapter").exists()
 
 
@@ -107,7 +107,7 @@ def test_a_folder_with_somebody_else_s_status_file_is_never_touched(tmp_path: Pa
 def test_replacing_a_run_leaves_what_a_user_has_put_beside_it(run: Path) -> None:
     (run / "notes.txt").write_text("mine")
     prepare_output(run, overwrite=True)
-    create_run(run, RECIPE, {})
+    begin_run(run, RECIPE, {})
     assert (run / "notes.txt").read_text() == "mine"
     assert {path.name for path in run.iterdir()} == {"notes.txt", "recipe.yaml", "manifest.json", "status.json"}
 
@@ -129,7 +129,7 @@ def test_checking_an_output_leaves_nothing_behind(tmp_path: Path) -> None:
 def test_names_with_spaces_and_chinese_work(tmp_path: Path) -> None:
     output = tmp_path / "my run 小李"
     prepare_output(output, overwrite=False)
-    create_run(output, RECIPE, {})
+    begin_run(output, RECIPE, {})
     assert (output / "recipe.yaml").is_file()
 
 

@@ -30,13 +30,13 @@ from loratune.recipe.sections import PromptSettings
 from loratune.runs.tokenizer_files import copy_tokenizer_files
 
 RUN_FILES = {
-    "recipe.yaml", "manifest.json", "status.json", "metrics.jsonl", "probe.json", "report.json", "loss.png",
+    ".lock", "recipe.yaml", "manifest.json", "status.json", "metrics.jsonl", "probe.json", "report.json", "loss.png",
     "adapter/README.md", "adapter/adapter_config.json", "adapter/adapter_model.safetensors",
     "adapter/tokenizer.json", "adapter/tokenizer_config.json", "adapter/chat_template.jinja",
 }  # fmt: skip
 CHECKPOINT_FILES = {
     "README.md", "adapter_config.json", "adapter_model.safetensors", "optimizer.pt", "rng_state.pth", "scheduler.pt",
-    "trainer_state.json",
+    "trainer_state.json", "checkpoint.json",
 } - {"README.md"}  # fmt: skip
 
 

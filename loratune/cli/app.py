@@ -27,11 +27,13 @@ COMMANDS = {
     "merge": "Merge an adapter into its base, and prove the result.",
     "export": "Write an adapter or a merged model for another program, and prove it.",
     "infer": "Chat with a trained adapter, or print one answer.",
+    "runs": "See how runs stand.",
 }
 DATA_COMMANDS = {
     "check": "Check the rows of a recipe, as sft does first; exit code 3 when it would refuse them.",
     "preview": "Show the text of some rows and which of their tokens are trained.",
 }
+RUNS_COMMANDS = {"show": "Show how a run stands: state, losses, checkpoints, and what to type next."}
 
 
 class CommandGroup(TyperGroup):
@@ -70,6 +72,16 @@ class DataGroup(CommandGroup):
     prefix = "data_"
 
 
+class RunsGroup(CommandGroup):
+    """`loratune runs …`."""
+
+    table = RUNS_COMMANDS
+    prefix = "runs_"
+
+
+GROUPS = {"data": DataGroup, "runs": RunsGroup}
+
+
 class Group(CommandGroup):
     """Runs one subcommand; what the user can fix is one message, bugs keep their traceback."""
 
@@ -77,12 +89,14 @@ class Group(CommandGroup):
 
     def get_command(self, ctx: Any, cmd_name: str) -> Any:
         """Import a subcommand or make a group of them; None for an unknown name."""
-        if cmd_name != "data":
+        if cmd_name not in GROUPS:
             return super().get_command(ctx, cmd_name)
-        group = typer.Typer(cls=DataGroup, no_args_is_help=True, add_completion=False, context_settings=_HELP_NAMES)
-        group.callback(help=COMMANDS["data"])(lambda: None)
+        group = typer.Typer(
+            cls=GROUPS[cmd_name], no_args_is_help=True, add_completion=False, context_settings=_HELP_NAMES
+        )
+        group.callback(help=COMMANDS[cmd_name])(lambda: None)
         made = typer.main.get_command(group)
-        made.name = "data"
+        made.name = cmd_name
         return made
 
     def parse_args(self, ctx: Any, args: list[str]) -> Any:
@@ -105,8 +119,8 @@ class Group(CommandGroup):
             console.error(str(error))
             raise typer.Exit(int(error.exit_code)) from error
         except KeyboardInterrupt as error:
-            console.error("interrupted")
-            raise typer.Exit(128 + signal.SIGINT) from error
+            console.error(str(error) or "interrupted")
+            raise typer.Exit(128 + getattr(error, "signal_number", signal.SIGINT)) from error
 
 
 app = typer.Typer(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, ClassVar
 
 from typer.core import TyperCommand
 
@@ -12,6 +12,19 @@ from loratune import console
 
 class Command(TyperCommand):
     """A subcommand whose help is a page of loratune's own; Typer's table cuts long option names off."""
+
+    implied: ClassVar[dict[str, str]] = {"--resume": "newest"}
+    """What an option means that is given without a value."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> Any:
+        """Give such options their value."""
+        known = {name for parameter in self.params for name in parameter.opts}
+        filled: list[str] = []
+        for argument, after in zip(args, [*args[1:], "-"], strict=False):
+            filled.append(argument)
+            if argument in self.implied and argument in known and after.startswith("-"):
+                filled.append(self.implied[argument])
+        return super().parse_args(ctx, filled)
 
     def format_help(self, ctx: Any, formatter: Any) -> None:
         """Print the page."""

@@ -9,6 +9,7 @@ import typer
 from loratune import console
 from loratune.cli.flags import Config
 from loratune.cli.options import recipe_options
+from loratune.errors import Exit, LoratuneError
 from loratune.recipe.loading import dump_recipe, load_recipe, shipped_recipes
 
 DETAILS = """\
@@ -19,6 +20,21 @@ default. Shipped recipes: """ + ", ".join(path.stem for path in shipped_recipes(
 @recipe_options
 def command(
     config: Config = None,
+    resume: Annotated[
+        str | None,
+        typer.Option(
+            "--resume",
+            metavar="[auto|step]",
+            help="Go on with the run in the output folder, from its newest checkpoint or the one named; auto starts it "
+            "if there is none yet.",
+        ),
+    ] = None,
+    strict_resume: Annotated[
+        bool, typer.Option("--strict-resume", help="Don't go back behind a damaged checkpoint.")
+    ] = False,
+    allow_changes: Annotated[
+        bool, typer.Option("--allow-changes", help="Resume although settings or data have changed.")
+    ] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier run in the same folder.")] = False,
     show: Annotated[bool, typer.Option("--show", help="Print the resolved recipe and stop.")] = False,
     json: Annotated[bool, typer.Option("--json", help="Print the report as JSON to stdout.")] = False,
@@ -30,10 +46,15 @@ def command(
     if show:
         console.write_result(dump_recipe(recipe), end="")
         return
+    if resume is None and (strict_resume or allow_changes):
+        raise LoratuneError("--strict-resume and --allow-changes need --resume", Exit.USAGE)
+    if resume is not None and overwrite:
+        raise LoratuneError("--resume goes on with a run, --overwrite replaces it; give one of them", Exit.USAGE)
     with console.status("starting"):
         from loratune.training.report import show_report
+        from loratune.training.resuming import Resume
         from loratune.training.session import train
-    report = train(recipe, overwrite)
+    report = train(recipe, overwrite, Resume(resume, strict_resume, allow_changes) if resume is not None else None)
     if report:
         show_report(report)
     if json:

@@ -28,7 +28,10 @@ from loratune.writing import write_json, write_text
 FORMAT_VERSION = 1
 RECIPE, MANIFEST, STATUS, REPORT = "recipe.yaml", "manifest.json", "status.json", "report.json"
 ADAPTER, CHECKPOINTS, METRICS, PLOT, PROBE = "adapter", "checkpoints", "metrics.jsonl", "loss.png", "probe.json"
+LOCK, LOCK_OWNER = ".lock", ".lock-owner.json"
 TRACKER_LOGS = "runs"  # transformers' place for tensorboard's files
+RESUMED = (CHECKPOINTS, METRICS, TRACKER_LOGS, ADAPTER, MANIFEST)
+"""What a run that goes on begins with; an adapter of before is replaced only at the end."""
 CONTENTS = (RECIPE, MANIFEST, STATUS, REPORT, ADAPTER, CHECKPOINTS, METRICS, PLOT, PROBE, TRACKER_LOGS)
 PROGRAM = "loratune"
 VERIFICATION = "verification.json"  # of a merged or exported folder
@@ -50,7 +53,7 @@ def prepare_output(output: Path, overwrite: bool, kind: str = "run", marker: str
         raise LoratuneError(
             f"{output} cannot be replaced in one step; choose a folder inside it with --output", Exit.USAGE
         )
-    if output.is_dir() and any(output.iterdir()):
+    if output.is_dir() and any(path.name not in (LOCK, LOCK_OWNER) for path in output.iterdir()):
         if not _is_ours(output / marker, kind):
             raise LoratuneError(
                 f"{output} holds something that is not a {kind}; choose another folder with --output", Exit.USAGE
@@ -85,10 +88,20 @@ def _check_writable(output: Path) -> None:
         raise LoratuneError(f"{output}: cannot write to {existing}: {error.strerror}", Exit.IO) from error
 
 
-def create_run(output: Path, recipe: Recipe, manifest: dict[str, Any]) -> None:
-    """Start a run folder; of an earlier run there, what a run consists of is removed, and nothing else."""
+def begin_run(
+    output: Path, recipe: Recipe, manifest: dict[str, Any], keep: bool = False, steps: int | None = None
+) -> None:
+    """Start a run folder; of an earlier run there, what a run consists of is removed, and nothing else.
+
+    Args:
+        output: the folder.
+        recipe: the run's.
+        manifest: what later commands need to know.
+        keep: leave what has been trained, because it goes on from there.
+        steps: that it will make.
+    """
     try:
-        for place in [output / name for name in CONTENTS]:
+        for place in [output / name for name in CONTENTS if not (keep and name in RESUMED)]:
             if place.is_dir() and not place.is_symlink():
                 shutil.rmtree(place)
             else:
@@ -96,9 +109,13 @@ def create_run(output: Path, recipe: Recipe, manifest: dict[str, Any]) -> None:
         output.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise LoratuneError(f"{output}: cannot be made: {error.strerror}", Exit.IO) from error
-    set_status(output, "running")
+    set_status(output, "running", **({"steps": steps} if steps else {}))
     write_text(output / RECIPE, dump_recipe(recipe))
-    write_json(output / MANIFEST, {"format_version": FORMAT_VERSION, "created": _now(), **manifest})
+    known = read_json(output / MANIFEST) if (output / MANIFEST).is_file() else {}
+    values = {"format_version": FORMAT_VERSION, "created": known.get("created", _now()), **manifest}
+    files = known.get("files", {})
+    files.pop(RECIPE, None)
+    write_json(output / MANIFEST, values | ({"files": files} if files else {}))
 
 
 def set_status(output: Path, state: str, **details: Any) -> None:

@@ -15,6 +15,7 @@ from loratune.errors import Exit, LoratuneError
 from loratune.model.hardware import Hardware
 from loratune.model.memory import peak_memory_bytes
 from loratune.runs.folder import METRICS
+from loratune.writing import write_text
 
 
 class Metrics(TrainerCallback):
@@ -29,8 +30,39 @@ class Metrics(TrainerCallback):
         self.path = run / METRICS
         self.records: list[dict[str, float]] = []
         self._start = 0.0
+        self._elapsed = 0.0  # before this process
         self._last = (0.0, 0.0)  # seconds and tokens at the record before
         self._validating_seconds = 0.0
+
+    def restore(self, step: int, progress: dict[str, float]) -> None:
+        """Go on after a step: later records are dropped, as is a line that a crash has cut off.
+
+        Args:
+            step: of the checkpoint.
+            progress: as it was then.
+        """
+        lines = self.path.read_text(encoding="utf-8").splitlines() if self.path.is_file() else []
+        self.records = [record for record in map(_record_or_none, lines) if record and record["step"] <= step]
+        if console.IS_SPEAKER:
+            write_text(self.path, "".join(json.dumps(record) + "\n" for record in self.records))
+        self._elapsed = progress["seconds"]
+        self._last = (progress["training_seconds"], progress["tokens"])
+        self._validating_seconds = progress["validating_seconds"]
+
+    @property
+    def progress(self) -> dict[str, float]:
+        """What a resumed run has to know."""
+        return {
+            "seconds": self.seconds,
+            "training_seconds": self._last[0],
+            "validating_seconds": self._validating_seconds,
+            "tokens": self._last[1],
+        }
+
+    @property
+    def seconds(self) -> float:
+        """Since the start, without the time between interruption and resumption."""
+        return self._elapsed + time.perf_counter() - self._start
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Start the clock."""
@@ -42,7 +74,7 @@ class Metrics(TrainerCallback):
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float], **_: Any) -> None:
         """Turn the trainer's log into a record."""
-        seconds = time.perf_counter() - self._start
+        seconds = self.seconds
         record: dict[str, float] = {"step": state.global_step, "epoch": round(state.epoch or 0, 4)}
         if "eval_loss" in logs:
             self._validating_seconds += logs["eval_runtime"]
@@ -76,6 +108,14 @@ class Metrics(TrainerCallback):
     def of(self, name: str) -> list[tuple[int, float]]:
         """(step, value) of every record that has `name`."""
         return [(int(record["step"]), record[name]) for record in self.records if name in record]
+
+
+def _record_or_none(line: str) -> dict[str, float] | None:
+    try:
+        record = json.loads(line)
+    except ValueError:
+        return None
+    return record if isinstance(record, dict) and "step" in record else None
 
 
 class Progress(TrainerCallback):

@@ -9,19 +9,8 @@ from typing import Any
 from transformers import TrainerCallback
 
 from loratune.recipe.sections import CheckpointSettings, EvaluationSettings
+from loratune.runs.checkpoint import checkpoint_steps, open_checkpoint, step_folder
 from loratune.runs.folder import CHECKPOINTS
-
-PREFIX = "step-"
-
-
-def step_folder(checkpoints: Path, step: int) -> Path:
-    """Folder of a step's checkpoint; the zeros make names sort by step."""
-    return checkpoints / f"{PREFIX}{step:06d}"
-
-
-def checkpoint_steps(checkpoints: Path) -> list[int]:
-    """Steps with a complete checkpoint, in order."""
-    return sorted(int(folder.name.removeprefix(PREFIX)) for folder in checkpoints.glob(f"{PREFIX}[0-9]*"))
 
 
 class CheckpointKeeper(TrainerCallback):
@@ -51,9 +40,10 @@ class CheckpointKeeper(TrainerCallback):
             control.should_training_stop = True
 
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Remove the oldest checkpoints, after the new one has its name."""
+        """Remove the oldest checkpoints, after the new one has its name and reads back as it was written."""
         if not state.is_world_process_zero:
             return
+        open_checkpoint(step_folder(self.folder, state.global_step))
         steps = checkpoint_steps(self.folder)
         keep = set(steps[-self.settings.keep :])
         if self.settings.keep_best and self.best_step is not None:
@@ -61,6 +51,23 @@ class CheckpointKeeper(TrainerCallback):
         for step in steps:
             if step not in keep:
                 shutil.rmtree(step_folder(self.folder, step))
+
+    @property
+    def progress(self) -> dict[str, Any]:
+        """What a resumed run has to know."""
+        return {
+            "best_step": self.best_step,
+            "best_loss": self.best_loss if self.best_step is not None else None,
+            "validations_since_best": self.validations_since_best,
+            "stopped_early": self.stopped_early,
+        }
+
+    def restore(self, progress: dict[str, Any]) -> None:
+        """Go on where a checkpoint was made."""
+        self.best_step = progress["best_step"]
+        self.best_loss = float("inf") if progress["best_loss"] is None else progress["best_loss"]
+        self.validations_since_best = progress["validations_since_best"]
+        self.stopped_early = progress["stopped_early"]
 
     @property
     def best_checkpoint(self) -> Path | None:

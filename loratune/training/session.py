@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from loratune import console
 from loratune.data.dataset import as_dataset
 from loratune.data.encoding import Encoder
 from loratune.data.preparation import PreparedData
-from loratune.errors import Exit, LoratuneError, counted
+from loratune.errors import Exit, Interrupted, LoratuneError, counted
 from loratune.model.adapter import AdapterSummary, attach_adapter, load_adapter_weights, save_adapter, summarise_adapter
 from loratune.model.base import dtype_name, load_base
 from loratune.model.document_attention import use_document_attention
@@ -28,28 +29,33 @@ from loratune.model.tokenizer import load_tokenizer, set_pad_token
 from loratune.recipe.advice import advise
 from loratune.recipe.sections import Recipe
 from loratune.runs.card import write_card
+from loratune.runs.checkpoint import Checkpoint, seal_checkpoint
 from loratune.runs.fingerprint import fingerprint_base
-from loratune.runs.folder import ADAPTER, create_run, prepare_output, seal_run, set_status
+from loratune.runs.folder import ADAPTER, RECIPE, REPORT, begin_run, prepare_output, read_json, seal_run, set_status
+from loratune.runs.lock import run_lock
 from loratune.runs.probe import MAX_QUESTIONS, save_probe
 from loratune.runs.tokenizer_files import copy_tokenizer_files
 from loratune.runs.versions import library_versions
-from loratune.training.activations import Activations, activations_text, measure_activations
+from loratune.training.activations import measure_activations
 from loratune.training.arguments import training_arguments
 from loratune.training.batching import Batching
 from loratune.training.callbacks import DivergenceGuard, Metrics, Progress
 from loratune.training.checkpoints import CheckpointKeeper
 from loratune.training.failures import machine_errors_explained
 from loratune.training.gate import pass_gate
+from loratune.training.overview import show_data, show_model
 from loratune.training.report import write_report
+from loratune.training.resuming import Resume, check_identity, find_start, identity_of, is_complete
 from loratune.training.start_up import StartUp
 from loratune.training.steps import StepPlan, plan_steps
+from loratune.training.stops import Stops
 from loratune.training.trainer import AdapterTrainer
 from loratune.writing import folder_in_one_step
 
 
 @dataclass
-class Session:
-    """Everything that a run has gathered before its first step."""
+class Prepared:
+    """What a run has gathered before its model is read."""
 
     recipe: Recipe
     output: Path
@@ -58,16 +64,23 @@ class Session:
     tokenizer: Any
     encoder: Encoder
     data: PreparedData
-    model: Any
-    """The base with the adapter on it, as PEFT makes it."""
-    summary: AdapterSummary
     plan: StepPlan
     arguments: SFTConfig
     warnings: list[str]
     start_up: StartUp
+    stops: Stops
 
 
-def train(recipe: Recipe, overwrite: bool = False) -> dict[str, Any]:
+@dataclass
+class Session(Prepared):
+    """Everything that a run has gathered before its first step."""
+
+    model: Any
+    """The base with the adapter on it, as PEFT makes it."""
+    summary: AdapterSummary
+
+
+def train(recipe: Recipe, overwrite: bool = False, resume: Resume | None = None) -> dict[str, Any]:
     """Train an adapter as the recipe says and leave a run folder.
 
     Nothing is written before data, model and settings have proved usable.
@@ -75,37 +88,67 @@ def train(recipe: Recipe, overwrite: bool = False) -> dict[str, Any]:
     Args:
         recipe: what to train.
         overwrite: replace an earlier run in the same folder.
+        resume: go on with it instead.
 
     Returns:
         The report, as in the run's report.json.
 
     Raises:
         LoratuneError: with what is wrong and what to do.
+        Interrupted: a signal has ended the run.
     """
-    output = Path(recipe.output)
-    if console.IS_SPEAKER:
-        prepare_output(output, overwrite)
-    with machine_errors_explained(recipe):
-        session = _gather(recipe, output)
-        trainer, metrics, keeper, progress = _build_trainer(session)
+    output, stops = Path(recipe.output), Stops()
+    with ExitStack() as stack:
+        stack.enter_context(stops.heeded())
+        stack.enter_context(machine_errors_explained(recipe))
         if console.IS_SPEAKER:
-            create_run(output, recipe, _manifest(session))
-            probed = session.data.validation or session.data.train
-            save_probe(output, as_dataset(probed), probed.questions(MAX_QUESTIONS))
-        trainer.accelerator.wait_for_everyone()
-        with _status_kept(output, trainer):
-            try:
-                trainer.train()
-            finally:
-                progress.close()
-            _take_best(trainer, keeper)
-            if not console.IS_SPEAKER:
-                return {}
-            return _finish(session, trainer, metrics, keeper)
+            prepare_output(output, overwrite or resume is not None)
+            stack.enter_context(run_lock(output))
+        start = find_start(output, resume) if resume else None
+        prepared = _prepare(recipe, output, stops)
+        identity = identity_of(recipe, _manifest(prepared), prepared.hardware.processes)
+        if start and resume:
+            check_identity(start, identity, resume.allow_changes)
+            if is_complete(output, start, prepared.plan.steps):
+                console.say(f"{output} is complete: step {start.step} of {prepared.plan.steps}")
+                return read_json(output / REPORT)
+        return _train(_load(prepared), identity, start)
 
 
-def _gather(recipe: Recipe, output: Path) -> Session:
-    """Find the base, read the data, load the model; cheap checks before expensive ones."""
+def _train(session: Session, identity: dict[str, Any], start: Checkpoint | None) -> dict[str, Any]:
+    """Make the steps that are left, and finish the run."""
+    output, stops = session.output, session.stops
+    trainer, metrics, keeper, progress = _build_trainer(session, identity)
+    if console.IS_SPEAKER:
+        begin_run(output, session.recipe, _manifest(session), start is not None, session.plan.steps)
+        probed = session.data.validation or session.data.train
+        save_probe(output, as_dataset(probed), probed.questions(MAX_QUESTIONS))
+    trainer.accelerator.wait_for_everyone()
+    with _status_kept(output, trainer):
+        try:
+            with stops.after_step():
+                if start:
+                    _go_on(trainer, start, metrics, keeper)
+                else:
+                    trainer.train()
+        finally:
+            progress.close()
+        stops.raise_if_any()
+        _take_best(trainer, keeper)
+        return _finish(session, trainer, metrics, keeper) if console.IS_SPEAKER else {}
+
+
+def _go_on(trainer: AdapterTrainer, start: Checkpoint, metrics: Metrics, keeper: CheckpointKeeper) -> None:
+    """Train from a checkpoint on."""
+    console.say(f"going on after step {start.step}")
+    metrics.restore(start.step, start.progress)
+    keeper.restore(start.progress)
+    trainer.args.eval_on_start = bool(start.progress["validation_is_due"])
+    trainer.resume(start.folder, start.progress["tokens"], keeper.stopped_early)
+
+
+def _prepare(recipe: Recipe, output: Path, stops: Stops) -> Prepared:
+    """Find the base and read the data: what costs little and can go wrong."""
     start_up = StartUp()
     start_up.stage_done("imports")
     transformers_logging.set_verbosity_error()
@@ -119,10 +162,18 @@ def _gather(recipe: Recipe, output: Path) -> Session:
     plan = plan_steps(recipe.training, data.train.lengths, hardware.processes)
     warnings = [*advise(recipe), *data.warnings]
     arguments = training_arguments(recipe, hardware, plan.accumulation, data.validation is not None, warnings)
-    _show_data(recipe, data)
+    show_data(recipe, data)
     start_up.stage_done("data")
+    return Prepared(
+        recipe, output, hardware, base, tokenizer, encoder, data, plan, arguments, warnings, start_up, stops
+    )  # fmt: skip
+
+
+def _load(prepared: Prepared) -> Session:
+    """Load the model and put the adapter on it."""
+    recipe, hardware = prepared.recipe, prepared.hardware
     with console.status(f"loading {recipe.model.base}"):
-        model = load_base(recipe.model, base, hardware)
+        model = load_base(recipe.model, prepared.base, hardware)
     adapted = attach_adapter(model, recipe.lora, recipe.model.base, recipe.seed)
     use_fused_lora(adapted)
     use_fused_elementwise(model)
@@ -131,40 +182,36 @@ def _gather(recipe: Recipe, output: Path) -> Session:
     summary = summarise_adapter(adapted)
     activations = None
     if recipe.training.gradient_checkpointing is None:
-        activations = measure_activations(adapted, plan.largest_batch_tokens, data.train.longest, hardware)
-        arguments.gradient_checkpointing = not activations.fit
-    _show_model(recipe, hardware, summary, dtype_name(model.dtype), activations)
-    start_up.stage_done("model")
-    return Session(
-        recipe,
-        output,
-        hardware,
-        base,
-        tokenizer,
-        encoder,
-        data,
-        adapted,
-        summary,
-        plan,
-        arguments,
-        warnings,
-        start_up,
-    )
+        tokens, longest = prepared.plan.largest_batch_tokens, prepared.data.train.longest
+        activations = measure_activations(adapted, tokens, longest, hardware)
+        prepared.arguments.gradient_checkpointing = not activations.fit
+    show_model(recipe, hardware, summary, dtype_name(model.dtype), activations)
+    prepared.start_up.stage_done("model")
+    return Session(**vars(prepared), model=adapted, summary=summary)
 
 
-def _build_trainer(session: Session) -> tuple[AdapterTrainer, Metrics, CheckpointKeeper, Progress]:
-    recipe, data = session.recipe, session.data
+def _build_trainer(
+    session: Session, identity: dict[str, Any]
+) -> tuple[AdapterTrainer, Metrics, CheckpointKeeper, Progress]:
+    recipe, data, stops = session.recipe, session.data, session.stops
     metrics = Metrics(session.output)
     progress = Progress(metrics, session.hardware)
     keeper = CheckpointKeeper(session.output, recipe.checkpoints, recipe.evaluation)
+
+    def seal(folder: Path, step: int, tokens: int) -> None:
+        stood = {**metrics.progress, **keeper.progress, "tokens": tokens, "validation_is_due": stops.validation_is_due}
+        seal_checkpoint(folder, step, identity, stood)
+
     trainer = AdapterTrainer(
         model=session.model,
         args=session.arguments,
         batching=Batching(recipe.training, recipe.evaluation.batch_size, recipe.seed, session.tokenizer.pad_token_id),
         train=data.train,
         validation=data.validation,
+        stops=stops,
+        seal=seal,
         processing_class=session.tokenizer,
-        callbacks=[session.start_up, DivergenceGuard(), metrics, progress, keeper],
+        callbacks=[session.start_up, DivergenceGuard(), metrics, progress, keeper, stops],
     )
     for warning in session.warnings:
         console.warn(warning)
@@ -192,7 +239,7 @@ def _finish(session: Session, trainer: AdapterTrainer, metrics: Metrics, keeper:
     return report
 
 
-def _manifest(session: Session) -> dict[str, Any]:
+def _manifest(session: Prepared) -> dict[str, Any]:
     """What later commands need to know of the run, and what they check."""
     encoder = session.encoder
     return {
@@ -214,45 +261,12 @@ def _status_kept(output: Path, trainer: AdapterTrainer) -> Iterator[None]:
     try:
         yield
     except BaseException as error:
+        step, steps = trainer.state.global_step, trainer.state.max_steps
         if console.IS_SPEAKER:
-            interrupted = isinstance(error, KeyboardInterrupt)
             diverged = isinstance(error, LoratuneError) and error.exit_code == Exit.DIVERGED
-            state = "interrupted" if interrupted else "diverged" if diverged else "failed"
-            set_status(output, state, step=trainer.state.global_step, steps=trainer.state.max_steps)
+            state = "interrupted" if isinstance(error, KeyboardInterrupt) else "diverged" if diverged else "failed"
+            set_status(output, state, step=step, steps=steps)
+        if isinstance(error, Interrupted):
+            go_on = f"go on with: loratune sft --config {shlex.quote(str(output / RECIPE))} --resume"
+            raise Interrupted(error.signal_number, f"interrupted after step {step} of {steps}; {go_on}") from error
         raise
-
-
-def _show_data(recipe: Recipe, data: PreparedData) -> None:
-    splits = [("training", data.train), ("validation", data.validation)]
-    rows = [
-        (
-            name,
-            f"{counted(len(split), 'row')}, {split.tokens} tokens ({split.trained_tokens / split.tokens:.0%} trained), "
-            f"longest {split.longest}",
-        )
-        for name, split in splits
-        if split is not None
-    ]
-    files = ", ".join(f"{Path(use.path).name} ({use.rows} {use.format})" for use in data.files)
-    console.table([("files", files), *rows, ("template", recipe.prompt.template)], title="data")
-
-
-def _show_model(
-    recipe: Recipe, hardware: Hardware, summary: AdapterSummary, dtype: str, activations: Activations | None
-) -> None:
-    modules = ", ".join(f"{name} × {count}" for name, count in summary.modules.items())
-    held = dtype if recipe.model.quantization == "none" else recipe.model.quantization
-    share = summary.trainable_parameters / summary.total_parameters
-    console.table(
-        [
-            ("base", f"{recipe.model.base}, {held}, {console.memory(summary.base_bytes)}"),
-            (
-                "adapter",
-                f"rank {recipe.lora.rank}, alpha {recipe.lora.alpha:g}, {console.memory(summary.adapter_bytes)}",
-            ),
-            ("trains", f"{summary.trainable_parameters:,} of {summary.total_parameters:,} parameters ({share:.2%})"),
-            ("modules", modules),
-            *([("a step", activations_text(activations))] if activations else []),
-        ],
-        title="model",
-    )

@@ -3,24 +3,25 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch.utils.data import DataLoader
-from transformers.trainer_callback import PrinterCallback
+from transformers.trainer_callback import PrinterCallback, TrainerState
 from trl import SFTTrainer
 
 from loratune.data.batches import LengthSortedBatches
 from loratune.data.dataset import as_dataset
 from loratune.data.split import Split
-from loratune.model.adapter import save_adapter
+from loratune.model.adapter import load_adapter_weights, save_adapter
+from loratune.runs.checkpoint import step_folder
 from loratune.runs.folder import CHECKPOINTS
 from loratune.training.batching import Batching
-from loratune.training.checkpoints import step_folder
 from loratune.training.labelled_loss import add_labelled_loss
+from loratune.training.stops import Stops, ValidationStopped
 from loratune.writing import folder_in_one_step, staging_place
 
 TRAINER_STATE = "trainer_state.json"
@@ -29,7 +30,25 @@ TRAINER_STATE = "trainer_state.json"
 class AdapterTrainer(SFTTrainer):
     """Trains a PEFT model on rows that already hold ids and labels."""
 
-    def __init__(self, batching: Batching, train: Split, validation: Split | None, **settings: Any) -> None:
+    def __init__(
+        self,
+        batching: Batching,
+        train: Split,
+        validation: Split | None,
+        stops: Stops,
+        seal: Callable[[Path, int, int], None],
+        **settings: Any,
+    ) -> None:
+        """Take over ready rows.
+
+        Args:
+            batching: how they come together.
+            train: to train on.
+            validation: to validate on.
+            stops: signals to be heeded in a validation.
+            seal: completes a checkpoint's folder, given that, the step, and the tokens so far.
+            settings: SFTTrainer's.
+        """
         super().__init__(
             train_dataset=as_dataset(train),
             eval_dataset=as_dataset(validation) if validation else None,
@@ -38,6 +57,7 @@ class AdapterTrainer(SFTTrainer):
         )
         self.remove_callback(PrinterCallback)
         self._batching, self._train_lengths = batching, train.lengths
+        self._stops, self._seal = stops, seal
         self.train_dataset = batching.rows(train)
         self.eval_dataset = batching.rows(validation, is_validation=True) if validation else None
         add_labelled_loss(self.model.get_base_model())
@@ -92,8 +112,11 @@ class AdapterTrainer(SFTTrainer):
         start = time.perf_counter()
         was_training = self.model.training
         self.model.eval()
-        loss, tokens = self._sum_loss(self.get_eval_dataloader(eval_dataset))
-        self.model.train(was_training)
+        try:
+            with torch.random.fork_rng():  # from which data loaders draw: validating often or seldom trains the same
+                loss, tokens = self._sum_loss(self.get_eval_dataloader(eval_dataset))
+        finally:
+            self.model.train(was_training)
         metrics = {
             f"{metric_key_prefix}_loss": loss / tokens,
             f"{metric_key_prefix}_tokens": tokens,
@@ -108,6 +131,8 @@ class AdapterTrainer(SFTTrainer):
         """Summed loss and number of labelled tokens over all batches of all processes."""
         loss, tokens = 0.0, 0
         for batch in batches:
+            if self._stops.signal is not None and self.accelerator.num_processes == 1:
+                raise ValidationStopped
             inputs = self._prepare_inputs(batch)
             inputs.pop("filling", None)
             with torch.no_grad(), self.compute_loss_context_manager():
@@ -128,8 +153,66 @@ class AdapterTrainer(SFTTrainer):
             self._save_optimizer_and_scheduler(str(folder))
             self._save_scaler(str(folder))
             self._save_rng_state(str(folder))
+            self.accelerator.wait_for_everyone()
             if self.args.should_save:
                 self.state.save_to_json(str(folder / TRAINER_STATE))
+                self._seal(folder, self.state.global_step, self._total_train_tokens)
+
+    def resume(self, checkpoint: Path, tokens: int, is_at_end: bool) -> None:
+        """Go on from a checkpoint; where nothing is left to train, take its weights and state.
+
+        Args:
+            checkpoint: its folder, whose files have been verified.
+            tokens: trained before.
+            is_at_end: whether no step is left.
+        """
+        self._total_train_tokens = tokens
+        if is_at_end:
+            self._load_from_checkpoint(str(checkpoint))
+            self.state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE))
+        else:
+            self.train(resume_from_checkpoint=str(checkpoint))
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        """Into the weights that are there: PEFT would make new ones, in another type on a 4-bit base."""
+        load_adapter_weights(self.accelerator.unwrap_model(model or self.model), Path(resume_from_checkpoint))
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        """The optimizer's averages and the schedule's place come from the checkpoint, settings from the recipe.
+
+        transformers takes the settings from the checkpoint too, so that a changed learning rate is silently ignored.
+        """
+        settings = [{name: value for name, value in group.items() if name != "params"} for group in self._groups()]
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is None:
+            return
+        schedule = self.lr_scheduler  # all of ours are functions of the step
+        schedule.base_lrs = [group["initial_lr"] for group in settings]
+        factors = (factor(schedule.last_epoch) for factor in schedule.lr_lambdas)
+        schedule._last_lr = [rate * factor for rate, factor in zip(schedule.base_lrs, factors, strict=True)]
+        for group, own, rate in zip(self._groups(), settings, schedule._last_lr, strict=True):
+            group.update(own | {"lr": rate})
+
+    def _groups(self) -> list[dict[str, Any]]:
+        groups: list[dict[str, Any]] = self.optimizer.param_groups
+        return groups
+
+    def _evaluate(self, *arguments: Any, **settings: Any) -> dict[str, float]:
+        """Validate; if a signal comes meanwhile, leave that to the resumed run, and have the step saved."""
+        try:
+            metrics: dict[str, float] = super()._evaluate(*arguments, **settings)
+        except ValidationStopped:
+            if self.state.global_step == 0:
+                self._stops.raise_if_any()
+            self._stops.validation_is_due = True
+            self.control.should_save = self.control.should_training_stop = True
+            return {}
+        return metrics
+
+    def _run_epoch(self, **settings: Any) -> None:
+        """Train an epoch, unless a validation that a resumed run has caught up with says that it is over."""
+        if not self.control.should_training_stop:
+            super()._run_epoch(**settings)
 
     @contextmanager
     def _checkpoint_folder(self) -> Iterator[Path]:

@@ -23,7 +23,7 @@ def plot_training(figures: dict[str, Any], path: Path) -> None:
     _bars(left, "tokens/s", {name: max(one["tokens"] / one["seconds"] for one in all_) for name, all_ in runs.items()})
     rate = figures["products_tokens_per_second"]
     left.axhline(rate, color="#d1495b", linestyle=":")
-    left.annotate("matrix products alone", (0.5, rate), color="#d1495b", ha="center", va="bottom", fontsize=8)
+    left.annotate("frozen matrix products alone", (0.5, rate), color="#d1495b", ha="center", va="bottom", fontsize=8)
     left.set_ylim(0, 1.15 * rate)
     _bars(middle, "peak memory, GB", {name: max(one["resident"] for one in all_) / 1e9 for name, all_ in runs.items()})
     for name, all_ in runs.items():
@@ -31,7 +31,8 @@ def plot_training(figures: dict[str, Any], path: Path) -> None:
         label = f"{name}: {figures['nll'][name]:.4f} on unseen rows"
         right.plot(range(1, len(losses) + 1), losses, color=COLOURS[name], label=label)
     right.set(xlabel="step", title="loss per answer token (nats), each step on its own rows")
-    right.legend(frameon=False)
+    right.margins(y=0.25)
+    right.legend(frameon=False, loc="upper left")
     right.grid(alpha=0.25)
     figure.savefig(path)
 

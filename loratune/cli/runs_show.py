@@ -1,0 +1,39 @@
+"""`loratune runs show`: how a run stands."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from loratune import console
+from loratune.runs.state import run_state
+
+DETAILS = "A run that says it is running, but whose process is gone, has crashed; it can be resumed."
+
+
+def command(
+    run: Annotated[Path, typer.Argument(help="Run folder.", show_default=False)],
+    json: Annotated[bool, typer.Option("--json", help="Print it as JSON to stdout.")] = False,
+) -> None:
+    """Show state, losses, checkpoints, and what to type next."""
+    state = run_state(run)
+    if json:
+        console.write_json(state)
+        return
+    console.table(_rows(state), title=state["output"])
+    if state["next"]:
+        console.say(f"next: {state['next']}")
+
+
+def _rows(state: dict[str, Any]) -> list[tuple[str, str]]:
+    of = f" of {state['steps']}" if state["steps"] else ""
+    rows = [("state", f"{state['state']} at step {state['step']}{of}, {state['time']}")]
+    if state["loss"] is not None:
+        rows.append(("training loss", f"{state['loss']:.4f}"))
+    if state["validation_loss"] is not None:
+        best = f", best {state['best_validation_loss']:.4f}"
+        rows.append(("validation loss", f"{state['validation_loss']:.4f}{best}"))
+    checkpoints = ", ".join(str(step) for step in state["checkpoints"]) or "none"
+    return [*rows, ("checkpoints", checkpoints)]

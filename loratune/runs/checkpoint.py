@@ -1,0 +1,141 @@
+"""Checkpoints of a run: named by step, sealed with hashes, found again, and compared with what is about to continue.
+
+checkpoints/step-000050/
+  checkpoint.json   written last: step, size and sha256 of every other file, what exactness hangs on, where the
+                    run stood
+  adapter_config.json, adapter_model.safetensors
+  optimizer.pt, scheduler.pt, rng_state.pth (one per process), trainer_state.json
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from loratune.errors import Exit, LoratuneError, bullet_list
+from loratune.runs.folder import CHECKPOINTS, file_sha256, read_json
+from loratune.writing import write_json
+
+SEAL = "checkpoint.json"
+FORMAT_VERSION = 1
+PREFIX = "step-"
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint whose files are as they were written."""
+
+    folder: Path
+    step: int
+    identity: dict[str, Any]
+    """What exactness hangs on: settings, data, base, versions, processes."""
+    progress: dict[str, Any]
+    """Where callbacks stood."""
+
+
+def step_folder(checkpoints: Path, step: int) -> Path:
+    """Folder of a step's checkpoint; the zeros make names sort by step."""
+    return checkpoints / f"{PREFIX}{step:06d}"
+
+
+def checkpoint_steps(checkpoints: Path) -> list[int]:
+    """Steps that have a checkpoint folder, in order."""
+    names = (folder.name.removeprefix(PREFIX) for folder in checkpoints.glob(f"{PREFIX}*"))
+    return sorted(int(name) for name in names if name.isdecimal())
+
+
+def seal_checkpoint(folder: Path, step: int, identity: dict[str, Any], progress: dict[str, Any]) -> None:
+    """Write down what the folder holds; nothing is written into it afterwards.
+
+    Args:
+        folder: with all files of the checkpoint.
+        step: that it was made after.
+        identity: what exactness hangs on.
+        progress: where callbacks stood.
+    """
+    files = {
+        path.name: {"bytes": path.stat().st_size, "sha256": file_sha256(path)}
+        for path in sorted(folder.iterdir())
+        if path.name != SEAL
+    }
+    values = {
+        "format_version": FORMAT_VERSION,
+        "step": step,
+        "files": files,
+        "identity": identity,
+        "progress": progress,
+    }
+    write_json(folder / SEAL, {**values, "sha256": _own_sha256(values)})
+
+
+def open_checkpoint(folder: Path) -> Checkpoint:
+    """Read a checkpoint, all of whose files are compared with their hashes.
+
+    Raises:
+        LoratuneError: with every file that is missing, changed or unknown.
+    """
+    values = read_json(folder / SEAL)
+    version = values.get("format_version")
+    if version != FORMAT_VERSION:
+        raise LoratuneError(f"{folder}: written in format {version}, this loratune reads {FORMAT_VERSION}", Exit.MODEL)
+    if values.pop("sha256", None) != _own_sha256(values):
+        raise LoratuneError(f"{folder / SEAL}: has been changed", Exit.MODEL)
+    try:
+        files, step = dict(values["files"]), int(values["step"])
+        problems = [problem for name, told in files.items() if (problem := _file_problem(folder / name, told))]
+        checkpoint = Checkpoint(folder, step, dict(values["identity"]), dict(values["progress"]))
+    except (KeyError, TypeError, ValueError) as error:
+        raise LoratuneError(f"{folder / SEAL}: damaged ({error})", Exit.MODEL) from error
+    if problems:
+        raise LoratuneError(f"{folder}: damaged\n{bullet_list(problems)}", Exit.MODEL)
+    return checkpoint
+
+
+def _own_sha256(values: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
+
+
+def _file_problem(path: Path, told: dict[str, Any]) -> str | None:
+    if not path.is_file():
+        return f"{path.name} is missing"
+    if path.stat().st_size != told["bytes"]:
+        return f"{path.name} has {path.stat().st_size:,} bytes, it had {told['bytes']:,}"
+    return None if file_sha256(path) == told["sha256"] else f"{path.name} has been changed"
+
+
+def newest_checkpoint(run: Path, strict: bool = False) -> tuple[Checkpoint | None, list[str]]:
+    """The newest checkpoint of a run that is whole, and what is wrong with newer ones.
+
+    Args:
+        run: its folder.
+        strict: do not go back behind a damaged one.
+
+    Raises:
+        LoratuneError: the newest is damaged, with `strict`.
+    """
+    damaged: list[str] = []
+    for step in reversed(checkpoint_steps(run / CHECKPOINTS)):
+        try:
+            return open_checkpoint(step_folder(run / CHECKPOINTS, step)), damaged
+        except LoratuneError as error:
+            if strict:
+                raise
+            damaged.append(str(error))
+    return None, damaged
+
+
+def named_checkpoint(run: Path, name: str) -> Checkpoint:
+    """A checkpoint by its step, its name, or its path.
+
+    Raises:
+        LoratuneError: there is none, or it is damaged.
+    """
+    checkpoints = run / CHECKPOINTS
+    folder = step_folder(checkpoints, int(name)) if name.isdecimal() else checkpoints / Path(name).name
+    if not folder.is_dir():
+        there = ", ".join(str(step) for step in checkpoint_steps(checkpoints)) or "none"
+        raise LoratuneError(f"{run} has no checkpoint {name}; steps that have one: {there}", Exit.MODEL)
+    return open_checkpoint(folder)

@@ -1,0 +1,141 @@
+"""Where a run goes on: which checkpoint, and whether what it hangs on is still the same."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from loratune import console
+from loratune.errors import Exit, LoratuneError
+from loratune.recipe.sections import Recipe
+from loratune.runs.checkpoint import Checkpoint, named_checkpoint, newest_checkpoint
+from loratune.runs.folder import ADAPTER, CHECKPOINTS, STATUS, read_json
+
+NEWEST, AUTO = "newest", "auto"
+FREE = ("output", "tracking", "checkpoints.keep", "checkpoints.every_steps", "data.train", "data.validation")
+"""Settings and sections without a bearing on the adapter; files count by what they hold."""
+LENGTHS = ("training.epochs", "training.steps")
+"""A run may be made longer."""
+
+
+@dataclass(frozen=True)
+class Resume:
+    """What the command line says about going on."""
+
+    checkpoint: str
+    """newest, auto (go on, or start if there is nothing to go on with), or a checkpoint's name."""
+    strict: bool = False
+    """Refuse to go back behind a damaged checkpoint."""
+    allow_changes: bool = False
+    """Go on although what exactness hangs on has changed."""
+
+
+def find_start(output: Path, resume: Resume) -> Checkpoint | None:
+    """The checkpoint to go on from; None is a start from the beginning.
+
+    Raises:
+        LoratuneError: there is none, or it is damaged.
+    """
+    if resume.checkpoint not in (NEWEST, AUTO):
+        return named_checkpoint(output, resume.checkpoint)
+    checkpoint, damaged = newest_checkpoint(output, resume.strict)
+    for problem in damaged:
+        console.warn(f"{problem}\n  the one before it is taken" if checkpoint else problem)
+    if checkpoint is None and resume.checkpoint == NEWEST:
+        what = "has no whole checkpoint" if (output / STATUS).is_file() else "is no run"
+        raise LoratuneError(
+            f"{output} {what} to resume from; --resume auto starts from the beginning where there is none", Exit.MODEL
+        )
+    if checkpoint is None and (output / ADAPTER).exists():
+        raise LoratuneError(
+            f"{output} holds an adapter but no whole checkpoint; to train it anew, replace it with --overwrite",
+            Exit.MODEL,
+        )
+    if checkpoint is None:
+        console.say(f"no checkpoint in {output / CHECKPOINTS}: starting from the beginning")
+    return checkpoint
+
+
+def is_complete(output: Path, start: Checkpoint, steps: int) -> bool:
+    """Whether nothing is left to do: as many steps are made as are wanted, or it stopped early, and all is written."""
+    is_at_end = start.step >= steps or start.progress["stopped_early"]
+    return bool(is_at_end and read_json(output / STATUS).get("state") == "finished")
+
+
+def identity_of(recipe: Recipe, manifest: dict[str, Any], processes: int) -> dict[str, Any]:
+    """What the bits of an adapter hang on.
+
+    Args:
+        recipe: the whole recipe.
+        manifest: base, template, data and versions, as the run's manifest has them.
+        processes: that train together.
+    """
+    settings = {name: value for name, value in _flat(recipe.model_dump(mode="json")) if not _is_free(name)}
+    files = {
+        f"data {number} {Path(use['path']).name}": f"{use['rows']} rows of {use['sha256'][:12]}"
+        for number, use in enumerate(manifest["data"])
+    }
+    base = {f"base {name}": value for name, value in manifest["base"].items() if name.endswith("sha256")}
+    return {
+        "settings": settings,
+        "rest": {**files, **base, "template": manifest["template"]["sha256"], "processes": processes},
+        "versions": manifest["versions"],
+    }
+
+
+def check_identity(checkpoint: Checkpoint, identity: dict[str, Any], allow_changes: bool) -> None:
+    """Compare what a checkpoint was made with and what would go on from it.
+
+    Raises:
+        LoratuneError: with a line for each difference, unless they are allowed.
+    """
+    versions = _differences(checkpoint.identity["versions"], identity["versions"])
+    if versions:
+        console.warn("the checkpoint was written with other versions, so bits may differ:\n" + _lines(versions))
+    changed = [
+        (name, old, new)
+        for part in ("settings", "rest")
+        for name, old, new in _differences(checkpoint.identity[part], identity[part])
+        if not (name in LENGTHS and _is_longer(old, new))
+    ]
+    if not changed:
+        return
+    if not allow_changes:
+        raise LoratuneError(
+            f"{checkpoint.folder} was made otherwise:\n{_lines(changed)}\nresume with what it was, start anew with "
+            "--overwrite, or go on with --allow-changes, to another adapter than either would give",
+            Exit.USAGE,
+        )
+    console.warn(
+        f"from step {checkpoint.step} on with other settings; the adapter is that of neither alone:\n{_lines(changed)}"
+    )
+
+
+def _flat(values: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
+    found: list[tuple[str, Any]] = []
+    for name, value in values.items():
+        is_section = isinstance(value, dict) and value
+        found += _flat(value, f"{prefix}{name}.") if is_section else [(f"{prefix}{name}", value)]
+    return found
+
+
+def _is_free(name: str) -> bool:
+    return any(name == free or name.startswith(f"{free}.") for free in FREE)
+
+
+def _differences(old: dict[str, Any], new: dict[str, Any]) -> list[tuple[str, Any, Any]]:
+    names = sorted(old.keys() | new.keys())
+    return [(name, old.get(name), new.get(name)) for name in names if old.get(name) != new.get(name)]
+
+
+def _is_longer(old: Any, new: Any) -> bool:
+    return old is not None and new is not None and new > old
+
+
+def _lines(differences: list[tuple[str, Any, Any]]) -> str:
+    return "\n".join(f"  {name}: {_shown(old)} → {_shown(new)}" for name, old, new in differences)
+
+
+def _shown(value: Any) -> str:
+    return "none" if value is None else str(value)[:60]

@@ -1,0 +1,92 @@
+"""Ctrl-C, and being told to end: at once, or after the step that is under way, with a checkpoint."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+from typing import Any
+
+import torch
+from transformers import TrainerCallback
+
+from loratune import console
+from loratune.errors import Interrupted
+
+SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
+
+
+class ValidationStopped(Exception):  # noqa: N818 - nothing is wrong
+    """A signal has come while validating."""
+
+
+class Stops(TrainerCallback):
+    """Waits for signals. While steps are made, the first lets the step end and be saved; any other stops at once."""
+
+    def __init__(self) -> None:
+        self.signal: int | None = None
+        """The one that has come and waits for the step's end."""
+        self.validation_is_due = False
+        """Whether the last step should have been validated and was not."""
+        self._waits_for_step = False
+
+    @contextmanager
+    def heeded(self) -> Iterator[None]:
+        """Take the signals over; they raise Interrupted where nothing is worth being finished."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        before = {number: signal.getsignal(number) for number in SIGNALS}
+        for number, handler in before.items():
+            if handler is not signal.SIG_IGN:  # as nohup has set it
+                signal.signal(number, self._receive)
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    @contextmanager
+    def after_step(self) -> Iterator[None]:
+        """While steps are made: a signal is noted, and heeded between two of them."""
+        self._waits_for_step = True
+        try:
+            yield
+        finally:
+            self._waits_for_step = False
+
+    def raise_if_any(self) -> None:
+        """Stop here if a signal has come.
+
+        Raises:
+            Interrupted: with it.
+        """
+        if self.signal is not None:
+            raise Interrupted(self.signal)
+
+    def _receive(self, number: int, frame: FrameType | None) -> None:
+        if not self._waits_for_step or self.signal is not None:
+            self._waits_for_step = False
+            raise Interrupted(number)
+        self.signal = number
+        if console.IS_SPEAKER:
+            # Not by the console, which may be in the middle of something.
+            os.write(2, b"\nstopping after this step, with a checkpoint; again to stop at once\n")
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """End here with a checkpoint if a signal has come to any process; a validation is left to the resumed run."""
+        if self._has_come(args):
+            control.should_save = control.should_training_stop = True
+            self.validation_is_due = control.should_evaluate
+            control.should_evaluate = False
+
+    def _has_come(self, args: Any) -> bool:
+        if args.world_size == 1:
+            return self.signal is not None
+        numbers = torch.tensor([self.signal or 0], device=args.device)
+        torch.distributed.all_reduce(numbers, torch.distributed.ReduceOp.MAX)
+        self.signal = int(numbers) or None
+        return self.signal is not None

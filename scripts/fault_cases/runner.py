@@ -1,0 +1,122 @@
+"""Runs of `loratune sft` in forked processes, and their comparison with one that nothing happened to."""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import os
+import random
+import shutil
+import signal
+import sys
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+Sabotage = Callable[[], None]
+"""Done in the forked process, before it begins."""
+ADAPTER = "adapter/adapter_model.safetensors"
+
+
+class Runner:
+    """Knows the command, the place, and what the uninterrupted run gave."""
+
+    def __init__(self, place: Path, arguments: argparse.Namespace) -> None:
+        self.place, self.steps, self.kills = place, arguments.steps, arguments.kills
+        self.random = random.Random(0)
+        self.differing = self.failures = 0
+        rows = [{"instruction": f"How much is {n}?", "output": f"It is {n}. " * (1 + n % 5)} for n in range(24)]
+        self.rows = place / "rows.json"
+        self.rows.write_text(json.dumps(rows))
+        settings = {
+            "model.base": arguments.model, "model.quantization": arguments.quantization, "data.train": self.rows,
+            "data.validation": 0.2, "data.levels": "repetitive=ignore", "lora.dropout": 0.1, "training.batch_size": 2,
+            "training.gradient_accumulation": 2, "training.learning_rate": 1e-3, "training.steps": self.steps,
+            "evaluation.every_steps": 2, "checkpoints.every_steps": 2,
+        }  # fmt: skip
+        self.flags = [f"--{name}={value}" for name, value in settings.items()] + arguments.flag
+        import loratune.training.report
+        import loratune.training.session  # noqa: F401 - so that no forked process has to
+
+        self.whole = self.run("whole")
+        if self.whole != 0:
+            sys.exit((place / "whole.log").read_text())
+        self.seconds = self.duration("whole")
+        self.expected = self.digest("whole")
+
+    def run(self, name: str, *flags: str, sabotage: Sabotage | None = None, kill_after: float | None = None) -> int:
+        """Train in `place / name`; the exit code, or minus the signal that ended it."""
+        child = os.fork()
+        if not child:
+            self._train(name, flags, sabotage)
+        if kill_after is not None:
+            time.sleep(kill_after)
+            os.kill(child, signal.SIGKILL)
+        return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+    def _train(self, name: str, flags: tuple[str, ...], sabotage: Sabotage | None) -> None:
+        """Never returns."""
+        from loratune.cli.app import app
+
+        code = 1
+        try:
+            log = os.open(self.place / f"{name}.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+            os.dup2(log, 1)
+            os.dup2(log, 2)
+            if sabotage:
+                sabotage()
+            app(["sft", *self.flags, *flags, f"--output={self.place / name}"])
+        except SystemExit as error:
+            code = int(error.code or 0)
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            os._exit(code)
+
+    def resumed(self, name: str, *flags: str) -> str | None:
+        """Resume a run and compare its adapter; what is wrong, if anything."""
+        code = self.run(name, "--resume=auto", *flags)
+        if code != 0:
+            self.failures += 1
+            return f"resuming ended with {code}: {self.last_line(name)}"
+        if self.digest(name) != self.expected:
+            self.differing += 1
+            return "the adapter differs"
+        left = [path.name for path in (self.place / name).rglob(".tmp-*")]
+        return f"left behind: {left}" if left else None
+
+    def failed(self, text: str) -> str:
+        """Count a run that ended otherwise than it should."""
+        self.failures += 1
+        return text
+
+    def report(self, name: str, case: Callable[[Runner], Iterator[str | None]]) -> None:
+        """Run a case and print its line; every run of it gives None or what is wrong."""
+        results = list(case(self))
+        wrong = [result for result in results if result]
+        told = "ok" if not wrong else f"{len(wrong)} wrong: " + "; ".join(dict.fromkeys(wrong))
+        print(f"{name:<44} {len(results):>4}  {told}", flush=True)
+        for folder in self.place.iterdir():
+            if folder.is_dir() and folder.name != "whole":
+                shutil.rmtree(folder)
+
+    def digest(self, name: str) -> str:
+        """Hash of the final adapter."""
+        return hashlib.sha256((self.place / name / ADAPTER).read_bytes()).hexdigest()
+
+    def duration(self, name: str) -> float:
+        """Seconds of a run, from the start of the program."""
+        report = json.loads((self.place / name / "report.json").read_text())
+        return float(report["seconds"] + report["start_up_seconds"]["data"] + report["start_up_seconds"]["model"])
+
+    def last_line(self, name: str) -> str:
+        """Of what a run has printed."""
+        lines = (self.place / f"{name}.log").read_text().strip().splitlines()
+        return lines[-1] if lines else ""
+
+    def copy(self, source: str, name: str) -> Path:
+        """A copy of a run, to be damaged."""
+        shutil.copytree(self.place / source, self.place / name)
+        return self.place / name

@@ -1,0 +1,384 @@
+"""Runs that are stopped and resumed: the same bits as one that never was, or a refusal that says why not."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import ROWS
+from safetensors.torch import load_file
+from typer.testing import Result
+
+from loratune.runs.lock import run_lock
+from loratune.training.trainer import AdapterTrainer
+
+Sft = Callable[..., Result]
+FEW = ["--training.epochs", "2", "--training.batch_size", "2", "--training.gradient_accumulation", "2"]
+# Eleven rows, nine of them for training: five batches in steps of two, so that each epoch ends with a shorter step.
+VARIANTS = {
+    "packed": [],
+    "dropout": ["--lora.dropout", "0.3"],
+    "padded": ["--no-training.packing", "--lora.dropout", "0.1"],
+    "tokens per batch": ["--training.tokens_per_batch", "60"],
+    "noise": ["--training.neftune_alpha", "5", "--lora.dropout", "0.1"],
+    "bfloat16": ["--model.dtype", "bfloat16", "--lora.dropout", "0.1"],
+    "checkpointing": ["--training.gradient_checkpointing", "--lora.dropout", "0.1"],
+    "8-bit optimizer": ["--training.optimizer", "adamw_8bit"],
+}
+
+
+@pytest.fixture
+def sft(cli: Callable[..., Result], random_qwen: Path, tmp_path: Path) -> Sft:
+    """Train on eleven rows into a folder of tmp_path."""
+    rows = [row | {"output": f"It is {number}. " * (1 + number % 4)} for number, row in enumerate(ROWS[:1] * 11)]
+    rows = [row | {"instruction": f"How much is {number}?"} for number, row in enumerate(rows)]
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+
+    def run(name: str, *flags: Any) -> Result:
+        settings = flags if "--model.dtype" in flags else ("--model.dtype", "float32", *flags)
+        return cli(
+            "sft", "--model.base", random_qwen, "--data.train", tmp_path / "rows.json", "--data.validation", "0.2",
+            "--data.levels", "repetitive=ignore", "--evaluation.every_steps", "2", "--checkpoints.every_steps", "2",
+            "--checkpoints.keep", "9", "--training.learning_rate", "1e-2", *FEW, "--output", tmp_path / name, *settings,
+        )  # fmt: skip
+
+    return run
+
+
+@pytest.fixture
+def stop(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Have a signal come while a step is made, or a validation."""
+
+    def at(step: int, number: int = signal.SIGTERM, method: str = "training_step", times: int = 1) -> None:
+        plain = getattr(AdapterTrainer, method)
+        left = times
+
+        def signalled(self: Any, *arguments: Any, **settings: Any) -> Any:
+            nonlocal left
+            if self.state.global_step == step and left:
+                for _ in range(times):
+                    left -= 1
+                    os.kill(os.getpid(), number)
+            return plain(self, *arguments, **settings)
+
+        monkeypatch.setattr(AdapterTrainer, method, signalled)
+
+    return at
+
+
+def adapter(run: Path) -> dict[str, torch.Tensor]:
+    return dict(load_file(run / "adapter" / "adapter_model.safetensors"))
+
+
+def assert_same_run(mine: Path, other: Path) -> None:
+    """The same adapter, bit for bit, and the same course."""
+    expected = adapter(other)
+    assert adapter(mine).keys() == expected.keys()
+    for name, weight in adapter(mine).items():
+        assert torch.equal(weight, expected[name]), name
+    told = []
+    for run in (mine, other):
+        lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+        told.append([{k: v for k, v in line.items() if "second" not in k} for line in lines])
+    assert told[0] == told[1]
+    reports = [json.loads((run / "report.json").read_text()) for run in (mine, other)]
+    for name in ("steps", "epochs", "loss", "validation_loss", "tokens"):
+        assert reports[0][name] == reports[1][name]
+
+
+def status(run: Path) -> dict[str, Any]:
+    return dict(json.loads((run / "status.json").read_text()))
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("stopped_in", [[2], pytest.param([0, 1, 3, 4, 5], marks=pytest.mark.slow)], ids=str)
+def test_a_run_stopped_after_any_step_resumes_to_the_same_bits(
+    sft: Sft,
+    stop: Callable[..., None],
+    tmp_path: Path,
+    variant: str,
+    stopped_in: list[int],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    flags = VARIANTS[variant]
+    assert sft("whole", *flags).exit_code == 0
+    steps = status(tmp_path / "whole")["steps"]
+    assert steps >= 4
+    for step in (step for step in stopped_in if step < steps):
+        with monkeypatch.context() as patch:
+            patch.setattr(AdapterTrainer, "training_step", AdapterTrainer.training_step)
+            stop(step)
+            stopped = sft(f"run{step}", *flags)
+            assert stopped.exit_code == 128 + signal.SIGTERM, stopped.stderr
+        assert status(tmp_path / f"run{step}") | {"time": ""} == {
+            "program": "loratune", "state": "interrupted", "time": "", "step": step + 1, "steps": steps,
+        }  # fmt: skip
+        assert not (tmp_path / f"run{step}" / "adapter").exists()
+        assert f"interrupted after step {step + 1} of {steps}" in " ".join(stopped.stderr.split())
+        monkeypatch.undo()
+        resumed = sft(f"run{step}", *flags, "--resume")
+        assert resumed.exit_code == 0, resumed.stderr
+        assert_same_run(tmp_path / f"run{step}", tmp_path / "whole")
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_the_exit_code_tells_the_signal(sft: Sft, stop: Callable[..., None], tmp_path: Path, number: int) -> None:
+    stop(1, number)
+    result = sft("run")
+    assert result.exit_code == 128 + number
+    assert "--resume" in result.stderr
+
+
+def test_a_second_signal_stops_at_once(sft: Sft, stop: Callable[..., None], tmp_path: Path) -> None:
+    stop(3, signal.SIGINT, times=2)
+    assert sft("run").exit_code == 130
+    assert [path.name for path in sorted((tmp_path / "run" / "checkpoints").iterdir())] == ["step-000002"]
+    assert status(tmp_path / "run")["state"] == "interrupted"
+
+
+@pytest.mark.parametrize("step", [2, 4])
+def test_a_validation_that_a_signal_ends_is_made_up_for(
+    sft: Sft, stop: Callable[..., None], tmp_path: Path, step: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert sft("whole").exit_code == 0
+    stop(step, method="_sum_loss")
+    assert sft("run").exit_code == 143
+    assert not any("validation_loss" in line and f'"step": {step}' in line for line in metrics(tmp_path / "run"))
+    monkeypatch.undo()
+    assert sft("run", "--resume").exit_code == 0
+    assert_same_run(tmp_path / "run", tmp_path / "whole")
+
+
+def metrics(run: Path) -> list[str]:
+    return (run / "metrics.jsonl").read_text().splitlines()
+
+
+def test_a_signal_before_the_first_step_leaves_nothing_to_resume(
+    sft: Sft, stop: Callable[..., None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stop(0, method="_sum_loss")
+    assert sft("run").exit_code == 143
+    monkeypatch.undo()
+    refused = sft("run", "--resume")
+    assert refused.exit_code == 4
+    assert "--resume auto" in refused.stderr
+    assert sft("run", "--resume", "auto").exit_code == 0
+
+
+def test_resume_auto_starts_goes_on_and_ends(
+    sft: Sft, stop: Callable[..., None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert sft("whole").exit_code == 0
+    stop(2)
+    assert sft("run", "--resume", "auto").exit_code == 143
+    monkeypatch.undo()
+    assert sft("run", "--resume", "auto").exit_code == 0
+    assert_same_run(tmp_path / "run", tmp_path / "whole")
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*") if path.is_file()}
+    done = sft("run", "--resume", "auto")
+    assert done.exit_code == 0
+    assert "is complete" in done.stderr
+    after = {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*") if path.is_file()}
+    assert {path for path in before if not path.name.startswith(".lock")} == {
+        path for path in after if not path.name.startswith(".lock")
+    }
+    assert all(after[path] == before[path] for path in before if not path.name.startswith(".lock"))
+
+
+def damage(path: Path, how: str) -> None:
+    data = bytearray(path.read_bytes())
+    if how == "deleted":
+        path.unlink()
+    elif how == "cut":
+        path.write_bytes(data[: len(data) // 2])
+    else:
+        data[len(data) // 2] ^= 4
+        path.write_bytes(data)
+
+
+@pytest.mark.parametrize("how", ["deleted", "cut", "one bit"])
+def test_a_damaged_checkpoint_is_named_and_the_one_before_taken(
+    sft: Sft, stop: Callable[..., None], tmp_path: Path, how: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert sft("whole").exit_code == 0
+    stop(3)
+    assert sft("run").exit_code == 143
+    monkeypatch.undo()
+    newest = tmp_path / "run" / "checkpoints" / "step-000004"
+    names = sorted(path.name for path in newest.iterdir())
+    assert names == [
+        "adapter_config.json", "adapter_model.safetensors", "checkpoint.json", "optimizer.pt", "rng_state.pth",
+        "scheduler.pt", "trainer_state.json",
+    ]  # fmt: skip
+    for name in names:
+        whole = (newest / name).read_bytes()
+        damage(newest / name, how)
+        refused = sft("run", "--resume", "--strict-resume")
+        assert refused.exit_code == 4
+        assert name in refused.stderr
+        (newest / name).write_bytes(whole)
+    damage(newest / "optimizer.pt", how)
+    resumed = sft("run", "--resume")
+    assert resumed.exit_code == 0, resumed.stderr
+    said = " ".join(resumed.stderr.split())
+    assert "optimizer.pt" in said
+    assert "going on after step 2" in said
+    assert_same_run(tmp_path / "run", tmp_path / "whole")
+
+
+@pytest.mark.parametrize(
+    ("flags", "named"),
+    [
+        (["--seed", "7"], "seed: 42 → 7"),
+        (["--training.learning_rate", "2e-2"], "training.learning_rate: 0.01 → 0.02"),
+        (["--training.batch_size", "3"], "training.batch_size: 2 → 3"),
+        (["--lora.rank", "4"], "lora.rank"),
+        (["--training.epochs", "1"], "training.epochs: 2.0 → 1.0"),
+        (["--prompt.system", "Be brief."], "prompt.system: none → Be brief."),
+    ],
+    ids=lambda value: value[0] if isinstance(value, list) else "",
+)
+def test_changed_settings_are_refused_with_what_they_were(
+    sft: Sft, stop: Callable[..., None], tmp_path: Path, flags: list[str], named: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stop(1)
+    assert sft("run").exit_code == 143
+    monkeypatch.undo()
+    refused = sft("run", *flags, "--resume")
+    assert refused.exit_code == 2
+    assert named in " ".join(refused.stderr.split())
+    assert status(tmp_path / "run")["state"] == "interrupted"
+
+
+def test_changed_data_is_refused(
+    sft: Sft, stop: Callable[..., None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stop(1)
+    assert sft("run").exit_code == 143
+    monkeypatch.undo()
+    rows = json.loads((tmp_path / "rows.json").read_text())
+    rows[3]["output"] = "It is something else."
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    refused = sft("run", "--resume")
+    assert refused.exit_code == 2
+    assert "rows.json" in refused.stderr
+
+
+def test_an_allowed_change_of_the_learning_rate_is_honoured(
+    sft: Sft, stop: Callable[..., None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flags = ["--training.scheduler", "constant", "--training.warmup", "0"]
+    stop(1)
+    assert sft("run", *flags).exit_code == 143
+    monkeypatch.undo()
+    resumed = sft("run", *flags, "--training.learning_rate", "3e-2", "--resume", "--allow-changes")
+    assert resumed.exit_code == 0, resumed.stderr
+    rates = [line["learning_rate"] for line in map(json.loads, metrics(tmp_path / "run")) if "loss" in line]
+    assert rates[:2] == pytest.approx([1e-2] * 2)
+    assert rates[2:] == pytest.approx([3e-2] * (len(rates) - 2))
+
+
+def test_a_finished_run_can_be_made_longer(sft: Sft, tmp_path: Path) -> None:
+    flags = ["--training.scheduler", "constant", "--training.warmup", "0", "--no-checkpoints.keep_best"]
+    assert sft("whole", *flags, "--training.epochs", "3").exit_code == 0
+    assert sft("run", *flags).exit_code == 0
+    longer = sft("run", *flags, "--training.epochs", "3", "--resume")
+    assert longer.exit_code == 0, longer.stderr
+    for name, weight in adapter(tmp_path / "run").items():
+        assert torch.equal(weight, adapter(tmp_path / "whole")[name])
+
+
+def test_a_named_checkpoint_is_taken(sft: Sft, tmp_path: Path) -> None:
+    assert sft("whole").exit_code == 0
+    assert sft("run").exit_code == 0
+    (tmp_path / "run" / "report.json").unlink()
+    (tmp_path / "run" / "status.json").write_text('{"program": "loratune", "state": "failed"}')
+    resumed = sft("run", "--resume", "2")
+    assert resumed.exit_code == 0, resumed.stderr
+    assert "going on after step 2" in resumed.stderr
+    assert_same_run(tmp_path / "run", tmp_path / "whole")
+    unknown = sft("run", "--resume", "3")
+    assert unknown.exit_code == 4
+    assert "steps that have one: 2, 4, 6" in " ".join(unknown.stderr.split())
+
+
+def test_a_run_that_stopped_early_is_complete(sft: Sft, tmp_path: Path) -> None:
+    flags = ["--evaluation.early_stopping", "1", "--training.epochs", "40", "--training.learning_rate", "0.3"]
+    first = sft("run", *flags)
+    assert first.exit_code == 0, first.stderr
+    assert json.loads((tmp_path / "run" / "report.json").read_text())["stopped_early"]
+    again = sft("run", *flags, "--resume")
+    assert again.exit_code == 0
+    assert "is complete" in again.stderr
+
+
+def test_only_the_adapter_is_written_again_if_nothing_else_is_missing(sft: Sft, tmp_path: Path) -> None:
+    assert sft("whole").exit_code == 0
+    assert sft("run").exit_code == 0
+    kept = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "run" / "checkpoints").iterdir()}
+    (tmp_path / "run" / "adapter").rename(tmp_path / "lost")
+    (tmp_path / "run" / "status.json").write_text('{"program": "loratune", "state": "running"}')
+    assert sft("run", "--resume").exit_code == 0
+    assert_same_run(tmp_path / "run", tmp_path / "whole")
+    assert {path.name: path.stat().st_mtime_ns for path in (tmp_path / "run" / "checkpoints").iterdir()} == kept
+
+
+def test_two_runs_in_one_folder_exclude_each_other(
+    sft: Sft, stop: Callable[..., None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    code = (
+        "import sys, time; from pathlib import Path; from loratune.runs.lock import run_lock\n"
+        "with run_lock(Path(sys.argv[1])): print('held', flush=True); time.sleep(60)"
+    )
+    command = [sys.executable, "-c", code, str(tmp_path / "run")]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout is not None
+        assert other.stdout.readline() == "held\n"
+        refused = sft("run")
+        other.kill()
+    assert refused.exit_code == 2
+    assert f"process {other.pid}" in " ".join(refused.stderr.split())
+    assert sft("run").exit_code == 0  # the lock of a dead process holds nobody up
+
+
+@pytest.mark.parametrize("flags", [["--resume", "--overwrite"], ["--strict-resume"], ["--allow-changes"]], ids=str)
+def test_flags_that_contradict_each_other_are_refused(sft: Sft, flags: list[str]) -> None:
+    assert sft("run", *flags).exit_code == 2
+
+
+def shown(cli: Callable[..., Result], run: Path) -> dict[str, Any]:
+    result = cli("runs", "show", run, "--json")
+    assert result.exit_code == 0, result.stderr
+    return dict(json.loads(result.stdout))
+
+
+def test_runs_show_tells_how_a_run_stands(
+    sft: Sft, cli: Callable[..., Result], stop: Callable[..., None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = tmp_path / "run"
+    assert cli("runs", "show", run).exit_code == 4
+    stop(2)
+    assert sft("run").exit_code == 143
+    monkeypatch.undo()
+    state = shown(cli, run)
+    last = [json.loads(line) for line in metrics(run)]
+    assert (state["state"], state["step"], state["steps"], state["checkpoints"]) == ("interrupted", 3, 6, [2, 3])
+    assert state["loss"] == [line["loss"] for line in last if "loss" in line][-1]
+    assert state["next"] == f"loratune sft --config {run / 'recipe.yaml'} --resume"
+    (run / "status.json").write_text('{"program": "loratune", "state": "running", "steps": 6}')
+    assert (shown(cli, run)["state"], shown(cli, run)["step"]) == ("crashed", 3)
+    with run_lock(run):
+        assert shown(cli, run)["state"] == "running"
+    assert sft("run", "--resume").exit_code == 0
+    assert shown(cli, run)["state"] == "finished"
+    table = cli("runs", "show", run)
+    assert "finished at step 6 of 6" in table.stderr
+    assert f"loratune infer --adapter {run}" in " ".join(table.stderr.split())
