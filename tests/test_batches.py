@@ -12,7 +12,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.utils.data import DataLoader
 
-from loratune.data.batches import LengthSortedBatches, PackedRows, collate_packed, collate_padded, round_length
+from loratune.data.batches import (
+    LengthSortedBatches,
+    NumberedRows,
+    PackedRows,
+    collate_packed,
+    collate_padded,
+    round_length,
+)
 from loratune.data.encoding import IGNORED
 from loratune.data.packing import pack
 
@@ -29,8 +36,9 @@ def test_a_packed_row_joins_its_sequences_in_order_and_predicts_no_first_token()
         "input_ids": [5, 6, 7, 8, 9, 1, 2, 3],
         "labels": [-100, -100, 7, 8, 9, -100, 2, 3],
         "lengths": [5, 3],
+        "sequences": [2, 0],
     }
-    assert rows[1] == {"input_ids": [10, 11, 4], "labels": [-100, 11, -100], "lengths": [2, 1]}
+    assert rows[1] == {"input_ids": [10, 11, 4], "labels": [-100, 11, -100], "lengths": [2, 1], "sequences": [3, 1]}
 
 
 def test_one_packed_row_is_a_batch_with_its_borders() -> None:
@@ -43,7 +51,7 @@ def test_one_packed_row_is_a_batch_with_its_borders() -> None:
         "cu_seq_lens_k": [0, 5, 8],
         "max_length_q": 5,
         "max_length_k": 5,
-        "filling": 0,
+        "about": {"sequences": [2, 0], "filling": 0},
     }
     assert all(batch[name].dtype == torch.int64 for name in ("input_ids", "labels", "position_ids"))
     assert all(batch[f"cu_seq_lens_{side}"].dtype == torch.int32 for side in "qk")
@@ -65,11 +73,15 @@ def test_every_sequence_of_a_packed_data_set_is_found_between_borders(lengths: l
     found = []
     for batch in DataLoader(rows, batch_size=2, collate_fn=collate_packed):
         borders = batch["cu_seq_lens_q"].tolist()
-        if batch["filling"]:
+        filling = batch["about"]["filling"]
+        if filling:
             *borders, end = borders
-            assert batch["filling"] == end - borders[-1]
+            assert filling == end - borders[-1]
             assert (batch["labels"][0, borders[-1] :] == IGNORED).all()
-        assert batch["filling"] <= borders[-1] / 32
+        assert filling <= borders[-1] / 32
+        assert [sequences[number] for number in batch["about"]["sequences"]] == [
+            batch["input_ids"][0, start:end].tolist() for start, end in pairwise(borders)
+        ]
         found += [batch["input_ids"][0, start:end].tolist() for start, end in pairwise(borders)]
         assert batch["max_length_q"] == max(batch["cu_seq_lens_q"].diff().tolist())
     assert sorted(found) == sequences
@@ -83,7 +95,9 @@ def test_batches_have_few_lengths_little_longer_than_asked() -> None:
 
 
 def test_a_padded_batch_is_filled_up_on_the_right() -> None:
-    batch = collate_padded([ROWS[0], ROWS[1], ROWS[3]], pad_token_id=99)
+    rows = NumberedRows(ROWS)
+    batch = collate_padded([rows[0], rows[1], rows[3]], pad_token_id=99)
+    assert batch.pop("about") == {"sequences": [0, 1, 3], "filling": 0}
     assert {name: value.tolist() for name, value in batch.items()} == {
         "input_ids": [[1, 2, 3], [4, 99, 99], [10, 11, 99]],
         "labels": [[1, 2, 3], [4, -100, -100], [-100, 11, -100]],

@@ -69,9 +69,10 @@ def batch_of(documents: list[list[int]]) -> dict[str, Any]:
         "input_ids": list(chain.from_iterable(documents)),
         "labels": [label for ids in documents for label in [-100, *ids[1:]]],
         "lengths": [len(ids) for ids in documents],
+        "sequences": list(range(len(documents))),
     }
     batch = collate_packed([item])
-    del batch["filling"]
+    del batch["about"]
     return batch
 
 

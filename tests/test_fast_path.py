@@ -29,7 +29,7 @@ def documents(batch: dict[str, Any]) -> list[tuple[torch.Tensor, torch.Tensor]]:
         return [(ids[:length], labels[:length]) for ids, labels, length in pairs]
     lengths = batch["cu_seq_lens_q"].diff().tolist()
     found = list(zip(batch["input_ids"][0].split(lengths), batch["labels"][0].split(lengths), strict=True))
-    return found[:-1] if batch["filling"] else found
+    return found[:-1] if batch["about"]["filling"] else found
 
 
 class Comparison(TrainerCallback):
@@ -74,7 +74,7 @@ def train(model: Path, folder: Path, **flags: Any) -> tuple[Comparison, Any]:
         "training.learning_rate": "5e-3", "training.max_gradient_norm": "0", "output": str(folder / "run"),
     }  # fmt: skip
     recipe = load_recipe(None, settings | flags)
-    session = training_session._load(training_session._prepare(recipe, folder / "run", Stops()))
+    session = training_session._load(training_session._prepare(recipe, folder / "run", Stops(), {}))
     torch.manual_seed(1)
     for name, value in session.model.named_parameters():
         if "lora_B" in name:  # zero at first, which would hide wrong gradients of A
@@ -118,7 +118,7 @@ def test_packed_batches_hold_no_padding_and_every_row_once(random_qwen: Path, tm
     seen: list[int] = []
     comparison, trainer = train(random_qwen, tmp_path, **{"training.tokens_per_batch": "90", "training.epochs": "1"})
     for batch in trainer.get_train_dataloader():
-        assert batch["input_ids"].numel() - batch["filling"] <= 90
+        assert batch["input_ids"].numel() - batch["about"]["filling"] <= 90
         seen += [len(ids) for ids, _ in documents(batch)]
     assert sorted(seen) == sorted(trainer._train_lengths.tolist())
     assert sum(comparison.rows_of_steps) == len(ROWS)

@@ -354,6 +354,19 @@ def test_flags_that_contradict_each_other_are_refused(sft: Sft, flags: list[str]
     assert sft("run", *flags).exit_code == 2
 
 
+def test_too_little_room_for_the_checkpoints_is_told_before_training(
+    sft: Sft, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Full:
+        free = 50_000
+
+    monkeypatch.setattr("loratune.training.checkpoints.shutil.disk_usage", lambda place: Full)
+    result = sft("run")
+    assert result.exit_code == 6
+    assert "11 checkpoints and the adapter take" in " ".join(result.stderr.split())
+    assert not (tmp_path / "run").exists()
+
+
 def shown(cli: Callable[..., Result], run: Path) -> dict[str, Any]:
     result = cli("runs", "show", run, "--json")
     assert result.exit_code == 0, result.stderr

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -28,6 +29,8 @@ from loratune.model.tokenizer import load_tokenizer
 from loratune.recipe.loading import load_recipe
 from loratune.recipe.sections import PromptSettings
 from loratune.runs.tokenizer_files import copy_tokenizer_files
+from loratune.training.callbacks import DivergenceGuard
+from loratune.training.failures import memory_advice
 
 RUN_FILES = {
     ".lock", "recipe.yaml", "manifest.json", "status.json", "metrics.jsonl", "probe.json", "report.json", "loss.png",
@@ -236,6 +239,8 @@ def test_a_loss_that_is_not_a_number_stops_the_run_and_saves_nothing(
     result = sft("--checkpoints.every_steps", "1")
     assert result.exit_code == Exit.DIVERGED
     assert "diverged at step 3" in result.stderr
+    rows = re.findall(r"rows\.json row \d+ «", result.stderr)
+    assert len(rows) == len(set(rows)) == 4
     assert read_json(tmp_path / "run" / "status.json")["state"] == "diverged"
     assert not (tmp_path / "run" / "adapter").exists()
     assert not (tmp_path / "run" / "checkpoints" / "step-000003").exists()
@@ -268,7 +273,42 @@ def test_lack_of_memory_is_advice(sft: Callable[..., Result], monkeypatch: pytes
     spoil_at(monkeypatch, step=1, with_what=lack)
     result = sft()
     assert result.exit_code == Exit.IO
-    assert "--training.batch_size 1 --training.gradient_accumulation 4" in " ".join(result.stderr.split())
+    said = " ".join(result.stderr.split())
+    assert re.search(
+        r"out of memory with base [\d.]+ .?B, adapter [\d.]+ .?B, gradients and optimizer [\d.]+ .?B", said
+    )
+    assert re.search(r"a batch of \d+ tokens; cheapest first: --training.batch_size 1", said)
+    assert "--training.batch_size 1 --training.gradient_accumulation 4" in said
+    assert len(re.findall(" --[a-z]+[.]", said)) == 4  # three changes, the first one in two flags
+
+
+def test_advice_for_lack_of_memory_leaves_out_what_is_done_already() -> None:
+    recipe = load_recipe(None, {
+        "model.base": "x", "model.quantization": "nf4", "data.train": ["y"], "training.tokens_per_batch": "4096",
+        "training.gradient_checkpointing": True, "lora.targets": "all-linear",
+    })  # fmt: skip
+    assert [line.split()[0] for line in memory_advice(recipe)] == [
+        "--training.tokens_per_batch", "--training.max_length", "--lora.targets",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("name", "words"), [("loss", "the loss is exactly 0"), ("grad_norm", "the gradient is exactly 0")]
+)
+def test_a_loss_or_gradient_of_nothing_is_told_once(
+    sft: Callable[..., Result], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, words: str
+) -> None:
+    plain = DivergenceGuard.on_log
+
+    def with_zero(self: Any, args: Any, state: Any, control: Any, logs: dict[str, float], **others: Any) -> None:
+        plain(self, args, state, control, logs | ({name: 0.0} if state.global_step > 1 else {}), **others)
+
+    monkeypatch.setattr(DivergenceGuard, "on_log", with_zero)
+    result = sft()
+    assert result.exit_code == 0
+    assert " ".join(result.stderr.split()).count(words) == 1
+    warnings = read_json(tmp_path / "run" / "report.json")["warnings"]
+    assert next(text for text in warnings if words in text).startswith("step 2: ")
 
 
 def test_a_full_disk_is_one_message_and_no_half_checkpoint(

@@ -30,7 +30,7 @@ class PackedRows(torch.utils.data.Dataset):
         return len(self.bins)
 
     def __getitem__(self, row: int) -> dict[str, list[int]]:
-        """A row's input_ids, its labels, and the lengths of the documents in it.
+        """A row's input_ids, its labels, the lengths of the documents in it and their numbers.
 
         No document's first token has a label, which the document before it would have to predict.
         """
@@ -39,7 +39,26 @@ class PackedRows(torch.utils.data.Dataset):
             "input_ids": list(chain.from_iterable(documents["input_ids"])),
             "labels": list(chain.from_iterable([IGNORED, *labels[1:]] for labels in documents["labels"])),
             "lengths": [len(ids) for ids in documents["input_ids"]],
+            "sequences": self.bins[row],
         }
+
+
+class NumberedRows(torch.utils.data.Dataset):
+    """The rows of a dataset, each with its number.
+
+    Args:
+        rows: columns input_ids and labels, a line per sequence.
+    """
+
+    def __init__(self, rows: Dataset) -> None:
+        self.rows = rows
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, row: int) -> dict[str, list[int]]:
+        """A row's input_ids and labels, and its number as a list."""
+        return {**self.rows[row], "sequences": [row]}
 
 
 def round_length(tokens: int) -> int:
@@ -61,9 +80,10 @@ def collate_packed(items: Sequence[dict[str, list[int]]]) -> dict[str, Any]:
         input_ids, labels and position_ids, int64 [1, tokens]; the positions start anew with each document.
         cu_seq_lens_q and cu_seq_lens_k, int32 [documents + 1], where documents begin and the last one ends.
         max_length_q and max_length_k, the longest document.
-        filling, the length of the document that was added.
+        about, which is not for the model: the numbers of the `sequences`, and the length of the `filling` document.
     """
     lengths = [length for item in items for length in item["lengths"]]
+    sequences = [number for item in items for number in item["sequences"]]
     filling = round_length(sum(lengths)) - sum(lengths)
     if filling:
         lengths.append(filling)
@@ -73,7 +93,7 @@ def collate_packed(items: Sequence[dict[str, list[int]]]) -> dict[str, Any]:
         name: torch.tensor([list(chain.from_iterable(item[name] for item in items))])
         for name in ("input_ids", "labels")
     }
-    batch["filling"] = filling
+    batch["about"] = {"sequences": sequences, "filling": filling}
     batch["position_ids"] = torch.cat([torch.arange(length) for length in lengths])[None]
     for side in ("q", "k"):
         batch[f"cu_seq_lens_{side}"] = torch.from_numpy(ends.copy())
@@ -81,14 +101,15 @@ def collate_packed(items: Sequence[dict[str, list[int]]]) -> dict[str, Any]:
     return batch
 
 
-def collate_padded(items: Sequence[dict[str, list[int]]], pad_token_id: int) -> dict[str, torch.Tensor]:
+def collate_padded(items: Sequence[dict[str, list[int]]], pad_token_id: int) -> dict[str, Any]:
     """Sequences as rows of one of the few lengths of batches, filled up on the right.
 
     Returns:
         input_ids, labels and attention_mask (1 for tokens), int64 [sequences, length].
+        about, which is not for the model: the numbers of the `sequences`.
     """
     shape = (len(items), round_length(max(len(item["input_ids"]) for item in items)))
-    batch = {
+    batch: dict[str, Any] = {
         "input_ids": torch.full(shape, pad_token_id),
         "labels": torch.full(shape, IGNORED),
         "attention_mask": torch.zeros(shape, dtype=torch.int64),
@@ -98,6 +119,7 @@ def collate_padded(items: Sequence[dict[str, list[int]]], pad_token_id: int) -> 
         batch["input_ids"][row, :length] = torch.tensor(item["input_ids"])
         batch["labels"][row, :length] = torch.tensor(item["labels"])
         batch["attention_mask"][row, :length] = 1
+    batch["about"] = {"sequences": [number for item in items for number in item["sequences"]], "filling": 0}
     return batch
 
 

@@ -77,17 +77,11 @@ class Pool:
 
     def place(self, index: int) -> str:
         """Where a row stands and how it begins, for messages."""
-        loaded, row = self.sources[self.source[index]], int(self.row[index])
-        question = next((turn["content"] for turn in loaded.rows.messages(row) if turn["role"] == "user"), "")
-        excerpt = " ".join(question[: EXCERPT_CHARACTERS + 1].split())
-        shown = excerpt if len(question) <= EXCERPT_CHARACTERS else f"{excerpt[:EXCERPT_CHARACTERS]}…"
-        return f"{self.short_place(index)} «{shown}»"
+        return place_of(self.sources[self.source[index]], int(self.row[index]))
 
     def short_place(self, index: int) -> str:
         """Where a row stands."""
-        loaded = self.sources[self.source[index]]
-        place: str = loaded.file.place(int(loaded.rows.numbers[self.row[index]]))
-        return place
+        return _short_place(self.sources[self.source[index]], int(self.row[index]))
 
     def input_ids(self, index: int) -> NDArray[np.int32]:
         """The ids of a row's first sequence."""
@@ -103,6 +97,19 @@ class Pool:
         """The conversation of a row."""
         messages: list[dict[str, Any]] = self.sources[self.source[index]].rows.messages(int(self.row[index]))
         return messages
+
+
+def place_of(loaded: LoadedSource, row: int) -> str:
+    """Where a row of a source stands and how it begins, for messages."""
+    question = next((turn["content"] for turn in loaded.rows.messages(row) if turn["role"] == "user"), "")
+    excerpt = " ".join(question[: EXCERPT_CHARACTERS + 1].split())
+    shown = excerpt if len(question) <= EXCERPT_CHARACTERS else f"{excerpt[:EXCERPT_CHARACTERS]}…"
+    return f"{_short_place(loaded, row)} «{shown}»"
+
+
+def _short_place(loaded: LoadedSource, row: int) -> str:
+    place: str = loaded.file.place(int(loaded.rows.numbers[row]))
+    return place
 
 
 def earlier_copies(digests: NDArray[np.uint64]) -> Indices:

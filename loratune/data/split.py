@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from loratune.data.pool import Pool
+from loratune.data.pool import Pool, place_of
 
 
 @dataclass
@@ -52,6 +52,14 @@ class Split:
         """Conversations of some rows, spread evenly."""
         count = min(limit, len(self.pool))
         return [self.pool.messages(index) for index in np.linspace(0, len(self.pool) - 1, count, dtype=np.int64)]
+
+    def place(self, sequence: int) -> str:
+        """Where the row of a sequence stands and how it begins, for messages."""
+        for loaded, part in zip(self.pool.sources, self.parts, strict=True):
+            if sequence < len(part):
+                return place_of(loaded, int(np.searchsorted(loaded.rows.starts, part[sequence], side="right")) - 1)
+            sequence -= len(part)
+        raise IndexError("no such sequence")
 
     def _fitting(self, number: int) -> NDArray[np.int64]:
         rows = self.pool.sources[number].rows

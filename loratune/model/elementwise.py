@@ -43,15 +43,19 @@ def use_fused_elementwise(model: Any) -> int:
     """
     liger = _liger_kernels(model) if model.device.type == "cuda" else None
     choices = [liger, _OWN] if liger else [_OWN]
+    chosen: dict[Any, _Kernels | None] = {}  # for each class of module and of activation, as its first one shows
     taken = 0
     for module in model.modules():
         make = _norm_with if _looks_like_norm(module) else _gated_mlp_with if _looks_like_gated_mlp(module) else None
         if make is None or "forward" in vars(module):
             continue
-        forwards = (MethodType(make(kernels), module) for kernels in choices)
-        chosen = next((forward for forward in forwards if _gives_the_same(module, forward)), None)
-        if chosen is not None:
-            module.forward = chosen
+        kind = (type(module), type(getattr(module, "act_fn", None)))
+        if kind not in chosen:
+            fitting = (kernels for kernels in choices if _gives_the_same(module, MethodType(make(kernels), module)))
+            chosen[kind] = next(fitting, None)
+        kernels = chosen[kind]
+        if kernels is not None:
+            module.forward = MethodType(make(kernels), module)
             taken += 1
     return taken
 

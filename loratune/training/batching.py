@@ -9,7 +9,7 @@ from typing import Any
 
 from torch.utils.data import Dataset
 
-from loratune.data.batches import PackedRows, collate_packed, collate_padded
+from loratune.data.batches import NumberedRows, PackedRows, collate_packed, collate_padded
 from loratune.data.dataset import as_dataset
 from loratune.data.split import Split
 from loratune.recipe.sections import TrainingSettings
@@ -35,7 +35,7 @@ class Batching:
         """What batches are drawn from: packed rows, or sequences."""
         sequences, settings = as_dataset(split), self.settings
         if not settings.packing:
-            return sequences
+            return NumberedRows(sequences)
         if is_validation and self.validation_batch_size:
             settings = settings.model_copy(update={"batch_size": self.validation_batch_size, "tokens_per_batch": None})
         return PackedRows(sequences, packed_batches(settings, split.lengths, self.seed))

@@ -5,17 +5,26 @@ from __future__ import annotations
 import json
 import math
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from transformers import TrainerCallback
 
 from loratune import console
-from loratune.errors import Exit, LoratuneError
+from loratune.errors import Exit, LoratuneError, bullet_list
 from loratune.model.hardware import Hardware
 from loratune.model.memory import peak_memory_bytes
 from loratune.runs.folder import METRICS
 from loratune.writing import write_text
+
+SHOWN_ROWS = 8
+ZERO_REASONS = {
+    "loss": "the loss is exactly 0: the model is certain of every answer already, so that nothing is left to learn: "
+    "fewer epochs, or other rows",
+    "grad_norm": "the gradient is exactly 0, so nothing is learnt: no row of the step reaches a trained weight, or the "
+    "loss has vanished in rounding; model.dtype float32 tells which",
+}
 
 
 class Metrics(TrainerCallback):
@@ -153,7 +162,19 @@ class Progress(TrainerCallback):
 
 
 class DivergenceGuard(TrainerCallback):
-    """Stops at the first loss or gradient that is not a number, before anything is saved from it."""
+    """Stops at the first loss or gradient that is not a number, before anything is saved from it.
+
+    Args:
+        newest_rows: numbers of the rows trained on since a good step, which is where they are forgotten.
+        place: names the row of a number.
+        warnings: gets a sentence for a loss or a gradient of exactly 0, which goes on but teaches nothing.
+    """
+
+    def __init__(self, newest_rows: list[int], place: Callable[[int], str], warnings: list[str]) -> None:
+        self.newest_rows = newest_rows
+        self.place = place
+        self.warnings = warnings
+        self._zeros: set[str] = set()
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float], **_: Any) -> None:
         """Look at the trainer's log.
@@ -166,7 +187,15 @@ class DivergenceGuard(TrainerCallback):
             figures = ", ".join(
                 f"{name} {logs[name]:g}" for name in ("loss", "grad_norm", "learning_rate", "eval_loss") if name in logs
             )
-            raise _diverged(f"at step {state.global_step}: {figures}")
+            raise self._diverged(f"at step {state.global_step}: {figures}")
+        if "loss" in logs:
+            self.newest_rows.clear()
+        for name in ZERO_REASONS:
+            if logs.get(name) == 0 and name not in self._zeros:
+                self._zeros.add(name)
+                self.warnings.append(f"step {state.global_step}: {ZERO_REASONS[name]}")
+                if state.is_world_process_zero:
+                    console.warn(self.warnings[-1])
 
     def on_step_end(self, args: Any, state: Any, control: Any, model: Any, **_: Any) -> None:
         """Look at the weights before a checkpoint that no log of its step precedes.
@@ -178,12 +207,14 @@ class DivergenceGuard(TrainerCallback):
             return
         trained = (parameter for parameter in model.parameters() if parameter.requires_grad)
         if not all(parameter.isfinite().all() for parameter in trained):
-            raise _diverged(f"at or before step {state.global_step}: the adapter's weights are not finite")
+            raise self._diverged(f"at or before step {state.global_step}: the adapter's weights are not finite")
 
-
-def _diverged(what: str) -> LoratuneError:
-    return LoratuneError(
-        f"training diverged {what}. Earlier checkpoints are untouched; try a lower training.learning_rate, a longer "
-        "training.warmup, or model.dtype float32",
-        Exit.DIVERGED,
-    )
+    def _diverged(self, what: str) -> LoratuneError:
+        message = (
+            f"training diverged {what}. Earlier checkpoints are untouched; try a lower training.learning_rate, a "
+            "longer training.warmup, or model.dtype float32"
+        )
+        if self.newest_rows:
+            rows = [self.place(number) for number in self.newest_rows[:SHOWN_ROWS]]
+            message += f"\nrows since the last good step:\n{bullet_list(rows, total=len(self.newest_rows))}"
+        return LoratuneError(message, Exit.DIVERGED)

@@ -8,9 +8,33 @@ from typing import Any
 
 from transformers import TrainerCallback
 
+from loratune import console
+from loratune.errors import Exit, LoratuneError
 from loratune.recipe.sections import CheckpointSettings, EvaluationSettings
 from loratune.runs.checkpoint import checkpoint_steps, open_checkpoint, step_folder
 from loratune.runs.folder import CHECKPOINTS
+
+
+def check_room(output: Path, settings: CheckpointSettings, adapter_bytes: int) -> None:
+    """See that the disk has room for the checkpoints that are kept at a time, and for the adapter.
+
+    Args:
+        output: run folder.
+        settings: how many checkpoints stay.
+        adapter_bytes: of the trained weights; a checkpoint holds AdamW's two averages of each too.
+
+    Raises:
+        LoratuneError: there is not enough.
+    """
+    checkpoints = settings.keep + settings.keep_best + 1  # the new one comes before the oldest goes
+    needed = (3 * checkpoints + 1) * adapter_bytes
+    free = shutil.disk_usage(output).free
+    if free < needed:
+        raise LoratuneError(
+            f"{output}: {checkpoints} checkpoints and the adapter take {console.memory(needed)}, "
+            f"{console.memory(free)} are free; make room, lower checkpoints.keep, or choose another --output",
+            Exit.IO,
+        )
 
 
 class CheckpointKeeper(TrainerCallback):

@@ -11,29 +11,50 @@ from loratune.model.memory import is_out_of_memory
 from loratune.recipe.sections import Recipe
 from loratune.writing import disk_errors_explained
 
+ADVICE_LIMIT = 3
+
 
 @contextmanager
-def machine_errors_explained(recipe: Recipe) -> Iterator[None]:
-    """Turn a lack of memory or disk into one message; for memory with advice, cheapest change first."""
+def machine_errors_explained(recipe: Recipe, held: dict[str, str]) -> Iterator[None]:
+    """Turn a lack of memory or disk into one message.
+
+    Args:
+        recipe: whose settings can be changed.
+        held: filled on the way: what takes memory, and how much.
+
+    Raises:
+        LoratuneError: for memory with what was held and what to change, the cheapest first.
+    """
     try:
         with disk_errors_explained(Path(recipe.output)):
             yield
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
             raise
-        raise LoratuneError("out of memory; try, cheapest first\n" + _memory_advice(recipe), Exit.IO) from error
+        told = ", ".join(f"{name} {size}" for name, size in held.items())
+        lines = ["out of memory" + (f" with {told}" if told else "") + "; cheapest first:", *memory_advice(recipe)]
+        raise LoratuneError("\n  ".join(lines), Exit.IO) from error
 
 
-def _memory_advice(recipe: Recipe) -> str:
-    training = recipe.training
-    smaller = {"batch_size": 1, "gradient_accumulation": training.batch_size * training.gradient_accumulation}
-    if training.tokens_per_batch:
-        smaller = {"tokens_per_batch": max(8, training.tokens_per_batch // 2)}
-    flags = " ".join(f"--training.{name} {value}" for name, value in smaller.items())
-    advice = [
-        f"{flags}  (the same step in smaller parts)",
-        "--training.gradient_checkpointing  (slower, far less memory)",
-        "--model.quantization nf4  (a quarter of the base's memory)",
-        f"--training.max_length {max(8, training.max_length // 2)}  (if few rows are that long)",
-    ]
-    return "\n".join(f"  {line}" for line in advice)
+def memory_advice(recipe: Recipe) -> list[str]:
+    """Changes that save memory and are not made yet, those first that cost least."""
+    training, lora = recipe.training, recipe.lora
+    advice = []
+    if training.tokens_per_batch and training.tokens_per_batch > training.max_length:
+        smaller = max(training.max_length, training.tokens_per_batch // 2)
+        advice.append(f"--training.tokens_per_batch {smaller}  (the same step in smaller parts)")
+    elif not training.tokens_per_batch and training.batch_size > 1:
+        accumulation = training.batch_size * training.gradient_accumulation
+        advice.append(
+            f"--training.batch_size 1 --training.gradient_accumulation {accumulation}  (the same step in smaller parts)"
+        )
+    if not training.gradient_checkpointing:
+        advice.append("--training.gradient_checkpointing  (a third slower, far less memory)")
+    if recipe.model.quantization != "nf4":
+        advice.append("--model.quantization nf4  (a quarter of the base's memory)")
+    advice.append(f"--training.max_length {max(8, training.max_length // 2)}  (if few rows are that long)")
+    if lora.targets == "all-linear":
+        advice.append("--lora.targets q_proj --lora.targets v_proj  (fewer matrices)")
+    if lora.layers is None:
+        advice.append("--lora.layers 'last 8'  (nothing is kept of the layers before)")
+    return advice[:ADVICE_LIMIT]

@@ -49,3 +49,15 @@ def show_model(
         ],
         title="model",
     )
+
+
+def parts_of_memory(summary: AdapterSummary, activations: Activations | None, tokens: int) -> dict[str, str]:
+    """What training holds, and how much of it, as far as it is known before the first step."""
+    parts = {
+        "base": console.memory(summary.base_bytes),
+        "adapter": console.memory(summary.adapter_bytes),
+        "gradients and optimizer": console.memory(3 * summary.adapter_bytes),
+    }
+    if activations:
+        parts["activations"] = f"{console.memory(activations.kept_bytes)} if kept"
+    return parts | {"a batch of": f"{tokens:,} tokens"}

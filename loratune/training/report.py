@@ -11,6 +11,7 @@ from loratune.runs.folder import PLOT, REPORT
 from loratune.runs.versions import library_versions
 from loratune.training.callbacks import Metrics
 from loratune.training.checkpoints import CheckpointKeeper
+from loratune.training.health import Health
 from loratune.training.plot import plot_losses
 from loratune.writing import write_json
 
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
 
 
 def write_report(
-    session: Session, trainer: AdapterTrainer, metrics: Metrics, keeper: CheckpointKeeper
+    session: Session, trainer: AdapterTrainer, metrics: Metrics, keeper: CheckpointKeeper, health: Health
 ) -> dict[str, Any]:
     """Put together what happened, write report.json and loss.png, and return the report.
 
@@ -48,6 +49,7 @@ def write_report(
         "gradient_checkpointing": session.arguments.gradient_checkpointing,
         "start_up_seconds": session.start_up.seconds,
         "adapter": vars(session.summary),
+        "health": health.as_json(),
         "warnings": session.warnings,
         "versions": library_versions(),
     }
@@ -81,6 +83,16 @@ def show_report(report: dict[str, Any]) -> None:
     stages = report["start_up_seconds"]
     rows.append(("start-up", f"{sum(stages.values()):.0f} s: " + ", ".join(f"{k} {v:.1f}" for k, v in stages.items())))
     rows.append(("peak memory", console.memory(report["peak_memory_bytes"])))
+    rows.append(("update", _update_text(report["health"]["updates"])))
     rows.append(("run folder", report["output"]))
     console.table(rows, title="done")
+    for sentence in report["health"]["sentences"]:
+        console.warn(sentence)
     console.say(f"next: loratune infer --adapter {shlex.quote(report['output'])}")
+
+
+def _update_text(updates: dict[str, dict[str, Any]]) -> str:
+    """Where the adapter changes most, in relation to what is there."""
+    medians = [size["median"] for size in updates.values()]
+    name, most = max(((name, size["largest"]) for name, size in updates.items()), key=lambda pair: pair[1])
+    return f"{min(medians):.2%} to {max(medians):.2%} of the weights' norm, at most {most:.2%} ({name})"

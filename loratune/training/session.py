@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from transformers.utils import logging as transformers_logging
 from trl import SFTConfig
@@ -29,7 +29,7 @@ from loratune.model.tokenizer import load_tokenizer, set_pad_token
 from loratune.recipe.advice import advise
 from loratune.recipe.sections import Recipe
 from loratune.runs.card import write_card
-from loratune.runs.checkpoint import Checkpoint, seal_checkpoint
+from loratune.runs.checkpoint import Checkpoint, open_checkpoint, seal_checkpoint
 from loratune.runs.fingerprint import fingerprint_base
 from loratune.runs.folder import ADAPTER, RECIPE, REPORT, begin_run, prepare_output, read_json, seal_run, set_status
 from loratune.runs.lock import run_lock
@@ -40,10 +40,11 @@ from loratune.training.activations import measure_activations
 from loratune.training.arguments import training_arguments
 from loratune.training.batching import Batching
 from loratune.training.callbacks import DivergenceGuard, Metrics, Progress
-from loratune.training.checkpoints import CheckpointKeeper
+from loratune.training.checkpoints import CheckpointKeeper, check_room
 from loratune.training.failures import machine_errors_explained
 from loratune.training.gate import pass_gate
-from loratune.training.overview import show_data, show_model
+from loratune.training.health import GradientFlow, examine
+from loratune.training.overview import parts_of_memory, show_data, show_model
 from loratune.training.report import write_report
 from loratune.training.resuming import Resume, check_identity, find_start, identity_of, is_complete
 from loratune.training.start_up import StartUp
@@ -69,6 +70,8 @@ class Prepared:
     warnings: list[str]
     start_up: StartUp
     stops: Stops
+    held: dict[str, str]
+    """What takes memory, for the message when there is none left."""
 
 
 @dataclass
@@ -78,6 +81,16 @@ class Session(Prepared):
     model: Any
     """The base with the adapter on it, as PEFT makes it."""
     summary: AdapterSummary
+
+
+class Running(NamedTuple):
+    """The trainer and those who watch it."""
+
+    trainer: AdapterTrainer
+    metrics: Metrics
+    keeper: CheckpointKeeper
+    progress: Progress
+    flow: GradientFlow
 
 
 def train(recipe: Recipe, overwrite: bool = False, resume: Resume | None = None) -> dict[str, Any]:
@@ -98,14 +111,15 @@ def train(recipe: Recipe, overwrite: bool = False, resume: Resume | None = None)
         Interrupted: a signal has ended the run.
     """
     output, stops = Path(recipe.output), Stops()
+    held: dict[str, str] = {}
     with ExitStack() as stack:
         stack.enter_context(stops.heeded())
-        stack.enter_context(machine_errors_explained(recipe))
+        stack.enter_context(machine_errors_explained(recipe, held))
         if console.IS_SPEAKER:
             prepare_output(output, overwrite or resume is not None)
             stack.enter_context(run_lock(output))
         start = find_start(output, resume) if resume else None
-        prepared = _prepare(recipe, output, stops)
+        prepared = _prepare(recipe, output, stops, held)
         identity = identity_of(recipe, _manifest(prepared), prepared.hardware.processes)
         if start and resume:
             check_identity(start, identity, resume.allow_changes)
@@ -118,8 +132,10 @@ def train(recipe: Recipe, overwrite: bool = False, resume: Resume | None = None)
 def _train(session: Session, identity: dict[str, Any], start: Checkpoint | None) -> dict[str, Any]:
     """Make the steps that are left, and finish the run."""
     output, stops = session.output, session.stops
-    trainer, metrics, keeper, progress = _build_trainer(session, identity)
+    running = _build_trainer(session, identity)
+    trainer = running.trainer
     if console.IS_SPEAKER:
+        check_room(output, session.recipe.checkpoints, session.summary.adapter_bytes)
         begin_run(output, session.recipe, _manifest(session), start is not None, session.plan.steps)
         probed = session.data.validation or session.data.train
         save_probe(output, as_dataset(probed), probed.questions(MAX_QUESTIONS))
@@ -128,18 +144,19 @@ def _train(session: Session, identity: dict[str, Any], start: Checkpoint | None)
         try:
             with stops.after_step():
                 if start:
-                    _go_on(trainer, start, metrics, keeper)
+                    _go_on(running, start)
                 else:
                     trainer.train()
         finally:
-            progress.close()
+            running.progress.close()
         stops.raise_if_any()
-        _take_best(trainer, keeper)
-        return _finish(session, trainer, metrics, keeper) if console.IS_SPEAKER else {}
+        _take_best(trainer, running.keeper)
+        return _finish(session, running) if console.IS_SPEAKER else {}
 
 
-def _go_on(trainer: AdapterTrainer, start: Checkpoint, metrics: Metrics, keeper: CheckpointKeeper) -> None:
+def _go_on(running: Running, start: Checkpoint) -> None:
     """Train from a checkpoint on."""
+    trainer, metrics, keeper, *_ = running
     console.say(f"going on after step {start.step}")
     metrics.restore(start.step, start.progress)
     keeper.restore(start.progress)
@@ -147,7 +164,7 @@ def _go_on(trainer: AdapterTrainer, start: Checkpoint, metrics: Metrics, keeper:
     trainer.resume(start.folder, start.progress["tokens"], keeper.stopped_early)
 
 
-def _prepare(recipe: Recipe, output: Path, stops: Stops) -> Prepared:
+def _prepare(recipe: Recipe, output: Path, stops: Stops, held: dict[str, str]) -> Prepared:
     """Find the base and read the data: what costs little and can go wrong."""
     start_up = StartUp()
     start_up.stage_done("imports")
@@ -165,7 +182,7 @@ def _prepare(recipe: Recipe, output: Path, stops: Stops) -> Prepared:
     show_data(recipe, data)
     start_up.stage_done("data")
     return Prepared(
-        recipe, output, hardware, base, tokenizer, encoder, data, plan, arguments, warnings, start_up, stops
+        recipe, output, hardware, base, tokenizer, encoder, data, plan, arguments, warnings, start_up, stops, held
     )  # fmt: skip
 
 
@@ -185,14 +202,13 @@ def _load(prepared: Prepared) -> Session:
         tokens, longest = prepared.plan.largest_batch_tokens, prepared.data.train.longest
         activations = measure_activations(adapted, tokens, longest, hardware)
         prepared.arguments.gradient_checkpointing = not activations.fit
+    prepared.held.update(parts_of_memory(summary, activations, prepared.plan.largest_batch_tokens))
     show_model(recipe, hardware, summary, dtype_name(model.dtype), activations)
     prepared.start_up.stage_done("model")
     return Session(**vars(prepared), model=adapted, summary=summary)
 
 
-def _build_trainer(
-    session: Session, identity: dict[str, Any]
-) -> tuple[AdapterTrainer, Metrics, CheckpointKeeper, Progress]:
+def _build_trainer(session: Session, identity: dict[str, Any]) -> Running:
     recipe, data, stops = session.recipe, session.data, session.stops
     metrics = Metrics(session.output)
     progress = Progress(metrics, session.hardware)
@@ -202,6 +218,9 @@ def _build_trainer(
         stood = {**metrics.progress, **keeper.progress, "tokens": tokens, "validation_is_due": stops.validation_is_due}
         seal_checkpoint(folder, step, identity, stood)
 
+    newest_rows: list[int] = []
+    guard = DivergenceGuard(newest_rows, data.train.place, session.warnings)
+    flow = GradientFlow()
     trainer = AdapterTrainer(
         model=session.model,
         args=session.arguments,
@@ -210,30 +229,34 @@ def _build_trainer(
         validation=data.validation,
         stops=stops,
         seal=seal,
+        newest_rows=newest_rows,
         processing_class=session.tokenizer,
-        callbacks=[session.start_up, DivergenceGuard(), metrics, progress, keeper, stops],
+        callbacks=[session.start_up, guard, metrics, progress, keeper, flow, stops],
     )
     for warning in session.warnings:
         console.warn(warning)
     rows = ("about " if recipe.training.packing else "") + counted(session.plan.rows_per_step, "row")
     console.say(f"training {counted(session.plan.steps, 'step')} of {rows} on {session.hardware.name}", style="bold")
-    return trainer, metrics, keeper, progress
+    return Running(trainer, metrics, keeper, progress, flow)
 
 
 def _take_best(trainer: AdapterTrainer, keeper: CheckpointKeeper) -> None:
     """Go back to the best checkpoint's weights where later steps have been worse."""
     best = keeper.best_checkpoint
     if best is not None and keeper.best_step != trainer.state.global_step:
-        load_adapter_weights(trainer.accelerator.unwrap_model(trainer.model), best)
+        load_adapter_weights(trainer.accelerator.unwrap_model(trainer.model), open_checkpoint(best).folder)
 
 
-def _finish(session: Session, trainer: AdapterTrainer, metrics: Metrics, keeper: CheckpointKeeper) -> dict[str, Any]:
+def _finish(session: Session, running: Running) -> dict[str, Any]:
     """Write the adapter with its tokenizer and card, the report and the picture, and seal the run."""
+    trainer, metrics, keeper, _, flow = running
+    model = trainer.accelerator.unwrap_model(trainer.model)
     with folder_in_one_step(session.output / ADAPTER) as folder:
-        save_adapter(trainer.accelerator.unwrap_model(trainer.model), folder)
+        save_adapter(model, folder)
         copy_tokenizer_files(session.base, folder)
         write_card(folder, session.recipe)
-    report = write_report(session, trainer, metrics, keeper)
+    health = examine(model, flow, metrics)
+    report = write_report(session, trainer, metrics, keeper, health)
     seal_run(session.output)
     set_status(session.output, "finished", step=trainer.state.global_step, steps=trainer.state.max_steps)
     return report

@@ -37,6 +37,7 @@ class AdapterTrainer(SFTTrainer):
         validation: Split | None,
         stops: Stops,
         seal: Callable[[Path, int, int], None],
+        newest_rows: list[int],
         **settings: Any,
     ) -> None:
         """Take over ready rows.
@@ -47,6 +48,7 @@ class AdapterTrainer(SFTTrainer):
             validation: to validate on.
             stops: signals to be heeded in a validation.
             seal: completes a checkpoint's folder, given that, the step, and the tokens so far.
+            newest_rows: gets the numbers of the rows that are trained on.
             settings: SFTTrainer's.
         """
         super().__init__(
@@ -57,7 +59,7 @@ class AdapterTrainer(SFTTrainer):
         )
         self.remove_callback(PrinterCallback)
         self._batching, self._train_lengths = batching, train.lengths
-        self._stops, self._seal = stops, seal
+        self._stops, self._seal, self._newest_rows = stops, seal, newest_rows
         self.train_dataset = batching.rows(train)
         self.eval_dataset = batching.rows(validation, is_validation=True) if validation else None
         add_labelled_loss(self.model.get_base_model())
@@ -87,10 +89,11 @@ class AdapterTrainer(SFTTrainer):
             return_outputs: never asked for here.
             num_items_in_batch: labelled tokens of the step, over all processes.
         """
-        filling = inputs.pop("filling", 0)
+        about = inputs.pop("about")
+        self._newest_rows.extend(about["sequences"])
         outputs = model(**inputs, summed_loss=True)
         tokens = len(outputs.losses) if num_items_in_batch is None else num_items_in_batch
-        self._count_tokens(inputs, filling)
+        self._count_tokens(inputs, about["filling"])
         # DDP averages gradients over the processes, while the tokens are those of all.
         return outputs.loss_sum * self.accelerator.num_processes / max(int(tokens), 1)
 
@@ -134,7 +137,7 @@ class AdapterTrainer(SFTTrainer):
             if self._stops.signal is not None and self.accelerator.num_processes == 1:
                 raise ValidationStopped
             inputs = self._prepare_inputs(batch)
-            inputs.pop("filling", None)
+            del inputs["about"]
             with torch.no_grad(), self.compute_loss_context_manager():
                 outputs = self.model(**inputs, summed_loss=True)
             count = len(inputs["input_ids"])
