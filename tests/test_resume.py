@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -180,7 +181,13 @@ def test_resume_auto_starts_goes_on_and_ends(
     stop(2)
     assert sft("run", "--resume", "auto").exit_code == 143
     monkeypatch.undo()
-    assert sft("run", "--resume", "auto").exit_code == 0
+    unfinished = [tmp_path / "run" / "checkpoints" / ".tmp-step-000005", tmp_path / "run" / ".status.json.7.tmp"]
+    unfinished[0].mkdir()
+    unfinished[1].write_text("{")
+    resumed = sft("run", "--resume", "auto")
+    assert resumed.exit_code == 0
+    assert not any(place.exists() for place in unfinished)
+    assert resumed.stderr.count("removed") == 2
     assert_same_run(tmp_path / "run", tmp_path / "whole")
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*") if path.is_file()}
     done = sft("run", "--resume", "auto")
@@ -395,3 +402,40 @@ def test_runs_show_tells_how_a_run_stands(
     table = cli("runs", "show", run)
     assert "finished at step 6 of 6" in table.stderr
     assert f"loratune infer --adapter {run}" in " ".join(table.stderr.split())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("packing", ["--training.packing", "--no-training.packing"])
+def test_two_processes_resume_to_the_same_bits(
+    random_qwen: Path, rows_file: Path, tmp_path: Path, packing: str
+) -> None:
+    command = [
+        sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "loratune", "sft", packing,
+        "--model.base", str(random_qwen), "--model.dtype", "float32", "--data.train", str(rows_file),
+        "--training.steps", "6", "--lora.dropout", "0.2", "--training.batch_size", "2",
+        "--checkpoints.every_steps", "3", "--output",
+    ]  # fmt: skip
+
+    def run(name: str, *flags: str) -> None:
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        arguments = [*command, str(tmp_path / name), *flags]
+        done = subprocess.run(arguments, capture_output=True, text=True, env=environment, timeout=300, check=False)
+        assert done.returncode == 0, done.stderr
+
+    run("whole")
+    run("run")
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "step-000006")
+    shutil.rmtree(tmp_path / "run" / "adapter")
+    (tmp_path / "run" / "status.json").write_text('{"program": "loratune", "state": "running"}')
+    assert (tmp_path / "run" / "checkpoints" / "step-000003" / "rng_state_1.pth").is_file()
+    run("run", "--resume")
+    assert_same_run(tmp_path / "run", tmp_path / "whole")
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_the_fault_harness_finds_nothing() -> None:
+    faults = Path(__file__).parent.parent / "scripts" / "faults"
+    done = subprocess.run([sys.executable, faults, "--kills", "4"], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout
+    assert "adapters differing from the uninterrupted run: 0" in done.stdout

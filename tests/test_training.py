@@ -239,7 +239,7 @@ def test_a_loss_that_is_not_a_number_stops_the_run_and_saves_nothing(
     result = sft("--checkpoints.every_steps", "1")
     assert result.exit_code == Exit.DIVERGED
     assert "diverged at step 3" in result.stderr
-    rows = re.findall(r"rows\.json row \d+ «", result.stderr)
+    rows = re.findall(r"rows\.json row \d+ «", " ".join(result.stderr.split()))
     assert len(rows) == len(set(rows)) == 4
     assert read_json(tmp_path / "run" / "status.json")["state"] == "diverged"
     assert not (tmp_path / "run" / "adapter").exists()

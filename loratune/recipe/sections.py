@@ -117,7 +117,7 @@ class TrainingSettings(Section):
     packing: bool = True
     """Set rows behind each other without padding, each attending to itself alone; else pad rows of similar length."""
     tokens_per_batch: int | None = Field(default=None, ge=8, le=1_048_576)
-    """Tokens of a packed batch; default is what batch_size rows have on average."""
+    """Most tokens of a packed batch; default is as many batches as without packing, evenly filled."""
     gradient_accumulation: int = Field(default=4, ge=1, le=65536)
     """Parts of a step: batch_size × this × devices rows make one, packed on average."""
     gradient_checkpointing: bool | None = None

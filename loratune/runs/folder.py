@@ -20,6 +20,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
+from loratune import console
 from loratune.errors import Exit, LoratuneError
 from loratune.recipe.loading import dump_recipe
 from loratune.recipe.sections import Recipe
@@ -106,6 +107,7 @@ def begin_run(
                 shutil.rmtree(place)
             else:
                 place.unlink(missing_ok=True)
+        _remove_unfinished(output)
         output.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise LoratuneError(f"{output}: cannot be made: {error.strerror}", Exit.IO) from error
@@ -116,6 +118,17 @@ def begin_run(
     files = known.get("files", {})
     files.pop(RECIPE, None)
     write_json(output / MANIFEST, values | ({"files": files} if files else {}))
+
+
+def _remove_unfinished(output: Path) -> None:
+    """What a killed process was about to write; complete things never have such names."""
+    for place in (output, output / CHECKPOINTS):
+        for left in [*place.glob(".tmp-*"), *place.glob(".*.tmp")]:
+            console.say(f"removed {left}, which an earlier process had not finished")
+            if left.is_dir():
+                shutil.rmtree(left)
+            else:
+                left.unlink()
 
 
 def set_status(output: Path, state: str, **details: Any) -> None:
