@@ -145,7 +145,7 @@ def test_a_second_signal_stops_at_once(sft: Sft, stop: Callable[..., None], tmp_
     assert status(tmp_path / "run")["state"] == "interrupted"
 
 
-@pytest.mark.parametrize("step", [2, 4])
+@pytest.mark.parametrize("step", [2, 6])
 def test_a_validation_that_a_signal_ends_is_made_up_for(
     sft: Sft, stop: Callable[..., None], tmp_path: Path, step: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -327,13 +327,16 @@ def test_a_run_that_stopped_early_is_complete(sft: Sft, tmp_path: Path) -> None:
     assert "is complete" in again.stderr
 
 
-def test_only_the_adapter_is_written_again_if_nothing_else_is_missing(sft: Sft, tmp_path: Path) -> None:
-    assert sft("whole").exit_code == 0
-    assert sft("run").exit_code == 0
+@pytest.mark.parametrize("flags", [[], ["--training.steps", "4"]], ids=["epochs", "steps"])
+def test_only_the_adapter_is_written_again_if_nothing_else_is_missing(
+    sft: Sft, tmp_path: Path, flags: list[str]
+) -> None:
+    assert sft("whole", *flags).exit_code == 0
+    assert sft("run", *flags).exit_code == 0
     kept = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "run" / "checkpoints").iterdir()}
     (tmp_path / "run" / "adapter").rename(tmp_path / "lost")
     (tmp_path / "run" / "status.json").write_text('{"program": "loratune", "state": "running"}')
-    assert sft("run", "--resume").exit_code == 0
+    assert sft("run", *flags, "--resume").exit_code == 0
     assert_same_run(tmp_path / "run", tmp_path / "whole")
     assert {path.name: path.stat().st_mtime_ns for path in (tmp_path / "run" / "checkpoints").iterdir()} == kept
 

@@ -144,7 +144,7 @@ def _train(session: Session, identity: dict[str, Any], start: Checkpoint | None)
         try:
             with stops.after_step():
                 if start:
-                    _go_on(running, start)
+                    _go_on(running, start, session.plan.steps)
                 else:
                     trainer.train()
         finally:
@@ -154,14 +154,15 @@ def _train(session: Session, identity: dict[str, Any], start: Checkpoint | None)
         return _finish(session, running) if console.IS_SPEAKER else {}
 
 
-def _go_on(running: Running, start: Checkpoint) -> None:
-    """Train from a checkpoint on."""
+def _go_on(running: Running, start: Checkpoint, steps: int) -> None:
+    """Train from a checkpoint on, up to the run's number of steps."""
     trainer, metrics, keeper, *_ = running
     console.say(f"going on after step {start.step}")
     metrics.restore(start.step, start.progress)
     keeper.restore(start.progress)
     trainer.args.eval_on_start = bool(start.progress["validation_is_due"])
-    trainer.resume(start.folder, start.progress["tokens"], keeper.stopped_early)
+    is_at_end = keeper.stopped_early or start.step >= steps
+    trainer.resume(start.folder, start.progress["tokens"], is_at_end)
 
 
 def _prepare(recipe: Recipe, output: Path, stops: Stops, held: dict[str, str]) -> Prepared:

@@ -162,7 +162,7 @@ class AdapterTrainer(SFTTrainer):
                 self._seal(folder, self.state.global_step, self._total_train_tokens)
 
     def resume(self, checkpoint: Path, tokens: int, is_at_end: bool) -> None:
-        """Go on from a checkpoint; where nothing is left to train, take its weights and state.
+        """Go on from a checkpoint; where no step is left, take its weights and state, and validate if that is due.
 
         Args:
             checkpoint: its folder, whose files have been verified.
@@ -170,11 +170,14 @@ class AdapterTrainer(SFTTrainer):
             is_at_end: whether no step is left.
         """
         self._total_train_tokens = tokens
-        if is_at_end:
-            self._load_from_checkpoint(str(checkpoint))
-            self.state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE))
-        else:
+        if not is_at_end:
             self.train(resume_from_checkpoint=str(checkpoint))
+            return
+        self._load_from_checkpoint(str(checkpoint))
+        self.state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE))
+        self.control = self.callback_handler.on_train_begin(self.args, self.state, self.control)
+        if self.args.eval_on_start:
+            self._evaluate(None, None)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         """Into the weights that are there: PEFT would make new ones, in another type on a 4-bit base."""
