@@ -319,6 +319,7 @@ def test_a_named_checkpoint_is_taken(sft: Sft, tmp_path: Path) -> None:
 
 def test_a_run_that_stopped_early_is_complete(sft: Sft, tmp_path: Path) -> None:
     flags = ["--evaluation.early_stopping", "1", "--training.epochs", "40", "--training.learning_rate", "0.3"]
+    flags += ["--checkpoints.every_steps", "1000"]
     first = sft("run", *flags)
     assert first.exit_code == 0, first.stderr
     assert json.loads((tmp_path / "run" / "report.json").read_text())["stopped_early"]

@@ -68,7 +68,8 @@ def measure_activations(model: Any, tokens: int, longest: int, hardware: Hardwar
     was_training = model.training
     model.train()
     # The graph holds every tensor until the end, so that no address comes twice.
-    with torch.random.fork_rng(), torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
+    devices = [hardware.device] if hardware.is_gpu else []
+    with torch.random.fork_rng(devices), torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
         base.model(**inputs, use_cache=False)
     model.train(was_training)
     trained_bytes = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)

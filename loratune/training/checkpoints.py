@@ -61,7 +61,7 @@ class CheckpointKeeper(TrainerCallback):
             self.validations_since_best += 1
         if self.patience is not None and self.validations_since_best >= self.patience:
             self.stopped_early = not control.should_training_stop
-            control.should_training_stop = True
+            control.should_training_stop = control.should_save = True
 
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Remove the oldest checkpoints, after the new one has its name and reads back as it was written."""

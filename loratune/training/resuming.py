@@ -59,8 +59,9 @@ def find_start(output: Path, resume: Resume) -> Checkpoint | None:
 
 def is_complete(output: Path, start: Checkpoint, steps: int) -> bool:
     """Whether nothing is left to do: as many steps are made as are wanted, or it stopped early, and all is written."""
-    is_at_end = start.step >= steps or start.progress["stopped_early"]
-    return bool(is_at_end and read_json(output / STATUS).get("state") == "finished")
+    status = read_json(output / STATUS)
+    stopped_early = status.get("stopped_early") and status.get("step") == start.step
+    return status.get("state") == "finished" and bool(start.step >= steps or stopped_early)
 
 
 def identity_of(recipe: Recipe, manifest: dict[str, Any], processes: int) -> dict[str, Any]:

@@ -259,7 +259,8 @@ def _finish(session: Session, running: Running) -> dict[str, Any]:
     health = examine(model, flow, metrics)
     report = write_report(session, trainer, metrics, keeper, health)
     seal_run(session.output)
-    set_status(session.output, "finished", step=trainer.state.global_step, steps=trainer.state.max_steps)
+    stood = {"step": trainer.state.global_step, "steps": trainer.state.max_steps, "stopped_early": keeper.stopped_early}
+    set_status(session.output, "finished", **stood)
     return report
 
 

@@ -116,7 +116,8 @@ class AdapterTrainer(SFTTrainer):
         was_training = self.model.training
         self.model.eval()
         try:
-            with torch.random.fork_rng():  # from which data loaders draw: validating often or seldom trains the same
+            # Data loaders draw from it: so validating often or seldom trains the same.
+            with torch.random.fork_rng([self.args.device] if self.args.device.type == "cuda" else []):
                 loss, tokens = self._sum_loss(self.get_eval_dataloader(eval_dataset))
         finally:
             self.model.train(was_training)
@@ -175,7 +176,7 @@ class AdapterTrainer(SFTTrainer):
             return
         self._load_from_checkpoint(str(checkpoint))
         self.state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE))
-        self.control = self.callback_handler.on_train_begin(self.args, self.state, self.control)
+        self.callback_handler.on_train_begin(self.args, self.state, self.control)
         if self.args.eval_on_start:
             self._evaluate(None, None)
 
