@@ -13,6 +13,8 @@ from typing import Any
 
 from loratune.errors import Exit, LoratuneError
 
+TORCH_WRITER_ERRORS = ("iostream error", "unexpected pos", "PytorchStreamWriter failed")
+"""What torch.save says instead."""
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENAMETOOLONG)
 
 
@@ -65,6 +67,14 @@ def disk_errors_explained(output: Path) -> Iterator[None]:
         raise LoratuneError(
             f"{error.filename or output}: cannot be written: {error.strerror}. What had been saved before is "
             "untouched; make room, or choose another folder with --output",
+            Exit.IO,
+        ) from error
+    except RuntimeError as error:
+        if not any(words in str(error) for words in TORCH_WRITER_ERRORS):
+            raise
+        raise LoratuneError(
+            f"{output}: a file cannot be written: the disk is full, or files may not be so large. What had been saved "
+            "before is untouched; make room, or choose another folder with --output",
             Exit.IO,
         ) from error
 
