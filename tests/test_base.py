@@ -49,7 +49,7 @@ def test_a_folder_without_config_is_no_model(tmp_path: Path) -> None:
 
 
 def test_a_name_that_is_neither_folder_nor_hub_id_is_refused() -> None:
-    for name in ("nowhere", "a/b/c", "/nowhere/at/all", "../x"):
+    for name in ("nowhere", "a/b/c", "/nowhere/at/all", "../no-such-model"):
         with pytest.raises(LoratuneError, match="no such folder"):
             find_base(ModelSettings(base=name))
 

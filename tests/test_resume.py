@@ -8,7 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +34,15 @@ VARIANTS = {
     "checkpointing": ["--training.gradient_checkpointing", "--lora.dropout", "0.1"],
     "8-bit optimizer": ["--training.optimizer", "adamw_8bit"],
 }
+
+
+@pytest.fixture(autouse=True)
+def _signals_are_not_ignored() -> Iterator[None]:
+    """As they are in a shell's background job, and under nohup."""
+    before = {number: signal.signal(number, signal.SIG_DFL) for number in (signal.SIGINT, signal.SIGHUP)}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 @pytest.fixture
@@ -136,6 +145,12 @@ def test_the_exit_code_tells_the_signal(sft: Sft, stop: Callable[..., None], tmp
     result = sft("run")
     assert result.exit_code == 128 + number
     assert "--resume" in result.stderr
+
+
+def test_a_signal_that_nohup_has_switched_off_stays_so(sft: Sft, stop: Callable[..., None]) -> None:
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    stop(1, signal.SIGHUP)
+    assert sft("run").exit_code == 0
 
 
 def test_a_second_signal_stops_at_once(sft: Sft, stop: Callable[..., None], tmp_path: Path) -> None:

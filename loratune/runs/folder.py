@@ -171,5 +171,18 @@ def read_json(path: Path) -> dict[str, Any]:
     return value
 
 
+def read_metrics(output: Path) -> list[dict[str, float]]:
+    """The records of a run; a line that is being written, or that a crash has cut off, is none."""
+    path, records = output / METRICS, []
+    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
+        try:
+            record = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(record, dict) and "step" in record:
+            records.append(record)
+    return records
+
+
 def _now() -> str:
     return datetime.now(timezone.utc).isoformat(timespec="seconds")

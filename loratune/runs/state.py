@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shlex
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,7 @@ from filelock import FileLock, Timeout
 
 from loratune.errors import Exit, LoratuneError
 from loratune.runs.checkpoint import checkpoint_steps
-from loratune.runs.folder import CHECKPOINTS, LOCK, METRICS, RECIPE, STATUS, read_json
+from loratune.runs.folder import CHECKPOINTS, LOCK, RECIPE, STATUS, read_json, read_metrics
 
 
 def run_state(output: Path) -> dict[str, Any]:
@@ -30,7 +29,7 @@ def run_state(output: Path) -> dict[str, Any]:
     if not (output / STATUS).is_file():
         raise LoratuneError(f"{output} holds no run (no {STATUS} in it)", Exit.MODEL)
     status = read_json(output / STATUS)
-    records = _records(output / METRICS)
+    records = read_metrics(output)
     state = status.get("state", "unknown")
     if state == "running" and not _is_locked(output):
         state = "crashed"
@@ -49,19 +48,6 @@ def run_state(output: Path) -> dict[str, Any]:
         "time": status.get("time"),
         "next": _next(output, state, bool(steps)),
     }
-
-
-def _records(path: Path) -> list[dict[str, float]]:
-    """Lines of the metrics; one that is being written, or that a crash has cut off, is none."""
-    found = []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
-        try:
-            record = json.loads(line)
-        except ValueError:
-            continue
-        if isinstance(record, dict) and "step" in record:
-            found.append(record)
-    return found
 
 
 def _is_locked(output: Path) -> bool:

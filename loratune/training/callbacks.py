@@ -15,7 +15,7 @@ from loratune import console
 from loratune.errors import Exit, LoratuneError, bullet_list
 from loratune.model.hardware import Hardware
 from loratune.model.memory import peak_memory_bytes
-from loratune.runs.folder import METRICS
+from loratune.runs.folder import METRICS, read_metrics
 from loratune.writing import write_text
 
 SHOWN_ROWS = 8
@@ -50,8 +50,7 @@ class Metrics(TrainerCallback):
             step: of the checkpoint.
             progress: as it was then.
         """
-        lines = self.path.read_text(encoding="utf-8").splitlines() if self.path.is_file() else []
-        self.records = [record for record in map(_record_or_none, lines) if record and record["step"] <= step]
+        self.records = [record for record in read_metrics(self.path.parent) if record["step"] <= step]
         if console.IS_SPEAKER:
             write_text(self.path, "".join(json.dumps(record) + "\n" for record in self.records))
         self._elapsed = progress["seconds"]
@@ -117,14 +116,6 @@ class Metrics(TrainerCallback):
     def of(self, name: str) -> list[tuple[int, float]]:
         """(step, value) of every record that has `name`."""
         return [(int(record["step"]), record[name]) for record in self.records if name in record]
-
-
-def _record_or_none(line: str) -> dict[str, float] | None:
-    try:
-        record = json.loads(line)
-    except ValueError:
-        return None
-    return record if isinstance(record, dict) and "step" in record else None
 
 
 class Progress(TrainerCallback):
