@@ -54,7 +54,7 @@ def boundaries(runner: Runner) -> list[str]:
 
 
 def kill_at(folder: Path, number: int) -> Callable[[], None]:
-    """A sabotage that ends the process before its so-manieth touch of a file."""
+    """A sabotage that ends the process before its n-th touch of a file."""
 
     def sabotage() -> None:
         seen: list[str] = []
