@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
+from transformers.models.qwen2.modeling_qwen2 import Qwen2Attention
 from typer.testing import Result
 
 from loratune.model import memory
@@ -84,16 +86,37 @@ def test_a_step_takes_what_the_allocator_hands_out(random_qwen: Path) -> None:
     assert found.needed_bytes > found.kept_bytes
 
 
+@contextmanager
+def counted_attention(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[None]]:
+    """Has a line for every time that an attention layer computes."""
+    calls: list[None] = []
+    plain = Qwen2Attention.forward
+
+    def forward(self: Any, *arguments: Any, **settings: Any) -> Any:
+        calls.append(None)
+        return plain(self, *arguments, **settings)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Qwen2Attention, "forward", forward)
+        yield calls
+
+
 def test_activations_are_computed_again_only_where_they_do_not_fit(
     sft: Callable[..., Result], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert sft("roomy").exit_code == 0
+    with counted_attention(monkeypatch) as roomy_calls:
+        assert sft("roomy").exit_code == 0
     monkeypatch.setattr("loratune.training.activations.free_memory_bytes", lambda hardware: 10_000)
-    tight = sft("tight")
+    with counted_attention(monkeypatch) as tight_calls:
+        tight = sft("tight")
     assert tight.exit_code == 0
     assert "gradient checkpointing" in " ".join(tight.stderr.split())
-    forced = sft("forced", "--no-training.gradient_checkpointing")
+    with counted_attention(monkeypatch) as forced_calls:
+        forced = sft("forced", "--no-training.gradient_checkpointing")
     assert "a step" not in forced.stderr
+    # Two layers in three steps of several batches are gone through a second time; the look beforehand once more.
+    assert len(tight_calls) >= len(roomy_calls) + 2 * 3
+    assert len(forced_calls) == len(roomy_calls) - 2
     reports = {name: json.loads((tmp_path / name / "report.json").read_text()) for name in ("roomy", "tight", "forced")}
     assert {name: report["gradient_checkpointing"] for name, report in reports.items()} == {
         "roomy": False, "tight": True, "forced": False,

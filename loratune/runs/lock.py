@@ -38,7 +38,7 @@ def run_lock(output: Path) -> Iterator[None]:
         yield
     finally:
         owner.unlink(missing_ok=True)
-        if [path.name for path in output.iterdir()] == [LOCK]:
+        if output.is_dir() and [path.name for path in output.iterdir()] == [LOCK]:
             (output / LOCK).unlink()
             output.rmdir()
         lock.release()

@@ -82,6 +82,14 @@ def training_arguments(
     )
 
 
+def compute_again(arguments: SFTConfig, is_wanted: bool) -> None:
+    """Switch gradient checkpointing in a finished configuration.
+
+    TRL reads one name of it, transformers the other, which it fills from the first only when the configuration is made.
+    """
+    arguments.gradient_checkpointing = arguments.activation_checkpointing = is_wanted
+
+
 def _optimizer(name: str, hardware: Hardware, warnings: list[str]) -> str:
     if name.startswith("paged") and not hardware.is_gpu:
         warnings.append(f"training.optimizer {name} needs a GPU; adamw is used")

@@ -54,7 +54,7 @@ class Metrics(TrainerCallback):
         if console.IS_SPEAKER:
             write_text(self.path, "".join(json.dumps(record) + "\n" for record in self.records))
         self._elapsed = progress["seconds"]
-        self._last = (progress["training_seconds"], progress["tokens"])
+        self._last = (progress["logged_seconds"], progress["logged_tokens"])
         self._validating_seconds = progress["validating_seconds"]
 
     @property
@@ -62,9 +62,9 @@ class Metrics(TrainerCallback):
         """What a resumed run has to know."""
         return {
             "seconds": self.seconds,
-            "training_seconds": self._last[0],
             "validating_seconds": self._validating_seconds,
-            "tokens": self._last[1],
+            "logged_seconds": self._last[0],
+            "logged_tokens": self._last[1],
         }
 
     @property

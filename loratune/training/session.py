@@ -37,7 +37,7 @@ from loratune.runs.probe import MAX_QUESTIONS, save_probe
 from loratune.runs.tokenizer_files import copy_tokenizer_files
 from loratune.runs.versions import library_versions
 from loratune.training.activations import measure_activations
-from loratune.training.arguments import training_arguments
+from loratune.training.arguments import compute_again, training_arguments
 from loratune.training.batching import Batching
 from loratune.training.callbacks import DivergenceGuard, Metrics, Progress
 from loratune.training.checkpoints import CheckpointKeeper, check_room
@@ -202,7 +202,7 @@ def _load(prepared: Prepared) -> Session:
     if recipe.training.gradient_checkpointing is None:
         tokens, longest = prepared.plan.largest_batch_tokens, prepared.data.train.longest
         activations = measure_activations(adapted, tokens, longest, hardware)
-        prepared.arguments.gradient_checkpointing = not activations.fit
+        compute_again(prepared.arguments, not activations.fit)
     prepared.held.update(parts_of_memory(summary, activations, prepared.plan.largest_batch_tokens))
     show_model(recipe, hardware, summary, dtype_name(model.dtype), activations)
     prepared.start_up.stage_done("model")
