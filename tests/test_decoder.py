@@ -1,0 +1,267 @@
+"""Continuous batching says what `generate` says to each prompt alone, and draws as transformers' own warpers do."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from peft import LoraConfig, get_peft_model
+from torch.nn import functional
+from transformers import (
+    AutoModelForCausalLM,
+    GenerationConfig,
+    LlamaConfig,
+    LogitsProcessorList,
+    MinPLogitsWarper,
+    MistralConfig,
+    Qwen2Config,
+    Qwen3Config,
+    RepetitionPenaltyLogitsProcessor,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
+
+from loratune.model import decoder as decoder_module
+from loratune.model import sampling as sampling_module
+from loratune.model.decoder import BASE, Decoder, Running
+from loratune.model.sampling import Sampling, TokenChooser, shortlist
+
+SIZES: dict[str, Any] = {
+    "vocab_size": 300,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 512,
+}
+CONFIGS = {
+    "qwen2": Qwen2Config(**SIZES, tie_word_embeddings=True),
+    "qwen2 with a window": Qwen2Config(**SIZES, use_sliding_window=True, sliding_window=7, max_window_layers=1),
+    "qwen3": Qwen3Config(**SIZES, head_dim=16),
+    "llama": LlamaConfig(**SIZES),
+    "mistral with a window": MistralConfig(**SIZES, sliding_window=7),
+}
+PROMPTS = [list(range(5, 5 + length)) for length in (3, 40, 1, 17, 9, 70, 2)]
+
+
+def random_model(config: Any) -> Any:
+    torch.manual_seed(1)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    for parameter in model.parameters():  # wide enough for attention to matter
+        parameter.data.mul_(4)
+    return model
+
+
+def greedy(model: Any, prompt: list[int], tokens: int, ends: list[int] | None = None, **forward: Any) -> list[int]:
+    """What transformers says to one prompt alone."""
+    model.set_attn_implementation("eager")
+    ids = torch.tensor([prompt])
+    output = model.generate(
+        input_ids=ids,
+        attention_mask=torch.ones_like(ids),
+        max_new_tokens=tokens,
+        do_sample=False,
+        eos_token_id=ends,
+        pad_token_id=0,
+        **forward,
+    )
+    new: list[int] = output[0, len(prompt) :].tolist()
+    return new
+
+
+def run(decoder: Decoder, all_running: list[Running]) -> list[list[int]]:
+    for running in all_running:
+        decoder.add(running)
+    while not decoder.is_idle:
+        decoder.step()
+    return [running.tokens for running in all_running]
+
+
+@pytest.mark.parametrize("kind", CONFIGS)
+@pytest.mark.parametrize("slots", [2, 8])
+def test_answers_in_a_batch_are_those_given_alone(kind: str, slots: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(decoder_module, "PROMPT_PART", 16)  # most prompts are read in several parts
+    monkeypatch.setattr(decoder_module, "PROMPT_TOKENS", 64)
+    model = random_model(CONFIGS[kind])
+    lengths = [12, 3, 20, 1, 15, 8, 30]
+    expected = [greedy(model, prompt, length) for prompt, length in zip(PROMPTS, lengths, strict=True)]
+    decoder = Decoder(model, slots)
+    asked = [Running(p, Sampling(max_new_tokens=n), frozenset()) for p, n in zip(PROMPTS, lengths, strict=True)]
+    assert run(decoder, asked) == expected
+    assert len({tuple(tokens) for tokens in expected}) == len(expected)
+    assert [running.finish for running in asked] == ["length"] * len(asked)
+
+
+def test_end_tokens_end_an_answer_and_an_answer_may_be_taken_out_of_the_middle() -> None:
+    model = random_model(CONFIGS["qwen2"])
+    free = [greedy(model, prompt, 20) for prompt in PROMPTS]
+    ends = {free[1][4], free[3][7]}
+    expected = [greedy(model, prompt, 20, sorted(ends)) for prompt in PROMPTS]
+    assert len({len(tokens) for tokens in expected}) > 1
+    decoder = Decoder(model, slots=4)
+    asked = [Running(prompt, Sampling(max_new_tokens=20), frozenset(ends)) for prompt in PROMPTS]
+    for running in asked:
+        decoder.add(running)
+    decoder.step()
+    decoder.step()
+    decoder.remove(asked[0])  # runs
+    decoder.remove(asked[6])  # waits
+    while not decoder.is_idle:
+        decoder.step()
+    assert [running.tokens for running in asked[1:6]] == expected[1:6]
+    assert len(asked[0].tokens) == 2
+    assert asked[6].tokens == []
+    assert [running.finish == "stop" for running in asked[1:6]] == [tokens[-1] in ends for tokens in expected[1:6]]
+
+
+def adapted(kind: str = "qwen2", **settings: Any) -> Any:
+    """Two adapters of different rank whose B is not 0."""
+    model = get_peft_model(
+        random_model(CONFIGS[kind]), LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False, **settings)
+    )
+    model.add_adapter(
+        "other", LoraConfig(r=2, target_modules=["q_proj", "up_proj"], init_lora_weights=False, **settings)
+    )
+    return model.eval()
+
+
+@pytest.mark.parametrize("settings", [{}, {"use_dora": True}], ids=["lora", "dora"])
+def test_adapters_in_one_batch_do_not_mix(settings: dict[str, Any]) -> None:
+    model = adapted(**settings)
+    names = ["default", "other", BASE, "default", BASE, "other", "default"]
+    expected = []
+    for prompt, name in zip(PROMPTS, names, strict=True):
+        model.base_model.set_adapter("default" if name == BASE else name)
+        if name == BASE:
+            with model.disable_adapter():
+                expected.append(greedy(model, prompt, 10))
+        else:
+            expected.append(greedy(model, prompt, 10))
+    decoder = Decoder(model, slots=4)
+    sampling = Sampling(max_new_tokens=10)
+    asked = [Running(prompt, sampling, frozenset(), name) for prompt, name in zip(PROMPTS, names, strict=True)]
+    assert run(decoder, asked) == expected
+    # One after the other, which switches adapters rather than mixing them.
+    asked = [Running(prompt, sampling, frozenset(), name) for prompt, name in zip(PROMPTS, names, strict=True)]
+    assert [run(decoder, [running])[0] for running in asked] == expected
+    with model.disable_adapter():
+        assert expected[0] != greedy(model, PROMPTS[0], 10)
+
+
+def test_the_loss_of_an_answer_is_that_of_all_logits(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(decoder_module, "PROMPT_PART", 16)
+    model = adapted()
+    for prompt, answer in ((PROMPTS[1], PROMPTS[3]), (PROMPTS[0], [7]), (PROMPTS[2], PROMPTS[5])):
+        model.set_adapter("other")
+        model.get_base_model().set_attn_implementation("eager")
+        logits = model(torch.tensor([[*prompt, *answer]])).logits[0, len(prompt) - 1 : -1]
+        expected = float(functional.cross_entropy(logits, torch.tensor(answer), reduction="sum").detach())
+        decoder = Decoder(model)
+        assert decoder.loss(prompt, answer, "other") == pytest.approx(expected, rel=1e-5)
+        assert decoder.loss(prompt, answer) != pytest.approx(expected, rel=1e-3)
+        decoder.close()  # the adapters are on again
+
+
+def test_what_is_drawn_does_not_depend_on_what_else_runs() -> None:
+    model = random_model(CONFIGS["qwen2"])
+    hot = Sampling(temperature=2.0, top_p=0.9, seed=7, max_new_tokens=12)
+    decoder = Decoder(model, slots=8)
+    (alone,) = run(decoder, [Running(PROMPTS[1], hot, frozenset())])
+    others = [Running(p, Sampling(temperature=2.0, max_new_tokens=9, seed=3), frozenset()) for p in PROMPTS]
+    together = run(decoder, [*others, Running(PROMPTS[1], hot, frozenset())])
+    assert together[-1] == alone
+    assert run(decoder, [Running(PROMPTS[1], Sampling(2.0, seed=8, max_new_tokens=12), frozenset())]) != [alone]
+
+
+def test_the_model_s_own_generation_settings_hold_where_nothing_is_said() -> None:
+    model = random_model(CONFIGS["qwen2"])
+    model.generation_config = GenerationConfig(repetition_penalty=1.7)
+    # generate counts the prompt's tokens as well.
+    expected = greedy(model, PROMPTS[1], 25)
+    without = greedy(model, PROMPTS[1], 25, repetition_penalty=1.0)
+    assert expected != without
+    decoder = Decoder(model)
+    asked = [Running(PROMPTS[1], Sampling(max_new_tokens=25), frozenset())]
+    asked += [Running(PROMPTS[1], Sampling(max_new_tokens=25, repetition_penalty=1.0), frozenset())]
+    assert run(decoder, asked) == [expected, without]
+    config = GenerationConfig(top_k=20, top_p=0.8)
+    assert Sampling(top_k=0).with_defaults(config) == Sampling(top_k=0, top_p=0.8, min_p=0.0, repetition_penalty=1.0)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    temperature=st.floats(0.1, 5),
+    top_p=st.floats(0.01, 1),
+    top_k=st.integers(0, 3000),
+    min_p=st.floats(0, 1),
+    seed=st.integers(0, 1000),
+    width=st.sampled_from([1, 7, 500, 2500]),
+    spread=st.sampled_from([0.01, 1.0, 20.0]),
+)
+def test_the_shortlist_is_what_transformers_warpers_leave(
+    temperature: float, top_p: float, top_k: int, min_p: float, seed: int, width: int, spread: float
+) -> None:
+    torch.manual_seed(seed)
+    scores = torch.randn(width) * spread
+    sampling = Sampling(temperature=temperature, top_p=top_p, top_k=top_k, min_p=min_p)
+    ids, probabilities = shortlist(scores, sampling)
+    warpers = LogitsProcessorList([TemperatureLogitsWarper(temperature)])
+    if top_k:
+        warpers.append(TopKLogitsWarper(top_k))
+    warpers.append(TopPLogitsWarper(top_p))
+    warpers.append(MinPLogitsWarper(min_p))
+    expected = warpers(None, scores[None])[0].softmax(-1)  # type: ignore[arg-type]
+    found = torch.zeros(width).index_put((ids,), probabilities)
+    # At the border of top-p or min-p a rounding may decide about one token; what it could weigh is bounded.
+    border = max(float(probabilities.min()), float(expected[expected > 0].min()))
+    assert float((found - expected).abs().max()) <= 1e-5 + 2 * border * ((found > 0) != (expected > 0)).any()
+
+
+def test_a_flat_distribution_is_looked_at_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sampling_module, "_CANDIDATES", 8)
+    scores = torch.linspace(0, 0.1, 100)  # -ln 0.99 is 9.9 of its steps
+    neutral = Sampling(temperature=1.0, top_p=1.0, top_k=0, min_p=0.0)
+    assert len(shortlist(scores, neutral)[0]) == 100
+    assert 49 <= len(shortlist(scores, Sampling(temperature=1.0, top_p=0.5, top_k=0, min_p=0.0))[0]) <= 51
+    assert len(shortlist(scores, Sampling(temperature=1.0, top_p=1.0, top_k=30, min_p=0.0))[0]) == 30
+    assert len(shortlist(scores, Sampling(temperature=1.0, top_p=1.0, top_k=0, min_p=0.99))[0]) == 10
+
+
+def test_the_penalty_is_transformers_and_leaves_the_logits_alone() -> None:
+    torch.manual_seed(0)
+    logits, prompt = torch.randn(50), [3, 3, 9]
+    chooser = TokenChooser(Sampling(repetition_penalty=50.0), prompt, "cpu")
+    before, said = logits.clone(), list(prompt)
+    for _ in range(20):
+        penalised = RepetitionPenaltyLogitsProcessor(50.0)(torch.tensor([said]), logits[None].clone())
+        token = chooser.choose(logits)
+        assert token == int(penalised.argmax())
+        said.append(token)
+    assert torch.equal(logits, before)
+
+
+def test_draws_follow_the_probabilities() -> None:
+    chooser = TokenChooser(Sampling(temperature=1.0, top_p=1.0, seed=5, repetition_penalty=1.0), [1], "cpu")
+    probabilities = torch.tensor([0.6, 0.3, 0.1])
+    draws = torch.tensor([chooser.choose(probabilities.log()) for _ in range(4000)])
+    assert torch.allclose(draws.bincount(minlength=3) / 4000, probabilities, atol=0.03)
+
+
+def test_memory_of_keys_is_given_back_and_layers_without_keys_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(decoder_module, "KEPT_BYTES", 1000)
+    model = random_model(CONFIGS["qwen2"])
+    decoder = Decoder(model)
+    decoder.add(Running(PROMPTS[1], Sampling(max_new_tokens=3), frozenset()))
+    decoder.step()
+    assert decoder.cache_bytes > 1000
+    while not decoder.is_idle:
+        decoder.step()
+    assert decoder.cache_bytes == 0
+    model.config.layer_types = ["linear_attention", "full_attention"]
+    with pytest.raises(ValueError, match="linear_attention"):
+        Decoder(model)
