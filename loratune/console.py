@@ -6,6 +6,7 @@ import json
 import os
 import re
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -31,6 +32,8 @@ IS_SPEAKER = os.environ.get("RANK", "0") == "0"
 
 # All control characters but tab and line feed, and those that turn the direction of a line around.
 UNPRINTABLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
+LINE_SECONDS = 15
+"""Between lines of progress where there is no terminal."""
 _stderr = Console(stderr=True, highlight=False, quiet=not IS_SPEAKER)
 
 
@@ -65,6 +68,16 @@ def table(rows: list[tuple[str, str]], title: str = "") -> None:
     for name, value in rows:
         grid.add_row(name, Text(printable(value)))
     _stderr.print(grid, "", sep="\n")
+
+
+def comparison(rows: list[tuple[str, ...]]) -> None:
+    """Columns of values below the names in the first row, the first column to the left and the others to the right."""
+    page = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
+    for place, name in enumerate(rows[0]):
+        page.add_column(printable(name), justify="right" if place else "left")
+    for row in rows[1:]:
+        page.add_row(*(Text(printable(value)) for value in row))
+    _stderr.print(page, "", sep="\n")
 
 
 def bars(counts: list[tuple[str, int]], title: str) -> None:
@@ -125,6 +138,7 @@ def write_json(value: Any) -> None:
 
 
 SPAN_STYLES = {
+    "plain": "",
     "title": "bold",
     "context": "dim",
     "context control": "dim reverse",
@@ -154,6 +168,16 @@ def write_spans(spans: list[tuple[str, str]], brackets: bool = True) -> None:
 def printable(text: str) -> str:
     """Text of a model or a file without control characters, which could otherwise steer the terminal."""
     return UNPRINTABLE.sub("", text)
+
+
+def visible(text: str) -> str:
+    """Like `printable`, but a control character leaves a sign of its own, such as ␛ for escape."""
+
+    def sign(match: re.Match[str]) -> str:
+        code = ord(match[0])
+        return "␡" if code == 0x7F else chr(0x2400 + code) if code < 0x20 else f"⟨{code:04X}⟩"
+
+    return UNPRINTABLE.sub(sign, text)
 
 
 def memory(size_bytes: float) -> str:
@@ -200,6 +224,33 @@ def row_progress(message: str) -> Iterator[Callable[[int], None]]:
     with Progress(*columns, console=_stderr, transient=True) as progress:
         task = progress.add_task(message, total=None)
         yield lambda count: progress.advance(task, count)
+
+
+@contextmanager
+def counted_progress(noun: str, total: int, done: int = 0) -> Iterator[Callable[[int, str], None]]:
+    """A bar with the time left; gives what to call with the number done and some figures. Lines without a terminal."""
+    if not _stderr.is_terminal:
+        yield _telling_now_and_then(noun, total)
+        return
+    columns = (
+        *(SpinnerColumn(), TextColumn(f"{{task.completed:,}}/{total:,} {noun}"), BarColumn(bar_width=None)),
+        *(TextColumn("{task.fields[figures]}"), TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn()),
+    )
+    with Progress(*columns, console=_stderr, expand=True, transient=True) as progress:
+        task = progress.add_task(noun, total=total, completed=done, figures="")
+        yield lambda count, figures: progress.update(task, completed=count, figures=figures)
+
+
+def _telling_now_and_then(noun: str, total: int) -> Callable[[int, str], None]:
+    told = time.monotonic()
+
+    def tell(count: int, figures: str) -> None:
+        nonlocal told
+        if count == total or time.monotonic() - told > LINE_SECONDS:
+            told = time.monotonic()
+            say(f"{count:,}/{total:,} {noun}  {figures}".rstrip())
+
+    return tell
 
 
 class StepProgress:

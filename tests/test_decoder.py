@@ -27,8 +27,9 @@ from transformers import (
 
 from loratune.model import decoder as decoder_module
 from loratune.model import sampling as sampling_module
-from loratune.model.decoder import BASE, Decoder, Running
+from loratune.model.decoder import BASE, Decoder, Running, token_bytes
 from loratune.model.sampling import Sampling, TokenChooser, shortlist
+from loratune.model.slots import DecodingError
 
 SIZES: dict[str, Any] = {
     "vocab_size": 300,
@@ -263,5 +264,27 @@ def test_memory_of_keys_is_given_back_and_layers_without_keys_are_refused(monkey
         decoder.step()
     assert decoder.cache_bytes == 0
     model.config.layer_types = ["linear_attention", "full_attention"]
-    with pytest.raises(ValueError, match="linear_attention"):
+    with pytest.raises(DecodingError, match="linear_attention"):
         Decoder(model)
+
+
+def test_answers_wait_where_keys_and_values_would_take_too_much() -> None:
+    model = random_model(CONFIGS["qwen3"])
+    assert token_bytes(model) == 2 * 2 * 2 * 16 * 4  # keys and values, layers, heads, head size, float32
+    sampling = Sampling(max_new_tokens=20)
+    expected = [greedy(model, prompt, 20) for prompt in PROMPTS]
+    bound = 4 * 128 * token_bytes(model)  # four answers of 128 tokens; eight of 64
+    decoder = Decoder(model, slots=8, cache_budget_bytes=bound)
+    asked = [Running(prompt, sampling, frozenset()) for prompt in PROMPTS]
+    for running in asked:
+        decoder.add(running)
+    most = 0
+    while not decoder.is_idle:
+        decoder.step()
+        most = max(most, len(decoder.running))
+    assert [running.tokens for running in asked] == expected
+    assert 4 <= most < len(PROMPTS)
+    assert decoder.cache_bytes <= bound
+    alone = Decoder(model, slots=8, cache_budget_bytes=1)  # one at a time always runs
+    asked = [Running(prompt, sampling, frozenset()) for prompt in PROMPTS]
+    assert run(alone, asked) == expected

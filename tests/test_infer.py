@@ -1,19 +1,10 @@
-"""`loratune infer` on the practice model: one answer, the chat, and what it refuses."""
+"""`loratune infer` on the practice model: one answer, whose it is, and what is refused."""
 
 from __future__ import annotations
 
-import fcntl
 import json
-import os
-import pty
-import select
 import shutil
-import signal
-import subprocess
-import sys
-import termios
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +16,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner, Result
 
 from loratune.cli.app import app
-from loratune.errors import Exit
-from loratune.generation.engine import Sampling, load_engine
+from loratune.cli.flags import named_adapters
+from loratune.errors import Exit, LoratuneError
+from loratune.generation.exchange import Answer, Question
+from loratune.model.sampling import Sampling
 
 ROWS = [{"instruction": "Who are you?", "output": "I am Robin."}, {"instruction": "Your name?", "output": "Robin."}]
 
@@ -52,7 +45,8 @@ def greedy(adapter: Path | None, question: str, system: str) -> str:
     model = AutoModelForCausalLM.from_pretrained(TINY_QWEN, dtype=torch.float32)
     if adapter:
         model = PeftModel.from_pretrained(model, adapter)
-    turns = [{"role": "system", "content": system}, {"role": "user", "content": question}]
+    turns = [{"role": "system", "content": system}] if system else []
+    turns.append({"role": "user", "content": question})
     inputs = tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_tensors="pt")
     output = model.generate(**inputs, max_new_tokens=60, do_sample=False)
     return str(tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))
@@ -125,6 +119,85 @@ def test_a_base_that_has_moved_is_found_by_model(cli: Callable[..., Result], run
     assert result.stdout == "I am Robin.\n"
 
 
+def told(cli: Callable[..., Result], *arguments: Any) -> dict[str, Any]:
+    """What --json says of an answer."""
+    result = cli("infer", *arguments, "--json")
+    assert result.exit_code == 0, result.stderr
+    answer: dict[str, Any] = json.loads(result.stdout)
+    return answer
+
+
+def test_json_tells_the_answer_its_length_and_its_end(cli: Callable[..., Result]) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(TINY_QWEN)
+    turns = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Who are you?"}]
+    prompt = tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_dict=False)
+    found = told(cli, "--model", "tiny-qwen", "--system", "Be brief.", "-p", "Who are you?")
+    assert list(found) == ["answer", "reasoning", "prompt_tokens", "tokens", "finish"]
+    assert found["prompt_tokens"] == len(prompt)
+    assert found["tokens"] == len(tokenizer(found["answer"]).input_ids) + 1
+    assert (found["reasoning"], found["finish"]) == ("", "stop")
+
+    short = told(cli, "--model", "tiny-qwen", "--system", "Be brief.", "-p", "Who are you?", "--max-new-tokens", 3)
+    assert (short["tokens"], short["finish"]) == (3, "length")
+    assert found["answer"].startswith(short["answer"])
+
+
+def test_every_sampling_flag_reaches_the_model(cli: Callable[..., Result], monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Question] = []
+
+    class Echo:
+        adapters: tuple[str, ...] = ()
+
+        def answers(self, questions: Iterable[Question]) -> Iterator[tuple[int, Answer]]:
+            asked.extend(questions)
+            yield 0, Answer("", "", 1, 1, "stop")
+
+        def close(self) -> None:
+            """There is nothing to end."""
+
+    monkeypatch.setattr("loratune.generation.engine.load_engine", lambda *_: Echo())
+    told(cli, "--model", "tiny-qwen", "-p", "hi")
+    flags = (
+        *("--temperature", 0.5, "--top-p", 0.9, "--top-k", 40, "--min-p", 0.1, "--repetition-penalty", 1.2),
+        *("--max-new-tokens", 7, "--stop", "a", "--stop", " ", "--seed", 3),
+    )
+    told(cli, "--model", "tiny-qwen", "-p", "hi", *flags)
+    assert [question.sampling for question in asked] == [
+        Sampling(0.0, None, None, None, None, 512, (), None),
+        Sampling(0.5, 0.9, 40, 0.1, 1.2, 7, ("a", " "), 3),
+    ]
+
+
+def test_a_stop_text_ends_the_answer(cli: Callable[..., Result]) -> None:
+    result = cli("infer", "--model", "tiny-qwen", "-p", "Who are you?", "--stop", "the practice")
+    assert result.stdout.strip() == greedy(None, "Who are you?", "").partition("the practice")[0].strip()
+
+
+def test_of_several_adapters_the_first_answers_a_prompt(cli: Callable[..., Result], run: Path, short_run: Path) -> None:
+    result = cli("infer", "--adapter", f"robin={run}", "--adapter", f"other={short_run}", "-p", "Who are you?")
+    assert result.stdout == "I am Robin.\n"
+    assert "robin alone answers" in result.stderr
+
+
+def test_adapters_are_called_as_they_are_named_or_as_their_folder(tmp_path: Path) -> None:
+    (tmp_path / "a=b").mkdir()
+    found = named_adapters(["out/run1", "x=out/run1", "y=a=b", str(tmp_path / "a=b"), "."])
+    assert found == [
+        ("run1", Path("out/run1")),
+        ("x", Path("out/run1")),
+        ("y", Path("a=b")),
+        ("a=b", tmp_path / "a=b"),
+        (Path.cwd().name, Path()),
+    ]
+
+
+@pytest.mark.parametrize("values", [["a=x", "a=y"], ["x", "other/x"], ["=x"], ["x="], [""]])
+def test_odd_names_of_adapters_are_refused(values: list[str]) -> None:
+    with pytest.raises(LoratuneError) as caught:
+        named_adapters(values)
+    assert caught.value.exit_code == Exit.USAGE
+
+
 @pytest.mark.parametrize(
     ("arguments", "code"),
     [
@@ -136,6 +209,20 @@ def test_a_base_that_has_moved_is_found_by_model(cli: Callable[..., Result], run
         (["--model", "tiny-qwen", "-p", "hi", "--temperature", "-1"], Exit.USAGE),
         (["--model", "tiny-qwen", "-p", "hi", "--max-new-tokens", "0"], Exit.USAGE),
         (["--model", "tiny-qwen", "-p", "long " * 5000], Exit.USAGE),
+        (["--model", "tiny-qwen", "-p", "long " * 5000, "--json"], Exit.USAGE),
+        (["--model", "tiny-qwen", "-p", "half a pair \udce9"], Exit.USAGE),
+        (["--model", "tiny-qwen", "-p", "hi", "--system", "\udce9"], Exit.USAGE),
+        (["--model", "tiny-qwen", "-p", "hi", "--stop", ""], Exit.USAGE),
+        (["--model", "tiny-qwen", "-p", "hi", "--input", "rows.json", "--output", "a.jsonl"], Exit.USAGE),
+        (["--model", "tiny-qwen", "-p", "hi", "--output", "a.jsonl"], Exit.USAGE),
+        (["--model", "tiny-qwen", "-p", "hi", "--metrics"], Exit.USAGE),
+        (["--model", "tiny-qwen", "-p", "hi", "--overwrite"], Exit.USAGE),
+        (["--model", "tiny-qwen", "--input", "rows.json"], Exit.USAGE),
+        (["--model", "tiny-qwen", "--input", " ", "--output", "a.jsonl"], Exit.USAGE),
+        (["--model", "tiny-qwen", "--input", "missing.json", "--output", "a.jsonl"], Exit.DATA),
+        (["--model", "tiny-qwen", "--input", "rows.xlsx", "--output", "a.jsonl"], Exit.DATA),
+        (["--model", "tiny-qwen", "--json"], Exit.USAGE),
+        (["--model", "tiny-qwen", "--base", "--input", "r.json", "--output", "a.jsonl", "--metrics"], Exit.USAGE),
     ],
 )
 def test_what_cannot_work_is_one_message(cli: Callable[..., Result], arguments: list[str], code: Exit) -> None:
@@ -143,133 +230,3 @@ def test_what_cannot_work_is_one_message(cli: Callable[..., Result], arguments: 
     assert result.exit_code == code
     assert result.stdout == ""
     assert "Traceback" not in result.stderr
-
-
-def test_a_seed_makes_drawing_repeatable_and_greedy_needs_none() -> None:
-    engine = load_engine(None, "tiny-qwen", use_adapter=True, warnings=[])
-
-    def answer(**settings: Any) -> str:
-        return "".join(
-            engine.stream([{"role": "user", "content": "Tell me about rivers and dogs"}], Sampling(**settings))
-        )
-
-    hot = {"temperature": 3.0, "max_new_tokens": 30}
-    assert answer(seed=1, **hot) == answer(seed=1, **hot)
-    assert len({answer(seed=seed, **hot) for seed in range(4)}) > 1
-    assert answer() == answer()
-    # So small a share leaves only the likeliest token.
-    assert answer(temperature=3.0, top_p=0.01, max_new_tokens=20) == answer(max_new_tokens=20)
-
-
-def test_max_new_tokens_bounds_the_answer() -> None:
-    engine = load_engine(None, "tiny-qwen", use_adapter=True, warnings=[])
-    text = "".join(engine.stream([{"role": "user", "content": "Who are you?"}], Sampling(max_new_tokens=3)))
-    assert 1 <= len(engine.tokenizer(text).input_ids) <= 3
-
-
-def test_closing_the_stream_stops_the_generation() -> None:
-    engine = load_engine(None, "tiny-qwen", use_adapter=True, warnings=[])
-    steps = 0
-    forward = engine.model.forward
-
-    def counted(*arguments: Any, **settings: Any) -> Any:
-        nonlocal steps
-        steps += 1
-        return forward(*arguments, **settings)
-
-    engine.model.forward = counted
-    stream = engine.stream([{"role": "user", "content": "hi"}], Sampling(temperature=5.0, max_new_tokens=1500))
-    next(stream)
-    stream.close()
-    assert steps < 1000
-
-
-def test_a_bug_in_the_generation_reaches_the_caller() -> None:
-    engine = load_engine(None, "tiny-qwen", use_adapter=True, warnings=[])
-
-    def broken(*_: Any, **__: Any) -> Any:
-        raise ZeroDivisionError("broken")
-
-    engine.model.forward = broken
-    with pytest.raises(ZeroDivisionError):
-        list(engine.stream([{"role": "user", "content": "hi"}], Sampling()))
-
-
-def test_piped_lines_are_a_conversation(cli: Callable[..., Result]) -> None:
-    lines = "Who are you?\n\n/system Be brief.\n/reset\n/nonsense\nWhat is 2+3?\n/exit\nnever asked\n"
-    result = cli("infer", "--model", "tiny-qwen", input=lines)
-    assert result.exit_code == 0
-    answers = result.stdout.splitlines()
-    assert len(answers) == 2
-    assert "tiny-qwen" in answers[0]
-    assert "5" in answers[1]
-    assert "no command /nonsense" in result.stderr
-
-
-class Terminal:
-    """A program on a pseudo-terminal of 80 columns."""
-
-    def __init__(self, command: list[str]) -> None:
-        self.master, slave = pty.openpty()
-        environment = {**os.environ, "TERM": "xterm", "COLUMNS": "80", "PROMPT_TOOLKIT_NO_CPR": "1"}
-        self.process = subprocess.Popen(
-            command,
-            stdin=slave,
-            stdout=slave,
-            stderr=slave,
-            env=environment,
-            start_new_session=True,
-            # Only a controlling terminal turns Ctrl-C into a signal.
-            preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
-        )
-        os.close(slave)
-        self.seen = ""
-
-    def expect(self, text: str, seconds: float = 90) -> None:
-        """Read until `text` has come since the last expectation."""
-        end = time.monotonic() + seconds
-        while text not in self.seen:
-            ready, _, _ = select.select([self.master], [], [], max(0, end - time.monotonic()))
-            assert ready, f"{text!r} did not come; seen: {self.seen[-500:]!r}"
-            self.seen += os.read(self.master, 4096).decode(errors="replace")
-        self.seen = self.seen.partition(text)[2]
-
-    def send(self, text: str) -> None:
-        os.write(self.master, text.encode())
-
-
-@pytest.fixture
-def terminal() -> Iterator[Callable[[list[str]], Terminal]]:
-    opened: list[Terminal] = []
-
-    def start(command: list[str]) -> Terminal:
-        opened.append(Terminal(command))
-        return opened[-1]
-
-    yield start
-    for one in opened:
-        if one.process.poll() is None:
-            os.killpg(one.process.pid, signal.SIGKILL)
-        one.process.wait()
-        os.close(one.master)
-
-
-@pytest.mark.slow
-def test_the_chat_on_a_terminal(terminal: Callable[[list[str]], Terminal], random_qwen: Path, tmp_path: Path) -> None:
-    endless = shutil.copytree(random_qwen, tmp_path / "endless")  # random weights say the same token for ever
-    config = json.loads((endless / "config.json").read_text()) | {"max_position_embeddings": 32768}
-    (endless / "config.json").write_text(json.dumps(config))
-    chat = terminal([sys.executable, "-m", "loratune", "infer", "--model", str(endless), "--max-new-tokens", "16000"])
-    chat.expect("lists the commands")
-    chat.expect(">")
-    chat.send("Tell me everything\r")
-    chat.expect("everything")
-    time.sleep(2)
-    chat.send("\x03")  # Ctrl-C ends the answer, not the program
-    chat.expect("[stopped]")
-    chat.expect(">")
-    chat.send("/help\r")
-    chat.expect("/reset")
-    chat.expect(">")
-    chat.send("\x04")  # Ctrl-D
-    assert chat.process.wait(timeout=30) == 0

@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from loratune.errors import Exit, LoratuneError
+
 ADAPTER_HELP = "Run folder, one of its checkpoints, or a plain PEFT folder."
 Adapter = Annotated[Path | None, typer.Option("--adapter", "-a", metavar="folder", help=ADAPTER_HELP)]
+Adapters = Annotated[
+    list[str] | None,
+    typer.Option("--adapter", "-a", metavar="folder", help=f"{ADAPTER_HELP} May be given again, as name=folder."),
+]
 Config = Annotated[
     str | None,
     typer.Option("--config", "-c", metavar="recipe", help="Recipe: a YAML file, or the name of a shipped one."),
@@ -23,3 +30,27 @@ Push = Annotated[
 ]
 DryRun = Annotated[bool, typer.Option("--dry-run/--no-dry-run", help="Only tell what --push would upload.")]
 Public = Annotated[bool, typer.Option("--public", help="Let everybody see the pushed repository.")]
+
+
+def named_adapters(values: list[str]) -> list[tuple[str, Path]]:
+    """Name and folder of each --adapter: `name=folder`, or a folder alone, whose name it is then called by.
+
+    A folder that exists is never taken apart, whatever its name holds.
+
+    Raises:
+        LoratuneError: a name or a folder is missing, or two have the same name.
+    """
+    named: list[tuple[str, Path]] = []
+    for value in values:
+        name, sign, folder = value.partition("=")
+        if not sign or "/" in name or os.path.isdir(value):  # noqa: PTH112 - is_dir raises where a name is too long
+            name, folder = Path(value).absolute().name or "/", value
+        if not name or not folder:
+            raise LoratuneError(f"--adapter {value!r}: give a folder, or name=folder", Exit.USAGE)
+        if any(name == other for other, _ in named):
+            raise LoratuneError(
+                f"--adapter {value}: another is called {name} already; give each a name of its own: name=folder",
+                Exit.USAGE,
+            )
+        named.append((name, Path(folder)))
+    return named

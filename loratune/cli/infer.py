@@ -1,73 +1,251 @@
-"""`loratune infer`: chat with an adapter, or get one answer."""
+"""`loratune infer`: chat with an adapter, get one answer, or have every row of a file answered."""
 
 from __future__ import annotations
 
-from typing import Annotated
+from contextlib import closing
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from loratune import console
-from loratune.cli.flags import Adapter, Force
+from loratune.cli.flags import Adapters, Force, Json, named_adapters
+from loratune.cli.infer_rows import RowsRequest, answer_file
+from loratune.data.conversation import has_half_a_pair
 from loratune.errors import Exit, LoratuneError
+
+if TYPE_CHECKING:
+    from loratune.generation.engine import Engine
 
 DETAILS = """\
 The run folder knows the base model, the template, the system prompt and the thinking mode of its training; nothing of
-it has to be said again."""
+it has to be said again.
+
+--input takes JSON, JSONL, CSV and Parquet: Alpaca rows, messages, ShareGPT, pairs, or a prompt a row; the last answer
+may be missing. The same command goes on where a stopped one has left off."""
+MODELS_OWN = "the model's"
+
+
+Model = Annotated[
+    str | None,
+    typer.Option(
+        "--model", "-m", metavar="model", help="A model without adapter; with --adapter: where its base lies now."
+    ),
+]
+Base = Annotated[
+    bool, typer.Option("--base", help="Leave the adapter off, to compare; with --metrics: score the base beside it.")
+]
+Prompt = Annotated[
+    str | None,
+    typer.Option("--prompt", "-p", metavar="text", help="Print the answer to this, and nothing else, to stdout."),
+]
+Input = Annotated[
+    str | None, typer.Option("--input", "-i", metavar="file", help="Answer every row of this file into --output.")
+]
+OutputFile = Annotated[
+    Path | None, typer.Option("--output", "-o", metavar="file", help="JSONL file of the rows with their answers.")
+]
+Metrics = Annotated[
+    bool,
+    typer.Option(
+        "--metrics",
+        help="Compare with the rows' own answers: exact match, ROUGE-L, BLEU, and perplexity of these answers.",
+    ),
+]
+System = Annotated[
+    str | None, typer.Option("--system", metavar="text", help="System prompt, in place of the trained one.")
+]
+Temperature = Annotated[
+    float,
+    typer.Option("--temperature", "-t", metavar="number", min=0, max=5, help="0 takes the likeliest token every time."),
+]
+TopP = Annotated[
+    float | None,
+    typer.Option(
+        "--top-p",
+        metavar="number",
+        min=0.01,
+        max=1,
+        show_default=MODELS_OWN,
+        help="Draw from the likeliest tokens that together have this probability; 1 takes all.",
+    ),
+]
+TopK = Annotated[
+    int | None,
+    typer.Option(
+        "--top-k",
+        metavar="integer",
+        min=0,
+        max=1_000_000,
+        show_default=MODELS_OWN,
+        help="Draw from so many of the likeliest tokens; 0 takes all.",
+    ),
+]
+MinP = Annotated[
+    float | None,
+    typer.Option(
+        "--min-p",
+        metavar="number",
+        min=0,
+        max=1,
+        show_default=MODELS_OWN,
+        help="Draw from tokens at least this share as likely as the likeliest.",
+    ),
+]
+RepetitionPenalty = Annotated[
+    float | None,
+    typer.Option(
+        "--repetition-penalty",
+        metavar="number",
+        min=0.1,
+        max=10,
+        show_default=MODELS_OWN,
+        help="Above 1 makes tokens less likely that have come before; 1 is none.",
+    ),
+]
+Stop = Annotated[
+    list[str] | None,
+    typer.Option("--stop", metavar="text", help="End the answer before this text; may be given again."),
+]
+MaxNewTokens = Annotated[
+    int, typer.Option("--max-new-tokens", metavar="integer", min=1, max=1_048_576, help="Longest answer, in tokens.")
+]
+Seed = Annotated[
+    int | None, typer.Option("--seed", metavar="integer", min=0, max=2**32 - 1, help="Makes sampling repeatable.")
+]
+OverwriteFile = Annotated[
+    bool, typer.Option("--overwrite", help="Replace --output, and forget what a stopped call has left.")
+]
 
 
 def command(
-    adapter: Adapter = None,
-    model: Annotated[
-        str | None,
-        typer.Option(
-            "--model", "-m", metavar="model", help="A model without adapter; with --adapter: where its base lies now."
-        ),
-    ] = None,
-    base: Annotated[bool, typer.Option("--base", help="Leave the adapter off, to compare.")] = False,
-    prompt: Annotated[
-        str | None,
-        typer.Option("--prompt", "-p", metavar="text", help="Print the answer to this, and nothing else, to stdout."),
-    ] = None,
-    system: Annotated[
-        str | None, typer.Option("--system", metavar="text", help="System prompt, in place of the trained one.")
-    ] = None,
-    temperature: Annotated[
-        float,
-        typer.Option(
-            "--temperature", "-t", metavar="number", min=0, max=5, help="0 takes the likeliest token every time."
-        ),
-    ] = 0.0,
-    top_p: Annotated[
-        float,
-        typer.Option(
-            "--top-p", metavar="number", min=0.01, max=1, help="Draw from the tokens that make up this probability."
-        ),
-    ] = 1.0,
-    max_new_tokens: Annotated[
-        int,
-        typer.Option("--max-new-tokens", metavar="integer", min=1, max=1_048_576, help="Longest answer, in tokens."),
-    ] = 512,
-    seed: Annotated[
-        int | None, typer.Option("--seed", metavar="integer", min=0, max=2**32 - 1, help="Makes sampling repeatable.")
-    ] = None,
+    adapter: Adapters = None,
+    model: Model = None,
+    base: Base = False,
+    prompt: Prompt = None,
+    input_: Input = None,
+    output: OutputFile = None,
+    metrics: Metrics = False,
+    system: System = None,
+    temperature: Temperature = 0.0,
+    top_p: TopP = None,
+    top_k: TopK = None,
+    min_p: MinP = None,
+    repetition_penalty: RepetitionPenalty = None,
+    stop: Stop = None,
+    max_new_tokens: MaxNewTokens = 512,
+    seed: Seed = None,
+    overwrite: OverwriteFile = False,
     force: Force = False,
+    json: Json = False,
 ) -> None:
-    """Load the model once, then answer the prompt or open the chat."""
-    if adapter is None and model is None:
+    """Answer the prompt or the rows, or open the chat."""
+    adapters = named_adapters(adapter or [])
+    if not adapters and model is None:
         raise LoratuneError("give a run folder with --adapter, or a model with --model", Exit.USAGE)
-    if prompt is not None and not prompt.strip():
-        raise LoratuneError("--prompt is empty", Exit.USAGE)
-    warnings: list[str] = []
-    with console.status(f"loading {adapter or model}"):
-        from loratune.generation.chat import Chat
-        from loratune.generation.engine import Sampling, load_engine
+    _check_flags(prompt, input_, output, {"--metrics": metrics, "--overwrite": overwrite}, json)
+    _check_texts({"--prompt": prompt, "--input": input_, "--system": system, "--stop": stop})
+    if base and metrics and not adapters:
+        raise LoratuneError("--base with --metrics compares with an adapter; give one with --adapter", Exit.USAGE)
+    if len(adapters) > 1 and (prompt is not None or input_ is not None):
+        console.warn(f"{adapters[0][0]} alone answers; the other adapters are for the chat")
+        adapters = adapters[:1]
+    sampling: dict[str, Any] = {
+        "temperature": temperature, "top_p": top_p, "top_k": top_k, "min_p": min_p,
+        "repetition_penalty": repetition_penalty, "max_new_tokens": max_new_tokens, "stop": tuple(stop or ()),
+        "seed": seed,
+    }  # fmt: skip
+    if input_ is None or output is None:
+        with closing(_load(adapters, model, force)) as engine:
+            _talk(engine, sampling, prompt, system, use_adapter=not base, as_json=json)
+        return
+    request = RowsRequest(
+        input_, output, next(iter(adapters), None), model, base, metrics, system, sampling, overwrite, force
+    )
+    summary = answer_file(request)
+    if json:
+        console.write_json(summary)
 
-        engine = load_engine(adapter, model, use_adapter=not base, warnings=warnings, force=force)
+
+def _check_flags(
+    prompt: str | None, input_: str | None, output: Path | None, of_files: dict[str, bool], json: bool
+) -> None:
+    """Refuse flags that would have no effect."""
+    if prompt is not None and input_ is not None:
+        raise LoratuneError("--prompt asks one question and --input a file of them; give one of the two", Exit.USAGE)
+    if input_ is not None and output is None:
+        raise LoratuneError("--input needs --output, a file for the answers, such as answers.jsonl", Exit.USAGE)
+    given = [name for name, value in {"--output": output, **of_files}.items() if value]
+    if input_ is None and given:
+        raise LoratuneError(f"{given[0]} is for a file of rows; give it with --input", Exit.USAGE)
+    if json and prompt is None and input_ is None:
+        raise LoratuneError("--json is for --prompt and --input", Exit.USAGE)
+
+
+def _check_texts(texts: dict[str, Any]) -> None:
+    for name, given in texts.items():
+        for text in given if isinstance(given, list) else [given]:
+            if text is None:
+                continue
+            if not (text if name == "--stop" else text.strip()) and name != "--system":
+                raise LoratuneError(f"{name} is empty", Exit.USAGE)
+            if has_half_a_pair(text) and name != "--input":
+                raise LoratuneError(f"{name} is not UTF-8; convert it first", Exit.USAGE)
+
+
+def _load(adapters: list[tuple[str, Path]], model: str | None, force: bool) -> Engine:
+    warnings: list[str] = []
+    with console.status(f"loading {', '.join(str(path) for _, path in adapters) or model}"):
+        from loratune.generation.engine import load_engine
+
+        engine = load_engine(adapters, model, warnings, force)
     for warning in warnings:
         console.warn(warning)
-    sampling = Sampling(temperature=temperature, top_p=top_p, max_new_tokens=max_new_tokens, seed=seed)
-    chat = Chat(engine, sampling, system)
+    return engine
+
+
+def _talk(
+    engine: Engine,
+    sampling: dict[str, Any],
+    prompt: str | None,
+    system: str | None,
+    *,
+    use_adapter: bool,
+    as_json: bool,
+) -> None:
+    """Answer one question, or open the chat."""
+    from loratune.model.sampling import Sampling
+
+    adapter = next(iter(engine.adapters), None)
+    if prompt is not None and as_json:
+        _write_answer(engine, sampling, prompt, system, use_adapter=use_adapter)
+        return
+    from loratune.generation.chat import Chat
+
+    chat = Chat(engine, Sampling(**sampling), adapter, system, use_adapter)
     if prompt is None:
         chat.run()
     else:
         chat.answer_once(prompt)
+
+
+def _write_answer(
+    engine: Engine, sampling: dict[str, Any], prompt: str, system: str | None, *, use_adapter: bool
+) -> None:
+    """One answer as JSON."""
+    from loratune.generation.exchange import Question
+    from loratune.model.sampling import Sampling
+
+    turns: list[Any] = [{"role": "system", "content": system}] if system else []
+    turns.append({"role": "user", "content": prompt})
+    adapter = next(iter(engine.adapters), None)
+    (_, answer) = next(engine.answers([Question(turns, Sampling(**sampling), adapter, use_adapter)]))
+    console.write_json(
+        {
+            "answer": answer.text,
+            "reasoning": answer.reasoning,
+            "prompt_tokens": answer.prompt_tokens,
+            "tokens": answer.tokens,
+            "finish": answer.finish,
+        }
+    )

@@ -1,171 +1,288 @@
-"""Load a model the way it was trained, and stream its answers."""
+"""Questions to answers: one thread runs the model for everyone who asks."""
 
 from __future__ import annotations
 
-import copy
 import queue
 import threading
-from collections.abc import Generator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import torch
-from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList, TextIteratorStreamer, set_seed
-
-from loratune.data.conversation import Message
 from loratune.data.encoding import Encoder
 from loratune.errors import Exit, LoratuneError
-from loratune.model.adapter import load_adapter
-from loratune.model.base import load_base
-from loratune.model.files import find_base, weight_files
+from loratune.generation.exchange import Answer, Piece, Question
+from loratune.generation.loading import Voice, open_voices
+from loratune.generation.text import OPENING, TextStream
+from loratune.model.decoder import BASE, Decoder, Running
 from loratune.model.hardware import detect_hardware
-from loratune.model.memory import is_out_of_memory
-from loratune.model.tokenizer import load_tokenizer, set_pad_token
-from loratune.recipe.sections import ModelSettings
-from loratune.runs.opening import base_settings, check_same_base, merged_prompt, open_adapter
+from loratune.model.memory import free_memory_bytes, is_out_of_memory
+
+AHEAD = 2
+"""Questions in hand for each slot when there are many, so that no slot waits for the next."""
+CACHE_SHARE = 0.7
+"""Of the memory that is free once the model is loaded: what keys and values may take."""
 
 
-@dataclass(frozen=True)
-class Sampling:
-    """How the next token is chosen."""
+@dataclass(eq=False)
+class Ticket:
+    """A question that was handed in."""
 
-    temperature: float = 0.0
-    """0 takes the likeliest token every time."""
-    top_p: float = 1.0
-    """Draw from the likeliest tokens that together have this probability."""
-    max_new_tokens: int = 512
-    seed: int | None = None
-    """Makes drawing repeatable."""
+    running: Running
+    text: TextStream
+    deliver: Callable[[Piece], None]
+    is_cancelled: threading.Event = field(default_factory=threading.Event)
+
+    @property
+    def prompt_tokens(self) -> int:
+        """Length of the prompt."""
+        return len(self.running.prompt)
+
+    def cancel(self) -> None:
+        """End the answer within a token; from any thread."""
+        self.is_cancelled.set()
 
 
 class Engine:
-    """A loaded model with its prompt settings."""
-
-    def __init__(self, model: Any, tokenizer: Any, encoder: Encoder) -> None:
-        self.model = model
-        self.tokenizer = tokenizer
-        self.encoder = encoder
-        self.context_tokens: int = model.config.max_position_embeddings
-        self._stop = threading.Event()
-
-    def stream(self, messages: Sequence[Message], sampling: Sampling) -> Generator[str, None, None]:
-        """Yield the answer to the last message piece by piece.
-
-        Closing the iterator stops the generation within a token.
-
-        Raises:
-            LoratuneError: the prompt fills the model's context, or memory runs out.
-        """
-        prompt = self.encoder.prompt_ids(messages)
-        room = self.context_tokens - len(prompt)
-        if room < 1:
-            raise LoratuneError(
-                f"the prompt has {len(prompt)} tokens and the model takes {self.context_tokens}; shorten it", Exit.USAGE
-            )
-        self._stop.clear()
-        streamer = TextIteratorStreamer(self.tokenizer, skip_prompt=True, skip_special_tokens=True)
-        failures: queue.SimpleQueue[BaseException] = queue.SimpleQueue()
-        worker = threading.Thread(target=self._generate, args=(prompt, sampling, room, streamer, failures), daemon=True)
-        worker.start()
-        try:
-            yield from streamer
-        finally:
-            self._stop.set()
-            worker.join()
-        if not failures.empty():
-            raise _explained(failures.get())
-
-    def _generate(
-        self,
-        prompt: list[int],
-        sampling: Sampling,
-        room: int,
-        streamer: TextIteratorStreamer,
-        failures: queue.SimpleQueue[BaseException],
-    ) -> None:
-        try:
-            if sampling.seed is not None:
-                set_seed(sampling.seed)
-            ids = torch.tensor([prompt], device=self.model.device)
-            self.model.generate(
-                input_ids=ids,
-                attention_mask=torch.ones_like(ids),
-                generation_config=self._generation_config(sampling, room),
-                streamer=streamer,
-                stopping_criteria=StoppingCriteriaList([_StopWhen(self._stop)]),
-            )
-        except BaseException as error:  # handed to the thread that reads the stream
-            failures.put(error)
-            streamer.end()
-
-    def _generation_config(self, sampling: Sampling, room: int) -> GenerationConfig:
-        """The model's own generation settings with the user's on top."""
-        config = copy.deepcopy(self.model.generation_config)
-        known = config.eos_token_id
-        ends = known if isinstance(known, list) else [known]
-        config.eos_token_id = sorted({*ends, self.encoder.end_id, self.tokenizer.eos_token_id} - {None})
-        config.pad_token_id = self.tokenizer.pad_token_id
-        config.max_new_tokens = min(sampling.max_new_tokens, room)
-        config.max_length = None
-        config.do_sample = sampling.temperature > 0
-        config.temperature = sampling.temperature if config.do_sample else None
-        config.top_p = sampling.top_p if config.do_sample else None
-        if not config.do_sample:
-            config.top_k = None
-        return config
-
-
-class _StopWhen(StoppingCriteria):
-    def __init__(self, event: threading.Event) -> None:
-        self.event = event
-
-    def __call__(self, input_ids: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:
-        return torch.full((input_ids.shape[0],), self.event.is_set(), device=input_ids.device)
-
-
-def load_engine(
-    adapter: Path | None, model: str | None, use_adapter: bool, warnings: list[str], force: bool = False
-) -> Engine:
-    """Load an adapter on its base, or a model alone.
+    """A loaded model that answers many questions at once.
 
     Args:
-        adapter: run folder, checkpoint or plain PEFT folder; None for a model alone.
-        model: hub id or folder of the base; None takes what the adapter names.
-        use_adapter: False leaves the adapter off and keeps its prompt settings, for a comparison.
-        warnings: gets what could not be checked.
-        force: take another base than that of the training, or an adapter whose files have changed.
-
-    Raises:
-        LoratuneError: something is missing, damaged, or does not belong together.
+        model: base, with or without adapters.
+        base_name: how the base is called.
+        voices: name → how it is asked; that of None is the base alone.
+        slots: how many answers run at once.
     """
-    source = open_adapter(adapter, force) if adapter else None
-    settings = base_settings(source, model) if source else ModelSettings(base=model or "")
-    folder = find_base(settings)
-    if source:
-        warnings += check_same_base(source, settings.base, folder, weight_files(folder), force)
-    tokenizer = load_tokenizer(source.tokenizer_folder(folder) if source else folder)
-    encoder = Encoder(tokenizer, source.prompt if source else merged_prompt(folder))
-    if source and source.manifest:
-        _check_same_template(source.manifest, encoder)
-    set_pad_token(tokenizer, {encoder.end_id, tokenizer.eos_token_id})
-    loaded = load_base(settings, folder, detect_hardware())
-    if source and use_adapter:
-        loaded = load_adapter(loaded, source.adapter)
-    loaded.eval()
-    return Engine(loaded, tokenizer, encoder)
+
+    def __init__(self, model: Any, base_name: str, voices: dict[str | None, Voice], slots: int = 32) -> None:
+        self.model = model
+        self.base_name = base_name
+        self.voices = voices
+        self.adapters = [name for name in voices if name is not None]
+        self.context_tokens: int = model.config.get_text_config().max_position_embeddings
+        self.slots = slots
+        self.decoder = Decoder(model, slots, CACHE_SHARE * free_memory_bytes(detect_hardware()))
+        self._inbox: queue.SimpleQueue[Ticket | None] = queue.SimpleQueue()
+        self._tickets: dict[Running, Ticket] = {}
+        self._model_lock = threading.Lock()
+        self._thread = threading.Thread(target=self._work, name="engine", daemon=True)
+        self._thread.start()
+
+    def prompt_ids(self, question: Question) -> list[int]:
+        """Token ids of a question's prompt.
+
+        Raises:
+            LoratuneError: a conversation that the template refuses.
+        """
+        encoder = self._voice(question).encoder
+        if isinstance(question.messages, str):
+            ids: list[int] = encoder.tokenizer(question.messages, split_special_tokens=True).input_ids
+            return ids
+        return encoder.prompt_ids(question.messages)
+
+    def prompt_tokens(self, question: Question) -> int:
+        """Length of a question's prompt."""
+        return len(self.prompt_ids(question))
+
+    def submit(self, question: Question, deliver: Callable[[Piece], None]) -> Ticket:
+        """Have a question answered; from any thread.
+
+        Args:
+            question: what is asked.
+            deliver: called with each piece, from the engine's thread; the last one says how the answer ended.
+
+        Raises:
+            LoratuneError: the prompt is empty or leaves no room in the model's context.
+        """
+        if not self._thread.is_alive():
+            raise RuntimeError("the engine is closed")
+        voice, prompt = self._voice(question), self.prompt_ids(question)
+        room = self.context_tokens - len(prompt)
+        if room < 1 or not prompt:
+            fault = f"has {len(prompt):,} tokens and the model takes {self.context_tokens:,}; shorten it"
+            raise LoratuneError(f"the prompt {fault if prompt else 'is empty'}", Exit.USAGE)
+        adapter = voice.adapter if question.use_adapter else BASE
+        sampling = replace(question.sampling, max_new_tokens=min(question.sampling.max_new_tokens, room))
+        running = Running(prompt, sampling, self._ends(voice.encoder), adapter)
+        text = TextStream(voice.encoder.tokenizer, sampling.stop, _opens_reasoning(voice.encoder, prompt))
+        ticket = Ticket(running, text, deliver)
+        self._inbox.put(ticket)
+        return ticket
+
+    def stream(self, question: Question) -> Generator[Piece, None, None]:
+        """The answer piece by piece. Closing the iterator ends the answer within a token.
+
+        Raises:
+            LoratuneError: as `submit`, or memory has run out.
+        """
+        pieces: queue.SimpleQueue[Piece] = queue.SimpleQueue()
+        ticket = self.submit(question, pieces.put)
+        try:
+            while True:
+                piece = pieces.get()
+                if piece.error is not None:
+                    raise piece.error
+                yield piece
+                if piece.finish:
+                    return
+        finally:
+            ticket.cancel()
+
+    def answers(self, questions: Iterable[Question]) -> Iterator[tuple[int, Answer]]:
+        """Whole answers as they are finished, each with its question's index.
+
+        Closing the iterator ends those on their way.
+
+        Raises:
+            LoratuneError: as `stream`.
+        """
+        ended: queue.SimpleQueue[tuple[int, list[Piece]]] = queue.SimpleQueue()
+        tickets: dict[int, Ticket] = {}
+        numbered = enumerate(questions)
+        try:
+            while True:
+                while len(tickets) < AHEAD * self.slots and (following := next(numbered, None)):
+                    index, question = following
+                    tickets[index] = self.submit(question, _gathering(index, ended))
+                if not tickets:
+                    return
+                index, pieces = ended.get()
+                ticket, last = tickets.pop(index), pieces[-1]
+                if last.error is not None:
+                    raise last.error
+                text, reasoning = ("".join(getattr(piece, kind) for piece in pieces) for kind in ("text", "reasoning"))
+                yield index, Answer(text, reasoning, ticket.prompt_tokens, last.tokens, str(last.finish))
+        finally:
+            for ticket in tickets.values():
+                ticket.cancel()
+
+    def reference_loss(self, question: Question, answer: str) -> tuple[float, int]:
+        """How unlikely an answer is to the model.
+
+        Returns:
+            The negative log-likelihood, in nats, summed over the answer's tokens and the end token, and their number.
+
+        Raises:
+            LoratuneError: prompt and answer do not fit into the model's context.
+        """
+        voice = self._voice(question)
+        prompt, wanted = self.prompt_ids(question), voice.encoder.answer_ids(answer)
+        if not prompt or len(prompt) + len(wanted) > self.context_tokens:
+            raise LoratuneError("prompt and answer do not fit into the model's context", Exit.USAGE)
+        with self._model_lock:
+            return self.decoder.loss(prompt, wanted, voice.adapter if question.use_adapter else BASE), len(wanted)
+
+    def close(self) -> None:
+        """End all answers and give the memory of keys and values back."""
+        self._inbox.put(None)
+        self._thread.join()
+        self.decoder.close()
+
+    def _voice(self, question: Question) -> Voice:
+        if question.adapter not in self.voices:
+            raise LoratuneError(
+                f"no adapter is called {question.adapter}; there are {', '.join(self.adapters) or 'none'}", Exit.USAGE
+            )
+        return self.voices[question.adapter]
+
+    def _ends(self, encoder: Encoder) -> frozenset[int]:
+        known = self.decoder.generation_config.eos_token_id
+        ends = known if isinstance(known, list) else [known]
+        return frozenset({*ends, encoder.end_id, encoder.tokenizer.eos_token_id} - {None})
+
+    def _work(self) -> None:
+        """The engine's thread: take questions in, make a step, hand out what came."""
+        while self._take_in():
+            try:
+                for ticket in [ticket for ticket in self._tickets.values() if ticket.is_cancelled.is_set()]:
+                    self._end(ticket, "cancelled")
+                if self.decoder.is_idle:
+                    continue
+                with self._model_lock:
+                    advanced = self.decoder.step()
+                for running in advanced:
+                    self._hand_out(self._tickets[running])
+            except BaseException as error:  # handed to those who wait for the answers
+                for ticket in list(self._tickets.values()):
+                    self._end(ticket, "error", _explained(error))
+        while not self._inbox.empty():
+            if late := self._inbox.get():
+                self._tickets[late.running] = late
+        for ticket in list(self._tickets.values()):
+            self._end(ticket, "cancelled")
+
+    def _take_in(self) -> bool:
+        """Take in what has been handed in, waiting if there is nothing else to do; False is the end."""
+        wait = not self._tickets
+        while wait or not self._inbox.empty():
+            ticket = self._inbox.get()
+            if ticket is None:
+                return False
+            self._tickets[ticket.running] = ticket
+            self.decoder.add(ticket.running)
+            wait = False
+        return True
+
+    def _hand_out(self, ticket: Ticket) -> None:
+        running = ticket.running
+        parts = ticket.text.push(running.tokens[-1])
+        finish = "stop" if ticket.text.stopped else running.finish
+        if finish:
+            self._end(ticket, finish, before=parts)
+        elif any(parts):
+            self._tell(ticket, Piece(*parts, tokens=len(running.tokens)))
+
+    def _end(self, ticket: Ticket, finish: str, error: BaseException | None = None, before: Any = ("", "")) -> None:
+        """Hand out the last piece and forget the question."""
+        self.decoder.remove(ticket.running)
+        del self._tickets[ticket.running]
+        text, reasoning = (early + late for early, late in zip(before, ticket.text.finish(), strict=True))
+        self._tell(ticket, Piece(text, reasoning, len(ticket.running.tokens), finish, error))
+
+    def _tell(self, ticket: Ticket, piece: Piece) -> None:
+        """Nobody's fault in taking a piece may end the answers of others."""
+        try:
+            ticket.deliver(piece)
+        except Exception:
+            ticket.cancel()
 
 
-def _check_same_template(manifest: dict[str, Any], encoder: Encoder) -> None:
-    if manifest["template"]["sha256"] != encoder.template_sha256:
-        raise LoratuneError(
-            "the prompt template is not the one of the training: the base's chat template has changed since; restore "
-            "it, or use the run folder rather than a checkpoint",
-            Exit.MODEL,
-        )
+def _gathering(index: int, ended: queue.SimpleQueue[tuple[int, list[Piece]]]) -> Callable[[Piece], None]:
+    """What collects the pieces of one answer and passes them on once it is whole."""
+    pieces: list[Piece] = []
+
+    def add(piece: Piece) -> None:
+        pieces.append(piece)
+        if piece.finish:
+            ended.put((index, pieces))
+
+    return add
+
+
+def _opens_reasoning(encoder: Encoder, prompt: list[int]) -> bool:
+    """Whether the template has written the tag itself, as those of models that always reason do."""
+    return bool(encoder.tokenizer.decode(prompt[-4:]).rstrip().endswith(OPENING))
 
 
 def _explained(error: BaseException) -> BaseException:
     if is_out_of_memory(error):
-        return LoratuneError("out of memory while answering; shorten the conversation with /reset", Exit.IO)
+        return LoratuneError("out of memory while answering; shorten the conversation, or use fewer slots", Exit.IO)
     return error
+
+
+def load_engine(
+    adapters: Sequence[tuple[str, Path]], model: str | None, warnings: list[str], force: bool = False, slots: int = 32
+) -> Engine:
+    """Load a model with its adapters, ready to answer.
+
+    Args:
+        adapters: name and folder of each: run folder, checkpoint or plain PEFT folder.
+        model: hub id or folder of the base; None takes what the first adapter names.
+        warnings: gets what could not be checked.
+        force: take another base than that of the training, or an adapter whose files have changed.
+        slots: how many answers run at once.
+
+    Raises:
+        LoratuneError: something is missing, damaged, or does not belong together.
+    """
+    loaded, name, voices = open_voices(adapters, model, warnings, force)
+    return Engine(loaded, name, voices, slots)

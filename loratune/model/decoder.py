@@ -12,11 +12,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from peft import PeftModel
 from torch.nn import functional
 
 from loratune.model.sampling import Sampling, TokenChooser
-from loratune.model.slots import Feed, SlotCache, use_slot_attention
+from loratune.model.slots import DecodingError, Feed, SlotCache, reserved_tokens, use_slot_attention
 
 BASE = "__base__"
 """PEFT's name for no adapter at all."""
@@ -49,6 +48,11 @@ class Running:
     chooser: TokenChooser | None = None
 
     @property
+    def longest(self) -> int:
+        """Tokens of the prompt and of the longest answer it may get."""
+        return len(self.prompt) + self.sampling.max_new_tokens
+
+    @property
     def held(self) -> int:
         """Tokens whose keys its slot holds: all but the newest."""
         return len(self.prompt) + len(self.tokens) - 1 if self.tokens else self.read
@@ -60,14 +64,17 @@ class Decoder:
     Args:
         model: a causal language model in eval mode, with or without PEFT adapters; attends to slots from now on.
         slots: how many answers run at once.
+        cache_budget_bytes: what keys and values may take; answers wait where they could need more. None is no bound.
 
     Raises:
-        ValueError: a kind of layer that has no keys and values.
+        DecodingError: a kind of layer that has no keys and values.
     """
 
-    def __init__(self, model: Any, slots: int = 32) -> None:
+    def __init__(self, model: Any, slots: int = 32, cache_budget_bytes: float | None = None) -> None:
         self.model = model
-        base = model.get_base_model() if isinstance(model, PeftModel) else model
+        # Not by its class: importing PEFT takes seconds, and a model alone does without it.
+        self._has_adapters = hasattr(model, "get_base_model")
+        base = model.get_base_model() if self._has_adapters else model
         _check_layers(base.config)
         use_slot_attention(base)
         # The last position's states are strided; a bfloat16 product of strided rows is a hundred times slower on a CPU.
@@ -81,9 +88,10 @@ class Decoder:
         self.waiting: deque[Running] = deque()
         self._layers = base.config.get_text_config().num_hidden_layers
         self._cache = SlotCache(self._layers)
+        self._budget_tokens = None if cache_budget_bytes is None else cache_budget_bytes / token_bytes(base)
         self._adapter: str | None = None
         # PEFT computes rows of several adapters at once, but not with DoRA.
-        configs = model.peft_config.values() if isinstance(model, PeftModel) else ()
+        configs = model.peft_config.values() if self._has_adapters else ()
         self._mixes_adapters = not any(config.use_dora for config in configs)
 
     @property
@@ -122,12 +130,14 @@ class Decoder:
         Returns:
             Those with a new token; they have left their slot if it was their last one.
         """
-        while self.waiting and len(self.running) < self.slots:
+        while self.waiting and self._has_room():
             running = self.waiting.popleft()
             running.slot = len(self.running)
             settled = running.sampling.with_defaults(self.generation_config)
             running.chooser = TokenChooser(settled, running.prompt, self.device)
             self.running.append(running)
+        if self.running:
+            self._cache.reserve(len(self.running), max(running.longest for running in self.running))
         answering = [running for running in self.running if running.tokens]
         reading = self._next_prompts()
         if reading:
@@ -154,6 +164,7 @@ class Decoder:
         """
         cache, read, total = SlotCache(self._layers), 0, 0.0
         sequence = [*prompt, *answer]
+        cache.reserve(1, len(sequence))
         while read < len(sequence) - 1:
             part = sequence[read : min(read + PROMPT_PART, len(sequence) - 1)]
             feed = Feed([0], [read], [len(part)], self.device)
@@ -171,6 +182,14 @@ class Decoder:
         self._hook.remove()
         if self._adapter == BASE:
             self.model.base_model.enable_adapter_layers()
+
+    def _has_room(self) -> bool:
+        """Whether the next answer can run beside the others, even if all become as long as they may."""
+        if not self.running or self._budget_tokens is None:
+            return len(self.running) < self.slots
+        longest = max(one.longest for one in (*self.running, self.waiting[0]))
+        needed = reserved_tokens(len(self.running) + 1, longest)
+        return len(self.running) < self.slots and needed <= self._budget_tokens
 
     def _next_prompts(self) -> list[Running]:
         """Prompts to be read next, in the order they came, as many as one pass takes."""
@@ -233,7 +252,7 @@ class Decoder:
 
     def _take_adapters(self, names: list[str]) -> dict[str, Any]:
         """Have each row computed with its adapter, by PEFT's own mixed forward where there are several."""
-        if not isinstance(self.model, PeftModel):
+        if not self._has_adapters:
             return {}
         is_mixed = len(set(names)) > 1
         self._switch(next(name for name in names if name != BASE) if is_mixed else names[0])
@@ -263,9 +282,17 @@ class Decoder:
                 running.finish = "length"
 
 
+def token_bytes(model: Any) -> int:
+    """What the keys and values of one token take."""
+    config = model.config.get_text_config()
+    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    heads: int = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    return 2 * int(config.num_hidden_layers) * heads * int(size) * int(model.dtype.itemsize)
+
+
 def _check_layers(config: Any) -> None:
     """Linear attention and the like keep other states than keys and values."""
     kinds = set(getattr(config.get_text_config(), "layer_types", None) or ())
     strange = sorted(kinds - {"full_attention", "sliding_attention"})
     if strange:
-        raise ValueError(f"layers of {', '.join(strange)} cannot be decoded in slots")
+        raise DecodingError(f"a model with layers of {', '.join(strange)}")

@@ -14,12 +14,22 @@ from torch.nn import functional
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.cache_utils import Cache
 
+from loratune.errors import Exit, LoratuneError
 from loratune.model.document_attention import OTHER_TERMS
 
 SLOT_ATTENTION = "slots"
 """Name of this attention as a model's attn_implementation."""
 LENGTH_UNIT = 64
 """Keys are read up to a multiple of it, so that few shapes are compiled and kept by the libraries below torch."""
+SLOTS_UNIT = 4
+"""Slots are made so many at a time, so that not every new answer copies those that run."""
+
+
+class DecodingError(LoratuneError):
+    """A kind of model whose states are not keys and values of each token."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__(f"{kind} cannot be asked by loratune; use transformers' generate", Exit.MODEL)
 
 
 def use_slot_attention(model: Any) -> None:
@@ -77,8 +87,13 @@ class Feed:
         return self._masks[window]
 
 
+def reserved_tokens(slots: int, length: int) -> int:
+    """How many tokens a cache has room for that was asked for so many slots of such a length."""
+    return _rounded(slots, SLOTS_UNIT) * _rounded(length, LENGTH_UNIT)
+
+
 class SlotCache(Cache):
-    """Keys and values as [slots, heads, length, size] per layer, growing as they are needed.
+    """Keys and values as [slots, heads, length, size] per layer.
 
     Args:
         layers: how many the model has.
@@ -86,9 +101,20 @@ class SlotCache(Cache):
 
     def __init__(self, layers: int) -> None:
         super().__init__(layers=[])
-        self._kept: list[tuple[torch.Tensor, torch.Tensor] | None] = [None] * layers
+        self._kept: list[tuple[torch.Tensor, ...]] = [()] * layers
+        self._slots = self._length = self._written = 0
         self.feed: Feed | None = None
         """What the pass that runs now reads."""
+
+    def reserve(self, slots: int, length: int) -> None:
+        """Have room for the slots in use and the longest answer that they may get; what they hold stays.
+
+        Args:
+            slots: in use, counted from 0 on.
+            length: tokens; at least what any slot in use holds.
+        """
+        if slots > self._slots or length > self._length:
+            self._slots, self._length = _rounded(slots, SLOTS_UNIT), _rounded(length, LENGTH_UNIT)
 
     def update(self, keys: torch.Tensor, values: torch.Tensor, layer: int, *_: Any, **__: Any) -> Any:
         """Add the keys and values of a pass to one layer.
@@ -104,7 +130,8 @@ class SlotCache(Cache):
         feed = self.feed
         if feed is None:
             raise RuntimeError("a pass over the slots without a feed")
-        kept = self._kept[layer] = self._grown(self._kept[layer], keys, feed)
+        self._written = max(self._written, feed.end)
+        kept = self._kept[layer] = self._with_room(self._kept[layer], keys)
         read = []
         for storage, new in zip(kept, (keys, values), strict=True):
             _write(storage, new, feed)
@@ -114,31 +141,29 @@ class SlotCache(Cache):
     def move(self, source: int, target: int, length: int) -> None:
         """Copy the first `length` tokens of one slot to another."""
         for kept in self._kept:
-            for storage in kept or ():
+            for storage in kept:
                 storage[target, :, :length] = storage[source, :, :length]
 
     def clear(self) -> None:
         """Give the memory back."""
-        self._kept = [None] * len(self._kept)
+        self._kept = [()] * len(self._kept)
+        self._slots = self._length = self._written = 0
 
     @property
     def size_bytes(self) -> int:
         """What is held."""
-        return sum(storage.numel() * storage.element_size() for kept in self._kept for storage in kept or ())
+        return sum(storage.numel() * storage.element_size() for kept in self._kept for storage in kept)
 
-    def _grown(self, kept: tuple[torch.Tensor, torch.Tensor] | None, keys: torch.Tensor, feed: Feed) -> Any:
-        slots, length = (0, 0) if kept is None else (kept[0].shape[0], kept[0].shape[2])
-        needed = max(feed.slots) + 1
-        if needed <= slots and feed.end <= length:
+    def _with_room(self, kept: tuple[torch.Tensor, ...], keys: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """One layer's storage, moved to a larger one if more room was reserved."""
+        if kept and (kept[0].shape[0], kept[0].shape[2]) == (self._slots, self._length):
             return kept
-        # A quarter more than needed, so that a long answer does not copy everything every few tokens.
-        slots = max(slots, needed)
-        if feed.end > length:
-            length = _rounded(feed.end + feed.end // 4, LENGTH_UNIT)
-        grown = tuple(keys.new_zeros(slots, keys.shape[1], length, keys.shape[3]) for _ in range(2))
-        for new, old in zip(grown, kept or (), strict=False):
-            new[: old.shape[0], :, : old.shape[2]] = old
-        return grown
+        roomy = tuple(keys.new_zeros(self._slots, keys.shape[1], self._length, keys.shape[3]) for _ in range(2))
+        for new, old in zip(roomy, kept, strict=False):
+            # What nobody has written stays untouched: on a CPU it takes no memory yet.
+            slots, length = min(len(new), len(old)), min(new.shape[2], old.shape[2], self._written)
+            new[:slots, :, :length] = old[:slots, :, :length]
+        return roomy
 
 
 def no_mask(**_: Any) -> None:
@@ -162,11 +187,11 @@ def attend_slots(
         The mixed values, [rows, width, heads, size].
 
     Raises:
-        ValueError: terms of the scores that only some models have.
+        DecodingError: terms of the scores that only some models have.
     """
     unknown = [name for name in OTHER_TERMS if settings.get(name) is not None]
     if unknown:
-        raise ValueError(f"attention to slots knows no {', '.join(unknown)}")
+        raise DecodingError(f"a model whose attention has {', '.join(unknown)}")
     mask = settings["feed"].mask(settings.get("sliding_window"))
     rows, heads, width, size = query.shape
     groups = heads // key.shape[1]

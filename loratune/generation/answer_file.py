@@ -1,0 +1,299 @@
+"""The file that answers are kept in while they come, so that a second call makes the missing ones only.
+
+answers.jsonl.part          while they come: a line that says what they are answers to, then a line for each result
+answers.jsonl               all rows in order, put there in one step
+answers.jsonl.report.json   what they are answers to, counts and scores
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from loratune.errors import Exit, LoratuneError, bullet_list
+from loratune.runs.folder import PROGRAM, file_sha256
+from loratune.writing import disk_errors_explained, write_json, write_pieces
+
+FORMAT = 1
+PART, REPORT = ".part", ".report.json"
+ANSWER = ("answer", "reasoning", "finish", "tokens")
+"""What an answer consists of."""
+START_ANEW = "start anew with --overwrite, or choose another file with --output"
+
+About = dict[str, Any]
+"""What the answers depend on: name → value, all in JSON types."""
+
+
+def check_output(output: Path, input_name: str) -> None:
+    """Refuse places that answers cannot be written to.
+
+    Raises:
+        LoratuneError: a folder, or a name that would replace the rows.
+    """
+    places, rows = (output, _beside(output, PART), _beside(output, REPORT)), Path(input_name)
+    with disk_errors_explained(output):
+        replaces = rows.exists() and any(place.exists() and place.samefile(rows) for place in places)
+    if replaces:
+        raise LoratuneError(f"--output {output} would replace the rows of --input; choose another name", Exit.USAGE)
+    if output.is_dir():
+        raise LoratuneError(f"--output {output} is a folder; give a file, such as {output}/answers.jsonl", Exit.USAGE)
+    if output.exists() and not output.is_file():
+        raise LoratuneError(f"--output {output} is not a plain file; choose another name", Exit.USAGE)
+    if not output.parent.is_dir():
+        raise LoratuneError(f"--output {output}: there is no folder {output.parent}; make it first", Exit.USAGE)
+
+
+def finished_report(output: Path, about: About) -> dict[str, Any] | None:
+    """The report of a file that is complete; None if there is something to do.
+
+    Raises:
+        LoratuneError: the file holds something else, or answers to something else.
+    """
+    if not output.exists():
+        return None
+    report = _read_json(_beside(output, REPORT))
+    if report.get("program") != PROGRAM or report.get("sha256") != file_sha256(output):
+        if _header_of(_beside(output, PART)) == _header(about):
+            return None  # killed while it was finished
+        raise LoratuneError(
+            f"{output} is there already and not, or no longer, what loratune has written; replace it with --overwrite, "
+            "or choose another file with --output",
+            Exit.USAGE,
+        )
+    _check_same(output, report.get("about"), about)
+    return report
+
+
+class AnswerFile:
+    """Results as they come; made by `open_answers`.
+
+    Args:
+        output: where the answers are in the end.
+        about: what they depend on.
+        handle: of the .part file, open and locked.
+    """
+
+    def __init__(self, output: Path, about: About, handle: int) -> None:
+        self.output = output
+        self.about = about
+        self.part = _beside(output, PART)
+        self._file = os.fdopen(handle, "r+b", buffering=0)
+        self._places: dict[tuple[int, str], tuple[int, int]] = {}
+        """Row and kind of a result → offset and length of its line."""
+        self._end = 0
+        self._is_taken_over = False
+
+    def has(self, row: int, kind: str) -> bool:
+        """Whether there is a result of this kind for a row."""
+        return (row, kind) in self._places
+
+    def count(self, kind: str) -> int:
+        """How many results of a kind there are."""
+        return sum(1 for _, one in self._places if one == kind)
+
+    def add(self, row: int, kind: str, values: dict[str, Any]) -> None:
+        """Write a result; the system has it when this returns.
+
+        Raises:
+            LoratuneError: it cannot be written.
+        """
+        line, start = json_line({"row": row, "kind": kind, **values}), self._end
+        self._write(line)
+        self._places[row, kind] = (start, len(line))
+
+    def read(self, row: int, kind: str) -> dict[str, Any]:
+        """A result, without its row and kind; empty if there is none."""
+        if (row, kind) not in self._places:
+            return {}
+        offset, length = self._places[row, kind]
+        value: dict[str, Any] = json.loads(os.pread(self._file.fileno(), length, offset))
+        return {name: inner for name, inner in value.items() if name not in ("row", "kind")}
+
+    def take_finished(self) -> None:
+        """Take the answers in that a complete file holds, so that only what else is asked for is made."""
+        with self.output.open("rb") as lines:
+            for line in lines:
+                row = _parsed(line)
+                for kind, values in (("answer", row), ("base answer", row.get("base"))):
+                    if values:
+                        self.add(row["row"], kind, {name: values[name] for name in ANSWER if name in values})
+
+    def finish(self, rows: Iterable[dict[str, Any]], report: dict[str, Any]) -> None:
+        """Put all rows under the final name in one step, and what is known about them beside it.
+
+        Args:
+            rows: in order.
+            report: JSON values to keep.
+
+        Raises:
+            LoratuneError: they cannot be written.
+        """
+        digest = hashlib.sha256()
+
+        def lines() -> Iterator[bytes]:
+            for row in rows:
+                line = json_line(row)
+                digest.update(line)
+                yield line
+
+        with disk_errors_explained(self.output):
+            write_pieces(self.output, lines())
+            known = {"program": PROGRAM, "about": self.about, "sha256": digest.hexdigest()}
+            write_json(_beside(self.output, REPORT), {**known, **report})
+            self.part.unlink()
+
+    def take_over(self, overwrite: bool) -> None:
+        """Take in what an earlier call has left, or begin.
+
+        Args:
+            overwrite: begin in any case.
+
+        Raises:
+            LoratuneError: they are results of something else, or it cannot be written.
+        """
+        header = json_line(_header(self.about))
+        if overwrite:
+            # Without it, the earlier file no longer counts as complete, and this one can be resumed.
+            _beside(self.output, REPORT).unlink(missing_ok=True)
+            self._begin(header)
+            self._is_taken_over = True
+            return
+        with os.fdopen(os.dup(self._file.fileno()), "rb") as lines:
+            self._take_in(lines, header)
+        self._is_taken_over = True
+
+    def close(self) -> None:
+        """Let go of the .part file; without a single result it vanishes."""
+        if self._is_taken_over and not self._places:
+            self.part.unlink(missing_ok=True)
+        self._file.close()
+
+    def _take_in(self, lines: BinaryIO, header: bytes) -> None:
+        first = lines.readline()
+        # Without a line end, the first line was being written when the process ended.
+        if not first or (not first.endswith(b"\n") and header.startswith(first)):
+            self._begin(header)
+            return
+        known = _parsed(first)
+        if known.get("program") != PROGRAM or known.get("format") != FORMAT:
+            raise LoratuneError(
+                f"{self.part} is not, or no longer, what loratune has written; {START_ANEW}", Exit.USAGE
+            )
+        _check_same(self.part, known.get("about"), self.about)
+        self._end = len(first)
+        for line in lines:
+            value = _parsed(line)
+            if not line.endswith(b"\n") or not isinstance(value.get("row"), int) or "kind" not in value:
+                break
+            self._places[value["row"], str(value["kind"])] = (self._end, len(line))
+            self._end += len(line)
+        self._file.truncate(self._end)  # a line that was being written when the process ended
+        self._file.seek(self._end)
+
+    def _begin(self, header: bytes) -> None:
+        self._file.truncate(0)
+        self._file.seek(0)
+        self._write(header)
+
+    def _write(self, line: bytes) -> None:
+        with disk_errors_explained(self.part):
+            rest = memoryview(line)
+            while rest:
+                rest = rest[self._file.write(rest) :]
+        self._end += len(line)
+
+
+@contextmanager
+def open_answers(output: Path, about: About, overwrite: bool) -> Iterator[AnswerFile]:
+    """Open the .part file for this process alone, with the results that an earlier call has left in it.
+
+    Raises:
+        LoratuneError: another process writes it, it holds results of something else, or it cannot be written.
+    """
+    part = _beside(output, PART)
+    with disk_errors_explained(part):
+        handle = _locked(part)
+    file = AnswerFile(output, about, handle)
+    try:
+        file.take_over(overwrite)
+        yield file
+    finally:
+        file.close()
+
+
+def json_line(value: Any) -> bytes:
+    """A JSON value on one line; what JSON has no word for, such as a date of a Parquet file, as its text."""
+    text = json.dumps(value, ensure_ascii=False, default=str)
+    try:
+        return text.encode() + b"\n"
+    except UnicodeEncodeError:  # half of a UTF-16 pair, which only an escape can stand for
+        return json.dumps(value, default=str).encode() + b"\n"
+
+
+def _beside(output: Path, ending: str) -> Path:
+    return output.with_name(output.name + ending)
+
+
+def _header(about: About) -> dict[str, Any]:
+    return {"program": PROGRAM, "format": FORMAT, "about": about}
+
+
+def _locked(part: Path) -> int:
+    while True:
+        handle = os.open(part, os.O_RDWR | os.O_CREAT, 0o666)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            os.close(handle)
+            raise LoratuneError(
+                f"{part} is being written by another process; wait for it, or choose another file with --output",
+                Exit.USAGE,
+            ) from error
+        # Whoever had the lock before may have finished and removed the file that is open here.
+        if part.exists() and os.path.samestat(os.fstat(handle), part.stat()):
+            return handle
+        os.close(handle)
+
+
+def _check_same(place: Path, known: Any, about: About) -> None:
+    known = known if isinstance(known, dict) else {}
+    names = [name for name in {**known, **about} if known.get(name) != about.get(name)]
+    if not names:
+        return
+    listed = bullet_list([f"{name}: {_shown(known.get(name))} there, {_shown(about.get(name))} now" for name in names])
+    raise LoratuneError(f"{place} holds answers to something else:\n{listed}\n{START_ANEW}", Exit.USAGE)
+
+
+def _shown(value: Any) -> str:
+    text = json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= 60 else f"{text[:57]}…"
+
+
+def _header_of(part: Path) -> dict[str, Any]:
+    try:
+        with part.open("rb") as file:
+            return _parsed(file.readline())
+    except OSError:
+        return {}
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        return _parsed(path.read_bytes())
+    except OSError:
+        return {}
+
+
+def _parsed(text: bytes) -> dict[str, Any]:
+    """A JSON object; an empty one for anything else."""
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError):
+        return {}
+    return value if isinstance(value, dict) else {}

@@ -1,0 +1,100 @@
+"""A base with its adapters, each with the prompt settings that it was trained with."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from loratune.data.encoding import Encoder
+from loratune.errors import Exit, LoratuneError
+from loratune.model.base import load_base
+from loratune.model.decoder import BASE
+from loratune.model.files import find_base, weight_files
+from loratune.model.hardware import detect_hardware
+from loratune.model.tokenizer import load_tokenizer, set_pad_token
+from loratune.recipe.sections import ModelSettings, PromptSettings
+from loratune.runs.opening import AdapterSource, base_settings, check_same_base, merged_prompt, open_adapter
+
+
+@dataclass(frozen=True)
+class Voice:
+    """A model that can be asked: an adapter, or the base alone."""
+
+    encoder: Encoder
+    adapter: str = BASE
+    """PEFT's name of it."""
+
+
+def open_voices(
+    adapters: Sequence[tuple[str, Path]], model: str | None, warnings: list[str], force: bool
+) -> tuple[Any, str, dict[str | None, Voice]]:
+    """Load a base once and put all adapters on it.
+
+    Arguments and errors are those of `load_engine`.
+
+    Returns:
+        The model in eval mode, the base's name, and name of an adapter → how it is asked; that of None is the base.
+    """
+    sources = {name: open_adapter(path, force) for name, path in adapters}
+    settings = _settings(list(sources.values()), model, warnings)
+    folder = find_base(settings)
+    voices: dict[str | None, Voice] = {}
+    for number, (name, source) in enumerate(sources.items()):
+        warnings += check_same_base(source, settings.base, folder, weight_files(folder), force)
+        encoder = _encoder(source.tokenizer_folder(folder), source.prompt)
+        if source.manifest:
+            _check_same_template(source.manifest, encoder)
+        voices[name] = Voice(encoder, f"adapter_{number}")
+    try:
+        voices[None] = Voice(_encoder(folder, merged_prompt(folder)))
+    except LoratuneError:
+        if not voices:
+            raise
+        voices[None] = Voice(next(iter(voices.values())).encoder)  # a base without chat template of its own
+    loaded = load_base(settings, folder, detect_hardware())
+    if sources:
+        loaded = _with_adapters(loaded, {voices[name].adapter: source for name, source in sources.items()})
+    return loaded.eval(), settings.base, voices
+
+
+def _with_adapters(model: Any, sources: dict[str, AdapterSource]) -> Any:
+    # Imported here because PEFT takes seconds, which a model alone is spared.
+    from loratune.model.adapter import load_adapter  # noqa: PLC0415
+    from loratune.model.lora_linear import use_fused_lora  # noqa: PLC0415
+
+    for name, source in sources.items():
+        model = load_adapter(model, source.adapter, name)
+    use_fused_lora(model)
+    return model
+
+
+def _settings(sources: Sequence[AdapterSource], model: str | None, warnings: list[str]) -> ModelSettings:
+    """How the base is loaded: as in the training of the first adapter."""
+    if not sources:
+        return ModelSettings(base=model or "")
+    known = [base_settings(source, model) for source in sources]
+    for source, other in zip(sources, known, strict=True):
+        if other.quantization != known[0].quantization:
+            warnings.append(
+                f"{source.run or source.adapter} was trained with quantization {other.quantization}; the base is "
+                f"loaded with {known[0].quantization}, as for the first adapter"
+            )
+    return known[0]
+
+
+def _encoder(folder: Path, prompt: PromptSettings) -> Encoder:
+    tokenizer = load_tokenizer(folder)
+    encoder = Encoder(tokenizer, prompt)
+    set_pad_token(tokenizer, {encoder.end_id, tokenizer.eos_token_id})
+    return encoder
+
+
+def _check_same_template(manifest: dict[str, Any], encoder: Encoder) -> None:
+    if manifest["template"]["sha256"] != encoder.template_sha256:
+        raise LoratuneError(
+            "the prompt template is not the one of the training: the base's chat template has changed since; restore "
+            "it, or use the run folder rather than a checkpoint",
+            Exit.MODEL,
+        )

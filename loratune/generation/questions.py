@@ -1,0 +1,149 @@
+"""The rows of a file as questions to a model, with the answers to compare with that some of them hold."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any
+
+from loratune.data.checked_rows import FORMAT_ROWS, SHOWN_ROWS
+from loratune.data.conversation import Conversation, Message
+from loratune.data.formats import MUST_BE_FILLED, PLACEHOLDER, ConversationReader, detect_format
+from loratune.data.reading.files import BadRow, RowFile, open_rows
+from loratune.data.sources import parse_source
+from loratune.errors import Exit, LoratuneError, bullet_list
+
+NEEDS = "each row needs a text 'prompt', 'instruction' or 'query', or 'messages' that end with a question or an answer"
+PAIRS = (("instruction", "output"), ("prompt", "completion"), ("query", "response"))
+
+
+@dataclass(frozen=True)
+class AskedRow:
+    """A row, and what the model is asked for it."""
+
+    number: int
+    """From 1, in the order of the file."""
+    fields: dict[str, Any]
+    """The row as the file has it."""
+    messages: tuple[Message, ...]
+    """Up to the question."""
+    reference: str | None
+    """The row's own answer, if it has one that is not blank."""
+
+    @property
+    def size_bytes(self) -> int:
+        """Of all texts that are asked; no text has more tokens than bytes."""
+        return sum(len(message["content"].encode()) for message in self.messages)
+
+
+@dataclass(frozen=True)
+class QuestionFile:
+    """A file whose rows are all questions."""
+
+    name: str
+    sha256: str
+    rows: list[AskedRow]
+
+
+def read_questions(entry: str, columns: Mapping[str, str], placeholders: Mapping[str, str]) -> QuestionFile:
+    """Read rows in any format that training takes, where the last answer may be missing, or rows of `prompt` alone.
+
+    Args:
+        entry: a file, or hf:org/name:split.
+        columns: name that a format knows → name in the file.
+        placeholders: values of {{name}} and the like.
+
+    Raises:
+        LoratuneError: the file cannot be read, or some of its rows are no questions.
+    """
+    source = parse_source(entry)
+    if source.sample or source.repeat > 1:
+        raise LoratuneError(f"{entry}: every row is answered once; leave the # and what follows it off", Exit.USAGE)
+    file = open_rows(source.name)
+    rows, bad = [], []
+    for number, read in enumerate(_read(file, columns, placeholders), start=1):
+        if isinstance(read, str):
+            bad.append(read)
+        else:
+            rows.append(AskedRow(number, *read))
+    if bad:
+        listed = bullet_list(bad, limit=SHOWN_ROWS)
+        raise LoratuneError(
+            f"{file.name}: {len(bad):,} of {len(rows) + len(bad):,} rows cannot be answered:\n{listed}\n"
+            f"{NEEDS}; mend or remove these rows",
+            Exit.DATA,
+        )
+    sha256 = file.sha256
+    file.check_unchanged()
+    return QuestionFile(file.name, sha256, rows)
+
+
+def _read(
+    file: RowFile, columns: Mapping[str, str], placeholders: Mapping[str, str]
+) -> Iterator[tuple[dict[str, Any], tuple[Message, ...], str | None] | str]:
+    """Fields, question and reference of each row, or what is wrong with it and where."""
+    first = [_completed(row.value, columns) for row in islice(file, FORMAT_ROWS) if not isinstance(row, BadRow)]
+    kind = detect_format(first, {})
+    reader = ConversationReader(kind, placeholders, {})
+    answer_name = (kind.columns or {}).get("output", "output")
+    for row in file:
+        if isinstance(row, BadRow):
+            yield row.problem
+            continue
+        read = reader.read(_completed(row.value, columns, answer_name))
+        problem = read if isinstance(read, str) else _problem(read)
+        if problem:
+            yield f"{file.place(row.number)}: {problem}"
+        elif not isinstance(read, str):
+            *asked, answer = read.messages
+            text = answer["content"] if not answer.get("tool_calls") else ""
+            yield row.value, tuple(asked), text if text.strip() else None
+
+
+def _completed(value: Any, columns: Mapping[str, str], answer_name: str | None = None) -> Any:
+    """A row under the names that formats know, with an empty answer where it has none, as training needs one.
+
+    Args:
+        value: the row.
+        columns: name that a format knows → name in the file.
+        answer_name: what the file's format calls the answer, if that is known.
+    """
+    if not isinstance(value, dict):
+        return value
+    row = {key: inner for key, inner in value.items() if key not in columns.values()}
+    row |= {known: value[own] for known, own in columns.items() if own in value}
+    for key, role, text in (("messages", "role", "content"), ("conversations", "from", "value")):
+        if isinstance(row.get(key), list):
+            return row | {key: _answered(row[key], role, text)}
+    for question, answer in PAIRS:
+        if (question in row or answer == answer_name) and row.get(answer) is None:
+            row[answer] = ""
+    return row
+
+
+def _answered(turns: list[Any], role: str, text: str) -> list[Any]:
+    """Turns that end with an answer; which of them are trained does not matter here."""
+    plain = [
+        {key: inner for key, inner in turn.items() if key != "weight"} if isinstance(turn, dict) else turn
+        for turn in turns
+    ]
+    speaker = plain[-1].get(role) if plain and isinstance(plain[-1], dict) else "assistant"
+    asks = speaker in ("user", "human", "tool", "observation")
+    return [*plain, {role: "assistant", text: ""}] if asks else plain
+
+
+def _problem(conversation: Conversation) -> str:
+    """What keeps a readable row from being asked."""
+    if conversation.tools:
+        return "has 'tools', which are not offered to the model here"
+    names = {
+        name
+        for message in conversation.messages
+        for name in PLACEHOLDER.findall(message["content"])
+        if name.lower() in MUST_BE_FILLED
+    }
+    if names:
+        listed = ", ".join(f"{{{{{name}}}}}" for name in sorted(names))
+        return f"holds {listed}, for which the adapter's recipe has no value; write it into the row"
+    return ""
