@@ -10,12 +10,14 @@ from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
-from transformers import AutoModelForCausalLM
+from peft import LoraConfig, PeftModel, get_peft_model
+from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import Result
 
 from loratune.model.update_size import update_sizes
+from loratune.training.answers import Answers, Told
 from loratune.training.health import GradientFlow, examine
+from tests.conftest import ROWS
 
 
 @pytest.fixture
@@ -101,6 +103,53 @@ def test_modules_that_no_gradient_reaches_are_named(adapted: Any) -> None:
     assert flow.missing == ["model.layers.0.mlp.down_proj", "model.layers.1.mlp.down_proj"]
 
 
+def told(has_changed: bool, ended: bool | None) -> Told:
+    return Told("?", "!", "base", "adapter", has_changed, ended)
+
+
+@pytest.mark.parametrize(
+    ("answers", "words"),
+    [
+        ([told(True, True)] * 8, []),
+        ([told(False, True)] * 7 + [told(True, None)], []),
+        ([told(False, True)] * 8, ["none of 8 questions is answered differently"]),
+        ([told(True, False)] * 5 + [told(True, True)] * 3, ["5 of 8 answers did not end"]),
+        ([told(True, None)] * 5 + [told(True, True)] * 3, []),
+        ([told(False, False)], ["none of 1 question is", "1 of 1 answer did not end"]),
+        ([], []),
+    ],
+)
+def test_answers_that_stay_or_never_end_are_told(adapted: Any, answers: list[Told], words: list[str]) -> None:
+    sentences = examine(adapted, GradientFlow(), losses(), Answers(answers)).sentences
+    assert len(sentences) == len(words)
+    assert all(word in sentence for word, sentence in zip(words, sentences, strict=True))
+
+
+def test_the_report_s_answers_are_those_of_plain_peft(short_run: Path, random_qwen: Path) -> None:
+    answers = json.loads((short_run / "report.json").read_text())["health"]["answers"]["told"]
+    tokenizer = AutoTokenizer.from_pretrained(random_qwen)
+    model = PeftModel.from_pretrained(
+        AutoModelForCausalLM.from_pretrained(random_qwen, dtype=torch.float32), short_run / "adapter"
+    )
+    assert {answer["question"] for answer in answers} <= {row["instruction"] for row in ROWS}
+    assert len({answer["question"] for answer in answers}) == len(answers) == 2
+
+    def said(question: str, tokens: int) -> str:
+        inputs = tokenizer.apply_chat_template(
+            [{"role": "user", "content": question}], add_generation_prompt=True, return_tensors="pt"
+        )
+        output = model.generate(**inputs, max_new_tokens=tokens, do_sample=False, repetition_penalty=1.0)
+        return str(tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))
+
+    for answer in answers:
+        tokens = 2 * (len(tokenizer(answer["expected"]).input_ids) + 1) + 32
+        assert answer["adapter"] == said(answer["question"], tokens)
+        with model.disable_adapter():
+            assert answer["base"] == said(answer["question"], 48)
+        assert answer["has_changed"] == (not answer["adapter"].startswith(answer["base"][:20]))
+        assert answer["ended"] is False  # random weights never say the end token
+
+
 @pytest.mark.parametrize("quantization", ["none", "nf4"])
 def test_a_run_reports_its_health(
     cli: Callable[..., Result], rows_file: Path, tmp_path: Path, quantization: str
@@ -111,7 +160,11 @@ def test_a_run_reports_its_health(
     )  # fmt: skip
     assert result.exit_code == 0, result.stderr
     health = json.loads((tmp_path / "run" / "report.json").read_text())["health"]
-    assert health["without_gradient"] == health["sentences"] == []
+    assert health["without_gradient"] == []
+    assert not any("update" in sentence or "module" in sentence for sentence in health["sentences"])
     assert set(health["updates"]) == {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
     assert all(0 < size["median"] <= size["largest"] < 0.5 for size in health["updates"].values())
     assert "of the weights' norm" in result.stderr
+    told = health["answers"]["told"]
+    assert f"{sum(one['has_changed'] for one in told)} of {len(told)} differ from the base's" in result.stderr
+    assert told[0]["question"] in result.stderr

@@ -9,6 +9,7 @@ from transformers import TrainerCallback
 
 from loratune.errors import counted
 from loratune.model.update_size import UpdateSize, update_sizes
+from loratune.training.answers import Answers
 from loratune.training.callbacks import Metrics
 
 HARDLY = 1e-4
@@ -25,6 +26,8 @@ class Health:
     """Target name → how much its modules change."""
     without_gradient: list[str]
     """Adapted modules that no gradient has reached in the first step of this process."""
+    answers: Answers | None = None
+    """What it says to some questions; None if they could not be asked."""
     sentences: list[str] = field(default_factory=list)
     """What stands out, each with what to do."""
 
@@ -50,16 +53,17 @@ class GradientFlow(TrainerCallback):
                 self.missing.append(name.partition(".lora_B.")[0].removeprefix("base_model.model."))
 
 
-def examine(model: Any, flow: GradientFlow, metrics: Metrics) -> Health:
+def examine(model: Any, flow: GradientFlow, metrics: Metrics, answers: Answers | None = None) -> Health:
     """Measure the final adapter.
 
     Args:
         model: with the adapter's final weights.
         flow: what the first step has shown.
         metrics: of the run.
+        answers: what it says to some questions.
     """
-    health = Health(update_sizes(model), flow.missing)
-    health.sentences = [*_about_updates(health), *_about_losses(metrics)]
+    health = Health(update_sizes(model), flow.missing, answers)
+    health.sentences = [*_about_updates(health), *_about_answers(answers), *_about_losses(metrics)]
     return health
 
 
@@ -78,6 +82,22 @@ def _about_updates(health: Health) -> list[str]:
         )
     if health.without_gradient:
         sentences.append(f"{_modules(health.without_gradient)} without a gradient in the first step")
+    return sentences
+
+
+def _about_answers(answers: Answers | None) -> list[str]:
+    sentences = []
+    if answers and answers.told and not answers.changed:
+        sentences.append(
+            f"none of {counted(len(answers.told), 'question')} is answered differently: the adapter has learnt "
+            "nothing that shows; raise training.learning_rate or lora.rank, or train longer"
+        )
+    if answers and answers.ended < answers.judged / 2:
+        sentences.append(
+            f"{answers.judged - answers.ended} of {counted(answers.judged, 'answer')} did not end by themselves: "
+            "train longer, and look for answers that are cut off in the rows (loratune data preview); until then "
+            "bound them with --max-new-tokens"
+        )
     return sentences
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+import textwrap
 from typing import TYPE_CHECKING, Any
 
 from loratune import console
@@ -18,6 +19,11 @@ from loratune.writing import write_json
 if TYPE_CHECKING:
     from loratune.training.session import Session
     from loratune.training.trainer import AdapterTrainer
+
+
+SHOWN = {"  asked": "question", "  base": "base", "  adapter": "adapter"}
+"""What the closing table says of one question."""
+SHOWN_LETTERS = 140
 
 
 def write_report(
@@ -84,11 +90,30 @@ def show_report(report: dict[str, Any]) -> None:
     rows.append(("start-up", f"{sum(stages.values()):.0f} s: " + ", ".join(f"{k} {v:.1f}" for k, v in stages.items())))
     rows.append(("peak memory", console.memory(report["peak_memory_bytes"])))
     rows.append(("update", _update_text(report["health"]["updates"])))
+    rows += _answer_rows(report["health"]["answers"])
     rows.append(("run folder", report["output"]))
     console.table(rows, title="done")
     for sentence in report["health"]["sentences"]:
         console.warn(sentence)
     console.say(f"next: loratune infer --adapter {shlex.quote(report['output'])}")
+
+
+def _answer_rows(answers: dict[str, Any] | None) -> list[tuple[str, str]]:
+    """How the questions went, and one of them word for word."""
+    told = answers["told"] if answers else []
+    if not told:
+        return []
+    changed, judged = sum(one["has_changed"] for one in told), [one for one in told if one["ended"] is not None]
+    summary = f"{changed} of {len(told)} differ from the base's"
+    if judged:
+        summary += f", {sum(one['ended'] for one in judged)} of {len(judged)} end by themselves"
+    shown = next((one for one in told if one["has_changed"]), told[0])
+    said = [(name, _one_line(shown[key])) for name, key in SHOWN.items()]
+    return [("answers", summary), *said]
+
+
+def _one_line(text: str) -> str:
+    return textwrap.shorten(text, SHOWN_LETTERS, placeholder=" …") or "(nothing)"
 
 
 def _update_text(updates: dict[str, dict[str, Any]]) -> str:
