@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
@@ -52,7 +53,7 @@ PROMPTS = [list(range(5, 5 + length)) for length in (3, 40, 1, 17, 9, 70, 2)]
 
 def random_model(config: Any) -> Any:
     torch.manual_seed(1)
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    model = AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=torch.float32).eval()
     for parameter in model.parameters():  # wide enough for attention to matter
         parameter.data.mul_(4)
     return model
@@ -288,3 +289,9 @@ def test_answers_wait_where_keys_and_values_would_take_too_much() -> None:
     alone = Decoder(model, slots=8, cache_budget_bytes=1)  # one at a time always runs
     asked = [Running(prompt, sampling, frozenset()) for prompt in PROMPTS]
     assert run(alone, asked) == expected
+
+
+def test_a_temperature_near_zero_takes_the_likeliest_token() -> None:
+    model = random_model(CONFIGS["qwen2"])
+    (tokens,) = run(Decoder(model), [Running(PROMPTS[1], Sampling(1e-300, max_new_tokens=9), frozenset())])
+    assert tokens == greedy(model, PROMPTS[1], 9)

@@ -179,3 +179,23 @@ def test_the_likelier_answer_has_the_smaller_loss(tiny: Engine) -> None:
     wrong, _ = tiny.reference_loss(ask("What is 2+3?"), "2+3 = 6.")
     assert 0 < right < 0.1 < wrong
     assert tokens == len(AutoTokenizer.from_pretrained(TINY_QWEN)("2+3 = 5.").input_ids) + 1
+
+
+def test_threads_that_ask_at_once_do_not_disturb_each_other_s_token_ids(tiny: Engine) -> None:
+    asked = [ask(f"{number} <|im_end|> {'word ' * number}") for number in range(40)]
+    raw = [Question(f"{number} <|im_start|> {'word ' * number}") for number in range(40)]
+    expected = [tiny.prompt_ids(question) for question in (*asked, *raw)]
+    wrong: list[int] = []
+
+    def read() -> None:
+        for _ in range(10):
+            for number, question in enumerate((*asked, *raw)):
+                if tiny.prompt_ids(question) != expected[number]:
+                    wrong.append(number)
+
+    threads = [threading.Thread(target=read) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert wrong == []

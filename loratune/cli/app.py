@@ -27,6 +27,7 @@ COMMANDS = {
     "merge": "Merge an adapter into its base, and prove the result.",
     "export": "Write an adapter or a merged model for another program, and prove it.",
     "infer": "Chat with a trained adapter, or print one answer.",
+    "serve": "Answer OpenAI's clients over HTTP, and show a chat page.",
     "runs": "See how runs stand.",
 }
 DATA_COMMANDS = {

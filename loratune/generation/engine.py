@@ -63,7 +63,7 @@ class Engine:
         self.decoder = Decoder(model, slots, CACHE_SHARE * free_memory_bytes(detect_hardware()))
         self._inbox: queue.SimpleQueue[Ticket | None] = queue.SimpleQueue()
         self._tickets: dict[Running, Ticket] = {}
-        self._model_lock = threading.Lock()
+        self._model_lock, self._tokenizer_lock = threading.Lock(), threading.Lock()
         self._thread = threading.Thread(target=self._work, name="engine", daemon=True)
         self._thread.start()
 
@@ -74,10 +74,11 @@ class Engine:
             LoratuneError: a conversation that the template refuses.
         """
         encoder = self._voice(question).encoder
-        if isinstance(question.messages, str):
-            ids: list[int] = encoder.tokenizer(question.messages, split_special_tokens=True).input_ids
-            return ids
-        return encoder.prompt_ids(question.messages)
+        with self._tokenizer_lock:  # one tokenizer used by two threads at once gives wrong ids
+            if isinstance(question.messages, str):
+                ids: list[int] = encoder.tokenizer(question.messages, split_special_tokens=True).input_ids
+                return ids
+            return encoder.prompt_ids(question.messages)
 
     def prompt_tokens(self, question: Question) -> int:
         """Length of a question's prompt."""
@@ -165,7 +166,9 @@ class Engine:
             LoratuneError: prompt and answer do not fit into the model's context.
         """
         voice = self._voice(question)
-        prompt, wanted = self.prompt_ids(question), voice.encoder.answer_ids(answer)
+        prompt = self.prompt_ids(question)
+        with self._tokenizer_lock:
+            wanted = voice.encoder.answer_ids(answer)
         if not prompt or len(prompt) + len(wanted) > self.context_tokens:
             raise LoratuneError("prompt and answer do not fit into the model's context", Exit.USAGE)
         with self._model_lock:

@@ -9,6 +9,8 @@ import torch
 
 _CANDIDATES = 1024
 """The likeliest tokens that are looked at first; a wider distribution is sorted whole."""
+ALMOST_ZERO = 1e-4
+"""Temperatures below take the likeliest token: a division by them would leave the range of float32."""
 
 
 @dataclass(frozen=True)
@@ -44,6 +46,7 @@ class Sampling:
 
         return replace(
             self,
+            temperature=self.temperature if self.temperature >= ALMOST_ZERO else 0.0,
             top_p=known("top_p", 1.0),
             top_k=known("top_k", 0),
             min_p=known("min_p", 0.0),

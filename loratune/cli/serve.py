@@ -1,0 +1,141 @@
+"""`loratune serve`: the HTTP server."""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+import shlex
+from typing import Annotated, Any
+from urllib.parse import urlsplit
+
+import typer
+
+from loratune import console
+from loratune.cli.flags import Adapters, Force, named_adapters
+from loratune.errors import Exit, LoratuneError
+
+TOKEN_VARIABLE = "LORATUNE_TOKEN"
+DETAILS = """\
+Speaks the protocol of OpenAI's clients (/v1/chat/completions, /v1/completions, /v1/models) and shows a chat page. The
+base and every adapter can be asked by name; all questions are answered at the same time.
+
+Who asks needs a token: that of --token or of LORATUNE_TOKEN, or one that is made and printed at the start. A signal
+lets running answers finish; a second one ends at once."""
+
+Model = Annotated[
+    str | None,
+    typer.Option(
+        "--model", "-m", metavar="model", help="A model without adapter; with --adapter: where its base lies now."
+    ),
+]
+Host = Annotated[str, typer.Option("--host", metavar="address", help="Address to listen on.")]
+Port = Annotated[int, typer.Option("--port", metavar="integer", min=0, max=65535, help="0 takes any free one.")]
+Token = Annotated[
+    str | None, typer.Option("--token", metavar="text", help="What clients have to show; others see it in ps.")
+]
+NoToken = Annotated[bool, typer.Option("--no-token", help="Let everybody on this machine ask.")]
+AllowHost = Annotated[
+    list[str] | None,
+    typer.Option("--allow-host", metavar="name", help="A name by which clients call this machine. May be given again."),
+]
+AllowOrigin = Annotated[
+    list[str] | None,
+    typer.Option("--allow-origin", metavar="url", help="Another web page that may ask. May be given again."),
+]
+Slots = Annotated[int, typer.Option("--slots", metavar="integer", min=1, max=1024, help="Answers at the same time.")]
+MaxQueue = Annotated[
+    int, typer.Option("--max-queue", metavar="integer", min=0, max=65536, help="Questions that may wait for a slot.")
+]
+MaxNewTokens = Annotated[
+    int, typer.Option("--max-new-tokens", metavar="integer", min=1, max=1_048_576, help="Longest answer, in tokens.")
+]
+
+
+def command(
+    adapter: Adapters = None,
+    model: Model = None,
+    host: Host = "127.0.0.1",
+    port: Port = 8000,
+    token: Token = None,
+    no_token: NoToken = False,
+    allow_host: AllowHost = None,
+    allow_origin: AllowOrigin = None,
+    slots: Slots = 32,
+    max_queue: MaxQueue = 64,
+    max_new_tokens: MaxNewTokens = 4096,
+    force: Force = False,
+) -> None:
+    """Take the address, load the model, serve."""
+    if not adapter and model is None:
+        raise LoratuneError("give a run folder with --adapter, or a model with --model", Exit.USAGE)
+    adapters = named_adapters(adapter or [])
+    given, origins = _given_token(token, no_token), frozenset(map(_checked_origin, allow_origin or []))
+    from loratune.generation.server.addresses import Address
+
+    with Address(host, port) as address:
+        if no_token and not address.is_local:
+            raise LoratuneError(f"--no-token is for 127.0.0.1 alone; --host {host} would let anyone ask", Exit.USAGE)
+        with console.status(f"loading {model or adapters[0][1]}"):
+            from loratune.generation.engine import load_engine
+            from loratune.generation.server.application import Limits
+            from loratune.generation.server.guards import LOOPBACK_NAMES, Access
+            from loratune.generation.server.running import run
+
+            warnings: list[str] = []
+            engine = load_engine(adapters, model, warnings, force, slots)
+        for warning in warnings:
+            console.warn(warning)
+        _check_names(engine)
+        secret = None if no_token else given or secrets.token_urlsafe(24)
+        hosts = LOOPBACK_NAMES | {host.lower(), *map(str.lower, allow_host or [])}
+        address.listen()
+        _tell(address, engine, secret, is_made=secret != given)
+        run(
+            engine,
+            address,
+            Access(secret, hosts, address.is_any, origins),
+            Limits(slots, max_queue, max_new_tokens),
+        )
+
+
+def _given_token(token: str | None, no_token: bool) -> str | None:
+    """The token that the user has chosen; None for none."""
+    if no_token and token is not None:
+        raise LoratuneError("--token and --no-token exclude each other", Exit.USAGE)
+    chosen = token if token is not None else os.environ.get(TOKEN_VARIABLE) or None
+    if chosen is not None and (not chosen or not all("!" <= letter <= "~" for letter in chosen)):
+        raise LoratuneError(f"--token and {TOKEN_VARIABLE} take ASCII characters without blanks", Exit.USAGE)
+    return chosen
+
+
+def _checked_origin(text: str) -> str:
+    """An origin as browsers send it."""
+    parts = urlsplit(text.lower())
+    if parts.scheme not in ("http", "https") or not parts.netloc or text.lower() != f"{parts.scheme}://{parts.netloc}":
+        raise LoratuneError(
+            f"--allow-origin {text}: give scheme, host and port, as in http://localhost:3000", Exit.USAGE
+        )
+    return text.lower()
+
+
+def _check_names(engine: Any) -> None:
+    if engine.base_name in engine.adapters:
+        raise LoratuneError(
+            f"base and adapter are both called {engine.base_name}; give the adapter a name: name=folder", Exit.USAGE
+        )
+
+
+def _tell(address: Any, engine: Any, secret: str | None, is_made: bool) -> None:
+    """Where the page is, and a line to try. A token that the user has chosen is not shown."""
+    if not address.is_local:
+        console.warn("other machines can connect, and what is said is not encrypted: put a proxy with TLS in front")
+    console.say(f"models: {', '.join([engine.base_name, *engine.adapters])}")
+    console.next_step(f"page: {address.url}/{f'#token={secret}' if secret and is_made else ''}")
+    name = (engine.adapters or [engine.base_name])[0]
+    asked = {"model": name, "messages": [{"role": "user", "content": "Who are you?"}]}
+    headers = ["Content-Type: application/json"]
+    if secret:
+        headers.append(f"Authorization: Bearer {secret if is_made else 'TOKEN'}")
+    command = ["curl", f"{address.url}/v1/chat/completions", *(part for line in headers for part in ("-H", line))]
+    console.next_step(f"try: {shlex.join([*command, '-d', json.dumps(asked, ensure_ascii=False)])}")

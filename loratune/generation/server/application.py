@@ -1,0 +1,181 @@
+"""The application: its routes, and what each request passes on the way to them."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from fastapi import Depends, FastAPI, Request, Response
+from fastapi.security import HTTPBearer
+from prometheus_client import CONTENT_TYPE_LATEST
+from starlette.middleware.cors import CORSMiddleware
+
+from loratune import __version__
+from loratune.generation.server.failures import handle_failures
+from loratune.generation.server.guards import BODY_SECONDS, Access, Doorway, Inlet, Lock
+from loratune.generation.server.metrics import Metrics, Observer
+from loratune.generation.server.page_files import Page
+from loratune.generation.server.replies import ChatCompletion, ErrorBody, Health, Model, ModelList, TextCompletion
+from loratune.generation.server.replying import Queue
+from loratune.generation.server.requests import ChatRequest, CompletionRequest
+from loratune.generation.server.responses import Responder, unknown_model
+
+if TYPE_CHECKING:
+    from loratune.generation.engine import Engine
+
+ABOUT = """\
+Answers of a model and of adapters on it, in the form that OpenAI's clients speak. Unless a temperature is given, the
+likeliest token is taken every time. Fields that cannot be honoured are refused by name."""
+FAILURES: dict[int | str, dict[str, Any]] = {
+    "4XX": {"model": ErrorBody, "description": "The request cannot be answered."},
+    "5XX": {"model": ErrorBody, "description": "The server cannot answer now."},
+}
+EVENT = {"type": "object", "properties": {"data": {"type": "string"}}, "required": ["data"]}
+EVENTS: dict[int | str, dict[str, Any]] = {
+    200: {
+        "content": {"text/event-stream": {"schema": EVENT}},
+        "description": "The answer; with stream, in events whose data are chunks as JSON, and [DONE] at the end.",
+    }
+}
+
+
+@dataclass(frozen=True)
+class Limits:
+    """How much is taken on."""
+
+    slots: int = 32
+    """Answers at once."""
+    waiting: int = 64
+    """Questions that may wait for a slot."""
+    new_tokens: int = 4096
+    """Longest answer."""
+    body_seconds: float = BODY_SECONDS
+    """For a request's body to come in."""
+    grace_seconds: float = 25.0
+    """For running answers after a signal; less than the 30 that container managers wait."""
+
+
+def create_application(engine: Engine, queue: Queue, access: Access, limits: Limits) -> FastAPI:
+    """The server's application.
+
+    Args:
+        engine: a loaded model.
+        queue: leads to it.
+        access: who may ask.
+        limits: how much is taken on.
+    """
+    app = FastAPI(
+        title="loratune",
+        version=__version__,
+        description=ABOUT,
+        docs_url=None,
+        redoc_url=None,
+        openapi_url="/openapi.json",
+        redirect_slashes=False,
+    )
+    metrics = Metrics(queue)
+    _add_answers(app, Responder(queue, metrics, limits.new_tokens))
+    _add_models(app, engine)
+    _add_state(app, queue, metrics)
+    _add_page(app)
+    handle_failures(app)
+    # The last one added is the first that a request meets.
+    app.add_middleware(Inlet, body_seconds=limits.body_seconds)
+    app.add_middleware(Lock, access=access)
+    if access.origins:
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=sorted(access.origins),
+            allow_methods=["GET", "POST"],
+            allow_headers=["*"],
+            expose_headers=["Retry-After", "x-request-id"],
+        )
+    app.add_middleware(Doorway, access=access)
+    app.add_middleware(Observer, metrics=metrics)
+    _describe_models(app, [engine.base_name, *engine.adapters])
+    return app
+
+
+def _add_answers(app: FastAPI, responder: Responder) -> None:
+    bearer = [Depends(HTTPBearer(auto_error=False))]  # for the description; the lock has looked at the token
+
+    @app.post(
+        "/v1/chat/completions",
+        response_model=ChatCompletion,
+        responses={**FAILURES, **EVENTS},
+        dependencies=bearer,
+    )
+    async def chat(body: ChatRequest, request: Request) -> Any:
+        """Answer the last message of a conversation."""
+        return await responder.answer(body, request)
+
+    @app.post(
+        "/v1/completions",
+        response_model=TextCompletion,
+        responses={**FAILURES, **EVENTS},
+        dependencies=bearer,
+    )
+    async def complete(body: CompletionRequest, request: Request) -> Any:
+        """Continue a text as it stands, without template."""
+        return await responder.answer(body, request)
+
+
+def _add_models(app: FastAPI, engine: Engine) -> None:
+    bearer = [Depends(HTTPBearer(auto_error=False))]
+    since = int(time.time())
+
+    def described(name: str, parent: str | None = None) -> Model:
+        return Model(id=name, object="model", created=since, owned_by="loratune", parent=parent)
+
+    models = {engine.base_name: described(engine.base_name)}
+    models |= {name: described(name, engine.base_name) for name in engine.adapters}
+
+    @app.get("/v1/models", responses=FAILURES, dependencies=bearer)
+    async def list_models() -> ModelList:
+        """The base and each adapter."""
+        return ModelList(object="list", data=list(models.values()))
+
+    @app.get("/v1/models/{name:path}", responses=FAILURES, dependencies=bearer)
+    async def show_model(name: str) -> Model:
+        """One of them."""
+        if name not in models:
+            raise unknown_model(name, engine.base_name, engine.adapters)
+        return models[name]
+
+
+def _describe_models(app: FastAPI, names: list[str]) -> None:
+    """Let the description say which models there are."""
+    schemas = app.openapi()["components"]["schemas"]
+    for request in (ChatRequest, CompletionRequest):
+        schemas[request.__name__]["properties"]["model"]["enum"] = names
+
+
+def _add_state(app: FastAPI, queue: Queue, metrics: Metrics) -> None:
+    @app.get("/health", responses={503: {"model": Health, "description": "The server is stopping."}})
+    async def health(response: Response) -> Health:
+        """Whether questions are taken."""
+        response.status_code = 503 if queue.is_stopping else 200
+        return Health(status="stopping" if queue.is_stopping else "ok")
+
+    @app.get(
+        "/metrics",
+        response_class=Response,
+        responses={**FAILURES, 200: {"content": {CONTENT_TYPE_LATEST: {"schema": {"type": "string"}}}}},
+        dependencies=[Depends(HTTPBearer(auto_error=False))],
+    )
+    async def show_metrics() -> Response:
+        """Counts, as Prometheus reads them."""
+        return Response(metrics.page(), media_type=CONTENT_TYPE_LATEST)
+
+
+def _add_page(app: FastAPI) -> None:
+    page = Page()
+
+    @app.get("/", include_in_schema=False)
+    async def index() -> Response:
+        return page.response("index.html")
+
+    @app.get("/page/{name}", include_in_schema=False)
+    async def page_file(name: str) -> Response:
+        return page.response(name)

@@ -1,0 +1,58 @@
+"""The connection of one client: uvicorn's, with limits on how slow and how many they may be."""
+
+from __future__ import annotations
+
+import asyncio
+
+import h11
+from uvicorn.protocols.http.h11_impl import H11Protocol
+
+MOST_CONNECTIONS = 512
+REQUEST_SECONDS = 30.0
+"""From the first byte of a request, or the connection's start, to the last byte of its body."""
+STUCK_SECONDS = 30.0
+"""How long a client may take nothing of its response."""
+
+
+class Connection(H11Protocol):
+    """Closes the connection of a client that sends its request, or reads its response, too slowly."""
+
+    _receiving: asyncio.TimerHandle | None = None
+    _stuck: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        """Take a client in, unless there are too many."""
+        super().connection_made(transport)
+        if len(self.connections) > MOST_CONNECTIONS:
+            transport.abort()
+        self._receiving = self.loop.call_later(REQUEST_SECONDS, transport.abort)
+
+    def data_received(self, data: bytes) -> None:
+        """Watch over a request that is not whole yet."""
+        super().data_received(data)
+        if self.conn.their_state not in (h11.IDLE, h11.SEND_BODY):
+            _cancel(self._receiving)
+            self._receiving = None
+        elif self._receiving is None:
+            self._receiving = self.loop.call_later(REQUEST_SECONDS, self.transport.abort)
+
+    def pause_writing(self) -> None:
+        """The client does not keep up."""
+        super().pause_writing()
+        self._stuck = self.loop.call_later(STUCK_SECONDS, self.transport.abort)
+
+    def resume_writing(self) -> None:
+        """The client has caught up."""
+        super().resume_writing()
+        _cancel(self._stuck)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """The client has gone."""
+        _cancel(self._receiving)
+        _cancel(self._stuck)
+        super().connection_lost(exc)
+
+
+def _cancel(timer: asyncio.TimerHandle | None) -> None:
+    if timer is not None:
+        timer.cancel()

@@ -1,0 +1,106 @@
+"""Failures as OpenAI's clients expect them: {"error": {"message", "type", "param", "code"}}."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from starlette.exceptions import HTTPException
+from starlette.responses import Response
+
+from loratune.errors import Exit, LoratuneError
+
+TYPES = {401: "authentication_error", 403: "permission_error", 404: "not_found_error", 429: "rate_limit_error"}
+"""Status → type; the rest of the 400s are invalid_request_error, of the 500s server_error."""
+TAG = "~"
+"""First character of the names that tell the kinds of a value apart; they are no part of its place."""
+WORDS = {"extra_forbidden": "is not supported", "missing": "is missing", "json_invalid": "is not valid JSON"}
+
+
+class ApiError(Exception):
+    """A request that gets no answer.
+
+    Args:
+        status: of the response.
+        message: what is wrong, and what to do.
+        code: one word for programs.
+        param: place in the request's body.
+        retry_after: seconds after which it may go better.
+    """
+
+    def __init__(
+        self, status: int, message: str, code: str | None = None, param: str | None = None, retry_after: int = 0
+    ) -> None:
+        super().__init__(message)
+        self.status = status
+        self.message = message
+        self.code = code
+        self.param = param
+        self.retry_after = retry_after
+
+    def body(self) -> dict[str, Any]:
+        """The JSON that is sent."""
+        otherwise = "server_error" if self.status >= 500 else "invalid_request_error"
+        kind = TYPES.get(self.status, otherwise)
+        return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
+
+    def response(self) -> Response:
+        """The response that is sent."""
+        headers = {"Retry-After": str(self.retry_after)} if self.retry_after else {}
+        if self.status == 401:
+            headers["WWW-Authenticate"] = "Bearer"
+        if self.status == 408:
+            headers["Connection"] = "close"
+        # ASCII alone, since a message may quote half of a UTF-16 pair.
+        return Response(json.dumps(self.body()), self.status, headers, media_type="application/json")
+
+
+def from_loratune(error: LoratuneError) -> ApiError:
+    """What the engine cannot do with a question."""
+    if error.exit_code is Exit.IO:
+        return ApiError(503, str(error), "out_of_memory", retry_after=1)
+    # The engine refuses prompts that are too long; a template refuses an order of roles.
+    code = "context_length_exceeded" if error.exit_code is Exit.USAGE else "invalid_value"
+    return ApiError(400, str(error), code, "messages")
+
+
+def handle_failures(app: FastAPI) -> None:
+    """Give every failure of a request this form."""
+
+    async def known(_: Request, error: Exception) -> Response:
+        assert isinstance(error, ApiError)
+        return error.response()
+
+    async def invalid(_: Request, error: Exception) -> Response:
+        assert isinstance(error, RequestValidationError)
+        return _from_validation(error).response()
+
+    async def plain(_: Request, error: Exception) -> Response:
+        assert isinstance(error, HTTPException)
+        code = {404: "not_found", 405: "method_not_allowed", 400: "invalid_json"}.get(error.status_code)
+        message = "the body cannot be read as JSON" if error.status_code == 400 else error.detail
+        response = ApiError(error.status_code, message, code).response()
+        response.headers.update(error.headers or {})
+        return response
+
+    app.add_exception_handler(ApiError, known)
+    app.add_exception_handler(RequestValidationError, invalid)
+    app.add_exception_handler(HTTPException, plain)
+
+
+def _from_validation(error: RequestValidationError) -> ApiError:
+    """The first of the problems, with its place."""
+    problem = error.errors()[0]
+    kind, place = problem["type"], problem["loc"][1:]
+    if kind == "json_invalid":
+        message = f"the body is not valid JSON: {problem['ctx']['error']} at character {place[0]}"
+        return ApiError(400, message, "invalid_json")
+    if not place:
+        return ApiError(400, "the body must be a JSON object", "invalid_type")
+    param = ".".join(str(part) for part in place if not str(part).startswith(TAG))
+    text = WORDS.get(kind) or problem["msg"].removeprefix("Value error, ")
+    if problem.get("ctx", {}).get("max_length") == 0:  # a field that may be there as long as it asks for nothing
+        text = WORDS["extra_forbidden"]
+    return ApiError(400, f"{param}: {text[0].lower()}{text[1:]}", kind, param)

@@ -1,0 +1,180 @@
+"""What every request has to pass before it is understood: host, origin, token, size and speed of its body."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import hmac
+import ipaddress
+from dataclasses import dataclass
+from urllib.parse import urlsplit
+
+from starlette.datastructures import Headers
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from loratune.generation.server.failures import ApiError
+
+OPEN_PATHS = ("/", "/health")
+OPEN_FOLDER = "/page/"
+ANSWER_PATHS = ("/v1/chat/completions", "/v1/completions")
+LOOPBACK_NAMES = frozenset({"localhost", "127.0.0.1", "::1"})
+LARGEST_BODY = 4 * 2**20
+BODY_SECONDS = 20.0
+
+
+@dataclass(frozen=True)
+class Access:
+    """Who may ask."""
+
+    token: str | None
+    """None lets everybody in."""
+    hosts: frozenset[str] = LOOPBACK_NAMES
+    """Names that a request may call this server by."""
+    any_address: bool = False
+    """Whether it may also call it by any IP address: where it listens on all of them."""
+    origins: frozenset[str] = frozenset()
+    """Web pages, beside the server's own, that may ask: scheme://host:port."""
+
+
+class Doorway:
+    """Refuses requests that name another host or come from another web page.
+
+    A page that has its own name point to this machine (DNS rebinding) would otherwise speak to this server with the
+    rights of its own origin.
+    """
+
+    def __init__(self, app: ASGIApp, access: Access) -> None:
+        self.app = app
+        self.access = access
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Let the request through, or answer it."""
+        headers = Headers(scope=scope)
+        host = headers.get("host", "")
+        try:
+            self._check_host(host)
+            self._check_origin(headers.get("origin"), host)
+        except ApiError as error:
+            await error.response()(scope, receive, send)
+            return
+        await self.app(scope, receive, send)
+
+    def _check_host(self, host: str) -> None:
+        name = _name_of(host)
+        if name in self.access.hosts or (self.access.any_address and _is_address(name)):
+            return
+        called = name or "nothing"
+        raise ApiError(403, f"this server is not called {called}; --allow-host {called} lets it be", "wrong_host")
+
+    def _check_origin(self, origin: str | None, host: str) -> None:
+        if origin is None or origin in self.access.origins or origin in (f"http://{host}", f"https://{host}"):
+            return
+        raise ApiError(403, f"pages of {origin} may not ask; --allow-origin lets them", "wrong_origin")
+
+
+class Lock:
+    """Refuses requests without the token, except for the page and for /health."""
+
+    def __init__(self, app: ASGIApp, access: Access) -> None:
+        self.app = app
+        self._expected = _digest(access.token) if access.token is not None else None
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Let the request through, or answer it with 401."""
+        path = scope["path"]
+        is_open = self._expected is None or path in OPEN_PATHS or path.startswith(OPEN_FOLDER)
+        if is_open or self._is_token(Headers(scope=scope).get("authorization", "")):
+            await self.app(scope, receive, send)
+            return
+        message = "the header Authorization: Bearer TOKEN is missing or its token is wrong"
+        await ApiError(401, message, "invalid_token").response()(scope, receive, send)
+
+    def _is_token(self, authorization: str) -> bool:
+        scheme, _, token = authorization.partition(" ")
+        assert self._expected is not None
+        # Digests are of one length, so the time tells nothing of the token's length either.
+        return hmac.compare_digest(_digest(token.strip()), self._expected) and scheme.lower() == "bearer"
+
+
+class Inlet:
+    """Reads a request's body whole, within a limit of size and one of time, before anything else sees it.
+
+    What is left of a refused body, uvicorn takes in and forgets, so that the client gets to read why.
+    """
+
+    def __init__(self, app: ASGIApp, body_seconds: float = BODY_SECONDS) -> None:
+        self.app = app
+        self.body_seconds = body_seconds
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Let the request through with its body, or answer it with 408, 413 or 415."""
+        if scope["method"] != "POST" or scope["path"] not in ANSWER_PATHS:
+            await self.app(scope, receive, send)
+            return
+        try:
+            body = await self._read(Headers(scope=scope), receive)
+        except ApiError as error:
+            await error.response()(scope, receive, send)
+            return
+        if body is not None:
+            await self.app(scope, _replaying(body, receive), send)
+
+    async def _read(self, headers: Headers, receive: Receive) -> bytes | None:
+        """The body; None if the client has gone."""
+        if headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
+            raise ApiError(415, "the header Content-Type must be application/json", "wrong_content_type")
+        length = headers.get("content-length", "0")
+        if length.isdecimal() and int(length) > LARGEST_BODY:
+            raise _too_large()
+        end = asyncio.get_running_loop().time() + self.body_seconds
+        body = bytearray()
+        while True:
+            try:
+                message = await asyncio.wait_for(receive(), max(0.0, end - asyncio.get_running_loop().time()))
+            except asyncio.TimeoutError:
+                raise ApiError(408, "the body has not come in time", "body_timeout") from None
+            if message["type"] != "http.request":
+                return None
+            body += message.get("body", b"")
+            if len(body) > LARGEST_BODY:
+                raise _too_large()
+            if not message.get("more_body"):
+                return bytes(body)
+
+
+def _too_large() -> ApiError:
+    return ApiError(413, f"the body is larger than {LARGEST_BODY // 2**20} MiB", "body_too_large")
+
+
+def _replaying(body: bytes, receive: Receive) -> Receive:
+    """Give the body that has been read, then what comes after it."""
+    is_given = False
+
+    async def replay() -> Message:
+        nonlocal is_given
+        if is_given:
+            return await receive()
+        is_given = True
+        return {"type": "http.request", "body": body, "more_body": False}
+
+    return replay
+
+
+def _name_of(host: str) -> str:
+    """The name in a Host header, without port and brackets."""
+    try:
+        return (urlsplit(f"//{host}").hostname or "").rstrip(".")
+    except ValueError:
+        return ""
+
+
+def _is_address(name: str) -> bool:
+    try:
+        ipaddress.ip_address(name)
+    except ValueError:
+        return False
+    return True
+
+
+def _digest(text: str) -> bytes:
+    return hashlib.sha256(text.encode("utf-8", "surrogateescape")).digest()

@@ -1,0 +1,132 @@
+/** Talks to the server: which models there are, and answers piece by piece. */
+
+import { recall, remember } from "./storage.js";
+
+/** A request that failed; `key` names the page's own text for it, without one the server's message is shown. */
+export class RequestError extends Error {
+  constructor(message, key = null, values = {}) {
+    super(message);
+    this.key = key;
+    this.values = values;
+  }
+}
+
+let askForToken = async () => null;
+let asking = null; // the question for a token that is open now; several requests share it
+
+/** @param {(wasWrong: boolean) => Promise<string | null>} ask shows a form for the token; null if it was closed. */
+export function onMissingToken(ask) {
+  askForToken = ask;
+}
+
+/** Whether a text can be sent as a token. */
+export function isToken(text) {
+  return /^[!-~]+$/.test(text);
+}
+
+/** Take the token out of the address (#token=…), so that it is not copied or kept with it. */
+export function takeToken() {
+  const token = new URLSearchParams(window.location.hash.slice(1)).get("token");
+  if (!token || !isToken(token)) return false;
+  remember("token", token);
+  window.history.replaceState(null, "", window.location.pathname + window.location.search);
+  return true;
+}
+
+/** The models in the server's order: {id, isBase}. */
+export async function listModels() {
+  const response = await request("v1/models");
+  const { data } = await response.json();
+  if (!Array.isArray(data) || !data.length) throw new RequestError("no model", "errorModels");
+  return data.map(({ id, parent }) => ({ id, isBase: data.length > 1 && !parent }));
+}
+
+/**
+ * Stream an answer.
+ *
+ * @param {object} body of the chat completion.
+ * @param {AbortSignal} signal ends it; the server then stops generating.
+ * @yields {{text: string, reasoning: string, finish: string | null, tokens: number | null}}
+ */
+export async function* streamAnswer(body, signal) {
+  const options = { stream: true, stream_options: { include_usage: true } };
+  const response = await request("v1/chat/completions", { ...body, ...options }, signal);
+  let isFinished = false;
+  for await (const data of events(response)) {
+    if (data === "[DONE]") break;
+    const value = JSON.parse(data);
+    if (value.error) throw new RequestError(value.error.message);
+    const choice = value.choices?.[0];
+    const finish = choice?.finish_reason ?? null;
+    isFinished ||= finish !== null;
+    yield {
+      text: choice?.delta?.content ?? "",
+      reasoning: choice?.delta?.reasoning_content ?? "",
+      finish,
+      tokens: value.usage?.completion_tokens ?? null,
+    };
+  }
+  if (!isFinished) throw new RequestError("cut", "errorCut");
+}
+
+/** The data of server-sent events, one text per event. */
+async function* events(response) {
+  const reader = response.body.pipeThrough(new TextDecoderStream()).getReader();
+  let rest = "";
+  try {
+    for (;;) {
+      const { done, value } = await reader.read();
+      if (done) return;
+      const lines = (rest + value).split(/\r?\n/);
+      rest = lines.pop();
+      for (const line of lines) if (line.startsWith("data:")) yield line.slice(5).trim();
+    }
+  } catch (error) {
+    if (error.name === "AbortError") throw error;
+    throw new RequestError(error.message, "errorCut");
+  } finally {
+    reader.cancel().catch(() => {});
+  }
+}
+
+async function request(path, body = null, signal = undefined) {
+  for (let wasWrong = false; ; wasWrong = true) {
+    const used = recall("token");
+    const response = await send(path, body, signal, used);
+    if (response.ok) return response;
+    if (response.status !== 401) throw await failure(response);
+    if (recall("token") !== used) continue; // another request has been given one meanwhile
+    asking ??= askForToken(wasWrong || used !== null).finally(() => (asking = null));
+    const token = await asking;
+    signal?.throwIfAborted();
+    if (!token) throw new RequestError("no token", "errorToken");
+    remember("token", token);
+  }
+}
+
+async function send(path, body, signal, token) {
+  const headers = token ? { Authorization: `Bearer ${token}` } : {};
+  const options = { headers, signal, cache: "no-store" };
+  if (body) {
+    headers["Content-Type"] = "application/json";
+    Object.assign(options, { method: "POST", body: JSON.stringify(body) });
+  }
+  try {
+    return await fetch(path, options);
+  } catch (error) {
+    if (error.name === "AbortError") throw error;
+    throw new RequestError(error.message, "errorOffline");
+  }
+}
+
+async function failure(response) {
+  const { status } = response;
+  if (status === 429) {
+    return new RequestError("busy", "errorBusy", { seconds: response.headers.get("Retry-After") ?? "1" });
+  }
+  try {
+    return new RequestError((await response.json()).error.message);
+  } catch {
+    return new RequestError(`status ${status}`, "errorServer", { status });
+  }
+}

@@ -1,0 +1,80 @@
+/** The form for the token, the help, and short notes for eyes and screen readers. */
+
+import { t } from "./texts.js";
+
+const tokenDialog = document.querySelector("#token-dialog");
+const tokenForm = document.querySelector("#token-form");
+const note = document.querySelector("#note");
+const status = document.querySelector("#status");
+let noteTimer = 0;
+
+/** Ask for the token; null if the form was closed without one. */
+export function askForToken(wasWrong) {
+  tokenForm.reset();
+  document.querySelector("#token-wrong").hidden = !wasWrong;
+  tokenDialog.returnValue = "";
+  tokenDialog.showModal();
+  return new Promise((resolve) => {
+    tokenDialog.addEventListener("close", () => resolve(tokenDialog.returnValue || null), { once: true });
+  });
+}
+
+tokenForm.addEventListener("submit", (event) => {
+  event.preventDefault();
+  tokenDialog.close(tokenForm.elements.token.value.trim());
+});
+for (const button of document.querySelectorAll("[data-do=close-dialog]")) {
+  button.addEventListener("click", () => button.closest("dialog").close(""));
+}
+
+/** The keys and where the conversation is kept. */
+export function showHelp() {
+  const help = document.querySelector("#help-dialog");
+  if (!help.open) help.showModal();
+}
+
+/** A note that goes away by itself. */
+export function notify(text) {
+  announce(text);
+  note.textContent = text;
+  note.classList.add("is-shown");
+  clearTimeout(noteTimer);
+  noteTimer = setTimeout(() => note.classList.remove("is-shown"), 1800);
+}
+
+/** Tell screen readers how an answer goes on, without reading every piece of it. */
+export function announce(text) {
+  status.textContent = text;
+}
+
+/** Copy a text; where the browser offers its clipboard to secure pages only, in the old way. */
+export async function copyText(text) {
+  notify(t((await writeClipboard(text)) ? "copied" : "copyFailed"));
+}
+
+async function writeClipboard(text) {
+  try {
+    await navigator.clipboard.writeText(text);
+    return true;
+  } catch {
+    const before = document.activeElement;
+    const field = document.createElement("textarea");
+    field.value = text;
+    field.className = "visually-hidden";
+    document.body.append(field);
+    field.select();
+    const isCopied = document.execCommand("copy");
+    field.remove();
+    before?.focus();
+    return isCopied;
+  }
+}
+
+/** Let the browser save a text as a file. */
+export function saveFile(name, type, text) {
+  const link = document.createElement("a");
+  link.href = URL.createObjectURL(new Blob([text], { type: `${type};charset=utf-8` }));
+  link.download = name;
+  link.click();
+  setTimeout(() => URL.revokeObjectURL(link.href), 10_000);
+}

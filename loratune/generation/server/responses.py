@@ -1,0 +1,128 @@
+"""From a request to its response: whole, or as a stream of events."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from typing import Any
+
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response, StreamingResponse
+from starlette.types import Receive, Scope, Send
+
+from loratune.generation.exchange import Piece, Question
+from loratune.generation.server.failures import ApiError
+from loratune.generation.server.metrics import Metrics, Stopwatch
+from loratune.generation.server.replies import ChatForm, Letter, TextForm, event
+from loratune.generation.server.replying import Queue, Reply
+from loratune.generation.server.requests import ChatRequest, CompletionRequest
+
+QUIET_SECONDS = 10.0
+"""After so long without text a stream gets a comment, so that nothing on the way takes it for dead."""
+
+
+class Responder:
+    """Answers requests with one engine.
+
+    Args:
+        queue: leads to the engine.
+        metrics: are told how it went.
+        most_new_tokens: longest answer.
+    """
+
+    def __init__(self, queue: Queue, metrics: Metrics, most_new_tokens: int) -> None:
+        self.queue = queue
+        self.metrics = metrics
+        self.most_new_tokens = most_new_tokens
+
+    async def answer(self, body: ChatRequest | CompletionRequest, request: Request) -> Response:
+        """The response to a request.
+
+        Raises:
+            ApiError: there is none.
+        """
+        question = self._question(body)
+        form = ChatForm() if isinstance(body, ChatRequest) else TextForm()
+        letter = Letter(form, body.model, body.wants_usage)
+        reply = await self.queue.ask(question)
+        watch = Stopwatch(self.metrics, body.model, reply.started)
+        headers = {"x-request-id": letter.id}
+        if body.stream:
+            return EventStream(reply, _events(reply, letter, watch), headers)
+        try:
+            piece = await _while_connected(request, reply)
+        finally:
+            reply.close()
+        if piece is None:
+            watch.ended("cancelled", reply.prompt_tokens, 0)
+            return Response(status_code=499)  # nobody is there to read it
+        watch.text_came()
+        watch.ended(str(piece.finish), reply.prompt_tokens, piece.tokens)
+        return JSONResponse(letter.whole(piece, reply.prompt_tokens), headers=headers)
+
+    def _question(self, body: ChatRequest | CompletionRequest) -> Question:
+        engine = self.queue.engine
+        if body.model not in (engine.base_name, *engine.adapters):
+            raise unknown_model(body.model, engine.base_name, engine.adapters)
+        adapter = body.model if body.model in engine.adapters else None
+        return Question(body.asked(), body.sampling(self.most_new_tokens), adapter)
+
+
+class EventStream(StreamingResponse):
+    """Server-sent events; however they end, the generation ends with them."""
+
+    def __init__(self, reply: Reply, events: AsyncIterator[str], headers: dict[str, str]) -> None:
+        super().__init__(events, headers={**headers, "X-Accel-Buffering": "no"}, media_type="text/event-stream")
+        self.reply = reply
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Send them."""
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            self.reply.close()
+
+
+def unknown_model(name: str, base: str, adapters: list[str]) -> ApiError:
+    """404."""
+    known = ", ".join([base, *adapters])
+    return ApiError(404, f"no model is called {name}; there are {known}", "model_not_found", "model")
+
+
+async def _events(reply: Reply, letter: Letter, watch: Stopwatch) -> AsyncIterator[str]:
+    """The text of a stream. After a failure the last event tells it, and [DONE] does not come."""
+    tokens, finish = 0, "cancelled"
+    try:
+        yield letter.opening()
+        piece = Piece()
+        while not piece.finish:
+            piece = await reply.next(QUIET_SECONDS)
+            if piece.text or piece.reasoning:
+                watch.text_came()
+            tokens = piece.tokens or tokens
+            yield letter.part(piece) or ": on its way\n\n"
+        finish = piece.finish
+        yield letter.closing(reply.prompt_tokens, tokens)
+    except ApiError as error:
+        finish = "error"
+        yield event(error.body())
+    finally:
+        watch.ended(finish, reply.prompt_tokens, tokens)
+
+
+async def _while_connected(request: Request, reply: Reply) -> Piece | None:
+    """The whole answer; None if the client leaves before."""
+    whole = asyncio.ensure_future(reply.whole())
+    gone = asyncio.ensure_future(_disconnected(request))
+    try:
+        await asyncio.wait({whole, gone}, return_when=asyncio.FIRST_COMPLETED)
+        return whole.result() if whole.done() else None
+    finally:
+        whole.cancel()
+        gone.cancel()
+
+
+async def _disconnected(request: Request) -> None:
+    message: Any = {}
+    while message.get("type") != "http.disconnect":
+        message = await request.receive()

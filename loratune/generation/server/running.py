@@ -1,0 +1,104 @@
+"""The process of the server: its start, and an end that lets running answers finish."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+import uvicorn
+from fastapi import FastAPI
+
+from loratune import console
+from loratune.errors import Interrupted, counted
+from loratune.generation.server.addresses import Address
+from loratune.generation.server.application import Limits, create_application
+from loratune.generation.server.connection import Connection
+from loratune.generation.server.guards import Access
+from loratune.generation.server.replying import Queue
+
+if TYPE_CHECKING:
+    from loratune.generation.engine import Engine
+
+FLUSH_SECONDS = 2
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+
+def run(engine: Engine, address: Address, access: Access, limits: Limits) -> None:
+    """Serve until a signal comes, and then let running answers finish.
+
+    Args:
+        engine: a loaded model; it is closed at the end.
+        address: taken; from here on it accepts.
+        access: who may ask.
+        limits: how much is taken on.
+
+    Raises:
+        Interrupted: always, with the signal.
+    """
+    queue = Queue(engine, limits.slots, limits.waiting)
+    server = make_server(create_application(engine, queue, access, limits))
+    try:
+        number = asyncio.run(_serve(server, queue, address.socket, limits.grace_seconds))
+    finally:
+        engine.close()
+    raise Interrupted(number, f"stopped by {signal.Signals(number).name}")
+
+
+def make_server(app: FastAPI) -> uvicorn.Server:
+    """uvicorn with the limits of `Connection`, without words of its own, and without a hand on signals."""
+    config = uvicorn.Config(
+        app,
+        http=Connection,
+        ws="none",
+        loop="asyncio",
+        lifespan="off",
+        log_config=None,
+        log_level="critical",
+        access_log=False,
+        proxy_headers=False,
+        server_header=False,
+        timeout_graceful_shutdown=FLUSH_SECONDS,
+    )
+    return _Server(config)
+
+
+class _Server(uvicorn.Server):
+    @contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
+
+
+async def _serve(server: uvicorn.Server, queue: Queue, address: socket.socket, grace_seconds: float) -> int:
+    """Serve until a signal comes; its number."""
+    came: asyncio.Queue[int] = asyncio.Queue()
+    loop = asyncio.get_running_loop()
+    for number in SIGNALS:
+        if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup has set it
+            loop.add_signal_handler(number, came.put_nowait, number)
+    serving = asyncio.create_task(server.serve([address]))
+    waiting = asyncio.create_task(came.get())
+    await asyncio.wait({serving, waiting}, return_when=asyncio.FIRST_COMPLETED)
+    if serving.done():
+        serving.result()
+    first = await waiting
+    draining = asyncio.create_task(_drain(queue, grace_seconds))
+    again = asyncio.create_task(came.get())
+    await asyncio.wait({draining, again}, return_when=asyncio.FIRST_COMPLETED)
+    if again.done():
+        os._exit(128 + again.result())  # at once: no answer, no thread of the model is waited for
+    server.should_exit = True
+    await serving
+    return first
+
+
+async def _drain(queue: Queue, grace_seconds: float) -> None:
+    if queue.replies:
+        console.say(f"stopping after {counted(len(queue.replies), 'answer')}; again to stop at once")
+    if not await queue.empty(grace_seconds):
+        queue.end_all()
+        await queue.empty(1)
