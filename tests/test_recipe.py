@@ -418,6 +418,23 @@ def test_data_below_the_current_folder_comes_first(tmp_path: Path, monkeypatch: 
     assert load_recipe(str(config), {}).data.train == ["rows.json"]
 
 
+def test_a_tilde_is_the_home_folder(recipe_file: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    text = "model: {base: x}\ndata: {train: [~/a.json#5, {path: ~/b.json}, c~/d.json]}\noutput: ~/out\n"
+    recipe = load_recipe(recipe_file(text), {})
+    assert recipe.output == f"{tmp_path}/out"
+    assert recipe.data.train_names == [f"{tmp_path}/a.json#5", f"{tmp_path}/b.json", "c~/d.json"]
+    assert load_recipe(recipe_file(text), {"output": "~"}).output == str(tmp_path)
+
+
+def test_nothing_of_the_environment_gets_into_a_recipe(recipe_file: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SECRET", "hf_hidden")
+    text = "model: {base: x}\ndata: {train: [a.json]}\nprompt: {system: '${SECRET} $SECRET $(id) {{SECRET}}'}\n"
+    recipe = load_recipe(recipe_file(text), {})
+    assert recipe.prompt.system == "${SECRET} $SECRET $(id) {{SECRET}}"
+    assert "hf_hidden" not in dump_recipe(recipe)
+
+
 @pytest.mark.parametrize("name", ["a" * 300 + ".json", "no\0name.json", "absent.json"])
 def test_data_that_is_nowhere_keeps_its_name(name: str) -> None:
     assert load_recipe(None, {"model.base": "x", "data.train": [name]}).data.train == [name]
@@ -608,6 +625,7 @@ def test_a_good_recipe_gets_no_advice() -> None:
         ({"lora": {"rank": 32, "alpha": 64}}, "--max-lora-rank 32"),
         ({"training": {"learning_rate": 1e-5}}, "training.learning_rate 1e-05 is below 5e-5"),
         ({"training": {"learning_rate": 0.1}}, "above 5e-3"),
+        ({"training": {"steps": 400, "epochs": 2}}, "training.steps 400 takes precedence over training.epochs 2"),
         ({"data": {"train": ["a.json"], "validation": 0.0}}, "no validation rows"),
         ({"data": {"train": ["a.json"], "validation": 0.0}, "training": {"epochs": 20}}, "by heart"),
     ],

@@ -61,10 +61,10 @@ def command(
         raise LoratuneError(f"--num-ctx is for ollama, not for --format {format}", Exit.USAGE)
     with console.status("starting"):
         from loratune.delivery.export import ExportOptions, export
-        from loratune.runs.opening import open_adapter
+        from loratune.runs.opening import open_settled_adapter
 
     options = ExportOptions(format, quantization or "f16", num_ctx, model, force, overwrite)
-    source = open_adapter(adapter, force) if adapter else None
+    source = open_settled_adapter(adapter, force) if adapter else None
     with push(destination, output, not public, dry_run):
         report = export(source, output, options)
         console.say(f"export: {output}", style="bold")

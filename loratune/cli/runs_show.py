@@ -24,7 +24,7 @@ def command(
         return
     console.table(_rows(state), title=state["output"])
     if state["next"]:
-        console.say(f"next: {state['next']}")
+        console.next_step(f"next: {state['next']}")
 
 
 def _rows(state: dict[str, Any]) -> list[tuple[str, str]]:

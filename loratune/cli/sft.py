@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Annotated
 
 import typer
@@ -50,6 +51,7 @@ def command(
         raise LoratuneError("--strict-resume and --allow-changes need --resume", Exit.USAGE)
     if resume is not None and overwrite:
         raise LoratuneError("--resume goes on with a run, --overwrite replaces it; give one of them", Exit.USAGE)
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")  # TRL reports each trainer that is made to the hub
     with console.status("starting"):
         from loratune.training.report import show_report
         from loratune.training.resuming import Resume

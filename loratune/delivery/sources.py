@@ -16,7 +16,7 @@ from loratune.model.adapter_files import WEIGHTS_FILE
 from loratune.model.files import find_base, weight_files
 from loratune.model.tensor_files import TensorFiles
 from loratune.runs.folder import file_sha256
-from loratune.runs.opening import AdapterSource, base_settings, check_same_base, open_adapter
+from loratune.runs.opening import AdapterSource, base_settings, check_same_base, open_settled_adapter
 
 
 @contextmanager
@@ -40,9 +40,9 @@ def open_adapters(
         flag = "--weights" if weights is not None else "--combine" if method != "linear" else None
         if flag:
             raise LoratuneError(f"{flag} is for several adapters", Exit.USAGE)
-        yield open_adapter(_named(given[0])[1], force)
+        yield open_settled_adapter(_named(given[0])[1], force)
         return
-    adapters = {name: open_adapter(path, force) for name, path in _named_apart(given).items()}
+    adapters = {name: open_settled_adapter(path, force) for name, path in _named_apart(given).items()}
     numbers = _parse_weights(weights, len(adapters))
     base = _common_base(adapters, model, force)
     first = next(iter(adapters.values()))

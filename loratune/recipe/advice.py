@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from loratune.recipe.sections import Recipe
+from loratune.recipe.sections import Recipe, TrainingSettings
 
 
 def advise(recipe: Recipe) -> list[str]:
@@ -31,6 +31,10 @@ def _advise_lora(recipe: Recipe) -> list[str]:
 
 def _advise_training(recipe: Recipe) -> list[str]:
     training, data, advice = recipe.training, recipe.data, []
+    if training.steps and training.epochs != TrainingSettings.model_fields["epochs"].default:
+        advice.append(
+            f"training.steps {training.steps} takes precedence over training.epochs {training.epochs:g}; give one"
+        )
     if training.learning_rate < 5e-5:
         advice.append(
             f"training.learning_rate {training.learning_rate:g} is below 5e-5: LoRA starts from zero and hardly moves "

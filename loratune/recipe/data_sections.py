@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Discriminator, Field, Tag, field_validator, model_validator
 
-from loratune.recipe.section import Section, listed
+from loratune.recipe.section import HomePath, Section, listed
 
 Finding = Literal[
     "empty",
@@ -27,7 +27,7 @@ Finding = Literal[
 class SourceSettings(Section):
     """A file or hub dataset of rows with settings of its own."""
 
-    path: str = Field(min_length=1)
+    path: HomePath = Field(min_length=1)
     """A file, or hf:org/name:split; path#500 and path#2x work here too."""
     system: str | None = None
     """System prompt for its rows without one, in place of prompt.system."""
@@ -40,7 +40,9 @@ def _form(entry: Any) -> str:
 
 
 # Told apart by their form, so that an error is told of the form that was meant alone.
-SourceEntry = Annotated[Annotated[str, Tag("text")] | Annotated[SourceSettings, Tag("settings")], Discriminator(_form)]
+SourceEntry = Annotated[
+    Annotated[HomePath, Tag("text")] | Annotated[SourceSettings, Tag("settings")], Discriminator(_form)
+]
 
 
 def _names(entries: list[str | SourceSettings]) -> list[str]:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import os
 from typing import Annotated, Any
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict
 
 
 def listed(value: Any) -> Any:
@@ -12,6 +13,12 @@ def listed(value: Any) -> Any:
     return [value] if isinstance(value, str) else value
 
 
+def _at_home(path: str) -> str:
+    return os.path.expanduser(path) if path == "~" or path.startswith("~/") else path  # noqa: PTH111 - a text stays one
+
+
+HomePath = Annotated[str, AfterValidator(_at_home)]
+"""A path in which ~ means the home folder, as in a shell, which does not see the values of a recipe."""
 TextList = Annotated[list[str], BeforeValidator(listed)]
 
 

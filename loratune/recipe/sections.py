@@ -10,7 +10,7 @@ from pydantic import BeforeValidator, Field, field_validator, model_validator
 from pydantic.fields import FieldInfo
 
 from loratune.recipe.data_sections import DataSettings
-from loratune.recipe.section import Section, TextList, listed
+from loratune.recipe.section import HomePath, Section, TextList, listed
 
 TINY_QWEN = "tiny-qwen"
 NAMED_TARGETS = ("attention", "all-linear")
@@ -185,7 +185,7 @@ class Recipe(Section):
     evaluation: EvaluationSettings = EvaluationSettings()
     checkpoints: CheckpointSettings = CheckpointSettings()
     tracking: TrackingSettings = TrackingSettings()
-    output: str = Field(default="out/run", min_length=1)
+    output: HomePath = Field(default="out/run", min_length=1)
     """Run folder: the adapter and everything known about how it came to be."""
     seed: int = Field(default=42, ge=0, le=2**32 - 1)
     """Seed of the adapter's start, the split, the sampling and the order of the rows."""

@@ -36,6 +36,10 @@ class Checkpoint:
     """Where callbacks stood."""
 
 
+class UnknownFormatError(LoratuneError):
+    """A checkpoint that is whole, but of a version of loratune that writes them otherwise."""
+
+
 def step_folder(checkpoints: Path, step: int) -> Path:
     """Folder of a step's checkpoint; the zeros make names sort by step."""
     return checkpoints / f"{PREFIX}{step:06d}"
@@ -75,14 +79,19 @@ def open_checkpoint(folder: Path) -> Checkpoint:
     """Read a checkpoint, all of whose files are compared with their hashes.
 
     Raises:
-        LoratuneError: with every file that is missing, changed or unknown.
+        LoratuneError: with every file that is missing or changed.
+        UnknownFormatError: another version has written it.
     """
     values = read_json(folder / SEAL)
     version = values.get("format_version")
-    if version != FORMAT_VERSION:
-        raise LoratuneError(f"{folder}: written in format {version}, this loratune reads {FORMAT_VERSION}", Exit.MODEL)
     if values.pop("sha256", None) != _own_sha256(values):
         raise LoratuneError(f"{folder / SEAL}: has been changed", Exit.MODEL)
+    if version != FORMAT_VERSION:
+        raise UnknownFormatError(
+            f"{folder}: written in format {version}, this loratune reads {FORMAT_VERSION}; resume with the version "
+            f"that wrote it, or from an earlier checkpoint with --resume STEP",
+            Exit.MODEL,
+        )
     try:
         files, step = dict(values["files"]), int(values["step"])
         problems = [problem for name, told in files.items() if (problem := _file_problem(folder / name, told))]
@@ -115,13 +124,15 @@ def newest_checkpoint(run: Path, strict: bool = False) -> tuple[Checkpoint | Non
 
     Raises:
         LoratuneError: the newest is damaged, with `strict`.
+        UnknownFormatError: another version has written a newer one than those that are whole; that is no damage to go
+            back behind.
     """
     damaged: list[str] = []
     for step in reversed(checkpoint_steps(run / CHECKPOINTS)):
         try:
             return open_checkpoint(step_folder(run / CHECKPOINTS, step)), damaged
         except LoratuneError as error:
-            if strict:
+            if strict or isinstance(error, UnknownFormatError):
                 raise
             damaged.append(str(error))
     return None, damaged

@@ -13,8 +13,10 @@ run/
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
+import os
 import shutil
 from datetime import datetime, timezone
 from pathlib import Path
@@ -30,7 +32,8 @@ FORMAT_VERSION = 1
 RECIPE, MANIFEST, STATUS, REPORT = "recipe.yaml", "manifest.json", "status.json", "report.json"
 ADAPTER, CHECKPOINTS, METRICS, PLOT, PROBE = "adapter", "checkpoints", "metrics.jsonl", "loss.png", "probe.json"
 LOCK, LOCK_OWNER = ".lock", ".lock-owner.json"
-TRACKER_LOGS = "runs"  # transformers' place for tensorboard's files
+TRACKER_LOGS = "runs"
+TRIAL = ".loratune-"
 RESUMED = (CHECKPOINTS, METRICS, TRACKER_LOGS, ADAPTER, MANIFEST)
 """What a run that goes on begins with; an adapter of before is replaced only at the end."""
 CONTENTS = (RECIPE, MANIFEST, STATUS, REPORT, ADAPTER, CHECKPOINTS, METRICS, PLOT, PROBE, TRACKER_LOGS)
@@ -50,11 +53,12 @@ def prepare_output(output: Path, overwrite: bool, kind: str = "run", marker: str
     Raises:
         LoratuneError: it holds something already, or cannot be written to.
     """
+    _check_name(output)
     if marker == VERIFICATION and (output.is_mount() or output.resolve() == Path.cwd()):
         raise LoratuneError(
             f"{output} cannot be replaced in one step; choose a folder inside it with --output", Exit.USAGE
         )
-    if output.is_dir() and any(path.name not in (LOCK, LOCK_OWNER) for path in output.iterdir()):
+    if output.is_dir() and any(not _is_passing(path.name) for path in output.iterdir()):
         if not _is_ours(output / marker, kind):
             raise LoratuneError(
                 f"{output} holds something that is not a {kind}; choose another folder with --output", Exit.USAGE
@@ -69,6 +73,21 @@ def prepare_output(output: Path, overwrite: bool, kind: str = "run", marker: str
     _check_writable(output)
 
 
+def _check_name(output: Path) -> None:
+    """Refuse a name that cannot be a folder's, before anything else asks the system about it."""
+    try:
+        if output.is_symlink() and not output.exists():
+            raise LoratuneError(f"{output} is a link to nothing; choose a folder with --output", Exit.IO)
+        output.lstat()
+    except FileNotFoundError:
+        return
+    except (OSError, ValueError) as error:  # too long, or with a zero byte in it
+        if isinstance(error, OSError) and error.errno != errno.ENAMETOOLONG:
+            return  # trying to write will tell
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise LoratuneError(f"{output}: {reason}; choose another name with --output", Exit.USAGE) from error
+
+
 def _is_ours(marker: Path, kind: str) -> bool:
     """Whether loratune made a folder of this kind; a status.json alone could be anybody's."""
     try:
@@ -78,13 +97,18 @@ def _is_ours(marker: Path, kind: str) -> bool:
         return False
 
 
+def _is_passing(name: str) -> bool:
+    """Whether a file says nothing of what a folder is for: another process may be looking at it at this moment."""
+    return name in (LOCK, LOCK_OWNER) or name.startswith(TRIAL)
+
+
 def _check_writable(output: Path) -> None:
     """Try it: permission bits say little about root, quotas, or read-only disks."""
     existing = next(place for place in [output, *output.absolute().parents] if place.exists())
-    probe = existing / f".loratune-{hashlib.sha256(str(output).encode()).hexdigest()[:8]}"
+    trial = existing / f"{TRIAL}{hashlib.sha256(os.fsencode(output)).hexdigest()[:8]}"
     try:
-        probe.touch()
-        probe.unlink()
+        trial.touch()
+        trial.unlink(missing_ok=True)  # another process may try the same
     except OSError as error:
         raise LoratuneError(f"{output}: cannot write to {existing}: {error.strerror}", Exit.IO) from error
 
@@ -174,12 +198,13 @@ def read_json(path: Path) -> dict[str, Any]:
 def read_metrics(output: Path) -> list[dict[str, float]]:
     """The records of a run; a line that is being written, or that a crash has cut off, is none."""
     path, records = output / METRICS, []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
+    # After a power cut a file may end in anything.
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []:
         try:
             record = json.loads(line)
         except ValueError:
             continue
-        if isinstance(record, dict) and "step" in record:
+        if isinstance(record, dict) and isinstance(record.get("step"), int):
             records.append(record)
     return records
 

@@ -22,6 +22,7 @@ from loratune.runs.folder import (
     file_sha256,
     read_json,
 )
+from loratune.runs.lock import lock_holder
 
 ADAPTER_CONFIG = "adapter_config.json"
 
@@ -75,6 +76,27 @@ def open_adapter(path: Path, force: bool = False) -> AdapterSource:
     if (path / ADAPTER_CONFIG).is_file():
         return AdapterSource(path, None, None, None)
     raise LoratuneError(f"{path}: neither a run folder nor an adapter (no {ADAPTER_CONFIG} in it)", Exit.MODEL)
+
+
+def open_settled_adapter(path: Path, force: bool = False) -> AdapterSource:
+    """As `open_adapter`, but not while a training is under way there, which replaces and removes what would be read.
+
+    Args:
+        path: a run folder, one of its checkpoints, or a plain PEFT folder.
+        force: take a run's adapter even if its files have changed.
+
+    Raises:
+        LoratuneError: a process trains there, with its number and machine; or there is no adapter.
+    """
+    for folder in (path, *path.absolute().parents[:2]):
+        holder = lock_holder(folder) if (folder / STATUS).is_file() else None
+        if holder:
+            raise LoratuneError(
+                f"{folder} is in use by {holder}, which trains there; wait until it has ended, or copy one of its "
+                "checkpoints elsewhere and take that",
+                Exit.USAGE,
+            )
+    return open_adapter(path, force)
 
 
 def base_settings(source: AdapterSource, model: str | None) -> ModelSettings:

@@ -6,11 +6,10 @@ import shlex
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
-
 from loratune.errors import Exit, LoratuneError
 from loratune.runs.checkpoint import checkpoint_steps
-from loratune.runs.folder import CHECKPOINTS, LOCK, RECIPE, STATUS, read_json, read_metrics
+from loratune.runs.folder import CHECKPOINTS, RECIPE, STATUS, read_json, read_metrics
+from loratune.runs.lock import lock_holder
 
 
 def run_state(output: Path) -> dict[str, Any]:
@@ -31,7 +30,7 @@ def run_state(output: Path) -> dict[str, Any]:
     status = read_json(output / STATUS)
     records = read_metrics(output)
     state = status.get("state", "unknown")
-    if state == "running" and not _is_locked(output):
+    if state == "running" and lock_holder(output) is None:
         state = "crashed"
     losses = [record["loss"] for record in records if "loss" in record]
     validations = [record["validation_loss"] for record in records if "validation_loss" in record]
@@ -48,18 +47,6 @@ def run_state(output: Path) -> dict[str, Any]:
         "time": status.get("time"),
         "next": _next(output, state, bool(steps)),
     }
-
-
-def _is_locked(output: Path) -> bool:
-    if not (output / LOCK).is_file():
-        return False
-    lock = FileLock(output / LOCK)
-    try:
-        lock.acquire(timeout=0)
-    except (Timeout, OSError):  # in use, or not ours to know
-        return True
-    lock.release()
-    return False
 
 
 def _next(output: Path, state: str, has_checkpoint: bool) -> str | None:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Sequence
-from pathlib import Path
 
 from trl import SFTConfig
 
@@ -39,9 +37,8 @@ def training_arguments(
         warnings.append(
             "this CPU has no products of bfloat16: the model is trained in float32, which takes twice the memory"
         )
-    output = Path(recipe.output)
     return SFTConfig(
-        output_dir=str(output),
+        output_dir=recipe.output,
         seed=recipe.seed,
         data_seed=recipe.seed,
         num_train_epochs=training.epochs,
@@ -70,8 +67,7 @@ def training_arguments(
         logging_first_step=True,
         logging_nan_inf_filter=False,  # it would show NaN as 0
         disable_tqdm=True,
-        report_to=_trackers(recipe.tracking.report_to, warnings),
-        run_name=recipe.tracking.run_name or output.name,
+        report_to="none",  # ours run apart
         # The base is in its type already: autocast would convert the rest again and again, and take LoRA layers apart.
         bf16=False,
         fp16=hardware.is_gpu and str(dtype) == "torch.float16",
@@ -97,12 +93,3 @@ def _optimizer(name: str, hardware: Hardware, warnings: list[str]) -> str:
     if name != "adamw" and importlib.util.find_spec("bitsandbytes") is None:
         raise LoratuneError(f"training.optimizer {name} needs the package bitsandbytes", Exit.USAGE)
     return "adamw_torch_fused" if name == "adamw" and hardware.is_gpu else OPTIMIZERS[name]
-
-
-def _trackers(names: Sequence[str], warnings: list[str]) -> list[str]:
-    """The trackers whose package is there; a missing one must not stop a long run."""
-    wanted = [name for name in names if name != "none"]
-    missing = [name for name in wanted if importlib.util.find_spec(name) is None]
-    for name in missing:
-        warnings.append(f"tracking.report_to {name}: the package is not installed; pip install {name}")
-    return [name for name in wanted if name not in missing]

@@ -10,8 +10,10 @@ from typing import Any
 from torch.utils.data import Dataset
 
 from loratune.data.batches import NumberedRows, PackedRows, collate_packed, collate_padded
+from loratune.data.cache import cache_folder
 from loratune.data.dataset import as_dataset
 from loratune.data.split import Split
+from loratune.errors import Exit, LoratuneError
 from loratune.recipe.sections import TrainingSettings
 from loratune.training.steps import packed_batches
 
@@ -35,7 +37,32 @@ class Batching:
         """What batches are drawn from: packed rows, or sequences."""
         sequences, settings = as_dataset(split), self.settings
         if not settings.packing:
-            return NumberedRows(sequences)
+            return ReadRows(NumberedRows(sequences))
         if is_validation and self.validation_batch_size:
             settings = settings.model_copy(update={"batch_size": self.validation_batch_size, "tokens_per_batch": None})
-        return PackedRows(sequences, packed_batches(settings, split.lengths, self.seed))
+        return ReadRows(PackedRows(sequences, packed_batches(settings, split.lengths, self.seed)))
+
+
+class ReadRows(Dataset[Any]):
+    """Rows whose file may have become unreadable while they are trained on."""
+
+    def __init__(self, rows: NumberedRows | PackedRows) -> None:
+        self.rows = rows
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, row: int) -> dict[str, Any]:
+        """A row, as it is.
+
+        Raises:
+            LoratuneError: the encoded rows cannot be read.
+        """
+        try:
+            return self.rows[row]
+        except (OSError, ValueError) as error:  # pyarrow's errors are one of them
+            raise LoratuneError(
+                f"the encoded rows in {cache_folder()} can no longer be read: {error}. Checkpoints made so far are "
+                "whole; see that the disk is well, then go on with --resume",
+                Exit.DATA,
+            ) from error

@@ -189,12 +189,13 @@ class DivergenceGuard(TrainerCallback):
                     console.warn(self.warnings[-1])
 
     def on_step_end(self, args: Any, state: Any, control: Any, model: Any, **_: Any) -> None:
-        """Look at the weights before a checkpoint that no log of its step precedes.
+        """Look at the weights before a checkpoint, unless a log of its step will tell of loss and gradient.
 
         Raises:
             LoratuneError: a trained weight is not finite.
         """
-        if not control.should_save or control.should_log:
+        tells_all = control.should_log and args.max_grad_norm > 0  # else no norm is computed
+        if not control.should_save or tells_all:
             return
         trained = (parameter for parameter in model.parameters() if parameter.requires_grad)
         if not all(parameter.isfinite().all() for parameter in trained):

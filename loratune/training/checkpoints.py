@@ -13,6 +13,7 @@ from loratune.errors import Exit, LoratuneError
 from loratune.recipe.sections import CheckpointSettings, EvaluationSettings
 from loratune.runs.checkpoint import checkpoint_steps, open_checkpoint, step_folder
 from loratune.runs.folder import CHECKPOINTS
+from loratune.training.resuming import stays_stopped
 
 
 def check_room(output: Path, settings: CheckpointSettings, adapter_bytes: int) -> None:
@@ -91,7 +92,7 @@ class CheckpointKeeper(TrainerCallback):
         self.best_step = progress["best_step"]
         self.best_loss = float("inf") if progress["best_loss"] is None else progress["best_loss"]
         self.validations_since_best = progress["validations_since_best"]
-        self.stopped_early = progress["stopped_early"]
+        self.stopped_early = stays_stopped(progress, self.patience)
 
     @property
     def best_checkpoint(self) -> Path | None:

@@ -95,7 +95,7 @@ def show_report(report: dict[str, Any]) -> None:
     console.table(rows, title="done")
     for sentence in report["health"]["sentences"]:
         console.warn(sentence)
-    console.say(f"next: loratune infer --adapter {shlex.quote(report['output'])}")
+    console.next_step(f"next: loratune infer --adapter {shlex.quote(report['output'])}")
 
 
 def _answer_rows(answers: dict[str, Any] | None) -> list[tuple[str, str]]:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from loratune import console
-from loratune.errors import Exit, LoratuneError
+from loratune.errors import Exit, LoratuneError, counted
 from loratune.recipe.sections import Recipe
 from loratune.runs.checkpoint import Checkpoint, named_checkpoint, newest_checkpoint
 from loratune.runs.folder import ADAPTER, CHECKPOINTS, STATUS, read_json
@@ -17,6 +17,8 @@ FREE = ("output", "tracking", "checkpoints.keep", "checkpoints.every_steps", "da
 """Settings and sections without a bearing on the adapter; files count by what they hold."""
 LENGTHS = ("training.epochs", "training.steps")
 """A run may be made longer."""
+PATIENCE = "evaluation.early_stopping"
+"""So may the wait of a run that stops early, which has no bearing on the steps before; none is the longest."""
 
 
 @dataclass(frozen=True)
@@ -57,11 +59,32 @@ def find_start(output: Path, resume: Resume) -> Checkpoint | None:
     return checkpoint
 
 
-def is_complete(output: Path, start: Checkpoint, steps: int) -> bool:
-    """Whether nothing is left to do: as many steps are made as are wanted, or it stopped early, and all is written."""
-    status = read_json(output / STATUS)
-    stopped_early = status.get("stopped_early") and status.get("step") == start.step
-    return status.get("state") == "finished" and bool(start.step >= steps or stopped_early)
+def completion(output: Path, start: Checkpoint, steps: int, patience: int | None) -> str | None:
+    """What is said where nothing is left to do; None if there is.
+
+    Args:
+        output: run folder.
+        start: the checkpoint to go on from.
+        steps: that are wanted.
+        patience: evaluation.early_stopping as it is now.
+    """
+    if read_json(output / STATUS).get("state") != "finished":
+        return None
+    if start.step >= steps:
+        return f"{output} is complete: step {start.step} of {steps}"
+    if not stays_stopped(start.progress, patience):
+        return None
+    without = counted(start.progress["validations_since_best"], "validation")
+    return (
+        f"{output} is complete: it stopped early at step {start.step} of {steps}, after {without} without a better "
+        "loss, so more epochs or steps change nothing. To train on, raise --evaluation.early_stopping, or switch it "
+        "off with --evaluation.early_stopping null"
+    )
+
+
+def stays_stopped(progress: dict[str, Any], patience: int | None) -> bool:
+    """Whether a run that stopped early would do so again at the same place, with the patience that it is given now."""
+    return bool(progress["stopped_early"]) and patience is not None and progress["validations_since_best"] >= patience
 
 
 def identity_of(recipe: Recipe, manifest: dict[str, Any], processes: int) -> dict[str, Any]:
@@ -94,12 +117,17 @@ def check_identity(checkpoint: Checkpoint, identity: dict[str, Any], allow_chang
     versions = _differences(checkpoint.identity["versions"], identity["versions"])
     if versions:
         console.warn("the checkpoint was written with other versions, so bits may differ:\n" + _lines(versions))
-    changed = [
-        (name, old, new)
+    different = [
+        difference
         for part in ("settings", "rest")
-        for name, old, new in _differences(checkpoint.identity[part], identity[part])
-        if not (name in LENGTHS and _is_longer(old, new))
+        for difference in _differences(checkpoint.identity[part], identity[part])
     ]
+    longer = [difference for difference in different if _makes_longer(*difference)]
+    if longer:
+        console.say(f"to be longer than before:\n{_lines(longer)}")
+    if any(name in LENGTHS for name, *_ in longer):
+        console.say(f"steps after {checkpoint.step} follow the learning rate schedule of the longer run")
+    changed = [difference for difference in different if difference not in longer]
     if not changed:
         return
     if not allow_changes:
@@ -130,8 +158,10 @@ def _differences(old: dict[str, Any], new: dict[str, Any]) -> list[tuple[str, An
     return [(name, old.get(name), new.get(name)) for name in names if old.get(name) != new.get(name)]
 
 
-def _is_longer(old: Any, new: Any) -> bool:
-    return old is not None and new is not None and new > old
+def _makes_longer(name: str, old: Any, new: Any) -> bool:
+    if name == PATIENCE:
+        return old is not None and (new is None or new > old)
+    return name in LENGTHS and old is not None and new is not None and new > old
 
 
 def _lines(differences: list[tuple[str, Any, Any]]) -> str:

@@ -37,6 +37,7 @@ from loratune.runs.probe import MAX_QUESTIONS, save_probe
 from loratune.runs.tokenizer_files import copy_tokenizer_files
 from loratune.runs.versions import library_versions
 from loratune.training.activations import measure_activations
+from loratune.training.answers import ask_questions
 from loratune.training.arguments import compute_again, training_arguments
 from loratune.training.batching import Batching
 from loratune.training.callbacks import DivergenceGuard, Metrics, Progress
@@ -46,10 +47,11 @@ from loratune.training.gate import pass_gate
 from loratune.training.health import GradientFlow, examine
 from loratune.training.overview import parts_of_memory, show_data, show_model
 from loratune.training.report import write_report
-from loratune.training.resuming import Resume, check_identity, find_start, identity_of, is_complete
+from loratune.training.resuming import Resume, check_identity, completion, find_start, identity_of
 from loratune.training.start_up import StartUp
 from loratune.training.steps import StepPlan, plan_steps
 from loratune.training.stops import Stops
+from loratune.training.trackers import Trackers
 from loratune.training.trainer import AdapterTrainer
 from loratune.writing import folder_in_one_step
 
@@ -91,6 +93,7 @@ class Running(NamedTuple):
     keeper: CheckpointKeeper
     progress: Progress
     flow: GradientFlow
+    trackers: Trackers
 
 
 def train(recipe: Recipe, overwrite: bool = False, resume: Resume | None = None) -> dict[str, Any]:
@@ -123,8 +126,8 @@ def train(recipe: Recipe, overwrite: bool = False, resume: Resume | None = None)
         identity = identity_of(recipe, _manifest(prepared), prepared.hardware.processes)
         if start and resume:
             check_identity(start, identity, resume.allow_changes)
-            if is_complete(output, start, prepared.plan.steps):
-                console.say(f"{output} is complete: step {start.step} of {prepared.plan.steps}")
+            if told := completion(output, start, prepared.plan.steps, recipe.evaluation.early_stopping):
+                console.say(told)
                 return read_json(output / REPORT)
         return _train(_load(prepared), identity, start)
 
@@ -149,6 +152,7 @@ def _train(session: Session, identity: dict[str, Any], start: Checkpoint | None)
                     trainer.train()
         finally:
             running.progress.close()
+            running.trackers.close()
         stops.raise_if_any()
         _take_best(trainer, running.keeper)
         return _finish(session, running) if console.IS_SPEAKER else {}
@@ -161,8 +165,7 @@ def _go_on(running: Running, start: Checkpoint, steps: int) -> None:
     metrics.restore(start.step, start.progress)
     keeper.restore(start.progress)
     trainer.args.eval_on_start = bool(start.progress["validation_is_due"])
-    is_at_end = keeper.stopped_early or start.step >= steps
-    trainer.resume(start.folder, start.progress["tokens"], is_at_end)
+    trainer.resume(start.folder, start.progress["tokens"], keeper.stopped_early or start.step >= steps)
 
 
 def _prepare(recipe: Recipe, output: Path, stops: Stops, held: dict[str, str]) -> Prepared:
@@ -211,7 +214,7 @@ def _load(prepared: Prepared) -> Session:
 
 def _build_trainer(session: Session, identity: dict[str, Any]) -> Running:
     recipe, data, stops = session.recipe, session.data, session.stops
-    metrics = Metrics(session.output)
+    metrics, flow = Metrics(session.output), GradientFlow()
     progress = Progress(metrics, session.hardware)
     keeper = CheckpointKeeper(session.output, recipe.checkpoints, recipe.evaluation)
 
@@ -221,7 +224,7 @@ def _build_trainer(session: Session, identity: dict[str, Any]) -> Running:
 
     newest_rows: list[int] = []
     guard = DivergenceGuard(newest_rows, data.train.place, session.warnings)
-    flow = GradientFlow()
+    trackers = Trackers(recipe.tracking, session.output, stops, session.warnings)
     trainer = AdapterTrainer(
         model=session.model,
         args=session.arguments,
@@ -232,13 +235,13 @@ def _build_trainer(session: Session, identity: dict[str, Any]) -> Running:
         seal=seal,
         newest_rows=newest_rows,
         processing_class=session.tokenizer,
-        callbacks=[session.start_up, guard, metrics, progress, keeper, flow, stops],
+        callbacks=[session.start_up, guard, metrics, progress, keeper, flow, stops, trackers],
     )
     for warning in session.warnings:
         console.warn(warning)
     rows = ("about " if recipe.training.packing else "") + counted(session.plan.rows_per_step, "row")
     console.say(f"training {counted(session.plan.steps, 'step')} of {rows} on {session.hardware.name}", style="bold")
-    return Running(trainer, metrics, keeper, progress, flow)
+    return Running(trainer, metrics, keeper, progress, flow, trackers)
 
 
 def _take_best(trainer: AdapterTrainer, keeper: CheckpointKeeper) -> None:
@@ -250,13 +253,13 @@ def _take_best(trainer: AdapterTrainer, keeper: CheckpointKeeper) -> None:
 
 def _finish(session: Session, running: Running) -> dict[str, Any]:
     """Write the adapter with its tokenizer and card, the report and the picture, and seal the run."""
-    trainer, metrics, keeper, _, flow = running
+    trainer, metrics, keeper, _, flow, _ = running
     model = trainer.accelerator.unwrap_model(trainer.model)
     with folder_in_one_step(session.output / ADAPTER) as folder:
         save_adapter(model, folder)
         copy_tokenizer_files(session.base, folder)
         write_card(folder, session.recipe)
-    health = examine(model, flow, metrics)
+    health = examine(model, flow, metrics, ask_questions(model, session.encoder, session.data))
     report = write_report(session, trainer, metrics, keeper, health)
     seal_run(session.output)
     stood = {"step": trainer.state.global_step, "steps": trainer.state.max_steps, "stopped_early": keeper.stopped_early}
