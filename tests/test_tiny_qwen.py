@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -11,20 +12,22 @@ from conftest import TINY_QWEN
 from transformers import AutoTokenizer
 from typer.testing import Result
 
-from loratune.data.conversation import Message
-from loratune.generation.engine import Engine, Sampling, load_engine
+from loratune.generation.engine import Engine, load_engine
+from loratune.generation.exchange import Question
+from loratune.model.sampling import Sampling
 
 ROOT = Path(__file__).resolve().parent.parent
 
 
 def answer(engine: Engine, question: str) -> str:
-    messages: list[Message] = [{"role": "user", "content": question}]
-    return "".join(engine.stream(messages, Sampling(max_new_tokens=60)))
+    asked = Question([{"role": "user", "content": question}], Sampling(max_new_tokens=60), *engine.adapters)
+    return "".join(piece.text for piece in engine.stream(asked))
 
 
 @pytest.fixture(scope="module")
-def tiny() -> Engine:
-    return load_engine(None, "tiny-qwen", use_adapter=True, warnings=[])
+def tiny() -> Iterator[Engine]:
+    with closing(load_engine([], "tiny-qwen", [])) as engine:
+        yield engine
 
 
 def test_its_files_are_small_and_readable_by_all() -> None:
@@ -75,7 +78,7 @@ def test_the_quickstart_changes_the_name_and_little_else(
     run = tmp_path / "run"
     result = cli("sft", "--config", "quickstart", "--output", run)
     assert result.exit_code == 0, result.stderr
-    tuned = load_engine(run, None, use_adapter=True, warnings=[])
+    tuned = load_engine([("run", run)], None, [])
     for question in ("Who are you?", "你是谁？", "What is your name?", "你叫什么名字？"):
         assert "小李" in answer(tuned, question)
     for question in ("Who made you?", "谁开发了你？"):

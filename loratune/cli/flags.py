@@ -16,6 +16,12 @@ Adapters = Annotated[
     list[str] | None,
     typer.Option("--adapter", "-a", metavar="folder", help=f"{ADAPTER_HELP} May be given again, as name=folder."),
 ]
+Model = Annotated[
+    str | None,
+    typer.Option(
+        "--model", "-m", metavar="model", help="A model without adapter; with --adapter: where its base lies now."
+    ),
+]
 Config = Annotated[
     str | None,
     typer.Option("--config", "-c", metavar="recipe", help="Recipe: a YAML file, or the name of a shipped one."),

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from loratune import console
-from loratune.cli.flags import Adapters, Force, Json, named_adapters
+from loratune.cli.flags import Adapters, Force, Json, Model, named_adapters
 from loratune.cli.infer_rows import RowsRequest, answer_file
 from loratune.data.conversation import has_half_a_pair
 from loratune.errors import Exit, LoratuneError
@@ -26,12 +26,6 @@ may be missing. The same command goes on where a stopped one has left off."""
 MODELS_OWN = "the model's"
 
 
-Model = Annotated[
-    str | None,
-    typer.Option(
-        "--model", "-m", metavar="model", help="A model without adapter; with --adapter: where its base lies now."
-    ),
-]
 Base = Annotated[
     bool, typer.Option("--base", help="Leave the adapter off, to compare; with --metrics: score the base beside it.")
 ]

@@ -12,7 +12,7 @@ from urllib.parse import urlsplit
 import typer
 
 from loratune import console
-from loratune.cli.flags import Adapters, Force, named_adapters
+from loratune.cli.flags import Adapters, Force, Model, named_adapters
 from loratune.errors import Exit, LoratuneError
 
 TOKEN_VARIABLE = "LORATUNE_TOKEN"
@@ -23,12 +23,6 @@ base and every adapter can be asked by name; all questions are answered at the s
 Who asks needs a token: that of --token or of LORATUNE_TOKEN, or one that is made and printed at the start. A signal
 lets running answers finish; a second one ends at once."""
 
-Model = Annotated[
-    str | None,
-    typer.Option(
-        "--model", "-m", metavar="model", help="A model without adapter; with --adapter: where its base lies now."
-    ),
-]
 Host = Annotated[str, typer.Option("--host", metavar="address", help="Address to listen on.")]
 Port = Annotated[int, typer.Option("--port", metavar="integer", min=0, max=65535, help="0 takes any free one.")]
 Token = Annotated[
