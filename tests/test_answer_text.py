@@ -82,12 +82,15 @@ def test_most_pieces_come_at_once() -> None:
 
 @settings(max_examples=150, deadline=None)
 @given(st.text("ab\n<", max_size=25), st.lists(st.text("ab\n<", min_size=1, max_size=4), max_size=3))
-def test_an_answer_ends_before_its_first_stop_text(text: str, stop: list[str]) -> None:
+@pytest.mark.parametrize("piece", [1, 3, 100])
+def test_an_answer_ends_before_its_first_stop_text(piece: int, text: str, stop: list[str]) -> None:
     tokenizer = byte_level()
-    ids = [token for character in text for token in tokenizer(character).input_ids]
-    found = min((text.find(one) for one in stop if one in text), default=len(text))
+    parts = [text[start : start + piece] for start in range(0, len(text), piece)]
+    ids = [token for part in parts for token in tokenizer(part).input_ids]
+    # The first one to be complete; of several that end at one place the longest.
+    found = min(((text.find(one) + len(one), text.find(one)) for one in stop if one in text), default=(0, len(text)))
     whole, _, _ = streamed(tokenizer, ids, stop=stop)
-    assert whole == text[:found]
+    assert whole == text[: found[1]]
 
 
 @pytest.mark.parametrize("piece", [1, 3, 100])

@@ -92,9 +92,10 @@ class TextStream:
         if self._place == "start" and self._held.strip() and not OPENING.startswith(self._held.strip()[: len(OPENING)]):
             self._place = "answer"  # an answer that does not begin with reasoning has none
         tags = (*self._stop, *{"start": (OPENING,), "reasoning": (CLOSING,)}.get(self._place, ()))
-        found = min(((self._held.find(tag), -len(tag), tag) for tag in tags if tag in self._held), default=None)
-        if found is not None:
-            place, _, tag = found
+        # The one that is complete first, however much of the text comes at once; of several the longest.
+        places = [(self._held.find(tag) + len(tag), self._held.find(tag), tag) for tag in tags if tag in self._held]
+        if places:
+            _, place, tag = min(places)
             here, self._held = self._held[:place], self._held[place + len(tag) :]
             return ("" if tag == OPENING else here), tag
         keep = 0 if is_last else max((_overlap(self._held, tag) for tag in tags), default=0)

@@ -7,10 +7,21 @@ from typing import Any
 
 from transformers import AutoTokenizer
 
+from loratune.errors import Exit, LoratuneError
+
 
 def load_tokenizer(folder: Path) -> Any:
-    """The model's tokenizer, set up so that no text of a row can become a control token."""
-    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    """The model's tokenizer, set up so that no text of a row can become a control token.
+
+    Raises:
+        LoratuneError: its files are damaged.
+    """
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except Exception as error:  # the tokenizers library knows no other class
+        raise LoratuneError(
+            f"{folder}: the tokenizer cannot be read: {str(error).splitlines()[0]}", Exit.MODEL
+        ) from error
     tokenizer.chat_control_tokens = [token for token in tokenizer.added_tokens_encoder if not token.isspace()]
     return tokenizer
 

@@ -89,7 +89,7 @@ def open_settled_adapter(path: Path, force: bool = False) -> AdapterSource:
         LoratuneError: a process trains there, with its number and machine; or there is no adapter.
     """
     for folder in (path, *path.absolute().parents[:2]):
-        holder = lock_holder(folder) if (folder / STATUS).is_file() else None
+        holder = lock_holder(folder) if os.path.isfile(folder / STATUS) else None  # noqa: PTH113 - as in _is_folder
         if holder:
             raise LoratuneError(
                 f"{folder} is in use by {holder}, which trains there; wait until it has ended, or copy one of its "
