@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import queue
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -199,3 +201,15 @@ def test_threads_that_ask_at_once_do_not_disturb_each_other_s_token_ids(tiny: En
     for thread in threads:
         thread.join()
     assert wrong == []
+
+
+def test_a_program_may_end_while_answers_are_on_their_way() -> None:
+    program = (
+        "from loratune.generation.engine import load_engine\n"
+        "from loratune.generation.exchange import Question, Sampling\n"
+        "engine = load_engine([], 'tiny-qwen', [])\n"
+        "asked = Question('Tell me', Sampling(temperature=5.0, max_new_tokens=1500))\n"
+        "engine.submit(asked, lambda piece: None)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import queue
 import threading
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
@@ -66,6 +67,7 @@ class Engine:
         self._model_lock, self._tokenizer_lock = threading.Lock(), threading.Lock()
         self._thread = threading.Thread(target=self._work, name="engine", daemon=True)
         self._thread.start()
+        atexit.register(self.close)  # torch at work in a thread would abort the process at its end
 
     def prompt_ids(self, question: Question) -> list[int]:
         """Token ids of a question's prompt.
@@ -176,6 +178,7 @@ class Engine:
 
     def close(self) -> None:
         """End all answers and give the memory of keys and values back."""
+        atexit.unregister(self.close)
         self._inbox.put(None)
         self._thread.join()
         self.decoder.close()
