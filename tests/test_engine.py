@@ -79,7 +79,7 @@ def test_threads_that_ask_at_once_get_their_own_answers(tiny: Engine) -> None:
 def test_adapters_are_switched_per_question(short_run: Path, random_qwen: Path) -> None:
     engine = load_engine([("run", short_run), ("step", next((short_run / "checkpoints").iterdir()))], None, [])
     assert engine.adapters == ["run", "step"]
-    assert engine.base_name == str(random_qwen)
+    assert engine.base_name == random_qwen.name
 
     def said(adapter: str | None, **other: Any) -> str:
         question = Question([{"role": "user", "content": "Hi"}], Sampling(max_new_tokens=12), adapter, **other)

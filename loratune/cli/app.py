@@ -120,7 +120,7 @@ class Group(CommandGroup):
             console.error(str(error))
             raise typer.Exit(int(error.exit_code)) from error
         except KeyboardInterrupt as error:
-            console.error(str(error) or "interrupted")
+            console.say(str(error) or "interrupted", style="yellow")  # asked for, so no error
             raise typer.Exit(128 + getattr(error, "signal_number", signal.SIGINT)) from error
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -56,7 +57,8 @@ def open_voices(
     loaded = load_base(settings, folder, detect_hardware())
     if sources:
         loaded = _with_adapters(loaded, {voices[name].adapter: source for name, source in sources.items()})
-    return loaded.eval(), settings.base, voices
+    known = [source.manifest["base"]["name"] for source in sources.values() if source.manifest]
+    return loaded.eval(), _short_name(model or next(iter(known), settings.base)), voices
 
 
 def _with_adapters(model: Any, sources: dict[str, AdapterSource]) -> Any:
@@ -68,6 +70,12 @@ def _with_adapters(model: Any, sources: dict[str, AdapterSource]) -> Any:
         model = load_adapter(model, source.adapter, name)
     use_fused_lora(model)
     return model
+
+
+def _short_name(base: str) -> str:
+    """A folder is called by its own name: nobody wants to ask for the whole path, or to show it to clients."""
+    is_folder = os.path.isabs(base) or os.path.isdir(base)  # noqa: PTH112, PTH117 - a hub id is no path
+    return Path(base).absolute().name if is_folder else base
 
 
 def _settings(sources: Sequence[AdapterSource], model: str | None, warnings: list[str]) -> ModelSettings:
