@@ -258,7 +258,7 @@ def test_ctrl_c_is_one_word_and_exit_code_130(cli: Cli, monkeypatch: pytest.Monk
     monkeypatch.setattr("loratune.cli.sft.load_recipe", interrupt)
     result = cli("sft")
     assert result.exit_code == 130
-    assert result.stderr == "error: interrupted\n"
+    assert result.stderr == "interrupted\n"
 
 
 # --- sft --show ---
