@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 from typing import Any
 
 import pytest
@@ -28,9 +29,9 @@ from transformers import (
 
 from loratune.model import decoder as decoder_module
 from loratune.model import sampling as sampling_module
-from loratune.model.decoder import BASE, Decoder, Running, token_bytes
+from loratune.model.decoder import BASE, Decoder, Running
 from loratune.model.sampling import Sampling, TokenChooser, shortlist
-from loratune.model.slots import DecodingError
+from loratune.model.slots import DecodingError, token_bytes
 
 SIZES: dict[str, Any] = {
     "vocab_size": 300,
@@ -295,3 +296,70 @@ def test_a_temperature_near_zero_takes_the_likeliest_token() -> None:
     model = random_model(CONFIGS["qwen2"])
     (tokens,) = run(Decoder(model), [Running(PROMPTS[1], Sampling(1e-300, max_new_tokens=9), frozenset())])
     assert tokens == greedy(model, PROMPTS[1], 9)
+
+
+def read_tokens(decoder: Decoder, asked: list[Running]) -> int:
+    """How many prompt tokens were put through the model for these."""
+    read = 0
+    forward = decoder._pass
+
+    def counted(cache: Any, feed: Any, *rest: Any, **more: Any) -> Any:
+        nonlocal read
+        read += sum(feed.counts)
+        return forward(cache, feed, *rest, **more)
+
+    decoder._pass = counted  # type: ignore[method-assign]
+    run(decoder, asked)
+    decoder._pass = forward  # type: ignore[method-assign]
+    return read - sum(len(running.tokens) - 1 for running in asked)
+
+
+def test_what_a_conversation_has_said_is_not_read_again() -> None:
+    model = adapted()
+    decoder, sampling = Decoder(model, slots=4), Sampling(max_new_tokens=10)
+    turns: dict[str, list[int]] = {"default": PROMPTS[1], BASE: PROMPTS[1], "other": PROMPTS[5]}
+    for turn in range(4):
+        asked = {name: Running(prompt, sampling, frozenset(), name) for name, prompt in turns.items()}
+        read = read_tokens(decoder, list(asked.values()))
+        alone = {name: Running(prompt, sampling, frozenset(), name) for name, prompt in turns.items()}
+        for name, running in alone.items():
+            fresh = Decoder(model, slots=1)
+            assert run(fresh, [running]) == [asked[name].tokens]
+            fresh.close()
+        decoder._adapter = None  # the others have switched the model's adapters
+        if turn:
+            # The last token of each answer, and the next question; one conversation's slot may have been taken.
+            assert read <= 3 * (1 + len(PROMPTS[3])) + max(map(len, turns.values()))
+        turns = {name: [*running.ids, *PROMPTS[3]] for name, running in asked.items()}
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.data())
+def test_any_course_of_questions_gets_the_answers_given_alone(data: st.DataObject) -> None:
+    model = shared_model()
+    decoder = Decoder(model, slots=data.draw(st.integers(1, 3)))
+    prompts = st.lists(st.integers(1, 2), min_size=1, max_size=90)  # few ids, so that many begin alike
+    running: list[Running] = []
+    for _ in range(data.draw(st.integers(1, 12))):
+        match data.draw(st.sampled_from(["ask", "step", "step", "remove", "go on"])):
+            case "ask":
+                tokens = data.draw(st.integers(1, 70))
+                running.append(Running(data.draw(prompts), Sampling(max_new_tokens=tokens), frozenset()))
+                decoder.add(running[-1])
+            case "go on" if running and running[-1].finish:
+                running.append(Running([*running[-1].ids, 5, 6], Sampling(max_new_tokens=4), frozenset()))
+                decoder.add(running[-1])
+            case "remove" if running:
+                decoder.remove(data.draw(st.sampled_from(running)))
+            case _:
+                decoder.step()
+    while not decoder.is_idle:
+        decoder.step()
+    decoder.close()
+    for one in running:
+        assert one.tokens == greedy(model, one.prompt, max(1, len(one.tokens)))[: len(one.tokens)]
+
+
+@functools.cache
+def shared_model() -> Any:
+    return random_model(CONFIGS["qwen2"])

@@ -14,8 +14,9 @@ from typing import Any
 import torch
 from torch.nn import functional
 
+from loratune.model.prefixes import Prefixes
 from loratune.model.sampling import Sampling, TokenChooser
-from loratune.model.slots import DecodingError, Feed, SlotCache, reserved_tokens, use_slot_attention
+from loratune.model.slots import Feed, SlotCache, reserved_tokens, token_bytes, use_slot_attention
 
 BASE = "__base__"
 """PEFT's name for no adapter at all."""
@@ -23,8 +24,8 @@ PROMPT_PART = 512
 """Tokens of a prompt that are read at once, so that running answers don't wait for a long one."""
 PROMPT_TOKENS = 2048
 """Tokens of all prompts that are read in one pass."""
-KEPT_BYTES = 256 * 2**20
-"""Keys and values that may stay allocated while nothing runs."""
+KEPT_BYTES = 2 * 2**30
+"""Keys and values that may stay while nothing runs: the next question of a conversation begins as the last one did."""
 
 
 @dataclass(eq=False)
@@ -46,6 +47,11 @@ class Running:
     read: int = 0
     """Tokens of the prompt that its slot holds."""
     chooser: TokenChooser | None = None
+
+    @property
+    def ids(self) -> list[int]:
+        """Of prompt and answer."""
+        return [*self.prompt, *self.tokens]
 
     @property
     def longest(self) -> int:
@@ -75,7 +81,6 @@ class Decoder:
         # Not by its class: importing PEFT takes seconds, and a model alone does without it.
         self._has_adapters = hasattr(model, "get_base_model")
         base = model.get_base_model() if self._has_adapters else model
-        _check_layers(base.config)
         use_slot_attention(base)
         # The last position's states are strided; a bfloat16 product of strided rows is a hundred times slower on a CPU.
         head = base.get_output_embeddings()
@@ -88,6 +93,7 @@ class Decoder:
         self.waiting: deque[Running] = deque()
         self._layers = base.config.get_text_config().num_hidden_layers
         self._cache = SlotCache(self._layers)
+        self._prefixes = Prefixes(self._cache)
         self._budget_tokens = None if cache_budget_bytes is None else cache_budget_bytes / token_bytes(base)
         self._adapter: str | None = None
         # PEFT computes rows of several adapters at once, but not with DoRA.
@@ -116,6 +122,7 @@ class Decoder:
                 self.waiting.remove(running)
             return
         last = self.running.pop()
+        self._prefixes.keep(last.slot, last.adapter, last.ids[: last.held])
         if last is not running:
             if last.held:
                 self._cache.move(last.slot, running.slot, last.held)
@@ -131,13 +138,7 @@ class Decoder:
             Those with a new token; they have left their slot if it was their last one.
         """
         while self.waiting and self._has_room():
-            running = self.waiting.popleft()
-            running.slot = len(self.running)
-            settled = running.sampling.with_defaults(self.generation_config)
-            running.chooser = TokenChooser(settled, running.prompt, self.device)
-            self.running.append(running)
-        if self.running:
-            self._cache.reserve(len(self.running), max(running.longest for running in self.running))
+            self._begin(self.waiting.popleft())
         answering = [running for running in self.running if running.tokens]
         reading = self._next_prompts()
         if reading:
@@ -151,6 +152,7 @@ class Decoder:
                 self.remove(running)
         if self.is_idle and self._cache.size_bytes > KEPT_BYTES:
             self._cache.clear()
+            self._prefixes.forget()
         return advanced
 
     @torch.inference_mode()  # type: ignore[untyped-decorator]
@@ -182,6 +184,15 @@ class Decoder:
         self._hook.remove()
         if self._adapter == BASE:
             self.model.base_model.enable_adapter_layers()
+
+    def _begin(self, running: Running) -> None:
+        """Give an answer its slot, with what the slots know of its prompt already."""
+        running.slot = len(self.running)
+        settled = running.sampling.with_defaults(self.generation_config)
+        running.chooser = TokenChooser(settled, running.prompt, self.device)
+        self.running.append(running)
+        self._cache.reserve(len(self.running), max(one.longest for one in self.running))
+        running.read = self._prefixes.take(running.slot, running.adapter, running.prompt)
 
     def _has_room(self) -> bool:
         """Whether the next answer can run beside the others, even if all become as long as they may."""
@@ -280,19 +291,3 @@ class Decoder:
                 running.finish = "stop"
             elif len(running.tokens) >= running.sampling.max_new_tokens:
                 running.finish = "length"
-
-
-def token_bytes(model: Any) -> int:
-    """What the keys and values of one token take."""
-    config = model.config.get_text_config()
-    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    heads: int = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    return 2 * int(config.num_hidden_layers) * heads * int(size) * int(model.dtype.itemsize)
-
-
-def _check_layers(config: Any) -> None:
-    """Linear attention and the like keep other states than keys and values."""
-    kinds = set(getattr(config.get_text_config(), "layer_types", None) or ())
-    strange = sorted(kinds - {"full_attention", "sliding_attention"})
-    if strange:
-        raise DecodingError(f"a model with layers of {', '.join(strange)}")

@@ -33,10 +33,26 @@ class DecodingError(LoratuneError):
 
 
 def use_slot_attention(model: Any) -> None:
-    """Have a model attend to the slots of a `SlotCache`."""
+    """Have a model attend to the slots of a `SlotCache`.
+
+    Raises:
+        DecodingError: it has layers, such as those of linear attention, that keep other states than keys and values.
+    """
+    kinds = set(getattr(model.config.get_text_config(), "layer_types", None) or ())
+    strange = sorted(kinds - {"full_attention", "sliding_attention"})
+    if strange:
+        raise DecodingError(f"a model with layers of {', '.join(strange)}")
     AttentionInterface.register(SLOT_ATTENTION, attend_slots)
     AttentionMaskInterface.register(SLOT_ATTENTION, no_mask)
     model.set_attn_implementation(SLOT_ATTENTION)
+
+
+def token_bytes(model: Any) -> int:
+    """What the keys and values of one token take."""
+    config = model.config.get_text_config()
+    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    heads: int = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    return 2 * int(config.num_hidden_layers) * heads * int(size) * int(model.dtype.itemsize)
 
 
 @dataclass
@@ -113,8 +129,15 @@ class SlotCache(Cache):
             slots: in use, counted from 0 on.
             length: tokens; at least what any slot in use holds.
         """
-        if slots > self._slots or length > self._length:
-            self._slots, self._length = _rounded(slots, SLOTS_UNIT), _rounded(length, LENGTH_UNIT)
+        if slots <= self._slots and length <= self._length:
+            return
+        self._slots, self._length = _rounded(slots, SLOTS_UNIT), _rounded(length, LENGTH_UNIT)
+        self._written = min(self._written, self._length)
+        self._kept = [tuple(map(self._moved, kept)) for kept in self._kept]
+
+    def holds(self, slot: int, length: int) -> bool:
+        """Whether there is room for so many tokens in a slot."""
+        return slot < self._slots and length <= self._length
 
     def update(self, keys: torch.Tensor, values: torch.Tensor, layer: int, *_: Any, **__: Any) -> Any:
         """Add the keys and values of a pass to one layer.
@@ -131,9 +154,10 @@ class SlotCache(Cache):
         if feed is None:
             raise RuntimeError("a pass over the slots without a feed")
         self._written = max(self._written, feed.end)
-        kept = self._kept[layer] = self._with_room(self._kept[layer], keys)
+        if not self._kept[layer]:
+            self._kept[layer] = (self._room(keys), self._room(values))
         read = []
-        for storage, new in zip(kept, (keys, values), strict=True):
+        for storage, new in zip(self._kept[layer], (keys, values), strict=True):
             _write(storage, new, feed)
             read.append(_rows(storage, feed.slots)[:, :, : feed.end])
         return tuple(read)
@@ -154,16 +178,16 @@ class SlotCache(Cache):
         """What is held."""
         return sum(storage.numel() * storage.element_size() for kept in self._kept for storage in kept)
 
-    def _with_room(self, kept: tuple[torch.Tensor, ...], keys: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """One layer's storage, moved to a larger one if more room was reserved."""
-        if kept and (kept[0].shape[0], kept[0].shape[2]) == (self._slots, self._length):
-            return kept
-        roomy = tuple(keys.new_zeros(self._slots, keys.shape[1], self._length, keys.shape[3]) for _ in range(2))
-        for new, old in zip(roomy, kept, strict=False):
-            # What nobody has written stays untouched: on a CPU it takes no memory yet.
-            slots, length = min(len(new), len(old)), min(new.shape[2], old.shape[2], self._written)
-            new[:slots, :, :length] = old[:slots, :, :length]
-        return roomy
+    def _room(self, like: torch.Tensor) -> torch.Tensor:
+        """Empty storage of one layer; on a CPU it takes no memory until it is written."""
+        return like.new_zeros(self._slots, like.shape[1], self._length, like.shape[3])
+
+    def _moved(self, old: torch.Tensor) -> torch.Tensor:
+        """Storage of the size that is reserved now, with what has been written."""
+        new = self._room(old)
+        slots = min(len(new), len(old))
+        new[:slots, :, : self._written] = old[:slots, :, : self._written]
+        return new
 
 
 def no_mask(**_: Any) -> None:
