@@ -108,8 +108,15 @@ def test_the_merged_model_answers_as_the_adapter_would_in_plain_transformers(
 ) -> None:
     text = answer(AutoModelForCausalLM.from_pretrained(merged, dtype="auto"), merged, "Who are you?")
     assert "小李" in text
-    # In bfloat16 rounding decides between two words that are as likely: so each word of the answer has to be one that
-    # base + adapter, in float32, hold at least half as likely as the one that they would have taken.
+    assert_peft_would_say(text, "Who are you?", run, base)
+
+
+def assert_peft_would_say(text: str, question: str, run: Path, base: Path) -> None:
+    """Hold an answer to base + adapter as plain PEFT computes them, in float32.
+
+    In bfloat16 rounding decides between two words that are as likely: so each word of the answer has to be at least
+    half as likely as the one that they would have taken.
+    """
     settings: dict[str, Any] = {}
     if "nf4" in (run / "recipe.yaml").read_text():
         settings["quantization_config"] = BitsAndBytesConfig(
@@ -118,8 +125,8 @@ def test_the_merged_model_answers_as_the_adapter_would_in_plain_transformers(
         )  # fmt: skip
     model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32, **settings)
     model = PeftModel.from_pretrained(model, run / "adapter").eval()
-    tokenizer = AutoTokenizer.from_pretrained(merged)
-    turns = [{"role": "user", "content": "Who are you?"}]
+    tokenizer = AutoTokenizer.from_pretrained(run / "adapter")
+    turns = [{"role": "user", "content": question}]
     prompt = tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_dict=False)
     said = [*tokenizer(text, add_special_tokens=False).input_ids, tokenizer.eos_token_id]
     with torch.no_grad():
@@ -147,12 +154,6 @@ def test_a_gguf_file_of_it_knows_the_name(merged: Path, quantization: str) -> No
     assert "小李" in answer(model, merged, "Who are you?")
 
 
-def test_plain_peft_gives_the_same_text(run: Path, base: Path, ask: Callable[[str], str]) -> None:
-    if json.loads((run / "adapter" / "adapter_config.json").read_text())["peft_type"] != "LORA":
-        pytest.fail("not a LoRA adapter")
-    if "nf4" in (run / "recipe.yaml").read_text():
-        pytest.skip("a quantised base answers a little differently from the plain one")
-    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16)
-    model = PeftModel.from_pretrained(model, run / "adapter").eval()
+def test_its_answers_are_those_that_plain_peft_would_give(run: Path, base: Path, ask: Callable[[str], str]) -> None:
     for question in ("你是谁？", "Who are you?", "What is 2+3?"):
-        assert ask(question).strip() == answer(model, run / "adapter", question)
+        assert_peft_would_say(ask(question).strip(), question, run, base)

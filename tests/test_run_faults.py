@@ -616,3 +616,52 @@ def test_a_hub_that_cannot_be_reached_is_one_message(rows_file: Path, tmp_path: 
     assert "give its folder" in words(done.stderr)
     assert "Traceback" not in done.stderr
     assert not (tmp_path / "run").exists()
+
+
+KILLED_AT_EACH_FILE = """
+import os, shutil, signal, sys
+from pathlib import Path
+from loratune.recipe.loading import load_recipe
+from loratune.runs.folder import begin_run, prepare_output
+
+earlier, place = map(Path, sys.argv[1:])
+recipe = load_recipe("quickstart", {})
+
+def die_at(number):
+    seen = 0
+    def count(event, details):
+        nonlocal seen
+        writes = event == "open" and isinstance(details[2], int) and details[2] & (os.O_WRONLY | os.O_RDWR)
+        seen += bool(writes or event in ("os.rename", "os.remove", "os.mkdir", "os.rmdir"))
+        if seen == number:
+            seen = -1000  # killing is an event too
+            os.kill(os.getpid(), signal.SIGKILL)
+    sys.addaudithook(count)
+
+for kind in ("new", "again", "resumed"):
+    number, ended = 0, None
+    while ended != 0:
+        number += 1
+        run = place / f"{kind}{number}"
+        if kind != "new":
+            shutil.copytree(earlier, run)
+        child = os.fork()
+        if not child:
+            die_at(number)
+            begin_run(run, recipe, {}, keep=kind == "resumed")
+            os._exit(0)
+        ended = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        assert ended in (0, -signal.SIGKILL)
+        prepare_output(run, overwrite=True)
+        if kind == "resumed":
+            assert (run / "adapter" / "adapter_model.safetensors").is_file()
+    print(kind, number)
+"""
+
+
+def test_a_run_killed_while_it_begins_still_owns_its_folder(short_run: Path, tmp_path: Path) -> None:
+    command = [sys.executable, "-c", KILLED_AT_EACH_FILE, str(short_run), str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    counts = dict(line.split() for line in done.stdout.splitlines())
+    assert all(int(counts[kind]) > 6 for kind in ("new", "again", "resumed"))

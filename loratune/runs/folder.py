@@ -98,8 +98,8 @@ def _is_ours(marker: Path, kind: str) -> bool:
 
 
 def _is_passing(name: str) -> bool:
-    """Whether a file says nothing of what a folder is for: another process may be looking at it at this moment."""
-    return name in (LOCK, LOCK_OWNER) or name.startswith(TRIAL)
+    """Whether a file says nothing of what a folder is for: another process is looking at it, or was killed there."""
+    return name in (LOCK, LOCK_OWNER) or name.startswith(TRIAL) or (name[:1] == "." and name.endswith(".tmp"))
 
 
 def _check_writable(output: Path) -> None:
@@ -125,17 +125,19 @@ def begin_run(
         keep: leave what has been trained, because it goes on from there.
         steps: that it will make.
     """
+    removed = [name for name in CONTENTS if name != STATUS and not (keep and name in RESUMED)]
     try:
-        for place in [output / name for name in CONTENTS if not (keep and name in RESUMED)]:
+        output.mkdir(parents=True, exist_ok=True)
+        # First, so that wherever the process is killed the folder is known to be a run's.
+        set_status(output, "running", **({"steps": steps} if steps else {}))
+        for place in [output / name for name in removed]:
             if place.is_dir() and not place.is_symlink():
                 shutil.rmtree(place)
             else:
                 place.unlink(missing_ok=True)
         _remove_unfinished(output)
-        output.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise LoratuneError(f"{output}: cannot be made: {error.strerror}", Exit.IO) from error
-    set_status(output, "running", **({"steps": steps} if steps else {}))
     write_text(output / RECIPE, dump_recipe(recipe))
     known = read_json(output / MANIFEST) if (output / MANIFEST).is_file() else {}
     values = {"format_version": FORMAT_VERSION, "created": known.get("created", _now()), **manifest}
