@@ -14,6 +14,8 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import Result
 
+from loratune.data.encoding import Encoder
+from loratune.errors import Exit, LoratuneError
 from loratune.model.update_size import update_sizes
 from loratune.training.answers import Answers, Told
 from loratune.training.health import GradientFlow, examine
@@ -168,3 +170,30 @@ def test_a_run_reports_its_health(
     told = health["answers"]["told"]
     assert f"{sum(one['has_changed'] for one in told)} of {len(told)} differ from the base's" in result.stderr
     assert told[0]["question"] in result.stderr
+
+
+def test_a_row_that_cannot_be_asked_does_not_disturb_the_end_of_a_run(
+    cli: Callable[..., Result], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Some templates refuse a conversation about tools that they are not given."""
+    refused: list[Any] = []
+    render = Encoder.prompt_ids
+
+    def picky(self: Encoder, messages: Any, tools: Any = ()) -> list[int]:
+        if messages[0]["content"] == "Add one":
+            refused.append(messages)
+            raise LoratuneError("the template refuses it", Exit.DATA)
+        return render(self, messages, tools)
+
+    rows = tmp_path / "rows.json"
+    texts = [("Add one", "It is 2."), ("Hi", "Hello")]
+    rows.write_text(json.dumps([{"instruction": question, "output": answer} for question, answer in texts]))
+    monkeypatch.setattr(Encoder, "prompt_ids", picky)
+    result = cli(
+        "sft", "--model.base", "tiny-qwen", "--data.train", rows, "--data.validation", "0", "--training.steps", "1",
+        "--output", tmp_path / "run",
+    )  # fmt: skip
+    assert result.exit_code == 0, result.stderr
+    assert refused
+    told = json.loads((tmp_path / "run" / "report.json").read_text())["health"]["answers"]["told"]
+    assert [one["question"] for one in told] == ["Hi"]

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
 from loratune import console
 from loratune.data.encoding import Encoder
 from loratune.data.preparation import PreparedData
+from loratune.errors import LoratuneError
 from loratune.model.decoder import BASE, Decoder, Running
 from loratune.model.sampling import Sampling
 from loratune.model.slots import DecodingError
@@ -70,14 +72,18 @@ def ask_questions(model: Any, encoder: Encoder, data: PreparedData) -> Answers |
     conversations = (data.validation or data.train).questions(MAX_QUESTIONS)
     with console.status("asking a few questions with the adapter and without it"):
         try:
-            return _ask(model.eval(), encoder, [messages for messages in conversations if len(messages) > 1])
+            return _ask(model.eval(), encoder, conversations)
         except DecodingError:
             return None
 
 
-def _ask(model: Any, encoder: Encoder, asked: Sequence[Sequence[Any]]) -> Answers:
+def _ask(model: Any, encoder: Encoder, conversations: Sequence[Sequence[Any]]) -> Answers:
     decoder, end = Decoder(model, slots=MAX_QUESTIONS), frozenset({encoder.end_id})
-    prompts = [encoder.prompt_ids(messages[:-1]) for messages in asked]
+    asked, prompts = [], []
+    for messages in (messages for messages in conversations if len(messages) > 1):
+        with suppress(LoratuneError):  # some templates render such a row only with the tools that it offers
+            prompts.append(encoder.prompt_ids(messages[:-1]))
+            asked.append(messages)
     expected = [len(encoder.answer_ids(messages[-1].get("content") or "")) for messages in asked]
     before = [Running(prompt, _greedy(COMPARED_TOKENS), end, BASE) for prompt in prompts]
     now = [
