@@ -8,7 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -35,15 +35,6 @@ VARIANTS = {
     "8-bit optimizer": ["--training.optimizer", "adamw_8bit"],
     "4-bit base": ["--model.quantization", "nf4", "--lora.dropout", "0.1"],
 }
-
-
-@pytest.fixture(autouse=True)
-def _signals_are_not_ignored() -> Iterator[None]:
-    """As they are in a shell's background job, and under nohup."""
-    before = {number: signal.signal(number, signal.SIG_DFL) for number in (signal.SIGINT, signal.SIGHUP)}
-    yield
-    for number, handler in before.items():
-        signal.signal(number, handler)
 
 
 @pytest.fixture
