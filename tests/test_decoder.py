@@ -261,10 +261,10 @@ def test_memory_of_keys_is_given_back_and_layers_without_keys_are_refused(monkey
     decoder = Decoder(model)
     decoder.add(Running(PROMPTS[1], Sampling(max_new_tokens=3), frozenset()))
     decoder.step()
-    assert decoder.cache_bytes > 1000
+    assert decoder._cache.size_bytes > 1000
     while not decoder.is_idle:
         decoder.step()
-    assert decoder.cache_bytes == 0
+    assert decoder._cache.size_bytes == 0
     model.config.layer_types = ["linear_attention", "full_attention"]
     with pytest.raises(DecodingError, match="linear_attention"):
         Decoder(model)
@@ -286,7 +286,7 @@ def test_answers_wait_where_keys_and_values_would_take_too_much() -> None:
         most = max(most, len(decoder.running))
     assert [running.tokens for running in asked] == expected
     assert 4 <= most < len(PROMPTS)
-    assert decoder.cache_bytes <= bound
+    assert decoder._cache.size_bytes <= bound
     alone = Decoder(model, slots=8, cache_budget_bytes=1)  # one at a time always runs
     asked = [Running(prompt, sampling, frozenset()) for prompt in PROMPTS]
     assert run(alone, asked) == expected

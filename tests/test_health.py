@@ -16,8 +16,10 @@ from typer.testing import Result
 
 from loratune.data.encoding import Encoder
 from loratune.errors import Exit, LoratuneError
+from loratune.model.decoder import Running
+from loratune.model.sampling import Sampling
 from loratune.model.update_size import update_sizes
-from loratune.training.answers import Answers, Told
+from loratune.training.answers import Answers, Told, _told
 from loratune.training.health import GradientFlow, examine
 from tests.conftest import ROWS
 
@@ -128,7 +130,10 @@ def test_answers_that_stay_or_never_end_are_told(adapted: Any, answers: list[Tol
 
 
 def test_the_report_s_answers_are_those_of_plain_peft(short_run: Path, random_qwen: Path) -> None:
-    answers = json.loads((short_run / "report.json").read_text())["health"]["answers"]["told"]
+    report = json.loads((short_run / "report.json").read_text())["health"]["answers"]
+    answers = report["told"]
+    assert report["changed"] == sum(answer["has_changed"] for answer in answers)
+    assert (report["judged"], report["ended"]) == (2, 0)
     tokenizer = AutoTokenizer.from_pretrained(random_qwen)
     model = PeftModel.from_pretrained(
         AutoModelForCausalLM.from_pretrained(random_qwen, dtype=torch.float32), short_run / "adapter"
@@ -197,3 +202,19 @@ def test_a_row_that_cannot_be_asked_does_not_disturb_the_end_of_a_run(
     assert refused
     told = json.loads((tmp_path / "run" / "report.json").read_text())["health"]["answers"]["told"]
     assert [one["question"] for one in told] == ["Hi"]
+
+
+def test_answers_that_are_alike_up_to_where_one_is_cut_off_are_no_change() -> None:
+    def ran(tokens: list[int], most: int, finish: str = "length") -> Running:
+        return Running([1], Sampling(max_new_tokens=most), frozenset(), tokens=tokens, finish=finish)
+
+    tokenizer = SimpleNamespace(decode=lambda ids, **_: str(ids))
+    messages = [{"content": "?"}, {"content": "!"}]
+    long = list(range(48))
+    for now, has_changed in (
+        (ran(long[:36], 36), False),
+        (ran([*long, 7, 8], 50), False),
+        (ran([*long[:35], 99], 36), True),
+        (ran(long[:5], 36, "stop"), True),
+    ):
+        assert _told(tokenizer, messages, 2, ran(long, 48), now).has_changed == has_changed

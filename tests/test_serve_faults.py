@@ -389,6 +389,7 @@ def test_a_client_that_leaves_while_its_question_is_handed_in_costs_no_generatio
         held.set()
         running.wait_until(lambda: bool(engine.tickets) and engine.tickets[0].cancelled.is_set())
         running.wait_until(lambda: not running.queue.replies)
+    assert engine.said == 0
 
 
 def test_a_client_that_does_not_read_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -402,6 +403,7 @@ def test_a_client_that_does_not_read_is_left(monkeypatch: pytest.MonkeyPatch) ->
             time.sleep(0.01)
         running.wait_until(engine.tickets[0].cancelled.is_set)
         running.wait_until(lambda: not running.queue.replies)
+        assert engine.said <= 100
         opened.close()
 
 

@@ -13,14 +13,13 @@ from loratune.errors import Exit, LoratuneError
 from loratune.generation.answering import Reply
 from loratune.generation.engine import Engine
 from loratune.generation.exchange import Question
-from loratune.model.sampling import Sampling
+from loratune.model.sampling import SEEDS, Sampling
 from loratune.writing import write_text
 
 BASE = "base"
 """What the model without adapter is called in commands."""
 MOST_CHARACTERS_PER_TOKEN = 16
 """A text with more is refused unread: tokenizing megabytes takes long, and hardly any text is so well compressed."""
-_SEEDS = 2**32
 
 
 @dataclass(frozen=True)
@@ -94,7 +93,7 @@ class ChatState:
         messages.append({"role": "user", "content": text})
         sampling = self.sampling
         if sampling.seed is not None and self.attempt:
-            sampling = replace(sampling, seed=(sampling.seed + self.attempt) % _SEEDS)
+            sampling = replace(sampling, seed=(sampling.seed + self.attempt) % SEEDS)
         uses = self.use_adapter if use_adapter is None else use_adapter
         return Question(messages, sampling, self.adapter, uses)
 

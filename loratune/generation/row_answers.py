@@ -19,13 +19,11 @@ from loratune import console
 from loratune.data.conversation import Message
 from loratune.errors import Interrupted, LoratuneError, counted
 from loratune.generation.answer_file import AnswerFile
-from loratune.generation.engine import Engine, Ticket
+from loratune.generation.engine import AHEAD, Engine, Ticket
 from loratune.generation.exchange import Piece, Question
 from loratune.generation.questions import AskedRow
-from loratune.model.sampling import Sampling
+from loratune.model.sampling import SEEDS, Sampling
 
-IN_HAND = 2
-"""Questions per slot that are handed in ahead, so that no slot waits for the next."""
 TOO_LONG = "too_long"
 """How a row ends whose question does not fit into the context."""
 BASE = "base"
@@ -35,7 +33,6 @@ RESULTS = ("row", "answer", "reasoning", "finish", "tokens", "metrics", BASE)
 SHOW_SECONDS = 0.5
 """How long the display waits at most for its next figures."""
 SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
-SEEDS = 2**32
 
 
 @dataclass(frozen=True)
@@ -147,7 +144,7 @@ class _Answering:
                 ticket.cancel()
 
     def _hand_in(self) -> None:
-        while self._waiting and len(self._open) < IN_HAND * self.engine.slots:
+        while self._waiting and len(self._open) < AHEAD * self.engine.slots:
             side, row = self._waiting.popleft()
             question, key = self.work.question(row, side), (row.number, side.answer)
             try:

@@ -105,11 +105,6 @@ class Decoder:
         """Whether there is nothing to do."""
         return not self.running and not self.waiting
 
-    @property
-    def cache_bytes(self) -> int:
-        """Memory of keys and values."""
-        return self._cache.size_bytes
-
     def add(self, running: Running) -> None:
         """Put a prompt in the queue."""
         self.waiting.append(running)

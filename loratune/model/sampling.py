@@ -9,6 +9,8 @@ import torch
 
 _CANDIDATES = 1024
 """The likeliest tokens that are looked at first; a wider distribution is sorted whole."""
+SEEDS = 2**32
+"""How many a user can choose from."""
 ALMOST_ZERO = 1e-4
 """Temperatures below take the likeliest token: a division by them would leave the range of float32."""
 

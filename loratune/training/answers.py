@@ -105,11 +105,12 @@ def _greedy(tokens: int) -> Sampling:
 
 def _told(tokenizer: Any, messages: Sequence[Any], expected: int, before: Running, now: Running) -> Told:
     can_be_judged = now.finish == "stop" or expected <= MAX_TOKENS // 2
+    compared = min(COMPARED_TOKENS, now.sampling.max_new_tokens)  # either may have been cut off there
     return Told(
         question=messages[-2].get("content") or "",
         expected=messages[-1].get("content") or "",
         base=tokenizer.decode(before.tokens, skip_special_tokens=True),
         adapter=tokenizer.decode(now.tokens, skip_special_tokens=True),
-        has_changed=now.tokens[:COMPARED_TOKENS] != before.tokens,
+        has_changed=now.tokens[:compared] != before.tokens[:compared],
         ended=now.finish == "stop" if can_be_judged else None,
     )

@@ -33,7 +33,8 @@ class Health:
 
     def as_json(self) -> dict[str, Any]:
         """For the report."""
-        return asdict(self)
+        counts = {name: getattr(self.answers, name) for name in ("changed", "judged", "ended")} if self.answers else {}
+        return asdict(self) | ({"answers": {**counts, **asdict(self.answers)}} if self.answers else {})
 
 
 class GradientFlow(TrainerCallback):

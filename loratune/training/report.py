@@ -100,13 +100,12 @@ def show_report(report: dict[str, Any]) -> None:
 
 def _answer_rows(answers: dict[str, Any] | None) -> list[tuple[str, str]]:
     """How the questions went, and one of them word for word."""
-    told = answers["told"] if answers else []
-    if not told:
+    if not answers or not answers["told"]:
         return []
-    changed, judged = sum(one["has_changed"] for one in told), [one for one in told if one["ended"] is not None]
-    summary = f"{changed} of {len(told)} differ from the base's"
-    if judged:
-        summary += f", {sum(one['ended'] for one in judged)} of {len(judged)} end by themselves"
+    told = answers["told"]
+    summary = f"{answers['changed']} of {len(told)} differ from the base's"
+    if answers["judged"]:
+        summary += f", {answers['ended']} of {answers['judged']} end by themselves"
     shown = next((one for one in told if one["has_changed"]), told[0])
     said = [(name, _one_line(shown[key])) for name, key in SHOWN.items()]
     return [("answers", summary), *said]
