@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch.nn import functional
 
+from loratune.model.few_rows import FewRowProducts
 from loratune.model.prefixes import Prefixes
 from loratune.model.sampling import Sampling, TokenChooser
 from loratune.model.slots import Feed, SlotCache, reserved_tokens, token_bytes, use_slot_attention
@@ -244,15 +245,17 @@ class Decoder:
         """Logits [rows, keep, vocabulary] of the last positions of a pass over new tokens."""
         filled = [[0] * (feed.width - len(tokens)) + list(tokens) for tokens in new]
         cache.feed = feed
-        output = self.model(
-            input_ids=torch.tensor(filled, device=self.device),
-            position_ids=feed.positions,
-            past_key_values=cache,
-            use_cache=True,
-            logits_to_keep=keep,
-            feed=feed,
-            **self._take_adapters(adapters),
-        )
+        taken = self._take_adapters(adapters)
+        with FewRowProducts():
+            output = self.model(
+                input_ids=torch.tensor(filled, device=self.device),
+                position_ids=feed.positions,
+                past_key_values=cache,
+                use_cache=True,
+                logits_to_keep=keep,
+                feed=feed,
+                **taken,
+            )
         logits: torch.Tensor = output.logits
         return logits
 
