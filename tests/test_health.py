@@ -211,6 +211,14 @@ def test_answers_that_are_alike_up_to_where_one_is_cut_off_are_no_change() -> No
     tokenizer = SimpleNamespace(decode=lambda ids, **_: str(ids))
     messages = [{"content": "?"}, {"content": "!"}]
     long = list(range(48))
+    stopped = ran(long[:20], 48, "stop")
+    for before, now, has_changed in (
+        (stopped, ran(long[:20], 48, "stop"), False),
+        (stopped, ran(long[:9], 48), False),
+        (stopped, ran(long[:21], 48), True),
+        (ran(long[:9], 48), ran(long[:20], 48, "stop"), False),
+    ):
+        assert _told(tokenizer, messages, 2, before, now).has_changed == has_changed
     for now, has_changed in (
         (ran(long[:36], 36), False),
         (ran([*long, 7, 8], 50), False),

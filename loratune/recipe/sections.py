@@ -140,7 +140,7 @@ class TrainingSettings(Section):
 
 
 class EvaluationSettings(Section):
-    """Validation during training."""
+    """Validation during training, and the questions after it."""
 
     every_steps: int = Field(default=50, ge=1)
     """Steps between validations; there is always one before the first and one after the last step."""
@@ -148,6 +148,8 @@ class EvaluationSettings(Section):
     """Rows that one device takes at once in validation; default is training.batch_size."""
     early_stopping: int | None = Field(default=None, ge=1)
     """Stop after this many validations in a row without a better loss."""
+    questions_share: float = Field(default=0.2, ge=0, le=10)
+    """Most time for the closing questions, as a share of the training's, but 10 seconds at least; 0 asks none."""
 
 
 class CheckpointSettings(Section):

@@ -1,17 +1,41 @@
-"""What is said when the machine has no more memory or disk."""
+"""What is said when the machine has no more memory or disk, or when something fails that a run can do without."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TypeVar
 
+from loratune import console
 from loratune.errors import Exit, LoratuneError
 from loratune.model.memory import is_out_of_memory
 from loratune.recipe.sections import Recipe
 from loratune.writing import disk_errors_explained
 
 ADVICE_LIMIT = 3
+Made = TypeVar("Made")
+
+
+def attempted(what: str, make: Callable[[], Made], warnings: list[str] | None = None) -> Made | None:
+    """Make something that a finished run can do without.
+
+    Args:
+        what: its name, for the warning.
+        make: makes it.
+        warnings: gets a sentence if it fails.
+
+    Returns:
+        What was made; None if that failed, which has been said.
+    """
+    try:
+        return make()
+    except Exception as error:
+        sentence = f"{what} could not be made, and the run is finished without: {type(error).__name__}: {error}"
+        console.warn(sentence)
+        if warnings is not None:
+            warnings.append(sentence)
+        return None
 
 
 @contextmanager

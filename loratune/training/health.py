@@ -33,7 +33,11 @@ class Health:
 
     def as_json(self) -> dict[str, Any]:
         """For the report."""
-        counts = {name: getattr(self.answers, name) for name in ("changed", "judged", "ended")} if self.answers else {}
+        counts = (
+            {name: getattr(self.answers, name) for name in ("changed", "judged", "ended", "cut_short")}
+            if self.answers
+            else {}
+        )
         return asdict(self) | ({"answers": {**counts, **asdict(self.answers)}} if self.answers else {})
 
 
@@ -88,7 +92,7 @@ def _about_updates(health: Health) -> list[str]:
 
 def _about_answers(answers: Answers | None) -> list[str]:
     sentences = []
-    if answers and answers.told and not answers.changed:
+    if answers and answers.told and not answers.changed and not answers.cut_short:
         sentences.append(
             f"none of {counted(len(answers.told), 'question')} is answered differently: the adapter has learnt "
             "nothing that shows; raise training.learning_rate or lora.rank, or train longer"

@@ -1,19 +1,19 @@
-"""What happened in a run: report.json, loss.png, and the closing table."""
+"""What happened in a run: report.json, and the closing table."""
 
 from __future__ import annotations
 
 import shlex
 import textwrap
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from loratune import console
 from loratune.model.memory import peak_memory_bytes
-from loratune.runs.folder import PLOT, REPORT
+from loratune.runs.folder import REPORT
 from loratune.runs.versions import library_versions
 from loratune.training.callbacks import Metrics
 from loratune.training.checkpoints import CheckpointKeeper
-from loratune.training.health import Health
-from loratune.training.plot import plot_losses
+from loratune.training.failures import attempted
 from loratune.writing import write_json
 
 if TYPE_CHECKING:
@@ -24,16 +24,25 @@ if TYPE_CHECKING:
 SHOWN = {"  asked": "question", "  base": "base", "  adapter": "adapter"}
 """What the closing table says of one question."""
 SHOWN_LETTERS = 140
+ROWS: dict[str, tuple[tuple[str, ...], Callable[[dict[str, Any]], str]]] = {
+    "steps": (("seconds",), lambda it: f"{it['steps']} ({it['epochs']:g} epochs) in {it['seconds']:.0f} s"),
+    "training loss": (("loss",), lambda it: f"{it['loss']['first']:.4f} → {it['loss']['last']:.4f}"),
+    "validation loss": (("validation_loss",), lambda it: _validation_text(it["validation_loss"])),
+    "speed": (("tokens_per_second",), lambda it: f"{it['tokens_per_second']:g} tokens/s"),
+    "start-up": (("start_up_seconds",), lambda it: _stages_text(it["start_up_seconds"])),
+    "peak memory": (("peak_memory_bytes",), lambda it: console.memory(it["peak_memory_bytes"])),
+    "update": (("health",), lambda it: _update_text(it["health"]["updates"])),
+}
+"""Of the closing table: the parts of the report that it takes, and what it says."""
 
 
 def write_report(
-    session: Session, trainer: AdapterTrainer, metrics: Metrics, keeper: CheckpointKeeper, health: Health
+    session: Session, trainer: AdapterTrainer, metrics: Metrics, keeper: CheckpointKeeper
 ) -> dict[str, Any]:
-    """Put together what happened, write report.json and loss.png, and return the report.
+    """Put together what happened, write report.json, and return it; what cannot be told is None.
 
     Losses are in nats per answer token, memory in bytes, speed in tokens per second without padding.
     """
-    losses, validations = metrics.of("loss"), metrics.of("validation_loss")
     data = session.data
     report = {
         "state": "finished",
@@ -46,25 +55,33 @@ def write_report(
             "training": len(data.train),
             "validation": len(data.validation) if data.validation else 0,
         },
-        "loss": {"first": losses[0][1], "last": losses[-1][1]},
-        "validation_loss": _validation(validations, keeper) if validations else None,
-        "seconds": metrics.records[-1]["seconds"],
-        "tokens": int(metrics.of("tokens")[-1][1]),
-        "tokens_per_second": metrics.tokens_per_second,
-        "peak_memory_bytes": peak_memory_bytes(session.hardware),
-        "gradient_checkpointing": session.arguments.gradient_checkpointing,
-        "start_up_seconds": session.start_up.seconds,
-        "adapter": vars(session.summary),
-        "health": health.as_json(),
-        "warnings": session.warnings,
-        "versions": library_versions(),
     }
+    parts: dict[str, Callable[[], Any]] = {
+        "loss": lambda: _loss(metrics.of("loss")),
+        "validation_loss": lambda: _validation(metrics.of("validation_loss"), keeper),
+        "seconds": lambda: metrics.records[-1]["seconds"],
+        "tokens": lambda: int(metrics.of("tokens")[-1][1]),
+        "tokens_per_second": lambda: metrics.tokens_per_second,
+        "peak_memory_bytes": lambda: peak_memory_bytes(session.hardware),
+        "gradient_checkpointing": lambda: session.arguments.gradient_checkpointing,
+        "start_up_seconds": lambda: session.start_up.seconds,
+        "adapter": lambda: vars(session.summary),
+        "versions": library_versions,
+    }
+    for name, make in parts.items():
+        report[name] = attempted(f"{name} of the report", make, session.warnings)
+    report |= {"health": None, "warnings": session.warnings}
     write_json(session.output / REPORT, report)
-    plot_losses(metrics, session.output / PLOT)
     return report
 
 
-def _validation(validations: list[tuple[int, float]], keeper: CheckpointKeeper) -> dict[str, Any]:
+def _loss(losses: list[tuple[int, float]]) -> dict[str, float]:
+    return {"first": losses[0][1], "last": losses[-1][1]}
+
+
+def _validation(validations: list[tuple[int, float]], keeper: CheckpointKeeper) -> dict[str, Any] | None:
+    if not validations:
+        return None
     taken_step = keeper.best_step if keeper.best_checkpoint and keeper.best_step else validations[-1][0]
     return {
         "before": validations[0][1],
@@ -77,23 +94,16 @@ def _validation(validations: list[tuple[int, float]], keeper: CheckpointKeeper) 
 
 def show_report(report: dict[str, Any]) -> None:
     """The closing table, and what to type next."""
-    rows = [("steps", f"{report['steps']} ({report['epochs']:g} epochs) in {report['seconds']:.0f} s")]
-    rows.append(("training loss", f"{report['loss']['first']:.4f} → {report['loss']['last']:.4f}"))
-    validation = report["validation_loss"]
-    if validation:
-        taken = f", adapter of step {validation['adapter_step']}"
-        rows.append(("validation loss", f"{validation['before']:.4f} → {validation['after']:.4f}{taken}"))
-    if report["stopped_early"]:
-        rows.append(("stopped early", "the validation loss no longer fell"))
-    rows.append(("speed", f"{report['tokens_per_second']:g} tokens/s"))
-    stages = report["start_up_seconds"]
-    rows.append(("start-up", f"{sum(stages.values()):.0f} s: " + ", ".join(f"{k} {v:.1f}" for k, v in stages.items())))
-    rows.append(("peak memory", console.memory(report["peak_memory_bytes"])))
-    rows.append(("update", _update_text(report["health"]["updates"])))
-    rows += _answer_rows(report["health"]["answers"])
+    rows = [
+        (name, text(report))
+        for name, (parts, text) in ROWS.items()
+        if all(report.get(part) is not None for part in parts)
+    ]
+    health = report["health"] or {"answers": None, "sentences": []}
+    rows += _answer_rows(health["answers"])
     rows.append(("run folder", report["output"]))
     console.table(rows, title="done")
-    for sentence in report["health"]["sentences"]:
+    for sentence in health["sentences"]:
         console.warn(sentence)
     console.next_step(f"next: loratune infer --adapter {shlex.quote(report['output'])}")
 
@@ -106,6 +116,8 @@ def _answer_rows(answers: dict[str, Any] | None) -> list[tuple[str, str]]:
     summary = f"{answers['changed']} of {len(told)} differ from the base's"
     if answers["judged"]:
         summary += f", {answers['ended']} of {answers['judged']} end by themselves"
+    if answers.get("cut_short"):
+        summary += f", {answers['cut_short']} cut short for time (evaluation.questions_share)"
     shown = next((one for one in told if one["has_changed"]), told[0])
     said = [(name, _one_line(shown[key])) for name, key in SHOWN.items()]
     return [("answers", summary), *said]
@@ -113,6 +125,14 @@ def _answer_rows(answers: dict[str, Any] | None) -> list[tuple[str, str]]:
 
 def _one_line(text: str) -> str:
     return textwrap.shorten(text, SHOWN_LETTERS, placeholder=" …") or "(nothing)"
+
+
+def _validation_text(validation: dict[str, Any]) -> str:
+    return f"{validation['before']:.4f} → {validation['after']:.4f}, adapter of step {validation['adapter_step']}"
+
+
+def _stages_text(stages: dict[str, float]) -> str:
+    return f"{sum(stages.values()):.0f} s: " + ", ".join(f"{name} {seconds:.1f}" for name, seconds in stages.items())
 
 
 def _update_text(updates: dict[str, dict[str, Any]]) -> str:

@@ -13,7 +13,10 @@ from loratune.runs.checkpoint import Checkpoint, named_checkpoint, newest_checkp
 from loratune.runs.folder import ADAPTER, CHECKPOINTS, STATUS, read_json
 
 NEWEST, AUTO = "newest", "auto"
-FREE = ("output", "tracking", "checkpoints.keep", "checkpoints.every_steps", "data.train", "data.validation")
+FREE = (
+    *("output", "tracking", "checkpoints.keep", "checkpoints.every_steps", "data.train", "data.validation"),
+    "evaluation.questions_share",
+)
 """Settings and sections without a bearing on the adapter; files count by what they hold."""
 LENGTHS = ("training.epochs", "training.steps")
 """A run may be made longer."""

@@ -37,14 +37,14 @@ from loratune.runs.probe import MAX_QUESTIONS, save_probe
 from loratune.runs.tokenizer_files import copy_tokenizer_files
 from loratune.runs.versions import library_versions
 from loratune.training.activations import measure_activations
-from loratune.training.answers import ask_questions
 from loratune.training.arguments import compute_again, training_arguments
 from loratune.training.batching import Batching
 from loratune.training.callbacks import DivergenceGuard, Metrics, Progress
 from loratune.training.checkpoints import CheckpointKeeper, check_room
+from loratune.training.closing import close_run
 from loratune.training.failures import machine_errors_explained
 from loratune.training.gate import pass_gate
-from loratune.training.health import GradientFlow, examine
+from loratune.training.health import GradientFlow
 from loratune.training.overview import parts_of_memory, show_data, show_model
 from loratune.training.report import write_report
 from loratune.training.resuming import Resume, check_identity, completion, find_start, identity_of
@@ -155,7 +155,10 @@ def _train(session: Session, identity: dict[str, Any], start: Checkpoint | None)
             running.trackers.close()
         stops.raise_if_any()
         _take_best(trainer, running.keeper)
-        return _finish(session, running) if console.IS_SPEAKER else {}
+        report = _finish(session, running) if console.IS_SPEAKER else {}
+    if console.IS_SPEAKER:
+        close_run(session, running, report)
+    return report
 
 
 def _go_on(running: Running, start: Checkpoint, steps: int) -> None:
@@ -252,15 +255,14 @@ def _take_best(trainer: AdapterTrainer, keeper: CheckpointKeeper) -> None:
 
 
 def _finish(session: Session, running: Running) -> dict[str, Any]:
-    """Write the adapter with its tokenizer and card, the report and the picture, and seal the run."""
-    trainer, metrics, keeper, _, flow, _ = running
+    """Write the adapter with its tokenizer and card, then the report, and seal the run."""
+    trainer, metrics, keeper, *_ = running
     model = trainer.accelerator.unwrap_model(trainer.model)
     with folder_in_one_step(session.output / ADAPTER) as folder:
         save_adapter(model, folder)
         copy_tokenizer_files(session.base, folder)
         write_card(folder, session.recipe)
-    health = examine(model, flow, metrics, ask_questions(model, session.encoder, session.data))
-    report = write_report(session, trainer, metrics, keeper, health)
+    report = write_report(session, trainer, metrics, keeper)
     seal_run(session.output)
     stood = {"step": trainer.state.global_step, "steps": trainer.state.max_steps, "stopped_early": keeper.stopped_early}
     set_status(session.output, "finished", **stood)

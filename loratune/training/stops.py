@@ -24,14 +24,23 @@ class ValidationStopped(Exception):  # noqa: N818 - nothing is wrong
 
 
 class Stops(TrainerCallback):
-    """Waits for signals. While steps are made, the first lets the step end and be saved; any other stops at once."""
+    """Waits for signals.
+
+    While steps are made, the first lets the step end and be saved; at the end of a finished run it skips the closing
+    questions. Any other stops at once.
+    """
 
     def __init__(self) -> None:
         self.signal: int | None = None
         """The one that has come and waits for the step's end."""
         self.validation_is_due = False
         """Whether the last step should have been validated and was not."""
-        self._waits_for_step = False
+        self._told = ""  # when a signal is only noted; nothing where it raises
+
+    @property
+    def has_come(self) -> bool:
+        """Whether a signal has been noted."""
+        return self.signal is not None
 
     @contextmanager
     def heeded(self) -> Iterator[None]:
@@ -52,11 +61,22 @@ class Stops(TrainerCallback):
     @contextmanager
     def after_step(self) -> Iterator[None]:
         """While steps are made: a signal is noted, and heeded between two of them."""
-        self._waits_for_step = True
+        with self._noted("stopping after this step, with a checkpoint; again to stop at once"):
+            yield
+
+    @contextmanager
+    def skipping(self) -> Iterator[None]:
+        """While a finished run is looked at: a signal is noted, and skips what takes long."""
+        with self._noted("skipping the closing questions; the run is finished and saved; again to stop at once"):
+            yield
+
+    @contextmanager
+    def _noted(self, told: str) -> Iterator[None]:
+        self._told = told
         try:
             yield
         finally:
-            self._waits_for_step = False
+            self._told = ""
 
     def raise_if_any(self) -> None:
         """Stop here if a signal has come.
@@ -68,13 +88,13 @@ class Stops(TrainerCallback):
             raise Interrupted(self.signal)
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
-        if not self._waits_for_step or self.signal is not None:
-            self._waits_for_step = False
+        if not self._told or self.signal is not None:
+            self._told = ""
             raise Interrupted(number)
         self.signal = number
         if console.IS_SPEAKER:
             # Not by the console, which may be in the middle of something.
-            os.write(2, b"\nstopping after this step, with a checkpoint; again to stop at once\n")
+            os.write(2, f"\n{self._told}\n".encode())
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """End here with a checkpoint if a signal has come to any process; a validation is left to the resumed run."""
