@@ -51,10 +51,11 @@ def test_one_packed_row_is_a_batch_with_its_borders() -> None:
         "cu_seq_lens_k": [0, 5, 8],
         "max_length_q": 5,
         "max_length_k": 5,
+        "seq_idx": [[0, 0, 0, 0, 0, 1, 1, 1]],
         "about": {"sequences": [2, 0], "filling": 0},
     }
     assert all(batch[name].dtype == torch.int64 for name in ("input_ids", "labels", "position_ids"))
-    assert all(batch[f"cu_seq_lens_{side}"].dtype == torch.int32 for side in "qk")
+    assert all(batch[name].dtype == torch.int32 for name in ("cu_seq_lens_q", "cu_seq_lens_k", "seq_idx"))
 
 
 def test_several_packed_rows_become_one() -> None:
@@ -84,6 +85,9 @@ def test_every_sequence_of_a_packed_data_set_is_found_between_borders(lengths: l
         ]
         found += [batch["input_ids"][0, start:end].tolist() for start, end in pairwise(borders)]
         assert batch["max_length_q"] == max(batch["cu_seq_lens_q"].diff().tolist())
+        assert batch["seq_idx"].shape == batch["input_ids"].shape
+        assert batch["seq_idx"][0].bincount().tolist() == batch["cu_seq_lens_q"].diff().tolist()
+        assert (batch["seq_idx"][0].diff() >= 0).all()
     assert sorted(found) == sequences
 
 

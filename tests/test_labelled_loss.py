@@ -9,10 +9,120 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from rounding import assert_same_but_rounding
+from transformers import (
+    Cohere2Config,
+    Gemma2Config,
+    GraniteConfig,
+    LlamaConfig,
+    MiniCPM3Config,
+    MistralConfig,
+    Qwen2Config,
+    Qwen3Config,
+)
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from loratune.data.encoding import IGNORED
+from loratune.errors import Exit, LoratuneError
 from loratune.training import labelled_loss
-from loratune.training.labelled_loss import add_labelled_loss, summed_loss
+from loratune.training.labelled_loss import OwnHead, add_labelled_loss, head_of, summed_loss
+
+SHAPE: dict[str, Any] = {
+    "vocab_size": 99, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "head_dim": 8, "bos_token_id": None, "eos_token_id": None, "pad_token_id": None,
+}  # fmt: skip
+TERMS = 2 * 2 * 7 * 48 + 99
+"""There and back through the products of two layers, and the head."""
+
+
+def tiny(config: type, **settings: Any) -> Any:
+    """A model of a family, with weights so large that scales and caps show."""
+    torch.manual_seed(0)
+    model = MODEL_FOR_CAUSAL_LM_MAPPING[config](config(**SHAPE | settings))
+    for weight in model.parameters():
+        if weight.ndim > 1:
+            torch.nn.init.normal_(weight, std=0.8 * weight.shape[-1] ** -0.5)
+    return model.eval()
+
+
+def scaled(family: str) -> Any:
+    """Models that scale or cap what lies between states and logits."""
+    heads = {"kv_lora_rank": 16, "q_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 8}
+    return {
+        "cohere2": lambda: tiny(Cohere2Config, logit_scale=0.25),
+        "gemma2": lambda: tiny(Gemma2Config, final_logit_softcapping=2.0, query_pre_attn_scalar=8),
+        "granite": lambda: tiny(GraniteConfig, logits_scaling=7.0),
+        "minicpm3": lambda: tiny(MiniCPM3Config, num_key_value_heads=4, **heads),
+    }[family]()
+
+
+def labelled_rows() -> tuple[torch.Tensor, torch.Tensor]:
+    """Ids and labels of which some are left out, a whole row's among them."""
+    random = torch.Generator().manual_seed(0)
+    ids = torch.randint(3, 99, (3, 8), generator=random)
+    labels = torch.where(torch.rand(3, 8, generator=random) < 0.5, ids, IGNORED)
+    labels[1] = IGNORED
+    return ids, labels
+
+
+@pytest.mark.parametrize("is_frozen", [True, False], ids=["frozen", "trained head"])
+@pytest.mark.parametrize("family", ["cohere2", "gemma2", "granite", "minicpm3"])
+def test_the_loss_of_scaled_and_capped_logits_is_the_model_s_own(
+    family: str, is_frozen: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(labelled_loss, "CHUNK_BYTES", 4 * 99 * 5)
+    monkeypatch.setattr(labelled_loss, "POSITIONS_UNIT", 1)
+    model = scaled(family)
+    model.requires_grad_(not is_frozen)
+    trained = model.model.layers[0].input_layernorm.weight.requires_grad_()
+    wanted = [trained] if is_frozen else [trained, model.get_output_embeddings().weight]
+    ids, labels = labelled_rows()
+    logits = model(input_ids=ids, use_cache=False).logits
+    expected = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), reduction="sum")
+    gradients = torch.autograd.grad(expected, wanted)
+    with torch.no_grad():
+        head = model.get_output_embeddings()
+        by_head = head(model.model(input_ids=ids, use_cache=False).last_hidden_state)
+        assert not torch.allclose(by_head, logits, rtol=1e-2)
+    add_labelled_loss(model)
+    assert isinstance(head_of(model), OwnHead)
+    out = model(input_ids=ids, labels=labels, summed_loss=True)
+    assert_same_but_rounding(out.loss_sum, expected, TERMS)
+    for mine, theirs in zip(torch.autograd.grad(out.loss_sum, wanted), gradients, strict=True):
+        assert_same_but_rounding(mine, theirs, TERMS)
+    assert torch.equal(model(input_ids=ids, use_cache=False).logits, logits)
+
+
+@pytest.mark.parametrize("config", [Qwen2Config, Qwen3Config, LlamaConfig, MistralConfig])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_head_that_is_all_there_is_between_states_and_logits_is_taken_itself(config: type, dtype: Any) -> None:
+    model = tiny(config).to(dtype).train()
+    assert head_of(model) is model.get_output_embeddings()
+    assert model.training
+    assert not any(module._forward_hooks for module in model.modules())
+
+
+def test_so_is_that_of_a_model_whose_weights_are_not_numbers() -> None:
+    model = tiny(Qwen2Config)
+    model.model.norm.weight.data.fill_(float("nan"))  # which the first step tells
+    assert head_of(model) is model.get_output_embeddings()
+
+
+def test_a_model_whose_logits_depend_on_more_than_its_states_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny(Qwen2Config)
+    plain, calls = model.forward, []
+
+    def forward(*arguments: Any, **settings: Any) -> Any:
+        calls.append(None)
+        output = plain(*arguments, **settings)
+        output.logits = output.logits + len(calls)
+        return output
+
+    monkeypatch.setattr(model, "forward", forward)
+    with pytest.raises(LoratuneError, match="do not follow from its decoder's last states") as caught:
+        add_labelled_loss(model)
+    assert caught.value.exit_code == Exit.MODEL
+    assert model.forward is forward
 
 
 def plain(hidden: torch.Tensor, targets: torch.Tensor, head: Any) -> torch.Tensor:

@@ -12,7 +12,7 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, Lfm2Config, Lfm2ForCausalLM
 from transformers.models.qwen2.modeling_qwen2 import Qwen2Attention
 from typer.testing import Result
 
@@ -75,7 +75,7 @@ def test_a_step_takes_what_the_allocator_hands_out(random_qwen: Path) -> None:
     use_fused_lora(adapted)
     torch.manual_seed(3)
     before = torch.get_rng_state()
-    found = measure_activations(adapted, 128, 128, detect_hardware())
+    found = measure_activations(adapted, 128, 128, True, detect_hardware())
     assert torch.equal(torch.get_rng_state(), before)
     inputs = torch.arange(128)[None]
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
@@ -84,6 +84,19 @@ def test_a_step_takes_what_the_allocator_hands_out(random_qwen: Path) -> None:
     assert hidden.requires_grad
     assert found.kept_bytes == pytest.approx(held, rel=0.1)
     assert found.needed_bytes > found.kept_bytes
+
+
+def test_borders_of_documents_are_passed_only_where_rows_are_packed() -> None:
+    """transformers refuses them where a layer with a state cannot keep documents apart, as here without its kernel."""
+    torch.manual_seed(0)
+    config = Lfm2Config(
+        vocab_size=99, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, layer_types=["conv", "full_attention"], block_auto_adjust_ff_dim=False,
+    )  # fmt: skip
+    adapted = get_peft_model(Lfm2ForCausalLM(config), LoraConfig(r=4, target_modules="all-linear"))
+    assert measure_activations(adapted, 128, 70, False, detect_hardware()).kept_bytes > 0
+    with pytest.raises(ValueError, match="can't keep packed sequences apart"):
+        measure_activations(adapted, 128, 70, True, detect_hardware())
 
 
 @contextmanager

@@ -80,6 +80,8 @@ def collate_packed(items: Sequence[dict[str, list[int]]]) -> dict[str, Any]:
         input_ids, labels and position_ids, int64 [1, tokens]; the positions start anew with each document.
         cu_seq_lens_q and cu_seq_lens_k, int32 [documents + 1], where documents begin and the last one ends.
         max_length_q and max_length_k, the longest document.
+        seq_idx, int32 [1, tokens], the number of each token's document, as layers with a state of their own take it.
+        transformers refuses it where such a layer cannot keep documents apart; attention does without it.
         about, which is not for the model: the numbers of the `sequences`, and the length of the `filling` document.
     """
     lengths = [length for item in items for length in item["lengths"]]
@@ -95,6 +97,7 @@ def collate_packed(items: Sequence[dict[str, list[int]]]) -> dict[str, Any]:
     }
     batch["about"] = {"sequences": sequences, "filling": filling}
     batch["position_ids"] = torch.cat([torch.arange(length) for length in lengths])[None]
+    batch["seq_idx"] = torch.arange(len(lengths), dtype=torch.int32).repeat_interleave(torch.tensor(lengths))[None]
     for side in ("q", "k"):
         batch[f"cu_seq_lens_{side}"] = torch.from_numpy(ends.copy())
         batch[f"max_length_{side}"] = max(lengths)

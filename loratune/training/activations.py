@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from loratune import console
-from loratune.data.batches import collate_packed
+from loratune.data.batches import collate_packed, collate_padded
 from loratune.model.hardware import Hardware
 from loratune.model.memory import free_memory_bytes
 from loratune.training.labelled_loss import CHUNK_BYTES
@@ -38,18 +38,19 @@ class Activations:
         return self.needed_bytes <= self.free_bytes
 
 
-def measure_activations(model: Any, tokens: int, longest: int, hardware: Hardware) -> Activations:
+def measure_activations(model: Any, tokens: int, longest: int, is_packed: bool, hardware: Hardware) -> Activations:
     """Have the model show on a short document what it keeps for each token.
 
     Args:
         model: a PEFT model on its device.
         tokens: of the largest batch.
         longest: tokens of the longest document.
+        is_packed: whether batches are rows of several documents, with their borders, or padded.
         hardware: where the model is.
     """
     length = min(longest, SAMPLE_TOKENS)
     row = {"input_ids": [0] * length, "labels": [0] * length, "lengths": [length], "sequences": [0]}
-    batch = collate_packed([row])
+    batch = collate_packed([row]) if is_packed else collate_padded([row], pad_token_id=0)
     for unused in ("labels", "about"):
         del batch[unused]
     base = model.get_base_model()

@@ -207,7 +207,7 @@ def _load(prepared: Prepared) -> Session:
     activations = None
     if recipe.training.gradient_checkpointing is None:
         tokens, longest = prepared.plan.largest_batch_tokens, prepared.data.train.longest
-        activations = measure_activations(adapted, tokens, longest, hardware)
+        activations = measure_activations(adapted, tokens, longest, recipe.training.packing, hardware)
         compute_again(prepared.arguments, not activations.fit)
     prepared.held.update(parts_of_memory(summary, activations, prepared.plan.largest_batch_tokens))
     show_model(recipe, hardware, summary, dtype_name(model.dtype), activations)
