@@ -62,6 +62,7 @@ FULL = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         ("closing.ask_questions", RuntimeError("a bug"), "answers"),
         ("closing.ask_questions", MemoryError(), "answers"),
         ("answers._told", UnicodeDecodeError("utf-8", b"\xff", 0, 1, "no text"), "answers"),
+        ("session.write_card", KeyError("a bug"), "card"),
         ("closing.examine", ZeroDivisionError("a bug"), "health"),
         ("closing.write_json", FULL, "health"),
         ("closing.plot_losses", FULL, "plot"),
@@ -89,6 +90,7 @@ def test_what_fails_at_the_end_is_told_and_costs_nothing_else(
     for part in ("loss", "versions"):
         assert (report[part] is None) == (missing == part)
     assert (run / "loss.png").exists() == (missing != "plot")
+    assert (run / "adapter" / "README.md").exists() == (missing != "card")
     assert ("next: loratune infer" in result.stderr) == (missing != "table")
     if missing not in ("table", "plot") and place != "closing.write_json":
         assert any(type(error).__name__ in warning for warning in report["warnings"])

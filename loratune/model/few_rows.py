@@ -1,8 +1,8 @@
 """Products of a few rows with a large float32 matrix on a CPU, which is what a step of decoding consists of.
 
-Such a product is as fast as the matrix can be read, but the BLAS below torch treats it like one of many rows: it copies
-the matrix into another order first, or reads it with one thread. As a batch of products with blocks of the matrix it
-takes half the time or less (2 cores, 8 rows, Qwen2.5 0.5B: 95 instead of 180 ms for all of a step).
+Such a product should be as fast as the matrix can be read, but MKL computes it on one core, or nearly so: with 8 rows
+the head of Qwen2.5 0.5B takes 76 ms on one core and 59 ms on two, which read it in 15 ms. As a batch of products with
+blocks of the matrix, which MKL shares among the cores, it takes 28 ms.
 """
 
 from __future__ import annotations

@@ -42,7 +42,7 @@ from loratune.training.batching import Batching
 from loratune.training.callbacks import DivergenceGuard, Metrics, Progress
 from loratune.training.checkpoints import CheckpointKeeper, check_room
 from loratune.training.closing import close_run
-from loratune.training.failures import machine_errors_explained
+from loratune.training.failures import attempted, machine_errors_explained
 from loratune.training.gate import pass_gate
 from loratune.training.health import GradientFlow
 from loratune.training.overview import parts_of_memory, show_data, show_model
@@ -261,7 +261,7 @@ def _finish(session: Session, running: Running) -> dict[str, Any]:
     with folder_in_one_step(session.output / ADAPTER) as folder:
         save_adapter(model, folder)
         copy_tokenizer_files(session.base, folder)
-        write_card(folder, session.recipe)
+        attempted("the adapter's card", lambda: write_card(folder, session.recipe), session.warnings)
     report = write_report(session, trainer, metrics, keeper)
     seal_run(session.output)
     stood = {"step": trainer.state.global_step, "steps": trainer.state.max_steps, "stopped_early": keeper.stopped_early}
