@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch.nn import functional
 
-from loratune.model.few_rows import FewRowProducts
+from loratune.model.few_rows import give_up_few_row_products, use_few_row_products
 from loratune.model.prefixes import Prefixes
 from loratune.model.sampling import Sampling, TokenChooser
 from loratune.model.slots import Feed, SlotCache, reserved_tokens, token_bytes, use_slot_attention
@@ -83,6 +83,7 @@ class Decoder:
         self._has_adapters = hasattr(model, "get_base_model")
         base = model.get_base_model() if self._has_adapters else model
         use_slot_attention(base)
+        self._large_layers = use_few_row_products(base)
         # The last position's states are strided; a bfloat16 product of strided rows is a hundred times slower on a CPU.
         head = base.get_output_embeddings()
         self._hook = head.register_forward_pre_hook(lambda _, inputs: (inputs[0].contiguous(),))
@@ -178,6 +179,7 @@ class Decoder:
         """Give the memory back, and the model as it was but for its attention."""
         self._cache.clear()
         self._hook.remove()
+        give_up_few_row_products(self._large_layers)
         if self._adapter == BASE:
             self.model.base_model.enable_adapter_layers()
 
@@ -245,17 +247,15 @@ class Decoder:
         """Logits [rows, keep, vocabulary] of the last positions of a pass over new tokens."""
         filled = [[0] * (feed.width - len(tokens)) + list(tokens) for tokens in new]
         cache.feed = feed
-        taken = self._take_adapters(adapters)
-        with FewRowProducts():
-            output = self.model(
-                input_ids=torch.tensor(filled, device=self.device),
-                position_ids=feed.positions,
-                past_key_values=cache,
-                use_cache=True,
-                logits_to_keep=keep,
-                feed=feed,
-                **taken,
-            )
+        output = self.model(
+            input_ids=torch.tensor(filled, device=self.device),
+            position_ids=feed.positions,
+            past_key_values=cache,
+            use_cache=True,
+            logits_to_keep=keep,
+            feed=feed,
+            **self._take_adapters(adapters),
+        )
         logits: torch.Tensor = output.logits
         return logits
 

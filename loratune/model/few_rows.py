@@ -7,11 +7,11 @@ blocks of the matrix, which MKL shares among the cores, it takes 28 ms.
 
 from __future__ import annotations
 
+from types import MethodType
 from typing import Any
 
 import torch
-from torch.nn import functional
-from torch.overrides import TorchFunctionMode
+from torch import nn
 
 MOST_ROWS = 32
 """With more, the products themselves take longer than reading the matrix."""
@@ -21,42 +21,56 @@ BLOCK = 32
 """Rows of a matrix that are taken at once."""
 
 
-class FewRowProducts(TorchFunctionMode):
-    """Has `functional.linear`, wherever it is called, read a large matrix block by block if there are few rows.
+def use_few_row_products(model: Any) -> list[Any]:
+    """Have the large linear layers of a model take their matrix block by block where they get few rows.
 
-    Only without gradients: the results are the same but for rounding.
+    They do so only without gradients, and give the same but for rounding.
+
+    Returns:
+        The layers, for `give_up_few_row_products`.
     """
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Called with each function of torch."""
-        if func is functional.linear and not kwargs and _is_served(*args):
-            return _linear(*args)
-        return func(*args, **(kwargs or {}))
-
-
-def _is_served(x: Any, weight: Any, *_: Any) -> bool:
-    return (
-        weight.numel() >= LEAST_WEIGHTS
-        and x.numel() <= MOST_ROWS * weight.shape[-1]
-        and x.dtype == weight.dtype == torch.float32
-        and x.device.type == weight.device.type == "cpu"
-        and weight.is_contiguous()
-        and not torch.is_grad_enabled()
-    )
+    layers = [layer for layer in model.modules() if type(layer) is nn.Linear and "forward" not in vars(layer)]
+    large = [layer for layer in layers if _is_large(layer.weight)]
+    for layer in large:
+        layer.forward = MethodType(_forward, layer)
+    return large
 
 
-def _linear(x: Any, weight: Any, bias: Any = None) -> Any:
+def give_up_few_row_products(layers: list[Any]) -> None:
+    """Have layers compute as their class does again."""
+    for layer in layers:
+        if takes_few_rows(layer):
+            del layer.forward
+
+
+def takes_few_rows(layer: Any) -> bool:
+    """Whether a layer's forward is that of this module, which gives what its class's gives."""
+    return getattr(vars(layer).get("forward"), "__func__", None) is _forward
+
+
+def _is_large(weight: Any) -> bool:
+    is_float32 = weight.dtype == torch.float32 and weight.device.type == "cpu"
+    return bool(is_float32 and weight.numel() >= LEAST_WEIGHTS)
+
+
+def _forward(layer: Any, x: Any) -> Any:
+    """The forward of a layer that is taken over: (…, in) → (…, out)."""
+    weight = layer.weight
+    has_few_rows = x.numel() <= MOST_ROWS * weight.shape[1]
+    if torch.is_grad_enabled() or not has_few_rows or x.dtype != weight.dtype or not weight.is_contiguous():
+        return nn.Linear.forward(layer, x)
+    return _linear(x, weight, layer.bias)
+
+
+def _linear(x: Any, weight: Any, bias: Any) -> Any:
     width, rows = weight.shape[1], x.reshape(-1, x.shape[-1])
     whole = len(weight) // BLOCK * BLOCK
     blocks = weight[:whole].view(-1, BLOCK, width)
     if len(rows) == 1:
         y = torch.bmm(blocks, rows.t().expand(len(blocks), -1, -1)).view(1, whole)
     else:
-        y = (
-            torch.bmm(rows.expand(len(blocks), -1, -1), blocks.transpose(1, 2))
-            .transpose(0, 1)
-            .reshape(len(rows), whole)
-        )
+        y = torch.bmm(rows.expand(len(blocks), -1, -1), blocks.transpose(1, 2))
+        y = y.transpose(0, 1).reshape(len(rows), whole)
     if whole < len(weight):
         y = torch.cat([y, rows @ weight[whole:].t()], dim=1)
     if bias is not None:

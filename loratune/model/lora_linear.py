@@ -19,6 +19,8 @@ from peft.utils.integrations import dequantize_bnb_weight
 from torch import nn
 from torch.autograd.function import once_differentiable
 
+from loratune.model.few_rows import takes_few_rows
+
 _MAX_DROPOUT = 254 / 256
 """What a random byte can tell safely."""
 
@@ -97,7 +99,7 @@ def _is_bare(module: Any, kind: type) -> bool:
         module._forward_pre_hooks,
         module._backward_hooks,
         module._backward_pre_hooks,
-        "forward" in vars(module),
+        "forward" in vars(module) and not takes_few_rows(module),
     )
     return type(module) is kind and not any(hooks)
 
