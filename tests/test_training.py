@@ -205,7 +205,9 @@ def test_training_stops_early_when_validation_no_longer_improves(
     sft: Callable[..., Result], tmp_path: Path, misleading: Path
 ) -> None:
     flags = ["--training.steps", "40", "--evaluation.every_steps", "1", "--training.learning_rate", "2e-2"]
-    assert sft(*flags, "--data.validation", misleading, "--evaluation.early_stopping", "2").exit_code == 0
+    result = sft(*flags, "--data.validation", misleading, "--evaluation.early_stopping", "2")
+    assert result.exit_code == 0
+    assert "the validation loss no longer fell" in result.stderr
     report = read_json(tmp_path / "run" / "report.json")
     assert report["stopped_early"]
     assert report["steps"] == report["validation_loss"]["best_step"] + 2

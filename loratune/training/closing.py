@@ -20,7 +20,7 @@ LEAST_SECONDS = 10.0
 """That questions may take after a short training."""
 
 
-def close_run(session: Session, running: Running, report: dict[str, Any]) -> None:
+def close_run(session: Session, running: Running, report: dict[str, Any]) -> dict[str, Any]:
     """Complete a finished run's report with its health, and draw its losses.
 
     The first signal skips the questions, the next one all that is left; the run is finished in any case.
@@ -29,6 +29,9 @@ def close_run(session: Session, running: Running, report: dict[str, Any]) -> Non
         session: of the run.
         running: its trainer, and those who have watched it.
         report: as report.json holds it; gets the health.
+
+    Returns:
+        The report.
     """
     try:
         with session.stops.skipping():
@@ -42,6 +45,7 @@ def close_run(session: Session, running: Running, report: dict[str, Any]) -> Non
             attempted(PLOT, lambda: plot_losses(running.metrics, session.output / PLOT), session.warnings)
     except Interrupted:
         console.warn(f"stopped at the end; {session.output} is finished, but what its report says may be incomplete")
+    return report
 
 
 def _answers(session: Session, running: Running) -> Answers | None:

@@ -28,6 +28,7 @@ ROWS: dict[str, tuple[tuple[str, ...], Callable[[dict[str, Any]], str]]] = {
     "steps": (("seconds",), lambda it: f"{it['steps']} ({it['epochs']:g} epochs) in {it['seconds']:.0f} s"),
     "training loss": (("loss",), lambda it: f"{it['loss']['first']:.4f} → {it['loss']['last']:.4f}"),
     "validation loss": (("validation_loss",), lambda it: _validation_text(it["validation_loss"])),
+    "stopped early": (("stopped_early",), lambda _: "the validation loss no longer fell"),
     "speed": (("tokens_per_second",), lambda it: f"{it['tokens_per_second']:g} tokens/s"),
     "start-up": (("start_up_seconds",), lambda it: _stages_text(it["start_up_seconds"])),
     "peak memory": (("peak_memory_bytes",), lambda it: console.memory(it["peak_memory_bytes"])),
@@ -94,11 +95,7 @@ def _validation(validations: list[tuple[int, float]], keeper: CheckpointKeeper) 
 
 def show_report(report: dict[str, Any]) -> None:
     """The closing table, and what to type next."""
-    rows = [
-        (name, text(report))
-        for name, (parts, text) in ROWS.items()
-        if all(report.get(part) is not None for part in parts)
-    ]
+    rows = [(name, text(report)) for name, (parts, text) in ROWS.items() if all(report.get(part) for part in parts)]
     health = report["health"] or {"answers": None, "sentences": []}
     rows += _answer_rows(health["answers"])
     rows.append(("run folder", report["output"]))

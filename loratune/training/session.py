@@ -156,9 +156,7 @@ def _train(session: Session, identity: dict[str, Any], start: Checkpoint | None)
         stops.raise_if_any()
         _take_best(trainer, running.keeper)
         report = _finish(session, running) if console.IS_SPEAKER else {}
-    if console.IS_SPEAKER:
-        close_run(session, running, report)
-    return report
+    return close_run(session, running, report) if console.IS_SPEAKER else {}
 
 
 def _go_on(running: Running, start: Checkpoint, steps: int) -> None:
@@ -257,9 +255,8 @@ def _take_best(trainer: AdapterTrainer, keeper: CheckpointKeeper) -> None:
 def _finish(session: Session, running: Running) -> dict[str, Any]:
     """Write the adapter with its tokenizer and card, then the report, and seal the run."""
     trainer, metrics, keeper, *_ = running
-    model = trainer.accelerator.unwrap_model(trainer.model)
     with folder_in_one_step(session.output / ADAPTER) as folder:
-        save_adapter(model, folder)
+        save_adapter(trainer.accelerator.unwrap_model(trainer.model), folder)
         copy_tokenizer_files(session.base, folder)
         attempted("the adapter's card", lambda: write_card(folder, session.recipe), session.warnings)
     report = write_report(session, trainer, metrics, keeper)
