@@ -222,6 +222,32 @@ def test_a_gguf_file_that_is_not_the_model_is_never_left(
     assert nothing_left(tmp_path / "out")
 
 
+def test_keys_that_state_another_head_size_than_the_tensors_have_are_caught(
+    cli: CLI, merged: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from loratune.delivery import gguf_file, gguf_layout
+
+    wrong = {"qwen2.attention.key_length": 16}  # written and expected alike: only loading the file can tell
+    monkeypatch.setattr(gguf_file, "describe", lambda config: gguf_layout.describe(config) | wrong)
+    done = cli("export", "--model", merged, "--format", "gguf", "--output", tmp_path / "out")
+    assert done.exit_code == 4
+    assert "shapes that its keys state" in done.stderr.replace("\n", " ")
+    assert nothing_left(tmp_path / "out")
+
+
+def test_a_file_that_transformers_cannot_load_is_kept_and_said_to_be_unproved(
+    cli: CLI, merged: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def cannot(file: Path) -> Any:
+        raise KeyError("a key of another version")
+
+    monkeypatch.setattr("loratune.delivery.gguf_reference.load_gguf", cannot)
+    done = cli("export", "--model", merged, "--format", "gguf", "--output", tmp_path / "out", "--json")
+    assert done.exit_code == 0, done.stderr
+    assert json.loads(done.stdout)["logits"] is None
+    assert "logits are not compared" in done.stderr.replace("\n", " ")
+
+
 def test_a_missing_gguf_package_is_told_before_the_merge(
     cli: CLI, run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 import sys
@@ -17,6 +18,7 @@ from conftest import TINY_QWEN
 
 from loratune.delivery.gguf_file import QUANTIZATIONS, check_gguf, write_gguf
 from loratune.delivery.gguf_layout import describe, plan_tensors, read_config
+from loratune.delivery.gguf_reference import load_gguf
 from loratune.delivery.gguf_vocabulary import SPLITTINGS, describe_vocabulary
 from loratune.errors import Exit, LoratuneError
 from loratune.runs.tokenizer_files import copy_tokenizer_files
@@ -205,6 +207,86 @@ def test_values_beyond_the_type_are_refused(make_model: MakeModel, value: float,
         export(model, quantization)
     assert ("bf16" in str(caught.value)) == (value == value)
     assert caught.value.exit_code == Exit.MODEL
+
+
+# --- the comparison of logits judges what the file says of RoPE and heads ---
+
+SCALED: dict[str, tuple[str, dict[str, Any]]] = {
+    "linear": ("qwen2", {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0}}),
+    "yarn": (
+        "qwen2",
+        {
+            "rope_parameters": {
+                "rope_type": "yarn",
+                "rope_theta": 1e4,
+                "factor": 4.0,
+                "original_max_position_embeddings": 64,
+            }
+        },
+    ),
+    "llama3": ("llama", {"rope_parameters": LLAMA3_ROPE}),
+    "head size": ("qwen3", {"head_dim": 32}),
+}
+
+
+@pytest.mark.parametrize("kind", SCALED)
+def test_a_file_with_scaled_rope_or_its_own_head_size_computes_what_the_folder_computes(
+    make_model: MakeModel, kind: str
+) -> None:
+    model_type, options = SCALED[kind]
+    model = make_model(model_type, **options)
+    file = export(model)
+    with torch.inference_mode():
+        found = load_gguf(file)(PROMPT).logits
+    torch.testing.assert_close(found, logits(model), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("kind", "key", "value"),
+    [
+        ("linear", "qwen2.rope.scaling.factor", 2.5),
+        ("linear", "qwen2.rope.freq_base", 2e4),
+        ("yarn", "qwen2.rope.scaling.factor", 3.0),
+        ("yarn", "qwen2.rope.scaling.original_context_length", 32),
+        ("yarn", "qwen2.rope.scaling.type", "linear"),
+    ],
+)
+def test_wrong_rope_keys_give_other_logits(
+    make_model: MakeModel, monkeypatch: pytest.MonkeyPatch, kind: str, key: str, value: Any
+) -> None:
+    model_type, options = SCALED[kind]
+    model = make_model(model_type, **options)
+    monkeypatch.setattr("loratune.delivery.gguf_file.describe", lambda config: describe(config) | {key: value})
+    file = export(model)
+    with torch.inference_mode():
+        found = load_gguf(file)(PROMPT).logits
+    assert float((found - logits(model)).abs().max()) > 1e-2
+
+
+@pytest.mark.parametrize("left", [0.0, 2.0])
+def test_missing_or_wrong_rope_factors_give_other_logits(
+    make_model: MakeModel, monkeypatch: pytest.MonkeyPatch, left: float
+) -> None:
+    def other(config: Any) -> list[Any]:
+        planned = plan_tensors(config)
+        *others, factors = planned
+        assert factors.name == "rope_freqs.weight"
+        return [*others, dataclasses.replace(factors, values=factors.values * left)] if left else others
+
+    model = make_model("llama", rope_parameters=LLAMA3_ROPE)
+    monkeypatch.setattr("loratune.delivery.gguf_file.plan_tensors", other)
+    file = export(model)
+    with torch.inference_mode():
+        found = load_gguf(file)(PROMPT).logits
+    assert float((found - logits(model)).abs().max()) > 1e-2
+
+
+def test_a_wrong_head_size_does_not_load(make_model: MakeModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = make_model("qwen3", head_dim=32)
+    wrong = {"qwen3.attention.key_length": 16}
+    monkeypatch.setattr("loratune.delivery.gguf_file.describe", lambda config: describe(config) | wrong)
+    with pytest.raises(LoratuneError, match="shapes"):
+        load_gguf(export(model))
 
 
 # --- what the architecture says ---

@@ -6,9 +6,7 @@ the rounding of merged weights does.
 
 from __future__ import annotations
 
-import contextlib
 import functools
-import io
 from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
@@ -87,15 +85,6 @@ def load_plain(folder: Path) -> Any:
     if strange:
         raise LoratuneError(f"{folder}: weights and config do not fit: {', '.join(strange[:5])}", Exit.MODEL)
     return model.requires_grad_(False).eval()
-
-
-def load_gguf(file: Path) -> Any:
-    """The model of a GGUF file as transformers reads it, in float32 and in memory."""
-    transformers_logging.disable_progress_bar()
-    with contextlib.redirect_stderr(io.StringIO()):  # a bar that nothing switches off
-        return AutoModelForCausalLM.from_pretrained(
-            file.parent, gguf_file=file.name, dtype=torch.float32, local_files_only=True, trust_remote_code=False
-        ).eval()
 
 
 def _linear(module: nn.Linear, release: Callable[[], None], inputs: torch.Tensor) -> torch.Tensor:

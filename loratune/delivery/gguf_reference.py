@@ -1,0 +1,72 @@
+"""The model that a GGUF file states, to be compared with the model that it was made from.
+
+transformers reads the tensors and most of the description. Its reader leaves out scaled RoPE and some head sizes. These
+come from the file's own keys, never from the model folder, because the comparison judges the file.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.utils import logging as transformers_logging
+
+from loratune.errors import Exit, LoratuneError
+
+ROPE_FACTORS = "rope_freqs.weight"
+# GGUF's name below rope.scaling → the name in rope_parameters.
+SCALING = {
+    "type": "rope_type",
+    "factor": "factor",
+    "original_context_length": "original_max_position_embeddings",
+    "yarn_beta_fast": "beta_fast",
+    "yarn_beta_slow": "beta_slow",
+}
+
+
+def load_gguf(file: Path) -> Any:
+    """The model of a GGUF file in float32, in memory and in eval mode.
+
+    Raises:
+        LoratuneError: the tensors do not have the shapes that the keys state.
+        Exception: whatever else transformers raises where it cannot read the file.
+    """
+    reader = gguf.GGUFReader(file)
+    stated = {key.partition(".")[2]: field.contents() for key, field in reader.fields.items()}
+    transformers_logging.disable_progress_bar()
+    with contextlib.redirect_stderr(io.StringIO()):  # a bar that nothing switches off
+        config = AutoConfig.from_pretrained(file.parent, gguf_file=file.name, local_files_only=True)
+        config.head_dim = stated["attention.key_length"]
+        config.rope_parameters = _rope_parameters(stated)
+        try:
+            model = AutoModelForCausalLM.from_pretrained(
+                file.parent,
+                config=config,
+                gguf_file=file.name,
+                dtype=torch.float32,
+                local_files_only=True,
+                trust_remote_code=False,
+            )
+        except RuntimeError as error:
+            if "mismatch" not in str(error):
+                raise
+            raise LoratuneError(
+                f"{file.name}: its tensors do not have the shapes that its keys state", Exit.MODEL
+            ) from error
+    for tensor in reader.tensors:
+        if tensor.name == ROPE_FACTORS:  # what llama.cpp divides each frequency by
+            model.model.rotary_emb.inv_freq /= torch.from_numpy(np.array(tensor.data))
+    return model.eval()
+
+
+def _rope_parameters(stated: dict[str, Any]) -> dict[str, Any]:
+    scaling = {
+        ours: stated[f"rope.scaling.{theirs}"] for theirs, ours in SCALING.items() if f"rope.scaling.{theirs}" in stated
+    }
+    return {"rope_type": "default", "rope_theta": stated["rope.freq_base"], **scaling}
