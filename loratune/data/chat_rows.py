@@ -8,33 +8,35 @@ from typing import Any
 
 from loratune.data.conversation import Message, has_half_a_pair, kind_of
 
-ROLES = {"system": "system", "user": "user", "assistant": "assistant", "tool": "tool"}
+ROLES = {
+    "system": "system", "developer": "system", "user": "user", "assistant": "assistant", "tool": "tool",
+    "function": "tool",
+}  # fmt: skip
 SHAREGPT_ROLES = ROLES | {
     "human": "user", "gpt": "assistant", "chatgpt": "assistant", "bot": "assistant", "function_call": "assistant",
     "observation": "tool",
 }  # fmt: skip
-MESSAGES_NEED = "each row needs 'messages': a list of {role, content}, user and assistant in turn, an answer last"
-SHAREGPT_NEEDS = "each row needs 'conversations': a list of {from, value}, human and gpt in turn, an answer last"
+TRAINING_MARKS = ("loss", "loss_scale", "train", "training", "weight")
+"""Keys by which a turn says whether it is trained: OpenAI's weight, and those of other programs."""
+MESSAGE_KEYS = frozenset(
+    {"role", "content", "tool_calls", "function_call", "tool_call_id", "name", "reasoning_content", *TRAINING_MARKS}
+)
+SHAREGPT_KEYS = frozenset({"from", "value", *TRAINING_MARKS})
+MESSAGES_NEED = "each row needs 'messages': a list of {role, content}, an answer last"
+SHAREGPT_NEEDS = "each row needs 'conversations': a list of {from, value}, an answer last"
 HALF_A_PAIR = "holds half of a UTF-16 pair, which is no character"
 
 
 def problems_of_messages(value: dict[str, Any]) -> list[str]:
     """What keeps a row of messages from being trained on."""
     found = _problems(value, "messages", "role", _read_message)
-    if found:
-        return found
-    weights = [turn.get("weight") for turn in value["messages"]]
-    found = [
-        f"message {place}: 'weight' is neither 0 nor 1" for place, w in enumerate(weights, 1) if w not in (None, 0, 1)
-    ]
-    if len(untrained_messages(value)) == sum(turn["role"] == "assistant" for turn in value["messages"]):
-        found.append("every answer has weight 0")
-    return found
+    return found or _mark_problems(value["messages"], "role", ROLES)
 
 
 def problems_of_sharegpt(value: dict[str, Any]) -> list[str]:
     """What keeps a ShareGPT row from being trained on."""
-    return _problems(value, "conversations", "from", _read_sharegpt)
+    found = _problems(value, "conversations", "from", _read_sharegpt)
+    return found or _mark_problems(value["conversations"], "from", SHAREGPT_ROLES)
 
 
 def from_messages(value: dict[str, Any]) -> list[Message]:
@@ -49,15 +51,45 @@ def from_sharegpt(value: dict[str, Any]) -> list[Message]:
 
 
 def untrained_messages(value: dict[str, Any]) -> frozenset[int]:
-    """Numbers of the answers with weight 0, which OpenAI's format leaves out of training."""
+    """Numbers, among the messages, of the answers that the row leaves out of training."""
+    return _untrained(value["messages"], "role", ROLES)
+
+
+def untrained_sharegpt(value: dict[str, Any]) -> frozenset[int]:
+    """The same of a ShareGPT row; a system prompt beside the turns is its first message."""
+    beside = len(_system_beside(value))
+    return frozenset(place + beside for place in _untrained(value["conversations"], "from", SHAREGPT_ROLES))
+
+
+def _untrained(turns: list[dict[str, Any]], role_key: str, roles: dict[str, str]) -> frozenset[int]:
     return frozenset(
-        place for place, turn in enumerate(value["messages"]) if turn["role"] == "assistant" and turn.get("weight") == 0
+        place
+        for place, turn in enumerate(turns)
+        if roles[turn[role_key]] == "assistant" and any(turn.get(mark) == 0 for mark in TRAINING_MARKS)
     )
+
+
+def _mark_problems(turns: list[dict[str, Any]], role_key: str, roles: dict[str, str]) -> list[str]:
+    """Marks of single turns that cannot be honoured: a share of the loss, or the training of what is no answer."""
+    found = []
+    for place, turn in enumerate(turns, 1):
+        given = {mark: turn[mark] for mark in TRAINING_MARKS if turn.get(mark) is not None}
+        found += [
+            f"message {place}: {mark!r} is neither 0 nor 1" for mark, value in given.items() if value not in (0, 1)
+        ]
+        wanted = [mark for mark, value in given.items() if value == 1]
+        if wanted and roles[turn[role_key]] in ("user", "tool"):
+            found.append(f"message {place}: {wanted[0]!r} asks to train it, and only answers are trained")
+    answers = sum(roles[turn[role_key]] == "assistant" for turn in turns)
+    if not found and len(_untrained(turns, role_key, roles)) == answers:
+        marks = sorted({mark for turn in turns for mark in TRAINING_MARKS if turn.get(mark) == 0})
+        found.append(f"every answer is left out of training by {', '.join(map(repr, marks))}")
+    return found
 
 
 def tools_of(value: dict[str, Any]) -> tuple[dict[str, Any], ...]:
     """What the assistant of a row may call, each as OpenAI's {"type": "function", "function": {…}}."""
-    tools = _read_tools(value.get("tools"))
+    tools = _read_tools(_given_tools(value))
     return () if isinstance(tools, str) else tuple(tools)
 
 
@@ -74,7 +106,7 @@ def _problems(
     messages = [read(turn) for turn in [*beside, *given]]
     first = 1 - len(beside)
     found = [f"message {place}: {one}" for place, one in enumerate(messages, first) if isinstance(one, str)]
-    tools = _read_tools(value.get("tools"))
+    tools = _read_tools(_given_tools(value))
     if isinstance(tools, str):
         found.append(tools)
     return found or _order_problems([one for one in messages if not isinstance(one, str)], first)
@@ -86,30 +118,23 @@ def _system_beside(value: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def _order_problems(messages: list[Message], first: int) -> list[str]:
-    expected: tuple[str, ...] = ("user",)
-    for place, message in enumerate(messages, first):
-        role = message["role"]
-        if role == "system" and place == first:
-            continue
-        if role not in expected:
-            return [f"message {place} is of {role} where {' or '.join(expected)} is expected"]
-        expected = _expected_after(message)
+    """Any order that the model's template renders is one to train on, but an answer needs something before it."""
+    if messages[0]["role"] == "assistant":
+        return [f"message {first} is an answer, and nothing stands before it"]
     return [] if messages[-1]["role"] == "assistant" else ["it does not end with an answer"]
 
 
-def _expected_after(message: Message) -> tuple[str, ...]:
-    if message["role"] == "user":
-        return ("assistant",)
-    if message["role"] == "tool":
-        return ("tool", "assistant")
-    return ("tool",) if message.get("tool_calls") else ("user",)
+def _given_tools(value: dict[str, Any]) -> Any:
+    """The tools of a row; `functions` is the older name."""
+    return value["tools"] if value.get("tools") is not None else value.get("functions")
 
 
 def _read_message(turn: dict[str, Any]) -> Message | str:
-    role, content = turn["role"], _joined(turn.get("content"))
-    if not isinstance(role, str) or role not in ROLES:
-        return f"the role {role!r} is none of {', '.join(ROLES)}"
-    calls, reasoning = _read_calls(turn.get("tool_calls")), turn.get("reasoning_content")
+    given, content = turn["role"], _joined(turn.get("content"))
+    if not isinstance(given, str) or given not in ROLES:
+        return f"the role {given!r} is none of {', '.join(ROLES)}"
+    role, reasoning = ROLES[given], turn.get("reasoning_content")
+    calls = _read_calls(turn.get("tool_calls") or _older_call(turn))
     if isinstance(calls, str):
         return calls
     if role != "assistant" and (calls or reasoning):
@@ -126,6 +151,12 @@ def _read_message(turn: dict[str, Any]) -> Message | str:
     if role == "tool" and isinstance(name, str) and not isinstance(message, str):
         return HALF_A_PAIR if has_half_a_pair(name) else {**message, "name": name}
     return message
+
+
+def _older_call(turn: dict[str, Any]) -> Any:
+    """OpenAI's `function_call`, the older form of one call, as a list of calls."""
+    call = turn.get("function_call")
+    return None if call is None else [call]
 
 
 def _read_sharegpt(turn: dict[str, Any]) -> Message | str:
@@ -146,7 +177,7 @@ def _checked(role: str, content: Any, calls: list[dict[str, Any]]) -> Message | 
         return f"its text is {kind_of(content)}"
     if has_half_a_pair(content):
         return HALF_A_PAIR
-    if role in ("system", "user") and not content.strip():
+    if role == "user" and not content.strip():
         return "its text is empty"
     message: Message = {"role": role, "content": content}  # type: ignore[typeddict-item]
     if calls:
@@ -164,6 +195,7 @@ def _joined(content: Any) -> Any:
 
 def _read_calls(given: Any) -> list[dict[str, Any]] | str:
     """Calls of tools with their arguments as objects, which most templates want, or what is wrong with them."""
+    given = _without_nulls(given)
     if given is None:
         return []
     if not isinstance(given, list):
@@ -183,7 +215,7 @@ def _read_calls(given: Any) -> list[dict[str, Any]] | str:
 
 def _read_tools(given: Any) -> list[dict[str, Any]] | str:
     """Descriptions of tools, or what is wrong with them."""
-    tools = _parsed(given) if given != "" else None
+    tools = _parsed(_without_nulls(given)) if given != "" else None
     if tools is None and given in (None, "", "null"):
         return []
     if not isinstance(tools, list):
@@ -196,6 +228,16 @@ def _read_tools(given: Any) -> list[dict[str, Any]] | str:
         found.append(tool if "function" in tool else {"type": "function", "function": tool})
     half = has_half_a_pair(json.dumps(found, ensure_ascii=False))
     return f"'tools' {HALF_A_PAIR}" if half else found
+
+
+def _without_nulls(value: Any) -> Any:
+    """A value without the null keys that Arrow gives every object of a column; nulls in lists stay, as in TRL.
+
+    A null inside a JSON text was written by somebody, and stays.
+    """
+    if isinstance(value, dict):
+        return {key: _without_nulls(inner) for key, inner in value.items() if inner is not None}
+    return [_without_nulls(inner) for inner in value] if isinstance(value, list) else value
 
 
 def _parsed(value: Any) -> Any:

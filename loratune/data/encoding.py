@@ -12,7 +12,7 @@ from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import groupby
+from itertools import groupby, pairwise
 from typing import Any
 
 from jinja2 import TemplateError
@@ -149,6 +149,7 @@ class Encoder:
 
     def _turns_of(self, row: int, conversation: Conversation, train_on: str) -> list[_Turn]:
         self._check_tools(conversation)
+        self._check_nothing_is_lost(conversation)
         messages, tools = self._with_settings(conversation.messages), conversation.tools
         added = len(messages) - len(conversation.messages)
         is_harmless, seen = not self._is_forging(tools), 0
@@ -214,6 +215,22 @@ class Encoder:
                 raise LoratuneError(
                     f"a name in the tools of a row holds a control token: {key!r}; rename it", Exit.DATA
                 )
+
+    def _check_nothing_is_lost(self, conversation: Conversation) -> None:
+        """Refuse an unusual order of turns of which the template drops one, as some do with a later system prompt."""
+        roles = [message["role"] for message in conversation.messages]
+        is_unusual = "system" in roles[1:] or any(one == other and one != "tool" for one, other in pairwise(roles))
+        if not is_unusual:
+            return
+        messages = self._with_settings(conversation.messages)
+        text = self._apply(messages, conversation.tools, tokenize=False)
+        lost = next((message for message in messages if message["content"].strip() not in text), None)
+        if lost:
+            raise LoratuneError(
+                f"the chat template does not render a message of {lost['role']} in a row whose messages are "
+                f"{', '.join(roles)}; leave such rows out, or put it where the template takes it",
+                Exit.DATA,
+            )
 
     def _count_reasoning(self, text: str, ids: Ids) -> int:
         """How many tokens of an answer hold its reasoning block and the line ends behind it."""

@@ -12,6 +12,10 @@ from loratune.data.conversation import Conversation, Message, kind_of
 from loratune.errors import Exit, LoratuneError
 
 PLACEHOLDER = re.compile(r"\{\{\s*(\w+)\s*\}\}")
+MEDIA = {
+    "image": "a picture", "images": "pictures", "video": "a video", "videos": "videos", "audio": "sound",
+    "audios": "sound",
+}  # fmt: skip
 # The two placeholders that published identity data uses; others may be meant literally.
 MUST_BE_FILLED = ("name", "author")
 
@@ -29,6 +33,10 @@ class Format:
     messages: Callable[[dict[str, Any]], list[Message]]
     known: frozenset[str]
     """Keys that it reads; others are ignored."""
+    turns: str = ""
+    """Key of the list of turns, if it has one."""
+    turn_keys: frozenset[str] = frozenset()
+    """Keys of a turn that it reads."""
     untrained: Callable[[dict[str, Any]], frozenset[int]] = lambda _: frozenset()
     tools: Callable[[dict[str, Any]], tuple[dict[str, Any], ...]] = lambda _: ()
     columns: Mapping[str, str] | None = None
@@ -40,11 +48,13 @@ ALPACA = Format("alpaca", ("instruction",), alpaca.NEEDS, alpaca.problems, alpac
 FORMATS = (
     Format(
         "messages", ("messages",), chat_rows.MESSAGES_NEED, chat_rows.problems_of_messages, chat_rows.from_messages,
-        frozenset({"messages", "tools"}), chat_rows.untrained_messages, chat_rows.tools_of,
+        frozenset({"messages", "tools", "functions"}), "messages", chat_rows.MESSAGE_KEYS,
+        chat_rows.untrained_messages, chat_rows.tools_of,
     ),
     Format(
         "sharegpt", ("conversations",), chat_rows.SHAREGPT_NEEDS, chat_rows.problems_of_sharegpt,
-        chat_rows.from_sharegpt, frozenset({"conversations", "system", "tools"}), tools=chat_rows.tools_of,
+        chat_rows.from_sharegpt, frozenset({"conversations", "system", "tools", "functions"}), "conversations",
+        chat_rows.SHAREGPT_KEYS, chat_rows.untrained_sharegpt, chat_rows.tools_of,
     ),
     ALPACA,
     Format(
@@ -83,10 +93,13 @@ class ConversationReader:
     def read(self, given: Any) -> Conversation | str:
         """The conversation of a row, or what keeps the row from being trained on."""
         value = _renamed(_renamed(given, self._columns), self.kind.columns)
-        found = self.kind.problems(value) if isinstance(value, dict) else [f"is {kind_of(value)}, not an object"]
+        found = [f"is {kind_of(value)}, not an object"]
+        if isinstance(value, dict):
+            found = _media_problems(value) or self.kind.problems(value)
         if found:
             return "; ".join(_in_file_s_words(problem, self.kind) for problem in found)
         self.ignored.update(value.keys() - self.kind.known)
+        self.ignored.update(_unknown_in_turns(value, self.kind))
         turns = tuple(_filled(message, self._fill) for message in self.kind.messages(value))
         is_set = turns[0]["role"] == "system"
         added = () if is_set else self._system
@@ -118,6 +131,18 @@ def detect_format(first: Iterable[Any], columns: Mapping[str, str]) -> Format:
             if isinstance(row, dict) and all(key in row for key in kind.keys):
                 return kind
     return ALPACA
+
+
+def _media_problems(row: dict[str, Any]) -> list[str]:
+    """A row about a picture would be trained as a text with a literal <image> in it."""
+    held = [key for key in MEDIA if row.get(key) not in (None, "", [], {})]
+    return [f"{key!r} holds {MEDIA[key]}, and only texts are trained here" for key in held]
+
+
+def _unknown_in_turns(row: dict[str, Any], kind: Format) -> set[str]:
+    turns = row[kind.turns] if kind.turns else []
+    names = {key for turn in turns for key, value in turn.items() if value is not None}
+    return {f"{kind.turns}[].{key}" for key in names - kind.turn_keys}
 
 
 def _renamed(value: Any, columns: Mapping[str, str] | None) -> Any:
