@@ -210,7 +210,7 @@ BAD_FILES = {
     "not_text.jsonl": ('{"prompt": "a"}\n{"prompt": 5}\n', "not_text.jsonl:2: 'prompt' is a number, not a text"),
     "missing.jsonl": ('{"prompt": "a"}\n{"question": "b"}\n', "missing.jsonl:2: 'prompt' is missing or empty"),
     "list.json": ('[["a"], {"prompt": "b"}]', "list.json row 1: is a list, not an object"),
-    "answer_first.jsonl": ('{"messages": [{"role": "assistant", "content": "a"}]}', "message 1 is of assistant"),
+    "answer_first.jsonl": ('{"messages": [{"role": "assistant", "content": "a"}]}', "message 1 is an answer"),
     "tools.jsonl": (
         '{"messages": [{"role": "user", "content": "a"}], "tools": [{"name": "f"}]}', "has 'tools', which are not",
     ),

@@ -173,6 +173,9 @@ def _read_sharegpt(turn: dict[str, Any]) -> Message | str:
 
 
 def _checked(role: str, content: Any, calls: list[dict[str, Any]]) -> Message | str:
+    if isinstance(content, list):
+        kinds = [part.get("type") for part in content if isinstance(part, dict) and part.get("type") != "text"]
+        return f"it has a part of type {kinds[0]!r}, and only texts are trained here" if kinds else "its text is a list"
     if not isinstance(content, str):
         return f"its text is {kind_of(content)}"
     if has_half_a_pair(content):

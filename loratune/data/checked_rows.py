@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from itertools import islice
 
 from loratune.data.conversation import Conversation
-from loratune.data.formats import FORMATS, ConversationReader, detect_format
+from loratune.data.formats import FORMATS, ConversationReader, describe_unread_columns, detect_format
 from loratune.data.reading.files import BadRow, Row, RowFile
 from loratune.errors import Exit, LoratuneError, bullet_list
 from loratune.recipe.data_sections import DataSettings
@@ -76,8 +76,11 @@ class CheckedRows:
 
 def check_rows(file: RowFile, data: DataSettings, system: str | None = None) -> CheckedRows:
     """The rows of an opened file, in the format of its first ones."""
-    first = (row.value for row in islice(file, FORMAT_ROWS) if not isinstance(row, BadRow))
+    first = [row.value for row in islice(file, FORMAT_ROWS) if not isinstance(row, BadRow)]
     kind = detect_format(first, data.columns)
+    unread = describe_unread_columns(first, kind, data.columns)
+    if unread:
+        raise LoratuneError(f"{file.name}: {unread}", Exit.DATA)
     return CheckedRows(file, ConversationReader(kind, data.placeholders, data.columns, system))
 
 

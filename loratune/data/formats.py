@@ -16,6 +16,12 @@ MEDIA = {
     "image": "a picture", "images": "pictures", "video": "a video", "videos": "videos", "audio": "sound",
     "audios": "sound",
 }  # fmt: skip
+# Names that public files give to what Alpaca calls so; the likeliest first.
+COLUMN_GUESSES = {
+    "instruction": ("instruction", "question", "prompt", "query", "input"),
+    "output": ("output", "answer", "response", "completion", "chosen"),
+    "input": ("context",),
+}
 # The two placeholders that published identity data uses; others may be meant literally.
 MUST_BE_FILLED = ("name", "author")
 
@@ -131,6 +137,32 @@ def detect_format(first: Iterable[Any], columns: Mapping[str, str]) -> Format:
             if isinstance(row, dict) and all(key in row for key in kind.keys):
                 return kind
     return ALPACA
+
+
+def describe_unread_columns(first: Iterable[Any], kind: Format, columns: Mapping[str, str]) -> str:
+    """Say which columns a file has whose rows hold no answer under a known name, and the flags that would read them.
+
+    Args:
+        first: some rows from its beginning.
+        kind: from `detect_format`.
+        columns: name that a format knows → name in the file.
+
+    Returns:
+        A sentence; nothing where the rows can be read, or are no objects at all.
+    """
+    row = next((value for value in first if isinstance(value, dict)), None)
+    if kind is not ALPACA or row is None or {"instruction", "output"} <= _renamed(row, columns).keys():
+        return ""
+    if not row or any(_renamed(value, columns).keys() & {"output"} for value in first if isinstance(value, dict)):
+        return ""
+    named = f"its columns are {', '.join(map(repr, row))}, in which no format is recognised"
+    pairs = {known: next((name for name in names if name in row), None) for known, names in COLUMN_GUESSES.items()}
+    if "instruction" in row and not pairs["output"]:
+        return ""
+    if not all(pairs[known] for known in ("instruction", "output")):
+        return f"{named}; --data.columns instruction=… --data.columns output=… names the columns of question and answer"
+    flags = " ".join(f"--data.columns {known}={name}" for known, name in pairs.items() if name and name != known)
+    return f"{named}; to train on {pairs['output']!r} as the answer: {flags}"
 
 
 def _media_problems(row: dict[str, Any]) -> list[str]:
