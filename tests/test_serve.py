@@ -216,6 +216,10 @@ def test_errors_are_those_of_openai_s_client(client: OpenAI, tiny: Served) -> No
         ({"frequency_penalty": -0.5}, "frequency_penalty"),
         ({"logit_bias": {"1": 5}}, "logit_bias"),
         ({"extra_body": {"typical_p": 0.5}}, "typical_p"),
+        ({"extra_body": {"a_field_of_next_year": 0}}, "a_field_of_next_year"),
+        ({"extra_body": {"chat_template_kwargs": {"enable_thinking": True}}}, "chat_template_kwargs"),
+        ({"modalities": ["text", "audio"]}, "modalities"),
+        ({"service_tier": "priority"}, "service_tier"),
         ({"reasoning_effort": "low"}, "reasoning_effort"),
         ({"temperature": -0.1}, "temperature"),
         ({"stop": ["a"] * 17}, "stop"),
@@ -229,6 +233,14 @@ def test_what_cannot_be_honoured_is_refused_by_name(client: OpenAI, fields: dict
     assert param in refused.value.message
 
 
+@pytest.mark.parametrize("extra", [{"name": "Adam"}, {"name": None}, {"tool_call_id": None, "next_year": ""}])
+def test_messages_may_carry_names_and_fields_that_ask_for_nothing(client: OpenAI, extra: dict[str, Any]) -> None:
+    (message,) = QUESTION
+    plain = client.chat.completions.create(model="tiny-qwen", messages=QUESTION)
+    named = client.chat.completions.create(model="tiny-qwen", messages=[{**message, **extra}])  # type: ignore[list-item]
+    assert named.choices[0].message.content == plain.choices[0].message.content
+
+
 @pytest.mark.parametrize(
     "fields",
     [
@@ -236,6 +248,10 @@ def test_what_cannot_be_honoured_is_refused_by_name(client: OpenAI, fields: dict
         {"response_format": {"type": "text"}},
         {"n": 1, "presence_penalty": 0, "frequency_penalty": 0.0, "logit_bias": {}, "logprobs": False},
         {"user": "somebody", "metadata": {"from": "a test"}, "store": False},
+        {"parallel_tool_calls": True, "functions": [], "function_call": "none", "top_logprobs": 0},
+        {"service_tier": "auto", "modalities": ["text"], "prompt_cache_key": "x", "safety_identifier": "y"},
+        {"audio": None, "prediction": None, "reasoning_effort": None, "verbosity": None},
+        {"extra_body": {"chat_template_kwargs": {}, "guided_json": "", "a_field_of_next_year": False, "other": []}},
         {"temperature": None, "top_p": None, "max_tokens": None, "stop": None, "seed": None, "stream": None},
     ],
 )

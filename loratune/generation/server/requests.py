@@ -4,7 +4,17 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag, WithJsonSchema
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Discriminator,
+    Field,
+    Tag,
+    WithJsonSchema,
+    model_validator,
+)
 
 from loratune.data.conversation import Message
 from loratune.generation.server.failures import TAG, ApiError
@@ -36,10 +46,37 @@ Nothing = Annotated[list[Any], Field(max_length=0)]
 Zero = Annotated[float, Field(ge=0, le=0)]
 
 
-class Fields(BaseModel):
-    """A part of a request: no other fields, no other types."""
+NOTHING: tuple[Any, ...] = (None, False, "", [], {})
+"""Values that ask for nothing, whatever the field is called: clients send whole objects with most fields unset."""
 
-    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, use_attribute_docstrings=True)
+
+def _allow_nothing(schema: dict[str, Any]) -> None:
+    schema["additionalProperties"] = {"enum": list(NOTHING)}
+
+
+class Fields(BaseModel):
+    """A part of a request: no other types, and no other fields that ask for something."""
+
+    model_config = ConfigDict(
+        extra="forbid",
+        strict=True,
+        allow_inf_nan=False,
+        use_attribute_docstrings=True,
+        json_schema_extra=_allow_nothing,
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _drop_what_asks_for_nothing(cls, value: Any) -> Any:
+        if not isinstance(value, dict):
+            return value
+        # 0 == False, but 0 may ask for something.
+        return {
+            key: inner
+            for key, inner in value.items()
+            if key in cls.model_fields
+            or not any(inner is one or (one is not False and inner == one) for one in NOTHING)
+        }
 
 
 class TextPart(Fields):
@@ -81,6 +118,8 @@ class ChatMessage(Fields):
     """`developer` is another word for `system`."""
     content: Content
     """Text parts are joined without anything between them."""
+    name: Annotated[str, Field(max_length=512)] | None = None
+    """Without effect on the answer."""
     reasoning_content: Text | None = None
     """Of an earlier answer; left out, as the templates of thinking models do."""
     refusal: None = None
@@ -100,6 +139,7 @@ class StreamOptions(Fields):
 
     include_usage: bool | None = None
     """Add an event with the numbers of tokens before the end."""
+    include_obfuscation: No | None = None
 
 
 class AnswerRequest(Fields):
@@ -133,6 +173,11 @@ class AnswerRequest(Fields):
     """Without effect on the answer."""
     metadata: Annotated[dict[str, Annotated[str, Field(max_length=512)]], Field(max_length=16)] | None = None
     """Without effect on the answer."""
+    prompt_cache_key: Annotated[str, Field(max_length=512)] | None = None
+    """Without effect: of a conversation only what is new is read anyway."""
+    safety_identifier: Annotated[str, Field(max_length=512)] | None = None
+    """Without effect on the answer."""
+    service_tier: Literal["auto", "default"] | None = None
 
     @property
     def wants_usage(self) -> bool:
@@ -177,8 +222,14 @@ class ChatRequest(AnswerRequest):
     """The newer name of `max_tokens`."""
     response_format: TextFormat | None = None
     logprobs: No | None = None
+    top_logprobs: Annotated[int, Field(ge=0, le=0), WHOLE] | None = None
+    modalities: Annotated[list[Literal["text"]], Field(max_length=1)] | None = None
     tools: Nothing | None = None
     tool_choice: Literal["none", "auto"] | None = None
+    parallel_tool_calls: bool | None = None
+    """Without effect, since there are no tools."""
+    functions: Nothing | None = None
+    function_call: Literal["none", "auto"] | None = None
     store: No | None = None
 
     def asked(self) -> list[Message]:
