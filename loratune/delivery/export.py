@@ -21,6 +21,7 @@ from loratune.delivery.ollama import write_modelfile
 from loratune.delivery.parity import Parity, compare_models
 from loratune.delivery.proof import BOUNDS, Bounds, check_parity, probe_rows
 from loratune.delivery.report import parity_text, show_verification
+from loratune.delivery.tool_calls import offers_tools, vllm_tool_parser
 from loratune.delivery.vllm import require_servable, serve_command
 from loratune.errors import Exit, LoratuneError, bullet_list
 from loratune.model.files import check_base, weight_files
@@ -144,8 +145,23 @@ def _export_for_vllm(job: Export) -> dict[str, Any]:
     has_own_template = export_adapter(source, job.folder)
     template = job.output / "chat_template.jinja" if has_own_template else None
     base = base_settings(source, job.options.model).base
-    command = serve_command(base, job.name, job.output, advice, template)
-    return {"max_lora_rank": advice.max_lora_rank, "next": command}
+    parser = _tool_parser(job.folder, source)
+    command = serve_command(base, job.name, job.output, advice, template, parser)
+    return {"max_lora_rank": advice.max_lora_rank, "tool_call_parser": parser, "next": command}
+
+
+def _tool_parser(folder: Path, source: AdapterSource) -> str | None:
+    """vLLM's parser for the calls that the adapter's template writes; None, with a warning, where it has none."""
+    if not (folder / "tokenizer_config.json").is_file():  # a plain adapter, served with its base's template
+        return None
+    encoder = Encoder(load_tokenizer(folder), source.prompt)
+    parser = vllm_tool_parser(encoder.tokenizer, encoder.template)
+    if parser is None and offers_tools(encoder.tokenizer, encoder.template):
+        console.warn(
+            "the chat template offers tools, but the form of its calls is not recognised: to serve tool calls, add "
+            "--enable-auto-tool-choice and the --tool-call-parser of this form to vLLM's line"
+        )
+    return parser
 
 
 def _export_gguf(job: Export, model: Path) -> dict[str, Any]:
@@ -207,6 +223,13 @@ def _compare_gguf(job: Export, model: Path, target: Path) -> Parity | None:
 def _export_for_ollama(job: Export, model: Path) -> dict[str, Any]:
     # The other prompt settings are in the merged model's template.
     write_modelfile(model, _gguf_name(job), job.folder, job.options.num_ctx, merged_prompt(model))
+    encoder = Encoder(load_tokenizer(model), merged_prompt(model))
+    if offers_tools(encoder.tokenizer, encoder.template):
+        console.warn(
+            "the model's chat template offers tools, which the Modelfile's TEMPLATE cannot: Ollama will say that the "
+            "model does not support tools. llama.cpp's server takes the template from the GGUF file, tools included: "
+            "llama-server --jinja -m FILE"
+        )
     return _export_gguf(job, model) | {"next": f"cd {job.output} && ollama create {job.name.lower()} -f Modelfile"}
 
 

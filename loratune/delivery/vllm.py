@@ -89,7 +89,14 @@ def require_servable(adapter: Path) -> VllmAdvice:
     return advice
 
 
-def serve_command(base: str, name: str, folder: Path, advice: VllmAdvice, chat_template: Path | None = None) -> str:
+def serve_command(
+    base: str,
+    name: str,
+    folder: Path,
+    advice: VllmAdvice,
+    chat_template: Path | None = None,
+    tool_parser: str | None = None,
+) -> str:
     """The line that serves an adapter, quoted for a shell.
 
     Args:
@@ -98,6 +105,7 @@ def serve_command(base: str, name: str, folder: Path, advice: VllmAdvice, chat_t
         folder: the adapter's folder.
         advice: from `check_for_vllm`.
         chat_template: a file, where the adapter's template differs from the base's: vLLM renders with the base's.
+        tool_parser: vLLM's name of the form in which the template writes calls of tools.
     """
     module = f"{name}={folder}"
     if "=" in f"{name}{folder}" or "," in module:
@@ -106,6 +114,8 @@ def serve_command(base: str, name: str, folder: Path, advice: VllmAdvice, chat_t
     words += ["--max-lora-rank", str(advice.max_lora_rank)]
     if chat_template is not None:
         words += ["--chat-template", str(chat_template)]
+    if tool_parser is not None:
+        words += ["--enable-auto-tool-choice", "--tool-call-parser", tool_parser]
     return shlex.join(words)
 
 

@@ -1,0 +1,91 @@
+"""Which parser a server needs for the calls that a chat template writes."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from collections.abc import Callable
+from importlib.resources import files
+from pathlib import Path
+
+import pytest
+from conftest import TINY_QWEN
+from typer.testing import Result
+
+from loratune.delivery.tool_calls import offers_tools, vllm_tool_parser
+from loratune.model.tokenizer import load_tokenizer
+
+FOREIGN = (
+    "{% for t in tools or [] %}{{ t | tojson }}{% endfor %}{% for m in messages %}<{{ m.role }}>{{ m.content }}"
+    "{% for c in m.tool_calls or [] %}CALL {{ c.function.name }}({{ c.function.arguments.city }}){% endfor %}"
+    "{% endfor %}"
+)
+
+
+@pytest.mark.parametrize(
+    ("template", "offers", "parser"),
+    [
+        ("qwen2_5", True, "hermes"),
+        ("qwen3", True, "hermes"),
+        ("qwen3_instruct_2507", True, "hermes"),
+        ("qwen3_5_think", True, "qwen3_coder"),
+        ("qwen3_8", True, "qwen3_coder"),
+        ("llama3_1", True, "llama3_json"),
+        ("glm4moe", True, None),
+        ("gemma3", False, None),
+        ("deepseekv3", False, None),
+    ],
+)
+def test_the_form_of_calls_is_found_in_what_the_template_writes(
+    template: str, offers: bool, parser: str | None
+) -> None:
+    text = (files("trl") / "chat_templates" / f"{template}.jinja").read_text("utf-8")
+    tokenizer = load_tokenizer(TINY_QWEN)
+    assert offers_tools(tokenizer, text) is offers
+    assert vllm_tool_parser(tokenizer, text) == parser
+
+
+def test_a_form_of_nobody_s_has_no_parser() -> None:
+    tokenizer = load_tokenizer(TINY_QWEN)
+    assert offers_tools(tokenizer, FOREIGN)
+    assert vllm_tool_parser(tokenizer, FOREIGN) is None
+
+
+@pytest.fixture(scope="module")
+def run_of_a_model_with_tools(random_qwen: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from typer.testing import CliRunner
+
+    from loratune.cli.app import app
+
+    folder = tmp_path_factory.mktemp("tools")
+    base, rows = folder / "base", folder / "rows.json"
+    base.mkdir()
+    for path in random_qwen.iterdir():
+        if path.name != "chat_template.jinja":
+            (base / path.name).symlink_to(path)
+    template = files("trl") / "chat_templates" / "qwen2_5.jinja"
+    (base / "chat_template.jinja").write_text(template.read_text("utf-8"), encoding="utf-8")
+    rows.write_text(json.dumps([{"instruction": f"{n}+1?", "output": str(n + 1)} for n in range(6)]))
+    arguments = ["sft", "--model.base", base, "--data.train", rows, "--training.steps", 2, "--output", folder / "run"]
+    arguments += ["--model.dtype", "float32", "--training.learning_rate", 1e-2]
+    done = CliRunner().invoke(app, [str(argument) for argument in arguments])
+    assert done.exit_code == 0, done.stderr
+    return folder / "run"
+
+
+def test_vllm_s_line_switches_tool_calls_on(
+    cli: Callable[..., Result], run_of_a_model_with_tools: Path, tmp_path: Path
+) -> None:
+    done = cli("export", "--adapter", run_of_a_model_with_tools, "--format", "vllm", "--output", tmp_path / "out")
+    assert done.exit_code == 0, done.stderr
+    words = shlex.split(done.stdout)
+    assert "--enable-auto-tool-choice" in words
+    assert words[words.index("--tool-call-parser") + 1] == "hermes"
+
+
+def test_ollama_s_export_says_that_tools_are_lost(
+    cli: Callable[..., Result], run_of_a_model_with_tools: Path, tmp_path: Path
+) -> None:
+    done = cli("export", "--adapter", run_of_a_model_with_tools, "--format", "ollama", "--output", tmp_path / "out")
+    assert done.exit_code == 0, done.stderr
+    assert "Ollama will say that the model does not support tools" in " ".join(done.stderr.split())
