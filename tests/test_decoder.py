@@ -29,7 +29,8 @@ from transformers import (
 
 from loratune.model import decoder as decoder_module
 from loratune.model import sampling as sampling_module
-from loratune.model.decoder import BASE, Decoder, Running
+from loratune.model.decoder import Decoder, Running
+from loratune.model.own_parameters import BASE
 from loratune.model.sampling import Sampling, TokenChooser, shortlist
 from loratune.model.slots import DecodingError, token_bytes
 

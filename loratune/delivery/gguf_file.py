@@ -23,6 +23,7 @@ from loratune.delivery.gguf_vocabulary import describe_vocabulary
 from loratune.errors import Exit, LoratuneError
 from loratune.model.files import weight_files
 from loratune.model.tensor_files import TensorFiles
+from loratune.model.tying import head_is_tied
 
 try:
     import gguf
@@ -67,6 +68,7 @@ class _Model:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         config = read_config(folder)
+        config.tie_word_embeddings = head_is_tied(folder)
         self.architecture = ARCHITECTURES[config.model_type]
         self.keys: dict[str, Any] = describe(config) | describe_vocabulary(folder, config.vocab_size)
         self.tensors = plan_tensors(config)

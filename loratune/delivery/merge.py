@@ -22,6 +22,7 @@ from loratune.model.adapter_files import WEIGHTS_FILE
 from loratune.model.files import find_base, weight_files
 from loratune.model.hardware import detect_hardware
 from loratune.model.tensor_files import TensorFiles
+from loratune.model.tying import head_is_tied
 from loratune.recipe.sections import ModelSettings
 from loratune.runs.card import base_name, write_merged_card
 from loratune.runs.folder import FORMAT_VERSION, PROGRAM, VERIFICATION, file_sha256, prepare_output, read_json
@@ -102,7 +103,7 @@ def merge_adapter(source: AdapterSource, output: Path, options: MergeOptions) ->
         _announce(job, candidates, output)
         for candidate in candidates:
             _write(candidate, options.verify)
-            changes = write_model_files(job.source, job.base, candidate.folder, options.dtype, candidate.plan.is_tied)
+            changes = write_model_files(job.source, job.base, candidate.folder, options.dtype, candidate.plan)
             write_merged_card(candidate.folder, "Merged model", job.settings.base, str(job.base.absolute()))
         _check_updates_survived(job, candidates[0])
         seconds = {"until_files_proved": _seconds_since_start()}
@@ -152,7 +153,7 @@ def _gather(source: AdapterSource, output: Path, options: MergeOptions) -> Job:
     warnings = check_same_base(source, settings.base, base, paths, options.force)
     if options.merge_base != "auto" and settings.quantization == "none":
         raise LoratuneError("--merge-base is for adapters that were trained on a quantised base", Exit.USAGE)
-    is_tied = bool(read_json(base / "config.json").get("tie_word_embeddings"))
+    is_tied = head_is_tied(base)
     updates = read_updates(source.adapter, TensorFiles(paths).infos, is_tied)
     return Job(source, settings, base, updates, is_tied, options, warnings)
 

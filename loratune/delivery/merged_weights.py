@@ -9,8 +9,9 @@ from pathlib import Path
 
 import torch
 
-from loratune.delivery.update import EMBEDDING, HEAD, TensorUpdate
+from loratune.delivery.update import TensorUpdate
 from loratune.errors import Exit, LoratuneError
+from loratune.model.adapter_files import EMBEDDING, HEAD
 from loratune.model.tensor_files import TensorFiles, TensorInfo, plan_shards, write_shards
 
 PIECE_BYTES = 8_000_000
@@ -25,6 +26,11 @@ class MergedTensor:
     source: str
     """Name of the base's tensor."""
     update: TensorUpdate | None
+
+    def values(self, base: TensorFiles) -> torch.Tensor:
+        """What the update is applied to: the base's tensor, or what the adapter has in its place."""
+        found = base.tensor(self.source)
+        return self.update.source(found) if self.update else found
 
 
 @dataclass(frozen=True)
@@ -41,6 +47,11 @@ class MergePlan:
     def nbytes(self) -> int:
         """Size of all values in bytes."""
         return sum(tensor.info.nbytes for tensor in self.tensors.values())
+
+    @property
+    def vocabulary(self) -> int:
+        """Rows of the embedding."""
+        return self.tensors[EMBEDDING].info.shape[0]
 
     @property
     def updated(self) -> list[MergedTensor]:
@@ -66,8 +77,10 @@ def plan_merge(
         if is_tied and name == HEAD:
             continue  # a copy that nothing reads; written below if it is needed
         kept = dtype is None or not info.dtype.is_floating_point
-        written = TensorInfo(name, info.dtype if kept or dtype is None else dtype, info.shape)
-        tensors[name] = MergedTensor(written, name, updates.get(name))
+        update = updates.get(name)
+        shape = info.shape if update is None or update.replacement is None else tuple(update.replacement.shape)
+        written = TensorInfo(name, info.dtype if kept or dtype is None else dtype, shape)
+        tensors[name] = MergedTensor(written, name, update)
     if is_tied and not stays_tied:
         embedding = tensors[EMBEDDING].info
         head = TensorInfo(HEAD, embedding.dtype, embedding.shape)
@@ -106,7 +119,7 @@ def merged_pieces(tensor: MergedTensor, base: TensorFiles) -> Iterator[tuple[int
     Raises:
         LoratuneError: a value is too large for float16.
     """
-    source = base.tensor(tensor.source)
+    source = tensor.values(base)
     row_bytes = 4 * max(1, math.prod(source.shape[1:]))
     step = max(1, PIECE_BYTES // row_bytes)
     whole = source if source.ndim else source.reshape(1)

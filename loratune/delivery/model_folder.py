@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from loratune.data.encoding import Encoder
+from loratune.delivery.merged_weights import MergePlan
 from loratune.delivery.template import write_portable_template
 from loratune.recipe.sections import PromptSettings
 from loratune.runs.folder import read_json
@@ -22,7 +23,7 @@ CONFIG, GENERATION_CONFIG = "config.json", "generation_config.json"
 
 
 def write_model_files(
-    source: AdapterSource, base: Path, folder: Path, dtype: torch.dtype | None, is_tied: bool
+    source: AdapterSource, base: Path, folder: Path, dtype: torch.dtype | None, plan: MergePlan
 ) -> list[str]:
     """Write config, tokenizer, template and generation config.
 
@@ -31,12 +32,12 @@ def write_model_files(
         base: the base's folder.
         folder: where the merged weights are.
         dtype: of the merged weights, if not the base's.
-        is_tied: whether embedding and head are still one matrix.
+        plan: of the merged weights.
 
     Returns:
         What differs from the base's files, for the user.
     """
-    changes = _write_config(base, folder, dtype, is_tied)
+    changes = _write_config(base, folder, dtype, plan)
     tokenizer = source.tokenizer_folder(base)
     copy_tokenizer_files(tokenizer, folder)
     for licence in [*base.glob("LICENSE*"), *base.glob("NOTICE*")]:
@@ -66,13 +67,13 @@ def _may_need_template(prompt: PromptSettings, tokenizer: Path) -> bool:
     )
 
 
-def _write_config(base: Path, folder: Path, dtype: torch.dtype | None, is_tied: bool) -> list[str]:
+def _write_config(base: Path, folder: Path, dtype: torch.dtype | None, plan: MergePlan) -> list[str]:
     config = read_json(base / CONFIG)
-    changes: dict[str, Any] = {}
+    changes: dict[str, Any] = {"vocab_size": plan.vocabulary}
     if dtype is not None:
         key = "torch_dtype" if "torch_dtype" in config and "dtype" not in config else "dtype"
         changes[key] = str(dtype).removeprefix("torch.")
-    if config.get("tie_word_embeddings") and not is_tied:
+    if config.get("tie_word_embeddings") and not plan.is_tied:
         changes["tie_word_embeddings"] = False
     changes = {key: value for key, value in changes.items() if config.get(key) != value}
     if changes:

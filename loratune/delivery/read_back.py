@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -58,7 +58,7 @@ def read_back(plan: MergePlan, base: TensorFiles, folder: Path, advance: Callabl
             if tensor.update is None:
                 _check_identical(tensor, base, written)
             else:
-                error, is_changed = _compare_rows(tensor, base.tensor(tensor.source), written)
+                error, is_changed = _compare_rows(tensor, base, written)
                 largest = max(largest, error)
                 unchanged += [] if is_changed else [info.name]
             base.release([tensor.source])
@@ -69,7 +69,7 @@ def read_back(plan: MergePlan, base: TensorFiles, folder: Path, advance: Callabl
         tensors=len(plan.tensors),
         identical=len(plan.tensors) - updated,
         updated=updated,
-        sampled_rows=sum(len(_sampled(tensor.info.shape[0])) for tensor in plan.updated),
+        sampled_rows=sum(len(_sampled(tensor)) for tensor in plan.updated),
         largest_error_steps=largest,
         unchanged=tuple(unchanged),
     )
@@ -110,14 +110,15 @@ def _as_bytes(tensor: torch.Tensor) -> torch.Tensor:
     return flat.view({1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[flat.element_size()])
 
 
-def _compare_rows(tensor: MergedTensor, source: torch.Tensor, written: torch.Tensor) -> tuple[float, bool]:
+def _compare_rows(tensor: MergedTensor, base: TensorFiles, written: torch.Tensor) -> tuple[float, bool]:
     """Compute sampled rows in float64; (largest error in rounding steps, whether any row differs from the base's)."""
     if tensor.update is None:
         raise RuntimeError(f"{tensor.info.name} has no update")
     largest, is_changed = 0.0, False
-    for row in _sampled(tensor.info.shape[0]):
-        base_row, found = source[row : row + 1], written[row : row + 1]
-        exact = tensor.update.apply(base_row.double(), row)
+    original, source = base.tensor(tensor.source), tensor.values(base)
+    for row in _sampled(tensor):
+        base_row, found = original[row : row + 1], written[row : row + 1]
+        exact = tensor.update.apply(source[row : row + 1].double(), row)
         error = (found.double() - exact).abs() - COMPUTE_ERROR * exact.abs().max()
         steps = float((error / _rounding_step(exact, found.dtype)).max())
         if not steps <= 0.5:  # NaN must not pass
@@ -134,8 +135,15 @@ def _rounding_step(values: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     return torch.ldexp(torch.ones_like(values), exponent) * limits.eps
 
 
-def _sampled(rows: int) -> list[int]:
-    return sorted({round(place) for place in torch.linspace(0, rows - 1, min(rows, SAMPLED_ROWS)).tolist()})
+def _sampled(tensor: MergedTensor) -> list[int]:
+    """Row numbers; of an update that replaces some rows, those are among them."""
+    replaced = tensor.update.rows[0] if tensor.update and tensor.update.rows else []
+    return sorted({place for rows in (range(tensor.info.shape[0]), replaced) for place in _spread(rows)})
+
+
+def _spread(rows: Sequence[int]) -> list[int]:
+    places = torch.linspace(0, len(rows) - 1, min(len(rows), SAMPLED_ROWS)).tolist()
+    return [rows[round(place)] for place in places]
 
 
 def _mismatch(tensor: MergedTensor, found: str) -> LoratuneError:

@@ -15,6 +15,7 @@ from loratune.errors import Exit, LoratuneError
 from loratune.model.adapter_files import WEIGHTS_FILE
 from loratune.model.files import find_base, weight_files
 from loratune.model.tensor_files import TensorFiles
+from loratune.model.tying import head_is_tied
 from loratune.runs.folder import file_sha256
 from loratune.runs.opening import AdapterSource, base_settings, check_same_base, open_settled_adapter
 
@@ -72,7 +73,7 @@ def _common_base(adapters: dict[str, AdapterSource], model: str | None, force: b
     for name, source in adapters.items():
         for warning in check_same_base(source, settings.base, base, paths, force):
             console.warn(warning)
-        read_updates(source.adapter, tensors, is_tied=True)  # PEFT passes over tensors that have no place
+        read_updates(source.adapter, tensors, head_is_tied(base))  # PEFT passes over tensors that have no place
         if source.recipe and source.recipe.model.quantization != settings.quantization:
             raise LoratuneError("the adapters were trained on different quantisations of the base", Exit.MODEL)
         if source.prompt != first.prompt:

@@ -15,9 +15,10 @@ from loratune.errors import Exit, LoratuneError
 from loratune.generation.exchange import Answer, Piece, Question
 from loratune.generation.loading import Voice, open_voices
 from loratune.generation.text import OPENING, TextStream
-from loratune.model.decoder import BASE, Decoder, Running
+from loratune.model.decoder import Decoder, Running
 from loratune.model.hardware import detect_hardware
 from loratune.model.memory import free_memory_bytes, is_out_of_memory
+from loratune.model.own_parameters import BASE
 
 AHEAD = 2
 """Questions in hand for each slot when there are many, so that no slot waits for the next."""

@@ -11,9 +11,9 @@ from typing import Any
 from loratune.data.encoding import Encoder
 from loratune.errors import Exit, LoratuneError
 from loratune.model.base import load_base
-from loratune.model.decoder import BASE
 from loratune.model.files import find_base, weight_files
 from loratune.model.hardware import detect_hardware
+from loratune.model.own_parameters import BASE
 from loratune.model.tokenizer import load_tokenizer, set_pad_token
 from loratune.recipe.sections import ModelSettings, PromptSettings
 from loratune.runs.opening import AdapterSource, base_settings, check_same_base, merged_prompt, open_adapter

@@ -12,17 +12,18 @@ import torch
 from peft import (
     LoraConfig,
     PeftModel,
+    PeftModelForCausalLM,
     get_peft_model,
     get_peft_model_state_dict,
     set_peft_model_state_dict,
 )
 from peft.tuners.lora import LoraLayer
-from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import nn
 
 from loratune.errors import Exit, LoratuneError
-from loratune.model.adapter_files import WEIGHTS_FILE, check_weights, read_config_values
+from loratune.model.adapter_files import SETTINGS, WEIGHTS_FILE, read_config_values, read_tensors
+from loratune.model.own_parameters import own_parameters
 from loratune.recipe.sections import LAYERS, LoraSettings
 
 ATTENTION_TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj"]
@@ -75,6 +76,7 @@ def attach_adapter(model: Any, settings: LoraSettings, base_name: str, seed: int
     adapted = get_peft_model(model, config)
     config.base_model_name_or_path = base_name  # PEFT puts the folder it was loaded from there
     check_frozen(adapted, settings)
+    own_parameters(adapted).keep_trained_biases("default")
     return adapted
 
 
@@ -111,36 +113,46 @@ def save_adapter(model: PeftModel, folder: Path) -> None:
     (folder / "README.md").unlink(missing_ok=True)  # PEFT's card names local paths
 
 
-def load_adapter(model: Any, folder: Path, name: str = "default") -> PeftModel:
-    """Put a saved adapter on its base.
+def load_adapter(model: Any, folder: Path, name: str = "default", keep_dtype: bool = False) -> PeftModel:
+    """Put a saved adapter on its base, which stays as it is: what the adapter replaces in it becomes its own.
 
     Args:
         model: the base, or one with other adapters on it.
         folder: PEFT folder.
         name: PEFT's name for it, to tell several apart.
+        keep_dtype: as of `OwnParameters.add`.
 
     Raises:
         LoratuneError: the adapter is damaged, not LoRA, holds NaN, or was made for another shape.
     """
     config = read_adapter_config(folder)
-    check_weights(folder)
+    own = own_parameters(model)
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    tensors = read_tensors(folder, read_config_values(folder), is_tied(base), own.vocabulary())
     try:
+        own.add(name, tensors, keep_dtype)
+        own.select([name])  # PEFT takes the sizes of the adapter's matrices from the base's
         if isinstance(model, PeftModel):
-            model.load_adapter(str(folder), name)
+            model.add_adapter(name, config)
         else:
-            model = PeftModel.from_pretrained(model, str(folder), name, config=config)
-    except (RuntimeError, ValueError, KeyError) as error:
+            model = PeftModelForCausalLM(model, config, name)
+        set_peft_model_state_dict(model, tensors.lora, name)
+    except (RuntimeError, ValueError, KeyError, LoratuneError) as error:
         raise LoratuneError(
             f"{folder}: the adapter does not fit the base model: {_first_lines(str(error))}", Exit.MODEL
         ) from error
-    _check_all_loaded(model, folder, name)
-    return model
+    own.select([str(model.active_adapter)])
+    _check_all_loaded(model, set(tensors.lora), folder, name)
+    return model.eval()
 
 
-def _check_all_loaded(model: PeftModel, folder: Path, name: str) -> None:
+def is_tied(model: Any) -> bool:
+    """Whether embedding and head are one matrix; a config may say so of a model where they are not."""
+    return model.get_input_embeddings().weight is model.get_output_embeddings().weight
+
+
+def _check_all_loaded(model: PeftModel, given: set[str], folder: Path, name: str) -> None:
     """PEFT passes over tensors that its config has no place for, and leaves those that are missing untrained."""
-    with safe_open(folder / WEIGHTS_FILE, framework="pt") as file:
-        given = {key for key in file.keys() if ".base_layer.weight" not in key}  # noqa: SIM118
     expected = set(get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False))
     strange = sorted(given ^ expected)
     if strange:
@@ -157,15 +169,15 @@ def load_adapter_weights(model: PeftModel, folder: Path) -> None:
 
 
 def read_adapter_config(folder: Path) -> LoraConfig:
-    """The adapter's config for PEFT.
+    """The adapter's config for PEFT, which is left with the LoRA layers: see `OwnParameters` for the rest.
 
     Raises:
         LoratuneError: as `read_config_values`.
     """
-    known = LoraConfig.__dataclass_fields__.keys()
-    # A newer PEFT's unset keys are no reason to refuse its adapter.
     values = read_config_values(folder)
-    return LoraConfig(**{key: value for key, value in values.items() if key in known and key != "megatron_core"})
+    own = ("bias", "modules_to_save", "trainable_token_indices")
+    lora = {key: value for key, value in values.items() if key in SETTINGS and key not in own}
+    return LoraConfig(**(lora | {"task_type": "CAUSAL_LM", "inference_mode": True}))
 
 
 def keep_unpacked(model: Any) -> None:

@@ -6,24 +6,53 @@ import json
 import math
 import re
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 
-from loratune.errors import Exit, LoratuneError
+from loratune.errors import Exit, LoratuneError, bullet_list
+from loratune.model.tensor_files import TensorFiles
 
 WEIGHTS_FILE = "adapter_model.safetensors"
 CONFIG_FILE = "adapter_config.json"
-# Keys through which PEFT has imported modules named in a config file (peft#3085), or that need code to run.
-FORBIDDEN_KEYS = ("auto_mapping", "megatron_config", "runtime_config", "eva_config", "corda_config")
+PREFIX = "base_model.model."
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+PART = re.compile(r"(?P<module>.+)\.(?P<part>lora_[AB]\.weight|lora_B\.bias|lora_embedding_[AB]|lora_magnitude_vector)")
+# PEFT's wrappers, which stand between a module's name and its parameter.
+WRAPPER = re.compile(r"\.(token_adapter|base_layer|modules_to_save(\.default)?)(?=\.)")
+TOKENS = ".token_adapter.trainable_tokens_delta"
+
+# Settings that loading and merging carry out, each in the same way.
+SETTINGS = {
+    "alpha_pattern", "bias", "ensure_weight_tying", "exclude_modules", "layers_pattern", "layers_to_transform",
+    "lora_alpha", "lora_bias", "modules_to_save", "peft_type", "r", "rank_pattern", "target_modules", "task_type",
+    "trainable_token_indices", "use_dora", "use_rslora",
+}  # fmt: skip
+# What matters in training alone, or says where things came from. PEFT itself takes fan_in_fan_out back for linear
+# layers, and ignores the settings of a start (corda_config …) that init_lora_weights does not name.
+OTHER_SETTINGS = {
+    "auto_mapping", "base_model_name_or_path", "corda_config", "eva_config", "fan_in_fan_out", "inference_mode",
+    "init_lora_weights", "loftq_config", "lora_dropout", "lora_ga_config", "megatron_core", "merge_weights",
+    "peft_version", "qalora_group_size", "revision", "runtime_config",
+}  # fmt: skip
+# Not even passed on: PEFT has imported modules that these name (peft#3085), or they name files of another machine.
+DROPPED_SETTINGS = {
+    "auto_mapping", "corda_config", "eva_config", "fan_in_fan_out", "lora_ga_config", "merge_weights", "runtime_config",
+}  # fmt: skip
+# Starts that leave the base as it is. The others take something out of it that the adapter's file does not say.
+PLAIN_STARTS = ("true", "false", "gaussian", "eva", "orthogonal", "mica")
+CHANGED_BASE = ("pissa", "olora", "corda", "lora_ga", "loftq")
 
 
 def read_config_values(folder: Path) -> dict[str, Any]:
-    """The values of an adapter's config, checked before PEFT sees them.
+    """The values of an adapter's config, checked before PEFT sees them; keys that nothing needs are left out.
 
     Raises:
-        LoratuneError: there is none, it is not LoRA, it names code, or a value is not of its kind.
+        LoratuneError: there is none, it is not LoRA, it names code, a value is not of its kind, or a setting changes
+            what the adapter computes in a way that loratune does not carry out.
     """
     path = folder / CONFIG_FILE
     try:
@@ -34,13 +63,51 @@ def read_config_values(folder: Path) -> dict[str, Any]:
         raise LoratuneError(f"{path}: cannot be read: {error}", Exit.MODEL) from error
     if not isinstance(values, dict) or values.get("peft_type") != "LORA":
         raise LoratuneError(f"{path}: not a LoRA adapter", Exit.MODEL)
-    forbidden = [key for key in FORBIDDEN_KEYS if values.get(key)]
-    if forbidden:
-        raise LoratuneError(f"{path}: sets {', '.join(forbidden)}, which is not allowed", Exit.MODEL)
-    for key, (is_right, rule) in RULES.items():
-        if key in values and not is_right(values[key]):
-            raise LoratuneError(f"{path}: {key} is {json.dumps(values[key])}; {rule}", Exit.MODEL)
-    return values
+    problems = [
+        f"{key} is {json.dumps(values[key])}; {rule}"
+        for key, (is_right, rule) in RULES.items()
+        if key in values and not is_right(values[key])
+    ]
+    problems += [problem for problem in (_code_problem(values), _start_problem(values)) if problem]
+    unknown = sorted(key for key, value in values.items() if value and key not in SETTINGS | OTHER_SETTINGS)
+    problems += [
+        f"{key} is set, which loratune does not carry out; without it the adapter would compute something else"
+        for key in unknown
+        if key != "megatron_config"
+    ]
+    if problems:
+        several = len(problems) > 1
+        raise LoratuneError(f"{path}: " + (f"\n{bullet_list(problems)}" if several else problems[0]), Exit.MODEL)
+    return {key: value for key, value in values.items() if key not in DROPPED_SETTINGS}
+
+
+def _code_problem(values: dict[str, Any]) -> str | None:
+    """Whether a config asks for code: auto_mapping of transformers' own classes, which PEFT writes, does not."""
+    if values.get("megatron_config"):
+        return "megatron_config is set, which needs code of Megatron to run; nothing that an adapter names is imported"
+    mapping = values.get("auto_mapping")
+    library = mapping.get("parent_library") if isinstance(mapping, dict) else mapping
+    if library and (not isinstance(library, str) or library.partition(".")[0] not in ("transformers", "peft")):
+        return (
+            f"auto_mapping names code outside of transformers ({json.dumps(library)}); nothing that an adapter names "
+            "is imported"
+        )
+    return None
+
+
+def _start_problem(values: dict[str, Any]) -> str | None:
+    """Whether the adapter belongs to another base than the one that was given to its training."""
+    start = values.get("init_lora_weights")
+    name = str(start).lower()
+    if start is None or name in PLAIN_STARTS:
+        return None
+    if not name.startswith(CHANGED_BASE):
+        return f"init_lora_weights is {json.dumps(start)}, which loratune does not know"
+    return (
+        f"trained with init_lora_weights {start}, which changes the base before training and does not save the change. "
+        "Convert it to plain LoRA where it was trained (PEFT's save_pretrained with "
+        "path_initial_model_for_weight_conversion), or let PEFT merge it (merge_and_unload) and give the merged model"
+    )
 
 
 def _is_number(value: Any) -> bool:
@@ -65,6 +132,15 @@ def _is_pattern(value: Any) -> bool:
         return False
 
 
+def _is_indices(value: Any) -> bool:
+    """Whether a value names tokens: a list of ids, or one for each module."""
+    lists = list(value.values()) if isinstance(value, dict) else [] if value is None else [value]
+    return all(
+        isinstance(ids, list) and all(isinstance(id_, int) and not isinstance(id_, bool) and id_ >= 0 for id_ in ids)
+        for ids in lists
+    )
+
+
 NUMBERS, PATTERNS, NAMES = "r and lora_alpha must be numbers", "it must give names their numbers", "it must be names"
 # What PEFT takes as it is, and fails on later, in places that don't say where it came from.
 RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
@@ -74,6 +150,7 @@ RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "alpha_pattern": (_is_pattern, PATTERNS),
     "target_modules": (_is_names, NAMES),
     "modules_to_save": (_is_names, NAMES),
+    "trainable_token_indices": (_is_indices, "it must be ids of tokens"),
 }
 
 
@@ -102,3 +179,93 @@ def check_weights(folder: Path) -> None:
         raise LoratuneError(f"{path}: damaged: {error}", Exit.MODEL) from error
     if broken:
         raise LoratuneError(f"{path}: holds NaN or infinity in {len(broken)} tensors, first {broken[0]}", Exit.MODEL)
+
+
+@dataclass(frozen=True)
+class AdapterTensors:
+    """What an adapter holds, by what is done with it."""
+
+    lora: dict[str, torch.Tensor]
+    """Name in the file → matrix of a LoRA layer, its bias or its DoRA lengths."""
+    whole: dict[str, torch.Tensor]
+    """Name of a parameter of the base → what takes its place: trained biases, modules_to_save, saved embeddings."""
+    rows: dict[str, tuple[list[int], torch.Tensor]]
+    """Name of a matrix of the base → numbers of the rows that are replaced, and their values."""
+
+
+def read_tensors(folder: Path, values: dict[str, Any], is_tied: bool, vocabulary: int) -> AdapterTensors:
+    """Read an adapter's tensors, mapped from their file.
+
+    Args:
+        folder: PEFT folder.
+        values: from `read_config_values`.
+        is_tied: whether the base has one matrix for embedding and head.
+        vocabulary: rows of the base's embedding.
+
+    Raises:
+        LoratuneError: the file is damaged, contradicts itself, or lacks rows of the vocabulary of its training.
+    """
+    check_weights(folder)
+    files = TensorFiles([folder / WEIGHTS_FILE])
+    lora: dict[str, torch.Tensor] = {}
+    whole: dict[str, torch.Tensor] = {}
+    rows: dict[str, tuple[list[int], torch.Tensor]] = {}
+    for name in sorted(files.infos):
+        tensor, place = files.tensor(name), name.removeprefix(PREFIX)
+        target = WRAPPER.sub("", place)
+        if PART.fullmatch(place):
+            lora[name] = tensor
+        elif place.endswith(TOKENS):
+            module = place.removesuffix(TOKENS)
+            rows[f"{module}.weight"] = _token_indices(folder, values, module, len(tensor)), tensor
+        elif ".original_module." in place:
+            continue  # the base's own, which PEFT writes beside what replaces it
+        elif target in whole and not torch.equal(whole[target], tensor):
+            raise LoratuneError(f"{folder}: {target} is replaced twice, by different values", Exit.MODEL)
+        else:
+            whole[target] = tensor
+    if is_tied and EMBEDDING in whole and values.get("ensure_weight_tying"):
+        whole.setdefault(HEAD, whole[EMBEDDING])
+    if is_tied and EMBEDDING in rows:
+        rows.setdefault(HEAD, rows[EMBEDDING])
+    found = AdapterTensors(lora, whole, rows)
+    _check_vocabulary(folder, found, vocabulary)
+    return found
+
+
+def _check_vocabulary(folder: Path, tensors: AdapterTensors, vocabulary: int) -> None:
+    """Refuse an adapter of a resized vocabulary that does not bring all rows of embedding and head."""
+    counts = {
+        name: {tensors.whole[name].shape[0] if name in tensors.whole and tensors.whole[name].ndim else vocabulary}
+        for name in (EMBEDDING, HEAD)
+    }
+    for name, tensor in tensors.lora.items():
+        module, _, part = name.removeprefix(PREFIX).rpartition(".lora_")
+        if f"{module}.weight" in counts and tensor.ndim == 2 and part in ("embedding_A", "B.weight"):
+            counts[f"{module}.weight"].add(tensor.shape[1 if part == "embedding_A" else 0])
+    for name, (numbers, _) in tensors.rows.items():
+        if name not in counts:
+            raise LoratuneError(f"{folder}: trains tokens of {name}, which is neither embedding nor head", Exit.MODEL)
+        counts[name] |= {number + 1 for number in numbers if number >= max(counts[name])}
+    sizes = set().union(*counts.values())
+    if len(sizes) > 1:
+        lacking = [name for name in counts if name not in tensors.whole] or list(counts)
+        raise LoratuneError(
+            f"{folder}: trained with a resized vocabulary ({' or '.join(map(str, sorted(sizes)))} rows; the base has "
+            f"{vocabulary}), and it does not bring the rows of {' and '.join(lacking)}. Save it again where it was "
+            "trained, with PEFT's save_pretrained(…, save_embedding_layers=True)",
+            Exit.MODEL,
+        )
+
+
+def _token_indices(folder: Path, values: dict[str, Any], module: str, count: int) -> list[int]:
+    """The ids of the tokens whose rows an adapter has trained."""
+    given = values.get("trainable_token_indices")
+    if isinstance(given, dict):
+        given = next((ids for name, ids in given.items() if f".{module}".endswith(f".{name}")), None)
+    if not isinstance(given, list) or len(given) != count:
+        raise LoratuneError(
+            f"{folder}: {count} rows of {module} are trained, and trainable_token_indices does not say which",
+            Exit.MODEL,
+        )
+    return given

@@ -13,6 +13,7 @@ from transformers.utils import logging as transformers_logging
 
 from loratune.errors import Exit, LoratuneError
 from loratune.model.hardware import Hardware, resolve_attention, resolve_dtype
+from loratune.model.tying import head_is_tied
 from loratune.recipe.sections import ModelSettings
 
 
@@ -25,6 +26,7 @@ def load_base(settings: ModelSettings, folder: Path, hardware: Hardware) -> Any:
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     dtype = resolve_dtype(settings.dtype, hardware)
+    is_tied = head_is_tied(folder)
     try:
         model, info = AutoModelForCausalLM.from_pretrained(
             folder,
@@ -43,6 +45,7 @@ def load_base(settings: ModelSettings, folder: Path, hardware: Hardware) -> Any:
     if info["missing_keys"]:
         missing = ", ".join(sorted(info["missing_keys"])[:5])
         raise LoratuneError(f"{folder}: the weights lack tensors that the model needs: {missing}", Exit.MODEL)
+    model.config.tie_word_embeddings = is_tied
     model.requires_grad_(False)
     return model
 

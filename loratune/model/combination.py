@@ -8,7 +8,8 @@ from pathlib import Path
 import torch
 
 from loratune.errors import Exit, LoratuneError, bullet_list
-from loratune.model.adapter import load_adapter, read_adapter_config
+from loratune.model.adapter import load_adapter
+from loratune.model.adapter_files import read_config_values
 from loratune.model.mapped import load_mapped
 
 # What PEFT calls linear adds up the A and the B matrices, whose product then has terms of one adapter's A with the
@@ -63,13 +64,14 @@ def _check_plain(adapters: Mapping[str, Path]) -> None:
     problems = []
     layers = {}
     for name, adapter in adapters.items():
-        config = read_adapter_config(adapter)
-        layers[name] = config.layers_to_transform
+        config = read_config_values(adapter)
+        layers[name] = config.get("layers_to_transform")
         extras = {
-            "DoRA": config.use_dora,
-            "modules_to_save": config.modules_to_save,
-            "trained biases": config.bias != "none" or config.lora_bias,
-            "a rank or alpha pattern": config.rank_pattern or config.alpha_pattern,
+            "DoRA": config.get("use_dora"),
+            "modules_to_save": config.get("modules_to_save"),
+            "trained tokens": config.get("trainable_token_indices"),
+            "trained biases": config.get("bias", "none") != "none" or config.get("lora_bias"),
+            "a rank or alpha pattern": config.get("rank_pattern") or config.get("alpha_pattern"),
         }
         problems += [f"{name} ({adapter}) has {extra}" for extra, has in extras.items() if has]
     if len({str(numbers) for numbers in layers.values()}) > 1:  # PEFT would drop those that the first does not have

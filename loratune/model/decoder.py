@@ -15,12 +15,11 @@ import torch
 from torch.nn import functional
 
 from loratune.model.few_rows import give_up_few_row_products, use_few_row_products
+from loratune.model.own_parameters import BASE, own_parameters
 from loratune.model.prefixes import Prefixes
 from loratune.model.sampling import Sampling, TokenChooser
 from loratune.model.slots import Feed, SlotCache, reserved_tokens, token_bytes, use_slot_attention
 
-BASE = "__base__"
-"""PEFT's name for no adapter at all."""
 PROMPT_PART = 512
 """Tokens of a prompt that are read at once, so that running answers don't wait for a long one."""
 PROMPT_TOKENS = 2048
@@ -98,9 +97,10 @@ class Decoder:
         self._prefixes = Prefixes(self._cache)
         self._budget_tokens = None if cache_budget_bytes is None else cache_budget_bytes / token_bytes(base)
         self._adapter: str | None = None
+        self._own = own_parameters(base)
         # PEFT computes rows of several adapters at once, but not with DoRA.
-        configs = model.peft_config.values() if self._has_adapters else ()
-        self._mixes_adapters = not any(config.use_dora for config in configs)
+        configs = model.peft_config if self._has_adapters else {}
+        self._apart = {name for name in configs if configs[name].use_dora or self._own.is_apart(name)}
 
     @property
     def is_idle(self) -> bool:
@@ -182,6 +182,8 @@ class Decoder:
         give_up_few_row_products(self._large_layers)
         if self._adapter == BASE:
             self.model.base_model.enable_adapter_layers()
+        if self._has_adapters:
+            self._own.select([self.model.active_adapter])
 
     def _begin(self, running: Running) -> None:
         """Give an answer its slot, with what the slots know of its prompt already."""
@@ -223,13 +225,10 @@ class Decoder:
 
     def _forward(self, rows: Sequence[Running], new: Sequence[Sequence[int]]) -> torch.Tensor:
         """Logits [rows, vocabulary] behind the last of each row's new tokens."""
-        if self._mixes_adapters:
-            groups = [list(range(len(rows)))]
-        else:
-            by_adapter = defaultdict(list)
-            for index, running in enumerate(rows):
-                by_adapter[running.adapter].append(index)
-            groups = list(by_adapter.values())
+        by_pass = defaultdict(list)
+        for index, running in enumerate(rows):
+            by_pass[running.adapter if running.adapter in self._apart else None].append(index)
+        groups = list(by_pass.values())
         parts = []
         for group in groups:
             chosen = [rows[index] for index in group]
@@ -239,7 +238,9 @@ class Decoder:
         if len(groups) == 1:
             return parts[0]
         order = torch.tensor([index for group in groups for index in group]).argsort()
-        return torch.cat(parts)[order.to(self.device)]
+        widest = max(part.shape[-1] for part in parts)  # one adapter may have a larger vocabulary than another
+        padded = [functional.pad(part, (0, widest - part.shape[-1]), value=-torch.inf) for part in parts]
+        return torch.cat(padded)[order.to(self.device)]
 
     def _pass(
         self, cache: SlotCache, feed: Feed, new: Sequence[Sequence[int]], adapters: list[str], keep: int = 1
@@ -265,6 +266,7 @@ class Decoder:
             return {}
         is_mixed = len(set(names)) > 1
         self._switch(next(name for name in names if name != BASE) if is_mixed else names[0])
+        self._own.select(names)
         return {"adapter_names": names} if is_mixed else {}
 
     def _switch(self, adapter: str) -> None:

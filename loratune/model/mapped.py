@@ -7,7 +7,7 @@ the rounding of merged weights does.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from transformers.utils import logging as transformers_logging
 from loratune.errors import Exit, LoratuneError
 from loratune.model.files import weight_files
 from loratune.model.tensor_files import TensorFiles
+from loratune.model.tying import head_is_tied
 
 PIECE_VALUES = 4_000_000
 """Values of a matrix that are float32 at once."""
@@ -28,14 +29,12 @@ RESIDENT_BYTES = 2_000_000_000
 """Pages of a smaller model stay mapped once read; those of a larger one are let go again after each use."""
 
 
-def load_mapped(folder: Path, in_float32: bool = True, writable: Collection[str] = ()) -> Any:
+def load_mapped(folder: Path, in_float32: bool = True) -> Any:
     """A causal language model as transformers loads it, then bound to its mapped files.
 
     Args:
         folder: model folder.
         in_float32: compute in float32, as for a comparison; else in the type of the files, as any program does.
-        writable: names of matrices that will be written to; mapped ones lose what was written with their pages.
-            Vectors always can be.
 
     Raises:
         LoratuneError: transformers cannot load it, or the weights do not fit the config.
@@ -43,14 +42,12 @@ def load_mapped(folder: Path, in_float32: bool = True, writable: Collection[str]
     model = load_plain(folder)
     files = TensorFiles(weight_files(folder))
     is_large = sum(info.nbytes for info in files.infos.values()) > RESIDENT_BYTES
-    # A tied head has two names for one parameter.
-    copied = {parameter for name, parameter in model.named_parameters(remove_duplicate=False) if name in writable}
     names = {parameter: name for name, parameter in model.named_parameters()}
     for parameter, name in names.items():
         values = files.tensor(name)
         if values.ndim < 2 and in_float32:  # norms and biases: small
             values = values.to(torch.float32, copy=True)
-        parameter.data = values.clone() if parameter in copied else values
+        parameter.data = values
     for module in model.modules():
         if isinstance(module, nn.Linear):
             release = functools.partial(files.release, [names[module.weight]] if is_large else [])
@@ -84,6 +81,7 @@ def load_plain(folder: Path) -> Any:
     strange = sorted({*info["missing_keys"], *info["unexpected_keys"]})
     if strange:
         raise LoratuneError(f"{folder}: weights and config do not fit: {', '.join(strange[:5])}", Exit.MODEL)
+    model.config.tie_word_embeddings = head_is_tied(folder)
     return model.requires_grad_(False).eval()
 
 

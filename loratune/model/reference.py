@@ -6,10 +6,7 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-from safetensors import safe_open
-
 from loratune.model.adapter import keep_unpacked, load_adapter
-from loratune.model.adapter_files import WEIGHTS_FILE, check_weights, read_config_values
 from loratune.model.base import load_base
 from loratune.model.hardware import detect_hardware
 from loratune.model.mapped import load_mapped
@@ -31,17 +28,8 @@ def load_reference(settings: ModelSettings, base: Path, adapter: Path) -> Any:
         with warnings.catch_warnings():
             # An adapter on a head that shares the embedding's matrix: merging gives the head one of its own.
             warnings.filterwarnings("ignore", message="Model (has|with) `tie_word_embeddings=True`")
-            return load_adapter(load_mapped(base, writable=_base_copies(adapter)), adapter).eval()
+            return load_adapter(load_mapped(base), adapter, keep_dtype=True)
     exact = settings.model_copy(update={"compute_dtype": "float32"})
     quantized = load_base(exact, base, detect_hardware())
     keep_unpacked(quantized)  # the packed form computes in bfloat16
     return load_adapter(quantized, adapter).float().eval()
-
-
-def _base_copies(adapter: Path) -> set[str]:
-    """Names of the base's matrices that an adapter brings along, as PEFT does of embeddings, and writes over them."""
-    check_weights(adapter)
-    apart = read_config_values(adapter).get("modules_to_save") or []
-    with safe_open(adapter / WEIGHTS_FILE, framework="pt") as file:
-        keys = [key.removeprefix("base_model.model.").replace(".base_layer.", ".") for key in file.keys()]  # noqa: SIM118
-    return {key for key in keys if key.endswith(".weight") and key.split(".")[-2] not in apart}

@@ -12,7 +12,8 @@ from loratune import console
 from loratune.data.encoding import Encoder
 from loratune.data.preparation import PreparedData
 from loratune.errors import LoratuneError, counted
-from loratune.model.decoder import BASE, Decoder, Running
+from loratune.model.decoder import Decoder, Running
+from loratune.model.own_parameters import BASE
 from loratune.model.sampling import Sampling
 from loratune.model.slots import DecodingError
 
