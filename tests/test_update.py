@@ -70,13 +70,18 @@ def test_rows_of_an_update_are_those_of_the_whole(
 
     base, up, down = draw(rows, columns), draw(rows, rank), draw(rank, columns)
     magnitude = draw(rows) if has_magnitude else None
-    replacement = draw(rows, columns) if is_replaced else None
-    expected = (base if replacement is None else replacement) + scaling * (up @ down)
+    replacement = draw(rows + 2, columns) if is_replaced else None  # a vocabulary may have grown
+    if replacement is not None:
+        up, magnitude = draw(rows + 2, rank), draw(rows + 2) if has_magnitude else None
+    expected = (base if replacement is None else replacement).clone()
+    expected[rows - 1], expected[0] = draw(columns), draw(columns)
+    numbers, values = torch.tensor([rows - 1, 0][: min(rows, 2)]), expected[[rows - 1, 0][: min(rows, 2)]]
+    expected = expected + scaling * (up @ down)
     if magnitude is not None:
         expected = torch.stack([m * row / row.norm() for m, row in zip(magnitude, expected, strict=True)])
-    update = TensorUpdate(replacement=replacement, up=up, down=down, scaling=scaling, magnitude=magnitude)
-    before = base.clone()
-    pieces = [update.apply(base[start : start + step], start) for start in range(0, rows, step)]
+    update = TensorUpdate(replacement, up, down, scaling, magnitude, row_numbers=numbers, row_values=values)
+    before, source = base.clone(), update.source(base)
+    pieces = [update.apply(source[start : start + step], start) for start in range(0, len(source), step)]
     torch.testing.assert_close(torch.cat(pieces), expected)
     assert torch.equal(base, before)
 
@@ -111,6 +116,7 @@ def put(name: str, *shape: int) -> Edit:
     return edit_weights(lambda tensors: tensors.update({PREFIX + name: torch.zeros(*shape)}))
 
 
+SAVED_HEAD = "lm_head.modules_to_save.default.weight"
 A, B = f"{PREFIX}{Q0}.lora_A.weight", f"{PREFIX}{Q0}.lora_B.weight"
 FAULTS: dict[str, tuple[Edit, str]] = {
     "an extra tensor": (put("model.layers.0.extra.weight", 2), "layers.0.extra.weight: the base has no"),
@@ -137,11 +143,17 @@ FAULTS: dict[str, tuple[Edit, str]] = {
     "infinity": (edit_weights(lambda t: t[B].view(-1).__setitem__(0, -math.inf)), "q_proj.lora_B.weight"),
     "PiSSA": (edit_config(init_lora_weights="pissa_niter_16"), "pissa_niter_16"),
     "OLoRA": (edit_config(init_lora_weights="olora"), "olora"),
-    "trained tokens": (edit_config(trainable_token_indices=[1, 2]), "trainable_token_indices"),
-    "transposed weights": (edit_config(fan_in_fan_out=True), "fan_in_fan_out"),
+    "trained tokens that are not there": (edit_config(trainable_token_indices=[1, 2]), "embed_tokens was trained"),
+    "a module that is not there": (edit_config(modules_to_save=["lm_head"]), "lm_head was trained and is not in"),
+    "biases that are not there": (edit_config(bias="lora_only"), "layers.0.self_attn.q_proj.bias was trained"),
+    "tokens that nobody names": (
+        put("model.embed_tokens.token_adapter.trainable_tokens_delta", 2, 32),
+        "trainable_token_indices does not say which",
+    ),
+    "repeated layers": (edit_config(layer_replication=[[0, 1], [0, 1]]), "layer_replication"),
     "a setting of the future": (edit_config(use_something_new=True), "use_something_new"),
-    "a grown vocabulary": (put("model.embed_tokens.weight", 3010, 32), "[3010, 32] for a base of [3008, 32]"),
-    "a grown head": (put("lm_head.weight", 3010, 32), "lm_head.weight: an update of shape [3010, 32]"),
+    "a grown vocabulary": (put("model.embed_tokens.weight", 3010, 32), "3008 or 3010 rows; the base has 3008"),
+    "a grown head": (put("lm_head.weight", 3010, 32), "the rows of model.embed_tokens.weight are not in"),
     "DoRA on an embedding": (put("model.embed_tokens.lora_magnitude_vector", 32), "DoRA on an embedding"),
     "no weights": (lambda folder: (folder / "adapter_model.safetensors").unlink(), "no adapter_model.safetensors"),
 }
@@ -161,7 +173,7 @@ def test_an_adapter_that_does_not_fit_leaves_nothing_behind(
 
 def test_one_tensor_given_twice_is_refused(random_qwen: Path, adapter: Path) -> None:
     put("lm_head.weight", 3008, 32)(adapter)
-    put("lm_head.modules_to_save.default.weight", 3008, 32)(adapter)
+    edit_weights(lambda tensors: tensors.update({f"{PREFIX}{SAVED_HEAD}": torch.ones(3008, 32)}))(adapter)
     with pytest.raises(LoratuneError, match="replaced twice"):
         read_updates(adapter, TensorFiles([random_qwen / "model.safetensors"]).infos, is_tied=True)
 

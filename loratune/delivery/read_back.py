@@ -137,7 +137,8 @@ def _rounding_step(values: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 
 def _sampled(tensor: MergedTensor) -> list[int]:
     """Row numbers; of an update that replaces some rows, those are among them."""
-    replaced = tensor.update.rows[0] if tensor.update and tensor.update.rows else []
+    numbers = tensor.update.row_numbers if tensor.update else None
+    replaced = [] if numbers is None else numbers.tolist()
     return sorted({place for rows in (range(tensor.info.shape[0]), replaced) for place in _spread(rows)})
 
 

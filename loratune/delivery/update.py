@@ -43,8 +43,10 @@ class TensorUpdate:
     """DoRA's length of each row (rows,)."""
     shift: torch.Tensor | None = None
     """Added to a bias (rows,), unscaled."""
-    rows: tuple[list[int], torch.Tensor] | None = None
-    """Numbers of rows, and what takes their place."""
+    row_numbers: torch.Tensor | None = None
+    """Of rows that are replaced, as those of trained tokens are."""
+    row_values: torch.Tensor | None = None
+    """What takes their place (replaced rows, columns)."""
 
     def source(self, base: torch.Tensor) -> torch.Tensor:
         """The values that the other parts change."""
@@ -62,10 +64,9 @@ class TensorUpdate:
         """
         rows, dtype = slice(start, start + len(base)), base.dtype
         updated = base
-        if self.rows is not None:
-            numbers = torch.tensor(self.rows[0])
-            here = (numbers >= start) & (numbers < start + len(base))
-            updated = base.index_copy(0, numbers[here] - start, self.rows[1][here].to(dtype))
+        if self.row_numbers is not None and self.row_values is not None:
+            here = (self.row_numbers >= start) & (self.row_numbers < start + len(base))
+            updated = base.index_copy(0, self.row_numbers[here] - start, self.row_values[here].to(dtype))
         if self.up is not None and self.down is not None:
             updated = torch.addmm(updated, self.up[rows].to(dtype), self.down.to(dtype), alpha=self.scaling)
         if self.magnitude is not None:
@@ -76,12 +77,9 @@ class TensorUpdate:
         return updated
 
     def shapes(self) -> Iterator[tuple[int, ...]]:
-        """The shape of the updated tensor as each part implies it; 0 stands for any length."""
-        for whole in (self.replacement, self.shift):
-            if whole is not None:
-                yield tuple(whole.shape)
-        if self.rows is not None:
-            yield 0, *self.rows[1].shape[1:]
+        """The shape of the source as each part implies it; 0 stands for any length."""
+        if self.shift is not None:
+            yield tuple(self.shift.shape)
         if self.up is not None and self.down is not None:
             yield self.up.shape[0], self.down.shape[1]
         if self.magnitude is not None:
@@ -90,17 +88,10 @@ class TensorUpdate:
     def equals(self, other: TensorUpdate) -> bool:
         """Whether both make the same of the same values."""
         mine, theirs = (
-            [update.replacement, update.up, update.down, update.magnitude, update.shift, (update.rows or (0, None))[1]]
-            for update in (self, other)
+            [value for value in vars(update).values() if not isinstance(value, float)] for update in (self, other)
         )
-        same_places = (self.rows or (0,))[0] == (other.rows or (0,))[0]
-        return (
-            same_places
-            and self.scaling == other.scaling
-            and all(
-                a is b or (a is not None and b is not None and torch.equal(a, b))
-                for a, b in zip(mine, theirs, strict=True)
-            )
+        return self.scaling == other.scaling and all(
+            a is b or (a is not None and b is not None and torch.equal(a, b)) for a, b in zip(mine, theirs, strict=True)
         )
 
 
@@ -120,22 +111,23 @@ def read_updates(adapter: Path, base: dict[str, TensorInfo], is_tied: bool) -> d
             that a merged matrix cannot hold.
     """
     config = read_config_values(adapter)
-    vocabulary = base[EMBEDDING].shape[0] if EMBEDDING in base else 0
-    tensors = read_tensors(adapter, config, is_tied, vocabulary)
-    updates = {
-        target: TensorUpdate(replacement=tensors.whole.get(target), rows=tensors.rows.get(target))
-        for target in sorted({*tensors.whole, *tensors.rows})
-    }
     problems: list[str] = []
+    shapes = {name: info.shape for name, info in base.items()}
+    if is_tied:
+        shapes[HEAD] = shapes[EMBEDDING]
+    tensors = read_tensors(adapter, config, shapes, is_tied, problems)
+    updates = {target: TensorUpdate(replacement=whole) for target, whole in tensors.whole.items()}
+    for target, (numbers, values) in tensors.rows.items():
+        update = updates.setdefault(target, TensorUpdate())
+        update.row_numbers, update.row_values = torch.tensor(numbers), values
     for name, tensor in tensors.lora.items():
         _take(updates, name.removeprefix(PREFIX), tensor, config, problems)
-    problems += [f"{name}: the base has no such tensor" for name in updates if name not in base and name != HEAD]
-    if HEAD in updates and HEAD not in base and not is_tied:
-        problems.append(f"{HEAD}: the base has no such tensor")
+    shapes |= {target: tuple(whole.shape) for target, whole in tensors.whole.items()}
     for target, update in updates.items():
-        info = base.get(target) or (base.get(EMBEDDING) if target == HEAD else None)
-        if info:
-            problems += _shape_problems(target, update, info)
+        if target in shapes:
+            problems += _shape_problems(target, update, shapes[target])
+        elif target not in tensors.rows:  # which has been told already
+            problems.append(f"{target}: the base has no such parameter")
     if problems:
         raise LoratuneError(
             f"{adapter}: {len(problems)} tensors of the adapter do not fit the base, so nothing is merged:\n"
@@ -180,15 +172,12 @@ def _take(
         problems.append(f"{name}: rank {tensor.shape[length]} where the adapter's config says {rank}")
 
 
-def _shape_problems(name: str, update: TensorUpdate, info: TensorInfo) -> list[str]:
+def _shape_problems(name: str, update: TensorUpdate, source: tuple[int, ...]) -> list[str]:
     problems = []
     if (update.up is None) != (update.down is None):
         problems.append(f"{name}: only one of the two matrices is there")
     for shape in update.shapes():
-        # The rows of a vocabulary have been compared already: an adapter may bring others than the base's.
-        if name in (EMBEDDING, HEAD) and update.replacement is not None:
-            shape = (0, *shape[1:])
-        fits = [implied in (0, length) for implied, length in zip(shape, info.shape, strict=False)]
-        if len(shape) != len(info.shape) or not all(fits):
-            problems.append(f"{name}: an update of shape {list(shape)} for a base of {list(info.shape)}")
+        fits = [implied in (0, length) for implied, length in zip(shape, source, strict=False)]
+        if len(shape) != len(source) or not all(fits):
+            problems.append(f"{name}: an update of shape {list(shape)} for a base of {list(source)}")
     return problems

@@ -21,7 +21,7 @@ from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file
 from torch import nn
 
-from loratune.errors import Exit, LoratuneError
+from loratune.errors import Exit, LoratuneError, bullet_list
 from loratune.model.adapter_files import SETTINGS, WEIGHTS_FILE, read_config_values, read_tensors
 from loratune.model.own_parameters import own_parameters
 from loratune.recipe.sections import LAYERS, LoraSettings
@@ -126,9 +126,13 @@ def load_adapter(model: Any, folder: Path, name: str = "default", keep_dtype: bo
         LoratuneError: the adapter is damaged, not LoRA, holds NaN, or was made for another shape.
     """
     config = read_adapter_config(folder)
-    own = own_parameters(model)
+    own, problems = own_parameters(model), list[str]()
     base = model.get_base_model() if isinstance(model, PeftModel) else model
-    tensors = read_tensors(folder, read_config_values(folder), is_tied(base), own.vocabulary())
+    tensors = read_tensors(folder, read_config_values(folder), own.shapes(), base.config.tie_word_embeddings, problems)
+    if problems:
+        raise LoratuneError(
+            f"{folder}: the adapter does not fit the base model:\n{bullet_list(problems, limit=5)}", Exit.MODEL
+        )
     try:
         own.add(name, tensors, keep_dtype)
         own.select([name])  # PEFT takes the sizes of the adapter's matrices from the base's
@@ -137,18 +141,13 @@ def load_adapter(model: Any, folder: Path, name: str = "default", keep_dtype: bo
         else:
             model = PeftModelForCausalLM(model, config, name)
         set_peft_model_state_dict(model, tensors.lora, name)
-    except (RuntimeError, ValueError, KeyError, LoratuneError) as error:
+    except (RuntimeError, ValueError, KeyError) as error:
         raise LoratuneError(
             f"{folder}: the adapter does not fit the base model: {_first_lines(str(error))}", Exit.MODEL
         ) from error
     own.select([str(model.active_adapter)])
     _check_all_loaded(model, set(tensors.lora), folder, name)
     return model.eval()
-
-
-def is_tied(model: Any) -> bool:
-    """Whether embedding and head are one matrix; a config may say so of a model where they are not."""
-    return model.get_input_embeddings().weight is model.get_output_embeddings().weight
 
 
 def _check_all_loaded(model: PeftModel, given: set[str], folder: Path, name: str) -> None:

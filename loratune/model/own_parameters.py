@@ -13,8 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from loratune.errors import Exit, LoratuneError
-from loratune.model.adapter_files import EMBEDDING, HEAD, AdapterTensors
+from loratune.model.adapter_files import AdapterTensors
 
 BASE = "__base__"
 """PEFT's name for no adapter at all."""
@@ -44,20 +43,14 @@ class OwnParameters:
 
         Args:
             adapter: PEFT's name of it.
-            tensors: of its file.
+            tensors: of its file; they fit the base.
             keep_dtype: keep the file's precision, for a base that computes in float32 whatever its weights' type.
-
-        Raises:
-            LoratuneError: the base has no such parameter, or one of another shape.
         """
         modules = _parameter_places(self._model)
         own: dict[str, Any] = {}
         for name in sorted({*tensors.whole, *tensors.rows}):
-            if name not in modules:
-                raise LoratuneError(f"the adapter brings {name}, which the base does not have", Exit.MODEL)
             base = self._values[BASE].get(name, modules[name]._parameters[_attribute(name)])
             value = tensors.whole.get(name, base.detach())
-            _check_shape(name, value, base)
             value = value.to(base.device) if keep_dtype else value.to(base.device, base.dtype, copy=True)
             if name in tensors.rows:
                 numbers, rows = tensors.rows[name]
@@ -81,11 +74,11 @@ class OwnParameters:
         """Whether an adapter has more than biases of its own, so that its rows take a pass for themselves."""
         return any(not name.endswith(".bias") for name in self._values.get(adapter, {}))
 
-    def vocabulary(self, adapter: str = BASE) -> int:
-        """Rows of the embedding that an adapter is asked with."""
-        own = self._values.get(adapter, {}).get(EMBEDDING)
-        base = self._values[BASE].get(EMBEDDING)
-        return len(next(w for w in (own, base, self._model.get_input_embeddings().weight) if w is not None))
+    def shapes(self, adapter: str = BASE) -> dict[str, tuple[int, ...]]:
+        """Name of each parameter → its shape, of the base or as an adapter has it."""
+        found = {name: module._parameters[_attribute(name)] for name, module in _parameter_places(self._model).items()}
+        found |= self._values[BASE] | self._values.get(adapter, {})
+        return {name: tuple(parameter.shape) for name, parameter in found.items()}
 
     def select(self, rows: Sequence[str]) -> None:
         """Have the next passes computed with what the adapters of their rows have of their own.
@@ -147,15 +140,6 @@ def _parameter_places(model: Any) -> dict[str, Any]:
         for attribute, parameter in module._parameters.items()
         if parameter is not None
     }
-
-
-def _check_shape(name: str, value: torch.Tensor, base: torch.Tensor) -> None:
-    """Shapes must be equal but for the rows of a vocabulary, which an adapter may have resized."""
-    first = 1 if name in (EMBEDDING, HEAD) else 0
-    if value.ndim != base.ndim or value.shape[first:] != base.shape[first:]:
-        raise LoratuneError(
-            f"the adapter brings {name} of shape {list(value.shape)}; the base's is {list(base.shape)}", Exit.MODEL
-        )
 
 
 def _fit_sizes(module: Any) -> None:
