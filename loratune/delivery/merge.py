@@ -18,7 +18,7 @@ from loratune.delivery.model_folder import write_model_files
 from loratune.delivery.read_back import ReadBack, read_back
 from loratune.delivery.update import TensorUpdate, read_updates
 from loratune.errors import Exit, LoratuneError
-from loratune.model.adapter_files import WEIGHTS_FILE
+from loratune.model.adapter_files import EMBEDDING, WEIGHTS_FILE
 from loratune.model.files import find_base, weight_files
 from loratune.model.hardware import detect_hardware
 from loratune.model.tensor_files import TensorFiles
@@ -26,7 +26,7 @@ from loratune.model.tying import head_is_tied
 from loratune.recipe.sections import ModelSettings
 from loratune.runs.card import base_name, write_merged_card
 from loratune.runs.folder import FORMAT_VERSION, PROGRAM, VERIFICATION, file_sha256, prepare_output, read_json
-from loratune.runs.opening import AdapterSource, base_settings, check_same_base
+from loratune.runs.opening import AdapterSource, base_settings, check_same_base, check_vocabulary
 from loratune.runs.versions import library_versions
 from loratune.writing import disk_errors_explained, folder_in_one_step, write_json
 
@@ -154,7 +154,11 @@ def _gather(source: AdapterSource, output: Path, options: MergeOptions) -> Job:
     if options.merge_base != "auto" and settings.quantization == "none":
         raise LoratuneError("--merge-base is for adapters that were trained on a quantised base", Exit.USAGE)
     is_tied = head_is_tied(base)
-    updates = read_updates(source.adapter, TensorFiles(paths).infos, is_tied)
+    infos = TensorFiles(paths).infos
+    updates = read_updates(source.adapter, infos, is_tied)
+    rows = infos[EMBEDDING].shape[0]
+    brought = updates[EMBEDDING].replacement if EMBEDDING in updates else None
+    warnings += check_vocabulary(source, base, rows, rows if brought is None else len(brought))
     return Job(source, settings, base, updates, is_tied, options, warnings)
 
 

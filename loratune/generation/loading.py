@@ -13,10 +13,17 @@ from loratune.errors import Exit, LoratuneError
 from loratune.model.base import load_base
 from loratune.model.files import find_base, weight_files
 from loratune.model.hardware import detect_hardware
-from loratune.model.own_parameters import BASE
+from loratune.model.own_parameters import BASE, own_parameters
 from loratune.model.tokenizer import load_tokenizer, set_pad_token
 from loratune.recipe.sections import ModelSettings, PromptSettings
-from loratune.runs.opening import AdapterSource, base_settings, check_same_base, merged_prompt, open_adapter
+from loratune.runs.opening import (
+    AdapterSource,
+    base_settings,
+    check_same_base,
+    check_vocabulary,
+    merged_prompt,
+    open_adapter,
+)
 
 
 @dataclass(frozen=True)
@@ -56,18 +63,31 @@ def open_voices(
         voices[None] = Voice(next(iter(voices.values())).encoder)  # a base without chat template of its own
     loaded = load_base(settings, folder, detect_hardware())
     if sources:
-        loaded = _with_adapters(loaded, {voices[name].adapter: source for name, source in sources.items()})
+        named = {voices[name].adapter: source for name, source in sources.items()}
+        loaded = _with_adapters(loaded, named, folder, warnings)
     known = [source.manifest["base"]["name"] for source in sources.values() if source.manifest]
     return loaded.eval(), _short_name(model or next(iter(known), settings.base)), voices
 
 
-def _with_adapters(model: Any, sources: dict[str, AdapterSource]) -> Any:
+def _with_adapters(model: Any, sources: dict[str, AdapterSource], folder: Path, warnings: list[str]) -> Any:
+    """Put adapters on their base, and make sure that it is still what it was for all others."""
     # Imported here because PEFT takes seconds, which a model alone is spared.
     from loratune.model.adapter import load_adapter  # noqa: PLC0415
     from loratune.model.lora_linear import use_fused_lora  # noqa: PLC0415
 
+    own = own_parameters(model)
+    base = own.fingerprint()
     for name, source in sources.items():
         model = load_adapter(model, source.adapter, name)
+        found = own.fingerprint()
+        changed = sorted(key for key in {*base, *found} if base.get(key) != found.get(key))
+        if changed:
+            raise LoratuneError(
+                f"{source.adapter}: loading it has changed {len(changed)} parameters of the base, first {changed[0]}, "
+                "so that the base and other adapters would give other answers; merge it, and give the merged model",
+                Exit.MODEL,
+            )
+        warnings += check_vocabulary(source, folder, own.vocabulary(), own.vocabulary(name))
     use_fused_lora(model)
     return model
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import warnings
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -128,31 +129,31 @@ def load_adapter(model: Any, folder: Path, name: str = "default", keep_dtype: bo
     config = read_adapter_config(folder)
     own, problems = own_parameters(model), list[str]()
     base = model.get_base_model() if isinstance(model, PeftModel) else model
-    tensors = read_tensors(folder, read_config_values(folder), own.shapes(), base.config.tie_word_embeddings, problems)
+    shapes = {parameter: tuple(values.shape) for parameter, values in own.base_parameters().items()}
+    tensors = read_tensors(folder, read_config_values(folder), shapes, base.config.tie_word_embeddings, problems)
     if problems:
         raise LoratuneError(
             f"{folder}: the adapter does not fit the base model:\n{bullet_list(problems, limit=5)}", Exit.MODEL
         )
+    own.add(name, tensors, keep_dtype)
+    own.select([name])  # PEFT takes the sizes of the adapter's matrices from the base's
     try:
-        own.add(name, tensors, keep_dtype)
-        own.select([name])  # PEFT takes the sizes of the adapter's matrices from the base's
-        if isinstance(model, PeftModel):
-            model.add_adapter(name, config)
-        else:
-            model = PeftModelForCausalLM(model, config, name)
-        set_peft_model_state_dict(model, tensors.lora, name)
+        with warnings.catch_warnings():
+            # Of tied matrices and biases, which PEFT could not merge; here they are merged, or refused.
+            warnings.simplefilter("ignore", UserWarning)
+            if isinstance(model, PeftModel):
+                model.add_adapter(name, config)
+            else:
+                model = PeftModelForCausalLM(model, config, name)
+            set_peft_model_state_dict(model, tensors.lora, name)
+            expected = set(get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False))
     except (RuntimeError, ValueError, KeyError) as error:
         raise LoratuneError(
             f"{folder}: the adapter does not fit the base model: {_first_lines(str(error))}", Exit.MODEL
         ) from error
     own.select([str(model.active_adapter)])
-    _check_all_loaded(model, set(tensors.lora), folder, name)
-    return model.eval()
-
-
-def _check_all_loaded(model: PeftModel, given: set[str], folder: Path, name: str) -> None:
-    """PEFT passes over tensors that its config has no place for, and leaves those that are missing untrained."""
-    expected = set(get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False))
+    # PEFT passes over tensors that its config has no place for, and leaves those that are missing untrained.
+    given = set(tensors.lora)
     strange = sorted(given ^ expected)
     if strange:
         raise LoratuneError(
@@ -160,6 +161,7 @@ def _check_all_loaded(model: PeftModel, given: set[str], folder: Path, name: str
             f"{len(expected - given)} too few, first {strange[0]}",
             Exit.MODEL,
         )
+    return model.eval()
 
 
 def load_adapter_weights(model: PeftModel, folder: Path) -> None:

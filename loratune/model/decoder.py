@@ -6,6 +6,7 @@ newest prompts, then makes one token for every answer that runs.
 
 from __future__ import annotations
 
+import warnings
 from collections import defaultdict, deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -101,6 +102,10 @@ class Decoder:
         # PEFT computes rows of several adapters at once, but not with DoRA.
         configs = model.peft_config if self._has_adapters else {}
         self._apart = {name for name in configs if configs[name].use_dora or self._own.is_apart(name)}
+
+    def vocabulary(self, adapter: str) -> int:
+        """How many tokens an adapter knows: ids from it on cannot be in a prompt."""
+        return self._own.vocabulary(adapter)
 
     @property
     def is_idle(self) -> bool:
@@ -273,7 +278,9 @@ class Decoder:
         if adapter == self._adapter:
             return
         if adapter == BASE:
-            self.model.base_model.disable_adapter_layers()
+            with warnings.catch_warnings():  # that trained biases stay in the base, which they do not
+                warnings.simplefilter("ignore", UserWarning)
+                self.model.base_model.disable_adapter_layers()
         else:
             self.model.base_model.enable_adapter_layers()
             self.model.set_adapter(adapter)

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from loratune.model.adapter_files import AdapterTensors
+from loratune.model.adapter_files import EMBEDDING, AdapterTensors
 
 BASE = "__base__"
 """PEFT's name for no adapter at all."""
@@ -74,11 +74,23 @@ class OwnParameters:
         """Whether an adapter has more than biases of its own, so that its rows take a pass for themselves."""
         return any(not name.endswith(".bias") for name in self._values.get(adapter, {}))
 
-    def shapes(self, adapter: str = BASE) -> dict[str, tuple[int, ...]]:
-        """Name of each parameter → its shape, of the base or as an adapter has it."""
+    def base_parameters(self) -> dict[str, Any]:
+        """Name of each of the base's parameters, as its files have it → the parameter."""
         found = {name: module._parameters[_attribute(name)] for name, module in _parameter_places(self._model).items()}
-        found |= self._values[BASE] | self._values.get(adapter, {})
-        return {name: tuple(parameter.shape) for name, parameter in found.items()}
+        return found | self._values[BASE]
+
+    def fingerprint(self) -> dict[str, tuple[int, int]]:
+        """Of all that the base consists of; to compute it takes about as long as to make one token.
+
+        Returns:
+            Name of each of the base's parameters → which object it is, and the sum of its bytes.
+        """
+        return {name: (id(parameter), _sum_of_bytes(parameter)) for name, parameter in self.base_parameters().items()}
+
+    def vocabulary(self, adapter: str = BASE) -> int:
+        """Rows of the embedding that an adapter is asked with."""
+        values = self._values[BASE] | self._values.get(adapter, {})
+        return len(values.get(EMBEDDING, self._model.get_input_embeddings().weight))
 
     def select(self, rows: Sequence[str]) -> None:
         """Have the next passes computed with what the adapters of their rows have of their own.
@@ -140,6 +152,13 @@ def _parameter_places(model: Any) -> dict[str, Any]:
         for attribute, parameter in module._parameters.items()
         if parameter is not None
     }
+
+
+def _sum_of_bytes(parameter: Any) -> int:
+    """Sum of a parameter's bits in words of 64, modulo 2⁶⁴: no addition and no rounding of values can hide in it."""
+    flat = parameter.detach().reshape(-1)
+    words = flat.view(torch.int64 if flat.nbytes % 8 == 0 else torch.uint8)
+    return int(words.sum(dtype=torch.int64))
 
 
 def _fit_sizes(module: Any) -> None:

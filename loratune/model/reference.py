@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from pathlib import Path
 from typing import Any
 
@@ -25,10 +24,7 @@ def load_reference(settings: ModelSettings, base: Path, adapter: Path) -> Any:
         LoratuneError: the adapter does not fit, or this machine cannot quantise.
     """
     if settings.quantization == "none":
-        with warnings.catch_warnings():
-            # An adapter on a head that shares the embedding's matrix: merging gives the head one of its own.
-            warnings.filterwarnings("ignore", message="Model (has|with) `tie_word_embeddings=True`")
-            return load_adapter(load_mapped(base), adapter, keep_dtype=True)
+        return load_adapter(load_mapped(base), adapter, keep_dtype=True)
     exact = settings.model_copy(update={"compute_dtype": "float32"})
     quantized = load_base(exact, base, detect_hardware())
     keep_unpacked(quantized)  # the packed form computes in bfloat16

@@ -23,6 +23,7 @@ from loratune.runs.folder import (
     read_json,
 )
 from loratune.runs.lock import lock_holder
+from loratune.runs.tokenizer_files import count_tokens
 
 ADAPTER_CONFIG = "adapter_config.json"
 
@@ -163,6 +164,34 @@ def check_same_base(
     if force:
         return [*warnings, message]
     raise LoratuneError(f"{message}. Give the right base with --model, or insist with --force", Exit.MODEL)
+
+
+def check_vocabulary(source: AdapterSource, base: Path, base_rows: int, rows: int) -> list[str]:
+    """Compare the rows of the embedding that an adapter is asked with and the tokens that its tokenizer makes.
+
+    Args:
+        source: the adapter.
+        base: the base's folder.
+        base_rows: of the base's embedding.
+        rows: of the embedding that the adapter is asked with.
+
+    Returns:
+        What to tell of a resized vocabulary.
+
+    Raises:
+        LoratuneError: the adapter's own tokenizer has tokens without a row, and that of the base has not.
+    """
+    tokens = 0 if source.manifest else count_tokens(source.tokenizer_folder(base))
+    if tokens > rows and tokens > count_tokens(base):
+        raise LoratuneError(
+            f"{source.adapter}: its tokenizer has {tokens} tokens and the model {rows} rows: its vocabulary was "
+            "resized in training, and the new rows are not in the adapter's file. Save it again where it was trained, "
+            "with PEFT's save_pretrained(…, save_embedding_layers=True)",
+            Exit.MODEL,
+        )
+    if rows == base_rows:
+        return []
+    return [f"{source.adapter} was trained with a vocabulary of {rows} rows and brings them; the base has {base_rows}"]
 
 
 def _open_run(run: Path, force: bool) -> AdapterSource:

@@ -6,6 +6,9 @@ import hashlib
 import shutil
 from pathlib import Path
 
+from loratune.errors import Exit, LoratuneError
+from loratune.runs.folder import read_json
+
 TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -34,3 +37,25 @@ def tokenizer_sha256(folder: Path) -> str:
             content = (folder / name).read_bytes()
             files.update(f"{name} {len(content)} ".encode() + content)
     return files.hexdigest()
+
+
+def count_tokens(folder: Path) -> int:
+    """One more than the highest id of a tokenizer, without loading it; 0 where no file says.
+
+    Raises:
+        LoratuneError: a file is damaged.
+    """
+    whole = folder / "tokenizer.json"
+    paths = [whole] if whole.is_file() else [folder / "vocab.json", folder / "added_tokens.json"]
+    ids = [-1]
+    for path in (path for path in paths if path.is_file()):
+        content = read_json(path)
+        try:
+            if path == whole:
+                vocabulary = content["model"]["vocab"]  # names and ids, or a list
+                ids += [len(vocabulary) - 1, *(token["id"] for token in content.get("added_tokens") or [])]
+            else:
+                ids += content.values()
+        except (KeyError, TypeError) as error:
+            raise LoratuneError(f"{path}: damaged: it does not say which tokens there are", Exit.MODEL) from error
+    return max(ids) + 1
