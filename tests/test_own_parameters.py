@@ -18,11 +18,11 @@ from typer.testing import Result
 
 from loratune.errors import Exit
 from loratune.model import adapter as adapter_module
-from loratune.model.adapter import attach_adapter, load_adapter
+from loratune.model.adapter import attach_adapter, keep_unpacked, load_adapter
 from loratune.model.base import load_base
 from loratune.model.decoder import Decoder, Running
 from loratune.model.hardware import detect_hardware
-from loratune.model.own_parameters import BASE
+from loratune.model.own_parameters import BASE, own_parameters
 from loratune.model.sampling import Sampling
 from loratune.recipe.sections import LoraSettings, ModelSettings
 
@@ -176,6 +176,33 @@ def test_biases_of_several_adapters_share_a_pass(
     for name, prompt, found in zip(names, PROMPTS, decoded_logits(decoder, names, PROMPTS), strict=True):
         torch.testing.assert_close(found, peft_logits(biased_qwen, folders.get(name), prompt), rtol=1e-4, atol=1e-4)
     assert passes == [names]
+
+
+@pytest.mark.parametrize("quantization", ["nf4", "int8"])
+def test_a_quantised_base_keeps_its_biases_too(biased_qwen: Path, tmp_path: Path, quantization: str) -> None:
+    settings = ModelSettings(base="x", dtype="float32", quantization=quantization, compute_dtype="float32")
+
+    def base() -> Any:
+        model = load_base(settings, biased_qwen, detect_hardware())
+        keep_unpacked(model)
+        return model
+
+    folders = {
+        "biased": make_adapter(biased_qwen, tmp_path / "biased", 2, bias="all"),
+        "plain": make_adapter(biased_qwen, tmp_path / "plain"),
+    }
+    expected = {BASE: base()} | {name: PeftModel.from_pretrained(base(), folder) for name, folder in folders.items()}
+    model = base()
+    before = own_parameters(model).fingerprint()
+    for name, folder in folders.items():
+        model = load_adapter(model, folder, name)
+    assert own_parameters(model).fingerprint() == before
+    names, decoder = ["biased", BASE, "plain", "biased", "plain"], Decoder(model)
+    for name, prompt, found in zip(names, PROMPTS, decoded_logits(decoder, names, PROMPTS), strict=True):
+        with torch.no_grad():
+            wanted = expected[name].eval()(torch.tensor([prompt])).logits[0, -1]
+        # What bitsandbytes rounds the inputs of a layer to may differ by a step.
+        torch.testing.assert_close(found, wanted, rtol=0, atol=0.05 if quantization == "int8" else 1e-4)
 
 
 def test_training_leaves_the_base_s_biases_to_the_base(biased_qwen: Path) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from loratune.model.adapter_files import EMBEDDING, AdapterTensors
+from loratune.model.adapter_files import EMBEDDING, VOCABULARY, AdapterTensors
 
 BASE = "__base__"
 """PEFT's name for no adapter at all."""
@@ -126,7 +126,8 @@ class OwnParameters:
         for name in {*own, *self._values.get(self._in_place, {})}:
             module = self._modules[name]
             module._parameters[_attribute(name)] = own.get(name, base[name])
-            _fit_sizes(module)
+            if name in VOCABULARY:
+                _fit_sizes(module)
         self._in_place = adapter
 
 
