@@ -66,7 +66,6 @@ def test_plain_adapters_are_served_with_the_next_allowed_rank(
         ({"target_modules": ["q_proj", "lm_head"]}, "LoRA on lm_head"),
         ({"rank_pattern": {"down_proj": 40}}, r"2 modules with another alpha / rank.*model\.layers\.0\.mlp\.down_proj"),
         ({"alpha_pattern": {r"layers\.1\..*q_proj": 64}}, r"1 modules with another.*layers\.1\.self_attn\.q_proj"),
-        ({"init_lora_weights": "pissa"}, "changed on loading"),
     ],
 )
 def test_what_cannot_be_served_is_told(adapter: Callable[..., Path], settings: dict[str, Any], problem: str) -> None:
@@ -92,7 +91,11 @@ def test_tensors_of_an_unknown_kind_are_a_problem(adapter: Callable[..., Path]) 
 
 @pytest.mark.parametrize(
     ("settings", "problem"),
-    [({"r": 0}, "rank 0"), ({"lora_bias": True}, "lora_bias"), ({"layer_replication": [[0, 2]]}, "layer_replication")],
+    [
+        ({"r": 0}, "rank 0"),
+        ({"lora_bias": True}, "lora_bias"),
+        ({"trainable_token_indices": [1]}, "trainable_token_indices"),
+    ],
 )
 def test_what_a_config_alone_tells_is_a_problem(
     adapter: Callable[..., Path], settings: dict[str, Any], problem: str

@@ -22,14 +22,8 @@ VOCABULARY_MODULES = ("embed_tokens", "lm_head")
 FOREIGN_KINDS = {
     "use_dora": "DoRA",
     "lora_bias": "a bias in the adapter",
-    "use_qalora": "QALoRA",
-    "use_bdlora": "block-diagonal LoRA",
-    "layer_replication": "repeated layers",
-    "alora_invocation_tokens": "activated LoRA",
     "trainable_token_indices": "separately trained tokens",
 }
-# Starting values for which PEFT also changes the base's weights, here and whenever it loads the adapter.
-BASE_CHANGING_STARTS = ("pissa", "olora", "corda", "loftq")
 TENSOR = re.compile(r"base_model\.model\.(?P<module>.+)\.lora_(?:embedding_)?(?P<matrix>[AB])(?:\.weight)?")
 
 
@@ -133,9 +127,6 @@ def _config_problems(config: dict[str, Any]) -> list[str]:
         problems.append(f"modules trained in full (modules_to_save: {', '.join(config['modules_to_save'])})")
     if config.get("bias", "none") != "none":
         problems.append(f"trained biases of the base (bias: {config['bias']})")
-    start = config.get("init_lora_weights")
-    if isinstance(start, str) and start.lower().startswith(BASE_CHANGING_STARTS):
-        problems.append(f"a base that is changed on loading (init_lora_weights: {start})")
     return problems
 
 

@@ -18,7 +18,6 @@ from loratune.generation.text import OPENING, TextStream
 from loratune.model.decoder import Decoder, Running
 from loratune.model.hardware import detect_hardware
 from loratune.model.memory import free_memory_bytes, is_out_of_memory
-from loratune.model.own_parameters import BASE
 
 AHEAD = 2
 """Questions in hand for each slot when there are many, so that no slot waits for the next."""
@@ -104,7 +103,7 @@ class Engine:
         if room < 1 or not prompt:
             fault = f"has {len(prompt):,} tokens and the model takes {self.context_tokens:,}; shorten it"
             raise LoratuneError(f"the prompt {fault if prompt else 'is empty'}", Exit.USAGE)
-        adapter = self._adapter(question, prompt)
+        adapter = voice.answering(question.use_adapter, prompt, self.decoder.vocabulary)
         sampling = replace(question.sampling, max_new_tokens=min(question.sampling.max_new_tokens, room))
         running = Running(prompt, sampling, self._ends(voice.encoder), adapter)
         text = TextStream(voice.encoder.tokenizer, sampling.stop, _opens_reasoning(voice.encoder, prompt))
@@ -174,8 +173,9 @@ class Engine:
             wanted = voice.encoder.answer_ids(answer)
         if not prompt or len(prompt) + len(wanted) > self.context_tokens:
             raise LoratuneError("prompt and answer do not fit into the model's context", Exit.USAGE)
+        adapter = voice.answering(question.use_adapter, prompt + wanted, self.decoder.vocabulary)
         with self._model_lock:
-            return self.decoder.loss(prompt, wanted, self._adapter(question, prompt + wanted)), len(wanted)
+            return self.decoder.loss(prompt, wanted, adapter), len(wanted)
 
     def close(self) -> None:
         """End all answers and give the memory of keys and values back."""
@@ -190,21 +190,6 @@ class Engine:
                 f"no adapter is called {question.adapter}; there are {', '.join(self.adapters) or 'none'}", Exit.USAGE
             )
         return self.voices[question.adapter]
-
-    def _adapter(self, question: Question, ids: Sequence[int]) -> str:
-        """Which adapter answers, by PEFT's name.
-
-        Raises:
-            LoratuneError: it lacks a token, as a base does where its adapter was trained with a larger vocabulary.
-        """
-        voice = self._voice(question)
-        adapter = voice.adapter if question.use_adapter else BASE
-        known = self.decoder.vocabulary(adapter)
-        if max(ids) >= known:
-            token = voice.encoder.tokenizer.convert_ids_to_tokens(max(ids))
-            who = self.base_name if adapter == BASE else question.adapter
-            raise LoratuneError(f"{who} has no token {token}: its vocabulary has {known:,} rows", Exit.MODEL)
-        return adapter
 
     def _ends(self, encoder: Encoder) -> frozenset[int]:
         known = self.decoder.generation_config.eos_token_id

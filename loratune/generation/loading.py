@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,6 +33,27 @@ class Voice:
     encoder: Encoder
     adapter: str = BASE
     """PEFT's name of it."""
+
+    def answering(self, use_adapter: bool, ids: Sequence[int], vocabulary: Callable[[str], int]) -> str:
+        """PEFT's name of the one who answers a prompt.
+
+        Args:
+            use_adapter: False for the base without it, whose prompt is the same.
+            ids: of the prompt.
+            vocabulary: how many tokens one knows.
+
+        Raises:
+            LoratuneError: it lacks a token, as a base does whose adapter was trained with a larger vocabulary.
+        """
+        adapter = self.adapter if use_adapter else BASE
+        known, highest = vocabulary(adapter), max(ids)
+        if highest >= known:
+            raise LoratuneError(
+                f"{'the base' if adapter == BASE else 'the adapter'} has no token "
+                f"{self.encoder.tokenizer.convert_ids_to_tokens(highest)}: its vocabulary has {known:,} rows",
+                Exit.MODEL,
+            )
+        return adapter
 
 
 def open_voices(
