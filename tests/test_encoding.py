@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import unicodedata
 from collections.abc import Callable
 from importlib.resources import files
@@ -240,7 +241,8 @@ def test_training_begins_with_the_prompt_of_inference_and_learns_exactly_the_res
     prompt = encoder.prompt_ids(row.messages[:-1])
     assert example.input_ids.tolist()[: len(prompt)] == prompt
     assert example.labels.tolist() == [IGNORED] * len(prompt) + example.input_ids.tolist()[len(prompt) :]
-    assert trained_text(encoder, example) == "I am 小李.<|im_end|>"
+    begun = "<think>\n\n</think>\n\n" if template == "qwen3" and settings.get("thinking") else ""
+    assert trained_text(encoder, example) == f"{begun}I am 小李.<|im_end|>"
     assert example.trained_tokens == len(example.input_ids) - len(prompt)
 
 
@@ -292,10 +294,14 @@ def test_turns_of_qwen3_with_reasoning_get_a_sequence_each(make_encoder: MakeEnc
     assert earlier == "<|im_start|>user\na<|im_end|>\n<|im_start|>assistant\none<|im_end|>\n"
 
 
-def test_turns_of_qwen3_without_reasoning_in_thinking_mode_share_a_sequence(make_encoder: MakeEncoder) -> None:
+def test_turns_of_qwen3_without_reasoning_in_thinking_mode_are_as_the_template_writes_its_last_one(
+    make_encoder: MakeEncoder,
+) -> None:
     encoder = make_encoder("qwen3", thinking=True)
-    (example,) = encoder.encode(conversation("a", "one", "b", "two"))
-    assert trained_text(encoder, example) == "one<|im_end|>two<|im_end|>"
+    row = conversation("a", "one", "b", "two")
+    for example, end in zip(encoder.encode(row), (2, 4), strict=True):
+        whole = template_text(encoder, row.messages[:end], add_generation_prompt=False)
+        assert encoder.tokenizer.decode(example.input_ids.tolist()) == whole.removesuffix("\n")
 
 
 @pytest.mark.parametrize("template", QWEN_TEMPLATES)
@@ -336,7 +342,9 @@ def test_reasoning_may_be_left_out_of_what_is_learnt(
     (example,), (whole,) = encoder.encode(row, train_thinking=False), encoder.encode(row)
     assert trained_text(encoder, example) == f"{learnt}<|im_end|>"
     assert example.input_ids == whole.input_ids
-    assert trained_text(encoder, whole) == f"{answer}<|im_end|>"
+    is_begun = template == "qwen3" and not answer.lstrip().startswith("<think>")
+    begun = "<think>\n\n</think>\n\n" if is_begun else ""
+    assert trained_text(encoder, whole) == f"{begun}{answer}<|im_end|>"
 
 
 def test_reasoning_is_left_out_of_every_turn(make_encoder: MakeEncoder) -> None:
@@ -439,9 +447,9 @@ def test_a_template_without_tools_refuses_them(make_encoder: MakeEncoder, templa
 def test_a_template_that_writes_calls_in_another_way_than_its_prompt_begins_refuses_them(
     make_encoder: MakeEncoder,
 ) -> None:
-    tokenizer = make_encoder("tools").tokenizer
+    tokenizer = copy.deepcopy(make_encoder("tools").tokenizer)
+    tokenizer.chat_template = TOOL_TEMPLATE.replace("{{- '<|im_start|>assistant' }}", "{{- '<|im_start|>caller' }}")
     encoder = Encoder(tokenizer, PromptSettings())
-    encoder.template = TOOL_TEMPLATE.replace("{{- '<|im_start|>assistant' }}", "{{- '<|im_start|>caller' }}")
     with pytest.raises(LoratuneError, match="as a continuation of its prompt") as caught:
         encoder.encode(tool_dialogue())
     assert caught.value.exit_code == Exit.DATA

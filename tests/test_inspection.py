@@ -62,6 +62,7 @@ def test_flags_are_findings_and_have_an_order_that_files_rely_on() -> None:
     assert set(FLAGS) <= set(get_args(Finding))
     assert FLAGS == (
         "empty", "short", "garbled", "control_tokens", "control_tokens_in_answers", "repetitive", "thinking",
+        "no_reasoning",
     )  # fmt: skip
 
 

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from conftest import TINY_QWEN
 
-from loratune.data.encoding import OWN_TEMPLATES
+from loratune.data.templates import OWN_TEMPLATES
 from loratune.delivery.ollama import write_modelfile
 from loratune.errors import Exit, LoratuneError
 from loratune.recipe.sections import PromptSettings

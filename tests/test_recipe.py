@@ -514,6 +514,7 @@ SPECIAL = {
     "data.levels": st.dictionaries(st.sampled_from(["short", "overlap"]), st.sampled_from(["refuse", "ignore"])),
     "lora.layers": st.none() | st.sampled_from(["last 6", "first 1", "0-0", "8-15"]),
     "data.validation": st.floats(0, 0.9) | st.lists(NAME, min_size=1, max_size=2),
+    "prompt.date": st.none() | st.dates().map(str),
     "training.warmup": st.floats(0, 1, exclude_max=True) | st.integers(1, 10**6).map(float),
 }
 

@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections import Counter
 from dataclasses import dataclass
+from datetime import date
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -142,20 +143,31 @@ def _scores(work: Work, answers: AnswerFile) -> tuple[RowScores, dict[str, dict[
 
 def _about(request: RowsRequest, source: AdapterSource | None, file: QuestionFile) -> About:
     """Everything that the answers depend on."""
+    from loratune.data.encoding import Encoder
+    from loratune.data.template_facts import template_facts
     from loratune.model.files import find_base
     from loratune.recipe.sections import ModelSettings
     from loratune.runs.opening import base_settings, merged_prompt
+    from loratune.runs.tokenizer_files import tokenizer_sha256
+
+    def make_encoder() -> Encoder:
+        from loratune.model.tokenizer import load_tokenizer
+
+        return Encoder(load_tokenizer(tokenizer), prompt)
 
     settings = base_settings(source, request.model) if source else ModelSettings(base=request.model or "")
     folder = find_base(settings)
     prompt = source.prompt if source else merged_prompt(folder)
+    tokenizer = source.tokenizer_folder(folder) if source else folder
+    facts = template_facts(prompt, tokenizer_sha256(tokenizer), make_encoder)
     about = {
         "rows": file.sha256,
         "questions": _hash_of_questions(file.rows),
         "model": _model_hash(settings, folder),
         "adapter": _adapter_hash(source.adapter) if source else None,
         "adapter left off": request.base and not request.compares,
-        "prompt": prompt.model_dump(),
+        "prompt": prompt.model_dump(exclude={"date", "generation_prompt"}),
+        **({"date": date.today().isoformat()} if facts.is_dated else {}),
         "system": request.system,
         **request.sampling,
     }
@@ -172,17 +184,21 @@ def _hash_of_questions(rows: list[AskedRow]) -> str:
 def _model_hash(settings: ModelSettings, folder: Path) -> str:
     from loratune.model.files import weight_files
     from loratune.runs.fingerprint import fingerprint_base
+    from loratune.runs.tokenizer_files import NAMED_TEMPLATES
 
     known: dict[str, Any] = fingerprint_base(folder, weight_files(folder)) | {"settings": settings.quantization}
     for name in SETTINGS_FILES:
         known[name] = (folder / name).read_text("utf-8") if (folder / name).is_file() else None
+    for path in sorted((folder / NAMED_TEMPLATES).glob("*.jinja")):
+        known[path.name] = path.read_text("utf-8")
     return hashlib.sha256(json.dumps(known, sort_keys=True).encode()).hexdigest()
 
 
 def _adapter_hash(folder: Path) -> str:
     from loratune.runs.folder import file_sha256
 
-    names = sorted(path.name for path in folder.iterdir() if path.suffix in (".safetensors", ".json", ".jinja"))
+    paths = (path.relative_to(folder) for path in folder.rglob("*"))
+    names = sorted(path.as_posix() for path in paths if path.suffix in (".safetensors", ".json", ".jinja"))
     known = [(name, file_sha256(folder / name)) for name in names]
     return hashlib.sha256(json.dumps(known).encode()).hexdigest()
 

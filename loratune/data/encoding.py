@@ -11,14 +11,23 @@ import re
 from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import date
 from functools import cached_property
 from itertools import groupby, pairwise
 from typing import Any
 
 from jinja2 import TemplateError
 
+from loratune.data.chat_template import (
+    CLOSING,
+    OPENING,
+    PROBE_TOOL,
+    ChatTemplate,
+    find_templates,
+    fixed_day,
+    study_template,
+)
 from loratune.data.conversation import Conversation, Message, keys_in, texts_in
-from loratune.data.templates import OWN_TEMPLATES
 from loratune.data.tokens import Ids, TokenMemo
 from loratune.errors import Exit, LoratuneError
 from loratune.recipe.sections import PromptSettings
@@ -52,6 +61,8 @@ class _Turn:
     prompt: list[dict[str, Any]]
     """Messages as the template takes them."""
     tools: tuple[dict[str, Any], ...]
+    opening: list[int]
+    """Ids of control tokens that the template begins the answer with."""
     answer: str
     is_harmless: bool
     """Whether no text of the prompt could become a control token."""
@@ -71,21 +82,71 @@ class Encoder:
     def __init__(self, tokenizer: Any, settings: PromptSettings) -> None:
         self.tokenizer = tokenizer
         self.settings = settings
-        self.template: str = OWN_TEMPLATES.get(settings.template) or tokenizer.chat_template
-        if not isinstance(self.template, str):
-            raise LoratuneError(
-                "the tokenizer has no chat template (a base model?); set prompt.template to plain or alpaca",
-                Exit.MODEL,
-            )
         self.adds_bos = tokenizer("").input_ids == [tokenizer.bos_token_id]
-        self._behind_answers, self.end_id = self._find_end()
-        added = [token.content for token in tokenizer.added_tokens_decoder.values()]
-        self._control = re.compile("|".join(map(re.escape, [*added, *MARKS])))
+        added = tokenizer.added_tokens_decoder.values()
+        self._control = re.compile("|".join(map(re.escape, [*(token.content for token in added), *MARKS])))
+        self._special = re.compile("|".join(re.escape(token.content) for token in added if token.special) or "(?!)")
+        plain, with_tools = find_templates(tokenizer, settings.template)
+        self._plain = self._studied(plain, ())
+        self._with_tools = self._plain if with_tools == plain else self._studied(with_tools, [PROBE_TOOL])
+        self.template = self._plain.text
+        """Renders conversations without tools."""
+        self.tool_template = self._with_tools.text
+        """Renders those with tools; mostly the same."""
+        self.end_id = self._find_end(self._plain)
 
     @property
     def template_sha256(self) -> str:
-        """Hash of the template's text."""
-        return hashlib.sha256(self.template.encode()).hexdigest()
+        """Hash of the text of the template, or of both where the tokenizer has one for tools."""
+        texts = dict.fromkeys((self.template, self.tool_template))
+        return hashlib.sha256("\0".join(texts).encode()).hexdigest()
+
+    @property
+    def record(self) -> dict[str, Any]:
+        """What a run notes of its template, to be compared and gone on with."""
+        return {
+            "sha256": self.template_sha256,
+            "end_token_id": self.end_id,
+            "generation_prompt": self.settings.generation_prompt,
+            "completion": self._plain.generation_prompt or self._with_tools.generation_prompt,
+            "answer_start": self.answer_start,
+            "date": self.settings.date if self.is_dated else None,
+        }
+
+    @property
+    def is_dated(self) -> bool:
+        """Whether the template writes the date or the time into prompts."""
+        return self._plain.is_dated or self._with_tools.is_dated
+
+    @property
+    def answer_start(self) -> str:
+        """What the template writes between its generation prompt and an answer that has no reasoning."""
+        return self._plain.answer_start
+
+    @property
+    def asks_for_reasoning(self) -> bool:
+        """Whether an answer without reasoning is out of the ordinary."""
+        return any(one.begun_reasoning or CLOSING in one.answer_start for one in (self._plain, self._with_tools))
+
+    @property
+    def remarks(self) -> list[str]:
+        """What the user should know of the template."""
+        return [text for text in dict.fromkeys((self._plain.remark, self._with_tools.remark)) if text]
+
+    def text_for(self, tools: Sequence[dict[str, Any]] = ()) -> str:
+        """The text that renders a conversation, on the day of the settings where it writes a date."""
+        return self.at_its_day(self.tool_template if tools else self.template)
+
+    def at_its_day(self, text: str) -> str:
+        """A template's text that takes the day of the settings for today; the text itself where that is left open."""
+        return fixed_day(text, self.settings.date) if self.settings.date and self.is_dated else text
+
+    def at_a_day(self) -> Encoder:
+        """An encoder whose prompts are the same at any time: of the settings' day, or of today."""
+        if self.settings.date or not self.is_dated:
+            return self
+        day = date.today().isoformat()
+        return Encoder(self.tokenizer, self.settings.model_copy(update={"date": day}))
 
     def prompt_ids(self, messages: Sequence[Message], tools: Sequence[dict[str, Any]] = ()) -> list[int]:
         """Ids up to where the answer to the last message begins.
@@ -96,10 +157,14 @@ class Encoder:
         """
         return self._exact_ids(self._with_settings(messages), tools)
 
-    def answer_ids(self, text: str) -> list[int]:
-        """Ids of an answer and its end token. Of added tokens only ordinary ones, such as <think>, stay whole."""
+    def answer_ids(self, text: str, tools: Sequence[dict[str, Any]] = ()) -> list[int]:
+        """Ids of an answer as it goes on after its prompt, and its end token.
+
+        Of added tokens in its text only ordinary ones, such as <think>, stay whole.
+        """
+        opening, text = self._continued(text, tools)
         ids: list[int] = self.tokenizer(text, add_special_tokens=False, split_special_tokens=True).input_ids
-        return [*ids, self.end_id]
+        return [*opening, *ids, self.end_id]
 
     def encode(self, conversation: Conversation, train_on: str = "all", train_thinking: bool = True) -> list[Example]:
         """The training sequences of a conversation.
@@ -126,8 +191,8 @@ class Encoder:
         answers = self._memo.all_ids([turn.answer for turn in turns], keep_special=False)
         sequences: list[list[Example]] = [[] for _ in conversations]
         for turn, prompt, answer in zip(turns, self._prompts(turns), answers, strict=True):
-            unlearnt = 0 if train_thinking else self._count_reasoning(turn.answer, answer)
-            examples, answer_ids = sequences[turn.row], answer + array("i", [self.end_id])
+            unlearnt = 0 if train_thinking else self._count_reasoning(turn, answer)
+            examples, answer_ids = sequences[turn.row], array("i", turn.opening) + answer + array("i", [self.end_id])
             labels = array("i", [IGNORED]) * len(prompt)
             if examples and prompt[: len(examples[-1].input_ids)] == examples[-1].input_ids:
                 earlier = examples.pop().labels
@@ -140,13 +205,6 @@ class Encoder:
     def _memo(self) -> TokenMemo:
         return TokenMemo(self.tokenizer)
 
-    @cached_property
-    def _begun_reasoning(self) -> str:
-        """What of a reasoning block the prompt itself already holds, as with models that always think."""
-        question = {"role": "user", "content": "?"}
-        _, opening, rest = self._apply([question], tokenize=False, add_generation_prompt=True).rpartition("<think>")
-        return opening + rest if opening and not rest.strip() else ""
-
     def _turns_of(self, row: int, conversation: Conversation, train_on: str) -> list[_Turn]:
         self._check_tools(conversation)
         self._check_nothing_is_lost(conversation)
@@ -158,12 +216,30 @@ class Encoder:
             prompt = messages[: place + added]
             is_harmless = is_harmless and not self._is_forging(prompt[seen:])
             seen = len(prompt)
+            opening: list[int] = []
             if conversation.messages[place].get("tool_calls"):
                 answer = self._rendered_answer(prompt, messages[place + added], tools)
             else:
-                answer = conversation.messages[place]["content"].removeprefix(self._begun_reasoning)
-            turns.append(_Turn(row, prompt, tools, answer, is_harmless))
+                opening, answer = self._continued(conversation.messages[place]["content"], tools)
+            turns.append(_Turn(row, prompt, tools, opening, answer, is_harmless))
         return turns
+
+    def _chat(self, tools: Sequence[dict[str, Any]]) -> ChatTemplate:
+        return self._with_tools if tools else self._plain
+
+    def _continued(self, answer: str, tools: Sequence[dict[str, Any]]) -> tuple[list[int], str]:
+        """An answer as the template goes on after its prompt: control tokens that it begins with, and text."""
+        chat = self._chat(tools)
+        begun, start = chat.begun_reasoning, chat.answer_start
+        if answer.lstrip().startswith(OPENING) or (begun and CLOSING in answer):
+            start = "" if CLOSING in start else start
+            if begun and not answer.startswith(begun):
+                answer = answer.lstrip()
+            answer = answer.removeprefix(begun) if answer.startswith(begun) else answer.removeprefix(OPENING)
+        control = list(self._special.finditer(start))
+        place = control[-1].end() if control else 0
+        opening = self.tokenizer(start[:place], add_special_tokens=False).input_ids if place else []
+        return opening, start[place:] + answer
 
     def _is_forging(self, value: Any) -> bool:
         """Whether a text in it could be taken for a control token."""
@@ -190,24 +266,30 @@ class Encoder:
         """What the template writes for an answer that calls tools, up to the end token."""
         before: str = self._apply(prompt, tools, tokenize=False, add_generation_prompt=True)
         whole: str = self._apply([*prompt, message], tools, tokenize=False)
-        answer = whole[len(before) :]
-        if not whole.startswith(before) or not answer.endswith(self._behind_answers):
+        answer, behind = whole[len(before) :], self._chat(tools).behind_answers
+        if not whole.startswith(before) or not answer.endswith(behind):
             raise LoratuneError(
                 "the tokenizer's chat template does not write an answer that calls tools as a continuation of its "
                 "prompt; leave such rows out, or set prompt.thinking as it was when their answers were written",
                 Exit.DATA,
             )
-        return answer.removesuffix(self._behind_answers)
+        return answer.removesuffix(behind)
 
     def _check_tools(self, conversation: Conversation) -> None:
         """Refuse tools that the template would silently drop, or that could not be told from control tokens."""
         calls = [message.get("tool_calls") for message in conversation.messages]
         if not conversation.tools and not any(calls):
             return
-        if not re.search(r"\btools\b", self.template):
+        if not re.search(r"\btools\b", self.tool_template if conversation.tools else self.template):
             raise LoratuneError(
                 f"a row has tools, for which the template ({self.settings.template}) has no place; "
                 "take a model whose chat template knows tools, or leave such rows out",
+                Exit.DATA,
+            )
+        if self._with_tools is not self._plain and self._find_end(self._with_tools) != self.end_id:
+            raise LoratuneError(
+                "a row has tools, and the tokenizer's chat template for them ends answers with another token than the "
+                "default one; leave such rows out",
                 Exit.DATA,
             )
         for key in keys_in([*conversation.tools, *calls]):
@@ -232,9 +314,10 @@ class Encoder:
                 Exit.DATA,
             )
 
-    def _count_reasoning(self, text: str, ids: Ids) -> int:
+    def _count_reasoning(self, turn: _Turn, ids: Ids) -> int:
         """How many tokens of an answer hold its reasoning block and the line ends behind it."""
-        is_begun = bool(self._begun_reasoning) or text.lstrip().startswith("<think>")
+        text = turn.answer
+        is_begun = bool(self._chat(turn.tools).begun_reasoning) or text.lstrip().startswith(OPENING)
         end = END_OF_REASONING.search(text) if is_begun else None
         if not end:
             return 0
@@ -282,31 +365,48 @@ class Encoder:
             LoratuneError: the template itself refuses the messages, as some do with a system prompt.
         """
         try:
+            return self._render(self.text_for(tools), messages, tools, **options)
+        except LoratuneError:
+            if not isinstance(messages[0], list):
+                raise
+            return [self._apply(one, tools, **options) for one in messages]
+
+    def _studied(self, text: str, tools: Sequence[dict[str, Any]]) -> ChatTemplate:
+        """What a template does with this tokenizer and these settings."""
+
+        def render(text: str, messages: Sequence[Any], tools: Sequence[dict[str, Any]], **options: Any) -> str:
+            return str(self._render(text, messages, tools, tokenize=False, **options))
+
+        control = self._special if self.settings.generation_prompt == "auto" else None
+        return study_template(render, text, tools, self.settings.thinking, control)
+
+    def _render(self, text: str, messages: Sequence[Any], tools: Sequence[dict[str, Any]], **options: Any) -> Any:
+        """What a template's text makes of messages.
+
+        Raises:
+            LoratuneError: the template refuses them.
+        """
+        try:
             return self.tokenizer.apply_chat_template(
                 messages,
                 tools=list(tools) or None,
-                chat_template=self.template,
-                enable_thinking=self.settings.thinking,
+                chat_template=text,
                 adds_bos=self.adds_bos,
-                **options,
+                **{"enable_thinking": self.settings.thinking, **options},
             )
         except TemplateError as error:
-            if isinstance(messages[0], list):
-                return [self._apply(one, tools, **options) for one in messages]
-            roles = ", ".join(message["role"] for message in messages)
+            listed = messages[0] if isinstance(messages[0], list) else messages
+            roles = ", ".join(message["role"] for message in listed)
             raise LoratuneError(
                 f"the tokenizer's chat template refuses the messages {roles}: {error}", Exit.MODEL
             ) from error
 
-    def _find_end(self) -> tuple[str, int]:
-        """What the template sets after an answer, and the token that ends it: the tokenizer's own if it sets none."""
-        mark = "loratune-answer"
-        turns = [{"role": "user", "content": "?"}, {"role": "assistant", "content": mark}]
-        behind: str = self._apply(turns, tokenize=False).rpartition(mark)[2]
-        ids = self.tokenizer(behind, add_special_tokens=False).input_ids
+    def _find_end(self, chat: ChatTemplate) -> int:
+        """The token that ends an answer: what the template sets after it, or the tokenizer's own if it sets none."""
+        ids = self.tokenizer(chat.behind_answers, add_special_tokens=False).input_ids
         added = self.tokenizer.added_tokens_decoder
         if ids and ids[0] in added and added[ids[0]].special:
-            return behind, int(ids[0])
+            return int(ids[0])
         if self.tokenizer.eos_token_id is None:
             raise LoratuneError("the tokenizer has no end token; answers would never stop", Exit.MODEL)
-        return behind, int(self.tokenizer.eos_token_id)
+        return int(self.tokenizer.eos_token_id)

@@ -31,6 +31,8 @@ SENTENCES = {
     "chat template already",
     "repetitive": "have an answer that repeats itself",
     "thinking": "have a <think> block, though prompt.thinking is false and so the prompt asks for none",
+    "no_reasoning": "have an answer without reasoning, though the prompt asks for it (prompt.thinking, or a template "
+    "that always does): the model learns to leave it out",
     "long_answers": "have an answer more than ten times as long as half of all answers",
     "duplicates": "are repetitions",
     "near_duplicates": "are nearly the same as an earlier row",

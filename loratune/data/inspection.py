@@ -20,9 +20,10 @@ FLAGS: tuple[Finding, ...] = (
     "control_tokens_in_answers",
     "repetitive",
     "thinking",
+    "no_reasoning",
 )
 """The findings by the number of their bit."""
-EMPTY, SHORT, GARBLED, CONTROL_TOKENS, CONTROL_TOKENS_IN_ANSWERS, REPETITIVE, THINKING = (
+EMPTY, SHORT, GARBLED, CONTROL_TOKENS, CONTROL_TOKENS_IN_ANSWERS, REPETITIVE, THINKING, NO_REASONING = (
     1 << place for place in range(len(FLAGS))
 )
 
@@ -59,12 +60,20 @@ class Inspector:
         added_tokens: texts of all tokens that a tokenizer has besides those of its vocabulary.
         special_tokens: those among them that a model must not read or write as text.
         thinking: whether prompts ask for a reasoning block.
+        expects_reasoning: whether the template then wants one before every answer.
     """
 
-    def __init__(self, added_tokens: Iterable[str], special_tokens: Iterable[str], thinking: bool) -> None:
+    def __init__(
+        self,
+        added_tokens: Iterable[str],
+        special_tokens: Iterable[str],
+        thinking: bool,
+        expects_reasoning: bool = False,
+    ) -> None:
         self._added = _any_of(added_tokens)
         self._special = _any_of(special_tokens)
         self._thinking = thinking
+        self._expects_reasoning = expects_reasoning
 
     def flags(self, conversation: Conversation, trained: Sequence[int]) -> int:
         """The bits of all findings, in the order of FLAGS.
@@ -92,6 +101,8 @@ class Inspector:
         length = len(text.strip())
         if length < 2 and not message.get("tool_calls"):
             return SHORT if length else EMPTY
+        if self._expects_reasoning:
+            return 0 if "</think>" in text or REASONING.search(text) else NO_REASONING
         return THINKING if not self._thinking and REASONING.search(text) else 0
 
 

@@ -26,6 +26,7 @@ from loratune.data.sources import Source, parse_source
 from loratune.data.split import Split
 from loratune.errors import Exit, LoratuneError, counted
 from loratune.recipe.data_sections import DataSettings, SourceSettings
+from loratune.recipe.sections import PromptSettings
 
 
 @dataclass
@@ -51,6 +52,8 @@ class PreparedData:
     validation: Split | None
     files: list[FileUse]
     found: list[Found]
+    prompt: PromptSettings
+    """How they were rendered, the day included that the template writes."""
 
     def checked(self) -> PreparedData:
         """Itself, unless it must not be trained on.
@@ -102,7 +105,8 @@ def prepare_data(data: DataSettings, rendering: Rendering, seed: int) -> Prepare
     splits = Split(rows.take(np.repeat(np.arange(len(rows)), times)), max_length), Split(held_out, max_length)
     if not len(splits[0]):
         raise _nothing_left(data, max_length, splits[0].pool, found)
-    return PreparedData(splits[0], splits[1] if len(splits[1]) else None, _file_uses(loaded, splits), found)
+    held_out_split = splits[1] if len(splits[1]) else None
+    return PreparedData(splits[0], held_out_split, _file_uses(loaded, splits), found, rendering.prompt)
 
 
 def check_sources(data: DataSettings) -> None:

@@ -48,6 +48,7 @@ class RowEncoder:
             [token.content for token in added if not token.content.isspace()],
             [token.content for token in added if token.special],
             encoder.settings.thinking,
+            encoder.asks_for_reasoning,
         )
 
     def write(self, rows: CheckedRows, folder: Path) -> None:

@@ -115,7 +115,7 @@ def _check(source: AdapterSource, folder: Path) -> None:
 
 def _texts(folder: Path) -> Iterator[tuple[str, bytes]]:
     """What can name a path: the files but for vocabularies, and of the weights the header."""
-    for path in sorted(folder.iterdir()):
+    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
         if path.name == WEIGHTS_FILE:
             with path.open("rb") as file:
                 yield path.name, file.read(int.from_bytes(file.read(8), "little"))

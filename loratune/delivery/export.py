@@ -21,6 +21,7 @@ from loratune.delivery.ollama import write_modelfile
 from loratune.delivery.parity import Parity, compare_models
 from loratune.delivery.proof import BOUNDS, Bounds, check_parity, probe_rows
 from loratune.delivery.report import parity_text, show_verification
+from loratune.delivery.template import about_the_date
 from loratune.delivery.tool_calls import offers_tools, vllm_tool_parser
 from loratune.delivery.vllm import require_servable, serve_command
 from loratune.errors import Exit, LoratuneError, bullet_list
@@ -147,6 +148,8 @@ def _export_for_vllm(job: Export) -> dict[str, Any]:
     base = base_settings(source, job.options.model).base
     parser = _tool_parser(job.folder, source)
     command = serve_command(base, job.name, job.output, advice, template, parser)
+    if trained_day := (source.manifest or {}).get("template", {}).get("date"):
+        console.warn(about_the_date("vLLM writes", trained_day))
     return {"max_lora_rank": advice.max_lora_rank, "tool_call_parser": parser, "next": command}
 
 
@@ -155,8 +158,8 @@ def _tool_parser(folder: Path, source: AdapterSource) -> str | None:
     if not (folder / "tokenizer_config.json").is_file():  # a plain adapter, served with its base's template
         return None
     encoder = Encoder(load_tokenizer(folder), source.prompt)
-    parser = vllm_tool_parser(encoder.tokenizer, encoder.template)
-    if parser is None and offers_tools(encoder.tokenizer, encoder.template):
+    parser = vllm_tool_parser(encoder.tokenizer, encoder.tool_template)
+    if parser is None and offers_tools(encoder.tokenizer, encoder.tool_template):
         console.warn(
             "the chat template offers tools, but the form of its calls is not recognised: to serve tool calls, add "
             "--enable-auto-tool-choice and the --tool-call-parser of this form to vLLM's line"
@@ -172,6 +175,9 @@ def _export_gguf(job: Export, model: Path) -> dict[str, Any]:
     with console.status(f"reading {target.name} back"):
         check = gguf_file.check_gguf(model, target)
     parity = _compare_gguf(job, model, target)
+    encoder = Encoder(load_tokenizer(model), merged_prompt(model))
+    if encoder.is_dated and job.options.format == "gguf":
+        console.warn(about_the_date("llama.cpp writes", encoder.settings.date))
     if check.fallbacks:
         console.warn(f"{len(check.fallbacks)} tensors are f16, since their rows do not divide into blocks of 32")
     console.table(

@@ -14,7 +14,7 @@ from typing import Any
 from loratune.data.encoding import Encoder
 from loratune.errors import Exit, LoratuneError
 from loratune.model.tokenizer import load_tokenizer
-from loratune.recipe.sections import PromptSettings
+from loratune.runs.opening import merged_prompt
 
 # Kinds of a token, as the format numbers them.
 NORMAL, CONTROL, USER_DEFINED, UNUSED = 1, 3, 4, 5
@@ -123,12 +123,18 @@ def _describe_special_tokens(model: Path) -> dict[str, Any]:
     template's text in turn.
     """
     tokenizer = load_tokenizer(model)
-    template = tokenizer.chat_template if isinstance(tokenizer.chat_template, str) else None
-    if template is None:
+    templates: dict[str, str | list[str]] = {}
+    if tokenizer.chat_template is None:
         first, end = tokenizer("").input_ids, tokenizer.eos_token_id
     else:
-        encoder = Encoder(tokenizer, PromptSettings())
+        encoder = Encoder(tokenizer, merged_prompt(model))
         first, end = encoder.prompt_ids([{"role": "user", "content": "?"}])[:1], encoder.end_id
+        templates["tokenizer.chat_template"] = encoder.template
+        if encoder.tool_template != encoder.template:
+            templates |= {
+                "tokenizer.chat_template.tool_use": encoder.tool_template,
+                "tokenizer.chat_templates": ["tool_use"],
+            }
     ids = {
         "bos": tokenizer.bos_token_id,
         "eos": end,
@@ -140,6 +146,4 @@ def _describe_special_tokens(model: Path) -> dict[str, Any]:
         f"tokenizer.ggml.{name}_token_id": place for name, place in ids.items() if place is not None
     }
     keys["tokenizer.ggml.add_bos_token"] = tokenizer.bos_token_id is not None and first == [tokenizer.bos_token_id]
-    if template is not None:
-        keys["tokenizer.chat_template"] = template
-    return keys
+    return keys | templates

@@ -16,6 +16,7 @@ from loratune import console
 from loratune.delivery.merged_weights import MergePlan, plan_merge, write_merged
 from loratune.delivery.model_folder import write_model_files
 from loratune.delivery.read_back import ReadBack, read_back
+from loratune.delivery.template import about_the_date
 from loratune.delivery.update import TensorUpdate, read_updates
 from loratune.errors import Exit, LoratuneError
 from loratune.model.adapter_files import EMBEDDING, WEIGHTS_FILE
@@ -153,6 +154,9 @@ def _gather(source: AdapterSource, output: Path, options: MergeOptions) -> Job:
     warnings = check_same_base(source, settings.base, base, paths, options.force)
     if options.merge_base != "auto" and settings.quantization == "none":
         raise LoratuneError("--merge-base is for adapters that were trained on a quantised base", Exit.USAGE)
+    trained_day = (source.manifest or {}).get("template", {}).get("date")
+    if trained_day and not options.is_temporary:
+        warnings.append(about_the_date("transformers and vLLM write", trained_day))
     is_tied = head_is_tied(base)
     infos = TensorFiles(paths).infos
     updates = read_updates(source.adapter, infos, is_tied)
@@ -264,6 +268,8 @@ def _described(job: Job, chosen: Candidate) -> dict[str, Any]:
         "adapter_sha256": file_sha256(job.source.adapter / WEIGHTS_FILE),
         "combined": job.source.combined,
         "thinking": job.source.prompt.thinking,
+        "generation_prompt": job.source.prompt.generation_prompt,
+        "date": job.source.prompt.date,
         "dtype": _dtype_names(chosen.plan),
         "bytes": chosen.plan.nbytes,
         "read_back": asdict(chosen.read_back) if chosen.read_back else None,

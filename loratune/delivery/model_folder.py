@@ -16,7 +16,7 @@ from loratune.delivery.template import write_portable_template
 from loratune.recipe.sections import PromptSettings
 from loratune.runs.folder import read_json
 from loratune.runs.opening import AdapterSource
-from loratune.runs.tokenizer_files import copy_tokenizer_files
+from loratune.runs.tokenizer_files import copy_tokenizer_files, tokenizer_files
 from loratune.writing import write_json
 
 CONFIG, GENERATION_CONFIG = "config.json", "generation_config.json"
@@ -43,7 +43,7 @@ def write_model_files(
     for licence in [*base.glob("LICENSE*"), *base.glob("NOTICE*")]:
         if licence.is_file():
             shutil.copyfile(licence, folder / licence.name)
-    needs_encoder = source.manifest is None or _may_need_template(source.prompt, tokenizer)
+    needs_encoder = source.manifest is None or _may_need_template(source, tokenizer)
     encoder = _load_encoder(tokenizer, source.prompt) if needs_encoder else None
     if encoder and write_portable_template(encoder, folder):
         changes.append(
@@ -58,12 +58,13 @@ def _load_encoder(tokenizer: Path, prompt: PromptSettings) -> Encoder:
     return Encoder(load_tokenizer(tokenizer), prompt)
 
 
-def _may_need_template(prompt: PromptSettings, tokenizer: Path) -> bool:
+def _may_need_template(source: AdapterSource, tokenizer: Path) -> bool:
     """Whether the training's prompts could differ from what the tokenizer's template renders by itself."""
+    prompt, recorded = source.prompt, (source.manifest or {})["template"]
     has_settings = prompt.template != "chat" or prompt.system or prompt.instruction_prefix
-    texts = [tokenizer / name for name in ("chat_template.jinja", "tokenizer_config.json")]
-    return bool(has_settings) or any(
-        path.is_file() and "enable_thinking" in path.read_text(encoding="utf-8") for path in texts
+    texts = [tokenizer / name for name in tokenizer_files(tokenizer) if "template" in name or "config" in name]
+    return bool(has_settings or recorded.get("completion")) or any(
+        "enable_thinking" in path.read_text(encoding="utf-8") for path in texts
     )
 
 

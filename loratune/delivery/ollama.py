@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from loratune import console
 from loratune.data.conversation import Message
 from loratune.data.encoding import Encoder
 from loratune.errors import Exit, LoratuneError
@@ -110,7 +111,11 @@ def write_modelfile(
             in a Modelfile.
     """
     tokenizer = load_tokenizer(model)
-    encoder = Encoder(tokenizer, settings or PromptSettings())
+    encoder = Encoder(tokenizer, settings or PromptSettings()).at_a_day()
+    if encoder.is_dated:
+        console.warn(
+            f"the chat template writes the date into prompts: Ollama's names {encoder.settings.date}, whatever the day"
+        )
     parts = derive_parts(_renderer(encoder), tokenizer.decode([encoder.end_id]))
     generation = _read_generation_config(model)
     lines = [f"FROM ./{_plain(gguf_name)}", f"TEMPLATE {_quoted(parts.go_template())}"]

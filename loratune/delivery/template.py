@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from jinja2 import TemplateError
 
+from loratune.data.chat_template import PROBE_TOOL
 from loratune.data.conversation import Message
 from loratune.data.encoding import Encoder
 from loratune.errors import Exit, LoratuneError
+from loratune.runs.tokenizer_files import NAMED_TEMPLATES
 
 TEMPLATE_FILE = "chat_template.jinja"
 TOKENIZER_CONFIG = "tokenizer_config.json"
@@ -30,6 +33,8 @@ TURNS: list[Message] = [
     {"role": "user", "content": "three"},
 ]
 SYSTEM_TURN: Message = {"role": "system", "content": "zero"}
+BY_TOOLS = "{{%- if tools %}}\n{with_tools}{{{{ '' }}}}{{% else %}}\n{without}{{{{ '' }}}}{{% endif %}}"
+"""Two templates as one. Jinja drops a line's end behind a block and the blanks of a line that holds just one."""
 
 
 def write_portable_template(encoder: Encoder, folder: Path) -> bool:
@@ -45,15 +50,17 @@ def write_portable_template(encoder: Encoder, folder: Path) -> bool:
     Raises:
         LoratuneError: no template can render these prompts by itself.
     """
+    encoder = encoder.at_a_day()
     if _renders_alike(encoder, None):
         return False
     template = _portable(encoder)
     if not _renders_alike(encoder, template):
         raise LoratuneError(
-            "the training's system prompt, instruction prefix or thinking mode cannot be put into the tokenizer's chat "
-            "template; other programs would prompt the model differently",
+            "the training's system prompt, instruction prefix, thinking mode or generation prompt cannot be put into "
+            "the tokenizer's chat template; other programs would prompt the model differently",
             Exit.MODEL,
         )
+    shutil.rmtree(folder / NAMED_TEMPLATES, ignore_errors=True)
     (folder / TEMPLATE_FILE).write_text(template, encoding="utf-8", newline="\n")
     config = json.loads((folder / TOKENIZER_CONFIG).read_text(encoding="utf-8"))
     if "chat_template" in config:  # where older programs look
@@ -63,14 +70,30 @@ def write_portable_template(encoder: Encoder, folder: Path) -> bool:
     return True
 
 
+def about_the_date(programs: str, trained: str | None) -> str:
+    """What is said where a template writes dates and other programs run it.
+
+    Args:
+        programs: that run it.
+        trained: the day that training's prompts named, if that is known.
+    """
+    told = f"; in training it was {trained}" if trained else ""
+    return f"the chat template writes the date into prompts: {programs} the current one{told}"
+
+
 def _portable(encoder: Encoder) -> str:
     settings = encoder.settings
-    start = THINKING.format(text=str(settings.thinking).lower()) if "enable_thinking" in encoder.template else ""
+    texts = encoder.template + encoder.tool_template
+    start = THINKING.format(text=str(settings.thinking).lower()) if "enable_thinking" in texts else ""
     # As in training, the prefix is not for the system prompt.
     start += PREFIX.format(text=_literal(settings.instruction_prefix)) if settings.instruction_prefix else ""
     start += SYSTEM.format(text=_literal(settings.system)) if settings.system else ""
-    start += "{%- set adds_bos = true %}" if encoder.adds_bos and "adds_bos" in encoder.template else ""
-    return start + encoder.template
+    start += "{%- set adds_bos = true %}" if encoder.adds_bos and "adds_bos" in texts else ""
+    if encoder.tool_template == encoder.template:
+        return start + encoder.template
+    # As each alone would be read, without one line's end.
+    with_tools, without = (text.removesuffix("\n") for text in (encoder.tool_template, encoder.template))
+    return start + BY_TOOLS.format(with_tools=with_tools, without=without)
 
 
 def _literal(text: str) -> str:
@@ -81,21 +104,30 @@ def _literal(text: str) -> str:
 def _renders_alike(encoder: Encoder, template: str | None) -> bool:
     """Whether a template by itself gives the training's prompts; None for the tokenizer's own."""
     conversations: list[Sequence[Message]] = [TURNS[:1], TURNS, [SYSTEM_TURN, *TURNS]]
-    return all(_plain(encoder, turns, template) == _trained(encoder, turns) for turns in conversations)
+    return all(
+        _plain(encoder, turns, template, tools) == _trained(encoder, turns, tools)
+        for turns in conversations
+        for tools in ([], [PROBE_TOOL])
+    )
 
 
-def _plain(encoder: Encoder, turns: Sequence[Message], template: str | None) -> Any:
-    """The ids that any program gets."""
+def _plain(encoder: Encoder, turns: Sequence[Message], template: str | None, tools: list[dict[str, Any]]) -> Any:
+    """The ids that any program gets on the encoder's day."""
     try:
+        text = encoder.tokenizer.get_chat_template(template, tools or None)
         return encoder.tokenizer.apply_chat_template(
-            turns, chat_template=template, add_generation_prompt=True, return_dict=False
+            turns,
+            tools or None,
+            chat_template=encoder.at_its_day(text),
+            add_generation_prompt=True,
+            return_dict=False,
         )
     except (TemplateError, ValueError):  # refused, or there is none
         return None
 
 
-def _trained(encoder: Encoder, turns: Sequence[Message]) -> Any:
+def _trained(encoder: Encoder, turns: Sequence[Message], tools: list[dict[str, Any]]) -> Any:
     try:
-        return encoder.prompt_ids(turns)
+        return encoder.prompt_ids(turns, tools)
     except LoratuneError:  # a template that takes no system prompt
         return None

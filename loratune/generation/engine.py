@@ -106,7 +106,8 @@ class Engine:
         adapter = voice.answering(question.use_adapter, prompt, self.decoder.vocabulary)
         sampling = replace(question.sampling, max_new_tokens=min(question.sampling.max_new_tokens, room))
         running = Running(prompt, sampling, self._ends(voice.encoder), adapter)
-        text = TextStream(voice.encoder.tokenizer, sampling.stop, _opens_reasoning(voice.encoder, prompt))
+        begun = "" if isinstance(question.messages, str) else voice.encoder.answer_start
+        text = TextStream(voice.encoder.tokenizer, sampling.stop, _opens_reasoning(voice.encoder, prompt), begun)
         ticket = Ticket(running, text, deliver)
         self._inbox.put(ticket)
         return ticket

@@ -76,8 +76,11 @@ def open_voices(
         if source.manifest:
             _check_same_template(source.manifest, encoder)
         voices[name] = Voice(encoder, f"adapter_{number}")
+        warnings += _about_template(encoder, source.prompt)
+    prompt = merged_prompt(folder)
     try:
-        voices[None] = Voice(_encoder(folder, merged_prompt(folder)))
+        voices[None] = Voice(_encoder(folder, prompt))
+        warnings += [] if sources else _about_template(voices[None].encoder, prompt)
     except LoratuneError:
         if not voices:
             raise
@@ -134,10 +137,25 @@ def _settings(sources: Sequence[AdapterSource], model: str | None, warnings: lis
 
 
 def _encoder(folder: Path, prompt: PromptSettings) -> Encoder:
+    """The renderer of a model; a date in its prompts is the current one, whatever the training's was."""
     tokenizer = load_tokenizer(folder)
-    encoder = Encoder(tokenizer, prompt)
+    encoder = Encoder(tokenizer, prompt.model_copy(update={"date": None}))
     set_pad_token(tokenizer, {encoder.end_id, tokenizer.eos_token_id})
     return encoder
+
+
+def _about_template(encoder: Encoder, prompt: PromptSettings) -> list[str]:
+    """What those who ask should know of a template.
+
+    Args:
+        encoder: the renderer.
+        prompt: the settings of the training.
+    """
+    told = list(encoder.remarks)
+    if encoder.is_dated:
+        trained = f"; in training it was {prompt.date}" if prompt.date else ""
+        told.append(f"the chat template writes the current date into prompts, as it does in other servers{trained}")
+    return told
 
 
 def _check_same_template(manifest: dict[str, Any], encoder: Encoder) -> None:

@@ -26,10 +26,15 @@ class TextStream:
         tokenizer: a transformers tokenizer.
         stop: texts that end the answer.
         in_reasoning: whether the prompt has already opened the reasoning.
+        beginning: what the template writes before an answer without reasoning, and what is no part of it.
     """
 
-    def __init__(self, tokenizer: Any, stop: Sequence[str] = (), in_reasoning: bool = False) -> None:
+    def __init__(
+        self, tokenizer: Any, stop: Sequence[str] = (), in_reasoning: bool = False, beginning: str = ""
+    ) -> None:
         self._tokenizer = tokenizer
+        # Tags are told apart below.
+        self._beginning = "" if CLOSING in beginning else self._without_control_tokens(beginning)
         self._stop = tuple(text for text in stop if text)
         self._ids: list[int] = []
         self._told = ""
@@ -62,10 +67,18 @@ class TextStream:
         text: str = self._tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
         return text
 
+    def _without_control_tokens(self, text: str) -> str:
+        return self._decode(self._tokenizer(text, add_special_tokens=False).input_ids) if text else ""
+
     def _sorted(self, new: str, is_last: bool) -> Parts:
         """Sort text to where it belongs, and hold back what may still turn into a tag or a stop text."""
         self._held += new
         text = reasoning = ""
+        if self._beginning:
+            if not is_last and len(self._held) < len(self._beginning) and self._beginning.startswith(self._held):
+                return Parts("", "")
+            self._held = self._held.removeprefix(self._beginning)
+            self._beginning = ""
         while self._held and not self.stopped:
             here, tag = self._next(is_last)
             if self._is_blank:

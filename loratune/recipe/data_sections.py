@@ -16,6 +16,7 @@ Finding = Literal[
     "control_tokens_in_answers",
     "repetitive",
     "thinking",
+    "no_reasoning",
     "long_answers",
     "duplicates",
     "near_duplicates",
@@ -84,8 +85,8 @@ class DataSettings(Section):
     clean: Annotated[list[Finding], BeforeValidator(listed)] = Field(
         default=[],
         description="Findings whose rows are removed, with a report: duplicates, near_duplicates, overlap (training "
-        "rows that are in validation too), empty, short, garbled, repetitive, long_answers, thinking, control_tokens, "
-        "control_tokens_in_answers.",
+        "rows that are in validation too), empty, short, garbled, repetitive, long_answers, thinking, no_reasoning, "
+        "control_tokens, control_tokens_in_answers.",
     )
     near_duplicates: float | None = Field(default=None, gt=0, lt=1)
     """Look for rows of at least this similarity (0.8 is usual) besides equal ones; slower."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import re
 from collections.abc import Iterator
 from typing import Annotated, Any, Literal
@@ -95,6 +96,21 @@ class PromptSettings(Section):
     """Qwen3: prompt for a reasoning block; other models ignore it."""
     instruction_prefix: str = ""
     """Text set before each instruction, in training and afterwards."""
+    generation_prompt: Literal["auto", "template"] = "auto"
+    """auto begins each answer as the template writes its own, also where its prompt does not; template leaves it so."""
+    date: str | None = None
+    """Day that training's prompts get where the template writes today's: 2026-11-26; default is the day it starts."""
+
+    @field_validator("date")
+    @classmethod
+    def _date_is_a_day(cls, date: str | None) -> str | None:
+        if date is not None:
+            try:
+                if datetime.date.fromisoformat(date).isoformat() != date:
+                    raise ValueError(date)
+            except ValueError:
+                raise ValueError("write a day as 2026-11-26") from None
+        return date
 
 
 class TrainingSettings(Section):

@@ -48,7 +48,12 @@ class AdapterSource:
     @property
     def prompt(self) -> PromptSettings:
         """How its prompts are made; the tokenizer's own template where nothing is known."""
-        return self.recipe.prompt if self.recipe else PromptSettings()
+        if self.recipe is None:
+            return PromptSettings()
+        # Runs of earlier versions took every template as it was.
+        is_recorded = "generation_prompt" in (self.manifest or {}).get("template", {})
+        update = {} if is_recorded else {"generation_prompt": "template"}
+        return self.recipe.prompt.model_copy(update=update)
 
     def tokenizer_folder(self, base: Path) -> Path:
         """Where the tokenizer of the training lies; a checkpoint has only its base's."""
@@ -128,7 +133,12 @@ def merged_prompt(folder: Path) -> PromptSettings:
     """
     if not (folder / VERIFICATION).is_file():
         return PromptSettings()
-    return PromptSettings(thinking=bool(read_json(folder / VERIFICATION).get("thinking")))
+    known = read_json(folder / VERIFICATION)
+    return PromptSettings(
+        thinking=bool(known.get("thinking")),
+        generation_prompt=known.get("generation_prompt", "template"),
+        date=known.get("date"),
+    )
 
 
 def check_same_base(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 from loratune.errors import Exit, LoratuneError
@@ -22,20 +23,29 @@ TOKENIZER_FILES = (
 )
 
 
+NAMED_TEMPLATES = "additional_chat_templates"
+"""Folder of the templates that are not the default one."""
+
+
+def tokenizer_files(folder: Path) -> Iterator[str]:
+    """Names of the files that a folder's tokenizer and its chat templates come from."""
+    yield from (name for name in TOKENIZER_FILES if (folder / name).is_file())
+    yield from (f"{NAMED_TEMPLATES}/{path.name}" for path in sorted((folder / NAMED_TEMPLATES).glob("*.jinja")))
+
+
 def copy_tokenizer_files(base: Path, folder: Path) -> None:
     """Copy the files of the base's tokenizer that there are."""
-    for name in TOKENIZER_FILES:
-        if (base / name).is_file():
-            shutil.copyfile(base / name, folder / name)
+    for name in tokenizer_files(base):
+        (folder / name).parent.mkdir(exist_ok=True)
+        shutil.copyfile(base / name, folder / name)
 
 
 def tokenizer_sha256(folder: Path) -> str:
     """Hash of all files that a tokenizer and its chat template come from."""
     files = hashlib.sha256()
-    for name in TOKENIZER_FILES:
-        if (folder / name).is_file():
-            content = (folder / name).read_bytes()
-            files.update(f"{name} {len(content)} ".encode() + content)
+    for name in tokenizer_files(folder):
+        content = (folder / name).read_bytes()
+        files.update(f"{name} {len(content)} ".encode() + content)
     return files.hexdigest()
 
 

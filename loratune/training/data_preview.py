@@ -14,7 +14,7 @@ from loratune.errors import Exit, LoratuneError, counted
 from loratune.model.files import find_tokenizer
 from loratune.model.tokenizer import load_tokenizer
 from loratune.recipe.sections import Recipe
-from loratune.training.gate import pass_gate
+from loratune.training.gate import TEMPLATE, pass_gate
 from loratune.training.steps import packed_batches
 
 
@@ -54,7 +54,7 @@ def preview_rows(recipe: Recipe, count: int) -> list[Preview]:
     Raises:
         LoratuneError: as the training would, before the model is loaded.
     """
-    train = pass_gate(recipe).checked().train
+    train = _training_rows(recipe)
     return _previews(recipe, train, [list(range(min(count, len(train))))])[0]
 
 
@@ -66,8 +66,17 @@ def preview_batches(recipe: Recipe, count: int) -> list[list[Preview]]:
     """
     if not recipe.training.packing:
         raise LoratuneError("training.packing is false; there are no packed batches", Exit.USAGE)
-    train = pass_gate(recipe).checked().train
+    train = _training_rows(recipe)
     return _previews(recipe, train, packed_batches(recipe.training, train.lengths, recipe.seed)[:count])
+
+
+def _training_rows(recipe: Recipe) -> Split:
+    """What would be trained; what is to be said of the template is said, since the rows show it."""
+    data = pass_gate(recipe).checked()
+    for found in data.found:
+        if found.name == TEMPLATE:
+            console.warn(found.text)
+    return data.train
 
 
 def _previews(recipe: Recipe, train: Split, groups: list[list[int]]) -> list[list[Preview]]:

@@ -3,33 +3,67 @@
 from __future__ import annotations
 
 import importlib
+from collections.abc import Iterator
+from datetime import date
+from functools import cache
+from typing import Any
 
 from loratune.data.encoding import Encoder
+from loratune.data.findings import Found
 from loratune.data.loaded_source import Rendering
 from loratune.data.preparation import PreparedData, check_sources, prepare_data
+from loratune.data.template_facts import TemplateFacts, template_facts
 from loratune.errors import LoratuneError
 from loratune.model.files import find_tokenizer
-from loratune.recipe.sections import Recipe
+from loratune.recipe.sections import PromptSettings, Recipe
 from loratune.runs.tokenizer_files import tokenizer_sha256
 
+TEMPLATE = "template"
+"""Name of what is found about the template rather than in the rows."""
 
-def pass_gate(recipe: Recipe) -> PreparedData:
+
+def pass_gate(recipe: Recipe, day: str | None = None) -> PreparedData:
     """The rows of a recipe as they would be trained.
 
     Rows that have been encoded before come from the cache, and the tokenizer is then not even loaded.
 
+    Args:
+        recipe: the whole recipe.
+        day: what the template takes for today, if it writes dates and the recipe names no day; None is today.
+
     Raises:
         LoratuneError: rows or tokenizer cannot be read. `PreparedData.checked` raises for what is found in the rows.
     """
+
+    @cache
+    def tokenizer() -> Any:
+        return importlib.import_module("loratune.model.tokenizer").load_tokenizer(folder)  # transformers: seconds
+
+    prompt = recipe.prompt
     try:
         folder = find_tokenizer(recipe.model)
+        sha256 = tokenizer_sha256(folder)
+        facts = template_facts(prompt, sha256, lambda: Encoder(tokenizer(), prompt))
     except LoratuneError:
-        check_sources(recipe.data)  # so that wrong rows are told even where there is no tokenizer yet
+        check_sources(recipe.data)  # so that wrong rows are told even where there is no tokenizer or template yet
         raise
+    if facts.is_dated and not prompt.date:
+        prompt = prompt.model_copy(update={"date": day or date.today().isoformat()})
+    told = list(_about_template(facts, prompt))
+    rendering = Rendering(prompt, sha256, lambda: Encoder(tokenizer(), prompt), recipe.training.max_length)
+    prepared = prepare_data(recipe.data, rendering, recipe.seed)
+    prepared.found[:0] = told
+    return prepared
 
-    def make_encoder() -> Encoder:
-        load_tokenizer = importlib.import_module("loratune.model.tokenizer").load_tokenizer  # transformers: seconds
-        return Encoder(load_tokenizer(folder), recipe.prompt)
 
-    rendering = Rendering(recipe.prompt, tokenizer_sha256(folder), make_encoder, recipe.training.max_length)
-    return prepare_data(recipe.data, rendering, recipe.seed)
+def _about_template(facts: TemplateFacts, prompt: PromptSettings) -> Iterator[Found]:
+    for remark in facts.remarks:
+        yield Found(TEMPLATE, "warn", 0, remark)
+    if facts.is_dated:
+        text = (
+            f"the chat template writes the date into prompts: that of {prompt.date} (prompt.date) all through the "
+            "run, also after a resume; infer and serve write the current one"
+        )
+        yield Found(TEMPLATE, "note", 0, text)
+    elif prompt.date:
+        yield Found(TEMPLATE, "warn", 0, "prompt.date is without effect, since the chat template writes no date")

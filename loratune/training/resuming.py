@@ -10,14 +10,15 @@ from loratune import console
 from loratune.errors import Exit, LoratuneError, counted
 from loratune.recipe.sections import Recipe
 from loratune.runs.checkpoint import Checkpoint, named_checkpoint, newest_checkpoint
-from loratune.runs.folder import ADAPTER, CHECKPOINTS, STATUS, read_json
+from loratune.runs.folder import ADAPTER, CHECKPOINTS, MANIFEST, STATUS, read_json
 
 NEWEST, AUTO = "newest", "auto"
 FREE = (
     *("output", "tracking", "checkpoints.keep", "checkpoints.every_steps", "data.train", "data.validation"),
-    "evaluation.questions_share",
+    *("prompt.date", "prompt.generation_prompt", "evaluation.questions_share"),
 )
-"""Settings and sections without a bearing on the adapter; files count by what they hold."""
+"""Settings and sections without a bearing on the adapter; files and templates count by what they hold."""
+DATE = "date in prompts"
 LENGTHS = ("training.epochs", "training.steps")
 """A run may be made longer."""
 PATIENCE = "evaluation.early_stopping"
@@ -90,6 +91,23 @@ def stays_stopped(progress: dict[str, Any], patience: int | None) -> bool:
     return bool(progress["stopped_early"]) and patience is not None and progress["validations_since_best"] >= patience
 
 
+def as_begun(recipe: Recipe, output: Path) -> tuple[Recipe, str | None]:
+    """What a run has begun with where its recipe leaves it open.
+
+    Returns:
+        The recipe, with prompts completed only if they were, which earlier versions did not do; and the day that a
+        template which writes one has written.
+    """
+    if not (output / MANIFEST).is_file():
+        return recipe, None
+    manifest = read_json(output / MANIFEST)
+    known = manifest.get("template", {})
+    if "generation_prompt" not in recipe.prompt.model_fields_set:
+        update = {"generation_prompt": known.get("generation_prompt", "template")}
+        recipe = recipe.model_copy(update={"prompt": recipe.prompt.model_copy(update=update)})
+    return recipe, known.get("date", str(manifest.get("created", ""))[:10]) or None
+
+
 def identity_of(recipe: Recipe, manifest: dict[str, Any], processes: int) -> dict[str, Any]:
     """What the bits of an adapter hang on.
 
@@ -104,9 +122,12 @@ def identity_of(recipe: Recipe, manifest: dict[str, Any], processes: int) -> dic
         for number, use in enumerate(manifest["data"])
     }
     base = {f"base {name}": value for name, value in manifest["base"].items() if name.endswith("sha256")}
+    template = manifest["template"]
+    written = {"answers begin with": template.get("answer_start"), DATE: template.get("date")}
+    prompts = {"template": template["sha256"], **{name: value for name, value in written.items() if value}}
     return {
         "settings": settings,
-        "rest": {**files, **base, "template": manifest["template"]["sha256"], "processes": processes},
+        "rest": {**files, **base, **prompts, "processes": processes},
         "versions": manifest["versions"],
     }
 
@@ -120,11 +141,14 @@ def check_identity(checkpoint: Checkpoint, identity: dict[str, Any], allow_chang
     versions = _differences(checkpoint.identity["versions"], identity["versions"])
     if versions:
         console.warn("the checkpoint was written with other versions, so bits may differ:\n" + _lines(versions))
-    different = [
-        difference
-        for part in ("settings", "rest")
-        for difference in _differences(checkpoint.identity[part], identity[part])
-    ]
+    known = {part: checkpoint.identity[part] for part in ("settings", "rest")}
+    if DATE in identity["rest"] and DATE not in known["rest"]:  # written by a version that did not know
+        date = identity["rest"][DATE]
+        console.warn(
+            f"the checkpoint does not say which date its prompts had; that of the run's start, {date}, is taken"
+        )
+        known["rest"] = known["rest"] | {DATE: date}
+    different = [difference for part in known for difference in _differences(known[part], identity[part])]
     longer = [difference for difference in different if _makes_longer(*difference)]
     if longer:
         console.say(f"to be longer than before:\n{_lines(longer)}")

@@ -47,7 +47,7 @@ from loratune.training.gate import pass_gate
 from loratune.training.health import GradientFlow
 from loratune.training.overview import parts_of_memory, show_data, show_model
 from loratune.training.report import write_report
-from loratune.training.resuming import Resume, check_identity, completion, find_start, identity_of
+from loratune.training.resuming import Resume, as_begun, check_identity, completion, find_start, identity_of
 from loratune.training.start_up import StartUp
 from loratune.training.steps import StepPlan, plan_steps
 from loratune.training.stops import Stops
@@ -122,8 +122,9 @@ def train(recipe: Recipe, overwrite: bool = False, resume: Resume | None = None)
             prepare_output(output, overwrite or resume is not None)
             stack.enter_context(run_lock(output))
         start = find_start(output, resume) if resume else None
-        prepared = _prepare(recipe, output, stops, held)
-        identity = identity_of(recipe, _manifest(prepared), prepared.hardware.processes)
+        recipe, day = as_begun(recipe, output) if start else (recipe, None)
+        prepared = _prepare(recipe, output, stops, held, day)
+        identity = identity_of(prepared.recipe, _manifest(prepared), prepared.hardware.processes)
         if start and resume:
             check_identity(start, identity, resume.allow_changes)
             if told := completion(output, start, prepared.plan.steps, recipe.evaluation.early_stopping):
@@ -169,14 +170,15 @@ def _go_on(running: Running, start: Checkpoint, steps: int) -> None:
     trainer.resume(start.folder, start.progress["tokens"], keeper.stopped_early or start.step >= steps)
 
 
-def _prepare(recipe: Recipe, output: Path, stops: Stops, held: dict[str, str]) -> Prepared:
+def _prepare(recipe: Recipe, output: Path, stops: Stops, held: dict[str, str], day: str | None) -> Prepared:
     """Find the base and read the data: what costs little and can go wrong."""
     start_up = StartUp()
     start_up.stage_done("imports")
     transformers_logging.set_verbosity_error()
     keep_freed_memory()
     hardware = detect_hardware()
-    data = pass_gate(recipe).checked()
+    data = pass_gate(recipe, day).checked()
+    recipe = recipe.model_copy(update={"prompt": data.prompt})
     base = find_base(recipe.model)
     tokenizer = load_tokenizer(base)
     encoder = Encoder(tokenizer, recipe.prompt)
@@ -275,7 +277,7 @@ def _manifest(session: Prepared) -> dict[str, Any]:
             "path": str(session.base.absolute()),
             **fingerprint_base(session.base, weight_files(session.base)),
         },
-        "template": {"sha256": encoder.template_sha256, "end_token_id": encoder.end_id},
+        "template": encoder.record,
         "data": [vars(use) for use in session.data.files],
         "seed": session.recipe.seed,
         "versions": library_versions(),
