@@ -37,6 +37,8 @@ IGNORED = -100
 
 # transformers sets them around control tokens of texts, and drops them from texts.
 MARKS = ("\U000f0000", "\U000f0001")
+FAILURES = (TemplateError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError)
+"""How a template refuses messages, or fails at them."""
 END_OF_REASONING = re.compile(r"</think>([\r\n]*)")
 
 
@@ -192,6 +194,7 @@ class Encoder:
         sequences: list[list[Example]] = [[] for _ in conversations]
         for turn, prompt, answer in zip(turns, self._prompts(turns), answers, strict=True):
             unlearnt = 0 if train_thinking else self._count_reasoning(turn, answer)
+            unlearnt += len(turn.opening) if unlearnt else 0
             examples, answer_ids = sequences[turn.row], array("i", turn.opening) + answer + array("i", [self.end_id])
             labels = array("i", [IGNORED]) * len(prompt)
             if examples and prompt[: len(examples[-1].input_ids)] == examples[-1].input_ids:
@@ -394,7 +397,7 @@ class Encoder:
                 adds_bos=self.adds_bos,
                 **{"enable_thinking": self.settings.thinking, **options},
             )
-        except TemplateError as error:
+        except FAILURES as error:
             listed = messages[0] if isinstance(messages[0], list) else messages
             roles = ", ".join(message["role"] for message in listed)
             raise LoratuneError(

@@ -175,9 +175,8 @@ def _export_gguf(job: Export, model: Path) -> dict[str, Any]:
     with console.status(f"reading {target.name} back"):
         check = gguf_file.check_gguf(model, target)
     parity = _compare_gguf(job, model, target)
-    encoder = Encoder(load_tokenizer(model), merged_prompt(model))
-    if encoder.is_dated and job.options.format == "gguf":
-        console.warn(about_the_date("llama.cpp writes", encoder.settings.date))
+    if job.options.format == "gguf":
+        _tell_of_dates(model)
     if check.fallbacks:
         console.warn(f"{len(check.fallbacks)} tensors are f16, since their rows do not divide into blocks of 32")
     console.table(
@@ -195,6 +194,12 @@ def _export_gguf(job: Export, model: Path) -> dict[str, Any]:
         "logits": asdict(parity) if parity else None,
         "next": f"llama-cli -m {job.output / target.name}",
     }
+
+
+def _tell_of_dates(model: Path) -> None:
+    tokenizer, prompt = load_tokenizer(model), merged_prompt(model)
+    if tokenizer.chat_template is not None and Encoder(tokenizer, prompt).is_dated:
+        console.warn(about_the_date("llama.cpp writes", prompt.date))
 
 
 def _compare_gguf(job: Export, model: Path, target: Path) -> Parity | None:
@@ -230,7 +235,7 @@ def _export_for_ollama(job: Export, model: Path) -> dict[str, Any]:
     # The other prompt settings are in the merged model's template.
     write_modelfile(model, _gguf_name(job), job.folder, job.options.num_ctx, merged_prompt(model))
     encoder = Encoder(load_tokenizer(model), merged_prompt(model))
-    if offers_tools(encoder.tokenizer, encoder.template):
+    if offers_tools(encoder.tokenizer, encoder.tool_template):
         console.warn(
             "the model's chat template offers tools, which the Modelfile's TEMPLATE cannot: Ollama will say that the "
             "model does not support tools. llama.cpp's server takes the template from the GGUF file, tools included: "
