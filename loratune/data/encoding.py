@@ -6,7 +6,6 @@ searched for. Text of a user or of a row never becomes a control token: `<|im_en
 
 from __future__ import annotations
 
-import hashlib
 import re
 from array import array
 from collections.abc import Sequence
@@ -16,29 +15,15 @@ from functools import cached_property
 from itertools import groupby, pairwise
 from typing import Any
 
-from jinja2 import TemplateError
-
-from loratune.data.chat_template import (
-    CLOSING,
-    OPENING,
-    PROBE_TOOL,
-    ChatTemplate,
-    find_templates,
-    fixed_day,
-    study_template,
-)
+from loratune.data.chat_template import OPENING
 from loratune.data.conversation import Conversation, Message, keys_in, texts_in
+from loratune.data.rendering import ChatRenderer
 from loratune.data.tokens import Ids, TokenMemo
 from loratune.errors import Exit, LoratuneError
-from loratune.recipe.sections import PromptSettings
 
 IGNORED = -100
 """Label of a position without loss, as torch's cross-entropy has it."""
 
-# transformers sets them around control tokens of texts, and drops them from texts.
-MARKS = ("\U000f0000", "\U000f0001")
-FAILURES = (TemplateError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError)
-"""How a template refuses messages, or fails at them."""
 END_OF_REASONING = re.compile(r"</think>([\r\n]*)")
 
 
@@ -70,7 +55,7 @@ class _Turn:
     """Whether no text of the prompt could become a control token."""
 
 
-class Encoder:
+class Encoder(ChatRenderer):
     """Renders conversations with one tokenizer and one set of prompt settings.
 
     Args:
@@ -80,68 +65,6 @@ class Encoder:
     Raises:
         LoratuneError: the tokenizer has no chat template, or no token that could end an answer.
     """
-
-    def __init__(self, tokenizer: Any, settings: PromptSettings) -> None:
-        self.tokenizer = tokenizer
-        self.settings = settings
-        self.adds_bos = tokenizer("").input_ids == [tokenizer.bos_token_id]
-        added = tokenizer.added_tokens_decoder.values()
-        self._control = re.compile("|".join(map(re.escape, [*(token.content for token in added), *MARKS])))
-        self._special = re.compile("|".join(re.escape(token.content) for token in added if token.special) or "(?!)")
-        plain, with_tools = find_templates(tokenizer, settings.template)
-        self._plain = self._studied(plain, ())
-        self._with_tools = self._plain if with_tools == plain else self._studied(with_tools, [PROBE_TOOL])
-        self.template = self._plain.text
-        """Renders conversations without tools."""
-        self.tool_template = self._with_tools.text
-        """Renders those with tools; mostly the same."""
-        self.end_id = self._find_end(self._plain)
-
-    @property
-    def template_sha256(self) -> str:
-        """Hash of the text of the template, or of both where the tokenizer has one for tools."""
-        texts = dict.fromkeys((self.template, self.tool_template))
-        return hashlib.sha256("\0".join(texts).encode()).hexdigest()
-
-    @property
-    def record(self) -> dict[str, Any]:
-        """What a run notes of its template, to be compared and gone on with."""
-        return {
-            "sha256": self.template_sha256,
-            "end_token_id": self.end_id,
-            "generation_prompt": self.settings.generation_prompt,
-            "completion": self._plain.generation_prompt or self._with_tools.generation_prompt,
-            "answer_start": self.answer_start,
-            "date": self.settings.date if self.is_dated else None,
-        }
-
-    @property
-    def is_dated(self) -> bool:
-        """Whether the template writes the date or the time into prompts."""
-        return self._plain.is_dated or self._with_tools.is_dated
-
-    @property
-    def answer_start(self) -> str:
-        """What the template writes between its generation prompt and an answer that has no reasoning."""
-        return self._plain.answer_start
-
-    @property
-    def asks_for_reasoning(self) -> bool:
-        """Whether an answer without reasoning is out of the ordinary."""
-        return any(one.begun_reasoning or CLOSING in one.answer_start for one in (self._plain, self._with_tools))
-
-    @property
-    def remarks(self) -> list[str]:
-        """What the user should know of the template."""
-        return [text for text in dict.fromkeys((self._plain.remark, self._with_tools.remark)) if text]
-
-    def text_for(self, tools: Sequence[dict[str, Any]] = ()) -> str:
-        """The text that renders a conversation, on the day of the settings where it writes a date."""
-        return self.at_its_day(self.tool_template if tools else self.template)
-
-    def at_its_day(self, text: str) -> str:
-        """A template's text that takes the day of the settings for today; the text itself where that is left open."""
-        return fixed_day(text, self.settings.date) if self.settings.date and self.is_dated else text
 
     def at_a_day(self) -> Encoder:
         """An encoder whose prompts are the same at any time: of the settings' day, or of today."""
@@ -226,23 +149,6 @@ class Encoder:
                 opening, answer = self._continued(conversation.messages[place]["content"], tools)
             turns.append(_Turn(row, prompt, tools, opening, answer, is_harmless))
         return turns
-
-    def _chat(self, tools: Sequence[dict[str, Any]]) -> ChatTemplate:
-        return self._with_tools if tools else self._plain
-
-    def _continued(self, answer: str, tools: Sequence[dict[str, Any]]) -> tuple[list[int], str]:
-        """An answer as the template goes on after its prompt: control tokens that it begins with, and text."""
-        chat = self._chat(tools)
-        begun, start = chat.begun_reasoning, chat.answer_start
-        if answer.lstrip().startswith(OPENING) or (begun and CLOSING in answer):
-            start = "" if CLOSING in start else start
-            if begun and not answer.startswith(begun):
-                answer = answer.lstrip()
-            answer = answer.removeprefix(begun) if answer.startswith(begun) else answer.removeprefix(OPENING)
-        control = list(self._special.finditer(start))
-        place = control[-1].end() if control else 0
-        opening = self.tokenizer(start[:place], add_special_tokens=False).input_ids if place else []
-        return opening, start[place:] + answer
 
     def _is_forging(self, value: Any) -> bool:
         """Whether a text in it could be taken for a control token."""
@@ -360,56 +266,3 @@ class Encoder:
         if system and rendered[0]["role"] != "system":
             rendered.insert(0, {"role": "system", "content": system})
         return rendered
-
-    def _apply(self, messages: Sequence[Any], tools: Sequence[dict[str, Any]] = (), **options: Any) -> Any:
-        """Render one list of messages, or a list of such lists.
-
-        Raises:
-            LoratuneError: the template itself refuses the messages, as some do with a system prompt.
-        """
-        try:
-            return self._render(self.text_for(tools), messages, tools, **options)
-        except LoratuneError:
-            if not isinstance(messages[0], list):
-                raise
-            return [self._apply(one, tools, **options) for one in messages]
-
-    def _studied(self, text: str, tools: Sequence[dict[str, Any]]) -> ChatTemplate:
-        """What a template does with this tokenizer and these settings."""
-
-        def render(text: str, messages: Sequence[Any], tools: Sequence[dict[str, Any]], **options: Any) -> str:
-            return str(self._render(text, messages, tools, tokenize=False, **options))
-
-        control = self._special if self.settings.generation_prompt == "auto" else None
-        return study_template(render, text, tools, self.settings.thinking, control)
-
-    def _render(self, text: str, messages: Sequence[Any], tools: Sequence[dict[str, Any]], **options: Any) -> Any:
-        """What a template's text makes of messages.
-
-        Raises:
-            LoratuneError: the template refuses them.
-        """
-        try:
-            return self.tokenizer.apply_chat_template(
-                messages,
-                tools=list(tools) or None,
-                chat_template=text,
-                adds_bos=self.adds_bos,
-                **{"enable_thinking": self.settings.thinking, **options},
-            )
-        except FAILURES as error:
-            listed = messages[0] if isinstance(messages[0], list) else messages
-            roles = ", ".join(message["role"] for message in listed)
-            raise LoratuneError(
-                f"the tokenizer's chat template refuses the messages {roles}: {error}", Exit.MODEL
-            ) from error
-
-    def _find_end(self, chat: ChatTemplate) -> int:
-        """The token that ends an answer: what the template sets after it, or the tokenizer's own if it sets none."""
-        ids = self.tokenizer(chat.behind_answers, add_special_tokens=False).input_ids
-        added = self.tokenizer.added_tokens_decoder
-        if ids and ids[0] in added and added[ids[0]].special:
-            return int(ids[0])
-        if self.tokenizer.eos_token_id is None:
-            raise LoratuneError("the tokenizer has no end token; answers would never stop", Exit.MODEL)
-        return int(self.tokenizer.eos_token_id)

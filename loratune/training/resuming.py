@@ -91,14 +91,19 @@ def stays_stopped(progress: dict[str, Any], patience: int | None) -> bool:
     return bool(progress["stopped_early"]) and patience is not None and progress["validations_since_best"] >= patience
 
 
-def as_begun(recipe: Recipe, output: Path) -> tuple[Recipe, str | None]:
+def as_begun(recipe: Recipe, output: Path, start: Checkpoint | None) -> tuple[Recipe, str | None]:
     """What a run has begun with where its recipe leaves it open.
+
+    Args:
+        recipe: to go on with.
+        output: run folder.
+        start: the checkpoint to go on from; None begins anew, and leaves everything open.
 
     Returns:
         The recipe, with prompts completed only if they were, which earlier versions did not do; and the day that a
         template which writes one has written.
     """
-    if not (output / MANIFEST).is_file():
+    if start is None or not (output / MANIFEST).is_file():
         return recipe, None
     manifest = read_json(output / MANIFEST)
     known = manifest.get("template", {})

@@ -122,8 +122,7 @@ def train(recipe: Recipe, overwrite: bool = False, resume: Resume | None = None)
             prepare_output(output, overwrite or resume is not None)
             stack.enter_context(run_lock(output))
         start = find_start(output, resume) if resume else None
-        recipe, day = as_begun(recipe, output) if start else (recipe, None)
-        prepared = _prepare(recipe, output, stops, held, day)
+        prepared = _prepare(*as_begun(recipe, output, start), output, stops, held)
         identity = identity_of(prepared.recipe, _manifest(prepared), prepared.hardware.processes)
         if start and resume:
             check_identity(start, identity, resume.allow_changes)
@@ -170,7 +169,7 @@ def _go_on(running: Running, start: Checkpoint, steps: int) -> None:
     trainer.resume(start.folder, start.progress["tokens"], keeper.stopped_early or start.step >= steps)
 
 
-def _prepare(recipe: Recipe, output: Path, stops: Stops, held: dict[str, str], day: str | None) -> Prepared:
+def _prepare(recipe: Recipe, day: str | None, output: Path, stops: Stops, held: dict[str, str]) -> Prepared:
     """Find the base and read the data: what costs little and can go wrong."""
     start_up = StartUp()
     start_up.stage_done("imports")
