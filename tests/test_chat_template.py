@@ -206,6 +206,8 @@ def test_a_template_that_ignores_the_generation_prompt_is_completed_with_its_own
         # It asks with more than it writes.
         ("{% for m in messages %}{{ m.role + ':' + m.content + eos_token }}{% endfor %}"
          "{% if add_generation_prompt %}{{ 'assistant:\n' }}{% endif %}", "", ""),
+        # The same without a prompt of its own: the blank belongs to the answer.
+        ("{% for m in messages %}{{ m.role + ': ' + m.content + eos_token }}{% endfor %}", "assistant:", " "),
         # A prompt that always stands there.
         (WITHOUT_PROMPT + "{{ '<|im_start|>assistant\\n' }}", "", ""),
         # The header comes with an empty block, which prompts without thinking hold.

@@ -190,7 +190,7 @@ def _model_hash(settings: ModelSettings, folder: Path) -> str:
     for name in SETTINGS_FILES:
         known[name] = (folder / name).read_text("utf-8") if (folder / name).is_file() else None
     for path in sorted((folder / NAMED_TEMPLATES).glob("*.jinja")):
-        known[path.name] = path.read_text("utf-8")
+        known[f"{NAMED_TEMPLATES}/{path.name}"] = path.read_text("utf-8")
     return hashlib.sha256(json.dumps(known, sort_keys=True).encode()).hexdigest()
 
 

@@ -211,6 +211,7 @@ def _missing_prompt(asked: str, before: str, thinking: bool, control: re.Pattern
         )
     if thinking:
         header = header.partition(OPENING)[0]
+    header = header.rstrip(" ")  # tokenizers make one token of a space and the word behind it
     # Blanks and an empty block alone are no header: those of [INST] and the like are part of the question.
     return header if re.sub(rf"{OPENING}|{CLOSING}|\s", "", header) else ""
 

@@ -97,9 +97,9 @@ class PromptSettings(Section):
     instruction_prefix: str = ""
     """Text set before each instruction, in training and afterwards."""
     generation_prompt: Literal["auto", "template"] = "auto"
-    """auto begins each answer as the template writes its own, also where its prompt does not; template leaves it so."""
+    """auto begins answers as the template begins its own, also if it writes no generation prompt; template does not."""
     date: str | None = None
-    """Day that training's prompts get where the template writes today's: 2026-11-26; default is the day it starts."""
+    """Day, as 2026-11-26, that a template with today's date gets in training; default is the day the run starts."""
 
     @field_validator("date")
     @classmethod
