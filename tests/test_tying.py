@@ -55,7 +55,7 @@ def model(random_qwen: Path, tmp_path: Path) -> Callable[..., Path]:
 
 
 def logits(model: Any) -> torch.Tensor:
-    with torch.no_grad():
+    with torch.inference_mode():
         found: torch.Tensor = model(IDS).logits
     return found
 

@@ -19,7 +19,8 @@ from loratune.delivery.read_back import ReadBack, read_back
 from loratune.delivery.template import about_the_date
 from loratune.delivery.update import TensorUpdate, read_updates
 from loratune.errors import Exit, LoratuneError
-from loratune.model.adapter_files import EMBEDDING, WEIGHTS_FILE
+from loratune.model.adapter_files import WEIGHTS_FILE
+from loratune.model.adapter_tensors import EMBEDDING
 from loratune.model.files import find_base, weight_files
 from loratune.model.hardware import detect_hardware
 from loratune.model.tensor_files import TensorFiles

@@ -11,7 +11,7 @@ import torch
 
 from loratune.delivery.update import TensorUpdate
 from loratune.errors import Exit, LoratuneError
-from loratune.model.adapter_files import EMBEDDING, HEAD
+from loratune.model.adapter_tensors import EMBEDDING, HEAD
 from loratune.model.tensor_files import TensorFiles, TensorInfo, plan_shards, write_shards
 
 PIECE_BYTES = 8_000_000

@@ -15,16 +15,8 @@ from typing import Any
 import torch
 
 from loratune.errors import Exit, LoratuneError, bullet_list
-from loratune.model.adapter_files import (
-    EMBEDDING,
-    HEAD,
-    PART,
-    PREFIX,
-    WRAPPER,
-    by_pattern,
-    read_config_values,
-    read_tensors,
-)
+from loratune.model.adapter_files import by_pattern, read_config_values
+from loratune.model.adapter_tensors import EMBEDDING, HEAD, PART, PREFIX, WRAPPER, read_tensors
 from loratune.model.tensor_files import TensorInfo
 
 

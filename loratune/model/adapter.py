@@ -23,7 +23,8 @@ from safetensors.torch import load_file
 from torch import nn
 
 from loratune.errors import Exit, LoratuneError, bullet_list
-from loratune.model.adapter_files import SETTINGS, WEIGHTS_FILE, read_config_values, read_tensors
+from loratune.model.adapter_files import SETTINGS, WEIGHTS_FILE, read_config_values
+from loratune.model.adapter_tensors import read_tensors
 from loratune.model.own_parameters import own_parameters
 from loratune.recipe.sections import LAYERS, LoraSettings
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from loratune.model.adapter_files import EMBEDDING, VOCABULARY, AdapterTensors
+from loratune.model.adapter_tensors import EMBEDDING, VOCABULARY, AdapterTensors
 
 BASE = "__base__"
 """PEFT's name for no adapter at all."""

@@ -10,7 +10,7 @@ import torch
 
 from loratune import console
 from loratune.errors import Exit, LoratuneError
-from loratune.model.adapter_files import EMBEDDING, HEAD
+from loratune.model.adapter_tensors import EMBEDDING, HEAD
 from loratune.model.files import weight_files
 from loratune.model.tensor_files import TensorFiles
 
