@@ -334,6 +334,7 @@ def test_weights_that_are_no_numbers_are_refused(
         ("r", "4"), ("r", None), ("r", 4.5), ("lora_alpha", "8"), ("lora_alpha", None), ("lora_alpha", True),
         ("lora_alpha", float("nan")), ("lora_alpha", float("inf")), ("rank_pattern", {"(": 3}), ("rank_pattern", [1]),
         ("alpha_pattern", {"q_proj": "x"}), ("alpha_pattern", "x"), ("target_modules", 5), ("modules_to_save", [1]),
+        ("bias", "some"), ("trainable_token_indices", [-1]), ("trainable_token_indices", {"lm_head": 3}),
         ("peft_type", "IA3"), ("auto_mapping", {"base_model_class": "X", "parent_library": "evil"}),
     ],
 )  # fmt: skip

@@ -360,6 +360,26 @@ def test_a_resized_vocabulary_is_merged_with_config_and_tokenizer(
     assert len(AutoTokenizer.from_pretrained(tmp_path / "merged")) <= rows or rows < 3008
 
 
+@pytest.mark.parametrize("format_", ["gguf", "bnb4"])
+def test_a_resized_vocabulary_is_exported(cli: Cli, random_qwen: Path, tmp_path: Path, format_: str) -> None:
+    folder = make_adapter(random_qwen, tmp_path / "a", grown=True)
+    add_token(random_qwen, folder)
+    given = ["--adapter", folder, "--model", random_qwen, "--format", format_, "--output", tmp_path / "out"]
+    result = cli("export", *given, *(["-q", "f32"] if format_ == "gguf" else []))
+    assert result.exit_code == 0, result.stderr
+    report = json.loads((tmp_path / "out/verification.json").read_text())
+    assert report["logits" if format_ == "gguf" else "read_back"]["largest_difference"] < 1e-4
+
+
+def test_adapters_that_bring_an_embedding_are_not_combined_without_it(
+    cli: Cli, random_qwen: Path, tmp_path: Path
+) -> None:
+    folder = make_adapter(random_qwen, tmp_path / "a", grown=True)
+    result = command_on(cli, "combine", folder, random_qwen, tmp_path)
+    assert result.exit_code == Exit.MODEL
+    assert "brings lm_head.weight, model.embed_tokens.weight" in " ".join(result.stderr.split())
+
+
 def test_an_adapter_with_new_tokens_answers_and_its_base_names_what_it_lacks(
     cli: Cli, random_qwen: Path, tmp_path: Path
 ) -> None:

@@ -23,7 +23,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from loratune.errors import Exit, LoratuneError, bullet_list
-from loratune.model.adapter_files import SETTINGS, WEIGHTS_FILE, read_config_values
+from loratune.model.adapter_files import CONFIG_FILE, SETTINGS, WEIGHTS_FILE, read_config_values
 from loratune.model.adapter_tensors import read_tensors
 from loratune.model.own_parameters import own_parameters
 from loratune.recipe.sections import LAYERS, LoraSettings
@@ -179,7 +179,10 @@ def read_adapter_config(folder: Path) -> LoraConfig:
     values = read_config_values(folder)
     own = ("bias", "modules_to_save", "trainable_token_indices")
     lora = {key: value for key, value in values.items() if key in SETTINGS and key not in own}
-    return LoraConfig(**(lora | {"task_type": "CAUSAL_LM", "inference_mode": True}))
+    try:
+        return LoraConfig(**(lora | {"task_type": "CAUSAL_LM", "inference_mode": True}))
+    except (ValueError, TypeError) as error:
+        raise LoratuneError(f"{folder / CONFIG_FILE}: {_first_lines(str(error))}", Exit.MODEL) from error
 
 
 def keep_unpacked(model: Any) -> None:

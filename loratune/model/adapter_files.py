@@ -137,6 +137,7 @@ NUMBERS, PATTERNS, NAMES = "r and lora_alpha must be numbers", "it must give nam
 RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "r": (lambda value: _is_number(value) and isinstance(value, int), NUMBERS),
     "lora_alpha": (_is_number, NUMBERS),
+    "bias": (lambda value: value in (None, "none", "all", "lora_only"), "it must be none, all or lora_only"),
     "rank_pattern": (_is_pattern, PATTERNS),
     "alpha_pattern": (_is_pattern, PATTERNS),
     "target_modules": (_is_names, NAMES),

@@ -11,6 +11,7 @@ from loratune.errors import Exit, LoratuneError, bullet_list
 from loratune.model.adapter import load_adapter
 from loratune.model.adapter_files import read_config_values
 from loratune.model.mapped import load_mapped
+from loratune.model.own_parameters import own_parameters
 
 # What PEFT calls linear adds up the A and the B matrices, whose product then has terms of one adapter's A with the
 # other's B. The weighted sum of the updates is what it calls cat: the matrices side by side.
@@ -42,6 +43,13 @@ def combine_adapters(
     model = load_mapped(base)
     for name, adapter in adapters.items():
         model = load_adapter(model, adapter, name)
+        own = own_parameters(model).names(name)
+        if own:  # PEFT would leave it out
+            raise LoratuneError(
+                f"only plain LoRA adapters can be combined: {name} ({adapter}) brings {', '.join(own[:3])}; merge "
+                "one, and train on the merged model",
+                Exit.MODEL,
+            )
     torch.manual_seed(0)  # dare_ties draws what it drops
     try:
         model.add_weighted_adapter(

@@ -70,9 +70,13 @@ class OwnParameters:
                 self._values[BASE][name] = nn.Parameter(parameter.detach().clone(), requires_grad=False)
         self._values[adapter], self._in_place = own, adapter
 
+    def names(self, adapter: str) -> list[str]:
+        """Which of the base's parameters an adapter has of its own."""
+        return sorted(self._values.get(adapter, {}))
+
     def is_apart(self, adapter: str) -> bool:
         """Whether an adapter has more than biases of its own, so that its rows take a pass for themselves."""
-        return any(not name.endswith(".bias") for name in self._values.get(adapter, {}))
+        return any(not name.endswith(".bias") for name in self.names(adapter))
 
     def base_parameters(self) -> dict[str, Any]:
         """Name of each of the base's parameters, as its files have it → the parameter."""
@@ -105,7 +109,7 @@ class OwnParameters:
         self._mixed = mixed
         for hook in self._hooks:
             hook.remove()
-        names = sorted({name for adapter in mixed if adapter != BASE for name in self._values.get(adapter, ())})
+        names = sorted({name for adapter in mixed if adapter != BASE for name in self.names(adapter)})
         self._hooks = [self._modules[name].register_forward_hook(self._biases(name, mixed)) for name in names]
 
     def _biases(self, name: str, rows: Sequence[str]) -> Any:
