@@ -242,6 +242,15 @@ def test_rows_that_are_not_used_are_told_per_file(check: Run, tmp_path: Path) ->
     assert lines[f"…{str(train)[-29:]}"] == "5 of 12 rows, alpaca; ignored: id"
 
 
+def test_the_key_that_rows_are_under_is_told_of_a_fresh_file_and_of_a_cached_one(check: Run, tmp_path: Path) -> None:
+    rows = [{"instruction": f"question {number}", "output": f"answer {number}"} for number in range(6)]
+    path = tmp_path / "object.json"
+    path.write_text(json.dumps({"version": 1, "data": rows}, indent=1))
+    for _ in range(2):
+        figures = figures_of(check(path, "--data.validation", "0", "--json"))
+        assert [(use["seen"], use["format"]) for use in figures["files"]] == [(6, "alpaca under 'data'")]
+
+
 def test_only_json_goes_to_stdout_and_only_if_it_is_asked_for(check: Run, rows_file: Path) -> None:
     assert check(rows_file).stdout == ""
     assert set(figures_of(check(rows_file, "--json"))) == {

@@ -339,7 +339,7 @@ def test_a_number_of_endless_digits_is_refused(tmp_path: Path, name: str) -> Non
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ('{"data": [{"output": "a"}], "version": 1}', "its rows seem to be under 'data'"),
+        ('{"data": ["a"], "version": 1}', "where a list of rows is expected (its keys are 'data', 'version')"),
         (GOOD, "holds one object where a list of rows is expected"),
         ("5", "holds int where a list of rows is expected"),
         ('"rows"', "holds str where a list of rows is expected"),

@@ -29,6 +29,8 @@ class ReadingLog:
     """Of the first bad rows, what is wrong and where, without the file's name: others may read the same file."""
     ignored: list[str] = field(default_factory=list)
     """Keys that say nothing to the format; some of them if there are very many."""
+    under: str = ""
+    """Key of the object that holds the rows, where they are no document of their own."""
 
     @property
     def bad(self) -> int:
@@ -64,6 +66,7 @@ class CheckedRows:
                     log.first_bad.append(read.removeprefix(self.file.name))
                 continue
             log.good += 1
+            log.under = row.under if isinstance(row, Row) else ""
             if self.chosen is None or row.number in self.chosen:
                 yield row.number, read
         log.ignored = sorted(map(str, self.reader.ignored))[:10]

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from loratune.data.checked_rows import check_rows, judge_log
+from loratune.data.checked_rows import ReadingLog, check_rows, judge_log
 from loratune.data.findings import (
     Found,
     FoundRows,
@@ -218,9 +218,13 @@ def _nothing_left(data: DataSettings, max_length: int, rows: Pool, found: Sequen
     )
 
 
+def _format_of(log: ReadingLog) -> str:
+    return f"{log.format} under {log.under!r}" if log.under else log.format
+
+
 def _file_uses(loaded: Sequence[LoadedSource], splits: Sequence[Split]) -> list[FileUse]:
     uses = [
-        FileUse(one.file.name, one.file.sha256, 0, one.rows.log.seen, one.rows.log.format, one.rows.log.ignored)
+        FileUse(one.file.name, one.file.sha256, 0, one.rows.log.seen, _format_of(one.rows.log), one.rows.log.ignored)
         for one in loaded
     ]
     place = {id(one): number for number, one in enumerate(loaded)}

@@ -1,10 +1,15 @@
-"""Text of a document `[row, row, …]` → its rows, one at a time, with the errors that the whole text would give."""
+"""Text of a document → its rows, one at a time, with the errors that the whole text would give.
+
+A document is `[row, row, …]`, or an object that holds such a list under one key.
+"""
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
+from itertools import islice
 from typing import Any, NoReturn
 
 from loratune.data.reading.json_words import DECODER, EXCERPT, explain_fault
@@ -17,33 +22,84 @@ NEAR_END = 64
 """Characters: a fault this close to the end of what is read may only be that the rest is not read yet.
 More than any escape, literal or excerpt needs."""
 CLOSED = object()
+PARTS_OF_A_ROW = ("messages", "conversations", "tools", "functions")
+"""Lists of objects that a single row holds."""
 
 
 def rows_of_document(name: str, pieces: Iterator[str]) -> Iterator[Row]:
-    """The rows of a list, numbered from 1.
+    """The rows of a list, or of the one list of objects that an object holds, numbered from 1.
 
     Args:
         name: of the file, for errors.
         pieces: its text; only as much as one row needs is held.
 
     Raises:
-        LoratuneError: not a list, no rows, or not JSON; with line and column.
+        LoratuneError: no list of rows or several, no rows, or not JSON; with line and column.
     """
     window = _Window(pieces)
     start = window.skip_blanks()
     if not start:
         raise LoratuneError(f"{name}: 0 rows, the file is empty", Exit.DATA)
-    if start != "[":
+    if start not in "[{":
         _refuse_other_document(name, window)
-    window.position += 1
-    number = 1
-    while (value := _next_value(name, window, number)) is not CLOSED:
-        yield Row(value, number)
-        number += 1
+    any_row = False
+    for row in _rows_in_list(name, window) if start == "[" else _rows_in_object(name, window):
+        any_row = True
+        yield row
     if window.skip_blanks():
         raise _fault(name, window, "[]")
-    if number == 1:
+    if start == "[" and not any_row:
         raise LoratuneError(f"{name}: 0 rows", Exit.DATA)
+
+
+def _rows_in_list(name: str, window: _Window, key: str = "", before: str = "") -> Iterator[Row]:
+    """The rows of the list that begins here; `before` is a stand-in for what it stands in."""
+    window.position += 1
+    number = 1
+    while (value := _next_value(name, window, number, before)) is not CLOSED:
+        yield Row(value, number, key)
+        number += 1
+
+
+def _rows_in_object(name: str, window: _Window) -> Iterator[Row]:
+    """The rows of the object that begins here, which are told from its other values by being a list of objects."""
+    window.position += 1
+    names: dict[str, None] = {}
+    found: list[str] = []
+    while (key := _next_name(name, window, is_first=not names)) is not CLOSED:
+        if key in names:
+            line, _ = window.place(window.position)
+            raise LoratuneError(f"{name}:{line}: the key {key!r} stands twice in the object", Exit.DATA)
+        names[key] = None
+        if not _begins_list_of_objects(window):
+            _parse(name, window, DECODER.raw_decode, '{"":', f"the value of {key!r}")
+            continue
+        if key in PARTS_OF_A_ROW:
+            raise LoratuneError(
+                f"{name}: holds one object with {key!r} where a list of rows is expected; if it is a row, put it "
+                "between [ and ]",
+                Exit.DATA,
+            )
+        found.append(key)
+        if len(found) > 1:
+            raise LoratuneError(
+                f"{name}: holds several lists of rows, {' and '.join(map(repr, found))}; save each as its own file",
+                Exit.DATA,
+            )
+        yield from _rows_in_list(name, window, key, '{"":')
+    if not found:
+        keys = f" (its keys are {', '.join(map(repr, islice(names, 10)))})" if names else ""
+        raise LoratuneError(f"{name}: holds one object where a list of rows is expected{keys}", Exit.DATA)
+
+
+def _begins_list_of_objects(window: _Window) -> bool:
+    """Whether a value that is about to be read is a list whose first entry is an object; nothing is read past."""
+    window.skip_blanks()
+    while (inner := _after_blanks(window.text, window.position + 1)) >= len(window.text):
+        if window.ended or len(window.text) - window.position > ROW_CAP:
+            break
+        window.grow()
+    return window.text[window.position : window.position + 1] == "[" and window.text[inner : inner + 1] == "{"
 
 
 class _Window:
@@ -89,25 +145,46 @@ class _Window:
         return self.lines + newlines + 1, column
 
 
-def _next_value(name: str, window: _Window, number: int) -> Any:
+def _next_value(name: str, window: _Window, number: int, before: str) -> Any:
     """The next row, or CLOSED."""
+    is_first = number == 1
+    stand_in = before + ("[" if is_first else "[null")
+    return _parse(name, window, partial(_parse_next, is_first=is_first), stand_in, f"row {number}")
+
+
+def _next_name(name: str, window: _Window, is_first: bool) -> Any:
+    """The key of an object's next value, or CLOSED."""
+    stand_in = "{" if is_first else '{"":null'
+    return _parse(name, window, partial(_parse_name, is_first=is_first), stand_in, "a key")
+
+
+def _parse(name: str, window: _Window, parse: Callable[[str, int], tuple[Any, int]], before: str, what: str) -> Any:
+    """What `parse` finds at the window's position, once as much is read as that needs.
+
+    Args:
+        name: of the file.
+        window: left behind what was found.
+        parse: text and position → value and end.
+        before: as `_fault` takes it.
+        what: is parsed, for an error.
+    """
     while True:
         try:
-            value, end = _parse_next(window.text, window.position, is_first=number == 1)
+            value, end = parse(window.text, window.position)
             # A number at the end of what is read may go on with .5 or e+5.
             if window.ended or end + 3 <= len(window.text):
                 window.position = end
                 return value
         except json.JSONDecodeError as error:
             if window.ended or not _may_go_on(error, window.text):
-                raise _fault(name, window, "[" if number == 1 else "[null") from error
+                raise _fault(name, window, before) from error
         except (ValueError, RecursionError) as error:
             # Of a number with too many digits, what follows may make a fraction.
             if window.ended or isinstance(error, RecursionError) or not window.text[-1].isdigit():
                 raise LoratuneError(_explain_at_row(name, window, error), Exit.DATA) from error
         if len(window.text) - window.position > ROW_CAP:
             line, _ = window.place(_row_start(window))
-            raise LoratuneError(f"{name}:{line}: row {number} is {TOO_LONG}", Exit.DATA)
+            raise LoratuneError(f"{name}:{line}: {what} is {TOO_LONG}", Exit.DATA)
         window.grow()
 
 
@@ -122,6 +199,24 @@ def _parse_next(text: str, position: int, is_first: bool) -> tuple[Any, int]:
             raise json.JSONDecodeError("Expecting ',' delimiter", text, index)
         index = _after_blanks(text, index + 1)
     return DECODER.raw_decode(text, index)
+
+
+def _parse_name(text: str, position: int, is_first: bool) -> tuple[Any, int]:
+    """The key after a comma or the opening brace, and where its colon ends."""
+    index = _after_blanks(text, position)
+    if text[index : index + 1] == "}":
+        return CLOSED, index + 1
+    if not is_first:
+        if text[index : index + 1] != ",":
+            raise json.JSONDecodeError("Expecting ',' delimiter", text, index)
+        index = _after_blanks(text, index + 1)
+    if text[index : index + 1] != '"':
+        raise json.JSONDecodeError("Expecting property name enclosed in double quotes", text, index)
+    key, end = DECODER.raw_decode(text, index)
+    colon = _after_blanks(text, end)
+    if text[colon : colon + 1] != ":":
+        raise json.JSONDecodeError("Expecting ':' delimiter", text, colon)
+    return key, colon + 1
 
 
 def _after_blanks(text: str, position: int) -> int:
@@ -169,16 +264,11 @@ def _row_start(window: _Window) -> int:
 
 
 def _refuse_other_document(name: str, window: _Window) -> NoReturn:
-    """Say what a document that is no list is; one that is too large to be read whole is told by its beginning."""
+    """Say what a document that is neither a list nor an object is."""
     while not window.ended and len(window.text) <= ROW_CAP:
         window.grow()
-    is_object = window.text[window.position] == "{"
-    fault = _whole_fault(name, window) if window.ended or not is_object else None
+    fault = _whole_fault(name, window)
     if fault:
         raise fault
-    value = json.loads(window.text[window.position :]) if window.ended else {}
-    if not isinstance(value, dict):
-        raise LoratuneError(f"{name}: holds {type(value).__name__} where a list of rows is expected", Exit.DATA)
-    lists = [key for key, inner in value.items() if isinstance(inner, list)]
-    hint = f"; its rows seem to be under {lists[0]!r}: save that list alone" if lists else ""
-    raise LoratuneError(f"{name}: holds one object where a list of rows is expected{hint}", Exit.DATA)
+    value = json.loads(window.text[window.position :])
+    raise LoratuneError(f"{name}: holds {type(value).__name__} where a list of rows is expected", Exit.DATA)

@@ -15,6 +15,8 @@ class Row(NamedTuple):
     value: Any
     number: int
     """Of its line in a file of lines, else of the row; from 1."""
+    under: str = ""
+    """Key of the object that holds the rows, where they are no document of their own."""
 
 
 class BadRow(NamedTuple):
