@@ -18,9 +18,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from loratune.data.conversation import Message
 from loratune.data.encoding import Encoder
+from loratune.delivery.merged_weights import MergedTensor, MergePlan
 from loratune.delivery.model_folder import write_model_files
 from loratune.delivery.template import write_portable_template
 from loratune.errors import Exit, LoratuneError
+from loratune.model.adapter_tensors import EMBEDDING
+from loratune.model.tensor_files import TensorInfo
 from loratune.model.tokenizer import load_tokenizer
 from loratune.recipe.sections import PromptSettings
 from loratune.runs.opening import AdapterSource
@@ -179,6 +182,14 @@ def test_a_system_prompt_that_only_training_keeps_from_being_control_tokens_is_r
     assert raised.value.exit_code == Exit.MODEL
 
 
+def write_beside(merged: Path, base: Path, dtype: torch.dtype | None = None, is_tied: bool = True) -> list[str]:
+    """The files beside the weights of a plain adapter's merged model, whose embedding has the base's shape."""
+    rows = json.loads((base / "config.json").read_text())["vocab_size"]
+    embedding = MergedTensor(TensorInfo(EMBEDDING, torch.float32, (rows, 8)), EMBEDDING, None)
+    plan = MergePlan({EMBEDDING: embedding}, {}, is_tied)
+    return write_model_files(AdapterSource(base, None, None, None), base, merged, dtype, plan)
+
+
 @pytest.mark.parametrize("template", [None, "qwen2_5", "qwen3_instruct_2507"])
 def test_where_nothing_was_set_every_file_is_the_base_s_byte_for_byte(tmp_path: Path, template: str | None) -> None:
     base = make_base(tmp_path / "base", template)
@@ -186,7 +197,7 @@ def test_where_nothing_was_set_every_file_is_the_base_s_byte_for_byte(tmp_path: 
     encoder = Encoder(load_tokenizer(base), PromptSettings())
     generation = json.loads((base / "generation_config.json").read_text())
     (base / "generation_config.json").write_text(json.dumps(generation | {"eos_token_id": [1, encoder.end_id]}))
-    changes = write_model_files(AdapterSource(base, None, None, None), base, tmp_path / "merged", None, is_tied=True)
+    changes = write_beside(tmp_path / "merged", base)
     assert changes == []
     assert {path.name for path in (tmp_path / "merged").iterdir()} == {path.name for path in base.iterdir()}
     for path in base.iterdir():
@@ -209,7 +220,7 @@ def test_an_end_token_is_added_where_it_is_missing(tmp_path: Path, known: Any, e
     text = json.dumps({"do_sample": True, "temperature": 0.7, "eos_token_id": listed})
     (base / "generation_config.json").write_text(text)
     (tmp_path / "merged").mkdir()
-    changes = write_model_files(AdapterSource(base, None, None, None), base, tmp_path / "merged", None, is_tied=True)
+    changes = write_beside(tmp_path / "merged", base)
     found = (tmp_path / "merged" / "generation_config.json").read_text()
     if expected is None:
         assert found == text
@@ -229,7 +240,7 @@ def test_a_base_without_a_generation_config_gets_one_only_if_its_config_has_anot
         (base / "config.json").write_text(json.dumps(config | {"eos_token_id": end}))
         folder = tmp_path / str(end)
         folder.mkdir()
-        write_model_files(AdapterSource(base, None, None, None), base, folder, None, is_tied=True)
+        write_beside(folder, base)
         path = folder / "generation_config.json"
         assert (json.loads(path.read_text())["eos_token_id"] if path.exists() else None) == expected
 
@@ -241,10 +252,10 @@ def test_the_config_says_what_has_changed_and_nothing_else(random_qwen: Path, tm
     config[key] = config.pop("dtype")
     (base / "config.json").write_text(json.dumps(config))
     (tmp_path / "merged").mkdir()
-    write_model_files(AdapterSource(base, None, None, None), base, tmp_path / "merged", torch.bfloat16, is_tied=False)
+    write_beside(tmp_path / "merged", base, torch.bfloat16, is_tied=False)
     found = json.loads((tmp_path / "merged" / "config.json").read_text())
     assert found == config | {key: "bfloat16", "tie_word_embeddings": False}
-    write_model_files(AdapterSource(base, None, None, None), base, tmp_path / "merged", torch.float32, is_tied=True)
+    write_beside(tmp_path / "merged", base, torch.float32, is_tied=True)
     assert (tmp_path / "merged" / "config.json").read_bytes() == (base / "config.json").read_bytes()
 
 
@@ -253,7 +264,7 @@ def test_a_merged_model_stops_where_the_training_stopped(random_qwen: Path, tmp_
     encoder = Encoder(load_tokenizer(base), PromptSettings())
     (base / "generation_config.json").write_text(json.dumps({"eos_token_id": encoder.end_id + 1}))
     merged = shutil.copytree(base, tmp_path / "merged")
-    write_model_files(AdapterSource(base, None, None, None), base, merged, None, is_tied=True)
+    write_beside(merged, base)
     model = AutoModelForCausalLM.from_pretrained(merged)
     with torch.no_grad():  # a model whose every next token is the end of an answer
         model.lm_head.weight = torch.nn.Parameter(torch.zeros_like(model.lm_head.weight))
