@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import unicodedata
 from functools import cache
 from typing import Any
 
@@ -60,7 +61,7 @@ def test_any_text_comes_back_and_no_piece_ends_within_a_character(text: str) -> 
     tokenizer = byte_level()
     ids = tokenizer(text, split_special_tokens=True).input_ids
     whole, _, pieces = streamed(tokenizer, ids)
-    assert whole == text
+    assert whole == unicodedata.normalize("NFC", text)  # as the tokenizer writes it
     assert "\ufffd" in text or not any("\ufffd" in piece for piece in pieces)
 
 

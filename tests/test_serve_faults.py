@@ -61,7 +61,7 @@ BAD_FIELDS: list[tuple[dict[str, Any], str]] = [
     ),
     ({"messages": user([{"type": "text", "text": "hi", "more": 1}])}, "messages.0.content.0.more"),
     ({"messages": user("hi", tool_calls=[{}])}, "messages.0.tool_calls"),
-    ({"messages": user("hi", name="me")}, "messages.0.name"),
+    ({"messages": user("hi", name=5)}, "messages.0.name"),
     ({"messages": [{"role": "robot", "content": "hi"}]}, "messages.0.role"),
     ({"messages": [{"role": "tool", "content": "hi"}]}, "messages.0.role"),
     ({"messages": [{"role": "assistant", "content": "hi"}]}, "messages"),
