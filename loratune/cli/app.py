@@ -26,6 +26,7 @@ COMMANDS = {
     "data": "See what a recipe would train on, before it does.",
     "merge": "Merge an adapter into its base, and prove the result.",
     "export": "Write an adapter or a merged model for another program, and prove it.",
+    "verify": "Check that a merged model, an export or a run is as it was verified.",
     "infer": "Chat with a trained adapter, print one answer, or answer a file of rows.",
     "serve": "Answer OpenAI's clients over HTTP, and show a chat page.",
     "runs": "See how runs stand.",

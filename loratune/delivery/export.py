@@ -31,12 +31,12 @@ from loratune.model.mapped import load_mapped
 from loratune.model.memory import free_memory_bytes
 from loratune.model.quantized_folder import load_quantized, write_quantized
 from loratune.model.tokenizer import load_tokenizer
-from loratune.runs.folder import FORMAT_VERSION, PROGRAM, VERIFICATION, prepare_output
+from loratune.runs.folder import VERIFICATION, prepare_output
 from loratune.runs.opening import AdapterSource, base_settings, merged_prompt
 from loratune.runs.probe import ProbeRow, read_probe
 from loratune.runs.tokenizer_files import copy_tokenizer_files
-from loratune.runs.versions import library_versions
-from loratune.writing import disk_errors_explained, folder_in_one_step, write_json
+from loratune.runs.verification import require_intact, write_verification
+from loratune.writing import disk_errors_explained, folder_in_one_step
 
 GGUF_BOUNDS = {
     "f32": BOUNDS[torch.float32],
@@ -109,10 +109,9 @@ def export(source: AdapterSource | None, output: Path, options: ExportOptions) -
                 found = FROM_MODEL[options.format](job, model)
         else:
             found = FROM_ADAPTER[options.format](job)
-        report = {"program": PROGRAM, "format_version": FORMAT_VERSION, "versions": library_versions()}
-        report |= {"kind": "export", "format": options.format, **found}
-        write_json(folder / VERIFICATION, {key: value for key, value in report.items() if key != "next"})
-    return report
+        lasting = {key: value for key, value in found.items() if key != "next"}
+        report = write_verification(folder, "export", {"format": options.format, **lasting})
+    return report | {"next": found["next"]}
 
 
 @contextmanager
@@ -123,6 +122,8 @@ def _merged(job: Export) -> Iterator[Path]:
         if not folder.is_dir():
             raise LoratuneError(f"--model {folder}: no such folder; give a merged model, or an adapter", Exit.MODEL)
         check_base(folder)
+        for warning in require_intact(folder, job.options.force):
+            console.warn(warning)
         yield folder
         return
     place = job.folder / "merged"

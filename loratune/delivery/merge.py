@@ -27,10 +27,10 @@ from loratune.model.tensor_files import TensorFiles
 from loratune.model.tying import head_is_tied
 from loratune.recipe.sections import ModelSettings
 from loratune.runs.card import base_name, write_merged_card
-from loratune.runs.folder import FORMAT_VERSION, PROGRAM, VERIFICATION, file_sha256, prepare_output, read_json
+from loratune.runs.folder import VERIFICATION, file_sha256, prepare_output, read_json
 from loratune.runs.opening import AdapterSource, base_settings, check_same_base, check_vocabulary
-from loratune.runs.versions import library_versions
-from loratune.writing import disk_errors_explained, folder_in_one_step, write_json
+from loratune.runs.verification import write_verification
+from loratune.writing import disk_errors_explained, folder_in_one_step
 
 SIDE_FILES_BYTES = 30_000_000
 LIBRARIES_BYTES, PROOF_LIBRARIES_BYTES = 250_000_000, 250_000_000
@@ -112,11 +112,8 @@ def merge_adapter(source: AdapterSource, output: Path, options: MergeOptions) ->
         chosen, proof = _prove(job, candidates)
         _keep(chosen, candidates, folder)
         seconds["total"] = _seconds_since_start()
-        report = {"program": PROGRAM, "format_version": FORMAT_VERSION, "versions": library_versions()}
-        report |= {"kind": "merged model"} | _described(job, chosen) | {"changed_files": changes}
-        report |= proof | {"seconds": seconds}
-        write_json(folder / VERIFICATION, report)
-    return report
+        report = _described(job, chosen) | {"changed_files": changes} | proof | {"seconds": seconds}
+        return write_verification(folder, "merged model", report, hashes=not options.is_temporary)
 
 
 def _prove(job: Job, candidates: list[Candidate]) -> tuple[Candidate, dict[str, Any]]:

@@ -24,6 +24,7 @@ from loratune.runs.opening import (
     merged_prompt,
     open_adapter,
 )
+from loratune.runs.verification import require_intact
 
 
 @dataclass(frozen=True)
@@ -69,6 +70,7 @@ def open_voices(
     sources = {name: open_adapter(path, force) for name, path in adapters}
     settings = _settings(list(sources.values()), model, warnings)
     folder = find_base(settings)
+    warnings += require_intact(folder, force)
     voices: dict[str | None, Voice] = {}
     for number, (name, source) in enumerate(sources.items()):
         warnings += check_same_base(source, settings.base, folder, weight_files(folder), force)

@@ -1,0 +1,180 @@
+"""`loratune verify`, and what infer and export make of a folder that is not as it was verified."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from typer.testing import Result
+
+from loratune.errors import Exit
+
+WEIGHTS = "model.safetensors"
+QUERY, OTHER_QUERY = (f"model.layers.{layer}.self_attn.q_proj.weight" for layer in (0, 1))
+NORM = "model.norm.weight"
+Cli = Callable[..., Result]
+
+
+@pytest.fixture(scope="module")
+def verified(short_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from typer.testing import CliRunner
+
+    from loratune.cli.app import app
+
+    folder = tmp_path_factory.mktemp("verified") / "merged"
+    result = CliRunner().invoke(app, ["merge", "--adapter", str(short_run), "--output", str(folder), "--no-logits"])
+    assert result.exit_code == 0, result.stderr
+    return folder
+
+
+@pytest.fixture
+def merged(verified: Path, tmp_path: Path) -> Path:
+    """A copy of the merged model."""
+    return Path(shutil.copytree(verified, tmp_path / "copy"))
+
+
+def change_tensors(change: Callable[[dict[str, torch.Tensor]], Any]) -> Callable[[Path], None]:
+    def damage(folder: Path) -> None:
+        tensors = load_file(folder / WEIGHTS)
+        change(tensors)
+        save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
+
+    return damage
+
+
+def swap(tensors: dict[str, torch.Tensor]) -> None:
+    tensors[QUERY], tensors[OTHER_QUERY] = tensors[OTHER_QUERY], tensors[QUERY]
+
+
+def flip_a_bit(folder: Path) -> None:
+    data = bytearray((folder / WEIGHTS).read_bytes())
+    data[-1000] ^= 1
+    (folder / WEIGHTS).write_bytes(data)
+
+
+def set_key(name: str, **values: Any) -> Callable[[Path], None]:
+    def damage(folder: Path) -> None:
+        path = folder / name
+        path.write_text(json.dumps(json.loads(path.read_text()) | values))
+
+    return damage
+
+
+def swap_merges(folder: Path) -> None:
+    path = folder / "tokenizer.json"
+    values = json.loads(path.read_text())
+    values["model"]["merges"].reverse()
+    path.write_text(json.dumps(values))
+
+
+def append(name: str, text: str) -> Callable[[Path], Any]:
+    def damage(folder: Path) -> None:
+        with (folder / name).open("a") as file:
+            file.write(text)
+
+    return damage
+
+
+DAMAGES: dict[str, tuple[Callable[[Path], Any], str]] = {
+    "one per cent": (change_tensors(lambda tensors: tensors[QUERY].mul_(1.01)), f"{WEIGHTS}: changed"),
+    "two layers swapped": (change_tensors(swap), f"{WEIGHTS}: changed"),
+    "norm zeroed": (change_tensors(lambda tensors: tensors[NORM].zero_()), f"{WEIGHTS}: changed"),
+    "one NaN": (change_tensors(lambda tensors: tensors[QUERY][0, :1].fill_(torch.nan)), f"{WEIGHTS}: changed"),
+    "one bit": (flip_a_bit, f"{WEIGHTS}: changed"),
+    "rope_theta": (set_key("config.json", rope_theta=5.0), "config.json: changed"),
+    "end of answers": (set_key("generation_config.json", eos_token_id=3), "generation_config.json: changed"),
+    "merges": (swap_merges, "tokenizer.json: changed"),
+    "template": (append("chat_template.jinja", "!"), "chat_template.jinja: "),
+    "a file is gone": (lambda folder: (folder / "generation_config.json").unlink(), "generation_config.json: missing"),
+    "an adapter beside it": (append("adapter_config.json", "{}"), "adapter_config.json: added"),
+    "code beside it": (append("modeling.py", "1"), "modeling.py: added"),
+}
+
+
+def test_an_intact_folder_passes_and_its_hashes_are_those_of_its_files(cli: Cli, verified: Path) -> None:
+    result = cli("verify", verified, "--json")
+    assert result.exit_code == 0, result.stderr
+    report = json.loads(result.stdout)
+    assert (report["kind"], report["remarks"]) == ("merged model", [])
+    known = json.loads((verified / "verification.json").read_text())["files"]
+    names = {path.name for path in verified.iterdir()} - {"verification.json"}
+    assert (known.keys(), report["files"]) == (names, len(names))
+    for name, values in known.items():
+        data = (verified / name).read_bytes()
+        assert values == {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+
+
+@pytest.mark.parametrize("name", DAMAGES)
+def test_a_changed_folder_is_refused_by_every_command_that_reads_it(
+    cli: Cli, merged: Path, tmp_path: Path, name: str
+) -> None:
+    damage, told = DAMAGES[name]
+    damage(merged)
+    ask = ("infer", "--model", merged, "--prompt", "hi", "--max-new-tokens", "1")
+    export = ("export", "--model", merged, "--format", "gguf", "--output", tmp_path / "gguf")
+    for command in (("verify", merged), ask, export):
+        result = cli(*command, env={"COLUMNS": "20000"})
+        assert (result.exit_code, result.stdout) == (Exit.MODEL, ""), result.stderr or result.exception
+        assert told in result.stderr
+    assert not (tmp_path / "gguf").exists()
+
+
+def test_with_force_a_changed_folder_answers_with_a_warning(cli: Cli, merged: Path) -> None:
+    DAMAGES["one per cent"][0](merged)
+    result = cli("infer", "--model", merged, "--prompt", "hi", "--max-new-tokens", "1", "--force")
+    assert result.exit_code == 0, result.stderr
+    assert f"{WEIGHTS}: changed" in result.stderr
+
+
+def test_files_that_no_program_loads_are_told_and_refuse_nothing(cli: Cli, merged: Path) -> None:
+    append("README.md", "A word of mine.")(merged)
+    append("notes.pdf", "x")(merged)
+    append(".gitattributes", "*.safetensors filter=lfs")(merged)
+    result = cli("verify", merged, "--json")
+    assert result.exit_code == 0, result.stderr
+    assert json.loads(result.stdout)["remarks"] == ["README.md: changed", "notes.pdf: added"]
+    asked = cli("infer", "--model", merged, "--prompt", "hi", "--max-new-tokens", "1")
+    assert asked.exit_code == 0, asked.stderr
+
+
+def test_folders_of_earlier_versions_open_but_cannot_be_verified(cli: Cli, merged: Path) -> None:
+    path = merged / "verification.json"
+    values = json.loads(path.read_text())
+    del values["files"]
+    path.write_text(json.dumps(values))
+    assert cli("infer", "--model", merged, "--prompt", "hi", "--max-new-tokens", "1").exit_code == 0
+    result = cli("verify", merged)
+    assert result.exit_code == Exit.MODEL
+    assert "holds no hashes" in result.stderr
+
+
+@pytest.mark.parametrize("files", [[], {}, {"config.json": 5}, "x"])
+def test_a_damaged_record_is_refused(cli: Cli, merged: Path, files: Any) -> None:
+    set_key("verification.json", files=files)(merged)
+    for command in (("verify", merged), ("infer", "--model", merged, "--prompt", "hi")):
+        result = cli(*command)
+        assert result.exit_code == Exit.MODEL
+        assert "damaged" in result.stderr
+
+
+def test_runs_are_verified_by_their_manifest(cli: Cli, short_run: Path, tmp_path: Path) -> None:
+    assert cli("verify", short_run).exit_code == 0
+    run = Path(shutil.copytree(short_run, tmp_path / "run"))
+    set_key("adapter/adapter_config.json", lora_alpha=64)(run)
+    result = cli("verify", run)
+    assert result.exit_code == Exit.MODEL
+    assert "adapter/adapter_config.json" in result.stderr
+
+
+def test_other_folders_have_nothing_to_compare_with(cli: Cli, random_qwen: Path, tmp_path: Path) -> None:
+    for folder in (random_qwen, tmp_path, tmp_path / "none"):
+        result = cli("verify", folder)
+        assert result.exit_code == Exit.MODEL
+        assert "run folder" in result.stderr
