@@ -104,7 +104,7 @@ def merge_adapter(source: AdapterSource, output: Path, options: MergeOptions) ->
         candidates = _candidates(job, folder)
         _announce(job, candidates, output)
         for candidate in candidates:
-            _write(candidate, options.verify)
+            _write(job, candidate)
             changes = write_model_files(job.source, job.base, candidate.folder, options.dtype, candidate.plan)
             write_merged_card(candidate.folder, "Merged model", job.settings.base, str(job.base.absolute()))
         _check_updates_survived(job, candidates[0])
@@ -242,13 +242,15 @@ def _dtype_names(plan: MergePlan) -> str:
     return " and ".join(names)
 
 
-def _write(candidate: Candidate, verify: bool) -> None:
+def _write(job: Job, candidate: Candidate) -> None:
     plan, files, folder = candidate.plan, candidate.files, candidate.folder
     with console.byte_progress("merging", plan.nbytes) as advance:
         write_merged(plan, files, folder, advance)
-    if verify:
+    if job.options.verify:
+        peft_merge = importlib.import_module("loratune.model.peft_merge")  # transformers and PEFT: seconds
+        peft = peft_merge.PeftMerge(job.base, job.source.adapter, plan.vocabulary, job.is_tied)
         with console.byte_progress("reading back", plan.nbytes) as advance:
-            candidate.read_back = read_back(plan, files, folder, advance)
+            candidate.read_back = read_back(plan, peft, files, folder, advance)
 
 
 def _keep(chosen: Candidate, candidates: list[Candidate], folder: Path) -> None:
