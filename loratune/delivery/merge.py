@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import shutil
 import time
@@ -13,6 +14,7 @@ import psutil
 import torch
 
 from loratune import console
+from loratune.data.encoding import Encoder
 from loratune.delivery.merged_weights import MergePlan, plan_merge, write_merged
 from loratune.delivery.model_folder import write_model_files
 from loratune.delivery.read_back import ReadBack, read_back
@@ -80,6 +82,12 @@ class Job:
     options: MergeOptions
     warnings: list[str]
 
+    @functools.cached_property
+    def encoder(self) -> Encoder:
+        """How the training rendered prompts."""
+        load_tokenizer = importlib.import_module("loratune.model.tokenizer").load_tokenizer  # transformers: seconds
+        return Encoder(load_tokenizer(self.source.tokenizer_folder(self.base)), self.source.prompt)
+
 
 def merge_adapter(source: AdapterSource, output: Path, options: MergeOptions) -> dict[str, Any]:
     """Merge an adapter into its base, prove the result, and give it its name.
@@ -107,6 +115,8 @@ def merge_adapter(source: AdapterSource, output: Path, options: MergeOptions) ->
             _write(job, candidate)
             changes = write_model_files(job.source, job.base, candidate.folder, options.dtype, candidate.plan)
             write_merged_card(candidate.folder, "Merged model", job.settings.base, str(job.base.absolute()))
+            if options.verify:
+                _check_beside(job, candidate.folder)
         _check_updates_survived(job, candidates[0])
         seconds = {"until_files_proved": _seconds_since_start()}
         chosen, proof = _prove(job, candidates)
@@ -126,6 +136,12 @@ def _prove(job: Job, candidates: list[Candidate]) -> tuple[Candidate, dict[str, 
         chosen, proof = verify.prove(job, candidates)
         return chosen, {"verified": "files and logits", **proof}
     return candidates[0], {"verified": "files" if job.options.verify else "nothing", "logits": None, "answers": None}
+
+
+def _check_beside(job: Job, folder: Path) -> None:
+    beside = importlib.import_module("loratune.delivery.beside")
+    tokenizer = job.source.tokenizer_folder(job.base)
+    beside.check_beside(job.base, tokenizer, job.encoder, folder)
 
 
 def _check_updates_survived(job: Job, candidate: Candidate) -> None:

@@ -44,7 +44,7 @@ class ReadBack:
     largest_error_steps: float = 0.0
     """Largest difference from base + update, in rounding steps of the written type; rounding alone makes up to 0.5."""
     largest_forward_error: float = 0.0
-    """Of a layer: how far PEFT's merge lies from PEFT's own pass, as a share of how far the base without adapter does."""
+    """Of a layer: how far PEFT's merge lies from PEFT's own pass, as a share of how far the base alone does."""
     lost_to_rounding: float = 0.0
     """Size of what rounding has changed, as a share of the update's."""
     unchanged: list[str] = field(default_factory=list)
@@ -106,8 +106,8 @@ def _check_names(plan: MergePlan, peft: PeftMerge, base: TensorFiles) -> None:
     problems += [f"{name} was changed, and PEFT leaves it as it is" for name in sorted(updated - changed)]
     if problems:
         raise LoratuneError(
-            f"{len(problems)} tensors of the merged model are not what PEFT makes of this adapter, first: {problems[0]}; "
-            "the merged model has been removed. Please report this with the versions that pip list shows",
+            f"{len(problems)} tensors of the merged model are not what PEFT makes of this adapter, first: "
+            f"{problems[0]}. The merged model has been removed. Please report this with what pip list shows",
             Exit.MODEL,
         )
 
@@ -166,7 +166,7 @@ def _compare_changed(
         base.release([name])
         files.release([info.name])
     numbers = torch.tensor(_spread(range(len(written))))
-    problem = check.sample(change, original[numbers], written[numbers], before if is_changed else original, numbers)
+    problem = check.sample(change, original[numbers], written[numbers], before, numbers)
     if problem:
         raise _mismatch(info.name, problem)
     found.rows += len(written)

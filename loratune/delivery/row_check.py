@@ -98,7 +98,9 @@ class RowCheck:
         error = float((expected - inputs @ merged.T).norm())
         noise = 1e-12 * float(expected.norm())
         if not error <= FORWARD_ERROR * effect + noise:
-            return f"a matrix that PEFT's own layer does not compute with: {error:.3g} off, where the adapter does {effect:.3g}"
+            return (
+                f"another matrix than PEFT's layer computes with: {error:.3g} off where the adapter does {effect:.3g}"
+            )
         if effect > noise:
             self.largest_forward_error = max(self.largest_forward_error, error / effect)
         return None

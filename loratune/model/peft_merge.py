@@ -1,8 +1,8 @@
 """What PEFT itself makes of a base's tensors: its own reading of an adapter, and its own merge, some rows at a time.
 
-The model is built without values, so that it takes no memory but the adapter's. PEFT puts its layers on it and loads the
-adapter into them; whatever has values afterwards is what the adapter changes. The rows of a base are then lent to the
-layer they belong to, with the rows of the adapter's matrices that go with them.
+The model is built without values, so that it takes no memory but the adapter's. PEFT puts its layers on it and loads
+the adapter into them; whatever has values afterwards is what the adapter changes. The rows of a base are then lent to
+the layer they belong to, with the rows of the adapter's matrices that go with them.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from loratune.model.adapter_files import CONFIG_FILE, SETTINGS, WEIGHTS_FILE
 from loratune.model.peft_rows import LoraRows, merge_tokens
 
 NAME = "default"
+TRAINED = (".lora_", ".modules_to_save.", ".trainable_tokens_")
 
 
 @dataclass
@@ -178,7 +179,8 @@ def _empty(model: Any) -> list[str]:
     return [
         name
         for name, parameter in model.named_parameters()
-        if not _is_loaded(parameter) and (".lora_" in name or ".modules_to_save." in name or ".trainable_tokens_" in name)
+        if not _is_loaded(parameter)
+        and (".lora_" in name or ".modules_to_save." in name or ".trainable_tokens_" in name)
     ]
 
 

@@ -87,7 +87,7 @@ class LoraRows:
             return self._layer(inputs)
 
     def largest_updates(self, numbers: torch.Tensor) -> torch.Tensor:
-        """Of each row, a bound of |s|·Σ|B||A|, scaled by DoRA where there is any (n,); after `merge` of the same rows."""
+        """Of each row, a bound of |s|·Σ|B||A|, with DoRA's factor (n,); to be called after `merge` of the same rows."""
         up = self._up_rows(numbers).float().abs()
         down = self._down.float().abs()
         across = self._is_embedding or self._is_transposed
