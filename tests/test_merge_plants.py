@@ -19,6 +19,7 @@ from transformers import AutoModelForCausalLM, Qwen2Config
 from typer.testing import Result
 
 from loratune.delivery import merge
+from loratune.delivery.update import TensorUpdate
 from loratune.errors import Exit
 
 Tensors = dict[str, torch.Tensor]
