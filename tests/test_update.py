@@ -29,6 +29,7 @@ from loratune.delivery.read_back import read_back
 from loratune.delivery.update import TensorUpdate, read_updates
 from loratune.errors import Exit, LoratuneError
 from loratune.model.mapped import load_mapped, load_plain
+from loratune.model.peft_merge import PeftMerge
 from loratune.model.tensor_files import TensorFiles
 from loratune.model.tokenizer import load_tokenizer
 from loratune.recipe.sections import PromptSettings
@@ -187,7 +188,7 @@ def test_every_problem_is_told_at_once(random_qwen: Path, adapter: Path) -> None
 
 # --- reading back ---
 
-Written = tuple[MergePlan, TensorFiles, Path]
+Written = tuple[MergePlan, PeftMerge, TensorFiles, Path]
 
 
 @pytest.fixture
@@ -198,11 +199,11 @@ def written(random_qwen: Path, plain_adapter: Path, tmp_path: Path) -> Written:
     plan = plan_merge(base, updates, True, torch.bfloat16, 200_000)
     assert len(plan.shards) == 2
     write_merged(plan, base, tmp_path, lambda _: None)
-    return plan, base, tmp_path
+    return plan, PeftMerge(random_qwen, plain_adapter, plan.vocabulary, is_tied=True), base, tmp_path
 
 
 def file_of(written: Written, name: str) -> Path:
-    plan, _, folder = written
+    plan, _, _, folder = written
     return folder / next(shard for shard, infos in plan.shards.items() if name in [info.name for info in infos])
 
 
@@ -222,15 +223,18 @@ def flip_bit(path: Path, name: str, place: int) -> None:
 
 
 def test_what_was_written_well_is_found_well(written: Written) -> None:
-    plan, base, folder = written
+    plan, _, _, folder = written
     seen: list[int] = []
-    found = read_back(plan, base, folder, seen.append)
+    found = read_back(*written, seen.append)
     assert (found.tensors, found.updated, found.identical) == (26, 6, 20)
     assert (
         sum(seen) == plan.nbytes == sum(t.nbytes for p in folder.glob("*.safetensors") for t in load_file(p).values())
     )
     assert 0 < found.largest_error_steps <= 0.5
-    assert found.unchanged == ()
+    assert found.unchanged == []
+    assert found.rows == 2 * (32 + 16 + 32)
+    assert found.largest_forward_error < 1e-9
+    assert 0 < found.lost_to_rounding < 0.1
 
 
 @pytest.mark.parametrize("place", [0, 1001, 3008 * 32 - 1])
@@ -241,8 +245,8 @@ def test_any_flipped_bit_of_an_untouched_tensor_is_noticed(written: Written, pla
         read_back(*written, lambda _: None)
 
 
-@pytest.mark.parametrize("place", [0, 31, 32 * 32 - 1])
-def test_a_flipped_bit_in_a_sampled_row_of_a_merged_tensor_is_noticed(written: Written, place: int) -> None:
+@pytest.mark.parametrize("place", [0, 31, 97, 32 * 32 - 1])
+def test_a_flipped_bit_in_any_row_of_a_merged_tensor_is_noticed(written: Written, place: int) -> None:
     flip_bit(file_of(written, f"{Q0}.weight"), f"{Q0}.weight", place)
     with pytest.raises(LoratuneError, match=r"q_proj\.weight.*rounding steps"):
         read_back(*written, lambda _: None)
@@ -256,10 +260,11 @@ def test_a_zero_that_became_something_is_noticed(random_qwen: Path, adapter: Pat
     plan = plan_merge(files, read_updates(adapter, files.infos, True), True, torch.bfloat16, 1 << 30)
     (tmp_path / "out").mkdir()
     write_merged(plan, files, tmp_path / "out", lambda _: None)
-    assert f"{Q0}.weight" in read_back(plan, files, tmp_path / "out", lambda _: None).unchanged
+    peft = PeftMerge(base, adapter, plan.vocabulary, is_tied=True)
+    assert f"{Q0}.weight" in read_back(plan, peft, files, tmp_path / "out", lambda _: None).unchanged
     rewrite(tmp_path / "out" / "model.safetensors", lambda tensors: tensors[f"{Q0}.weight"][0].fill_(1e-3))
     with pytest.raises(LoratuneError, match="q_proj"):
-        read_back(plan, files, tmp_path / "out", lambda _: None)
+        read_back(plan, peft, files, tmp_path / "out", lambda _: None)
 
 
 DAMAGE: dict[str, Callable[[Path], Any]] = {
@@ -284,7 +289,7 @@ def test_a_damaged_file_is_noticed(written: Written, damage: str) -> None:
 
 
 def test_an_index_that_names_another_file_is_noticed(written: Written) -> None:
-    path = written[2] / "model.safetensors.index.json"
+    path = written[3] / "model.safetensors.index.json"
     index = json.loads(path.read_text())
     first, last = sorted(set(index["weight_map"].values()))
     index["weight_map"][f"{Q0}.weight"] = first if index["weight_map"][f"{Q0}.weight"] == last else last
@@ -304,11 +309,11 @@ def test_a_target_left_as_in_the_base_is_noticed_and_nothing_stays(
     monkeypatch.setattr(merge, "write_merged", forget_one)
     result = cli("merge", "-a", adapter, "-m", random_qwen, "-o", tmp_path / "out" / "merged", *flags)
     assert result.exit_code == Exit.MODEL
-    assert "rounding steps away from base + update" in " ".join(result.stderr.split())
+    assert "rounding steps away from PEFT's" in " ".join(result.stderr.split())
     assert not list((tmp_path / "out").iterdir())
 
 
-def test_logits_notice_what_was_computed_wrongly_in_writing_and_reading_back_alike(
+def test_peft_s_own_merge_shows_what_was_read_wrongly_throughout(
     cli: Cli, random_qwen: Path, adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def doubled(*arguments: Any) -> dict[str, TensorUpdate]:
@@ -319,7 +324,7 @@ def test_logits_notice_what_was_computed_wrongly_in_writing_and_reading_back_ali
     monkeypatch.setattr(merge, "read_updates", doubled)
     result = cli("merge", "-a", adapter, "-m", random_qwen, "-o", tmp_path / "out" / "merged")
     assert result.exit_code == Exit.MODEL
-    assert "not what base + adapter is" in " ".join(result.stderr.split())
+    assert f"{Q0}.weight: the written file holds row 0" in " ".join(result.stderr.split())
     assert not list((tmp_path / "out").iterdir())
 
 

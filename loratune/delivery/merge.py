@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import shutil
 import time
@@ -13,6 +14,7 @@ import psutil
 import torch
 
 from loratune import console
+from loratune.data.encoding import Encoder
 from loratune.delivery.merged_weights import MergePlan, plan_merge, write_merged
 from loratune.delivery.model_folder import write_model_files
 from loratune.delivery.read_back import ReadBack, read_back
@@ -80,6 +82,12 @@ class Job:
     options: MergeOptions
     warnings: list[str]
 
+    @functools.cached_property
+    def encoder(self) -> Encoder:
+        """How the training rendered prompts."""
+        load_tokenizer = importlib.import_module("loratune.model.tokenizer").load_tokenizer  # transformers: seconds
+        return Encoder(load_tokenizer(self.source.tokenizer_folder(self.base)), self.source.prompt)
+
 
 def merge_adapter(source: AdapterSource, output: Path, options: MergeOptions) -> dict[str, Any]:
     """Merge an adapter into its base, prove the result, and give it its name.
@@ -104,9 +112,11 @@ def merge_adapter(source: AdapterSource, output: Path, options: MergeOptions) ->
         candidates = _candidates(job, folder)
         _announce(job, candidates, output)
         for candidate in candidates:
-            _write(candidate, options.verify)
+            _write(job, candidate)
             changes = write_model_files(job.source, job.base, candidate.folder, options.dtype, candidate.plan)
             write_merged_card(candidate.folder, "Merged model", job.settings.base, str(job.base.absolute()))
+            if options.verify:
+                _check_beside(job, candidate.folder)
         _check_updates_survived(job, candidates[0])
         seconds = {"until_files_proved": _seconds_since_start()}
         chosen, proof = _prove(job, candidates)
@@ -123,6 +133,12 @@ def _prove(job: Job, candidates: list[Candidate]) -> tuple[Candidate, dict[str, 
         chosen, proof = verify.prove(job, candidates)
         return chosen, {"verified": "files and logits", **proof}
     return candidates[0], {"verified": "files" if job.options.verify else "nothing", "logits": None, "answers": None}
+
+
+def _check_beside(job: Job, folder: Path) -> None:
+    beside = importlib.import_module("loratune.delivery.beside")
+    tokenizer = job.source.tokenizer_folder(job.base)
+    beside.check_beside(job.base, tokenizer, job.encoder, folder)
 
 
 def _check_updates_survived(job: Job, candidate: Candidate) -> None:
@@ -239,13 +255,15 @@ def _dtype_names(plan: MergePlan) -> str:
     return " and ".join(names)
 
 
-def _write(candidate: Candidate, verify: bool) -> None:
+def _write(job: Job, candidate: Candidate) -> None:
     plan, files, folder = candidate.plan, candidate.files, candidate.folder
     with console.byte_progress("merging", plan.nbytes) as advance:
         write_merged(plan, files, folder, advance)
-    if verify:
+    if job.options.verify:
+        peft_merge = importlib.import_module("loratune.model.peft_merge")  # transformers and PEFT: seconds
+        peft = peft_merge.PeftMerge(job.base, job.source.adapter, plan.vocabulary, job.is_tied)
         with console.byte_progress("reading back", plan.nbytes) as advance:
-            candidate.read_back = read_back(plan, files, folder, advance)
+            candidate.read_back = read_back(plan, peft, files, folder, advance)
 
 
 def _keep(chosen: Candidate, candidates: list[Candidate], folder: Path) -> None:

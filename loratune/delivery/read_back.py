@@ -1,46 +1,64 @@
-"""The written files, read again and compared with base + update."""
+"""The written files, read again and compared with the base, and with what PEFT itself makes of it.
+
+Nothing that the writer has computed is asked: names and values of what should be there come from the base's files and
+from PEFT (`loratune.model.peft_merge`).
+"""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from safetensors import SafetensorError, safe_open
 
-from loratune.delivery.merged_weights import MergedTensor, MergePlan, merged_pieces
+from loratune.delivery.merged_weights import PIECE_BYTES, MergePlan
+from loratune.delivery.row_check import RowCheck
 from loratune.errors import Exit, LoratuneError
+from loratune.model.adapter_tensors import EMBEDDING, HEAD
 from loratune.model.tensor_files import DTYPE_NAMES, INDEX, TensorFiles, TensorInfo
 
+if TYPE_CHECKING:
+    from loratune.model.peft_merge import Change, PeftMerge
+
 SAMPLED_ROWS = 16
-"""Of every updated tensor, spread evenly, first and last among them."""
-COMPUTE_ERROR = 1e-5
-"""What float32 arithmetic may add to the rounding, relative to the row's largest value."""
+"""Of every updated tensor computed in float64 too, spread evenly, first and last among them."""
 
 
-@dataclass(frozen=True)
+@dataclass
 class ReadBack:
     """What the comparison has seen."""
 
     tensors: int
-    identical: int
+    identical: int = 0
     """Tensors without an update whose every byte is the base's, or its value rounded to the new type."""
-    updated: int
-    sampled_rows: int
-    """Rows of updated tensors that were computed again in float64."""
-    largest_error_steps: float
+    updated: int = 0
+    rows: int = 0
+    """Rows of updated tensors, all of which have been compared with PEFT's own."""
+    sampled_rows: int = 0
+    """Of those, the ones that were computed in float64 too."""
+    largest_error_steps: float = 0.0
     """Largest difference from base + update, in rounding steps of the written type; rounding alone makes up to 0.5."""
-    unchanged: tuple[str, ...]
-    """Updated tensors whose sampled rows still equal the base: the update is smaller than the type can hold."""
+    largest_forward_error: float = 0.0
+    """Of a layer: how far PEFT's merge lies from PEFT's own pass, as a share of how far the base alone does."""
+    lost_to_rounding: float = 0.0
+    """Size of what rounding has changed, as a share of the update's."""
+    unchanged: list[str] = field(default_factory=list)
+    """Updated tensors of which every value still equals the base's: the update is smaller than the type can hold."""
 
 
-def read_back(plan: MergePlan, base: TensorFiles, folder: Path, advance: Callable[[int], None]) -> ReadBack:
+def read_back(
+    plan: MergePlan, peft: PeftMerge, base: TensorFiles, folder: Path, advance: Callable[[int], None]
+) -> ReadBack:
     """Compare the written files with what they should hold.
 
     Args:
-        plan: what should have been written.
+        plan: says in which file which tensor lies, and in which type and shape.
+        peft: the adapter as PEFT understands it.
         base: the base's tensors.
         folder: where the files are.
         advance: told the bytes of each tensor when it has been compared.
@@ -49,30 +67,49 @@ def read_back(plan: MergePlan, base: TensorFiles, folder: Path, advance: Callabl
         LoratuneError: a file cannot be read, a tensor is missing, or one holds something else.
     """
     _check_index(plan, folder)
-    largest, unchanged = 0.0, []
+    _check_names(plan, peft, base)
+    found = ReadBack(tensors=len(plan.tensors))
+    check = RowCheck()
     for file_name, infos in plan.shards.items():
         _check_header(folder / file_name, infos)
         files = TensorFiles([folder / file_name])
         for info in infos:
-            tensor, written = plan.tensors[info.name], files.tensor(info.name)
-            if tensor.update is None:
-                _check_identical(tensor, base, written)
-            else:
-                error, is_changed = _compare_rows(tensor, base, written)
-                largest = max(largest, error)
-                unchanged += [] if is_changed else [info.name]
-            base.release([tensor.source])
+            source = EMBEDDING if info.name == HEAD and peft.is_tied else info.name
+            changes = [peft.changes[name] for name in _stands_for(info.name, plan) if name in peft.changes]
+            for change in changes:
+                _compare_changed(info, change, (base, source), files, (check, found))
+            if not changes:
+                _compare_kept(info, base, source, files.tensor(info.name))
+            found.identical += not changes
+            found.updated += bool(changes)
+            base.release([source])
             files.release([info.name])
             advance(info.nbytes)
-    updated = len(plan.updated)
-    return ReadBack(
-        tensors=len(plan.tensors),
-        identical=len(plan.tensors) - updated,
-        updated=updated,
-        sampled_rows=sum(len(_sampled(tensor)) for tensor in plan.updated),
-        largest_error_steps=largest,
-        unchanged=tuple(unchanged),
-    )
+    found.largest_error_steps, found.largest_forward_error = check.largest_steps, check.largest_forward_error
+    found.lost_to_rounding = check.lost_to_rounding
+    return found
+
+
+def _stands_for(name: str, plan: MergePlan) -> tuple[str, ...]:
+    """Which parameters a written tensor is: a tied embedding is the head too."""
+    return (EMBEDDING, HEAD) if name == EMBEDDING and plan.is_tied else (name,)
+
+
+def _check_names(plan: MergePlan, peft: PeftMerge, base: TensorFiles) -> None:
+    """Make sure that what was written is the base's tensors, and changed where PEFT changes them and nowhere else."""
+    expected = {*base.infos, *((HEAD,) if not plan.is_tied else ())} - ({HEAD} if plan.is_tied else set())
+    problems = [f"{name} was not written" for name in sorted(expected - plan.tensors.keys())]
+    problems += [f"{name} was written, and the base has none" for name in sorted(plan.tensors.keys() - expected)]
+    updated = {tensor.info.name for tensor in plan.updated}
+    changed = peft.changes.keys() - ({HEAD} if plan.is_tied else set())
+    problems += [f"{name} was not changed, and PEFT changes it" for name in sorted(changed - updated)]
+    problems += [f"{name} was changed, and PEFT leaves it as it is" for name in sorted(updated - changed)]
+    if problems:
+        raise LoratuneError(
+            f"{len(problems)} tensors of the merged model are not what PEFT makes of this adapter, first: "
+            f"{problems[0]}. The merged model has been removed. Please report this with what pip list shows",
+            Exit.MODEL,
+        )
 
 
 def _check_index(plan: MergePlan, folder: Path) -> None:
@@ -96,60 +133,71 @@ def _check_header(path: Path, infos: list[TensorInfo]) -> None:
         raise LoratuneError(f"{path.name}: holds other tensors than were written to it", Exit.MODEL)
 
 
-def _check_identical(tensor: MergedTensor, base: TensorFiles, written: torch.Tensor) -> None:
+def _compare_kept(info: TensorInfo, base: TensorFiles, source: str, written: torch.Tensor) -> None:
     """Compare bytes, so that NaN equals itself and -0 differs from 0."""
-    rows = written if written.ndim else written.reshape(1)
-    for start, expected in merged_pieces(tensor, base):
-        found = rows[start : start + len(expected)]
-        if not torch.equal(_as_bytes(found), _as_bytes(expected)):
-            raise _mismatch(tensor, f"other values than the base from row {start} on")
+    for rows, found, original in _pieces(written, base.tensor(source)):
+        if not torch.equal(as_bytes(found), as_bytes(original.to(found.dtype))):
+            raise _mismatch(info.name, f"other values than the base from row {rows.start} on")
+        base.release([source])
 
 
-def _as_bytes(tensor: torch.Tensor) -> torch.Tensor:
+def _compare_changed(
+    info: TensorInfo,
+    change: Change,
+    source: tuple[TensorFiles, str],
+    files: TensorFiles,
+    into: tuple[RowCheck, ReadBack],
+) -> None:
+    """Compare all rows with PEFT's, and some with PEFT's in float64."""
+    (base, name), (check, found) = source, into
+    written, before = files.tensor(info.name), base.tensor(name)
+    original = before if change.replacement is None else change.replacement
+    if original.shape != written.shape:
+        raise _mismatch(info.name, f"a shape of {list(written.shape)} where PEFT has {list(original.shape)}")
+    dtype = torch.float64 if change.needs_float64 else torch.float32
+    is_changed = before.shape != written.shape
+    for rows, values, lent in _pieces(written, original):
+        numbers = torch.arange(rows.start, rows.stop)
+        merged = change.rows(lent.to(dtype), numbers)
+        wrong = check.first_wrong_row(values, merged, change.tolerance(merged, numbers))
+        if wrong is not None:
+            raise _mismatch(info.name, f"row {rows.start + wrong[0]} is {wrong[1]:.3g} rounding steps away from PEFT's")
+        is_changed = is_changed or not torch.equal(as_bytes(values), as_bytes(before[rows].to(values.dtype)))
+        base.release([name])
+        files.release([info.name])
+    numbers = torch.tensor(_spread(range(len(written))))
+    problem = check.sample(change, original[numbers], written[numbers], before, numbers)
+    if problem:
+        raise _mismatch(info.name, problem)
+    found.rows += len(written)
+    found.sampled_rows += len(numbers)
+    found.unchanged += [] if is_changed else [info.name]
+
+
+def _pieces(written: torch.Tensor, original: torch.Tensor) -> Iterator[tuple[slice, torch.Tensor, torch.Tensor]]:
+    """Both some rows at a time: which, and theirs."""
+    if not written.ndim:
+        written, original = written.reshape(1), original.reshape(1)
+    step = max(1, PIECE_BYTES // (4 * max(1, math.prod(written.shape[1:]))))
+    for start in range(0, len(written), step):
+        rows = slice(start, min(start + step, len(written)))
+        yield rows, written[rows], original[rows]
+
+
+def as_bytes(tensor: torch.Tensor) -> torch.Tensor:
+    """The bits of values, as integers."""
     flat = tensor.contiguous().reshape(-1)
     return flat.view({1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[flat.element_size()])
 
 
-def _compare_rows(tensor: MergedTensor, base: TensorFiles, written: torch.Tensor) -> tuple[float, bool]:
-    """Compute sampled rows in float64; (largest error in rounding steps, whether any row differs from the base's)."""
-    if tensor.update is None:
-        raise RuntimeError(f"{tensor.info.name} has no update")
-    largest, is_changed = 0.0, False
-    original, source = base.tensor(tensor.source), tensor.values(base)
-    for row in _sampled(tensor):
-        base_row, found = original[row : row + 1], written[row : row + 1]
-        exact = tensor.update.apply(source[row : row + 1].double(), row)
-        error = (found.double() - exact).abs() - COMPUTE_ERROR * exact.abs().max()
-        steps = float((error / _rounding_step(exact, found.dtype)).max())
-        if not steps <= 0.5:  # NaN must not pass
-            raise _mismatch(tensor, f"row {row} is {steps:.3g} rounding steps away from base + update")
-        largest = max(largest, steps)
-        is_changed = is_changed or not torch.equal(found, base_row.to(found.dtype))
-    return largest, is_changed
-
-
-def _rounding_step(values: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """Distance between neighbouring numbers of a type around some float64 values."""
-    limits = torch.finfo(dtype)
-    exponent = torch.frexp(values.abs().clamp_min(limits.tiny)).exponent - 1
-    return torch.ldexp(torch.ones_like(values), exponent) * limits.eps
-
-
-def _sampled(tensor: MergedTensor) -> list[int]:
-    """Row numbers; of an update that replaces some rows, those are among them."""
-    numbers = tensor.update.row_numbers if tensor.update else None
-    replaced = [] if numbers is None else numbers.tolist()
-    return sorted({place for rows in (range(tensor.info.shape[0]), replaced) for place in _spread(rows)})
-
-
 def _spread(rows: Sequence[int]) -> list[int]:
     places = torch.linspace(0, len(rows) - 1, min(len(rows), SAMPLED_ROWS)).tolist()
-    return [rows[round(place)] for place in places]
+    return sorted({rows[round(place)] for place in places})
 
 
-def _mismatch(tensor: MergedTensor, found: str) -> LoratuneError:
+def _mismatch(name: str, found: str) -> LoratuneError:
     return LoratuneError(
-        f"{tensor.info.name}: the written file holds {found}; the merged model has been removed. If it happens again, "
-        "the disk or the memory of this machine is at fault",
+        f"{name}: the written file holds {found}; the merged model has been removed. If it happens again, the disk or "
+        "the memory of this machine is at fault",
         Exit.MODEL,
     )

@@ -50,16 +50,9 @@ def write_portable_template(encoder: Encoder, folder: Path) -> bool:
     Raises:
         LoratuneError: no template can render these prompts by itself.
     """
-    encoder = encoder.at_a_day()
-    if _renders_alike(encoder, None):
+    template = portable_template(encoder)
+    if template is None:
         return False
-    template = _portable(encoder)
-    if not _renders_alike(encoder, template):
-        raise LoratuneError(
-            "the training's system prompt, instruction prefix, thinking mode or generation prompt cannot be put into "
-            "the tokenizer's chat template; other programs would prompt the model differently",
-            Exit.MODEL,
-        )
     shutil.rmtree(folder / NAMED_TEMPLATES, ignore_errors=True)
     (folder / TEMPLATE_FILE).write_text(template, encoding="utf-8", newline="\n")
     config = json.loads((folder / TOKENIZER_CONFIG).read_text(encoding="utf-8"))
@@ -68,6 +61,30 @@ def write_portable_template(encoder: Encoder, folder: Path) -> bool:
         text = json.dumps(config, ensure_ascii=False, indent=2) + "\n"
         (folder / TOKENIZER_CONFIG).write_text(text, encoding="utf-8")
     return True
+
+
+def portable_template(encoder: Encoder) -> str | None:
+    """A template that renders the training's prompts by itself; None where the tokenizer's own does.
+
+    Raises:
+        LoratuneError: no template can.
+    """
+    encoder = encoder.at_a_day()
+    if _renders_alike(encoder, None):
+        return None
+    template = _portable(encoder)
+    if not _renders_alike(encoder, template):
+        raise LoratuneError(
+            "the training's system prompt, instruction prefix, thinking mode or generation prompt cannot be put into "
+            "the tokenizer's chat template; other programs would prompt the model differently",
+            Exit.MODEL,
+        )
+    return template
+
+
+def renders_training_prompts(encoder: Encoder, tokenizer: Any) -> bool:
+    """Whether a program that loads this tokenizer, and nothing else, gets the prompts of the training."""
+    return _renders_alike(encoder.at_a_day(), None, tokenizer)
 
 
 def about_the_date(programs: str, trained: str | None) -> str:
@@ -101,21 +118,24 @@ def _literal(text: str) -> str:
     return json.dumps(text, ensure_ascii=False)
 
 
-def _renders_alike(encoder: Encoder, template: str | None) -> bool:
-    """Whether a template by itself gives the training's prompts; None for the tokenizer's own."""
+def _renders_alike(encoder: Encoder, template: str | None, tokenizer: Any = None) -> bool:
+    """Whether a template by itself gives the training's prompts; None for that of a tokenizer, or the encoder's."""
+    tokenizer = tokenizer or encoder.tokenizer
     conversations: list[Sequence[Message]] = [TURNS[:1], TURNS, [SYSTEM_TURN, *TURNS]]
     return all(
-        _plain(encoder, turns, template, tools) == _trained(encoder, turns, tools)
+        _plain(encoder, tokenizer, turns, template, tools) == _trained(encoder, turns, tools)
         for turns in conversations
         for tools in ([], [PROBE_TOOL])
     )
 
 
-def _plain(encoder: Encoder, turns: Sequence[Message], template: str | None, tools: list[dict[str, Any]]) -> Any:
+def _plain(
+    encoder: Encoder, tokenizer: Any, turns: Sequence[Message], template: str | None, tools: list[dict[str, Any]]
+) -> Any:
     """The ids that any program gets on the encoder's day."""
     try:
-        text = encoder.tokenizer.get_chat_template(template, tools or None)
-        return encoder.tokenizer.apply_chat_template(
+        text = tokenizer.get_chat_template(template, tools or None)
+        return tokenizer.apply_chat_template(
             turns,
             tools or None,
             chat_template=encoder.at_its_day(text),

@@ -60,10 +60,11 @@ class TensorUpdate:
             here = (self.row_numbers >= start) & (self.row_numbers < start + len(base))
             updated = base.index_copy(0, self.row_numbers[here] - start, self.row_values[here].to(dtype))
         if self.up is not None and self.down is not None:
-            updated = torch.addmm(updated, self.up[rows].to(dtype), self.down.to(dtype), alpha=self.scaling)
+            # The product by itself: sums that start from the base's values would round the update away bit by bit.
+            updated = updated.add(self.up[rows].to(dtype) @ self.down.to(dtype), alpha=self.scaling)
         if self.magnitude is not None:
-            lengths = torch.linalg.vector_norm(updated, dim=1)
-            updated = updated * (self.magnitude[rows].to(dtype) / lengths).unsqueeze(1)
+            lengths = torch.linalg.vector_norm(updated, dim=1, dtype=torch.float64)  # a long sum of squares
+            updated = updated * (self.magnitude[rows].double() / lengths).to(dtype).unsqueeze(1)
         if self.shift is not None:
             updated = updated + self.scaling * self.shift[rows].to(dtype)
         return updated

@@ -8,13 +8,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from loratune import console
-from loratune.data.encoding import Encoder
 from loratune.delivery.parity import Parity, compare_models
 from loratune.delivery.proof import BOUNDS, OTHER_BASE, Bounds, check_parity, compare_answers, probe_rows
 from loratune.errors import Exit, LoratuneError, bullet_list
 from loratune.model.mapped import load_mapped
 from loratune.model.reference import load_reference
-from loratune.model.tokenizer import load_tokenizer
 from loratune.runs.probe import read_probe
 
 if TYPE_CHECKING:
@@ -35,7 +33,7 @@ def prove(job: Job, candidates: list[Candidate]) -> tuple[Candidate, dict[str, A
         LoratuneError: it is not what base + adapter is.
     """
     with console.status("comparing with base + adapter"):
-        encoder = Encoder(load_tokenizer(job.source.tokenizer_folder(job.base)), job.source.prompt)
+        encoder = job.encoder
         probe = read_probe(job.source.run)
         reference = load_reference(job.settings, job.base, job.source.adapter)
         models = [load_mapped(candidate.folder) for candidate in candidates]
