@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoModelForCausalLM
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from loratune.errors import Exit, LoratuneError
+from loratune.model.config import load_config
 
 # Mistral's weights and computation are Llama's, and GGUF has one architecture for both.
 ARCHITECTURES = {"qwen2": "qwen2", "qwen3": "qwen3", "llama": "llama", "mistral": "llama"}
@@ -53,10 +54,7 @@ def read_config(model: Path) -> Any:
     Raises:
         LoratuneError: the architecture, or a part of its computation, that GGUF's programs would not carry out.
     """
-    try:
-        config = AutoConfig.from_pretrained(model, local_files_only=True, trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        raise LoratuneError(f"{model}: its config.json cannot be read: {error}", Exit.MODEL) from error
+    config = load_config(model)
     if config.model_type not in ARCHITECTURES:
         raise _unknown(model, f"model_type {config.model_type!r}")
     if config.hidden_act != "silu":

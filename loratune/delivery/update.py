@@ -15,8 +15,18 @@ from typing import Any
 import torch
 
 from loratune.errors import Exit, LoratuneError, bullet_list
-from loratune.model.adapter_files import by_pattern, read_config_values
-from loratune.model.adapter_tensors import EMBEDDING, HEAD, PART, PREFIX, WRAPPER, read_tensors
+from loratune.model.adapter_files import read_config_values
+from loratune.model.adapter_patterns import settle_patterns
+from loratune.model.adapter_tensors import (
+    EMBEDDING,
+    HEAD,
+    PART,
+    PREFIX,
+    RANK_AXES,
+    WRAPPER,
+    rank_and_alpha,
+    read_tensors,
+)
 from loratune.model.tensor_files import TensorInfo
 
 
@@ -103,11 +113,11 @@ def read_updates(adapter: Path, base: dict[str, TensorInfo], is_tied: bool) -> d
         LoratuneError: a tensor of the adapter has no place in the base or another shape, or its config says something
             that a merged matrix cannot hold.
     """
-    config = read_config_values(adapter)
     problems: list[str] = []
     shapes = {name: info.shape for name, info in base.items()}
     if is_tied:
         shapes[HEAD] = shapes[EMBEDDING]
+    config = settle_patterns(read_config_values(adapter), shapes, adapter)
     tensors = read_tensors(adapter, config, shapes, is_tied, problems)
     updates = {target: TensorUpdate(replacement=whole) for target, whole in tensors.whole.items()}
     for target, (numbers, values) in tensors.rows.items():
@@ -143,15 +153,9 @@ def _take(
         return
     target = f"{module}.bias" if part == "lora_B.bias" else f"{module}.weight"
     update = updates.setdefault(target, TensorUpdate())
-    rank = by_pattern(config.get("rank_pattern"), module, config.get("r"))
-    alpha = by_pattern(config.get("alpha_pattern"), module, config.get("lora_alpha"))
-    if not (isinstance(rank, int) and rank > 0 and isinstance(alpha, int | float) and math.isfinite(alpha)):
-        problems.append(f"{name}: the adapter's config gives it rank {rank!r} and alpha {alpha!r}")
-        return
-    length = {"lora_A.weight": 0, "lora_embedding_A": 0, "lora_B.weight": 1, "lora_embedding_B": 1}.get(part)
-    if length is not None and tensor.ndim != 2:
-        problems.append(f"{name}: of shape {list(tensor.shape)}, so no matrix")
-        return
+    rank, alpha = rank_and_alpha(config, module)
+    if part in RANK_AXES and tensor.ndim != 2:
+        return  # which has been told
     update.scaling = alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
     if part in ("lora_A.weight", "lora_embedding_B"):
         update.down = tensor.T if "embedding" in part else tensor
@@ -161,8 +165,6 @@ def _take(
         update.shift = tensor
     else:
         update.magnitude = tensor.reshape(-1)
-    if length is not None and tensor.shape[length] != rank:
-        problems.append(f"{name}: rank {tensor.shape[length]} where the adapter's config says {rank}")
 
 
 def _shape_problems(name: str, update: TensorUpdate, source: tuple[int, ...]) -> list[str]:

@@ -12,7 +12,8 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from loratune.errors import Exit, LoratuneError, bullet_list
-from loratune.model.adapter_files import CONFIG_FILE, WEIGHTS_FILE, by_pattern, read_config_values
+from loratune.model.adapter_files import WEIGHTS_FILE, read_config_values
+from loratune.model.adapter_patterns import settle_patterns
 
 # Values that --max-lora-rank takes; newer versions also take 1.
 MAX_LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
@@ -46,8 +47,6 @@ def check_for_vllm(adapter: Path) -> VllmAdvice:
         LoratuneError: config or weights are missing or cannot be read.
     """
     config = read_config_values(adapter)
-    if not all(isinstance(config.get(key), (int, float)) for key in ("r", "lora_alpha")):
-        raise LoratuneError(f"{adapter / CONFIG_FILE}: r and lora_alpha must both be given", Exit.MODEL)
     shapes = _tensor_shapes(adapter / WEIGHTS_FILE)
     ranks: dict[str, int] = {}  # of each adapted module, as its A matrix has it
     others: list[str] = []  # what no LoRA layer has; where the config names the cause, that is told instead
@@ -57,6 +56,7 @@ def check_for_vllm(adapter: Path) -> VllmAdvice:
             others.append(name)
         elif match["matrix"] == "A":
             ranks[match["module"]] = shape[0]
+    config = settle_patterns(config, {f"{module}.weight": () for module in ranks}, adapter)
     rank = max([config["r"], *ranks.values()])
     problems = _config_problems(config)
     if others and not problems:
@@ -137,13 +137,12 @@ def _rank_problems(config: dict[str, Any], rank: int, ranks: dict[str, int]) -> 
     if rank > MAX_LORA_RANKS[-1]:
         problems.append(f"rank {rank}, where {MAX_LORA_RANKS[-1]} is the most")
     # Up to 0.30 at least, vLLM knows no patterns: it takes each module's rank from its matrices, but scales all alike.
-    alphas = config.get("alpha_pattern")
+    alphas = config["alpha_pattern"]
     common = _scale(config, config["lora_alpha"], config["r"])
     differing = [
         module
         for module, module_rank in ranks.items()
-        if abs(_scale(config, by_pattern(alphas, module, config["lora_alpha"]), module_rank) - common)
-        > 1e-9 * abs(common)
+        if abs(_scale(config, alphas.get(module, config["lora_alpha"]), module_rank) - common) > 1e-9 * abs(common)
     ]
     if differing:
         problems.append(

@@ -24,6 +24,7 @@ from torch import nn
 
 from loratune.errors import Exit, LoratuneError, bullet_list
 from loratune.model.adapter_files import CONFIG_FILE, SETTINGS, WEIGHTS_FILE, read_config_values
+from loratune.model.adapter_patterns import as_expressions, settle_patterns
 from loratune.model.adapter_tensors import read_tensors
 from loratune.model.own_parameters import own_parameters
 from loratune.recipe.sections import LAYERS, LoraSettings
@@ -127,11 +128,12 @@ def load_adapter(model: Any, folder: Path, name: str = "default", keep_dtype: bo
     Raises:
         LoratuneError: the adapter is damaged, not LoRA, holds NaN, or was made for another shape.
     """
-    config = read_adapter_config(folder)
     own, problems = own_parameters(model), list[str]()
     base = model.get_base_model() if isinstance(model, PeftModel) else model
     shapes = {parameter: tuple(values.shape) for parameter, values in own.base_parameters().items()}
-    tensors = read_tensors(folder, read_config_values(folder), shapes, base.config.tie_word_embeddings, problems)
+    values = settle_patterns(read_config_values(folder), shapes, folder)
+    config = _peft_config(values, folder)
+    tensors = read_tensors(folder, values, shapes, base.config.tie_word_embeddings, problems)
     if problems:
         raise LoratuneError(
             f"{folder}: the adapter does not fit the base model:\n{bullet_list(problems, limit=5)}", Exit.MODEL
@@ -170,17 +172,13 @@ def load_adapter_weights(model: PeftModel, folder: Path) -> None:
     set_peft_model_state_dict(model, load_file(folder / WEIGHTS_FILE))
 
 
-def read_adapter_config(folder: Path) -> LoraConfig:
-    """The adapter's config for PEFT, which is left with the LoRA layers: see `OwnParameters` for the rest.
-
-    Raises:
-        LoratuneError: as `read_config_values`.
-    """
-    values = read_config_values(folder)
+def _peft_config(values: dict[str, Any], folder: Path) -> LoraConfig:
+    """A settled config for PEFT, which is left with the LoRA layers: see `OwnParameters` for the rest."""
+    patterns = {key: as_expressions(values[key]) for key in ("rank_pattern", "alpha_pattern")}
     own = ("bias", "modules_to_save", "trainable_token_indices")
     lora = {key: value for key, value in values.items() if key in SETTINGS and key not in own}
     try:
-        return LoraConfig(**(lora | {"task_type": "CAUSAL_LM", "inference_mode": True}))
+        return LoraConfig(**(lora | patterns | {"task_type": "CAUSAL_LM", "inference_mode": True}))
     except (ValueError, TypeError) as error:
         raise LoratuneError(f"{folder / CONFIG_FILE}: {_first_lines(str(error))}", Exit.MODEL) from error
 

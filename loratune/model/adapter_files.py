@@ -12,6 +12,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from loratune.errors import Exit, LoratuneError, bullet_list
+from loratune.reading import CONFIG_BYTES, read_json_object
 
 WEIGHTS_FILE = "adapter_model.safetensors"
 CONFIG_FILE = "adapter_config.json"
@@ -36,6 +37,12 @@ DROPPED_SETTINGS = {
 # Starts that leave the base as it is. The others take something out of it that the adapter's file does not say.
 PLAIN_STARTS = ("true", "false", "gaussian", "eva", "orthogonal", "mica")
 CHANGED_BASE = ("pissa", "olora", "corda", "lora_ga", "loftq")
+MOST_PATTERNS, LONGEST_PATTERN = 4_096, 20_000
+"""Names or expressions of one setting, and characters of one: a model of 120 layers has 840 modules with LoRA."""
+HIGHEST_RANK, HIGHEST_ALPHA, MOST_LAYERS, HIGHEST_TOKEN = 65_536, 1_000_000, 10_000, 100_000_000
+NEEDED = ("r", "lora_alpha")
+NAME = re.compile(r"[\w.-]+")
+LONGEST_SHOWN = 120
 
 
 def read_config_values(folder: Path) -> dict[str, Any]:
@@ -46,18 +53,15 @@ def read_config_values(folder: Path) -> dict[str, Any]:
             what the adapter computes in a way that loratune does not carry out.
     """
     path = folder / CONFIG_FILE
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise LoratuneError(f"{folder}: no {CONFIG_FILE} in it, so it is not an adapter", Exit.MODEL) from error
-    except (OSError, ValueError) as error:
-        raise LoratuneError(f"{path}: cannot be read: {error}", Exit.MODEL) from error
-    if not isinstance(values, dict) or values.get("peft_type") != "LORA":
+    if not path.exists():
+        raise LoratuneError(f"{folder}: no {CONFIG_FILE} in it, so it is not an adapter", Exit.MODEL)
+    values = read_json_object(path, CONFIG_BYTES)
+    if values.get("peft_type") != "LORA":
         raise LoratuneError(f"{path}: not a LoRA adapter", Exit.MODEL)
     problems = [
-        f"{key} is {json.dumps(values[key])}; {rule}"
+        f"{key} is {_shortened(values.get(key))}; {rule}"
         for key, (is_right, rule) in RULES.items()
-        if key in values and not is_right(values[key])
+        if (key in values or key in NEEDED) and not is_right(values.get(key))
     ]
     problems += [problem for problem in (_code_problem(values), _start_problem(values)) if problem]
     unknown = sorted(key for key, value in values.items() if value and key not in SETTINGS | OTHER_SETTINGS)
@@ -101,57 +105,98 @@ def _start_problem(values: dict[str, Any]) -> str | None:
     )
 
 
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+def _shortened(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= LONGEST_SHOWN else f"{text[:LONGEST_SHOWN]}… ({len(text):,} characters)"
 
 
-def _is_names(value: Any) -> bool:
-    return value is None or isinstance(value, str) or (isinstance(value, list) and all(map(_is_name, value)))
+def _is_integer(value: Any, least: int, most: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and least <= value <= most
 
 
-def _is_name(value: Any) -> bool:
-    return isinstance(value, str)
+def _is_rank(value: Any) -> bool:
+    return _is_integer(value, 1, HIGHEST_RANK)
+
+
+def _is_alpha(value: Any) -> bool:
+    is_number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    return is_number and 0 <= value <= HIGHEST_ALPHA
 
 
 def _is_pattern(value: Any) -> bool:
-    """Whether a value gives regular expressions of module names their ranks or alphas."""
-    if not isinstance(value, dict) or not all(map(_is_number, value.values())):
-        return value is None
-    try:
-        return all(re.compile(pattern) for pattern in value)
-    except re.error:
-        return False
+    return isinstance(value, str) and len(value) <= LONGEST_PATTERN
+
+
+def _is_name(value: Any) -> bool:
+    return _is_pattern(value) and NAME.fullmatch(value) is not None
+
+
+def _is_list(value: Any, is_right: Callable[[Any], bool]) -> bool:
+    return isinstance(value, list) and len(value) <= MOST_PATTERNS and all(map(is_right, value))
+
+
+def _is_names_or_pattern(value: Any) -> bool:
+    return value is None or _is_pattern(value) or _is_list(value, _is_name)
+
+
+def _is_names(value: Any) -> bool:
+    return value is None or _is_name(value) or _is_list(value, _is_name)
+
+
+def _is_patterns(value: Any) -> bool:
+    return value is None or _is_pattern(value) or _is_list(value, _is_pattern)
+
+
+def _is_layers(value: Any) -> bool:
+    return value is None or _is_layer(value) or _is_list(value, _is_layer)
+
+
+def _is_layer(value: Any) -> bool:
+    return _is_integer(value, 0, MOST_LAYERS)
+
+
+def _gives(value: Any, is_right: Callable[[Any], bool]) -> bool:
+    """Whether a value gives names or expressions their numbers."""
+    is_some = isinstance(value, dict) and len(value) <= MOST_PATTERNS
+    return value is None or (is_some and all(_is_pattern(key) and is_right(number) for key, number in value.items()))
 
 
 def _is_indices(value: Any) -> bool:
     """Whether a value names tokens: a list of ids, or one for each module."""
     lists = list(value.values()) if isinstance(value, dict) else [] if value is None else [value]
-    return all(
-        isinstance(ids, list) and all(isinstance(id_, int) and not isinstance(id_, bool) and id_ >= 0 for id_ in ids)
-        for ids in lists
-    )
+    return all(isinstance(ids, list) and all(_is_integer(id_, 0, HIGHEST_TOKEN) for id_ in ids) for ids in lists)
 
 
-NUMBERS, PATTERNS, NAMES = "r and lora_alpha must be numbers", "it must give names their numbers", "it must be names"
+NAMES = f"it must be names of modules, at most {MOST_PATTERNS:,}"
+EXPRESSION = f"at most {LONGEST_PATTERN:,} characters"
+PATTERNS = f"it must be an expression of {EXPRESSION}, or names of modules, at most {MOST_PATTERNS:,}"
+RANK = f"a rank is a whole number from 1 to {HIGHEST_RANK:,}"
+ALPHA = f"an alpha is a number from 0 to {HIGHEST_ALPHA:,}"
+GIVEN = f"to at most {MOST_PATTERNS:,} names or expressions of {EXPRESSION}"
+SWITCH = "it must be true or false"
 # What PEFT takes as it is, and fails on later, in places that don't say where it came from.
 RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
-    "r": (lambda value: _is_number(value) and isinstance(value, int), NUMBERS),
-    "lora_alpha": (_is_number, NUMBERS),
+    "r": (_is_rank, RANK),
+    "lora_alpha": (_is_alpha, ALPHA),
     "bias": (lambda value: value in (None, "none", "all", "lora_only"), "it must be none, all or lora_only"),
-    "rank_pattern": (_is_pattern, PATTERNS),
-    "alpha_pattern": (_is_pattern, PATTERNS),
-    "target_modules": (_is_names, NAMES),
+    "rank_pattern": (lambda value: _gives(value, _is_rank), f"{RANK}, given {GIVEN}"),
+    "alpha_pattern": (lambda value: _gives(value, _is_alpha), f"{ALPHA}, given {GIVEN}"),
+    "target_modules": (_is_names_or_pattern, PATTERNS),
+    "exclude_modules": (_is_names_or_pattern, PATTERNS),
+    "layers_pattern": (_is_patterns, PATTERNS),
+    "layers_to_transform": (_is_layers, f"it must be numbers of layers, from 0 to {MOST_LAYERS:,}"),
     "modules_to_save": (_is_names, NAMES),
     "trainable_token_indices": (_is_indices, "it must be ids of tokens"),
+    "task_type": (lambda value: value in (None, "CAUSAL_LM"), "only adapters of language models (CAUSAL_LM) are taken"),
+    "megatron_core": (
+        lambda value: value in (None, "megatron.core"),
+        "it names code, and nothing that an adapter names is imported",
+    ),
+    **{
+        key: (lambda value: value is None or isinstance(value, bool), SWITCH)
+        for key in ("use_dora", "use_rslora", "lora_bias", "ensure_weight_tying")
+    },
 }
-
-
-def by_pattern(patterns: dict[str, float] | None, module: str, default: Any) -> Any:
-    """The value of the first pattern that a module's name ends in, as PEFT finds it."""
-    for pattern, value in (patterns or {}).items():
-        if re.match(rf"(.*\.)?({pattern})$", module):
-            return value
-    return default
 
 
 def check_weights(folder: Path) -> None:

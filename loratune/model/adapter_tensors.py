@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from loratune.errors import counted
 from loratune.model.adapter_files import WEIGHTS_FILE, check_weights
+from loratune.model.adapter_patterns import targeted
 from loratune.model.tensor_files import TensorFiles
 
 PREFIX = "base_model.model."
 VOCABULARY = EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 PART = re.compile(r"(?P<module>.+)\.(?P<part>lora_[AB]\.weight|lora_B\.bias|lora_embedding_[AB]|lora_magnitude_vector)")
+RANK_AXES = {"lora_A.weight": 0, "lora_embedding_A": 0, "lora_B.weight": 1, "lora_embedding_B": 1}
 # PEFT's wrappers, which stand between a module's name and its parameter.
 WRAPPER = re.compile(r"\.(token_adapter|base_layer|modules_to_save(\.default)?)(?=\.)")
 TOKENS = ".token_adapter.trainable_tokens_delta"
@@ -40,10 +43,10 @@ def read_tensors(
 
     Args:
         folder: PEFT folder.
-        values: from `read_config_values`.
+        values: from `settle_patterns`.
         base: name of each parameter of the base → its shape.
         is_tied: whether the base has one matrix for embedding and head.
-        problems: told what does not fit the base; the shapes of LoRA's matrices are not looked at.
+        problems: told what does not fit the base or the config; of LoRA's matrices only the ranks are looked at.
 
     Raises:
         LoratuneError: the file is missing, damaged or holds NaN.
@@ -72,7 +75,54 @@ def read_tensors(
     if is_tied and EMBEDDING in found.rows:
         found.rows.setdefault(HEAD, found.rows[EMBEDDING])
     problems += [*_vocabulary_problems(found, base), *_place_problems(found, base), *_missing(found, values, base)]
+    problems += [*_rank_problems(found, values), *_target_problems(found, values, base)]
     return found
+
+
+def rank_and_alpha(values: dict[str, Any], module: str) -> tuple[int, float]:
+    """What a config gives a module.
+
+    Args:
+        values: from `settle_patterns`.
+        module: name in the base.
+    """
+    rank, alpha = values["rank_pattern"].get(module, values["r"]), values["alpha_pattern"].get(module)
+    return rank, values["lora_alpha"] if alpha is None else alpha
+
+
+def _rank_problems(tensors: AdapterTensors, values: dict[str, Any]) -> list[str]:
+    """Matrices of another rank than the config's, for which PEFT would make room before it compares them."""
+    problems = []
+    for name, tensor in tensors.lora.items():
+        match = PART.fullmatch(name.removeprefix(PREFIX))
+        axis = RANK_AXES.get(match["part"]) if match else None
+        if match is None or axis is None:
+            continue
+        rank, _ = rank_and_alpha(values, _module(match))
+        if tensor.ndim != 2:
+            problems.append(f"{name}: of shape {list(tensor.shape)}, so no matrix")
+        elif tensor.shape[axis] != rank:
+            problems.append(f"{name}: rank {tensor.shape[axis]} where the adapter's config says {rank}")
+    return problems
+
+
+def _target_problems(tensors: AdapterTensors, values: dict[str, Any], base: Iterable[str]) -> list[str]:
+    """Whether LoRA's matrices are those of the modules that the config names."""
+    matches = (PART.fullmatch(name.removeprefix(PREFIX)) for name in tensors.lora)
+    found = {_module(match) for match in matches if match}
+    named = set(targeted(values, base))
+    if found == named:
+        return []
+    first = min(found ^ named)
+    return [
+        f"its config and its tensors do not belong together: {counted(len(found - named), 'module')} too many, "
+        f"{len(named - found)} too few, first {first}"
+    ]
+
+
+def _module(match: re.Match[str]) -> str:
+    """The base's name of the module that a tensor of LoRA belongs to."""
+    return WRAPPER.sub("", match["module"] + ".").rstrip(".")
 
 
 def _place_problems(tensors: AdapterTensors, base: Mapping[str, Sequence[int]]) -> list[str]:

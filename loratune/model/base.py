@@ -7,13 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig
-from transformers.utils import logging as transformers_logging
+from transformers import BitsAndBytesConfig
 
 from loratune.errors import Exit, LoratuneError
+from loratune.model.from_folder import load_from_folder
 from loratune.model.hardware import Hardware, resolve_attention, resolve_dtype
-from loratune.model.tying import head_is_tied
 from loratune.recipe.sections import ModelSettings
 
 
@@ -23,31 +21,13 @@ def load_base(settings: ModelSettings, folder: Path, hardware: Hardware) -> Any:
     Raises:
         LoratuneError: settings that this machine cannot serve, or weights that do not fit the config.
     """
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
-    dtype = resolve_dtype(settings.dtype, hardware)
-    is_tied = head_is_tied(folder)
-    try:
-        model, info = AutoModelForCausalLM.from_pretrained(
-            folder,
-            dtype=dtype,
-            quantization_config=_quantization(settings, hardware),
-            attn_implementation=resolve_attention(settings.attention, hardware),
-            device_map={"": hardware.device},
-            local_files_only=True,
-            trust_remote_code=False,
-            output_loading_info=True,
-        )
-    except (OSError, ValueError, RuntimeError, StrictDataclassError) as error:
-        if "allocate" in str(error):
-            raise
-        raise LoratuneError(f"{folder}: cannot be loaded: {str(error).splitlines()[0]}", Exit.MODEL) from error
-    if info["missing_keys"]:
-        missing = ", ".join(sorted(info["missing_keys"])[:5])
-        raise LoratuneError(f"{folder}: the weights lack tensors that the model needs: {missing}", Exit.MODEL)
-    model.config.tie_word_embeddings = is_tied
-    model.requires_grad_(False)
-    return model
+    return load_from_folder(
+        folder,
+        dtype=resolve_dtype(settings.dtype, hardware),
+        quantization_config=_quantization(settings, hardware),
+        attn_implementation=resolve_attention(settings.attention, hardware),
+        device_map={"": hardware.device},
+    )
 
 
 def _quantization(settings: ModelSettings, hardware: Hardware) -> BitsAndBytesConfig | None:

@@ -3,20 +3,32 @@
 from __future__ import annotations
 
 import json
+import math
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
-from loratune.errors import Exit, LoratuneError
+from loratune.errors import Exit, LoratuneError, bullet_list
+from loratune.reading import CONFIG_BYTES, read_json_object
 from loratune.recipe.sections import TINY_QWEN, ModelSettings
 
 # Architectures whose code is part of transformers and whose weights this program has been written for.
 MODEL_TYPES = {"qwen2", "qwen3", "llama", "mistral"}
 # Keys that have made a library fetch or run code from a model's folder (transformers CVE-2026-4372, vLLM
 # CVE-2026-22807, mlx-lm CVE-2026-5843).
-FORBIDDEN_KEYS = ("auto_map", "custom_pipelines", "model_file", "trust_remote_code")
+FORBIDDEN_KEYS = ("auto_map", "custom_pipelines", "custom_generate", "kernel_config", "model_file", "trust_remote_code")
+# Keys that choose how something is computed, which the recipe does; transformers fetches what it does not have by name.
+IMPLEMENTATIONS = ("attn_implementation", "experts_implementation")
+KNOWN_IMPLEMENTATIONS = (None, "eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention")
+# What would be computed otherwise with these, and is not.
+FOREIGN_KEYS = ("per_layer_config", "fusion_config")
+MOST_LAYERS = 1_000
+INDEX_BYTES = 100_000_000
+CONFIG, ADAPTER_CONFIG = "config.json", "adapter_config.json"
+OTHER_CONFIGS = ("generation_config.json", "tokenizer_config.json")
 TOKENIZER_FILES = ["*.json", "*.jinja", "*.txt", "*.model"]
 HUB_FILES = [*TOKENIZER_FILES, "*.safetensors"]
 
@@ -75,21 +87,23 @@ def check_config(folder: Path) -> None:
     Raises:
         LoratuneError: with what is missing or not allowed.
     """
-    config = _read_json(folder / "config.json")
-    if config is None:
+    if not (folder / CONFIG).exists():
         raise LoratuneError(f"{folder}: no config.json in it, so it is not a model folder", Exit.MODEL)
-    forbidden = [key for key in config if key in FORBIDDEN_KEYS or key.endswith("_internal")]
-    if forbidden:
+    if (folder / ADAPTER_CONFIG).exists():
         raise LoratuneError(
-            f"{folder}/config.json asks for code outside transformers ({', '.join(forbidden)}); it is never run",
+            f"{folder}: an adapter lies beside the weights ({ADAPTER_CONFIG}), and the model would not be the base "
+            "itself. Move the adapter's files to a folder of their own, and give that one with --adapter",
             Exit.MODEL,
         )
+    config = read_json_object(folder / CONFIG, CONFIG_BYTES)
+    for path in [folder / CONFIG, *(folder / name for name in OTHER_CONFIGS if (folder / name).exists())]:
+        check_values(path, config if path.name == CONFIG else read_json_object(path, CONFIG_BYTES))
     if str(config.get("model_type")) not in MODEL_TYPES:
         raise LoratuneError(
             f"{folder}: model_type {config.get('model_type')!r} is not supported; {', '.join(sorted(MODEL_TYPES))} are",
             Exit.MODEL,
         )
-    if "quantization_config" in config:
+    if config.get("quantization_config") is not None:
         raise LoratuneError(
             f"{folder}: its weights are quantised already; give the full-precision model and set model.quantization",
             Exit.MODEL,
@@ -98,13 +112,59 @@ def check_config(folder: Path) -> None:
         raise LoratuneError(f"{folder}: no tokenizer.json in it", Exit.MODEL)
 
 
+def check_values(path: Path, values: dict[str, Any]) -> None:
+    """Refuse a config that asks for code, at whatever depth, or holds numbers that no model has.
+
+    Raises:
+        LoratuneError: with the keys.
+    """
+    entries = list(_entries(values))
+    forbidden = [key for key, value in entries if value and (key in FORBIDDEN_KEYS or key.endswith("_internal"))]
+    forbidden += [key for key, value in entries if key == "use_kernels" and value]
+    forbidden += [
+        key
+        for key, value in entries
+        if key.removeprefix("_") in IMPLEMENTATIONS and (isinstance(value, dict) or value not in KNOWN_IMPLEMENTATIONS)
+    ]
+    if forbidden:
+        raise LoratuneError(
+            f"{path} asks for code outside transformers ({', '.join(dict.fromkeys(forbidden))}); it is never run. Take "
+            "these keys out if the model works without them",
+            Exit.MODEL,
+        )
+    problems = [f"{key} is {value}" for key, value in entries if isinstance(value, float) and not math.isfinite(value)]
+    problems += [f"{key} is set, which is not carried out" for key in FOREIGN_KEYS if values.get(key)]
+    layers = values.get("num_hidden_layers")
+    if isinstance(layers, int) and layers > MOST_LAYERS:
+        problems.append(f"num_hidden_layers is {layers:,}, more than any model has")
+    if problems:
+        raise LoratuneError(
+            f"{path}: not the config of a model that works:\n{bullet_list(problems)}\nfetch it again, or correct it",
+            Exit.MODEL,
+        )
+
+
+def _entries(values: dict[str, Any]) -> Iterator[tuple[str, Any]]:
+    """All keys with their values, at whatever depth; a list's items go by the key of the list."""
+    waiting: list[tuple[str, Any]] = [("", values)]
+    while waiting:
+        name, value = waiting.pop()
+        if isinstance(value, dict):
+            waiting += value.items()
+        elif isinstance(value, list):
+            waiting += ((name, item) for item in value)
+        if name:
+            yield name, value
+
+
 def weight_files(folder: Path) -> list[Path]:
     """The safetensors files of a model folder, in order.
 
     Raises:
         LoratuneError: there are none, one named by the index is missing, or lies elsewhere.
     """
-    index = _read_json(folder / "model.safetensors.index.json")
+    path = folder / "model.safetensors.index.json"
+    index = read_json_object(path, INDEX_BYTES) if path.exists() else None
     places = index.get("weight_map", {}) if index else {"": "model.safetensors"}
     if not isinstance(places, dict):
         raise LoratuneError(f"{folder}: the index has no weight_map of tensors and files", Exit.MODEL)
@@ -143,18 +203,6 @@ def _download(settings: ModelSettings, patterns: list[str]) -> Path:
         ) from error
 
 
-def _read_json(path: Path) -> dict[str, Any] | None:
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return None
-    except (OSError, ValueError) as error:
-        raise LoratuneError(f"{path}: cannot be read: {error}", Exit.MODEL) from error
-    if not isinstance(value, dict):
-        raise LoratuneError(f"{path}: holds no JSON object", Exit.MODEL)
-    return value
-
-
 def _check_safetensors(path: Path) -> None:
     """Compare the file's size with what its header declares, before anything is allocated for it."""
     size = path.stat().st_size
@@ -165,7 +213,7 @@ def _check_safetensors(path: Path) -> None:
         try:
             header = json.loads(file.read(length))
             ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
-        except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
+        except (ValueError, KeyError, TypeError, IndexError, AttributeError, RecursionError) as error:
             raise LoratuneError(f"{path}: its header cannot be read", Exit.MODEL) from error
     expected = 8 + length + max(ends, default=0)
     if size != expected:

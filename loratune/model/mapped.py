@@ -12,16 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 from torch.nn import functional
-from transformers import AutoModelForCausalLM
-from transformers.utils import logging as transformers_logging
 
-from loratune.errors import Exit, LoratuneError
 from loratune.model.files import weight_files
+from loratune.model.from_folder import load_from_folder
 from loratune.model.tensor_files import TensorFiles
-from loratune.model.tying import head_is_tied
 
 PIECE_VALUES = 4_000_000
 """Values of a matrix that are float32 at once."""
@@ -57,32 +53,17 @@ def load_mapped(folder: Path, in_float32: bool = True) -> Any:
     return model
 
 
-def load_plain(folder: Path) -> Any:
+def load_plain(folder: Path, is_quantized: bool = False) -> Any:
     """A causal language model as anybody would load it with transformers, in the type of its files, on the CPU.
+
+    Args:
+        folder: model folder.
+        is_quantized: whether its weights are, by this program.
 
     Raises:
         LoratuneError: it cannot be loaded, or tensors are missing or left over.
     """
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
-    try:
-        model, info = AutoModelForCausalLM.from_pretrained(
-            folder,
-            dtype="auto",
-            attn_implementation="sdpa",
-            local_files_only=True,
-            trust_remote_code=False,
-            output_loading_info=True,
-        )
-    except (OSError, ValueError, RuntimeError, KeyError, StrictDataclassError) as error:
-        raise LoratuneError(
-            f"{folder}: transformers cannot load it: {' '.join(str(error).split())[:300]}", Exit.MODEL
-        ) from error
-    strange = sorted({*info["missing_keys"], *info["unexpected_keys"]})
-    if strange:
-        raise LoratuneError(f"{folder}: weights and config do not fit: {', '.join(strange[:5])}", Exit.MODEL)
-    model.config.tie_word_embeddings = head_is_tied(folder)
-    return model.requires_grad_(False).eval()
+    return load_from_folder(folder, is_quantized, dtype="auto", attn_implementation="sdpa").eval()
 
 
 def _linear(module: nn.Linear, release: Callable[[], None], inputs: torch.Tensor) -> torch.Tensor:

@@ -28,6 +28,6 @@ def write_quantized(model: Path, folder: Path) -> Any:
 
 def load_quantized(folder: Path) -> Any:
     """The written model, which computes exactly as the one that was written."""
-    model = load_plain(folder)
+    model = load_plain(folder, is_quantized=True)
     keep_unpacked(model)
     return model

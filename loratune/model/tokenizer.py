@@ -8,6 +8,8 @@ from typing import Any
 from transformers import AutoTokenizer
 
 from loratune.errors import Exit, LoratuneError
+from loratune.model.config import load_config
+from loratune.model.files import CONFIG
 
 
 def load_tokenizer(folder: Path) -> Any:
@@ -16,14 +18,20 @@ def load_tokenizer(folder: Path) -> Any:
     Raises:
         LoratuneError: its files are damaged.
     """
+    config = load_config(folder) if (folder / CONFIG).is_file() else None
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(folder, config=config, local_files_only=True, trust_remote_code=False)
+        tokenizer("a text")  # which compares its length with model_max_length
     except Exception as error:  # the tokenizers library knows no other class
         raise LoratuneError(
-            f"{folder}: the tokenizer cannot be read: {str(error).splitlines()[0]}", Exit.MODEL
+            f"{folder}: the tokenizer cannot be read: {_first_line(error)}; fetch its files again", Exit.MODEL
         ) from error
     tokenizer.chat_control_tokens = [token for token in tokenizer.added_tokens_encoder if not token.isspace()]
     return tokenizer
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).splitlines()), type(error).__name__)
 
 
 def set_pad_token(tokenizer: Any, end_ids: set[int]) -> None:

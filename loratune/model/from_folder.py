@@ -1,0 +1,90 @@
+"""A model folder as transformers loads it, with what it sees of the configs, and how it fails, in one place."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoModelForCausalLM
+from transformers.utils import logging as transformers_logging
+
+from loratune.errors import Exit, LoratuneError, bullet_list
+from loratune.model.adapter_tensors import HEAD
+from loratune.model.config import empty_model, load_config, load_generation_config
+from loratune.model.files import weight_files
+from loratune.model.tensor_files import TensorFiles
+from loratune.model.tying import head_is_tied
+
+
+def load_from_folder(folder: Path, is_quantized: bool = False, **options: Any) -> Any:
+    """A causal language model, frozen.
+
+    Args:
+        folder: model folder.
+        is_quantized: whether its weights are, by this program.
+        options: of `from_pretrained`.
+
+    Raises:
+        LoratuneError: it cannot be loaded, or weights and config do not fit.
+    """
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    config, is_tied = load_config(folder, is_quantized), head_is_tied(folder)
+    if not is_quantized:
+        _check_shapes(folder, config)
+    try:
+        model, info = AutoModelForCausalLM.from_pretrained(
+            folder,
+            config=config,
+            generation_config=load_generation_config(folder),
+            local_files_only=True,
+            trust_remote_code=False,
+            use_safetensors=True,
+            output_loading_info=True,
+            **options,
+        )
+    except LoratuneError:
+        raise
+    except Exception as error:  # of values in files, each layer of transformers and torch raises another kind
+        if "allocate" in str(error) or isinstance(error, MemoryError):
+            raise
+        told = " ".join(str(error).split())[:300] or type(error).__name__
+        raise LoratuneError(f"{folder}: cannot be loaded: {told}", Exit.MODEL) from error
+    if info["missing_keys"]:
+        raise _lacking(folder, info["missing_keys"])
+    if info["unexpected_keys"]:
+        left = ", ".join(sorted(info["unexpected_keys"])[:5])
+        raise LoratuneError(
+            f"{folder}: weights and config do not fit: the config's model has no place for {left}", Exit.MODEL
+        )
+    infinite = [name for name, buffer in model.named_buffers() if not buffer.isfinite().all()]
+    if infinite:
+        raise LoratuneError(
+            f"{folder}/config.json: rope_parameters (rope_theta, rope_scaling) give no finite {infinite[0]}; fetch the "
+            "file again, or correct it",
+            Exit.MODEL,
+        )
+    model.config.tie_word_embeddings = is_tied
+    return model.requires_grad_(False)
+
+
+def _check_shapes(folder: Path, config: Any) -> None:
+    """Compare the sizes that a config states with the weights' own, before anything is allocated for them."""
+    held = {name: info.shape for name, info in TensorFiles(weight_files(folder)).infos.items()}
+    wanted = {name: tuple(tensor.shape) for name, tensor in empty_model(config).state_dict().items()}
+    other = [name for name, shape in wanted.items() if name in held and held[name] != shape]
+    if other:
+        told = [f"{name}: {list(held[name])}, by the config {list(wanted[name])}" for name in other]
+        raise LoratuneError(
+            f"{folder}: weights and config do not fit:\n{bullet_list(told, limit=5)}\nfetch config.json again, or "
+            "correct its sizes",
+            Exit.MODEL,
+        )
+    missing = [name for name in wanted if name not in held and name != HEAD]
+    if missing:
+        raise _lacking(folder, missing)
+
+
+def _lacking(folder: Path, names: list[str]) -> LoratuneError:
+    missing = ", ".join(sorted(names)[:5])
+    return LoratuneError(f"{folder}: the weights lack tensors that the model needs: {missing}", Exit.MODEL)
