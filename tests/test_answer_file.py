@@ -606,7 +606,7 @@ def test_scores_are_added_to_a_complete_file_without_answering_again(cli: Cli, t
         ("a.jsonl.part", "a.jsonl", "would replace the rows"),
         ("rows.jsonl", "x", "is a folder"),
         ("rows.jsonl", "missing/a.jsonl", "there is no folder"),
-        ("rows.jsonl", "", "--output is no file; give one"),
+        ("rows.jsonl", "", "--output . is a folder; give a file"),
         ("rows.jsonl", "/dev/null", "is not a plain file"),
         ("rows.jsonl#2", "a.jsonl", "leave the # and what follows it off"),
     ],
