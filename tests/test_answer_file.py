@@ -184,6 +184,16 @@ FILES: dict[str, tuple[str, list[tuple[list[str], str | None]]]] = {
         ' {"conversations": [{"from": "human", "value": "c"}], "system": "S"}]',
         [(["a"], "b"), (["S", "c"], None)],
     ),
+    "other_keys.json": (
+        '[{"conversations": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]},'
+        ' {"conversations": [{"role": "user", "content": "c"}]}]',
+        [(["a"], "b"), (["c"], None)],
+    ),
+    "other_keys.jsonl": (
+        '{"messages": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]}\n'
+        '{"messages": [{"from": "human", "value": "c"}], "system": "S"}\n',
+        [(["a"], "b"), (["S", "c"], None)],
+    ),
 }  # fmt: skip
 
 
@@ -596,6 +606,7 @@ def test_scores_are_added_to_a_complete_file_without_answering_again(cli: Cli, t
         ("a.jsonl.part", "a.jsonl", "would replace the rows"),
         ("rows.jsonl", "x", "is a folder"),
         ("rows.jsonl", "missing/a.jsonl", "there is no folder"),
+        ("rows.jsonl", "", "--output . is a folder; give a file"),
         ("rows.jsonl", "/dev/null", "is not a plain file"),
         ("rows.jsonl#2", "a.jsonl", "leave the # and what follows it off"),
     ],

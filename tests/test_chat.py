@@ -31,7 +31,7 @@ from typer.testing import Result
 
 from loratune import console
 from loratune.cli.infer import command
-from loratune.data.chat_rows import from_messages, problems_of_messages
+from loratune.data.chat_rows import MESSAGES
 from loratune.errors import Exit, LoratuneError
 from loratune.generation.answering import Reply
 from loratune.generation.chat import Chat, clean
@@ -396,8 +396,8 @@ def test_a_saved_conversation_is_a_row_that_can_be_trained_on(tmp_path: Path) ->
     text = (tmp_path / "a.json").read_text(encoding="utf-8")
     assert not re.search("[\x00-\x09\x0b-\x1f\x7f-\x9f]", text)
     (row,) = json.loads(text)
-    assert problems_of_messages(row) == []
-    assert from_messages(row) == [
+    assert MESSAGES.problems(row) == []
+    assert MESSAGES.messages(row) == [
         {"role": "system", "content": "Be brief."},
         {"role": "user", "content": "Who?"},
         {"role": "assistant", "content": "<think>\nhm\n\nyes\n</think>\n\nI am\x1b[31m Robin.\x9b"},

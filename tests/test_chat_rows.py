@@ -12,6 +12,7 @@ from conftest import TINY_QWEN
 from transformers import AutoTokenizer
 from typer.testing import Result
 
+from loratune.data.columns import describe_unread_columns
 from loratune.data.conversation import Conversation
 from loratune.data.encoding import IGNORED, Encoder
 from loratune.data.formats import ConversationReader, detect_format
@@ -216,11 +217,159 @@ def test_a_turn_that_the_template_drops_is_refused() -> None:
         Encoder(tokenizer, PromptSettings()).encode(read(row))
 
 
+OTHER_KEYS = {"role": "from", "content": "value", "from": "role", "value": "content"}
+
+
+def rewritten(turns: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Turns with the keys of the other style, and the roles that both know."""
+    known = {"human": "user", "gpt": "assistant"}
+    return [{OTHER_KEYS.get(key, key): known.get(value, value) for key, value in turn.items()} for turn in turns]
+
+
+@pytest.mark.parametrize(("kind", "key"), [("messages", "messages"), ("sharegpt", "conversations")])
+def test_turns_are_read_by_their_own_keys_whatever_their_list_is_called(kind: str, key: str) -> None:
+    row = json.loads(json.dumps(ROWS[kind]))
+    row[key][2]["loss"] = False
+    other = {key: rewritten(row[key])}
+    assert read(other) == read(row)
+    assert read(other).untrained == {2}
+    encoder = Encoder(load_tokenizer(TINY_QWEN), PromptSettings())
+    assert encoder.encode(read(other)) == encoder.encode(read(row))
+    # As Arrow fills in what the turns of other rows have.
+    assert read({key: [dict.fromkeys(turn, None) | one for turn, one in zip(row[key], other[key], strict=True)]}) == (
+        read(row)
+    )
+
+
+def test_what_only_one_style_knows_works_under_either_name() -> None:
+    called = {"messages": openai_row()["messages"], "tools": [ADD]}
+    assert read({"conversations": called["messages"], "tools": [ADD]}) == CALLED
+    assert read({"messages": sharegpt_row()["conversations"], "tools": [ADD]}) == CALLED
+    asked, answered = ROWS["sharegpt"]["conversations"][1:3]
+    for name in ("messages", "conversations"):
+        conversation = read({"system": "Be brief.", name: [asked, answered]})
+        assert conversation.messages[0] == {"role": "system", "content": "Be brief."}
+    assert read({"system": "Be brief.", "messages": ROWS["messages"]["messages"][1:3]}).messages[0]["role"] == "user"
+
+
+@pytest.mark.parametrize("key", ["messages", "conversations"])
+@pytest.mark.parametrize(
+    ("turns", "words"),
+    [
+        (
+            [{"role": "user", "content": "a"}, {"from": "gpt", "value": "b"}],
+            ("message 2 has 'from' where others have 'role'", "message 1 has 'role' where others have 'from'"),
+        ),
+        (
+            [{"from": "human", "value": "a"}, {"role": "assistant", "content": "b", "from": None}],
+            ("message 1 has 'from' where others have 'role'", "message 2 has 'role' where others have 'from'"),
+        ),
+        (
+            [{"role": "user", "value": "a"}, {"role": "assistant", "content": "b"}],
+            ("message 1 has its text under 'value'; with 'role' goes 'content'",) * 2,
+        ),
+        (
+            [{"from": "human", "value": "a"}, {"from": "gpt", "content": "b"}],
+            ("message 2 has its text under 'content'; with 'from' goes 'value'",) * 2,
+        ),
+    ],
+)
+def test_turns_of_one_row_that_are_written_in_two_ways_are_refused(
+    key: str, turns: list[dict[str, Any]], words: tuple[str, str]
+) -> None:
+    assert words[key == "conversations"] in str(read_or_refuse({key: turns}))
+
+
+def test_rows_of_both_styles_may_stand_in_one_file() -> None:
+    reader = ConversationReader(detect_format([ROWS["messages"]], {}), {"name": "Ada"}, {})
+    rows = [{"messages": turns} for turns in (ROWS["messages"]["messages"], ROWS["sharegpt"]["conversations"])]
+    first, second = map(reader.read, rows)
+    assert first == second
+    assert isinstance(
+        reader.read({"messages": [{"from": "human", "value": "a", "mood": 1}, *rows[1]["messages"]]}), (Conversation)
+    )
+    assert reader.ignored == {"messages[].mood"}
+
+
 @pytest.mark.parametrize(("key", "what"), [("image", "a picture"), ("images", "pictures"), ("audios", "sound")])
 @pytest.mark.parametrize("kind", ROWS)
 def test_rows_about_pictures_are_refused_by_name(kind: str, key: str, what: str) -> None:
     assert f"{key!r} holds {what}" in str(read_or_refuse(ROWS[kind] | {key: ["a.png"]}))
-    assert isinstance(read_or_refuse(ROWS[kind] | {key: []}), Conversation)
+    for nothing in ([], None, "", [None], [""], {}, {"bytes": None, "path": None}, [{"bytes": None, "path": None}]):
+        assert isinstance(read_or_refuse(ROWS[kind] | {key: nothing}), Conversation)
+
+
+MEDIA = [
+    ("image_path", "a.png", "a picture"),
+    ("img", "/data/photos/IMG 0001 (2).JPEG", "a picture"),
+    ("picture_url", "https://example.org/p/1.webp?size=large#top", "a picture"),
+    ("scan", "data:image/png;base64,iVBORw0KGgo=", "a picture"),
+    ("photo", {"bytes": b"\x89PNG", "path": None}, "a file"),
+    ("photo", {"bytes": b"\x89PNG", "path": "a.png"}, "a picture"),
+    ("photo", [None, {"bytes": None, "path": "a.png"}], "a picture"),
+    ("pixels", b"\x89PNG", "the bytes of a file"),
+    ("files", [{"url": "a.mp4"}], "a video"),
+    ("clip", "C:\\clips\\a.mov", "a video"),
+    ("voice", ["a.wav"], "sound"),
+]
+
+
+def with_question(kind: str, question: str) -> dict[str, Any]:
+    row: dict[str, Any] = json.loads(json.dumps(ROWS[kind]).replace("Bye", question))
+    return row
+
+
+@pytest.mark.parametrize(("column", "value", "what"), MEDIA)
+@pytest.mark.parametrize("kind", ROWS)
+def test_a_placeholder_for_what_an_unread_column_holds_is_refused_by_name(
+    kind: str, column: str, value: Any, what: str
+) -> None:
+    told = str(read_or_refuse(with_question(kind, "<image>What is it?") | {column: value}))
+    assert f"{column!r} holds {what}, to which <image> in a text refers" in told
+    # Such a column alone may be anything, and <image> alone may be XML.
+    assert isinstance(read_or_refuse(ROWS[kind] | {column: value}), Conversation)
+    assert isinstance(read_or_refuse(with_question(kind, "<image>What is it?") | {column: None}), Conversation)
+
+
+@pytest.mark.parametrize("placeholder", ["<video>", "<audio>", "<|image|>", "<image_0>", "<|image_pad|>", "<IMAGE>"])
+def test_other_placeholders_are_known(placeholder: str) -> None:
+    assert f"to which {placeholder} in a text" in str(
+        read_or_refuse(with_question("sharegpt", placeholder) | {"image_file": "a.png"})
+    )
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        *("", None, [], [None], {"bytes": None, "path": None}, 7, "png", "see a.png.\nThen", "notes.txt", "a.json"),
+        *({"path": "src/main.py"}, ["en"], {"score": 0.5}, "https://example.org/page", "<img src='a.png'>", b""),
+    ],
+)
+def test_columns_that_hold_no_media_are_ignored_as_ever(value: Any) -> None:
+    assert isinstance(read_or_refuse(with_question("alpaca", "What does <image> mean?") | {"x": value}), Conversation)
+
+
+def test_pictures_in_turns_are_seen() -> None:
+    row = with_question("messages", "<image> What is it?")
+    row["messages"][3]["attachments"] = ["a.png"]
+    assert "'messages[].attachments' holds a picture, to which <image>" in str(read_or_refuse(row))
+    del row["messages"][3]["attachments"]
+    row["messages"][3]["images"] = ["a.png"]
+    assert "'messages[].images' holds a picture, to which <image>" in str(read_or_refuse(row))
+
+
+def test_rows_about_pictures_are_counted_and_can_be_left_out(cli: Callable[..., Result], tmp_path: Path) -> None:
+    file = tmp_path / "rows.json"
+    plain = [{"instruction": f"{n}+1?", "output": str(n + 1)} for n in range(3)]
+    seen = [{"instruction": "<image>What?", "output": "A cat.", "img": "a.png"}] * 2
+    file.write_text(json.dumps([plain[0], *seen, *plain[1:]]), encoding="utf-8")
+    check = ["data", "check", "--model.base", "tiny-qwen", "--data.validation", "0", "--data.train", file]
+    told = cli(*check)
+    assert told.exit_code == 3
+    message = " ".join(told.stderr.split())
+    assert "2 of 5 rows cannot be trained on" in message
+    assert "row 2: 'img' holds a picture" in message
+    assert cli(*check, "--data.on_bad_row", "skip").exit_code == 0
 
 
 @pytest.mark.parametrize(
@@ -231,6 +380,19 @@ def test_rows_about_pictures_are_refused_by_name(kind: str, key: str, what: str)
         (
             {"instruction": "2+2?", "context": "Sums.", "response": "4"},
             "--data.columns output=response --data.columns input=context",
+        ),
+        (
+            {"dialog": [{"role": "user", "content": "2+2?"}, {"role": "assistant", "content": "4"}], "id": 1},
+            "to train on the conversations under 'dialog': --data.columns messages=dialog",
+        ),
+        (
+            {"prompt": "2+2?"}
+            | {k: [{"from": "human", "value": "2+2?"}, {"from": "gpt", "value": k}] for k in ("rejected", "chosen")},
+            "DPO) is not offered; to train on the conversations under 'chosen': --data.columns conversations=chosen",
+        ),
+        (
+            {"prompt": "2+2?", "answer": ["4", "5"], "response": "4"},
+            "--data.columns instruction=prompt --data.columns output=response",
         ),
     ],
 )
@@ -245,8 +407,39 @@ def test_the_line_that_would_read_unknown_columns_is_given_and_works(
     message = " ".join(told.stderr.split())
     assert flags in message
     assert all(repr(name) in message for name in row)
-    given = message.partition("as the answer: ")[2].split()
+    given = message[message.index("--data.columns") :].split()
     assert cli(*preview, *given).exit_code == 0
+
+
+@pytest.mark.parametrize(
+    ("row", "words", "absent"),
+    [
+        (
+            {"text": "Once upon a time."},
+            "'text' holds plain text, and training on plain text (pretraining) is not",
+            "-",
+        ),
+        ({"text": "Once.", "label": "good"}, "pretraining) is not offered", "DPO"),
+        ({"content": "Once."}, "'content' holds plain text", "instruction=…"),
+        (
+            {"chosen": "Human: 2+2? Assistant: 4", "rejected": "Human: 2+2? Assistant: 5"},
+            "preference training (DPO) is not offered; to train on the chosen answers a column with their questions is "
+            "needed: --data.columns instruction=… --data.columns output=chosen",
+            "pretraining",
+        ),
+        ({"a": 1, "b": 2}, "--data.columns instruction=… --data.columns output=… names the columns", "pretraining"),
+    ],
+)
+def test_files_for_other_kinds_of_training_are_told_what_they_are(row: dict[str, Any], words: str, absent: str) -> None:
+    told = describe_unread_columns([row, row], detect_format([row], {}), {})
+    assert words in told
+    assert all(repr(name) in told for name in row)
+    assert absent not in told
+
+
+def test_columns_beside_known_ones_are_not_explained() -> None:
+    for row in ({"instruction": "a", "output": "b", "text": "a b"}, {"messages": [], "text": "x"}, {"output": "b"}):
+        assert describe_unread_columns([row], detect_format([row], {}), {}) == ""
 
 
 def turns(*roles: str) -> dict[str, Any]:

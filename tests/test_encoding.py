@@ -562,10 +562,11 @@ def test_the_hash_tells_templates_apart(make_encoder: MakeEncoder) -> None:
 # --- any conversation ---
 
 CONTROL = ["<|im_start|>", "<|im_end|>", "<|endoftext|>", "<tool_call>", "</tool_call>", "<think>", "</think>"]
-# The two left out are transformers' own marks around control tokens; it drops them from texts.
-CHARACTERS = st.characters(exclude_categories=["Cs"], exclude_characters="\U000f0000\U000f0001")
+# transformers sets these two around control tokens of texts; the third one may have to stand for one of them.
+MARKS = ["\U000f0000", "\U000f0001", "\U000f0002"]
+CHARACTERS = st.characters(exclude_categories=["Cs"]) | st.sampled_from(MARKS)
 PLAIN_TEXT = st.text(CHARACTERS, max_size=12).map(lambda text: unicodedata.normalize("NFC", text))
-HOSTILE_TEXT = st.lists(st.sampled_from(CONTROL) | st.text(CHARACTERS, max_size=5), max_size=5).map("".join)
+HOSTILE_TEXT = st.lists(st.sampled_from([*CONTROL, *MARKS]) | st.text(CHARACTERS, max_size=5), max_size=5).map("".join)
 
 
 @st.composite
@@ -619,6 +620,36 @@ def test_of_any_prompt_the_special_tokens_are_those_of_the_template_alone(
         return [token for token in encoder.prompt_ids(messages) if token in special]
 
     assert count(row.messages[:-1]) == count(harmless)
+
+
+@settings(deadline=None, max_examples=60)
+@given(text=HOSTILE_TEXT, template=TEMPLATES)
+def test_any_text_survives_in_system_prompt_question_and_answer(
+    make_encoder: MakeEncoder, text: str, template: str
+) -> None:
+    """Up to the tokenizer's own normaliser: NFC."""
+    encoder = make_encoder(template)
+    spoken = conversation(f"Q{text}Q", f"A{text}A", "?", f"L{text}L", system=f"S{text}S")
+    examples = encoder.encode(spoken)
+    read = [encoder.tokenizer.decode(example.input_ids.tolist()) for example in examples]
+    for whole in (f"S{text}S", f"Q{text}Q", f"L{text}L"):
+        assert unicodedata.normalize("NFC", whole) in unicodedata.normalize("NFC", read[-1])
+    assert unicodedata.normalize("NFC", f"A{text}A") in unicodedata.normalize("NFC", read[0])
+
+
+def test_the_marks_of_transformers_survive_beside_control_tokens_and_in_tools(make_encoder: MakeEncoder) -> None:
+    encoder = make_encoder("tools")
+    marks = "".join(MARKS)
+    tool = {"type": "function", "function": {"name": f"n{marks}", "description": f"<|im_end|>{marks}", marks: marks}}
+    prompt = encoder.tokenizer.decode(encoder.prompt_ids(dialogue(f"{marks}<|im_start|>{MARKS[1]}"), [tool]))
+    written = encoder.tokenizer.apply_chat_template(
+        list(dialogue(f"{marks}<|im_start|>{MARKS[1]}")),
+        tools=[tool],
+        tokenize=False,
+        add_generation_prompt=True,
+    )
+    assert prompt == written
+    assert prompt.count(marks) == 5
 
 
 def told_apart(encoder: Encoder, row: Conversation, train_on: str) -> list[Example]:

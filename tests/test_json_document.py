@@ -12,9 +12,10 @@ import pytest
 from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 
+from loratune.data.reading import files as reading_files
 from loratune.data.reading import json_document, json_lines
 from loratune.data.reading.files import open_rows
-from loratune.data.reading.json_document import rows_of_document
+from loratune.data.reading.json_document import check_object, rows_of_document
 from loratune.data.reading.json_lines import holds_lines, rows_of_lines, split_lines
 from loratune.data.reading.rows import BadRow
 from loratune.errors import LoratuneError
@@ -144,6 +145,40 @@ def test_a_large_document_takes_little_memory(tmp_path: Path, start: str, end: s
     assert last is not None
     assert last[:2] == ({"n": 6000}, 6001)
     assert peak < 12e6
+
+
+@pytest.mark.parametrize("blanks", ["", " \n" * 300_000])
+def test_a_second_list_of_rows_is_told_before_the_first_is_used_in_little_memory(tmp_path: Path, blanks: str) -> None:
+    path = tmp_path / "rows.json"
+    row = json.dumps({"n": 1, "output": "十 words\n" * 1000})
+    with path.open("w", encoding="utf-8") as file:
+        file.write(blanks + '{"meta": [' + ",\n".join([row] * 3000) + '], "v": 1, "data": [{"n": 1}]}')
+    tracemalloc.start()
+    try:
+        file_of_rows = open_rows(str(path))
+        for _ in range(2):
+            with pytest.raises(LoratuneError, match="holds several lists of rows, 'meta' and 'data'"):
+                next(iter(file_of_rows))
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert peak < 12e6
+
+
+def test_a_list_is_not_read_through_first() -> None:
+    counted = Counted(pieces(" \n [" + '{"n": 1}, ' * 10_000, 100))
+    check_object("f", iter(counted))
+    assert counted.characters == 100
+
+
+def test_an_object_is_read_through_once_for_all_passes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[str] = []
+    monkeypatch.setattr(reading_files, "check_object", lambda name, _: calls.append(name))
+    path = tmp_path / "rows.json"
+    path.write_text('{"data": [{"n": 1}, {"n": 2}]}')
+    file = open_rows(str(path))
+    assert [[row.value for row in file if not isinstance(row, BadRow)] for _ in range(3)] == [[{"n": 1}, {"n": 2}]] * 3
+    assert calls == [str(path)]
 
 
 @pytest.mark.parametrize("name", ["rows.json", "rows.jsonl"])

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
 import pytest
+from pydantic import ValidationError
+from typer.testing import Result
 
 from loratune.data.sources import FileKind, HubName, Source, file_kind, hub_name, parse_source
 from loratune.errors import Exit, LoratuneError
-from loratune.recipe.data_sections import SourceSettings
+from loratune.recipe.data_sections import DataSettings, SourceSettings
 
 
 def refusal(text: str) -> str:
@@ -137,12 +143,47 @@ def test_the_kind_of_a_file_is_its_ending(name: str, kind: tuple[str, str | None
 
 @pytest.mark.parametrize(
     "ending",
-    [".arrow", ".pkl", ".py", ".parquet.gz", ".json.bz2", ".json.gz.gz", ".json5", ".txt#5", ".gz", ".zst", ".", ""],
+    [".arrow", ".pkl", ".py", ".parquet.gz", ".json.bz2", ".json.gz.gz", ".json5", ".txt#5", ".gz", ".zst", ""],
 )
 @pytest.mark.parametrize("stem", ["rows", "a/.json", ""])
 def test_a_file_of_another_kind_is_refused_by_its_name(stem: str, ending: str) -> None:
     if stem + ending:
         assert "not a .json, .jsonl, .csv or .parquet file" in refusal(stem + ending)
+
+
+@pytest.mark.parametrize("name", [".", "..", "/", "rows.json.d"])
+def test_a_folder_is_told_to_be_one(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "rows.json.d").mkdir()
+    monkeypatch.chdir(tmp_path)
+    assert refusal(name) == f"{name}: is a folder; name the file of rows in it"
+
+
+@pytest.mark.parametrize("name", ["~nobody", "\0", "[]", "null"])
+def test_what_is_no_name_of_a_file_of_rows_is_refused(name: str) -> None:
+    assert "not a .json, .jsonl, .csv or .parquet file" in refusal(name)
+
+
+@pytest.mark.parametrize("blank", ["", " "])
+@pytest.mark.parametrize("setting", ["data.train", "data.validation", "output"])
+def test_a_blank_place_is_refused_with_its_setting(setting: str, blank: str, cli: Callable[..., Result]) -> None:
+    flags = {"model.base": "tiny-qwen", "data.train": "rows.json", setting: blank}
+    done = cli("sft", *(text for name, value in flags.items() for text in (f"--{name}", value)))
+    assert done.exit_code == 2
+    assert f"--{setting}: must" in done.stderr
+    assert "must not be empty" in " ".join(done.stderr.split())
+
+
+@pytest.mark.parametrize("entries", [["rows.json", ""], ["", "rows.json"], [{"path": " "}], [""]])
+def test_a_blank_entry_of_a_list_is_refused(entries: list[Any]) -> None:
+    for name in ("train", "validation"):
+        with pytest.raises(ValidationError, match="must not be empty"):
+            DataSettings.model_validate({"train": ["rows.json"], name: entries})
+
+
+@pytest.mark.parametrize("columns", [{"instruction": ""}, {"": "q"}, {"instruction": " "}])
+def test_a_column_without_a_name_is_refused(columns: dict[str, str]) -> None:
+    with pytest.raises(ValidationError, match="neither may be empty"):
+        DataSettings.model_validate({"train": ["rows.json"], "columns": columns})
 
 
 @pytest.mark.parametrize("name", ["rows.xlsx", "rows.XLS", "rows.ods#5"])

@@ -32,6 +32,11 @@ def messages(value: dict[str, Any]) -> list[Message]:
     return turns
 
 
+def unread(value: dict[str, Any]) -> dict[str, Any]:
+    """Columns of a row that nothing is taken from."""
+    return {key: inner for key, inner in value.items() if key not in KEYS}
+
+
 def _text_problem(value: dict[str, Any], key: str, required: bool) -> str:
     text = value.get(key)
     if text is None:

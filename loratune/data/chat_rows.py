@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from loratune.data.conversation import Message, has_half_a_pair, kind_of
+from loratune.data.row_tools import HALF_A_PAIR, parsed, read_calls, read_tools
 
 ROLES = {
     "system": "system", "developer": "system", "user": "user", "assistant": "assistant", "tool": "tool",
@@ -18,58 +19,140 @@ SHAREGPT_ROLES = ROLES | {
 }  # fmt: skip
 TRAINING_MARKS = ("loss", "loss_scale", "train", "training", "weight")
 """Keys by which a turn says whether it is trained: OpenAI's weight, and those of other programs."""
-MESSAGE_KEYS = frozenset(
-    {"role", "content", "tool_calls", "function_call", "tool_call_id", "name", "reasoning_content", *TRAINING_MARKS}
+
+
+@dataclass(frozen=True)
+class TurnStyle:
+    """How the turns of a conversation are written."""
+
+    role: str
+    """Key of who speaks."""
+    text: str
+    """Key of what is said."""
+    roles: Mapping[str, str]
+    """Name of a speaker → role."""
+    keys: frozenset[str]
+    """All that is read of a turn."""
+
+
+OPENAI = TurnStyle(
+    "role",
+    "content",
+    ROLES,
+    frozenset(
+        {"role", "content", "tool_calls", "function_call", "tool_call_id", "name", "reasoning_content", *TRAINING_MARKS}
+    ),
 )
-SHAREGPT_KEYS = frozenset({"from", "value", *TRAINING_MARKS})
-MESSAGES_NEED = "each row needs 'messages': a list of {role, content}, an answer last"
-SHAREGPT_NEEDS = "each row needs 'conversations': a list of {from, value}, an answer last"
-HALF_A_PAIR = "holds half of a UTF-16 pair, which is no character"
+SHAREGPT = TurnStyle("from", "value", SHAREGPT_ROLES, frozenset({"from", "value", *TRAINING_MARKS}))
 
 
-def problems_of_messages(value: dict[str, Any]) -> list[str]:
-    """What keeps a row of messages from being trained on."""
-    found = _problems(value, "messages", "role", _read_message)
-    return found or _mark_problems(value["messages"], "role", ROLES)
+@dataclass(frozen=True)
+class ChatRows:
+    """Rows with a list of turns; the keys of the turns say how they are written, whatever the list is called."""
+
+    key: str
+    """Of the list."""
+    usual: TurnStyle
+    """How the turns of such a list mostly are written."""
+
+    @property
+    def needs(self) -> str:
+        """What each row has to hold, for an error."""
+        return f"each row needs {self.key!r}: a list of {{{self.usual.role}, {self.usual.text}}}, an answer last"
+
+    def style_of(self, turns: list[Any]) -> TurnStyle:
+        """How the turns of a row are written: in the other style only if all of them are."""
+        other = self._other
+        is_other = bool(turns) and all(isinstance(turn, dict) and turn.get(other.role) is not None for turn in turns)
+        is_usual = all(isinstance(turn, dict) and turn.get(self.usual.role) is not None for turn in turns)
+        return other if is_other and not is_usual else self.usual
+
+    def problems(self, value: dict[str, Any]) -> list[str]:
+        """What keeps a row from being trained on."""
+        given = value.get(self.key)
+        if not isinstance(given, list) or not given:
+            return [f"{self.key!r} is {'an empty list' if given == [] else kind_of(given)}, not a list of turns"]
+        style = self.style_of(given)
+        found = self._form_problems(given, style)
+        if found:
+            return found
+        beside = self._system_beside(value, style)
+        messages = [_read(turn, style) for turn in [*beside, *given]]
+        first = 1 - len(beside)
+        found = [f"message {place}: {one}" for place, one in enumerate(messages, first) if isinstance(one, str)]
+        tools = read_tools(value)
+        found += [tools] if isinstance(tools, str) else []
+        return (
+            found
+            or _order_problems([one for one in messages if not isinstance(one, str)], first)
+            or _mark_problems(given, style)
+        )
+
+    def messages(self, value: dict[str, Any]) -> list[Message]:
+        """The turns of a row that has no problems."""
+        style = self.style_of(value[self.key])
+        turns = [*self._system_beside(value, style), *value[self.key]]
+        return [read for turn in turns if not isinstance(read := _read(turn, style), str)]
+
+    def untrained(self, value: dict[str, Any]) -> frozenset[int]:
+        """Numbers, among the messages, of the answers that the row leaves out of training."""
+        style = self.style_of(value[self.key])
+        beside = len(self._system_beside(value, style))  # it is the first message
+        return frozenset(place + beside for place in _untrained(value[self.key], style))
+
+    def unread(self, value: dict[str, Any]) -> dict[str, Any]:
+        """Columns of a row, and keys of its turns, that nothing is taken from, with what they hold."""
+        style = self.style_of(value[self.key])
+        read = {self.key, "tools", "functions"} | ({"system"} if self._takes_system(style) else set())
+        columns = {key: inner for key, inner in value.items() if key not in read}
+        for turn in value[self.key]:
+            for key in turn.keys() - style.keys:
+                if turn[key] is not None:
+                    columns.setdefault(f"{self.key}[].{key}", []).append(turn[key])
+        return columns
+
+    @property
+    def _other(self) -> TurnStyle:
+        return SHAREGPT if self.usual is OPENAI else OPENAI
+
+    def _takes_system(self, style: TurnStyle) -> bool:
+        """Whether a system prompt beside the turns is meant for the model, which is ShareGPT's way."""
+        return SHAREGPT in (self.usual, style)
+
+    def _system_beside(self, value: dict[str, Any], style: TurnStyle) -> list[dict[str, Any]]:
+        """A system prompt that stands beside the turns, as a turn."""
+        takes = self._takes_system(style) and value.get("system")
+        return [{style.role: "system", style.text: value["system"]}] if takes else []
+
+    def _form_problems(self, turns: list[Any], style: TurnStyle) -> list[str]:
+        """Turns that are none, or written in two ways."""
+        other = OPENAI if style is SHAREGPT else SHAREGPT
+        for place, turn in enumerate(turns, 1):
+            if not isinstance(turn, dict):
+                return [f"message {place} is not an object with {style.role!r}"]
+            has_other = turn.get(style.role) is None and turn.get(other.role) is not None
+            if has_other and any(isinstance(one, dict) and one.get(style.role) is not None for one in turns):
+                return [f"message {place} has {other.role!r} where others have {style.role!r}; write all turns alike"]
+            if style.role not in turn:
+                return [f"message {place} is not an object with {style.role!r}"]
+            if turn.get(style.text) is None and isinstance(turn.get(other.text), str):
+                return [f"message {place} has its text under {other.text!r}; with {style.role!r} goes {style.text!r}"]
+        return []
 
 
-def problems_of_sharegpt(value: dict[str, Any]) -> list[str]:
-    """What keeps a ShareGPT row from being trained on."""
-    found = _problems(value, "conversations", "from", _read_sharegpt)
-    return found or _mark_problems(value["conversations"], "from", SHAREGPT_ROLES)
+MESSAGES = ChatRows("messages", OPENAI)
+CONVERSATIONS = ChatRows("conversations", SHAREGPT)
 
 
-def from_messages(value: dict[str, Any]) -> list[Message]:
-    """The turns of a row of messages that has no problems."""
-    return [read for turn in value["messages"] if not isinstance(read := _read_message(turn), str)]
-
-
-def from_sharegpt(value: dict[str, Any]) -> list[Message]:
-    """The turns of a ShareGPT row that has no problems."""
-    turns = [*_system_beside(value), *value["conversations"]]
-    return [read for turn in turns if not isinstance(read := _read_sharegpt(turn), str)]
-
-
-def untrained_messages(value: dict[str, Any]) -> frozenset[int]:
-    """Numbers, among the messages, of the answers that the row leaves out of training."""
-    return _untrained(value["messages"], "role", ROLES)
-
-
-def untrained_sharegpt(value: dict[str, Any]) -> frozenset[int]:
-    """The same of a ShareGPT row; a system prompt beside the turns is its first message."""
-    beside = len(_system_beside(value))
-    return frozenset(place + beside for place in _untrained(value["conversations"], "from", SHAREGPT_ROLES))
-
-
-def _untrained(turns: list[dict[str, Any]], role_key: str, roles: dict[str, str]) -> frozenset[int]:
+def _untrained(turns: list[dict[str, Any]], style: TurnStyle) -> frozenset[int]:
     return frozenset(
         place
         for place, turn in enumerate(turns)
-        if roles[turn[role_key]] == "assistant" and any(turn.get(mark) == 0 for mark in TRAINING_MARKS)
+        if style.roles[turn[style.role]] == "assistant" and any(turn.get(mark) == 0 for mark in TRAINING_MARKS)
     )
 
 
-def _mark_problems(turns: list[dict[str, Any]], role_key: str, roles: dict[str, str]) -> list[str]:
+def _mark_problems(turns: list[dict[str, Any]], style: TurnStyle) -> list[str]:
     """Marks of single turns that cannot be honoured: a share of the loss, or the training of what is no answer."""
     found = []
     for place, turn in enumerate(turns, 1):
@@ -78,43 +161,13 @@ def _mark_problems(turns: list[dict[str, Any]], role_key: str, roles: dict[str, 
             f"message {place}: {mark!r} is neither 0 nor 1" for mark, value in given.items() if value not in (0, 1)
         ]
         wanted = [mark for mark, value in given.items() if value == 1]
-        if wanted and roles[turn[role_key]] in ("user", "tool"):
+        if wanted and style.roles[turn[style.role]] in ("user", "tool"):
             found.append(f"message {place}: {wanted[0]!r} asks to train it, and only answers are trained")
-    answers = sum(roles[turn[role_key]] == "assistant" for turn in turns)
-    if not found and len(_untrained(turns, role_key, roles)) == answers:
+    answers = sum(style.roles[turn[style.role]] == "assistant" for turn in turns)
+    if not found and len(_untrained(turns, style)) == answers:
         marks = sorted({mark for turn in turns for mark in TRAINING_MARKS if turn.get(mark) == 0})
         found.append(f"every answer is left out of training by {', '.join(map(repr, marks))}")
     return found
-
-
-def tools_of(value: dict[str, Any]) -> tuple[dict[str, Any], ...]:
-    """What the assistant of a row may call, each as OpenAI's {"type": "function", "function": {…}}."""
-    tools = _read_tools(_given_tools(value))
-    return () if isinstance(tools, str) else tuple(tools)
-
-
-def _problems(
-    value: dict[str, Any], key: str, role_key: str, read: Callable[[dict[str, Any]], Message | str]
-) -> list[str]:
-    given = value.get(key)
-    if not isinstance(given, list) or not given:
-        return [f"{key!r} is {'an empty list' if given == [] else kind_of(given)}, not a list of turns"]
-    odd = [place for place, turn in enumerate(given, 1) if not isinstance(turn, dict) or role_key not in turn]
-    if odd:
-        return [f"message {odd[0]} is not an object with {role_key!r}"]
-    beside = _system_beside(value) if key == "conversations" else []
-    messages = [read(turn) for turn in [*beside, *given]]
-    first = 1 - len(beside)
-    found = [f"message {place}: {one}" for place, one in enumerate(messages, first) if isinstance(one, str)]
-    tools = _read_tools(_given_tools(value))
-    if isinstance(tools, str):
-        found.append(tools)
-    return found or _order_problems([one for one in messages if not isinstance(one, str)], first)
-
-
-def _system_beside(value: dict[str, Any]) -> list[dict[str, Any]]:
-    """ShareGPT's system prompt where it stands beside the conversation, as a turn."""
-    return [{"from": "system", "value": value["system"]}] if value.get("system") else []
 
 
 def _order_problems(messages: list[Message], first: int) -> list[str]:
@@ -124,17 +177,17 @@ def _order_problems(messages: list[Message], first: int) -> list[str]:
     return [] if messages[-1]["role"] == "assistant" else ["it does not end with an answer"]
 
 
-def _given_tools(value: dict[str, Any]) -> Any:
-    """The tools of a row; `functions` is the older name."""
-    return value["tools"] if value.get("tools") is not None else value.get("functions")
+def _read(turn: dict[str, Any], style: TurnStyle) -> Message | str:
+    """A turn as a message, or what is wrong with it."""
+    given = turn[style.role]
+    if not isinstance(given, str) or given not in style.roles:
+        return f"the role {given!r} is none of {', '.join(style.roles)}"
+    return _read_openai(turn, style.roles[given]) if style is OPENAI else _read_sharegpt(turn, style.roles[given])
 
 
-def _read_message(turn: dict[str, Any]) -> Message | str:
-    given, content = turn["role"], _joined(turn.get("content"))
-    if not isinstance(given, str) or given not in ROLES:
-        return f"the role {given!r} is none of {', '.join(ROLES)}"
-    role, reasoning = ROLES[given], turn.get("reasoning_content")
-    calls = _read_calls(turn.get("tool_calls") or _older_call(turn))
+def _read_openai(turn: dict[str, Any], role: str) -> Message | str:
+    content, reasoning = _joined(turn.get("content")), turn.get("reasoning_content")
+    calls = read_calls(turn.get("tool_calls") or _older_call(turn))
     if isinstance(calls, str):
         return calls
     if role != "assistant" and (calls or reasoning):
@@ -159,14 +212,12 @@ def _older_call(turn: dict[str, Any]) -> Any:
     return None if call is None else [call]
 
 
-def _read_sharegpt(turn: dict[str, Any]) -> Message | str:
-    role, content = turn["from"], turn.get("value")
-    if not isinstance(role, str) or role not in SHAREGPT_ROLES:
-        return f"the role {role!r} is none of {', '.join(SHAREGPT_ROLES)}"
-    if role != "function_call":
-        return _checked(SHAREGPT_ROLES[role], content, [])
-    called = _parsed(content)
-    calls = _read_calls([called] if isinstance(called, dict) else called)
+def _read_sharegpt(turn: dict[str, Any], role: str) -> Message | str:
+    content = turn.get("value")
+    if turn["from"] != "function_call":
+        return _checked(role, content, [])
+    called = parsed(content)
+    calls = read_calls([called] if isinstance(called, dict) else called)
     if isinstance(calls, str):
         return calls
     return _checked("assistant", "", calls) if calls else "its call is neither a JSON object nor a list of some"
@@ -194,60 +245,3 @@ def _joined(content: Any) -> Any:
         isinstance(part, dict) and part.get("type") == "text" and isinstance(part.get("text"), str) for part in content
     )
     return "".join(part["text"] for part in content) if is_parts else content
-
-
-def _read_calls(given: Any) -> list[dict[str, Any]] | str:
-    """Calls of tools with their arguments as objects, which most templates want, or what is wrong with them."""
-    given = _without_nulls(given)
-    if given is None:
-        return []
-    if not isinstance(given, list):
-        return f"its calls of tools are {kind_of(given)}, not a list"
-    calls = []
-    for place, call in enumerate(given, 1):
-        function = call.get("function", call) if isinstance(call, dict) else None
-        name = function.get("name") if isinstance(function, dict) else None
-        if not isinstance(function, dict) or not isinstance(name, str) or not name:
-            return f"call {place} is no object with the 'name' of a tool"
-        arguments = _parsed(function.get("arguments"))
-        if not isinstance(arguments, dict):
-            return f"call {place} ({name}): 'arguments' are neither an object nor the JSON text of one"
-        calls.append({"type": "function", "function": {"name": name, "arguments": arguments}})
-    return HALF_A_PAIR if has_half_a_pair(json.dumps(calls, ensure_ascii=False)) else calls
-
-
-def _read_tools(given: Any) -> list[dict[str, Any]] | str:
-    """Descriptions of tools, or what is wrong with them."""
-    tools = _parsed(_without_nulls(given)) if given != "" else None
-    if tools is None and given in (None, "", "null"):
-        return []
-    if not isinstance(tools, list):
-        return "'tools' is neither a list nor the JSON text of one"
-    found = []
-    for place, tool in enumerate(tools, 1):
-        function = tool.get("function", tool) if isinstance(tool, dict) else None
-        if not isinstance(function, dict) or not isinstance(function.get("name"), str):
-            return f"entry {place} of 'tools' is no object with a 'name'"
-        found.append(tool if "function" in tool else {"type": "function", "function": tool})
-    half = has_half_a_pair(json.dumps(found, ensure_ascii=False))
-    return f"'tools' {HALF_A_PAIR}" if half else found
-
-
-def _without_nulls(value: Any) -> Any:
-    """A value without the null keys that Arrow gives every object of a column; nulls in lists stay, as in TRL.
-
-    A null inside a JSON text was written by somebody, and stays.
-    """
-    if isinstance(value, dict):
-        return {key: _without_nulls(inner) for key, inner in value.items() if inner is not None}
-    return [_without_nulls(inner) for inner in value] if isinstance(value, list) else value
-
-
-def _parsed(value: Any) -> Any:
-    """A JSON text as what it stands for, None if it is no JSON; any other value as it is."""
-    if not isinstance(value, str):
-        return value
-    try:
-        return json.loads(value)
-    except (ValueError, RecursionError):
-        return None

@@ -163,12 +163,6 @@ class Encoder(ChatRenderer):
         exact = (array("i", self._exact_ids(turn.prompt, turn.tools)) for turn in turns if not turn.is_harmless)
         return [next(ids if turn.is_harmless else exact) for turn in turns]
 
-    def _exact_ids(self, messages: list[dict[str, Any]], tools: Sequence[dict[str, Any]]) -> list[int]:
-        ids: list[int] = self._apply(
-            messages, tools, add_generation_prompt=True, sanitize_control_tokens=True, return_dict=False
-        )
-        return ids
-
     def _rendered_answer(
         self, prompt: list[dict[str, Any]], message: dict[str, Any], tools: Sequence[dict[str, Any]]
     ) -> str:

@@ -7,21 +7,14 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from loratune.data import alpaca, chat_rows
+from loratune.data import alpaca
+from loratune.data.chat_rows import CONVERSATIONS, MESSAGES, ChatRows
 from loratune.data.conversation import Conversation, Message, kind_of
+from loratune.data.row_media import named_media, referred_media
+from loratune.data.row_tools import tools_of
 from loratune.errors import Exit, LoratuneError
 
 PLACEHOLDER = re.compile(r"\{\{\s*(\w+)\s*\}\}")
-MEDIA = {
-    "image": "a picture", "images": "pictures", "video": "a video", "videos": "videos", "audio": "sound",
-    "audios": "sound",
-}  # fmt: skip
-# Names that public files give to what Alpaca calls so; the likeliest first.
-COLUMN_GUESSES = {
-    "instruction": ("instruction", "question", "prompt", "query", "input"),
-    "output": ("output", "answer", "response", "completion", "chosen"),
-    "input": ("context",),
-}
 # The two placeholders that published identity data uses; others may be meant literally.
 MUST_BE_FILLED = ("name", "author")
 
@@ -37,41 +30,36 @@ class Format:
     """What its rows have to hold, for an error."""
     problems: Callable[[dict[str, Any]], list[str]]
     messages: Callable[[dict[str, Any]], list[Message]]
-    known: frozenset[str]
-    """Keys that it reads; others are ignored."""
-    turns: str = ""
-    """Key of the list of turns, if it has one."""
-    turn_keys: frozenset[str] = frozenset()
-    """Keys of a turn that it reads."""
+    unread: Callable[[dict[str, Any]], dict[str, Any]]
+    """Columns of a row, and keys of its turns, that nothing is taken from, with what they hold."""
     untrained: Callable[[dict[str, Any]], frozenset[int]] = lambda _: frozenset()
     tools: Callable[[dict[str, Any]], tuple[dict[str, Any], ...]] = lambda _: ()
     columns: Mapping[str, str] | None = None
     """Its names of Alpaca's columns, for pairs that are called something else."""
 
 
-_ALPACA_KEYS = frozenset(alpaca.KEYS)
-ALPACA = Format("alpaca", ("instruction",), alpaca.NEEDS, alpaca.problems, alpaca.messages, _ALPACA_KEYS)
+def _alpaca(name: str, keys: tuple[str, ...], needs: str, columns: Mapping[str, str] | None = None) -> Format:
+    return Format(name, keys, needs, alpaca.problems, alpaca.messages, alpaca.unread, columns=columns)
+
+
+def _pairs(question: str, answer: str) -> Format:
+    columns = {"instruction": question, "output": answer}
+    needs = f"each row needs the texts {question!r} and {answer!r}"
+    return _alpaca(f"{question} and {answer}", (question, answer), needs, columns)
+
+
+def _chat(name: str, rows: ChatRows) -> Format:
+    return Format(name, (rows.key,), rows.needs, rows.problems, rows.messages, rows.unread, rows.untrained, tools_of)
+
+
+ALPACA = _alpaca("alpaca", ("instruction",), alpaca.NEEDS)
 FORMATS = (
-    Format(
-        "messages", ("messages",), chat_rows.MESSAGES_NEED, chat_rows.problems_of_messages, chat_rows.from_messages,
-        frozenset({"messages", "tools", "functions"}), "messages", chat_rows.MESSAGE_KEYS,
-        chat_rows.untrained_messages, chat_rows.tools_of,
-    ),
-    Format(
-        "sharegpt", ("conversations",), chat_rows.SHAREGPT_NEEDS, chat_rows.problems_of_sharegpt,
-        chat_rows.from_sharegpt, frozenset({"conversations", "system", "tools", "functions"}), "conversations",
-        chat_rows.SHAREGPT_KEYS, chat_rows.untrained_sharegpt, chat_rows.tools_of,
-    ),
+    _chat("messages", MESSAGES),
+    _chat("sharegpt", CONVERSATIONS),
     ALPACA,
-    Format(
-        "prompt and completion", ("prompt", "completion"), "each row needs the texts 'prompt' and 'completion'",
-        alpaca.problems, alpaca.messages, _ALPACA_KEYS, columns={"instruction": "prompt", "output": "completion"},
-    ),
-    Format(
-        "query and response", ("query", "response"), "each row needs the texts 'query' and 'response'",
-        alpaca.problems, alpaca.messages, _ALPACA_KEYS, columns={"instruction": "query", "output": "response"},
-    ),
-)  # fmt: skip
+    _pairs("prompt", "completion"),
+    _pairs("query", "response"),
+)
 
 
 class ConversationReader:
@@ -98,14 +86,15 @@ class ConversationReader:
 
     def read(self, given: Any) -> Conversation | str:
         """The conversation of a row, or what keeps the row from being trained on."""
-        value = _renamed(_renamed(given, self._columns), self.kind.columns)
+        value = renamed(renamed(given, self._columns), self.kind.columns)
         found = [f"is {kind_of(value)}, not an object"]
         if isinstance(value, dict):
-            found = _media_problems(value) or self.kind.problems(value)
+            found = named_media(value) or self.kind.problems(value)
+        unread = {} if found else self.kind.unread(value)
+        found = found or referred_media(unread, value)
         if found:
             return "; ".join(_in_file_s_words(problem, self.kind) for problem in found)
-        self.ignored.update(value.keys() - self.kind.known)
-        self.ignored.update(_unknown_in_turns(value, self.kind))
+        self.ignored.update(unread)
         turns = tuple(_filled(message, self._fill) for message in self.kind.messages(value))
         is_set = turns[0]["role"] == "system"
         added = () if is_set else self._system
@@ -132,52 +121,14 @@ def detect_format(first: Iterable[Any], columns: Mapping[str, str]) -> Format:
         The format; Alpaca if no row is in any, whose errors say what is missing.
     """
     for value in first:
-        row = _renamed(value, columns)
+        row = renamed(value, columns)
         for kind in FORMATS:
             if isinstance(row, dict) and all(key in row for key in kind.keys):
                 return kind
     return ALPACA
 
 
-def describe_unread_columns(first: Iterable[Any], kind: Format, columns: Mapping[str, str]) -> str:
-    """Say which columns a file has whose rows hold no answer under a known name, and the flags that would read them.
-
-    Args:
-        first: some rows from its beginning.
-        kind: from `detect_format`.
-        columns: name that a format knows → name in the file.
-
-    Returns:
-        A sentence; nothing where the rows can be read, or are no objects at all.
-    """
-    row = next((value for value in first if isinstance(value, dict)), None)
-    if kind is not ALPACA or row is None or {"instruction", "output"} <= _renamed(row, columns).keys():
-        return ""
-    if not row or any(_renamed(value, columns).keys() & {"output"} for value in first if isinstance(value, dict)):
-        return ""
-    named = f"its columns are {', '.join(map(repr, row))}, in which no format is recognised"
-    pairs = {known: next((name for name in names if name in row), None) for known, names in COLUMN_GUESSES.items()}
-    if "instruction" in row and not pairs["output"]:
-        return ""
-    if not all(pairs[known] for known in ("instruction", "output")):
-        return f"{named}; --data.columns instruction=… --data.columns output=… names the columns of question and answer"
-    flags = " ".join(f"--data.columns {known}={name}" for known, name in pairs.items() if name and name != known)
-    return f"{named}; to train on {pairs['output']!r} as the answer: {flags}"
-
-
-def _media_problems(row: dict[str, Any]) -> list[str]:
-    """A row about a picture would be trained as a text with a literal <image> in it."""
-    held = [key for key in MEDIA if row.get(key) not in (None, "", [], {})]
-    return [f"{key!r} holds {MEDIA[key]}, and only texts are trained here" for key in held]
-
-
-def _unknown_in_turns(row: dict[str, Any], kind: Format) -> set[str]:
-    turns = row[kind.turns] if kind.turns else []
-    names = {key for turn in turns for key, value in turn.items() if value is not None}
-    return {f"{kind.turns}[].{key}" for key in names - kind.turn_keys}
-
-
-def _renamed(value: Any, columns: Mapping[str, str] | None) -> Any:
+def renamed(value: Any, columns: Mapping[str, str] | None) -> Any:
     """A row under the names that a format knows."""
     if not isinstance(value, dict) or not columns:
         return value

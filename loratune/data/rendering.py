@@ -18,11 +18,10 @@ from loratune.data.chat_template import (
     fixed_day,
     study_template,
 )
+from loratune.data.text_marks import with_marks_kept
 from loratune.errors import Exit, LoratuneError
 from loratune.recipe.sections import PromptSettings
 
-# transformers sets them around control tokens of texts, and drops them from texts.
-MARKS = ("\U000f0000", "\U000f0001")
 FAILURES = (TemplateError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError)
 """How a template refuses messages, or fails at them."""
 
@@ -43,7 +42,7 @@ class ChatRenderer:
         self.settings = settings
         self.adds_bos = tokenizer("").input_ids == [tokenizer.bos_token_id]
         added = tokenizer.added_tokens_decoder.values()
-        self._control = re.compile("|".join(map(re.escape, [*(token.content for token in added), *MARKS])))
+        self._control = re.compile("|".join(re.escape(token.content) for token in added) or "(?!)")
         self._special = re.compile("|".join(re.escape(token.content) for token in added if token.special) or "(?!)")
         plain, with_tools = find_templates(tokenizer, settings.template)
         self._plain = self._studied(plain, ())
@@ -100,6 +99,13 @@ class ChatRenderer:
         """A template's text that takes the day of the settings for today; the text itself where that is left open."""
         return fixed_day(text, self.settings.date) if self.settings.date and self.is_dated else text
 
+    def _exact_ids(self, messages: list[dict[str, Any]], tools: Sequence[dict[str, Any]]) -> list[int]:
+        """Ids of a prompt, in which the control tokens of texts are encoded as text."""
+        tokenizer, (messages, tools) = with_marks_kept(self.tokenizer, [messages, tools])
+        options = {"add_generation_prompt": True, "sanitize_control_tokens": True, "return_dict": False}
+        ids: list[int] = self._apply(messages, tools, tokenizer=tokenizer, **options)
+        return ids
+
     def _apply(self, messages: Sequence[Any], tools: Sequence[dict[str, Any]] = (), **options: Any) -> Any:
         """Render one list of messages, or a list of such lists.
 
@@ -128,8 +134,9 @@ class ChatRenderer:
         Raises:
             LoratuneError: the template refuses them.
         """
+        tokenizer = options.pop("tokenizer", self.tokenizer)
         try:
-            return self.tokenizer.apply_chat_template(
+            return tokenizer.apply_chat_template(
                 messages,
                 tools=list(tools) or None,
                 chat_template=text,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from pathlib import Path
 from typing import NamedTuple
 
 from loratune.errors import Exit, LoratuneError
@@ -103,12 +104,21 @@ def _split_marks(path: str) -> tuple[str, list[str]]:
         return name, marks
     match = FILE.fullmatch(path)
     if not match:
+        if _is_folder(path):
+            raise LoratuneError(f"{path}: is a folder; name the file of rows in it", Exit.DATA)
         advice = "; save it as CSV UTF-8" if SPREADSHEET.search(path.partition("#")[0]) else ""
         raise LoratuneError(
             f"{path}: not a .json, .jsonl, .csv or .parquet file, nor one of the first three with .gz or .zst{advice}",
             Exit.DATA,
         )
     return match["name"], match["marks"].split("#")[1:]
+
+
+def _is_folder(path: str) -> bool:
+    try:
+        return Path(path).is_dir()
+    except ValueError:  # a NUL in the name
+        return False
 
 
 def _parse_marks(path: str, marks: list[str]) -> tuple[int | None, int]:

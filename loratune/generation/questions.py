@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
+from loratune.data.chat_rows import CONVERSATIONS, MESSAGES, TurnStyle
 from loratune.data.checked_rows import FORMAT_ROWS, SHOWN_ROWS
 from loratune.data.conversation import Conversation, Message
 from loratune.data.formats import MUST_BE_FILLED, PLACEHOLDER, ConversationReader, detect_format
@@ -113,24 +114,24 @@ def _completed(value: Any, columns: Mapping[str, str], answer_name: str | None =
         return value
     row = {key: inner for key, inner in value.items() if key not in columns.values()}
     row |= {known: value[own] for known, own in columns.items() if own in value}
-    for key, role, text in (("messages", "role", "content"), ("conversations", "from", "value")):
-        if isinstance(row.get(key), list):
-            return row | {key: _answered(row[key], role, text)}
+    for kind in (MESSAGES, CONVERSATIONS):
+        if isinstance(row.get(kind.key), list):
+            return row | {kind.key: _answered(row[kind.key], kind.style_of(row[kind.key]))}
     for question, answer in PAIRS:
         if (question in row or answer == answer_name) and row.get(answer) is None:
             row[answer] = ""
     return row
 
 
-def _answered(turns: list[Any], role: str, text: str) -> list[Any]:
+def _answered(turns: list[Any], style: TurnStyle) -> list[Any]:
     """Turns that end with an answer; which of them are trained does not matter here."""
     plain = [
         {key: inner for key, inner in turn.items() if key != "weight"} if isinstance(turn, dict) else turn
         for turn in turns
     ]
-    speaker = plain[-1].get(role) if plain and isinstance(plain[-1], dict) else "assistant"
+    speaker = plain[-1].get(style.role) if plain and isinstance(plain[-1], dict) else "assistant"
     asks = speaker in ("user", "human", "tool", "observation")
-    return [*plain, {role: "assistant", text: ""}] if asks else plain
+    return [*plain, {style.role: "assistant", style.text: ""}] if asks else plain
 
 
 def _problem(conversation: Conversation) -> str:

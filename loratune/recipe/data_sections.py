@@ -28,7 +28,7 @@ Finding = Literal[
 class SourceSettings(Section):
     """A file or hub dataset of rows with settings of its own."""
 
-    path: HomePath = Field(min_length=1)
+    path: HomePath
     """A file, or hf:org/name:split; path#500 and path#2x work here too."""
     system: str | None = None
     """System prompt for its rows without one, in place of prompt.system."""
@@ -90,6 +90,13 @@ class DataSettings(Section):
     )
     near_duplicates: float | None = Field(default=None, gt=0, lt=1)
     """Look for rows of at least this similarity (0.8 is usual) besides equal ones; slower."""
+
+    @field_validator("columns")
+    @classmethod
+    def _columns_are_named(cls, columns: dict[str, str]) -> dict[str, str]:
+        if any(not name.strip() for pair in columns.items() for name in pair):
+            raise ValueError("write NAME=COLUMN, such as instruction=question; neither may be empty")
+        return columns
 
     @field_validator("validation")
     @classmethod

@@ -14,6 +14,8 @@ def listed(value: Any) -> Any:
 
 
 def _at_home(path: str) -> str:
+    if not path.strip():
+        raise ValueError("must not be empty")
     return os.path.expanduser(path) if path == "~" or path.startswith("~/") else path  # noqa: PTH111 - a text stays one
 
 

@@ -203,7 +203,7 @@ class Recipe(Section):
     evaluation: EvaluationSettings = EvaluationSettings()
     checkpoints: CheckpointSettings = CheckpointSettings()
     tracking: TrackingSettings = TrackingSettings()
-    output: HomePath = Field(default="out/run", min_length=1)
+    output: HomePath = "out/run"
     """Run folder: the adapter and everything known about how it came to be."""
     seed: int = Field(default=42, ge=0, le=2**32 - 1)
     """Seed of the adapter's start, the split, the sampling and the order of the rows."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import stat
 from collections.abc import Callable, Iterator
-from functools import cached_property, partial
+from functools import cache, cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ import pyarrow
 from loratune.data.reading.character_sets import check_encoding, decode_blocks
 from loratune.data.reading.csv_lines import rows_of_csv
 from loratune.data.reading.hub import open_hub
-from loratune.data.reading.json_document import rows_of_document
+from loratune.data.reading.json_document import check_object, rows_of_document
 from loratune.data.reading.json_lines import holds_lines, rows_of_lines
 from loratune.data.reading.parquet import rows_of_parquet
 from loratune.data.reading.rows import BadRow, Row
@@ -103,7 +103,13 @@ def _open_text(name: str, kind: FileKind, encoding: str) -> RowFile:
 
     is_lines = kind.kind != "json" or holds_lines(pieces())
     read = rows_of_csv if kind.kind == "csv" else rows_of_lines if is_lines else rows_of_document
-    return RowFile(name, lambda: read(name, pieces()), partial(_sha256, name), is_lines=is_lines)
+    check = cache(lambda: None if is_lines else check_object(name, pieces()))
+
+    def rows() -> Iterator[Row | BadRow]:
+        check()  # before the first row is used, and once
+        return read(name, pieces())
+
+    return RowFile(name, rows, partial(_sha256, name), is_lines=is_lines)
 
 
 def _blocks(name: str, compression: str | None = None) -> Iterator[bytes]:

@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import json
 import re
+from collections import deque
 from collections.abc import Callable, Iterator
 from functools import partial
-from itertools import islice
+from itertools import chain, islice
 from typing import Any, NoReturn
 
 from loratune.data.reading.json_words import DECODER, EXCERPT, explain_fault
@@ -50,6 +51,29 @@ def rows_of_document(name: str, pieces: Iterator[str]) -> Iterator[Row]:
         raise _fault(name, window, "[]")
     if start == "[" and not any_row:
         raise LoratuneError(f"{name}: 0 rows", Exit.DATA)
+
+
+def check_object(name: str, pieces: Iterator[str]) -> None:
+    """Read an object that should hold a list of rows through, since a second list may stand behind the first.
+
+    Args:
+        name: of the file, for errors.
+        pieces: its text; of any other document no more than the beginning is read.
+
+    Raises:
+        LoratuneError: what `rows_of_document` would find at any place of it.
+    """
+    begun = list(_until_text(pieces))
+    if "".join(begun).lstrip(" \t\n\r").startswith("{"):
+        deque(rows_of_document(name, chain(begun, pieces)), maxlen=0)
+
+
+def _until_text(pieces: Iterator[str]) -> Iterator[str]:
+    """Pieces up to the first that holds more than blanks."""
+    for piece in pieces:
+        yield piece
+        if piece.strip():
+            return
 
 
 def _rows_in_list(name: str, window: _Window, key: str = "", before: str = "") -> Iterator[Row]:
