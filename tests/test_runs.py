@@ -14,6 +14,7 @@ from loratune.errors import Exit, LoratuneError
 from loratune.recipe.data_sections import DataSettings
 from loratune.recipe.loading import load_recipe
 from loratune.recipe.sections import ModelSettings, Recipe
+from loratune.runs.checkpoint import seal_checkpoint
 from loratune.runs.fingerprint import fingerprint_base
 from loratune.runs.folder import begin_run, prepare_output, seal_run, set_status
 from loratune.runs.opening import open_adapter
@@ -41,6 +42,7 @@ def test_the_recipe_in_a_run_loads_back_to_an_equal_one(run: Path) -> None:
 def test_a_run_folder_its_adapter_and_a_checkpoint_open_with_the_run_s_recipe(run: Path) -> None:
     checkpoint = run / "checkpoints" / "step-000010"
     checkpoint.mkdir(parents=True)
+    seal_checkpoint(checkpoint, 10, {"settings": {}, "rest": {}, "versions": {}}, {})
     for path in (run, run / "adapter", checkpoint):
         assert open_adapter(path).recipe == RECIPE
     assert open_adapter(run).adapter == run / "adapter"
@@ -173,7 +175,8 @@ def test_the_fingerprint_tells_another_model_of_the_same_shape(random_qwen: Path
     for name, weight in weights.items():
         save_file(weights | {name: weight + 0.01}, other / "model.safetensors")
         found = fingerprint(other)
-        assert {key for key in found if found[key] != fingerprint(random_qwen)[key]} == {"weights_sha256"}, name
+        different = {key for key in found if found[key] != fingerprint(random_qwen)[key]}
+        assert different == {"weights_sha256", "tensors_sha256", "tensors"}, name
 
     (other / "tokenizer.json").write_text((other / "tokenizer.json").read_text() + " ")
     assert fingerprint(other)["tokenizer_sha256"] != fingerprint(random_qwen)["tokenizer_sha256"]

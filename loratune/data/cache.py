@@ -16,6 +16,7 @@ from typing import Any
 
 from filelock import FileLock
 
+from loratune.caches import cache_folder
 from loratune.errors import Exit, LoratuneError
 from loratune.writing import DISK_ERRORS, folder_in_one_step
 
@@ -23,12 +24,9 @@ UNUSED_DAYS = 30
 """Entries that no run has read for so long are removed when a new one is written."""
 
 
-def cache_folder() -> Path:
-    """`LORATUNE_CACHE`, or loratune's folder below the user's cache."""
-    own = os.environ.get("LORATUNE_CACHE")
-    if own:
-        return Path(own) / "data"
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "loratune" / "data"
+def rows_folder() -> Path:
+    """Where the entries lie."""
+    return cache_folder("data")
 
 
 def cache_key(parts: dict[str, Any]) -> str:
@@ -57,7 +55,7 @@ def entry_lock(key: str) -> Iterator[Path]:
     Raises:
         LoratuneError: the cache cannot be written.
     """
-    folder = cache_folder()
+    folder = rows_folder()
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with FileLock(folder / f"{key}.lock"):

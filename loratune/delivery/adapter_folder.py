@@ -8,7 +8,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from loratune import console
 from loratune.data.encoding import Encoder
+from loratune.delivery.sources import check_where_possible
 from loratune.delivery.template import write_portable_template
 from loratune.errors import Exit, LoratuneError, bullet_list
 from loratune.model.adapter_files import CONFIG_FILE, WEIGHTS_FILE, check_weights, read_config_values
@@ -25,7 +27,7 @@ IDLE_SETTINGS = {"megatron_core": "megatron_config", "qalora_group_size": "use_q
 VOCABULARIES = ("tokenizer.json", "added_tokens.json", "vocab.json", "merges.txt", "tokenizer.model")
 
 
-def export_adapter(source: AdapterSource, folder: Path) -> bool:
+def export_adapter(source: AdapterSource, folder: Path, model: str | None = None, force: bool = False) -> bool:
     """Write an adapter, its tokenizer's files and its card, and read them again.
 
     Weights and tokenizer are copied byte for byte, but for the chat template where the training's prompt settings have
@@ -35,6 +37,8 @@ def export_adapter(source: AdapterSource, folder: Path) -> bool:
     Args:
         source: the adapter.
         folder: an existing empty folder.
+        model: where the base lies now.
+        force: let another base through.
 
     Returns:
         Whether the chat template is another than that of the base.
@@ -44,6 +48,8 @@ def export_adapter(source: AdapterSource, folder: Path) -> bool:
     """
     config = read_config_values(source.adapter)
     check_weights(source.adapter)
+    for warning in check_where_possible(source, model, force):
+        console.warn(warning)
     base_folder = _base_folder(source)
     config["base_model_name_or_path"] = _public_base(source, config, base_folder)
     write_json(folder / CONFIG_FILE, _cleaned(config))

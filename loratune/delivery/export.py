@@ -134,7 +134,7 @@ def _merged(job: Export) -> Iterator[Path]:
 
 
 def _export_adapter(job: Export) -> dict[str, Any]:
-    if export_adapter(_source(job), job.folder):
+    if export_adapter(_source(job), job.folder, job.options.model, job.options.force):
         console.warn("the chat template holds the training's prompt settings, the system prompt's text among them")
     return {"next": f"loratune export --adapter … --format adapter --push hf:org/{job.name}"}
 
@@ -144,7 +144,7 @@ def _export_for_vllm(job: Export) -> dict[str, Any]:
     advice = require_servable(source.adapter)
     for warning in advice.warnings:
         console.warn(warning)
-    has_own_template = export_adapter(source, job.folder)
+    has_own_template = export_adapter(source, job.folder, job.options.model, job.options.force)
     template = job.output / "chat_template.jinja" if has_own_template else None
     base = base_settings(source, job.options.model).base
     parser = _tool_parser(job.folder, source)

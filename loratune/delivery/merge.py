@@ -18,6 +18,7 @@ from loratune.data.encoding import Encoder
 from loratune.delivery.merged_weights import MergePlan, plan_merge, write_merged
 from loratune.delivery.model_folder import write_model_files
 from loratune.delivery.read_back import ReadBack, read_back
+from loratune.delivery.sources import check_pair
 from loratune.delivery.template import about_the_date
 from loratune.delivery.update import TensorUpdate, read_updates
 from loratune.errors import Exit, LoratuneError
@@ -28,9 +29,10 @@ from loratune.model.hardware import detect_hardware
 from loratune.model.tensor_files import TensorFiles
 from loratune.model.tying import head_is_tied
 from loratune.recipe.sections import ModelSettings
+from loratune.runs.base_check import how_checked, known_hashes
 from loratune.runs.card import base_name, write_merged_card
 from loratune.runs.folder import VERIFICATION, file_sha256, prepare_output, read_json
-from loratune.runs.opening import AdapterSource, base_settings, check_same_base, check_vocabulary
+from loratune.runs.opening import AdapterSource, base_settings, check_vocabulary
 from loratune.runs.verification import write_verification
 from loratune.writing import disk_errors_explained, folder_in_one_step
 
@@ -165,7 +167,7 @@ def _gather(source: AdapterSource, output: Path, options: MergeOptions) -> Job:
     base = find_base(settings)
     _check_apart(output, base, source.adapter)
     paths = weight_files(base)
-    warnings = check_same_base(source, settings.base, base, paths, options.force)
+    warnings = check_pair(source, settings.base, base, options.force)
     if options.merge_base != "auto" and settings.quantization == "none":
         raise LoratuneError("--merge-base is for adapters that were trained on a quantised base", Exit.USAGE)
     trained_day = (source.manifest or {}).get("template", {}).get("date")
@@ -240,11 +242,11 @@ def _announce(job: Job, candidates: list[Candidate], output: Path) -> None:
 def _memory_bound(job: Job, candidates: list[Candidate]) -> int:
     """Bytes that the process will hold, pages of mapped files aside, which the system takes back when it needs them."""
     config = read_json(job.base / "config.json")
-    bound = LIBRARIES_BYTES + (job.source.adapter / WEIGHTS_FILE).stat().st_size
+    bound = LIBRARIES_BYTES + PROOF_LIBRARIES_BYTES + (job.source.adapter / WEIGHTS_FILE).stat().st_size
     if job.options.verify and job.options.logits:
         activations = 40_000 * int(config["intermediate_size"])
         logits = 32 * 4 * 7 * int(config["vocab_size"])
-        bound += PROOF_LIBRARIES_BYTES + activations + logits
+        bound += activations + logits
     if job.settings.quantization != "none":  # the live model, its embedding in float32
         bound += candidates[0].plan.nbytes
     return bound
@@ -279,6 +281,7 @@ def _keep(chosen: Candidate, candidates: list[Candidate], folder: Path) -> None:
 def _described(job: Job, chosen: Candidate) -> dict[str, Any]:
     return {
         "base": base_name(job.settings.base, str(job.base.absolute())),  # the folder may go to a hub: no local paths
+        "base_checked": how_checked(known_hashes(job.source)),
         "quantization_in_training": job.settings.quantization,
         "merge_base": chosen.merge_base,
         "adapter_sha256": file_sha256(job.source.adapter / WEIGHTS_FILE),

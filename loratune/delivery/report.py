@@ -6,6 +6,12 @@ from typing import Any
 
 from loratune import console
 
+BASE_CHECKED = {
+    "every byte": "every byte of its weights compared with the trained one's",
+    "sampled": "sampled: 4096 bytes of each tensor compared, since the run of an earlier version knows no more",
+    "nothing": "not compared with the trained one, of which nothing is known",
+}
+
 
 def show_verification(report: dict[str, Any]) -> None:
     """The closing table of a merge."""
@@ -25,6 +31,7 @@ def show_verification(report: dict[str, Any]) -> None:
         label = "logits" if len(report["logits"]) == 1 else name
         chosen = " ← taken" if len(report["logits"]) > 1 and name == report["merge_base"] else ""
         rows.append((label, f"{parity_text(**values)}{chosen}"))
+    rows.append(("base", BASE_CHECKED[report.get("base_checked", "nothing")]))
     rows += [("beside", change) for change in report["changed_files"]]
     console.table(rows, title="verified" if report["verified"] != "nothing" else "NOT VERIFIED")
     if report["answers"]:

@@ -10,14 +10,21 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from loratune import console
+from loratune.data.encoding import Encoder
 from loratune.delivery.update import read_updates
 from loratune.errors import Exit, LoratuneError
+from loratune.model.adapter import check_adapter
 from loratune.model.adapter_files import WEIGHTS_FILE
+from loratune.model.adapter_tensors import EMBEDDING, HEAD
+from loratune.model.completeness import own_modules, tensor_shapes
 from loratune.model.files import find_base, weight_files
 from loratune.model.tensor_files import TensorFiles
+from loratune.model.tokenizer import load_tokenizer
 from loratune.model.tying import head_is_tied
+from loratune.recipe.sections import TINY_QWEN, ModelSettings
+from loratune.runs.base_check import BaseCheck
 from loratune.runs.folder import file_sha256
-from loratune.runs.opening import AdapterSource, base_settings, check_same_base, open_settled_adapter
+from loratune.runs.opening import AdapterSource, base_settings, check_same_template, open_settled_adapter
 
 
 @contextmanager
@@ -68,17 +75,61 @@ def _common_base(adapters: dict[str, AdapterSource], model: str | None, force: b
     first = next(iter(adapters.values()))
     settings = base_settings(first, model)
     base = find_base(settings)
-    paths = weight_files(base)
-    tensors = TensorFiles(paths).infos
     for name, source in adapters.items():
-        for warning in check_same_base(source, settings.base, base, paths, force):
+        for warning in check_pair(source, settings.base, base, force):
             console.warn(warning)
-        read_updates(source.adapter, tensors, head_is_tied(base))  # PEFT passes over tensors that have no place
+        read_updates(source.adapter, TensorFiles(weight_files(base)).infos, head_is_tied(base))
         if source.recipe and source.recipe.model.quantization != settings.quantization:
             raise LoratuneError("the adapters were trained on different quantisations of the base", Exit.MODEL)
         if source.prompt != first.prompt:
             console.warn(f"{name} was trained with other prompt settings; the merged model gets those of the first")
     return base
+
+
+def check_pair(source: AdapterSource, name: str, base: Path, force: bool) -> list[str]:
+    """Make sure that an adapter belongs to a base, as it is done before it is asked: every delivery comes through here.
+
+    Args:
+        source: the adapter, whose files are as its run left them.
+        name: what the user calls the base.
+        base: its folder.
+        force: let another base through.
+
+    Returns:
+        What could not be checked, or was let through.
+
+    Raises:
+        LoratuneError: it was trained on another base or with another template, or tensors of it are missing.
+    """
+    paths = weight_files(base)
+    check = BaseCheck(source, name, base, paths, force)
+    shapes = {name: info.shape for name, info in TensorFiles(paths).infos.items()}
+    if head_is_tied(base):
+        shapes[HEAD] = shapes[EMBEDDING]
+    check_adapter(source.adapter, shapes)
+    if source.manifest:
+        encoder = Encoder(load_tokenizer(source.tokenizer_folder(base)), source.prompt)
+        check_same_template(source, encoder.template_sha256)
+    return check.finish()
+
+
+def check_where_possible(source: AdapterSource, model: str | None, force: bool) -> list[str]:
+    """As `check_pair`, for what needs no base: one that is not on this machine is not fetched for it.
+
+    Without a base the adapter's tensors are compared with its config alone.
+    """
+    try:
+        name = base_settings(source, model).base
+    except LoratuneError:  # a plain adapter whose base lies elsewhere
+        name = ""
+    if model is not None or name == TINY_QWEN or (name and Path(name).expanduser().is_dir()):
+        settings = ModelSettings(base=name)
+        return check_pair(source, name, find_base(settings), force)
+    check_adapter(source.adapter, own_modules(tensor_shapes(source.adapter)))
+    return [
+        "the base is not on this machine, so neither it nor whether the adapter covers all of its layers was checked; "
+        "give it with --model"
+    ]
 
 
 def _named(text: str) -> tuple[str, Path]:

@@ -9,11 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
-
 from loratune.errors import Exit, LoratuneError, bullet_list
-from loratune.model.adapter_files import WEIGHTS_FILE, read_config_values
+from loratune.model.adapter_files import CONFIG_FILE, read_config_values
 from loratune.model.adapter_patterns import settle_patterns
+from loratune.model.completeness import tensor_shapes
 
 # Values that --max-lora-rank takes; newer versions also take 1.
 MAX_LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
@@ -47,7 +46,9 @@ def check_for_vllm(adapter: Path) -> VllmAdvice:
         LoratuneError: config or weights are missing or cannot be read.
     """
     config = read_config_values(adapter)
-    shapes = _tensor_shapes(adapter / WEIGHTS_FILE)
+    if not all(isinstance(config.get(key), (int, float)) for key in ("r", "lora_alpha")):
+        raise LoratuneError(f"{adapter / CONFIG_FILE}: r and lora_alpha must both be given", Exit.MODEL)
+    shapes = tensor_shapes(adapter)
     ranks: dict[str, int] = {}  # of each adapted module, as its A matrix has it
     others: list[str] = []  # what no LoRA layer has; where the config names the cause, that is told instead
     for name, shape in shapes.items():
@@ -111,14 +112,6 @@ def serve_command(
     if tool_parser is not None:
         words += ["--enable-auto-tool-choice", "--tool-call-parser", tool_parser]
     return shlex.join(words)
-
-
-def _tensor_shapes(path: Path) -> dict[str, list[int]]:
-    try:
-        with safe_open(path, framework="numpy") as file:
-            return {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118
-    except (OSError, SafetensorError) as error:
-        raise LoratuneError(f"{path}: cannot be read: {error}", Exit.MODEL) from error
 
 
 def _config_problems(config: dict[str, Any]) -> list[str]:

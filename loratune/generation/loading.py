@@ -16,14 +16,16 @@ from loratune.model.hardware import detect_hardware
 from loratune.model.own_parameters import BASE, own_parameters
 from loratune.model.tokenizer import load_tokenizer, set_pad_token
 from loratune.recipe.sections import ModelSettings, PromptSettings
+from loratune.runs.base_check import BaseCheck
 from loratune.runs.opening import (
     AdapterSource,
     base_settings,
-    check_same_base,
+    check_same_template,
     check_vocabulary,
     merged_prompt,
     open_adapter,
 )
+from loratune.runs.tensor_hashes import TensorHashes
 from loratune.runs.verification import require_intact
 
 
@@ -71,12 +73,13 @@ def open_voices(
     settings = _settings(list(sources.values()), model, warnings)
     folder = find_base(settings)
     warnings += require_intact(folder, force)
+    files = weight_files(folder)
+    hashes, checks = TensorHashes(files), list[BaseCheck]()  # computed while the model is loaded
     voices: dict[str | None, Voice] = {}
     for number, (name, source) in enumerate(sources.items()):
-        warnings += check_same_base(source, settings.base, folder, weight_files(folder), force)
+        checks.append(BaseCheck(source, settings.base, folder, files, force, hashes))
         encoder = _encoder(source.tokenizer_folder(folder), source.prompt)
-        if source.manifest:
-            _check_same_template(source.manifest, encoder)
+        check_same_template(source, encoder.template_sha256)
         voices[name] = Voice(encoder, f"adapter_{number}")
         warnings += _about_template(encoder, source.prompt)
     prompt = merged_prompt(folder)
@@ -91,6 +94,7 @@ def open_voices(
     if sources:
         named = {voices[name].adapter: source for name, source in sources.items()}
         loaded = _with_adapters(loaded, named, folder, warnings)
+    warnings[:0] = [warning for check in checks for warning in check.finish()]
     known = [source.manifest["base"]["name"] for source in sources.values() if source.manifest]
     return loaded.eval(), _short_name(model or next(iter(known), settings.base)), voices
 
@@ -158,12 +162,3 @@ def _about_template(encoder: Encoder, prompt: PromptSettings) -> list[str]:
         trained = f"; in training it was {prompt.date}" if prompt.date else ""
         told.append(f"the chat template writes the current date into prompts, as it does in other servers{trained}")
     return told
-
-
-def _check_same_template(manifest: dict[str, Any], encoder: Encoder) -> None:
-    if manifest["template"]["sha256"] != encoder.template_sha256:
-        raise LoratuneError(
-            "the prompt template is not the one of the training: the base's chat template has changed since; restore "
-            "it, or use the run folder rather than a checkpoint",
-            Exit.MODEL,
-        )

@@ -15,7 +15,6 @@ from peft import (
     PeftModel,
     PeftModelForCausalLM,
     get_peft_model,
-    get_peft_model_state_dict,
     set_peft_model_state_dict,
 )
 from peft.tuners.lora import LoraLayer
@@ -26,6 +25,7 @@ from loratune.errors import Exit, LoratuneError, bullet_list
 from loratune.model.adapter_files import CONFIG_FILE, SETTINGS, WEIGHTS_FILE, read_config_values
 from loratune.model.adapter_patterns import as_expressions, settle_patterns
 from loratune.model.adapter_tensors import read_tensors
+from loratune.model.completeness import Shapes, require_complete, tensor_shapes
 from loratune.model.own_parameters import own_parameters
 from loratune.recipe.sections import LAYERS, LoraSettings
 
@@ -138,6 +138,8 @@ def load_adapter(model: Any, folder: Path, name: str = "default", keep_dtype: bo
         raise LoratuneError(
             f"{folder}: the adapter does not fit the base model:\n{bullet_list(problems, limit=5)}", Exit.MODEL
         )
+    lora = {tensor: tuple(values.shape) for tensor, values in tensors.lora.items()}
+    require_complete(folder, _peft_config(values, folder), lora, shapes)
     own.add(name, tensors, keep_dtype)
     own.select([name])  # PEFT takes the sizes of the adapter's matrices from the base's
     try:
@@ -149,22 +151,26 @@ def load_adapter(model: Any, folder: Path, name: str = "default", keep_dtype: bo
             else:
                 model = PeftModelForCausalLM(model, config, name)
             set_peft_model_state_dict(model, tensors.lora, name)
-            expected = set(get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False))
     except (RuntimeError, ValueError, KeyError) as error:
         raise LoratuneError(
             f"{folder}: the adapter does not fit the base model: {_first_lines(str(error))}", Exit.MODEL
         ) from error
     own.select([str(model.active_adapter)])
-    # PEFT passes over tensors that its config has no place for, and leaves those that are missing untrained.
-    given = set(tensors.lora)
-    strange = sorted(given ^ expected)
-    if strange:
-        raise LoratuneError(
-            f"{folder}: its config and its tensors do not belong together: {len(given - expected)} tensors too many, "
-            f"{len(expected - given)} too few, first {strange[0]}",
-            Exit.MODEL,
-        )
     return model.eval()
+
+
+def check_adapter(folder: Path, base: Shapes) -> None:
+    """Make sure that an adapter has all its tensors, as `load_adapter` does, but without a model and by headers alone.
+
+    Args:
+        folder: PEFT folder.
+        base: name of each parameter of the base → its shape.
+
+    Raises:
+        LoratuneError: as `require_complete`.
+    """
+    values = settle_patterns(read_config_values(folder), base, folder)
+    require_complete(folder, _peft_config(values, folder), tensor_shapes(folder), base)
 
 
 def load_adapter_weights(model: PeftModel, folder: Path) -> None:

@@ -89,7 +89,7 @@ def settle_patterns(values: dict[str, Any], base: Mapping[str, Sequence[int]], p
     matcher, settled = _Matcher(modules_of(base), place), dict(values)
     for key in ("target_modules", "exclude_modules"):
         settled[key] = matcher.named(key, values.get(key))
-    if values.get("target_modules") == ALL_LINEAR:
+    if str(values.get("target_modules")).lower() == ALL_LINEAR:  # as PEFT compares it
         matrices = (name for name in matcher.modules if len(base.get(f"{name}.weight", ())) == 2)
         settled["target_modules"] = [name for name in matrices if name not in VOCABULARY_MODULES]
     for key in ("rank_pattern", "alpha_pattern"):

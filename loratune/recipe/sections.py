@@ -227,3 +227,16 @@ def iterate_settings(section: type[Section] = Recipe, prefix: str = "") -> Itera
             yield from iterate_settings(kind, f"{prefix}{name}.")
         else:
             yield f"{prefix}{name}", field
+
+
+def flat_settings(recipe: Recipe) -> dict[str, Any]:
+    """Dotted name of each setting, down to the keys of its own values → value in JSON's types."""
+    return dict(_flat(recipe.model_dump(mode="json")))
+
+
+def _flat(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for name, value in values.items():
+        if isinstance(value, dict) and value:
+            yield from _flat(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", value

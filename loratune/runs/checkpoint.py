@@ -9,14 +9,12 @@ checkpoints/step-000050/
 
 from __future__ import annotations
 
-import hashlib
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from loratune.errors import Exit, LoratuneError, bullet_list
-from loratune.runs.folder import CHECKPOINTS, file_sha256, read_json
+from loratune.runs.folder import CHECKPOINTS, file_sha256, read_json, values_sha256
 from loratune.writing import write_json
 
 SEAL = "checkpoint.json"
@@ -72,7 +70,7 @@ def seal_checkpoint(folder: Path, step: int, identity: dict[str, Any], progress:
         "identity": identity,
         "progress": progress,
     }
-    write_json(folder / SEAL, {**values, "sha256": _own_sha256(values)})
+    write_json(folder / SEAL, {**values, "sha256": values_sha256(values)})
 
 
 def open_checkpoint(folder: Path) -> Checkpoint:
@@ -84,7 +82,7 @@ def open_checkpoint(folder: Path) -> Checkpoint:
     """
     values = read_json(folder / SEAL)
     version = values.get("format_version")
-    if values.pop("sha256", None) != _own_sha256(values):
+    if values.pop("sha256", None) != values_sha256(values):
         raise LoratuneError(f"{folder / SEAL}: has been changed", Exit.MODEL)
     if version != FORMAT_VERSION:
         raise UnknownFormatError(
@@ -101,10 +99,6 @@ def open_checkpoint(folder: Path) -> Checkpoint:
     if problems:
         raise LoratuneError(f"{folder}: damaged\n{bullet_list(problems)}", Exit.MODEL)
     return checkpoint
-
-
-def _own_sha256(values: dict[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
 
 def _file_problem(path: Path, told: dict[str, Any]) -> str | None:

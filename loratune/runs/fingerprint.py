@@ -1,4 +1,4 @@
-"""Fingerprint of a base model: enough to tell another model of the same shape, in well under a second."""
+"""Fingerprint of a base model: config, tokenizer, and every byte of its weights; a glance at them costs no time."""
 
 from __future__ import annotations
 
@@ -8,11 +8,31 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from loratune.runs.folder import values_sha256
+from loratune.runs.tensor_hashes import TensorHashes, read_header
+
 SAMPLE_BYTES = 4096
 VOCABULARY_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt")
+SAMPLED, FULL, TENSORS = "weights_sha256", "tensors_sha256", "tensors"
+"""Names of what a manifest holds; runs of earlier versions know their base by samples alone."""
 
 
-def fingerprint_base(folder: Path, weight_files: Sequence[Path]) -> dict[str, Any]:
+def fingerprint_base(folder: Path, weight_files: Sequence[Path], hashes: TensorHashes | None = None) -> dict[str, Any]:
+    """What a manifest notes of a base.
+
+    Args:
+        folder: the model folder.
+        weight_files: its safetensors files.
+        hashes: of their tensors, where they have been begun.
+
+    Returns:
+        What `sampled_fingerprint` gives; `tensors_sha256` over all bytes, and `tensors`, with a hash of each.
+    """
+    tensors = (hashes or TensorHashes(weight_files)).result()
+    return sampled_fingerprint(folder, weight_files) | {FULL: values_sha256(tensors), TENSORS: tensors}
+
+
+def sampled_fingerprint(folder: Path, weight_files: Sequence[Path]) -> dict[str, str]:
     """Hashes of config, tokenizer and weights; of the weights, 4096 bytes from the middle of every tensor are read.
 
     Args:
@@ -24,9 +44,9 @@ def fingerprint_base(folder: Path, weight_files: Sequence[Path]) -> dict[str, An
     for key in ("_name_or_path", "transformers_version", "torch_dtype", "dtype"):
         config.pop(key, None)
     return {
-        "config_sha256": hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest(),
+        "config_sha256": values_sha256(config),
         "tokenizer_sha256": _hash_files([folder / name for name in VOCABULARY_FILES]),
-        "weights_sha256": _hash_tensors(weight_files),
+        SAMPLED: _hash_samples(weight_files),
     }
 
 
@@ -38,18 +58,16 @@ def _hash_files(paths: Sequence[Path]) -> str:
     return digest.hexdigest()
 
 
-def _hash_tensors(paths: Sequence[Path]) -> str:
+def _hash_samples(paths: Sequence[Path]) -> str:
     """Hash name, type, shape and the middle bytes of every tensor, however they are spread over files."""
     samples: dict[str, bytes] = {}
     for path in paths:
         with path.open("rb") as file:
-            length = int.from_bytes(file.read(8), "little")
-            header = json.loads(file.read(length))
-            header.pop("__metadata__", None)
+            begin, header = read_header(file)
             for name, entry in header.items():
                 start, end = entry["data_offsets"]
                 size = min(end - start, SAMPLE_BYTES)
-                file.seek(8 + length + (start + end - size) // 2)
+                file.seek(begin + (start + end - size) // 2)
                 about = json.dumps([name, entry["dtype"], entry["shape"]]).encode()
                 samples[name] = about + file.read(size)
     digest = hashlib.sha256()

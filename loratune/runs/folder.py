@@ -139,11 +139,9 @@ def begin_run(
     except OSError as error:
         raise LoratuneError(f"{output}: cannot be made: {error.strerror}", Exit.IO) from error
     write_text(output / RECIPE, dump_recipe(recipe))
-    known = read_json(output / MANIFEST) if (output / MANIFEST).is_file() else {}
+    known = read_manifest(output) if (output / MANIFEST).is_file() else {}
     values = {"format_version": FORMAT_VERSION, "created": known.get("created", _now()), **manifest}
-    files = known.get("files", {})
-    files.pop(RECIPE, None)
-    write_json(output / MANIFEST, values | ({"files": files} if files else {}))
+    write_manifest(output, values | {"files": known.get("files", {}) | {RECIPE: _sealed(output / RECIPE)}})
 
 
 def _remove_unfinished(output: Path) -> None:
@@ -164,13 +162,46 @@ def set_status(output: Path, state: str, **details: Any) -> None:
 
 def seal_run(output: Path) -> None:
     """Add size and sha256 of every lasting file to the manifest; the last step of a run."""
-    manifest = read_json(output / MANIFEST)
     adapter_files = sorted(path for path in (output / ADAPTER).rglob("*") if path.is_file())
-    files = [output / RECIPE, *adapter_files]
-    manifest["files"] = {
-        str(path.relative_to(output)): {"bytes": path.stat().st_size, "sha256": file_sha256(path)} for path in files
-    }
-    write_json(output / MANIFEST, manifest)
+    files = {str(path.relative_to(output)): _sealed(path) for path in [output / RECIPE, *adapter_files]}
+    write_manifest(output, read_manifest(output) | {"files": files})
+
+
+def _sealed(path: Path) -> dict[str, Any]:
+    return {"bytes": path.stat().st_size, "sha256": file_sha256(path)}
+
+
+def write_manifest(run: Path, values: dict[str, Any]) -> None:
+    """Replace a run's manifest, with a hash of its own values in it."""
+    write_json(run / MANIFEST, {**values, "sha256": values_sha256(values)})
+
+
+def read_manifest(run: Path) -> dict[str, Any]:
+    """What a run's manifest says.
+
+    Raises:
+        LoratuneError: it is missing, damaged, changed, or written by another version of loratune.
+    """
+    values = read_json(run / MANIFEST)
+    if values.get("format_version") != FORMAT_VERSION:
+        raise LoratuneError(
+            f"{run}: made by another version of loratune (format {values.get('format_version')}, this one reads "
+            f"{FORMAT_VERSION})",
+            Exit.MODEL,
+        )
+    own = values.pop("sha256", None)  # the manifests of earlier versions have none
+    if own not in (None, values_sha256(values)):
+        raise LoratuneError(
+            f"{run / MANIFEST}: has been changed since the run wrote it, so nothing of the run can be checked; restore "
+            f"it, or copy {run / ADAPTER} elsewhere and give the copy, which is taken as a plain adapter",
+            Exit.MODEL,
+        )
+    return values
+
+
+def values_sha256(values: dict[str, Any]) -> str:
+    """Hex sha256 of JSON values, whatever their order."""
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
 
 def file_sha256(path: Path) -> str:

@@ -10,22 +10,11 @@ from typing import Any
 from loratune.errors import Exit, LoratuneError
 from loratune.recipe.loading import load_recipe
 from loratune.recipe.sections import ModelSettings, PromptSettings, Recipe
-from loratune.runs.fingerprint import fingerprint_base
-from loratune.runs.folder import (
-    ADAPTER,
-    CHECKPOINTS,
-    FORMAT_VERSION,
-    MANIFEST,
-    RECIPE,
-    STATUS,
-    VERIFICATION,
-    file_sha256,
-    read_json,
-)
+from loratune.runs.checkpoint import SEAL, Checkpoint
+from loratune.runs.folder import ADAPTER, CHECKPOINTS, MANIFEST, RECIPE, STATUS, VERIFICATION, read_json, read_manifest
 from loratune.runs.lock import lock_holder
+from loratune.runs.seals import ADAPTER_CONFIG, changed_files, open_sealed, require_same_settings, require_unchanged
 from loratune.runs.tokenizer_files import count_tokens
-
-ADAPTER_CONFIG = "adapter_config.json"
 
 
 @dataclass(frozen=True)
@@ -44,6 +33,8 @@ class AdapterSource:
 
     combined: dict[str, Any] | None = None
     """How it was made of several adapters, if it was."""
+    checkpoint: Checkpoint | None = None
+    """Whose seal tells of what it was trained on, if it is one."""
 
     @property
     def prompt(self) -> PromptSettings:
@@ -61,24 +52,30 @@ class AdapterSource:
 
 
 def open_adapter(path: Path, force: bool = False) -> AdapterSource:
-    """Find the adapter that a path means: a run folder, one of its checkpoints, or a plain PEFT folder.
+    """Find the adapter that a path means: a run folder, its adapter, one of its checkpoints, or a plain PEFT folder.
+
+    Every command comes to its adapter through here. Seals are read first, and nothing else is before all that it will
+    read has been compared with its hash: the recipe, the adapter, its tokenizer.
 
     Args:
         path: the folder.
-        force: take a run's adapter even if its files have changed.
+        force: take files that have changed.
 
     Raises:
-        LoratuneError: there is none, or the run's files have been changed.
+        LoratuneError: there is none, or its files have been changed.
     """
     if not _is_folder(path):
         raise LoratuneError(f"{path}: no such folder", Exit.MODEL)
-    if (path / RECIPE).is_file():
-        return _open_run(path, force)
-    run = next((folder for folder in path.absolute().parents[:2] if (folder / MANIFEST).is_file()), None)
-    if run is not None and (run / RECIPE).is_file():
-        recipe, manifest = _read_run(run)
-        changed = _changed_files(run, manifest, force) if path.absolute() == (run / ADAPTER).absolute() else ()
-        return AdapterSource(path, recipe, manifest, run, changed)
+    if _is_run(path):
+        return _open_run(path, path / ADAPTER, force)
+    for place in dict.fromkeys((path.absolute(), path.resolve())):  # a link into a run leads to that run
+        if place.name == ADAPTER and _is_run(place.parent):
+            return _open_run(place.parent, path, force)
+        if place.parent.name == CHECKPOINTS and _is_run(place.parent.parent):
+            return _open_checkpoint(place.parent.parent, path, force)
+    if (path / SEAL).is_file():
+        checkpoint, changed = open_sealed(path, force)
+        return AdapterSource(path, None, None, None, tuple(changed), checkpoint=checkpoint)
     if (path / ADAPTER_CONFIG).is_file():
         return AdapterSource(path, None, None, None)
     raise LoratuneError(f"{path}: neither a run folder nor an adapter (no {ADAPTER_CONFIG} in it)", Exit.MODEL)
@@ -116,7 +113,7 @@ def base_settings(source: AdapterSource, model: str | None) -> ModelSettings:
         LoratuneError: a plain PEFT folder names a base that is no local folder; a name in a file is never downloaded.
     """
     if source.recipe and source.manifest:
-        known, place = source.recipe.model, _recorded_base(source)["path"]
+        known, place = source.recipe.model, recorded_base(source)["path"]
         return known.model_copy(update={"base": model or (place if _is_folder(Path(place)) else known.base)})
     named = read_json(source.adapter / ADAPTER_CONFIG).get("base_model_name_or_path")
     if model is None and not (isinstance(named, str) and named and _is_folder(Path(named))):
@@ -141,39 +138,24 @@ def merged_prompt(folder: Path) -> PromptSettings:
     )
 
 
-def check_same_base(
-    source: AdapterSource, name: str, folder: Path, weight_files: list[Path], force: bool = False
-) -> list[str]:
-    """Compare a base with the one that an adapter was trained on.
+def check_same_template(source: AdapterSource, sha256: str) -> None:
+    """Compare the chat template that an adapter is asked or merged with and that of its training.
 
     Args:
         source: the adapter.
-        name: what the user calls the base.
-        folder: the base's folder.
-        weight_files: its safetensors files.
-        force: warn instead of refusing.
-
-    Returns:
-        What could not be checked, or was let through.
+        sha256: of the template, as `Encoder.template_sha256`.
 
     Raises:
-        LoratuneError: it is another model.
+        LoratuneError: it is another one.
     """
-    if source.manifest is None:
-        return ["the adapter has no loratune manifest: base and prompt template could not be checked"]
-    warnings = [f"changed since the run ended: {', '.join(source.changed)}"] if source.changed else []
-    known = _recorded_base(source)
-    found = fingerprint_base(folder, weight_files)
-    different = [key.removesuffix("_sha256") for key, value in found.items() if known.get(key) != value]
-    if not different:
-        return warnings
-    message = (
-        f"the adapter was trained on {known['name']} and {name} is another model: {', '.join(different)} "
-        f"{'differs' if len(different) == 1 else 'differ'}"
-    )
-    if force:
-        return [*warnings, message]
-    raise LoratuneError(f"{message}. Give the right base with --model, or insist with --force", Exit.MODEL)
+    sealed = source.checkpoint.identity.get("rest", {}).get("template") if source.checkpoint else None
+    known = sealed or (source.manifest or {}).get("template", {}).get("sha256")
+    if source.manifest and known != sha256:
+        raise LoratuneError(
+            f"{source.adapter}: the prompt template is not the one of the training: the base's chat template has "
+            "changed since; restore it, or use the run folder rather than a checkpoint",
+            Exit.MODEL,
+        )
 
 
 def check_vocabulary(source: AdapterSource, base: Path, base_rows: int, rows: int) -> list[str]:
@@ -204,51 +186,42 @@ def check_vocabulary(source: AdapterSource, base: Path, base_rows: int, rows: in
     return [f"{source.adapter} was trained with a vocabulary of {rows} rows and brings them; the base has {base_rows}"]
 
 
-def _open_run(run: Path, force: bool) -> AdapterSource:
-    recipe, manifest = _read_run(run)
-    if not (run / ADAPTER).is_dir():
+def _is_run(folder: Path) -> bool:
+    """Whether a folder is a run's; a PEFT folder may hold the recipe that it was trained with."""
+    is_adapter = (folder / ADAPTER_CONFIG).is_file()
+    return (folder / MANIFEST).is_file() or (not is_adapter and (folder / RECIPE).is_file())
+
+
+def _open_run(run: Path, adapter: Path, force: bool) -> AdapterSource:
+    manifest = read_manifest(run)
+    if not adapter.is_dir():
         checkpoints = sorted(str(folder) for folder in (run / CHECKPOINTS).glob("step-*"))
         state = read_json(run / STATUS).get("state", "unknown") if (run / STATUS).is_file() else "unknown"
         hint = f"; its newest checkpoint is {checkpoints[-1]}" if checkpoints else ""
         raise LoratuneError(f"{run}: the run has no adapter yet (state: {state}){hint}", Exit.MODEL)
-    return AdapterSource(run / ADAPTER, recipe, manifest, run, _changed_files(run, manifest, force))
+    changed = changed_files(run, manifest, with_adapter=True)
+    require_unchanged(run, changed, force)
+    return AdapterSource(adapter, _read_recipe(run), manifest, run, tuple(changed))
 
 
-def _changed_files(run: Path, manifest: dict[str, Any], force: bool) -> tuple[str, ...]:
-    """What of the adapter is not as the run left it.
-
-    Raises:
-        LoratuneError: something, and it is not let through.
-    """
-    files = manifest.get("files", {})
-    if not isinstance(files, dict) or not all(isinstance(known, dict) for known in files.values()):
-        raise LoratuneError(f"{run / MANIFEST}: damaged: it does not say what the run's files were", Exit.MODEL)
-    changed = tuple(
-        name
-        for name, known in files.items()
-        if name.startswith(ADAPTER) and (not (run / name).is_file() or file_sha256(run / name) != known.get("sha256"))
-    )
-    if changed and not force:
-        raise LoratuneError(
-            f"{run}: changed or missing since the run ended: {', '.join(changed)}; restore them, or insist with "
-            "--force",
-            Exit.MODEL,
-        )
-    return changed
+def _open_checkpoint(run: Path, folder: Path, force: bool) -> AdapterSource:
+    checkpoint, damage = open_sealed(folder, force)
+    manifest = read_manifest(run)
+    changed = changed_files(run, manifest, with_adapter=False)
+    require_unchanged(run, changed, force)
+    recipe = _read_recipe(run)
+    other = require_same_settings(checkpoint, run, recipe, force) if checkpoint else []
+    return AdapterSource(folder, recipe, manifest, run, (*damage, *changed, *other), checkpoint=checkpoint)
 
 
-def _read_run(run: Path) -> tuple[Recipe, dict[str, Any]]:
-    manifest = read_json(run / MANIFEST)
-    if manifest.get("format_version") != FORMAT_VERSION:
-        raise LoratuneError(
-            f"{run}: made by another version of loratune (format {manifest.get('format_version')}, this one reads "
-            f"{FORMAT_VERSION})",
-            Exit.MODEL,
-        )
-    return load_recipe(str(run / RECIPE), {}), manifest
+def _read_recipe(run: Path) -> Recipe:
+    try:
+        return load_recipe(str(run / RECIPE), {})
+    except LoratuneError as error:
+        raise LoratuneError(str(error), Exit.MODEL) from error
 
 
-def _recorded_base(source: AdapterSource) -> dict[str, Any]:
+def recorded_base(source: AdapterSource) -> dict[str, Any]:
     """What the run's manifest says of its base.
 
     Raises:

@@ -10,7 +10,7 @@ from typing import Any
 from torch.utils.data import Dataset
 
 from loratune.data.batches import NumberedRows, PackedRows, collate_packed, collate_padded
-from loratune.data.cache import cache_folder
+from loratune.data.cache import rows_folder
 from loratune.data.dataset import as_dataset
 from loratune.data.split import Split
 from loratune.errors import Exit, LoratuneError
@@ -62,7 +62,7 @@ class ReadRows(Dataset[Any]):
             return self.rows[row]
         except (OSError, ValueError) as error:  # pyarrow's errors are one of them
             raise LoratuneError(
-                f"the encoded rows in {cache_folder()} can no longer be read: {error}. Checkpoints made so far are "
+                f"the encoded rows in {rows_folder()} can no longer be read: {error}. Checkpoints made so far are "
                 "whole; see that the disk is well, then go on with --resume",
                 Exit.DATA,
             ) from error

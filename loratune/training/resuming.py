@@ -8,9 +8,10 @@ from typing import Any
 
 from loratune import console
 from loratune.errors import Exit, LoratuneError, counted
-from loratune.recipe.sections import Recipe
+from loratune.recipe.sections import Recipe, flat_settings
 from loratune.runs.checkpoint import Checkpoint, named_checkpoint, newest_checkpoint
-from loratune.runs.folder import ADAPTER, CHECKPOINTS, MANIFEST, STATUS, read_json
+from loratune.runs.fingerprint import FULL
+from loratune.runs.folder import ADAPTER, CHECKPOINTS, MANIFEST, STATUS, read_json, read_manifest
 
 NEWEST, AUTO = "newest", "auto"
 FREE = (
@@ -19,6 +20,7 @@ FREE = (
 )
 """Settings and sections without a bearing on the adapter; files and templates count by what they hold."""
 DATE = "date in prompts"
+WHOLE_BASE = f"base {FULL}"
 LENGTHS = ("training.epochs", "training.steps")
 """A run may be made longer."""
 PATIENCE = "evaluation.early_stopping"
@@ -105,7 +107,7 @@ def as_begun(recipe: Recipe, output: Path, start: Checkpoint | None) -> tuple[Re
     """
     if start is None or not (output / MANIFEST).is_file():
         return recipe, None
-    manifest = read_json(output / MANIFEST)
+    manifest = read_manifest(output)
     known = manifest.get("template", {})
     if "generation_prompt" not in recipe.prompt.model_fields_set:
         update = {"generation_prompt": known.get("generation_prompt", "template")}
@@ -121,7 +123,7 @@ def identity_of(recipe: Recipe, manifest: dict[str, Any], processes: int) -> dic
         manifest: base, template, data and versions, as the run's manifest has them.
         processes: that train together.
     """
-    settings = {name: value for name, value in _flat(recipe.model_dump(mode="json")) if not _is_free(name)}
+    settings = {name: value for name, value in flat_settings(recipe).items() if not _is_free(name)}
     files = {
         f"data {number} {Path(use['path']).name}": f"{use['rows']} rows of {use['sha256'][:12]}"
         for number, use in enumerate(manifest["data"])
@@ -153,6 +155,9 @@ def check_identity(checkpoint: Checkpoint, identity: dict[str, Any], allow_chang
             f"the checkpoint does not say which date its prompts had; that of the run's start, {date}, is taken"
         )
         known["rest"] = known["rest"] | {DATE: date}
+    if WHOLE_BASE in identity["rest"] and WHOLE_BASE not in known["rest"]:
+        console.warn("the checkpoint is of an earlier version and knows its base by samples of the weights alone")
+        known["rest"] = known["rest"] | {WHOLE_BASE: identity["rest"][WHOLE_BASE]}
     different = [difference for part in known for difference in _differences(known[part], identity[part])]
     longer = [difference for difference in different if _makes_longer(*difference)]
     if longer:
@@ -171,14 +176,6 @@ def check_identity(checkpoint: Checkpoint, identity: dict[str, Any], allow_chang
     console.warn(
         f"from step {checkpoint.step} on with other settings; the adapter is that of neither alone:\n{_lines(changed)}"
     )
-
-
-def _flat(values: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
-    found: list[tuple[str, Any]] = []
-    for name, value in values.items():
-        is_section = isinstance(value, dict) and value
-        found += _flat(value, f"{prefix}{name}.") if is_section else [(f"{prefix}{name}", value)]
-    return found
 
 
 def _is_free(name: str) -> bool:

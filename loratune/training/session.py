@@ -30,12 +30,11 @@ from loratune.recipe.advice import advise
 from loratune.recipe.sections import Recipe
 from loratune.runs.card import write_card
 from loratune.runs.checkpoint import Checkpoint, open_checkpoint, seal_checkpoint
-from loratune.runs.fingerprint import fingerprint_base
 from loratune.runs.folder import ADAPTER, RECIPE, REPORT, begin_run, prepare_output, read_json, seal_run, set_status
 from loratune.runs.lock import run_lock
 from loratune.runs.probe import MAX_QUESTIONS, save_probe
+from loratune.runs.tensor_hashes import TensorHashes
 from loratune.runs.tokenizer_files import copy_tokenizer_files
-from loratune.runs.versions import library_versions
 from loratune.training.activations import measure_activations
 from loratune.training.arguments import compute_again, training_arguments
 from loratune.training.batching import Batching
@@ -46,8 +45,9 @@ from loratune.training.failures import attempted, machine_errors_explained
 from loratune.training.gate import pass_gate
 from loratune.training.health import GradientFlow
 from loratune.training.overview import parts_of_memory, show_data, show_model
+from loratune.training.record import identity_now, manifest_of
 from loratune.training.report import write_report
-from loratune.training.resuming import Resume, as_begun, check_identity, completion, find_start, identity_of
+from loratune.training.resuming import Resume, as_begun, check_identity, completion, find_start
 from loratune.training.start_up import StartUp
 from loratune.training.steps import StepPlan, plan_steps
 from loratune.training.stops import Stops
@@ -74,6 +74,8 @@ class Prepared:
     stops: Stops
     held: dict[str, str]
     """What takes memory, for the message when there is none left."""
+    hashes: TensorHashes
+    """Of the base, computed while the model is loaded."""
 
 
 @dataclass
@@ -123,23 +125,22 @@ def train(recipe: Recipe, overwrite: bool = False, resume: Resume | None = None)
             stack.enter_context(run_lock(output))
         start = find_start(output, resume) if resume else None
         prepared = _prepare(*as_begun(recipe, output, start), output, stops, held)
-        identity = identity_of(prepared.recipe, _manifest(prepared), prepared.hardware.processes)
         if start and resume:
-            check_identity(start, identity, resume.allow_changes)
+            check_identity(start, identity_now(prepared), resume.allow_changes)
             if told := completion(output, start, prepared.plan.steps, recipe.evaluation.early_stopping):
                 console.say(told)
                 return read_json(output / REPORT)
-        return _train(_load(prepared), identity, start)
+        return _train(_load(prepared), start)
 
 
-def _train(session: Session, identity: dict[str, Any], start: Checkpoint | None) -> dict[str, Any]:
+def _train(session: Session, start: Checkpoint | None) -> dict[str, Any]:
     """Make the steps that are left, and finish the run."""
     output, stops = session.output, session.stops
-    running = _build_trainer(session, identity)
+    running = _build_trainer(session, identity_now(session))
     trainer = running.trainer
     if console.IS_SPEAKER:
         check_room(output, session.recipe.checkpoints, session.summary.adapter_bytes)
-        begin_run(output, session.recipe, _manifest(session), start is not None, session.plan.steps)
+        begin_run(output, session.recipe, manifest_of(session), start is not None, session.plan.steps)
         probed = session.data.validation or session.data.train
         save_probe(output, as_dataset(probed), probed.questions(MAX_QUESTIONS))
     trainer.accelerator.wait_for_everyone()
@@ -179,6 +180,8 @@ def _prepare(recipe: Recipe, day: str | None, output: Path, stops: Stops, held: 
     data = pass_gate(recipe, day).checked()
     recipe = recipe.model_copy(update={"prompt": data.prompt})
     base = find_base(recipe.model)
+    hashes = TensorHashes(weight_files(base))
+    hashes.start()
     tokenizer = load_tokenizer(base)
     encoder = Encoder(tokenizer, recipe.prompt)
     set_pad_token(tokenizer, {encoder.end_id, tokenizer.eos_token_id})
@@ -188,7 +191,8 @@ def _prepare(recipe: Recipe, day: str | None, output: Path, stops: Stops, held: 
     show_data(recipe, data)
     start_up.stage_done("data")
     return Prepared(
-        recipe, output, hardware, base, tokenizer, encoder, data, plan, arguments, warnings, start_up, stops, held
+        recipe, output, hardware, base, tokenizer, encoder, data, plan, arguments, warnings, start_up, stops, held,
+        hashes,
     )  # fmt: skip
 
 
@@ -265,22 +269,6 @@ def _finish(session: Session, running: Running) -> dict[str, Any]:
     stood = {"step": trainer.state.global_step, "steps": trainer.state.max_steps, "stopped_early": keeper.stopped_early}
     set_status(session.output, "finished", **stood)
     return report
-
-
-def _manifest(session: Prepared) -> dict[str, Any]:
-    """What later commands need to know of the run, and what they check."""
-    encoder = session.encoder
-    return {
-        "base": {
-            "name": session.recipe.model.base,
-            "path": str(session.base.absolute()),
-            **fingerprint_base(session.base, weight_files(session.base)),
-        },
-        "template": encoder.record,
-        "data": [vars(use) for use in session.data.files],
-        "seed": session.recipe.seed,
-        "versions": library_versions(),
-    }
 
 
 @contextmanager

@@ -1,0 +1,124 @@
+"""Whether a base is the one that an adapter was trained on: a glance before it is loaded, every byte meanwhile."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from loratune.errors import Exit, LoratuneError
+from loratune.runs.fingerprint import FULL, SAMPLED, TENSORS, sampled_fingerprint
+from loratune.runs.folder import values_sha256
+from loratune.runs.opening import AdapterSource, recorded_base
+from loratune.runs.tensor_hashes import TensorHashes
+
+EVERY_BYTE, SAMPLES, NOTHING = "every byte", "sampled", "nothing"
+SHOWN_TENSORS = 3
+
+
+class BaseCheck:
+    """A base beside what is known of the trained one.
+
+    Args:
+        source: the adapter.
+        name: what the user calls the base.
+        folder: the base's folder.
+        weight_files: its safetensors files.
+        force: warn instead of refusing.
+        hashes: of their tensors, which several adapters of a base share.
+
+    Raises:
+        LoratuneError: a glance shows that it is another model.
+    """
+
+    def __init__(
+        self,
+        source: AdapterSource,
+        name: str,
+        folder: Path,
+        weight_files: Sequence[Path],
+        force: bool = False,
+        hashes: TensorHashes | None = None,
+    ) -> None:
+        self._source, self._name, self._force = source, name, force
+        self._hashes = hashes or TensorHashes(weight_files)
+        self._known = known_hashes(source)
+        self._warnings = [f"changed since the run ended: {', '.join(source.changed)}"] if source.changed else []
+        self._is_open = FULL in self._known
+        if source.manifest is None:
+            self._warnings.append(
+                "the checkpoint lies outside of its run: its base is checked, its prompt settings are not known"
+                if self._known
+                else "the adapter has no loratune manifest: base and prompt template could not be checked"
+            )
+        if not self._known and source.manifest is None:
+            return
+        found = sampled_fingerprint(folder, weight_files)
+        different = [key for key, value in found.items() if self._known.get(key) != value]
+        if different:
+            self._is_open = False
+            self._refuse([key.removesuffix("_sha256") for key in different], SAMPLED in different)
+        elif self._is_open:
+            self._hashes.start()
+
+    def finish(self) -> list[str]:
+        """Wait until every byte has been compared.
+
+        Returns:
+            What could not be checked, or was let through.
+
+        Raises:
+            LoratuneError: it is another model.
+        """
+        if self._is_open and values_sha256(self._hashes.result()) != self._known[FULL]:
+            self._is_open = False
+            self._refuse(["weights"], True)
+        return self._warnings
+
+    def _refuse(self, different: list[str], of_weights: bool) -> None:
+        verb = "differs" if different in (["config"], ["tokenizer"]) else "differ"
+        message = (
+            f"the adapter was trained on {self._trained_name()} and {self._name} is another model: "
+            f"{', '.join(different)} {verb}{self._tensors() if of_weights else ''}"
+        )
+        if not self._force:
+            raise LoratuneError(f"{message}. Give the right base with --model, or insist with --force", Exit.MODEL)
+        self._warnings.append(message)
+
+    def _trained_name(self) -> str:
+        if self._source.manifest:
+            return str(recorded_base(self._source)["name"])
+        identity = self._source.checkpoint.identity if self._source.checkpoint else {}
+        return str(identity.get("settings", {}).get("model.base", "another base"))
+
+    def _tensors(self) -> str:
+        """Which tensors differ, where each has a hash of its own."""
+        known = self._known.get(TENSORS)
+        if not isinstance(known, dict):
+            return ""
+        found = self._hashes.result()
+        names = sorted(name for name in known.keys() | found.keys() if known.get(name) != found.get(name))
+        shown = ", ".join(names[:SHOWN_TENSORS]) + (", …" if len(names) > SHOWN_TENSORS else "")
+        return f" in {len(names)} of {len(known)} tensors ({shown})"
+
+
+def check_same_base(
+    source: AdapterSource, name: str, folder: Path, weight_files: Sequence[Path], force: bool = False
+) -> list[str]:
+    """Compare a base with the trained one, and wait for it; arguments, result and errors are those of `BaseCheck`."""
+    return BaseCheck(source, name, folder, weight_files, force).finish()
+
+
+def known_hashes(source: AdapterSource) -> dict[str, Any]:
+    """What is known of the base that an adapter was trained on; of a checkpoint, what its own seal says."""
+    base = recorded_base(source) if source.manifest else {}
+    known = {key: value for key, value in base.items() if key == TENSORS or key.endswith("_sha256")}
+    rest = source.checkpoint.identity.get("rest", {}) if source.checkpoint else {}
+    sealed = {key.removeprefix("base "): value for key, value in rest.items() if key.startswith("base ")}
+    is_same = all(known.get(key, value) == value for key, value in sealed.items())
+    return known | sealed if is_same else sealed  # else the run went on with another base
+
+
+def how_checked(known: dict[str, Any]) -> str:
+    """How much of a base's weights is compared with what is known of them."""
+    return EVERY_BYTE if FULL in known else SAMPLES if SAMPLED in known else NOTHING

@@ -1,0 +1,132 @@
+"""Whether files are as loratune left them, looked at before anything else of a run or a checkpoint is read."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from loratune.errors import Exit, LoratuneError, bullet_list
+from loratune.recipe.sections import Recipe, flat_settings
+from loratune.runs.checkpoint import SEAL, Checkpoint, open_checkpoint
+from loratune.runs.folder import ADAPTER, MANIFEST, RECIPE, STATUS, file_sha256, read_json
+from loratune.runs.tokenizer_files import tokenizer_files
+
+ADAPTER_CONFIG = "adapter_config.json"
+# What is read of an adapter's folder if it lies there, so that a file that was put there later counts as a change.
+READ_IF_THERE = (ADAPTER_CONFIG, "adapter_model.safetensors", "config.json")
+CHECKED_SECTIONS = ("model.", "lora.", "prompt.")
+"""Of a recipe: what an adapter of it is loaded, asked and merged with."""
+
+
+def changed_files(run: Path, manifest: dict[str, Any], with_adapter: bool) -> list[str]:
+    """Files of a run that are not as its manifest says; every one of them is hashed.
+
+    Args:
+        run: its folder.
+        manifest: from `read_manifest`.
+        with_adapter: look at its adapter too, not at its recipe alone.
+
+    Raises:
+        LoratuneError: the manifest doesn't say what the files were.
+    """
+    files = _sealed_files(run, manifest, with_adapter)
+    wanted = [name for name in files if name == RECIPE or (with_adapter and name.startswith(f"{ADAPTER}/"))]
+    changed = [
+        name for name in wanted if not (run / name).is_file() or file_sha256(run / name) != files[name].get("sha256")
+    ]
+    if with_adapter:
+        changed += [f"{name} (added)" for name in _added(run / ADAPTER, f"{ADAPTER}/", files)]
+    return changed
+
+
+def require_unchanged(run: Path, changed: list[str], force: bool) -> None:
+    """Refuse a run whose files have changed.
+
+    Raises:
+        LoratuneError: with their names and what to do.
+    """
+    if not changed or force:
+        return
+    about = f"; {RECIPE} says how this run was trained: for another one, copy it and give the copy to sft --config"
+    raise LoratuneError(
+        f"{run}: changed or missing since the run ended: {', '.join(changed)}; restore them, or insist with --force"
+        f"{about if RECIPE in changed else ''}",
+        Exit.MODEL,
+    )
+
+
+def open_sealed(folder: Path, force: bool) -> tuple[Checkpoint | None, list[str]]:
+    """A checkpoint to be asked or merged, all of whose files are compared with their hashes.
+
+    Args:
+        folder: of the checkpoint.
+        force: take it even if it is damaged.
+
+    Returns:
+        The checkpoint, None if it is damaged; and what is wrong with it.
+
+    Raises:
+        LoratuneError: something is, and it is not let through.
+    """
+    try:
+        if not (folder / SEAL).is_file():
+            raise LoratuneError(f"{folder}: no {SEAL} in it, so it is no whole checkpoint", Exit.MODEL)
+        checkpoint = open_checkpoint(folder)
+        added = _added(folder, "", read_json(folder / SEAL)["files"])
+        if added:
+            raise LoratuneError(f"{folder}: added since it was written: {', '.join(added)}", Exit.MODEL)
+    except LoratuneError as error:
+        if force:
+            return None, [str(error)]
+        raise LoratuneError(
+            f"{error}\nrestore it, take another checkpoint, or insist with --force", Exit.MODEL
+        ) from error
+    return checkpoint, []
+
+
+def require_same_settings(checkpoint: Checkpoint, run: Path, recipe: Recipe, force: bool) -> list[str]:
+    """Compare a run's recipe with the settings that a checkpoint was made with.
+
+    Returns:
+        What was let through.
+
+    Raises:
+        LoratuneError: they are others: the recipe was edited, or the run has gone on with --allow-changes.
+    """
+    sealed, found = checkpoint.identity.get("settings", {}), flat_settings(recipe)
+    different = [
+        f"{name} was {value!r} and is {found.get(name)!r}"
+        for name, value in sealed.items()
+        if name.startswith(CHECKED_SECTIONS) and found.get(name) != value
+    ]
+    if different and not force:
+        raise LoratuneError(
+            f"{checkpoint.folder} was made with other settings than {run / RECIPE} has:\n{bullet_list(different)}\n"
+            "restore the recipe, or insist with --force",
+            Exit.MODEL,
+        )
+    return [f"{RECIPE}: {difference}" for difference in different]
+
+
+def _sealed_files(run: Path, manifest: dict[str, Any], with_adapter: bool) -> dict[str, dict[str, Any]]:
+    """What a manifest says of the files; earlier versions sealed nothing before a run had ended."""
+    files, problems = manifest.get("files", {}), []
+    if not isinstance(manifest.get("base"), dict):
+        problems.append("what the base was")
+    is_readable = isinstance(files, dict) and all(isinstance(known, dict) for known in files.values())
+    has_ended = (run / STATUS).is_file() and read_json(run / STATUS).get("state") == "finished"
+    if not is_readable or ((with_adapter or has_ended) and not files) or (has_ended and RECIPE not in files):
+        problems.append("what the run's files were")
+    if problems:
+        raise LoratuneError(
+            f"{run / MANIFEST}: damaged: it does not say {' and '.join(problems)}; restore it, or copy "
+            f"{run / ADAPTER} elsewhere and give the copy, which is taken as a plain adapter",
+            Exit.MODEL,
+        )
+    return dict(files)
+
+
+def _added(folder: Path, prefix: str, files: dict[str, Any]) -> list[str]:
+    """Files that would be read of a folder and that nobody has sealed; others lie there without any effect."""
+    read = [*(name for name in READ_IF_THERE if (folder / name).is_file()), *tokenizer_files(folder)]
+    return [f"{prefix}{name}" for name in read if f"{prefix}{name}" not in files]

@@ -1,0 +1,172 @@
+"""A hash of each tensor of a model, over all of its bytes: computed beside other work, and remembered.
+
+A file's hashes are remembered by its place, size, inode, and the times of its last changes; links are followed, as
+those of a hub's cache are. Bytes that rot on the disk change none of these, and show when the file is hashed anew.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from loratune.caches import cache_folder
+from loratune.errors import Exit, LoratuneError
+from loratune.writing import write_json
+
+PIECE_BYTES = 1 << 20
+MAX_THREADS = 4
+"""More wait for the disk, or for each other's memory."""
+SETTLED_NS = 2_000_000_000
+"""A file that was changed less long ago could change again within the same tick of its file system's clock."""
+UNUSED_DAYS = 90
+
+
+class TensorHashes:
+    """The hashes of some files' tensors, computed by other threads from `start` on.
+
+    Args:
+        paths: safetensors files.
+    """
+
+    def __init__(self, paths: Sequence[Path]) -> None:
+        self._paths = paths
+        self._found: dict[Path, dict[str, str]] = {}
+        self._work: Iterator[tuple[Path, str, dict[str, Any], int]] = iter(())
+        self._stats: dict[Path, tuple[int, ...]] = {}
+        self._threads: list[threading.Thread] = []
+        self._lock = threading.Lock()
+        self._error: BaseException | None = None
+        self._started = False
+
+    def start(self) -> None:
+        """Begin, unless that has been done; what is remembered takes no thread."""
+        if self._started:
+            return
+        self._started = True
+        left = []
+        for path in self._paths:
+            self._stats[path] = _identity(path)
+            known = _recall(path, self._stats[path])
+            self._found[path] = known or {}
+            left += [] if known else [path]
+        if not left:
+            return
+        self._work = _tensors(left)
+        count = min(MAX_THREADS, os.cpu_count() or 1)
+        # Threads of a pool would keep the process from ending after Ctrl-C until all is hashed.
+        self._threads = [threading.Thread(target=self._hash, daemon=True) for _ in range(count)]
+        for thread in self._threads:
+            thread.start()
+
+    def result(self) -> dict[str, str]:
+        """Name of a tensor → sha256 of its type, shape and bytes, in order; waits until they are all there.
+
+        Raises:
+            LoratuneError: a file cannot be read.
+        """
+        self.start()
+        for thread in self._threads:
+            thread.join()
+        if self._error:
+            raise LoratuneError(f"{self._paths[0].parent}: cannot be read: {self._error}", Exit.MODEL) from self._error
+        if self._threads:
+            for path in self._paths:
+                _remember(path, self._stats[path], self._found[path])
+            self._threads = []
+        return {name: value for found in self._found.values() for name, value in sorted(found.items())}
+
+    def _hash(self) -> None:
+        buffer = memoryview(bytearray(PIECE_BYTES))
+        try:
+            while True:
+                with self._lock:
+                    path, name, entry, start = next(self._work)
+                digest = _digest(path, entry, start, buffer)
+                with self._lock:
+                    self._found[path][name] = digest
+        except StopIteration:
+            return
+        except Exception as error:  # told by `result`, to whoever waits
+            self._error = error
+
+
+def read_header(file: BinaryIO) -> tuple[int, dict[str, Any]]:
+    """Of a safetensors file: where the tensors' bytes begin, and name → dtype, shape and data_offsets of each."""
+    length = int.from_bytes(file.read(8), "little")
+    header = json.loads(file.read(length))
+    header.pop("__metadata__", None)
+    return 8 + length, header
+
+
+def _tensors(paths: Sequence[Path]) -> Iterator[tuple[Path, str, dict[str, Any], int]]:
+    for path in paths:
+        with path.open("rb") as file:
+            start, header = read_header(file)
+        # In the order of the file, so that a disk is read once from its beginning to its end.
+        for name, entry in sorted(header.items(), key=lambda item: int(item[1]["data_offsets"][0])):
+            yield path, name, entry, start
+
+
+def _digest(path: Path, entry: dict[str, Any], start: int, buffer: memoryview) -> str:
+    digest = hashlib.sha256(json.dumps([entry["dtype"], entry["shape"]]).encode())
+    place, end = (start + offset for offset in entry["data_offsets"])
+    with path.open("rb", buffering=0) as file:
+        file.seek(place)
+        while place < end:
+            count = file.readinto(buffer[: min(len(buffer), end - place)])
+            if not count:
+                raise OSError(f"{path}: ends before its tensors do")
+            digest.update(buffer[:count])
+            place += count
+    return digest.hexdigest()
+
+
+def _identity(path: Path) -> tuple[int, ...]:
+    about = path.stat()
+    return about.st_size, about.st_mtime_ns, about.st_ctime_ns, about.st_ino, about.st_dev
+
+
+def _entry(path: Path, identity: tuple[int, ...]) -> Path:
+    key = json.dumps([str(path.resolve()), identity])
+    return cache_folder("bases") / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.json"
+
+
+def _recall(path: Path, identity: tuple[int, ...]) -> dict[str, str] | None:
+    try:
+        entry = _entry(path, identity)
+        known = json.loads(entry.read_text(encoding="utf-8"))
+        with suppress(OSError):
+            os.utime(entry)
+        if known["sha256"] != _sum(known["tensors"]):
+            return None
+    except (OSError, RuntimeError, ValueError, TypeError, KeyError):  # none, damaged, or no home
+        return None
+    return dict(known["tensors"])
+
+
+def _remember(path: Path, identity: tuple[int, ...], tensors: dict[str, str]) -> None:
+    """Keep hashes for later; a cache that cannot be written costs nothing but that."""
+    is_settled = time.time_ns() - max(identity[1:3]) > SETTLED_NS
+    if _identity(path) != identity or not is_settled:
+        return
+    try:
+        entry = _entry(path, identity)
+        entry.parent.mkdir(parents=True, exist_ok=True)
+        write_json(entry, {"file": str(path.resolve()), "tensors": tensors, "sha256": _sum(tensors)})
+        oldest = time.time() - UNUSED_DAYS * 86400
+        for other in entry.parent.glob("*.json"):
+            if other.stat().st_mtime < oldest:
+                other.unlink(missing_ok=True)
+    except (OSError, RuntimeError, LoratuneError):
+        return
+
+
+def _sum(tensors: dict[str, str]) -> str:
+    return hashlib.sha256(json.dumps(tensors, sort_keys=True).encode()).hexdigest()

@@ -1,0 +1,33 @@
+"""What a run notes of itself before its first step, for later commands and for its own resumption."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from loratune.model.files import weight_files
+from loratune.runs.fingerprint import fingerprint_base
+from loratune.runs.versions import library_versions
+from loratune.training.resuming import identity_of
+
+if TYPE_CHECKING:
+    from loratune.training.session import Prepared
+
+
+def manifest_of(session: Prepared) -> dict[str, Any]:
+    """What later commands need to know of the run, and what they check; waits until the base has been hashed."""
+    return {
+        "base": {
+            "name": session.recipe.model.base,
+            "path": str(session.base.absolute()),
+            **fingerprint_base(session.base, weight_files(session.base), session.hashes),
+        },
+        "template": session.encoder.record,
+        "data": [vars(use) for use in session.data.files],
+        "seed": session.recipe.seed,
+        "versions": library_versions(),
+    }
+
+
+def identity_now(session: Prepared) -> dict[str, Any]:
+    """What the bits of the adapter hang on, as it is now."""
+    return identity_of(session.recipe, manifest_of(session), session.hardware.processes)
