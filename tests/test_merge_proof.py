@@ -6,6 +6,7 @@ import dataclasses
 import hashlib
 import importlib.metadata
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors import safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from typer.testing import Result
 
 from loratune.delivery import merge, model_folder, verify
@@ -74,7 +75,9 @@ def test_the_verification_says_what_was_merged_and_compared(merged: Merge, run: 
     assert (found["bytes"], found["dtype"]) == (sum(sizes.values()), "float32")
     back = found["read_back"]
     assert (back["tensors"], back["identical"], back["updated"]) == (len(sizes), len(sizes) - 14, 14)
-    assert back["sampled_rows"] == 14 * 16
+    assert (back["rows"], back["sampled_rows"]) == (2 * (32 + 16 + 16 + 32 + 48 + 48 + 32), 14 * 16)
+    assert back["largest_forward_error"] < 1e-9
+    assert 0 < back["lost_to_rounding"] < 1e-3
     assert 0 <= back["largest_error_steps"] <= 0.5
     assert back["unchanged"] == []
 
@@ -221,10 +224,10 @@ def test_a_merge_that_writes_other_updates_is_noticed_by_reading_back(
         write(dataclasses.replace(plan, tensors=tensors), *others)
 
     monkeypatch.setattr(merge, "write_merged", write_scaled)
-    assert "rounding steps away from base + update" in failed(merged("--no-logits"), Exit.MODEL, output)
+    assert "rounding steps away from PEFT's" in failed(merged("--no-logits"), Exit.MODEL, output)
 
 
-def test_updates_that_were_misunderstood_throughout_are_noticed_by_the_logits(
+def test_updates_that_were_misunderstood_throughout_are_noticed_by_peft_s_own(
     merged: Merge, output: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     read = merge.read_updates
@@ -236,6 +239,9 @@ def test_updates_that_were_misunderstood_throughout_are_noticed_by_the_logits(
         return updates
 
     monkeypatch.setattr(merge, "read_updates", read_wrong)
+    assert "rounding steps away from PEFT's" in failed(merged(), Exit.MODEL, output)
+    # The models would tell it too, if nothing had been read back.
+    monkeypatch.setattr(merge, "read_back", lambda *_: None)
     told = failed(merged(), Exit.MODEL, output)
     assert "the merged model is not what base + adapter is, and has been removed" in told
     assert "mean KL divergence" in told
@@ -256,7 +262,7 @@ def test_updates_that_were_misunderstood_throughout_are_noticed_by_the_logits(
         ({"rope_theta": 10.0, "rope_parameters": {"rope_type": "default", "rope_theta": 10.0}}, "is not what base"),
     ],
 )
-def test_a_config_that_went_wrong_is_noticed(
+def test_a_config_that_went_wrong_is_noticed_twice(
     merged: Merge, output: Path, monkeypatch: pytest.MonkeyPatch, values: dict[str, Any], words: str
 ) -> None:
     write = model_folder._write_config
@@ -268,21 +274,22 @@ def test_a_config_that_went_wrong_is_noticed(
         return changes
 
     monkeypatch.setattr(model_folder, "_write_config", write_wrong)
+    assert f"config.json: {next(iter(values))} is" in failed(merged("--no-logits"), Exit.MODEL, output)
+    monkeypatch.setattr(merge, "_check_beside", lambda *_: None)
     assert words in failed(merged(), Exit.MODEL, output)
 
 
 def test_an_adapter_that_changes_nothing_is_refused_unless_forced(
-    merged: Merge, run: Path, output: Path, random_qwen: Path, monkeypatch: pytest.MonkeyPatch
+    cli: Callable[..., Result], run: Path, output: Path, random_qwen: Path, tmp_path: Path
 ) -> None:
-    read = merge.read_updates
-
-    def read_nothing(*arguments: Any) -> Any:
-        return {name: dataclasses.replace(update, scaling=0.0) for name, update in read(*arguments).items()}
-
-    monkeypatch.setattr(merge, "read_updates", read_nothing)
-    told = failed(merged("--no-logits"), Exit.MODEL, output)
+    adapter = shutil.copytree(run / "adapter", tmp_path / "adapter")
+    tensors = load_file(adapter / "adapter_model.safetensors")
+    idle = {name: tensor * (".lora_B." not in name) for name, tensor in tensors.items()}
+    save_file(idle, adapter / "adapter_model.safetensors")
+    arguments = ("merge", "-a", adapter, "-m", random_qwen, "-o", output, "--no-logits")
+    told = failed(cli(*arguments, env=WIDE), Exit.MODEL, output)
     assert "14 of 14 tensors that the adapter changes still equal the base's" in told
-    assert merged("--no-logits", "--force").exit_code == 0
-    assert "still equal the base's" in report(output)["warnings"][0]
+    assert cli(*arguments, "--force").exit_code == 0
+    assert "still equal the base's" in str(report(output)["warnings"])
     base, found = load_file(random_qwen / WEIGHTS), load_file(output / WEIGHTS)
     assert all(torch.equal(found[name], base[name]) for name in found)

@@ -98,7 +98,7 @@ def _generation_problems(base: Path, folder: Path, end_id: int) -> Iterator[str]
     ends = {*_ids(known), end_id}
     found = _ids(written.get("eos_token_id", known))
     if {*found} != ends:
-        yield f"{GENERATION_CONFIG}: {found} end an answer, where it should be {sorted(ends)}"
+        yield f"{GENERATION_CONFIG}: an answer ends at {found} where it should at {sorted(ends)}"
     for key in sorted({*written, *original} - {"eos_token_id"}):
         if written.get(key) != original.get(key):
             yield f"{GENERATION_CONFIG}: {key} is {json.dumps(written.get(key))}"

@@ -152,6 +152,10 @@ def _fill(model: Any) -> list[list[Place]]:
         zero = nn.Parameter(torch.zeros(()).expand(module._parameters[name].shape), requires_grad=False)
         for module, name in found:
             module._parameters[name] = zero
+    for module in model.modules():  # of trained tokens, the rows of the base
+        for name, buffer in module._buffers.items():
+            if buffer is not None and buffer.is_meta:
+                module._buffers[name] = torch.zeros((), dtype=buffer.dtype).expand(buffer.shape)
     return [found for found in places.values() if len(found) > 1]
 
 

@@ -114,7 +114,8 @@ class LoraRows:
             lora_b = self._layer.lora_B[self._name]
             self._layer.lora_A[self._name]._parameters["weight"] = _parameter(first)
             lora_b._parameters["weight"] = _parameter(second)
-            lora_b._parameters["bias"] = None if bias is None else _parameter(self._bias[numbers].to(base.dtype))
+            shift = None if bias is None or self._bias is None else _parameter(self._bias[numbers].to(base.dtype))
+            lora_b._parameters["bias"] = shift
             self._layer.lora_bias[self._name] = bias is not None
             self._base._parameters["bias"] = None if bias is None else _parameter(bias)
         if self._magnitude is not None:
