@@ -139,7 +139,7 @@ FAULTS: dict[str, tuple[Edit, str]] = {
     "a rank pattern that does not fit": (edit_config(rank_pattern={"q_proj": 3}), "q_proj.lora_A.weight: rank 4"),
     "no alpha": (edit_config(lora_alpha=None), "lora_alpha"),
     "an alpha that is none": (edit_config(lora_alpha=float("inf")), "alpha"),
-    "no rank": (edit_config(r=0), "rank 0"),
+    "no rank": (edit_config(r=0), "r is 0; a rank is a whole number from 1"),
     "NaN": (edit_weights(lambda t: t[A].view(-1).__setitem__(0, math.nan)), "q_proj.lora_A.weight"),
     "infinity": (edit_weights(lambda t: t[B].view(-1).__setitem__(0, -math.inf)), "q_proj.lora_B.weight"),
     "PiSSA": (edit_config(init_lora_weights="pissa_niter_16"), "pissa_niter_16"),

@@ -5,25 +5,40 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 from jinja2 import TemplateError
 
 from loratune.data.chat_template import (
+    ANSWER,
     CLOSING,
     OPENING,
     PROBE_TOOL,
+    QUESTION,
+    SYSTEM,
     ChatTemplate,
     find_templates,
     fixed_day,
     study_template,
 )
+from loratune.data.template_trial import try_template
+from loratune.data.templates import OWN_TEMPLATES
 from loratune.data.text_marks import with_marks_kept
 from loratune.errors import Exit, LoratuneError
 from loratune.recipe.sections import PromptSettings
 
-FAILURES = (TemplateError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError)
+FAILURES = (
+    TemplateError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RecursionError, SyntaxError,
+    AssertionError, NotImplementedError,
+)  # fmt: skip
 """How a template refuses messages, or fails at them."""
+TRIALS: list[tuple[list[dict[str, str]], list[dict[str, Any]]]] = [
+    ([QUESTION], []),
+    ([SYSTEM, *[QUESTION, ANSWER] * 8, QUESTION], []),
+    ([QUESTION], [PROBE_TOOL]),
+]
+"""Messages and tools with which a template is tried before it is used."""
 
 
 class ChatRenderer:
@@ -125,6 +140,8 @@ class ChatRenderer:
         def render(text: str, messages: Sequence[Any], tools: Sequence[dict[str, Any]], **options: Any) -> str:
             return str(self._render(text, messages, tools, tokenize=False, **options))
 
+        if self.settings.template not in OWN_TEMPLATES:
+            try_template(text, [partial(render, text, *one, add_generation_prompt=True) for one in TRIALS])
         control = self._special if self.settings.generation_prompt == "auto" else None
         return study_template(render, text, tools, self.settings.thinking, control)
 

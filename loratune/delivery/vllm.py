@@ -124,7 +124,7 @@ def _config_problems(config: dict[str, Any]) -> list[str]:
 
 
 def _rank_problems(config: dict[str, Any], rank: int, ranks: dict[str, int]) -> list[str]:
-    if config["r"] < 1 or min(ranks.values(), default=0) < 1:
+    if min(ranks.values(), default=0) < 1:
         return ["no LoRA matrices, or some of rank 0"]
     problems = []
     if rank > MAX_LORA_RANKS[-1]:
