@@ -20,6 +20,8 @@ from loratune.errors import Exit, LoratuneError
 from loratune.recipe.data_sections import DataSettings
 from loratune.recipe.sections import ModelSettings, PromptSettings, Recipe
 from loratune.runs.card import base_name, hub_id, write_card
+from loratune.runs.checkpoint import seal_checkpoint
+from loratune.runs.fingerprint import fingerprint_base
 from loratune.runs.folder import begin_run, seal_run
 from loratune.runs.opening import open_adapter
 from loratune.runs.tokenizer_files import TOKENIZER_FILES, copy_tokenizer_files
@@ -49,13 +51,17 @@ def make_run(random_qwen: Path, tmp_path: Path) -> Callable[..., Path]:
         data = DataSettings(train=[f"{tmp_path}/rows.json#5"])
         sections = {"model": ModelSettings(base=str(random_qwen)), "data": data, "output": str(run), **sections}
         recipe = Recipe(**sections)
-        begin_run(run, recipe, {"base": {"name": recipe.model.base, "path": str(random_qwen)}})
+        known = fingerprint_base(random_qwen, [random_qwen / "model.safetensors"])
+        template = Encoder(AutoTokenizer.from_pretrained(random_qwen), recipe.prompt).record
+        about = {"name": recipe.model.base, "path": str(random_qwen), **known}
+        begin_run(run, recipe, {"base": about, "template": template})
         for folder in (run / "adapter", run / "checkpoints" / "step-000002"):
             write_peft(random_qwen, folder)
         copy_tokenizer_files(random_qwen, run / "adapter")
         write_card(run / "adapter", recipe)
         for name in ("optimizer.pt", "trainer_state.json", "rng_state.pth", "scheduler.pt"):
             (run / "checkpoints" / "step-000002" / name).write_bytes(b"state")
+        seal_checkpoint(run / "checkpoints" / "step-000002", 2, {"settings": {}, "rest": {}, "versions": {}}, {})
         seal_run(run)
         return run
 
@@ -206,6 +212,7 @@ def test_a_word_in_the_vocabulary_is_no_path(
     run = make_run()
     monkeypatch.setenv("HOME", "/root")
     (run / "adapter" / "vocab.json").write_text('{"/root": 1}')
+    seal_run(run)
     export_adapter(open_adapter(run), exported)
     assert "vocab.json" in TOKENIZER_FILES
     assert "vocab.json" in names(exported)

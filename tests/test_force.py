@@ -212,15 +212,17 @@ def test_an_adapter_of_pickles_is_never_opened(
 
 @pytest.mark.parametrize("command", ["merge", "infer"])
 def test_a_checkpoint_s_pickles_and_a_base_s_are_never_opened(
-    cli: Callable[..., Result], run: Path, base: Path, tmp_path: Path, pickled: bytes, command: str
+    cli: Callable[..., Result], run: Path, base: Path, tmp_path: Path, pickled: bytes, command: str, refusal: Refusal
 ) -> None:
     (checkpoint,) = (run / "checkpoints").iterdir()
     for name in ("optimizer.pt", "scheduler.pt", "rng_state.pth", "training_args.bin", "adapter_model.bin"):
         (checkpoint / name).write_bytes(pickled)
     for name in ("pytorch_model.bin", "consolidated.pth"):
         (base / name).write_bytes(pickled)
+    told = refusal(command, "--adapter", checkpoint, "--model", base)
+    assert all(name in told for name in ("optimizer.pt", "scheduler.pt", "rng_state.pth"))
     extra = ("--output", tmp_path / "merged") if command == "merge" else ANSWER
-    result = cli(command, "--adapter", checkpoint, "--model", base, *extra)
+    result = cli(command, "--adapter", checkpoint, "--model", base, *extra, "--force")
     assert result.exit_code == 0, result.stderr
     assert not (tmp_path / "canary").exists()
     assert not [path for path in tmp_path.glob("merged/*") if path.read_bytes() == pickled]

@@ -10,6 +10,11 @@ import typer
 from loratune import console
 from loratune.runs.state import run_state
 
+BASES = {
+    "every byte": "known by every byte of its weights",
+    "sampled": "known by samples: 4096 bytes of each tensor",
+    "nothing": "not known",
+}
 DETAILS = "A run that says it is running, but whose process is gone, has crashed; it can be resumed."
 
 
@@ -36,4 +41,10 @@ def _rows(state: dict[str, Any]) -> list[tuple[str, str]]:
         best = f", best {state['best_validation_loss']:.4f}"
         rows.append(("validation loss", f"{state['validation_loss']:.4f}{best}"))
     checkpoints = ", ".join(str(step) for step in state["checkpoints"]) or "none"
-    return [*rows, ("checkpoints", checkpoints)]
+    changed = f"changed since: {', '.join(state['changed'])}; other commands refuse it" if state["changed"] else ""
+    return [
+        *rows,
+        ("checkpoints", checkpoints),
+        ("files", changed or "as the run left them"),
+        ("base", BASES[state["base_checked"]]),
+    ]

@@ -15,6 +15,7 @@ from peft import (
     PeftModel,
     PeftModelForCausalLM,
     get_peft_model,
+    get_peft_model_state_dict,
     set_peft_model_state_dict,
 )
 from peft.tuners.lora import LoraLayer
@@ -22,7 +23,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from loratune.errors import Exit, LoratuneError, bullet_list
-from loratune.model.adapter_files import CONFIG_FILE, SETTINGS, WEIGHTS_FILE, read_config_values
+from loratune.model.adapter_files import CONFIG_FILE, SETTINGS, WEIGHTS_FILE, check_weights, read_config_values
 from loratune.model.adapter_patterns import as_expressions, settle_patterns
 from loratune.model.adapter_tensors import read_tensors
 from loratune.model.completeness import Shapes, require_complete, tensor_shapes
@@ -174,8 +175,25 @@ def check_adapter(folder: Path, base: Shapes) -> None:
 
 
 def load_adapter_weights(model: PeftModel, folder: Path) -> None:
-    """Put the weights of a saved adapter in the place of the model's own."""
-    set_peft_model_state_dict(model, load_file(folder / WEIGHTS_FILE))
+    """Put the weights of a saved adapter in the place of the model's own.
+
+    Raises:
+        LoratuneError: the file is damaged, or does not hold exactly the tensors that the model trains.
+    """
+    check_weights(folder)
+    weights = load_file(folder / WEIGHTS_FILE)
+    own = get_peft_model_state_dict(model, save_embedding_layers=False)
+    strange = sorted(
+        name
+        for name in weights.keys() | own.keys()
+        if name not in own or name not in weights or weights[name].shape != own[name].shape
+    )
+    if strange:
+        raise LoratuneError(
+            f"{folder / WEIGHTS_FILE}: {len(strange)} tensors are not those that this run trains, first {strange[0]}",
+            Exit.MODEL,
+        )
+    set_peft_model_state_dict(model, weights)
 
 
 def _peft_config(values: dict[str, Any], folder: Path) -> LoraConfig:

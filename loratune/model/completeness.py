@@ -7,6 +7,7 @@ in the file.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -76,7 +77,9 @@ def own_modules(given: Shapes) -> dict[str, tuple[int, ...]]:
 def _expected(folder: Path, config: LoraConfig, base: Shapes) -> dict[str, Any]:
     skeleton = _skeleton(base)
     try:
-        model = PeftModel(skeleton, config, low_cpu_mem_usage=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # of tied matrices, which a skeleton has none of
+            model = PeftModel(skeleton, config, low_cpu_mem_usage=True)
     except (ValueError, RuntimeError, KeyError) as error:
         reason = " ".join(str(error).split())[:300]
         raise LoratuneError(f"{folder}: the adapter does not fit the base model: {reason}", Exit.MODEL) from error

@@ -9,6 +9,7 @@ checkpoints/step-000050/
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -109,12 +110,15 @@ def _file_problem(path: Path, told: dict[str, Any]) -> str | None:
     return None if file_sha256(path) == told["sha256"] else f"{path.name} has been changed"
 
 
-def newest_checkpoint(run: Path, strict: bool = False) -> tuple[Checkpoint | None, list[str]]:
+def newest_checkpoint(
+    run: Path, strict: bool = False, check: Callable[[Checkpoint], None] = lambda _: None
+) -> tuple[Checkpoint | None, list[str]]:
     """The newest checkpoint of a run that is whole, and what is wrong with newer ones.
 
     Args:
         run: its folder.
         strict: do not go back behind a damaged one.
+        check: raises LoratuneError for one that is as it was sealed and damaged nevertheless.
 
     Raises:
         LoratuneError: the newest is damaged, with `strict`.
@@ -124,11 +128,14 @@ def newest_checkpoint(run: Path, strict: bool = False) -> tuple[Checkpoint | Non
     damaged: list[str] = []
     for step in reversed(checkpoint_steps(run / CHECKPOINTS)):
         try:
-            return open_checkpoint(step_folder(run / CHECKPOINTS, step)), damaged
+            checkpoint = open_checkpoint(step_folder(run / CHECKPOINTS, step))
+            check(checkpoint)
         except LoratuneError as error:
             if strict or isinstance(error, UnknownFormatError):
                 raise
             damaged.append(str(error))
+        else:
+            return checkpoint, damaged
     return None, damaged
 
 

@@ -7,9 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from loratune.errors import Exit, LoratuneError
+from loratune.runs.base_check import NOTHING, how_checked
 from loratune.runs.checkpoint import checkpoint_steps
-from loratune.runs.folder import CHECKPOINTS, RECIPE, STATUS, read_json, read_metrics
+from loratune.runs.folder import ADAPTER, CHECKPOINTS, MANIFEST, RECIPE, STATUS, read_json, read_manifest, read_metrics
 from loratune.runs.lock import lock_holder
+from loratune.runs.seals import changed_files
 
 
 def run_state(output: Path) -> dict[str, Any]:
@@ -20,7 +22,9 @@ def run_state(output: Path) -> dict[str, Any]:
 
     Returns:
         output, state, step, steps, loss, validation_loss, best_validation_loss (None where there is none), checkpoints
-        (steps), time (of the last change of state), next (what to type, or None).
+        (steps), time (of the last change of state), base_checked (how much of its base's weights a later command
+        compares: every byte, sampled, or nothing), changed (files that are not as they were sealed, which later
+        commands refuse), next (what to type, or None).
 
     Raises:
         LoratuneError: the folder holds no run.
@@ -45,8 +49,21 @@ def run_state(output: Path) -> dict[str, Any]:
         "best_validation_loss": min(validations, default=None),
         "checkpoints": steps,
         "time": status.get("time"),
+        **_seal(output),
         "next": _next(output, state, bool(steps)),
     }
+
+
+def _seal(output: Path) -> dict[str, Any]:
+    """How far later commands can trust a run, as they will find it when they open it."""
+    if not (output / MANIFEST).is_file():
+        return {"base_checked": NOTHING, "changed": []}
+    try:
+        manifest = read_manifest(output)
+        changed = changed_files(output, manifest, with_adapter=(output / ADAPTER).is_dir())
+    except LoratuneError as error:
+        return {"base_checked": NOTHING, "changed": [str(error)]}
+    return {"base_checked": how_checked(manifest["base"]), "changed": changed}
 
 
 def _next(output: Path, state: str, has_checkpoint: bool) -> str | None:

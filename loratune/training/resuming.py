@@ -12,6 +12,7 @@ from loratune.recipe.sections import Recipe, flat_settings
 from loratune.runs.checkpoint import Checkpoint, named_checkpoint, newest_checkpoint
 from loratune.runs.fingerprint import FULL
 from loratune.runs.folder import ADAPTER, CHECKPOINTS, MANIFEST, STATUS, read_json, read_manifest
+from loratune.training.checkpoint_state import check_states
 
 NEWEST, AUTO = "newest", "auto"
 FREE = (
@@ -46,8 +47,10 @@ def find_start(output: Path, resume: Resume) -> Checkpoint | None:
         LoratuneError: there is none, or it is damaged.
     """
     if resume.checkpoint not in (NEWEST, AUTO):
-        return named_checkpoint(output, resume.checkpoint)
-    checkpoint, damaged = newest_checkpoint(output, resume.strict)
+        named = named_checkpoint(output, resume.checkpoint)
+        check_states(named)
+        return named
+    checkpoint, damaged = newest_checkpoint(output, resume.strict, check_states)
     for problem in damaged:
         console.warn(f"{problem}\n  the one before it is taken" if checkpoint else problem)
     if checkpoint is None and resume.checkpoint == NEWEST:

@@ -20,11 +20,10 @@ from loratune.model.adapter import load_adapter_weights, save_adapter
 from loratune.runs.checkpoint import step_folder
 from loratune.runs.folder import CHECKPOINTS
 from loratune.training.batching import Batching
+from loratune.training.checkpoint_state import TRAINER_STATE, state_errors_explained
 from loratune.training.labelled_loss import add_labelled_loss
 from loratune.training.stops import Stops, ValidationStopped
 from loratune.writing import folder_in_one_step, staging_place
-
-TRAINER_STATE = "trainer_state.json"
 
 
 class AdapterTrainer(SFTTrainer):
@@ -190,7 +189,8 @@ class AdapterTrainer(SFTTrainer):
         transformers takes the settings from the checkpoint too, so that a changed learning rate is silently ignored.
         """
         settings = [{name: value for name, value in group.items() if name != "params"} for group in self._groups()]
-        super()._load_optimizer_and_scheduler(checkpoint)
+        with state_errors_explained(Path(checkpoint or "")):
+            super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is None:
             return
         schedule = self.lr_scheduler  # all of ours are functions of the step
@@ -199,6 +199,10 @@ class AdapterTrainer(SFTTrainer):
         schedule._last_lr = [rate * factor for rate, factor in zip(schedule.base_lrs, factors, strict=True)]
         for group, own, rate in zip(self._groups(), settings, schedule._last_lr, strict=True):
             group.update(own | {"lr": rate})
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        with state_errors_explained(Path(checkpoint or "")):
+            super()._load_rng_state(checkpoint)
 
     def _groups(self) -> list[dict[str, Any]]:
         groups: list[dict[str, Any]] = self.optimizer.param_groups

@@ -1,0 +1,107 @@
+"""Whether the states in a checkpoint are those of its step: each of them knows how many steps it has seen.
+
+Seals show what has been changed since; this shows files of different steps that were put together and sealed as one.
+"""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers.trainer_callback import TrainerState
+from transformers.trainer_pt_utils import safe_globals
+
+from loratune.errors import Exit, LoratuneError, bullet_list
+from loratune.runs.checkpoint import Checkpoint
+
+OPTIMIZER, SCHEDULER, TRAINER_STATE, SCALER = "optimizer.pt", "scheduler.pt", "trainer_state.json", "scaler.pt"
+SHAPE_ERRORS = (ValueError, KeyError, TypeError, AttributeError, IndexError)
+
+
+def check_states(checkpoint: Checkpoint) -> None:
+    """Compare the steps that optimizer, scheduler and trainer have made with that of the seal.
+
+    Pickles are read for tensors and numbers alone: one that asks for anything else is damaged, and is not run.
+
+    Raises:
+        LoratuneError: with every file that is of another step, or that cannot be read.
+    """
+    problems = [problem for read in (_trainer, _optimizer, _scheduler) if (problem := read(checkpoint))]
+    problems += [problem for path in sorted(checkpoint.folder.glob("rng_state*.pth")) if (problem := _random(path))]
+    if problems:
+        raise LoratuneError(f"{checkpoint.folder}: damaged\n{bullet_list(problems)}", Exit.MODEL)
+
+
+@contextmanager
+def state_errors_explained(folder: Path) -> Iterator[None]:
+    """Turn what a state raises that is of another shape than this run's into one message.
+
+    Raises:
+        LoratuneError: it does not fit.
+    """
+    try:
+        yield
+    except SHAPE_ERRORS as error:
+        raise LoratuneError(
+            f"{folder}: its states do not fit this run: {' '.join(str(error).split())[:200]}; resume from an earlier "
+            "checkpoint with --resume STEP, or start anew with --overwrite",
+            Exit.MODEL,
+        ) from error
+
+
+def _trainer(checkpoint: Checkpoint) -> str | None:
+    try:
+        step = TrainerState.load_from_json(str(checkpoint.folder / TRAINER_STATE)).global_step
+    except (OSError, *SHAPE_ERRORS) as error:
+        return f"{TRAINER_STATE} cannot be read: {_line(error)}"
+    return _of_another_step(TRAINER_STATE, step, checkpoint.step, checkpoint.step)
+
+
+def _optimizer(checkpoint: Checkpoint) -> str | None:
+    try:
+        states = _read(checkpoint.folder / OPTIMIZER)["state"].values()
+        step = max(int(state["step"]) for state in states)
+    except (OSError, RuntimeError, pickle.UnpicklingError, EOFError, *SHAPE_ERRORS) as error:
+        return f"{OPTIMIZER} cannot be read: {_line(error)}"
+    return _of_another_step(OPTIMIZER, step, _fewest(checkpoint), checkpoint.step)
+
+
+def _scheduler(checkpoint: Checkpoint) -> str | None:
+    try:
+        step = int(_read(checkpoint.folder / SCHEDULER)["last_epoch"])
+    except (OSError, RuntimeError, pickle.UnpicklingError, EOFError, *SHAPE_ERRORS) as error:
+        return f"{SCHEDULER} cannot be read: {_line(error)}"
+    return _of_another_step(SCHEDULER, step, _fewest(checkpoint), checkpoint.step)
+
+
+def _random(path: Path) -> str | None:
+    try:
+        with safe_globals():
+            state = torch.load(path, map_location="cpu", weights_only=True)
+        missing = {"python", "numpy", "cpu"} - state.keys()
+    except (OSError, RuntimeError, pickle.UnpicklingError, EOFError, *SHAPE_ERRORS) as error:
+        return f"{path.name} cannot be read: {_line(error)}"
+    return f"{path.name} holds no state of {', '.join(sorted(missing))}" if missing else None
+
+
+def _read(path: Path) -> Any:
+    """The dictionary of a state, whose tensors stay in the file."""
+    return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+
+
+def _fewest(checkpoint: Checkpoint) -> int:
+    """Of a step's updates; those whose float16 gradients overflow are left out."""
+    return 0 if (checkpoint.folder / SCALER).is_file() else checkpoint.step
+
+
+def _of_another_step(name: str, found: int, fewest: int, step: int) -> str | None:
+    return None if fewest <= found <= step else f"{name} is of step {found}, the checkpoint of step {step}"
+
+
+def _line(error: BaseException) -> str:
+    """The first line of an error; torch's go on with how to run the pickle."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:120]
