@@ -122,6 +122,13 @@ def _missing(tensors: AdapterTensors, values: dict[str, Any], base: Mapping[str,
         for module in modules
         if not any(f".{module}." in name for name in held)
     ]
+    adapted_names = {name.rpartition(".lora_")[0] for name in tensors.lora if name.endswith(".lora_B.weight")}
+    if values.get("use_dora"):
+        lengths = {name.rpartition(".lora_")[0] for name in tensors.lora if "lora_magnitude_vector" in name}
+        problems += [
+            f"{name.removeprefix(PREFIX)} was trained with DoRA, and its lora_magnitude_vector is not in the file"
+            for name in sorted(adapted_names - lengths)
+        ]
     if values.get("bias", "none") != "none":
         adapted = {name.removeprefix(PREFIX).rpartition(".lora_")[0] for name in tensors.lora}
         biases = [name for name in base if name.endswith(".bias")]
