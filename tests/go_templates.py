@@ -1,4 +1,4 @@
-"""Go's template language and Ollama's values, as much as a Modelfile's TEMPLATE may use; written from Go's documentation.
+"""Go's template language and Ollama's values, as much as a TEMPLATE may use; written from Go's documentation.
 
 Beside the language: what Ollama makes of a request before the template sees it, and how Go writes JSON.
 """

@@ -1,14 +1,23 @@
-"""The command that is running as a line to type again, with other flags."""
+"""The command that is running, as a line to type again with other flags."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Set
-from typing import Any
-
-import click
-from click.core import ParameterSource
+from collections.abc import Sequence, Set
+from contextvars import ContextVar
 
 from loratune.commands import Command
+
+_TYPED: ContextVar[tuple[str, ...]] = ContextVar("typed", default=("loratune",))
+
+
+def remember(path: str, arguments: Sequence[str]) -> None:
+    """Keep the line of a command that begins.
+
+    Args:
+        path: of the command, such as `loratune data check`.
+        arguments: what follows it.
+    """
+    _TYPED.set(("loratune", *path.split()[1:], *arguments))
 
 
 def repeated(purpose: str, flags: Set[str]) -> Command:
@@ -18,20 +27,4 @@ def repeated(purpose: str, flags: Set[str]) -> Command:
         purpose: as of `Command`.
         flags: names without values; those that are given already are not given twice.
     """
-    context = click.get_current_context()
-    words = ["loratune", *context.command_path.split()[1:]]
-    for parameter in context.command.params:
-        given = context.get_parameter_source(str(parameter.name))
-        if isinstance(parameter, click.Option) and given == ParameterSource.COMMANDLINE:
-            words += [word for word in _words(parameter, context.params[str(parameter.name)]) if word not in flags]
-    return Command(purpose, (*words, *sorted(flags)))
-
-
-def _words(option: click.Option, value: Any) -> Iterator[str]:
-    """An option as it was given."""
-    name = next(name for name in option.opts if name.startswith("--"))
-    if option.is_flag:
-        yield name if value else next(iter(option.secondary_opts), name)
-        return
-    for one in value if option.multiple else [value]:
-        yield from (name, str(one))
+    return Command(purpose, (*(word for word in _TYPED.get() if word not in flags), *sorted(flags)))

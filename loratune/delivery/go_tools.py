@@ -1,4 +1,4 @@
-"""The parts of a chat template around tools and calls: found by rendering marked ones, and proved by rendering others."""
+"""The parts of a chat template around tools and calls: found by rendering marked ones, proved by rendering others."""
 
 from __future__ import annotations
 
