@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -160,8 +161,13 @@ def describe_unread_columns(first: Iterable[Any], kind: Format, columns: Mapping
     if "instruction" in row and not pairs["output"]:
         return ""
     if not all(pairs[known] for known in ("instruction", "output")):
-        return f"{named}; --data.columns instruction=… --data.columns output=… names the columns of question and answer"
-    flags = " ".join(f"--data.columns {known}={name}" for known, name in pairs.items() if name and name != known)
+        return (
+            f"{named}; name those of question and answer with --data.columns instruction=COLUMN --data.columns "
+            "output=COLUMN"
+        )
+    flags = " ".join(
+        f"--data.columns {shlex.quote(f'{known}={name}')}" for known, name in pairs.items() if name and name != known
+    )
     return f"{named}; to train on {pairs['output']!r} as the answer: {flags}"
 
 
@@ -229,7 +235,7 @@ class _Filler:
             LoratuneError: with the flags that would give them.
         """
         if self.missing:
-            flags = " ".join(f"--data.placeholders {name}=…" for name in sorted(self.missing))
+            flags = " ".join(f"--data.placeholders {shlex.quote(f'{name}=TEXT')}" for name in sorted(self.missing))
             raise LoratuneError(
                 f"rows hold {', '.join('{{' + name + '}}' for name in sorted(self.missing))}; "
                 f"give values in data.placeholders, or as {flags}",

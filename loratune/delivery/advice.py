@@ -8,9 +8,9 @@ from pathlib import Path
 from loratune.commands import Command, free_place, loratune
 from loratune.delivery.merge import MergeOptions
 from loratune.delivery.rehearsal import check_merge
-from loratune.errors import Exit, LoratuneError, bullet_list, refusal
+from loratune.errors import refusal
 from loratune.model.adapter_files import read_config_values
-from loratune.model.adapter_tensors import read_tensors
+from loratune.model.adapter_tensors import check_fits
 from loratune.model.files import QuantizedFolderError, find_base, weight_files
 from loratune.model.tensor_files import TensorFiles
 from loratune.model.tying import head_is_tied
@@ -66,8 +66,5 @@ def _check_fits(source: AdapterSource, model: str | None, force: bool) -> None:
     base = find_base(settings)
     paths = weight_files(base)
     check_same_base(source, settings.base, base, paths, force)
-    problems: list[str] = []
     shapes = {name: info.shape for name, info in TensorFiles(paths).infos.items()}
-    read_tensors(source.adapter, read_config_values(source.adapter), shapes, head_is_tied(base), problems)
-    if problems:
-        raise LoratuneError(f"{source.adapter} does not fit {base}:\n{bullet_list(problems)}", Exit.MODEL)
+    check_fits(source.adapter, read_config_values(source.adapter), shapes, head_is_tied(base))

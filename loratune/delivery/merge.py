@@ -202,14 +202,15 @@ def gather(source: AdapterSource, output: Path, options: MergeOptions) -> Job:
     base = find_base(settings)
     _check_apart(output, base, source.adapter)
     paths = weight_files(base)
-    warnings = check_same_base(source, settings.base, base, paths, options.force)
+    infos, is_tied = TensorFiles(paths).infos, head_is_tied(base)
+    warnings = check_same_base(
+        source, settings.base, base, paths, options.force, lambda: read_updates(source.adapter, infos, is_tied)
+    )
     if options.merge_base != "auto" and settings.quantization == "none":
         raise LoratuneError("--merge-base is for adapters that were trained on a quantised base", Exit.USAGE)
     trained_day = (source.manifest or {}).get("template", {}).get("date")
     if trained_day and not options.stands_in_for:
         warnings.append(about_the_date("transformers and vLLM write", trained_day))
-    is_tied = head_is_tied(base)
-    infos = TensorFiles(paths).infos
     updates = read_updates(source.adapter, infos, is_tied)
     rows = infos[EMBEDDING].shape[0]
     brought = updates[EMBEDDING].replacement if EMBEDDING in updates else None

@@ -7,6 +7,7 @@ import math
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 from loratune import console
@@ -71,7 +72,8 @@ def _common_base(adapters: dict[str, AdapterSource], model: str | None, force: b
     paths = weight_files(base)
     tensors = TensorFiles(paths).infos
     for name, source in adapters.items():
-        for warning in check_same_base(source, settings.base, base, paths, force):
+        fits = partial(read_updates, source.adapter, tensors, head_is_tied(base))
+        for warning in check_same_base(source, settings.base, base, paths, force, fits):
             console.warn(warning)
         read_updates(source.adapter, tensors, head_is_tied(base))  # PEFT passes over tensors that have no place
         if source.recipe and source.recipe.model.quantization != settings.quantization:

@@ -5,16 +5,21 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from loratune.data.encoding import Encoder
 from loratune.errors import Exit, LoratuneError
+from loratune.model.adapter_files import read_config_values
+from loratune.model.adapter_tensors import check_fits
 from loratune.model.base import load_base
 from loratune.model.files import find_base, weight_files
 from loratune.model.hardware import detect_hardware
 from loratune.model.own_parameters import BASE, own_parameters
+from loratune.model.tensor_files import TensorFiles
 from loratune.model.tokenizer import load_tokenizer, set_pad_token
+from loratune.model.tying import head_is_tied
 from loratune.recipe.sections import ModelSettings, PromptSettings
 from loratune.runs.opening import (
     AdapterSource,
@@ -71,7 +76,8 @@ def open_voices(
     folder = find_base(settings)
     voices: dict[str | None, Voice] = {}
     for number, (name, source) in enumerate(sources.items()):
-        warnings += check_same_base(source, settings.base, folder, weight_files(folder), force)
+        fits = partial(_check_fits, source, folder)
+        warnings += check_same_base(source, settings.base, folder, weight_files(folder), force, fits)
         encoder = _encoder(source.tokenizer_folder(folder), source.prompt)
         if source.manifest:
             _check_same_template(source.manifest, encoder)
@@ -114,6 +120,11 @@ def _with_adapters(model: Any, sources: dict[str, AdapterSource], folder: Path, 
         warnings += check_vocabulary(source, folder, own.vocabulary(), own.vocabulary(name))
     use_fused_lora(model)
     return model
+
+
+def _check_fits(source: AdapterSource, folder: Path) -> None:
+    shapes = {name: info.shape for name, info in TensorFiles(weight_files(folder)).infos.items()}
+    check_fits(source.adapter, read_config_values(source.adapter), shapes, head_is_tied(folder))
 
 
 def _short_name(base: str) -> str:

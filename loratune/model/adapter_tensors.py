@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from loratune.errors import Exit, LoratuneError, bullet_list
 from loratune.model.adapter_files import WEIGHTS_FILE, check_weights
 from loratune.model.tensor_files import TensorFiles
 
@@ -73,6 +74,31 @@ def read_tensors(
         found.rows.setdefault(HEAD, found.rows[EMBEDDING])
     problems += [*_vocabulary_problems(found, base), *_place_problems(found, base), *_missing(found, values, base)]
     return found
+
+
+def check_fits(folder: Path, values: dict[str, Any], base: Mapping[str, Sequence[int]], is_tied: bool) -> None:
+    """Refuse an adapter that was made for a base of other shapes; only headers of the base are needed.
+
+    Args:
+        folder, values, base, is_tied: as of `read_tensors`.
+
+    Raises:
+        LoratuneError: with what does not fit.
+    """
+    problems: list[str] = []
+    base = {HEAD: base[EMBEDDING], **base} if is_tied else base
+    tensors = read_tensors(folder, values, base, is_tied, problems)
+    for name, tensor in tensors.lora.items():
+        match = PART.fullmatch(name.removeprefix(PREFIX))
+        side = {"lora_A.weight": 1, "lora_B.weight": 0}.get(match["part"]) if match else None
+        if match is None or side is None or tensor.ndim != 2:
+            continue
+        target = WRAPPER.sub("", f"{match['module']}.") + "weight"
+        shape = base.get(target)
+        if shape is None or (tensor.shape[side] != shape[side] and target not in VOCABULARY):
+            problems.append(f"{name}: of shape {list(tensor.shape)} for a base of {shape and list(shape)}")
+    if problems:
+        raise LoratuneError(f"{folder} does not fit the base:\n{bullet_list(problems, limit=5)}", Exit.MODEL)
 
 
 def _place_problems(tensors: AdapterTensors, base: Mapping[str, Sequence[int]]) -> list[str]:

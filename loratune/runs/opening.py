@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from loratune.errors import Exit, LoratuneError
+from loratune.errors import Exit, LoratuneError, refusal
 from loratune.recipe.loading import load_recipe
 from loratune.recipe.sections import ModelSettings, PromptSettings, Recipe
 from loratune.runs.fingerprint import fingerprint_base
@@ -148,7 +149,12 @@ def merged_prompt(folder: Path) -> PromptSettings:
 
 
 def check_same_base(
-    source: AdapterSource, name: str, folder: Path, weight_files: list[Path], force: bool = False
+    source: AdapterSource,
+    name: str,
+    folder: Path,
+    weight_files: list[Path],
+    force: bool = False,
+    fits: Callable[[], object] | None = None,
 ) -> list[str]:
     """Compare a base with the one that an adapter was trained on.
 
@@ -158,6 +164,7 @@ def check_same_base(
         folder: the base's folder.
         weight_files: its safetensors files.
         force: warn instead of refusing.
+        fits: refuses an adapter that could not be put on this base at all, which --force would not change.
 
     Returns:
         What could not be checked, or was let through.
@@ -179,7 +186,8 @@ def check_same_base(
     )
     if force:
         return [*warnings, message]
-    raise LoratuneError(f"{message}. Give the right base with --model, or insist with --force", Exit.MODEL)
+    other = ", or insist with --force" if fits is None or refusal(fits) is None else "; to this one it does not fit"
+    raise LoratuneError(f"{message}. Give the right base with --model{other}", Exit.MODEL)
 
 
 def check_vocabulary(source: AdapterSource, base: Path, base_rows: int, rows: int) -> list[str]:
