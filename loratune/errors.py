@@ -1,6 +1,9 @@
 """The one exception for what a user can fix, and the exit code that goes with each kind."""
 
+from collections.abc import Callable, Sequence
 from enum import IntEnum
+
+from loratune.commands import Command
 
 
 class Exit(IntEnum):
@@ -16,11 +19,19 @@ class Exit(IntEnum):
 
 
 class LoratuneError(Exception):
-    """A failure that the user can fix: the message says what, where, and what to do."""
+    """A failure that the user can fix: the message says what, where, and what to do.
 
-    def __init__(self, message: str, exit_code: Exit) -> None:
-        super().__init__(message)
+    Args:
+        message: without the commands.
+        exit_code: of the process.
+        commands: that help, in their order. Whoever advises one has asked its own checks first, as `refusal` does.
+    """
+
+    def __init__(self, message: str, exit_code: Exit, commands: Sequence[Command] = ()) -> None:
+        super().__init__("\n".join([message, *(f"  {command}" for command in commands)]))
+        self.message = message
         self.exit_code = exit_code
+        self.commands = tuple(commands)
 
 
 class Interrupted(KeyboardInterrupt):
@@ -34,6 +45,15 @@ class Interrupted(KeyboardInterrupt):
     def __init__(self, signal_number: int, message: str = "interrupted") -> None:
         super().__init__(message)
         self.signal_number = signal_number
+
+
+def refusal(check: Callable[[], object]) -> LoratuneError | None:
+    """What a check refuses with; None if it lets pass."""
+    try:
+        check()
+    except LoratuneError as error:
+        return error
+    return None
 
 
 def counted(count: int, noun: str) -> str:

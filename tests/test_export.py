@@ -193,6 +193,10 @@ def test_vllm_refuses_what_it_cannot_serve_and_says_what_to_do(cli: CLI, run: Pa
     shutil.copytree(run / "adapter", adapter)
     config = json.loads((adapter / "adapter_config.json").read_text())
     (adapter / "adapter_config.json").write_text(json.dumps(config | {"use_dora": True}))
+    tensors = load_file(adapter / "adapter_model.safetensors")
+    for name in [name for name in tensors if name.endswith("lora_B.weight")]:
+        tensors[name.replace("lora_B.weight", "lora_magnitude_vector")] = torch.ones(len(tensors[name]))
+    save_file(tensors, adapter / "adapter_model.safetensors", {"format": "pt"})
     done = cli("export", "--adapter", adapter, "--format", "vllm", "--output", tmp_path / "out")
     assert done.exit_code == 4
     assert "DoRA" in done.stderr

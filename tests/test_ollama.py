@@ -10,15 +10,16 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+import go_templates
 import pytest
 from conftest import TINY_QWEN
 
 from loratune.data.templates import OWN_TEMPLATES
-from loratune.delivery.ollama import write_modelfile
+from loratune.delivery.ollama import write_modelfile as write
 from loratune.errors import Exit, LoratuneError
 from loratune.recipe.sections import PromptSettings
 
-Messages = list[dict[str, str]]
+Messages = list[dict[str, Any]]
 MakeModel = Callable[..., Path]
 
 
@@ -43,11 +44,15 @@ def make_model(tmp_path: Path) -> MakeModel:
     return make
 
 
+def write_modelfile(*arguments: Any, **options: Any) -> str:
+    return write(*arguments, **options).text
+
+
 def trl_template(name: str) -> str:
     return (files("trl") / "chat_templates" / f"{name}.jinja").read_text("utf-8")
 
 
-# --- a reader of Modelfiles and an interpreter of Go templates, of as much as is written ---
+# --- a reader of Modelfiles ---
 
 
 def read_modelfile(text: str) -> dict[str, list[str]]:
@@ -67,61 +72,9 @@ def unquote(value: str) -> str:
     return value
 
 
-def run_template(text: str, messages: Messages) -> str:
-    """What Ollama sends to the model: `.System` is all system messages, turns of one role are one."""
-    system = "\n\n".join(message["content"] for message in messages if message["role"] == "system")
-    pieces = re.findall(r'\{\{-? ?((?:"(?:\\.|[^"\\])*"|[^"}])*?) ?\}\}|((?:(?!\{\{).)+)', text, re.DOTALL)
-    # Every line break of the text stands before an action that trims it.
-    assert all(not plain.strip() for _, plain in pieces)
-    assert len(re.findall(r"\n\{\{-", text)) == text.count("\n")
-    actions = [action for action, plain in pieces if not plain]
-    output, place = run_block(actions, 0, {"System": system, "Messages": messages}, active=True)
-    assert place == len(actions)
-    return output
-
-
-def run_block(actions: list[str], place: int, scope: dict[str, Any], active: bool) -> tuple[str, int]:
-    """Run actions up to the end or else that closes this block; return the output and where it stopped."""
-    output = ""
-    while place < len(actions) and not re.match(r"end|else", actions[place]):
-        action = actions[place]
-        place += 1
-        if action.startswith("if "):
-            text, place = run_if(actions, place, action.removeprefix("if "), scope, active)
-            output += text
-        elif action.startswith("range "):
-            start = place
-            _, place = run_block(actions, start, scope, active=False)
-            for number, message in enumerate(scope["Messages"] if active else []):
-                last = number == len(scope["Messages"]) - 1
-                inner = {**scope, "Role": message["role"], "Content": message["content"], "last": last}
-                output += run_block(actions, start, inner, active=True)[0]
-            place += 1
-        elif action.startswith('"'):
-            output += json.loads(action) if active else ""
-        elif action.startswith("."):
-            output += scope[action[1:]] if active else ""
-        else:
-            assert action == "$last := eq (len (slice $.Messages $i)) 1"
-    return output, place
-
-
-def run_if(actions: list[str], place: int, condition: str, scope: dict[str, Any], active: bool) -> tuple[str, int]:
-    role = re.fullmatch(r'eq \.Role "(\w+)"', condition)
-    known = {".System": "System", "$last": "last", "not $last": "last"}
-    holds = active and (
-        scope["Role"] == role[1] if role else bool(scope[known[condition]]) != condition.startswith("not ")
-    )
-    output, place = run_block(actions, place, scope, holds)
-    action = actions[place]
-    if action == "end":
-        return output, place + 1
-    if action == "else":
-        other, place = run_block(actions, place + 1, scope, active and not holds)
-        assert actions[place] == "end"
-        return output + other, place + 1
-    other, place = run_if(actions, place + 1, action.removeprefix("else if "), scope, active and not holds)
-    return output + other, place
+def run_template(text: str, messages: Messages, tools: list[dict[str, Any]] | None = None) -> str:
+    """What Ollama sends to the model."""
+    return go_templates.run_template(text, go_templates.ollama_values(messages, tools))
 
 
 # --- templates ---
@@ -263,3 +216,127 @@ def test_a_strange_file_name_is_refused(make_model: MakeModel, name: str) -> Non
     model = make_model()
     with pytest.raises(LoratuneError, match="no file name"):
         write_modelfile(model, name, model)
+
+
+# --- tools ---
+
+WEATHER = {
+    "type": "function",
+    "function": {
+        "name": "look_up_weather",
+        "description": 'Weather of a city, "now".',
+        "parameters": {
+            "type": "object",
+            "required": ["city"],
+            "properties": {
+                "city": {"type": "string", "description": "市"},
+                "unit": {"type": "string", "enum": ["C", "F"]},
+            },
+        },
+    },
+}
+CLOCK = {"type": "function", "function": {"name": "clock", "parameters": {"type": "object", "properties": {}}}}
+
+
+def asked(text: str) -> dict[str, Any]:
+    return {"role": "user", "content": text}
+
+
+def answered(text: str, *calls: tuple[str, dict[str, Any]]) -> dict[str, Any]:
+    listed = [{"type": "function", "function": {"name": name, "arguments": arguments}} for name, arguments in calls]
+    return {"role": "assistant", "content": text, **({"tool_calls": listed} if calls else {})}
+
+
+def given(text: str) -> dict[str, Any]:
+    return {"role": "tool", "content": text}
+
+
+ROME = ("look_up_weather", {"city": "Rome", "unit": "C"})
+TOOL_DIALOGUES = {
+    "a question": [asked("Hot?")],
+    "earlier turns": [asked("Hot?"), answered("No."), asked("Cold?")],
+    "a result": [asked("Hot?"), answered("", ROME), given('{"t": 31}')],
+    "words before a call": [asked("Hot?"), answered("I look.", ROME), given("31")],
+    "two calls": [asked("Hot?"), answered("", ROME, ("clock", {})), given("31"), given("12:00")],
+    "an answer to a result": [asked("Hot?"), answered("", ROME), given("31"), answered("Yes."), asked("And now?")],
+    "one call after another": [asked("Hot?"), answered("", ROME), given("31"), answered("", ("clock", {})), given("1")],
+    "a question to a result": [asked("Hot?"), answered("", ROME), given("31"), asked("Well?")],
+}
+HERMES = ("qwen2_5", "qwen3", "qwen3_instruct_2507")
+
+
+def as_go_writes(text: str, *schemas: dict[str, Any]) -> str:
+    """A rendering whose schemas are written by Go: without blanks, which is all that may differ."""
+    for schema in schemas:
+        text = text.replace(
+            json.dumps(schema, ensure_ascii=False), go_templates.go_json(go_templates.go_schema(schema))
+        )
+    return text
+
+
+@pytest.mark.parametrize("shape", TOOL_DIALOGUES)
+@pytest.mark.parametrize("thinking", [False, True])
+@pytest.mark.parametrize("name", HERMES)
+def test_tools_calls_and_results_are_rendered_as_the_chat_template_does(
+    make_model: MakeModel, name: str, thinking: bool, shape: str
+) -> None:
+    from transformers import AutoTokenizer
+
+    model = make_model(trl_template(name))
+    made = write(model, "m.gguf", model, settings=PromptSettings(thinking=thinking))
+    assert made.lost_tools == ""
+    modelfile, tokenizer = read_modelfile(made.text), AutoTokenizer.from_pretrained(model)
+    default = dialogue("", system=modelfile.get("SYSTEM", [""])[0])[:-1]
+    for first in ([], dialogue("", system="Be brief.")[:1]):
+        for tools in ([WEATHER], [CLOCK, WEATHER], []):
+            messages = [*first, *TOOL_DIALOGUES[shape]]
+            rendered = tokenizer.apply_chat_template(
+                messages, tools or None, tokenize=False, add_generation_prompt=True, enable_thinking=thinking
+            )
+            expected = as_go_writes(rendered, *(tool["function"]["parameters"] for tool in tools))
+            assert run_template(modelfile["TEMPLATE"][0], [*([] if first else default), *messages], tools) == expected
+
+
+def test_arguments_keep_their_blanks_and_go_s_order(make_model: MakeModel) -> None:
+    model = make_model(trl_template("qwen3"))
+    template = read_modelfile(write_modelfile(model, "m.gguf", model))["TEMPLATE"][0]
+    call = ("f", {"b": [1, 2], "a": "<三>"})
+    text = run_template(template, [asked("?"), answered("", call), given("1")], [CLOCK])
+    assert '{"name": "f", "arguments": {"a": "\\u003c三\\u003e", "b": [1,2]}}' in text
+
+
+def test_ollama_finds_the_sign_of_a_call_in_the_template_s_plain_text(make_model: MakeModel) -> None:
+    """It takes the first text outside of actions behind `.ToolCalls`, without blanks."""
+    model = make_model(trl_template("qwen2_5"))
+    template = read_modelfile(write_modelfile(model, "m.gguf", model))["TEMPLATE"][0]
+    behind = template.partition("{{ if .ToolCalls }}")[2]
+    assert re.match(r"\{\{ range \$j, \$_ := \.ToolCalls \}\}\{\{ if \$j \}\}\s*<tool_call>\s*\{\{", behind)
+    assert go_templates.plain_texts(behind)[0].strip() == "<tool_call>"
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (('{{- "\\n</tools>', '{{- (tools | length) ~ "\\n</tools>'), "in a way of its own"),
+        (("tool | tojson", "tool.function.name | tojson"), "leaves out or changes"),
+        (("\\n<tool_response>\\n' }}", "\\n<tool_response>\\n' ~ (messages | length) }}"), "in a way of its own"),
+        (("tool_call.arguments | tojson", "tool_call.arguments | tojson | upper"), "leaves out or changes"),
+    ],
+)
+def test_tools_in_a_form_of_another_kind_are_lost_with_the_reason(
+    make_model: MakeModel, change: tuple[str, str], reason: str
+) -> None:
+    whole = trl_template("qwen2_5")
+    assert change[0] in whole
+    model = make_model(whole.replace(*change))
+    made = write(model, "m.gguf", model)
+    assert "offers tools in a form that the Modelfile's TEMPLATE does not" in made.lost_tools
+    assert reason in made.lost_tools
+    assert ".Tools" not in made.text
+    assert run_template(read_modelfile(made.text)["TEMPLATE"][0], dialogue("a")).endswith("assistant\n")
+
+
+def test_a_model_that_knows_no_tools_loses_none(make_model: MakeModel) -> None:
+    model = make_model()
+    made = write(model, "m.gguf", model)
+    assert (made.lost_tools, ".Tools" in made.text) == ("", False)

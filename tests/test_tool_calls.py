@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import json
 import shlex
+import shutil
 from collections.abc import Callable
 from importlib.resources import files
 from pathlib import Path
+from typing import Any
 
 import pytest
 from conftest import TINY_QWEN
 from typer.testing import Result
 
 from loratune.delivery.tool_calls import offers_tools, vllm_tool_parser
+from loratune.errors import Exit, LoratuneError
 from loratune.model.tokenizer import load_tokenizer
 
 FOREIGN = (
@@ -83,9 +86,35 @@ def test_vllm_s_line_switches_tool_calls_on(
     assert words[words.index("--tool-call-parser") + 1] == "hermes"
 
 
-def test_ollama_s_export_says_that_tools_are_lost(
+def test_ollama_s_export_offers_the_tools_of_the_model(
     cli: Callable[..., Result], run_of_a_model_with_tools: Path, tmp_path: Path
 ) -> None:
     done = cli("export", "--adapter", run_of_a_model_with_tools, "--format", "ollama", "--output", tmp_path / "out")
     assert done.exit_code == 0, done.stderr
-    assert "Ollama will say that the model does not support tools" in " ".join(done.stderr.split())
+    assert "range $i, $_ := .Tools" in (tmp_path / "out" / "Modelfile").read_text(encoding="utf-8")
+    assert "does not support tools" not in " ".join(done.stderr.split())
+
+
+def test_ollama_s_export_says_that_tools_are_lost_before_it_merges(
+    cli: Callable[..., Result], run_of_a_model_with_tools: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base, merges = tmp_path / "base", list[str]()
+    shutil.copytree(run_of_a_model_with_tools.parent / "base", base)
+    (base / "chat_template.jinja").write_text(
+        (base / "chat_template.jinja").read_text("utf-8").replace("tool | tojson", "tool.function.name")
+    )
+    adapter = tmp_path / "adapter"
+    shutil.copytree(run_of_a_model_with_tools / "adapter", adapter)
+    shutil.copyfile(base / "chat_template.jinja", adapter / "chat_template.jinja")
+
+    def stopped(*_: Any) -> Any:
+        merges.append("merge")
+        raise LoratuneError("stopped", Exit.MODEL)
+
+    monkeypatch.setattr("loratune.delivery.export.merge_adapter", stopped)
+    arguments = ["--adapter", adapter, "--model", base, "--format", "ollama", "--output", tmp_path / "out"]
+    told = cli("export", *arguments).stderr
+    _, _, after = " ".join(told.split()).partition("Ollama will say that the model does not support tools")
+    assert after.endswith("error: stopped")
+    assert merges == ["merge"]
+    assert f"llama-server --jinja -m {tmp_path}/out/" in told

@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM
 
 from loratune.delivery.vllm import VllmAdvice, check_for_vllm, require_servable, serve_command
 from loratune.errors import Exit, LoratuneError
+from loratune.runs.opening import open_adapter
 
 # PEFT warns of merging where embeddings and head share one matrix; that is not what is tried here.
 pytestmark = pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`:UserWarning")
@@ -25,7 +26,8 @@ def adapter(random_qwen: Path, tmp_path: Path) -> Callable[..., Path]:
     """Have PEFT write an adapter of the random model."""
 
     def write(**settings: Any) -> Path:
-        settings = {"r": 8, "lora_alpha": 16, "target_modules": ["q_proj", "down_proj"], **settings}
+        trained = {"init_lora_weights": False}  # else it would change nothing, which no merge takes
+        settings = {"r": 8, "lora_alpha": 16, "target_modules": ["q_proj", "down_proj"], **trained, **settings}
         model = AutoModelForCausalLM.from_pretrained(random_qwen)
         get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", **settings)).save_pretrained(
             tmp_path / "adapter", save_embedding_layers=False
@@ -52,7 +54,8 @@ def adapter(random_qwen: Path, tmp_path: Path) -> Callable[..., Path]:
 def test_plain_adapters_are_served_with_the_next_allowed_rank(
     adapter: Callable[..., Path], settings: dict[str, Any], max_lora_rank: int
 ) -> None:
-    assert require_servable(adapter(**settings)) == VllmAdvice(max_lora_rank, [], [])
+    found = require_servable(open_adapter(adapter(**settings)), Path("out"))
+    assert found == VllmAdvice(max_lora_rank, [], [])
 
 
 @pytest.mark.parametrize(
@@ -70,7 +73,7 @@ def test_plain_adapters_are_served_with_the_next_allowed_rank(
 )
 def test_what_cannot_be_served_is_told(adapter: Callable[..., Path], settings: dict[str, Any], problem: str) -> None:
     with pytest.raises(LoratuneError, match=problem) as raised:
-        require_servable(adapter(**settings))
+        require_servable(open_adapter(adapter(**settings)), Path("out"))
     assert raised.value.exit_code == Exit.MODEL
     assert "loratune merge" in str(raised.value)
     assert len(check_for_vllm(adapter(**settings)).problems) == 1
@@ -138,7 +141,7 @@ def test_a_damaged_adapter_is_an_error(adapter: Callable[..., Path]) -> None:
 
 def test_the_command_is_quoted_for_a_shell() -> None:
     command = serve_command("Qwen/Qwen2.5-7B-Instruct", "faq", Path("out/my faq"), VllmAdvice(32, [], []))
-    assert shlex.split(command) == [
+    assert shlex.split(command.line) == [
         "vllm", "serve", "Qwen/Qwen2.5-7B-Instruct", "--enable-lora", "--lora-modules", "faq=out/my faq",
         "--max-lora-rank", "32",
     ]  # fmt: skip
@@ -146,6 +149,6 @@ def test_the_command_is_quoted_for_a_shell() -> None:
 
 def test_the_command_takes_a_template_and_paths_with_signs_of_its_own() -> None:
     template = Path("out/chat_template.jinja")
-    words = shlex.split(serve_command("base", "faq", Path("out/a=1,b"), VllmAdvice(8, [], []), template))
+    words = shlex.split(serve_command("base", "faq", Path("out/a=1,b"), VllmAdvice(8, [], []), template).line)
     assert json.loads(words[5]) == {"name": "faq", "path": "out/a=1,b"}
     assert words[-2:] == ["--chat-template", "out/chat_template.jinja"]

@@ -118,7 +118,9 @@ class Group(CommandGroup):
         except LoratuneError as error:
             if os.environ.get(_DEBUG):
                 raise
-            console.error(str(error))
+            console.error(error.message)
+            for advised in error.commands:
+                console.next_step(f"  {advised}")
             raise typer.Exit(int(error.exit_code)) from error
         except KeyboardInterrupt as error:
             console.say(str(error) or "interrupted", style="yellow")  # asked for, so no error

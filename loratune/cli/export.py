@@ -60,7 +60,8 @@ def command(
     if num_ctx and format != "ollama":
         raise LoratuneError(f"--num-ctx is for ollama, not for --format {format}", Exit.USAGE)
     with console.status("starting"):
-        from loratune.delivery.export import ExportOptions, export
+        from loratune.delivery.export import export
+        from loratune.delivery.export_job import ExportOptions
         from loratune.runs.opening import open_settled_adapter
 
     options = ExportOptions(format, quantization or "f16", num_ctx, model, force, overwrite)
@@ -69,8 +70,8 @@ def command(
         report = export(source, output, options)
         console.say(f"export: {output}", style="bold")
         if format == "vllm" and not json:
-            console.write_result(report["next"])
-        else:
-            console.next_step(f"next: {report['next']}")
+            console.write_result(report["next"].line)
+        elif format != "adapter" or destination is None:  # else it is given away by this very command
+            console.next_step(str(report["next"]))
     if json:
-        console.write_json(report)
+        console.write_json(report | {"next": report["next"].line})

@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 from typer.core import TyperCommand
 
 from loratune import console
+from loratune.cli.again import remember
 
 
 class Command(TyperCommand):
@@ -18,6 +19,7 @@ class Command(TyperCommand):
 
     def parse_args(self, ctx: Any, args: list[str]) -> Any:
         """Give such options their value."""
+        remember(ctx.command_path, args)
         known = {name for parameter in self.params for name in parameter.opts}
         filled: list[str] = []
         for argument, after in zip(args, [*args[1:], "-"], strict=False):

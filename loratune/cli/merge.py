@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import shlex
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -12,6 +11,7 @@ import typer
 from loratune import console
 from loratune.cli.flags import ADAPTER_HELP, DryRun, Force, Json, Output, Overwrite, Public, Push
 from loratune.cli.push import push
+from loratune.commands import Command, loratune
 from loratune.errors import Exit, LoratuneError
 
 DETAILS = """\
@@ -118,8 +118,8 @@ def _show(report: dict[str, Any], output: Path) -> None:
 
     show_verification(report)
     console.say(f"merged model: {output}", style="bold")
-    console.next_step(f"try it:   loratune infer --model {shlex.quote(str(output))}")
-    console.next_step(f"serve it: vllm serve {shlex.quote(str(output))}")
+    console.next_step(str(loratune("try it", "infer", {"--model": output})))
+    console.next_step(str(Command("serve it", ("vllm", "serve", str(output)))))
 
 
 def parse_size(text: str) -> int:

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from loratune import console
+from loratune.cli.again import repeated
 from loratune.errors import Exit, LoratuneError
 
 
@@ -36,4 +37,5 @@ def push(text: str | None, folder: Path, private: bool, dry_run: bool) -> Iterat
     files = [(name, console.memory(size)) for name, size in result.files.items()]
     console.table(files, title=f"{'would push' if dry_run else 'pushed'} to {destination.url}")
     if dry_run:
-        console.say("nothing has been sent; add --no-dry-run to upload")
+        console.say("nothing has been sent")
+        console.next_step(str(repeated("upload it", {"--no-dry-run", "--overwrite"})))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -62,7 +63,9 @@ def _of_texts(row: Mapping[str, Any], named: str, is_preference: bool) -> str:
     if "instruction" in row and not pairs["output"]:
         return ""
     if pairs["instruction"] and pairs["output"]:
-        flags = " ".join(f"{FLAG} {known}={name}" for known, name in pairs.items() if name and name != known)
+        flags = " ".join(
+            f"{FLAG} {shlex.quote(f'{known}={name}')}" for known, name in pairs.items() if name and name != known
+        )
         return f"{named}; to train on {pairs['output']!r} as the answer: {flags}"
     plain = next((name for name in TEXT_NAMES if isinstance(row.get(name), str)), None)
     if is_preference:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -180,7 +181,7 @@ class _Filler:
             LoratuneError: with the flags that would give them.
         """
         if self.missing:
-            flags = " ".join(f"--data.placeholders {name}=…" for name in sorted(self.missing))
+            flags = " ".join(f"--data.placeholders {shlex.quote(f'{name}=TEXT')}" for name in sorted(self.missing))
             raise LoratuneError(
                 f"rows hold {', '.join('{{' + name + '}}' for name in sorted(self.missing))}; "
                 f"give values in data.placeholders, or as {flags}",

@@ -112,9 +112,10 @@ def _check(source: AdapterSource, folder: Path) -> None:
         if path.encode() in text or json.dumps(path)[1:-1].encode() in text
     ]
     if found:
+        forced = " with --force, since the run is then changed" if source.run else ""
         raise LoratuneError(
             f"{source.adapter}: not exported, since files of it name local paths:\n{bullet_list(found)}\n"
-            "take them out there, then export again (a changed run needs --force)",
+            f"take them out there, then export again{forced}",
             Exit.MODEL,
         )
 

@@ -3,28 +3,29 @@
 from __future__ import annotations
 
 import importlib
-import re
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from loratune import console
+from loratune.commands import Command
 from loratune.data.encoding import Encoder
 from loratune.delivery.adapter_folder import export_adapter
+from loratune.delivery.export_job import Export, ExportOptions
 from loratune.delivery.merge import MergeOptions, merge_adapter
-from loratune.delivery.ollama import write_modelfile
 from loratune.delivery.parity import Parity, compare_models
 from loratune.delivery.proof import BOUNDS, Bounds, check_parity, probe_rows
+from loratune.delivery.rehearsal import rehearse
 from loratune.delivery.report import parity_text, show_verification
 from loratune.delivery.template import about_the_date
-from loratune.delivery.tool_calls import offers_tools, vllm_tool_parser
 from loratune.delivery.vllm import require_servable, serve_command
-from loratune.errors import Exit, LoratuneError, bullet_list
+from loratune.delivery.vllm_flags import find_parsers
+from loratune.errors import Exit, LoratuneError, bullet_list, refusal
 from loratune.model.files import check_base, weight_files
 from loratune.model.hardware import detect_hardware
 from loratune.model.mapped import load_mapped
@@ -35,7 +36,7 @@ from loratune.runs.folder import VERIFICATION, prepare_output
 from loratune.runs.opening import AdapterSource, base_settings, merged_prompt
 from loratune.runs.probe import ProbeRow, read_probe
 from loratune.runs.tokenizer_files import copy_tokenizer_files
-from loratune.runs.verification import require_intact, write_verification
+from loratune.runs.verification import write_verification
 from loratune.writing import disk_errors_explained, folder_in_one_step
 
 GGUF_BOUNDS = {
@@ -47,40 +48,6 @@ GGUF_BOUNDS = {
 }
 
 
-@dataclass(frozen=True)
-class ExportOptions:
-    """What to export, and how."""
-
-    format: str
-    """gguf, ollama, vllm, adapter or bnb4."""
-    quantization: str = "f16"
-    """Of a GGUF file."""
-    num_ctx: int | None = None
-    """Ollama's context length in tokens; None leaves it to Ollama."""
-    model: str | None = None
-    """A merged model in place of an adapter; with one, where its base lies."""
-    force: bool = False
-    overwrite: bool = False
-
-
-@dataclass(frozen=True)
-class Export:
-    """One export under way."""
-
-    source: AdapterSource | None
-    output: Path
-    """Its final place."""
-    folder: Path
-    """Where it is built."""
-    options: ExportOptions
-
-    @property
-    def name(self) -> str:
-        """What the files in it are called: as the run or the merged model."""
-        path = Path(self.options.model or "") if self.source is None else self.source.run or self.source.adapter
-        return re.sub(r"[^\w.-]+", "-", path.absolute().name).strip("-.") or "model"
-
-
 def export(source: AdapterSource | None, output: Path, options: ExportOptions) -> dict[str, Any]:
     """Write an export, read it back, and give it its name.
 
@@ -90,7 +57,7 @@ def export(source: AdapterSource | None, output: Path, options: ExportOptions) -
         options: format and details.
 
     Returns:
-        What verification.json holds; `next` is what the user can do with it.
+        What verification.json holds; `next` is a Command, for what the user can do with it.
 
     Raises:
         LoratuneError: the format cannot hold this model, or what was written is not the model; then nothing is left at
@@ -105,6 +72,7 @@ def export(source: AdapterSource | None, output: Path, options: ExportOptions) -
     with disk_errors_explained(output), folder_in_one_step(output) as folder:
         job = Export(source, output, folder, options)
         if options.format in FROM_MODEL:
+            rehearse(job)
             with _merged(job) as model:
                 found = FROM_MODEL[options.format](job, model)
         else:
@@ -118,66 +86,51 @@ def export(source: AdapterSource | None, output: Path, options: ExportOptions) -
 def _merged(job: Export) -> Iterator[Path]:
     """The merged model to export: the given one, or one that is made of the adapter and goes away again."""
     if job.source is None:
-        folder = Path(job.options.model or "")
-        if not folder.is_dir():
-            raise LoratuneError(f"--model {folder}: no such folder; give a merged model, or an adapter", Exit.MODEL)
-        check_base(folder)
-        for warning in require_intact(folder, job.options.force):
-            console.warn(warning)
-        yield folder
+        yield Path(job.options.model or "")
         return
     place = job.folder / "merged"
-    options = MergeOptions(model=job.options.model, force=job.options.force, is_temporary=True)
+    options = MergeOptions(model=job.options.model, force=job.options.force, stands_in_for=job.output)
     show_verification(merge_adapter(job.source, place, options))
     yield place
     shutil.rmtree(place)
 
 
 def _export_adapter(job: Export) -> dict[str, Any]:
-    if export_adapter(_source(job), job.folder, job.options.model, job.options.force):
+    source = _source(job)
+    if export_adapter(source, job.folder, job.options.model, job.options.force):
         console.warn("the chat template holds the training's prompt settings, the system prompt's text among them")
-    return {"next": f"loratune export --adapter … --format adapter --push hf:org/{job.name}"}
+    # The folder is there by then.
+    return {"next": job.command("give it away", job.output, push=f"hf:ORG/{job.hub_name}", overwrite=True)}
 
 
 def _export_for_vllm(job: Export) -> dict[str, Any]:
     source = _source(job)
-    advice = require_servable(source.adapter)
+    advice = require_servable(source, job.output, job.options.model, job.options.force)
+    base = base_settings(source, job.options.model).base
     for warning in advice.warnings:
         console.warn(warning)
     has_own_template = export_adapter(source, job.folder, job.options.model, job.options.force)
     template = job.output / "chat_template.jinja" if has_own_template else None
-    base = base_settings(source, job.options.model).base
-    parser = _tool_parser(job.folder, source)
-    command = serve_command(base, job.name, job.output, advice, template, parser)
+    parsers = find_parsers(job.folder, base, source)
+    command = serve_command(base, job.name, job.output, advice, template, parsers.flags)
     if trained_day := (source.manifest or {}).get("template", {}).get("date"):
         console.warn(about_the_date("vLLM writes", trained_day))
-    return {"max_lora_rank": advice.max_lora_rank, "tool_call_parser": parser, "next": command}
-
-
-def _tool_parser(folder: Path, source: AdapterSource) -> str | None:
-    """vLLM's parser for the calls that the adapter's template writes; None, with a warning, where it has none."""
-    if not (folder / "tokenizer_config.json").is_file():  # a plain adapter, served with its base's template
-        return None
-    encoder = Encoder(load_tokenizer(folder), source.prompt)
-    parser = vllm_tool_parser(encoder.tokenizer, encoder.tool_template)
-    if parser is None and offers_tools(encoder.tokenizer, encoder.tool_template):
-        console.warn(
-            "the chat template offers tools, but the form of its calls is not recognised: to serve tool calls, add "
-            "--enable-auto-tool-choice and the --tool-call-parser of this form to vLLM's line"
-        )
-    return parser
+    return {
+        "max_lora_rank": advice.max_lora_rank,
+        "tool_call_parser": parsers.tools,
+        "reasoning_parser": parsers.reasoning,
+        "next": command,
+    }
 
 
 def _export_gguf(job: Export, model: Path) -> dict[str, Any]:
     gguf_file = importlib.import_module("loratune.delivery.gguf_file")
-    target = job.folder / _gguf_name(job)
+    target = job.folder / job.gguf_name
     with console.status(f"writing {target.name}"):
         gguf_file.write_gguf(model, target, job.options.quantization)
     with console.status(f"reading {target.name} back"):
         check = gguf_file.check_gguf(model, target)
     parity = _compare_gguf(job, model, target)
-    if job.options.format == "gguf":
-        _tell_of_dates(model)
     if check.fallbacks:
         console.warn(f"{len(check.fallbacks)} tensors are f16, since their rows do not divide into blocks of 32")
     console.table(
@@ -193,14 +146,8 @@ def _export_gguf(job: Export, model: Path) -> dict[str, Any]:
         "file": target.name,
         "read_back": asdict(check),
         "logits": asdict(parity) if parity else None,
-        "next": f"llama-cli -m {job.output / target.name}",
+        "next": Command("run it", ("llama-cli", "-m", str(job.output / target.name))),
     }
-
-
-def _tell_of_dates(model: Path) -> None:
-    tokenizer, prompt = load_tokenizer(model), merged_prompt(model)
-    if tokenizer.chat_template is not None and Encoder(tokenizer, prompt).is_dated:
-        console.warn(about_the_date("llama.cpp writes", prompt.date))
 
 
 def _compare_gguf(job: Export, model: Path, target: Path) -> Parity | None:
@@ -233,16 +180,8 @@ def _compare_gguf(job: Export, model: Path, target: Path) -> Parity | None:
 
 
 def _export_for_ollama(job: Export, model: Path) -> dict[str, Any]:
-    # The other prompt settings are in the merged model's template.
-    write_modelfile(model, _gguf_name(job), job.folder, job.options.num_ctx, merged_prompt(model))
-    encoder = Encoder(load_tokenizer(model), merged_prompt(model))
-    if offers_tools(encoder.tokenizer, encoder.tool_template):
-        console.warn(
-            "the model's chat template offers tools, which the Modelfile's TEMPLATE cannot: Ollama will say that the "
-            "model does not support tools. llama.cpp's server takes the template from the GGUF file, tools included: "
-            "llama-server --jinja -m FILE"
-        )
-    return _export_gguf(job, model) | {"next": f"cd {job.output} && ollama create {job.name.lower()} -f Modelfile"}
+    create = ("ollama", "create", job.ollama_name, "-f", str(job.output / "Modelfile"))
+    return _export_gguf(job, model) | {"next": Command("give it to Ollama", create)}
 
 
 def _export_nf4(job: Export, model: Path) -> dict[str, Any]:
@@ -264,12 +203,8 @@ def _export_nf4(job: Export, model: Path) -> dict[str, Any]:
     return {
         "logits": asdict(parity),
         "read_back": asdict(same),
-        "next": f"vllm serve {job.output}, or transformers' AutoModelForCausalLM.from_pretrained",
+        "next": Command("serve it", ("vllm", "serve", str(job.output))),
     }
-
-
-def _gguf_name(job: Export) -> str:
-    return f"{job.name}-{job.options.quantization}.gguf"
 
 
 def _rows(job: Export, model: Path) -> list[ProbeRow]:
@@ -288,7 +223,13 @@ def _require(parity: Parity, bounds: Bounds, what: str) -> None:
 
 def _source(job: Export) -> AdapterSource:
     if job.source is None:
-        raise LoratuneError(f"--format {job.options.format} takes an adapter; give it with --adapter", Exit.USAGE)
+        model, options = job.options.model or "", job.options
+        is_served = options.format == "vllm" and refusal(lambda: check_base(Path(model))) is None
+        raise LoratuneError(
+            f"--format {options.format} takes an adapter; give it with --adapter",
+            Exit.USAGE,
+            [Command("a merged model is served as it is", ("vllm", "serve", model))] if is_served else [],
+        )
     return job.source
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -43,6 +43,10 @@ _BLOCK = gguf.GGML_QUANT_SIZES[Kind.Q8_0][0]
 _STEPS = 127  # a block of q8_0 is a float16 scale and integers of up to this size
 _LARGEST = {kind: torch.finfo(dtype).max for kind, dtype in _DTYPES.items()}
 _LARGEST[Kind.Q8_0] = _LARGEST[Kind.F16] * _STEPS
+REMOVED = (
+    "it is not kept. See that the disk is well; if a second export ends so too, please report it with the versions "
+    "that `loratune --version` and pip list show"
+)
 _PIECE_ELEMENTS = 2**22
 """How much of a tensor is in memory at once; 16 MiB as float32."""
 
@@ -62,33 +66,56 @@ class GgufCheck:
     largest_difference: float
 
 
+@dataclass(frozen=True)
+class FilePlan:
+    """What a file will hold: known from a model folder's small files and the shapes of its tensors."""
+
+    architecture: str
+    keys: dict[str, Any]
+    tensors: list[PlannedTensor]
+
+    def nbytes(self, quantization: str) -> int:
+        """Size of all tensors in bytes."""
+        return sum(_stored_bytes(tensor, _choose_kind(tensor, quantization)) for tensor in self.tensors)
+
+
+def plan_file(folder: Path, shapes: Mapping[str, tuple[int, ...]], is_tied: bool) -> FilePlan:
+    """Lay out the file of a model; its weights need not be there yet.
+
+    Args:
+        folder: with config, tokenizer and template.
+        shapes: of each of the model's tensors.
+        is_tied: whether it has one matrix for embedding and head.
+
+    Raises:
+        NotForGgufError: what GGUF cannot state.
+        LoratuneError: the tensors are not those of the architecture, all of them and no others.
+    """
+    config = read_config(folder)
+    config.tie_word_embeddings = is_tied
+    keys: dict[str, Any] = describe(config) | describe_vocabulary(folder, config.vocab_size)
+    tensors = plan_tensors(config)
+    planned = {tensor.source: tensor.shape for tensor in tensors if tensor.values is None}
+    for name, shape in planned.items():
+        if shapes.get(name) != shape:
+            raise LoratuneError(
+                f"{folder}: {name} is {shapes.get(name, 'missing')} where config.json asks for {shape}", Exit.MODEL
+            )
+    # Computed from the config; old checkpoints carry it all the same.
+    extra = [name for name in shapes if name not in planned and not name.endswith("rotary_emb.inv_freq")]
+    if extra and not (is_tied and extra == ["lm_head.weight"]):
+        raise LoratuneError(f"{folder}: {extra[0]} is no part of the architecture of config.json", Exit.MODEL)
+    return FilePlan(ARCHITECTURES[config.model_type], keys, tensors)
+
+
 class _Model:
     """The model folder: what the file must say of it, and its tensors in the file's order of rows."""
 
     def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        config = read_config(folder)
-        config.tie_word_embeddings = head_is_tied(folder)
-        self.architecture = ARCHITECTURES[config.model_type]
-        self.keys: dict[str, Any] = describe(config) | describe_vocabulary(folder, config.vocab_size)
-        self.tensors = plan_tensors(config)
         self._files = TensorFiles(weight_files(folder))
-        self._compare_names(tied=config.tie_word_embeddings)
-
-    def _compare_names(self, tied: bool) -> None:
-        """Make sure that the files hold the tensors of the architecture, all of them and no others."""
-        planned = {tensor.source: tensor.shape for tensor in self.tensors if tensor.values is None}
-        found = {name: info.shape for name, info in self._files.infos.items()}
-        for name, shape in planned.items():
-            if found.get(name) != shape:
-                raise LoratuneError(
-                    f"{self.folder}: {name} is {found.get(name, 'missing')} where config.json asks for {shape}",
-                    Exit.MODEL,
-                )
-        # Computed from the config; old checkpoints carry it all the same.
-        extra = [name for name in found if name not in planned and not name.endswith("rotary_emb.inv_freq")]
-        if extra and not (tied and extra == ["lm_head.weight"]):
-            raise LoratuneError(f"{self.folder}: {extra[0]} is no part of the architecture of config.json", Exit.MODEL)
+        shapes = {name: info.shape for name, info in self._files.infos.items()}
+        plan = plan_file(folder, shapes, head_is_tied(folder))
+        self.architecture, self.keys, self.tensors = plan.architecture, plan.keys, plan.tensors
 
     def rows(self, tensor: PlannedTensor) -> Iterator[torch.Tensor]:
         """The tensor piece by piece: (some rows, row length), in the dtype of the model's files."""
@@ -106,8 +133,7 @@ class _StoredTensor:
 
     def __init__(self, model: _Model, tensor: PlannedTensor, kind: Kind) -> None:
         self._model, self._tensor, self._kind = model, tensor, kind
-        block_elements, block_bytes = gguf.GGML_QUANT_SIZES[kind]
-        self.nbytes: int = int(np.prod(tensor.shape)) // block_elements * block_bytes
+        self.nbytes = _stored_bytes(tensor, kind)
 
     def tofile(self, file: BinaryIO) -> None:
         """Write the values as the file holds them."""
@@ -151,6 +177,11 @@ def write_gguf(model: Path, target: Path, quantization: str) -> None:
         writer.close()
 
 
+def _stored_bytes(tensor: PlannedTensor, kind: Kind) -> int:
+    block_elements, block_bytes = gguf.GGML_QUANT_SIZES[kind]
+    return int(np.prod(tensor.shape)) // int(block_elements) * int(block_bytes)
+
+
 def _value_type(value: Any) -> Any:
     types = gguf.GGUFValueType
     by_type = {bool: types.BOOL, int: types.UINT32, float: types.FLOAT32, str: types.STRING, list: types.ARRAY}
@@ -172,7 +203,7 @@ def _encode(rows: torch.Tensor, kind: Kind, name: str) -> Any:
     if not largest <= _LARGEST[kind]:  # true of NaN as well
         raise LoratuneError(
             f"{name}: its largest value is {largest:g}, and {kind.name} holds up to {_LARGEST[kind]:g}; "
-            + ("export as bf16 or f32" if largest < float("inf") else "the model's weights are broken"),
+            + ("--quantization bf16 or f32 holds it" if largest < float("inf") else "the model's weights are broken"),
             Exit.MODEL,
         )
     if kind == Kind.Q8_0:
@@ -196,7 +227,7 @@ def check_gguf(model: Path, file: Path) -> GgufCheck:
         reader = gguf.GGUFReader(file)
         found = {tensor.name: tensor for tensor in reader.tensors}
     except (ValueError, LookupError, OverflowError, OSError) as error:
-        raise LoratuneError(f"{file}: cannot be read as GGUF ({error}); export again", Exit.MODEL) from error
+        raise LoratuneError(f"{file}: cannot be read as GGUF ({error}); {REMOVED}", Exit.MODEL) from error
     quantization = _compare_keys(source, file, reader)
     planned = {tensor.name for tensor in source.tensors}
     if planned != set(found):
@@ -257,4 +288,4 @@ def _are_stored(rows: torch.Tensor, values: torch.Tensor, kind: Kind) -> bool:
 
 
 def _difference(file: Path, what: str, how: str) -> LoratuneError:
-    return LoratuneError(f"{file}: {what} {how}; export again", Exit.MODEL)
+    return LoratuneError(f"{file}: {what} {how}; {REMOVED}", Exit.MODEL)

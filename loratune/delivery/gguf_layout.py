@@ -33,6 +33,10 @@ LAYER_MODULES = {
 YARN_DEFAULTS = {"truncate": True, "mscale": None, "mscale_all_dim": None, "attention_factor": None}
 
 
+class NotForGgufError(LoratuneError):
+    """A model or tokenizer that loratune cannot state in GGUF, and llama.cpp's own converter perhaps can."""
+
+
 @dataclass(frozen=True)
 class PlannedTensor:
     """A tensor of the GGUF file.
@@ -74,8 +78,8 @@ def read_config(model: Path) -> Any:
     return config
 
 
-def _unknown(model: Path, what: str) -> LoratuneError:
-    return LoratuneError(
+def _unknown(model: Path, what: str) -> NotForGgufError:
+    return NotForGgufError(
         f"{model}/config.json: {what} cannot be exported to GGUF here; try llama.cpp's convert_hf_to_gguf.py",
         Exit.MODEL,
     )

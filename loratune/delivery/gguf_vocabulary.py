@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from loratune.data.encoding import Encoder
+from loratune.delivery.gguf_layout import NotForGgufError
 from loratune.errors import Exit, LoratuneError
 from loratune.model.tokenizer import load_tokenizer
 from loratune.runs.opening import merged_prompt
@@ -90,8 +91,8 @@ def _find_splitting(path: Path, state: dict[str, Any]) -> str:
     return name
 
 
-def _unknown(path: Path, what: str) -> LoratuneError:
-    return LoratuneError(
+def _unknown(path: Path, what: str) -> NotForGgufError:
+    return NotForGgufError(
         f"{path}: {what}; such a tokenizer cannot be exported to GGUF here: try llama.cpp's convert_hf_to_gguf.py",
         Exit.MODEL,
     )

@@ -6,7 +6,8 @@ import functools
 import importlib
 import shutil
 import time
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,31 +15,27 @@ import psutil
 import torch
 
 from loratune import console
+from loratune.commands import Command, free_place, loratune
 from loratune.data.encoding import Encoder
-from loratune.delivery.merged_weights import MergePlan, plan_merge, write_merged
+from loratune.delivery.merged_weights import MergePlan, TooLargeError, plan_merge, write_merged
 from loratune.delivery.model_folder import write_model_files
 from loratune.delivery.read_back import ReadBack, read_back
+from loratune.delivery.report import announce, described
 from loratune.delivery.sources import check_pair
 from loratune.delivery.template import about_the_date
 from loratune.delivery.update import TensorUpdate, read_updates
 from loratune.errors import Exit, LoratuneError
-from loratune.model.adapter_files import WEIGHTS_FILE
 from loratune.model.adapter_tensors import EMBEDDING
 from loratune.model.files import find_base, weight_files
 from loratune.model.hardware import detect_hardware
 from loratune.model.tensor_files import TensorFiles
 from loratune.model.tying import head_is_tied
 from loratune.recipe.sections import ModelSettings
-from loratune.runs.base_check import how_checked, known_hashes
-from loratune.runs.card import base_name, write_merged_card
-from loratune.runs.folder import VERIFICATION, file_sha256, prepare_output, read_json
+from loratune.runs.card import write_merged_card
+from loratune.runs.folder import VERIFICATION, prepare_output
 from loratune.runs.opening import AdapterSource, base_settings, check_vocabulary
 from loratune.runs.verification import write_verification
 from loratune.writing import disk_errors_explained, folder_in_one_step
-
-SIDE_FILES_BYTES = 30_000_000
-LIBRARIES_BYTES, PROOF_LIBRARIES_BYTES = 250_000_000, 250_000_000
-"""What torch takes by itself, and what transformers and PEFT add."""
 
 
 @dataclass(frozen=True)
@@ -57,8 +54,23 @@ class MergeOptions:
     """Whether the verification runs the models."""
     force: bool = False
     overwrite: bool = False
-    is_temporary: bool = False
-    """Whether it is only a step of an export."""
+    stands_in_for: Path | None = None
+    """The output of an export, of which the merge is only a step; None for one that is asked for itself."""
+
+    def command(self, purpose: str, source: AdapterSource, output: Path) -> Command:
+        """The command line that merges so."""
+        flags = {
+            "--adapter": source.place,
+            "--model": self.model,
+            "--dtype": str(self.dtype).removeprefix("torch.") if self.dtype else None,
+            "--merge-base": self.merge_base if self.merge_base != "auto" else None,
+            "--no-verify": not self.verify,
+            "--no-logits": not self.logits,
+            "--overwrite": self.overwrite,
+            "--force": self.force,
+            "--output": output,
+        }
+        return loratune(purpose, "merge", flags)
 
 
 @dataclass
@@ -83,6 +95,23 @@ class Job:
     is_tied: bool
     options: MergeOptions
     warnings: list[str]
+    output: Path
+
+    @property
+    def changes_nothing(self) -> bool:
+        """Whether all of the adapter is zero."""
+        return all(update.is_nothing for update in self.updates.values())
+
+    def with_options(self, purpose: str, **others: Any) -> list[Command]:
+        """The same merge with other options, as a command; none for combined adapters, which it could not restate."""
+        if self.source.combined:
+            return []
+        options, output = replace(self.options, **others), self.output
+        if options.stands_in_for:  # an export does not take a merge's options
+            purpose += ", and export the merged model with --model"
+            output = free_place(options.stands_in_for.with_name(f"{options.stands_in_for.name}-merged"))
+            options = replace(options, overwrite=False)
+        return [options.command(purpose, self.source, output)]
 
     @functools.cached_property
     def encoder(self) -> Encoder:
@@ -106,26 +135,26 @@ def merge_adapter(source: AdapterSource, output: Path, options: MergeOptions) ->
         LoratuneError: something does not fit, there is no room, or the merged model is not base + adapter; then nothing
             is left at `output`.
     """
-    with disk_errors_explained(output):
-        output = output.resolve()
-        prepare_output(output, options.overwrite, "merged model", VERIFICATION)
-    job = _gather(source, output, options)
+    output = output.resolve()
+    job = gather(source, output, options)
     with disk_errors_explained(output), folder_in_one_step(output) as folder:
         candidates = _candidates(job, folder)
-        _announce(job, candidates, output)
+        announce(job, candidates, output)
+        # What is small comes first: a template that cannot be written is told before minutes of writing.
         for candidate in candidates:
-            _write(job, candidate)
             changes = write_model_files(job.source, job.base, candidate.folder, options.dtype, candidate.plan)
             write_merged_card(candidate.folder, "Merged model", job.settings.base, str(job.base.absolute()))
             if options.verify:
                 _check_beside(job, candidate.folder)
+        for candidate in candidates:
+            _write(job, candidate)
         _check_updates_survived(job, candidates[0])
         seconds = {"until_files_proved": _seconds_since_start()}
         chosen, proof = _prove(job, candidates)
         _keep(chosen, candidates, folder)
         seconds["total"] = _seconds_since_start()
-        report = _described(job, chosen) | {"changed_files": changes} | proof | {"seconds": seconds}
-        return write_verification(folder, "merged model", report, hashes=not options.is_temporary)
+        report = described(job, chosen) | {"changed_files": changes} | proof | {"seconds": seconds}
+        return write_verification(folder, "merged model", report, hashes=options.stands_in_for is None)
 
 
 def _prove(job: Job, candidates: list[Candidate]) -> tuple[Candidate, dict[str, Any]]:
@@ -145,41 +174,62 @@ def _check_beside(job: Job, folder: Path) -> None:
 
 def _check_updates_survived(job: Job, candidate: Candidate) -> None:
     """Refuse a merge that leaves everything as it was; tell of tensors whose update was too small to hold."""
-    if candidate.read_back is None or not candidate.read_back.unchanged:
+    found = candidate.read_back
+    if found is None or not found.unchanged or job.changes_nothing:
         return
-    unchanged, updated = candidate.read_back.unchanged, candidate.read_back.updated
+    name, is_widest = found.unchanged[0], candidate.plan.tensors[found.unchanged[0]].info.dtype == torch.float32
+    wider = [] if is_widest else job.with_options("keep small changes", dtype=torch.float32)
+    _tell_of_unchanged(job, found.unchanged, found.updated, f"zero, or too small for {name} and its type", wider)
+
+
+def _tell_of_unchanged(
+    job: Job, unchanged: Sequence[str], updated: int, change: str, advice: Sequence[Command] = ()
+) -> None:
+    """Refuse a merge that leaves everything as it was, unless forced; warn of one that leaves a part."""
     message = (
-        f"{len(unchanged)} of {updated} tensors that the adapter changes still equal the base's: the change is "
-        f"zero, or too small for {unchanged[0]} and its type"
+        f"{len(unchanged)} of {updated} tensors that the adapter changes still equal the base's: the change is {change}"
     )
     if len(unchanged) == updated and not job.options.force:
         raise LoratuneError(
-            f"{message}. The merged model would be the base itself; was the adapter trained? --dtype float32 keeps "
-            "small changes, --force merges as it is",
+            f"{message}. The merged model would be the base itself; was the adapter trained?",
             Exit.MODEL,
+            [*advice, *job.with_options("merge it as it is", force=True)],
         )
     console.warn(message)
     job.warnings.append(message)
 
 
-def _gather(source: AdapterSource, output: Path, options: MergeOptions) -> Job:
+def gather(source: AdapterSource, output: Path, options: MergeOptions) -> Job:
+    """What is merged into what, with everything checked that headers, configs and the adapter tell.
+
+    Args:
+        source: the adapter.
+        output: folder of the merged model, resolved.
+        options: how.
+
+    Raises:
+        LoratuneError: something does not fit, or nothing would change.
+    """
+    with disk_errors_explained(output):
+        prepare_output(output, options.overwrite, "merged model", VERIFICATION)
     settings = base_settings(source, options.model)
     base = find_base(settings)
     _check_apart(output, base, source.adapter)
-    paths = weight_files(base)
+    infos, is_tied = TensorFiles(weight_files(base)).infos, head_is_tied(base)
     warnings = check_pair(source, settings.base, base, options.force)
     if options.merge_base != "auto" and settings.quantization == "none":
         raise LoratuneError("--merge-base is for adapters that were trained on a quantised base", Exit.USAGE)
     trained_day = (source.manifest or {}).get("template", {}).get("date")
-    if trained_day and not options.is_temporary:
+    if trained_day and not options.stands_in_for:
         warnings.append(about_the_date("transformers and vLLM write", trained_day))
-    is_tied = head_is_tied(base)
-    infos = TensorFiles(paths).infos
     updates = read_updates(source.adapter, infos, is_tied)
     rows = infos[EMBEDDING].shape[0]
     brought = updates[EMBEDDING].replacement if EMBEDDING in updates else None
     warnings += check_vocabulary(source, base, rows, rows if brought is None else len(brought))
-    return Job(source, settings, base, updates, is_tied, options, warnings)
+    job = Job(source, settings, base, updates, is_tied, options, warnings, output)
+    if job.changes_nothing:
+        _tell_of_unchanged(job, sorted(updates), len(updates), "zero")
+    return job
 
 
 def _check_apart(output: Path, base: Path, adapter: Path) -> None:
@@ -211,56 +261,15 @@ def _dequantized(paths: list[Path], settings: ModelSettings) -> TensorFiles:
     return files
 
 
-def _announce(job: Job, candidates: list[Candidate], output: Path) -> None:
-    """Say what is about to happen and what it takes; stop if the disk has no room for it."""
-    plan = candidates[0].plan
-    needed = sum(candidate.plan.nbytes for candidate in candidates) + SIDE_FILES_BYTES
-    free = shutil.disk_usage(candidates[0].folder).free
-    files = len(plan.shards)
-    place = "a temporary folder" if job.options.is_temporary else output
-    console.table(
-        [
-            ("adapter", f"{job.source.adapter}: changes {len(plan.updated)} of {len(plan.tensors)} tensors"),
-            ("base", f"{job.settings.base}, {_dtype_names(plan)}"),
-            ("into", " and ".join(f"the {candidate.merge_base} base" for candidate in candidates)),
-            ("writes", f"{console.memory(plan.nbytes)} in {files} file{'s' if files > 1 else ''} to {place}"),
-            ("disk", f"{console.memory(needed)} needed, {console.memory(free)} free"),
-            ("memory", f"at most {console.memory(_memory_bound(job, candidates))}"),
-        ],
-        title="merge",
-    )
-    for warning in job.warnings:
-        console.warn(warning)
-    if needed > free:
-        raise LoratuneError(
-            f"{output}: the merged model needs {console.memory(needed)} of disk and {console.memory(free)} are free; "
-            "make room, or choose another disk with --output",
-            Exit.IO,
-        )
-
-
-def _memory_bound(job: Job, candidates: list[Candidate]) -> int:
-    """Bytes that the process will hold, pages of mapped files aside, which the system takes back when it needs them."""
-    config = read_json(job.base / "config.json")
-    bound = LIBRARIES_BYTES + PROOF_LIBRARIES_BYTES + (job.source.adapter / WEIGHTS_FILE).stat().st_size
-    if job.options.verify and job.options.logits:
-        activations = 40_000 * int(config["intermediate_size"])
-        logits = 32 * 4 * 7 * int(config["vocab_size"])
-        bound += activations + logits
-    if job.settings.quantization != "none":  # the live model, its embedding in float32
-        bound += candidates[0].plan.nbytes
-    return bound
-
-
-def _dtype_names(plan: MergePlan) -> str:
-    names = dict.fromkeys(str(tensor.info.dtype).removeprefix("torch.") for tensor in plan.tensors.values())
-    return " and ".join(names)
-
-
 def _write(job: Job, candidate: Candidate) -> None:
     plan, files, folder = candidate.plan, candidate.files, candidate.folder
     with console.byte_progress("merging", plan.nbytes) as advance:
-        write_merged(plan, files, folder, advance)
+        try:
+            write_merged(plan, files, folder, advance)
+        except TooLargeError as error:
+            raise LoratuneError(
+                error.message, Exit.MODEL, job.with_options("keep its range", dtype=torch.bfloat16)
+            ) from error
     if job.options.verify:
         peft_merge = importlib.import_module("loratune.model.peft_merge")  # transformers and PEFT: seconds
         peft = peft_merge.PeftMerge(job.base, job.source.adapter, plan.vocabulary, job.is_tied)
@@ -276,32 +285,6 @@ def _keep(chosen: Candidate, candidates: list[Candidate], folder: Path) -> None:
         path.rename(folder / path.name)
     for candidate in candidates:
         shutil.rmtree(candidate.folder)
-
-
-def _described(job: Job, chosen: Candidate) -> dict[str, Any]:
-    return {
-        "base": base_name(job.settings.base, str(job.base.absolute())),  # the folder may go to a hub: no local paths
-        "base_checked": how_checked(known_hashes(job.source)),
-        "quantization_in_training": job.settings.quantization,
-        "merge_base": chosen.merge_base,
-        "adapter_sha256": file_sha256(job.source.adapter / WEIGHTS_FILE),
-        "combined": job.source.combined,
-        "thinking": job.source.prompt.thinking,
-        "generation_prompt": job.source.prompt.generation_prompt,
-        "date": job.source.prompt.date,
-        "dtype": _dtype_names(chosen.plan),
-        "bytes": chosen.plan.nbytes,
-        "read_back": asdict(chosen.read_back) if chosen.read_back else None,
-        "warnings": [_without_paths(warning, job) for warning in job.warnings],
-    }
-
-
-def _without_paths(text: str, job: Job) -> str:
-    """The folder may go to a hub, and where things lie here is nobody's business."""
-    for place in (job.base, job.source.adapter, job.source.run):
-        for path in (place, place.absolute()) if place else ():
-            text = text.replace(str(path), path.name)
-    return text
 
 
 def _seconds_since_start() -> float:

@@ -14,6 +14,11 @@ from loratune.errors import Exit, LoratuneError
 from loratune.model.adapter_tensors import EMBEDDING, HEAD
 from loratune.model.tensor_files import TensorFiles, TensorInfo, plan_shards, write_shards
 
+
+class TooLargeError(LoratuneError):
+    """A value that the type of the merged weights cannot hold."""
+
+
 PIECE_BYTES = 8_000_000
 """Rows computed at once, as float32: they stay in a processor's cache between the steps."""
 
@@ -117,7 +122,7 @@ def merged_pieces(tensor: MergedTensor, base: TensorFiles) -> Iterator[tuple[int
     """(First row, rows) of a merged tensor, in its dtype: added in float32 and rounded once.
 
     Raises:
-        LoratuneError: a value is too large for float16.
+        TooLargeError: for float16.
     """
     source = tensor.values(base)
     row_bytes = 4 * max(1, math.prod(source.shape[1:]))
@@ -129,9 +134,7 @@ def merged_pieces(tensor: MergedTensor, base: TensorFiles) -> Iterator[tuple[int
             rows = tensor.update.apply(rows.float(), start)
         written = rows.to(tensor.info.dtype)
         if written.dtype == torch.float16 != rows.dtype and (written.isinf() & rows.isfinite()).any():
-            raise LoratuneError(
-                f"{tensor.info.name}: holds values that float16 cannot; take --dtype bfloat16", Exit.MODEL
-            )
+            raise TooLargeError(f"{tensor.info.name}: holds values that float16 cannot", Exit.MODEL)
         yield start, written
         base.release([tensor.source])
 

@@ -7,6 +7,7 @@ import math
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 from loratune import console
@@ -25,6 +26,7 @@ from loratune.recipe.sections import TINY_QWEN, ModelSettings
 from loratune.runs.base_check import BaseCheck
 from loratune.runs.folder import file_sha256
 from loratune.runs.opening import AdapterSource, base_settings, check_same_template, open_settled_adapter
+from loratune.runs.tensor_hashes import TensorHashes
 
 
 @contextmanager
@@ -102,9 +104,11 @@ def check_pair(source: AdapterSource, name: str, base: Path, force: bool) -> lis
         LoratuneError: it was trained on another base or with another template, or tensors of it are missing.
     """
     paths = weight_files(base)
-    check = BaseCheck(source, name, base, paths, force)
-    shapes = {name: info.shape for name, info in TensorFiles(paths).infos.items()}
-    if head_is_tied(base):
+    infos, is_tied = TensorFiles(paths).infos, head_is_tied(base)
+    fits = partial(read_updates, source.adapter, infos, is_tied)
+    check = BaseCheck(source, name, base, TensorHashes(paths), force, fits)
+    shapes = {name: info.shape for name, info in infos.items()}
+    if is_tied:
         shapes[HEAD] = shapes[EMBEDDING]
     check_adapter(source.adapter, shapes)
     if source.manifest:

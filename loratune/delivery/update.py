@@ -88,6 +88,14 @@ class TensorUpdate:
         if self.magnitude is not None:
             yield self.magnitude.shape[0], 0
 
+    @property
+    def is_nothing(self) -> bool:
+        """Whether it leaves every value as it is, as LoRA does before its first step."""
+        if any(part is not None for part in (self.replacement, self.magnitude, self.row_values)):
+            return False
+        has_product = self.up is not None and self.down is not None and bool(self.up.any()) and bool(self.down.any())
+        return self.scaling == 0 or not (has_product or (self.shift is not None and bool(self.shift.any())))
+
     def equals(self, other: TensorUpdate) -> bool:
         """Whether both make the same of the same values."""
         mine, theirs = (

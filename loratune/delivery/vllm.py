@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import json
 import re
-import shlex
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from loratune.commands import Command
+from loratune.delivery.advice import instead_of_serving
 from loratune.errors import Exit, LoratuneError, bullet_list
 from loratune.model.adapter_files import CONFIG_FILE, read_config_values
 from loratune.model.adapter_patterns import settle_patterns
 from loratune.model.completeness import tensor_shapes
+from loratune.recipe.advice import MAX_LORA_RANKS, max_lora_rank
+from loratune.runs.opening import AdapterSource
 
-# Values that --max-lora-rank takes; newer versions also take 1.
-MAX_LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 SERVED_MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 VOCABULARY_MODULES = ("embed_tokens", "lm_head")
 # Kinds of LoRA that compute something else than W + scale·B·A.
@@ -65,23 +67,30 @@ def check_for_vllm(adapter: Path) -> VllmAdvice:
     problems += [*_rank_problems(config, rank, ranks), *_module_problems(ranks)]
     strange = sorted({_last(module) for module in ranks} - {*SERVED_MODULES, *VOCABULARY_MODULES})
     warnings = [f"whether vLLM adapts {', '.join(strange)} depends on the model"] if strange else []
-    return VllmAdvice(_next_allowed(rank), problems, warnings)
+    return VllmAdvice(max_lora_rank(rank) or MAX_LORA_RANKS[-1], problems, warnings)
 
 
-def require_servable(adapter: Path) -> VllmAdvice:
+def require_servable(source: AdapterSource, output: Path, model: str | None = None, force: bool = False) -> VllmAdvice:
     """The advice for an adapter that vLLM can serve.
 
+    Args:
+        source: the adapter.
+        output: where its export was to be.
+        model: where its base lies, if that was given.
+        force: take another base, or a changed adapter.
+
     Raises:
-        LoratuneError: it cannot, with all reasons.
+        LoratuneError: it cannot, with all reasons, and with commands that lead to a model that vLLM does serve.
     """
-    advice = check_for_vllm(adapter)
-    if advice.problems:
-        raise LoratuneError(
-            f"{adapter}: vLLM cannot serve this adapter as it is:\n{bullet_list(advice.problems)}\n"
-            "merge it into its base with `loratune merge` and serve the merged model instead",
-            Exit.MODEL,
-        )
-    return advice
+    advice = check_for_vllm(source.adapter)
+    if not advice.problems:
+        return advice
+    told, commands = instead_of_serving(source, output, model, force)
+    raise LoratuneError(
+        f"{source.adapter}: vLLM cannot serve this adapter as it is:\n{bullet_list(advice.problems)}\n{told}",
+        Exit.MODEL,
+        commands,
+    )
 
 
 def serve_command(
@@ -90,9 +99,9 @@ def serve_command(
     folder: Path,
     advice: VllmAdvice,
     chat_template: Path | None = None,
-    tool_parser: str | None = None,
-) -> str:
-    """The line that serves an adapter, quoted for a shell.
+    flags: Sequence[str] = (),
+) -> Command:
+    """The line that serves an adapter.
 
     Args:
         base: hub id or folder of the base.
@@ -100,7 +109,7 @@ def serve_command(
         folder: the adapter's folder.
         advice: from `check_for_vllm`.
         chat_template: a file, where the adapter's template differs from the base's: vLLM renders with the base's.
-        tool_parser: vLLM's name of the form in which the template writes calls of tools.
+        flags: of parsers that the template asks for.
     """
     module = f"{name}={folder}"
     if "=" in f"{name}{folder}" or "," in module:
@@ -109,9 +118,7 @@ def serve_command(
     words += ["--max-lora-rank", str(advice.max_lora_rank)]
     if chat_template is not None:
         words += ["--chat-template", str(chat_template)]
-    if tool_parser is not None:
-        words += ["--enable-auto-tool-choice", "--tool-call-parser", tool_parser]
-    return shlex.join(words)
+    return Command("serve it", (*words, *flags))
 
 
 def _config_problems(config: dict[str, Any]) -> list[str]:
@@ -161,7 +168,3 @@ def _module_problems(ranks: dict[str, int]) -> list[str]:
 
 def _last(module: str) -> str:
     return module.rpartition(".")[2]
-
-
-def _next_allowed(rank: int) -> int:
-    return next((allowed for allowed in MAX_LORA_RANKS if allowed >= rank), MAX_LORA_RANKS[-1])

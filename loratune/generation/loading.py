@@ -5,16 +5,20 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from loratune.data.encoding import Encoder
 from loratune.errors import Exit, LoratuneError
+from loratune.model.adapter_tensors import check_fits
 from loratune.model.base import load_base
 from loratune.model.files import find_base, weight_files
 from loratune.model.hardware import detect_hardware
 from loratune.model.own_parameters import BASE, own_parameters
+from loratune.model.tensor_files import TensorFiles
 from loratune.model.tokenizer import load_tokenizer, set_pad_token
+from loratune.model.tying import head_is_tied
 from loratune.recipe.sections import ModelSettings, PromptSettings
 from loratune.runs.base_check import BaseCheck
 from loratune.runs.opening import (
@@ -73,11 +77,11 @@ def open_voices(
     settings = _settings(list(sources.values()), model, warnings)
     folder = find_base(settings)
     warnings += require_intact(folder, force)
-    files = weight_files(folder)
-    hashes, checks = TensorHashes(files), list[BaseCheck]()  # computed while the model is loaded
+    hashes, checks = TensorHashes(weight_files(folder)), list[BaseCheck]()  # computed while the model is loaded
     voices: dict[str | None, Voice] = {}
     for number, (name, source) in enumerate(sources.items()):
-        checks.append(BaseCheck(source, settings.base, folder, files, force, hashes))
+        fits = partial(_check_fits, source, folder)
+        checks.append(BaseCheck(source, settings.base, folder, hashes, force, fits))
         encoder = _encoder(source.tokenizer_folder(folder), source.prompt)
         check_same_template(source, encoder.template_sha256)
         voices[name] = Voice(encoder, f"adapter_{number}")
@@ -120,6 +124,11 @@ def _with_adapters(model: Any, sources: dict[str, AdapterSource], folder: Path, 
         warnings += check_vocabulary(source, folder, own.vocabulary(), own.vocabulary(name))
     use_fused_lora(model)
     return model
+
+
+def _check_fits(source: AdapterSource, folder: Path) -> None:
+    shapes = {name: info.shape for name, info in TensorFiles(weight_files(folder)).infos.items()}
+    check_fits(source.adapter, shapes, head_is_tied(folder))
 
 
 def _short_name(base: str) -> str:

@@ -10,9 +10,9 @@ from typing import Any
 
 import torch
 
-from loratune.errors import counted
-from loratune.model.adapter_files import WEIGHTS_FILE, check_weights
-from loratune.model.adapter_patterns import targeted
+from loratune.errors import Exit, LoratuneError, bullet_list, counted
+from loratune.model.adapter_files import WEIGHTS_FILE, check_weights, read_config_values
+from loratune.model.adapter_patterns import settle_patterns, targeted
 from loratune.model.tensor_files import TensorFiles
 
 PREFIX = "base_model.model."
@@ -125,6 +125,32 @@ def _module(match: re.Match[str]) -> str:
     return WRAPPER.sub("", match["module"] + ".").rstrip(".")
 
 
+def check_fits(folder: Path, base: Mapping[str, Sequence[int]], is_tied: bool) -> None:
+    """Refuse an adapter that was made for a base of other shapes; only headers of the base are needed.
+
+    Args:
+        folder, base, is_tied: as of `read_tensors`.
+
+    Raises:
+        LoratuneError: with what does not fit.
+    """
+    problems: list[str] = []
+    base = {HEAD: base[EMBEDDING], **base} if is_tied else base
+    values = settle_patterns(read_config_values(folder), base, folder)
+    tensors = read_tensors(folder, values, base, is_tied, problems)
+    for name, tensor in tensors.lora.items():
+        match = PART.fullmatch(name.removeprefix(PREFIX))
+        side = {"lora_A.weight": 1, "lora_B.weight": 0}.get(match["part"]) if match else None
+        if match is None or side is None or tensor.ndim != 2:
+            continue
+        target = WRAPPER.sub("", f"{match['module']}.") + "weight"
+        shape = base.get(target)
+        if shape is None or (tensor.shape[side] != shape[side] and target not in VOCABULARY):
+            problems.append(f"{name}: of shape {list(tensor.shape)} for a base of {shape and list(shape)}")
+    if problems:
+        raise LoratuneError(f"{folder} does not fit the base:\n{bullet_list(problems, limit=5)}", Exit.MODEL)
+
+
 def _place_problems(tensors: AdapterTensors, base: Mapping[str, Sequence[int]]) -> list[str]:
     """What has no place in the base, or another shape."""
     problems = []
@@ -172,6 +198,13 @@ def _missing(tensors: AdapterTensors, values: dict[str, Any], base: Mapping[str,
         for module in modules
         if not any(f".{module}." in name for name in held)
     ]
+    adapted_names = {name.rpartition(".lora_")[0] for name in tensors.lora if name.endswith(".lora_B.weight")}
+    if values.get("use_dora"):
+        lengths = {name.rpartition(".lora_")[0] for name in tensors.lora if "lora_magnitude_vector" in name}
+        problems += [
+            f"{name.removeprefix(PREFIX)} was trained with DoRA, and its lora_magnitude_vector is not in the file"
+            for name in sorted(adapted_names - lengths)
+        ]
     if values.get("bias", "none") != "none":
         adapted = {name.removeprefix(PREFIX).rpartition(".lora_")[0] for name in tensors.lora}
         biases = [name for name in base if name.endswith(".bias")]

@@ -33,6 +33,10 @@ TOKENIZER_FILES = ["*.json", "*.jinja", "*.txt", "*.model"]
 HUB_FILES = [*TOKENIZER_FILES, "*.safetensors"]
 
 
+class QuantizedFolderError(LoratuneError):
+    """A model folder whose weights are quantised already."""
+
+
 def find_base(settings: ModelSettings) -> Path:
     """The folder of the base model; a hub id is downloaded once, a local folder causes no network access.
 
@@ -104,8 +108,9 @@ def check_config(folder: Path) -> None:
             Exit.MODEL,
         )
     if config.get("quantization_config") is not None:
-        raise LoratuneError(
-            f"{folder}: its weights are quantised already; give the full-precision model and set model.quantization",
+        raise QuantizedFolderError(
+            f"{folder}: its weights are quantised already; give the full-precision model (model.base in a recipe, else "
+            "--model). Training can quantise it: model.quantization nf4 or int8",
             Exit.MODEL,
         )
     if not (folder / "tokenizer.json").is_file() and not (folder / "vocab.json").is_file():

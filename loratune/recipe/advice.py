@@ -4,6 +4,15 @@ from __future__ import annotations
 
 from loratune.recipe.sections import Recipe, TrainingSettings
 
+# Values that vLLM's --max-lora-rank takes; newer versions also take 1.
+MAX_LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
+DEFAULT_MAX_LORA_RANK = 16
+
+
+def max_lora_rank(rank: int) -> int | None:
+    """Smallest value of vLLM's --max-lora-rank that holds a rank; None where none does."""
+    return next((allowed for allowed in MAX_LORA_RANKS if allowed >= rank), None)
+
 
 def advise(recipe: Recipe) -> list[str]:
     """One sentence for each setting that deserves a second look."""
@@ -22,9 +31,15 @@ def _advise_lora(recipe: Recipe) -> list[str]:
             f"lora.rank {lora.rank} is above 64: it costs memory and overfits small data, and alpha / rank shrinks "
             "the update; try 8 to 64, or lora.use_rslora true"
         )
-    if lora.rank > 16:
+    if lora.rank > MAX_LORA_RANKS[-1]:
         advice.append(
-            f"lora.rank {lora.rank} is above vLLM's default limit: serve it there with --max-lora-rank {lora.rank}"
+            f"lora.rank {lora.rank} is above {MAX_LORA_RANKS[-1]}, the most that vLLM serves beside a base: it will "
+            "have to be merged"
+        )
+    elif lora.rank > DEFAULT_MAX_LORA_RANK:
+        advice.append(
+            f"lora.rank {lora.rank} is above vLLM's default limit: serve it there with --max-lora-rank "
+            f"{max_lora_rank(lora.rank)}"
         )
     return advice
 

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from loratune.errors import Exit, LoratuneError
+from loratune.errors import Exit, LoratuneError, refusal
 from loratune.runs.fingerprint import FULL, SAMPLED, TENSORS, sampled_fingerprint
 from loratune.runs.folder import values_sha256
 from loratune.runs.opening import AdapterSource, recorded_base
@@ -23,9 +23,9 @@ class BaseCheck:
         source: the adapter.
         name: what the user calls the base.
         folder: the base's folder.
-        weight_files: its safetensors files.
+        hashes: of its tensors, which several adapters of a base share.
         force: warn instead of refusing.
-        hashes: of their tensors, which several adapters of a base share.
+        fits: refuses an adapter that could not be put on this base at all, which --force would not change.
 
     Raises:
         LoratuneError: a glance shows that it is another model.
@@ -36,12 +36,12 @@ class BaseCheck:
         source: AdapterSource,
         name: str,
         folder: Path,
-        weight_files: Sequence[Path],
+        hashes: TensorHashes,
         force: bool = False,
-        hashes: TensorHashes | None = None,
+        fits: Callable[[], object] | None = None,
     ) -> None:
-        self._source, self._name, self._force = source, name, force
-        self._hashes = hashes or TensorHashes(weight_files)
+        self._source, self._name, self._force, self._fits = source, name, force, fits
+        self._hashes = hashes
         self._known = known_hashes(source)
         self._warnings = [f"changed since the run ended: {', '.join(source.changed)}"] if source.changed else []
         self._is_open = FULL in self._known
@@ -53,7 +53,7 @@ class BaseCheck:
             )
         if not self._known and source.manifest is None:
             return
-        found = sampled_fingerprint(folder, weight_files)
+        found = sampled_fingerprint(folder, hashes.paths)
         different = [key for key, value in found.items() if self._known.get(key) != value]
         if different:
             self._is_open = False
@@ -82,7 +82,9 @@ class BaseCheck:
             f"{', '.join(different)} {verb}{self._tensors() if of_weights else ''}"
         )
         if not self._force:
-            raise LoratuneError(f"{message}. Give the right base with --model, or insist with --force", Exit.MODEL)
+            can_insist = self._fits is None or refusal(self._fits) is None
+            other = ", or insist with --force" if can_insist else "; to this one it does not fit"
+            raise LoratuneError(f"{message}. Give the right base with --model{other}", Exit.MODEL)
         self._warnings.append(message)
 
     def _trained_name(self) -> str:
@@ -105,8 +107,19 @@ class BaseCheck:
 def check_same_base(
     source: AdapterSource, name: str, folder: Path, weight_files: Sequence[Path], force: bool = False
 ) -> list[str]:
-    """Compare a base with the trained one, and wait for it; arguments, result and errors are those of `BaseCheck`."""
-    return BaseCheck(source, name, folder, weight_files, force).finish()
+    """Compare a base with the trained one, and wait for it.
+
+    Args:
+        source, name, folder, force: as of `BaseCheck`.
+        weight_files: the base's safetensors files.
+
+    Returns:
+        What could not be checked, or was let through.
+
+    Raises:
+        LoratuneError: it is another model.
+    """
+    return BaseCheck(source, name, folder, TensorHashes(weight_files), force).finish()
 
 
 def known_hashes(source: AdapterSource) -> dict[str, Any]:

@@ -46,6 +46,12 @@ class AdapterSource:
         update = {} if is_recorded else {"generation_prompt": "template"}
         return self.recipe.prompt.model_copy(update=update)
 
+    @property
+    def place(self) -> Path:
+        """What a command line calls it: the run where it is the run's own, else its folder."""
+        is_run_s = self.run is not None and self.adapter.absolute() == (self.run / ADAPTER).absolute()
+        return self.run if self.run is not None and is_run_s else self.adapter
+
     def tokenizer_folder(self, base: Path) -> Path:
         """Where the tokenizer of the training lies; a checkpoint has only its base's."""
         return self.adapter if (self.adapter / "tokenizer_config.json").is_file() else base

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-import shlex
 from pathlib import Path
 from typing import Any
 
+from loratune.commands import Command, loratune
 from loratune.errors import Exit, LoratuneError
+from loratune.recipe.loading import load_recipe
 from loratune.runs.base_check import NOTHING, how_checked
 from loratune.runs.checkpoint import checkpoint_steps
 from loratune.runs.folder import ADAPTER, CHECKPOINTS, MANIFEST, RECIPE, STATUS, read_json, read_manifest, read_metrics
 from loratune.runs.lock import lock_holder
 from loratune.runs.seals import changed_files
+
+LOWER = 3
+"""A learning rate that has diverged is divided by it."""
 
 
 def run_state(output: Path) -> dict[str, Any]:
@@ -39,6 +43,7 @@ def run_state(output: Path) -> dict[str, Any]:
     losses = [record["loss"] for record in records if "loss" in record]
     validations = [record["validation_loss"] for record in records if "validation_loss" in record]
     steps = checkpoint_steps(output / CHECKPOINTS)
+    advised = next_command(output, state)
     return {
         "output": str(output),
         "state": state,
@@ -50,7 +55,7 @@ def run_state(output: Path) -> dict[str, Any]:
         "checkpoints": steps,
         "time": status.get("time"),
         **_seal(output),
-        "next": _next(output, state, bool(steps)),
+        "next": advised.line if advised else None,
     }
 
 
@@ -66,12 +71,22 @@ def _seal(output: Path) -> dict[str, Any]:
     return {"base_checked": how_checked(manifest["base"]), "changed": changed}
 
 
-def _next(output: Path, state: str, has_checkpoint: bool) -> str | None:
+def next_command(output: Path, state: str) -> Command | None:
+    """What to type next; None while the run goes on.
+
+    Args:
+        output: its folder.
+        state: how it stands.
+    """
     if state == "running":
         return None
     if state == "finished":
-        return f"loratune infer --adapter {shlex.quote(str(output))}"
-    recipe = shlex.quote(str(output / RECIPE))
+        return loratune("next", "infer", {"--adapter": output})
+    flags: dict[str, object] = {"--config": output / RECIPE}
     if state == "diverged":
-        return f"loratune sft --config {recipe} --overwrite --training.learning_rate …  (a lower one)"
-    return f"loratune sft --config {recipe} {'--resume' if has_checkpoint else '--overwrite'}"
+        rate = load_recipe(str(output / RECIPE), {}).training.learning_rate
+        lower = {"--overwrite": True, "--training.learning_rate": f"{rate / LOWER:.3g}"}
+        return loratune("start anew with a lower learning rate", "sft", flags | lower)
+    if checkpoint_steps(output / CHECKPOINTS):
+        return loratune("go on with", "sft", flags | {"--resume": True})
+    return loratune("no checkpoint was written; start anew with", "sft", flags | {"--overwrite": True})

@@ -36,7 +36,7 @@ class TensorHashes:
     """
 
     def __init__(self, paths: Sequence[Path]) -> None:
-        self._paths = paths
+        self.paths = paths
         self._found: dict[Path, dict[str, str]] = {}
         self._work: Iterator[tuple[Path, str, dict[str, Any], int]] = iter(())
         self._stats: dict[Path, tuple[int, ...]] = {}
@@ -51,7 +51,7 @@ class TensorHashes:
             return
         self._started = True
         left = []
-        for path in self._paths:
+        for path in self.paths:
             self._stats[path] = _identity(path)
             known = _recall(path, self._stats[path])
             self._found[path] = known or {}
@@ -75,9 +75,9 @@ class TensorHashes:
         for thread in self._threads:
             thread.join()
         if self._error:
-            raise LoratuneError(f"{self._paths[0].parent}: cannot be read: {self._error}", Exit.MODEL) from self._error
+            raise LoratuneError(f"{self.paths[0].parent}: cannot be read: {self._error}", Exit.MODEL) from self._error
         if self._threads:
-            for path in self._paths:
+            for path in self.paths:
                 _remember(path, self._stats[path], self._found[path])
             self._threads = []
         return {name: value for found in self._found.values() for name, value in sorted(found.items())}

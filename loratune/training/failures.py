@@ -11,9 +11,13 @@ from loratune import console
 from loratune.errors import Exit, LoratuneError
 from loratune.model.memory import is_out_of_memory
 from loratune.recipe.sections import Recipe
+from loratune.runs.folder import read_json
 from loratune.writing import disk_errors_explained
 
 ADVICE_LIMIT = 3
+SHORTEST = 8
+"""Tokens of training.max_length, below which the recipe does not go."""
+MANY_LAYERS = 8
 Made = TypeVar("Made")
 
 
@@ -60,6 +64,13 @@ def machine_errors_explained(recipe: Recipe, held: dict[str, str]) -> Iterator[N
         raise LoratuneError("\n  ".join(lines), Exit.IO) from error
 
 
+def _layers(recipe: Recipe) -> int:
+    """How many the base has; enough where it is not a folder here."""
+    config = Path(recipe.model.base).expanduser() / "config.json"
+    known = read_json(config).get("num_hidden_layers") if config.is_file() else None
+    return known if isinstance(known, int) else 2 * MANY_LAYERS
+
+
 def memory_advice(recipe: Recipe) -> list[str]:
     """Changes that save memory and are not made yet, those first that cost least."""
     training, lora = recipe.training, recipe.lora
@@ -76,9 +87,11 @@ def memory_advice(recipe: Recipe) -> list[str]:
         advice.append("--training.gradient_checkpointing  (a third slower, far less memory)")
     if recipe.model.quantization != "nf4":
         advice.append("--model.quantization nf4  (a quarter of the base's memory)")
-    advice.append(f"--training.max_length {max(8, training.max_length // 2)}  (if few rows are that long)")
+    if training.max_length > SHORTEST:
+        advice.append(f"--training.max_length {max(SHORTEST, training.max_length // 2)}  (if few rows are that long)")
     if lora.targets == "all-linear":
         advice.append("--lora.targets q_proj --lora.targets v_proj  (fewer matrices)")
     if lora.layers is None:
-        advice.append("--lora.layers 'last 8'  (nothing is kept of the layers before)")
+        layers = min(MANY_LAYERS, max(1, _layers(recipe) // 2))
+        advice.append(f"--lora.layers 'last {layers}'  (nothing is kept of the layers before)")
     return advice[:ADVICE_LIMIT]

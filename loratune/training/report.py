@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import shlex
 import textwrap
 from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from loratune import console
 from loratune.model.memory import peak_memory_bytes
 from loratune.runs.folder import REPORT
+from loratune.runs.state import next_command
 from loratune.runs.versions import library_versions
 from loratune.training.callbacks import Metrics
 from loratune.training.checkpoints import CheckpointKeeper
@@ -102,7 +103,7 @@ def show_report(report: dict[str, Any]) -> None:
     console.table(rows, title="done")
     for sentence in health["sentences"]:
         console.warn(sentence)
-    console.next_step(f"next: loratune infer --adapter {shlex.quote(report['output'])}")
+    console.next_step(str(next_command(Path(report["output"]), "finished")))
 
 
 def _answer_rows(answers: dict[str, Any] | None) -> list[tuple[str, str]]:

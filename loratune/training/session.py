@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -30,9 +29,10 @@ from loratune.recipe.advice import advise
 from loratune.recipe.sections import Recipe
 from loratune.runs.card import write_card
 from loratune.runs.checkpoint import Checkpoint, open_checkpoint, seal_checkpoint
-from loratune.runs.folder import ADAPTER, RECIPE, REPORT, begin_run, prepare_output, read_json, seal_run, set_status
+from loratune.runs.folder import ADAPTER, REPORT, begin_run, prepare_output, read_json, seal_run, set_status
 from loratune.runs.lock import run_lock
 from loratune.runs.probe import MAX_QUESTIONS, save_probe
+from loratune.runs.state import next_command
 from loratune.runs.tensor_hashes import TensorHashes
 from loratune.runs.tokenizer_files import copy_tokenizer_files
 from loratune.training.activations import measure_activations
@@ -283,6 +283,6 @@ def _status_kept(output: Path, trainer: AdapterTrainer) -> Iterator[None]:
             state = "interrupted" if isinstance(error, KeyboardInterrupt) else "diverged" if diverged else "failed"
             set_status(output, state, step=step, steps=steps)
         if isinstance(error, Interrupted):
-            go_on = f"go on with: loratune sft --config {shlex.quote(str(output / RECIPE))} --resume"
+            go_on = next_command(output, "interrupted")
             raise Interrupted(error.signal_number, f"interrupted after step {step} of {steps}; {go_on}") from error
         raise

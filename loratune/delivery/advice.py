@@ -1,0 +1,70 @@
+"""What to do instead where a program cannot take an adapter as it is: never a command that would refuse in turn."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+from loratune.commands import Command, free_place, loratune
+from loratune.delivery.merge import MergeOptions
+from loratune.delivery.rehearsal import check_merge
+from loratune.errors import refusal
+from loratune.model.adapter_tensors import check_fits
+from loratune.model.files import QuantizedFolderError, find_base, weight_files
+from loratune.model.tensor_files import TensorFiles
+from loratune.model.tying import head_is_tied
+from loratune.runs.base_check import check_same_base
+from loratune.runs.opening import AdapterSource, base_settings
+
+MERGED = "merge it into its base, and serve the merged model"
+FULL_PRECISION = {"MODEL": "the folder of its base in full precision"}
+BASE = {"MODEL": "the folder of its base"}
+
+
+def instead_of_serving(
+    source: AdapterSource, output: Path, model: str | None, force: bool
+) -> tuple[str, list[Command]]:
+    """How an adapter can be served that vLLM refuses beside its base.
+
+    Args:
+        source: the adapter.
+        output: of the refused export.
+        model: where its base lies, if that was given.
+        force: take another base, or a changed adapter.
+
+    Returns:
+        A sentence, and the commands.
+    """
+    place = free_place(output)
+    options, served = MergeOptions(model=model, force=force), Command("then serve it", ("vllm", "serve", str(place)))
+    why = refusal(lambda: check_merge(source, place, options))
+    if why is None:
+        return "merge it into its base, and serve the merged model", [
+            options.command("merge it", source, place),
+            served,
+        ]
+    asked = FULL_PRECISION if isinstance(why, QuantizedFolderError) else None
+    if model is None and refusal(lambda: base_settings(source, None)):
+        asked = BASE
+    if asked:
+        merge = replace(options, model="MODEL").command("merge it", source, place)
+        return MERGED, [replace(merge, chosen=asked), served]
+    told = f"nor can it be merged into its base: {why.message}"
+    if refusal(lambda: _check_fits(source, model, force)):
+        return told, []
+    flags = {"--adapter": source.place, "--model": model, "--force": force}
+    return told, [loratune("loratune itself serves it", "serve", flags)]
+
+
+def _check_fits(source: AdapterSource, model: str | None, force: bool) -> None:
+    """Refuse an adapter that could not be loaded on its base either.
+
+    Raises:
+        LoratuneError: with the reason.
+    """
+    settings = base_settings(source, model)
+    base = find_base(settings)
+    paths = weight_files(base)
+    check_same_base(source, settings.base, base, paths, force)
+    shapes = {name: info.shape for name, info in TensorFiles(paths).infos.items()}
+    check_fits(source.adapter, shapes, head_is_tied(base))

@@ -1,0 +1,91 @@
+"""One export: what is asked for, what its files are called, and the command lines that lead on from it."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from loratune.commands import Command, free_place, loratune
+from loratune.runs.opening import AdapterSource
+
+OLLAMA_NAME_LENGTH, HUB_NAME_LENGTH = 80, 90
+
+
+@dataclass(frozen=True)
+class ExportOptions:
+    """What to export, and how."""
+
+    format: str
+    """gguf, ollama, vllm, adapter or bnb4."""
+    quantization: str = "f16"
+    """Of a GGUF file."""
+    num_ctx: int | None = None
+    """Ollama's context length in tokens; None leaves it to Ollama."""
+    model: str | None = None
+    """A merged model in place of an adapter; with one, where its base lies."""
+    force: bool = False
+    overwrite: bool = False
+
+
+@dataclass(frozen=True)
+class Export:
+    """One export under way."""
+
+    source: AdapterSource | None
+    output: Path
+    """Its final place."""
+    folder: Path
+    """Where it is built."""
+    options: ExportOptions
+
+    @property
+    def name(self) -> str:
+        """What the files in it are called: as the run or the merged model."""
+        path = Path(self.options.model or "") if self.source is None else self.source.run or self.source.adapter
+        return re.sub(r"[^\w.-]+", "-", path.absolute().name).strip("-.") or "model"
+
+    @property
+    def ollama_name(self) -> str:
+        """The name as Ollama allows it."""
+        return re.sub(r"[^a-z0-9._-]+", "-", self.name.lower()).strip("-.")[:OLLAMA_NAME_LENGTH] or "model"
+
+    @property
+    def hub_name(self) -> str:
+        """The name as hubs allow it."""
+        plain = re.sub(r"[^A-Za-z0-9_.]+", "-", self.name)
+        return re.sub(r"\.{2,}", ".", plain).removesuffix(".git").strip("-.")[:HUB_NAME_LENGTH].rstrip("-.") or "model"
+
+    @property
+    def gguf_name(self) -> str:
+        """The name of its GGUF file."""
+        return f"{self.name}-{self.options.quantization}.gguf"
+
+    def command(self, purpose: str, output: Path, **others: Any) -> Command:
+        """The command line of this export with other options.
+
+        Args:
+            purpose: as of `Command`.
+            output: of the other export.
+            others: of ExportOptions; `push` besides.
+        """
+        push = others.pop("push", None)
+        options = replace(self.options, **{"overwrite": False, "num_ctx": None, **others})
+        is_gguf = options.format in ("gguf", "ollama")
+        flags = {
+            "--adapter": self.source.place if self.source else None,
+            "--model": options.model,
+            "--format": options.format,
+            "--quantization": options.quantization if is_gguf and options.quantization != "f16" else None,
+            "--num-ctx": options.num_ctx if options.format == "ollama" else None,
+            "--push": push,
+            "--overwrite": options.overwrite,
+            "--force": options.force,
+            "--output": output,
+        }
+        return loratune(purpose, "export", flags, {"ORG": "your name on the hub"} if push else None)
+
+    def place_beside(self, ending: str) -> Path:
+        """A free folder's name for what is advised in place of this export."""
+        return free_place(self.output.with_name(f"{self.output.name}-{ending}"))
