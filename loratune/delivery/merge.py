@@ -144,10 +144,10 @@ def merge_adapter(source: AdapterSource, output: Path, options: MergeOptions) ->
         for candidate in candidates:
             changes = write_model_files(job.source, job.base, candidate.folder, options.dtype, candidate.plan)
             write_merged_card(candidate.folder, "Merged model", job.settings.base, str(job.base.absolute()))
-            if options.verify:
-                _check_beside(job, candidate.folder)
         for candidate in candidates:
             _write(job, candidate)
+            if options.verify:
+                _check_beside(job, candidate.folder)
         _check_updates_survived(job, candidates[0])
         seconds = {"until_files_proved": _seconds_since_start()}
         chosen, proof = _prove(job, candidates)

@@ -7,28 +7,29 @@ the layer they belong to, with the rows of the adapter's matrices that go with t
 
 from __future__ import annotations
 
-import json
 import warnings
 from collections import defaultdict
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
 from peft import LoraConfig, PeftModelForCausalLM, set_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
 from peft.tuners.trainable_tokens import TrainableTokensLayer
 from peft.utils.other import ModulesToSaveWrapper
 from safetensors.torch import load_file
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM
 
 from loratune.errors import Exit, LoratuneError, bullet_list
-from loratune.model.adapter_files import CONFIG_FILE, SETTINGS, WEIGHTS_FILE
+from loratune.model.adapter_files import NAME, SETTINGS, WEIGHTS_FILE, read_config_values
+from loratune.model.adapter_patterns import as_expressions, settle_patterns
+from loratune.model.config import empty_model, load_config
 from loratune.model.peft_rows import LoraRows, merge_tokens
 
-NAME = "default"
+ADAPTER = "default"
+PATTERNS = ("rank_pattern", "alpha_pattern", "target_modules", "exclude_modules", "layers_pattern")
 TRAINED = (".lora_", ".modules_to_save.", ".trainable_tokens_")
 
 
@@ -89,13 +90,14 @@ class PeftMerge:
         self.is_tied = is_tied
         model = _empty_model(base, vocabulary, is_tied)
         places = {id(module): name for name, module in model.named_modules()}
+        shapes = {name: tuple(values.shape) for name, values in model.named_parameters(remove_duplicate=False)}
         state = load_file(adapter / WEIGHTS_FILE)
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
-                peft = PeftModelForCausalLM(model, _config(adapter), NAME, low_cpu_mem_usage=True)
+                peft = PeftModelForCausalLM(model, _config(adapter, shapes), ADAPTER, low_cpu_mem_usage=True)
                 shared = _fill(peft)
-                result = set_peft_model_state_dict(peft, state, NAME, low_cpu_mem_usage=True)
+                result = set_peft_model_state_dict(peft, state, ADAPTER, low_cpu_mem_usage=True)
         except (RuntimeError, ValueError, KeyError, TypeError) as error:
             raise _misfit(adapter, [" ".join(str(error).split())[:300]]) from error
         _share_again(shared)
@@ -108,25 +110,26 @@ class PeftMerge:
         """Name of a parameter of the base → what is done to it; those that stay are left out."""
 
 
-def _config(adapter: Path) -> LoraConfig:
-    values = json.loads((adapter / CONFIG_FILE).read_text(encoding="utf-8"))
-    known = {key: value for key, value in values.items() if key in SETTINGS}
+def _config(adapter: Path, base: Mapping[str, Sequence[int]]) -> LoraConfig:
+    """The config as PEFT reads it, but with expressions settled, on which PEFT could spend any time."""
+    values = read_config_values(adapter)
+    settled = settle_patterns(values, base, adapter)
+    for key in ("rank_pattern", "alpha_pattern"):
+        settled[key] = as_expressions(settled[key])
+    patterns = {key for key in PATTERNS if not all(map(NAME.fullmatch, _listed(values.get(key))))}
+    known = {key: (settled if key in patterns else values)[key] for key in values if key in SETTINGS}
     return LoraConfig(**(known | {"task_type": "CAUSAL_LM", "inference_mode": True}))
+
+
+def _listed(given: Any) -> list[str]:
+    return [given] if isinstance(given, str) else list(given or ())
 
 
 def _empty_model(base: Path, vocabulary: int, is_tied: bool) -> Any:
     """The base's modules, without values."""
-    try:
-        config = AutoConfig.from_pretrained(base, local_files_only=True, trust_remote_code=False)
-        config.vocab_size, config.tie_word_embeddings = vocabulary, is_tied
-        with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(
-                config, dtype=torch.float32, attn_implementation="sdpa", trust_remote_code=False
-            )
-    except (OSError, ValueError, RuntimeError, KeyError, StrictDataclassError) as error:
-        raise LoratuneError(
-            f"{base}: transformers cannot build the model: {' '.join(str(error).split())[:300]}", Exit.MODEL
-        ) from error
+    config = load_config(base)
+    config.vocab_size, config.tie_word_embeddings = vocabulary, is_tied
+    model = empty_model(config)
     if is_tied:
         model.tie_weights()
     return model
@@ -198,14 +201,14 @@ def _changes(model: Any, places: dict[int, str]) -> dict[str, Change]:
                     changes[f"{name}.{attribute}"].replacement = parameter.data
         elif isinstance(module, ModulesToSaveWrapper):
             name = places[id(module.original_module)]
-            for attribute, parameter in module.modules_to_save[NAME].named_parameters():
+            for attribute, parameter in module.modules_to_save[ADAPTER].named_parameters():
                 changes[f"{name}.{attribute}"].replacement = parameter.data
         elif isinstance(module, TrainableTokensLayer):
             changes[f"{places[id(module.get_base_layer())]}.weight"].tokens.append(module)
         elif isinstance(module, LoraLayer):
-            name, rows = places[id(module.get_base_layer())], LoraRows(module, NAME)
+            name, rows = places[id(module.get_base_layer())], LoraRows(module, ADAPTER)
             changes[f"{name}.weight"].lora = rows
-            if module.lora_bias[NAME]:
+            if module.lora_bias[ADAPTER]:
                 bias = changes[f"{name}.bias"]
                 bias.lora, bias.is_bias = rows, True
     return dict(changes)
