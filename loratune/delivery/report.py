@@ -25,6 +25,8 @@ def show_verification(report: dict[str, Any]) -> None:
         label = "logits" if len(report["logits"]) == 1 else name
         chosen = " ← taken" if len(report["logits"]) > 1 and name == report["merge_base"] else ""
         rows.append((label, f"{parity_text(**values)}{chosen}"))
+    if report.get("without_adapter"):
+        rows.append(("base alone", parity_text(**report["without_adapter"])))
     rows += [("beside", change) for change in report["changed_files"]]
     console.table(rows, title="verified" if report["verified"] != "nothing" else "NOT VERIFIED")
     if report["answers"]:
