@@ -36,7 +36,7 @@ from loratune.writing import disk_errors_explained, folder_in_one_step, write_js
 
 SIDE_FILES_BYTES = 30_000_000
 LIBRARIES_BYTES, PROOF_LIBRARIES_BYTES = 250_000_000, 250_000_000
-"""What torch takes by itself, and what transformers and PEFT add."""
+"""What torch takes by itself, and what transformers, PEFT and two tokenizers add."""
 
 
 @dataclass(frozen=True)
@@ -244,10 +244,12 @@ def _memory_bound(job: Job, candidates: list[Candidate]) -> int:
     """Bytes that the process will hold, pages of mapped files aside, which the system takes back when it needs them."""
     config = read_json(job.base / "config.json")
     bound = LIBRARIES_BYTES + (job.source.adapter / WEIGHTS_FILE).stat().st_size
+    if job.options.verify:
+        bound += PROOF_LIBRARIES_BYTES
     if job.options.verify and job.options.logits:
         activations = 40_000 * int(config["intermediate_size"])
         logits = 32 * 4 * 7 * int(config["vocab_size"])
-        bound += PROOF_LIBRARIES_BYTES + activations + logits
+        bound += activations + logits
     if job.settings.quantization != "none":  # the live model, its embedding in float32
         bound += candidates[0].plan.nbytes
     return bound
