@@ -14,7 +14,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file, save_file
-from test_merge import make_model, small
+from test_merge import EMBEDDING, HEAD, make_model, small
 from transformers import AutoModelForCausalLM, Qwen2Config
 from typer.testing import Result
 
@@ -324,6 +324,61 @@ def test_a_fault_beside_the_weights_is_noticed(
     planted(monkeypatch)
     result = cli("merge", "-a", adapters["strong"], "-m", bases(), "-o", output, "--no-logits", env=WIDE)
     assert words in refused(result, output)
+
+
+# --- in other parts than matrices of layers ---
+
+
+def keep_tied(patch: pytest.MonkeyPatch) -> None:
+    """A head that has become another matrix than the embedding is forgotten."""
+    plan_merge = merge.plan_merge
+
+    def plan_wrong(*arguments: Any) -> Any:
+        plan = plan_merge(*arguments)
+        tensors = {name: tensor for name, tensor in plan.tensors.items() if name != HEAD}
+        shards = {file: [info for info in infos if info.name != HEAD] for file, infos in plan.shards.items()}
+        return dataclasses.replace(plan, tensors=tensors, shards=shards, is_tied=True)
+
+    patch.setattr(merge, "plan_merge", plan_wrong)
+
+
+def times(field: str, factor: float) -> Callable[[pytest.MonkeyPatch], None]:
+    def change(updates: dict[str, Any]) -> None:
+        for update in updates.values():
+            if getattr(update, field) is not None:
+                setattr(update, field, getattr(update, field) * factor)
+
+    return in_the_updates(change)
+
+
+OTHERS: dict[str, tuple[dict[str, Any], Callable[[pytest.MonkeyPatch], None]]] = {
+    "DoRA's lengths": ({"use_dora": True}, times("magnitude", 1.001)),
+    "DoRA left out": (
+        {"use_dora": True},
+        in_the_updates(lambda updates: [setattr(update, "magnitude", None) for update in updates.values()]),
+    ),
+    "biases": ({"bias": "all"}, times("replacement", 1.01)),
+    "a bias in B": ({"lora_bias": True, "target_modules": ["q_proj"]}, times("shift", 2)),
+    "a saved head": ({"modules_to_save": ["lm_head"]}, times("replacement", 1.01)),
+    "rows of tokens": ({"trainable_token_indices": [7, 300, 2999]}, times("row_values", 1.01)),
+    "other tokens": (
+        {"trainable_token_indices": [7, 300, 2999]},
+        in_the_updates(lambda updates: setattr(updates[EMBEDDING], "row_numbers", torch.tensor([7, 301, 2999]))),
+    ),
+    "an embedding's update": ({"target_modules": ["q_proj", "embed_tokens"]}, in_the_updates(scale(1.02, EMBEDDING))),
+    "a head that should be apart": ({"target_modules": ["q_proj", "embed_tokens"]}, keep_tied),
+    "alpha of a pattern": ({"alpha_pattern": {"down_proj": 17}}, in_the_updates(scale(16 / 17, DOWN))),
+}
+
+
+@pytest.mark.parametrize("plant", OTHERS)
+def test_a_fault_in_any_part_of_an_adapter_is_noticed(
+    cli: Cli, bases: Any, output: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, plant: str
+) -> None:
+    settings, planted = OTHERS[plant]
+    adapter = train(bases(), tmp_path / "adapter", STRENGTHS["light"], **settings)
+    planted(monkeypatch)
+    notice(cli, bases(), adapter, output, "--no-logits")
 
 
 # --- what is right ---

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import shutil
@@ -24,7 +25,7 @@ from loratune.data.encoding import IGNORED, Encoder
 from loratune.delivery import merge
 from loratune.delivery.merged_weights import MergePlan, plan_merge, write_merged
 from loratune.delivery.parity import compare_models, likeliest_tokens
-from loratune.delivery.proof import BOUNDS, OTHER_BASE, check_parity, compare_answers
+from loratune.delivery.proof import BOUNDS, OTHER_BASE, check_parity, compare_answers, relative_bounds
 from loratune.delivery.read_back import read_back
 from loratune.delivery.update import TensorUpdate, read_updates
 from loratune.errors import Exit, LoratuneError
@@ -416,6 +417,20 @@ def test_the_base_without_its_adapter_is_out_of_bounds(random_qwen: Path, plain_
     (parity,) = compare_models(reference, [load_plain(random_qwen)], rows_of(20, 30))
     for bounds in BOUNDS.values():
         assert check_parity(parity, bounds)
+
+
+def test_bounds_are_no_wider_than_what_the_adapter_does(random_qwen: Path, plain_adapter: Path) -> None:
+    reference = PeftModel.from_pretrained(load_plain(random_qwen), plain_adapter).eval()
+    (effect,) = compare_models(reference, [load_plain(random_qwen)], rows_of(20, 30))
+    for size in (1e-2, 4e-3, 2.5e-3):
+        light = dataclasses.replace(effect, mean_kl=size, largest_difference=0.0, clear_disagreement=0.0)
+        bounds = relative_bounds(BOUNDS[torch.bfloat16], torch.bfloat16, light)
+        assert check_parity(light, bounds), "the base itself must not pass for the merged model"
+        assert check_parity(dataclasses.replace(light, mean_kl=0.49 * size), bounds) == []
+    nothing = dataclasses.replace(effect, mean_kl=1e-9)
+    assert relative_bounds(BOUNDS[torch.bfloat16], torch.bfloat16, nothing).mean_kl == 1e-3  # rounding stays allowed
+    strong = relative_bounds(BOUNDS[torch.bfloat16], torch.bfloat16, dataclasses.replace(effect, mean_kl=3.0))
+    assert strong == BOUNDS[torch.bfloat16]
 
 
 def test_answers_are_followed_to_their_first_other_token() -> None:

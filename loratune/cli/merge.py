@@ -15,8 +15,9 @@ from loratune.commands import Command, loratune
 from loratune.errors import Exit, LoratuneError
 
 DETAILS = """\
-The merged model is written beside its name, read back and compared with base + adapter: every tensor, the logits on
-validation rows of the run, and some answers. If anything is off, nothing is left and the exit code is 4.
+The merged model is written beside its name, read back and compared with base + adapter: every row with PEFT's own
+merge, the files beside the weights, the logits on validation rows of the run, and some answers. If anything is off,
+nothing is left and the exit code is 4.
 
 Several adapters: --adapter a=out/run1 --adapter b=out/run2 --weights 0.7,0.3 --combine linear"""
 SIZE = re.compile(r"(?P<number>\d+(\.\d+)?)\s*(?P<unit>[kMGT]?)i?B?", re.IGNORECASE)
@@ -64,7 +65,7 @@ Verify = Annotated[
     bool, typer.Option("--verify/--no-verify", help="Compare what was written with base + adapter (the default).")
 ]
 Logits = Annotated[
-    bool, typer.Option("--logits/--no-logits", help="Run both models too (the default); else compare files alone.")
+    bool, typer.Option("--logits/--no-logits", help="Run both models too (the default); else prove the files alone.")
 ]
 
 

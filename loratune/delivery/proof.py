@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -37,6 +37,9 @@ BOUNDS = {
     torch.float16: Bounds(0.02, 3e-4, 0.005),
     torch.bfloat16: Bounds(0.1, 5e-3, 0.005),
 }
+# Mean KL that rounding may cause with any adapter; a merge that is further off must be nearer than the base.
+ROUNDING_KL = {torch.float32: 1e-5, torch.float16: 6e-5, torch.bfloat16: 1e-3}
+NEARER_THAN_BASE = 0.5
 OTHER_BASE = Bounds(0.6, 0.3, 0.25)
 """For an adapter of a quantised base on the plain one: quantisation has an effect of its own."""
 
@@ -69,6 +72,18 @@ def check_parity(parity: Parity, bounds: Bounds) -> list[str]:
         ),
     ]
     return [message for is_within, message in tests if not is_within]
+
+
+def relative_bounds(bounds: Bounds, dtype: torch.dtype, effect: Parity) -> Bounds:
+    """Bounds no wider than the adapter's own effect asks for, so that one which does little is held as tightly.
+
+    Args:
+        bounds: of any adapter.
+        dtype: the coarsest of the merged weights.
+        effect: how far the base without its adapter is from base + adapter.
+    """
+    nearer = max(ROUNDING_KL[dtype], NEARER_THAN_BASE * effect.mean_kl)
+    return replace(bounds, mean_kl=min(bounds.mean_kl, nearer))
 
 
 def probe_rows(probe: Probe, encoder: Encoder) -> list[ProbeRow]:

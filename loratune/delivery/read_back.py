@@ -75,13 +75,14 @@ def read_back(
         files = TensorFiles([folder / file_name])
         for info in infos:
             source = EMBEDDING if info.name == HEAD and peft.is_tied else info.name
-            changes = [peft.changes[name] for name in _stands_for(info.name, plan) if name in peft.changes]
-            for change in changes:
-                _compare_changed(info, change, (base, source), files, (check, found))
-            if not changes:
-                _compare_kept(info, base, source, files.tensor(info.name))
-            found.identical += not changes
-            found.updated += bool(changes)
+            changes = [peft.changes.get(name) for name in _stands_for(info.name, plan)]
+            for change in changes if any(changes) else [None]:
+                if change:
+                    _compare_changed(info, change, (base, source), files, (check, found))
+                else:
+                    _compare_kept(info, base, source, files.tensor(info.name))
+            found.identical += not any(changes)
+            found.updated += any(changes)
             base.release([source])
             files.release([info.name])
             advance(info.nbytes)

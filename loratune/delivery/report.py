@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 SIDE_FILES_BYTES = 30_000_000
 LIBRARIES_BYTES, PROOF_LIBRARIES_BYTES = 250_000_000, 250_000_000
-"""What torch takes by itself, and what transformers and PEFT add."""
+"""What torch takes by itself, and what transformers, PEFT and two tokenizers add."""
 
 
 def announce(job: Job, candidates: list[Candidate], output: Path) -> None:
@@ -122,6 +122,8 @@ def show_verification(report: dict[str, Any]) -> None:
         chosen = " ← taken" if len(report["logits"]) > 1 and name == report["merge_base"] else ""
         rows.append((label, f"{parity_text(**values)}{chosen}"))
     rows.append(("base", BASE_CHECKED[report.get("base_checked", "nothing")]))
+    if report.get("without_adapter"):
+        rows.append(("base alone", parity_text(**report["without_adapter"])))
     rows += [("beside", change) for change in report["changed_files"]]
     console.table(rows, title="verified" if report["verified"] != "nothing" else "NOT VERIFIED")
     if report["answers"]:

@@ -9,14 +9,26 @@ import torch
 
 from loratune import console
 from loratune.delivery.parity import Parity, compare_models
-from loratune.delivery.proof import BOUNDS, OTHER_BASE, Bounds, check_parity, compare_answers, probe_rows
+from loratune.delivery.proof import (
+    BOUNDS,
+    OTHER_BASE,
+    Bounds,
+    check_parity,
+    compare_answers,
+    probe_rows,
+    relative_bounds,
+)
 from loratune.errors import Exit, LoratuneError, bullet_list
+from loratune.model.adapter_tensors import EMBEDDING
 from loratune.model.mapped import load_mapped
 from loratune.model.reference import load_reference
-from loratune.runs.probe import read_probe
+from loratune.runs.probe import ProbeRow, read_probe
 
 if TYPE_CHECKING:
     from loratune.delivery.merge import Candidate, Job
+
+EFFECT_ROWS = 2
+"""On which the base alone is run: enough for a mean over tokens, for one more reading of the base."""
 
 
 def prove(job: Job, candidates: list[Candidate]) -> tuple[Candidate, dict[str, Any]]:
@@ -37,26 +49,39 @@ def prove(job: Job, candidates: list[Candidate]) -> tuple[Candidate, dict[str, A
         probe = read_probe(job.source.run)
         reference = load_reference(job.settings, job.base, job.source.adapter)
         models = [load_mapped(candidate.folder) for candidate in candidates]
-        parities = compare_models(reference, models, probe_rows(probe, encoder))
+        rows = probe_rows(probe, encoder)
+        parities = compare_models(reference, models, rows)
         chosen, parity = min(zip(candidates, parities, strict=True), key=lambda pair: pair[1].mean_kl)
-        bounds = _bounds(job, chosen)
+        effect = _effect(job, chosen, reference, rows)
+        bounds = _bounds(job, chosen, effect)
         _require_within(parity, bounds)
         answers = compare_answers(load_mapped(chosen.folder, in_float32=False), reference, encoder, probe)
     return chosen, {
         "logits": {c.merge_base: asdict(p) for c, p in zip(candidates, parities, strict=True)},
         "compared_on": "the run's validation rows" if probe.rows else "built-in questions",
+        "without_adapter": asdict(effect) if effect else None,
         "bounds": asdict(bounds),
         "answers": [asdict(answer) for answer in answers],
     }
 
 
-def _bounds(job: Job, chosen: Candidate) -> Bounds:
+def _effect(job: Job, chosen: Candidate, reference: Any, rows: list[ProbeRow]) -> Parity | None:
+    """How far the base alone is from base + adapter; None where more than the adapter lies between them."""
+    base_rows = chosen.files.infos[EMBEDDING].shape[0]
+    if job.settings.quantization != "none" or chosen.plan.vocabulary != base_rows:
+        return None
+    (effect,) = compare_models(reference, [load_mapped(job.base)], rows[:EFFECT_ROWS])
+    return effect
+
+
+def _bounds(job: Job, chosen: Candidate, effect: Parity | None) -> Bounds:
     if job.settings.quantization != "none" and chosen.merge_base == "original":
         return OTHER_BASE
     dtypes = {tensor.info.dtype for tensor in chosen.plan.tensors.values() if tensor.info.dtype in BOUNDS}
     if job.settings.quantization == "int8":
         dtypes.add(torch.bfloat16)  # bitsandbytes rounds what goes into a layer too
-    return BOUNDS[max(dtypes, key=lambda dtype: torch.finfo(dtype).eps)]
+    coarsest = max(dtypes, key=lambda dtype: torch.finfo(dtype).eps)
+    return relative_bounds(BOUNDS[coarsest], coarsest, effect) if effect else BOUNDS[coarsest]
 
 
 def _require_within(parity: Parity, bounds: Bounds) -> None:
