@@ -56,7 +56,9 @@ def state_errors_explained(folder: Path) -> Iterator[None]:
 
 def _trainer(checkpoint: Checkpoint) -> str | None:
     try:
-        step = int(TrainerState.load_from_json(str(checkpoint.folder / TRAINER_STATE)).global_step)
+        step = TrainerState.load_from_json(str(checkpoint.folder / TRAINER_STATE)).global_step
+        if not isinstance(step, int):
+            raise TypeError(f"global_step is {step!r}")
     except (OSError, *SHAPE_ERRORS) as error:
         return f"{TRAINER_STATE} cannot be read: {_line(error)}"
     return _of_another_step(TRAINER_STATE, step, checkpoint.step, checkpoint.step)
