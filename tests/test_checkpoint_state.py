@@ -150,7 +150,7 @@ def test_a_pickle_that_is_not_a_state_is_one_message_and_is_not_run(
         check_states(open_checkpoint(run / "checkpoints" / "step-000004"))
 
 
-@pytest.mark.parametrize("content", ["", "{", "[]", '{"strange": 1}', '{"global_step": "4"}'])
+@pytest.mark.parametrize("content", ["", "{", "[]", '{"strange": 1}', '{"global_step": "4"}', '{"global_step": 3}'])
 def test_a_trainer_s_state_that_is_none_is_one_message(resume: Callable[..., Result], run: Path, content: str) -> None:
     forge(run, lambda folder: (folder / "trainer_state.json").write_text(content))
     result = resume(run, "4")

@@ -159,7 +159,8 @@ def test_what_is_let_through_is_told(done: Callable[..., Result], run: Path, tmp
 
 
 def test_files_that_nothing_reads_may_lie_in_a_run(done: Callable[..., Result], run: Path) -> None:
-    for name in ("notes.txt", "adapter/notes.txt", "adapter/modeling.py", "checkpoints/step-000004/notes.txt"):
+    others = ("status.json", "notes.txt", "adapter/notes.txt", "adapter/modeling.py", "checkpoints/step-000004/x.py")
+    for name in others:
         (run / name).write_text("mine")
     for adapter in (run, run / "adapter", run / "checkpoints" / "step-000004"):
         result = done("infer", adapter)
@@ -395,7 +396,7 @@ def test_without_its_base_an_adapter_is_compared_with_its_own_config(
 
 @pytest.mark.filterwarnings("ignore:.*ensure_weight_tying:UserWarning")
 @pytest.mark.filterwarnings("ignore:.*tie_word_embeddings:UserWarning")
-@pytest.mark.filterwarnings("ignore:.*bias=True:UserWarning")
+@pytest.mark.filterwarnings("ignore:.*LoRA tensor:UserWarning")
 @pytest.mark.parametrize(
     "settings",
     [

@@ -161,15 +161,16 @@ def load_adapter(model: Any, folder: Path, name: str = "default", keep_dtype: bo
 
 
 def check_adapter(folder: Path, base: Shapes) -> None:
-    """Make sure that an adapter has all its tensors, as `load_adapter` does, but without a model and by headers alone.
+    """Make sure that an adapter has all its tensors, as `load_adapter` does, but without a model.
 
     Args:
         folder: PEFT folder.
         base: name of each parameter of the base → its shape.
 
     Raises:
-        LoratuneError: as `require_complete`.
+        LoratuneError: as `require_complete`, or the file is missing, damaged or holds NaN.
     """
+    check_weights(folder)
     values = settle_patterns(read_config_values(folder), base, folder)
     require_complete(folder, _peft_config(values, folder), tensor_shapes(folder), base)
 

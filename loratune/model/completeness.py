@@ -80,10 +80,10 @@ def _expected(folder: Path, config: LoraConfig, base: Shapes) -> dict[str, Any]:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # of tied matrices, which a skeleton has none of
             model = PeftModel(skeleton, config, low_cpu_mem_usage=True)
+            return dict(get_peft_model_state_dict(model, save_embedding_layers=False))
     except (ValueError, RuntimeError, KeyError) as error:
         reason = " ".join(str(error).split())[:300]
         raise LoratuneError(f"{folder}: the adapter does not fit the base model: {reason}", Exit.MODEL) from error
-    return dict(get_peft_model_state_dict(model, save_embedding_layers=False))
 
 
 def _skeleton(base: Shapes) -> nn.Module:

@@ -114,7 +114,7 @@ def _sealed_files(run: Path, manifest: dict[str, Any], with_adapter: bool) -> di
     if not isinstance(manifest.get("base"), dict):
         problems.append("what the base was")
     is_readable = isinstance(files, dict) and all(isinstance(known, dict) for known in files.values())
-    has_ended = (run / STATUS).is_file() and read_json(run / STATUS).get("state") == "finished"
+    has_ended = _has_ended(run)
     if not is_readable or ((with_adapter or has_ended) and not files) or (has_ended and RECIPE not in files):
         problems.append("what the run's files were")
     if problems:
@@ -124,6 +124,13 @@ def _sealed_files(run: Path, manifest: dict[str, Any], with_adapter: bool) -> di
             Exit.MODEL,
         )
     return dict(files)
+
+
+def _has_ended(run: Path) -> bool:
+    try:
+        return read_json(run / STATUS).get("state") == "finished"
+    except LoratuneError:  # its loss alone keeps nobody from an adapter
+        return False
 
 
 def _added(folder: Path, prefix: str, files: dict[str, Any]) -> list[str]:

@@ -6,6 +6,7 @@ Seals show what has been changed since; this shows files of different steps that
 from __future__ import annotations
 
 import pickle
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -56,6 +57,8 @@ def state_errors_explained(folder: Path) -> Iterator[None]:
 def _trainer(checkpoint: Checkpoint) -> str | None:
     try:
         step = TrainerState.load_from_json(str(checkpoint.folder / TRAINER_STATE)).global_step
+        if not isinstance(step, int):
+            raise TypeError(f"global_step is {step!r}")
     except (OSError, *SHAPE_ERRORS) as error:
         return f"{TRAINER_STATE} cannot be read: {_line(error)}"
     return _of_another_step(TRAINER_STATE, step, checkpoint.step, checkpoint.step)
@@ -81,7 +84,7 @@ def _scheduler(checkpoint: Checkpoint) -> str | None:
 def _random(path: Path) -> str | None:
     try:
         with safe_globals():
-            state = torch.load(path, map_location="cpu", weights_only=True)
+            state = _read(path)
         missing = {"python", "numpy", "cpu"} - state.keys()
     except (OSError, RuntimeError, pickle.UnpicklingError, EOFError, *SHAPE_ERRORS) as error:
         return f"{path.name} cannot be read: {_line(error)}"
@@ -90,7 +93,9 @@ def _random(path: Path) -> str | None:
 
 def _read(path: Path) -> Any:
     """The dictionary of a state, whose tensors stay in the file."""
-    return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch's, of pickles that it then refuses
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
 
 
 def _fewest(checkpoint: Checkpoint) -> int:
