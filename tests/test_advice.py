@@ -21,7 +21,11 @@ from loratune.commands import Command, free_place, loratune
 from loratune.delivery.vllm import check_for_vllm
 from loratune.errors import Exit
 from loratune.model.files import check_base
+from loratune.recipe.loading import load_recipe
+from loratune.runs.folder import set_status
+from loratune.runs.state import next_command
 from loratune.runs.tokenizer_files import copy_tokenizer_files
+from loratune.training import failures
 
 CLI = Callable[..., Result]
 WEIGHTS = "adapter_model.safetensors"
@@ -301,6 +305,47 @@ def test_a_disk_without_room_for_merged_model_and_file_is_told_before_the_merge(
     done = cli("export", "--adapter", adapter(), "--format", "gguf", "--output", tmp_path / "out")
     assert done.exit_code == Exit.IO
     assert "the merged model that it is made from need" in " ".join(done.stderr.split())
+
+
+# --- runs ---
+
+
+def begun_run(short_run: Path, folder: Path) -> Path:
+    """A run that has ended before its first checkpoint."""
+    folder.mkdir()
+    recipe = (short_run / "recipe.yaml").read_text(encoding="utf-8").replace(str(short_run), str(folder))
+    (folder / "recipe.yaml").write_text(recipe, encoding="utf-8")
+    set_status(folder, "diverged", step=1, steps=4)
+    return folder
+
+
+def test_a_run_that_diverged_is_begun_anew_with_a_lower_rate(cli: CLI, short_run: Path, tmp_path: Path) -> None:
+    folder = begun_run(short_run, tmp_path / "my run")
+    shown = cli("runs", "show", folder)
+    assert "--training.learning_rate 0.00167" in shown.stderr
+    assert run_advice(cli, shown, {}, 1) == ["loratune sft"]
+    assert "learning_rate: 0.00167" in (folder / "recipe.yaml").read_text(encoding="utf-8")
+
+
+def test_a_run_is_resumed_only_from_a_checkpoint(short_run: Path, tmp_path: Path) -> None:
+    folder = begun_run(short_run, tmp_path / "run")
+    assert str(next_command(folder, "interrupted")).endswith("--overwrite")
+    assert str(next_command(short_run, "interrupted")).endswith("--resume")
+
+
+def test_settings_that_save_memory_are_settings_that_the_model_takes(
+    cli: CLI, short_run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(failures, "ADVICE_LIMIT", 99)
+    recipe = short_run / "recipe.yaml"
+    advice = [shlex.split(text.partition("  (")[0]) for text in failures.memory_advice(load_recipe(str(recipe), {}))]
+    assert ["--lora.layers", "last 1"] in advice  # of two
+    assert len(advice) >= 5
+    for flags in advice:
+        shown = cli("sft", "--config", recipe, *flags, "--show")
+        assert shown.exit_code == 0, shown.stderr
+    shortest = load_recipe(str(recipe), {"training.max_length": "8"})
+    assert not any("max_length" in text for text in failures.memory_advice(shortest))
 
 
 # --- the mechanism ---

@@ -624,6 +624,8 @@ def test_a_good_recipe_gets_no_advice() -> None:
         ({"lora": {"rank": 16, "alpha": 8}}, "scaled by 0.5"),
         ({"lora": {"rank": 128, "alpha": 256}}, "lora.rank 128 is above 64"),
         ({"lora": {"rank": 32, "alpha": 64}}, "--max-lora-rank 32"),
+        ({"lora": {"rank": 20, "alpha": 40}}, "--max-lora-rank 32"),  # vLLM takes no 20
+        ({"lora": {"rank": 600, "alpha": 1200}}, "have to be merged"),
         ({"training": {"learning_rate": 1e-5}}, "training.learning_rate 1e-05 is below 5e-5"),
         ({"training": {"learning_rate": 0.1}}, "above 5e-3"),
         ({"training": {"steps": 400, "epochs": 2}}, "training.steps 400 takes precedence over training.epochs 2"),

@@ -14,9 +14,12 @@ import pytest
 from conftest import TINY_QWEN
 from typer.testing import Result
 
+from loratune.delivery.reasoning import vllm_reasoning_parser
 from loratune.delivery.tool_calls import offers_tools, vllm_tool_parser
+from loratune.delivery.vllm_flags import Parsers, find_parsers
 from loratune.errors import Exit, LoratuneError
 from loratune.model.tokenizer import load_tokenizer
+from loratune.runs.opening import AdapterSource
 
 FOREIGN = (
     "{% for t in tools or [] %}{{ t | tojson }}{% endfor %}{% for m in messages %}<{{ m.role }}>{{ m.content }}"
@@ -118,3 +121,39 @@ def test_ollama_s_export_says_that_tools_are_lost_before_it_merges(
     assert after.endswith("error: stopped")
     assert merges == ["merge"]
     assert f"llama-server --jinja -m {tmp_path}/out/" in told
+
+
+@pytest.mark.parametrize(
+    ("template", "parser"),
+    [
+        ("qwen2_5", None),
+        ("qwen3", "qwen3"),
+        ("qwen3_instruct_2507", None),
+        ("qwen3_5_think", "deepseek_r1"),
+        ("llama3_1", None),
+    ],
+)
+def test_reasoning_is_found_in_what_the_template_writes(template: str, parser: str | None) -> None:
+    text = (files("trl") / "chat_templates" / f"{template}.jinja").read_text("utf-8")
+    assert vllm_reasoning_parser(load_tokenizer(TINY_QWEN), text) == parser
+
+
+def test_a_template_that_closes_the_block_by_itself_needs_no_parser() -> None:
+    text = (files("trl") / "chat_templates" / "qwen3.jinja").read_text("utf-8")
+    closed = "{%- set enable_thinking = false %}" + text
+    assert vllm_reasoning_parser(load_tokenizer(TINY_QWEN), closed) is None
+
+
+def test_a_plain_adapter_is_served_with_the_parsers_of_its_base(
+    run_of_a_model_with_tools: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    base, folder = tmp_path / "base", tmp_path / "adapter"
+    shutil.copytree(run_of_a_model_with_tools.parent / "base", base)
+    template = files("trl") / "chat_templates" / "qwen3.jinja"
+    (base / "chat_template.jinja").write_text(template.read_text("utf-8"), encoding="utf-8")
+    folder.mkdir()
+    source = AdapterSource(folder, None, None, None)
+    assert find_parsers(folder, str(base), source) == Parsers("hermes", "qwen3")
+    assert Parsers("hermes", "qwen3").flags[-2:] == ["--reasoning-parser", "qwen3"]
+    assert find_parsers(folder, "org/name", source) == Parsers()
+    assert "no chat template of its own" in " ".join(capsys.readouterr().err.split())

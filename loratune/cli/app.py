@@ -123,7 +123,7 @@ class Group(CommandGroup):
                 console.next_step(f"  {advised}")
             raise typer.Exit(int(error.exit_code)) from error
         except KeyboardInterrupt as error:
-            console.say(str(error) or "interrupted", style="yellow")  # asked for, so no error
+            console.next_step(str(error) or "interrupted")  # asked for, so no error; it may end in a command
             raise typer.Exit(128 + getattr(error, "signal_number", signal.SIGINT)) from error
 
 

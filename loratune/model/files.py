@@ -43,7 +43,7 @@ def find_base(settings: ModelSettings) -> Path:
     Raises:
         LoratuneError: there is no such folder, or the hub cannot give it.
     """
-    folder = _local_folder(settings) or _download(settings, HUB_FILES)
+    folder = local_folder(settings) or _download(settings, HUB_FILES)
     if settings.base != TINY_QWEN:
         check_base(folder)
     return folder
@@ -55,14 +55,18 @@ def find_tokenizer(settings: ModelSettings) -> Path:
     Raises:
         LoratuneError: there is no such folder, or the hub cannot give it.
     """
-    folder = _local_folder(settings) or _download(settings, TOKENIZER_FILES)
+    folder = local_folder(settings) or _download(settings, TOKENIZER_FILES)
     if settings.base != TINY_QWEN:
         check_config(folder)
     return folder
 
 
-def _local_folder(settings: ModelSettings) -> Path | None:
-    """The practice model's folder or one that the recipe names; None for a hub id."""
+def local_folder(settings: ModelSettings) -> Path | None:
+    """The practice model's folder or one that the recipe names; None for a hub id.
+
+    Raises:
+        LoratuneError: neither.
+    """
     if settings.base == TINY_QWEN:
         return Path(__file__).resolve().parent.parent / "assets" / TINY_QWEN
     folder = Path(settings.base).expanduser()

@@ -9,6 +9,7 @@ from typing import TypeVar
 
 from loratune import console
 from loratune.errors import Exit, LoratuneError
+from loratune.model.files import local_folder
 from loratune.model.memory import is_out_of_memory
 from loratune.recipe.sections import Recipe
 from loratune.runs.folder import read_json
@@ -66,8 +67,11 @@ def machine_errors_explained(recipe: Recipe, held: dict[str, str]) -> Iterator[N
 
 def _layers(recipe: Recipe) -> int:
     """How many the base has; enough where it is not a folder here."""
-    config = Path(recipe.model.base).expanduser() / "config.json"
-    known = read_json(config).get("num_hidden_layers") if config.is_file() else None
+    try:
+        folder = local_folder(recipe.model)
+        known = read_json(folder / "config.json").get("num_hidden_layers") if folder else None
+    except LoratuneError:  # which is not what is to be told of
+        known = None
     return known if isinstance(known, int) else 2 * MANY_LAYERS
 
 
