@@ -15,7 +15,8 @@ from typer.core import TyperGroup
 
 from loratune import __version__, console
 from loratune.cli.help import Command, option_panels
-from loratune.errors import Exit, LoratuneError
+from loratune.errors import Exit, LoratuneError, OutputLost
+from loratune.streams import make_steady
 
 _DEBUG = "LORATUNE_DEBUG"
 _HELP_NAMES = {"help_option_names": ["-h", "--help"]}
@@ -114,14 +115,25 @@ class Group(CommandGroup):
         """
         try:
             return super().invoke(ctx)
-        except LoratuneError as error:
+        except (LoratuneError, OSError, MemoryError) as error:
             if os.environ.get(_DEBUG):
                 raise
-            console.error(str(error))
-            raise typer.Exit(int(error.exit_code)) from error
+            message, code = _told(error)
+            console.error(message)
+            raise typer.Exit(int(code)) from error
         except KeyboardInterrupt as error:
             console.say(str(error) or "interrupted", style="yellow")  # asked for, so no error
             raise typer.Exit(128 + getattr(error, "signal_number", signal.SIGINT)) from error
+
+
+def _told(error: LoratuneError | OSError | MemoryError) -> tuple[str, Exit]:
+    """Message and exit code of a failure; what the system refuses is never a bug."""
+    if isinstance(error, LoratuneError):
+        return str(error), error.exit_code
+    if isinstance(error, MemoryError):
+        return f"out of memory: {str(error) or 'the system has no more'}", Exit.IO
+    place = f"{error.filename}: " if error.filename is not None else ""
+    return f"{place}{error.strerror or error}; --debug shows where this was met", Exit.IO
 
 
 app = typer.Typer(
@@ -153,9 +165,16 @@ def _main(
 
 def main() -> None:
     """Entry point of the console script."""
+    make_steady()
     # The libraries' warnings are for developers; what users need to know, loratune says itself.
     warnings.simplefilter("ignore")
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")  # rows are encoded in one process
-    sys.exit(app())
+    try:
+        sys.exit(app())
+    except OutputLost as lost:
+        if lost.has_no_reader:
+            sys.exit(128 + signal.SIGPIPE)  # in silence, as every program that a reader in a pipe has left
+        console.error(f"standard output: the result cannot be written: {lost}")
+        sys.exit(int(Exit.IO))

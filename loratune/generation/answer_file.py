@@ -246,7 +246,7 @@ def _header(about: About) -> dict[str, Any]:
 
 def _locked(part: Path) -> int:
     while True:
-        handle = os.open(part, os.O_RDWR | os.O_CREAT, 0o666)
+        handle = os.open(part, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:

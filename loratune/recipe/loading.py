@@ -96,9 +96,9 @@ def load_recipe(config: str | None, flags: dict[str, Any]) -> Recipe:
     return _with_found_data(recipe, path)
 
 
-def dump_recipe(recipe: Recipe) -> str:
+def dump_recipe(recipe: Recipe, is_ascii: bool = False) -> str:
     """The resolved recipe as YAML that `load_recipe` reads back to an equal Recipe."""
-    return write_yaml(recipe.model_dump())
+    return write_yaml(recipe.model_dump(), is_ascii)
 
 
 def _read(path: Path) -> Document:

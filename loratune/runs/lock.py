@@ -14,6 +14,7 @@ from filelock import FileLock, Timeout
 
 from loratune.errors import Exit, LoratuneError
 from loratune.runs.folder import LOCK, LOCK_OWNER
+from loratune.writing import write_json
 
 
 @contextmanager
@@ -29,7 +30,7 @@ def run_lock(output: Path) -> Iterator[None]:
     owner = output / LOCK_OWNER
     lock = _acquired(output)
     try:
-        owner.write_text(json.dumps({"pid": os.getpid(), "host": socket.gethostname()}))
+        write_json(owner, {"pid": os.getpid(), "host": socket.gethostname()})
         yield
     finally:
         owner.unlink(missing_ok=True)
