@@ -182,9 +182,12 @@ import sys
 from loratune.streams import make_steady
 make_steady()
 from loratune import console
-console.write_result({HARD!r}) if sys.argv[1] == "text" else console.write_json({{"answer": {HARD!r}}})
-console.warn({HARD!r})
-console.write_spans([({HARD!r}, "plain")])
+if sys.argv[1] == "json":
+    console.write_json({{"answer": {HARD!r}}})
+else:
+    console.write_result({HARD!r})
+    console.warn({HARD!r})
+    console.write_spans([({HARD!r}, "plain")])
 """
 
 
@@ -198,13 +201,13 @@ def test_letters_that_a_terminal_cannot_show_are_escaped(
     encoding = environment.get("PYTHONIOENCODING", "ascii").partition(":")[0]
     assert text.stdout.startswith(f"{HARD}\n".encode(encoding, "backslashreplace"))
     assert f"warning: {HARD}".encode(encoding, "backslashreplace") in text.stderr
-    value, _ = json.JSONDecoder().raw_decode(shell(f"{sys.executable} answer.py json", **environment).stdout.decode())
-    assert value == {"answer": HARD}
+    assert json.loads(shell(f"{sys.executable} answer.py json", **environment).stdout) == {"answer": HARD}
 
 
 @pytest.mark.parametrize("environment", NOT_UTF8, ids=str)
 def test_a_recipe_is_shown_so_that_it_reads_back(shell: Shell, tmp_path: Path, environment: dict[str, str]) -> None:
-    recipe = f"model: {{base: tiny-qwen}}\ndata: {{train: [a.json]}}\nprompt:\n  system: {json.dumps(HARD)}\n"
+    system = json.dumps(HARD, ensure_ascii=False)
+    recipe = f"model: {{base: tiny-qwen}}\ndata: {{train: [a.json]}}\nprompt:\n  system: {system}\n"
     (tmp_path / "recipe.yaml").write_text(recipe, encoding="utf-8")
     shown = shell("$LORATUNE sft --config recipe.yaml --show", **environment)
     assert shown.returncode == 0, shown.stderr

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from loratune.errors import Exit, LoratuneError, bullet_list
+from loratune.plain_files import open_plain, read_plain
 from loratune.runs.folder import PROGRAM, file_sha256
 from loratune.writing import disk_errors_explained, write_json, write_pieces
 
@@ -277,7 +278,7 @@ def _shown(value: Any) -> str:
 
 def _header_of(part: Path) -> dict[str, Any]:
     try:
-        with part.open("rb") as file:
+        with open_plain(part) as file:
             return _parsed(file.readline())
     except OSError:
         return {}
@@ -285,7 +286,7 @@ def _header_of(part: Path) -> dict[str, Any]:
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        return _parsed(path.read_bytes())
+        return _parsed(read_plain(path))
     except OSError:
         return {}
 

@@ -12,6 +12,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from loratune.errors import Exit, LoratuneError, bullet_list
+from loratune.plain_files import read_plain_text, reason_of
 
 WEIGHTS_FILE = "adapter_model.safetensors"
 CONFIG_FILE = "adapter_config.json"
@@ -47,11 +48,11 @@ def read_config_values(folder: Path) -> dict[str, Any]:
     """
     path = folder / CONFIG_FILE
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
+        values = json.loads(read_plain_text(path))
     except FileNotFoundError as error:
         raise LoratuneError(f"{folder}: no {CONFIG_FILE} in it, so it is not an adapter", Exit.MODEL) from error
-    except (OSError, ValueError) as error:
-        raise LoratuneError(f"{path}: cannot be read: {error}", Exit.MODEL) from error
+    except (OSError, ValueError, RecursionError) as error:
+        raise LoratuneError(f"{path}: cannot be read: {reason_of(error)}", Exit.MODEL) from error
     if not isinstance(values, dict) or values.get("peft_type") != "LORA":
         raise LoratuneError(f"{path}: not a LoRA adapter", Exit.MODEL)
     problems = [

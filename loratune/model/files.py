@@ -10,6 +10,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from loratune.errors import Exit, LoratuneError
+from loratune.plain_files import read_plain_text, reason_of, special_files
 from loratune.recipe.sections import TINY_QWEN, ModelSettings
 
 # Architectures whose code is part of transformers and whose weights this program has been written for.
@@ -76,6 +77,8 @@ def check_config(folder: Path) -> None:
         LoratuneError: with what is missing or not allowed.
     """
     config = _read_json(folder / "config.json")
+    if special := special_files(folder):
+        raise LoratuneError(f"{folder}: not plain files, and never read: {', '.join(special)}", Exit.MODEL)
     if config is None:
         raise LoratuneError(f"{folder}: no config.json in it, so it is not a model folder", Exit.MODEL)
     forbidden = [key for key in config if key in FORBIDDEN_KEYS or key.endswith("_internal")]
@@ -145,11 +148,11 @@ def _download(settings: ModelSettings, patterns: list[str]) -> Path:
 
 def _read_json(path: Path) -> dict[str, Any] | None:
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = json.loads(read_plain_text(path))
     except FileNotFoundError:
         return None
-    except (OSError, ValueError) as error:
-        raise LoratuneError(f"{path}: cannot be read: {error}", Exit.MODEL) from error
+    except (OSError, ValueError, RecursionError) as error:
+        raise LoratuneError(f"{path}: cannot be read: {reason_of(error)}", Exit.MODEL) from error
     if not isinstance(value, dict):
         raise LoratuneError(f"{path}: holds no JSON object", Exit.MODEL)
     return value

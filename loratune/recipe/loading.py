@@ -13,12 +13,15 @@ from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
 from loratune.errors import Exit, LoratuneError, bullet_list
+from loratune.plain_files import open_plain
 from loratune.recipe.data_sections import SourceSettings
 from loratune.recipe.sections import Recipe, iterate_settings
 from loratune.recipe.yaml_reader import SURROGATE, Document, read_yaml, write_yaml
 
 FORMS = ("text", "settings")
 """Of an entry of data.train; pydantic names them in the place of an error."""
+MOST_BYTES = 2**20
+"""Of a recipe; reading takes a second for so many."""
 PACKAGE = Path(__file__).resolve().parent.parent
 # An installed wheel carries configs/ and data/ inside the package, a checkout beside it.
 SHIPPED = PACKAGE if (PACKAGE / "configs").is_dir() else PACKAGE.parent
@@ -103,7 +106,15 @@ def dump_recipe(recipe: Recipe, is_ascii: bool = False) -> str:
 
 def _read(path: Path) -> Document:
     try:
-        return read_yaml(path.read_text(encoding="utf-8-sig"))
+        with open_plain(path) as file:
+            content = file.read(MOST_BYTES + 1)
+        if len(content) > MOST_BYTES:
+            raise LoratuneError(
+                f"{path}: larger than {MOST_BYTES:,} bytes, so it is no recipe; rows belong into a file of their own, "
+                "named in data.train",
+                Exit.USAGE,
+            )
+        return read_yaml(content.decode("utf-8-sig"))
     except UnicodeDecodeError as error:
         raise LoratuneError(f"{path}: not UTF-8 text (byte {error.start}); save it as UTF-8", Exit.USAGE) from error
     except OSError as error:

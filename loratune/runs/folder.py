@@ -22,6 +22,7 @@ from typing import Any
 
 from loratune import console
 from loratune.errors import Exit, LoratuneError
+from loratune.plain_files import open_plain, read_plain_text, reason_of
 from loratune.recipe.loading import dump_recipe
 from loratune.recipe.sections import Recipe
 from loratune.writing import PROGRAM as PROGRAM
@@ -174,7 +175,7 @@ def seal_run(output: Path) -> None:
 def file_sha256(path: Path) -> str:
     """Hex sha256 of a file's bytes."""
     digest = hashlib.sha256()
-    with path.open("rb") as file:
+    with open_plain(path) as file:
         while chunk := file.read(1 << 20):
             digest.update(chunk)
     return digest.hexdigest()
@@ -187,9 +188,9 @@ def read_json(path: Path) -> dict[str, Any]:
         LoratuneError: the file cannot be read or holds something else.
     """
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise LoratuneError(f"{path}: cannot be read: {error}", Exit.MODEL) from error
+        value = json.loads(read_plain_text(path))
+    except (OSError, ValueError, RecursionError) as error:
+        raise LoratuneError(f"{path}: cannot be read: {reason_of(error)}", Exit.MODEL) from error
     if not isinstance(value, dict):
         raise LoratuneError(f"{path}: holds no JSON object", Exit.MODEL)
     return value

@@ -10,7 +10,7 @@ from loratune import console
 from loratune.errors import Exit, LoratuneError, counted
 from loratune.recipe.sections import Recipe
 from loratune.runs.checkpoint import Checkpoint, named_checkpoint, newest_checkpoint
-from loratune.runs.folder import ADAPTER, CHECKPOINTS, MANIFEST, STATUS, read_json
+from loratune.runs.folder import ADAPTER, CHECKPOINTS, MANIFEST, STATUS, check_links, read_json
 
 NEWEST, AUTO = "newest", "auto"
 FREE = (
@@ -41,8 +41,9 @@ def find_start(output: Path, resume: Resume) -> Checkpoint | None:
     """The checkpoint to go on from; None is a start from the beginning.
 
     Raises:
-        LoratuneError: there is none, or it is damaged.
+        LoratuneError: there is none, it is damaged, or going on would write outside the run's folder.
     """
+    check_links(output)
     if resume.checkpoint not in (NEWEST, AUTO):
         return named_checkpoint(output, resume.checkpoint)
     checkpoint, damaged = newest_checkpoint(output, resume.strict)

@@ -31,17 +31,7 @@ from loratune.recipe.sections import Recipe
 from loratune.runs.card import write_card
 from loratune.runs.checkpoint import Checkpoint, open_checkpoint, seal_checkpoint
 from loratune.runs.fingerprint import fingerprint_base
-from loratune.runs.folder import (
-    ADAPTER,
-    RECIPE,
-    REPORT,
-    begin_run,
-    check_links,
-    prepare_output,
-    read_json,
-    seal_run,
-    set_status,
-)
+from loratune.runs.folder import ADAPTER, RECIPE, REPORT, begin_run, prepare_output, read_json, seal_run, set_status
 from loratune.runs.lock import run_lock
 from loratune.runs.probe import MAX_QUESTIONS, save_probe
 from loratune.runs.tokenizer_files import copy_tokenizer_files
@@ -130,8 +120,6 @@ def train(recipe: Recipe, overwrite: bool = False, resume: Resume | None = None)
         stack.enter_context(machine_errors_explained(recipe, held))
         if console.IS_SPEAKER:
             prepare_output(output, overwrite or resume is not None)
-            if resume is not None:
-                check_links(output)
             stack.enter_context(run_lock(output))
         start = find_start(output, resume) if resume else None
         prepared = _prepare(*as_begun(recipe, output, start), output, stops, held)
