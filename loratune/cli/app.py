@@ -8,6 +8,7 @@ import os
 import signal
 import sys
 import warnings
+from pathlib import Path
 from typing import Annotated, Any, ClassVar
 
 import typer
@@ -114,6 +115,7 @@ class Group(CommandGroup):
             typer.Exit: with the failure's exit code.
         """
         try:
+            _require_working_folder()
             return super().invoke(ctx)
         except (LoratuneError, OSError, MemoryError) as error:
             if os.environ.get(_DEBUG):
@@ -124,6 +126,20 @@ class Group(CommandGroup):
         except KeyboardInterrupt as error:
             console.say(str(error) or "interrupted", style="yellow")  # asked for, so no error
             raise typer.Exit(128 + getattr(error, "signal_number", signal.SIGINT)) from error
+
+
+def _require_working_folder() -> None:
+    """Some libraries end the process where there is none.
+
+    Raises:
+        LoratuneError: it has been removed.
+    """
+    try:
+        Path.cwd()
+    except OSError as error:
+        raise LoratuneError(
+            f"the working folder is gone or may not be entered ({error.strerror}); change to another one", Exit.IO
+        ) from error
 
 
 def _told(error: LoratuneError | OSError | MemoryError) -> tuple[str, Exit]:

@@ -28,7 +28,12 @@ def cache_folder() -> Path:
     own = os.environ.get("LORATUNE_CACHE")
     if own:
         return Path(own) / "data"
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "loratune" / "data"
+    try:
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "loratune" / "data"
+    except RuntimeError as error:  # a user without a home, as in many containers
+        raise LoratuneError(
+            "there is no home folder to keep encoded rows in; set LORATUNE_CACHE to a folder", Exit.IO
+        ) from error
 
 
 def cache_key(parts: dict[str, Any]) -> str:
@@ -58,18 +63,28 @@ def entry_lock(key: str) -> Iterator[Path]:
         LoratuneError: the cache cannot be written.
     """
     folder = cache_folder()
+    lock = FileLock(folder / f"{key}.lock")
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with FileLock(folder / f"{key}.lock"):
-            yield folder / key
+        lock.acquire()
     except OSError as error:
-        if error.errno not in DISK_ERRORS:
+        raise _not_writable(error, folder) from error
+    try:
+        yield folder / key
+    except OSError as error:
+        if error.errno not in DISK_ERRORS or not str(error.filename or folder).startswith(str(folder)):
             raise
-        raise LoratuneError(
-            f"{error.filename or folder}: cannot be written: {error.strerror}. Encoded rows are kept there; make room, "
-            "or set LORATUNE_CACHE to another folder",
-            Exit.IO,
-        ) from error
+        raise _not_writable(error, folder) from error
+    finally:
+        lock.release()
+
+
+def _not_writable(error: OSError, folder: Path) -> LoratuneError:
+    return LoratuneError(
+        f"{error.filename or folder}: cannot be written: {error.strerror}. Encoded rows are kept there; make room, or "
+        "set LORATUNE_CACHE to another folder",
+        Exit.IO,
+    )
 
 
 @contextmanager

@@ -37,15 +37,15 @@ def check_output(output: Path, input_name: str) -> None:
     Raises:
         LoratuneError: a folder, or a name that would replace the rows.
     """
+    if output.name == "" or os.path.isdir(output):  # noqa: PTH112 - is_dir raises where a name is too long
+        raise LoratuneError(f"--output {output} is a folder; give a file, such as {output}/answers.jsonl", Exit.USAGE)
     places, rows = (output, _beside(output, PART), _beside(output, REPORT)), Path(input_name)
     with disk_errors_explained(output):
         replaces = rows.exists() and any(place.exists() and place.samefile(rows) for place in places)
     if replaces:
         raise LoratuneError(f"--output {output} would replace the rows of --input; choose another name", Exit.USAGE)
-    if output.is_dir():
-        raise LoratuneError(f"--output {output} is a folder; give a file, such as {output}/answers.jsonl", Exit.USAGE)
-    if output.exists() and not output.is_file():
-        raise LoratuneError(f"--output {output} is not a plain file; choose another name", Exit.USAGE)
+    if strange := [place for place in places if place.exists() and not place.is_file()]:
+        raise LoratuneError(f"--output {output}: {strange[0]} is not a plain file; choose another name", Exit.USAGE)
     if not output.parent.is_dir():
         raise LoratuneError(f"--output {output}: there is no folder {output.parent}; make it first", Exit.USAGE)
 
