@@ -128,10 +128,11 @@ def disk_errors_explained(output: Path) -> Iterator[None]:
         is_of_writing = error.errno in FULL_DISK_ERRORS or (error.filename and _belongs_to(error.filename, output))
         if not is_of_writing and not (error.errno in DISK_ERRORS and error.filename is None):
             raise
+        is_unreadable = error.filename and os.path.lexists(error.filename) and not os.access(error.filename, os.R_OK)
         reason = "it is a link" if error.errno == errno.ELOOP else error.strerror
         raise LoratuneError(
-            f"{error.filename or output}: cannot be written: {reason}. What had been saved before is untouched; make "
-            "room, or choose another folder with --output",
+            f"{error.filename or output}: cannot be {'read' if is_unreadable else 'written'}: {reason}. What had been "
+            "saved before is untouched; make room, or choose another folder with --output",
             Exit.IO,
         ) from error
     except RuntimeError as error:

@@ -7,6 +7,7 @@ import logging
 import os
 import signal
 import sys
+import traceback
 import warnings
 from pathlib import Path
 from typing import Annotated, Any, ClassVar
@@ -123,6 +124,15 @@ class Group(CommandGroup):
             message, code = _told(error)
             console.error(message)
             raise typer.Exit(int(code)) from error
+        except Exception as error:
+            library = _loaded_library(error)
+            if library is None or os.environ.get(_DEBUG):
+                raise
+            console.error(
+                f"{library} cannot be loaded: {type(error).__name__}: {error}\n"
+                "one of its environment variables may be wrong, or its installation damaged; --debug shows where"
+            )
+            raise typer.Exit(int(Exit.IO)) from error
         except KeyboardInterrupt as error:
             console.say(str(error) or "interrupted", style="yellow")  # asked for, so no error
             raise typer.Exit(128 + getattr(error, "signal_number", signal.SIGINT)) from error
@@ -140,6 +150,15 @@ def _require_working_folder() -> None:
         raise LoratuneError(
             f"the working folder is gone or may not be entered ({error.strerror}); change to another one", Exit.IO
         ) from error
+
+
+def _loaded_library(error: Exception) -> str | None:
+    """The library whose loading an error has ended; None for every other error."""
+    for frame, _ in traceback.walk_tb(error.__traceback__):
+        name = str(frame.f_globals.get("__name__", ""))
+        if frame.f_code.co_name == "<module>" and name.partition(".")[0] != __name__.partition(".")[0]:
+            return name.partition(".")[0]
+    return None
 
 
 def _told(error: LoratuneError | OSError | MemoryError) -> tuple[str, Exit]:
@@ -186,6 +205,7 @@ def main() -> None:
     warnings.simplefilter("ignore")
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ["MPLBACKEND"] = "agg"  # pictures are files; a notebook's backend may not be there
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")  # rows are encoded in one process
     try:
         sys.exit(app())

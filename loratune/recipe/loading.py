@@ -216,8 +216,11 @@ def _describe_all(details: list[ErrorDetails], lines: dict[str, int], flags: set
 
 def _joined(messages: list[str]) -> str:
     """Messages on one value, which each ends with: `must be a valid number, or must be a valid list; got True`."""
-    heads, _, value = zip(*(message.rpartition("; got ") for message in messages), strict=True)
-    return messages[0] if len(messages) == 1 else f"{', or '.join(heads)}; got {value[0]}"
+    if len(messages) == 1:
+        return messages[0]
+    parts = [message.partition("; got ") for message in messages]
+    value = next((value for _, got, value in parts if got), "nothing")
+    return f"{', or '.join(head for head, _, _ in parts)}; got {value}"
 
 
 def _describe(detail: ErrorDetails, lines: dict[str, int], flags: set[str]) -> tuple[int, str, str]:
