@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
+import codecs
 import os
-import re
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 from rich.cells import cell_len
@@ -19,6 +18,7 @@ from rich.progress import (
     BarColumn,
     DownloadColumn,
     Progress,
+    ProgressColumn,
     SpinnerColumn,
     TextColumn,
     TimeElapsedColumn,
@@ -27,11 +27,12 @@ from rich.progress import (
 from rich.table import Table
 from rich.text import Text
 
+from loratune.printable import printable, printable_json
+from loratune.streams import delivered
+
 # Under torchrun every process runs the same program; one of them speaks.
 IS_SPEAKER = os.environ.get("RANK", "0") == "0"
 
-# All control characters but tab and line feed, and those that turn the direction of a line around.
-UNPRINTABLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
 LINE_SECONDS = 15
 """Between lines of progress where there is no terminal."""
 _stderr = Console(stderr=True, highlight=False, quiet=not IS_SPEAKER)
@@ -58,11 +59,15 @@ def error(message: str) -> None:
     _stderr.print(Text("error: ", style="bold red").append(printable(message), style="default"))
 
 
+def interject(message: str) -> None:
+    """A line from a signal's handler, which may have interrupted the console in the middle of something."""
+    with suppress(OSError):
+        os.write(2, f"\n{message}\n".encode())
+
+
 def table(rows: list[tuple[str, str]], title: str = "") -> None:
     """Names and values in two columns."""
-    grid = Table(
-        title=title, title_justify="left", title_style="bold", box=None, show_header=False, padding=(0, 2, 0, 0)
-    )
+    grid = _grid(title)
     grid.add_column(style="dim", no_wrap=True)
     grid.add_column(overflow="fold")
     for name, value in rows:
@@ -82,9 +87,7 @@ def comparison(rows: list[tuple[str, ...]]) -> None:
 
 def bars(counts: list[tuple[str, int]], title: str) -> None:
     """A histogram: a label, a bar as long as its count, the count."""
-    grid = Table(
-        title=title, title_justify="left", title_style="bold", box=None, show_header=False, padding=(0, 2, 0, 0)
-    )
+    grid = _grid(title)
     grid.add_column(style="dim", justify="right", no_wrap=True)
     grid.add_column(no_wrap=True)
     width, most = max(10, min(40, _stderr.width - 30)), max(count for _, count in counts)
@@ -93,6 +96,11 @@ def bars(counts: list[tuple[str, int]], title: str) -> None:
         bar = "█" * (eighths // 8) + " ▏▎▍▌▋▊▉"[eighths % 8].strip()
         grid.add_row(label, f"{bar or '▏' * (count > 0)} {count:,}")
     _stderr.print(grid, "", sep="\n")
+
+
+def _grid(title: str) -> Table:
+    style: dict[str, Any] = {"title_justify": "left", "title_style": "bold"}
+    return Table(title=title, box=None, show_header=False, padding=(0, 2, 0, 0), **style)
 
 
 def help_page(usage: str, text: str, panels: dict[str, list[tuple[str, str, str]]]) -> None:
@@ -105,10 +113,11 @@ def help_page(usage: str, text: str, panels: dict[str, list[tuple[str, str, str]
     """
     page = Console(highlight=False)
     paragraphs = [Text(" ".join(paragraph.split()) + "\n") for paragraph in text.split("\n\n")]
-    page.print(Text(usage.strip() + "\n", style="bold"), *paragraphs, sep="\n")
-    for title, entries in panels.items():
-        lines = Text("\n").join(_help_entry(*entry, width=page.width - 4) for entry in entries)
-        page.print(Panel(lines, title=title, title_align="left", border_style="dim"))
+    with delivered():
+        page.print(Text(usage.strip() + "\n", style="bold"), *paragraphs, sep="\n")
+        for title, entries in panels.items():
+            lines = Text("\n").join(_help_entry(*entry, width=page.width - 4) for entry in entries)
+            page.print(Panel(lines, title=title, title_align="left", border_style="dim"))
 
 
 def _help_entry(name: str, default: str, text: str, width: int) -> Text:
@@ -127,14 +136,18 @@ def _help_entry(name: str, default: str, text: str, width: int) -> Text:
 def write_result(text: str, end: str = "\n") -> None:
     """A result, to stdout, as it is; flushed, since it may be one piece of a stream."""
     if IS_SPEAKER:
-        sys.stdout.write(printable(text) + end)
-        sys.stdout.flush()
+        with delivered():
+            sys.stdout.write(printable(text) + end)
 
 
 def write_json(value: Any) -> None:
     """A result for scripts, to stdout."""
-    text = json.dumps(value, ensure_ascii=False, indent=2)
-    write_result(UNPRINTABLE.sub(lambda match: f"\\u{ord(match[0]):04x}", text))
+    write_result(printable_json(value, is_ascii=not takes_all_characters()))
+
+
+def takes_all_characters() -> bool:
+    """Whether stdout can show every character; another encoding's escapes are no part of JSON or YAML."""
+    return codecs.lookup(sys.stdout.encoding or "utf-8").name.startswith("utf-")
 
 
 SPAN_STYLES = {
@@ -162,22 +175,8 @@ def write_spans(spans: list[tuple[str, str]], brackets: bool = True) -> None:
             line.append("⟦" if is_trained else "⟧")
         line.append(printable(text), SPAN_STYLES[kind])
         was_trained = is_trained
-    page.print(line, end="")
-
-
-def printable(text: str) -> str:
-    """Text of a model or a file without control characters, which could otherwise steer the terminal."""
-    return UNPRINTABLE.sub("", text)
-
-
-def visible(text: str) -> str:
-    """Like `printable`, but a control character leaves a sign of its own, such as ␛ for escape."""
-
-    def sign(match: re.Match[str]) -> str:
-        code = ord(match[0])
-        return "␡" if code == 0x7F else chr(0x2400 + code) if code < 0x20 else f"⟨{code:04X}⟩"
-
-    return UNPRINTABLE.sub(sign, text)
+    with delivered():
+        page.print(line, end="")
 
 
 def memory(size_bytes: float) -> str:
@@ -203,26 +202,27 @@ def status(message: str) -> Iterator[None]:
 @contextmanager
 def byte_progress(message: str, total_bytes: int) -> Iterator[Callable[[int], None]]:
     """A bar for work on many bytes; gives the function to call with each piece's size. One line without a terminal."""
-    if not _stderr.is_terminal:
-        say(message)
-        yield lambda _: None
-        return
     columns = (TextColumn(message), BarColumn(bar_width=None), DownloadColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=_stderr, expand=True, transient=True) as progress:
-        task = progress.add_task(message, total=total_bytes)
-        yield lambda size: progress.advance(task, size)
+    with _advancing(message, total_bytes, *columns) as advance:
+        yield advance
 
 
 @contextmanager
 def row_progress(message: str) -> Iterator[Callable[[int], None]]:
     """A count of rows done; gives the function to call with how many more there are. One line without a terminal."""
+    columns = (SpinnerColumn(), TextColumn(message), TextColumn("{task.completed:,} rows"), TimeElapsedColumn())
+    with _advancing(message, None, *columns) as advance:
+        yield advance
+
+
+@contextmanager
+def _advancing(message: str, total: int | None, *columns: ProgressColumn) -> Iterator[Callable[[int], None]]:
     if not _stderr.is_terminal:
         say(message)
         yield lambda _: None
         return
-    columns = (SpinnerColumn(), TextColumn(message), TextColumn("{task.completed:,} rows"), TimeElapsedColumn())
-    with Progress(*columns, console=_stderr, transient=True) as progress:
-        task = progress.add_task(message, total=None)
+    with Progress(*columns, console=_stderr, expand=total is not None, transient=True) as progress:
+        task = progress.add_task(message, total=total)
         yield lambda count: progress.advance(task, count)
 
 

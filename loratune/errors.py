@@ -1,5 +1,6 @@
 """The one exception for what a user can fix, and the exit code that goes with each kind."""
 
+import errno
 from collections.abc import Callable, Sequence
 from enum import IntEnum
 
@@ -45,6 +46,20 @@ class Interrupted(KeyboardInterrupt):
     def __init__(self, signal_number: int, message: str = "interrupted") -> None:
         super().__init__(message)
         self.signal_number = signal_number
+
+
+class OutputLost(BaseException):
+    """A result could not be written to stdout; as a KeyboardInterrupt, it ends whatever goes on.
+
+    Args:
+        reason: what the system has said.
+    """
+
+    def __init__(self, reason: Exception) -> None:
+        is_closed = getattr(reason, "errno", None) == errno.EBADF
+        super().__init__("it is closed" if is_closed else getattr(reason, "strerror", None) or str(reason))
+        self.has_no_reader = isinstance(reason, BrokenPipeError)
+        """Whether a program in a pipe has read enough, as `head` does."""
 
 
 def refusal(check: Callable[[], object]) -> LoratuneError | None:

@@ -1,13 +1,25 @@
-"""Writing so that a name holds either the whole thing or what was there before."""
+"""Writing so that a name holds either the whole thing or what was there before, and so that no link is followed.
+
+Files and folders in the making stand beside their names under names that nobody can guess:
+
+.loratune-<32 hexadecimal digits>.tmp    a file
+.loratune-<32 hexadecimal digits>/       a folder's workshop, removed at the end
+  owner.json                             whose it is; locked as long as its process lives
+  made/                                  what will take the name
+  earlier/                               what had the name before
+"""
 
 from __future__ import annotations
 
 import errno
+import fcntl
 import json
 import os
+import re
+import secrets
 import shutil
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +27,14 @@ from loratune.errors import Exit, LoratuneError
 
 TORCH_WRITER_ERRORS = ("iostream error", "unexpected pos", "PytorchStreamWriter failed")
 """What torch.save says instead."""
-DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENAMETOOLONG)
+FULL_DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
+DISK_ERRORS = (*FULL_DISK_ERRORS, errno.EACCES, errno.EPERM, errno.ENAMETOOLONG)
+TEMPORARY = ".loratune-"
+"""What names of things in the making begin with."""
+TEMPORARY_NAME = re.compile(re.escape(TEMPORARY) + r"[0-9a-f]{32}(\.tmp)?")
+OWNER, MADE, EARLIER = "owner.json", "made", "earlier"
+PROGRAM = "loratune"
+NEW_FILE = os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW
 
 
 def current_umask() -> int:
@@ -38,10 +57,13 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_pieces(path: Path, pieces: Iterable[bytes]) -> None:
-    """Replace a file, piece by piece, so that its name holds the whole of them or what was there before."""
-    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    """Replace a file, piece by piece, so that its name holds the whole of them or what was there before.
+
+    A link of this name is replaced; what it leads to stays as it is.
+    """
+    beside = path.with_name(f"{_unguessable_name()}.tmp")
     try:
-        with beside.open("wb") as file:
+        with os.fdopen(os.open(beside, os.O_WRONLY | NEW_FILE, 0o666), "wb") as file:
             file.writelines(pieces)
             file.flush()
             os.fsync(file.fileno())
@@ -52,9 +74,45 @@ def write_pieces(path: Path, pieces: Iterable[bytes]) -> None:
     sync_folder(path.parent)
 
 
+def append_text(path: Path, text: str) -> None:
+    """Add to a file's end, which may be its beginning.
+
+    Raises:
+        OSError: the name is a link, among other reasons.
+    """
+    with os.fdopen(os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW, 0o666), "wb") as file:
+        file.write(text.encode())
+
+
+def try_to_write(folder: Path) -> None:
+    """Make a file in a folder and remove it: permission bits say little about root, quotas, or read-only disks.
+
+    Raises:
+        OSError: it cannot be made.
+    """
+    trial = folder / f"{_unguessable_name()}.tmp"
+    os.close(os.open(trial, os.O_WRONLY | NEW_FILE, 0o666))
+    trial.unlink(missing_ok=True)
+
+
+def remove(path: Path) -> None:
+    """Remove a file, a folder with all that is in it, or a link but not what it leads to."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def _unguessable_name() -> str:
+    return f"{TEMPORARY}{secrets.token_hex(16)}"
+
+
 def write_json(path: Path, value: Any) -> None:
     """Replace a file by a value as JSON."""
-    write_text(path, json.dumps(value, ensure_ascii=False, indent=2) + "\n")
+    try:
+        write_text(path, json.dumps(value, ensure_ascii=False, indent=2) + "\n")
+    except UnicodeEncodeError:  # a name of a file that is not UTF-8, for whose bytes only escapes can stand
+        write_text(path, json.dumps(value, indent=2) + "\n")
 
 
 @contextmanager
@@ -67,11 +125,14 @@ def disk_errors_explained(output: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno not in DISK_ERRORS:
+        is_of_writing = error.errno in FULL_DISK_ERRORS or (error.filename and _belongs_to(error.filename, output))
+        if not is_of_writing and not (error.errno in DISK_ERRORS and error.filename is None):
             raise
+        is_unreadable = error.filename and os.path.lexists(error.filename) and not os.access(error.filename, os.R_OK)
+        reason = "it is a link" if error.errno == errno.ELOOP else error.strerror
         raise LoratuneError(
-            f"{error.filename or output}: cannot be written: {error.strerror}. What had been saved before is "
-            "untouched; make room, or choose another folder with --output",
+            f"{error.filename or output}: cannot be {'read' if is_unreadable else 'written'}: {reason}. What had been "
+            "saved before is untouched; make room, or choose another folder with --output",
             Exit.IO,
         ) from error
     except RuntimeError as error:
@@ -84,37 +145,119 @@ def disk_errors_explained(output: Path) -> Iterator[None]:
         ) from error
 
 
-def staging_place(target: Path) -> Path:
-    """Where a folder is built before it takes its name; the same for every process of a run."""
-    return target.with_name(f".tmp-{target.name}")
+def _belongs_to(place: str | bytes, output: Path) -> bool:
+    """Whether a path is an output's, or one of what stands beside it in the making."""
+    try:
+        name, *_ = Path(os.fsdecode(place)).absolute().relative_to(output.absolute().parent).parts
+    except (ValueError, OSError):  # it is elsewhere, or the working folder is gone
+        return False
+    return name == output.name or name.startswith((f"{output.name}.", TEMPORARY))
 
 
 @contextmanager
 def folder_in_one_step(target: Path) -> Iterator[Path]:
-    """Give a temporary sibling to fill; it takes the target's name at the end, and vanishes on an error."""
-    beside, aside = staging_place(target), target.with_name(f".old-{target.name}")
-    if aside.exists() and not target.exists():  # a process was killed between the two renames
-        aside.rename(target)
-    shutil.rmtree(beside, ignore_errors=True)
-    beside.mkdir(parents=True)
-    try:
-        yield beside
-        apply_umask(beside)
-        for path in beside.rglob("*"):
+    """Give a temporary folder to fill; it takes the target's name at the end, and vanishes on an error."""
+    remove_unfinished(target.parent, target.name)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with _workshop(target) as place:
+        made = place / MADE
+        made.mkdir()
+        yield made
+        apply_umask(made)
+        for path in made.rglob("*"):
             if path.is_file():
                 _sync_file(path)
-        sync_folder(beside)
-        shutil.rmtree(aside, ignore_errors=True)
-        if target.exists():
-            target.rename(aside)
-        beside.rename(target)
-        shutil.rmtree(aside, ignore_errors=True)
-    except BaseException:
-        if aside.exists() and not target.exists():
-            aside.rename(target)
-        shutil.rmtree(beside, ignore_errors=True)
-        raise
+        sync_folder(made)
+        if os.path.lexists(target):
+            target.rename(place / EARLIER)
+        made.rename(target)
     sync_folder(target.parent)
+
+
+@contextmanager
+def _workshop(target: Path) -> Iterator[Path]:
+    """A folder beside the target that the next process may remove once this one has ended, however it ended."""
+    place = target.with_name(_unguessable_name())
+    place.mkdir()
+    owner = os.open(place / OWNER, os.O_RDWR | NEW_FILE, 0o666)
+    try:
+        with suppress(OSError):  # a disk without locks: then nobody will remove what is left
+            fcntl.flock(owner, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        os.write(owner, json.dumps({"program": PROGRAM, "target": target.name}).encode())
+        yield place
+    finally:
+        _clear(place, target)
+        os.close(owner)
+
+
+def remove_unfinished(folder: Path, name: str | None = None) -> list[Path]:
+    """Remove what processes that were killed have left in a folder, and nothing that is not known to be theirs.
+
+    Args:
+        folder: where to look.
+        name: of the folder that they were making; None for everything, where no other process can be at work.
+
+    Returns:
+        What was removed.
+    """
+    left = [path for path in folder.glob(f"{TEMPORARY}*") if TEMPORARY_NAME.fullmatch(path.name)]
+    removed = []
+    for path in left:
+        is_folder = path.is_dir() and not path.is_symlink()
+        if is_folder and name is None and _is_hardly_begun(path):
+            shutil.rmtree(path)
+        elif is_folder:
+            with _owned(path) as target:
+                if target is None or (name is not None and target != name):
+                    continue
+                _clear(path, folder / target)
+        elif name is None and path.suffix == ".tmp":
+            path.unlink(missing_ok=True)
+        else:
+            continue
+        removed.append(path)
+    return removed
+
+
+def _is_hardly_begun(place: Path) -> bool:
+    """Whether a process was killed before it could put its name into its workshop, or after it had taken all out."""
+    return all(path.name == OWNER and path.lstat().st_size == 0 for path in place.iterdir())
+
+
+@contextmanager
+def _owned(place: Path) -> Iterator[str | None]:
+    """What a workshop's process was making; None if it may still live, or if this is no workshop."""
+    try:
+        owner = os.open(place / OWNER, os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK)
+    except OSError:
+        yield None
+        return
+    try:
+        yield _target_of(owner)
+    finally:
+        os.close(owner)
+
+
+def _target_of(owner: int) -> str | None:
+    try:
+        fcntl.flock(owner, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        told = json.loads(os.read(owner, 10_000))
+        name = str(told["target"])
+        return name if told["program"] == PROGRAM and Path(name).name == name != "" else None
+    except (OSError, ValueError, TypeError, KeyError):
+        return None
+
+
+def _clear(place: Path, target: Path) -> None:
+    """Remove a workshop, its owner's name last; what had the target's name gets it back if nothing else has it."""
+    with suppress(OSError):
+        if not os.path.lexists(target) and os.path.lexists(place / EARLIER):
+            (place / EARLIER).rename(target)
+        for path in place.iterdir():
+            if path.name != OWNER:
+                remove(path)
+        (place / OWNER).unlink()
+        place.rmdir()
 
 
 def _sync_file(path: Path) -> None:

@@ -69,7 +69,7 @@ def live(run: Path, random_qwen: Path) -> Any:
 
 
 def nothing_left(output: Path) -> bool:
-    return not output.exists() and not list(output.parent.glob(".tmp-*"))
+    return not output.exists() and not list(output.parent.glob(".loratune-*"))
 
 
 @pytest.mark.parametrize("quantization", ["f32", "q8_0"])

@@ -188,8 +188,12 @@ def test_resume_auto_starts_goes_on_and_ends(
     stop(2)
     assert sft("run", "--resume", "auto").exit_code == 143
     monkeypatch.undo()
-    unfinished = [tmp_path / "run" / "checkpoints" / ".tmp-step-000005", tmp_path / "run" / ".status.json.7.tmp"]
-    unfinished[0].mkdir()
+    unfinished = [
+        tmp_path / "run" / "checkpoints" / f".loratune-{'a' * 32}",
+        tmp_path / "run" / f".loratune-{'b' * 32}.tmp",
+    ]
+    (unfinished[0] / "made").mkdir(parents=True)
+    (unfinished[0] / "owner.json").write_text('{"program": "loratune", "target": "step-000005"}')
     unfinished[1].write_text("{")
     resumed = sft("run", "--resume", "auto")
     assert resumed.exit_code == 0

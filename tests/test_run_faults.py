@@ -546,12 +546,12 @@ def test_a_folder_s_files_are_on_the_disk_before_its_name_is(tmp_path: Path, mon
 
     monkeypatch.setattr(os, "fsync", synced)
     monkeypatch.setattr(Path, "rename", renamed)
-    with folder_in_one_step(tmp_path / "made") as folder:
+    with folder_in_one_step(tmp_path / "target") as folder:
         (folder / "below").mkdir()
         for name in ("a", "b", "below/c"):
             (folder / name).write_text(name)
     assert set(events[:3]) == {"a", "b", "c"}
-    assert events[3:] == [".tmp-made", "→ made", tmp_path.name]
+    assert events[3:] == ["made", "→ target", tmp_path.name]
 
 
 def test_a_checkpoint_that_does_not_read_back_costs_no_other(tmp_path: Path, finished: Path) -> None:

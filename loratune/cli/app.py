@@ -7,7 +7,9 @@ import logging
 import os
 import signal
 import sys
+import traceback
 import warnings
+from pathlib import Path
 from typing import Annotated, Any, ClassVar
 
 import typer
@@ -15,7 +17,8 @@ from typer.core import TyperGroup
 
 from loratune import __version__, console
 from loratune.cli.help import Command, option_panels
-from loratune.errors import Exit, LoratuneError
+from loratune.errors import Exit, LoratuneError, OutputLost
+from loratune.streams import make_steady
 
 _DEBUG = "LORATUNE_DEBUG"
 _HELP_NAMES = {"help_option_names": ["-h", "--help"]}
@@ -114,17 +117,61 @@ class Group(CommandGroup):
             typer.Exit: with the failure's exit code.
         """
         try:
+            _require_working_folder()
             return super().invoke(ctx)
-        except LoratuneError as error:
+        except (LoratuneError, OSError, MemoryError) as error:
             if os.environ.get(_DEBUG):
                 raise
-            console.error(error.message)
-            for advised in error.commands:
+            message, code = _told(error)
+            console.error(message)
+            for advised in getattr(error, "commands", ()):
                 console.next_step(f"  {advised}")
-            raise typer.Exit(int(error.exit_code)) from error
+            raise typer.Exit(int(code)) from error
+        except Exception as error:
+            library = _loaded_library(error)
+            if library is None or os.environ.get(_DEBUG):
+                raise
+            console.error(
+                f"{library} cannot be loaded: {type(error).__name__}: {error}\n"
+                "one of its environment variables may be wrong, or its installation damaged; --debug shows where"
+            )
+            raise typer.Exit(int(Exit.IO)) from error
         except KeyboardInterrupt as error:
             console.next_step(str(error) or "interrupted")  # asked for, so no error; it may end in a command
             raise typer.Exit(128 + getattr(error, "signal_number", signal.SIGINT)) from error
+
+
+def _require_working_folder() -> None:
+    """Some libraries end the process where there is none.
+
+    Raises:
+        LoratuneError: it has been removed.
+    """
+    try:
+        Path.cwd()
+    except OSError as error:
+        raise LoratuneError(
+            f"the working folder is gone or may not be entered ({error.strerror}); change to another one", Exit.IO
+        ) from error
+
+
+def _loaded_library(error: Exception) -> str | None:
+    """The library whose loading an error has ended; None for every other error."""
+    for frame, _ in traceback.walk_tb(error.__traceback__):
+        name = str(frame.f_globals.get("__name__", ""))
+        if frame.f_code.co_name == "<module>" and name.partition(".")[0] != __name__.partition(".")[0]:
+            return name.partition(".")[0]
+    return None
+
+
+def _told(error: LoratuneError | OSError | MemoryError) -> tuple[str, Exit]:
+    """Message and exit code of a failure; what the system refuses is never a bug."""
+    if isinstance(error, LoratuneError):
+        return error.message, error.exit_code
+    if isinstance(error, MemoryError):
+        return f"out of memory: {str(error) or 'the system has no more'}", Exit.IO
+    place = f"{error.filename}: " if error.filename is not None else ""
+    return f"{place}{error.strerror or error}; --debug shows where this was met", Exit.IO
 
 
 app = typer.Typer(
@@ -156,9 +203,17 @@ def _main(
 
 def main() -> None:
     """Entry point of the console script."""
+    make_steady()
     # The libraries' warnings are for developers; what users need to know, loratune says itself.
     warnings.simplefilter("ignore")
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ["MPLBACKEND"] = "agg"  # pictures are files; a notebook's backend may not be there
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")  # rows are encoded in one process
-    sys.exit(app())
+    try:
+        sys.exit(app())
+    except OutputLost as lost:
+        if lost.has_no_reader:
+            sys.exit(128 + signal.SIGPIPE)  # in silence, as every program that a reader in a pipe has left
+        console.error(f"standard output: the result cannot be written: {lost}")
+        sys.exit(int(Exit.IO))

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 import typer
 
 from loratune import console
-from loratune.cli.flags import Adapter, DryRun, Force, Json, Output, Overwrite, Public, Push
+from loratune.cli.flags import Adapter, DryRun, Force, Json, Output, Overwrite, Public, Push, filled
 from loratune.cli.push import push
 from loratune.errors import Exit, LoratuneError
 
@@ -25,7 +25,13 @@ Format = Annotated[
 ]
 Merged = Annotated[
     str | None,
-    typer.Option("--model", "-m", metavar="folder", help="A merged model; with --adapter: where its base lies now."),
+    typer.Option(
+        "--model",
+        "-m",
+        metavar="folder",
+        callback=filled,
+        help="A merged model; with --adapter: where its base lies now.",
+    ),
 ]
 Quantization = Annotated[
     Literal["f32", "f16", "bf16", "q8_0"] | None,

@@ -10,6 +10,18 @@ import typer
 
 from loratune.errors import Exit, LoratuneError
 
+
+def filled(text: str | None) -> str | None:
+    """A flag's text, which a variable that is not set may have left empty.
+
+    Raises:
+        typer.BadParameter: it is.
+    """
+    if text is not None and not text.strip():
+        raise typer.BadParameter("it is empty")
+    return text
+
+
 ADAPTER_HELP = "Run folder, one of its checkpoints, or a plain PEFT folder."
 Adapter = Annotated[Path | None, typer.Option("--adapter", "-a", metavar="folder", help=ADAPTER_HELP)]
 Adapters = Annotated[
@@ -19,7 +31,11 @@ Adapters = Annotated[
 Model = Annotated[
     str | None,
     typer.Option(
-        "--model", "-m", metavar="model", help="A model without adapter; with --adapter: where its base lies now."
+        "--model",
+        "-m",
+        metavar="model",
+        callback=filled,
+        help="A model without adapter; with --adapter: where its base lies now.",
     ),
 ]
 Config = Annotated[

@@ -197,7 +197,7 @@ def _model_hash(settings: ModelSettings, folder: Path) -> str:
 def _adapter_hash(folder: Path) -> str:
     from loratune.runs.folder import file_sha256
 
-    paths = (path.relative_to(folder) for path in folder.rglob("*"))
+    paths = (path.relative_to(folder) for path in folder.rglob("*") if path.is_file())
     names = sorted(path.as_posix() for path in paths if path.suffix in (".safetensors", ".json", ".jinja"))
     known = [(name, file_sha256(folder / name)) for name in names]
     return hashlib.sha256(json.dumps(known).encode()).hexdigest()

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 import typer
 
 from loratune import console
-from loratune.cli.flags import ADAPTER_HELP, DryRun, Force, Json, Output, Overwrite, Public, Push
+from loratune.cli.flags import ADAPTER_HELP, DryRun, Force, Json, Output, Overwrite, Public, Push, filled
 from loratune.cli.push import push
 from loratune.commands import Command, loratune
 from loratune.errors import Exit, LoratuneError
@@ -28,7 +28,9 @@ Adapters = Annotated[
     list[str],
     typer.Option("--adapter", "-a", metavar="folder", help=f"{ADAPTER_HELP} name=folder for each of several."),
 ]
-Base = Annotated[str | None, typer.Option("--model", "-m", metavar="model", help="Where the base lies now.")]
+Base = Annotated[
+    str | None, typer.Option("--model", "-m", metavar="model", callback=filled, help="Where the base lies now.")
+]
 Dtype = Annotated[
     Literal["bfloat16", "float16", "float32"] | None,
     typer.Option("--dtype", metavar="bfloat16|float16|float32", help="Type of the weights; default is the base's."),

@@ -45,7 +45,7 @@ def command(
     """Load the recipe, train, and say what to do next."""
     recipe = load_recipe(config, dict(flags))
     if show:
-        console.write_result(dump_recipe(recipe), end="")
+        console.write_result(dump_recipe(recipe, is_ascii=not console.takes_all_characters()), end="")
         return
     if resume is None and (strict_resume or allow_changes):
         raise LoratuneError("--strict-resume and --allow-changes need --resume", Exit.USAGE)

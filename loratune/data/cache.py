@@ -56,18 +56,28 @@ def entry_lock(key: str) -> Iterator[Path]:
         LoratuneError: the cache cannot be written.
     """
     folder = rows_folder()
+    lock = FileLock(folder / f"{key}.lock")
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with FileLock(folder / f"{key}.lock"):
-            yield folder / key
+        lock.acquire()
     except OSError as error:
-        if error.errno not in DISK_ERRORS:
+        raise _not_writable(error, folder) from error
+    try:
+        yield folder / key
+    except OSError as error:
+        if error.errno not in DISK_ERRORS or not str(error.filename or folder).startswith(str(folder)):
             raise
-        raise LoratuneError(
-            f"{error.filename or folder}: cannot be written: {error.strerror}. Encoded rows are kept there; make room, "
-            "or set LORATUNE_CACHE to another folder",
-            Exit.IO,
-        ) from error
+        raise _not_writable(error, folder) from error
+    finally:
+        lock.release()
+
+
+def _not_writable(error: OSError, folder: Path) -> LoratuneError:
+    return LoratuneError(
+        f"{error.filename or folder}: cannot be written: {error.strerror}. Encoded rows are kept there; make room, or "
+        "set LORATUNE_CACHE to another folder",
+        Exit.IO,
+    )
 
 
 @contextmanager

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +16,7 @@ from loratune.data.row_encoder import RowEncoder
 from loratune.data.sources import Source
 from loratune.recipe.data_sections import DataSettings
 from loratune.recipe.sections import PromptSettings
+from loratune.writing import remove
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ def load_source(source: Source, data: DataSettings, rendering: Rendering, seed: 
             except (OSError, ValueError, TypeError, KeyError):  # a damaged entry is made again
                 if is_last_try:
                     raise
-                shutil.rmtree(entry)
+                remove(entry)
         mark_used(entry)
     return LoadedSource(source, file, encoded)
 

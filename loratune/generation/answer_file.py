@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from loratune.errors import Exit, LoratuneError, bullet_list
+from loratune.plain_files import open_plain, read_plain
 from loratune.runs.folder import PROGRAM, file_sha256
 from loratune.writing import disk_errors_explained, write_json, write_pieces
 
@@ -36,15 +37,15 @@ def check_output(output: Path, input_name: str) -> None:
     Raises:
         LoratuneError: a folder, or a name that would replace the rows.
     """
-    if output.is_dir():
+    if output.name == "" or os.path.isdir(output):  # noqa: PTH112 - is_dir raises where a name is too long
         raise LoratuneError(f"--output {output} is a folder; give a file, such as {output}/answers.jsonl", Exit.USAGE)
     places, rows = (output, _beside(output, PART), _beside(output, REPORT)), Path(input_name)
     with disk_errors_explained(output):
         replaces = rows.exists() and any(place.exists() and place.samefile(rows) for place in places)
     if replaces:
         raise LoratuneError(f"--output {output} would replace the rows of --input; choose another name", Exit.USAGE)
-    if output.exists() and not output.is_file():
-        raise LoratuneError(f"--output {output} is not a plain file; choose another name", Exit.USAGE)
+    if strange := [place for place in places if place.exists() and not place.is_file()]:
+        raise LoratuneError(f"--output {output}: {strange[0]} is not a plain file; choose another name", Exit.USAGE)
     if not output.parent.is_dir():
         raise LoratuneError(f"--output {output}: there is no folder {output.parent}; make it first", Exit.USAGE)
 
@@ -246,7 +247,7 @@ def _header(about: About) -> dict[str, Any]:
 
 def _locked(part: Path) -> int:
     while True:
-        handle = os.open(part, os.O_RDWR | os.O_CREAT, 0o666)
+        handle = os.open(part, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
@@ -277,7 +278,7 @@ def _shown(value: Any) -> str:
 
 def _header_of(part: Path) -> dict[str, Any]:
     try:
-        with part.open("rb") as file:
+        with open_plain(part) as file:
             return _parsed(file.readline())
     except OSError:
         return {}
@@ -285,7 +286,7 @@ def _header_of(part: Path) -> dict[str, Any]:
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        return _parsed(path.read_bytes())
+        return _parsed(read_plain(path))
     except OSError:
         return {}
 

@@ -9,6 +9,7 @@ from prompt_toolkit.utils import get_cwidth
 from loratune import console
 from loratune.generation.chat_screen import LineEnds
 from loratune.generation.exchange import Piece
+from loratune.printable import visible
 
 _LEAST_COLUMN = 28
 _SEPARATOR = " │ "
@@ -26,7 +27,7 @@ class Columns:
 
     def __init__(self, titles: tuple[str, str], width: int | None) -> None:
         half = ((width or 0) - len(_SEPARATOR)) // 2
-        self._titles = [console.visible(title) for title in titles]
+        self._titles = [visible(title) for title in titles]
         self._is_stacked = half < _LEAST_COLUMN
         self._columns = [Column((width or sys.maxsize) if self._is_stacked else half) for _ in titles]
         self._begun = 0
@@ -99,7 +100,7 @@ class Column:
             self._flush()
             self.lines.append(("", "plain"))
         self._kind = kind
-        self._rest += console.visible(self._line_ends.feed(text)).replace("\t", "    ")
+        self._rest += visible(self._line_ends.feed(text)).replace("\t", "    ")
         *whole, self._rest = self._rest.split("\n")
         for line in whole:
             self._fold(line, keeps_rest=False)
@@ -112,7 +113,7 @@ class Column:
         self.is_ended = True
 
     def _flush(self) -> None:
-        self._rest += console.visible(self._line_ends.rest())
+        self._rest += visible(self._line_ends.rest())
         if self._rest:
             self._fold(self._rest, keeps_rest=False)
         self._rest = ""

@@ -7,6 +7,7 @@ from contextlib import ExitStack
 
 from loratune import console
 from loratune.generation.exchange import Piece
+from loratune.printable import visible
 
 _PATIENCE_SECONDS = 0.4
 
@@ -75,7 +76,7 @@ class OneAnswer:
     def _put(self, text: str) -> None:
         if not text:
             return
-        shown = console.visible(text)
+        shown = visible(text)
         if self._kind == "context":
             console.write_spans([(shown, "context")], brackets=False)
         else:

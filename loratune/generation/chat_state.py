@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from loratune import console
 from loratune.data.conversation import Message
 from loratune.errors import Exit, LoratuneError
 from loratune.generation.answering import Reply
 from loratune.generation.engine import Engine
 from loratune.generation.exchange import Question
 from loratune.model.sampling import SEEDS, Sampling
+from loratune.printable import printable_json, visible
 from loratune.writing import write_text
 
 BASE = "base"
@@ -160,7 +159,7 @@ class ChatState:
                 lines = turn.reply.reasoning.strip().splitlines()
                 parts.append("\n".join(f"> {line}".rstrip() for line in lines))
             parts.append(f"**Answer**\n\n{turn.reply.text.strip()}")
-        return console.visible("\n\n".join(parts)) + "\n"
+        return visible("\n\n".join(parts)) + "\n"
 
     def _json(self) -> str:
         messages: list[dict[str, Any]] = [{"role": "system", "content": self.system}] if self.system else []
@@ -169,5 +168,4 @@ class ChatState:
             if turn.reply.reasoning.strip():
                 answer["reasoning_content"] = turn.reply.reasoning
             messages += [{"role": "user", "content": turn.question}, answer]
-        text = json.dumps([{"messages": messages}], ensure_ascii=False, indent=2)
-        return console.UNPRINTABLE.sub(lambda match: f"\\u{ord(match[0]):04x}", text) + "\n"
+        return printable_json([{"messages": messages}]) + "\n"

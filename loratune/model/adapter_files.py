@@ -12,7 +12,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from loratune.errors import Exit, LoratuneError, bullet_list
-from loratune.reading import CONFIG_BYTES, read_json_object
+from loratune.plain_files import CONFIG_BYTES, read_json_object
 
 WEIGHTS_FILE = "adapter_model.safetensors"
 CONFIG_FILE = "adapter_config.json"

@@ -24,7 +24,7 @@ from transformers.utils import logging as transformers_logging
 
 from loratune.errors import Exit, LoratuneError, bullet_list
 from loratune.model.files import CONFIG, check_values
-from loratune.reading import CONFIG_BYTES, read_json_object
+from loratune.plain_files import CONFIG_BYTES, read_json_object
 
 GENERATION_CONFIG = "generation_config.json"
 # Of what every config class has in common; the rest changes what a model returns, or is about classifiers.

@@ -42,7 +42,8 @@ def _form(entry: Any) -> str:
 
 # Told apart by their form, so that an error is told of the form that was meant alone.
 SourceEntry = Annotated[
-    Annotated[HomePath, Tag("text")] | Annotated[SourceSettings, Tag("settings")], Discriminator(_form)
+    Annotated[HomePath, Field(min_length=1), Tag("text")] | Annotated[SourceSettings, Tag("settings")],
+    Discriminator(_form),
 ]
 
 

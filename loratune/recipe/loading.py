@@ -13,12 +13,15 @@ from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
 from loratune.errors import Exit, LoratuneError, bullet_list
+from loratune.plain_files import open_plain
 from loratune.recipe.data_sections import SourceSettings
 from loratune.recipe.sections import Recipe, iterate_settings
 from loratune.recipe.yaml_reader import SURROGATE, Document, read_yaml, write_yaml
 
 FORMS = ("text", "settings")
 """Of an entry of data.train; pydantic names them in the place of an error."""
+MOST_BYTES = 2**20
+"""Of a recipe; reading takes a second for so many."""
 PACKAGE = Path(__file__).resolve().parent.parent
 # An installed wheel carries configs/ and data/ inside the package, a checkout beside it.
 SHIPPED = PACKAGE if (PACKAGE / "configs").is_dir() else PACKAGE.parent
@@ -96,14 +99,22 @@ def load_recipe(config: str | None, flags: dict[str, Any]) -> Recipe:
     return _with_found_data(recipe, path)
 
 
-def dump_recipe(recipe: Recipe) -> str:
+def dump_recipe(recipe: Recipe, is_ascii: bool = False) -> str:
     """The resolved recipe as YAML that `load_recipe` reads back to an equal Recipe."""
-    return write_yaml(recipe.model_dump())
+    return write_yaml(recipe.model_dump(), is_ascii)
 
 
 def _read(path: Path) -> Document:
     try:
-        return read_yaml(path.read_text(encoding="utf-8-sig"))
+        with open_plain(path) as file:
+            content = file.read(MOST_BYTES + 1)
+        if len(content) > MOST_BYTES:
+            raise LoratuneError(
+                f"{path}: larger than {MOST_BYTES:,} bytes, so it is no recipe; rows belong into a file of their own, "
+                "named in data.train",
+                Exit.USAGE,
+            )
+        return read_yaml(content.decode("utf-8-sig"))
     except UnicodeDecodeError as error:
         raise LoratuneError(f"{path}: not UTF-8 text (byte {error.start}); save it as UTF-8", Exit.USAGE) from error
     except OSError as error:
@@ -205,8 +216,11 @@ def _describe_all(details: list[ErrorDetails], lines: dict[str, int], flags: set
 
 def _joined(messages: list[str]) -> str:
     """Messages on one value, which each ends with: `must be a valid number, or must be a valid list; got True`."""
-    heads, _, value = zip(*(message.rpartition("; got ") for message in messages), strict=True)
-    return messages[0] if len(messages) == 1 else f"{', or '.join(heads)}; got {value[0]}"
+    if len(messages) == 1:
+        return messages[0]
+    parts = [message.partition("; got ") for message in messages]
+    value = next((value for _, got, value in parts if got), "nothing")
+    return f"{', or '.join(head for head, _, _ in parts)}; got {value}"
 
 
 def _describe(detail: ErrorDetails, lines: dict[str, int], flags: set[str]) -> tuple[int, str, str]:

@@ -81,9 +81,14 @@ def read_yaml(text: str) -> Document:
     return document
 
 
-def write_yaml(values: dict[str, Any]) -> str:
-    """YAML text that `read_yaml` reads back to equal values."""
-    return yaml.dump(values, Dumper=_Writer, sort_keys=False, allow_unicode=True, width=100)
+def write_yaml(values: dict[str, Any], is_ascii: bool = False) -> str:
+    """YAML text that `read_yaml` reads back to equal values.
+
+    Args:
+        values: of plain types.
+        is_ascii: escape all other characters.
+    """
+    return yaml.dump(values, Dumper=_Writer, sort_keys=False, allow_unicode=not is_ascii, width=100)
 
 
 class _Builder:

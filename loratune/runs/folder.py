@@ -16,28 +16,26 @@ from __future__ import annotations
 import errno
 import hashlib
 import json
-import os
-import shutil
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
 from loratune import console
 from loratune.errors import Exit, LoratuneError
+from loratune.plain_files import open_plain, read_plain_text, reason_of
 from loratune.recipe.loading import dump_recipe
 from loratune.recipe.sections import Recipe
-from loratune.writing import write_json, write_text
+from loratune.writing import PROGRAM as PROGRAM
+from loratune.writing import TEMPORARY_NAME, remove, remove_unfinished, try_to_write, write_json, write_text
 
 FORMAT_VERSION = 1
 RECIPE, MANIFEST, STATUS, REPORT = "recipe.yaml", "manifest.json", "status.json", "report.json"
 ADAPTER, CHECKPOINTS, METRICS, PLOT, PROBE = "adapter", "checkpoints", "metrics.jsonl", "loss.png", "probe.json"
 LOCK, LOCK_OWNER = ".lock", ".lock-owner.json"
 TRACKER_LOGS = "runs"
-TRIAL = ".loratune-"
 RESUMED = (CHECKPOINTS, METRICS, TRACKER_LOGS, ADAPTER, MANIFEST)
 """What a run that goes on begins with; an adapter of before is replaced only at the end."""
 CONTENTS = (RECIPE, MANIFEST, STATUS, REPORT, ADAPTER, CHECKPOINTS, METRICS, PLOT, PROBE, TRACKER_LOGS)
-PROGRAM = "loratune"
 VERIFICATION = "verification.json"  # of a merged or exported folder
 
 
@@ -99,18 +97,31 @@ def _is_ours(marker: Path, kind: str) -> bool:
 
 def _is_passing(name: str) -> bool:
     """Whether a file says nothing of what a folder is for: another process is looking at it, or was killed there."""
-    return name in (LOCK, LOCK_OWNER) or name.startswith(TRIAL) or (name[:1] == "." and name.endswith(".tmp"))
+    return name in (LOCK, LOCK_OWNER) or TEMPORARY_NAME.fullmatch(name) is not None
 
 
 def _check_writable(output: Path) -> None:
-    """Try it: permission bits say little about root, quotas, or read-only disks."""
     existing = next(place for place in [output, *output.absolute().parents] if place.exists())
-    trial = existing / f"{TRIAL}{hashlib.sha256(os.fsencode(output)).hexdigest()[:8]}"
     try:
-        trial.touch()
-        trial.unlink(missing_ok=True)  # another process may try the same
+        try_to_write(existing)
     except OSError as error:
         raise LoratuneError(f"{output}: cannot write to {existing}: {error.strerror}", Exit.IO) from error
+
+
+def check_links(output: Path) -> None:
+    """Refuse to go on with a run that would write and remove what lies outside its folder.
+
+    Raises:
+        LoratuneError: a folder of the run is a link.
+    """
+    linked = [output / name for name in (CHECKPOINTS, TRACKER_LOGS) if (output / name).is_symlink()]
+    if linked:
+        named = " and ".join(map(str, linked))
+        raise LoratuneError(
+            f"{named}: a link; a run writes and removes files in its own folder alone. Move what it leads to into "
+            f"{output}, or move the whole run there and let {output} be the link",
+            Exit.IO,
+        )
 
 
 def begin_run(
@@ -130,29 +141,17 @@ def begin_run(
         output.mkdir(parents=True, exist_ok=True)
         # First, so that wherever the process is killed the folder is known to be a run's.
         set_status(output, "running", **({"steps": steps} if steps else {}))
-        for place in [output / name for name in removed]:
-            if place.is_dir() and not place.is_symlink():
-                shutil.rmtree(place)
-            else:
-                place.unlink(missing_ok=True)
-        _remove_unfinished(output)
+        # Before the rest, since what a killed process had put aside gets its name again.
+        for left in [*remove_unfinished(output), *remove_unfinished(output / CHECKPOINTS)]:
+            console.say(f"removed {left}, which an earlier process had not finished")
+        for name in removed:
+            remove(output / name)
     except OSError as error:
         raise LoratuneError(f"{output}: cannot be made: {error.strerror}", Exit.IO) from error
     write_text(output / RECIPE, dump_recipe(recipe))
     known = read_manifest(output) if (output / MANIFEST).is_file() else {}
     values = {"format_version": FORMAT_VERSION, "created": known.get("created", _now()), **manifest}
     write_manifest(output, values | {"files": known.get("files", {}) | {RECIPE: _sealed(output / RECIPE)}})
-
-
-def _remove_unfinished(output: Path) -> None:
-    """What a killed process was about to write; complete things never have such names."""
-    for place in (output, output / CHECKPOINTS):
-        for left in [*place.glob(".tmp-*"), *place.glob(".*.tmp")]:
-            console.say(f"removed {left}, which an earlier process had not finished")
-            if left.is_dir():
-                shutil.rmtree(left)
-            else:
-                left.unlink()
 
 
 def set_status(output: Path, state: str, **details: Any) -> None:
@@ -207,7 +206,7 @@ def values_sha256(values: dict[str, Any]) -> str:
 def file_sha256(path: Path) -> str:
     """Hex sha256 of a file's bytes."""
     digest = hashlib.sha256()
-    with path.open("rb") as file:
+    with open_plain(path) as file:
         while chunk := file.read(1 << 20):
             digest.update(chunk)
     return digest.hexdigest()
@@ -220,9 +219,9 @@ def read_json(path: Path) -> dict[str, Any]:
         LoratuneError: the file cannot be read or holds something else.
     """
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise LoratuneError(f"{path}: cannot be read: {error}", Exit.MODEL) from error
+        value = json.loads(read_plain_text(path))
+    except (OSError, ValueError, RecursionError) as error:
+        raise LoratuneError(f"{path}: cannot be read: {reason_of(error)}", Exit.MODEL) from error
     if not isinstance(value, dict):
         raise LoratuneError(f"{path}: holds no JSON object", Exit.MODEL)
     return value

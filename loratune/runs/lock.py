@@ -13,7 +13,9 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from loratune.errors import Exit, LoratuneError
+from loratune.plain_files import read_plain_text
 from loratune.runs.folder import LOCK, LOCK_OWNER
+from loratune.writing import write_json
 
 
 @contextmanager
@@ -29,7 +31,7 @@ def run_lock(output: Path) -> Iterator[None]:
     owner = output / LOCK_OWNER
     lock = _acquired(output)
     try:
-        owner.write_text(json.dumps({"pid": os.getpid(), "host": socket.gethostname()}))
+        write_json(owner, {"pid": os.getpid(), "host": socket.gethostname()})
         yield
     finally:
         owner.unlink(missing_ok=True)
@@ -85,7 +87,7 @@ def _is_alive(owner: dict[str, Any]) -> bool:
 
 def _owner(run: Path) -> dict[str, Any]:
     try:
-        told = json.loads((run / LOCK_OWNER).read_text())
+        told = json.loads(read_plain_text(run / LOCK_OWNER))
     except (OSError, ValueError):
         return {}
     return told if isinstance(told, dict) else {}

@@ -146,7 +146,7 @@ def _recall(path: Path, identity: tuple[int, ...]) -> dict[str, str] | None:
             os.utime(entry)
         if known["sha256"] != _sum(known["tensors"]):
             return None
-    except (OSError, RuntimeError, ValueError, TypeError, KeyError):  # none, damaged, or no home
+    except (OSError, LoratuneError, ValueError, TypeError, KeyError):  # none, no home for it, or damaged
         return None
     return dict(known["tensors"])
 
@@ -164,7 +164,7 @@ def _remember(path: Path, identity: tuple[int, ...], tensors: dict[str, str]) ->
         for other in entry.parent.glob("*.json"):
             if other.stat().st_mtime < oldest:
                 other.unlink(missing_ok=True)
-    except (OSError, RuntimeError, LoratuneError):
+    except (OSError, LoratuneError):
         return
 
 

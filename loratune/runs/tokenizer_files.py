@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from loratune.errors import Exit, LoratuneError
+from loratune.plain_files import read_plain
 from loratune.runs.folder import read_json
 
 TOKENIZER_FILES = (
@@ -30,7 +31,11 @@ NAMED_TEMPLATES = "additional_chat_templates"
 def tokenizer_files(folder: Path) -> Iterator[str]:
     """Names of the files that a folder's tokenizer and its chat templates come from."""
     yield from (name for name in TOKENIZER_FILES if (folder / name).is_file())
-    yield from (f"{NAMED_TEMPLATES}/{path.name}" for path in sorted((folder / NAMED_TEMPLATES).glob("*.jinja")))
+    yield from (
+        f"{NAMED_TEMPLATES}/{path.name}"
+        for path in sorted((folder / NAMED_TEMPLATES).glob("*.jinja"))
+        if path.is_file()
+    )
 
 
 def copy_tokenizer_files(base: Path, folder: Path) -> None:
@@ -44,7 +49,7 @@ def tokenizer_sha256(folder: Path) -> str:
     """Hash of all files that a tokenizer and its chat template come from."""
     files = hashlib.sha256()
     for name in tokenizer_files(folder):
-        content = (folder / name).read_bytes()
+        content = read_plain(folder / name)
         files.update(f"{name} {len(content)} ".encode() + content)
     return files.hexdigest()
 

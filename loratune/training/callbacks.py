@@ -16,7 +16,7 @@ from loratune.errors import Exit, LoratuneError, bullet_list
 from loratune.model.hardware import Hardware
 from loratune.model.memory import peak_memory_bytes
 from loratune.runs.folder import METRICS, read_metrics
-from loratune.writing import write_text
+from loratune.writing import append_text, write_text
 
 SHOWN_ROWS = 8
 ZERO_REASONS = {
@@ -94,8 +94,7 @@ class Metrics(TrainerCallback):
         record["seconds"] = round(seconds, 3)
         self.records.append(record)
         if state.is_world_process_zero:
-            with self.path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(record) + "\n")
+            append_text(self.path, json.dumps(record) + "\n")
 
     def _training_record(self, logs: dict[str, float], training_seconds: float) -> dict[str, float]:
         tokens = logs.get("num_tokens", 0)

@@ -14,6 +14,7 @@ from loratune.recipe.sections import CheckpointSettings, EvaluationSettings
 from loratune.runs.checkpoint import checkpoint_steps, open_checkpoint, step_folder
 from loratune.runs.folder import CHECKPOINTS
 from loratune.training.resuming import stays_stopped
+from loratune.writing import remove
 
 
 def check_room(output: Path, settings: CheckpointSettings, adapter_bytes: int) -> None:
@@ -75,7 +76,7 @@ class CheckpointKeeper(TrainerCallback):
             keep.add(self.best_step)
         for step in steps:
             if step not in keep:
-                shutil.rmtree(step_folder(self.folder, step))
+                remove(step_folder(self.folder, step))
 
     @property
     def progress(self) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from loratune.errors import Exit, LoratuneError, counted
 from loratune.recipe.sections import Recipe, flat_settings
 from loratune.runs.checkpoint import Checkpoint, named_checkpoint, newest_checkpoint
 from loratune.runs.fingerprint import FULL
-from loratune.runs.folder import ADAPTER, CHECKPOINTS, MANIFEST, STATUS, read_json, read_manifest
+from loratune.runs.folder import ADAPTER, CHECKPOINTS, MANIFEST, STATUS, check_links, read_json, read_manifest
 from loratune.training.checkpoint_state import check_states
 
 NEWEST, AUTO = "newest", "auto"
@@ -44,8 +44,9 @@ def find_start(output: Path, resume: Resume) -> Checkpoint | None:
     """The checkpoint to go on from; None is a start from the beginning.
 
     Raises:
-        LoratuneError: there is none, or it is damaged.
+        LoratuneError: there is none, it is damaged, or going on would write outside the run's folder.
     """
+    check_links(output)
     if resume.checkpoint not in (NEWEST, AUTO):
         named = named_checkpoint(output, resume.checkpoint)
         check_states(named)

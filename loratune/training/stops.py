@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import signal
 import threading
 from collections.abc import Iterator
@@ -93,8 +92,7 @@ class Stops(TrainerCallback):
             raise Interrupted(number)
         self.signal = number
         if console.IS_SPEAKER:
-            # Not by the console, which may be in the middle of something.
-            os.write(2, f"\n{self._told}\n".encode())
+            console.interject(self._told)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """End here with a checkpoint if a signal has come to any process; a validation is left to the resumed run."""

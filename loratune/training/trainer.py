@@ -23,7 +23,7 @@ from loratune.training.batching import Batching
 from loratune.training.checkpoint_state import TRAINER_STATE, state_errors_explained
 from loratune.training.labelled_loss import add_labelled_loss
 from loratune.training.stops import Stops, ValidationStopped
-from loratune.writing import folder_in_one_step, staging_place
+from loratune.writing import folder_in_one_step
 
 
 class AdapterTrainer(SFTTrainer):
@@ -230,8 +230,8 @@ class AdapterTrainer(SFTTrainer):
         """A folder that all processes fill and the first one renames when all are done."""
         target = step_folder(Path(self.args.output_dir) / CHECKPOINTS, self.state.global_step)
         with ExitStack() as stack:
-            if self.args.should_save:
-                stack.enter_context(folder_in_one_step(target))
-            self.accelerator.wait_for_everyone()
-            yield staging_place(target)
+            made = [stack.enter_context(folder_in_one_step(target)) if self.args.should_save else target]
+            if self.args.world_size > 1:
+                torch.distributed.broadcast_object_list(made)
+            yield made[0]
             self.accelerator.wait_for_everyone()

@@ -59,7 +59,7 @@ def full_disk(runner: Runner) -> Iterator[str | None]:
         code = runner.run(name, sabotage=sabotage)
         if code != 6:
             yield runner.failed(f"files of {limit} bytes: ended with {code}: {runner.last_line(name)}")
-        if list((runner.place / name).rglob(".tmp-*")):
+        if list((runner.place / name).rglob(".loratune-*")):
             yield runner.failed(f"files of {limit} bytes: something unfinished is left")
         yield runner.resumed(name)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import sys
 from collections.abc import Callable, Iterator
@@ -25,7 +26,7 @@ def watch(folder: Path, at: Callable[[str], None]) -> None:
                 return
             place = os.fsdecode(details[0])
             if place.startswith(str(folder)) and not place.endswith((".lock", ".lock-owner.json")):
-                at(f"{event} {Path(place).name}")
+                at(f"{event} {re.sub('[0-9a-f]{32}', '…', str(Path(place).relative_to(folder)))}")
 
     def both_sides(save: Callable[..., Any]) -> Callable[..., Any]:
         def saving(*arguments: Any, **settings: Any) -> Any:
@@ -72,7 +73,8 @@ def kill_at(folder: Path, number: int) -> Callable[[], None]:
 def at_file_boundaries(runner: Runner) -> Iterator[str | None]:
     """From the start of the second checkpoint's save on: saves, rotation, the final adapter, the report."""
     events = boundaries(runner)
-    begin = next(number for number, what in enumerate(events) if what == "os.mkdir .tmp-step-000004")
+    saves = [number for number, what in enumerate(events) if what == "os.mkdir checkpoints/.loratune-…"]
+    begin = saves[1]
     for number in range(begin + 1, len(events) + 1):
         if events[number - 1] == events[number - 2]:
             continue  # making a folder that is there

@@ -84,7 +84,7 @@ class Runner:
         if self.digest(name) != self.expected:
             self.differing += 1
             return "the adapter differs"
-        left = [path.name for pattern in (".tmp-*", ".*.tmp") for path in (self.place / name).rglob(pattern)]
+        left = [path.name for path in (self.place / name).rglob(".loratune-*")]
         return f"left behind: {left}" if left else None
 
     def failed(self, text: str) -> str:
