@@ -22,7 +22,7 @@ from loratune.data.conversation import Conversation
 from loratune.data.encoded import CUT, INFO, ROWS, SCHEMA, UNENDED
 from loratune.data.encoding import IGNORED, Encoder, Example
 from loratune.data.inspection import Inspector
-from loratune.data.tokens import Ids
+from loratune.data.tokens import Ids, normal_form
 from loratune.data.truncation import shorten
 from loratune.errors import LoratuneError
 from loratune.recipe.data_sections import DataSettings
@@ -51,6 +51,7 @@ class RowEncoder:
             [token.content for token in added if token.special],
             encoder.settings.thinking,
             encoder.asks_for_reasoning,
+            normal_form(encoder.tokenizer),
         )
 
     def write(self, rows: CheckedRows, folder: Path) -> None:
