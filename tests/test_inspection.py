@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import json
 import random
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, get_args
 
 import pytest
+from conftest import TINY_QWEN
+from typer.testing import Result
 
+from loratune.data.broken_off import breaks_off
 from loratune.data.conversation import Conversation
 from loratune.data.inspection import FLAGS, Inspector, is_garbled, is_repetitive
+from loratune.data.tokens import normal_form
 from loratune.recipe.data_sections import Finding
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -62,7 +67,7 @@ def test_flags_are_findings_and_have_an_order_that_files_rely_on() -> None:
     assert set(FLAGS) <= set(get_args(Finding))
     assert FLAGS == (
         "empty", "short", "garbled", "control_tokens", "control_tokens_in_answers", "repetitive", "thinking",
-        "no_reasoning",
+        "no_reasoning", "broken_off", "only_reasoning", "normalized",
     )  # fmt: skip
 
 
@@ -197,3 +202,109 @@ def test_tables_code_and_lists_are_no_loops() -> None:
     code = [i for n in range(30) for i in (10, 11, 12, 300 + n, 13, 14, 15, 16, 300 + n, 17, line)]
     for ids in (table, truth, numbered, binary, code, list(range(500))):
         assert not is_repetitive(ids)
+
+
+# --- answers that break off, reasoning alone, other normal forms ---
+
+PROSE = "Tea is a drink. It is made of leaves. Hot water is poured over them. People like it"
+BROKEN_OFF = [
+    "It is a reminder of the importance of",
+    "First comes the water,",
+    "Take these (",
+    "萨克斯、小号、",
+    "这主要是因为",
+    f"{PROSE} in the morning and at ni",
+    "1. Water is needed for all of the plants that grow here.\n2. Light is needed by each of these plants too.\n"
+    "3. Soil holds the roots of the plants and gives them what they nee",
+    "Here it is:\n```python\nprint(1)",
+    "Here it is:\n~~~\nprint(1)",
+    "````md\n```\nx\n```\nmore",
+    "The list goes on. [truncated]",
+    "The list goes on (output truncated) ...",
+    "还有很多。【截断】",
+]
+WHOLE = [
+    "Paris",
+    "The",
+    "apples, pears, plums",
+    "def add(a, b):\n    return a + b",
+    "```python\nprint(1)\n```",
+    "Here:\n~~~\na\n~~~\nand\n```\nb\n```",
+    "````md\n```\nx\n```\n````",
+    "A title\n\nRoses are red\nViolets are blue\nSugar is sweet\nAnd so are you",
+    f"{PROSE}.",
+    f"{PROSE}: why",
+    "- first item of the list\n- second item of the list\n- third item of the list",
+    "See https://example.org/a-page-about-tea",
+    "The word [truncated] stands in the middle of this.",
+    "Use `[truncated]` as a mark. It is known.",
+    "Dear Sir, thank you for your kind letter of the third of May.\n\nSincerely,\nAda Lovelace",
+    "今天天气很好。我们去公园吧",
+    "它是一种植物。它需要水。它也需要光。谢谢",
+]
+
+
+@pytest.mark.parametrize("answer", BROKEN_OFF)
+def test_an_answer_that_breaks_off_is_found(answer: str) -> None:
+    assert breaks_off(answer)
+    assert breaks_off(answer + " \n")
+    assert findings(conversation("a", answer)) == ["broken_off"]
+    assert findings(conversation("a", answer, "b", "c d", roles="uaua", untrained=frozenset({1}))) == []
+
+
+@pytest.mark.parametrize("answer", WHOLE)
+def test_a_whole_answer_does_not_break_off(answer: str) -> None:
+    assert not breaks_off(answer)
+
+
+@pytest.mark.parametrize("name", ["identity", "company_faq"])
+def test_hardly_any_shipped_row_is_said_to_break_off(name: str) -> None:
+    rows = json.loads((ROOT / "data" / f"{name}.json").read_text(encoding="utf-8"))
+    answers = [row["output"] for row in rows]
+    assert sum(map(breaks_off, answers)) <= len(answers) / 100
+
+
+def test_reasoning_alone_is_found_but_not_before_an_answer_or_a_call() -> None:
+    alone = "<think>\nTwo and two.\n</think>\n\n"
+    assert findings(conversation("2+2?", alone), thinking=True) == ["only_reasoning"]
+    assert findings(conversation("2+2?", alone + "4."), thinking=True) == []
+    called = conversation("2+2?", alone)
+    called.messages[1]["tool_calls"] = [{"type": "function", "function": {"name": "add", "arguments": {}}}]
+    assert findings(called, thinking=True) == []
+
+
+@pytest.mark.parametrize(
+    ("form", "text", "expected"),
+    [
+        ("NFC", "cafe\u0301", True), ("NFC", "caf\u00e9", False), ("NFC", "\ufb01", False), ("NFKC", "\ufb01", True),
+        ("NFD", "caf\u00e9", True), (None, "cafe\u0301", False),
+    ],
+)  # fmt: skip
+def test_texts_in_another_normal_form_than_the_tokenizer_s_are_found(form: Any, text: str, expected: bool) -> None:
+    for said in (conversation(text, "an answer"), conversation("a question", text)):
+        bits = Inspector(ADDED, SPECIAL, False, form=form).flags(said, [])
+        assert bool(bits >> FLAGS.index("normalized") & 1) is expected
+
+
+@pytest.mark.parametrize("form", ["NFC", "NFKC", "NFD", "NFKD", None])
+def test_the_normal_form_of_a_tokenizer_is_found_by_asking_it(form: Any) -> None:
+    from tokenizers import normalizers
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(TINY_QWEN)
+    assert normal_form(tokenizer) == "NFC"
+    tokenizer.backend_tokenizer.normalizer = getattr(normalizers, form)() if form else normalizers.Sequence([])
+    assert normal_form(tokenizer) == form
+
+
+def test_rows_in_another_normal_form_are_told_once_with_their_number(
+    cli: Callable[..., Result], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "1000")
+    rows = [{"instruction": f"Question {n}", "output": "Cafe\u0301." if n % 2 else "Caf\u00e9."} for n in range(6)]
+    (tmp_path / "rows.json").write_text(json.dumps(rows), encoding="utf-8")
+    flags = ("--model.base", "tiny-qwen", "--data.validation", "0", "--data.train", tmp_path / "rows.json")
+    done = cli("data", "check", *flags, "--json")
+    assert done.exit_code == 0, done.stderr
+    assert {one["name"]: one["count"] for one in json.loads(done.stdout)["findings"]} == {"normalized": 3}
+    assert "3 of 6 training rows hold characters that the tokenizer writes otherwise" in done.stderr

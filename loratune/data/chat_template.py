@@ -8,24 +8,17 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import date, datetime, time
 from functools import lru_cache
 from typing import Any
 
+from loratune.data.answer_ends import ANSWER, MARK, QUESTION, Render, Tools, frame_answer
 from loratune.data.templates import OWN_TEMPLATES
 from loratune.errors import Exit, LoratuneError
 
-Tools = Sequence[dict[str, Any]]
-Render = Callable[..., str]
-"""`render(text, messages, tools, **options)`: what a template's text makes of messages."""
-
-MARK = "loratune-answer"
 REASONING_MARK = "loratune-reasoning"
-SYSTEM, QUESTION, ANSWER = (
-    {"role": role, "content": content} for role, content in (("system", "!"), ("user", "?"), ("assistant", MARK))
-)
+SYSTEM = {"role": "system", "content": "!"}
 PROBE_TOOL: dict[str, Any] = {
     "type": "function",
     "function": {"name": "probe", "description": "Probes.", "parameters": {"type": "object", "properties": {}}},
@@ -60,6 +53,10 @@ class ChatTemplate:
     """What the template writes between its generation prompt and an answer that has no reasoning."""
     behind_answers: str = ""
     """What it writes after an answer that stands last."""
+    end_token: str = ""
+    """The special token that ends an answer; empty where the template sets none."""
+    end_remark: str = ""
+    """What the user should know of how it writes answers; {end} stands for what the tokenizer ends them with."""
     is_dated: bool = False
     """Whether it writes the date or the time."""
     remark: str = ""
@@ -94,7 +91,7 @@ def find_templates(tokenizer: Any, name: str) -> tuple[str, str]:
 
 
 def study_template(
-    render: Render, text: str, tools: Tools, thinking: bool, control: re.Pattern[str] | None
+    render: Render, text: str, tools: Tools, thinking: bool, special: re.Pattern[str], completes: bool = True
 ) -> ChatTemplate:
     """What a template does with one tokenizer and one thinking mode.
 
@@ -103,28 +100,28 @@ def study_template(
         text: the template's.
         tools: what its conversations offer; none for one that is used without.
         thinking: whether prompts ask for reasoning.
-        control: finds the tokenizer's special tokens; None takes the template as it is, so that prompts are not
-            completed and answers not begun as the template itself does it.
+        special: finds the tokenizer's special tokens.
+        completes: whether prompts are completed and answers begun as the template itself does it.
 
     Raises:
-        LoratuneError: it refuses a question with an answer, changes by chance, or writes no generation prompt and does
-            not show one either.
+        LoratuneError: it refuses a question with an answer, does not write the answer as it is, changes by chance, or
+            writes no generation prompt and does not show one either.
     """
     is_dated = _is_dated(render, text, tools)
     if is_dated:  # the clock must not tick between two renderings
         text, original = fixed_moment(text, MOMENTS[0]), text
     else:
         original = text
-    whole = render(text, [QUESTION, ANSWER], tools)
-    before, _, behind = whole.rpartition(MARK)
-    added = ""
-    if control and before and not _writes_a_prompt(render, text, tools):
-        added = _missing_prompt(render(text, [QUESTION], tools), before, thinking, control)
+    frame = frame_answer(render, text, tools, special)
+    before, added = frame.before, ""
+    if completes and not _writes_a_prompt(render, text, tools):
+        added = _missing_prompt(render(text, [QUESTION], tools), before, thinking, special)
     text, original = _completed(text, added), _completed(original, added)
     prompt = render(text, [QUESTION], tools, add_generation_prompt=True)
     begun = _begun_reasoning(prompt)
-    start = _answer_start(render, text, tools, thinking, (prompt, before, begun)) if control else ""
-    return ChatTemplate(original, added, begun, start, behind, is_dated, _remark(added, prompt, before, begun))
+    start = _answer_start(render, text, tools, thinking, (prompt, before, begun)) if completes else ""
+    remark = _remark(added, prompt, before, begun)
+    return ChatTemplate(original, added, begun, start, frame.behind, frame.end_token, frame.remark, is_dated, remark)
 
 
 def fixed_day(text: str, day: str) -> str:
@@ -257,7 +254,7 @@ def _remark(added: str, prompt: str, before: str, begun: str) -> str:
             "the tokenizer's chat template ignores add_generation_prompt: prompts are completed with what it writes "
             f"before its own answers, {added!r}; prompt.generation_prompt: template takes it as it is"
         )
-    is_continued = not before or begun or before.startswith(prompt) or prompt.startswith(before)
+    is_continued = begun or before.startswith(prompt) or prompt.startswith(before)
     if not is_continued:
         return (
             f"the tokenizer's chat template asks for an answer with {_end(prompt)!r} and writes earlier answers after "

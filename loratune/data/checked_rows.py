@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import insort
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import islice
@@ -26,8 +27,12 @@ class ReadingLog:
     seen: int = 0
     good: int = 0
     """Rows that can be trained on, of which some may not have been asked for."""
-    first_bad: list[str] = field(default_factory=list)
-    """Of the first bad rows, what is wrong and where, without the file's name: others may read the same file."""
+    refused: int = 0
+    """Of the bad rows, those that the chat template refuses."""
+    rendered: int = 0
+    """Rows that it has rendered."""
+    first_bad: list[tuple[int, str]] = field(default_factory=list)
+    """Of the first bad rows, number and what is wrong and where, without the file's name: others may read the same."""
     ignored: list[str] = field(default_factory=list)
     """Keys that say nothing to the format; some of them if there are very many."""
     under: str = ""
@@ -37,6 +42,11 @@ class ReadingLog:
     def bad(self) -> int:
         """Rows that cannot be read or trained on."""
         return self.seen - self.good
+
+    def note(self, number: int, problem: str) -> None:
+        """Keep what is wrong with a row if it is one of the first; rows may come in any order."""
+        insort(self.first_bad, (number, problem))
+        del self.first_bad[SHOWN_ROWS:]
 
 
 class CheckedRows:
@@ -63,8 +73,7 @@ class CheckedRows:
             log.seen += 1
             read = row.problem if isinstance(row, BadRow) else self._read(row)
             if isinstance(read, str):
-                if len(log.first_bad) < SHOWN_ROWS:
-                    log.first_bad.append(read.removeprefix(self.file.name))
+                log.note(row.number, read.removeprefix(self.file.name))
                 continue
             log.good += 1
             log.under = row.under if isinstance(row, Row) else ""
@@ -72,6 +81,12 @@ class CheckedRows:
                 yield row.number, read
         log.ignored = sorted(map(str, self.reader.ignored))[:10]
         self.reader.check_placeholders()
+
+    def refuse(self, number: int, error: LoratuneError) -> None:
+        """Count a row that was handed out as bad, since it cannot be rendered."""
+        self.log.good -= 1
+        self.log.refused += error.exit_code == Exit.MODEL
+        self.log.note(number, f"{self.file.place(number)}: {error}".removeprefix(self.file.name))
 
     def _read(self, row: Row) -> Conversation | str:
         read = self.reader.read(row.value)
@@ -92,19 +107,27 @@ def judge_log(file: RowFile, log: ReadingLog, data: DataSettings) -> str:
     """What to say of rows that cannot be read or trained on; empty where there are none.
 
     Raises:
-        LoratuneError: there are some and none may be left out, or too many, or nothing but bad ones.
+        LoratuneError: there are some and none may be left out, or too many, or nothing but bad ones; the template
+            refuses all.
     """
     if not log.bad:
         return ""
-    listed = bullet_list([file.name + problem for problem in log.first_bad], limit=SHOWN_ROWS, total=log.bad)
+    listed = bullet_list([file.name + problem for _, problem in log.first_bad], limit=SHOWN_ROWS, total=log.bad)
+    if log.refused and not log.rendered:
+        raise LoratuneError(
+            f"{file.name}: the tokenizer's chat template refuses every row that can be read:\n{listed}\n"
+            "the template is at fault, or not made for such conversations; correct it, or set prompt.template to plain "
+            "or alpaca",
+            Exit.MODEL,
+        )
     message = f"{file.name}: {log.bad:,} of {log.seen:,} rows cannot be trained on:\n{listed}\n"
     if data.on_bad_row == "skip" and log.bad <= data.max_bad_rows and log.good:
         return f"{message}they are left out"
-    needs = next(kind.needs for kind in FORMATS if kind.name == log.format)
+    needs = next(kind.needs for kind in FORMATS if kind.name == log.format) + "; " if log.refused < log.bad else ""
     if not log.good:
         reason = "no other row is left"
     elif data.on_bad_row == "skip":
         reason = f"data.max_bad_rows allows {data.max_bad_rows}"
     else:
         reason = "--data.on_bad_row skip leaves them out"
-    raise LoratuneError(f"{message}{needs}; mend or remove these rows ({reason})", Exit.DATA)
+    raise LoratuneError(f"{message}{needs}mend or remove these rows ({reason})", Exit.DATA)

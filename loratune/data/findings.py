@@ -33,6 +33,10 @@ SENTENCES = {
     "thinking": "have a <think> block, though prompt.thinking is false and so the prompt asks for none",
     "no_reasoning": "have an answer without reasoning, though the prompt asks for it (prompt.thinking, or a template "
     "that always does): the model learns to leave it out",
+    "broken_off": "have an answer that breaks off: in a sentence or a code block, or with a mark such as [truncated]",
+    "only_reasoning": "have an answer of a <think> block alone; with data.train_thinking false only its end is trained",
+    "normalized": "hold characters that the tokenizer writes otherwise, such as a letter and an accent that it joins; "
+    "the model reads and learns its form",
     "long_answers": "have an answer more than ten times as long as half of all answers",
     "duplicates": "are repetitions",
     "near_duplicates": "are nearly the same as an earlier row",

@@ -5,11 +5,15 @@ from __future__ import annotations
 import re
 from array import array
 from collections.abc import Iterable, Sequence
+from unicodedata import is_normalized
 
 from ftfy import fix_encoding
 from ftfy.badness import badness
 
+from loratune.data.broken_off import breaks_off
+from loratune.data.chat_template import CLOSING
 from loratune.data.conversation import Conversation, Message
+from loratune.data.tokens import NormalForm
 from loratune.recipe.data_sections import Finding
 
 FLAGS: tuple[Finding, ...] = (
@@ -21,11 +25,15 @@ FLAGS: tuple[Finding, ...] = (
     "repetitive",
     "thinking",
     "no_reasoning",
+    "broken_off",
+    "only_reasoning",
+    "normalized",
 )
 """The findings by the number of their bit."""
 EMPTY, SHORT, GARBLED, CONTROL_TOKENS, CONTROL_TOKENS_IN_ANSWERS, REPETITIVE, THINKING, NO_REASONING = (
-    1 << place for place in range(len(FLAGS))
+    1 << place for place in range(8)
 )
+BROKEN_OFF, ONLY_REASONING, NORMALIZED = (1 << place for place in range(8, len(FLAGS)))
 
 REASONING = re.compile(r"<think>\s*(?!</think>)\S")
 """The beginning of a reasoning block that is not empty."""
@@ -61,6 +69,7 @@ class Inspector:
         special_tokens: those among them that a model must not read or write as text.
         thinking: whether prompts ask for a reasoning block.
         expects_reasoning: whether the template then wants one before every answer.
+        form: the Unicode normal form that the tokenizer brings texts into.
     """
 
     def __init__(
@@ -69,11 +78,13 @@ class Inspector:
         special_tokens: Iterable[str],
         thinking: bool,
         expects_reasoning: bool = False,
+        form: NormalForm | None = None,
     ) -> None:
         self._added = _any_of(added_tokens)
         self._special = _any_of(special_tokens)
         self._thinking = thinking
         self._expects_reasoning = expects_reasoning
+        self._form = form
 
     def flags(self, conversation: Conversation, trained: Sequence[int]) -> int:
         """The bits of all findings, in the order of FLAGS.
@@ -87,6 +98,8 @@ class Inspector:
             text = message["content"]
             if is_garbled(text):
                 found |= GARBLED
+            if self._form and not is_normalized(self._form, text):
+                found |= NORMALIZED
             if message["role"] != "assistant":
                 found |= CONTROL_TOKENS if self._added.search(text) else 0
                 continue
@@ -97,13 +110,15 @@ class Inspector:
         return found
 
     def _flags_of_trained(self, message: Message) -> int:
-        text = message["content"]
+        text, calls = message["content"], message.get("tool_calls")
         length = len(text.strip())
-        if length < 2 and not message.get("tool_calls"):
+        if length < 2 and not calls:
             return SHORT if length else EMPTY
+        found = BROKEN_OFF if not calls and breaks_off(text) else 0
+        found |= ONLY_REASONING if not calls and text.rstrip().endswith(CLOSING) else 0
         if self._expects_reasoning:
-            return 0 if "</think>" in text or REASONING.search(text) else NO_REASONING
-        return THINKING if not self._thinking and REASONING.search(text) else 0
+            return found if CLOSING in text or REASONING.search(text) else found | NO_REASONING
+        return found | THINKING if not self._thinking and REASONING.search(text) else found
 
 
 def is_garbled(text: str) -> bool:

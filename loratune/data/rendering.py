@@ -104,7 +104,11 @@ class ChatRenderer:
     @property
     def remarks(self) -> list[str]:
         """What the user should know of the template."""
-        return [text for text in dict.fromkeys((self._plain.remark, self._with_tools.remark)) if text]
+        end = self.tokenizer.convert_ids_to_tokens(self.end_id)
+        stops = f"{end!r} is trained as the end of every answer, and generation stops on it"
+        chats = (self._plain, self._with_tools)
+        told = [text for chat in chats for text in (chat.end_remark.replace("{end}", stops), chat.remark)]
+        return [text for text in dict.fromkeys(told) if text]
 
     def text_for(self, tools: Sequence[dict[str, Any]] = ()) -> str:
         """The text that renders a conversation, on the day of the settings where it writes a date."""
@@ -142,8 +146,8 @@ class ChatRenderer:
 
         if self.settings.template not in OWN_TEMPLATES:
             try_template(text, [partial(render, text, *one, add_generation_prompt=True) for one in TRIALS])
-        control = self._special if self.settings.generation_prompt == "auto" else None
-        return study_template(render, text, tools, self.settings.thinking, control)
+        completes = self.settings.generation_prompt == "auto"
+        return study_template(render, text, tools, self.settings.thinking, self._special, completes)
 
     def _render(self, text: str, messages: Sequence[Any], tools: Sequence[dict[str, Any]], **options: Any) -> Any:
         """What a template's text makes of messages.
@@ -169,10 +173,8 @@ class ChatRenderer:
 
     def _find_end(self, chat: ChatTemplate) -> int:
         """The token that ends an answer: what the template sets after it, or the tokenizer's own if it sets none."""
-        ids = self.tokenizer(chat.behind_answers, add_special_tokens=False).input_ids
-        added = self.tokenizer.added_tokens_decoder
-        if ids and ids[0] in added and added[ids[0]].special:
-            return int(ids[0])
+        if chat.end_token:
+            return int(self.tokenizer.convert_tokens_to_ids(chat.end_token))
         if self.tokenizer.eos_token_id is None:
             raise LoratuneError("the tokenizer has no end token; answers would never stop", Exit.MODEL)
         return int(self.tokenizer.eos_token_id)

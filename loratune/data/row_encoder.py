@@ -11,7 +11,7 @@ from dataclasses import asdict
 from hashlib import blake2b
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import pyarrow as pa
@@ -22,13 +22,14 @@ from loratune.data.conversation import Conversation
 from loratune.data.encoded import CUT, INFO, ROWS, SCHEMA, UNENDED
 from loratune.data.encoding import IGNORED, Encoder, Example
 from loratune.data.inspection import Inspector
-from loratune.data.reading.files import RowFile
-from loratune.data.tokens import Ids
+from loratune.data.tokens import Ids, normal_form
 from loratune.data.truncation import shorten
 from loratune.errors import LoratuneError
 from loratune.recipe.data_sections import DataSettings
 
 BATCH_ROWS = 1000
+Rendered: TypeAlias = tuple[list[Example], list[Example]]
+"""Sequences of a row: as they are, and as they are kept."""
 NOTHING = Example(array("i"), array("i"))
 
 
@@ -43,19 +44,21 @@ class RowEncoder:
 
     def __init__(self, encoder: Encoder, data: DataSettings, max_length: int) -> None:
         self._encoder, self._data, self._max_length = encoder, data, max_length
+        self._settings = data.train_on, data.train_thinking
         added = encoder.tokenizer.added_tokens_decoder.values()
         self._inspector = Inspector(
             [token.content for token in added if not token.content.isspace()],
             [token.content for token in added if token.special],
             encoder.settings.thinking,
             encoder.asks_for_reasoning,
+            normal_form(encoder.tokenizer),
         )
 
     def write(self, rows: CheckedRows, folder: Path) -> None:
-        """Encode rows into a cache entry.
+        """Encode rows into a cache entry; those that cannot be rendered are noted as bad, and left out.
 
         Raises:
-            LoratuneError: what going through the rows raises, or the template for one of them; the file has changed.
+            LoratuneError: what going through the rows raises; the file has changed.
         """
         sequences, iterator = 0, iter(rows)
         with (
@@ -65,21 +68,24 @@ class RowEncoder:
             console.row_progress(f"encoding {Path(rows.file.name).name}") as advance,
         ):
             while batch := list(islice(iterator, BATCH_ROWS)):
-                lines = self._encode(batch, rows.file)
+                lines = self._encode(batch, rows)
                 sequences += len(lines)
                 writer.write_batch(_record_batch(lines))
                 advance(len(batch))
         rows.file.check_unchanged()
         (folder / INFO).write_text(json.dumps({"reading": asdict(rows.log), "sequences": sequences}), encoding="utf-8")
 
-    def _encode(self, batch: Sequence[tuple[int, Conversation]], file: RowFile) -> list[tuple[Any, ...]]:
+    def _encode(self, batch: Sequence[tuple[int, Conversation]], rows: CheckedRows) -> list[tuple[Any, ...]]:
         """One line of the table per sequence."""
         lines = []
-        encoded = self._examples(batch, file)
-        for (number, conversation), examples in zip(batch, encoded, strict=True):
+        for (number, conversation), rendered in zip(batch, self._rendered(batch), strict=True):
+            if isinstance(rendered, LoratuneError):
+                rows.refuse(number, rendered)
+                continue
+            rows.log.rendered += 1
+            examples, kept = rendered
             text = json.dumps(conversation.messages, ensure_ascii=False)
             digest = _digest(text, conversation.tools)
-            kept = self._shortened(conversation, examples)
             lost = sum(len(example.input_ids) for example in examples) - sum(len(one.input_ids) for one in kept)
             flags = self._flags(conversation, kept) | CUT * (lost > 0)
             # A row that leaves nothing to train keeps a line without ids, so that it can be told of.
@@ -88,24 +94,29 @@ class RowEncoder:
                 lines.append((ids, one.labels, number, digest, flags, len(ids), one.trained_tokens, lost, shown))
         return lines
 
-    def _examples(self, batch: Sequence[tuple[int, Conversation]], file: RowFile) -> list[list[Example]]:
-        settings = self._data.train_on, self._data.train_thinking
+    def _rendered(self, batch: Sequence[tuple[int, Conversation]]) -> list[Rendered | LoratuneError]:
+        """Of each row its sequences, or why there are none."""
+        conversations = [conversation for _, conversation in batch]
         try:
-            return self._encoder.encode_all([conversation for _, conversation in batch], *settings)
-        except LoratuneError:  # the template refuses a row: go through them again to say which
-            for number, conversation in batch:
-                try:
-                    self._encoder.encode(conversation, *settings)
-                except LoratuneError as error:
-                    raise LoratuneError(f"{file.place(number)}: {error}", error.exit_code) from error
-            raise
+            encoded = self._encoder.encode_all(conversations, *self._settings)
+            pairs = zip(conversations, encoded, strict=True)
+            return [(examples, self._shortened(conversation, examples)) for conversation, examples in pairs]
+        except LoratuneError:  # some row cannot be rendered: go through them again to see which
+            return [self._rendered_alone(conversation) for conversation in conversations]
+
+    def _rendered_alone(self, conversation: Conversation) -> Rendered | LoratuneError:
+        try:
+            examples = self._encoder.encode(conversation, *self._settings)
+            return examples, self._shortened(conversation, examples)
+        except LoratuneError as error:
+            return error
 
     def _shortened(self, conversation: Conversation, examples: list[Example]) -> list[Example]:
         data, limit = self._data, self._max_length
         fits = all(len(example.input_ids) <= limit for example in examples)
         if fits or data.too_long not in ("truncate_prompt", "truncate_answer"):
             return examples
-        return shorten(self._encoder, conversation, limit, data.too_long, data.train_on, data.train_thinking)
+        return shorten(self._encoder, conversation, limit, data.too_long, *self._settings)
 
     def _flags(self, conversation: Conversation, examples: list[Example]) -> int:
         trained = array("i", b"".join(map(_trained, examples)))

@@ -7,10 +7,11 @@ after another. Whether that holds for a tokenizer is found out first; where it d
 from __future__ import annotations
 
 import re
+import unicodedata
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import chain
-from typing import Any, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 from tokenizers.models import BPE
 from tokenizers.normalizers import NFC
@@ -22,6 +23,11 @@ MOST_PIECES = 400_000
 LONGEST_PIECE = 64
 """Characters; longer pieces hardly ever come again."""
 PIECES_PER_TEXT = 32
+
+NormalForm: TypeAlias = Literal["NFC", "NFKC", "NFD", "NFKD"]
+NORMAL_FORMS: tuple[NormalForm, ...] = ("NFC", "NFKC", "NFD", "NFKD")
+UNNORMALIZED = "e\u0301\u00e9\ufb01"
+"""A text that each form writes in another way."""
 
 # What may follow a word: none of `<=>`, which NFC joins with a mark behind them, and no apostrophe, which may belong to
 # the word.
@@ -170,6 +176,15 @@ class TokenMemo:
         """Whether cut samples have the library's ids."""
         samples = [*SAMPLES, *(sample + token + sample for token in self._added_ids for sample in SAMPLES[-1:])]
         return self.all_ids(samples, keep_special) == self._of_library(samples, keep_special)
+
+
+def normal_form(tokenizer: Any) -> NormalForm | None:
+    """The Unicode normal form that a tokenizer brings texts into; None where it keeps them, or does something else."""
+    ids = tokenizer(UNNORMALIZED, add_special_tokens=False).input_ids
+    read = str(tokenizer.decode(ids)).strip()
+    if read == UNNORMALIZED:
+        return None
+    return next((form for form in NORMAL_FORMS if read == unicodedata.normalize(form, UNNORMALIZED)), None)
 
 
 def _packed(ids: list[int]) -> bytes:

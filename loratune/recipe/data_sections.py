@@ -17,6 +17,9 @@ Finding = Literal[
     "repetitive",
     "thinking",
     "no_reasoning",
+    "broken_off",
+    "only_reasoning",
+    "normalized",
     "long_answers",
     "duplicates",
     "near_duplicates",
@@ -87,7 +90,7 @@ class DataSettings(Section):
         default=[],
         description="Findings whose rows are removed, with a report: duplicates, near_duplicates, overlap (training "
         "rows that are in validation too), empty, short, garbled, repetitive, long_answers, thinking, no_reasoning, "
-        "control_tokens, control_tokens_in_answers.",
+        "broken_off, only_reasoning, normalized, control_tokens, control_tokens_in_answers.",
     )
     near_duplicates: float | None = Field(default=None, gt=0, lt=1)
     """Look for rows of at least this similarity (0.8 is usual) besides equal ones; slower."""

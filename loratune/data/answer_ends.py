@@ -1,0 +1,99 @@
+"""How a chat template ends answers, and whether it leaves their text alone, told from renderings of marked ones."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from loratune.errors import Exit, LoratuneError
+
+Tools = Sequence[dict[str, Any]]
+Render = Callable[..., str]
+"""`render(text, messages, tools, **options)`: what a template's text makes of messages."""
+
+MARK = "loratune-answer"
+NEXT_MARK = "loratune-question"
+SAMPLE = 'Loratune  Answer,\n\n\n   "it\'s" <b>&amp;</b>\t{{ x }} a\\n *é* 你。'
+"""A text with capitals, runs of blanks, quotes and signs, any of which a template might change."""
+QUESTION, ANSWER, NEXT_QUESTION, SAMPLE_ANSWER = (
+    {"role": role, "content": content}
+    for role, content in (("user", "?"), ("assistant", MARK), ("user", NEXT_MARK), ("assistant", SAMPLE))
+)
+EXCERPT = 120
+
+
+@dataclass(frozen=True)
+class AnswerFrame:
+    """What a template writes around an answer."""
+
+    before: str
+    """An answer that stands last."""
+    behind: str
+    """It."""
+    end_token: str
+    """The special token that ends an answer; empty where the template sets none."""
+    remark: str
+    """What the user should know of the end or of changes in the text; {end} stands for the tokenizer's end token."""
+
+
+def frame_answer(render: Render, text: str, tools: Tools, special: re.Pattern[str]) -> AnswerFrame:
+    """What a template writes around an answer, which it must render once, and as it is.
+
+    Args:
+        render: renders messages with any template's text.
+        text: the template's.
+        tools: what its conversations offer.
+        special: finds the tokenizer's special tokens.
+
+    Raises:
+        LoratuneError: the answer is not found in the rendering, or more than once.
+    """
+    whole = render(text, [QUESTION, ANSWER], tools)
+    if whole.count(MARK) != 1:
+        found = "not" if MARK not in whole else "several times"
+        raise LoratuneError(
+            f"the tokenizer's chat template does not write an answer as it is: {MARK!r} is {found} in what it makes of "
+            f"it, {whole[-EXCERPT:]!r}, so that the end of an answer cannot be told. Correct the template, or set "
+            "prompt.template to plain or alpaca",
+            Exit.MODEL,
+        )
+    before, _, behind = whole.partition(MARK)
+    last = special.search(behind)
+    end = last[0] if last else _end_before_a_question(render, text, tools, special)
+    if end:
+        between = behind[: last.start()].strip() if last else ""
+        ending = f"writes {between!r} between an answer and {end!r}, which is not trained" if between else ""
+    elif behind.strip():
+        ending = f"ends an answer with {behind!r}, which is no end token: {{end}}, and not on that text"
+    else:
+        ending = "sets no end token after an answer: {end}"
+    changes = "" if SAMPLE in _of_earlier(render, text, tools) else _CHANGES
+    told = [f"the tokenizer's chat template {one}" for one in (ending, changes) if one]
+    return AnswerFrame(before, behind, end, "; ".join(told))
+
+
+_CHANGES = (
+    "changes the text of earlier answers, such as capitals, blanks or signs in them; answers are trained as the rows "
+    "have them, after earlier ones as the template has them"
+)
+
+
+def _end_before_a_question(render: Render, text: str, tools: Tools, special: re.Pattern[str]) -> str:
+    """The special token behind an answer that a question follows, unless it is the one that begins questions."""
+    try:
+        between = render(text, [QUESTION, ANSWER, NEXT_QUESTION], tools).partition(MARK)[2].partition(NEXT_MARK)[0]
+        header = render(text, [NEXT_QUESTION], tools).partition(NEXT_MARK)[0]
+    except LoratuneError:
+        return ""
+    first, opening = special.search(between), special.findall(header)
+    return first[0] if first and first[0] not in opening[-1:] else ""
+
+
+def _of_earlier(render: Render, text: str, tools: Tools) -> str:
+    """What the template makes of a conversation in which an answer with all kinds of signs stands."""
+    try:
+        return render(text, [QUESTION, SAMPLE_ANSWER, QUESTION], tools)
+    except LoratuneError:
+        return SAMPLE  # it takes one question alone
