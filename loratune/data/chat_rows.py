@@ -1,9 +1,13 @@
-"""Rows that hold whole conversations: OpenAI's `messages` and ShareGPT's `conversations`, both with calls of tools."""
+"""Whole conversations, OpenAI's `messages` and ShareGPT's `conversations`, both with calls of tools.
+
+Rows of `sft` and of `infer`, and the requests of `serve`, are read here.
+"""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from itertools import groupby
 from typing import Any
 
 from loratune.data.conversation import Message, has_half_a_pair, kind_of
@@ -29,7 +33,7 @@ HALF_A_PAIR = "holds half of a UTF-16 pair, which is no character"
 
 def problems_of_messages(value: dict[str, Any]) -> list[str]:
     """What keeps a row of messages from being trained on."""
-    found = _problems(value, "messages", "role", _read_message)
+    found = _problems(value, "messages", "role", read_message)
     return found or _mark_problems(value["messages"], "role", ROLES)
 
 
@@ -41,7 +45,7 @@ def problems_of_sharegpt(value: dict[str, Any]) -> list[str]:
 
 def from_messages(value: dict[str, Any]) -> list[Message]:
     """The turns of a row of messages that has no problems."""
-    return [read for turn in value["messages"] if not isinstance(read := _read_message(turn), str)]
+    return [read for turn in in_order_of_calls(value["messages"]) if not isinstance(read := read_message(turn), str)]
 
 
 def from_sharegpt(value: dict[str, Any]) -> list[Message]:
@@ -89,7 +93,7 @@ def _mark_problems(turns: list[dict[str, Any]], role_key: str, roles: dict[str, 
 
 def tools_of(value: dict[str, Any]) -> tuple[dict[str, Any], ...]:
     """What the assistant of a row may call, each as OpenAI's {"type": "function", "function": {…}}."""
-    tools = _read_tools(_given_tools(value))
+    tools = read_tools(_given_tools(value))
     return () if isinstance(tools, str) else tuple(tools)
 
 
@@ -106,7 +110,7 @@ def _problems(
     messages = [read(turn) for turn in [*beside, *given]]
     first = 1 - len(beside)
     found = [f"message {place}: {one}" for place, one in enumerate(messages, first) if isinstance(one, str)]
-    tools = _read_tools(_given_tools(value))
+    tools = read_tools(_given_tools(value))
     if isinstance(tools, str):
         found.append(tools)
     return found or _order_problems([one for one in messages if not isinstance(one, str)], first)
@@ -129,7 +133,33 @@ def _given_tools(value: dict[str, Any]) -> Any:
     return value["tools"] if value.get("tools") is not None else value.get("functions")
 
 
-def _read_message(turn: dict[str, Any]) -> Message | str:
+def in_order_of_calls(turns: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """OpenAI's turns, results of tools in the order of their calls: most templates do not write their ids."""
+    places: dict[str, int] = {}
+    ordered: list[dict[str, Any]] = []
+    for role, group in groupby(turns, key=lambda turn: turn["role"]):
+        run = list(group)
+        ids = [turn.get("tool_call_id") for turn in run]
+        if role == "tool" and all(isinstance(one, str) and one in places for one in ids):
+            run.sort(key=lambda turn: places[turn["tool_call_id"]])
+        calls = run[-1].get("tool_calls")
+        listed = calls if isinstance(calls, list) else []
+        places = {
+            call["id"]: place
+            for place, call in enumerate(listed)
+            if isinstance(call, dict) and isinstance(call.get("id"), str)
+        }
+        ordered += run
+    return ordered
+
+
+def read_message(turn: dict[str, Any], may_be_blank: bool = False) -> Message | str:
+    """One of OpenAI's turns as the template takes it, or what is wrong with it.
+
+    Args:
+        turn: with a role.
+        may_be_blank: whether a question without words is one.
+    """
     given, content = turn["role"], _joined(turn.get("content"))
     if not isinstance(given, str) or given not in ROLES:
         return f"the role {given!r} is none of {', '.join(ROLES)}"
@@ -146,7 +176,7 @@ def _read_message(turn: dict[str, Any]) -> Message | str:
     if reasoning and isinstance(content, str):
         thought = reasoning.strip("\n")
         content = f"<think>\n{thought}\n</think>\n\n{content}"
-    message = _checked(role, content, calls)
+    message = _checked(role, content, calls, may_be_blank)
     name = turn.get("name")
     if role == "tool" and isinstance(name, str) and not isinstance(message, str):
         return HALF_A_PAIR if has_half_a_pair(name) else {**message, "name": name}
@@ -172,7 +202,7 @@ def _read_sharegpt(turn: dict[str, Any]) -> Message | str:
     return _checked("assistant", "", calls) if calls else "its call is neither a JSON object nor a list of some"
 
 
-def _checked(role: str, content: Any, calls: list[dict[str, Any]]) -> Message | str:
+def _checked(role: str, content: Any, calls: list[dict[str, Any]], may_be_blank: bool = False) -> Message | str:
     if isinstance(content, list):
         kinds = [part.get("type") for part in content if isinstance(part, dict) and part.get("type") != "text"]
         return f"it has a part of type {kinds[0]!r}, and only texts are trained here" if kinds else "its text is a list"
@@ -180,7 +210,7 @@ def _checked(role: str, content: Any, calls: list[dict[str, Any]]) -> Message | 
         return f"its text is {kind_of(content)}"
     if has_half_a_pair(content):
         return HALF_A_PAIR
-    if role == "user" and not content.strip():
+    if role == "user" and not content.strip() and not may_be_blank:
         return "its text is empty"
     message: Message = {"role": role, "content": content}  # type: ignore[typeddict-item]
     if calls:
@@ -216,8 +246,8 @@ def _read_calls(given: Any) -> list[dict[str, Any]] | str:
     return HALF_A_PAIR if has_half_a_pair(json.dumps(calls, ensure_ascii=False)) else calls
 
 
-def _read_tools(given: Any) -> list[dict[str, Any]] | str:
-    """Descriptions of tools, or what is wrong with them."""
+def read_tools(given: Any) -> list[dict[str, Any]] | str:
+    """Descriptions of tools, each as OpenAI's {"type": "function", "function": {…}}, or what is wrong with them."""
     tools = _parsed(_without_nulls(given)) if given != "" else None
     if tools is None and given in (None, "", "null"):
         return []

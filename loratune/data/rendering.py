@@ -82,6 +82,10 @@ class ChatRenderer:
         """What the template writes between its generation prompt and an answer that has no reasoning."""
         return self._plain.answer_start
 
+    def answer_start_for(self, tools: Sequence[dict[str, Any]]) -> str:
+        """The same of conversations with these tools, for which there may be another template."""
+        return self._chat(tools).answer_start
+
     @property
     def asks_for_reasoning(self) -> bool:
         """Whether an answer without reasoning is out of the ordinary."""

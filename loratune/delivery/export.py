@@ -22,7 +22,7 @@ from loratune.delivery.parity import Parity, compare_models
 from loratune.delivery.proof import BOUNDS, Bounds, check_parity, probe_rows
 from loratune.delivery.report import parity_text, show_verification
 from loratune.delivery.template import about_the_date
-from loratune.delivery.tool_calls import offers_tools, vllm_tool_parser
+from loratune.delivery.tool_calls import vllm_tool_parser
 from loratune.delivery.vllm import require_servable, serve_command
 from loratune.errors import Exit, LoratuneError, bullet_list
 from loratune.model.files import check_base, weight_files
@@ -158,8 +158,8 @@ def _tool_parser(folder: Path, source: AdapterSource) -> str | None:
     if not (folder / "tokenizer_config.json").is_file():  # a plain adapter, served with its base's template
         return None
     encoder = Encoder(load_tokenizer(folder), source.prompt)
-    parser = vllm_tool_parser(encoder.tokenizer, encoder.tool_template)
-    if parser is None and offers_tools(encoder.tokenizer, encoder.tool_template):
+    parser = vllm_tool_parser(encoder.call_form)
+    if parser is None and encoder.offers_tools:
         console.warn(
             "the chat template offers tools, but the form of its calls is not recognised: to serve tool calls, add "
             "--enable-auto-tool-choice and the --tool-call-parser of this form to vLLM's line"
@@ -235,7 +235,7 @@ def _export_for_ollama(job: Export, model: Path) -> dict[str, Any]:
     # The other prompt settings are in the merged model's template.
     write_modelfile(model, _gguf_name(job), job.folder, job.options.num_ctx, merged_prompt(model))
     encoder = Encoder(load_tokenizer(model), merged_prompt(model))
-    if offers_tools(encoder.tokenizer, encoder.tool_template):
+    if encoder.offers_tools:
         console.warn(
             "the model's chat template offers tools, which the Modelfile's TEMPLATE cannot: Ollama will say that the "
             "model does not support tools. llama.cpp's server takes the template from the GGUF file, tools included: "

@@ -104,10 +104,11 @@ def _literal(text: str) -> str:
 def _renders_alike(encoder: Encoder, template: str | None) -> bool:
     """Whether a template by itself gives the training's prompts; None for the tokenizer's own."""
     conversations: list[Sequence[Message]] = [TURNS[:1], TURNS, [SYSTEM_TURN, *TURNS]]
+    offered: list[list[dict[str, Any]]] = [[], [PROBE_TOOL]] if encoder.offers_tools else [[]]
     return all(
         _plain(encoder, turns, template, tools) == _trained(encoder, turns, tools)
         for turns in conversations
-        for tools in ([], [PROBE_TOOL])
+        for tools in offered
     )
 
 
