@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Sequence
 from functools import cached_property
@@ -12,7 +11,7 @@ from typing import Any
 from loratune.data.call_form import CallForm
 from loratune.data.call_probe import ARGUMENTS, NAMES, PROBE_TOOLS, find_call_form
 from loratune.data.call_shapes import Call
-from loratune.data.chat_template import ANSWER, CLOSING, MARK, QUESTION
+from loratune.data.chat_template import ANSWER, CLOSING, MARK, OPENING, QUESTION
 from loratune.data.conversation import Message, keys_in
 from loratune.data.rendering import MARKS, ChatRenderer
 from loratune.errors import Exit, LoratuneError
@@ -153,9 +152,11 @@ class ToolRenderer(ChatRenderer):
             before, whole = self._before_and_whole([QUESTION], message, PROBE_TOOLS)
         except LoratuneError:
             return None
-        # A prompt that asks for reasoning need not be the beginning of an answer without.
-        text = whole[len(os.path.commonprefix([before, whole])) :]  # noqa: RUF071 - of texts
-        text = text.removesuffix(self._with_tools.behind_answers).rpartition(CLOSING)[2]
+        if not whole.startswith(before):  # it asks for reasoning, and the answer has none
+            before = before.rpartition(OPENING)[0]
+        if not before or not whole.startswith(before):
+            return None
+        text = whole[len(before) :].removesuffix(self._with_tools.behind_answers).rpartition(CLOSING)[2]
         return self._special.sub(lambda token: self._marks_of_specials[token[0]], text).strip()
 
     def _rendered_answer(
