@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import json
+from importlib.resources import files
 from typing import Any
 
 import pytest
@@ -17,6 +19,7 @@ from loratune.data.encoding import IGNORED, Encoder
 from loratune.data.tool_rendering import ToolError
 from loratune.errors import Exit
 from loratune.generation.text import TextStream
+from loratune.recipe.sections import PromptSettings
 
 QUESTION = {"role": "user", "content": "What is the weather?"}
 ROME = call_of(city="Rome")
@@ -131,6 +134,22 @@ def test_calls_that_would_not_come_back_have_no_form(written: str) -> None:
     encoder = tool_encoder(with_calls(written))
     assert encoder.call_form is None
     assert "calls stay text" in encoder.about_calls
+
+
+def test_a_prompt_that_asks_for_reasoning_does_not_hide_the_form() -> None:
+    """nemotron's prompt opens the block, and its template writes an empty one before a call."""
+    tokenizer = copy.copy(tool_tokenizer("hermes"))
+    tokenizer.chat_template = (files("trl") / "chat_templates" / "nemotron_3_nano.jinja").read_text("utf-8")
+    forms = [Encoder(tokenizer, PromptSettings(thinking=thinking)).call_form for thinking in (False, True)]
+    assert forms[0] is not None
+    assert forms[0] == forms[1]
+
+
+def test_a_call_that_shows_the_tools_anew_has_no_form() -> None:
+    """What stands before it is then not what the model goes on with."""
+    encoder = tool_encoder(TEMPLATES["mistral"].replace("m == last", "loop.last"))
+    assert encoder.offers_tools
+    assert encoder.call_form is None
 
 
 def test_a_value_without_quotes_is_what_its_schema_says() -> None:
