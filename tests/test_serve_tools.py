@@ -352,20 +352,11 @@ def trained(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
     folder = tmp_path_factory.mktemp(request.param)
     base, rows = tool_base(folder / "base", request.param), folder / "rows.json"
     rows.write_text(json.dumps(rows_of_calls()))
-    flags = ["--model.base", base, "--model.dtype", "float32", "--data.train", rows, "--data.validation", 0]
-    flags += [
-        "--training.steps",
-        30,
-        "--training.batch_size",
-        1,
-        "--training.learning_rate",
-        1e-2,
-        "--lora.rank",
-        16,
-        "--output",
-        folder / "run",
-    ]
-    done = CliRunner().invoke(app, ["sft", *map(str, flags)])
+    flags: dict[str, Any] = {"model.base": base, "model.dtype": "float32", "data.train": rows, "data.validation": 0}
+    flags |= {"training.steps": 30, "training.batch_size": 1, "training.learning_rate": 1e-2, "lora.rank": 16}
+    flags |= {"evaluation.questions_share": 0, "output": folder / "run"}
+    words = [str(word) for name, value in flags.items() for word in (f"--{name}", value)]
+    done = CliRunner().invoke(app, ["sft", *words])
     assert done.exit_code == 0, done.stderr
     return folder
 
@@ -400,25 +391,15 @@ def test_rows_with_tools_are_answered_with_calls_and_scored(
         for length in (1, 2, 4)
     ]
     (tmp_path / "rows.json").write_text(json.dumps(rows))
-    command = [
-        "infer",
-        "--adapter",
-        trained / "run",
-        "--input",
-        tmp_path / "rows.json",
-        "--output",
-        tmp_path / "a.jsonl",
-    ]
+    files = ["--input", tmp_path / "rows.json", "--output", tmp_path / "a.jsonl"]
+    command = ["infer", "--adapter", trained / "run", *files]
     done = cli(*command, "--metrics")
     assert done.exit_code == 0, done.stderr
     for number, line in enumerate(lines_of(tmp_path / "a.jsonl")):
         city = list(CITIES)[number // 3]
         if number % 3 == 2:
-            assert (line["answer"], line["finish"], "tool_calls" in line) == (
-                f"{CITIES[city]} in {city}.",
-                "stop",
-                False,
-            )
+            assert (line["answer"], line["finish"]) == (f"{CITIES[city]} in {city}.", "stop")
+            assert "tool_calls" not in line
         else:
             assert line["tool_calls"] == [call_of(city=city)]
             assert (line["answer"], line["finish"]) == ("", "tool_calls")
