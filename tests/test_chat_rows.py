@@ -12,6 +12,7 @@ from conftest import TINY_QWEN
 from transformers import AutoTokenizer
 from typer.testing import Result
 
+from loratune.data.chat_rows import MESSAGES
 from loratune.data.columns import describe_unread_columns
 from loratune.data.conversation import Conversation
 from loratune.data.encoding import IGNORED, Encoder
@@ -547,6 +548,22 @@ def sharegpt_row(call: Any = None, **row: Any) -> dict[str, Any]:
         {"from": "gpt", "value": "It is 3."},
     ]
     return {"conversations": turns, "tools": json.dumps([ADD])} | row
+
+
+def test_results_stand_in_the_order_of_their_calls() -> None:
+    def result(id_: str | None) -> dict[str, Any]:
+        return {"role": "tool", "tool_call_id": id_, "content": f"result {id_}"}
+
+    def order(*ids: str | None) -> list[str]:
+        calls = [{"id": id_, **CALLS[0]} for id_ in ("a", "b", "c")]
+        turns = [{"role": "user", "content": "?"}, {"role": "assistant", "content": None, "tool_calls": calls}]
+        row = {"messages": [*turns, *map(result, ids), {"role": "assistant", "content": "So."}]}
+        return [message["content"] for message in MESSAGES.messages(row) if message["role"] == "tool"]
+
+    assert order("c", "a", "b") == ["result a", "result b", "result c"]
+    assert order("c", "a") == ["result a", "result c"]
+    assert order("c", "x", "a") == ["result c", "result x", "result a"]  # nothing is known of x
+    assert order("b", None) == ["result b", "result None"]
 
 
 @pytest.mark.parametrize(

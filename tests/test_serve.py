@@ -294,10 +294,20 @@ import schemathesis
 
 @schemathesis.hook
 def before_call(context, case, kwargs):
-    # What a schema cannot say: the last message is the user's, and all fit into the model's context.
+    # What a schema cannot say: the last message is the user's, all fit into the model's context, and its template has
+    # no place for tools.
     messages = case.body.get("messages") if isinstance(case.body, dict) else None
     if isinstance(messages, list) and 0 < len(messages) <= 1024:
-        case.body = {**case.body, "messages": [*messages[:8], {"role": "user", "content": "?"}]}
+        said = [one for one in messages[:8] if not isinstance(one, dict) or not is_of_tools(one)]
+        case.body = {**case.body, "messages": [*said, {"role": "user", "content": "?"}]}
+        if has_tools(case.body.get("tools")):
+            case.body["tools"] = None
+
+def is_of_tools(message):
+    return message.get("role") == "tool" and "tool_call_id" in message or bool(message.get("tool_calls"))
+
+def has_tools(tools):
+    return isinstance(tools, list) and 0 < len(tools) <= 128
 """
 
 

@@ -63,7 +63,7 @@ BAD_FIELDS: list[tuple[dict[str, Any], str]] = [
     ({"messages": user("hi", tool_calls=[{}])}, "messages.0.tool_calls"),
     ({"messages": user("hi", name=5)}, "messages.0.name"),
     ({"messages": [{"role": "robot", "content": "hi"}]}, "messages.0.role"),
-    ({"messages": [{"role": "tool", "content": "hi"}]}, "messages.0.role"),
+    ({"messages": [{"role": "tool", "content": "hi"}]}, "messages.0.tool_call_id"),
     ({"messages": [{"role": "assistant", "content": "hi"}]}, "messages"),
     ({"messages": user("hi") * 1025}, "messages"),
     ({"model": ""}, "model"),

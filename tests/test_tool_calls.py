@@ -14,11 +14,13 @@ import pytest
 from conftest import TINY_QWEN
 from typer.testing import Result
 
+from loratune.data.encoding import Encoder
 from loratune.delivery.reasoning import vllm_reasoning_parser
-from loratune.delivery.tool_calls import offers_tools, vllm_tool_parser
+from loratune.delivery.tool_calls import vllm_tool_parser
 from loratune.delivery.vllm_flags import Parsers, find_parsers
 from loratune.errors import Exit, LoratuneError
 from loratune.model.tokenizer import load_tokenizer
+from loratune.recipe.sections import PromptSettings
 from loratune.runs.opening import AdapterSource
 
 FOREIGN = (
@@ -26,6 +28,12 @@ FOREIGN = (
     "{% for c in m.tool_calls or [] %}CALL {{ c.function.name }}({{ c.function.arguments.city }}){% endfor %}"
     "{% endfor %}"
 )
+
+
+def encoder_of(template: str) -> Encoder:
+    tokenizer = load_tokenizer(TINY_QWEN)
+    tokenizer.chat_template = template
+    return Encoder(tokenizer, PromptSettings())
 
 
 @pytest.mark.parametrize(
@@ -46,15 +54,15 @@ def test_the_form_of_calls_is_found_in_what_the_template_writes(
     template: str, offers: bool, parser: str | None
 ) -> None:
     text = (files("trl") / "chat_templates" / f"{template}.jinja").read_text("utf-8")
-    tokenizer = load_tokenizer(TINY_QWEN)
-    assert offers_tools(tokenizer, text) is offers
-    assert vllm_tool_parser(tokenizer, text) == parser
+    encoder = encoder_of(text)
+    assert encoder.offers_tools is offers
+    assert vllm_tool_parser(encoder.call_form) == parser
 
 
 def test_a_form_of_nobody_s_has_no_parser() -> None:
-    tokenizer = load_tokenizer(TINY_QWEN)
-    assert offers_tools(tokenizer, FOREIGN)
-    assert vllm_tool_parser(tokenizer, FOREIGN) is None
+    encoder = encoder_of(FOREIGN)
+    assert encoder.offers_tools
+    assert vllm_tool_parser(encoder.call_form) is None
 
 
 @pytest.fixture(scope="module")

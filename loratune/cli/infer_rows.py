@@ -11,15 +11,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from loratune import console
-from loratune.errors import Exit, LoratuneError, counted
+from loratune.errors import Exit, LoratuneError, bullet_list, counted
 
 if TYPE_CHECKING:
+    from loratune.data.encoding import Encoder
     from loratune.generation.answer_file import About, AnswerFile
     from loratune.generation.answer_scores import RowScores
     from loratune.generation.engine import Engine
     from loratune.generation.questions import AskedRow, QuestionFile
     from loratune.generation.row_answers import Tally, Work
-    from loratune.recipe.sections import ModelSettings
+    from loratune.recipe.sections import ModelSettings, PromptSettings
     from loratune.runs.opening import AdapterSource
 
 SETTINGS_FILES = ("tokenizer_config.json", "chat_template.jinja", "generation_config.json")
@@ -73,6 +74,8 @@ def answer_file(request: RowsRequest) -> dict[str, Any]:
     if request.metrics and all(row.reference is None for row in file.rows):
         raise LoratuneError(f"{file.name}: --metrics compares with the rows' own answers, and none has one", Exit.DATA)
     check_output(request.output, file.name)
+    if any(row.uses_tools for row in file.rows):
+        _check_tools(file, _encoder(request, source))
     about = _about(request, source, file)
     report = None if request.overwrite else finished_report(request.output, about)
     if report and _holds_all(report, request):
@@ -143,23 +146,11 @@ def _scores(work: Work, answers: AnswerFile) -> tuple[RowScores, dict[str, dict[
 
 def _about(request: RowsRequest, source: AdapterSource | None, file: QuestionFile) -> About:
     """Everything that the answers depend on."""
-    from loratune.data.encoding import Encoder
     from loratune.data.template_facts import template_facts
-    from loratune.model.files import find_base
-    from loratune.recipe.sections import ModelSettings
-    from loratune.runs.opening import base_settings, merged_prompt
     from loratune.runs.tokenizer_files import tokenizer_sha256
 
-    def make_encoder() -> Encoder:
-        from loratune.model.tokenizer import load_tokenizer
-
-        return Encoder(load_tokenizer(tokenizer), prompt)
-
-    settings = base_settings(source, request.model) if source else ModelSettings(base=request.model or "")
-    folder = find_base(settings)
-    prompt = source.prompt if source else merged_prompt(folder)
-    tokenizer = source.tokenizer_folder(folder) if source else folder
-    facts = template_facts(prompt, tokenizer_sha256(tokenizer), make_encoder)
+    settings, folder, tokenizer, prompt = _places(request, source)
+    facts = template_facts(prompt, tokenizer_sha256(tokenizer), lambda: _encoder(request, source))
     about = {
         "rows": file.sha256,
         "questions": _hash_of_questions(file.rows),
@@ -175,9 +166,45 @@ def _about(request: RowsRequest, source: AdapterSource | None, file: QuestionFil
     return as_written
 
 
+def _places(request: RowsRequest, source: AdapterSource | None) -> tuple[ModelSettings, Path, Path, PromptSettings]:
+    """How the base is loaded, its folder, that of the tokenizer, and how prompts are made."""
+    from loratune.model.files import find_base
+    from loratune.recipe.sections import ModelSettings
+    from loratune.runs.opening import base_settings, merged_prompt
+
+    settings = base_settings(source, request.model) if source else ModelSettings(base=request.model or "")
+    folder = find_base(settings)
+    prompt = source.prompt if source else merged_prompt(folder)
+    return settings, folder, source.tokenizer_folder(folder) if source else folder, prompt
+
+
+def _encoder(request: RowsRequest, source: AdapterSource | None) -> Encoder:
+    from loratune.data.encoding import Encoder
+    from loratune.model.tokenizer import load_tokenizer
+
+    _, _, tokenizer, prompt = _places(request, source)
+    return Encoder(load_tokenizer(tokenizer), prompt)
+
+
+def _check_tools(file: QuestionFile, encoder: Encoder) -> None:
+    """Refuse tools that the model would not be told of; say so where calls cannot be told from text."""
+    bad = []
+    for row in file.rows:
+        said = [*row.messages, *([row.answer] if row.answer else [])]
+        try:
+            encoder.check_tools(said, row.tools)
+        except LoratuneError as error:
+            bad.append(f"row {row.number}: {error}")
+    if bad:
+        listed = bullet_list(bad, limit=SHOWN_ROWS)
+        raise LoratuneError(f"{file.name}: {counted(len(bad), 'row')} cannot be asked:\n{listed}", Exit.DATA)
+    if encoder.about_calls and any(row.tools for row in file.rows):
+        console.warn(encoder.about_calls)
+
+
 def _hash_of_questions(rows: list[AskedRow]) -> str:
     """Of what is asked, which depends on the adapter's recipe too."""
-    asked = json.dumps([row.messages for row in rows], sort_keys=True)
+    asked = json.dumps([[row.messages, row.tools] if row.tools else row.messages for row in rows], sort_keys=True)
     return hashlib.sha256(asked.encode()).hexdigest()
 
 

@@ -1,13 +1,17 @@
-"""Rows that hold whole conversations: OpenAI's `messages` and ShareGPT's `conversations`, both with calls of tools."""
+"""Whole conversations, OpenAI's `messages` and ShareGPT's `conversations`, both with calls of tools.
+
+Rows of `sft` and of `infer`, and the requests of `serve`, are read here.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import groupby
 from typing import Any
 
 from loratune.data.conversation import Message, has_half_a_pair, kind_of
-from loratune.data.row_tools import HALF_A_PAIR, parsed, read_calls, read_tools
+from loratune.data.row_tools import HALF_A_PAIR, given_tools, parsed, read_calls, read_tools
 
 ROLES = {
     "system": "system", "developer": "system", "user": "user", "assistant": "assistant", "tool": "tool",
@@ -80,7 +84,7 @@ class ChatRows:
         messages = [_read(turn, style) for turn in [*beside, *given]]
         first = 1 - len(beside)
         found = [f"message {place}: {one}" for place, one in enumerate(messages, first) if isinstance(one, str)]
-        tools = read_tools(value)
+        tools = read_tools(given_tools(value))
         found += [tools] if isinstance(tools, str) else []
         return (
             found
@@ -92,6 +96,7 @@ class ChatRows:
         """The turns of a row that has no problems."""
         style = self.style_of(value[self.key])
         turns = [*self._system_beside(value, style), *value[self.key]]
+        turns = in_order_of_calls(turns) if style is OPENAI else turns
         return [read for turn in turns if not isinstance(read := _read(turn, style), str)]
 
     def untrained(self, value: dict[str, Any]) -> frozenset[int]:
@@ -177,15 +182,46 @@ def _order_problems(messages: list[Message], first: int) -> list[str]:
     return [] if messages[-1]["role"] == "assistant" else ["it does not end with an answer"]
 
 
-def _read(turn: dict[str, Any], style: TurnStyle) -> Message | str:
+def _read(turn: dict[str, Any], style: TurnStyle, may_be_blank: bool = False) -> Message | str:
     """A turn as a message, or what is wrong with it."""
     given = turn[style.role]
     if not isinstance(given, str) or given not in style.roles:
         return f"the role {given!r} is none of {', '.join(style.roles)}"
-    return _read_openai(turn, style.roles[given]) if style is OPENAI else _read_sharegpt(turn, style.roles[given])
+    role = style.roles[given]
+    return _read_openai(turn, role, may_be_blank) if style is OPENAI else _read_sharegpt(turn, role)
 
 
-def _read_openai(turn: dict[str, Any], role: str) -> Message | str:
+def in_order_of_calls(turns: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """OpenAI's turns, results of tools in the order of their calls: most templates do not write their ids."""
+    places: dict[str, int] = {}
+    ordered: list[dict[str, Any]] = []
+    for role, group in groupby(turns, key=lambda turn: turn["role"]):
+        run = list(group)
+        ids = [turn.get("tool_call_id") for turn in run]
+        if role == "tool" and all(isinstance(one, str) and one in places for one in ids):
+            run.sort(key=lambda turn: places[turn["tool_call_id"]])
+        calls = run[-1].get("tool_calls")
+        listed = calls if isinstance(calls, list) else []
+        places = {
+            call["id"]: place
+            for place, call in enumerate(listed)
+            if isinstance(call, dict) and isinstance(call.get("id"), str)
+        }
+        ordered += run
+    return ordered
+
+
+def read_message(turn: dict[str, Any], may_be_blank: bool = False) -> Message | str:
+    """One of OpenAI's turns as the template takes it, or what is wrong with it.
+
+    Args:
+        turn: with a role.
+        may_be_blank: whether a question without words is one.
+    """
+    return _read(turn, OPENAI, may_be_blank)
+
+
+def _read_openai(turn: dict[str, Any], role: str, may_be_blank: bool) -> Message | str:
     content, reasoning = _joined(turn.get("content")), turn.get("reasoning_content")
     calls = read_calls(turn.get("tool_calls") or _older_call(turn))
     if isinstance(calls, str):
@@ -199,7 +235,7 @@ def _read_openai(turn: dict[str, Any], role: str) -> Message | str:
     if reasoning and isinstance(content, str):
         thought = reasoning.strip("\n")
         content = f"<think>\n{thought}\n</think>\n\n{content}"
-    message = _checked(role, content, calls)
+    message = _checked(role, content, calls, may_be_blank)
     name = turn.get("name")
     if role == "tool" and isinstance(name, str) and not isinstance(message, str):
         return HALF_A_PAIR if has_half_a_pair(name) else {**message, "name": name}
@@ -223,7 +259,7 @@ def _read_sharegpt(turn: dict[str, Any], role: str) -> Message | str:
     return _checked("assistant", "", calls) if calls else "its call is neither a JSON object nor a list of some"
 
 
-def _checked(role: str, content: Any, calls: list[dict[str, Any]]) -> Message | str:
+def _checked(role: str, content: Any, calls: list[dict[str, Any]], may_be_blank: bool = False) -> Message | str:
     if isinstance(content, list):
         kinds = [part.get("type") for part in content if isinstance(part, dict) and part.get("type") != "text"]
         return f"it has a part of type {kinds[0]!r}, and only texts are trained here" if kinds else "its text is a list"
@@ -231,7 +267,7 @@ def _checked(role: str, content: Any, calls: list[dict[str, Any]]) -> Message | 
         return f"its text is {kind_of(content)}"
     if has_half_a_pair(content):
         return HALF_A_PAIR
-    if role == "user" and not content.strip():
+    if role == "user" and not content.strip() and not may_be_blank:
         return "its text is empty"
     message: Message = {"role": role, "content": content}  # type: ignore[typeddict-item]
     if calls:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import json
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, TypedDict
 
@@ -42,6 +43,16 @@ class Conversation:
             if message["role"] == "assistant" and place not in self.untrained
         ]
         return answers if train_on == "all" else answers[-1:]
+
+
+def written_out(text: str, calls: Sequence[dict[str, Any]]) -> str:
+    """An answer as one text, to be compared: what it says, then a line of JSON for each call, whose keys are sorted."""
+    functions = (call["function"] for call in calls)
+    lines = (
+        json.dumps({"name": one["name"], "arguments": one["arguments"]}, ensure_ascii=False, sort_keys=True)
+        for one in functions
+    )
+    return "\n".join(part for part in (text, *lines) if part)
 
 
 def kind_of(value: Any) -> str:

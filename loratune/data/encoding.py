@@ -16,9 +16,9 @@ from itertools import groupby, pairwise
 from typing import Any
 
 from loratune.data.chat_template import OPENING
-from loratune.data.conversation import Conversation, Message, keys_in, texts_in
-from loratune.data.rendering import ChatRenderer
+from loratune.data.conversation import Conversation, Message, texts_in
 from loratune.data.tokens import Ids, TokenMemo
+from loratune.data.tool_rendering import ToolRenderer
 from loratune.errors import Exit, LoratuneError
 
 IGNORED = -100
@@ -50,12 +50,18 @@ class _Turn:
     tools: tuple[dict[str, Any], ...]
     opening: list[int]
     """Ids of control tokens that the template begins the answer with."""
-    answer: str
+    parts: list[tuple[str, bool]]
+    """Texts of the answer, and whether special tokens in them are the template's own; else they are text."""
     is_harmless: bool
     """Whether no text of the prompt could become a control token."""
 
+    @property
+    def answer(self) -> str:
+        """The answer as it is written."""
+        return "".join(text for text, _ in self.parts)
 
-class Encoder(ChatRenderer):
+
+class Encoder(ToolRenderer):
     """Renders conversations with one tokenizer and one set of prompt settings.
 
     Args:
@@ -79,7 +85,12 @@ class Encoder(ChatRenderer):
         Args:
             messages: an optional system message, then user and assistant in turn, a message of user or tool last.
             tools: what the assistant may call.
+
+        Raises:
+            ToolError: the template has no place for the tools.
+            LoratuneError: it refuses the messages.
         """
+        self.check_tools(messages, tools)
         return self._exact_ids(self._with_settings(messages), tools)
 
     def answer_ids(self, text: str, tools: Sequence[dict[str, Any]] = ()) -> list[int]:
@@ -90,6 +101,15 @@ class Encoder(ChatRenderer):
         opening, text = self._continued(text, tools)
         ids: list[int] = self.tokenizer(text, add_special_tokens=False, split_special_tokens=True).input_ids
         return [*opening, *ids, self.end_id]
+
+    def reply_ids(
+        self, messages: Sequence[Message], answer: Message, tools: Sequence[dict[str, Any]] = ()
+    ) -> list[int]:
+        """Ids of an answer to a conversation, calls of tools included, and its end token: those that are trained."""
+        if not answer.get("tool_calls"):
+            return self.answer_ids(answer["content"], tools)
+        (example,) = self.encode(Conversation((*messages, answer), tools=tuple(tools)), train_on="last")
+        return [label for label in example.labels if label != IGNORED]
 
     def encode(self, conversation: Conversation, train_on: str = "all", train_thinking: bool = True) -> list[Example]:
         """The training sequences of a conversation.
@@ -113,7 +133,7 @@ class Encoder(ChatRenderer):
     ) -> list[list[Example]]:
         """What `encode` gives for each of many conversations; quicker than one after another."""
         turns = [turn for row, spoken in enumerate(conversations) for turn in self._turns_of(row, spoken, train_on)]
-        answers = self._memo.all_ids([turn.answer for turn in turns], keep_special=False)
+        answers = self._answers(turns)
         sequences: list[list[Example]] = [[] for _ in conversations]
         for turn, prompt, answer in zip(turns, self._prompts(turns), answers, strict=True):
             unlearnt = 0 if train_thinking else self._count_reasoning(turn, answer)
@@ -132,7 +152,7 @@ class Encoder(ChatRenderer):
         return TokenMemo(self.tokenizer)
 
     def _turns_of(self, row: int, conversation: Conversation, train_on: str) -> list[_Turn]:
-        self._check_tools(conversation)
+        self.check_tools(conversation.messages, conversation.tools)
         self._check_nothing_is_lost(conversation)
         messages, tools = self._with_settings(conversation.messages), conversation.tools
         added = len(messages) - len(conversation.messages)
@@ -144,11 +164,21 @@ class Encoder(ChatRenderer):
             seen = len(prompt)
             opening: list[int] = []
             if conversation.messages[place].get("tool_calls"):
-                answer = self._rendered_answer(prompt, messages[place + added], tools)
+                parts = self._parts_of_calls(prompt, messages[place + added], tools)
             else:
                 opening, answer = self._continued(conversation.messages[place]["content"], tools)
-            turns.append(_Turn(row, prompt, tools, opening, answer, is_harmless))
+                parts = [(answer, False)]
+            turns.append(_Turn(row, prompt, tools, opening, parts, is_harmless))
         return turns
+
+    def _answers(self, turns: list[_Turn]) -> list[Ids]:
+        """The ids of each answer."""
+        parts = [part for turn in turns for part in turn.parts]
+        known = {
+            is_own: iter(self._memo.all_ids([text for text, own in parts if own is is_own], keep_special=is_own))
+            for is_own in (False, True)
+        }
+        return [sum((next(known[is_own]) for _, is_own in turn.parts), array("i")) for turn in turns]
 
     def _is_forging(self, value: Any) -> bool:
         """Whether a text in it could be taken for a control token."""
@@ -162,44 +192,6 @@ class Encoder(ChatRenderer):
         ids = iter(self._memo.all_ids(texts, keep_special=True))
         exact = (array("i", self._exact_ids(turn.prompt, turn.tools)) for turn in turns if not turn.is_harmless)
         return [next(ids if turn.is_harmless else exact) for turn in turns]
-
-    def _rendered_answer(
-        self, prompt: list[dict[str, Any]], message: dict[str, Any], tools: Sequence[dict[str, Any]]
-    ) -> str:
-        """What the template writes for an answer that calls tools, up to the end token."""
-        before: str = self._apply(prompt, tools, tokenize=False, add_generation_prompt=True)
-        whole: str = self._apply([*prompt, message], tools, tokenize=False)
-        answer, behind = whole[len(before) :], self._chat(tools).behind_answers
-        if not whole.startswith(before) or not answer.endswith(behind):
-            raise LoratuneError(
-                "the tokenizer's chat template does not write an answer that calls tools as a continuation of its "
-                "prompt; leave such rows out, or set prompt.thinking as it was when their answers were written",
-                Exit.DATA,
-            )
-        return answer.removesuffix(behind)
-
-    def _check_tools(self, conversation: Conversation) -> None:
-        """Refuse tools that the template would silently drop, or that could not be told from control tokens."""
-        calls = [message.get("tool_calls") for message in conversation.messages]
-        if not conversation.tools and not any(calls):
-            return
-        if not re.search(r"\btools\b", self.tool_template if conversation.tools else self.template):
-            raise LoratuneError(
-                f"a row has tools, for which the template ({self.settings.template}) has no place; "
-                "take a model whose chat template knows tools, or leave such rows out",
-                Exit.DATA,
-            )
-        if self._with_tools is not self._plain and self._find_end(self._with_tools) != self.end_id:
-            raise LoratuneError(
-                "a row has tools, and the tokenizer's chat template for them ends answers with another token than the "
-                "default one; leave such rows out",
-                Exit.DATA,
-            )
-        for key in keys_in([*conversation.tools, *calls]):
-            if self._control.search(key):
-                raise LoratuneError(
-                    f"a name in the tools of a row holds a control token: {key!r}; rename it", Exit.DATA
-                )
 
     def _check_nothing_is_lost(self, conversation: Conversation) -> None:
         """Refuse an unusual order of turns of which the template drops one, as some do with a later system prompt."""
@@ -259,4 +251,4 @@ class Encoder(ChatRenderer):
         ]
         if system and rendered[0]["role"] != "system":
             rendered.insert(0, {"role": "system", "content": system})
-        return rendered
+        return self._with_ids(rendered)

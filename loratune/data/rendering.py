@@ -10,12 +10,11 @@ from typing import Any
 
 from jinja2 import TemplateError
 
+from loratune.data.answer_ends import ANSWER, QUESTION
 from loratune.data.chat_template import (
-    ANSWER,
     CLOSING,
     OPENING,
     PROBE_TOOL,
-    QUESTION,
     SYSTEM,
     ChatTemplate,
     find_templates,
@@ -95,6 +94,10 @@ class ChatRenderer:
     def answer_start(self) -> str:
         """What the template writes between its generation prompt and an answer that has no reasoning."""
         return self._plain.answer_start
+
+    def answer_start_for(self, tools: Sequence[dict[str, Any]]) -> str:
+        """The same of conversations with these tools, for which there may be another template."""
+        return self._chat(tools).answer_start
 
     @property
     def asks_for_reasoning(self) -> bool:

@@ -12,7 +12,7 @@ HALF_A_PAIR = "holds half of a UTF-16 pair, which is no character"
 
 def tools_of(value: dict[str, Any]) -> tuple[dict[str, Any], ...]:
     """What the assistant of a row may call, each as OpenAI's {"type": "function", "function": {…}}."""
-    tools = read_tools(value)
+    tools = read_tools(given_tools(value))
     return () if isinstance(tools, str) else tuple(tools)
 
 
@@ -36,9 +36,13 @@ def read_calls(given: Any) -> list[dict[str, Any]] | str:
     return HALF_A_PAIR if has_half_a_pair(json.dumps(calls, ensure_ascii=False)) else calls
 
 
-def read_tools(value: dict[str, Any]) -> list[dict[str, Any]] | str:
-    """Descriptions of the tools of a row, or what is wrong with them; `functions` is the older name."""
-    given = value["tools"] if value.get("tools") is not None else value.get("functions")
+def given_tools(value: dict[str, Any]) -> Any:
+    """What a row or a request says of its tools; `functions` is the older name."""
+    return value["tools"] if value.get("tools") is not None else value.get("functions")
+
+
+def read_tools(given: Any) -> list[dict[str, Any]] | str:
+    """Descriptions of tools, each as OpenAI's {"type": "function", "function": {…}}, or what is wrong with them."""
     tools = parsed(_without_nulls(given)) if given != "" else None
     if tools is None and given in (None, "", "null"):
         return []

@@ -16,7 +16,6 @@ from loratune.data.conversation import Message
 from loratune.data.encoding import Encoder
 from loratune.delivery.go_template import Render, derive_parts
 from loratune.delivery.go_tools import derive_tools
-from loratune.delivery.tool_calls import offers_tools
 from loratune.errors import Exit, LoratuneError
 from loratune.model.tokenizer import load_tokenizer
 from loratune.recipe.sections import PromptSettings
@@ -65,7 +64,7 @@ def write_modelfile(
         )
     parts = derive_parts(_renderer(encoder), tokenizer.decode([encoder.end_id]))
     lost, tools = "", None
-    if offers_tools(tokenizer, encoder.tool_template):
+    if encoder.offers_tools:
         try:
             tools = derive_tools(_renderer(encoder), parts, tokenizer.decode([encoder.end_id])).actions()
         except LoratuneError as error:

@@ -122,10 +122,11 @@ def _renders_alike(encoder: Encoder, template: str | None, tokenizer: Any = None
     """Whether a template by itself gives the training's prompts; None for that of a tokenizer, or the encoder's."""
     tokenizer = tokenizer or encoder.tokenizer
     conversations: list[Sequence[Message]] = [TURNS[:1], TURNS, [SYSTEM_TURN, *TURNS]]
+    offered: list[list[dict[str, Any]]] = [[], [PROBE_TOOL]] if encoder.offers_tools else [[]]
     return all(
         _plain(encoder, tokenizer, turns, template, tools) == _trained(encoder, turns, tools)
         for turns in conversations
-        for tools in ([], [PROBE_TOOL])
+        for tools in offered
     )
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from loratune import console
 from loratune.data.encoding import Encoder
 from loratune.delivery.reasoning import vllm_reasoning_parser
-from loratune.delivery.tool_calls import offers_tools, vllm_tool_parser
+from loratune.delivery.tool_calls import vllm_tool_parser
 from loratune.errors import LoratuneError
 from loratune.model.tokenizer import load_tokenizer
 from loratune.runs.opening import AdapterSource
@@ -49,11 +49,10 @@ def find_parsers(folder: Path, base: str, source: AdapterSource) -> Parsers:
         if place == folder:
             raise
         return Parsers()  # a base without chat template, which only completes
-    tokenizer, template = encoder.tokenizer, encoder.tool_template
-    tools = vllm_tool_parser(tokenizer, template)
-    if tools is None and offers_tools(tokenizer, template):
+    tools = vllm_tool_parser(encoder.call_form)
+    if tools is None and encoder.offers_tools:
         console.warn(
             "the chat template offers tools, but the form of its calls is not recognised: to serve tool calls, add "
             "--enable-auto-tool-choice and the --tool-call-parser of this form to vLLM's line"
         )
-    return Parsers(tools, vllm_reasoning_parser(tokenizer, encoder.template))
+    return Parsers(tools, vllm_reasoning_parser(encoder.tokenizer, encoder.template))

@@ -6,6 +6,7 @@ import math
 from typing import Any
 
 from loratune import console
+from loratune.data.conversation import written_out
 from loratune.generation.answer_file import AnswerFile
 from loratune.generation.row_answers import Side, Work
 from loratune.generation.text_metrics import TextMetrics
@@ -35,7 +36,7 @@ def score_rows(work: Work, file: AnswerFile) -> tuple[RowScores, dict[str, dict[
     with console.counted_progress("answers compared", total) as show:
         for side in work.sides:
             for number, reference in references.items():
-                answer = file.read(number, side.answer)["answer"]
+                answer = _said(file, number, side)
                 known = file.read(number, side.loss)
                 perplexity = {"perplexity": _perplexity(known["loss"], known["tokens"])}
                 rows[side.name, number] = texts.of_row(answer, reference) | perplexity
@@ -59,7 +60,7 @@ def show_scores(sums: dict[str, dict[str, Any]], names: dict[str, str]) -> None:
 def _of_file(
     side: Side, file: AnswerFile, texts: TextMetrics, references: dict[int, str], rows: RowScores
 ) -> dict[str, Any]:
-    answers = [file.read(number, side.answer)["answer"] for number in references]
+    answers = [_said(file, number, side) for number in references]
     losses = [known for number in references if (known := file.read(number, side.loss))["loss"] is not None]
     tokens = sum(known["tokens"] for known in losses)
     return {
@@ -69,6 +70,12 @@ def _of_file(
         "rows_with_perplexity": len(losses),
         "reference_tokens": tokens,
     }
+
+
+def _said(file: AnswerFile, number: int, side: Side) -> str:
+    """An answer as one text, calls included, as references are."""
+    known = file.read(number, side.answer)
+    return written_out(known["answer"], known.get("tool_calls", ()))
 
 
 def _perplexity(loss: float | None, tokens: int) -> float | None:

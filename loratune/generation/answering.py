@@ -12,8 +12,9 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Protocol
 
-from loratune.generation.engine import Engine, Ticket
+from loratune.generation.engine import Engine
 from loratune.generation.exchange import Piece, Question
+from loratune.generation.ticket import Ticket
 
 _POLL_SECONDS = 0.05
 

@@ -6,15 +6,16 @@ import atexit
 import queue
 import threading
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from loratune.data.conversation import Message
 from loratune.data.encoding import Encoder
 from loratune.errors import Exit, LoratuneError
-from loratune.generation.exchange import Answer, Piece, Question
+from loratune.generation.exchange import NOTHING, Answer, Piece, Question
 from loratune.generation.loading import Voice, open_voices
-from loratune.generation.text import OPENING, TextStream
+from loratune.generation.ticket import Ticket, gathering, make_ticket
 from loratune.model.decoder import Decoder, Running
 from loratune.model.hardware import detect_hardware
 from loratune.model.memory import free_memory_bytes, is_out_of_memory
@@ -23,25 +24,6 @@ AHEAD = 2
 """Questions in hand for each slot when there are many, so that no slot waits for the next."""
 CACHE_SHARE = 0.7
 """Of the memory that is free once the model is loaded: what keys and values may take."""
-
-
-@dataclass(eq=False)
-class Ticket:
-    """A question that was handed in."""
-
-    running: Running
-    text: TextStream
-    deliver: Callable[[Piece], None]
-    is_cancelled: threading.Event = field(default_factory=threading.Event)
-
-    @property
-    def prompt_tokens(self) -> int:
-        """Length of the prompt."""
-        return len(self.running.prompt)
-
-    def cancel(self) -> None:
-        """End the answer within a token; from any thread."""
-        self.is_cancelled.set()
 
 
 class Engine:
@@ -73,6 +55,7 @@ class Engine:
         """Token ids of a question's prompt.
 
         Raises:
+            ToolError: tools or calls that the template has no place for.
             LoratuneError: a conversation that the template refuses.
         """
         encoder = self._voice(question).encoder
@@ -80,7 +63,7 @@ class Engine:
             if isinstance(question.messages, str):
                 ids: list[int] = encoder.tokenizer(question.messages, split_special_tokens=True).input_ids
                 return ids
-            return encoder.prompt_ids(question.messages)
+            return encoder.prompt_ids(question.messages, question.tools)
 
     def prompt_tokens(self, question: Question) -> int:
         """Length of a question's prompt."""
@@ -106,9 +89,8 @@ class Engine:
         adapter = voice.answering(question.use_adapter, prompt, self.decoder.vocabulary)
         sampling = replace(question.sampling, max_new_tokens=min(question.sampling.max_new_tokens, room))
         running = Running(prompt, sampling, self._ends(voice.encoder), adapter)
-        begun = "" if isinstance(question.messages, str) else voice.encoder.answer_start
-        text = TextStream(voice.encoder.tokenizer, sampling.stop, _opens_reasoning(voice.encoder, prompt), begun)
-        ticket = Ticket(running, text, deliver)
+        with self._tokenizer_lock:
+            ticket = make_ticket(question, running, voice.encoder, deliver)
         self._inbox.put(ticket)
         return ticket
 
@@ -146,7 +128,7 @@ class Engine:
             while True:
                 while len(tickets) < AHEAD * self.slots and (following := next(numbered, None)):
                     index, question = following
-                    tickets[index] = self.submit(question, _gathering(index, ended))
+                    tickets[index] = self.submit(question, gathering(index, ended))
                 if not tickets:
                     return
                 index, pieces = ended.get()
@@ -154,12 +136,13 @@ class Engine:
                 if last.error is not None:
                     raise last.error
                 text, reasoning = ("".join(getattr(piece, kind) for piece in pieces) for kind in ("text", "reasoning"))
-                yield index, Answer(text, reasoning, ticket.prompt_tokens, last.tokens, str(last.finish))
+                calls = tuple(call for piece in pieces for call in piece.calls)
+                yield index, Answer(text, reasoning, ticket.prompt_tokens, last.tokens, str(last.finish), calls)
         finally:
             for ticket in tickets.values():
                 ticket.cancel()
 
-    def reference_loss(self, question: Question, answer: str) -> tuple[float, int]:
+    def reference_loss(self, question: Question, answer: Message) -> tuple[float, int]:
         """How unlikely an answer is to the model.
 
         Returns:
@@ -171,7 +154,8 @@ class Engine:
         voice = self._voice(question)
         prompt = self.prompt_ids(question)
         with self._tokenizer_lock:
-            wanted = voice.encoder.answer_ids(answer)
+            asked = () if isinstance(question.messages, str) else question.messages
+            wanted = voice.encoder.reply_ids(asked, answer, question.tools)
         if not prompt or len(prompt) + len(wanted) > self.context_tokens:
             raise LoratuneError("prompt and answer do not fit into the model's context", Exit.USAGE)
         adapter = voice.answering(question.use_adapter, prompt + wanted, self.decoder.vocabulary)
@@ -232,19 +216,18 @@ class Engine:
 
     def _hand_out(self, ticket: Ticket) -> None:
         running = ticket.running
-        parts = ticket.text.push(running.tokens[-1])
-        finish = "stop" if ticket.text.stopped else running.finish
+        piece = ticket.push(running.tokens[-1])
+        finish = "stop" if ticket.is_stopped else running.finish
         if finish:
-            self._end(ticket, finish, before=parts)
-        elif any(parts):
-            self._tell(ticket, Piece(*parts, tokens=len(running.tokens)))
+            self._end(ticket, finish, before=piece)
+        elif piece.has_come:
+            self._tell(ticket, piece)
 
-    def _end(self, ticket: Ticket, finish: str, error: BaseException | None = None, before: Any = ("", "")) -> None:
+    def _end(self, ticket: Ticket, finish: str, error: BaseException | None = None, before: Piece = NOTHING) -> None:
         """Hand out the last piece and forget the question."""
         self.decoder.remove(ticket.running)
         del self._tickets[ticket.running]
-        text, reasoning = (early + late for early, late in zip(before, ticket.text.finish(), strict=True))
-        self._tell(ticket, Piece(text, reasoning, len(ticket.running.tokens), finish, error))
+        self._tell(ticket, ticket.finish(before, finish, error))
 
     def _tell(self, ticket: Ticket, piece: Piece) -> None:
         """Nobody's fault in taking a piece may end the answers of others."""
@@ -252,23 +235,6 @@ class Engine:
             ticket.deliver(piece)
         except Exception:
             ticket.cancel()
-
-
-def _gathering(index: int, ended: queue.SimpleQueue[tuple[int, list[Piece]]]) -> Callable[[Piece], None]:
-    """What collects the pieces of one answer and passes them on once it is whole."""
-    pieces: list[Piece] = []
-
-    def add(piece: Piece) -> None:
-        pieces.append(piece)
-        if piece.finish:
-            ended.put((index, pieces))
-
-    return add
-
-
-def _opens_reasoning(encoder: Encoder, prompt: list[int]) -> bool:
-    """Whether the template has written the tag itself, as those of models that always reason do."""
-    return bool(encoder.tokenizer.decode(prompt[-4:]).rstrip().endswith(OPENING))
 
 
 def _explained(error: BaseException) -> BaseException:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from itertools import islice
@@ -9,7 +10,7 @@ from typing import Any
 
 from loratune.data.chat_rows import CONVERSATIONS, MESSAGES, TurnStyle
 from loratune.data.checked_rows import FORMAT_ROWS, SHOWN_ROWS
-from loratune.data.conversation import Conversation, Message
+from loratune.data.conversation import Conversation, Message, written_out
 from loratune.data.formats import MUST_BE_FILLED, PLACEHOLDER, ConversationReader, detect_format
 from loratune.data.reading.files import BadRow, RowFile, open_rows
 from loratune.data.sources import parse_source
@@ -29,13 +30,28 @@ class AskedRow:
     """The row as the file has it."""
     messages: tuple[Message, ...]
     """Up to the question."""
-    reference: str | None
+    answer: Message | None
     """The row's own answer, if it has one that is not blank."""
+    tools: tuple[dict[str, Any], ...] = ()
+    """What may be called."""
+
+    @property
+    def reference(self) -> str | None:
+        """The row's own answer as one text, calls included."""
+        return written_out(self.answer["content"], self.answer.get("tool_calls", ())) if self.answer else None
+
+    @property
+    def uses_tools(self) -> bool:
+        """Whether tools are offered, or have been called."""
+        said = [*self.messages, *([self.answer] if self.answer else [])]
+        return bool(self.tools) or any(one["role"] == "tool" or "tool_calls" in one for one in said)
 
     @property
     def size_bytes(self) -> int:
         """Of all texts that are asked; no text has more tokens than bytes."""
-        return sum(len(message["content"].encode()) for message in self.messages)
+        called = [*self.tools, *(message.get("tool_calls") for message in self.messages if "tool_calls" in message)]
+        written = json.dumps(called, ensure_ascii=False) if called else ""
+        return len(written.encode()) + sum(len(message["content"].encode()) for message in self.messages)
 
 
 @dataclass(frozen=True)
@@ -82,8 +98,8 @@ def read_questions(entry: str, columns: Mapping[str, str], placeholders: Mapping
 
 def _read(
     file: RowFile, columns: Mapping[str, str], placeholders: Mapping[str, str]
-) -> Iterator[tuple[dict[str, Any], tuple[Message, ...], str | None] | str]:
-    """Fields, question and reference of each row, or what is wrong with it and where."""
+) -> Iterator[tuple[dict[str, Any], tuple[Message, ...], Message | None, tuple[dict[str, Any], ...]] | str]:
+    """Fields, question, answer and tools of each row, or what is wrong with it and where."""
     first = [_completed(row.value, columns) for row in islice(file, FORMAT_ROWS) if not isinstance(row, BadRow)]
     kind = detect_format(first, {})
     reader = ConversationReader(kind, placeholders, {})
@@ -98,8 +114,8 @@ def _read(
             yield f"{file.place(row.number)}: {problem}"
         elif not isinstance(read, str):
             *asked, answer = read.messages
-            text = answer["content"] if not answer.get("tool_calls") else ""
-            yield row.value, tuple(asked), text if text.strip() else None
+            is_given = bool(answer["content"].strip() or answer.get("tool_calls"))
+            yield row.value, tuple(asked), answer if is_given else None, read.tools
 
 
 def _completed(value: Any, columns: Mapping[str, str], answer_name: str | None = None) -> Any:
@@ -136,8 +152,6 @@ def _answered(turns: list[Any], style: TurnStyle) -> list[Any]:
 
 def _problem(conversation: Conversation) -> str:
     """What keeps a readable row from being asked."""
-    if conversation.tools:
-        return "has 'tools', which are not offered to the model here"
     names = {
         name
         for message in conversation.messages

@@ -19,16 +19,17 @@ from loratune import console
 from loratune.data.conversation import Message
 from loratune.errors import Interrupted, LoratuneError, counted
 from loratune.generation.answer_file import AnswerFile
-from loratune.generation.engine import AHEAD, Engine, Ticket
+from loratune.generation.engine import AHEAD, Engine
 from loratune.generation.exchange import Piece, Question
 from loratune.generation.questions import AskedRow
+from loratune.generation.ticket import Ticket
 from loratune.model.sampling import SEEDS, Sampling
 
 TOO_LONG = "too_long"
 """How a row ends whose question does not fit into the context."""
 BASE = "base"
 """The name of the side that an adapter is compared with."""
-RESULTS = ("row", "answer", "reasoning", "finish", "tokens", "metrics", BASE)
+RESULTS = ("row", "answer", "reasoning", "tool_calls", "finish", "tokens", "metrics", BASE)
 """Names that the answers add to a row."""
 SHOW_SECONDS = 0.5
 """How long the display waits at most for its next figures."""
@@ -73,7 +74,7 @@ class Work:
         if self.system:
             messages = [{"role": "system", "content": self.system}, *(m for m in messages if m["role"] != "system")]
         seed = None if self.sampling.seed is None else (self.sampling.seed + row.number) % SEEDS
-        return Question(messages, replace(self.sampling, seed=seed), self.adapter, side.use_adapter)
+        return Question(messages, replace(self.sampling, seed=seed), self.adapter, side.use_adapter, row.tools)
 
 
 @dataclass
@@ -173,8 +174,10 @@ class _Answering:
             raise last.error
         del self._open[key]
         text, reasoning = ("".join(getattr(piece, kind) for piece in pieces) for kind in ("text", "reasoning"))
+        calls = [call.in_message() for piece in pieces for call in piece.calls]
         values = {"answer": text, "finish": last.finish, "tokens": last.tokens}
-        self._keep(key, values | ({"reasoning": reasoning} if reasoning else {}))
+        others = {"reasoning": reasoning, "tool_calls": calls}
+        self._keep(key, values | {name: value for name, value in others.items() if value})
 
     def _keep(self, key: tuple[int, str], values: dict[str, Any]) -> None:
         self.file.add(*key, values)
@@ -184,20 +187,20 @@ class _Answering:
 def _add_losses(engine: Engine, work: Work, file: AnswerFile, events: queue.SimpleQueue[Any]) -> None:
     """How unlikely each reference is to the model; the engine has nothing else to do now."""
     todo = [
-        (side, row)
+        (side, row, row.answer)
         for side in work.sides
         for row in work.rows
-        if row.reference is not None and not file.has(row.number, side.loss)
+        if row.answer is not None and not file.has(row.number, side.loss)
     ]
-    total = sum(row.reference is not None for row in work.rows) * len(work.sides)
+    total = sum(row.answer is not None for row in work.rows) * len(work.sides)
     with console.counted_progress("references scored", total, total - len(todo)) as show:
-        for count, (side, row) in enumerate(todo, start=total - len(todo) + 1):
+        for count, (side, row, answer) in enumerate(todo, start=total - len(todo) + 1):
             if not events.empty():
                 raise Interrupted(events.get())
             loss: float | None = None
             tokens = 0
             with suppress(LoratuneError):  # question and reference do not fit into the context
-                loss, tokens = engine.reference_loss(work.question(row, side), row.reference or "")
+                loss, tokens = engine.reference_loss(work.question(row, side), answer)
             known = loss if loss is not None and math.isfinite(loss) else None
             file.add(row.number, side.loss, {"loss": known, "tokens": tokens})
             show(count, "")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 OPENING, CLOSING = "<think>", "</think>"
@@ -27,12 +27,18 @@ class TextStream:
         stop: texts that end the answer.
         in_reasoning: whether the prompt has already opened the reasoning.
         beginning: what the template writes before an answer without reasoning, and what is no part of it.
+        marks: ids of special tokens → characters that stand for them in the text. All others are left out.
     """
 
     def __init__(
-        self, tokenizer: Any, stop: Sequence[str] = (), in_reasoning: bool = False, beginning: str = ""
+        self,
+        tokenizer: Any,
+        stop: Sequence[str] = (),
+        in_reasoning: bool = False,
+        beginning: str = "",
+        marks: Mapping[int, str] | None = None,
     ) -> None:
-        self._tokenizer = tokenizer
+        self._tokenizer, self._marks = tokenizer, marks or {}
         # Tags are told apart below.
         self._beginning = "" if CLOSING in beginning else self._without_control_tokens(beginning)
         self._stop = tuple(text for text in stop if text)
@@ -49,6 +55,10 @@ class TextStream:
 
     def push(self, token: int) -> Parts:
         """The text that has become certain with one more token."""
+        if token in self._marks:
+            new = self._decode(self._ids)[len(self._told) :] + self._marks[token]
+            self._ids, self._told = [], ""
+            return self._sorted(new, is_last=False)
         self._ids.append(token)
         text = self._decode(self._ids)
         if text.endswith(UNFINISHED) and len(self._ids) <= LONGEST_CHARACTER + 1:

@@ -10,6 +10,7 @@ from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
+from loratune.data.tool_rendering import ToolError
 from loratune.errors import Exit, LoratuneError
 
 TYPES = {401: "authentication_error", 403: "permission_error", 404: "not_found_error", 429: "rate_limit_error"}
@@ -63,7 +64,7 @@ def from_loratune(error: LoratuneError) -> ApiError:
         return ApiError(503, str(error), "out_of_memory", retry_after=1)
     # The engine refuses prompts that are too long; a template refuses an order of roles.
     code = "context_length_exceeded" if error.exit_code is Exit.USAGE else "invalid_value"
-    return ApiError(400, str(error), code, "messages")
+    return ApiError(400, str(error), code, "tools" if isinstance(error, ToolError) else "messages")
 
 
 def handle_failures(app: FastAPI) -> None:

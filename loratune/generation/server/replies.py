@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import json
 import secrets
+import string
 import time
+from collections.abc import Iterator
 from typing import Any, Literal
 
 from pydantic import BaseModel
 
+from loratune.data.call_shapes import Call
 from loratune.generation.exchange import Piece
 
-Finish = Literal["stop", "length"]
+Finish = Literal["stop", "length", "tool_calls"]
+
+ID_CHARACTERS = string.ascii_letters + string.digits
 
 
 class Usage(BaseModel):
@@ -22,19 +27,35 @@ class Usage(BaseModel):
     total_tokens: int
 
 
-class SaidMessage(BaseModel):
-    """The answer; reasoning_content is there only if the model has reasoned."""
+class CalledFunction(BaseModel):
+    """Which tool is called, as the model has written it; arguments are the JSON text of an object."""
+
+    name: str
+    arguments: str
+
+
+class ToolCall(BaseModel):
+    """A call of a tool."""
+
+    id: str
+    type: Literal["function"]
+    function: CalledFunction
+
+
+class AnswerMessage(BaseModel):
+    """The answer; content is null if there are only calls. Empty reasoning and an empty list of calls are left out."""
 
     role: Literal["assistant"]
-    content: str
+    content: str | None
     reasoning_content: str = ""
+    tool_calls: list[ToolCall] = []
 
 
 class ChatChoice(BaseModel):
     """The one answer."""
 
     index: int
-    message: SaidMessage
+    message: AnswerMessage
     logprobs: None
     finish_reason: Finish
 
@@ -130,13 +151,31 @@ class ChatForm:
         """The choice of the first event, before any text; None for no such event."""
         return {"delta": {"role": "assistant", "content": ""}}
 
+    def __init__(self) -> None:
+        self._calls = 0
+        """Told so far."""
+
     def whole(self, piece: Piece) -> dict[str, Any]:
         """The choice of a whole answer."""
-        return {"message": {"role": "assistant", "content": piece.text, **_reasoning(piece)}}
+        calls = {"tool_calls": [_called(call) for call in piece.calls]} if piece.calls else {}
+        content = None if piece.calls and not piece.text else piece.text
+        return {"message": {"role": "assistant", "content": content, **_reasoning(piece), **calls}}
 
-    def part(self, piece: Piece) -> dict[str, Any]:
-        """The choice of an event."""
-        return {"delta": {**({"content": piece.text} if piece.text else {}), **_reasoning(piece)}}
+    def parts(self, piece: Piece) -> Iterator[dict[str, Any]]:
+        """The choices of a piece's events: what is said, then the head and the arguments of each call."""
+        if piece.text or piece.reasoning:
+            yield {"delta": {**({"content": piece.text} if piece.text else {}), **_reasoning(piece)}}
+        for call in piece.calls:
+            whole = _called(call)
+            head = {**whole, "function": {**whole["function"], "arguments": ""}}
+            yield {"delta": {"tool_calls": [{"index": self._calls, **head}]}}
+            arguments = {"arguments": whole["function"]["arguments"]}
+            yield {"delta": {"tool_calls": [{"index": self._calls, "function": arguments}]}}
+            self._calls += 1
+
+    def ending(self) -> dict[str, Any]:
+        """The choice of the event that says how the answer has ended."""
+        return {"delta": {}}
 
 
 class TextForm:
@@ -153,9 +192,14 @@ class TextForm:
         """The choice of a whole answer."""
         return {"text": piece.text, **_reasoning(piece)}
 
-    def part(self, piece: Piece) -> dict[str, Any]:
+    def parts(self, piece: Piece) -> Iterator[dict[str, Any]]:
         """The choice of an event: no other than that of the whole."""
-        return self.whole(piece)
+        if piece.text or piece.reasoning:
+            yield self.whole(piece)
+
+    def ending(self) -> dict[str, Any]:
+        """The choice of the event that says how the answer has ended."""
+        return self.whole(Piece())
 
 
 class Letter:
@@ -185,13 +229,14 @@ class Letter:
         return self._part({"index": 0, **choice, "logprobs": None, "finish_reason": None}) if choice else ""
 
     def part(self, piece: Piece) -> str:
-        """The event of a piece, and after the last one those that end the stream; the caller adds the usage."""
-        written = ""
-        if piece.text or piece.reasoning:
-            written = self._part({"index": 0, **self.form.part(piece), "logprobs": None, "finish_reason": None})
+        """The events of a piece, and after the last one those that end the stream; the caller adds the usage."""
+        written = "".join(
+            self._part({"index": 0, **choice, "logprobs": None, "finish_reason": None})
+            for choice in self.form.parts(piece)
+        )
         if piece.finish:
-            empty = self.form.part(Piece())
-            written += self._part({"index": 0, **empty, "logprobs": None, "finish_reason": piece.finish})
+            ending = {"index": 0, **self.form.ending(), "logprobs": None, "finish_reason": piece.finish}
+            written += self._part(ending)
         return written
 
     def closing(self, prompt_tokens: int, tokens: int) -> str:
@@ -206,6 +251,12 @@ class Letter:
 
     def _chunk(self, choices: list[dict[str, Any]]) -> dict[str, Any]:
         return {**self._head, "object": self.form.part_name, "choices": choices}
+
+
+def _called(call: Call) -> dict[str, Any]:
+    """A call as OpenAI writes it; its id is one that Mistral's templates would take too."""
+    function = {"name": call.name, "arguments": call.arguments_text}
+    return {"id": "".join(secrets.choice(ID_CHARACTERS) for _ in range(9)), "type": "function", "function": function}
 
 
 def _reasoning(piece: Piece) -> dict[str, str]:

@@ -10,11 +10,12 @@ from contextlib import suppress
 from typing import TYPE_CHECKING
 
 from loratune.errors import LoratuneError
-from loratune.generation.exchange import Piece, Question
+from loratune.generation.exchange import Piece, Question, joined
 from loratune.generation.server.failures import ApiError, from_loratune
 
 if TYPE_CHECKING:
-    from loratune.generation.engine import Engine, Ticket
+    from loratune.generation.engine import Engine
+    from loratune.generation.ticket import Ticket
 
 LONGEST_WAIT_SECONDS = 60
 STOPPING = "the server is stopping; try again in a moment"
@@ -142,7 +143,7 @@ class Reply:
             if following.finish in ("error", "cancelled"):
                 self._failure = following
                 return piece
-            piece = _joined(piece, following)
+            piece = joined(piece, following)
         if isinstance(piece.error, LoratuneError):
             raise from_loratune(piece.error) from piece.error
         if piece.error is not None:
@@ -159,7 +160,7 @@ class Reply:
         """
         whole = Piece()
         while not whole.finish:
-            whole = _joined(whole, await self.next())
+            whole = joined(whole, await self.next())
         return whole
 
     def cancel(self) -> None:
@@ -174,7 +175,3 @@ class Reply:
             self._is_open = False
             self.cancel()
             self._queue.leave(self, time.monotonic() - self.started)
-
-
-def _joined(one: Piece, other: Piece) -> Piece:
-    return Piece(one.text + other.text, one.reasoning + other.reasoning, other.tokens, other.finish, other.error)

@@ -2,136 +2,32 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import (
-    AfterValidator,
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Discriminator,
-    Field,
-    Tag,
-    WithJsonSchema,
-    model_validator,
-)
+from pydantic import BeforeValidator, Field
 
 from loratune.data.conversation import Message
-from loratune.generation.server.failures import TAG, ApiError
+from loratune.generation.server.failures import ApiError
+from loratune.generation.server.fields import (
+    MOST_TOKENS,
+    WHOLE,
+    Fields,
+    Name,
+    No,
+    Nothing,
+    Prompt,
+    Stops,
+    Tokens,
+    Zero,
+)
+from loratune.generation.server.messages import MOST_CALLS, ChatMessage, Tool, read_conversation, read_offer
 from loratune.model.sampling import Sampling
 
-MOST_TOKENS = 1_048_576
-LONGEST_TEXT = 4 * 2**20
-"""Characters of one text; the limit on the whole body is lower for most."""
 
-
-def _whole(value: Any) -> Any:
-    """JSON has one kind of number: 1.0 is an integer."""
-    return int(value) if isinstance(value, float) and value.is_integer() else value
-
-
-def _refuse(value: bool) -> bool:
-    if value:
-        raise ValueError("is not supported")
+def _refuse_force(value: Any) -> Any:
+    if value == "required" or isinstance(value, dict):
+        raise ValueError("a call cannot be forced; take auto or none")
     return value
-
-
-WHOLE = BeforeValidator(_whole)
-No = Annotated[bool, AfterValidator(_refuse), WithJsonSchema({"type": "boolean", "const": False})]
-Text = Annotated[str, Field(max_length=LONGEST_TEXT)]
-Name = Annotated[str, Field(min_length=1, max_length=1024)]
-Tokens = Annotated[int, Field(ge=1, le=MOST_TOKENS), WHOLE]
-Stop = Annotated[str, Field(min_length=1, max_length=256)]
-Nothing = Annotated[list[Any], Field(max_length=0)]
-Zero = Annotated[float, Field(ge=0, le=0)]
-
-
-NOTHING: tuple[Any, ...] = (None, False, "", [], {})
-"""Values that ask for nothing, whatever the field is called: clients send whole objects with most fields unset."""
-
-
-def _allow_nothing(schema: dict[str, Any]) -> None:
-    schema["additionalProperties"] = {"enum": list(NOTHING)}
-
-
-class Fields(BaseModel):
-    """A part of a request: no other types, and no other fields that ask for something."""
-
-    model_config = ConfigDict(
-        extra="forbid",
-        strict=True,
-        allow_inf_nan=False,
-        use_attribute_docstrings=True,
-        json_schema_extra=_allow_nothing,
-    )
-
-    @model_validator(mode="before")
-    @classmethod
-    def _drop_what_asks_for_nothing(cls, value: Any) -> Any:
-        if not isinstance(value, dict):
-            return value
-        # 0 == False, but 0 may ask for something.
-        return {
-            key: inner
-            for key, inner in value.items()
-            if key in cls.model_fields
-            or not any(inner is one or (one is not False and inner == one) for one in NOTHING)
-        }
-
-
-class TextPart(Fields):
-    """A part of a message's content; images and sound are not understood."""
-
-    type: Literal["text"]
-    text: Text
-
-
-def _tell_contents(value: Any) -> str:
-    return f"{TAG}parts" if isinstance(value, list) else f"{TAG}text"
-
-
-def _tell_lists(value: Any) -> str:
-    return f"{TAG}list" if isinstance(value, list) else f"{TAG}text"
-
-
-Parts = Annotated[list[TextPart], Field(min_length=1, max_length=256)]
-Content = Annotated[
-    Annotated[Text, Tag(f"{TAG}text")] | Annotated[Parts, Tag(f"{TAG}parts")], Discriminator(_tell_contents)
-]
-Stops = Annotated[
-    Annotated[Stop, Tag(f"{TAG}text")] | Annotated[Annotated[list[Stop], Field(max_length=16)], Tag(f"{TAG}list")],
-    Discriminator(_tell_lists),
-]
-Prompt = Annotated[
-    Annotated[Annotated[Text, Field(min_length=1)], Tag(f"{TAG}text")]
-    | Annotated[
-        Annotated[list[Annotated[Text, Field(min_length=1)]], Field(min_length=1, max_length=1)], Tag(f"{TAG}list")
-    ],
-    Discriminator(_tell_lists),
-]
-
-
-class ChatMessage(Fields):
-    """One turn. What clients add to an answer that they send back is accepted as long as it is empty."""
-
-    role: Literal["system", "developer", "user", "assistant"]
-    """`developer` is another word for `system`."""
-    content: Content
-    """Text parts are joined without anything between them."""
-    name: Annotated[str, Field(max_length=512)] | None = None
-    """Without effect on the answer."""
-    reasoning_content: Text | None = None
-    """Of an earlier answer; left out, as the templates of thinking models do."""
-    refusal: None = None
-    audio: None = None
-    function_call: None = None
-    tool_calls: Nothing | None = None
-    annotations: Nothing | None = None
-
-    def message(self) -> Message:
-        """As the templates take it."""
-        content = self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
-        return {"role": "system" if self.role == "developer" else self.role, "content": content}
 
 
 class StreamOptions(Fields):
@@ -217,17 +113,19 @@ class ChatRequest(AnswerRequest):
     """A conversation, the answer to whose last message is wanted."""
 
     messages: Annotated[list[ChatMessage], Field(min_length=1, max_length=1024)]
-    """The last one must be the user's."""
+    """The last one must be the user's, or a tool's."""
     max_completion_tokens: Tokens | None = None
     """The newer name of `max_tokens`."""
     response_format: TextFormat | None = None
     logprobs: No | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=0), WHOLE] | None = None
     modalities: Annotated[list[Literal["text"]], Field(max_length=1)] | None = None
-    tools: Nothing | None = None
-    tool_choice: Literal["none", "auto"] | None = None
+    tools: Annotated[list[Tool], Field(max_length=MOST_CALLS)] | None = None
+    """What the answer may call, if the model's chat template tells it of tools."""
+    tool_choice: Annotated[Literal["none", "auto"], BeforeValidator(_refuse_force)] | None = None
+    """`none` leaves the tools out of the prompt."""
     parallel_tool_calls: bool | None = None
-    """Without effect, since there are no tools."""
+    """False ends the answer after its first call."""
     functions: Nothing | None = None
     function_call: Literal["none", "auto"] | None = None
     store: No | None = None
@@ -236,11 +134,24 @@ class ChatRequest(AnswerRequest):
         """The conversation.
 
         Raises:
-            ApiError: it does not end with a message of the user.
+            ApiError: it cannot be read, or does not end with a message of user or tool.
         """
-        if self.messages[-1].role != "user":
-            raise ApiError(400, "messages: the last one must be the user's", "invalid_value", "messages")
-        return [message.message() for message in self.messages]
+        if self.messages[-1].role not in ("user", "tool"):
+            raise ApiError(400, "messages: the last one must be the user's, or a tool's", "invalid_value", "messages")
+        return read_conversation(self.messages)
+
+    def offered(self) -> list[dict[str, Any]]:
+        """The tools that may be called.
+
+        Raises:
+            ApiError: they cannot be read.
+        """
+        return [] if self.tool_choice == "none" else read_offer(self.tools or [])
+
+    @property
+    def most_calls(self) -> int | None:
+        """After how many the answer ends; None for no limit."""
+        return 1 if self.parallel_tool_calls is False else None
 
     def longest(self) -> int | None:
         """The smaller one, should both names be used."""
@@ -259,3 +170,9 @@ class CompletionRequest(AnswerRequest):
     def asked(self) -> str:
         """The text."""
         return self.prompt if isinstance(self.prompt, str) else self.prompt[0]
+
+    def offered(self) -> list[dict[str, Any]]:
+        """No tools: there is no template to tell the model of them."""
+        return []
+
+    most_calls: ClassVar[None] = None

@@ -65,7 +65,8 @@ class Responder:
         if body.model not in (engine.base_name, *engine.adapters):
             raise unknown_model(body.model, engine.base_name, engine.adapters)
         adapter = body.model if body.model in engine.adapters else None
-        return Question(body.asked(), body.sampling(self.most_new_tokens), adapter)
+        sampling = body.sampling(self.most_new_tokens)
+        return Question(body.asked(), sampling, adapter, tools=body.offered(), most_calls=body.most_calls)
 
 
 class EventStream(StreamingResponse):
@@ -97,7 +98,7 @@ async def _events(reply: Reply, letter: Letter, watch: Stopwatch) -> AsyncIterat
         piece = Piece()
         while not piece.finish:
             piece = await reply.next(QUIET_SECONDS)
-            if piece.text or piece.reasoning:
+            if piece.has_come:
                 watch.text_came()
             tokens = piece.tokens or tokens
             yield letter.part(piece) or ": on its way\n\n"

@@ -1,0 +1,109 @@
+"""What fields of a request may hold; what cannot be honoured is refused by its name, never ignored."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Discriminator,
+    Field,
+    Tag,
+    WithJsonSchema,
+    model_validator,
+)
+
+from loratune.generation.server.failures import TAG
+
+MOST_TOKENS = 1_048_576
+LONGEST_TEXT = 4 * 2**20
+"""Characters of one text; the limit on the whole body is lower for most."""
+
+
+def _whole(value: Any) -> Any:
+    """JSON has one kind of number: 1.0 is an integer."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+def _refuse(value: bool) -> bool:
+    if value:
+        raise ValueError("is not supported")
+    return value
+
+
+WHOLE = BeforeValidator(_whole)
+No = Annotated[bool, AfterValidator(_refuse), WithJsonSchema({"type": "boolean", "const": False})]
+Text = Annotated[str, Field(max_length=LONGEST_TEXT)]
+Name = Annotated[str, Field(min_length=1, max_length=1024)]
+Tokens = Annotated[int, Field(ge=1, le=MOST_TOKENS), WHOLE]
+Stop = Annotated[str, Field(min_length=1, max_length=256)]
+Nothing = Annotated[list[Any], Field(max_length=0)]
+Zero = Annotated[float, Field(ge=0, le=0)]
+
+
+NOTHING: tuple[Any, ...] = (None, False, "", [], {})
+"""Values that ask for nothing, whatever the field is called: clients send whole objects with most fields unset."""
+
+
+def _allow_nothing(schema: dict[str, Any]) -> None:
+    schema["additionalProperties"] = {"enum": list(NOTHING)}
+
+
+class Fields(BaseModel):
+    """A part of a request: no other types, and no other fields that ask for something."""
+
+    model_config = ConfigDict(
+        extra="forbid",
+        strict=True,
+        allow_inf_nan=False,
+        use_attribute_docstrings=True,
+        json_schema_extra=_allow_nothing,
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _drop_what_asks_for_nothing(cls, value: Any) -> Any:
+        if not isinstance(value, dict):
+            return value
+        # 0 == False, but 0 may ask for something.
+        return {
+            key: inner
+            for key, inner in value.items()
+            if key in cls.model_fields
+            or not any(inner is one or (one is not False and inner == one) for one in NOTHING)
+        }
+
+
+class TextPart(Fields):
+    """A part of a message's content; images and sound are not understood."""
+
+    type: Literal["text"]
+    text: Text
+
+
+def _tell_contents(value: Any) -> str:
+    return f"{TAG}parts" if isinstance(value, list) else f"{TAG}text"
+
+
+def _tell_lists(value: Any) -> str:
+    return f"{TAG}list" if isinstance(value, list) else f"{TAG}text"
+
+
+Parts = Annotated[list[TextPart], Field(min_length=1, max_length=256)]
+Content = Annotated[
+    Annotated[Text, Tag(f"{TAG}text")] | Annotated[Parts, Tag(f"{TAG}parts")], Discriminator(_tell_contents)
+]
+Stops = Annotated[
+    Annotated[Stop, Tag(f"{TAG}text")] | Annotated[Annotated[list[Stop], Field(max_length=16)], Tag(f"{TAG}list")],
+    Discriminator(_tell_lists),
+]
+Prompt = Annotated[
+    Annotated[Annotated[Text, Field(min_length=1)], Tag(f"{TAG}text")]
+    | Annotated[
+        Annotated[list[Annotated[Text, Field(min_length=1)]], Field(min_length=1, max_length=1)], Tag(f"{TAG}list")
+    ],
+    Discriminator(_tell_lists),
+]
