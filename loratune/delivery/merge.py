@@ -17,6 +17,7 @@ from loratune import console
 from loratune.data.encoding import Encoder
 from loratune.delivery.merged_weights import MergePlan, plan_merge, write_merged
 from loratune.delivery.model_folder import write_model_files
+from loratune.delivery.needs import announce
 from loratune.delivery.read_back import ReadBack, read_back
 from loratune.delivery.template import about_the_date
 from loratune.delivery.update import TensorUpdate, read_updates
@@ -29,14 +30,10 @@ from loratune.model.tensor_files import TensorFiles
 from loratune.model.tying import head_is_tied
 from loratune.recipe.sections import ModelSettings
 from loratune.runs.card import base_name, write_merged_card
-from loratune.runs.folder import FORMAT_VERSION, PROGRAM, VERIFICATION, file_sha256, prepare_output, read_json
+from loratune.runs.folder import FORMAT_VERSION, PROGRAM, VERIFICATION, file_sha256, prepare_output
 from loratune.runs.opening import AdapterSource, base_settings, check_same_base, check_vocabulary
 from loratune.runs.versions import library_versions
 from loratune.writing import disk_errors_explained, folder_in_one_step, write_json
-
-SIDE_FILES_BYTES = 30_000_000
-LIBRARIES_BYTES, PROOF_LIBRARIES_BYTES = 250_000_000, 250_000_000
-"""What torch takes by itself, and what transformers, PEFT and two tokenizers add."""
 
 
 @dataclass(frozen=True)
@@ -110,7 +107,7 @@ def merge_adapter(source: AdapterSource, output: Path, options: MergeOptions) ->
     job = _gather(source, output, options)
     with disk_errors_explained(output), folder_in_one_step(output) as folder:
         candidates = _candidates(job, folder)
-        _announce(job, candidates, output)
+        announce(job, candidates, output)
         for candidate in candidates:
             _write(job, candidate)
             changes = write_model_files(job.source, job.base, candidate.folder, options.dtype, candidate.plan)
@@ -212,54 +209,6 @@ def _dequantized(paths: list[Path], settings: ModelSettings) -> TensorFiles:
     return files
 
 
-def _announce(job: Job, candidates: list[Candidate], output: Path) -> None:
-    """Say what is about to happen and what it takes; stop if the disk has no room for it."""
-    plan = candidates[0].plan
-    needed = sum(candidate.plan.nbytes for candidate in candidates) + SIDE_FILES_BYTES
-    free = shutil.disk_usage(candidates[0].folder).free
-    files = len(plan.shards)
-    place = "a temporary folder" if job.options.is_temporary else output
-    console.table(
-        [
-            ("adapter", f"{job.source.adapter}: changes {len(plan.updated)} of {len(plan.tensors)} tensors"),
-            ("base", f"{job.settings.base}, {_dtype_names(plan)}"),
-            ("into", " and ".join(f"the {candidate.merge_base} base" for candidate in candidates)),
-            ("writes", f"{console.memory(plan.nbytes)} in {files} file{'s' if files > 1 else ''} to {place}"),
-            ("disk", f"{console.memory(needed)} needed, {console.memory(free)} free"),
-            ("memory", f"at most {console.memory(_memory_bound(job, candidates))}"),
-        ],
-        title="merge",
-    )
-    for warning in job.warnings:
-        console.warn(warning)
-    if needed > free:
-        raise LoratuneError(
-            f"{output}: the merged model needs {console.memory(needed)} of disk and {console.memory(free)} are free; "
-            "make room, or choose another disk with --output",
-            Exit.IO,
-        )
-
-
-def _memory_bound(job: Job, candidates: list[Candidate]) -> int:
-    """Bytes that the process will hold, pages of mapped files aside, which the system takes back when it needs them."""
-    config = read_json(job.base / "config.json")
-    bound = LIBRARIES_BYTES + (job.source.adapter / WEIGHTS_FILE).stat().st_size
-    if job.options.verify:
-        bound += PROOF_LIBRARIES_BYTES
-    if job.options.verify and job.options.logits:
-        activations = 40_000 * int(config["intermediate_size"])
-        logits = 32 * 4 * 7 * int(config["vocab_size"])
-        bound += activations + logits
-    if job.settings.quantization != "none":  # the live model, its embedding in float32
-        bound += candidates[0].plan.nbytes
-    return bound
-
-
-def _dtype_names(plan: MergePlan) -> str:
-    names = dict.fromkeys(str(tensor.info.dtype).removeprefix("torch.") for tensor in plan.tensors.values())
-    return " and ".join(names)
-
-
 def _write(job: Job, candidate: Candidate) -> None:
     plan, files, folder = candidate.plan, candidate.files, candidate.folder
     with console.byte_progress("merging", plan.nbytes) as advance:
@@ -291,7 +240,7 @@ def _described(job: Job, chosen: Candidate) -> dict[str, Any]:
         "thinking": job.source.prompt.thinking,
         "generation_prompt": job.source.prompt.generation_prompt,
         "date": job.source.prompt.date,
-        "dtype": _dtype_names(chosen.plan),
+        "dtype": chosen.plan.dtype_names,
         "bytes": chosen.plan.nbytes,
         "read_back": asdict(chosen.read_back) if chosen.read_back else None,
         "warnings": [_without_paths(warning, job) for warning in job.warnings],
