@@ -19,8 +19,9 @@ from loratune.commands import Command, free_place, loratune
 from loratune.data.encoding import Encoder
 from loratune.delivery.merged_weights import MergePlan, TooLargeError, plan_merge, write_merged
 from loratune.delivery.model_folder import write_model_files
+from loratune.delivery.needs import announce
 from loratune.delivery.read_back import ReadBack, read_back
-from loratune.delivery.report import announce, described
+from loratune.delivery.report import described
 from loratune.delivery.sources import check_pair
 from loratune.delivery.template import about_the_date
 from loratune.delivery.update import TensorUpdate, read_updates

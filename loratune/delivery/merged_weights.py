@@ -59,6 +59,12 @@ class MergePlan:
         return self.tensors[EMBEDDING].info.shape[0]
 
     @property
+    def dtype_names(self) -> str:
+        """The types of its tensors, for the user."""
+        names = dict.fromkeys(str(tensor.info.dtype).removeprefix("torch.") for tensor in self.tensors.values())
+        return " and ".join(names)
+
+    @property
     def updated(self) -> list[MergedTensor]:
         """The tensors that the adapter changes."""
         return [tensor for tensor in self.tensors.values() if tensor.update]
