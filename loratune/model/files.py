@@ -10,7 +10,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from loratune.errors import Exit, LoratuneError
-from loratune.plain_files import read_plain_text, reason_of, special_files
+from loratune.plain_files import read_plain_text, reason_of, unfit_files
 from loratune.recipe.sections import TINY_QWEN, ModelSettings
 
 # Architectures whose code is part of transformers and whose weights this program has been written for.
@@ -77,8 +77,8 @@ def check_config(folder: Path) -> None:
         LoratuneError: with what is missing or not allowed.
     """
     config = _read_json(folder / "config.json")
-    if special := special_files(folder):
-        raise LoratuneError(f"{folder}: not plain files, and never read: {', '.join(special)}", Exit.MODEL)
+    if unfit := unfit_files(folder):
+        raise LoratuneError(f"{folder}: no plain files, or far too large, and not read: {', '.join(unfit)}", Exit.MODEL)
     if config is None:
         raise LoratuneError(f"{folder}: no config.json in it, so it is not a model folder", Exit.MODEL)
     forbidden = [key for key in config if key in FORBIDDEN_KEYS or key.endswith("_internal")]
