@@ -75,7 +75,6 @@ def make_special(path: Path, kind: str) -> None:
 # --- what is no plain file ---
 
 
-@pytest.mark.timeout(120)
 @pytest.mark.parametrize("kind", ["pipe", "socket", "device"])
 @pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "chat_template.jinja", "added_tokens.json"])
 def test_nothing_waits_for_a_pipe_in_a_model_s_folder(
@@ -86,7 +85,6 @@ def test_nothing_waits_for_a_pipe_in_a_model_s_folder(
         assert name in told(result, Exit.MODEL)
 
 
-@pytest.mark.timeout(120)
 @pytest.mark.parametrize("kind", ["pipe", "device"])
 @pytest.mark.parametrize(
     "name", ["manifest.json", "recipe.yaml", "adapter/adapter_config.json", "adapter/tokenizer.json"]
@@ -103,7 +101,6 @@ def test_nothing_waits_for_a_pipe_in_a_run(cli: Cli, run: Path, tmp_path: Path, 
     assert cli("runs", "show", run).exit_code == 0
 
 
-@pytest.mark.timeout(120)
 def test_a_path_that_is_a_pipe_is_refused(cli: Cli, short_run: Path, rows_file: Path, tmp_path: Path) -> None:
     pipe = tmp_path / "pipe"
     os.mkfifo(pipe)
