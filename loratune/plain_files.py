@@ -16,6 +16,9 @@ CONFIG_BYTES = 20_000_000
 MOST_BYTES = 256 * 2**20
 """Of a file that is read whole; the largest vocabularies take some 40 MB."""
 
+SMALL_FILES = (".json", ".jinja", ".txt")
+"""Endings of those that libraries read whole, too."""
+
 
 def open_plain(path: Path) -> BinaryIO:
     """Open a file for reading.
@@ -77,14 +80,15 @@ def read_json_object(path: Path, most_bytes: int = MOST_BYTES) -> dict[str, Any]
     return value
 
 
-def special_files(folder: Path) -> list[str]:
-    """Names in a folder that are pipes, sockets or devices, for whose bytes a library would wait."""
+def unfit_files(folder: Path) -> list[str]:
+    """Names in a folder that no library should open: pipes, devices, and small files that have grown huge."""
     found = []
     for path in sorted(folder.iterdir()):
         try:
-            mode = path.stat().st_mode
+            status = path.stat()
         except OSError:  # a link to nothing
             continue
-        if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
+        is_huge = path.suffix in SMALL_FILES and status.st_size > MOST_BYTES
+        if is_huge or not (stat.S_ISREG(status.st_mode) or stat.S_ISDIR(status.st_mode)):
             found.append(path.name)
     return found

@@ -157,11 +157,9 @@ def _require_working_folder() -> None:
 
 def _loaded_library(error: Exception) -> str | None:
     """The library whose loading an error has ended; None for every other error."""
-    for frame, _ in traceback.walk_tb(error.__traceback__):
-        name = str(frame.f_globals.get("__name__", ""))
-        if frame.f_code.co_name == "<module>" and name.partition(".")[0] != __name__.partition(".")[0]:
-            return name.partition(".")[0]
-    return None
+    frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__) if frame.f_code.co_name == "<module>"]
+    names = [str(frame.f_globals.get("__name__")).partition(".")[0] for frame in frames]
+    return next((name for name in reversed(names) if name != __name__.partition(".")[0]), None)
 
 
 def _told(error: LoratuneError | OSError | MemoryError) -> tuple[str, Exit]:

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from loratune.errors import Exit, LoratuneError, bullet_list
-from loratune.plain_files import open_plain, read_plain
+from loratune.plain_files import MOST_BYTES, open_plain, read_plain
 from loratune.runs.folder import PROGRAM, file_sha256
 from loratune.writing import disk_errors_explained, write_json, write_pieces
 
@@ -176,7 +176,7 @@ class AnswerFile:
         self._file.close()
 
     def _take_in(self, lines: BinaryIO, header: bytes) -> None:
-        first = lines.readline()
+        first = lines.readline(MOST_BYTES)
         # Without a line end, the first line was being written when the process ended.
         if not first or (not first.endswith(b"\n") and header.startswith(first)):
             self._begin(header)
@@ -279,7 +279,7 @@ def _shown(value: Any) -> str:
 def _header_of(part: Path) -> dict[str, Any]:
     try:
         with open_plain(part) as file:
-            return _parsed(file.readline())
+            return _parsed(file.readline(MOST_BYTES))
     except OSError:
         return {}
 

@@ -12,7 +12,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from loratune.errors import Exit, LoratuneError, bullet_list
-from loratune.plain_files import CONFIG_BYTES, read_json_object, special_files
+from loratune.plain_files import CONFIG_BYTES, read_json_object, unfit_files
 from loratune.recipe.sections import TINY_QWEN, ModelSettings
 
 # Architectures whose code is part of transformers and whose weights this program has been written for.
@@ -95,8 +95,8 @@ def check_config(folder: Path) -> None:
     Raises:
         LoratuneError: with what is missing or not allowed.
     """
-    if special := special_files(folder):
-        raise LoratuneError(f"{folder}: not plain files, and never read: {', '.join(special)}", Exit.MODEL)
+    if unfit := unfit_files(folder):
+        raise LoratuneError(f"{folder}: no plain files, or far too large, and not read: {', '.join(unfit)}", Exit.MODEL)
     if not (folder / CONFIG).exists():
         raise LoratuneError(f"{folder}: no config.json in it, so it is not a model folder", Exit.MODEL)
     if (folder / ADAPTER_CONFIG).exists():
