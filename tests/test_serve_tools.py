@@ -347,13 +347,13 @@ def rows_of_calls() -> list[dict[str, Any]]:
     return rows
 
 
-@pytest.fixture(scope="module", params=["mistral", pytest.param("hermes", marks=pytest.mark.slow)])
+@pytest.fixture(scope="module", params=["hermes", pytest.param("mistral", marks=pytest.mark.slow)])
 def trained(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp(request.param)
     base, rows = tool_base(folder / "base", request.param), folder / "rows.json"
     rows.write_text(json.dumps(rows_of_calls()))
     flags: dict[str, Any] = {"model.base": base, "model.dtype": "float32", "data.train": rows, "data.validation": 0}
-    flags |= {"training.steps": 30, "training.batch_size": 1, "training.learning_rate": 1e-2, "lora.rank": 16}
+    flags |= {"training.steps": 60, "training.batch_size": 1, "training.learning_rate": 1e-2, "lora.rank": 16}
     flags |= {"evaluation.questions_share": 0, "output": folder / "run"}
     words = [str(word) for name, value in flags.items() for word in (f"--{name}", value)]
     done = CliRunner().invoke(app, ["sft", *words])

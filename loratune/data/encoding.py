@@ -103,9 +103,14 @@ class Encoder(ToolRenderer):
         return [*opening, *ids, self.end_id]
 
     def reply_ids(
-        self, messages: Sequence[Message], answer: Message, tools: Sequence[dict[str, Any]] = ()
+        self, messages: Sequence[Message], answer: Message | str, tools: Sequence[dict[str, Any]] = ()
     ) -> list[int]:
-        """Ids of an answer to a conversation, calls of tools included, and its end token: those that are trained."""
+        """Ids of an answer to a conversation, calls of tools included, and its end token: those that are trained.
+
+        A text is an answer without calls.
+        """
+        if isinstance(answer, str):
+            return self.answer_ids(answer, tools)
         if not answer.get("tool_calls"):
             return self.answer_ids(answer["content"], tools)
         (example,) = self.encode(Conversation((*messages, answer), tools=tuple(tools)), train_on="last")

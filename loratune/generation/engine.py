@@ -142,7 +142,7 @@ class Engine:
             for ticket in tickets.values():
                 ticket.cancel()
 
-    def reference_loss(self, question: Question, answer: Message) -> tuple[float, int]:
+    def reference_loss(self, question: Question, answer: Message | str) -> tuple[float, int]:
         """How unlikely an answer is to the model.
 
         Returns:
