@@ -50,12 +50,18 @@ class Change:
         Args:
             base: (n, columns) or (n,) of the base, or of what replaces it, in the type to compute in; not changed.
             numbers: which rows they are (n,).
+
+        Raises:
+            LoratuneError: PEFT refuses to merge them, as it does where a value is not finite.
         """
-        for layer in self.tokens:
-            base = merge_tokens(layer, base, numbers)
-        if self.lora is None:
-            return base
-        return self.lora.merge_bias(base, numbers) if self.is_bias else self.lora.merge(base, numbers)
+        try:
+            for layer in self.tokens:
+                base = merge_tokens(layer, base, numbers)
+            if self.lora is None:
+                return base
+            return self.lora.merge_bias(base, numbers) if self.is_bias else self.lora.merge(base, numbers)
+        except ValueError as error:
+            raise LoratuneError(f"PEFT does not merge this adapter into this base: {error}", Exit.MODEL) from error
 
     @property
     def needs_float64(self) -> bool:
