@@ -268,6 +268,18 @@ def test_a_zero_that_became_something_is_noticed(random_qwen: Path, adapter: Pat
         read_back(plan, peft, files, tmp_path / "out", lambda _: None)
 
 
+def test_a_base_that_is_not_finite_is_one_message(random_qwen: Path, adapter: Path, tmp_path: Path) -> None:
+    base = shutil.copytree(random_qwen, tmp_path / "base")
+    rewrite(base / "model.safetensors", lambda tensors: tensors[f"{Q0}.weight"][3].fill_(math.inf))
+    files = TensorFiles([base / "model.safetensors"])
+    plan = plan_merge(files, read_updates(adapter, files.infos, True), True, None, 1 << 30)
+    (tmp_path / "out").mkdir()
+    write_merged(plan, files, tmp_path / "out", lambda _: None)
+    peft = PeftMerge(base, adapter, plan.vocabulary, is_tied=True)
+    with pytest.raises(LoratuneError, match="PEFT does not merge this adapter"):
+        read_back(plan, peft, files, tmp_path / "out", lambda _: None)
+
+
 DAMAGE: dict[str, Callable[[Path], Any]] = {
     "cut short": lambda path: path.write_bytes(path.read_bytes()[:-1]),
     "longer": lambda path: path.write_bytes(path.read_bytes() + b"\0"),

@@ -25,6 +25,7 @@ from torch import nn
 from loratune.errors import Exit, LoratuneError, bullet_list
 from loratune.model.adapter_files import NAME, SETTINGS, WEIGHTS_FILE, read_config_values
 from loratune.model.adapter_patterns import as_expressions, settle_patterns
+from loratune.model.adapter_tensors import PREFIX, TOKENS, WRAPPER
 from loratune.model.config import empty_model, load_config
 from loratune.model.peft_rows import LoraRows, merge_tokens
 
@@ -50,12 +51,18 @@ class Change:
         Args:
             base: (n, columns) or (n,) of the base, or of what replaces it, in the type to compute in; not changed.
             numbers: which rows they are (n,).
+
+        Raises:
+            LoratuneError: PEFT refuses to merge them, as it does where a value is not finite.
         """
-        for layer in self.tokens:
-            base = merge_tokens(layer, base, numbers)
-        if self.lora is None:
-            return base
-        return self.lora.merge_bias(base, numbers) if self.is_bias else self.lora.merge(base, numbers)
+        try:
+            for layer in self.tokens:
+                base = merge_tokens(layer, base, numbers)
+            if self.lora is None:
+                return base
+            return self.lora.merge_bias(base, numbers) if self.is_bias else self.lora.merge(base, numbers)
+        except ValueError as error:
+            raise LoratuneError(f"PEFT does not merge this adapter into this base: {error}", Exit.MODEL) from error
 
     @property
     def needs_float64(self) -> bool:
@@ -102,12 +109,13 @@ class PeftMerge:
             raise _misfit(adapter, [" ".join(str(error).split())[:300]]) from error
         _share_again(shared)
         peft.eval().requires_grad_(False)
-        problems = [f"{name}: PEFT has no place for it" for name in _strange(result.unexpected_keys)]
+        self.changes = _changes(peft, places)
+        """Name of a parameter of the base → what is done to it; those that stay are left out."""
+        strange = [name for name in result.unexpected_keys if not _is_copy(name, state.get(name), self.changes)]
+        problems = [f"{name}: PEFT has no place for it" for name in strange]
         problems += [f"{name}: PEFT finds no values for it" for name in _empty(peft)]
         if problems:
             raise _misfit(adapter, problems)
-        self.changes = _changes(peft, places)
-        """Name of a parameter of the base → what is done to it; those that stay are left out."""
 
 
 def _config(adapter: Path, base: Mapping[str, Sequence[int]]) -> LoraConfig:
@@ -176,9 +184,21 @@ def _share_again(shared: list[list[Place]]) -> None:
                 module._parameters[name] = loaded
 
 
-def _strange(names: list[str]) -> list[str]:
-    """Keys without a place; the base's own values, which PEFT writes beside those of modules_to_save, need none."""
-    return [name for name in names if ".original_module." not in name]
+def _is_copy(name: str, tensor: torch.Tensor | None, changes: dict[str, Change]) -> bool:
+    """Whether a tensor without a place says again what another one has said, as PEFT writes saved embeddings.
+
+    The base's own values, which PEFT writes beside those of modules_to_save, need no place either.
+    """
+    place = name.removeprefix(PREFIX)
+    if ".original_module." in place:
+        return True
+    if tensor is None:
+        return False
+    if place.endswith(TOKENS):
+        change = changes.get(f"{place.removesuffix(TOKENS)}.weight", Change())
+        return any(torch.equal(layer.trainable_tokens_delta[NAME].data, tensor) for layer in change.tokens)
+    change = changes.get(WRAPPER.sub("", place), Change())
+    return change.replacement is not None and torch.equal(change.replacement, tensor)
 
 
 def _empty(model: Any) -> list[str]:
