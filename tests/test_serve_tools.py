@@ -347,7 +347,7 @@ def rows_of_calls() -> list[dict[str, Any]]:
     return rows
 
 
-@pytest.fixture(scope="module", params=["hermes", pytest.param("mistral", marks=pytest.mark.slow)])
+@pytest.fixture(scope="module", params=[pytest.param(name, marks=pytest.mark.slow) for name in ("hermes", "mistral")])
 def trained(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp(request.param)
     base, rows = tool_base(folder / "base", request.param), folder / "rows.json"
