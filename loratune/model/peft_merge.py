@@ -210,8 +210,12 @@ def _empty(model: Any) -> list[str]:
 
 def _changes(model: Any, places: dict[int, str]) -> dict[str, Change]:
     changes: dict[str, Change] = defaultdict(Change)
-    for module in list(model.modules()):
+    modules = list(model.modules())
+    replaced = {id(module.original_module) for module in modules if isinstance(module, ModulesToSaveWrapper)}
+    for module in modules:
         name = places.get(id(module))
+        if id(module) in replaced:
+            continue
         if name is not None:
             for attribute, parameter in module._parameters.items():
                 if _is_loaded(parameter):
