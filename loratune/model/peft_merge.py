@@ -213,12 +213,15 @@ def _empty(model: Any) -> list[str]:
 
 def _changes(model: Any, places: dict[int, str]) -> dict[str, Change]:
     changes: dict[str, Change] = defaultdict(Change)
-    for module in list(model.modules()):
+    modules = list(model.modules())
+    replaced = {id(module.original_module) for module in modules if isinstance(module, ModulesToSaveWrapper)}
+    for module in (module for module in modules if id(module) not in replaced):
         name = places.get(id(module))
         if name is not None:
-            for attribute, parameter in module._parameters.items():
+            held = {f"{name}.{attribute}": parameter for attribute, parameter in module._parameters.items()}
+            for full, parameter in held.items():
                 if _is_loaded(parameter):
-                    changes[f"{name}.{attribute}"].replacement = parameter.data
+                    changes[full].replacement = parameter.data
         elif isinstance(module, ModulesToSaveWrapper):
             name = places[id(module.original_module)]
             for attribute, parameter in module.modules_to_save[ADAPTER].named_parameters():
