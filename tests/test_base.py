@@ -22,7 +22,15 @@ from loratune.model.tokenizer import load_tokenizer, set_pad_token
 from loratune.recipe.sections import ModelSettings
 
 WANTED = ["config.json", "model-00001-of-00004.safetensors", "tokenizer.json", "merges.txt", "chat_template.jinja"]
-UNWANTED = ["pytorch_model.bin", "modeling_qwen.py", "model.mdl", "weights.pt", "training_args.pkl"]
+UNWANTED = [
+    "adapter_config.json",
+    "adapter_model.safetensors",
+    "pytorch_model.bin",
+    "modeling_qwen.py",
+    "model.mdl",
+    "weights.pt",
+    "training_args.pkl",
+]
 
 
 @pytest.fixture
@@ -76,7 +84,11 @@ def test_a_hub_gives_safetensors_and_json_but_no_pickles_and_no_code(
 
     assert find_base(ModelSettings(base="Qwen/Qwen3-8B", hub=hub, revision="main")) == random_qwen  # type: ignore[arg-type]
     assert (asked["name"], asked["revision"]) == ("Qwen/Qwen3-8B", "main")
-    fetched = [any(fnmatch(name, pattern) for pattern in asked["allow_patterns"]) for name in WANTED + UNWANTED]
+    fetched = [
+        any(fnmatch(name, pattern) for pattern in asked["allow_patterns"])
+        and not any(fnmatch(name, pattern) for pattern in asked["ignore_patterns"])
+        for name in WANTED + UNWANTED
+    ]
     assert fetched == [True] * len(WANTED) + [False] * len(UNWANTED)
 
 

@@ -16,8 +16,8 @@ import pytest
 from typer.testing import Result
 
 from loratune.errors import Exit
+from loratune.plain_files import read_json_object
 from loratune.recipe.loading import MOST_BYTES
-from loratune.runs.folder import read_json
 
 Cli = Callable[..., Result]
 
@@ -131,7 +131,7 @@ def test_a_file_larger_than_memory_is_meant_for_is_not_read(tmp_path: Path) -> N
     os.truncate(path, 2**36)
     started = time.monotonic()
     with pytest.raises(Exception, match=r"file\.json: cannot be read: it has 68,719,476,736 bytes"):
-        read_json(path)
+        read_json_object(path)
     assert time.monotonic() - started < 1
 
 

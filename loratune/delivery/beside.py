@@ -16,7 +16,7 @@ from loratune.errors import Exit, LoratuneError, bullet_list
 from loratune.model.adapter_tensors import EMBEDDING, HEAD
 from loratune.model.files import weight_files
 from loratune.model.tensor_files import INDEX, TensorFiles
-from loratune.runs.folder import read_json
+from loratune.plain_files import read_json_object
 from loratune.runs.tokenizer_files import NAMED_TEMPLATES, tokenizer_files
 
 ALLOWED = ("vocab_size", "tie_word_embeddings", "dtype", "torch_dtype")
@@ -57,7 +57,7 @@ def _file_problems(base: Path, tokenizer: Path, folder: Path, template: str | No
     if template is not None:
         copies = {name: path for name, path in copies.items() if not name.startswith(NAMED_TEMPLATES)}
         copies.pop(TEMPLATE_FILE, None)
-        config = read_json(copies.pop(TOKENIZER_CONFIG))
+        config = read_json_object(copies.pop(TOKENIZER_CONFIG))
         config |= {"chat_template": template} if "chat_template" in config else {}
         if _json(folder / TOKENIZER_CONFIG) != config:
             yield f"{TOKENIZER_CONFIG}: not the training's tokenizer's with the template of its prompts"
@@ -76,7 +76,7 @@ def _file_problems(base: Path, tokenizer: Path, folder: Path, template: str | No
 
 def _config_problems(base: Path, folder: Path) -> Iterator[str]:
     """Keys of config.json that are not the base's, nor what the written weights say."""
-    written, original = _json(folder / CONFIG), read_json(base / CONFIG)
+    written, original = _json(folder / CONFIG), read_json_object(base / CONFIG)
     said = _said_by_weights(folder)
     for key in sorted({*written, *original}):
         value = written.get(key)
@@ -94,7 +94,7 @@ def _said_by_weights(folder: Path) -> dict[str, Any]:
 def _generation_problems(base: Path, folder: Path, end_id: int) -> Iterator[str]:
     """Keys of generation_config.json that are not the base's, but for the token that ends the trained answers."""
     written, original = _json(folder / GENERATION_CONFIG), _json(base / GENERATION_CONFIG)
-    known = original.get("eos_token_id", read_json(base / CONFIG).get("eos_token_id"))
+    known = original.get("eos_token_id", read_json_object(base / CONFIG).get("eos_token_id"))
     ends = {*_ids(known), end_id}
     found = _ids(written.get("eos_token_id", known))
     if {*found} != ends:
@@ -139,4 +139,4 @@ def _bytes(path: Path) -> bytes | None:
 
 
 def _json(path: Path) -> dict[str, Any]:
-    return read_json(path) if path.is_file() else {}
+    return read_json_object(path) if path.is_file() else {}

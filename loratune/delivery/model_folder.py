@@ -13,8 +13,8 @@ import torch
 from loratune.data.encoding import Encoder
 from loratune.delivery.merged_weights import MergePlan
 from loratune.delivery.template import write_portable_template
+from loratune.plain_files import read_json_object
 from loratune.recipe.sections import PromptSettings
-from loratune.runs.folder import read_json
 from loratune.runs.opening import AdapterSource
 from loratune.runs.tokenizer_files import copy_tokenizer_files, tokenizer_files
 from loratune.writing import write_json
@@ -69,7 +69,7 @@ def _may_need_template(source: AdapterSource, tokenizer: Path) -> bool:
 
 
 def _write_config(base: Path, folder: Path, dtype: torch.dtype | None, plan: MergePlan) -> list[str]:
-    config = read_json(base / CONFIG)
+    config = read_json_object(base / CONFIG)
     changes: dict[str, Any] = {"vocab_size": plan.vocabulary}
     if dtype is not None:
         key = "torch_dtype" if "torch_dtype" in config and "dtype" not in config else "dtype"
@@ -87,8 +87,8 @@ def _write_config(base: Path, folder: Path, dtype: torch.dtype | None, plan: Mer
 def _write_generation_config(base: Path, folder: Path, end_id: int) -> list[str]:
     """The base's, with the token that ended the trained answers among those that end an answer."""
     path = base / GENERATION_CONFIG
-    values = read_json(path) if path.is_file() else {}
-    config = read_json(base / CONFIG)
+    values = read_json_object(path) if path.is_file() else {}
+    config = read_json_object(base / CONFIG)
     known = values.get("eos_token_id", config.get("eos_token_id"))
     ends = known if isinstance(known, list) else [] if known is None else [known]
     if end_id in ends:

@@ -31,6 +31,8 @@ CONFIG, ADAPTER_CONFIG = "config.json", "adapter_config.json"
 OTHER_CONFIGS = ("generation_config.json", "tokenizer_config.json")
 TOKENIZER_FILES = ["*.json", "*.jinja", "*.txt", "*.model"]
 HUB_FILES = [*TOKENIZER_FILES, "*.safetensors"]
+BESIDE_A_BASE = ["adapter_*"]
+"""What some repositories hold beside the model itself, and what is not fetched."""
 
 
 class QuantizedFolderError(LoratuneError):
@@ -205,7 +207,11 @@ def _download(settings: ModelSettings, patterns: list[str]) -> Path:
     else:
         from huggingface_hub import snapshot_download
     try:
-        return Path(snapshot_download(settings.base, revision=settings.revision, allow_patterns=patterns))
+        return Path(
+            snapshot_download(
+                settings.base, revision=settings.revision, allow_patterns=patterns, ignore_patterns=BESIDE_A_BASE
+            )
+        )
     except Exception as error:  # each hub client and its HTTP library raise their own kinds
         raise LoratuneError(
             f"{place}, and {settings.hub} cannot give it: {type(error).__name__}: {str(error).splitlines()[0]}\n"

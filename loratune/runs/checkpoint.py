@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from loratune.errors import Exit, LoratuneError, bullet_list
-from loratune.runs.folder import CHECKPOINTS, file_sha256, read_json, values_sha256
+from loratune.plain_files import read_json_object
+from loratune.runs.folder import CHECKPOINTS, file_sha256, values_sha256
 from loratune.writing import write_json
 
 SEAL = "checkpoint.json"
@@ -81,7 +82,7 @@ def open_checkpoint(folder: Path) -> Checkpoint:
         LoratuneError: with every file that is missing or changed.
         UnknownFormatError: another version has written it.
     """
-    values = read_json(folder / SEAL)
+    values = read_json_object(folder / SEAL)
     version = values.get("format_version")
     if values.pop("sha256", None) != values_sha256(values):
         raise LoratuneError(f"{folder / SEAL}: has been changed", Exit.MODEL)

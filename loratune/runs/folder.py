@@ -22,7 +22,7 @@ from typing import Any
 
 from loratune import console
 from loratune.errors import Exit, LoratuneError
-from loratune.plain_files import open_plain, read_plain_text, reason_of
+from loratune.plain_files import open_plain, read_json_object
 from loratune.recipe.loading import dump_recipe
 from loratune.recipe.sections import Recipe
 from loratune.writing import PROGRAM as PROGRAM
@@ -89,7 +89,7 @@ def _check_name(output: Path) -> None:
 def _is_ours(marker: Path, kind: str) -> bool:
     """Whether loratune made a folder of this kind; a status.json alone could be anybody's."""
     try:
-        values = read_json(marker)
+        values = read_json_object(marker)
         return values.get("program") == PROGRAM and values.get("kind", kind) == kind
     except LoratuneError:
         return False
@@ -181,7 +181,7 @@ def read_manifest(run: Path) -> dict[str, Any]:
     Raises:
         LoratuneError: it is missing, damaged, changed, or written by another version of loratune.
     """
-    values = read_json(run / MANIFEST)
+    values = read_json_object(run / MANIFEST)
     if values.get("format_version") != FORMAT_VERSION:
         raise LoratuneError(
             f"{run}: made by another version of loratune (format {values.get('format_version')}, this one reads "
@@ -210,21 +210,6 @@ def file_sha256(path: Path) -> str:
         while chunk := file.read(1 << 20):
             digest.update(chunk)
     return digest.hexdigest()
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object of a run.
-
-    Raises:
-        LoratuneError: the file cannot be read or holds something else.
-    """
-    try:
-        value = json.loads(read_plain_text(path))
-    except (OSError, ValueError, RecursionError) as error:
-        raise LoratuneError(f"{path}: cannot be read: {reason_of(error)}", Exit.MODEL) from error
-    if not isinstance(value, dict):
-        raise LoratuneError(f"{path}: holds no JSON object", Exit.MODEL)
-    return value
 
 
 def read_metrics(output: Path) -> list[dict[str, float]]:

@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from loratune.errors import Exit, LoratuneError
+from loratune.plain_files import read_json_object
 from loratune.recipe.loading import load_recipe
 from loratune.recipe.sections import ModelSettings, PromptSettings, Recipe
 from loratune.runs.checkpoint import SEAL, Checkpoint
-from loratune.runs.folder import ADAPTER, CHECKPOINTS, MANIFEST, RECIPE, STATUS, VERIFICATION, read_json, read_manifest
+from loratune.runs.folder import ADAPTER, CHECKPOINTS, MANIFEST, RECIPE, STATUS, VERIFICATION, read_manifest
 from loratune.runs.lock import lock_holder
 from loratune.runs.seals import ADAPTER_CONFIG, changed_files, open_sealed, require_same_settings, require_unchanged
 from loratune.runs.tokenizer_files import count_tokens
@@ -121,7 +122,7 @@ def base_settings(source: AdapterSource, model: str | None) -> ModelSettings:
     if source.recipe and source.manifest:
         known, place = source.recipe.model, recorded_base(source)["path"]
         return known.model_copy(update={"base": model or (place if _is_folder(Path(place)) else known.base)})
-    named = read_json(source.adapter / ADAPTER_CONFIG).get("base_model_name_or_path")
+    named = read_json_object(source.adapter / ADAPTER_CONFIG).get("base_model_name_or_path")
     if model is None and not (isinstance(named, str) and named and _is_folder(Path(named))):
         raise LoratuneError(
             f"{source.adapter} names its base {named!r}, which is not followed; give the base with --model", Exit.MODEL
@@ -136,7 +137,7 @@ def merged_prompt(folder: Path) -> PromptSettings:
     """
     if not (folder / VERIFICATION).is_file():
         return PromptSettings()
-    known = read_json(folder / VERIFICATION)
+    known = read_json_object(folder / VERIFICATION)
     return PromptSettings(
         thinking=bool(known.get("thinking")),
         generation_prompt=known.get("generation_prompt", "template"),
@@ -202,7 +203,7 @@ def _open_run(run: Path, adapter: Path, force: bool) -> AdapterSource:
     manifest = read_manifest(run)
     if not adapter.is_dir():
         checkpoints = sorted(str(folder) for folder in (run / CHECKPOINTS).glob("step-*"))
-        state = read_json(run / STATUS).get("state", "unknown") if (run / STATUS).is_file() else "unknown"
+        state = read_json_object(run / STATUS).get("state", "unknown") if (run / STATUS).is_file() else "unknown"
         hint = f"; its newest checkpoint is {checkpoints[-1]}" if checkpoints else ""
         raise LoratuneError(f"{run}: the run has no adapter yet (state: {state}){hint}", Exit.MODEL)
     changed = changed_files(run, manifest, with_adapter=True)

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from loratune.errors import Exit, LoratuneError
-from loratune.runs.folder import PROBE, read_json
+from loratune.plain_files import read_json_object
+from loratune.runs.folder import PROBE
 from loratune.writing import write_json
 
 MAX_ROWS = 16
@@ -63,7 +64,7 @@ def read_probe(run: Path | None) -> Probe:
     built_in = [[{"role": "user", "content": question}] for question in BUILT_IN_QUESTIONS]
     if run is None or not (run / PROBE).is_file():
         return Probe([], built_in)
-    values = read_json(run / PROBE)
+    values = read_json_object(run / PROBE)
     try:
         rows = [ProbeRow(row["input_ids"], row["labels"]) for row in values["rows"]]
         questions = values["questions"]

@@ -6,9 +6,10 @@ from pathlib import Path
 from typing import Any
 
 from loratune.errors import Exit, LoratuneError, bullet_list
+from loratune.plain_files import read_json_object
 from loratune.recipe.sections import Recipe, flat_settings
 from loratune.runs.checkpoint import SEAL, Checkpoint, open_checkpoint
-from loratune.runs.folder import ADAPTER, MANIFEST, RECIPE, STATUS, file_sha256, read_json
+from loratune.runs.folder import ADAPTER, MANIFEST, RECIPE, STATUS, file_sha256
 from loratune.runs.tokenizer_files import tokenizer_files
 
 ADAPTER_CONFIG = "adapter_config.json"
@@ -72,7 +73,7 @@ def open_sealed(folder: Path, force: bool) -> tuple[Checkpoint | None, list[str]
         if not (folder / SEAL).is_file():
             raise LoratuneError(f"{folder}: no {SEAL} in it, so it is no whole checkpoint", Exit.MODEL)
         checkpoint = open_checkpoint(folder)
-        added = _added(folder, "", read_json(folder / SEAL)["files"])
+        added = _added(folder, "", read_json_object(folder / SEAL)["files"])
         if added:
             raise LoratuneError(f"{folder}: added since it was written: {', '.join(added)}", Exit.MODEL)
     except LoratuneError as error:
@@ -128,7 +129,7 @@ def _sealed_files(run: Path, manifest: dict[str, Any], with_adapter: bool) -> di
 
 def _has_ended(run: Path) -> bool:
     try:
-        return read_json(run / STATUS).get("state") == "finished"
+        return read_json_object(run / STATUS).get("state") == "finished"
     except LoratuneError:  # its loss alone keeps nobody from an adapter
         return False
 

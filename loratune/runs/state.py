@@ -7,10 +7,11 @@ from typing import Any
 
 from loratune.commands import Command, loratune
 from loratune.errors import Exit, LoratuneError
+from loratune.plain_files import read_json_object
 from loratune.recipe.loading import load_recipe
 from loratune.runs.base_check import NOTHING, how_checked
 from loratune.runs.checkpoint import checkpoint_steps
-from loratune.runs.folder import ADAPTER, CHECKPOINTS, MANIFEST, RECIPE, STATUS, read_json, read_manifest, read_metrics
+from loratune.runs.folder import ADAPTER, CHECKPOINTS, MANIFEST, RECIPE, STATUS, read_manifest, read_metrics
 from loratune.runs.lock import lock_holder
 from loratune.runs.seals import changed_files
 
@@ -35,7 +36,7 @@ def run_state(output: Path) -> dict[str, Any]:
     """
     if not (output / STATUS).is_file():
         raise LoratuneError(f"{output} holds no run (no {STATUS} in it)", Exit.MODEL)
-    status = read_json(output / STATUS)
+    status = read_json_object(output / STATUS)
     records = read_metrics(output)
     state = status.get("state", "unknown")
     if state == "running" and lock_holder(output) is None:

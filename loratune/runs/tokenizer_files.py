@@ -8,8 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from loratune.errors import Exit, LoratuneError
-from loratune.plain_files import read_plain
-from loratune.runs.folder import read_json
+from loratune.plain_files import read_json_object, read_plain
 
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -64,7 +63,7 @@ def count_tokens(folder: Path) -> int:
     paths = [whole] if whole.is_file() else [folder / "vocab.json", folder / "added_tokens.json"]
     ids = [-1]
     for path in (path for path in paths if path.is_file()):
-        content = read_json(path)
+        content = read_json_object(path)
         try:
             if path == whole:
                 vocabulary = content["model"]["vocab"]  # names and ids, or a list

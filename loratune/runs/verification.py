@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from loratune.errors import Exit, LoratuneError, bullet_list
-from loratune.runs.folder import FORMAT_VERSION, PROGRAM, VERIFICATION, file_sha256, read_json
+from loratune.plain_files import read_json_object
+from loratune.runs.folder import FORMAT_VERSION, PROGRAM, VERIFICATION, file_sha256
 from loratune.runs.versions import library_versions
 from loratune.writing import write_json
 
@@ -74,7 +75,7 @@ def read_verification(folder: Path) -> dict[str, Any] | None:
     """
     if not (folder / VERIFICATION).is_file():
         return None
-    values = read_json(folder / VERIFICATION)
+    values = read_json_object(folder / VERIFICATION)
     return values if values.get("program") == PROGRAM else None
 
 

@@ -11,8 +11,8 @@ from loratune import console
 from loratune.errors import Exit, LoratuneError
 from loratune.model.files import local_folder
 from loratune.model.memory import is_out_of_memory
+from loratune.plain_files import read_json_object
 from loratune.recipe.sections import Recipe
-from loratune.runs.folder import read_json
 from loratune.writing import disk_errors_explained
 
 ADVICE_LIMIT = 3
@@ -69,7 +69,7 @@ def _layers(recipe: Recipe) -> int:
     """How many the base has; enough where it is not a folder here."""
     try:
         folder = local_folder(recipe.model)
-        known = read_json(folder / "config.json").get("num_hidden_layers") if folder else None
+        known = read_json_object(folder / "config.json").get("num_hidden_layers") if folder else None
     except LoratuneError:  # which is not what is to be told of
         known = None
     return known if isinstance(known, int) else 2 * MANY_LAYERS

@@ -8,10 +8,11 @@ from typing import Any
 
 from loratune import console
 from loratune.errors import Exit, LoratuneError, counted
+from loratune.plain_files import read_json_object
 from loratune.recipe.sections import Recipe, flat_settings
 from loratune.runs.checkpoint import Checkpoint, named_checkpoint, newest_checkpoint
 from loratune.runs.fingerprint import FULL
-from loratune.runs.folder import ADAPTER, CHECKPOINTS, MANIFEST, STATUS, check_links, read_json, read_manifest
+from loratune.runs.folder import ADAPTER, CHECKPOINTS, MANIFEST, STATUS, check_links, read_manifest
 from loratune.training.checkpoint_state import check_states
 
 NEWEST, AUTO = "newest", "auto"
@@ -78,7 +79,7 @@ def completion(output: Path, start: Checkpoint, steps: int, patience: int | None
         steps: that are wanted.
         patience: evaluation.early_stopping as it is now.
     """
-    if read_json(output / STATUS).get("state") != "finished":
+    if read_json_object(output / STATUS).get("state") != "finished":
         return None
     if start.step >= steps:
         return f"{output} is complete: step {start.step} of {steps}"

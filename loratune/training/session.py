@@ -25,11 +25,12 @@ from loratune.model.hardware import Hardware, detect_hardware
 from loratune.model.lora_linear import use_fused_lora
 from loratune.model.memory import keep_freed_memory
 from loratune.model.tokenizer import load_tokenizer, set_pad_token
+from loratune.plain_files import read_json_object
 from loratune.recipe.advice import advise
 from loratune.recipe.sections import Recipe
 from loratune.runs.card import write_card
 from loratune.runs.checkpoint import Checkpoint, open_checkpoint, seal_checkpoint
-from loratune.runs.folder import ADAPTER, REPORT, begin_run, prepare_output, read_json, seal_run, set_status
+from loratune.runs.folder import ADAPTER, REPORT, begin_run, prepare_output, seal_run, set_status
 from loratune.runs.lock import run_lock
 from loratune.runs.probe import MAX_QUESTIONS, save_probe
 from loratune.runs.state import next_command
@@ -129,7 +130,7 @@ def train(recipe: Recipe, overwrite: bool = False, resume: Resume | None = None)
             check_identity(start, identity_now(prepared), resume.allow_changes)
             if told := completion(output, start, prepared.plan.steps, recipe.evaluation.early_stopping):
                 console.say(told)
-                return read_json(output / REPORT)
+                return read_json_object(output / REPORT)
         return _train(_load(prepared), start)
 
 
