@@ -17,6 +17,7 @@ from rich.cells import cell_len
 from typer.testing import Result
 
 import loratune
+from loratune.cli import app
 from loratune.errors import Exit, LoratuneError
 from loratune.recipe.loading import load_recipe, shipped_recipes
 from loratune.recipe.sections import iterate_settings
@@ -24,7 +25,9 @@ from loratune.recipe.sections import iterate_settings
 Cli = Callable[..., Result]
 SETTINGS = dict(iterate_settings())
 HEAVY = ("torch", "transformers", "peft", "trl", "datasets", "bitsandbytes", "accelerate", "numpy", "matplotlib")
-PAGES = [("--help",), ("sft", "--help"), ("infer", "--help")]
+COMMAND_LINES: list[tuple[str, ...]] = [(name,) for name in app.COMMANDS if name not in app.GROUPS]
+COMMAND_LINES += [(name, inner) for name, group in app.GROUPS.items() for inner in group.table]
+PAGES = [("--help",), *((*line, "--help") for line in COMMAND_LINES)]
 
 
 def run_python(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:

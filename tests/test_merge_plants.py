@@ -18,7 +18,7 @@ from test_merge import EMBEDDING, HEAD, make_model, small
 from transformers import AutoModelForCausalLM, Qwen2Config
 from typer.testing import Result
 
-from loratune.delivery import merge
+from loratune.delivery import merge, merge_job
 from loratune.delivery.update import TensorUpdate
 from loratune.errors import Exit
 
@@ -109,7 +109,7 @@ def in_the_updates(change: Callable[[dict[str, Any]], Any], of_writing: bool = F
     """Change what the adapter was understood as, throughout, or in writing alone."""
 
     def plant(patch: pytest.MonkeyPatch) -> None:
-        read, write = merge.read_updates, merge.write_merged
+        read, write = merge_job.read_updates, merge.write_merged
 
         def read_wrong(*arguments: Any) -> Any:
             updates = read(*arguments)
@@ -129,7 +129,7 @@ def in_the_updates(change: Callable[[dict[str, Any]], Any], of_writing: bool = F
         if of_writing:
             patch.setattr(merge, "write_merged", write_wrong)
         else:
-            patch.setattr(merge, "read_updates", read_wrong)
+            patch.setattr(merge_job, "read_updates", read_wrong)
 
     return plant
 

@@ -17,7 +17,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from typer.testing import Result
 
-from loratune.delivery import merge, model_folder, verify
+from loratune.delivery import merge, merge_job, model_folder, verify
 from loratune.delivery.proof import Answer
 from loratune.errors import Exit
 
@@ -230,7 +230,7 @@ def test_a_merge_that_writes_other_updates_is_noticed_by_reading_back(
 def test_updates_that_were_misunderstood_throughout_are_noticed_by_peft_s_own(
     merged: Merge, output: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    read = merge.read_updates
+    read = merge_job.read_updates
 
     def read_wrong(*arguments: Any) -> Any:
         updates = read(*arguments)
@@ -238,7 +238,7 @@ def test_updates_that_were_misunderstood_throughout_are_noticed_by_peft_s_own(
             update.scaling *= 1.1
         return updates
 
-    monkeypatch.setattr(merge, "read_updates", read_wrong)
+    monkeypatch.setattr(merge_job, "read_updates", read_wrong)
     assert "rounding steps away from PEFT's" in failed(merged(), Exit.MODEL, output)
     # The models would tell it too, if nothing had been read back.
     monkeypatch.setattr(merge, "read_back", lambda *_: None)
@@ -275,7 +275,7 @@ def test_a_config_that_went_wrong_is_noticed_twice(
 
     monkeypatch.setattr(model_folder, "_write_config", write_wrong)
     assert f"config.json: {next(iter(values))} is" in failed(merged("--no-logits"), Exit.MODEL, output)
-    monkeypatch.setattr(merge, "_check_beside", lambda *_: None)
+    monkeypatch.setattr("loratune.delivery.beside.check_beside", lambda *_: None)
     assert words in failed(merged(), Exit.MODEL, output)
 
 

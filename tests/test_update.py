@@ -22,7 +22,7 @@ from transformers import AutoModelForCausalLM
 from typer.testing import Result
 
 from loratune.data.encoding import IGNORED, Encoder
-from loratune.delivery import merge
+from loratune.delivery import merge, merge_job
 from loratune.delivery.merged_weights import MergePlan, plan_merge, write_merged
 from loratune.delivery.parity import compare_models, likeliest_tokens
 from loratune.delivery.proof import BOUNDS, OTHER_BASE, check_parity, compare_answers, relative_bounds
@@ -334,7 +334,7 @@ def test_peft_s_own_merge_shows_what_was_read_wrongly_throughout(
         updates[f"{Q0}.weight"].scaling *= 2
         return updates
 
-    monkeypatch.setattr(merge, "read_updates", doubled)
+    monkeypatch.setattr(merge_job, "read_updates", doubled)
     result = cli("merge", "-a", adapter, "-m", random_qwen, "-o", tmp_path / "out" / "merged")
     assert result.exit_code == Exit.MODEL
     assert f"{Q0}.weight: the written file holds row 0" in " ".join(result.stderr.split())

@@ -93,7 +93,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], Any], str]] = {
     "merges": (swap_merges, "tokenizer.json: changed"),
     "template": (append("chat_template.jinja", "!"), "chat_template.jinja: "),
     "a file is gone": (lambda folder: (folder / "generation_config.json").unlink(), "generation_config.json: missing"),
-    "an adapter beside it": (append("adapter_config.json", "{}"), "adapter_config.json: added"),
+    "an adapter beside it": (append("adapter_config.json", "{}"), "adapter_config.json"),
     "code beside it": (append("modeling.py", "1"), "modeling.py: added"),
 }
 
@@ -178,3 +178,76 @@ def test_other_folders_have_nothing_to_compare_with(cli: Cli, random_qwen: Path,
         result = cli("verify", folder)
         assert result.exit_code == Exit.MODEL
         assert "run folder" in result.stderr
+
+
+# --- the merge proved again ---
+
+
+def sealed_again(folder: Path) -> None:
+    """Record the hashes of what is there, as somebody would who changes a folder on purpose."""
+    path = folder / "verification.json"
+    values = json.loads(path.read_text())
+    for name in values["files"]:
+        data = (folder / name).read_bytes()
+        values["files"][name] = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+    path.write_text(json.dumps(values))
+
+
+@pytest.mark.parametrize("logits", [True, False])
+def test_a_merge_is_proved_again(cli: Cli, verified: Path, short_run: Path, logits: bool) -> None:
+    flags = () if logits else ("--no-logits",)
+    result = cli("verify", verified, "--adapter", short_run, "--json", *flags)
+    assert result.exit_code == 0, result.stderr
+    report = json.loads(result.stdout)
+    assert report["proved_again"] is True
+    assert report["proved"]["verified"] == ("files and logits" if logits else "files")
+    assert report["proved"]["read_back"]["rows"] > 0
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_a_merge_of_another_type_and_in_several_files_is_proved_again(
+    cli: Cli, short_run: Path, tmp_path: Path, dtype: str
+) -> None:
+    merge = ("merge", "--adapter", short_run, "--output", tmp_path / "m", "--dtype", dtype, "--shard-size", "50kB")
+    assert cli(*merge, "--no-logits", "--force").exit_code == 0
+    assert len(list((tmp_path / "m").glob("*.safetensors"))) > 1
+    result = cli("verify", tmp_path / "m", "--adapter", short_run, "--no-logits")
+    assert result.exit_code == 0, result.stderr
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        change_tensors(lambda tensors: tensors[QUERY][3].neg_()),
+        change_tensors(lambda tensors: tensors[NORM].mul_(1.01)),
+        change_tensors(lambda tensors: tensors.update(extra=torch.ones(3))),
+        change_tensors(lambda tensors: tensors.pop(NORM)),
+        set_key("generation_config.json", eos_token_id=3),
+        swap_merges,
+    ],
+)
+def test_what_hashes_cannot_tell_the_proof_does(
+    cli: Cli, merged: Path, short_run: Path, damage: Callable[[Path], Any]
+) -> None:
+    damage(merged)
+    sealed_again(merged)
+    assert cli("verify", merged).exit_code == 0
+    result = cli("verify", merged, "--adapter", short_run, "--no-logits")
+    assert (result.exit_code, result.stdout) == (Exit.MODEL, ""), result.stderr or result.exception
+    assert "has been removed" not in result.stderr
+    assert merged.is_dir()
+
+
+def test_a_merge_is_proved_with_its_own_adapter_alone(cli: Cli, merged: Path, short_run: Path, tmp_path: Path) -> None:
+    other = Path(shutil.copytree(short_run / "adapter", tmp_path / "other"))
+    weights = load_file(other / "adapter_model.safetensors")
+    save_file({name: 2 * value for name, value in weights.items()}, other / "adapter_model.safetensors")
+    base = json.loads((short_run / "manifest.json").read_text())["base"]["path"]
+    result = cli("verify", merged, "--adapter", other, "--model", base)
+    assert result.exit_code == Exit.MODEL
+    assert "another adapter" in " ".join(result.stderr.split())
+
+
+@pytest.mark.parametrize("flags", [("--model", "x"), ("--no-logits",), ("--force",)])
+def test_flags_of_the_proof_need_an_adapter(cli: Cli, verified: Path, flags: tuple[str, ...]) -> None:
+    assert cli("verify", verified, *flags).exit_code == Exit.USAGE

@@ -43,6 +43,12 @@ Config = Annotated[
     typer.Option("--config", "-c", metavar="recipe", help="Recipe: a YAML file, or the name of a shipped one."),
 ]
 Output = Annotated[Path, typer.Option("--output", "-o", metavar="folder", help="Folder of the result.")]
+Base = Annotated[
+    str | None, typer.Option("--model", "-m", metavar="model", callback=filled, help="Where the base lies now.")
+]
+Logits = Annotated[
+    bool, typer.Option("--logits/--no-logits", help="Run both models too (the default); else prove the files alone.")
+]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an earlier result in the same folder.")]
 Force = Annotated[bool, typer.Option("--force", help="Take another base than the trained one, or a changed adapter.")]
 Json = Annotated[bool, typer.Option("--json", help="Print what happened as JSON to stdout.")]

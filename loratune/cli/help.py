@@ -34,17 +34,20 @@ class Command(TyperCommand):
 
 
 def option_panels(parameters: Iterable[Any]) -> dict[str, list[tuple[str, str, str]]]:
-    """Panel → (option and value, default, help) of each of its options; generated flags come in panels by section."""
+    """Panel → (spelling, default, help) of each of its parameters; generated flags come in panels by section."""
     panels: dict[str, list[tuple[str, str, str]]] = {}
     for parameter in parameters:
         if parameter.hidden:
             continue
-        panel = getattr(parameter, "rich_help_panel", None) or "options"
+        kind = "arguments" if parameter.param_type_name == "argument" else "options"
+        panel = getattr(parameter, "rich_help_panel", None) or kind
         panels.setdefault(panel, []).append((_spelling(parameter), _default(parameter), parameter.help or ""))
     return panels
 
 
 def _spelling(parameter: Any) -> str:
+    if parameter.param_type_name == "argument":
+        return str(parameter.name).upper()
     names = sorted(parameter.opts, key=len)
     if parameter.secondary_opts:
         names = [f"--[no-]{names[-1].removeprefix('--')}"]

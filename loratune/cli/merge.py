@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 import typer
 
 from loratune import console
-from loratune.cli.flags import ADAPTER_HELP, DryRun, Force, Json, Output, Overwrite, Public, Push, filled
+from loratune.cli.flags import ADAPTER_HELP, Base, DryRun, Force, Json, Logits, Output, Overwrite, Public, Push
 from loratune.cli.push import push
 from loratune.commands import Command, loratune
 from loratune.errors import Exit, LoratuneError
@@ -27,9 +27,6 @@ UNITS = {"": 1, "k": 1e3, "m": 1e6, "g": 1e9, "t": 1e12}
 Adapters = Annotated[
     list[str],
     typer.Option("--adapter", "-a", metavar="folder", help=f"{ADAPTER_HELP} name=folder for each of several."),
-]
-Base = Annotated[
-    str | None, typer.Option("--model", "-m", metavar="model", callback=filled, help="Where the base lies now.")
 ]
 Dtype = Annotated[
     Literal["bfloat16", "float16", "float32"] | None,
@@ -66,9 +63,6 @@ Density = Annotated[
 Verify = Annotated[
     bool, typer.Option("--verify/--no-verify", help="Compare what was written with base + adapter (the default).")
 ]
-Logits = Annotated[
-    bool, typer.Option("--logits/--no-logits", help="Run both models too (the default); else prove the files alone.")
-]
 
 
 def command(
@@ -93,7 +87,8 @@ def command(
     """Merge, prove, and say what to do next."""
     import torch
 
-    from loratune.delivery.merge import MergeOptions, merge_adapter
+    from loratune.delivery.merge import merge_adapter
+    from loratune.delivery.merge_job import MergeOptions
     from loratune.delivery.sources import open_adapters
 
     options = MergeOptions(

@@ -8,23 +8,37 @@ from typing import Annotated
 import typer
 
 from loratune import console
-from loratune.cli.flags import Json
+from loratune.cli.flags import Adapter, Base, Force, Json, Logits
+from loratune.errors import Exit, LoratuneError
 
 DETAILS = """\
 verification.json, or a run's manifest, holds the sha256 of every file; each is computed again. A file that is changed,
 missing or added, and that a program would load, means exit code 4. infer, serve and export make the same check of a
-model's folder before they load it."""
+model's folder before they load it.
+
+--adapter proves a merged model once more, as merge has done it: every tensor, the logits, and some answers."""
 
 Folder = Annotated[Path, typer.Argument(help="A merged model, an export, or a run folder.", show_default=False)]
 
 
-def command(folder: Folder, json: Json = False) -> None:
+def command(
+    folder: Folder,
+    adapter: Adapter = None,
+    model: Base = None,
+    logits: Logits = True,
+    force: Force = False,
+    json: Json = False,
+) -> None:
     """Compare every file with what was recorded of it."""
     from loratune.delivery.report import show_verification
-    from loratune.delivery.reverify import verify_folder
+    from loratune.delivery.reverify import Proof, verify_folder
+    from loratune.runs.opening import open_settled_adapter
 
+    if adapter is None and (model is not None or not logits or force):
+        raise LoratuneError("--model, --no-logits and --force are for the proof of a merge; give --adapter", Exit.USAGE)
+    proof = Proof(open_settled_adapter(adapter, force), model, logits, force) if adapter else None
     with console.status(f"reading {folder}"):
-        report = verify_folder(folder)
+        report = verify_folder(folder, proof)
     if json:
         console.write_json(report)
         return
@@ -32,4 +46,5 @@ def command(folder: Folder, json: Json = False) -> None:
         console.warn(f"{remark}; no program loads it")
     if report["kind"] == "merged model":
         show_verification(report["proved"])
-    console.say(f"{folder}: {report['kind']}, {report['files']} files as they were verified", style="bold")
+    again = ", and its merge is proved again" if report["proved_again"] else ""
+    console.say(f"{folder}: {report['kind']}, {report['files']} files as they were verified{again}", style="bold")

@@ -6,7 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from loratune.commands import Command, free_place, loratune
-from loratune.delivery.merge import MergeOptions
+from loratune.delivery.merge_job import MergeOptions
 from loratune.delivery.rehearsal import check_merge
 from loratune.errors import refusal
 from loratune.model.adapter_tensors import check_fits

@@ -17,7 +17,9 @@ from loratune.model.adapter_tensors import EMBEDDING, HEAD
 from loratune.model.files import weight_files
 from loratune.model.tensor_files import INDEX, TensorFiles
 from loratune.plain_files import read_json_object
+from loratune.runs.folder import VERIFICATION
 from loratune.runs.tokenizer_files import NAMED_TEMPLATES, tokenizer_files
+from loratune.runs.verification import is_loaded
 
 ALLOWED = ("vocab_size", "tie_word_embeddings", "dtype", "torch_dtype")
 """Keys of the config that a merge may change, each to what the written weights say."""
@@ -44,7 +46,7 @@ def check_beside(base: Path, tokenizer: Path, encoder: Encoder, folder: Path) ->
     problems = problems or [*_loaded_problems(base, folder, encoder)]
     if problems:
         raise LoratuneError(
-            "files beside the merged weights are not what they should be; the merged model has been removed:\n"
+            "files beside the merged weights are not what they should be:\n"
             f"{bullet_list(problems)}\nIf it happens again, the disk or the memory of this machine is at fault",
             Exit.MODEL,
         )
@@ -66,11 +68,11 @@ def _file_problems(base: Path, tokenizer: Path, folder: Path, template: str | No
     for name, path in copies.items():
         if _bytes(folder / name) != path.read_bytes():
             yield f"{name}: {'not that of the base' if (folder / name).is_file() else 'missing'}"
-    expected = {*copies, TOKENIZER_CONFIG, CONFIG, GENERATION_CONFIG, "README.md", INDEX}
+    expected = {*copies, TOKENIZER_CONFIG, CONFIG, GENERATION_CONFIG, INDEX, VERIFICATION}
     expected |= {TEMPLATE_FILE} if template is not None else set()
     expected |= {path.name for path in weight_files(folder)}
     for path in sorted(folder.rglob("*")):
-        if path.is_file() and str(path.relative_to(folder)) not in expected:
+        if path.is_file() and str(path.relative_to(folder)) not in expected and is_loaded(path.name):
             yield f"{path.relative_to(folder)}: left over from something else"
 
 

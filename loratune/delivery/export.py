@@ -17,7 +17,8 @@ from loratune.commands import Command
 from loratune.data.encoding import Encoder
 from loratune.delivery.adapter_folder import export_adapter
 from loratune.delivery.export_job import Export, ExportOptions
-from loratune.delivery.merge import MergeOptions, merge_adapter
+from loratune.delivery.merge import merge_adapter
+from loratune.delivery.merge_job import MergeOptions
 from loratune.delivery.parity import Parity, compare_models
 from loratune.delivery.proof import BOUNDS, Bounds, check_parity, probe_rows
 from loratune.delivery.rehearsal import rehearse

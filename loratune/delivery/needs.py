@@ -12,7 +12,7 @@ from loratune.model.adapter_files import WEIGHTS_FILE
 from loratune.plain_files import read_json_object
 
 if TYPE_CHECKING:
-    from loratune.delivery.merge import Candidate, Job
+    from loratune.delivery.merge_job import Candidate, Job
 
 SIDE_FILES_BYTES = 30_000_000
 LIBRARIES_BYTES, CHECK_LIBRARIES_BYTES = 250_000_000, 250_000_000

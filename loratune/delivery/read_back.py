@@ -108,7 +108,7 @@ def _check_names(plan: MergePlan, peft: PeftMerge, base: TensorFiles) -> None:
     if problems:
         raise LoratuneError(
             f"{len(problems)} tensors of the merged model are not what PEFT makes of this adapter, first: "
-            f"{problems[0]}. The merged model has been removed. Please report this with what pip list shows",
+            f"{problems[0]}. Please report this with what pip list shows",
             Exit.MODEL,
         )
 
@@ -198,7 +198,7 @@ def _spread(rows: Sequence[int]) -> list[int]:
 
 def _mismatch(name: str, found: str) -> LoratuneError:
     return LoratuneError(
-        f"{name}: the written file holds {found}; the merged model has been removed. If it happens again, the disk or "
+        f"{name}: the written file holds {found}. If it happens again, the disk or "
         "the memory of this machine is at fault",
         Exit.MODEL,
     )

@@ -15,7 +15,7 @@ from loratune.commands import Command
 from loratune.data.encoding import Encoder
 from loratune.delivery.export_job import Export
 from loratune.delivery.gguf_layout import NotForGgufError
-from loratune.delivery.merge import MergeOptions, gather
+from loratune.delivery.merge_job import MergeOptions, gather
 from loratune.delivery.merged_weights import plan_merge
 from loratune.delivery.model_folder import write_model_files
 from loratune.delivery.ollama import write_modelfile
@@ -27,6 +27,7 @@ from loratune.model.tokenizer import load_tokenizer
 from loratune.model.tying import head_is_tied
 from loratune.runs.folder import VERIFICATION
 from loratune.runs.opening import AdapterSource, merged_prompt
+from loratune.runs.verification import require_intact
 from loratune.writing import write_json
 
 
@@ -91,6 +92,8 @@ def rehearse(job: Export) -> None:
         if not folder.is_dir():
             raise LoratuneError(f"--model {folder}: no such folder; give a merged model, or an adapter", Exit.MODEL)
         check_base(folder)
+        for warning in require_intact(folder, job.options.force):
+            console.warn(warning)
         shapes = {name: info.shape for name, info in TensorFiles(weight_files(folder)).infos.items()}
         CHECKS[job.options.format](job, Rehearsal(folder, shapes, head_is_tied(folder)))
         return

@@ -12,7 +12,7 @@ from loratune.runs.card import base_name
 from loratune.runs.folder import file_sha256
 
 if TYPE_CHECKING:
-    from loratune.delivery.merge import Candidate, Job
+    from loratune.delivery.merge_job import Candidate, Job
 
 
 def described(job: Job, chosen: Candidate) -> dict[str, Any]:

@@ -1,44 +1,79 @@
-"""A merged or exported folder, or a run, looked at again: whether its files are as they were when it was verified."""
+"""A merged model, an export or a run, verified again: its files by their hashes, a merge by its whole proof."""
 
 from __future__ import annotations
 
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from loratune.delivery.merge import prove_files, prove_models
+from loratune.delivery.merge_job import Candidate, Job, MergeOptions, base_files, job_of
+from loratune.delivery.merged_weights import MergePlan, plan_merge
 from loratune.errors import Exit, LoratuneError, bullet_list
-from loratune.runs.folder import MANIFEST, VERIFICATION
-from loratune.runs.opening import open_settled_adapter
+from loratune.model.adapter_files import WEIGHTS_FILE
+from loratune.model.files import weight_files
+from loratune.model.tensor_files import TensorFiles
+from loratune.runs.folder import MANIFEST, VERIFICATION, file_sha256
+from loratune.runs.opening import AdapterSource, open_settled_adapter
 from loratune.runs.verification import check_files, read_verification
 
+MERGED = "merged model"
 
-def verify_folder(folder: Path) -> dict[str, Any]:
+
+@dataclass(frozen=True)
+class Proof:
+    """What a merge is proved with once more."""
+
+    adapter: AdapterSource
+    model: str | None = None
+    """Where its base lies, if not where the run knows it."""
+    logits: bool = True
+    """Whether the models are run."""
+    force: bool = False
+
+
+def verify_folder(folder: Path, proof: Proof | None = None) -> dict[str, Any]:
     """Read every file of a folder and compare its hash with the recorded one.
 
     Args:
         folder: a merged model, an export, or a run.
+        proof: with what to prove a merged model again.
 
     Returns:
-        kind, what verification.json says was proved (None for a run), files (how many), remarks (differences in files
-        that no program loads).
+        kind, what was proved (of a run: nothing), files (how many), remarks (differences in files that no program
+        loads).
 
     Raises:
-        LoratuneError: there is nothing to compare with, or a file that programs load is not as it was.
+        LoratuneError: there is nothing to compare with, a file that programs load is not as it was, or the merged model
+            is not base + adapter.
     """
     values = read_verification(folder)
     if values is None:
+        if proof:
+            raise LoratuneError(f"{folder}: no merged model, so there is no merge to prove", Exit.USAGE)
         return _verify_run(folder)
     check = check_files(folder, values)
-    if check is None:
+    if check is None and proof is None:
         raise LoratuneError(
-            f"{folder / VERIFICATION} holds no hashes: an earlier version of loratune made the folder. Make it again "
-            "to have its files verified",
+            f"{folder / VERIFICATION} holds no hashes: an earlier version of loratune made the folder. Make it again, "
+            "or have a merge proved with --adapter",
             Exit.MODEL,
         )
-    if check.problems:
+    if check and check.problems:
         raise LoratuneError(f"{folder} is not as it was verified:\n{bullet_list(check.problems)}", Exit.MODEL)
     proved = {key: value for key, value in values.items() if key != "files"}
-    return {"folder": str(folder), "kind": values.get("kind"), "files": check.files, "remarks": check.remarks,
-            "proved": proved}  # fmt: skip
+    if proof:
+        proved |= _prove_again(folder, values, proof)
+    return {
+        "folder": str(folder),
+        "kind": values.get("kind"),
+        "files": check.files if check else 0,
+        "remarks": check.remarks if check else [],
+        "proved": proved,
+        "proved_again": proof is not None,
+    }
 
 
 def _verify_run(folder: Path) -> dict[str, Any]:
@@ -49,4 +84,38 @@ def _verify_run(folder: Path) -> dict[str, Any]:
         )
     source = open_settled_adapter(folder)
     files = (source.manifest or {}).get("files", {})
-    return {"folder": str(folder), "kind": "run", "files": len(files), "remarks": [], "proved": None}
+    return {"folder": str(folder), "kind": "run", "files": len(files), "remarks": [], "proved": None,
+            "proved_again": False}  # fmt: skip
+
+
+def _prove_again(folder: Path, values: dict[str, Any], proof: Proof) -> dict[str, Any]:
+    """What `merge` proves, of a folder that is there already."""
+    source = proof.adapter
+    if values.get("kind") != MERGED:
+        raise LoratuneError(f"{folder}: no merged model, so there is no merge to prove", Exit.USAGE)
+    if values.get("combined"):
+        raise LoratuneError(f"{folder} was merged from several adapters: its hashes alone can be verified", Exit.USAGE)
+    if values.get("adapter_sha256") != file_sha256(source.adapter / WEIGHTS_FILE):
+        raise LoratuneError(f"{folder} was merged from another adapter than {source.adapter}", Exit.MODEL)
+    options = MergeOptions(model=proof.model, logits=proof.logits, force=proof.force, stands_in_for=folder)
+    job = job_of(source, folder.resolve(), options)
+    kind = values.get("merge_base", "original")
+    files = base_files(job, kind)
+    candidate = Candidate(kind, files, _plan_of(folder, job, files, values.get("dtype")), folder)
+    prove_files(job, candidate)
+    _, proved = prove_models(job, [candidate])
+    return {"read_back": asdict(candidate.read_back) if candidate.read_back else None, **proved}
+
+
+def _plan_of(folder: Path, job: Job, files: TensorFiles, dtype_name: Any) -> MergePlan:
+    """What a merge would have written, in the files in which it lies.
+
+    Raises:
+        LoratuneError: other tensors are there.
+    """
+    dtype = getattr(torch, dtype_name) if dtype_name in ("float32", "float16", "bfloat16") else None
+    plan = plan_merge(files, job.updates, job.is_tied, dtype, job.options.shard_bytes)
+    names = {path.name: list(TensorFiles([path]).infos) for path in weight_files(folder)}
+    if sorted(name for found in names.values() for name in found) != sorted(plan.tensors):
+        raise LoratuneError(f"{folder} holds other tensors than this adapter and its base make", Exit.MODEL)
+    return replace(plan, shards={file: [plan.tensors[name].info for name in found] for file, found in names.items()})

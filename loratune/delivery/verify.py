@@ -25,7 +25,7 @@ from loratune.model.reference import load_reference
 from loratune.runs.probe import ProbeRow, read_probe
 
 if TYPE_CHECKING:
-    from loratune.delivery.merge import Candidate, Job
+    from loratune.delivery.merge_job import Candidate, Job
 
 EFFECT_ROWS = 2
 """On which the base alone is run: enough for a mean over tokens, for one more reading of the base."""
@@ -88,7 +88,7 @@ def _require_within(parity: Parity, bounds: Bounds) -> None:
     problems = check_parity(parity, bounds)
     if problems:
         raise LoratuneError(
-            f"the merged model is not what base + adapter is, and has been removed:\n{bullet_list(problems)}\n"
+            f"the merged model is not what base + adapter is:\n{bullet_list(problems)}\n"
             "please report this with the versions that `loratune --version` and pip list show",
             Exit.MODEL,
         )
