@@ -15,7 +15,7 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from loratune.errors import Exit, LoratuneError
-from loratune.runs import tensor_hashes
+from loratune.runs import remembered, tensor_hashes
 from loratune.runs.tensor_hashes import TensorHashes
 
 Read = Callable[[Path], dict[str, str]]
@@ -25,7 +25,7 @@ Read = Callable[[Path], dict[str, str]]
 def base(random_qwen: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A file of weights that nobody has changed for a while, and a cache that holds nothing."""
     monkeypatch.setenv("LORATUNE_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(tensor_hashes, "SETTLED_NS", 0)
+    monkeypatch.setattr(remembered, "SETTLED_NS", 0)
     shutil.copyfile(random_qwen / "model.safetensors", tmp_path / "model.safetensors")
     return tmp_path / "model.safetensors"
 
@@ -132,7 +132,7 @@ def test_a_changed_file_is_read_again(
 def test_a_file_that_has_just_been_written_is_not_remembered(
     base: Path, read_bytes: Callable[[Path], list[str]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(tensor_hashes, "SETTLED_NS", 2_000_000_000)
+    monkeypatch.setattr(remembered, "SETTLED_NS", 2_000_000_000)
     touch(base)
     TensorHashes([base]).result()
     assert read_bytes(base) != []

@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from typer.testing import Result
 
 from loratune.errors import Exit
+from loratune.runs import remembered
 
 WEIGHTS = "model.safetensors"
 QUERY, OTHER_QUERY = (f"model.layers.{layer}.self_attn.q_proj.weight" for layer in (0, 1))
@@ -124,6 +125,30 @@ def test_a_changed_folder_is_refused_by_every_command_that_reads_it(
         assert (result.exit_code, result.stdout) == (Exit.MODEL, ""), result.stderr or result.exception
         assert told in result.stderr
     assert not (tmp_path / "gguf").exists()
+
+
+def test_hashes_are_remembered_until_a_file_is_touched(
+    cli: Cli, merged: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LORATUNE_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(remembered, "SETTLED_NS", 0)
+    read: list[str] = []
+    plain = remembered.file_sha256
+
+    def counting(path: Path) -> str:
+        read.append(path.name)
+        return plain(path)
+
+    monkeypatch.setattr(remembered, "file_sha256", counting)
+    ask = ("infer", "--model", merged, "--prompt", "hi", "--max-new-tokens", "1")
+    assert cli(*ask).exit_code == 0
+    assert WEIGHTS in read
+    read.clear()
+    assert cli(*ask).exit_code == 0
+    assert read == []
+    flip_a_bit(merged)
+    assert cli(*ask).exit_code == Exit.MODEL
+    assert read == [WEIGHTS]
 
 
 def test_with_force_a_changed_folder_answers_with_a_warning(cli: Cli, merged: Path) -> None:

@@ -1,8 +1,4 @@
-"""A hash of each tensor of a model, over all of its bytes: computed beside other work, and remembered.
-
-A file's hashes are remembered by its place, size, inode, and the times of its last changes; links are followed, as
-those of a hub's cache are. Bytes that rot on the disk change none of these, and show when the file is hashed anew.
-"""
+"""A hash of each tensor of a model, over all of its bytes: computed beside other work, and remembered."""
 
 from __future__ import annotations
 
@@ -10,22 +6,17 @@ import hashlib
 import json
 import os
 import threading
-import time
 from collections.abc import Iterator, Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from loratune.caches import cache_folder
 from loratune.errors import Exit, LoratuneError
-from loratune.writing import write_json
+from loratune.runs.remembered import identity_of, recall, remember
 
 PIECE_BYTES = 1 << 20
 MAX_THREADS = 4
 """More wait for the disk, or for each other's memory."""
-SETTLED_NS = 2_000_000_000
-"""A file that was changed less long ago could change again within the same tick of its file system's clock."""
-UNUSED_DAYS = 90
+KIND = "bases"
 
 
 class TensorHashes:
@@ -52,8 +43,8 @@ class TensorHashes:
         self._started = True
         left = []
         for path in self.paths:
-            self._stats[path] = _identity(path)
-            known = _recall(path, self._stats[path])
+            self._stats[path] = identity_of(path)
+            known = recall(KIND, path, self._stats[path])
             self._found[path] = known or {}
             left += [] if known else [path]
         if not left:
@@ -78,7 +69,7 @@ class TensorHashes:
             raise LoratuneError(f"{self.paths[0].parent}: cannot be read: {self._error}", Exit.MODEL) from self._error
         if self._threads:
             for path in self.paths:
-                _remember(path, self._stats[path], self._found[path])
+                remember(KIND, path, self._stats[path], self._found[path])
             self._threads = []
         return {name: value for found in self._found.values() for name, value in sorted(found.items())}
 
@@ -126,47 +117,3 @@ def _digest(path: Path, entry: dict[str, Any], start: int, buffer: memoryview) -
             digest.update(buffer[:count])
             place += count
     return digest.hexdigest()
-
-
-def _identity(path: Path) -> tuple[int, ...]:
-    about = path.stat()
-    return about.st_size, about.st_mtime_ns, about.st_ctime_ns, about.st_ino, about.st_dev
-
-
-def _entry(path: Path, identity: tuple[int, ...]) -> Path:
-    key = json.dumps([str(path.resolve()), identity])
-    return cache_folder("bases") / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.json"
-
-
-def _recall(path: Path, identity: tuple[int, ...]) -> dict[str, str] | None:
-    try:
-        entry = _entry(path, identity)
-        known = json.loads(entry.read_text(encoding="utf-8"))
-        with suppress(OSError):
-            os.utime(entry)
-        if known["sha256"] != _sum(known["tensors"]):
-            return None
-    except (OSError, LoratuneError, ValueError, TypeError, KeyError):  # none, no home for it, or damaged
-        return None
-    return dict(known["tensors"])
-
-
-def _remember(path: Path, identity: tuple[int, ...], tensors: dict[str, str]) -> None:
-    """Keep hashes for later; a cache that cannot be written costs nothing but that."""
-    is_settled = time.time_ns() - max(identity[1:3]) > SETTLED_NS
-    if _identity(path) != identity or not is_settled:
-        return
-    try:
-        entry = _entry(path, identity)
-        entry.parent.mkdir(parents=True, exist_ok=True)
-        write_json(entry, {"file": str(path.resolve()), "tensors": tensors, "sha256": _sum(tensors)})
-        oldest = time.time() - UNUSED_DAYS * 86400
-        for other in entry.parent.glob("*.json"):
-            if other.stat().st_mtime < oldest:
-                other.unlink(missing_ok=True)
-    except (OSError, LoratuneError):
-        return
-
-
-def _sum(tensors: dict[str, str]) -> str:
-    return hashlib.sha256(json.dumps(tensors, sort_keys=True).encode()).hexdigest()

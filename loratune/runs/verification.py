@@ -10,6 +10,7 @@ from typing import Any
 from loratune.errors import Exit, LoratuneError, bullet_list
 from loratune.plain_files import read_json_object
 from loratune.runs.folder import FORMAT_VERSION, PROGRAM, VERIFICATION, file_sha256
+from loratune.runs.remembered import remembered_sha256
 from loratune.runs.versions import library_versions
 from loratune.writing import write_json
 
@@ -114,13 +115,14 @@ def check_files(folder: Path, values: dict[str, Any], hash_of: Callable[[Path], 
     return FileCheck(len(known), tuple(sorted(changed)), tuple(sorted(missing)), tuple(sorted(added)))
 
 
-def require_intact(folder: Path, force: bool, hash_of: Callable[[Path], str] = file_sha256) -> list[str]:
+def require_intact(folder: Path, force: bool) -> list[str]:
     """Refuse a merged or exported folder whose files are not as they were made; any other folder passes.
+
+    Hashes are remembered for as long as a file is not touched, unlike those of `loratune verify`.
 
     Args:
         folder: a model's folder.
         force: warn instead of refusing.
-        hash_of: gives a file's sha256.
 
     Returns:
         What was let through.
@@ -129,7 +131,7 @@ def require_intact(folder: Path, force: bool, hash_of: Callable[[Path], str] = f
         LoratuneError: files that programs load were changed, are missing, or have been added.
     """
     values = read_verification(folder)
-    check = check_files(folder, values, hash_of) if values else None
+    check = check_files(folder, values, remembered_sha256) if values else None
     if check is None or not check.problems:
         return []
     message = f"{folder} is not as it was verified:\n{bullet_list(check.problems, limit=5)}"
