@@ -196,7 +196,7 @@ def _is_copy(name: str, tensor: torch.Tensor | None, changes: dict[str, Change])
         return False
     if place.endswith(TOKENS):
         change = changes.get(f"{place.removesuffix(TOKENS)}.weight", Change())
-        return any(torch.equal(layer.trainable_tokens_delta[NAME].data, tensor) for layer in change.tokens)
+        return any(torch.equal(layer.trainable_tokens_delta[ADAPTER].data, tensor) for layer in change.tokens)
     change = changes.get(WRAPPER.sub("", place), Change())
     return change.replacement is not None and torch.equal(change.replacement, tensor)
 
