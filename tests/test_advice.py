@@ -203,7 +203,7 @@ def test_what_cannot_be_merged_is_served_here_or_nothing_is_advised(
     save_file({name: t for name, t in tensors.items() if "magnitude" not in name}, dora / WEIGHTS, {"format": "pt"})
     done = cli("export", "--adapter", dora, "--format", "vllm", "--output", tmp_path / "out")
     assert "nor can it be merged into its base" in done.stderr
-    assert "lora_magnitude_vector is not in the file" in " ".join(done.stderr.split())
+    assert "lora_magnitude_vector" in " ".join(done.stderr.split())
     assert list(advised(done)) == []
     assert cli("merge", "--adapter", dora, "--output", tmp_path / "out").exit_code == Exit.MODEL
     assert cli("infer", "--adapter", dora, "--prompt", "hi").exit_code == Exit.MODEL

@@ -164,7 +164,9 @@ def test_the_systems_prompt_of_the_template_is_named(make_model: MakeModel) -> N
 )
 def test_a_template_of_another_kind_is_refused(make_model: MakeModel, template: str) -> None:
     model = make_model(template)
-    with pytest.raises(LoratuneError, match="cannot be written for Ollama") as caught:
+    with pytest.raises(
+        LoratuneError, match=r"cannot be written for Ollama|does not write an answer as it is"
+    ) as caught:
         write_modelfile(model, "model.gguf", model)
     assert caught.value.exit_code == Exit.MODEL
     assert not (model / "Modelfile").exists()
@@ -320,7 +322,7 @@ def test_ollama_finds_the_sign_of_a_call_in_the_template_s_plain_text(make_model
         (('{{- "\\n</tools>', '{{- (tools | length) ~ "\\n</tools>'), "in a way of its own"),
         (("tool | tojson", "tool.function.name | tojson"), "leaves out or changes"),
         (("\\n<tool_response>\\n' }}", "\\n<tool_response>\\n' ~ (messages | length) }}"), "in a way of its own"),
-        (("tool_call.arguments | tojson", "tool_call.arguments | tojson | upper"), "leaves out or changes"),
+        (("tool_call.arguments | tojson", "tool_call.arguments | tojson | upper"), "has no place"),
     ],
 )
 def test_tools_in_a_form_of_another_kind_are_lost_with_the_reason(

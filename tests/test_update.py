@@ -125,9 +125,12 @@ FAULTS: dict[str, tuple[Edit, str]] = {
     "a tensor of a module that there is not": (put("model.layers.7.mlp.up_proj.lora_A.weight", 4, 32), "layers.7.mlp"),
     "a tensor without PEFT's prefix": (edit_weights(lambda t: t.update(foo=torch.zeros(1))), "foo"),
     "a part that nobody knows": (put(f"{Q0}.lora_C.weight", 4, 4), f"{Q0}.lora_C.weight"),
-    "a tensor of a tensor": (put(f"{Q0}.weight.lora_A.weight", 4, 32), f"{Q0}.weight.weight"),
-    "a missing B": (edit_weights(lambda t: t.pop(B)), f"{Q0}.weight: only one of the two matrices"),
-    "a missing A": (edit_weights(lambda t: t.pop(A)), f"{Q0}.weight: only one of the two matrices"),
+    "a tensor of a tensor": (
+        put(f"{Q0}.weight.lora_A.weight", 4, 32),
+        f"1 tensors too many, 0 too few, first base_model.model.{Q0}.weight.lora_A.weight",
+    ),
+    "a missing B": (edit_weights(lambda t: t.pop(B)), f"1 too few, first base_model.model.{Q0}.lora_B.weight"),
+    "a missing A": (edit_weights(lambda t: t.pop(A)), f"1 too few, first base_model.model.{Q0}.lora_A.weight"),
     "A of another rank": (edit_weights(lambda t: t.update({A: torch.zeros(5, 32)})), "q_proj.lora_A.weight: rank 5"),
     "A of another width": (
         edit_weights(lambda t: t.update({A: torch.zeros(4, 31)})),
@@ -156,7 +159,7 @@ FAULTS: dict[str, tuple[Edit, str]] = {
     "a setting of the future": (edit_config(use_something_new=True), "use_something_new"),
     "a grown vocabulary": (put("model.embed_tokens.weight", 3010, 32), "3008 or 3010 rows; the base has 3008"),
     "a grown head": (put("lm_head.weight", 3010, 32), "the rows of model.embed_tokens.weight are not in"),
-    "DoRA on an embedding": (put("model.embed_tokens.lora_magnitude_vector", 32), "DoRA on an embedding"),
+    "DoRA on an embedding": (put("model.embed_tokens.lora_magnitude_vector", 32), "embed_tokens.lora_magnitude_vector"),
     "no weights": (lambda folder: (folder / "adapter_model.safetensors").unlink(), "no adapter_model.safetensors"),
 }
 

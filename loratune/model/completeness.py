@@ -19,8 +19,9 @@ from torch import nn
 
 from loratune.errors import Exit, LoratuneError
 from loratune.model.adapter_files import WEIGHTS_FILE
-from loratune.model.adapter_tensors import EMBEDDING, PART, PREFIX, WRAPPER
+from loratune.model.adapter_tensors import EMBEDDING, HEAD, PART, PREFIX, WRAPPER
 
+EMBEDDING_PREFIX, HEAD_PREFIX = (f"{PREFIX}{name.removesuffix('weight')}" for name in (EMBEDDING, HEAD))
 Shapes = Mapping[str, Sequence[int]]
 
 
@@ -34,15 +35,18 @@ def require_complete(folder: Path, config: LoraConfig, given: Shapes, base: Shap
         base: name of each parameter of the base → its shape.
 
     Raises:
-        LoratuneError: tensors are missing, left over or of another shape, or the base has none of the targets.
+        LoratuneError: tensors are missing or left over, or the base has none of the targets.
     """
-    found = {name: tuple(shape) for name, shape in given.items() if PART.fullmatch(name.removeprefix(PREFIX))}
-    expected = _expected(folder, config, base)
-    strange = sorted(found.keys() ^ expected.keys())
+    found = {name for name in given if PART.fullmatch(name.removeprefix(PREFIX))}
+    expected = set(_expected(folder, config, base))
+    if config.ensure_weight_tying and any(name.startswith(EMBEDDING_PREFIX) for name in expected):
+        # PEFT gives the head of a tied model what it has learnt for the embedding; the skeleton ties nothing.
+        found, expected = ({name for name in names if not name.startswith(HEAD_PREFIX)} for names in (found, expected))
+    strange = sorted(found ^ expected)
     if strange:
         raise LoratuneError(
-            f"{folder}: its config and its tensors do not belong together: {len(found.keys() - expected.keys())} "
-            f"tensors too many, {len(expected.keys() - found.keys())} too few, first {strange[0]}",
+            f"{folder}: its config and its tensors do not belong together: {len(found - expected)} "
+            f"tensors too many, {len(expected - found)} too few, first {strange[0]}",
             Exit.MODEL,
         )
 
