@@ -94,8 +94,10 @@ def test_the_last_question_is_cut_once_all_other_turns_are_gone() -> None:
 
 
 def test_results_of_tools_stay_with_their_question() -> None:
-    encoder = make_encoder()
-    encoder.template = encoder.template + "{# tools #}"
+    tokenizer = AutoTokenizer.from_pretrained(TINY_QWEN)
+    calls = "(message.tool_calls | tojson if message.tool_calls else '') + "
+    tokenizer.chat_template = tokenizer.chat_template.replace("message.content + ", f"message.content + {calls}")
+    encoder = Encoder(tokenizer, PromptSettings())
     called = {"type": "function", "function": {"name": "add", "arguments": {}}}
     messages: Any = (
         {"role": "user", "content": "first?"},
