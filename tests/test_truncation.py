@@ -102,14 +102,14 @@ def test_results_of_tools_stay_with_their_question() -> None:
     messages: Any = (
         {"role": "user", "content": "first?"},
         {"role": "assistant", "content": "one"},
-        {"role": "user", "content": WORDS * 3},
+        {"role": "user", "content": WORDS * 9},
         {"role": "assistant", "content": "", "tool_calls": [called]},
         {"role": "tool", "content": "2"},
         {"role": "assistant", "content": "Two."},
     )
-    (example,) = cut(Conversation(messages), 60, encoder=encoder, train_on="last")
+    (example,) = cut(Conversation(messages), 130, encoder=encoder, train_on="last")
     text = text_of(example, encoder)
-    assert len(example.input_ids) == 60
+    assert len(example.input_ids) == 130
     assert "first?" not in text
     assert text.endswith("<|im_start|>tool\n2<|im_end|>\n<|im_start|>assistant\nTwo.<|im_end|>")
 
