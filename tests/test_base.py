@@ -159,6 +159,19 @@ def test_a_config_that_contradicts_itself_is_one_message(folder: Path) -> None:
     assert raised.value.exit_code == Exit.MODEL
 
 
+@pytest.mark.parametrize("kind", ["sliding_attention", "chunked_attention", "linear_attention"])
+def test_a_kind_of_layer_that_the_config_cannot_run_is_one_message(folder: Path, kind: str) -> None:
+    edit_config(folder, layer_types=["full_attention", kind])
+    with pytest.raises(LoratuneError, match=r"config\.json: makes no model: layer_types ") as raised:
+        load_base(ModelSettings(base="x", dtype="float32"), folder, detect_hardware())
+    assert raised.value.exit_code == Exit.MODEL
+
+
+def test_a_kind_of_layer_with_its_settings_loads(folder: Path) -> None:
+    edit_config(folder, layer_types=["full_attention", "sliding_attention"], use_sliding_window=True, sliding_window=4)
+    load_base(ModelSettings(base="x", dtype="float32"), folder, detect_hardware())
+
+
 def test_a_loaded_base_is_frozen_and_computes_what_transformers_computes(random_qwen: Path) -> None:
     model = load_base(ModelSettings(base="x", dtype="float32"), random_qwen, detect_hardware())
     reference = AutoModelForCausalLM.from_pretrained(random_qwen, dtype=torch.float32)

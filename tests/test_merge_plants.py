@@ -39,7 +39,8 @@ pytestmark = [
 
 
 def make_base(folder: Path, tied: bool, dtype: torch.dtype) -> Path:
-    config = small(Qwen2Config, hidden_size=64, intermediate_size=96, num_hidden_layers=4, tie_word_embeddings=tied)
+    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 4, "pad_token_id": 2999}
+    config = small(Qwen2Config, tie_word_embeddings=tied, **sizes)
     return make_model(folder, config, dtype)
 
 
@@ -160,6 +161,26 @@ def values(name: str, **changes: Any) -> Callable[[pytest.MonkeyPatch], None]:
     return beside(change)
 
 
+def plan_another_type(patch: pytest.MonkeyPatch) -> None:
+    plan = merge.plan_merge
+
+    def plan_wrong(base: Any, updates: Any, is_tied: bool, dtype: Any, shard_bytes: int) -> Any:
+        return plan(base, updates, is_tied, torch.float32, shard_bytes)
+
+    patch.setattr(merge, "plan_merge", plan_wrong)
+
+
+def drop_metadata(patch: pytest.MonkeyPatch) -> None:
+    write = merge.write_merged
+
+    def write_wrong(plan: Any, base: Any, folder: Path, advance: Any) -> None:
+        write(plan, base, folder, advance)
+        path = folder / "model.safetensors"
+        save_file(load_file(path), path)
+
+    patch.setattr(merge, "write_merged", write_wrong)
+
+
 def scale(factor: float, only: str | None = None) -> Callable[[dict[str, Any]], None]:
     def change(updates: dict[str, Any]) -> None:
         for name, update in updates.items():
@@ -266,6 +287,8 @@ PLANTS: dict[str, Callable[[pytest.MonkeyPatch], None]] = {  # in the weights
     "a tensor's sign flipped in reading": in_the_updates(scale(-1, UP)),
     "scale of rsLoRA": in_the_updates(scale(8**0.5)),
     "all updates zero": in_the_file(lambda t, base: t.update({name: base[name] for name in t})),
+    "another type throughout": plan_another_type,
+    "no note of the tensors' library": drop_metadata,
 }
 BESIDE: dict[str, tuple[Callable[[pytest.MonkeyPatch], None], str]] = {
     "rope_theta": (values("config.json", rope_parameters=ROPE), "config.json: rope_parameters is"),
@@ -415,7 +438,7 @@ HONEST = [
         [(F32, None), (F32, "bfloat16"), (F32, "float16"), (BF16, "float32")],
     ),
 ]
-QUICK = {("DoRA", "light"), ("tokens", "light"), ("bias in B", "strong")}
+QUICK = {("DoRA", "light"), ("embedding", "medium"), ("tokens", "light"), ("bias in B", "strong")}
 
 
 @pytest.mark.parametrize(

@@ -280,6 +280,17 @@ def test_a_config_that_went_wrong_is_noticed_twice(
     assert words in failed(merged(), Exit.MODEL, output)
 
 
+@pytest.mark.parametrize("flag", ["--no-logits", "--no-verify"])
+def test_a_generation_config_that_nothing_can_read_is_not_written(
+    merged: Merge, random_qwen: Path, output: Path, tmp_path: Path, flag: str
+) -> None:
+    base = shutil.copytree(random_qwen, tmp_path / "base")
+    (base / "generation_config.json").write_text('{"eos_token_id": [-1, "x"], "temperature": "warm"}')
+    told = failed(merged("--model", base, flag), Exit.MODEL, output)
+    assert "eos_token_id is [-1, 'x']" in told
+    assert "temperature is 'warm'" in told
+
+
 def test_an_adapter_that_changes_nothing_is_refused_unless_forced(
     cli: Callable[..., Result], run: Path, output: Path, random_qwen: Path, tmp_path: Path
 ) -> None:

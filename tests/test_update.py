@@ -229,7 +229,7 @@ def flip_bit(path: Path, name: str, place: int) -> None:
 def test_what_was_written_well_is_found_well(written: Written) -> None:
     plan, _, _, folder = written
     seen: list[int] = []
-    found = read_back(*written, seen.append)
+    found = read_back(*written, seen.append, torch.bfloat16)
     assert (found.tensors, found.updated, found.identical) == (26, 6, 20)
     assert (
         sum(seen) == plan.nbytes == sum(t.nbytes for p in folder.glob("*.safetensors") for t in load_file(p).values())
@@ -246,14 +246,14 @@ def test_any_flipped_bit_of_an_untouched_tensor_is_noticed(written: Written, pla
     name = "model.embed_tokens.weight"
     flip_bit(file_of(written, name), name, place)
     with pytest.raises(LoratuneError, match=name):
-        read_back(*written, lambda _: None)
+        read_back(*written, lambda _: None, torch.bfloat16)
 
 
 @pytest.mark.parametrize("place", [0, 31, 97, 32 * 32 - 1])
 def test_a_flipped_bit_in_any_row_of_a_merged_tensor_is_noticed(written: Written, place: int) -> None:
     flip_bit(file_of(written, f"{Q0}.weight"), f"{Q0}.weight", place)
     with pytest.raises(LoratuneError, match=r"q_proj\.weight.*rounding steps"):
-        read_back(*written, lambda _: None)
+        read_back(*written, lambda _: None, torch.bfloat16)
 
 
 def test_a_zero_that_became_something_is_noticed(random_qwen: Path, adapter: Path, tmp_path: Path) -> None:
@@ -265,10 +265,10 @@ def test_a_zero_that_became_something_is_noticed(random_qwen: Path, adapter: Pat
     (tmp_path / "out").mkdir()
     write_merged(plan, files, tmp_path / "out", lambda _: None)
     peft = PeftMerge(base, adapter, plan.vocabulary, is_tied=True)
-    assert f"{Q0}.weight" in read_back(plan, peft, files, tmp_path / "out", lambda _: None).unchanged
+    assert f"{Q0}.weight" in read_back(plan, peft, files, tmp_path / "out", lambda _: None, torch.bfloat16).unchanged
     rewrite(tmp_path / "out" / "model.safetensors", lambda tensors: tensors[f"{Q0}.weight"][0].fill_(1e-3))
     with pytest.raises(LoratuneError, match="q_proj"):
-        read_back(plan, peft, files, tmp_path / "out", lambda _: None)
+        read_back(plan, peft, files, tmp_path / "out", lambda _: None, torch.bfloat16)
 
 
 def test_a_base_that_is_not_finite_is_one_message(random_qwen: Path, adapter: Path, tmp_path: Path) -> None:
@@ -300,7 +300,7 @@ DAMAGE: dict[str, Callable[[Path], Any]] = {
 def test_a_damaged_file_is_noticed(written: Written, damage: str) -> None:
     DAMAGE[damage](file_of(written, f"{Q0}.weight"))
     with pytest.raises(LoratuneError) as raised:
-        read_back(*written, lambda _: None)
+        read_back(*written, lambda _: None, torch.bfloat16)
     assert raised.value.exit_code == Exit.MODEL
 
 
@@ -311,7 +311,7 @@ def test_an_index_that_names_another_file_is_noticed(written: Written) -> None:
     index["weight_map"][f"{Q0}.weight"] = first if index["weight_map"][f"{Q0}.weight"] == last else last
     path.write_text(json.dumps(index))
     with pytest.raises(LoratuneError, match="does not describe"):
-        read_back(*written, lambda _: None)
+        read_back(*written, lambda _: None, torch.bfloat16)
 
 
 @pytest.mark.parametrize("flags", [(), ("--no-logits",)])

@@ -100,7 +100,7 @@ def prove_files(job: Job, candidate: Candidate) -> None:
     peft_merge = importlib.import_module("loratune.model.peft_merge")  # transformers and PEFT: seconds
     peft = peft_merge.PeftMerge(job.base, job.source.adapter, plan.vocabulary, job.is_tied)
     with console.byte_progress("reading back", plan.nbytes) as advance:
-        candidate.read_back = read_back(plan, peft, candidate.files, candidate.folder, advance)
+        candidate.read_back = read_back(plan, peft, candidate.files, candidate.folder, advance, job.options.dtype)
     beside = importlib.import_module("loratune.delivery.beside")
     beside.check_beside(job.base, job.source.tokenizer_folder(job.base), job.encoder, candidate.folder)
 

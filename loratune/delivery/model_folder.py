@@ -85,7 +85,12 @@ def _write_config(base: Path, folder: Path, dtype: torch.dtype | None, plan: Mer
 
 
 def _write_generation_config(base: Path, folder: Path, end_id: int) -> list[str]:
-    """The base's, with the token that ended the trained answers among those that end an answer."""
+    """The base's, with the token that ended the trained answers among those that end an answer.
+
+    Raises:
+        LoratuneError: the base's holds values that no program could sample or end with.
+    """
+    importlib.import_module("loratune.model.config").load_generation_config(base)  # transformers: seconds
     path = base / GENERATION_CONFIG
     values = read_json_object(path) if path.is_file() else {}
     config = read_json_object(base / CONFIG)

@@ -52,7 +52,12 @@ class ReadBack:
 
 
 def read_back(
-    plan: MergePlan, peft: PeftMerge, base: TensorFiles, folder: Path, advance: Callable[[int], None]
+    plan: MergePlan,
+    peft: PeftMerge,
+    base: TensorFiles,
+    folder: Path,
+    advance: Callable[[int], None],
+    dtype: torch.dtype | None = None,
 ) -> ReadBack:
     """Compare the written files with what they should hold.
 
@@ -62,12 +67,13 @@ def read_back(
         base: the base's tensors.
         folder: where the files are.
         advance: told the bytes of each tensor when it has been compared.
+        dtype: that was asked for; None for each tensor's own.
 
     Raises:
         LoratuneError: a file cannot be read, a tensor is missing, or one holds something else.
     """
     _check_index(plan, folder)
-    _check_names(plan, peft, base)
+    _check_names(plan, peft, base, dtype)
     found = ReadBack(tensors=len(plan.tensors))
     check = RowCheck()
     for file_name, infos in plan.shards.items():
@@ -96,8 +102,8 @@ def _stands_for(name: str, plan: MergePlan) -> tuple[str, ...]:
     return (EMBEDDING, HEAD) if name == EMBEDDING and plan.is_tied else (name,)
 
 
-def _check_names(plan: MergePlan, peft: PeftMerge, base: TensorFiles) -> None:
-    """Make sure that what was written is the base's tensors, and changed where PEFT changes them and nowhere else."""
+def _check_names(plan: MergePlan, peft: PeftMerge, base: TensorFiles, dtype: torch.dtype | None) -> None:
+    """Make sure that what was written is the base's tensors in their types, changed where PEFT changes them alone."""
     expected = {*base.infos, *((HEAD,) if not plan.is_tied else ())} - ({HEAD} if plan.is_tied else set())
     problems = [f"{name} was not written" for name in sorted(expected - plan.tensors.keys())]
     problems += [f"{name} was written, and the base has none" for name in sorted(plan.tensors.keys() - expected)]
@@ -105,6 +111,11 @@ def _check_names(plan: MergePlan, peft: PeftMerge, base: TensorFiles) -> None:
     changed = peft.changes.keys() - ({HEAD} if plan.is_tied else set())
     problems += [f"{name} was not changed, and PEFT changes it" for name in sorted(changed - updated)]
     problems += [f"{name} was changed, and PEFT leaves it as it is" for name in sorted(updated - changed)]
+    for name in sorted(expected & plan.tensors.keys()):
+        own = base.infos[EMBEDDING if name == HEAD and peft.is_tied else name].dtype
+        asked = dtype if dtype is not None and own.is_floating_point else own
+        if plan.tensors[name].info.dtype != asked:
+            problems.append(f"{name} was written as {plan.tensors[name].info.dtype}, and {asked} was asked for")
     if problems:
         raise LoratuneError(
             f"{len(problems)} tensors of the merged model are not what PEFT makes of this adapter, first: "
@@ -128,10 +139,13 @@ def _check_header(path: Path, infos: list[TensorInfo]) -> None:
         with safe_open(path, framework="pt") as file:
             slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
             found = {name: (part.get_dtype(), tuple(part.get_shape())) for name, part in slices.items()}
+            metadata = file.metadata() or {}
     except (SafetensorError, OSError) as error:
         raise LoratuneError(f"{path.name}: cannot be read back: {error}", Exit.MODEL) from error
     if found != {info.name: (DTYPE_NAMES[info.dtype], info.shape) for info in infos}:
         raise LoratuneError(f"{path.name}: holds other tensors than were written to it", Exit.MODEL)
+    if metadata.get("format") != "pt":  # without which transformers before 5 reads nothing
+        raise LoratuneError(f"{path.name}: the written file holds no note that its tensors are PyTorch's", Exit.MODEL)
 
 
 def _compare_kept(info: TensorInfo, base: TensorFiles, source: str, written: torch.Tensor) -> None:

@@ -97,24 +97,25 @@ def _prove_again(folder: Path, values: dict[str, Any], proof: Proof) -> dict[str
         raise LoratuneError(f"{folder} was merged from several adapters: its hashes alone can be verified", Exit.USAGE)
     if values.get("adapter_sha256") != file_sha256(source.adapter / WEIGHTS_FILE):
         raise LoratuneError(f"{folder} was merged from another adapter than {source.adapter}", Exit.MODEL)
-    options = MergeOptions(model=proof.model, logits=proof.logits, force=proof.force, stands_in_for=folder)
+    named = values.get("dtype")
+    dtype = getattr(torch, named) if named in ("float32", "float16", "bfloat16") else None
+    options = MergeOptions(proof.model, dtype, logits=proof.logits, force=proof.force, stands_in_for=folder)
     job = job_of(source, folder.resolve(), options)
     kind = values.get("merge_base", "original")
     files = base_files(job, kind)
-    candidate = Candidate(kind, files, _plan_of(folder, job, files, values.get("dtype")), folder)
+    candidate = Candidate(kind, files, _plan_of(folder, job, files), folder)
     prove_files(job, candidate)
     _, proved = prove_models(job, [candidate])
     return {"read_back": asdict(candidate.read_back) if candidate.read_back else None, **proved}
 
 
-def _plan_of(folder: Path, job: Job, files: TensorFiles, dtype_name: Any) -> MergePlan:
+def _plan_of(folder: Path, job: Job, files: TensorFiles) -> MergePlan:
     """What a merge would have written, in the files in which it lies.
 
     Raises:
         LoratuneError: other tensors are there.
     """
-    dtype = getattr(torch, dtype_name) if dtype_name in ("float32", "float16", "bfloat16") else None
-    plan = plan_merge(files, job.updates, job.is_tied, dtype, job.options.shard_bytes)
+    plan = plan_merge(files, job.updates, job.is_tied, job.options.dtype, job.options.shard_bytes)
     names = {path.name: list(TensorFiles([path]).infos) for path in weight_files(folder)}
     if sorted(name for found in names.values() for name in found) != sorted(plan.tensors):
         raise LoratuneError(f"{folder} holds other tensors than this adapter and its base make", Exit.MODEL)

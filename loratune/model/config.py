@@ -7,6 +7,7 @@ gets through if the architecture's config class declares it or the architecture'
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import inspect
 import math
@@ -99,8 +100,7 @@ def _built(path: Path, values: dict[str, Any], config_class: Any) -> Any:
     """
     transformers_logging.set_verbosity_error()
     try:
-        config = config_class(**values)
-        empty_model(config)
+        config = _tried(config_class, values)
     except Exception as error:  # of values, each layer of transformers and torch raises another kind
         odd = [key for key in values if _is_buildable(config_class, values.keys() - {key}, values)]
         about = "".join(f"{key} {_shown(values[key])}: " for key in odd[:1])
@@ -109,10 +109,25 @@ def _built(path: Path, values: dict[str, Any], config_class: Any) -> Any:
     return config
 
 
+def _tried(config_class: Any, values: dict[str, Any]) -> Any:
+    """A config of which a model can be made, and a layer run of each kind that it names: some need more settings.
+
+    Raises:
+        Exception: of many kinds.
+    """
+    config = config_class(**values)
+    empty_model(config)
+    for kind in sorted({*(values.get("layer_types") or ())} - {"full_attention"}):
+        layer = empty_model(config_class(**values | {"num_hidden_layers": 1, "layer_types": [kind]}))
+        with torch.no_grad(), contextlib.suppress(RuntimeError):  # a step that looks at values, which meta has none of
+            layer(torch.zeros(1, 2, dtype=torch.long, device="meta"))
+    return config
+
+
 def _is_buildable(config_class: Any, keys: Iterable[str], values: dict[str, Any]) -> bool:
     """Whether a model can be made of some of the values, by which the odd ones are found."""
     try:
-        empty_model(config_class(**{key: values[key] for key in keys}))
+        _tried(config_class, {key: values[key] for key in keys})
     except Exception:
         return False
     return True

@@ -27,6 +27,7 @@ class LoraRows:
         self._layer, self._name, self._base = layer, name, layer.get_base_layer()
         self._is_embedding = isinstance(layer, Embedding)
         if self._is_embedding:
+            self._base.padding_idx = None  # which gradients alone look at, and which few rows may not have
             self._down, self._up = layer.lora_embedding_B[name].data, layer.lora_embedding_A[name].data
         else:
             self._down, self._up = layer.lora_A[name].weight.data, layer.lora_B[name].weight.data
