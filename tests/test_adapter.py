@@ -170,6 +170,13 @@ def test_an_adapter_with_nan_is_refused(saved: tuple[Path, torch.Tensor], random
         load_adapter(base_of(random_qwen), saved[0])
 
 
+def test_an_adapter_of_a_type_that_is_not_read_is_refused(saved: tuple[Path, torch.Tensor], random_qwen: Path) -> None:
+    path = saved[0] / "adapter_model.safetensors"
+    save_file({name: tensor.to(torch.float8_e4m3fn) for name, tensor in load_file(path).items()}, path)
+    with pytest.raises(LoratuneError, match="of a type that is not read"):
+        load_adapter(base_of(random_qwen), saved[0])
+
+
 def test_a_truncated_adapter_is_refused(saved: tuple[Path, torch.Tensor], random_qwen: Path) -> None:
     path = saved[0] / "adapter_model.safetensors"
     path.write_bytes(path.read_bytes()[:200])

@@ -167,6 +167,7 @@ ODD: dict[str, tuple[dict[str, Any], str]] = {
     "20,000 names": ({"target_modules": list(TOO_MANY)}, f"at most {MOST_PATTERNS:,}"),
     "an endless expression": ({"rank_pattern": {"(" + "a" * 30_000: 8}}, "at most 20,000 characters"),
     "alpha beyond all": ({"lora_alpha": 1e308}, "lora_alpha is 1e+308; an alpha is a number from 0"),
+    "alpha that no float holds": ({"lora_alpha": 10**400}, "lora_alpha is 1000"),
     "alpha below zero": ({"lora_alpha": -16}, "lora_alpha is -16"),
     "alpha that is none": ({"lora_alpha": float("nan")}, "lora_alpha is NaN"),
     "alpha as text": ({"lora_alpha": "16"}, 'lora_alpha is "16"'),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shlex
 from collections.abc import Callable
 from pathlib import Path
@@ -15,6 +16,7 @@ from transformers import AutoModelForCausalLM
 
 from loratune.delivery.vllm import VllmAdvice, check_for_vllm, require_servable, serve_command
 from loratune.errors import Exit, LoratuneError
+from loratune.model.completeness import tensor_shapes
 from loratune.runs.opening import open_adapter
 
 # PEFT warns of merging where embeddings and head share one matrix; that is not what is tried here.
@@ -152,3 +154,9 @@ def test_the_command_takes_a_template_and_paths_with_signs_of_its_own() -> None:
     words = shlex.split(serve_command("base", "faq", Path("out/a=1,b"), VllmAdvice(8, [], []), template).line)
     assert json.loads(words[5]) == {"name": "faq", "path": "out/a=1,b"}
     assert words[-2:] == ["--chat-template", "out/chat_template.jinja"]
+
+
+def test_a_pipe_in_the_place_of_the_weights_is_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "adapter_model.safetensors")
+    with pytest.raises(LoratuneError, match=r"no adapter_model\.safetensors in it"):
+        tensor_shapes(tmp_path)

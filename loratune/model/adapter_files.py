@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -119,8 +118,8 @@ def _is_rank(value: Any) -> bool:
 
 
 def _is_alpha(value: Any) -> bool:
-    is_number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-    return is_number and 0 <= value <= HIGHEST_ALPHA
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    return is_number and 0 <= value <= HIGHEST_ALPHA  # which is false of NaN
 
 
 def _is_pattern(value: Any) -> bool:
@@ -214,5 +213,7 @@ def check_weights(folder: Path) -> None:
             broken = [name for name in file.keys() if not file.get_tensor(name).isfinite().all()]  # noqa: SIM118
     except (SafetensorError, OSError) as error:
         raise LoratuneError(f"{path}: damaged: {error}", Exit.MODEL) from error
+    except NotImplementedError as error:  # float8, with which torch does not compute
+        raise LoratuneError(f"{path}: holds tensors of a type that is not read: {error}", Exit.MODEL) from error
     if broken:
         raise LoratuneError(f"{path}: holds NaN or infinity in {len(broken)} tensors, first {broken[0]}", Exit.MODEL)

@@ -58,6 +58,8 @@ def tensor_shapes(folder: Path) -> dict[str, list[int]]:
         LoratuneError: the file is missing or damaged.
     """
     path = folder / WEIGHTS_FILE
+    if not path.is_file():  # a pipe would be waited for
+        raise LoratuneError(f"{folder}: no {WEIGHTS_FILE} in it", Exit.MODEL)
     try:
         with safe_open(path, framework="numpy") as file:
             return {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118
