@@ -46,9 +46,7 @@ def check_beside(base: Path, tokenizer: Path, encoder: Encoder, folder: Path) ->
     problems = problems or [*_loaded_problems(base, folder, encoder)]
     if problems:
         raise LoratuneError(
-            "files beside the merged weights are not what they should be:\n"
-            f"{bullet_list(problems)}\nIf it happens again, the disk or the memory of this machine is at fault",
-            Exit.MODEL,
+            f"files beside the merged weights are not what they should be:\n{bullet_list(problems)}", Exit.MODEL
         )
 
 

@@ -73,7 +73,10 @@ def _removal_told() -> Iterator[None]:
         yield
     except LoratuneError as error:
         raise LoratuneError(
-            f"{error.message}\nThe merged model has been removed", error.exit_code, error.commands
+            f"{error.message}\nThe merged model has been removed. If it happens again, the disk or the memory of this "
+            "machine may be at fault",
+            error.exit_code,
+            error.commands,
         ) from error
 
 

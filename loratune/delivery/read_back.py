@@ -211,8 +211,4 @@ def _spread(rows: Sequence[int]) -> list[int]:
 
 
 def _mismatch(name: str, found: str) -> LoratuneError:
-    return LoratuneError(
-        f"{name}: the written file holds {found}. If it happens again, the disk or "
-        "the memory of this machine is at fault",
-        Exit.MODEL,
-    )
+    return LoratuneError(f"{name}: the written file holds {found}", Exit.MODEL)
