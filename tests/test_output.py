@@ -54,9 +54,15 @@ def words(stderr: bytes) -> str:
     ("redirection", "code", "told"),
     [
         pytest.param("2>&1 | (read -r line)", 0, "", id="the reader has gone"),
-        pytest.param("2>/dev/full", 0, "", id="full", marks=needs_dev_full),
-        pytest.param("2>&- >&- <&-", 0, "", id="all closed"),
-        pytest.param("--json >&-", 6, "error: standard output: the result cannot be written: it is closed", id="json"),
+        pytest.param("2>/dev/full", 0, "", id="full", marks=[needs_dev_full, pytest.mark.slow]),
+        pytest.param("2>&- >&- <&-", 0, "", id="all closed", marks=pytest.mark.slow),
+        pytest.param(
+            "--json >&-",
+            6,
+            "error: standard output: the result cannot be written: it is closed",
+            id="json",
+            marks=pytest.mark.slow,
+        ),
         pytest.param(
             "--json >/dev/full",
             6,
@@ -146,7 +152,7 @@ def slow_but(commands: list[str], *quick: int) -> list[Any]:
 
 
 @pytest.mark.usefixtures("run_here")
-@pytest.mark.parametrize("command", slow_but(RESULTS, 0, 2, 6, 7))
+@pytest.mark.parametrize("command", slow_but(RESULTS, 2, 6, 7))
 def test_a_lost_result_is_told_and_is_exit_code_6(shell: Shell, command: str) -> None:
     for place in ("/dev/full", "&-"):
         if place == "/dev/full" and not Path(place).exists():
@@ -158,7 +164,7 @@ def test_a_lost_result_is_told_and_is_exit_code_6(shell: Shell, command: str) ->
 
 
 @pytest.mark.usefixtures("run_here")
-@pytest.mark.parametrize("command", slow_but(RESULTS, 0, 7))
+@pytest.mark.parametrize("command", slow_but(RESULTS, 7))
 def test_a_reader_that_has_read_enough_ends_the_command_in_silence(shell: Shell, command: str) -> None:
     done = shell(f"($LORATUNE {command}; echo $? >code) | true; cat code")
     assert int(done.stdout) == 128 + signal.SIGPIPE
@@ -168,7 +174,7 @@ def test_a_reader_that_has_read_enough_ends_the_command_in_silence(shell: Shell,
 
 @pytest.mark.usefixtures("run_here")
 @needs_dev_full
-@pytest.mark.parametrize("command", slow_but(RESULTS, 0, 2))
+@pytest.mark.parametrize("command", slow_but(RESULTS, 2))
 def test_results_come_whatever_happens_to_progress(shell: Shell, command: str) -> None:
     lost, kept = shell(f"$LORATUNE {command} 2>/dev/full"), shell(f"$LORATUNE {command} 2>&-")
     assert lost.returncode == kept.returncode == 0
