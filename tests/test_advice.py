@@ -267,7 +267,7 @@ def test_what_gguf_cannot_state_is_told_before_the_merge_and_llama_cpp_gets_a_me
     base = changed_base(random_qwen, tmp_path / "base", file, change)
     folder = adapter(base)
     with monkeypatch.context() as patch:
-        patch.setattr("loratune.delivery.export.merge_adapter", lambda *_: pytest.fail("merged"))
+        patch.setattr("loratune.delivery.export.carry_out", lambda *_: pytest.fail("merged"))
         done = cli("export", "--adapter", folder, "--format", target, "--output", tmp_path / "out")
     assert done.exit_code == Exit.MODEL, done.stderr
     assert words in done.stderr
@@ -286,7 +286,7 @@ def test_a_template_that_ollama_cannot_have_is_told_before_the_merge_and_the_ggu
     )
     folder = adapter(base)
     with monkeypatch.context() as patch:
-        patch.setattr("loratune.delivery.export.merge_adapter", lambda *_: pytest.fail("merged"))
+        patch.setattr("loratune.delivery.export.carry_out", lambda *_: pytest.fail("merged"))
         done = cli("export", "--adapter", folder, "--format", "ollama", "--output", tmp_path / "out")
     assert done.exit_code == Exit.MODEL, done.stderr
     assert "cannot be written for Ollama" in " ".join(done.stderr.split())
@@ -301,7 +301,7 @@ def test_a_disk_without_room_for_merged_model_and_file_is_told_before_the_merge(
 
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(rehearsal.shutil, "disk_usage", lambda _: usage._replace(free=1000))
-    monkeypatch.setattr("loratune.delivery.export.merge_adapter", lambda *_: pytest.fail("merged"))
+    monkeypatch.setattr("loratune.delivery.export.carry_out", lambda *_: pytest.fail("merged"))
     done = cli("export", "--adapter", adapter(), "--format", "gguf", "--output", tmp_path / "out")
     assert done.exit_code == Exit.IO
     assert "the merged model that it is made from need" in " ".join(done.stderr.split())

@@ -169,7 +169,10 @@ def test_a_kind_of_layer_that_the_config_cannot_run_is_one_message(folder: Path,
 
 def test_a_kind_of_layer_with_its_settings_loads(folder: Path) -> None:
     edit_config(folder, layer_types=["full_attention", "sliding_attention"], use_sliding_window=True, sliding_window=4)
-    load_base(ModelSettings(base="x", dtype="float32"), folder, detect_hardware())
+    model = load_base(ModelSettings(base="x", dtype="float32"), folder, detect_hardware())
+    reference = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    ids = torch.arange(5, 17)[None]  # longer than the window
+    torch.testing.assert_close(model(ids).logits, reference(ids).logits)
 
 
 def test_a_loaded_base_is_frozen_and_computes_what_transformers_computes(random_qwen: Path) -> None:

@@ -141,8 +141,8 @@ def beside(change: Callable[[Path], Any]) -> Callable[[pytest.MonkeyPatch], None
     def plant(patch: pytest.MonkeyPatch) -> None:
         write = merge.write_model_files
 
-        def write_wrong(source: Any, base: Path, folder: Path, *others: Any) -> Any:
-            changes = write(source, base, folder, *others)
+        def write_wrong(source: Any, encoder: Any, base: Path, folder: Path, *others: Any) -> Any:
+            changes = write(source, encoder, base, folder, *others)
             change(folder)
             return changes
 

@@ -276,7 +276,7 @@ def test_a_config_that_went_wrong_is_noticed_twice(
 
     monkeypatch.setattr(model_folder, "_write_config", write_wrong)
     assert f"config.json: {next(iter(values))} is" in failed(merged("--no-logits"), Exit.MODEL, output)
-    monkeypatch.setattr("loratune.delivery.beside.check_beside", lambda *_: None)
+    monkeypatch.setattr("loratune.delivery.merge.check_beside", lambda *_: None)
     assert words in failed(merged(), Exit.MODEL, output)
 
 

@@ -187,7 +187,8 @@ def write_beside(merged: Path, base: Path, dtype: torch.dtype | None = None, is_
     rows = json.loads((base / "config.json").read_text())["vocab_size"]
     embedding = MergedTensor(TensorInfo(EMBEDDING, torch.float32, (rows, 8)), EMBEDDING, None)
     plan = MergePlan({EMBEDDING: embedding}, {}, is_tied)
-    return write_model_files(AdapterSource(base, None, None, None), base, merged, dtype, plan)
+    encoder = Encoder(load_tokenizer(base), PromptSettings())
+    return write_model_files(AdapterSource(base, None, None, None), encoder, base, merged, dtype, plan)
 
 
 @pytest.mark.parametrize("template", [None, "qwen2_5", "qwen3_instruct_2507"])

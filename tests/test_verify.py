@@ -273,6 +273,14 @@ def test_a_merge_is_proved_with_its_own_adapter_alone(cli: Cli, merged: Path, sh
     assert "another adapter" in " ".join(result.stderr.split())
 
 
+def test_what_the_proof_could_not_check_is_told(cli: Cli, merged: Path, short_run: Path, tmp_path: Path) -> None:
+    plain = shutil.copytree(short_run / "adapter", tmp_path / "plain")
+    base = json.loads((short_run / "manifest.json").read_text())["base"]["path"]
+    result = cli("verify", merged, "--adapter", plain, "--model", base, "--no-logits")
+    assert result.exit_code == 0, result.stderr
+    assert "warning: the adapter has no loratune manifest" in " ".join(result.stderr.split())
+
+
 @pytest.mark.parametrize("flags", [("--model", "x"), ("--no-logits",), ("--force",)])
 def test_flags_of_the_proof_need_an_adapter(cli: Cli, verified: Path, flags: tuple[str, ...]) -> None:
     assert cli("verify", verified, *flags).exit_code == Exit.USAGE

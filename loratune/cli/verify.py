@@ -30,21 +30,24 @@ def command(
     json: Json = False,
 ) -> None:
     """Compare every file with what was recorded of it."""
+    from loratune.delivery.merge_job import MergeOptions
     from loratune.delivery.report import show_verification
-    from loratune.delivery.reverify import Proof, verify_folder
+    from loratune.delivery.reverify import MERGED, verify_folder
     from loratune.runs.opening import open_settled_adapter
 
     if adapter is None and (model is not None or not logits or force):
         raise LoratuneError("--model, --no-logits and --force are for the proof of a merge; give --adapter", Exit.USAGE)
-    proof = Proof(open_settled_adapter(adapter, force), model, logits, force) if adapter else None
+    source = open_settled_adapter(adapter, force) if adapter else None
     with console.status(f"reading {folder}"):
-        report = verify_folder(folder, proof)
+        report = verify_folder(folder, source, MergeOptions(model=model, logits=logits, force=force))
+    for warning in report["warnings"]:
+        console.warn(warning)
     if json:
         console.write_json(report)
         return
     for remark in report["remarks"]:
         console.warn(f"{remark}; no program loads it")
-    if report["kind"] == "merged model":
+    if report["kind"] == MERGED:
         show_verification(report["proved"])
     again = ", and its merge is proved again" if report["proved_again"] else ""
     console.say(f"{folder}: {report['kind']}, {report['files']} files as they were verified{again}", style="bold")

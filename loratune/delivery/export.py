@@ -6,7 +6,7 @@ import importlib
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +17,8 @@ from loratune.commands import Command
 from loratune.data.encoding import Encoder
 from loratune.delivery.adapter_folder import export_adapter
 from loratune.delivery.export_job import Export, ExportOptions
-from loratune.delivery.merge import merge_adapter
-from loratune.delivery.merge_job import MergeOptions
+from loratune.delivery.merge import carry_out
+from loratune.delivery.merge_job import Job
 from loratune.delivery.parity import Parity, compare_models
 from loratune.delivery.proof import BOUNDS, Bounds, check_parity, probe_rows
 from loratune.delivery.rehearsal import rehearse
@@ -73,8 +73,7 @@ def export(source: AdapterSource | None, output: Path, options: ExportOptions) -
     with disk_errors_explained(output), folder_in_one_step(output) as folder:
         job = Export(source, output, folder, options)
         if options.format in FROM_MODEL:
-            rehearse(job)
-            with _merged(job) as model:
+            with _merged(job, rehearse(job)) as model:
                 found = FROM_MODEL[options.format](job, model)
         else:
             found = FROM_ADAPTER[options.format](job)
@@ -84,14 +83,13 @@ def export(source: AdapterSource | None, output: Path, options: ExportOptions) -
 
 
 @contextmanager
-def _merged(job: Export) -> Iterator[Path]:
+def _merged(job: Export, merge: Job | None) -> Iterator[Path]:
     """The merged model to export: the given one, or one that is made of the adapter and goes away again."""
-    if job.source is None:
+    if merge is None:
         yield Path(job.options.model or "")
         return
     place = job.folder / "merged"
-    options = MergeOptions(model=job.options.model, force=job.options.force, stands_in_for=job.output)
-    show_verification(merge_adapter(job.source, place, options))
+    show_verification(carry_out(replace(merge, output=place)))
     yield place
     shutil.rmtree(place)
 

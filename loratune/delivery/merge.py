@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import shutil
 import time
 from collections.abc import Iterator
@@ -14,13 +13,16 @@ import psutil
 import torch
 
 from loratune import console
+from loratune.delivery.beside import check_beside
 from loratune.delivery.merge_job import Candidate, Job, MergeOptions, base_files, gather, tell_of_unchanged
 from loratune.delivery.merged_weights import TooLargeError, plan_merge, write_merged
 from loratune.delivery.model_folder import write_model_files
 from loratune.delivery.needs import announce
 from loratune.delivery.read_back import read_back
 from loratune.delivery.report import described
+from loratune.delivery.verify import prove
 from loratune.errors import Exit, LoratuneError
+from loratune.model.peft_merge import PeftMerge
 from loratune.runs.card import write_merged_card
 from loratune.runs.opening import AdapterSource
 from loratune.runs.verification import write_verification
@@ -42,14 +44,20 @@ def merge_adapter(source: AdapterSource, output: Path, options: MergeOptions) ->
         LoratuneError: something does not fit, there is no room, or the merged model is not base + adapter; then nothing
             is left at `output`.
     """
-    output = output.resolve()
-    job = gather(source, output, options)
+    return carry_out(gather(source, output.resolve(), options))
+
+
+def carry_out(job: Job) -> dict[str, Any]:
+    """The merge of what has been gathered; result and errors are those of `merge_adapter`."""
+    output, options = job.output, job.options
     with disk_errors_explained(output), folder_in_one_step(output) as folder:
         candidates = _candidates(job, folder)
         announce(job, candidates, output)
         # What is small comes first: a template that cannot be written is told before minutes of writing.
         for candidate in candidates:
-            changes = write_model_files(job.source, job.base, candidate.folder, options.dtype, candidate.plan)
+            changes = write_model_files(
+                job.source, job.encoder, job.base, candidate.folder, options.dtype, candidate.plan
+            )
             write_merged_card(candidate.folder, "Merged model", job.settings.base, str(job.base.absolute()))
         for candidate in candidates:
             _write(job, candidate)
@@ -87,8 +95,7 @@ def prove_models(job: Job, candidates: list[Candidate]) -> tuple[Candidate, dict
         LoratuneError: none of them is what base + adapter is.
     """
     if job.options.verify and job.options.logits:
-        verify = importlib.import_module("loratune.delivery.verify")  # transformers and PEFT: seconds
-        chosen, proof = verify.prove(job, candidates)
+        chosen, proof = prove(job, candidates)
         return chosen, {"verified": "files and logits", **proof}
     return candidates[0], {"verified": "files" if job.options.verify else "nothing", "logits": None, "answers": None}
 
@@ -100,12 +107,10 @@ def prove_files(job: Job, candidate: Candidate) -> None:
         LoratuneError: something else is there.
     """
     plan = candidate.plan
-    peft_merge = importlib.import_module("loratune.model.peft_merge")  # transformers and PEFT: seconds
-    peft = peft_merge.PeftMerge(job.base, job.source.adapter, plan.vocabulary, job.is_tied)
+    peft = PeftMerge(job.base, job.source.adapter, plan.vocabulary, job.is_tied)
     with console.byte_progress("reading back", plan.nbytes) as advance:
         candidate.read_back = read_back(plan, peft, candidate.files, candidate.folder, advance, job.options.dtype)
-    beside = importlib.import_module("loratune.delivery.beside")
-    beside.check_beside(job.base, job.source.tokenizer_folder(job.base), job.encoder, candidate.folder)
+    check_beside(job.base, job.source.tokenizer_folder(job.base), job.encoder, candidate.folder)
 
 
 def _check_updates_survived(job: Job, candidate: Candidate) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import importlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -16,7 +15,7 @@ from loratune.commands import Command, free_place, loratune
 from loratune.data.encoding import Encoder
 from loratune.delivery.merged_weights import MergePlan
 from loratune.delivery.read_back import ReadBack
-from loratune.delivery.sources import check_pair
+from loratune.delivery.sources import check_pair, training_encoder
 from loratune.delivery.template import about_the_date
 from loratune.delivery.update import TensorUpdate, read_updates
 from loratune.errors import Exit, LoratuneError
@@ -89,6 +88,8 @@ class Job:
     options: MergeOptions
     warnings: list[str]
     output: Path
+    encoder: Encoder
+    """How the training rendered prompts."""
 
     @property
     def changes_nothing(self) -> bool:
@@ -105,12 +106,6 @@ class Job:
             output = free_place(options.stands_in_for.with_name(f"{options.stands_in_for.name}-merged"))
             options = replace(options, overwrite=False)
         return [options.command(purpose, self.source, output)]
-
-    @functools.cached_property
-    def encoder(self) -> Encoder:
-        """How the training rendered prompts."""
-        load_tokenizer = importlib.import_module("loratune.model.tokenizer").load_tokenizer  # transformers: seconds
-        return Encoder(load_tokenizer(self.source.tokenizer_folder(self.base)), self.source.prompt)
 
 
 def gather(source: AdapterSource, output: Path, options: MergeOptions) -> Job:
@@ -143,6 +138,7 @@ def job_of(source: AdapterSource, output: Path, options: MergeOptions) -> Job:
     _check_apart(output, base, source.adapter)
     infos, is_tied = TensorFiles(weight_files(base)).infos, head_is_tied(base)
     warnings = check_pair(source, settings.base, base, options.force)
+    encoder = training_encoder(source, base)
     if options.merge_base != "auto" and settings.quantization == "none":
         raise LoratuneError("--merge-base is for adapters that were trained on a quantised base", Exit.USAGE)
     trained_day = (source.manifest or {}).get("template", {}).get("date")
@@ -152,7 +148,7 @@ def job_of(source: AdapterSource, output: Path, options: MergeOptions) -> Job:
     rows = infos[EMBEDDING].shape[0]
     brought = updates[EMBEDDING].replacement if EMBEDDING in updates else None
     warnings += check_vocabulary(source, base, rows, rows if brought is None else len(brought))
-    return Job(source, settings, base, updates, is_tied, options, warnings, output)
+    return Job(source, settings, base, updates, is_tied, options, warnings, output, encoder)
 
 
 def _check_apart(output: Path, base: Path, adapter: Path) -> None:

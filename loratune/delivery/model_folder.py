@@ -14,21 +14,21 @@ from loratune.data.encoding import Encoder
 from loratune.delivery.merged_weights import MergePlan
 from loratune.delivery.template import write_portable_template
 from loratune.plain_files import read_json_object
-from loratune.recipe.sections import PromptSettings
 from loratune.runs.opening import AdapterSource
-from loratune.runs.tokenizer_files import copy_tokenizer_files, tokenizer_files
+from loratune.runs.tokenizer_files import copy_tokenizer_files
 from loratune.writing import write_json
 
 CONFIG, GENERATION_CONFIG = "config.json", "generation_config.json"
 
 
 def write_model_files(
-    source: AdapterSource, base: Path, folder: Path, dtype: torch.dtype | None, plan: MergePlan
+    source: AdapterSource, encoder: Encoder, base: Path, folder: Path, dtype: torch.dtype | None, plan: MergePlan
 ) -> list[str]:
     """Write config, tokenizer, template and generation config.
 
     Args:
-        source: the adapter, with the prompt settings and, in a run, the tokenizer of its training.
+        source: the adapter and, in a run, the tokenizer of its training.
+        encoder: how the training rendered prompts.
         base: the base's folder.
         folder: where the merged weights are.
         dtype: of the merged weights, if not the base's.
@@ -38,34 +38,15 @@ def write_model_files(
         What differs from the base's files, for the user.
     """
     changes = _write_config(base, folder, dtype, plan)
-    tokenizer = source.tokenizer_folder(base)
-    copy_tokenizer_files(tokenizer, folder)
+    copy_tokenizer_files(source.tokenizer_folder(base), folder)
     for licence in [*base.glob("LICENSE*"), *base.glob("NOTICE*")]:
         if licence.is_file():
             shutil.copyfile(licence, folder / licence.name)
-    needs_encoder = source.manifest is None or _may_need_template(source, tokenizer)
-    encoder = _load_encoder(tokenizer, source.prompt) if needs_encoder else None
-    if encoder and write_portable_template(encoder, folder):
+    if write_portable_template(encoder, folder):
         changes.append(
             "chat_template.jinja: the training's prompt settings, so that other programs render the same prompts"
         )
-    end_id = encoder.end_id if encoder else (source.manifest or {})["template"]["end_token_id"]
-    return changes + _write_generation_config(base, folder, end_id)
-
-
-def _load_encoder(tokenizer: Path, prompt: PromptSettings) -> Encoder:
-    load_tokenizer = importlib.import_module("loratune.model.tokenizer").load_tokenizer  # transformers: seconds
-    return Encoder(load_tokenizer(tokenizer), prompt)
-
-
-def _may_need_template(source: AdapterSource, tokenizer: Path) -> bool:
-    """Whether the training's prompts could differ from what the tokenizer's template renders by itself."""
-    prompt, recorded = source.prompt, (source.manifest or {})["template"]
-    has_settings = prompt.template != "chat" or prompt.system or prompt.instruction_prefix
-    texts = [tokenizer / name for name in tokenizer_files(tokenizer) if "template" in name or "config" in name]
-    return bool(has_settings or recorded.get("completion")) or any(
-        "enable_thinking" in path.read_text(encoding="utf-8") for path in texts
-    )
+    return changes + _write_generation_config(base, folder, encoder.end_id)
 
 
 def _write_config(base: Path, folder: Path, dtype: torch.dtype | None, plan: MergePlan) -> list[str]:

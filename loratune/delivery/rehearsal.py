@@ -15,7 +15,7 @@ from loratune.commands import Command
 from loratune.data.encoding import Encoder
 from loratune.delivery.export_job import Export
 from loratune.delivery.gguf_layout import NotForGgufError
-from loratune.delivery.merge_job import MergeOptions, gather
+from loratune.delivery.merge_job import Job, MergeOptions, gather
 from loratune.delivery.merged_weights import plan_merge
 from loratune.delivery.model_folder import write_model_files
 from loratune.delivery.ollama import write_modelfile
@@ -41,6 +41,8 @@ class Rehearsal:
     is_tied: bool
     merged_bytes: int = 0
     """What the merge writes for the time of the export."""
+    job: Job | None = None
+    """The merge; None for a model that is merged already."""
 
 
 @contextmanager
@@ -59,13 +61,13 @@ def rehearsed_merge(source: AdapterSource, output: Path, options: MergeOptions) 
     plan = plan_merge(TensorFiles(weight_files(job.base)), job.updates, job.is_tied, options.dtype, options.shard_bytes)
     with tempfile.TemporaryDirectory(prefix="loratune-") as place:
         folder = Path(place)
-        write_model_files(source, job.base, folder, options.dtype, plan)
+        write_model_files(source, job.encoder, job.base, folder, options.dtype, plan)
         prompt = source.prompt
         known = {"thinking": prompt.thinking, "generation_prompt": prompt.generation_prompt, "date": prompt.date}
         write_json(folder / VERIFICATION, known)
         shapes = {name: tensor.info.shape for name, tensor in plan.tensors.items()}
         try:
-            yield Rehearsal(folder, shapes, plan.is_tied, plan.nbytes)
+            yield Rehearsal(folder, shapes, plan.is_tied, plan.nbytes, job)
         except LoratuneError as error:  # the folder is gone before anyone could look at it
             told = error.message.replace(f"{folder}/", "the merged model's ").replace(str(folder), "the merged model")
             raise LoratuneError(told, error.exit_code, error.commands) from error
@@ -81,8 +83,11 @@ def check_merge(source: AdapterSource, output: Path, options: MergeOptions) -> N
         pass
 
 
-def rehearse(job: Export) -> None:
+def rehearse(job: Export) -> Job | None:
     """Check an export of a merged model before the merge, and write what needs no weights.
+
+    Returns:
+        The merge that is to be made; None for a model that is merged already.
 
     Raises:
         LoratuneError: the export would be refused later.
@@ -96,10 +101,11 @@ def rehearse(job: Export) -> None:
             console.warn(warning)
         shapes = {name: info.shape for name, info in TensorFiles(weight_files(folder)).infos.items()}
         CHECKS[job.options.format](job, Rehearsal(folder, shapes, head_is_tied(folder)))
-        return
+        return None
     options = MergeOptions(model=job.options.model, force=job.options.force, stands_in_for=job.output)
     with rehearsed_merge(job.source, job.output / "merged", options) as model:
         CHECKS[job.options.format](job, model)
+        return model.job
 
 
 def _check_gguf(job: Export, model: Rehearsal) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,30 +20,22 @@ from loratune.runs.opening import AdapterSource, open_settled_adapter
 from loratune.runs.verification import check_files, read_verification
 
 MERGED = "merged model"
+AS_MERGED = MergeOptions()
 
 
-@dataclass(frozen=True)
-class Proof:
-    """What a merge is proved with once more."""
-
-    adapter: AdapterSource
-    model: str | None = None
-    """Where its base lies, if not where the run knows it."""
-    logits: bool = True
-    """Whether the models are run."""
-    force: bool = False
-
-
-def verify_folder(folder: Path, proof: Proof | None = None) -> dict[str, Any]:
+def verify_folder(
+    folder: Path, adapter: AdapterSource | None = None, options: MergeOptions = AS_MERGED
+) -> dict[str, Any]:
     """Read every file of a folder and compare its hash with the recorded one.
 
     Args:
         folder: a merged model, an export, or a run.
-        proof: with what to prove a merged model again.
+        adapter: proves a merged model again.
+        options: of that proof; type and kind of base are those of the folder.
 
     Returns:
-        kind, what was proved (of a run: nothing), files (how many), remarks (differences in files that no program
-        loads).
+        folder, kind, proved (what verification.json says; of a run nothing), proved_again, files (how many), remarks
+        (differences in files that no program loads), warnings.
 
     Raises:
         LoratuneError: there is nothing to compare with, a file that programs load is not as it was, or the merged model
@@ -51,11 +43,11 @@ def verify_folder(folder: Path, proof: Proof | None = None) -> dict[str, Any]:
     """
     values = read_verification(folder)
     if values is None:
-        if proof:
+        if adapter:
             raise LoratuneError(f"{folder}: no merged model, so there is no merge to prove", Exit.USAGE)
         return _verify_run(folder)
     check = check_files(folder, values)
-    if check is None and proof is None:
+    if check is None and adapter is None:
         raise LoratuneError(
             f"{folder / VERIFICATION} holds no hashes: an earlier version of loratune made the folder. Make it again, "
             "or have a merge proved with --adapter",
@@ -64,15 +56,18 @@ def verify_folder(folder: Path, proof: Proof | None = None) -> dict[str, Any]:
     if check and check.problems:
         raise LoratuneError(f"{folder} is not as it was verified:\n{bullet_list(check.problems)}", Exit.MODEL)
     proved = {key: value for key, value in values.items() if key != "files"}
-    if proof:
-        proved |= _prove_again(folder, values, proof)
+    warnings: list[str] = []
+    if adapter:
+        again, warnings = _prove_again(folder, values, adapter, options)
+        proved |= again
     return {
         "folder": str(folder),
         "kind": values.get("kind"),
         "files": check.files if check else 0,
         "remarks": check.remarks if check else [],
         "proved": proved,
-        "proved_again": proof is not None,
+        "proved_again": adapter is not None,
+        "warnings": warnings,
     }
 
 
@@ -85,12 +80,13 @@ def _verify_run(folder: Path) -> dict[str, Any]:
     source = open_settled_adapter(folder)
     files = (source.manifest or {}).get("files", {})
     return {"folder": str(folder), "kind": "run", "files": len(files), "remarks": [], "proved": None,
-            "proved_again": False}  # fmt: skip
+            "proved_again": False, "warnings": []}  # fmt: skip
 
 
-def _prove_again(folder: Path, values: dict[str, Any], proof: Proof) -> dict[str, Any]:
-    """What `merge` proves, of a folder that is there already."""
-    source = proof.adapter
+def _prove_again(
+    folder: Path, values: dict[str, Any], source: AdapterSource, options: MergeOptions
+) -> tuple[dict[str, Any], list[str]]:
+    """What `merge` proves, of a folder that is there already; and what could not be checked, or was let through."""
     if values.get("kind") != MERGED:
         raise LoratuneError(f"{folder}: no merged model, so there is no merge to prove", Exit.USAGE)
     if values.get("combined"):
@@ -99,14 +95,13 @@ def _prove_again(folder: Path, values: dict[str, Any], proof: Proof) -> dict[str
         raise LoratuneError(f"{folder} was merged from another adapter than {source.adapter}", Exit.MODEL)
     named = values.get("dtype")
     dtype = getattr(torch, named) if named in ("float32", "float16", "bfloat16") else None
-    options = MergeOptions(proof.model, dtype, logits=proof.logits, force=proof.force, stands_in_for=folder)
-    job = job_of(source, folder.resolve(), options)
+    job = job_of(source, folder.resolve(), replace(options, dtype=dtype))
     kind = values.get("merge_base", "original")
     files = base_files(job, kind)
     candidate = Candidate(kind, files, _plan_of(folder, job, files), folder)
     prove_files(job, candidate)
     _, proved = prove_models(job, [candidate])
-    return {"read_back": asdict(candidate.read_back) if candidate.read_back else None, **proved}
+    return {"read_back": asdict(candidate.read_back) if candidate.read_back else None, **proved}, job.warnings
 
 
 def _plan_of(folder: Path, job: Job, files: TensorFiles) -> MergePlan:

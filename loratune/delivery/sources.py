@@ -80,6 +80,7 @@ def _common_base(adapters: dict[str, AdapterSource], model: str | None, force: b
     for name, source in adapters.items():
         for warning in check_pair(source, settings.base, base, force):
             console.warn(warning)
+        training_encoder(source, base)
         read_updates(source.adapter, TensorFiles(weight_files(base)).infos, head_is_tied(base))
         if source.recipe and source.recipe.model.quantization != settings.quantization:
             raise LoratuneError("the adapters were trained on different quantisations of the base", Exit.MODEL)
@@ -101,7 +102,7 @@ def check_pair(source: AdapterSource, name: str, base: Path, force: bool) -> lis
         What could not be checked, or was let through.
 
     Raises:
-        LoratuneError: it was trained on another base or with another template, or tensors of it are missing.
+        LoratuneError: it was trained on another base, or tensors of it are missing.
     """
     paths = weight_files(base)
     infos, is_tied = TensorFiles(paths).infos, head_is_tied(base)
@@ -111,10 +112,18 @@ def check_pair(source: AdapterSource, name: str, base: Path, force: bool) -> lis
     if is_tied:
         shapes[HEAD] = shapes[EMBEDDING]
     check_adapter(source.adapter, shapes)
-    if source.manifest:
-        encoder = Encoder(load_tokenizer(source.tokenizer_folder(base)), source.prompt)
-        check_same_template(source, encoder.template_sha256)
     return check.finish()
+
+
+def training_encoder(source: AdapterSource, base: Path) -> Encoder:
+    """How the training of an adapter rendered prompts.
+
+    Raises:
+        LoratuneError: the template is not that of the training, or there is none.
+    """
+    encoder = Encoder(load_tokenizer(source.tokenizer_folder(base)), source.prompt)
+    check_same_template(source, encoder.template_sha256)
+    return encoder
 
 
 def check_where_possible(source: AdapterSource, model: str | None, force: bool) -> list[str]:
@@ -127,8 +136,11 @@ def check_where_possible(source: AdapterSource, model: str | None, force: bool) 
     except LoratuneError:  # a plain adapter whose base lies elsewhere
         name = ""
     if model is not None or name == TINY_QWEN or (name and Path(name).expanduser().is_dir()):
-        settings = ModelSettings(base=name)
-        return check_pair(source, name, find_base(settings), force)
+        base = find_base(ModelSettings(base=name))
+        warnings = check_pair(source, name, base, force)
+        if source.manifest:
+            training_encoder(source, base)
+        return warnings
     check_adapter(source.adapter, own_modules(tensor_shapes(source.adapter)))
     return [
         "the base is not on this machine, so neither it nor whether the adapter covers all of its layers was checked; "

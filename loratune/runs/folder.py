@@ -151,7 +151,7 @@ def begin_run(
     write_text(output / RECIPE, dump_recipe(recipe))
     known = read_manifest(output) if (output / MANIFEST).is_file() else {}
     values = {"format_version": FORMAT_VERSION, "created": known.get("created", _now()), **manifest}
-    write_manifest(output, values | {"files": known.get("files", {}) | {RECIPE: _sealed(output / RECIPE)}})
+    write_manifest(output, values | {"files": known.get("files", {}) | {RECIPE: sealed(output / RECIPE)}})
 
 
 def set_status(output: Path, state: str, **details: Any) -> None:
@@ -162,11 +162,12 @@ def set_status(output: Path, state: str, **details: Any) -> None:
 def seal_run(output: Path) -> None:
     """Add size and sha256 of every lasting file to the manifest; the last step of a run."""
     adapter_files = sorted(path for path in (output / ADAPTER).rglob("*") if path.is_file())
-    files = {str(path.relative_to(output)): _sealed(path) for path in [output / RECIPE, *adapter_files]}
+    files = {str(path.relative_to(output)): sealed(path) for path in [output / RECIPE, *adapter_files]}
     write_manifest(output, read_manifest(output) | {"files": files})
 
 
-def _sealed(path: Path) -> dict[str, Any]:
+def sealed(path: Path) -> dict[str, Any]:
+    """What is recorded of a file, to know it again."""
     return {"bytes": path.stat().st_size, "sha256": file_sha256(path)}
 
 

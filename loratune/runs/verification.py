@@ -9,7 +9,7 @@ from typing import Any
 
 from loratune.errors import Exit, LoratuneError, bullet_list
 from loratune.plain_files import read_json_object
-from loratune.runs.folder import FORMAT_VERSION, PROGRAM, VERIFICATION, file_sha256
+from loratune.runs.folder import FORMAT_VERSION, PROGRAM, VERIFICATION, file_sha256, sealed
 from loratune.runs.remembered import remembered_sha256
 from loratune.runs.versions import library_versions
 from loratune.writing import write_json
@@ -61,9 +61,7 @@ def write_verification(folder: Path, kind: str, report: dict[str, Any], hashes: 
     values = {"program": PROGRAM, "format_version": FORMAT_VERSION, "versions": library_versions(), "kind": kind}
     values |= report
     if hashes:
-        values["files"] = {
-            name: {"bytes": path.stat().st_size, "sha256": file_sha256(path)} for name, path in sorted(_files(folder))
-        }
+        values["files"] = {name: sealed(path) for name, path in sorted(_files(folder))}
     write_json(folder / VERIFICATION, values)
     return values
 
