@@ -11,6 +11,7 @@ from pydantic.fields import FieldInfo
 
 from loratune.recipe.data_sections import Finding
 from loratune.recipe.loading import is_list
+from loratune.recipe.names import RENAMED
 from loratune.recipe.section import Section
 from loratune.recipe.sections import iterate_settings
 
@@ -20,18 +21,18 @@ SYMBOLS = {"ge": "≥", "gt": ">", "le": "≤", "lt": "<"}
 def recipe_options(command: Callable[..., None]) -> Callable[..., None]:
     """Add one option per setting to a command; those used reach it as `flags`: dotted setting → value as typed."""
     settings = dict(iterate_settings())
-    names = {dotted.replace(".", "__"): dotted for dotted in settings}
+    fields = settings | {old: settings[new] for old, new in RENAMED.items()}
+    names = {dotted.replace(".", "__"): dotted for dotted in fields}
 
     def wrapped(**arguments: Any) -> None:
         flags = {dotted: arguments.pop(name) for name, dotted in names.items()}
         command(**arguments, flags={dotted: value for dotted, value in flags.items() if value not in (None, [])})
 
     own = [parameter for name, parameter in _parameters(command).items() if name != "flags"]
+    options = {name: _option(dotted, fields[dotted], dotted in RENAMED) for name, dotted in names.items()}
     generated = [
-        inspect.Parameter(
-            name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=_option(dotted, settings[dotted])
-        )
-        for name, dotted in names.items()
+        inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=option)
+        for name, option in options.items()
     ]
     wrapped.__signature__ = inspect.Signature([*own, *generated])  # type: ignore[attr-defined]
     wrapped.__annotations__ = {parameter.name: parameter.annotation for parameter in [*own, *generated]}
@@ -46,7 +47,7 @@ def _parameters(command: Callable[..., None]) -> dict[str, inspect.Parameter]:
     }
 
 
-def _option(dotted: str, field: FieldInfo) -> Any:
+def _option(dotted: str, field: FieldInfo, is_hidden: bool) -> Any:
     section = dotted.rpartition(".")[0]
     is_flag = field.annotation in (bool, bool | None)
     # Typer takes the first name for yes and the one after the slash for no.
@@ -57,6 +58,7 @@ def _option(dotted: str, field: FieldInfo) -> Any:
         metavar=None if is_flag else type_name(field.annotation),
         show_default=default_text(field),
         rich_help_panel=section or "run",
+        hidden=is_hidden,
     )
     kind: Any = bool if is_flag else list[str] if is_list(field.annotation) else str
     return Annotated[kind | None, option]

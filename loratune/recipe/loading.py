@@ -12,9 +12,11 @@ from pydantic import ValidationError
 from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
+from loratune import console
 from loratune.errors import Exit, LoratuneError, bullet_list
 from loratune.plain_files import open_plain
 from loratune.recipe.data_sections import SourceSettings
+from loratune.recipe.names import current_name, drop_keys, rename_keys, suggestion
 from loratune.recipe.sections import Recipe, iterate_settings
 from loratune.recipe.yaml_reader import SURROGATE, Document, read_yaml, write_yaml
 
@@ -70,10 +72,23 @@ def load_recipe(config: str | None, flags: dict[str, Any]) -> Recipe:
     Raises:
         LoratuneError: with all problems, each with its line or flag.
     """
-    document, path = Document(values={}), None
-    if config is not None:
-        path = find_recipe(config)
-        document = _read(path)
+    path = find_recipe(config) if config is not None else None
+    document = _read(path) if path else Document(values={})
+    return _validated(document, path, flags, is_own=False)
+
+
+def load_written_recipe(path: Path) -> Recipe:
+    """The recipe.yaml of a run, which an earlier version may have written.
+
+    Settings have their present names in it, those that no longer exist are left out, and nothing is said of either.
+
+    Raises:
+        LoratuneError: with all problems.
+    """
+    return _validated(_read(path), path, {}, is_own=True)
+
+
+def _validated(document: Document, path: Path | None, flags: dict[str, Any], is_own: bool) -> Recipe:
     problems = [(line, f"line {line}: {message}") for line, message in document.problems]
     values, recipe = document.values, None
     if values is None and not problems:
@@ -81,6 +96,8 @@ def load_recipe(config: str | None, flags: dict[str, Any]) -> Recipe:
     elif not isinstance(values, dict) and not problems:
         problems.append((0, "the file must hold settings (section: …) at its top, not a list or a single value"))
     if isinstance(values, dict):
+        problems += [(0, problem) for problem in _rename(document, str(path), is_own)]
+        flags = _renamed_flags(flags)
         wrong_flags = _lay_over(values, flags)
         problems += [(0, f"--{dotted}: {message}") for dotted, message in wrong_flags.items()]
         used_flags = flags.keys() - wrong_flags
@@ -97,6 +114,39 @@ def load_recipe(config: str | None, flags: dict[str, Any]) -> Recipe:
         listed = bullet_list([message for _, message in sorted(problems, key=lambda problem: problem[0])], limit=40)
         raise LoratuneError(f"{source}: the recipe has {count}:\n{listed}", Exit.USAGE)
     return _with_found_data(recipe, path)
+
+
+def _rename(document: Document, path: str, is_own: bool) -> list[str]:
+    """Give settings of earlier versions their present names; returns what stands against it."""
+    renamed: list[str] = []
+    try:
+        lines = rename_keys(document.values, document.lines, lambda old, new: renamed.append(f"{old} is now {new}"))
+    except ValueError as error:
+        return str(error).splitlines()
+    document.lines.clear()
+    document.lines.update(lines)
+    if is_own:
+        drop_keys(document.values)
+    elif renamed:
+        console.say(f"{path}: {'; '.join(renamed)} (the old names still work)")
+    return []
+
+
+def _renamed_flags(flags: dict[str, Any]) -> dict[str, Any]:
+    """Flags by the present names of their settings, with a note of those that have been renamed.
+
+    Raises:
+        LoratuneError: a setting is given under both of its names.
+    """
+    present: dict[str, Any] = {}
+    for name, value in flags.items():
+        now = current_name(name) or name
+        if now in present or (now != name and now in flags):
+            raise LoratuneError(f"--{name} is now called --{now}, and both are given; remove --{name}", Exit.USAGE)
+        if now != name:
+            console.say(f"--{name} is now --{now} (the old name still works)")
+        present[now] = value
+    return present
 
 
 def dump_recipe(recipe: Recipe, is_ascii: bool = False) -> str:
@@ -249,7 +299,9 @@ def _message(detail: ErrorDetails, setting: str) -> str:
     context = detail.get("ctx", {})
     match detail["type"]:
         case "extra_forbidden":
-            return f"no such setting{_suggestion(setting)}"
+            is_section = isinstance(detail.get("input"), dict) and "." not in setting
+            known = Recipe.model_fields if is_section else (name for name, _ in iterate_settings())
+            return f"no such setting{suggestion(setting, known)}"
         case "missing":
             return f"must be given, in the recipe or as --{setting}"
         case "literal_error":
@@ -266,15 +318,6 @@ def _message(detail: ErrorDetails, setting: str) -> str:
 
 def _shortened(text: str, limit: int = 60) -> str:
     return text if len(text) <= limit else f"{text[: limit - 1]}…"
-
-
-def _suggestion(setting: str) -> str:
-    known = [*Recipe.model_fields, *(name for name, _ in iterate_settings() if "." in name)]
-    close = difflib.get_close_matches(setting, known, n=1, cutoff=0.6)
-    last = setting.rpartition(".")[2]
-    close = close or [name for name in known if name.rpartition(".")[2] == last]
-    close = close or difflib.get_close_matches(last, known, n=1, cutoff=0.5)
-    return f"; did you mean {close[0]}?" if close else ""
 
 
 def _with_found_data(recipe: Recipe, path: Path | None) -> Recipe:

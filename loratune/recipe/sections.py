@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, field_validator, model_validator
 from pydantic.fields import FieldInfo
+from pydantic_core import to_jsonable_python
 
 from loratune.recipe.data_sections import DataSettings
 from loratune.recipe.section import HomePath, Section, TextList, listed
@@ -227,6 +228,13 @@ def iterate_settings(section: type[Section] = Recipe, prefix: str = "") -> Itera
             yield from iterate_settings(kind, f"{prefix}{name}.")
         else:
             yield f"{prefix}{name}", field
+
+
+def default_settings() -> dict[str, Any]:
+    """Dotted name of each setting that has a default → the default in JSON's types."""
+    fields = ((name, field) for name, field in iterate_settings() if not field.is_required())
+    values = {name: to_jsonable_python(field.get_default()) for name, field in fields}
+    return {name: value for name, value in values.items() if value != {}}  # each key of those is a setting of its own
 
 
 def flat_settings(recipe: Recipe) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from typing import Any
 
 from loratune.errors import Exit, LoratuneError
 from loratune.plain_files import read_json_object
-from loratune.recipe.loading import load_recipe
+from loratune.recipe.loading import load_written_recipe
 from loratune.recipe.sections import ModelSettings, PromptSettings, Recipe
 from loratune.runs.checkpoint import SEAL, Checkpoint
 from loratune.runs.folder import ADAPTER, CHECKPOINTS, MANIFEST, RECIPE, STATUS, VERIFICATION, read_manifest
@@ -223,7 +223,7 @@ def _open_checkpoint(run: Path, folder: Path, force: bool) -> AdapterSource:
 
 def _read_recipe(run: Path) -> Recipe:
     try:
-        return load_recipe(str(run / RECIPE), {})
+        return load_written_recipe(run / RECIPE)
     except LoratuneError as error:
         raise LoratuneError(str(error), Exit.MODEL) from error
 

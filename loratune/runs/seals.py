@@ -7,6 +7,7 @@ from typing import Any
 
 from loratune.errors import Exit, LoratuneError, bullet_list
 from loratune.plain_files import read_json_object
+from loratune.recipe.names import with_current_names
 from loratune.recipe.sections import Recipe, flat_settings
 from loratune.runs.checkpoint import SEAL, Checkpoint, open_checkpoint
 from loratune.runs.folder import ADAPTER, MANIFEST, RECIPE, STATUS, file_sha256
@@ -94,7 +95,8 @@ def require_same_settings(checkpoint: Checkpoint, run: Path, recipe: Recipe, for
     Raises:
         LoratuneError: they are others: the recipe was edited, or the run has gone on with --allow-changes.
     """
-    sealed, found = checkpoint.identity.get("settings", {}), flat_settings(recipe)
+    sealed = with_current_names(checkpoint.identity.get("settings", {}))
+    found = flat_settings(recipe)
     different = [
         f"{name} was {value!r} and is {found.get(name)!r}"
         for name, value in sealed.items()

@@ -9,7 +9,8 @@ from typing import Any
 from loratune import console
 from loratune.errors import Exit, LoratuneError, counted
 from loratune.plain_files import read_json_object
-from loratune.recipe.sections import Recipe, flat_settings
+from loratune.recipe.names import with_current_names
+from loratune.recipe.sections import Recipe, default_settings, flat_settings
 from loratune.runs.checkpoint import Checkpoint, named_checkpoint, newest_checkpoint
 from loratune.runs.fingerprint import FULL
 from loratune.runs.folder import ADAPTER, CHECKPOINTS, MANIFEST, STATUS, check_links, read_manifest
@@ -153,7 +154,7 @@ def check_identity(checkpoint: Checkpoint, identity: dict[str, Any], allow_chang
     versions = _differences(checkpoint.identity["versions"], identity["versions"])
     if versions:
         console.warn("the checkpoint was written with other versions, so bits may differ:\n" + _lines(versions))
-    known = {part: checkpoint.identity[part] for part in ("settings", "rest")}
+    known = {"settings": _settings_of(checkpoint), "rest": checkpoint.identity["rest"]}
     if DATE in identity["rest"] and DATE not in known["rest"]:  # written by a version that did not know
         date = identity["rest"][DATE]
         console.warn(
@@ -181,6 +182,12 @@ def check_identity(checkpoint: Checkpoint, identity: dict[str, Any], allow_chang
     console.warn(
         f"from step {checkpoint.step} on with other settings; the adapter is that of neither alone:\n{_lines(changed)}"
     )
+
+
+def _settings_of(checkpoint: Checkpoint) -> dict[str, Any]:
+    """What a checkpoint was made with, by present names; a setting that it does not know had today's default."""
+    defaults = {name: value for name, value in default_settings().items() if not _is_free(name)}
+    return defaults | with_current_names(checkpoint.identity["settings"])
 
 
 def _is_free(name: str) -> bool:

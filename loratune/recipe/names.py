@@ -1,0 +1,253 @@
+"""Names of settings: those of earlier versions, which go on working, and those of other tools, which are explained."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+RENAMED: dict[str, str] = {}
+"""Name in an earlier version → name now; both dotted. A name may be the beginning of others (`data.levels.short`)."""
+
+DROPPED: dict[str, str] = {}
+"""Setting that no longer exists → why. It is ignored in recipes that loratune wrote, and refused in those of people."""
+
+KNOWN_ELSEWHERE = {
+    # The model.
+    "model_name_or_path": "model.base",
+    "model_name": "model.base",
+    "model_id": "model.base",
+    "model_id_or_path": "model.base",
+    "base_model": "model.base",
+    "pretrained_model_name_or_path": "model.base",
+    "model_revision": "model.revision",
+    "revision_of_model": "model.revision",
+    "use_hf": "model.hub",
+    "use_modelscope": "model.hub: modelscope",
+    "torch_dtype": "model.dtype",
+    "infer_dtype": "model.dtype",
+    "bf16": "model.dtype: bfloat16",
+    "fp16": "model.dtype: float16",
+    "load_in_4bit": "model.quantization: nf4",
+    "load_in_8bit": "model.quantization: int8",
+    "quantization_bit": "model.quantization: nf4 or int8",
+    "quantization_method": "model.quantization",
+    "quant_method": "model.quantization",
+    "quant_bits": "model.quantization: nf4 or int8",
+    "bnb_4bit_quant_type": "model.quantization: nf4",
+    "bnb_4bit_compute_dtype": "model.compute_dtype",
+    "bnb_4bit_use_double_quant": "model.double_quantization",
+    "double_quantization_bit": "model.double_quantization",
+    "flash_attn": "model.attn_implementation",
+    "flash_attention": "model.attn_implementation: flash_attention_2",
+    "attn_impl": "model.attn_implementation",
+    "sdp_attention": "model.attn_implementation: sdpa",
+    # LoRA.
+    "r": "lora.rank",
+    "lora_r": "lora.rank",
+    "lora_rank": "lora.rank",
+    "lora_alpha": "lora.alpha",
+    "lora_dropout": "lora.dropout",
+    "lora_bias": "lora.bias",
+    "lora_target": "lora.target_modules",
+    "lora_target_modules": "lora.target_modules",
+    "lora_target_linear": "lora.target_modules: all-linear",
+    "layers_to_transform": "lora.layers",
+    "peft_layers_to_transform": "lora.layers",
+    "lora_modules_to_save": "lora.modules_to_save",
+    "additional_target": "lora.modules_to_save",
+    "use_rslora": "lora.use_rslora",
+    "peft_use_rslora": "lora.use_rslora",
+    "peft_use_dora": "lora.use_dora",
+    # Rows.
+    "dataset": "data.train",
+    "datasets": "data.train",
+    "dataset_name": "data.train",
+    "dataset_path": "data.train",
+    "train_dataset": "data.train",
+    "train_file": "data.train",
+    "data_path": "data.train",
+    "eval_dataset": "data.validation",
+    "val_dataset": "data.validation",
+    "test_datasets": "data.validation",
+    "validation_file": "data.validation",
+    "val_size": "data.validation",
+    "val_set_size": "data.validation",
+    "test_size": "data.validation",
+    "split_dataset_ratio": "data.validation",
+    "eval_split": "data.validation",
+    "mask_history": "data.train_on_turns: last",
+    "train_on_inputs": "data.train_on_turns (answers alone are trained; a prompt never is)",
+    "train_on_prompt": "data.train_on_turns (answers alone are trained; a prompt never is)",
+    "roles_to_train": "data.train_on_turns (answers alone are trained; a prompt never is)",
+    "assistant_only_loss": "data.train_on_turns (answers alone are trained; a prompt never is)",
+    "completion_only_loss": "data.train_on_turns (answers alone are trained; a prompt never is)",
+    "loss_scale": "data.train_on_turns",
+    "excess_length_strategy": "data.truncation_strategy",
+    "truncation": "data.truncation_strategy",
+    "overflow": "data.truncation_strategy",
+    "columns_mapping": "data.columns",
+    "preprocessing_num_workers": "nothing: every CPU core is used, and encoded rows are kept",
+    "dataset_num_proc": "nothing: every CPU core is used, and encoded rows are kept",
+    "overwrite_cache": "nothing: encoded rows are made anew whenever what they depend on has changed",
+    # Prompts.
+    "chat_template": "prompt.template",
+    "template_type": "prompt.template",
+    "default_system": "prompt.system",
+    "system_prompt": "prompt.system",
+    "default_system_message": "prompt.system",
+    # Optimisation.
+    "num_train_epochs": "training.epochs",
+    "num_epochs": "training.epochs",
+    "n_epochs": "training.epochs",
+    "lr": "training.learning_rate",
+    "lr_scheduler_type": "training.scheduler",
+    "lr_scheduler": "training.scheduler",
+    "warmup_ratio": "training.warmup",
+    "warmup_steps": "training.warmup",
+    "per_device_train_batch_size": "training.batch_size",
+    "micro_batch_size": "training.batch_size",
+    "per_device_eval_batch_size": "evaluation.batch_size",
+    "eval_batch_size": "evaluation.batch_size",
+    "gradient_accumulation_steps": "training.gradient_accumulation",
+    "grad_accum": "training.gradient_accumulation",
+    "cutoff_len": "training.max_length",
+    "sequence_len": "training.max_length",
+    "max_seq_length": "training.max_length",
+    "max_seq_len": "training.max_length",
+    "model_max_length": "training.max_length",
+    "packing_length": "training.tokens_per_batch",
+    "sample_packing": "training.packing",
+    "padding_free": "training.packing",
+    "neat_packing": "training.packing",
+    "optim": "training.optimizer",
+    "gradient_clipping": "training.max_grad_norm",
+    "clip_grad": "training.max_grad_norm",
+    "neftune_noise_alpha": "training.neftune_alpha",
+    "use_gradient_checkpointing": "training.gradient_checkpointing",
+    "disable_gradient_checkpointing": "training.gradient_checkpointing: false",
+    # Validation, checkpoints, tracking, the run.
+    "eval_steps": "evaluation.every_steps",
+    "evals_per_epoch": "evaluation.every_steps",
+    "eval_strategy": "evaluation.every_steps",
+    "early_stopping_patience": "evaluation.early_stopping",
+    "save_steps": "checkpoints.every_steps",
+    "saves_per_epoch": "checkpoints.every_steps",
+    "save_strategy": "checkpoints.every_steps",
+    "save_total_limit": "checkpoints.keep",
+    "load_best_model_at_end": "checkpoints.keep_best",
+    "resume_from_checkpoint": "the flag --resume",
+    "overwrite_output_dir": "the flag --overwrite",
+    "logging_steps": "tracking.every_steps",
+    "wandb_project": "the environment variable WANDB_PROJECT, with tracking.report_to: wandb",
+    "wandb_name": "tracking.run_name",
+    "use_wandb": "tracking.report_to: wandb",
+    "use_swanlab": "tracking.report_to: swanlab",
+    "output_dir": "output",
+    "data_seed": "seed",
+    "finetuning_type": "nothing: loratune trains LoRA adapters",
+    "train_type": "nothing: loratune trains LoRA adapters",
+    "tuner_type": "nothing: loratune trains LoRA adapters",
+    "adapter": "nothing: loratune trains LoRA adapters",
+    "stage": "the command: loratune sft",
+    "do_train": "the command: loratune sft",
+}
+"""Name of a setting in transformers, TRL, PEFT, LLaMA-Factory, ms-swift or axolotl → what does the same here."""
+
+
+def current_name(name: str) -> str | None:
+    """What a dotted setting, or a key within one, is called now; None where it was dropped."""
+    for old in _itself_and_above(name):
+        if old in DROPPED:
+            return None
+        if old in RENAMED:
+            return RENAMED[old] + name[len(old) :]
+    return name
+
+
+def with_current_names(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings by dotted name, as an earlier version has written them, under their present names."""
+    named = ((current_name(name), value) for name, value in values.items())
+    return {name: value for name, value in named if name is not None}
+
+
+def rename_keys(values: dict[str, Any], lines: dict[str, int], note: Callable[[str, str], None]) -> dict[str, int]:
+    """Give each renamed key of a recipe's nested values its present name.
+
+    Args:
+        values: of the recipe, by section; changed in place.
+        lines: of its keys in the file, by dotted name.
+        note: is told the old and the new name of each.
+
+    Returns:
+        The lines by present names.
+
+    Raises:
+        ValueError: a setting is given under both of its names.
+    """
+    both = []
+    for old, new in RENAMED.items():
+        place, name = _section_of(values, old)
+        if place is None or name not in place:
+            continue
+        target, new_name = _section_of(values, new)
+        if target is None or new_name in target:
+            both.append(f"{old} is now called {new}, and both are given; remove {old}")
+            continue
+        target[new_name] = place.pop(name)
+        note(old, new)
+    if both:
+        raise ValueError("\n".join(both))
+    return {current_name(name) or name: line for name, line in lines.items()}
+
+
+def drop_keys(values: dict[str, Any]) -> None:
+    """Remove the settings that this version no longer has from the nested values of a recipe that loratune wrote."""
+    for name in DROPPED:
+        place, key = _section_of(values, name)
+        if place is not None:
+            place.pop(key, None)
+
+
+def suggestion(setting: str, known: Iterable[str]) -> str:
+    """What to take in place of a setting that does not exist, as the end of a sentence; empty where nothing is near.
+
+    Args:
+        setting: the dotted name, as it was written.
+        known: dotted names of all settings that may be meant; of sections, where something like one was written.
+    """
+    last = setting.rpartition(".")[2]
+    if setting in DROPPED:
+        return f": {DROPPED[setting]}"
+    if elsewhere := KNOWN_ELSEWHERE.get(last.lower().replace("-", "_")):
+        return f"; in loratune this is {elsewhere}"
+    near = _nearest(setting, last, list(known))
+    return f"; did you mean {near}?" if near else ""
+
+
+def _nearest(setting: str, last: str, known: list[str]) -> str | None:
+    """The setting of the most similar name: by its last part, which alone names it, and then by the whole."""
+    by_last: dict[str, list[str]] = {}
+    for name in [*known, *RENAMED]:
+        by_last.setdefault(name.rpartition(".")[2], []).append(RENAMED.get(name, name))
+    for cutoff in (1.0, 0.8):
+        for match in difflib.get_close_matches(last, by_last, n=1, cutoff=cutoff):
+            candidates = by_last[match]  # the one in the section that was written, where several have this name
+            return max(candidates, key=lambda name: difflib.SequenceMatcher(None, setting, name).ratio())
+    close = difflib.get_close_matches(setting, known, n=1, cutoff=0.75)
+    if close:
+        return close[0]
+    return next((by_last[match][0] for match in difflib.get_close_matches(last, by_last, n=1, cutoff=0.7)), None)
+
+
+def _itself_and_above(name: str) -> Iterable[str]:
+    while name:
+        yield name
+        name = name.rpartition(".")[0]
+
+
+def _section_of(values: dict[str, Any], dotted: str) -> tuple[dict[str, Any] | None, str]:
+    """The values that hold a setting, and its name in them; None where the section is missing or no section."""
+    section, _, name = dotted.rpartition(".")
+    place = values.get(section) if section else values
+    return (place if isinstance(place, dict) else None), name
