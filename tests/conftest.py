@@ -101,7 +101,7 @@ def short_run(random_qwen: Path, encoded_rows: Path, tmp_path_factory: pytest.Te
     os.environ["LORATUNE_CACHE"] = str(encoded_rows)
     folder = tmp_path_factory.mktemp("trained")
     (folder / "rows.json").write_text(json.dumps(ROWS))
-    flags = ["--model.dtype", "float32", "--data.validation", "0.2", "--training.steps", "4"]
+    flags = ["--model.dtype", "float32", "--data.validation", "0.2", "--training.max_steps", "4"]
     flags += ["--training.learning_rate", "5e-3", "--data.train", str(folder / "rows.json")]
     result = CliRunner().invoke(app, ["sft", "--model.base", str(random_qwen), "--output", str(folder / "run"), *flags])
     assert result.exit_code == 0, result.stderr

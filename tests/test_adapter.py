@@ -70,7 +70,7 @@ def test_parameters_are_counted_as_arithmetic_has_it(random_qwen: Path) -> None:
 
 
 def test_just_the_adapter_trains(random_qwen: Path) -> None:
-    model = attached(random_qwen, targets="attention", bias="lora_only", modules_to_save=["embed_tokens"])
+    model = attached(random_qwen, target_modules="attention", bias="lora_only", modules_to_save=["embed_tokens"])
     training = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
 
     assert all("lora_" in name or "modules_to_save" in name or name.endswith(".bias") for name in training)
@@ -100,7 +100,7 @@ def test_layers_that_the_model_lacks_are_refused(random_qwen: Path, layers: str)
 
 def test_targets_that_match_nothing_are_named_with_those_there_are(random_qwen: Path) -> None:
     with pytest.raises(LoratuneError, match=r"called qkv_proj.*q_proj, k_proj") as raised:
-        attached(random_qwen, targets=["q_proj", "qkv_proj"])
+        attached(random_qwen, target_modules=["q_proj", "qkv_proj"])
     assert raised.value.exit_code == Exit.USAGE
 
 

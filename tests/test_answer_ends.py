@@ -133,7 +133,7 @@ def test_check_and_sft_tell_of_a_missing_end_and_refuse_a_changed_text(
     cli: CLI, tmp_path: Path, rows_file: Path, random_qwen: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("COLUMNS", "1000")
-    flags: dict[str, Any] = {"--data.train": rows_file, "--training.steps": 1, "--output": tmp_path / "run"}
+    flags: dict[str, Any] = {"--data.train": rows_file, "--training.max_steps": 1, "--output": tmp_path / "run"}
     given = [part for pair in flags.items() for part in pair]
     told = "ends an answer with 'END\\n', which is no end token: '<|im_end|>' is trained as the end of every answer"
     base = model_folder(tmp_path / "ends", ending("END\n"), random_qwen)

@@ -77,10 +77,10 @@ def test_unchanged_rows_are_encoded_once(prepare: Preparing, rows_file: Path, tm
         {"max_length": 64},
         {"seed": 5},
         {"validation": 0.5},
-        {"clean": ["duplicates"]},
-        {"levels": {"short": "ignore"}},
+        {"remove": ["duplicates"]},
+        {"severity": {"short": "ignore"}},
         {"on_bad_row": "skip"},
-        {"too_long": "refuse"},
+        {"truncation_strategy": "refuse"},
     ],
     ids=str,
 )
@@ -96,15 +96,15 @@ def test_what_does_not_change_the_ids_keeps_them(prepare: Preparing, rows_file: 
         {"sha256": "b"},
         {"prompt": {"system": "Be brief."}},
         {"prompt": {"template": "plain"}},
-        {"prompt": {"thinking": True}},
+        {"prompt": {"enable_thinking": True}},
         {"prompt": {"instruction_prefix": "Q: "}},
         {"placeholders": {"name": "Li"}},
         {"columns": {"output": "input"}},
         {"encoding": "gb18030"},
-        {"train_on": "last"},
+        {"train_on_turns": "last"},
         {"train_thinking": False},
-        {"too_long": "truncate_prompt"},
-        {"too_long": "truncate_answer"},
+        {"truncation_strategy": "truncate_prompt"},
+        {"truncation_strategy": "truncate_answer"},
     ],
     ids=str,
 )
@@ -112,7 +112,7 @@ def test_a_changed_setting_never_meets_old_ids(prepare: Preparing, rows_file: Pa
     prepare(rows_file)
     prepare(rows_file, **change)
     assert prepare.encoded == 2
-    shortening = {"too_long": "truncate_prompt"}
+    shortening = {"truncation_strategy": "truncate_prompt"}
     prepare(rows_file, **shortening, max_length=99)
     count = prepare.encoded
     prepare(rows_file, **shortening, max_length=98)
@@ -175,7 +175,7 @@ def test_entries_that_nobody_reads_make_room_for_new_ones(prepare: Preparing, ro
     prepare(rows_file)
     assert old.stat().st_mtime > long_ago
     os.utime(old, (long_ago, long_ago))
-    prepare(rows_file, train_on="last")
+    prepare(rows_file, train_on_turns="last")
     assert not old.exists()
     assert len(list(own_cache.glob("*/rows.arrow"))) == 1
 

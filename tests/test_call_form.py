@@ -140,7 +140,7 @@ def test_a_prompt_that_asks_for_reasoning_does_not_hide_the_form() -> None:
     """nemotron's prompt opens the block, and its template writes an empty one before a call."""
     tokenizer = copy.copy(tool_tokenizer("hermes"))
     tokenizer.chat_template = (files("trl") / "chat_templates" / "nemotron_3_nano.jinja").read_text("utf-8")
-    forms = [Encoder(tokenizer, PromptSettings(thinking=thinking)).call_form for thinking in (False, True)]
+    forms = [Encoder(tokenizer, PromptSettings(enable_thinking=thinking)).call_form for thinking in (False, True)]
     assert forms[0] is not None
     assert forms[0] == forms[1]
 

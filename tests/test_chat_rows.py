@@ -652,7 +652,7 @@ def test_training_says_which_format_a_file_is_in(cli: Callable[..., Result], ran
     done = cli(
         "sft", "--model.base", random_qwen, "--data.train", chats, "--data.train", pairs,
         "--data.columns", "instruction=q", "--data.columns", "output=a", "--data.placeholders", "name=Ada",
-        "--training.steps", "1", "--output", tmp_path / "run",
+        "--training.max_steps", "1", "--output", tmp_path / "run",
     )  # fmt: skip
     assert done.exit_code == 0, done.stderr
     assert "chats.jsonl (6 sharegpt), pairs.json (6 alpaca)" in " ".join(done.stderr.split())

@@ -229,7 +229,7 @@ def test_a_header_is_completed_before_reasoning() -> None:
         "{% for m in messages %}{{ m.role + ':' + ('<think></think>' if m.role == 'assistant' else '') + m.content "
         "+ eos_token }}{% endfor %}"
     )
-    encoder = encoder_of(template, thinking=True)
+    encoder = encoder_of(template, enable_thinking=True)
     assert encoder.record["completion"] == "assistant:"
     assert encoder.answer_start == "<think></think>"
 
@@ -328,7 +328,7 @@ THINKERS = ["qwen3", "qwen3_5_think", "qwen3_5_nothink", "qwen3_6", "qwen3_8", "
 def test_an_answer_without_reasoning_closes_the_block_that_its_prompt_opens(template: str) -> None:
     from loratune.generation.text import TextStream
 
-    encoder = encoder_of(shipped(template), thinking=True)
+    encoder = encoder_of(shipped(template), enable_thinking=True)
     (example,) = encoder.encode(row("a", "one"))
     prompt = encoder.prompt_ids([{"role": "user", "content": "a"}])
     text = encoder.tokenizer.decode(example.input_ids.tolist())
@@ -349,7 +349,7 @@ def test_an_answer_without_reasoning_closes_the_block_that_its_prompt_opens(temp
 @pytest.mark.parametrize("template", [*THINKERS, "glm4moe"])
 @pytest.mark.parametrize("thinking", [True, False])
 def test_reasoning_of_a_row_takes_the_place_of_the_empty_block(template: str, thinking: bool) -> None:
-    encoder = encoder_of(shipped(template), thinking=thinking)
+    encoder = encoder_of(shipped(template), enable_thinking=thinking)
     answer = "<think>\nx\n</think>\n\none"
     (example,) = encoder.encode(row("a", answer))
     prompt = encoder.tokenizer.decode(encoder.prompt_ids([{"role": "user", "content": "a"}]))
@@ -362,7 +362,7 @@ def test_reasoning_of_a_row_takes_the_place_of_the_empty_block(template: str, th
 
 @pytest.mark.parametrize("answer", ["<think>x</think>one", " <think>\nx</think>one", "x</think>one"])
 def test_a_block_that_the_prompt_opens_is_opened_once_however_a_row_writes_it(answer: str) -> None:
-    encoder = encoder_of(shipped("qwen3_5_think"), thinking=True)
+    encoder = encoder_of(shipped("qwen3_5_think"), enable_thinking=True)
     assert learnt(encoder, row("a", answer)).strip() == "x</think>one<|im_end|>"
 
 
@@ -377,15 +377,15 @@ def test_rows_without_reasoning_are_counted_where_it_is_asked_for(tmp_path: Path
             for one in json.loads(cli(*flags, "--json", *thinking).stdout)["findings"]
             if one["name"] in ("thinking", "no_reasoning")
         ]
-        for thinking in [("--prompt.thinking",), ("--no-prompt.thinking",)]
+        for thinking in [("--prompt.enable_thinking",), ("--no-prompt.enable_thinking",)]
     }
     assert list(found.values()) == [[("no_reasoning", 1)], [("thinking", 1)]]
-    cleaned = cli(*flags, "--json", "--prompt.thinking", "--data.clean", "no_reasoning")
+    cleaned = cli(*flags, "--json", "--prompt.enable_thinking", "--data.remove", "no_reasoning")
     assert json.loads(cleaned.stdout)["rows"]["training"]["rows"] == 1
 
 
 def test_an_empty_block_is_left_out_of_what_is_learnt_with_all_other_reasoning() -> None:
-    encoder = encoder_of(shipped("qwen3"), thinking=True)
+    encoder = encoder_of(shipped("qwen3"), enable_thinking=True)
     assert learnt(encoder, row("a", "one"), train_thinking=False) == "one<|im_end|>"
 
 

@@ -39,7 +39,7 @@ def four_steps(random_qwen: Path, encoded_rows: Path, tmp_path_factory: pytest.T
     (folder / "rows.json").write_text(json.dumps(ROWS))
     os.environ["LORATUNE_CACHE"] = str(encoded_rows)
     flags = ["--model.dtype", "float32", "--data.train", folder / "rows.json", "--data.validation", "0"]
-    flags += ["--training.steps", "4", "--checkpoints.every_steps", "2", "--training.learning_rate", "5e-3"]
+    flags += ["--training.max_steps", "4", "--checkpoints.every_steps", "2", "--training.learning_rate", "5e-3"]
     command = ["sft", "--model.base", random_qwen, "--output", folder / "run", *flags]
     result = CliRunner().invoke(app, list(map(str, command)))
     assert result.exit_code == 0, result.stderr

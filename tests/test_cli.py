@@ -278,7 +278,16 @@ def test_what_show_prints_loads_back_as_the_same_recipe(cli: Cli, path: Path, tm
 
 
 def test_flags_reach_the_recipe_as_they_are_written(cli: Cli, tmp_path: Path) -> None:
-    flags = ["--model.base", "x", "--data.train", "a.json", "--data.train", "b.jsonl#5", "--lora.targets", "q_proj"]
+    flags = [
+        "--model.base",
+        "x",
+        "--data.train",
+        "a.json",
+        "--data.train",
+        "b.jsonl#5",
+        "--lora.target_modules",
+        "q_proj",
+    ]
     flags += ["--data.placeholders", "name=小李", "--data.placeholders", "author=a=b", "--lora.use_dora"]
     flags += ["--no-model.double_quantization", "--training.learning_rate", "2e-4", "--prompt.system", ""]
     result = cli("sft", "--show", *flags)
@@ -287,7 +296,7 @@ def test_flags_reach_the_recipe_as_they_are_written(cli: Cli, tmp_path: Path) ->
     recipe = load_recipe(str(shown), {})
     assert recipe.data.train == ["a.json", "b.jsonl#5"]
     assert recipe.data.placeholders == {"name": "小李", "author": "a=b"}
-    assert recipe.lora.targets == ["q_proj"]
+    assert recipe.lora.target_modules == ["q_proj"]
     assert recipe.lora.use_dora
     assert not recipe.model.double_quantization
     assert recipe.training.learning_rate == 2e-4

@@ -33,7 +33,7 @@ def sft(cli: Callable[..., Result], random_qwen: Path, rows_file: Path, tmp_path
     def run(*flags: Any, output: Path = tmp_path / "run") -> Result:
         return cli(
             "sft", "--model.base", random_qwen, "--model.dtype", "float32", "--data.train", rows_file,
-            "--data.validation", "0", "--training.steps", "2", "--output", output, *flags, env={"COLUMNS": "400"},
+            "--data.validation", "0", "--training.max_steps", "2", "--output", output, *flags, env={"COLUMNS": "400"},
         )  # fmt: skip
 
     return run
@@ -248,6 +248,6 @@ def test_a_share_of_nothing_asks_nothing_and_a_run_goes_on_with_another_share(
     assert steps == [0]
     assert report_of(tmp_path / "run")["health"]["answers"] is None
     assert "questions" not in result.stderr
-    longer = sft("--evaluation.questions_share", "0.1", "--training.steps", "3", "--resume")
+    longer = sft("--evaluation.questions_share", "0.1", "--training.max_steps", "3", "--resume")
     assert longer.exit_code == 0, longer.stderr
     assert report_of(tmp_path / "run")["health"]["answers"]

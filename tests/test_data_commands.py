@@ -221,7 +221,9 @@ def test_the_tables_show_what_the_json_says(check: Run, tmp_path: Path) -> None:
 def test_the_longest_bar_is_the_largest_count_and_a_few_rows_are_still_seen(check: Run, tmp_path: Path) -> None:
     rows = [{"instruction": str(n % 10), "output": "It is so."} for n in range(600)]
     rows += [{"instruction": "?", "output": "It is so, and so on, and on. " * 4}] * 10
-    ignored = [flag for name in ("duplicates", "repetitive", "overlap") for flag in ("--data.levels", f"{name}=ignore")]
+    ignored = [
+        flag for name in ("duplicates", "repetitive", "overlap") for flag in ("--data.severity", f"{name}=ignore")
+    ]
     result = check(write_rows(tmp_path / "rows.json", rows), "--data.validation", "0", *ignored)
     bars = [line for line in result.stderr.splitlines() if re.match(r"\s*\d+–\d+ ", line)]
     shown = {int(line.split()[-1]): len(re.findall("[█▏▎▍▌▋▊▉]", line)) for line in bars}
@@ -290,18 +292,18 @@ def test_a_finding_is_told_with_its_row_refused_ignored_or_removed(check: Run, t
     assert found["text"].startswith("1 of 13 training rows ")
     place = f"{path} row 13 is row 1" if name == "duplicates" else f"{path} row 13 «{odd['instruction']}»"
     assert found["text"].endswith(f"\n  {place}")
-    assert f"--data.clean {name} removes them" in found["text"]
+    assert f"--data.remove {name} removes them" in found["text"]
     assert found["text"] in result.stderr
     assert report["refused"] == (usual == "refuse")
 
     for level, code in (("refuse", Exit.DATA), ("warn", Exit.OK)):
-        result = check(path, *more, "--data.levels", f"{name}={level}")
+        result = check(path, *more, "--data.severity", f"{name}={level}")
         assert [one["level"] for one in figures_of(result, code)["findings"]] == [level]
         assert (f"sft would refuse these rows: {name}" in result.stderr) == (level == "refuse")
         assert ("sft would train on these rows" in result.stderr) == (level == "warn")
-    assert figures_of(check(path, *more, "--data.levels", f"{name}=ignore"))["findings"] == []
+    assert figures_of(check(path, *more, "--data.severity", f"{name}=ignore"))["findings"] == []
 
-    report = figures_of(check(path, *more, "--data.clean", name))
+    report = figures_of(check(path, *more, "--data.remove", name))
     (removed,) = report["findings"]
     assert (removed["name"], removed["level"], removed["count"]) == (f"{name}, removed", "note", 1)
     assert "; removed:" in removed["text"]
@@ -311,12 +313,12 @@ def test_a_finding_is_told_with_its_row_refused_ignored_or_removed(check: Run, t
 
 def test_all_reasons_for_a_refusal_are_named_at_once(check: Run, tmp_path: Path) -> None:
     path = write_rows(tmp_path / "rows.json", [*ROWS, *(odd for odd, _ in ODD.values())])
-    flags = ("--data.validation", "0", "--data.levels", "long_answers=ignore", "--json")
+    flags = ("--data.validation", "0", "--data.severity", "long_answers=ignore", "--json")
     result = check(path, *flags)
     found = {one["name"]: (one["level"], one["count"]) for one in figures_of(result, Exit.DATA)["findings"]}
     assert found == {name: (usual, 1) for name, (_, usual) in ODD.items()}
     assert "sft would refuse these rows: empty, control_tokens_in_answers" in result.stderr
-    cleaned = figures_of(check(path, *flags, *[flag for name in ODD for flag in ("--data.clean", name)]))
+    cleaned = figures_of(check(path, *flags, *[flag for name in ODD for flag in ("--data.remove", name)]))
     assert cleaned["rows"]["training"]["rows"] == 12
     assert {one["name"] for one in cleaned["findings"]} == {f"{name}, removed" for name in ODD}
 
@@ -343,12 +345,12 @@ def test_rows_that_are_nearly_the_same_are_told_if_they_are_looked_for(check: Ru
     numbers = " ".join(str(n * n % 97) for n in range(80))
     rows = [*ROWS, *[{"instruction": "Count.", "output": f"{numbers} {end}"} for end in ("A", "B")]]
     path = write_rows(tmp_path / "rows.json", rows)
-    flags = ("--data.validation", "0", "--data.levels", "long_answers=ignore", "--json")
+    flags = ("--data.validation", "0", "--data.severity", "long_answers=ignore", "--json")
     assert figures_of(check(path, *flags))["findings"] == []
     report = figures_of(check(path, *flags, "--data.near_duplicates", "0.8"))
     assert {one["name"]: one["count"] for one in report["findings"]} == {"near_duplicates": 1}
     assert f"{path} row 14 is row 13" in report["findings"][0]["text"]
-    cleaned = figures_of(check(path, *flags, "--data.near_duplicates", "0.8", "--data.clean", "near_duplicates"))
+    cleaned = figures_of(check(path, *flags, "--data.near_duplicates", "0.8", "--data.remove", "near_duplicates"))
     assert cleaned["rows"]["training"]["rows"] == 13
 
 
@@ -359,7 +361,7 @@ def test_rows_are_nearly_the_same_even_if_all_of_a_file_are(check: Run, tmp_path
     assert {one["name"]: one["count"] for one in report["findings"]} == {"near_duplicates": 5}
 
 
-@pytest.mark.parametrize("flags", [("--data.clean", "near_duplicates"), ("--data.levels", "near_duplicates=refuse")])
+@pytest.mark.parametrize("flags", [("--data.remove", "near_duplicates"), ("--data.severity", "near_duplicates=refuse")])
 def test_what_is_to_be_done_with_similar_rows_needs_to_be_told_how_similar(
     check: Run, rows_file: Path, flags: tuple[str, str]
 ) -> None:
@@ -373,13 +375,13 @@ def test_of_rows_in_training_and_validation_those_of_training_are_removed(check:
     result = check(train, "--data.validation", held_out, "--json")
     (found,) = figures_of(result)["findings"]
     assert (found["name"], found["level"], found["count"]) == ("overlap", "warn", 2)
-    cleaned = figures_of(check(train, "--data.validation", held_out, "--data.clean", "overlap", "--json"))
+    cleaned = figures_of(check(train, "--data.validation", held_out, "--data.remove", "overlap", "--json"))
     assert {name: split["rows"] for name, split in cleaned["rows"].items()} == {"training": 10, "validation": 2}
     assert [one["name"] for one in cleaned["findings"]] == ["overlap, removed"]
 
 
 def test_an_unknown_finding_is_told_with_the_known_ones(check: Run, rows_file: Path) -> None:
-    for flags in (("--data.levels", "dublicates=ignore"), ("--data.clean", "dublicates")):
+    for flags in (("--data.severity", "dublicates=ignore"), ("--data.remove", "dublicates")):
         result = check(rows_file, *flags)
         assert result.exit_code == Exit.USAGE
         assert flags[0] in result.stderr
@@ -411,7 +413,9 @@ def test_of_a_conversation_every_answer_is_in_brackets_or_only_the_last(preview:
     row = {"instruction": "And you?", "output": "Me\ntoo.", "history": [["How are you?", "Fine."]]}
     path = write_rows(tmp_path / "rows.json", [row])
     assert re.findall("⟦(.*?)⟧", preview(path).stdout, re.DOTALL) == ["Fine.<|im_end|>", "Me⏎\ntoo.<|im_end|>"]
-    assert re.findall("⟦(.*?)⟧", preview(path, "--data.train_on", "last").stdout, re.DOTALL) == ["Me⏎\ntoo.<|im_end|>"]
+    assert re.findall("⟦(.*?)⟧", preview(path, "--data.train_on_turns", "last").stdout, re.DOTALL) == [
+        "Me⏎\ntoo.<|im_end|>"
+    ]
 
 
 def test_tokens_are_listed_with_their_ids_and_whether_they_are_trained(preview: Run, tmp_path: Path) -> None:
@@ -506,7 +510,7 @@ def test_rows_that_are_refused_are_not_shown(cli: Run, tmp_path: Path) -> None:
 
 def test_long_lines_are_not_broken(preview: Run, tmp_path: Path) -> None:
     row = {"instruction": "long " * 60, "output": "It is " + "longer " * 60}
-    shown = preview(write_rows(tmp_path / "rows.json", [row]), "--data.levels", "repetitive=ignore").stdout
+    shown = preview(write_rows(tmp_path / "rows.json", [row]), "--data.severity", "repetitive=ignore").stdout
     assert f"⟦{row['output']}<|im_end|>⟧\n" in shown
 
 
@@ -529,7 +533,7 @@ def test_the_help_of_data_names_both_commands(cli: Run) -> None:
 @pytest.mark.parametrize(("command", "own"), [("check", ["--json"]), ("preview", ["--rows", "--ids", "--json"])])
 def test_help_of_a_command_names_its_own_options_and_the_settings(cli: Run, command: str, own: list[str]) -> None:
     page = cli("data", command, "--help", env={"COLUMNS": "80"}).stdout
-    assert all(f"│ {option}" in page for option in [*own, "--data.clean", "--training.max_length"])
+    assert all(f"│ {option}" in page for option in [*own, "--data.remove", "--training.max_length"])
 
 
 def test_data_alone_shows_its_commands_and_is_wrong_usage(cli: Run) -> None:
@@ -572,7 +576,7 @@ def test_a_shipped_recipe_is_checked_and_shown_from_any_folder(
 def test_packed_batches_are_shown_with_the_rows_that_share_them(cli: Run, tmp_path: Path) -> None:
     path = write_rows(tmp_path / "rows.json", UNEVEN)
     flags = ("--model.base", "tiny-qwen", "--data.train", path, "--data.validation", "0", "--rows", "500", "--packed")
-    flags += ("--training.tokens_per_batch", "200", "--data.levels", "repetitive=ignore")
+    flags += ("--training.tokens_per_batch", "200", "--data.severity", "repetitive=ignore")
     batches = json.loads(cli("data", "preview", *flags, "--json").stdout)
     lengths = [[len(row["input_ids"]) for row in batch] for batch in batches]
     assert sorted(length for batch in lengths for length in batch) == sorted(tokens for tokens, _ in lengths_of(UNEVEN))

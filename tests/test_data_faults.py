@@ -47,8 +47,8 @@ def sft(cli: Run, random_qwen: Path, tmp_path: Path) -> Run:
 
     def run(train: Any, *flags: Any, model: Path = random_qwen) -> Result:
         return cli(
-            "sft", "--model.base", model, "--model.dtype", "float32", "--data.train", train, "--training.steps", "1",
-            "--output", tmp_path / "run", *flags,
+            "sft", "--model.base", model, "--model.dtype", "float32", "--data.train", train, "--training.max_steps",
+            "1", "--output", tmp_path / "run", *flags,
         )  # fmt: skip
 
     return run
@@ -289,11 +289,11 @@ def test_an_empty_answer_is_refused_allowed_or_removed(check: Run, sft: Run, tmp
     assert f"{path} row 4 «Say nothing.»" in refusal(sft(path))
     assert tree(tmp_path) == before
 
-    allowed = report(check(path, "--data.levels", "empty=warn", "--json"))
+    allowed = report(check(path, "--data.severity", "empty=warn", "--json"))
     assert found(allowed) == {"empty": 1}
     assert allowed["files"][0]["rows"] == 13
 
-    removed = report(check(path, "--data.clean", "empty", "--json"))
+    removed = report(check(path, "--data.remove", "empty", "--json"))
     assert found(removed) == {"empty, removed": 1}
     assert removed["files"][0]["rows"] == 12
 
@@ -306,7 +306,7 @@ def test_further_columns_are_ignored_with_a_note_even_if_they_come_late(check: R
     rows: list[Any] = [row | {"id": n, "source": "x"} for n, row in enumerate(ROWS * 84)]
     rows[-1] = rows[-1] | {"late": {"deep": [1]}, "id": "a text"}
     path, plain = write(tmp_path / name, rows), write(tmp_path / f"plain-{name}", ROWS * 84)
-    result = check(path, "--json", "--data.levels", "duplicates=ignore", "--data.levels", "overlap=ignore")
+    result = check(path, "--json", "--data.severity", "duplicates=ignore", "--data.severity", "overlap=ignore")
     figures = report(result)
     assert figures["files"][0]["ignored"] == ["id", "late", "source"]
     assert "ignored: id, late, source" in result.stderr
@@ -370,10 +370,10 @@ def test_a_control_token_in_an_answer_is_refused(
         assert f"{bad} row 2 «Hi?»" in message
         assert (
             f"{rows_file} row"
-            not in message.partition("--data.levels control_tokens_in_answers=warn")[2].partition("warning: ")[0]
+            not in message.partition("--data.severity control_tokens_in_answers=warn")[2].partition("warning: ")[0]
         )
     assert tree(tmp_path) == before
-    levels = report(check(bad, "--data.levels", "control_tokens_in_answers=warn", "--json"))
+    levels = report(check(bad, "--data.severity", "control_tokens_in_answers=warn", "--json"))
     assert found(levels)["control_tokens_in_answers"] == 1
 
 
@@ -431,7 +431,7 @@ def test_each_policy_tells_what_it_made_of_long_rows(
     check: Run, tmp_path: Path, policy: str, findings: dict[str, int], sequences: int
 ) -> None:
     path = write(tmp_path / "rows.json", [*ROWS, LONG_QUESTION, LONG_ANSWER])
-    flags = (*LIMIT, "--data.too_long", policy, "--data.levels", "repetitive=ignore")
+    flags = (*LIMIT, "--data.truncation_strategy", policy, "--data.severity", "repetitive=ignore")
     figures = report(check(path, *flags, "--json"))
     assert found(figures) == findings
     assert figures["rows"]["training"]["sequences"] == sequences
@@ -444,17 +444,17 @@ def test_a_shortened_row_keeps_what_its_policy_says(
 ) -> None:
     path = write(tmp_path / "rows.json", [row])
     (whole,) = ids_of(cli, path)
-    (ids,) = ids_of(cli, path, *LIMIT, "--data.too_long", policy)
+    (ids,) = ids_of(cli, path, *LIMIT, "--data.truncation_strategy", policy)
     assert len(ids) == 64
     assert (ids[-1] == TOKENIZER.eos_token_id) == (policy == "truncate_prompt")
     text = TOKENIZER.decode(ids)
     assert ("It is so.<|im_end|>" if policy == "truncate_prompt" else "Why?<|im_end|>") in text
-    assert f"{len(whole) - 64} tokens are lost" in check(path, *LIMIT, "--data.too_long", policy).stderr
+    assert f"{len(whole) - 64} tokens are lost" in check(path, *LIMIT, "--data.truncation_strategy", policy).stderr
 
 
 def test_a_long_row_is_refused_where_the_policy_says_so(check: Run, sft: Run, tmp_path: Path) -> None:
     path = write(tmp_path / "rows.json", [*ROWS, LONG_ANSWER])
-    flags = (*LIMIT, "--data.too_long", "refuse")
+    flags = (*LIMIT, "--data.truncation_strategy", "refuse")
     before = tree(tmp_path)
     for result in (check(path, *flags), sft(path, *flags)):
         message = refusal(result)
@@ -492,8 +492,8 @@ def test_fewer_rows_than_a_batch_make_one_step(check: Run, tmp_path: Path) -> No
 def test_a_setting_that_leaves_no_row_is_told(check: Run, sft: Run, tmp_path: Path, flags: Any) -> None:
     path = write(tmp_path / "rows.json", [{"instruction": "a", "output": ""}, {"instruction": "b", "output": " "}])
     before = tree(tmp_path)
-    for result in (check(path, *flags, "--data.clean", "empty"), sft(path, *flags, "--data.clean", "empty")):
-        assert f"data.clean leaves no training row of {path}" in refusal(result)
+    for result in (check(path, *flags, "--data.remove", "empty"), sft(path, *flags, "--data.remove", "empty")):
+        assert f"data.remove leaves no training row of {path}" in refusal(result)
     assert tree(tmp_path) == before
 
 
@@ -507,8 +507,8 @@ def test_rows_that_are_left_out_take_no_place_in_the_validation(check: Run, tmp_
 def test_training_rows_that_are_all_in_validation_too_leave_nothing_where_they_are_removed(
     check: Run, rows_file: Path
 ) -> None:
-    flags = ("--data.validation", rows_file, "--data.clean", "overlap")
-    assert f"data.clean leaves no training row of {rows_file}" in refusal(check(rows_file, *flags))
+    flags = ("--data.validation", rows_file, "--data.remove", "overlap")
+    assert f"data.remove leaves no training row of {rows_file}" in refusal(check(rows_file, *flags))
 
 
 def test_half_of_two_rows_is_one_row_on_each_side(check: Run, tmp_path: Path) -> None:

@@ -95,7 +95,7 @@ def conversation(*texts: str, system: str | None = None) -> Conversation:
 
 def template_text(encoder: Encoder, messages: tuple[Message, ...], **options: Any) -> str:
     """What the template itself makes of the messages, without any of loratune's care."""
-    options = {"enable_thinking": encoder.settings.thinking, "add_generation_prompt": True} | options
+    options = {"enable_thinking": encoder.settings.enable_thinking, "add_generation_prompt": True} | options
     return str(
         encoder.tokenizer.apply_chat_template(
             list(messages), tokenize=False, chat_template=encoder.template, adds_bos=False, **options
@@ -129,7 +129,7 @@ DIALOGUES = {
 def test_a_prompt_is_what_the_chat_template_makes_of_it(
     make_encoder: MakeEncoder, template: str, thinking: bool, name: str
 ) -> None:
-    encoder = make_encoder(template, thinking=thinking)
+    encoder = make_encoder(template, enable_thinking=thinking)
     messages = DIALOGUES[name]
     assert encoder.tokenizer.decode(encoder.prompt_ids(messages)) == template_text(encoder, messages)
 
@@ -140,7 +140,7 @@ def test_a_prompt_is_what_the_chat_template_makes_of_it(
 def test_prompt_ids_are_those_of_the_tokenizer_for_the_same_conversation(
     make_encoder: MakeEncoder, template: str, thinking: bool, name: str
 ) -> None:
-    encoder = make_encoder(template, thinking=thinking)
+    encoder = make_encoder(template, enable_thinking=thinking)
     expected = encoder.tokenizer.apply_chat_template(
         list(DIALOGUES[name]), add_generation_prompt=True, tokenize=True, return_dict=False, enable_thinking=thinking
     )
@@ -150,8 +150,8 @@ def test_prompt_ids_are_those_of_the_tokenizer_for_the_same_conversation(
 def test_only_qwen3_answers_to_the_thinking_mode(make_encoder: MakeEncoder) -> None:
     messages = dialogue("a")
     endings = {
-        (template, thinking): make_encoder(template, thinking=thinking).tokenizer.decode(
-            make_encoder(template, thinking=thinking).prompt_ids(messages)
+        (template, thinking): make_encoder(template, enable_thinking=thinking).tokenizer.decode(
+            make_encoder(template, enable_thinking=thinking).prompt_ids(messages)
         )
         for template in QWEN_TEMPLATES
         for thinking in (False, True)
@@ -231,7 +231,7 @@ def test_own_templates_begin_with_the_start_token_of_tokenizers_that_set_one(
 
 
 @pytest.mark.parametrize("template", [*QWEN_TEMPLATES, "own"])
-@pytest.mark.parametrize("settings", [{}, {"thinking": True}, {"system": "s", "instruction_prefix": "p "}])
+@pytest.mark.parametrize("settings", [{}, {"enable_thinking": True}, {"system": "s", "instruction_prefix": "p "}])
 def test_training_begins_with_the_prompt_of_inference_and_learns_exactly_the_rest(
     make_encoder: MakeEncoder, template: str, settings: dict[str, Any]
 ) -> None:
@@ -241,7 +241,7 @@ def test_training_begins_with_the_prompt_of_inference_and_learns_exactly_the_res
     prompt = encoder.prompt_ids(row.messages[:-1])
     assert example.input_ids.tolist()[: len(prompt)] == prompt
     assert example.labels.tolist() == [IGNORED] * len(prompt) + example.input_ids.tolist()[len(prompt) :]
-    begun = "<think>\n\n</think>\n\n" if template == "qwen3" and settings.get("thinking") else ""
+    begun = "<think>\n\n</think>\n\n" if template == "qwen3" and settings.get("enable_thinking") else ""
     assert trained_text(encoder, example) == f"{begun}I am 小李.<|im_end|>"
     assert example.trained_tokens == len(example.input_ids) - len(prompt)
 
@@ -281,7 +281,7 @@ def test_turns_share_a_sequence_where_the_template_continues_it(make_encoder: Ma
 
 @pytest.mark.parametrize("thinking", [False, True])
 def test_turns_of_qwen3_with_reasoning_get_a_sequence_each(make_encoder: MakeEncoder, thinking: bool) -> None:
-    encoder = make_encoder("qwen3", thinking=thinking)
+    encoder = make_encoder("qwen3", enable_thinking=thinking)
     answers = ["<think>\nx\n</think>\n\none", "<think>\ny\n</think>\n\ntwo"]
     row = conversation("a", answers[0], "b", answers[1])
     examples = encoder.encode(row)
@@ -297,7 +297,7 @@ def test_turns_of_qwen3_with_reasoning_get_a_sequence_each(make_encoder: MakeEnc
 def test_turns_of_qwen3_without_reasoning_in_thinking_mode_are_as_the_template_writes_its_last_one(
     make_encoder: MakeEncoder,
 ) -> None:
-    encoder = make_encoder("qwen3", thinking=True)
+    encoder = make_encoder("qwen3", enable_thinking=True)
     row = conversation("a", "one", "b", "two")
     for example, end in zip(encoder.encode(row), (2, 4), strict=True):
         whole = template_text(encoder, row.messages[:end], add_generation_prompt=False)
@@ -337,7 +337,7 @@ def learnt_of(encoder: Encoder, row: Conversation, **options: Any) -> list[str]:
 def test_reasoning_may_be_left_out_of_what_is_learnt(
     make_encoder: MakeEncoder, template: str, answer: str, learnt: str
 ) -> None:
-    encoder = make_encoder(template, thinking=True)
+    encoder = make_encoder(template, enable_thinking=True)
     row = conversation("a", answer)
     (example,), (whole,) = encoder.encode(row, train_thinking=False), encoder.encode(row)
     assert trained_text(encoder, example) == f"{learnt}<|im_end|>"
@@ -490,7 +490,7 @@ def test_no_text_before_the_answer_becomes_a_control_token(make_encoder: MakeEnc
 def test_tool_and_reasoning_tokens_that_the_template_knows_are_only_text_in_a_question(
     make_encoder: MakeEncoder, template: str
 ) -> None:
-    encoder = make_encoder(template, thinking=True)
+    encoder = make_encoder(template, enable_thinking=True)
     ids = encoder.prompt_ids(dialogue("<tool_call>{}</tool_call>" + "<think></think>" * (template == "qwen3")))
     ordinary = {token for token, added in encoder.tokenizer.added_tokens_decoder.items() if not added.special}
     assert ordinary.isdisjoint(ids)
@@ -583,7 +583,7 @@ TEMPLATES = st.sampled_from([*QWEN_TEMPLATES, "own", "alpaca", "plain"])
 def test_any_prompt_reads_as_the_template_writes_it(
     make_encoder: MakeEncoder, row: Conversation, template: str, thinking: bool
 ) -> None:
-    encoder = make_encoder(template, thinking=thinking)
+    encoder = make_encoder(template, enable_thinking=thinking)
     messages = row.messages[:-1]
     text = encoder.tokenizer.decode(encoder.prompt_ids(messages))
     assert text == unicodedata.normalize("NFC", template_text(encoder, messages))
@@ -594,7 +594,7 @@ def test_any_prompt_reads_as_the_template_writes_it(
 def test_of_any_conversation_exactly_the_answers_and_their_ends_are_learnt(
     make_encoder: MakeEncoder, row: Conversation, template: str, thinking: bool
 ) -> None:
-    encoder = make_encoder(template, thinking=thinking)
+    encoder = make_encoder(template, enable_thinking=thinking)
     answers = [message["content"] for message in row.messages if message["role"] == "assistant"]
     examples = encoder.encode(row)
     learnt = [label for example in examples for label in example.labels.tolist() if label != IGNORED]
@@ -687,7 +687,7 @@ def test_many_conversations_are_encoded_as_one_prompt_and_answer_at_a_time(
     train_on: str,
     system: str | None,
 ) -> None:
-    encoder = make_encoder(template, thinking=thinking, system=system, instruction_prefix="<|im_")
+    encoder = make_encoder(template, enable_thinking=thinking, system=system, instruction_prefix="<|im_")
     expected = [told_apart(encoder, row, train_on) for row in rows]
     assert encoder.encode_all(rows, train_on) == expected
     assert [encoder.encode(row, train_on) for row in rows] == expected

@@ -38,7 +38,7 @@ def run(random_qwen: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     rows.write_text(json.dumps(ROWS), encoding="utf-8")
     arguments = [
         "sft", "--model.base", random_qwen, "--model.dtype", "float32", "--data.train", rows,
-        "--prompt.system", "You add numbers.", "--training.steps", "3", "--training.learning_rate", "1e-2",
+        "--prompt.system", "You add numbers.", "--training.max_steps", "3", "--training.learning_rate", "1e-2",
         "--training.batch_size", "4", "--output", place / "my run",
     ]  # fmt: skip
     done = CliRunner().invoke(app, [str(argument) for argument in arguments])

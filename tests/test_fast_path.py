@@ -70,8 +70,8 @@ def train(model: Path, folder: Path, **flags: Any) -> tuple[Comparison, Any]:
     (folder / "rows.json").write_text(json.dumps(ROWS))
     settings = {
         "model.base": str(model), "model.dtype": "float32", "data.train": [str(folder / "rows.json")],
-        "data.validation": "0", "data.levels": ["repetitive=ignore"], "lora.dropout": "0",
-        "training.learning_rate": "5e-3", "training.max_gradient_norm": "0", "output": str(folder / "run"),
+        "data.validation": "0", "data.severity": ["repetitive=ignore"], "lora.dropout": "0",
+        "training.learning_rate": "5e-3", "training.max_grad_norm": "0", "output": str(folder / "run"),
     }  # fmt: skip
     recipe = load_recipe(None, settings | flags)
     session = training_session._load(training_session._prepare(recipe, None, folder / "run", Stops(), {}))
@@ -97,8 +97,11 @@ def train(model: Path, folder: Path, **flags: Any) -> tuple[Comparison, Any]:
         ({"training.tokens_per_batch": "70", "training.batch_size": "50"}, [11]),
         ({"training.tokens_per_batch": "70", "training.batch_size": "1", "training.gradient_accumulation": "1"}, None),
         ({"training.tokens_per_batch": "70", "training.batch_size": "2", "training.gradient_accumulation": "2"}, None),
-        ({"model.attention": "sdpa", "training.tokens_per_batch": "4096", "training.batch_size": "11"}, [11]),
-        ({"model.attention": "eager", "training.tokens_per_batch": "4096", "training.batch_size": "11"}, [11]),
+        ({"model.attn_implementation": "sdpa", "training.tokens_per_batch": "4096", "training.batch_size": "11"}, [11]),
+        (
+            {"model.attn_implementation": "eager", "training.tokens_per_batch": "4096", "training.batch_size": "11"},
+            [11],
+        ),
         ({"training.packing": False, "training.batch_size": "11", "training.gradient_accumulation": "1"}, [11]),
         ({"training.packing": False, "training.batch_size": "2", "training.gradient_accumulation": "3"}, [6, 5]),
         ({"training.packing": False, "training.batch_size": "4", "training.gradient_accumulation": "2"}, [8, 3]),
@@ -130,8 +133,15 @@ def test_with_dropout_the_same_seed_gives_the_same_run(random_qwen: Path, tmp_pa
 
     def losses(name: str, seed: int) -> list[float]:
         flags = ["--model.base", random_qwen, "--model.dtype", "float32", "--data.train", rows, "--lora.dropout", "0.3"]
-        flags += ["--training.learning_rate", "1e-2", "--training.steps", "4", "--training.gradient_accumulation", "1"]
-        flags += ["--data.levels", "repetitive=ignore", "--seed", seed, "--output", tmp_path / name]
+        flags += [
+            "--training.learning_rate",
+            "1e-2",
+            "--training.max_steps",
+            "4",
+            "--training.gradient_accumulation",
+            "1",
+        ]
+        flags += ["--data.severity", "repetitive=ignore", "--seed", seed, "--output", tmp_path / name]
         assert cli("sft", *flags).exit_code == 0
         lines = (tmp_path / name / "metrics.jsonl").read_text().splitlines()
         return [record["loss"] for record in map(json.loads, lines) if "loss" in record]
@@ -143,7 +153,7 @@ def test_with_dropout_the_same_seed_gives_the_same_run(random_qwen: Path, tmp_pa
 
 def test_the_quickstart_s_first_losses_are_the_recorded_ones(tmp_path: Path, cli: Any) -> None:
     flags = ["--model.dtype", "float32", "--lora.dropout", "0", "--data.validation", "0", "--output", tmp_path / "run"]
-    flags += ["--training.steps", "6", "--training.scheduler", "constant", "--training.warmup", "0"]
+    flags += ["--training.max_steps", "6", "--training.scheduler", "constant", "--training.warmup", "0"]
     assert cli("sft", "--config", "quickstart", *flags).exit_code == 0
     records = map(json.loads, (tmp_path / "run" / "metrics.jsonl").read_text().splitlines())
     assert [record["loss"] for record in records] == pytest.approx(

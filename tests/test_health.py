@@ -163,7 +163,7 @@ def test_a_run_reports_its_health(
 ) -> None:
     result = cli(
         "sft", "--model.base", "tiny-qwen", "--model.quantization", quantization, "--data.train", rows_file,
-        "--training.steps", "3", "--training.learning_rate", "1e-3", "--output", tmp_path / "run",
+        "--training.max_steps", "3", "--training.learning_rate", "1e-3", "--output", tmp_path / "run",
     )  # fmt: skip
     assert result.exit_code == 0, result.stderr
     health = json.loads((tmp_path / "run" / "report.json").read_text())["health"]
@@ -195,7 +195,7 @@ def test_a_row_that_cannot_be_asked_does_not_disturb_the_end_of_a_run(
     rows.write_text(json.dumps([{"instruction": question, "output": answer} for question, answer in texts]))
     monkeypatch.setattr(Encoder, "prompt_ids", picky)
     result = cli(
-        "sft", "--model.base", "tiny-qwen", "--data.train", rows, "--data.validation", "0", "--training.steps", "1",
+        "sft", "--model.base", "tiny-qwen", "--data.train", rows, "--data.validation", "0", "--training.max_steps", "1",
         "--output", tmp_path / "run",
     )  # fmt: skip
     assert result.exit_code == 0, result.stderr

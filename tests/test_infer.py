@@ -32,7 +32,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     result = CliRunner().invoke(
         app,
         ["sft", "--model.base", "tiny-qwen", "--model.dtype", "float32", "--data.train", str(folder / "rows.json"),
-         "--data.validation", "0", "--training.steps", "30", "--training.learning_rate", "5e-3",
+         "--data.validation", "0", "--training.max_steps", "30", "--training.learning_rate", "5e-3",
          "--prompt.system", "Answer in one line.", "--output", str(folder / "run")],
     )  # fmt: skip
     assert result.exit_code == 0, result.stderr

@@ -40,7 +40,7 @@ def sft(cli: Callable[..., Result], random_qwen: Path, rows_file: Path, tmp_path
     """Train into tmp_path / "run"."""
 
     def train(*flags: Any) -> Result:
-        given = ["--model.base", random_qwen, "--data.train", rows_file, "--training.steps", 3, "--model.dtype"]
+        given = ["--model.base", random_qwen, "--data.train", rows_file, "--training.max_steps", 3, "--model.dtype"]
         given += ["float32", "--checkpoints.every_steps", 1, "--evaluation.questions_share", 0]
         return cli("sft", *given, "--output", tmp_path / "run", *flags)
 
@@ -109,7 +109,7 @@ def test_a_run_whose_folders_lie_elsewhere_is_not_gone_on_with(
     shutil.move(run / name, elsewhere)
     (run / name).symlink_to(elsewhere)
     before = tree(elsewhere), tree(run)
-    done = sft("--resume", "--training.steps", 9, "--checkpoints.keep", 1)
+    done = sft("--resume", "--training.max_steps", 9, "--checkpoints.keep", 1)
     assert done.exit_code == Exit.IO
     told = " ".join(done.stderr.split())
     assert f"error: {run / name}: a link; a run writes and removes files in its own folder alone" in told

@@ -32,7 +32,7 @@ def sft(cli: Callable[..., Result], random_qwen: Path, rows_file: Path, tmp_path
     def run(name: str, *flags: Any) -> Result:
         return cli(
             "sft", "--model.base", random_qwen, "--model.dtype", "float32", "--data.train", rows_file,
-            "--training.steps", "3", "--lora.dropout", "0", "--output", tmp_path / name, *flags,
+            "--training.max_steps", "3", "--lora.dropout", "0", "--output", tmp_path / name, *flags,
         )  # fmt: skip
 
     return run

@@ -332,7 +332,7 @@ def quantised_run(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempP
     result = CliRunner().invoke(
         app,
         ["sft", "--model.base", str(base), "--model.quantization", request.param, "--model.dtype", "float32",
-         "--data.train", str(folder / "rows.json"), "--training.steps", "4", "--training.learning_rate", "1e-2",
+         "--data.train", str(folder / "rows.json"), "--training.max_steps", "4", "--training.learning_rate", "1e-2",
          "--output", str(folder / "run")],
     )  # fmt: skip
     assert result.exit_code == 0, result.stderr
@@ -521,7 +521,7 @@ def test_a_run_merges_without_being_told_anything_and_answers_the_same_in_plain_
     (tmp_path / "rows.json").write_text(json.dumps(rows))
     result = cli(
         "sft", "--model.base", "tiny-qwen", "--model.dtype", "float32", "--data.train", tmp_path / "rows.json",
-        "--data.validation", "0", "--training.steps", "20", "--training.learning_rate", "5e-3",
+        "--data.validation", "0", "--training.max_steps", "20", "--training.learning_rate", "5e-3",
         "--prompt.system", 'Be "brief".\n{{ yes }}', "--output", tmp_path / "run",
     )  # fmt: skip
     assert result.exit_code == 0, result.stderr

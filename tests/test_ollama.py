@@ -112,7 +112,7 @@ def test_the_go_template_gives_what_the_chat_template_gives(make_model: MakeMode
 
     bos_token = "<|endoftext|>" if name.startswith("llama") else None
     model = make_model(TEMPLATES[name], bos_token)
-    text = write_modelfile(model, "model.gguf", model, settings=PromptSettings(thinking=thinking))
+    text = write_modelfile(model, "model.gguf", model, settings=PromptSettings(enable_thinking=thinking))
     assert (model / "Modelfile").read_text(encoding="utf-8") == text
     modelfile = read_modelfile(text)
     tokenizer = AutoTokenizer.from_pretrained(model)
@@ -285,7 +285,7 @@ def test_tools_calls_and_results_are_rendered_as_the_chat_template_does(
     from transformers import AutoTokenizer
 
     model = make_model(trl_template(name))
-    made = write(model, "m.gguf", model, settings=PromptSettings(thinking=thinking))
+    made = write(model, "m.gguf", model, settings=PromptSettings(enable_thinking=thinking))
     assert made.lost_tools == ""
     modelfile, tokenizer = read_modelfile(made.text), AutoTokenizer.from_pretrained(model)
     default = dialogue("", system=modelfile.get("SYSTEM", [""])[0])[:-1]

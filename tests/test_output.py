@@ -75,7 +75,7 @@ def words(stderr: bytes) -> str:
 def test_a_training_outlives_its_terminal(
     shell: Shell, random_qwen: Path, rows_file: Path, tmp_path: Path, redirection: str, code: int, told: str
 ) -> None:
-    train = f"$LORATUNE sft --model.base {random_qwen} --data.train {rows_file} --training.steps 3 --output run"
+    train = f"$LORATUNE sft --model.base {random_qwen} --data.train {rows_file} --training.max_steps 3 --output run"
     done = shell(f"{train} --data.validation 0.0 --evaluation.questions_share 0 {redirection}")
     assert done.returncode == code, done.stderr
     assert told in words(done.stderr)

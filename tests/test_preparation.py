@@ -143,7 +143,7 @@ def test_rows_that_are_too_long_are_left_out_counted_and_named(encoder: Encoder,
     prepared = prepare(encoder, train=[path], validation=0.0)
     assert ids(prepared.train) == encoded(encoder, ROWS[:2])
     repeated, warning = prepared.warnings
-    assert repeated.startswith("6 of 9 training rows are repetitions (--data.clean duplicates removes them):\n")
+    assert repeated.startswith("6 of 9 training rows are repetitions (--data.remove duplicates removes them):\n")
     length = len(encoded(encoder, [LONG])[0])
     assert warning.startswith("7 of 9 training rows (77.8%) are longer than training.max_length 256 and left out:\n")
     assert [f"{path} row {number}: {length} tokens" in warning for number in range(1, 10)] == [
@@ -196,7 +196,7 @@ def test_training_on_the_last_answer_is_asked_of_the_encoder(encoder: Encoder, t
     row = {"instruction": "c", "output": "d", "history": [["a", "b"]]}
     path = write_rows(tmp_path / "rows.json", [row])
     trained = {
-        train_on: prepare(encoder, train=[path], validation=0.0, train_on=train_on).train.trained_tokens
+        train_on: prepare(encoder, train=[path], validation=0.0, train_on_turns=train_on).train.trained_tokens
         for train_on in ("all", "last")
     }
     assert trained["last"] == len(encoder.answer_ids("d"))

@@ -103,9 +103,9 @@ def test_five_mistakes_give_one_message_that_names_all_five_with_their_lines(rec
         ("output", "''", "must not be empty"),
         ("lora.bias", "some", "'none', 'all' or 'lora_only'"),
         ("lora.bias", "3", "'none', 'all' or 'lora_only'"),
-        ("lora.targets", "[q_proj, 3]", "string"),
-        ("lora.targets", "[]", "at least one module"),
-        ("lora.targets", "''", "at least one module"),
+        ("lora.target_modules", "[q_proj, 3]", "string"),
+        ("lora.target_modules", "[]", "at least one module"),
+        ("lora.target_modules", "''", "at least one module"),
         ("lora.layers", "last", "last 6"),
         ("lora.layers", "last 0", "last 6"),
         ("lora.layers", "9-3", "last 6"),
@@ -181,7 +181,7 @@ def test_a_warmup_from_one_up_counts_whole_steps(recipe_file: Any) -> None:
 @pytest.mark.parametrize(
     ("text", "told"),
     [
-        ("training: {steps: 10, warmup: 10}", "training.warmup must be shorter than training.steps"),
+        ("training: {max_steps: 10, warmup: 10}", "training.warmup must be shorter than training.max_steps"),
         ("model: {base: x, quantization: nf4}\nlora: {modules_to_save: lm_head}", "lora.modules_to_save"),
     ],
 )
@@ -276,14 +276,14 @@ def test_flags_alone_make_a_recipe() -> None:
     ("dotted", "given", "value"),
     [
         ("training.learning_rate", "2e-4", 2e-4),
-        ("training.steps", "null", None),
+        ("training.max_steps", "null", None),
         ("model.revision", "010", "010"),
         ("model.revision", "null", None),
         ("prompt.system", "Be brief: yes", "Be brief: yes"),
         ("prompt.instruction_prefix", "# ", "# "),
-        ("lora.targets", ["q_proj"], ["q_proj"]),
-        ("lora.targets", ["q_proj", "v_proj"], ["q_proj", "v_proj"]),
-        ("lora.targets", ["attention"], "attention"),
+        ("lora.target_modules", ["q_proj"], ["q_proj"]),
+        ("lora.target_modules", ["q_proj", "v_proj"], ["q_proj", "v_proj"]),
+        ("lora.target_modules", ["attention"], "attention"),
         ("lora.modules_to_save", ["lm_head"], ["lm_head"]),
         ("data.validation", ["0.2"], 0.2),
         ("data.validation", ["0"], 0.0),
@@ -314,7 +314,7 @@ def test_a_flag_is_read_as_its_setting_wants_it(recipe_file: Any, dotted: str, g
         ("lora.rank", "0", "greater than or equal to 1"),
         ("lora.rank", "\udcff", "not UTF-8"),
         ("training.epochs", "three", "number"),
-        ("training.steps", "9" * 5000, "cannot read"),
+        ("training.max_steps", "9" * 5000, "cannot read"),
         ("prompt.system", "\udcff", "not UTF-8"),
         ("data.train", ["\udcff.json"], "not UTF-8"),
         ("data.placeholders", ["name"], "write name=value, got 'name'"),
@@ -508,7 +508,7 @@ def setting_values(field: Any, kind: Any) -> st.SearchStrategy[Any]:
 SPECIAL = {
     "data.train": st.lists(NAME, min_size=1, max_size=2),
     "data.columns": st.dictionaries(NAME, NAME, max_size=3),
-    "data.levels": st.dictionaries(st.sampled_from(["short", "overlap"]), st.sampled_from(["refuse", "ignore"])),
+    "data.severity": st.dictionaries(st.sampled_from(["short", "overlap"]), st.sampled_from(["refuse", "ignore"])),
     "lora.layers": st.none() | st.sampled_from(["last 6", "first 1", "0-0", "8-15"]),
     "data.validation": st.floats(0, 0.9) | st.lists(NAME, min_size=1, max_size=2),
     "prompt.date": st.none() | st.dates().map(str),
@@ -527,10 +527,10 @@ def recipes(draw: st.DrawFn) -> Recipe:
         values["lora"]["modules_to_save"] = []
     if not values["training"]["packing"]:
         values["training"]["tokens_per_batch"] = None
-    if "near_duplicates" in values["data"]["clean"]:
+    if "near_duplicates" in values["data"]["remove"]:
         values["data"]["near_duplicates"] = 0.8
-    if values["training"]["steps"] and values["training"]["warmup"] >= values["training"]["steps"]:
-        values["training"]["steps"] = None
+    if values["training"]["max_steps"] and values["training"]["warmup"] >= values["training"]["max_steps"]:
+        values["training"]["max_steps"] = None
     return Recipe.model_validate(values)
 
 
@@ -625,7 +625,10 @@ def test_a_good_recipe_gets_no_advice() -> None:
         ({"lora": {"rank": 600, "alpha": 1200}}, "have to be merged"),
         ({"training": {"learning_rate": 1e-5}}, "training.learning_rate 1e-05 is below 5e-5"),
         ({"training": {"learning_rate": 0.1}}, "above 5e-3"),
-        ({"training": {"steps": 400, "epochs": 2}}, "training.steps 400 takes precedence over training.epochs 2"),
+        (
+            {"training": {"max_steps": 400, "epochs": 2}},
+            "training.max_steps 400 takes precedence over training.epochs 2",
+        ),
         ({"data": {"train": ["a.json"], "validation": 0.0}}, "no validation rows"),
         ({"data": {"train": ["a.json"], "validation": 0.0}, "training": {"epochs": 20}}, "by heart"),
     ],

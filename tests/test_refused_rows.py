@@ -128,7 +128,7 @@ def test_a_row_that_is_refused_when_shortened_is_a_bad_row(check: Callable[..., 
         "{{ raise_exception('Begin otherwise') }}{% endif %}" + CHATML
     )
     long["messages"][2]["content"] = "again"
-    flags = ("--training.max_length", "64", "--data.too_long", "truncate_prompt")
+    flags = ("--training.max_length", "64", "--data.truncation_strategy", "truncate_prompt")
     done = check(opening, [*good(2), long], *flags)
     assert done.exit_code == Exit.DATA, done.stderr
     assert "1 of 3 rows cannot be trained on" in done.stderr

@@ -48,7 +48,7 @@ def sft(cli: Callable[..., Result], random_qwen: Path, tmp_path: Path) -> Sft:
         settings = flags if "--model.dtype" in flags else ("--model.dtype", "float32", *flags)
         return cli(
             "sft", "--model.base", random_qwen, "--data.train", tmp_path / "rows.json", "--data.validation", "0.2",
-            "--data.levels", "repetitive=ignore", "--evaluation.every_steps", "2", "--checkpoints.every_steps", "2",
+            "--data.severity", "repetitive=ignore", "--evaluation.every_steps", "2", "--checkpoints.every_steps", "2",
             "--checkpoints.keep", "9", "--training.learning_rate", "1e-2", *FEW, "--output", tmp_path / name, *settings,
         )  # fmt: skip
 
@@ -339,7 +339,7 @@ def test_a_run_that_stopped_early_is_complete(sft: Sft, tmp_path: Path) -> None:
     assert "is complete" in again.stderr
 
 
-@pytest.mark.parametrize("flags", [[], ["--training.steps", "4"]], ids=["epochs", "steps"])
+@pytest.mark.parametrize("flags", [[], ["--training.max_steps", "4"]], ids=["epochs", "steps"])
 def test_only_the_adapter_is_written_again_if_nothing_else_is_missing(
     sft: Sft, tmp_path: Path, flags: list[str]
 ) -> None:
@@ -427,7 +427,7 @@ def test_two_processes_resume_to_the_same_bits(
     command = [
         sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "loratune", "sft", packing,
         "--model.base", str(random_qwen), "--model.dtype", "float32", "--data.train", str(rows_file),
-        "--training.steps", "6", "--lora.dropout", "0.2", "--training.batch_size", "2",
+        "--training.max_steps", "6", "--lora.dropout", "0.2", "--training.batch_size", "2",
         "--checkpoints.every_steps", "3", "--output",
     ]  # fmt: skip
 

@@ -52,7 +52,7 @@ def sft(cli: Callable[..., Result], random_qwen: Path, rows_file: Path, tmp_path
 
     def run(*flags: Any, output: Any = tmp_path / "run") -> Result:
         validation = () if "--data.validation" in flags else ("--data.validation", "0")
-        steps = () if "--training.steps" in flags else ("--training.steps", "4")
+        steps = () if "--training.max_steps" in flags else ("--training.max_steps", "4")
         return cli(
             "sft", "--model.base", random_qwen, "--model.dtype", "float32", "--data.train", rows_file, *validation,
             "--training.gradient_accumulation", "1", *steps, "--checkpoints.every_steps", "2", "--output", output,
@@ -160,7 +160,7 @@ def test_a_folder_that_cannot_be_had_is_refused_before_anything_is_read(
 def test_a_link_to_a_folder_is_followed(sft: Sft, tmp_path: Path) -> None:
     (tmp_path / "elsewhere").mkdir()
     (tmp_path / "run").symlink_to("elsewhere")
-    assert sft("--training.steps", "1").exit_code == 0
+    assert sft("--training.max_steps", "1").exit_code == 0
     assert (tmp_path / "run").is_symlink()
     assert (tmp_path / "elsewhere" / "adapter" / WEIGHTS).is_file()
 
@@ -172,7 +172,7 @@ def test_the_home_folder_may_be_written_as_in_a_shell(
     (tmp_path / "here").mkdir()
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     monkeypatch.chdir(tmp_path / "here")
-    result = sft("--training.steps", "1", output="~/out/run")
+    result = sft("--training.max_steps", "1", output="~/out/run")
     assert result.exit_code == 0, result.stderr
     assert (tmp_path / "home" / "out" / "run" / "checkpoints" / "step-000001").is_dir()
     assert list((tmp_path / "here").iterdir()) == []
@@ -246,7 +246,7 @@ def test_of_many_that_start_together_one_gets_the_folder(tmp_path: Path) -> None
 def test_two_programs_started_in_the_same_second_do_not_mix(random_qwen: Path, rows_file: Path, tmp_path: Path) -> None:
     command = [
         sys.executable, "-m", "loratune", "sft", "--model.base", random_qwen, "--data.train", rows_file,
-        "--training.steps", "30", "--output", tmp_path / "run", "--overwrite",
+        "--training.max_steps", "30", "--output", tmp_path / "run", "--overwrite",
     ]  # fmt: skip
     both = [subprocess.Popen([*map(str, command)], stderr=subprocess.PIPE, text=True) for _ in range(2)]
     told = [process.communicate(timeout=300)[1] for process in both]
@@ -320,14 +320,14 @@ def test_a_checkpoint_of_other_versions_goes_on_with_a_warning_that_names_both(
     identity["versions"] |= {"torch": "1.2.3", "peft": "0.0.1"}
     reseal(checkpoint, identity=identity)
     result = cli(
-        "sft", "--config", finished / "recipe.yaml", "--output", finished, "--resume", "--training.steps", "6",
+        "sft", "--config", finished / "recipe.yaml", "--output", finished, "--resume", "--training.max_steps", "6",
         "--training.scheduler", "cosine",
     )  # fmt: skip
     assert result.exit_code == 0, result.stderr
     said = words(result.stderr)
     assert f"torch: 1.2.3 → {own}" in said
     assert "peft: 0.0.1 →" in said
-    assert "training.steps: 4 → 6" in said
+    assert "training.max_steps: 4 → 6" in said
     assert "steps after 4 follow the learning rate schedule of the longer run" in said
 
 
@@ -356,7 +356,7 @@ def test_any_setting_that_an_adapter_hangs_on_keeps_a_run_from_going_on(tmp_path
     )
     for part in ("settings", "rest"):
         for name in identity[part].keys() - {"evaluation.early_stopping"}:
-            shorter = name in ("training.epochs", "training.steps")
+            shorter = name in ("training.epochs", "training.max_steps")
             other = {**identity, part: identity[part] | {name: 1000 if shorter else "another"}}
             with pytest.raises(LoratuneError, match=re.escape(name)) as caught:
                 check_identity(Checkpoint(tmp_path, 2, other, {}), identity, allow_changes=False)
@@ -383,7 +383,7 @@ def at_step(monkeypatch: pytest.MonkeyPatch, step: int, happens: Callable[[Any],
 @pytest.mark.parametrize("value", [float("nan"), slow(float("inf"))])
 @pytest.mark.parametrize(
     ("flags", "told"),
-    [slow([], "diverged at step 4: loss"), (["--training.max_gradient_norm", "0"], "weights are not finite")],
+    [slow([], "diverged at step 4: loss"), (["--training.max_grad_norm", "0"], "weights are not finite")],
     ids=["clipped", "not clipped"],
 )
 def test_a_gradient_that_is_no_number_ends_the_run_even_in_its_last_step(
@@ -450,12 +450,17 @@ def test_packed_rows_keep_apart_whatever_computes_attention(
 ) -> None:
     losses = []
     for number, flags in enumerate(
-        (["--no-training.packing"], [], ["--model.attention", "sdpa"], ["--model.attention", "eager"])
+        (
+            ["--no-training.packing"],
+            [],
+            ["--model.attn_implementation", "sdpa"],
+            ["--model.attn_implementation", "eager"],
+        )
     ):
         run = tmp_path / f"run{number}"
         result = cli(
             "sft", "--model.base", "tiny-qwen", "--model.dtype", "float32", "--data.train", rows_file,
-            "--data.validation", "0", "--training.steps", "1", "--training.batch_size", "12",
+            "--data.validation", "0", "--training.max_steps", "1", "--training.batch_size", "12",
             "--training.gradient_accumulation", "1", "--output", run, *flags,
         )  # fmt: skip
         assert result.exit_code == 0, result.stderr
@@ -508,7 +513,7 @@ def test_a_run_that_stopped_early_says_so_and_goes_on_only_with_more_patience(sf
     (tmp_path / "misleading.json").write_text(json.dumps([row | {"output": "狐狸 zebra!"} for row in ROWS[:4]]))
     flags = [
         "--training.learning_rate", "2e-2", "--evaluation.every_steps", "1", "--data.validation",
-        tmp_path / "misleading.json", "--no-checkpoints.keep_best", "--training.steps",
+        tmp_path / "misleading.json", "--no-checkpoints.keep_best", "--training.max_steps",
     ]  # fmt: skip
     patience = "--evaluation.early_stopping"
     assert sft(*flags, "16", output=tmp_path / "whole").exit_code == 0
@@ -591,7 +596,7 @@ def test_a_local_model_is_trained_merged_and_exported_without_a_look_at_the_netw
     environment = {name: value for name, value in os.environ.items() if name != "HF_HUB_OFFLINE"}
     run = tmp_path / "run"
     for command in (
-        ["sft", "--model.base", random_qwen, "--data.train", rows_file, "--training.steps", "2", "--output", run],
+        ["sft", "--model.base", random_qwen, "--data.train", rows_file, "--training.max_steps", "2", "--output", run],
         ["merge", "--adapter", run, "--output", tmp_path / "merged"],
         ["export", "--adapter", run, "--format", "adapter", "--output", tmp_path / "exported"],
         ["infer", "--adapter", run, "--prompt", "hi", "--max-new-tokens", "2"],

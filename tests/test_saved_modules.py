@@ -147,7 +147,7 @@ def test_a_training_in_full_goes_all_the_way(
     simulate(has_bfloat16)
     base, run = base_of("tied", "bfloat16"), tmp_path / "run"
     saving = ["--lora.modules_to_save", ",".join(SAVED[saved])]
-    steps = ["--training.steps", 3, "--training.learning_rate", "1e-2"]
+    steps = ["--training.max_steps", 3, "--training.learning_rate", "1e-2"]
     result = cli("sft", "--model.base", base, "--data.train", rows_file, *steps, *saving, "--output", run)
     assert result.exit_code == 0, result.stderr
     result = cli("merge", "--adapter", run, "--output", tmp_path / "merged")

@@ -353,7 +353,7 @@ def trained(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
     base, rows = tool_base(folder / "base", request.param), folder / "rows.json"
     rows.write_text(json.dumps(rows_of_calls()))
     flags: dict[str, Any] = {"model.base": base, "model.dtype": "float32", "data.train": rows, "data.validation": 0}
-    flags |= {"training.steps": 60, "training.batch_size": 1, "training.learning_rate": 1e-2, "lora.rank": 16}
+    flags |= {"training.max_steps": 60, "training.batch_size": 1, "training.learning_rate": 1e-2, "lora.rank": 16}
     flags |= {"evaluation.questions_share": 0, "output": folder / "run"}
     words = [str(word) for name, value in flags.items() for word in (f"--{name}", value)]
     done = CliRunner().invoke(app, ["sft", *words])

@@ -120,7 +120,7 @@ def test_any_program_renders_the_training_s_prompts(
 @pytest.mark.parametrize("thinking", [False, True])
 def test_the_thinking_mode_of_the_training_is_the_template_s_own(tmp_path: Path, thinking: bool) -> None:
     base = make_base(tmp_path / "base", "qwen3")
-    encoder, is_changed = deliver(base, tmp_path / "merged", thinking=thinking)
+    encoder, is_changed = deliver(base, tmp_path / "merged", enable_thinking=thinking)
     assert is_changed is not thinking  # Qwen3 thinks unless told otherwise
     assert_prompts_alike(encoder, tmp_path / "merged")
     plain = AutoTokenizer.from_pretrained(tmp_path / "merged")
@@ -128,7 +128,9 @@ def test_the_thinking_mode_of_the_training_is_the_template_s_own(tmp_path: Path,
         found = plain.apply_chat_template(
             DIALOGUES["one turn"], add_generation_prompt=True, enable_thinking=wanted, return_dict=False
         )
-        assert found == Encoder(load_tokenizer(base), PromptSettings(thinking=wanted)).prompt_ids(DIALOGUES["one turn"])
+        assert found == Encoder(load_tokenizer(base), PromptSettings(enable_thinking=wanted)).prompt_ids(
+            DIALOGUES["one turn"]
+        )
 
 
 @pytest.mark.parametrize("has_bos", [False, True])
@@ -147,7 +149,7 @@ def test_our_own_templates_go_along(tmp_path: Path, template: str, has_bos: bool
 def test_everything_together(tmp_path: Path) -> None:
     base = make_base(tmp_path / "base", "qwen3")
     every = "\n".join(RARE_TEXTS.values())
-    encoder, _ = deliver(base, tmp_path / "merged", system=every, instruction_prefix=every, thinking=False)
+    encoder, _ = deliver(base, tmp_path / "merged", system=every, instruction_prefix=every, enable_thinking=False)
     assert_prompts_alike(encoder, tmp_path / "merged")
 
 

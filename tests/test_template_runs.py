@@ -51,7 +51,7 @@ def sft(cli: CLI, random_qwen: Path, tmp_path: Path, rows_file: Path) -> Callabl
     def run(template: Any, *flags: Any, named: dict[str, str] | None = None) -> Result:
         if not (tmp_path / "base").exists():
             model_folder(tmp_path / "base", template, random_qwen, named)
-        settings = {"--training.steps": 2, "--training.batch_size": 4, "--data.validation": 0.2}
+        settings = {"--training.max_steps": 2, "--training.batch_size": 4, "--data.validation": 0.2}
         return cli(
             "sft", "--model.base", tmp_path / "base", "--model.dtype", "float32", "--data.train", rows_file,
             "--output", tmp_path / "run", *(part for pair in settings.items() for part in pair), *flags,
@@ -98,14 +98,14 @@ def test_a_run_goes_on_with_the_day_that_it_began_on(
     assert load_recipe(str(tmp_path / "run" / "recipe.yaml"), {}).prompt.date == DAY
     assert json.loads((tmp_path / "run" / "manifest.json").read_text())["template"]["date"] == DAY
     on(NEXT_DAY)
-    resumed = sft(DATED, "--training.steps", "4", "--resume")
+    resumed = sft(DATED, "--training.max_steps", "4", "--resume")
     assert resumed.exit_code == 0, resumed.stderr
     assert f"that of {DAY}" in words(resumed.stderr)
     assert all("Today is 28 Feb 2026<" in text for text in prompts(tmp_path / "run"))
-    again = sft(DATED, "--training.steps", "6", "--resume", "--prompt.date", NEXT_DAY)
+    again = sft(DATED, "--training.max_steps", "6", "--resume", "--prompt.date", NEXT_DAY)
     assert again.exit_code == Exit.USAGE
     assert f"date in prompts: {DAY} → {NEXT_DAY}" in words(again.stderr)
-    changed = sft(DATED, "--training.steps", "6", "--resume", "--prompt.date", NEXT_DAY, "--allow-changes")
+    changed = sft(DATED, "--training.max_steps", "6", "--resume", "--prompt.date", NEXT_DAY, "--allow-changes")
     assert changed.exit_code == 0, changed.stderr
     assert all("Today is 01 Mar 2026<" in text for text in prompts(tmp_path / "run"))
 
@@ -137,7 +137,7 @@ def test_a_checkpoint_that_knows_no_day_goes_on_with_that_of_the_run_s_start(
         identity = open_checkpoint(checkpoint).identity
         del identity["rest"]["date in prompts"]
         reseal(checkpoint, identity=identity)
-    resumed = sft(DATED, "--training.steps", "4", "--resume")
+    resumed = sft(DATED, "--training.max_steps", "4", "--resume")
     assert resumed.exit_code == 0, resumed.stderr
     assert f"that of the run's start, {created}, is taken" in words(resumed.stderr)
     assert load_recipe(str(run / "recipe.yaml"), {}).prompt.date == created
@@ -238,10 +238,10 @@ def test_a_run_of_an_earlier_version_is_asked_resumed_and_merged_as_it_was_train
     warnings: list[str] = []
     (voice,) = open_voices([], str(tmp_path / "merged"), warnings, False)[2].values()
     assert voice.encoder.prompt_ids([{"role": "user", "content": "a"}]) == ids
-    resumed = sft(WITHOUT_PROMPT, "--training.steps", "4", "--resume")
+    resumed = sft(WITHOUT_PROMPT, "--training.max_steps", "4", "--resume")
     assert resumed.exit_code == 0, resumed.stderr
     assert not any("assistant" in text for text in prompts(run))
-    anew = sft(WITHOUT_PROMPT, "--training.steps", "6", "--resume", "--prompt.generation_prompt", "auto")
+    anew = sft(WITHOUT_PROMPT, "--training.max_steps", "6", "--resume", "--prompt.generation_prompt", "auto")
     assert anew.exit_code == Exit.USAGE
     assert "template: " in words(anew.stderr)
 

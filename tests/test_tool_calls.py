@@ -80,7 +80,17 @@ def run_of_a_model_with_tools(random_qwen: Path, tmp_path_factory: pytest.TempPa
     template = files("trl") / "chat_templates" / "qwen2_5.jinja"
     (base / "chat_template.jinja").write_text(template.read_text("utf-8"), encoding="utf-8")
     rows.write_text(json.dumps([{"instruction": f"{n}+1?", "output": str(n + 1)} for n in range(6)]))
-    arguments = ["sft", "--model.base", base, "--data.train", rows, "--training.steps", 2, "--output", folder / "run"]
+    arguments = [
+        "sft",
+        "--model.base",
+        base,
+        "--data.train",
+        rows,
+        "--training.max_steps",
+        2,
+        "--output",
+        folder / "run",
+    ]
     arguments += ["--model.dtype", "float32", "--training.learning_rate", 1e-2]
     done = CliRunner().invoke(app, [str(argument) for argument in arguments])
     assert done.exit_code == 0, done.stderr

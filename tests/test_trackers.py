@@ -254,7 +254,7 @@ def test_a_resumed_run_is_shown_whole_and_no_step_twice(
     def sft(steps: int, *flags: str) -> Result:
         return cli(
             "sft", "--model.base", random_qwen, "--model.dtype", "float32", "--data.train", rows_file,
-            "--data.validation", "0", "--training.steps", steps, "--tracking.report_to", "wandb",
+            "--data.validation", "0", "--training.max_steps", steps, "--tracking.report_to", "wandb",
             "--tracking.report_to", "tensorboard", "--output", tmp_path / "run", *flags,
         )  # fmt: skip
 
@@ -283,7 +283,7 @@ def test_a_run_trains_the_same_whatever_its_tracker_does(
     def adapter(name: str, *flags: str) -> bytes:
         result = cli(
             "sft", "--model.base", random_qwen, "--model.dtype", "float32", "--data.train", tmp_path / "rows.json",
-            "--data.validation", "0", "--training.steps", "2", "--output", tmp_path / name, *flags,
+            "--data.validation", "0", "--training.max_steps", "2", "--output", tmp_path / name, *flags,
         )  # fmt: skip
         assert result.exit_code == 0, result.stderr
         assert ("tracking.report_to wandb has failed" in words(result.stderr)) == bool(flags)

@@ -49,7 +49,7 @@ def sft(cli: Callable[..., Result], random_qwen: Path, rows_file: Path, tmp_path
 
     def run(*flags: Any, data: Path = rows_file, model: Path = random_qwen) -> Result:
         return cli(
-            "sft", "--model.base", model, "--model.dtype", "float32", "--data.train", data, "--training.steps", "4",
+            "sft", "--model.base", model, "--model.dtype", "float32", "--data.train", data, "--training.max_steps", "4",
             "--training.gradient_accumulation", "1", "--output", tmp_path / "run", *flags,
         )  # fmt: skip
 
@@ -122,7 +122,9 @@ def test_a_run_shorter_than_its_logging_interval_is_reported_whole(sft: Callable
 def test_training_lowers_the_loss_that_plain_peft_measures(
     sft: Callable[..., Result], tmp_path: Path, random_qwen: Path
 ) -> None:
-    assert sft("--training.learning_rate", "2e-2", "--training.steps", "60", "--data.validation", "0").exit_code == 0
+    assert (
+        sft("--training.learning_rate", "2e-2", "--training.max_steps", "60", "--data.validation", "0").exit_code == 0
+    )
     base = AutoModelForCausalLM.from_pretrained(random_qwen, dtype=torch.float32)
     tokenizer = load_tokenizer(random_qwen)
     before = mean_loss(base, ROWS, tokenizer)
@@ -149,7 +151,7 @@ def test_validation_loss_is_per_token_as_a_plain_loop_has_it(
 def test_the_first_loss_is_that_of_the_base_over_the_whole_step(
     sft: Callable[..., Result], tmp_path: Path, random_qwen: Path
 ) -> None:
-    flags = ["--data.validation", "0", "--lora.dropout", "0", "--training.steps", "1", "--training.warmup", "0"]
+    flags = ["--data.validation", "0", "--lora.dropout", "0", "--training.max_steps", "1", "--training.warmup", "0"]
     assert sft(*flags, "--training.batch_size", "4", "--training.gradient_accumulation", "3").exit_code == 0
     base = AutoModelForCausalLM.from_pretrained(random_qwen, dtype=torch.float32)
     expected = mean_loss(base, ROWS, load_tokenizer(random_qwen))
@@ -178,7 +180,7 @@ def test_the_saved_recipe_trains_the_same_adapter_again(
 def test_only_the_newest_checkpoints_and_the_best_stay(
     sft: Callable[..., Result], tmp_path: Path, misleading: Path
 ) -> None:
-    flags = ["--training.steps", "20", "--checkpoints.every_steps", "1", "--evaluation.every_steps", "1"]
+    flags = ["--training.max_steps", "20", "--checkpoints.every_steps", "1", "--evaluation.every_steps", "1"]
     flags += ["--checkpoints.keep", "2", "--training.learning_rate", "2e-2", "--data.validation", str(misleading)]
     assert sft(*flags).exit_code == 0
     validations = {m["step"]: m["validation_loss"] for m in metrics_of(tmp_path / "run") if "validation_loss" in m}
@@ -192,7 +194,7 @@ def test_only_the_newest_checkpoints_and_the_best_stay(
 def test_the_final_adapter_is_the_best_checkpoint_s(
     sft: Callable[..., Result], tmp_path: Path, misleading: Path
 ) -> None:
-    flags = ["--training.steps", "20", "--evaluation.every_steps", "1", "--training.learning_rate", "2e-2"]
+    flags = ["--training.max_steps", "20", "--evaluation.every_steps", "1", "--training.learning_rate", "2e-2"]
     assert sft(*flags, "--data.validation", misleading).exit_code == 0
     report = read_json(tmp_path / "run" / "report.json")["validation_loss"]
     assert report["best_step"] < 20
@@ -204,7 +206,7 @@ def test_the_final_adapter_is_the_best_checkpoint_s(
 def test_training_stops_early_when_validation_no_longer_improves(
     sft: Callable[..., Result], tmp_path: Path, misleading: Path
 ) -> None:
-    flags = ["--training.steps", "40", "--evaluation.every_steps", "1", "--training.learning_rate", "2e-2"]
+    flags = ["--training.max_steps", "40", "--evaluation.every_steps", "1", "--training.learning_rate", "2e-2"]
     result = sft(*flags, "--data.validation", misleading, "--evaluation.early_stopping", "2")
     assert result.exit_code == 0
     assert "the validation loss no longer fell" in result.stderr
@@ -216,12 +218,12 @@ def test_training_stops_early_when_validation_no_longer_improves(
 @pytest.mark.parametrize(
     ("flags", "code", "words"),
     [
-        (["--lora.targets", "qkv"], Exit.USAGE, "no module is called qkv"),
+        (["--lora.target_modules", "qkv"], Exit.USAGE, "no module is called qkv"),
         (["--training.max_length", "8"], Exit.DATA, "longer than training.max_length 8"),
-        (["--training.warmup", "50", "--training.steps", "null"], Exit.USAGE, "not shorter than the run's"),
+        (["--training.warmup", "50", "--training.max_steps", "null"], Exit.USAGE, "not shorter than the run's"),
         (["--data.train", "missing.json"], Exit.DATA, "missing.json: no such file"),
         (["--model.base", "missing/model/folder"], Exit.MODEL, "no such folder"),
-        (["--model.attention", "flash_attention_2"], Exit.USAGE, "flash-attn"),
+        (["--model.attn_implementation", "flash_attention_2"], Exit.USAGE, "flash-attn"),
     ],
 )
 def test_a_run_that_cannot_work_is_one_message_and_no_folder(
@@ -287,10 +289,10 @@ def test_lack_of_memory_is_advice(sft: Callable[..., Result], monkeypatch: pytes
 def test_advice_for_lack_of_memory_leaves_out_what_is_done_already() -> None:
     recipe = load_recipe(None, {
         "model.base": "x", "model.quantization": "nf4", "data.train": ["y"], "training.tokens_per_batch": "4096",
-        "training.gradient_checkpointing": True, "lora.targets": "all-linear",
+        "training.gradient_checkpointing": True, "lora.target_modules": "all-linear",
     })  # fmt: skip
     assert [line.split()[0] for line in memory_advice(recipe)] == [
-        "--training.tokens_per_batch", "--training.max_length", "--lora.targets",
+        "--training.tokens_per_batch", "--training.max_length", "--lora.target_modules",
     ]  # fmt: skip
 
 
@@ -372,7 +374,7 @@ def test_settings_train_to_the_end(sft: Callable[..., Result], tmp_path: Path, f
 
 
 def test_the_step_count_is_the_trainer_s(sft: Callable[..., Result], tmp_path: Path) -> None:
-    result = sft("--training.steps", "null", "--training.epochs", "1.5", "--training.gradient_accumulation", "2")
+    result = sft("--training.max_steps", "null", "--training.epochs", "1.5", "--training.gradient_accumulation", "2")
     assert "training 3 steps of about 7 rows" in result.stderr
     assert read_json(tmp_path / "run" / "status.json")["steps"] == 3
 
@@ -407,7 +409,7 @@ def test_the_manifest_knows_base_data_and_files(sft: Callable[..., Result], tmp_
     manifest = read_json(tmp_path / "run" / "manifest.json")
     assert manifest["data"][0]["rows"] == 12
     assert manifest["base"]["path"]
-    assert load_recipe(str(tmp_path / "run" / "recipe.yaml"), {}).training.steps == 4
+    assert load_recipe(str(tmp_path / "run" / "recipe.yaml"), {}).training.max_steps == 4
     assert set(manifest["files"]) == {name for name in RUN_FILES if name.startswith("adapter/")} | {"recipe.yaml"}
 
 
@@ -442,7 +444,7 @@ def test_a_quantised_base_trains_and_answers_on_any_machine(
 ) -> None:
     result = cli(
         "sft", "--model.base", "tiny-qwen", "--model.quantization", quantization, "--data.train", rows_file,
-        "--training.steps", "25", "--training.learning_rate", "5e-3", "--evaluation.every_steps", "5",
+        "--training.max_steps", "25", "--training.learning_rate", "5e-3", "--evaluation.every_steps", "5",
         "--output", tmp_path / "run",
     )  # fmt: skip
     assert result.exit_code == 0, result.stderr
@@ -458,7 +460,7 @@ def test_two_processes_train_what_one_trains(random_qwen: Path, rows_file: Path,
     odd = tmp_path / "odd.json"
     odd.write_text(json.dumps(ROWS[:7]))  # one process has to repeat a row to fill its last batch
     flags = ["--model.base", str(random_qwen), "--model.dtype", "float32", "--data.train", str(rows_file),
-             "--data.validation", str(odd), "--training.steps", "3", "--lora.dropout", "0", packing]  # fmt: skip
+             "--data.validation", str(odd), "--training.max_steps", "3", "--lora.dropout", "0", packing]  # fmt: skip
     one = [sys.executable, "-m", "loratune", "sft", *flags, "--training.batch_size", "2",
            "--training.gradient_accumulation", "2", "--output", str(tmp_path / "one")]  # fmt: skip
     two = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "loratune", "sft", *flags,

@@ -30,9 +30,9 @@ SENTENCES = {
     "control_tokens_in_answers": "hold control tokens such as <|im_end|> in an answer, as if they had been through a "
     "chat template already",
     "repetitive": "have an answer that repeats itself",
-    "thinking": "have a <think> block, though prompt.thinking is false and so the prompt asks for none",
-    "no_reasoning": "have an answer without reasoning, though the prompt asks for it (prompt.thinking, or a template "
-    "that always does): the model learns to leave it out",
+    "thinking": "have a <think> block, though prompt.enable_thinking is false and so the prompt asks for none",
+    "no_reasoning": "have an answer without reasoning, though the prompt asks for it (prompt.enable_thinking, or a "
+    "template that always does): the model learns to leave it out",
     "broken_off": "have an answer that breaks off: in a sentence or a code block, or with a mark such as [truncated]",
     "only_reasoning": "have an answer of a <think> block alone; with data.train_thinking false only its end is trained",
     "normalized": "hold characters that the tokenizer writes otherwise, such as a letter and an accent that it joins; "
@@ -102,12 +102,12 @@ def describe(
         purpose: of the rows, for the message: "training" or "validation".
         other: where the twins stand, if not in `pool`.
     """
-    level: Any = settings.levels.get(name, USUAL_LEVELS.get(name, "warn"))  # type: ignore[call-overload]
+    level: Any = settings.severity.get(name, USUAL_LEVELS.get(name, "warn"))  # type: ignore[call-overload]
     if not len(rows.places) or level == "ignore":
         return
-    advice = f"--data.clean {name} removes them"
+    advice = f"--data.remove {name} removes them"
     if level == "refuse":
-        advice += f", --data.levels {name}=warn takes them"
+        advice += f", --data.severity {name}=warn takes them"
     text = f"{_counted(pool, rows, purpose)} {SENTENCES[name]} ({advice}):\n{_listed(pool, rows, other or pool)}"
     yield Found(name, level, len(rows.places), text)
 
@@ -187,7 +187,7 @@ def judge_lengths(pool: Pool, settings: DataSettings, max_length: int, purpose: 
     too_long = np.flatnonzero(longest > max_length)
     if len(too_long):
         listed = [f"{pool.short_place(index)}: {longest[index]} tokens" for index in too_long[:SHOWN_ROWS]]
-        refuses = settings.too_long == "refuse"
+        refuses = settings.truncation_strategy == "refuse"
         fate = "" if refuses else " and left out"
         yield Found(
             "too_long",

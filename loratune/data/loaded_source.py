@@ -73,7 +73,7 @@ def load_source(source: Source, data: DataSettings, rendering: Rendering, seed: 
 
 def _key(source: Source, file: RowFile, data: DataSettings, rendering: Rendering, seed: int) -> str:
     """Everything that the ids of a source depend on, and nothing else, so that other changes keep the cache."""
-    shortens = data.too_long in ("truncate_prompt", "truncate_answer")
+    shortens = data.truncation_strategy in ("truncate_prompt", "truncate_answer")
     return cache_key(
         {
             "file": [file.sha256, Path(file.name).suffixes],
@@ -82,8 +82,8 @@ def _key(source: Source, file: RowFile, data: DataSettings, rendering: Rendering
             "reading": [data.encoding, data.columns, data.placeholders],
             "prompt": rendering.prompt.model_dump(),
             "tokenizer": rendering.tokenizer_sha256,
-            "trained": [data.train_on, data.train_thinking],
-            "shortened": [data.too_long, rendering.max_length] if shortens else None,
+            "trained": [data.train_on_turns, data.train_thinking],
+            "shortened": [data.truncation_strategy, rendering.max_length] if shortens else None,
         }
     )
 

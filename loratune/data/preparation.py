@@ -164,11 +164,11 @@ def _for_each_source(entries: Sequence[str | SourceSettings], work: Callable[[So
 def _checked(
     sources: Sequence[LoadedSource], purpose: str, data: DataSettings, max_length: int, found: list[Found]
 ) -> Pool:
-    """The rows of some sources without those that data.clean removes; what was removed and found goes to `found`."""
+    """The rows of some sources without those that data.remove removes; what was removed and found goes to `found`."""
     pool = Pool.of(sources)
     odd = find_rows(pool, data)
     gone = np.zeros(len(pool), bool)
-    for unwanted in data.clean:
+    for unwanted in data.remove:
         rows = odd.pop(unwanted, None)
         if rows and len(rows.places):
             gone[rows.places] = True
@@ -184,9 +184,9 @@ def _checked(
 
 
 def _leave_out_shared(rows: Pool, times: Indices, held_out: Pool, data: DataSettings, found: list[Found]) -> None:
-    """Tell of validation rows that stand in training too, or train on none of them where data.clean says so."""
+    """Tell of validation rows that stand in training too, or train on none of them where data.remove says so."""
     taken = rows.take(times > 0)
-    if "overlap" not in data.clean:
+    if "overlap" not in data.remove:
         found += describe("overlap", held_out, shared_rows(held_out, taken), data, "validation", other=taken)
         return
     shared = FoundRows(np.flatnonzero(np.isin(taken.digests, held_out.digests)))
@@ -209,7 +209,7 @@ def _nothing_left(data: DataSettings, max_length: int, rows: Pool, found: Sequen
     removed = [one.text for one in found if one.level == "note"]
     if not len(rows):
         names = ", ".join(data.train_names)
-        return LoratuneError("\n".join([*removed, f"data.clean leaves no training row of {names}"]), Exit.DATA)
+        return LoratuneError("\n".join([*removed, f"data.remove leaves no training row of {names}"]), Exit.DATA)
     too_long = [one.text for one in found if one.name in ("too_long", "untrained")]
     return LoratuneError(
         f"all {len(rows)} training rows are longer than training.max_length {max_length}, or train no token; raise it, "

@@ -150,7 +150,7 @@ class ChatRenderer:
         if self.settings.template not in OWN_TEMPLATES:
             try_template(text, [partial(render, text, *one, add_generation_prompt=True) for one in TRIALS])
         completes = self.settings.generation_prompt == "auto"
-        return study_template(render, text, tools, self.settings.thinking, self._special, completes)
+        return study_template(render, text, tools, self.settings.enable_thinking, self._special, completes)
 
     def _render(self, text: str, messages: Sequence[Any], tools: Sequence[dict[str, Any]], **options: Any) -> Any:
         """What a template's text makes of messages.
@@ -165,7 +165,7 @@ class ChatRenderer:
                 tools=list(tools) or None,
                 chat_template=text,
                 adds_bos=self.adds_bos,
-                **{"enable_thinking": self.settings.thinking, **options},
+                **{"enable_thinking": self.settings.enable_thinking, **options},
             )
         except FAILURES as error:
             listed = messages[0] if isinstance(messages[0], list) else messages

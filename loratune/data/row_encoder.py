@@ -44,12 +44,12 @@ class RowEncoder:
 
     def __init__(self, encoder: Encoder, data: DataSettings, max_length: int) -> None:
         self._encoder, self._data, self._max_length = encoder, data, max_length
-        self._settings = data.train_on, data.train_thinking
+        self._settings = data.train_on_turns, data.train_thinking
         added = encoder.tokenizer.added_tokens_decoder.values()
         self._inspector = Inspector(
             [token.content for token in added if not token.content.isspace()],
             [token.content for token in added if token.special],
-            encoder.settings.thinking,
+            encoder.settings.enable_thinking,
             encoder.asks_for_reasoning,
             normal_form(encoder.tokenizer),
         )
@@ -114,9 +114,9 @@ class RowEncoder:
     def _shortened(self, conversation: Conversation, examples: list[Example]) -> list[Example]:
         data, limit = self._data, self._max_length
         fits = all(len(example.input_ids) <= limit for example in examples)
-        if fits or data.too_long not in ("truncate_prompt", "truncate_answer"):
+        if fits or data.truncation_strategy not in ("truncate_prompt", "truncate_answer"):
             return examples
-        return shorten(self._encoder, conversation, limit, data.too_long, *self._settings)
+        return shorten(self._encoder, conversation, limit, data.truncation_strategy, *self._settings)
 
     def _flags(self, conversation: Conversation, examples: list[Example]) -> int:
         trained = array("i", b"".join(map(_trained, examples)))

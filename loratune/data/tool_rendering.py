@@ -170,7 +170,7 @@ class ToolRenderer(ChatRenderer):
         if not whole.startswith(before) or not answer.endswith(behind):
             raise LoratuneError(
                 "the tokenizer's chat template does not write an answer that calls tools as a continuation of its "
-                "prompt; leave such rows out, or set prompt.thinking as it was when their answers were written",
+                "prompt; leave such rows out, or set prompt.enable_thinking as it was when their answers were written",
                 Exit.DATA,
             )
         return answer.removesuffix(behind)

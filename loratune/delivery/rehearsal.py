@@ -63,7 +63,7 @@ def rehearsed_merge(source: AdapterSource, output: Path, options: MergeOptions) 
         folder = Path(place)
         write_model_files(source, job.encoder, job.base, folder, options.dtype, plan)
         prompt = source.prompt
-        known = {"thinking": prompt.thinking, "generation_prompt": prompt.generation_prompt, "date": prompt.date}
+        known = {"thinking": prompt.enable_thinking, "generation_prompt": prompt.generation_prompt, "date": prompt.date}
         write_json(folder / VERIFICATION, known)
         shapes = {name: tensor.info.shape for name, tensor in plan.tensors.items()}
         try:

@@ -24,7 +24,7 @@ def described(job: Job, chosen: Candidate) -> dict[str, Any]:
         "merge_base": chosen.merge_base,
         "adapter_sha256": file_sha256(job.source.adapter / WEIGHTS_FILE),
         "combined": job.source.combined,
-        "thinking": job.source.prompt.thinking,
+        "thinking": job.source.prompt.enable_thinking,
         "generation_prompt": job.source.prompt.generation_prompt,
         "date": job.source.prompt.date,
         "dtype": chosen.plan.dtype_names,

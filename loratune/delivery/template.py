@@ -101,7 +101,7 @@ def about_the_date(programs: str, trained: str | None) -> str:
 def _portable(encoder: Encoder) -> str:
     settings = encoder.settings
     texts = encoder.template + encoder.tool_template
-    start = THINKING.format(text=str(settings.thinking).lower()) if "enable_thinking" in texts else ""
+    start = THINKING.format(text=str(settings.enable_thinking).lower()) if "enable_thinking" in texts else ""
     # As in training, the prefix is not for the system prompt.
     start += PREFIX.format(text=_literal(settings.instruction_prefix)) if settings.instruction_prefix else ""
     start += SYSTEM.format(text=_literal(settings.system)) if settings.system else ""

@@ -232,13 +232,14 @@ def _linear_names(model: Any) -> list[str]:
 
 def _resolve_targets(model: Any, settings: LoraSettings) -> list[str]:
     names = _linear_names(model)
-    if settings.targets == "all-linear":
+    if settings.target_modules == "all-linear":
         return names
-    wanted = ATTENTION_TARGETS if settings.targets == "attention" else list(settings.targets)
+    wanted = ATTENTION_TARGETS if settings.target_modules == "attention" else list(settings.target_modules)
     unmatched = [target for target in wanted if target not in names]
     if unmatched:
         raise LoratuneError(
-            f"lora.targets: no module is called {', '.join(unmatched)}; the model has {', '.join(names)}", Exit.USAGE
+            f"lora.target_modules: no module is called {', '.join(unmatched)}; the model has {', '.join(names)}",
+            Exit.USAGE,
         )
     return wanted
 

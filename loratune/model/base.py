@@ -25,7 +25,7 @@ def load_base(settings: ModelSettings, folder: Path, hardware: Hardware) -> Any:
         folder,
         dtype=resolve_dtype(settings.dtype, hardware),
         quantization_config=_quantization(settings, hardware),
-        attn_implementation=resolve_attention(settings.attention, hardware),
+        attn_implementation=resolve_attention(settings.attn_implementation, hardware),
         device_map={"": hardware.device},
     )
 

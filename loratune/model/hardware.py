@@ -85,6 +85,7 @@ def resolve_attention(name: str, hardware: Hardware) -> str:
     has_flash = hardware.is_gpu and importlib.util.find_spec("flash_attn") is not None
     if name == "flash_attention_2" and not has_flash:
         raise LoratuneError(
-            "model.attention flash_attention_2 needs a GPU and the package flash-attn; use auto or sdpa", Exit.USAGE
+            "model.attn_implementation flash_attention_2 needs a GPU and the package flash-attn; use auto or sdpa",
+            Exit.USAGE,
         )
     return ("flash_attention_2" if has_flash else "sdpa") if name == "auto" else name

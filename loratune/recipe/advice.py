@@ -46,9 +46,10 @@ def _advise_lora(recipe: Recipe) -> list[str]:
 
 def _advise_training(recipe: Recipe) -> list[str]:
     training, data, advice = recipe.training, recipe.data, []
-    if training.steps and training.epochs != TrainingSettings.model_fields["epochs"].default:
+    if training.max_steps and training.epochs != TrainingSettings.model_fields["epochs"].default:
         advice.append(
-            f"training.steps {training.steps} takes precedence over training.epochs {training.epochs:g}; give one"
+            f"training.max_steps {training.max_steps} takes precedence over training.epochs {training.epochs:g}; "
+            "give one"
         )
     if training.learning_rate < 5e-5:
         advice.append(
@@ -62,6 +63,6 @@ def _advise_training(recipe: Recipe) -> list[str]:
             "no validation rows (data.validation): overfitting will not show, and the last step is taken for the best; "
             "0.1 is usual"
         )
-    if training.epochs > 5 and training.steps is None and not data.validation:
+    if training.epochs > 5 and training.max_steps is None and not data.validation:
         advice.append(f"training.epochs {training.epochs:g} without validation: the model may learn the rows by heart")
     return advice

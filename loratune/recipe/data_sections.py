@@ -25,7 +25,7 @@ Finding = Literal[
     "near_duplicates",
     "overlap",
 ]
-"""What the gate may find in rows; data.levels and data.clean take these names."""
+"""What the gate may find in rows; data.severity and data.remove take these names."""
 
 
 class SourceSettings(Section):
@@ -74,19 +74,19 @@ class DataSettings(Section):
     """Names of a file's columns where they are none of a known format's, such as instruction=question output=answer."""
     encoding: str = "utf-8"
     """Text encoding of the files, such as gb18030; a file in another one is refused, never guessed at."""
-    train_on: Literal["all", "last"] = "all"
+    train_on_turns: Literal["all", "last"] = "all"
     """Which answers of a conversation are trained: all of them, or the last."""
     train_thinking: bool = True
     """Train the <think> block of an answer too, not only what follows it."""
-    too_long: Literal["drop", "truncate_prompt", "truncate_answer", "refuse"] = "drop"
+    truncation_strategy: Literal["drop", "truncate_prompt", "truncate_answer", "refuse"] = "drop"
     """Rows above training.max_length: drop them, shorten the question, shorten the answer, or stop."""
     on_bad_row: Literal["stop", "skip"] = "stop"
     """Rows that cannot be read or trained on: stop, or skip up to max_bad_rows of them."""
     max_bad_rows: int = Field(default=100, ge=1)
     """How many rows on_bad_row skip may leave out before it stops after all."""
-    levels: dict[Finding, Literal["refuse", "warn", "ignore"]] = {}
-    """What a finding of the gate (see clean) does, where not its usual: short=ignore, duplicates=refuse."""
-    clean: Annotated[list[Finding], BeforeValidator(listed)] = Field(
+    severity: dict[Finding, Literal["refuse", "warn", "ignore"]] = {}
+    """What a finding of the gate (see remove) does, where not its usual: short=ignore, duplicates=refuse."""
+    remove: Annotated[list[Finding], BeforeValidator(listed)] = Field(
         default=[],
         description="Findings whose rows are removed, with a report: duplicates, near_duplicates, overlap (training "
         "rows that are in validation too), empty, short, garbled, repetitive, long_answers, thinking, no_reasoning, "
@@ -113,9 +113,9 @@ class DataSettings(Section):
 
     @model_validator(mode="after")
     def _similarity_is_given(self) -> DataSettings:
-        asked = "near_duplicates" in self.clean or self.levels.get("near_duplicates", "ignore") != "ignore"
+        asked = "near_duplicates" in self.remove or self.severity.get("near_duplicates", "ignore") != "ignore"
         if asked and self.near_duplicates is None:
-            raise ValueError("near_duplicates in data.clean or data.levels needs data.near_duplicates, such as 0.8")
+            raise ValueError("near_duplicates in data.remove or data.severity needs data.near_duplicates, such as 0.8")
         return self
 
     @property

@@ -6,7 +6,17 @@ import difflib
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
-RENAMED: dict[str, str] = {}
+RENAMED = {
+    "model.attention": "model.attn_implementation",
+    "lora.targets": "lora.target_modules",
+    "data.train_on": "data.train_on_turns",
+    "data.too_long": "data.truncation_strategy",
+    "data.levels": "data.severity",
+    "data.clean": "data.remove",
+    "prompt.thinking": "prompt.enable_thinking",
+    "training.steps": "training.max_steps",
+    "training.max_gradient_norm": "training.max_grad_norm",
+}
 """Name in an earlier version → name now; both dotted. A name may be the beginning of others (`data.levels.short`)."""
 
 DROPPED: dict[str, str] = {}
@@ -87,9 +97,6 @@ KNOWN_ELSEWHERE = {
     "truncation": "data.truncation_strategy",
     "overflow": "data.truncation_strategy",
     "columns_mapping": "data.columns",
-    "preprocessing_num_workers": "nothing: every CPU core is used, and encoded rows are kept",
-    "dataset_num_proc": "nothing: every CPU core is used, and encoded rows are kept",
-    "overwrite_cache": "nothing: encoded rows are made anew whenever what they depend on has changed",
     # Prompts.
     "chat_template": "prompt.template",
     "template_type": "prompt.template",
@@ -145,14 +152,34 @@ KNOWN_ELSEWHERE = {
     "use_swanlab": "tracking.report_to: swanlab",
     "output_dir": "output",
     "data_seed": "seed",
-    "finetuning_type": "nothing: loratune trains LoRA adapters",
-    "train_type": "nothing: loratune trains LoRA adapters",
-    "tuner_type": "nothing: loratune trains LoRA adapters",
-    "adapter": "nothing: loratune trains LoRA adapters",
     "stage": "the command: loratune sft",
     "do_train": "the command: loratune sft",
 }
 """Name of a setting in transformers, TRL, PEFT, LLaMA-Factory, ms-swift or axolotl → what does the same here."""
+
+
+WITHOUT_SETTING = {
+    "preprocessing_num_workers": "every CPU core is used, and encoded rows are kept",
+    "dataset_num_proc": "every CPU core is used, and encoded rows are kept",
+    "overwrite_cache": "encoded rows are made anew whenever what they depend on has changed",
+    "finetuning_type": "loratune trains LoRA adapters",
+    "train_type": "loratune trains LoRA adapters",
+    "tuner_type": "loratune trains LoRA adapters",
+    "adapter": "loratune trains LoRA adapters",
+    "use_liger_kernel": "Liger's kernels are used on a GPU where the package is installed",
+    "liger_kernel": "Liger's kernels are used on a GPU where the package is installed",
+    "group_by_length": "packing leaves no padding, and without it rows of similar length are batched together",
+    "length_column_name": "packing leaves no padding, and without it rows of similar length are batched together",
+    "remove_unused_columns": "columns that no format knows are ignored, and the data check names them",
+    "use_qalora": "it trains plain LoRA, rsLoRA and DoRA",
+    "use_bdlora": "it trains plain LoRA, rsLoRA and DoRA",
+    "optim_target_modules": "every matrix of the adapter is trained by the same optimizer",
+    "train_sampling_strategy": "rows are shuffled anew in each epoch, by the seed",
+    "eval_packing": "validation rows are packed as training rows are",
+    "hub_revision": "merge and export push what they have made",
+    "trust_remote_code": "code from a model's folder is never run",
+}
+"""Name of a setting in those tools → why loratune has none."""
 
 
 def current_name(name: str) -> str | None:
@@ -221,6 +248,8 @@ def suggestion(setting: str, known: Iterable[str]) -> str:
         return f": {DROPPED[setting]}"
     if elsewhere := KNOWN_ELSEWHERE.get(last.lower().replace("-", "_")):
         return f"; in loratune this is {elsewhere}"
+    if reason := WITHOUT_SETTING.get(last.lower().replace("-", "_")):
+        return f"; loratune has none: {reason}"
     near = _nearest(setting, last, list(known))
     return f"; did you mean {near}?" if near else ""
 
@@ -234,10 +263,7 @@ def _nearest(setting: str, last: str, known: list[str]) -> str | None:
         for match in difflib.get_close_matches(last, by_last, n=1, cutoff=cutoff):
             candidates = by_last[match]  # the one in the section that was written, where several have this name
             return max(candidates, key=lambda name: difflib.SequenceMatcher(None, setting, name).ratio())
-    close = difflib.get_close_matches(setting, known, n=1, cutoff=0.75)
-    if close:
-        return close[0]
-    return next((by_last[match][0] for match in difflib.get_close_matches(last, by_last, n=1, cutoff=0.7)), None)
+    return next(iter(difflib.get_close_matches(setting, known, n=1, cutoff=0.75)), None)
 
 
 def _itself_and_above(name: str) -> Iterable[str]:

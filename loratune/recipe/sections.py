@@ -40,7 +40,7 @@ class ModelSettings(Section):
     """Quantise the nf4 scales too; saves about 0.4 bits a weight."""
     compute_dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
     """Type in which a quantised base multiplies."""
-    attention: Literal["auto", "sdpa", "eager", "flash_attention_2"] = "auto"
+    attn_implementation: Literal["auto", "sdpa", "eager", "flash_attention_2"] = "auto"
     """Attention implementation; auto takes flash attention where it is installed, else sdpa."""
 
 
@@ -55,7 +55,7 @@ class LoraSettings(Section):
     """Share of the adapter's inputs dropped in training, against overfitting."""
     bias: Literal["none", "all", "lora_only"] = "none"
     """Which bias vectors train along."""
-    targets: Annotated[Literal["attention", "all-linear"] | list[str], BeforeValidator(_listed_unless_named)] = (
+    target_modules: Annotated[Literal["attention", "all-linear"] | list[str], BeforeValidator(_listed_unless_named)] = (
         "all-linear"
     )
     """Modules that get an adapter: attention (q, k, v, o), all-linear, or names such as q_proj."""
@@ -68,7 +68,7 @@ class LoraSettings(Section):
     use_dora: bool = False
     """Train magnitude and direction apart (DoRA): closer to full training, slower."""
 
-    @field_validator("targets")
+    @field_validator("target_modules")
     @classmethod
     def _targets_not_empty(cls, targets: str | list[str]) -> str | list[str]:
         if not targets or "" in list(targets):
@@ -93,7 +93,7 @@ class PromptSettings(Section):
     """chat is the tokenizer's own template; alpaca and plain (Human: … Assistant: …) suit base models."""
     system: str | None = None
     """System prompt for rows without one; default is the template's own."""
-    thinking: bool = False
+    enable_thinking: bool = False
     """Qwen3: prompt for a reasoning block; other models ignore it."""
     instruction_prefix: str = ""
     """Text set before each instruction, in training and afterwards."""
@@ -118,8 +118,8 @@ class TrainingSettings(Section):
     """The optimisation."""
 
     epochs: float = Field(default=3, gt=0, le=1000)
-    """Passes over the training rows; training.steps takes precedence."""
-    steps: int | None = Field(default=None, ge=1)
+    """Passes over the training rows; training.max_steps takes precedence."""
+    max_steps: int | None = Field(default=None, ge=1)
     """Optimizer steps, in place of epochs."""
     learning_rate: float = Field(default=1e-4, gt=0, le=1)
     """Peak learning rate; LoRA wants about ten times that of full training: 1e-4 to 2e-4."""
@@ -139,7 +139,7 @@ class TrainingSettings(Section):
     """Parts of a step: batch_size × this × devices rows make one, packed on average."""
     gradient_checkpointing: bool | None = None
     """Compute activations again in the backward pass: about a third slower, far less memory; default is if needed."""
-    max_gradient_norm: float = Field(default=1.0, ge=0)
+    max_grad_norm: float = Field(default=1.0, ge=0)
     """Gradients above this norm are scaled down; 0 switches it off."""
     optimizer: Literal["adamw", "adamw_8bit", "paged_adamw_8bit", "paged_adamw_32bit"] = "adamw"
     """Optimizer; the 8-bit and paged ones come from bitsandbytes, the paged ones need a GPU."""
@@ -215,8 +215,8 @@ class Recipe(Section):
             raise ValueError("lora.modules_to_save trains full matrices and needs model.quantization none")
         if self.training.tokens_per_batch and not self.training.packing:
             raise ValueError("training.tokens_per_batch is the size of packed batches and needs training.packing")
-        if self.training.steps and self.training.warmup >= self.training.steps:
-            raise ValueError("training.warmup must be shorter than training.steps")
+        if self.training.max_steps and self.training.warmup >= self.training.max_steps:
+            raise ValueError("training.warmup must be shorter than training.max_steps")
         return self
 
 

@@ -69,7 +69,7 @@ def write_card(folder: Path, recipe: Recipe, base_folder: str | None = None) -> 
         recipe: of its training.
         base_folder: where the base lay in training.
     """
-    targets = recipe.lora.targets
+    targets = recipe.lora.target_modules
     quantization = recipe.model.quantization
     prompt = recipe.prompt
     rows = {
@@ -77,7 +77,7 @@ def write_card(folder: Path, recipe: Recipe, base_folder: str | None = None) -> 
         "targets": targets if isinstance(targets, str) else ", ".join(targets),
         "base weights in training": recipe.model.dtype if quantization == "none" else quantization,
         "prompt template": prompt.template
-        + (f", enable_thinking={prompt.thinking}" if prompt.template == "chat" else ""),
+        + (f", enable_thinking={prompt.enable_thinking}" if prompt.template == "chat" else ""),
         "learning rate, schedule": f"{recipe.training.learning_rate:g}, {recipe.training.scheduler}",
         "rows per device and step": f"{recipe.training.batch_size} × {recipe.training.gradient_accumulation}",
         "longest row": f"{recipe.training.max_length} tokens",

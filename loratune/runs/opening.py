@@ -139,7 +139,7 @@ def merged_prompt(folder: Path) -> PromptSettings:
         return PromptSettings()
     known = read_json_object(folder / VERIFICATION)
     return PromptSettings(
-        thinking=bool(known.get("thinking")),
+        enable_thinking=bool(known.get("thinking")),
         generation_prompt=known.get("generation_prompt", "template"),
         date=known.get("date"),
     )

@@ -42,7 +42,7 @@ def training_arguments(
         seed=recipe.seed,
         data_seed=recipe.seed,
         num_train_epochs=training.epochs,
-        max_steps=training.steps or -1,
+        max_steps=training.max_steps or -1,
         learning_rate=training.learning_rate,
         lr_scheduler_type=SCHEDULERS[training.scheduler],
         warmup_steps=training.warmup,
@@ -52,7 +52,7 @@ def training_arguments(
         remove_unused_columns=False,
         gradient_accumulation_steps=accumulation,
         gradient_checkpointing=bool(training.gradient_checkpointing),  # TRL's default is True
-        max_grad_norm=training.max_gradient_norm,
+        max_grad_norm=training.max_grad_norm,
         optim=_optimizer(training.optimizer, hardware, warnings),
         neftune_noise_alpha=training.neftune_alpha,
         max_length=None,  # rows are measured where they are encoded

@@ -93,8 +93,8 @@ def memory_advice(recipe: Recipe) -> list[str]:
         advice.append("--model.quantization nf4  (a quarter of the base's memory)")
     if training.max_length > SHORTEST:
         advice.append(f"--training.max_length {max(SHORTEST, training.max_length // 2)}  (if few rows are that long)")
-    if lora.targets == "all-linear":
-        advice.append("--lora.targets q_proj --lora.targets v_proj  (fewer matrices)")
+    if lora.target_modules == "all-linear":
+        advice.append("--lora.target_modules q_proj --lora.target_modules v_proj  (fewer matrices)")
     if lora.layers is None:
         layers = min(MANY_LAYERS, max(1, _layers(recipe) // 2))
         advice.append(f"--lora.layers 'last {layers}'  (nothing is kept of the layers before)")

@@ -24,7 +24,7 @@ FREE = (
 """Settings and sections without a bearing on the adapter; files and templates count by what they hold."""
 DATE = "date in prompts"
 WHOLE_BASE = f"base {FULL}"
-LENGTHS = ("training.epochs", "training.steps")
+LENGTHS = ("training.epochs", "training.max_steps")
 """A run may be made longer."""
 PATIENCE = "evaluation.early_stopping"
 """So may the wait of a run that stops early, which has no bearing on the steps before; none is the longest."""

@@ -205,7 +205,7 @@ def _load(prepared: Prepared) -> Session:
     adapted = attach_adapter(model, recipe.lora, recipe.model.base, recipe.seed)
     use_fused_lora(adapted)
     use_fused_elementwise(model)
-    if recipe.training.packing and recipe.model.attention == "auto":
+    if recipe.training.packing and recipe.model.attn_implementation == "auto":
         use_document_attention(model)
     summary = summarise_adapter(adapted)
     activations = None

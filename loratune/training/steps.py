@@ -71,7 +71,7 @@ def plan_steps(training: TrainingSettings, lengths: NDArray[np.int64], processes
         rows_per_batch = rows / batches
         accumulation = max(1, round(training.batch_size * accumulation / rows_per_batch))
     steps_per_epoch = math.ceil(math.ceil(batches / processes) / accumulation)
-    steps = training.steps or math.ceil(training.epochs * steps_per_epoch)
+    steps = training.max_steps or math.ceil(training.epochs * steps_per_epoch)
     if training.warmup >= 1 and training.warmup >= steps:
         raise LoratuneError(
             f"training.warmup {training.warmup:g} is not shorter than the run's {steps} steps; a fraction such as 0.05 "

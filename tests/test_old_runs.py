@@ -1,0 +1,109 @@
+"""Run folders and checkpoints of earlier versions: kept as those versions wrote them, and opened by every command.
+
+`old_runs/finished` and `old_runs/interrupted` are of loratune 0.1.0, on tiny-qwen; without what is copied here.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from loratune.errors import Exit
+
+OLD_RUNS = Path(__file__).parent / "old_runs"
+TINY_QWEN = Path(__file__).parents[1] / "loratune" / "assets" / "tiny-qwen"
+
+
+@pytest.fixture
+def old_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Puts a run folder, with the rows that it was trained on, into the current folder."""
+    monkeypatch.chdir(tmp_path)
+    shutil.copy(OLD_RUNS / "rows.json", tmp_path)
+
+    def put(name: str) -> Path:
+        run = shutil.copytree(OLD_RUNS / name, tmp_path / name)
+        if (run / "adapter").is_dir():
+            shutil.copy(TINY_QWEN / "tokenizer.json", run / "adapter")
+        return Path(name)
+
+    return put
+
+
+def answer_of_peft(adapter: Path, question: str, tokens: int) -> str:
+    """PEFT's own answer, greedily."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(TINY_QWEN)
+    base = AutoModelForCausalLM.from_pretrained(TINY_QWEN, dtype=torch.float32)
+    model = PeftModel.from_pretrained(base, str(adapter)).eval()
+    prompt = tokenizer.apply_chat_template(
+        [{"role": "user", "content": question}], add_generation_prompt=True, return_tensors="pt", return_dict=True
+    )
+    ids = model.generate(**prompt, max_new_tokens=tokens, do_sample=False)
+    return str(tokenizer.decode(ids[0, prompt["input_ids"].shape[1] :], skip_special_tokens=True))
+
+
+def test_a_finished_run_is_asked(old_run: Any, cli: Any, tmp_path: Path) -> None:
+    run = old_run("finished")
+    Path("rows.jsonl").write_text('{"instruction": "When is the kitchen cleaned?"}\n', encoding="utf-8")
+    flags = ["--input", "rows.jsonl", "--output", "answers.jsonl", "--max-new-tokens", 12]
+    result = cli("infer", "--adapter", run, *flags)
+    assert result.exit_code == 0, result.stderr
+    answer = json.loads(Path("answers.jsonl").read_text(encoding="utf-8"))
+    assert answer_of_peft(run / "adapter", "When is the kitchen cleaned?", 12) in answer.values()
+
+
+@pytest.mark.parametrize("model", [[], ["--model", TINY_QWEN]], ids=["as recorded", "given"])
+def test_a_finished_run_is_merged_and_exported(old_run: Any, cli: Any, model: list[Any]) -> None:
+    run = old_run("finished")
+    merged = cli("merge", "--adapter", run, "--output", "merged", *model)
+    assert merged.exit_code == 0, merged.stderr
+    tensors = load_file("merged/model.safetensors")
+    expected = PeftModel.from_pretrained(
+        AutoModelForCausalLM.from_pretrained(TINY_QWEN, dtype=torch.float32), str(run / "adapter")
+    ).merge_and_unload()
+    for name, weight in expected.state_dict().items():
+        if name in tensors:
+            torch.testing.assert_close(tensors[name].float(), weight, rtol=2**-7, atol=1e-6)
+    exported = cli("export", "--adapter", run, "--format", "adapter", "--output", "given-away", *model)
+    assert exported.exit_code == 0, exported.stderr
+    sealed = json.loads((run / "manifest.json").read_text(encoding="utf-8"))["files"]
+    weights = "adapter_model.safetensors"
+    assert Path("given-away", weights).stat().st_size == sealed[f"adapter/{weights}"]["bytes"]
+
+
+def test_a_finished_run_is_shown(old_run: Any, cli: Any) -> None:
+    shown = cli("runs", "show", old_run("finished"), "--json")
+    assert shown.exit_code == 0, shown.stderr
+    state = json.loads(shown.stdout)
+    assert (state["state"], state["step"], state["steps"], state["changed"]) == ("finished", 4, 4, [])
+
+
+def test_an_interrupted_run_goes_on_to_its_end(old_run: Any, cli: Any) -> None:
+    run = old_run("interrupted")
+    result = cli("sft", "--config", run / "recipe.yaml", "--resume")
+    assert result.exit_code == 0, result.stderr
+    records = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    steps = [record["step"] for record in records if "loss" in record]
+    assert steps == list(range(1, 41))  # the first three are those of the earlier version
+    assert json.loads((run / "status.json").read_text(encoding="utf-8"))["state"] == "finished"
+
+
+def test_what_was_chosen_in_an_old_run_is_a_difference_and_new_settings_are_none(old_run: Any, cli: Any) -> None:
+    run = old_run("interrupted")
+    flags = ["sft", "--config", run / "recipe.yaml", "--resume"]
+    refused = cli(*flags, "--lora.target_modules", "k_proj")
+    assert refused.exit_code == Exit.USAGE
+    said = " ".join(refused.stderr.split())
+    assert "lora.target_modules: ['q_proj'] → ['k_proj']" in said
+    assert said.count(" → ") == 1
+    refused = cli(*flags, "--training.max_grad_norm", "0.5")
+    assert "training.max_grad_norm: 1.0 → 0.5" in " ".join(refused.stderr.split())
