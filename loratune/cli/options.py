@@ -10,7 +10,7 @@ import typer
 from pydantic.fields import FieldInfo
 
 from loratune.recipe.data_sections import Finding
-from loratune.recipe.loading import is_list
+from loratune.recipe.flag_values import is_list
 from loratune.recipe.names import RENAMED
 from loratune.recipe.section import Section
 from loratune.recipe.sections import iterate_settings

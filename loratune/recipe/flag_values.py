@@ -1,0 +1,65 @@
+"""What is typed behind a flag → the value that it would have in a recipe."""
+
+from __future__ import annotations
+
+import types
+from typing import Any, Literal, Union, get_args, get_origin
+
+from pydantic.fields import FieldInfo
+
+from loratune.recipe.yaml_reader import read_yaml
+
+
+def is_text(annotation: Any) -> bool:
+    """Whether a setting takes its text as it is typed (a text, or one of several words)."""
+    if get_origin(annotation) in (Union, types.UnionType):
+        return all(is_text(kind) for kind in get_args(annotation) if kind is not type(None))
+    return annotation is str or get_origin(annotation) is Literal
+
+
+def is_list(annotation: Any) -> bool:
+    """Whether a setting's flag may be repeated."""
+    if get_origin(annotation) in (Union, types.UnionType):
+        return any(is_list(kind) for kind in get_args(annotation))
+    return get_origin(annotation) in (list, dict)
+
+
+def parse_flag(given: Any, field: FieldInfo) -> Any:
+    """A flag's text as a recipe value: as typed for texts, as YAML for the rest."""
+    kind = field.annotation
+    if isinstance(given, bool):
+        return given
+    if get_origin(kind) is dict:
+        return dict(_parse_pair(pair) for pair in given)
+    if is_list(kind):
+        texts = given if isinstance(given, list) else [given]
+        items = [_parse_entry(text) for text in texts]
+        is_number_or_list = get_origin(kind) is not list
+        if is_number_or_list and len(items) > 1 and any(isinstance(_parse_yaml(item), float | int) for item in texts):
+            raise ValueError(f"give one number, or names alone; got {', '.join(map(str, items))}")
+        if len(items) > 1 or get_origin(kind) is list or isinstance(items[0], dict):
+            return items
+        number = _parse_yaml(items[0]) if isinstance(items[0], str) else None
+        return number if isinstance(number, int | float) else items[0]
+    if is_text(kind):
+        return None if given == "null" and type(None) in get_args(kind) else given
+    return _parse_yaml(given)
+
+
+def _parse_entry(text: str) -> Any:
+    """An item of a list: a text, or settings of its own as `{path: rows.json, weight: 10}`."""
+    return _parse_yaml(text) if text.startswith("{") else text
+
+
+def _parse_pair(pair: str) -> tuple[str, str]:
+    name, equals, value = pair.partition("=")
+    if not equals or not name:
+        raise ValueError(f"write name=value, got {pair!r}")
+    return name, value
+
+
+def _parse_yaml(text: str) -> Any:
+    document = read_yaml(text)
+    if document.problems:
+        raise ValueError(f"cannot read {text!r}")
+    return document.values
