@@ -13,6 +13,15 @@ def listed(value: Any) -> Any:
     return [value] if isinstance(value, str) else value
 
 
+def named_modules(value: Any) -> Any:
+    """Names of modules: a list, or texts that may hold several names, as `q_proj,v_proj` does elsewhere."""
+    names = listed(value)
+    if not isinstance(names, list):
+        return names
+    parts = [name.split(",") if isinstance(name, str) else [name] for name in names]
+    return [name.strip() if isinstance(name, str) else name for several in parts for name in several]
+
+
 def _at_home(path: str) -> str:
     if not path.strip():
         raise ValueError("must not be empty")
@@ -21,7 +30,7 @@ def _at_home(path: str) -> str:
 
 HomePath = Annotated[str, AfterValidator(_at_home)]
 """A path in which ~ means the home folder, as in a shell, which does not see the values of a recipe."""
-TextList = Annotated[list[str], BeforeValidator(listed)]
+ModuleNames = Annotated[list[str], BeforeValidator(named_modules)]
 
 
 class Section(BaseModel):

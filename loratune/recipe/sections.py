@@ -12,7 +12,7 @@ from pydantic.fields import FieldInfo
 from pydantic_core import to_jsonable_python
 
 from loratune.recipe.data_sections import DataSettings
-from loratune.recipe.section import HomePath, Section, TextList, listed
+from loratune.recipe.section import HomePath, ModuleNames, Section, listed, named_modules
 
 TINY_QWEN = "tiny-qwen"
 NAMED_TARGETS = ("attention", "all-linear")
@@ -20,7 +20,7 @@ LAYERS = re.compile(r"(?P<end>first|last) (?P<count>[1-9]\d*)|(?P<start>\d+)-(?P
 
 
 def _listed_unless_named(value: Any) -> Any:
-    return value if value in NAMED_TARGETS else listed(value)
+    return value if value in NAMED_TARGETS else named_modules(value)
 
 
 class ModelSettings(Section):
@@ -61,7 +61,7 @@ class LoraSettings(Section):
     """Modules that get an adapter: attention (q, k, v, o), all-linear, or names such as q_proj."""
     layers: str | None = None
     """Only these decoder layers: 'last 6', 'first 4' or '8-15' (counted from 0); default is all."""
-    modules_to_save: TextList = []
+    modules_to_save: ModuleNames = []
     """Modules trained in full and saved with the adapter, such as embed_tokens."""
     use_rslora: bool = False
     """Scale by alpha / sqrt(rank), which keeps high ranks stable."""
