@@ -36,6 +36,10 @@ ROWS: dict[str, Any] = {
             {"from": {"user": "human", "assistant": "gpt"}.get(role, role), "value": text} for role, text in SAID
         ]
     },
+    "conversational prompt and completion": {
+        "prompt": [{"role": role, "content": text} for role, text in SAID[:-1]],
+        "completion": [{"role": role, "content": text} for role, text in SAID[-1:]],
+    },
     "query and response": {
         "system": "Be brief.", "history": [["Hi, {{name}}", "Hello."]], "query": "Bye", "response": "Ciao."
     },
