@@ -115,6 +115,12 @@ def test_a_row_that_does_not_fit_is_told_with_the_place_of_the_turn(change: dict
     assert row == given
 
 
+def test_the_row_is_not_changed_where_its_answers_are_marked() -> None:
+    row = copy.deepcopy(ROWS["several turns"])
+    conversation_of(row)
+    assert row == ROWS["several turns"]
+
+
 def test_a_file_s_first_row_tells_texts_from_turns() -> None:
     assert detect_format([{"prompt": "a", "completion": "b"}], {}).name == "prompt and completion"
     assert detect_format([ROWS["one turn"]], {}).name == "conversational prompt and completion"

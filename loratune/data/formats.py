@@ -105,6 +105,12 @@ class ConversationReader:
 
     def read(self, given: Any) -> Conversation | str:
         """The conversation of a row, or what keeps the row from being trained on."""
+        try:
+            return self._read(given)
+        except RecursionError:  # whatever looks into its values goes as deep as they do
+            return "its values are nested too deep to be looked into"
+
+    def _read(self, given: Any) -> Conversation | str:
         value = renamed(renamed(given, self._columns), self.kind.columns)
         found = [f"is {kind_of(value)}, not an object"]
         if isinstance(value, dict):
