@@ -64,6 +64,14 @@ def test_a_template_that_changes_a_text_in_other_ways_is_told(change: str) -> No
     assert "changes the text of earlier answers" in remark
 
 
+@pytest.mark.parametrize("instead", ["''", "'(an answer)'"])
+def test_a_template_that_leaves_earlier_answers_out_is_told(instead: str) -> None:
+    written = f"({instead} if m.role == 'assistant' and not loop.last else m.content)"
+    (remark,) = encoder_of(CHATML.replace("m.content", written)).remarks
+    assert "leaves the text of earlier answers out" in remark
+    assert "changes" not in remark
+
+
 @pytest.mark.parametrize("kept", ["m.content|trim", "m.content", "' ' + m.content + ' '"])
 def test_blanks_around_a_text_are_no_matter(kept: str) -> None:
     encoder = encoder_of(CHATML.replace("m.content", f"({kept})"))

@@ -273,6 +273,83 @@ def test_a_question_that_does_not_fit_is_reported_and_the_others_are_answered(cl
     assert says(result, "1 row of 5 did not fit into the context and got no answer: row 5")
 
 
+@pytest.fixture
+def alternating(tmp_path: Path) -> Path:
+    """A base whose template takes questions and answers in turn only."""
+    folder = shutil.copytree(TINY_QWEN, tmp_path / "alternating")
+    own = (folder / "chat_template.jinja").read_text()
+    (folder / "chat_template.jinja").write_text(
+        "{% for m in messages if m.role != 'system' %}{% if (m.role == 'user') != (loop.index0 % 2 == 0) %}"
+        "{{ raise_exception('Roles must alternate') }}{% endif %}{% endfor %}" + own
+    )
+    return folder
+
+
+def write_spoken(path: Path, *rows: str) -> Path:
+    """Rows of messages, whose speakers are u for a user and a for an assistant."""
+    roles = {"u": "user", "a": "assistant"}
+    told = [[{"role": roles[one], "content": f"{QUESTIONS[0]} {n}"} for one in row] for n, row in enumerate(rows)]
+    path.write_text("".join(json.dumps({"messages": messages}) + "\n" for messages in told))
+    return path
+
+
+def test_rows_that_the_template_refuses_get_an_error_and_all_others_an_answer(
+    cli: Cli, alternating: Path, tmp_path: Path
+) -> None:
+    rows, output = write_spoken(tmp_path / "rows.jsonl", "u", "uu", "uau", "uaau"), tmp_path / "a.jsonl"
+    command = ("infer", "--model", alternating, "--input", rows, "--output", output, "--max-new-tokens", "4", "--json")
+    done = cli(*command)
+    assert done.exit_code == Exit.DATA, done.stderr
+    found = lines_of(output)
+    assert [line["finish"] == "refused" for line in found] == [False, True, False, True]
+    assert all(("error" in line) == (line["finish"] == "refused") for line in found)
+    assert all("Roles must alternate" in found[place]["error"] for place in (1, 3))
+    assert [line["answer"] for line in found[1::2]] == ["", ""]
+    assert all(line["answer"] for line in found[::2])
+    summary = json.loads(done.stdout)
+    assert [one["row"] for one in summary["refused"]] == [2, 4]
+    assert summary["finish"]["refused"] == 2
+    assert says(done, "2 of 4 rows could not be asked and got no answer")
+    assert says(done, "row 4: the tokenizer's chat template refuses the messages user, assistant, assistant, user")
+
+
+def test_a_complete_file_with_refused_rows_says_so_again(
+    cli: Cli, alternating: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows, output = write_spoken(tmp_path / "rows.jsonl", "ua", "uua"), tmp_path / "a.jsonl"
+    command = ("infer", "--model", alternating, "--input", rows, "--output", output, "--max-new-tokens", "4", "--json")
+    assert cli(*command).exit_code == Exit.DATA
+    scored = cli(*command, "--metrics")
+    assert scored.exit_code == Exit.DATA, scored.stderr
+    assert json.loads(scored.stdout)["answered"] == 0
+    assert [line["metrics"]["exact_match"] for line in lines_of(output)] == [False, False]
+    assert "Roles must alternate" in lines_of(output)[1]["error"]
+    monkeypatch.setattr("loratune.generation.engine.load_engine", None)
+    again = cli(*command)
+    assert again.exit_code == Exit.DATA
+    assert says(again, "1 of 2 rows could not be asked")
+    assert [one["row"] for one in json.loads(again.stdout)["refused"]] == [2]
+
+
+def test_a_template_that_refuses_every_row_is_at_fault(cli: Cli, alternating: Path, tmp_path: Path) -> None:
+    rows, output = write_spoken(tmp_path / "rows.jsonl", "uu", "uaau"), tmp_path / "a.jsonl"
+    done = cli("infer", "--model", alternating, "--input", rows, "--output", output)
+    assert done.exit_code == Exit.MODEL
+    assert says(done, "no row could be asked")
+
+
+def test_a_fault_of_the_engine_is_not_taken_for_a_row_s(
+    cli: Cli, rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: Any) -> None:
+        raise LoratuneError("the engine is broken", Exit.IO)
+
+    monkeypatch.setattr("loratune.generation.engine.Engine.submit", refuse)
+    done = cli("infer", "--model", "tiny-qwen", "--input", rows, "--output", tmp_path / "a.jsonl")
+    assert done.exit_code == Exit.IO
+    assert says(done, "the engine is broken")
+
+
 def test_json_holds_what_no_encoding_can_write() -> None:
     assert json.loads(json_line({"a": "\ud800", "b": "é"})) == {"a": "\ud800", "b": "é"}
     assert json_line({"a": "é"}) == '{"a": "é"}\n'.encode()

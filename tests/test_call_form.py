@@ -330,6 +330,23 @@ def test_a_special_token_in_an_argument_stays_text_beside_the_template_s_own() -
     )
 
 
+PRIVATE_USE = "\U000f0000\U000f0001\U000f0002\U000f0003"
+"""Characters by which special tokens of a text might be kept apart."""
+
+
+@pytest.mark.parametrize("beside", ["", SPECIAL, "<|endoftext|>"])
+@pytest.mark.parametrize("template", TEMPLATES)
+def test_characters_of_private_use_in_a_call_are_trained_as_they_are(template: str, beside: str) -> None:
+    encoder = tool_encoder(template)
+    call = call_of(city=f"a{PRIVATE_USE[:2]}{beside}b{PRIVATE_USE}", **{f"key{PRIVATE_USE[0]}": PRIVATE_USE[1]})
+    (example,) = encoder.encode(conversation(call))
+    trained = [label for label in example.labels.tolist() if label != IGNORED]
+    expected = rendered(template, [call]).replace("call00000", "000000001")  # ids are numbers in training
+    assert encoder.tokenizer.decode(trained) == expected + "<|im_end|>"
+    assert trained.count(SPECIAL_ID) == (template == "mistral")
+    assert trained.count(encoder.end_id) == 1
+
+
 def streamed(encoder: Encoder, ids: list[int]) -> tuple[str, list[Call]]:
     """What comes of the tokens of an answer."""
     form = encoder.call_form

@@ -36,6 +36,10 @@ ROWS: dict[str, Any] = {
             {"from": {"user": "human", "assistant": "gpt"}.get(role, role), "value": text} for role, text in SAID
         ]
     },
+    "conversational prompt and completion": {
+        "prompt": [{"role": role, "content": text} for role, text in SAID[:-1]],
+        "completion": [{"role": role, "content": text} for role, text in SAID[-1:]],
+    },
     "query and response": {
         "system": "Be brief.", "history": [["Hi, {{name}}", "Hello."]], "query": "Bye", "response": "Ciao."
     },
@@ -59,6 +63,40 @@ def test_every_format_gives_the_same_conversation(kind: str) -> None:
     assert detect_format([ROWS[kind]], {}).name == kind
     expected = [(role, text.replace("{{name}}", "Ada")) for role, text in SAID]
     assert [(message["role"], message["content"]) for message in conversation.messages] == expected
+
+
+def nested(levels: int) -> Any:
+    value: Any = "leaf"
+    for level in range(levels):
+        value = [value] if level % 2 else {"a": value}
+    return value
+
+
+@pytest.mark.parametrize("as_text", [False, True])
+def test_tools_and_calls_that_are_nested_too_deep_are_refused_by_name(as_text: bool) -> None:
+    asked = ROWS["messages"]["messages"][:2]
+
+    def row(tools: int, arguments: int) -> dict[str, Any]:
+        offer: Any = [{"type": "function", "function": {"name": "f", "parameters": {"x": nested(tools)}}}]
+        given: Any = {"x": nested(arguments)}
+        if as_text:
+            offer, given = json.dumps(offer), json.dumps(given)
+        call = {"type": "function", "function": {"name": "f", "arguments": given}}
+        return {"messages": [*asked, {"role": "assistant", "tool_calls": [call]}], "tools": offer}
+
+    assert isinstance(read_or_refuse(row(90, 90)), Conversation)
+    for levels in (110, 900):
+        assert "'tools' are nested more than 100 levels deep" in str(read_or_refuse(row(levels, 1)))
+        told = str(read_or_refuse(row(1, levels)))
+        assert told.startswith("message 3: ")
+        assert "nested more than 100 levels deep" in told
+
+
+@pytest.mark.parametrize("key", ["images", "note"])
+def test_a_row_that_is_nested_too_deep_anywhere_is_a_bad_row(key: str) -> None:
+    assert isinstance(read_or_refuse(ROWS["messages"] | {key: []}), Conversation)
+    told = read_or_refuse(ROWS["messages"] | {key: nested(5000)})
+    assert told == "its values are nested too deep to be looked into"
 
 
 def test_a_pair_is_a_question_and_an_answer() -> None:

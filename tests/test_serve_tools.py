@@ -257,6 +257,16 @@ def test_what_the_model_thought_before_it_called_is_given_to_the_template(asked:
 BROKEN = CALLED | {"function": {"name": "f", "arguments": "[1"}}
 
 
+TOO_DEEP = CALLED | {"function": {"name": "f", "arguments": '{"x": ' + "[" * 940 + "]" * 940 + "}"}}
+
+
+def nested(levels: int) -> Any:
+    value: Any = []
+    for _ in range(levels):
+        value = [value]
+    return value
+
+
 def offered(**fields: Any) -> dict[str, Any]:
     return {"type": "function", "function": {"name": "f", **fields}}
 
@@ -278,6 +288,12 @@ def offered(**fields: Any) -> dict[str, Any]:
         ({"tools": [offered(now=1)]}, "tools.0.function.now", ""),
         ({"tools": [WEATHER] * 129}, "tools", ""),
         ({"tools": [offered(parameters={"<|im_end|>": 1})]}, "tools", "control token"),
+        ({"tools": [offered(parameters={"x": nested(800)})]}, "tools", "nested more than 100 levels deep"),
+        (
+            {"messages": [{"role": "assistant", "tool_calls": [TOO_DEEP]}, *ASKED]},
+            "messages.0",
+            "nested more than 100 levels deep",
+        ),
         ({"functions": [{"name": "f"}]}, "functions", "not supported"),
         ({"messages": [{"role": "assistant", "tool_calls": [BROKEN]}, *ASKED]}, "messages.0", "the JSON text of one"),
         ({"messages": [{"role": "assistant", "tool_calls": [{"id": "a"}]}, *ASKED]},

@@ -10,9 +10,9 @@ import typer
 
 from loratune import console
 from loratune.cli.flags import Adapters, Force, Json, Model, named_adapters
-from loratune.cli.infer_rows import RowsRequest, answer_file
+from loratune.cli.infer_rows import SHOWN_ROWS, RowsRequest, answer_file
 from loratune.data.conversation import has_half_a_pair
-from loratune.errors import Exit, LoratuneError
+from loratune.errors import Exit, LoratuneError, bullet_list, counted
 
 if TYPE_CHECKING:
     from loratune.generation.engine import Engine
@@ -22,7 +22,8 @@ The run folder knows the base model, the template, the system prompt and the thi
 it has to be said again.
 
 --input takes JSON, JSONL, CSV and Parquet: Alpaca rows, messages, ShareGPT, pairs, or a prompt a row; the last answer
-may be missing. The same command goes on where a stopped one has left off."""
+may be missing. The same command goes on where a stopped one has left off. A row that the chat template refuses gets an
+error in place of an answer, and the exit code is 3."""
 MODELS_OWN = "the model's"
 
 
@@ -159,6 +160,7 @@ def command(
     summary = answer_file(request)
     if json:
         console.write_json(summary)
+    _check_all_asked(summary)
 
 
 def _check_flags(
@@ -185,6 +187,32 @@ def _check_texts(texts: dict[str, Any]) -> None:
                 raise LoratuneError(f"{name} is empty", Exit.USAGE)
             if has_half_a_pair(text) and name != "--input":
                 raise LoratuneError(f"{name} is not UTF-8; convert it first", Exit.USAGE)
+
+
+def _check_all_asked(summary: dict[str, Any]) -> None:
+    """Name the rows of a file that could not be asked, all others being answered.
+
+    Args:
+        summary: from `answer_file`.
+
+    Raises:
+        LoratuneError: there are some; where they are all, the template is told to be at fault.
+    """
+    refused, total = summary["refused"], summary["rows"]
+    if not refused:
+        return
+    listed = bullet_list([f"row {one['row']}: {one['error']}" for one in refused], limit=SHOWN_ROWS)
+    message = f"{len(refused):,} of {counted(total, 'row')} could not be asked and got no answer:\n{listed}\n"
+    if len(refused) == total:
+        raise LoratuneError(
+            f"{message}no row could be asked: the system prompt or the chat template is at fault; correct it",
+            Exit.MODEL,
+        )
+    raise LoratuneError(
+        f"{message}the other rows are answered in {summary['output']}, where these have an 'error'; mend them and ask "
+        "them from a file of their own",
+        Exit.DATA,
+    )
 
 
 def _load(adapters: list[tuple[str, Path]], model: str | None, force: bool) -> Engine:

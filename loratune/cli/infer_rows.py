@@ -236,7 +236,7 @@ def _holds_all(report: dict[str, Any], request: RowsRequest) -> bool:
 
 
 def _report(work: Work, answers: AnswerFile, sums: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    from loratune.generation.row_answers import TOO_LONG
+    from loratune.generation.row_answers import REFUSED, TOO_LONG
 
     results = {row.number: answers.read(row.number, work.sides[0].answer) for row in work.rows}
     return {
@@ -244,6 +244,11 @@ def _report(work: Work, answers: AnswerFile, sums: dict[str, dict[str, Any]]) ->
         "tokens": sum(result["tokens"] for result in results.values()),
         "finish": dict(Counter(result["finish"] for result in results.values())),
         "too_long": [number for number, result in results.items() if result["finish"] == TOO_LONG],
+        "refused": [
+            {"row": number, "error": result["error"]}
+            for number, result in results.items()
+            if result["finish"] == REFUSED
+        ],
         "metrics": {side or ANSWERS: values for side, values in sums.items()} or None,
     }
 
@@ -251,7 +256,8 @@ def _report(work: Work, answers: AnswerFile, sums: dict[str, dict[str, Any]]) ->
 def _summary(report: dict[str, Any], request: RowsRequest) -> dict[str, Any]:
     """What scripts are told, whether something was done or not."""
     told = {name: report.get(name) for name in ("rows", "tokens", "finish", "too_long", "metrics")}
-    return {"output": str(request.output), **told, "answered": 0, "kept": told["rows"]}
+    refused = report.get("refused", [])  # reports of earlier versions have none
+    return {"output": str(request.output), **told, "refused": refused, "answered": 0, "kept": told["rows"]}
 
 
 def _tell(request: RowsRequest, work: Work, tally: Tally, report: dict[str, Any]) -> None:

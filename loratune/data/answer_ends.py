@@ -69,15 +69,24 @@ def frame_answer(render: Render, text: str, tools: Tools, special: re.Pattern[st
         ending = f"ends an answer with {behind!r}, which is no end token: {{end}}, and not on that text"
     else:
         ending = "sets no end token after an answer: {end}"
-    changes = "" if SAMPLE in _of_earlier(render, text, tools) else _CHANGES
-    told = [f"the tokenizer's chat template {one}" for one in (ending, changes) if one]
+    told = [f"the tokenizer's chat template {one}" for one in (ending, _changes(render, text, tools)) if one]
     return AnswerFrame(before, behind, end, "; ".join(told))
 
 
-_CHANGES = (
-    "changes the text of earlier answers, such as capitals, blanks or signs in them; answers are trained as the rows "
-    "have them, after earlier ones as the template has them"
-)
+def _changes(render: Render, text: str, tools: Tools) -> str:
+    """What becomes of an answer once a question follows; empty where it stays as it is."""
+    sampled, marked = (_with_earlier(render, text, tools, answer) for answer in (SAMPLE_ANSWER, ANSWER))
+    if SAMPLE in sampled:
+        return ""
+    if sampled == marked:
+        return (
+            "leaves the text of earlier answers out: in training as in inference, an answer follows a prompt without "
+            "those before it"
+        )
+    return (
+        "changes the text of earlier answers, such as capitals, blanks or signs in them; answers are trained as the "
+        "rows have them, after earlier ones as the template has them"
+    )
 
 
 def _end_before_a_question(render: Render, text: str, tools: Tools, special: re.Pattern[str]) -> str:
@@ -91,9 +100,9 @@ def _end_before_a_question(render: Render, text: str, tools: Tools, special: re.
     return first[0] if first and first[0] not in opening[-1:] else ""
 
 
-def _of_earlier(render: Render, text: str, tools: Tools) -> str:
-    """What the template makes of a conversation in which an answer with all kinds of signs stands."""
+def _with_earlier(render: Render, text: str, tools: Tools, answer: dict[str, str]) -> str:
+    """What the template makes of a conversation in which a question follows an answer."""
     try:
-        return render(text, [QUESTION, SAMPLE_ANSWER, QUESTION], tools)
+        return render(text, [QUESTION, answer, QUESTION], tools)
     except LoratuneError:
         return SAMPLE  # it takes one question alone

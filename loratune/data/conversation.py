@@ -70,6 +70,17 @@ def has_half_a_pair(text: str) -> bool:
     return False
 
 
+def is_deeper(value: Any, levels: int) -> bool:
+    """Whether lists and objects of a JSON value stand in each other more than so many levels deep."""
+    layer = [value]
+    for _ in range(levels):
+        nested = [one.values() if isinstance(one, dict) else one for one in layer if isinstance(one, dict | list)]
+        if not nested:
+            return False
+        layer = [inner for one in nested for inner in one]
+    return any(isinstance(one, dict | list) for one in layer)
+
+
 def texts_in(value: Any) -> Iterator[str]:
     """All texts in a JSON value; the keys of its objects are left out."""
     if isinstance(value, str):

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from loratune.data import alpaca
+from loratune.data import alpaca, prompt_rows
 from loratune.data.chat_rows import CONVERSATIONS, MESSAGES, ChatRows
 from loratune.data.conversation import Conversation, Message, kind_of
 from loratune.data.row_media import named_media, referred_media
@@ -37,6 +37,12 @@ class Format:
     tools: Callable[[dict[str, Any]], tuple[dict[str, Any], ...]] = lambda _: ()
     columns: Mapping[str, str] | None = None
     """Its names of Alpaca's columns, for pairs that are called something else."""
+    fits: Callable[[dict[str, Any]], bool] = lambda _: True
+    """Whether a row that has the keys is in this format, where others have the same ones."""
+
+    def is_of(self, row: Any) -> bool:
+        """Whether a row is in this format, well formed or not."""
+        return isinstance(row, dict) and all(key in row for key in self.keys) and self.fits(row)
 
 
 def _alpaca(name: str, keys: tuple[str, ...], needs: str, columns: Mapping[str, str] | None = None) -> Format:
@@ -53,11 +59,23 @@ def _chat(name: str, rows: ChatRows) -> Format:
     return Format(name, (rows.key,), rows.needs, rows.problems, rows.messages, rows.unread, rows.untrained, tools_of)
 
 
+CONVERSATIONAL = Format(
+    "conversational prompt and completion",
+    prompt_rows.LISTS,
+    prompt_rows.NEEDS,
+    prompt_rows.problems,
+    prompt_rows.messages,
+    prompt_rows.unread,
+    prompt_rows.untrained,
+    tools_of,
+    fits=prompt_rows.has_lists,
+)
 ALPACA = _alpaca("alpaca", ("instruction",), alpaca.NEEDS)
 FORMATS = (
     _chat("messages", MESSAGES),
     _chat("sharegpt", CONVERSATIONS),
     ALPACA,
+    CONVERSATIONAL,
     _pairs("prompt", "completion"),
     _pairs("query", "response"),
 )
@@ -87,6 +105,12 @@ class ConversationReader:
 
     def read(self, given: Any) -> Conversation | str:
         """The conversation of a row, or what keeps the row from being trained on."""
+        try:
+            return self._read(given)
+        except RecursionError:  # whatever looks into its values goes as deep as they do
+            return "its values are nested too deep to be looked into"
+
+    def _read(self, given: Any) -> Conversation | str:
         value = renamed(renamed(given, self._columns), self.kind.columns)
         found = [f"is {kind_of(value)}, not an object"]
         if isinstance(value, dict):
@@ -124,7 +148,7 @@ def detect_format(first: Iterable[Any], columns: Mapping[str, str]) -> Format:
     for value in first:
         row = renamed(value, columns)
         for kind in FORMATS:
-            if isinstance(row, dict) and all(key in row for key in kind.keys):
+            if kind.is_of(row):
                 return kind
     return ALPACA
 

@@ -5,9 +5,12 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from loratune.data.conversation import has_half_a_pair, kind_of
+from loratune.data.conversation import has_half_a_pair, is_deeper, kind_of
 
 HALF_A_PAIR = "holds half of a UTF-16 pair, which is no character"
+DEEPEST = 100
+"""Levels of lists and objects, all of which Python, Jinja and the template follow by calls within calls."""
+TOO_DEEP = f"nested more than {DEEPEST} levels deep"
 
 
 def tools_of(value: dict[str, Any]) -> tuple[dict[str, Any], ...]:
@@ -18,6 +21,8 @@ def tools_of(value: dict[str, Any]) -> tuple[dict[str, Any], ...]:
 
 def read_calls(given: Any) -> list[dict[str, Any]] | str:
     """Calls of tools with their arguments as objects, which most templates want, or what is wrong with them."""
+    if is_deeper(given, DEEPEST):
+        return f"its calls of tools are {TOO_DEEP}"
     given = _without_nulls(given)
     if given is None:
         return []
@@ -32,6 +37,8 @@ def read_calls(given: Any) -> list[dict[str, Any]] | str:
         arguments = parsed(function.get("arguments"))
         if not isinstance(arguments, dict):
             return f"call {place} ({name}): 'arguments' are neither an object nor the JSON text of one"
+        if is_deeper(arguments, DEEPEST):
+            return f"call {place} ({name}): 'arguments' are {TOO_DEEP}"
         calls.append({"type": "function", "function": {"name": name, "arguments": arguments}})
     return HALF_A_PAIR if has_half_a_pair(json.dumps(calls, ensure_ascii=False)) else calls
 
@@ -43,7 +50,10 @@ def given_tools(value: dict[str, Any]) -> Any:
 
 def read_tools(given: Any) -> list[dict[str, Any]] | str:
     """Descriptions of tools, each as OpenAI's {"type": "function", "function": {…}}, or what is wrong with them."""
-    tools = parsed(_without_nulls(given)) if given != "" else None
+    tools = parsed(given)
+    if is_deeper(tools, DEEPEST):
+        return f"'tools' are {TOO_DEEP}"
+    tools = tools if isinstance(given, str) else _without_nulls(tools)
     if tools is None and given in (None, "", "null"):
         return []
     if not isinstance(tools, list):

@@ -1,4 +1,4 @@
-"""Keeps in texts the two characters that transformers sets around control tokens, and drops where texts hold them."""
+"""Marks around control tokens in texts: two characters that transformers sets, or others where a text holds them."""
 
 from __future__ import annotations
 
@@ -22,16 +22,20 @@ def with_marks_kept(tokenizer: Any, rendered: list[Any]) -> tuple[Any, list[Any]
         Those given where no text holds one of the characters. Else the messages hold others in their place, which the
         tokenizer takes for them.
     """
-    texts = [*texts_in(rendered), *keys_in(rendered)]
-    if not any(mark in text for text in texts for mark in MARKS):
+    if not any(mark in text for text in (*texts_in(rendered), *keys_in(rendered)) for mark in MARKS):
         return tokenizer, rendered
-    used = set().union(*texts)
-    free = (chr(code) for code in PRIVATE_USE if chr(code) not in used)
-    stand_ins = [next(free) for _ in MARKS]
+    stand_ins = free_marks(rendered)
     back = str.maketrans(dict(zip(stand_ins, MARKS, strict=True)))
     other = copy.copy(tokenizer)
     other.encode = lambda text, **options: tokenizer.encode(text.translate(back), **options)
     return other, _translated(rendered, str.maketrans(dict(zip(MARKS, stand_ins, strict=True))))
+
+
+def free_marks(value: Any) -> tuple[str, str]:
+    """Two characters that stand in no text or key of a JSON value."""
+    used = set().union(*texts_in(value), *keys_in(value))
+    free = (chr(code) for code in PRIVATE_USE if chr(code) not in used)
+    return next(free), next(free)
 
 
 def _translated(value: Any, table: dict[int, str]) -> Any:

@@ -15,7 +15,7 @@ from loratune.data.call_shapes import Call
 from loratune.data.chat_template import CLOSING, OPENING
 from loratune.data.conversation import Message, keys_in
 from loratune.data.rendering import ChatRenderer
-from loratune.data.text_marks import MARKS
+from loratune.data.text_marks import free_marks
 from loratune.errors import Exit, LoratuneError
 
 FIRST_MARK = 0xF0100
@@ -189,16 +189,13 @@ class ToolRenderer(ChatRenderer):
 
         Those that a row holds stay text, as in every answer.
         """
-        marked = _mapped(message, lambda text: self._special.sub(rf"{MARKS[0]}\g<0>{MARKS[1]}", _without_marks(text)))
-        parts = re.split(f"{MARKS[0]}(.*?){MARKS[1]}", self._rendered_answer(prompt, marked, tools))
-        whole = [(_without_marks(part), place % 2 == 0) for place, part in enumerate(parts)]
+        begin, end = free_marks(message)
+        marked = _mapped(message, lambda text: self._special.sub(rf"{begin}\g<0>{end}", text))
+        parts = re.split(f"{begin}(.*?){end}", self._rendered_answer(prompt, marked, tools))
+        whole = [(part, place % 2 == 0) for place, part in enumerate(parts)]
         if not any(is_own and self._special.search(text) for text, is_own in whole):
             return [("".join(text for text, _ in whole), False)]
         return [part for part in whole if part[0]]
-
-
-def _without_marks(text: str) -> str:
-    return text.replace(MARKS[0], "").replace(MARKS[1], "")
 
 
 def _mapped(value: Any, change: Any) -> Any:

@@ -23,7 +23,7 @@ from loratune.writing import disk_errors_explained, write_json, write_pieces
 
 FORMAT = 1
 PART, REPORT = ".part", ".report.json"
-ANSWER = ("answer", "reasoning", "tool_calls", "finish", "tokens")
+ANSWER = ("answer", "reasoning", "tool_calls", "finish", "error", "tokens")
 """What an answer consists of."""
 START_ANEW = "start anew with --overwrite, or choose another file with --output"
 

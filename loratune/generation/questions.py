@@ -8,15 +8,19 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
-from loratune.data.chat_rows import CONVERSATIONS, MESSAGES, TurnStyle
+from loratune.data.chat_rows import CONVERSATIONS, MESSAGES, TRAINING_MARKS, TurnStyle
 from loratune.data.checked_rows import FORMAT_ROWS, SHOWN_ROWS
 from loratune.data.conversation import Conversation, Message, written_out
 from loratune.data.formats import MUST_BE_FILLED, PLACEHOLDER, ConversationReader, detect_format
+from loratune.data.prompt_rows import COMPLETION, PROMPT
 from loratune.data.reading.files import BadRow, RowFile, open_rows
 from loratune.data.sources import parse_source
 from loratune.errors import Exit, LoratuneError, bullet_list
 
-NEEDS = "each row needs a text 'prompt', 'instruction' or 'query', or 'messages' that end with a question or an answer"
+NEEDS = (
+    "each row needs a text 'prompt', 'instruction' or 'query', or 'messages' or a list 'prompt' that end with a "
+    "question or an answer"
+)
 PAIRS = (("instruction", "output"), ("prompt", "completion"), ("query", "response"))
 
 
@@ -133,6 +137,10 @@ def _completed(value: Any, columns: Mapping[str, str], answer_name: str | None =
     for kind in (MESSAGES, CONVERSATIONS):
         if isinstance(row.get(kind.key), list):
             return row | {kind.key: _answered(row[kind.key], kind.style_of(row[kind.key]))}
+    if isinstance(row.get(PROMPT.key), list):
+        style = PROMPT.style_of(row[PROMPT.key])
+        completion = row.get(COMPLETION.key) or [_blank(style)]
+        return row | {COMPLETION.key: _answered(completion, style) if isinstance(completion, list) else completion}
     for question, answer in PAIRS:
         if (question in row or answer == answer_name) and row.get(answer) is None:
             row[answer] = ""
@@ -142,12 +150,17 @@ def _completed(value: Any, columns: Mapping[str, str], answer_name: str | None =
 def _answered(turns: list[Any], style: TurnStyle) -> list[Any]:
     """Turns that end with an answer; which of them are trained does not matter here."""
     plain = [
-        {key: inner for key, inner in turn.items() if key != "weight"} if isinstance(turn, dict) else turn
+        {key: inner for key, inner in turn.items() if key not in TRAINING_MARKS} if isinstance(turn, dict) else turn
         for turn in turns
     ]
-    speaker = plain[-1].get(style.role) if plain and isinstance(plain[-1], dict) else "assistant"
-    asks = speaker in ("user", "human", "tool", "observation")
-    return [*plain, {style.role: "assistant", style.text: ""}] if asks else plain
+    speaker = plain[-1].get(style.role) if plain and isinstance(plain[-1], dict) else None
+    asks = isinstance(speaker, str) and style.roles.get(speaker) in ("user", "tool")
+    return [*plain, _blank(style)] if asks else plain
+
+
+def _blank(style: TurnStyle) -> dict[str, str]:
+    """An answer that says nothing."""
+    return {style.role: "assistant", style.text: ""}
 
 
 def _problem(conversation: Conversation) -> str:

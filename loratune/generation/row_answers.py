@@ -27,9 +27,11 @@ from loratune.model.sampling import SEEDS, Sampling
 
 TOO_LONG = "too_long"
 """How a row ends whose question does not fit into the context."""
+REFUSED = "refused"
+"""How a row ends that cannot be asked; `error` says why."""
 BASE = "base"
 """The name of the side that an adapter is compared with."""
-RESULTS = ("row", "answer", "reasoning", "tool_calls", "finish", "tokens", "metrics", BASE)
+RESULTS = ("row", "answer", "reasoning", "tool_calls", "finish", "error", "tokens", "metrics", BASE)
 """Names that the answers add to a row."""
 SHOW_SECONDS = 0.5
 """How long the display waits at most for its next figures."""
@@ -150,10 +152,24 @@ class _Answering:
             question, key = self.work.question(row, side), (row.number, side.answer)
             try:
                 self._open[key] = self.engine.submit(question, partial(self._gather, key, []))
-            except LoratuneError:
-                if self.engine.prompt_tokens(question) < self.engine.context_tokens:
-                    raise
-                self._keep(key, {"answer": "", "finish": TOO_LONG, "tokens": 0})
+            except LoratuneError as error:
+                self._keep(key, {"answer": "", **self._why_unanswered(question, error), "tokens": 0})
+
+    def _why_unanswered(self, question: Question, error: LoratuneError) -> dict[str, str]:
+        """How a row ends that the engine has not taken.
+
+        Raises:
+            LoratuneError: the row is not the reason.
+        """
+        try:
+            length = self.engine.prompt_tokens(question)
+        except LoratuneError as refusal:
+            return {"finish": REFUSED, "error": str(refusal)}
+        if length >= self.engine.context_tokens:
+            return {"finish": TOO_LONG}
+        if length:
+            raise error
+        return {"finish": REFUSED, "error": str(error)}
 
     def _gather(self, key: tuple[int, str], pieces: list[Piece], piece: Piece) -> None:
         """Called in the engine's thread, which would be slowed down if each piece woke another one."""
