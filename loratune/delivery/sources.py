@@ -143,8 +143,9 @@ def check_where_possible(source: AdapterSource, model: str | None, force: bool) 
         return warnings
     check_adapter(source.adapter, own_modules(tensor_shapes(source.adapter)))
     return [
+        *source.remarks,
         "the base is not on this machine, so neither it nor whether the adapter covers all of its layers was checked; "
-        "give it with --model"
+        "give it with --model",
     ]
 
 

@@ -37,6 +37,8 @@ RESUMED = (CHECKPOINTS, METRICS, TRACKER_LOGS, ADAPTER, MANIFEST)
 """What a run that goes on begins with; an adapter of before is replaced only at the end."""
 CONTENTS = (RECIPE, MANIFEST, STATUS, REPORT, ADAPTER, CHECKPOINTS, METRICS, PLOT, PROBE, TRACKER_LOGS)
 VERIFICATION = "verification.json"  # of a merged or exported folder
+SEALED_BY = "sha256"
+"""In a manifest: the hash of all that it says."""
 
 
 def prepare_output(output: Path, overwrite: bool, kind: str = "run", marker: str = STATUS) -> None:
@@ -151,7 +153,8 @@ def begin_run(
     write_text(output / RECIPE, dump_recipe(recipe))
     known = read_manifest(output) if (output / MANIFEST).is_file() else {}
     values = {"format_version": FORMAT_VERSION, "created": known.get("created", _now()), **manifest}
-    write_manifest(output, values | {"files": known.get("files", {}) | {RECIPE: sealed(output / RECIPE)}})
+    files = {name: record for name, record in known.get("files", {}).items() if name != PROBE}  # written anew
+    write_manifest(output, values | {"files": files | {RECIPE: sealed(output / RECIPE)}})
 
 
 def set_status(output: Path, state: str, **details: Any) -> None:
@@ -162,8 +165,15 @@ def set_status(output: Path, state: str, **details: Any) -> None:
 def seal_run(output: Path) -> None:
     """Add size and sha256 of every lasting file to the manifest; the last step of a run."""
     adapter_files = sorted(path for path in (output / ADAPTER).rglob("*") if path.is_file())
-    files = {str(path.relative_to(output)): sealed(path) for path in [output / RECIPE, *adapter_files]}
+    paths = [output / RECIPE, *(path for path in [output / PROBE] if path.is_file()), *adapter_files]
+    files = {str(path.relative_to(output)): sealed(path) for path in paths}
     write_manifest(output, read_manifest(output) | {"files": files})
+
+
+def seal_file(output: Path, name: str) -> None:
+    """Add one file to the manifest of a run that goes on."""
+    manifest = read_manifest(output)
+    write_manifest(output, manifest | {"files": manifest.get("files", {}) | {name: sealed(output / name)}})
 
 
 def sealed(path: Path) -> dict[str, Any]:
@@ -173,11 +183,12 @@ def sealed(path: Path) -> dict[str, Any]:
 
 def write_manifest(run: Path, values: dict[str, Any]) -> None:
     """Replace a run's manifest, with a hash of its own values in it."""
-    write_json(run / MANIFEST, {**values, "sha256": values_sha256(values)})
+    own = {name: value for name, value in values.items() if name != SEALED_BY}
+    write_json(run / MANIFEST, own | {SEALED_BY: values_sha256(own)})
 
 
 def read_manifest(run: Path) -> dict[str, Any]:
-    """What a run's manifest says.
+    """What a run's manifest says, its own hash included where it has one: those of earlier versions have none.
 
     Raises:
         LoratuneError: it is missing, damaged, changed, or written by another version of loratune.
@@ -189,8 +200,8 @@ def read_manifest(run: Path) -> dict[str, Any]:
             f"{FORMAT_VERSION})",
             Exit.MODEL,
         )
-    own = values.pop("sha256", None)  # the manifests of earlier versions have none
-    if own not in (None, values_sha256(values)):
+    own = {name: value for name, value in values.items() if name != SEALED_BY}
+    if values.get(SEALED_BY) not in (None, values_sha256(own)):
         raise LoratuneError(
             f"{run / MANIFEST}: has been changed since the run wrote it, so nothing of the run can be checked; restore "
             f"it, or copy {run / ADAPTER} elsewhere and give the copy, which is taken as a plain adapter",
