@@ -37,6 +37,8 @@ RESUMED = (CHECKPOINTS, METRICS, TRACKER_LOGS, ADAPTER, MANIFEST)
 """What a run that goes on begins with; an adapter of before is replaced only at the end."""
 CONTENTS = (RECIPE, MANIFEST, STATUS, REPORT, ADAPTER, CHECKPOINTS, METRICS, PLOT, PROBE, TRACKER_LOGS)
 VERIFICATION = "verification.json"  # of a merged or exported folder
+LONGEST_RECORD = 2**20
+"""Bytes of a line of metrics.jsonl."""
 SEALED_BY = "sha256"
 """In a manifest: the hash of all that it says."""
 
@@ -60,6 +62,7 @@ def prepare_output(output: Path, overwrite: bool, kind: str = "run", marker: str
         )
     if output.is_dir() and any(not _is_passing(path.name) for path in output.iterdir()):
         if not _is_ours(output / marker, kind):
+            _tell_of_damaged_status(output)
             raise LoratuneError(
                 f"{output} holds something that is not a {kind}; choose another folder with --output", Exit.USAGE
             )
@@ -95,6 +98,25 @@ def _is_ours(marker: Path, kind: str) -> bool:
         return values.get("program") == PROGRAM and values.get("kind", kind) == kind
     except LoratuneError:
         return False
+
+
+def _tell_of_damaged_status(output: Path) -> None:
+    """Tell a run whose status.json alone is damaged or gone from what is no run.
+
+    Raises:
+        LoratuneError: its manifest is as loratune has sealed it.
+    """
+    try:
+        is_run = SEALED_BY in read_manifest(output)
+    except LoratuneError:
+        return
+    if is_run:
+        mended = json.dumps({"program": PROGRAM, "state": "interrupted"})
+        raise LoratuneError(
+            f"{output / STATUS}: missing or damaged, while {MANIFEST} beside it is that of a run; restore it, or write "
+            f"{mended} into it, and give the same command again",
+            Exit.USAGE,
+        )
 
 
 def _is_passing(name: str) -> bool:
@@ -226,15 +248,18 @@ def file_sha256(path: Path) -> str:
 
 def read_metrics(output: Path) -> list[dict[str, float]]:
     """The records of a run; a line that is being written, or that a crash has cut off, is none."""
-    path, records = output / METRICS, []
-    # After a power cut a file may end in anything.
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []:
-        try:
-            record = json.loads(line)
-        except ValueError:
-            continue
-        if isinstance(record, dict) and isinstance(record.get("step"), int):
-            records.append(record)
+    path, records = output / METRICS, list[dict[str, float]]()
+    if not path.is_file():
+        return records
+    with open_plain(path) as lines:
+        # After a power cut a file may end in anything, a hole of many gigabytes too.
+        for line in iter(lambda: lines.readline(LONGEST_RECORD), b""):
+            try:
+                record = json.loads(line)
+            except ValueError:
+                continue
+            if isinstance(record, dict) and isinstance(record.get("step"), int):
+                records.append(record)
     return records
 
 
