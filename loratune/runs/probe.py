@@ -74,7 +74,8 @@ def read_probe(run: Path | None) -> Probe:
         is_whole = False
     if not is_whole:
         raise LoratuneError(
-            f"{run / PROBE}: damaged; restore it, or delete it and built-in questions take its place", Exit.MODEL
+            f"{run / PROBE}: damaged; restore it, or delete it and give --force: built-in questions take its place",
+            Exit.MODEL,
         )
     return Probe(rows, questions or built_in)
 
