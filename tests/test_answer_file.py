@@ -13,6 +13,7 @@ import signal
 import subprocess
 import sys
 import time
+import tracemalloc
 from collections.abc import Callable
 from datetime import date
 from functools import lru_cache
@@ -498,6 +499,29 @@ def test_a_half_written_line_is_dropped_and_nothing_else(tmp_path: Path) -> None
             assert [file.read(row, "answer") for row in range(kept)] == [{"answer": f"é{row}"} for row in range(kept)]
             file.add(kept, "answer", {"answer": f"é{kept}"})
         assert part.read_bytes() == b"".join(whole.splitlines(keepends=True)[: kept + 2])
+
+
+def test_a_hole_behind_the_results_is_dropped_without_being_held_in_memory(tmp_path: Path) -> None:
+    part = part_file(tmp_path / "a.jsonl", {"x": 1}, 2)
+    whole = part.read_bytes()
+    with part.open("r+b") as file:
+        file.truncate(20 * 2**30)
+    tracemalloc.start()
+    with open_answers(tmp_path / "a.jsonl", {"x": 1}, overwrite=False) as answers:
+        _, peak = tracemalloc.get_traced_memory()
+        tracemalloc.stop()
+        assert answers.count("answer") == 2
+    assert peak < 100 * 2**20
+    assert part.read_bytes() == whole
+
+
+def test_a_part_file_that_is_all_hole_is_not_touched(tmp_path: Path) -> None:
+    part = tmp_path / "a.jsonl.part"
+    with part.open("wb") as file:
+        file.truncate(2**30)
+    with pytest.raises(LoratuneError, match="is not, or no longer"):
+        part_file(tmp_path / "a.jsonl", {"x": 1}, 1)
+    assert part.stat().st_size == 2**30
 
 
 def test_a_half_written_first_line_is_begun_again_and_a_foreign_file_is_not_touched(tmp_path: Path) -> None:

@@ -293,9 +293,22 @@ BOMBS = {
     "a text times a number": "{{ 'x' * 10**10 }}",
     "a doubled text": "{% set n = namespace(t='xx') %}{% for i in range(60) %}{% set n.t = n.t + n.t %}{% endfor %}",
     "a long prompt": "{% for i in range(90000) %}{{ 'abcdefghijklmnop' }}{% endfor %}",
+    "a long text": "[" * 90_000,
+    "a long template": "[" * 200_000,
+    "a long comment": "{# " + "[" * 200_000 + " #}",
     "one range": "{% for i in range(10**9) %}x{% endfor %}",
     "blocks in blocks": "{% for a in [1] %}" * 40 + "{% endfor %}" * 40,
 }
+
+
+@pytest.mark.parametrize("bomb", ["a long text", "a long template"])
+@pytest.mark.parametrize("format", ["ollama", "gguf", "bnb4"])
+def test_no_model_is_run_on_endless_prompts(cli: Cli, folder: Path, tmp_path: Path, bomb: str, format: str) -> None:
+    (folder / "chat_template.jinja").write_text(BOMBS[bomb] + "{{ messages[0].content }}")
+    result = cli("export", "--model", folder, "--format", format, "--output", tmp_path / "made")
+    assert result.exit_code == Exit.MODEL, (result.exception, result.stderr)
+    assert "chat template" in told(result)
+    assert not (tmp_path / "made").exists()
 
 
 @pytest.mark.parametrize("bomb", BOMBS)

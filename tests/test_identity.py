@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from conftest import tree
 from safetensors.torch import load_file, save_file
 from typer.testing import Result
@@ -127,6 +128,8 @@ IN_A_RUN: dict[str, tuple[Change, str]] = {
     "manifest gone": (lambda run: (run / "manifest.json").unlink(), "manifest.json: cannot be read"),
     "weights": (lambda run: zero_the_end(run / "adapter" / WEIGHTS), f"adapter/{WEIGHTS}; restore"),
     "alpha": (lambda run: edit(run / "adapter" / CONFIG, lambda v: v.update(lora_alpha=64)), f"adapter/{CONFIG}"),
+    "probe rows": (replace("probe.json", "rows", "Rows"), "probe.json; restore"),
+    "probe rows gone": (lambda run: (run / "probe.json").unlink(), "probe.json; restore"),
     "a template added": (lambda run: (run / "adapter" / "added_tokens.json").write_text("{}"), "tokens.json (added)"),
 }  # fmt: skip
 
@@ -140,6 +143,24 @@ def test_a_changed_run_is_refused_by_every_command(
     apply(run)
     for adapter in (run, run / "adapter"):
         assert words in refused(command, adapter)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_manifest_without_a_seal_is_told_once(done: Callable[..., Result], run: Path, command: str) -> None:
+    edit_manifest(lambda _: None, True)(run)
+    result = done(command, run)
+    assert result.exit_code == 0, result.stderr or repr(result.exception)
+    told = " ".join(result.stderr.split())
+    assert told.count(f"warning: {run}: its manifest.json carries no seal") == 1
+
+
+def test_runs_of_earlier_versions_have_not_sealed_their_probe_rows(done: Callable[..., Result], run: Path) -> None:
+    edit_manifest(lambda values: values["files"].pop("probe.json"), True)(run)
+    (run / "probe.json").unlink()
+    result = done("merge", run)
+    assert result.exit_code == 0, result.stderr
+    verification = run.parent / "out" / "made" / "verification.json"
+    assert json.loads(verification.read_text())["compared_on"] == "built-in questions"
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -432,3 +453,66 @@ def test_what_peft_saves_is_complete(random_qwen: Path, tmp_path: Path, settings
         save_file(rest, tmp_path / "plain" / WEIGHTS, {"format": "pt"})
         with pytest.raises(LoratuneError, match="0 tensors too many, 1 too few"):
             check_adapter(tmp_path / "plain", shapes)
+
+
+# --- values of an adapter's tensors ---
+
+
+def first_as(change: Callable[[torch.Tensor], torch.Tensor]) -> Change:
+    """Change the values of one matrix."""
+
+    def changed(adapter: Path) -> None:
+        weights = load_file(adapter / WEIGHTS)
+        name = min(weights)
+        save_file(weights | {name: change(weights[name]).contiguous()}, adapter / WEIGHTS)
+
+    return changed
+
+
+def without(part: str) -> Change:
+    def changed(adapter: Path) -> None:
+        weights = {name: tensor for name, tensor in load_file(adapter / WEIGHTS).items() if part not in name}
+        save_file(weights, adapter / WEIGHTS)
+
+    return changed
+
+
+CANNOT_BE_COMPUTED: dict[str, tuple[Change, str]] = {
+    "complex": (first_as(lambda t: t.to(torch.complex64)), "holds complex64, a type that LoRA is not trained in"),
+    "integers": (first_as(lambda t: torch.ones_like(t).to(torch.int32)), "holds int32"),
+    "8 bits": (first_as(lambda t: t.to(torch.float8_e4m3fn)), "holds float8_e4m3fn"),
+    "float64 beyond float32": (first_as(lambda t: t.double() + 1e300), "makes updates larger than float32 can hold"),
+    "1e38": (
+        lambda adapter: save_file(
+            {name: torch.full_like(t, 1e38) for name, t in load_file(adapter / WEIGHTS).items()}, adapter / WEIGHTS
+        ),
+        "makes updates larger than float32 can hold",
+    ),
+    "alpha 0": (lambda adapter: edit(adapter / CONFIG, lambda v: v.update(lora_alpha=0)), "lora_alpha is 0"),
+    "other rank": (lambda adapter: edit(adapter / CONFIG, lambda v: v.update(r=4)), "adapter's config says 4"),
+    "head not there": (
+        lambda adapter: edit(adapter / CONFIG, lambda v: v.update(modules_to_save=["lm_head"])),
+        "lm_head was trained and is not in the file",
+    ),
+    "DoRA without lengths": (
+        lambda adapter: edit(adapter / CONFIG, lambda v: v.update(use_dora=True)),
+        "lora_magnitude_vector is not in the file",
+    ),
+    "half of the modules": (without("q_proj.lora_A"), "do not belong together"),
+}
+WITHOUT_A_BASE = ("export adapter", "export vllm")
+
+
+@pytest.mark.parametrize("change", CANNOT_BE_COMPUTED)
+@pytest.mark.parametrize("command", ["infer", "merge without proof", *WITHOUT_A_BASE])
+def test_every_command_judges_an_adapter_alike(
+    refused: Callable[..., str], run: Path, base: Path, tmp_path: Path, change: str, command: str
+) -> None:
+    plain = Path(shutil.copytree(run / "adapter", tmp_path / "plain"))
+    edit(plain / CONFIG, lambda values: values.update(base_model_name_or_path="org/elsewhere"))
+    apply, words = CANNOT_BE_COMPUTED[change]
+    apply(plain)
+    told = refused(command, plain, *([] if command == "export adapter" else ["--model", base]))
+    if command == "export vllm" and change in ("head not there", "DoRA without lengths"):
+        words = "vLLM cannot serve this adapter as it is"  # whatever its tensors are
+    assert words in told

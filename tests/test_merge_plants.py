@@ -226,8 +226,16 @@ class RoundedFirst(TensorUpdate):
 class RoundedTwice(TensorUpdate):
     """The sum is rounded to another type first."""
 
+    between = torch.float16
+
     def apply(self, base: torch.Tensor, start: int) -> torch.Tensor:
-        return super().apply(base, start).half().to(base.dtype)
+        return super().apply(base, start).to(self.between).to(base.dtype)
+
+
+class RoundedTwiceCoarsely(RoundedTwice):
+    """For a base of float16, which rounding to float16 first would not harm."""
+
+    between = torch.bfloat16
 
 
 def with_arithmetic_of(kind: type[TensorUpdate]) -> Any:
@@ -241,7 +249,8 @@ def unsampled(change: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]) -> A
         for name in (DOWN, UP):
             kept = {round(place) for place in torch.linspace(0, len(tensors[name]) - 1, 16).tolist()}
             rows = [row for row in range(len(tensors[name])) if row not in kept]
-            tensors[name][rows] = change(tensors[name][rows].float(), base[name][rows].float()).to(torch.bfloat16)
+            changed = change(tensors[name][rows].float(), base[name][rows].float())
+            tensors[name][rows] = changed.to(tensors[name].dtype)
 
     return in_the_file(plant)
 
@@ -265,7 +274,7 @@ def append_to_template(folder: Path) -> None:
 
 ROPE = {"rope_type": "default", "rope_theta": 20000.0}
 PLANTS: dict[str, Callable[[pytest.MonkeyPatch], None]] = {  # in the weights
-    "a tensor times 1.01": in_the_file(lambda t, _: t.update({DOWN: (t[DOWN].float() * 1.01).bfloat16()})),
+    "a tensor times 1.01": in_the_file(lambda t, _: t.update({DOWN: (t[DOWN].float() * 1.01).to(t[DOWN].dtype)})),
     "a layer's update dropped in writing": in_the_updates(drop(".layers.1."), of_writing=True),
     "a tensor's update doubled in writing": in_the_updates(scale(2, UP), of_writing=True),
     "rounded twice": with_arithmetic_of(RoundedTwice),

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
+import tracemalloc
 from pathlib import Path
 
 import pytest
@@ -16,7 +18,7 @@ from loratune.recipe.loading import load_recipe
 from loratune.recipe.sections import ModelSettings, Recipe
 from loratune.runs.checkpoint import seal_checkpoint
 from loratune.runs.fingerprint import fingerprint_base
-from loratune.runs.folder import begin_run, prepare_output, seal_run, set_status
+from loratune.runs.folder import begin_run, prepare_output, read_metrics, seal_run, set_status
 from loratune.runs.opening import open_adapter
 from loratune.writing import folder_in_one_step, write_json, write_text
 
@@ -104,6 +106,34 @@ def test_a_folder_with_somebody_else_s_status_file_is_never_touched(tmp_path: Pa
     (tmp_path / "status.json").write_text(status)
     with pytest.raises(LoratuneError, match="not a run"):
         prepare_output(tmp_path, overwrite=True)
+
+
+@pytest.mark.parametrize("status", ["", "{", "[]", '{"program": "another"}', None])
+@pytest.mark.parametrize("overwrite", [True, False])
+def test_a_run_whose_status_is_damaged_is_told_how_to_mend_it(run: Path, status: str | None, overwrite: bool) -> None:
+    if status is None:
+        (run / "status.json").unlink()
+    else:
+        (run / "status.json").write_text(status)
+    with pytest.raises(LoratuneError, match=r"status.json: missing or damaged") as raised:
+        prepare_output(run, overwrite)
+    words = re.search(r"write (\{.*\}) into it", raised.value.message)
+    assert words
+    (run / "status.json").write_text(words[1])
+    prepare_output(run, overwrite=True)
+
+
+def test_a_hole_in_the_metrics_takes_no_memory(run: Path) -> None:
+    with (run / "metrics.jsonl").open("wb") as file:
+        file.write(b'{"step": 1, "loss": 2.0}\n')
+        file.seek(300 * 2**20)
+        file.write(b'\n{"step": 2, "loss": 1.0}\n')
+    tracemalloc.start()
+    records = read_metrics(run)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert [record["step"] for record in records] == [1, 2]
+    assert peak < 20 * 2**20
 
 
 def test_replacing_a_run_leaves_what_a_user_has_put_beside_it(run: Path) -> None:

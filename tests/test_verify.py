@@ -198,6 +198,32 @@ def test_runs_are_verified_by_their_manifest(cli: Cli, short_run: Path, tmp_path
     assert "adapter/adapter_config.json" in result.stderr
 
 
+def test_a_run_says_whether_its_manifest_carries_a_seal(cli: Cli, short_run: Path, tmp_path: Path) -> None:
+    run = Path(shutil.copytree(short_run, tmp_path / "run"))
+    report = json.loads(cli("verify", run, "--json").stdout)
+    assert (report["sealed"], report["warnings"]) == (True, [])
+    assert "probe.json" in json.loads((run / "manifest.json").read_text())["files"]
+    values = json.loads((run / "manifest.json").read_text())
+    del values["sha256"]
+    (run / "manifest.json").write_text(json.dumps(values))
+    result = cli("verify", run, "--json")
+    assert result.exit_code == 0, result.stderr
+    report = json.loads(result.stdout)
+    assert report["sealed"] is False
+    assert "carries no seal" in report["warnings"][0]
+    assert " ".join(result.stderr.split()).count("carries no seal") == 1
+
+
+@pytest.mark.parametrize("flags", [(), ("--adapter",)])
+def test_a_merged_model_without_its_record_cannot_be_verified(
+    cli: Cli, merged: Path, short_run: Path, flags: tuple[str, ...]
+) -> None:
+    (merged / "verification.json").unlink()
+    result = cli("verify", merged, *flags, *([short_run] if flags else []))
+    assert (result.exit_code, result.stdout) == (Exit.MODEL, "")
+    assert "nothing can be verified: no verification.json" in " ".join(result.stderr.split())
+
+
 def test_other_folders_have_nothing_to_compare_with(cli: Cli, random_qwen: Path, tmp_path: Path) -> None:
     for folder in (random_qwen, tmp_path, tmp_path / "none"):
         result = cli("verify", folder)

@@ -25,6 +25,8 @@ PROBE_TOOL: dict[str, Any] = {
 }
 # Two moments that no directive of strftime writes alike.
 MOMENTS = datetime(2001, 2, 3, 4, 5, 6), datetime(2029, 11, 28, 19, 47, 38)
+LONGEST_TEMPLATE = 100_000
+"""Characters; the longest that models come with have some 30,000."""
 REPETITIONS = 8
 """Of a rendering, after which a random choice has shown itself."""
 OPENING, CLOSING = "<think>", "</think>"
@@ -71,7 +73,7 @@ def find_templates(tokenizer: Any, name: str) -> tuple[str, str]:
         name: the recipe's prompt.template.
 
     Raises:
-        LoratuneError: there is no template, or several and none is the default.
+        LoratuneError: there is no template, or several and none is the default, or one is too long.
     """
     if name in OWN_TEMPLATES:
         return OWN_TEMPLATES[name], OWN_TEMPLATES[name]
@@ -81,13 +83,21 @@ def find_templates(tokenizer: Any, name: str) -> tuple[str, str]:
             "the tokenizer has no chat template (a base model?); set prompt.template to plain or alpaca", Exit.MODEL
         )
     try:
-        return tokenizer.get_chat_template(), tokenizer.get_chat_template(tools=[PROBE_TOOL])
+        texts = tokenizer.get_chat_template(), tokenizer.get_chat_template(tools=[PROBE_TOOL])
     except ValueError as error:
         raise LoratuneError(
             f"the tokenizer has several chat templates ({', '.join(sorted(known))}) and none is called default; call "
             "the one that is meant default, or set prompt.template to plain or alpaca",
             Exit.MODEL,
         ) from error
+    longest = max(map(len, texts))
+    if longest > LONGEST_TEMPLATE:
+        raise LoratuneError(
+            f"the tokenizer's chat template has {longest:,} characters, and at most {LONGEST_TEMPLATE:,} are taken; "
+            "fetch the model's files again, correct the template, or set prompt.template to plain or alpaca",
+            Exit.MODEL,
+        )
+    return texts
 
 
 def study_template(

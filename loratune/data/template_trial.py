@@ -21,8 +21,9 @@ CPU_SECONDS = 3
 WAIT_SECONDS = 60.0
 """On a machine that is busy with other things."""
 MEMORY_BYTES = 500_000_000
-CHARACTERS = 1_000_000
-"""Of a prompt of a few words; descriptions of tools and reasoning take some thousands."""
+CHARACTERS = 30_000
+"""Of a prompt of a few words; descriptions of tools and reasoning take some thousands. Models that are compared run on
+such prompts, and ten times as many tokens would keep a machine busy for minutes."""
 _FINE, _TOO_LARGE = b"f", b"l"
 _tried: set[str] = set()
 

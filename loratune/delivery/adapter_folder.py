@@ -13,7 +13,7 @@ from loratune.data.encoding import Encoder
 from loratune.delivery.sources import check_where_possible
 from loratune.delivery.template import write_portable_template
 from loratune.errors import Exit, LoratuneError, bullet_list
-from loratune.model.adapter_files import CONFIG_FILE, WEIGHTS_FILE, check_weights, read_config_values
+from loratune.model.adapter_files import CONFIG_FILE, WEIGHTS_FILE, read_config_values
 from loratune.model.tokenizer import load_tokenizer
 from loratune.runs.card import base_name, write_card, write_plain_card
 from loratune.runs.folder import file_sha256
@@ -47,7 +47,6 @@ def export_adapter(source: AdapterSource, folder: Path, model: str | None = None
         LoratuneError: the adapter is incomplete, damaged or not LoRA, or one of its files names a local path.
     """
     config = read_config_values(source.adapter)
-    check_weights(source.adapter)
     for warning in check_where_possible(source, model, force):
         console.warn(warning)
     base_folder = _base_folder(source)

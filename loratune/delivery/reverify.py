@@ -17,7 +17,7 @@ from loratune.model.files import weight_files
 from loratune.model.tensor_files import TensorFiles
 from loratune.runs.folder import MANIFEST, VERIFICATION, file_sha256
 from loratune.runs.opening import AdapterSource, open_settled_adapter
-from loratune.runs.verification import check_files, read_verification
+from loratune.runs.verification import check_files, is_idle, is_loaded, read_verification
 
 MERGED = "merged model"
 AS_MERGED = MergeOptions()
@@ -34,8 +34,9 @@ def verify_folder(
         options: of that proof; type and kind of base are those of the folder.
 
     Returns:
-        folder, kind, proved (what verification.json says; of a run nothing), proved_again, files (how many), remarks
-        (differences in files that no program loads), warnings.
+        folder, kind, sealed (whether there are hashes to compare with, and of a run's manifest too), proved (what
+        verification.json says; of a run nothing), proved_again, files (how many), remarks (differences in files that no
+        program loads), warnings.
 
     Raises:
         LoratuneError: there is nothing to compare with, a file that programs load is not as it was, or the merged model
@@ -43,9 +44,7 @@ def verify_folder(
     """
     values = read_verification(folder)
     if values is None:
-        if adapter:
-            raise LoratuneError(f"{folder}: no merged model, so there is no merge to prove", Exit.USAGE)
-        return _verify_run(folder)
+        return _verify_run(folder, adapter)
     check = check_files(folder, values)
     if check is None and adapter is None:
         raise LoratuneError(
@@ -53,8 +52,9 @@ def verify_folder(
             "or have a merge proved with --adapter",
             Exit.MODEL,
         )
-    if check and check.problems:
-        raise LoratuneError(f"{folder} is not as it was verified:\n{bullet_list(check.problems)}", Exit.MODEL)
+    problems = check.lines(is_loaded) if check else []
+    if problems:
+        raise LoratuneError(f"{folder} is not as it was verified:\n{bullet_list(problems)}", Exit.MODEL)
     proved = {key: value for key, value in values.items() if key != "files"}
     warnings: list[str] = []
     if adapter:
@@ -63,24 +63,28 @@ def verify_folder(
     return {
         "folder": str(folder),
         "kind": values.get("kind"),
+        "sealed": check is not None,
         "files": check.files if check else 0,
-        "remarks": check.remarks if check else [],
+        "remarks": check.lines(is_idle) if check else [],
         "proved": proved,
         "proved_again": adapter is not None,
         "warnings": warnings,
     }
 
 
-def _verify_run(folder: Path) -> dict[str, Any]:
+def _verify_run(folder: Path, adapter: AdapterSource | None) -> dict[str, Any]:
     if not (folder / MANIFEST).is_file():
         raise LoratuneError(
-            f"{folder}: no {VERIFICATION} and no {MANIFEST} in it; give a merged model, an export or a run folder",
+            f"{folder}: nothing can be verified: no {VERIFICATION} of loratune and no {MANIFEST} in it; give a "
+            "merged model, an export or a run folder, or make the model again",
             Exit.MODEL,
         )
+    if adapter:
+        raise LoratuneError(f"{folder}: no merged model, so there is no merge to prove", Exit.USAGE)
     source = open_settled_adapter(folder)
     files = (source.manifest or {}).get("files", {})
-    return {"folder": str(folder), "kind": "run", "files": len(files), "remarks": [], "proved": None,
-            "proved_again": False, "warnings": []}  # fmt: skip
+    return {"folder": str(folder), "kind": "run", "sealed": source.is_sealed, "files": len(files), "remarks": [],
+            "proved": None, "proved_again": False, "warnings": source.remarks}  # fmt: skip
 
 
 def _prove_again(

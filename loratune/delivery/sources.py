@@ -16,7 +16,7 @@ from loratune.delivery.update import read_updates
 from loratune.errors import Exit, LoratuneError
 from loratune.model.adapter import check_adapter
 from loratune.model.adapter_files import WEIGHTS_FILE
-from loratune.model.adapter_tensors import EMBEDDING, HEAD
+from loratune.model.adapter_tensors import EMBEDDING, HEAD, check_alone
 from loratune.model.completeness import own_modules, tensor_shapes
 from loratune.model.files import find_base, weight_files
 from loratune.model.tensor_files import TensorFiles
@@ -141,10 +141,13 @@ def check_where_possible(source: AdapterSource, model: str | None, force: bool) 
         if source.manifest:
             training_encoder(source, base)
         return warnings
-    check_adapter(source.adapter, own_modules(tensor_shapes(source.adapter)))
+    modules = own_modules(tensor_shapes(source.adapter))
+    check_alone(source.adapter, modules)
+    check_adapter(source.adapter, modules)
     return [
+        *source.remarks,
         "the base is not on this machine, so neither it nor whether the adapter covers all of its layers was checked; "
-        "give it with --model"
+        "give it with --model",
     ]
 
 

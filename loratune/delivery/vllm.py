@@ -14,6 +14,7 @@ from loratune.delivery.advice import instead_of_serving
 from loratune.errors import Exit, LoratuneError, bullet_list
 from loratune.model.adapter_files import CONFIG_FILE, read_config_values
 from loratune.model.adapter_patterns import settle_patterns
+from loratune.model.adapter_values import check_weights
 from loratune.model.completeness import tensor_shapes
 from loratune.recipe.advice import MAX_LORA_RANKS, max_lora_rank
 from loratune.runs.opening import AdapterSource
@@ -42,14 +43,15 @@ class VllmAdvice:
 
 
 def check_for_vllm(adapter: Path) -> VllmAdvice:
-    """Judge an adapter by its config and the names and shapes of its tensors.
+    """Judge an adapter by its config and its tensors.
 
     Raises:
-        LoratuneError: config or weights are missing or cannot be read.
+        LoratuneError: config or weights are missing, cannot be read, or cannot be computed with.
     """
     config = read_config_values(adapter)
     if not all(isinstance(config.get(key), (int, float)) for key in ("r", "lora_alpha")):
         raise LoratuneError(f"{adapter / CONFIG_FILE}: r and lora_alpha must both be given", Exit.MODEL)
+    check_weights(adapter)
     shapes = tensor_shapes(adapter)
     ranks: dict[str, int] = {}  # of each adapted module, as its A matrix has it
     others: list[str] = []  # what no LoRA layer has; where the config names the cause, that is told instead
@@ -58,7 +60,7 @@ def check_for_vllm(adapter: Path) -> VllmAdvice:
         if match is None:
             others.append(name)
         elif match["matrix"] == "A":
-            ranks[match["module"]] = shape[0]
+            ranks[match["module"]] = shape[0] if len(shape) == 2 else 0
     config = settle_patterns(config, {f"{module}.weight": () for module in ranks}, adapter)
     rank = max([config["r"], *ranks.values()])
     problems = _config_problems(config)

@@ -17,12 +17,14 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from loratune.errors import Exit, LoratuneError, bullet_list
-from loratune.plain_files import MOST_BYTES, open_plain, read_plain
+from loratune.plain_files import open_plain, read_plain
 from loratune.runs.folder import PROGRAM, file_sha256
 from loratune.writing import disk_errors_explained, write_json, write_pieces
 
 FORMAT = 1
 PART, REPORT = ".part", ".report.json"
+LONGEST_LINE = 16 * 2**20
+"""Bytes; a longer one is damage, such as a hole that a crash of the system has left."""
 ANSWER = ("answer", "reasoning", "tool_calls", "finish", "error", "tokens")
 """What an answer consists of."""
 START_ANEW = "start anew with --overwrite, or choose another file with --output"
@@ -176,7 +178,7 @@ class AnswerFile:
         self._file.close()
 
     def _take_in(self, lines: BinaryIO, header: bytes) -> None:
-        first = lines.readline(MOST_BYTES)
+        first = lines.readline(LONGEST_LINE)
         # Without a line end, the first line was being written when the process ended.
         if not first or (not first.endswith(b"\n") and header.startswith(first)):
             self._begin(header)
@@ -188,7 +190,7 @@ class AnswerFile:
             )
         _check_same(self.part, known.get("about"), self.about)
         self._end = len(first)
-        for line in lines:
+        for line in iter(lambda: lines.readline(LONGEST_LINE), b""):
             value = _parsed(line)
             if not line.endswith(b"\n") or not isinstance(value.get("row"), int) or "kind" not in value:
                 break
@@ -279,7 +281,7 @@ def _shown(value: Any) -> str:
 def _header_of(part: Path) -> dict[str, Any]:
     try:
         with open_plain(part) as file:
-            return _parsed(file.readline(MOST_BYTES))
+            return _parsed(file.readline(LONGEST_LINE))
     except OSError:
         return {}
 

@@ -23,9 +23,10 @@ from safetensors.torch import load_file
 from torch import nn
 
 from loratune.errors import Exit, LoratuneError, bullet_list
-from loratune.model.adapter_files import CONFIG_FILE, SETTINGS, WEIGHTS_FILE, check_weights, read_config_values
+from loratune.model.adapter_files import CONFIG_FILE, SETTINGS, WEIGHTS_FILE, read_config_values
 from loratune.model.adapter_patterns import as_expressions, settle_patterns
 from loratune.model.adapter_tensors import read_tensors
+from loratune.model.adapter_values import check_weights
 from loratune.model.completeness import Shapes, require_complete, tensor_shapes
 from loratune.model.own_parameters import own_parameters
 from loratune.recipe.sections import LAYERS, LoraSettings

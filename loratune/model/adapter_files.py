@@ -8,8 +8,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
-
 from loratune.errors import Exit, LoratuneError, bullet_list
 from loratune.plain_files import CONFIG_BYTES, read_json_object
 
@@ -122,6 +120,10 @@ def _is_alpha(value: Any) -> bool:
     return is_number and 0 <= value <= HIGHEST_ALPHA  # which is false of NaN
 
 
+def _is_whole_alpha(value: Any) -> bool:
+    return _is_alpha(value) and value > 0
+
+
 def _is_pattern(value: Any) -> bool:
     return isinstance(value, str) and len(value) <= LONGEST_PATTERN
 
@@ -176,7 +178,7 @@ SWITCH = "it must be true or false"
 # What PEFT takes as it is, and fails on later, in places that don't say where it came from.
 RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "r": (_is_rank, RANK),
-    "lora_alpha": (_is_alpha, ALPHA),
+    "lora_alpha": (_is_whole_alpha, f"{ALPHA}, and not 0, with which the adapter would do nothing"),
     "bias": (lambda value: value in (None, "none", "all", "lora_only"), "it must be none, all or lora_only"),
     "rank_pattern": (lambda value: _gives(value, _is_rank), f"{RANK}, given {GIVEN}"),
     "alpha_pattern": (lambda value: _gives(value, _is_alpha), f"{ALPHA}, given {GIVEN}"),
@@ -196,24 +198,3 @@ RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
         for key in ("use_dora", "use_rslora", "lora_bias", "ensure_weight_tying")
     },
 }
-
-
-def check_weights(folder: Path) -> None:
-    """Make sure that an adapter's tensors can be read and are finite.
-
-    Raises:
-        LoratuneError: the file is missing, damaged, or holds NaN.
-    """
-    path = folder / WEIGHTS_FILE
-    if not path.is_file():
-        pickled = " (only pickled weights, which are never opened)" if (folder / "adapter_model.bin").exists() else ""
-        raise LoratuneError(f"{folder}: no {WEIGHTS_FILE} in it{pickled}", Exit.MODEL)
-    try:
-        with safe_open(path, framework="pt") as file:
-            broken = [name for name in file.keys() if not file.get_tensor(name).isfinite().all()]  # noqa: SIM118
-    except (SafetensorError, OSError) as error:
-        raise LoratuneError(f"{path}: damaged: {error}", Exit.MODEL) from error
-    except NotImplementedError as error:  # float8, with which torch does not compute
-        raise LoratuneError(f"{path}: holds tensors of a type that is not read: {error}", Exit.MODEL) from error
-    if broken:
-        raise LoratuneError(f"{path}: holds NaN or infinity in {len(broken)} tensors, first {broken[0]}", Exit.MODEL)

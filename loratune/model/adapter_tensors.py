@@ -11,8 +11,9 @@ from typing import Any
 import torch
 
 from loratune.errors import Exit, LoratuneError, bullet_list, counted
-from loratune.model.adapter_files import WEIGHTS_FILE, check_weights, read_config_values
+from loratune.model.adapter_files import WEIGHTS_FILE, read_config_values
 from loratune.model.adapter_patterns import settle_patterns, targeted
+from loratune.model.adapter_values import check_weights
 from loratune.model.tensor_files import TensorFiles
 
 PREFIX = "base_model.model."
@@ -51,6 +52,13 @@ def read_tensors(
     Raises:
         LoratuneError: the file is missing, damaged or holds NaN.
     """
+    found = _by_use(folder, values, is_tied, problems)
+    problems += [*_vocabulary_problems(found, base), *_place_problems(found, base), *_missing(found, values, base)]
+    problems += [*_rank_problems(found, values), *_target_problems(found, values, base)]
+    return found
+
+
+def _by_use(folder: Path, values: dict[str, Any], is_tied: bool, problems: list[str]) -> AdapterTensors:
     check_weights(folder)
     files = TensorFiles([folder / WEIGHTS_FILE])
     found = AdapterTensors({}, {}, {})
@@ -74,8 +82,6 @@ def read_tensors(
         found.whole.setdefault(HEAD, found.whole[EMBEDDING])
     if is_tied and EMBEDDING in found.rows:
         found.rows.setdefault(HEAD, found.rows[EMBEDDING])
-    problems += [*_vocabulary_problems(found, base), *_place_problems(found, base), *_missing(found, values, base)]
-    problems += [*_rank_problems(found, values), *_target_problems(found, values, base)]
     return found
 
 
@@ -152,6 +158,25 @@ def check_fits(folder: Path, base: Mapping[str, Sequence[int]], is_tied: bool) -
             problems.append(f"{name}: of shape {list(tensor.shape)} for a base of {shape and list(shape)}")
     if problems:
         raise LoratuneError(f"{folder} does not fit the base:\n{bullet_list(problems, limit=5)}", Exit.MODEL)
+
+
+def check_alone(folder: Path, modules: Mapping[str, Sequence[int]]) -> None:
+    """Refuse an adapter that fits no base: whose tensors are not those that its own config asks for.
+
+    Args:
+        folder: PEFT folder.
+        modules: from `own_modules`.
+
+    Raises:
+        LoratuneError: with what is wrong.
+    """
+    problems: list[str] = []
+    values = settle_patterns(read_config_values(folder), modules, folder)
+    tensors = _by_use(folder, values, False, problems)
+    problems += [*_missing(tensors, values, modules), *_rank_problems(tensors, values)]
+    problems += _target_problems(tensors, values, modules)
+    if problems:
+        raise LoratuneError(f"{folder} is no whole adapter:\n{bullet_list(problems, limit=5)}", Exit.MODEL)
 
 
 def _place_problems(tensors: AdapterTensors, base: Mapping[str, Sequence[int]]) -> list[str]:

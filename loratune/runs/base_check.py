@@ -43,7 +43,7 @@ class BaseCheck:
         self._source, self._name, self._force, self._fits = source, name, force, fits
         self._hashes = hashes
         self._known = known_hashes(source)
-        self._warnings = [f"changed since the run ended: {', '.join(source.changed)}"] if source.changed else []
+        self._warnings = source.remarks
         self._is_open = FULL in self._known
         if source.manifest is None:
             self._warnings.append(

@@ -16,7 +16,8 @@ from typing import Any
 
 from loratune.errors import Exit, LoratuneError, bullet_list
 from loratune.plain_files import read_json_object
-from loratune.runs.folder import CHECKPOINTS, file_sha256, values_sha256
+from loratune.runs.file_hashes import compare_files
+from loratune.runs.folder import CHECKPOINTS, sealed, values_sha256
 from loratune.writing import write_json
 
 SEAL = "checkpoint.json"
@@ -60,11 +61,7 @@ def seal_checkpoint(folder: Path, step: int, identity: dict[str, Any], progress:
         identity: what exactness hangs on.
         progress: where callbacks stood.
     """
-    files = {
-        path.name: {"bytes": path.stat().st_size, "sha256": file_sha256(path)}
-        for path in sorted(folder.iterdir())
-        if path.name != SEAL
-    }
+    files = {path.name: sealed(path) for path in sorted(folder.iterdir()) if path.name != SEAL}
     values = {
         "format_version": FORMAT_VERSION,
         "step": step,
@@ -94,21 +91,15 @@ def open_checkpoint(folder: Path) -> Checkpoint:
         )
     try:
         files, step = dict(values["files"]), int(values["step"])
-        problems = [problem for name, told in files.items() if (problem := _file_problem(folder / name, told))]
+        check = compare_files(folder, files)
         checkpoint = Checkpoint(folder, step, dict(values["identity"]), dict(values["progress"]))
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise LoratuneError(f"{folder / SEAL}: damaged ({error})", Exit.MODEL) from error
+    problems = [f"{name} is missing" for name in check.missing]
+    problems += [f"{name} has been changed" for name in check.changed]
     if problems:
         raise LoratuneError(f"{folder}: damaged\n{bullet_list(problems)}", Exit.MODEL)
     return checkpoint
-
-
-def _file_problem(path: Path, told: dict[str, Any]) -> str | None:
-    if not path.is_file():
-        return f"{path.name} is missing"
-    if path.stat().st_size != told["bytes"]:
-        return f"{path.name} has {path.stat().st_size:,} bytes, it had {told['bytes']:,}"
-    return None if file_sha256(path) == told["sha256"] else f"{path.name} has been changed"
 
 
 def newest_checkpoint(

@@ -37,6 +37,10 @@ RESUMED = (CHECKPOINTS, METRICS, TRACKER_LOGS, ADAPTER, MANIFEST)
 """What a run that goes on begins with; an adapter of before is replaced only at the end."""
 CONTENTS = (RECIPE, MANIFEST, STATUS, REPORT, ADAPTER, CHECKPOINTS, METRICS, PLOT, PROBE, TRACKER_LOGS)
 VERIFICATION = "verification.json"  # of a merged or exported folder
+LONGEST_RECORD = 2**20
+"""Bytes of a line of metrics.jsonl."""
+SEALED_BY = "sha256"
+"""In a manifest: the hash of all that it says."""
 
 
 def prepare_output(output: Path, overwrite: bool, kind: str = "run", marker: str = STATUS) -> None:
@@ -58,6 +62,7 @@ def prepare_output(output: Path, overwrite: bool, kind: str = "run", marker: str
         )
     if output.is_dir() and any(not _is_passing(path.name) for path in output.iterdir()):
         if not _is_ours(output / marker, kind):
+            _tell_of_damaged_status(output)
             raise LoratuneError(
                 f"{output} holds something that is not a {kind}; choose another folder with --output", Exit.USAGE
             )
@@ -93,6 +98,25 @@ def _is_ours(marker: Path, kind: str) -> bool:
         return values.get("program") == PROGRAM and values.get("kind", kind) == kind
     except LoratuneError:
         return False
+
+
+def _tell_of_damaged_status(output: Path) -> None:
+    """Tell a run whose status.json alone is damaged or gone from what is no run.
+
+    Raises:
+        LoratuneError: its manifest is as loratune has sealed it.
+    """
+    try:
+        is_run = SEALED_BY in read_manifest(output)
+    except LoratuneError:
+        return
+    if is_run:
+        mended = json.dumps({"program": PROGRAM, "state": "interrupted"})
+        raise LoratuneError(
+            f"{output / STATUS}: missing or damaged, while {MANIFEST} beside it is that of a run; restore it, or write "
+            f"{mended} into it, and give the same command again",
+            Exit.USAGE,
+        )
 
 
 def _is_passing(name: str) -> bool:
@@ -151,7 +175,8 @@ def begin_run(
     write_text(output / RECIPE, dump_recipe(recipe))
     known = read_manifest(output) if (output / MANIFEST).is_file() else {}
     values = {"format_version": FORMAT_VERSION, "created": known.get("created", _now()), **manifest}
-    write_manifest(output, values | {"files": known.get("files", {}) | {RECIPE: sealed(output / RECIPE)}})
+    files = {name: record for name, record in known.get("files", {}).items() if name != PROBE}  # written anew
+    write_manifest(output, values | {"files": files | {RECIPE: sealed(output / RECIPE)}})
 
 
 def set_status(output: Path, state: str, **details: Any) -> None:
@@ -162,8 +187,15 @@ def set_status(output: Path, state: str, **details: Any) -> None:
 def seal_run(output: Path) -> None:
     """Add size and sha256 of every lasting file to the manifest; the last step of a run."""
     adapter_files = sorted(path for path in (output / ADAPTER).rglob("*") if path.is_file())
-    files = {str(path.relative_to(output)): sealed(path) for path in [output / RECIPE, *adapter_files]}
+    paths = [output / RECIPE, *(path for path in [output / PROBE] if path.is_file()), *adapter_files]
+    files = {str(path.relative_to(output)): sealed(path) for path in paths}
     write_manifest(output, read_manifest(output) | {"files": files})
+
+
+def seal_file(output: Path, name: str) -> None:
+    """Add one file to the manifest of a run that goes on."""
+    manifest = read_manifest(output)
+    write_manifest(output, manifest | {"files": manifest.get("files", {}) | {name: sealed(output / name)}})
 
 
 def sealed(path: Path) -> dict[str, Any]:
@@ -173,11 +205,12 @@ def sealed(path: Path) -> dict[str, Any]:
 
 def write_manifest(run: Path, values: dict[str, Any]) -> None:
     """Replace a run's manifest, with a hash of its own values in it."""
-    write_json(run / MANIFEST, {**values, "sha256": values_sha256(values)})
+    own = {name: value for name, value in values.items() if name != SEALED_BY}
+    write_json(run / MANIFEST, own | {SEALED_BY: values_sha256(own)})
 
 
 def read_manifest(run: Path) -> dict[str, Any]:
-    """What a run's manifest says.
+    """What a run's manifest says, its own hash included where it has one: those of earlier versions have none.
 
     Raises:
         LoratuneError: it is missing, damaged, changed, or written by another version of loratune.
@@ -189,8 +222,8 @@ def read_manifest(run: Path) -> dict[str, Any]:
             f"{FORMAT_VERSION})",
             Exit.MODEL,
         )
-    own = values.pop("sha256", None)  # the manifests of earlier versions have none
-    if own not in (None, values_sha256(values)):
+    own = {name: value for name, value in values.items() if name != SEALED_BY}
+    if values.get(SEALED_BY) not in (None, values_sha256(own)):
         raise LoratuneError(
             f"{run / MANIFEST}: has been changed since the run wrote it, so nothing of the run can be checked; restore "
             f"it, or copy {run / ADAPTER} elsewhere and give the copy, which is taken as a plain adapter",
@@ -215,15 +248,18 @@ def file_sha256(path: Path) -> str:
 
 def read_metrics(output: Path) -> list[dict[str, float]]:
     """The records of a run; a line that is being written, or that a crash has cut off, is none."""
-    path, records = output / METRICS, []
-    # After a power cut a file may end in anything.
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []:
-        try:
-            record = json.loads(line)
-        except ValueError:
-            continue
-        if isinstance(record, dict) and isinstance(record.get("step"), int):
-            records.append(record)
+    path, records = output / METRICS, list[dict[str, float]]()
+    if not path.is_file():
+        return records
+    with open_plain(path) as lines:
+        # After a power cut a file may end in anything, a hole of many gigabytes too.
+        for line in iter(lambda: lines.readline(LONGEST_RECORD), b""):
+            try:
+                record = json.loads(line)
+            except ValueError:
+                continue
+            if isinstance(record, dict) and isinstance(record.get("step"), int):
+                records.append(record)
     return records
 
 

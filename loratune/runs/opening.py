@@ -12,7 +12,16 @@ from loratune.plain_files import read_json_object
 from loratune.recipe.loading import load_written_recipe
 from loratune.recipe.sections import ModelSettings, PromptSettings, Recipe
 from loratune.runs.checkpoint import SEAL, Checkpoint
-from loratune.runs.folder import ADAPTER, CHECKPOINTS, MANIFEST, RECIPE, STATUS, VERIFICATION, read_manifest
+from loratune.runs.folder import (
+    ADAPTER,
+    CHECKPOINTS,
+    MANIFEST,
+    RECIPE,
+    SEALED_BY,
+    STATUS,
+    VERIFICATION,
+    read_manifest,
+)
 from loratune.runs.lock import lock_holder
 from loratune.runs.seals import ADAPTER_CONFIG, changed_files, open_sealed, require_same_settings, require_unchanged
 from loratune.runs.tokenizer_files import count_tokens
@@ -31,7 +40,8 @@ class AdapterSource:
     """Run folder; None for a plain PEFT folder."""
     changed: tuple[str, ...] = ()
     """Its files that are not as the run left them, if that was let through."""
-
+    is_sealed: bool = True
+    """Whether a run's manifest has a hash of its own, without which it may say anything."""
     combined: dict[str, Any] | None = None
     """How it was made of several adapters, if it was."""
     checkpoint: Checkpoint | None = None
@@ -46,6 +56,16 @@ class AdapterSource:
         is_recorded = "generation_prompt" in (self.manifest or {}).get("template", {})
         update = {} if is_recorded else {"generation_prompt": "template"}
         return self.recipe.prompt.model_copy(update=update)
+
+    @property
+    def remarks(self) -> list[str]:
+        """What to tell of its files, a line each."""
+        changed = [f"changed since the run ended: {', '.join(self.changed)}"] if self.changed else []
+        unsealed = [
+            f"{self.run}: its {MANIFEST} carries no seal (an earlier version of loratune wrote it, or the seal was "
+            "removed), so whether it has been changed since cannot be told"
+        ]
+        return changed + (unsealed if self.run is not None and not self.is_sealed else [])
 
     @property
     def place(self) -> Path:
@@ -208,7 +228,7 @@ def _open_run(run: Path, adapter: Path, force: bool) -> AdapterSource:
         raise LoratuneError(f"{run}: the run has no adapter yet (state: {state}){hint}", Exit.MODEL)
     changed = changed_files(run, manifest, with_adapter=True)
     require_unchanged(run, changed, force)
-    return AdapterSource(adapter, _read_recipe(run), manifest, run, tuple(changed))
+    return AdapterSource(adapter, _read_recipe(run), manifest, run, tuple(changed), SEALED_BY in manifest)
 
 
 def _open_checkpoint(run: Path, folder: Path, force: bool) -> AdapterSource:
@@ -218,7 +238,8 @@ def _open_checkpoint(run: Path, folder: Path, force: bool) -> AdapterSource:
     require_unchanged(run, changed, force)
     recipe = _read_recipe(run)
     other = require_same_settings(checkpoint, run, recipe, force) if checkpoint else []
-    return AdapterSource(folder, recipe, manifest, run, (*damage, *changed, *other), checkpoint=checkpoint)
+    found, is_sealed = (*damage, *changed, *other), SEALED_BY in manifest
+    return AdapterSource(folder, recipe, manifest, run, found, is_sealed, checkpoint=checkpoint)
 
 
 def _read_recipe(run: Path) -> Recipe:

@@ -9,7 +9,7 @@ from typing import Any
 
 from loratune.errors import Exit, LoratuneError
 from loratune.plain_files import read_json_object
-from loratune.runs.folder import PROBE
+from loratune.runs.folder import PROBE, seal_file
 from loratune.writing import write_json
 
 MAX_ROWS = 16
@@ -37,10 +37,10 @@ class Probe:
 
 
 def save_probe(run: Path, rows: Sequence[dict[str, Any]], conversations: Sequence[Sequence[Any]]) -> None:
-    """Keep some rows and questions, spread evenly.
+    """Keep some rows and questions, spread evenly, and seal them.
 
     Args:
-        run: the run folder.
+        run: the run folder, with its manifest.
         rows: encoded rows with `input_ids` and `labels`, lists of int.
         conversations: their messages, an answer last.
     """
@@ -53,6 +53,7 @@ def save_probe(run: Path, rows: Sequence[dict[str, Any]], conversations: Sequenc
         kept.append({"input_ids": list(row["input_ids"]), "labels": list(row["labels"])})
     questions = [list(messages[:-1]) for messages in _spread(conversations, MAX_QUESTIONS)]
     write_json(run / PROBE, {"rows": kept, "questions": questions})
+    seal_file(run, PROBE)
 
 
 def read_probe(run: Path | None) -> Probe:
@@ -73,7 +74,8 @@ def read_probe(run: Path | None) -> Probe:
         is_whole = False
     if not is_whole:
         raise LoratuneError(
-            f"{run / PROBE}: damaged; restore it, or delete it and built-in questions take its place", Exit.MODEL
+            f"{run / PROBE}: damaged; restore it, or delete it and give --force: built-in questions take its place",
+            Exit.MODEL,
         )
     return Probe(rows, questions or built_in)
 

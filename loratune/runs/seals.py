@@ -10,7 +10,8 @@ from loratune.plain_files import read_json_object
 from loratune.recipe.names import with_current_names
 from loratune.recipe.sections import Recipe, flat_settings
 from loratune.runs.checkpoint import SEAL, Checkpoint, open_checkpoint
-from loratune.runs.folder import ADAPTER, MANIFEST, RECIPE, STATUS, file_sha256
+from loratune.runs.file_hashes import Records, are_records, compare_files
+from loratune.runs.folder import ADAPTER, MANIFEST, PROBE, RECIPE, STATUS
 from loratune.runs.tokenizer_files import tokenizer_files
 
 ADAPTER_CONFIG = "adapter_config.json"
@@ -26,19 +27,20 @@ def changed_files(run: Path, manifest: dict[str, Any], with_adapter: bool) -> li
     Args:
         run: its folder.
         manifest: from `read_manifest`.
-        with_adapter: look at its adapter too, not at its recipe alone.
+        with_adapter: look at its adapter too, not at its recipe and its probe rows alone.
 
     Raises:
         LoratuneError: the manifest doesn't say what the files were.
     """
     files = _sealed_files(run, manifest, with_adapter)
-    wanted = [name for name in files if name == RECIPE or (with_adapter and name.startswith(f"{ADAPTER}/"))]
-    changed = [
-        name for name in wanted if not (run / name).is_file() or file_sha256(run / name) != files[name].get("sha256")
-    ]
-    if with_adapter:
-        changed += [f"{name} (added)" for name in _added(run / ADAPTER, f"{ADAPTER}/", files)]
-    return changed
+    wanted = {
+        name: record
+        for name, record in files.items()
+        if name in (RECIPE, PROBE) or (with_adapter and name.startswith(f"{ADAPTER}/"))
+    }
+    present = _read_names(run / ADAPTER, f"{ADAPTER}/") if with_adapter else []
+    check = compare_files(run, wanted, present)
+    return [*sorted((*check.changed, *check.missing)), *(f"{name} (added)" for name in check.added)]
 
 
 def require_unchanged(run: Path, changed: list[str], force: bool) -> None:
@@ -74,7 +76,7 @@ def open_sealed(folder: Path, force: bool) -> tuple[Checkpoint | None, list[str]
         if not (folder / SEAL).is_file():
             raise LoratuneError(f"{folder}: no {SEAL} in it, so it is no whole checkpoint", Exit.MODEL)
         checkpoint = open_checkpoint(folder)
-        added = _added(folder, "", read_json_object(folder / SEAL)["files"])
+        added = sorted(set(_read_names(folder)) - read_json_object(folder / SEAL)["files"].keys())
         if added:
             raise LoratuneError(f"{folder}: added since it was written: {', '.join(added)}", Exit.MODEL)
     except LoratuneError as error:
@@ -111,14 +113,13 @@ def require_same_settings(checkpoint: Checkpoint, run: Path, recipe: Recipe, for
     return [f"{RECIPE}: {difference}" for difference in different]
 
 
-def _sealed_files(run: Path, manifest: dict[str, Any], with_adapter: bool) -> dict[str, dict[str, Any]]:
+def _sealed_files(run: Path, manifest: dict[str, Any], with_adapter: bool) -> Records:
     """What a manifest says of the files; earlier versions sealed nothing before a run had ended."""
     files, problems = manifest.get("files", {}), []
     if not isinstance(manifest.get("base"), dict):
         problems.append("what the base was")
-    is_readable = isinstance(files, dict) and all(isinstance(known, dict) for known in files.values())
     has_ended = _has_ended(run)
-    if not is_readable or ((with_adapter or has_ended) and not files) or (has_ended and RECIPE not in files):
+    if not are_records(files) or ((with_adapter or has_ended) and not files) or (has_ended and RECIPE not in files):
         problems.append("what the run's files were")
     if problems:
         raise LoratuneError(
@@ -136,7 +137,7 @@ def _has_ended(run: Path) -> bool:
         return False
 
 
-def _added(folder: Path, prefix: str, files: dict[str, Any]) -> list[str]:
-    """Files that would be read of a folder and that nobody has sealed; others lie there without any effect."""
+def _read_names(folder: Path, prefix: str = "") -> list[str]:
+    """Files that would be read of an adapter's folder; others lie there without any effect."""
     read = [*(name for name in READ_IF_THERE if (folder / name).is_file()), *tokenizer_files(folder)]
-    return [f"{prefix}{name}" for name in read if f"{prefix}{name}" not in files]
+    return [f"{prefix}{name}" for name in read]

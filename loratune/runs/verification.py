@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from loratune.errors import Exit, LoratuneError, bullet_list
 from loratune.plain_files import read_json_object
+from loratune.runs.file_hashes import FileCheck, are_records, compare_files
 from loratune.runs.folder import FORMAT_VERSION, PROGRAM, VERIFICATION, file_sha256, sealed
 from loratune.runs.remembered import remembered_sha256
 from loratune.runs.versions import library_versions
@@ -18,32 +18,14 @@ LOADED = (".safetensors", ".gguf", ".bin", ".json", ".jinja", ".txt", ".model", 
 """How names end of files that programs load; cards, licences and a hub's own files change nothing of a model."""
 
 
-@dataclass(frozen=True)
-class FileCheck:
-    """What has become of a folder's files since it was made."""
-
-    files: int
-    """How many verification.json knows."""
-    changed: tuple[str, ...] = ()
-    missing: tuple[str, ...] = ()
-    added: tuple[str, ...] = ()
-
-    @property
-    def problems(self) -> list[str]:
-        """What could make another model of it, a line for each file."""
-        kinds = (("changed", self.changed), ("missing", self.missing), ("added", self.added))
-        return [f"{name}: {kind}" for kind, names in kinds for name in names if is_loaded(name)]
-
-    @property
-    def remarks(self) -> list[str]:
-        """What nothing depends on, a line for each file."""
-        kinds = (("changed", self.changed), ("missing", self.missing), ("added", self.added))
-        return [f"{name}: {kind}" for kind, names in kinds for name in names if not is_loaded(name)]
-
-
 def is_loaded(name: str) -> bool:
-    """Whether programs could load a file of this name."""
+    """Whether programs could load a file of this name, so that a change of it could make another model."""
     return name.endswith(LOADED)
+
+
+def is_idle(name: str) -> bool:
+    """Whether nothing depends on a file of this name."""
+    return not is_loaded(name)
 
 
 def write_verification(folder: Path, kind: str, report: dict[str, Any], hashes: bool = True) -> dict[str, Any]:
@@ -95,22 +77,11 @@ def check_files(folder: Path, values: dict[str, Any], hash_of: Callable[[Path], 
     if "files" not in values:
         return None
     known = values["files"]
-    if not isinstance(known, dict) or not known or not all(isinstance(one, dict) for one in known.values()):
+    if not known or not are_records(known):
         raise LoratuneError(
             f"{folder / VERIFICATION}: damaged: it does not say what the folder's files were", Exit.MODEL
         )
-    found = dict(_files(folder))
-    try:
-        changed = [
-            name
-            for name, path in found.items()
-            if name in known
-            and (path.stat().st_size != known[name].get("bytes") or hash_of(path) != known[name].get("sha256"))
-        ]
-    except OSError as error:
-        raise LoratuneError(f"{error.filename}: cannot be read: {error.strerror}", Exit.MODEL) from error
-    missing, added = known.keys() - found.keys(), found.keys() - known.keys()
-    return FileCheck(len(known), tuple(sorted(changed)), tuple(sorted(missing)), tuple(sorted(added)))
+    return compare_files(folder, known, dict(_files(folder)), hash_of)
 
 
 def require_intact(folder: Path, force: bool) -> list[str]:
@@ -130,9 +101,10 @@ def require_intact(folder: Path, force: bool) -> list[str]:
     """
     values = read_verification(folder)
     check = check_files(folder, values, remembered_sha256) if values else None
-    if check is None or not check.problems:
+    problems = check.lines(is_loaded) if check else []
+    if not problems:
         return []
-    message = f"{folder} is not as it was verified:\n{bullet_list(check.problems, limit=5)}"
+    message = f"{folder} is not as it was verified:\n{bullet_list(problems, limit=5)}"
     if force:
         return [message]
     raise LoratuneError(f"{message}\nmake it again, or insist with --force", Exit.MODEL)

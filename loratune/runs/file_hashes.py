@@ -1,0 +1,63 @@
+"""Files beside what was recorded of them: the one comparison behind every seal."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from loratune.errors import Exit, LoratuneError
+from loratune.runs.folder import file_sha256
+
+Records = Mapping[str, Mapping[str, Any]]
+"""Name of a file, relative to its folder → its `bytes` and `sha256`."""
+
+
+@dataclass(frozen=True)
+class FileCheck:
+    """What has become of files since they were recorded."""
+
+    files: int
+    """How many were recorded."""
+    changed: tuple[str, ...] = ()
+    missing: tuple[str, ...] = ()
+    added: tuple[str, ...] = ()
+
+    def lines(self, wanted: Callable[[str], bool] = lambda _: True) -> list[str]:
+        """A line for each file that is not as it was, of those whose names are wanted."""
+        kinds = (("changed", self.changed), ("missing", self.missing), ("added", self.added))
+        return [f"{name}: {kind}" for kind, names in kinds for name in names if wanted(name)]
+
+
+def are_records(values: Any) -> bool:
+    """Whether a JSON value records files."""
+    return isinstance(values, dict) and all(isinstance(record, dict) for record in values.values())
+
+
+def compare_files(
+    folder: Path, records: Records, present: Iterable[str] = (), hash_of: Callable[[Path], str] = file_sha256
+) -> FileCheck:
+    """Compare files with their records; every one of them is hashed, unless its size tells already.
+
+    Args:
+        folder: where they lie.
+        records: of the files that should be there.
+        present: names that are there and would be read; those without a record count as added.
+        hash_of: gives a file's sha256.
+
+    Raises:
+        LoratuneError: a file cannot be read.
+    """
+    missing = {name for name in records if not (folder / name).is_file()}
+    try:
+        changed = [name for name in records if name not in missing and _differs(folder / name, records[name], hash_of)]
+    except OSError as error:
+        raise LoratuneError(f"{error.filename}: cannot be read: {error.strerror}", Exit.MODEL) from error
+    added = set(present) - records.keys()
+    return FileCheck(len(records), tuple(sorted(changed)), tuple(sorted(missing)), tuple(sorted(added)))
+
+
+def _differs(path: Path, record: Mapping[str, Any], hash_of: Callable[[Path], str]) -> bool:
+    size = path.stat().st_size
+    return size != record.get("bytes", size) or hash_of(path) != record.get("sha256")
