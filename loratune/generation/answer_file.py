@@ -21,10 +21,8 @@ from loratune.plain_files import open_plain, read_plain
 from loratune.runs.folder import PROGRAM, file_sha256
 from loratune.writing import disk_errors_explained, write_json, write_pieces
 
-FORMAT = 1
-PART, REPORT = ".part", ".report.json"
-LONGEST_LINE = 16 * 2**20
-"""Bytes; a longer one is damage, such as a hole that a crash of the system has left."""
+FORMAT, PART, REPORT = 1, ".part", ".report.json"
+LONGEST_LINE = 16 * 2**20  # bytes; a longer one is damage, such as a hole that a crash of the system has left
 ANSWER = ("answer", "reasoning", "tool_calls", "finish", "error", "tokens")
 """What an answer consists of."""
 START_ANEW = "start anew with --overwrite, or choose another file with --output"
