@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 from serving import TOKEN, FakeTicket, Served
 
-from loratune.generation.exchange import Piece, Question
+from loratune.engine.exchange import Piece, Question
 
 CHROMIUM_NAMES = ("chromium", "chromium-browser", "google-chrome-stable", "google-chrome")
 TOKEN_ADDRESS = f"/#token={TOKEN}"

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner, Result
 
-from loratune.data.encoding import Example
+from loratune.data.encoding.encoder import Example
 
 TINY_QWEN = Path(__file__).resolve().parent.parent / "loratune" / "assets" / "tiny-qwen"
 ROWS = [{"instruction": f"How much is {n}+{n}?", "input": "", "output": f"It is {2 * n}."} for n in range(12)]

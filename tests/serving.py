@@ -12,8 +12,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
+from loratune.engine.exchange import Piece, Question
 from loratune.errors import Exit, LoratuneError
-from loratune.generation.exchange import Piece, Question
 from loratune.generation.server.addresses import Address
 from loratune.generation.server.application import Limits, create_application
 from loratune.generation.server.guards import LOOPBACK_NAMES, Access

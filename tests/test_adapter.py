@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from loratune.errors import Exit, LoratuneError
-from loratune.model.adapter import attach_adapter, check_frozen, load_adapter, save_adapter, summarise_adapter
+from loratune.model.adapter.attach import attach_adapter, check_frozen, load_adapter, save_adapter, summarise_adapter
 from loratune.model.base import load_base
 from loratune.model.hardware import detect_hardware
 from loratune.recipe.sections import LoraSettings, ModelSettings

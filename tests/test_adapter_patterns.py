@@ -21,8 +21,8 @@ from transformers import AutoModelForCausalLM
 from typer.testing import Result
 
 from loratune.errors import Exit, LoratuneError
-from loratune.model.adapter_files import MOST_PATTERNS, read_config_values
-from loratune.model.adapter_patterns import as_expressions, settle_patterns, targeted
+from loratune.model.adapter.files import MOST_PATTERNS, read_config_values
+from loratune.model.adapter.patterns import as_expressions, settle_patterns, targeted
 
 Cli = Callable[..., Result]
 PARTS = ("self_attn.q_proj", "self_attn.k_proj", "mlp.up_proj", "mlp.down_proj")
@@ -106,7 +106,7 @@ def test_ranks_are_those_that_peft_finds(patterns: dict[str, int], tmp_path: Pat
 )
 @pytest.mark.parametrize("expression", EVIL)
 def test_an_expression_has_seconds(key: str, expression: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("loratune.model.adapter_patterns.SECONDS", 0.3)
+    monkeypatch.setattr("loratune.model.adapter.patterns.SECONDS", 0.3)
     given = {expression: 8} if key.endswith(("rank_pattern", "alpha_pattern")) else expression
     settings = values(**{key: given}) | ({"layers_to_transform": [1]} if key == "layers_pattern" else {})
     start = time.process_time()
@@ -116,7 +116,7 @@ def test_an_expression_has_seconds(key: str, expression: str, tmp_path: Path, mo
 
 
 def test_an_expression_that_takes_too_long_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("loratune.model.adapter_patterns.SECONDS", 0.3)
+    monkeypatch.setattr("loratune.model.adapter.patterns.SECONDS", 0.3)
     with pytest.raises(LoratuneError, match="takes too long") as raised:
         settle_patterns(values(rank_pattern={EVIL[1]: 8}), BASE, tmp_path)
     assert raised.value.exit_code == Exit.MODEL
@@ -237,7 +237,7 @@ def test_a_config_of_more_bytes_than_any_is_not_read(
 def test_an_expression_that_never_ends_is_refused_by_every_command(
     cli: Cli, random_qwen: Path, adapter: Path, tmp_path: Path, command: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("loratune.model.adapter_patterns.SECONDS", 0.5)
+    monkeypatch.setattr("loratune.model.adapter.patterns.SECONDS", 0.5)
     edit(adapter, rank_pattern={EVIL[1]: 8})
     assert "rank_pattern: the expression" in refusal(cli, command, adapter, random_qwen, tmp_path)
 
@@ -252,7 +252,7 @@ def test_a_rank_for_which_there_are_no_tensors_takes_no_memory(
 
 
 def test_an_adapter_with_expressions_answers_as_with_names(random_qwen: Path, adapter: Path) -> None:
-    from loratune.model.adapter import load_adapter  # PEFT: seconds
+    from loratune.model.adapter.attach import load_adapter  # PEFT: seconds
 
     def logits(folder: Path) -> torch.Tensor:
         model = load_adapter(AutoModelForCausalLM.from_pretrained(random_qwen), folder)

@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM
 from typer.testing import Result
 
 from loratune.commands import Command, free_place, loratune
-from loratune.delivery.vllm import check_for_vllm
+from loratune.delivery.export.vllm.plan import check_for_vllm
 from loratune.errors import Exit
 from loratune.model.files import check_base
 from loratune.recipe.loading import load_recipe
@@ -162,8 +162,8 @@ def test_an_upload_after_a_dry_run_is_the_same_command_with_what_it_needs(
     cli: CLI, short_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     sent = []
-    monkeypatch.setattr("loratune.delivery.hub._upload_to_hugging_face", lambda *given: sent.append(given) or {})
-    monkeypatch.setattr("loratune.delivery.hub._check_arrived", lambda *_: None)
+    monkeypatch.setattr("loratune.delivery.export.hub._upload_to_hugging_face", lambda *given: sent.append(given) or {})
+    monkeypatch.setattr("loratune.delivery.export.hub._check_arrived", lambda *_: None)
     output = tmp_path / "to give"
     arguments = ["--adapter", short_run, "--format", "adapter", "--push", "hf:me/it", "--output", output]
     done = cli("export", *arguments)
@@ -214,7 +214,7 @@ def test_an_untrained_adapter_is_told_before_the_merge_and_float32_is_not_advise
 ) -> None:
     folder = adapter(init_lora_weights=True)
     with monkeypatch.context() as patch:
-        patch.setattr("loratune.delivery.merge.write_merged", lambda *_: pytest.fail("weights were written"))
+        patch.setattr("loratune.delivery.merge.merge.write_merged", lambda *_: pytest.fail("weights were written"))
         for command in (["merge"], ["export", "--format", "gguf"]):
             done = cli(*command, "--adapter", folder, "--output", tmp_path / "out")
             assert done.exit_code == Exit.MODEL, done.stderr
@@ -267,7 +267,7 @@ def test_what_gguf_cannot_state_is_told_before_the_merge_and_llama_cpp_gets_a_me
     base = changed_base(random_qwen, tmp_path / "base", file, change)
     folder = adapter(base)
     with monkeypatch.context() as patch:
-        patch.setattr("loratune.delivery.export.carry_out", lambda *_: pytest.fail("merged"))
+        patch.setattr("loratune.delivery.export.export.carry_out", lambda *_: pytest.fail("merged"))
         done = cli("export", "--adapter", folder, "--format", target, "--output", tmp_path / "out")
     assert done.exit_code == Exit.MODEL, done.stderr
     assert words in done.stderr
@@ -286,7 +286,7 @@ def test_a_template_that_ollama_cannot_have_is_told_before_the_merge_and_the_ggu
     )
     folder = adapter(base)
     with monkeypatch.context() as patch:
-        patch.setattr("loratune.delivery.export.carry_out", lambda *_: pytest.fail("merged"))
+        patch.setattr("loratune.delivery.export.export.carry_out", lambda *_: pytest.fail("merged"))
         done = cli("export", "--adapter", folder, "--format", "ollama", "--output", tmp_path / "out")
     assert done.exit_code == Exit.MODEL, done.stderr
     assert "cannot be written for Ollama" in " ".join(done.stderr.split())
@@ -297,11 +297,11 @@ def test_a_template_that_ollama_cannot_have_is_told_before_the_merge_and_the_ggu
 def test_a_disk_without_room_for_merged_model_and_file_is_told_before_the_merge(
     cli: CLI, adapter: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import loratune.delivery.rehearsal as rehearsal
+    import loratune.delivery.export.rehearsal as rehearsal
 
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(rehearsal.shutil, "disk_usage", lambda _: usage._replace(free=1000))
-    monkeypatch.setattr("loratune.delivery.export.carry_out", lambda *_: pytest.fail("merged"))
+    monkeypatch.setattr("loratune.delivery.export.export.carry_out", lambda *_: pytest.fail("merged"))
     done = cli("export", "--adapter", adapter(), "--format", "gguf", "--output", tmp_path / "out")
     assert done.exit_code == Exit.IO
     assert "the merged model that it is made from need" in " ".join(done.stderr.split())

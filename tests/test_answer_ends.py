@@ -11,8 +11,8 @@ import pytest
 from test_chat_template import CHATML, encoder_of, learnt, model_folder, row, shipped, tokenizer_of
 from typer.testing import Result
 
-from loratune.data.answer_ends import MARK
-from loratune.data.encoding import Encoder
+from loratune.data.encoding.encoder import Encoder
+from loratune.data.template.answer_ends import MARK
 from loratune.errors import Exit, LoratuneError
 from loratune.recipe.sections import PromptSettings
 

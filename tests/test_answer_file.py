@@ -30,8 +30,8 @@ from typer.testing import CliRunner, Result
 
 from loratune.cli.app import app
 from loratune.errors import Exit, LoratuneError
-from loratune.generation.answer_file import AnswerFile, json_line, open_answers
-from loratune.generation.questions import read_questions
+from loratune.generation.batch.answer_file import AnswerFile, json_line, open_answers
+from loratune.generation.batch.questions import read_questions
 from loratune.model.hardware import detect_hardware, resolve_dtype
 
 Cli = Callable[..., Result]
@@ -76,7 +76,7 @@ def no_model(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: Any, **__: Any) -> None:
         raise AssertionError("a model is loaded")
 
-    monkeypatch.setattr("loratune.generation.engine.load_engine", refuse)
+    monkeypatch.setattr("loratune.engine.engine.load_engine", refuse)
 
 
 def lines_of(path: Path) -> list[dict[str, Any]]:
@@ -325,7 +325,7 @@ def test_a_complete_file_with_refused_rows_says_so_again(
     assert json.loads(scored.stdout)["answered"] == 0
     assert [line["metrics"]["exact_match"] for line in lines_of(output)] == [False, False]
     assert "Roles must alternate" in lines_of(output)[1]["error"]
-    monkeypatch.setattr("loratune.generation.engine.load_engine", None)
+    monkeypatch.setattr("loratune.engine.engine.load_engine", None)
     again = cli(*command)
     assert again.exit_code == Exit.DATA
     assert says(again, "1 of 2 rows could not be asked")
@@ -345,7 +345,7 @@ def test_a_fault_of_the_engine_is_not_taken_for_a_row_s(
     def refuse(*_: Any) -> None:
         raise LoratuneError("the engine is broken", Exit.IO)
 
-    monkeypatch.setattr("loratune.generation.engine.Engine.submit", refuse)
+    monkeypatch.setattr("loratune.engine.engine.Engine.submit", refuse)
     done = cli("infer", "--model", "tiny-qwen", "--input", rows, "--output", tmp_path / "a.jsonl")
     assert done.exit_code == Exit.IO
     assert says(done, "the engine is broken")

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from loratune.generation.text import TextStream
+from loratune.engine.text import TextStream
 from tests.conftest import TINY_QWEN
 
 

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.utils.data import DataLoader
 
-from loratune.data.batches import (
+from loratune.data.assembly.batches import (
     LengthSortedBatches,
     NumberedRows,
     PackedRows,
@@ -20,8 +20,8 @@ from loratune.data.batches import (
     collate_padded,
     round_length,
 )
-from loratune.data.encoding import IGNORED
-from loratune.data.packing import pack
+from loratune.data.assembly.packing import pack
+from loratune.data.encoding.encoder import IGNORED
 
 IDS = [[1, 2, 3], [4], [5, 6, 7, 8, 9], [10, 11]]
 LABELS = [[1, 2, 3], [4], [-100, -100, 7, 8, 9], [-100, 11]]

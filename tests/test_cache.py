@@ -13,10 +13,10 @@ from typing import Any
 import pytest
 from conftest import ROWS, TINY_QWEN
 
-from loratune.data import cache
-from loratune.data.dataset import as_dataset
-from loratune.data.encoding import Encoder
-from loratune.data.loaded_source import Rendering
+from loratune.data.assembly.dataset import as_dataset
+from loratune.data.encoding import cache
+from loratune.data.encoding.encoder import Encoder
+from loratune.data.encoding.loaded_source import Rendering
 from loratune.data.preparation import prepare_data
 from loratune.errors import Exit, LoratuneError
 from loratune.recipe.data_sections import DataSettings, SourceSettings

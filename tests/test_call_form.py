@@ -12,13 +12,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tool_templates import SPECIAL, SPECIAL_ID, TEMPLATES, WEATHER, call_of, tool_encoder, tool_tokenizer
 
-from loratune.data.call_form import CallForm, CallStream
-from loratune.data.call_shapes import Call, NamedShape, ObjectShape, ParameterShape
-from loratune.data.conversation import Conversation
-from loratune.data.encoding import IGNORED, Encoder
-from loratune.data.tool_rendering import ToolError
+from loratune.data.encoding.encoder import IGNORED, Encoder
+from loratune.data.formats.conversation import Conversation
+from loratune.data.tools.call_form import CallForm, CallStream
+from loratune.data.tools.call_shapes import Call, NamedShape, ObjectShape, ParameterShape
+from loratune.data.tools.tool_rendering import ToolError
+from loratune.engine.text import TextStream
 from loratune.errors import Exit
-from loratune.generation.text import TextStream
 from loratune.recipe.sections import PromptSettings
 
 QUESTION = {"role": "user", "content": "What is the weather?"}

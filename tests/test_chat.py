@@ -31,18 +31,18 @@ from typer.testing import Result
 
 from loratune import console
 from loratune.cli.infer import command
-from loratune.data.chat_rows import MESSAGES
+from loratune.data.formats.chat_rows import MESSAGES
+from loratune.engine.exchange import Piece, Question
+from loratune.engine.sampling import Sampling
 from loratune.errors import Exit, LoratuneError
-from loratune.generation.answering import Reply
-from loratune.generation.chat import Chat, clean
-from loratune.generation.chat_columns import Column, Columns
-from loratune.generation.chat_commands import complete, run_command
-from loratune.generation.chat_history import MOST_ENTRIES, ChatHistory, history_path
-from loratune.generation.chat_screen import LineEnds, OneAnswer
-from loratune.generation.chat_settings import SETTINGS, changed
-from loratune.generation.chat_state import ChatState, Turn
-from loratune.generation.exchange import Piece, Question
-from loratune.model.sampling import Sampling
+from loratune.generation.chat.answering import Reply
+from loratune.generation.chat.columns import Column, Columns
+from loratune.generation.chat.commands import complete, run_command
+from loratune.generation.chat.history import MOST_ENTRIES, ChatHistory, history_path
+from loratune.generation.chat.screen import LineEnds, OneAnswer
+from loratune.generation.chat.session import Chat, clean
+from loratune.generation.chat.settings import SETTINGS, changed
+from loratune.generation.chat.state import ChatState, Turn
 
 NASTY = "a\x1b[31mred\x1b]0;title\x07b\r\nc\rd\x9b2Je\u202ef\tg\x00\x7f"
 SEEN = "a␛[31mred␛]0;title␇b\nc␍d⟨009B⟩2Je⟨202E⟩f\tg␀␡"

@@ -12,11 +12,11 @@ from conftest import TINY_QWEN
 from transformers import AutoTokenizer
 from typer.testing import Result
 
-from loratune.data.chat_rows import MESSAGES
-from loratune.data.columns import describe_unread_columns
-from loratune.data.conversation import Conversation
-from loratune.data.encoding import IGNORED, Encoder
-from loratune.data.formats import ConversationReader, detect_format
+from loratune.data.encoding.encoder import IGNORED, Encoder
+from loratune.data.formats.chat_rows import MESSAGES
+from loratune.data.formats.columns import describe_unread_columns
+from loratune.data.formats.conversation import Conversation
+from loratune.data.formats.registry import ConversationReader, detect_format
 from loratune.errors import LoratuneError
 from loratune.model.tokenizer import load_tokenizer
 from loratune.recipe.sections import PromptSettings

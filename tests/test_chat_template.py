@@ -17,10 +17,10 @@ from conftest import TINY_QWEN
 from transformers import AddedToken, AutoTokenizer
 from typer.testing import Result
 
-from loratune.data.chat_template import DIRECTIVES, MOMENTS, fixed_moment
-from loratune.data.conversation import Conversation, Message
-from loratune.data.encoding import IGNORED, Encoder
-from loratune.delivery.gguf_vocabulary import describe_vocabulary
+from loratune.data.encoding.encoder import IGNORED, Encoder
+from loratune.data.formats.conversation import Conversation, Message
+from loratune.data.template.chat_template import DIRECTIVES, MOMENTS, fixed_moment
+from loratune.delivery.export.gguf.vocabulary import describe_vocabulary
 from loratune.delivery.template import write_portable_template
 from loratune.errors import Exit, LoratuneError
 from loratune.model.tokenizer import load_tokenizer
@@ -250,7 +250,7 @@ def test_a_prompt_in_other_words_than_earlier_answers_is_told() -> None:
 
 
 def test_control_tokens_before_an_answer_are_learnt_as_such_and_read_past() -> None:
-    from loratune.generation.text import TextStream
+    from loratune.engine.text import TextStream
 
     # Of the kind that gpt-oss has: a channel stands between the prompt and the answer.
     template = (
@@ -274,7 +274,7 @@ def test_control_tokens_before_an_answer_are_learnt_as_such_and_read_past() -> N
 
 def read(encoder: Encoder, answer: str) -> str:
     """What is told of a trained answer."""
-    from loratune.generation.text import TextStream
+    from loratune.engine.text import TextStream
 
     stream = TextStream(encoder.tokenizer, beginning=encoder.answer_start)
     ids = encoder.answer_ids(answer)[:-1]
@@ -326,7 +326,7 @@ THINKERS = ["qwen3", "qwen3_5_think", "qwen3_5_nothink", "qwen3_6", "qwen3_8", "
 
 @pytest.mark.parametrize("template", THINKERS)
 def test_an_answer_without_reasoning_closes_the_block_that_its_prompt_opens(template: str) -> None:
-    from loratune.generation.text import TextStream
+    from loratune.engine.text import TextStream
 
     encoder = encoder_of(shipped(template), enable_thinking=True)
     (example,) = encoder.encode(row("a", "one"))

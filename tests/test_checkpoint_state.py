@@ -20,7 +20,7 @@ from typer.testing import Result
 from loratune.errors import Exit, LoratuneError
 from loratune.runs.checkpoint import open_checkpoint
 from loratune.runs.folder import file_sha256
-from loratune.training.checkpoint_state import check_states
+from loratune.training.checkpoints.states import check_states
 
 STATES = ("optimizer.pt", "scheduler.pt", "trainer_state.json")
 PICKLES = ("optimizer.pt", "scheduler.pt", "rng_state.pth")

@@ -19,9 +19,10 @@ from conftest import tree
 from safetensors.torch import load_file
 from typer.testing import Result
 
-from loratune.model.decoder import Decoder
+from loratune.engine.scheduler import Decoder
 from loratune.runs.opening import open_settled_adapter
-from loratune.training import answers, closing, session
+from loratune.training import run as session
+from loratune.training.reporting import answers, closing
 
 Sft = Callable[..., Result]
 

@@ -18,7 +18,7 @@ import transformers.utils.hub
 from transformers import AutoConfig, AutoModelForCausalLM
 from typer.testing import Result
 
-from loratune.data import template_trial
+from loratune.data.template import trial as template_trial
 from loratune.errors import Exit, LoratuneError
 from loratune.model.config import allowed_keys, load_config, load_generation_config
 from loratune.model.files import MODEL_TYPES, check_config

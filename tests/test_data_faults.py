@@ -18,7 +18,7 @@ from conftest import ROWS, TINY_QWEN, tree
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import Result
 
-from loratune.data.encoding import Encoder
+from loratune.data.encoding.encoder import Encoder
 from loratune.errors import Exit
 
 Run = Callable[..., Result]

@@ -27,12 +27,12 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from loratune.model import decoder as decoder_module
-from loratune.model import sampling as sampling_module
-from loratune.model.decoder import Decoder, Running
-from loratune.model.own_parameters import BASE
-from loratune.model.sampling import Sampling, TokenChooser, shortlist
-from loratune.model.slots import DecodingError, token_bytes
+from loratune.engine import sampling as sampling_module
+from loratune.engine import scheduler as decoder_module
+from loratune.engine.kv_cache import DecodingError, token_bytes
+from loratune.engine.sampling import Sampling, TokenChooser, shortlist
+from loratune.engine.scheduler import Decoder, Running
+from loratune.model.adapter.own_parameters import BASE
 
 SIZES: dict[str, Any] = {
     "vocab_size": 300,

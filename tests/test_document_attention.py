@@ -12,9 +12,9 @@ import torch
 from torch.nn import functional
 from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, Qwen3Config
 
-from loratune.data.batches import collate_packed
-from loratune.model import document_attention
-from loratune.model.document_attention import DOCUMENT_ATTENTION, register_document_attention
+from loratune.data.assembly.batches import collate_packed
+from loratune.model.kernels import packed_attention as document_attention
+from loratune.model.kernels.packed_attention import DOCUMENT_ATTENTION, register_document_attention
 
 SIZES = {
     "vocab_size": 96,

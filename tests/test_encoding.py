@@ -13,8 +13,8 @@ from conftest import TINY_QWEN, example_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from loratune.data.conversation import Conversation, Message
-from loratune.data.encoding import IGNORED, Encoder, Example
+from loratune.data.encoding.encoder import IGNORED, Encoder, Example
+from loratune.data.formats.conversation import Conversation, Message
 from loratune.errors import Exit, LoratuneError
 from loratune.recipe.sections import PromptSettings
 

@@ -14,10 +14,10 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from loratune.engine.engine import Engine, load_engine
+from loratune.engine.exchange import Piece, Question
+from loratune.engine.sampling import Sampling
 from loratune.errors import Exit, LoratuneError
-from loratune.generation.engine import Engine, load_engine
-from loratune.generation.exchange import Piece, Question
-from loratune.model.sampling import Sampling
 from tests.conftest import TINY_QWEN
 
 QUESTIONS = ["Who are you?", "What is 2+3?", "Hi", "Tell me about rivers", "你是谁？", "What is the capital of France?"]
@@ -205,8 +205,8 @@ def test_threads_that_ask_at_once_do_not_disturb_each_other_s_token_ids(tiny: En
 
 def test_a_program_may_end_while_answers_are_on_their_way() -> None:
     program = (
-        "from loratune.generation.engine import load_engine\n"
-        "from loratune.generation.exchange import Question, Sampling\n"
+        "from loratune.engine.engine import load_engine\n"
+        "from loratune.engine.exchange import Question, Sampling\n"
         "engine = load_engine([], 'tiny-qwen', [])\n"
         "asked = Question('Tell me', Sampling(temperature=5.0, max_new_tokens=1500))\n"
         "engine.submit(asked, lambda piece: None)\n"

@@ -247,7 +247,7 @@ def test_a_variable_that_a_library_cannot_read_is_no_traceback(rows_file: Path, 
 
 def test_a_notebook_s_backend_for_pictures_is_not_needed() -> None:
     program = "import sys; sys.argv = ['loratune', '--version']; from loratune.cli.app import main\n"
-    program += "try: main()\nexcept SystemExit: pass\nimport loratune.training.plot"
+    program += "try: main()\nexcept SystemExit: pass\nimport loratune.training.reporting.plot"
     environment = {**os.environ, "MPLBACKEND": "module://no_such_notebook"}
     done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, check=False)
     assert done.returncode == 0, done.stderr

@@ -207,7 +207,7 @@ def test_vllm_refuses_what_it_cannot_serve_and_says_what_to_do(cli: CLI, run: Pa
 def test_a_gguf_file_that_is_not_the_model_is_never_left(
     cli: CLI, merged: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from loratune.delivery import gguf_file
+    from loratune.delivery.export.gguf import file as gguf_file
 
     real = gguf_file.write_gguf
 
@@ -229,7 +229,8 @@ def test_a_gguf_file_that_is_not_the_model_is_never_left(
 def test_keys_that_state_another_head_size_than_the_tensors_have_are_caught(
     cli: CLI, merged: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from loratune.delivery import gguf_file, gguf_layout
+    from loratune.delivery.export.gguf import file as gguf_file
+    from loratune.delivery.export.gguf import layout as gguf_layout
 
     wrong = {"qwen2.attention.key_length": 16}  # written and expected alike: only loading the file can tell
     monkeypatch.setattr(gguf_file, "describe", lambda config: gguf_layout.describe(config) | wrong)
@@ -245,7 +246,7 @@ def test_a_file_that_transformers_cannot_load_is_kept_and_said_to_be_unproved(
     def cannot(file: Path) -> Any:
         raise KeyError("a key of another version")
 
-    monkeypatch.setattr("loratune.delivery.gguf_reference.load_gguf", cannot)
+    monkeypatch.setattr("loratune.delivery.export.gguf.reference.load_gguf", cannot)
     done = cli("export", "--model", merged, "--format", "gguf", "--output", tmp_path / "out", "--json")
     assert done.exit_code == 0, done.stderr
     assert json.loads(done.stdout)["logits"] is None
@@ -256,7 +257,7 @@ def test_a_missing_gguf_package_is_told_before_the_merge(
     cli: CLI, run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "gguf", None)
-    monkeypatch.delitem(sys.modules, "loratune.delivery.gguf_file", raising=False)
+    monkeypatch.delitem(sys.modules, "loratune.delivery.export.gguf.file", raising=False)
     done = cli("export", "--adapter", run, "--format", "gguf", "--output", tmp_path / "out")
     assert done.exit_code == 2
     assert "loratune[export]" in done.stderr
@@ -281,7 +282,7 @@ def test_an_export_is_replaced_only_when_asked(cli: CLI, run: Path, tmp_path: Pa
 def test_too_little_memory_for_the_loader_is_said_and_the_rest_is_proved(
     cli: CLI, merged: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("loratune.delivery.export.free_memory_bytes", lambda hardware: 1000)
+    monkeypatch.setattr("loratune.delivery.export.export.free_memory_bytes", lambda hardware: 1000)
     done = cli("export", "--model", merged, "--format", "gguf", "--output", tmp_path / "out", "--json")
     assert done.exit_code == 0, done.stderr
     assert json.loads(done.stdout)["logits"] is None

@@ -14,8 +14,8 @@ from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from loratune.data.encoding import Encoder
-from loratune.delivery.adapter_folder import export_adapter
+from loratune.data.encoding.encoder import Encoder
+from loratune.delivery.export.adapter_folder import export_adapter
 from loratune.errors import Exit, LoratuneError
 from loratune.recipe.data_sections import DataSettings
 from loratune.recipe.sections import ModelSettings, PromptSettings, Recipe

@@ -12,10 +12,10 @@ import torch
 from conftest import give_back_forwards
 from transformers import TrainerCallback
 
-from loratune.data.encoding import IGNORED
+from loratune.data.encoding.encoder import IGNORED
 from loratune.recipe.loading import load_recipe
-from loratune.training import session as training_session
-from loratune.training.stops import Stops
+from loratune.training import run as training_session
+from loratune.training.checkpoints.stops import Stops
 
 # Rows of many lengths, so that packing has something to do.
 ROWS = [{"instruction": f"How much is {n}?", "output": "It is so. " * (1 + n * n % 7)} for n in range(11)]

@@ -12,11 +12,11 @@ from rounding import assert_same_but_rounding
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from loratune.model import few_rows
-from loratune.model.decoder import Decoder, Running
-from loratune.model.few_rows import BLOCK, MOST_ROWS, give_up_few_row_products, use_few_row_products
-from loratune.model.lora_linear import _FusedLinear, use_fused_lora
-from loratune.model.sampling import Sampling
+from loratune.engine.sampling import Sampling
+from loratune.engine.scheduler import Decoder, Running
+from loratune.model.kernels import few_rows
+from loratune.model.kernels.few_rows import BLOCK, MOST_ROWS, give_up_few_row_products, use_few_row_products
+from loratune.model.kernels.lora_linear import _FusedLinear, use_fused_lora
 
 WIDTH = 40
 

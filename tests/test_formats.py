@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from loratune.data.conversation import Conversation
-from loratune.data.formats import ConversationReader, detect_format
+from loratune.data.formats.conversation import Conversation
+from loratune.data.formats.registry import ConversationReader, detect_format
 from loratune.errors import Exit, LoratuneError
 
 

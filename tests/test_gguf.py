@@ -16,10 +16,10 @@ import pytest
 import torch
 from conftest import TINY_QWEN
 
-from loratune.delivery.gguf_file import QUANTIZATIONS, check_gguf, write_gguf
-from loratune.delivery.gguf_layout import describe, plan_tensors, read_config
-from loratune.delivery.gguf_reference import load_gguf
-from loratune.delivery.gguf_vocabulary import SPLITTINGS, describe_vocabulary
+from loratune.delivery.export.gguf.file import QUANTIZATIONS, check_gguf, write_gguf
+from loratune.delivery.export.gguf.layout import describe, plan_tensors, read_config
+from loratune.delivery.export.gguf.reference import load_gguf
+from loratune.delivery.export.gguf.vocabulary import SPLITTINGS, describe_vocabulary
 from loratune.errors import Exit, LoratuneError
 from loratune.runs.tokenizer_files import copy_tokenizer_files
 
@@ -181,7 +181,7 @@ def test_shards_are_one_file(make_model: MakeModel) -> None:
 
 
 def test_tensors_are_read_piece_by_piece(make_model: MakeModel, monkeypatch: pytest.MonkeyPatch) -> None:
-    from loratune.delivery import gguf_file
+    from loratune.delivery.export.gguf import file as gguf_file
 
     model = make_model("llama")
     whole = export(model, "q8_0").read_bytes()
@@ -256,7 +256,7 @@ def test_wrong_rope_keys_give_other_logits(
 ) -> None:
     model_type, options = SCALED[kind]
     model = make_model(model_type, **options)
-    monkeypatch.setattr("loratune.delivery.gguf_file.describe", lambda config: describe(config) | {key: value})
+    monkeypatch.setattr("loratune.delivery.export.gguf.file.describe", lambda config: describe(config) | {key: value})
     file = export(model)
     with torch.inference_mode():
         found = load_gguf(file)(PROMPT).logits
@@ -274,7 +274,7 @@ def test_missing_or_wrong_rope_factors_give_other_logits(
         return [*others, dataclasses.replace(factors, values=factors.values * left)] if left else others
 
     model = make_model("llama", rope_parameters=LLAMA3_ROPE)
-    monkeypatch.setattr("loratune.delivery.gguf_file.plan_tensors", other)
+    monkeypatch.setattr("loratune.delivery.export.gguf.file.plan_tensors", other)
     file = export(model)
     with torch.inference_mode():
         found = load_gguf(file)(PROMPT).logits
@@ -284,7 +284,7 @@ def test_missing_or_wrong_rope_factors_give_other_logits(
 def test_a_wrong_head_size_does_not_load(make_model: MakeModel, monkeypatch: pytest.MonkeyPatch) -> None:
     model = make_model("qwen3", head_dim=32)
     wrong = {"qwen3.attention.key_length": 16}
-    monkeypatch.setattr("loratune.delivery.gguf_file.describe", lambda config: describe(config) | wrong)
+    monkeypatch.setattr("loratune.delivery.export.gguf.file.describe", lambda config: describe(config) | wrong)
     with pytest.raises(LoratuneError, match="shapes"):
         load_gguf(export(model))
 
@@ -495,9 +495,9 @@ def test_a_file_that_is_not_the_model_is_caught(make_model: MakeModel) -> None:
 
 def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "gguf", None)
-    monkeypatch.delitem(sys.modules, "loratune.delivery.gguf_file")
+    monkeypatch.delitem(sys.modules, "loratune.delivery.export.gguf.file")
     with pytest.raises(LoratuneError, match=r"pip install 'loratune\[export\]'") as caught:
-        import loratune.delivery.gguf_file  # noqa: F401
+        import loratune.delivery.export.gguf.file  # noqa: F401
     assert caught.value.exit_code == Exit.USAGE
 
 

@@ -14,13 +14,13 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import Result
 
-from loratune.data.encoding import Encoder
+from loratune.data.encoding.encoder import Encoder
+from loratune.engine.sampling import Sampling
+from loratune.engine.scheduler import Running
 from loratune.errors import Exit, LoratuneError
-from loratune.model.decoder import Running
-from loratune.model.sampling import Sampling
-from loratune.model.update_size import update_sizes
-from loratune.training.answers import Answers, Told, _told
-from loratune.training.health import GradientFlow, examine
+from loratune.model.adapter.update_size import update_sizes
+from loratune.training.reporting.answers import Answers, Told, _told
+from loratune.training.reporting.health import GradientFlow, examine
 from tests.conftest import ROWS
 
 

@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 
-from loratune.delivery.hub import Destination, PushResult, parse_push, push_folder
+from loratune.delivery.export.hub import Destination, PushResult, parse_push, push_folder
 from loratune.errors import Exit, LoratuneError
 
 # huggingface_hub 2.4 hands files to httpx2 by an argument that this would rather have under another name.

@@ -440,7 +440,7 @@ def test_what_peft_saves_is_complete(random_qwen: Path, tmp_path: Path, settings
     from transformers import AutoModelForCausalLM
 
     from loratune.errors import LoratuneError
-    from loratune.model.adapter import check_adapter
+    from loratune.model.adapter.attach import check_adapter
 
     base = AutoModelForCausalLM.from_pretrained(random_qwen)
     shapes = {name: tuple(values.shape) for name, values in base.named_parameters(remove_duplicate=False)}

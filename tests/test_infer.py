@@ -17,9 +17,9 @@ from typer.testing import CliRunner, Result
 
 from loratune.cli.app import app
 from loratune.cli.flags import named_adapters
+from loratune.engine.exchange import Answer, Question
+from loratune.engine.sampling import Sampling
 from loratune.errors import Exit, LoratuneError
-from loratune.generation.exchange import Answer, Question
-from loratune.model.sampling import Sampling
 
 ROWS = [{"instruction": "Who are you?", "output": "I am Robin."}, {"instruction": "Your name?", "output": "Robin."}]
 
@@ -155,7 +155,7 @@ def test_every_sampling_flag_reaches_the_model(cli: Callable[..., Result], monke
         def close(self) -> None:
             """There is nothing to end."""
 
-    monkeypatch.setattr("loratune.generation.engine.load_engine", lambda *_: Echo())
+    monkeypatch.setattr("loratune.engine.engine.load_engine", lambda *_: Echo())
     told(cli, "--model", "tiny-qwen", "-p", "hi")
     flags = (
         *("--temperature", 0.5, "--top-p", 0.9, "--top-k", 40, "--min-p", 0.1, "--repetition-penalty", 1.2),

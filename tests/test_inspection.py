@@ -12,10 +12,10 @@ import pytest
 from conftest import TINY_QWEN
 from typer.testing import Result
 
-from loratune.data.broken_off import breaks_off
-from loratune.data.conversation import Conversation
-from loratune.data.inspection import FLAGS, Inspector, is_garbled, is_repetitive
-from loratune.data.tokens import normal_form
+from loratune.data.checks.broken_off import breaks_off
+from loratune.data.checks.inspection import FLAGS, Inspector, is_garbled, is_repetitive
+from loratune.data.encoding.tokens import normal_form
+from loratune.data.formats.conversation import Conversation
 from loratune.recipe.data_sections import Finding
 
 ROOT = Path(__file__).resolve().parent.parent

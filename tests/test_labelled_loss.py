@@ -22,10 +22,10 @@ from transformers import (
 )
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
-from loratune.data.encoding import IGNORED
+from loratune.data.encoding.encoder import IGNORED
 from loratune.errors import Exit, LoratuneError
-from loratune.training import labelled_loss
-from loratune.training.labelled_loss import OwnHead, add_labelled_loss, head_of, summed_loss
+from loratune.model.kernels import linear_cross_entropy as labelled_loss
+from loratune.model.kernels.linear_cross_entropy import OwnHead, add_labelled_loss, head_of, summed_loss
 
 SHAPE: dict[str, Any] = {
     "vocab_size": 99, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,

@@ -20,7 +20,7 @@ from loratune.errors import Exit, LoratuneError
 from loratune.recipe.loading import load_recipe
 from loratune.runs.folder import CONTENTS, LOCK_OWNER, TRACKER_LOGS, begin_run, prepare_output
 from loratune.runs.lock import run_lock
-from loratune.training.checkpoints import CheckpointKeeper
+from loratune.training.checkpoints.keeper import CheckpointKeeper
 from loratune.writing import append_text, folder_in_one_step, remove, remove_unfinished, write_json, write_text
 
 Sft = Callable[..., Result]

@@ -20,7 +20,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoModelForCausalLM
 
-from loratune.model.lora_linear import _draw_mask, use_fused_lora
+from loratune.model.kernels.lora_linear import _draw_mask, use_fused_lora
 
 IN, HIDDEN, OUT = 6, 10, 7
 TERMS = 64

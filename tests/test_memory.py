@@ -17,9 +17,9 @@ from transformers.models.qwen2.modeling_qwen2 import Qwen2Attention
 from typer.testing import Result
 
 from loratune.model import memory
-from loratune.model.document_attention import use_document_attention
 from loratune.model.hardware import detect_hardware
-from loratune.model.lora_linear import use_fused_lora
+from loratune.model.kernels.lora_linear import use_fused_lora
+from loratune.model.kernels.packed_attention import use_document_attention
 from loratune.training.activations import measure_activations
 
 MB = 2**20

@@ -24,10 +24,10 @@ from transformers import (
 from typer.testing import CliRunner, Result
 
 from loratune.errors import Exit
-from loratune.model import mapped
 from loratune.model.base import load_base
 from loratune.model.hardware import detect_hardware
-from loratune.model.quantized_files import DequantizedFiles
+from loratune.model.weights import mapped
+from loratune.model.weights.quantized_files import DequantizedFiles
 from loratune.recipe.sections import ModelSettings
 from loratune.runs.tokenizer_files import copy_tokenizer_files
 

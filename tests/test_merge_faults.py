@@ -23,7 +23,8 @@ from conftest import tree
 from typer.testing import Result
 
 from loratune.cli.app import main
-from loratune.delivery import merge, merged_weights, verify
+from loratune.delivery.merge import merge, merged_weights
+from loratune.delivery.verification import verify
 from loratune.errors import Exit
 from loratune.writing import TEMPORARY_NAME
 
@@ -31,7 +32,7 @@ WEIGHTS = "model.safetensors"
 WIDE = {"COLUMNS": "20000"}
 # Forks where everything is imported but nothing computed: children start at once and inherit no threads.
 FORKS = multiprocessing.get_context("forkserver")
-FORKS.set_forkserver_preload(["pytest", "typer.testing", "loratune.cli.merge", "loratune.delivery.verify"])
+FORKS.set_forkserver_preload(["pytest", "typer.testing", "loratune.cli.merge", "loratune.delivery.verification.verify"])
 
 Merge = Callable[..., Result]
 Child = Callable[..., multiprocessing.process.BaseProcess]

@@ -18,8 +18,9 @@ from test_merge import EMBEDDING, HEAD, make_model, small
 from transformers import AutoModelForCausalLM, Qwen2Config
 from typer.testing import Result
 
-from loratune.delivery import merge, merge_job
-from loratune.delivery.update import TensorUpdate
+from loratune.delivery.merge import job as merge_job
+from loratune.delivery.merge import merge
+from loratune.delivery.merge.update import TensorUpdate
 from loratune.errors import Exit
 
 Tensors = dict[str, torch.Tensor]

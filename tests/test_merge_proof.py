@@ -17,8 +17,10 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from typer.testing import Result
 
-from loratune.delivery import merge, merge_job, model_folder, verify
-from loratune.delivery.proof import Answer
+from loratune.delivery.merge import job as merge_job
+from loratune.delivery.merge import merge, model_folder
+from loratune.delivery.verification import verify
+from loratune.delivery.verification.proof import Answer
 from loratune.errors import Exit
 
 WEIGHTS = "model.safetensors"
@@ -276,7 +278,7 @@ def test_a_config_that_went_wrong_is_noticed_twice(
 
     monkeypatch.setattr(model_folder, "_write_config", write_wrong)
     assert f"config.json: {next(iter(values))} is" in failed(merged("--no-logits"), Exit.MODEL, output)
-    monkeypatch.setattr("loratune.delivery.merge.check_beside", lambda *_: None)
+    monkeypatch.setattr("loratune.delivery.merge.merge.check_beside", lambda *_: None)
     assert words in failed(merged(), Exit.MODEL, output)
 
 

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 import pytest
 
-from loratune.data.near_duplicates import find_near_duplicates, shingle_hashes
+from loratune.data.checks.near_duplicates import find_near_duplicates, shingle_hashes
 
 
 def shingles(ids: Sequence[int]) -> set[tuple[int, ...]]:

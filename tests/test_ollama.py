@@ -14,8 +14,8 @@ import go_templates
 import pytest
 from conftest import TINY_QWEN
 
-from loratune.data.templates import OWN_TEMPLATES
-from loratune.delivery.ollama import write_modelfile as write
+from loratune.data.template.own import OWN_TEMPLATES
+from loratune.delivery.export.ollama.modelfile import write_modelfile as write
 from loratune.errors import Exit, LoratuneError
 from loratune.recipe.sections import PromptSettings
 

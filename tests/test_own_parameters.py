@@ -16,14 +16,14 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import Result
 
+from loratune.engine.sampling import Sampling
+from loratune.engine.scheduler import Decoder, Running
 from loratune.errors import Exit
-from loratune.model import adapter as adapter_module
-from loratune.model.adapter import attach_adapter, keep_unpacked, load_adapter
+from loratune.model.adapter import attach as adapter_module
+from loratune.model.adapter.attach import attach_adapter, keep_unpacked, load_adapter
+from loratune.model.adapter.own_parameters import BASE, own_parameters
 from loratune.model.base import load_base
-from loratune.model.decoder import Decoder, Running
 from loratune.model.hardware import detect_hardware
-from loratune.model.own_parameters import BASE, own_parameters
-from loratune.model.sampling import Sampling
 from loratune.recipe.sections import LoraSettings, ModelSettings
 
 Cli = Callable[..., Result]

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from loratune.data.packing import pack, padding_efficiency, spread
+from loratune.data.assembly.packing import pack, padding_efficiency, spread
 
 # Capacities on both sides of where the search goes on to a second number.
 CAPACITIES = st.one_of(st.integers(1, 60), st.integers(1000, 1100), st.integers(4000, 5000))

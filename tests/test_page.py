@@ -13,11 +13,11 @@ import pytest
 from browsing import Scripted, ask, chromium, opened, pieces, text_of, wait_until
 from serving import TOKEN, Served, served
 
-from loratune.data.conversation import Conversation
-from loratune.data.formats import ConversationReader, detect_format
+from loratune.data.formats.conversation import Conversation
+from loratune.data.formats.registry import ConversationReader, detect_format
+from loratune.engine.engine import load_engine
+from loratune.engine.exchange import Piece
 from loratune.errors import Exit, LoratuneError
-from loratune.generation.engine import load_engine
-from loratune.generation.exchange import Piece
 from loratune.generation.server.page_files import FOLDER
 
 PHONE = {"viewport": {"width": 360, "height": 740}, "is_mobile": True, "has_touch": True}

@@ -12,10 +12,10 @@ from conftest import TINY_QWEN
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from loratune.data.dataset import as_dataset
-from loratune.data.encoding import Encoder
-from loratune.data.loaded_source import Rendering
-from loratune.data.pool import earlier_copies
+from loratune.data.assembly.dataset import as_dataset
+from loratune.data.assembly.pool import earlier_copies
+from loratune.data.encoding.encoder import Encoder
+from loratune.data.encoding.loaded_source import Rendering
 from loratune.data.preparation import PreparedData, prepare_data
 from loratune.errors import Exit, LoratuneError
 from loratune.recipe.data_sections import DataSettings, SourceSettings

@@ -10,11 +10,11 @@ from typing import Any
 import pytest
 from conftest import ROWS, TINY_QWEN
 
-from loratune.data.conversation import Conversation
-from loratune.data.dataset import as_dataset
-from loratune.data.encoding import IGNORED, Encoder
-from loratune.data.formats import ALPACA, ConversationReader
-from loratune.data.loaded_source import Rendering
+from loratune.data.assembly.dataset import as_dataset
+from loratune.data.encoding.encoder import IGNORED, Encoder
+from loratune.data.encoding.loaded_source import Rendering
+from loratune.data.formats.conversation import Conversation
+from loratune.data.formats.registry import ALPACA, ConversationReader
 from loratune.data.preparation import PreparedData, prepare_data
 from loratune.errors import Exit, LoratuneError
 from loratune.recipe.data_sections import DataSettings

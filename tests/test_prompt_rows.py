@@ -12,11 +12,11 @@ import pytest
 from tool_templates import WEATHER, call_of, tool_encoder
 from typer.testing import Result
 
-from loratune.data.conversation import Conversation
-from loratune.data.encoding import IGNORED, Encoder
-from loratune.data.formats import ConversationReader, detect_format
+from loratune.data.encoding.encoder import IGNORED, Encoder
+from loratune.data.formats.conversation import Conversation
+from loratune.data.formats.registry import ConversationReader, detect_format
 from loratune.errors import Exit
-from loratune.generation.questions import read_questions
+from loratune.generation.batch.questions import read_questions
 
 SYSTEM = {"role": "system", "content": "Be brief."}
 ASKED = {"role": "user", "content": "Who are you?"}

@@ -15,8 +15,8 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
-from loratune.data.conversation import Conversation, Message
-from loratune.data.encoding import Encoder
+from loratune.data.encoding.encoder import Encoder
+from loratune.data.formats.conversation import Conversation, Message
 from loratune.model.tokenizer import load_tokenizer
 from loratune.recipe.loading import SHIPPED
 from loratune.recipe.sections import PromptSettings

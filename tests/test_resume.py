@@ -382,7 +382,7 @@ def test_too_little_room_for_the_checkpoints_is_told_before_training(
     class Full:
         free = 50_000
 
-    monkeypatch.setattr("loratune.training.checkpoints.shutil.disk_usage", lambda place: Full)
+    monkeypatch.setattr("loratune.training.checkpoints.keeper.shutil.disk_usage", lambda place: Full)
     result = sft("run")
     assert result.exit_code == 6
     assert "11 checkpoints and the adapter take" in " ".join(result.stderr.split())

@@ -25,15 +25,15 @@ from conftest import ROWS, tree
 from safetensors.torch import load_file
 from typer.testing import Result
 
-from loratune.data.batches import PackedRows
+from loratune.data.assembly.batches import PackedRows
 from loratune.errors import Exit, LoratuneError
 from loratune.recipe.sections import Recipe
 from loratune.runs import lock
 from loratune.runs.checkpoint import Checkpoint, open_checkpoint
 from loratune.runs.folder import begin_run, prepare_output, read_metrics
 from loratune.runs.lock import lock_holder, run_lock
-from loratune.training.checkpoints import CheckpointKeeper
-from loratune.training.resuming import check_identity, find_start, identity_of
+from loratune.training.checkpoints.keeper import CheckpointKeeper
+from loratune.training.checkpoints.resuming import check_identity, find_start, identity_of
 from loratune.training.trainer import AdapterTrainer
 from loratune.writing import folder_in_one_step
 
@@ -474,7 +474,7 @@ def test_packed_rows_keep_apart_whatever_computes_attention(
 def test_a_signal_while_a_model_is_read_leaves_nothing(
     sft: Sft, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("loratune.training.session.load_base", lambda *_: os.kill(os.getpid(), signal.SIGTERM))
+    monkeypatch.setattr("loratune.training.run.load_base", lambda *_: os.kill(os.getpid(), signal.SIGTERM))
     assert sft().exit_code == 128 + signal.SIGTERM
     assert [path.name for path in tmp_path.iterdir()] == ["rows.json"]
 

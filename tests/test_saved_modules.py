@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 from typer.testing import Result
 
-from loratune.delivery.gguf_reference import load_gguf
+from loratune.delivery.export.gguf.reference import load_gguf
 from loratune.model.hardware import detect_hardware
 
 Cli = Callable[..., Result]

@@ -23,9 +23,9 @@ from serving import TOKEN, FakeEngine, Served, chat, events, served
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import Result
 
+from loratune.engine.engine import load_engine
+from loratune.engine.exchange import Piece
 from loratune.errors import Exit
-from loratune.generation.engine import load_engine
-from loratune.generation.exchange import Piece
 
 QUESTION = [{"role": "user", "content": "Who are you?"}]
 
@@ -421,7 +421,7 @@ def test_a_token_of_the_user_s_own_is_not_shown(capsys: pytest.CaptureFixture[st
 
 def test_base_and_adapter_of_one_name_are_refused(cli: Callable[..., Result], monkeypatch: pytest.MonkeyPatch) -> None:
     engine = FakeEngine(base_name="same", adapters=["same"])
-    monkeypatch.setattr("loratune.generation.engine.load_engine", lambda *_: engine)
+    monkeypatch.setattr("loratune.engine.engine.load_engine", lambda *_: engine)
     result = cli("serve", "--model", "same", "--port", "0")
     assert result.exit_code == Exit.USAGE
     assert "name=folder" in " ".join(result.stderr.split())

@@ -18,8 +18,8 @@ from typing import Any
 import pytest
 from serving import TOKEN, FakeEngine, FakeTicket, Served, chat, events, served
 
+from loratune.engine.exchange import Piece, Question
 from loratune.errors import Exit, LoratuneError
-from loratune.generation.exchange import Piece, Question
 from loratune.generation.server import connection, guards, responses
 
 CHAT = "/v1/chat/completions"

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from serving import Served, events, served
 
-from loratune.generation.engine import load_engine
+from loratune.engine.engine import load_engine
 
 BENCHMARK = Path(__file__).resolve().parent.parent / "scripts" / "benchmark"
 TEXTS = ["Once upon a time", "The river", "def main():", "从前", "1 2 3 4", "Dear all,"]

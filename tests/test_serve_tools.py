@@ -17,11 +17,11 @@ from tool_templates import SPECIAL, TEMPLATES, WEATHER, call_of, tool_base, tool
 from typer.testing import CliRunner, Result
 
 from loratune.cli.app import app
-from loratune.data.encoding import Encoder
+from loratune.data.encoding.encoder import Encoder
+from loratune.engine.exchange import GREEDY, Piece, Question
+from loratune.engine.scheduler import Running
+from loratune.engine.ticket import make_ticket
 from loratune.errors import Exit
-from loratune.generation.exchange import GREEDY, Piece, Question
-from loratune.generation.ticket import make_ticket
-from loratune.model.decoder import Running
 
 ASKED: list[Any] = [{"role": "user", "content": "What is the weather in Rome?"}]
 ROME = '{"name": "get_weather", "arguments": {"city": "Rome", "where": {"in": ["Zürich", null]}}}'
@@ -378,7 +378,7 @@ def trained(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
 
 
 def test_what_sft_has_trained_serve_tells_as_calls(trained: Path) -> None:
-    from loratune.generation.engine import load_engine
+    from loratune.engine.engine import load_engine
 
     engine = load_engine([("run", trained / "run")], None, [])
     with served(engine) as running, OpenAI(base_url=f"{running.url}/v1", api_key=TOKEN, max_retries=0) as client:
@@ -433,7 +433,7 @@ def test_rows_with_tools_are_answered_with_calls_and_scored(
 def test_rows_whose_tools_the_template_drops_are_refused_before_the_model_is_loaded(
     cli: Callable[..., Result], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("loratune.generation.engine.load_engine", None)
+    monkeypatch.setattr("loratune.engine.engine.load_engine", None)
     rows = [{"messages": ASKED}, {"messages": ASKED, "tools": [WEATHER]}, rows_of_calls()[0] | {"tools": None}]
     (tmp_path / "rows.json").write_text(json.dumps(rows))
     done = cli("infer", "--model", "tiny-qwen", "--input", tmp_path / "rows.json", "--output", tmp_path / "a.jsonl")

@@ -16,15 +16,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
-from loratune.data.conversation import Message
-from loratune.data.encoding import Encoder
-from loratune.delivery.merged_weights import MergedTensor, MergePlan
-from loratune.delivery.model_folder import write_model_files
+from loratune.data.encoding.encoder import Encoder
+from loratune.data.formats.conversation import Message
+from loratune.delivery.merge.merged_weights import MergedTensor, MergePlan
+from loratune.delivery.merge.model_folder import write_model_files
 from loratune.delivery.template import write_portable_template
 from loratune.errors import Exit, LoratuneError
-from loratune.model.adapter_tensors import EMBEDDING
-from loratune.model.tensor_files import TensorInfo
+from loratune.model.adapter.tensors import EMBEDDING
 from loratune.model.tokenizer import load_tokenizer
+from loratune.model.weights.tensor_files import TensorInfo
 from loratune.recipe.sections import PromptSettings
 from loratune.runs.opening import AdapterSource
 from loratune.runs.tokenizer_files import TOKENIZER_FILES, copy_tokenizer_files

@@ -15,8 +15,8 @@ from test_run_faults import reseal
 from transformers import AutoTokenizer
 from typer.testing import Result
 
+from loratune.engine.loading import open_voices
 from loratune.errors import Exit
-from loratune.generation.loading import open_voices
 from loratune.recipe.loading import load_recipe
 from loratune.runs.checkpoint import open_checkpoint
 from loratune.runs.folder import file_sha256

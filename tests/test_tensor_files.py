@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM
 
 from loratune.errors import Exit, LoratuneError
 from loratune.model.files import check_base, weight_files
-from loratune.model.tensor_files import DTYPES, INDEX, TensorFiles, TensorInfo, plan_shards, write_shards
+from loratune.model.weights.tensor_files import DTYPES, INDEX, TensorFiles, TensorInfo, plan_shards, write_shards
 
 Tensors = dict[str, torch.Tensor]
 SHAPES = [(), (0,), (1,), (7,), (3, 5), (0, 4), (4, 0), (2, 3, 5), (1, 1, 1, 9)]

@@ -16,7 +16,7 @@ import sacrebleu
 from rouge_score.rouge_scorer import RougeScorer
 
 from loratune.errors import Exit, LoratuneError
-from loratune.generation.text_metrics import TextMetrics, Words, without_reasoning
+from loratune.generation.batch.text_metrics import TextMetrics, Words, without_reasoning
 
 ENGLISH = [
     ("The cat sat on the mat.", "A cat sat down on the mat!"),
@@ -129,9 +129,9 @@ def test_a_missing_package_is_one_message(monkeypatch: pytest.MonkeyPatch, packa
             raise ModuleNotFoundError(f"No module named {package!r}", name=package)
         return genuine(name, *arguments, **settings)
 
-    monkeypatch.delitem(sys.modules, "loratune.generation.text_metrics")
+    monkeypatch.delitem(sys.modules, "loratune.generation.batch.text_metrics")
     monkeypatch.setattr(builtins, "__import__", refuse)
     with pytest.raises(LoratuneError, match=package) as caught:
-        importlib.import_module("loratune.generation.text_metrics")
+        importlib.import_module("loratune.generation.batch.text_metrics")
     assert caught.value.exit_code == Exit.USAGE
     assert 'pip install "loratune[metrics]"' in str(caught.value)

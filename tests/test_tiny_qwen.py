@@ -12,9 +12,9 @@ from conftest import TINY_QWEN
 from transformers import AutoTokenizer
 from typer.testing import Result
 
-from loratune.generation.engine import Engine, load_engine
-from loratune.generation.exchange import Question
-from loratune.model.sampling import Sampling
+from loratune.engine.engine import Engine, load_engine
+from loratune.engine.exchange import Question
+from loratune.engine.sampling import Sampling
 
 ROOT = Path(__file__).resolve().parent.parent
 

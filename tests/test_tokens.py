@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import AddedToken, AutoTokenizer, PreTrainedTokenizerFast
 
-from loratune.data import tokens
-from loratune.data.tokens import TokenMemo
+from loratune.data.encoding import tokens
+from loratune.data.encoding.tokens import TokenMemo
 
 CORPUS = [
     "Hello, world! It's a test: don't (really) worry.\n\nThe end; 12 apples, 3 pears.",

@@ -14,10 +14,10 @@ import pytest
 from conftest import TINY_QWEN
 from typer.testing import Result
 
-from loratune.data.encoding import Encoder
-from loratune.delivery.reasoning import vllm_reasoning_parser
-from loratune.delivery.tool_calls import vllm_tool_parser
-from loratune.delivery.vllm_flags import Parsers, find_parsers
+from loratune.data.encoding.encoder import Encoder
+from loratune.delivery.export.vllm.flags import Parsers, find_parsers
+from loratune.delivery.export.vllm.reasoning import vllm_reasoning_parser
+from loratune.delivery.export.vllm.tool_calls import vllm_tool_parser
 from loratune.errors import Exit, LoratuneError
 from loratune.model.tokenizer import load_tokenizer
 from loratune.recipe.sections import PromptSettings
@@ -132,7 +132,7 @@ def test_ollama_s_export_says_that_tools_are_lost_before_it_merges(
         merges.append("merge")
         raise LoratuneError("stopped", Exit.MODEL)
 
-    monkeypatch.setattr("loratune.delivery.export.carry_out", stopped)
+    monkeypatch.setattr("loratune.delivery.export.export.carry_out", stopped)
     arguments = ["--adapter", adapter, "--model", base, "--format", "ollama", "--output", tmp_path / "out"]
     told = cli("export", *arguments).stderr
     _, _, after = " ".join(told.split()).partition("Ollama will say that the model does not support tools")

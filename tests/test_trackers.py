@@ -19,9 +19,9 @@ from typer.testing import Result
 
 from loratune.recipe.loading import dump_recipe
 from loratune.recipe.sections import Recipe, TrackingSettings
-from loratune.training import trackers
-from loratune.training.stops import Stops
-from loratune.training.trackers import Trackers
+from loratune.training.checkpoints.stops import Stops
+from loratune.training.reporting import trackers
+from loratune.training.reporting.trackers import Trackers
 
 RECORDS = [{"step": step, "loss": 1 / step, "learning_rate": 1e-4} for step in range(1, 5)]
 # Notes what it is told, and its process, in the folder that it lies in.

@@ -22,8 +22,8 @@ from transformers import AutoModelForCausalLM, TrainerCallback
 from typer.testing import Result
 
 from loratune.console import printable
-from loratune.data.encoding import IGNORED, Encoder
-from loratune.data.formats import ALPACA, ConversationReader
+from loratune.data.encoding.encoder import IGNORED, Encoder
+from loratune.data.formats.registry import ALPACA, ConversationReader
 from loratune.errors import Exit
 from loratune.model.tokenizer import load_tokenizer
 from loratune.recipe.loading import load_recipe

@@ -11,9 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
-from loratune.data.conversation import Conversation, Message
-from loratune.data.encoding import IGNORED, Encoder, Example
-from loratune.data.truncation import shorten
+from loratune.data.encoding.encoder import IGNORED, Encoder, Example
+from loratune.data.encoding.truncation import shorten
+from loratune.data.formats.conversation import Conversation, Message
 from loratune.recipe.sections import PromptSettings
 
 WORDS = "How much is one and one? Say it in few words. "

@@ -17,8 +17,8 @@ from typer.testing import Result
 from loratune.errors import Exit, LoratuneError
 from loratune.model.base import load_base
 from loratune.model.hardware import detect_hardware
-from loratune.model.mapped import load_mapped
 from loratune.model.tying import head_is_tied
+from loratune.model.weights.mapped import load_mapped
 from loratune.recipe.sections import ModelSettings
 
 Cli = Callable[..., Result]

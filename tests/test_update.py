@@ -21,18 +21,19 @@ from test_merge import make_adapter
 from transformers import AutoModelForCausalLM
 from typer.testing import Result
 
-from loratune.data.encoding import IGNORED, Encoder
-from loratune.delivery import merge, merge_job
-from loratune.delivery.merged_weights import MergePlan, plan_merge, write_merged
-from loratune.delivery.parity import compare_models, likeliest_tokens
-from loratune.delivery.proof import BOUNDS, OTHER_BASE, check_parity, compare_answers, relative_bounds
-from loratune.delivery.read_back import read_back
-from loratune.delivery.update import TensorUpdate, read_updates
+from loratune.data.encoding.encoder import IGNORED, Encoder
+from loratune.delivery.merge import job as merge_job
+from loratune.delivery.merge import merge
+from loratune.delivery.merge.merged_weights import MergePlan, plan_merge, write_merged
+from loratune.delivery.merge.update import TensorUpdate, read_updates
+from loratune.delivery.verification.parity import compare_models, likeliest_tokens
+from loratune.delivery.verification.proof import BOUNDS, OTHER_BASE, check_parity, compare_answers, relative_bounds
+from loratune.delivery.verification.read_back import read_back
 from loratune.errors import Exit, LoratuneError
-from loratune.model.mapped import load_mapped, load_plain
-from loratune.model.peft_merge import PeftMerge
-from loratune.model.tensor_files import TensorFiles
+from loratune.model.adapter.peft_merge import PeftMerge
 from loratune.model.tokenizer import load_tokenizer
+from loratune.model.weights.mapped import load_mapped, load_plain
+from loratune.model.weights.tensor_files import TensorFiles
 from loratune.recipe.sections import PromptSettings
 from loratune.runs.probe import Probe, ProbeRow
 

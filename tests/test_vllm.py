@@ -14,9 +14,9 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from loratune.delivery.vllm import VllmAdvice, check_for_vllm, require_servable, serve_command
+from loratune.delivery.export.vllm.plan import VllmAdvice, check_for_vllm, require_servable, serve_command
 from loratune.errors import Exit, LoratuneError
-from loratune.model.completeness import tensor_shapes
+from loratune.model.adapter.completeness import tensor_shapes
 from loratune.runs.opening import open_adapter
 
 # PEFT warns of merging where embeddings and head share one matrix; that is not what is tried here.

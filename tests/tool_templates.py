@@ -11,7 +11,7 @@ from typing import Any
 from conftest import TINY_QWEN
 from transformers import AddedToken, AutoTokenizer
 
-from loratune.data.encoding import Encoder
+from loratune.data.encoding.encoder import Encoder
 from loratune.recipe.sections import PromptSettings
 
 _PROMPT = "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"

@@ -66,8 +66,8 @@ def command(
     if num_ctx and format != "ollama":
         raise LoratuneError(f"--num-ctx is for ollama, not for --format {format}", Exit.USAGE)
     with console.status("starting"):
-        from loratune.delivery.export import export
-        from loratune.delivery.export_job import ExportOptions
+        from loratune.delivery.export.export import export
+        from loratune.delivery.export.job import ExportOptions
         from loratune.runs.opening import open_settled_adapter
 
     options = ExportOptions(format, quantization or "f16", num_ctx, model, force, overwrite)

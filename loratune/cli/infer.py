@@ -11,11 +11,11 @@ import typer
 from loratune import console
 from loratune.cli.flags import Adapters, Force, Json, Model, named_adapters
 from loratune.cli.infer_rows import SHOWN_ROWS, RowsRequest, answer_file
-from loratune.data.conversation import has_half_a_pair
+from loratune.data.formats.conversation import has_half_a_pair
 from loratune.errors import Exit, LoratuneError, bullet_list, counted
 
 if TYPE_CHECKING:
-    from loratune.generation.engine import Engine
+    from loratune.engine.engine import Engine
 
 DETAILS = """\
 The run folder knows the base model, the template, the system prompt and the thinking mode of its training; nothing of
@@ -218,7 +218,7 @@ def _check_all_asked(summary: dict[str, Any]) -> None:
 def _load(adapters: list[tuple[str, Path]], model: str | None, force: bool) -> Engine:
     warnings: list[str] = []
     with console.status(f"loading {', '.join(str(path) for _, path in adapters) or model}"):
-        from loratune.generation.engine import load_engine
+        from loratune.engine.engine import load_engine
 
         engine = load_engine(adapters, model, warnings, force)
     for warning in warnings:
@@ -236,13 +236,13 @@ def _talk(
     as_json: bool,
 ) -> None:
     """Answer one question, or open the chat."""
-    from loratune.model.sampling import Sampling
+    from loratune.engine.sampling import Sampling
 
     adapter = next(iter(engine.adapters), None)
     if prompt is not None and as_json:
         _write_answer(engine, sampling, prompt, system, use_adapter=use_adapter)
         return
-    from loratune.generation.chat import Chat
+    from loratune.generation.chat.session import Chat
 
     chat = Chat(engine, Sampling(**sampling), adapter, system, use_adapter)
     if prompt is None:
@@ -255,8 +255,8 @@ def _write_answer(
     engine: Engine, sampling: dict[str, Any], prompt: str, system: str | None, *, use_adapter: bool
 ) -> None:
     """One answer as JSON."""
-    from loratune.generation.exchange import Question
-    from loratune.model.sampling import Sampling
+    from loratune.engine.exchange import Question
+    from loratune.engine.sampling import Sampling
 
     turns: list[Any] = [{"role": "system", "content": system}] if system else []
     turns.append({"role": "user", "content": prompt})

@@ -14,12 +14,12 @@ from loratune import console
 from loratune.errors import Exit, LoratuneError, bullet_list, counted
 
 if TYPE_CHECKING:
-    from loratune.data.encoding import Encoder
-    from loratune.generation.answer_file import About, AnswerFile
-    from loratune.generation.answer_scores import RowScores
-    from loratune.generation.engine import Engine
-    from loratune.generation.questions import AskedRow, QuestionFile
-    from loratune.generation.row_answers import Tally, Work
+    from loratune.data.encoding.encoder import Encoder
+    from loratune.engine.engine import Engine
+    from loratune.generation.batch.answer_file import About, AnswerFile
+    from loratune.generation.batch.answer_scores import RowScores
+    from loratune.generation.batch.questions import AskedRow, QuestionFile
+    from loratune.generation.batch.row_answers import Tally, Work
     from loratune.recipe.sections import ModelSettings, PromptSettings
     from loratune.runs.opening import AdapterSource
 
@@ -62,12 +62,12 @@ def answer_file(request: RowsRequest) -> dict[str, Any]:
         LoratuneError: rows, places or models that do not go.
         Interrupted: a signal has come; what was finished is kept.
     """
-    from loratune.generation.answer_file import check_output, finished_report, open_answers
-    from loratune.generation.questions import read_questions
+    from loratune.generation.batch.answer_file import check_output, finished_report, open_answers
+    from loratune.generation.batch.questions import read_questions
     from loratune.runs.opening import open_adapter
 
     if request.metrics:
-        import loratune.generation.text_metrics  # noqa: F401 - missing packages are told before anything is read
+        import loratune.generation.batch.text_metrics  # noqa: F401 - missing packages are told before anything is read
     source = open_adapter(request.adapter[1], request.force) if request.adapter else None
     known = source.recipe.data if source and source.recipe else None
     file = read_questions(request.input, known.columns if known else {}, known.placeholders if known else {})
@@ -90,7 +90,7 @@ def answer_file(request: RowsRequest) -> dict[str, Any]:
 def _make_missing(request: RowsRequest, file: QuestionFile, answers: AnswerFile) -> dict[str, Any]:
     """Load the model, answer, score, and put everything under its final name."""
     with console.status(f"loading {request.adapter[1] if request.adapter else request.model}"):
-        from loratune.generation.row_answers import answer_rows, free_names, whole_rows
+        from loratune.generation.batch.row_answers import answer_rows, free_names, whole_rows
 
         engine = _load(request)
     for name, other in free_names(file.rows).items():
@@ -116,7 +116,7 @@ def _make_missing(request: RowsRequest, file: QuestionFile, answers: AnswerFile)
 
 
 def _load(request: RowsRequest) -> Engine:
-    from loratune.generation.engine import load_engine
+    from loratune.engine.engine import load_engine
 
     warnings: list[str] = []
     engine = load_engine([request.adapter] if request.adapter else [], request.model, warnings, request.force)
@@ -126,8 +126,8 @@ def _load(request: RowsRequest) -> Engine:
 
 
 def _work(request: RowsRequest, file: QuestionFile) -> Work:
-    from loratune.generation.row_answers import BASE, Side, Work
-    from loratune.model.sampling import Sampling
+    from loratune.engine.sampling import Sampling
+    from loratune.generation.batch.row_answers import BASE, Side, Work
 
     first = Side("", not request.base or request.compares)
     adapter = request.adapter[0] if request.adapter else None
@@ -139,14 +139,14 @@ def _scores(work: Work, answers: AnswerFile) -> tuple[RowScores, dict[str, dict[
     """Metrics by row, and of each side; none if they are not asked for."""
     if not work.scores:
         return {}, {}
-    from loratune.generation.answer_scores import score_rows
+    from loratune.generation.batch.answer_scores import score_rows
 
     return score_rows(work, answers)
 
 
 def _about(request: RowsRequest, source: AdapterSource | None, file: QuestionFile) -> About:
     """Everything that the answers depend on."""
-    from loratune.data.template_facts import template_facts
+    from loratune.data.template.facts import template_facts
     from loratune.runs.tokenizer_files import tokenizer_sha256
 
     settings, folder, tokenizer, prompt = _places(request, source)
@@ -179,7 +179,7 @@ def _places(request: RowsRequest, source: AdapterSource | None) -> tuple[ModelSe
 
 
 def _encoder(request: RowsRequest, source: AdapterSource | None) -> Encoder:
-    from loratune.data.encoding import Encoder
+    from loratune.data.encoding.encoder import Encoder
     from loratune.model.tokenizer import load_tokenizer
 
     _, _, tokenizer, prompt = _places(request, source)
@@ -236,7 +236,7 @@ def _holds_all(report: dict[str, Any], request: RowsRequest) -> bool:
 
 
 def _report(work: Work, answers: AnswerFile, sums: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    from loratune.generation.row_answers import REFUSED, TOO_LONG
+    from loratune.generation.batch.row_answers import REFUSED, TOO_LONG
 
     results = {row.number: answers.read(row.number, work.sides[0].answer) for row in work.rows}
     return {
@@ -270,7 +270,7 @@ def _tell(request: RowsRequest, work: Work, tally: Tally, report: dict[str, Any]
             f"row {listed}"
         )
     if report["metrics"]:
-        from loratune.generation.answer_scores import show_scores
+        from loratune.generation.batch.answer_scores import show_scores
 
         name = "base" if request.adapter and request.base and not request.compares else work.adapter or request.model
         show_scores(report["metrics"], {ANSWERS: str(name), "base": "base"})

@@ -87,9 +87,9 @@ def command(
     """Merge, prove, and say what to do next."""
     import torch
 
-    from loratune.delivery.merge import merge_adapter
-    from loratune.delivery.merge_job import MergeOptions
-    from loratune.delivery.sources import open_adapters
+    from loratune.delivery.merge.job import MergeOptions
+    from loratune.delivery.merge.merge import merge_adapter
+    from loratune.delivery.merge.sources import open_adapters
 
     options = MergeOptions(
         model=model,
@@ -112,7 +112,7 @@ def command(
 
 
 def _show(report: dict[str, Any], output: Path) -> None:
-    from loratune.delivery.report import show_verification
+    from loratune.delivery.verification.report import show_verification
 
     show_verification(report)
     console.say(f"merged model: {output}", style="bold")

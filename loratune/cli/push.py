@@ -29,7 +29,7 @@ def push(text: str | None, folder: Path, private: bool, dry_run: bool) -> Iterat
             raise LoratuneError("--public and --no-dry-run are for --push", Exit.USAGE)
         yield
         return
-    from loratune.delivery.hub import parse_push, push_folder
+    from loratune.delivery.export.hub import parse_push, push_folder
 
     destination = parse_push(text)
     yield

@@ -71,7 +71,7 @@ def command(
         if no_token and not address.is_local:
             raise LoratuneError(f"--no-token is for 127.0.0.1 alone; --host {host} would let anyone ask", Exit.USAGE)
         with console.status(f"loading {model or adapters[0][1]}"):
-            from loratune.generation.engine import load_engine
+            from loratune.engine.engine import load_engine
             from loratune.generation.server.application import Limits
             from loratune.generation.server.guards import LOOPBACK_NAMES, Access
             from loratune.generation.server.running import run

@@ -53,10 +53,10 @@ def command(
         raise LoratuneError("--resume goes on with a run, --overwrite replaces it; give one of them", Exit.USAGE)
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")  # TRL reports each trainer that is made to the hub
     with console.status("starting"):
+        from loratune.training.checkpoints.resuming import Resume
         from loratune.training.failures import attempted
-        from loratune.training.report import show_report
-        from loratune.training.resuming import Resume
-        from loratune.training.session import train
+        from loratune.training.reporting.report import show_report
+        from loratune.training.run import train
     report = train(recipe, overwrite, Resume(resume, strict_resume, allow_changes) if resume is not None else None)
     if report:
         attempted("the closing table", lambda: show_report(report))

@@ -30,9 +30,9 @@ def command(
     json: Json = False,
 ) -> None:
     """Compare every file with what was recorded of it."""
-    from loratune.delivery.merge_job import MergeOptions
-    from loratune.delivery.report import show_verification
+    from loratune.delivery.merge.job import MergeOptions
     from loratune.delivery.reverify import MERGED, verify_folder
+    from loratune.delivery.verification.report import show_verification
     from loratune.runs.opening import open_settled_adapter
 
     if adapter is None and (model is not None or not logits or force):

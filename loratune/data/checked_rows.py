@@ -7,9 +7,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import islice
 
-from loratune.data.columns import describe_unread_columns
-from loratune.data.conversation import Conversation
-from loratune.data.formats import FORMATS, ConversationReader, detect_format
+from loratune.data.formats.columns import describe_unread_columns
+from loratune.data.formats.conversation import Conversation
+from loratune.data.formats.registry import FORMATS, ConversationReader, detect_format
 from loratune.data.reading.files import BadRow, Row, RowFile
 from loratune.errors import Exit, LoratuneError, bullet_list
 from loratune.recipe.data_sections import DataSettings

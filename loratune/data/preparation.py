@@ -8,8 +8,10 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from loratune.data.assembly.pool import Indices, Pool, draw_validation, mix
+from loratune.data.assembly.split import Split
 from loratune.data.checked_rows import ReadingLog, check_rows, judge_log
-from loratune.data.findings import (
+from loratune.data.checks.findings import (
     Found,
     FoundRows,
     describe,
@@ -19,11 +21,9 @@ from loratune.data.findings import (
     refusal,
     shared_rows,
 )
-from loratune.data.loaded_source import LoadedSource, Rendering, load_source
-from loratune.data.pool import Indices, Pool, draw_validation, mix
+from loratune.data.encoding.loaded_source import LoadedSource, Rendering, load_source
 from loratune.data.reading.files import open_rows
 from loratune.data.sources import Source, parse_source
-from loratune.data.split import Split
 from loratune.errors import Exit, LoratuneError, counted
 from loratune.recipe.data_sections import DataSettings, SourceSettings
 from loratune.recipe.sections import PromptSettings

@@ -6,13 +6,13 @@ from dataclasses import replace
 from pathlib import Path
 
 from loratune.commands import Command, free_place, loratune
-from loratune.delivery.merge_job import MergeOptions
-from loratune.delivery.rehearsal import check_merge
+from loratune.delivery.export.rehearsal import check_merge
+from loratune.delivery.merge.job import MergeOptions
 from loratune.errors import refusal
-from loratune.model.adapter_tensors import check_fits
+from loratune.model.adapter.tensors import check_fits
 from loratune.model.files import QuantizedFolderError, find_base, weight_files
-from loratune.model.tensor_files import TensorFiles
 from loratune.model.tying import head_is_tied
+from loratune.model.weights.tensor_files import TensorFiles
 from loratune.runs.base_check import check_same_base
 from loratune.runs.opening import AdapterSource, base_settings
 

@@ -8,13 +8,13 @@ from typing import Any
 
 import torch
 
-from loratune.delivery.merge import prove_files, prove_models
-from loratune.delivery.merge_job import Candidate, Job, MergeOptions, base_files, job_of
-from loratune.delivery.merged_weights import MergePlan, plan_merge
+from loratune.delivery.merge.job import Candidate, Job, MergeOptions, base_files, job_of
+from loratune.delivery.merge.merge import prove_files, prove_models
+from loratune.delivery.merge.merged_weights import MergePlan, plan_merge
 from loratune.errors import Exit, LoratuneError, bullet_list
-from loratune.model.adapter_files import WEIGHTS_FILE
+from loratune.model.adapter.files import WEIGHTS_FILE
 from loratune.model.files import weight_files
-from loratune.model.tensor_files import TensorFiles
+from loratune.model.weights.tensor_files import TensorFiles
 from loratune.runs.folder import MANIFEST, VERIFICATION, file_sha256
 from loratune.runs.opening import AdapterSource, open_settled_adapter
 from loratune.runs.verification import check_files, is_idle, is_loaded, read_verification

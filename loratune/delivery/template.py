@@ -10,9 +10,9 @@ from typing import Any
 
 from jinja2 import TemplateError
 
-from loratune.data.chat_template import PROBE_TOOL
-from loratune.data.conversation import Message
-from loratune.data.encoding import Encoder
+from loratune.data.encoding.encoder import Encoder
+from loratune.data.formats.conversation import Message
+from loratune.data.template.chat_template import PROBE_TOOL
 from loratune.errors import Exit, LoratuneError
 from loratune.runs.tokenizer_files import NAMED_TEMPLATES
 

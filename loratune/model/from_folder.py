@@ -9,11 +9,11 @@ from transformers import AutoModelForCausalLM
 from transformers.utils import logging as transformers_logging
 
 from loratune.errors import Exit, LoratuneError, bullet_list
-from loratune.model.adapter_tensors import HEAD
+from loratune.model.adapter.tensors import HEAD
 from loratune.model.config import empty_model, load_config, load_generation_config
 from loratune.model.files import weight_files
-from loratune.model.tensor_files import TensorFiles
 from loratune.model.tying import head_is_tied
+from loratune.model.weights.tensor_files import TensorFiles
 
 
 def load_from_folder(folder: Path, is_quantized: bool = False, **options: Any) -> Any:

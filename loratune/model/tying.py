@@ -10,9 +10,9 @@ import torch
 
 from loratune import console
 from loratune.errors import Exit, LoratuneError
-from loratune.model.adapter_tensors import EMBEDDING, HEAD
+from loratune.model.adapter.tensors import EMBEDDING, HEAD
 from loratune.model.files import weight_files
-from loratune.model.tensor_files import TensorFiles
+from loratune.model.weights.tensor_files import TensorFiles
 
 
 @functools.cache

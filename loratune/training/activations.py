@@ -8,10 +8,10 @@ from typing import Any
 import torch
 
 from loratune import console
-from loratune.data.batches import collate_packed, collate_padded
+from loratune.data.assembly.batches import collate_packed, collate_padded
 from loratune.model.hardware import Hardware
+from loratune.model.kernels.linear_cross_entropy import CHUNK_BYTES
 from loratune.model.memory import free_memory_bytes
-from loratune.training.labelled_loss import CHUNK_BYTES
 
 SAMPLE_TOKENS = 256
 """Enough that what does not grow with the tokens hardly counts."""

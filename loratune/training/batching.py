@@ -9,10 +9,10 @@ from typing import Any
 
 from torch.utils.data import Dataset
 
-from loratune.data.batches import NumberedRows, PackedRows, collate_packed, collate_padded
-from loratune.data.cache import rows_folder
-from loratune.data.dataset import as_dataset
-from loratune.data.split import Split
+from loratune.data.assembly.batches import NumberedRows, PackedRows, collate_packed, collate_padded
+from loratune.data.assembly.dataset import as_dataset
+from loratune.data.assembly.split import Split
+from loratune.data.encoding.cache import rows_folder
 from loratune.errors import Exit, LoratuneError
 from loratune.recipe.sections import TrainingSettings
 from loratune.training.steps import packed_batches

@@ -8,8 +8,8 @@ from itertools import groupby
 from typing import Any
 
 from loratune import console
-from loratune.data.encoding import IGNORED
-from loratune.data.split import Split
+from loratune.data.assembly.split import Split
+from loratune.data.encoding.encoder import IGNORED
 from loratune.errors import Exit, LoratuneError, counted
 from loratune.model.files import find_tokenizer
 from loratune.model.tokenizer import load_tokenizer

@@ -8,9 +8,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from loratune import console
-from loratune.data.packing import padding_efficiency
+from loratune.data.assembly.packing import padding_efficiency
+from loratune.data.assembly.split import Split
 from loratune.data.preparation import PreparedData
-from loratune.data.split import Split
 from loratune.errors import counted
 from loratune.recipe.sections import Recipe, TrainingSettings
 from loratune.training.steps import packed_batches, plan_steps

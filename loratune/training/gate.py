@@ -8,11 +8,11 @@ from datetime import date
 from functools import cache
 from typing import Any
 
-from loratune.data.encoding import Encoder
-from loratune.data.findings import Found
-from loratune.data.loaded_source import Rendering
+from loratune.data.checks.findings import Found
+from loratune.data.encoding.encoder import Encoder
+from loratune.data.encoding.loaded_source import Rendering
 from loratune.data.preparation import PreparedData, check_sources, prepare_data
-from loratune.data.template_facts import TemplateFacts, template_facts
+from loratune.data.template.facts import TemplateFacts, template_facts
 from loratune.errors import LoratuneError
 from loratune.model.files import find_tokenizer
 from loratune.recipe.sections import PromptSettings, Recipe

@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING, Any
 from loratune.model.files import weight_files
 from loratune.runs.fingerprint import fingerprint_base
 from loratune.runs.versions import library_versions
-from loratune.training.resuming import identity_of
+from loratune.training.checkpoints.resuming import identity_of
 
 if TYPE_CHECKING:
-    from loratune.training.session import Prepared
+    from loratune.training.run import Prepared
 
 
 def manifest_of(session: Prepared) -> dict[str, Any]:

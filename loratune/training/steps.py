@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from loratune.data.packing import pack, spread
+from loratune.data.assembly.packing import pack, spread
 from loratune.errors import Exit, LoratuneError
 from loratune.recipe.sections import TrainingSettings
 

@@ -13,16 +13,16 @@ from torch.utils.data import DataLoader
 from transformers.trainer_callback import PrinterCallback, TrainerState
 from trl import SFTTrainer
 
-from loratune.data.batches import LengthSortedBatches
-from loratune.data.dataset import as_dataset
-from loratune.data.split import Split
-from loratune.model.adapter import load_adapter_weights, save_adapter
+from loratune.data.assembly.batches import LengthSortedBatches
+from loratune.data.assembly.dataset import as_dataset
+from loratune.data.assembly.split import Split
+from loratune.model.adapter.attach import load_adapter_weights, save_adapter
+from loratune.model.kernels.linear_cross_entropy import add_labelled_loss
 from loratune.runs.checkpoint import step_folder
 from loratune.runs.folder import CHECKPOINTS
 from loratune.training.batching import Batching
-from loratune.training.checkpoint_state import TRAINER_STATE, state_errors_explained
-from loratune.training.labelled_loss import add_labelled_loss
-from loratune.training.stops import Stops, ValidationStopped
+from loratune.training.checkpoints.states import TRAINER_STATE, state_errors_explained
+from loratune.training.checkpoints.stops import Stops, ValidationStopped
 from loratune.writing import folder_in_one_step
 
 

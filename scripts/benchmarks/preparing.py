@@ -40,7 +40,7 @@ print("SECONDS", seconds, sum(map(len, trainer.train_dataset["input_ids"])))
 """
 LORATUNE = """
 import sys, time
-import loratune.data.dataset, loratune.model.tokenizer
+import loratune.data.assembly.dataset, loratune.model.tokenizer
 from loratune.recipe.loading import load_recipe
 from loratune.training.gate import pass_gate
 
@@ -48,7 +48,7 @@ folder, path, place, max_length = sys.argv[1:]
 flags = {"model.base": folder, "data.train": [path], "data.validation": "0", "training.max_length": max_length}
 recipe = load_recipe(None, flags)
 start = time.perf_counter()
-rows = loratune.data.dataset.as_dataset(pass_gate(recipe).checked().train)
+rows = loratune.data.assembly.dataset.as_dataset(pass_gate(recipe).checked().train)
 seconds = time.perf_counter() - start
 print("SECONDS", seconds, sum(map(len, rows.with_format("numpy")["input_ids"])))
 """

@@ -23,7 +23,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     """Write random weights of Qwen2.5-7B's shapes, and a rank-8 adapter on all its linear layers."""
-    from loratune.model.tensor_files import plan_shards, write_shards
+    from loratune.model.weights.tensor_files import plan_shards, write_shards
     from loratune.runs.tokenizer_files import copy_tokenizer_files
 
     output, layers = arguments.output, arguments.layers
@@ -42,7 +42,7 @@ def tensors_7b(layers: int) -> list:
     """Names and shapes of Qwen2.5-7B's tensors."""
     import torch
 
-    from loratune.model.tensor_files import TensorInfo
+    from loratune.model.weights.tensor_files import TensorInfo
 
     hidden, inner, key_value, vocabulary = 3584, 18944, 512, QWEN_7B["vocab_size"]
     linear = {

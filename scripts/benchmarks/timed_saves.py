@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from loratune.cli.app import app
-from loratune.training.checkpoints import CheckpointKeeper
+from loratune.training.checkpoints.keeper import CheckpointKeeper
 from loratune.training.trainer import AdapterTrainer
 
 seconds: dict[str, list[float]] = {"write": [], "keep": [], "step": []}

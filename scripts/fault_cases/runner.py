@@ -37,8 +37,8 @@ class Runner:
             "evaluation.every_steps": 2, "checkpoints.every_steps": 2,
         }  # fmt: skip
         self.flags = [f"--{name}={value}" for name, value in settings.items()] + arguments.flag
-        import loratune.training.report
-        import loratune.training.session  # noqa: F401 - so that no forked process has to
+        import loratune.training.reporting.report
+        import loratune.training.run  # noqa: F401 - so that no forked process has to
 
         self.whole = self.run("whole")
         if self.whole != 0:

@@ -22,7 +22,7 @@ from loratune.generation.server.requests import ChatRequest, CompletionRequest
 from loratune.generation.server.responses import Responder, unknown_model
 
 if TYPE_CHECKING:
-    from loratune.generation.engine import Engine
+    from loratune.engine.engine import Engine
 
 ABOUT = """\
 Answers of a model and of adapters on it, in the form that OpenAI's clients speak. Unless a temperature is given, the

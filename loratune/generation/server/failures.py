@@ -10,7 +10,7 @@ from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
-from loratune.data.tool_rendering import ToolError
+from loratune.data.tools.tool_rendering import ToolError
 from loratune.errors import Exit, LoratuneError
 
 TYPES = {401: "authentication_error", 403: "permission_error", 404: "not_found_error", 429: "rate_limit_error"}

@@ -7,9 +7,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Discriminator, Field, PrivateAttr, Tag, WithJsonSchema, model_validator
 
-from loratune.data.chat_rows import in_order_of_calls, read_message
-from loratune.data.conversation import Message
-from loratune.data.row_tools import read_tools
+from loratune.data.formats.chat_rows import in_order_of_calls, read_message
+from loratune.data.formats.conversation import Message
+from loratune.data.formats.row_tools import read_tools
 from loratune.generation.server.failures import TAG, ApiError
 from loratune.generation.server.fields import LONGEST_TEXT, Content, Fields, Nothing, Text
 

@@ -11,8 +11,8 @@ from typing import Any, Literal
 
 from pydantic import BaseModel
 
-from loratune.data.call_shapes import Call
-from loratune.generation.exchange import Piece
+from loratune.data.tools.call_shapes import Call
+from loratune.engine.exchange import Piece
 
 Finish = Literal["stop", "length", "tool_calls"]
 

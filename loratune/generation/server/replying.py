@@ -9,13 +9,13 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from typing import TYPE_CHECKING
 
+from loratune.engine.exchange import Piece, Question, joined
 from loratune.errors import LoratuneError
-from loratune.generation.exchange import Piece, Question, joined
 from loratune.generation.server.failures import ApiError, from_loratune
 
 if TYPE_CHECKING:
-    from loratune.generation.engine import Engine
-    from loratune.generation.ticket import Ticket
+    from loratune.engine.engine import Engine
+    from loratune.engine.ticket import Ticket
 
 LONGEST_WAIT_SECONDS = 60
 STOPPING = "the server is stopping; try again in a moment"

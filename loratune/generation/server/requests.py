@@ -6,7 +6,8 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BeforeValidator, Field
 
-from loratune.data.conversation import Message
+from loratune.data.formats.conversation import Message
+from loratune.engine.sampling import Sampling
 from loratune.generation.server.failures import ApiError
 from loratune.generation.server.fields import (
     MOST_TOKENS,
@@ -21,7 +22,6 @@ from loratune.generation.server.fields import (
     Zero,
 )
 from loratune.generation.server.messages import MOST_CALLS, ChatMessage, Tool, read_conversation, read_offer
-from loratune.model.sampling import Sampling
 
 
 def _refuse_force(value: Any) -> Any:

@@ -10,7 +10,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
-from loratune.generation.exchange import Piece, Question
+from loratune.engine.exchange import Piece, Question
 from loratune.generation.server.failures import ApiError
 from loratune.generation.server.metrics import Metrics, Stopwatch
 from loratune.generation.server.replies import ChatForm, Letter, TextForm, event

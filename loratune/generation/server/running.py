@@ -22,7 +22,7 @@ from loratune.generation.server.guards import Access
 from loratune.generation.server.replying import Queue
 
 if TYPE_CHECKING:
-    from loratune.generation.engine import Engine
+    from loratune.engine.engine import Engine
 
 FLUSH_SECONDS = 2
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)

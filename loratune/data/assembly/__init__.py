@@ -1,0 +1,1 @@
+"""Rows of several sources → the sequences and batches of a training."""

@@ -1,0 +1,221 @@
+"""What the gate finds in the rows: which of them, how grave it is, and what to do about it."""
+
+from __future__ import annotations
+
+import importlib
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from loratune import console
+from loratune.data.assembly.pool import Indices, Pool, earlier_copies
+from loratune.data.checked_rows import SHOWN_ROWS
+from loratune.data.checks.inspection import FLAGS
+from loratune.data.encoding.encoded import CUT, UNENDED
+from loratune.errors import Exit, LoratuneError, bullet_list
+from loratune.recipe.data_sections import DataSettings
+
+Level = Literal["refuse", "warn", "note"]
+USUAL_LEVELS = {"empty": "refuse", "control_tokens_in_answers": "refuse"}
+"""Of the findings that a recipe can set levels for; the others warn."""
+SENTENCES = {
+    "empty": "have an answer without text",
+    "short": "have an answer of a single character",
+    "garbled": "hold garbled characters, as of a text read in a wrong encoding",
+    "control_tokens": "hold control tokens such as <|im_end|> in what is asked; they are encoded as plain text",
+    "control_tokens_in_answers": "hold control tokens such as <|im_end|> in an answer, as if they had been through a "
+    "chat template already",
+    "repetitive": "have an answer that repeats itself",
+    "thinking": "have a <think> block, though prompt.enable_thinking is false and so the prompt asks for none",
+    "no_reasoning": "have an answer without reasoning, though the prompt asks for it (prompt.enable_thinking, or a "
+    "template that always does): the model learns to leave it out",
+    "broken_off": "have an answer that breaks off: in a sentence or a code block, or with a mark such as [truncated]",
+    "only_reasoning": "have an answer of a <think> block alone; with data.train_thinking false only its end is trained",
+    "normalized": "hold characters that the tokenizer writes otherwise, such as a letter and an accent that it joins; "
+    "the model reads and learns its form",
+    "long_answers": "have an answer more than ten times as long as half of all answers",
+    "duplicates": "are repetitions",
+    "near_duplicates": "are nearly the same as an earlier row",
+    "overlap": "are training rows too, so that the validation loss says less than it seems to",
+}
+LONG_FACTOR = 10  # as the sentence says
+FEWEST_FOR_OUTLIERS = 20
+
+
+@dataclass(frozen=True)
+class Found:
+    """Rows of which something is to be told."""
+
+    name: str
+    level: Level
+    count: int
+    text: str
+    """What is told, with the places of the first rows."""
+
+
+@dataclass(frozen=True)
+class FoundRows:
+    """Which rows of a pool have something to them."""
+
+    places: Indices
+    twins: Indices | None = None
+    """The rows that they equal, or nearly equal."""
+
+    def without(self, gone: NDArray[np.bool_]) -> FoundRows:
+        """Those that are still there, by their places in what is left of the pool."""
+        place = np.cumsum(~gone) - 1
+        stays = ~gone[self.places]
+        if self.twins is None:
+            return FoundRows(place[self.places[stays]])
+        stays &= ~gone[self.twins]
+        return FoundRows(place[self.places[stays]], place[self.twins[stays]])
+
+
+def find_rows(pool: Pool, settings: DataSettings) -> dict[str, FoundRows]:
+    """The rows of each finding that a recipe can set a level for."""
+    flags = pool.of_each_row("flags")
+    found: dict[str, FoundRows] = {
+        name: FoundRows(np.flatnonzero(flags & (1 << bit))) for bit, name in enumerate(FLAGS)
+    }
+    first = earlier_copies(pool.digests)
+    later = np.flatnonzero(first != np.arange(len(pool)))
+    found |= {"long_answers": FoundRows(_long_answers(pool)), "duplicates": FoundRows(later, first[later])}
+    if settings.near_duplicates is not None:
+        found["near_duplicates"] = _near_duplicates(pool, settings.near_duplicates, later)
+    return found
+
+
+def describe(
+    name: str, pool: Pool, rows: FoundRows, settings: DataSettings, purpose: str, other: Pool | None = None
+) -> Iterator[Found]:
+    """A finding as it is told under the recipe's levels; nothing where there are no rows or it is ignored.
+
+    Args:
+        name: of the finding.
+        pool: where the rows stand.
+        rows: found there.
+        settings: levels.
+        purpose: of the rows, for the message: "training" or "validation".
+        other: where the twins stand, if not in `pool`.
+    """
+    level: Any = settings.severity.get(name, USUAL_LEVELS.get(name, "warn"))  # type: ignore[call-overload]
+    if not len(rows.places) or level == "ignore":
+        return
+    advice = f"--data.remove {name} removes them"
+    if level == "refuse":
+        advice += f", --data.severity {name}=warn takes them"
+    text = f"{_counted(pool, rows, purpose)} {SENTENCES[name]} ({advice}):\n{_listed(pool, rows, other or pool)}"
+    yield Found(name, level, len(rows.places), text)
+
+
+def describe_removed(name: str, pool: Pool, rows: FoundRows, purpose: str) -> Found:
+    """A finding whose rows have been removed."""
+    sentence = "are in validation too" if name == "overlap" else SENTENCES[name]
+    text = f"{_counted(pool, rows, purpose)} {sentence}; removed:\n{_listed(pool, rows, pool)}"
+    return Found(f"{name}, removed", "note", len(rows.places), text)
+
+
+def _counted(pool: Pool, rows: FoundRows, purpose: str) -> str:
+    return f"{len(rows.places):,} of {len(pool):,} {purpose} rows"
+
+
+def _listed(pool: Pool, rows: FoundRows, other: Pool) -> str:
+    """The first places, each with its twin or with the beginning of what it says."""
+    first = rows.places[:SHOWN_ROWS]
+    if rows.twins is None:
+        told = [pool.place(index) for index in first]
+    else:
+        pairs = zip(first, rows.twins, strict=False)
+        told = [f"{pool.short_place(later)} is {_other_place(pool, later, other, earlier)}" for later, earlier in pairs]
+    return bullet_list(told, limit=SHOWN_ROWS, total=len(rows.places))
+
+
+def _other_place(pool: Pool, later: int, other: Pool, earlier: int) -> str:
+    """Where a twin stands, without the file's name if it is the same."""
+    name = pool.sources[pool.source[later]].file.name
+    return other.short_place(earlier).removeprefix(name).lstrip()
+
+
+def _long_answers(pool: Pool) -> Indices:
+    """Rows with far more trained tokens than usual."""
+    trained = pool.of_each_row("trained_of_rows")
+    if len(trained) < FEWEST_FOR_OUTLIERS:
+        return np.zeros(0, np.int64)
+    return np.flatnonzero(trained > LONG_FACTOR * np.median(trained))
+
+
+def _near_duplicates(pool: Pool, threshold: float, equal: Indices) -> FoundRows:
+    """Rows that are similar to an earlier one but not equal to any."""
+    try:  # not above: with scipy it takes longer to import than the rest of a check
+        find = importlib.import_module("loratune.data.checks.near_duplicates").find_near_duplicates
+    except ImportError as error:
+        raise LoratuneError(
+            'data.near_duplicates needs the package datasketch: pip install "loratune[near-duplicates]"', Exit.USAGE
+        ) from error
+    candidates = np.setdiff1d(np.arange(len(pool)), equal)
+    shared = _shared_beginning(pool, candidates[:100])
+    ids = (pool.input_ids(index)[shared:] for index in candidates)
+    with console.row_progress("looking for similar rows") as advance:
+        pairs = find(ids, threshold, advance)
+    later, earlier = np.array(pairs, np.int64).reshape(-1, 2).T
+    return FoundRows(candidates[later], candidates[earlier])
+
+
+def _shared_beginning(pool: Pool, rows: Indices) -> int:
+    """How many ids rows begin with alike: a template and a system prompt make short rows similar that are not."""
+    beginnings = [pool.prompt_ids(index).tolist() for index in rows]
+    return len(os.path.commonprefix(beginnings)) if len(rows) > 1 else 0  # noqa: RUF071 - of lists
+
+
+def shared_rows(validation: Pool, train: Pool) -> FoundRows:
+    """Validation rows that stand in training too."""
+    place = {digest: index for index, digest in reversed(list(enumerate(train.digests.tolist())))}
+    shared = np.flatnonzero(np.isin(validation.digests, train.digests))
+    twins = [place[digest] for digest in validation.digests[shared].tolist()]
+    return FoundRows(shared, np.array(twins, np.int64))
+
+
+def judge_lengths(pool: Pool, settings: DataSettings, max_length: int, purpose: str) -> Iterator[Found]:
+    """What is to be told of rows that are too long, were shortened, or leave nothing to train."""
+    flags, trained = pool.of_each_row("flags"), pool.of_each_row("trained_of_rows")
+    longest = pool.of_each_row("longest")
+    kept = trained > 0
+    too_long = np.flatnonzero(longest > max_length)
+    if len(too_long):
+        listed = [f"{pool.short_place(index)}: {longest[index]} tokens" for index in too_long[:SHOWN_ROWS]]
+        refuses = settings.truncation_strategy == "refuse"
+        fate = "" if refuses else " and left out"
+        yield Found(
+            "too_long",
+            "refuse" if refuses else "warn",
+            len(too_long),
+            f"{len(too_long):,} of {len(pool):,} {purpose} rows ({len(too_long) / len(pool):.1%}) are longer than "
+            f"training.max_length {max_length}{fate}:\n{bullet_list(listed, limit=SHOWN_ROWS, total=len(too_long))}",
+        )
+    cut = np.flatnonzero((flags & CUT > 0) & kept)
+    if len(cut):
+        lost = pool.of_each_row("lost")[cut].sum()
+        yield _warning(
+            "cut", pool, cut, purpose, f"are shortened to training.max_length {max_length}; {lost} tokens are lost"
+        )
+    unended = np.flatnonzero((flags & UNENDED > 0) & kept)
+    if len(unended):
+        yield _warning("unended", pool, unended, purpose, "have an answer without its end, which teaches no stopping")
+    untrained = np.flatnonzero(~kept)
+    if len(untrained):
+        reason = f"cannot be shortened to training.max_length {max_length}, or train no token, and are left out"
+        yield _warning("untrained", pool, untrained, purpose, reason)
+
+
+def _warning(name: str, pool: Pool, rows: NDArray[np.int64], purpose: str, sentence: str) -> Found:
+    listed = bullet_list([pool.place(index) for index in rows[:SHOWN_ROWS]], limit=SHOWN_ROWS, total=len(rows))
+    return Found(name, "warn", len(rows), f"{len(rows):,} of {len(pool):,} {purpose} rows {sentence}:\n{listed}")
+
+
+def refusal(found: Sequence[Found]) -> str:
+    """The message of all findings that stop a run; empty where none does."""
+    return "\n".join(one.text for one in found if one.level == "refuse")

@@ -1,0 +1,172 @@
+"""What is odd about the texts of one conversation, as bits of one number, so that it can be kept beside the row."""
+
+from __future__ import annotations
+
+import re
+from array import array
+from collections.abc import Iterable, Sequence
+from unicodedata import is_normalized
+
+from ftfy import fix_encoding
+from ftfy.badness import badness
+
+from loratune.data.checks.broken_off import breaks_off
+from loratune.data.encoding.tokens import NormalForm
+from loratune.data.formats.conversation import Conversation, Message
+from loratune.data.template.chat_template import CLOSING
+from loratune.recipe.data_sections import Finding
+
+FLAGS: tuple[Finding, ...] = (
+    "empty",
+    "short",
+    "garbled",
+    "control_tokens",
+    "control_tokens_in_answers",
+    "repetitive",
+    "thinking",
+    "no_reasoning",
+    "broken_off",
+    "only_reasoning",
+    "normalized",
+)
+"""The findings by the number of their bit."""
+EMPTY, SHORT, GARBLED, CONTROL_TOKENS, CONTROL_TOKENS_IN_ANSWERS, REPETITIVE, THINKING, NO_REASONING = (
+    1 << place for place in range(8)
+)
+BROKEN_OFF, ONLY_REASONING, NORMALIZED = (1 << place for place in range(8, len(FLAGS)))
+
+REASONING = re.compile(r"<think>\s*(?!</think>)\S")
+"""The beginning of a reasoning block that is not empty."""
+
+# Lost characters, control characters that no text needs, and what broken or missing bytes become when read as GBK.
+BROKEN = re.compile("[\0\x80-\x9f\ufffd]|锟斤拷|烫烫烫|屯屯屯")
+# Every pattern of ftfy needs a character that is none of these, and most Chinese and Korean texts hold no other.
+UNSUSPICIOUS = re.compile("[\x00-\x7f\u2010-\u201f\u2022-\u2027\u3000-\u9fff\uac00-\ud7a3\uff00-\uffef]*")
+NON_ASCII = re.compile(r"[^\x00-\x7f]")
+# Three Chinese characters or punctuation marks in UTF-8. Chinese in GB18030 has such bytes only by a chance that is
+# negligible from three on; it is not for one or two, as in 联通.
+UTF_8_WITHIN_GB18030 = re.compile(rb"(?:[\xe3-\xe9\xef][\x80-\xbf]{2}){3}")
+# Four characters of GBK or EUC-KR, read as Latin-1 or Windows-1252.
+GBK_WITHIN_LATIN = re.compile("(?:[\xb0-\xf7][\xa1-\xfe]){4}")
+DENSE_MATCHES = 3
+DENSE_SHARE = 1 / 4
+
+LOOP_IDS = 64
+"""Ids that a loop has at least."""
+LOOP_TURNS = 4
+"""How often its phrase comes at least."""
+LONGEST_PHRASE = 128
+PROBE_IDS = 8  # One is taken this often, so a loop somewhat longer than the shortest is found wherever it begins.
+ID_TYPE = "i"
+ID_BYTES = array(ID_TYPE).itemsize
+
+
+class Inspector:
+    """Looks for what is odd in conversations.
+
+    Args:
+        added_tokens: texts of all tokens that a tokenizer has besides those of its vocabulary.
+        special_tokens: those among them that a model must not read or write as text.
+        thinking: whether prompts ask for a reasoning block.
+        expects_reasoning: whether the template then wants one before every answer.
+        form: the Unicode normal form that the tokenizer brings texts into.
+    """
+
+    def __init__(
+        self,
+        added_tokens: Iterable[str],
+        special_tokens: Iterable[str],
+        thinking: bool,
+        expects_reasoning: bool = False,
+        form: NormalForm | None = None,
+    ) -> None:
+        self._added = _any_of(added_tokens)
+        self._special = _any_of(special_tokens)
+        self._thinking = thinking
+        self._expects_reasoning = expects_reasoning
+        self._form = form
+
+    def flags(self, conversation: Conversation, trained: Sequence[int]) -> int:
+        """The bits of all findings, in the order of FLAGS.
+
+        Args:
+            conversation: what was said.
+            trained: the token ids of its trained answers.
+        """
+        found = REPETITIVE if is_repetitive(trained) else 0
+        for place, message in enumerate(conversation.messages):
+            text = message["content"]
+            if is_garbled(text):
+                found |= GARBLED
+            if self._form and not is_normalized(self._form, text):
+                found |= NORMALIZED
+            if message["role"] != "assistant":
+                found |= CONTROL_TOKENS if self._added.search(text) else 0
+                continue
+            if self._special.search(text):
+                found |= CONTROL_TOKENS_IN_ANSWERS
+            if place not in conversation.untrained:
+                found |= self._flags_of_trained(message)
+        return found
+
+    def _flags_of_trained(self, message: Message) -> int:
+        text, calls = message["content"], message.get("tool_calls")
+        length = len(text.strip())
+        if length < 2 and not calls:
+            return SHORT if length else EMPTY
+        found = BROKEN_OFF if not calls and breaks_off(text) else 0
+        found |= ONLY_REASONING if not calls and text.rstrip().endswith(CLOSING) else 0
+        if self._expects_reasoning:
+            return found if CLOSING in text or REASONING.search(text) else found | NO_REASONING
+        return found | THINKING if not self._thinking and REASONING.search(text) else found
+
+
+def is_garbled(text: str) -> bool:
+    """Whether a text was once decoded with the wrong encoding, or lost characters on its way."""
+    if text.isascii():
+        return "\0" in text
+    if BROKEN.search(text) or UTF_8_WITHIN_GB18030.search(text.encode("gb18030", "replace")):
+        return True
+    return not UNSUSPICIOUS.fullmatch(text) and _is_mojibake(text)
+
+
+def is_repetitive(ids: Sequence[int]) -> bool:
+    """Whether token ids run in a loop somewhere: a phrase that comes again and again, with nothing in between.
+
+    Counting different n-grams would not do, as tables and code repeat theirs too, but seldom at an equal distance.
+    """
+    if len(ids) < LOOP_IDS:
+        return False
+    text = array(ID_TYPE, ids).tobytes()
+    probe, reach = PROBE_IDS * ID_BYTES, LONGEST_PHRASE * ID_BYTES
+    for start in range(0, len(text) - LOOP_IDS * ID_BYTES + 1, probe):
+        again = text.find(text[start : start + probe], start + ID_BYTES, start + reach + probe)
+        if again > 0 and _is_loop(text, start, again - start):
+            return True
+    return False
+
+
+def _is_mojibake(text: str) -> bool:
+    """Whether bytes were read as one of the Latin, Greek or Cyrillic encodings.
+
+    A single unlikely pair of characters is no proof, as in »Übung« or “Aç”a: the text also has to make sense in another
+    encoding, or there have to be many of them.
+    """
+    matches = badness(text)
+    if matches == 0:
+        return False
+    is_dense = matches >= max(DENSE_MATCHES, DENSE_SHARE * len(NON_ASCII.findall(text)))
+    return is_dense or bool(GBK_WITHIN_LATIN.search(text)) or fix_encoding(text) != text
+
+
+def _is_loop(text: bytes, start: int, phrase: int) -> bool:
+    """Whether what is at `start` comes again every `phrase` bytes for as long as a loop is."""
+    length = max(LOOP_IDS * ID_BYTES, LOOP_TURNS * phrase)
+    stop = start + length
+    return stop <= len(text) and text[start : stop - phrase] == text[start + phrase : stop]
+
+
+def _any_of(tokens: Iterable[str]) -> re.Pattern[str]:
+    """A pattern for any of the texts; white space, which some tokenizers add tokens for, controls nothing."""
+    texts = sorted({token for token in tokens if token.strip()})
+    return re.compile("|".join(map(re.escape, texts)) or r"(?!)")

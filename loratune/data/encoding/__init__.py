@@ -1,0 +1,1 @@
+"""Conversations → token ids and labels, kept as Arrow files."""

@@ -1,0 +1,143 @@
+"""The rows of one source as token ids in an Arrow file, with what is known of each, read where they lie."""
+
+from __future__ import annotations
+
+import json
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from loratune.data.checked_rows import ReadingLog
+from loratune.data.checks.inspection import FLAGS
+
+ROWS, INFO = "rows.arrow", "info.json"
+CUT, UNENDED = 1 << len(FLAGS), 2 << len(FLAGS)
+"""Flags beyond the inspection's: a row was shortened; an answer of it has no end token."""
+SCHEMA = pa.schema(
+    [
+        ("input_ids", pa.list_(pa.int32())),
+        ("labels", pa.list_(pa.int32())),
+        ("number", pa.int64()),
+        ("digest", pa.uint64()),
+        ("flags", pa.int32()),
+        ("tokens", pa.int32()),
+        ("trained", pa.int32()),
+        ("lost", pa.int32()),
+        ("messages", pa.string()),
+    ]
+)
+"""A line per sequence; those of one row stand together. Number is the row's or line's in its file, lost counts tokens
+that a shortened row had more, messages are JSON, with the first sequence of a row only."""
+
+
+class EncodedRows:
+    """Encoded rows as they lie in a cache entry, mapped rather than read.
+
+    Args:
+        folder: the entry.
+
+    Raises:
+        OSError, ValueError, TypeError, KeyError: the entry is damaged (pyarrow's and json's errors are of these kinds).
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.path = folder / ROWS
+        info = json.loads((folder / INFO).read_text(encoding="utf-8"))
+        self.log = ReadingLog(**info["reading"])
+        with pa.memory_map(str(self.path)) as mapped:
+            self.table: pa.Table = pa.ipc.open_stream(mapped).read_all()
+        if len(self.table) != info["sequences"]:
+            raise ValueError(f"{self.path}: {len(self.table)} sequences where {info['sequences']} were written")
+
+    def __len__(self) -> int:
+        """Number of rows."""
+        return len(self.starts)
+
+    @cached_property
+    def sequence_numbers(self) -> NDArray[np.int64]:
+        """Of each sequence, the number of its row in the file."""
+        return self._column("number")
+
+    @cached_property
+    def starts(self) -> NDArray[np.int64]:
+        """Of each row, the place of its first sequence."""
+        numbers = self.sequence_numbers
+        return np.flatnonzero(np.r_[len(numbers) > 0, numbers[1:] != numbers[:-1]][: len(numbers)])
+
+    @cached_property
+    def row_of_sequence(self) -> NDArray[np.int64]:
+        """Of each sequence, the place of its row among the rows."""
+        is_start = np.zeros(len(self.table), np.int64)
+        is_start[self.starts] = 1
+        return np.cumsum(is_start) - 1
+
+    @cached_property
+    def tokens(self) -> NDArray[np.int32]:
+        """Of each sequence, its length."""
+        return self._column("tokens")
+
+    @cached_property
+    def trained(self) -> NDArray[np.int32]:
+        """Of each sequence, how many tokens carry a label."""
+        return self._column("trained")
+
+    @cached_property
+    def numbers(self) -> NDArray[np.int64]:
+        """Of each row, its number in the file."""
+        return self.sequence_numbers[self.starts]
+
+    @cached_property
+    def digests(self) -> NDArray[np.uint64]:
+        """Of each row, a hash of its messages."""
+        return self._of_rows("digest")
+
+    @cached_property
+    def flags(self) -> NDArray[np.int32]:
+        """Of each row, what is odd about it, as bits."""
+        return self._of_rows("flags")
+
+    @cached_property
+    def lost(self) -> NDArray[np.int32]:
+        """Of each row, how many tokens it was shortened by."""
+        return self._of_rows("lost")
+
+    @cached_property
+    def longest(self) -> NDArray[np.int32]:
+        """Of each row, tokens of its longest sequence."""
+        return np.maximum.reduceat(self.tokens, self.starts) if len(self) else self.tokens
+
+    @cached_property
+    def trained_of_rows(self) -> NDArray[np.int64]:
+        """Of each row, how many tokens carry a label."""
+        return np.add.reduceat(self.trained, self.starts, dtype=np.int64) if len(self) else np.zeros(0, np.int64)
+
+    def messages(self, row: int) -> list[dict[str, Any]]:
+        """The conversation of a row, by its place among the rows."""
+        found: list[dict[str, Any]] = json.loads(self.table.column("messages")[int(self.starts[row])].as_py())
+        return found
+
+    def input_ids(self, row: int) -> NDArray[np.int32]:
+        """The ids of a row's first sequence."""
+        return _as_numpy(self.table.column("input_ids")[int(self.starts[row])].values)
+
+    def prompt_ids(self, row: int) -> NDArray[np.int32]:
+        """The ids before the first trained one of a row's first sequence."""
+        labels = _as_numpy(self.table.column("labels")[int(self.starts[row])].values)
+        return self.input_ids(row)[: int(np.argmax(labels >= 0))] if len(labels) else labels
+
+    def _of_rows(self, name: str) -> NDArray[Any]:
+        return self._column(name)[self.starts]
+
+    def _column(self, name: str) -> NDArray[Any]:
+        chunks = [_as_numpy(chunk) for chunk in self.table.column(name).chunks]
+        return np.concatenate(chunks) if chunks else np.zeros(0, str(SCHEMA.field(name).type))
+
+
+def _as_numpy(array: pa.Array) -> NDArray[Any]:
+    """Numbers without gaps, in place; pyarrow's own way imports pandas, which takes longer than a whole check."""
+    values = np.frombuffer(array.buffers()[1] or b"", str(array.type))
+    return values[array.offset : array.offset + len(array)]

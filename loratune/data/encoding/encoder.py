@@ -1,0 +1,259 @@
+"""The one renderer: a conversation as token ids and labels, the same in training and in every kind of inference.
+
+A training example is the prompt's ids + the answer's ids + the end token, so labels come by construction and are never
+searched for. Text of a user or of a row never becomes a control token: `<|im_end|>` in it is encoded letter by letter.
+"""
+
+from __future__ import annotations
+
+import re
+from array import array
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import date
+from functools import cached_property
+from itertools import groupby, pairwise
+from typing import Any
+
+from loratune.data.encoding.tokens import Ids, TokenMemo
+from loratune.data.formats.conversation import Conversation, Message, texts_in
+from loratune.data.template.chat_template import OPENING
+from loratune.data.tools.tool_rendering import ToolRenderer
+from loratune.errors import Exit, LoratuneError
+
+IGNORED = -100
+"""Label of a position without loss, as torch's cross-entropy has it."""
+
+END_OF_REASONING = re.compile(r"</think>([\r\n]*)")
+
+
+@dataclass(frozen=True)
+class Example:
+    """One training sequence: `labels[i]` is `input_ids[i]` where the model learns, IGNORED elsewhere."""
+
+    input_ids: Ids
+    labels: Ids
+
+    @property
+    def trained_tokens(self) -> int:
+        """How many positions carry a label."""
+        return len(self.labels) - self.labels.count(IGNORED)
+
+
+@dataclass
+class _Turn:
+    """An answer to be trained, and what stands before it."""
+
+    row: int
+    prompt: list[dict[str, Any]]
+    """Messages as the template takes them."""
+    tools: tuple[dict[str, Any], ...]
+    opening: list[int]
+    """Ids of control tokens that the template begins the answer with."""
+    parts: list[tuple[str, bool]]
+    """Texts of the answer, and whether special tokens in them are the template's own; else they are text."""
+    is_harmless: bool
+    """Whether no text of the prompt could become a control token."""
+
+    @property
+    def answer(self) -> str:
+        """The answer as it is written."""
+        return "".join(text for text, _ in self.parts)
+
+
+class Encoder(ToolRenderer):
+    """Renders conversations with one tokenizer and one set of prompt settings.
+
+    Args:
+        tokenizer: a transformers tokenizer.
+        settings: template, system prompt, thinking mode, instruction prefix.
+
+    Raises:
+        LoratuneError: the tokenizer has no chat template, or no token that could end an answer.
+    """
+
+    def at_a_day(self) -> Encoder:
+        """An encoder whose prompts are the same at any time: of the settings' day, or of today."""
+        if self.settings.date or not self.is_dated:
+            return self
+        day = date.today().isoformat()
+        return Encoder(self.tokenizer, self.settings.model_copy(update={"date": day}))
+
+    def prompt_ids(self, messages: Sequence[Message], tools: Sequence[dict[str, Any]] = ()) -> list[int]:
+        """Ids up to where the answer to the last message begins.
+
+        Args:
+            messages: an optional system message, then user and assistant in turn, a message of user or tool last.
+            tools: what the assistant may call.
+
+        Raises:
+            ToolError: the template has no place for the tools.
+            LoratuneError: it refuses the messages.
+        """
+        self.check_tools(messages, tools)
+        return self._exact_ids(self._with_settings(messages), tools)
+
+    def answer_ids(self, text: str, tools: Sequence[dict[str, Any]] = ()) -> list[int]:
+        """Ids of an answer as it goes on after its prompt, and its end token.
+
+        Of added tokens in its text only ordinary ones, such as <think>, stay whole.
+        """
+        opening, text = self._continued(text, tools)
+        ids: list[int] = self.tokenizer(text, add_special_tokens=False, split_special_tokens=True).input_ids
+        return [*opening, *ids, self.end_id]
+
+    def reply_ids(
+        self, messages: Sequence[Message], answer: Message | str, tools: Sequence[dict[str, Any]] = ()
+    ) -> list[int]:
+        """Ids of an answer to a conversation, calls of tools included, and its end token: those that are trained.
+
+        A text is an answer without calls.
+        """
+        if isinstance(answer, str):
+            return self.answer_ids(answer, tools)
+        if not answer.get("tool_calls"):
+            return self.answer_ids(answer["content"], tools)
+        (example,) = self.encode(Conversation((*messages, answer), tools=tuple(tools)), train_on="last")
+        return [label for label in example.labels if label != IGNORED]
+
+    def encode(self, conversation: Conversation, train_on: str = "all", train_thinking: bool = True) -> list[Example]:
+        """The training sequences of a conversation.
+
+        Every trained answer follows exactly the prompt that inference would give. Turns share a sequence where the
+        template renders a longer conversation as a continuation of the shorter one; where it does not (Qwen3 drops
+        the reasoning of earlier turns) each trained turn gets a sequence of its own.
+
+        Args:
+            conversation: what was said.
+            train_on: `all` answers, or the `last` one.
+            train_thinking: whether the reasoning block of an answer is learnt too.
+
+        Raises:
+            LoratuneError: the template refuses the messages, or has no place for the tools in them.
+        """
+        return self.encode_all([conversation], train_on, train_thinking)[0]
+
+    def encode_all(
+        self, conversations: Sequence[Conversation], train_on: str = "all", train_thinking: bool = True
+    ) -> list[list[Example]]:
+        """What `encode` gives for each of many conversations; quicker than one after another."""
+        turns = [turn for row, spoken in enumerate(conversations) for turn in self._turns_of(row, spoken, train_on)]
+        answers = self._answers(turns)
+        sequences: list[list[Example]] = [[] for _ in conversations]
+        for turn, prompt, answer in zip(turns, self._prompts(turns), answers, strict=True):
+            unlearnt = 0 if train_thinking else self._count_reasoning(turn, answer)
+            unlearnt += len(turn.opening) if unlearnt else 0
+            examples, answer_ids = sequences[turn.row], array("i", turn.opening) + answer + array("i", [self.end_id])
+            labels = array("i", [IGNORED]) * len(prompt)
+            if examples and prompt[: len(examples[-1].input_ids)] == examples[-1].input_ids:
+                earlier = examples.pop().labels
+                labels[: len(earlier)] = earlier
+            labels += array("i", [IGNORED]) * unlearnt
+            examples.append(Example(prompt + answer_ids, labels + answer_ids[unlearnt:]))
+        return sequences
+
+    @cached_property
+    def _memo(self) -> TokenMemo:
+        return TokenMemo(self.tokenizer)
+
+    def _turns_of(self, row: int, conversation: Conversation, train_on: str) -> list[_Turn]:
+        self.check_tools(conversation.messages, conversation.tools)
+        self._check_nothing_is_lost(conversation)
+        messages, tools = self._with_settings(conversation.messages), conversation.tools
+        added = len(messages) - len(conversation.messages)
+        is_harmless, seen = not self._is_forging(tools), 0
+        turns = []
+        for place in conversation.trained_answers(train_on):
+            prompt = messages[: place + added]
+            is_harmless = is_harmless and not self._is_forging(prompt[seen:])
+            seen = len(prompt)
+            opening: list[int] = []
+            if conversation.messages[place].get("tool_calls"):
+                parts = self._parts_of_calls(prompt, messages[place + added], tools)
+            else:
+                opening, answer = self._continued(conversation.messages[place]["content"], tools)
+                parts = [(answer, False)]
+            turns.append(_Turn(row, prompt, tools, opening, parts, is_harmless))
+        return turns
+
+    def _answers(self, turns: list[_Turn]) -> list[Ids]:
+        """The ids of each answer."""
+        parts = [part for turn in turns for part in turn.parts]
+        known = {
+            is_own: iter(self._memo.all_ids([text for text, own in parts if own is is_own], keep_special=is_own))
+            for is_own in (False, True)
+        }
+        return [sum((next(known[is_own]) for _, is_own in turn.parts), array("i")) for turn in turns]
+
+    def _is_forging(self, value: Any) -> bool:
+        """Whether a text in it could be taken for a control token."""
+        return any(self._control.search(text) for text in texts_in(value))
+
+    def _prompts(self, turns: list[_Turn]) -> list[Ids]:
+        """What `prompt_ids` gives for each."""
+        texts: list[str] = []
+        for tools, group in groupby((turn for turn in turns if turn.is_harmless), key=lambda turn: turn.tools):
+            texts += self._apply([turn.prompt for turn in group], tools, tokenize=False, add_generation_prompt=True)
+        ids = iter(self._memo.all_ids(texts, keep_special=True))
+        exact = (array("i", self._exact_ids(turn.prompt, turn.tools)) for turn in turns if not turn.is_harmless)
+        return [next(ids if turn.is_harmless else exact) for turn in turns]
+
+    def _check_nothing_is_lost(self, conversation: Conversation) -> None:
+        """Refuse an unusual order of turns of which the template drops one, as some do with a later system prompt."""
+        roles = [message["role"] for message in conversation.messages]
+        is_unusual = "system" in roles[1:] or any(one == other and one != "tool" for one, other in pairwise(roles))
+        if not is_unusual:
+            return
+        messages = self._with_settings(conversation.messages)
+        text = self._apply(messages, conversation.tools, tokenize=False)
+        lost = next((message for message in messages if message["content"].strip() not in text), None)
+        if lost:
+            raise LoratuneError(
+                f"the chat template does not render a message of {lost['role']} in a row whose messages are "
+                f"{', '.join(roles)}; leave such rows out, or put it where the template takes it",
+                Exit.DATA,
+            )
+
+    def _count_reasoning(self, turn: _Turn, ids: Ids) -> int:
+        """How many tokens of an answer hold its reasoning block and the line ends behind it."""
+        text = turn.answer
+        is_begun = bool(self._chat(turn.tools).begun_reasoning) or text.lstrip().startswith(OPENING)
+        end = END_OF_REASONING.search(text) if is_begun else None
+        if not end:
+            return 0
+        block = array("i")
+        for length in (end.end(1), end.start(1)):
+            block, rest = self._memo.all_ids([text[:length], text[length:]], keep_special=False)
+            if block + rest == ids:
+                return len(block)
+        # One token holds the end of the block and the beginning of the rest.
+        return 1 + next((n for n, (one, other) in enumerate(zip(block, ids, strict=False)) if one != other), len(block))
+
+    def _with_reasoning_apart(self, message: Message) -> dict[str, Any]:
+        """Hand an earlier answer's reasoning to a template that takes it by itself.
+
+        Qwen3's template would find the reasoning in the content too, but not past the marks that keep control tokens of
+        a text apart from the template's own.
+        """
+        content = message["content"]
+        is_split = message["role"] == "assistant" and "</think>" in content and "reasoning_content" in self.template
+        if not is_split:
+            return dict(message)
+        return {
+            **message,
+            "content": content.rpartition("</think>")[2].lstrip("\n"),
+            "reasoning_content": content.partition("</think>")[0].rpartition("<think>")[2].strip("\n"),
+        }
+
+    def _with_settings(self, messages: Sequence[Message]) -> list[dict[str, Any]]:
+        """Add the system prompt where there is none, and the prefix to each instruction."""
+        prefix, system = self.settings.instruction_prefix, self.settings.system
+        rendered = [
+            {"role": "user", "content": prefix + message["content"]}
+            if message["role"] == "user"
+            else self._with_reasoning_apart(message)
+            for message in messages
+        ]
+        if system and rendered[0]["role"] != "system":
+            rendered.insert(0, {"role": "system", "content": system})
+        return self._with_ids(rendered)

@@ -1,0 +1,79 @@
+"""TRL's conversational prompt and completion: two lists of turns, of which the second one's answers are trained."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+from loratune.data.formats.chat_rows import MESSAGES, TRAINING_MARKS, ChatRows, TurnStyle
+from loratune.data.formats.conversation import Message, kind_of
+
+PROMPT, COMPLETION = ChatRows("prompt", MESSAGES.usual), ChatRows("completion", MESSAGES.usual)
+LISTS = (PROMPT.key, COMPLETION.key)
+NEEDS = f"each row needs {PROMPT.key!r} and {COMPLETION.key!r}: lists of {{role, content}}, an answer last"
+NUMBER = re.compile(r"^message (\d+)")
+
+
+def has_lists(row: dict[str, Any]) -> bool:
+    """Whether a row with a prompt and a completion has turns there, and no texts."""
+    return any(isinstance(row.get(key), list) for key in LISTS)
+
+
+def problems(value: dict[str, Any]) -> list[str]:
+    """What keeps a row from being trained on; turns are numbered in the list that they stand in."""
+    given = {key: value.get(key) for key in LISTS}
+    found = [
+        f"{key!r} is {'an empty list' if turns == [] else kind_of(turns)}, not a list of turns"
+        for key, turns in given.items()
+        if not isinstance(turns, list) or not turns
+    ]
+    if found:
+        return found
+    before = len(value[PROMPT.key])
+    found = MESSAGES.problems(_joined(value))
+    if not found and messages(value)[-len(value[COMPLETION.key])]["role"] != "assistant":
+        found = [f"message {before + 1} is no answer, with which a completion begins"]
+    return [NUMBER.sub(lambda match: _place(int(match[1]), before), one) for one in found]
+
+
+def messages(value: dict[str, Any]) -> list[Message]:
+    """The turns of a row that has no problems."""
+    return MESSAGES.messages(_joined(value))
+
+
+def untrained(value: dict[str, Any]) -> frozenset[int]:
+    """Numbers, among the messages, of the answers of the prompt, and of those that the row leaves out of training."""
+    return MESSAGES.untrained(_joined(value))
+
+
+def unread(value: dict[str, Any]) -> dict[str, Any]:
+    """Columns of a row, and keys of its turns, that nothing is taken from, with what they hold."""
+    rest = {key: inner for key, inner in value.items() if key not in LISTS}
+    return {
+        name: inner
+        for rows in (PROMPT, COMPLETION)
+        for name, inner in rows.unread({**rest, rows.key: value[rows.key]}).items()
+    }
+
+
+def _joined(value: dict[str, Any]) -> dict[str, Any]:
+    """A row as one conversation, in which the prompt's answers are marked as not to be trained."""
+    style = MESSAGES.style_of([*value[PROMPT.key], *value[COMPLETION.key]])
+    given = (
+        mark for turn in value[COMPLETION.key] if isinstance(turn, dict) for mark in TRAINING_MARKS if mark in turn
+    )
+    mark = next(given, TRAINING_MARKS[0])
+    prompt = [{**turn, mark: 0} if _is_answer(turn, style) else turn for turn in value[PROMPT.key]]
+    rest = {key: inner for key, inner in value.items() if key not in LISTS}
+    return rest | {MESSAGES.key: [*prompt, *value[COMPLETION.key]]}
+
+
+def _is_answer(turn: Any, style: TurnStyle) -> bool:
+    speaker = turn.get(style.role) if isinstance(turn, dict) else None
+    return isinstance(speaker, str) and style.roles.get(speaker) == "assistant"
+
+
+def _place(number: int, before: int) -> str:
+    """Where a turn stands that has a number in the whole conversation."""
+    is_prompt = number <= before
+    return f"message {number if is_prompt else number - before} of {(PROMPT if is_prompt else COMPLETION).key!r}"

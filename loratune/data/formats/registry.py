@@ -1,0 +1,213 @@
+"""Rows → conversations, whatever format a file is in; every row is checked, and all problems are told at once."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from loratune.data.formats import alpaca, prompt_rows
+from loratune.data.formats.chat_rows import CONVERSATIONS, MESSAGES, ChatRows
+from loratune.data.formats.conversation import Conversation, Message, kind_of
+from loratune.data.formats.row_media import named_media, referred_media
+from loratune.data.formats.row_tools import tools_of
+from loratune.errors import Exit, LoratuneError
+
+PLACEHOLDER = re.compile(r"\{\{\s*(\w+)\s*\}\}")
+# The two placeholders that published identity data uses; others may be meant literally.
+MUST_BE_FILLED = ("name", "author")
+
+
+@dataclass(frozen=True)
+class Format:
+    """How one kind of row is read."""
+
+    name: str
+    keys: tuple[str, ...]
+    """A file whose first row has them is in this format."""
+    needs: str
+    """What its rows have to hold, for an error."""
+    problems: Callable[[dict[str, Any]], list[str]]
+    messages: Callable[[dict[str, Any]], list[Message]]
+    unread: Callable[[dict[str, Any]], dict[str, Any]]
+    """Columns of a row, and keys of its turns, that nothing is taken from, with what they hold."""
+    untrained: Callable[[dict[str, Any]], frozenset[int]] = lambda _: frozenset()
+    tools: Callable[[dict[str, Any]], tuple[dict[str, Any], ...]] = lambda _: ()
+    columns: Mapping[str, str] | None = None
+    """Its names of Alpaca's columns, for pairs that are called something else."""
+    fits: Callable[[dict[str, Any]], bool] = lambda _: True
+    """Whether a row that has the keys is in this format, where others have the same ones."""
+
+    def is_of(self, row: Any) -> bool:
+        """Whether a row is in this format, well formed or not."""
+        return isinstance(row, dict) and all(key in row for key in self.keys) and self.fits(row)
+
+
+def _alpaca(name: str, keys: tuple[str, ...], needs: str, columns: Mapping[str, str] | None = None) -> Format:
+    return Format(name, keys, needs, alpaca.problems, alpaca.messages, alpaca.unread, columns=columns)
+
+
+def _pairs(question: str, answer: str) -> Format:
+    columns = {"instruction": question, "output": answer}
+    needs = f"each row needs the texts {question!r} and {answer!r}"
+    return _alpaca(f"{question} and {answer}", (question, answer), needs, columns)
+
+
+def _chat(name: str, rows: ChatRows) -> Format:
+    return Format(name, (rows.key,), rows.needs, rows.problems, rows.messages, rows.unread, rows.untrained, tools_of)
+
+
+CONVERSATIONAL = Format(
+    "conversational prompt and completion",
+    prompt_rows.LISTS,
+    prompt_rows.NEEDS,
+    prompt_rows.problems,
+    prompt_rows.messages,
+    prompt_rows.unread,
+    prompt_rows.untrained,
+    tools_of,
+    fits=prompt_rows.has_lists,
+)
+ALPACA = _alpaca("alpaca", ("instruction",), alpaca.NEEDS)
+FORMATS = (
+    _chat("messages", MESSAGES),
+    _chat("sharegpt", CONVERSATIONS),
+    ALPACA,
+    CONVERSATIONAL,
+    _pairs("prompt", "completion"),
+    _pairs("query", "response"),
+)
+
+
+class ConversationReader:
+    """Turns the rows of one file into conversations, all in one format.
+
+    `{{name}}` in any text becomes the placeholder's value.
+
+    Args:
+        kind: the format.
+        placeholders: name → value.
+        columns: name that a format knows → name in the file.
+        system: system prompt for rows without one.
+    """
+
+    def __init__(
+        self, kind: Format, placeholders: Mapping[str, str], columns: Mapping[str, str], system: str | None = None
+    ) -> None:
+        self.kind = kind
+        self.ignored: set[str] = set()
+        """Keys of the rows read so far that say nothing to this format."""
+        self._columns = columns
+        self._system: tuple[Message, ...] = ({"role": "system", "content": system},) if system else ()
+        self._fill = _Filler(placeholders)
+
+    def read(self, given: Any) -> Conversation | str:
+        """The conversation of a row, or what keeps the row from being trained on."""
+        try:
+            return self._read(given)
+        except RecursionError:  # whatever looks into its values goes as deep as they do
+            return "its values are nested too deep to be looked into"
+
+    def _read(self, given: Any) -> Conversation | str:
+        value = renamed(renamed(given, self._columns), self.kind.columns)
+        found = [f"is {kind_of(value)}, not an object"]
+        if isinstance(value, dict):
+            found = named_media(value) or self.kind.problems(value)
+        unread = {} if found else self.kind.unread(value)
+        found = found or referred_media(unread, value)
+        if found:
+            return "; ".join(_in_file_s_words(problem, self.kind) for problem in found)
+        self.ignored.update(unread)
+        turns = tuple(_filled(message, self._fill) for message in self.kind.messages(value))
+        is_set = turns[0]["role"] == "system"
+        added = () if is_set else self._system
+        untrained = frozenset(place + len(added) for place in self.kind.untrained(value))
+        return Conversation((*added, *turns), untrained, self.kind.tools(value))
+
+    def check_placeholders(self) -> None:
+        """Refuse placeholders that rows hold and that have no value.
+
+        Raises:
+            LoratuneError: with the flags that would give them.
+        """
+        self._fill.check()
+
+
+def detect_format(first: Iterable[Any], columns: Mapping[str, str]) -> Format:
+    """The format of a file by the first of its rows that is in any.
+
+    Args:
+        first: some rows from its beginning.
+        columns: name that a format knows → name in the file.
+
+    Returns:
+        The format; Alpaca if no row is in any, whose errors say what is missing.
+    """
+    for value in first:
+        row = renamed(value, columns)
+        for kind in FORMATS:
+            if kind.is_of(row):
+                return kind
+    return ALPACA
+
+
+def renamed(value: Any, columns: Mapping[str, str] | None) -> Any:
+    """A row under the names that a format knows."""
+    if not isinstance(value, dict) or not columns:
+        return value
+    rest = {key: inner for key, inner in value.items() if key not in columns.values()}
+    return rest | {known: value[own] for known, own in columns.items() if own in value}
+
+
+def _in_file_s_words(problem: str, kind: Format) -> str:
+    for known, own in (kind.columns or {}).items():
+        problem = problem.replace(f"'{known}'", f"'{own}'")
+    return problem
+
+
+def _filled(message: Message, fill: _Filler) -> Message:
+    filled: Message = {**message, "content": fill(message["content"])}
+    if "tool_calls" in message:
+        filled["tool_calls"] = fill.all_texts(message["tool_calls"])
+    return filled
+
+
+class _Filler:
+    """Fills placeholders, whatever their case, and remembers those that had to be filled but were not given."""
+
+    def __init__(self, placeholders: Mapping[str, str]) -> None:
+        self.values = {name.lower(): value for name, value in placeholders.items()}
+        self.missing: set[str] = set()
+
+    def __call__(self, text: str) -> str:
+        return text if "{{" not in text else PLACEHOLDER.sub(self._value, text)
+
+    def all_texts(self, value: Any) -> Any:
+        """A JSON value with every text in it filled; keys stay."""
+        if isinstance(value, dict):
+            return {key: self.all_texts(inner) for key, inner in value.items()}
+        if isinstance(value, list):
+            return [self.all_texts(inner) for inner in value]
+        return self(value) if isinstance(value, str) else value
+
+    def _value(self, match: re.Match[str]) -> str:
+        name = match[1].lower()
+        if name not in self.values and name in MUST_BE_FILLED:
+            self.missing.add(name)
+        return self.values.get(name, match[0])
+
+    def check(self) -> None:
+        """Refuse placeholders that have no value.
+
+        Raises:
+            LoratuneError: with the flags that would give them.
+        """
+        if self.missing:
+            flags = " ".join(f"--data.placeholders {shlex.quote(f'{name}=TEXT')}" for name in sorted(self.missing))
+            raise LoratuneError(
+                f"rows hold {', '.join('{{' + name + '}}' for name in sorted(self.missing))}; "
+                f"give values in data.placeholders, or as {flags}",
+                Exit.DATA,
+            )

@@ -1,0 +1,200 @@
+"""Conversations as text: a tokenizer's chat templates under one set of prompt settings."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+from jinja2 import TemplateError
+
+from loratune.data.template.answer_ends import ANSWER, QUESTION
+from loratune.data.template.chat_template import (
+    CLOSING,
+    OPENING,
+    PROBE_TOOL,
+    SYSTEM,
+    ChatTemplate,
+    find_templates,
+    fixed_day,
+    study_template,
+)
+from loratune.data.template.own import OWN_TEMPLATES
+from loratune.data.template.text_marks import with_marks_kept
+from loratune.data.template.trial import try_template
+from loratune.errors import Exit, LoratuneError
+from loratune.recipe.sections import PromptSettings
+
+FAILURES = (
+    TemplateError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RecursionError, SyntaxError,
+    AssertionError, NotImplementedError,
+)  # fmt: skip
+"""How a template refuses messages, or fails at them."""
+TRIALS: list[tuple[list[dict[str, str]], list[dict[str, Any]]]] = [
+    ([QUESTION], []),
+    ([SYSTEM, *[QUESTION, ANSWER] * 8, QUESTION], []),
+    ([QUESTION], [PROBE_TOOL]),
+]
+"""Messages and tools with which a template is tried before it is used."""
+
+
+class ChatRenderer:
+    """Renders messages with the template that their tools ask for.
+
+    Args:
+        tokenizer: a transformers tokenizer.
+        settings: template, thinking mode, generation prompt, day.
+
+    Raises:
+        LoratuneError: the tokenizer has no chat template, or no token that could end an answer.
+    """
+
+    def __init__(self, tokenizer: Any, settings: PromptSettings) -> None:
+        self.tokenizer = tokenizer
+        self.settings = settings
+        self.adds_bos = tokenizer("").input_ids == [tokenizer.bos_token_id]
+        added = tokenizer.added_tokens_decoder.values()
+        self._control = re.compile("|".join(re.escape(token.content) for token in added) or "(?!)")
+        self._special = re.compile("|".join(re.escape(token.content) for token in added if token.special) or "(?!)")
+        plain, with_tools = find_templates(tokenizer, settings.template)
+        self._plain = self._studied(plain, ())
+        self._with_tools = self._plain if with_tools == plain else self._studied(with_tools, [PROBE_TOOL])
+        self.template = self._plain.text
+        """Renders conversations without tools."""
+        self.tool_template = self._with_tools.text
+        """Renders those with tools; mostly the same."""
+        self.end_id = self._find_end(self._plain)
+
+    @property
+    def template_sha256(self) -> str:
+        """Hash of the text of the template, or of both where the tokenizer has one for tools."""
+        texts = dict.fromkeys((self.template, self.tool_template))
+        return hashlib.sha256("\0".join(texts).encode()).hexdigest()
+
+    @property
+    def record(self) -> dict[str, Any]:
+        """What a run notes of its template, to be compared and gone on with."""
+        return {
+            "sha256": self.template_sha256,
+            "end_token_id": self.end_id,
+            "generation_prompt": self.settings.generation_prompt,
+            "completion": self._plain.generation_prompt or self._with_tools.generation_prompt,
+            "answer_start": self.answer_start,
+            "date": self.settings.date if self.is_dated else None,
+        }
+
+    @property
+    def is_dated(self) -> bool:
+        """Whether the template writes the date or the time into prompts."""
+        return self._plain.is_dated or self._with_tools.is_dated
+
+    @property
+    def answer_start(self) -> str:
+        """What the template writes between its generation prompt and an answer that has no reasoning."""
+        return self._plain.answer_start
+
+    def answer_start_for(self, tools: Sequence[dict[str, Any]]) -> str:
+        """The same of conversations with these tools, for which there may be another template."""
+        return self._chat(tools).answer_start
+
+    @property
+    def asks_for_reasoning(self) -> bool:
+        """Whether an answer without reasoning is out of the ordinary."""
+        return any(one.begun_reasoning or CLOSING in one.answer_start for one in (self._plain, self._with_tools))
+
+    @property
+    def remarks(self) -> list[str]:
+        """What the user should know of the template."""
+        end = self.tokenizer.convert_ids_to_tokens(self.end_id)
+        stops = f"{end!r} is trained as the end of every answer, and generation stops on it"
+        chats = (self._plain, self._with_tools)
+        told = [text for chat in chats for text in (chat.end_remark.replace("{end}", stops), chat.remark)]
+        return [text for text in dict.fromkeys(told) if text]
+
+    def text_for(self, tools: Sequence[dict[str, Any]] = ()) -> str:
+        """The text that renders a conversation, on the day of the settings where it writes a date."""
+        return self.at_its_day(self.tool_template if tools else self.template)
+
+    def at_its_day(self, text: str) -> str:
+        """A template's text that takes the day of the settings for today; the text itself where that is left open."""
+        return fixed_day(text, self.settings.date) if self.settings.date and self.is_dated else text
+
+    def _exact_ids(self, messages: list[dict[str, Any]], tools: Sequence[dict[str, Any]]) -> list[int]:
+        """Ids of a prompt, in which the control tokens of texts are encoded as text."""
+        tokenizer, (messages, tools) = with_marks_kept(self.tokenizer, [messages, tools])
+        options = {"add_generation_prompt": True, "sanitize_control_tokens": True, "return_dict": False}
+        ids: list[int] = self._apply(messages, tools, tokenizer=tokenizer, **options)
+        return ids
+
+    def _apply(self, messages: Sequence[Any], tools: Sequence[dict[str, Any]] = (), **options: Any) -> Any:
+        """Render one list of messages, or a list of such lists.
+
+        Raises:
+            LoratuneError: the template itself refuses the messages, as some do with a system prompt.
+        """
+        try:
+            return self._render(self.text_for(tools), messages, tools, **options)
+        except LoratuneError:
+            if not isinstance(messages[0], list):
+                raise
+            return [self._apply(one, tools, **options) for one in messages]
+
+    def _studied(self, text: str, tools: Sequence[dict[str, Any]]) -> ChatTemplate:
+        """What a template does with this tokenizer and these settings."""
+
+        def render(text: str, messages: Sequence[Any], tools: Sequence[dict[str, Any]], **options: Any) -> str:
+            return str(self._render(text, messages, tools, tokenize=False, **options))
+
+        if self.settings.template not in OWN_TEMPLATES:
+            try_template(text, [partial(render, text, *one, add_generation_prompt=True) for one in TRIALS])
+        completes = self.settings.generation_prompt == "auto"
+        return study_template(render, text, tools, self.settings.enable_thinking, self._special, completes)
+
+    def _render(self, text: str, messages: Sequence[Any], tools: Sequence[dict[str, Any]], **options: Any) -> Any:
+        """What a template's text makes of messages.
+
+        Raises:
+            LoratuneError: the template refuses them.
+        """
+        tokenizer = options.pop("tokenizer", self.tokenizer)
+        try:
+            return tokenizer.apply_chat_template(
+                messages,
+                tools=list(tools) or None,
+                chat_template=text,
+                adds_bos=self.adds_bos,
+                **{"enable_thinking": self.settings.enable_thinking, **options},
+            )
+        except FAILURES as error:
+            listed = messages[0] if isinstance(messages[0], list) else messages
+            roles = ", ".join(message["role"] for message in listed)
+            raise LoratuneError(
+                f"the tokenizer's chat template refuses the messages {roles}: {error}", Exit.MODEL
+            ) from error
+
+    def _find_end(self, chat: ChatTemplate) -> int:
+        """The token that ends an answer: what the template sets after it, or the tokenizer's own if it sets none."""
+        if chat.end_token:
+            return int(self.tokenizer.convert_tokens_to_ids(chat.end_token))
+        if self.tokenizer.eos_token_id is None:
+            raise LoratuneError("the tokenizer has no end token; answers would never stop", Exit.MODEL)
+        return int(self.tokenizer.eos_token_id)
+
+    def _chat(self, tools: Sequence[dict[str, Any]]) -> ChatTemplate:
+        return self._with_tools if tools else self._plain
+
+    def _continued(self, answer: str, tools: Sequence[dict[str, Any]]) -> tuple[list[int], str]:
+        """An answer as the template goes on after its prompt: control tokens that it begins with, and text."""
+        chat = self._chat(tools)
+        begun, start = chat.begun_reasoning, chat.answer_start
+        if answer.lstrip().startswith(OPENING) or (begun and CLOSING in answer):
+            start = "" if CLOSING in start else start
+            if begun and not answer.startswith(begun):
+                answer = answer.lstrip()
+            answer = answer.removeprefix(begun) if answer.startswith(begun) else answer.removeprefix(OPENING)
+        control = list(self._special.finditer(start))
+        place = control[-1].end() if control else 0
+        opening = self.tokenizer(start[:place], add_special_tokens=False).input_ids if place else []
+        return opening, start[place:] + answer

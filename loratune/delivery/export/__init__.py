@@ -1,0 +1,1 @@
+"""Merged models and adapters in the forms of other programs."""

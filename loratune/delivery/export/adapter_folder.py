@@ -1,0 +1,140 @@
+"""The adapter as a folder to give away: what PEFT and servers load, and nothing of the machine it was trained on."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from loratune import console
+from loratune.data.encoding.encoder import Encoder
+from loratune.delivery.merge.sources import check_where_possible
+from loratune.delivery.template import write_portable_template
+from loratune.errors import Exit, LoratuneError, bullet_list
+from loratune.model.adapter.files import CONFIG_FILE, WEIGHTS_FILE, read_config_values
+from loratune.model.tokenizer import load_tokenizer
+from loratune.runs.card import base_name, write_card, write_plain_card
+from loratune.runs.folder import file_sha256
+from loratune.runs.opening import AdapterSource
+from loratune.runs.tokenizer_files import copy_tokenizer_files
+from loratune.writing import write_json
+
+# Settings that PEFT writes even where the feature that they belong to is off.
+IDLE_SETTINGS = {"megatron_core": "megatron_config", "qalora_group_size": "use_qalora"}
+# In a vocabulary `/root` is a token, not a place.
+VOCABULARIES = ("tokenizer.json", "added_tokens.json", "vocab.json", "merges.txt", "tokenizer.model")
+
+
+def export_adapter(source: AdapterSource, folder: Path, model: str | None = None, force: bool = False) -> bool:
+    """Write an adapter, its tokenizer's files and its card, and read them again.
+
+    Weights and tokenizer are copied byte for byte, but for the chat template where the training's prompt settings have
+    to be put into it, since other programs know nothing else. Of a checkpoint, which has no tokenizer, only the adapter
+    is taken.
+
+    Args:
+        source: the adapter.
+        folder: an existing empty folder.
+        model: where the base lies now.
+        force: let another base through.
+
+    Returns:
+        Whether the chat template is another than that of the base.
+
+    Raises:
+        LoratuneError: the adapter is incomplete, damaged or not LoRA, or one of its files names a local path.
+    """
+    config = read_config_values(source.adapter)
+    for warning in check_where_possible(source, model, force):
+        console.warn(warning)
+    base_folder = _base_folder(source)
+    config["base_model_name_or_path"] = _public_base(source, config, base_folder)
+    write_json(folder / CONFIG_FILE, _cleaned(config))
+    shutil.copyfile(source.adapter / WEIGHTS_FILE, folder / WEIGHTS_FILE)
+    copy_tokenizer_files(source.adapter, folder)
+    has_own_template = (folder / "tokenizer_config.json").is_file() and write_portable_template(
+        Encoder(load_tokenizer(folder), source.prompt), folder
+    )
+    if source.recipe:
+        write_card(folder, source.recipe, base_folder)
+    else:
+        write_plain_card(folder, source.adapter.absolute().name, config)
+    _check(source, folder)
+    return has_own_template
+
+
+def _base_folder(source: AdapterSource) -> str | None:
+    """Where the base lay in training, if that tells a local folder from a download."""
+    is_modelscope = source.recipe is not None and source.recipe.model.hub == "modelscope"
+    if source.manifest is None or is_modelscope:  # its downloads lie at …/org/name, as a local folder may
+        return None
+    return str(source.manifest["base"]["path"])
+
+
+def _public_base(source: AdapterSource, config: dict[str, Any], base_folder: str | None) -> str | None:
+    named = source.recipe.model.base if source.recipe else config.get("base_model_name_or_path")
+    return base_name(str(named), base_folder) if named else None
+
+
+def _cleaned(config: dict[str, Any]) -> dict[str, Any]:
+    """The config for inference, without what is off anyway: a version of PEFT may not know the name of it."""
+    kept = {
+        key: value
+        for key, value in config.items()
+        if key == "init_lora_weights" or not (value is None or value is False or value in ({}, []))
+    }
+    for idle in [name for name, switch in IDLE_SETTINGS.items() if not config.get(switch)]:
+        kept.pop(idle, None)
+    if isinstance(kept.get("target_modules"), list):
+        kept["target_modules"] = sorted(kept["target_modules"])
+    return kept | {"inference_mode": True}
+
+
+def _check(source: AdapterSource, folder: Path) -> None:
+    """Read the export again.
+
+    Raises:
+        LoratuneError: a file names a local path.
+        RuntimeError: the config or the weights are not the adapter's.
+    """
+    config, original = read_config_values(folder), read_config_values(source.adapter)
+    if any(config.get(key) != original.get(key) for key in ("r", "lora_alpha", "lora_dropout")):
+        raise RuntimeError(f"{folder / CONFIG_FILE} is not that of {source.adapter}")
+    if file_sha256(folder / WEIGHTS_FILE) != file_sha256(source.adapter / WEIGHTS_FILE):
+        raise RuntimeError(f"{folder / WEIGHTS_FILE} is not that of {source.adapter}")
+    found = [
+        f"{name}: {path}"
+        for name, text in _texts(folder)
+        for path in _local_paths(source)
+        if path.encode() in text or json.dumps(path)[1:-1].encode() in text
+    ]
+    if found:
+        forced = " with --force, since the run is then changed" if source.run else ""
+        raise LoratuneError(
+            f"{source.adapter}: not exported, since files of it name local paths:\n{bullet_list(found)}\n"
+            f"take them out there, then export again{forced}",
+            Exit.MODEL,
+        )
+
+
+def _texts(folder: Path) -> Iterator[tuple[str, bytes]]:
+    """What can name a path: the files but for vocabularies, and of the weights the header."""
+    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+        if path.name == WEIGHTS_FILE:
+            with path.open("rb") as file:
+                yield path.name, file.read(int.from_bytes(file.read(8), "little"))
+        elif path.name not in VOCABULARIES:
+            yield path.name, path.read_bytes()
+
+
+def _local_paths(source: AdapterSource) -> list[str]:
+    """Absolute paths that say where this user, the run, the base and the data are."""
+    recipe, manifest = source.recipe, source.manifest
+    places = [Path.home(), source.run or source.adapter]
+    places += [Path(manifest["base"]["path"])] if manifest else []
+    if recipe:
+        names = [recipe.output, *recipe.data.train_names, *recipe.data.validation_names]
+        places += [Path(name.rpartition("#")[0] or name).expanduser() for name in names]
+    return sorted({str(place.absolute()) for place in places if len(place.absolute().parts) > 1})

@@ -1,0 +1,240 @@
+"""From an adapter or a merged model to what another program runs: the flow of `loratune export`, top to bottom."""
+
+from __future__ import annotations
+
+import importlib
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from loratune import console
+from loratune.commands import Command
+from loratune.data.encoding.encoder import Encoder
+from loratune.delivery.export.adapter_folder import export_adapter
+from loratune.delivery.export.job import Export, ExportOptions
+from loratune.delivery.export.rehearsal import rehearse
+from loratune.delivery.export.vllm.flags import find_parsers
+from loratune.delivery.export.vllm.plan import require_servable, serve_command
+from loratune.delivery.merge.job import Job
+from loratune.delivery.merge.merge import carry_out
+from loratune.delivery.template import about_the_date
+from loratune.delivery.verification.parity import Parity, compare_models
+from loratune.delivery.verification.proof import BOUNDS, Bounds, check_parity, probe_rows
+from loratune.delivery.verification.report import parity_text, show_verification
+from loratune.errors import Exit, LoratuneError, bullet_list, refusal
+from loratune.model.files import check_base, weight_files
+from loratune.model.hardware import detect_hardware
+from loratune.model.memory import free_memory_bytes
+from loratune.model.tokenizer import load_tokenizer
+from loratune.model.weights.mapped import load_mapped
+from loratune.model.weights.quantized_folder import load_quantized, write_quantized
+from loratune.runs.folder import VERIFICATION, prepare_output
+from loratune.runs.opening import AdapterSource, base_settings, merged_prompt
+from loratune.runs.probe import ProbeRow, read_probe
+from loratune.runs.tokenizer_files import copy_tokenizer_files
+from loratune.runs.verification import write_verification
+from loratune.writing import disk_errors_explained, folder_in_one_step
+
+GGUF_BOUNDS = {
+    "f32": BOUNDS[torch.float32],
+    "bf16": BOUNDS[torch.bfloat16],
+    "f16": BOUNDS[torch.float16],
+    # Measured on Qwen2.5 0.5B: logits 0.01 of the largest apart.
+    "q8_0": Bounds(0.2, 0.05, 0.02),
+}
+
+
+def export(source: AdapterSource | None, output: Path, options: ExportOptions) -> dict[str, Any]:
+    """Write an export, read it back, and give it its name.
+
+    Args:
+        source: an adapter; None for a merged model.
+        output: folder of the export.
+        options: format and details.
+
+    Returns:
+        What verification.json holds; `next` is a Command, for what the user can do with it.
+
+    Raises:
+        LoratuneError: the format cannot hold this model, or what was written is not the model; then nothing is left at
+            `output`.
+    """
+    with disk_errors_explained(output):
+        output = output.resolve()
+        prepare_output(output, options.overwrite, "export", VERIFICATION)
+    if options.format in ("gguf", "ollama"):
+        # Its optional package is to be missed before a merge, not after.
+        importlib.import_module("loratune.delivery.export.gguf.file")
+    with disk_errors_explained(output), folder_in_one_step(output) as folder:
+        job = Export(source, output, folder, options)
+        if options.format in FROM_MODEL:
+            with _merged(job, rehearse(job)) as model:
+                found = FROM_MODEL[options.format](job, model)
+        else:
+            found = FROM_ADAPTER[options.format](job)
+        lasting = {key: value for key, value in found.items() if key != "next"}
+        report = write_verification(folder, "export", {"format": options.format, **lasting})
+    return report | {"next": found["next"]}
+
+
+@contextmanager
+def _merged(job: Export, merge: Job | None) -> Iterator[Path]:
+    """The merged model to export: the given one, or one that is made of the adapter and goes away again."""
+    if merge is None:
+        yield Path(job.options.model or "")
+        return
+    place = job.folder / "merged"
+    show_verification(carry_out(replace(merge, output=place)))
+    yield place
+    shutil.rmtree(place)
+
+
+def _export_adapter(job: Export) -> dict[str, Any]:
+    source = _source(job)
+    if export_adapter(source, job.folder, job.options.model, job.options.force):
+        console.warn("the chat template holds the training's prompt settings, the system prompt's text among them")
+    # The folder is there by then.
+    return {"next": job.command("give it away", job.output, push=f"hf:ORG/{job.hub_name}", overwrite=True)}
+
+
+def _export_for_vllm(job: Export) -> dict[str, Any]:
+    source = _source(job)
+    advice = require_servable(source, job.output, job.options.model, job.options.force)
+    base = base_settings(source, job.options.model).base
+    for warning in advice.warnings:
+        console.warn(warning)
+    has_own_template = export_adapter(source, job.folder, job.options.model, job.options.force)
+    template = job.output / "chat_template.jinja" if has_own_template else None
+    parsers = find_parsers(job.folder, base, source)
+    command = serve_command(base, job.name, job.output, advice, template, parsers.flags)
+    if trained_day := (source.manifest or {}).get("template", {}).get("date"):
+        console.warn(about_the_date("vLLM writes", trained_day))
+    return {
+        "max_lora_rank": advice.max_lora_rank,
+        "tool_call_parser": parsers.tools,
+        "reasoning_parser": parsers.reasoning,
+        "next": command,
+    }
+
+
+def _export_gguf(job: Export, model: Path) -> dict[str, Any]:
+    gguf_file = importlib.import_module("loratune.delivery.export.gguf.file")
+    target = job.folder / job.gguf_name
+    with console.status(f"writing {target.name}"):
+        gguf_file.write_gguf(model, target, job.options.quantization)
+    with console.status(f"reading {target.name} back"):
+        check = gguf_file.check_gguf(model, target)
+    parity = _compare_gguf(job, model, target)
+    if check.fallbacks:
+        console.warn(f"{len(check.fallbacks)} tensors are f16, since their rows do not divide into blocks of 32")
+    console.table(
+        [
+            ("file", f"{target.name}, {console.memory(target.stat().st_size)}"),
+            ("tensors", f"{check.tensors} read back; weights off by at most {check.largest_difference:.2g}"),
+            ("tokens", f"{check.tokens}, with chat template and end tokens"),
+            ("logits", parity_text(**asdict(parity)) if parity else "not compared"),
+        ],
+        title="verified",
+    )
+    return {
+        "file": target.name,
+        "read_back": asdict(check),
+        "logits": asdict(parity) if parity else None,
+        "next": Command("run it", ("llama-cli", "-m", str(job.output / target.name))),
+    }
+
+
+def _compare_gguf(job: Export, model: Path, target: Path) -> Parity | None:
+    """Load the file as it describes itself, and compare what it computes with the merged model."""
+    load_gguf = importlib.import_module("loratune.delivery.export.gguf.reference").load_gguf  # needs the package gguf
+    # The loader makes float32 of everything.
+    needed = 3 * sum(path.stat().st_size for path in weight_files(model))
+    free = free_memory_bytes(detect_hardware())
+    if needed > free:
+        console.warn(
+            f"the file's logits are not compared: loading it takes {console.memory(needed)} of memory, and "
+            f"{console.memory(free)} are free. Every tensor has been read back"
+        )
+        return None
+    with console.status("comparing the file's logits with the merged model's"):
+        try:
+            written = load_gguf(target)
+        except LoratuneError:
+            raise
+        except Exception as error:  # transformers raises all kinds, none of which says anything against the file
+            reason = " ".join(str(error).split())[:200]
+            console.warn(
+                f"the file's logits are not compared: transformers cannot load it ({reason}). Every tensor has been "
+                "read back"
+            )
+            return None
+        (parity,) = compare_models(load_mapped(model), [written], _rows(job, model))
+    _require(parity, GGUF_BOUNDS[job.options.quantization], target.name)
+    return parity
+
+
+def _export_for_ollama(job: Export, model: Path) -> dict[str, Any]:
+    create = ("ollama", "create", job.ollama_name, "-f", str(job.output / "Modelfile"))
+    return _export_gguf(job, model) | {"next": Command("give it to Ollama", create)}
+
+
+def _export_nf4(job: Export, model: Path) -> dict[str, Any]:
+    with console.status("quantising"):
+        quantized = write_quantized(model, job.folder)
+        copy_tokenizer_files(model, job.folder)
+    with console.status("comparing the written folder with the quantised model and with the merged one"):
+        rows = _rows(job, model)
+        (same,) = compare_models(quantized, [load_quantized(job.folder)], rows)
+        (parity,) = compare_models(load_mapped(model), [quantized], rows)
+    _require(same, BOUNDS[torch.float32], "the written folder")
+    console.table(
+        [
+            ("files", f"load again and give the same logits ({same.largest_difference:.1g} apart)"),
+            ("nf4", f"beside the merged model: {parity_text(**asdict(parity))}"),
+        ],
+        title="verified",
+    )
+    return {
+        "logits": asdict(parity),
+        "read_back": asdict(same),
+        "next": Command("serve it", ("vllm", "serve", str(job.output))),
+    }
+
+
+def _rows(job: Export, model: Path) -> list[ProbeRow]:
+    """What models are compared on: the run's rows, or built-in questions."""
+    encoder = Encoder(load_tokenizer(model), merged_prompt(model))
+    return probe_rows(read_probe(job.source.run if job.source else None), encoder)
+
+
+def _require(parity: Parity, bounds: Bounds, what: str) -> None:
+    problems = check_parity(parity, bounds)
+    if problems:
+        raise LoratuneError(
+            f"{what} is not the merged model, and has been removed:\n{bullet_list(problems)}", Exit.MODEL
+        )
+
+
+def _source(job: Export) -> AdapterSource:
+    if job.source is None:
+        model, options = job.options.model or "", job.options
+        is_served = options.format == "vllm" and refusal(lambda: check_base(Path(model))) is None
+        raise LoratuneError(
+            f"--format {options.format} takes an adapter; give it with --adapter",
+            Exit.USAGE,
+            [Command("a merged model is served as it is", ("vllm", "serve", model))] if is_served else [],
+        )
+    return job.source
+
+
+FROM_ADAPTER: dict[str, Callable[[Export], dict[str, Any]]] = {"adapter": _export_adapter, "vllm": _export_for_vllm}
+FROM_MODEL: dict[str, Callable[[Export, Path], dict[str, Any]]] = {
+    "gguf": _export_gguf,
+    "ollama": _export_for_ollama,
+    "bnb4": _export_nf4,
+}

@@ -1,0 +1,150 @@
+"""A model's tokenizer as the keys of a GGUF file.
+
+A GGUF file holds tokens and merges, and names the splitting of text that comes before them instead of describing it. A
+program that does not know the name, or knows another splitting by it, tokenizes wrongly without a word; so only
+tokenizers whose splitting is exactly that of a known name are written.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from loratune.data.encoding.encoder import Encoder
+from loratune.delivery.export.gguf.layout import NotForGgufError
+from loratune.errors import Exit, LoratuneError
+from loratune.model.tokenizer import load_tokenizer
+from loratune.runs.opening import merged_prompt
+
+# Kinds of a token, as the format numbers them.
+NORMAL, CONTROL, USER_DEFINED, UNUSED = 1, 3, 4, 5
+
+_WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
+_REST = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+_ONLY_BYTES = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False}
+_GPT2 = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}
+
+
+def _split(regex: str) -> dict[str, Any]:
+    return {"type": "Split", "pattern": {"Regex": regex}, "behavior": "Isolated", "invert": False}
+
+
+SPLITTINGS: dict[str, list[dict[str, Any]]] = {
+    "qwen2": [_split(_WORDS + r"\p{N}" + _REST), _ONLY_BYTES],
+    "llama-bpe": [_split(_WORDS + r"\p{N}{1,3}" + _REST), _ONLY_BYTES],
+    "smollm": [{"type": "Digits", "individual_digits": True}, _GPT2],
+    "gpt-2": [_GPT2],
+}
+
+
+def describe_vocabulary(model: Path, vocab_size: int) -> dict[str, Any]:
+    """The tokenizer's keys and their values: strings, integers, a bool, lists of strings and of integers.
+
+    Args:
+        model: folder with tokenizer.json and the files beside it.
+        vocab_size: rows of the model's embedding; ids without a token become unused ones.
+
+    Raises:
+        LoratuneError: a tokenizer that GGUF cannot state, or that does not fit the model.
+    """
+    path = model / "tokenizer.json"
+    try:
+        state = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise LoratuneError(f"{path}: cannot be read, and GGUF needs it: {error}", Exit.MODEL) from error
+    pre = _find_splitting(path, state)
+    tokens, kinds = _list_tokens(path, state, vocab_size)
+    return {
+        "tokenizer.ggml.model": "gpt2",
+        "tokenizer.ggml.pre": pre,
+        "tokenizer.ggml.tokens": tokens,
+        "tokenizer.ggml.token_type": kinds,
+        "tokenizer.ggml.merges": [m if isinstance(m, str) else " ".join(m) for m in state["model"]["merges"]],
+        **_describe_special_tokens(model),
+    }
+
+
+def _find_splitting(path: Path, state: dict[str, Any]) -> str:
+    """The name of the tokenizer's splitting, once all else about it is what byte-level BPE in GGUF means."""
+    model = state["model"]
+    if (
+        model.get("type") != "BPE"
+        or model.get("byte_fallback")
+        or (state.get("decoder") or {}).get("type") != "ByteLevel"
+    ):
+        raise _unknown(path, f"it is no byte-level BPE but {model.get('type')}, perhaps SentencePiece's")
+    for option in ("dropout", "continuing_subword_prefix", "end_of_word_suffix"):
+        if model.get(option):
+            raise _unknown(path, f"{option} is {model[option]!r}")
+    normalizer = state.get("normalizer")
+    if normalizer not in (None, {"type": "NFC"}):  # programs leave NFC to whoever gives the text
+        raise _unknown(path, f"normalizer {json.dumps(normalizer)}")
+    splitting = state.get("pre_tokenizer") or {}
+    steps = splitting.get("pretokenizers", [splitting])
+    steps = [{key: value for key, value in step.items() if key != "trim_offsets"} for step in steps]
+    name = next((name for name, known in SPLITTINGS.items() if steps == known), None)
+    if name is None:
+        raise _unknown(path, f"pre_tokenizer {json.dumps(steps, ensure_ascii=False)}")
+    if bool(model.get("ignore_merges")) != (name == "llama-bpe"):
+        raise _unknown(path, f"ignore_merges is {model.get('ignore_merges')} with the splitting of {name}")
+    return name
+
+
+def _unknown(path: Path, what: str) -> NotForGgufError:
+    return NotForGgufError(
+        f"{path}: {what}; such a tokenizer cannot be exported to GGUF here: try llama.cpp's convert_hf_to_gguf.py",
+        Exit.MODEL,
+    )
+
+
+def _list_tokens(path: Path, state: dict[str, Any], vocab_size: int) -> tuple[list[str], list[int]]:
+    tokens = [f"[PAD{place}]" for place in range(vocab_size)]
+    kinds = [UNUSED] * vocab_size
+    named = [(place, token, NORMAL) for token, place in state["model"]["vocab"].items()]
+    for added in state.get("added_tokens", []):
+        if added["lstrip"] or added["rstrip"] or added["single_word"]:
+            raise _unknown(path, f"added token {added['content']!r} takes the space around it or asks for whole words")
+        named.append((added["id"], added["content"], CONTROL if added["special"] else USER_DEFINED))
+    for place, token, kind in named:
+        if place >= vocab_size:
+            raise LoratuneError(
+                f"{path}: token {token!r} has id {place}, but the model has only {vocab_size} embeddings", Exit.MODEL
+            )
+        tokens[place], kinds[place] = token, kind
+    if len(set(tokens)) != vocab_size:
+        raise _unknown(path, "two ids share one token")
+    return tokens, kinds
+
+
+def _describe_special_tokens(model: Path) -> dict[str, Any]:
+    """Which tokens begin and end what, and the chat template.
+
+    Programs are told to add the beginning token if the prompts of training began with it; they leave it out of the
+    template's text in turn.
+    """
+    tokenizer = load_tokenizer(model)
+    templates: dict[str, str | list[str]] = {}
+    if tokenizer.chat_template is None:
+        first, end = tokenizer("").input_ids, tokenizer.eos_token_id
+    else:
+        encoder = Encoder(tokenizer, merged_prompt(model))
+        first, end = encoder.prompt_ids([{"role": "user", "content": "?"}])[:1], encoder.end_id
+        templates["tokenizer.chat_template"] = encoder.template
+        if encoder.tool_template != encoder.template:
+            templates |= {
+                "tokenizer.chat_template.tool_use": encoder.tool_template,
+                "tokenizer.chat_templates": ["tool_use"],
+            }
+    ids = {
+        "bos": tokenizer.bos_token_id,
+        "eos": end,
+        "eot": end,
+        "padding": tokenizer.pad_token_id,
+        "unknown": tokenizer.unk_token_id,
+    }
+    keys: dict[str, Any] = {
+        f"tokenizer.ggml.{name}_token_id": place for name, place in ids.items() if place is not None
+    }
+    keys["tokenizer.ggml.add_bos_token"] = tokenizer.bos_token_id is not None and first == [tokenizer.bos_token_id]
+    return keys | templates

@@ -1,0 +1,1 @@
+"""Modelfiles for Ollama, with the chat template in Go's language."""

@@ -1,0 +1,144 @@
+"""An Ollama Modelfile for a model folder: the chat template in Go's language, where Ollama stops, how it samples.
+
+Ollama reads no Jinja.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from loratune import console
+from loratune.data.encoding.encoder import Encoder
+from loratune.data.formats.conversation import Message
+from loratune.delivery.export.ollama.go_template import Render, derive_parts
+from loratune.delivery.export.ollama.go_tools import derive_tools
+from loratune.errors import Exit, LoratuneError
+from loratune.model.tokenizer import load_tokenizer
+from loratune.recipe.sections import PromptSettings
+from loratune.writing import write_text
+
+# generation_config.json's name → Ollama's.
+SAMPLING = {
+    "temperature": "temperature",
+    "top_p": "top_p",
+    "top_k": "top_k",
+    "min_p": "min_p",
+    "repetition_penalty": "repeat_penalty",
+}
+
+
+@dataclass(frozen=True)
+class Modelfile:
+    """What was written."""
+
+    text: str
+    lost_tools: str = ""
+    """Why it does not offer the tools that the model's own template does; empty if nothing is lost."""
+
+
+def write_modelfile(
+    model: Path, gguf_name: str, folder: Path, num_ctx: int | None = None, settings: PromptSettings | None = None
+) -> Modelfile:
+    """Write `Modelfile` into a folder.
+
+    Args:
+        model: merged folder with the tokenizer and, perhaps, generation_config.json.
+        gguf_name: name of the GGUF file beside the Modelfile.
+        folder: where it is written.
+        num_ctx: context length in tokens; Ollama's own if None.
+        settings: how prompts were made in training; by default as the tokenizer's template has it, without thinking.
+
+    Raises:
+        LoratuneError: no Go template can be had that gives what the tokenizer's template gives, or a text cannot stand
+            in a Modelfile.
+    """
+    tokenizer = load_tokenizer(model)
+    encoder = Encoder(tokenizer, settings or PromptSettings()).at_a_day()
+    if encoder.is_dated:
+        console.warn(
+            f"the chat template writes the date into prompts: Ollama's names {encoder.settings.date}, whatever the day"
+        )
+    parts = derive_parts(_renderer(encoder), tokenizer.decode([encoder.end_id]))
+    lost, tools = "", None
+    if encoder.offers_tools:
+        try:
+            tools = derive_tools(_renderer(encoder), parts, tokenizer.decode([encoder.end_id])).actions()
+        except LoratuneError as error:
+            lost = error.message
+    generation = _read_generation_config(model)
+    lines = [f"FROM ./{_plain(gguf_name)}", f"TEMPLATE {_quoted(parts.go_template(tools))}"]
+    if parts.default_system:
+        lines.append(f"SYSTEM {_quoted(parts.default_system)}")
+    lines += [f"PARAMETER stop {_quoted(text)}" for text in _end_texts(encoder, generation)]
+    lines += [f"PARAMETER {name} {value:g}" for name, value in _sampling(generation).items()]
+    if num_ctx is not None:
+        lines.append(f"PARAMETER num_ctx {num_ctx}")
+    text = "\n".join(lines) + "\n"
+    write_text(folder / "Modelfile", text)
+    return Modelfile(text, lost)
+
+
+def _renderer(encoder: Encoder) -> Render:
+    """Prompts as the model sees them, less the beginning token, which Ollama sets by itself (`add_bos_token`)."""
+    tokenizer = encoder.tokenizer
+
+    def render(messages: list[Message], tools: Sequence[dict[str, Any]] = ()) -> str:
+        ids = encoder.prompt_ids(messages, tools)
+        if tokenizer.bos_token_id is not None and ids[:1] == [tokenizer.bos_token_id]:
+            del ids[0]
+        return str(tokenizer.decode(ids, clean_up_tokenization_spaces=False))
+
+    return render
+
+
+def _quoted(text: str) -> str:
+    """A value of a Modelfile, which knows no escapes: what is between the quotes, as it is.
+
+    Raises:
+        LoratuneError: the text would end its own quotes.
+    """
+    if '"""' in text:
+        raise LoratuneError(
+            'a Modelfile cannot hold a text with """ in it; take it out of the system prompt', Exit.MODEL
+        )
+    return f'"""{text}"""' if "\n" in text or '"' in text else f'"{text}"'
+
+
+def _plain(name: str) -> str:
+    """A file name that a Modelfile takes as it is."""
+    if not name or any(character in name for character in '"\r\n/'):
+        raise LoratuneError(f"{name!r} is no file name that a Modelfile can hold", Exit.USAGE)
+    return name
+
+
+def _read_generation_config(model: Path) -> dict[str, Any]:
+    path = model / "generation_config.json"
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError) as error:
+        raise LoratuneError(f"{path}: cannot be read: {error}", Exit.MODEL) from error
+    return value if isinstance(value, dict) else {}
+
+
+def _end_texts(encoder: Encoder, generation: dict[str, Any]) -> list[str]:
+    """The tokens that end an answer, as text, each once."""
+    others = generation.get("eos_token_id")
+    ids = [encoder.end_id, *(others if isinstance(others, list) else [others])]
+    tokens = encoder.tokenizer.convert_ids_to_tokens([place for place in ids if isinstance(place, int)])
+    return list(dict.fromkeys(token for token in tokens if token))
+
+
+def _sampling(generation: dict[str, Any]) -> dict[str, float]:
+    """Ollama's parameters; greedy decoding is a temperature of 0."""
+    # Ollama has had a penalty of 1.1 by default, which garbles answers learnt by heart; no penalty is everyone else's.
+    given = {"repetition_penalty": 1.0, **generation}
+    if given.get("do_sample") is False:
+        given["temperature"] = 0.0
+    values = {theirs: given.get(ours) for ours, theirs in SAMPLING.items()}
+    return {name: float(value) for name, value in values.items() if isinstance(value, int | float)}

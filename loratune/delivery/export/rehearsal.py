@@ -1,0 +1,178 @@
+"""An export rehearsed: whatever configs and headers tell is checked before a merge, which takes minutes."""
+
+from __future__ import annotations
+
+import importlib
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from loratune import console
+from loratune.commands import Command
+from loratune.data.encoding.encoder import Encoder
+from loratune.delivery.export.gguf.layout import NotForGgufError
+from loratune.delivery.export.job import Export
+from loratune.delivery.export.ollama.modelfile import write_modelfile
+from loratune.delivery.merge.job import Job, MergeOptions, gather
+from loratune.delivery.merge.merged_weights import plan_merge
+from loratune.delivery.merge.model_folder import write_model_files
+from loratune.delivery.template import about_the_date
+from loratune.errors import Exit, LoratuneError
+from loratune.model.files import check_base, weight_files
+from loratune.model.tokenizer import load_tokenizer
+from loratune.model.tying import head_is_tied
+from loratune.model.weights.tensor_files import TensorFiles
+from loratune.runs.folder import VERIFICATION
+from loratune.runs.opening import AdapterSource, merged_prompt
+from loratune.runs.verification import require_intact
+from loratune.writing import write_json
+
+
+@dataclass(frozen=True)
+class Rehearsal:
+    """A model to export, as much of it as is there before a merge."""
+
+    folder: Path
+    """Config, tokenizer, template and generation config, as a merged folder has them."""
+    shapes: dict[str, tuple[int, ...]]
+    is_tied: bool
+    merged_bytes: int = 0
+    """What the merge writes for the time of the export."""
+    job: Job | None = None
+    """The merge; None for a model that is merged already."""
+
+
+@contextmanager
+def rehearsed_merge(source: AdapterSource, output: Path, options: MergeOptions) -> Iterator[Rehearsal]:
+    """What a merge would write, but for the weights.
+
+    Args:
+        source: the adapter.
+        output: folder of the merged model.
+        options: of the merge.
+
+    Raises:
+        LoratuneError: the merge would refuse.
+    """
+    job = gather(source, output.resolve(), options)
+    plan = plan_merge(TensorFiles(weight_files(job.base)), job.updates, job.is_tied, options.dtype, options.shard_bytes)
+    with tempfile.TemporaryDirectory(prefix="loratune-") as place:
+        folder = Path(place)
+        write_model_files(source, job.encoder, job.base, folder, options.dtype, plan)
+        prompt = source.prompt
+        known = {"thinking": prompt.enable_thinking, "generation_prompt": prompt.generation_prompt, "date": prompt.date}
+        write_json(folder / VERIFICATION, known)
+        shapes = {name: tensor.info.shape for name, tensor in plan.tensors.items()}
+        try:
+            yield Rehearsal(folder, shapes, plan.is_tied, plan.nbytes, job)
+        except LoratuneError as error:  # the folder is gone before anyone could look at it
+            told = error.message.replace(f"{folder}/", "the merged model's ").replace(str(folder), "the merged model")
+            raise LoratuneError(told, error.exit_code, error.commands) from error
+
+
+def check_merge(source: AdapterSource, output: Path, options: MergeOptions) -> None:
+    """Refuse what a merge would refuse before it writes weights.
+
+    Raises:
+        LoratuneError: with the merge's reason.
+    """
+    with rehearsed_merge(source, output, options):
+        pass
+
+
+def rehearse(job: Export) -> Job | None:
+    """Check an export of a merged model before the merge, and write what needs no weights.
+
+    Returns:
+        The merge that is to be made; None for a model that is merged already.
+
+    Raises:
+        LoratuneError: the export would be refused later.
+    """
+    if job.source is None:
+        folder = Path(job.options.model or "")
+        if not folder.is_dir():
+            raise LoratuneError(f"--model {folder}: no such folder; give a merged model, or an adapter", Exit.MODEL)
+        check_base(folder)
+        for warning in require_intact(folder, job.options.force):
+            console.warn(warning)
+        shapes = {name: info.shape for name, info in TensorFiles(weight_files(folder)).infos.items()}
+        CHECKS[job.options.format](job, Rehearsal(folder, shapes, head_is_tied(folder)))
+        return None
+    options = MergeOptions(model=job.options.model, force=job.options.force, stands_in_for=job.output)
+    with rehearsed_merge(job.source, job.output / "merged", options) as model:
+        CHECKS[job.options.format](job, model)
+        return model.job
+
+
+def _check_gguf(job: Export, model: Rehearsal) -> None:
+    _plan_file(job, model)
+    tokenizer, prompt = load_tokenizer(model.folder), merged_prompt(model.folder)
+    if tokenizer.chat_template is not None and Encoder(tokenizer, prompt).is_dated:
+        console.warn(about_the_date("llama.cpp writes", prompt.date))
+
+
+def _check_ollama(job: Export, model: Rehearsal) -> None:
+    """Write the Modelfile, once it is certain that the file it names can be written."""
+    _plan_file(job, model)
+    try:
+        # The other prompt settings are in the merged model's template.
+        prompt = merged_prompt(model.folder)
+        written = write_modelfile(model.folder, job.gguf_name, job.folder, job.options.num_ctx, prompt)
+    except LoratuneError as error:
+        place = job.place_beside("gguf")
+        instead = job.command("write the GGUF file alone", place, format="gguf")
+        raise LoratuneError(error.message, error.exit_code, [instead, _llama_server(place / job.gguf_name)]) from error
+    if written.lost_tools:
+        console.warn(
+            f"{written.lost_tools}: Ollama will say that the model does not support tools. llama.cpp's server takes "
+            "the template from the GGUF file, tools included"
+        )
+        console.next_step(f"  {_llama_server(job.output / job.gguf_name)}")
+
+
+def _llama_server(file: Path) -> Command:
+    return Command("serve the file with its own chat template", ("llama-server", "--jinja", "-m", str(file)))
+
+
+def _plan_file(job: Export, model: Rehearsal) -> None:
+    """Lay out the GGUF file, and see that the disk has room for it beside the merged model."""
+    gguf_file = importlib.import_module("loratune.delivery.export.gguf.file")  # needs the package gguf
+    try:
+        plan = gguf_file.plan_file(model.folder, model.shapes, model.is_tied)
+    except NotForGgufError as error:
+        raise LoratuneError(error.message, error.exit_code, _with_llama_cpp(job)) from error
+    needed, free = model.merged_bytes + plan.nbytes(job.options.quantization), shutil.disk_usage(job.folder).free
+    if needed > free:
+        raise LoratuneError(
+            f"{job.output}: the GGUF file and the merged model that it is made from need {console.memory(needed)} of "
+            f"disk, and {console.memory(free)} are free; make room, or choose another disk with --output",
+            Exit.IO,
+        )
+
+
+def _with_llama_cpp(job: Export) -> list[Command]:
+    """llama.cpp's own converter, for a merged model."""
+    if job.source is None:
+        return [_convert(Path(job.options.model or ""))]
+    place = job.place_beside("merged")
+    merge = MergeOptions(model=job.options.model, force=job.options.force).command("merge it", job.source, place)
+    return [merge, _convert(place)]
+
+
+def _convert(model: Path) -> Command:
+    return Command("convert it in llama.cpp's folder", ("python", "convert_hf_to_gguf.py", str(model)))
+
+
+def _check_nothing_else(job: Export, model: Rehearsal) -> None:
+    """What bitsandbytes writes depends on nothing that the merge's own checks have not seen."""
+
+
+CHECKS: dict[str, Callable[[Export, Rehearsal], None]] = {
+    "gguf": _check_gguf,
+    "ollama": _check_ollama,
+    "bnb4": _check_nothing_else,
+}

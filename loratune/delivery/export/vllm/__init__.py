@@ -1,0 +1,1 @@
+"""Whether vLLM can serve an adapter, and with which flags."""

@@ -1,0 +1,37 @@
+"""Whether a chat template makes a model reason before it answers, found by rendering it as servers do."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+from jinja2 import TemplateError
+
+from loratune.data.template.chat_template import CLOSING, OPENING
+
+QUESTION = {"role": "user", "content": "?"}
+REASONED = {"role": "assistant", "content": "loratune-answer", "reasoning_content": "loratune-reasoning"}
+SHOWN = re.compile(rf"{OPENING}\s*loratune-reasoning\s*{CLOSING}\s*loratune-answer")
+OPEN, CLOSED = re.compile(rf"{OPENING}\s*\Z"), re.compile(rf"{OPENING}\s*{CLOSING}\s*\Z")
+
+
+def vllm_reasoning_parser(tokenizer: Any, template: str) -> str | None:
+    """vLLM's parser for the reasoning that a template asks for; None where answers have none.
+
+    Args:
+        tokenizer: a transformers tokenizer.
+        template: the chat template that is served, and rendered here as vLLM does it: without any option.
+    """
+    prompt = _render(tokenizer, template, [QUESTION], add_generation_prompt=True)
+    if OPEN.search(prompt):
+        return "deepseek_r1"  # takes what comes for reasoning until the block is closed
+    if CLOSED.search(prompt):
+        return None
+    return "qwen3" if SHOWN.search(_render(tokenizer, template, [QUESTION, REASONED])) else None
+
+
+def _render(tokenizer: Any, template: str, messages: list[dict[str, Any]], **options: Any) -> str:
+    try:
+        return str(tokenizer.apply_chat_template(messages, chat_template=template, tokenize=False, **options))
+    except (TemplateError, TypeError, ValueError):
+        return ""

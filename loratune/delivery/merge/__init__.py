@@ -1,0 +1,1 @@
+"""Adapter + base → a merged model folder."""

@@ -1,0 +1,189 @@
+"""What is merged into what: gathered, and checked as far as headers, configs and the adapter tell."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from loratune import console
+from loratune.commands import Command, free_place, loratune
+from loratune.data.encoding.encoder import Encoder
+from loratune.delivery.merge.merged_weights import MergePlan
+from loratune.delivery.merge.sources import check_pair, training_encoder
+from loratune.delivery.merge.update import TensorUpdate, read_updates
+from loratune.delivery.template import about_the_date
+from loratune.delivery.verification.read_back import ReadBack
+from loratune.errors import Exit, LoratuneError
+from loratune.model.adapter.tensors import EMBEDDING
+from loratune.model.files import find_base, weight_files
+from loratune.model.hardware import detect_hardware
+from loratune.model.tying import head_is_tied
+from loratune.model.weights.tensor_files import TensorFiles
+from loratune.recipe.sections import ModelSettings
+from loratune.runs.folder import VERIFICATION, prepare_output
+from loratune.runs.opening import AdapterSource, base_settings, check_vocabulary
+from loratune.writing import disk_errors_explained
+
+
+@dataclass(frozen=True)
+class MergeOptions:
+    """How to merge."""
+
+    model: str | None = None
+    """Where the base lies, if not where the run knows it."""
+    dtype: torch.dtype | None = None
+    """Of the merged weights; None keeps the base's."""
+    shard_bytes: int = 5_000_000_000
+    merge_base: str = "auto"
+    """For an adapter of a quantised base: original, dequantized, or auto for the one that comes closer."""
+    verify: bool = True
+    logits: bool = True
+    """Whether the verification runs the models."""
+    force: bool = False
+    overwrite: bool = False
+    stands_in_for: Path | None = None
+    """The output of an export, of which the merge is only a step; None for one that is asked for itself."""
+
+    def command(self, purpose: str, source: AdapterSource, output: Path) -> Command:
+        """The command line that merges so."""
+        flags = {
+            "--adapter": source.place,
+            "--model": self.model,
+            "--dtype": str(self.dtype).removeprefix("torch.") if self.dtype else None,
+            "--merge-base": self.merge_base if self.merge_base != "auto" else None,
+            "--no-verify": not self.verify,
+            "--no-logits": not self.logits,
+            "--overwrite": self.overwrite,
+            "--force": self.force,
+            "--output": output,
+        }
+        return loratune(purpose, "merge", flags)
+
+
+@dataclass
+class Candidate:
+    """One way to merge; a quantised run has two."""
+
+    merge_base: str
+    files: TensorFiles
+    plan: MergePlan
+    folder: Path
+    read_back: ReadBack | None = None
+
+
+@dataclass
+class Job:
+    """What is merged into what."""
+
+    source: AdapterSource
+    settings: ModelSettings
+    base: Path
+    updates: dict[str, TensorUpdate]
+    is_tied: bool
+    options: MergeOptions
+    warnings: list[str]
+    output: Path
+    encoder: Encoder
+    """How the training rendered prompts."""
+
+    @property
+    def changes_nothing(self) -> bool:
+        """Whether all of the adapter is zero."""
+        return all(update.is_nothing for update in self.updates.values())
+
+    def with_options(self, purpose: str, **others: Any) -> list[Command]:
+        """The same merge with other options, as a command; none for combined adapters, which it could not restate."""
+        if self.source.combined:
+            return []
+        options, output = replace(self.options, **others), self.output
+        if options.stands_in_for:  # an export does not take a merge's options
+            purpose += ", and export the merged model with --model"
+            output = free_place(options.stands_in_for.with_name(f"{options.stands_in_for.name}-merged"))
+            options = replace(options, overwrite=False)
+        return [options.command(purpose, self.source, output)]
+
+
+def gather(source: AdapterSource, output: Path, options: MergeOptions) -> Job:
+    """What is merged into what, with everything checked that headers, configs and the adapter tell.
+
+    Args:
+        source: the adapter.
+        output: folder of the merged model, resolved.
+        options: how.
+
+    Raises:
+        LoratuneError: something does not fit, or nothing would change.
+    """
+    with disk_errors_explained(output):
+        prepare_output(output, options.overwrite, "merged model", VERIFICATION)
+    job = job_of(source, output, options)
+    if job.changes_nothing:
+        tell_of_unchanged(job, sorted(job.updates), len(job.updates), "zero")
+    return job
+
+
+def job_of(source: AdapterSource, output: Path, options: MergeOptions) -> Job:
+    """The same for a folder that may be there already, whatever the adapter changes.
+
+    Raises:
+        LoratuneError: something does not fit.
+    """
+    settings = base_settings(source, options.model)
+    base = find_base(settings)
+    _check_apart(output, base, source.adapter)
+    infos, is_tied = TensorFiles(weight_files(base)).infos, head_is_tied(base)
+    warnings = check_pair(source, settings.base, base, options.force)
+    encoder = training_encoder(source, base)
+    if options.merge_base != "auto" and settings.quantization == "none":
+        raise LoratuneError("--merge-base is for adapters that were trained on a quantised base", Exit.USAGE)
+    trained_day = (source.manifest or {}).get("template", {}).get("date")
+    if trained_day and not options.stands_in_for:
+        warnings.append(about_the_date("transformers and vLLM write", trained_day))
+    updates = read_updates(source.adapter, infos, is_tied)
+    rows = infos[EMBEDDING].shape[0]
+    brought = updates[EMBEDDING].replacement if EMBEDDING in updates else None
+    warnings += check_vocabulary(source, base, rows, rows if brought is None else len(brought))
+    return Job(source, settings, base, updates, is_tied, options, warnings, output, encoder)
+
+
+def _check_apart(output: Path, base: Path, adapter: Path) -> None:
+    for kind, place in (("base model", base.resolve()), ("adapter", adapter.resolve())):
+        if output.is_relative_to(place) or place.is_relative_to(output):
+            raise LoratuneError(f"{output} and the {kind} at {place} overlap; choose another --output", Exit.USAGE)
+
+
+def base_files(job: Job, kind: str) -> TensorFiles:
+    """The base's tensors, or those that its quantised form stands for.
+
+    Args:
+        job: what is merged.
+        kind: original or dequantized.
+    """
+    paths = weight_files(job.base)
+    if kind == "original":
+        return TensorFiles(paths)
+    quantized_files = importlib.import_module("loratune.model.weights.quantized_files")  # bitsandbytes
+    files: TensorFiles = quantized_files.DequantizedFiles(paths, job.settings, detect_hardware())
+    return files
+
+
+def tell_of_unchanged(
+    job: Job, unchanged: Sequence[str], updated: int, change: str, advice: Sequence[Command] = ()
+) -> None:
+    """Refuse a merge that leaves everything as it was, unless forced; warn of one that leaves a part."""
+    message = (
+        f"{len(unchanged)} of {updated} tensors that the adapter changes still equal the base's: the change is {change}"
+    )
+    if len(unchanged) == updated and not job.options.force:
+        raise LoratuneError(
+            f"{message}. The merged model would be the base itself; was the adapter trained?",
+            Exit.MODEL,
+            [*advice, *job.with_options("merge it as it is", force=True)],
+        )
+    console.warn(message)
+    job.warnings.append(message)

@@ -1,0 +1,165 @@
+"""From an adapter to a merged model that has proved itself: the flow of `loratune merge`, top to bottom."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+
+from loratune import console
+from loratune.delivery.merge.job import Candidate, Job, MergeOptions, base_files, gather, tell_of_unchanged
+from loratune.delivery.merge.merged_weights import TooLargeError, plan_merge, write_merged
+from loratune.delivery.merge.model_folder import write_model_files
+from loratune.delivery.merge.needs import announce
+from loratune.delivery.verification.beside import check_beside
+from loratune.delivery.verification.read_back import read_back
+from loratune.delivery.verification.report import described
+from loratune.delivery.verification.verify import prove
+from loratune.errors import Exit, LoratuneError
+from loratune.model.adapter.peft_merge import PeftMerge
+from loratune.runs.card import write_merged_card
+from loratune.runs.opening import AdapterSource
+from loratune.runs.verification import write_verification
+from loratune.writing import disk_errors_explained, folder_in_one_step
+
+
+def merge_adapter(source: AdapterSource, output: Path, options: MergeOptions) -> dict[str, Any]:
+    """Merge an adapter into its base, prove the result, and give it its name.
+
+    Args:
+        source: the adapter.
+        output: folder of the merged model; until it is proved, it lies beside it under another name.
+        options: how.
+
+    Returns:
+        What verification.json holds.
+
+    Raises:
+        LoratuneError: something does not fit, there is no room, or the merged model is not base + adapter; then nothing
+            is left at `output`.
+    """
+    return carry_out(gather(source, output.resolve(), options))
+
+
+def carry_out(job: Job) -> dict[str, Any]:
+    """The merge of what has been gathered; result and errors are those of `merge_adapter`."""
+    output, options = job.output, job.options
+    with disk_errors_explained(output), folder_in_one_step(output) as folder:
+        candidates = _candidates(job, folder)
+        announce(job, candidates, output)
+        # What is small comes first: a template that cannot be written is told before minutes of writing.
+        for candidate in candidates:
+            changes = write_model_files(
+                job.source, job.encoder, job.base, candidate.folder, options.dtype, candidate.plan
+            )
+            write_merged_card(candidate.folder, "Merged model", job.settings.base, str(job.base.absolute()))
+        for candidate in candidates:
+            _write(job, candidate)
+            if options.verify:
+                with _removal_told():
+                    prove_files(job, candidate)
+        _check_updates_survived(job, candidates[0])
+        seconds = {"until_files_proved": _seconds_since_start()}
+        with _removal_told():
+            chosen, proof = prove_models(job, candidates)
+        _keep(chosen, candidates, folder)
+        seconds["total"] = _seconds_since_start()
+        report = described(job, chosen) | {"changed_files": changes} | proof | {"seconds": seconds}
+        return write_verification(folder, "merged model", report, hashes=options.stands_in_for is None)
+
+
+@contextmanager
+def _removal_told() -> Iterator[None]:
+    """Add to what a proof refuses that it is gone: the folder in the making goes with the error."""
+    try:
+        yield
+    except LoratuneError as error:
+        raise LoratuneError(
+            f"{error.message}\nThe merged model has been removed. If it happens again, the disk or the memory of this "
+            "machine may be at fault",
+            error.exit_code,
+            error.commands,
+        ) from error
+
+
+def prove_models(job: Job, candidates: list[Candidate]) -> tuple[Candidate, dict[str, Any]]:
+    """Run the models, where that is asked for; (the candidate to keep, what verification.json says of it).
+
+    Raises:
+        LoratuneError: none of them is what base + adapter is.
+    """
+    if job.options.verify and job.options.logits:
+        chosen, proof = prove(job, candidates)
+        return chosen, {"verified": "files and logits", **proof}
+    return candidates[0], {"verified": "files" if job.options.verify else "nothing", "logits": None, "answers": None}
+
+
+def prove_files(job: Job, candidate: Candidate) -> None:
+    """Compare written weights with what PEFT makes of the base, and the files beside them with their sources.
+
+    Raises:
+        LoratuneError: something else is there.
+    """
+    plan = candidate.plan
+    peft = PeftMerge(job.base, job.source.adapter, plan.vocabulary, job.is_tied)
+    with console.byte_progress("reading back", plan.nbytes) as advance:
+        candidate.read_back = read_back(plan, peft, candidate.files, candidate.folder, advance, job.options.dtype)
+    check_beside(job.base, job.source.tokenizer_folder(job.base), job.encoder, candidate.folder)
+
+
+def _check_updates_survived(job: Job, candidate: Candidate) -> None:
+    """Refuse a merge that leaves everything as it was; tell of tensors whose update was too small to hold."""
+    found = candidate.read_back
+    if found is None or not found.unchanged or job.changes_nothing:
+        return
+    name, is_widest = found.unchanged[0], candidate.plan.tensors[found.unchanged[0]].info.dtype == torch.float32
+    wider = [] if is_widest else job.with_options("keep small changes", dtype=torch.float32)
+    tell_of_unchanged(job, found.unchanged, found.updated, f"zero, or too small for {name} and its type", wider)
+
+
+def _candidates(job: Job, folder: Path) -> list[Candidate]:
+    kinds = ["original"]
+    if job.settings.quantization != "none":
+        can_measure = job.options.verify and job.options.logits
+        automatic = ["original", "dequantized"] if can_measure else ["dequantized"]
+        kinds = automatic if job.options.merge_base == "auto" else [job.options.merge_base]
+    candidates = []
+    for kind in kinds:
+        files = base_files(job, kind)
+        plan = plan_merge(files, job.updates, job.is_tied, job.options.dtype, job.options.shard_bytes)
+        place = folder / kind if len(kinds) > 1 else folder
+        place.mkdir(exist_ok=True)
+        candidates.append(Candidate(kind, files, plan, place))
+    return candidates
+
+
+def _write(job: Job, candidate: Candidate) -> None:
+    plan, files, folder = candidate.plan, candidate.files, candidate.folder
+    with console.byte_progress("merging", plan.nbytes) as advance:
+        try:
+            write_merged(plan, files, folder, advance)
+        except TooLargeError as error:
+            raise LoratuneError(
+                error.message, Exit.MODEL, job.with_options("keep its range", dtype=torch.bfloat16)
+            ) from error
+
+
+def _keep(chosen: Candidate, candidates: list[Candidate], folder: Path) -> None:
+    """Bring the better of two candidates up into the output, and drop the other."""
+    if chosen.folder == folder:
+        return
+    for path in chosen.folder.iterdir():
+        path.rename(folder / path.name)
+    for candidate in candidates:
+        shutil.rmtree(candidate.folder)
+
+
+def _seconds_since_start() -> float:
+    """Since the process began: what a user waits for."""
+    return round(time.time() - psutil.Process().create_time(), 2)

@@ -1,0 +1,153 @@
+"""base + adapter → the merged model's safetensors: tensor by tensor, a bounded number of rows at a time."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from loratune.delivery.merge.update import TensorUpdate
+from loratune.errors import Exit, LoratuneError
+from loratune.model.adapter.tensors import EMBEDDING, HEAD
+from loratune.model.weights.tensor_files import TensorFiles, TensorInfo, plan_shards, write_shards
+
+
+class TooLargeError(LoratuneError):
+    """A value that the type of the merged weights cannot hold."""
+
+
+PIECE_BYTES = 8_000_000
+"""Rows computed at once, as float32: they stay in a processor's cache between the steps."""
+
+
+@dataclass(frozen=True)
+class MergedTensor:
+    """One tensor of the merged model: where its values come from, and what is done to them."""
+
+    info: TensorInfo
+    source: str
+    """Name of the base's tensor."""
+    update: TensorUpdate | None
+
+    def values(self, base: TensorFiles) -> torch.Tensor:
+        """What the update is applied to: the base's tensor, or what the adapter has in its place."""
+        found = base.tensor(self.source)
+        return self.update.source(found) if self.update else found
+
+
+@dataclass(frozen=True)
+class MergePlan:
+    """What will be written."""
+
+    tensors: dict[str, MergedTensor]
+    shards: dict[str, list[TensorInfo]]
+    """File → its tensors."""
+    is_tied: bool
+    """Whether embedding and head are one matrix in the merged model too."""
+
+    @property
+    def nbytes(self) -> int:
+        """Size of all values in bytes."""
+        return sum(tensor.info.nbytes for tensor in self.tensors.values())
+
+    @property
+    def vocabulary(self) -> int:
+        """Rows of the embedding."""
+        return self.tensors[EMBEDDING].info.shape[0]
+
+    @property
+    def dtype_names(self) -> str:
+        """The types of its tensors, for the user."""
+        names = dict.fromkeys(str(tensor.info.dtype).removeprefix("torch.") for tensor in self.tensors.values())
+        return " and ".join(names)
+
+    @property
+    def updated(self) -> list[MergedTensor]:
+        """The tensors that the adapter changes."""
+        return [tensor for tensor in self.tensors.values() if tensor.update]
+
+
+def plan_merge(
+    base: TensorFiles, updates: dict[str, TensorUpdate], is_tied: bool, dtype: torch.dtype | None, shard_bytes: int
+) -> MergePlan:
+    """Lay out the merged model.
+
+    Args:
+        base: the base's tensors.
+        updates: from `read_updates`.
+        is_tied: whether the base has one matrix for embedding and head.
+        dtype: of the floating-point tensors; None keeps each one's own.
+        shard_bytes: most bytes of values in a file.
+    """
+    stays_tied = is_tied and _changes_alike(updates)
+    tensors: dict[str, MergedTensor] = {}
+    for name, info in base.infos.items():
+        if is_tied and name == HEAD:
+            continue  # a copy that nothing reads; written below if it is needed
+        kept = dtype is None or not info.dtype.is_floating_point
+        update = updates.get(name)
+        shape = info.shape if update is None or update.replacement is None else tuple(update.replacement.shape)
+        written = TensorInfo(name, info.dtype if kept or dtype is None else dtype, shape)
+        tensors[name] = MergedTensor(written, name, update)
+    if is_tied and not stays_tied:
+        embedding = tensors[EMBEDDING].info
+        head = TensorInfo(HEAD, embedding.dtype, embedding.shape)
+        tensors[HEAD] = MergedTensor(head, EMBEDDING, updates.get(HEAD))
+    shards = plan_shards([tensor.info for tensor in tensors.values()], shard_bytes)
+    return MergePlan(tensors, shards, stays_tied)
+
+
+def write_merged(plan: MergePlan, base: TensorFiles, folder: Path, advance: Callable[[int], None]) -> None:
+    """Write the merged model's safetensors.
+
+    Args:
+        plan: from `plan_merge`.
+        base: the base's tensors.
+        folder: an existing folder.
+        advance: told the bytes of each piece when it is ready.
+    """
+
+    def pieces(info: TensorInfo) -> Iterator[torch.Tensor]:
+        for _, piece in merged_pieces(plan.tensors[info.name], base):
+            yield piece
+            advance(piece.nbytes)
+
+    threads = torch.get_num_threads()
+    # A core for the writing thread: torch's threads wait for each other in busy loops, and would take it.
+    torch.set_num_threads(max(1, threads - 1))
+    try:
+        write_shards(folder, plan.shards, pieces)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def merged_pieces(tensor: MergedTensor, base: TensorFiles) -> Iterator[tuple[int, torch.Tensor]]:
+    """(First row, rows) of a merged tensor, in its dtype: added in float32 and rounded once.
+
+    Raises:
+        TooLargeError: for float16.
+    """
+    source = tensor.values(base)
+    row_bytes = 4 * max(1, math.prod(source.shape[1:]))
+    step = max(1, PIECE_BYTES // row_bytes)
+    whole = source if source.ndim else source.reshape(1)
+    for start in range(0, len(whole), step):
+        rows = whole[start : start + step]
+        if tensor.update:
+            rows = tensor.update.apply(rows.float(), start)
+        written = rows.to(tensor.info.dtype)
+        if written.dtype == torch.float16 != rows.dtype and (written.isinf() & rows.isfinite()).any():
+            raise TooLargeError(f"{tensor.info.name}: holds values that float16 cannot", Exit.MODEL)
+        yield start, written
+        base.release([tensor.source])
+
+
+def _changes_alike(updates: dict[str, TensorUpdate]) -> bool:
+    """Whether embedding and head get the same update, or none."""
+    embedding, head = updates.get(EMBEDDING), updates.get(HEAD)
+    if embedding is None or head is None:
+        return embedding is head
+    return embedding.equals(head)

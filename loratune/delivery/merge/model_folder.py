@@ -1,0 +1,85 @@
+"""What stands beside a merged model's weights: the base's files byte for byte, and what training or merging changed."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from loratune.data.encoding.encoder import Encoder
+from loratune.delivery.merge.merged_weights import MergePlan
+from loratune.delivery.template import write_portable_template
+from loratune.plain_files import read_json_object
+from loratune.runs.opening import AdapterSource
+from loratune.runs.tokenizer_files import copy_tokenizer_files
+from loratune.writing import write_json
+
+CONFIG, GENERATION_CONFIG = "config.json", "generation_config.json"
+
+
+def write_model_files(
+    source: AdapterSource, encoder: Encoder, base: Path, folder: Path, dtype: torch.dtype | None, plan: MergePlan
+) -> list[str]:
+    """Write config, tokenizer, template and generation config.
+
+    Args:
+        source: the adapter and, in a run, the tokenizer of its training.
+        encoder: how the training rendered prompts.
+        base: the base's folder.
+        folder: where the merged weights are.
+        dtype: of the merged weights, if not the base's.
+        plan: of the merged weights.
+
+    Returns:
+        What differs from the base's files, for the user.
+    """
+    changes = _write_config(base, folder, dtype, plan)
+    copy_tokenizer_files(source.tokenizer_folder(base), folder)
+    for licence in [*base.glob("LICENSE*"), *base.glob("NOTICE*")]:
+        if licence.is_file():
+            shutil.copyfile(licence, folder / licence.name)
+    if write_portable_template(encoder, folder):
+        changes.append(
+            "chat_template.jinja: the training's prompt settings, so that other programs render the same prompts"
+        )
+    return changes + _write_generation_config(base, folder, encoder.end_id)
+
+
+def _write_config(base: Path, folder: Path, dtype: torch.dtype | None, plan: MergePlan) -> list[str]:
+    config = read_json_object(base / CONFIG)
+    changes: dict[str, Any] = {"vocab_size": plan.vocabulary}
+    if dtype is not None:
+        key = "torch_dtype" if "torch_dtype" in config and "dtype" not in config else "dtype"
+        changes[key] = str(dtype).removeprefix("torch.")
+    if config.get("tie_word_embeddings") and not plan.is_tied:
+        changes["tie_word_embeddings"] = False
+    changes = {key: value for key, value in changes.items() if config.get(key) != value}
+    if changes:
+        write_json(folder / CONFIG, config | changes)
+    else:
+        shutil.copyfile(base / CONFIG, folder / CONFIG)
+    return [f"{CONFIG}: {key} {json.dumps(value)}" for key, value in changes.items()]
+
+
+def _write_generation_config(base: Path, folder: Path, end_id: int) -> list[str]:
+    """The base's, with the token that ended the trained answers among those that end an answer.
+
+    Raises:
+        LoratuneError: the base's holds values that no program could sample or end with.
+    """
+    importlib.import_module("loratune.model.config").load_generation_config(base)  # transformers: seconds
+    path = base / GENERATION_CONFIG
+    values = read_json_object(path) if path.is_file() else {}
+    config = read_json_object(base / CONFIG)
+    known = values.get("eos_token_id", config.get("eos_token_id"))
+    ends = known if isinstance(known, list) else [] if known is None else [known]
+    if end_id in ends:
+        if path.is_file():
+            shutil.copyfile(path, folder / GENERATION_CONFIG)
+        return []
+    write_json(folder / GENERATION_CONFIG, values | {"eos_token_id": [end_id, *ends]})
+    return [f"{GENERATION_CONFIG}: token {end_id} ends an answer, as in training"]

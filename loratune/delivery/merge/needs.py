@@ -1,0 +1,69 @@
+"""What a merge takes of disk and memory, said before anything is written."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from loratune import console
+from loratune.errors import Exit, LoratuneError
+from loratune.model.adapter.files import WEIGHTS_FILE
+from loratune.plain_files import read_json_object
+
+if TYPE_CHECKING:
+    from loratune.delivery.merge.job import Candidate, Job
+
+SIDE_FILES_BYTES = 30_000_000
+LIBRARIES_BYTES, CHECK_LIBRARIES_BYTES = 250_000_000, 250_000_000
+"""What torch takes by itself, and what transformers, PEFT and two tokenizers add."""
+
+
+def announce(job: Job, candidates: list[Candidate], output: Path) -> None:
+    """Say what is about to happen and what it takes.
+
+    Args:
+        job: what is merged.
+        candidates: what will be written.
+        output: where the merged model goes.
+
+    Raises:
+        LoratuneError: the disk has no room for it.
+    """
+    plan = candidates[0].plan
+    needed = sum(candidate.plan.nbytes for candidate in candidates) + SIDE_FILES_BYTES
+    free = shutil.disk_usage(candidates[0].folder).free
+    files = len(plan.shards)
+    place = "a temporary folder" if job.options.stands_in_for else output
+    console.table(
+        [
+            ("adapter", f"{job.source.adapter}: changes {len(plan.updated)} of {len(plan.tensors)} tensors"),
+            ("base", f"{job.settings.base}, {plan.dtype_names}"),
+            ("into", " and ".join(f"the {candidate.merge_base} base" for candidate in candidates)),
+            ("writes", f"{console.memory(plan.nbytes)} in {files} file{'s' if files > 1 else ''} to {place}"),
+            ("disk", f"{console.memory(needed)} needed, {console.memory(free)} free"),
+            ("memory", f"at most {console.memory(memory_bound(job, candidates))}"),
+        ],
+        title="merge",
+    )
+    for warning in job.warnings:
+        console.warn(warning)
+    if needed > free:
+        raise LoratuneError(
+            f"{output}: the merged model needs {console.memory(needed)} of disk and {console.memory(free)} are free; "
+            "make room, or choose another disk with --output",
+            Exit.IO,
+        )
+
+
+def memory_bound(job: Job, candidates: list[Candidate]) -> int:
+    """Bytes that the process will hold, pages of mapped files aside, which the system takes back when it needs them."""
+    config = read_json_object(job.base / "config.json")
+    bound = LIBRARIES_BYTES + CHECK_LIBRARIES_BYTES + (job.source.adapter / WEIGHTS_FILE).stat().st_size
+    if job.options.verify and job.options.logits:
+        activations = 40_000 * int(config["intermediate_size"])
+        logits = 32 * 4 * 7 * int(config["vocab_size"])
+        bound += activations + logits
+    if job.settings.quantization != "none":  # the live model, its embedding in float32
+        bound += candidates[0].plan.nbytes
+    return bound

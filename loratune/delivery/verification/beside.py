@@ -1,0 +1,142 @@
+"""The files beside a merged model's weights: compared with their sources, and loaded as any user would load them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoConfig, AutoTokenizer, GenerationConfig
+
+from loratune.data.encoding.encoder import Encoder
+from loratune.delivery.merge.model_folder import CONFIG, GENERATION_CONFIG
+from loratune.delivery.template import TEMPLATE_FILE, TOKENIZER_CONFIG, portable_template, renders_training_prompts
+from loratune.errors import Exit, LoratuneError, bullet_list
+from loratune.model.adapter.tensors import EMBEDDING, HEAD
+from loratune.model.files import weight_files
+from loratune.model.weights.tensor_files import INDEX, TensorFiles
+from loratune.plain_files import read_json_object
+from loratune.runs.folder import VERIFICATION
+from loratune.runs.tokenizer_files import NAMED_TEMPLATES, tokenizer_files
+from loratune.runs.verification import is_loaded
+
+ALLOWED = ("vocab_size", "tie_word_embeddings", "dtype", "torch_dtype")
+"""Keys of the config that a merge may change, each to what the written weights say."""
+PLACE = "_name_or_path"
+"""Where transformers has read a config."""
+PROBE = "Who are you? 你是谁？ def f(x):\n\treturn x + 1  # 3.14"
+
+
+def check_beside(base: Path, tokenizer: Path, encoder: Encoder, folder: Path) -> None:
+    """Compare what stands beside the weights with its sources, file by file, and then as the libraries read it.
+
+    Args:
+        base: folder of the base.
+        tokenizer: folder of the training's tokenizer.
+        encoder: how the training rendered prompts, with that tokenizer.
+        folder: complete folder of the merged model.
+
+    Raises:
+        LoratuneError: a file is missing, left over, or says something else than its source; all of them are told.
+    """
+    template = portable_template(encoder)
+    problems = [*_file_problems(base, tokenizer, folder, template)]
+    problems = problems or [*_config_problems(base, folder), *_generation_problems(base, folder, encoder.end_id)]
+    problems = problems or [*_loaded_problems(base, folder, encoder)]
+    if problems:
+        raise LoratuneError(
+            f"files beside the merged weights are not what they should be:\n{bullet_list(problems)}", Exit.MODEL
+        )
+
+
+def _file_problems(base: Path, tokenizer: Path, folder: Path, template: str | None) -> Iterator[str]:
+    """What is missing, left over, or not its source byte for byte."""
+    copies = {name: tokenizer / name for name in tokenizer_files(tokenizer)}
+    copies |= {path.name: path for path in [*base.glob("LICENSE*"), *base.glob("NOTICE*")] if path.is_file()}
+    if template is not None:
+        copies = {name: path for name, path in copies.items() if not name.startswith(NAMED_TEMPLATES)}
+        copies.pop(TEMPLATE_FILE, None)
+        config = read_json_object(copies.pop(TOKENIZER_CONFIG))
+        config |= {"chat_template": template} if "chat_template" in config else {}
+        if _json(folder / TOKENIZER_CONFIG) != config:
+            yield f"{TOKENIZER_CONFIG}: not the training's tokenizer's with the template of its prompts"
+        if _bytes(folder / TEMPLATE_FILE) != template.encode():
+            yield f"{TEMPLATE_FILE}: not the template of the training's prompts"
+    for name, path in copies.items():
+        if _bytes(folder / name) != path.read_bytes():
+            yield f"{name}: {'not that of the base' if (folder / name).is_file() else 'missing'}"
+    expected = {*copies, TOKENIZER_CONFIG, CONFIG, GENERATION_CONFIG, INDEX, VERIFICATION}
+    expected |= {TEMPLATE_FILE} if template is not None else set()
+    expected |= {path.name for path in weight_files(folder)}
+    for path in sorted(folder.rglob("*")):
+        if path.is_file() and str(path.relative_to(folder)) not in expected and is_loaded(path.name):
+            yield f"{path.relative_to(folder)}: left over from something else"
+
+
+def _config_problems(base: Path, folder: Path) -> Iterator[str]:
+    """Keys of config.json that are not the base's, nor what the written weights say."""
+    written, original = _json(folder / CONFIG), read_json_object(base / CONFIG)
+    said = _said_by_weights(folder)
+    for key in sorted({*written, *original}):
+        value = written.get(key)
+        if value != original.get(key) and (key not in ALLOWED or value != said[key]):
+            yield f"{CONFIG}: {key} is {json.dumps(value)}, and {json.dumps(original.get(key))} in the base"
+
+
+def _said_by_weights(folder: Path) -> dict[str, Any]:
+    infos = TensorFiles(weight_files(folder)).infos
+    dtype = str(infos[EMBEDDING].dtype).removeprefix("torch.")
+    rows = infos[EMBEDDING].shape[0]
+    return {"vocab_size": rows, "tie_word_embeddings": HEAD not in infos, "dtype": dtype, "torch_dtype": dtype}
+
+
+def _generation_problems(base: Path, folder: Path, end_id: int) -> Iterator[str]:
+    """Keys of generation_config.json that are not the base's, but for the token that ends the trained answers."""
+    written, original = _json(folder / GENERATION_CONFIG), _json(base / GENERATION_CONFIG)
+    known = original.get("eos_token_id", read_json_object(base / CONFIG).get("eos_token_id"))
+    ends = {*_ids(known), end_id}
+    found = _ids(written.get("eos_token_id", known))
+    if {*found} != ends:
+        yield f"{GENERATION_CONFIG}: an answer ends at {found} where it should at {sorted(ends)}"
+    for key in sorted({*written, *original} - {"eos_token_id"}):
+        if written.get(key) != original.get(key):
+            yield f"{GENERATION_CONFIG}: {key} is {json.dumps(written.get(key))}"
+
+
+def _loaded_problems(base: Path, folder: Path, encoder: Encoder) -> Iterator[str]:
+    """What the libraries make of the folder, where they should make the same of the base."""
+    plain: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
+    try:
+        configs = [AutoConfig.from_pretrained(place, **plain).to_dict() for place in (base, folder)]
+        tokenizer = AutoTokenizer.from_pretrained(folder, **plain)
+        ends = configs[1].get("eos_token_id")
+        if (folder / GENERATION_CONFIG).is_file():
+            ends = GenerationConfig.from_pretrained(folder, local_files_only=True).eos_token_id
+    except Exception as error:  # the libraries know no common class
+        yield f"transformers cannot load it: {' '.join(str(error).split())[:300]}"
+        return
+    original, found = configs
+    for key in sorted({*original, *found} - {*ALLOWED, PLACE}):
+        if original.get(key) != found.get(key):
+            yield f"{CONFIG}: transformers reads {key} as {found.get(key)!r}, and {original.get(key)!r} in the base"
+    if encoder.end_id not in _ids(ends):
+        yield f"{GENERATION_CONFIG}: transformers does not end an answer at token {encoder.end_id}"
+    if tokenizer.get_vocab() != encoder.tokenizer.get_vocab():
+        yield "the tokenizer has another vocabulary"
+    if tokenizer(PROBE).input_ids != encoder.tokenizer(PROBE).input_ids:
+        yield "the tokenizer cuts a text into other tokens"
+    if not renders_training_prompts(encoder, tokenizer):
+        yield "the chat template renders other prompts than the training's"
+
+
+def _ids(value: Any) -> list[int]:
+    return value if isinstance(value, list) else [] if value is None else [value]
+
+
+def _bytes(path: Path) -> bytes | None:
+    return path.read_bytes() if path.is_file() else None
+
+
+def _json(path: Path) -> dict[str, Any]:
+    return read_json_object(path) if path.is_file() else {}

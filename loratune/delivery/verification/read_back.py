@@ -1,0 +1,214 @@
+"""The written files, read again and compared with the base, and with what PEFT itself makes of it.
+
+Nothing that the writer has computed is asked: names and values of what should be there come from the base's files and
+from PEFT (`loratune.model.adapter.peft_merge`).
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from loratune.delivery.merge.merged_weights import PIECE_BYTES, MergePlan
+from loratune.delivery.verification.row_check import RowCheck
+from loratune.errors import Exit, LoratuneError
+from loratune.model.adapter.tensors import EMBEDDING, HEAD
+from loratune.model.weights.tensor_files import DTYPE_NAMES, INDEX, TensorFiles, TensorInfo
+
+if TYPE_CHECKING:
+    from loratune.model.adapter.peft_merge import Change, PeftMerge
+
+SAMPLED_ROWS = 16
+"""Of every updated tensor computed in float64 too, spread evenly, first and last among them."""
+
+
+@dataclass
+class ReadBack:
+    """What the comparison has seen."""
+
+    tensors: int
+    identical: int = 0
+    """Tensors without an update whose every byte is the base's, or its value rounded to the new type."""
+    updated: int = 0
+    rows: int = 0
+    """Rows of updated tensors, all of which have been compared with PEFT's own."""
+    sampled_rows: int = 0
+    """Of those, the ones that were computed in float64 too."""
+    largest_error_steps: float = 0.0
+    """Largest difference from base + update, in rounding steps of the written type; rounding alone makes up to 0.5."""
+    largest_forward_error: float = 0.0
+    """Of a layer: how far PEFT's merge lies from PEFT's own pass, as a share of how far the base alone does."""
+    lost_to_rounding: float = 0.0
+    """Size of what rounding has changed, as a share of the update's."""
+    unchanged: list[str] = field(default_factory=list)
+    """Updated tensors of which every value still equals the base's: the update is smaller than the type can hold."""
+
+
+def read_back(
+    plan: MergePlan,
+    peft: PeftMerge,
+    base: TensorFiles,
+    folder: Path,
+    advance: Callable[[int], None],
+    dtype: torch.dtype | None = None,
+) -> ReadBack:
+    """Compare the written files with what they should hold.
+
+    Args:
+        plan: says in which file which tensor lies, and in which type and shape.
+        peft: the adapter as PEFT understands it.
+        base: the base's tensors.
+        folder: where the files are.
+        advance: told the bytes of each tensor when it has been compared.
+        dtype: that was asked for; None for each tensor's own.
+
+    Raises:
+        LoratuneError: a file cannot be read, a tensor is missing, or one holds something else.
+    """
+    _check_index(plan, folder)
+    _check_names(plan, peft, base, dtype)
+    found = ReadBack(tensors=len(plan.tensors))
+    check = RowCheck()
+    for file_name, infos in plan.shards.items():
+        _check_header(folder / file_name, infos)
+        files = TensorFiles([folder / file_name])
+        for info in infos:
+            source = EMBEDDING if info.name == HEAD and peft.is_tied else info.name
+            changes = [peft.changes.get(name) for name in _stands_for(info.name, plan)]
+            for change in changes if any(changes) else [None]:
+                if change:
+                    _compare_changed(info, change, (base, source), files, (check, found))
+                else:
+                    _compare_kept(info, base, source, files.tensor(info.name))
+            found.identical += not any(changes)
+            found.updated += any(changes)
+            base.release([source])
+            files.release([info.name])
+            advance(info.nbytes)
+    found.largest_error_steps, found.largest_forward_error = check.largest_steps, check.largest_forward_error
+    found.lost_to_rounding = check.lost_to_rounding
+    return found
+
+
+def _stands_for(name: str, plan: MergePlan) -> tuple[str, ...]:
+    """Which parameters a written tensor is: a tied embedding is the head too."""
+    return (EMBEDDING, HEAD) if name == EMBEDDING and plan.is_tied else (name,)
+
+
+def _check_names(plan: MergePlan, peft: PeftMerge, base: TensorFiles, dtype: torch.dtype | None) -> None:
+    """Make sure that what was written is the base's tensors in their types, changed where PEFT changes them alone."""
+    expected = {*base.infos, *((HEAD,) if not plan.is_tied else ())} - ({HEAD} if plan.is_tied else set())
+    problems = [f"{name} was not written" for name in sorted(expected - plan.tensors.keys())]
+    problems += [f"{name} was written, and the base has none" for name in sorted(plan.tensors.keys() - expected)]
+    updated = {tensor.info.name for tensor in plan.updated}
+    changed = peft.changes.keys() - ({HEAD} if plan.is_tied else set())
+    problems += [f"{name} was not changed, and PEFT changes it" for name in sorted(changed - updated)]
+    problems += [f"{name} was changed, and PEFT leaves it as it is" for name in sorted(updated - changed)]
+    for name in sorted(expected & plan.tensors.keys()):
+        own = base.infos[EMBEDDING if name == HEAD and peft.is_tied else name].dtype
+        asked = dtype if dtype is not None and own.is_floating_point else own
+        if plan.tensors[name].info.dtype != asked:
+            problems.append(f"{name} was written as {plan.tensors[name].info.dtype}, and {asked} was asked for")
+    if problems:
+        raise LoratuneError(
+            f"{len(problems)} tensors of the merged model are not what PEFT makes of this adapter, first: "
+            f"{problems[0]}. Please report this with what pip list shows",
+            Exit.MODEL,
+        )
+
+
+def _check_index(plan: MergePlan, folder: Path) -> None:
+    if len(plan.shards) == 1:
+        return
+    index = json.loads((folder / INDEX).read_text(encoding="utf-8"))
+    expected = {info.name: name for name, infos in plan.shards.items() for info in infos}
+    if index["weight_map"] != expected or index["metadata"]["total_size"] != plan.nbytes:
+        raise LoratuneError(f"{INDEX}: does not describe the files beside it", Exit.MODEL)
+
+
+def _check_header(path: Path, infos: list[TensorInfo]) -> None:
+    """Let the safetensors library read what others will read: names, types and shapes, and that no byte is missing."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
+            found = {name: (part.get_dtype(), tuple(part.get_shape())) for name, part in slices.items()}
+            metadata = file.metadata() or {}
+    except (SafetensorError, OSError) as error:
+        raise LoratuneError(f"{path.name}: cannot be read back: {error}", Exit.MODEL) from error
+    if found != {info.name: (DTYPE_NAMES[info.dtype], info.shape) for info in infos}:
+        raise LoratuneError(f"{path.name}: holds other tensors than were written to it", Exit.MODEL)
+    if metadata.get("format") != "pt":  # without which transformers before 5 reads nothing
+        raise LoratuneError(f"{path.name}: the written file holds no note that its tensors are PyTorch's", Exit.MODEL)
+
+
+def _compare_kept(info: TensorInfo, base: TensorFiles, source: str, written: torch.Tensor) -> None:
+    """Compare bytes, so that NaN equals itself and -0 differs from 0."""
+    for rows, found, original in _pieces(written, base.tensor(source)):
+        if not torch.equal(as_bytes(found), as_bytes(original.to(found.dtype))):
+            raise _mismatch(info.name, f"other values than the base from row {rows.start} on")
+        base.release([source])
+
+
+def _compare_changed(
+    info: TensorInfo,
+    change: Change,
+    source: tuple[TensorFiles, str],
+    files: TensorFiles,
+    into: tuple[RowCheck, ReadBack],
+) -> None:
+    """Compare all rows with PEFT's, and some with PEFT's in float64."""
+    (base, name), (check, found) = source, into
+    written, before = files.tensor(info.name), base.tensor(name)
+    original = before if change.replacement is None else change.replacement
+    if original.shape != written.shape:
+        raise _mismatch(info.name, f"a shape of {list(written.shape)} where PEFT has {list(original.shape)}")
+    dtype = torch.float64 if change.needs_float64 else torch.float32
+    is_changed = before.shape != written.shape
+    for rows, values, lent in _pieces(written, original):
+        numbers = torch.arange(rows.start, rows.stop)
+        merged = change.rows(lent.to(dtype), numbers)
+        wrong = check.first_wrong_row(values, merged, change.tolerance(merged, numbers))
+        if wrong is not None:
+            raise _mismatch(info.name, f"row {rows.start + wrong[0]} is {wrong[1]:.3g} rounding steps away from PEFT's")
+        is_changed = is_changed or not torch.equal(as_bytes(values), as_bytes(before[rows].to(values.dtype)))
+        base.release([name])
+        files.release([info.name])
+    numbers = torch.tensor(_spread(range(len(written))))
+    problem = check.sample(change, original[numbers], written[numbers], before, numbers)
+    if problem:
+        raise _mismatch(info.name, problem)
+    found.rows += len(written)
+    found.sampled_rows += len(numbers)
+    found.unchanged += [] if is_changed else [info.name]
+
+
+def _pieces(written: torch.Tensor, original: torch.Tensor) -> Iterator[tuple[slice, torch.Tensor, torch.Tensor]]:
+    """Both some rows at a time: which, and theirs."""
+    if not written.ndim:
+        written, original = written.reshape(1), original.reshape(1)
+    step = max(1, PIECE_BYTES // (4 * max(1, math.prod(written.shape[1:]))))
+    for start in range(0, len(written), step):
+        rows = slice(start, min(start + step, len(written)))
+        yield rows, written[rows], original[rows]
+
+
+def as_bytes(tensor: torch.Tensor) -> torch.Tensor:
+    """The bits of values, as integers."""
+    flat = tensor.contiguous().reshape(-1)
+    return flat.view({1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[flat.element_size()])
+
+
+def _spread(rows: Sequence[int]) -> list[int]:
+    places = torch.linspace(0, len(rows) - 1, min(len(rows), SAMPLED_ROWS)).tolist()
+    return sorted({rows[round(place)] for place in places})
+
+
+def _mismatch(name: str, found: str) -> LoratuneError:
+    return LoratuneError(f"{name}: the written file holds {found}", Exit.MODEL)

@@ -1,0 +1,113 @@
+"""Whether rows of a written matrix are what PEFT makes of the base's: rounded once, and nothing else."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+import torch
+
+if TYPE_CHECKING:
+    from loratune.model.adapter.peft_merge import Change
+
+FORWARD_ERROR = 0.01
+"""Most that a merged layer may lie off PEFT's own pass, as a share of what the adapter does to the layer."""
+PROBES = 4
+"""Random inputs of a layer."""
+
+
+class RowCheck:
+    """Compares rows, and keeps the largest errors over all tensors."""
+
+    def __init__(self) -> None:
+        self.largest_steps = 0.0
+        self.largest_forward_error = 0.0
+        self._lost = self._updates = 0.0
+
+    @property
+    def lost_to_rounding(self) -> float:
+        """Size of the rounding errors as a share of the updates', in Frobenius norms of the sampled rows."""
+        return math.sqrt(self._lost / self._updates) if self._updates else 0.0
+
+    def first_wrong_row(
+        self, written: torch.Tensor, merged: torch.Tensor, tolerance: torch.Tensor
+    ) -> tuple[int, float] | None:
+        """A row that is not the rounded one: its place, and how many rounding steps it is off.
+
+        Args:
+            written: (n, columns) or (n,), in the type of the file.
+            merged: what it should be before rounding, in float32 or float64.
+            tolerance: what computing in float32 may change in each row (n,).
+        """
+        tolerance = tolerance.reshape(-1, *[1] * (written.ndim - 1))
+        if written.dtype == torch.float32:  # where nearly every value differs in its last bit
+            differs = ~((written - merged).abs() <= tolerance)
+        else:
+            differs = written != merged.to(written.dtype)
+        if not differs.any():
+            return None
+        places = differs.nonzero(as_tuple=True)
+        exact, found = merged[places].double(), written[places].double()
+        step = rounding_step(exact, written.dtype)
+        beyond = ((found - exact).abs() - tolerance.expand(written.shape)[places]) / step
+        wrong = (~(beyond <= 0.5)).nonzero()  # NaN must not pass
+        if not len(wrong):
+            return None
+        return int(places[0][wrong[0, 0]]), float(beyond[wrong[0, 0]])
+
+    def sample(
+        self,
+        change: Change,
+        original: torch.Tensor,
+        written: torch.Tensor,
+        before: torch.Tensor,
+        numbers: torch.Tensor,
+    ) -> str | None:
+        """Compute rows again in float64, merged and run; what is wrong with them, if something is.
+
+        Args:
+            change: what PEFT does to the tensor.
+            original: the rows that it does it to.
+            written: the rows that were written.
+            before: the whole tensor of the base.
+            numbers: which rows these are.
+        """
+        original = original.double()
+        merged = change.rows(original, numbers)
+        tolerance = change.tolerance(merged, numbers).reshape(-1, *[1] * (merged.ndim - 1))
+        error = (written.double() - merged).abs()
+        steps = float(((error - tolerance) / rounding_step(merged, written.dtype)).max())
+        if not steps <= 0.5:
+            return f"a row that is {steps:.3g} rounding steps away from PEFT's in float64"
+        self.largest_steps = max(self.largest_steps, steps)
+        if before.shape[1:] == written.shape[1:] and int(numbers.max()) < len(before):
+            self._lost += float(error.square().sum())
+            self._updates += float((merged - before[numbers].double()).square().sum())
+        return self._run(change, original, merged, numbers)
+
+    def _run(self, change: Change, original: torch.Tensor, merged: torch.Tensor, numbers: torch.Tensor) -> str | None:
+        """Hold merged rows to PEFT's own pass through the layer, relative to what the adapter does there."""
+        if change.lora is None or change.is_bias or change.tokens:
+            return None
+        generator = torch.Generator().manual_seed(0)
+        inputs = torch.randn(PROBES, merged.shape[1], generator=generator, dtype=merged.dtype)
+        expected = change.lora.run(original, numbers, inputs)
+        if expected is None:
+            return None
+        effect = float((expected - inputs @ original.T).norm())
+        error = float((expected - inputs @ merged.T).norm())
+        noise = 1e-12 * float(expected.norm())
+        if not error <= FORWARD_ERROR * effect + noise:
+            return (
+                f"another matrix than PEFT's layer computes with: {error:.3g} off where the adapter does {effect:.3g}"
+            )
+        if effect > noise:
+            self.largest_forward_error = max(self.largest_forward_error, error / effect)
+        return None
+
+
+def rounding_step(values: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Distance between neighbouring numbers of a type around some float64 values."""
+    limits = torch.finfo(dtype)
+    exponent = torch.frexp(values.abs().clamp_min(limits.tiny)).exponent - 1
+    return torch.ldexp(torch.ones_like(values), exponent) * limits.eps

@@ -1,0 +1,1 @@
+"""Continuous batching: the scheduler, the KV cache, sampling, and the thread that runs the model."""

@@ -1,0 +1,262 @@
+"""Questions to answers: one thread runs the model for everyone who asks."""
+
+from __future__ import annotations
+
+import atexit
+import queue
+import threading
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from loratune.data.encoding.encoder import Encoder
+from loratune.data.formats.conversation import Message
+from loratune.engine.exchange import NOTHING, Answer, Piece, Question
+from loratune.engine.loading import Voice, open_voices
+from loratune.engine.scheduler import Decoder, Running
+from loratune.engine.ticket import Ticket, gathering, make_ticket
+from loratune.errors import Exit, LoratuneError
+from loratune.model.hardware import detect_hardware
+from loratune.model.memory import free_memory_bytes, is_out_of_memory
+
+AHEAD = 2
+"""Questions in hand for each slot when there are many, so that no slot waits for the next."""
+CACHE_SHARE = 0.7
+"""Of the memory that is free once the model is loaded: what keys and values may take."""
+
+
+class Engine:
+    """A loaded model that answers many questions at once.
+
+    Args:
+        model: base, with or without adapters.
+        base_name: how the base is called.
+        voices: name → how it is asked; that of None is the base alone.
+        slots: how many answers run at once.
+    """
+
+    def __init__(self, model: Any, base_name: str, voices: dict[str | None, Voice], slots: int = 32) -> None:
+        self.model = model
+        self.base_name = base_name
+        self.voices = voices
+        self.adapters = [name for name in voices if name is not None]
+        self.context_tokens: int = model.config.get_text_config().max_position_embeddings
+        self.slots = slots
+        self.decoder = Decoder(model, slots, CACHE_SHARE * free_memory_bytes(detect_hardware()))
+        self._inbox: queue.SimpleQueue[Ticket | None] = queue.SimpleQueue()
+        self._tickets: dict[Running, Ticket] = {}
+        self._model_lock, self._tokenizer_lock = threading.Lock(), threading.Lock()
+        self._thread = threading.Thread(target=self._work, name="engine", daemon=True)
+        self._thread.start()
+        atexit.register(self.close)  # torch at work in a thread would abort the process at its end
+
+    def prompt_ids(self, question: Question) -> list[int]:
+        """Token ids of a question's prompt.
+
+        Raises:
+            ToolError: tools or calls that the template has no place for.
+            LoratuneError: a conversation that the template refuses.
+        """
+        encoder = self._voice(question).encoder
+        with self._tokenizer_lock:  # one tokenizer used by two threads at once gives wrong ids
+            if isinstance(question.messages, str):
+                ids: list[int] = encoder.tokenizer(question.messages, split_special_tokens=True).input_ids
+                return ids
+            return encoder.prompt_ids(question.messages, question.tools)
+
+    def prompt_tokens(self, question: Question) -> int:
+        """Length of a question's prompt."""
+        return len(self.prompt_ids(question))
+
+    def submit(self, question: Question, deliver: Callable[[Piece], None]) -> Ticket:
+        """Have a question answered; from any thread.
+
+        Args:
+            question: what is asked.
+            deliver: called with each piece, from the engine's thread; the last one says how the answer ended.
+
+        Raises:
+            LoratuneError: the prompt is empty or leaves no room in the model's context.
+        """
+        if not self._thread.is_alive():
+            raise RuntimeError("the engine is closed")
+        voice, prompt = self._voice(question), self.prompt_ids(question)
+        room = self.context_tokens - len(prompt)
+        if room < 1 or not prompt:
+            fault = f"has {len(prompt):,} tokens and the model takes {self.context_tokens:,}; shorten it"
+            raise LoratuneError(f"the prompt {fault if prompt else 'is empty'}", Exit.USAGE)
+        adapter = voice.answering(question.use_adapter, prompt, self.decoder.vocabulary)
+        sampling = replace(question.sampling, max_new_tokens=min(question.sampling.max_new_tokens, room))
+        running = Running(prompt, sampling, self._ends(voice.encoder), adapter)
+        with self._tokenizer_lock:
+            ticket = make_ticket(question, running, voice.encoder, deliver)
+        self._inbox.put(ticket)
+        return ticket
+
+    def stream(self, question: Question) -> Generator[Piece, None, None]:
+        """The answer piece by piece. Closing the iterator ends the answer within a token.
+
+        Raises:
+            LoratuneError: as `submit`, or memory has run out.
+        """
+        pieces: queue.SimpleQueue[Piece] = queue.SimpleQueue()
+        ticket = self.submit(question, pieces.put)
+        try:
+            while True:
+                piece = pieces.get()
+                if piece.error is not None:
+                    raise piece.error
+                yield piece
+                if piece.finish:
+                    return
+        finally:
+            ticket.cancel()
+
+    def answers(self, questions: Iterable[Question]) -> Iterator[tuple[int, Answer]]:
+        """Whole answers as they are finished, each with its question's index.
+
+        Closing the iterator ends those on their way.
+
+        Raises:
+            LoratuneError: as `stream`.
+        """
+        ended: queue.SimpleQueue[tuple[int, list[Piece]]] = queue.SimpleQueue()
+        tickets: dict[int, Ticket] = {}
+        numbered = enumerate(questions)
+        try:
+            while True:
+                while len(tickets) < AHEAD * self.slots and (following := next(numbered, None)):
+                    index, question = following
+                    tickets[index] = self.submit(question, gathering(index, ended))
+                if not tickets:
+                    return
+                index, pieces = ended.get()
+                ticket, last = tickets.pop(index), pieces[-1]
+                if last.error is not None:
+                    raise last.error
+                text, reasoning = ("".join(getattr(piece, kind) for piece in pieces) for kind in ("text", "reasoning"))
+                calls = tuple(call for piece in pieces for call in piece.calls)
+                yield index, Answer(text, reasoning, ticket.prompt_tokens, last.tokens, str(last.finish), calls)
+        finally:
+            for ticket in tickets.values():
+                ticket.cancel()
+
+    def reference_loss(self, question: Question, answer: Message | str) -> tuple[float, int]:
+        """How unlikely an answer is to the model.
+
+        Returns:
+            The negative log-likelihood, in nats, summed over the answer's tokens and the end token, and their number.
+
+        Raises:
+            LoratuneError: prompt and answer do not fit into the model's context.
+        """
+        voice = self._voice(question)
+        prompt = self.prompt_ids(question)
+        with self._tokenizer_lock:
+            asked = () if isinstance(question.messages, str) else question.messages
+            wanted = voice.encoder.reply_ids(asked, answer, question.tools)
+        if not prompt or len(prompt) + len(wanted) > self.context_tokens:
+            raise LoratuneError("prompt and answer do not fit into the model's context", Exit.USAGE)
+        adapter = voice.answering(question.use_adapter, prompt + wanted, self.decoder.vocabulary)
+        with self._model_lock:
+            return self.decoder.loss(prompt, wanted, adapter), len(wanted)
+
+    def close(self) -> None:
+        """End all answers and give the memory of keys and values back."""
+        atexit.unregister(self.close)
+        self._inbox.put(None)
+        self._thread.join()
+        self.decoder.close()
+
+    def _voice(self, question: Question) -> Voice:
+        if question.adapter not in self.voices:
+            raise LoratuneError(
+                f"no adapter is called {question.adapter}; there are {', '.join(self.adapters) or 'none'}", Exit.USAGE
+            )
+        return self.voices[question.adapter]
+
+    def _ends(self, encoder: Encoder) -> frozenset[int]:
+        known = self.decoder.generation_config.eos_token_id
+        ends = known if isinstance(known, list) else [known]
+        return frozenset({*ends, encoder.end_id, encoder.tokenizer.eos_token_id} - {None})
+
+    def _work(self) -> None:
+        """The engine's thread: take questions in, make a step, hand out what came."""
+        while self._take_in():
+            try:
+                for ticket in [ticket for ticket in self._tickets.values() if ticket.is_cancelled.is_set()]:
+                    self._end(ticket, "cancelled")
+                if self.decoder.is_idle:
+                    continue
+                with self._model_lock:
+                    advanced = self.decoder.step()
+                for running in advanced:
+                    self._hand_out(self._tickets[running])
+            except BaseException as error:  # handed to those who wait for the answers
+                for ticket in list(self._tickets.values()):
+                    self._end(ticket, "error", _explained(error))
+        while not self._inbox.empty():
+            if late := self._inbox.get():
+                self._tickets[late.running] = late
+        for ticket in list(self._tickets.values()):
+            self._end(ticket, "cancelled")
+
+    def _take_in(self) -> bool:
+        """Take in what has been handed in, waiting if there is nothing else to do; False is the end."""
+        wait = not self._tickets
+        while wait or not self._inbox.empty():
+            ticket = self._inbox.get()
+            if ticket is None:
+                return False
+            self._tickets[ticket.running] = ticket
+            self.decoder.add(ticket.running)
+            wait = False
+        return True
+
+    def _hand_out(self, ticket: Ticket) -> None:
+        running = ticket.running
+        piece = ticket.push(running.tokens[-1])
+        finish = "stop" if ticket.is_stopped else running.finish
+        if finish:
+            self._end(ticket, finish, before=piece)
+        elif piece.has_come:
+            self._tell(ticket, piece)
+
+    def _end(self, ticket: Ticket, finish: str, error: BaseException | None = None, before: Piece = NOTHING) -> None:
+        """Hand out the last piece and forget the question."""
+        self.decoder.remove(ticket.running)
+        del self._tickets[ticket.running]
+        self._tell(ticket, ticket.finish(before, finish, error))
+
+    def _tell(self, ticket: Ticket, piece: Piece) -> None:
+        """Nobody's fault in taking a piece may end the answers of others."""
+        try:
+            ticket.deliver(piece)
+        except Exception:
+            ticket.cancel()
+
+
+def _explained(error: BaseException) -> BaseException:
+    if is_out_of_memory(error):
+        return LoratuneError("out of memory while answering; shorten the conversation, or use fewer slots", Exit.IO)
+    return error
+
+
+def load_engine(
+    adapters: Sequence[tuple[str, Path]], model: str | None, warnings: list[str], force: bool = False, slots: int = 32
+) -> Engine:
+    """Load a model with its adapters, ready to answer.
+
+    Args:
+        adapters: name and folder of each: run folder, checkpoint or plain PEFT folder.
+        model: hub id or folder of the base; None takes what the first adapter names.
+        warnings: gets what could not be checked.
+        force: take another base than that of the training, or an adapter whose files have changed.
+        slots: how many answers run at once.
+
+    Raises:
+        LoratuneError: something is missing, damaged, or does not belong together.
+    """
+    loaded, name, voices = open_voices(adapters, model, warnings, force)
+    return Engine(loaded, name, voices, slots)

@@ -1,0 +1,249 @@
+"""Keys and values of many running answers, each in a slot of its own, and the attention that reads them.
+
+Answers of any length are decoded together: a step reads all slots up to the longest answer's end, and a mask hides what
+is not a row's own. transformers' caches know rows of one length only.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch.nn import functional
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.cache_utils import Cache
+
+from loratune.errors import Exit, LoratuneError
+from loratune.model.kernels.packed_attention import OTHER_TERMS
+
+SLOT_ATTENTION = "slots"
+"""Name of this attention as a model's attn_implementation."""
+LENGTH_UNIT = 64
+"""Keys are read up to a multiple of it, so that few shapes are compiled and kept by the libraries below torch."""
+SLOTS_UNIT = 4
+"""Slots are made so many at a time, so that not every new answer copies those that run."""
+
+
+class DecodingError(LoratuneError):
+    """A kind of model whose states are not keys and values of each token."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__(f"{kind} cannot be asked by loratune; use transformers' generate", Exit.MODEL)
+
+
+def use_slot_attention(model: Any) -> None:
+    """Have a model attend to the slots of a `SlotCache`.
+
+    Raises:
+        DecodingError: it has layers, such as those of linear attention, that keep other states than keys and values.
+    """
+    kinds = set(getattr(model.config.get_text_config(), "layer_types", None) or ())
+    strange = sorted(kinds - {"full_attention", "sliding_attention"})
+    if strange:
+        raise DecodingError(f"a model with layers of {', '.join(strange)}")
+    AttentionInterface.register(SLOT_ATTENTION, attend_slots)
+    AttentionMaskInterface.register(SLOT_ATTENTION, no_mask)
+    model.set_attn_implementation(SLOT_ATTENTION)
+
+
+def token_bytes(model: Any) -> int:
+    """What the keys and values of one token take."""
+    config = model.config.get_text_config()
+    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    heads: int = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    return 2 * int(config.num_hidden_layers) * heads * int(size) * int(model.dtype.itemsize)
+
+
+@dataclass
+class Feed:
+    """What one forward pass reads: the last `counts[i]` of a row's tokens, which stand at its right end.
+
+    The others fill the row up; they write nothing and nobody sees them.
+    """
+
+    slots: list[int]
+    """Of each row."""
+    starts: list[int]
+    """How many tokens each row's slot holds already."""
+    counts: list[int]
+    """How many new ones it gets."""
+    device: Any
+    width: int = field(init=False)
+    """Tokens of a row, filled up."""
+    end: int = field(init=False)
+    """How far keys are read."""
+    positions: torch.Tensor = field(init=False)
+    """int64 [rows, width]; 0 where a row is filled up."""
+    _masks: dict[int | None, torch.Tensor] = field(init=False, default_factory=dict)
+
+    def __post_init__(self) -> None:
+        widest = max(self.counts)
+        self.width = 1 if widest == 1 else _rounded(widest, LENGTH_UNIT // 2)
+        ends = [start + count for start, count in zip(self.starts, self.counts, strict=True)]
+        self.end = _rounded(max(ends), LENGTH_UNIT)
+        first = torch.tensor(ends, device=self.device).unsqueeze(1) - self.width
+        steps = torch.arange(self.width, device=self.device)
+        fill = self.width - torch.tensor(self.counts, device=self.device).unsqueeze(1)
+        self.positions = torch.where(steps < fill, 0, first + steps)
+
+    def mask(self, window: int | None) -> torch.Tensor:
+        """Who sees whom: bool [rows, 1, width, end].
+
+        Args:
+            window: how many tokens a layer looks back, itself counted; None for all.
+        """
+        if window not in self._masks:
+            keys = torch.arange(self.end, device=self.device)
+            behind = self.positions.unsqueeze(-1) - keys  # how far a key lies before its query
+            sees = behind >= 0
+            if window is not None:
+                sees &= behind < window
+            self._masks[window] = sees.unsqueeze(1)
+        return self._masks[window]
+
+
+def reserved_tokens(slots: int, length: int) -> int:
+    """How many tokens a cache has room for that was asked for so many slots of such a length."""
+    return _rounded(slots, SLOTS_UNIT) * _rounded(length, LENGTH_UNIT)
+
+
+class SlotCache(Cache):
+    """Keys and values as [slots, heads, length, size] per layer.
+
+    Args:
+        layers: how many the model has.
+    """
+
+    def __init__(self, layers: int) -> None:
+        super().__init__(layers=[])
+        self._kept: list[tuple[torch.Tensor, ...]] = [()] * layers
+        self._slots = self._length = self._written = 0
+        self.feed: Feed | None = None
+        """What the pass that runs now reads."""
+
+    def reserve(self, slots: int, length: int) -> None:
+        """Have room for the slots in use and the longest answer that they may get; what they hold stays.
+
+        Args:
+            slots: in use, counted from 0 on.
+            length: tokens; at least what any slot in use holds.
+        """
+        if slots <= self._slots and length <= self._length:
+            return
+        self._slots, self._length = _rounded(slots, SLOTS_UNIT), _rounded(length, LENGTH_UNIT)
+        self._written = min(self._written, self._length)
+        self._kept = [tuple(map(self._moved, kept)) for kept in self._kept]
+
+    def holds(self, slot: int, length: int) -> bool:
+        """Whether there is room for so many tokens in a slot."""
+        return slot < self._slots and length <= self._length
+
+    def update(self, keys: torch.Tensor, values: torch.Tensor, layer: int, *_: Any, **__: Any) -> Any:
+        """Add the keys and values of a pass to one layer.
+
+        Args:
+            keys: [rows, heads, width, size].
+            values: as the keys.
+            layer: its number.
+
+        Returns:
+            Keys and values of the rows' slots, [rows, heads, end, size].
+        """
+        feed = self.feed
+        if feed is None:
+            raise RuntimeError("a pass over the slots without a feed")
+        self._written = max(self._written, feed.end)
+        if not self._kept[layer]:
+            self._kept[layer] = (self._room(keys), self._room(values))
+        read = []
+        for storage, new in zip(self._kept[layer], (keys, values), strict=True):
+            _write(storage, new, feed)
+            read.append(_rows(storage, feed.slots)[:, :, : feed.end])
+        return tuple(read)
+
+    def move(self, source: int, target: int, length: int) -> None:
+        """Copy the first `length` tokens of one slot to another."""
+        for kept in self._kept:
+            for storage in kept:
+                storage[target, :, :length] = storage[source, :, :length]
+
+    def clear(self) -> None:
+        """Give the memory back."""
+        self._kept = [()] * len(self._kept)
+        self._slots = self._length = self._written = 0
+
+    @property
+    def size_bytes(self) -> int:
+        """What is held."""
+        return sum(storage.numel() * storage.element_size() for kept in self._kept for storage in kept)
+
+    def _room(self, like: torch.Tensor) -> torch.Tensor:
+        """Empty storage of one layer; on a CPU it takes no memory until it is written."""
+        return like.new_zeros(self._slots, like.shape[1], self._length, like.shape[3])
+
+    def _moved(self, old: torch.Tensor) -> torch.Tensor:
+        """Storage of the size that is reserved now, with what has been written."""
+        new = self._room(old)
+        slots = min(len(new), len(old))
+        new[:slots, :, : self._written] = old[:slots, :, : self._written]
+        return new
+
+
+def no_mask(**_: Any) -> None:
+    """transformers' masks are for rows of one length; `attend_slots` takes the feed's."""
+
+
+def attend_slots(
+    module: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attention_mask: Any, **settings: Any
+) -> tuple[torch.Tensor, None]:
+    """Attention of each row to its own slot.
+
+    Args:
+        module: the attention layer.
+        query: [rows, heads, width, size].
+        key: [rows, key heads, end, size].
+        value: as the keys.
+        attention_mask: not used.
+        settings: `feed`, scaling, sliding_window, and what else the model hands over.
+
+    Returns:
+        The mixed values, [rows, width, heads, size].
+
+    Raises:
+        DecodingError: terms of the scores that only some models have.
+    """
+    unknown = [name for name in OTHER_TERMS if settings.get(name) is not None]
+    if unknown:
+        raise DecodingError(f"a model whose attention has {', '.join(unknown)}")
+    mask = settings["feed"].mask(settings.get("sliding_window"))
+    rows, heads, width, size = query.shape
+    groups = heads // key.shape[1]
+    if width == 1:
+        # Queries that share a key head are its queries, so that no key is repeated.
+        query = query.reshape(rows, heads // groups, groups, size)
+    elif groups > 1:
+        key, value = (tensor.repeat_interleave(groups, dim=1) for tensor in (key, value))
+    output = functional.scaled_dot_product_attention(query, key, value, mask, scale=settings.get("scaling"))
+    return output.reshape(rows, heads, width, size).transpose(1, 2), None
+
+
+def _rows(storage: torch.Tensor, slots: list[int]) -> torch.Tensor:
+    """A view where the slots follow each other, else a copy."""
+    first = slots[0]
+    if slots == list(range(first, first + len(slots))):
+        return storage[first : first + len(slots)]
+    return storage[slots]
+
+
+def _write(storage: torch.Tensor, new: torch.Tensor, feed: Feed) -> None:
+    if feed.width == 1:
+        places = torch.tensor([feed.slots, feed.starts], device=new.device)
+        storage[places[0], :, places[1]] = new[:, :, 0]
+        return
+    for row, (slot, start, count) in enumerate(zip(feed.slots, feed.starts, feed.counts, strict=True)):
+        storage[slot, :, start : start + count] = new[row, :, feed.width - count :]
+
+
+def _rounded(count: int, unit: int) -> int:
+    return -(-count // unit) * unit

@@ -1,0 +1,89 @@
+"""How good the answers of a file are, row by row and in sum."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from loratune import console
+from loratune.data.formats.conversation import written_out
+from loratune.generation.batch.answer_file import AnswerFile
+from loratune.generation.batch.row_answers import Side, Work
+from loratune.generation.batch.text_metrics import TextMetrics
+
+LARGEST_EXPONENT = 700.0
+"""Beyond it a perplexity is no longer a number."""
+SHOWN = {"exact_match": "exact match", "rouge_l": "ROUGE-L", "bleu": "BLEU", "perplexity": "perplexity of references"}
+
+RowScores = dict[tuple[str, int], dict[str, Any]]
+"""Side and row → metrics."""
+
+
+def score_rows(work: Work, file: AnswerFile) -> tuple[RowScores, dict[str, dict[str, Any]]]:
+    """Metrics of all rows that hold an answer to compare with.
+
+    Args:
+        work: what was answered.
+        file: has all answers and losses.
+
+    Returns:
+        The rows' metrics, and the name of each side → those of the whole file.
+    """
+    references = {row.number: row.reference for row in work.rows if row.reference is not None}
+    texts = TextMetrics(references.values())
+    rows: RowScores = {}
+    total = len(references) * len(work.sides)
+    with console.counted_progress("answers compared", total) as show:
+        for side in work.sides:
+            for number, reference in references.items():
+                answer = _said(file, number, side)
+                known = file.read(number, side.loss)
+                perplexity = {"perplexity": _perplexity(known["loss"], known["tokens"])}
+                rows[side.name, number] = texts.of_row(answer, reference) | perplexity
+                show(len(rows), "")
+    return rows, {side.name: _of_file(side, file, texts, references, rows) for side in work.sides}
+
+
+def show_scores(sums: dict[str, dict[str, Any]], names: dict[str, str]) -> None:
+    """Print a table of the whole file's metrics, one column a side.
+
+    Args:
+        sums: as `score_rows` gives them.
+        names: of the columns.
+    """
+    lines = [("", *(names[side] for side in sums))]
+    for key, label in SHOWN.items():
+        lines.append((label, *(_shown(key, values[key]) for values in sums.values())))
+    console.comparison(lines)
+
+
+def _of_file(
+    side: Side, file: AnswerFile, texts: TextMetrics, references: dict[int, str], rows: RowScores
+) -> dict[str, Any]:
+    answers = [_said(file, number, side) for number in references]
+    losses = [known for number in references if (known := file.read(number, side.loss))["loss"] is not None]
+    tokens = sum(known["tokens"] for known in losses)
+    return {
+        **texts.of_file([rows[side.name, number] for number in references], answers, list(references.values())),
+        "perplexity": _perplexity(sum(known["loss"] for known in losses) if losses else None, tokens),
+        "rows": len(references),
+        "rows_with_perplexity": len(losses),
+        "reference_tokens": tokens,
+    }
+
+
+def _said(file: AnswerFile, number: int, side: Side) -> str:
+    """An answer as one text, calls included, as references are."""
+    known = file.read(number, side.answer)
+    return written_out(known["answer"], known.get("tool_calls", ()))
+
+
+def _perplexity(loss: float | None, tokens: int) -> float | None:
+    """Of a text whose negative log-likelihood, in nats, is summed over its tokens."""
+    return None if loss is None else round(math.exp(min(loss / tokens, LARGEST_EXPONENT)), 6)
+
+
+def _shown(key: str, value: float | None) -> str:
+    if value is None:
+        return "–"
+    return {"exact_match": f"{value:.1%}", "rouge_l": f"{value:.3f}", "bleu": f"{value:.1f}"}.get(key, f"{value:.3f}")

@@ -1,0 +1,177 @@
+"""The rows of a file as questions to a model, with the answers to compare with that some of them hold."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any
+
+from loratune.data.checked_rows import FORMAT_ROWS, SHOWN_ROWS
+from loratune.data.formats.chat_rows import CONVERSATIONS, MESSAGES, TRAINING_MARKS, TurnStyle
+from loratune.data.formats.conversation import Conversation, Message, written_out
+from loratune.data.formats.prompt_rows import COMPLETION, PROMPT
+from loratune.data.formats.registry import MUST_BE_FILLED, PLACEHOLDER, ConversationReader, detect_format
+from loratune.data.reading.files import BadRow, RowFile, open_rows
+from loratune.data.sources import parse_source
+from loratune.errors import Exit, LoratuneError, bullet_list
+
+NEEDS = (
+    "each row needs a text 'prompt', 'instruction' or 'query', or 'messages' or a list 'prompt' that end with a "
+    "question or an answer"
+)
+PAIRS = (("instruction", "output"), ("prompt", "completion"), ("query", "response"))
+
+
+@dataclass(frozen=True)
+class AskedRow:
+    """A row, and what the model is asked for it."""
+
+    number: int
+    """From 1, in the order of the file."""
+    fields: dict[str, Any]
+    """The row as the file has it."""
+    messages: tuple[Message, ...]
+    """Up to the question."""
+    answer: Message | None
+    """The row's own answer, if it has one that is not blank."""
+    tools: tuple[dict[str, Any], ...] = ()
+    """What may be called."""
+
+    @property
+    def reference(self) -> str | None:
+        """The row's own answer as one text, calls included."""
+        return written_out(self.answer["content"], self.answer.get("tool_calls", ())) if self.answer else None
+
+    @property
+    def uses_tools(self) -> bool:
+        """Whether tools are offered, or have been called."""
+        said = [*self.messages, *([self.answer] if self.answer else [])]
+        return bool(self.tools) or any(one["role"] == "tool" or "tool_calls" in one for one in said)
+
+    @property
+    def size_bytes(self) -> int:
+        """Of all texts that are asked; no text has more tokens than bytes."""
+        called = [*self.tools, *(message.get("tool_calls") for message in self.messages if "tool_calls" in message)]
+        written = json.dumps(called, ensure_ascii=False) if called else ""
+        return len(written.encode()) + sum(len(message["content"].encode()) for message in self.messages)
+
+
+@dataclass(frozen=True)
+class QuestionFile:
+    """A file whose rows are all questions."""
+
+    name: str
+    sha256: str
+    rows: list[AskedRow]
+
+
+def read_questions(entry: str, columns: Mapping[str, str], placeholders: Mapping[str, str]) -> QuestionFile:
+    """Read rows in any format that training takes, where the last answer may be missing, or rows of `prompt` alone.
+
+    Args:
+        entry: a file, or hf:org/name:split.
+        columns: name that a format knows → name in the file.
+        placeholders: values of {{name}} and the like.
+
+    Raises:
+        LoratuneError: the file cannot be read, or some of its rows are no questions.
+    """
+    source = parse_source(entry)
+    if source.sample or source.repeat > 1:
+        raise LoratuneError(f"{entry}: every row is answered once; leave the # and what follows it off", Exit.USAGE)
+    file = open_rows(source.name)
+    rows, bad = [], []
+    for number, read in enumerate(_read(file, columns, placeholders), start=1):
+        if isinstance(read, str):
+            bad.append(read)
+        else:
+            rows.append(AskedRow(number, *read))
+    if bad:
+        listed = bullet_list(bad, limit=SHOWN_ROWS)
+        raise LoratuneError(
+            f"{file.name}: {len(bad):,} of {len(rows) + len(bad):,} rows cannot be answered:\n{listed}\n"
+            f"{NEEDS}; mend or remove these rows",
+            Exit.DATA,
+        )
+    sha256 = file.sha256
+    file.check_unchanged()
+    return QuestionFile(file.name, sha256, rows)
+
+
+def _read(
+    file: RowFile, columns: Mapping[str, str], placeholders: Mapping[str, str]
+) -> Iterator[tuple[dict[str, Any], tuple[Message, ...], Message | None, tuple[dict[str, Any], ...]] | str]:
+    """Fields, question, answer and tools of each row, or what is wrong with it and where."""
+    first = [_completed(row.value, columns) for row in islice(file, FORMAT_ROWS) if not isinstance(row, BadRow)]
+    kind = detect_format(first, {})
+    reader = ConversationReader(kind, placeholders, {})
+    answer_name = (kind.columns or {}).get("output", "output")
+    for row in file:
+        if isinstance(row, BadRow):
+            yield row.problem
+            continue
+        read = reader.read(_completed(row.value, columns, answer_name))
+        problem = read if isinstance(read, str) else _problem(read)
+        if problem:
+            yield f"{file.place(row.number)}: {problem}"
+        elif not isinstance(read, str):
+            *asked, answer = read.messages
+            is_given = bool(answer["content"].strip() or answer.get("tool_calls"))
+            yield row.value, tuple(asked), answer if is_given else None, read.tools
+
+
+def _completed(value: Any, columns: Mapping[str, str], answer_name: str | None = None) -> Any:
+    """A row under the names that formats know, with an empty answer where it has none, as training needs one.
+
+    Args:
+        value: the row.
+        columns: name that a format knows → name in the file.
+        answer_name: what the file's format calls the answer, if that is known.
+    """
+    if not isinstance(value, dict):
+        return value
+    row = {key: inner for key, inner in value.items() if key not in columns.values()}
+    row |= {known: value[own] for known, own in columns.items() if own in value}
+    for kind in (MESSAGES, CONVERSATIONS):
+        if isinstance(row.get(kind.key), list):
+            return row | {kind.key: _answered(row[kind.key], kind.style_of(row[kind.key]))}
+    if isinstance(row.get(PROMPT.key), list):
+        style = PROMPT.style_of(row[PROMPT.key])
+        completion = row.get(COMPLETION.key) or [_blank(style)]
+        return row | {COMPLETION.key: _answered(completion, style) if isinstance(completion, list) else completion}
+    for question, answer in PAIRS:
+        if (question in row or answer == answer_name) and row.get(answer) is None:
+            row[answer] = ""
+    return row
+
+
+def _answered(turns: list[Any], style: TurnStyle) -> list[Any]:
+    """Turns that end with an answer; which of them are trained does not matter here."""
+    plain = [
+        {key: inner for key, inner in turn.items() if key not in TRAINING_MARKS} if isinstance(turn, dict) else turn
+        for turn in turns
+    ]
+    speaker = plain[-1].get(style.role) if plain and isinstance(plain[-1], dict) else None
+    asks = isinstance(speaker, str) and style.roles.get(speaker) in ("user", "tool")
+    return [*plain, _blank(style)] if asks else plain
+
+
+def _blank(style: TurnStyle) -> dict[str, str]:
+    """An answer that says nothing."""
+    return {style.role: "assistant", style.text: ""}
+
+
+def _problem(conversation: Conversation) -> str:
+    """What keeps a readable row from being asked."""
+    names = {
+        name
+        for message in conversation.messages
+        for name in PLACEHOLDER.findall(message["content"])
+        if name.lower() in MUST_BE_FILLED
+    }
+    if names:
+        listed = ", ".join(f"{{{{{name}}}}}" for name in sorted(names))
+        return f"holds {listed}, for which the adapter's recipe has no value; write it into the row"
+    return ""

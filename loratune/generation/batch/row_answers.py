@@ -1,0 +1,276 @@
+"""Have the rows of a file answered, score the answers, and put all in order."""
+
+from __future__ import annotations
+
+import math
+import queue
+import signal
+import threading
+import time
+from collections import deque
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
+from functools import partial
+from types import FrameType
+from typing import Any
+
+from loratune import console
+from loratune.data.formats.conversation import Message
+from loratune.engine.engine import AHEAD, Engine
+from loratune.engine.exchange import Piece, Question
+from loratune.engine.sampling import SEEDS, Sampling
+from loratune.engine.ticket import Ticket
+from loratune.errors import Interrupted, LoratuneError, counted
+from loratune.generation.batch.answer_file import AnswerFile
+from loratune.generation.batch.questions import AskedRow
+
+TOO_LONG = "too_long"
+"""How a row ends whose question does not fit into the context."""
+REFUSED = "refused"
+"""How a row ends that cannot be asked; `error` says why."""
+BASE = "base"
+"""The name of the side that an adapter is compared with."""
+RESULTS = ("row", "answer", "reasoning", "tool_calls", "finish", "error", "tokens", "metrics", BASE)
+"""Names that the answers add to a row."""
+SHOW_SECONDS = 0.5
+"""How long the display waits at most for its next figures."""
+SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
+
+
+@dataclass(frozen=True)
+class Side:
+    """One of the models that answer."""
+
+    name: str
+    """Empty for the one that is asked for, BASE for the one that it is compared with."""
+    use_adapter: bool
+
+    @property
+    def answer(self) -> str:
+        """The kind of its answers."""
+        return f"{self.name} answer".strip()
+
+    @property
+    def loss(self) -> str:
+        """The kind of its losses."""
+        return f"{self.name} loss".strip()
+
+
+@dataclass(frozen=True)
+class Work:
+    """What is to be answered, and how."""
+
+    rows: Sequence[AskedRow]
+    sampling: Sampling
+    sides: tuple[Side, ...]
+    adapter: str | None
+    system: str | None
+    """In place of the row's own and the trained one."""
+    scores: bool
+    """Whether to see how unlikely each reference is to the model."""
+
+    def question(self, row: AskedRow, side: Side) -> Question:
+        """What the model is asked for a row; every row draws its own random numbers."""
+        messages: list[Message] = list(row.messages)
+        if self.system:
+            messages = [{"role": "system", "content": self.system}, *(m for m in messages if m["role"] != "system")]
+        seed = None if self.sampling.seed is None else (self.sampling.seed + row.number) % SEEDS
+        return Question(messages, replace(self.sampling, seed=seed), self.adapter, side.use_adapter, row.tools)
+
+
+@dataclass
+class Tally:
+    """What this call has done."""
+
+    answers: int = 0
+    tokens: int = 0
+    """Of answers, those that did not get to their end included."""
+    seconds: float = 0.0
+
+
+def answer_rows(engine: Engine, work: Work, file: AnswerFile) -> Tally:
+    """Make all results that are missing in the file.
+
+    Raises:
+        Interrupted: a signal has come; what was finished is kept.
+        LoratuneError: the engine has failed, or the file cannot be written.
+    """
+    tally = Tally()
+    with _noted_signals() as events:
+        try:
+            _Answering(engine, work, file, events, tally).run()
+            if work.scores:
+                _add_losses(engine, work, file, events)
+        except Interrupted as stop:
+            total = len(work.rows) * len(work.sides)
+            done = sum(file.count(side.answer) for side in work.sides)
+            raise Interrupted(
+                stop.signal_number,
+                f"stopped: {done:,} of {counted(total, 'answer')} kept in {file.part}; the same command goes on",
+            ) from stop
+    return tally
+
+
+class _Answering:
+    """Keeps the engine's slots full, longest questions first: memory shows early, and no long one is left for last."""
+
+    def __init__(
+        self, engine: Engine, work: Work, file: AnswerFile, events: queue.SimpleQueue[Any], tally: Tally
+    ) -> None:
+        self.engine, self.work, self.file, self.events, self.tally = engine, work, file, events, tally
+        self._waiting = deque(
+            (side, row)
+            for side in work.sides
+            for row in sorted(work.rows, key=lambda row: row.size_bytes, reverse=True)
+            if not file.has(row.number, side.answer)
+        )
+        self._open: dict[tuple[int, str], Ticket] = {}
+        """Row and kind of the answers on their way."""
+
+    def run(self) -> None:
+        """Answer until nothing is missing."""
+        total = len(self.work.rows) * len(self.work.sides)
+        kept = total - len(self._waiting)
+        started = time.monotonic()
+        try:
+            with console.counted_progress("answers", total, kept) as show:
+                while self._waiting or self._open:
+                    self._hand_in()
+                    with suppress(queue.Empty):
+                        self._take(self.events.get(timeout=SHOW_SECONDS) if self._open else None)
+                    rate = self.tally.tokens / (time.monotonic() - started)
+                    show(kept + self.tally.answers, f"{rate:,.0f} tokens/s")
+        finally:
+            self.tally.seconds = time.monotonic() - started
+            for ticket in self._open.values():
+                ticket.cancel()
+
+    def _hand_in(self) -> None:
+        while self._waiting and len(self._open) < AHEAD * self.engine.slots:
+            side, row = self._waiting.popleft()
+            question, key = self.work.question(row, side), (row.number, side.answer)
+            try:
+                self._open[key] = self.engine.submit(question, partial(self._gather, key, []))
+            except LoratuneError as error:
+                self._keep(key, {"answer": "", **self._why_unanswered(question, error), "tokens": 0})
+
+    def _why_unanswered(self, question: Question, error: LoratuneError) -> dict[str, str]:
+        """How a row ends that the engine has not taken.
+
+        Raises:
+            LoratuneError: the row is not the reason.
+        """
+        try:
+            length = self.engine.prompt_tokens(question)
+        except LoratuneError as refusal:
+            return {"finish": REFUSED, "error": str(refusal)}
+        if length >= self.engine.context_tokens:
+            return {"finish": TOO_LONG}
+        if length:
+            raise error
+        return {"finish": REFUSED, "error": str(error)}
+
+    def _gather(self, key: tuple[int, str], pieces: list[Piece], piece: Piece) -> None:
+        """Called in the engine's thread, which would be slowed down if each piece woke another one."""
+        self.tally.tokens += piece.tokens - (pieces[-1].tokens if pieces else 0)
+        pieces.append(piece)
+        if piece.finish:
+            self.events.put((key, pieces))
+
+    def _take(self, event: Any) -> None:
+        """A signal's number, or the pieces of a whole answer."""
+        if event is None:
+            return
+        if isinstance(event, int):
+            raise Interrupted(event)
+        key, pieces = event
+        last: Piece = pieces[-1]
+        if last.error is not None:
+            raise last.error
+        del self._open[key]
+        text, reasoning = ("".join(getattr(piece, kind) for piece in pieces) for kind in ("text", "reasoning"))
+        calls = [call.in_message() for piece in pieces for call in piece.calls]
+        values = {"answer": text, "finish": last.finish, "tokens": last.tokens}
+        others = {"reasoning": reasoning, "tool_calls": calls}
+        self._keep(key, values | {name: value for name, value in others.items() if value})
+
+    def _keep(self, key: tuple[int, str], values: dict[str, Any]) -> None:
+        self.file.add(*key, values)
+        self.tally.answers += 1
+
+
+def _add_losses(engine: Engine, work: Work, file: AnswerFile, events: queue.SimpleQueue[Any]) -> None:
+    """How unlikely each reference is to the model; the engine has nothing else to do now."""
+    todo = [
+        (side, row, row.answer)
+        for side in work.sides
+        for row in work.rows
+        if row.answer is not None and not file.has(row.number, side.loss)
+    ]
+    total = sum(row.answer is not None for row in work.rows) * len(work.sides)
+    with console.counted_progress("references scored", total, total - len(todo)) as show:
+        for count, (side, row, answer) in enumerate(todo, start=total - len(todo) + 1):
+            if not events.empty():
+                raise Interrupted(events.get())
+            loss: float | None = None
+            tokens = 0
+            with suppress(LoratuneError):  # question and reference do not fit into the context
+                loss, tokens = engine.reference_loss(work.question(row, side), answer)
+            known = loss if loss is not None and math.isfinite(loss) else None
+            file.add(row.number, side.loss, {"loss": known, "tokens": tokens})
+            show(count, "")
+
+
+def free_names(rows: Sequence[AskedRow]) -> dict[str, str]:
+    """Columns whose names the answers take → the names that they have beside them."""
+    used = {key for row in rows for key in row.fields}
+    renamed: dict[str, str] = {}
+    for name in RESULTS:
+        if name in used:
+            other = f"input_{name}"
+            while other in used:
+                other = f"input_{other}"
+            renamed[name] = other
+    return renamed
+
+
+def whole_rows(work: Work, file: AnswerFile, scores: dict[tuple[str, int], dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    """The rows as they are put under the final name: their own columns, then the answers.
+
+    Args:
+        work: what was answered.
+        file: has all results.
+        scores: side and row → metrics.
+    """
+    renamed = free_names(work.rows)
+    for row in work.rows:
+        whole = {renamed.get(key, key): value for key, value in row.fields.items()} | {"row": row.number}
+        for side in work.sides:
+            result = file.read(row.number, side.answer)
+            if (side.name, row.number) in scores:
+                result["metrics"] = scores[side.name, row.number]
+            whole |= {side.name: result} if side.name else result
+        yield whole
+
+
+@contextmanager
+def _noted_signals() -> Iterator[queue.SimpleQueue[Any]]:
+    """A queue of what happens, in which signals stand too, so that none ends a half-done piece of work."""
+    events: queue.SimpleQueue[Any] = queue.SimpleQueue()
+    if threading.current_thread() is not threading.main_thread():  # the only one that may set handlers
+        yield events
+        return
+
+    def note(number: int, frame: FrameType | None) -> None:
+        events.put(number)
+
+    before = {number: signal.getsignal(number) for number in SIGNALS}
+    for number, handler in before.items():
+        if handler is not signal.SIG_IGN:  # as nohup has set it
+            signal.signal(number, note)
+    try:
+        yield events
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

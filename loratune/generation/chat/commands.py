@@ -1,0 +1,225 @@
+"""The commands of the chat: what they are called, what they do, and how they complete."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from loratune import console
+from loratune.errors import Exit, LoratuneError, counted
+from loratune.generation.chat.settings import NAMES, changed, rows_of
+from loratune.generation.chat.state import BASE, ChatState, Turn
+
+TRAINED = "default"
+KEYS = [
+    ("//TEXT", "a question that begins with /"),
+    ("Alt+Enter", "a new line in the question; so does \\ at its end"),
+    ("Ctrl-C", "end an answer where it is"),
+    ("Ctrl-D", "leave, like /exit"),
+]
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A question that a command leads to."""
+
+    text: str
+    compares: bool = False
+    is_retry: bool = False
+    earlier: Turn | None = None
+    """What stands if no other answer comes."""
+
+
+class Left(Exception):  # noqa: N818 - nothing is wrong
+    """The chat is to end."""
+
+
+@dataclass(frozen=True)
+class Command:
+    """A word that begins with / and what comes of it."""
+
+    run: Callable[[ChatState, str], Asked | None]
+    takes: str
+    """What may follow it, for people; empty: nothing."""
+    help: str
+    """Empty: not listed, since it is another name of one that is."""
+
+
+def run_command(state: ChatState, line: str) -> Asked | None:
+    """Do what a line that begins with / says.
+
+    Returns:
+        A question to be answered, if the command leads to one.
+
+    Raises:
+        LoratuneError: there is no such command, or it cannot be done.
+        Left: the chat is to end.
+    """
+    name, _, rest = line.partition(" ")
+    if name not in COMMANDS:
+        near = difflib.get_close_matches(name, COMMANDS, 1)
+        hint = f"did you mean {near[0]}?" if near else "/help lists them"
+        raise LoratuneError(f"no command {name}; {hint} (a question that begins with / is typed //…)", Exit.USAGE)
+    command = COMMANDS[name]
+    if rest.strip() and not command.takes:
+        raise LoratuneError(f"{name} stands alone; nothing can follow it", Exit.USAGE)
+    return command.run(state, rest.strip())
+
+
+def complete(state: ChatState, beginning: str) -> list[tuple[str, str]]:
+    """The words that may stand at the end of a beginning, each with a short explanation."""
+    name, gap, rest = beginning.partition(" ")
+    if not gap:
+        return [(word, one.help) for word, one in COMMANDS.items() if beginning and word.startswith(beginning)]
+    if name == "/adapter":
+        return [(word, "") for word in [*state.engine.adapters, BASE] if word.startswith(rest)]
+    if name == "/set":
+        last = rest.rpartition(" ")[2]
+        return [(f"{word}=", "") for word in NAMES if word.startswith(last)]
+    return []
+
+
+def _tell(message: str) -> None:
+    console.say(message, style="dim")
+
+
+def _help(state: ChatState, rest: str) -> None:
+    rows = [(f"{name} {one.takes}".strip(), one.help) for name, one in COMMANDS.items() if one.help]
+    console.table([*rows, *KEYS])
+
+
+def _exit(state: ChatState, rest: str) -> None:
+    raise Left
+
+
+def _reset(state: ChatState, rest: str) -> None:
+    state.forget()
+    _tell("forgotten; the next question starts a new conversation")
+
+
+def _undo(state: ChatState, rest: str) -> None:
+    turn = state.take_back()
+    if turn is None:
+        raise LoratuneError("there is nothing to undo", Exit.USAGE)
+    _tell(f"taken back: {_begun(turn.question)}")
+
+
+def _retry(state: ChatState, rest: str) -> Asked:
+    question, earlier = state.unanswered, None
+    if question is None:
+        earlier = state.take_back()
+        if earlier is None:
+            raise LoratuneError("there is no question yet to answer again", Exit.USAGE)
+        question = earlier.question
+    _tell(f"again: {_begun(question)}")
+    return Asked(question, is_retry=True, earlier=earlier)
+
+
+def _system(state: ChatState, rest: str) -> None:
+    if rest:
+        state.check_length(rest)
+        state.system = None if rest == TRAINED else rest
+        state.left_out = 0
+    _tell(f"system prompt: {state.system or 'the usual one, of the training or of the model'}")
+    if rest and state.turns:
+        _tell("the conversation goes on with it; /reset starts a new one")
+
+
+def _set(state: ChatState, rest: str) -> None:
+    state.sampling = changed(state.sampling, rest)
+    state.left_out = 0
+    console.table(rows_of(state.sampling))
+    if state.sampling.temperature == 0 and any(name in rest for name in ("top_", "min_p", "seed")):
+        _tell("at temperature 0 the likeliest token is taken, so top_p, top_k, min_p and seed have no effect")
+
+
+def _adapter(state: ChatState, rest: str) -> None:
+    names = state.engine.adapters
+    if rest in names:
+        state.adapter, state.use_adapter = rest, True
+    elif rest == BASE:
+        state.use_adapter = False
+    elif rest:
+        near = difflib.get_close_matches(rest, [*names, BASE], 1)
+        hint = f"did you mean {near[0]}?" if near else f"there are {', '.join([*names, BASE])}"
+        raise LoratuneError(f"no adapter {rest!r}; {hint}", Exit.USAGE)
+    rows = [*names, *([] if BASE in names else [BASE])]
+    notes = {BASE: state.engine.base_name} if BASE not in names else {}
+    console.table([(f"{'*' if name == state.answers_from else ' '} {name}", notes.get(name, "")) for name in rows])
+
+
+def _compare(state: ChatState, rest: str) -> Asked | None:
+    if state.adapter is None:
+        raise LoratuneError("there is no adapter to compare the base with; start with --adapter", Exit.USAGE)
+    if rest:
+        return Asked(rest, compares=True)
+    state.compares = not state.compares
+    every = "every question is answered by base and adapter; the conversation goes on with the adapter's answers"
+    _tell(every if state.compares else "questions are answered once again by one model only")
+    return None
+
+
+def _save(state: ChatState, rest: str) -> None:
+    _save_to(state, rest, overwrite=False)
+
+
+def _save_over(state: ChatState, rest: str) -> None:
+    _save_to(state, rest, overwrite=True)
+
+
+def _save_to(state: ChatState, rest: str, overwrite: bool) -> None:
+    if not rest:
+        raise LoratuneError("/save needs the name of a file that ends in .md or .json", Exit.USAGE)
+    path = Path(rest)
+    try:
+        path = path.expanduser()
+    except RuntimeError as error:
+        raise LoratuneError(f"{rest}: there is no such home folder", Exit.USAGE) from error
+    state.save(path, overwrite)
+    _tell(f"{counted(len(state.turns), 'turn')} saved to {path}")
+
+
+def _stats(state: ChatState, rest: str) -> None:
+    reply, context = state.last, state.engine.context_tokens
+    if reply is None:
+        raise LoratuneError("there are no figures before the first answer", Exit.USAGE)
+    speed, first = reply.tokens_per_second, reply.seconds_to_first
+    used = reply.prompt_tokens + reply.tokens
+    rows = [
+        ("prompt", counted(reply.prompt_tokens, "token")),
+        ("answer", f"{counted(reply.tokens, 'token')}, {reply.seconds:.1f} s"),
+        ("first token after", "–" if first is None else f"{first:.2f} s"),
+        ("speed", "–" if speed is None else f"{speed:.1f} tokens/s"),
+        ("context", f"{used:,} of {context:,} tokens ({used / context:.0%})"),
+        ("conversation", counted(len(state.turns), "turn") + _left_out(state)),
+        ("since the start", f"{counted(state.asked, 'answer')}, {counted(state.tokens, 'token')}"),
+    ]
+    console.table(rows)
+
+
+def _left_out(state: ChatState) -> str:
+    return f", the oldest {state.left_out:,} left out of the prompt" if state.left_out else ""
+
+
+def _begun(question: str, length: int = 60) -> str:
+    line = " ".join(question[: 2 * length].split())
+    return line if len(line) <= length and len(question) <= 2 * length else line[:length] + "…"
+
+
+COMMANDS = {
+    "/help": Command(_help, "", "these lines"),
+    "/reset": Command(_reset, "", "forget the conversation"),
+    "/undo": Command(_undo, "", "take back the last question and its answer"),
+    "/retry": Command(_retry, "", "answer the last question again"),
+    "/system": Command(_system, "[TEXT]", f"show or set the system prompt; {TRAINED}: the usual one"),
+    "/set": Command(_set, "[NAME=VALUE …]", "show or set how answers are drawn: /set temperature=0.7"),
+    "/adapter": Command(_adapter, "[NAME]", f"show who can answer, or choose; {BASE}: without adapter"),
+    "/compare": Command(_compare, "[QUESTION]", "base and adapter side by side: once, or from now on"),
+    "/save": Command(_save, "FILE", "the conversation as .md to read, or .json to train on"),
+    "/save!": Command(_save_over, "FILE", "the same, in place of a file that exists"),
+    "/stats": Command(_stats, "", "tokens, speed and context of the last answer"),
+    "/exit": Command(_exit, "", "leave"),
+    "/quit": Command(_exit, "", ""),
+}

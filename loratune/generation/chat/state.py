@@ -1,0 +1,171 @@
+"""What the chat remembers: the turns, who answers, and what of a long conversation still fits into the context."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from loratune.data.formats.conversation import Message
+from loratune.engine.engine import Engine
+from loratune.engine.exchange import Question
+from loratune.engine.sampling import SEEDS, Sampling
+from loratune.errors import Exit, LoratuneError
+from loratune.generation.chat.answering import Reply
+from loratune.printable import printable_json, visible
+from loratune.writing import write_text
+
+BASE = "base"
+"""What the model without adapter is called in commands."""
+MOST_CHARACTERS_PER_TOKEN = 16
+"""A text with more is refused unread: tokenizing megabytes takes long, and hardly any text is so well compressed."""
+
+
+@dataclass(frozen=True)
+class Turn:
+    """A question and the answer that the conversation goes on with."""
+
+    question: str
+    reply: Reply
+
+
+@dataclass
+class ChatState:
+    """A conversation and its settings."""
+
+    engine: Engine
+    sampling: Sampling
+    adapter: str | None
+    """Whose prompt settings count, and who answers unless `use_adapter` is False."""
+    system: str | None
+    """System prompt; None leaves it to the settings that the adapter was trained with."""
+    use_adapter: bool = True
+    compares: bool = False
+    """Whether every question is answered by base and adapter."""
+    turns: list[Turn] = field(default_factory=list)
+    left_out: int = 0
+    """How many of the oldest turns no longer fit into the context."""
+    unanswered: str | None = None
+    """The last question, if it has got no answer; it can be asked again."""
+    attempt: int = 0
+    """How often the last question has been asked again."""
+    asked: int = 0
+    tokens: int = 0
+    """New tokens of all answers since the program started."""
+    last: Reply | None = None
+
+    @property
+    def answers_from(self) -> str:
+        """Who answers, as commands call it."""
+        return self.adapter if self.adapter and self.use_adapter else BASE
+
+    @property
+    def most_characters(self) -> int:
+        """Longest text that is worth counting the tokens of."""
+        return self.engine.context_tokens * MOST_CHARACTERS_PER_TOKEN
+
+    def check_length(self, text: str) -> None:
+        """Refuse what cannot fit into the context.
+
+        Raises:
+            LoratuneError: the text is too long.
+        """
+        if len(text) > self.most_characters:
+            raise LoratuneError(
+                f"a text of {len(text):,} characters is longer than the model's context of "
+                f"{self.engine.context_tokens:,} tokens; shorten it",
+                Exit.USAGE,
+            )
+
+    def question(self, text: str, use_adapter: bool | None = None, left_out: int | None = None) -> Question:
+        """A question with what was said before it.
+
+        Args:
+            text: the question.
+            use_adapter: whether the adapter answers; None: as the chat is set.
+            left_out: how many of the oldest turns are not told; None: as it stands.
+        """
+        messages: list[Message] = [{"role": "system", "content": self.system}] if self.system else []
+        for turn in self.turns[self.left_out if left_out is None else left_out :]:
+            messages.append({"role": "user", "content": turn.question})
+            messages.append({"role": "assistant", "content": turn.reply.text})
+        messages.append({"role": "user", "content": text})
+        sampling = self.sampling
+        if sampling.seed is not None and self.attempt:
+            sampling = replace(sampling, seed=(sampling.seed + self.attempt) % SEEDS)
+        uses = self.use_adapter if use_adapter is None else use_adapter
+        return Question(messages, sampling, self.adapter, uses)
+
+    def make_room(self, text: str) -> int:
+        """Leave out as many of the oldest turns as it takes for a question and a full answer to fit.
+
+        Returns:
+            How many more turns are left out than before.
+        """
+        room = self.engine.context_tokens - min(self.sampling.max_new_tokens, self.engine.context_tokens // 2)
+
+        def fits(left_out: int) -> bool:
+            return self.engine.prompt_tokens(self.question(text, left_out=left_out)) <= room
+
+        before, low, high = self.left_out, self.left_out + 1, len(self.turns)
+        if before >= high or fits(before):
+            return 0
+        while low < high:
+            middle = (low + high) // 2
+            low, high = (low, middle) if fits(middle) else (middle + 1, high)
+        self.left_out = high
+        return high - before
+
+    def keep(self, question: str, reply: Reply) -> None:
+        """Take an answer into the conversation, unless nothing was said."""
+        self.asked += 1
+        self.tokens += reply.tokens
+        self.last = reply
+        self.unanswered = None if reply.text.strip() else question
+        if self.unanswered is None:
+            self.turns.append(Turn(question, reply))
+
+    def take_back(self) -> Turn | None:
+        """Remove the last turn and give it back; None if there is none."""
+        self.unanswered, self.left_out = None, 0
+        return self.turns.pop() if self.turns else None
+
+    def forget(self) -> None:
+        """Start a new conversation with the same settings."""
+        self.turns, self.unanswered, self.left_out, self.attempt = [], None, 0, 0
+
+    def save(self, path: Path, overwrite: bool) -> None:
+        """Write the conversation to a file: .md to be read, .json as a row that can be trained on.
+
+        Raises:
+            LoratuneError: nothing has been said, the ending is another one, or the file exists or cannot be written.
+        """
+        if path.suffix not in (".md", ".json"):
+            raise LoratuneError(f"{path}: give a name that ends in .md or .json", Exit.USAGE)
+        if not self.turns:
+            raise LoratuneError("there is no conversation to save yet", Exit.USAGE)
+        try:
+            if path.exists() and not overwrite:
+                raise LoratuneError(f"{path} exists; /save! {path} replaces it", Exit.USAGE)
+            write_text(path, self._markdown() if path.suffix == ".md" else self._json())
+        except OSError as error:
+            raise LoratuneError(f"{path}: cannot be written: {error.strerror}", Exit.IO) from error
+
+    def _markdown(self) -> str:
+        parts = [f"**System**\n\n{self.system}"] if self.system else []
+        for turn in self.turns:
+            parts.append(f"**Question**\n\n{turn.question}")
+            if turn.reply.reasoning.strip():
+                lines = turn.reply.reasoning.strip().splitlines()
+                parts.append("\n".join(f"> {line}".rstrip() for line in lines))
+            parts.append(f"**Answer**\n\n{turn.reply.text.strip()}")
+        return visible("\n\n".join(parts)) + "\n"
+
+    def _json(self) -> str:
+        messages: list[dict[str, Any]] = [{"role": "system", "content": self.system}] if self.system else []
+        for turn in self.turns:
+            answer = {"role": "assistant", "content": turn.reply.text}
+            if turn.reply.reasoning.strip():
+                answer["reasoning_content"] = turn.reply.reasoning
+            messages += [{"role": "user", "content": turn.question}, answer]
+        return printable_json([{"messages": messages}]) + "\n"

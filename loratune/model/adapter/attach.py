@@ -1,0 +1,274 @@
+"""The LoRA adapter: attached to a base through PEFT, checked, counted, saved and loaded."""
+
+from __future__ import annotations
+
+import re
+import warnings
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import (
+    LoraConfig,
+    PeftModel,
+    PeftModelForCausalLM,
+    get_peft_model,
+    get_peft_model_state_dict,
+    set_peft_model_state_dict,
+)
+from peft.tuners.lora import LoraLayer
+from safetensors.torch import load_file
+from torch import nn
+
+from loratune.errors import Exit, LoratuneError, bullet_list
+from loratune.model.adapter.completeness import Shapes, require_complete, tensor_shapes
+from loratune.model.adapter.files import CONFIG_FILE, SETTINGS, WEIGHTS_FILE, read_config_values
+from loratune.model.adapter.own_parameters import own_parameters
+from loratune.model.adapter.patterns import as_expressions, settle_patterns
+from loratune.model.adapter.tensors import read_tensors
+from loratune.model.adapter.values import check_weights
+from loratune.recipe.sections import LAYERS, LoraSettings
+
+ATTENTION_TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj"]
+
+
+@dataclass(frozen=True)
+class AdapterSummary:
+    """What trains, and what it takes."""
+
+    trainable_parameters: int
+    total_parameters: int
+    """Of base and adapter; a quantised weight counts by its shape before quantisation."""
+    modules: dict[str, int]
+    """Name of a target → how many modules of that name have an adapter."""
+    base_bytes: int
+    adapter_bytes: int
+
+
+def attach_adapter(model: Any, settings: LoraSettings, base_name: str, seed: int) -> PeftModel:
+    """Put a fresh adapter on a frozen base.
+
+    Args:
+        model: a causal language model.
+        settings: the recipe's lora section.
+        base_name: what the adapter's config names as its base.
+        seed: of the adapter's start.
+
+    Raises:
+        LoratuneError: targets, layers or modules_to_save that the model does not have.
+    """
+    targets = _resolve_targets(model, settings)
+    layers = _resolve_layers(settings.layers, model.config.num_hidden_layers)
+    _check_modules_to_save(model, settings.modules_to_save)
+    torch.manual_seed(seed)
+    config = LoraConfig(
+        task_type="CAUSAL_LM",
+        r=settings.rank,
+        lora_alpha=int(settings.alpha) if settings.alpha == int(settings.alpha) else settings.alpha,
+        lora_dropout=settings.dropout,
+        bias=settings.bias,
+        target_modules=targets,
+        layers_to_transform=layers,
+        modules_to_save=settings.modules_to_save or None,
+        use_rslora=settings.use_rslora,
+        use_dora=settings.use_dora,
+        # An embedding trained in full must stay the head's matrix too, where the base has one for both.
+        ensure_weight_tying=bool(settings.modules_to_save) and model.config.tie_word_embeddings,
+    )
+    keep_unpacked(model)
+    adapted = get_peft_model(model, config)
+    config.base_model_name_or_path = base_name  # PEFT puts the folder it was loaded from there
+    check_frozen(adapted, settings)
+    own_parameters(adapted).keep_trained_biases("default")
+    return adapted
+
+
+def check_frozen(model: PeftModel, settings: LoraSettings) -> None:
+    """Make sure, name by name, that just the adapter trains.
+
+    Raises:
+        RuntimeError: PEFT left a base weight trainable or an adapter weight frozen; a bug, not the user's fault.
+    """
+    for name, parameter in model.named_parameters():
+        is_adapter = "lora_" in name or ".modules_to_save." in name
+        is_bias = name.endswith(".bias") and settings.bias != "none"
+        if parameter.requires_grad and not (is_adapter or is_bias):
+            raise RuntimeError(f"base weight {name} would be trained")
+        if is_adapter and not parameter.requires_grad:
+            raise RuntimeError(f"adapter weight {name} would not be trained")
+
+
+def summarise_adapter(model: PeftModel) -> AdapterSummary:
+    """Count parameters, modules and bytes of base and adapter."""
+    trainable, total = model.get_nb_trainable_parameters()
+    adapter_bytes = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
+    all_bytes = sum(p.numel() * p.element_size() for p in model.parameters())
+    modules = Counter(
+        name.rpartition(".")[2] for name, module in model.named_modules() if isinstance(module, LoraLayer)
+    )
+    return AdapterSummary(trainable, total, dict(modules), all_bytes - adapter_bytes, adapter_bytes)
+
+
+def save_adapter(model: PeftModel, folder: Path) -> None:
+    """Write adapter_config.json and adapter_model.safetensors."""
+    # Left to itself PEFT would ask the hub whether the vocabulary has grown; loratune never resizes it.
+    model.save_pretrained(folder, save_embedding_layers=False)
+    (folder / "README.md").unlink(missing_ok=True)  # PEFT's card names local paths
+
+
+def load_adapter(model: Any, folder: Path, name: str = "default", keep_dtype: bool = False) -> PeftModel:
+    """Put a saved adapter on its base, which stays as it is: what the adapter replaces in it becomes its own.
+
+    Args:
+        model: the base, or one with other adapters on it.
+        folder: PEFT folder.
+        name: PEFT's name for it, to tell several apart.
+        keep_dtype: as of `OwnParameters.add`.
+
+    Raises:
+        LoratuneError: the adapter is damaged, not LoRA, holds NaN, or was made for another shape.
+    """
+    own, problems = own_parameters(model), list[str]()
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    shapes = {parameter: tuple(values.shape) for parameter, values in own.base_parameters().items()}
+    values = settle_patterns(read_config_values(folder), shapes, folder)
+    config = _peft_config(values, folder)
+    tensors = read_tensors(folder, values, shapes, base.config.tie_word_embeddings, problems)
+    if problems:
+        raise LoratuneError(
+            f"{folder}: the adapter does not fit the base model:\n{bullet_list(problems, limit=5)}", Exit.MODEL
+        )
+    lora = {tensor: tuple(values.shape) for tensor, values in tensors.lora.items()}
+    require_complete(folder, _peft_config(values, folder), lora, shapes)
+    own.add(name, tensors, keep_dtype)
+    own.select([name])  # PEFT takes the sizes of the adapter's matrices from the base's
+    try:
+        with warnings.catch_warnings():
+            # Of tied matrices and biases, which PEFT could not merge; here they are merged, or refused.
+            warnings.simplefilter("ignore", UserWarning)
+            if isinstance(model, PeftModel):
+                model.add_adapter(name, config)
+            else:
+                model = PeftModelForCausalLM(model, config, name)
+            set_peft_model_state_dict(model, tensors.lora, name)
+    except (RuntimeError, ValueError, KeyError) as error:
+        raise LoratuneError(
+            f"{folder}: the adapter does not fit the base model: {_first_lines(str(error))}", Exit.MODEL
+        ) from error
+    own.select([str(model.active_adapter)])
+    return model.eval()
+
+
+def check_adapter(folder: Path, base: Shapes) -> None:
+    """Make sure that an adapter has all its tensors, as `load_adapter` does, but without a model.
+
+    Args:
+        folder: PEFT folder.
+        base: name of each parameter of the base → its shape.
+
+    Raises:
+        LoratuneError: as `require_complete`, or the file is missing, damaged or holds NaN.
+    """
+    check_weights(folder)
+    values = settle_patterns(read_config_values(folder), base, folder)
+    require_complete(folder, _peft_config(values, folder), tensor_shapes(folder), base)
+
+
+def load_adapter_weights(model: PeftModel, folder: Path) -> None:
+    """Put the weights of a saved adapter in the place of the model's own.
+
+    Raises:
+        LoratuneError: the file is damaged, or does not hold exactly the tensors that the model trains.
+    """
+    check_weights(folder)
+    weights = load_file(folder / WEIGHTS_FILE)
+    own = get_peft_model_state_dict(model, save_embedding_layers=False)
+    strange = sorted(
+        name
+        for name in weights.keys() | own.keys()
+        if name not in own or name not in weights or weights[name].shape != own[name].shape
+    )
+    if strange:
+        raise LoratuneError(
+            f"{folder / WEIGHTS_FILE}: {len(strange)} tensors are not those that this run trains, first {strange[0]}",
+            Exit.MODEL,
+        )
+    set_peft_model_state_dict(model, weights)
+
+
+def _peft_config(values: dict[str, Any], folder: Path) -> LoraConfig:
+    """A settled config for PEFT, which is left with the LoRA layers: see `OwnParameters` for the rest."""
+    patterns = {key: as_expressions(values[key]) for key in ("rank_pattern", "alpha_pattern")}
+    own = ("bias", "modules_to_save", "trainable_token_indices")
+    lora = {key: value for key, value in values.items() if key in SETTINGS and key not in own}
+    try:
+        return LoraConfig(**(lora | patterns | {"task_type": "CAUSAL_LM", "inference_mode": True}))
+    except (ValueError, TypeError) as error:
+        raise LoratuneError(f"{folder / CONFIG_FILE}: {_first_lines(str(error))}", Exit.MODEL) from error
+
+
+def keep_unpacked(model: Any) -> None:
+    """Keep bitsandbytes from repacking 4-bit weights at the first validation on a CPU.
+
+    Its packed form is for inference alone: the next training step would fail with "a view of a leaf Variable that
+    requires grad is being used in an in-place operation".
+    """
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
+
+
+def _linear_names(model: Any) -> list[str]:
+    """Last name parts of all linear modules, the output head left out, in the order of the model."""
+    head = model.get_output_embeddings()
+    names = [
+        name.rpartition(".")[2]
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and module is not head
+    ]
+    return list(dict.fromkeys(names))
+
+
+def _resolve_targets(model: Any, settings: LoraSettings) -> list[str]:
+    names = _linear_names(model)
+    if settings.target_modules == "all-linear":
+        return names
+    wanted = ATTENTION_TARGETS if settings.target_modules == "attention" else list(settings.target_modules)
+    unmatched = [target for target in wanted if target not in names]
+    if unmatched:
+        raise LoratuneError(
+            f"lora.target_modules: no module is called {', '.join(unmatched)}; the model has {', '.join(names)}",
+            Exit.USAGE,
+        )
+    return wanted
+
+
+def _resolve_layers(layers: str | None, count: int) -> list[int] | None:
+    """Layer numbers of `last 6`, `first 4` or `8-15`, counted from 0."""
+    if layers is None:
+        return None
+    match = LAYERS.fullmatch(layers)
+    if match is None:
+        raise RuntimeError(f"the recipe let layers {layers!r} through")
+    if match["end"]:
+        wanted = int(match["count"])
+        chosen = range(count - wanted, count) if match["end"] == "last" else range(wanted)
+    else:
+        chosen = range(int(match["start"]), int(match["stop"]) + 1)
+    if chosen.start < 0 or chosen.stop > count:
+        raise LoratuneError(f"lora.layers {layers!r}: the model has {count} layers, 0 to {count - 1}", Exit.USAGE)
+    return list(chosen)
+
+
+def _check_modules_to_save(model: Any, wanted: list[str]) -> None:
+    names = {name.rpartition(".")[2] for name, _ in model.named_modules()}
+    unmatched = [name for name in wanted if name not in names]
+    if unmatched:
+        raise LoratuneError(f"lora.modules_to_save: no module is called {', '.join(unmatched)}", Exit.USAGE)
+
+
+def _first_lines(text: str, limit: int = 3) -> str:
+    lines = [re.sub(r"\s+", " ", line).strip() for line in text.splitlines() if line.strip()]
+    return " · ".join(lines[:limit]) + (f" · … {len(lines) - limit} more" if len(lines) > limit else "")

@@ -1,0 +1,92 @@
+"""Several adapters of one base as one, through PEFT's add_weighted_adapter."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+
+from loratune.errors import Exit, LoratuneError, bullet_list
+from loratune.model.adapter.attach import load_adapter
+from loratune.model.adapter.files import read_config_values
+from loratune.model.adapter.own_parameters import own_parameters
+from loratune.model.weights.mapped import load_mapped
+
+# What PEFT calls linear adds up the A and the B matrices, whose product then has terms of one adapter's A with the
+# other's B. The weighted sum of the updates is what it calls cat: the matrices side by side.
+PEFT_NAMES = {"linear": "cat", "svd": "svd", "ties": "ties", "dare_ties": "dare_ties"}
+COMBINED = "combined"
+
+
+def combine_adapters(
+    base: Path, adapters: Mapping[str, Path], weights: list[float], method: str, density: float, folder: Path
+) -> Path:
+    """Write the combination of some adapters as a PEFT folder.
+
+    Args:
+        base: folder of their base.
+        adapters: name → PEFT folder.
+        weights: of each.
+        method: linear, svd, ties or dare_ties.
+        density: share of the values that ties (https://arxiv.org/abs/2306.01708) and dare_ties
+            (https://arxiv.org/abs/2311.03099) keep.
+        folder: existing folder to write into.
+
+    Returns:
+        The written adapter.
+
+    Raises:
+        LoratuneError: an adapter has more than low-rank matrices, or PEFT refuses the combination.
+    """
+    _check_plain(adapters)
+    model = load_mapped(base)
+    for name, adapter in adapters.items():
+        model = load_adapter(model, adapter, name)
+        own = own_parameters(model).names(name)
+        if own:  # PEFT would leave it out
+            raise LoratuneError(
+                f"only plain LoRA adapters can be combined: {name} ({adapter}) brings {', '.join(own[:3])}; merge "
+                "one, and train on the merged model",
+                Exit.MODEL,
+            )
+    torch.manual_seed(0)  # dare_ties draws what it drops
+    try:
+        model.add_weighted_adapter(
+            list(adapters),
+            weights,
+            COMBINED,
+            combination_type=PEFT_NAMES[method],
+            density=density if "ties" in method else None,
+            svd_full_matrices=False,  # the columns beyond the rank are thrown away
+        )
+    except ValueError as error:
+        raise LoratuneError(f"--combine {method}: {error}", Exit.MODEL) from error
+    # The result carries its scale in its matrices; the flag, copied from the first adapter, would scale it again.
+    model.peft_config[COMBINED].use_rslora = False
+    model.save_pretrained(folder, selected_adapters=[COMBINED], save_embedding_layers=False)
+    return folder / COMBINED
+
+
+def _check_plain(adapters: Mapping[str, Path]) -> None:
+    problems = []
+    layers = {}
+    for name, adapter in adapters.items():
+        config = read_config_values(adapter)
+        layers[name] = config.get("layers_to_transform")
+        extras = {
+            "DoRA": config.get("use_dora"),
+            "modules_to_save": config.get("modules_to_save"),
+            "trained tokens": config.get("trainable_token_indices"),
+            "trained biases": config.get("bias", "none") != "none" or config.get("lora_bias"),
+            "a rank or alpha pattern": config.get("rank_pattern") or config.get("alpha_pattern"),
+        }
+        problems += [f"{name} ({adapter}) has {extra}" for extra, has in extras.items() if has]
+    if len({str(numbers) for numbers in layers.values()}) > 1:  # PEFT would drop those that the first does not have
+        problems.append(", ".join(f"{name} is on layers {numbers or 'all'}" for name, numbers in layers.items()))
+    if problems:
+        raise LoratuneError(
+            f"only plain LoRA adapters can be combined:\n{bullet_list(problems)}\nmerge one, and train on the "
+            "merged model",
+            Exit.MODEL,
+        )

@@ -1,0 +1,245 @@
+"""What PEFT itself makes of a base's tensors: its own reading of an adapter, and its own merge, some rows at a time.
+
+The model is built without values, so that it takes no memory but the adapter's. PEFT puts its layers on it and loads
+the adapter into them; whatever has values afterwards is what the adapter changes. The rows of a base are then lent to
+the layer they belong to, with the rows of the adapter's matrices that go with them.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftModelForCausalLM, set_peft_model_state_dict
+from peft.tuners.lora import LoraLayer
+from peft.tuners.trainable_tokens import TrainableTokensLayer
+from peft.utils.other import ModulesToSaveWrapper
+from safetensors.torch import load_file
+from torch import nn
+
+from loratune.errors import Exit, LoratuneError, bullet_list
+from loratune.model.adapter.files import NAME, SETTINGS, WEIGHTS_FILE, read_config_values
+from loratune.model.adapter.patterns import as_expressions, settle_patterns
+from loratune.model.adapter.peft_rows import LoraRows, merge_tokens
+from loratune.model.adapter.tensors import PREFIX, TOKENS, WRAPPER
+from loratune.model.config import empty_model, load_config
+
+ADAPTER = "default"
+PATTERNS = ("rank_pattern", "alpha_pattern", "target_modules", "exclude_modules", "layers_pattern")
+TRAINED = (".lora_", ".modules_to_save.", ".trainable_tokens_")
+
+
+@dataclass
+class Change:
+    """What PEFT does to one parameter of the base."""
+
+    replacement: torch.Tensor | None = None
+    """Takes the place of the base's values."""
+    lora: LoraRows | None = None
+    tokens: list[Any] = field(default_factory=list)
+    """PEFT's layers of trained tokens."""
+    is_bias: bool = False
+
+    def rows(self, base: torch.Tensor, numbers: torch.Tensor) -> torch.Tensor:
+        """Some rows as PEFT merges them.
+
+        Args:
+            base: (n, columns) or (n,) of the base, or of what replaces it, in the type to compute in; not changed.
+            numbers: which rows they are (n,).
+
+        Raises:
+            LoratuneError: PEFT refuses to merge them, as it does where a value is not finite.
+        """
+        try:
+            for layer in self.tokens:
+                base = merge_tokens(layer, base, numbers)
+            if self.lora is None:
+                return base
+            return self.lora.merge_bias(base, numbers) if self.is_bias else self.lora.merge(base, numbers)
+        except ValueError as error:
+            raise LoratuneError(f"PEFT does not merge this adapter into this base: {error}", Exit.MODEL) from error
+
+    @property
+    def needs_float64(self) -> bool:
+        """Whether float32 sums are too long to tell a light change from rounding: DoRA's lengths of whole rows."""
+        return self.lora is not None and self.lora.is_dora
+
+    def tolerance(self, merged: torch.Tensor, numbers: torch.Tensor) -> torch.Tensor:
+        """How far two right ways of computing `rows` in float32 may lie apart (n,)."""
+        eps = torch.finfo(torch.float32).eps
+        if self.lora is None:
+            return torch.zeros(len(merged), dtype=torch.float32)
+        largest = merged.reshape(len(merged), -1).abs().amax(1).float()
+        if self.is_bias:
+            return 8 * eps * largest
+        return 2 * eps * (4 * largest + (self.lora.rank + 4) * self.lora.largest_updates(numbers))
+
+
+class PeftMerge:
+    """An adapter on its base, as PEFT understands both.
+
+    Args:
+        base: model folder; of it, only config.json is read.
+        adapter: PEFT folder, which has been checked (`loratune.model.adapter.files`).
+        vocabulary: rows of the merged model's embedding.
+        is_tied: whether the base has one matrix for embedding and head.
+
+    Raises:
+        LoratuneError: PEFT cannot put the adapter on such a base, has no place for a tensor, or misses one.
+    """
+
+    def __init__(self, base: Path, adapter: Path, vocabulary: int, is_tied: bool) -> None:
+        self.is_tied = is_tied
+        model = _empty_model(base, vocabulary, is_tied)
+        places = {id(module): name for name, module in model.named_modules()}
+        shapes = {name: tuple(values.shape) for name, values in model.named_parameters(remove_duplicate=False)}
+        state = load_file(adapter / WEIGHTS_FILE)
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                peft = PeftModelForCausalLM(model, _config(adapter, shapes), ADAPTER, low_cpu_mem_usage=True)
+                shared = _fill(peft)
+                result = set_peft_model_state_dict(peft, state, ADAPTER, low_cpu_mem_usage=True)
+        except (RuntimeError, ValueError, KeyError, TypeError) as error:
+            raise _misfit(adapter, [" ".join(str(error).split())[:300]]) from error
+        _share_again(shared)
+        peft.eval().requires_grad_(False)
+        self.changes = _changes(peft, places)
+        """Name of a parameter of the base → what is done to it; those that stay are left out."""
+        strange = [name for name in result.unexpected_keys if not _is_copy(name, state.get(name), self.changes)]
+        problems = [f"{name}: PEFT has no place for it" for name in strange]
+        problems += [f"{name}: PEFT finds no values for it" for name in _empty(peft)]
+        if problems:
+            raise _misfit(adapter, problems)
+
+
+def _config(adapter: Path, base: Mapping[str, Sequence[int]]) -> LoraConfig:
+    """The config as PEFT reads it, but with expressions settled, on which PEFT could spend any time."""
+    values = read_config_values(adapter)
+    settled = settle_patterns(values, base, adapter)
+    for key in ("rank_pattern", "alpha_pattern"):
+        settled[key] = as_expressions(settled[key])
+    patterns = {key for key in PATTERNS if not all(map(NAME.fullmatch, _listed(values.get(key))))}
+    known = {key: (settled if key in patterns else values)[key] for key in values if key in SETTINGS}
+    return LoraConfig(**(known | {"task_type": "CAUSAL_LM", "inference_mode": True}))
+
+
+def _listed(given: Any) -> list[str]:
+    return [given] if isinstance(given, str) else list(given or ())
+
+
+def _empty_model(base: Path, vocabulary: int, is_tied: bool) -> Any:
+    """The base's modules, without values."""
+    config = load_config(base)
+    config.vocab_size, config.tie_word_embeddings = vocabulary, is_tied
+    model = empty_model(config)
+    if is_tied:
+        model.tie_weights()
+    return model
+
+
+Place = tuple[Any, str]
+"""A module, and the name of one of its parameters."""
+
+
+def _fill(model: Any) -> list[list[Place]]:
+    """Put a single zero in the place of each parameter without values: PEFT sends what it loads to where its base lies.
+
+    Returns:
+        The places of each parameter that stands in several.
+    """
+    places: dict[int, list[Place]] = defaultdict(list)
+    for module in model.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                places[id(parameter)].append((module, name))
+    for found in places.values():
+        module, name = found[0]
+        zero = nn.Parameter(torch.zeros(()).expand(module._parameters[name].shape), requires_grad=False)
+        for module, name in found:
+            module._parameters[name] = zero
+    for module in model.modules():  # of trained tokens, the rows of the base
+        for name, buffer in module._buffers.items():
+            if buffer is not None and buffer.is_meta:
+                module._buffers[name] = torch.zeros((), dtype=buffer.dtype).expand(buffer.shape)
+    return [found for found in places.values() if len(found) > 1]
+
+
+def _is_loaded(parameter: Any) -> bool:
+    return parameter is not None and not parameter.is_meta and (not parameter.ndim or any(parameter.stride()))
+
+
+def _share_again(shared: list[list[Place]]) -> None:
+    """Put together what was one matrix: loading it under one of its names has left the others as they were."""
+    for places in shared:
+        parameters = [module._parameters[name] for module, name in places]
+        loaded = next(filter(_is_loaded, parameters), None)
+        for (module, name), parameter in zip(places, parameters, strict=True):
+            if loaded is not None and not _is_loaded(parameter):
+                module._parameters[name] = loaded
+
+
+def _is_copy(name: str, tensor: torch.Tensor | None, changes: dict[str, Change]) -> bool:
+    """Whether a tensor without a place says again what another one has said, as PEFT writes saved embeddings.
+
+    The base's own values, which PEFT writes beside those of modules_to_save, need no place either.
+    """
+    place = name.removeprefix(PREFIX)
+    if ".original_module." in place:
+        return True
+    if tensor is None:
+        return False
+    if place.endswith(TOKENS):
+        change = changes.get(f"{place.removesuffix(TOKENS)}.weight", Change())
+        return any(torch.equal(layer.trainable_tokens_delta[ADAPTER].data, tensor) for layer in change.tokens)
+    change = changes.get(WRAPPER.sub("", place), Change())
+    return change.replacement is not None and torch.equal(change.replacement, tensor)
+
+
+def _empty(model: Any) -> list[str]:
+    """Parameters of the adapter that no tensor was loaded into."""
+    return [
+        name
+        for name, parameter in model.named_parameters()
+        if not _is_loaded(parameter)
+        and (".lora_" in name or ".modules_to_save." in name or ".trainable_tokens_" in name)
+    ]
+
+
+def _changes(model: Any, places: dict[int, str]) -> dict[str, Change]:
+    changes: dict[str, Change] = defaultdict(Change)
+    modules = list(model.modules())
+    replaced = {id(module.original_module) for module in modules if isinstance(module, ModulesToSaveWrapper)}
+    for module in (module for module in modules if id(module) not in replaced):
+        name = places.get(id(module))
+        if name is not None:
+            held = {f"{name}.{attribute}": parameter for attribute, parameter in module._parameters.items()}
+            for full, parameter in held.items():
+                if _is_loaded(parameter):
+                    changes[full].replacement = parameter.data
+        elif isinstance(module, ModulesToSaveWrapper):
+            name = places[id(module.original_module)]
+            for attribute, parameter in module.modules_to_save[ADAPTER].named_parameters():
+                changes[f"{name}.{attribute}"].replacement = parameter.data
+        elif isinstance(module, TrainableTokensLayer):
+            changes[f"{places[id(module.get_base_layer())]}.weight"].tokens.append(module)
+        elif isinstance(module, LoraLayer):
+            name, rows = places[id(module.get_base_layer())], LoraRows(module, ADAPTER)
+            changes[f"{name}.weight"].lora = rows
+            if module.lora_bias[ADAPTER]:
+                bias = changes[f"{name}.bias"]
+                bias.lora, bias.is_bias = rows, True
+    return dict(changes)
+
+
+def _misfit(adapter: Path, problems: list[str]) -> LoratuneError:
+    return LoratuneError(
+        f"{adapter}: PEFT cannot put the adapter on this base, so that its merge cannot be proved:\n"
+        f"{bullet_list(problems, limit=5)}",
+        Exit.MODEL,
+    )

@@ -1,0 +1,252 @@
+"""What the tensors of an adapter do: matrices of LoRA layers, and what takes the place of parameters of the base."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from loratune.errors import Exit, LoratuneError, bullet_list, counted
+from loratune.model.adapter.files import WEIGHTS_FILE, read_config_values
+from loratune.model.adapter.patterns import settle_patterns, targeted
+from loratune.model.adapter.values import check_weights
+from loratune.model.weights.tensor_files import TensorFiles
+
+PREFIX = "base_model.model."
+VOCABULARY = EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+PART = re.compile(r"(?P<module>.+)\.(?P<part>lora_[AB]\.weight|lora_B\.bias|lora_embedding_[AB]|lora_magnitude_vector)")
+RANK_AXES = {"lora_A.weight": 0, "lora_embedding_A": 0, "lora_B.weight": 1, "lora_embedding_B": 1}
+# PEFT's wrappers, which stand between a module's name and its parameter.
+WRAPPER = re.compile(r"\.(token_adapter|base_layer|modules_to_save(\.default)?)(?=\.)")
+TOKENS = ".token_adapter.trainable_tokens_delta"
+
+
+@dataclass(frozen=True)
+class AdapterTensors:
+    """What an adapter holds, by what is done with it."""
+
+    lora: dict[str, torch.Tensor]
+    """Name in the file → matrix of a LoRA layer, its bias or its DoRA lengths."""
+    whole: dict[str, torch.Tensor]
+    """Name of a parameter of the base → what takes its place: trained biases, modules_to_save, saved embeddings."""
+    rows: dict[str, tuple[list[int], torch.Tensor]]
+    """Name of a matrix of the base → numbers of the rows that are replaced, and their values."""
+
+
+def read_tensors(
+    folder: Path, values: dict[str, Any], base: Mapping[str, Sequence[int]], is_tied: bool, problems: list[str]
+) -> AdapterTensors:
+    """Read an adapter's tensors, mapped from their file.
+
+    Args:
+        folder: PEFT folder.
+        values: from `settle_patterns`.
+        base: name of each parameter of the base → its shape.
+        is_tied: whether the base has one matrix for embedding and head.
+        problems: told what does not fit the base or the config; of LoRA's matrices only the ranks are looked at.
+
+    Raises:
+        LoratuneError: the file is missing, damaged or holds NaN.
+    """
+    found = _by_use(folder, values, is_tied, problems)
+    problems += [*_vocabulary_problems(found, base), *_place_problems(found, base), *_missing(found, values, base)]
+    problems += [*_rank_problems(found, values), *_target_problems(found, values, base)]
+    return found
+
+
+def _by_use(folder: Path, values: dict[str, Any], is_tied: bool, problems: list[str]) -> AdapterTensors:
+    check_weights(folder)
+    files = TensorFiles([folder / WEIGHTS_FILE])
+    found = AdapterTensors({}, {}, {})
+    for name in sorted(files.infos):
+        tensor, place = files.tensor(name), name.removeprefix(PREFIX)
+        target = WRAPPER.sub("", place)
+        if PART.fullmatch(place):
+            found.lora[name] = tensor
+        elif place.endswith(TOKENS):
+            module = place.removesuffix(TOKENS)
+            found.rows[f"{module}.weight"] = _token_indices(values, module, len(tensor), problems), tensor
+        elif ".original_module." in place:
+            continue  # the base's own, which PEFT writes beside what replaces it
+        elif target in found.whole and not torch.equal(found.whole[target], tensor):
+            problems.append(f"{name}: {target} is replaced twice, by different values")
+        else:
+            found.whole[target] = tensor
+            if is_tied and ".base_layer." in place and target in VOCABULARY:  # the matrix that both layers share
+                found.whole.setdefault(next(other for other in VOCABULARY if other != target), tensor)
+    if is_tied and EMBEDDING in found.whole and values.get("ensure_weight_tying"):
+        found.whole.setdefault(HEAD, found.whole[EMBEDDING])
+    if is_tied and EMBEDDING in found.rows:
+        found.rows.setdefault(HEAD, found.rows[EMBEDDING])
+    return found
+
+
+def rank_and_alpha(values: dict[str, Any], module: str) -> tuple[int, float]:
+    """What a config gives a module.
+
+    Args:
+        values: from `settle_patterns`.
+        module: name in the base.
+    """
+    rank, alpha = values["rank_pattern"].get(module, values["r"]), values["alpha_pattern"].get(module)
+    return rank, values["lora_alpha"] if alpha is None else alpha
+
+
+def _rank_problems(tensors: AdapterTensors, values: dict[str, Any]) -> list[str]:
+    """Matrices of another rank than the config's, for which PEFT would make room before it compares them."""
+    problems = []
+    for name, tensor in tensors.lora.items():
+        match = PART.fullmatch(name.removeprefix(PREFIX))
+        axis = RANK_AXES.get(match["part"]) if match else None
+        if match is None or axis is None:
+            continue
+        rank, _ = rank_and_alpha(values, _module(match))
+        if tensor.ndim != 2:
+            problems.append(f"{name}: of shape {list(tensor.shape)}, so no matrix")
+        elif tensor.shape[axis] != rank:
+            problems.append(f"{name}: rank {tensor.shape[axis]} where the adapter's config says {rank}")
+    return problems
+
+
+def _target_problems(tensors: AdapterTensors, values: dict[str, Any], base: Iterable[str]) -> list[str]:
+    """Whether LoRA's matrices are those of the modules that the config names."""
+    matches = (PART.fullmatch(name.removeprefix(PREFIX)) for name in tensors.lora)
+    found = {_module(match) for match in matches if match}
+    named = set(targeted(values, base))
+    if values.get("ensure_weight_tying") and EMBEDDING.removesuffix(".weight") in named:
+        # PEFT gives the head of a tied model what it has learnt for the embedding.
+        found, named = (names - {HEAD.removesuffix(".weight")} for names in (found, named))
+    if found == named:
+        return []
+    first = min(found ^ named)
+    return [
+        f"its config and its tensors do not belong together: {counted(len(found - named), 'module')} too many, "
+        f"{len(named - found)} too few, first {first}"
+    ]
+
+
+def _module(match: re.Match[str]) -> str:
+    """The base's name of the module that a tensor of LoRA belongs to."""
+    return WRAPPER.sub("", match["module"] + ".").rstrip(".")
+
+
+def check_fits(folder: Path, base: Mapping[str, Sequence[int]], is_tied: bool) -> None:
+    """Refuse an adapter that was made for a base of other shapes; only headers of the base are needed.
+
+    Args:
+        folder, base, is_tied: as of `read_tensors`.
+
+    Raises:
+        LoratuneError: with what does not fit.
+    """
+    problems: list[str] = []
+    base = {HEAD: base[EMBEDDING], **base} if is_tied else base
+    values = settle_patterns(read_config_values(folder), base, folder)
+    tensors = read_tensors(folder, values, base, is_tied, problems)
+    for name, tensor in tensors.lora.items():
+        match = PART.fullmatch(name.removeprefix(PREFIX))
+        side = {"lora_A.weight": 1, "lora_B.weight": 0}.get(match["part"]) if match else None
+        if match is None or side is None or tensor.ndim != 2:
+            continue
+        target = WRAPPER.sub("", f"{match['module']}.") + "weight"
+        shape = base.get(target)
+        if shape is None or (tensor.shape[side] != shape[side] and target not in VOCABULARY):
+            problems.append(f"{name}: of shape {list(tensor.shape)} for a base of {shape and list(shape)}")
+    if problems:
+        raise LoratuneError(f"{folder} does not fit the base:\n{bullet_list(problems, limit=5)}", Exit.MODEL)
+
+
+def check_alone(folder: Path, modules: Mapping[str, Sequence[int]]) -> None:
+    """Refuse an adapter that fits no base: whose tensors are not those that its own config asks for.
+
+    Args:
+        folder: PEFT folder.
+        modules: from `own_modules`.
+
+    Raises:
+        LoratuneError: with what is wrong.
+    """
+    problems: list[str] = []
+    values = settle_patterns(read_config_values(folder), modules, folder)
+    tensors = _by_use(folder, values, False, problems)
+    problems += [*_missing(tensors, values, modules), *_rank_problems(tensors, values)]
+    problems += _target_problems(tensors, values, modules)
+    if problems:
+        raise LoratuneError(f"{folder} is no whole adapter:\n{bullet_list(problems, limit=5)}", Exit.MODEL)
+
+
+def _place_problems(tensors: AdapterTensors, base: Mapping[str, Sequence[int]]) -> list[str]:
+    """What has no place in the base, or another shape."""
+    problems = []
+    shapes = [(name, tensor.shape) for name, tensor in tensors.whole.items()]
+    shapes += [(name, rows.shape) for name, (_, rows) in tensors.rows.items()]
+    for name, shape in shapes:
+        free = 1 if name in VOCABULARY else 0  # rows, which have been compared with the vocabulary
+        if name not in base:
+            problems.append(f"{name}: the base has no such parameter")
+        elif len(shape) != len(base[name]) or tuple(shape[free:]) != tuple(base[name][free:]):
+            problems.append(f"{name}: of shape {list(shape)} for a base of {list(base[name])}")
+    return problems
+
+
+def _vocabulary_problems(tensors: AdapterTensors, base: Mapping[str, Sequence[int]]) -> list[str]:
+    """Whether a vocabulary was resized in training without the adapter bringing all rows of embedding and head."""
+    counts = {name: {(tensors.whole[name].shape if name in tensors.whole else base[name])[0]} for name in VOCABULARY}
+    for name, tensor in tensors.lora.items():
+        module, _, part = name.removeprefix(PREFIX).rpartition(".lora_")
+        if f"{module}.weight" in counts and tensor.ndim == 2 and part in ("embedding_A", "B.weight"):
+            counts[f"{module}.weight"].add(tensor.shape[1 if part == "embedding_A" else 0])
+    for name, (numbers, _) in tensors.rows.items():
+        if name in counts:
+            counts[name] |= {number + 1 for number in numbers if number >= max(counts[name])}
+    sizes = sorted(set().union(*counts.values()))
+    if len(sizes) == 1:
+        return []
+    lacking = [name for name in counts if name not in tensors.whole] or list(counts)
+    return [
+        f"trained with a resized vocabulary ({' or '.join(map(str, sizes))} rows; the base has {base[EMBEDDING][0]}), "
+        f"and the rows of {' and '.join(lacking)} are not in the file. Save it again where it was trained, with PEFT's "
+        "save_pretrained(…, save_embedding_layers=True)"
+    ]
+
+
+def _missing(tensors: AdapterTensors, values: dict[str, Any], base: Mapping[str, Sequence[int]]) -> list[str]:
+    """What the config says was trained and the file does not hold."""
+    wanted = values.get("modules_to_save") or []
+    tokens = values.get("trainable_token_indices") or []
+    modules = [wanted] if isinstance(wanted, str) else list(wanted)
+    modules += list(tokens) if isinstance(tokens, dict) else ["embed_tokens"] if tokens else []
+    held = [f".{name}" for name in (*tensors.whole, *tensors.rows)]
+    problems = [
+        f"{module} was trained and is not in the file"
+        for module in modules
+        if not any(f".{module}." in name for name in held)
+    ]
+    adapted_names = {name.rpartition(".lora_")[0] for name in tensors.lora if name.endswith(".lora_B.weight")}
+    if values.get("use_dora"):
+        lengths = {name.rpartition(".lora_")[0] for name in tensors.lora if "lora_magnitude_vector" in name}
+        problems += [
+            f"{name.removeprefix(PREFIX)} was trained with DoRA, and its lora_magnitude_vector is not in the file"
+            for name in sorted(adapted_names - lengths)
+        ]
+    if values.get("bias", "none") != "none":
+        adapted = {name.removeprefix(PREFIX).rpartition(".lora_")[0] for name in tensors.lora}
+        biases = [name for name in base if name.endswith(".bias")]
+        trained = [name for name in biases if values["bias"] == "all" or name.removesuffix(".bias") in adapted]
+        problems += [f"{name} was trained and is not in the file" for name in trained if name not in tensors.whole]
+    return problems
+
+
+def _token_indices(values: dict[str, Any], module: str, count: int, problems: list[str]) -> list[int]:
+    """The ids of the tokens whose rows an adapter has trained."""
+    given = values.get("trainable_token_indices")
+    if isinstance(given, dict):
+        given = next((ids for name, ids in given.items() if f".{module}".endswith(f".{name}")), None)
+    if not isinstance(given, list) or len(given) != count:
+        problems.append(f"{module}: {count} rows are trained, and trainable_token_indices does not say which")
+        return []
+    return given

@@ -1,0 +1,219 @@
+"""Loss on labelled positions only: logits exist for a few of them at a time, never for a whole batch.
+
+A batch of 4000 tokens has 600 million logits on Qwen's vocabulary, most of them at positions that teach nothing.
+Here the hidden states are gathered where labels are, and the head, the cross-entropy and its gradient run in chunks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.nn.functional import pad
+from torch.utils.checkpoint import checkpoint
+from transformers.modeling_outputs import BaseModelOutputWithPast
+from transformers.utils import ModelOutput
+
+from loratune.errors import Exit, LoratuneError
+
+CHUNK_BYTES = 1 << 27
+"""Of logits in the head's type: so many positions that reading the head's matrix does not decide the speed."""
+BLOCK_LOGITS = {"cpu": 1 << 22}
+"""Of a chunk, in float32 at a time: 16 MB, which caches hold."""
+BLOCK_LOGITS_ELSEWHERE = 1 << 25
+PROBED_TOKENS = 8
+"""Enough to see what a model does between its states and its logits."""
+POSITIONS_UNIT = 32
+"""Chunks have multiples of so many positions, because oneDNN compiles each shape of products and keeps it."""
+
+
+@dataclass
+class LabelledLoss(ModelOutput):
+    """What a model called with `summed_loss=True` returns."""
+
+    loss_sum: torch.Tensor | None = None
+    """Sum of the losses in nats, float32, a scalar that gradients flow from."""
+    losses: torch.Tensor | None = None
+    """The loss of each labelled position in nats, float32, detached."""
+    rows: torch.Tensor | None = None
+    """Of each of these, the row of the batch."""
+
+
+def add_labelled_loss(model: Any) -> None:
+    """Let a causal language model return `LabelledLoss` when it is called with labels and `summed_loss=True`.
+
+    The call goes through the model's own forward, so that wrappers around it see it as any other.
+
+    Raises:
+        LoratuneError: the model's logits do not follow from its states.
+    """
+    plain_forward, head = model.forward, head_of(model)
+
+    def forward(*arguments: Any, summed_loss: bool = False, **inputs: Any) -> Any:
+        return _forward(model, head, **inputs) if summed_loss else plain_forward(*arguments, **inputs)
+
+    model.forward = forward
+
+
+class OwnHead:
+    """From states to logits as a model's own forward goes, which may scale or cap either: it gets a decoder's states.
+
+    Args:
+        model: the causal language model.
+    """
+
+    def __init__(self, model: Any) -> None:
+        self._model, self._forward = model, model.forward
+
+    @property
+    def weight(self) -> Any:
+        """Of the layer that makes the logits."""
+        return self._model.get_output_embeddings().weight
+
+    def __call__(self, states: torch.Tensor) -> torch.Tensor:
+        """Logits [positions, vocabulary] of states [positions, width]."""
+        decoder = self._model.model
+        taken_over = vars(decoder).get("forward")
+        decoder.forward = lambda *_, **__: BaseModelOutputWithPast(last_hidden_state=states[None])
+        try:
+            logits: torch.Tensor = self._forward(inputs_embeds=states[None], use_cache=False).logits[0]
+        finally:
+            del decoder.forward
+            if taken_over is not None:
+                decoder.forward = taken_over
+        return logits
+
+
+def head_of(model: Any) -> Any:
+    """What makes logits of a decoder's states: the head's layer if the model, run on a few tokens, does nothing else.
+
+    Raises:
+        LoratuneError: the logits do not follow from the states.
+    """
+    head = model.get_output_embeddings()
+    seen: dict[str, torch.Tensor] = {}
+    hooks = [
+        model.model.register_forward_hook(lambda _, __, output: seen.update(states=output.last_hidden_state)),
+        head.register_forward_hook(lambda _, inputs, output: seen.update(given=inputs[0], made=output)),
+    ]
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            ids = torch.arange(PROBED_TOKENS, device=model.device)[None]
+            logits = model(input_ids=ids, use_cache=False).logits
+            if _are_same(seen.get("given"), seen["states"]) and _are_same(seen["made"], logits):
+                return head
+            own = OwnHead(model)
+            if _are_same(own(seen["states"][0])[None], logits):
+                return own
+    finally:
+        for hook in hooks:
+            hook.remove()
+        model.train(was_training)
+    raise LoratuneError(
+        f"{type(model).__name__}: its logits do not follow from its decoder's last states alone, so its loss cannot be "
+        "computed on labelled positions only; loratune cannot train it",
+        Exit.MODEL,
+    )
+
+
+def _are_same(tensor: torch.Tensor | None, other: torch.Tensor) -> bool:
+    """To the bit, but for a wider type; not a number counts as a number."""
+    if tensor is None or tensor.shape != other.shape:
+        return False
+    return bool(torch.allclose(tensor.to(other.dtype), other, rtol=0, atol=0, equal_nan=True))
+
+
+def _forward(model: Any, head: Any, labels: torch.Tensor, **inputs: Any) -> LabelledLoss:
+    given = {name: value for name, value in inputs.items() if value is not None}
+    hidden = model.model(**given | {"use_cache": False}).last_hidden_state
+    targets = labels[:, 1:]
+    is_labelled = targets >= 0  # -100 is torch's label for a position without loss
+    rows = is_labelled.nonzero()[:, 0]
+    total, losses = summed_loss(hidden[:, :-1][is_labelled], targets[is_labelled], head)
+    return LabelledLoss(loss_sum=total, losses=losses, rows=rows)
+
+
+def summed_loss(hidden: torch.Tensor, targets: torch.Tensor, head: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    """Cross-entropy of a head's logits.
+
+    Args:
+        hidden: states at labelled positions, [positions, width].
+        targets: the tokens that follow, int64, [positions].
+        head: from states to logits, with its `weight`; see `head_of`.
+
+    Returns:
+        The sum, a scalar that gradients flow from, and the detached loss of each position; float32, in nats.
+    """
+    is_frozen = type(head) is torch.nn.Linear and head.bias is None and not head.weight.requires_grad
+    if is_frozen:
+        total, losses = _FrozenHeadLoss.apply(hidden, head.weight, targets)
+        return total, losses
+    if not len(targets):
+        return hidden.float().sum(), hidden.new_zeros(0, dtype=torch.float32)
+    chunks = _parts(len(targets), _chunk_positions(hidden, head.weight))
+    parts = [checkpoint(_losses, hidden[chunk], targets[chunk], head, use_reentrant=False) for chunk in chunks]
+    losses = torch.cat(parts)
+    return losses.sum(), losses.detach()
+
+
+def _losses(hidden: torch.Tensor, targets: torch.Tensor, head: Any) -> torch.Tensor:
+    return torch.nn.functional.cross_entropy(head(hidden).float(), targets, reduction="none")
+
+
+def _chunk_positions(hidden: torch.Tensor, weight: torch.Tensor) -> int:
+    fitting: int = CHUNK_BYTES // hidden.element_size() // len(weight)
+    return max(fitting // POSITIONS_UNIT * POSITIONS_UNIT, POSITIONS_UNIT)
+
+
+def _parts(positions: int, size: int) -> Iterator[slice]:
+    size = max(1, size)
+    return (slice(start, min(start + size, positions)) for start in range(0, positions, size))
+
+
+def _losses_then_gradients(logits: torch.Tensor, targets: torch.Tensor, with_gradients: bool) -> torch.Tensor:
+    """Losses of logits, float32, [positions]; if asked, the logits are overwritten by their gradients."""
+    losses = logits.new_empty(len(targets), dtype=torch.float32)
+    block_logits = BLOCK_LOGITS.get(logits.device.type, BLOCK_LOGITS_ELSEWHERE)
+    for block in _parts(len(targets), block_logits // logits.shape[1]):
+        aims = targets[block, None]
+        log_probabilities = logits[block].float().log_softmax(dim=-1)
+        losses[block] = -log_probabilities.gather(1, aims)[:, 0]
+        if with_gradients:
+            probabilities = log_probabilities.exp_()
+            logits[block] = probabilities.scatter_add_(1, aims, probabilities.new_full(aims.shape, -1.0))
+    return losses
+
+
+class _FrozenHeadLoss(torch.autograd.Function):
+    """The gradient of the states is made along with the losses, while a chunk's logits are there."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        positions = len(targets)
+        missing = -positions % POSITIONS_UNIT
+        hidden, targets = pad(hidden, (0, 0, 0, missing)), pad(targets, (0, missing))
+        losses = hidden.new_empty(len(targets), dtype=torch.float32)
+        # float16 would lose small gradients before a scaler can enlarge them.
+        kind = torch.float32 if hidden.dtype == torch.float16 else hidden.dtype
+        gradient = torch.empty_like(hidden, dtype=kind) if ctx.needs_input_grad[0] else None
+        for chunk in _parts(len(targets), _chunk_positions(hidden, weight)):
+            logits = hidden[chunk] @ weight.T
+            losses[chunk] = _losses_then_gradients(logits, targets[chunk], gradient is not None)
+            if gradient is not None:
+                gradient[chunk] = logits @ weight
+        ctx.gradient, ctx.kind = None if gradient is None else gradient[:positions], hidden.dtype
+        losses = losses[:positions].clone()
+        ctx.mark_non_differentiable(losses)
+        return losses.sum(), losses
+
+    @staticmethod
+    def backward(ctx: Any, of_sum: torch.Tensor, _: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        gradient = ctx.gradient
+        ctx.gradient = None
+        return (gradient * of_sum).to(ctx.kind), None, None

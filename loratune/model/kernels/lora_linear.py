@@ -1,0 +1,221 @@
+"""A frozen linear layer and its LoRA branch as one autograd function, in the place of PEFT's separate passes.
+
+PEFT casts the activations to the adapter's dtype and adds the branch in passes of their own, which on a CPU take as
+long as the matrix products. Parameters, their names and the saved files stay PEFT's.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+from dataclasses import dataclass
+from types import MethodType
+from typing import Any
+
+import torch
+from peft.import_utils import is_bnb_4bit_available
+from peft.tuners.lora import Linear
+from peft.utils.integrations import dequantize_bnb_weight
+from torch import nn
+from torch.autograd.function import once_differentiable
+
+from loratune.model.kernels.few_rows import takes_few_rows
+
+_MAX_DROPOUT = 254 / 256
+"""What a random byte can tell safely."""
+
+
+def use_fused_lora(model: Any) -> int:
+    """Compute every plain LoRA layer in one function; PEFT keeps the others.
+
+    A layer is plain with one active adapter on a frozen `nn.Linear` or bitsandbytes' `Linear4bit`, without DoRA or
+    another variant, bias or merge. It goes back to PEFT's own forward in each call that finds it in another state:
+    adapters disabled, merged, several of them, named per row, autocast.
+
+    Args:
+        model: a PEFT model.
+
+    Returns:
+        How many layers are computed so.
+    """
+    taken = 0
+    for layer in model.modules():
+        if not _is_taken(layer):
+            if "forward" in vars(layer) or _plain_adapter(layer) is None:
+                continue
+            layer.forward = MethodType(_forward, layer)
+        taken += 1
+    return taken
+
+
+def _is_taken(layer: Any) -> bool:
+    return getattr(vars(layer).get("forward"), "__func__", None) is _forward
+
+
+def _forward(layer: Any, x: Any, *args: Any, **kwargs: Any) -> Any:
+    """The forward of a layer that is taken over: (…, in) → (…, out) in the dtype of x."""
+    adapter = None if args or kwargs else _plain_adapter(layer)
+    if adapter is None or not _suits(layer, adapter, x):
+        return type(layer).forward(layer, x, *args, **kwargs)
+    dropout = layer.lora_dropout[adapter]
+    rate = dropout.p if isinstance(dropout, nn.Dropout) and dropout.training else 0.0
+    base = layer.base_layer
+    plan = _Plan(base, layer.scaling[adapter], rate)
+    return _FusedLinear.apply(x, base.bias, layer.lora_A[adapter].weight, layer.lora_B[adapter].weight, plan)
+
+
+@functools.cache
+def _base_classes() -> dict[type, type]:
+    """PEFT's class of layer → the class that its base has to be."""
+    classes: dict[type, type] = {Linear: nn.Linear}
+    if is_bnb_4bit_available():
+        layers = importlib.import_module("peft.tuners.lora.bnb")
+        classes[layers.Linear4bit] = layers.bnb.nn.Linear4bit
+    return classes
+
+
+def _plain_adapter(layer: Any) -> str | None:
+    """The name of the one active adapter if the layer is nothing but base and branch."""
+    base_class = _base_classes().get(type(layer))
+    if base_class is None or layer.disable_adapters or layer.merged or len(layer.active_adapters) != 1:
+        return None
+    adapter: str = layer.active_adapters[0]
+    if adapter not in layer.lora_A or adapter in layer.lora_variant or not layer.cast_input_dtype_enabled:
+        return None
+    dropout, down, up = layer.lora_dropout[adapter], layer.lora_A[adapter], layer.lora_B[adapter]
+    has_plain_dropout = _is_bare(dropout, nn.Identity) or (_is_bare(dropout, nn.Dropout) and dropout.p <= _MAX_DROPOUT)
+    has_plain_branch = _is_bare(down, nn.Linear) and _is_bare(up, nn.Linear) and up.bias is None
+    has_known_base = _is_bare(layer.base_layer, base_class) and _has_frozen_weight(layer.base_layer)
+    if not (has_plain_dropout and has_plain_branch and has_known_base):
+        return None
+    known_dtypes = (torch.float32, _base_dtype(layer.base_layer))
+    return adapter if down.weight.dtype == up.weight.dtype and down.weight.dtype in known_dtypes else None
+
+
+def _is_bare(module: Any, kind: type) -> bool:
+    """Whether a module does what its class does and nothing else; a subclass or a hook may do more."""
+    hooks = (
+        module._forward_hooks,
+        module._forward_pre_hooks,
+        module._backward_hooks,
+        module._backward_pre_hooks,
+        "forward" in vars(module) and not takes_few_rows(module),
+    )
+    return type(module) is kind and not any(hooks)
+
+
+def _has_frozen_weight(base: Any) -> bool:
+    """Whether the weight is one that its class holds by itself: a plain tensor, or bitsandbytes' in training format."""
+    if base.weight.requires_grad:
+        return False
+    if type(base) is nn.Linear:
+        return type(base.weight) is nn.Parameter
+    state = base.weight.quant_state
+    return state is not None and not getattr(state, "packing_format_for_cpu", False)
+
+
+def _base_dtype(base: Any) -> Any:
+    """The dtype that the base computes in; None where a 4-bit layer takes that of its first input."""
+    return base.weight.dtype if type(base) is nn.Linear else base.compute_dtype
+
+
+def _suits(layer: Any, adapter: str, x: Any) -> bool:
+    """Whether one dtype, that of x, does for the whole layer."""
+    return (
+        not torch.is_autocast_enabled(x.device.type)
+        and _base_dtype(layer.base_layer) in (x.dtype, None)
+        and layer.lora_A[adapter].weight.dtype in (x.dtype, torch.float32)
+    )
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """What one call needs besides tensors that may have gradients."""
+
+    base: Any
+    scaling: float
+    dropout: float
+    """Rate; 0 outside training."""
+
+
+class _FusedLinear(torch.autograd.Function):
+    """y = base(x) + scaling · dropout(x) Aᵀ Bᵀ, with all products in the dtype of x.
+
+    Shapes: x (…, in), A (rank, in), B (out, rank), y (…, out). A and B may be float32 beside a smaller x; they are
+    rounded for the products, which accumulate in float32, and their gradients come back in their own dtype.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Any, bias: Any, lora_a: Any, lora_b: Any, plan: _Plan) -> Any:
+        """Keep x, the (rows, rank) input of B and, with dropout, a mask of one byte per element of x."""
+        dense = x.contiguous()  # a bfloat16 product of strided rows is a hundred times slower on a CPU
+        # Not a view of two dimensions: what comes after may change y in place, which a view made here forbids.
+        y = plan.base(dense)
+        mask = _draw_mask(dense, plan.dropout) if plan.dropout else None
+        scale = plan.scaling / (1 - plan.dropout)
+        reduced = _masked(_rows(dense), mask) @ lora_a.to(x.dtype).t()
+        _rows(y).addmm_(reduced, lora_b.to(x.dtype).t(), alpha=scale)
+        _, _, needs_a, needs_b, _ = ctx.needs_input_grad
+        ctx.save_for_backward(x if needs_a else None, reduced if needs_b else None, mask, lora_a, lora_b)
+        ctx.base, ctx.bias_dtype, ctx.scale = plan.base, None if bias is None else bias.dtype, scale
+        return y
+
+    @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator]
+    def backward(ctx: Any, grad: Any) -> tuple[Any, ...]:
+        """Gradients of x, bias, A and B, each only where it is asked for."""
+        x, reduced, mask, lora_a, lora_b = ctx.saved_tensors
+        needs_x, needs_bias, needs_a, needs_b, _ = ctx.needs_input_grad
+        grad_x = grad_bias = grad_a = grad_b = None
+        rows = _rows(grad.contiguous())
+        mask = None if mask is None else mask.to(grad.dtype)  # once, as both products below would convert it
+        if needs_bias:
+            grad_bias = rows.sum(0, dtype=ctx.bias_dtype)
+        if needs_b:
+            grad_b = (rows.t() @ reduced).to(lora_b.dtype).mul_(ctx.scale)
+        if needs_x or needs_a:
+            through_b = rows @ lora_b.to(grad.dtype)  # (rows, rank)
+        if needs_a:
+            grad_a = (through_b.t() @ _masked(_rows(x.contiguous()), mask)).to(lora_a.dtype).mul_(ctx.scale)
+        if needs_x:
+            grad_x = rows @ _dense_weight(ctx.base, grad.dtype)
+            _add_branch(grad_x, through_b, lora_a.to(grad.dtype), mask, ctx.scale)
+            grad_x = grad_x.view(*grad.shape[:-1], lora_a.shape[1])
+        return grad_x, grad_bias, grad_a, grad_b, None
+
+
+def _rows(tensor: Any) -> Any:
+    """(…, features) as (rows, features), sharing memory."""
+    return tensor.view(-1, tensor.shape[-1])
+
+
+def _draw_mask(x: Any, rate: float) -> Any:
+    """Draw which elements of x stay: int8 of 1 and 0, as (rows, features).
+
+    A random byte for each is far faster than torch's Bernoulli numbers, which would take as long as the layer's
+    products. A byte knows 256 rates; each row draws the one above or below, so that every element is dropped with
+    just this probability.
+    """
+    rows = _rows(x)
+    words = torch.empty((x.numel() + 7) // 8, dtype=torch.int64, device=x.device).random_(-(2**63), None)
+    dropped = torch.rand(len(rows), 1, device=x.device).add_(256 * rate).floor_()
+    mask = torch.empty(rows.shape, dtype=torch.int8, device=x.device)
+    # As int8 the bytes count from -128.
+    return torch.ge(words.view(torch.int8)[: x.numel()].view(rows.shape), dropped.sub_(128).to(torch.int8), out=mask)
+
+
+def _masked(rows: Any, mask: Any | None) -> Any:
+    return rows if mask is None else rows * mask
+
+
+def _add_branch(grad_x: Any, through_b: Any, lora_a: Any, mask: Any | None, scale: float) -> None:
+    """Add the branch's part to a gradient (rows, in) in place."""
+    if mask is None:
+        grad_x.addmm_(through_b, lora_a, alpha=scale)
+    else:
+        grad_x.addcmul_(through_b @ lora_a, mask, value=scale)
+
+
+def _dense_weight(base: Any, dtype: Any) -> Any:
+    """The base's (out, in) weight; a 4-bit one is dequantised anew each time, so that no dense copy stays."""
+    return base.weight if type(base) is nn.Linear else dequantize_bnb_weight(base.weight).to(dtype)

@@ -1,0 +1,1 @@
+"""Weights in their safetensors files: read in place, mapped, quantised."""

@@ -1,0 +1,99 @@
+"""A model whose weights stay in their files, so that it takes little memory, whatever its size.
+
+It computes in float32, for comparing models: in bfloat16 two right ways of computing the same model differ by more than
+the rounding of merged weights does.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional
+
+from loratune.model.files import weight_files
+from loratune.model.from_folder import load_from_folder
+from loratune.model.weights.tensor_files import TensorFiles
+
+PIECE_VALUES = 4_000_000
+"""Values of a matrix that are float32 at once."""
+RESIDENT_BYTES = 2_000_000_000
+"""Pages of a smaller model stay mapped once read; those of a larger one are let go again after each use."""
+
+
+def load_mapped(folder: Path, in_float32: bool = True) -> Any:
+    """A causal language model as transformers loads it, then bound to its mapped files.
+
+    Args:
+        folder: model folder.
+        in_float32: compute in float32, as for a comparison; else in the type of the files, as any program does.
+
+    Raises:
+        LoratuneError: transformers cannot load it, or the weights do not fit the config.
+    """
+    model = load_plain(folder)
+    files = TensorFiles(weight_files(folder))
+    is_large = sum(info.nbytes for info in files.infos.values()) > RESIDENT_BYTES
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    for parameter, name in names.items():
+        values = files.tensor(name)
+        if values.ndim < 2 and in_float32:  # norms and biases: small
+            values = values.to(torch.float32, copy=True)
+        parameter.data = values
+    for module in model.modules():
+        if isinstance(module, nn.Linear):
+            release = functools.partial(files.release, [names[module.weight]] if is_large else [])
+            module.forward = functools.partial(_linear_in_float32 if in_float32 else _linear, module, release)
+        elif isinstance(module, nn.Embedding) and in_float32:
+            module.forward = functools.partial(_embedding_in_float32, module)
+    return model
+
+
+def load_plain(folder: Path, is_quantized: bool = False) -> Any:
+    """A causal language model as anybody would load it with transformers, in the type of its files, on the CPU.
+
+    Args:
+        folder: model folder.
+        is_quantized: whether its weights are, by this program.
+
+    Raises:
+        LoratuneError: it cannot be loaded, or tensors are missing or left over.
+    """
+    return load_from_folder(folder, is_quantized, dtype="auto", attn_implementation="sdpa").eval()
+
+
+def _linear(module: nn.Linear, release: Callable[[], None], inputs: torch.Tensor) -> torch.Tensor:
+    # generate hands the head a slice with gaps, on which torch 2.13's bfloat16 product takes a hundred times as long.
+    outputs = functional.linear(inputs.contiguous(), module.weight, module.bias)
+    release()
+    return outputs
+
+
+def _linear_in_float32(module: nn.Linear, release: Callable[[], None], inputs: torch.Tensor) -> torch.Tensor:
+    """inputs (..., in) @ weight.T + bias, some rows of the weight at a time."""
+    inputs = inputs.float()
+    outputs = inputs.new_empty(*inputs.shape[:-1], module.out_features)
+    step = max(1, PIECE_VALUES // module.in_features)
+    for start in range(0, module.out_features, step):
+        rows = slice(start, start + step)
+        weight = module.weight[rows]
+        # One buffer for all: allocating each piece anew fragments the heap, to twice the memory in all.
+        exact = _buffer(max(PIECE_VALUES, module.in_features))[: weight.numel()].view(weight.shape).copy_(weight)
+        outputs[..., rows] = functional.linear(
+            inputs, exact, None if module.bias is None else module.bias[rows].float()
+        )
+        release()
+    return outputs
+
+
+@functools.lru_cache(maxsize=1)
+def _buffer(values: int) -> torch.Tensor:
+    return torch.empty(values)
+
+
+def _embedding_in_float32(module: nn.Embedding, ids: torch.Tensor) -> torch.Tensor:
+    return functional.embedding(ids, module.weight).float()

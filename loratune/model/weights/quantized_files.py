@@ -1,0 +1,56 @@
+"""The base as a quantised run has seen it: its weights quantised and dequantised again, tensor by tensor."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import bitsandbytes.functional as bnb
+import torch
+
+from loratune.model.hardware import Hardware, resolve_dtype
+from loratune.model.weights.tensor_files import TensorFiles
+from loratune.recipe.sections import ModelSettings
+
+
+class DequantizedFiles(TensorFiles):
+    """Tensor files whose linear layers come with the error that 4-bit or 8-bit training has worked around.
+
+    Of the architectures that loratune knows, the matrices within the layers are what transformers quantises.
+
+    Args:
+        paths: the base's safetensors files.
+        settings: of the training.
+        hardware: where quantisation is computed; it decides the number type too, as in training.
+    """
+
+    def __init__(self, paths: Sequence[Path], settings: ModelSettings, hardware: Hardware) -> None:
+        super().__init__(paths)
+        self._settings = settings
+        self._dtype = resolve_dtype(settings.dtype, hardware)
+        self._device = hardware.device
+        self._kept: tuple[str, torch.Tensor] | None = None
+
+    def tensor(self, name: str) -> torch.Tensor:
+        """The tensor; a quantised one is computed, and kept until another is asked for."""
+        plain = super().tensor(name)
+        if plain.ndim != 2 or ".layers." not in name:
+            return plain
+        if self._kept is None or self._kept[0] != name:
+            self._kept = (name, self._there_and_back(plain))
+        return self._kept[1]
+
+    def release(self, names: Iterable[str]) -> None:
+        """Let the pages of some tensors go."""
+        super().release(name for name in names if self._kept is None or self._kept[0] != name)
+
+    def _there_and_back(self, plain: torch.Tensor) -> torch.Tensor:
+        weight = plain.to(self._device, self._dtype)
+        if self._settings.quantization == "int8":
+            # LLM.int8 takes its weights as float16: one scale per row, integers up to 127.
+            codes, scales, _ = bnb.int8_vectorwise_quant(weight.to(torch.float16))
+            return (codes.float() * (scales.float() / 127).unsqueeze(1)).to(plain.dtype).cpu()
+        codes, state = bnb.quantize_4bit(
+            weight.contiguous(), quant_type="nf4", compress_statistics=self._settings.double_quantization
+        )
+        return bnb.dequantize_4bit(codes, state).to(plain.dtype).cpu()

@@ -1,0 +1,31 @@
+"""base + adapter as it was trained, in float32 arithmetic: what every merged or exported model has to equal."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from loratune.model.adapter.attach import keep_unpacked, load_adapter
+from loratune.model.base import load_base
+from loratune.model.hardware import detect_hardware
+from loratune.model.weights.mapped import load_mapped
+from loratune.recipe.sections import ModelSettings
+
+
+def load_reference(settings: ModelSettings, base: Path, adapter: Path) -> Any:
+    """PEFT's own model: the adapter's layers beside the base's, which is quantised if it was in training.
+
+    Args:
+        settings: of the base in training.
+        base: its folder.
+        adapter: PEFT folder.
+
+    Raises:
+        LoratuneError: the adapter does not fit, or this machine cannot quantise.
+    """
+    if settings.quantization == "none":
+        return load_adapter(load_mapped(base), adapter, keep_dtype=True)
+    exact = settings.model_copy(update={"compute_dtype": "float32"})
+    quantized = load_base(exact, base, detect_hardware())
+    keep_unpacked(quantized)  # the packed form computes in bfloat16
+    return load_adapter(quantized, adapter).float().eval()

@@ -1,0 +1,1 @@
+"""Checkpoints kept, and runs that go on from them."""

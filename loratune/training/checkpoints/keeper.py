@@ -1,0 +1,103 @@
+"""Which checkpoints stay: the newest few, and the best by validation loss."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+from transformers import TrainerCallback
+
+from loratune import console
+from loratune.errors import Exit, LoratuneError
+from loratune.recipe.sections import CheckpointSettings, EvaluationSettings
+from loratune.runs.checkpoint import checkpoint_steps, open_checkpoint, step_folder
+from loratune.runs.folder import CHECKPOINTS
+from loratune.training.checkpoints.resuming import stays_stopped
+from loratune.writing import remove
+
+
+def check_room(output: Path, settings: CheckpointSettings, adapter_bytes: int) -> None:
+    """See that the disk has room for the checkpoints that are kept at a time, and for the adapter.
+
+    Args:
+        output: run folder.
+        settings: how many checkpoints stay.
+        adapter_bytes: of the trained weights; a checkpoint holds AdamW's two averages of each too.
+
+    Raises:
+        LoratuneError: there is not enough.
+    """
+    checkpoints = settings.keep + settings.keep_best + 1  # the new one comes before the oldest goes
+    needed = (3 * checkpoints + 1) * adapter_bytes
+    free = shutil.disk_usage(output).free
+    if free < needed:
+        raise LoratuneError(
+            f"{output}: {checkpoints} checkpoints and the adapter take {console.memory(needed)}, "
+            f"{console.memory(free)} are free; make room, lower checkpoints.keep, or choose another --output",
+            Exit.IO,
+        )
+
+
+class CheckpointKeeper(TrainerCallback):
+    """Remembers the best validation, saves it, removes what is no longer kept, and stops early if asked."""
+
+    def __init__(self, run: Path, checkpoints: CheckpointSettings, evaluation: EvaluationSettings) -> None:
+        self.folder = run / CHECKPOINTS
+        self.settings = checkpoints
+        self.patience = evaluation.early_stopping
+        self.best_step: int | None = None
+        self.best_loss = float("inf")
+        self.validations_since_best = 0
+        self.stopped_early = False
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, metrics: dict[str, float], **_: Any) -> None:
+        """Note a new best and have it saved; the untrained adapter of step 0 is no candidate."""
+        if state.global_step == 0:
+            return
+        if metrics["eval_loss"] < self.best_loss:
+            self.best_loss, self.best_step = metrics["eval_loss"], state.global_step
+            self.validations_since_best = 0
+            control.should_save = control.should_save or self.settings.keep_best
+        else:
+            self.validations_since_best += 1
+        if self.patience is not None and self.validations_since_best >= self.patience:
+            self.stopped_early = not control.should_training_stop
+            control.should_training_stop = control.should_save = True
+
+    def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Remove the oldest checkpoints, after the new one has its name and reads back as it was written."""
+        if not state.is_world_process_zero:
+            return
+        open_checkpoint(step_folder(self.folder, state.global_step))
+        steps = checkpoint_steps(self.folder)
+        keep = set(steps[-self.settings.keep :])
+        if self.settings.keep_best and self.best_step is not None:
+            keep.add(self.best_step)
+        for step in steps:
+            if step not in keep:
+                remove(step_folder(self.folder, step))
+
+    @property
+    def progress(self) -> dict[str, Any]:
+        """What a resumed run has to know."""
+        return {
+            "best_step": self.best_step,
+            "best_loss": self.best_loss if self.best_step is not None else None,
+            "validations_since_best": self.validations_since_best,
+            "stopped_early": self.stopped_early,
+        }
+
+    def restore(self, progress: dict[str, Any]) -> None:
+        """Go on where a checkpoint was made."""
+        self.best_step = progress["best_step"]
+        self.best_loss = float("inf") if progress["best_loss"] is None else progress["best_loss"]
+        self.validations_since_best = progress["validations_since_best"]
+        self.stopped_early = stays_stopped(progress, self.patience)
+
+    @property
+    def best_checkpoint(self) -> Path | None:
+        """The checkpoint that the final adapter is taken from; None if that is the last step."""
+        if not self.settings.keep_best or self.best_step is None:
+            return None
+        return step_folder(self.folder, self.best_step)

@@ -1,0 +1,1 @@
+"""What a run says of itself: on the screen, in files, to trackers."""

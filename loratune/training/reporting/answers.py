@@ -1,0 +1,189 @@
+"""What the adapter changes in the model's own words: some questions asked with it and without it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Any
+
+from loratune import console
+from loratune.data.encoding.encoder import Encoder
+from loratune.data.preparation import PreparedData
+from loratune.engine.kv_cache import DecodingError
+from loratune.engine.sampling import Sampling
+from loratune.engine.scheduler import Decoder, Running
+from loratune.errors import LoratuneError, counted
+from loratune.model.adapter.own_parameters import BASE
+
+MAX_QUESTIONS = 8
+COMPARED_TOKENS = 48
+"""Of an answer; those of the base often go on and on."""
+MAX_TOKENS = 256
+"""Of the adapter's answers, so that the check takes seconds."""
+
+
+@dataclass(frozen=True)
+class Told:
+    """One question and what was answered."""
+
+    question: str
+    expected: str
+    base: str
+    """The first tokens of it."""
+    adapter: str
+    has_changed: bool
+    ended: bool | None
+    """Whether the adapter's answer came to an end; None where it was not waited for."""
+    cut_short: bool = False
+    """Whether time was up before both answers were as long as they were to be."""
+
+
+@dataclass(frozen=True)
+class Answers:
+    """All questions that were asked."""
+
+    told: list[Told]
+
+    @property
+    def changed(self) -> int:
+        """How many are answered differently."""
+        return sum(one.has_changed for one in self.told)
+
+    @property
+    def judged(self) -> int:
+        """How many could be seen to end."""
+        return sum(one.ended is not None for one in self.told)
+
+    @property
+    def ended(self) -> int:
+        """How many of those ended by themselves."""
+        return sum(one.ended is True for one in self.told)
+
+    @property
+    def cut_short(self) -> int:
+        """How many would have gone on, had there been time."""
+        return sum(one.cut_short for one in self.told)
+
+
+@dataclass(frozen=True)
+class Allowance:
+    """What the questions may take."""
+
+    seconds: float
+    reading_speed: float
+    """Tokens that training has read in a second."""
+    is_over: Callable[[], bool]
+    """Whether the user wants no more of it."""
+
+
+def ask_questions(model: Any, encoder: Encoder, data: PreparedData, allowance: Allowance) -> Answers | None:
+    """Ask some of the rows' questions with the adapter and without it, the likeliest token each time.
+
+    Args:
+        model: PEFT model with the finished adapter, which is not trained any further: it stays in eval mode.
+        encoder: the run's renderer.
+        data: the run's rows; those of the validation are asked if there are any.
+        allowance: answers are cut short where their time is up; where even reading the questions would take more than
+            half of it, fewer are asked.
+
+    Returns:
+        None if the model has layers that cannot be decoded in a batch, or if the user has had enough.
+    """
+    conversations = (data.validation or data.train).questions(MAX_QUESTIONS)
+    try:
+        decoder = Decoder(model.eval(), slots=MAX_QUESTIONS)
+        try:
+            return _ask(decoder, encoder, conversations, allowance)
+        finally:
+            decoder.close()
+    except DecodingError:
+        return None
+
+
+def _ask(
+    decoder: Decoder, encoder: Encoder, conversations: Sequence[Sequence[Any]], allowance: Allowance
+) -> Answers | None:
+    asked = list(_readable(encoder, conversations, allowance))
+    expected = [len(encoder.answer_ids(messages[-1].get("content") or "")) for messages, _ in asked]
+    end = frozenset({encoder.end_id})
+    before = [Running(prompt, _greedy(COMPARED_TOKENS), end, BASE) for _, prompt in asked]
+    now = [
+        Running(prompt, _greedy(min(2 * tokens + 32, MAX_TOKENS)), end, "default")
+        for (_, prompt), tokens in zip(asked, expected, strict=True)
+    ]
+    console.say(
+        f"asking {counted(len(asked), 'question')} with the adapter and without it, for {allowance.seconds:.0f} s at "
+        "most; the run is saved, and Ctrl-C skips this"
+    )
+    if not _decode(decoder, before, now, allowance):
+        return None
+    rows = zip(asked, expected, before, now, strict=True)
+    return Answers(
+        [
+            _told(encoder.tokenizer, messages, tokens, *both)
+            for (messages, _), tokens, *both in rows
+            if all(running.tokens for running in both)
+        ]
+    )
+
+
+def _readable(
+    encoder: Encoder, conversations: Sequence[Sequence[Any]], allowance: Allowance
+) -> Iterator[tuple[Sequence[Any], list[int]]]:
+    """Conversations with their prompts' ids, as many as there is time for; reading twice takes less than training."""
+    left = allowance.seconds / 2 * allowance.reading_speed
+    is_first = True
+    for messages in (messages for messages in conversations if len(messages) > 1):
+        with suppress(LoratuneError):  # some templates render such a row only with the tools that it offers
+            prompt = encoder.prompt_ids(messages[:-1])
+            left -= len(prompt)
+            if left >= 0 or is_first:
+                yield messages, prompt
+            is_first = False
+
+
+def _decode(decoder: Decoder, before: list[Running], now: list[Running], allowance: Allowance) -> bool:
+    """Make the answers, those of the base in half of the time; whether the user has waited for them."""
+    start, total = time.monotonic(), sum(running.sampling.max_new_tokens for running in (*before, *now))
+    with console.counted_progress("tokens", total) as tell:
+        # One after the other, so that no step mixes them.
+        for rows, until in ((before, start + allowance.seconds / 2), (now, start + allowance.seconds)):
+            for running in rows:
+                decoder.add(running)
+            while not decoder.is_idle:
+                if allowance.is_over():
+                    return False
+                decoder.step()
+                tell(sum(map(_made, (*before, *now))), "")
+                if time.monotonic() >= until:
+                    break
+            for running in rows:
+                if running.finish is None:
+                    decoder.remove(running)
+    return True
+
+
+def _made(running: Running) -> int:
+    """Tokens of an answer; one that has ended needs no more."""
+    return running.sampling.max_new_tokens if running.finish else len(running.tokens)
+
+
+def _greedy(tokens: int) -> Sampling:
+    return Sampling(max_new_tokens=tokens, repetition_penalty=1.0)
+
+
+def _told(tokenizer: Any, messages: Sequence[Any], expected: int, before: Running, now: Running) -> Told:
+    # What has not come to its end may go on alike.
+    compared = min((len(one.tokens) for one in (before, now) if one.finish != "stop"), default=None)
+    could_end = now.finish == "length" and expected <= MAX_TOKENS // 2
+    return Told(
+        question=messages[-2].get("content") or "",
+        expected=messages[-1].get("content") or "",
+        base=tokenizer.decode(before.tokens, skip_special_tokens=True),
+        adapter=tokenizer.decode(now.tokens, skip_special_tokens=True),
+        has_changed=now.tokens[:compared] != before.tokens[:compared],
+        ended=True if now.finish == "stop" else False if could_end else None,
+        cut_short=before.finish is None or now.finish is None,
+    )

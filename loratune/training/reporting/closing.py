@@ -1,0 +1,64 @@
+"""The end of a finished run: what is worth knowing of its adapter, none of which can fail the run."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from loratune import console
+from loratune.errors import Interrupted
+from loratune.runs.folder import PLOT, REPORT
+from loratune.training.failures import attempted
+from loratune.training.reporting.answers import Allowance, Answers, ask_questions
+from loratune.training.reporting.health import examine
+from loratune.training.reporting.plot import plot_losses
+from loratune.writing import write_json
+
+if TYPE_CHECKING:
+    from loratune.training.run import Running, Session
+
+LEAST_SECONDS = 10.0
+"""That questions may take after a short training."""
+
+
+def close_run(session: Session, running: Running, report: dict[str, Any]) -> dict[str, Any]:
+    """Complete a finished run's report with its health, and draw its losses.
+
+    The first signal skips the questions, the next one all that is left; the run is finished in any case.
+
+    Args:
+        session: of the run.
+        running: its trainer, and those who have watched it.
+        report: as report.json holds it; gets the health.
+
+    Returns:
+        The report.
+    """
+    try:
+        with session.stops.skipping():
+            answers = attempted("the closing questions", lambda: _answers(session, running), session.warnings)
+            report["health"] = attempted(
+                "the report of the adapter's health",
+                lambda: examine(_model(running), running.flow, running.metrics, answers).as_json(),
+                session.warnings,
+            )
+            attempted(REPORT, lambda: write_json(session.output / REPORT, report), session.warnings)
+            attempted(PLOT, lambda: plot_losses(running.metrics, session.output / PLOT), session.warnings)
+    except Interrupted:
+        console.warn(f"stopped at the end; {session.output} is finished, but what its report says may be incomplete")
+    return report
+
+
+def _answers(session: Session, running: Running) -> Answers | None:
+    share, trained = session.recipe.evaluation.questions_share, running.metrics
+    if not share:
+        return None
+    allowance = Allowance(
+        seconds=max(share * trained.seconds, LEAST_SECONDS),
+        reading_speed=trained.tokens_per_second,
+        is_over=lambda: session.stops.has_come,
+    )
+    return ask_questions(_model(running), session.encoder, session.data, allowance)
+
+
+def _model(running: Running) -> Any:
+    return running.trainer.accelerator.unwrap_model(running.trainer.model)

@@ -1,0 +1,126 @@
+"""Whether an adapter has learnt anything, everywhere, and not too much: told before it is deployed."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from transformers import TrainerCallback
+
+from loratune.errors import counted
+from loratune.model.adapter.update_size import UpdateSize, update_sizes
+from loratune.training.callbacks import Metrics
+from loratune.training.reporting.answers import Answers
+
+HARDLY = 1e-4
+"""‖ΔW‖ / ‖W‖ below which an answer hardly changes; runs that learn have 1e-3 to 1e-1."""
+WORSE = 1.05
+"""Times the best validation loss that the last one may be."""
+
+
+@dataclass
+class Health:
+    """What has become of the adapter."""
+
+    updates: dict[str, UpdateSize]
+    """Target name → how much its modules change."""
+    without_gradient: list[str]
+    """Adapted modules that no gradient has reached in the first step of this process."""
+    answers: Answers | None = None
+    """What it says to some questions; None if they could not be asked."""
+    sentences: list[str] = field(default_factory=list)
+    """What stands out, each with what to do."""
+
+    def as_json(self) -> dict[str, Any]:
+        """For the report."""
+        counts = (
+            {name: getattr(self.answers, name) for name in ("changed", "judged", "ended", "cut_short")}
+            if self.answers
+            else {}
+        )
+        return asdict(self) | ({"answers": {**counts, **asdict(self.answers)}} if self.answers else {})
+
+
+class GradientFlow(TrainerCallback):
+    """Looks at the first step's gradients: each B must have one, while A's are 0 as long as B is."""
+
+    def __init__(self) -> None:
+        self.missing: list[str] = []
+        self._has_looked = False
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, model: Any, **_: Any) -> None:
+        """Called with the step's gradients, after clipping."""
+        if self._has_looked:
+            return
+        self._has_looked = True
+        for name, weight in model.named_parameters():
+            if weight.requires_grad and ".lora_B." in name and (weight.grad is None or not weight.grad.any()):
+                self.missing.append(name.partition(".lora_B.")[0].removeprefix("base_model.model."))
+
+
+def examine(model: Any, flow: GradientFlow, metrics: Metrics, answers: Answers | None = None) -> Health:
+    """Measure the final adapter.
+
+    Args:
+        model: with the adapter's final weights.
+        flow: what the first step has shown.
+        metrics: of the run.
+        answers: what it says to some questions.
+    """
+    health = Health(update_sizes(model), flow.missing, answers)
+    health.sentences = [*_about_updates(health), *_about_answers(answers), *_about_losses(metrics)]
+    return health
+
+
+def _about_updates(health: Health) -> list[str]:
+    sizes = list(health.updates.values())
+    broken = [name for size in sizes for name in size.not_finite]
+    unchanged = [name for size in sizes for name in size.unchanged]
+    sentences = []
+    if broken:
+        sentences.append(f"{_modules(broken)} with NaN or infinity in the update: do not use this adapter")
+    if unchanged:
+        sentences.append(f"{_modules(unchanged)} unchanged: no gradient has reached them, or the learning rate was 0")
+    if sizes and not broken and max(size.largest for size in sizes) < HARDLY:
+        sentences.append(
+            "the adapter hardly changes the model: raise training.learning_rate, train longer, or raise lora.alpha"
+        )
+    if health.without_gradient:
+        sentences.append(f"{_modules(health.without_gradient)} without a gradient in the first step")
+    return sentences
+
+
+def _about_answers(answers: Answers | None) -> list[str]:
+    sentences = []
+    if answers and answers.told and not answers.changed and not answers.cut_short:
+        sentences.append(
+            f"none of {counted(len(answers.told), 'question')} is answered differently: the adapter has learnt "
+            "nothing that shows; raise training.learning_rate or lora.rank, or train longer"
+        )
+    if answers and answers.ended < answers.judged / 2:
+        sentences.append(
+            f"{answers.judged - answers.ended} of {counted(answers.judged, 'answer')} did not end by themselves: "
+            "train longer, and look for answers that are cut off in the rows (loratune data preview); until then "
+            "bound them with --max-new-tokens"
+        )
+    return sentences
+
+
+def _modules(names: list[str]) -> str:
+    return f"{counted(len(names), 'module')} ({', '.join(names[:3])}{', …' if len(names) > 3 else ''})"
+
+
+def _about_losses(metrics: Metrics) -> list[str]:
+    """Validation that rises while training falls is learning by heart."""
+    validations = [loss for _, loss in metrics.of("validation_loss")]
+    losses = [loss for _, loss in metrics.of("loss")]
+    part = max(1, len(losses) // 4)
+    if len(validations) < 3 or validations[-1] < WORSE * min(validations):
+        return []
+    if sum(losses[-part:]) >= sum(losses[:part]):
+        return []
+    return [
+        f"overfitting: the validation loss has risen from {min(validations):.3f} to {validations[-1]:.3f} while "
+        "training went on falling; fewer training.epochs, a lower training.learning_rate, more lora.dropout, a lower "
+        "lora.rank, or more rows"
+    ]

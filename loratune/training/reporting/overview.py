@@ -1,0 +1,63 @@
+"""The tables that `loratune sft` shows before it trains."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from loratune import console
+from loratune.data.preparation import PreparedData
+from loratune.errors import counted
+from loratune.model.adapter.attach import AdapterSummary
+from loratune.model.hardware import Hardware
+from loratune.recipe.sections import Recipe
+from loratune.training.activations import Activations, activations_text
+
+
+def show_data(recipe: Recipe, data: PreparedData) -> None:
+    """The rows of the run."""
+    splits = [("training", data.train), ("validation", data.validation)]
+    rows = [
+        (
+            name,
+            f"{counted(len(split), 'row')}, {split.tokens} tokens ({split.trained_tokens / split.tokens:.0%} trained), "
+            f"longest {split.longest}",
+        )
+        for name, split in splits
+        if split is not None
+    ]
+    files = ", ".join(f"{Path(use.path).name} ({use.rows} {use.format})" for use in data.files)
+    console.table([("files", files), *rows, ("template", recipe.prompt.template)], title="data")
+
+
+def show_model(
+    recipe: Recipe, hardware: Hardware, summary: AdapterSummary, dtype: str, activations: Activations | None
+) -> None:
+    """The model, its adapter, and what a step takes."""
+    modules = ", ".join(f"{name} × {count}" for name, count in summary.modules.items())
+    held = dtype if recipe.model.quantization == "none" else recipe.model.quantization
+    share = summary.trainable_parameters / summary.total_parameters
+    console.table(
+        [
+            ("base", f"{recipe.model.base}, {held}, {console.memory(summary.base_bytes)}"),
+            (
+                "adapter",
+                f"rank {recipe.lora.rank}, alpha {recipe.lora.alpha:g}, {console.memory(summary.adapter_bytes)}",
+            ),
+            ("trains", f"{summary.trainable_parameters:,} of {summary.total_parameters:,} parameters ({share:.2%})"),
+            ("modules", modules),
+            *([("a step", activations_text(activations))] if activations else []),
+        ],
+        title="model",
+    )
+
+
+def parts_of_memory(summary: AdapterSummary, activations: Activations | None, tokens: int) -> dict[str, str]:
+    """What training holds, and how much of it, as far as it is known before the first step."""
+    parts = {
+        "base": console.memory(summary.base_bytes),
+        "adapter": console.memory(summary.adapter_bytes),
+        "gradients and optimizer": console.memory(3 * summary.adapter_bytes),
+    }
+    if activations:
+        parts["activations"] = f"{console.memory(activations.kept_bytes)} if kept"
+    return parts | {"a batch of": f"{tokens:,} tokens"}

@@ -1,0 +1,295 @@
+"""From a recipe to a run folder: the flow of `loratune sft`, top to bottom."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from transformers.utils import logging as transformers_logging
+from trl import SFTConfig
+
+from loratune import console
+from loratune.data.assembly.dataset import as_dataset
+from loratune.data.encoding.encoder import Encoder
+from loratune.data.preparation import PreparedData
+from loratune.errors import Exit, Interrupted, LoratuneError, counted
+from loratune.model.adapter.attach import (
+    AdapterSummary,
+    attach_adapter,
+    load_adapter_weights,
+    save_adapter,
+    summarise_adapter,
+)
+from loratune.model.base import dtype_name, load_base
+from loratune.model.files import find_base, weight_files
+from loratune.model.hardware import Hardware, detect_hardware
+from loratune.model.kernels.lora_linear import use_fused_lora
+from loratune.model.kernels.norm_mlp import use_fused_elementwise
+from loratune.model.kernels.packed_attention import use_document_attention
+from loratune.model.memory import keep_freed_memory
+from loratune.model.tokenizer import load_tokenizer, set_pad_token
+from loratune.plain_files import read_json_object
+from loratune.recipe.advice import advise
+from loratune.recipe.sections import Recipe
+from loratune.runs.card import write_card
+from loratune.runs.checkpoint import Checkpoint, open_checkpoint, seal_checkpoint
+from loratune.runs.folder import ADAPTER, REPORT, begin_run, prepare_output, seal_run, set_status
+from loratune.runs.lock import run_lock
+from loratune.runs.probe import MAX_QUESTIONS, save_probe
+from loratune.runs.state import next_command
+from loratune.runs.tensor_hashes import TensorHashes
+from loratune.runs.tokenizer_files import copy_tokenizer_files
+from loratune.training.activations import measure_activations
+from loratune.training.arguments import compute_again, training_arguments
+from loratune.training.batching import Batching
+from loratune.training.callbacks import DivergenceGuard, Metrics, Progress
+from loratune.training.checkpoints.keeper import CheckpointKeeper, check_room
+from loratune.training.checkpoints.resuming import Resume, as_begun, check_identity, completion, find_start
+from loratune.training.checkpoints.stops import Stops
+from loratune.training.failures import attempted, machine_errors_explained
+from loratune.training.gate import pass_gate
+from loratune.training.record import identity_now, manifest_of
+from loratune.training.reporting.closing import close_run
+from loratune.training.reporting.health import GradientFlow
+from loratune.training.reporting.overview import parts_of_memory, show_data, show_model
+from loratune.training.reporting.report import write_report
+from loratune.training.reporting.start_up import StartUp
+from loratune.training.reporting.trackers import Trackers
+from loratune.training.steps import StepPlan, plan_steps
+from loratune.training.trainer import AdapterTrainer
+from loratune.writing import folder_in_one_step
+
+
+@dataclass
+class Prepared:
+    """What a run has gathered before its model is read."""
+
+    recipe: Recipe
+    output: Path
+    hardware: Hardware
+    base: Path
+    tokenizer: Any
+    encoder: Encoder
+    data: PreparedData
+    plan: StepPlan
+    arguments: SFTConfig
+    warnings: list[str]
+    start_up: StartUp
+    stops: Stops
+    held: dict[str, str]
+    """What takes memory, for the message when there is none left."""
+    hashes: TensorHashes
+    """Of the base, computed while the model is loaded."""
+
+
+@dataclass
+class Session(Prepared):
+    """Everything that a run has gathered before its first step."""
+
+    model: Any
+    """The base with the adapter on it, as PEFT makes it."""
+    summary: AdapterSummary
+
+
+class Running(NamedTuple):
+    """The trainer and those who watch it."""
+
+    trainer: AdapterTrainer
+    metrics: Metrics
+    keeper: CheckpointKeeper
+    progress: Progress
+    flow: GradientFlow
+    trackers: Trackers
+
+
+def train(recipe: Recipe, overwrite: bool = False, resume: Resume | None = None) -> dict[str, Any]:
+    """Train an adapter as the recipe says and leave a run folder.
+
+    Nothing is written before data, model and settings have proved usable.
+
+    Args:
+        recipe: what to train.
+        overwrite: replace an earlier run in the same folder.
+        resume: go on with it instead.
+
+    Returns:
+        The report, as in the run's report.json.
+
+    Raises:
+        LoratuneError: with what is wrong and what to do.
+        Interrupted: a signal has ended the run.
+    """
+    output, stops = Path(recipe.output), Stops()
+    held: dict[str, str] = {}
+    with ExitStack() as stack:
+        stack.enter_context(stops.heeded())
+        stack.enter_context(machine_errors_explained(recipe, held))
+        if console.IS_SPEAKER:
+            prepare_output(output, overwrite or resume is not None)
+            stack.enter_context(run_lock(output))
+        start = find_start(output, resume) if resume else None
+        prepared = _prepare(*as_begun(recipe, output, start), output, stops, held)
+        if start and resume:
+            check_identity(start, identity_now(prepared), resume.allow_changes)
+            if told := completion(output, start, prepared.plan.steps, recipe.evaluation.early_stopping):
+                console.say(told)
+                return read_json_object(output / REPORT)
+        return _train(_load(prepared), start)
+
+
+def _train(session: Session, start: Checkpoint | None) -> dict[str, Any]:
+    """Make the steps that are left, and finish the run."""
+    output, stops = session.output, session.stops
+    running = _build_trainer(session, identity_now(session))
+    trainer = running.trainer
+    if console.IS_SPEAKER:
+        check_room(output, session.recipe.checkpoints, session.summary.adapter_bytes)
+        begin_run(output, session.recipe, manifest_of(session), start is not None, session.plan.steps)
+        probed = session.data.validation or session.data.train
+        save_probe(output, as_dataset(probed), probed.questions(MAX_QUESTIONS))
+    trainer.accelerator.wait_for_everyone()
+    with _status_kept(output, trainer):
+        try:
+            with stops.after_step():
+                if start:
+                    _go_on(running, start, session.plan.steps)
+                else:
+                    trainer.train()
+        finally:
+            running.progress.close()
+            running.trackers.close()
+        stops.raise_if_any()
+        _take_best(trainer, running.keeper)
+        report = _finish(session, running) if console.IS_SPEAKER else {}
+    return close_run(session, running, report) if console.IS_SPEAKER else {}
+
+
+def _go_on(running: Running, start: Checkpoint, steps: int) -> None:
+    """Train from a checkpoint on, up to the run's number of steps."""
+    trainer, metrics, keeper, *_ = running
+    console.say(f"going on after step {start.step}")
+    metrics.restore(start.step, start.progress)
+    keeper.restore(start.progress)
+    trainer.args.eval_on_start = bool(start.progress["validation_is_due"])
+    trainer.resume(start.folder, start.progress["tokens"], keeper.stopped_early or start.step >= steps)
+
+
+def _prepare(recipe: Recipe, day: str | None, output: Path, stops: Stops, held: dict[str, str]) -> Prepared:
+    """Find the base and read the data: what costs little and can go wrong."""
+    start_up = StartUp()
+    start_up.stage_done("imports")
+    transformers_logging.set_verbosity_error()
+    keep_freed_memory()
+    hardware = detect_hardware()
+    data = pass_gate(recipe, day).checked()
+    recipe = recipe.model_copy(update={"prompt": data.prompt})
+    base = find_base(recipe.model)
+    hashes = TensorHashes(weight_files(base))
+    hashes.start()
+    tokenizer = load_tokenizer(base)
+    encoder = Encoder(tokenizer, recipe.prompt)
+    set_pad_token(tokenizer, {encoder.end_id, tokenizer.eos_token_id})
+    plan = plan_steps(recipe.training, data.train.lengths, hardware.processes)
+    warnings = [*advise(recipe), *data.warnings]
+    arguments = training_arguments(recipe, hardware, plan.accumulation, data.validation is not None, warnings)
+    show_data(recipe, data)
+    start_up.stage_done("data")
+    return Prepared(
+        recipe, output, hardware, base, tokenizer, encoder, data, plan, arguments, warnings, start_up, stops, held,
+        hashes,
+    )  # fmt: skip
+
+
+def _load(prepared: Prepared) -> Session:
+    """Load the model and put the adapter on it."""
+    recipe, hardware = prepared.recipe, prepared.hardware
+    with console.status(f"loading {recipe.model.base}"):
+        model = load_base(recipe.model, prepared.base, hardware)
+    adapted = attach_adapter(model, recipe.lora, recipe.model.base, recipe.seed)
+    use_fused_lora(adapted)
+    use_fused_elementwise(model)
+    if recipe.training.packing and recipe.model.attn_implementation == "auto":
+        use_document_attention(model)
+    summary = summarise_adapter(adapted)
+    activations = None
+    if recipe.training.gradient_checkpointing is None:
+        tokens, longest = prepared.plan.largest_batch_tokens, prepared.data.train.longest
+        activations = measure_activations(adapted, tokens, longest, recipe.training.packing, hardware)
+        compute_again(prepared.arguments, not activations.fit)
+    prepared.held.update(parts_of_memory(summary, activations, prepared.plan.largest_batch_tokens))
+    show_model(recipe, hardware, summary, dtype_name(model.dtype), activations)
+    prepared.start_up.stage_done("model")
+    return Session(**vars(prepared), model=adapted, summary=summary)
+
+
+def _build_trainer(session: Session, identity: dict[str, Any]) -> Running:
+    recipe, data, stops = session.recipe, session.data, session.stops
+    metrics, flow = Metrics(session.output), GradientFlow()
+    progress = Progress(metrics, session.hardware)
+    keeper = CheckpointKeeper(session.output, recipe.checkpoints, recipe.evaluation)
+
+    def seal(folder: Path, step: int, tokens: int) -> None:
+        stood = {**metrics.progress, **keeper.progress, "tokens": tokens, "validation_is_due": stops.validation_is_due}
+        seal_checkpoint(folder, step, identity, stood)
+
+    newest_rows: list[int] = []
+    guard = DivergenceGuard(newest_rows, data.train.place, session.warnings)
+    trackers = Trackers(recipe.tracking, session.output, stops, session.warnings)
+    trainer = AdapterTrainer(
+        model=session.model,
+        args=session.arguments,
+        batching=Batching(recipe.training, recipe.evaluation.batch_size, recipe.seed, session.tokenizer.pad_token_id),
+        train=data.train,
+        validation=data.validation,
+        stops=stops,
+        seal=seal,
+        newest_rows=newest_rows,
+        processing_class=session.tokenizer,
+        callbacks=[session.start_up, guard, metrics, progress, keeper, flow, stops, trackers],
+    )
+    for warning in session.warnings:
+        console.warn(warning)
+    rows = ("about " if recipe.training.packing else "") + counted(session.plan.rows_per_step, "row")
+    console.say(f"training {counted(session.plan.steps, 'step')} of {rows} on {session.hardware.name}", style="bold")
+    return Running(trainer, metrics, keeper, progress, flow, trackers)
+
+
+def _take_best(trainer: AdapterTrainer, keeper: CheckpointKeeper) -> None:
+    """Go back to the best checkpoint's weights where later steps have been worse."""
+    best = keeper.best_checkpoint
+    if best is not None and keeper.best_step != trainer.state.global_step:
+        load_adapter_weights(trainer.accelerator.unwrap_model(trainer.model), open_checkpoint(best).folder)
+
+
+def _finish(session: Session, running: Running) -> dict[str, Any]:
+    """Write the adapter with its tokenizer and card, then the report, and seal the run."""
+    trainer, metrics, keeper, *_ = running
+    with folder_in_one_step(session.output / ADAPTER) as folder:
+        save_adapter(trainer.accelerator.unwrap_model(trainer.model), folder)
+        copy_tokenizer_files(session.base, folder)
+        attempted("the adapter's card", lambda: write_card(folder, session.recipe), session.warnings)
+    report = write_report(session, trainer, metrics, keeper)
+    seal_run(session.output)
+    stood = {"step": trainer.state.global_step, "steps": trainer.state.max_steps, "stopped_early": keeper.stopped_early}
+    set_status(session.output, "finished", **stood)
+    return report
+
+
+@contextmanager
+def _status_kept(output: Path, trainer: AdapterTrainer) -> Iterator[None]:
+    """Note in status.json how a run ended that did not finish; its adapter is never written."""
+    try:
+        yield
+    except BaseException as error:
+        step, steps = trainer.state.global_step, trainer.state.max_steps
+        if console.IS_SPEAKER:
+            diverged = isinstance(error, LoratuneError) and error.exit_code == Exit.DIVERGED
+            state = "interrupted" if isinstance(error, KeyboardInterrupt) else "diverged" if diverged else "failed"
+            set_status(output, state, step=step, steps=steps)
+        if isinstance(error, Interrupted):
+            go_on = next_command(output, "interrupted")
+            raise Interrupted(error.signal_number, f"interrupted after step {step} of {steps}; {go_on}") from error
+        raise
