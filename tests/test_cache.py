@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import os
 import subprocess
@@ -215,3 +216,30 @@ def test_a_second_check_loads_no_tokenizer(rows_file: Path, own_cache: Path) -> 
     ]
     assert "transformers" in loaded[0]
     assert loaded[1].strip() == "[]"
+
+
+def imported_by(module: str, root: Path) -> set[str]:
+    """Own modules that one imports, and that those import, at any level of their code."""
+    found: set[str] = set()
+    waiting = [module]
+    while waiting:
+        name = waiting.pop()
+        path = root / f"{name.replace('.', '/')}.py"
+        if name in found or not path.is_file():
+            continue
+        found.add(name)
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("loratune"):
+                waiting += [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
+    return found
+
+
+def test_the_key_hashes_the_code_that_makes_ids_and_none_that_only_reports() -> None:
+    root = Path(cache.__file__).resolve().parents[3]
+    hashed = {str(path.relative_to(root))[:-3].replace("/", ".") for path in cache.id_code()}
+    needed = {name for name in imported_by("loratune.data.encoding.row_encoder", root) if ".data." in name}
+    assert len(needed) > 20
+    assert needed <= hashed
+    assert "loratune.model.tokenizer" in hashed
+    reporting = ("loratune.data.checks.findings", "loratune.data.preparation", "loratune.data.assembly.packing")
+    assert not hashed & set(reporting)

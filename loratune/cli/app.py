@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import logging
 import os
 import signal
@@ -10,6 +9,7 @@ import sys
 import traceback
 import warnings
 from pathlib import Path
+from types import ModuleType
 from typing import Annotated, Any, ClassVar
 
 import typer
@@ -22,8 +22,7 @@ from loratune.streams import make_steady
 
 _DEBUG = "LORATUNE_DEBUG"
 _HELP_NAMES = {"help_option_names": ["-h", "--help"]}
-# Command → its one-line help. Its module, loratune.cli.<command> or loratune.cli.<group>_<command>, is imported only
-# for the command that runs.
+# Command → its one-line help.
 COMMANDS = {
     "sft": "Train a LoRA adapter as a recipe says.",
     "data": "See what a recipe would train on, before it does.",
@@ -39,6 +38,49 @@ DATA_COMMANDS = {
     "preview": "Show the text of some rows and which of their tokens are trained.",
 }
 RUNS_COMMANDS = {"show": "Show how a run stands: state, losses, checkpoints, and what to type next."}
+
+
+def _module(name: str) -> ModuleType:
+    """The module of a command, imported only if it runs: some take seconds."""
+    match name:
+        case "sft":
+            from loratune.cli import sft
+
+            return sft
+        case "data_check":
+            from loratune.cli import data_check
+
+            return data_check
+        case "data_preview":
+            from loratune.cli import data_preview
+
+            return data_preview
+        case "merge":
+            from loratune.cli import merge
+
+            return merge
+        case "export":
+            from loratune.cli import export
+
+            return export
+        case "verify":
+            from loratune.cli import verify
+
+            return verify
+        case "infer":
+            from loratune.cli import infer
+
+            return infer
+        case "serve":
+            from loratune.cli import serve
+
+            return serve
+        case "runs_show":
+            from loratune.cli import runs_show
+
+            return runs_show
+        case _:
+            raise ValueError(name)
 
 
 class CommandGroup(TyperGroup):
@@ -57,7 +99,7 @@ class CommandGroup(TyperGroup):
         """Import a subcommand; None for an unknown name."""
         if cmd_name not in self.table:
             return None
-        module = importlib.import_module(f"loratune.cli.{self.prefix}{cmd_name}")
+        module = _module(f"{self.prefix}{cmd_name}")
         single = typer.Typer(add_completion=False, context_settings=_HELP_NAMES)
         help_text = f"{self.table[cmd_name]}\n\n{module.DETAILS}"
         single.command(cmd_name, cls=Command, help=help_text)(module.command)

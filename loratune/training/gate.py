@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Iterator
 from datetime import date
 from functools import cache
@@ -37,7 +36,9 @@ def pass_gate(recipe: Recipe, day: str | None = None) -> PreparedData:
 
     @cache
     def tokenizer() -> Any:
-        return importlib.import_module("loratune.model.tokenizer").load_tokenizer(folder)  # transformers: seconds
+        from loratune.model.tokenizer import load_tokenizer  # takes transformers, which takes seconds
+
+        return load_tokenizer(folder)
 
     prompt = recipe.prompt
     try:

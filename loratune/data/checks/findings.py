@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -151,7 +150,7 @@ def _long_answers(pool: Pool) -> Indices:
 def _near_duplicates(pool: Pool, threshold: float, equal: Indices) -> FoundRows:
     """Rows that are similar to an earlier one but not equal to any."""
     try:  # not above: with scipy it takes longer to import than the rest of a check
-        find = importlib.import_module("loratune.data.checks.near_duplicates").find_near_duplicates
+        from loratune.data.checks.near_duplicates import find_near_duplicates
     except ImportError as error:
         raise LoratuneError(
             'data.near_duplicates needs the package datasketch: pip install "loratune[near-duplicates]"', Exit.USAGE
@@ -160,7 +159,7 @@ def _near_duplicates(pool: Pool, threshold: float, equal: Indices) -> FoundRows:
     shared = _shared_beginning(pool, candidates[:100])
     ids = (pool.input_ids(index)[shared:] for index in candidates)
     with console.row_progress("looking for similar rows") as advance:
-        pairs = find(ids, threshold, advance)
+        pairs = find_near_duplicates(ids, threshold, advance)
     later, earlier = np.array(pairs, np.int64).reshape(-1, 2).T
     return FoundRows(candidates[later], candidates[earlier])
 

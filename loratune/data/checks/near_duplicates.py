@@ -15,6 +15,8 @@ import numpy as np
 from datasketch import MinHash
 from numpy.typing import NDArray
 
+TokenIds = Sequence[int] | NDArray[np.int32]
+
 SHINGLE_IDS = 5
 PERMUTATIONS = 128
 RECALL = 0.95
@@ -42,7 +44,7 @@ class _Rows:
 
 
 def find_near_duplicates(
-    rows: Iterable[Sequence[int]], threshold: float, progress: Callable[[int], None]
+    rows: Iterable[TokenIds], threshold: float, progress: Callable[[int], None]
 ) -> list[tuple[int, int]]:
     """Pairs of a row and the earliest row that it is similar to, in the order of the former.
 
@@ -67,7 +69,7 @@ def find_near_duplicates(
     return pairs
 
 
-def shingle_hashes(ids: Sequence[int]) -> Hashes:
+def shingle_hashes(ids: TokenIds) -> Hashes:
     """Hashes of all runs of five ids, each once and in order; of all ids at once if there are fewer."""
     size = min(SHINGLE_IDS, len(ids))
     runs = len(ids) - size + 1 if size else 0
@@ -78,7 +80,7 @@ def shingle_hashes(ids: Sequence[int]) -> Hashes:
     return np.unique((sums >> np.uint64(32)).astype(np.uint32))
 
 
-def _read(rows: Iterable[Sequence[int]], threshold: float, progress: Callable[[int], None]) -> _Rows:
+def _read(rows: Iterable[TokenIds], threshold: float, progress: Callable[[int], None]) -> _Rows:
     bands, width = _bands(threshold)
     sketch = MinHash(PERMUTATIONS, hashfunc=int)
     shingles, signatures, keys, told = [], [], [], 0

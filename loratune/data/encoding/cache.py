@@ -29,6 +29,14 @@ def rows_folder() -> Path:
     return cache_folder("data")
 
 
+PACKAGE = Path(__file__).resolve().parents[2]
+ID_CODE = (
+    *("data/checked_rows.py", "data/sources.py", "data/checks/broken_off.py", "data/checks/inspection.py"),
+    *("data/encoding", "data/formats", "data/reading", "data/template", "data/tools"),
+    "model/tokenizer.py",  # tells the renderer which tokens are special
+)
+
+
 def cache_key(parts: dict[str, Any]) -> str:
     """Name of an entry: a hash of what its rows depend on, and of the programs that make them.
 
@@ -43,9 +51,18 @@ def cache_key(parts: dict[str, Any]) -> str:
 def _hash_of_own_code() -> str:
     """A changed line in how rows are read or encoded makes new entries; no number has to be raised for it."""
     code = hashlib.sha256()
-    for path in sorted(Path(__file__).parent.rglob("*.py")):
+    for path in id_code():
         code.update(path.read_bytes())
     return code.hexdigest()
+
+
+def id_code() -> list[Path]:
+    """The modules whose lines decide which ids, labels and findings an entry holds."""
+    return sorted(path for name in ID_CODE for path in ([PACKAGE / name] if name.endswith(".py") else _modules(name)))
+
+
+def _modules(folder: str) -> Iterator[Path]:
+    return (PACKAGE / folder).rglob("*.py")
 
 
 @contextmanager

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -68,8 +67,7 @@ def export(source: AdapterSource | None, output: Path, options: ExportOptions) -
         output = output.resolve()
         prepare_output(output, options.overwrite, "export", VERIFICATION)
     if options.format in ("gguf", "ollama"):
-        # Its optional package is to be missed before a merge, not after.
-        importlib.import_module("loratune.delivery.export.gguf.file")
+        import loratune.delivery.export.gguf.file  # noqa: F401 - its package is missed before a merge, not after
     with disk_errors_explained(output), folder_in_one_step(output) as folder:
         job = Export(source, output, folder, options)
         if options.format in FROM_MODEL:
@@ -123,7 +121,8 @@ def _export_for_vllm(job: Export) -> dict[str, Any]:
 
 
 def _export_gguf(job: Export, model: Path) -> dict[str, Any]:
-    gguf_file = importlib.import_module("loratune.delivery.export.gguf.file")
+    from loratune.delivery.export.gguf import file as gguf_file
+
     target = job.folder / job.gguf_name
     with console.status(f"writing {target.name}"):
         gguf_file.write_gguf(model, target, job.options.quantization)
@@ -151,7 +150,8 @@ def _export_gguf(job: Export, model: Path) -> dict[str, Any]:
 
 def _compare_gguf(job: Export, model: Path, target: Path) -> Parity | None:
     """Load the file as it describes itself, and compare what it computes with the merged model."""
-    load_gguf = importlib.import_module("loratune.delivery.export.gguf.reference").load_gguf  # needs the package gguf
+    from loratune.delivery.export.gguf.reference import load_gguf  # needs the package gguf
+
     # The loader makes float32 of everything.
     needed = 3 * sum(path.stat().st_size for path in weight_files(model))
     free = free_memory_bytes(detect_hardware())

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
@@ -140,9 +139,10 @@ def _llama_server(file: Path) -> Command:
 
 def _plan_file(job: Export, model: Rehearsal) -> None:
     """Lay out the GGUF file, and see that the disk has room for it beside the merged model."""
-    gguf_file = importlib.import_module("loratune.delivery.export.gguf.file")  # needs the package gguf
+    from loratune.delivery.export.gguf.file import plan_file  # needs the package gguf
+
     try:
-        plan = gguf_file.plan_file(model.folder, model.shapes, model.is_tied)
+        plan = plan_file(model.folder, model.shapes, model.is_tied)
     except NotForGgufError as error:
         raise LoratuneError(error.message, error.exit_code, _with_llama_cpp(job)) from error
     needed, free = model.merged_bytes + plan.nbytes(job.options.quantization), shutil.disk_usage(job.folder).free

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -167,9 +166,9 @@ def base_files(job: Job, kind: str) -> TensorFiles:
     paths = weight_files(job.base)
     if kind == "original":
         return TensorFiles(paths)
-    quantized_files = importlib.import_module("loratune.model.weights.quantized_files")  # bitsandbytes
-    files: TensorFiles = quantized_files.DequantizedFiles(paths, job.settings, detect_hardware())
-    return files
+    from loratune.model.weights.quantized_files import DequantizedFiles  # takes bitsandbytes
+
+    return DequantizedFiles(paths, job.settings, detect_hardware())
 
 
 def tell_of_unchanged(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import shutil
 from pathlib import Path
@@ -71,7 +70,9 @@ def _write_generation_config(base: Path, folder: Path, end_id: int) -> list[str]
     Raises:
         LoratuneError: the base's holds values that no program could sample or end with.
     """
-    importlib.import_module("loratune.model.config").load_generation_config(base)  # transformers: seconds
+    from loratune.model.config import load_generation_config  # takes transformers, which takes seconds
+
+    load_generation_config(base)
     path = base / GENERATION_CONFIG
     values = read_json_object(path) if path.is_file() else {}
     config = read_json_object(base / CONFIG)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import math
 import tempfile
 from collections.abc import Iterator
@@ -56,11 +55,12 @@ def open_adapters(
     numbers = _parse_weights(weights, len(adapters))
     base = _common_base(adapters, model, force)
     first = next(iter(adapters.values()))
-    combination = importlib.import_module("loratune.model.adapter.combination")  # loads transformers and PEFT
+    from loratune.model.adapter.combination import combine_adapters  # takes transformers and PEFT
+
     with tempfile.TemporaryDirectory(prefix="loratune-") as folder:
         with console.status(f"combining {len(adapters)} adapters"):
             paths = {name: source.adapter for name, source in adapters.items()}
-            combined = combination.combine_adapters(base, paths, numbers, method, density, Path(folder))
+            combined = combine_adapters(base, paths, numbers, method, density, Path(folder))
         made = {
             "method": method,
             "density": density if "ties" in method else None,
