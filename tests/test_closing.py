@@ -60,16 +60,16 @@ FULL = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 @pytest.mark.parametrize(
     ("place", "error", "missing"),
     [
-        ("closing.ask_questions", RuntimeError("a bug"), "answers"),
-        ("closing.ask_questions", MemoryError(), "answers"),
-        ("answers._told", UnicodeDecodeError("utf-8", b"\xff", 0, 1, "no text"), "answers"),
-        ("session.write_card", KeyError("a bug"), "card"),
-        ("closing.examine", ZeroDivisionError("a bug"), "health"),
-        ("closing.write_json", FULL, "health"),
-        ("closing.plot_losses", FULL, "plot"),
-        ("report._loss", IndexError("a bug"), "loss"),
-        ("report.library_versions", ValueError("a bug"), "versions"),
-        ("report.show_report", KeyError("a bug"), "table"),
+        ("reporting.closing.ask_questions", RuntimeError("a bug"), "answers"),
+        ("reporting.closing.ask_questions", MemoryError(), "answers"),
+        ("reporting.answers._told", UnicodeDecodeError("utf-8", b"\xff", 0, 1, "no text"), "answers"),
+        ("run.write_card", KeyError("a bug"), "card"),
+        ("reporting.closing.examine", ZeroDivisionError("a bug"), "health"),
+        ("reporting.closing.write_json", FULL, "health"),
+        ("reporting.closing.plot_losses", FULL, "plot"),
+        ("reporting.report._loss", IndexError("a bug"), "loss"),
+        ("reporting.report.library_versions", ValueError("a bug"), "versions"),
+        ("reporting.report.show_report", KeyError("a bug"), "table"),
     ],
     ids=lambda value: value if isinstance(value, str) else type(value).__name__,
 )
@@ -94,7 +94,7 @@ def test_what_fails_at_the_end_is_told_and_costs_nothing_else(
     assert (run / "adapter" / "README.md").exists() == (missing != "card")
     assert ("next: loratune infer" in result.stderr) == (missing != "table")
     assert "stopped early" not in result.stderr
-    if missing not in ("table", "plot") and place != "closing.write_json":
+    if missing not in ("table", "plot") and place != "reporting.closing.write_json":
         assert any(type(error).__name__ in warning for warning in report["warnings"])
     before = tree(run)
     again = sft("--resume")
