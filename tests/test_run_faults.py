@@ -480,7 +480,7 @@ def test_a_signal_while_a_model_is_read_leaves_nothing(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("module", ["trainer", "session"])
+@pytest.mark.parametrize("module", ["trainer", "run"])
 def test_a_signal_while_something_is_saved_leaves_it_whole_or_not_at_all(
     sft: Sft, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, module: str
 ) -> None:
