@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from loratune.engine.engine import Engine, load_engine
 from loratune.engine.exchange import Piece, Question
 from loratune.engine.sampling import Sampling
+from loratune.engine.ticket import make_ticket
 from loratune.errors import Exit, LoratuneError
 from tests.conftest import TINY_QWEN
 
@@ -115,6 +116,35 @@ def test_leaving_ends_an_answer_and_no_other(tiny: Engine) -> None:
     assert last.finish == "cancelled"
     assert last.tokens < 1500
     assert tiny.decoder.is_idle
+
+
+@pytest.mark.parametrize("place", ["push", "finish"])
+def test_an_answer_that_cannot_be_read_ends_alone(tiny: Engine, place: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: Any) -> None:
+        raise TypeError("cannot be read")
+
+    def make_broken(question: Question, *rest: Any) -> Any:
+        ticket = make_ticket(question, *rest)
+        if question.messages[0]["content"] == "Hi":  # type: ignore[index]
+            for name in {"push": ("push", "finish"), "finish": ("finish",)}[place]:
+                monkeypatch.setattr(ticket.text, name, fail)
+        return ticket
+
+    monkeypatch.setattr("loratune.engine.engine.make_ticket", make_broken)
+    told: queue.SimpleQueue[tuple[str, Piece]] = queue.SimpleQueue()
+    for text in (QUESTIONS[0], "Hi", QUESTIONS[1]):
+        tiny.submit(ask(text), lambda piece, text=text: told.put((text, piece)))  # type: ignore[misc]
+    texts, ended = dict.fromkeys((QUESTIONS[0], "Hi", QUESTIONS[1]), ""), dict[str, Piece]()
+    while len(ended) < 3:
+        text, piece = told.get(timeout=60)
+        texts[text] += piece.text
+        if piece.finish:
+            ended[text] = piece
+    assert isinstance(ended["Hi"].error, TypeError)
+    assert ended["Hi"].finish == "error"
+    for text in (QUESTIONS[0], QUESTIONS[1]):
+        assert (texts[text], ended[text].error) == (plain(text), None)
+    assert "".join(piece.text for piece in tiny.stream(ask(QUESTIONS[0]))) == plain(QUESTIONS[0])
 
 
 def test_a_listener_that_fails_costs_nobody_else_anything(tiny: Engine) -> None:

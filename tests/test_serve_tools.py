@@ -315,6 +315,17 @@ def test_what_cannot_be_honoured_is_refused_by_name(
     assert engine.questions == []
 
 
+@pytest.mark.parametrize(
+    "schema", [None, 3, [], {"type": 3}, {"type": [{"a": 1}, []]}, {"type": {"a": 1}}, {"anyOf": [3]}]
+)
+@pytest.mark.parametrize("template", TEMPLATES)
+def test_an_odd_schema_of_an_argument_does_not_hinder_the_answer(asked: Asked, template: str, schema: Any) -> None:
+    client, _ = asked(template, ANSWERS[template])
+    odd: Any = {"name": "get_weather", "parameters": {"type": "object", "properties": {"city": schema}}}
+    done = client.chat.completions.create(model="base", messages=ASKED, tools=[{"type": "function", "function": odd}])
+    assert called(done.choices[0].message) == [ROME_CALL]
+
+
 def test_tools_that_the_template_drops_are_refused_by_name(asked: Asked) -> None:
     client, _ = asked(TEMPLATES["hermes"].replace("tool | tojson", "''"), "yes")
     with pytest.raises(openai.BadRequestError) as refused:

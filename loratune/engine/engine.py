@@ -216,7 +216,11 @@ class Engine:
 
     def _hand_out(self, ticket: Ticket) -> None:
         running = ticket.running
-        piece = ticket.push(running.tokens[-1])
+        try:
+            piece = ticket.push(running.tokens[-1])
+        except Exception as error:  # what cannot be read is one answer, and ends no other
+            self._end(ticket, "error", error)
+            return
         finish = "stop" if ticket.is_stopped else running.finish
         if finish:
             self._end(ticket, finish, before=piece)
@@ -227,7 +231,11 @@ class Engine:
         """Hand out the last piece and forget the question."""
         self.decoder.remove(ticket.running)
         del self._tickets[ticket.running]
-        self._tell(ticket, ticket.finish(before, finish, error))
+        try:
+            last = ticket.finish(before, finish, error)
+        except Exception as fault:
+            last = replace(before, finish="error", error=error or fault)
+        self._tell(ticket, last)
 
     def _tell(self, ticket: Ticket, piece: Piece) -> None:
         """Nobody's fault in taking a piece may end the answers of others."""

@@ -228,4 +228,4 @@ def _types(schema: Any) -> set[str]:
     if given is None:
         options = schema.get("anyOf") or schema.get("oneOf") or []
         return set().union(*map(_types, options)) if isinstance(options, list) else set()
-    return set(given) if isinstance(given, list) else {str(given)}
+    return {one for one in (given if isinstance(given, list) else [given]) if isinstance(one, str)}
