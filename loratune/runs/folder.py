@@ -104,13 +104,13 @@ def _tell_of_damaged_status(output: Path) -> None:
     """Tell a run whose status.json alone is damaged or gone from what is no run.
 
     Raises:
-        LoratuneError: its manifest is as loratune has sealed it.
+        LoratuneError: its manifest is as loratune has written it.
     """
     try:
-        is_run = SEALED_BY in read_manifest(output)
+        manifest = read_manifest(output)
     except LoratuneError:
         return
-    if is_run:
+    if SEALED_BY in manifest or isinstance(manifest.get("base"), dict):
         mended = json.dumps({"program": PROGRAM, "state": "interrupted"})
         raise LoratuneError(
             f"{output / STATUS}: missing or damaged, while {MANIFEST} beside it is that of a run; restore it, or write "
