@@ -6,6 +6,7 @@ import errno
 import json
 import os
 import stat
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -15,6 +16,9 @@ CONFIG_BYTES = 20_000_000
 """More than any config takes; a chat template inside of one is some 100 kB."""
 MOST_BYTES = 256 * 2**20
 """Of a file that is read whole; the largest vocabularies take some 40 MB."""
+
+LONGEST_LINE = 16 * 2**20
+"""Bytes; a longer one is damage, such as a hole that a crash of the system has left."""
 
 SMALL_FILES = (".json", ".jinja", ".txt")
 """Endings of those that libraries read whole, too."""
@@ -45,6 +49,11 @@ def read_plain(path: Path, most_bytes: int = MOST_BYTES) -> bytes:
         if size > most_bytes:
             raise OSError(errno.EFBIG, f"it has {size:,} bytes; at most {most_bytes:,} are read", str(path))
         return file.read(most_bytes)
+
+
+def bounded_lines(file: BinaryIO) -> Iterator[bytes]:
+    """The lines of a file; one that is longer than `LONGEST_LINE` comes in pieces."""
+    return iter(lambda: file.readline(LONGEST_LINE), b"")
 
 
 def reason_of(error: Exception) -> str:

@@ -478,9 +478,9 @@ def without(part: str) -> Change:
 
 
 CANNOT_BE_COMPUTED: dict[str, tuple[Change, str]] = {
-    "complex": (first_as(lambda t: t.to(torch.complex64)), "holds complex64, a type that LoRA is not trained in"),
-    "integers": (first_as(lambda t: torch.ones_like(t).to(torch.int32)), "holds int32"),
-    "8 bits": (first_as(lambda t: t.to(torch.float8_e4m3fn)), "holds float8_e4m3fn"),
+    "complex": (first_as(lambda t: t.to(torch.complex64)), "of a type that is not read (complex64) in 1 tensors"),
+    "integers": (first_as(lambda t: torch.ones_like(t).to(torch.int32)), "(int32)"),
+    "8 bits": (first_as(lambda t: t.to(torch.float8_e4m3fn)), "(float8_e4m3fn)"),
     "float64 beyond float32": (first_as(lambda t: t.double() + 1e300), "makes updates larger than float32 can hold"),
     "1e38": (
         lambda adapter: save_file(
@@ -496,7 +496,7 @@ CANNOT_BE_COMPUTED: dict[str, tuple[Change, str]] = {
     ),
     "DoRA without lengths": (
         lambda adapter: edit(adapter / CONFIG, lambda v: v.update(use_dora=True)),
-        "lora_magnitude_vector is not in the file",
+        "lora_magnitude_vector",
     ),
     "half of the modules": (without("q_proj.lora_A"), "do not belong together"),
 }

@@ -133,7 +133,7 @@ def test_a_hole_in_the_metrics_takes_no_memory(run: Path) -> None:
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert [record["step"] for record in records] == [1, 2]
-    assert peak < 20 * 2**20
+    assert peak < 60 * 2**20
 
 
 def test_replacing_a_run_leaves_what_a_user_has_put_beside_it(run: Path) -> None:

@@ -19,7 +19,7 @@ from loratune.engine.loading import open_voices
 from loratune.errors import Exit
 from loratune.recipe.loading import load_recipe
 from loratune.runs.checkpoint import open_checkpoint
-from loratune.runs.folder import file_sha256
+from loratune.runs.folder import sealed
 from loratune.runs.opening import open_adapter
 from loratune.training import gate
 
@@ -77,7 +77,7 @@ def written_by_an_earlier_version(run: Path) -> None:
     lines = (run / "recipe.yaml").read_text().splitlines(keepends=True)
     (run / "recipe.yaml").write_text("".join(line for line in lines if line.split(":")[0].strip() not in NEW_SETTINGS))
     assert load_recipe(str(run / "recipe.yaml"), {}).prompt.date is None
-    manifest["files"]["recipe.yaml"]["sha256"] = file_sha256(run / "recipe.yaml")
+    manifest["files"]["recipe.yaml"] = sealed(run / "recipe.yaml")
     del manifest["sha256"], manifest["base"]["tensors"], manifest["base"]["tensors_sha256"]
     (run / "manifest.json").write_text(json.dumps(manifest))
 

@@ -410,7 +410,8 @@ def test_the_manifest_knows_base_data_and_files(sft: Callable[..., Result], tmp_
     assert manifest["data"][0]["rows"] == 12
     assert manifest["base"]["path"]
     assert load_recipe(str(tmp_path / "run" / "recipe.yaml"), {}).training.max_steps == 4
-    assert set(manifest["files"]) == {name for name in RUN_FILES if name.startswith("adapter/")} | {"recipe.yaml"}
+    adapter = {name for name in RUN_FILES if name.startswith("adapter/")}
+    assert set(manifest["files"]) == adapter | {"recipe.yaml", "probe.json"}
 
 
 @pytest.mark.parametrize("architecture", ["Qwen3", "Llama", "Mistral"])

@@ -22,7 +22,7 @@ from typing import Any
 
 from loratune import console
 from loratune.errors import Exit, LoratuneError
-from loratune.plain_files import open_plain, read_json_object
+from loratune.plain_files import bounded_lines, open_plain, read_json_object
 from loratune.recipe.loading import dump_recipe
 from loratune.recipe.sections import Recipe
 from loratune.writing import PROGRAM as PROGRAM
@@ -37,8 +37,6 @@ RESUMED = (CHECKPOINTS, METRICS, TRACKER_LOGS, ADAPTER, MANIFEST)
 """What a run that goes on begins with; an adapter of before is replaced only at the end."""
 CONTENTS = (RECIPE, MANIFEST, STATUS, REPORT, ADAPTER, CHECKPOINTS, METRICS, PLOT, PROBE, TRACKER_LOGS)
 VERIFICATION = "verification.json"  # of a merged or exported folder
-LONGEST_RECORD = 2**20
-"""Bytes of a line of metrics.jsonl."""
 SEALED_BY = "sha256"
 """In a manifest: the hash of all that it says."""
 
@@ -104,13 +102,13 @@ def _tell_of_damaged_status(output: Path) -> None:
     """Tell a run whose status.json alone is damaged or gone from what is no run.
 
     Raises:
-        LoratuneError: its manifest is as loratune has sealed it.
+        LoratuneError: its manifest is as loratune has written it.
     """
     try:
-        is_run = SEALED_BY in read_manifest(output)
+        manifest = read_manifest(output)
     except LoratuneError:
         return
-    if is_run:
+    if SEALED_BY in manifest or isinstance(manifest.get("base"), dict):
         mended = json.dumps({"program": PROGRAM, "state": "interrupted"})
         raise LoratuneError(
             f"{output / STATUS}: missing or damaged, while {MANIFEST} beside it is that of a run; restore it, or write "
@@ -253,7 +251,7 @@ def read_metrics(output: Path) -> list[dict[str, float]]:
         return records
     with open_plain(path) as lines:
         # After a power cut a file may end in anything, a hole of many gigabytes too.
-        for line in iter(lambda: lines.readline(LONGEST_RECORD), b""):
+        for line in bounded_lines(lines):
             try:
                 record = json.loads(line)
             except ValueError:

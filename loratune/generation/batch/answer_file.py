@@ -17,12 +17,11 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from loratune.errors import Exit, LoratuneError, bullet_list
-from loratune.plain_files import open_plain, read_plain
+from loratune.plain_files import LONGEST_LINE, bounded_lines, open_plain, read_plain
 from loratune.runs.folder import PROGRAM, file_sha256
 from loratune.writing import disk_errors_explained, write_json, write_pieces
 
 FORMAT, PART, REPORT = 1, ".part", ".report.json"
-LONGEST_LINE = 16 * 2**20  # bytes; a longer one is damage, such as a hole that a crash of the system has left
 ANSWER = ("answer", "reasoning", "tool_calls", "finish", "error", "tokens")
 """What an answer consists of."""
 START_ANEW = "start anew with --overwrite, or choose another file with --output"
@@ -188,7 +187,7 @@ class AnswerFile:
             )
         _check_same(self.part, known.get("about"), self.about)
         self._end = len(first)
-        for line in iter(lambda: lines.readline(LONGEST_LINE), b""):
+        for line in bounded_lines(lines):
             value = _parsed(line)
             if not line.endswith(b"\n") or not isinstance(value.get("row"), int) or "kind" not in value:
                 break

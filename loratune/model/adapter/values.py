@@ -39,7 +39,7 @@ def check_weights(folder: Path) -> None:
                 if problem := _problem(name, file, values):
                     found[problem].append(name)
     except (SafetensorError, OSError) as error:
-        raise LoratuneError(f"{path}: damaged: {error}", Exit.MODEL) from error
+        raise LoratuneError(f"{path}: damaged, so that it cannot be read: {error}", Exit.MODEL) from error
     if found:
         told = [f"{problem} in {len(names)} tensors, first {names[0]}" for problem, names in found.items()]
         raise LoratuneError(f"{path}: {'; '.join(told)}", Exit.MODEL)
@@ -48,7 +48,7 @@ def check_weights(folder: Path) -> None:
 def _problem(name: str, file: Any, values: dict[str, Any]) -> str | None:
     tensor = file.get_tensor(name)
     if tensor.dtype not in DTYPES:
-        return f"holds {str(tensor.dtype).removeprefix('torch.')}, a type that LoRA is not trained in,"
+        return f"holds values of a type that is not read ({str(tensor.dtype).removeprefix('torch.')})"
     if not tensor.isfinite().all():
         return "holds NaN or infinity"
     if tensor.numel() and float(tensor.abs().max()) > HIGHEST:
