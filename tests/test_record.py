@@ -94,7 +94,7 @@ def test_a_damaged_record_is_a_message(tmp_path: Path, damage: Any) -> None:
     damage(values["record"])
     del values["sha256"]
     (tmp_path / "manifest.json").write_text(json.dumps(values), encoding="utf-8")
-    with pytest.raises(LoratuneError, match="manifest.json: its record is damaged") as failure:
+    with pytest.raises(LoratuneError, match="its record is damaged") as failure:
         read_manifest(tmp_path)
     assert failure.value.exit_code == Exit.MODEL
 
