@@ -52,7 +52,8 @@ def prepare_output(output: Path, overwrite: bool, kind: str = "run", marker: str
         )
     if output.is_dir() and any(not _is_passing(path.name) for path in output.iterdir()):
         if not _is_ours(output / marker, kind):
-            _tell_of_damaged_status(output)
+            if marker == STATUS:
+                _tell_of_damaged_status(output)
             raise LoratuneError(
                 f"{output} holds something that is not a {kind}; choose another folder with --output", Exit.USAGE
             )
