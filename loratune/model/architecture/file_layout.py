@@ -51,14 +51,20 @@ class FileLayout:
     unused: tuple[str, ...]
     """Tensors of the files that no parameter is made of."""
 
-    def infos(self, held: Mapping[str, TensorInfo]) -> dict[str, TensorInfo]:
-        """Type and shape of each parameter, and of tensors that none is made of.
+    def shapes(self, held: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
+        """The shape of each parameter, and of tensors that none is made of.
 
         Args:
             held: of the files' tensors.
         """
-        found = {name: self._info(name, parts, held) for name, parts in self.parts.items()}
+        found = {name: _shape(parts, held) for name, parts in self.parts.items()}
         return found | {name: held[name] for name in self.unused}
+
+    def infos(self, held: Mapping[str, TensorInfo]) -> dict[str, TensorInfo]:
+        """The same with the types."""
+        shapes = self.shapes({name: info.shape for name, info in held.items()})
+        first = {name: parts[0].tensor for name, parts in self.parts.items()}
+        return {name: TensorInfo(name, held[first.get(name, name)].dtype, shape) for name, shape in shapes.items()}
 
     def read(self, parameter: str, files: TensorFiles) -> torch.Tensor:
         """A parameter's values: mapped from its file where it is one tensor of it, else put together in memory."""
@@ -70,6 +76,10 @@ class FileLayout:
             rows[part.expert].append(files.tensor(part.tensor))
         joined = [torch.cat(tensors) for tensors in rows.values()]
         return joined[0] if None in rows else torch.stack(joined)
+
+    def tensors_of(self, parameter: str) -> list[str]:
+        """The tensors that a parameter is made of."""
+        return [part.tensor for part in self.parts[parameter]]
 
     def tensor_of(self, parameter: str) -> str:
         """The tensor that a parameter is.
@@ -95,16 +105,6 @@ class FileLayout:
             LoratuneError: as `tensor_of`.
         """
         return {self.tensor_of(name): change for name, change in changes.items()}
-
-    @staticmethod
-    def _info(name: str, parts: tuple[Part, ...], held: Mapping[str, TensorInfo]) -> TensorInfo:
-        first = held[parts[0].tensor]
-        if _is_whole(parts):
-            return TensorInfo(name, first.dtype, first.shape)
-        experts = {part.expert for part in parts}
-        rows = sum(held[part.tensor].shape[0] for part in parts if part.expert == parts[0].expert)
-        shape = (rows, *first.shape[1:])
-        return TensorInfo(name, first.dtype, shape if None in experts else (len(experts), *shape))
 
 
 def file_layout(model: Any, held: Iterable[str]) -> FileLayout:
@@ -174,3 +174,12 @@ def _parts(parameter: str, tensors: list[tuple[str, str | None]], step: Any) -> 
 
 def _is_whole(parts: tuple[Part, ...]) -> bool:
     return len(parts) == 1 and parts[0].expert is None
+
+
+def _shape(parts: tuple[Part, ...], held: Mapping[str, tuple[int, ...]]) -> tuple[int, ...]:
+    first = held[parts[0].tensor]
+    if _is_whole(parts):
+        return first
+    shape = (sum(held[part.tensor][0] for part in parts if part.expert == parts[0].expert), *first[1:])
+    experts = {part.expert for part in parts}
+    return shape if None in experts else (len(experts), *shape)

@@ -26,11 +26,6 @@ class Role(Enum):
     HEAD = "head"
 
 
-# What an adapter's names alone tell: vLLM serves these projections of every dense model, while what it does with
-# others depends on the model, which may not be on this machine.
-USUAL_PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-
-
 def module_roles(model: Any) -> dict[str, Role]:
     """Name of each module that has a role → which.
 

@@ -9,6 +9,10 @@ from typing import NamedTuple
 # modules' names differs, as in models that read images too; the names themselves do not.
 EMBEDDING_MODULE, HEAD_MODULE = "embed_tokens", "lm_head"
 
+# What an adapter's names alone tell: vLLM serves these projections of every dense model, while what it does with
+# others depends on the model, which may not be on this machine.
+USUAL_PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
 
 class Vocabulary(NamedTuple):
     """Names of parameters in memory, or of tensors in files."""
