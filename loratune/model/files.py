@@ -13,6 +13,7 @@ from safetensors import SafetensorError, safe_open
 
 from loratune.errors import Exit, LoratuneError, bullet_list
 from loratune.model.architecture.families import FAMILIES
+from loratune.model.architecture.structure import text_values
 from loratune.plain_files import CONFIG_BYTES, read_json_object, unfit_files
 from loratune.recipe.sections import TINY_QWEN, ModelSettings
 
@@ -146,7 +147,7 @@ def check_values(path: Path, values: dict[str, Any]) -> None:
         )
     problems = [f"{key} is {value}" for key, value in entries if isinstance(value, float) and not math.isfinite(value)]
     problems += [f"{key} is set, which is not carried out" for key in FOREIGN_KEYS if values.get(key)]
-    layers = values.get("num_hidden_layers")
+    layers = text_values(values).get("num_hidden_layers")
     if isinstance(layers, int) and layers > MOST_LAYERS:
         problems.append(f"num_hidden_layers is {layers:,}, more than any model has")
     if problems:
