@@ -20,8 +20,9 @@ from typer.testing import Result
 
 from loratune.data.template import trial as template_trial
 from loratune.errors import Exit, LoratuneError
+from loratune.model.architecture.families import FAMILIES
 from loratune.model.config import allowed_keys, load_config, load_generation_config
-from loratune.model.files import MODEL_TYPES, check_config
+from loratune.model.files import check_config
 from loratune.model.from_folder import load_from_folder
 from loratune.model.tokenizer import load_tokenizer
 
@@ -149,7 +150,7 @@ def test_an_implementation_that_is_transformers_own_is_not_taken_from_the_config
     assert load_from_folder(folder, attn_implementation="sdpa").config._attn_implementation == "sdpa"
 
 
-@pytest.mark.parametrize("kind", sorted(MODEL_TYPES))
+@pytest.mark.parametrize("kind", sorted(FAMILIES))
 def test_what_gets_through_is_declared_or_read_by_the_architecture(kind: str) -> None:
     allowed = allowed_keys(kind)
     assert {"hidden_size", "rope_parameters", "head_dim", "torch_dtype", "tie_word_embeddings"} <= allowed

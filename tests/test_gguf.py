@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import TINY_QWEN
+from safetensors.torch import load_file
 
 from loratune.delivery.export.gguf.file import QUANTIZATIONS, check_gguf, write_gguf
 from loratune.delivery.export.gguf.layout import describe, plan_tensors, read_config
@@ -159,14 +160,24 @@ def test_rows_that_do_not_divide_into_blocks_become_f16(random_qwen: Path, tmp_p
     assert set(check.bytes_by_type) == {"F16", "F32", "Q8_0"}
 
 
-def test_names_are_those_of_the_gguf_package(make_model: MakeModel) -> None:
-    architectures = {"qwen2": gguf.MODEL_ARCH.QWEN2, "qwen3": gguf.MODEL_ARCH.QWEN3, "llama": gguf.MODEL_ARCH.LLAMA}
-    for model_type, architecture in architectures.items():
-        names = gguf.get_tensor_name_map(architecture, 2)
-        planned = plan_tensors(read_config(make_model(model_type)))
-        assert {tensor.name: names.get_name(tensor.source, (".weight", ".bias")) for tensor in planned} == {
-            tensor.name: tensor.name for tensor in planned
-        }
+@pytest.mark.parametrize("model_type", ["qwen2", "qwen3", "llama", "mistral"])
+def test_names_are_those_that_llama_cpp_reads(make_model: MakeModel, model_type: str) -> None:
+    layer = {
+        "input_layernorm": "attn_norm", "post_attention_layernorm": "ffn_norm",
+        "self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v",
+        "self_attn.o_proj": "attn_output", "self_attn.q_norm": "attn_q_norm", "self_attn.k_norm": "attn_k_norm",
+        "mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up", "mlp.down_proj": "ffn_down",
+    }  # fmt: skip
+    names = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
+    names |= {f"model.layers.{n}.{ours}": f"blk.{n}.{theirs}" for n in range(2) for ours, theirs in layer.items()}
+    model = make_model(model_type)
+    planned = {tensor.source: tensor.name for tensor in plan_tensors(read_config(model))}
+    expected = {
+        source: f"{names[source.rpartition('.')[0]]}.{source.rpartition('.')[2]}"
+        for source in load_file(model / "model.safetensors")
+    }
+    assert expected.items() <= planned.items()
+    assert planned.keys() == expected.keys()
 
 
 def test_shards_are_one_file(make_model: MakeModel) -> None:

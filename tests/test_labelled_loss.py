@@ -24,8 +24,9 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from loratune.data.encoding.encoder import IGNORED
 from loratune.errors import Exit, LoratuneError
+from loratune.model.architecture.head import OwnHead, head_of
 from loratune.model.kernels import linear_cross_entropy as labelled_loss
-from loratune.model.kernels.linear_cross_entropy import OwnHead, add_labelled_loss, head_of, summed_loss
+from loratune.model.kernels.linear_cross_entropy import add_labelled_loss, summed_loss
 
 SHAPE: dict[str, Any] = {
     "vocab_size": 99, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,

@@ -22,13 +22,13 @@ from loratune.delivery.merge.merged_weights import MergedTensor, MergePlan
 from loratune.delivery.merge.model_folder import write_model_files
 from loratune.delivery.template import write_portable_template
 from loratune.errors import Exit, LoratuneError
-from loratune.model.adapter.tensors import EMBEDDING
 from loratune.model.tokenizer import load_tokenizer
 from loratune.model.weights.tensor_files import TensorInfo
 from loratune.recipe.sections import PromptSettings
 from loratune.runs.opening import AdapterSource
 from loratune.runs.tokenizer_files import TOKENIZER_FILES, copy_tokenizer_files
 
+EMBEDDING = "model.embed_tokens.weight"
 RARE_TEXTS = {
     "quotes": """ "double" 'single' \\ \\n \\" """,
     "newlines": "one\n\ntwo\r\n\tthree\n",

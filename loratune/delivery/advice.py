@@ -10,9 +10,9 @@ from loratune.delivery.export.rehearsal import check_merge
 from loratune.delivery.merge.job import MergeOptions
 from loratune.errors import refusal
 from loratune.model.adapter.tensors import check_fits
+from loratune.model.architecture.file_layout import parameter_infos
 from loratune.model.files import QuantizedFolderError, find_base, weight_files
 from loratune.model.tying import head_is_tied
-from loratune.model.weights.tensor_files import TensorFiles
 from loratune.runs.base_check import check_same_base
 from loratune.runs.opening import AdapterSource, base_settings
 
@@ -66,5 +66,5 @@ def _check_fits(source: AdapterSource, model: str | None, force: bool) -> None:
     base = find_base(settings)
     paths = weight_files(base)
     check_same_base(source, settings.base, base, paths, force)
-    shapes = {name: info.shape for name, info in TensorFiles(paths).infos.items()}
+    shapes = {name: info.shape for name, info in parameter_infos(base).items()}
     check_fits(source.adapter, shapes, head_is_tied(base))

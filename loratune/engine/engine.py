@@ -17,6 +17,7 @@ from loratune.engine.loading import Voice, open_voices
 from loratune.engine.scheduler import Decoder, Running
 from loratune.engine.ticket import Ticket, gathering, make_ticket
 from loratune.errors import Exit, LoratuneError
+from loratune.model.architecture.structure import text_config
 from loratune.model.hardware import detect_hardware
 from loratune.model.memory import free_memory_bytes, is_out_of_memory
 
@@ -41,7 +42,7 @@ class Engine:
         self.base_name = base_name
         self.voices = voices
         self.adapters = [name for name in voices if name is not None]
-        self.context_tokens: int = model.config.get_text_config().max_position_embeddings
+        self.context_tokens: int = text_config(model.config).max_position_embeddings
         self.slots = slots
         self.decoder = Decoder(model, slots, CACHE_SHARE * free_memory_bytes(detect_hardware()))
         self._inbox: queue.SimpleQueue[Ticket | None] = queue.SimpleQueue()

@@ -15,6 +15,14 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.cache_utils import Cache
 
 from loratune.errors import Exit, LoratuneError
+from loratune.model.architecture.structure import (
+    LayerState,
+    head_size,
+    key_value_heads,
+    layer_count,
+    layer_kinds,
+    layer_states,
+)
 from loratune.model.kernels.packed_attention import OTHER_TERMS
 
 SLOT_ATTENTION = "slots"
@@ -38,8 +46,8 @@ def use_slot_attention(model: Any) -> None:
     Raises:
         DecodingError: it has layers, such as those of linear attention, that keep other states than keys and values.
     """
-    kinds = set(getattr(model.config.get_text_config(), "layer_types", None) or ())
-    strange = sorted(kinds - {"full_attention", "sliding_attention"})
+    layers = zip(layer_kinds(model.config), layer_states(model.config), strict=True)
+    strange = sorted({kind for kind, state in layers if state is LayerState.RECURRENT})
     if strange:
         raise DecodingError(f"a model with layers of {', '.join(strange)}")
     AttentionInterface.register(SLOT_ATTENTION, attend_slots)
@@ -49,10 +57,8 @@ def use_slot_attention(model: Any) -> None:
 
 def token_bytes(model: Any) -> int:
     """What the keys and values of one token take."""
-    config = model.config.get_text_config()
-    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    heads: int = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    return 2 * int(config.num_hidden_layers) * heads * int(size) * int(model.dtype.itemsize)
+    config = model.config
+    return 2 * layer_count(config) * key_value_heads(config) * head_size(config) * int(model.dtype.itemsize)
 
 
 @dataclass

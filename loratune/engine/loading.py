@@ -13,12 +13,12 @@ from loratune.data.encoding.encoder import Encoder
 from loratune.errors import Exit, LoratuneError
 from loratune.model.adapter.own_parameters import BASE, own_parameters
 from loratune.model.adapter.tensors import check_fits
+from loratune.model.architecture.file_layout import parameter_infos
 from loratune.model.base import load_base
 from loratune.model.files import find_base, weight_files
 from loratune.model.hardware import detect_hardware
 from loratune.model.tokenizer import load_tokenizer, set_pad_token
 from loratune.model.tying import head_is_tied
-from loratune.model.weights.tensor_files import TensorFiles
 from loratune.recipe.sections import ModelSettings, PromptSettings
 from loratune.runs.base_check import BaseCheck
 from loratune.runs.opening import (
@@ -127,7 +127,7 @@ def _with_adapters(model: Any, sources: dict[str, AdapterSource], folder: Path, 
 
 
 def _check_fits(source: AdapterSource, folder: Path) -> None:
-    shapes = {name: info.shape for name, info in TensorFiles(weight_files(folder)).infos.items()}
+    shapes = {name: info.shape for name, info in parameter_infos(folder).items()}
     check_fits(source.adapter, shapes, head_is_tied(folder))
 
 

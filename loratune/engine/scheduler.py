@@ -19,6 +19,7 @@ from loratune.engine.kv_cache import Feed, SlotCache, reserved_tokens, token_byt
 from loratune.engine.prefix_cache import Prefixes
 from loratune.engine.sampling import Sampling, TokenChooser
 from loratune.model.adapter.own_parameters import BASE, own_parameters
+from loratune.model.architecture.structure import causal_model, layer_count, output_layer
 from loratune.model.kernels.few_rows import give_up_few_row_products, use_few_row_products
 
 PROMPT_PART = 512
@@ -79,21 +80,19 @@ class Decoder:
 
     def __init__(self, model: Any, slots: int = 32, cache_budget_bytes: float | None = None) -> None:
         self.model = model
-        # Not by its class: importing PEFT takes seconds, and a model alone does without it.
-        self._has_adapters = hasattr(model, "get_base_model")
-        base = model.get_base_model() if self._has_adapters else model
+        base = causal_model(model)
+        self._has_adapters = base is not model
         use_slot_attention(base)
         self._large_layers = use_few_row_products(base)
         # The last position's states are strided; a bfloat16 product of strided rows is a hundred times slower on a CPU.
-        head = base.get_output_embeddings()
-        self._hook = head.register_forward_pre_hook(lambda _, inputs: (inputs[0].contiguous(),))
+        self._hook = output_layer(base).register_forward_pre_hook(lambda _, inputs: (inputs[0].contiguous(),))
         self.slots = slots
         self.device = model.device
         self.generation_config = base.generation_config
         self.running: list[Running] = []
         """The answer in each slot; slots are taken from 0 on without a gap."""
         self.waiting: deque[Running] = deque()
-        self._layers = base.config.get_text_config().num_hidden_layers
+        self._layers = layer_count(base.config)
         self._cache = SlotCache(self._layers)
         self._prefixes = Prefixes(self._cache)
         self._budget_tokens = None if cache_budget_bytes is None else cache_budget_bytes / token_bytes(base)

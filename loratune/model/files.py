@@ -12,11 +12,11 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from loratune.errors import Exit, LoratuneError, bullet_list
+from loratune.model.architecture.families import FAMILIES
+from loratune.model.architecture.structure import text_values
 from loratune.plain_files import CONFIG_BYTES, read_json_object, unfit_files
 from loratune.recipe.sections import TINY_QWEN, ModelSettings
 
-# Architectures whose code is part of transformers and whose weights this program has been written for.
-MODEL_TYPES = {"qwen2", "qwen3", "llama", "mistral"}
 # Keys that have made a library fetch or run code from a model's folder (transformers CVE-2026-4372, vLLM
 # CVE-2026-22807, mlx-lm CVE-2026-5843).
 FORBIDDEN_KEYS = ("auto_map", "custom_pipelines", "custom_generate", "kernel_config", "model_file", "trust_remote_code")
@@ -110,9 +110,9 @@ def check_config(folder: Path) -> None:
     config = read_json_object(folder / CONFIG, CONFIG_BYTES)
     for path in [folder / CONFIG, *(folder / name for name in OTHER_CONFIGS if (folder / name).exists())]:
         check_values(path, config if path.name == CONFIG else read_json_object(path, CONFIG_BYTES))
-    if str(config.get("model_type")) not in MODEL_TYPES:
+    if str(config.get("model_type")) not in FAMILIES:
         raise LoratuneError(
-            f"{folder}: model_type {config.get('model_type')!r} is not supported; {', '.join(sorted(MODEL_TYPES))} are",
+            f"{folder}: model_type {config.get('model_type')!r} is not supported; {', '.join(sorted(FAMILIES))} are",
             Exit.MODEL,
         )
     if config.get("quantization_config") is not None:
@@ -147,7 +147,7 @@ def check_values(path: Path, values: dict[str, Any]) -> None:
         )
     problems = [f"{key} is {value}" for key, value in entries if isinstance(value, float) and not math.isfinite(value)]
     problems += [f"{key} is set, which is not carried out" for key in FOREIGN_KEYS if values.get(key)]
-    layers = values.get("num_hidden_layers")
+    layers = text_values(values).get("num_hidden_layers")
     if isinstance(layers, int) and layers > MOST_LAYERS:
         problems.append(f"num_hidden_layers is {layers:,}, more than any model has")
     if problems:

@@ -9,7 +9,8 @@ from transformers import AutoModelForCausalLM
 from transformers.utils import logging as transformers_logging
 
 from loratune.errors import Exit, LoratuneError, bullet_list
-from loratune.model.adapter.tensors import HEAD
+from loratune.model.architecture.file_layout import file_layout
+from loratune.model.architecture.vocabulary import vocabulary_of
 from loratune.model.config import empty_model, load_config, load_generation_config
 from loratune.model.files import weight_files
 from loratune.model.tying import head_is_tied
@@ -70,8 +71,9 @@ def load_from_folder(folder: Path, is_quantized: bool = False, **options: Any) -
 
 def _check_shapes(folder: Path, config: Any) -> None:
     """Compare the sizes that a config states with the weights' own, before anything is allocated for them."""
-    held = {name: info.shape for name, info in TensorFiles(weight_files(folder)).infos.items()}
-    wanted = {name: tuple(tensor.shape) for name, tensor in empty_model(config).state_dict().items()}
+    infos, model = TensorFiles(weight_files(folder)).infos, empty_model(config)
+    held = {name: info.shape for name, info in file_layout(model, infos).infos(infos).items()}
+    wanted = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     other = [name for name, shape in wanted.items() if name in held and held[name] != shape]
     if other:
         told = [f"{name}: {list(held[name])}, by the config {list(wanted[name])}" for name in other]
@@ -80,7 +82,8 @@ def _check_shapes(folder: Path, config: Any) -> None:
             "correct its sizes",
             Exit.MODEL,
         )
-    missing = [name for name in wanted if name not in held and name != HEAD]
+    head = vocabulary_of(wanted).head
+    missing = [name for name in wanted if name not in held and name != head]
     if missing:
         raise _lacking(folder, missing)
 

@@ -10,7 +10,7 @@ import torch
 
 from loratune import console
 from loratune.errors import Exit, LoratuneError
-from loratune.model.adapter.tensors import EMBEDDING, HEAD
+from loratune.model.architecture.vocabulary import vocabulary_of
 from loratune.model.files import weight_files
 from loratune.model.weights.tensor_files import TensorFiles
 
@@ -30,27 +30,29 @@ def head_is_tied(folder: Path) -> bool:
     """
     says_tied = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("tie_word_embeddings", False)
     files = TensorFiles(weight_files(folder))
-    embedding, head = (files.infos.get(name) for name in (EMBEDDING, HEAD))
-    if embedding is None:
-        raise LoratuneError(f"{folder}: the weights lack {EMBEDDING}", Exit.MODEL)
-    if head is None:
+    embedding, head = vocabulary_of(files.infos)
+    of_embedding, of_head = files.infos.get(embedding), files.infos.get(head)
+    if of_embedding is None:
+        raise LoratuneError(f"{folder}: the weights lack {embedding}", Exit.MODEL)
+    if of_head is None:
         if says_tied:
             return True
         raise LoratuneError(
-            f"{folder}: config.json says tie_word_embeddings false, and the weights lack {HEAD}", Exit.MODEL
+            f"{folder}: config.json says tie_word_embeddings false, and the weights lack {head}", Exit.MODEL
         )
-    if head.shape != embedding.shape:
+    if of_head.shape != of_embedding.shape:
         raise LoratuneError(
-            f"{folder}: {HEAD} is of shape {list(head.shape)} and {EMBEDDING} of {list(embedding.shape)}", Exit.MODEL
+            f"{folder}: {head} is of shape {list(of_head.shape)} and {embedding} of {list(of_embedding.shape)}",
+            Exit.MODEL,
         )
     if not says_tied:
         return False
-    is_tied = bool(head.dtype == embedding.dtype and torch.equal(files.tensor(HEAD), files.tensor(EMBEDDING)))
+    is_tied = bool(of_head.dtype == of_embedding.dtype and torch.equal(files.tensor(head), files.tensor(embedding)))
     if not is_tied:
         console.warn(
-            f"{folder}/config.json says tie_word_embeddings, but {HEAD} differs from the embedding: the model is taken "
+            f"{folder}/config.json says tie_word_embeddings, but {head} differs from the embedding: the model is taken "
             "with the head that its files hold. Other programs may take the embedding; tie_word_embeddings: false in "
             "config.json makes it certain"
         )
-    files.release([HEAD, EMBEDDING])
+    files.release([head, embedding])
     return is_tied

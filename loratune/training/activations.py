@@ -9,6 +9,7 @@ import torch
 
 from loratune import console
 from loratune.data.assembly.batches import collate_packed, collate_padded
+from loratune.model.architecture.structure import causal_model, decoder_of, text_config
 from loratune.model.hardware import Hardware
 from loratune.model.kernels.linear_cross_entropy import CHUNK_BYTES
 from loratune.model.memory import free_memory_bytes
@@ -53,7 +54,7 @@ def measure_activations(model: Any, tokens: int, longest: int, is_packed: bool, 
     batch = collate_packed([row]) if is_packed else collate_padded([row], pad_token_id=0)
     for unused in ("labels", "about"):
         del batch[unused]
-    base = model.get_base_model()
+    base = causal_model(model)
     seen = {tensor.untyped_storage().data_ptr() for tensor in (*model.parameters(), *model.buffers())}
     kept_bytes = 0
 
@@ -71,11 +72,11 @@ def measure_activations(model: Any, tokens: int, longest: int, is_packed: bool, 
     # The graph holds every tensor until the end, so that no address comes twice.
     devices = [hardware.device] if hardware.is_gpu else []
     with torch.random.fork_rng(devices), torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
-        base.model(**inputs, use_cache=False)
+        decoder_of(base)(**inputs, use_cache=False)
     model.train(was_training)
     trained_bytes = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
     kept_bytes = round(kept_bytes / length * tokens)
-    logits_bytes = 2 * min(CHUNK_BYTES, tokens * base.config.vocab_size * base.dtype.itemsize)
+    logits_bytes = 2 * min(CHUNK_BYTES, tokens * text_config(base.config).vocab_size * base.dtype.itemsize)
     # AdamW's two averages and the gradients are as large as the weights.
     needed = round(SPARE * kept_bytes) + logits_bytes + 3 * trained_bytes
     return Activations(tokens, kept_bytes, needed, free_memory_bytes(hardware))

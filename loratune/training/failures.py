@@ -9,6 +9,7 @@ from typing import TypeVar
 
 from loratune import console
 from loratune.errors import Exit, LoratuneError
+from loratune.model.architecture.structure import text_values
 from loratune.model.files import local_folder
 from loratune.model.memory import is_out_of_memory
 from loratune.plain_files import read_json_object
@@ -69,7 +70,7 @@ def _layers(recipe: Recipe) -> int:
     """How many the base has; enough where it is not a folder here."""
     try:
         folder = local_folder(recipe.model)
-        known = read_json_object(folder / "config.json").get("num_hidden_layers") if folder else None
+        known = text_values(read_json_object(folder / "config.json")).get("num_hidden_layers") if folder else None
     except LoratuneError:  # which is not what is to be told of
         known = None
     return known if isinstance(known, int) else 2 * MANY_LAYERS

@@ -18,7 +18,9 @@ from loratune.delivery.merge.update import TensorUpdate, read_updates
 from loratune.delivery.template import about_the_date
 from loratune.delivery.verification.read_back import ReadBack
 from loratune.errors import Exit, LoratuneError
-from loratune.model.adapter.tensors import EMBEDDING
+from loratune.model.architecture.file_layout import file_layout
+from loratune.model.architecture.vocabulary import vocabulary_of
+from loratune.model.config import empty_model, load_config
 from loratune.model.files import find_base, weight_files
 from loratune.model.hardware import detect_hardware
 from loratune.model.tying import head_is_tied
@@ -84,6 +86,7 @@ class Job:
     settings: ModelSettings
     base: Path
     updates: dict[str, TensorUpdate]
+    """Name of a tensor of the base's files → what the adapter does to it."""
     is_tied: bool
     options: MergeOptions
     warnings: list[str]
@@ -144,9 +147,11 @@ def job_of(source: AdapterSource, output: Path, options: MergeOptions) -> Job:
     trained_day = source.trained_day
     if trained_day and not options.stands_in_for:
         warnings.append(about_the_date("transformers and vLLM write", trained_day))
-    updates = read_updates(source.adapter, infos, is_tied)
-    rows = infos[EMBEDDING].shape[0]
-    brought = updates[EMBEDDING].replacement if EMBEDDING in updates else None
+    layout = file_layout(empty_model(load_config(base)), infos)
+    updates = layout.in_files(read_updates(source.adapter, layout.infos(infos), is_tied))
+    embedding = vocabulary_of(infos).embedding
+    rows = infos[embedding].shape[0]
+    brought = updates[embedding].replacement if embedding in updates else None
     warnings += check_vocabulary(source, base, rows, rows if brought is None else len(brought))
     return Job(source, settings, base, updates, is_tied, options, warnings, output, encoder)
 

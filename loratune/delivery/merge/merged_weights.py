@@ -11,7 +11,7 @@ import torch
 
 from loratune.delivery.merge.update import TensorUpdate
 from loratune.errors import Exit, LoratuneError
-from loratune.model.adapter.tensors import EMBEDDING, HEAD
+from loratune.model.architecture.vocabulary import vocabulary_of
 from loratune.model.weights.tensor_files import TensorFiles, TensorInfo, plan_shards, write_shards
 
 
@@ -56,7 +56,7 @@ class MergePlan:
     @property
     def vocabulary(self) -> int:
         """Rows of the embedding."""
-        return self.tensors[EMBEDDING].info.shape[0]
+        return self.tensors[vocabulary_of(self.tensors).embedding].info.shape[0]
 
     @property
     def dtype_names(self) -> str:
@@ -77,15 +77,16 @@ def plan_merge(
 
     Args:
         base: the base's tensors.
-        updates: from `read_updates`.
+        updates: name of a tensor → what is done to it.
         is_tied: whether the base has one matrix for embedding and head.
         dtype: of the floating-point tensors; None keeps each one's own.
         shard_bytes: most bytes of values in a file.
     """
-    stays_tied = is_tied and _changes_alike(updates)
+    embedding, head = vocabulary_of(base.infos)
+    stays_tied = is_tied and _changes_alike(updates.get(embedding), updates.get(head))
     tensors: dict[str, MergedTensor] = {}
     for name, info in base.infos.items():
-        if is_tied and name == HEAD:
+        if is_tied and name == head:
             continue  # a copy that nothing reads; written below if it is needed
         kept = dtype is None or not info.dtype.is_floating_point
         update = updates.get(name)
@@ -93,9 +94,8 @@ def plan_merge(
         written = TensorInfo(name, info.dtype if kept or dtype is None else dtype, shape)
         tensors[name] = MergedTensor(written, name, update)
     if is_tied and not stays_tied:
-        embedding = tensors[EMBEDDING].info
-        head = TensorInfo(HEAD, embedding.dtype, embedding.shape)
-        tensors[HEAD] = MergedTensor(head, EMBEDDING, updates.get(HEAD))
+        like = tensors[embedding].info
+        tensors[head] = MergedTensor(TensorInfo(head, like.dtype, like.shape), embedding, updates.get(head))
     shards = plan_shards([tensor.info for tensor in tensors.values()], shard_bytes)
     return MergePlan(tensors, shards, stays_tied)
 
@@ -145,9 +145,8 @@ def merged_pieces(tensor: MergedTensor, base: TensorFiles) -> Iterator[tuple[int
         base.release([tensor.source])
 
 
-def _changes_alike(updates: dict[str, TensorUpdate]) -> bool:
+def _changes_alike(embedding: TensorUpdate | None, head: TensorUpdate | None) -> bool:
     """Whether embedding and head get the same update, or none."""
-    embedding, head = updates.get(EMBEDDING), updates.get(HEAD)
     if embedding is None or head is None:
         return embedding is head
     return embedding.equals(head)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from loratune import console
 from loratune.errors import Exit, LoratuneError
 from loratune.model.adapter.files import WEIGHTS_FILE
+from loratune.model.architecture.structure import text_values
 from loratune.plain_files import read_json_object
 
 if TYPE_CHECKING:
@@ -58,7 +59,7 @@ def announce(job: Job, candidates: list[Candidate], output: Path) -> None:
 
 def memory_bound(job: Job, candidates: list[Candidate]) -> int:
     """Bytes that the process will hold, pages of mapped files aside, which the system takes back when it needs them."""
-    config = read_json_object(job.base / "config.json")
+    config = text_values(read_json_object(job.base / "config.json"))
     bound = LIBRARIES_BYTES + CHECK_LIBRARIES_BYTES + (job.source.adapter / WEIGHTS_FILE).stat().st_size
     if job.options.verify and job.options.logits:
         activations = 40_000 * int(config["intermediate_size"])

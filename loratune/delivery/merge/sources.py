@@ -16,11 +16,12 @@ from loratune.errors import Exit, LoratuneError
 from loratune.model.adapter.attach import check_adapter
 from loratune.model.adapter.completeness import own_modules, tensor_shapes
 from loratune.model.adapter.files import WEIGHTS_FILE
-from loratune.model.adapter.tensors import EMBEDDING, HEAD, check_alone
+from loratune.model.adapter.tensors import check_alone
+from loratune.model.architecture.file_layout import parameter_infos
+from loratune.model.architecture.vocabulary import vocabulary_of
 from loratune.model.files import find_base, weight_files
 from loratune.model.tokenizer import load_tokenizer
 from loratune.model.tying import head_is_tied
-from loratune.model.weights.tensor_files import TensorFiles
 from loratune.recipe.sections import TINY_QWEN, ModelSettings
 from loratune.runs.base_check import BaseCheck
 from loratune.runs.folder import file_sha256
@@ -81,7 +82,7 @@ def _common_base(adapters: dict[str, AdapterSource], model: str | None, force: b
         for warning in check_pair(source, settings.base, base, force):
             console.warn(warning)
         training_encoder(source, base)
-        read_updates(source.adapter, TensorFiles(weight_files(base)).infos, head_is_tied(base))
+        read_updates(source.adapter, parameter_infos(base), head_is_tied(base))
         if source.record and source.record.model.quantization != settings.quantization:
             raise LoratuneError("the adapters were trained on different quantisations of the base", Exit.MODEL)
         if source.prompt != first.prompt:
@@ -104,13 +105,13 @@ def check_pair(source: AdapterSource, name: str, base: Path, force: bool) -> lis
     Raises:
         LoratuneError: it was trained on another base, or tensors of it are missing.
     """
-    paths = weight_files(base)
-    infos, is_tied = TensorFiles(paths).infos, head_is_tied(base)
+    infos, is_tied = parameter_infos(base), head_is_tied(base)
     fits = partial(read_updates, source.adapter, infos, is_tied)
-    check = BaseCheck(source, name, base, TensorHashes(paths), force, fits)
+    check = BaseCheck(source, name, base, TensorHashes(weight_files(base)), force, fits)
     shapes = {name: info.shape for name, info in infos.items()}
     if is_tied:
-        shapes[HEAD] = shapes[EMBEDDING]
+        embedding, head = vocabulary_of(shapes)
+        shapes[head] = shapes[embedding]
     check_adapter(source.adapter, shapes)
     return check.finish()
 

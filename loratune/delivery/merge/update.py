@@ -18,8 +18,6 @@ from loratune.errors import Exit, LoratuneError, bullet_list
 from loratune.model.adapter.files import read_config_values
 from loratune.model.adapter.patterns import settle_patterns
 from loratune.model.adapter.tensors import (
-    EMBEDDING,
-    HEAD,
     PART,
     PREFIX,
     RANK_AXES,
@@ -27,12 +25,13 @@ from loratune.model.adapter.tensors import (
     rank_and_alpha,
     read_tensors,
 )
+from loratune.model.architecture.vocabulary import vocabulary_of
 from loratune.model.weights.tensor_files import TensorInfo
 
 
 @dataclass
 class TensorUpdate:
-    """What an adapter does to one tensor of the base."""
+    """What an adapter does to one parameter of the base, or to the tensor of its files that the parameter is."""
 
     replacement: torch.Tensor | None = None
     """Takes the place of the base's values: modules_to_save, trained biases. A vocabulary may have other rows then."""
@@ -111,11 +110,11 @@ def read_updates(adapter: Path, base: dict[str, TensorInfo], is_tied: bool) -> d
 
     Args:
         adapter: PEFT folder.
-        base: the base's tensors.
+        base: the base's parameters.
         is_tied: whether the base has one matrix for embedding and head.
 
     Returns:
-        Name of a tensor → its update. A tied head that is trained has an entry of its own.
+        Name of a parameter → its update. A tied head that is trained has an entry of its own.
 
     Raises:
         LoratuneError: a tensor of the adapter has no place in the base or another shape, or its config says something
@@ -124,7 +123,8 @@ def read_updates(adapter: Path, base: dict[str, TensorInfo], is_tied: bool) -> d
     problems: list[str] = []
     shapes = {name: info.shape for name, info in base.items()}
     if is_tied:
-        shapes[HEAD] = shapes[EMBEDDING]
+        embedding, head = vocabulary_of(shapes)
+        shapes[head] = shapes[embedding]
     config = settle_patterns(read_config_values(adapter), shapes, adapter)
     tensors = read_tensors(adapter, config, shapes, is_tied, problems)
     updates = {target: TensorUpdate(replacement=whole) for target, whole in tensors.whole.items()}
@@ -132,7 +132,7 @@ def read_updates(adapter: Path, base: dict[str, TensorInfo], is_tied: bool) -> d
         update = updates.setdefault(target, TensorUpdate())
         update.row_numbers, update.row_values = torch.tensor(numbers), values
     for name, tensor in tensors.lora.items():
-        _take(updates, name.removeprefix(PREFIX), tensor, config, problems)
+        _take(updates, name.removeprefix(PREFIX), tensor, config, vocabulary_of(shapes).embedding, problems)
     shapes |= {target: tuple(whole.shape) for target, whole in tensors.whole.items()}
     for target, update in updates.items():
         if target in shapes:
@@ -149,14 +149,19 @@ def read_updates(adapter: Path, base: dict[str, TensorInfo], is_tied: bool) -> d
 
 
 def _take(
-    updates: dict[str, TensorUpdate], name: str, tensor: torch.Tensor, config: dict[str, Any], problems: list[str]
+    updates: dict[str, TensorUpdate],
+    name: str,
+    tensor: torch.Tensor,
+    config: dict[str, Any],
+    embedding: str,
+    problems: list[str],
 ) -> None:
     """Put one tensor of a LoRA layer where it belongs."""
     match = PART.fullmatch(name)
     if match is None:
         raise RuntimeError(f"{name} is not of a LoRA layer")
     module, part = WRAPPER.sub("", match["module"] + ".").rstrip("."), match["part"]
-    if part == "lora_magnitude_vector" and f"{module}.weight" == EMBEDDING:
+    if part == "lora_magnitude_vector" and f"{module}.weight" == embedding:
         problems.append(f"{name}: DoRA on an embedding cannot be merged")
         return
     target = f"{module}.bias" if part == "lora_B.bias" else f"{module}.weight"

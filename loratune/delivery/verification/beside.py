@@ -13,7 +13,7 @@ from loratune.data.encoding.encoder import Encoder
 from loratune.delivery.merge.model_folder import CONFIG, GENERATION_CONFIG
 from loratune.delivery.template import TEMPLATE_FILE, TOKENIZER_CONFIG, portable_template, renders_training_prompts
 from loratune.errors import Exit, LoratuneError, bullet_list
-from loratune.model.adapter.tensors import EMBEDDING, HEAD
+from loratune.model.architecture.vocabulary import vocabulary_of
 from loratune.model.files import weight_files
 from loratune.model.weights.tensor_files import INDEX, TensorFiles
 from loratune.plain_files import read_json_object
@@ -86,9 +86,10 @@ def _config_problems(base: Path, folder: Path) -> Iterator[str]:
 
 def _said_by_weights(folder: Path) -> dict[str, Any]:
     infos = TensorFiles(weight_files(folder)).infos
-    dtype = str(infos[EMBEDDING].dtype).removeprefix("torch.")
-    rows = infos[EMBEDDING].shape[0]
-    return {"vocab_size": rows, "tie_word_embeddings": HEAD not in infos, "dtype": dtype, "torch_dtype": dtype}
+    embedding, head = vocabulary_of(infos)
+    dtype = str(infos[embedding].dtype).removeprefix("torch.")
+    rows = infos[embedding].shape[0]
+    return {"vocab_size": rows, "tie_word_embeddings": head not in infos, "dtype": dtype, "torch_dtype": dtype}
 
 
 def _generation_problems(base: Path, folder: Path, end_id: int) -> Iterator[str]:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch.nn import functional
 
+from loratune.model.architecture.structure import decoder_of, output_layer
 from loratune.runs.probe import ProbeRow
 
 TOKENS_AT_ONCE = 1024
@@ -85,16 +86,16 @@ def _batches(rows: Sequence[ProbeRow], in_order: bool = False) -> Iterator[list[
 
 def _logits(model: Any, batch: list[ProbeRow]) -> Iterator[torch.Tensor]:
     """float32 logits (at most POSITIONS_AT_ONCE, vocabulary) at the labelled positions, piece by piece."""
-    causal = model.get_base_model() if hasattr(model, "get_base_model") else model
+    decoder, head = decoder_of(model), output_layer(model)
     longest = max(len(row.input_ids) for row in batch)
     # Padding stands on the right, where causal attention keeps it from being seen by anything that counts.
-    ids = torch.tensor([row.input_ids + [0] * (longest - len(row.input_ids)) for row in batch], device=causal.device)
+    ids = torch.tensor([row.input_ids + [0] * (longest - len(row.input_ids)) for row in batch], device=decoder.device)
     with torch.inference_mode():
-        states = causal.model(input_ids=ids, use_cache=False).last_hidden_state
+        states = decoder(input_ids=ids, use_cache=False).last_hidden_state
     hidden = torch.cat([states[number, _places(row)] for number, row in enumerate(batch)])
     for start in range(0, len(hidden), POSITIONS_AT_ONCE):
         with torch.inference_mode():  # not around the yield: the mode would stay on for whoever reads
-            logits = causal.lm_head(hidden[start : start + POSITIONS_AT_ONCE]).float().cpu()
+            logits = head(hidden[start : start + POSITIONS_AT_ONCE]).float().cpu()
         yield logits
 
 

@@ -19,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 from loratune.delivery.merge.merged_weights import PIECE_BYTES, MergePlan
 from loratune.delivery.verification.row_check import RowCheck
 from loratune.errors import Exit, LoratuneError
-from loratune.model.adapter.tensors import EMBEDDING, HEAD
+from loratune.model.architecture.vocabulary import Vocabulary, vocabulary_of
 from loratune.model.weights.tensor_files import DTYPE_NAMES, INDEX, TensorFiles, TensorInfo
 
 if TYPE_CHECKING:
@@ -76,12 +76,13 @@ def read_back(
     _check_names(plan, peft, base, dtype)
     found = ReadBack(tensors=len(plan.tensors))
     check = RowCheck()
+    vocabulary = vocabulary_of(base.infos)
     for file_name, infos in plan.shards.items():
         _check_header(folder / file_name, infos)
         files = TensorFiles([folder / file_name])
         for info in infos:
-            source = EMBEDDING if info.name == HEAD and peft.is_tied else info.name
-            changes = [peft.changes.get(name) for name in _stands_for(info.name, plan)]
+            source = vocabulary.embedding if info.name == vocabulary.head and peft.is_tied else info.name
+            changes = [peft.changes.get(name) for name in _stands_for(info.name, vocabulary, plan)]
             for change in changes if any(changes) else [None]:
                 if change:
                     _compare_changed(info, change, (base, source), files, (check, found))
@@ -97,22 +98,23 @@ def read_back(
     return found
 
 
-def _stands_for(name: str, plan: MergePlan) -> tuple[str, ...]:
-    """Which parameters a written tensor is: a tied embedding is the head too."""
-    return (EMBEDDING, HEAD) if name == EMBEDDING and plan.is_tied else (name,)
+def _stands_for(name: str, vocabulary: Vocabulary, plan: MergePlan) -> tuple[str, ...]:
+    """Which tensors a written one is: a tied embedding is the head too."""
+    return vocabulary if name == vocabulary.embedding and plan.is_tied else (name,)
 
 
 def _check_names(plan: MergePlan, peft: PeftMerge, base: TensorFiles, dtype: torch.dtype | None) -> None:
     """Make sure that what was written is the base's tensors in their types, changed where PEFT changes them alone."""
-    expected = {*base.infos, *((HEAD,) if not plan.is_tied else ())} - ({HEAD} if plan.is_tied else set())
+    embedding, head = vocabulary_of(base.infos)
+    expected = {*base.infos, *((head,) if not plan.is_tied else ())} - ({head} if plan.is_tied else set())
     problems = [f"{name} was not written" for name in sorted(expected - plan.tensors.keys())]
     problems += [f"{name} was written, and the base has none" for name in sorted(plan.tensors.keys() - expected)]
     updated = {tensor.info.name for tensor in plan.updated}
-    changed = peft.changes.keys() - ({HEAD} if plan.is_tied else set())
+    changed = peft.changes.keys() - ({head} if plan.is_tied else set())
     problems += [f"{name} was not changed, and PEFT changes it" for name in sorted(changed - updated)]
     problems += [f"{name} was changed, and PEFT leaves it as it is" for name in sorted(updated - changed)]
     for name in sorted(expected & plan.tensors.keys()):
-        own = base.infos[EMBEDDING if name == HEAD and peft.is_tied else name].dtype
+        own = base.infos[embedding if name == head and peft.is_tied else name].dtype
         asked = dtype if dtype is not None and own.is_floating_point else own
         if plan.tensors[name].info.dtype != asked:
             problems.append(f"{name} was written as {plan.tensors[name].info.dtype}, and {asked} was asked for")

@@ -19,7 +19,7 @@ from loratune.delivery.verification.proof import (
     relative_bounds,
 )
 from loratune.errors import Exit, LoratuneError, bullet_list
-from loratune.model.adapter.tensors import EMBEDDING
+from loratune.model.architecture.vocabulary import vocabulary_of
 from loratune.model.weights.mapped import load_mapped
 from loratune.model.weights.reference import load_reference
 from loratune.runs.probe import ProbeRow, read_probe
@@ -67,7 +67,7 @@ def prove(job: Job, candidates: list[Candidate]) -> tuple[Candidate, dict[str, A
 
 def _effect(job: Job, chosen: Candidate, reference: Any, rows: list[ProbeRow]) -> Parity | None:
     """How far the base alone is from base + adapter; None where more than the adapter lies between them."""
-    base_rows = chosen.files.infos[EMBEDDING].shape[0]
+    base_rows = chosen.files.infos[vocabulary_of(chosen.files.infos).embedding].shape[0]
     if job.settings.quantization != "none" or chosen.plan.vocabulary != base_rows:
         return None
     (effect,) = compare_models(reference, [load_mapped(job.base)], rows[:EFFECT_ROWS])

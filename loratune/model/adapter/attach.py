@@ -20,7 +20,6 @@ from peft import (
 )
 from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file
-from torch import nn
 
 from loratune.errors import Exit, LoratuneError, bullet_list
 from loratune.model.adapter.completeness import Shapes, require_complete, tensor_shapes
@@ -29,9 +28,9 @@ from loratune.model.adapter.own_parameters import own_parameters
 from loratune.model.adapter.patterns import as_expressions, settle_patterns
 from loratune.model.adapter.tensors import read_tensors
 from loratune.model.adapter.values import check_weights
+from loratune.model.architecture.roles import Role, linear_modules
+from loratune.model.architecture.structure import causal_model, layer_count
 from loratune.recipe.sections import LAYERS, LoraSettings
-
-ATTENTION_TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj"]
 
 
 @dataclass(frozen=True)
@@ -60,7 +59,7 @@ def attach_adapter(model: Any, settings: LoraSettings, base_name: str, seed: int
         LoratuneError: targets, layers or modules_to_save that the model does not have.
     """
     targets = _resolve_targets(model, settings)
-    layers = _resolve_layers(settings.layers, model.config.num_hidden_layers)
+    layers = _resolve_layers(settings.layers, layer_count(model.config))
     _check_modules_to_save(model, settings.modules_to_save)
     torch.manual_seed(seed)
     config = LoraConfig(
@@ -131,7 +130,7 @@ def load_adapter(model: Any, folder: Path, name: str = "default", keep_dtype: bo
         LoratuneError: the adapter is damaged, not LoRA, holds NaN, or was made for another shape.
     """
     own, problems = own_parameters(model), list[str]()
-    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    base = causal_model(model)
     shapes = {parameter: tuple(values.shape) for parameter, values in own.base_parameters().items()}
     values = settle_patterns(read_config_values(folder), shapes, folder)
     config = _peft_config(values, folder)
@@ -220,22 +219,25 @@ def keep_unpacked(model: Any) -> None:
             module.support_avx512bf16_for_cpu = False
 
 
-def _linear_names(model: Any) -> list[str]:
-    """Last name parts of all linear modules, the output head left out, in the order of the model."""
-    head = model.get_output_embeddings()
-    names = [
-        name.rpartition(".")[2]
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Linear) and module is not head
-    ]
-    return list(dict.fromkeys(names))
+def _linear_names(model: Any, *roles: Role) -> list[str]:
+    """Last name parts of all linear modules that can be targets, in the order of the model."""
+    return list(dict.fromkeys(name.rpartition(".")[2] for name in linear_modules(model, *roles)))
 
 
 def _resolve_targets(model: Any, settings: LoraSettings) -> list[str]:
     names = _linear_names(model)
     if settings.target_modules == "all-linear":
         return names
-    wanted = ATTENTION_TARGETS if settings.target_modules == "attention" else list(settings.target_modules)
+    if settings.target_modules == "attention":
+        wanted = _linear_names(model, Role.ATTENTION)
+        if not wanted:
+            raise LoratuneError(
+                f"lora.target_modules attention: {type(model).__name__} does not say which of its modules attend; give "
+                f"names: {', '.join(names)}",
+                Exit.USAGE,
+            )
+        return wanted
+    wanted = list(settings.target_modules)
     unmatched = [target for target in wanted if target not in names]
     if unmatched:
         raise LoratuneError(

@@ -19,9 +19,9 @@ from torch import nn
 
 from loratune.errors import Exit, LoratuneError
 from loratune.model.adapter.files import WEIGHTS_FILE
-from loratune.model.adapter.tensors import EMBEDDING, HEAD, PART, PREFIX, WRAPPER
+from loratune.model.adapter.tensors import PART, PREFIX, WRAPPER
+from loratune.model.architecture.vocabulary import vocabulary_of
 
-EMBEDDING_PREFIX, HEAD_PREFIX = (f"{PREFIX}{name.removesuffix('weight')}" for name in (EMBEDDING, HEAD))
 Shapes = Mapping[str, Sequence[int]]
 
 
@@ -39,9 +39,10 @@ def require_complete(folder: Path, config: LoraConfig, given: Shapes, base: Shap
     """
     found = {name for name in given if PART.fullmatch(name.removeprefix(PREFIX))}
     expected = set(_expected(folder, config, base))
-    if config.ensure_weight_tying and any(name.startswith(EMBEDDING_PREFIX) for name in expected):
+    embedding, head = (f"{PREFIX}{module}." for module in vocabulary_of(base).modules)
+    if config.ensure_weight_tying and any(name.startswith(embedding) for name in expected):
         # PEFT gives the head of a tied model what it has learnt for the embedding; the skeleton ties nothing.
-        found, expected = ({name for name in names if not name.startswith(HEAD_PREFIX)} for names in (found, expected))
+        found, expected = ({name for name in names if not name.startswith(head)} for names in (found, expected))
     strange = sorted(found ^ expected)
     if strange:
         raise LoratuneError(
@@ -94,7 +95,7 @@ def _expected(folder: Path, config: LoraConfig, base: Shapes) -> dict[str, Any]:
 
 def _skeleton(base: Shapes) -> nn.Module:
     """The base's matrices as modules without memory, each in its place."""
-    root = nn.Module()
+    root, embedding = nn.Module(), vocabulary_of(base).embedding
     with torch.device("meta"):
         for name, shape in base.items():
             module, _, attribute = name.rpartition(".")
@@ -106,6 +107,6 @@ def _skeleton(base: Shapes) -> nn.Module:
                     place.add_module(part, nn.Module())
                 place = place.get_submodule(part)
             rows, columns = shape
-            layer = nn.Embedding(rows, columns) if name == EMBEDDING else nn.Linear(columns, rows, bias=False)
+            layer = nn.Embedding(rows, columns) if name == embedding else nn.Linear(columns, rows, bias=False)
             place.add_module(parts[-1], layer)
     return root

@@ -13,7 +13,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from loratune.model.adapter.tensors import EMBEDDING, VOCABULARY, AdapterTensors
+from loratune.model.adapter.tensors import AdapterTensors
+from loratune.model.architecture.structure import causal_model
+from loratune.model.architecture.vocabulary import vocabulary_of
 
 BASE = "__base__"
 """PEFT's name for no adapter at all."""
@@ -30,6 +32,7 @@ class OwnParameters:
 
     def __init__(self, model: Any) -> None:
         self._model = model
+        self._vocabulary = vocabulary_of(_parameter_places(model))
         self._modules: dict[str, Any] = {}
         """Name of a parameter that some adapter has of its own → the module that holds it."""
         self._values: dict[str, dict[str, Any]] = {BASE: {}}
@@ -94,7 +97,7 @@ class OwnParameters:
     def vocabulary(self, adapter: str = BASE) -> int:
         """Rows of the embedding that an adapter is asked with."""
         values = self._values[BASE] | self._values.get(adapter, {})
-        return len(values.get(EMBEDDING, self._model.get_input_embeddings().weight))
+        return len(values.get(self._vocabulary.embedding, self._model.get_input_embeddings().weight))
 
     def select(self, rows: Sequence[str]) -> None:
         """Have the next passes computed with what the adapters of their rows have of their own.
@@ -130,14 +133,14 @@ class OwnParameters:
         for name in {*own, *self._values.get(self._in_place, {})}:
             module = self._modules[name]
             module._parameters[_attribute(name)] = own.get(name, base[name])
-            if name in VOCABULARY:
+            if name in self._vocabulary:
                 _fit_sizes(module)
         self._in_place = adapter
 
 
 def own_parameters(model: Any) -> OwnParameters:
     """Those of a model, which carries them from now on; with or without PEFT's wrapper."""
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    base = causal_model(model)
     if not hasattr(base, "own_parameters"):
         base.own_parameters = OwnParameters(base)
     found: OwnParameters = base.own_parameters

@@ -17,10 +17,10 @@ import regex
 
 from loratune.errors import Exit, LoratuneError
 from loratune.model.adapter.files import CONFIG_FILE, NAME
+from loratune.model.architecture.vocabulary import vocabulary_of
 
 SECONDS = 5.0
 """For all expressions of a config together; the usual ones take milliseconds."""
-VOCABULARY_MODULES = ("model.embed_tokens", "lm_head")  # PEFT's all-linear leaves them out
 ALL_LINEAR = "all-linear"
 _FIRST_NUMBER = re.compile(r".*?\.[^.]*\.(?P<layer>\d+)\.")
 
@@ -91,7 +91,8 @@ def settle_patterns(values: dict[str, Any], base: Mapping[str, Sequence[int]], p
         settled[key] = matcher.named(key, values.get(key))
     if str(values.get("target_modules")).lower() == ALL_LINEAR:  # as PEFT compares it
         matrices = (name for name in matcher.modules if len(base.get(f"{name}.weight", ())) == 2)
-        settled["target_modules"] = [name for name in matrices if name not in VOCABULARY_MODULES]
+        left_out = vocabulary_of(base).modules
+        settled["target_modules"] = [name for name in matrices if name not in left_out]
     for key in ("rank_pattern", "alpha_pattern"):
         settled[key] = by_module = dict[str, Any]()
         for pattern, number in (values.get(key) or {}).items():

@@ -27,7 +27,10 @@ from loratune.model.adapter.files import NAME, SETTINGS, WEIGHTS_FILE, read_conf
 from loratune.model.adapter.patterns import as_expressions, settle_patterns
 from loratune.model.adapter.peft_rows import LoraRows, merge_tokens
 from loratune.model.adapter.tensors import PREFIX, TOKENS, WRAPPER
+from loratune.model.architecture.file_layout import file_layout
 from loratune.model.config import empty_model, load_config
+from loratune.model.files import weight_files
+from loratune.model.weights.tensor_files import TensorFiles
 
 ADAPTER = "default"
 PATTERNS = ("rank_pattern", "alpha_pattern", "target_modules", "exclude_modules", "layers_pattern")
@@ -84,7 +87,7 @@ class PeftMerge:
     """An adapter on its base, as PEFT understands both.
 
     Args:
-        base: model folder; of it, only config.json is read.
+        base: model folder; of it, config.json and the names of its tensors are read.
         adapter: PEFT folder, which has been checked (`loratune.model.adapter.files`).
         vocabulary: rows of the merged model's embedding.
         is_tied: whether the base has one matrix for embedding and head.
@@ -96,6 +99,7 @@ class PeftMerge:
     def __init__(self, base: Path, adapter: Path, vocabulary: int, is_tied: bool) -> None:
         self.is_tied = is_tied
         model = _empty_model(base, vocabulary, is_tied)
+        layout = file_layout(model, TensorFiles(weight_files(base)).infos)
         places = {id(module): name for name, module in model.named_modules()}
         shapes = {name: tuple(values.shape) for name, values in model.named_parameters(remove_duplicate=False)}
         state = load_file(adapter / WEIGHTS_FILE)
@@ -109,9 +113,10 @@ class PeftMerge:
             raise _misfit(adapter, [" ".join(str(error).split())[:300]]) from error
         _share_again(shared)
         peft.eval().requires_grad_(False)
-        self.changes = _changes(peft, places)
-        """Name of a parameter of the base → what is done to it; those that stay are left out."""
-        strange = [name for name in result.unexpected_keys if not _is_copy(name, state.get(name), self.changes)]
+        changes = _changes(peft, places)
+        self.changes = layout.in_files(changes)
+        """Name of a tensor of the base's files → what is done to it; those that stay are left out."""
+        strange = [name for name in result.unexpected_keys if not _is_copy(name, state.get(name), changes)]
         problems = [f"{name}: PEFT has no place for it" for name in strange]
         problems += [f"{name}: PEFT finds no values for it" for name in _empty(peft)]
         if problems:

@@ -14,10 +14,10 @@ from loratune.errors import Exit, LoratuneError, bullet_list, counted
 from loratune.model.adapter.files import WEIGHTS_FILE, read_config_values
 from loratune.model.adapter.patterns import settle_patterns, targeted
 from loratune.model.adapter.values import check_weights
+from loratune.model.architecture.vocabulary import vocabulary_of
 from loratune.model.weights.tensor_files import TensorFiles
 
 PREFIX = "base_model.model."
-VOCABULARY = EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 PART = re.compile(r"(?P<module>.+)\.(?P<part>lora_[AB]\.weight|lora_B\.bias|lora_embedding_[AB]|lora_magnitude_vector)")
 RANK_AXES = {"lora_A.weight": 0, "lora_embedding_A": 0, "lora_B.weight": 1, "lora_embedding_B": 1}
 # PEFT's wrappers, which stand between a module's name and its parameter.
@@ -52,14 +52,17 @@ def read_tensors(
     Raises:
         LoratuneError: the file is missing, damaged or holds NaN.
     """
-    found = _by_use(folder, values, is_tied, problems)
+    found = _by_use(folder, values, base, is_tied, problems)
     problems += [*_vocabulary_problems(found, base), *_place_problems(found, base), *_missing(found, values, base)]
     problems += [*_rank_problems(found, values), *_target_problems(found, values, base)]
     return found
 
 
-def _by_use(folder: Path, values: dict[str, Any], is_tied: bool, problems: list[str]) -> AdapterTensors:
+def _by_use(
+    folder: Path, values: dict[str, Any], base: Iterable[str], is_tied: bool, problems: list[str]
+) -> AdapterTensors:
     check_weights(folder)
+    vocabulary = embedding, head = vocabulary_of(base)
     files = TensorFiles([folder / WEIGHTS_FILE])
     found = AdapterTensors({}, {}, {})
     for name in sorted(files.infos):
@@ -76,12 +79,12 @@ def _by_use(folder: Path, values: dict[str, Any], is_tied: bool, problems: list[
             problems.append(f"{name}: {target} is replaced twice, by different values")
         else:
             found.whole[target] = tensor
-            if is_tied and ".base_layer." in place and target in VOCABULARY:  # the matrix that both layers share
-                found.whole.setdefault(next(other for other in VOCABULARY if other != target), tensor)
-    if is_tied and EMBEDDING in found.whole and values.get("ensure_weight_tying"):
-        found.whole.setdefault(HEAD, found.whole[EMBEDDING])
-    if is_tied and EMBEDDING in found.rows:
-        found.rows.setdefault(HEAD, found.rows[EMBEDDING])
+            if is_tied and ".base_layer." in place and target in vocabulary:  # the matrix that both layers share
+                found.whole.setdefault(next(other for other in vocabulary if other != target), tensor)
+    if is_tied and embedding in found.whole and values.get("ensure_weight_tying"):
+        found.whole.setdefault(head, found.whole[embedding])
+    if is_tied and embedding in found.rows:
+        found.rows.setdefault(head, found.rows[embedding])
     return found
 
 
@@ -117,9 +120,10 @@ def _target_problems(tensors: AdapterTensors, values: dict[str, Any], base: Iter
     matches = (PART.fullmatch(name.removeprefix(PREFIX)) for name in tensors.lora)
     found = {_module(match) for match in matches if match}
     named = set(targeted(values, base))
-    if values.get("ensure_weight_tying") and EMBEDDING.removesuffix(".weight") in named:
+    embedding, head = vocabulary_of(base).modules
+    if values.get("ensure_weight_tying") and embedding in named:
         # PEFT gives the head of a tied model what it has learnt for the embedding.
-        found, named = (names - {HEAD.removesuffix(".weight")} for names in (found, named))
+        found, named = (names - {head} for names in (found, named))
     if found == named:
         return []
     first = min(found ^ named)
@@ -144,7 +148,8 @@ def check_fits(folder: Path, base: Mapping[str, Sequence[int]], is_tied: bool) -
         LoratuneError: with what does not fit.
     """
     problems: list[str] = []
-    base = {HEAD: base[EMBEDDING], **base} if is_tied else base
+    vocabulary = vocabulary_of(base)
+    base = {vocabulary.head: base[vocabulary.embedding], **base} if is_tied else base
     values = settle_patterns(read_config_values(folder), base, folder)
     tensors = read_tensors(folder, values, base, is_tied, problems)
     for name, tensor in tensors.lora.items():
@@ -154,7 +159,7 @@ def check_fits(folder: Path, base: Mapping[str, Sequence[int]], is_tied: bool) -
             continue
         target = WRAPPER.sub("", f"{match['module']}.") + "weight"
         shape = base.get(target)
-        if shape is None or (tensor.shape[side] != shape[side] and target not in VOCABULARY):
+        if shape is None or (tensor.shape[side] != shape[side] and target not in vocabulary):
             problems.append(f"{name}: of shape {list(tensor.shape)} for a base of {shape and list(shape)}")
     if problems:
         raise LoratuneError(f"{folder} does not fit the base:\n{bullet_list(problems, limit=5)}", Exit.MODEL)
@@ -172,7 +177,7 @@ def check_alone(folder: Path, modules: Mapping[str, Sequence[int]]) -> None:
     """
     problems: list[str] = []
     values = settle_patterns(read_config_values(folder), modules, folder)
-    tensors = _by_use(folder, values, False, problems)
+    tensors = _by_use(folder, values, modules, False, problems)
     problems += [*_missing(tensors, values, modules), *_rank_problems(tensors, values)]
     problems += _target_problems(tensors, values, modules)
     if problems:
@@ -181,11 +186,11 @@ def check_alone(folder: Path, modules: Mapping[str, Sequence[int]]) -> None:
 
 def _place_problems(tensors: AdapterTensors, base: Mapping[str, Sequence[int]]) -> list[str]:
     """What has no place in the base, or another shape."""
-    problems = []
+    problems, vocabulary = [], vocabulary_of(base)
     shapes = [(name, tensor.shape) for name, tensor in tensors.whole.items()]
     shapes += [(name, rows.shape) for name, (_, rows) in tensors.rows.items()]
     for name, shape in shapes:
-        free = 1 if name in VOCABULARY else 0  # rows, which have been compared with the vocabulary
+        free = 1 if name in vocabulary else 0  # rows, which have been compared with the vocabulary
         if name not in base:
             problems.append(f"{name}: the base has no such parameter")
         elif len(shape) != len(base[name]) or tuple(shape[free:]) != tuple(base[name][free:]):
@@ -195,7 +200,8 @@ def _place_problems(tensors: AdapterTensors, base: Mapping[str, Sequence[int]]) 
 
 def _vocabulary_problems(tensors: AdapterTensors, base: Mapping[str, Sequence[int]]) -> list[str]:
     """Whether a vocabulary was resized in training without the adapter bringing all rows of embedding and head."""
-    counts = {name: {(tensors.whole[name].shape if name in tensors.whole else base[name])[0]} for name in VOCABULARY}
+    vocabulary = vocabulary_of(base)
+    counts = {name: {(tensors.whole[name].shape if name in tensors.whole else base[name])[0]} for name in vocabulary}
     for name, tensor in tensors.lora.items():
         module, _, part = name.removeprefix(PREFIX).rpartition(".lora_")
         if f"{module}.weight" in counts and tensor.ndim == 2 and part in ("embedding_A", "B.weight"):
@@ -208,9 +214,9 @@ def _vocabulary_problems(tensors: AdapterTensors, base: Mapping[str, Sequence[in
         return []
     lacking = [name for name in counts if name not in tensors.whole] or list(counts)
     return [
-        f"trained with a resized vocabulary ({' or '.join(map(str, sizes))} rows; the base has {base[EMBEDDING][0]}), "
-        f"and the rows of {' and '.join(lacking)} are not in the file. Save it again where it was trained, with PEFT's "
-        "save_pretrained(…, save_embedding_layers=True)"
+        f"trained with a resized vocabulary ({' or '.join(map(str, sizes))} rows; the base has "
+        f"{base[vocabulary.embedding][0]}), and the rows of {' and '.join(lacking)} are not in the file. Save it again "
+        "where it was trained, with PEFT's save_pretrained(…, save_embedding_layers=True)"
     ]
 
 
@@ -218,8 +224,9 @@ def _missing(tensors: AdapterTensors, values: dict[str, Any], base: Mapping[str,
     """What the config says was trained and the file does not hold."""
     wanted = values.get("modules_to_save") or []
     tokens = values.get("trainable_token_indices") or []
+    embedding, _ = vocabulary_of(base).modules
     modules = [wanted] if isinstance(wanted, str) else list(wanted)
-    modules += list(tokens) if isinstance(tokens, dict) else ["embed_tokens"] if tokens else []
+    modules += list(tokens) if isinstance(tokens, dict) else [embedding.rpartition(".")[2]] if tokens else []
     held = [f".{name}" for name in (*tensors.whole, *tensors.rows)]
     problems = [
         f"{module} was trained and is not in the file"

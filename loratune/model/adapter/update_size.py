@@ -11,6 +11,8 @@ from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from peft.utils.integrations import dequantize_module_weight
 
+from loratune.model.adapter.tensors import PREFIX
+
 
 @dataclass(frozen=True)
 class UpdateSize:
@@ -35,7 +37,7 @@ def update_sizes(model: PeftModel, adapter: str = "default") -> dict[str, Update
     ratios: dict[str, dict[str, float]] = defaultdict(dict)
     for name, module in model.named_modules():
         if isinstance(module, LoraLayer) and adapter in module.lora_A:
-            ratios[name.rpartition(".")[2]][name.removeprefix("base_model.model.")] = _ratio(module, adapter)
+            ratios[name.rpartition(".")[2]][name.removeprefix(PREFIX)] = _ratio(module, adapter)
     return {group: _size(found) for group, found in ratios.items()}
 
 

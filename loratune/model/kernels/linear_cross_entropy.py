@@ -13,18 +13,16 @@ from typing import Any
 import torch
 from torch.nn.functional import pad
 from torch.utils.checkpoint import checkpoint
-from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.utils import ModelOutput
 
-from loratune.errors import Exit, LoratuneError
+from loratune.model.architecture.head import head_of
+from loratune.model.architecture.structure import decoder_of
 
 CHUNK_BYTES = 1 << 27
 """Of logits in the head's type: so many positions that reading the head's matrix does not decide the speed."""
 BLOCK_LOGITS = {"cpu": 1 << 22}
 """Of a chunk, in float32 at a time: 16 MB, which caches hold."""
 BLOCK_LOGITS_ELSEWHERE = 1 << 25
-PROBED_TOKENS = 8
-"""Enough to see what a model does between its states and its logits."""
 POSITIONS_UNIT = 32
 """Chunks have multiples of so many positions, because oneDNN compiles each shape of products and keeps it."""
 
@@ -57,79 +55,9 @@ def add_labelled_loss(model: Any) -> None:
     model.forward = forward
 
 
-class OwnHead:
-    """From states to logits as a model's own forward goes, which may scale or cap either: it gets a decoder's states.
-
-    Args:
-        model: the causal language model.
-    """
-
-    def __init__(self, model: Any) -> None:
-        self._model, self._forward = model, model.forward
-
-    @property
-    def weight(self) -> Any:
-        """Of the layer that makes the logits."""
-        return self._model.get_output_embeddings().weight
-
-    def __call__(self, states: torch.Tensor) -> torch.Tensor:
-        """Logits [positions, vocabulary] of states [positions, width]."""
-        decoder = self._model.model
-        taken_over = vars(decoder).get("forward")
-        decoder.forward = lambda *_, **__: BaseModelOutputWithPast(last_hidden_state=states[None])
-        try:
-            logits: torch.Tensor = self._forward(inputs_embeds=states[None], use_cache=False).logits[0]
-        finally:
-            del decoder.forward
-            if taken_over is not None:
-                decoder.forward = taken_over
-        return logits
-
-
-def head_of(model: Any) -> Any:
-    """What makes logits of a decoder's states: the head's layer if the model, run on a few tokens, does nothing else.
-
-    Raises:
-        LoratuneError: the logits do not follow from the states.
-    """
-    head = model.get_output_embeddings()
-    seen: dict[str, torch.Tensor] = {}
-    hooks = [
-        model.model.register_forward_hook(lambda _, __, output: seen.update(states=output.last_hidden_state)),
-        head.register_forward_hook(lambda _, inputs, output: seen.update(given=inputs[0], made=output)),
-    ]
-    was_training = model.training
-    model.eval()
-    try:
-        with torch.no_grad():
-            ids = torch.arange(PROBED_TOKENS, device=model.device)[None]
-            logits = model(input_ids=ids, use_cache=False).logits
-            if _are_same(seen.get("given"), seen["states"]) and _are_same(seen["made"], logits):
-                return head
-            own = OwnHead(model)
-            if _are_same(own(seen["states"][0])[None], logits):
-                return own
-    finally:
-        for hook in hooks:
-            hook.remove()
-        model.train(was_training)
-    raise LoratuneError(
-        f"{type(model).__name__}: its logits do not follow from its decoder's last states alone, so its loss cannot be "
-        "computed on labelled positions only; loratune cannot train it",
-        Exit.MODEL,
-    )
-
-
-def _are_same(tensor: torch.Tensor | None, other: torch.Tensor) -> bool:
-    """To the bit, but for a wider type; not a number counts as a number."""
-    if tensor is None or tensor.shape != other.shape:
-        return False
-    return bool(torch.allclose(tensor.to(other.dtype), other, rtol=0, atol=0, equal_nan=True))
-
-
 def _forward(model: Any, head: Any, labels: torch.Tensor, **inputs: Any) -> LabelledLoss:
     given = {name: value for name, value in inputs.items() if value is not None}
-    hidden = model.model(**given | {"use_cache": False}).last_hidden_state
+    hidden = decoder_of(model)(**given | {"use_cache": False}).last_hidden_state
     targets = labels[:, 1:]
     is_labelled = targets >= 0  # -100 is torch's label for a position without loss
     rows = is_labelled.nonzero()[:, 0]

@@ -8,6 +8,8 @@ from __future__ import annotations
 import importlib
 import importlib.util
 from collections.abc import Callable
+from functools import partial
+from operator import attrgetter
 from types import MethodType
 from typing import Any, NamedTuple
 
@@ -17,7 +19,10 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
 from loratune import console
+from loratune.model.architecture.roles import gated_mlp, is_rms_norm
 
+Forward = Callable[[Any, Any], Any]
+"""Of a module and its input."""
 CHECKED_ROWS = 4
 TOLERANCES = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 2e-3}
 """Largest relative difference that rounding explains."""
@@ -43,19 +48,19 @@ def use_fused_elementwise(model: Any) -> int:
     """
     liger = _liger_kernels(model) if model.device.type == "cuda" else None
     choices = [liger, _OWN] if liger else [_OWN]
-    chosen: dict[Any, _Kernels | None] = {}  # for each class of module and of activation, as its first one shows
+    chosen: dict[Any, Forward | None] = {}  # for each class of module and of activation, as its first one shows
     taken = 0
     for module in model.modules():
-        make = _norm_with if _looks_like_norm(module) else _gated_mlp_with if _looks_like_gated_mlp(module) else None
-        if make is None or "forward" in vars(module):
+        makers = _makers(module)
+        if not makers or "forward" in vars(module):
             continue
-        kind = (type(module), type(getattr(module, "act_fn", None)))
+        kind = (type(module), *(type(child) for child in module.children() if not [*child.parameters()]))
         if kind not in chosen:
-            fitting = (kernels for kernels in choices if _gives_the_same(module, MethodType(make(kernels), module)))
-            chosen[kind] = next(fitting, None)
-        kernels = chosen[kind]
-        if kernels is not None:
-            module.forward = MethodType(make(kernels), module)
+            forwards = (make(kernels) for kernels in choices for make in makers)
+            chosen[kind] = next((one for one in forwards if _gives_the_same(module, MethodType(one, module))), None)
+        forward = chosen[kind]
+        if forward is not None:
+            module.forward = MethodType(forward, module)
             taken += 1
     return taken
 
@@ -77,29 +82,28 @@ def _liger_kernels(model: Any) -> _Kernels | None:
     return kernels
 
 
-def _looks_like_norm(module: Any) -> bool:
-    if not type(module).__name__.endswith("RMSNorm") or not hasattr(module, "variance_epsilon"):
-        return False
-    return type(module.weight) is nn.Parameter and not module.weight.requires_grad
+def _makers(module: Any) -> list[Callable[[_Kernels], Forward]]:
+    """What a module may be seen to compute, the likeliest first."""
+    if is_rms_norm(module):
+        is_frozen = type(module.weight) is nn.Parameter and not module.weight.requires_grad
+        return [_norm_with] if is_frozen else []
+    return [partial(_gated_mlp_with, parts) for parts in gated_mlp(module)]
 
 
-def _looks_like_gated_mlp(module: Any) -> bool:
-    parts = dict(module.named_children())
-    return parts.keys() == {"gate_proj", "up_proj", "down_proj", "act_fn"}
-
-
-def _norm_with(kernels: _Kernels) -> Callable[[Any, Any], Any]:
+def _norm_with(kernels: _Kernels) -> Forward:
     return lambda module, x: kernels.norm(x, module.weight, module.variance_epsilon)
 
 
-def _gated_mlp_with(kernels: _Kernels) -> Callable[[Any, Any], Any]:
-    return lambda module, x: module.down_proj(kernels.gate(module.gate_proj(x), module.up_proj(x)))
+def _gated_mlp_with(parts: tuple[str, str, str], kernels: _Kernels) -> Forward:
+    gate, up, down = map(attrgetter, parts)
+    return lambda module, x: down(module)(kernels.gate(gate(module)(x), up(module)(x)))
 
 
 def _gives_the_same(module: Any, forward: Callable[[Any], Any]) -> bool:
     """Whether a forward computes what the module's own does, and its gradient, on some random rows."""
-    weight = module.weight if _looks_like_norm(module) else module.gate_proj.weight
-    width = len(weight) if weight.ndim == 1 else module.gate_proj.in_features
+    first = module if is_rms_norm(module) else module.get_submodule(next(gated_mlp(module))[0])
+    weight = first.weight
+    width = len(weight) if first is module else first.in_features
     dtype = weight.dtype if weight.is_floating_point() else torch.bfloat16
     random = torch.Generator().manual_seed(0)
     x, direction = torch.randn(2, 1, CHECKED_ROWS, width, generator=random).to(weight.device, dtype)

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from loratune.model.architecture.file_layout import file_layout
 from loratune.model.files import weight_files
 from loratune.model.from_folder import load_from_folder
 from loratune.model.weights.tensor_files import TensorFiles
@@ -37,16 +38,18 @@ def load_mapped(folder: Path, in_float32: bool = True) -> Any:
     """
     model = load_plain(folder)
     files = TensorFiles(weight_files(folder))
+    layout = file_layout(model, files.infos)
     is_large = sum(info.nbytes for info in files.infos.values()) > RESIDENT_BYTES
     names = {parameter: name for name, parameter in model.named_parameters()}
     for parameter, name in names.items():
-        values = files.tensor(name)
+        values = layout.read(name, files)
         if values.ndim < 2 and in_float32:  # norms and biases: small
             values = values.to(torch.float32, copy=True)
         parameter.data = values
     for module in model.modules():
         if isinstance(module, nn.Linear):
-            release = functools.partial(files.release, [names[module.weight]] if is_large else [])
+            held = layout.tensors_of(names[module.weight])
+            release = functools.partial(files.release, held if is_large else [])
             module.forward = functools.partial(_linear_in_float32 if in_float32 else _linear, module, release)
         elif isinstance(module, nn.Embedding) and in_float32:
             module.forward = functools.partial(_embedding_in_float32, module)

@@ -8,6 +8,9 @@ from pathlib import Path
 import bitsandbytes.functional as bnb
 import torch
 
+from loratune.model.architecture.file_layout import file_layout
+from loratune.model.architecture.roles import quantised_matrices
+from loratune.model.config import empty_model, load_config
 from loratune.model.hardware import Hardware, resolve_dtype
 from loratune.model.weights.tensor_files import TensorFiles
 from loratune.recipe.sections import ModelSettings
@@ -16,10 +19,8 @@ from loratune.recipe.sections import ModelSettings
 class DequantizedFiles(TensorFiles):
     """Tensor files whose linear layers come with the error that 4-bit or 8-bit training has worked around.
 
-    Of the architectures that loratune knows, the matrices within the layers are what transformers quantises.
-
     Args:
-        paths: the base's safetensors files.
+        paths: the base's safetensors files, beside its config.json.
         settings: of the training.
         hardware: where quantisation is computed; it decides the number type too, as in training.
     """
@@ -30,11 +31,14 @@ class DequantizedFiles(TensorFiles):
         self._dtype = resolve_dtype(settings.dtype, hardware)
         self._device = hardware.device
         self._kept: tuple[str, torch.Tensor] | None = None
+        model = empty_model(load_config(paths[0].parent))
+        layout = file_layout(model, self.infos)
+        self._quantised = {layout.tensor_of(name) for name in quantised_matrices(model)}
 
     def tensor(self, name: str) -> torch.Tensor:
         """The tensor; a quantised one is computed, and kept until another is asked for."""
         plain = super().tensor(name)
-        if plain.ndim != 2 or ".layers." not in name:
+        if name not in self._quantised:
             return plain
         if self._kept is None or self._kept[0] != name:
             self._kept = (name, self._there_and_back(plain))

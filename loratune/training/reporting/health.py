@@ -8,6 +8,7 @@ from typing import Any
 from transformers import TrainerCallback
 
 from loratune.errors import counted
+from loratune.model.adapter.tensors import PREFIX
 from loratune.model.adapter.update_size import UpdateSize, update_sizes
 from loratune.training.callbacks import Metrics
 from loratune.training.reporting.answers import Answers
@@ -55,7 +56,7 @@ class GradientFlow(TrainerCallback):
         self._has_looked = True
         for name, weight in model.named_parameters():
             if weight.requires_grad and ".lora_B." in name and (weight.grad is None or not weight.grad.any()):
-                self.missing.append(name.partition(".lora_B.")[0].removeprefix("base_model.model."))
+                self.missing.append(name.partition(".lora_B.")[0].removeprefix(PREFIX))
 
 
 def examine(model: Any, flow: GradientFlow, metrics: Metrics, answers: Answers | None = None) -> Health:

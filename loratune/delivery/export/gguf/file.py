@@ -12,8 +12,8 @@ import numpy as np
 import torch
 
 from loratune.delivery.export.gguf.layout import (
-    ARCHITECTURES,
     PlannedTensor,
+    architecture_of,
     describe,
     pair_rotated_rows,
     plan_tensors,
@@ -21,6 +21,9 @@ from loratune.delivery.export.gguf.layout import (
 )
 from loratune.delivery.export.gguf.vocabulary import describe_vocabulary
 from loratune.errors import Exit, LoratuneError
+from loratune.model.architecture.file_layout import FileLayout, file_layout
+from loratune.model.architecture.vocabulary import vocabulary_of
+from loratune.model.config import empty_model
 from loratune.model.files import weight_files
 from loratune.model.tying import head_is_tied
 from loratune.model.weights.tensor_files import TensorFiles
@@ -73,6 +76,8 @@ class FilePlan:
     architecture: str
     keys: dict[str, Any]
     tensors: list[PlannedTensor]
+    layout: FileLayout
+    """Which tensors of the model's files these are made of."""
 
     def nbytes(self, quantization: str) -> int:
         """Size of all tensors in bytes."""
@@ -84,7 +89,7 @@ def plan_file(folder: Path, shapes: Mapping[str, tuple[int, ...]], is_tied: bool
 
     Args:
         folder: with config, tokenizer and template.
-        shapes: of each of the model's tensors.
+        shapes: of each of the tensors in the model's files.
         is_tied: whether it has one matrix for embedding and head.
 
     Raises:
@@ -93,19 +98,21 @@ def plan_file(folder: Path, shapes: Mapping[str, tuple[int, ...]], is_tied: bool
     """
     config = read_config(folder)
     config.tie_word_embeddings = is_tied
+    layout = file_layout(empty_model(config), shapes)
+    held = layout.shapes(shapes)
     keys: dict[str, Any] = describe(config) | describe_vocabulary(folder, config.vocab_size)
     tensors = plan_tensors(config)
     planned = {tensor.source: tensor.shape for tensor in tensors if tensor.values is None}
     for name, shape in planned.items():
-        if shapes.get(name) != shape:
+        if held.get(name) != shape:
             raise LoratuneError(
-                f"{folder}: {name} is {shapes.get(name, 'missing')} where config.json asks for {shape}", Exit.MODEL
+                f"{folder}: {name} is {held.get(name, 'missing')} where config.json asks for {shape}", Exit.MODEL
             )
     # Computed from the config; old checkpoints carry it all the same.
-    extra = [name for name in shapes if name not in planned and not name.endswith("rotary_emb.inv_freq")]
-    if extra and not (is_tied and extra == ["lm_head.weight"]):
+    extra = [name for name in held if name not in planned and not name.endswith("rotary_emb.inv_freq")]
+    if extra and not (is_tied and extra == [vocabulary_of(planned).head]):
         raise LoratuneError(f"{folder}: {extra[0]} is no part of the architecture of config.json", Exit.MODEL)
-    return FilePlan(ARCHITECTURES[config.model_type], keys, tensors)
+    return FilePlan(architecture_of(config), keys, tensors, layout)
 
 
 class _Model:
@@ -116,16 +123,17 @@ class _Model:
         shapes = {name: info.shape for name, info in self._files.infos.items()}
         plan = plan_file(folder, shapes, head_is_tied(folder))
         self.architecture, self.keys, self.tensors = plan.architecture, plan.keys, plan.tensors
+        self._layout = plan.layout
 
     def rows(self, tensor: PlannedTensor) -> Iterator[torch.Tensor]:
         """The tensor piece by piece: (some rows, row length), in the dtype of the model's files."""
-        values = self._files.tensor(tensor.source) if tensor.values is None else tensor.values
+        values = self._layout.read(tensor.source, self._files) if tensor.values is None else tensor.values
         if tensor.rope_heads:
             values = pair_rotated_rows(values, tensor.rope_heads)
         matrix = values.reshape(-1, tensor.shape[-1])
         yield from matrix.split(max(1, _PIECE_ELEMENTS // tensor.shape[-1]))
         if tensor.source:
-            self._files.release([tensor.source])
+            self._files.release(self._layout.tensors_of(tensor.source))
 
 
 class _StoredTensor:

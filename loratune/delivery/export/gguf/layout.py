@@ -8,28 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from loratune.errors import Exit, LoratuneError
-from loratune.model.config import load_config
+from loratune.model.architecture.families import FAMILIES
+from loratune.model.architecture.structure import head_size, key_value_heads, layer_count
+from loratune.model.architecture.vocabulary import vocabulary_of
+from loratune.model.config import empty_model, load_config
 
-# Mistral's weights and computation are Llama's, and GGUF has one architecture for both.
-ARCHITECTURES = {"qwen2": "qwen2", "qwen3": "qwen3", "llama": "llama", "mistral": "llama"}
-MODULES = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
-LAYER_MODULES = {
-    "input_layernorm": "attn_norm",
-    "self_attn.q_proj": "attn_q",
-    "self_attn.k_proj": "attn_k",
-    "self_attn.v_proj": "attn_v",
-    "self_attn.o_proj": "attn_output",
-    "self_attn.q_norm": "attn_q_norm",
-    "self_attn.k_norm": "attn_k_norm",
-    "post_attention_layernorm": "ffn_norm",
-    "mlp.gate_proj": "ffn_gate",
-    "mlp.up_proj": "ffn_up",
-    "mlp.down_proj": "ffn_down",
-}
 YARN_DEFAULTS = {"truncate": True, "mscale": None, "mscale_all_dim": None, "attention_factor": None}
 
 
@@ -41,7 +27,7 @@ class NotForGgufError(LoratuneError):
 class PlannedTensor:
     """A tensor of the GGUF file.
 
-    `source` names it in the model's files; `values` are given for one that is computed. `rope_heads`, if not 0, is the
+    `source` names the model's parameter; `values` are given for one that is computed. `rope_heads`, if not 0, is the
     number of heads whose rows change places.
     """
 
@@ -59,7 +45,7 @@ def read_config(model: Path) -> Any:
         LoratuneError: the architecture, or a part of its computation, that GGUF's programs would not carry out.
     """
     config = load_config(model)
-    if config.model_type not in ARCHITECTURES:
+    if config.model_type not in FAMILIES:
         raise _unknown(model, f"model_type {config.model_type!r}")
     if config.hidden_act != "silu":
         raise _unknown(model, f"hidden_act {config.hidden_act!r}")
@@ -85,9 +71,9 @@ def _unknown(model: Path, what: str) -> NotForGgufError:
     )
 
 
-def head_size(config: Any) -> int:
-    """Width of an attention head."""
-    return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
+def architecture_of(config: Any) -> str:
+    """GGUF's name of a model's architecture."""
+    return FAMILIES[config.model_type].gguf
 
 
 def describe(config: Any) -> dict[str, str | int | float]:
@@ -97,10 +83,10 @@ def describe(config: Any) -> dict[str, str | int | float]:
         "vocab_size": config.vocab_size,
         "context_length": config.max_position_embeddings,
         "embedding_length": config.hidden_size,
-        "block_count": config.num_hidden_layers,
+        "block_count": layer_count(config),
         "feed_forward_length": config.intermediate_size,
         "attention.head_count": config.num_attention_heads,
-        "attention.head_count_kv": config.num_key_value_heads,
+        "attention.head_count_kv": key_value_heads(config),
         "attention.key_length": head_size(config),
         "attention.value_length": head_size(config),
         "attention.layer_norm_rms_epsilon": float(config.rms_norm_eps),
@@ -114,31 +100,37 @@ def describe(config: Any) -> dict[str, str | int | float]:
         keys["rope.scaling.original_context_length"] = rope["original_max_position_embeddings"]
         keys["rope.scaling.yarn_beta_fast"] = float(rope.get("beta_fast") or 32)
         keys["rope.scaling.yarn_beta_slow"] = float(rope.get("beta_slow") or 1)
-    return {f"{ARCHITECTURES[config.model_type]}.{name}": value for name, value in keys.items()}
+    return {f"{architecture_of(config)}.{name}": value for name, value in keys.items()}
 
 
 def plan_tensors(config: Any) -> list[PlannedTensor]:
     """The tensors of the file, in the model's order, as the model's own code says which there are."""
-    with torch.device("meta"):
-        weights = AutoModelForCausalLM.from_config(config).state_dict()
+    weights = empty_model(config).state_dict()
     if config.tie_word_embeddings:
-        weights.pop("lm_head.weight", None)  # programs take the embedding where there is no output
-    planned = [_plan_tensor(config, name, tuple(weight.shape)) for name, weight in weights.items()]
+        weights.pop(vocabulary_of(weights).head, None)  # programs take the embedding where there is no output
+    names = _gguf_names(config)
+    planned = [_plan_tensor(config, names, name, tuple(weight.shape)) for name, weight in weights.items()]
     if config.rope_parameters["rope_type"] == "llama3":
         factors = _llama3_factors(config)
         planned.append(PlannedTensor("rope_freqs.weight", tuple(factors.shape), values=factors))
     return planned
 
 
-def _plan_tensor(config: Any, name: str, shape: tuple[int, ...]) -> PlannedTensor:
-    module, _, kind = name.rpartition(".")
-    if not module.startswith("model.layers."):
-        return PlannedTensor(f"{MODULES[module]}.{kind}", shape, name)
-    layer, _, part = module.removeprefix("model.layers.").partition(".")
+def _gguf_names(config: Any) -> Any:
+    """The gguf package's own table of a family's names."""
+    import gguf  # an extra, without which the rest of this module is of use
+
+    by_name = {name: architecture for architecture, name in gguf.MODEL_ARCH_NAMES.items()}
+    return gguf.get_tensor_name_map(by_name[architecture_of(config)], layer_count(config))
+
+
+def _plan_tensor(config: Any, names: Any, source: str, shape: tuple[int, ...]) -> PlannedTensor:
+    module, _, kind = source.rpartition(".")
+    name = names.get_name(module)
     # Llama's GGUF rotates neighbouring elements of a head, transformers an element of each half.
-    heads = {"self_attn.q_proj": config.num_attention_heads, "self_attn.k_proj": config.num_key_value_heads}
-    rope_heads = heads.get(part, 0) if ARCHITECTURES[config.model_type] == "llama" else 0
-    return PlannedTensor(f"blk.{layer}.{LAYER_MODULES[part]}.{kind}", shape, name, rope_heads=rope_heads)
+    heads = {"attn_q": config.num_attention_heads, "attn_k": key_value_heads(config)}
+    rope_heads = heads.get(name.rpartition(".")[2], 0) if architecture_of(config) == "llama" else 0
+    return PlannedTensor(f"{name}.{kind}", shape, source, rope_heads=rope_heads)
 
 
 def pair_rotated_rows(tensor: torch.Tensor, heads: int) -> torch.Tensor:

@@ -18,6 +18,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.utils import logging as transformers_logging
 
 from loratune.errors import Exit, LoratuneError
+from loratune.model.architecture.structure import decoder_of
 
 ROPE_FACTORS = "rope_freqs.weight"
 # GGUF's name below rope.scaling → the name in rope_parameters.
@@ -61,7 +62,7 @@ def load_gguf(file: Path) -> Any:
             ) from error
     for tensor in reader.tensors:
         if tensor.name == ROPE_FACTORS:  # what llama.cpp divides each frequency by
-            model.model.rotary_emb.inv_freq /= torch.from_numpy(np.array(tensor.data))
+            decoder_of(model).rotary_emb.inv_freq /= torch.from_numpy(np.array(tensor.data))
     return model.eval()
 
 

@@ -16,11 +16,10 @@ from loratune.model.adapter.completeness import tensor_shapes
 from loratune.model.adapter.files import CONFIG_FILE, read_config_values
 from loratune.model.adapter.patterns import settle_patterns
 from loratune.model.adapter.values import check_weights
+from loratune.model.architecture.vocabulary import EMBEDDING_MODULE, HEAD_MODULE, USUAL_PROJECTIONS
 from loratune.recipe.advice import MAX_LORA_RANKS, max_lora_rank
 from loratune.runs.opening import AdapterSource
 
-SERVED_MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-VOCABULARY_MODULES = ("embed_tokens", "lm_head")
 # Kinds of LoRA that compute something else than W + scale·B·A.
 FOREIGN_KINDS = {
     "use_dora": "DoRA",
@@ -67,7 +66,7 @@ def check_for_vllm(adapter: Path) -> VllmAdvice:
     if others and not problems:
         problems.append(f"{len(others)} tensors that are not LoRA, first {others[0]}")
     problems += [*_rank_problems(config, rank, ranks), *_module_problems(ranks)]
-    strange = sorted({_last(module) for module in ranks} - {*SERVED_MODULES, *VOCABULARY_MODULES})
+    strange = sorted({_last(module) for module in ranks} - {*USUAL_PROJECTIONS, EMBEDDING_MODULE, HEAD_MODULE})
     warnings = [f"whether vLLM adapts {', '.join(strange)} depends on the model"] if strange else []
     return VllmAdvice(max_lora_rank(rank) or MAX_LORA_RANKS[-1], problems, warnings)
 
@@ -159,7 +158,7 @@ def _scale(config: dict[str, Any], alpha: float, rank: int) -> float:
 
 
 def _module_problems(ranks: dict[str, int]) -> list[str]:
-    found = sorted({_last(module) for module in ranks} & set(VOCABULARY_MODULES))
+    found = sorted({_last(module) for module in ranks} & {EMBEDDING_MODULE, HEAD_MODULE})
     if not found:
         return []
     return [

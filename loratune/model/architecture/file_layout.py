@@ -1,0 +1,185 @@
+"""Which tensors of a model's files its parameters in memory are made of.
+
+transformers renames tensors as it loads them, and fuses some, as those of a mixture's experts. It is asked here what it
+would do with the names that are in the files, so that what is written can bear the same names.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import (
+    Concatenate,
+    MergeModulelist,
+    WeightConverter,
+    WeightRenaming,
+    dot_natural_key,
+    rename_source_key,
+)
+
+from loratune.errors import Exit, LoratuneError
+from loratune.model.config import empty_model, load_config
+from loratune.model.files import weight_files
+from loratune.model.weights.tensor_files import TensorFiles, TensorInfo
+
+Change = TypeVar("Change")
+
+
+@dataclass(frozen=True)
+class Part:
+    """A tensor of the files as a part of a parameter."""
+
+    tensor: str
+    expert: int | None = None
+    """Its place along the parameter's first dimension; None where the parameter has no such dimension more."""
+    column: int = 0
+    """Which of the tensors that lie behind each other along the next dimension it is."""
+
+
+@dataclass(frozen=True)
+class FileLayout:
+    """What a model's parameters are made of."""
+
+    parts: dict[str, tuple[Part, ...]]
+    """Name of a parameter → tensors, in their order in the parameter."""
+    unused: tuple[str, ...]
+    """Tensors of the files that no parameter is made of."""
+
+    def shapes(self, held: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
+        """The shape of each parameter, and of tensors that none is made of.
+
+        Args:
+            held: of the files' tensors.
+        """
+        found = {name: _shape(parts, held) for name, parts in self.parts.items()}
+        return found | {name: held[name] for name in self.unused}
+
+    def infos(self, held: Mapping[str, TensorInfo]) -> dict[str, TensorInfo]:
+        """The same with the types."""
+        shapes = self.shapes({name: info.shape for name, info in held.items()})
+        first = {name: parts[0].tensor for name, parts in self.parts.items()}
+        return {name: TensorInfo(name, held[first.get(name, name)].dtype, shape) for name, shape in shapes.items()}
+
+    def read(self, parameter: str, files: TensorFiles) -> torch.Tensor:
+        """A parameter's values: mapped from its file where it is one tensor of it, else put together in memory."""
+        parts = self.parts[parameter]
+        if _is_whole(parts):
+            return files.tensor(parts[0].tensor)
+        rows: dict[int | None, list[torch.Tensor]] = defaultdict(list)
+        for part in parts:
+            rows[part.expert].append(files.tensor(part.tensor))
+        joined = [torch.cat(tensors) for tensors in rows.values()]
+        return joined[0] if None in rows else torch.stack(joined)
+
+    def tensors_of(self, parameter: str) -> list[str]:
+        """The tensors that a parameter is made of."""
+        return [part.tensor for part in self.parts[parameter]]
+
+    def tensor_of(self, parameter: str) -> str:
+        """The tensor that a parameter is.
+
+        Raises:
+            LoratuneError: it is made of several, so that no change of the whole can be written into one.
+        """
+        parts = self.parts.get(parameter)
+        if parts is None:  # a head that is written only where an adapter has parted it from the embedding
+            return parameter
+        if not _is_whole(parts):
+            raise LoratuneError(
+                f"{parameter} is made of {len(parts)} tensors of the files, first {parts[0].tensor}; loratune cannot "
+                "write a change of it",
+                Exit.MODEL,
+            )
+        return parts[0].tensor
+
+    def in_files(self, changes: Mapping[str, Change]) -> dict[str, Change]:
+        """Changes of parameters as changes of the files' tensors.
+
+        Raises:
+            LoratuneError: as `tensor_of`.
+        """
+        return {self.tensor_of(name): change for name, change in changes.items()}
+
+
+def file_layout(model: Any, held: Iterable[str]) -> FileLayout:
+    """What transformers makes of a model's files.
+
+    Args:
+        model: as it is in memory, with or without values.
+        held: names of the files' tensors.
+
+    Raises:
+        LoratuneError: a parameter is computed from tensors in another way than by stacking and concatenating them.
+    """
+    mapping = get_model_conversion_mapping(model)
+    renamings = [step for step in mapping if isinstance(step, WeightRenaming)]
+    converters = [step for step in mapping if isinstance(step, WeightConverter)]
+    by_pattern = {pattern: step for step in converters for pattern in step.source_patterns}
+    parameters, found, unused = model.state_dict(), defaultdict[str, list[tuple[str, str | None]]](list), []
+    for name in held:
+        renamed = rename_source_key(name, renamings, converters, model.base_model_prefix, parameters)
+        if renamed[0] not in parameters and name in parameters:
+            renamed = (name, None)
+        if renamed[0] in parameters:
+            found[renamed[0]].append((name, renamed[1]))
+        else:
+            unused.append(name)
+    parts = {}
+    for parameter, tensors in found.items():
+        in_order = sorted(tensors, key=lambda tensor: dot_natural_key(tensor[0]))  # experts by their numbers
+        pattern = tensors[0][1]
+        parts[parameter] = _parts(parameter, in_order, None if pattern is None else by_pattern[pattern])
+    return FileLayout(parts, tuple(unused))
+
+
+def parameter_infos(folder: Path) -> dict[str, TensorInfo]:
+    """Type and shape of each parameter of a model folder, and of tensors that none is made of.
+
+    Raises:
+        LoratuneError: as `file_layout` and `load_config`.
+    """
+    held = TensorFiles(weight_files(folder)).infos
+    return file_layout(empty_model(load_config(folder)), held).infos(held)
+
+
+def _parts(parameter: str, tensors: list[tuple[str, str | None]], step: Any) -> tuple[Part, ...]:
+    if step is None:
+        if len(tensors) > 1:
+            raise LoratuneError(
+                f"{parameter} is in the files twice, as {tensors[0][0]} and {tensors[1][0]}", Exit.MODEL
+            )
+        return (Part(tensors[0][0]),)
+    kinds = [(type(operation), operation.dim) for operation in step.operations if hasattr(operation, "dim")]
+    stacked, joined = [(MergeModulelist, 0)], [(Concatenate, 0)]
+    if len(kinds) != len(step.operations) or kinds not in (stacked, joined, [*stacked, (Concatenate, 1)]):
+        told = " and ".join(type(operation).__name__ for operation in step.operations)
+        raise LoratuneError(
+            f"{parameter}: transformers computes it from {tensors[0][0]} by {told}, which loratune cannot turn back",
+            Exit.MODEL,
+        )
+    places: dict[str | None, int] = defaultdict(int)
+    parts = []
+    for name, pattern in tensors:
+        expert = places[pattern] if kinds[0] == stacked[0] else None
+        places[pattern] += 1
+        parts.append(Part(name, expert, step.source_patterns.index(pattern)))
+    return tuple(sorted(parts, key=lambda part: (part.expert or 0, part.column)))
+
+
+def _is_whole(parts: tuple[Part, ...]) -> bool:
+    return len(parts) == 1 and parts[0].expert is None
+
+
+def _shape(parts: tuple[Part, ...], held: Mapping[str, tuple[int, ...]]) -> tuple[int, ...]:
+    first = held[parts[0].tensor]
+    if _is_whole(parts):
+        return first
+    shape = (sum(held[part.tensor][0] for part in parts if part.expert == parts[0].expert), *first[1:])
+    experts = {part.expert for part in parts}
+    return shape if None in experts else (len(experts), *shape)

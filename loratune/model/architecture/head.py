@@ -1,0 +1,84 @@
+"""What lies between a decoder's states and a model's logits, as the model itself shows it on a few tokens."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from transformers.modeling_outputs import BaseModelOutputWithPast
+
+from loratune.errors import Exit, LoratuneError
+from loratune.model.architecture.structure import decoder_of, output_layer
+
+PROBED_TOKENS = 8
+"""Enough to see what a model does between its states and its logits."""
+
+
+class OwnHead:
+    """From states to logits as a model's own forward goes, which may scale or cap either: it gets a decoder's states.
+
+    Args:
+        model: the causal language model.
+    """
+
+    def __init__(self, model: Any) -> None:
+        self._model, self._forward = model, model.forward
+
+    @property
+    def weight(self) -> Any:
+        """Of the layer that makes the logits."""
+        return output_layer(self._model).weight
+
+    def __call__(self, states: torch.Tensor) -> torch.Tensor:
+        """Logits [positions, vocabulary] of states [positions, width]."""
+        decoder = decoder_of(self._model)
+        taken_over = vars(decoder).get("forward")
+        decoder.forward = lambda *_, **__: BaseModelOutputWithPast(last_hidden_state=states[None])
+        try:
+            logits: torch.Tensor = self._forward(inputs_embeds=states[None], use_cache=False).logits[0]
+        finally:
+            del decoder.forward
+            if taken_over is not None:
+                decoder.forward = taken_over
+        return logits
+
+
+def head_of(model: Any) -> Any:
+    """What makes logits of a decoder's states: the head's layer if the model, run on a few tokens, does nothing else.
+
+    Raises:
+        LoratuneError: the logits do not follow from the states.
+    """
+    head = output_layer(model)
+    seen: dict[str, torch.Tensor] = {}
+    hooks = [
+        decoder_of(model).register_forward_hook(lambda _, __, output: seen.update(states=output.last_hidden_state)),
+        head.register_forward_hook(lambda _, inputs, output: seen.update(given=inputs[0], made=output)),
+    ]
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            ids = torch.arange(PROBED_TOKENS, device=model.device)[None]
+            logits = model(input_ids=ids, use_cache=False).logits
+            if _are_same(seen.get("given"), seen["states"]) and _are_same(seen["made"], logits):
+                return head
+            own = OwnHead(model)
+            if _are_same(own(seen["states"][0])[None], logits):
+                return own
+    finally:
+        for hook in hooks:
+            hook.remove()
+        model.train(was_training)
+    raise LoratuneError(
+        f"{type(model).__name__}: its logits do not follow from its decoder's last states alone, so its loss cannot be "
+        "computed on labelled positions only; loratune cannot train it",
+        Exit.MODEL,
+    )
+
+
+def _are_same(tensor: torch.Tensor | None, other: torch.Tensor) -> bool:
+    """To the bit, but for a wider type; not a number counts as a number."""
+    if tensor is None or tensor.shape != other.shape:
+        return False
+    return bool(torch.allclose(tensor.to(other.dtype), other, rtol=0, atol=0, equal_nan=True))

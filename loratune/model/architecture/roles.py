@@ -1,0 +1,121 @@
+"""What the modules of a model are for, by what its own classes say of themselves."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from enum import Enum
+from typing import Any
+
+from torch import nn
+
+from loratune.model.architecture.structure import causal_model, decoder_of, output_layer
+
+
+class Role(Enum):
+    """Of a module with a matrix, or a stack of them."""
+
+    ATTENTION = "attention"
+    """Makes queries, keys and values of a layer's input, or a layer's output of the mixed values."""
+    LINEAR = "linear"
+    """Another product within a layer: an MLP's, or that of a layer with a state."""
+    EXPERTS = "experts"
+    """Holds the matrices of several experts as one parameter, so that no module stands for one of them."""
+    ROUTER = "router"
+    """Chooses experts."""
+    EMBEDDING = "embedding"
+    HEAD = "head"
+
+
+def module_roles(model: Any) -> dict[str, Role]:
+    """Name of each module that has a role → which.
+
+    Args:
+        model: a causal language model without an adapter; quantised layers count as what they were made from.
+    """
+    attention, routers = _recorded(model, "attentions"), _recorded(model, "router_logits")
+    embedding, head = model.get_input_embeddings(), output_layer(model)
+    decoder = decoder_of(model)
+    path = next(name for name, module in model.named_modules() if module is decoder)
+    roles: dict[str, Role] = {}
+    for name, module in model.named_modules():
+        if module is head or module is embedding:
+            roles[name] = Role.HEAD if module is head else Role.EMBEDDING
+        elif not _is_within(name, path):  # a part for images, or one that is not used here
+            continue
+        elif isinstance(module, routers) or _has_parent(name, roles, Role.ROUTER):
+            roles[name] = Role.ROUTER
+        elif isinstance(module, nn.Linear):
+            roles[name] = Role.ATTENTION if isinstance(_owner(model, name), attention) else Role.LINEAR
+        elif any(parameter.ndim > 2 for parameter in module._parameters.values() if parameter is not None):
+            roles[name] = Role.EXPERTS
+    return roles
+
+
+def linear_modules(model: Any, *only: Role) -> list[str]:
+    """Names of the linear modules that an adapter can go on, in the order of the model.
+
+    Args:
+        model: as of `module_roles`.
+        only: roles to keep; all if none is given.
+    """
+    wanted = only or (Role.ATTENTION, Role.LINEAR)
+    return [name for name, role in module_roles(model).items() if role in wanted]
+
+
+def quantised_matrices(model: Any) -> set[str]:
+    """Names of the parameters that quantisation on loading reaches: linear modules, the head left out."""
+    head = output_layer(model)
+    return {
+        f"{name}.weight"
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and module is not head
+    }
+
+
+def gated_mlp(module: Any) -> Iterator[tuple[str, str, str]]:
+    """Names of (gate, up, down) of a module that may be a gated MLP, down(act(gate(x)) · up(x)).
+
+    Which of two matrices of one shape is the gate shows in what the module computes; the usual order comes first.
+
+    Args:
+        module: any.
+    """
+    children = dict(module.named_children())
+    matrices = [name for name, child in children.items() if hasattr(child, "in_features")]
+    others = [child for name, child in children.items() if name not in matrices]
+    if len(matrices) != 3 or len(others) != 1 or any(others[0].parameters()):  # beside them, the activation
+        return
+    sizes = {name: (children[name].in_features, children[name].out_features) for name in matrices}
+    for down in reversed(matrices):
+        first, second = (name for name in matrices if name != down)
+        if sizes[first] == sizes[second] == sizes[down][::-1]:
+            yield first, second, down
+            yield second, first, down
+
+
+def is_rms_norm(module: Any) -> bool:
+    """Whether a module calls itself one, with a weight and an ε as most have them."""
+    return type(module).__name__.endswith("RMSNorm") and hasattr(module, "variance_epsilon")
+
+
+def _recorded(model: Any, what: str) -> tuple[type, ...]:
+    """The classes whose outputs a model's class hands out under a name, as transformers has each class state it."""
+    told: Any = {}
+    for part in (causal_model(model), decoder_of(model)):
+        told = told | (getattr(part, "_can_record_outputs", None) or {})
+    entries = told.get(what, ())
+    entries = entries if isinstance(entries, list | tuple) else [entries]
+    classes: list[Any] = [getattr(entry, "target_class", entry) for entry in entries]
+    return tuple(classes)
+
+
+def _owner(model: Any, name: str) -> Any:
+    return model.get_submodule(name.rpartition(".")[0])
+
+
+def _is_within(name: str, path: str) -> bool:
+    return name == path or name.startswith(f"{path}.")
+
+
+def _has_parent(name: str, roles: dict[str, Role], role: Role) -> bool:
+    return roles.get(name.rpartition(".")[0]) == role

@@ -1,0 +1,84 @@
+"""The parts and sizes of a causal language model: asked of the model itself, or of its config."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from enum import Enum
+from typing import Any
+
+
+class LayerState(Enum):
+    """What a layer keeps of the tokens it has read while it decodes."""
+
+    ALL_TOKENS = "keys and values of every token"
+    WINDOW = "keys and values of the newest tokens"
+    RECURRENT = "a state of its own"
+
+
+# transformers' names of layers that attend to keys and values; all others carry a state from token to token.
+ATTENDING = {"full_attention": LayerState.ALL_TOKENS, "sliding_attention": LayerState.WINDOW}
+
+
+def causal_model(model: Any) -> Any:
+    """The causal language model itself, without PEFT's wrapper around it."""
+    # Not by its class: importing PEFT takes seconds, and a model alone does without it.
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def decoder_of(model: Any) -> Any:
+    """The module that makes the last states of token ids.
+
+    Args:
+        model: a causal language model, with or without PEFT's wrapper.
+    """
+    causal = causal_model(model)
+    found = causal.get_decoder()
+    return causal.base_model if found is causal else found
+
+
+def output_layer(model: Any) -> Any:
+    """The module that makes logits of the last states.
+
+    Args:
+        model: a causal language model, with or without PEFT's wrapper.
+    """
+    return causal_model(model).get_output_embeddings()
+
+
+def text_config(config: Any) -> Any:
+    """The part of a config that describes the language model: the config itself where nothing else is in it."""
+    return config.get_text_config(decoder=True)
+
+
+def text_values(values: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The same of the contents of a config.json."""
+    nested = values.get("text_config")
+    return nested if isinstance(nested, Mapping) else values
+
+
+def layer_count(config: Any) -> int:
+    """How many layers the language model of a config has."""
+    return int(text_config(config).num_hidden_layers)
+
+
+def head_size(config: Any) -> int:
+    """Width of an attention head."""
+    text = text_config(config)
+    return int(getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads)
+
+
+def key_value_heads(config: Any) -> int:
+    """How many heads of keys an attention layer has, and of values."""
+    text = text_config(config)
+    return int(getattr(text, "num_key_value_heads", None) or text.num_attention_heads)
+
+
+def layer_kinds(config: Any) -> list[str]:
+    """transformers' name of each layer's kind, in order."""
+    text = text_config(config)
+    return list(getattr(text, "layer_types", None) or ["full_attention"] * layer_count(config))
+
+
+def layer_states(config: Any) -> list[LayerState]:
+    """What each layer keeps, in order."""
+    return [ATTENDING.get(kind, LayerState.RECURRENT) for kind in layer_kinds(config)]

@@ -1,0 +1,321 @@
+"""What loratune asks of a model, against the model itself: of all supported families, and of some laid out otherwise."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import ROWS, TINY_QWEN
+from peft import PeftModel
+from safetensors.torch import load_file
+from torch import nn
+from transformers import CONFIG_MAPPING, AttentionInterface, AutoModelForCausalLM, AutoTokenizer
+from transformers.core_model_loading import Transpose, WeightConverter
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from typer.testing import Result
+
+from loratune.errors import LoratuneError
+from loratune.model.architecture import file_layout as architecture_file_layout
+from loratune.model.architecture.families import FAMILIES
+from loratune.model.architecture.file_layout import FileLayout, Part, file_layout
+from loratune.model.architecture.roles import Role, gated_mlp, linear_modules, module_roles, quantised_matrices
+from loratune.model.architecture.structure import (
+    LayerState,
+    decoder_of,
+    head_size,
+    key_value_heads,
+    layer_count,
+    layer_states,
+    output_layer,
+    text_config,
+    text_values,
+)
+from loratune.model.architecture.vocabulary import vocabulary_of
+from loratune.model.config import empty_model
+from loratune.model.weights.tensor_files import TensorFiles
+from loratune.runs.tokenizer_files import copy_tokenizer_files
+from loratune.training.trainer import AdapterTrainer
+
+ROOT = Path(__file__).resolve().parent.parent / "loratune"
+NAMES = re.compile(
+    r"[qkvo]_proj|gate_proj|up_proj|down_proj|lm_head|embed_tokens|self_attn|\.layers\.|\bexperts\b"
+    r"|(?<![a-z_])_?model\.model\b"
+)
+EXAMPLES = {
+    "recipe/section.py": "how names are written in a recipe",
+    "recipe/sections.py": "examples of values in a setting's help",
+    "training/failures.py": "a command that a user may type",
+}
+"""Files that name a module to a user, and why."""
+
+SIZES: dict[str, Any] = {
+    "vocab_size": 3008, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "max_position_embeddings": 256, "bos_token_id": None, "eos_token_id": 3002,
+    "pad_token_id": 3000,
+}  # fmt: skip
+EXPERTS: dict[str, Any] = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "head_dim": 8}
+RECURRENT: dict[str, Any] = {
+    "linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 8, "linear_value_head_dim": 8,
+    "linear_conv_kernel_dim": 4, "head_dim": 16, "layer_types": ["linear_attention", "full_attention"],
+}  # fmt: skip
+IMAGES: dict[str, Any] = {
+    "depth": 1, "hidden_size": 16, "intermediate_size": 32, "num_heads": 2, "out_hidden_size": 32, "patch_size": 4,
+    "spatial_merge_size": 2, "temporal_patch_size": 2, "in_channels": 3, "num_position_embeddings": 16,
+}  # fmt: skip
+OTHER_LAYOUTS: dict[str, dict[str, Any]] = {
+    "qwen3_moe": SIZES | EXPERTS,
+    "mixtral": SIZES | {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": None},
+    "qwen3_5": {"text_config": SIZES | RECURRENT | {"tie_word_embeddings": True}, "vision_config": IMAGES},
+}
+"""Architectures that are not supported yet, whose parameters are not their files' tensors."""
+
+
+def config_of(kind: str, **settings: Any) -> Any:
+    return CONFIG_MAPPING[kind](**(OTHER_LAYOUTS.get(kind, SIZES) | settings))
+
+
+@pytest.fixture(scope="module")
+def make_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """A folder of a model with random float32 weights that is large enough to answer with different tokens."""
+
+    def make(kind: str) -> Path:
+        folder = tmp_path_factory.getbasetemp() / f"tiny-{kind}"
+        if folder.exists():
+            return folder
+        torch.manual_seed(0)
+        config = config_of(kind)
+        if kind in OTHER_LAYOUTS:  # with the parts that no text is computed by
+            from transformers import AutoModelForImageTextToText
+
+            whole = AutoModelForImageTextToText if kind == "qwen3_5" else AutoModelForCausalLM
+        else:
+            whole = AutoModelForCausalLM
+        model = whole.from_config(config)
+        for parameter in model.parameters():
+            nn.init.normal_(parameter, 1.0 if parameter.ndim == 1 else 0.0, 0.8 * parameter.shape[-1] ** -0.5)
+        model.save_pretrained(folder)
+        copy_tokenizer_files(TINY_QWEN, folder)
+        (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [3002]}))
+        return folder
+
+    return make
+
+
+def test_no_other_module_names_a_part_of_a_model() -> None:
+    found = {
+        str(path.relative_to(ROOT)): match
+        for path in ROOT.rglob("*.py")
+        if "model/architecture" not in str(path) and (match := NAMES.search(path.read_text(encoding="utf-8")))
+    }
+    assert {path: match[0] for path, match in found.items() if path not in EXAMPLES} == {}
+    assert found.keys() == EXAMPLES.keys()
+
+
+@pytest.mark.parametrize("kind", FAMILIES)
+def test_the_parts_and_sizes_are_those_that_compute(kind: str) -> None:
+    model = AutoModelForCausalLM.from_config(config_of(kind)).eval()
+    seen: dict[str, Any] = {}
+    decoder_of(model).register_forward_hook(lambda _, __, output: seen.update(states=output.last_hidden_state))
+    output_layer(model).register_forward_hook(lambda _, inputs, output: seen.update(given=inputs[0], made=output))
+    cache = model(input_ids=torch.arange(5)[None], use_cache=True)
+    assert torch.equal(seen["given"], seen["states"])
+    assert torch.equal(seen["made"], cache.logits)
+    keys = [layer.keys for layer in cache.past_key_values.layers]
+    assert {tuple(layer.shape) for layer in keys} == {(1, key_value_heads(model.config), 5, head_size(model.config))}
+    assert len(keys) == layer_count(model.config) == len(layer_states(model.config))
+    assert text_config(model.config) is model.config
+
+
+@pytest.mark.parametrize("kind", FAMILIES)
+def test_embedding_and_head_are_found_by_name(kind: str, make_model: Callable[[str], Path]) -> None:
+    model = AutoModelForCausalLM.from_pretrained(make_model(kind))
+    embedding, head = vocabulary_of(name for name, _ in model.named_parameters(remove_duplicate=False))
+    assert model.get_parameter(embedding) is model.get_input_embeddings().weight
+    assert model.get_parameter(head) is model.get_output_embeddings().weight
+    assert vocabulary_of([embedding]) == (embedding, head)
+    assert vocabulary_of(load_file(make_model(kind) / "model.safetensors")) == (embedding, head)
+
+
+@pytest.mark.parametrize("kind", FAMILIES)
+def test_the_attending_modules_are_those_that_call_the_attention(kind: str) -> None:
+    model = AutoModelForCausalLM.from_config(config_of(kind)).eval()
+    callers, plain = [], ALL_ATTENTION_FUNCTIONS["sdpa"]
+
+    def attend(module: Any, *arguments: Any, **settings: Any) -> Any:
+        callers.append(module)
+        return plain(module, *arguments, **settings)
+
+    AttentionInterface.register("noting_callers", attend)
+    model.set_attn_implementation("noting_callers")
+    model(input_ids=torch.arange(3)[None])
+    below = {id(part) for caller in callers for part in caller.modules() if isinstance(part, nn.Linear)}
+    found = {id(model.get_submodule(name)) for name in linear_modules(model, Role.ATTENTION)}
+    assert len(callers) == 2
+    assert found == below
+
+
+@pytest.mark.parametrize("kind", FAMILIES)
+def test_every_linear_module_but_the_head_can_be_a_target(kind: str) -> None:
+    model = empty_model(config_of(kind))
+    linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    assert linear_modules(model) == linear[:-1]
+    assert quantised_matrices(model) == {f"{name}.weight" for name in linear[:-1]}
+    assert [module_roles(model)[name] for name in ("model.embed_tokens", "lm_head")] == [Role.EMBEDDING, Role.HEAD]
+
+
+@pytest.mark.parametrize("kind", FAMILIES)
+def test_parameters_are_the_tensors_of_the_files(kind: str, make_model: Callable[[str], Path]) -> None:
+    files = TensorFiles([make_model(kind) / "model.safetensors"])
+    layout = file_layout(empty_model(config_of(kind)), files.infos)
+    assert layout.unused == ()
+    assert layout.infos(files.infos) == files.infos
+    assert list(layout.infos(files.infos)) == list(files.infos)
+    assert layout.in_files(dict.fromkeys(files.infos, 1)) == dict.fromkeys(files.infos, 1)
+
+
+def loaded(folder: Path) -> tuple[Any, FileLayout, TensorFiles]:
+    model, files = AutoModelForCausalLM.from_pretrained(folder), TensorFiles([folder / "model.safetensors"])
+    return model, file_layout(model, files.infos), files
+
+
+@pytest.mark.parametrize("kind", OTHER_LAYOUTS)
+def test_parameters_that_are_not_the_files_tensors_are_put_together_as_transformers_does(
+    kind: str, make_model: Callable[[str], Path]
+) -> None:
+    model, layout, files = loaded(make_model(kind))
+    parameters = dict(model.named_parameters())
+    assert set(files.infos) != set(parameters)
+    assert {name: info.shape for name, info in layout.infos(files.infos).items() if name in parameters} == {
+        name: tuple(values.shape) for name, values in parameters.items()
+    }
+    for name, values in parameters.items():
+        assert torch.equal(layout.read(name, files), values), name
+    used = [tensor for name in layout.parts for tensor in layout.tensors_of(name)]
+    assert sorted([*used, *layout.unused]) == sorted(files.infos)
+
+
+def test_stacked_experts_are_told_by_their_numbers_and_cannot_be_changed_as_one(
+    make_model: Callable[[str], Path],
+) -> None:
+    _, layout, _ = loaded(make_model("qwen3_moe"))
+    fused, own = "model.layers.1.mlp.experts.gate_up_proj", "model.layers.1.mlp.experts"
+    assert layout.parts[fused] == tuple(
+        Part(f"{own}.{number}.{name}.weight", number, column)
+        for number in range(4)
+        for column, name in enumerate(["gate_proj", "up_proj"])
+    )
+    with pytest.raises(LoratuneError, match=r"made of 8 tensors of the files, first .*experts\.0\.gate_proj"):
+        layout.tensor_of(fused)
+    assert layout.tensor_of("model.norm.weight") == "model.norm.weight"
+
+
+def test_experts_keep_their_order_beyond_ten_and_whatever_that_of_the_file_is() -> None:
+    model = empty_model(config_of("qwen3_moe", num_experts=12))
+    names = [f"model.layers.0.mlp.experts.{number}.down_proj.weight" for number in range(12)]
+    layout = file_layout(model, sorted(names, reverse=True))
+    assert layout.tensors_of("model.layers.0.mlp.experts.down_proj") == names
+
+
+def test_a_nested_model_s_names_in_the_files_are_found(make_model: Callable[[str], Path]) -> None:
+    folder = make_model("qwen3_5")
+    model, layout, files = loaded(folder)
+    embedding, head = vocabulary_of(files.infos)
+    assert (embedding, head) == ("model.language_model.embed_tokens.weight", "lm_head.weight")
+    assert layout.tensor_of(vocabulary_of(dict(model.named_parameters())).embedding) == embedding
+    assert any("visual" in name for name in layout.unused)
+    values = json.loads((folder / "config.json").read_text())
+    assert text_values(values)["num_hidden_layers"] == layer_count(config_of("qwen3_5")) == 2
+    assert layer_states(config_of("qwen3_5")) == [LayerState.RECURRENT, LayerState.ALL_TOKENS]
+
+
+def test_a_parameter_that_is_computed_otherwise_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    turned = WeightConverter(["w.weight"], ["o_proj.weight"], [Transpose(0, 1)])
+    monkeypatch.setattr(architecture_file_layout, "get_model_conversion_mapping", lambda model: [turned])
+    name = "model.layers.0.self_attn.w.weight"
+    with pytest.raises(LoratuneError, match=f"o_proj.weight: transformers computes it from {name} by Transpose"):
+        file_layout(empty_model(config_of("qwen2")), [name])
+
+
+def test_a_parameter_that_is_in_the_files_twice_is_refused() -> None:
+    with pytest.raises(LoratuneError, match=r"model\.norm\.weight is in the files twice"):
+        file_layout(empty_model(config_of("qwen2")), ["model.norm.weight", "norm.weight"])
+
+
+def test_roles_of_experts_routers_and_layers_with_a_state() -> None:
+    mixture = module_roles(empty_model(config_of("qwen3_moe")))
+    assert mixture["model.layers.0.mlp.experts"] == Role.EXPERTS
+    assert mixture["model.layers.0.mlp.gate"] == Role.ROUTER
+    hybrid = empty_model(config_of("qwen3_5"))
+    attending = linear_modules(hybrid, Role.ATTENTION)
+    assert attending == [f"model.layers.1.self_attn.{letter}_proj" for letter in "qkvo"]
+    assert module_roles(hybrid)["model.layers.0.linear_attn.out_proj"] == Role.LINEAR
+    assert not any("visual" in name for name in module_roles(hybrid))
+
+
+def test_of_a_gated_mlp_the_matrix_that_leads_back_is_told_by_its_shape() -> None:
+    class Renamed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.w1, self.w2, self.w3 = nn.Linear(4, 6), nn.Linear(6, 4), nn.Linear(4, 6)
+            self.activation = nn.SiLU()
+
+    assert list(gated_mlp(Renamed())) == [("w1", "w3", "w2"), ("w3", "w1", "w2")]
+    assert list(gated_mlp(nn.Sequential(nn.Linear(4, 6), nn.SiLU(), nn.Linear(6, 4)))) == []
+
+
+@pytest.mark.parametrize("kind", FAMILIES)
+def test_every_family_is_trained_resumed_merged_and_asked(
+    cli: Callable[..., Result], make_model: Callable[[str], Path], tmp_path: Path, kind: str, monkeypatch: Any
+) -> None:
+    base = make_model(kind)
+    (tmp_path / "rows.json").write_text(json.dumps(ROWS))
+    flags = [
+        "sft", "--model.base", base, "--data.train", tmp_path / "rows.json", "--model.dtype", "float32",
+        "--lora.target_modules", "all-linear", "--training.max_steps", "3", "--training.learning_rate", "1e-2",
+        "--training.batch_size", "4", "--training.gradient_accumulation", "1",
+    ]  # fmt: skip
+    assert cli(*flags, "--output", tmp_path / "whole").exit_code == 0
+    plain = AdapterTrainer.training_step
+
+    def stopped_in_the_second(self: Any, *arguments: Any, **settings: Any) -> Any:
+        if self.state.global_step == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return plain(self, *arguments, **settings)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(AdapterTrainer, "training_step", stopped_in_the_second)
+        assert cli(*flags, "--output", tmp_path / "run").exit_code == 128 + signal.SIGTERM
+    assert cli(*flags, "--output", tmp_path / "run", "--resume").exit_code == 0
+    whole, resumed = (load_file(tmp_path / name / "adapter/adapter_model.safetensors") for name in ("whole", "run"))
+    assert whole.keys() == resumed.keys()
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+
+    done = cli("merge", "--adapter", tmp_path / "run", "--output", tmp_path / "merged")
+    assert done.exit_code == 0, done.stderr
+    merged = load_file(tmp_path / "merged" / "model.safetensors")
+    by_peft = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), tmp_path / "run" / "adapter")
+    expected = by_peft.merge_and_unload().state_dict()
+    assert merged.keys() == load_file(base / "model.safetensors").keys()
+    for name, values in merged.items():
+        torch.testing.assert_close(values, expected[name], rtol=1e-5, atol=1e-5)
+
+    question = ["--prompt", "How much is 3+3?", "--temperature", "0", "--max-new-tokens", "8"]
+    answers = [
+        cli("infer", *place, *question) for place in (["--adapter", tmp_path / "run"], ["--model", tmp_path / "merged"])
+    ]
+    assert [answer.exit_code for answer in answers] == [0, 0], answers[0].stderr + answers[1].stderr
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "merged")
+    ids = tokenizer.apply_chat_template(
+        [{"role": "user", "content": question[1]}], add_generation_prompt=True, return_dict=True, return_tensors="pt"
+    )
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    made = model.generate(**ids, max_new_tokens=8, do_sample=False, eos_token_id=3002, pad_token_id=3000)
+    text = tokenizer.decode(made[0, ids["input_ids"].shape[1] :], skip_special_tokens=True)
+    assert [answer.stdout.strip() for answer in answers] == [text.strip()] * 2
