@@ -186,7 +186,7 @@ def test_a_completion_script_is_printed(shell: str) -> None:
         ("infer", "--adapter", "x", "--prompt", "  "),
         ("infer", "--adapter", "x", "--temperature", "-1"),
         ("infer", "--adapter", "x", "--temperature", "warm"),
-        ("infer", "--adapter", "x", "--top-p", "0"),
+        ("infer", "--adapter", "x", "--top-p", "-0.1"),
         ("infer", "--adapter", "x", "--max-new-tokens", "0"),
     ],
 )

@@ -163,8 +163,17 @@ def test_every_sampling_flag_reaches_the_model(cli: Callable[..., Result], monke
     )
     told(cli, "--model", "tiny-qwen", "-p", "hi", *flags)
     assert [question.sampling for question in asked] == [
-        Sampling(0.0, None, None, None, None, 512, (), None),
-        Sampling(0.5, 0.9, 40, 0.1, 1.2, 7, ("a", " "), 3),
+        Sampling(),
+        Sampling(
+            temperature=0.5,
+            top_p=0.9,
+            top_k=40,
+            min_p=0.1,
+            repetition_penalty=1.2,
+            max_new_tokens=7,
+            stop=("a", " "),
+            seed=3,
+        ),
     ]
 
 

@@ -84,7 +84,7 @@ BAD_FIELDS: list[tuple[dict[str, Any], str]] = [
     ({"temperature": True}, "temperature"),
     ({"temperature": float("nan")}, "temperature"),
     ({"temperature": float("inf")}, "temperature"),
-    ({"top_p": 0}, "top_p"),
+    ({"top_p": -0.1}, "top_p"),
     ({"top_p": 1.5}, "top_p"),
     ({"top_k": -1}, "top_k"),
     ({"top_k": 1.5}, "top_k"),

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from loratune import console
+from loratune.engine.sampling import Sampling
 from loratune.errors import Exit, LoratuneError, bullet_list, counted
 
 if TYPE_CHECKING:
@@ -42,7 +43,7 @@ class RowsRequest:
     """Leave the adapter off; with metrics: compare with it."""
     metrics: bool
     system: str | None
-    sampling: dict[str, Any]
+    sampling: Sampling
     overwrite: bool
     force: bool
 
@@ -126,13 +127,12 @@ def _load(request: RowsRequest) -> Engine:
 
 
 def _work(request: RowsRequest, file: QuestionFile) -> Work:
-    from loratune.engine.sampling import Sampling
     from loratune.generation.batch.row_answers import BASE, Side, Work
 
     first = Side("", not request.base or request.compares)
     adapter = request.adapter[0] if request.adapter else None
     sides = (first, Side(BASE, False)) if request.compares else (first,)
-    return Work(file.rows, Sampling(**request.sampling), sides, adapter, request.system, request.metrics)
+    return Work(file.rows, request.sampling, sides, adapter, request.system, request.metrics)
 
 
 def _scores(work: Work, answers: AnswerFile) -> tuple[RowScores, dict[str, dict[str, Any]]]:
@@ -160,7 +160,7 @@ def _about(request: RowsRequest, source: AdapterSource | None, file: QuestionFil
         "prompt": prompt.model_dump(exclude={"date", "generation_prompt"}),
         **({"date": date.today().isoformat()} if facts.is_dated else {}),
         "system": request.system,
-        **request.sampling,
+        **request.sampling.model_dump(),
     }
     as_written: About = json.loads(json.dumps(about))
     return as_written

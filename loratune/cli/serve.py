@@ -13,6 +13,7 @@ import typer
 
 from loratune import console
 from loratune.cli.flags import Adapters, Force, Model, named_adapters
+from loratune.engine.sampling import NUMBERS
 from loratune.errors import Exit, LoratuneError
 
 TOKEN_VARIABLE = "LORATUNE_TOKEN"
@@ -41,8 +42,12 @@ Slots = Annotated[int, typer.Option("--slots", metavar="integer", min=1, max=102
 MaxQueue = Annotated[
     int, typer.Option("--max-queue", metavar="integer", min=0, max=65536, help="Questions that may wait for a slot.")
 ]
+LONGEST = NUMBERS["max_new_tokens"]
 MaxNewTokens = Annotated[
-    int, typer.Option("--max-new-tokens", metavar="integer", min=1, max=1_048_576, help="Longest answer, in tokens.")
+    int,
+    typer.Option(
+        "--max-new-tokens", metavar="integer", min=int(LONGEST.low), max=int(LONGEST.high), help=LONGEST.about
+    ),
 ]
 
 

@@ -17,7 +17,8 @@ from torch.nn import functional
 
 from loratune.engine.kv_cache import Feed, SlotCache, reserved_tokens, token_bytes, use_slot_attention
 from loratune.engine.prefix_cache import Prefixes
-from loratune.engine.sampling import Sampling, TokenChooser
+from loratune.engine.sampling import Sampling
+from loratune.engine.token_choice import TokenChooser
 from loratune.model.adapter.own_parameters import BASE, own_parameters
 from loratune.model.kernels.few_rows import give_up_few_row_products, use_few_row_products
 
