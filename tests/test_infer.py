@@ -60,7 +60,7 @@ def test_the_prompt_s_answer_is_all_of_stdout_and_what_plain_peft_says(cli: Call
 
 
 def test_base_leaves_the_adapter_off(cli: Callable[..., Result], run: Path) -> None:
-    result = cli("infer", "--adapter", run, "--base", "--prompt", "Who are you?")
+    result = cli("infer", "--adapter", run, "--no-adapter", "--prompt", "Who are you?")
     assert result.stdout.strip() == greedy(None, "Who are you?", "Answer in one line.")
     assert "Robin" not in result.stdout
 
@@ -231,7 +231,7 @@ def test_odd_names_of_adapters_are_refused(values: list[str]) -> None:
         (["--model", "tiny-qwen", "--input", "missing.json", "--output", "a.jsonl"], Exit.DATA),
         (["--model", "tiny-qwen", "--input", "rows.xlsx", "--output", "a.jsonl"], Exit.DATA),
         (["--model", "tiny-qwen", "--json"], Exit.USAGE),
-        (["--model", "tiny-qwen", "--base", "--input", "r.json", "--output", "a.jsonl", "--metrics"], Exit.USAGE),
+        (["--model", "tiny-qwen", "--no-adapter", "--input", "r.json", "--output", "a.jsonl", "--metrics"], Exit.USAGE),
     ],
 )
 def test_what_cannot_work_is_one_message(cli: Callable[..., Result], arguments: list[str], code: Exit) -> None:

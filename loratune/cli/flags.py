@@ -10,6 +10,12 @@ import typer
 from loratune.errors import Exit, LoratuneError
 from loratune.plain_files import is_folder
 
+RENAMED_FLAGS = {
+    "infer": {"--base": "--no-adapter"},
+    "serve": {"--token": "--api-key", "--no-token": "--no-api-key"},
+}
+"""Command → its flags of earlier versions, which go on working, and what they are called now."""
+
 
 def filled(text: str | None) -> str | None:
     """A flag's text, which a variable that is not set may have left empty.

@@ -28,8 +28,9 @@ may be missing. The same command goes on where a stopped one has left off. A row
 error in place of an answer, and the exit code is 3."""
 
 
-Base = Annotated[
-    bool, typer.Option("--base", help="Leave the adapter off, to compare; with --metrics: score the base beside it.")
+NoAdapter = Annotated[
+    bool,
+    typer.Option("--no-adapter", help="Leave the adapter off, to compare; with --metrics: score the base beside it."),
 ]
 Prompt = Annotated[
     str | None,
@@ -60,7 +61,7 @@ OverwriteFile = Annotated[
 def command(
     adapter: Adapters = None,
     model: Model = None,
-    base: Base = False,
+    no_adapter: NoAdapter = False,
     prompt: Prompt = None,
     input_: Input = None,
     output: OutputFile = None,
@@ -78,17 +79,17 @@ def command(
         raise LoratuneError("give a run folder with --adapter, or a model with --model", Exit.USAGE)
     _check_flags(prompt, input_, output, {"--metrics": metrics, "--overwrite": overwrite}, json)
     _check_texts({"--prompt": prompt, "--input": input_, "--system": system, "--stop": list(sampling.stop)})
-    if base and metrics and not adapters:
-        raise LoratuneError("--base with --metrics compares with an adapter; give one with --adapter", Exit.USAGE)
+    if no_adapter and metrics and not adapters:
+        raise LoratuneError("--no-adapter with --metrics compares with an adapter; give one with --adapter", Exit.USAGE)
     if len(adapters) > 1 and (prompt is not None or input_ is not None):
         console.warn(f"{adapters[0][0]} alone answers; the other adapters are for the chat")
         adapters = adapters[:1]
     if input_ is None or output is None:
         with closing(_load(adapters, model, force)) as engine:
-            _talk(engine, sampling, prompt, system, use_adapter=not base, as_json=json)
+            _talk(engine, sampling, prompt, system, use_adapter=not no_adapter, as_json=json)
         return
     request = RowsRequest(
-        input_, output, next(iter(adapters), None), model, base, metrics, system, sampling, overwrite, force
+        input_, output, next(iter(adapters), None), model, no_adapter, metrics, system, sampling, overwrite, force
     )
     summary = answer_file(request)
     if json:
