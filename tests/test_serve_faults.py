@@ -209,8 +209,8 @@ def test_expect_is_answered_before_a_body_that_is_too_large_comes(running: Serve
 
 
 @pytest.mark.parametrize(
-    "given", ["", "Bearer", "Bearer ", "Bearer wrong", f"Bearer {API_KEY}x", f"Bearer {API_KEY[:-1]}", f"Basic {API_KEY}",
-              API_KEY, "Bearer schl\xfcssel"]
+    "given", ["", "Bearer", "Bearer ", "Bearer wrong", f"Bearer {API_KEY}x", f"Bearer {API_KEY[:-1]}",
+              f"Basic {API_KEY}", API_KEY, "Bearer schl\xfcssel"]
 )  # fmt: skip
 def test_without_the_api_key_there_is_nothing(running: Served, given: str) -> None:
     for path in ("/v1/models", "/metrics", "/openapi.json", "/nothing"):

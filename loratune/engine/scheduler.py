@@ -1,7 +1,6 @@
 """Continuous batching: answers begin and end on their own while all that run share each forward pass.
 
-The schedule follows Orca (Yu et al. 2022): what is decided is one step, not one batch. A step reads a part of the
-newest prompts, then makes one token for every answer that runs.
+As in Orca (Yu et al. 2022), a step is scheduled, not a batch: part of the newest prompts, then a token for every answer.
 """
 
 from __future__ import annotations
