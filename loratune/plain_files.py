@@ -24,6 +24,16 @@ SMALL_FILES = (".json", ".jinja", ".txt")
 """Endings of those that libraries read whole, too."""
 
 
+def is_folder(path: str | Path) -> bool:
+    """Whether a folder is there, whatever the name: `Path.is_dir` raises where one is too long, or holds a NUL."""
+    return os.path.isdir(path)  # noqa: PTH112
+
+
+def is_file(path: str | Path) -> bool:
+    """Whether a file is there, whatever the name: as `is_folder`."""
+    return os.path.isfile(path)  # noqa: PTH113
+
+
 def open_plain(path: Path) -> BinaryIO:
     """Open a file for reading.
 

@@ -12,12 +12,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
-from serving import TOKEN, FakeTicket, Served
+from serving import API_KEY, FakeTicket, Served
 
 from loratune.engine.exchange import Piece, Question
 
 CHROMIUM_NAMES = ("chromium", "chromium-browser", "google-chrome-stable", "google-chrome")
-TOKEN_ADDRESS = f"/#token={TOKEN}"
+KEY_ADDRESS = f"/#api_key={API_KEY}"
 
 
 @contextmanager
@@ -44,7 +44,7 @@ def _give_up(reason: str) -> None:
 
 @contextmanager
 def opened(
-    browser: Any, served: Served, address: str = TOKEN_ADDRESS, expected: str = "", **options: Any
+    browser: Any, served: Served, address: str = KEY_ADDRESS, expected: str = "", **options: Any
 ) -> Iterator[Any]:
     """The chat page in a window of its own; whatever the browser complains of fails the test.
 

@@ -20,7 +20,7 @@ from loratune.generation.server.guards import LOOPBACK_NAMES, Access
 from loratune.generation.server.replying import Queue
 from loratune.generation.server.running import make_server
 
-TOKEN = "tell-nobody"
+API_KEY = "tell-nobody"
 
 
 @dataclass
@@ -47,7 +47,9 @@ class Served:
         import urllib.request
 
         data = body if body is None or isinstance(body, bytes) else json.dumps(body).encode()
-        sent = {"Authorization": f"Bearer {TOKEN}"} | ({"Content-Type": "application/json"} if data is not None else {})
+        sent = {"Authorization": f"Bearer {API_KEY}"} | (
+            {"Content-Type": "application/json"} if data is not None else {}
+        )
         sent |= {name.replace("_", "-"): value for name, value in headers.items()}
         call = urllib.request.Request(
             self.url + path, data, {name: value for name, value in sent.items() if value}, method=method or None
@@ -69,7 +71,7 @@ class Served:
     def connect(self, path: str, body: bytes = b"", *lines: str) -> socket.socket:
         """A connection on which a request has been sent."""
         opened = socket.create_connection(("127.0.0.1", self.port), timeout=30)
-        head = [f"POST {path} HTTP/1.1", "Host: localhost", f"Authorization: Bearer {TOKEN}",
+        head = [f"POST {path} HTTP/1.1", "Host: localhost", f"Authorization: Bearer {API_KEY}",
                 "Content-Type: application/json", *(lines or (f"Content-Length: {len(body)}",))]  # fmt: skip
         opened.sendall("\r\n".join([*head, "", ""]).encode() + body)
         return opened
@@ -91,13 +93,13 @@ def served(
     *,
     slots: int = 32,
     waiting: int = 64,
-    token: str | None = TOKEN,
+    api_key: str | None = API_KEY,
     origins: frozenset[str] = frozenset(),
     **limits: Any,
 ) -> Iterator[Served]:
     """Serve an engine on a free port."""
     queue = Queue(engine, slots, waiting)
-    access = Access(token, LOOPBACK_NAMES, origins=origins)
+    access = Access(api_key, LOOPBACK_NAMES, origins=origins)
     address = Address("127.0.0.1", 0)
     server = make_server(create_application(engine, queue, access, Limits(slots=slots, waiting=waiting, **limits)))
     thread = threading.Thread(target=lambda: asyncio.run(server.serve([address.socket])))

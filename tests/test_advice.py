@@ -54,7 +54,7 @@ def run_advice(cli: CLI, result: Result, chosen: dict[str, str], depth: int = 2)
         if words[0] != "loratune":
             check_foreign(filled)
             continue
-        endings = {"infer": ["--prompt", "hi", "--max-new-tokens", 1], "serve": ["--port", 0, "--no-token"]}
+        endings = {"infer": ["--prompt", "hi", "--max-new-tokens", 1], "serve": ["--port", 0, "--no-api-key"]}
         done = cli(*filled[1:], *endings.get(filled[1], []))
         assert done.exit_code == 0, f"{shlex.join(filled)}: {done.stderr}"
         if depth > 1:

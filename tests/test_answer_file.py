@@ -385,7 +385,7 @@ def test_base_and_adapter_are_scored_side_by_side(cli: Cli, short_run: Path, ran
     (tmp_path / "rows.json").write_text(json.dumps(ROWS[:2]))
     output = tmp_path / "a.jsonl"
     command = ("infer", "--adapter", f"mine={short_run}", "--input", tmp_path / "rows.json", "--output", output)
-    result = cli(*command, "--metrics", "--base", "--max-new-tokens", 8)
+    result = cli(*command, "--metrics", "--no-adapter", "--max-new-tokens", 8)
     assert result.exit_code == 0, result.stderr
     assert re.search(r"mine +base", result.stderr)
     for line, row in zip(lines_of(output), ROWS, strict=False):
@@ -405,7 +405,18 @@ def test_base_alone_answers_without_the_adapter(
     cli: Cli, short_run: Path, random_qwen: Path, rows: Path, tmp_path: Path
 ) -> None:
     output = tmp_path / "a.jsonl"
-    command = ("infer", "--adapter", short_run, "--base", "--input", rows, "--output", output, "--max-new-tokens", 8)
+    command = (
+        "infer",
+        "--adapter",
+        short_run,
+        "--no-adapter",
+        "--input",
+        rows,
+        "--output",
+        output,
+        "--max-new-tokens",
+        8,
+    )
     assert cli(*command).exit_code == 0
     turns = [{"role": "user", "content": QUESTIONS[0]}]
     assert lines_of(output)[0]["answer"] == greedy(random_qwen, turns, tokens=8)

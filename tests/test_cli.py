@@ -18,6 +18,7 @@ from typer.testing import Result
 
 import loratune
 from loratune.cli import app
+from loratune.cli.flags import RENAMED_FLAGS
 from loratune.errors import Exit, LoratuneError
 from loratune.recipe.loading import load_recipe, shipped_recipes
 from loratune.recipe.sections import iterate_settings
@@ -167,6 +168,35 @@ def test_a_completion_script_is_printed(shell: str) -> None:
     assert run.stderr == ""
 
 
+# --- flags of earlier versions ---
+
+
+@pytest.mark.parametrize(
+    ("command", "old", "new"), [(c, o, n) for c, names in RENAMED_FLAGS.items() for o, n in names.items()]
+)
+def test_a_renamed_flag_works_names_the_new_one_and_is_not_in_the_help(
+    cli: Cli, command: str, old: str, new: str
+) -> None:
+    shown = entries(help_page(cli, command, "--help"))
+    assert old not in shown
+    assert new in shown
+    rest = {"infer": ("-p", "hi"), "serve": ("--port", "0")}[command]
+    value = ("key",) if new == "--api-key" else ()
+    for spelled in ((old, *value), *([(f"{old}={value[0]}",)] if value else [])):
+        before, now = (cli(command, "--model", "./nowhere", *rest, *flags) for flags in (spelled, (new, *value)))
+        assert before.stderr == f"{old} is now {new} (the old name still works)\n{now.stderr}"
+        assert before.exit_code == now.exit_code == Exit.MODEL
+    both = cli(command, "--model", "./nowhere", *rest, old, *value, new, *value)
+    assert both.exit_code == Exit.USAGE
+    assert f"{old} is now called {new}" in both.stderr
+
+
+def test_the_text_of_another_flag_is_no_renamed_flag(cli: Cli) -> None:
+    result = cli("infer", "--model", "./nowhere", "--prompt", "--base")
+    assert "is now" not in result.stderr
+    assert "no such folder" in result.stderr
+
+
 # --- wrong usage ---
 
 
@@ -186,7 +216,7 @@ def test_a_completion_script_is_printed(shell: str) -> None:
         ("infer", "--adapter", "x", "--prompt", "  "),
         ("infer", "--adapter", "x", "--temperature", "-1"),
         ("infer", "--adapter", "x", "--temperature", "warm"),
-        ("infer", "--adapter", "x", "--top-p", "0"),
+        ("infer", "--adapter", "x", "--top-p", "-0.1"),
         ("infer", "--adapter", "x", "--max-new-tokens", "0"),
     ],
 )

@@ -27,11 +27,12 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from loratune.engine import sampling as sampling_module
 from loratune.engine import scheduler as decoder_module
+from loratune.engine import token_choice
 from loratune.engine.kv_cache import DecodingError, token_bytes
-from loratune.engine.sampling import Sampling, TokenChooser, shortlist
+from loratune.engine.sampling import Sampling
 from loratune.engine.scheduler import Decoder, Running
+from loratune.engine.token_choice import TokenChooser, shortlist
 from loratune.model.adapter.own_parameters import BASE
 
 SIZES: dict[str, Any] = {
@@ -179,7 +180,9 @@ def test_what_is_drawn_does_not_depend_on_what_else_runs() -> None:
     others = [Running(p, Sampling(temperature=2.0, max_new_tokens=9, seed=3), frozenset()) for p in PROMPTS]
     together = run(decoder, [*others, Running(PROMPTS[1], hot, frozenset())])
     assert together[-1] == alone
-    assert run(decoder, [Running(PROMPTS[1], Sampling(2.0, seed=8, max_new_tokens=12), frozenset())]) != [alone]
+    assert run(decoder, [Running(PROMPTS[1], Sampling(temperature=2.0, seed=8, max_new_tokens=12), frozenset())]) != [
+        alone
+    ]
 
 
 def test_the_model_s_own_generation_settings_hold_where_nothing_is_said() -> None:
@@ -227,7 +230,7 @@ def test_the_shortlist_is_what_transformers_warpers_leave(
 
 
 def test_a_flat_distribution_is_looked_at_whole(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sampling_module, "_CANDIDATES", 8)
+    monkeypatch.setattr(token_choice, "_CANDIDATES", 8)
     scores = torch.linspace(0, 0.1, 100)  # -ln 0.99 is 9.9 of its steps
     neutral = Sampling(temperature=1.0, top_p=1.0, top_k=0, min_p=0.0)
     assert len(shortlist(scores, neutral)[0]) == 100
@@ -239,10 +242,10 @@ def test_a_flat_distribution_is_looked_at_whole(monkeypatch: pytest.MonkeyPatch)
 def test_the_penalty_is_transformers_and_leaves_the_logits_alone() -> None:
     torch.manual_seed(0)
     logits, prompt = torch.randn(50), [3, 3, 9]
-    chooser = TokenChooser(Sampling(repetition_penalty=50.0), prompt, "cpu")
+    chooser = TokenChooser(Sampling(repetition_penalty=10.0), prompt, "cpu")
     before, said = logits.clone(), list(prompt)
     for _ in range(20):
-        penalised = RepetitionPenaltyLogitsProcessor(50.0)(torch.tensor([said]), logits[None].clone())
+        penalised = RepetitionPenaltyLogitsProcessor(10.0)(torch.tensor([said]), logits[None].clone())
         token = chooser.choose(logits)
         assert token == int(penalised.argmax())
         said.append(token)
@@ -295,7 +298,7 @@ def test_answers_wait_where_keys_and_values_would_take_too_much() -> None:
 
 def test_a_temperature_near_zero_takes_the_likeliest_token() -> None:
     model = random_model(CONFIGS["qwen2"])
-    (tokens,) = run(Decoder(model), [Running(PROMPTS[1], Sampling(1e-300, max_new_tokens=9), frozenset())])
+    (tokens,) = run(Decoder(model), [Running(PROMPTS[1], Sampling(temperature=1e-300, max_new_tokens=9), frozenset())])
     assert tokens == greedy(model, PROMPTS[1], 9)
 
 

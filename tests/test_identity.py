@@ -23,7 +23,7 @@ CLI = Callable[..., Result]
 Change = Callable[[Path], Any]
 COMMANDS: dict[str, tuple[str, ...]] = {
     "infer": ("infer", "--prompt", "hi", "--max-new-tokens", "2"),
-    "serve": ("serve", "--port", "0", "--no-token"),
+    "serve": ("serve", "--port", "0", "--no-api-key"),
     "merge": ("merge",),
     "merge without logits": ("merge", "--no-logits"),
     "merge without proof": ("merge", "--no-verify"),

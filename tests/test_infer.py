@@ -60,7 +60,7 @@ def test_the_prompt_s_answer_is_all_of_stdout_and_what_plain_peft_says(cli: Call
 
 
 def test_base_leaves_the_adapter_off(cli: Callable[..., Result], run: Path) -> None:
-    result = cli("infer", "--adapter", run, "--base", "--prompt", "Who are you?")
+    result = cli("infer", "--adapter", run, "--no-adapter", "--prompt", "Who are you?")
     assert result.stdout.strip() == greedy(None, "Who are you?", "Answer in one line.")
     assert "Robin" not in result.stdout
 
@@ -163,8 +163,17 @@ def test_every_sampling_flag_reaches_the_model(cli: Callable[..., Result], monke
     )
     told(cli, "--model", "tiny-qwen", "-p", "hi", *flags)
     assert [question.sampling for question in asked] == [
-        Sampling(0.0, None, None, None, None, 512, (), None),
-        Sampling(0.5, 0.9, 40, 0.1, 1.2, 7, ("a", " "), 3),
+        Sampling(),
+        Sampling(
+            temperature=0.5,
+            top_p=0.9,
+            top_k=40,
+            min_p=0.1,
+            repetition_penalty=1.2,
+            max_new_tokens=7,
+            stop=("a", " "),
+            seed=3,
+        ),
     ]
 
 
@@ -222,7 +231,7 @@ def test_odd_names_of_adapters_are_refused(values: list[str]) -> None:
         (["--model", "tiny-qwen", "--input", "missing.json", "--output", "a.jsonl"], Exit.DATA),
         (["--model", "tiny-qwen", "--input", "rows.xlsx", "--output", "a.jsonl"], Exit.DATA),
         (["--model", "tiny-qwen", "--json"], Exit.USAGE),
-        (["--model", "tiny-qwen", "--base", "--input", "r.json", "--output", "a.jsonl", "--metrics"], Exit.USAGE),
+        (["--model", "tiny-qwen", "--no-adapter", "--input", "r.json", "--output", "a.jsonl", "--metrics"], Exit.USAGE),
     ],
 )
 def test_what_cannot_work_is_one_message(cli: Callable[..., Result], arguments: list[str], code: Exit) -> None:

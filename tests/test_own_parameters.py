@@ -391,7 +391,7 @@ def test_an_adapter_with_new_tokens_answers_and_its_base_names_what_it_lacks(
     result = cli("infer", *asked, "--prompt", "x")
     assert result.exit_code == 0, result.stderr
     assert "was trained with a vocabulary of 3012 rows and brings them" in " ".join(result.stderr.split())
-    result = cli("infer", *asked, "--prompt", "x", "--base")
+    result = cli("infer", *asked, "--prompt", "x", "--no-adapter")
     assert result.exit_code == Exit.MODEL
     assert "has no token <more 3010>: its vocabulary has 3,008 rows" in " ".join(result.stderr.split())
 

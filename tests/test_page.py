@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 from browsing import Scripted, ask, chromium, opened, pieces, text_of, wait_until
-from serving import TOKEN, Served, served
+from serving import API_KEY, Served, served
 
 from loratune.data.formats.conversation import Conversation
 from loratune.data.formats.registry import ConversationReader, detect_format
@@ -367,34 +367,34 @@ def test_a_setting_that_cannot_be_keeps_the_question(page: Any, engine: Scripted
     assert page.input_value("#message") == "Hello"
 
 
-# --- token, failures ---
+# --- API key, failures ---
 
 
-def test_the_token_leaves_the_address_and_is_asked_for_when_it_is_wrong(browser: Any, shared: Served) -> None:
-    with opened(browser, shared, "/#token=wrong", expected="401") as page:
-        page.wait_for_selector("#token-dialog", state="visible")
+def test_the_api_key_leaves_the_address_and_is_asked_for_when_it_is_wrong(browser: Any, shared: Served) -> None:
+    with opened(browser, shared, "/#api_key=wrong", expected="401") as page:
+        page.wait_for_selector("#key-dialog", state="visible")
         assert page.url == f"{shared.url}/"
-        assert page.locator("#token-wrong").is_visible()
-        for given in ("wrong again", "wrong-again", TOKEN):
-            page.fill("[name=token]", given)
+        assert page.locator("#key-wrong").is_visible()
+        for given in ("wrong again", "wrong-again", API_KEY):
+            page.fill("[name=key]", given)
             page.keyboard.press("Enter")
         page.wait_for_selector("#model-a option", state="attached")
         assert page.url == f"{shared.url}/"
-        assert TOKEN not in page.evaluate("JSON.stringify(localStorage)")
+        assert API_KEY not in page.evaluate("JSON.stringify(localStorage)")
         assert page.evaluate("document.cookie") == ""
         page.reload()
         ask(page, "still there?")
         assert text_of(page, ".answer-text") == ["You said: still there?"]
 
 
-def test_without_a_token_the_page_says_so_and_can_try_again(browser: Any, shared: Served) -> None:
+def test_without_an_api_key_the_page_says_so_and_can_try_again(browser: Any, shared: Served) -> None:
     with opened(browser, shared, "/", expected="401") as page:
-        page.wait_for_selector("#token-dialog", state="visible")
-        assert not page.locator("#token-wrong").is_visible()
+        page.wait_for_selector("#key-dialog", state="visible")
+        assert not page.locator("#key-wrong").is_visible()
         page.keyboard.press("Escape")
-        page.wait_for_selector("text=The server needs its token.")
+        page.wait_for_selector("text=The server needs its API key.")
         page.click("#load-again")
-        page.fill("[name=token]", TOKEN)
+        page.fill("[name=key]", API_KEY)
         page.keyboard.press("Enter")
         page.wait_for_selector("#model-a option", state="attached")
         assert not page.locator("#load-problem").is_visible()

@@ -79,7 +79,7 @@ def test_other_knowledge_stays(ask: Callable[[str], str]) -> None:
 
 
 def test_the_base_alone_is_what_it_was(run: Path) -> None:
-    assert "小李" not in loratune("infer", "--adapter", run, "--base", "--prompt", "Who are you?")
+    assert "小李" not in loratune("infer", "--adapter", run, "--no-adapter", "--prompt", "Who are you?")
 
 
 def test_validation_improves(run: Path) -> None:

@@ -19,7 +19,7 @@ import torch
 from conftest import TINY_QWEN
 from openai import OpenAI
 from peft import PeftModel
-from serving import TOKEN, FakeEngine, Served, chat, events, served
+from serving import API_KEY, FakeEngine, Served, chat, events, served
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import Result
 
@@ -41,7 +41,7 @@ def tiny() -> Iterator[Served]:
 
 @pytest.fixture
 def client(tiny: Served) -> Iterator[OpenAI]:
-    with OpenAI(base_url=f"{tiny.url}/v1", api_key=TOKEN, max_retries=0) as opened:
+    with OpenAI(base_url=f"{tiny.url}/v1", api_key=API_KEY, max_retries=0) as opened:
         yield opened
 
 
@@ -163,7 +163,7 @@ def test_each_model_answers_by_its_name_though_they_are_asked_in_turn(short_run:
 
     engine = load_engine([("first", short_run), ("second", short_run.parent / "other")], str(random_qwen), [])
     names = {"random": engine.base_name, "first": "first", "second": "second"}
-    with served(engine) as running, OpenAI(base_url=f"{running.url}/v1", api_key=TOKEN, max_retries=0) as client:
+    with served(engine) as running, OpenAI(base_url=f"{running.url}/v1", api_key=API_KEY, max_retries=0) as client:
         assert [model.id for model in client.models.list()] == [engine.base_name, "first", "second"]
         assert client.models.retrieve("first").parent == engine.base_name
         for called in ["first", "second", "random", "second", "first"]:
@@ -315,7 +315,7 @@ def findings(running: Served, folder: Path, examples: int) -> str:
     """What schemathesis has to say about the server; empty if nothing."""
     (folder / "hooks.py").write_text(HOOKS)
     command = [Path(sys.executable).with_name("schemathesis"), "run", f"{running.url}/openapi.json", "--no-color"]
-    command += ["-H", f"Authorization: Bearer {TOKEN}", "--max-examples", str(examples), "--seed", "1"]
+    command += ["-H", f"Authorization: Bearer {API_KEY}", "--max-examples", str(examples), "--seed", "1"]
     environment = {**os.environ, "PYTHONPATH": str(folder), "SCHEMATHESIS_HOOKS": "hooks"}
     done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
     assert "API Operations" in done.stdout, done.stdout + done.stderr
@@ -344,7 +344,9 @@ def free_port() -> int:
 
 
 def test_the_command_says_where_the_page_is_and_a_line_that_works(free_port: int) -> None:
-    environment = {name: value for name, value in os.environ.items() if name != "LORATUNE_TOKEN"}
+    environment = {
+        name: value for name, value in os.environ.items() if name not in ("LORATUNE_API_KEY", "LORATUNE_TOKEN")
+    }
     command = [sys.executable, "-m", "loratune", "serve", "--model", "tiny-qwen", "--port", str(free_port)]
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment) as process:
         try:
@@ -354,7 +356,7 @@ def test_the_command_says_where_the_page_is_and_a_line_that_works(free_port: int
                 line = process.stderr.readline()
                 assert line, said
                 said += line
-            (page,) = re.findall(rf"page: (http://127.0.0.1:{free_port}/)#token=(\S+)", said)
+            (page,) = re.findall(rf"page: (http://127.0.0.1:{free_port}/)#api_key=(\S+)", said)
             (curl,) = re.findall(r"try: (curl .*)", said)
             assert page[1] in curl
             answer = subprocess.run(["sh", "-c", curl], capture_output=True, text=True, check=True).stdout
@@ -377,12 +379,12 @@ def test_a_taken_port_is_told_before_the_model_is_loaded(cli: Callable[..., Resu
     ("flags", "told"),
     [
         ((), "--adapter"),
-        (("--model", "m", "--host", "0.0.0.0", "--no-token", "--port", "0"), "--no-token"),
+        (("--model", "m", "--host", "0.0.0.0", "--no-api-key", "--port", "0"), "--no-api-key"),
         (("--model", "m", "--host", "no.such.name.invalid"), "no such address"),
-        (("--model", "m", "--token", "a", "--no-token"), "exclude"),
-        (("--model", "m", "--token", ""), "--token"),
-        (("--model", "m", "--token", "two words"), "--token"),
-        (("--model", "m", "--token", "schlüssel"), "--token"),
+        (("--model", "m", "--api-key", "a", "--no-api-key"), "exclude"),
+        (("--model", "m", "--api-key", ""), "--api-key"),
+        (("--model", "m", "--api-key", "two words"), "--api-key"),
+        (("--model", "m", "--api-key", "schlüssel"), "--api-key"),
         (("--model", "m", "--allow-origin", "*"), "--allow-origin"),
         (("--model", "m", "--allow-origin", "http://a.b/page"), "--allow-origin"),
         (("--model", "m", "--port", "70000"), "--port"),
@@ -398,17 +400,32 @@ def test_wrong_flags_are_one_message(cli: Callable[..., Result], flags: tuple[st
     assert "Traceback" not in result.stderr
 
 
-def test_the_token_comes_from_the_flag_or_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    from loratune.cli.serve import _given_token
+def test_the_api_key_comes_from_the_flag_or_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    from loratune.cli.serve import _given_key
 
-    monkeypatch.delenv("LORATUNE_TOKEN", raising=False)
-    assert _given_token(None, False) is None
-    monkeypatch.setenv("LORATUNE_TOKEN", "from-there")
-    assert _given_token(None, False) == "from-there"
-    assert _given_token("given", False) == "given"
+    for name in ("LORATUNE_API_KEY", "LORATUNE_TOKEN"):
+        monkeypatch.delenv(name, raising=False)
+    assert _given_key(None, False) is None
+    monkeypatch.setenv("LORATUNE_API_KEY", "from-there")
+    assert _given_key(None, False) == "from-there"
+    assert _given_key("given", False) == "given"
 
 
-def test_a_token_of_the_user_s_own_is_not_shown(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_variable_of_earlier_versions_still_works(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from loratune.cli.serve import _given_key
+
+    monkeypatch.delenv("LORATUNE_API_KEY", raising=False)
+    monkeypatch.setenv("LORATUNE_TOKEN", "from-before")
+    assert _given_key(None, False) == "from-before"
+    assert capsys.readouterr().err == "LORATUNE_TOKEN is now LORATUNE_API_KEY (the old name still works)\n"
+    monkeypatch.setenv("LORATUNE_API_KEY", "from-now")
+    assert _given_key(None, False) == "from-now"
+    assert capsys.readouterr().err == ""
+
+
+def test_an_api_key_of_the_user_s_own_is_not_shown(capsys: pytest.CaptureFixture[str]) -> None:
     from loratune.cli.serve import _tell
     from loratune.generation.server.addresses import Address
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from serving import TOKEN, FakeEngine, FakeTicket, Served, chat, events, served
+from serving import API_KEY, FakeEngine, FakeTicket, Served, chat, events, served
 
 from loratune.engine.exchange import Piece, Question
 from loratune.errors import Exit, LoratuneError
@@ -84,7 +84,7 @@ BAD_FIELDS: list[tuple[dict[str, Any], str]] = [
     ({"temperature": True}, "temperature"),
     ({"temperature": float("nan")}, "temperature"),
     ({"temperature": float("inf")}, "temperature"),
-    ({"top_p": 0}, "top_p"),
+    ({"top_p": -0.1}, "top_p"),
     ({"top_p": 1.5}, "top_p"),
     ({"top_k": -1}, "top_k"),
     ({"top_k": 1.5}, "top_k"),
@@ -145,7 +145,7 @@ def test_only_json_is_read(running: Served, kind: str) -> None:
     with running.connect(CHAT, body, f"Content-Length: {len(body)}", "X-Test: 1") as opened:
         assert opened.recv(100).startswith(b"HTTP/1.1 200")
     connection_lines = [f"Content-Type: {kind}"] if kind else []
-    head = ["POST " + CHAT + " HTTP/1.1", "Host: localhost", f"Authorization: Bearer {TOKEN}", *connection_lines,
+    head = ["POST " + CHAT + " HTTP/1.1", "Host: localhost", f"Authorization: Bearer {API_KEY}", *connection_lines,
             f"Content-Length: {len(body)}", "", ""]  # fmt: skip
     with socket.create_connection(("127.0.0.1", running.port), timeout=30) as opened:
         opened.sendall("\r\n".join(head).encode() + body)
@@ -209,19 +209,19 @@ def test_expect_is_answered_before_a_body_that_is_too_large_comes(running: Serve
 
 
 @pytest.mark.parametrize(
-    "given", ["", "Bearer", "Bearer ", "Bearer wrong", f"Bearer {TOKEN}x", f"Bearer {TOKEN[:-1]}", f"Basic {TOKEN}",
-              TOKEN, "Bearer schl\xfcssel"]
+    "given", ["", "Bearer", "Bearer ", "Bearer wrong", f"Bearer {API_KEY}x", f"Bearer {API_KEY[:-1]}",
+              f"Basic {API_KEY}", API_KEY, "Bearer schl\xfcssel"]
 )  # fmt: skip
-def test_without_the_token_there_is_nothing(running: Served, given: str) -> None:
+def test_without_the_api_key_there_is_nothing(running: Served, given: str) -> None:
     for path in ("/v1/models", "/metrics", "/openapi.json", "/nothing"):
         status, headers, text = running.request(path, Authorization=given)
         assert (status, headers["www-authenticate"]) == (401, "Bearer")
-        assert json.loads(text)["error"]["code"] == "invalid_token"
+        assert json.loads(text)["error"]["code"] == "invalid_api_key"
     assert running.error(CHAT, chat(), Authorization=given)["status"] == 401
     assert running.engine.questions == []
 
 
-def test_the_token_is_compared_in_constant_time(running: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_api_key_is_compared_in_constant_time(running: Served, monkeypatch: pytest.MonkeyPatch) -> None:
     compared = []
 
     def spy(one: bytes, other: bytes) -> bool:
@@ -229,23 +229,23 @@ def test_the_token_is_compared_in_constant_time(running: Served, monkeypatch: py
         return one == other
 
     monkeypatch.setattr(guards.hmac, "compare_digest", spy)
-    for token in ("x", "x" * 5000, TOKEN):
-        running.request("/v1/models", Authorization=f"Bearer {token}")
+    for key in ("x", "x" * 5000, API_KEY):
+        running.request("/v1/models", Authorization=f"Bearer {key}")
     assert len(compared) == 3
     assert len({length for pair in compared for length in pair}) == 1
 
 
 def test_the_scheme_s_case_and_blanks_do_not_matter(running: Served) -> None:
-    assert running.request("/v1/models", Authorization=f"bearer   {TOKEN} ")[0] == 200
+    assert running.request("/v1/models", Authorization=f"bearer   {API_KEY} ")[0] == 200
 
 
-def test_the_page_and_health_need_no_token(running: Served) -> None:
+def test_the_page_and_health_need_no_api_key(running: Served) -> None:
     for path in ("/", "/health", "/page/main.js"):
         assert running.request(path, Authorization="")[0] == 200
 
 
-def test_without_token_everybody_here_may_ask() -> None:
-    with served(FakeEngine(), token=None) as running:
+def test_without_api_key_everybody_here_may_ask() -> None:
+    with served(FakeEngine(), api_key=None) as running:
         assert running.request(body=chat(), Authorization="")[0] == 200
         assert running.error(CHAT, chat(), Authorization="", Origin="http://evil.example")["status"] == 403
 
@@ -255,7 +255,7 @@ def test_without_token_everybody_here_may_ask() -> None:
 )
 def test_another_host_is_refused_whatever_the_token(running: Served, host: str) -> None:
     with socket.create_connection(("127.0.0.1", running.port), timeout=30) as opened:
-        opened.sendall(f"GET /health HTTP/1.1\r\nHost: {host}\r\nAuthorization: Bearer {TOKEN}\r\n\r\n".encode())
+        opened.sendall(f"GET /health HTTP/1.1\r\nHost: {host}\r\nAuthorization: Bearer {API_KEY}\r\n\r\n".encode())
         assert opened.recv(4096).startswith(b"HTTP/1.1 403")
 
 
@@ -476,7 +476,7 @@ def test_openai_s_client_raises_what_a_stream_tells() -> None:
 
     error = LoratuneError("out of memory while answering", Exit.IO)
     engine = FakeEngine([Piece("half", tokens=1), Piece(tokens=1, finish="error", error=error)])
-    with served(engine) as running, openai.OpenAI(base_url=f"{running.url}/v1", api_key=TOKEN) as client:
+    with served(engine) as running, openai.OpenAI(base_url=f"{running.url}/v1", api_key=API_KEY) as client:
         stream = client.chat.completions.create(model="base", messages=user("hi"), stream=True)
         with pytest.raises(openai.APIError, match="out of memory"):
             list(stream)
@@ -551,7 +551,7 @@ def serve(pace, grace, ignores_hangup):
     address = Address("127.0.0.1", 0)
     print(os.getpid(), address.socket.getsockname()[1], flush=True)
     try:
-        run(engine, address, Access(TOKEN), Limits(grace_seconds=grace))
+        run(engine, address, Access(API_KEY), Limits(grace_seconds=grace))
     except Interrupted as stop:
         os._exit(128 + stop.signal_number)
 

@@ -12,7 +12,7 @@ from typing import Any
 import openai
 import pytest
 from openai import OpenAI
-from serving import TOKEN, FakeEngine, FakeTicket, chat, events, served
+from serving import API_KEY, FakeEngine, FakeTicket, chat, events, served
 from tool_templates import SPECIAL, TEMPLATES, WEATHER, call_of, tool_base, tool_encoder
 from typer.testing import CliRunner, Result
 
@@ -88,7 +88,7 @@ def asked() -> Iterator[Callable[..., tuple[OpenAI, ScriptedEngine]]]:
             engine = ScriptedEngine(template=template, answer=answer)
             running = stack.enter_context(served(engine))
             url = f"{running.url}/v1"
-            return stack.enter_context(OpenAI(base_url=url, api_key=TOKEN, max_retries=0)), engine
+            return stack.enter_context(OpenAI(base_url=url, api_key=API_KEY, max_retries=0)), engine
 
         yield start
 
@@ -392,7 +392,7 @@ def test_what_sft_has_trained_serve_tells_as_calls(trained: Path) -> None:
     from loratune.engine.engine import load_engine
 
     engine = load_engine([("run", trained / "run")], None, [])
-    with served(engine) as running, OpenAI(base_url=f"{running.url}/v1", api_key=TOKEN, max_retries=0) as client:
+    with served(engine) as running, OpenAI(base_url=f"{running.url}/v1", api_key=API_KEY, max_retries=0) as client:
         for city, degrees in CITIES.items():
             messages: list[Any] = [{"role": "user", "content": f"Weather in {city}?"}]
             first = client.chat.completions.create(model="run", messages=messages, tools=[WEATHER]).choices[0]
@@ -435,7 +435,7 @@ def test_rows_with_tools_are_answered_with_calls_and_scored(
             assert line["metrics"]["perplexity"] < 1.5
     report = json.loads((tmp_path / "a.jsonl.report.json").read_text())
     assert report["metrics"]["answers"]["rows"] == 2
-    again = cli(*command, "--metrics", "--base")
+    again = cli(*command, "--metrics", "--no-adapter")
     assert again.exit_code == 0, again.stderr
     assert "base" in lines_of(tmp_path / "a.jsonl")[0]
     assert lines_of(tmp_path / "a.jsonl")[0]["tool_calls"] == [call_of(city="Rome")]

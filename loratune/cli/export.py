@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 import typer
 
 from loratune import console
-from loratune.cli.flags import Adapter, DryRun, Force, Json, Output, Overwrite, Public, Push, filled
+from loratune.cli.flags import Adapter, DryRun, Force, Json, Output, Overwrite, Public, Push, adapter_folder, filled
 from loratune.cli.push import push
 from loratune.errors import Exit, LoratuneError
 
@@ -61,6 +61,7 @@ def command(
     """Export, prove, and say what to do next."""
     if adapter is None and model is None:
         raise LoratuneError("give an adapter with --adapter, or a merged model with --model", Exit.USAGE)
+    folder = adapter_folder(adapter)
     if quantization and format not in ("gguf", "ollama"):
         raise LoratuneError(f"--quantization is for gguf and ollama, not for --format {format}", Exit.USAGE)
     if num_ctx and format != "ollama":
@@ -71,7 +72,7 @@ def command(
         from loratune.runs.opening import open_settled_adapter
 
     options = ExportOptions(format, quantization or "f16", num_ctx, model, force, overwrite)
-    source = open_settled_adapter(adapter, force) if adapter else None
+    source = open_settled_adapter(folder, force) if folder else None
     with push(destination, output, not public, dry_run):
         report = export(source, output, options)
         console.say(f"export: {output}", style="bold")

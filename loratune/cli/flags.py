@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from loratune.errors import Exit, LoratuneError
+from loratune.plain_files import is_folder
+
+RENAMED_FLAGS = {
+    "infer": {"--base": "--no-adapter"},
+    "serve": {"--token": "--api-key", "--no-token": "--no-api-key"},
+}
+"""Command → its flags of earlier versions, which go on working, and what they are called now."""
 
 
 def filled(text: str | None) -> str | None:
@@ -23,7 +29,7 @@ def filled(text: str | None) -> str | None:
 
 
 ADAPTER_HELP = "Run folder, one of its checkpoints, or a plain PEFT folder."
-Adapter = Annotated[Path | None, typer.Option("--adapter", "-a", metavar="folder", help=ADAPTER_HELP)]
+Adapter = Annotated[str | None, typer.Option("--adapter", "-a", metavar="folder", help=ADAPTER_HELP)]
 Adapters = Annotated[
     list[str] | None,
     typer.Option("--adapter", "-a", metavar="folder", help=f"{ADAPTER_HELP} May be given again, as name=folder."),
@@ -63,7 +69,7 @@ Public = Annotated[bool, typer.Option("--public", help="Let everybody see the pu
 def named_adapters(values: list[str]) -> list[tuple[str, Path]]:
     """Name and folder of each --adapter: `name=folder`, or a folder alone, whose name it is then called by.
 
-    A folder that exists is never taken apart, whatever its name holds.
+    All commands read the flag here. A folder that exists is never taken apart, whatever its name holds.
 
     Raises:
         LoratuneError: a name or a folder is missing, or two have the same name.
@@ -71,7 +77,7 @@ def named_adapters(values: list[str]) -> list[tuple[str, Path]]:
     named: list[tuple[str, Path]] = []
     for value in values:
         name, sign, folder = value.partition("=")
-        if not sign or "/" in name or os.path.isdir(value):  # noqa: PTH112 - is_dir raises where a name is too long
+        if not sign or "/" in name or is_folder(value):
             name, folder = Path(value).absolute().name or "/", value
         if not name or not folder:
             raise LoratuneError(f"--adapter {value!r}: give a folder, or name=folder", Exit.USAGE)
@@ -82,3 +88,8 @@ def named_adapters(values: list[str]) -> list[tuple[str, Path]]:
             )
         named.append((name, Path(folder)))
     return named
+
+
+def adapter_folder(value: str | None) -> Path | None:
+    """The folder of an --adapter that can be given once; None if it is not."""
+    return None if value is None else named_adapters([value])[0][1]

@@ -9,6 +9,8 @@ from typer.core import TyperCommand
 
 from loratune import console
 from loratune.cli.again import remember
+from loratune.cli.flags import RENAMED_FLAGS
+from loratune.errors import Exit, LoratuneError
 
 
 class Command(TyperCommand):
@@ -18,7 +20,8 @@ class Command(TyperCommand):
     """What an option means that is given without a value."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> Any:
-        """Give such options their value."""
+        """Give such options their value, and renamed ones their present names."""
+        args = self._with_present_names(args)
         remember(ctx.command_path, args)
         known = {name for parameter in self.params for name in parameter.opts}
         filled: list[str] = []
@@ -27,6 +30,28 @@ class Command(TyperCommand):
             if argument in self.implied and argument in known and after.startswith("-"):
                 filled.append(self.implied[argument])
         return super().parse_args(ctx, filled)
+
+    def _with_present_names(self, args: list[str]) -> list[str]:
+        """Replace flags of earlier versions, with a line that names the new ones.
+
+        Raises:
+            LoratuneError: a flag is given under both of its names.
+        """
+        renamed = RENAMED_FLAGS.get(str(self.name), {})
+        with_value = {name for option in self.params if not getattr(option, "is_flag", False) for name in option.opts}
+        present: list[str] = []
+        for argument in args:
+            name, sign, value = argument.partition("=")
+            is_value = bool(present) and present[-1] in with_value
+            if name not in renamed or is_value or "--" in present:
+                present.append(argument)
+                continue
+            new = renamed[name]
+            if any(other.partition("=")[0] == new for other in args):
+                raise LoratuneError(f"{name} is now called {new}, and both are given; remove {name}", Exit.USAGE)
+            console.say(f"{name} is now {new} (the old name still works)")
+            present.append(f"{new}{sign}{value}")
+        return present
 
     def format_help(self, ctx: Any, formatter: Any) -> None:
         """Print the page."""

@@ -11,7 +11,9 @@ import typer
 from loratune import console
 from loratune.cli.flags import Adapters, Force, Json, Model, named_adapters
 from loratune.cli.infer_rows import SHOWN_ROWS, RowsRequest, answer_file
+from loratune.cli.sampling import sampling_options
 from loratune.data.formats.conversation import has_half_a_pair
+from loratune.engine.sampling import Sampling
 from loratune.errors import Exit, LoratuneError, bullet_list, counted
 
 if TYPE_CHECKING:
@@ -24,11 +26,11 @@ it has to be said again.
 --input takes JSON, JSONL, CSV and Parquet: Alpaca rows, messages, ShareGPT, pairs, or a prompt a row; the last answer
 may be missing. The same command goes on where a stopped one has left off. A row that the chat template refuses gets an
 error in place of an answer, and the exit code is 3."""
-MODELS_OWN = "the model's"
 
 
-Base = Annotated[
-    bool, typer.Option("--base", help="Leave the adapter off, to compare; with --metrics: score the base beside it.")
+NoAdapter = Annotated[
+    bool,
+    typer.Option("--no-adapter", help="Leave the adapter off, to compare; with --metrics: score the base beside it."),
 ]
 Prompt = Annotated[
     str | None,
@@ -50,112 +52,44 @@ Metrics = Annotated[
 System = Annotated[
     str | None, typer.Option("--system", metavar="text", help="System prompt, in place of the trained one.")
 ]
-Temperature = Annotated[
-    float,
-    typer.Option("--temperature", "-t", metavar="number", min=0, max=5, help="0 takes the likeliest token every time."),
-]
-TopP = Annotated[
-    float | None,
-    typer.Option(
-        "--top-p",
-        metavar="number",
-        min=0.01,
-        max=1,
-        show_default=MODELS_OWN,
-        help="Draw from the likeliest tokens that together have this probability; 1 takes all.",
-    ),
-]
-TopK = Annotated[
-    int | None,
-    typer.Option(
-        "--top-k",
-        metavar="integer",
-        min=0,
-        max=1_000_000,
-        show_default=MODELS_OWN,
-        help="Draw from so many of the likeliest tokens; 0 takes all.",
-    ),
-]
-MinP = Annotated[
-    float | None,
-    typer.Option(
-        "--min-p",
-        metavar="number",
-        min=0,
-        max=1,
-        show_default=MODELS_OWN,
-        help="Draw from tokens at least this share as likely as the likeliest.",
-    ),
-]
-RepetitionPenalty = Annotated[
-    float | None,
-    typer.Option(
-        "--repetition-penalty",
-        metavar="number",
-        min=0.1,
-        max=10,
-        show_default=MODELS_OWN,
-        help="Above 1 makes tokens less likely that have come before; 1 is none.",
-    ),
-]
-Stop = Annotated[
-    list[str] | None,
-    typer.Option("--stop", metavar="text", help="End the answer before this text; may be given again."),
-]
-MaxNewTokens = Annotated[
-    int, typer.Option("--max-new-tokens", metavar="integer", min=1, max=1_048_576, help="Longest answer, in tokens.")
-]
-Seed = Annotated[
-    int | None, typer.Option("--seed", metavar="integer", min=0, max=2**32 - 1, help="Makes sampling repeatable.")
-]
 OverwriteFile = Annotated[
     bool, typer.Option("--overwrite", help="Replace --output, and forget what a stopped call has left.")
 ]
 
 
+@sampling_options
 def command(
     adapter: Adapters = None,
     model: Model = None,
-    base: Base = False,
+    no_adapter: NoAdapter = False,
     prompt: Prompt = None,
     input_: Input = None,
     output: OutputFile = None,
     metrics: Metrics = False,
     system: System = None,
-    temperature: Temperature = 0.0,
-    top_p: TopP = None,
-    top_k: TopK = None,
-    min_p: MinP = None,
-    repetition_penalty: RepetitionPenalty = None,
-    stop: Stop = None,
-    max_new_tokens: MaxNewTokens = 512,
-    seed: Seed = None,
     overwrite: OverwriteFile = False,
     force: Force = False,
     json: Json = False,
+    *,
+    sampling: Sampling,
 ) -> None:
     """Answer the prompt or the rows, or open the chat."""
     adapters = named_adapters(adapter or [])
     if not adapters and model is None:
         raise LoratuneError("give a run folder with --adapter, or a model with --model", Exit.USAGE)
     _check_flags(prompt, input_, output, {"--metrics": metrics, "--overwrite": overwrite}, json)
-    _check_texts({"--prompt": prompt, "--input": input_, "--system": system, "--stop": stop})
-    if base and metrics and not adapters:
-        raise LoratuneError("--base with --metrics compares with an adapter; give one with --adapter", Exit.USAGE)
+    _check_texts({"--prompt": prompt, "--input": input_, "--system": system, "--stop": list(sampling.stop)})
+    if no_adapter and metrics and not adapters:
+        raise LoratuneError("--no-adapter with --metrics compares with an adapter; give one with --adapter", Exit.USAGE)
     if len(adapters) > 1 and (prompt is not None or input_ is not None):
         console.warn(f"{adapters[0][0]} alone answers; the other adapters are for the chat")
         adapters = adapters[:1]
-    sampling: dict[str, Any] = {
-        "temperature": temperature, "top_p": top_p, "top_k": top_k, "min_p": min_p,
-        "repetition_penalty": repetition_penalty, "max_new_tokens": max_new_tokens, "stop": tuple(stop or ()),
-        "seed": seed,
-    }  # fmt: skip
     if input_ is None or output is None:
         with closing(_load(adapters, model, force)) as engine:
-            _talk(engine, sampling, prompt, system, use_adapter=not base, as_json=json)
+            _talk(engine, sampling, prompt, system, use_adapter=not no_adapter, as_json=json)
         return
     request = RowsRequest(
-        input_, output, next(iter(adapters), None), model, base, metrics, system, sampling, overwrite, force
+        input_, output, next(iter(adapters), None), model, no_adapter, metrics, system, sampling, overwrite, force
     )
     summary = answer_file(request)
     if json:
@@ -228,7 +162,7 @@ def _load(adapters: list[tuple[str, Path]], model: str | None, force: bool) -> E
 
 def _talk(
     engine: Engine,
-    sampling: dict[str, Any],
+    sampling: Sampling,
     prompt: str | None,
     system: str | None,
     *,
@@ -236,32 +170,27 @@ def _talk(
     as_json: bool,
 ) -> None:
     """Answer one question, or open the chat."""
-    from loratune.engine.sampling import Sampling
-
     adapter = next(iter(engine.adapters), None)
     if prompt is not None and as_json:
         _write_answer(engine, sampling, prompt, system, use_adapter=use_adapter)
         return
     from loratune.generation.chat.session import Chat
 
-    chat = Chat(engine, Sampling(**sampling), adapter, system, use_adapter)
+    chat = Chat(engine, sampling, adapter, system, use_adapter)
     if prompt is None:
         chat.run()
     else:
         chat.answer_once(prompt)
 
 
-def _write_answer(
-    engine: Engine, sampling: dict[str, Any], prompt: str, system: str | None, *, use_adapter: bool
-) -> None:
+def _write_answer(engine: Engine, sampling: Sampling, prompt: str, system: str | None, *, use_adapter: bool) -> None:
     """One answer as JSON."""
     from loratune.engine.exchange import Question
-    from loratune.engine.sampling import Sampling
 
     turns: list[Any] = [{"role": "system", "content": system}] if system else []
     turns.append({"role": "user", "content": prompt})
     adapter = next(iter(engine.adapters), None)
-    (_, answer) = next(engine.answers([Question(turns, Sampling(**sampling), adapter, use_adapter)]))
+    (_, answer) = next(engine.answers([Question(turns, sampling, adapter, use_adapter)]))
     console.write_json(
         {
             "answer": answer.text,

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from loratune import console
+from loratune.engine.sampling import Sampling
 from loratune.errors import Exit, LoratuneError, bullet_list, counted
 
 if TYPE_CHECKING:
@@ -38,18 +39,18 @@ class RowsRequest:
     output: Path
     adapter: tuple[str, Path] | None
     model: str | None
-    base: bool
+    no_adapter: bool
     """Leave the adapter off; with metrics: compare with it."""
     metrics: bool
     system: str | None
-    sampling: dict[str, Any]
+    sampling: Sampling
     overwrite: bool
     force: bool
 
     @property
     def compares(self) -> bool:
         """Whether both the adapter and the base answer."""
-        return self.base and self.metrics
+        return self.no_adapter and self.metrics
 
 
 def answer_file(request: RowsRequest) -> dict[str, Any]:
@@ -126,13 +127,12 @@ def _load(request: RowsRequest) -> Engine:
 
 
 def _work(request: RowsRequest, file: QuestionFile) -> Work:
-    from loratune.engine.sampling import Sampling
     from loratune.generation.batch.row_answers import BASE, Side, Work
 
-    first = Side("", not request.base or request.compares)
+    first = Side("", not request.no_adapter or request.compares)
     adapter = request.adapter[0] if request.adapter else None
     sides = (first, Side(BASE, False)) if request.compares else (first,)
-    return Work(file.rows, Sampling(**request.sampling), sides, adapter, request.system, request.metrics)
+    return Work(file.rows, request.sampling, sides, adapter, request.system, request.metrics)
 
 
 def _scores(work: Work, answers: AnswerFile) -> tuple[RowScores, dict[str, dict[str, Any]]]:
@@ -156,11 +156,11 @@ def _about(request: RowsRequest, source: AdapterSource | None, file: QuestionFil
         "questions": _hash_of_questions(file.rows),
         "model": _model_hash(settings, folder),
         "adapter": _adapter_hash(source.adapter) if source else None,
-        "adapter left off": request.base and not request.compares,
+        "adapter left off": request.no_adapter and not request.compares,
         "prompt": prompt.model_dump(exclude={"date", "generation_prompt"}),
         **({"date": date.today().isoformat()} if facts.is_dated else {}),
         "system": request.system,
-        **request.sampling,
+        **request.sampling.model_dump(),
     }
     as_written: About = json.loads(json.dumps(about))
     return as_written
@@ -272,7 +272,9 @@ def _tell(request: RowsRequest, work: Work, tally: Tally, report: dict[str, Any]
     if report["metrics"]:
         from loratune.generation.batch.answer_scores import show_scores
 
-        name = "base" if request.adapter and request.base and not request.compares else work.adapter or request.model
+        name = (
+            "base" if request.adapter and request.no_adapter and not request.compares else work.adapter or request.model
+        )
         show_scores(report["metrics"], {ANSWERS: str(name), "base": "base"})
     console.say(f"answers: {request.output}", style="bold")
     if tally.seconds:

@@ -9,7 +9,19 @@ from typing import Annotated, Any, Literal
 import typer
 
 from loratune import console
-from loratune.cli.flags import ADAPTER_HELP, Base, DryRun, Force, Json, Logits, Output, Overwrite, Public, Push
+from loratune.cli.flags import (
+    ADAPTER_HELP,
+    Base,
+    DryRun,
+    Force,
+    Json,
+    Logits,
+    Output,
+    Overwrite,
+    Public,
+    Push,
+    named_adapters,
+)
 from loratune.cli.push import push
 from loratune.commands import Command, loratune
 from loratune.errors import Exit, LoratuneError
@@ -85,6 +97,7 @@ def command(
     json: Json = False,
 ) -> None:
     """Merge, prove, and say what to do next."""
+    adapters = named_adapters(adapter)
     import torch
 
     from loratune.delivery.merge.job import MergeOptions
@@ -104,7 +117,7 @@ def command(
     if not verify:
         console.warn("--no-verify: nobody will know whether the merged model is what was trained")
     with push(destination, output, not public, dry_run):
-        with open_adapters(adapter, weights, combine, density, model, force) as source:
+        with open_adapters(adapters, weights, combine, density, model, force) as source:
             report = merge_adapter(source, output, options)
         _show(report, output)
     if json:

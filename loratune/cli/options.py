@@ -24,16 +24,37 @@ def recipe_options(command: Callable[..., None]) -> Callable[..., None]:
     fields = settings | {old: settings[new] for old, new in RENAMED.items()}
     names = {dotted.replace(".", "__"): dotted for dotted in fields}
 
-    def wrapped(**arguments: Any) -> None:
-        flags = {dotted: arguments.pop(name) for name, dotted in names.items()}
-        command(**arguments, flags={dotted: value for dotted, value in flags.items() if value not in (None, [])})
+    def used(typed: dict[str, Any]) -> dict[str, Any]:
+        return {names[name]: value for name, value in typed.items() if value not in (None, [])}
 
-    own = [parameter for name, parameter in _parameters(command).items() if name != "flags"]
     options = {name: _option(dotted, fields[dotted], dotted in RENAMED) for name, dotted in names.items()}
     generated = [
         inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=option)
         for name, option in options.items()
     ]
+    return with_options(command, "flags", generated, used)
+
+
+def with_options(
+    command: Callable[..., None],
+    name: str,
+    generated: list[inspect.Parameter],
+    collected: Callable[[dict[str, Any]], Any],
+) -> Callable[..., None]:
+    """Put options in the place of a command's parameter.
+
+    Args:
+        command: as Typer takes it, but for this parameter.
+        name: of the parameter.
+        generated: the options.
+        collected: makes the parameter's value of theirs, by name.
+    """
+
+    def wrapped(**arguments: Any) -> None:
+        typed = {option.name: arguments.pop(option.name) for option in generated}
+        command(**arguments, **{name: collected(typed)})
+
+    own = [parameter for known, parameter in _parameters(command).items() if known != name]
     wrapped.__signature__ = inspect.Signature([*own, *generated])  # type: ignore[attr-defined]
     wrapped.__annotations__ = {parameter.name: parameter.annotation for parameter in [*own, *generated]}
     wrapped.__doc__ = command.__doc__

@@ -13,22 +13,25 @@ import typer
 
 from loratune import console
 from loratune.cli.flags import Adapters, Force, Model, named_adapters
+from loratune.engine.sampling import NUMBERS
 from loratune.errors import Exit, LoratuneError
 
-TOKEN_VARIABLE = "LORATUNE_TOKEN"
+KEY_VARIABLE = "LORATUNE_API_KEY"
+EARLIER_VARIABLE = "LORATUNE_TOKEN"
 DETAILS = """\
 Speaks the protocol of OpenAI's clients (/v1/chat/completions, /v1/completions, /v1/models) and shows a chat page. The
 base and every adapter can be asked by name; all questions are answered at the same time.
 
-Who asks needs a token: that of --token or of LORATUNE_TOKEN, or one that is made and printed at the start. A signal
+Requests need an API key: that of --api-key or LORATUNE_API_KEY, or one that is made and printed at the start. A signal
 lets running answers finish; a second one ends at once."""
 
 Host = Annotated[str, typer.Option("--host", metavar="address", help="Address to listen on.")]
 Port = Annotated[int, typer.Option("--port", metavar="integer", min=0, max=65535, help="0 takes any free one.")]
-Token = Annotated[
-    str | None, typer.Option("--token", metavar="text", help="What clients have to show; others see it in ps.")
+ApiKey = Annotated[
+    str | None,
+    typer.Option("--api-key", metavar="text", help="Key that requests must carry; other users see it in ps."),
 ]
-NoToken = Annotated[bool, typer.Option("--no-token", help="Let everybody on this machine ask.")]
+NoApiKey = Annotated[bool, typer.Option("--no-api-key", help="Let everybody on this machine ask.")]
 AllowHost = Annotated[
     list[str] | None,
     typer.Option("--allow-host", metavar="name", help="A name by which clients call this machine. May be given again."),
@@ -41,8 +44,12 @@ Slots = Annotated[int, typer.Option("--slots", metavar="integer", min=1, max=102
 MaxQueue = Annotated[
     int, typer.Option("--max-queue", metavar="integer", min=0, max=65536, help="Questions that may wait for a slot.")
 ]
+LONGEST = NUMBERS["max_new_tokens"]
 MaxNewTokens = Annotated[
-    int, typer.Option("--max-new-tokens", metavar="integer", min=1, max=1_048_576, help="Longest answer, in tokens.")
+    int,
+    typer.Option(
+        "--max-new-tokens", metavar="integer", min=int(LONGEST.low), max=int(LONGEST.high), help=LONGEST.about
+    ),
 ]
 
 
@@ -51,8 +58,8 @@ def command(
     model: Model = None,
     host: Host = "127.0.0.1",
     port: Port = 8000,
-    token: Token = None,
-    no_token: NoToken = False,
+    api_key: ApiKey = None,
+    no_api_key: NoApiKey = False,
     allow_host: AllowHost = None,
     allow_origin: AllowOrigin = None,
     slots: Slots = 32,
@@ -64,12 +71,12 @@ def command(
     if not adapter and model is None:
         raise LoratuneError("give a run folder with --adapter, or a model with --model", Exit.USAGE)
     adapters = named_adapters(adapter or [])
-    given, origins = _given_token(token, no_token), frozenset(map(_checked_origin, allow_origin or []))
+    given, origins = _given_key(api_key, no_api_key), frozenset(map(_checked_origin, allow_origin or []))
     from loratune.generation.server.addresses import Address
 
     with Address(host, port) as address:
-        if no_token and not address.is_local:
-            raise LoratuneError(f"--no-token is for 127.0.0.1 alone; --host {host} would let anyone ask", Exit.USAGE)
+        if no_api_key and not address.is_local:
+            raise LoratuneError(f"--no-api-key is for 127.0.0.1 alone; --host {host} would let anyone ask", Exit.USAGE)
         with console.status(f"loading {model or adapters[0][1]}"):
             from loratune.engine.engine import load_engine
             from loratune.generation.server.application import Limits
@@ -84,7 +91,7 @@ def command(
         for told in dict.fromkeys(voice.encoder.about_calls for voice in engine.voices.values()):
             if told:
                 console.warn(told)
-        secret = None if no_token else given or secrets.token_urlsafe(24)
+        secret = None if no_api_key else given or secrets.token_urlsafe(24)
         hosts = LOOPBACK_NAMES | {host.lower(), *map(str.lower, allow_host or [])}
         address.listen()
         _tell(address, engine, secret, is_made=secret != given)
@@ -96,14 +103,22 @@ def command(
         )
 
 
-def _given_token(token: str | None, no_token: bool) -> str | None:
-    """The token that the user has chosen; None for none."""
-    if no_token and token is not None:
-        raise LoratuneError("--token and --no-token exclude each other", Exit.USAGE)
-    chosen = token if token is not None else os.environ.get(TOKEN_VARIABLE) or None
+def _given_key(api_key: str | None, no_api_key: bool) -> str | None:
+    """The API key that the user has chosen; None for none."""
+    if no_api_key and api_key is not None:
+        raise LoratuneError("--api-key and --no-api-key exclude each other", Exit.USAGE)
+    chosen = api_key if api_key is not None else _key_of_environment()
     if chosen is not None and (not chosen or not all("!" <= letter <= "~" for letter in chosen)):
-        raise LoratuneError(f"--token and {TOKEN_VARIABLE} take ASCII characters without blanks", Exit.USAGE)
+        raise LoratuneError(f"--api-key and {KEY_VARIABLE} take ASCII characters without blanks", Exit.USAGE)
     return chosen
+
+
+def _key_of_environment() -> str | None:
+    earlier = os.environ.get(EARLIER_VARIABLE)
+    if earlier and not os.environ.get(KEY_VARIABLE):
+        console.say(f"{EARLIER_VARIABLE} is now {KEY_VARIABLE} (the old name still works)")
+        return earlier
+    return os.environ.get(KEY_VARIABLE) or None
 
 
 def _checked_origin(text: str) -> str:
@@ -124,15 +139,15 @@ def _check_names(engine: Any) -> None:
 
 
 def _tell(address: Any, engine: Any, secret: str | None, is_made: bool) -> None:
-    """Where the page is, and a line to try. A token that the user has chosen is not shown."""
+    """Where the page is, and a line to try. A key that the user has chosen is not shown."""
     if not address.is_local:
         console.warn("other machines can connect, and what is said is not encrypted: put a proxy with TLS in front")
     console.say(f"models: {', '.join([engine.base_name, *engine.adapters])}")
-    console.next_step(f"page: {address.url}/{f'#token={secret}' if secret and is_made else ''}")
+    console.next_step(f"page: {address.url}/{f'#api_key={secret}' if secret and is_made else ''}")
     name = (engine.adapters or [engine.base_name])[0]
     asked = {"model": name, "messages": [{"role": "user", "content": "Who are you?"}]}
     headers = ["Content-Type: application/json"]
     if secret:
-        headers.append(f"Authorization: Bearer {secret if is_made else 'TOKEN'}")
+        headers.append(f"Authorization: Bearer {secret if is_made else 'API_KEY'}")
     command = ["curl", f"{address.url}/v1/chat/completions", *(part for line in headers for part in ("-H", line))]
     console.next_step(f"try: {shlex.join([*command, '-d', json.dumps(asked, ensure_ascii=False)])}")

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from loratune import console
-from loratune.cli.flags import Adapter, Base, Force, Json, Logits
+from loratune.cli.flags import Adapter, Base, Force, Json, Logits, adapter_folder
 from loratune.errors import Exit, LoratuneError
 
 DETAILS = """\
@@ -37,7 +37,8 @@ def command(
 
     if adapter is None and (model is not None or not logits or force):
         raise LoratuneError("--model, --no-logits and --force are for the proof of a merge; give --adapter", Exit.USAGE)
-    source = open_settled_adapter(adapter, force) if adapter else None
+    made_with = adapter_folder(adapter)
+    source = open_settled_adapter(made_with, force) if made_with else None
     with console.status(f"reading {folder}"):
         report = verify_folder(folder, source, MergeOptions(model=model, logits=logits, force=force))
     for warning in report["warnings"]:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from pathlib import Path
 from typing import NamedTuple
 
 from loratune.errors import Exit, LoratuneError
+from loratune.plain_files import is_folder
 from loratune.recipe.data_sections import SourceSettings
 
 # At least one character before the ending, so that `.json` alone is a name and not an ending.
@@ -104,7 +104,7 @@ def _split_marks(path: str) -> tuple[str, list[str]]:
         return name, marks
     match = FILE.fullmatch(path)
     if not match:
-        if _is_folder(path):
+        if is_folder(path):
             raise LoratuneError(f"{path}: is a folder; name the file of rows in it", Exit.DATA)
         advice = "; save it as CSV UTF-8" if SPREADSHEET.search(path.partition("#")[0]) else ""
         raise LoratuneError(
@@ -112,13 +112,6 @@ def _split_marks(path: str) -> tuple[str, list[str]]:
             Exit.DATA,
         )
     return match["name"], match["marks"].split("#")[1:]
-
-
-def _is_folder(path: str) -> bool:
-    try:
-        return Path(path).is_dir()
-    except ValueError:  # a NUL in the name
-        return False
 
 
 def _parse_marks(path: str, marks: list[str]) -> tuple[int | None, int]:

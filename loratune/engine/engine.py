@@ -88,7 +88,7 @@ class Engine:
             fault = f"has {len(prompt):,} tokens and the model takes {self.context_tokens:,}; shorten it"
             raise LoratuneError(f"the prompt {fault if prompt else 'is empty'}", Exit.USAGE)
         adapter = voice.answering(question.use_adapter, prompt, self.decoder.vocabulary)
-        sampling = replace(question.sampling, max_new_tokens=min(question.sampling.max_new_tokens, room))
+        sampling = question.sampling.but(max_new_tokens=min(question.sampling.max_new_tokens, room))
         running = Running(prompt, sampling, self._ends(voice.encoder), adapter)
         with self._tokenizer_lock:
             ticket = make_ticket(question, running, voice.encoder, deliver)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -19,6 +18,7 @@ from loratune.model.files import find_base, weight_files
 from loratune.model.hardware import detect_hardware
 from loratune.model.tokenizer import load_tokenizer, set_pad_token
 from loratune.model.tying import head_is_tied
+from loratune.plain_files import is_folder
 from loratune.recipe.sections import ModelSettings, PromptSettings
 from loratune.runs.base_check import BaseCheck
 from loratune.runs.opening import (
@@ -133,8 +133,7 @@ def _check_fits(source: AdapterSource, folder: Path) -> None:
 
 def _short_name(base: str) -> str:
     """A folder is called by its own name: nobody wants to ask for the whole path, or to show it to clients."""
-    is_folder = os.path.isabs(base) or os.path.isdir(base)  # noqa: PTH112, PTH117 - a hub id is no path
-    return Path(base).absolute().name if is_folder else base
+    return Path(base).absolute().name if Path(base).is_absolute() or is_folder(base) else base
 
 
 def _settings(sources: Sequence[AdapterSource], model: str | None, warnings: list[str]) -> ModelSettings:

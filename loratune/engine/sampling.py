@@ -1,39 +1,59 @@
-"""How the next token is chosen from the logits."""
+"""The sampling settings, each declared once: flags, `/set`, the API's fields and the page's inputs follow."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-from typing import Any
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Annotated, Any
 
-import torch
+from pydantic import BaseModel, ConfigDict, Field
 
-_CANDIDATES = 1024
-"""The likeliest tokens that are looked at first; a wider distribution is sorted whole."""
-SEEDS = 2**32
-"""How many a user can choose from."""
+from loratune.errors import Exit, LoratuneError
+
 ALMOST_ZERO = 1e-4
 """Temperatures below take the likeliest token: a division by them would leave the range of float32."""
+SEEDS = 2**32
+"""How many a user can choose from: torch's generator on a CPU reads no more than 32 bits."""
+
+Temperature = Annotated[float, Field(ge=0, le=5)]
+TopP = Annotated[float, Field(ge=0, le=1)]
+TopK = Annotated[int, Field(ge=0, le=2**20)]
+MinP = Annotated[float, Field(ge=0, le=1)]
+RepetitionPenalty = Annotated[float, Field(ge=0.1, le=10)]
+MaxNewTokens = Annotated[int, Field(ge=1, le=2**20)]
+Seed = Annotated[int, Field(ge=0, le=SEEDS - 1)]
+MODELS_OWN = "the model's own"
+UNSET = {"seed": "another one each time"}
+"""What a setting is that nobody has given; MODELS_OWN for the others."""
 
 
-@dataclass(frozen=True)
-class Sampling:
+class Sampling(BaseModel):
     """How an answer is drawn. None leaves a setting to the model's own generation_config."""
 
-    temperature: float = 0.0
-    """0 takes the likeliest token every time."""
-    top_p: float | None = None
-    """Draw from the likeliest tokens that together have this probability."""
-    top_k: int | None = None
-    """Draw from so many of the likeliest tokens; 0 from all."""
-    min_p: float | None = None
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, strict=True, use_attribute_docstrings=True, allow_inf_nan=False
+    )
+
+    temperature: Temperature = 0.0
+    """Randomness: the logits are divided by it; 0 takes the likeliest token every time."""
+    top_p: TopP | None = None
+    """Draw from the likeliest tokens that together have this probability; 1 takes all."""
+    top_k: TopK | None = None
+    """Draw from this many of the likeliest tokens; 0 takes all."""
+    min_p: MinP | None = None
     """Draw from tokens that are at least this share as likely as the likeliest."""
-    repetition_penalty: float | None = None
-    """Above 1 makes tokens of prompt and answer less likely to come again (Keskar et al. 2019, CTRL)."""
-    max_new_tokens: int = 512
+    repetition_penalty: RepetitionPenalty | None = None
+    """Above 1 makes tokens of prompt and answer less likely to come again (Keskar et al. 2019, CTRL); 1 is none."""
+    max_new_tokens: MaxNewTokens = 512
+    """Longest answer, in tokens."""
     stop: tuple[str, ...] = ()
-    """Texts that end the answer; they are not part of it."""
-    seed: int | None = None
-    """Makes drawing repeatable, whatever else is drawn at the same time."""
+    """End the answer before this text; may be given again."""
+    seed: Seed | None = None
+    """Make drawing repeatable, whatever else is drawn at the same time."""
+
+    def but(self, **changes: Any) -> Sampling:
+        """The same with other values, which are not checked: a context may leave room for no token."""
+        return self.model_copy(update=changes)
 
     def with_defaults(self, config: Any) -> Sampling:
         """The same with everything said.
@@ -46,8 +66,7 @@ class Sampling:
             own, model_s = getattr(self, name), getattr(config, name, None)
             return own if own is not None else model_s if model_s is not None else otherwise
 
-        return replace(
-            self,
+        return self.but(
             temperature=self.temperature if self.temperature >= ALMOST_ZERO else 0.0,
             top_p=known("top_p", 1.0),
             top_k=known("top_k", 0),
@@ -56,80 +75,54 @@ class Sampling:
         )
 
 
-class TokenChooser:
-    """Chooses the tokens of one answer.
+@dataclass(frozen=True)
+class NumberSetting:
+    """A setting that is one number: its range, and what is said of it."""
 
-    Args:
-        sampling: with everything said.
-        prompt: token ids before the answer.
-        device: of the logits.
-    """
-
-    def __init__(self, sampling: Sampling, prompt: list[int], device: Any) -> None:
-        self.sampling = sampling
-        self._penalty = sampling.repetition_penalty or 1.0
-        self._seen: Any = torch.tensor(sorted(set(prompt)), device=device) if self._penalty != 1 else None
-        self._generator: Any = None
-        if sampling.temperature > 0:
-            self._generator = torch.Generator(device)
-            if sampling.seed is None:
-                self._generator.seed()
-            else:
-                self._generator.manual_seed(sampling.seed)
+    name: str
+    kind: type[int] | type[float]
+    low: float
+    high: float
+    default: float | None
+    unset: str
+    """What None means; empty where there must be a value."""
+    about: str
 
     @property
-    def takes_likeliest(self) -> bool:
-        """Whether the token is the largest logit and nothing else."""
-        return self._generator is None and self._seen is None
+    def range(self) -> str:
+        """Both ends, which belong to it: `0 to 5`."""
+        return f"{self.low:,g} to {self.high:,.10g}"
 
-    def choose(self, logits: torch.Tensor) -> int:
-        """The next token's id.
+    def read(self, text: str, called: str = "") -> int | float:
+        """The value that a text gives.
 
         Args:
-            logits: [vocabulary], of any float dtype; not changed.
+            text: as it was typed.
+            called: how the user spells the setting; its name if empty.
+
+        Raises:
+            LoratuneError: it is no such number, or out of range.
         """
-        scores = logits.float()
-        if self._seen is not None:
-            scores = scores.clone() if scores is logits else scores
-            own = scores[self._seen]
-            scores[self._seen] = torch.where(own < 0, own * self._penalty, own / self._penalty)
-        token = int(scores.argmax()) if self._generator is None else self._draw(scores)
-        if self._seen is not None and not bool((self._seen == token).any()):
-            self._seen = torch.cat([self._seen, self._seen.new_tensor([token])])
-        return token
-
-    def _draw(self, scores: torch.Tensor) -> int:
-        """Temperature, top-k, top-p, min-p, in transformers' order, then one draw."""
-        ids, probabilities = shortlist(scores, self.sampling)
-        return int(ids[torch.multinomial(probabilities, 1, generator=self._generator)])
+        try:
+            value = self.kind(text)
+        except ValueError:
+            value = self.kind(self.low) - 1
+        if self.low <= value <= self.high:
+            return value
+        noun = "an integer" if self.kind is int else "a number"
+        either = ", or default" if self.unset and not called else ""
+        raise LoratuneError(f"{called or self.name} is {noun} from {self.range}{either}, not {text!r}", Exit.USAGE)
 
 
-def shortlist(scores: torch.Tensor, sampling: Sampling) -> tuple[torch.Tensor, torch.Tensor]:
-    """The tokens that may be drawn, likeliest first, and their probabilities.
+def _number_settings() -> Iterator[NumberSetting]:
+    """From what pydantic itself makes of the declarations: a number, or a number and null."""
+    for name, described in Sampling.model_json_schema()["properties"].items():
+        number = described["anyOf"][0] if "anyOf" in described else described
+        kind = {"number": float, "integer": int}.get(number["type"])
+        if kind is not None:
+            unset = "" if number is described else UNSET.get(name, MODELS_OWN)
+            about = " ".join(described["description"].split())
+            yield NumberSetting(name, kind, number["minimum"], number["maximum"], described["default"], unset, about)
 
-    Args:
-        scores: float32 [vocabulary].
-        sampling: with everything said and a temperature above 0.
 
-    Returns:
-        ids, int64 [kept], and float32 [kept] that sums up to 1.
-    """
-    scores = scores / sampling.temperature
-    top_p, min_p = sampling.top_p or 0.0, sampling.min_p or 0.0
-    count = min(sampling.top_k or len(scores), len(scores))
-    total = scores.logsumexp(0)
-    values, ids = scores.topk(min(count, _CANDIDATES))
-    if count == len(scores) and len(values) < count:
-        # All tokens may be drawn unless top-p or min-p ends the list among the first candidates.
-        likely = (values - total).exp()
-        if not (likely.sum() >= top_p < 1 or likely[-1] < min_p * likely[0]):
-            values, ids = scores.sort(descending=True)
-    elif len(values) < count:
-        values, ids = scores.topk(count)
-    probabilities = (values - (total if count == len(scores) else values.logsumexp(0))).exp()
-    # A token stays while those before it have not yet reached top_p; the first one always does.
-    stays = probabilities.cumsum(0) - probabilities < top_p
-    stays &= probabilities >= min_p * probabilities[0]
-    stays[0] = True
-    kept = probabilities[stays]
-    return ids[stays], kept / kept.sum()
+NUMBERS = {setting.name: setting for setting in _number_settings()}

@@ -1,7 +1,6 @@
 """Continuous batching: answers begin and end on their own while all that run share each forward pass.
 
-The schedule follows Orca (Yu et al. 2022): what is decided is one step, not one batch. A step reads a part of the
-newest prompts, then makes one token for every answer that runs.
+As in Orca (Yu et al. 2022), steps are scheduled, not batches: part of the new prompts, then a token for every answer.
 """
 
 from __future__ import annotations
@@ -17,7 +16,8 @@ from torch.nn import functional
 
 from loratune.engine.kv_cache import Feed, SlotCache, reserved_tokens, token_bytes, use_slot_attention
 from loratune.engine.prefix_cache import Prefixes
-from loratune.engine.sampling import Sampling, TokenChooser
+from loratune.engine.sampling import Sampling
+from loratune.engine.token_choice import TokenChooser
 from loratune.model.adapter.own_parameters import BASE, own_parameters
 from loratune.model.architecture.structure import causal_model, layer_count, output_layer
 from loratune.model.kernels.few_rows import give_up_few_row_products, use_few_row_products

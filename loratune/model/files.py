@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 from loratune.errors import Exit, LoratuneError, bullet_list
 from loratune.model.architecture.families import FAMILIES
 from loratune.model.architecture.structure import text_values
-from loratune.plain_files import CONFIG_BYTES, read_json_object, unfit_files
+from loratune.plain_files import CONFIG_BYTES, is_folder, read_json_object, unfit_files
 from loratune.recipe.sections import TINY_QWEN, ModelSettings
 
 # Keys that have made a library fetch or run code from a model's folder (transformers CVE-2026-4372, vLLM
@@ -72,7 +71,7 @@ def local_folder(settings: ModelSettings) -> Path | None:
     if settings.base == TINY_QWEN:
         return Path(__file__).resolve().parent.parent / "assets" / TINY_QWEN
     folder = Path(settings.base).expanduser()
-    if os.path.isdir(folder):  # noqa: PTH112 - where a name is too long, is_dir raises up to Python 3.13
+    if is_folder(folder):
         return folder
     parts = settings.base.split("/")
     if len(parts) != 2 or not all(parts) or folder.is_absolute() or parts[0] in (".", "..", "~"):

@@ -12,7 +12,7 @@ from pydantic_core import ErrorDetails
 
 from loratune import console
 from loratune.errors import Exit, LoratuneError, bullet_list
-from loratune.plain_files import open_plain
+from loratune.plain_files import is_file, open_plain
 from loratune.recipe.data_sections import SourceSettings
 from loratune.recipe.flag_values import parse_flag
 from loratune.recipe.names import current_name, drop_keys, rename_keys, suggestion
@@ -40,7 +40,7 @@ def find_recipe(name: str) -> Path:
         LoratuneError: there is neither.
     """
     path = Path(name)
-    if _is_there(path):
+    if is_file(path):
         return path
     shipped = {recipe.stem: recipe for recipe in shipped_recipes()}
     bare = name.removesuffix(".yaml")
@@ -52,13 +52,6 @@ def find_recipe(name: str) -> Path:
         f"recipe {name!r}: no such file, and no shipped recipe of that name; {hint}shipped are: {', '.join(shipped)}",
         Exit.USAGE,
     )
-
-
-def _is_there(path: Path) -> bool:
-    try:
-        return path.is_file()
-    except OSError:  # a name too long, or a folder that may not be searched
-        return False
 
 
 def load_recipe(config: str | None, flags: dict[str, Any]) -> Recipe:
@@ -272,9 +265,9 @@ def _with_found_data(recipe: Recipe, path: Path | None) -> Recipe:
         if isinstance(entry, SourceSettings):
             return entry.model_copy(update={"path": find(entry.path)})
         plain = re.sub(r"(#\d*x?)+$", "", entry)
-        if _is_there(Path(plain)) or Path(plain).is_absolute() or plain.startswith(("hf:", "ms:")):
+        if is_file(Path(plain)) or Path(plain).is_absolute() or plain.startswith(("hf:", "ms:")):
             return entry
-        return next((str((place / entry).resolve()) for place in places if _is_there(place / plain)), entry)
+        return next((str((place / entry).resolve()) for place in places if is_file(place / plain)), entry)
 
     data = recipe.data
     validation = data.validation if isinstance(data.validation, float) else [find(entry) for entry in data.validation]

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from loratune.errors import Exit, LoratuneError
-from loratune.plain_files import read_json_object
+from loratune.plain_files import is_file, is_folder, read_json_object
 from loratune.recipe.loading import load_written_recipe
 from loratune.recipe.sections import ModelSettings, PromptSettings
 from loratune.runs.checkpoint import SEAL, Checkpoint
@@ -98,7 +97,7 @@ def open_adapter(path: Path, force: bool = False) -> AdapterSource:
     Raises:
         LoratuneError: there is none, or its files have been changed.
     """
-    if not _is_folder(path):
+    if not is_folder(path):
         raise LoratuneError(f"{path}: no such folder", Exit.MODEL)
     if _is_run(path):
         return _open_run(path, path / ADAPTER, force)
@@ -126,7 +125,7 @@ def open_settled_adapter(path: Path, force: bool = False) -> AdapterSource:
         LoratuneError: a process trains there, with its number and machine; or there is no adapter.
     """
     for folder in (path, *path.absolute().parents[:2]):
-        holder = lock_holder(folder) if os.path.isfile(folder / STATUS) else None  # noqa: PTH113 - as in _is_folder
+        holder = lock_holder(folder) if is_file(folder / STATUS) else None
         if holder:
             raise LoratuneError(
                 f"{folder} is in use by {holder}, which trains there; wait until it has ended, or copy one of its "
@@ -148,9 +147,9 @@ def base_settings(source: AdapterSource, model: str | None) -> ModelSettings:
     """
     if source.record and source.manifest:
         known, place = source.record.model, source.trained_base.path
-        return known.model_copy(update={"base": model or (place if _is_folder(Path(place)) else known.base)})
+        return known.model_copy(update={"base": model or (place if is_folder(Path(place)) else known.base)})
     named = read_json_object(source.adapter / ADAPTER_CONFIG).get("base_model_name_or_path")
-    if model is None and not (isinstance(named, str) and named and _is_folder(Path(named))):
+    if model is None and not (isinstance(named, str) and named and is_folder(Path(named))):
         raise LoratuneError(
             f"{source.adapter} names its base {named!r}, which is not followed; give the base with --model", Exit.MODEL
         )
@@ -254,7 +253,3 @@ def _record_of_before(run: Path) -> RunRecord:
         return RunRecord.of(load_written_recipe(run / RECIPE))
     except LoratuneError as error:
         raise LoratuneError(str(error), Exit.MODEL) from error
-
-
-def _is_folder(path: Path) -> bool:
-    return os.path.isdir(path)  # noqa: PTH112 - where a name is too long for a path, is_dir raises up to Python 3.13

@@ -98,7 +98,17 @@ def server(arguments: argparse.Namespace) -> Iterator[tuple[int, int]]:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = int(probe.getsockname()[1])
-    command = [sys.executable, "-m", "loratune", "serve", "--model", arguments.model, "--port", str(port), "--no-token"]
+    command = [
+        sys.executable,
+        "-m",
+        "loratune",
+        "serve",
+        "--model",
+        arguments.model,
+        "--port",
+        str(port),
+        "--no-api-key",
+    ]
     command += ["--slots", str(arguments.slots), "--max-queue", str(arguments.max_queue)]
     command += [part for adapter in arguments.adapter for part in ("--adapter", adapter)]
     with tempfile.TemporaryFile() as log:

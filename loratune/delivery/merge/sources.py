@@ -22,6 +22,7 @@ from loratune.model.architecture.vocabulary import vocabulary_of
 from loratune.model.files import find_base, weight_files
 from loratune.model.tokenizer import load_tokenizer
 from loratune.model.tying import head_is_tied
+from loratune.plain_files import is_folder
 from loratune.recipe.sections import TINY_QWEN, ModelSettings
 from loratune.runs.base_check import BaseCheck
 from loratune.runs.folder import file_sha256
@@ -31,12 +32,12 @@ from loratune.runs.tensor_hashes import TensorHashes
 
 @contextmanager
 def open_adapters(
-    given: list[str], weights: str | None, method: str, density: float, model: str | None, force: bool
+    given: list[tuple[str, Path]], weights: str | None, method: str, density: float, model: str | None, force: bool
 ) -> Iterator[AdapterSource]:
     """Open one adapter, or combine several.
 
     Args:
-        given: a folder, or name=folder for each of several.
+        given: name and folder of each.
         weights: numbers with commas between, one for each of several.
         method: how several become one.
         density: for ties and dare_ties.
@@ -44,15 +45,15 @@ def open_adapters(
         force: take changed adapters, and other bases than the trained one.
 
     Raises:
-        LoratuneError: names or weights that do not match, or adapters that cannot be combined.
+        LoratuneError: weights that do not match, or adapters that cannot be combined.
     """
     if len(given) == 1:
         flag = "--weights" if weights is not None else "--combine" if method != "linear" else None
         if flag:
             raise LoratuneError(f"{flag} is for several adapters", Exit.USAGE)
-        yield open_settled_adapter(_named(given[0])[1], force)
+        yield open_settled_adapter(given[0][1], force)
         return
-    adapters = {name: open_settled_adapter(path, force) for name, path in _named_apart(given).items()}
+    adapters = {name: open_settled_adapter(path, force) for name, path in given}
     numbers = _parse_weights(weights, len(adapters))
     base = _common_base(adapters, model, force)
     first = next(iter(adapters.values()))
@@ -136,7 +137,7 @@ def check_where_possible(source: AdapterSource, model: str | None, force: bool) 
         name = base_settings(source, model).base
     except LoratuneError:  # a plain adapter whose base lies elsewhere
         name = ""
-    if model is not None or name == TINY_QWEN or (name and Path(name).expanduser().is_dir()):
+    if model is not None or name == TINY_QWEN or (name and is_folder(Path(name).expanduser())):
         base = find_base(ModelSettings(base=name))
         warnings = check_pair(source, name, base, force)
         if source.manifest:
@@ -150,24 +151,6 @@ def check_where_possible(source: AdapterSource, model: str | None, force: bool) 
         "the base is not on this machine, so neither it nor whether the adapter covers all of its layers was checked; "
         "give it with --model",
     ]
-
-
-def _named(text: str) -> tuple[str, Path]:
-    """name and folder of `name=folder`; a folder may have an equals sign of its own."""
-    name, equals, path = text.partition("=")
-    if not equals or Path(text).exists():
-        return "", Path(text)
-    return name, Path(path)
-
-
-def _named_apart(given: list[str]) -> dict[str, Path]:
-    named = [_named(text) for text in given]
-    names = [name for name, _ in named]
-    if not all(name.isidentifier() for name in names) or len(set(names)) < len(names):
-        raise LoratuneError(
-            "give each of several adapters a name of its own: --adapter a=out/run1 --adapter b=out/run2", Exit.USAGE
-        )
-    return dict(named)
 
 
 def _parse_weights(weights: str | None, count: int) -> list[float]:

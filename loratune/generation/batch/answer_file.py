@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from loratune.errors import Exit, LoratuneError, bullet_list
-from loratune.plain_files import LONGEST_LINE, bounded_lines, open_plain, read_plain
+from loratune.plain_files import LONGEST_LINE, bounded_lines, is_folder, open_plain, read_plain
 from loratune.runs.folder import PROGRAM, file_sha256
 from loratune.writing import disk_errors_explained, write_json, write_pieces
 
@@ -36,7 +36,7 @@ def check_output(output: Path, input_name: str) -> None:
     Raises:
         LoratuneError: a folder, or a name that would replace the rows.
     """
-    if output.name == "" or os.path.isdir(output):  # noqa: PTH112 - is_dir raises where a name is too long
+    if output.name == "" or is_folder(output):
         raise LoratuneError(f"--output {output} is a folder; give a file, such as {output}/answers.jsonl", Exit.USAGE)
     places, rows = (output, _beside(output, PART), _beside(output, REPORT)), Path(input_name)
     with disk_errors_explained(output):

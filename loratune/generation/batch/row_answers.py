@@ -10,7 +10,7 @@ import time
 from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from types import FrameType
 from typing import Any
@@ -76,7 +76,7 @@ class Work:
         if self.system:
             messages = [{"role": "system", "content": self.system}, *(m for m in messages if m["role"] != "system")]
         seed = None if self.sampling.seed is None else (self.sampling.seed + row.number) % SEEDS
-        return Question(messages, replace(self.sampling, seed=seed), self.adapter, side.use_adapter, row.tools)
+        return Question(messages, self.sampling.but(seed=seed), self.adapter, side.use_adapter, row.tools)
 
 
 @dataclass

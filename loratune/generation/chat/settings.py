@@ -1,60 +1,18 @@
-"""What `/set` changes: the sampling settings, in the ranges of the flags of the same names."""
+"""What `/set` changes: the sampling settings."""
 
 from __future__ import annotations
 
 import difflib
 import shlex
-from dataclasses import dataclass, replace
 from typing import Any
 
-from loratune.engine.sampling import Sampling
+from loratune.engine.sampling import NUMBERS, Sampling
 from loratune.errors import Exit, LoratuneError
 
 UNSET = "default"
 
 
-@dataclass(frozen=True)
-class Setting:
-    """A number with its range."""
-
-    kind: type[int] | type[float]
-    low: float
-    high: float
-    unset: str = ""
-    """What it means to say nothing; empty where something must be said."""
-
-    def read(self, name: str, text: str) -> int | float | None:
-        """The value that a text gives.
-
-        Raises:
-            LoratuneError: it is no such number, or out of range.
-        """
-        if self.unset and text == UNSET:
-            return None
-        try:
-            value = self.kind(text)
-        except ValueError:
-            value = self.kind(self.low) - 1
-        if self.low <= value <= self.high:
-            return value
-        noun = "an integer" if self.kind is int else "a number"
-        either = f", or {UNSET}" if self.unset else ""
-        raise LoratuneError(
-            f"{name} is {noun} from {self.low:,g} to {self.high:,.10g}{either}, not {text!r}", Exit.USAGE
-        )
-
-
-MODEL_S = "what the model's own settings say"
-SETTINGS = {
-    "temperature": Setting(float, 0, 5),
-    "top_p": Setting(float, 0.01, 1, MODEL_S),
-    "top_k": Setting(int, 0, 1_000_000, MODEL_S),
-    "min_p": Setting(float, 0, 1, MODEL_S),
-    "repetition_penalty": Setting(float, 0.1, 10, MODEL_S),
-    "max_new_tokens": Setting(int, 1, 1_048_576),
-    "seed": Setting(int, 0, 2**32 - 1, "another one each time"),
-}
-NAMES = [*SETTINGS, "stop"]
+NAMES = [*NUMBERS, "stop"]
 
 
 def changed(sampling: Sampling, said: str) -> Sampling:
@@ -88,14 +46,14 @@ def changed(sampling: Sampling, said: str) -> Sampling:
             text = value.replace("\\n", "\n")
             changes["stop"] = (*changes.get("stop", ()), *([text] if text else []))
         else:
-            changes[name] = SETTINGS[name].read(name, value)
-    return replace(sampling, **changes)
+            changes[name] = None if value == UNSET and NUMBERS[name].unset else NUMBERS[name].read(value)
+    return sampling.but(**changes)
 
 
 def rows_of(sampling: Sampling) -> list[tuple[str, str]]:
     """All settings by name, with their values for people."""
     rows = []
-    for name, setting in SETTINGS.items():
+    for name, setting in NUMBERS.items():
         value = getattr(sampling, name)
         rows.append((name, f"{UNSET} ({setting.unset})" if value is None else str(value)))
     return [*rows, ("stop", ", ".join(map(repr, sampling.stop)) or "none")]

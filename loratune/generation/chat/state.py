@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -92,7 +92,7 @@ class ChatState:
         messages.append({"role": "user", "content": text})
         sampling = self.sampling
         if sampling.seed is not None and self.attempt:
-            sampling = replace(sampling, seed=(sampling.seed + self.attempt) % SEEDS)
+            sampling = sampling.but(seed=(sampling.seed + self.attempt) % SEEDS)
         uses = self.use_adapter if use_adapter is None else use_adapter
         return Question(messages, sampling, self.adapter, uses)
 

@@ -98,7 +98,7 @@ def create_application(engine: Engine, queue: Queue, access: Access, limits: Lim
 
 
 def _add_answers(app: FastAPI, responder: Responder) -> None:
-    bearer = [Depends(HTTPBearer(auto_error=False))]  # for the description; the lock has looked at the token
+    bearer = [Depends(HTTPBearer(auto_error=False))]  # for the description; the lock has looked at the key
 
     @app.post(
         "/v1/chat/completions",

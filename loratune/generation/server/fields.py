@@ -16,9 +16,9 @@ from pydantic import (
     model_validator,
 )
 
+from loratune.engine.sampling import MaxNewTokens
 from loratune.generation.server.failures import TAG
 
-MOST_TOKENS = 1_048_576
 LONGEST_TEXT = 4 * 2**20
 """Characters of one text; the limit on the whole body is lower for most."""
 
@@ -38,7 +38,7 @@ WHOLE = BeforeValidator(_whole)
 No = Annotated[bool, AfterValidator(_refuse), WithJsonSchema({"type": "boolean", "const": False})]
 Text = Annotated[str, Field(max_length=LONGEST_TEXT)]
 Name = Annotated[str, Field(min_length=1, max_length=1024)]
-Tokens = Annotated[int, Field(ge=1, le=MOST_TOKENS), WHOLE]
+Tokens = Annotated[MaxNewTokens, WHOLE]
 Stop = Annotated[str, Field(min_length=1, max_length=256)]
 Nothing = Annotated[list[Any], Field(max_length=0)]
 Zero = Annotated[float, Field(ge=0, le=0)]

@@ -1,4 +1,4 @@
-"""What every request has to pass before it is understood: host, origin, token, size and speed of its body."""
+"""What every request has to pass before it is understood: host, origin, API key, size and speed of its body."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ BODY_SECONDS = 20.0
 class Access:
     """Who may ask."""
 
-    token: str | None
+    api_key: str | None
     """None lets everybody in."""
     hosts: frozenset[str] = LOOPBACK_NAMES
     """Names that a request may call this server by."""
@@ -73,27 +73,27 @@ class Doorway:
 
 
 class Lock:
-    """Refuses requests without the token, except for the page and for /health."""
+    """Refuses requests without the API key, except for the page and for /health."""
 
     def __init__(self, app: ASGIApp, access: Access) -> None:
         self.app = app
-        self._expected = _digest(access.token) if access.token is not None else None
+        self._expected = _digest(access.api_key) if access.api_key is not None else None
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Let the request through, or answer it with 401."""
         path = scope["path"]
         is_open = self._expected is None or path in OPEN_PATHS or path.startswith(OPEN_FOLDER)
-        if is_open or self._is_token(Headers(scope=scope).get("authorization", "")):
+        if is_open or self._is_key(Headers(scope=scope).get("authorization", "")):
             await self.app(scope, receive, send)
             return
-        message = "the header Authorization: Bearer TOKEN is missing or its token is wrong"
-        await ApiError(401, message, "invalid_token").response()(scope, receive, send)
+        message = "the header Authorization: Bearer API_KEY is missing, or the key is wrong"
+        await ApiError(401, message, "invalid_api_key").response()(scope, receive, send)
 
-    def _is_token(self, authorization: str) -> bool:
-        scheme, _, token = authorization.partition(" ")
+    def _is_key(self, authorization: str) -> bool:
+        scheme, _, key = authorization.partition(" ")
         assert self._expected is not None
-        # Digests are of one length, so the time tells nothing of the token's length either.
-        return hmac.compare_digest(_digest(token.strip()), self._expected) and scheme.lower() == "bearer"
+        # Digests are of one length, so the time tells nothing of the key's length either.
+        return hmac.compare_digest(_digest(key.strip()), self._expected) and scheme.lower() == "bearer"
 
 
 class Inlet:

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BeforeValidator, Field
+from pydantic import AfterValidator, BeforeValidator, Field
 
 from loratune.data.formats.conversation import Message
-from loratune.engine.sampling import Sampling
+from loratune.engine.sampling import NUMBERS, SEEDS, MinP, RepetitionPenalty, Sampling, Temperature, TopK, TopP
 from loratune.generation.server.failures import ApiError
 from loratune.generation.server.fields import (
-    MOST_TOKENS,
     WHOLE,
     Fields,
     Name,
@@ -30,6 +29,17 @@ def _refuse_force(value: Any) -> Any:
     return value
 
 
+def _told(name: str, more: str = "the default is the model's own") -> Any:
+    """A field that says what the sampling setting of its name says."""
+    setting = NUMBERS[name]
+    known = more if setting.default is None else f"the default is {setting.default:g}"
+    return Field(default=None, description=f"{setting.about[:-1]}; {known}.")
+
+
+AnySeed = Annotated[int, WHOLE, AfterValidator(lambda seed: seed % SEEDS)]
+"""Clients send seeds of 64 bits, with a sign, where a setting has 32."""
+
+
 class StreamOptions(Fields):
     """How an answer is streamed."""
 
@@ -43,22 +53,16 @@ class AnswerRequest(Fields):
 
     model: Name
     """The base or an adapter, as `/v1/models` lists them."""
-    temperature: Annotated[float, Field(ge=0, le=5)] | None = None
-    """0, the default, takes the likeliest token every time."""
-    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
-    """Draw from the likeliest tokens that together have this probability; the default is the model's own."""
-    top_k: Annotated[int, Field(ge=0, le=MOST_TOKENS), WHOLE] | None = None
-    """Draw from so many of the likeliest tokens; 0 from all; the default is the model's own."""
-    min_p: Annotated[float, Field(ge=0, le=1)] | None = None
-    """Draw from tokens that are at least this share as likely as the likeliest."""
-    repetition_penalty: Annotated[float, Field(ge=0.1, le=10)] | None = None
-    """Above 1 makes tokens that have been there less likely."""
+    temperature: Temperature | None = _told("temperature")
+    top_p: TopP | None = _told("top_p")
+    top_k: Annotated[TopK, WHOLE] | None = _told("top_k")
+    min_p: MinP | None = _told("min_p")
+    repetition_penalty: RepetitionPenalty | None = _told("repetition_penalty")
     max_tokens: Tokens | None = None
     """Longest answer; never more than the server's own limit, which is also the default."""
     stop: Stops | None = None
     """Texts that end the answer; they are not part of it."""
-    seed: Annotated[int, WHOLE] | None = None
-    """Makes drawing repeatable, whatever else the server does; counts modulo 2**63."""
+    seed: AnySeed | None = _told("seed", "any integer, counted modulo 2**32")
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     n: Annotated[int, Field(ge=1, le=1), WHOLE] | None = None
@@ -95,7 +99,7 @@ class AnswerRequest(Fields):
             repetition_penalty=self.repetition_penalty,
             max_new_tokens=min(self.longest() or most_new_tokens, most_new_tokens),
             stop=stop,
-            seed=None if self.seed is None else self.seed % 2**63,
+            seed=self.seed,
         )
 
     def longest(self) -> int | None:

@@ -41,9 +41,10 @@ def combine_adapters(
     """
     _check_plain(adapters)
     model = load_mapped(base)
-    for name, adapter in adapters.items():
-        model = load_adapter(model, adapter, name)
-        own = own_parameters(model).names(name)
+    names = [f"adapter_{number}" for number in range(len(adapters))]  # PEFT takes no dots, which the user's may have
+    for inner, (name, adapter) in zip(names, adapters.items(), strict=True):
+        model = load_adapter(model, adapter, inner)
+        own = own_parameters(model).names(inner)
         if own:  # PEFT would leave it out
             raise LoratuneError(
                 f"only plain LoRA adapters can be combined: {name} ({adapter}) brings {', '.join(own[:3])}; merge "
@@ -53,7 +54,7 @@ def combine_adapters(
     torch.manual_seed(0)  # dare_ties draws what it drops
     try:
         model.add_weighted_adapter(
-            list(adapters),
+            names,
             weights,
             COMBINED,
             combination_type=PEFT_NAMES[method],

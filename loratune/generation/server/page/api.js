@@ -11,24 +11,25 @@ export class RequestError extends Error {
   }
 }
 
-let askForToken = async () => null;
-let asking = null; // the question for a token that is open now; several requests share it
+let askForKey = async () => null;
+let asking = null; // the question for an API key that is open now; several requests share it
 
-/** @param {(wasWrong: boolean) => Promise<string | null>} ask shows a form for the token; null if it was closed. */
-export function onMissingToken(ask) {
-  askForToken = ask;
+/** @param {(wasWrong: boolean) => Promise<string | null>} ask shows a form for the API key; null if it was closed. */
+export function onMissingKey(ask) {
+  askForKey = ask;
 }
 
-/** Whether a text can be sent as a token. */
-export function isToken(text) {
+/** Whether a text can be sent as an API key. */
+export function isKey(text) {
   return /^[!-~]+$/.test(text);
 }
 
-/** Take the token out of the address (#token=…), so that it is not copied or kept with it. */
-export function takeToken() {
-  const token = new URLSearchParams(window.location.hash.slice(1)).get("token");
-  if (!token || !isToken(token)) return false;
-  remember("token", token);
+/** Take the API key out of the address (#api_key=…), so that it is not copied or kept with it. */
+export function takeKey() {
+  const given = new URLSearchParams(window.location.hash.slice(1));
+  const key = given.get("api_key");
+  if (!key || !isKey(key)) return false;
+  remember("key", key);
   window.history.replaceState(null, "", window.location.pathname + window.location.search);
   return true;
 }
@@ -91,21 +92,21 @@ async function* events(response) {
 
 async function request(path, body = null, signal = undefined) {
   for (let wasWrong = false; ; wasWrong = true) {
-    const used = recall("token");
+    const used = recall("key");
     const response = await send(path, body, signal, used);
     if (response.ok) return response;
     if (response.status !== 401) throw await failure(response);
-    if (recall("token") !== used) continue; // another request has been given one meanwhile
-    asking ??= askForToken(wasWrong || used !== null).finally(() => (asking = null));
-    const token = await asking;
+    if (recall("key") !== used) continue; // another request has been given one meanwhile
+    asking ??= askForKey(wasWrong || used !== null).finally(() => (asking = null));
+    const key = await asking;
     signal?.throwIfAborted();
-    if (!token) throw new RequestError("no token", "errorToken");
-    remember("token", token);
+    if (!key) throw new RequestError("no API key", "errorKey");
+    remember("key", key);
   }
 }
 
-async function send(path, body, signal, token) {
-  const headers = token ? { Authorization: `Bearer ${token}` } : {};
+async function send(path, body, signal, key) {
+  const headers = key ? { Authorization: `Bearer ${key}` } : {};
   const options = { headers, signal, cache: "no-store" };
   if (body) {
     headers["Content-Type"] = "application/json";

@@ -1,27 +1,27 @@
-/** The form for the token, the help, and short notes for eyes and screen readers. */
+/** The form for the API key, the help, and short notes for eyes and screen readers. */
 
 import { t } from "./texts.js";
 
-const tokenDialog = document.querySelector("#token-dialog");
-const tokenForm = document.querySelector("#token-form");
+const keyDialog = document.querySelector("#key-dialog");
+const keyForm = document.querySelector("#key-form");
 const note = document.querySelector("#note");
 const status = document.querySelector("#status");
 let noteTimer = 0;
 
-/** Ask for the token; null if the form was closed without one. */
-export function askForToken(wasWrong) {
-  tokenForm.reset();
-  document.querySelector("#token-wrong").hidden = !wasWrong;
-  tokenDialog.returnValue = "";
-  tokenDialog.showModal();
+/** Ask for the API key; null if the form was closed without one. */
+export function askForKey(wasWrong) {
+  keyForm.reset();
+  document.querySelector("#key-wrong").hidden = !wasWrong;
+  keyDialog.returnValue = "";
+  keyDialog.showModal();
   return new Promise((resolve) => {
-    tokenDialog.addEventListener("close", () => resolve(tokenDialog.returnValue || null), { once: true });
+    keyDialog.addEventListener("close", () => resolve(keyDialog.returnValue || null), { once: true });
   });
 }
 
-tokenForm.addEventListener("submit", (event) => {
+keyForm.addEventListener("submit", (event) => {
   event.preventDefault();
-  tokenDialog.close(tokenForm.elements.token.value.trim());
+  keyDialog.close(keyForm.elements.key.value.trim());
 });
 for (const button of document.querySelectorAll("[data-do=close-dialog]")) {
   button.addEventListener("click", () => button.closest("dialog").close(""));

@@ -1,10 +1,10 @@
 /** The page's start: puts models, composer, buttons and keys to work. */
 
-import { listModels, onMissingToken, takeToken } from "./api.js";
+import { listModels, onMissingKey, takeKey } from "./api.js";
 import { showTurns, toggleSource } from "./answers.js";
 import { answerAgain, ask, isRunning, onRunningChange, startAnew, stop } from "./chat.js";
 import { asMarkdown, asRows, conversation, keep, problemText, restore } from "./conversation.js";
-import { announce, askForToken, copyText, saveFile, showHelp } from "./dialogs.js";
+import { announce, askForKey, copyText, saveFile, showHelp } from "./dialogs.js";
 import { closeSettings, settings, startSettings, toggleSettings } from "./settings.js";
 import { preference, recall, remember, setPreference } from "./storage.js";
 import { applyTexts, currentLanguage, label, setLanguage, t } from "./texts.js";
@@ -235,12 +235,12 @@ function startButtons() {
   find("#load-again").addEventListener("click", loadModels);
   document.addEventListener("keydown", onKey);
   window.addEventListener("pagehide", keep);
-  window.addEventListener("hashchange", () => takeToken() && loadModels());
+  window.addEventListener("hashchange", () => takeKey() && loadModels());
 }
 
-takeToken();
+takeKey();
 applyTexts(document);
-onMissingToken(askForToken);
+onMissingKey(askForKey);
 onRunningChange(showButtons);
 restore();
 startSettings();

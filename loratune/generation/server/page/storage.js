@@ -1,4 +1,4 @@
-/** What the browser keeps: the conversation and the token for this tab, theme and language for good. */
+/** What the browser keeps: the conversation and the API key for this tab, theme and language for good. */
 
 const KEY = "loratune";
 
