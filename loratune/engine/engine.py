@@ -8,7 +8,6 @@ import threading
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from loratune.data.encoding.encoder import Encoder
 from loratune.data.formats.conversation import Message

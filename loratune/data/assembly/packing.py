@@ -38,8 +38,8 @@ def spread(lengths: Sequence[int] | NDArray[np.integer], rows: int) -> list[list
 def spread_within(lengths: Sequence[int] | NDArray[np.integer], capacity: int) -> list[list[int]]:
     """As few rows as `spread` keeps within a capacity, or one in 500 more.
 
-    What the tokens would fill is where the search begins. It takes ever larger steps until the rows fit, and then halves
-    the last step.
+    What the tokens would fill is where the search begins. It takes ever larger steps until the rows fit, and then
+    halves the last one.
 
     Args:
         lengths: tokens of each sequence.
