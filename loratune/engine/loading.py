@@ -105,7 +105,7 @@ def open_voices(adapters: Sequence[tuple[str, Path]], model: str | None, force: 
         loaded, lacking = _with_adapters(loaded, named, folder)
         warnings += lacking
     warnings = [*(warning for check in checks for warning in check.finish()), *warnings]
-    known = [source.manifest["base"]["name"] for source in sources.values() if source.manifest]
+    known = [source.trained_base.name for source in sources.values() if source.manifest]
     base_name = _short_name(model or next(iter(known), settings.base))
     return LoadedModel(loaded.eval(), base_name, voices, tuple(warnings))
 
