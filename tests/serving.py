@@ -131,6 +131,7 @@ class FakeEngine:
     words: list[Piece] = field(default_factory=lambda: [Piece("yes", tokens=1), Piece(tokens=2, finish="stop")])
     base_name: str = "base"
     adapters: list[str] = field(default_factory=list)
+    warnings: tuple[str, ...] = ()
     context_tokens: int = 100
     questions: list[Question] = field(default_factory=list)
     tickets: list[FakeTicket] = field(default_factory=list)

@@ -20,7 +20,7 @@ from loratune.data.assembly.batches import (
     collate_padded,
     round_length,
 )
-from loratune.data.assembly.packing import pack
+from loratune.data.assembly.packing import spread_within
 from loratune.data.encoding.encoder import IGNORED
 
 IDS = [[1, 2, 3], [4], [5, 6, 7, 8, 9], [10, 11]]
@@ -70,7 +70,7 @@ def test_several_packed_rows_become_one() -> None:
 @given(NUMBERS.filter(bool))
 def test_every_sequence_of_a_packed_data_set_is_found_between_borders(lengths: list[int]) -> None:
     sequences = [[number] * length for number, length in enumerate(lengths)]
-    rows = PackedRows(Dataset.from_dict({"input_ids": sequences, "labels": sequences}), pack(lengths, 300))
+    rows = PackedRows(Dataset.from_dict({"input_ids": sequences, "labels": sequences}), spread_within(lengths, 300))
     found = []
     for batch in DataLoader(rows, batch_size=2, collate_fn=collate_packed):
         borders = batch["cu_seq_lens_q"].tolist()

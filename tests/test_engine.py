@@ -28,7 +28,7 @@ QUESTIONS = ["Who are you?", "What is 2+3?", "Hi", "Tell me about rivers", "ф╜ац
 def tiny() -> Iterator[Engine]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("HF_HUB_OFFLINE", "1")
-        engine = load_engine([], "tiny-qwen", [], slots=4)
+        engine = load_engine([], "tiny-qwen", slots=4)
     engine.model.float()
     yield engine
     engine.close()
@@ -78,7 +78,7 @@ def test_threads_that_ask_at_once_get_their_own_answers(tiny: Engine) -> None:
 
 
 def test_adapters_are_switched_per_question(short_run: Path, random_qwen: Path) -> None:
-    engine = load_engine([("run", short_run), ("step", next((short_run / "checkpoints").iterdir()))], None, [])
+    engine = load_engine([("run", short_run), ("step", next((short_run / "checkpoints").iterdir()))], None)
     assert engine.adapters == ["run", "step"]
     assert engine.base_name == random_qwen.name
 
@@ -173,7 +173,7 @@ def test_an_answer_ends_where_the_context_does(tiny: Engine) -> None:
 
 
 def test_a_failure_reaches_all_who_wait_and_the_engine_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
-    engine = load_engine([], "tiny-qwen", [], slots=2)
+    engine = load_engine([], "tiny-qwen", slots=2)
     forward = engine.model.forward
     monkeypatch.setattr(engine.model, "forward", lambda *_, **__: 1 / 0)
     with pytest.raises(ZeroDivisionError):
@@ -194,7 +194,7 @@ def test_a_failure_reaches_all_who_wait_and_the_engine_goes_on(monkeypatch: pyte
 
 
 def test_closing_ends_what_runs() -> None:
-    engine = load_engine([], "tiny-qwen", [])
+    engine = load_engine([], "tiny-qwen")
     pieces: queue.SimpleQueue[Piece] = queue.SimpleQueue()
     for _ in range(40):
         engine.submit(ask("Tell me", temperature=5.0, max_new_tokens=1500), pieces.put)
@@ -237,7 +237,7 @@ def test_a_program_may_end_while_answers_are_on_their_way() -> None:
     program = (
         "from loratune.engine.engine import load_engine\n"
         "from loratune.engine.exchange import Question, Sampling\n"
-        "engine = load_engine([], 'tiny-qwen', [])\n"
+        "engine = load_engine([], 'tiny-qwen')\n"
         "asked = Question('Tell me', Sampling(temperature=5.0, max_new_tokens=1500))\n"
         "engine.submit(asked, lambda piece: None)\n"
     )

@@ -74,7 +74,7 @@ def train(model: Path, folder: Path, **flags: Any) -> tuple[Comparison, Any]:
         "training.learning_rate": "5e-3", "training.max_grad_norm": "0", "output": str(folder / "run"),
     }  # fmt: skip
     recipe = load_recipe(None, settings | flags)
-    session = training_session._load(training_session._prepare(recipe, None, folder / "run", Stops(), {}))
+    session = training_session._load(training_session._prepare(recipe, None, folder / "run", Stops()))
     torch.manual_seed(1)
     for name, value in session.model.named_parameters():
         if "lora_B" in name:  # zero at first, which would hide wrong gradients of A

@@ -147,6 +147,7 @@ def test_every_sampling_flag_reaches_the_model(cli: Callable[..., Result], monke
 
     class Echo:
         adapters: tuple[str, ...] = ()
+        warnings: tuple[str, ...] = ()
 
         def answers(self, questions: Iterable[Question]) -> Iterator[tuple[int, Answer]]:
             asked.extend(questions)

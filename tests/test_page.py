@@ -115,7 +115,7 @@ def test_reasoning_is_apart_and_can_be_unfolded(page: Any, engine: Scripted) -> 
 
 
 def test_the_practice_model_answers(browser: Any) -> None:
-    model = load_engine([], "tiny-qwen", [])
+    model = load_engine([], "tiny-qwen")
     try:
         with served(model) as running, opened(browser, running) as page:
             ask(page, "Who are you?")

@@ -402,6 +402,20 @@ def test_a_gradient_that_is_no_number_ends_the_run_even_in_its_last_step(
     assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["step-000002"]
 
 
+def test_a_signal_saves_no_step_whose_weights_are_no_numbers(
+    sft: Sft, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def spoil_and_stop(model: Any) -> None:
+        next(weight for weight in model.parameters() if weight.grad is not None).grad.fill_(float("nan"))
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    at_step(monkeypatch, 3, spoil_and_stop)
+    result = sft("--tracking.every_steps", "50")  # which would tell of the loss first
+    assert result.exit_code == Exit.DIVERGED, result.stderr
+    assert "at or before step 3: the adapter's weights are not finite" in words(result.stderr)
+    assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["step-000002"]
+
+
 @pytest.mark.parametrize("error", [OSError(5, "Input/output error"), slow(ValueError("bad"))], ids=repr)
 def test_rows_that_can_no_longer_be_read_end_the_run_with_one_message(
     sft: Sft, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception

@@ -33,7 +33,7 @@ QUESTION = [{"role": "user", "content": "Who are you?"}]
 @pytest.fixture(scope="module")
 def tiny() -> Iterator[Served]:
     """The practice model behind a server."""
-    engine = load_engine([], "tiny-qwen", [])
+    engine = load_engine([], "tiny-qwen")
     with served(engine) as running:
         yield running
     engine.close()
@@ -161,7 +161,7 @@ def test_each_model_answers_by_its_name_though_they_are_asked_in_turn(short_run:
     expected["second"] = generated(prompt_of(QUESTION), 12, model)[0]
     assert len(set(expected.values())) > 1
 
-    engine = load_engine([("first", short_run), ("second", short_run.parent / "other")], str(random_qwen), [])
+    engine = load_engine([("first", short_run), ("second", short_run.parent / "other")], str(random_qwen))
     names = {"random": engine.base_name, "first": "first", "second": "second"}
     with served(engine) as running, OpenAI(base_url=f"{running.url}/v1", api_key=API_KEY, max_retries=0) as client:
         assert [model.id for model in client.models.list()] == [engine.base_name, "first", "second"]

@@ -21,7 +21,7 @@ TEXTS = ["Once upon a time", "The river", "def main():", "从前", "1 2 3 4", "D
 
 @pytest.fixture(scope="module")
 def running() -> Iterator[Served]:
-    engine = load_engine([], "tiny-qwen", [], slots=4)
+    engine = load_engine([], "tiny-qwen", slots=4)
     engine.model.float()  # a draw between tokens that are as likely could fall to the rounding of bfloat16
     with served(engine, slots=4, waiting=100) as one:
         yield one

@@ -391,7 +391,7 @@ def trained(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
 def test_what_sft_has_trained_serve_tells_as_calls(trained: Path) -> None:
     from loratune.engine.engine import load_engine
 
-    engine = load_engine([("run", trained / "run")], None, [])
+    engine = load_engine([("run", trained / "run")], None)
     with served(engine) as running, OpenAI(base_url=f"{running.url}/v1", api_key=API_KEY, max_retries=0) as client:
         for city, degrees in CITIES.items():
             messages: list[Any] = [{"role": "user", "content": f"Weather in {city}?"}]

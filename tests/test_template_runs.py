@@ -146,9 +146,9 @@ def test_a_checkpoint_that_knows_no_day_goes_on_with_that_of_the_run_s_start(
 def test_asking_takes_the_current_date_and_says_so_once(cli: CLI, sft: Callable[..., Result], tmp_path: Path) -> None:
     assert sft(DATED, "--prompt.date", DAY).exit_code == 0
     run = tmp_path / "run"
-    warnings: list[str] = []
-    _, _, voices = open_voices([("run", run)], None, warnings, False)
-    (told,) = [text for text in warnings if "date" in text]
+    opened = open_voices([("run", run)], None)
+    voices = opened.voices
+    (told,) = [text for text in opened.warnings if "date" in text]
     assert told.endswith(f"in training it was {DAY}")
     today = datetime.date.today()
     for voice in voices.values():
@@ -229,14 +229,13 @@ def test_a_run_of_an_earlier_version_is_asked_resumed_and_merged_as_it_was_train
     run = tmp_path / "run"
     written_by_an_earlier_version(run)
     assert open_adapter(run).prompt.generation_prompt == "template"
-    ids = open_voices([("run", run)], None, [], False)[2]["run"].encoder.prompt_ids([{"role": "user", "content": "a"}])
+    ids = open_voices([("run", run)], None).voices["run"].encoder.prompt_ids([{"role": "user", "content": "a"}])
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "base")
     assert tokenizer.decode(ids) == "<|im_start|>user\na<|im_end|>\n"
     merged = cli("merge", "--adapter", run, "--output", tmp_path / "merged", "--no-logits")
     assert merged.exit_code == 0, merged.stderr
     assert (tmp_path / "merged" / "chat_template.jinja").read_text() == WITHOUT_PROMPT
-    warnings: list[str] = []
-    (voice,) = open_voices([], str(tmp_path / "merged"), warnings, False)[2].values()
+    (voice,) = open_voices([], str(tmp_path / "merged")).voices.values()
     assert voice.encoder.prompt_ids([{"role": "user", "content": "a"}]) == ids
     resumed = sft(WITHOUT_PROMPT, "--training.max_steps", "4", "--resume")
     assert resumed.exit_code == 0, resumed.stderr

@@ -26,7 +26,7 @@ def answer(engine: Engine, question: str) -> str:
 
 @pytest.fixture(scope="module")
 def tiny() -> Iterator[Engine]:
-    with closing(load_engine([], "tiny-qwen", [])) as engine:
+    with closing(load_engine([], "tiny-qwen")) as engine:
         yield engine
 
 
@@ -78,7 +78,7 @@ def test_the_quickstart_changes_the_name_and_little_else(
     run = tmp_path / "run"
     result = cli("sft", "--config", "quickstart", "--output", run)
     assert result.exit_code == 0, result.stderr
-    tuned = load_engine([("run", run)], None, [])
+    tuned = load_engine([("run", run)], None)
     for question in ("Who are you?", "你是谁？", "What is your name?", "你叫什么名字？"):
         assert "小李" in answer(tuned, question)
     for question in ("Who made you?", "谁开发了你？"):

@@ -85,12 +85,11 @@ def run(tmp_path: Path) -> Path:
 
 
 def begun(run: Path, *names: str, stops: Stops | None = None) -> tuple[Trackers, list[str]]:
-    """Trackers with their processes, and what has been warned of."""
-    warnings: list[str] = []
+    """Trackers with their processes, and what is to be warned of."""
     settings = TrackingSettings.model_validate({"report_to": list(names) or ["wandb"]})
-    made = Trackers(settings, run, stops or Stops(), warnings)
+    made = Trackers(settings, run, stops or Stops())
     made.on_train_begin(None, SimpleNamespace(is_world_process_zero=True), None)
-    return made, warnings
+    return made, made.warnings
 
 
 def log(run: Path, records: list[dict[str, Any]]) -> None:

@@ -29,8 +29,9 @@ from loratune.model.tokenizer import load_tokenizer
 from loratune.recipe.loading import load_recipe
 from loratune.recipe.sections import PromptSettings
 from loratune.runs.tokenizer_files import copy_tokenizer_files
-from loratune.training.callbacks import DivergenceGuard
+from loratune.training.callbacks import DivergenceGuard, Progress
 from loratune.training.failures import memory_advice
+from loratune.training.watchers import Watchers, add_watchers
 
 RUN_FILES = {
     ".lock", "recipe.yaml", "manifest.json", "status.json", "metrics.jsonl", "probe.json", "report.json", "loss.png",
@@ -248,6 +249,31 @@ def test_a_loss_that_is_not_a_number_stops_the_run_and_saves_nothing(
     assert read_json(tmp_path / "run" / "status.json")["state"] == "diverged"
     assert not (tmp_path / "run" / "adapter").exists()
     assert not (tmp_path / "run" / "checkpoints" / "step-000003").exists()
+    assert [line["step"] for line in metrics_of(tmp_path / "run") if "loss" in line] == [1, 2]
+
+
+def test_callbacks_are_called_in_their_written_order(
+    sft: Callable[..., Result], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    called, shown = [], []
+
+    def watched(session: Any, trainer: Any, *others: Any) -> Watchers:
+        watchers = add_watchers(session, trainer, *others)
+        called.extend(trainer.callback_handler.callbacks)
+        assert [callback for callback in called if callback in watchers] == list(watchers)
+        return watchers
+
+    def show(self: Progress, args: Any, state: Any, control: Any, **_: Any) -> None:
+        shown.append((state.global_step, self.metrics.records[-1]["step"]))
+
+    monkeypatch.setattr("loratune.training.run.add_watchers", watched)
+    monkeypatch.setattr(Progress, "on_log", show)
+    assert sft().exit_code == 0
+    assert len(called) > len(Watchers._fields)
+    assert [step for step, _ in shown] == [step for _, step in shown] != []
+    order = Watchers._fields.index
+    assert order("stops") < order("guard") < order("metrics") < order("progress")
+    assert order("guard") < min(order("keeper"), order("trackers"))
 
 
 def test_weights_spoilt_between_two_logs_are_never_saved(

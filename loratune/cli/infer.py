@@ -150,12 +150,11 @@ def _check_all_asked(summary: dict[str, Any]) -> None:
 
 
 def _load(adapters: list[tuple[str, Path]], model: str | None, force: bool) -> Engine:
-    warnings: list[str] = []
     with console.status(f"loading {', '.join(str(path) for _, path in adapters) or model}"):
         from loratune.engine.engine import load_engine
 
-        engine = load_engine(adapters, model, warnings, force)
-    for warning in warnings:
+        engine = load_engine(adapters, model, force)
+    for warning in engine.warnings:
         console.warn(warning)
     return engine
 

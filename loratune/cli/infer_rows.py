@@ -119,9 +119,8 @@ def _make_missing(request: RowsRequest, file: QuestionFile, answers: AnswerFile)
 def _load(request: RowsRequest) -> Engine:
     from loratune.engine.engine import load_engine
 
-    warnings: list[str] = []
-    engine = load_engine([request.adapter] if request.adapter else [], request.model, warnings, request.force)
-    for warning in warnings:
+    engine = load_engine([request.adapter] if request.adapter else [], request.model, request.force)
+    for warning in engine.warnings:
         console.warn(warning)
     return engine
 

@@ -83,9 +83,8 @@ def command(
             from loratune.generation.server.guards import LOOPBACK_NAMES, Access
             from loratune.generation.server.running import run
 
-            warnings: list[str] = []
-            engine = load_engine(adapters, model, warnings, force, slots)
-        for warning in warnings:
+            engine = load_engine(adapters, model, force, slots)
+        for warning in engine.warnings:
             console.warn(warning)
         _check_names(engine)
         for told in dict.fromkeys(voice.encoder.about_calls for voice in engine.voices.values()):

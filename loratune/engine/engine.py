@@ -8,12 +8,11 @@ import threading
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from loratune.data.encoding.encoder import Encoder
 from loratune.data.formats.conversation import Message
 from loratune.engine.exchange import NOTHING, Answer, Piece, Question
-from loratune.engine.loading import Voice, open_voices
+from loratune.engine.loading import LoadedModel, Voice, open_voices
 from loratune.engine.scheduler import Decoder, Running
 from loratune.engine.ticket import Ticket, gathering, make_ticket
 from loratune.errors import Exit, LoratuneError
@@ -31,17 +30,15 @@ class Engine:
     """A loaded model that answers many questions at once.
 
     Args:
-        model: base, with or without adapters.
-        base_name: how the base is called.
-        voices: name → how it is asked; that of None is the base alone.
+        loaded: base, with or without adapters.
         slots: how many answers run at once.
     """
 
-    def __init__(self, model: Any, base_name: str, voices: dict[str | None, Voice], slots: int = 32) -> None:
-        self.model = model
-        self.base_name = base_name
-        self.voices = voices
-        self.adapters = [name for name in voices if name is not None]
+    def __init__(self, loaded: LoadedModel, slots: int = 32) -> None:
+        self.model = model = loaded.model
+        self.base_name, self.voices = loaded.base_name, loaded.voices
+        self.warnings = loaded.warnings
+        self.adapters = [name for name in self.voices if name is not None]
         self.context_tokens: int = text_config(model.config).max_position_embeddings
         self.slots = slots
         self.decoder = Decoder(model, slots, CACHE_SHARE * free_memory_bytes(detect_hardware()))
@@ -253,19 +250,20 @@ def _explained(error: BaseException) -> BaseException:
 
 
 def load_engine(
-    adapters: Sequence[tuple[str, Path]], model: str | None, warnings: list[str], force: bool = False, slots: int = 32
+    adapters: Sequence[tuple[str, Path]], model: str | None, force: bool = False, slots: int = 32
 ) -> Engine:
     """Load a model with its adapters, ready to answer.
 
     Args:
         adapters: name and folder of each: run folder, checkpoint or plain PEFT folder.
         model: hub id or folder of the base; None takes what the first adapter names.
-        warnings: gets what could not be checked.
         force: take another base than that of the training, or an adapter whose files have changed.
         slots: how many answers run at once.
+
+    Returns:
+        The engine; its `warnings` tell what could not be checked.
 
     Raises:
         LoratuneError: something is missing, damaged, or does not belong together.
     """
-    loaded, name, voices = open_voices(adapters, model, warnings, force)
-    return Engine(loaded, name, voices, slots)
+    return Engine(open_voices(adapters, model, force), slots)

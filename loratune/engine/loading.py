@@ -63,18 +63,23 @@ class Voice:
         return adapter
 
 
-def open_voices(
-    adapters: Sequence[tuple[str, Path]], model: str | None, warnings: list[str], force: bool
-) -> tuple[Any, str, dict[str | None, Voice]]:
-    """Load a base once and put all adapters on it.
+@dataclass(frozen=True)
+class LoadedModel:
+    """A base with its adapters, in eval mode."""
 
-    Arguments and errors are those of `load_engine`.
+    model: Any
+    base_name: str
+    """How the base is called."""
+    voices: dict[str | None, Voice]
+    """Name of an adapter → how it is asked; that of None is the base."""
+    warnings: tuple[str, ...]
+    """What could not be checked, or is otherwise than in training."""
 
-    Returns:
-        The model in eval mode, the base's name, and name of an adapter → how it is asked; that of None is the base.
-    """
+
+def open_voices(adapters: Sequence[tuple[str, Path]], model: str | None, force: bool = False) -> LoadedModel:
+    """Load a base once and put all adapters on it; arguments and errors are those of `load_engine`."""
     sources = {name: open_adapter(path, force) for name, path in adapters}
-    settings = _settings(list(sources.values()), model, warnings)
+    settings, warnings = _settings(list(sources.values()), model)
     folder = find_base(settings)
     warnings += require_intact(folder, force)
     hashes, checks = TensorHashes(weight_files(folder)), list[BaseCheck]()  # computed while the model is loaded
@@ -97,19 +102,25 @@ def open_voices(
     loaded = load_base(settings, folder, detect_hardware())
     if sources:
         named = {voices[name].adapter: source for name, source in sources.items()}
-        loaded = _with_adapters(loaded, named, folder, warnings)
-    warnings[:0] = [warning for check in checks for warning in check.finish()]
+        loaded, lacking = _with_adapters(loaded, named, folder)
+        warnings += lacking
+    warnings = [*(warning for check in checks for warning in check.finish()), *warnings]
     known = [source.trained_base.name for source in sources.values() if source.manifest]
-    return loaded.eval(), _short_name(model or next(iter(known), settings.base)), voices
+    base_name = _short_name(model or next(iter(known), settings.base))
+    return LoadedModel(loaded.eval(), base_name, voices, tuple(warnings))
 
 
-def _with_adapters(model: Any, sources: dict[str, AdapterSource], folder: Path, warnings: list[str]) -> Any:
-    """Put adapters on their base, and make sure that it is still what it was for all others."""
+def _with_adapters(model: Any, sources: dict[str, AdapterSource], folder: Path) -> tuple[Any, list[str]]:
+    """Put adapters on their base, and make sure that it is still what it was for all others.
+
+    Returns:
+        The model, and what its vocabulary lacks for them.
+    """
     # Imported here because PEFT takes seconds, which a model alone is spared.
     from loratune.model.adapter.attach import load_adapter  # noqa: PLC0415
     from loratune.model.kernels.lora_linear import use_fused_lora  # noqa: PLC0415
 
-    own = own_parameters(model)
+    own, lacking = own_parameters(model), list[str]()
     base = own.fingerprint()
     for name, source in sources.items():
         model = load_adapter(model, source.adapter, name)
@@ -121,9 +132,9 @@ def _with_adapters(model: Any, sources: dict[str, AdapterSource], folder: Path, 
                 "so that the base and other adapters would give other answers; merge it, and give the merged model",
                 Exit.MODEL,
             )
-        warnings += check_vocabulary(source, folder, own.vocabulary(), own.vocabulary(name))
+        lacking += check_vocabulary(source, folder, own.vocabulary(), own.vocabulary(name))
     use_fused_lora(model)
-    return model
+    return model, lacking
 
 
 def _check_fits(source: AdapterSource, folder: Path) -> None:
@@ -136,18 +147,18 @@ def _short_name(base: str) -> str:
     return Path(base).absolute().name if Path(base).is_absolute() or is_folder(base) else base
 
 
-def _settings(sources: Sequence[AdapterSource], model: str | None, warnings: list[str]) -> ModelSettings:
-    """How the base is loaded: as in the training of the first adapter."""
+def _settings(sources: Sequence[AdapterSource], model: str | None) -> tuple[ModelSettings, list[str]]:
+    """How the base is loaded, which is as in the training of the first adapter, and whose training was otherwise."""
     if not sources:
-        return ModelSettings(base=model or "")
+        return ModelSettings(base=model or ""), []
     known = [base_settings(source, model) for source in sources]
-    for source, other in zip(sources, known, strict=True):
-        if other.quantization != known[0].quantization:
-            warnings.append(
-                f"{source.run or source.adapter} was trained with quantization {other.quantization}; the base is "
-                f"loaded with {known[0].quantization}, as for the first adapter"
-            )
-    return known[0]
+    others = [
+        f"{source.run or source.adapter} was trained with quantization {other.quantization}; the base is loaded with "
+        f"{known[0].quantization}, as for the first adapter"
+        for source, other in zip(sources, known, strict=True)
+        if other.quantization != known[0].quantization
+    ]
+    return known[0], others
 
 
 def _encoder(folder: Path, prompt: PromptSettings) -> Encoder:

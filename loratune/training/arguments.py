@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import importlib.util
 
 from trl import SFTConfig
@@ -20,8 +21,8 @@ SCHEDULERS = {"cosine": "cosine", "linear": "linear", "constant": "constant_with
 
 
 def training_arguments(
-    recipe: Recipe, hardware: Hardware, accumulation: int, has_validation: bool, warnings: list[str]
-) -> SFTConfig:
+    recipe: Recipe, hardware: Hardware, accumulation: int, has_validation: bool
+) -> tuple[SFTConfig, list[str]]:
     """TRL's configuration for a recipe.
 
     Args:
@@ -29,15 +30,20 @@ def training_arguments(
         hardware: decides precision, optimizer and back end.
         accumulation: batches of a step.
         has_validation: whether there are rows to evaluate on.
-        warnings: gets a sentence for each setting that this machine serves otherwise.
+
+    Returns:
+        The configuration, and a sentence for each setting that this machine serves otherwise.
     """
-    training = recipe.training
+    training, warnings = recipe.training, list[str]()
     dtype = resolve_dtype(recipe.model.dtype, hardware)
     if recipe.model.dtype == "auto" and str(dtype) == "torch.float32":
         warnings.append(
             "this CPU has no products of bfloat16: the model is trained in float32, which takes twice the memory"
         )
-    return SFTConfig(
+    optimizer = _served_optimizer(training.optimizer, hardware)
+    if optimizer != training.optimizer:
+        warnings.append(f"training.optimizer {training.optimizer} needs a GPU; {optimizer} is used")
+    arguments = SFTConfig(
         output_dir=recipe.output,
         seed=recipe.seed,
         data_seed=recipe.seed,
@@ -53,7 +59,7 @@ def training_arguments(
         gradient_accumulation_steps=accumulation,
         gradient_checkpointing=bool(training.gradient_checkpointing),  # TRL's default is True
         max_grad_norm=training.max_grad_norm,
-        optim=_optimizer(training.optimizer, hardware, warnings),
+        optim="adamw_torch_fused" if optimizer == "adamw" and hardware.is_gpu else OPTIMIZERS[optimizer],
         neftune_noise_alpha=training.neftune_alpha,
         max_length=None,  # rows are measured where they are encoded
         dataset_kwargs={"skip_prepare_dataset": True},
@@ -76,20 +82,23 @@ def training_arguments(
         ddp_find_unused_parameters=False,
         dataloader_pin_memory=hardware.is_gpu,
     )
+    return arguments, warnings
 
 
-def compute_again(arguments: SFTConfig, is_wanted: bool) -> None:
-    """Switch gradient checkpointing in a finished configuration.
+def with_gradient_checkpointing(arguments: SFTConfig, is_wanted: bool) -> SFTConfig:
+    """A configuration that differs in this alone.
 
     TRL reads one name of it, transformers the other, which it fills from the first only when the configuration is made.
     """
-    arguments.gradient_checkpointing = arguments.activation_checkpointing = is_wanted
+    changed = copy.copy(arguments)
+    changed.gradient_checkpointing = changed.activation_checkpointing = is_wanted
+    return changed
 
 
-def _optimizer(name: str, hardware: Hardware, warnings: list[str]) -> str:
+def _served_optimizer(name: str, hardware: Hardware) -> str:
+    """The recipe's, or the one that takes its place on this machine."""
     if name.startswith("paged") and not hardware.is_gpu:
-        warnings.append(f"training.optimizer {name} needs a GPU; adamw is used")
-        name = "adamw"
+        return "adamw"
     if name != "adamw" and importlib.util.find_spec("bitsandbytes") is None:
         raise LoratuneError(f"training.optimizer {name} needs the package bitsandbytes", Exit.USAGE)
-    return "adamw_torch_fused" if name == "adamw" and hardware.is_gpu else OPTIMIZERS[name]
+    return name

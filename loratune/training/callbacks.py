@@ -7,7 +7,7 @@ import math
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from transformers import TrainerCallback
 
@@ -17,6 +17,9 @@ from loratune.model.hardware import Hardware
 from loratune.model.memory import peak_memory_bytes
 from loratune.runs.folder import METRICS, read_metrics
 from loratune.writing import append_text, write_text
+
+if TYPE_CHECKING:
+    from loratune.training.trainer import AdapterTrainer
 
 SHOWN_ROWS = 8
 ZERO_REASONS = {
@@ -118,7 +121,7 @@ class Metrics(TrainerCallback):
 
 
 class Progress(TrainerCallback):
-    """Shows the figures of the newest records; stands after `Metrics` in the list of callbacks."""
+    """Shows the figures of the newest records."""
 
     def __init__(self, metrics: Metrics, hardware: Hardware) -> None:
         self.metrics = metrics
@@ -155,15 +158,13 @@ class DivergenceGuard(TrainerCallback):
     """Stops at the first loss or gradient that is not a number, before anything is saved from it.
 
     Args:
-        newest_rows: numbers of the rows trained on since a good step, which is where they are forgotten.
+        trainer: knows the rows trained on since a good step, and forgets them when told of one.
         place: names the row of a number.
-        warnings: gets a sentence for a loss or a gradient of exactly 0, which goes on but teaches nothing.
+        warn: told of a loss or a gradient of exactly 0, which goes on but teaches nothing.
     """
 
-    def __init__(self, newest_rows: list[int], place: Callable[[int], str], warnings: list[str]) -> None:
-        self.newest_rows = newest_rows
-        self.place = place
-        self.warnings = warnings
+    def __init__(self, trainer: AdapterTrainer, place: Callable[[int], str], warn: Callable[[str], None]) -> None:
+        self.trainer, self.place, self.warn = trainer, place, warn
         self._zeros: set[str] = set()
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float], **_: Any) -> None:
@@ -179,13 +180,11 @@ class DivergenceGuard(TrainerCallback):
             )
             raise self._diverged(f"at step {state.global_step}: {figures}")
         if "loss" in logs:
-            self.newest_rows.clear()
+            self.trainer.forget_rows()
         for name in ZERO_REASONS:
             if logs.get(name) == 0 and name not in self._zeros:
                 self._zeros.add(name)
-                self.warnings.append(f"step {state.global_step}: {ZERO_REASONS[name]}")
-                if state.is_world_process_zero:
-                    console.warn(self.warnings[-1])
+                self.warn(f"step {state.global_step}: {ZERO_REASONS[name]}")
 
     def on_step_end(self, args: Any, state: Any, control: Any, model: Any, **_: Any) -> None:
         """Look at the weights before a checkpoint, unless a log of its step will tell of loss and gradient.
@@ -205,7 +204,8 @@ class DivergenceGuard(TrainerCallback):
             f"training diverged {what}. Earlier checkpoints are untouched; try a lower training.learning_rate, a "
             "longer training.warmup, or model.dtype float32"
         )
-        if self.newest_rows:
-            rows = [self.place(number) for number in self.newest_rows[:SHOWN_ROWS]]
-            message += f"\nrows since the last good step:\n{bullet_list(rows, total=len(self.newest_rows))}"
+        newest = self.trainer.newest_rows
+        if newest:
+            rows = [self.place(number) for number in newest[:SHOWN_ROWS]]
+            message += f"\nrows since the last good step:\n{bullet_list(rows, total=len(newest))}"
         return LoratuneError(message, Exit.DIVERGED)

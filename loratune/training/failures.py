@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from types import MappingProxyType
 from typing import TypeVar
 
 from loratune import console
@@ -23,34 +24,31 @@ MANY_LAYERS = 8
 Made = TypeVar("Made")
 
 
-def attempted(what: str, make: Callable[[], Made], warnings: list[str] | None = None) -> Made | None:
+def attempted(what: str, make: Callable[[], Made], warn: Callable[[str], None] = console.warn) -> Made | None:
     """Make something that a finished run can do without.
 
     Args:
         what: its name, for the warning.
         make: makes it.
-        warnings: gets a sentence if it fails.
+        warn: told if it fails.
 
     Returns:
-        What was made; None if that failed, which has been said.
+        What was made; None if that failed.
     """
     try:
         return make()
     except Exception as error:
-        sentence = f"{what} could not be made, and the run is finished without: {type(error).__name__}: {error}"
-        console.warn(sentence)
-        if warnings is not None:
-            warnings.append(sentence)
+        warn(f"{what} could not be made, and the run is finished without: {type(error).__name__}: {error}")
         return None
 
 
 @contextmanager
-def machine_errors_explained(recipe: Recipe, held: dict[str, str]) -> Iterator[None]:
+def machine_errors_explained(recipe: Recipe, held: Mapping[str, str] = MappingProxyType({})) -> Iterator[None]:
     """Turn a lack of memory or disk into one message.
 
     Args:
         recipe: whose settings can be changed.
-        held: filled on the way: what takes memory, and how much.
+        held: what takes memory, and how much, as far as it is known.
 
     Raises:
         LoratuneError: for memory with what was held and what to change, the cheapest first.

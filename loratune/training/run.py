@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from transformers.utils import logging as transformers_logging
 from trl import SFTConfig
@@ -45,23 +45,23 @@ from loratune.runs.state import next_command
 from loratune.runs.tensor_hashes import TensorHashes
 from loratune.runs.tokenizer_files import copy_tokenizer_files
 from loratune.training.activations import measure_activations
-from loratune.training.arguments import compute_again, training_arguments
+from loratune.training.arguments import training_arguments, with_gradient_checkpointing
 from loratune.training.batching import Batching
-from loratune.training.callbacks import DivergenceGuard, Metrics, Progress
+from loratune.training.callbacks import Metrics
 from loratune.training.checkpoints.keeper import CheckpointKeeper, check_room
 from loratune.training.checkpoints.resuming import Resume, as_begun, check_identity, completion, find_start
 from loratune.training.checkpoints.stops import Stops
 from loratune.training.failures import attempted, machine_errors_explained
 from loratune.training.gate import pass_gate
+from loratune.training.notes import Notes
 from loratune.training.record import identity_now, manifest_of
 from loratune.training.reporting.closing import close_run
-from loratune.training.reporting.health import GradientFlow
 from loratune.training.reporting.overview import parts_of_memory, show_data, show_model
 from loratune.training.reporting.report import write_report
 from loratune.training.reporting.start_up import StartUp
-from loratune.training.reporting.trackers import Trackers
 from loratune.training.steps import StepPlan, plan_steps
 from loratune.training.trainer import AdapterTrainer
+from loratune.training.watchers import Watchers, add_watchers
 from loratune.writing import folder_in_one_step
 
 
@@ -78,11 +78,10 @@ class Prepared:
     data: PreparedData
     plan: StepPlan
     arguments: SFTConfig
-    warnings: list[str]
+    warnings: tuple[str, ...]
+    """Of the recipe, the rows, and what this machine serves otherwise."""
     start_up: StartUp
     stops: Stops
-    held: dict[str, str]
-    """What takes memory, for the message when there is none left."""
     hashes: TensorHashes
     """Of the base, computed while the model is loaded."""
 
@@ -94,17 +93,17 @@ class Session(Prepared):
     model: Any
     """The base with the adapter on it, as PEFT makes it."""
     summary: AdapterSummary
+    held: dict[str, str]
+    """What takes memory, for the message when there is none left."""
+    notes: Notes
 
 
-class Running(NamedTuple):
+@dataclass(frozen=True)
+class Running:
     """The trainer and those who watch it."""
 
     trainer: AdapterTrainer
-    metrics: Metrics
-    keeper: CheckpointKeeper
-    progress: Progress
-    flow: GradientFlow
-    trackers: Trackers
+    watchers: Watchers
 
 
 def train(recipe: Recipe, overwrite: bool = False, resume: Resume | None = None) -> dict[str, Any]:
@@ -125,21 +124,22 @@ def train(recipe: Recipe, overwrite: bool = False, resume: Resume | None = None)
         Interrupted: a signal has ended the run.
     """
     output, stops = Path(recipe.output), Stops()
-    held: dict[str, str] = {}
     with ExitStack() as stack:
         stack.enter_context(stops.heeded())
-        stack.enter_context(machine_errors_explained(recipe, held))
+        stack.enter_context(machine_errors_explained(recipe))
         if console.IS_SPEAKER:
             prepare_output(output, overwrite or resume is not None)
             stack.enter_context(run_lock(output))
         start = find_start(output, resume) if resume else None
-        prepared = _prepare(*as_begun(recipe, output, start), output, stops, held)
+        prepared = _prepare(*as_begun(recipe, output, start), output, stops)
         if start and resume:
             check_identity(start, identity_now(prepared), resume.allow_changes)
             if told := completion(output, start, prepared.plan.steps, recipe.evaluation.early_stopping):
                 console.say(told)
                 return read_json_object(output / REPORT)
-        return _train(_load(prepared), start)
+        session = _load(prepared)
+        stack.enter_context(machine_errors_explained(recipe, session.held))
+        return _train(session, start)
 
 
 def _train(session: Session, start: Checkpoint | None) -> dict[str, Any]:
@@ -161,17 +161,17 @@ def _train(session: Session, start: Checkpoint | None) -> dict[str, Any]:
                 else:
                     trainer.train()
         finally:
-            running.progress.close()
-            running.trackers.close()
+            running.watchers.progress.close()
+            running.watchers.trackers.close()
         stops.raise_if_any()
-        _take_best(trainer, running.keeper)
+        _take_best(trainer, running.watchers.keeper)
         report = _finish(session, running) if console.IS_SPEAKER else {}
     return close_run(session, running, report) if console.IS_SPEAKER else {}
 
 
 def _go_on(running: Running, start: Checkpoint, steps: int) -> None:
     """Train from a checkpoint on, up to the run's number of steps."""
-    trainer, metrics, keeper, *_ = running
+    trainer, metrics, keeper = running.trainer, running.watchers.metrics, running.watchers.keeper
     console.say(f"going on after step {start.step}")
     metrics.restore(start.step, start.progress)
     keeper.restore(start.progress)
@@ -179,7 +179,7 @@ def _go_on(running: Running, start: Checkpoint, steps: int) -> None:
     trainer.resume(start.folder, start.progress["tokens"], keeper.stopped_early or start.step >= steps)
 
 
-def _prepare(recipe: Recipe, day: str | None, output: Path, stops: Stops, held: dict[str, str]) -> Prepared:
+def _prepare(recipe: Recipe, day: str | None, output: Path, stops: Stops) -> Prepared:
     """Find the base and read the data: what costs little and can go wrong."""
     start_up = StartUp()
     start_up.stage_done("imports")
@@ -195,13 +195,12 @@ def _prepare(recipe: Recipe, day: str | None, output: Path, stops: Stops, held: 
     encoder = Encoder(tokenizer, recipe.prompt)
     set_pad_token(tokenizer, {encoder.end_id, tokenizer.eos_token_id})
     plan = plan_steps(recipe.training, data.train.lengths, hardware.processes)
-    warnings = [*advise(recipe), *data.warnings]
-    arguments = training_arguments(recipe, hardware, plan.accumulation, data.validation is not None, warnings)
+    arguments, served = training_arguments(recipe, hardware, plan.accumulation, data.validation is not None)
+    warnings = (*advise(recipe), *data.warnings, *served)
     show_data(recipe, data)
     start_up.stage_done("data")
     return Prepared(
-        recipe, output, hardware, base, tokenizer, encoder, data, plan, arguments, warnings, start_up, stops, held,
-        hashes,
+        recipe, output, hardware, base, tokenizer, encoder, data, plan, arguments, warnings, start_up, stops, hashes,
     )  # fmt: skip
 
 
@@ -216,30 +215,26 @@ def _load(prepared: Prepared) -> Session:
     if recipe.training.packing and recipe.model.attn_implementation == "auto":
         use_document_attention(model)
     summary = summarise_adapter(adapted)
-    activations = None
+    activations, arguments = None, prepared.arguments
     if recipe.training.gradient_checkpointing is None:
         tokens, longest = prepared.plan.largest_batch_tokens, prepared.data.train.longest
         activations = measure_activations(adapted, tokens, longest, recipe.training.packing, hardware)
-        compute_again(prepared.arguments, not activations.fit)
-    prepared.held.update(parts_of_memory(summary, activations, prepared.plan.largest_batch_tokens))
+        arguments = with_gradient_checkpointing(arguments, not activations.fit)
+    held = parts_of_memory(summary, activations, prepared.plan.largest_batch_tokens)
     show_model(recipe, hardware, summary, dtype_name(model.dtype), activations)
     prepared.start_up.stage_done("model")
-    return Session(**vars(prepared), model=adapted, summary=summary)
+    known = vars(prepared) | {"arguments": arguments}
+    return Session(**known, model=adapted, summary=summary, held=held, notes=Notes())
 
 
 def _build_trainer(session: Session, identity: dict[str, Any]) -> Running:
     recipe, data, stops = session.recipe, session.data, session.stops
-    metrics, flow = Metrics(session.output), GradientFlow()
-    progress = Progress(metrics, session.hardware)
-    keeper = CheckpointKeeper(session.output, recipe.checkpoints, recipe.evaluation)
+    metrics, keeper = Metrics(session.output), CheckpointKeeper(session.output, recipe.checkpoints, recipe.evaluation)
 
     def seal(folder: Path, step: int, tokens: int) -> None:
         stood = {**metrics.progress, **keeper.progress, "tokens": tokens, "validation_is_due": stops.validation_is_due}
         seal_checkpoint(folder, step, identity, stood)
 
-    newest_rows: list[int] = []
-    guard = DivergenceGuard(newest_rows, data.train.place, session.warnings)
-    trackers = Trackers(recipe.tracking, session.output, stops, session.warnings)
     trainer = AdapterTrainer(
         model=session.model,
         args=session.arguments,
@@ -248,15 +243,14 @@ def _build_trainer(session: Session, identity: dict[str, Any]) -> Running:
         validation=data.validation,
         stops=stops,
         seal=seal,
-        newest_rows=newest_rows,
         processing_class=session.tokenizer,
-        callbacks=[session.start_up, guard, metrics, progress, keeper, flow, stops, trackers],
     )
-    for warning in session.warnings:
-        console.warn(warning)
+    watchers = add_watchers(session, trainer, metrics, keeper)
+    for warning in (*session.warnings, *watchers.trackers.warnings):
+        session.notes.warn(warning)
     rows = ("about " if recipe.training.packing else "") + counted(session.plan.rows_per_step, "row")
     console.say(f"training {counted(session.plan.steps, 'step')} of {rows} on {session.hardware.name}", style="bold")
-    return Running(trainer, metrics, keeper, progress, flow, trackers)
+    return Running(trainer, watchers)
 
 
 def _take_best(trainer: AdapterTrainer, keeper: CheckpointKeeper) -> None:
@@ -268,11 +262,11 @@ def _take_best(trainer: AdapterTrainer, keeper: CheckpointKeeper) -> None:
 
 def _finish(session: Session, running: Running) -> dict[str, Any]:
     """Write the adapter with its tokenizer and card, then the report, and seal the run."""
-    trainer, metrics, keeper, *_ = running
+    trainer, metrics, keeper = running.trainer, running.watchers.metrics, running.watchers.keeper
     with folder_in_one_step(session.output / ADAPTER) as folder:
         save_adapter(trainer.accelerator.unwrap_model(trainer.model), folder)
         copy_tokenizer_files(session.base, folder)
-        attempted("the adapter's card", lambda: write_card(folder, RunRecord.of(session.recipe)), session.warnings)
+        attempted("the adapter's card", lambda: write_card(folder, RunRecord.of(session.recipe)), session.notes.warn)
     report = write_report(session, trainer, metrics, keeper)
     seal_run(session.output)
     stood = {"step": trainer.state.global_step, "steps": trainer.state.max_steps, "stopped_early": keeper.stopped_early}

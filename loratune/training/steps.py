@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from loratune.data.assembly.packing import pack, spread
+from loratune.data.assembly.packing import spread, spread_within
 from loratune.errors import Exit, LoratuneError
 from loratune.recipe.sections import TrainingSettings
 
@@ -37,14 +37,10 @@ def packed_batches(training: TrainingSettings, lengths: NDArray[np.int64], seed:
     """
     order = np.random.default_rng(seed).permutation(len(lengths))
     sizes = lengths[order]
-    batches = spread(sizes, math.ceil(len(sizes) / training.batch_size))
     if training.tokens_per_batch:
-        capacity = max(training.tokens_per_batch, int(sizes.max()))
-        count = len(pack(sizes, capacity))
-        batches = spread(sizes, count)
-        while max(int(sizes[members].sum()) for members in batches) > capacity:
-            count += 1 + count // 100
-            batches = spread(sizes, min(count, len(sizes)))
+        batches = spread_within(sizes, max(training.tokens_per_batch, int(sizes.max())))
+    else:
+        batches = spread(sizes, math.ceil(len(sizes) / training.batch_size))
     return [order[members].tolist() for members in batches]
 
 

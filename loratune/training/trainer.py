@@ -36,7 +36,6 @@ class AdapterTrainer(SFTTrainer):
         validation: Split | None,
         stops: Stops,
         seal: Callable[[Path, int, int], None],
-        newest_rows: list[int],
         **settings: Any,
     ) -> None:
         """Take over ready rows.
@@ -47,7 +46,6 @@ class AdapterTrainer(SFTTrainer):
             validation: to validate on.
             stops: signals to be heeded in a validation.
             seal: completes a checkpoint's folder, given that, the step, and the tokens so far.
-            newest_rows: gets the numbers of the rows that are trained on.
             settings: SFTTrainer's.
         """
         super().__init__(
@@ -58,10 +56,20 @@ class AdapterTrainer(SFTTrainer):
         )
         self.remove_callback(PrinterCallback)
         self._batching, self._train_lengths = batching, train.lengths
-        self._stops, self._seal, self._newest_rows = stops, seal, newest_rows
+        self._stops, self._seal = stops, seal
+        self._newest_rows: list[int] = []
         self.train_dataset = batching.rows(train)
         self.eval_dataset = batching.rows(validation, is_validation=True) if validation else None
         add_labelled_loss(self.model.get_base_model())
+
+    @property
+    def newest_rows(self) -> list[int]:
+        """Numbers of the rows trained on since `forget_rows` was called."""
+        return list(self._newest_rows)
+
+    def forget_rows(self) -> None:
+        """A step has gone well: nobody asks any more what it was trained on."""
+        self._newest_rows.clear()
 
     def get_train_dataloader(self) -> DataLoader[Any]:
         """Batches in an order that the seed gives: packed rows at random, or sequences of like length together."""
@@ -215,7 +223,7 @@ class AdapterTrainer(SFTTrainer):
         except ValidationStopped:
             if self.state.global_step == 0:
                 self._stops.raise_if_any()
-            self._stops.validation_is_due = True
+            self._stops.put_off_validation()
             self.control.should_save = self.control.should_training_stop = True
             return {}
         return metrics

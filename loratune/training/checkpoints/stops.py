@@ -77,6 +77,10 @@ class Stops(TrainerCallback):
         finally:
             self._told = ""
 
+    def put_off_validation(self) -> None:
+        """The last step's validation is left to the resumed run."""
+        self.validation_is_due = True
+
     def raise_if_any(self) -> None:
         """Stop here if a signal has come.
 

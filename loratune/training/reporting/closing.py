@@ -28,28 +28,30 @@ def close_run(session: Session, running: Running, report: dict[str, Any]) -> dic
     Args:
         session: of the run.
         running: its trainer, and those who have watched it.
-        report: as report.json holds it; gets the health.
+        report: as report.json holds it.
 
     Returns:
-        The report.
+        The report with the health, as report.json holds it now.
     """
+    watchers, warn = running.watchers, session.notes.warn
     try:
         with session.stops.skipping():
-            answers = attempted("the closing questions", lambda: _answers(session, running), session.warnings)
-            report["health"] = attempted(
+            answers = attempted("the closing questions", lambda: _answers(session, running), warn)
+            health = attempted(
                 "the report of the adapter's health",
-                lambda: examine(_model(running), running.flow, running.metrics, answers).as_json(),
-                session.warnings,
+                lambda: examine(_model(running), watchers.flow, watchers.metrics, answers).as_json(),
+                warn,
             )
-            attempted(REPORT, lambda: write_json(session.output / REPORT, report), session.warnings)
-            attempted(PLOT, lambda: plot_losses(running.metrics, session.output / PLOT), session.warnings)
+            report = report | {"health": health, "warnings": session.notes.told}
+            attempted(REPORT, lambda: write_json(session.output / REPORT, report), warn)
+            attempted(PLOT, lambda: plot_losses(watchers.metrics, session.output / PLOT), warn)
     except Interrupted:
         console.warn(f"stopped at the end; {session.output} is finished, but what its report says may be incomplete")
-    return report
+    return report | {"warnings": session.notes.told}
 
 
 def _answers(session: Session, running: Running) -> Answers | None:
-    share, trained = session.recipe.evaluation.questions_share, running.metrics
+    share, trained = session.recipe.evaluation.questions_share, running.watchers.metrics
     if not share:
         return None
     allowance = Allowance(

@@ -71,8 +71,8 @@ def write_report(
         "versions": library_versions,
     }
     for name, make in parts.items():
-        report[name] = attempted(f"{name} of the report", make, session.warnings)
-    report |= {"health": None, "warnings": session.warnings}
+        report[name] = attempted(f"{name} of the report", make, session.notes.warn)
+    report |= {"health": None, "warnings": session.notes.told}
     write_json(session.output / REPORT, report)
     return report
 

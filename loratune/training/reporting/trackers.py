@@ -36,15 +36,17 @@ class Trackers(TrainerCallback):
         settings: which, and what the run is called there.
         run: run folder.
         stops: tells whether a signal has ended the training.
-        warnings: gets a sentence for each whose package is missing.
     """
 
-    def __init__(self, settings: TrackingSettings, run: Path, stops: Stops, warnings: list[str]) -> None:
+    def __init__(self, settings: TrackingSettings, run: Path, stops: Stops) -> None:
         wanted = [name for name in dict.fromkeys(settings.report_to) if name != "none"]
-        missing = [name for name in wanted if not _is_installed(name)]
-        for name in missing:
-            warnings.append(f"tracking.report_to {name}: the package is not installed; pip install {name}")
-        self._names = [name for name in wanted if name not in missing]
+        self._names = [name for name in wanted if _is_installed(name)]
+        self.warnings = [
+            f"tracking.report_to {name}: the package is not installed; pip install {name}"
+            for name in wanted
+            if name not in self._names
+        ]
+        """Of each whose package is missing."""
         self._title = settings.run_name or run.absolute().name
         self._run, self._logs, self._stops = run, run / TRACKER_LOGS, stops
         self._processes: dict[str, subprocess.Popen[bytes]] = {}
