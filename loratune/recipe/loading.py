@@ -24,8 +24,9 @@ FORMS = ("text", "settings")
 MOST_BYTES = 2**20
 """Of a recipe; reading takes a second for so many."""
 PACKAGE = Path(__file__).resolve().parent.parent
-# An installed wheel carries configs/ and data/ inside the package, a checkout beside it.
-SHIPPED = PACKAGE if (PACKAGE / "configs").is_dir() else PACKAGE.parent
+ASSETS = PACKAGE / "assets"
+# An installed wheel carries configs/ and data/ among its assets, a checkout beside the package.
+SHIPPED = ASSETS if (ASSETS / "configs").is_dir() else PACKAGE.parent
 
 
 def shipped_recipes() -> list[Path]:
