@@ -1,4 +1,4 @@
-"""What loratune asks of a model, against the model itself: of all supported families, and of some laid out otherwise."""
+"""What loratune asks of a model, against the model: of all supported families, and of some laid out otherwise."""
 
 from __future__ import annotations
 
