@@ -16,7 +16,13 @@ from conftest import ROWS, TINY_QWEN
 from peft import PeftModel
 from safetensors.torch import load_file
 from torch import nn
-from transformers import CONFIG_MAPPING, AttentionInterface, AutoModelForCausalLM, AutoTokenizer
+from transformers import (
+    CONFIG_MAPPING,
+    AttentionInterface,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoTokenizer,
+)
 from transformers.core_model_loading import Transpose, WeightConverter
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from typer.testing import Result
@@ -93,13 +99,8 @@ def make_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path
             return folder
         torch.manual_seed(0)
         config = config_of(kind)
-        if kind in OTHER_LAYOUTS:  # with the parts that no text is computed by
-            from transformers import AutoModelForImageTextToText
-
-            whole = AutoModelForImageTextToText if kind == "qwen3_5" else AutoModelForCausalLM
-        else:
-            whole = AutoModelForCausalLM
-        model = whole.from_config(config)
+        # With the part that reads images, whose tensors are in the files of a model that only writes text too.
+        model = (AutoModelForImageTextToText if kind == "qwen3_5" else AutoModelForCausalLM).from_config(config)
         for parameter in model.parameters():
             nn.init.normal_(parameter, 1.0 if parameter.ndim == 1 else 0.0, 0.8 * parameter.shape[-1] ** -0.5)
         model.save_pretrained(folder)
@@ -225,9 +226,9 @@ def test_stacked_experts_are_told_by_their_numbers_and_cannot_be_changed_as_one(
     _, layout, _ = loaded(make_model("qwen3_moe"))
     fused, own = "model.layers.1.mlp.experts.gate_up_proj", "model.layers.1.mlp.experts"
     assert layout.parts[fused] == tuple(
-        Part(f"{own}.{number}.{name}.weight", number, column)
+        Part(f"{own}.{number}.{name}.weight", number, place)
         for number in range(4)
-        for column, name in enumerate(["gate_proj", "up_proj"])
+        for place, name in enumerate(["gate_proj", "up_proj"])
     )
     with pytest.raises(LoratuneError, match=r"made of 8 tensors of the files, first .*experts\.0\.gate_proj"):
         layout.tensor_of(fused)
@@ -273,8 +274,11 @@ def test_roles_of_experts_routers_and_layers_with_a_state() -> None:
     hybrid = empty_model(config_of("qwen3_5"))
     attending = linear_modules(hybrid, Role.ATTENTION)
     assert attending == [f"model.layers.1.self_attn.{letter}_proj" for letter in "qkvo"]
-    assert module_roles(hybrid)["model.layers.0.linear_attn.out_proj"] == Role.LINEAR
-    assert not any("visual" in name for name in module_roles(hybrid))
+    roles = module_roles(hybrid)
+    assert {*roles.values()} == {Role.EMBEDDING, Role.HEAD, Role.ATTENTION, Role.LINEAR}
+    assert roles["model.layers.0.linear_attn.out_proj"] == Role.LINEAR
+    whole = module_roles(AutoModelForImageTextToText.from_config(config_of("qwen3_5")))
+    assert {name.replace("language_model.", "") for name in whole} == {*roles}
 
 
 def test_attention_of_a_class_that_does_not_name_it_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
