@@ -1,4 +1,4 @@
-"""What loratune asks of a model, against the model itself: of all supported families and of others."""
+"""What loratune asks of a model, against the model: of all supported families, and of some laid out otherwise."""
 
 from __future__ import annotations
 
@@ -16,12 +16,19 @@ from conftest import ROWS, TINY_QWEN
 from peft import PeftModel
 from safetensors.torch import load_file
 from torch import nn
-from transformers import CONFIG_MAPPING, AttentionInterface, AutoModelForCausalLM, AutoTokenizer
+from transformers import (
+    CONFIG_MAPPING,
+    AttentionInterface,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoTokenizer,
+)
 from transformers.core_model_loading import Transpose, WeightConverter
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from typer.testing import Result
 
 from loratune.errors import LoratuneError
+from loratune.model.adapter.attach import attach_adapter
 from loratune.model.architecture import file_layout as architecture_file_layout
 from loratune.model.architecture.families import FAMILIES
 from loratune.model.architecture.file_layout import FileLayout, Part, file_layout
@@ -40,6 +47,7 @@ from loratune.model.architecture.structure import (
 from loratune.model.architecture.vocabulary import vocabulary_of
 from loratune.model.config import empty_model
 from loratune.model.weights.tensor_files import TensorFiles
+from loratune.recipe.sections import LoraSettings
 from loratune.runs.tokenizer_files import copy_tokenizer_files
 from loratune.training.trainer import AdapterTrainer
 
@@ -91,13 +99,8 @@ def make_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path
             return folder
         torch.manual_seed(0)
         config = config_of(kind)
-        if kind in OTHER_LAYOUTS:  # with the parts that no text is computed by
-            from transformers import AutoModelForImageTextToText
-
-            whole = AutoModelForImageTextToText if kind == "qwen3_5" else AutoModelForCausalLM
-        else:
-            whole = AutoModelForCausalLM
-        model = whole.from_config(config)
+        # With the part that reads images, whose tensors are in the files of a model that only writes text too.
+        model = (AutoModelForImageTextToText if kind == "qwen3_5" else AutoModelForCausalLM).from_config(config)
         for parameter in model.parameters():
             nn.init.normal_(parameter, 1.0 if parameter.ndim == 1 else 0.0, 0.8 * parameter.shape[-1] ** -0.5)
         model.save_pretrained(folder)
@@ -116,6 +119,22 @@ def test_no_other_module_names_a_part_of_a_model() -> None:
     }
     assert {path: match[0] for path, match in found.items() if path not in EXAMPLES} == {}
     assert found.keys() == EXAMPLES.keys()
+
+
+@pytest.mark.parametrize(
+    ("line", "is_found"),
+    [
+        ('TARGETS = ["q_proj"]', True),
+        ("hidden = causal.lm_head(states)", True),
+        ('if ".layers." in name:', True),
+        ("states = self._model.model(ids)", True),
+        ("states = model.model(ids)", True),
+        ('PREFIX = "base_model.model."', False),
+        ('KEYS = ("experts_implementation",)', False),
+    ],
+)
+def test_such_a_name_would_be_found(line: str, is_found: bool) -> None:
+    assert bool(NAMES.search(line)) is is_found
 
 
 @pytest.mark.parametrize("kind", FAMILIES)
@@ -207,9 +226,9 @@ def test_stacked_experts_are_told_by_their_numbers_and_cannot_be_changed_as_one(
     _, layout, _ = loaded(make_model("qwen3_moe"))
     fused, own = "model.layers.1.mlp.experts.gate_up_proj", "model.layers.1.mlp.experts"
     assert layout.parts[fused] == tuple(
-        Part(f"{own}.{number}.{name}.weight", number, column)
+        Part(f"{own}.{number}.{name}.weight", number, place)
         for number in range(4)
-        for column, name in enumerate(["gate_proj", "up_proj"])
+        for place, name in enumerate(["gate_proj", "up_proj"])
     )
     with pytest.raises(LoratuneError, match=r"made of 8 tensors of the files, first .*experts\.0\.gate_proj"):
         layout.tensor_of(fused)
@@ -232,7 +251,7 @@ def test_a_nested_model_s_names_in_the_files_are_found(make_model: Callable[[str
     assert any("visual" in name for name in layout.unused)
     values = json.loads((folder / "config.json").read_text())
     assert text_values(values)["num_hidden_layers"] == layer_count(config_of("qwen3_5")) == 2
-    assert layer_states(config_of("qwen3_5")) == [LayerState.RECURRENT, LayerState.ALL_TOKENS]
+    assert layer_states(config_of("qwen3_5")) == [LayerState.OTHER, LayerState.ALL_TOKENS]
 
 
 def test_a_parameter_that_is_computed_otherwise_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -255,8 +274,20 @@ def test_roles_of_experts_routers_and_layers_with_a_state() -> None:
     hybrid = empty_model(config_of("qwen3_5"))
     attending = linear_modules(hybrid, Role.ATTENTION)
     assert attending == [f"model.layers.1.self_attn.{letter}_proj" for letter in "qkvo"]
-    assert module_roles(hybrid)["model.layers.0.linear_attn.out_proj"] == Role.LINEAR
-    assert not any("visual" in name for name in module_roles(hybrid))
+    roles = module_roles(hybrid)
+    assert {*roles.values()} == {Role.EMBEDDING, Role.HEAD, Role.ATTENTION, Role.LINEAR}
+    assert roles["model.layers.0.linear_attn.out_proj"] == Role.LINEAR
+    whole = module_roles(AutoModelForImageTextToText.from_config(config_of("qwen3_5")))
+    assert {name.replace("language_model.", "") for name in whole} == {*roles}
+
+
+def test_attention_of_a_class_that_does_not_name_it_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = AutoModelForCausalLM.from_config(config_of("qwen2"))
+    for part in (model, model.model):
+        monkeypatch.setattr(type(part), "_can_record_outputs", {})
+    told = "Qwen2ForCausalLM does not say which of its modules attend; give names: q_proj, k_proj"
+    with pytest.raises(LoratuneError, match=told):
+        attach_adapter(model, LoraSettings(target_modules="attention"), "base", seed=0)
 
 
 def test_of_a_gated_mlp_the_matrix_that_leads_back_is_told_by_its_shape() -> None:

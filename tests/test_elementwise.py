@@ -62,6 +62,27 @@ def test_modules_that_compute_something_else_are_left_alone() -> None:
     assert use_fused_elementwise(trained) == 6
 
 
+def test_the_matrices_of_an_mlp_are_told_apart_by_what_it_computes() -> None:
+    class OtherNames(torch.nn.Module):
+        """The gate comes last, and nothing is called as usual."""
+
+        def __init__(self, mlp: Any) -> None:
+            super().__init__()
+            self.back, self.value, self.opening = mlp.down_proj, mlp.up_proj, mlp.gate_proj
+            self.activation = torch.nn.SiLU()
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.back(self.activation(self.opening(x)) * self.value(x))
+
+    model = build("qwen2")
+    expected = logits_and_gradients(model)
+    for layer in model.model.layers:
+        layer.mlp = OtherNames(layer.mlp)
+    assert use_fused_elementwise(model) == 7
+    for mine, theirs in zip(logits_and_gradients(model), expected, strict=True):
+        torch.testing.assert_close(mine, theirs, atol=1e-5, rtol=1e-5)
+
+
 def test_a_norm_that_only_looks_alike_is_left_alone() -> None:
     model = build("qwen2")
     norm = model.model.norm

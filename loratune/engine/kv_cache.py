@@ -47,7 +47,7 @@ def use_slot_attention(model: Any) -> None:
         DecodingError: it has layers, such as those of linear attention, that keep other states than keys and values.
     """
     layers = zip(layer_kinds(model.config), layer_states(model.config), strict=True)
-    strange = sorted({kind for kind, state in layers if state is LayerState.RECURRENT})
+    strange = sorted({kind for kind, state in layers if state is LayerState.OTHER})
     if strange:
         raise DecodingError(f"a model with layers of {', '.join(strange)}")
     AttentionInterface.register(SLOT_ATTENTION, attend_slots)

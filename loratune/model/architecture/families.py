@@ -1,4 +1,4 @@
-"""The families of models that loratune has been tried on, and what no model can be asked for."""
+"""The families of models that loratune supports, and what can be asked of no model: their names elsewhere."""
 
 from __future__ import annotations
 

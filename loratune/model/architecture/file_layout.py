@@ -37,9 +37,9 @@ class Part:
 
     tensor: str
     expert: int | None = None
-    """Its place along the parameter's first dimension; None where the parameter has no such dimension more."""
-    column: int = 0
-    """Which of the tensors that lie behind each other along the next dimension it is."""
+    """Its index along the parameter's first dimension; None where the tensors have all the dimensions themselves."""
+    place: int = 0
+    """Its number among the tensors that are concatenated along the next dimension."""
 
 
 @dataclass(frozen=True)
@@ -169,7 +169,7 @@ def _parts(parameter: str, tensors: list[tuple[str, str | None]], step: Any) -> 
         expert = places[pattern] if kinds[0] == stacked[0] else None
         places[pattern] += 1
         parts.append(Part(name, expert, step.source_patterns.index(pattern)))
-    return tuple(sorted(parts, key=lambda part: (part.expert or 0, part.column)))
+    return tuple(sorted(parts, key=lambda part: (part.expert or 0, part.place)))
 
 
 def _is_whole(parts: tuple[Part, ...]) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from enum import Enum
 from typing import Any
 
@@ -32,21 +32,21 @@ def module_roles(model: Any) -> dict[str, Role]:
     Args:
         model: a causal language model without an adapter; quantised layers count as what they were made from.
     """
-    attention, routers = _recorded(model, "attentions"), _recorded(model, "router_logits")
+    modules, decoder = dict(model.named_modules()), decoder_of(model)
     embedding, head = model.get_input_embeddings(), output_layer(model)
-    decoder = decoder_of(model)
-    path = next(name for name, module in model.named_modules() if module is decoder)
+    path = next(name for name, module in modules.items() if module is decoder)
+    attention, routers = _recorded(model, "attentions"), _recorded(model, "router_logits")
     roles: dict[str, Role] = {}
-    for name, module in model.named_modules():
+    for name, module in modules.items():
         if module is head or module is embedding:
             roles[name] = Role.HEAD if module is head else Role.EMBEDDING
-        elif not _is_within(name, path):  # a part for images, or one that is not used here
+        elif not _is_within(name, [path]):  # a part for images, or one that is not used here
             continue
-        elif isinstance(module, routers) or _has_parent(name, roles, Role.ROUTER):
+        elif _is_within(name, routers):
             roles[name] = Role.ROUTER
         elif isinstance(module, nn.Linear):
-            roles[name] = Role.ATTENTION if isinstance(_owner(model, name), attention) else Role.LINEAR
-        elif any(parameter.ndim > 2 for parameter in module._parameters.values() if parameter is not None):
+            roles[name] = Role.ATTENTION if _is_within(name, attention) else Role.LINEAR
+        elif _holds_stacks(module):
             roles[name] = Role.EXPERTS
     return roles
 
@@ -98,24 +98,23 @@ def is_rms_norm(module: Any) -> bool:
     return type(module).__name__.endswith("RMSNorm") and hasattr(module, "variance_epsilon")
 
 
-def _recorded(model: Any, what: str) -> tuple[type, ...]:
-    """The classes whose outputs a model's class hands out under a name, as transformers has each class state it."""
+def _recorded(model: Any, what: str) -> list[str]:
+    """Names of the modules whose outputs a model can hand out as `what`: transformers has each class state theirs."""
     told: Any = {}
     for part in (causal_model(model), decoder_of(model)):
         told = told | (getattr(part, "_can_record_outputs", None) or {})
     entries = told.get(what, ())
     entries = entries if isinstance(entries, list | tuple) else [entries]
-    classes: list[Any] = [getattr(entry, "target_class", entry) for entry in entries]
-    return tuple(classes)
+    stated = [getattr(entry, "target_class", entry) for entry in entries]
+    classes = tuple(one for one in stated if isinstance(one, type))
+    return [name for name, module in model.named_modules() if isinstance(module, classes)]
 
 
-def _owner(model: Any, name: str) -> Any:
-    return model.get_submodule(name.rpartition(".")[0])
+def _is_within(name: str, paths: Iterable[str]) -> bool:
+    return any(name == path or name.startswith(f"{path}.") for path in paths)
 
 
-def _is_within(name: str, path: str) -> bool:
-    return name == path or name.startswith(f"{path}.")
-
-
-def _has_parent(name: str, roles: dict[str, Role], role: Role) -> bool:
-    return roles.get(name.rpartition(".")[0]) == role
+def _holds_stacks(module: Any) -> bool:
+    """Whether a parameter of a module itself has a dimension more than a matrix; a convolution's is its width."""
+    is_convolution = isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d)
+    return not is_convolution and any(p is not None and p.ndim > 2 for p in module._parameters.values())

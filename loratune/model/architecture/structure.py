@@ -12,10 +12,11 @@ class LayerState(Enum):
 
     ALL_TOKENS = "keys and values of every token"
     WINDOW = "keys and values of the newest tokens"
-    RECURRENT = "a state of its own"
+    OTHER = "something else, such as the state of linear attention"
 
 
-# transformers' names of layers that attend to keys and values; all others carry a state from token to token.
+# transformers' names of the kinds of layers that keep keys and values. Each other kind has a state of its own, which
+# whoever decodes has to know before it can be kept.
 ATTENDING = {"full_attention": LayerState.ALL_TOKENS, "sliding_attention": LayerState.WINDOW}
 
 
@@ -81,4 +82,4 @@ def layer_kinds(config: Any) -> list[str]:
 
 def layer_states(config: Any) -> list[LayerState]:
     """What each layer keeps, in order."""
-    return [ATTENDING.get(kind, LayerState.RECURRENT) for kind in layer_kinds(config)]
+    return [ATTENDING.get(kind, LayerState.OTHER) for kind in layer_kinds(config)]
