@@ -1,6 +1,6 @@
 """Continuous batching: answers begin and end on their own while all that run share each forward pass.
 
-As in Orca (Yu et al. 2022), a step is scheduled, not a batch: part of the newest prompts, then a token for every answer.
+As in Orca (Yu et al. 2022), a step is scheduled, not a batch: part of the newest prompts, then a token for each answer.
 """
 
 from __future__ import annotations

@@ -11,6 +11,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from loratune.errors import Exit, LoratuneError, bullet_list
+from loratune.extras import required
 from loratune.plain_files import CONFIG_BYTES, is_folder, read_json_object, unfit_files
 from loratune.recipe.sections import TINY_QWEN, ModelSettings
 
@@ -199,10 +200,8 @@ def _download(settings: ModelSettings, patterns: list[str]) -> Path:
     """Fetch config, tokenizer and, if asked, safetensors of a hub id; never pickles, never code."""
     place = f"model.base {settings.base!r}: no such folder"
     if settings.hub == "modelscope":
-        try:
+        with required(f"{place}; fetching it from ModelScope", "modelscope", Exit.MODEL):
             from modelscope import snapshot_download
-        except ImportError as error:
-            raise LoratuneError(f"{place}; to fetch it from ModelScope, pip install modelscope", Exit.MODEL) from error
     else:
         from huggingface_hub import snapshot_download
     try:

@@ -15,6 +15,7 @@ from typing import Any
 from transformers import TrainerCallback
 
 from loratune import console
+from loratune.extras import needs
 from loratune.recipe.sections import TrackingSettings
 from loratune.runs.folder import METRICS, RECIPE, TRACKER_LOGS
 from loratune.training.checkpoints.stops import Stops
@@ -27,6 +28,8 @@ kind, sys.path[:] = sys.argv[1], json.loads(sys.argv[2])
 from loratune.training.reporting.tracker_process import track
 track(kind, *sys.argv[3:])
 """
+EXTRAS = {"tensorboard": "tensorboard"}
+"""Tracker → loratune's extra that brings its package, where there is one."""
 
 
 class Trackers(TrainerCallback):
@@ -43,7 +46,7 @@ class Trackers(TrainerCallback):
         wanted = [name for name in dict.fromkeys(settings.report_to) if name != "none"]
         missing = [name for name in wanted if not _is_installed(name)]
         for name in missing:
-            warnings.append(f"tracking.report_to {name}: the package is not installed; pip install {name}")
+            warnings.append(needs(f"tracking.report_to {name}", name, EXTRAS.get(name, "")))
         self._names = [name for name in wanted if name not in missing]
         self._title = settings.run_name or run.absolute().name
         self._run, self._logs, self._stops = run, run / TRACKER_LOGS, stops
