@@ -24,7 +24,7 @@ def is_main_process() -> bool:
 
 
 @contextmanager
-def signals_to(handler: Callable[[int, FrameType | None], None], numbers: Sequence[int] = ENDING) -> Iterator[None]:
+def signals_to(handler: Callable[[int, FrameType | None], object], numbers: Sequence[int] = ENDING) -> Iterator[None]:
     """Take signals over, and give them back at the end.
 
     Those that are ignored stay so, as nohup and background jobs have set them. Outside the main thread, the only one

@@ -21,12 +21,9 @@ from loratune.engine.ticket import Ticket
 from loratune.errors import Interrupted, LoratuneError, counted
 from loratune.generation.batch.answer_file import AnswerFile
 from loratune.generation.batch.questions import AskedRow
+from loratune.generation.batch.report import REFUSED, TOO_LONG
 from loratune.runtime import signals_to
 
-TOO_LONG = "too_long"
-"""How a row ends whose question does not fit into the context."""
-REFUSED = "refused"
-"""How a row ends that cannot be asked; `error` says why."""
 BASE = "base"
 """The name of the side that an adapter is compared with."""
 RESULTS = ("row", "answer", "reasoning", "tool_calls", "finish", "error", "tokens", "metrics", BASE)
