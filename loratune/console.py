@@ -28,14 +28,12 @@ from rich.table import Table
 from rich.text import Text
 
 from loratune.printable import printable, printable_json
+from loratune.runtime import is_main_process
 from loratune.streams import delivered
-
-# Under torchrun every process runs the same program; one of them speaks.
-IS_SPEAKER = os.environ.get("RANK", "0") == "0"
 
 LINE_SECONDS = 15
 """Between lines of progress where there is no terminal."""
-_stderr = Console(stderr=True, highlight=False, quiet=not IS_SPEAKER)
+_stderr = Console(stderr=True, highlight=False, quiet=not is_main_process())
 
 
 def say(message: str, style: str = "") -> None:
@@ -135,7 +133,7 @@ def _help_entry(name: str, default: str, text: str, width: int) -> Text:
 
 def write_result(text: str, end: str = "\n") -> None:
     """A result, to stdout, as it is; flushed, since it may be one piece of a stream."""
-    if IS_SPEAKER:
+    if is_main_process():
         with delivered():
             sys.stdout.write(printable(text) + end)
 

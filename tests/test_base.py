@@ -94,7 +94,7 @@ def test_a_hub_gives_safetensors_and_json_but_no_pickles_and_no_code(
 
 def test_modelscope_without_its_package_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "modelscope", None)
-    with pytest.raises(LoratuneError, match="pip install modelscope"):
+    with pytest.raises(LoratuneError, match=r'needs the package modelscope: pip install "loratune\[modelscope\]"'):
         find_base(ModelSettings(base="Qwen/Qwen3-8B", hub="modelscope"))
 
 

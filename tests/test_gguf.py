@@ -507,7 +507,7 @@ def test_a_file_that_is_not_the_model_is_caught(make_model: MakeModel) -> None:
 def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "gguf", None)
     monkeypatch.delitem(sys.modules, "loratune.delivery.export.gguf.file")
-    with pytest.raises(LoratuneError, match=r"pip install 'loratune\[export\]'") as caught:
+    with pytest.raises(LoratuneError, match=r'GGUF needs the package gguf: pip install "loratune\[export\]"') as caught:
         import loratune.delivery.export.gguf.file  # noqa: F401
     assert caught.value.exit_code == Exit.USAGE
 

@@ -475,7 +475,9 @@ def test_offline_mode_is_told(folder: Path, hugging_face: Hub, monkeypatch: pyte
 
 def test_without_modelscope_s_client_its_installation_is_told(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "modelscope.hub.api", None)
-    with pytest.raises(LoratuneError, match=r"pip install 'loratune\[modelscope\]'") as raised:
+    with pytest.raises(
+        LoratuneError, match=r'needs the package modelscope: pip install "loratune\[modelscope\]"'
+    ) as raised:
         push(folder, MS)
     assert raised.value.exit_code == Exit.IO
 

@@ -124,5 +124,9 @@ def test_a_missing_library_is_told_with_the_line_that_installs_it(monkeypatch: p
         raise ModuleNotFoundError(f"No module named {name!r}")
 
     monkeypatch.setattr(importlib, "import_module", missing)
-    assert refusal("ms:org/name").endswith("\n  pip install 'loratune[modelscope]'")
-    assert refusal("hf:org/name").endswith("\n  pip install datasets")
+    why = "(No module named {!r})"
+    modelscope, datasets = refusal("ms:org/name"), refusal("hf:org/name")
+    assert why.format("modelscope.msdatasets") in modelscope
+    assert modelscope.endswith(': pip install "loratune[modelscope]"')
+    assert why.format("datasets") in datasets
+    assert datasets.endswith(": pip install datasets")

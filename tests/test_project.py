@@ -59,3 +59,14 @@ def test_recipes_named_by_the_user_s_data_run_from_anywhere(tmp_path: Path, monk
     monkeypatch.chdir(tmp_path)
     for path in shipped_recipes():
         assert all(Path(name).is_file() for name in load_recipe(path.stem, {}).data.train)
+
+
+def test_every_extra_that_an_error_names_is_one_of_the_package_s() -> None:
+    import re
+
+    declared = (ROOT / "pyproject.toml").read_text(encoding="utf-8").partition("[project.optional-dependencies]")[2]
+    known = re.findall(r"^([\w-]+) = \[", declared.partition("\n\n[")[0], re.MULTILINE)
+    code = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "loratune").rglob("*.py"))
+    named = re.findall(r'required\([^()]*?(?:\([^()]*\))?, "([\w-]+)"', code)
+    assert {"serve", "metrics", "export", "modelscope", "near-duplicates"} <= set(named) <= set(known)
+    assert code.count("pip install") == 1, "what to install is said in loratune/extras.py alone"

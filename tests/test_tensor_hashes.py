@@ -16,7 +16,8 @@ from safetensors.torch import load_file, save_file
 
 from loratune.errors import Exit, LoratuneError
 from loratune.runs import remembered, tensor_hashes
-from loratune.runs.tensor_hashes import TensorHashes
+from loratune.runs.tensor_hashes import TensorHashes, _digest
+from loratune.safetensors_header import read_header
 
 Read = Callable[[Path], dict[str, str]]
 
@@ -160,6 +161,14 @@ def test_a_cache_that_cannot_be_written_costs_nothing_else(
 
 def test_a_file_that_ends_too_soon_is_one_message(base: Path) -> None:
     base.write_bytes(base.read_bytes()[:-10])
-    with pytest.raises(LoratuneError, match="ends before its tensors do") as raised:
+    with pytest.raises(LoratuneError, match="bytes where its header declares") as raised:
         TensorHashes([base]).result()
     assert raised.value.exit_code == Exit.MODEL
+
+
+def test_a_file_that_shrinks_while_it_is_read_is_noticed(base: Path) -> None:
+    start, header = read_header(base)
+    last = max(header.values(), key=lambda entry: int(entry["data_offsets"][1]))
+    base.write_bytes(base.read_bytes()[:-10])
+    with pytest.raises(OSError, match="ends before its tensors do"):
+        _digest(base, last, start, memoryview(bytearray(1000)))

@@ -203,7 +203,7 @@ def test_what_is_not_installed_is_named_with_what_to_install(
     (tmp_path / "here" / "wandb").mkdir(parents=True)  # where a tracker has kept files: no package
     monkeypatch.syspath_prepend(tmp_path / "here")
     made, warnings = begun(run, "none", "wandb", "wandb")
-    assert warnings == ["tracking.report_to wandb: the package is not installed; pip install wandb"]
+    assert warnings == ["tracking.report_to wandb needs the package wandb: pip install wandb"]
     assert made._processes == {}
     made.close()
 

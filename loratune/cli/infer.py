@@ -10,11 +10,10 @@ import typer
 
 from loratune import console
 from loratune.cli.flags import Adapters, Force, Json, Model, named_adapters
-from loratune.cli.infer_rows import SHOWN_ROWS, RowsRequest, answer_file
 from loratune.cli.sampling import sampling_options
 from loratune.data.formats.conversation import has_half_a_pair
 from loratune.engine.sampling import Sampling
-from loratune.errors import Exit, LoratuneError, bullet_list, counted
+from loratune.errors import Exit, LoratuneError
 
 if TYPE_CHECKING:
     from loratune.engine.engine import Engine
@@ -88,13 +87,17 @@ def command(
         with closing(_load(adapters, model, force)) as engine:
             _talk(engine, sampling, prompt, system, use_adapter=not no_adapter, as_json=json)
         return
+    from loratune.generation.batch.flow import answer_rows_of_file
+    from loratune.generation.batch.report import require_all_asked
+    from loratune.generation.batch.request import RowsRequest
+
     request = RowsRequest(
         input_, output, next(iter(adapters), None), model, no_adapter, metrics, system, sampling, overwrite, force
     )
-    summary = answer_file(request)
+    summary = answer_rows_of_file(request)
     if json:
         console.write_json(summary)
-    _check_all_asked(summary)
+    require_all_asked(summary)
 
 
 def _check_flags(
@@ -121,32 +124,6 @@ def _check_texts(texts: dict[str, Any]) -> None:
                 raise LoratuneError(f"{name} is empty", Exit.USAGE)
             if has_half_a_pair(text) and name != "--input":
                 raise LoratuneError(f"{name} is not UTF-8; convert it first", Exit.USAGE)
-
-
-def _check_all_asked(summary: dict[str, Any]) -> None:
-    """Name the rows of a file that could not be asked, all others being answered.
-
-    Args:
-        summary: from `answer_file`.
-
-    Raises:
-        LoratuneError: there are some; where they are all, the template is told to be at fault.
-    """
-    refused, total = summary["refused"], summary["rows"]
-    if not refused:
-        return
-    listed = bullet_list([f"row {one['row']}: {one['error']}" for one in refused], limit=SHOWN_ROWS)
-    message = f"{len(refused):,} of {counted(total, 'row')} could not be asked and got no answer:\n{listed}\n"
-    if len(refused) == total:
-        raise LoratuneError(
-            f"{message}no row could be asked: the system prompt or the chat template is at fault; correct it",
-            Exit.MODEL,
-        )
-    raise LoratuneError(
-        f"{message}the other rows are answered in {summary['output']}, where these have an 'error'; mend them and ask "
-        "them from a file of their own",
-        Exit.DATA,
-    )
 
 
 def _load(adapters: list[tuple[str, Path]], model: str | None, force: bool) -> Engine:

@@ -10,6 +10,7 @@ import torch
 from transformers import BitsAndBytesConfig
 
 from loratune.errors import Exit, LoratuneError
+from loratune.extras import needs
 from loratune.model.from_folder import load_from_folder
 from loratune.model.hardware import Hardware, resolve_attention, resolve_dtype
 from loratune.recipe.sections import ModelSettings
@@ -34,10 +35,7 @@ def _quantization(settings: ModelSettings, hardware: Hardware) -> BitsAndBytesCo
     if settings.quantization == "none":
         return None
     if importlib.util.find_spec("bitsandbytes") is None:
-        raise LoratuneError(
-            f"model.quantization {settings.quantization} needs the package bitsandbytes: pip install bitsandbytes",
-            Exit.USAGE,
-        )
+        raise LoratuneError(needs(f"model.quantization {settings.quantization}", "bitsandbytes"), Exit.USAGE)
     if settings.quantization == "int8":
         return BitsAndBytesConfig(load_in_8bit=True)
     return BitsAndBytesConfig(

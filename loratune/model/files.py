@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,10 +10,12 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from loratune.errors import Exit, LoratuneError, bullet_list
+from loratune.extras import required
 from loratune.model.architecture.families import FAMILIES
 from loratune.model.architecture.structure import text_values
 from loratune.plain_files import CONFIG_BYTES, is_folder, read_json_object, unfit_files
 from loratune.recipe.sections import TINY_QWEN, ModelSettings
+from loratune.safetensors_header import read_header
 
 # Keys that have made a library fetch or run code from a model's folder (transformers CVE-2026-4372, vLLM
 # CVE-2026-22807, mlx-lm CVE-2026-5843).
@@ -199,10 +200,8 @@ def _download(settings: ModelSettings, patterns: list[str]) -> Path:
     """Fetch config, tokenizer and, if asked, safetensors of a hub id; never pickles, never code."""
     place = f"model.base {settings.base!r}: no such folder"
     if settings.hub == "modelscope":
-        try:
+        with required(f"{place}; fetching it from ModelScope", "modelscope", Exit.MODEL):
             from modelscope import snapshot_download
-        except ImportError as error:
-            raise LoratuneError(f"{place}; to fetch it from ModelScope, pip install modelscope", Exit.MODEL) from error
     else:
         from huggingface_hub import snapshot_download
     try:
@@ -221,19 +220,7 @@ def _download(settings: ModelSettings, patterns: list[str]) -> Path:
 
 def _check_safetensors(path: Path) -> None:
     """Compare the file's size with what its header declares, before anything is allocated for it."""
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        if size < 8 or length > min(size - 8, 100_000_000):
-            raise LoratuneError(f"{path}: cut off or not a safetensors file ({size} bytes)", Exit.MODEL)
-        try:
-            header = json.loads(file.read(length))
-            ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
-        except (ValueError, KeyError, TypeError, IndexError, AttributeError, RecursionError) as error:
-            raise LoratuneError(f"{path}: its header cannot be read", Exit.MODEL) from error
-    expected = 8 + length + max(ends, default=0)
-    if size != expected:
-        raise LoratuneError(f"{path}: {size} bytes where its header declares {expected}; fetch it again", Exit.MODEL)
+    read_header(path)
     try:
         with safe_open(path, framework="numpy"):  # checks every tensor's type, shape and place
             pass

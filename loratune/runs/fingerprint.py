@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from loratune.runs.folder import values_sha256
-from loratune.runs.tensor_hashes import TensorHashes, read_header
+from loratune.runs.tensor_hashes import TensorHashes
+from loratune.safetensors_header import read_header
 
 SAMPLE_BYTES = 4096
 VOCABULARY_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt")
@@ -62,8 +63,8 @@ def _hash_samples(paths: Sequence[Path]) -> str:
     """Hash name, type, shape and the middle bytes of every tensor, however they are spread over files."""
     samples: dict[str, bytes] = {}
     for path in paths:
+        begin, header = read_header(path)
         with path.open("rb") as file:
-            begin, header = read_header(file)
             for name, entry in header.items():
                 start, end = entry["data_offsets"]
                 size = min(end - start, SAMPLE_BYTES)

@@ -8,10 +8,11 @@ import os
 import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from loratune.errors import Exit, LoratuneError
 from loratune.runs.remembered import identity_of, recall, remember
+from loratune.safetensors_header import read_header
 
 PIECE_BYTES = 1 << 20
 MAX_THREADS = 4
@@ -65,6 +66,8 @@ class TensorHashes:
         self.start()
         for thread in self._threads:
             thread.join()
+        if isinstance(self._error, LoratuneError):
+            raise self._error
         if self._error:
             raise LoratuneError(f"{self.paths[0].parent}: cannot be read: {self._error}", Exit.MODEL) from self._error
         if self._threads:
@@ -88,18 +91,9 @@ class TensorHashes:
             self._error = error
 
 
-def read_header(file: BinaryIO) -> tuple[int, dict[str, Any]]:
-    """Of a safetensors file: where the tensors' bytes begin, and name → dtype, shape and data_offsets of each."""
-    length = int.from_bytes(file.read(8), "little")
-    header = json.loads(file.read(length))
-    header.pop("__metadata__", None)
-    return 8 + length, header
-
-
 def _tensors(paths: Sequence[Path]) -> Iterator[tuple[Path, str, dict[str, Any], int]]:
     for path in paths:
-        with path.open("rb") as file:
-            start, header = read_header(file)
+        start, header = read_header(path)
         # In the order of the file, so that a disk is read once from its beginning to its end.
         for name, entry in sorted(header.items(), key=lambda item: int(item[1]["data_offsets"][0])):
             yield path, name, entry, start

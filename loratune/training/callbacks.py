@@ -16,6 +16,7 @@ from loratune.errors import Exit, LoratuneError, bullet_list
 from loratune.model.hardware import Hardware
 from loratune.model.memory import peak_memory_bytes
 from loratune.runs.folder import METRICS, read_metrics
+from loratune.runtime import is_main_process
 from loratune.writing import append_text, write_text
 
 if TYPE_CHECKING:
@@ -54,7 +55,7 @@ class Metrics(TrainerCallback):
             progress: as it was then.
         """
         self.records = [record for record in read_metrics(self.path.parent) if record["step"] <= step]
-        if console.IS_SPEAKER:
+        if is_main_process():
             write_text(self.path, "".join(json.dumps(record) + "\n" for record in self.records))
         self._elapsed = progress["seconds"]
         self._last = (progress["logged_seconds"], progress["logged_tokens"])

@@ -44,6 +44,7 @@ from loratune.runs.record import RunRecord
 from loratune.runs.state import next_command
 from loratune.runs.tensor_hashes import TensorHashes
 from loratune.runs.tokenizer_files import copy_tokenizer_files
+from loratune.runtime import is_main_process
 from loratune.training.activations import measure_activations
 from loratune.training.arguments import training_arguments, with_gradient_checkpointing
 from loratune.training.batching import Batching
@@ -127,7 +128,7 @@ def train(recipe: Recipe, overwrite: bool = False, resume: Resume | None = None)
     with ExitStack() as stack:
         stack.enter_context(stops.heeded())
         stack.enter_context(machine_errors_explained(recipe))
-        if console.IS_SPEAKER:
+        if is_main_process():
             prepare_output(output, overwrite or resume is not None)
             stack.enter_context(run_lock(output))
         start = find_start(output, resume) if resume else None
@@ -147,7 +148,7 @@ def _train(session: Session, start: Checkpoint | None) -> dict[str, Any]:
     output, stops = session.output, session.stops
     running = _build_trainer(session, identity_now(session))
     trainer = running.trainer
-    if console.IS_SPEAKER:
+    if is_main_process():
         check_room(output, session.recipe.checkpoints, session.summary.adapter_bytes)
         begin_run(output, session.recipe, manifest_of(session), start is not None, session.plan.steps)
         probed = session.data.validation or session.data.train
@@ -165,8 +166,8 @@ def _train(session: Session, start: Checkpoint | None) -> dict[str, Any]:
             running.watchers.trackers.close()
         stops.raise_if_any()
         _take_best(trainer, running.watchers.keeper)
-        report = _finish(session, running) if console.IS_SPEAKER else {}
-    return close_run(session, running, report) if console.IS_SPEAKER else {}
+        report = _finish(session, running) if is_main_process() else {}
+    return close_run(session, running, report) if is_main_process() else {}
 
 
 def _go_on(running: Running, start: Checkpoint, steps: int) -> None:
@@ -281,7 +282,7 @@ def _status_kept(output: Path, trainer: AdapterTrainer) -> Iterator[None]:
         yield
     except BaseException as error:
         step, steps = trainer.state.global_step, trainer.state.max_steps
-        if console.IS_SPEAKER:
+        if is_main_process():
             diverged = isinstance(error, LoratuneError) and error.exit_code == Exit.DIVERGED
             state = "interrupted" if isinstance(error, KeyboardInterrupt) else "diverged" if diverged else "failed"
             set_status(output, state, step=step, steps=steps)

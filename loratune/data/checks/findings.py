@@ -15,7 +15,8 @@ from loratune.data.assembly.pool import Indices, Pool, earlier_copies
 from loratune.data.checked_rows import SHOWN_ROWS
 from loratune.data.checks.inspection import FLAGS
 from loratune.data.encoding.encoded import CUT, UNENDED
-from loratune.errors import Exit, LoratuneError, bullet_list
+from loratune.errors import bullet_list
+from loratune.extras import required
 from loratune.recipe.data_sections import DataSettings
 
 Level = Literal["refuse", "warn", "note"]
@@ -149,12 +150,9 @@ def _long_answers(pool: Pool) -> Indices:
 
 def _near_duplicates(pool: Pool, threshold: float, equal: Indices) -> FoundRows:
     """Rows that are similar to an earlier one but not equal to any."""
-    try:  # not above: with scipy it takes longer to import than the rest of a check
+    with required("data.near_duplicates", "near-duplicates"):
+        # Not above: with scipy it takes longer to import than the rest of a check.
         from loratune.data.checks.near_duplicates import find_near_duplicates
-    except ImportError as error:
-        raise LoratuneError(
-            'data.near_duplicates needs the package datasketch: pip install "loratune[near-duplicates]"', Exit.USAGE
-        ) from error
     candidates = np.setdiff1d(np.arange(len(pool)), equal)
     shared = _shared_beginning(pool, candidates[:100])
     ids = (pool.input_ids(index)[shared:] for index in candidates)

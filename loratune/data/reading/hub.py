@@ -10,6 +10,7 @@ from typing import Any
 from loratune.data.reading.rows import Row
 from loratune.data.sources import HubName
 from loratune.errors import Exit, LoratuneError
+from loratune.extras import required
 
 BATCH_ROWS = 256
 
@@ -48,14 +49,9 @@ def open_hub(name: str, parts: HubName) -> HubRows:
         LoratuneError: the hub's library is missing, or the hub cannot give it.
     """
     library = {"hf": "datasets", "ms": "modelscope.msdatasets"}[parts.hub]
-    try:
+    package, extra = library.partition(".")[0], "modelscope" if parts.hub == "ms" else ""
+    with required(name, extra, Exit.DATA, package):
         module = importlib.import_module(library)
-    except ImportError as error:
-        package, extra = {"hf": ("datasets", "datasets"), "ms": ("modelscope", "'loratune[modelscope]'")}[parts.hub]
-        raise LoratuneError(
-            f"{name}: needs {package}, which is not installed or not whole ({error})\n  pip install {extra}",
-            Exit.DATA,
-        ) from error
     try:
         return HubRows(name, _load(module, parts))
     except Exception as error:  # each hub client and its HTTP library raise their own kinds

@@ -19,6 +19,7 @@ from loratune.runs.card import base_name, write_card, write_plain_card
 from loratune.runs.folder import file_sha256
 from loratune.runs.opening import AdapterSource
 from loratune.runs.tokenizer_files import copy_tokenizer_files
+from loratune.safetensors_header import header_text
 from loratune.writing import write_json
 
 # Settings that PEFT writes even where the feature that they belong to is off.
@@ -123,8 +124,7 @@ def _texts(folder: Path) -> Iterator[tuple[str, bytes]]:
     """What can name a path: the files but for vocabularies, and of the weights the header."""
     for path in sorted(path for path in folder.rglob("*") if path.is_file()):
         if path.name == WEIGHTS_FILE:
-            with path.open("rb") as file:
-                yield path.name, file.read(int.from_bytes(file.read(8), "little"))
+            yield path.name, header_text(path)
         elif path.name not in VOCABULARIES:
             yield path.name, path.read_bytes()
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from loratune.errors import Exit, LoratuneError, bullet_list
+from loratune.extras import required
 from loratune.runs.folder import file_sha256
 
 HUBS = {"hf": "Hugging Face", "ms": "ModelScope"}
@@ -154,12 +155,8 @@ def _upload_to_hugging_face(folder: Path, destination: Destination, private: boo
 
 
 def _upload_to_modelscope(folder: Path, destination: Destination, private: bool) -> dict[str, RemoteFile]:
-    try:
+    with required(str(destination), "modelscope", Exit.IO):
         from modelscope.hub.api import HubApi
-    except ImportError as error:
-        raise LoratuneError(
-            f"{destination}: ModelScope's client is not installed; pip install 'loratune[modelscope]'", Exit.IO
-        ) from error
     api = HubApi()
     api.create_repo(destination.repository, visibility="private" if private else "public", exist_ok=True)
     if private and api.get_model(destination.repository).get("Visibility") == MODELSCOPE_PUBLIC:

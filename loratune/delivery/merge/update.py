@@ -6,7 +6,6 @@ https://arxiv.org/abs/2312.03732); DoRA (https://arxiv.org/abs/2402.09353) gives
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +24,7 @@ from loratune.model.adapter.tensors import (
     rank_and_alpha,
     read_tensors,
 )
+from loratune.model.adapter.values import scaling
 from loratune.model.architecture.vocabulary import vocabulary_of
 from loratune.model.weights.tensor_files import TensorInfo
 
@@ -169,7 +169,7 @@ def _take(
     rank, alpha = rank_and_alpha(config, module)
     if part in RANK_AXES and tensor.ndim != 2:
         return  # which has been told
-    update.scaling = alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
+    update.scaling = scaling(alpha, rank, config)
     if part in ("lora_A.weight", "lora_embedding_B"):
         update.down = tensor.T if "embedding" in part else tensor
     elif part in ("lora_B.weight", "lora_embedding_A"):

@@ -13,7 +13,6 @@ from loratune.generation.batch.text_metrics import TextMetrics
 
 LARGEST_EXPONENT = 700.0
 """Beyond it a perplexity is no longer a number."""
-SHOWN = {"exact_match": "exact match", "rouge_l": "ROUGE-L", "bleu": "BLEU", "perplexity": "perplexity of references"}
 
 RowScores = dict[tuple[str, int], dict[str, Any]]
 """Side and row → metrics."""
@@ -44,19 +43,6 @@ def score_rows(work: Work, file: AnswerFile) -> tuple[RowScores, dict[str, dict[
     return rows, {side.name: _of_file(side, file, texts, references, rows) for side in work.sides}
 
 
-def show_scores(sums: dict[str, dict[str, Any]], names: dict[str, str]) -> None:
-    """Print a table of the whole file's metrics, one column a side.
-
-    Args:
-        sums: as `score_rows` gives them.
-        names: of the columns.
-    """
-    lines = [("", *(names[side] for side in sums))]
-    for key, label in SHOWN.items():
-        lines.append((label, *(_shown(key, values[key]) for values in sums.values())))
-    console.comparison(lines)
-
-
 def _of_file(
     side: Side, file: AnswerFile, texts: TextMetrics, references: dict[int, str], rows: RowScores
 ) -> dict[str, Any]:
@@ -81,9 +67,3 @@ def _said(file: AnswerFile, number: int, side: Side) -> str:
 def _perplexity(loss: float | None, tokens: int) -> float | None:
     """Of a text whose negative log-likelihood, in nats, is summed over its tokens."""
     return None if loss is None else round(math.exp(min(loss / tokens, LARGEST_EXPONENT)), 6)
-
-
-def _shown(key: str, value: float | None) -> str:
-    if value is None:
-        return "–"
-    return {"exact_match": f"{value:.1%}", "rouge_l": f"{value:.3f}", "bleu": f"{value:.1f}"}.get(key, f"{value:.3f}")

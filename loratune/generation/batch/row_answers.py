@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import math
 import queue
-import signal
-import threading
 import time
 from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
-from types import FrameType
 from typing import Any
 
 from loratune import console
@@ -24,18 +21,15 @@ from loratune.engine.ticket import Ticket
 from loratune.errors import Interrupted, LoratuneError, counted
 from loratune.generation.batch.answer_file import AnswerFile
 from loratune.generation.batch.questions import AskedRow
+from loratune.generation.batch.report import REFUSED, TOO_LONG
+from loratune.runtime import signals_to
 
-TOO_LONG = "too_long"
-"""How a row ends whose question does not fit into the context."""
-REFUSED = "refused"
-"""How a row ends that cannot be asked; `error` says why."""
 BASE = "base"
 """The name of the side that an adapter is compared with."""
 RESULTS = ("row", "answer", "reasoning", "tool_calls", "finish", "error", "tokens", "metrics", BASE)
 """Names that the answers add to a row."""
 SHOW_SECONDS = 0.5
 """How long the display waits at most for its next figures."""
-SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
 
 
 @dataclass(frozen=True)
@@ -258,19 +252,5 @@ def whole_rows(work: Work, file: AnswerFile, scores: dict[tuple[str, int], dict[
 def _noted_signals() -> Iterator[queue.SimpleQueue[Any]]:
     """A queue of what happens, in which signals stand too, so that none ends a half-done piece of work."""
     events: queue.SimpleQueue[Any] = queue.SimpleQueue()
-    if threading.current_thread() is not threading.main_thread():  # the only one that may set handlers
+    with signals_to(lambda number, _: events.put(number)):
         yield events
-        return
-
-    def note(number: int, frame: FrameType | None) -> None:
-        events.put(number)
-
-    before = {number: signal.getsignal(number) for number in SIGNALS}
-    for number, handler in before.items():
-        if handler is not signal.SIG_IGN:  # as nohup has set it
-            signal.signal(number, note)
-    try:
-        yield events
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

@@ -8,18 +8,13 @@ from collections.abc import Iterable, Sequence
 from functools import cached_property
 from typing import Any
 
-from loratune.errors import Exit, LoratuneError
+from loratune.extras import required
 
-try:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # jieba 0.42 has odd escapes, and asks for setuptools' pkg_resources
-        import jieba
-        from rouge_score.rouge_scorer import RougeScorer
-        from sacrebleu.metrics.bleu import BLEU
-except ImportError as missing:
-    raise LoratuneError(
-        f'--metrics needs the package {missing.name}: pip install "loratune[metrics]"', Exit.USAGE
-    ) from missing
+with required("--metrics", "metrics"), warnings.catch_warnings():
+    warnings.simplefilter("ignore")  # jieba 0.42 has odd escapes, and asks for setuptools' pkg_resources
+    import jieba
+    from rouge_score.rouge_scorer import RougeScorer
+    from sacrebleu.metrics.bleu import BLEU
 
 HAN = re.compile("[\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff]")
 WORD = re.compile(r"[^\W_]+")

@@ -15,6 +15,7 @@ from typing import Protocol
 from loratune.engine.engine import Engine
 from loratune.engine.exchange import Piece, Question
 from loratune.engine.ticket import Ticket
+from loratune.runtime import signals_to
 
 _POLL_SECONDS = 0.05
 
@@ -126,8 +127,5 @@ def interrupts() -> Iterator[Callable[[], bool]]:
             raise KeyboardInterrupt
         pressed.set()
 
-    previous = signal.signal(signal.SIGINT, press)
-    try:
+    with signals_to(press, [signal.SIGINT]):
         yield pressed.is_set
-    finally:
-        signal.signal(signal.SIGINT, previous)

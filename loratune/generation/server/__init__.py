@@ -1,12 +1,8 @@
 """The HTTP server: OpenAI's protocol in front of the engine, and a chat page."""
 
-from loratune.errors import Exit, LoratuneError
+from loratune.extras import required
 
-try:
+with required("loratune serve", "serve"):
     import fastapi  # noqa: F401
     import prometheus_client  # noqa: F401
     import uvicorn  # noqa: F401
-except ImportError as missing:
-    raise LoratuneError(
-        f'loratune serve needs the package {missing.name}: pip install "loratune[serve]"', Exit.USAGE
-    ) from missing

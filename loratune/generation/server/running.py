@@ -20,12 +20,12 @@ from loratune.generation.server.application import Limits, create_application
 from loratune.generation.server.connection import Connection
 from loratune.generation.server.guards import Access
 from loratune.generation.server.replying import Queue
+from loratune.runtime import signals_to
 
 if TYPE_CHECKING:
     from loratune.engine.engine import Engine
 
 FLUSH_SECONDS = 2
-SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 def run(engine: Engine, address: Address, access: Access, limits: Limits) -> None:
@@ -77,9 +77,13 @@ async def _serve(server: uvicorn.Server, queue: Queue, address: socket.socket, g
     """Serve until a signal comes; its number."""
     came: asyncio.Queue[int] = asyncio.Queue()
     loop = asyncio.get_running_loop()
-    for number in SIGNALS:
-        if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup has set it
-            loop.add_signal_handler(number, came.put_nowait, number)
+    with signals_to(lambda number, _: loop.call_soon_threadsafe(came.put_nowait, number)):
+        return await _serve_until(came, server, queue, address, grace_seconds)
+
+
+async def _serve_until(
+    came: asyncio.Queue[int], server: uvicorn.Server, queue: Queue, address: socket.socket, grace_seconds: float
+) -> int:
     serving = asyncio.create_task(server.serve([address]))
     waiting = asyncio.create_task(came.get())
     await asyncio.wait({serving, waiting}, return_when=asyncio.FIRST_COMPLETED)

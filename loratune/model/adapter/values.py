@@ -68,6 +68,17 @@ def _largest_update(first: torch.Tensor, second: torch.Tensor, values: dict[str,
         return 0.0
     rank = first.shape[0]
     alpha = max([values["lora_alpha"], *(number or 0 for number in (values.get("alpha_pattern") or {}).values())])
-    scale = alpha / (math.sqrt(rank) if values.get("use_rslora") else rank)
+    scale = scaling(alpha, rank, values)
     of_ranks = first.abs().amax(1).double() * second.abs().amax(0).double()
     return float(of_ranks.sum() * scale)
+
+
+def scaling(alpha: float, rank: int, values: dict[str, Any]) -> float:
+    """What a LoRA layer multiplies its update by: alpha over the rank, or over its root (rsLoRA, Kalajdzievski 2023).
+
+    Args:
+        alpha: of the layer.
+        rank: of the layer.
+        values: of adapter_config.json.
+    """
+    return alpha / (math.sqrt(rank) if values.get("use_rslora") else rank)

@@ -19,6 +19,7 @@ from typing import Any, BinaryIO
 import torch
 
 from loratune.errors import Exit, LoratuneError
+from loratune.safetensors_header import read_header
 
 DTYPES = {
     "F64": torch.float64,
@@ -56,26 +57,24 @@ class TensorFiles:
     """The tensors of some safetensors files, as views of the mapped files.
 
     Args:
-        paths: files whose headers have been checked against their sizes (`loratune.model.files.check_base`).
+        paths: the files.
 
     Raises:
-        LoratuneError: a tensor is of a type that no model of text has.
+        LoratuneError: a header is damaged, or a tensor is of a type that no model of text has.
     """
 
     def __init__(self, paths: Sequence[Path]) -> None:
         self.infos: dict[str, TensorInfo] = {}
         self._places: dict[str, tuple[mmap.mmap, int]] = {}
         for path in paths:
+            begin, header = read_header(path)
             with path.open("rb") as file:
-                header_bytes = int.from_bytes(file.read(8), "little")
-                header = json.loads(file.read(header_bytes))
                 mapping = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
-            header.pop("__metadata__", None)
             for name, entry in header.items():
                 if entry["dtype"] not in DTYPES:
                     raise LoratuneError(f"{path}: {name} is of type {entry['dtype']}, which is not read", Exit.MODEL)
                 self.infos[name] = TensorInfo(name, DTYPES[entry["dtype"]], tuple(entry["shape"]))
-                self._places[name] = (mapping, 8 + header_bytes + entry["data_offsets"][0])
+                self._places[name] = (mapping, begin + entry["data_offsets"][0])
 
     def __deepcopy__(self, memo: dict[int, Any]) -> TensorFiles:
         """Itself: PEFT copies modules that are bound to files, and mapped files cannot be copied."""

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import signal
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
@@ -14,8 +12,7 @@ from transformers import TrainerCallback
 
 from loratune import console
 from loratune.errors import Interrupted
-
-SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
+from loratune.runtime import is_main_process, signals_to
 
 
 class ValidationStopped(Exception):  # noqa: N818 - nothing is wrong
@@ -44,18 +41,8 @@ class Stops(TrainerCallback):
     @contextmanager
     def heeded(self) -> Iterator[None]:
         """Take the signals over; they raise Interrupted where nothing is worth being finished."""
-        if threading.current_thread() is not threading.main_thread():
+        with signals_to(self._receive):
             yield
-            return
-        before = {number: signal.getsignal(number) for number in SIGNALS}
-        for number, handler in before.items():
-            if handler is not signal.SIG_IGN:  # as nohup has set it
-                signal.signal(number, self._receive)
-        try:
-            yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
 
     @contextmanager
     def after_step(self) -> Iterator[None]:
@@ -95,7 +82,7 @@ class Stops(TrainerCallback):
             self._told = ""
             raise Interrupted(number)
         self.signal = number
-        if console.IS_SPEAKER:
+        if is_main_process():
             console.interject(self._told)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:

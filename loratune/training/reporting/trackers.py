@@ -15,6 +15,7 @@ from typing import Any
 from transformers import TrainerCallback
 
 from loratune import console
+from loratune.extras import needs
 from loratune.recipe.sections import TrackingSettings
 from loratune.runs.folder import METRICS, RECIPE, TRACKER_LOGS
 from loratune.training.checkpoints.stops import Stops
@@ -27,6 +28,8 @@ kind, sys.path[:] = sys.argv[1], json.loads(sys.argv[2])
 from loratune.training.reporting.tracker_process import track
 track(kind, *sys.argv[3:])
 """
+EXTRAS = {"tensorboard": "tensorboard"}
+"""Tracker → loratune's extra that brings its package, where there is one."""
 
 
 class Trackers(TrainerCallback):
@@ -42,7 +45,7 @@ class Trackers(TrainerCallback):
         wanted = [name for name in dict.fromkeys(settings.report_to) if name != "none"]
         self._names = [name for name in wanted if _is_installed(name)]
         self.warnings = [
-            f"tracking.report_to {name}: the package is not installed; pip install {name}"
+            needs(f"tracking.report_to {name}", name, EXTRAS.get(name, ""))
             for name in wanted
             if name not in self._names
         ]

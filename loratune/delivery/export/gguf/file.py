@@ -21,6 +21,7 @@ from loratune.delivery.export.gguf.layout import (
 )
 from loratune.delivery.export.gguf.vocabulary import describe_vocabulary
 from loratune.errors import Exit, LoratuneError
+from loratune.extras import required
 from loratune.model.architecture.file_layout import FileLayout, file_layout
 from loratune.model.architecture.vocabulary import vocabulary_of
 from loratune.model.config import empty_model
@@ -28,11 +29,9 @@ from loratune.model.files import weight_files
 from loratune.model.tying import head_is_tied
 from loratune.model.weights.tensor_files import TensorFiles
 
-try:
+with required("GGUF", "export"):
     import gguf
     from gguf import GGMLQuantizationType as Kind
-except ImportError as missing:
-    raise LoratuneError("GGUF needs the package gguf: pip install 'loratune[export]'", Exit.USAGE) from missing
 
 QUANTIZATIONS = ("f32", "f16", "bf16", "q8_0")
 _FILE_TYPES = {

@@ -1,0 +1,121 @@
+"""Every row of a file answered, from the checks before the model is loaded to the summary."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from loratune import console
+from loratune.data.encoding.encoder import Encoder
+from loratune.errors import Exit, LoratuneError, bullet_list, counted
+from loratune.generation.batch.answer_file import AnswerFile, check_output, finished_report, open_answers
+from loratune.generation.batch.questions import QuestionFile, read_questions
+from loratune.generation.batch.report import SHOWN_ROWS, report_of, show, summary_of
+from loratune.generation.batch.request import RowsRequest, encoder_of, everything_asked
+from loratune.runs.opening import open_adapter
+
+if TYPE_CHECKING:
+    from loratune.engine.engine import Engine
+    from loratune.generation.batch.answer_scores import RowScores
+    from loratune.generation.batch.row_answers import Work
+
+
+def answer_rows_of_file(request: RowsRequest) -> dict[str, Any]:
+    """Answer all rows of a file that are not answered yet.
+
+    Returns:
+        What happened, for scripts.
+
+    Raises:
+        LoratuneError: rows, places or models that do not go.
+        Interrupted: a signal has come; what was finished is kept.
+    """
+    if request.metrics:
+        import loratune.generation.batch.text_metrics  # noqa: F401 - missing packages are told before anything is read
+    source = open_adapter(request.adapter[1], request.force) if request.adapter else None
+    known = source.record if source else None
+    file = read_questions(request.input, known.columns if known else {}, known.placeholders if known else {})
+    if request.metrics and all(row.reference is None for row in file.rows):
+        raise LoratuneError(f"{file.name}: --metrics compares with the rows' own answers, and none has one", Exit.DATA)
+    check_output(request.output, file.name)
+    if any(row.uses_tools for row in file.rows):
+        _check_tools(file, encoder_of(request, source))
+    about = everything_asked(request, source, file)
+    report = None if request.overwrite else finished_report(request.output, about)
+    if report and request.is_answered_by(report):
+        console.say(f"{request.output} is complete: {counted(len(file.rows), 'row')}", style="bold")
+        return summary_of(report, request)
+    with open_answers(request.output, about, request.overwrite) as answers:
+        if report and not answers.count("answer"):
+            answers.take_finished()
+        return _make_missing(request, file, answers)
+
+
+def _make_missing(request: RowsRequest, file: QuestionFile, answers: AnswerFile) -> dict[str, Any]:
+    """Load the model, answer, score, and put everything under its final name."""
+    with console.status(f"loading {request.adapter[1] if request.adapter else request.model}"):
+        from loratune.generation.batch.row_answers import answer_rows, free_names, whole_rows
+
+        engine = _load(request)
+    for name, other in free_names(file.rows).items():
+        console.warn(f"the rows' own column {name} is written as {other}, since the answers use its name")
+    work = _work(request, file)
+    kept = sum(answers.count(side.answer) for side in work.sides)
+    if kept:
+        console.say(f"{counted(kept, 'answer')} of an earlier call kept")
+    try:
+        tally = answer_rows(engine, work, answers)
+    finally:
+        engine.close()
+    scores, sums = _scores(work, answers)
+    report = report_of(work, answers, sums) | {"compares": request.compares}
+    answers.finish(whole_rows(work, answers, scores), report)
+    show(request, work, tally, report)
+    return summary_of(report, request) | {
+        "answered": tally.answers,
+        "kept": kept,
+        "seconds": round(tally.seconds, 3),
+        "tokens_per_second": round(tally.tokens / tally.seconds, 3) if tally.tokens else 0.0,
+    }
+
+
+def _load(request: RowsRequest) -> Engine:
+    from loratune.engine.engine import load_engine
+
+    engine = load_engine([request.adapter] if request.adapter else [], request.model, request.force)
+    for warning in engine.warnings:
+        console.warn(warning)
+    return engine
+
+
+def _work(request: RowsRequest, file: QuestionFile) -> Work:
+    from loratune.generation.batch.row_answers import BASE, Side, Work
+
+    first = Side("", not request.no_adapter or request.compares)
+    adapter = request.adapter[0] if request.adapter else None
+    sides = (first, Side(BASE, False)) if request.compares else (first,)
+    return Work(file.rows, request.sampling, sides, adapter, request.system, request.metrics)
+
+
+def _scores(work: Work, answers: AnswerFile) -> tuple[RowScores, dict[str, dict[str, Any]]]:
+    """Metrics by row, and of each side; none if they are not asked for."""
+    if not work.scores:
+        return {}, {}
+    from loratune.generation.batch.answer_scores import score_rows
+
+    return score_rows(work, answers)
+
+
+def _check_tools(file: QuestionFile, encoder: Encoder) -> None:
+    """Refuse tools that the model would not be told of; say so where calls cannot be told from text."""
+    bad = []
+    for row in file.rows:
+        said = [*row.messages, *([row.answer] if row.answer else [])]
+        try:
+            encoder.check_tools(said, row.tools)
+        except LoratuneError as error:
+            bad.append(f"row {row.number}: {error}")
+    if bad:
+        listed = bullet_list(bad, limit=SHOWN_ROWS)
+        raise LoratuneError(f"{file.name}: {counted(len(bad), 'row')} cannot be asked:\n{listed}", Exit.DATA)
+    if encoder.about_calls and any(row.tools for row in file.rows):
+        console.warn(encoder.about_calls)

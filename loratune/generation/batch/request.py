@@ -1,0 +1,112 @@
+"""What answering a file of rows takes, and everything that the answers depend on."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+from loratune.data.encoding.encoder import Encoder
+from loratune.data.template.facts import template_facts
+from loratune.engine.sampling import Sampling
+from loratune.generation.batch.answer_file import About
+from loratune.generation.batch.questions import AskedRow, QuestionFile
+from loratune.model.files import find_base, weight_files
+from loratune.recipe.sections import ModelSettings, PromptSettings
+from loratune.runs.fingerprint import fingerprint_base
+from loratune.runs.folder import file_sha256
+from loratune.runs.opening import AdapterSource, base_settings, merged_prompt
+from loratune.runs.tokenizer_files import NAMED_TEMPLATES, tokenizer_sha256
+
+SETTINGS_FILES = ("tokenizer_config.json", "chat_template.jinja", "generation_config.json")
+"""Of a base, besides what its fingerprint covers: they decide how it is asked and how it draws."""
+
+
+@dataclass(frozen=True)
+class RowsRequest:
+    """A file of rows, who answers them, and how."""
+
+    input: str
+    output: Path
+    adapter: tuple[str, Path] | None
+    model: str | None
+    no_adapter: bool
+    """Leave the adapter off; with metrics: compare with it."""
+    metrics: bool
+    system: str | None
+    sampling: Sampling
+    overwrite: bool
+    force: bool
+
+    @property
+    def compares(self) -> bool:
+        """Whether both the adapter and the base answer."""
+        return self.no_adapter and self.metrics
+
+    def is_answered_by(self, report: dict[str, Any]) -> bool:
+        """Whether a complete file has what is asked for now.
+
+        Args:
+            report: what was kept beside its answers.
+        """
+        return bool(report.get("metrics") or not self.metrics) and bool(report.get("compares") or not self.compares)
+
+
+def everything_asked(request: RowsRequest, source: AdapterSource | None, file: QuestionFile) -> About:
+    """Everything that the answers depend on."""
+    settings, folder, tokenizer, prompt = _places(request, source)
+    facts = template_facts(prompt, tokenizer_sha256(tokenizer), lambda: encoder_of(request, source))
+    about = {
+        "rows": file.sha256,
+        "questions": _hash_of_questions(file.rows),
+        "model": _model_hash(settings, folder),
+        "adapter": _adapter_hash(source.adapter) if source else None,
+        "adapter left off": request.no_adapter and not request.compares,
+        "prompt": prompt.model_dump(exclude={"date", "generation_prompt"}),
+        **({"date": date.today().isoformat()} if facts.is_dated else {}),
+        "system": request.system,
+        **request.sampling.model_dump(),
+    }
+    as_written: About = json.loads(json.dumps(about))
+    return as_written
+
+
+def _places(request: RowsRequest, source: AdapterSource | None) -> tuple[ModelSettings, Path, Path, PromptSettings]:
+    """How the base is loaded, its folder, that of the tokenizer, and how prompts are made."""
+    settings = base_settings(source, request.model) if source else ModelSettings(base=request.model or "")
+    folder = find_base(settings)
+    prompt = source.prompt if source else merged_prompt(folder)
+    return settings, folder, source.tokenizer_folder(folder) if source else folder, prompt
+
+
+def encoder_of(request: RowsRequest, source: AdapterSource | None) -> Encoder:
+    """How the rows are made prompts."""
+    from loratune.model.tokenizer import load_tokenizer
+
+    _, _, tokenizer, prompt = _places(request, source)
+    return Encoder(load_tokenizer(tokenizer), prompt)
+
+
+def _hash_of_questions(rows: list[AskedRow]) -> str:
+    """Of what is asked, which depends on the adapter's recipe too."""
+    asked = json.dumps([[row.messages, row.tools] if row.tools else row.messages for row in rows], sort_keys=True)
+    return hashlib.sha256(asked.encode()).hexdigest()
+
+
+def _model_hash(settings: ModelSettings, folder: Path) -> str:
+    known: dict[str, Any] = fingerprint_base(folder, weight_files(folder)) | {"settings": settings.quantization}
+    for name in SETTINGS_FILES:
+        known[name] = (folder / name).read_text("utf-8") if (folder / name).is_file() else None
+    for path in sorted((folder / NAMED_TEMPLATES).glob("*.jinja")):
+        known[f"{NAMED_TEMPLATES}/{path.name}"] = path.read_text("utf-8")
+    return hashlib.sha256(json.dumps(known, sort_keys=True).encode()).hexdigest()
+
+
+def _adapter_hash(folder: Path) -> str:
+    paths = (path.relative_to(folder) for path in folder.rglob("*") if path.is_file())
+    names = sorted(path.as_posix() for path in paths if path.suffix in (".safetensors", ".json", ".jinja"))
+    known = [(name, file_sha256(folder / name)) for name in names]
+    return hashlib.sha256(json.dumps(known).encode()).hexdigest()
