@@ -16,8 +16,8 @@ from conftest import ROWS, TINY_QWEN
 
 from loratune.data.assembly.dataset import as_dataset
 from loratune.data.encoding import cache
-from loratune.data.encoding.encoder import Encoder
 from loratune.data.encoding.encoded import SCHEMA, Line
+from loratune.data.encoding.encoder import Encoder
 from loratune.data.encoding.loaded_source import Rendering
 from loratune.data.preparation import prepare_data
 from loratune.errors import Exit, LoratuneError
