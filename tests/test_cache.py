@@ -16,6 +16,7 @@ from conftest import ROWS, TINY_QWEN
 
 from loratune.data.assembly.dataset import as_dataset
 from loratune.data.encoding import cache
+from loratune.data.encoding.encoded import SCHEMA, Line
 from loratune.data.encoding.encoder import Encoder
 from loratune.data.encoding.loaded_source import Rendering
 from loratune.data.preparation import prepare_data
@@ -243,3 +244,7 @@ def test_the_key_hashes_the_code_that_makes_ids_and_none_that_only_reports() -> 
     assert "loratune.model.tokenizer" in hashed
     reporting = ("loratune.data.checks.findings", "loratune.data.preparation", "loratune.data.assembly.packing")
     assert not hashed & set(reporting)
+
+
+def test_a_kept_line_has_a_value_for_each_column_by_its_name() -> None:
+    assert Line._fields == tuple(SCHEMA.names)

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import copy
 import importlib.util
+from typing import Any
 
 from trl import SFTConfig
 
 from loratune.errors import Exit, LoratuneError
 from loratune.model.hardware import Hardware, resolve_dtype
-from loratune.recipe.sections import Recipe
+from loratune.recipe.sections import Recipe, TrainingSettings
 
 OPTIMIZERS = {
     "adamw": "adamw_torch",
@@ -47,20 +48,12 @@ def training_arguments(
         output_dir=recipe.output,
         seed=recipe.seed,
         data_seed=recipe.seed,
-        num_train_epochs=training.epochs,
-        max_steps=training.max_steps or -1,
-        learning_rate=training.learning_rate,
-        lr_scheduler_type=SCHEDULERS[training.scheduler],
-        warmup_steps=training.warmup,
-        weight_decay=training.weight_decay,
+        **_optimisation(training, optimizer, hardware.is_gpu),
         per_device_train_batch_size=1 if training.packing else training.batch_size,
         per_device_eval_batch_size=1 if training.packing else recipe.evaluation.batch_size or training.batch_size,
         remove_unused_columns=False,
         gradient_accumulation_steps=accumulation,
         gradient_checkpointing=bool(training.gradient_checkpointing),  # TRL's default is True
-        max_grad_norm=training.max_grad_norm,
-        optim="adamw_torch_fused" if optimizer == "adamw" and hardware.is_gpu else OPTIMIZERS[optimizer],
-        neftune_noise_alpha=training.neftune_alpha,
         max_length=None,  # rows are measured where they are encoded
         dataset_kwargs={"skip_prepare_dataset": True},
         pad_to_multiple_of=None,
@@ -83,6 +76,21 @@ def training_arguments(
         dataloader_pin_memory=hardware.is_gpu,
     )
     return arguments, warnings
+
+
+def _optimisation(training: TrainingSettings, optimizer: str, is_gpu: bool) -> dict[str, Any]:
+    """How long the weights are moved, and how far by each step."""
+    return {
+        "num_train_epochs": training.epochs,
+        "max_steps": training.max_steps or -1,
+        "learning_rate": training.learning_rate,
+        "lr_scheduler_type": SCHEDULERS[training.scheduler],
+        "warmup_steps": training.warmup,
+        "weight_decay": training.weight_decay,
+        "max_grad_norm": training.max_grad_norm,
+        "optim": "adamw_torch_fused" if optimizer == "adamw" and is_gpu else OPTIMIZERS[optimizer],
+        "neftune_noise_alpha": training.neftune_alpha,
+    }
 
 
 def with_gradient_checkpointing(arguments: SFTConfig, is_wanted: bool) -> SFTConfig:

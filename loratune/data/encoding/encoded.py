@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -13,6 +13,10 @@ from numpy.typing import NDArray
 
 from loratune.data.checked_rows import ReadingLog
 from loratune.data.checks.inspection import FLAGS
+
+if TYPE_CHECKING:
+    from loratune.data.encoding.tokens import Ids
+
 
 ROWS, INFO = "rows.arrow", "info.json"
 CUT, UNENDED = 1 << len(FLAGS), 2 << len(FLAGS)
@@ -30,8 +34,26 @@ SCHEMA = pa.schema(
         ("messages", pa.string()),
     ]
 )
-"""A line per sequence; those of one row stand together. Number is the row's or line's in its file, lost counts tokens
-that a shortened row had more, messages are JSON, with the first sequence of a row only."""
+"""A line per sequence; those of one row stand together."""
+
+
+class Line(NamedTuple):
+    """A sequence as it is kept: a value for each column of SCHEMA, by its name."""
+
+    input_ids: Ids
+    labels: Ids
+    number: int
+    """Of the row or line in its file."""
+    digest: int
+    """Of the row's messages and tools."""
+    flags: int
+    tokens: int
+    trained: int
+    """How many tokens carry a label."""
+    lost: int
+    """Tokens that a shortened row had more."""
+    messages: str
+    """JSON, with the first sequence of a row only."""
 
 
 class EncodedRows:
@@ -67,13 +89,6 @@ class EncodedRows:
         """Of each row, the place of its first sequence."""
         numbers = self.sequence_numbers
         return np.flatnonzero(np.r_[len(numbers) > 0, numbers[1:] != numbers[:-1]][: len(numbers)])
-
-    @cached_property
-    def row_of_sequence(self) -> NDArray[np.int64]:
-        """Of each sequence, the place of its row among the rows."""
-        is_start = np.zeros(len(self.table), np.int64)
-        is_start[self.starts] = 1
-        return np.cumsum(is_start) - 1
 
     @cached_property
     def tokens(self) -> NDArray[np.int32]:

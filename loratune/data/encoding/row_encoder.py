@@ -19,7 +19,7 @@ import pyarrow as pa
 from loratune import console
 from loratune.data.checked_rows import CheckedRows
 from loratune.data.checks.inspection import Inspector
-from loratune.data.encoding.encoded import CUT, INFO, ROWS, SCHEMA, UNENDED
+from loratune.data.encoding.encoded import CUT, INFO, ROWS, SCHEMA, UNENDED, Line
 from loratune.data.encoding.encoder import IGNORED, Encoder, Example
 from loratune.data.encoding.tokens import Ids, normal_form
 from loratune.data.encoding.truncation import shorten
@@ -75,7 +75,7 @@ class RowEncoder:
         rows.file.check_unchanged()
         (folder / INFO).write_text(json.dumps({"reading": asdict(rows.log), "sequences": sequences}), encoding="utf-8")
 
-    def _encode(self, batch: Sequence[tuple[int, Conversation]], rows: CheckedRows) -> list[tuple[Any, ...]]:
+    def _encode(self, batch: Sequence[tuple[int, Conversation]], rows: CheckedRows) -> list[Line]:
         """One line of the table per sequence."""
         lines = []
         for (number, conversation), rendered in zip(batch, self._rendered(batch), strict=True):
@@ -91,7 +91,18 @@ class RowEncoder:
             # A row that leaves nothing to train keeps a line without ids, so that it can be told of.
             for place, one in enumerate(kept or [NOTHING]):
                 ids, shown = one.input_ids, text if place == 0 else ""
-                lines.append((ids, one.labels, number, digest, flags, len(ids), one.trained_tokens, lost, shown))
+                line = Line(
+                    input_ids=ids,
+                    labels=one.labels,
+                    number=number,
+                    digest=digest,
+                    flags=flags,
+                    tokens=len(ids),
+                    trained=one.trained_tokens,
+                    lost=lost,
+                    messages=shown,
+                )
+                lines.append(line)
         return lines
 
     def _rendered(self, batch: Sequence[tuple[int, Conversation]]) -> list[Rendered | LoratuneError]:
@@ -149,13 +160,14 @@ def _digest(messages: str, tools: tuple[dict[str, Any], ...]) -> int:
     return int.from_bytes(blake2b(content.encode(), digest_size=8).digest(), "little")
 
 
-def _record_batch(lines: list[tuple[Any, ...]]) -> pa.RecordBatch:
-    columns = zip(*lines, strict=True) if lines else [[] for _ in SCHEMA]
-    arrays = [
-        _list_array(values) if pa.types.is_list(field.type) else pa.array(values, field.type)
-        for values, field in zip(columns, SCHEMA, strict=True)
-    ]
-    return pa.record_batch(arrays, SCHEMA)
+def _record_batch(lines: list[Line]) -> pa.RecordBatch:
+    return pa.record_batch(
+        [_column([getattr(line, field.name) for line in lines], field.type) for field in SCHEMA], SCHEMA
+    )
+
+
+def _column(values: Sequence[Any], kind: pa.DataType) -> pa.Array:
+    return _list_array(values) if pa.types.is_list(kind) else pa.array(values, kind)
 
 
 def _list_array(lists: Sequence[Ids]) -> pa.Array:

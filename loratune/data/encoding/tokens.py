@@ -87,19 +87,17 @@ class TokenMemo:
         """Whether texts of this tokenizer may be cut; the library gets whole texts otherwise."""
         return self._pieces is not None
 
-    def ids(self, text: str, keep_special: bool) -> list[int]:
-        """The ids of a text, without any that the tokenizer would set around it.
+    def all_ids(self, texts: Sequence[str], keep_special: bool) -> list[Ids]:
+        """The ids of texts, without any that the tokenizer would set around them.
+
+        What is not known yet is encoded in parallel.
 
         Args:
-            text: any.
-            keep_special: whether special tokens in it become tokens. If not they are encoded like words; of added
+            texts: any.
+            keep_special: whether special tokens in them become tokens. If not they are encoded like words; of added
                 tokens only ordinary ones stay whole then.
         """
-        return self.all_ids([text], keep_special)[0].tolist()
-
-    def all_ids(self, texts: Sequence[str], keep_special: bool) -> list[Ids]:
-        """The ids of many texts; what is not known yet is encoded in parallel."""
-        if self._pieces is None:
+        if not self.is_in_use:
             return self._of_library(texts, keep_special)
         splits = [self._added.split(text) for text in texts]
         forged = [] if keep_special else [n for n, split in enumerate(splits) if not self._special.isdisjoint(split)]

@@ -12,7 +12,7 @@ from loratune.data.checked_rows import FORMAT_ROWS, SHOWN_ROWS
 from loratune.data.formats.chat_rows import CONVERSATIONS, MESSAGES, TRAINING_MARKS, TurnStyle
 from loratune.data.formats.conversation import Conversation, Message, written_out
 from loratune.data.formats.prompt_rows import COMPLETION, PROMPT
-from loratune.data.formats.registry import MUST_BE_FILLED, PLACEHOLDER, ConversationReader, detect_format
+from loratune.data.formats.registry import FORMATS, MUST_BE_FILLED, PLACEHOLDER, ConversationReader, detect_format
 from loratune.data.reading.files import BadRow, RowFile, open_rows
 from loratune.data.sources import parse_source
 from loratune.errors import Exit, LoratuneError, bullet_list
@@ -21,7 +21,11 @@ NEEDS = (
     "each row needs a text 'prompt', 'instruction' or 'query', or 'messages' or a list 'prompt' that end with a "
     "question or an answer"
 )
-PAIRS = (("instruction", "output"), ("prompt", "completion"), ("query", "response"))
+PAIRS = (
+    ("instruction", "output"),
+    *((kind.columns["instruction"], kind.columns["output"]) for kind in FORMATS if kind.columns),
+)
+"""Question and answer under each of the names that a format knows."""
 
 
 @dataclass(frozen=True)
