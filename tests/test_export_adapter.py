@@ -22,8 +22,10 @@ from loratune.recipe.sections import ModelSettings, PromptSettings, Recipe
 from loratune.runs.card import base_name, hub_id, write_card
 from loratune.runs.checkpoint import seal_checkpoint
 from loratune.runs.fingerprint import fingerprint_base
-from loratune.runs.folder import begin_run, seal_run
+from loratune.runs.manifest import Manifest, TrainedBase, TrainedTemplate
 from loratune.runs.opening import open_adapter
+from loratune.runs.output import begin_run, seal_run
+from loratune.runs.record import RunRecord
 from loratune.runs.tokenizer_files import TOKENIZER_FILES, copy_tokenizer_files
 
 IDS = torch.tensor([[5, 6, 7, 8, 9]])
@@ -53,12 +55,12 @@ def make_run(random_qwen: Path, tmp_path: Path) -> Callable[..., Path]:
         recipe = Recipe(**sections)
         known = fingerprint_base(random_qwen, [random_qwen / "model.safetensors"])
         template = Encoder(AutoTokenizer.from_pretrained(random_qwen), recipe.prompt).record
-        about = {"name": recipe.model.base, "path": str(random_qwen), **known}
-        begin_run(run, recipe, {"base": about, "template": template})
+        base = TrainedBase(recipe.model.base, str(random_qwen), known)
+        begin_run(run, recipe, Manifest(base, TrainedTemplate(**template), record=RunRecord.of(recipe)))
         for folder in (run / "adapter", run / "checkpoints" / "step-000002"):
             write_peft(random_qwen, folder)
         copy_tokenizer_files(random_qwen, run / "adapter")
-        write_card(run / "adapter", recipe)
+        write_card(run / "adapter", RunRecord.of(recipe))
         for name in ("optimizer.pt", "trainer_state.json", "rng_state.pth", "scheduler.pt"):
             (run / "checkpoints" / "step-000002" / name).write_bytes(b"state")
         seal_checkpoint(run / "checkpoints" / "step-000002", 2, {"settings": {}, "rest": {}, "versions": {}}, {})

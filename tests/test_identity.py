@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 from collections.abc import Callable
@@ -15,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from typer.testing import Result
 
 from loratune.errors import Exit
+from loratune.runs.manifest import read_manifest, write_manifest
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 CLI = Callable[..., Result]
@@ -224,13 +226,13 @@ def test_a_changed_checkpoint_is_refused_by_every_command(
         assert words in refused(command, copy, "--model", random_qwen)
 
 
-def test_a_checkpoint_is_not_asked_with_a_recipe_that_the_run_has_gone_on_with(
+def test_a_checkpoint_is_not_asked_with_settings_that_the_run_has_gone_on_with(
     refused: Callable[..., str], run: Path
 ) -> None:
-    from loratune.runs.folder import seal_run
-
-    replace("recipe.yaml", "system: null", "system: Be rude.")(run)
-    seal_run(run)
+    manifest = read_manifest(run)
+    assert manifest.record
+    prompt = manifest.record.prompt.model_copy(update={"system": "Be rude."})
+    write_manifest(run, dataclasses.replace(manifest, record=dataclasses.replace(manifest.record, prompt=prompt)))
     told = refused("merge", run / "checkpoints" / "step-000004")
     assert "prompt.system was None and is 'Be rude.'" in told
 

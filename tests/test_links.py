@@ -18,8 +18,10 @@ from typer.testing import Result
 
 from loratune.errors import Exit, LoratuneError
 from loratune.recipe.loading import load_recipe
-from loratune.runs.folder import CONTENTS, LOCK_OWNER, TRACKER_LOGS, begin_run, prepare_output
+from loratune.runs.folder import CONTENTS, LOCK_OWNER, TRACKER_LOGS
 from loratune.runs.lock import run_lock
+from loratune.runs.manifest import Manifest
+from loratune.runs.output import begin_run, prepare_output
 from loratune.training.checkpoints.keeper import CheckpointKeeper
 from loratune.writing import append_text, folder_in_one_step, remove, remove_unfinished, write_json, write_text
 
@@ -142,7 +144,7 @@ def test_whatever_of_an_earlier_run_is_a_link_stays_as_it_is(tmp_path: Path, pre
     before, run = tree(precious), tmp_path / "run"
     run.mkdir()
     (run / name).symlink_to(precious)
-    begin_run(run, load_recipe("quickstart", {}), {})
+    begin_run(run, load_recipe("quickstart", {}), Manifest())
     assert tree(precious) == before
     assert not (run / name).is_symlink()
 

@@ -30,8 +30,10 @@ from loratune.errors import Exit, LoratuneError
 from loratune.recipe.sections import Recipe
 from loratune.runs import lock
 from loratune.runs.checkpoint import Checkpoint, open_checkpoint
-from loratune.runs.folder import begin_run, prepare_output, read_metrics
+from loratune.runs.folder import read_metrics
 from loratune.runs.lock import lock_holder, run_lock
+from loratune.runs.manifest import Manifest, TrainedBase, TrainedTemplate
+from loratune.runs.output import begin_run, prepare_output
 from loratune.training.checkpoints.keeper import CheckpointKeeper
 from loratune.training.checkpoints.resuming import check_identity, find_start, identity_of
 from loratune.training.trainer import AdapterTrainer
@@ -94,7 +96,7 @@ def test_any_folder_will_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, nam
     recipe = Recipe.model_validate({"model": {"base": "x"}, "data": {"train": ["a.json"]}, "output": name})
     prepare_output(Path(name), overwrite=False)
     with run_lock(Path(name)):
-        begin_run(Path(name), recipe, {})
+        begin_run(Path(name), recipe, Manifest())
         with folder_in_one_step(Path(name) / "adapter") as folder:
             (folder / "weights").write_text("w")
     prepare_output(Path(name), overwrite=True)
@@ -349,7 +351,7 @@ def test_a_checkpoint_of_another_format_is_refused_and_never_gone_back_behind(
 
 def test_any_setting_that_an_adapter_hangs_on_keeps_a_run_from_going_on(tmp_path: Path) -> None:
     recipe = Recipe.model_validate({"model": {"base": "x"}, "data": {"train": ["a.json"]}})
-    manifest = {"base": {"weights_sha256": "0"}, "data": [], "template": {"sha256": "1"}, "versions": {}}
+    manifest = Manifest(TrainedBase("x", "/x", {"weights_sha256": "0"}), TrainedTemplate("1"))
     identity = identity_of(recipe, manifest, 1)
     assert {"model.base", "training.packing", "training.max_length", "prompt.template", "lora.layers"} <= set(
         identity["settings"]
@@ -627,7 +629,8 @@ KILLED_AT_EACH_FILE = """
 import os, shutil, signal, sys
 from pathlib import Path
 from loratune.recipe.loading import load_recipe
-from loratune.runs.folder import begin_run, prepare_output
+from loratune.runs.manifest import Manifest
+from loratune.runs.output import begin_run, prepare_output
 
 earlier, place = map(Path, sys.argv[1:])
 recipe = load_recipe("quickstart", {})
@@ -653,7 +656,7 @@ for kind in ("new", "again", "resumed"):
         child = os.fork()
         if not child:
             die_at(number)
-            begin_run(run, recipe, {}, keep=kind == "resumed")
+            begin_run(run, recipe, Manifest(), keep=kind == "resumed")
             os._exit(0)
         ended = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
         assert ended in (0, -signal.SIGKILL)

@@ -18,8 +18,11 @@ from loratune.recipe.loading import load_recipe
 from loratune.recipe.sections import ModelSettings, Recipe
 from loratune.runs.checkpoint import seal_checkpoint
 from loratune.runs.fingerprint import fingerprint_base
-from loratune.runs.folder import begin_run, prepare_output, read_metrics, seal_run, set_status
+from loratune.runs.folder import read_metrics, set_status
+from loratune.runs.manifest import Manifest, TrainedBase
 from loratune.runs.opening import open_adapter
+from loratune.runs.output import begin_run, prepare_output, seal_run
+from loratune.runs.record import RunRecord
 from loratune.writing import folder_in_one_step, write_json, write_text
 
 RECIPE = Recipe(model=ModelSettings(base="x"), data=DataSettings(train=["a.json"]))
@@ -29,7 +32,7 @@ RECIPE = Recipe(model=ModelSettings(base="x"), data=DataSettings(train=["a.json"
 def run(tmp_path: Path) -> Path:
     """A finished run folder with a made-up adapter."""
     output = tmp_path / "run"
-    begin_run(output, RECIPE, {"base": {"name": "x"}})
+    begin_run(output, RECIPE, Manifest(TrainedBase("x", "/x"), record=RunRecord.of(RECIPE)))
     with folder_in_one_step(output / "adapter") as folder:
         (folder / "adapter_config.json").write_text("{}")
     seal_run(output)
@@ -46,14 +49,14 @@ def test_a_run_folder_its_adapter_and_a_checkpoint_open_with_the_run_s_recipe(ru
     checkpoint.mkdir(parents=True)
     seal_checkpoint(checkpoint, 10, {"settings": {}, "rest": {}, "versions": {}}, {})
     for path in (run, run / "adapter", checkpoint):
-        assert open_adapter(path).recipe == RECIPE
+        assert open_adapter(path).record == RunRecord.of(RECIPE)
     assert open_adapter(run).adapter == run / "adapter"
     assert open_adapter(checkpoint).adapter == checkpoint
 
 
 def test_a_plain_peft_folder_opens_without_recipe(tmp_path: Path) -> None:
     (tmp_path / "adapter_config.json").write_text("{}")
-    assert open_adapter(tmp_path).recipe is None
+    assert open_adapter(tmp_path).record is None
 
 
 def test_other_folders_are_no_adapter(tmp_path: Path) -> None:
@@ -97,7 +100,7 @@ def test_an_earlier_run_is_replaced_only_when_asked(run: Path) -> None:
     with pytest.raises(LoratuneError, match="--overwrite"):
         prepare_output(run, overwrite=False)
     prepare_output(run, overwrite=True)
-    begin_run(run, RECIPE, {})
+    begin_run(run, RECIPE, Manifest())
     assert not (run / "adapter").exists()
 
 
@@ -139,7 +142,7 @@ def test_a_hole_in_the_metrics_takes_no_memory(run: Path) -> None:
 def test_replacing_a_run_leaves_what_a_user_has_put_beside_it(run: Path) -> None:
     (run / "notes.txt").write_text("mine")
     prepare_output(run, overwrite=True)
-    begin_run(run, RECIPE, {})
+    begin_run(run, RECIPE, Manifest())
     assert (run / "notes.txt").read_text() == "mine"
     assert {path.name for path in run.iterdir()} == {"notes.txt", "recipe.yaml", "manifest.json", "status.json"}
 
@@ -161,7 +164,7 @@ def test_checking_an_output_leaves_nothing_behind(tmp_path: Path) -> None:
 def test_names_with_spaces_and_chinese_work(tmp_path: Path) -> None:
     output = tmp_path / "my run 小李"
     prepare_output(output, overwrite=False)
-    begin_run(output, RECIPE, {})
+    begin_run(output, RECIPE, Manifest())
     assert (output / "recipe.yaml").is_file()
 
 

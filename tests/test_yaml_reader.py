@@ -61,7 +61,7 @@ def test_infinity_and_nan_are_read_as_numbers_so_that_bounds_can_refuse_them() -
 
 def test_lines_are_counted_from_one_and_known_by_dotted_key() -> None:
     text = "# a comment\nlora:\n\n  rank: 8\n  targets:\n    - q_proj\nseed: 1\n"
-    assert read_yaml(text).lines == {"lora": 2, "lora.rank": 4, "lora.target_modules": 5, "seed": 7}
+    assert read_yaml(text).lines == {"lora": 2, "lora.rank": 4, "lora.targets": 5, "seed": 7}
 
 
 def test_a_repeated_key_is_told_with_both_lines() -> None:

@@ -69,7 +69,7 @@ def answer_file(request: RowsRequest) -> dict[str, Any]:
     if request.metrics:
         import loratune.generation.batch.text_metrics  # noqa: F401 - missing packages are told before anything is read
     source = open_adapter(request.adapter[1], request.force) if request.adapter else None
-    known = source.recipe.data if source and source.recipe else None
+    known = source.record if source else None
     file = read_questions(request.input, known.columns if known else {}, known.placeholders if known else {})
     if request.metrics and all(row.reference is None for row in file.rows):
         raise LoratuneError(f"{file.name}: --metrics compares with the rows' own answers, and none has one", Exit.DATA)

@@ -82,8 +82,9 @@ def _verify_run(folder: Path, adapter: AdapterSource | None) -> dict[str, Any]:
     if adapter:
         raise LoratuneError(f"{folder}: no merged model, so there is no merge to prove", Exit.USAGE)
     source = open_settled_adapter(folder)
-    files = (source.manifest or {}).get("files", {})
-    return {"folder": str(folder), "kind": "run", "sealed": source.is_sealed, "files": len(files), "remarks": [],
+    manifest = source.manifest
+    files, is_sealed = (manifest.files or {}, manifest.is_sealed) if manifest else ({}, False)
+    return {"folder": str(folder), "kind": "run", "sealed": is_sealed, "files": len(files), "remarks": [],
             "proved": None, "proved_again": False, "warnings": source.remarks}  # fmt: skip
 
 

@@ -99,7 +99,7 @@ def open_voices(
         named = {voices[name].adapter: source for name, source in sources.items()}
         loaded = _with_adapters(loaded, named, folder, warnings)
     warnings[:0] = [warning for check in checks for warning in check.finish()]
-    known = [source.manifest["base"]["name"] for source in sources.values() if source.manifest]
+    known = [source.trained_base.name for source in sources.values() if source.manifest]
     return loaded.eval(), _short_name(model or next(iter(known), settings.base)), voices
 
 

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from loratune.errors import Exit, LoratuneError, refusal
 from loratune.runs.fingerprint import FULL, SAMPLED, TENSORS, sampled_fingerprint
 from loratune.runs.folder import values_sha256
-from loratune.runs.opening import AdapterSource, recorded_base
+from loratune.runs.opening import AdapterSource
 from loratune.runs.tensor_hashes import TensorHashes
 
 EVERY_BYTE, SAMPLES, NOTHING = "every byte", "sampled", "nothing"
@@ -89,7 +89,7 @@ class BaseCheck:
 
     def _trained_name(self) -> str:
         if self._source.manifest:
-            return str(recorded_base(self._source)["name"])
+            return self._source.trained_base.name
         identity = self._source.checkpoint.identity if self._source.checkpoint else {}
         return str(identity.get("settings", {}).get("model.base", "another base"))
 
@@ -124,14 +124,13 @@ def check_same_base(
 
 def known_hashes(source: AdapterSource) -> dict[str, Any]:
     """What is known of the base that an adapter was trained on; of a checkpoint, what its own seal says."""
-    base = recorded_base(source) if source.manifest else {}
-    known = {key: value for key, value in base.items() if key == TENSORS or key.endswith("_sha256")}
+    known = dict(source.trained_base.hashes) if source.manifest else {}
     rest = source.checkpoint.identity.get("rest", {}) if source.checkpoint else {}
     sealed = {key.removeprefix("base "): value for key, value in rest.items() if key.startswith("base ")}
     is_same = all(known.get(key, value) == value for key, value in sealed.items())
     return known | sealed if is_same else sealed  # else the run went on with another base
 
 
-def how_checked(known: dict[str, Any]) -> str:
+def how_checked(known: Mapping[str, Any]) -> str:
     """How much of a base's weights is compared with what is known of them."""
     return EVERY_BYTE if FULL in known else SAMPLES if SAMPLED in known else NOTHING

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from loratune import __version__
-from loratune.recipe.sections import Recipe
+from loratune.runs.record import RunRecord
 
 CARD = """\
 ---
@@ -61,34 +61,31 @@ def base_name(base: str, folder: str | None = None) -> str:
     return hub_id(base, folder) or re.split(r"[/\\]", base.rstrip("/\\"))[-1]
 
 
-def write_card(folder: Path, recipe: Recipe, base_folder: str | None = None) -> None:
+def write_card(folder: Path, record: RunRecord, base_folder: str | None = None) -> None:
     """Write README.md with metadata that the model hubs read.
 
     Args:
         folder: the adapter's folder.
-        recipe: of its training.
+        record: of its run.
         base_folder: where the base lay in training.
     """
-    targets = recipe.lora.target_modules
-    quantization = recipe.model.quantization
-    prompt = recipe.prompt
+    targets = record.lora.target_modules
+    quantization = record.model.quantization
+    prompt = record.prompt
     rows = {
-        "rank, alpha, dropout": f"{recipe.lora.rank}, {recipe.lora.alpha:g}, {recipe.lora.dropout:g}",
+        "rank, alpha, dropout": f"{record.lora.rank}, {record.lora.alpha:g}, {record.lora.dropout:g}",
         "targets": targets if isinstance(targets, str) else ", ".join(targets),
-        "base weights in training": recipe.model.dtype if quantization == "none" else quantization,
+        "base weights in training": record.model.dtype if quantization == "none" else quantization,
         "prompt template": prompt.template
         + (f", enable_thinking={prompt.enable_thinking}" if prompt.template == "chat" else ""),
-        "learning rate, schedule": f"{recipe.training.learning_rate:g}, {recipe.training.scheduler}",
-        "rows per device and step": f"{recipe.training.batch_size} × {recipe.training.gradient_accumulation}",
-        "longest row": f"{recipe.training.max_length} tokens",
-        "data": ", ".join(Path(name).name for name in recipe.data.train_names),
+        **record.training,
     }
     needed = ["the template above"]
     # Their texts stay with their owner; that there were any, whoever runs the adapter has to know.
     needed += ["the system prompt of the training"] if prompt.system else []
     needed += ["its instruction prefix"] if prompt.instruction_prefix else []
     advice = f"; the prompt must be made with {' and '.join(needed)}"
-    _write(folder, Path(recipe.output).name, (recipe.model.base, base_folder), "trained", rows, advice)
+    _write(folder, record.name, (record.model.base, base_folder), "trained", rows, advice)
 
 
 def write_plain_card(folder: Path, name: str, config: dict[str, Any]) -> None:

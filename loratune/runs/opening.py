@@ -10,19 +10,12 @@ from typing import Any
 from loratune.errors import Exit, LoratuneError
 from loratune.plain_files import read_json_object
 from loratune.recipe.loading import load_written_recipe
-from loratune.recipe.sections import ModelSettings, PromptSettings, Recipe
+from loratune.recipe.sections import ModelSettings, PromptSettings
 from loratune.runs.checkpoint import SEAL, Checkpoint
-from loratune.runs.folder import (
-    ADAPTER,
-    CHECKPOINTS,
-    MANIFEST,
-    RECIPE,
-    SEALED_BY,
-    STATUS,
-    VERIFICATION,
-    read_manifest,
-)
+from loratune.runs.folder import ADAPTER, CHECKPOINTS, MANIFEST, RECIPE, STATUS, VERIFICATION
 from loratune.runs.lock import lock_holder
+from loratune.runs.manifest import Manifest, TrainedBase, read_manifest
+from loratune.runs.record import RunRecord
 from loratune.runs.seals import ADAPTER_CONFIG, changed_files, open_sealed, require_same_settings, require_unchanged
 from loratune.runs.tokenizer_files import count_tokens
 
@@ -33,15 +26,13 @@ class AdapterSource:
 
     adapter: Path
     """PEFT folder."""
-    recipe: Recipe | None
+    record: RunRecord | None
     """None for a plain PEFT folder."""
-    manifest: dict[str, Any] | None
+    manifest: Manifest | None
     run: Path | None
     """Run folder; None for a plain PEFT folder."""
     changed: tuple[str, ...] = ()
     """Its files that are not as the run left them, if that was let through."""
-    is_sealed: bool = True
-    """Whether a run's manifest has a hash of its own, without which it may say anything."""
     combined: dict[str, Any] | None = None
     """How it was made of several adapters, if it was."""
     checkpoint: Checkpoint | None = None
@@ -50,12 +41,28 @@ class AdapterSource:
     @property
     def prompt(self) -> PromptSettings:
         """How its prompts are made; the tokenizer's own template where nothing is known."""
-        if self.recipe is None:
+        if self.record is None:
             return PromptSettings()
         # Runs of earlier versions took every template as it was.
-        is_recorded = "generation_prompt" in (self.manifest or {}).get("template", {})
+        is_recorded = self.manifest is not None and self.manifest.template.generation_prompt is not None
         update = {} if is_recorded else {"generation_prompt": "template"}
-        return self.recipe.prompt.model_copy(update=update)
+        return self.record.prompt.model_copy(update=update)
+
+    @property
+    def trained_base(self) -> TrainedBase:
+        """What the run's manifest says of its base.
+
+        Raises:
+            LoratuneError: it says nothing.
+        """
+        if self.manifest is None or self.manifest.base is None:
+            raise LoratuneError(f"{self.run}/{MANIFEST}: damaged: it does not say what the base was", Exit.MODEL)
+        return self.manifest.base
+
+    @property
+    def trained_day(self) -> str | None:
+        """The day that the prompts of the training named, where their template writes one."""
+        return self.manifest.template.date if self.manifest else None
 
     @property
     def remarks(self) -> list[str]:
@@ -65,7 +72,7 @@ class AdapterSource:
             f"{self.run}: its {MANIFEST} carries no seal (an earlier version of loratune wrote it, or the seal was "
             "removed), so whether it has been changed since cannot be told"
         ]
-        return changed + (unsealed if self.run is not None and not self.is_sealed else [])
+        return changed + (unsealed if self.manifest is not None and not self.manifest.is_sealed else [])
 
     @property
     def place(self) -> Path:
@@ -139,8 +146,8 @@ def base_settings(source: AdapterSource, model: str | None) -> ModelSettings:
     Raises:
         LoratuneError: a plain PEFT folder names a base that is no local folder; a name in a file is never downloaded.
     """
-    if source.recipe and source.manifest:
-        known, place = source.recipe.model, recorded_base(source)["path"]
+    if source.record and source.manifest:
+        known, place = source.record.model, source.trained_base.path
         return known.model_copy(update={"base": model or (place if _is_folder(Path(place)) else known.base)})
     named = read_json_object(source.adapter / ADAPTER_CONFIG).get("base_model_name_or_path")
     if model is None and not (isinstance(named, str) and named and _is_folder(Path(named))):
@@ -176,7 +183,7 @@ def check_same_template(source: AdapterSource, sha256: str) -> None:
         LoratuneError: it is another one.
     """
     sealed = source.checkpoint.identity.get("rest", {}).get("template") if source.checkpoint else None
-    known = sealed or (source.manifest or {}).get("template", {}).get("sha256")
+    known = sealed or (source.manifest.template.sha256 if source.manifest else None)
     if source.manifest and known != sha256:
         raise LoratuneError(
             f"{source.adapter}: the prompt template is not the one of the training: the base's chat template has "
@@ -228,7 +235,7 @@ def _open_run(run: Path, adapter: Path, force: bool) -> AdapterSource:
         raise LoratuneError(f"{run}: the run has no adapter yet (state: {state}){hint}", Exit.MODEL)
     changed = changed_files(run, manifest, with_adapter=True)
     require_unchanged(run, changed, force)
-    return AdapterSource(adapter, _read_recipe(run), manifest, run, tuple(changed), SEALED_BY in manifest)
+    return AdapterSource(adapter, manifest.record or _record_of_before(run), manifest, run, tuple(changed))
 
 
 def _open_checkpoint(run: Path, folder: Path, force: bool) -> AdapterSource:
@@ -236,29 +243,17 @@ def _open_checkpoint(run: Path, folder: Path, force: bool) -> AdapterSource:
     manifest = read_manifest(run)
     changed = changed_files(run, manifest, with_adapter=False)
     require_unchanged(run, changed, force)
-    recipe = _read_recipe(run)
-    other = require_same_settings(checkpoint, run, recipe, force) if checkpoint else []
-    found, is_sealed = (*damage, *changed, *other), SEALED_BY in manifest
-    return AdapterSource(folder, recipe, manifest, run, found, is_sealed, checkpoint=checkpoint)
+    record = manifest.record or _record_of_before(run)
+    other = require_same_settings(checkpoint, run, record, force) if checkpoint else []
+    return AdapterSource(folder, record, manifest, run, (*damage, *changed, *other), checkpoint=checkpoint)
 
 
-def _read_recipe(run: Path) -> Recipe:
+def _record_of_before(run: Path) -> RunRecord:
+    """The record of a run whose version of loratune kept none apart from the recipe."""
     try:
-        return load_written_recipe(run / RECIPE)
+        return RunRecord.of(load_written_recipe(run / RECIPE))
     except LoratuneError as error:
         raise LoratuneError(str(error), Exit.MODEL) from error
-
-
-def recorded_base(source: AdapterSource) -> dict[str, Any]:
-    """What the run's manifest says of its base.
-
-    Raises:
-        LoratuneError: it says nothing.
-    """
-    base = (source.manifest or {}).get("base")
-    if not isinstance(base, dict) or not all(isinstance(base.get(key), str) for key in ("name", "path")):
-        raise LoratuneError(f"{source.run}/{MANIFEST}: damaged: it does not say what the base was", Exit.MODEL)
-    return base
 
 
 def _is_folder(path: Path) -> bool:

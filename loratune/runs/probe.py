@@ -9,7 +9,8 @@ from typing import Any
 
 from loratune.errors import Exit, LoratuneError
 from loratune.plain_files import read_json_object
-from loratune.runs.folder import PROBE, seal_file
+from loratune.runs.folder import PROBE
+from loratune.runs.output import seal_file
 from loratune.writing import write_json
 
 MAX_ROWS = 16

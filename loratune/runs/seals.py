@@ -3,25 +3,23 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 from loratune.errors import Exit, LoratuneError, bullet_list
 from loratune.plain_files import read_json_object
 from loratune.recipe.names import with_current_names
-from loratune.recipe.sections import Recipe, flat_settings
 from loratune.runs.checkpoint import SEAL, Checkpoint, open_checkpoint
-from loratune.runs.file_hashes import Records, are_records, compare_files
+from loratune.runs.file_hashes import Records, compare_files
 from loratune.runs.folder import ADAPTER, MANIFEST, PROBE, RECIPE, STATUS
+from loratune.runs.manifest import Manifest
+from loratune.runs.record import RunRecord
 from loratune.runs.tokenizer_files import tokenizer_files
 
 ADAPTER_CONFIG = "adapter_config.json"
 # What is read of an adapter's folder if it lies there, so that a file that was put there later counts as a change.
 READ_IF_THERE = (ADAPTER_CONFIG, "adapter_model.safetensors", "config.json")
-CHECKED_SECTIONS = ("model.", "lora.", "prompt.")
-"""Of a recipe: what an adapter of it is loaded, asked and merged with."""
 
 
-def changed_files(run: Path, manifest: dict[str, Any], with_adapter: bool) -> list[str]:
+def changed_files(run: Path, manifest: Manifest, with_adapter: bool) -> list[str]:
     """Files of a run that are not as its manifest says; every one of them is hashed.
 
     Args:
@@ -88,38 +86,34 @@ def open_sealed(folder: Path, force: bool) -> tuple[Checkpoint | None, list[str]
     return checkpoint, []
 
 
-def require_same_settings(checkpoint: Checkpoint, run: Path, recipe: Recipe, force: bool) -> list[str]:
-    """Compare a run's recipe with the settings that a checkpoint was made with.
+def require_same_settings(checkpoint: Checkpoint, run: Path, record: RunRecord, force: bool) -> list[str]:
+    """Compare the settings that a run's adapter is used with and those that a checkpoint was made with.
 
     Returns:
         What was let through.
 
     Raises:
-        LoratuneError: they are others: the recipe was edited, or the run has gone on with --allow-changes.
+        LoratuneError: they are others: the run has gone on with --allow-changes, or a recipe of before was edited.
     """
-    sealed = with_current_names(checkpoint.identity.get("settings", {}))
-    found = flat_settings(recipe)
+    sealed, found = with_current_names(checkpoint.identity.get("settings", {})), record.settings()
     different = [
         f"{name} was {value!r} and is {found.get(name)!r}"
         for name, value in sealed.items()
-        if name.startswith(CHECKED_SECTIONS) and found.get(name) != value
+        if name in found and found[name] != value
     ]
     if different and not force:
         raise LoratuneError(
-            f"{checkpoint.folder} was made with other settings than {run / RECIPE} has:\n{bullet_list(different)}\n"
-            "restore the recipe, or insist with --force",
+            f"{checkpoint.folder} was made with other settings than its run has now:\n{bullet_list(different)}\n"
+            f"restore {run / RECIPE} and {run / MANIFEST}, or insist with --force",
             Exit.MODEL,
         )
-    return [f"{RECIPE}: {difference}" for difference in different]
+    return [f"settings: {difference}" for difference in different]
 
 
-def _sealed_files(run: Path, manifest: dict[str, Any], with_adapter: bool) -> Records:
+def _sealed_files(run: Path, manifest: Manifest, with_adapter: bool) -> Records:
     """What a manifest says of the files; earlier versions sealed nothing before a run had ended."""
-    files, problems = manifest.get("files", {}), []
-    if not isinstance(manifest.get("base"), dict):
-        problems.append("what the base was")
-    has_ended = _has_ended(run)
-    if not are_records(files) or ((with_adapter or has_ended) and not files) or (has_ended and RECIPE not in files):
+    files, problems = manifest.files, ["what the base was"] if manifest.base is None else []
+    if files is None or (with_adapter and not files) or (RECIPE not in files and _has_ended(run)):
         problems.append("what the run's files were")
     if problems:
         raise LoratuneError(
@@ -127,7 +121,7 @@ def _sealed_files(run: Path, manifest: dict[str, Any], with_adapter: bool) -> Re
             f"{run / ADAPTER} elsewhere and give the copy, which is taken as a plain adapter",
             Exit.MODEL,
         )
-    return dict(files)
+    return files or {}
 
 
 def _has_ended(run: Path) -> bool:

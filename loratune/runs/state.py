@@ -11,8 +11,9 @@ from loratune.plain_files import read_json_object
 from loratune.recipe.loading import load_written_recipe
 from loratune.runs.base_check import NOTHING, how_checked
 from loratune.runs.checkpoint import checkpoint_steps
-from loratune.runs.folder import ADAPTER, CHECKPOINTS, MANIFEST, RECIPE, STATUS, read_manifest, read_metrics
+from loratune.runs.folder import ADAPTER, CHECKPOINTS, MANIFEST, RECIPE, STATUS, read_metrics
 from loratune.runs.lock import lock_holder
+from loratune.runs.manifest import read_manifest
 from loratune.runs.seals import changed_files
 
 LOWER = 3
@@ -69,7 +70,7 @@ def _seal(output: Path) -> dict[str, Any]:
         changed = changed_files(output, manifest, with_adapter=(output / ADAPTER).is_dir())
     except LoratuneError as error:
         return {"base_checked": NOTHING, "changed": [str(error)]}
-    return {"base_checked": how_checked(manifest["base"]), "changed": changed}
+    return {"base_checked": how_checked(manifest.base.hashes if manifest.base else {}), "changed": changed}
 
 
 def next_command(output: Path, state: str) -> Command | None:

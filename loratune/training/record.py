@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 from loratune.model.files import weight_files
 from loratune.runs.fingerprint import fingerprint_base
+from loratune.runs.manifest import Manifest, TrainedBase, TrainedFile, TrainedTemplate
+from loratune.runs.record import RunRecord
 from loratune.runs.versions import library_versions
 from loratune.training.checkpoints.resuming import identity_of
 
@@ -13,19 +15,17 @@ if TYPE_CHECKING:
     from loratune.training.run import Prepared
 
 
-def manifest_of(session: Prepared) -> dict[str, Any]:
+def manifest_of(session: Prepared) -> Manifest:
     """What later commands need to know of the run, and what they check; waits until the base has been hashed."""
-    return {
-        "base": {
-            "name": session.recipe.model.base,
-            "path": str(session.base.absolute()),
-            **fingerprint_base(session.base, weight_files(session.base), session.hashes),
-        },
-        "template": session.encoder.record,
-        "data": [vars(use) for use in session.data.files],
-        "seed": session.recipe.seed,
-        "versions": library_versions(),
-    }
+    hashes = fingerprint_base(session.base, weight_files(session.base), session.hashes)
+    return Manifest(
+        base=TrainedBase(session.recipe.model.base, str(session.base.absolute()), hashes),
+        template=TrainedTemplate(**session.encoder.record),
+        data=tuple(TrainedFile(**{**vars(use), "ignored": tuple(use.ignored)}) for use in session.data.files),
+        seed=session.recipe.seed,
+        versions=library_versions(),
+        record=RunRecord.of(session.recipe),
+    )
 
 
 def identity_now(session: Prepared) -> dict[str, Any]:

@@ -36,9 +36,11 @@ from loratune.recipe.advice import advise
 from loratune.recipe.sections import Recipe
 from loratune.runs.card import write_card
 from loratune.runs.checkpoint import Checkpoint, open_checkpoint, seal_checkpoint
-from loratune.runs.folder import ADAPTER, REPORT, begin_run, prepare_output, seal_run, set_status
+from loratune.runs.folder import ADAPTER, REPORT, set_status
 from loratune.runs.lock import run_lock
+from loratune.runs.output import begin_run, prepare_output, seal_run
 from loratune.runs.probe import MAX_QUESTIONS, save_probe
+from loratune.runs.record import RunRecord
 from loratune.runs.state import next_command
 from loratune.runs.tensor_hashes import TensorHashes
 from loratune.runs.tokenizer_files import copy_tokenizer_files
@@ -270,7 +272,7 @@ def _finish(session: Session, running: Running) -> dict[str, Any]:
     with folder_in_one_step(session.output / ADAPTER) as folder:
         save_adapter(trainer.accelerator.unwrap_model(trainer.model), folder)
         copy_tokenizer_files(session.base, folder)
-        attempted("the adapter's card", lambda: write_card(folder, session.recipe), session.warnings)
+        attempted("the adapter's card", lambda: write_card(folder, RunRecord.of(session.recipe)), session.warnings)
     report = write_report(session, trainer, metrics, keeper)
     seal_run(session.output)
     stood = {"step": trainer.state.global_step, "steps": trainer.state.max_steps, "stopped_early": keeper.stopped_early}

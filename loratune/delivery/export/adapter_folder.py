@@ -57,8 +57,8 @@ def export_adapter(source: AdapterSource, folder: Path, model: str | None = None
     has_own_template = (folder / "tokenizer_config.json").is_file() and write_portable_template(
         Encoder(load_tokenizer(folder), source.prompt), folder
     )
-    if source.recipe:
-        write_card(folder, source.recipe, base_folder)
+    if source.record:
+        write_card(folder, source.record, base_folder)
     else:
         write_plain_card(folder, source.adapter.absolute().name, config)
     _check(source, folder)
@@ -67,14 +67,14 @@ def export_adapter(source: AdapterSource, folder: Path, model: str | None = None
 
 def _base_folder(source: AdapterSource) -> str | None:
     """Where the base lay in training, if that tells a local folder from a download."""
-    is_modelscope = source.recipe is not None and source.recipe.model.hub == "modelscope"
+    is_modelscope = source.record is not None and source.record.model.hub == "modelscope"
     if source.manifest is None or is_modelscope:  # its downloads lie at …/org/name, as a local folder may
         return None
-    return str(source.manifest["base"]["path"])
+    return source.trained_base.path
 
 
 def _public_base(source: AdapterSource, config: dict[str, Any], base_folder: str | None) -> str | None:
-    named = source.recipe.model.base if source.recipe else config.get("base_model_name_or_path")
+    named = source.record.model.base if source.record else config.get("base_model_name_or_path")
     return base_name(str(named), base_folder) if named else None
 
 
@@ -131,10 +131,8 @@ def _texts(folder: Path) -> Iterator[tuple[str, bytes]]:
 
 def _local_paths(source: AdapterSource) -> list[str]:
     """Absolute paths that say where this user, the run, the base and the data are."""
-    recipe, manifest = source.recipe, source.manifest
     places = [Path.home(), source.run or source.adapter]
-    places += [Path(manifest["base"]["path"])] if manifest else []
-    if recipe:
-        names = [recipe.output, *recipe.data.train_names, *recipe.data.validation_names]
-        places += [Path(name.rpartition("#")[0] or name).expanduser() for name in names]
+    places += [Path(source.trained_base.path)] if source.manifest else []
+    if source.record:
+        places += [Path(name.rpartition("#")[0] or name).expanduser() for name in source.record.paths]
     return sorted({str(place.absolute()) for place in places if len(place.absolute().parts) > 1})

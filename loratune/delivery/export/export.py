@@ -32,8 +32,9 @@ from loratune.model.memory import free_memory_bytes
 from loratune.model.tokenizer import load_tokenizer
 from loratune.model.weights.mapped import load_mapped
 from loratune.model.weights.quantized_folder import load_quantized, write_quantized
-from loratune.runs.folder import VERIFICATION, prepare_output
+from loratune.runs.folder import VERIFICATION
 from loratune.runs.opening import AdapterSource, base_settings, merged_prompt
+from loratune.runs.output import prepare_output
 from loratune.runs.probe import ProbeRow, read_probe
 from loratune.runs.tokenizer_files import copy_tokenizer_files
 from loratune.runs.verification import write_verification
@@ -110,7 +111,7 @@ def _export_for_vllm(job: Export) -> dict[str, Any]:
     template = job.output / "chat_template.jinja" if has_own_template else None
     parsers = find_parsers(job.folder, base, source)
     command = serve_command(base, job.name, job.output, advice, template, parsers.flags)
-    if trained_day := (source.manifest or {}).get("template", {}).get("date"):
+    if trained_day := source.trained_day:
         console.warn(about_the_date("vLLM writes", trained_day))
     return {
         "max_lora_rank": advice.max_lora_rank,

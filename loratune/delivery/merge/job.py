@@ -26,8 +26,9 @@ from loratune.model.hardware import detect_hardware
 from loratune.model.tying import head_is_tied
 from loratune.model.weights.tensor_files import TensorFiles
 from loratune.recipe.sections import ModelSettings
-from loratune.runs.folder import VERIFICATION, prepare_output
+from loratune.runs.folder import VERIFICATION
 from loratune.runs.opening import AdapterSource, base_settings, check_vocabulary
+from loratune.runs.output import prepare_output
 from loratune.writing import disk_errors_explained
 
 
@@ -143,7 +144,7 @@ def job_of(source: AdapterSource, output: Path, options: MergeOptions) -> Job:
     encoder = training_encoder(source, base)
     if options.merge_base != "auto" and settings.quantization == "none":
         raise LoratuneError("--merge-base is for adapters that were trained on a quantised base", Exit.USAGE)
-    trained_day = (source.manifest or {}).get("template", {}).get("date")
+    trained_day = source.trained_day
     if trained_day and not options.stands_in_for:
         warnings.append(about_the_date("transformers and vLLM write", trained_day))
     layout = file_layout(empty_model(load_config(base)), infos)

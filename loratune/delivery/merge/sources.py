@@ -70,7 +70,7 @@ def open_adapters(
                 for (name, path), number in zip(paths.items(), numbers, strict=True)
             },
         }
-        yield AdapterSource(combined, first.recipe, first.manifest, first.run, combined=made)
+        yield AdapterSource(combined, first.record, first.manifest, first.run, combined=made)
 
 
 def _common_base(adapters: dict[str, AdapterSource], model: str | None, force: bool) -> Path:
@@ -83,7 +83,7 @@ def _common_base(adapters: dict[str, AdapterSource], model: str | None, force: b
             console.warn(warning)
         training_encoder(source, base)
         read_updates(source.adapter, parameter_infos(base), head_is_tied(base))
-        if source.recipe and source.recipe.model.quantization != settings.quantization:
+        if source.record and source.record.model.quantization != settings.quantization:
             raise LoratuneError("the adapters were trained on different quantisations of the base", Exit.MODEL)
         if source.prompt != first.prompt:
             console.warn(f"{name} was trained with other prompt settings; the merged model gets those of the first")

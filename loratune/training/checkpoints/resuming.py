@@ -13,7 +13,9 @@ from loratune.recipe.names import with_current_names
 from loratune.recipe.sections import Recipe, default_settings, flat_settings
 from loratune.runs.checkpoint import Checkpoint, named_checkpoint, newest_checkpoint
 from loratune.runs.fingerprint import FULL
-from loratune.runs.folder import ADAPTER, CHECKPOINTS, MANIFEST, STATUS, check_links, read_manifest
+from loratune.runs.folder import ADAPTER, CHECKPOINTS, MANIFEST, STATUS
+from loratune.runs.manifest import Manifest, read_manifest
+from loratune.runs.output import check_links
 from loratune.training.checkpoints.states import check_states
 
 NEWEST, AUTO = "newest", "auto"
@@ -114,14 +116,15 @@ def as_begun(recipe: Recipe, output: Path, start: Checkpoint | None) -> tuple[Re
     if start is None or not (output / MANIFEST).is_file():
         return recipe, None
     manifest = read_manifest(output)
-    known = manifest.get("template", {})
+    known = manifest.template
     if "generation_prompt" not in recipe.prompt.model_fields_set:
-        update = {"generation_prompt": known.get("generation_prompt", "template")}
+        update = {"generation_prompt": known.generation_prompt or "template"}
         recipe = recipe.model_copy(update={"prompt": recipe.prompt.model_copy(update=update)})
-    return recipe, known.get("date", str(manifest.get("created", ""))[:10]) or None
+    is_of_before = known.generation_prompt is None  # such versions wrote the day of the start, and did not note it
+    return recipe, (manifest.created[:10] if is_of_before else known.date) or None
 
 
-def identity_of(recipe: Recipe, manifest: dict[str, Any], processes: int) -> dict[str, Any]:
+def identity_of(recipe: Recipe, manifest: Manifest, processes: int) -> dict[str, Any]:
     """What the bits of an adapter hang on.
 
     Args:
@@ -131,17 +134,18 @@ def identity_of(recipe: Recipe, manifest: dict[str, Any], processes: int) -> dic
     """
     settings = {name: value for name, value in flat_settings(recipe).items() if not _is_free(name)}
     files = {
-        f"data {number} {Path(use['path']).name}": f"{use['rows']} rows of {use['sha256'][:12]}"
-        for number, use in enumerate(manifest["data"])
+        f"data {number} {Path(use.path).name}": f"{use.rows} rows of {use.sha256[:12]}"
+        for number, use in enumerate(manifest.data)
     }
-    base = {f"base {name}": value for name, value in manifest["base"].items() if name.endswith("sha256")}
-    template = manifest["template"]
-    written = {"answers begin with": template.get("answer_start"), DATE: template.get("date")}
-    prompts = {"template": template["sha256"], **{name: value for name, value in written.items() if value}}
+    hashes = manifest.base.hashes if manifest.base else {}
+    base = {f"base {name}": value for name, value in hashes.items() if name.endswith("sha256")}
+    template = manifest.template
+    written = {"answers begin with": template.answer_start, DATE: template.date}
+    prompts = {"template": template.sha256, **{name: value for name, value in written.items() if value}}
     return {
         "settings": settings,
         "rest": {**files, **base, **prompts, "processes": processes},
-        "versions": manifest["versions"],
+        "versions": dict(manifest.versions),
     }
 
 

@@ -1,0 +1,181 @@
+"""How a folder that loratune writes comes to be: what may be replaced, and a run begun and sealed."""
+
+from __future__ import annotations
+
+import errno
+import json
+from dataclasses import replace
+from pathlib import Path
+
+from loratune import console
+from loratune.errors import Exit, LoratuneError
+from loratune.plain_files import read_json_object
+from loratune.recipe.loading import dump_recipe
+from loratune.recipe.sections import Recipe
+from loratune.runs.folder import (
+    ADAPTER,
+    CHECKPOINTS,
+    CONTENTS,
+    LOCK,
+    LOCK_OWNER,
+    MANIFEST,
+    PROBE,
+    RECIPE,
+    RESUMED,
+    STATUS,
+    TRACKER_LOGS,
+    VERIFICATION,
+    now,
+    sealed,
+    set_status,
+)
+from loratune.runs.manifest import Manifest, read_manifest, write_files, write_manifest
+from loratune.writing import PROGRAM, TEMPORARY_NAME, remove, remove_unfinished, try_to_write, write_text
+
+
+def prepare_output(output: Path, overwrite: bool, kind: str = "run", marker: str = STATUS) -> None:
+    """Check, before anything long starts, that a folder may be written.
+
+    Args:
+        output: the folder.
+        overwrite: whether an earlier one of the same kind may be replaced.
+        kind: what it will be, for messages.
+        marker: the file by which loratune knows its own folders of this kind.
+
+    Raises:
+        LoratuneError: it holds something already, or cannot be written to.
+    """
+    _check_name(output)
+    if marker == VERIFICATION and (output.is_mount() or output.resolve() == Path.cwd()):
+        raise LoratuneError(
+            f"{output} cannot be replaced in one step; choose a folder inside it with --output", Exit.USAGE
+        )
+    if output.is_dir() and any(not _is_passing(path.name) for path in output.iterdir()):
+        if not _is_ours(output / marker, kind):
+            if marker == STATUS:
+                _tell_of_damaged_status(output)
+            raise LoratuneError(
+                f"{output} holds something that is not a {kind}; choose another folder with --output", Exit.USAGE
+            )
+        if not overwrite:
+            raise LoratuneError(
+                f"{output} already holds a {kind}; choose another folder with --output, or replace it with --overwrite",
+                Exit.USAGE,
+            )
+    elif output.exists() and not output.is_dir():
+        raise LoratuneError(f"{output} is a file; choose a folder with --output", Exit.IO)
+    _check_writable(output)
+
+
+def _check_name(output: Path) -> None:
+    """Refuse a name that cannot be a folder's, before anything else asks the system about it."""
+    try:
+        if output.is_symlink() and not output.exists():
+            raise LoratuneError(f"{output} is a link to nothing; choose a folder with --output", Exit.IO)
+        output.lstat()
+    except FileNotFoundError:
+        return
+    except (OSError, ValueError) as error:  # too long, or with a zero byte in it
+        if isinstance(error, OSError) and error.errno != errno.ENAMETOOLONG:
+            return  # trying to write will tell
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise LoratuneError(f"{output}: {reason}; choose another name with --output", Exit.USAGE) from error
+
+
+def _is_ours(marker: Path, kind: str) -> bool:
+    """Whether loratune made a folder of this kind; a status.json alone could be anybody's."""
+    try:
+        values = read_json_object(marker)
+        return values.get("program") == PROGRAM and values.get("kind", kind) == kind
+    except LoratuneError:
+        return False
+
+
+def _tell_of_damaged_status(output: Path) -> None:
+    """Tell a run whose status.json alone is damaged or gone from what is no run.
+
+    Raises:
+        LoratuneError: its manifest is as loratune has written it.
+    """
+    try:
+        manifest = read_manifest(output)
+    except LoratuneError:
+        return
+    if manifest.is_sealed or manifest.base:
+        mended = json.dumps({"program": PROGRAM, "state": "interrupted"})
+        raise LoratuneError(
+            f"{output / STATUS}: missing or damaged, while {MANIFEST} beside it is that of a run; restore it, or write "
+            f"{mended} into it, and give the same command again",
+            Exit.USAGE,
+        )
+
+
+def _is_passing(name: str) -> bool:
+    """Whether a file says nothing of what a folder is for: another process is looking at it, or was killed there."""
+    return name in (LOCK, LOCK_OWNER) or TEMPORARY_NAME.fullmatch(name) is not None
+
+
+def _check_writable(output: Path) -> None:
+    existing = next(place for place in [output, *output.absolute().parents] if place.exists())
+    try:
+        try_to_write(existing)
+    except OSError as error:
+        raise LoratuneError(f"{output}: cannot write to {existing}: {error.strerror}", Exit.IO) from error
+
+
+def check_links(output: Path) -> None:
+    """Refuse to go on with a run that would write and remove what lies outside its folder.
+
+    Raises:
+        LoratuneError: a folder of the run is a link.
+    """
+    linked = [output / name for name in (CHECKPOINTS, TRACKER_LOGS) if (output / name).is_symlink()]
+    if linked:
+        named = " and ".join(map(str, linked))
+        raise LoratuneError(
+            f"{named}: a link; a run writes and removes files in its own folder alone. Move what it leads to into "
+            f"{output}, or move the whole run there and let {output} be the link",
+            Exit.IO,
+        )
+
+
+def begin_run(output: Path, recipe: Recipe, manifest: Manifest, keep: bool = False, steps: int | None = None) -> None:
+    """Start a run folder; of an earlier run there, what a run consists of is removed, and nothing else.
+
+    Args:
+        output: the folder.
+        recipe: the run's.
+        manifest: what later commands need to know.
+        keep: leave what has been trained, because it goes on from there.
+        steps: that it will make.
+    """
+    removed = [name for name in CONTENTS if name != STATUS and not (keep and name in RESUMED)]
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+        # First, so that wherever the process is killed the folder is known to be a run's.
+        set_status(output, "running", **({"steps": steps} if steps else {}))
+        # Before the rest, since what a killed process had put aside gets its name again.
+        for left in [*remove_unfinished(output), *remove_unfinished(output / CHECKPOINTS)]:
+            console.say(f"removed {left}, which an earlier process had not finished")
+        for name in removed:
+            remove(output / name)
+    except OSError as error:
+        raise LoratuneError(f"{output}: cannot be made: {error.strerror}", Exit.IO) from error
+    write_text(output / RECIPE, dump_recipe(recipe))
+    known = read_manifest(output) if (output / MANIFEST).is_file() else None
+    files = {name: record for name, record in ((known and known.files) or {}).items() if name != PROBE}  # written anew
+    files[RECIPE] = sealed(output / RECIPE)
+    write_manifest(output, replace(manifest, created=known.created if known else now(), files=files))
+
+
+def seal_run(output: Path) -> None:
+    """Add size and sha256 of every lasting file to the manifest; the last step of a run."""
+    adapter_files = sorted(path for path in (output / ADAPTER).rglob("*") if path.is_file())
+    paths = [output / RECIPE, *(path for path in [output / PROBE] if path.is_file()), *adapter_files]
+    files = {str(path.relative_to(output)): sealed(path) for path in paths}
+    write_files(output, files)
+
+
+def seal_file(output: Path, name: str) -> None:
+    """Add one file to the manifest of a run that goes on."""
+    write_files(output, {**(read_manifest(output).files or {}), name: sealed(output / name)})

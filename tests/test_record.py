@@ -1,0 +1,112 @@
+"""What a run's manifest says, read by this version, by earlier files' names, and not at all from later ones."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from loratune.errors import Exit, LoratuneError
+from loratune.recipe import names
+from loratune.recipe.loading import load_written_recipe
+from loratune.recipe.sections import Recipe
+from loratune.runs.manifest import Manifest, TrainedBase, TrainedFile, TrainedTemplate, read_manifest, write_manifest
+from loratune.runs.record import RunRecord, read_record
+
+OLD_RUN = Path(__file__).parent / "old_runs" / "finished"
+RECIPE = Recipe.model_validate(
+    {
+        "model": {"base": "org/name", "quantization": "nf4"},
+        "lora": {"rank": 4, "target_modules": ["q_proj"]},
+        "data": {"train": ["a.json#5"], "validation": ["b.json"], "columns": {"instruction": "q"}},
+        "prompt": {"system": "Answer briefly.", "enable_thinking": True},
+        "output": "out/mine",
+    }
+)
+
+
+def changed(change: Any) -> RunRecord:
+    values = json.loads(json.dumps(RunRecord.of(RECIPE).values()))
+    change(values)
+    return read_record(values)
+
+
+def test_a_manifest_reads_back_equal_from_its_file(tmp_path: Path) -> None:
+    manifest = Manifest(
+        TrainedBase("org/name", "/models/name", {"weights_sha256": "0", "tensors": {"a": "1"}}),
+        TrainedTemplate("1", 3, "auto", "", "<think>", "2026-01-02"),
+        (TrainedFile("a.json", "2", 5, 9, "alpaca", ("note",)),),
+        7,
+        {"torch": "2"},
+        RunRecord.of(RECIPE),
+        "2026-01-02T03:04:05+00:00",
+        {"recipe.yaml": {"bytes": 1, "sha256": "3"}},
+        is_sealed=True,
+    )
+    write_manifest(tmp_path, manifest)
+    assert read_manifest(tmp_path) == manifest
+
+
+def test_a_manifest_of_an_earlier_version_has_no_record_and_its_recipe_makes_one() -> None:
+    manifest = read_manifest(OLD_RUN)
+    raw = json.loads((OLD_RUN / "manifest.json").read_text(encoding="utf-8"))
+    assert (manifest.record, manifest.is_sealed) == (None, False)
+    assert manifest.base is not None
+    assert {"name": manifest.base.name, "path": manifest.base.path, **manifest.base.hashes} == raw["base"]
+    assert dict(manifest.files or {}) == raw["files"]
+    record = RunRecord.of(load_written_recipe(OLD_RUN / "recipe.yaml"))
+    assert (record.model.base, record.lora.target_modules, record.name) == ("tiny-qwen", ["q_proj"], "finished")
+
+
+def test_a_record_is_read_by_the_present_names_of_its_settings(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(names.RENAMED, "lora.width", "lora.rank")
+    monkeypatch.setitem(names.DROPPED, "model.colour", "it had no effect")
+
+    def of_before(values: dict[str, Any]) -> None:
+        values["lora"]["width"] = values["lora"].pop("rank")
+        values["model"]["colour"] = "green"
+        del values["prompt"]["generation_prompt"]  # a setting that the earlier version did not have
+
+    assert changed(of_before) == RunRecord.of(RECIPE)
+
+
+def test_what_a_later_version_adds_is_left_out_and_its_own_record_is_refused() -> None:
+    assert changed(lambda values: values["lora"].update(shape="round")) == RunRecord.of(RECIPE)
+    with pytest.raises(ValueError, match="version 2; this loratune reads 1"):
+        changed(lambda values: values.update(version=2))
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda values: values.pop("model"),
+        lambda values: values.update(prompt=5),
+        lambda values: values["lora"].update(rank="eight"),
+        lambda values: values.update(columns=None),
+        lambda values: values.update(learning_rate=None),
+    ],
+)
+def test_a_damaged_record_is_a_message(tmp_path: Path, damage: Any) -> None:
+    write_manifest(tmp_path, Manifest(record=RunRecord.of(RECIPE)))
+    values = json.loads((tmp_path / "manifest.json").read_text(encoding="utf-8"))
+    damage(values["record"])
+    del values["sha256"]
+    (tmp_path / "manifest.json").write_text(json.dumps(values), encoding="utf-8")
+    with pytest.raises(LoratuneError, match="its record is damaged") as failure:
+        read_manifest(tmp_path)
+    assert failure.value.exit_code == Exit.MODEL
+
+
+def test_later_commands_do_without_the_recipe_s_settings(
+    cli: Any, rows_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A recipe.yaml that this version could not read is no obstacle: its bytes are as the run left them."""
+    run = tmp_path / "run"
+    flags = ["--model.base", "tiny-qwen", "--data.train", rows_file, "--training.max_steps", 1, "--output", run]
+    assert cli("sft", *flags, "--evaluation.questions_share", 0).exit_code == 0
+    monkeypatch.setattr("loratune.runs.opening.load_written_recipe", lambda _: pytest.fail("read recipe.yaml"))
+    for command in (["verify", run], ["export", "--adapter", run, "--format", "adapter", "--output", tmp_path / "out"]):
+        result = cli(*command)
+        assert result.exit_code == 0, result.stderr
