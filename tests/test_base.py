@@ -16,10 +16,11 @@ from transformers import AutoModelForCausalLM
 
 from loratune.errors import Exit, LoratuneError
 from loratune.model.base import load_base
-from loratune.model.files import check_base, find_base, weight_files
+from loratune.model.files import BESIDE_A_BASE, SMALL_HUB_FILES, check_base, find_base, weight_files
 from loratune.model.hardware import detect_hardware
 from loratune.model.tokenizer import load_tokenizer, set_pad_token
 from loratune.recipe.sections import ModelSettings
+from loratune.runs.tokenizer_files import FINGERPRINTED, TOKENIZER_FILES, VOCABULARY_FILES
 
 WANTED = ["config.json", "model-00001-of-00004.safetensors", "tokenizer.json", "merges.txt", "chat_template.jinja"]
 UNWANTED = [
@@ -200,3 +201,10 @@ def test_padding_is_never_a_token_that_ends_an_answer(random_qwen: Path) -> None
 
 def test_weight_files_come_in_order(random_qwen: Path) -> None:
     assert [path.name for path in weight_files(random_qwen)] == ["model.safetensors"]
+
+
+def test_every_file_of_a_tokenizer_is_fetched_with_a_base_and_without_its_weights() -> None:
+    assert {*VOCABULARY_FILES, *FINGERPRINTED} <= set(TOKENIZER_FILES)
+    for name in TOKENIZER_FILES:
+        assert any(fnmatch(name, pattern) for pattern in SMALL_HUB_FILES)
+        assert not any(fnmatch(name, pattern) for pattern in BESIDE_A_BASE)

@@ -14,10 +14,9 @@ from loratune.data.encoding.encoder import Encoder
 from loratune.data.formats.conversation import Message
 from loratune.data.template.chat_template import PROBE_TOOL
 from loratune.errors import Exit, LoratuneError
-from loratune.runs.tokenizer_files import NAMED_TEMPLATES
+from loratune.plain_files import read_json_object
+from loratune.runs.tokenizer_files import CHAT_TEMPLATE, NAMED_TEMPLATES, TOKENIZER_CONFIG
 
-TEMPLATE_FILE = "chat_template.jinja"
-TOKENIZER_CONFIG = "tokenizer_config.json"
 SYSTEM = """\
 {{%- if messages[0].role != 'system' %}}\
 {{%- set messages = [{{'role': 'system', 'content': {text}}}] + messages %}}{{%- endif %}}"""
@@ -54,8 +53,8 @@ def write_portable_template(encoder: Encoder, folder: Path) -> bool:
     if template is None:
         return False
     shutil.rmtree(folder / NAMED_TEMPLATES, ignore_errors=True)
-    (folder / TEMPLATE_FILE).write_text(template, encoding="utf-8", newline="\n")
-    config = json.loads((folder / TOKENIZER_CONFIG).read_text(encoding="utf-8"))
+    (folder / CHAT_TEMPLATE).write_text(template, encoding="utf-8", newline="\n")
+    config = read_json_object(folder / TOKENIZER_CONFIG)
     if "chat_template" in config:  # where older programs look
         config["chat_template"] = template
         text = json.dumps(config, ensure_ascii=False, indent=2) + "\n"

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from loratune.data.encoding.encoder import Encoder
 from loratune.data.formats.conversation import Message
-from loratune.engine.exchange import NOTHING, Answer, Piece, Question
+from loratune.engine.exchange import NOTHING, Answer, Piece, Question, joined
 from loratune.engine.loading import LoadedModel, Voice, open_voices
 from loratune.engine.scheduler import Decoder, Running
 from loratune.engine.ticket import Ticket, gathering, make_ticket
@@ -130,12 +130,11 @@ class Engine:
                 if not tickets:
                     return
                 index, pieces = ended.get()
-                ticket, last = tickets.pop(index), pieces[-1]
-                if last.error is not None:
-                    raise last.error
-                text, reasoning = ("".join(getattr(piece, kind) for piece in pieces) for kind in ("text", "reasoning"))
-                calls = tuple(call for piece in pieces for call in piece.calls)
-                yield index, Answer(text, reasoning, ticket.prompt_tokens, last.tokens, str(last.finish), calls)
+                ticket, whole = tickets.pop(index), joined(*pieces)
+                if whole.error is not None:
+                    raise whole.error
+                length = ticket.prompt_tokens
+                yield index, Answer(whole.text, whole.reasoning, length, whole.tokens, str(whole.finish), whole.calls)
         finally:
             for ticket in tickets.values():
                 ticket.cancel()

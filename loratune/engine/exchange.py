@@ -56,10 +56,12 @@ class Piece:
 NOTHING = Piece()
 
 
-def joined(one: Piece, other: Piece) -> Piece:
-    """Two pieces as one."""
-    text, reasoning, calls = one.text + other.text, one.reasoning + other.reasoning, one.calls + other.calls
-    return Piece(text, reasoning, other.tokens, other.finish, other.error, calls)
+def joined(*pieces: Piece) -> Piece:
+    """Pieces that follow each other as one; how far it has come, and its end, are those of the last."""
+    last = pieces[-1]
+    text, reasoning = ("".join(getattr(piece, kind) for piece in pieces) for kind in ("text", "reasoning"))
+    calls = tuple(call for piece in pieces for call in piece.calls)
+    return Piece(text, reasoning, last.tokens, last.finish, last.error, calls)
 
 
 @dataclass(frozen=True)

@@ -29,8 +29,8 @@ MOST_LAYERS = 1_000
 INDEX_BYTES = 100_000_000
 CONFIG, ADAPTER_CONFIG = "config.json", "adapter_config.json"
 OTHER_CONFIGS = ("generation_config.json", "tokenizer_config.json")
-TOKENIZER_FILES = ["*.json", "*.jinja", "*.txt", "*.model"]
-HUB_FILES = [*TOKENIZER_FILES, "*.safetensors"]
+SMALL_HUB_FILES = ["*.json", "*.jinja", "*.txt", "*.model"]
+HUB_FILES = [*SMALL_HUB_FILES, "*.safetensors"]
 BESIDE_A_BASE = ["adapter_*"]
 """What some repositories hold beside the model itself, and what is not fetched."""
 
@@ -57,7 +57,7 @@ def find_tokenizer(settings: ModelSettings) -> Path:
     Raises:
         LoratuneError: there is no such folder, or the hub cannot give it.
     """
-    folder = local_folder(settings) or _download(settings, TOKENIZER_FILES)
+    folder = local_folder(settings) or _download(settings, SMALL_HUB_FILES)
     if settings.base != TINY_QWEN:
         check_config(folder)
     return folder

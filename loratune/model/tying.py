@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import json
 from pathlib import Path
 
 import torch
@@ -13,6 +12,7 @@ from loratune.errors import Exit, LoratuneError
 from loratune.model.architecture.vocabulary import vocabulary_of
 from loratune.model.files import weight_files
 from loratune.model.weights.tensor_files import TensorFiles
+from loratune.plain_files import read_json_object
 
 
 @functools.cache
@@ -28,7 +28,7 @@ def head_is_tied(folder: Path) -> bool:
     Raises:
         LoratuneError: config and files contradict each other in a way that leaves no model.
     """
-    says_tied = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("tie_word_embeddings", False)
+    says_tied = read_json_object(folder / "config.json").get("tie_word_embeddings", False)
     files = TensorFiles(weight_files(folder))
     embedding, head = vocabulary_of(files.infos)
     of_embedding, of_head = files.infos.get(embedding), files.infos.get(head)

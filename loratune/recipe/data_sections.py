@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BeforeValidator, Discriminator, Field, Tag, field_validator, model_validator
 
@@ -88,9 +88,7 @@ class DataSettings(Section):
     """What a finding of the gate (see remove) does, where not its usual: short=ignore, duplicates=refuse."""
     remove: Annotated[list[Finding], BeforeValidator(listed)] = Field(
         default=[],
-        description="Findings whose rows are removed, with a report: duplicates, near_duplicates, overlap (training "
-        "rows that are in validation too), empty, short, garbled, repetitive, long_answers, thinking, no_reasoning, "
-        "broken_off, only_reasoning, normalized, control_tokens, control_tokens_in_answers.",
+        description=f"Findings whose rows are removed, with a report: {', '.join(get_args(Finding))}.",
     )
     near_duplicates: float | None = Field(default=None, gt=0, lt=1)
     """Look for rows of at least this similarity (0.8 is usual) besides equal ones; slower."""

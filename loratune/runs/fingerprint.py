@@ -8,12 +8,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from loratune.plain_files import read_json_object
 from loratune.runs.folder import values_sha256
 from loratune.runs.tensor_hashes import TensorHashes
+from loratune.runs.tokenizer_files import FINGERPRINTED
 from loratune.safetensors_header import read_header
 
 SAMPLE_BYTES = 4096
-VOCABULARY_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt")
 SAMPLED, FULL, TENSORS = "weights_sha256", "tensors_sha256", "tensors"
 """Names of what a manifest holds; runs of earlier versions know their base by samples alone."""
 
@@ -40,13 +41,13 @@ def sampled_fingerprint(folder: Path, weight_files: Sequence[Path]) -> dict[str,
         folder: the model folder.
         weight_files: its safetensors files.
     """
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    config = read_json_object(folder / "config.json")
     # Written by whoever saved the folder, without a bearing on what it computes.
     for key in ("_name_or_path", "transformers_version", "torch_dtype", "dtype"):
         config.pop(key, None)
     return {
         "config_sha256": values_sha256(config),
-        "tokenizer_sha256": _hash_files([folder / name for name in VOCABULARY_FILES]),
+        "tokenizer_sha256": _hash_files([folder / name for name in FINGERPRINTED]),
         SAMPLED: _hash_samples(weight_files),
     }
 

@@ -16,7 +16,7 @@ from loratune.runs.lock import lock_holder
 from loratune.runs.manifest import Manifest, TrainedBase, read_manifest
 from loratune.runs.record import RunRecord
 from loratune.runs.seals import ADAPTER_CONFIG, changed_files, open_sealed, require_same_settings, require_unchanged
-from loratune.runs.tokenizer_files import count_tokens
+from loratune.runs.tokenizer_files import TOKENIZER_CONFIG, count_tokens
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,7 @@ class AdapterSource:
 
     def tokenizer_folder(self, base: Path) -> Path:
         """Where the tokenizer of the training lies; a checkpoint has only its base's."""
-        return self.adapter if (self.adapter / "tokenizer_config.json").is_file() else base
+        return self.adapter if (self.adapter / TOKENIZER_CONFIG).is_file() else base
 
 
 def open_adapter(path: Path, force: bool = False) -> AdapterSource:

@@ -10,19 +10,24 @@ from pathlib import Path
 from loratune.errors import Exit, LoratuneError
 from loratune.plain_files import read_json_object, read_plain
 
+TOKENIZER_CONFIG = "tokenizer_config.json"
+CHAT_TEMPLATE = "chat_template.jinja"
+# In this order they are hashed, and manifests hold the hash.
 TOKENIZER_FILES = (
     "tokenizer.json",
-    "tokenizer_config.json",
+    TOKENIZER_CONFIG,
     "special_tokens_map.json",
     "added_tokens.json",
     "vocab.json",
     "merges.txt",
     "tokenizer.model",
-    "chat_template.jinja",
+    CHAT_TEMPLATE,
     "chat_template.json",
 )
-
-
+VOCABULARY_FILES = ("tokenizer.json", "added_tokens.json", "vocab.json", "merges.txt", "tokenizer.model")
+"""Those that hold tokens and their ids."""
+FINGERPRINTED = ("tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt")
+"""Those that a base's fingerprint covers, in its order, which manifests hold the hash of too."""
 NAMED_TEMPLATES = "additional_chat_templates"
 """Folder of the templates that are not the default one."""
 

@@ -18,14 +18,12 @@ from loratune.model.tokenizer import load_tokenizer
 from loratune.runs.card import base_name, write_card, write_plain_card
 from loratune.runs.folder import file_sha256
 from loratune.runs.opening import AdapterSource
-from loratune.runs.tokenizer_files import copy_tokenizer_files
+from loratune.runs.tokenizer_files import TOKENIZER_CONFIG, VOCABULARY_FILES, copy_tokenizer_files
 from loratune.safetensors_header import header_text
 from loratune.writing import write_json
 
 # Settings that PEFT writes even where the feature that they belong to is off.
 IDLE_SETTINGS = {"megatron_core": "megatron_config", "qalora_group_size": "use_qalora"}
-# In a vocabulary `/root` is a token, not a place.
-VOCABULARIES = ("tokenizer.json", "added_tokens.json", "vocab.json", "merges.txt", "tokenizer.model")
 
 
 def export_adapter(source: AdapterSource, folder: Path, model: str | None = None, force: bool = False) -> bool:
@@ -55,7 +53,7 @@ def export_adapter(source: AdapterSource, folder: Path, model: str | None = None
     write_json(folder / CONFIG_FILE, _cleaned(config))
     shutil.copyfile(source.adapter / WEIGHTS_FILE, folder / WEIGHTS_FILE)
     copy_tokenizer_files(source.adapter, folder)
-    has_own_template = (folder / "tokenizer_config.json").is_file() and write_portable_template(
+    has_own_template = (folder / TOKENIZER_CONFIG).is_file() and write_portable_template(
         Encoder(load_tokenizer(folder), source.prompt), folder
     )
     if source.record:
@@ -125,7 +123,7 @@ def _texts(folder: Path) -> Iterator[tuple[str, bytes]]:
     for path in sorted(path for path in folder.rglob("*") if path.is_file()):
         if path.name == WEIGHTS_FILE:
             yield path.name, header_text(path)
-        elif path.name not in VOCABULARIES:
+        elif path.name not in VOCABULARY_FILES:  # in which `/root` is a token, not a place
             yield path.name, path.read_bytes()
 
 

@@ -11,14 +11,14 @@ from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 
 from loratune.data.encoding.encoder import Encoder
 from loratune.delivery.merge.model_folder import CONFIG, GENERATION_CONFIG
-from loratune.delivery.template import TEMPLATE_FILE, TOKENIZER_CONFIG, portable_template, renders_training_prompts
+from loratune.delivery.template import portable_template, renders_training_prompts
 from loratune.errors import Exit, LoratuneError, bullet_list
 from loratune.model.architecture.vocabulary import vocabulary_of
 from loratune.model.files import weight_files
 from loratune.model.weights.tensor_files import INDEX, TensorFiles
 from loratune.plain_files import read_json_object
 from loratune.runs.folder import VERIFICATION
-from loratune.runs.tokenizer_files import NAMED_TEMPLATES, tokenizer_files
+from loratune.runs.tokenizer_files import CHAT_TEMPLATE, NAMED_TEMPLATES, TOKENIZER_CONFIG, tokenizer_files
 from loratune.runs.verification import is_loaded
 
 ALLOWED = ("vocab_size", "tie_word_embeddings", "dtype", "torch_dtype")
@@ -56,18 +56,18 @@ def _file_problems(base: Path, tokenizer: Path, folder: Path, template: str | No
     copies |= {path.name: path for path in [*base.glob("LICENSE*"), *base.glob("NOTICE*")] if path.is_file()}
     if template is not None:
         copies = {name: path for name, path in copies.items() if not name.startswith(NAMED_TEMPLATES)}
-        copies.pop(TEMPLATE_FILE, None)
+        copies.pop(CHAT_TEMPLATE, None)
         config = read_json_object(copies.pop(TOKENIZER_CONFIG))
         config |= {"chat_template": template} if "chat_template" in config else {}
         if _json(folder / TOKENIZER_CONFIG) != config:
             yield f"{TOKENIZER_CONFIG}: not the training's tokenizer's with the template of its prompts"
-        if _bytes(folder / TEMPLATE_FILE) != template.encode():
-            yield f"{TEMPLATE_FILE}: not the template of the training's prompts"
+        if _bytes(folder / CHAT_TEMPLATE) != template.encode():
+            yield f"{CHAT_TEMPLATE}: not the template of the training's prompts"
     for name, path in copies.items():
         if _bytes(folder / name) != path.read_bytes():
             yield f"{name}: {'not that of the base' if (folder / name).is_file() else 'missing'}"
     expected = {*copies, TOKENIZER_CONFIG, CONFIG, GENERATION_CONFIG, INDEX, VERIFICATION}
-    expected |= {TEMPLATE_FILE} if template is not None else set()
+    expected |= {CHAT_TEMPLATE} if template is not None else set()
     expected |= {path.name for path in weight_files(folder)}
     for path in sorted(folder.rglob("*")):
         if path.is_file() and str(path.relative_to(folder)) not in expected and is_loaded(path.name):

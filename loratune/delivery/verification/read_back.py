@@ -6,7 +6,6 @@ from PEFT (`loratune.model.adapter.peft_merge`).
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -21,6 +20,7 @@ from loratune.delivery.verification.row_check import RowCheck
 from loratune.errors import Exit, LoratuneError
 from loratune.model.architecture.vocabulary import Vocabulary, vocabulary_of
 from loratune.model.weights.tensor_files import DTYPE_NAMES, INDEX, TensorFiles, TensorInfo
+from loratune.plain_files import read_json_object
 
 if TYPE_CHECKING:
     from loratune.model.adapter.peft_merge import Change, PeftMerge
@@ -129,7 +129,7 @@ def _check_names(plan: MergePlan, peft: PeftMerge, base: TensorFiles, dtype: tor
 def _check_index(plan: MergePlan, folder: Path) -> None:
     if len(plan.shards) == 1:
         return
-    index = json.loads((folder / INDEX).read_text(encoding="utf-8"))
+    index = read_json_object(folder / INDEX)
     expected = {info.name: name for name, infos in plan.shards.items() for info in infos}
     if index["weight_map"] != expected or index["metadata"]["total_size"] != plan.nbytes:
         raise LoratuneError(f"{INDEX}: does not describe the files beside it", Exit.MODEL)

@@ -19,9 +19,9 @@ from loratune.recipe.sections import ModelSettings, PromptSettings
 from loratune.runs.fingerprint import fingerprint_base
 from loratune.runs.folder import file_sha256
 from loratune.runs.opening import AdapterSource, base_settings, merged_prompt
-from loratune.runs.tokenizer_files import NAMED_TEMPLATES, tokenizer_sha256
+from loratune.runs.tokenizer_files import CHAT_TEMPLATE, NAMED_TEMPLATES, TOKENIZER_CONFIG, tokenizer_sha256
 
-SETTINGS_FILES = ("tokenizer_config.json", "chat_template.jinja", "generation_config.json")
+SETTINGS_FILES = (TOKENIZER_CONFIG, CHAT_TEMPLATE, "generation_config.json")
 """Of a base, besides what its fingerprint covers: they decide how it is asked and how it draws."""
 
 

@@ -15,7 +15,7 @@ from typing import Any
 from loratune import console
 from loratune.data.formats.conversation import Message
 from loratune.engine.engine import AHEAD, Engine
-from loratune.engine.exchange import Piece, Question
+from loratune.engine.exchange import Piece, Question, joined
 from loratune.engine.sampling import SEEDS, Sampling
 from loratune.engine.ticket import Ticket
 from loratune.errors import Interrupted, LoratuneError, counted
@@ -179,14 +179,12 @@ class _Answering:
         if isinstance(event, int):
             raise Interrupted(event)
         key, pieces = event
-        last: Piece = pieces[-1]
-        if last.error is not None:
-            raise last.error
+        whole = joined(*pieces)
+        if whole.error is not None:
+            raise whole.error
         del self._open[key]
-        text, reasoning = ("".join(getattr(piece, kind) for piece in pieces) for kind in ("text", "reasoning"))
-        calls = [call.in_message() for piece in pieces for call in piece.calls]
-        values = {"answer": text, "finish": last.finish, "tokens": last.tokens}
-        others = {"reasoning": reasoning, "tool_calls": calls}
+        values = {"answer": whole.text, "finish": whole.finish, "tokens": whole.tokens}
+        others = {"reasoning": whole.reasoning, "tool_calls": [call.in_message() for call in whole.calls]}
         self._keep(key, values | {name: value for name, value in others.items() if value})
 
     def _keep(self, key: tuple[int, str], values: dict[str, Any]) -> None:

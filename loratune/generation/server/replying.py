@@ -158,10 +158,10 @@ class Reply:
         Raises:
             ApiError: as `next`.
         """
-        whole = Piece()
-        while not whole.finish:
-            whole = joined(whole, await self.next())
-        return whole
+        pieces = [Piece()]
+        while not pieces[-1].finish:
+            pieces.append(await self.next())
+        return joined(*pieces)
 
     def cancel(self) -> None:
         """End the answer within a token."""

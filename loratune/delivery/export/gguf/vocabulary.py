@@ -15,6 +15,7 @@ from loratune.data.encoding.encoder import Encoder
 from loratune.delivery.export.gguf.layout import NotForGgufError
 from loratune.errors import Exit, LoratuneError
 from loratune.model.tokenizer import load_tokenizer
+from loratune.plain_files import read_json_object
 from loratune.runs.opening import merged_prompt
 
 # Kinds of a token, as the format numbers them.
@@ -49,10 +50,7 @@ def describe_vocabulary(model: Path, vocab_size: int) -> dict[str, Any]:
         LoratuneError: a tokenizer that GGUF cannot state, or that does not fit the model.
     """
     path = model / "tokenizer.json"
-    try:
-        state = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise LoratuneError(f"{path}: cannot be read, and GGUF needs it: {error}", Exit.MODEL) from error
+    state = read_json_object(path)
     pre = _find_splitting(path, state)
     tokens, kinds = _list_tokens(path, state, vocab_size)
     return {

@@ -5,7 +5,6 @@ Ollama reads no Jinja.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +17,7 @@ from loratune.delivery.export.ollama.go_template import Render, derive_parts
 from loratune.delivery.export.ollama.go_tools import derive_tools
 from loratune.errors import Exit, LoratuneError
 from loratune.model.tokenizer import load_tokenizer
+from loratune.plain_files import read_json_object
 from loratune.recipe.sections import PromptSettings
 from loratune.writing import write_text
 
@@ -117,13 +117,7 @@ def _plain(name: str) -> str:
 
 def _read_generation_config(model: Path) -> dict[str, Any]:
     path = model / "generation_config.json"
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return {}
-    except (OSError, ValueError) as error:
-        raise LoratuneError(f"{path}: cannot be read: {error}", Exit.MODEL) from error
-    return value if isinstance(value, dict) else {}
+    return read_json_object(path) if path.exists() else {}
 
 
 def _end_texts(encoder: Encoder, generation: dict[str, Any]) -> list[str]:
