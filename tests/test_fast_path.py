@@ -82,7 +82,7 @@ def train(model: Path, folder: Path, **flags: Any) -> tuple[Comparison, Any]:
     reference = copy.deepcopy(session.model)
     give_back_forwards(reference)
     reference.base_model.model.set_attn_implementation("eager")
-    trainer, *_ = training_session._build_trainer(session, {})
+    trainer = training_session._build_trainer(session, {}).trainer
     comparison = Comparison(trainer, reference)
     trainer.add_callback(comparison)
     (folder / "run").mkdir(exist_ok=True)

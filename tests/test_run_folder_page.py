@@ -76,7 +76,7 @@ def written(short_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         given = folder / "merged" if source == "--model" else short_run
         loratune("export", source, given, "--format", kind, "--output", folder / kind)
     asked = ("--input", short_run.parent / "rows.json", "--output", folder / "answers.jsonl", "--max-new-tokens", 2)
-    loratune("infer", "--adapter", short_run, *asked, "--metrics", "--base")
+    loratune("infer", "--adapter", short_run, *asked, "--metrics", "--no-adapter")
     return folder
 
 

@@ -15,6 +15,7 @@ from loratune.data.formats.conversation import Message
 from loratune.data.template.chat_template import PROBE_TOOL
 from loratune.errors import Exit, LoratuneError
 from loratune.plain_files import read_json_object
+from loratune.protocols import Tokenizer
 from loratune.runs.tokenizer_files import CHAT_TEMPLATE, NAMED_TEMPLATES, TOKENIZER_CONFIG
 
 SYSTEM = """\
@@ -81,7 +82,7 @@ def portable_template(encoder: Encoder) -> str | None:
     return template
 
 
-def renders_training_prompts(encoder: Encoder, tokenizer: Any) -> bool:
+def renders_training_prompts(encoder: Encoder, tokenizer: Tokenizer) -> bool:
     """Whether a program that loads this tokenizer, and nothing else, gets the prompts of the training."""
     return _renders_alike(encoder.at_a_day(), None, tokenizer)
 
@@ -117,7 +118,7 @@ def _literal(text: str) -> str:
     return json.dumps(text, ensure_ascii=False)
 
 
-def _renders_alike(encoder: Encoder, template: str | None, tokenizer: Any = None) -> bool:
+def _renders_alike(encoder: Encoder, template: str | None, tokenizer: Tokenizer | None = None) -> bool:
     """Whether a template by itself gives the training's prompts; None for that of a tokenizer, or the encoder's."""
     tokenizer = tokenizer or encoder.tokenizer
     conversations: list[Sequence[Message]] = [TURNS[:1], TURNS, [SYSTEM_TURN, *TURNS]]
@@ -130,7 +131,7 @@ def _renders_alike(encoder: Encoder, template: str | None, tokenizer: Any = None
 
 
 def _plain(
-    encoder: Encoder, tokenizer: Any, turns: Sequence[Message], template: str | None, tools: list[dict[str, Any]]
+    encoder: Encoder, tokenizer: Tokenizer, turns: Sequence[Message], template: str | None, tools: list[dict[str, Any]]
 ) -> Any:
     """The ids that any program gets on the encoder's day."""
     try:

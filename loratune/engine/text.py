@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
+
+from loratune.protocols import Tokenizer
 
 OPENING, CLOSING = "<think>", "</think>"
 UNFINISHED = "\ufffd"
@@ -32,7 +34,7 @@ class TextStream:
 
     def __init__(
         self,
-        tokenizer: Any,
+        tokenizer: Tokenizer,
         stop: Sequence[str] = (),
         in_reasoning: bool = False,
         beginning: str = "",

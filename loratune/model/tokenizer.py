@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 from transformers import AutoTokenizer
 
 from loratune.errors import Exit, LoratuneError
 from loratune.model.config import load_config
 from loratune.model.files import CONFIG
+from loratune.protocols import Tokenizer
 
 
-def load_tokenizer(folder: Path) -> Any:
+def load_tokenizer(folder: Path) -> Tokenizer:
     """The model's tokenizer, set up so that no text of a row can become a control token.
 
     Raises:
@@ -20,7 +20,9 @@ def load_tokenizer(folder: Path) -> Any:
     """
     config = load_config(folder) if (folder / CONFIG).is_file() else None
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, config=config, local_files_only=True, trust_remote_code=False)
+        tokenizer: Tokenizer = AutoTokenizer.from_pretrained(
+            folder, config=config, local_files_only=True, trust_remote_code=False
+        )
         tokenizer("a text")  # which compares its length with model_max_length
     except Exception as error:  # the tokenizers library knows no other class
         raise LoratuneError(
@@ -34,7 +36,7 @@ def _first_line(error: Exception) -> str:
     return next(iter(str(error).splitlines()), type(error).__name__)
 
 
-def set_pad_token(tokenizer: Any, end_ids: set[int]) -> None:
+def set_pad_token(tokenizer: Tokenizer, end_ids: set[int | None]) -> None:
     """Make sure that padding is not a token that ends an answer; loss and attention never see it either way."""
     special = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
     named_pad = [token for token in special if "pad" in token]

@@ -13,6 +13,7 @@ from loratune.data.encoding.encoder import IGNORED
 from loratune.errors import Exit, LoratuneError, counted
 from loratune.model.files import find_tokenizer
 from loratune.model.tokenizer import load_tokenizer
+from loratune.protocols import Tokenizer
 from loratune.recipe.sections import Recipe
 from loratune.training.gate import TEMPLATE, pass_gate
 from loratune.training.steps import packed_batches
@@ -26,7 +27,7 @@ class Preview:
     """Where its row stands."""
     input_ids: list[int]
     labels: list[int]
-    tokenizer: Any
+    tokenizer: Tokenizer
 
     def as_json(self) -> dict[str, Any]:
         """The sequence for scripts."""

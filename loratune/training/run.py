@@ -32,6 +32,7 @@ from loratune.model.kernels.packed_attention import use_document_attention
 from loratune.model.memory import keep_freed_memory
 from loratune.model.tokenizer import load_tokenizer, set_pad_token
 from loratune.plain_files import read_json_object
+from loratune.protocols import Tokenizer
 from loratune.recipe.advice import advise
 from loratune.recipe.sections import Recipe
 from loratune.runs.card import write_card
@@ -74,7 +75,7 @@ class Prepared:
     output: Path
     hardware: Hardware
     base: Path
-    tokenizer: Any
+    tokenizer: Tokenizer
     encoder: Encoder
     data: PreparedData
     plan: StepPlan

@@ -16,6 +16,8 @@ from typing import Any, Literal, TypeAlias
 from tokenizers.models import BPE
 from tokenizers.normalizers import NFC
 
+from loratune.protocols import Tokenizer
+
 Ids: TypeAlias = "array[int]"
 """Token ids packed as int32: a Python object for each would cost more than everything else here."""
 MOST_PIECES = 400_000
@@ -68,7 +70,7 @@ class TokenMemo:
         tokenizer: a transformers tokenizer; what changes in it later is not noticed.
     """
 
-    def __init__(self, tokenizer: Any) -> None:
+    def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
         self._known: dict[str, bytes] = {}
         added = tokenizer.added_tokens_decoder
@@ -176,7 +178,7 @@ class TokenMemo:
         return self.all_ids(samples, keep_special) == self._of_library(samples, keep_special)
 
 
-def normal_form(tokenizer: Any) -> NormalForm | None:
+def normal_form(tokenizer: Tokenizer) -> NormalForm | None:
     """The Unicode normal form that a tokenizer brings texts into; None where it keeps them, or does something else."""
     ids = tokenizer(UNNORMALIZED, add_special_tokens=False).input_ids
     read = str(tokenizer.decode(ids)).strip()
@@ -198,7 +200,7 @@ def _parts(ids: list[int], separator: int) -> Iterator[bytes]:
     yield _packed(ids[start:])
 
 
-def _find_pieces(tokenizer: Any) -> re.Pattern[str] | None:
+def _find_pieces(tokenizer: Tokenizer) -> re.Pattern[str] | None:
     """What the pieces of a text without added tokens are: it is cut between an ASCII letter and one of FOLLOWERS."""
     if not getattr(tokenizer, "is_fast", False) or tokenizer.split_special_tokens:
         return None

@@ -16,6 +16,7 @@ from typing import Any
 from loratune.data.template.answer_ends import ANSWER, MARK, QUESTION, Render, Tools, frame_answer
 from loratune.data.template.own import OWN_TEMPLATES
 from loratune.errors import Exit, LoratuneError
+from loratune.protocols import Tokenizer
 
 REASONING_MARK = "loratune-reasoning"
 SYSTEM = {"role": "system", "content": "!"}
@@ -65,7 +66,7 @@ class ChatTemplate:
     """What the user should know of it."""
 
 
-def find_templates(tokenizer: Any, name: str) -> tuple[str, str]:
+def find_templates(tokenizer: Tokenizer, name: str) -> tuple[str, str]:
     """The texts that render conversations without tools and with them.
 
     Args:

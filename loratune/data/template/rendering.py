@@ -25,6 +25,7 @@ from loratune.data.template.own import OWN_TEMPLATES
 from loratune.data.template.text_marks import with_marks_kept
 from loratune.data.template.trial import try_template
 from loratune.errors import Exit, LoratuneError
+from loratune.protocols import Tokenizer
 from loratune.recipe.sections import PromptSettings
 
 FAILURES = (
@@ -51,7 +52,7 @@ class ChatRenderer:
         LoratuneError: the tokenizer has no chat template, or no token that could end an answer.
     """
 
-    def __init__(self, tokenizer: Any, settings: PromptSettings) -> None:
+    def __init__(self, tokenizer: Tokenizer, settings: PromptSettings) -> None:
         self.tokenizer = tokenizer
         self.settings = settings
         self.adds_bos = tokenizer("").input_ids == [tokenizer.bos_token_id]

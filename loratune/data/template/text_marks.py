@@ -6,12 +6,13 @@ import copy
 from typing import Any
 
 from loratune.data.formats.conversation import keys_in, texts_in
+from loratune.protocols import Tokenizer
 
 MARKS = ("\U000f0000", "\U000f0001")
 PRIVATE_USE = range(0xF0002, 0xFFFFE)
 
 
-def with_marks_kept(tokenizer: Any, rendered: list[Any]) -> tuple[Any, list[Any]]:
+def with_marks_kept(tokenizer: Tokenizer, rendered: list[Any]) -> tuple[Any, list[Any]]:
     """A tokenizer and messages that give, through `sanitize_control_tokens`, the ids that the whole texts have.
 
     Args:
@@ -26,7 +27,7 @@ def with_marks_kept(tokenizer: Any, rendered: list[Any]) -> tuple[Any, list[Any]
         return tokenizer, rendered
     stand_ins = free_marks(rendered)
     back = str.maketrans(dict(zip(stand_ins, MARKS, strict=True)))
-    other = copy.copy(tokenizer)
+    other: Any = copy.copy(tokenizer)
     other.encode = lambda text, **options: tokenizer.encode(text.translate(back), **options)
     return other, _translated(rendered, str.maketrans(dict(zip(MARKS, stand_ins, strict=True))))
 

@@ -16,6 +16,7 @@ from loratune.engine.sampling import Sampling
 from loratune.engine.scheduler import Decoder, Running
 from loratune.errors import LoratuneError, counted
 from loratune.model.adapter.own_parameters import BASE
+from loratune.protocols import Tokenizer
 
 MAX_QUESTIONS = 8
 COMPARED_TOKENS = 48
@@ -174,7 +175,7 @@ def _greedy(tokens: int) -> Sampling:
     return Sampling(max_new_tokens=tokens, repetition_penalty=1.0)
 
 
-def _told(tokenizer: Any, messages: Sequence[Any], expected: int, before: Running, now: Running) -> Told:
+def _told(tokenizer: Tokenizer, messages: Sequence[Any], expected: int, before: Running, now: Running) -> Told:
     # What has not come to its end may go on alike.
     compared = min((len(one.tokens) for one in (before, now) if one.finish != "stop"), default=None)
     could_end = now.finish == "length" and expected <= MAX_TOKENS // 2

@@ -8,6 +8,7 @@ from typing import Any
 from jinja2 import TemplateError
 
 from loratune.data.template.chat_template import CLOSING, OPENING
+from loratune.protocols import Tokenizer
 
 QUESTION = {"role": "user", "content": "?"}
 REASONED = {"role": "assistant", "content": "loratune-answer", "reasoning_content": "loratune-reasoning"}
@@ -15,7 +16,7 @@ SHOWN = re.compile(rf"{OPENING}\s*loratune-reasoning\s*{CLOSING}\s*loratune-answ
 OPEN, CLOSED = re.compile(rf"{OPENING}\s*\Z"), re.compile(rf"{OPENING}\s*{CLOSING}\s*\Z")
 
 
-def vllm_reasoning_parser(tokenizer: Any, template: str) -> str | None:
+def vllm_reasoning_parser(tokenizer: Tokenizer, template: str) -> str | None:
     """vLLM's parser for the reasoning that a template asks for; None where answers have none.
 
     Args:
@@ -30,7 +31,7 @@ def vllm_reasoning_parser(tokenizer: Any, template: str) -> str | None:
     return "qwen3" if SHOWN.search(_render(tokenizer, template, [QUESTION, REASONED])) else None
 
 
-def _render(tokenizer: Any, template: str, messages: list[dict[str, Any]], **options: Any) -> str:
+def _render(tokenizer: Tokenizer, template: str, messages: list[dict[str, Any]], **options: Any) -> str:
     try:
         return str(tokenizer.apply_chat_template(messages, chat_template=template, tokenize=False, **options))
     except (TemplateError, TypeError, ValueError):
