@@ -368,7 +368,9 @@ def test_rows_are_read_before_the_model_is_looked_for(sft: Callable[..., Result]
 def test_a_missing_tracker_is_a_warning(sft: Callable[..., Result], tmp_path: Path) -> None:
     result = sft("--tracking.report_to", "swanlab", "--tracking.report_to", "tensorboard")
     assert result.exit_code == 0
-    assert "tracking.report_to swanlab needs the package swanlab: pip install swanlab" in " ".join(result.stderr.split())
+    assert "tracking.report_to swanlab needs the package swanlab: pip install swanlab" in " ".join(
+        result.stderr.split()
+    )
     assert list((tmp_path / "run").rglob("events.out.tfevents*"))
 
 

@@ -31,7 +31,6 @@ KNOWN_ELSEWHERE = {
     "base_model": "model.base",
     "pretrained_model_name_or_path": "model.base",
     "model_revision": "model.revision",
-    "revision_of_model": "model.revision",
     "use_hf": "model.hub",
     "use_modelscope": "model.hub: modelscope",
     "torch_dtype": "model.dtype",
@@ -66,7 +65,6 @@ KNOWN_ELSEWHERE = {
     "peft_layers_to_transform": "lora.layers",
     "lora_modules_to_save": "lora.modules_to_save",
     "additional_target": "lora.modules_to_save",
-    "use_rslora": "lora.use_rslora",
     "peft_use_rslora": "lora.use_rslora",
     "peft_use_dora": "lora.use_dora",
     # Rows.
@@ -96,7 +94,6 @@ KNOWN_ELSEWHERE = {
     "excess_length_strategy": "data.truncation_strategy",
     "truncation": "data.truncation_strategy",
     "overflow": "data.truncation_strategy",
-    "columns_mapping": "data.columns",
     # Prompts.
     "chat_template": "prompt.template",
     "template_type": "prompt.template",

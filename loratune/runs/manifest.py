@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 
 from loratune.errors import Exit, LoratuneError
 from loratune.plain_files import read_json_object
+from loratune.runs.file_hashes import are_records
 from loratune.runs.folder import ADAPTER, FORMAT_VERSION, MANIFEST, values_sha256
 from loratune.runs.record import RunRecord, read_record
 from loratune.writing import write_json
@@ -144,7 +145,7 @@ def _parsed(values: dict[str, Any], is_sealed: bool) -> Manifest:
         versions=dict(values.get("versions", {})),
         record=read_record(values["record"]) if "record" in values else None,
         created=str(values.get("created", "")),
-        files=files if isinstance(files, dict) and all(isinstance(one, dict) for one in files.values()) else None,
+        files=files if are_records(files) else None,
         is_sealed=is_sealed,
     )
 

@@ -234,7 +234,7 @@ def _open_run(run: Path, adapter: Path, force: bool) -> AdapterSource:
         raise LoratuneError(f"{run}: the run has no adapter yet (state: {state}){hint}", Exit.MODEL)
     changed = changed_files(run, manifest, with_adapter=True)
     require_unchanged(run, changed, force)
-    return AdapterSource(adapter, manifest.record or _record_of_before(run), manifest, run, tuple(changed))
+    return AdapterSource(adapter, run_record(run, manifest), manifest, run, tuple(changed))
 
 
 def _open_checkpoint(run: Path, folder: Path, force: bool) -> AdapterSource:
@@ -242,13 +242,19 @@ def _open_checkpoint(run: Path, folder: Path, force: bool) -> AdapterSource:
     manifest = read_manifest(run)
     changed = changed_files(run, manifest, with_adapter=False)
     require_unchanged(run, changed, force)
-    record = manifest.record or _record_of_before(run)
+    record = run_record(run, manifest)
     other = require_same_settings(checkpoint, run, record, force) if checkpoint else []
     return AdapterSource(folder, record, manifest, run, (*damage, *changed, *other), checkpoint=checkpoint)
 
 
-def _record_of_before(run: Path) -> RunRecord:
-    """The record of a run whose version of loratune kept none apart from the recipe."""
+def run_record(run: Path, manifest: Manifest) -> RunRecord:
+    """The record of a run; earlier versions kept none apart from the recipe, of which it is made then.
+
+    Raises:
+        LoratuneError: the recipe of such a run cannot be read.
+    """
+    if manifest.record:
+        return manifest.record
     try:
         return RunRecord.of(load_written_recipe(run / RECIPE))
     except LoratuneError as error:

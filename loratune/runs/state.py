@@ -8,12 +8,12 @@ from typing import Any
 from loratune.commands import Command, loratune
 from loratune.errors import Exit, LoratuneError
 from loratune.plain_files import read_json_object
-from loratune.recipe.loading import load_written_recipe
 from loratune.runs.base_check import NOTHING, how_checked
 from loratune.runs.checkpoint import checkpoint_steps
 from loratune.runs.folder import ADAPTER, CHECKPOINTS, MANIFEST, RECIPE, STATUS, read_metrics
 from loratune.runs.lock import lock_holder
 from loratune.runs.manifest import read_manifest
+from loratune.runs.opening import run_record
 from loratune.runs.seals import changed_files
 
 LOWER = 3
@@ -86,7 +86,7 @@ def next_command(output: Path, state: str) -> Command | None:
         return loratune("next", "infer", {"--adapter": output})
     flags: dict[str, object] = {"--config": output / RECIPE}
     if state == "diverged":
-        rate = load_written_recipe(output / RECIPE).training.learning_rate
+        rate = run_record(output, read_manifest(output)).learning_rate
         lower = {"--overwrite": True, "--training.learning_rate": f"{rate / LOWER:.3g}"}
         return loratune("start anew with a lower learning rate", "sft", flags | lower)
     if checkpoint_steps(output / CHECKPOINTS):
