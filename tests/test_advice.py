@@ -23,6 +23,7 @@ from loratune.errors import Exit
 from loratune.model.files import check_base
 from loratune.recipe.loading import load_recipe
 from loratune.runs.folder import set_status
+from loratune.runs.manifest import Manifest, read_manifest, write_manifest
 from loratune.runs.state import next_command
 from loratune.runs.tokenizer_files import copy_tokenizer_files
 from loratune.training import failures
@@ -315,6 +316,7 @@ def begun_run(short_run: Path, folder: Path) -> Path:
     folder.mkdir()
     recipe = (short_run / "recipe.yaml").read_text(encoding="utf-8").replace(str(short_run), str(folder))
     (folder / "recipe.yaml").write_text(recipe, encoding="utf-8")
+    write_manifest(folder, Manifest(record=read_manifest(short_run).record))
     set_status(folder, "diverged", step=1, steps=4)
     return folder
 
