@@ -18,6 +18,7 @@ from loratune.delivery.merge.update import TensorUpdate, read_updates
 from loratune.delivery.template import about_the_date
 from loratune.delivery.verification.read_back import ReadBack
 from loratune.errors import Exit, LoratuneError
+from loratune.model.adapter.peft_merge import PeftMerge
 from loratune.model.architecture.file_layout import file_layout
 from loratune.model.architecture.vocabulary import vocabulary_of
 from loratune.model.config import empty_model, load_config
@@ -75,6 +76,8 @@ class Candidate:
     files: TensorFiles
     plan: MergePlan
     folder: Path
+    peft: PeftMerge | None = None
+    """The adapter as PEFT understands it, once the files have been compared with that."""
     read_back: ReadBack | None = None
 
 

@@ -67,8 +67,8 @@ def carry_out(job: Job) -> dict[str, Any]:
         _check_updates_survived(job, candidates[0])
         seconds = {"until_files_proved": _seconds_since_start()}
         with _removal_told(
-            "Its tensors were what PEFT makes of the adapter; rounding to 16 bits may be why, which --dtype float32 "
-            "avoids, and --no-logits leaves this comparison out"
+            "Its tensors were what PEFT makes of the adapter, so the fault is in how it is loaded or computed with; "
+            "--no-logits leaves this comparison out"
         ):
             chosen, proof = prove_models(job, candidates)
         _keep(chosen, candidates, folder)
@@ -109,7 +109,7 @@ def prove_files(job: Job, candidate: Candidate) -> None:
         LoratuneError: something else is there.
     """
     plan = candidate.plan
-    peft = PeftMerge(job.base, job.source.adapter, plan.vocabulary, job.is_tied)
+    peft = candidate.peft = PeftMerge(job.base, job.source.adapter, plan.vocabulary, job.is_tied)
     with console.byte_progress("reading back", plan.nbytes) as advance:
         candidate.read_back = read_back(plan, peft, candidate.files, candidate.folder, advance, job.options.dtype)
     check_beside(job.base, job.source.tokenizer_folder(job.base), job.encoder, candidate.folder)

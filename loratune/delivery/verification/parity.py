@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -37,19 +38,39 @@ class Parity:
     """The reference's, by absolute value: the scale of the difference."""
 
 
+@dataclass(frozen=True)
+class InState:
+    """A model, and what is changed about it while it computes."""
+
+    model: Any
+    state: Callable[[], AbstractContextManager[None]]
+
+
 def compare_models(reference: Any, candidates: Sequence[Any], rows: Sequence[ProbeRow]) -> list[Parity]:
-    """Run models side by side over the labelled positions of some rows.
+    """Run models over the labelled positions of some rows, and compare each candidate with the reference.
 
     Args:
         reference: a causal language model, with or without PEFT's layers.
         candidates: others with the same vocabulary.
         rows: at least one label among them.
     """
-    totals = [_Totals() for _ in candidates]
+    pairs = [(0, place) for place in range(1, len(candidates) + 1)]
+    return compare_pairs([reference, *candidates], pairs, rows)
+
+
+def compare_pairs(models: Sequence[Any], pairs: Sequence[tuple[int, int]], rows: Sequence[ProbeRow]) -> list[Parity]:
+    """Run each model once, and compare pairs of them.
+
+    Args:
+        models: causal language models with the same vocabulary, or `InState`.
+        pairs: places of a reference and a candidate among the models.
+        rows: at least one label among them.
+    """
+    totals = [_Totals() for _ in pairs]
     for batch in _batches(rows):
-        for expected, *others in zip(*(_logits(model, batch) for model in (reference, *candidates)), strict=True):
-            for total, found in zip(totals, others, strict=True):
-                total.add(expected, found)
+        for logits in zip(*(_logits(model, batch) for model in models), strict=True):
+            for total, (expected, found) in zip(totals, pairs, strict=True):
+                total.add(logits[expected], logits[found])
     return [total.parity() for total in totals]
 
 
@@ -86,15 +107,16 @@ def _batches(rows: Sequence[ProbeRow], in_order: bool = False) -> Iterator[list[
 
 def _logits(model: Any, batch: list[ProbeRow]) -> Iterator[torch.Tensor]:
     """float32 logits (at most POSITIONS_AT_ONCE, vocabulary) at the labelled positions, piece by piece."""
+    model, state = (model.model, model.state) if isinstance(model, InState) else (model, nullcontext)
     decoder, head = decoder_of(model), output_layer(model)
     longest = max(len(row.input_ids) for row in batch)
     # Padding stands on the right, where causal attention keeps it from being seen by anything that counts.
     ids = torch.tensor([row.input_ids + [0] * (longest - len(row.input_ids)) for row in batch], device=decoder.device)
-    with torch.inference_mode():
+    with torch.inference_mode(), state():
         states = decoder(input_ids=ids, use_cache=False).last_hidden_state
     hidden = torch.cat([states[number, _places(row)] for number, row in enumerate(batch)])
     for start in range(0, len(hidden), POSITIONS_AT_ONCE):
-        with torch.inference_mode():  # not around the yield: the mode would stay on for whoever reads
+        with torch.inference_mode(), state():  # not around the yield: the mode would stay on for whoever reads
             logits = head(hidden[start : start + POSITIONS_AT_ONCE]).float().cpu()
         yield logits
 

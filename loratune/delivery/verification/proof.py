@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -30,18 +30,12 @@ class Bounds:
     clear_disagreement: float
 
 
-# Measured on Qwen2.5 0.5B: bfloat16 0.005, 4e-5 and none; on random weights of 7B shapes 0.03 and 6e-4; into the plain
-# base of an nf4 run 0.17 and 0.05; the base without its adapter 0.6, 1.7 and 40 %.
-BOUNDS = {
-    torch.float32: Bounds(1e-5, 1e-5, 0.0),
-    torch.float16: Bounds(0.02, 3e-4, 0.005),
-    torch.bfloat16: Bounds(0.1, 5e-3, 0.005),
-}
-# Mean KL that rounding may cause with any adapter; a merge that is further off must be nearer than the base.
-ROUNDING_KL = {torch.float32: 1e-5, torch.float16: 6e-5, torch.bfloat16: 1e-3}
-NEARER_THAN_BASE = 0.5
-OTHER_BASE = Bounds(0.6, 0.3, 0.25)
-"""For an adapter of a quantised base on the plain one: quantisation has an effect of its own."""
+EXACT = Bounds(difference=3e-5, mean_kl=1e-6, clear_disagreement=0.0)
+"""For two ways of computing the same in float32, which are 1e-7 to 3e-6 of the largest logit apart."""
+INT8 = Bounds(0.1, 5e-3, 0.005)
+"""For LLM.int8, which rounds what goes into a layer too, as no merged weight can."""
+NOTICED = 0.1
+"""Share of what the adapter does to the distributions that rounding may take without a warning."""
 
 
 @dataclass(frozen=True)
@@ -72,18 +66,6 @@ def check_parity(parity: Parity, bounds: Bounds) -> list[str]:
         ),
     ]
     return [message for is_within, message in tests if not is_within]
-
-
-def relative_bounds(bounds: Bounds, dtype: torch.dtype, effect: Parity) -> Bounds:
-    """Bounds no wider than the adapter's own effect asks for, so that one which does little is held as tightly.
-
-    Args:
-        bounds: of any adapter.
-        dtype: the coarsest of the merged weights.
-        effect: how far the base without its adapter is from base + adapter.
-    """
-    nearer = max(ROUNDING_KL[dtype], NEARER_THAN_BASE * effect.mean_kl)
-    return replace(bounds, mean_kl=min(bounds.mean_kl, nearer))
 
 
 def probe_rows(probe: Probe, encoder: Encoder) -> list[ProbeRow]:

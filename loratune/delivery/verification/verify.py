@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+import functools
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 from loratune import console
-from loratune.delivery.verification.parity import Parity, compare_models
+from loratune.delivery.verification.parity import InState, Parity, compare_models, compare_pairs
 from loratune.delivery.verification.proof import (
-    BOUNDS,
-    OTHER_BASE,
+    EXACT,
+    INT8,
+    NOTICED,
     Bounds,
     check_parity,
     compare_answers,
     probe_rows,
-    relative_bounds,
 )
+from loratune.delivery.verification.rounding import rounded_as, roundings_of
 from loratune.errors import Exit, LoratuneError, bullet_list
 from loratune.model.architecture.vocabulary import vocabulary_of
 from loratune.model.weights.mapped import load_mapped
@@ -45,24 +45,46 @@ def prove(job: Job, candidates: list[Candidate]) -> tuple[Candidate, dict[str, A
         LoratuneError: it is not what base + adapter is.
     """
     with console.status("comparing with base + adapter"):
-        encoder = job.encoder
         probe = read_probe(job.source.run)
+        rows = probe_rows(probe, job.encoder)
         reference = load_reference(job.settings, job.base, job.source.adapter)
-        models = [load_mapped(candidate.folder) for candidate in candidates]
-        rows = probe_rows(probe, encoder)
-        parities = compare_models(reference, models, rows)
-        chosen, parity = min(zip(candidates, parities, strict=True), key=lambda pair: pair[1].mean_kl)
-        effect = _effect(job, chosen, reference, rows)
-        bounds = _bounds(job, chosen, effect)
-        _require_within(parity, bounds)
-        answers = compare_answers(load_mapped(chosen.folder, in_float32=False), reference, encoder, probe)
-    return chosen, {
-        "logits": {c.merge_base: asdict(p) for c, p in zip(candidates, parities, strict=True)},
+        compared = _compare(job, candidates, reference, rows)
+        chosen = min(compared, key=lambda one: one.parity.mean_kl)
+        bounds = INT8 if job.settings.quantization == "int8" else EXACT
+        _require_within(chosen.exact, bounds)
+        effect = _effect(job, chosen.candidate, reference, rows)
+        job.warnings += _about_rounding(job, chosen, effect)
+        merged = load_mapped(chosen.candidate.folder, in_float32=False)
+        answers = compare_answers(merged, reference, job.encoder, probe)
+    return chosen.candidate, {
+        "logits": {one.candidate.merge_base: asdict(one.parity) for one in compared},
+        "logits_with_rounding": {one.candidate.merge_base: asdict(one.exact) for one in compared},
         "compared_on": "the run's validation rows" if probe.rows else "built-in questions",
         "without_adapter": asdict(effect) if effect else None,
         "bounds": asdict(bounds),
         "answers": [asdict(answer) for answer in answers],
     }
+
+
+@dataclass(frozen=True)
+class _Compared:
+    candidate: Candidate
+    parity: Parity
+    """With base + adapter."""
+    exact: Parity
+    """With base + adapter and the rounding errors of the merged weights."""
+
+
+def _compare(job: Job, candidates: list[Candidate], reference: Any, rows: list[ProbeRow]) -> list[_Compared]:
+    is_quantized = job.settings.quantization != "none"
+    models, pairs = [reference], list[tuple[int, int]]()
+    for candidate in candidates:
+        state = functools.partial(rounded_as, reference, roundings_of(candidate, job.base, is_quantized))
+        merged = len(models) + 1
+        models += [InState(reference, state), load_mapped(candidate.folder)]
+        pairs += [(0, merged), (merged - 1, merged)]
+    parities = iter(compare_pairs(models, pairs, rows))
+    return [_Compared(candidate, next(parities), next(parities)) for candidate in candidates]
 
 
 def _effect(job: Job, chosen: Candidate, reference: Any, rows: list[ProbeRow]) -> Parity | None:
@@ -74,14 +96,17 @@ def _effect(job: Job, chosen: Candidate, reference: Any, rows: list[ProbeRow]) -
     return effect
 
 
-def _bounds(job: Job, chosen: Candidate, effect: Parity | None) -> Bounds:
-    if job.settings.quantization != "none" and chosen.merge_base == "original":
-        return OTHER_BASE
-    dtypes = {tensor.info.dtype for tensor in chosen.plan.tensors.values() if tensor.info.dtype in BOUNDS}
-    if job.settings.quantization == "int8":
-        dtypes.add(torch.bfloat16)  # bitsandbytes rounds what goes into a layer too
-    coarsest = max(dtypes, key=lambda dtype: torch.finfo(dtype).eps)
-    return relative_bounds(BOUNDS[coarsest], coarsest, effect) if effect else BOUNDS[coarsest]
+def _about_rounding(job: Job, chosen: _Compared, effect: Parity | None) -> list[str]:
+    """A warning where rounding takes much of what the adapter does."""
+    if effect is None or chosen.parity.mean_kl <= max(EXACT.mean_kl, NOTICED * effect.mean_kl):
+        return []
+    message = (
+        f"rounding to {chosen.candidate.plan.dtype_names} takes a good part of what the adapter does: the merged model "
+        f"is {chosen.parity.mean_kl:.1e} nats from base + adapter (mean KL), and the base alone "
+        f"{effect.mean_kl:.1e}. Merged with --dtype float32 it would lose nothing"
+    )
+    console.warn(message)
+    return [message]
 
 
 def _require_within(parity: Parity, bounds: Bounds) -> None:

@@ -32,7 +32,7 @@ class OwnParameters:
 
     def __init__(self, model: Any) -> None:
         self._model = model
-        self._vocabulary = vocabulary_of(_parameter_places(model))
+        self._vocabulary = vocabulary_of(parameter_modules(model))
         self._modules: dict[str, Any] = {}
         """Name of a parameter that some adapter has of its own → the module that holds it."""
         self._values: dict[str, dict[str, Any]] = {BASE: {}}
@@ -49,7 +49,7 @@ class OwnParameters:
             tensors: of its file; they fit the base.
             keep_dtype: keep the file's precision, for a base that computes in float32 whatever its weights' type.
         """
-        modules = _parameter_places(self._model)
+        modules = parameter_modules(self._model)
         own: dict[str, Any] = {}
         for name in sorted({*tensors.whole, *tensors.rows}):
             base = self._values[BASE].get(name, modules[name]._parameters[_attribute(name)])
@@ -66,7 +66,7 @@ class OwnParameters:
     def keep_trained_biases(self, adapter: str) -> None:
         """Give the base copies of the biases that an adapter is going to train in place."""
         own: dict[str, Any] = {}
-        for name, module in _parameter_places(self._model).items():
+        for name, module in parameter_modules(self._model).items():
             parameter = module._parameters[_attribute(name)]
             if name.endswith(".bias") and parameter.requires_grad:
                 self._modules[name], own[name] = module, parameter
@@ -83,7 +83,7 @@ class OwnParameters:
 
     def base_parameters(self) -> dict[str, Any]:
         """Name of each of the base's parameters, as its files have it → the parameter."""
-        found = {name: module._parameters[_attribute(name)] for name, module in _parameter_places(self._model).items()}
+        found = {name: module._parameters[_attribute(name)] for name, module in parameter_modules(self._model).items()}
         return found | self._values[BASE]
 
     def fingerprint(self) -> dict[str, tuple[int, int]]:
@@ -151,7 +151,7 @@ def _attribute(name: str) -> str:
     return name.rpartition(".")[2]
 
 
-def _parameter_places(model: Any) -> dict[str, Any]:
+def parameter_modules(model: Any) -> dict[str, Any]:
     """Name of a parameter of the base, as its files have it → the module that holds it."""
     return {
         f"{_WRAPPED.sub('', path)}.{attribute}": module

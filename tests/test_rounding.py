@@ -1,0 +1,122 @@
+"""A merged model is held to base + adapter with the rounding errors of its weights, whatever they cost."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file, save_file
+from test_merge import HEAD, make_adapter, make_model, merged, small
+from transformers import AutoModelForCausalLM, Qwen2Config
+from typer.testing import Result
+
+from loratune.delivery.merge import model_folder
+from loratune.delivery.verification.parity import InState, compare_models
+from loratune.delivery.verification.proof import EXACT, check_parity
+from loratune.delivery.verification.rounding import Rounding, rounded_as
+from loratune.errors import Exit
+from loratune.model.adapter.attach import load_adapter
+from loratune.model.adapter.peft_merge import PeftMerge
+from loratune.model.weights.mapped import load_mapped
+from loratune.runs.probe import ProbeRow
+
+Cli = Callable[..., Result]
+WARNING = "rounding to bfloat16 takes a good part"
+pytestmark = pytest.mark.filterwarnings("ignore:Adapter .* have invalid shape. .*lora_B.bias")
+
+
+def rows_of(*lengths: int) -> list[ProbeRow]:
+    ids = [torch.randint(0, 3000, (length,), generator=torch.Generator().manual_seed(2)).tolist() for length in lengths]
+    return [ProbeRow(row, row) for row in ids]
+
+
+KINDS: dict[str, dict[str, Any]] = {
+    "lora": {},
+    "dora": {"use_dora": True},
+    "rslora with biases": {"use_rslora": True, "lora_bias": True, "target_modules": ["q_proj", "v_proj"]},
+    "saved norms": {"modules_to_save": ["norm"]},
+    "embedding": {"target_modules": ["embed_tokens", "v_proj"]},
+    "head": {"target_modules": ["lm_head", "k_proj"]},
+    "trained tokens": {"trainable_token_indices": {"embed_tokens": [5, 700]}},
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_reference_becomes_peft_s_merge_rounded_once(kind: str, dtype: torch.dtype, tmp_path: Path) -> None:
+    base = make_model(tmp_path / "base", small(Qwen2Config, tie_word_embeddings=False), torch.bfloat16)
+    peft = make_adapter(base, tmp_path / "adapter", **KINDS[kind])
+    whole = PeftModel.from_pretrained(
+        AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32), tmp_path / "adapter"
+    ).merge_and_unload()
+    for parameter in whole.parameters():
+        parameter.data = parameter.to(dtype).float()
+    changes = PeftMerge(base, tmp_path / "adapter", peft.config.vocab_size, False).changes
+    roundings = {name: Rounding(dtype, changes.get(name)) for name in dict(whole.named_parameters())}
+    reference, rows = load_adapter(load_mapped(base), tmp_path / "adapter", keep_dtype=True), rows_of(40, 60)
+    before, like_peft = compare_models(reference, [reference, whole.eval()], rows)
+    assert before.largest_difference == 0
+    (exact,) = compare_models(InState(reference, lambda: rounded_as(reference, roundings)), [whole], rows)
+    assert exact.largest_difference < 0.02 * like_peft.largest_difference
+    assert check_parity(exact, EXACT) == []
+    (after,) = compare_models(reference, [whole], rows)
+    assert after == like_peft, "nothing may be left of the rounding errors"
+
+
+def half_lost(tmp_path: Path) -> tuple[Path, Path]:
+    """A base whose large weights bfloat16 holds coarsely, and an adapter much of which is less than half a step."""
+    base = make_model(tmp_path / "base", small(Qwen2Config, tie_word_embeddings=False, hidden_size=256), torch.bfloat16)
+    tensors = load_file(base / "model.safetensors")
+    tensors[HEAD] *= 500
+    save_file(tensors, base / "model.safetensors", metadata={"format": "pt"})
+    make_adapter(base, tmp_path / "adapter", target_modules=["lm_head"], r=1, lora_alpha=1)
+    path = tmp_path / "adapter" / "adapter_model.safetensors"
+    trained = load_file(path)
+    torch.manual_seed(3)
+    for name, tensor in trained.items():
+        trained[name] = torch.randn_like(tensor).sign() * (0.5 if "lora_A" in name else 0.1)
+    save_file(trained, path, metadata={"format": "pt"})
+    return base, tmp_path / "adapter"
+
+
+def test_an_update_that_rounding_takes_a_part_of_is_merged_with_a_warning(
+    cli: Cli, output: Path, tmp_path: Path
+) -> None:
+    base, adapter = half_lost(tmp_path)
+    report = merged(cli, output, "--adapter", adapter, "--model", base)
+    lost, effect = report["logits"]["original"]["mean_kl"], report["without_adapter"]["mean_kl"]
+    assert lost > 0.5 * effect, "a bound on the distance from base + adapter would refuse it"
+    assert report["logits_with_rounding"]["original"]["mean_kl"] < 1e-6
+    assert any(warning.startswith(WARNING) for warning in report["warnings"])
+    wide = merged(cli, tmp_path / "wide", "--adapter", adapter, "--model", base, "--dtype", "float32")
+    assert wide["logits"]["original"]["mean_kl"] < 1e-6
+    assert not any(warning.startswith(WARNING) for warning in wide["warnings"])
+
+
+@pytest.mark.parametrize("values", [{"rms_norm_eps": 3e-6}, {"rope_theta": 5000.0}])
+def test_a_fault_that_does_less_than_rounding_is_noticed(
+    cli: Cli, output: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, values: dict[str, float]
+) -> None:
+    base, adapter = half_lost(tmp_path)
+    write = model_folder._write_config
+
+    def write_wrong(source: Path, folder: Path, *others: Any) -> list[str]:
+        changes = write(source, folder, *others)
+        config = json.loads((folder / "config.json").read_text())
+        config["rope_parameters"] |= {key: value for key, value in values.items() if key in config["rope_parameters"]}
+        (folder / "config.json").write_text(json.dumps(config | {key: values[key] for key in values if key in config}))
+        return changes
+
+    monkeypatch.setattr(model_folder, "_write_config", write_wrong)
+    monkeypatch.setattr("loratune.delivery.merge.merge.check_beside", lambda *_: None)
+    result = cli("merge", "--adapter", adapter, "--model", base, "--output", output)
+    assert result.exit_code == Exit.MODEL
+    told = " ".join(result.stderr.split())
+    assert "is not what base + adapter is" in told
+    assert "The merged model has been removed" in told
+    assert not output.exists()
