@@ -18,11 +18,11 @@ from typer.testing import Result
 from loratune.delivery.merge import model_folder
 from loratune.delivery.verification.parity import InState, compare_models
 from loratune.delivery.verification.proof import EXACT, check_parity
-from loratune.delivery.verification.rounding import Rounding, rounded_as
 from loratune.errors import Exit
 from loratune.model.adapter.attach import load_adapter
 from loratune.model.adapter.peft_merge import PeftMerge
 from loratune.model.weights.mapped import load_mapped
+from loratune.model.weights.rounding import Rounding, rounded_as
 from loratune.runs.probe import ProbeRow
 
 Cli = Callable[..., Result]

@@ -34,6 +34,8 @@ EXACT = Bounds(difference=3e-5, mean_kl=1e-6, clear_disagreement=0.0)
 """For two ways of computing the same in float32, which are 1e-7 to 3e-6 of the largest logit apart."""
 INT8 = Bounds(0.1, 5e-3, 0.005)
 """For LLM.int8, which rounds what goes into a layer too, as no merged weight can."""
+OTHER_BASE = Bounds(0.6, 0.3, 0.25)
+"""For an adapter of a quantised base on the plain one, beside base + adapter: quantisation has an effect of its own."""
 NOTICED = 0.1
 """Share of what the adapter does to the distributions that rounding may take without a warning."""
 

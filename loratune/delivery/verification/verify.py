@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from loratune import console
@@ -12,16 +13,21 @@ from loratune.delivery.verification.proof import (
     EXACT,
     INT8,
     NOTICED,
+    OTHER_BASE,
     Bounds,
     check_parity,
     compare_answers,
     probe_rows,
 )
-from loratune.delivery.verification.rounding import rounded_as, roundings_of
 from loratune.errors import Exit, LoratuneError, bullet_list
+from loratune.model.adapter.own_parameters import parameter_modules
+from loratune.model.architecture.file_layout import file_layout
+from loratune.model.architecture.roles import quantised_matrices
 from loratune.model.architecture.vocabulary import vocabulary_of
+from loratune.model.config import empty_model, load_config
 from loratune.model.weights.mapped import load_mapped
 from loratune.model.weights.reference import load_reference
+from loratune.model.weights.rounding import Rounding, rounded_as
 from loratune.runs.probe import ProbeRow, read_probe
 
 if TYPE_CHECKING:
@@ -52,6 +58,8 @@ def prove(job: Job, candidates: list[Candidate]) -> tuple[Candidate, dict[str, A
         chosen = min(compared, key=lambda one: one.parity.mean_kl)
         bounds = INT8 if job.settings.quantization == "int8" else EXACT
         _require_within(chosen.exact, bounds)
+        if job.settings.quantization != "none" and chosen.candidate.merge_base == "original":
+            _require_within(chosen.parity, OTHER_BASE)
         effect = _effect(job, chosen.candidate, reference, rows)
         job.warnings += _about_rounding(job, chosen, effect)
         merged = load_mapped(chosen.candidate.folder, in_float32=False)
@@ -79,12 +87,38 @@ def _compare(job: Job, candidates: list[Candidate], reference: Any, rows: list[P
     is_quantized = job.settings.quantization != "none"
     models, pairs = [reference], list[tuple[int, int]]()
     for candidate in candidates:
-        state = functools.partial(rounded_as, reference, roundings_of(candidate, job.base, is_quantized))
+        state = functools.partial(rounded_as, reference, _roundings(candidate, job.base, is_quantized))
         merged = len(models) + 1
         models += [InState(reference, state), load_mapped(candidate.folder)]
         pairs += [(0, merged), (merged - 1, merged)]
     parities = iter(compare_pairs(models, pairs, rows))
     return [_Compared(candidate, next(parities), next(parities)) for candidate in candidates]
+
+
+def _roundings(candidate: Candidate, base: Path, is_quantized: bool) -> dict[str, Rounding]:
+    """How each parameter of the reference was rounded into a merged model; those that were not are left out.
+
+    Args:
+        candidate: the merged model, whose files have been proved.
+        base: folder of its base.
+        is_quantized: whether the reference computes with quantised weights.
+    """
+    files, tensors, changes = candidate.files, candidate.plan.tensors, candidate.peft.changes if candidate.peft else {}
+    model, vocabulary = empty_model(load_config(base)), vocabulary_of(files.infos)
+    layout, quantised = file_layout(model, files.infos), quantised_matrices(model) if is_quantized else set()
+    found = {}
+    for parameter in parameter_modules(model):
+        parts = layout.parts.get(parameter)
+        held = parts[0].tensor if parts else parameter
+        written = tensors[vocabulary.embedding if held == vocabulary.head and candidate.plan.is_tied else held].info
+        plain = files.infos[vocabulary.embedding if held not in files.infos else held]
+        if parameter in quantised and candidate.merge_base == "original":
+            found[parameter] = Rounding(written.dtype, changes.get(held), original=files.tensor(held))
+        elif parameter in quantised:
+            found[parameter] = Rounding(written.dtype, changes.get(held), held_as=plain.dtype)
+        elif held in changes or written.dtype != plain.dtype:
+            found[parameter] = Rounding(written.dtype, changes.get(held))
+    return found
 
 
 def _effect(job: Job, chosen: Candidate, reference: Any, rows: list[ProbeRow]) -> Parity | None:

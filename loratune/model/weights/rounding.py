@@ -11,8 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from peft.utils.integrations import dequantize_module_weight
@@ -21,14 +20,7 @@ from torch.nn import functional
 
 from loratune.model.adapter.own_parameters import parameter_modules
 from loratune.model.adapter.peft_merge import Change
-from loratune.model.architecture.file_layout import file_layout
-from loratune.model.architecture.roles import quantised_matrices
 from loratune.model.architecture.structure import causal_model
-from loratune.model.architecture.vocabulary import vocabulary_of
-from loratune.model.config import empty_model, load_config
-
-if TYPE_CHECKING:
-    from loratune.delivery.merge.job import Candidate
 
 PIECE_VALUES = 2_000_000
 """Values of a matrix that are computed at once."""
@@ -65,32 +57,6 @@ def _merged(change: Change | None, rows: torch.Tensor, numbers: torch.Tensor) ->
     if change is None:
         return rows.float()
     return change.rows(rows.double() if change.needs_float64 else rows.float(), numbers)
-
-
-def roundings_of(candidate: Candidate, base: Path, is_quantized: bool) -> dict[str, Rounding]:
-    """How each parameter of the reference was rounded into a merged model; those that were not are left out.
-
-    Args:
-        candidate: the merged model, whose files have been proved.
-        base: folder of its base.
-        is_quantized: whether the reference computes with quantised weights.
-    """
-    files, tensors, changes = candidate.files, candidate.plan.tensors, candidate.peft.changes if candidate.peft else {}
-    model, vocabulary = empty_model(load_config(base)), vocabulary_of(files.infos)
-    layout, quantised = file_layout(model, files.infos), quantised_matrices(model) if is_quantized else set()
-    found = {}
-    for parameter in parameter_modules(model):
-        parts = layout.parts.get(parameter)
-        held = parts[0].tensor if parts else parameter
-        written = tensors[vocabulary.embedding if held == vocabulary.head and candidate.plan.is_tied else held].info
-        plain = files.infos[vocabulary.embedding if held not in files.infos else held]
-        if parameter in quantised and candidate.merge_base == "original":
-            found[parameter] = Rounding(written.dtype, changes.get(held), original=files.tensor(held))
-        elif parameter in quantised:
-            found[parameter] = Rounding(written.dtype, changes.get(held), held_as=plain.dtype)
-        elif held in changes or written.dtype != plain.dtype:
-            found[parameter] = Rounding(written.dtype, changes.get(held))
-    return found
 
 
 @contextmanager
