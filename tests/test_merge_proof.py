@@ -20,8 +20,8 @@ from typer.testing import Result
 from loratune.delivery.merge import job as merge_job
 from loratune.delivery.merge import merge, model_folder
 from loratune.delivery.verification import verify
-from loratune.delivery.verification.proof import Answer
 from loratune.errors import Exit
+from loratune.runs.verification import Answer
 
 WEIGHTS = "model.safetensors"
 UPDATED, KEPT = "model.layers.1.mlp.down_proj.weight", "model.embed_tokens.weight"

@@ -74,11 +74,11 @@ def command(
     options = ExportOptions(format, quantization or "f16", num_ctx, model, force, overwrite)
     source = open_settled_adapter(folder, force) if folder else None
     with push(destination, output, not public, dry_run):
-        report = export(source, output, options)
+        verification, further = export(source, output, options)
         console.say(f"export: {output}", style="bold")
         if format == "vllm" and not json:
-            console.write_result(report["next"].line)
+            console.write_result(further.line)
         elif format != "adapter" or destination is None:  # else it is given away by this very command
-            console.next_step(str(report["next"]))
+            console.next_step(str(further))
     if json:
-        console.write_json(report | {"next": report["next"].line})
+        console.write_json(verification.sealed_values() | {"next": further.line})

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -25,6 +25,9 @@ from loratune.cli.flags import (
 from loratune.cli.push import push
 from loratune.commands import Command, loratune
 from loratune.errors import Exit, LoratuneError
+
+if TYPE_CHECKING:
+    from loratune.runs.verification import MergedModel
 
 DETAILS = """\
 The merged model is written beside its name, read back and compared with base + adapter: every row with PEFT's own
@@ -118,16 +121,16 @@ def command(
         console.warn("--no-verify: nobody will know whether the merged model is what was trained")
     with push(destination, output, not public, dry_run):
         with open_adapters(adapters, weights, combine, density, model, force) as source:
-            report = merge_adapter(source, output, options)
-        _show(report, output)
+            verification = merge_adapter(source, output, options)
+        _show(verification.proved, output)
     if json:
-        console.write_json(report)
+        console.write_json(verification.sealed_values())
 
 
-def _show(report: dict[str, Any], output: Path) -> None:
+def _show(merged: MergedModel, output: Path) -> None:
     from loratune.delivery.verification.report import show_verification
 
-    show_verification(report)
+    show_verification(merged)
     console.say(f"merged model: {output}", style="bold")
     console.next_step(str(loratune("try it", "infer", {"--model": output})))
     console.next_step(str(Command("serve it", ("vllm", "serve", str(output)))))

@@ -31,24 +31,25 @@ def command(
 ) -> None:
     """Compare every file with what was recorded of it."""
     from loratune.delivery.merge.job import MergeOptions
-    from loratune.delivery.reverify import MERGED, verify_folder
+    from loratune.delivery.reverify import verify_folder
     from loratune.delivery.verification.report import show_verification
     from loratune.runs.opening import open_settled_adapter
+    from loratune.runs.verification import MergedModel
 
     if adapter is None and (model is not None or not logits or force):
         raise LoratuneError("--model, --no-logits and --force are for the proof of a merge; give --adapter", Exit.USAGE)
     made_with = adapter_folder(adapter)
     source = open_settled_adapter(made_with, force) if made_with else None
     with console.status(f"reading {folder}"):
-        report = verify_folder(folder, source, MergeOptions(model=model, logits=logits, force=force))
-    for warning in report["warnings"]:
+        verified = verify_folder(folder, source, MergeOptions(model=model, logits=logits, force=force))
+    for warning in verified.warnings:
         console.warn(warning)
     if json:
-        console.write_json(report)
+        console.write_json(verified.values())
         return
-    for remark in report["remarks"]:
+    for remark in verified.remarks:
         console.warn(f"{remark}; no program loads it")
-    if report["kind"] == MERGED:
-        show_verification(report["proved"])
-    again = ", and its merge is proved again" if report["proved_again"] else ""
-    console.say(f"{folder}: {report['kind']}, {report['files']} files as they were verified{again}", style="bold")
+    if verified.proved and isinstance(verified.proved.proved, MergedModel):
+        show_verification(verified.proved.proved)
+    again = ", and its merge is proved again" if verified.proved_again else ""
+    console.say(f"{folder}: {verified.kind}, {verified.files} files as they were verified{again}", style="bold")

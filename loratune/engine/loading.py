@@ -21,6 +21,7 @@ from loratune.model.tying import head_is_tied
 from loratune.plain_files import is_folder
 from loratune.recipe.sections import ModelSettings, PromptSettings
 from loratune.runs.base_check import BaseCheck
+from loratune.runs.intact import require_intact
 from loratune.runs.opening import (
     AdapterSource,
     base_settings,
@@ -30,7 +31,6 @@ from loratune.runs.opening import (
     open_adapter,
 )
 from loratune.runs.tensor_hashes import TensorHashes
-from loratune.runs.verification import require_intact
 
 
 @dataclass(frozen=True)

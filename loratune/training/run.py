@@ -31,17 +31,17 @@ from loratune.model.kernels.norm_mlp import use_fused_elementwise
 from loratune.model.kernels.packed_attention import use_document_attention
 from loratune.model.memory import keep_freed_memory
 from loratune.model.tokenizer import load_tokenizer, set_pad_token
-from loratune.plain_files import read_json_object
 from loratune.protocols import Tokenizer
 from loratune.recipe.advice import advise
 from loratune.recipe.sections import Recipe
 from loratune.runs.card import write_card
 from loratune.runs.checkpoint import Checkpoint, open_checkpoint, seal_checkpoint
-from loratune.runs.folder import ADAPTER, REPORT, set_status
+from loratune.runs.folder import ADAPTER, set_status
 from loratune.runs.lock import run_lock
 from loratune.runs.output import begin_run, prepare_output, seal_run
 from loratune.runs.probe import MAX_QUESTIONS, save_probe
 from loratune.runs.record import RunRecord
+from loratune.runs.report import Report, read_report, write_report
 from loratune.runs.state import next_command
 from loratune.runs.tensor_hashes import TensorHashes
 from loratune.runs.tokenizer_files import copy_tokenizer_files
@@ -59,7 +59,7 @@ from loratune.training.notes import Notes
 from loratune.training.record import identity_now, manifest_of
 from loratune.training.reporting.closing import close_run
 from loratune.training.reporting.overview import parts_of_memory, show_data, show_model
-from loratune.training.reporting.report import write_report
+from loratune.training.reporting.report import report_of
 from loratune.training.reporting.start_up import StartUp
 from loratune.training.steps import StepPlan, plan_steps
 from loratune.training.trainer import AdapterTrainer
@@ -108,7 +108,7 @@ class Running:
     watchers: Watchers
 
 
-def train(recipe: Recipe, overwrite: bool = False, resume: Resume | None = None) -> dict[str, Any]:
+def train(recipe: Recipe, overwrite: bool = False, resume: Resume | None = None) -> Report | None:
     """Train an adapter as the recipe says and leave a run folder.
 
     Nothing is written before data, model and settings have proved usable.
@@ -119,7 +119,7 @@ def train(recipe: Recipe, overwrite: bool = False, resume: Resume | None = None)
         resume: go on with it instead.
 
     Returns:
-        The report, as in the run's report.json.
+        The report, as in the run's report.json; None in a process that is not the main one.
 
     Raises:
         LoratuneError: with what is wrong and what to do.
@@ -138,13 +138,13 @@ def train(recipe: Recipe, overwrite: bool = False, resume: Resume | None = None)
             check_identity(start, identity_now(prepared), resume.allow_changes)
             if told := completion(output, start, prepared.plan.steps, recipe.evaluation.early_stopping):
                 console.say(told)
-                return read_json_object(output / REPORT)
+                return read_report(output)
         session = _load(prepared)
         stack.enter_context(machine_errors_explained(recipe, session.held))
         return _train(session, start)
 
 
-def _train(session: Session, start: Checkpoint | None) -> dict[str, Any]:
+def _train(session: Session, start: Checkpoint | None) -> Report | None:
     """Make the steps that are left, and finish the run."""
     output, stops = session.output, session.stops
     running = _build_trainer(session, identity_now(session))
@@ -167,8 +167,8 @@ def _train(session: Session, start: Checkpoint | None) -> dict[str, Any]:
             running.watchers.trackers.close()
         stops.raise_if_any()
         _take_best(trainer, running.watchers.keeper)
-        report = _finish(session, running) if is_main_process() else {}
-    return close_run(session, running, report) if is_main_process() else {}
+        report = _finish(session, running) if is_main_process() else None
+    return close_run(session, running, report) if report else None
 
 
 def _go_on(running: Running, start: Checkpoint, steps: int) -> None:
@@ -262,14 +262,15 @@ def _take_best(trainer: AdapterTrainer, keeper: CheckpointKeeper) -> None:
         load_adapter_weights(trainer.accelerator.unwrap_model(trainer.model), open_checkpoint(best).folder)
 
 
-def _finish(session: Session, running: Running) -> dict[str, Any]:
+def _finish(session: Session, running: Running) -> Report:
     """Write the adapter with its tokenizer and card, then the report, and seal the run."""
     trainer, metrics, keeper = running.trainer, running.watchers.metrics, running.watchers.keeper
     with folder_in_one_step(session.output / ADAPTER) as folder:
         save_adapter(trainer.accelerator.unwrap_model(trainer.model), folder)
         copy_tokenizer_files(session.base, folder)
         attempted("the adapter's card", lambda: write_card(folder, RunRecord.of(session.recipe)), session.notes.warn)
-    report = write_report(session, trainer, metrics, keeper)
+    report = report_of(session, trainer, metrics, keeper)
+    write_report(session.output, report)
     seal_run(session.output)
     stood = {"step": trainer.state.global_step, "steps": trainer.state.max_steps, "stopped_early": keeper.stopped_early}
     set_status(session.output, "finished", **stood)

@@ -13,29 +13,12 @@ from torch.nn import functional
 
 from loratune.model.architecture.structure import decoder_of, output_layer
 from loratune.runs.probe import ProbeRow
+from loratune.runs.verification import Parity
 
 TOKENS_AT_ONCE = 1024
 """Of a batch, padding included: more would take memory, less would read the weights more often."""
 POSITIONS_AT_ONCE = 32
 """Positions whose logits are held at once: a vocabulary of 150,000 takes 0.6 MB each, several times."""
-
-
-@dataclass(frozen=True)
-class Parity:
-    """A candidate's next-token distributions beside the reference's."""
-
-    tokens: int
-    """Positions compared."""
-    largest_difference: float
-    """Of two logits."""
-    mean_kl: float
-    """Mean Kullback-Leibler divergence of the candidate from the reference, in nats."""
-    top1_agreement: float
-    """Share of positions where both have the same likeliest token."""
-    clear_disagreement: float
-    """Share of positions where the candidate's likeliest token is less than half as likely as the reference's own."""
-    largest_logit: float
-    """The reference's, by absolute value: the scale of the difference."""
 
 
 @dataclass(frozen=True)

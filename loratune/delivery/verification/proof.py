@@ -3,31 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from loratune.data.encoding.encoder import IGNORED, Encoder
-from loratune.delivery.verification.parity import Parity, likeliest_tokens
+from loratune.delivery.verification.parity import likeliest_tokens
 from loratune.runs.probe import Probe, ProbeRow
+from loratune.runs.verification import Answer, Bounds, Parity
 
 ANSWER_TOKENS = 20
-
-
-@dataclass(frozen=True)
-class Bounds:
-    """What rounding may do; a wrong merge is off by orders of magnitude.
-
-    The share of equal likeliest tokens is no bound: where two are as likely, as everywhere in an untrained model, any
-    rounding decides between them.
-    """
-
-    difference: float
-    """Of logits, relative to the largest one."""
-    mean_kl: float
-    """nats."""
-    clear_disagreement: float
 
 
 EXACT = Bounds(difference=3e-5, mean_kl=1e-6, clear_disagreement=0.0)
@@ -38,16 +23,6 @@ OTHER_BASE = Bounds(0.6, 0.3, 0.25)
 """For an adapter of a quantised base on the plain one, beside base + adapter: quantisation has an effect of its own."""
 NOTICED = 0.1
 """Share of what the adapter does to the distributions that rounding may take without a warning."""
-
-
-@dataclass(frozen=True)
-class Answer:
-    """The merged model's answer to a question, and where base + adapter would have gone another way."""
-
-    question: str
-    merged: str
-    adapter: str
-    """Up to its first other token; the merged model's text if there is none."""
 
 
 def check_parity(parity: Parity, bounds: Bounds) -> list[str]:

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import functools
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from loratune import console
-from loratune.delivery.verification.parity import InState, Parity, compare_models, compare_pairs
+from loratune.delivery.verification.parity import InState, compare_models, compare_pairs
 from loratune.delivery.verification.proof import (
     EXACT,
     INT8,
     NOTICED,
     OTHER_BASE,
-    Bounds,
     check_parity,
     compare_answers,
     probe_rows,
@@ -29,6 +28,7 @@ from loratune.model.weights.mapped import load_mapped
 from loratune.model.weights.reference import load_reference
 from loratune.model.weights.rounding import Rounding, rounded_as
 from loratune.runs.probe import ProbeRow, read_probe
+from loratune.runs.verification import Bounds, ModelProof, Parity
 
 if TYPE_CHECKING:
     from loratune.delivery.merge.job import Candidate, Job
@@ -37,7 +37,7 @@ EFFECT_ROWS = 2
 """On which the base alone is run: enough for a mean over tokens, for one more reading of the base."""
 
 
-def prove(job: Job, candidates: list[Candidate]) -> tuple[Candidate, dict[str, Any]]:
+def prove(job: Job, candidates: list[Candidate]) -> tuple[Candidate, ModelProof]:
     """Compare the merged models with base + adapter, and choose the closer one.
 
     Args:
@@ -45,7 +45,7 @@ def prove(job: Job, candidates: list[Candidate]) -> tuple[Candidate, dict[str, A
         candidates: complete model folders.
 
     Returns:
-        The one to keep, and what verification.json says of it.
+        The one to keep, and what running it has shown.
 
     Raises:
         LoratuneError: it is not what base + adapter is.
@@ -64,14 +64,15 @@ def prove(job: Job, candidates: list[Candidate]) -> tuple[Candidate, dict[str, A
         job.warnings += _about_rounding(job, chosen, effect)
         merged = load_mapped(chosen.candidate.folder, in_float32=False)
         answers = compare_answers(merged, reference, job.encoder, probe)
-    return chosen.candidate, {
-        "logits": {one.candidate.merge_base: asdict(one.parity) for one in compared},
-        "logits_with_rounding": {one.candidate.merge_base: asdict(one.exact) for one in compared},
-        "compared_on": "the run's validation rows" if probe.rows else "built-in questions",
-        "without_adapter": asdict(effect) if effect else None,
-        "bounds": asdict(bounds),
-        "answers": [asdict(answer) for answer in answers],
-    }
+    return chosen.candidate, ModelProof(
+        verified="files and logits",
+        logits={one.candidate.merge_base: one.parity for one in compared},
+        logits_with_rounding={one.candidate.merge_base: one.exact for one in compared},
+        compared_on="the run's validation rows" if probe.rows else "built-in questions",
+        without_adapter=effect,
+        bounds=bounds,
+        answers=tuple(answers),
+    )
 
 
 @dataclass(frozen=True)

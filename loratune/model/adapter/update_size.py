@@ -22,9 +22,9 @@ class UpdateSize:
     median: float
     """‖ΔW‖ / ‖W‖ in Frobenius norms."""
     largest: float
-    unchanged: list[str]
+    unchanged: tuple[str, ...]
     """Those whose update is exactly nothing."""
-    not_finite: list[str]
+    not_finite: tuple[str, ...]
 
 
 def update_sizes(model: PeftModel, adapter: str = "default") -> dict[str, UpdateSize]:
@@ -48,8 +48,8 @@ def _size(ratios: dict[str, float]) -> UpdateSize:
         len(values),
         float(finite.median()) if len(finite) else float("nan"),
         float(finite.max()) if len(finite) else float("nan"),
-        [name for name, ratio in ratios.items() if ratio == 0],
-        [name for name, value in zip(ratios, values, strict=True) if not value.isfinite()],
+        tuple(name for name, ratio in ratios.items() if ratio == 0),
+        tuple(name for name, value in zip(ratios, values, strict=True) if not value.isfinite()),
     )
 
 

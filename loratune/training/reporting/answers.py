@@ -17,55 +17,13 @@ from loratune.engine.scheduler import Decoder, Running
 from loratune.errors import LoratuneError, counted
 from loratune.model.adapter.own_parameters import BASE
 from loratune.protocols import Tokenizer
+from loratune.runs.report import Answers, Told
 
 MAX_QUESTIONS = 8
 COMPARED_TOKENS = 48
 """Of an answer; those of the base often go on and on."""
 MAX_TOKENS = 256
 """Of the adapter's answers, so that the check takes seconds."""
-
-
-@dataclass(frozen=True)
-class Told:
-    """One question and what was answered."""
-
-    question: str
-    expected: str
-    base: str
-    """The first tokens of it."""
-    adapter: str
-    has_changed: bool
-    ended: bool | None
-    """Whether the adapter's answer came to an end; None where it was not waited for."""
-    cut_short: bool = False
-    """Whether time was up before both answers were as long as they were to be."""
-
-
-@dataclass(frozen=True)
-class Answers:
-    """All questions that were asked."""
-
-    told: list[Told]
-
-    @property
-    def changed(self) -> int:
-        """How many are answered differently."""
-        return sum(one.has_changed for one in self.told)
-
-    @property
-    def judged(self) -> int:
-        """How many could be seen to end."""
-        return sum(one.ended is not None for one in self.told)
-
-    @property
-    def ended(self) -> int:
-        """How many of those ended by themselves."""
-        return sum(one.ended is True for one in self.told)
-
-    @property
-    def cut_short(self) -> int:
-        """How many would have gone on, had there been time."""
-        return sum(one.cut_short for one in self.told)
 
 
 @dataclass(frozen=True)
@@ -122,11 +80,11 @@ def _ask(
         return None
     rows = zip(asked, expected, before, now, strict=True)
     return Answers(
-        [
+        tuple(
             _told(encoder.tokenizer, messages, tokens, *both)
             for (messages, _), tokens, *both in rows
             if all(running.tokens for running in both)
-        ]
+        )
     )
 
 

@@ -2,44 +2,21 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from transformers import TrainerCallback
 
 from loratune.errors import counted
 from loratune.model.adapter.tensors import PREFIX
-from loratune.model.adapter.update_size import UpdateSize, update_sizes
+from loratune.model.adapter.update_size import update_sizes
+from loratune.runs.report import Answers, Health, Updates
 from loratune.training.callbacks import Metrics
-from loratune.training.reporting.answers import Answers
 
 HARDLY = 1e-4
 """‖ΔW‖ / ‖W‖ below which an answer hardly changes; runs that learn have 1e-3 to 1e-1."""
 WORSE = 1.05
 """Times the best validation loss that the last one may be."""
-
-
-@dataclass
-class Health:
-    """What has become of the adapter."""
-
-    updates: dict[str, UpdateSize]
-    """Target name → how much its modules change."""
-    without_gradient: list[str]
-    """Adapted modules that no gradient has reached in the first step of this process."""
-    answers: Answers | None = None
-    """What it says to some questions; None if they could not be asked."""
-    sentences: list[str] = field(default_factory=list)
-    """What stands out, each with what to do."""
-
-    def as_json(self) -> dict[str, Any]:
-        """For the report."""
-        counts = (
-            {name: getattr(self.answers, name) for name in ("changed", "judged", "ended", "cut_short")}
-            if self.answers
-            else {}
-        )
-        return asdict(self) | ({"answers": {**counts, **asdict(self.answers)}} if self.answers else {})
 
 
 class GradientFlow(TrainerCallback):
@@ -68,13 +45,14 @@ def examine(model: Any, flow: GradientFlow, metrics: Metrics, answers: Answers |
         metrics: of the run.
         answers: what it says to some questions.
     """
-    health = Health(update_sizes(model), flow.missing, answers)
-    health.sentences = [*_about_updates(health), *_about_answers(answers), *_about_losses(metrics)]
-    return health
+    updates = {name: Updates(**vars(size)) for name, size in update_sizes(model).items()}
+    missing = tuple(flow.missing)
+    sentences = (*_about_updates(updates, missing), *_about_answers(answers), *_about_losses(metrics))
+    return Health(updates, missing, answers, sentences)
 
 
-def _about_updates(health: Health) -> list[str]:
-    sizes = list(health.updates.values())
+def _about_updates(updates: Mapping[str, Updates], without_gradient: Sequence[str]) -> list[str]:
+    sizes = list(updates.values())
     broken = [name for size in sizes for name in size.not_finite]
     unchanged = [name for size in sizes for name in size.unchanged]
     sentences = []
@@ -86,8 +64,8 @@ def _about_updates(health: Health) -> list[str]:
         sentences.append(
             "the adapter hardly changes the model: raise training.learning_rate, train longer, or raise lora.alpha"
         )
-    if health.without_gradient:
-        sentences.append(f"{_modules(health.without_gradient)} without a gradient in the first step")
+    if without_gradient:
+        sentences.append(f"{_modules(without_gradient)} without a gradient in the first step")
     return sentences
 
 
@@ -107,7 +85,7 @@ def _about_answers(answers: Answers | None) -> list[str]:
     return sentences
 
 
-def _modules(names: list[str]) -> str:
+def _modules(names: Sequence[str]) -> str:
     return f"{counted(len(names), 'module')} ({', '.join(names[:3])}{', …' if len(names) > 3 else ''})"
 
 
