@@ -24,6 +24,7 @@ from loratune.model.architecture.structure import (
     layer_states,
 )
 from loratune.model.kernels.packed_attention import OTHER_TERMS
+from loratune.protocols import CausalModel
 
 SLOT_ATTENTION = "slots"
 """Name of this attention as a model's attn_implementation."""
@@ -40,7 +41,7 @@ class DecodingError(LoratuneError):
         super().__init__(f"{kind} cannot be asked by loratune; use transformers' generate", Exit.MODEL)
 
 
-def use_slot_attention(model: Any) -> None:
+def use_slot_attention(model: CausalModel) -> None:
     """Have a model attend to the slots of a `SlotCache`.
 
     Raises:
@@ -55,7 +56,7 @@ def use_slot_attention(model: Any) -> None:
     model.set_attn_implementation(SLOT_ATTENTION)
 
 
-def token_bytes(model: Any) -> int:
+def token_bytes(model: CausalModel) -> int:
     """What the keys and values of one token take."""
     config = model.config
     return 2 * layer_count(config) * key_value_heads(config) * head_size(config) * int(model.dtype.itemsize)

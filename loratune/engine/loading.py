@@ -6,7 +6,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 from loratune.data.encoding.encoder import Encoder
 from loratune.errors import Exit, LoratuneError
@@ -19,6 +18,7 @@ from loratune.model.hardware import detect_hardware
 from loratune.model.tokenizer import load_tokenizer, set_pad_token
 from loratune.model.tying import head_is_tied
 from loratune.plain_files import is_folder
+from loratune.protocols import CausalModel
 from loratune.recipe.sections import ModelSettings, PromptSettings
 from loratune.runs.base_check import BaseCheck
 from loratune.runs.intact import require_intact
@@ -67,7 +67,7 @@ class Voice:
 class LoadedModel:
     """A base with its adapters, in eval mode."""
 
-    model: Any
+    model: CausalModel
     base_name: str
     """How the base is called."""
     voices: dict[str | None, Voice]
@@ -110,7 +110,9 @@ def open_voices(adapters: Sequence[tuple[str, Path]], model: str | None, force: 
     return LoadedModel(loaded.eval(), base_name, voices, tuple(warnings))
 
 
-def _with_adapters(model: Any, sources: dict[str, AdapterSource], folder: Path) -> tuple[Any, list[str]]:
+def _with_adapters(
+    model: CausalModel, sources: dict[str, AdapterSource], folder: Path
+) -> tuple[CausalModel, list[str]]:
     """Put adapters on their base, and make sure that it is still what it was for all others.
 
     Returns:

@@ -19,8 +19,9 @@ from loratune.engine.prefix_cache import Prefixes
 from loratune.engine.sampling import Sampling
 from loratune.engine.token_choice import TokenChooser
 from loratune.model.adapter.own_parameters import BASE, own_parameters
-from loratune.model.architecture.structure import causal_model, layer_count, output_layer
+from loratune.model.architecture.structure import causal_model, is_adapted, layer_count, output_layer
 from loratune.model.kernels.few_rows import give_up_few_row_products, use_few_row_products
+from loratune.protocols import AdaptedModel, CausalModel
 
 PROMPT_PART = 512
 """Tokens of a prompt that are read at once, so that running answers don't wait for a long one."""
@@ -78,10 +79,10 @@ class Decoder:
         DecodingError: a kind of layer that has no keys and values.
     """
 
-    def __init__(self, model: Any, slots: int = 32, cache_budget_bytes: float | None = None) -> None:
+    def __init__(self, model: CausalModel, slots: int = 32, cache_budget_bytes: float | None = None) -> None:
         self.model = model
+        self._adapted = model if is_adapted(model) else None
         base = causal_model(model)
-        self._has_adapters = base is not model
         use_slot_attention(base)
         self._large_layers = use_few_row_products(base)
         # The last position's states are strided; a bfloat16 product of strided rows is a hundred times slower on a CPU.
@@ -99,7 +100,7 @@ class Decoder:
         self._adapter: str | None = None
         self._own = own_parameters(base)
         # PEFT computes rows of several adapters at once, but not with DoRA.
-        configs = model.peft_config if self._has_adapters else {}
+        configs = self._adapted.peft_config if self._adapted else {}
         self._apart = {name for name in configs if configs[name].use_dora or self._own.is_apart(name)}
 
     def vocabulary(self, adapter: str) -> int:
@@ -184,10 +185,10 @@ class Decoder:
         self._cache.clear()
         self._hook.remove()
         give_up_few_row_products(self._large_layers)
-        if self._adapter == BASE:
-            self.model.base_model.enable_adapter_layers()
-        if self._has_adapters:
-            self._own.select([self.model.active_adapter])
+        if self._adapted and self._adapter == BASE:
+            self._adapted.base_model.enable_adapter_layers()
+        if self._adapted:
+            self._own.select([self._adapted.active_adapter])
 
     def _begin(self, running: Running) -> None:
         """Give an answer its slot, with what the slots know of its prompt already."""
@@ -266,23 +267,23 @@ class Decoder:
 
     def _take_adapters(self, names: list[str]) -> dict[str, Any]:
         """Have each row computed with its adapter, by PEFT's own mixed forward where there are several."""
-        if not self._has_adapters:
+        if self._adapted is None:
             return {}
         is_mixed = len(set(names)) > 1
-        self._switch(next(name for name in names if name != BASE) if is_mixed else names[0])
+        self._switch(self._adapted, next(name for name in names if name != BASE) if is_mixed else names[0])
         self._own.select(names)
         return {"adapter_names": names} if is_mixed else {}
 
-    def _switch(self, adapter: str) -> None:
+    def _switch(self, model: AdaptedModel, adapter: str) -> None:
         if adapter == self._adapter:
             return
         if adapter == BASE:
             with warnings.catch_warnings():  # that trained biases stay in the base, which they do not
                 warnings.simplefilter("ignore", UserWarning)
-                self.model.base_model.disable_adapter_layers()
+                model.base_model.disable_adapter_layers()
         else:
-            self.model.base_model.enable_adapter_layers()
-            self.model.set_adapter(adapter)
+            model.base_model.enable_adapter_layers()
+            model.set_adapter(adapter)
         self._adapter = adapter
 
     def _choose(self, rows: Sequence[Running], logits: torch.Tensor) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 from pathlib import Path
-from typing import Any
 
 import torch
 from transformers import BitsAndBytesConfig
@@ -13,10 +12,11 @@ from loratune.errors import Exit, LoratuneError
 from loratune.extras import needs
 from loratune.model.from_folder import load_from_folder
 from loratune.model.hardware import Hardware, resolve_attention, resolve_dtype
+from loratune.protocols import CausalModel
 from loratune.recipe.sections import ModelSettings
 
 
-def load_base(settings: ModelSettings, folder: Path, hardware: Hardware) -> Any:
+def load_base(settings: ModelSettings, folder: Path, hardware: Hardware) -> CausalModel:
     """The base model on its device, frozen, quantised if asked.
 
     Raises:

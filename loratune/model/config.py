@@ -26,6 +26,7 @@ from transformers.utils import logging as transformers_logging
 from loratune.errors import Exit, LoratuneError, bullet_list
 from loratune.model.files import CONFIG, check_values
 from loratune.plain_files import CONFIG_BYTES, read_json_object
+from loratune.protocols import CausalModel, ModelConfig
 
 GENERATION_CONFIG = "generation_config.json"
 # Of what every config class has in common; the rest changes what a model returns, or is about classifiers.
@@ -43,7 +44,7 @@ ADVICE = "fetch the file again, or correct it"
 READ = re.compile(r"\bconfig\.([a-z]\w*)|getattr\((?:self\.)?config, \"([a-z]\w*)\"")
 
 
-def load_config(folder: Path, is_quantized: bool = False) -> Any:
+def load_config(folder: Path, is_quantized: bool = False) -> ModelConfig:
     """The config of a model folder, of the class that its model_type has in transformers.
 
     Args:
@@ -69,14 +70,15 @@ def load_config(folder: Path, is_quantized: bool = False) -> Any:
     return _built(path, kept, CONFIG_MAPPING[kind])
 
 
-def empty_model(config: Any) -> Any:
+def empty_model(config: ModelConfig) -> CausalModel:
     """A causal language model of a config's sizes that takes no memory.
 
     Raises:
         Exception: of many kinds, where the config's values make no model.
     """
     with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config)
+        model: CausalModel = AutoModelForCausalLM.from_config(config)
+    return model
 
 
 @functools.cache
@@ -92,7 +94,7 @@ def allowed_keys(model_type: str) -> frozenset[str]:
     return frozenset(declared | read | set(config_class.attribute_map) | COMMON_KEYS | ROPE_KEYS)
 
 
-def _built(path: Path, values: dict[str, Any], config_class: Any) -> Any:
+def _built(path: Path, values: dict[str, Any], config_class: Any) -> ModelConfig:
     """A config of checked values.
 
     Raises:
@@ -109,18 +111,18 @@ def _built(path: Path, values: dict[str, Any], config_class: Any) -> Any:
     return config
 
 
-def _tried(config_class: Any, values: dict[str, Any]) -> Any:
+def _tried(config_class: Any, values: dict[str, Any]) -> ModelConfig:
     """A config of which a model can be made, and a layer run of each kind that it names: some need more settings.
 
     Raises:
         Exception: of many kinds.
     """
-    config = config_class(**values)
+    config: ModelConfig = config_class(**values)
     empty_model(config)
     for kind in sorted({*(values.get("layer_types") or ())} - {"full_attention"}):
         layer = empty_model(config_class(**values | {"num_hidden_layers": 1, "layer_types": [kind]}))
         with torch.no_grad(), contextlib.suppress(RuntimeError):  # a step that looks at values, which meta has none of
-            layer(torch.zeros(1, 2, dtype=torch.long, device="meta"))
+            layer(input_ids=torch.zeros(1, 2, dtype=torch.long, device="meta"))
     return config
 
 

@@ -15,9 +15,10 @@ from loratune.model.config import empty_model, load_config, load_generation_conf
 from loratune.model.files import weight_files
 from loratune.model.tying import head_is_tied
 from loratune.model.weights.tensor_files import TensorFiles
+from loratune.protocols import CausalModel, ModelConfig
 
 
-def load_from_folder(folder: Path, is_quantized: bool = False, **options: Any) -> Any:
+def load_from_folder(folder: Path, is_quantized: bool = False, **options: Any) -> CausalModel:
     """A causal language model, frozen.
 
     Args:
@@ -65,11 +66,12 @@ def load_from_folder(folder: Path, is_quantized: bool = False, **options: Any) -
             "file again, or correct it",
             Exit.MODEL,
         )
-    model.config.tie_word_embeddings = is_tied
-    return model.requires_grad_(False)
+    loaded: CausalModel = model.requires_grad_(False)
+    loaded.config.tie_word_embeddings = is_tied
+    return loaded
 
 
-def _check_shapes(folder: Path, config: Any) -> None:
+def _check_shapes(folder: Path, config: ModelConfig) -> None:
     """Compare the sizes that a config states with the weights' own, before anything is allocated for them."""
     infos, model = TensorFiles(weight_files(folder)).infos, empty_model(config)
     held = {name: info.shape for name, info in file_layout(model, infos).infos(infos).items()}

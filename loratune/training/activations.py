@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
@@ -13,6 +12,7 @@ from loratune.model.architecture.structure import causal_model, decoder_of, text
 from loratune.model.hardware import Hardware
 from loratune.model.kernels.linear_cross_entropy import CHUNK_BYTES
 from loratune.model.memory import free_memory_bytes
+from loratune.protocols import AdaptedModel
 
 SAMPLE_TOKENS = 256
 """Enough that what does not grow with the tokens hardly counts."""
@@ -39,7 +39,9 @@ class Activations:
         return self.needed_bytes <= self.free_bytes
 
 
-def measure_activations(model: Any, tokens: int, longest: int, is_packed: bool, hardware: Hardware) -> Activations:
+def measure_activations(
+    model: AdaptedModel, tokens: int, longest: int, is_packed: bool, hardware: Hardware
+) -> Activations:
     """Have the model show on a short document what it keeps for each token.
 
     Args:

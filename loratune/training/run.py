@@ -31,7 +31,7 @@ from loratune.model.kernels.norm_mlp import use_fused_elementwise
 from loratune.model.kernels.packed_attention import use_document_attention
 from loratune.model.memory import keep_freed_memory
 from loratune.model.tokenizer import load_tokenizer, set_pad_token
-from loratune.protocols import Tokenizer
+from loratune.protocols import AdaptedModel, Tokenizer
 from loratune.recipe.advice import advise
 from loratune.recipe.sections import Recipe
 from loratune.runs.card import write_card
@@ -92,7 +92,7 @@ class Prepared:
 class Session(Prepared):
     """Everything that a run has gathered before its first step."""
 
-    model: Any
+    model: AdaptedModel
     """The base with the adapter on it, as PEFT makes it."""
     summary: AdapterSummary
     held: dict[str, str]

@@ -6,12 +6,12 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch.nn import functional
 
 from loratune.model.architecture.structure import decoder_of, output_layer
+from loratune.protocols import CausalModel
 from loratune.runs.probe import ProbeRow
 from loratune.runs.verification import Parity
 
@@ -25,11 +25,14 @@ POSITIONS_AT_ONCE = 32
 class InState:
     """A model, and what is changed about it while it computes."""
 
-    model: Any
+    model: CausalModel
     state: Callable[[], AbstractContextManager[None]]
 
 
-def compare_models(reference: Any, candidates: Sequence[Any], rows: Sequence[ProbeRow]) -> list[Parity]:
+AnyModel = CausalModel | InState
+
+
+def compare_models(reference: AnyModel, candidates: Sequence[AnyModel], rows: Sequence[ProbeRow]) -> list[Parity]:
     """Run models over the labelled positions of some rows, and compare each candidate with the reference.
 
     Args:
@@ -41,7 +44,9 @@ def compare_models(reference: Any, candidates: Sequence[Any], rows: Sequence[Pro
     return compare_pairs([reference, *candidates], pairs, rows)
 
 
-def compare_pairs(models: Sequence[Any], pairs: Sequence[tuple[int, int]], rows: Sequence[ProbeRow]) -> list[Parity]:
+def compare_pairs(
+    models: Sequence[AnyModel], pairs: Sequence[tuple[int, int]], rows: Sequence[ProbeRow]
+) -> list[Parity]:
     """Run each model once, and compare pairs of them.
 
     Args:
@@ -57,7 +62,7 @@ def compare_pairs(models: Sequence[Any], pairs: Sequence[tuple[int, int]], rows:
     return [total.parity() for total in totals]
 
 
-def likeliest_tokens(model: Any, rows: Sequence[ProbeRow]) -> list[list[int]]:
+def likeliest_tokens(model: CausalModel, rows: Sequence[ProbeRow]) -> list[list[int]]:
     """For each row the model's likeliest token at every labelled position."""
     found = [
         int(token)
@@ -88,9 +93,9 @@ def _batches(rows: Sequence[ProbeRow], in_order: bool = False) -> Iterator[list[
         yield batch
 
 
-def _logits(model: Any, batch: list[ProbeRow]) -> Iterator[torch.Tensor]:
+def _logits(compared: AnyModel, batch: list[ProbeRow]) -> Iterator[torch.Tensor]:
     """float32 logits (at most POSITIONS_AT_ONCE, vocabulary) at the labelled positions, piece by piece."""
-    model, state = (model.model, model.state) if isinstance(model, InState) else (model, nullcontext)
+    model, state = (compared.model, compared.state) if isinstance(compared, InState) else (compared, nullcontext)
     decoder, head = decoder_of(model), output_layer(model)
     longest = max(len(row.input_ids) for row in batch)
     # Padding stands on the right, where causal attention keeps it from being seen by anything that counts.

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 
 from loratune.data.encoding.encoder import IGNORED, Encoder
 from loratune.delivery.verification.parity import likeliest_tokens
+from loratune.protocols import CausalModel
 from loratune.runs.probe import Probe, ProbeRow
 from loratune.runs.verification import Answer, Bounds, Parity
 
@@ -53,7 +53,7 @@ def probe_rows(probe: Probe, encoder: Encoder) -> list[ProbeRow]:
     return [ProbeRow(ids, [IGNORED, *ids[1:]]) for ids in prompts]
 
 
-def compare_answers(merged: Any, reference: Any, encoder: Encoder, probe: Probe) -> list[Answer]:
+def compare_answers(merged: CausalModel, reference: CausalModel, encoder: Encoder, probe: Probe) -> list[Answer]:
     """Let the merged model answer greedily, and base + adapter confirm each token of it.
 
     One pass of the reference over an answer shows whether it would have given the same; to let it answer by itself
@@ -82,7 +82,7 @@ def compare_answers(merged: Any, reference: Any, encoder: Encoder, probe: Probe)
     return found
 
 
-def _generate(model: Any, prompts: Sequence[list[int]], encoder: Encoder) -> list[list[int]]:
+def _generate(model: CausalModel, prompts: Sequence[list[int]], encoder: Encoder) -> list[list[int]]:
     """Greedy answers, all prompts at once, each up to its end token."""
     longest = max(map(len, prompts))
     pad = encoder.end_id

@@ -173,7 +173,8 @@ def _compare_changed(
         merged = change.rows(lent.to(dtype), numbers)
         wrong = check.first_wrong_row(values, merged, change.tolerance(merged, numbers))
         if wrong is not None:
-            raise _mismatch(info.name, f"row {rows.start + wrong[0]} is {wrong[1]:.3g} rounding steps away from PEFT's")
+            place, steps = rows.start + wrong.place, f"{wrong.steps:.3g} rounding steps"
+            raise _mismatch(info.name, f"row {place} is {steps} away from PEFT's")
         is_changed = is_changed or not torch.equal(as_bytes(values), as_bytes(before[rows].to(values.dtype)))
         base.release([name])
         files.release([info.name])

@@ -5,10 +5,10 @@ from __future__ import annotations
 import functools
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from loratune import console
-from loratune.delivery.verification.parity import InState, compare_models, compare_pairs
+from loratune.delivery.verification.parity import AnyModel, InState, compare_models, compare_pairs
 from loratune.delivery.verification.proof import (
     EXACT,
     INT8,
@@ -27,6 +27,7 @@ from loratune.model.config import empty_model, load_config
 from loratune.model.weights.mapped import load_mapped
 from loratune.model.weights.reference import load_reference
 from loratune.model.weights.rounding import Rounding, rounded_as
+from loratune.protocols import CausalModel
 from loratune.runs.probe import ProbeRow, read_probe
 from loratune.runs.verification import Bounds, ModelProof, Parity
 
@@ -84,9 +85,9 @@ class _Compared:
     """With base + adapter and the rounding errors of the merged weights."""
 
 
-def _compare(job: Job, candidates: list[Candidate], reference: Any, rows: list[ProbeRow]) -> list[_Compared]:
+def _compare(job: Job, candidates: list[Candidate], reference: CausalModel, rows: list[ProbeRow]) -> list[_Compared]:
     is_quantized = job.settings.quantization != "none"
-    models, pairs = [reference], list[tuple[int, int]]()
+    models, pairs = list[AnyModel]([reference]), list[tuple[int, int]]()
     for candidate in candidates:
         state = functools.partial(rounded_as, reference, _roundings(candidate, job.base, is_quantized))
         merged = len(models) + 1
@@ -122,7 +123,7 @@ def _roundings(candidate: Candidate, base: Path, is_quantized: bool) -> dict[str
     return found
 
 
-def _effect(job: Job, chosen: Candidate, reference: Any, rows: list[ProbeRow]) -> Parity | None:
+def _effect(job: Job, chosen: Candidate, reference: CausalModel, rows: list[ProbeRow]) -> Parity | None:
     """How far the base alone is from base + adapter; None where more than the adapter lies between them."""
     base_rows = chosen.files.infos[vocabulary_of(chosen.files.infos).embedding].shape[0]
     if job.settings.quantization != "none" or chosen.plan.vocabulary != base_rows:

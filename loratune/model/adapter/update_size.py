@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from peft.utils.integrations import dequantize_module_weight
 
 from loratune.model.adapter.tensors import PREFIX
+from loratune.protocols import AdaptedModel
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class UpdateSize:
     not_finite: tuple[str, ...]
 
 
-def update_sizes(model: PeftModel, adapter: str = "default") -> dict[str, UpdateSize]:
+def update_sizes(model: AdaptedModel, adapter: str = "default") -> dict[str, UpdateSize]:
     """Target name → size of its modules' updates.
 
     Args:

@@ -9,6 +9,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from loratune.errors import Exit, LoratuneError
 from loratune.model.architecture.structure import decoder_of, output_layer
+from loratune.protocols import CausalModel
 
 PROBED_TOKENS = 8
 """Enough to see what a model does between its states and its logits."""
@@ -21,7 +22,7 @@ class OwnHead:
         model: the causal language model.
     """
 
-    def __init__(self, model: Any) -> None:
+    def __init__(self, model: CausalModel) -> None:
         self._model, self._forward = model, model.forward
 
     @property
@@ -43,7 +44,7 @@ class OwnHead:
         return logits
 
 
-def head_of(model: Any) -> Any:
+def head_of(model: CausalModel) -> Any:
     """What makes logits of a decoder's states: the head's layer if the model, run on a few tokens, does nothing else.
 
     Raises:

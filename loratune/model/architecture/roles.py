@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from enum import Enum
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import nn
 
 from loratune.model.architecture.structure import causal_model, decoder_of, output_layer
+from loratune.protocols import CausalModel
 
 
 class Role(Enum):
@@ -26,7 +27,7 @@ class Role(Enum):
     HEAD = "head"
 
 
-def module_roles(model: Any) -> dict[str, Role]:
+def module_roles(model: CausalModel) -> dict[str, Role]:
     """Name of each module that has a role → which.
 
     Args:
@@ -51,7 +52,7 @@ def module_roles(model: Any) -> dict[str, Role]:
     return roles
 
 
-def linear_modules(model: Any, *only: Role) -> list[str]:
+def linear_modules(model: CausalModel, *only: Role) -> list[str]:
     """Names of the linear modules that an adapter can go on, in the order of the model.
 
     Args:
@@ -62,7 +63,7 @@ def linear_modules(model: Any, *only: Role) -> list[str]:
     return [name for name, role in module_roles(model).items() if role in wanted]
 
 
-def quantised_matrices(model: Any) -> set[str]:
+def quantised_matrices(model: CausalModel) -> set[str]:
     """Names of the parameters that quantisation on loading reaches: linear modules, the head left out."""
     head = output_layer(model)
     return {
@@ -72,8 +73,16 @@ def quantised_matrices(model: Any) -> set[str]:
     }
 
 
-def gated_mlp(module: Any) -> Iterator[tuple[str, str, str]]:
-    """Names of (gate, up, down) of a module that may be a gated MLP, down(act(gate(x)) · up(x)).
+class GatedMlp(NamedTuple):
+    """Names of the matrices of a gated MLP, down(act(gate(x)) · up(x))."""
+
+    gate: str
+    up: str
+    down: str
+
+
+def gated_mlp(module: Any) -> Iterator[GatedMlp]:
+    """The matrices of a module that may be a gated MLP.
 
     Which of two matrices of one shape is the gate shows in what the module computes; the usual order comes first.
 
@@ -89,8 +98,8 @@ def gated_mlp(module: Any) -> Iterator[tuple[str, str, str]]:
     for down in reversed(matrices):
         first, second = (name for name in matrices if name != down)
         if sizes[first] == sizes[second] == sizes[down][::-1]:
-            yield first, second, down
-            yield second, first, down
+            yield GatedMlp(gate=first, up=second, down=down)
+            yield GatedMlp(gate=second, up=first, down=down)
 
 
 def is_rms_norm(module: Any) -> bool:
@@ -98,7 +107,7 @@ def is_rms_norm(module: Any) -> bool:
     return type(module).__name__.endswith("RMSNorm") and hasattr(module, "variance_epsilon")
 
 
-def _recorded(model: Any, what: str) -> list[str]:
+def _recorded(model: CausalModel, what: str) -> list[str]:
     """Names of the modules whose outputs a model can hand out as `what`: transformers has each class state theirs."""
     told: Any = {}
     for part in (causal_model(model), decoder_of(model)):

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from enum import Enum
-from typing import Any
+from typing import Any, TypeGuard
+
+from loratune.protocols import AdaptedModel, CausalModel, Decoder, ModelConfig, TextConfig
 
 
 class LayerState(Enum):
@@ -20,13 +22,18 @@ class LayerState(Enum):
 ATTENDING = {"full_attention": LayerState.ALL_TOKENS, "sliding_attention": LayerState.WINDOW}
 
 
-def causal_model(model: Any) -> Any:
-    """The causal language model itself, without PEFT's wrapper around it."""
+def is_adapted(model: CausalModel) -> TypeGuard[AdaptedModel]:
+    """Whether a model is PEFT's wrapper of one."""
     # Not by its class: importing PEFT takes seconds, and a model alone does without it.
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
+    return hasattr(model, "get_base_model")
 
 
-def decoder_of(model: Any) -> Any:
+def causal_model(model: CausalModel) -> CausalModel:
+    """The causal language model itself, without PEFT's wrapper around it."""
+    return model.get_base_model() if is_adapted(model) else model
+
+
+def decoder_of(model: CausalModel) -> Decoder:
     """The module that makes the last states of token ids.
 
     Args:
@@ -34,10 +41,11 @@ def decoder_of(model: Any) -> Any:
     """
     causal = causal_model(model)
     found = causal.get_decoder()
-    return causal.base_model if found is causal else found
+    decoder: Decoder = causal.base_model if found is causal else found
+    return decoder
 
 
-def output_layer(model: Any) -> Any:
+def output_layer(model: CausalModel) -> Any:
     """The module that makes logits of the last states.
 
     Args:
@@ -46,7 +54,7 @@ def output_layer(model: Any) -> Any:
     return causal_model(model).get_output_embeddings()
 
 
-def text_config(config: Any) -> Any:
+def text_config(config: ModelConfig) -> TextConfig:
     """The part of a config that describes the language model: the config itself where nothing else is in it."""
     return config.get_text_config(decoder=True)
 
@@ -57,29 +65,29 @@ def text_values(values: Mapping[str, Any]) -> Mapping[str, Any]:
     return nested if isinstance(nested, Mapping) else values
 
 
-def layer_count(config: Any) -> int:
+def layer_count(config: ModelConfig) -> int:
     """How many layers the language model of a config has."""
     return int(text_config(config).num_hidden_layers)
 
 
-def head_size(config: Any) -> int:
+def head_size(config: ModelConfig) -> int:
     """Width of an attention head."""
     text = text_config(config)
     return int(getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads)
 
 
-def key_value_heads(config: Any) -> int:
+def key_value_heads(config: ModelConfig) -> int:
     """How many heads of keys an attention layer has, and of values."""
     text = text_config(config)
     return int(getattr(text, "num_key_value_heads", None) or text.num_attention_heads)
 
 
-def layer_kinds(config: Any) -> list[str]:
+def layer_kinds(config: ModelConfig) -> list[str]:
     """transformers' name of each layer's kind, in order."""
     text = text_config(config)
     return list(getattr(text, "layer_types", None) or ["full_attention"] * layer_count(config))
 
 
-def layer_states(config: Any) -> list[LayerState]:
+def layer_states(config: ModelConfig) -> list[LayerState]:
     """What each layer keeps, in order."""
     return [ATTENDING.get(kind, LayerState.OTHER) for kind in layer_kinds(config)]

@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from loratune.protocols import CausalModel
+
 MOST_ROWS = 32
 """With more, the products themselves take longer than reading the matrix."""
 LEAST_WEIGHTS = 1 << 18
@@ -21,7 +23,7 @@ BLOCK = 32
 """Rows of a matrix that are taken at once."""
 
 
-def use_few_row_products(model: Any) -> list[Any]:
+def use_few_row_products(model: CausalModel) -> list[Any]:
     """Have the large linear layers of a model take their matrix block by block where they get few rows.
 
     They do so only without gradients, and give the same but for rounding.

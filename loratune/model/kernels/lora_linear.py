@@ -20,12 +20,13 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 
 from loratune.model.kernels.few_rows import takes_few_rows
+from loratune.protocols import CausalModel
 
 _MAX_DROPOUT = 254 / 256
 """What a random byte can tell safely."""
 
 
-def use_fused_lora(model: Any) -> int:
+def use_fused_lora(model: CausalModel) -> int:
     """Compute every plain LoRA layer in one function; PEFT keeps the others.
 
     A layer is plain with one active adapter on a frozen `nn.Linear` or bitsandbytes' `Linear4bit`, without DoRA or

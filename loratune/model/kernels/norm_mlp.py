@@ -19,7 +19,8 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
 from loratune import console
-from loratune.model.architecture.roles import gated_mlp, is_rms_norm
+from loratune.model.architecture.roles import GatedMlp, gated_mlp, is_rms_norm
+from loratune.protocols import CausalModel
 
 Forward = Callable[[Any, Any], Any]
 """Of a module and its input."""
@@ -37,7 +38,7 @@ class _Kernels(NamedTuple):
     """gate, up → silu(gate) · up."""
 
 
-def use_fused_elementwise(model: Any) -> int:
+def use_fused_elementwise(model: CausalModel) -> int:
     """Replace the forward of the frozen RMS norms and SiLU-gated MLPs of a model.
 
     Args:
@@ -65,7 +66,7 @@ def use_fused_elementwise(model: Any) -> int:
     return taken
 
 
-def _liger_kernels(model: Any) -> _Kernels | None:
+def _liger_kernels(model: CausalModel) -> _Kernels | None:
     """Liger's, which do everything in one pass over a GPU's memory, where they are installed and run."""
     if importlib.util.find_spec("liger_kernel") is None:
         return None
@@ -87,21 +88,21 @@ def _makers(module: Any) -> list[Callable[[_Kernels], Forward]]:
     if is_rms_norm(module):
         is_frozen = type(module.weight) is nn.Parameter and not module.weight.requires_grad
         return [_norm_with] if is_frozen else []
-    return [partial(_gated_mlp_with, parts) for parts in gated_mlp(module)]
+    return [partial(_gated_mlp_with, names) for names in gated_mlp(module)]
 
 
 def _norm_with(kernels: _Kernels) -> Forward:
     return lambda module, x: kernels.norm(x, module.weight, module.variance_epsilon)
 
 
-def _gated_mlp_with(parts: tuple[str, str, str], kernels: _Kernels) -> Forward:
-    gate, up, down = map(attrgetter, parts)
+def _gated_mlp_with(names: GatedMlp, kernels: _Kernels) -> Forward:
+    gate, up, down = attrgetter(names.gate), attrgetter(names.up), attrgetter(names.down)
     return lambda module, x: down(module)(kernels.gate(gate(module)(x), up(module)(x)))
 
 
 def _gives_the_same(module: Any, forward: Callable[[Any], Any]) -> bool:
     """Whether a forward computes what the module's own does, and its gradient, on some random rows."""
-    first = module if is_rms_norm(module) else module.get_submodule(next(gated_mlp(module))[0])
+    first = module if is_rms_norm(module) else module.get_submodule(next(gated_mlp(module)).gate)
     weight = first.weight
     width = len(weight) if first is module else first.in_features
     dtype = weight.dtype if weight.is_floating_point() else torch.bfloat16

@@ -9,7 +9,6 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
@@ -19,6 +18,7 @@ from loratune.model.architecture.file_layout import file_layout
 from loratune.model.files import weight_files
 from loratune.model.from_folder import load_from_folder
 from loratune.model.weights.tensor_files import TensorFiles
+from loratune.protocols import CausalModel
 
 PIECE_VALUES = 4_000_000
 """Values of a matrix that are float32 at once."""
@@ -26,7 +26,7 @@ RESIDENT_BYTES = 2_000_000_000
 """Pages of a smaller model stay mapped once read; those of a larger one are let go again after each use."""
 
 
-def load_mapped(folder: Path, in_float32: bool = True) -> Any:
+def load_mapped(folder: Path, in_float32: bool = True) -> CausalModel:
     """A causal language model as transformers loads it, then bound to its mapped files.
 
     Args:
@@ -56,7 +56,7 @@ def load_mapped(folder: Path, in_float32: bool = True) -> Any:
     return model
 
 
-def load_plain(folder: Path, is_quantized: bool = False) -> Any:
+def load_plain(folder: Path, is_quantized: bool = False) -> CausalModel:
     """A causal language model as anybody would load it with transformers, in the type of its files, on the CPU.
 
     Args:

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 from loratune.model.adapter.attach import keep_unpacked
 from loratune.model.base import load_base
 from loratune.model.hardware import detect_hardware
 from loratune.model.weights.mapped import load_plain
+from loratune.protocols import CausalModel
 from loratune.recipe.sections import ModelSettings
 
 
-def write_quantized(model: Path, folder: Path) -> Any:
+def write_quantized(model: Path, folder: Path) -> CausalModel:
     """Quantise a model and write it; the model in memory is returned, to be compared with what the folder gives.
 
     Args:
@@ -26,7 +26,7 @@ def write_quantized(model: Path, folder: Path) -> Any:
     return quantized.eval()
 
 
-def load_quantized(folder: Path) -> Any:
+def load_quantized(folder: Path) -> CausalModel:
     """The written model, which computes exactly as the one that was written."""
     model = load_plain(folder, is_quantized=True)
     keep_unpacked(model)

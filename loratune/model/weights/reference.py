@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 from loratune.model.adapter.attach import keep_unpacked, load_adapter
 from loratune.model.base import load_base
 from loratune.model.hardware import detect_hardware
 from loratune.model.weights.mapped import load_mapped
+from loratune.protocols import AdaptedModel
 from loratune.recipe.sections import ModelSettings
 
 
-def load_reference(settings: ModelSettings, base: Path, adapter: Path) -> Any:
+def load_reference(settings: ModelSettings, base: Path, adapter: Path) -> AdaptedModel:
     """PEFT's own model: the adapter's layers beside the base's, which is quantised if it was in training.
 
     Args:

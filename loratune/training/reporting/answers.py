@@ -16,7 +16,7 @@ from loratune.engine.sampling import Sampling
 from loratune.engine.scheduler import Decoder, Running
 from loratune.errors import LoratuneError, counted
 from loratune.model.adapter.own_parameters import BASE
-from loratune.protocols import Tokenizer
+from loratune.protocols import AdaptedModel, Tokenizer
 from loratune.runs.report import Answers, Told
 
 MAX_QUESTIONS = 8
@@ -37,7 +37,7 @@ class Allowance:
     """Whether the user wants no more of it."""
 
 
-def ask_questions(model: Any, encoder: Encoder, data: PreparedData, allowance: Allowance) -> Answers | None:
+def ask_questions(model: AdaptedModel, encoder: Encoder, data: PreparedData, allowance: Allowance) -> Answers | None:
     """Ask some of the rows' questions with the adapter and without it, the likeliest token each time.
 
     Args:

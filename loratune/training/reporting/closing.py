@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from loratune import console
 from loratune.errors import Interrupted
+from loratune.protocols import AdaptedModel
 from loratune.runs.folder import PLOT, REPORT
 from loratune.runs.report import Answers, Report, write_report
 from loratune.training.failures import attempted
@@ -63,5 +64,6 @@ def _answers(session: Session, running: Running) -> Answers | None:
     return ask_questions(_model(running), session.encoder, session.data, allowance)
 
 
-def _model(running: Running) -> Any:
-    return running.trainer.accelerator.unwrap_model(running.trainer.model)
+def _model(running: Running) -> AdaptedModel:
+    model: AdaptedModel = running.trainer.accelerator.unwrap_model(running.trainer.model)
+    return model

@@ -10,6 +10,7 @@ from transformers import TrainerCallback
 from loratune.errors import counted
 from loratune.model.adapter.tensors import PREFIX
 from loratune.model.adapter.update_size import update_sizes
+from loratune.protocols import AdaptedModel
 from loratune.runs.report import Answers, Health, Updates
 from loratune.training.callbacks import Metrics
 
@@ -36,7 +37,7 @@ class GradientFlow(TrainerCallback):
                 self.missing.append(name.partition(".lora_B.")[0].removeprefix(PREFIX))
 
 
-def examine(model: Any, flow: GradientFlow, metrics: Metrics, answers: Answers | None = None) -> Health:
+def examine(model: AdaptedModel, flow: GradientFlow, metrics: Metrics, answers: Answers | None = None) -> Health:
     """Measure the final adapter.
 
     Args:
