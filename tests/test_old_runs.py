@@ -62,7 +62,7 @@ def test_a_finished_run_is_asked(old_run: Any, cli: Any, tmp_path: Path) -> None
     assert answer_of_peft(run / "adapter", "When is the kitchen cleaned?", 12) in answer.values()
 
 
-@pytest.mark.parametrize("model", [[], ["--model", TINY_QWEN]], ids=["as recorded", "given"])
+@pytest.mark.parametrize("model", [[], ["--base-model", TINY_QWEN]], ids=["as recorded", "given"])
 def test_a_finished_run_is_merged_and_exported(old_run: Any, cli: Any, model: list[Any]) -> None:
     run = old_run("finished")
     merged = cli("merge", "--adapter", run, "--output", "merged", *model)

@@ -376,7 +376,7 @@ def test_a_merge_is_proved_with_its_own_adapter_alone(cli: Cli, merged: Path, sh
     weights = load_file(other / "adapter_model.safetensors")
     save_file({name: 2 * value for name, value in weights.items()}, other / "adapter_model.safetensors")
     base = json.loads((short_run / "manifest.json").read_text())["base"]["path"]
-    result = cli("verify", merged, "--adapter", other, "--model", base)
+    result = cli("verify", merged, "--adapter", other, "--base-model", base)
     assert result.exit_code == Exit.MODEL
     assert "another adapter" in " ".join(result.stderr.split())
 
@@ -384,11 +384,11 @@ def test_a_merge_is_proved_with_its_own_adapter_alone(cli: Cli, merged: Path, sh
 def test_what_the_proof_could_not_check_is_told(cli: Cli, merged: Path, short_run: Path, tmp_path: Path) -> None:
     plain = shutil.copytree(short_run / "adapter", tmp_path / "plain")
     base = json.loads((short_run / "manifest.json").read_text())["base"]["path"]
-    result = cli("verify", merged, "--adapter", plain, "--model", base, "--no-logits")
+    result = cli("verify", merged, "--adapter", plain, "--base-model", base, "--no-logits")
     assert result.exit_code == 0, result.stderr
     assert "warning: the adapter has no loratune manifest" in " ".join(result.stderr.split())
 
 
-@pytest.mark.parametrize("flags", [("--model", "x"), ("--no-logits",), ("--force",)])
+@pytest.mark.parametrize("flags", [("--base-model", "x"), ("--no-logits",), ("--force",)])
 def test_flags_of_the_proof_need_an_adapter(cli: Cli, verified: Path, flags: tuple[str, ...]) -> None:
     assert cli("verify", verified, *flags).exit_code == Exit.USAGE

@@ -7,7 +7,20 @@ from typing import Annotated, Literal
 import typer
 
 from loratune import console
-from loratune.cli.flags import Adapter, DryRun, Force, Json, Output, Overwrite, Public, Push, adapter_folder, filled
+from loratune.cli.flags import (
+    Adapter,
+    DryRun,
+    Force,
+    Json,
+    MovedBase,
+    Output,
+    Overwrite,
+    Public,
+    Push,
+    adapter_folder,
+    asked_model,
+    filled,
+)
 from loratune.cli.push import push
 from loratune.errors import Exit, LoratuneError
 
@@ -30,7 +43,7 @@ Merged = Annotated[
         "-m",
         metavar="folder",
         callback=filled,
-        help="A merged model; with --adapter: where its base lies now.",
+        help="A merged model.",
     ),
 ]
 Quantization = Annotated[
@@ -49,6 +62,7 @@ def command(
     format: Format,
     adapter: Adapter = None,
     model: Merged = None,
+    base_model: MovedBase = None,
     quantization: Quantization = None,
     num_ctx: NumCtx = None,
     destination: Push = None,
@@ -59,8 +73,7 @@ def command(
     json: Json = False,
 ) -> None:
     """Export, prove, and say what to do next."""
-    if adapter is None and model is None:
-        raise LoratuneError("give an adapter with --adapter, or a merged model with --model", Exit.USAGE)
+    model = asked_model(adapter is not None, model, base_model)
     folder = adapter_folder(adapter)
     if quantization and format not in ("gguf", "ollama"):
         raise LoratuneError(f"--quantization is for gguf and ollama, not for --format {format}", Exit.USAGE)

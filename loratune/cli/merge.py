@@ -11,11 +11,11 @@ import typer
 from loratune import console
 from loratune.cli.flags import (
     ADAPTER_HELP,
-    Base,
     DryRun,
     Force,
     Json,
     Logits,
+    MovedBase,
     Output,
     Overwrite,
     Public,
@@ -83,7 +83,7 @@ Verify = Annotated[
 def command(
     adapter: Adapters,
     output: Output,
-    model: Base = None,
+    base_model: MovedBase = None,
     dtype: Dtype = None,
     shard_size: ShardSize = "5GB",
     merge_base: MergeBase = "auto",
@@ -108,7 +108,7 @@ def command(
     from loratune.delivery.merge.sources import open_adapters
 
     options = MergeOptions(
-        model=model,
+        model=base_model,
         dtype=getattr(torch, dtype) if dtype else None,
         shard_bytes=parse_size(shard_size),
         merge_base=merge_base,
@@ -120,7 +120,7 @@ def command(
     if not verify:
         console.warn("--no-verify: nobody will know whether the merged model is what was trained")
     with push(destination, output, not public, dry_run):
-        with open_adapters(adapters, weights, combine, density, model, force) as source:
+        with open_adapters(adapters, weights, combine, density, base_model, force) as source:
             verification = merge_adapter(source, output, options)
         _show(verification.proved, output)
     if json:

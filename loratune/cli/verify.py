@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from loratune import console
-from loratune.cli.flags import Adapter, Base, Force, Json, Logits, adapter_folder
+from loratune.cli.flags import Adapter, Force, Json, Logits, MovedBase, adapter_folder
 from loratune.errors import Exit, LoratuneError
 
 DETAILS = """\
@@ -24,7 +24,7 @@ Folder = Annotated[Path, typer.Argument(help="A merged model, an export, or a ru
 def command(
     folder: Folder,
     adapter: Adapter = None,
-    model: Base = None,
+    base_model: MovedBase = None,
     logits: Logits = True,
     force: Force = False,
     json: Json = False,
@@ -36,12 +36,14 @@ def command(
     from loratune.runs.opening import open_settled_adapter
     from loratune.runs.verification import MergedModel
 
-    if adapter is None and (model is not None or not logits or force):
-        raise LoratuneError("--model, --no-logits and --force are for the proof of a merge; give --adapter", Exit.USAGE)
+    if adapter is None and (base_model is not None or not logits or force):
+        raise LoratuneError(
+            "--base-model, --no-logits and --force are for the proof of a merge; give --adapter", Exit.USAGE
+        )
     made_with = adapter_folder(adapter)
     source = open_settled_adapter(made_with, force) if made_with else None
     with console.status(f"reading {folder}"):
-        verified = verify_folder(folder, source, MergeOptions(model=model, logits=logits, force=force))
+        verified = verify_folder(folder, source, MergeOptions(model=base_model, logits=logits, force=force))
     for warning in verified.warnings:
         console.warn(warning)
     if json:

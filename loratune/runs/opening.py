@@ -152,7 +152,8 @@ def base_settings(source: AdapterSource, model: str | None) -> ModelSettings:
     named = read_json_object(source.adapter / ADAPTER_CONFIG).get("base_model_name_or_path")
     if model is None and not (isinstance(named, str) and named and is_folder(Path(named))):
         raise LoratuneError(
-            f"{source.adapter} names its base {named!r}, which is not followed; give the base with --model", Exit.MODEL
+            f"{source.adapter} names its base {named!r}, which is not followed; give the base with --base-model",
+            Exit.MODEL,
         )
     return ModelSettings(base=model or str(named))
 

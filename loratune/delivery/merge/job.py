@@ -56,7 +56,7 @@ class MergeOptions:
         """The command line that merges so."""
         flags = {
             "--adapter": source.place,
-            "--model": self.model,
+            "--base-model": self.model,
             "--dtype": str(self.dtype).removeprefix("torch.") if self.dtype else None,
             "--merge-base": self.merge_base if self.merge_base != "auto" else None,
             "--no-verify": not self.verify,

@@ -147,7 +147,7 @@ def check_where_possible(source: AdapterSource, model: str | None, force: bool) 
     return [
         *source.remarks,
         "the base is not on this machine, so neither it nor whether the adapter covers all of its layers was checked; "
-        "give it with --model",
+        "give it with --base-model",
     ]
 
 
