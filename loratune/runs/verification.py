@@ -254,8 +254,8 @@ def read_verification(folder: Path) -> AnyVerification | None:
     require_version(values, VERIFICATION_VERSION, path)
     if has_changed(values):
         raise LoratuneError(
-            f"{path}: has been changed since it was written, so nothing of the folder can be checked; restore it, or "
-            "make the folder again",
+            f"{path}: has been changed since it was written, so nothing of the folder can be checked; restore it, make "
+            "the folder again, or remove the file: what is left is taken as any other model",
             Exit.MODEL,
         )
     files = values.get("files")
