@@ -15,8 +15,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import Result
 
 from loratune.data.encoding.encoder import Encoder
+from loratune.engine.running import Running
 from loratune.engine.sampling import Sampling
-from loratune.engine.scheduler import Running
 from loratune.errors import Exit, LoratuneError
 from loratune.model.adapter.update_size import update_sizes
 from loratune.runs.report import Answers, Told

@@ -16,8 +16,9 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import Result
 
+from loratune.engine.running import Running
 from loratune.engine.sampling import Sampling
-from loratune.engine.scheduler import Decoder, Running
+from loratune.engine.scheduler import Decoder
 from loratune.errors import Exit
 from loratune.model.adapter import attach as adapter_module
 from loratune.model.adapter.attach import attach_adapter, keep_unpacked, load_adapter

@@ -8,7 +8,6 @@ from __future__ import annotations
 import warnings
 from collections import defaultdict, deque
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -16,7 +15,7 @@ from torch.nn import functional
 
 from loratune.engine.kv_cache import Feed, SlotCache, reserved_tokens, token_bytes, use_slot_attention
 from loratune.engine.prefix_cache import Prefixes
-from loratune.engine.sampling import Sampling
+from loratune.engine.running import Running
 from loratune.engine.token_choice import TokenChooser
 from loratune.model.adapter.own_parameters import BASE, own_parameters
 from loratune.model.architecture.structure import causal_model, is_adapted, layer_count, output_layer
@@ -29,42 +28,6 @@ PROMPT_TOKENS = 2048
 """Tokens of all prompts that are read in one pass."""
 KEPT_BYTES = 2 * 2**30
 """Keys and values that may stay while nothing runs: the next question of a conversation begins as the last one did."""
-
-
-@dataclass(eq=False)
-class Running:
-    """An answer on its way."""
-
-    prompt: list[int]
-    """Token ids, at least one."""
-    sampling: Sampling
-    ends: frozenset[int]
-    """Token ids that end an answer."""
-    adapter: str = BASE
-    """PEFT's name of it."""
-    tokens: list[int] = field(default_factory=list)
-    """Made so far, the one that ends it included."""
-    finish: str | None = None
-    """Why no more come: "stop" at an end token, "length" at max_new_tokens."""
-    slot: int = -1
-    read: int = 0
-    """Tokens of the prompt that its slot holds."""
-    chooser: TokenChooser | None = None
-
-    @property
-    def ids(self) -> list[int]:
-        """Of prompt and answer."""
-        return [*self.prompt, *self.tokens]
-
-    @property
-    def longest(self) -> int:
-        """Tokens of the prompt and of the longest answer it may get."""
-        return len(self.prompt) + self.sampling.max_new_tokens
-
-    @property
-    def held(self) -> int:
-        """Tokens whose keys its slot holds: all but the newest."""
-        return len(self.prompt) + len(self.tokens) - 1 if self.tokens else self.read
 
 
 class Decoder:
@@ -153,8 +116,7 @@ class Decoder:
             if running.finish:
                 self.remove(running)
         if self.is_idle and self._cache.size_bytes > KEPT_BYTES:
-            self._cache.clear()
-            self._prefixes.forget()
+            self.reset()
         return advanced
 
     @torch.inference_mode()  # type: ignore[untyped-decorator]
@@ -179,6 +141,13 @@ class Decoder:
                 wanted = torch.tensor(sequence[read + 1 - scored : read + 1], device=self.device)
                 total += float(functional.cross_entropy(logits.float(), wanted, reduction="sum"))
         return total
+
+    def reset(self) -> None:
+        """Give all memory of keys and values back; no answer may be running."""
+        self._cache.clear()
+        self._prefixes.forget()
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
 
     def close(self) -> None:
         """Give the memory back, and the model as it was but for its attention."""

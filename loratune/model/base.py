@@ -22,11 +22,12 @@ def load_base(settings: ModelSettings, folder: Path, hardware: Hardware) -> Caus
     Raises:
         LoratuneError: settings that this machine cannot serve, or weights that do not fit the config.
     """
+    dtype = resolve_dtype(settings.dtype, hardware)
     return load_from_folder(
         folder,
-        dtype=resolve_dtype(settings.dtype, hardware),
+        dtype=dtype,
         quantization_config=_quantization(settings, hardware),
-        attn_implementation=resolve_attention(settings.attn_implementation, hardware),
+        attn_implementation=resolve_attention(settings.attn_implementation, hardware, dtype),
         device_map={"": hardware.device},
     )
 

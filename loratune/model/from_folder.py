@@ -13,6 +13,7 @@ from loratune.model.architecture.file_layout import file_layout
 from loratune.model.architecture.vocabulary import vocabulary_of
 from loratune.model.config import empty_model, load_config, load_generation_config
 from loratune.model.files import weight_files
+from loratune.model.memory import is_out_of_memory
 from loratune.model.tying import head_is_tied
 from loratune.model.weights.tensor_files import TensorFiles
 from loratune.protocols import CausalModel, ModelConfig
@@ -48,7 +49,7 @@ def load_from_folder(folder: Path, is_quantized: bool = False, **options: Any) -
     except LoratuneError:
         raise
     except Exception as error:  # of values in files, each layer of transformers and torch raises another kind
-        if "allocate" in str(error) or isinstance(error, MemoryError):
+        if is_out_of_memory(error):
             raise
         told = " ".join(str(error).split())[:300] or type(error).__name__
         raise LoratuneError(f"{folder}: cannot be loaded: {told}", Exit.MODEL) from error

@@ -166,9 +166,11 @@ def _train(session: Session, start: Checkpoint | None) -> Report | None:
             running.watchers.progress.close()
             running.watchers.trackers.close()
         stops.raise_if_any()
+        if not is_main_process():  # the checkpoints may be on the first one's machine alone
+            return None
         _take_best(trainer, running.watchers.keeper)
-        report = _finish(session, running) if is_main_process() else None
-    return close_run(session, running, report) if report else None
+        report = _finish(session, running)
+    return close_run(session, running, report)
 
 
 def _go_on(running: Running, start: Checkpoint, steps: int) -> None:

@@ -24,8 +24,7 @@ from loratune.delivery.verification.proof import check_parity, probe_rows
 from loratune.delivery.verification.report import parity_text, show_verification
 from loratune.errors import Exit, LoratuneError, bullet_list, refusal
 from loratune.model.files import check_base, weight_files
-from loratune.model.hardware import detect_hardware
-from loratune.model.memory import free_memory_bytes
+from loratune.model.memory import free_main_memory_bytes
 from loratune.model.tokenizer import load_tokenizer
 from loratune.model.weights.mapped import load_mapped
 from loratune.model.weights.quantized_folder import load_quantized, write_quantized
@@ -156,7 +155,7 @@ def _compare_gguf(job: Export, model: Path, target: Path) -> Parity | None:
 
     # The loader makes float32 of everything.
     needed = 3 * sum(path.stat().st_size for path in weight_files(model))
-    free = free_memory_bytes(detect_hardware())
+    free = free_main_memory_bytes()  # where the file is loaded, whatever GPU is there
     if needed > free:
         console.warn(
             f"the file's logits are not compared: loading it takes {console.memory(needed)} of memory, and "

@@ -126,7 +126,8 @@ class _RMSNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Any, weight: Any, epsilon: float) -> Any:
         normed = x.to(torch.float32, copy=True)  # products of two types would take twice as long
-        scale = torch.linalg.vecdot(normed, normed).div_(x.shape[-1]).add_(epsilon).rsqrt_().unsqueeze(-1)
+        # Not vecdot, which autocast computes in float16: the sum of 3584 squares of 4.3 is beyond its range.
+        scale = normed.square().sum(-1, keepdim=True).div_(x.shape[-1]).add_(epsilon).rsqrt_()
         ctx.save_for_backward(x, weight, scale)
         return normed.mul_(scale).to(x.dtype).mul_(weight)
 
@@ -136,7 +137,7 @@ class _RMSNorm(torch.autograd.Function):
         x, weight, scale = ctx.saved_tensors
         of_normed, rows = (grad * weight).float(), x.float()
         # d(x·s)/dx = s − x·xᵀ·s³/width
-        along = torch.linalg.vecdot(of_normed, rows).unsqueeze(-1).div_(x.shape[-1]).mul_(scale.pow(3))
+        along = (of_normed * rows).sum(-1, keepdim=True).div_(x.shape[-1]).mul_(scale.pow(3))
         return of_normed.mul_(scale).addcmul_(rows, along, value=-1).to(x.dtype), None, None
 
 

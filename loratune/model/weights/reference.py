@@ -25,7 +25,8 @@ def load_reference(settings: ModelSettings, base: Path, adapter: Path) -> Adapte
     """
     if settings.quantization == "none":
         return load_adapter(load_mapped(base), adapter, keep_dtype=True)
-    exact = settings.model_copy(update={"compute_dtype": "float32"})
+    # Flash attention would cast to the config's type.
+    exact = settings.model_copy(update={"compute_dtype": "float32", "attn_implementation": "sdpa"})
     quantized = load_base(exact, base, detect_hardware())
     keep_unpacked(quantized)  # the packed form computes in bfloat16
     return load_adapter(quantized, adapter).float().eval()

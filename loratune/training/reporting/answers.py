@@ -12,8 +12,9 @@ from loratune import console
 from loratune.data.encoding.encoder import Encoder
 from loratune.data.preparation import PreparedData
 from loratune.engine.kv_cache import DecodingError
+from loratune.engine.running import Running
 from loratune.engine.sampling import Sampling
-from loratune.engine.scheduler import Decoder, Running
+from loratune.engine.scheduler import Decoder
 from loratune.errors import LoratuneError, counted
 from loratune.model.adapter.own_parameters import BASE
 from loratune.protocols import AdaptedModel, Tokenizer
