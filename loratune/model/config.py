@@ -23,7 +23,7 @@ from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedConfi
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.utils import logging as transformers_logging
 
-from loratune.errors import Exit, LoratuneError, bullet_list
+from loratune.errors import Exit, LoratuneError, bullet_list, reason_of
 from loratune.model.files import CONFIG, check_values
 from loratune.plain_files import CONFIG_BYTES, read_json_object
 
@@ -104,8 +104,7 @@ def _built(path: Path, values: dict[str, Any], config_class: Any) -> Any:
     except Exception as error:  # of values, each layer of transformers and torch raises another kind
         odd = [key for key in values if _is_buildable(config_class, values.keys() - {key}, values)]
         about = "".join(f"{key} {_shown(values[key])}: " for key in odd[:1])
-        told = " ".join(str(error).split())[:300] or type(error).__name__
-        raise LoratuneError(f"{path}: makes no model: {about}{told}\n{ADVICE}", Exit.MODEL) from error
+        raise LoratuneError(f"{path}: makes no model: {about}{reason_of(error)}\n{ADVICE}", Exit.MODEL) from error
     return config
 
 

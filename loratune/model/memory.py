@@ -70,5 +70,6 @@ def peak_memory_bytes(hardware: Hardware) -> int:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an exception says that memory ran out; the CPU allocator raises a plain RuntimeError."""
-    return isinstance(error, MemoryError | torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)
+    """Whether an exception says that memory ran out; torch's allocator and mmap on a CPU raise a RuntimeError."""
+    is_told = any(sign in str(error) for sign in ("DefaultCPUAllocator", "Cannot allocate memory"))
+    return is_told or isinstance(error, MemoryError | torch.OutOfMemoryError)

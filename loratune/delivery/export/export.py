@@ -23,7 +23,7 @@ from loratune.delivery.template import about_the_date
 from loratune.delivery.verification.parity import Parity, compare_models
 from loratune.delivery.verification.proof import Bounds, check_parity, probe_rows
 from loratune.delivery.verification.report import parity_text, show_verification
-from loratune.errors import Exit, LoratuneError, bullet_list, refusal
+from loratune.errors import Exit, LoratuneError, bullet_list, reason_of, refusal
 from loratune.model.files import check_base, weight_files
 from loratune.model.hardware import detect_hardware
 from loratune.model.memory import free_memory_bytes
@@ -167,10 +167,9 @@ def _compare_gguf(job: Export, model: Path, target: Path) -> Parity | None:
         except LoratuneError:
             raise
         except Exception as error:  # transformers raises all kinds, none of which says anything against the file
-            reason = " ".join(str(error).split())[:200]
             console.warn(
-                f"the file's logits are not compared: transformers cannot load it ({reason}). Every tensor has been "
-                "read back"
+                f"the file's logits are not compared: transformers cannot load it ({reason_of(error, 200)}). Every "
+                "tensor has been read back"
             )
             return None
         (parity,) = compare_models(load_mapped(model), [written], _rows(job, model))

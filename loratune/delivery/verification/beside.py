@@ -12,7 +12,7 @@ from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 from loratune.data.encoding.encoder import Encoder
 from loratune.delivery.merge.model_folder import CONFIG, GENERATION_CONFIG
 from loratune.delivery.template import portable_template, renders_training_prompts
-from loratune.errors import Exit, LoratuneError, bullet_list
+from loratune.errors import Exit, LoratuneError, bullet_list, reason_of
 from loratune.model.architecture.vocabulary import vocabulary_of
 from loratune.model.files import weight_files
 from loratune.model.weights.tensor_files import INDEX, TensorFiles
@@ -115,7 +115,7 @@ def _loaded_problems(base: Path, folder: Path, encoder: Encoder) -> Iterator[str
         if (folder / GENERATION_CONFIG).is_file():
             ends = GenerationConfig.from_pretrained(folder, local_files_only=True).eos_token_id
     except Exception as error:  # the libraries know no common class
-        yield f"transformers cannot load it: {' '.join(str(error).split())[:300]}"
+        yield f"transformers cannot load it: {reason_of(error)}"
         return
     original, found = configs
     for key in sorted({*original, *found} - {*ALLOWED, PLACE}):

@@ -7,8 +7,8 @@ from typing import Any
 
 from loratune.model.adapter.attach import keep_unpacked
 from loratune.model.base import load_base
+from loratune.model.from_folder import load_plain
 from loratune.model.hardware import detect_hardware
-from loratune.model.weights.mapped import load_plain
 from loratune.recipe.sections import ModelSettings
 
 
