@@ -9,8 +9,8 @@ from typing import Any, get_args
 
 import pytest
 
+from loratune.choices import ExportFormat
 from loratune.cli.export import DETAILS
-from loratune.cli.export import Format as FormatFlag
 from loratune.data.checks.findings import SENTENCES
 from loratune.data.formats.conversation import Conversation
 from loratune.data.formats.registry import FORMATS, ConversationReader, Format, detect_format
@@ -63,9 +63,7 @@ def test_a_row_of_every_format_can_be_asked_without_its_answer(kind: Format) -> 
 
 
 def test_every_export_can_be_asked_for_is_rehearsed_and_is_described() -> None:
-    (choices, option) = get_args(FormatFlag)
-    assert set(get_args(choices)) == set(EXPORTS)
-    assert option.metavar == "|".join(get_args(choices))
+    assert set(get_args(ExportFormat)) == set(EXPORTS)
     assert set(CHECKS) == set(FROM_MODEL)
     for name in EXPORTS:
         assert re.search(rf"\b{name}\b", DETAILS)

@@ -16,13 +16,14 @@ import sys
 from collections.abc import Iterable
 from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.utils import logging as transformers_logging
 
+from loratune.choices import Dtype
 from loratune.errors import Exit, LoratuneError, bullet_list, reason_of
 from loratune.model.files import CONFIG, check_values
 from loratune.plain_files import CONFIG_BYTES, read_json_object
@@ -32,7 +33,7 @@ GENERATION_CONFIG = "generation_config.json"
 COMMON_KEYS = {"architectures", "dtype", "torch_dtype", "transformers_version"}
 # Earlier names of rope_parameters, which every config class with RoPE still takes.
 ROPE_KEYS = {"rope_theta", "rope_scaling", "partial_rotary_factor"}
-DTYPES = ("float32", "float16", "bfloat16")
+DTYPES = get_args(Dtype)
 # What loratune and its proof read of a generation config.
 SAMPLING_KEYS = {
     "do_sample": bool, "temperature": float, "top_p": float, "top_k": int, "min_p": float, "repetition_penalty": float,

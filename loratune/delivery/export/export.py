@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from loratune import console
+from loratune.choices import ExportFormat, GgufType
 from loratune.commands import Command
 from loratune.data.encoding.encoder import Encoder
 from loratune.delivery.export.adapter_folder import export_adapter
@@ -39,7 +40,7 @@ from loratune.runs.verification import write_verification
 from loratune.writing import disk_errors_explained, folder_in_one_step
 
 SAME = Bounds(1e-5, 1e-5, 0.0)
-GGUF_BOUNDS = {
+GGUF_BOUNDS: dict[GgufType, Bounds] = {
     "f32": SAME,
     "bf16": Bounds(0.1, 5e-3, 0.005),
     "f16": Bounds(0.02, 3e-4, 0.005),
@@ -231,8 +232,11 @@ def _source(job: Export) -> AdapterSource:
     return job.source
 
 
-FROM_ADAPTER: dict[str, Callable[[Export], dict[str, Any]]] = {"adapter": _export_adapter, "vllm": _export_for_vllm}
-FROM_MODEL: dict[str, Callable[[Export, Path], dict[str, Any]]] = {
+FROM_ADAPTER: dict[ExportFormat, Callable[[Export], dict[str, Any]]] = {
+    "adapter": _export_adapter,
+    "vllm": _export_for_vllm,
+}
+FROM_MODEL: dict[ExportFormat, Callable[[Export, Path], dict[str, Any]]] = {
     "gguf": _export_gguf,
     "ollama": _export_for_ollama,
     "bnb4": _export_nf4,
