@@ -11,12 +11,12 @@ import pytest
 
 from loratune.choices import ExportFormat
 from loratune.cli.export import DETAILS
-from loratune.data.checks.findings import SENTENCES
+from loratune.data.checks.inspection import FLAGS
 from loratune.data.formats.conversation import Conversation
 from loratune.data.formats.registry import FORMATS, ConversationReader, Format, detect_format
 from loratune.delivery.export.export import FROM_ADAPTER, FROM_MODEL
 from loratune.delivery.export.rehearsal import CHECKS
-from loratune.recipe.data_sections import DataSettings, Finding
+from loratune.recipe.findings import FINDINGS, Finding
 
 ROOT = Path(__file__).resolve().parent.parent
 DATA_PAGE = (ROOT / "docs" / "data.md").read_text(encoding="utf-8")
@@ -30,12 +30,9 @@ EXAMPLES: dict[str, dict[str, Any]] = {
 }
 
 
-def test_every_finding_is_told_in_words_listed_and_on_the_data_page() -> None:
-    assert set(SENTENCES) == set(get_args(Finding))
-    listed = DataSettings.model_fields["remove"].description or ""
-    for name in SENTENCES:
-        assert f"| `{name}` |" in DATA_PAGE
-        assert re.search(rf"\b{name}\b", listed)
+def test_every_finding_is_told_in_words_and_every_flag_is_a_finding() -> None:
+    assert list(FINDINGS) == list(get_args(Finding))
+    assert set(FLAGS) <= set(FINDINGS)
 
 
 def test_every_format_is_on_the_data_page_with_a_row_that_is_in_it() -> None:

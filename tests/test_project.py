@@ -73,15 +73,6 @@ def test_every_extra_that_an_error_names_is_one_of_the_package_s() -> None:
     assert code.count("pip install") == 1, "what to install is said in loratune/extras.py alone"
 
 
-def test_every_finding_has_a_sentence_and_a_severity_it_can_have() -> None:
-    from loratune.data.checks.findings import SENTENCES, USUAL_LEVELS
-    from loratune.data.checks.inspection import FLAGS
-    from loratune.recipe.data_sections import Finding
-
-    assert set(SENTENCES) == set(get_args(Finding))
-    assert set(USUAL_LEVELS) | set(FLAGS) <= set(SENTENCES)
-
-
 def test_every_choice_of_a_flag_has_something_behind_it() -> None:
     from loratune.choices import Combination, ExportFormat, GgufType
     from loratune.delivery.export.export import FROM_ADAPTER, FROM_MODEL, GGUF_BOUNDS
