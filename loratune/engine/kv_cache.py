@@ -24,6 +24,7 @@ from loratune.model.architecture.structure import (
     layer_states,
 )
 from loratune.model.kernels.packed_attention import OTHER_TERMS
+from loratune.multiples import round_up
 
 SLOT_ATTENTION = "slots"
 """Name of this attention as a model's attn_implementation."""
@@ -85,9 +86,9 @@ class Feed:
 
     def __post_init__(self) -> None:
         widest = max(self.counts)
-        self.width = 1 if widest == 1 else _rounded(widest, LENGTH_UNIT // 2)
+        self.width = 1 if widest == 1 else round_up(widest, LENGTH_UNIT // 2)
         ends = [start + count for start, count in zip(self.starts, self.counts, strict=True)]
-        self.end = _rounded(max(ends), LENGTH_UNIT)
+        self.end = round_up(max(ends), LENGTH_UNIT)
         first = torch.tensor(ends, device=self.device).unsqueeze(1) - self.width
         steps = torch.arange(self.width, device=self.device)
         fill = self.width - torch.tensor(self.counts, device=self.device).unsqueeze(1)
@@ -111,7 +112,7 @@ class Feed:
 
 def reserved_tokens(slots: int, length: int) -> int:
     """How many tokens a cache has room for that was asked for so many slots of such a length."""
-    return _rounded(slots, SLOTS_UNIT) * _rounded(length, LENGTH_UNIT)
+    return round_up(slots, SLOTS_UNIT) * round_up(length, LENGTH_UNIT)
 
 
 class SlotCache(Cache):
@@ -137,7 +138,7 @@ class SlotCache(Cache):
         """
         if slots <= self._slots and length <= self._length:
             return
-        self._slots, self._length = _rounded(slots, SLOTS_UNIT), _rounded(length, LENGTH_UNIT)
+        self._slots, self._length = round_up(slots, SLOTS_UNIT), round_up(length, LENGTH_UNIT)
         self._written = min(self._written, self._length)
         self._kept = [tuple(map(self._moved, kept)) for kept in self._kept]
 
@@ -249,7 +250,3 @@ def _write(storage: torch.Tensor, new: torch.Tensor, feed: Feed) -> None:
         return
     for row, (slot, start, count) in enumerate(zip(feed.slots, feed.starts, feed.counts, strict=True)):
         storage[slot, :, start : start + count] = new[row, :, feed.width - count :]
-
-
-def _rounded(count: int, unit: int) -> int:
-    return -(-count // unit) * unit

@@ -12,6 +12,8 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from loratune.multiples import round_up
+
 DOCUMENT_ATTENTION = "documents"
 """Name of this attention as a model's attn_implementation."""
 LONGEST_BY_PRODUCTS = 1024
@@ -177,7 +179,7 @@ def _attend_by_products(
     share a key head are rows of one matrix, so that no key is repeated.
     """
     own_length = query.shape[2]
-    missing = -own_length % LENGTH_UNIT  # as last keys, which no earlier query sees
+    missing = round_up(own_length, LENGTH_UNIT) - own_length  # as last keys, which no earlier query sees
     query, key, value = (functional.pad(tensor, (0, 0, 0, missing)) for tensor in (query, key, value))
     _, heads, length, size = query.shape
     keys, values = key[0].transpose(1, 2), value[0]
