@@ -25,6 +25,7 @@ from transformers.utils import logging as transformers_logging
 
 from loratune.choices import Dtype
 from loratune.errors import Exit, LoratuneError, bullet_list, reason_of
+from loratune.model.architecture.structure import text_values
 from loratune.model.files import CONFIG, check_values
 from loratune.plain_files import CONFIG_BYTES, read_json_object
 
@@ -157,6 +158,7 @@ def load_generation_config(folder: Path) -> Any:
     path = path if path.is_file() else folder / CONFIG
     values = read_json_object(path, CONFIG_BYTES)
     check_values(path, values)
+    values |= text_values(values)
     problems = [
         f"{key} is {_shown(values[key])}; it must be {KINDS[kind]}"
         for key, kind in SAMPLING_KEYS.items()
