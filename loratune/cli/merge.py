@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from loratune import console
+from loratune.choices import Combination, Dtype, MergeBase, listed
 from loratune.cli.flags import (
     ADAPTER_HELP,
     DryRun,
@@ -43,16 +44,15 @@ Adapters = Annotated[
     list[str],
     typer.Option("--adapter", "-a", metavar="folder", help=f"{ADAPTER_HELP} name=folder for each of several."),
 ]
-Dtype = Annotated[
-    Literal["bfloat16", "float16", "float32"] | None,
-    typer.Option("--dtype", metavar="bfloat16|float16|float32", help="Type of the weights; default is the base's."),
+WeightType = Annotated[
+    Dtype | None, typer.Option("--dtype", metavar=listed(Dtype), help="Type of the weights; default is the base's.")
 ]
 ShardSize = Annotated[str, typer.Option("--shard-size", metavar="size", help="Largest file, such as 5GB or 900MB.")]
-MergeBase = Annotated[
-    Literal["auto", "original", "dequantized"],
+AddedTo = Annotated[
+    MergeBase,
     typer.Option(
         "--merge-base",
-        metavar="auto|original|dequantized",
+        metavar=listed(MergeBase),
         help="For an adapter of a quantised base: what it is added to; auto measures both.",
     ),
 ]
@@ -61,10 +61,10 @@ Weights = Annotated[
     typer.Option("--weights", metavar="numbers", help="Of several adapters, in their order, with commas between."),
 ]
 Combine = Annotated[
-    Literal["linear", "svd", "ties", "dare_ties"],
+    Combination,
     typer.Option(
         "--combine",
-        metavar="linear|svd|ties|dare_ties",
+        metavar=listed(Combination),
         help="How several adapters become one: linear adds their weighted updates exactly, svd brings the sum back to "
         "the largest rank, ties and dare_ties drop what disagrees.",
     ),
@@ -84,9 +84,9 @@ def command(
     adapter: Adapters,
     output: Output,
     base_model: MovedBase = None,
-    dtype: Dtype = None,
+    dtype: WeightType = None,
     shard_size: ShardSize = "5GB",
-    merge_base: MergeBase = "auto",
+    merge_base: AddedTo = "auto",
     weights: Weights = None,
     combine: Combine = "linear",
     density: Density = 0.5,

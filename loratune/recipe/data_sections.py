@@ -2,30 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Discriminator, Field, Tag, field_validator, model_validator
 
+from loratune.recipe.findings import FINDINGS, Finding
 from loratune.recipe.section import HomePath, Section, listed
-
-Finding = Literal[
-    "empty",
-    "short",
-    "garbled",
-    "control_tokens",
-    "control_tokens_in_answers",
-    "repetitive",
-    "thinking",
-    "no_reasoning",
-    "broken_off",
-    "only_reasoning",
-    "normalized",
-    "long_answers",
-    "duplicates",
-    "near_duplicates",
-    "overlap",
-]
-"""What the gate may find in rows; data.severity and data.remove take these names."""
 
 
 class SourceSettings(Section):
@@ -88,7 +70,7 @@ class DataSettings(Section):
     """What a finding of the gate (see remove) does, where not its usual: short=ignore, duplicates=refuse."""
     remove: Annotated[list[Finding], BeforeValidator(listed)] = Field(
         default=[],
-        description=f"Findings whose rows are removed, with a report: {', '.join(get_args(Finding))}.",
+        description=f"Findings whose rows are removed, with a report: {', '.join(FINDINGS)}.",
     )
     near_duplicates: float | None = Field(default=None, gt=0, lt=1)
     """Look for rows of at least this similarity (0.8 is usual) besides equal ones; slower."""

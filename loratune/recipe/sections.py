@@ -11,6 +11,7 @@ from pydantic import BeforeValidator, Field, field_validator, model_validator
 from pydantic.fields import FieldInfo
 from pydantic_core import to_jsonable_python
 
+from loratune.choices import Dtype
 from loratune.recipe.data_sections import DataSettings
 from loratune.recipe.section import HomePath, ModuleNames, Section, listed, named_modules
 
@@ -32,13 +33,13 @@ class ModelSettings(Section):
     """Where a hub id is downloaded from; a local folder is never looked up anywhere."""
     revision: str | None = None
     """Branch, tag or commit of a hub id."""
-    dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
+    dtype: Literal["auto", Dtype] = "auto"
     """Type of the base weights; auto takes bfloat16 where the machine has it."""
     quantization: Literal["none", "nf4", "int8"] = "none"
     """Hold the base in 4 bits (nf4) or 8 bits (int8) through bitsandbytes."""
     double_quantization: bool = True
     """Quantise the nf4 scales too; saves about 0.4 bits a weight."""
-    compute_dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
+    compute_dtype: Literal["auto", Dtype] = "auto"
     """Type in which a quantised base multiplies."""
     attn_implementation: Literal["auto", "sdpa", "eager", "flash_attention_2"] = "auto"
     """Attention implementation; auto takes flash attention where it is installed, else sdpa."""

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from loratune.choices import ExportFormat, GgufType
 from loratune.commands import Command, free_place, loratune
 from loratune.runs.opening import AdapterSource
 
@@ -17,9 +18,8 @@ OLLAMA_NAME_LENGTH, HUB_NAME_LENGTH = 80, 90
 class ExportOptions:
     """What to export, and how."""
 
-    format: str
-    """gguf, ollama, vllm, adapter or bnb4."""
-    quantization: str = "f16"
+    format: ExportFormat
+    quantization: GgufType = "f16"
     """Of a GGUF file."""
     num_ctx: int | None = None
     """Ollama's context length in tokens; None leaves it to Ollama."""

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from loratune import console
+from loratune.choices import MergeBase
 from loratune.commands import Command, free_place, loratune
 from loratune.data.encoding.encoder import Encoder
 from loratune.delivery.merge.merged_weights import MergePlan
@@ -42,8 +43,7 @@ class MergeOptions:
     dtype: torch.dtype | None = None
     """Of the merged weights; None keeps the base's."""
     shard_bytes: int = 5_000_000_000
-    merge_base: str = "auto"
-    """For an adapter of a quantised base: original, dequantized, or auto for the one that comes closer."""
+    merge_base: MergeBase = "auto"
     verify: bool = True
     logits: bool = True
     """Whether the verification runs the models."""

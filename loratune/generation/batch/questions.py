@@ -9,23 +9,16 @@ from itertools import islice
 from typing import Any
 
 from loratune.data.checked_rows import FORMAT_ROWS, SHOWN_ROWS
-from loratune.data.formats.chat_rows import CONVERSATIONS, MESSAGES, TRAINING_MARKS, TurnStyle
 from loratune.data.formats.conversation import Conversation, Message, written_out
-from loratune.data.formats.prompt_rows import COMPLETION, PROMPT
 from loratune.data.formats.registry import FORMATS, MUST_BE_FILLED, PLACEHOLDER, ConversationReader, detect_format
 from loratune.data.reading.files import BadRow, RowFile, open_rows
 from loratune.data.sources import parse_source
 from loratune.errors import Exit, LoratuneError, bullet_list
 
 NEEDS = (
-    "each row needs a text 'prompt', 'instruction' or 'query', or 'messages' or a list 'prompt' that end with a "
+    f"each row needs {', '.join(kind.asks for kind in FORMATS[:-1])} or {FORMATS[-1].asks}; a list ends with a "
     "question or an answer"
 )
-PAIRS = (
-    ("instruction", "output"),
-    *((kind.columns["instruction"], kind.columns["output"]) for kind in FORMATS if kind.columns),
-)
-"""Question and answer under each of the names that a format knows."""
 
 
 @dataclass(frozen=True)
@@ -108,15 +101,14 @@ def _read(
     file: RowFile, columns: Mapping[str, str], placeholders: Mapping[str, str]
 ) -> Iterator[tuple[dict[str, Any], tuple[Message, ...], Message | None, tuple[dict[str, Any], ...]] | str]:
     """Fields, question, answer and tools of each row, or what is wrong with it and where."""
-    first = [_completed(row.value, columns) for row in islice(file, FORMAT_ROWS) if not isinstance(row, BadRow)]
-    kind = detect_format(first, {})
-    reader = ConversationReader(kind, placeholders, {})
-    answer_name = (kind.columns or {}).get("output", "output")
+    first = [row.value for row in islice(file, FORMAT_ROWS) if not isinstance(row, BadRow)]
+    kind = detect_format(first, columns, are_questions=True)
+    reader = ConversationReader(kind, placeholders, columns, are_questions=True)
     for row in file:
         if isinstance(row, BadRow):
             yield row.problem
             continue
-        read = reader.read(_completed(row.value, columns, answer_name))
+        read = reader.read(row.value)
         problem = read if isinstance(read, str) else _problem(read)
         if problem:
             yield f"{file.place(row.number)}: {problem}"
@@ -124,47 +116,6 @@ def _read(
             *asked, answer = read.messages
             is_given = bool(answer["content"].strip() or answer.get("tool_calls"))
             yield row.value, tuple(asked), answer if is_given else None, read.tools
-
-
-def _completed(value: Any, columns: Mapping[str, str], answer_name: str | None = None) -> Any:
-    """A row under the names that formats know, with an empty answer where it has none, as training needs one.
-
-    Args:
-        value: the row.
-        columns: name that a format knows → name in the file.
-        answer_name: what the file's format calls the answer, if that is known.
-    """
-    if not isinstance(value, dict):
-        return value
-    row = {key: inner for key, inner in value.items() if key not in columns.values()}
-    row |= {known: value[own] for known, own in columns.items() if own in value}
-    for kind in (MESSAGES, CONVERSATIONS):
-        if isinstance(row.get(kind.key), list):
-            return row | {kind.key: _answered(row[kind.key], kind.style_of(row[kind.key]))}
-    if isinstance(row.get(PROMPT.key), list):
-        style = PROMPT.style_of(row[PROMPT.key])
-        completion = row.get(COMPLETION.key) or [_blank(style)]
-        return row | {COMPLETION.key: _answered(completion, style) if isinstance(completion, list) else completion}
-    for question, answer in PAIRS:
-        if (question in row or answer == answer_name) and row.get(answer) is None:
-            row[answer] = ""
-    return row
-
-
-def _answered(turns: list[Any], style: TurnStyle) -> list[Any]:
-    """Turns that end with an answer; which of them are trained does not matter here."""
-    plain = [
-        {key: inner for key, inner in turn.items() if key not in TRAINING_MARKS} if isinstance(turn, dict) else turn
-        for turn in turns
-    ]
-    speaker = plain[-1].get(style.role) if plain and isinstance(plain[-1], dict) else None
-    asks = isinstance(speaker, str) and style.roles.get(speaker) in ("user", "tool")
-    return [*plain, _blank(style)] if asks else plain
-
-
-def _blank(style: TurnStyle) -> dict[str, str]:
-    """An answer that says nothing."""
-    return {style.role: "assistant", style.text: ""}
 
 
 def _problem(conversation: Conversation) -> str:

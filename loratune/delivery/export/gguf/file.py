@@ -11,6 +11,7 @@ from typing import Any, BinaryIO
 import numpy as np
 import torch
 
+from loratune.choices import GgufType
 from loratune.delivery.export.gguf.layout import (
     PlannedTensor,
     architecture_of,
@@ -34,8 +35,7 @@ with required("GGUF", "export"):
     import gguf
     from gguf import GGMLQuantizationType as Kind
 
-QUANTIZATIONS = ("f32", "f16", "bf16", "q8_0")
-_FILE_TYPES = {
+_FILE_TYPES: dict[GgufType, gguf.LlamaFileType] = {
     "f32": gguf.LlamaFileType.ALL_F32,
     "f16": gguf.LlamaFileType.MOSTLY_F16,
     "bf16": gguf.LlamaFileType.MOSTLY_BF16,
@@ -64,7 +64,7 @@ class FilePlan:
     layout: FileLayout
     """Which tensors of the model's files these are made of."""
 
-    def nbytes(self, quantization: str) -> int:
+    def nbytes(self, quantization: GgufType) -> int:
         """Size of all tensors in bytes."""
         return sum(_stored_bytes(tensor, _choose_kind(tensor, quantization)) for tensor in self.tensors)
 
@@ -134,19 +134,19 @@ class _StoredTensor:
             _encode(rows, self._kind, self._tensor.name).tofile(file)
 
 
-def write_gguf(model: Path, target: Path, quantization: str) -> None:
+def write_gguf(model: Path, target: Path, quantization: GgufType) -> None:
     """Write a model folder as a GGUF file, with memory for a piece of a tensor.
 
     Args:
         model: merged Hugging Face folder of full-precision weights.
         target: the file; what stands there is replaced, and after an error something unfinished may stand there.
-        quantization: one of QUANTIZATIONS. Vectors are float32 whatever it is.
+        quantization: the type of matrices. Vectors are float32 whatever it is.
 
     Raises:
         LoratuneError: a model that cannot be exported, or whose values the type cannot hold.
     """
-    if quantization not in QUANTIZATIONS:
-        raise LoratuneError(f"quantization {quantization!r} is unknown; {', '.join(QUANTIZATIONS)} are", Exit.USAGE)
+    if quantization not in _FILE_TYPES:
+        raise LoratuneError(f"quantization {quantization!r} is unknown; {', '.join(_FILE_TYPES)} are", Exit.USAGE)
     source = _Model(model)
     writer = gguf.GGUFWriter(target, source.architecture)
     writer.add_type("model")
@@ -181,7 +181,7 @@ def _value_type(value: Any) -> Any:
     return by_type[type(value)]
 
 
-def _choose_kind(tensor: PlannedTensor, quantization: str) -> Kind:
+def _choose_kind(tensor: PlannedTensor, quantization: GgufType) -> Kind:
     """How a tensor is stored: vectors as F32, and what q8_0 cannot divide into blocks as F16."""
     if len(tensor.shape) < 2:
         return Kind.F32
@@ -241,7 +241,7 @@ def check_gguf(model: Path, file: Path) -> GgufReadBack:
     return GgufReadBack(len(found), tokens, dict(sizes), tuple(fallbacks), largest)
 
 
-def _compare_keys(source: _Model, file: Path, reader: Any) -> str:
+def _compare_keys(source: _Model, file: Path, reader: Any) -> GgufType:
     """Make sure that every key has its value; return the file's quantization."""
     contents = {key: field.contents() for key, field in reader.fields.items() if key != "general.name"}
     for key, value in (source.keys | {"general.architecture": source.architecture}).items():
