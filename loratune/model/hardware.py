@@ -182,10 +182,8 @@ def resolve_attention(name: str, hardware: Hardware, dtype: torch.dtype) -> str:
 
 
 def _what_flash_attention_lacks(hardware: Hardware, dtype: torch.dtype) -> list[str]:
-    if not hardware.is_gpu:
-        return ["a GPU"]
     found = []
-    if hardware.capability < FLASH_CAPABILITY:
+    if not hardware.is_gpu or hardware.capability < FLASH_CAPABILITY:
         found.append("a GPU of compute capability 8.0 or higher")
     if dtype not in (torch.bfloat16, torch.float16):
         found.append("model.dtype bfloat16 or float16")

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from loratune import console
-from loratune.delivery.verification.parity import AnyModel, InState, compare_models, compare_pairs
+from loratune.delivery.verification.parity import InState, compare_models, compare_pairs
 from loratune.delivery.verification.proof import (
     EXACT,
     INT8,
@@ -57,10 +57,7 @@ def prove(job: Job, candidates: list[Candidate]) -> tuple[Candidate, ModelProof]
         reference = load_reference(job.settings, job.base, job.source.adapter)
         compared = _compare(job, candidates, reference, rows)
         chosen = min(compared, key=lambda one: one.parity.mean_kl)
-        bounds = INT8 if job.settings.quantization == "int8" else EXACT
-        _require_within(chosen.exact, bounds)
-        if job.settings.quantization != "none" and chosen.candidate.merge_base == "original":
-            _require_within(chosen.parity, OTHER_BASE)
+        bounds = _require_right(job, chosen)
         effect = _effect(job, chosen.candidate, reference, rows)
         job.warnings += _about_rounding(job, chosen, effect)
         merged = load_mapped(chosen.candidate.folder, in_float32=False)
@@ -68,7 +65,7 @@ def prove(job: Job, candidates: list[Candidate]) -> tuple[Candidate, ModelProof]
     return chosen.candidate, ModelProof(
         verified="files and logits",
         logits={one.candidate.merge_base: one.parity for one in compared},
-        logits_with_rounding={one.candidate.merge_base: one.exact for one in compared},
+        logits_with_rounding={one.candidate.merge_base: one.exact for one in compared if one.exact},
         compared_on="the run's validation rows" if probe.rows else "built-in questions",
         without_adapter=effect,
         bounds=bounds,
@@ -81,20 +78,37 @@ class _Compared:
     candidate: Candidate
     parity: Parity
     """With base + adapter."""
-    exact: Parity
-    """With base + adapter and the rounding errors of the merged weights."""
+    exact: Parity | None
+    """With base + adapter and the rounding errors of the merged weights; LLM.int8 rounds more than weights."""
 
 
 def _compare(job: Job, candidates: list[Candidate], reference: CausalModel, rows: list[ProbeRow]) -> list[_Compared]:
+    merged = [load_mapped(candidate.folder) for candidate in candidates]
+    if job.settings.quantization == "int8":
+        parities = compare_models(reference, merged, rows)
+        return [_Compared(candidate, parity, None) for candidate, parity in zip(candidates, parities, strict=True)]
     is_quantized = job.settings.quantization != "none"
-    models, pairs = list[AnyModel]([reference]), list[tuple[int, int]]()
-    for candidate in candidates:
-        state = functools.partial(rounded_as, reference, _roundings(candidate, job.base, is_quantized))
-        merged = len(models) + 1
-        models += [InState(reference, state), load_mapped(candidate.folder)]
-        pairs += [(0, merged), (merged - 1, merged)]
-    parities = iter(compare_pairs(models, pairs, rows))
-    return [_Compared(candidate, next(parities), next(parities)) for candidate in candidates]
+    rounded = [
+        InState(reference, functools.partial(rounded_as, reference, _roundings(candidate, job.base, is_quantized)))
+        for candidate in candidates
+    ]
+    count = len(candidates)
+    with_reference = [(0, 1 + place) for place in range(count)]
+    with_rounded = [(1 + count + place, 1 + place) for place in range(count)]
+    found = compare_pairs([reference, *merged, *rounded], with_reference + with_rounded, rows)
+    return [_Compared(*three) for three in zip(candidates, found[:count], found[count:], strict=True)]
+
+
+def _require_right(job: Job, chosen: _Compared) -> Bounds:
+    """Refuse a merged model that is out of bounds; the bounds that were held."""
+    if chosen.exact:
+        _require_within(chosen.exact, EXACT)
+    if job.settings.quantization != "none" and chosen.candidate.merge_base == "original":
+        _require_within(chosen.parity, OTHER_BASE)
+    elif not chosen.exact:
+        _require_within(chosen.parity, INT8)
+        return INT8
+    return EXACT if chosen.exact else OTHER_BASE
 
 
 def _roundings(candidate: Candidate, base: Path, is_quantized: bool) -> dict[str, Rounding]:
