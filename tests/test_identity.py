@@ -321,7 +321,7 @@ def test_a_run_of_an_earlier_version_knows_its_base_by_samples_and_says_so(
     assert "sampled: 4096 bytes of each tensor" in " ".join(result.stderr.split())
     assert json.loads((tmp_path / "out" / "made" / "verification.json").read_text())["base_checked"] == "sampled"
     shown = cli("runs", "show", run, env={"COLUMNS": "200"})
-    assert "known by samples: 4096 bytes of each tensor" in " ".join(shown.stderr.split())
+    assert "identified by samples: 4096 bytes of each tensor" in " ".join(shown.stderr.split())
     assert json.loads(cli("runs", "show", run, "--json").stdout)["base_checked"] == "sampled"
 
 

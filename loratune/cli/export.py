@@ -1,4 +1,4 @@
-"""`loratune export`: what another program runs, from an adapter or a merged model."""
+"""`loratune export`: converts an adapter or merged model for another program."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from loratune.cli.push import push
 from loratune.errors import Exit, LoratuneError
 
 DETAILS = """\
-gguf and ollama: one file for llama.cpp and its relatives, with a Modelfile for Ollama. bnb4: 4-bit safetensors. These
-take an adapter, which is merged and verified first, or a merged model. vllm: the adapter, checked against what vLLM can
-serve, and the line that serves it. adapter: a clean PEFT folder with a model card, to give away.
+gguf and ollama: one file for llama.cpp and compatible programs, with a Modelfile for Ollama. bnb4: 4-bit safetensors.
+These take a merged model, or an adapter, which is merged and verified first. vllm: the adapter, checked against vLLM's
+limits, and the command to serve it. adapter: a clean PEFT folder with a model card, for sharing.
 
---push tells what would be uploaded; --no-dry-run uploads it."""
+--push lists the files that it would upload; --no-dry-run uploads them."""
 
 
 Format = Annotated[
     Literal["gguf", "ollama", "vllm", "adapter", "bnb4"],
-    typer.Option("--format", "-f", metavar="gguf|ollama|vllm|adapter|bnb4", help="What for."),
+    typer.Option("--format", "-f", metavar="gguf|ollama|vllm|adapter|bnb4", help="Target format."),
 ]
 Merged = Annotated[
     str | None,
@@ -30,7 +30,7 @@ Merged = Annotated[
         "-m",
         metavar="folder",
         callback=filled,
-        help="A merged model; with --adapter: where its base lies now.",
+        help="A merged model; with --adapter: its base model, if moved.",
     ),
 ]
 Quantization = Annotated[
@@ -58,7 +58,6 @@ def command(
     force: Force = False,
     json: Json = False,
 ) -> None:
-    """Export, prove, and say what to do next."""
     if adapter is None and model is None:
         raise LoratuneError("give an adapter with --adapter, or a merged model with --model", Exit.USAGE)
     folder = adapter_folder(adapter)
@@ -78,7 +77,7 @@ def command(
         console.say(f"export: {output}", style="bold")
         if format == "vllm" and not json:
             console.write_result(report["next"].line)
-        elif format != "adapter" or destination is None:  # else it is given away by this very command
+        elif format != "adapter" or destination is None:  # otherwise this command has already shared it
             console.next_step(str(report["next"]))
     if json:
         console.write_json(report | {"next": report["next"].line})

@@ -1,4 +1,4 @@
-"""`loratune merge`: adapter + base → a full model that has proved itself."""
+"""`loratune merge`: merges adapters into their base model and verifies the result."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ from loratune.commands import Command, loratune
 from loratune.errors import Exit, LoratuneError
 
 DETAILS = """\
-The merged model is written beside its name, read back and compared with base + adapter: every row with PEFT's own
-merge, the files beside the weights, the logits on validation rows of the run, and some answers. If anything is off,
-nothing is left and the exit code is 4.
+Writes the merged model to a temporary folder, reads it back, and compares it with base + adapter: every weight with
+PEFT's own merge, the other files, the logits on validation rows of the run, and some generations. If anything differs,
+the result is deleted and the exit code is 4.
 
 Several adapters: --adapter a=out/run1 --adapter b=out/run2 --weights 0.7,0.3 --combine linear"""
 SIZE = re.compile(r"(?P<number>\d+(\.\d+)?)\s*(?P<unit>[kMGT]?)i?B?", re.IGNORECASE)
@@ -38,42 +38,44 @@ UNITS = {"": 1, "k": 1e3, "m": 1e6, "g": 1e9, "t": 1e12}
 
 Adapters = Annotated[
     list[str],
-    typer.Option("--adapter", "-a", metavar="folder", help=f"{ADAPTER_HELP} name=folder for each of several."),
+    typer.Option("--adapter", "-a", metavar="folder", help=f"{ADAPTER_HELP} With several: name=folder each."),
 ]
 Dtype = Annotated[
     Literal["bfloat16", "float16", "float32"] | None,
-    typer.Option("--dtype", metavar="bfloat16|float16|float32", help="Type of the weights; default is the base's."),
+    typer.Option("--dtype", metavar="bfloat16|float16|float32", help="Dtype of the weights; default is the base's."),
 ]
-ShardSize = Annotated[str, typer.Option("--shard-size", metavar="size", help="Largest file, such as 5GB or 900MB.")]
+ShardSize = Annotated[
+    str, typer.Option("--shard-size", metavar="size", help="Maximum file size, such as 5GB or 900MB.")
+]
 MergeBase = Annotated[
     Literal["auto", "original", "dequantized"],
     typer.Option(
         "--merge-base",
         metavar="auto|original|dequantized",
-        help="For an adapter of a quantised base: what it is added to; auto measures both.",
+        help="Weights to merge into if the base was quantised; auto compares both.",
     ),
 ]
 Weights = Annotated[
     str | None,
-    typer.Option("--weights", metavar="numbers", help="Of several adapters, in their order, with commas between."),
+    typer.Option("--weights", metavar="numbers", help="Comma-separated weights of several adapters, in order."),
 ]
 Combine = Annotated[
     Literal["linear", "svd", "ties", "dare_ties"],
     typer.Option(
         "--combine",
         metavar="linear|svd|ties|dare_ties",
-        help="How several adapters become one: linear adds their weighted updates exactly, svd brings the sum back to "
-        "the largest rank, ties and dare_ties drop what disagrees.",
+        help="How to combine several adapters: linear adds the weighted updates exactly, svd reduces the sum to the "
+        "largest rank, ties and dare_ties drop conflicting values.",
     ),
 ]
 Density = Annotated[
     float,
     typer.Option(
-        "--density", metavar="number", min=0.01, max=1, help="Share of an update that ties and dare_ties keep."
+        "--density", metavar="number", min=0.01, max=1, help="Share of each update that ties and dare_ties keep."
     ),
 ]
 Verify = Annotated[
-    bool, typer.Option("--verify/--no-verify", help="Compare what was written with base + adapter (the default).")
+    bool, typer.Option("--verify/--no-verify", help="Compare the written files with base + adapter (default).")
 ]
 
 
@@ -96,7 +98,6 @@ def command(
     force: Force = False,
     json: Json = False,
 ) -> None:
-    """Merge, prove, and say what to do next."""
     adapters = named_adapters(adapter)
     import torch
 
@@ -115,7 +116,7 @@ def command(
         overwrite=overwrite,
     )
     if not verify:
-        console.warn("--no-verify: nobody will know whether the merged model is what was trained")
+        console.warn("--no-verify: the merged model is not compared with base + adapter")
     with push(destination, output, not public, dry_run):
         with open_adapters(adapters, weights, combine, density, model, force) as source:
             report = merge_adapter(source, output, options)
@@ -134,10 +135,10 @@ def _show(report: dict[str, Any], output: Path) -> None:
 
 
 def parse_size(text: str) -> int:
-    """Bytes of `5GB`, `900MB` or `123`.
+    """Parse a size in bytes: `5GB`, `900MB` or `123`.
 
     Raises:
-        LoratuneError: it is none of these, or nothing.
+        LoratuneError: the text is not a size, or is zero.
     """
     match = SIZE.fullmatch(text.strip())
     size = float(match["number"]) * UNITS[match["unit"].lower()] if match else 0

@@ -1,7 +1,7 @@
-"""Text → token ids, exactly as the tokenizer gives them, but each word is looked up only once.
+"""Tokenises text exactly as the tokenizer does, but looks up each word only once.
 
-A byte-level BPE tokenizer works on words apart from each other, so that the ids of a text are those of its words one
-after another. Whether that holds for a tokenizer is found out first; where it does not, the library gets whole texts.
+A byte-level BPE tokenizer encodes words independently, so a text's ids are the concatenated ids of its words. This is
+verified for each tokenizer; where it does not hold, whole texts are passed to the library.
 """
 
 from __future__ import annotations
@@ -19,20 +19,20 @@ from tokenizers.normalizers import NFC
 from loratune.protocols import Tokenizer
 
 Ids: TypeAlias = "array[int]"
-"""Token ids packed as int32: a Python object for each would cost more than everything else here."""
+"""Token ids packed as int32: one Python object per id would dominate the run time."""
 MOST_PIECES = 400_000
-"""Some 80 MB."""
+"""Takes about 80 MB."""
 LONGEST_PIECE = 64
-"""Characters; longer pieces hardly ever come again."""
+"""In characters; longer pieces rarely recur."""
 PIECES_PER_TEXT = 32
 
 NormalForm: TypeAlias = Literal["NFC", "NFKC", "NFD", "NFKD"]
 NORMAL_FORMS: tuple[NormalForm, ...] = ("NFC", "NFKC", "NFD", "NFKD")
 UNNORMALIZED = "e\u0301\u00e9\ufb01"
-"""A text that each form writes in another way."""
+"""A text that each normal form writes differently."""
 
-# What may follow a word: none of `<=>`, which NFC joins with a mark behind them, and no apostrophe, which may belong to
-# the word.
+# Characters that may follow a word. None of `<=>`, which NFC joins with a following mark, and no apostrophe, which may
+# belong to the word.
 FOLLOWERS = ' \n\t\r.,:;!?()[]{}"-/*&%$#@+_|\\^`~'
 LEFT_CONTEXTS = (
     "word",
@@ -52,7 +52,7 @@ RIGHT_CONTEXTS = (
     "", "word", " word", "  word", "5", " 12", "你好", " 你", "'s", " 's", ".", ". W", "\n", "\n\nword", " \n ", "\r\n",
     "\u0301", "\u00a0", "😀",
 )  # fmt: skip
-# Before a space other things may stand too, but no other space.
+# Other contexts that may precede a space; never another space.
 BEFORE_SPACES = (*LEFT_CONTEXTS, "5", "a.", "(", "'", "你", "。", "\u00e9", "e\u0301", "😀", "_", "a's", "word-", "\0")
 RUNS = ("  ", "\n ", "\t ", "\r ", "\v ", "\f ", "\0")
 UNUSUAL_RUN = re.compile(r"\s ")
@@ -64,10 +64,10 @@ SAMPLES = (
 
 
 class TokenMemo:
-    """The ids of texts, and a memory of those of their pieces.
+    """Memoises the ids of text pieces.
 
     Args:
-        tokenizer: a transformers tokenizer; what changes in it later is not noticed.
+        tokenizer: a transformers tokenizer; later changes to it are not noticed.
     """
 
     def __init__(self, tokenizer: Tokenizer) -> None:
@@ -86,24 +86,25 @@ class TokenMemo:
 
     @property
     def is_in_use(self) -> bool:
-        """Whether texts of this tokenizer may be cut; the library gets whole texts otherwise."""
+        """Whether texts are split into memoised pieces; otherwise the library encodes whole texts."""
         return self._pieces is not None
 
     def all_ids(self, texts: Sequence[str], keep_special: bool) -> list[Ids]:
-        """The ids of texts, without any that the tokenizer would set around them.
+        """Return the ids of texts, without the tokens that the tokenizer may add around them.
 
-        What is not known yet is encoded in parallel.
+        Unknown pieces are encoded in one batch, which the library runs in parallel.
 
         Args:
-            texts: any.
-            keep_special: whether special tokens in them become tokens. If not they are encoded like words; of added
-                tokens only ordinary ones stay whole then.
+            texts: the texts to encode.
+            keep_special: True to encode special tokens in the texts as tokens, False to encode them as characters;
+                other
+                added tokens stay tokens either way.
         """
         if not self.is_in_use:
             return self._of_library(texts, keep_special)
         splits = [self._added.split(text) for text in texts]
         forged = [] if keep_special else [n for n, split in enumerate(splits) if not self._special.isdisjoint(split)]
-        # A special token that is only text belongs to the words around it, so that such texts are not split.
+        # A special token that is encoded as characters merges with the words around it, so such texts are not split.
         exact = dict(zip(forged, self._of_library([texts[n] for n in forged], keep_special), strict=True))
         segments = {segment for n, split in enumerate(splits) if n not in exact for segment in split[::2]}
         ids_of = self._ids_of_segments(segments)
@@ -117,7 +118,7 @@ class TokenMemo:
         return array("i", b"".join(parts))
 
     def _ids_of_segments(self, segments: Iterable[str]) -> dict[str, bytes]:
-        """Ids of everything that stands between added tokens."""
+        """Return the ids of segments, the texts between added tokens."""
         words_of = {segment: self._words(segment) for segment in segments}
         fresh = list(set(chain.from_iterable(words_of.values())).difference(self._known))
         pieces_of = {word: self._pieces_of(word) for word in fresh}
@@ -130,7 +131,7 @@ class TokenMemo:
         return ids_of
 
     def _words(self, segment: str) -> list[str]:
-        """A segment cut before its spaces, where each of them stands alone; else by the slower pattern."""
+        """Split a segment before its spaces; if it has runs of whitespace, use the slower pattern."""
         if any(run in segment for run in RUNS) or (not segment.isascii() and UNUSUAL_RUN.search(segment)):
             return self._pieces_of(segment)
         return segment.replace(" ", "\0 ").split("\0")
@@ -140,9 +141,9 @@ class TokenMemo:
         return self._pieces.findall(text)
 
     def _encoded(self, pieces: list[str]) -> Iterator[bytes]:
-        """Ids from the library, which takes many pieces in a text with added tokens between them more quickly."""
+        """Encode pieces with the library; it is faster on many pieces joined by an added token than on single ones."""
         backend, separator = self._tokenizer.backend_tokenizer, next(iter(self._added_ids), None)
-        # As every call of the tokenizer itself begins; an earlier one may have left them set.
+        # Every call of the tokenizer starts by resetting these; an earlier call may have set them.
         backend.no_padding()
         backend.no_truncation()
         backend.encode_special_tokens = False
@@ -158,7 +159,7 @@ class TokenMemo:
                 yield from (_packed(encoding.ids) for encoding in alone)
 
     def _forget(self, fresh: list[str]) -> None:
-        """Keep of the newest pieces those that may come again, as far as there is room."""
+        """Drop new pieces that are long, or do not fit into the memo."""
         room = MOST_PIECES - (len(self._known) - len(fresh))
         for piece in fresh:
             if len(piece) > LONGEST_PIECE or room <= 0:
@@ -173,13 +174,13 @@ class TokenMemo:
         return [array("i", ids) for ids in self._tokenizer(list(texts), add_special_tokens=False, **options).input_ids]
 
     def _agrees(self, keep_special: bool) -> bool:
-        """Whether cut samples have the library's ids."""
+        """Return whether split samples get the same ids as from the library."""
         samples = [*SAMPLES, *(sample + token + sample for token in self._added_ids for sample in SAMPLES[-1:])]
         return self.all_ids(samples, keep_special) == self._of_library(samples, keep_special)
 
 
 def normal_form(tokenizer: Tokenizer) -> NormalForm | None:
-    """The Unicode normal form that a tokenizer brings texts into; None where it keeps them, or does something else."""
+    """Return the Unicode normal form that a tokenizer applies; None if it applies none, or changes texts otherwise."""
     ids = tokenizer(UNNORMALIZED, add_special_tokens=False).input_ids
     read = str(tokenizer.decode(ids)).strip()
     if read == UNNORMALIZED:
@@ -201,7 +202,10 @@ def _parts(ids: list[int], separator: int) -> Iterator[bytes]:
 
 
 def _find_pieces(tokenizer: Tokenizer) -> re.Pattern[str] | None:
-    """What the pieces of a text without added tokens are: it is cut between an ASCII letter and one of FOLLOWERS."""
+    """Return the pattern of the pieces of a text: it is split between an ASCII letter and one of FOLLOWERS.
+
+    None if the tokenizer may encode a piece differently within a text.
+    """
     if not getattr(tokenizer, "is_fast", False) or tokenizer.split_special_tokens:
         return None
     backend, added = tokenizer.backend_tokenizer, tokenizer.added_tokens_decoder.values()
@@ -211,7 +215,7 @@ def _find_pieces(tokenizer: Tokenizer) -> re.Pattern[str] | None:
         and not backend.model.dropout
         and (backend.normalizer is None or isinstance(backend.normalizer, NFC))
         and not any(token.lstrip or token.rstrip or token.single_word for token in added)
-        # The library finds those of normalized text in a second pass.
+        # The library matches added tokens with normalized=True in a second pass, over the normalised text.
         and (is_normalized <= {False} or (backend.normalizer is None and is_normalized == {True}))
     )
     if not is_plain or backend.pre_tokenizer is None or _depends_on_place(backend.pre_tokenizer):
@@ -224,13 +228,13 @@ def _find_pieces(tokenizer: Tokenizer) -> re.Pattern[str] | None:
 
 
 def _depends_on_place(pre_tokenizer: Any) -> bool:
-    """Whether what stands before a word, or that nothing does, can change it: by a look-behind or a set space."""
+    """Return whether a word's split can depend on what precedes it: by a look-behind or an added prefix space."""
     state: bytes = pre_tokenizer.__getstate__()
     return any(sign in state for sign in (b"(?<", b"Metaspace", b'"add_prefix_space":true'))
 
 
 def _begins_a_word(pre_tokenizer: Any, character: str, contexts: Sequence[str] = LEFT_CONTEXTS) -> bool:
-    """Whether the words of a text are those before a character and those from it on, wherever it follows a context."""
+    """Return whether a text always splits into words before a character that follows one of the contexts."""
 
     def words(text: str) -> list[str]:
         return [word for word, _ in pre_tokenizer.pre_tokenize_str(text)]

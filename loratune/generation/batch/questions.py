@@ -1,4 +1,4 @@
-"""The rows of a file as questions to a model, with the answers to compare with that some of them hold."""
+"""Reads the rows of a file as prompts, with the reference answers that some of them have."""
 
 from __future__ import annotations
 
@@ -25,38 +25,38 @@ PAIRS = (
     ("instruction", "output"),
     *((kind.columns["instruction"], kind.columns["output"]) for kind in FORMATS if kind.columns),
 )
-"""Question and answer under each of the names that a format knows."""
+"""Names of question and answer in each format of pairs."""
 
 
 @dataclass(frozen=True)
 class AskedRow:
-    """A row, and what the model is asked for it."""
+    """A row and its prompt."""
 
     number: int
-    """From 1, in the order of the file."""
+    """Number from 1, in the order of the file."""
     fields: dict[str, Any]
-    """The row as the file has it."""
+    """The row as in the file."""
     messages: tuple[Message, ...]
-    """Up to the question."""
+    """The conversation up to and including the question."""
     answer: Message | None
-    """The row's own answer, if it has one that is not blank."""
+    """The reference answer; None if it is missing or blank."""
     tools: tuple[dict[str, Any], ...] = ()
-    """What may be called."""
+    """The tools that the model may call."""
 
     @property
     def reference(self) -> str | None:
-        """The row's own answer as one text, calls included."""
+        """The reference answer as one text, including tool calls."""
         return written_out(self.answer["content"], self.answer.get("tool_calls", ())) if self.answer else None
 
     @property
     def uses_tools(self) -> bool:
-        """Whether tools are offered, or have been called."""
+        """Whether tools are available or were called."""
         said = [*self.messages, *([self.answer] if self.answer else [])]
         return bool(self.tools) or any(one["role"] == "tool" or "tool_calls" in one for one in said)
 
     @property
     def size_bytes(self) -> int:
-        """Of all texts that are asked; no text has more tokens than bytes."""
+        """Size of all texts of the prompt in bytes, an upper bound of its tokens."""
         called = [*self.tools, *(message.get("tool_calls") for message in self.messages if "tool_calls" in message)]
         written = json.dumps(called, ensure_ascii=False) if called else ""
         return len(written.encode()) + sum(len(message["content"].encode()) for message in self.messages)
@@ -64,7 +64,7 @@ class AskedRow:
 
 @dataclass(frozen=True)
 class QuestionFile:
-    """A file whose rows are all questions."""
+    """A file in which every row is a prompt."""
 
     name: str
     sha256: str
@@ -72,19 +72,19 @@ class QuestionFile:
 
 
 def read_questions(entry: str, columns: Mapping[str, str], placeholders: Mapping[str, str]) -> QuestionFile:
-    """Read rows in any format that training takes, where the last answer may be missing, or rows of `prompt` alone.
+    """Read rows in any training format, whose last answer may be missing, or rows with only a `prompt`.
 
     Args:
         entry: a file, or hf:org/name:split.
         columns: name that a format knows → name in the file.
-        placeholders: values of {{name}} and the like.
+        placeholders: values of placeholders such as {{name}}.
 
     Raises:
-        LoratuneError: the file cannot be read, or some of its rows are no questions.
+        LoratuneError: the file cannot be read, or some rows are not prompts.
     """
     source = parse_source(entry)
     if source.sample or source.repeat > 1:
-        raise LoratuneError(f"{entry}: every row is answered once; leave the # and what follows it off", Exit.USAGE)
+        raise LoratuneError(f"{entry}: every row is answered once; remove the # and what follows it", Exit.USAGE)
     file = open_rows(source.name)
     rows, bad = [], []
     for number, read in enumerate(_read(file, columns, placeholders), start=1):
@@ -96,7 +96,7 @@ def read_questions(entry: str, columns: Mapping[str, str], placeholders: Mapping
         listed = bullet_list(bad, limit=SHOWN_ROWS)
         raise LoratuneError(
             f"{file.name}: {len(bad):,} of {len(rows) + len(bad):,} rows cannot be answered:\n{listed}\n"
-            f"{NEEDS}; mend or remove these rows",
+            f"{NEEDS}; correct or remove these rows",
             Exit.DATA,
         )
     sha256 = file.sha256
@@ -107,7 +107,7 @@ def read_questions(entry: str, columns: Mapping[str, str], placeholders: Mapping
 def _read(
     file: RowFile, columns: Mapping[str, str], placeholders: Mapping[str, str]
 ) -> Iterator[tuple[dict[str, Any], tuple[Message, ...], Message | None, tuple[dict[str, Any], ...]] | str]:
-    """Fields, question, answer and tools of each row, or what is wrong with it and where."""
+    """Yield fields, prompt, answer and tools of each row, or its problem and place."""
     first = [_completed(row.value, columns) for row in islice(file, FORMAT_ROWS) if not isinstance(row, BadRow)]
     kind = detect_format(first, {})
     reader = ConversationReader(kind, placeholders, {})
@@ -127,12 +127,12 @@ def _read(
 
 
 def _completed(value: Any, columns: Mapping[str, str], answer_name: str | None = None) -> Any:
-    """A row under the names that formats know, with an empty answer where it has none, as training needs one.
+    """Return a row under the formats' names; a missing answer becomes an empty one, as the training formats need one.
 
     Args:
         value: the row.
         columns: name that a format knows → name in the file.
-        answer_name: what the file's format calls the answer, if that is known.
+        answer_name: the format's name for the answer, if known.
     """
     if not isinstance(value, dict):
         return value
@@ -152,7 +152,7 @@ def _completed(value: Any, columns: Mapping[str, str], answer_name: str | None =
 
 
 def _answered(turns: list[Any], style: TurnStyle) -> list[Any]:
-    """Turns that end with an answer; which of them are trained does not matter here."""
+    """Return turns that end with an answer, without training marks, which do not matter here."""
     plain = [
         {key: inner for key, inner in turn.items() if key not in TRAINING_MARKS} if isinstance(turn, dict) else turn
         for turn in turns
@@ -163,12 +163,11 @@ def _answered(turns: list[Any], style: TurnStyle) -> list[Any]:
 
 
 def _blank(style: TurnStyle) -> dict[str, str]:
-    """An answer that says nothing."""
     return {style.role: "assistant", style.text: ""}
 
 
 def _problem(conversation: Conversation) -> str:
-    """What keeps a readable row from being asked."""
+    """Return the reason why a readable row cannot be used as a prompt; empty if it can."""
     names = {
         name
         for message in conversation.messages

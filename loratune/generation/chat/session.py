@@ -1,4 +1,4 @@
-"""The chat: a conversation in the terminal or through a pipe, with streamed answers and commands."""
+"""The chat session, in a terminal or with piped input: streams answers and runs commands."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ class Chat:
     """A conversation that grows turn by turn.
 
     Args:
-        engine: answers.
-        sampling: how answers are drawn.
-        adapter: name of the adapter that answers at first; None: the base alone.
-        system: system prompt; None leaves it to the settings that the adapter was trained with.
-        use_adapter: False leaves the adapter's weights off and keeps its prompt settings.
+        engine: generates the answers.
+        sampling: sampling settings.
+        adapter: name of the first adapter; None for the base alone.
+        system: system prompt; None uses the one that the adapter was trained with.
+        use_adapter: False disables the adapter's weights, but keeps its prompt settings.
     """
 
     def __init__(
@@ -44,7 +44,7 @@ class Chat:
         self._line: ChatLine | None = None
 
     def run(self) -> None:
-        """Answer what is typed, or each line that is piped in, until the end of input or /exit.
+        """Answer what is typed, or each piped line, until the end of input or /exit.
 
         Raises:
             LoratuneError: a piped line is not UTF-8, or cannot be answered.
@@ -68,7 +68,7 @@ class Chat:
         """Write one answer, and nothing else, to stdout.
 
         Raises:
-            LoratuneError: the question does not fit into the context, or the engine has failed.
+            LoratuneError: the question does not fit into the context, or the engine failed.
         """
         self._answer(Asked(clean(question)))
 
@@ -84,7 +84,7 @@ class Chat:
                 self._answer_if_asked(asked)
 
     def _label(self) -> str:
-        """Who answers, where that could be somebody else."""
+        """Return the name of the model that answers, if there is a choice."""
         if self.state.compares:
             return "compare "
         return f"{self.state.answers_from} " if self.state.engine.adapters else ""
