@@ -298,7 +298,7 @@ def test_an_adapter_that_is_called_base_can_be_chosen() -> None:
         ("/rety", "did you mean /retry"),
         ("/xyzzy", "/help"),
         ("/etc/hosts says?", "//"),
-        ("/reset now", "stands alone"),
+        ("/reset now", "takes no argument"),
         ("/retry", "no question"),
         ("/stats", "first answer"),
         ("/save", ".md or .json"),
@@ -639,7 +639,7 @@ def test_ctrl_c_ends_an_answer_and_keeps_what_was_said(terminal: Callable[..., T
     chat.send("endless\r")
     chat.expect("half an answer")
     chat.send("\x03")
-    chat.expect("[stopped; what has been said is kept]")
+    chat.expect("[stopped; the partial answer is kept]")
     chat.send("silent\r")
     chat.expect("reading the question")
     chat.send("\x03")
@@ -662,7 +662,7 @@ def test_questions_of_several_lines_and_history_over_two_chats(terminal: Callabl
     chat.expect("told: one/two/three four/five.")
     chat.expect("robin >")
     chat.send("/rese\t\r")
-    chat.expect("forgotten")
+    chat.expect("cleared")
     chat.expect("robin >")
     chat.send("/exit\r")
     assert chat.status() == 0

@@ -401,7 +401,7 @@ def test_without_an_api_key_the_page_says_so_and_can_try_again(browser: Any, sha
 
 
 def test_an_error_in_the_middle_keeps_the_text_and_offers_another_try(page: Any, engine: Scripted) -> None:
-    failure = Piece(finish="error", error=LoratuneError("out of memory while answering", Exit.IO))
+    failure = Piece(finish="error", error=LoratuneError("out of memory during generation", Exit.IO))
     engine.say, engine.go = lambda _: [Piece("Half of", tokens=1), failure], threading.Semaphore(0)
     ask(page, "What?", wait=False)
     release(engine, 1)

@@ -57,7 +57,7 @@ def _make_missing(request: RowsRequest, file: QuestionFile, answers: AnswerFile)
 
         engine = _load(request)
     for name, other in free_names(file.rows).items():
-        console.warn(f"the rows' own column {name} is written as {other}, since the answers use its name")
+        console.warn(f"the rows' column {name} is written as {other}, because the answers use its name")
     work = _work(request, file)
     kept = sum(answers.count(side.answer) for side in work.sides)
     if kept:

@@ -111,7 +111,7 @@ def require_all_asked(summary: dict[str, Any]) -> None:
             Exit.MODEL,
         )
     raise LoratuneError(
-        f"{message}the other rows are answered in {summary['output']}, where these have an 'error'; correct them and ask "
-        "them from a file of their own",
+        f"{message}the other rows are answered in {summary['output']}, where these have an 'error'; correct them, and "
+        "answer them from a separate file",
         Exit.DATA,
     )

@@ -107,9 +107,7 @@ def answer_rows(engine: Engine, work: Work, file: AnswerFile) -> Tally:
 
 
 class _Answering:
-    """Keeps the engine's slots full, longest prompts first: memory problems show early, and no long one is left for
-    last.
-    """
+    """Keeps the engine's slots full, longest prompts first: memory runs out early if at all, no long one is last."""
 
     def __init__(
         self, engine: Engine, work: Work, file: AnswerFile, events: queue.SimpleQueue[Any], tally: Tally
