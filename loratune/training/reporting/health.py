@@ -1,4 +1,4 @@
-"""Whether an adapter has learnt anything, everywhere, and not too much: told before it is deployed."""
+"""Diagnoses an adapter after training: whether it has learnt anything, in all modules, and without overfitting."""
 
 from __future__ import annotations
 
@@ -14,26 +14,26 @@ from loratune.training.callbacks import Metrics
 from loratune.training.reporting.answers import Answers
 
 HARDLY = 1e-4
-"""‖ΔW‖ / ‖W‖ below which an answer hardly changes; runs that learn have 1e-3 to 1e-1."""
+"""Threshold of ‖ΔW‖ / ‖W‖ below which answers hardly change; trained adapters have 1e-3 to 1e-1."""
 WORSE = 1.05
-"""Times the best validation loss that the last one may be."""
+"""Maximum ratio of the last validation loss to the best one."""
 
 
 @dataclass
 class Health:
-    """What has become of the adapter."""
+    """Diagnostics of the final adapter."""
 
     updates: dict[str, UpdateSize]
-    """Target name → how much its modules change."""
+    """Target name → relative update sizes of its modules."""
     without_gradient: list[str]
-    """Adapted modules that no gradient has reached in the first step of this process."""
+    """Adapted modules without a gradient in this process's first step."""
     answers: Answers | None = None
-    """What it says to some questions; None if they could not be asked."""
+    """Sample generations; None if there are none."""
     sentences: list[str] = field(default_factory=list)
-    """What stands out, each with what to do."""
+    """Problems, each with advice."""
 
     def as_json(self) -> dict[str, Any]:
-        """For the report."""
+        """Return the diagnostics for report.json."""
         counts = (
             {name: getattr(self.answers, name) for name in ("changed", "judged", "ended", "cut_short")}
             if self.answers
@@ -43,14 +43,14 @@ class Health:
 
 
 class GradientFlow(TrainerCallback):
-    """Looks at the first step's gradients: each B must have one, while A's are 0 as long as B is."""
+    """Checks the first step's gradients: each B must have one, while A's are 0 as long as B is 0."""
 
     def __init__(self) -> None:
         self.missing: list[str] = []
         self._has_looked = False
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, model: Any, **_: Any) -> None:
-        """Called with the step's gradients, after clipping."""
+        """Check the gradients, after clipping."""
         if self._has_looked:
             return
         self._has_looked = True
@@ -63,10 +63,10 @@ def examine(model: Any, flow: GradientFlow, metrics: Metrics, answers: Answers |
     """Measure the final adapter.
 
     Args:
-        model: with the adapter's final weights.
-        flow: what the first step has shown.
-        metrics: of the run.
-        answers: what it says to some questions.
+        model: the model with the final weights.
+        flow: result of the gradient check.
+        metrics: the run's metrics.
+        answers: sample generations.
     """
     health = Health(update_sizes(model), flow.missing, answers)
     health.sentences = [*_about_updates(health), *_about_answers(answers), *_about_losses(metrics)]
@@ -95,14 +95,14 @@ def _about_answers(answers: Answers | None) -> list[str]:
     sentences = []
     if answers and answers.told and not answers.changed and not answers.cut_short:
         sentences.append(
-            f"none of {counted(len(answers.told), 'question')} is answered differently: the adapter has learnt "
-            "nothing that shows; raise training.learning_rate or lora.rank, or train longer"
+            f"none of {counted(len(answers.told), 'question')} is answered differently from the base: the adapter has "
+            "learnt nothing visible; raise training.learning_rate or lora.rank, or train longer"
         )
     if answers and answers.ended < answers.judged / 2:
         sentences.append(
             f"{answers.judged - answers.ended} of {counted(answers.judged, 'answer')} did not end by themselves: "
             "train longer, and look for answers that are cut off in the rows (loratune data preview); until then "
-            "bound them with --max-new-tokens"
+            "limit them with --max-new-tokens"
         )
     return sentences
 
@@ -112,7 +112,7 @@ def _modules(names: list[str]) -> str:
 
 
 def _about_losses(metrics: Metrics) -> list[str]:
-    """Validation that rises while training falls is learning by heart."""
+    """Detect overfitting: the validation loss rises while the training loss falls."""
     validations = [loss for _, loss in metrics.of("validation_loss")]
     losses = [loss for _, loss in metrics.of("loss")]
     part = max(1, len(losses) // 4)
@@ -122,6 +122,6 @@ def _about_losses(metrics: Metrics) -> list[str]:
         return []
     return [
         f"overfitting: the validation loss has risen from {min(validations):.3f} to {validations[-1]:.3f} while "
-        "training went on falling; fewer training.epochs, a lower training.learning_rate, more lora.dropout, a lower "
-        "lora.rank, or more rows"
+        "the training loss kept falling; try fewer training.epochs, a lower training.learning_rate, more lora.dropout, "
+        "a lower lora.rank, or more rows"
     ]

@@ -1,4 +1,4 @@
-"""What happened in a run: report.json, and the closing table."""
+"""Writes report.json and prints the closing table."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 SHOWN = {"  asked": "question", "  base": "base", "  adapter": "adapter"}
-"""What the closing table says of one question."""
+"""Labels of a sample generation in the closing table."""
 SHOWN_LETTERS = 140
 ROWS: dict[str, tuple[tuple[str, ...], Callable[[dict[str, Any]], str]]] = {
     "steps": (("seconds",), lambda it: f"{it['steps']} ({it['epochs']:g} epochs) in {it['seconds']:.0f} s"),
@@ -35,13 +35,13 @@ ROWS: dict[str, tuple[tuple[str, ...], Callable[[dict[str, Any]], str]]] = {
     "peak memory": (("peak_memory_bytes",), lambda it: console.memory(it["peak_memory_bytes"])),
     "update": (("health",), lambda it: _update_text(it["health"]["updates"])),
 }
-"""Of the closing table: the parts of the report that it takes, and what it says."""
+"""Rows of the closing table: the keys that each needs from the report, and its text."""
 
 
 def write_report(
     session: Session, trainer: AdapterTrainer, metrics: Metrics, keeper: CheckpointKeeper
 ) -> dict[str, Any]:
-    """Put together what happened, write report.json, and return it; what cannot be told is None.
+    """Assemble the report, write report.json, and return it; parts that fail are None.
 
     Losses are in nats per answer token, memory in bytes, speed in tokens per second without padding.
     """
@@ -95,7 +95,7 @@ def _validation(validations: list[tuple[int, float]], keeper: CheckpointKeeper) 
 
 
 def show_report(report: dict[str, Any]) -> None:
-    """The closing table, and what to type next."""
+    """Print the closing table and the next command."""
     rows = [(name, text(report)) for name, (parts, text) in ROWS.items() if all(report.get(part) for part in parts)]
     health = report["health"] or {"answers": None, "sentences": []}
     rows += _answer_rows(health["answers"])
@@ -107,7 +107,7 @@ def show_report(report: dict[str, Any]) -> None:
 
 
 def _answer_rows(answers: dict[str, Any] | None) -> list[tuple[str, str]]:
-    """How the questions went, and one of them word for word."""
+    """Return the summary of the sample generations, and one of them."""
     if not answers or not answers["told"]:
         return []
     told = answers["told"]
@@ -134,7 +134,7 @@ def _stages_text(stages: dict[str, float]) -> str:
 
 
 def _update_text(updates: dict[str, dict[str, Any]]) -> str:
-    """Where the adapter changes most, in relation to what is there."""
+    """Describe the range of the relative update sizes, and the largest one."""
     medians = [size["median"] for size in updates.values()]
     name, most = max(((name, size["largest"]) for name, size in updates.items()), key=lambda pair: pair[1])
     return f"{min(medians):.2%} to {max(medians):.2%} of the weights' norm, at most {most:.2%} ({name})"
