@@ -1,4 +1,4 @@
-"""The base model as an object: its weights, quantised if asked."""
+"""Loads the base model, optionally quantised."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from loratune.recipe.sections import ModelSettings
 
 
 def load_base(settings: ModelSettings, folder: Path, hardware: Hardware) -> Any:
-    """The base model on its device, frozen, quantised if asked.
+    """Load the base model onto its device, frozen and optionally quantised.
 
     Raises:
-        LoratuneError: settings that this machine cannot serve, or weights that do not fit the config.
+        LoratuneError: this machine does not support the settings, or weights and config do not match.
     """
     return load_from_folder(
         folder,
@@ -47,5 +47,5 @@ def _quantization(settings: ModelSettings, hardware: Hardware) -> BitsAndBytesCo
 
 
 def dtype_name(dtype: torch.dtype) -> str:
-    """`bfloat16` of `torch.bfloat16`."""
+    """Return a dtype's name: `bfloat16` of `torch.bfloat16`."""
     return str(dtype).removeprefix("torch.")

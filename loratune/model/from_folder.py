@@ -1,4 +1,4 @@
-"""A model folder as transformers loads it, with what it sees of the configs, and how it fails, in one place."""
+"""Loads a model folder with transformers, with filtered configs and uniform errors."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ from loratune.model.weights.tensor_files import TensorFiles
 
 
 def load_from_folder(folder: Path, is_quantized: bool = False, **options: Any) -> Any:
-    """A causal language model, frozen.
+    """Load a causal language model, frozen.
 
     Args:
         folder: model folder.
-        is_quantized: whether its weights are, by this program.
-        options: of `from_pretrained`.
+        is_quantized: whether loratune has quantised the weights.
+        options: arguments of `from_pretrained`.
 
     Raises:
-        LoratuneError: it cannot be loaded, or weights and config do not fit.
+        LoratuneError: loading failed, or weights and config do not match.
     """
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
@@ -46,7 +46,7 @@ def load_from_folder(folder: Path, is_quantized: bool = False, **options: Any) -
         )
     except LoratuneError:
         raise
-    except Exception as error:  # of values in files, each layer of transformers and torch raises another kind
+    except Exception as error:  # transformers and torch raise many types for bad files
         if "allocate" in str(error) or isinstance(error, MemoryError):
             raise
         told = " ".join(str(error).split())[:300] or type(error).__name__
@@ -56,7 +56,7 @@ def load_from_folder(folder: Path, is_quantized: bool = False, **options: Any) -
     if info["unexpected_keys"]:
         left = ", ".join(sorted(info["unexpected_keys"])[:5])
         raise LoratuneError(
-            f"{folder}: weights and config do not fit: the config's model has no place for {left}", Exit.MODEL
+            f"{folder}: weights and config do not match: the config's model does not have {left}", Exit.MODEL
         )
     infinite = [name for name, buffer in model.named_buffers() if not buffer.isfinite().all()]
     if infinite:
@@ -70,7 +70,7 @@ def load_from_folder(folder: Path, is_quantized: bool = False, **options: Any) -
 
 
 def _check_shapes(folder: Path, config: Any) -> None:
-    """Compare the sizes that a config states with the weights' own, before anything is allocated for them."""
+    """Compare the shapes that a config implies with those of the weights, before allocating memory."""
     infos, model = TensorFiles(weight_files(folder)).infos, empty_model(config)
     held = {name: info.shape for name, info in file_layout(model, infos).infos(infos).items()}
     wanted = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
@@ -78,7 +78,7 @@ def _check_shapes(folder: Path, config: Any) -> None:
     if other:
         told = [f"{name}: {list(held[name])}, by the config {list(wanted[name])}" for name in other]
         raise LoratuneError(
-            f"{folder}: weights and config do not fit:\n{bullet_list(told, limit=5)}\nfetch config.json again, or "
+            f"{folder}: weights and config do not match:\n{bullet_list(told, limit=5)}\nfetch config.json again, or "
             "correct its sizes",
             Exit.MODEL,
         )

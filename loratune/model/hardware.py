@@ -1,4 +1,4 @@
-"""What this machine can do: device, number types, threads."""
+"""Detects the hardware: device, dtypes, threads."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from loratune.errors import Exit, LoratuneError
 
 @dataclass(frozen=True)
 class Hardware:
-    """The device that a process works on, and how many processes work together."""
+    """The device of this process, and the number of processes."""
 
     device: torch.device
     has_bfloat16: bool
-    """Whether products of bfloat16 run in hardware."""
+    """Whether bfloat16 products run in hardware."""
     name: str
     processes: int = 1
-    """As torchrun has started them, over all machines."""
+    """Number of processes started by torchrun, over all machines."""
 
     @property
     def is_distributed(self) -> bool:
@@ -35,9 +35,9 @@ class Hardware:
 
 
 def detect_hardware() -> Hardware:
-    """Take the GPU of this process's local rank, else the CPU with one thread per physical core.
+    """Use the GPU of this process's local rank, or the CPU with one thread per physical core.
 
-    OMP_NUM_THREADS decides the number of threads instead where a user has set it; torchrun sets it to 1 by itself.
+    A user's OMP_NUM_THREADS overrides the number of threads; torchrun sets it to 1, which is ignored.
     """
     processes = int(os.environ.get("WORLD_SIZE", "1"))
     if torch.cuda.is_available():
@@ -55,16 +55,16 @@ def detect_hardware() -> Hardware:
 
 
 def _usable_cores() -> int:
-    """Physical cores, or fewer where this process is bound to some of them."""
+    """Return the number of physical cores, limited by the process's CPU affinity."""
     bound = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return min(psutil.cpu_count(logical=False) or bound, bound)
 
 
 def resolve_dtype(name: str, hardware: Hardware) -> torch.dtype:
-    """The torch type of a recipe's dtype setting.
+    """Return the torch dtype of a recipe's setting.
 
     Raises:
-        LoratuneError: float16 on a CPU, whose products are emulated and overflow in training.
+        LoratuneError: float16 on a CPU, where it is emulated and overflows in training.
     """
     if name == "auto":
         if hardware.has_bfloat16:
@@ -77,10 +77,10 @@ def resolve_dtype(name: str, hardware: Hardware) -> torch.dtype:
 
 
 def resolve_attention(name: str, hardware: Hardware) -> str:
-    """The transformers attention implementation of a recipe's attention setting.
+    """Return transformers' attention implementation for a recipe's setting.
 
     Raises:
-        LoratuneError: flash attention is asked for and not there.
+        LoratuneError: flash attention is requested but not available.
     """
     has_flash = hardware.is_gpu and importlib.util.find_spec("flash_attn") is not None
     if name == "flash_attention_2" and not has_flash:

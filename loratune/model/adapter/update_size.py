@@ -1,4 +1,4 @@
-"""How much an adapter changes its base, without ever making the product of its matrices."""
+"""Measures how much an adapter changes its base, without computing the product of its matrices."""
 
 from __future__ import annotations
 
@@ -16,23 +16,23 @@ from loratune.model.adapter.tensors import PREFIX
 
 @dataclass(frozen=True)
 class UpdateSize:
-    """Of all modules of one name."""
+    """Update sizes of all modules with one name."""
 
     modules: int
     median: float
     """‖ΔW‖ / ‖W‖ in Frobenius norms."""
     largest: float
     unchanged: list[str]
-    """Those whose update is exactly nothing."""
+    """Modules whose update is exactly 0."""
     not_finite: list[str]
 
 
 def update_sizes(model: PeftModel, adapter: str = "default") -> dict[str, UpdateSize]:
-    """Target name → size of its modules' updates.
+    """Return target name → size of its modules' updates.
 
     Args:
-        model: with the adapter.
-        adapter: PEFT's name of it.
+        model: the model with the adapter.
+        adapter: PEFT's name of the adapter.
     """
     ratios: dict[str, dict[str, float]] = defaultdict(dict)
     for name, module in model.named_modules():

@@ -1,4 +1,4 @@
-"""The parts and sizes of a causal language model: asked of the model itself, or of its config."""
+"""The parts and sizes of a causal language model, from the model itself or its config."""
 
 from __future__ import annotations
 
@@ -8,26 +8,26 @@ from typing import Any
 
 
 class LayerState(Enum):
-    """What a layer keeps of the tokens it has read while it decodes."""
+    """The state that a layer keeps of previous tokens during decoding."""
 
     ALL_TOKENS = "keys and values of every token"
     WINDOW = "keys and values of the newest tokens"
     OTHER = "something else, such as the state of linear attention"
 
 
-# transformers' names of the kinds of layers that keep keys and values. Each other kind has a state of its own, which
-# whoever decodes has to know before it can be kept.
+# transformers' names of the layer types with keys and values. Every other type has its own kind of state, which the
+# decoder does not support.
 ATTENDING = {"full_attention": LayerState.ALL_TOKENS, "sliding_attention": LayerState.WINDOW}
 
 
 def causal_model(model: Any) -> Any:
-    """The causal language model itself, without PEFT's wrapper around it."""
-    # Not by its class: importing PEFT takes seconds, and a model alone does without it.
+    """Return the causal language model without PEFT's wrapper."""
+    # isinstance would need PEFT, which takes seconds to import and is not needed for a plain model.
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 def decoder_of(model: Any) -> Any:
-    """The module that makes the last states of token ids.
+    """Return the module that computes the last hidden states from token ids.
 
     Args:
         model: a causal language model, with or without PEFT's wrapper.
@@ -38,7 +38,7 @@ def decoder_of(model: Any) -> Any:
 
 
 def output_layer(model: Any) -> Any:
-    """The module that makes logits of the last states.
+    """Return the module that computes logits from the last hidden states.
 
     Args:
         model: a causal language model, with or without PEFT's wrapper.
@@ -47,39 +47,38 @@ def output_layer(model: Any) -> Any:
 
 
 def text_config(config: Any) -> Any:
-    """The part of a config that describes the language model: the config itself where nothing else is in it."""
+    """Return the language model's part of a config; the config itself if it is not nested."""
     return config.get_text_config(decoder=True)
 
 
 def text_values(values: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The same of the contents of a config.json."""
+    """Apply `text_config` to the contents of a config.json."""
     nested = values.get("text_config")
     return nested if isinstance(nested, Mapping) else values
 
 
 def layer_count(config: Any) -> int:
-    """How many layers the language model of a config has."""
     return int(text_config(config).num_hidden_layers)
 
 
 def head_size(config: Any) -> int:
-    """Width of an attention head."""
+    """Return the width of an attention head."""
     text = text_config(config)
     return int(getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads)
 
 
 def key_value_heads(config: Any) -> int:
-    """How many heads of keys an attention layer has, and of values."""
+    """Return the number of key-value heads."""
     text = text_config(config)
     return int(getattr(text, "num_key_value_heads", None) or text.num_attention_heads)
 
 
 def layer_kinds(config: Any) -> list[str]:
-    """transformers' name of each layer's kind, in order."""
+    """Return transformers' type of each layer, in order."""
     text = text_config(config)
     return list(getattr(text, "layer_types", None) or ["full_attention"] * layer_count(config))
 
 
 def layer_states(config: Any) -> list[LayerState]:
-    """What each layer keeps, in order."""
+    """Return the kind of state of each layer, in order."""
     return [ATTENDING.get(kind, LayerState.OTHER) for kind in layer_kinds(config)]

@@ -1,4 +1,4 @@
-"""A model folder written with nf4 weights, for programs that read bitsandbytes' format."""
+"""Writes a model folder with nf4 weights, for programs that read bitsandbytes' format."""
 
 from __future__ import annotations
 
@@ -13,21 +13,21 @@ from loratune.recipe.sections import ModelSettings
 
 
 def write_quantized(model: Path, folder: Path) -> Any:
-    """Quantise a model and write it; the model in memory is returned, to be compared with what the folder gives.
+    """Quantise a model, write it, and return the model in memory for comparison with the folder.
 
     Args:
         model: folder in full precision.
-        folder: existing folder to write config and weights into.
+        folder: existing folder for config and weights.
     """
     settings = ModelSettings(base=str(model), quantization="nf4", compute_dtype="bfloat16")
     quantized = load_base(settings, model, detect_hardware())
-    keep_unpacked(quantized)  # the packed form could not be saved
+    keep_unpacked(quantized)  # the packed form cannot be saved
     quantized.save_pretrained(folder)
     return quantized.eval()
 
 
 def load_quantized(folder: Path) -> Any:
-    """The written model, which computes exactly as the one that was written."""
+    """Load a written model, which computes exactly as the one in memory."""
     model = load_plain(folder, is_quantized=True)
     keep_unpacked(model)
     return model
