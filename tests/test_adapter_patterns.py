@@ -213,7 +213,7 @@ def test_odd_settings_are_refused_alike_by_other_commands(
         ("[" * 100_000, "nested too deeply"),
         ('{"peft_type": "LORA", "r": ' + "[" * 100_000, "nested too deeply"),
         ("{}", "not a LoRA adapter"),
-        ("5", "holds no JSON object"),
+        ("5", "not a JSON object"),
         ("", "cannot be read"),
     ],
     ids=["deep", "deep inside", "empty object", "a number", "nothing"],

@@ -1,4 +1,4 @@
-"""verification.json: what a merged or exported folder says of its making, and the hash of every file in it."""
+"""verification.json of merged and exported folders: how they were made and verified, and a hash of every file."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from loratune.runs.versions import library_versions
 from loratune.writing import write_json
 
 LOADED = (".safetensors", ".gguf", ".bin", ".json", ".jinja", ".txt", ".model", ".py", "Modelfile")
-"""How names end of files that programs load; cards, licences and a hub's own files change nothing of a model."""
+"""Suffixes of files that programs load; model cards, licences and a hub's files do not affect a model."""
 
 
 def is_loaded(name: str) -> bool:
-    """Whether programs could load a file of this name, so that a change of it could make another model."""
+    """Return whether programs could load a file of this name, so that a change could change the model."""
     return name.endswith(LOADED)
 
 
 def is_idle(name: str) -> bool:
-    """Whether nothing depends on a file of this name."""
+    """Return whether no program loads a file of this name."""
     return not is_loaded(name)
 
 
@@ -32,13 +32,13 @@ def write_verification(folder: Path, kind: str, report: dict[str, Any], hashes: 
     """Write verification.json, the last file of a folder.
 
     Args:
-        folder: with everything else in it.
+        folder: folder with all other files.
         kind: "merged model" or "export".
-        report: what was proved.
-        hashes: of every file; a folder that goes away again needs none.
+        report: results of the verification.
+        hashes: whether to record hashes of all files; temporary folders need none.
 
     Returns:
-        What the file holds.
+        The content of the file.
     """
     values = {"program": PROGRAM, "format_version": FORMAT_VERSION, "versions": library_versions(), "kind": kind}
     values |= report
@@ -49,7 +49,7 @@ def write_verification(folder: Path, kind: str, report: dict[str, Any], hashes: 
 
 
 def read_verification(folder: Path) -> dict[str, Any] | None:
-    """What a folder's verification.json holds; None where there is none, or it is another program's.
+    """Return the content of a folder's verification.json; None if it is missing or another program's.
 
     Raises:
         LoratuneError: it cannot be read.
@@ -61,12 +61,12 @@ def read_verification(folder: Path) -> dict[str, Any] | None:
 
 
 def check_files(folder: Path, values: dict[str, Any], hash_of: Callable[[Path], str] = file_sha256) -> FileCheck | None:
-    """Compare a folder's files with what verification.json says of them.
+    """Compare a folder's files with its verification.json.
 
     Args:
         folder: the folder.
-        values: what its verification.json holds.
-        hash_of: gives a file's sha256.
+        values: content of its verification.json.
+        hash_of: returns a file's sha256.
 
     Returns:
         None for a folder of an earlier version, which recorded no hashes.
@@ -85,19 +85,19 @@ def check_files(folder: Path, values: dict[str, Any], hash_of: Callable[[Path], 
 
 
 def require_intact(folder: Path, force: bool) -> list[str]:
-    """Refuse a merged or exported folder whose files are not as they were made; any other folder passes.
+    """Raise if files of a merged or exported folder have changed; other folders pass.
 
-    Hashes are remembered for as long as a file is not touched, unlike those of `loratune verify`.
+    Unlike in `loratune verify`, hashes are cached until a file is changed.
 
     Args:
         folder: a model's folder.
-        force: warn instead of refusing.
+        force: warn instead of raising.
 
     Returns:
-        What was let through.
+        The forced problems.
 
     Raises:
-        LoratuneError: files that programs load were changed, are missing, or have been added.
+        LoratuneError: files that programs load were changed, removed, or added.
     """
     values = read_verification(folder)
     check = check_files(folder, values, remembered_sha256) if values else None
@@ -111,7 +111,7 @@ def require_intact(folder: Path, force: bool) -> list[str]:
 
 
 def _files(folder: Path) -> Iterator[tuple[str, Path]]:
-    """Name and path of every file but verification.json itself; hidden files and folders are a hub's or an editor's."""
+    """Yield name and path of every file except verification.json and hidden files, which hubs and editors write."""
     for path in folder.rglob("*"):
         name = path.relative_to(folder).as_posix()
         if path.is_file() and name != VERIFICATION and not any(part.startswith(".") for part in name.split("/")):
