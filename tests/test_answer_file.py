@@ -223,7 +223,8 @@ BAD_FILES = {
     "list.json": ('[["a"], {"prompt": "b"}]', "list.json row 1: is a list, not an object"),
     "answer_first.jsonl": ('{"messages": [{"role": "assistant", "content": "a"}]}', "message 1 is an answer"),
     "tools.jsonl": (
-        '{"messages": [{"role": "user", "content": "a"}], "tools": [{"name": "f"}]}', "row 1: tools are given",
+        '{"messages": [{"role": "user", "content": "a"}], "tools": [{"name": "f"}]}',
+        "row 1: the chat template (chat) does not support tools",
     ),
     "placeholder.jsonl": ('{"prompt": "Are you {{ name }}?"}', "holds {{name}}, for which"),
     "unknown.csv": ("question,answer\na,b\n", "'instruction' is missing or empty"),

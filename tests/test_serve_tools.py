@@ -281,7 +281,7 @@ def offered(**fields: Any) -> dict[str, Any]:
             "cannot be forced",
         ),
         ({"tool_choice": "sometimes", "tools": [WEATHER]}, "tool_choice", ""),
-        ({"tools": [offered(strict=True)]}, "tools.0.function.strict", "check"),
+        ({"tools": [offered(strict=True)]}, "tools.0.function.strict", "validate"),
         ({"tools": [{"type": "web_search"}]}, "tools.0.type", ""),
         ({"tools": [offered(name="")]}, "tools.0.function.name", ""),
         ({"tools": [offered(parameters=[])]}, "tools.0.function.parameters", ""),

@@ -1,4 +1,4 @@
-"""A merged model, an export or a run, verified again: its files by their hashes, a merge by its whole proof."""
+"""Verifies merged models, exports and runs again: files by their hashes, and a merge by all of its checks."""
 
 from __future__ import annotations
 
@@ -26,21 +26,21 @@ AS_MERGED = MergeOptions()
 def verify_folder(
     folder: Path, adapter: AdapterSource | None = None, options: MergeOptions = AS_MERGED
 ) -> dict[str, Any]:
-    """Read every file of a folder and compare its hash with the recorded one.
+    """Compare the hash of every file in a folder with the recorded one.
 
     Args:
         folder: a merged model, an export, or a run.
-        adapter: proves a merged model again.
-        options: of that proof; type and kind of base are those of the folder.
+        adapter: repeats the full verification of a merged model.
+        options: options of that verification; dtype and kind of base are the folder's.
 
     Returns:
-        folder, kind, sealed (whether there are hashes to compare with, and of a run's manifest too), proved (what
-        verification.json says; of a run nothing), proved_again, files (how many), remarks (differences in files that no
-        program loads), warnings.
+        folder, kind, sealed (whether there are hashes to compare, also of a run's manifest), proved (the content of
+        verification.json; None for a run), proved_again, files (number), remarks (differences in files that no program
+        loads), warnings.
 
     Raises:
-        LoratuneError: there is nothing to compare with, a file that programs load is not as it was, or the merged model
-            is not base + adapter.
+        LoratuneError: there are no records, a file that programs load has changed, or the merged model is not base +
+            adapter.
     """
     values = read_verification(folder)
     if values is None:
@@ -91,7 +91,7 @@ def _verify_run(folder: Path, adapter: AdapterSource | None) -> dict[str, Any]:
 def _prove_again(
     folder: Path, values: dict[str, Any], source: AdapterSource, options: MergeOptions
 ) -> tuple[dict[str, Any], list[str]]:
-    """What `merge` proves, of a folder that is there already; and what could not be checked, or was let through."""
+    """Verify an existing folder like `merge`; also return warnings about what could not be checked, or was forced."""
     if values.get("kind") != MERGED:
         raise LoratuneError(f"{folder}: no merged model, so there is no merge to prove", Exit.USAGE)
     if values.get("combined"):
@@ -110,10 +110,10 @@ def _prove_again(
 
 
 def _plan_of(folder: Path, job: Job, files: TensorFiles) -> MergePlan:
-    """What a merge would have written, in the files in which it lies.
+    """Return the plan of a merge with the folder's own distribution over files.
 
     Raises:
-        LoratuneError: other tensors are there.
+        LoratuneError: the folder has other tensors.
     """
     plan = plan_merge(files, job.updates, job.is_tied, job.options.dtype, job.options.shard_bytes)
     names = {path.name: list(TensorFiles([path]).infos) for path in weight_files(folder)}

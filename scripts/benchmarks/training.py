@@ -56,7 +56,7 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def train_with_trl(arguments: argparse.Namespace, train: Path, place: Path) -> dict[str, Any]:
-    """Return tokens without padding, seconds of train(), seconds to the end of the first step, losses, resident bytes."""
+    """Return tokens without padding, seconds of train() and until the first step is done, losses, resident bytes."""
     settings = (arguments.batch, arguments.epochs, arguments.max_length, arguments.quantization)
     return printed_figures(HERE / "plain_trl.py", arguments.model, train, place, *settings)
 

@@ -1,4 +1,4 @@
-"""From an adapter or a merged model to what another program runs: the flow of `loratune export`, top to bottom."""
+"""The steps of `loratune export`, from an adapter or a merged model to another program's format."""
 
 from __future__ import annotations
 
@@ -43,13 +43,13 @@ GGUF_BOUNDS = {
     "f32": SAME,
     "bf16": Bounds(0.1, 5e-3, 0.005),
     "f16": Bounds(0.02, 3e-4, 0.005),
-    # Measured on Qwen2.5 0.5B: logits 0.01 of the largest apart.
+    # Measured on Qwen2.5 0.5B: logits differ by 0.01 of the largest.
     "q8_0": Bounds(0.2, 0.05, 0.02),
 }
 
 
 def export(source: AdapterSource | None, output: Path, options: ExportOptions) -> dict[str, Any]:
-    """Write an export, read it back, and give it its name.
+    """Write an export to a temporary folder, verify it, and rename the folder.
 
     Args:
         source: an adapter; None for a merged model.
@@ -57,11 +57,10 @@ def export(source: AdapterSource | None, output: Path, options: ExportOptions) -
         options: format and details.
 
     Returns:
-        What verification.json holds; `next` is a Command, for what the user can do with it.
+        The content of verification.json; `next` is a Command for the user's next step.
 
     Raises:
-        LoratuneError: the format cannot hold this model, or what was written is not the model; then nothing is left at
-            `output`.
+        LoratuneError: the format does not support this model, or verification failed; then `output` is not created.
     """
     with disk_errors_explained(output):
         output = output.resolve()
@@ -82,7 +81,7 @@ def export(source: AdapterSource | None, output: Path, options: ExportOptions) -
 
 @contextmanager
 def _merged(job: Export, merge: Job | None) -> Iterator[Path]:
-    """The merged model to export: the given one, or one that is made of the adapter and goes away again."""
+    """Yield the merged model to export: the given one, or a temporary one merged from the adapter."""
     if merge is None:
         yield Path(job.options.model or "")
         return
@@ -96,7 +95,7 @@ def _export_adapter(job: Export) -> dict[str, Any]:
     source = _source(job)
     if export_adapter(source, job.folder, job.options.model, job.options.force):
         console.warn("the chat template holds the training's prompt settings, the system prompt's text among them")
-    # The folder is there by then.
+    # The command is for later, when the folder exists.
     return {"next": job.command("give it away", job.output, push=f"hf:ORG/{job.hub_name}", overwrite=True)}
 
 
@@ -149,10 +148,10 @@ def _export_gguf(job: Export, model: Path) -> dict[str, Any]:
 
 
 def _compare_gguf(job: Export, model: Path, target: Path) -> Parity | None:
-    """Load the file as it describes itself, and compare what it computes with the merged model."""
+    """Load the file as it describes itself, and compare its logits with the merged model's."""
     from loratune.delivery.export.gguf.reference import load_gguf  # needs the package gguf
 
-    # The loader makes float32 of everything.
+    # The loader converts everything to float32.
     needed = 3 * sum(path.stat().st_size for path in weight_files(model))
     free = free_memory_bytes(detect_hardware())
     if needed > free:
@@ -166,7 +165,7 @@ def _compare_gguf(job: Export, model: Path, target: Path) -> Parity | None:
             written = load_gguf(target)
         except LoratuneError:
             raise
-        except Exception as error:  # transformers raises all kinds, none of which says anything against the file
+        except Exception as error:  # transformers' failures say nothing about the file
             reason = " ".join(str(error).split())[:200]
             console.warn(
                 f"the file's logits are not compared: transformers cannot load it ({reason}). Every tensor has been "
@@ -207,7 +206,7 @@ def _export_nf4(job: Export, model: Path) -> dict[str, Any]:
 
 
 def _rows(job: Export, model: Path) -> list[ProbeRow]:
-    """What models are compared on: the run's rows, or built-in questions."""
+    """Return the rows for comparing models: the run's, or built-in prompts."""
     encoder = Encoder(load_tokenizer(model), merged_prompt(model))
     return probe_rows(read_probe(job.source.run if job.source else None), encoder)
 

@@ -1,4 +1,4 @@
-"""The files beside a merged model's weights: compared with their sources, and loaded as any user would load them."""
+"""Verifies a merged model's files other than the weights: by comparison with their sources, and by loading them."""
 
 from __future__ import annotations
 
@@ -22,23 +22,23 @@ from loratune.runs.tokenizer_files import CHAT_TEMPLATE, NAMED_TEMPLATES, TOKENI
 from loratune.runs.verification import is_loaded
 
 ALLOWED = ("vocab_size", "tie_word_embeddings", "dtype", "torch_dtype")
-"""Keys of the config that a merge may change, each to what the written weights say."""
+"""Keys of the config that a merge may change, each to the value that the written weights imply."""
 PLACE = "_name_or_path"
-"""Where transformers has read a config."""
+"""transformers' key for the location of a config."""
 PROBE = "Who are you? 你是谁？ def f(x):\n\treturn x + 1  # 3.14"
 
 
 def check_beside(base: Path, tokenizer: Path, encoder: Encoder, folder: Path) -> None:
-    """Compare what stands beside the weights with its sources, file by file, and then as the libraries read it.
+    """Compare the files next to the weights with their sources, byte by byte and as loaded by the libraries.
 
     Args:
         base: folder of the base.
         tokenizer: folder of the training's tokenizer.
-        encoder: how the training rendered prompts, with that tokenizer.
+        encoder: renders prompts as in training, with that tokenizer.
         folder: complete folder of the merged model.
 
     Raises:
-        LoratuneError: a file is missing, left over, or says something else than its source; all of them are told.
+        LoratuneError: lists the files that are missing, unexpected, or different.
     """
     template = portable_template(encoder)
     problems = [*_file_problems(base, tokenizer, folder, template)]
@@ -51,7 +51,7 @@ def check_beside(base: Path, tokenizer: Path, encoder: Encoder, folder: Path) ->
 
 
 def _file_problems(base: Path, tokenizer: Path, folder: Path, template: str | None) -> Iterator[str]:
-    """What is missing, left over, or not its source byte for byte."""
+    """Yield files that are missing, unexpected, or different from their source."""
     copies = {name: tokenizer / name for name in tokenizer_files(tokenizer)}
     copies |= {path.name: path for path in [*base.glob("LICENSE*"), *base.glob("NOTICE*")] if path.is_file()}
     if template is not None:
@@ -75,7 +75,7 @@ def _file_problems(base: Path, tokenizer: Path, folder: Path, template: str | No
 
 
 def _config_problems(base: Path, folder: Path) -> Iterator[str]:
-    """Keys of config.json that are not the base's, nor what the written weights say."""
+    """Yield keys of config.json that neither equal the base's nor follow from the written weights."""
     written, original = _json(folder / CONFIG), read_json_object(base / CONFIG)
     said = _said_by_weights(folder)
     for key in sorted({*written, *original}):
@@ -93,7 +93,7 @@ def _said_by_weights(folder: Path) -> dict[str, Any]:
 
 
 def _generation_problems(base: Path, folder: Path, end_id: int) -> Iterator[str]:
-    """Keys of generation_config.json that are not the base's, but for the token that ends the trained answers."""
+    """Yield keys of generation_config.json that differ from the base's, except for the added end token."""
     written, original = _json(folder / GENERATION_CONFIG), _json(base / GENERATION_CONFIG)
     known = original.get("eos_token_id", read_json_object(base / CONFIG).get("eos_token_id"))
     ends = {*_ids(known), end_id}
@@ -106,7 +106,7 @@ def _generation_problems(base: Path, folder: Path, end_id: int) -> Iterator[str]
 
 
 def _loaded_problems(base: Path, folder: Path, encoder: Encoder) -> Iterator[str]:
-    """What the libraries make of the folder, where they should make the same of the base."""
+    """Yield differences between folder and base as loaded by the libraries."""
     plain: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
     try:
         configs = [AutoConfig.from_pretrained(place, **plain).to_dict() for place in (base, folder)]
@@ -114,7 +114,7 @@ def _loaded_problems(base: Path, folder: Path, encoder: Encoder) -> Iterator[str
         ends = configs[1].get("eos_token_id")
         if (folder / GENERATION_CONFIG).is_file():
             ends = GenerationConfig.from_pretrained(folder, local_files_only=True).eos_token_id
-    except Exception as error:  # the libraries know no common class
+    except Exception as error:  # the libraries have no common exception
         yield f"transformers cannot load it: {' '.join(str(error).split())[:300]}"
         return
     original, found = configs

@@ -1,4 +1,4 @@
-"""How alike two models are: their logits on the same tokens."""
+"""Compares the logits of models on the same tokens."""
 
 from __future__ import annotations
 
@@ -15,32 +15,32 @@ from loratune.model.architecture.structure import decoder_of, output_layer
 from loratune.runs.probe import ProbeRow
 
 TOKENS_AT_ONCE = 1024
-"""Of a batch, padding included: more would take memory, less would read the weights more often."""
+"""Tokens per batch, including padding: more would take memory, fewer would read the weights more often."""
 POSITIONS_AT_ONCE = 32
-"""Positions whose logits are held at once: a vocabulary of 150,000 takes 0.6 MB each, several times."""
+"""Positions whose logits are in memory at once: with 150,000 tokens, 0.6 MB each, several times."""
 
 
 @dataclass(frozen=True)
 class Parity:
-    """A candidate's next-token distributions beside the reference's."""
+    """Differences between a candidate's next-token distributions and the reference's."""
 
     tokens: int
-    """Positions compared."""
+    """Number of compared positions."""
     largest_difference: float
-    """Of two logits."""
+    """Largest difference of two logits."""
     mean_kl: float
     """Mean Kullback-Leibler divergence of the candidate from the reference, in nats."""
     top1_agreement: float
-    """Share of positions where both have the same likeliest token."""
+    """Share of positions with the same argmax."""
     clear_disagreement: float
-    """Share of positions where the candidate's likeliest token is less than half as likely as the reference's own."""
+    """Share of positions where the candidate's argmax is less than half as likely to the reference as its own."""
     largest_logit: float
-    """The reference's, by absolute value: the scale of the difference."""
+    """The reference's largest absolute logit, as the scale of the difference."""
 
 
 @dataclass(frozen=True)
 class InState:
-    """A model, and what is changed about it while it computes."""
+    """A model, and a context that changes its weights or code during its forward pass."""
 
     model: Any
     state: Callable[[], AbstractContextManager[None]]
@@ -51,8 +51,8 @@ def compare_models(reference: Any, candidates: Sequence[Any], rows: Sequence[Pro
 
     Args:
         reference: a causal language model, with or without PEFT's layers.
-        candidates: others with the same vocabulary.
-        rows: at least one label among them.
+        candidates: models with the same vocabulary.
+        rows: rows with at least one label in total.
     """
     pairs = [(0, place) for place in range(1, len(candidates) + 1)]
     return compare_pairs([reference, *candidates], pairs, rows)
@@ -63,8 +63,8 @@ def compare_pairs(models: Sequence[Any], pairs: Sequence[tuple[int, int]], rows:
 
     Args:
         models: causal language models with the same vocabulary, or `InState`.
-        pairs: places of a reference and a candidate among the models.
-        rows: at least one label among them.
+        pairs: indices of a reference and a candidate in `models`.
+        rows: rows with at least one label in total.
     """
     totals = [_Totals() for _ in pairs]
     for batch in _batches(rows):
@@ -75,7 +75,7 @@ def compare_pairs(models: Sequence[Any], pairs: Sequence[tuple[int, int]], rows:
 
 
 def likeliest_tokens(model: Any, rows: Sequence[ProbeRow]) -> list[list[int]]:
-    """For each row the model's likeliest token at every labelled position."""
+    """Return, for each row, the model's argmax at every labelled position."""
     found = [
         int(token)
         for batch in _batches(rows, in_order=True)
@@ -87,12 +87,12 @@ def likeliest_tokens(model: Any, rows: Sequence[ProbeRow]) -> list[list[int]]:
 
 
 def _places(row: ProbeRow) -> list[int]:
-    """Positions whose next token is labelled."""
+    """Return the positions whose next token is labelled."""
     return [place - 1 for place, label in enumerate(row.labels) if place and label >= 0]
 
 
 def _batches(rows: Sequence[ProbeRow], in_order: bool = False) -> Iterator[list[ProbeRow]]:
-    """Rows in batches of at most TOKENS_AT_ONCE padded tokens, or one longer row."""
+    """Yield batches of at most TOKENS_AT_ONCE padded tokens, or of one longer row."""
     batch: list[ProbeRow] = []
     longest = 0
     for row in rows if in_order else sorted(rows, key=lambda row: len(row.input_ids)):
@@ -106,23 +106,23 @@ def _batches(rows: Sequence[ProbeRow], in_order: bool = False) -> Iterator[list[
 
 
 def _logits(model: Any, batch: list[ProbeRow]) -> Iterator[torch.Tensor]:
-    """float32 logits (at most POSITIONS_AT_ONCE, vocabulary) at the labelled positions, piece by piece."""
+    """Yield float32 logits (at most POSITIONS_AT_ONCE, vocabulary) at the labelled positions."""
     model, state = (model.model, model.state) if isinstance(model, InState) else (model, nullcontext)
     decoder, head = decoder_of(model), output_layer(model)
     longest = max(len(row.input_ids) for row in batch)
-    # Padding stands on the right, where causal attention keeps it from being seen by anything that counts.
+    # Padding is on the right, where causal attention hides it from all other positions.
     ids = torch.tensor([row.input_ids + [0] * (longest - len(row.input_ids)) for row in batch], device=decoder.device)
     with torch.inference_mode(), state():
         states = decoder(input_ids=ids, use_cache=False).last_hidden_state
     hidden = torch.cat([states[number, _places(row)] for number, row in enumerate(batch)])
     for start in range(0, len(hidden), POSITIONS_AT_ONCE):
-        with torch.inference_mode(), state():  # not around the yield: the mode would stay on for whoever reads
+        with torch.inference_mode(), state():  # not around the yield: the mode would leak to the caller
             logits = head(hidden[start : start + POSITIONS_AT_ONCE]).float().cpu()
         yield logits
 
 
 class _Totals:
-    """Sums over pieces of logits."""
+    """Sums over batches of logits."""
 
     def __init__(self) -> None:
         self.tokens = 0
@@ -133,7 +133,7 @@ class _Totals:
         self.logit = 0.0
 
     def add(self, expected: torch.Tensor, found: torch.Tensor) -> None:
-        """Take in the logits (positions, vocabulary) of both."""
+        """Add the logits (positions, vocabulary) of both models."""
         self.tokens += len(expected)
         likeliest = found.argmax(-1)
         self.agreeing += int((expected.argmax(-1) == likeliest).sum())
@@ -145,7 +145,7 @@ class _Totals:
         self.kl += float(functional.kl_div(given, wanted, reduction="sum", log_target=True))
 
     def parity(self) -> Parity:
-        """The means."""
+        """Return the means."""
         return Parity(
             tokens=self.tokens,
             largest_difference=self.difference,
@@ -157,5 +157,5 @@ class _Totals:
 
 
 def _largest(known: float, values: torch.Tensor) -> float:
-    """The larger of both; NaN stays NaN, which Python's max would lose."""
+    """Return the maximum; unlike Python's max, it preserves NaN."""
     return float(torch.maximum(values.max(), torch.tensor(known)))

@@ -1,4 +1,4 @@
-"""Whether a merged model says what base + adapter says: its logits against bounds, its answers side by side."""
+"""Checks logits of a merged model against bounds, and its answers against base + adapter."""
 
 from __future__ import annotations
 
@@ -17,41 +17,41 @@ ANSWER_TOKENS = 20
 
 @dataclass(frozen=True)
 class Bounds:
-    """What rounding may do; a wrong merge is off by orders of magnitude.
+    """Limits of the differences due to rounding; a wrong merge exceeds them by orders of magnitude.
 
-    The share of equal likeliest tokens is no bound: where two are as likely, as everywhere in an untrained model, any
-    rounding decides between them.
+    The share of equal argmax tokens has no bound: between equally likely tokens, as in an untrained model, any rounding
+    decides.
     """
 
     difference: float
-    """Of logits, relative to the largest one."""
+    """Difference of logits, relative to the largest one."""
     mean_kl: float
-    """nats."""
+    """In nats."""
     clear_disagreement: float
 
 
 EXACT = Bounds(difference=3e-5, mean_kl=1e-6, clear_disagreement=0.0)
-"""For two ways of computing the same in float32, which are 1e-7 to 3e-6 of the largest logit apart."""
+"""For two equivalent computations in float32, which differ by 1e-7 to 3e-6 of the largest logit."""
 INT8 = Bounds(0.1, 5e-3, 0.005)
-"""For LLM.int8, which rounds what goes into a layer too, as no merged weight can."""
+"""For LLM.int8, which also rounds the inputs of a layer; merged weights cannot reproduce this."""
 OTHER_BASE = Bounds(0.6, 0.3, 0.25)
-"""For an adapter of a quantised base on the plain one, beside base + adapter: quantisation has an effect of its own."""
+"""For an adapter of a quantised base on the plain base: the difference includes the effect of quantisation."""
 NOTICED = 0.1
-"""Share of what the adapter does to the distributions that rounding may take without a warning."""
+"""Rounding error, relative to the adapter's effect (mean KL), above which there is a warning."""
 
 
 @dataclass(frozen=True)
 class Answer:
-    """The merged model's answer to a question, and where base + adapter would have gone another way."""
+    """The merged model's answer to a question, and where base + adapter would have deviated."""
 
     question: str
     merged: str
     adapter: str
-    """Up to its first other token; the merged model's text if there is none."""
+    """The text up to the first different token; the merged model's text if there is none."""
 
 
 def check_parity(parity: Parity, bounds: Bounds) -> list[str]:
-    """What of a comparison is out of bounds."""
+    """Return the violations of the bounds."""
     tests = [
         (
             parity.largest_difference <= bounds.difference * max(1.0, parity.largest_logit),
@@ -71,7 +71,7 @@ def check_parity(parity: Parity, bounds: Bounds) -> list[str]:
 
 
 def probe_rows(probe: Probe, encoder: Encoder) -> list[ProbeRow]:
-    """The run's rows; without any, the questions themselves, each of whose tokens then counts."""
+    """Return the run's rows; without any, the prompts, of which every token counts."""
     if probe.rows:
         return probe.rows
     prompts = [encoder.prompt_ids(question) for question in probe.questions]  # type: ignore[arg-type]
@@ -79,16 +79,15 @@ def probe_rows(probe: Probe, encoder: Encoder) -> list[ProbeRow]:
 
 
 def compare_answers(merged: Any, reference: Any, encoder: Encoder, probe: Probe) -> list[Answer]:
-    """Let the merged model answer greedily, and base + adapter confirm each token of it.
+    """Generate greedy answers with the merged model, and check each of their tokens with base + adapter.
 
-    One pass of the reference over an answer shows whether it would have given the same; to let it answer by itself
-    would take many times as long.
+    One forward pass of the reference over an answer is enough; generating with it would take many times as long.
 
     Args:
         merged: the model as any program loads it.
         reference: base + adapter.
-        encoder: makes the prompts.
-        probe: the questions.
+        encoder: renders the prompts.
+        probe: the prompts.
     """
     prompts = [encoder.prompt_ids(question) for question in probe.questions]  # type: ignore[arg-type]
     answers = _generate(merged, prompts, encoder)
@@ -108,7 +107,7 @@ def compare_answers(merged: Any, reference: Any, encoder: Encoder, probe: Probe)
 
 
 def _generate(model: Any, prompts: Sequence[list[int]], encoder: Encoder) -> list[list[int]]:
-    """Greedy answers, all prompts at once, each up to its end token."""
+    """Generate greedy answers to all prompts as a batch, each up to its end token."""
     longest = max(map(len, prompts))
     pad = encoder.end_id
     ids = torch.tensor([[pad] * (longest - len(prompt)) + prompt for prompt in prompts])

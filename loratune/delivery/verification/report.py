@@ -1,4 +1,4 @@
-"""What a merge has proved, and what its folder says of it."""
+"""Describes a merge and its verification, for verification.json and for the user."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 def described(job: Job, chosen: Candidate) -> dict[str, Any]:
-    """What verification.json says of a merge, its proof aside."""
+    """Return the entries of verification.json about a merge, except for its verification."""
     return {
         "base": base_name(job.settings.base, str(job.base.absolute())),  # the folder may go to a hub: no local paths
         "base_checked": how_checked(known_hashes(job.source)),
@@ -35,7 +35,7 @@ def described(job: Job, chosen: Candidate) -> dict[str, Any]:
 
 
 def _without_paths(text: str, job: Job) -> str:
-    """The folder may go to a hub, and where things lie here is nobody's business."""
+    """Replace local paths with their last parts, since the folder may be published."""
     for place in (job.base, job.source.adapter, job.source.run):
         for path in (place, place.absolute()) if place else ():
             text = text.replace(str(path), path.name)
@@ -50,7 +50,7 @@ BASE_CHECKED = {
 
 
 def show_verification(report: dict[str, Any]) -> None:
-    """The closing table of a merge."""
+    """Print the closing table of a merge."""
     rows = []
     if report["read_back"]:
         back = report["read_back"]
@@ -88,7 +88,7 @@ def _answer_rows(answers: list[dict[str, str]]) -> list[tuple[str, str]]:
 def parity_text(
     tokens: int, top1_agreement: float, mean_kl: float, largest_difference: float, largest_logit: float, **_: float
 ) -> str:
-    """A comparison of logits in a line; the arguments are Parity's fields."""
+    """Format a comparison of logits as one line; the arguments are Parity's fields."""
     return (
         f"{tokens} tokens: same likeliest {top1_agreement:.2%}, mean KL {mean_kl:.1e}, largest difference "
         f"{largest_difference:.2g} of {largest_logit:.3g}"

@@ -1,4 +1,4 @@
-"""The second half of a merge's proof, which needs transformers and PEFT: the models' comparison and the verdict."""
+"""Compares the merged models with base + adapter, and chooses between candidates; needs transformers and PEFT."""
 
 from __future__ import annotations
 
@@ -34,21 +34,21 @@ if TYPE_CHECKING:
     from loratune.delivery.merge.job import Candidate, Job
 
 EFFECT_ROWS = 2
-"""On which the base alone is run: enough for a mean over tokens, for one more reading of the base."""
+"""Rows on which the base alone is run: enough for a mean over tokens, at the cost of reading the base once more."""
 
 
 def prove(job: Job, candidates: list[Candidate]) -> tuple[Candidate, dict[str, Any]]:
     """Compare the merged models with base + adapter, and choose the closer one.
 
     Args:
-        job: what is merged.
+        job: the merge.
         candidates: complete model folders.
 
     Returns:
-        The one to keep, and what verification.json says of it.
+        The candidate to keep, and the entries of verification.json.
 
     Raises:
-        LoratuneError: it is not what base + adapter is.
+        LoratuneError: it differs from base + adapter.
     """
     with console.status("comparing with base + adapter"):
         probe = read_probe(job.source.run)
@@ -78,9 +78,9 @@ def prove(job: Job, candidates: list[Candidate]) -> tuple[Candidate, dict[str, A
 class _Compared:
     candidate: Candidate
     parity: Parity
-    """With base + adapter."""
+    """Difference from base + adapter."""
     exact: Parity
-    """With base + adapter and the rounding errors of the merged weights."""
+    """Difference from base + adapter with the rounding errors of the merged weights."""
 
 
 def _compare(job: Job, candidates: list[Candidate], reference: Any, rows: list[ProbeRow]) -> list[_Compared]:
@@ -96,10 +96,10 @@ def _compare(job: Job, candidates: list[Candidate], reference: Any, rows: list[P
 
 
 def _roundings(candidate: Candidate, base: Path, is_quantized: bool) -> dict[str, Rounding]:
-    """How each parameter of the reference was rounded into a merged model; those that were not are left out.
+    """Return how each parameter of the reference was rounded in a merged model; unrounded ones are left out.
 
     Args:
-        candidate: the merged model, whose files have been proved.
+        candidate: the merged model; its files have been verified.
         base: folder of its base.
         is_quantized: whether the reference computes with quantised weights.
     """
@@ -122,7 +122,7 @@ def _roundings(candidate: Candidate, base: Path, is_quantized: bool) -> dict[str
 
 
 def _effect(job: Job, chosen: Candidate, reference: Any, rows: list[ProbeRow]) -> Parity | None:
-    """How far the base alone is from base + adapter; None where more than the adapter lies between them."""
+    """Return the difference between base and base + adapter; None if it has other causes than the adapter, too."""
     base_rows = chosen.files.infos[vocabulary_of(chosen.files.infos).embedding].shape[0]
     if job.settings.quantization != "none" or chosen.plan.vocabulary != base_rows:
         return None
@@ -131,7 +131,7 @@ def _effect(job: Job, chosen: Candidate, reference: Any, rows: list[ProbeRow]) -
 
 
 def _about_rounding(job: Job, chosen: _Compared, effect: Parity | None) -> list[str]:
-    """A warning where rounding takes much of what the adapter does."""
+    """Warn if rounding loses much of the adapter's effect."""
     if effect is None or chosen.parity.mean_kl <= max(EXACT.mean_kl, NOTICED * effect.mean_kl):
         return []
     message = (

@@ -126,7 +126,7 @@ class Chat:
         if self.state.make_room(text):
             console.warn(
                 f"the conversation has outgrown the model's context of {self.state.engine.context_tokens:,} tokens; "
-                f"the oldest {counted(self.state.left_out, 'turn')} are left out of the prompt"
+                f"the prompt leaves out the oldest {counted(self.state.left_out, 'turn')}"
             )
 
     def _ask(self, asked: Asked) -> Reply:
