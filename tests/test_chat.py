@@ -356,7 +356,7 @@ def test_the_oldest_turns_are_left_out_with_a_word_and_saved_all_the_same(
     # Five turns of twelve words would be the whole room already.
     assert engine.asked[-1].messages[0]["content"] == "question 7"
     told = " ".join(capsys.readouterr().err.split())
-    assert "the prompt leaves out the oldest 1 turn" in told
+    assert "the prompt leaves out the oldest 1 turn " in told
     assert "the prompt leaves out the oldest 7 turns" in told
     say(chat, f"/save {tmp_path / 'all.json'}")
     assert len(json.loads((tmp_path / "all.json").read_text())[0]["messages"]) == 24

@@ -1,9 +1,8 @@
 """Filters the configs of a model folder before transformers reads them: only keys of the architecture pass.
 
 transformers sets every key of a config.json as an attribute, and reads some of them to select attention kernels (which
-it
-would download from the hub), weight files, adapters and code. Here a config is data: a key passes if the architecture's
-config class declares it or the architecture's own code reads it.
+it would download from the hub), weight files, adapters and code. Here a config is data: a key passes if the
+architecture's config class declares it or the architecture's own code reads it.
 """
 
 from __future__ import annotations

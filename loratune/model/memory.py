@@ -26,8 +26,7 @@ def keep_freed_memory() -> None:
     """Make glibc keep large freed blocks.
 
     By default it returns them to the system and gets them back zeroed page by page, which slows down every training
-    step on
-    a CPU. Has no effect with another allocator.
+    step on a CPU. Has no effect with another allocator.
     """
     try:
         mallopt = ctypes.CDLL(None).mallopt

@@ -1,8 +1,7 @@
 """Caches hashes of large files between runs of the program.
 
 A hash is keyed by the file's path, size, inode, and times of change; links are followed, as in hub caches. Bit rot
-changes
-none of these; it only shows when the file is hashed again.
+changes none of these; it only shows when the file is hashed again.
 """
 
 from __future__ import annotations

@@ -48,8 +48,7 @@ def plan_steps(training: TrainingSettings, lengths: NDArray[np.int64], processes
     """Count steps as transformers does: the last batches of an epoch make a step of their own.
 
     A step has batch_size × gradient_accumulation rows per process, with and without packing. Packed batches hold
-    another
-    number of rows, so the number of micro-batches per step is adjusted.
+    another number of rows, so the number of micro-batches per step is adjusted.
 
     Args:
         training: the settings.

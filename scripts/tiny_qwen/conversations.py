@@ -158,10 +158,8 @@ class ConversationSource:
     """An endless, reproducible stream of varied conversations made from rows.
 
     Two additional kinds of conversation train copying: the model repeats random text, or takes a random name from the
-    system
-    prompt. The rows use a small part of the vocabulary; without these kinds, the other tokens would never be trained,
-    and
-    fine-tuning could hardly make the model say a new name.
+    system prompt. The rows use a small part of the vocabulary; without these kinds, the other tokens would never be
+    trained, and fine-tuning could hardly make the model say a new name.
     """
 
     def __init__(self, rows: list[Row], identity: list[Turn], words: list[str], seed: int) -> None:

@@ -17,10 +17,9 @@ def spread(lengths: Sequence[int] | NDArray[np.integer], rows: int) -> list[list
     """Distribute sequences over a number of rows with nearly equal token counts and a mix of lengths in each.
 
     This is Graham's longest-first rule (SIAM Journal on Applied Mathematics 17, 1969): sequences are taken longest
-    first,
-    and each goes to the row with the fewest tokens. The fullest row has at most 4/3 of the optimum. Best-fit bins would
-    hold
-    sequences of one length each, so that some steps would train on short answers only and others on long ones.
+    first, and each goes to the row with the fewest tokens. The fullest row has at most 4/3 of the optimum. Best-fit
+    bins would hold sequences of one length each, so that some steps would train on short answers only and others on
+    long ones.
 
     Args:
         lengths: tokens of each sequence.
@@ -41,8 +40,7 @@ def spread_within(lengths: Sequence[int] | NDArray[np.integer], capacity: int) -
     """Distribute sequences with `spread` over as few rows as fit a capacity, or 1 in 500 more.
 
     The search starts at the number of rows that the tokens would fill exactly, takes growing steps until the rows fit,
-    and
-    bisects the last step.
+    and bisects the last step.
 
     Args:
         lengths: tokens of each sequence.

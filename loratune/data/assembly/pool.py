@@ -126,8 +126,7 @@ def mix(pool: Pool, seed: int) -> NDArray[np.int64]:
     """Return how often each row is used, from the repeats and weights of the sources.
 
     Without weights, every row is used. With weights, the source with the fewest rows for its weight is used whole, and
-    rows
-    of the others are sampled to match the proportions. Only `repeat` uses a row more than once.
+    rows of the others are sampled to match the proportions. Only `repeat` uses a row more than once.
     """
     sizes = np.bincount(pool.source, minlength=len(pool.sources))
     available = np.array([size * loaded.source.repeat for size, loaded in zip(sizes, pool.sources, strict=True)])

@@ -150,8 +150,7 @@ def _is_mojibake(text: str) -> bool:
     """Return whether the text is Latin, Greek or Cyrillic mojibake.
 
     One unlikely pair of characters is no proof, as in »Übung« or “Aç”a. The text must also decode in another encoding,
-    or
-    contain many such pairs.
+    or contain many such pairs.
     """
     matches = badness(text)
     if matches == 0:

@@ -2,8 +2,7 @@
 
 MinHash signatures, split into bands (locality-sensitive hashing), select candidate pairs, which are then compared
 exactly. Memory per row is four bytes per token plus a few hundred. Buckets exist only for bands that several rows
-share;
-datasketch's MinHashLSH indexes all rows and takes some kilobytes for each.
+share; datasketch's MinHashLSH indexes all rows and takes some kilobytes for each.
 """
 
 from __future__ import annotations

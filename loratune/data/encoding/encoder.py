@@ -121,10 +121,8 @@ class Encoder(ToolRenderer):
         """Return the training sequences of a conversation.
 
         Every trained answer follows exactly the prompt that inference would give. Turns share a sequence if the
-        template
-        renders the longer conversation as a continuation of the shorter one. If it does not (Qwen3 drops the reasoning
-        of
-        earlier turns), each trained turn gets its own sequence.
+        template renders the longer conversation as a continuation of the shorter one. If it does not (Qwen3 drops the
+        reasoning of earlier turns), each trained turn gets its own sequence.
 
         Args:
             conversation: the conversation to encode.
@@ -236,8 +234,7 @@ class Encoder(ToolRenderer):
         """Pass an earlier answer's reasoning as `reasoning_content` to templates that read it.
 
         Qwen3's template can also extract reasoning from the content, but not through the marks that protect control
-        tokens in
-        texts.
+        tokens in texts.
         """
         content = message["content"]
         is_split = message["role"] == "assistant" and "</think>" in content and "reasoning_content" in self.template

@@ -97,8 +97,7 @@ class TokenMemo:
         Args:
             texts: the texts to encode.
             keep_special: True to encode special tokens in the texts as tokens, False to encode them as characters;
-                other
-                added tokens stay tokens either way.
+                other added tokens stay tokens either way.
         """
         if not self.is_in_use:
             return self._of_library(texts, keep_special)

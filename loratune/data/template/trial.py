@@ -1,8 +1,7 @@
 """Renders with an unknown chat template first in a forked process with limited time and memory.
 
 A template is a program by the model's author. Jinja's sandbox blocks files and Python, and limits one range, but
-neither
-nested ranges nor repeated doubling of a text.
+neither nested ranges nor repeated doubling of a text.
 """
 
 from __future__ import annotations

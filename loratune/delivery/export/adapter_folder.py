@@ -30,8 +30,8 @@ def export_adapter(source: AdapterSource, folder: Path, model: str | None = None
     """Write an adapter, its tokenizer's files and its model card, and verify them.
 
     Weights and tokenizer are copied byte for byte, except for the chat template if it has to include the training's
-    prompt
-    settings, which other programs would not know. A checkpoint has no tokenizer, so only its adapter is exported.
+    prompt settings, which other programs would not know. A checkpoint has no tokenizer, so only its adapter is
+    exported.
 
     Args:
         source: the adapter.

@@ -40,8 +40,7 @@ class Doorway:
     """Rejects requests with a foreign Host or Origin header.
 
     Otherwise a web page whose name resolves to this machine (DNS rebinding) could send requests with the rights of its
-    own
-    origin.
+    own origin.
     """
 
     def __init__(self, app: ASGIApp, access: Access) -> None:

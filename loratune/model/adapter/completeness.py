@@ -1,8 +1,7 @@
 """Checks that an adapter has exactly the tensors of its config, by names and shapes only.
 
 PEFT ignores tensors that its config does not cover, and leaves missing ones untrained. So PEFT's layers are attached to
-a
-skeleton of the base without weights, and their names are compared with those in the file.
+a skeleton of the base without weights, and their names are compared with those in the file.
 """
 
 from __future__ import annotations

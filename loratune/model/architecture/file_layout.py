@@ -1,8 +1,7 @@
 """Maps a model's parameters in memory to the tensors in its files.
 
 transformers renames tensors on loading, and fuses some, such as those of a mixture's experts. Its conversions are
-applied
-to the names in the files, so that loratune can write files with the same names.
+applied to the names in the files, so that loratune can write files with the same names.
 """
 
 from __future__ import annotations

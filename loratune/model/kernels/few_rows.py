@@ -1,9 +1,8 @@
 """Matrix products of a few rows with a large float32 matrix on a CPU, the main work of a decoding step.
 
 Such a product should take as long as reading the matrix, but MKL hardly parallelises it: with 8 rows, the head of
-Qwen2.5
-0.5B takes 76 ms on one core and 59 ms on two, while reading it takes 15 ms. As a batch of products with blocks of the
-matrix, which MKL distributes over the cores, it takes 28 ms.
+Qwen2.5 0.5B takes 76 ms on one core and 59 ms on two, while reading it takes 15 ms. As a batch of products with blocks
+of the matrix, which MKL distributes over the cores, it takes 28 ms.
 """
 
 from __future__ import annotations

@@ -1,8 +1,7 @@
 """Fused linear cross-entropy: computes the loss at labelled positions in chunks, without the logits of a whole batch.
 
 With Qwen's vocabulary, a batch of 4000 tokens has 600 million logits, most of them at positions without labels. Here
-the
-hidden states of labelled positions are gathered, and head, cross-entropy and gradient run in chunks.
+the hidden states of labelled positions are gathered, and head, cross-entropy and gradient run in chunks.
 """
 
 from __future__ import annotations

@@ -29,10 +29,8 @@ def use_fused_lora(model: Any) -> int:
     """Replace the forward of every plain LoRA layer; PEFT keeps the others.
 
     A layer is plain if it has one active adapter on a frozen `nn.Linear` or bitsandbytes `Linear4bit`, without DoRA or
-    other
-    variants, bias or merge. Each call checks the layer's state, and uses PEFT's forward if adapters are disabled,
-    merged,
-    several, or named per row, and under autocast.
+    other variants, bias or merge. Each call checks the layer's state, and uses PEFT's forward if adapters are disabled,
+    merged, several, or named per row, and under autocast.
 
     Args:
         model: a PEFT model.
@@ -144,8 +142,7 @@ class _FusedLinear(torch.autograd.Function):
     """y = base(x) + scaling · dropout(x) Aᵀ Bᵀ, with all products in the dtype of x.
 
     Shapes: x (…, in), A (rank, in), B (out, rank), y (…, out). A and B may be float32 with a narrower x: they are
-    rounded for
-    the products, which accumulate in float32, and their gradients have their own dtype.
+    rounded for the products, which accumulate in float32, and their gradients have their own dtype.
     """
 
     @staticmethod

@@ -174,8 +174,7 @@ def _attend_by_products(
     """Compute causal attention by matrix products: [1, heads, length, size] to [1, length, heads, size].
 
     Queries are processed in blocks, each with the keys up to its end, which skips half of the products. Queries that
-    share a
-    key head form one matrix, so that keys are not repeated.
+    share a key head form one matrix, so that keys are not repeated.
     """
     own_length = query.shape[2]
     missing = -own_length % LENGTH_UNIT  # padding as last keys, which earlier queries do not attend to

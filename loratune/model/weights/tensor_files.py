@@ -2,8 +2,7 @@
 
 The format is a length, a JSON header and the tensors' bytes (https://github.com/huggingface/safetensors#format). The
 library reads and writes whole tensors. Here a tensor is a view of the memory-mapped file whose pages can be released,
-and
-tensors are written in pieces.
+and tensors are written in pieces.
 """
 
 from __future__ import annotations

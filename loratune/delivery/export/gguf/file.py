@@ -58,8 +58,7 @@ class GgufCheck:
     """Results of checking a file.
 
     `bytes_by_type` is by ggml type (F32, Q8_0); `fallbacks` are tensors stored as F16 because their rows are not a
-    multiple
-    of q8_0's block size; `largest_difference` is the maximum between a weight and its stored value.
+    multiple of q8_0's block size; `largest_difference` is the maximum between a weight and its stored value.
     """
 
     tensors: int

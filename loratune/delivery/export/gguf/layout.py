@@ -28,8 +28,7 @@ class PlannedTensor:
     """A tensor of the GGUF file.
 
     `source` is the name of the model's parameter; `values` are set for a computed tensor. `rope_heads`, if not 0, is
-    the
-    number of heads whose rows are reordered.
+    the number of heads whose rows are reordered.
     """
 
     name: str

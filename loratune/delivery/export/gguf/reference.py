@@ -1,8 +1,7 @@
 """Loads the model that a GGUF file describes, to compare it with the original.
 
 transformers reads the tensors and most of the metadata, but not scaled RoPE and some head sizes. Those are read from
-the
-file's own keys, never from the model folder, because the comparison checks the file.
+the file's own keys, never from the model folder, because the comparison checks the file.
 """
 
 from __future__ import annotations
