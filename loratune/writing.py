@@ -3,7 +3,7 @@
 Temporary files and folders have unguessable names next to the final one:
 
 .loratune-<32 hexadecimal digits>.tmp    a file
-.loratune-<32 hexadecimal digits>/       the workshop of a folder, removed at the end
+.loratune-<32 hexadecimal digits>/       the staging folder of a new folder, removed at the end
   owner.json                             its target; locked while the process lives
   made/                                  the new content
   earlier/                               the previous content
@@ -159,7 +159,7 @@ def folder_in_one_step(target: Path) -> Iterator[Path]:
     """Yield a temporary folder that takes the target's name on success, and is removed after an error."""
     remove_unfinished(target.parent, target.name)
     target.parent.mkdir(parents=True, exist_ok=True)
-    with _workshop(target) as place:
+    with _staging_folder(target) as place:
         made = place / MADE
         made.mkdir()
         yield made
@@ -175,7 +175,7 @@ def folder_in_one_step(target: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def _workshop(target: Path) -> Iterator[Path]:
+def _staging_folder(target: Path) -> Iterator[Path]:
     """Create a folder next to the target that later processes may remove once this one has ended."""
     place = target.with_name(_unguessable_name())
     place.mkdir()
@@ -220,13 +220,13 @@ def remove_unfinished(folder: Path, name: str | None = None) -> list[Path]:
 
 
 def _is_hardly_begun(place: Path) -> bool:
-    """Return whether a process was killed before it wrote its owner.json, or after it had emptied its workshop."""
+    """Return whether a process was killed before it wrote owner.json, or after it had emptied its staging folder."""
     return all(path.name == OWNER and path.lstat().st_size == 0 for path in place.iterdir())
 
 
 @contextmanager
 def _owned(place: Path) -> Iterator[str | None]:
-    """Yield the target of a workshop; None if its process may be alive, or if it is not a workshop."""
+    """Yield the target of a staging folder; None if its process may be alive, or if it is not a staging folder."""
     try:
         owner = os.open(place / OWNER, os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK)
     except OSError:
@@ -249,7 +249,7 @@ def _target_of(owner: int) -> str | None:
 
 
 def _clear(place: Path, target: Path) -> None:
-    """Remove a workshop, owner.json last; restore the previous content if the target's name is free."""
+    """Remove a staging folder, owner.json last; restore the previous content if the target's name is free."""
     with suppress(OSError):
         if not os.path.lexists(target) and os.path.lexists(place / EARLIER):
             (place / EARLIER).rename(target)
