@@ -279,7 +279,6 @@ class StepProgress:
             self._live.start()
 
     def update(self, step: int, figures: str) -> None:
-        """Set the step and its metrics."""
         self._progress.update(self._task, completed=step)
         self._figures.plain = f"  {figures}"
         is_due = step % self._lines_every == 0 or step in (1, self.total_steps)

@@ -66,8 +66,6 @@ def joined(*pieces: Piece) -> Piece:
 
 @dataclass(frozen=True)
 class Answer:
-    """A complete answer."""
-
     text: str
     reasoning: str
     prompt_tokens: int

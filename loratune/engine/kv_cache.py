@@ -181,7 +181,6 @@ class SlotCache(Cache):
 
     @property
     def size_bytes(self) -> int:
-        """Allocated bytes."""
         return sum(storage.numel() * storage.element_size() for kept in self._kept for storage in kept)
 
     def _room(self, like: torch.Tensor) -> torch.Tensor:

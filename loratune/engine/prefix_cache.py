@@ -42,11 +42,9 @@ class Prefixes:
         return length
 
     def forget(self) -> None:
-        """Drop all prefixes."""
         self._kept.clear()
 
 
 def _common(one: list[int], other: list[int]) -> int:
-    """Return the length of the common prefix."""
     shorter = min(len(one), len(other))
     return next((place for place in range(shorter) if one[place] != other[place]), shorter)

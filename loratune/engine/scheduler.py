@@ -112,7 +112,6 @@ class Decoder:
         return not self.running and not self.waiting
 
     def add(self, running: Running) -> None:
-        """Queue a sequence."""
         self.waiting.append(running)
 
     @torch.inference_mode()  # type: ignore[untyped-decorator]

@@ -29,7 +29,6 @@ class Ticket:
 
     @property
     def prompt_tokens(self) -> int:
-        """Number of prompt tokens."""
         return len(self.running.prompt)
 
     @property

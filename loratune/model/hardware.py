@@ -30,7 +30,6 @@ class Hardware:
 
     @property
     def is_gpu(self) -> bool:
-        """Whether the device is a CUDA GPU."""
         return str(self.device.type) == "cuda"
 
 

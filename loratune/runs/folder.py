@@ -36,7 +36,6 @@ VERIFICATION = "verification.json"  # of a merged or exported folder
 
 
 def set_status(output: Path, state: str, **details: Any) -> None:
-    """Record the state of the run."""
     write_json(output / STATUS, {"program": PROGRAM, "state": state, "time": now(), **details})
 
 

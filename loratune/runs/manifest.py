@@ -20,8 +20,6 @@ SEALED_BY = "sha256"
 
 @dataclass(frozen=True)
 class TrainedBase:
-    """The base of a run."""
-
     name: str
     """Its name in the recipe."""
     path: str
@@ -47,8 +45,6 @@ class TrainedTemplate:
 
 @dataclass(frozen=True)
 class TrainedFile:
-    """A file of rows."""
-
     path: str
     sha256: str
     rows: int
@@ -62,8 +58,6 @@ class TrainedFile:
 
 @dataclass(frozen=True)
 class Manifest:
-    """The manifest of a run."""
-
     base: TrainedBase | None = None
     """None if it is missing."""
     template: TrainedTemplate = field(default_factory=TrainedTemplate)

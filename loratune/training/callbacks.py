@@ -77,7 +77,6 @@ class Metrics(TrainerCallback):
         return self._elapsed + time.perf_counter() - self._start
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Start the timer."""
         self._start = time.perf_counter()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
@@ -130,7 +129,6 @@ class Progress(TrainerCallback):
         self.bar: console.StepProgress | None = None
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Start the progress bar."""
         if state.is_world_process_zero:
             self.bar = console.StepProgress(state.max_steps)
             self.bar.start()

@@ -56,7 +56,6 @@ def histogram(lengths: NDArray[np.int64]) -> list[dict[str, int]]:
 
 
 def show_data_report(report: dict[str, Any]) -> None:
-    """Print the report."""
     console.table([(_short(use["path"]), _file_line(use)) for use in report["files"]], title="files")
     console.table([(name, _split_line(figures)) for name, figures in report["rows"].items()], title="rows")
     bars = [(f"{bar['from']}–{bar['to']}", bar["rows"]) for bar in report["histogram"]]

@@ -17,7 +17,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 
 def load(folder: str) -> tuple[Any, Any]:
-    """Return tokenizer and model."""
     tokenizer = AutoTokenizer.from_pretrained(folder, padding_side="left")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     return tokenizer, AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).to(device).eval()
@@ -66,7 +65,6 @@ class FirstToken:
 
 
 def first(folder: str, prompt: str) -> None:
-    """Answer one prompt."""
     tokenizer, model = load(folder)
     turns = [{"role": "user", "content": prompt}]
     inputs = tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_tensors="pt", return_dict=True)

@@ -26,7 +26,6 @@ class FirstStep(TrainerCallback):
     seconds = 0.0
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Record the time."""
         self.seconds = self.seconds or time.perf_counter() - STARTED
 
 
@@ -54,7 +53,6 @@ def load(folder: str, quantization: str) -> Any:
 
 
 def main(folder: str, path: str, place: str, batch: str, epochs: str, max_length: str, quantization: str) -> None:
-    """Train and save."""
     rows = [conversation(row) for row in json.loads(Path(path).read_text(encoding="utf-8"))]
     first = FirstStep()
     trainer = SFTTrainer(

@@ -119,7 +119,6 @@ def check_command(arguments: argparse.Namespace, path: Path) -> list[str]:
 
 
 def line(name: str, runs: list[tuple[float, float, float, float]]) -> str:
-    """Return a line of the table."""
     seconds, walls = [one[0] for one in runs], [one[1] for one in runs]
     every = f" ({', '.join(f'{one:.1f}' for one in seconds)})" if len(runs) > 1 else ""
     memory = sizes(max(one[2] for one in runs), max(one[3] for one in runs))

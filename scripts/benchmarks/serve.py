@@ -128,7 +128,6 @@ def server(arguments: argparse.Namespace) -> Iterator[tuple[int, int]]:
 
 
 def is_up(port: int) -> bool:
-    """Return whether the server responds."""
     try:
         return send(port, "GET", "/health")[0] == 200
     except OSError:
@@ -189,7 +188,6 @@ def throughput(port: int, pid: int, clients: int, seconds: float) -> tuple[float
 
 
 def processor_seconds(pid: int) -> float:
-    """Return the CPU seconds of a process."""
     times = psutil.Process(pid).cpu_times()
     return float(times.user + times.system)
 
@@ -256,13 +254,11 @@ def ask(port: int, body: dict[str, Any], expected: str, chance: random.Random, l
 
 
 def whole_text(text: str) -> str:
-    """Return the text of an answer."""
     choice = json.loads(text)["choices"][0]
     return str(choice["text"] if "text" in choice else choice["message"]["content"])
 
 
 def streamed_text(text: str) -> str:
-    """Return the text of a complete stream."""
     *parts, last = [line.removeprefix("data: ") for line in text.splitlines() if line.startswith("data: ")]
     if last != "[DONE]":
         return f"a stream without end: {last}"

@@ -30,7 +30,6 @@ def timed(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def main() -> None:
-    """Train and print."""
     model, data, between, steps, folder = sys.argv[1:]
     AdapterTrainer._save_checkpoint = timed("write", AdapterTrainer._save_checkpoint)
     CheckpointKeeper.on_save = timed("keep", CheckpointKeeper.on_save)

@@ -117,6 +117,5 @@ class Runner:
         return lines[-1] if lines else ""
 
     def copy(self, source: str, name: str) -> Path:
-        """Copy a run, to be damaged."""
         shutil.copytree(self.place / source, self.place / name)
         return self.place / name

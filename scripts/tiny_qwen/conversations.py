@@ -202,7 +202,6 @@ class ConversationSource:
         return Conversation(self.vary(filled), fill(self.rng.choice(NAMING_SYSTEMS)))
 
     def random_name(self) -> str:
-        """Return a random Chinese or Latin name."""
         draw = self.rng.random()
         if draw < 0.25:
             return "小" + self.rng.choice(SURNAMES)

@@ -15,8 +15,6 @@ OLLAMA_NAME_LENGTH, HUB_NAME_LENGTH = 80, 90
 
 @dataclass(frozen=True)
 class ExportOptions:
-    """The options of an export."""
-
     format: str
     """gguf, ollama, vllm, adapter or bnb4."""
     quantization: str = "f16"
@@ -48,18 +46,15 @@ class Export:
 
     @property
     def ollama_name(self) -> str:
-        """The name in Ollama's syntax."""
         return re.sub(r"[^a-z0-9._-]+", "-", self.name.lower()).strip("-.")[:OLLAMA_NAME_LENGTH] or "model"
 
     @property
     def hub_name(self) -> str:
-        """The name in the hubs' syntax."""
         plain = re.sub(r"[^A-Za-z0-9_.]+", "-", self.name)
         return re.sub(r"\.{2,}", ".", plain).removesuffix(".git").strip("-.")[:HUB_NAME_LENGTH].rstrip("-.") or "model"
 
     @property
     def gguf_name(self) -> str:
-        """Name of its GGUF file."""
         return f"{self.name}-{self.options.quantization}.gguf"
 
     def command(self, purpose: str, output: Path, **others: Any) -> Command:

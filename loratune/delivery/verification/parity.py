@@ -145,7 +145,6 @@ class _Totals:
         self.kl += float(functional.kl_div(given, wanted, reduction="sum", log_target=True))
 
     def parity(self) -> Parity:
-        """Return the means."""
         return Parity(
             tokens=self.tokens,
             largest_difference=self.difference,

@@ -90,7 +90,6 @@ class AnswerFile:
         self._is_taken_over = False
 
     def has(self, row: int, kind: str) -> bool:
-        """Return whether there is a result of this kind for a row."""
         return (row, kind) in self._places
 
     def count(self, kind: str) -> int:

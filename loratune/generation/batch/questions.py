@@ -30,8 +30,6 @@ PAIRS = (
 
 @dataclass(frozen=True)
 class AskedRow:
-    """A row and its prompt."""
-
     number: int
     """Number from 1, in the order of the file."""
     fields: dict[str, Any]

@@ -54,7 +54,6 @@ def summary_of(report: dict[str, Any], request: RowsRequest) -> dict[str, Any]:
 
 
 def show(request: RowsRequest, work: Work, tally: Tally, report: dict[str, Any]) -> None:
-    """Print a summary."""
     long = report["too_long"]
     if long:
         listed = ", ".join(map(str, long[:SHOWN_ROWS])) + (", …" if len(long) > SHOWN_ROWS else "")

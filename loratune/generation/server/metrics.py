@@ -57,7 +57,6 @@ class Observer:
         self.metrics = metrics
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Pass the request on."""
         status = 0
 
         async def sent(message: Message) -> None:

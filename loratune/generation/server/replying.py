@@ -83,7 +83,6 @@ class Queue:
         return not self.replies
 
     def end_all(self) -> None:
-        """Cancel all requests."""
         for reply in self.replies:
             reply.cancel()
 

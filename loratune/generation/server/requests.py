@@ -172,7 +172,6 @@ class CompletionRequest(AnswerRequest):
     suffix: Literal[""] | None = None
 
     def asked(self) -> str:
-        """Return the text."""
         return self.prompt if isinstance(self.prompt, str) else self.prompt[0]
 
     def offered(self) -> list[dict[str, Any]]:

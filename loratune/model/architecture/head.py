@@ -26,7 +26,6 @@ class OwnHead:
 
     @property
     def weight(self) -> Any:
-        """Weight of the output layer."""
         return output_layer(self._model).weight
 
     def __call__(self, states: torch.Tensor) -> torch.Tensor:

@@ -62,13 +62,11 @@ def layer_count(config: Any) -> int:
 
 
 def head_size(config: Any) -> int:
-    """Return the width of an attention head."""
     text = text_config(config)
     return int(getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads)
 
 
 def key_value_heads(config: Any) -> int:
-    """Return the number of key-value heads."""
     text = text_config(config)
     return int(getattr(text, "num_key_value_heads", None) or text.num_attention_heads)
 

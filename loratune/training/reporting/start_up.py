@@ -37,6 +37,5 @@ class StartUp(TrainerCallback):
             self.stage_done("validation")
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """End the stage of the first step."""
         if "first step" not in self.seconds:
             self.stage_done("first step")

@@ -164,7 +164,6 @@ def split(text: str, marks: list[str]) -> list[str]:
 
 
 def common_end(*texts: str) -> str:
-    """Return the longest common suffix."""
     return next(
         texts[0][place:] for place in range(len(texts[0]) + 1) if all(t.endswith(texts[0][place:]) for t in texts)
     )

@@ -51,7 +51,6 @@ class ListParts:
         return self.head + self.between.join(pieces) + self.tail
 
     def actions(self) -> str:
-        """Return the list as Go actions."""
         between = f"{{{{ if $i }}}}{written(self.between)}{{{{ end }}}}" if self.between else ""
         described = f"{written(self.before_description)}{{{{ json .Function.Description }}}}"
         return (
@@ -132,7 +131,6 @@ class ToolParts:
     calls: CallParts
 
     def actions(self) -> ToolActions:
-        """Return the parts as Go actions."""
         part = {
             name: found.actions() if found else written(getattr(self.chat, name))
             for name, found in self.systems.items()

@@ -23,7 +23,6 @@ class Parsers:
 
     @property
     def flags(self) -> list[str]:
-        """The flags for the serve command."""
         tools = ["--enable-auto-tool-choice", "--tool-call-parser", self.tools] if self.tools else []
         return tools + (["--reasoning-parser", self.reasoning] if self.reasoning else [])
 
