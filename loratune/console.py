@@ -242,12 +242,12 @@ def counted_progress(noun: str, total: int, done: int = 0) -> Iterator[Callable[
 
 
 def _telling_now_and_then(noun: str, total: int) -> Callable[[int, str], None]:
-    told = time.monotonic()
+    printed = time.monotonic()
 
     def tell(count: int, figures: str) -> None:
-        nonlocal told
-        if count == total or time.monotonic() - told > LINE_SECONDS:
-            told = time.monotonic()
+        nonlocal printed
+        if count == total or time.monotonic() - printed > LINE_SECONDS:
+            printed = time.monotonic()
             say(f"{count:,}/{total:,} {noun}  {figures}".rstrip())
 
     return tell

@@ -61,15 +61,15 @@ def write_pieces(path: Path, pieces: Iterable[bytes]) -> None:
 
     If the name is a link, the link itself is replaced.
     """
-    beside = path.with_name(f"{_unguessable_name()}.tmp")
+    temporary = path.with_name(f"{_unguessable_name()}.tmp")
     try:
-        with os.fdopen(os.open(beside, os.O_WRONLY | NEW_FILE, 0o666), "wb") as file:
+        with os.fdopen(os.open(temporary, os.O_WRONLY | NEW_FILE, 0o666), "wb") as file:
             file.writelines(pieces)
             file.flush()
             os.fsync(file.fileno())
-        beside.replace(path)
+        temporary.replace(path)
     except BaseException:
-        beside.unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
         raise
     sync_folder(path.parent)
 
@@ -241,9 +241,9 @@ def _owned(place: Path) -> Iterator[str | None]:
 def _target_of(owner: int) -> str | None:
     try:
         fcntl.flock(owner, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        told = json.loads(os.read(owner, 10_000))
-        name = str(told["target"])
-        return name if told["program"] == PROGRAM and Path(name).name == name != "" else None
+        content = json.loads(os.read(owner, 10_000))
+        name = str(content["target"])
+        return name if content["program"] == PROGRAM and Path(name).name == name != "" else None
     except (OSError, ValueError, TypeError, KeyError):
         return None
 

@@ -94,9 +94,9 @@ def command(
         for warning in engine.warnings:
             console.warn(warning)
         _check_names(engine)
-        for told in dict.fromkeys(voice.encoder.about_calls for voice in engine.voices.values()):
-            if told:
-                console.warn(told)
+        for remark in dict.fromkeys(voice.encoder.about_calls for voice in engine.voices.values()):
+            if remark:
+                console.warn(remark)
         secret = None if no_api_key else given or secrets.token_urlsafe(24)
         hosts = LOOPBACK_NAMES | {host.lower(), *map(str.lower, allow_host or [])}
         address.listen()

@@ -176,8 +176,8 @@ def _about_template(encoder: Encoder, prompt: PromptSettings) -> list[str]:
         encoder: the renderer.
         prompt: the settings of the training.
     """
-    told = list(encoder.remarks)
+    remarks = list(encoder.remarks)
     if encoder.is_dated:
         trained = f"; in training it was {prompt.date}" if prompt.date else ""
-        told.append(f"the chat template writes the current date into prompts, as it does in other servers{trained}")
-    return told
+        remarks.append(f"the chat template writes the current date into prompts, as it does in other servers{trained}")
+    return remarks

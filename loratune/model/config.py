@@ -104,8 +104,8 @@ def _built(path: Path, values: dict[str, Any], config_class: Any) -> Any:
     except Exception as error:  # transformers and torch raise many types for bad values
         odd = [key for key in values if _is_buildable(config_class, values.keys() - {key}, values)]
         about = "".join(f"{key} {_shown(values[key])}: " for key in odd[:1])
-        told = " ".join(str(error).split())[:300] or type(error).__name__
-        raise LoratuneError(f"{path}: makes no model: {about}{told}\n{ADVICE}", Exit.MODEL) from error
+        reason = " ".join(str(error).split())[:300] or type(error).__name__
+        raise LoratuneError(f"{path}: makes no model: {about}{reason}\n{ADVICE}", Exit.MODEL) from error
     return config
 
 

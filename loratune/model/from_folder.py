@@ -49,8 +49,8 @@ def load_from_folder(folder: Path, is_quantized: bool = False, **options: Any) -
     except Exception as error:  # transformers and torch raise many types for bad files
         if "allocate" in str(error) or isinstance(error, MemoryError):
             raise
-        told = " ".join(str(error).split())[:300] or type(error).__name__
-        raise LoratuneError(f"{folder}: cannot be loaded: {told}", Exit.MODEL) from error
+        reason = " ".join(str(error).split())[:300] or type(error).__name__
+        raise LoratuneError(f"{folder}: cannot be loaded: {reason}", Exit.MODEL) from error
     if info["missing_keys"]:
         raise _lacking(folder, info["missing_keys"])
     if info["unexpected_keys"]:
@@ -76,9 +76,9 @@ def _check_shapes(folder: Path, config: Any) -> None:
     wanted = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     other = [name for name, shape in wanted.items() if name in held and held[name] != shape]
     if other:
-        told = [f"{name}: {list(held[name])}, by the config {list(wanted[name])}" for name in other]
+        lines = [f"{name}: {list(held[name])}, by the config {list(wanted[name])}" for name in other]
         raise LoratuneError(
-            f"{folder}: weights and config do not match:\n{bullet_list(told, limit=5)}\nfetch config.json again, or "
+            f"{folder}: weights and config do not match:\n{bullet_list(lines, limit=5)}\nfetch config.json again, or "
             "correct its sizes",
             Exit.MODEL,
         )

@@ -59,8 +59,8 @@ def machine_errors_explained(recipe: Recipe, held: Mapping[str, str] = MappingPr
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
             raise
-        told = ", ".join(f"{name} {size}" for name, size in held.items())
-        lines = ["out of memory" + (f" with {told}" if told else "") + "; cheapest first:", *memory_advice(recipe)]
+        sizes = ", ".join(f"{name} {size}" for name, size in held.items())
+        lines = ["out of memory" + (f" with {sizes}" if sizes else "") + "; cheapest first:", *memory_advice(recipe)]
         raise LoratuneError("\n  ".join(lines), Exit.IO) from error
 
 

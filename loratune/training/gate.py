@@ -50,10 +50,10 @@ def pass_gate(recipe: Recipe, day: str | None = None) -> PreparedData:
         raise
     if facts.is_dated and not prompt.date:
         prompt = prompt.model_copy(update={"date": day or date.today().isoformat()})
-    told = list(_about_template(facts, prompt))
+    remarks = list(_about_template(facts, prompt))
     rendering = Rendering(prompt, sha256, lambda: Encoder(tokenizer(), prompt), recipe.training.max_length)
     prepared = prepare_data(recipe.data, rendering, recipe.seed)
-    prepared.found[:0] = told
+    prepared.found[:0] = remarks
     return prepared
 
 

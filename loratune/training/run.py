@@ -136,8 +136,8 @@ def train(recipe: Recipe, overwrite: bool = False, resume: Resume | None = None)
         prepared = _prepare(*as_begun(recipe, output, start), output, stops)
         if start and resume:
             check_identity(start, identity_now(prepared), resume.allow_changes)
-            if told := completion(output, start, prepared.plan.steps, recipe.evaluation.early_stopping):
-                console.say(told)
+            if message := completion(output, start, prepared.plan.steps, recipe.evaluation.early_stopping):
+                console.say(message)
                 return read_json_object(output / REPORT)
         session = _load(prepared)
         stack.enter_context(machine_errors_explained(recipe, session.held))

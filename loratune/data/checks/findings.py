@@ -127,11 +127,13 @@ def _listed(pool: Pool, rows: FoundRows, other: Pool) -> str:
     """List the first rows, each with its original or an excerpt."""
     first = rows.places[:SHOWN_ROWS]
     if rows.twins is None:
-        told = [pool.place(index) for index in first]
+        lines = [pool.place(index) for index in first]
     else:
         pairs = zip(first, rows.twins, strict=False)
-        told = [f"{pool.short_place(later)} is {_other_place(pool, later, other, earlier)}" for later, earlier in pairs]
-    return bullet_list(told, limit=SHOWN_ROWS, total=len(rows.places))
+        lines = [
+            f"{pool.short_place(later)} is {_other_place(pool, later, other, earlier)}" for later, earlier in pairs
+        ]
+    return bullet_list(lines, limit=SHOWN_ROWS, total=len(rows.places))
 
 
 def _other_place(pool: Pool, later: int, other: Pool, earlier: int) -> str:

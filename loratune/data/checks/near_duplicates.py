@@ -84,7 +84,7 @@ def shingle_hashes(ids: TokenIds) -> Hashes:
 def _read(rows: Iterable[TokenIds], threshold: float, progress: Callable[[int], None]) -> _Rows:
     bands, width = _bands(threshold)
     sketch = MinHash(PERMUTATIONS, hashfunc=int)
-    shingles, signatures, keys, told = [], [], [], 0
+    shingles, signatures, keys, reported = [], [], [], 0
     for ids in rows:
         hashes = shingle_hashes(ids)
         sketch.clear()
@@ -92,10 +92,10 @@ def _read(rows: Iterable[TokenIds], threshold: float, progress: Callable[[int], 
         shingles.append(hashes)
         signatures.append(sketch.hashvalues.astype(np.uint8))
         keys.append(sketch.hashvalues[: bands * width].reshape(bands, width).astype(np.uint64) @ MULTIPLIERS[:width])
-        if len(keys) - told == REPORTED_ROWS:
+        if len(keys) - reported == REPORTED_ROWS:
             progress(REPORTED_ROWS)
-            told = len(keys)
-    progress(len(keys) - told)
+            reported = len(keys)
+    progress(len(keys) - reported)
     return _Rows(
         shingles,
         np.array(signatures, np.uint8).reshape(len(keys), PERMUTATIONS),

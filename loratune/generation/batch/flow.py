@@ -109,9 +109,9 @@ def _check_tools(file: QuestionFile, encoder: Encoder) -> None:
     """Raise if rows use tools that the template does not support; warn if it cannot parse calls."""
     bad = []
     for row in file.rows:
-        said = [*row.messages, *([row.answer] if row.answer else [])]
+        messages = [*row.messages, *([row.answer] if row.answer else [])]
         try:
-            encoder.check_tools(said, row.tools)
+            encoder.check_tools(messages, row.tools)
         except LoratuneError as error:
             bad.append(f"row {row.number}: {error}")
     if bad:

@@ -49,8 +49,8 @@ class AskedRow:
     @property
     def uses_tools(self) -> bool:
         """Whether tools are available or were called."""
-        said = [*self.messages, *([self.answer] if self.answer else [])]
-        return bool(self.tools) or any(one["role"] == "tool" or "tool_calls" in one for one in said)
+        messages = [*self.messages, *([self.answer] if self.answer else [])]
+        return bool(self.tools) or any(one["role"] == "tool" or "tool_calls" in one for one in messages)
 
     @property
     def size_bytes(self) -> int:

@@ -48,9 +48,9 @@ def report_of(work: Work, answers: AnswerFile, sums: dict[str, dict[str, Any]]) 
 
 def summary_of(report: dict[str, Any], request: RowsRequest) -> dict[str, Any]:
     """Return the summary for scripts, whether or not anything was generated."""
-    told = {name: report.get(name) for name in ("rows", "tokens", "finish", "too_long", "metrics")}
+    totals = {name: report.get(name) for name in ("rows", "tokens", "finish", "too_long", "metrics")}
     refused = report.get("refused", [])  # missing in reports of earlier versions
-    return {"output": str(request.output), **told, "refused": refused, "answered": 0, "kept": told["rows"]}
+    return {"output": str(request.output), **totals, "refused": refused, "answered": 0, "kept": totals["rows"]}
 
 
 def show(request: RowsRequest, work: Work, tally: Tally, report: dict[str, Any]) -> None:

@@ -15,17 +15,17 @@ UNSET = "default"
 NAMES = [*NUMBERS, "stop"]
 
 
-def changed(sampling: Sampling, said: str) -> Sampling:
+def changed(sampling: Sampling, arguments: str) -> Sampling:
     """Return the settings with some changed.
 
     Args:
         sampling: the current settings.
-        said: such as `temperature=0.2 stop="Human: "`; `stop` may be repeated, and `\\n` in it is a line break.
+        arguments: such as `temperature=0.2 stop="Human: "`; `stop` may be repeated, and `\\n` in it is a line break.
 
     Raises:
         LoratuneError: a name is unknown, or a value is invalid.
     """
-    lexer = shlex.shlex(said, posix=True)
+    lexer = shlex.shlex(arguments, posix=True)
     lexer.whitespace_split, lexer.escape, lexer.commenters = True, "", ""
     try:
         words = list(lexer)

@@ -41,8 +41,8 @@ def check_weights(folder: Path) -> None:
     except (SafetensorError, OSError) as error:
         raise LoratuneError(f"{path}: damaged: {error}", Exit.MODEL) from error
     if found:
-        told = [f"{problem} in {len(names)} tensors, first {names[0]}" for problem, names in found.items()]
-        raise LoratuneError(f"{path}: {'; '.join(told)}", Exit.MODEL)
+        lines = [f"{problem} in {len(names)} tensors, first {names[0]}" for problem, names in found.items()]
+        raise LoratuneError(f"{path}: {'; '.join(lines)}", Exit.MODEL)
 
 
 def _problem(name: str, file: Any, values: dict[str, Any]) -> str | None:

@@ -158,9 +158,9 @@ def _parts(parameter: str, tensors: list[tuple[str, str | None]], step: Any) -> 
     kinds = [(type(operation), operation.dim) for operation in step.operations if hasattr(operation, "dim")]
     stacked, joined = [(MergeModulelist, 0)], [(Concatenate, 0)]
     if len(kinds) != len(step.operations) or kinds not in (stacked, joined, [*stacked, (Concatenate, 1)]):
-        told = " and ".join(type(operation).__name__ for operation in step.operations)
+        operations = " and ".join(type(operation).__name__ for operation in step.operations)
         raise LoratuneError(
-            f"{parameter}: transformers computes it from {tensors[0][0]} by {told}, which loratune cannot invert",
+            f"{parameter}: transformers computes it from {tensors[0][0]} by {operations}, which loratune cannot invert",
             Exit.MODEL,
         )
     places: dict[str | None, int] = defaultdict(int)

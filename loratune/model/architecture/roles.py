@@ -100,10 +100,10 @@ def is_rms_norm(module: Any) -> bool:
 
 def _recorded(model: Any, what: str) -> list[str]:
     """Return the names of the modules with a recordable output `what`, which transformers' classes declare."""
-    told: Any = {}
+    declared: Any = {}
     for part in (causal_model(model), decoder_of(model)):
-        told = told | (getattr(part, "_can_record_outputs", None) or {})
-    entries = told.get(what, ())
+        declared = declared | (getattr(part, "_can_record_outputs", None) or {})
+    entries = declared.get(what, ())
     entries = entries if isinstance(entries, list | tuple) else [entries]
     stated = [getattr(entry, "target_class", entry) for entry in entries]
     classes = tuple(one for one in stated if isinstance(one, type))

@@ -118,8 +118,8 @@ class Trackers(TrainerCallback):
 
     def _last_words(self, name: str, code: int) -> str:
         lines = self._log(name).read_text(encoding="utf-8", errors="replace").split("\n")
-        said = [line.strip() for line in lines if line.strip()]
-        return said[-1][:300] if said else f"it ended with {code}"
+        output = [line.strip() for line in lines if line.strip()]
+        return output[-1][:300] if output else f"it ended with {code}"
 
     def _log(self, name: str) -> Path:
         return self._logs / f"{name}.log"
