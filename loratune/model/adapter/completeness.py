@@ -45,7 +45,7 @@ def require_complete(folder: Path, config: LoraConfig, given: Shapes, base: Shap
     strange = sorted(found ^ expected)
     if strange:
         raise LoratuneError(
-            f"{folder}: its config and its tensors do not belong together: {len(found - expected)} "
+            f"{folder}: its config and its tensors do not match: {len(found - expected)} "
             f"tensors too many, {len(expected - found)} too few, first {strange[0]}",
             Exit.MODEL,
         )
