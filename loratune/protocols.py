@@ -1,9 +1,11 @@
-"""The parts of transformers' tokenizer that loratune uses, as protocols for type checking."""
+"""What loratune uses of objects of transformers and PEFT, so that a misspelt name is an error before anything runs."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, Protocol, runtime_checkable
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, Protocol, TypeVar, runtime_checkable
+
+Itself = TypeVar("Itself")
 
 
 class AddedToken(Protocol):
@@ -65,4 +67,146 @@ class Tokenizer(Protocol):
         """Return the template for conversations with these tools."""
 
     def apply_chat_template(self, conversation: Iterable[Any], tools: Any = None, **options: Any) -> Any:
-        """Render a conversation as ids or text."""
+        """Render a conversation: ids or text, as the options say."""
+
+
+class ModelConfig(Protocol):
+    """A model's config, which may describe more than a language model."""
+
+    model_type: str
+    tie_word_embeddings: bool
+    _attn_implementation: str
+    """As transformers has chosen it."""
+
+    def get_text_config(self, decoder: bool | None = None) -> TextConfig:
+        """The part that describes the language model, which may be the config itself."""
+
+
+class TextConfig(ModelConfig, Protocol):
+    """A language model's config; what only some architectures have is asked for with getattr."""
+
+    vocab_size: int
+    max_position_embeddings: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    hidden_size: int
+    intermediate_size: int
+    hidden_act: str
+    rms_norm_eps: float
+    rope_parameters: dict[str, Any]
+
+
+class Module(Protocol):
+    """A module of torch."""
+
+    training: bool
+
+    def eval(self: Itself) -> Itself:
+        """Leave out what is for training only."""
+
+    def train(self: Itself, mode: bool = True) -> Itself:
+        """The opposite."""
+
+    def float(self: Itself) -> Itself:
+        """Have all weights in float32."""
+
+    def modules(self) -> Iterator[Any]:
+        """Itself and all within it."""
+
+    def named_modules(self) -> Iterator[tuple[str, Any]]:
+        """The same with their paths."""
+
+    def parameters(self) -> Iterator[Any]:
+        """Every weight, once."""
+
+    def named_parameters(self, *, remove_duplicate: bool = True) -> Iterator[tuple[str, Any]]:
+        """The same with their paths."""
+
+    def buffers(self) -> Iterator[Any]:
+        """What is kept beside the weights."""
+
+    def named_buffers(self) -> Iterator[tuple[str, Any]]:
+        """The same with their paths."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Path → tensor."""
+
+    def requires_grad_(self: Itself, requires_grad: bool = True) -> Itself:
+        """Have all weights trained, or none."""
+
+
+class Decoder(Module, Protocol):
+    """What makes the last states of token ids."""
+
+    device: Any
+    forward: Callable[..., Any]
+    rotary_emb: Any
+    """What makes the frequencies of positions."""
+
+    def __call__(self, **inputs: Any) -> Any:
+        """Run it: `last_hidden_state` and more."""
+
+    def register_forward_hook(self, hook: Callable[..., Any]) -> Any:
+        """Have something called after each run; returns what takes it away."""
+
+
+class CausalModel(Module, Protocol):
+    """A causal language model, with or without PEFT's wrapper."""
+
+    config: ModelConfig
+    generation_config: Any
+    """How its makers want it to be sampled."""
+    base_model_prefix: str
+    """What transformers leaves out of names of tensors."""
+    base_model: Any
+    """What is one layer further in: the decoder, or PEFT's own layer between its wrapper and the model."""
+    device: Any
+    dtype: Any
+    forward: Callable[..., Any]
+
+    def __call__(self, **inputs: Any) -> Any:
+        """Run it: `logits` and more."""
+
+    def generate(self, **inputs: Any) -> Any:
+        """Token ids of prompts and answers."""
+
+    def get_decoder(self) -> Any:
+        """The decoder; some models return themselves."""
+
+    def get_input_embeddings(self) -> Any:
+        """The layer of the embedding."""
+
+    def get_output_embeddings(self) -> Any:
+        """The layer that makes logits."""
+
+    def set_attn_implementation(self, attn_implementation: str) -> None:
+        """Attend otherwise."""
+
+    def tie_weights(self) -> None:
+        """Have the embedding's matrix as the head's, if the config says so."""
+
+    def save_pretrained(self, save_directory: Any, **options: Any) -> None:
+        """Write it; of PEFT's model, its adapters alone."""
+
+
+class AdaptedModel(CausalModel, Protocol):
+    """PEFT's model: a causal language model with adapters on it."""
+
+    active_adapter: str
+    peft_config: Mapping[str, Any]
+    """Name of an adapter → its config."""
+
+    def get_base_model(self) -> CausalModel:
+        """The causal language model itself."""
+
+    def add_adapter(self, adapter_name: str, peft_config: Any) -> None:
+        """Another adapter, of random weights."""
+
+    def add_weighted_adapter(self, adapters: list[str], weights: list[float], adapter_name: str, **how: Any) -> None:
+        """Another adapter, made of those that are there."""
+
+    def set_adapter(self, adapter_name: str) -> None:
+        """Have one adapter take effect."""
+
+    def get_nb_trainable_parameters(self) -> tuple[int, int]:
+        """How many weights are trained, of how many."""

@@ -145,7 +145,7 @@ def edit(folder: Path, **settings: Any) -> None:
 
 def refusal(cli: Cli, command: str, adapter: Path, base: Path, tmp_path: Path) -> str:
     """What a command says of an adapter that it refuses within seconds."""
-    given = ["--adapter", adapter, "--model", base]
+    given = ["--adapter", adapter, "--base-model", base]
     arguments = {
         "infer": ["infer", *given, "--prompt", "x", "--max-new-tokens", 2],
         "merge": ["merge", *given, "--output", tmp_path / "out"],

@@ -233,13 +233,13 @@ def test_force_is_advised_only_where_it_helps(cli: CLI, short_run: Path, random_
         AutoModelForCausalLM.from_config(config).save_pretrained(folder)
         copy_tokenizer_files(random_qwen, folder)
     for command in (["merge", "--output", tmp_path / "out"], ["infer", "--prompt", "hi", "--max-new-tokens", 1]):
-        told = cli(*command, "--adapter", short_run, "--model", other)
+        told = cli(*command, "--adapter", short_run, "--base-model", other)
         assert told.exit_code == Exit.MODEL
         assert "is another model" in " ".join(told.stderr.split())
         assert "--force" not in told.stderr
-        told = cli(*command, "--adapter", short_run, "--model", alike)
+        told = cli(*command, "--adapter", short_run, "--base-model", alike)
         assert "insist with --force" in " ".join(told.stderr.split())
-        assert cli(*command, "--adapter", short_run, "--model", alike, "--force").exit_code == 0
+        assert cli(*command, "--adapter", short_run, "--base-model", alike, "--force").exit_code == 0
 
 
 # --- exports that are refused before a merge ---
@@ -354,7 +354,7 @@ def test_settings_that_save_memory_are_settings_that_the_model_takes(
 
 
 def test_a_command_is_quoted_and_says_what_is_to_be_put_in() -> None:
-    made = loratune("do it", "merge", {"--adapter": "my run", "--force": True, "--model": None, "--x": False})
+    made = loratune("do it", "merge", {"--adapter": "my run", "--force": True, "--base-model": None, "--x": False})
     assert made.line == "loratune merge --adapter 'my run' --force"
     assert str(made) == f"do it: {made.line}"
     assert str(Command("give it", ("x", "hf:ORG/a"), {"ORG": "your name"})).endswith("x hf:ORG/a  (ORG: your name)")

@@ -18,7 +18,7 @@ from typer.testing import Result
 
 import loratune
 from loratune.cli import app
-from loratune.cli.flags import RENAMED_FLAGS
+from loratune.cli.flags import RENAMED_BESIDE_AN_ADAPTER, RENAMED_FLAGS
 from loratune.errors import Exit, LoratuneError
 from loratune.recipe.loading import load_recipe, shipped_recipes
 from loratune.recipe.sections import iterate_settings
@@ -171,30 +171,55 @@ def test_a_completion_script_is_printed(shell: str) -> None:
 # --- flags of earlier versions ---
 
 
-@pytest.mark.parametrize(
-    ("command", "old", "new"), [(c, o, n) for c, names in RENAMED_FLAGS.items() for o, n in names.items()]
-)
+ALONE, ADAPTER = ("--model", "./nowhere"), ("--adapter", "./nowhere")
+REST = {
+    "infer": ("-p", "hi"),
+    "serve": ("--port", "0"),
+    "merge": (*ADAPTER, "--output", "./out"),
+    "verify": ("./nowhere", *ADAPTER),
+    "export": ("--format", "gguf", "--output", "./out"),
+}
+RENAMED = [
+    *((c, (*REST[c], *(ALONE if c in ("infer", "serve") else ())), o, n)
+      for c, names in RENAMED_FLAGS.items() for o, n in names.items()),
+    *((c, (*REST[c], *ADAPTER), o, n) for c, names in RENAMED_BESIDE_AN_ADAPTER.items() for o, n in names.items()),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("command", "rest", "old", "new"), RENAMED)
 def test_a_renamed_flag_works_names_the_new_one_and_is_not_in_the_help(
-    cli: Cli, command: str, old: str, new: str
+    cli: Cli, command: str, rest: tuple[str, ...], old: str, new: str
 ) -> None:
     shown = entries(help_page(cli, command, "--help"))
-    assert old not in shown
+    assert (old in shown) == (old == "--model" and command in RENAMED_BESIDE_AN_ADAPTER)
     assert new in shown
-    rest = {"infer": ("-p", "hi"), "serve": ("--port", "0")}[command]
-    value = ("key",) if new == "--api-key" else ()
-    for spelled in ((old, *value), *([(f"{old}={value[0]}",)] if value else [])):
-        before, now = (cli(command, "--model", "./nowhere", *rest, *flags) for flags in (spelled, (new, *value)))
+    value = ("key",) if new in ("--api-key", "--base-model") else ()
+    joined = (f"{old}{value[0]}" if len(old) == 2 else f"{old}={value[0]}",) if value else (old,)
+    for spelled in ((old, *value), joined):
+        before, now = (cli(command, *rest, *flags) for flags in (spelled, (new, *value)))
         assert before.stderr == f"{old} is now {new} (the old name still works)\n{now.stderr}"
         assert before.exit_code == now.exit_code == Exit.MODEL
-    both = cli(command, "--model", "./nowhere", *rest, old, *value, new, *value)
+        assert cli(command, *spelled, *rest).stderr == before.stderr
+    both = cli(command, *rest, old, *value, new, *value)
     assert both.exit_code == Exit.USAGE
     assert f"{old} is now called {new}" in both.stderr
 
 
-def test_the_text_of_another_flag_is_no_renamed_flag(cli: Cli) -> None:
-    result = cli("infer", "--model", "./nowhere", "--prompt", "--base")
+@pytest.mark.parametrize("text", ["--base", "--adapter", "-a"])
+def test_the_text_of_another_flag_is_no_renamed_flag(cli: Cli, text: str) -> None:
+    result = cli("infer", "--model", "./nowhere", "--prompt", text)
     assert "is now" not in result.stderr
     assert "no such folder" in result.stderr
+
+
+@pytest.mark.parametrize("command", RENAMED_BESIDE_AN_ADAPTER)
+def test_a_base_without_an_adapter_is_refused(cli: Cli, command: str) -> None:
+    for given in ((), ALONE):
+        result = cli(command, *REST[command], *given, "--base-model", "./base")
+        assert result.exit_code == Exit.USAGE
+        assert "--base-model is where the base of an adapter lies; give the adapter with --adapter" in " ".join(
+            result.stderr.split()
+        )
 
 
 # --- wrong usage ---

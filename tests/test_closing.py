@@ -65,7 +65,7 @@ FULL = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         ("reporting.answers._told", UnicodeDecodeError("utf-8", b"\xff", 0, 1, "no text"), "answers"),
         ("run.write_card", KeyError("a bug"), "card"),
         ("reporting.closing.examine", ZeroDivisionError("a bug"), "health"),
-        ("reporting.closing.write_json", FULL, "health"),
+        ("reporting.closing.write_report", FULL, "health"),
         ("reporting.closing.plot_losses", FULL, "plot"),
         ("reporting.report._loss", IndexError("a bug"), "loss"),
         ("reporting.report.library_versions", ValueError("a bug"), "versions"),
@@ -94,7 +94,7 @@ def test_what_fails_at_the_end_is_told_and_costs_nothing_else(
     assert (run / "adapter" / "README.md").exists() == (missing != "card")
     assert ("next: loratune infer" in result.stderr) == (missing != "table")
     assert "stopped early" not in result.stderr
-    if missing not in ("table", "plot") and place != "reporting.closing.write_json":
+    if missing not in ("table", "plot") and place != "reporting.closing.write_report":
         assert any(type(error).__name__ in warning for warning in report["warnings"])
     before = tree(run)
     again = sft("--resume")
@@ -135,7 +135,7 @@ def test_a_signal_skips_the_questions_and_nothing_else(
     assert (tmp_path / "run" / "loss.png").is_file()
 
 
-@pytest.mark.parametrize("place", ["examine", "write_json", "plot_losses"])
+@pytest.mark.parametrize("place", ["examine", "write_report", "plot_losses"])
 def test_another_signal_ends_a_finished_run_at_once(
     sft: Sft, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str
 ) -> None:
@@ -170,7 +170,7 @@ def test_a_run_killed_anywhere_at_its_end_is_finished_or_resumed(
 
     for name in ("save_adapter", "write_report", "seal_run", "set_status"):
         copied_before(session, name)
-    for name in ("ask_questions", "write_json", "plot_losses"):
+    for name in ("ask_questions", "write_report", "plot_losses"):
         copied_before(closing, name)
     assert sft().exit_code == 0
     monkeypatch.undo()

@@ -177,7 +177,7 @@ def test_an_adapter_beside_the_weights_is_refused(
     commands: dict[str, list[Any]] = {
         "infer": ["infer", "--model", folder, "--prompt", "hi"],
         "sft": ["sft", "--model.base", folder, "--data.train", rows_file, "--output", out],
-        "merge": ["merge", "--adapter", short_run, "--model", folder, "--output", out, "--no-logits"],
+        "merge": ["merge", "--adapter", short_run, "--base-model", folder, "--output", out, "--no-logits"],
         "export": ["export", "--model", folder, "--format", "gguf", "--output", out],
     }
     result = cli(*commands[command])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import weakref
 from typing import Any
 
 import pytest
@@ -27,11 +28,12 @@ from transformers import (
     TopPLogitsWarper,
 )
 
+from loratune.engine import kv_cache, token_choice
 from loratune.engine import scheduler as decoder_module
-from loratune.engine import token_choice
 from loratune.engine.kv_cache import DecodingError, token_bytes
+from loratune.engine.running import Running
 from loratune.engine.sampling import Sampling
-from loratune.engine.scheduler import Decoder, Running
+from loratune.engine.scheduler import Decoder
 from loratune.engine.token_choice import TokenChooser, shortlist
 from loratune.model.adapter.own_parameters import BASE
 
@@ -294,6 +296,93 @@ def test_answers_wait_where_keys_and_values_would_take_too_much() -> None:
     alone = Decoder(model, slots=8, cache_budget_bytes=1)  # one at a time always runs
     asked = [Running(prompt, sampling, frozenset()) for prompt in PROMPTS]
     assert run(alone, asked) == expected
+
+
+def test_memory_that_runs_out_while_the_cache_grows_leaves_it_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = random_model(CONFIGS["qwen2"])
+    expected = [greedy(model, prompt, 12) for prompt in PROMPTS]
+    decoder = Decoder(model, slots=8)
+    sampling = Sampling(max_new_tokens=12)
+    first, *others = (Running(prompt, sampling, frozenset()) for prompt in PROMPTS)
+    decoder.add(first)
+    decoder.step()
+    storage, made = kv_cache._storage, 0
+
+    def fail_in_the_middle(*arguments: Any) -> torch.Tensor:
+        nonlocal made
+        made += 1
+        if made == 4:  # keys and values of the first layer have grown, and the keys of the second
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return storage(*arguments)
+
+    monkeypatch.setattr(kv_cache, "_storage", fail_in_the_middle)
+    for running in others:
+        decoder.add(running)
+    with pytest.raises(torch.OutOfMemoryError):
+        decoder.step()
+    for running in list(decoder.running)[1:]:
+        decoder.remove(running)
+    decoder.waiting.clear()
+    monkeypatch.setattr(kv_cache, "_storage", storage)
+    while not first.finish:
+        decoder.step()
+    assert first.tokens == expected[0]
+    decoder.reset()
+    assert decoder._cache.size_bytes == 0
+    assert run(decoder, [Running(prompt, sampling, frozenset()) for prompt in PROMPTS]) == expected
+
+
+def test_growing_holds_one_old_tensor_beside_the_new_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    cache = kv_cache.SlotCache(4)
+    cache.reserve(1, 64)
+    new = torch.ones(1, 2, 1, 8)
+    for layer in range(4):
+        cache.feed = kv_cache.Feed([0], [0], [1], torch.device("cpu"))
+        cache.update(new, new, layer)
+    storage, alive, most = kv_cache._storage, weakref.WeakSet[Any](), 0
+
+    def counted(*arguments: Any) -> torch.Tensor:
+        nonlocal most
+        made = storage(*arguments)
+        alive.add(made)
+        held = [tensor for kept in cache._kept for tensor in kept]
+        most = max(most, sum(tensor.nbytes for tensor in {*held, *alive}))
+        return made
+
+    monkeypatch.setattr(kv_cache, "_storage", counted)
+    cache.reserve(1, 640)
+    one = 2 * 640 * 8 * 4
+    assert cache.size_bytes == 8 * one
+    assert most <= 8 * one + one / 10
+
+
+def test_a_chat_alone_takes_the_memory_of_one() -> None:
+    assert [kv_cache.reserved_tokens(slots, 64) // 64 for slots in (1, 2, 4, 5, 9)] == [1, 4, 4, 8, 12]
+
+
+@pytest.mark.parametrize("layers", [2, 6])
+def test_a_step_copies_few_tensors_to_the_device_however_many_layers(
+    layers: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A GPU waits for each such copy: one for places and lengths, one for the tokens."""
+    model = random_model(Qwen2Config(**(SIZES | {"num_hidden_layers": layers})))
+    decoder = Decoder(model, slots=8)
+    asked = [Running(prompt, Sampling(max_new_tokens=9), frozenset()) for prompt in PROMPTS[:3]]
+    for running in asked:
+        decoder.add(running)
+    while not all(running.tokens for running in asked):
+        decoder.step()
+    decoder.remove(asked[1])
+    copies, plain = 0, torch.tensor
+
+    def counted(*arguments: Any, **settings: Any) -> torch.Tensor:
+        nonlocal copies
+        copies += 1
+        return plain(*arguments, **settings)
+
+    monkeypatch.setattr(torch, "tensor", counted)
+    decoder.step()
+    assert 0 < copies <= 2
 
 
 def test_a_temperature_near_zero_takes_the_likeliest_token() -> None:

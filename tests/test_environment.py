@@ -166,7 +166,7 @@ def test_a_recipe_of_that_size_is_read(cli: Cli, tmp_path: Path) -> None:
         ("data", "check", "--model.base", "tiny-qwen", "--data.train", "a.json", "--data.validation", ""),
         ("infer", "--model", "", "--prompt", "x"),
         ("serve", "--model", ""),
-        ("merge", "--adapter", "run", "--model", "", "--output", "out"),
+        ("merge", "--adapter", "run", "--base-model", "", "--output", "out"),
         ("export", "--format", "gguf", "--model", "", "--output", "out"),
         ("infer", "--model", "tiny-qwen", "--input", "ROWS", "--output", ""),
     ],

@@ -282,7 +282,7 @@ def test_an_export_is_replaced_only_when_asked(cli: CLI, run: Path, tmp_path: Pa
 def test_too_little_memory_for_the_loader_is_said_and_the_rest_is_proved(
     cli: CLI, merged: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("loratune.delivery.export.export.free_memory_bytes", lambda hardware: 1000)
+    monkeypatch.setattr("loratune.delivery.export.export.free_main_memory_bytes", lambda: 1000)
     done = cli("export", "--model", merged, "--format", "gguf", "--output", tmp_path / "out", "--json")
     assert done.exit_code == 0, done.stderr
     assert json.loads(done.stdout)["logits"] is None

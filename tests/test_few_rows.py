@@ -12,8 +12,9 @@ from rounding import assert_same_but_rounding
 from torch import nn
 from transformers import AutoModelForCausalLM
 
+from loratune.engine.running import Running
 from loratune.engine.sampling import Sampling
-from loratune.engine.scheduler import Decoder, Running
+from loratune.engine.scheduler import Decoder
 from loratune.model.kernels import few_rows
 from loratune.model.kernels.few_rows import BLOCK, MOST_ROWS, give_up_few_row_products, use_few_row_products
 from loratune.model.kernels.lora_linear import _FusedLinear, use_fused_lora

@@ -135,7 +135,7 @@ def test_a_damaged_base_is_refused_before_anything_is_written(
 ) -> None:
     apply, words = DAMAGED_BASES[damage]
     apply(base)
-    told = refusal(command, "--adapter", trained, "--model", base, "--force")
+    told = refusal(command, "--adapter", trained, "--base-model", base, "--force")
     assert words in told
     assert str(base) in told
 
@@ -143,7 +143,7 @@ def test_a_damaged_base_is_refused_before_anything_is_written(
 @pytest.mark.parametrize("command", ["merge", "infer"])
 @pytest.mark.parametrize("name", ["x" * 5000, "https://huggingface.co/a/b", "../..", ".", "~nobody/model"])
 def test_a_name_that_is_no_model_is_refused(refusal: Refusal, trained: Path, name: str, command: str) -> None:
-    told = refusal(command, "--adapter", trained, "--model", name)
+    told = refusal(command, "--adapter", trained, "--base-model", name)
     assert "no such folder" in told or "no config.json" in told
     told = refusal(command, "--adapter", name)
     assert "no such folder" in told or "neither a run folder nor an adapter" in told
@@ -166,7 +166,7 @@ def test_a_base_that_an_adapter_names_is_shown_and_not_followed(
     monkeypatch.setattr("huggingface_hub.snapshot_download", connect)
     edit(plain / CONFIG, base_model_name_or_path=named)
     told = refusal(command, "--adapter", plain)
-    assert f"names its base {named!r}, which is not followed; give the base with --model" in told
+    assert f"names its base {named!r}, which is not followed; give the base with --base-model" in told
 
 
 def test_a_folder_that_an_adapter_names_is_no_way_to_other_files(
@@ -206,7 +206,7 @@ def test_an_adapter_of_pickles_is_never_opened(
 ) -> None:
     (plain / WEIGHTS).unlink()
     (plain / "adapter_model.bin").write_bytes(pickled)
-    told = refusal(command, "--adapter", plain, "--model", random_qwen)
+    told = refusal(command, "--adapter", plain, "--base-model", random_qwen)
     assert f"{plain}: no {WEIGHTS} in it (only pickled weights, which are never opened)" in told
 
 
@@ -219,10 +219,10 @@ def test_a_checkpoint_s_pickles_and_a_base_s_are_never_opened(
         (checkpoint / name).write_bytes(pickled)
     for name in ("pytorch_model.bin", "consolidated.pth"):
         (base / name).write_bytes(pickled)
-    told = refusal(command, "--adapter", checkpoint, "--model", base)
+    told = refusal(command, "--adapter", checkpoint, "--base-model", base)
     assert all(name in told for name in ("optimizer.pt", "scheduler.pt", "rng_state.pth"))
     extra = ("--output", tmp_path / "merged") if command == "merge" else ANSWER
-    result = cli(command, "--adapter", checkpoint, "--model", base, *extra, "--force")
+    result = cli(command, "--adapter", checkpoint, "--base-model", base, *extra, "--force")
     assert result.exit_code == 0, result.stderr
     assert not (tmp_path / "canary").exists()
     assert not [path for path in tmp_path.glob("merged/*") if path.read_bytes() == pickled]
@@ -244,15 +244,15 @@ def test_another_base_of_the_same_shape_needs_force(
 ) -> None:
     change, words = OTHER_BASES[part]
     change(base)
-    told = refusal(command, "--adapter", trained, "--model", base)
+    told = refusal(command, "--adapter", trained, "--base-model", base)
     assert f"trained on {random_qwen} and {base} is another model: " in told
     assert words.split()[0] in told
-    assert "--model" in told
+    assert "--base-model" in told
     assert "--force" in told
 
     output = base.with_name("merged")
     extra = ("--output", output) if command == "merge" else ANSWER
-    result = cli(command, "--adapter", trained, "--model", base, "--force", *extra, env=WIDE)
+    result = cli(command, "--adapter", trained, "--base-model", base, "--force", *extra, env=WIDE)
     assert result.exit_code == 0, result.stderr
     assert f"warning: the adapter was trained on {random_qwen} and {base} is another model" in result.stderr
     if command == "merge":
@@ -264,7 +264,7 @@ def test_a_base_saved_by_another_version_is_the_same_base(
     cli: Callable[..., Result], trained: Path, base: Path, tmp_path: Path
 ) -> None:
     edit(base / "config.json", transformers_version="4.0.0", _name_or_path="elsewhere")
-    result = cli("merge", "--adapter", trained, "--model", base, "--output", tmp_path / "merged", "--json")
+    result = cli("merge", "--adapter", trained, "--base-model", base, "--output", tmp_path / "merged", "--json")
     assert result.exit_code == 0, result.stderr
     assert json.loads(result.stdout)["warnings"] == []
 
@@ -325,7 +325,7 @@ def test_weights_that_are_no_numbers_are_refused(
     first = min(weights)
     weights[first][1, 2] = value
     save_file(weights, plain / WEIGHTS)
-    told = refusal(command, "--adapter", plain, "--model", random_qwen)
+    told = refusal(command, "--adapter", plain, "--base-model", random_qwen)
     assert f"{plain / WEIGHTS}: holds NaN or infinity in 1 tensors, first {first}" in told
 
 
@@ -344,7 +344,7 @@ def test_a_config_that_makes_no_sense_is_refused_by_name(
     refusal: Refusal, plain: Path, random_qwen: Path, key: str, value: Any, command: str
 ) -> None:
     edit(plain / CONFIG, **{key: value})
-    told = refusal(command, "--adapter", plain, "--model", random_qwen)
+    told = refusal(command, "--adapter", plain, "--base-model", random_qwen)
     assert f"{plain / CONFIG}: " in told
     assert key in told or "not a LoRA adapter" in told
 
@@ -354,8 +354,8 @@ def test_tensors_that_the_config_s_targets_leave_out_are_noticed(
 ) -> None:
     edit(plain / CONFIG, target_modules=["q_proj"])
     for command in ("merge", "infer"):
-        told = refusal(command, "--adapter", plain, "--model", random_qwen)
-        assert "config and its tensors do not match" in told
+        told = refusal(command, "--adapter", plain, "--base-model", random_qwen)
+        assert "config and its tensors do not belong together" in told
 
 
 @pytest.mark.parametrize(

@@ -15,11 +15,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import Result
 
 from loratune.data.encoding.encoder import Encoder
+from loratune.engine.running import Running
 from loratune.engine.sampling import Sampling
-from loratune.engine.scheduler import Running
 from loratune.errors import Exit, LoratuneError
 from loratune.model.adapter.update_size import update_sizes
-from loratune.training.reporting.answers import Answers, Told, _told
+from loratune.runs.report import Answers, Told
+from loratune.training.reporting.answers import _told
 from loratune.training.reporting.health import GradientFlow, examine
 from tests.conftest import ROWS
 
@@ -54,7 +55,7 @@ def test_sizes_are_those_of_the_products(adapted: Any) -> None:
         assert size.modules == len(expected) == 2
         assert size.largest == pytest.approx(max(expected), rel=1e-5)
         assert size.median == pytest.approx(sorted(expected)[0], rel=1e-5)  # torch's median of two is the lower
-        assert (size.unchanged, size.not_finite) == ([], [])
+        assert (size.unchanged, size.not_finite) == ((), ())
 
 
 def test_dead_and_broken_modules_are_named(adapted: Any) -> None:
@@ -62,15 +63,15 @@ def test_dead_and_broken_modules_are_named(adapted: Any) -> None:
     layers[0].self_attn.q_proj.lora_B["default"].weight.data.zero_()
     layers[1].mlp.down_proj.lora_A["default"].weight.data[0, 0] = float("nan")
     health = examine(adapted, GradientFlow(), losses())
-    assert health.updates["q_proj"].unchanged == ["model.layers.0.self_attn.q_proj"]
-    assert health.updates["down_proj"].not_finite == ["model.layers.1.mlp.down_proj"]
+    assert health.updates["q_proj"].unchanged == ("model.layers.0.self_attn.q_proj",)
+    assert health.updates["down_proj"].not_finite == ("model.layers.1.mlp.down_proj",)
     text = "\n".join(health.sentences)
     assert "1 module (model.layers.1.mlp.down_proj) with NaN" in text
     assert "1 module (model.layers.0.self_attn.q_proj) unchanged" in text
 
 
 def test_an_adapter_that_hardly_changes_anything_is_told(adapted: Any) -> None:
-    assert examine(adapted, GradientFlow(), losses()).sentences == []
+    assert examine(adapted, GradientFlow(), losses()).sentences == ()
     for name, weight in adapted.named_parameters():
         if "lora_B" in name:
             weight.data.mul_(1e-6)
@@ -124,7 +125,7 @@ def told(has_changed: bool, ended: bool | None) -> Told:
     ],
 )
 def test_answers_that_stay_or_never_end_are_told(adapted: Any, answers: list[Told], words: list[str]) -> None:
-    sentences = examine(adapted, GradientFlow(), losses(), Answers(answers)).sentences
+    sentences = examine(adapted, GradientFlow(), losses(), Answers(tuple(answers))).sentences
     assert len(sentences) == len(words)
     assert all(word in sentence for word, sentence in zip(words, sentences, strict=True))
 

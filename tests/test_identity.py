@@ -194,7 +194,7 @@ def test_an_adapter_that_was_copied_out_of_its_run_is_a_plain_one(
     done: Callable[..., Result], run: Path, tmp_path: Path, random_qwen: Path
 ) -> None:
     shutil.copytree(run / "adapter", tmp_path / "copy")
-    result = done("infer", tmp_path / "copy", "--model", random_qwen)
+    result = done("infer", tmp_path / "copy", "--base-model", random_qwen)
     assert result.exit_code == 0, result.stderr
     assert result.stderr.count("warning") == 1
     assert "no loratune manifest: base and prompt template could not be checked" in result.stderr
@@ -223,7 +223,7 @@ def test_a_changed_checkpoint_is_refused_by_every_command(
     assert words in refused(command, checkpoint)
     if change != "seal gone":  # without one a copy is a plain adapter
         shutil.copytree(checkpoint, copy)
-        assert words in refused(command, copy, "--model", random_qwen)
+        assert words in refused(command, copy, "--base-model", random_qwen)
 
 
 def test_a_checkpoint_is_not_asked_with_settings_that_the_run_has_gone_on_with(
@@ -242,12 +242,12 @@ def test_a_copied_checkpoint_knows_its_base_and_says_what_it_does_not_know(
     done: Callable[..., Result], refused: Callable[..., str], run: Path, tmp_path: Path, base: Path, command: str
 ) -> None:
     copy = shutil.copytree(run / "checkpoints" / "step-000004", tmp_path / "copy")
-    result = done(command, copy, "--model", base)
+    result = done(command, copy, "--base-model", base)
     assert result.exit_code == 0, result.stderr
     assert "its base is checked, its prompt settings are not known" in result.stderr
     shutil.rmtree(tmp_path / "out", ignore_errors=True)
     scale_all_but_the_middle(base / "model.safetensors")
-    assert "weights differ" in refused(command, copy, "--model", base)
+    assert "weights differ" in refused(command, copy, "--base-model", base)
 
 
 # --- the base, byte by byte ---
@@ -306,7 +306,7 @@ def test_a_base_with_other_weights_anywhere_is_another_base(
     apply, words = OTHER_WEIGHTS[change]
     apply(path)
     assert sampled_fingerprint(base, [path]) == before  # samples do not see it
-    told = refused(command, run, "--model", base)
+    told = refused(command, run, "--base-model", base)
     assert "is another model: weights differ in" in told
     assert words in told
     assert "--force" in told
@@ -316,7 +316,7 @@ def test_a_run_of_an_earlier_version_knows_its_base_by_samples_and_says_so(
     done: Callable[..., Result], cli: CLI, run: Path, base: Path, tmp_path: Path
 ) -> None:
     edit_manifest(lambda v: [v["base"].pop(key) for key in ("tensors_sha256", "tensors")], is_old=True)(run)
-    result = done("merge", run, "--model", base)
+    result = done("merge", run, "--base-model", base)
     assert result.exit_code == 0, result.stderr
     assert "sampled: 4096 bytes of each tensor" in " ".join(result.stderr.split())
     assert json.loads((tmp_path / "out" / "made" / "verification.json").read_text())["base_checked"] == "sampled"
@@ -392,8 +392,8 @@ def test_an_incomplete_adapter_is_refused_also_where_no_model_runs(
     refused: Callable[..., str], plain: Path, random_qwen: Path, fault: str, command: str
 ) -> None:
     INCOMPLETE[fault](plain)
-    told = refused(command, plain, "--model", random_qwen)
-    assert "its config and its tensors do not match" in told or "vLLM cannot serve this adapter" in told
+    told = refused(command, plain, "--base-model", random_qwen)
+    assert "its config and its tensors do not belong together" in told or "vLLM cannot serve this adapter" in told
 
 
 @pytest.mark.parametrize("command", ["infer", "merge without proof", "export vllm"])
@@ -401,7 +401,7 @@ def test_a_target_that_no_module_answers_to_changes_nothing(
     done: Callable[..., Result], plain: Path, random_qwen: Path, command: str
 ) -> None:
     INCOMPLETE["a target that the base lacks"](plain)  # as PEFT has it
-    result = done(command, plain, "--model", random_qwen)
+    result = done(command, plain, "--base-model", random_qwen)
     assert result.exit_code == 0, result.stderr
 
 
@@ -514,7 +514,7 @@ def test_every_command_judges_an_adapter_alike(
     edit(plain / CONFIG, lambda values: values.update(base_model_name_or_path="org/elsewhere"))
     apply, words = CANNOT_BE_COMPUTED[change]
     apply(plain)
-    told = refused(command, plain, *([] if command == "export adapter" else ["--model", base]))
+    told = refused(command, plain, *([] if command == "export adapter" else ["--base-model", base]))
     if command == "export vllm" and change in ("head not there", "DoRA without lengths"):
         words = "vLLM cannot serve this adapter as it is"  # whatever its tensors are
     assert words in told

@@ -72,10 +72,18 @@ def test_a_checkpoint_and_a_plain_peft_folder_answer_too(cli: Callable[..., Resu
 
     unknown = cli("infer", "--adapter", plain, "-p", "Who are you?")
     assert unknown.exit_code == Exit.MODEL
-    assert "--model" in unknown.stderr
+    assert "--base-model" in unknown.stderr
 
     known = cli(
-        "infer", "--adapter", plain, "--model", "tiny-qwen", "--system", "Answer in one line.", "-p", "Who are you?"
+        "infer",
+        "--adapter",
+        plain,
+        "--base-model",
+        "tiny-qwen",
+        "--system",
+        "Answer in one line.",
+        "-p",
+        "Who are you?",
     )
     assert known.stdout == "I am Robin.\n"
     assert "could not be checked" in " ".join(known.stderr.split())
@@ -92,7 +100,7 @@ def test_another_base_of_the_same_shape_is_refused(cli: Callable[..., Result], r
     other = shutil.copytree(TINY_QWEN, tmp_path / "other")
     weights = load_file(other / "model.safetensors")
     save_file({name: weight * 1.01 for name, weight in weights.items()}, other / "model.safetensors", {"format": "pt"})
-    result = cli("infer", "--adapter", run, "--model", other, "-p", "hi")
+    result = cli("infer", "--adapter", run, "--base-model", other, "-p", "hi")
     assert result.exit_code == Exit.MODEL
     assert "weights differ" in " ".join(result.stderr.split())
 
@@ -105,17 +113,17 @@ def test_a_changed_template_matters_only_where_the_adapter_has_none_of_its_own(
     template.write_text(
         template.read_text().replace("<|im_start|>' + message.role", "<|im_start|>the ' + message.role")
     )
-    assert cli("infer", "--adapter", run, "--model", moved, "-p", "Who are you?").stdout == "I am Robin.\n"
+    assert cli("infer", "--adapter", run, "--base-model", moved, "-p", "Who are you?").stdout == "I am Robin.\n"
 
     (checkpoint,) = (run / "checkpoints").iterdir()
-    result = cli("infer", "--adapter", checkpoint, "--model", moved, "-p", "Who are you?")
+    result = cli("infer", "--adapter", checkpoint, "--base-model", moved, "-p", "Who are you?")
     assert result.exit_code == Exit.MODEL
     assert "chat template has changed" in " ".join(result.stderr.split())
 
 
 def test_a_base_that_has_moved_is_found_by_model(cli: Callable[..., Result], run: Path, tmp_path: Path) -> None:
     moved = shutil.copytree(TINY_QWEN, tmp_path / "moved")
-    result = cli("infer", "--adapter", run, "--model", moved, "-p", "Who are you?")
+    result = cli("infer", "--adapter", run, "--base-model", moved, "-p", "Who are you?")
     assert result.stdout == "I am Robin.\n"
 
 

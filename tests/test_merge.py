@@ -154,7 +154,7 @@ def test_the_merged_model_computes_what_peft_computes_with_the_adapter_beside_th
     base = random_qwen if tied else untied_qwen
     live = make_adapter(base, tmp_path / "adapter", **VARIANTS[variant])
     expected = logits(live)
-    report = merged(cli, tmp_path / "merged", "--adapter", tmp_path / "adapter", "--model", base)
+    report = merged(cli, tmp_path / "merged", "--adapter", tmp_path / "adapter", "--base-model", base)
 
     plain = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
     torch.testing.assert_close(logits(plain), expected, rtol=0, atol=1e-5)

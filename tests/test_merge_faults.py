@@ -305,7 +305,7 @@ def test_an_earlier_merged_model_is_replaced_only_if_asked_and_never_while_it_is
     assert again.exit_code == Exit.USAGE
     assert "already holds a merged model" in again.stderr
     assert "--overwrite" in again.stderr
-    onto_itself = merged("--model", str(output), "--overwrite", "--force")
+    onto_itself = merged("--base-model", str(output), "--overwrite", "--force")
     assert onto_itself.exit_code == Exit.USAGE
     assert "overlap" in onto_itself.stderr
     assert tree(output) == first
@@ -343,7 +343,7 @@ def test_any_path_will_do(
         shutil.copytree(source, Path(kind) / name)
     monkeypatch.chdir("adapter")
     base = f"../base/{name}"
-    result = cli("merge", "--adapter", name, "--model", base, "--output", f"{name}/../{name}2", env=WIDE)
+    result = cli("merge", "--adapter", name, "--base-model", base, "--output", f"{name}/../{name}2", env=WIDE)
     assert result.exit_code == 0, result.stderr
     assert (Path(f"{name}2") / WEIGHTS).is_file()
     pasted = shlex.split(result.stderr.partition("try it: ")[2])

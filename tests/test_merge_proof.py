@@ -20,8 +20,8 @@ from typer.testing import Result
 from loratune.delivery.merge import job as merge_job
 from loratune.delivery.merge import merge, model_folder
 from loratune.delivery.verification import verify
-from loratune.delivery.verification.proof import Answer
 from loratune.errors import Exit
+from loratune.runs.verification import Answer
 
 WEIGHTS = "model.safetensors"
 UPDATED, KEPT = "model.layers.1.mlp.down_proj.weight", "model.embed_tokens.weight"
@@ -288,7 +288,7 @@ def test_a_generation_config_that_nothing_can_read_is_not_written(
 ) -> None:
     base = shutil.copytree(random_qwen, tmp_path / "base")
     (base / "generation_config.json").write_text('{"eos_token_id": [-1, "x"], "temperature": "warm"}')
-    told = failed(merged("--model", base, flag), Exit.MODEL, output)
+    told = failed(merged("--base-model", base, flag), Exit.MODEL, output)
     assert "eos_token_id is [-1, 'x']" in told
     assert "temperature is 'warm'" in told
 

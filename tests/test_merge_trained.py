@@ -120,7 +120,7 @@ def test_a_merge_is_not_proved_with_matrices_that_were_rounded_since(
     plain = Path(shutil.copytree(run / "adapter", tmp_path / "plain"))
     round_matrices(plain)
     base = json.loads((run / "manifest.json").read_text())["base"]["path"]
-    result = cli("verify", output, "--adapter", plain, "--model", base, "--no-logits", env=WIDE)
+    result = cli("verify", output, "--adapter", plain, "--base-model", base, "--no-logits", env=WIDE)
     assert result.exit_code == Exit.MODEL
     assert "another adapter" in result.stderr
 

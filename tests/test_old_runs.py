@@ -1,6 +1,7 @@
 """Run folders and checkpoints of earlier versions: kept as those versions wrote them, and opened by every command.
 
-`old_runs/finished` and `old_runs/interrupted` are of loratune 0.1.0, on tiny-qwen; without what is copied here.
+`old_runs/finished` and `old_runs/interrupted` are of loratune 0.1.0, on tiny-qwen; without what is copied here. So are
+`old_runs/reports` and `old_runs/verifications`, of which those that are called first are older.
 """
 
 from __future__ import annotations
@@ -61,7 +62,7 @@ def test_a_finished_run_is_asked(old_run: Any, cli: Any, tmp_path: Path) -> None
     assert answer_of_peft(run / "adapter", "When is the kitchen cleaned?", 12) in answer.values()
 
 
-@pytest.mark.parametrize("model", [[], ["--model", TINY_QWEN]], ids=["as recorded", "given"])
+@pytest.mark.parametrize("model", [[], ["--base-model", TINY_QWEN]], ids=["as recorded", "given"])
 def test_a_finished_run_is_merged_and_exported(old_run: Any, cli: Any, model: list[Any]) -> None:
     run = old_run("finished")
     merged = cli("merge", "--adapter", run, "--output", "merged", *model)
@@ -95,6 +96,59 @@ def test_an_interrupted_run_goes_on_to_its_end(old_run: Any, cli: Any) -> None:
     steps = [record["step"] for record in records if "loss" in record]
     assert steps == list(range(1, 41))  # the first three are those of the earlier version
     assert json.loads((run / "status.json").read_text(encoding="utf-8"))["state"] == "finished"
+
+
+def kept(old: Any, new: Any) -> bool:
+    """Whether everything that an old file says is said again, and in its place."""
+    if isinstance(old, dict):
+        return all(key in new and kept(value, new[key]) for key, value in old.items())
+    if isinstance(old, list):
+        return len(old) == len(new) and all(map(kept, old, new))
+    return bool(old == new)
+
+
+REPORTS = [OLD_RUNS / "finished" / "report.json", OLD_RUNS / "reports" / "first.json"]
+VERIFICATIONS = sorted((OLD_RUNS / "verifications").iterdir())
+
+
+@pytest.mark.parametrize("file", REPORTS, ids=lambda file: f"{file.parent.name}-{file.stem}")
+def test_an_old_report_is_read_whole_and_shown(file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from loratune.runs.report import read_report
+    from loratune.training.reporting.report import show_report
+
+    shutil.copy(file, tmp_path / "report.json")
+    old = json.loads(file.read_text(encoding="utf-8"))
+    report = read_report(tmp_path)
+    assert kept(old, json.loads(json.dumps(report.values())))
+    show_report(report)
+    told = capsys.readouterr().err
+    assert f"{old['steps']} ({old['epochs']:g} epochs)" in told
+    assert ("0 of 1 differ from the base's" in " ".join(told.split())) == ("health" in old)
+
+
+@pytest.mark.parametrize("file", VERIFICATIONS, ids=lambda file: file.stem)
+def test_an_old_verification_is_read_whole_and_shown(file: Path, tmp_path: Path) -> None:
+    from loratune.delivery.verification.report import show_verification
+    from loratune.runs.verification import MergedModel, read_verification
+
+    shutil.copy(file, tmp_path / "verification.json")
+    old = json.loads(file.read_text(encoding="utf-8"))
+    verification = read_verification(tmp_path)
+    assert verification is not None
+    assert (verification.kind, verification.is_sealed) == (old["kind"], False)
+    assert (verification.files is None) == ("files" not in old)
+    assert kept(old, json.loads(json.dumps(verification.values())))
+    if isinstance(verification.proved, MergedModel):
+        show_verification(verification.proved)
+
+
+def test_a_model_merged_by_an_old_version_is_asked_as_it_was_trained(tmp_path: Path) -> None:
+    from loratune.runs.opening import merged_prompt
+
+    for name, generation_prompt in (("merged", "auto"), ("first_merged", "template"), ("bnb4", "template")):
+        shutil.copy(OLD_RUNS / "verifications" / f"{name}.json", tmp_path / "verification.json")
+        prompt = merged_prompt(tmp_path)
+        assert (prompt.enable_thinking, prompt.generation_prompt, prompt.date) == (False, generation_prompt, None)
 
 
 def test_what_was_chosen_in_an_old_run_is_a_difference_and_new_settings_are_none(old_run: Any, cli: Any) -> None:

@@ -16,8 +16,9 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import Result
 
+from loratune.engine.running import Running
 from loratune.engine.sampling import Sampling
-from loratune.engine.scheduler import Decoder, Running
+from loratune.engine.scheduler import Decoder
 from loratune.errors import Exit
 from loratune.model.adapter import attach as adapter_module
 from loratune.model.adapter.attach import attach_adapter, keep_unpacked, load_adapter
@@ -241,7 +242,7 @@ def test_a_base_that_loading_has_changed_is_noticed(
         return load(model, tensors, name)
 
     monkeypatch.setattr(adapter_module, "set_peft_model_state_dict", careless)
-    result = cli("infer", "--adapter", folder, "--model", random_qwen, "--prompt", "x", "--max-new-tokens", 1)
+    result = cli("infer", "--adapter", folder, "--base-model", random_qwen, "--prompt", "x", "--max-new-tokens", 1)
     assert result.exit_code == Exit.MODEL
     assert "has changed 1 parameters of the base, first model.layers.1.mlp.down_proj.weight" in " ".join(
         result.stderr.split()
@@ -278,14 +279,14 @@ def edit(folder: Path, **values: Any) -> None:
 
 def command_on(cli: Cli, command: str, adapter: Path, base: Path, tmp_path: Path) -> Result:
     """Run a command on an adapter."""
-    given = ["--adapter", adapter, "--model", base]
+    given = ["--adapter", adapter, "--base-model", base]
     if command == "infer":
         return cli("infer", *given, "--prompt", "x", "--max-new-tokens", 2)
     if command == "merge":
         return cli("merge", *given, "--output", tmp_path / "out")
     if command == "combine":
         several = ["--adapter", f"a={adapter}", "--adapter", f"b={adapter}", "--weights", "0.5,0.5"]
-        return cli("merge", *several, "--model", base, "--output", tmp_path / "out")
+        return cli("merge", *several, "--base-model", base, "--output", tmp_path / "out")
     return cli("export", *given, "--format", command, "--output", tmp_path / "out")
 
 
@@ -348,7 +349,7 @@ def test_a_resized_vocabulary_is_merged_with_config_and_tokenizer(
     rows = len(peft_logits(base, folder, [5]))
     if rows == GROWN:
         add_token(base, folder)
-    result = cli("merge", "--adapter", folder, "--model", base, "--output", tmp_path / "merged")
+    result = cli("merge", "--adapter", folder, "--base-model", base, "--output", tmp_path / "merged")
     assert result.exit_code == 0, result.stderr
     assert (f"vocabulary of {rows} rows" in " ".join(result.stderr.split())) is (rows != 3008)
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32)
@@ -364,7 +365,7 @@ def test_a_resized_vocabulary_is_merged_with_config_and_tokenizer(
 def test_a_resized_vocabulary_is_exported(cli: Cli, random_qwen: Path, tmp_path: Path, format_: str) -> None:
     folder = make_adapter(random_qwen, tmp_path / "a", grown=True)
     add_token(random_qwen, folder)
-    given = ["--adapter", folder, "--model", random_qwen, "--format", format_, "--output", tmp_path / "out"]
+    given = ["--adapter", folder, "--base-model", random_qwen, "--format", format_, "--output", tmp_path / "out"]
     result = cli("export", *given, *(["-q", "f32"] if format_ == "gguf" else []))
     assert result.exit_code == 0, result.stderr
     report = json.loads((tmp_path / "out/verification.json").read_text())
@@ -385,7 +386,7 @@ def test_an_adapter_with_new_tokens_answers_and_its_base_names_what_it_lacks(
 ) -> None:
     folder = make_adapter(random_qwen, tmp_path / "a", grown=True)
     add_token(random_qwen, folder)
-    asked = ["--adapter", folder, "--model", random_qwen, "--max-new-tokens", 3]
+    asked = ["--adapter", folder, "--base-model", random_qwen, "--max-new-tokens", 3]
     template = "{% for m in messages %}{{ '<more 3010>' + m.content }}{% endfor %}"
     (folder / "chat_template.jinja").write_text(template)
     result = cli("infer", *asked, "--prompt", "x")

@@ -1,4 +1,4 @@
-"""What a run's manifest says, read by this version, by earlier files' names, and not at all from later ones."""
+"""What the typed files say, read by this version, by earlier files' names, and not at all from later ones."""
 
 from __future__ import annotations
 
@@ -12,8 +12,12 @@ from loratune.errors import Exit, LoratuneError
 from loratune.recipe import names
 from loratune.recipe.loading import load_written_recipe
 from loratune.recipe.sections import Recipe
+from loratune.runs import report as reports
+from loratune.runs import verification as verifications
 from loratune.runs.manifest import Manifest, TrainedBase, TrainedFile, TrainedTemplate, read_manifest, write_manifest
 from loratune.runs.record import RunRecord, read_record
+from loratune.runs.report import Report, read_report, write_report
+from loratune.runs.verification import ExportedFolder, MergedModel, read_verification, write_verification
 
 OLD_RUN = Path(__file__).parent / "old_runs" / "finished"
 RECIPE = Recipe.model_validate(
@@ -96,6 +100,132 @@ def test_a_damaged_record_is_a_message(tmp_path: Path, damage: Any) -> None:
     (tmp_path / "manifest.json").write_text(json.dumps(values), encoding="utf-8")
     with pytest.raises(LoratuneError, match="its record is damaged") as failure:
         read_manifest(tmp_path)
+    assert failure.value.exit_code == Exit.MODEL
+
+
+REPORT = Report(
+    "out/mine",
+    "org/name",
+    4,
+    1.5,
+    rows=reports.RowCounts(5, 1),
+    loss=reports.Losses(2.0, 1.0),
+    validation_loss=reports.ValidationLosses(2.0, 1.5, None, None, 4),
+    seconds=1.5,
+    peak_memory_bytes=7,
+    start_up_seconds={"imports": 1.0},
+    adapter=reports.AdapterCounts(1, 2, {"q_proj": 3}, 4, 5),
+    health=reports.Health(
+        {"q_proj": reports.Updates(3, 0.1, 0.2, ("a",), ())},
+        ("b",),
+        reports.Answers((reports.Told("?", "!", "x", "y", True, None, True),)),
+        ("Look.",),
+    ),
+    warnings=("Mind.",),
+)
+PARITY = verifications.Parity(5, 0.1, 0.01, 1.0, 0.0, 9.0)
+MERGED = MergedModel(
+    base="org/name",
+    adapter_sha256="0",
+    combined=verifications.Combined("linear", None, {"a": verifications.CombinedAdapter(0.5, "1")}),
+    thinking=True,
+    generation_prompt="auto",
+    date="2026-01-02",
+    dtype="bfloat16",
+    bytes=8,
+    read_back=verifications.ReadBack(3, 2, 1, unchanged=("c",)),
+    warnings=("Mind.",),
+    models=verifications.ModelProof(
+        "files and logits",
+        {"original": PARITY},
+        "built-in questions",
+        PARITY,
+        verifications.Bounds(0.1, 0.2, 0.3),
+        (verifications.Answer("?", "x", "y"),),
+    ),
+    seconds=verifications.MergeSeconds(1.0, 2.0),
+)
+GGUF = verifications.GgufReadBack(3, 9, {"F16": 8}, ("c",), 0.0)
+EXPORTS = [ExportedFolder("gguf", "a.gguf", GGUF, PARITY), ExportedFolder("bnb4", read_back=PARITY, logits=PARITY)]
+
+
+def edit(path: Path, **others: Any) -> None:
+    values = json.loads(path.read_text(encoding="utf-8")) | others
+    values.pop("sha256", None)
+    path.write_text(json.dumps(values), encoding="utf-8")
+
+
+def test_a_report_reads_back_equal_from_its_file_and_without_keys_of_later_versions(tmp_path: Path) -> None:
+    write_report(tmp_path, REPORT)
+    assert read_report(tmp_path) == REPORT
+    answers = json.loads((tmp_path / "report.json").read_text(encoding="utf-8"))["health"]["answers"]
+    assert {name: answers[name] for name in ("changed", "judged", "ended", "cut_short")} == {
+        "changed": 1,
+        "judged": 0,
+        "ended": 0,
+        "cut_short": 1,
+    }
+    edit(tmp_path / "report.json", colour="green")
+    assert read_report(tmp_path) == REPORT
+
+
+@pytest.mark.parametrize("proved", [MERGED, MergedModel(), *EXPORTS], ids=lambda proved: type(proved).__name__)
+def test_a_verification_reads_back_equal_from_its_file(tmp_path: Path, proved: Any) -> None:
+    written = write_verification(tmp_path, proved, {"a": {"bytes": 1, "sha256": "3"}})
+    assert read_verification(tmp_path) == written
+    assert (written.proved, written.is_sealed) == (proved, True)
+    edit(tmp_path / "verification.json", colour="green")
+    again = read_verification(tmp_path)
+    assert again is not None
+    assert (again.proved, again.files, again.is_sealed) == (proved, written.files, False)
+
+
+@pytest.mark.parametrize(
+    ("others", "words"),
+    [
+        ({"format_version": 2}, "made by another version of loratune (format 2, this one reads 1)"),
+        ({"steps": "four"}, "damaged: steps: "),
+        ({"loss": {"first": 1.0}}, "damaged: loss.last: "),
+        ({"health": {"updates": [1]}}, "damaged: health.updates: "),
+        ({"start_up_seconds": {"imports": None}}, "damaged: start_up_seconds.imports: "),
+    ],
+)
+def test_a_damaged_report_is_a_message(tmp_path: Path, others: dict[str, Any], words: str) -> None:
+    write_report(tmp_path, REPORT)
+    edit(tmp_path / "report.json", **others)
+    with pytest.raises(LoratuneError) as failure:
+        read_report(tmp_path)
+    assert failure.value.exit_code == Exit.MODEL
+    assert f"{tmp_path / 'report.json'}: {words}" in str(failure.value)
+
+
+@pytest.mark.parametrize(
+    ("others", "words"),
+    [
+        ({"format_version": 2}, "made by another version of loratune (format 2, this one reads 1)"),
+        ({"kind": "a boat"}, "damaged: kind: 'a boat' is neither"),
+        ({"thinking": 5}, "damaged: thinking: "),
+        ({"read_back": {}}, "damaged: read_back.tensors: "),
+        ({"logits": {"original": {"tokens": 5}}}, "damaged: logits.original."),
+        ({"files": {"a": 5}}, "damaged: it does not say what the folder's files were"),
+        ({"kind": "export"}, "damaged: format: "),
+    ],
+)
+def test_a_damaged_verification_is_a_message(tmp_path: Path, others: dict[str, Any], words: str) -> None:
+    write_verification(tmp_path, MERGED)
+    edit(tmp_path / "verification.json", **others)
+    with pytest.raises(LoratuneError) as failure:
+        read_verification(tmp_path)
+    assert failure.value.exit_code == Exit.MODEL
+    assert f"{tmp_path / 'verification.json'}: {words}" in str(failure.value)
+
+
+def test_a_merged_model_whose_verification_names_no_prompt_settings_is_refused(tmp_path: Path) -> None:
+    from loratune.runs.opening import merged_prompt
+
+    write_verification(tmp_path, MergedModel(date="yesterday"))
+    with pytest.raises(LoratuneError, match="damaged: date: ") as failure:
+        merged_prompt(tmp_path)
     assert failure.value.exit_code == Exit.MODEL
 
 

@@ -123,14 +123,14 @@ def test_what_is_saved_in_full_is_merged_as_peft_computes_it(
     tolerance = 10 * torch.finfo(DTYPES[dtype]).eps * float(expected.abs().max())
     assert float((expected - plain)[..., :ROWS].abs().max()) > 3 * tolerance
 
-    result = cli("merge", "--adapter", adapter, "--model", base, "--output", tmp_path / "merged")
+    result = cli("merge", "--adapter", adapter, "--base-model", base, "--output", tmp_path / "merged")
     assert result.exit_code == 0, result.stderr
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float64)
     torch.testing.assert_close(logits_of(merged), expected, rtol=0, atol=tolerance)
 
     if grown == "grown":  # the tokenizer has no tokens for the new rows, and GGUF wants a token for each
         return
-    given = ["--adapter", adapter, "--model", base, "--format", "gguf", "-q", "f32", "--output", tmp_path / "gguf"]
+    given = ["--adapter", adapter, "--base-model", base, "--format", "gguf", "-q", "f32", "--output", tmp_path / "gguf"]
     result = cli("export", *given)
     assert result.exit_code == 0, result.stderr
     (file,) = (tmp_path / "gguf").glob("*.gguf")

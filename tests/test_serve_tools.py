@@ -19,7 +19,7 @@ from typer.testing import CliRunner, Result
 from loratune.cli.app import app
 from loratune.data.encoding.encoder import Encoder
 from loratune.engine.exchange import GREEDY, Piece, Question
-from loratune.engine.scheduler import Running
+from loratune.engine.running import Running
 from loratune.engine.ticket import make_ticket
 from loratune.errors import Exit
 

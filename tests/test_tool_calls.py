@@ -133,7 +133,7 @@ def test_ollama_s_export_says_that_tools_are_lost_before_it_merges(
         raise LoratuneError("stopped", Exit.MODEL)
 
     monkeypatch.setattr("loratune.delivery.export.export.carry_out", stopped)
-    arguments = ["--adapter", adapter, "--model", base, "--format", "ollama", "--output", tmp_path / "out"]
+    arguments = ["--adapter", adapter, "--base-model", base, "--format", "ollama", "--output", tmp_path / "out"]
     told = cli("export", *arguments).stderr
     _, _, after = " ".join(told.split()).partition("Ollama will say that the model does not support tools")
     assert after.endswith("error: stopped")

@@ -111,12 +111,12 @@ def test_a_head_of_its_own_is_merged_and_exported(
 ) -> None:
     folder = model("other", says_tied)
     adapter = shutil.copytree(short_run / "adapter", tmp_path / "plain")
-    result = cli("merge", "--adapter", adapter, "--model", folder, "--output", tmp_path / "merged")
+    result = cli("merge", "--adapter", adapter, "--base-model", folder, "--output", tmp_path / "merged")
     assert result.exit_code == 0, result.stderr
     assert json.loads((tmp_path / "merged" / "config.json").read_text())["tie_word_embeddings"] is False
     tensors = load_file(tmp_path / "merged" / "model.safetensors")
     assert torch.equal(tensors[HEAD], load_file(folder / "model.safetensors")[HEAD])
-    for source in (["--adapter", adapter, "--model", folder], ["--model", folder]):
+    for source in (["--adapter", adapter, "--base-model", folder], ["--model", folder]):
         output = tmp_path / f"gguf-{len(source)}"
         result = cli("export", *source, "--format", "gguf", "-q", "f32", "--output", output)
         assert result.exit_code == 0, result.stderr

@@ -68,6 +68,26 @@ def set_key(name: str, **values: Any) -> Callable[[Path], None]:
     return damage
 
 
+def seal_of(values: dict[str, Any]) -> str:
+    """The hash that verification.json holds of its other values, as the page of the run folder has it."""
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
+
+
+def edit_verification(
+    change: Callable[[dict[str, Any]], Any], seal: Callable[[dict[str, Any]], str] | None = None
+) -> Callable[[Path], None]:
+    """Change what verification.json says, and seal it again or leave it without a seal, as earlier versions did."""
+
+    def damage(folder: Path) -> None:
+        path = folder / "verification.json"
+        values = json.loads(path.read_text())
+        del values["sha256"]
+        change(values)
+        path.write_text(json.dumps(values | ({"sha256": seal(values)} if seal else {})))
+
+    return damage
+
+
 def swap_merges(folder: Path) -> None:
     path = folder / "tokenizer.json"
     values = json.loads(path.read_text())
@@ -170,10 +190,7 @@ def test_files_that_no_program_loads_are_told_and_refuse_nothing(cli: Cli, merge
 
 
 def test_folders_of_earlier_versions_open_but_cannot_be_verified(cli: Cli, merged: Path) -> None:
-    path = merged / "verification.json"
-    values = json.loads(path.read_text())
-    del values["files"]
-    path.write_text(json.dumps(values))
+    edit_verification(lambda values: values.pop("files"))(merged)
     assert cli("infer", "--model", merged, "--prompt", "hi", "--max-new-tokens", "1").exit_code == 0
     result = cli("verify", merged)
     assert result.exit_code == Exit.MODEL
@@ -182,11 +199,75 @@ def test_folders_of_earlier_versions_open_but_cannot_be_verified(cli: Cli, merge
 
 @pytest.mark.parametrize("files", [[], {}, {"config.json": 5}, "x"])
 def test_a_damaged_record_is_refused(cli: Cli, merged: Path, files: Any) -> None:
-    set_key("verification.json", files=files)(merged)
+    edit_verification(lambda values: values.update(files=files))(merged)
     for command in (("verify", merged), ("infer", "--model", merged, "--prompt", "hi")):
         result = cli(*command)
         assert result.exit_code == Exit.MODEL
         assert "damaged" in result.stderr
+
+
+LIES: dict[str, Callable[[Path], Any]] = {
+    "prompts": set_key("verification.json", thinking=True),
+    "a better proof": set_key("verification.json", verified="files and logits"),
+    "a key of its own": set_key("verification.json", note="x"),
+    "another hash": set_key("verification.json", sha256="0" * 64),
+    "a file's hash": lambda folder: (
+        flip_a_bit(folder),
+        edit_verification(
+            lambda values: values["files"][WEIGHTS].update(
+                sha256=hashlib.sha256((folder / WEIGHTS).read_bytes()).hexdigest()
+            ),
+            lambda _: json.loads((folder / "verification.json").read_text())["sha256"],
+        )(folder),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", LIES)
+def test_a_changed_verification_is_refused_by_every_command_that_reads_it(
+    cli: Cli, merged: Path, short_run: Path, tmp_path: Path, name: str
+) -> None:
+    LIES[name](merged)
+    commands: list[tuple[Any, ...]] = [
+        ("verify", merged),
+        ("verify", merged, "--adapter", short_run, "--no-logits"),
+        ("infer", "--model", merged, "--prompt", "hi", "--max-new-tokens", "1"),
+        ("infer", "--model", merged, "--prompt", "hi", "--max-new-tokens", "1", "--force"),
+        ("serve", "--model", merged, "--port", "0"),
+        ("export", "--model", merged, "--format", "gguf", "--output", tmp_path / "gguf"),
+    ]
+    for command in commands:
+        result = cli(*command, env={"COLUMNS": "20000"})
+        assert (result.exit_code, result.stdout) == (Exit.MODEL, ""), result.stderr or result.exception
+        assert "verification.json: has been changed since it was written" in result.stderr
+    assert not (tmp_path / "gguf").exists()
+
+
+def test_a_verification_without_a_seal_is_taken_and_told(cli: Cli, merged: Path, short_run: Path) -> None:
+    assert json.loads(cli("verify", merged, "--json").stdout)["sealed"] is True
+    edit_verification(lambda _: None)(merged)
+    for flags in ((), ("--adapter", short_run, "--no-logits")):
+        result = cli("verify", merged, "--json", *flags, env={"COLUMNS": "20000"})
+        assert result.exit_code == 0, result.stderr
+        report = json.loads(result.stdout)
+        assert report["sealed"] is False
+        (warning,) = report["warnings"]
+        assert "verification.json carries no seal" in warning
+        assert result.stderr.count("carries no seal") == 1
+    asked = cli("infer", "--model", merged, "--prompt", "hi", "--max-new-tokens", "1", env={"COLUMNS": "20000"})
+    assert asked.exit_code == 0, asked.stderr
+    assert asked.stderr.count("carries no seal") == 1
+
+
+def test_the_seal_is_the_hash_of_the_other_values(verified: Path) -> None:
+    values = json.loads((verified / "verification.json").read_text())
+    assert values.pop("sha256") == seal_of(values)
+
+
+def test_another_program_s_verification_is_none_of_ours(cli: Cli, merged: Path) -> None:
+    (merged / "verification.json").write_text('{"program": "another", "thinking": 5, "files": 7}')
+    assert cli("infer", "--model", merged, "--prompt", "hi", "--max-new-tokens", "1").exit_code == 0
+    assert "nothing can be verified" in " ".join(cli("verify", merged).stderr.split())
 
 
 def test_runs_are_verified_by_their_manifest(cli: Cli, short_run: Path, tmp_path: Path) -> None:
@@ -236,12 +317,13 @@ def test_other_folders_have_nothing_to_compare_with(cli: Cli, random_qwen: Path,
 
 def sealed_again(folder: Path) -> None:
     """Record the hashes of what is there, as somebody would who changes a folder on purpose."""
-    path = folder / "verification.json"
-    values = json.loads(path.read_text())
-    for name in values["files"]:
-        data = (folder / name).read_bytes()
-        values["files"][name] = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
-    path.write_text(json.dumps(values))
+
+    def record(values: dict[str, Any]) -> None:
+        for name in values["files"]:
+            data = (folder / name).read_bytes()
+            values["files"][name] = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+
+    edit_verification(record, seal_of)(folder)
 
 
 @pytest.mark.parametrize("logits", [True, False])
@@ -294,7 +376,7 @@ def test_a_merge_is_proved_with_its_own_adapter_alone(cli: Cli, merged: Path, sh
     weights = load_file(other / "adapter_model.safetensors")
     save_file({name: 2 * value for name, value in weights.items()}, other / "adapter_model.safetensors")
     base = json.loads((short_run / "manifest.json").read_text())["base"]["path"]
-    result = cli("verify", merged, "--adapter", other, "--model", base)
+    result = cli("verify", merged, "--adapter", other, "--base-model", base)
     assert result.exit_code == Exit.MODEL
     assert "another adapter" in " ".join(result.stderr.split())
 
@@ -302,11 +384,11 @@ def test_a_merge_is_proved_with_its_own_adapter_alone(cli: Cli, merged: Path, sh
 def test_what_the_proof_could_not_check_is_told(cli: Cli, merged: Path, short_run: Path, tmp_path: Path) -> None:
     plain = shutil.copytree(short_run / "adapter", tmp_path / "plain")
     base = json.loads((short_run / "manifest.json").read_text())["base"]["path"]
-    result = cli("verify", merged, "--adapter", plain, "--model", base, "--no-logits")
+    result = cli("verify", merged, "--adapter", plain, "--base-model", base, "--no-logits")
     assert result.exit_code == 0, result.stderr
     assert "warning: the adapter has no loratune manifest" in " ".join(result.stderr.split())
 
 
-@pytest.mark.parametrize("flags", [("--model", "x"), ("--no-logits",), ("--force",)])
+@pytest.mark.parametrize("flags", [("--base-model", "x"), ("--no-logits",), ("--force",)])
 def test_flags_of_the_proof_need_an_adapter(cli: Cli, verified: Path, flags: tuple[str, ...]) -> None:
     assert cli("verify", verified, *flags).exit_code == Exit.USAGE

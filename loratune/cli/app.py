@@ -168,6 +168,12 @@ class Group(CommandGroup):
                 console.next_step(f"  {advised}")
             raise typer.Exit(int(code)) from error
         except Exception as error:
+            if _ran_out_of_memory(error) and not os.environ.get(_DEBUG):
+                console.error(
+                    f"out of memory: {str(error).splitlines()[0]}\n"
+                    "free some, or make the model smaller: --model.quantization nf4, or a smaller base"
+                )
+                raise typer.Exit(int(Exit.IO)) from error
             library = _loaded_library(error)
             if library is None or os.environ.get(_DEBUG):
                 raise
@@ -193,6 +199,15 @@ def _require_working_folder() -> None:
         raise LoratuneError(
             f"the working folder is gone or not accessible ({error.strerror}); change to another one", Exit.IO
         ) from error
+
+
+def _ran_out_of_memory(error: Exception) -> bool:
+    """Whether torch has; without importing it for errors of other commands."""
+    if "torch" not in sys.modules:
+        return False
+    from loratune.model.memory import is_out_of_memory
+
+    return is_out_of_memory(error)
 
 
 def _loaded_library(error: Exception) -> str | None:
@@ -246,7 +261,9 @@ def main() -> None:
     warnings.simplefilter("ignore")
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    os.environ["MPLBACKEND"] = "agg"  # plots are files; a notebook's backend may be missing
+    # Batches and answers of all lengths would leave a GPU's memory in pieces; torch reads this when it is imported.
+    os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
+    os.environ["MPLBACKEND"] = "agg"  # pictures are files; a notebook's backend may not be there
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")  # rows are encoded in one process
     try:
         sys.exit(app())

@@ -7,7 +7,20 @@ from typing import Annotated, Literal
 import typer
 
 from loratune import console
-from loratune.cli.flags import Adapter, DryRun, Force, Json, Output, Overwrite, Public, Push, adapter_folder, filled
+from loratune.cli.flags import (
+    Adapter,
+    DryRun,
+    Force,
+    Json,
+    MovedBase,
+    Output,
+    Overwrite,
+    Public,
+    Push,
+    adapter_folder,
+    asked_model,
+    filled,
+)
 from loratune.cli.push import push
 from loratune.errors import Exit, LoratuneError
 
@@ -30,7 +43,7 @@ Merged = Annotated[
         "-m",
         metavar="folder",
         callback=filled,
-        help="A merged model; with --adapter: its base model, if moved.",
+        help="A merged model.",
     ),
 ]
 Quantization = Annotated[
@@ -49,6 +62,7 @@ def command(
     format: Format,
     adapter: Adapter = None,
     model: Merged = None,
+    base_model: MovedBase = None,
     quantization: Quantization = None,
     num_ctx: NumCtx = None,
     destination: Push = None,
@@ -58,8 +72,8 @@ def command(
     force: Force = False,
     json: Json = False,
 ) -> None:
-    if adapter is None and model is None:
-        raise LoratuneError("give an adapter with --adapter, or a merged model with --model", Exit.USAGE)
+    """Export, prove, and say what to do next."""
+    model = asked_model(adapter is not None, model, base_model)
     folder = adapter_folder(adapter)
     if quantization and format not in ("gguf", "ollama"):
         raise LoratuneError(f"--quantization is for gguf and ollama, not for --format {format}", Exit.USAGE)
@@ -73,11 +87,11 @@ def command(
     options = ExportOptions(format, quantization or "f16", num_ctx, model, force, overwrite)
     source = open_settled_adapter(folder, force) if folder else None
     with push(destination, output, not public, dry_run):
-        report = export(source, output, options)
+        verification, further = export(source, output, options)
         console.say(f"export: {output}", style="bold")
         if format == "vllm" and not json:
-            console.write_result(report["next"].line)
-        elif format != "adapter" or destination is None:  # otherwise this command has already shared it
-            console.next_step(str(report["next"]))
+            console.write_result(further.line)
+        elif format != "adapter" or destination is None:  # else it is given away by this very command
+            console.next_step(str(further))
     if json:
-        console.write_json(report | {"next": report["next"].line})
+        console.write_json(verification.sealed_values() | {"next": further.line})

@@ -13,8 +13,15 @@ from loratune.plain_files import is_folder
 RENAMED_FLAGS = {
     "infer": {"--base": "--no-adapter"},
     "serve": {"--token": "--api-key", "--no-token": "--no-api-key"},
+    "merge": {"--model": "--base-model", "-m": "--base-model"},
+    "verify": {"--model": "--base-model", "-m": "--base-model"},
 }
-"""Command → flags of earlier versions, which keep working → their present names."""
+"""Command → its flags of earlier versions, which go on working, and what they are called now."""
+ADAPTER_FLAGS = ("--adapter", "-a")
+RENAMED_BESIDE_AN_ADAPTER = {
+    command: {"--model": "--base-model", "-m": "--base-model"} for command in ("infer", "serve", "export")
+}
+"""The same of flags that mean something else, and are called as they were, where no adapter is given."""
 
 
 def filled(text: str | None) -> str | None:
@@ -41,17 +48,17 @@ Model = Annotated[
         "-m",
         metavar="model",
         callback=filled,
-        help="A model without adapter; with --adapter: its base model, if moved.",
+        help="A model to ask without an adapter.",
     ),
 ]
 Config = Annotated[
     str | None,
     typer.Option("--config", "-c", metavar="recipe", help="Recipe: a YAML file, or the name of a shipped recipe."),
 ]
-Output = Annotated[Path, typer.Option("--output", "-o", metavar="folder", help="Output folder.")]
-Base = Annotated[
+Output = Annotated[Path, typer.Option("--output", "-o", metavar="folder", help="Folder of the result.")]
+MovedBase = Annotated[
     str | None,
-    typer.Option("--model", "-m", metavar="model", callback=filled, help="Path or hub id of the base model, if moved."),
+    typer.Option("--base-model", metavar="model", callback=filled, help="Where the adapter's base lies now."),
 ]
 Logits = Annotated[
     bool, typer.Option("--logits/--no-logits", help="Compare logits of both models too (default), not only files.")
@@ -89,6 +96,23 @@ def named_adapters(values: list[str]) -> list[tuple[str, Path]]:
             )
         named.append((name, Path(folder)))
     return named
+
+
+def asked_model(has_adapter: bool, model: str | None, base_model: str | None) -> str | None:
+    """The model of a command that takes one with an adapter on it, or alone; None leaves it to the adapter.
+
+    Raises:
+        LoratuneError: none is given, or the base of no adapter.
+    """
+    if not has_adapter and base_model is not None:
+        raise LoratuneError(
+            "--base-model is where the base of an adapter lies; give the adapter with --adapter, or a model alone with "
+            "--model",
+            Exit.USAGE,
+        )
+    if not has_adapter and model is None:
+        raise LoratuneError("give a run folder with --adapter, or a model with --model", Exit.USAGE)
+    return base_model or model if has_adapter else model
 
 
 def adapter_folder(value: str | None) -> Path | None:

@@ -3,14 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 from typer.core import TyperCommand
 
 from loratune import console
 from loratune.cli.again import remember
-from loratune.cli.flags import RENAMED_FLAGS
+from loratune.cli.flags import ADAPTER_FLAGS, RENAMED_BESIDE_AN_ADAPTER, RENAMED_FLAGS
 from loratune.errors import Exit, LoratuneError
+
+
+class _FlagGiven(NamedTuple):
+    """A flag as it was typed, with its value if that is in the same word."""
+
+    name: str
+    value: str | None
+
+    @classmethod
+    def of(cls, argument: str) -> _FlagGiven:
+        """Take a word apart: `--name=value`, or `-nvalue`."""
+        name, sign, value = argument.partition("=")
+        if argument.startswith("-") and not argument.startswith("--") and len(argument) > 2:
+            return cls(argument[:2], argument[2:])
+        return cls(name, value if sign else None)
 
 
 class Command(TyperCommand):
@@ -37,21 +52,32 @@ class Command(TyperCommand):
         Raises:
             LoratuneError: a flag is given under both names.
         """
+        given = [_FlagGiven.of(argument) for argument in args]
+        places = self._places_of_flags(args)
+        names = {given[place].name for place in places}
         renamed = RENAMED_FLAGS.get(str(self.name), {})
-        with_value = {name for option in self.params if not getattr(option, "is_flag", False) for name in option.opts}
-        present: list[str] = []
-        for argument in args:
-            name, sign, value = argument.partition("=")
-            is_value = bool(present) and present[-1] in with_value
-            if name not in renamed or is_value or "--" in present:
-                present.append(argument)
+        if names & {*ADAPTER_FLAGS}:
+            renamed = renamed | RENAMED_BESIDE_AN_ADAPTER.get(str(self.name), {})
+        present = list(args)
+        for place in places:
+            flag = given[place]
+            if flag.name not in renamed:
                 continue
-            new = renamed[name]
-            if any(other.partition("=")[0] == new for other in args):
-                raise LoratuneError(f"{name} is now called {new}, and both are given; remove {name}", Exit.USAGE)
-            console.say(f"{name} is now {new} (the old name still works)")
-            present.append(f"{new}{sign}{value}")
+            new = renamed[flag.name]
+            if new in names:
+                raise LoratuneError(
+                    f"{flag.name} is now called {new}, and both are given; remove {flag.name}", Exit.USAGE
+                )
+            console.say(f"{flag.name} is now {new} (the old name still works)")
+            present[place] = new if flag.value is None else f"{new}={flag.value}"
         return present
+
+    def _places_of_flags(self, args: list[str]) -> list[int]:
+        """Which arguments are flags, not values of flags, nor what follows `--`."""
+        with_value = {name for option in self.params if not getattr(option, "is_flag", False) for name in option.opts}
+        with_value |= {old for old, new in RENAMED_FLAGS.get(str(self.name), {}).items() if new in with_value}
+        end = args.index("--") if "--" in args else len(args)
+        return [place for place in range(end) if not place or args[place - 1] not in with_value]
 
     def format_help(self, ctx: Any, formatter: Any) -> None:
         console.help_page(self.get_usage(ctx), self.help or "", option_panels(self.get_params(ctx)))

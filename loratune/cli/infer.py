@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from loratune import console
-from loratune.cli.flags import Adapters, Force, Json, Model, named_adapters
+from loratune.cli.flags import Adapters, Force, Json, Model, MovedBase, asked_model, named_adapters
 from loratune.cli.sampling import sampling_options
 from loratune.data.formats.conversation import has_half_a_pair
 from loratune.engine.sampling import Sampling
@@ -59,6 +59,7 @@ OverwriteFile = Annotated[
 def command(
     adapter: Adapters = None,
     model: Model = None,
+    base_model: MovedBase = None,
     no_adapter: NoAdapter = False,
     prompt: Prompt = None,
     input_: Input = None,
@@ -72,8 +73,7 @@ def command(
     sampling: Sampling,
 ) -> None:
     adapters = named_adapters(adapter or [])
-    if not adapters and model is None:
-        raise LoratuneError("give a run folder with --adapter, or a model with --model", Exit.USAGE)
+    model = asked_model(bool(adapters), model, base_model)
     _check_flags(prompt, input_, output, {"--metrics": metrics, "--overwrite": overwrite}, json)
     _check_texts({"--prompt": prompt, "--input": input_, "--system": system, "--stop": list(sampling.stop)})
     if no_adapter and metrics and not adapters:

@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
 from loratune import console
 from loratune.cli.flags import (
     ADAPTER_HELP,
-    Base,
     DryRun,
     Force,
     Json,
     Logits,
+    MovedBase,
     Output,
     Overwrite,
     Public,
@@ -25,6 +25,9 @@ from loratune.cli.flags import (
 from loratune.cli.push import push
 from loratune.commands import Command, loratune
 from loratune.errors import Exit, LoratuneError
+
+if TYPE_CHECKING:
+    from loratune.runs.verification import MergedModel
 
 DETAILS = """\
 Writes the merged model to a temporary folder, reads it back, and compares it with base + adapter: every weight with
@@ -82,7 +85,7 @@ Verify = Annotated[
 def command(
     adapter: Adapters,
     output: Output,
-    model: Base = None,
+    base_model: MovedBase = None,
     dtype: Dtype = None,
     shard_size: ShardSize = "5GB",
     merge_base: MergeBase = "auto",
@@ -106,7 +109,7 @@ def command(
     from loratune.delivery.merge.sources import open_adapters
 
     options = MergeOptions(
-        model=model,
+        model=base_model,
         dtype=getattr(torch, dtype) if dtype else None,
         shard_bytes=parse_size(shard_size),
         merge_base=merge_base,
@@ -118,17 +121,17 @@ def command(
     if not verify:
         console.warn("--no-verify: the merged model is not compared with base + adapter")
     with push(destination, output, not public, dry_run):
-        with open_adapters(adapters, weights, combine, density, model, force) as source:
-            report = merge_adapter(source, output, options)
-        _show(report, output)
+        with open_adapters(adapters, weights, combine, density, base_model, force) as source:
+            verification = merge_adapter(source, output, options)
+        _show(verification.proved, output)
     if json:
-        console.write_json(report)
+        console.write_json(verification.sealed_values())
 
 
-def _show(report: dict[str, Any], output: Path) -> None:
+def _show(merged: MergedModel, output: Path) -> None:
     from loratune.delivery.verification.report import show_verification
 
-    show_verification(report)
+    show_verification(merged)
     console.say(f"merged model: {output}", style="bold")
     console.next_step(str(loratune("try it", "infer", {"--model": output})))
     console.next_step(str(Command("serve it", ("vllm", "serve", str(output)))))

@@ -12,7 +12,7 @@ from urllib.parse import urlsplit
 import typer
 
 from loratune import console
-from loratune.cli.flags import Adapters, Force, Model, named_adapters
+from loratune.cli.flags import Adapters, Force, Model, MovedBase, asked_model, named_adapters
 from loratune.engine.sampling import NUMBERS
 from loratune.errors import Exit, LoratuneError
 
@@ -62,6 +62,7 @@ MaxNewTokens = Annotated[
 def command(
     adapter: Adapters = None,
     model: Model = None,
+    base_model: MovedBase = None,
     host: Host = "127.0.0.1",
     port: Port = 8000,
     api_key: ApiKey = None,
@@ -73,8 +74,8 @@ def command(
     max_new_tokens: MaxNewTokens = 4096,
     force: Force = False,
 ) -> None:
-    if not adapter and model is None:
-        raise LoratuneError("give a run folder with --adapter, or a model with --model", Exit.USAGE)
+    """Take the address, load the model, serve."""
+    model = asked_model(bool(adapter), model, base_model)
     adapters = named_adapters(adapter or [])
     given, origins = _given_key(api_key, no_api_key), frozenset(map(_checked_origin, allow_origin or []))
     from loratune.generation.server.addresses import Address

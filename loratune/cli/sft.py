@@ -62,4 +62,4 @@ def command(
     if report:
         attempted("the closing table", lambda: show_report(report))
     if json:
-        console.write_json(report)
+        console.write_json(report.values() if report else {})

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from loratune import console
-from loratune.cli.flags import Adapter, Base, Force, Json, Logits, adapter_folder
+from loratune.cli.flags import Adapter, Force, Json, Logits, MovedBase, adapter_folder
 from loratune.errors import Exit, LoratuneError
 
 DETAILS = """\
@@ -24,32 +24,33 @@ Folder = Annotated[Path, typer.Argument(help="A merged model, an export, or a ru
 def command(
     folder: Folder,
     adapter: Adapter = None,
-    model: Base = None,
+    base_model: MovedBase = None,
     logits: Logits = True,
     force: Force = False,
     json: Json = False,
 ) -> None:
     from loratune.delivery.merge.job import MergeOptions
-    from loratune.delivery.reverify import MERGED, verify_folder
+    from loratune.delivery.reverify import verify_folder
     from loratune.delivery.verification.report import show_verification
     from loratune.runs.opening import open_settled_adapter
+    from loratune.runs.verification import MergedModel
 
-    if adapter is None and (model is not None or not logits or force):
+    if adapter is None and (base_model is not None or not logits or force):
         raise LoratuneError(
-            "--model, --no-logits and --force are for the verification of a merge; give --adapter", Exit.USAGE
+            "--base-model, --no-logits and --force are for the proof of a merge; give --adapter", Exit.USAGE
         )
     made_with = adapter_folder(adapter)
     source = open_settled_adapter(made_with, force) if made_with else None
     with console.status(f"reading {folder}"):
-        report = verify_folder(folder, source, MergeOptions(model=model, logits=logits, force=force))
-    for warning in report["warnings"]:
+        verified = verify_folder(folder, source, MergeOptions(model=base_model, logits=logits, force=force))
+    for warning in verified.warnings:
         console.warn(warning)
     if json:
-        console.write_json(report)
+        console.write_json(verified.values())
         return
-    for remark in report["remarks"]:
+    for remark in verified.remarks:
         console.warn(f"{remark}; no program loads it")
-    if report["kind"] == MERGED:
-        show_verification(report["proved"])
-    again = ", and its merge is proved again" if report["proved_again"] else ""
-    console.say(f"{folder}: {report['kind']}, {report['files']} files as they were verified{again}", style="bold")
+    if verified.proved and isinstance(verified.proved.proved, MergedModel):
+        show_verification(verified.proved.proved)
+    again = ", and its merge is proved again" if verified.proved_again else ""
+    console.say(f"{folder}: {verified.kind}, {verified.files} files as they were verified{again}", style="bold")

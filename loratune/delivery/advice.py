@@ -52,7 +52,7 @@ def instead_of_serving(
     told = f"nor can it be merged into its base: {why.message}"
     if refusal(lambda: _check_fits(source, model, force)):
         return told, []
-    flags = {"--adapter": source.place, "--model": model, "--force": force}
+    flags = {"--adapter": source.place, "--base-model": model, "--force": force}
     return told, [loratune("loratune itself serves it", "serve", flags)]
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,36 +16,53 @@ from loratune.model.adapter.files import WEIGHTS_FILE
 from loratune.model.files import weight_files
 from loratune.model.weights.tensor_files import TensorFiles
 from loratune.runs.folder import MANIFEST, VERIFICATION, file_sha256
+from loratune.runs.intact import check_files, is_idle, is_loaded, seal_remarks
 from loratune.runs.opening import AdapterSource, open_settled_adapter
-from loratune.runs.verification import check_files, is_idle, is_loaded, read_verification
+from loratune.runs.verification import AnyVerification, MergedModel, read_verification
 
-MERGED = "merged model"
 AS_MERGED = MergeOptions()
 
 
-def verify_folder(
-    folder: Path, adapter: AdapterSource | None = None, options: MergeOptions = AS_MERGED
-) -> dict[str, Any]:
-    """Compare the hash of every file in a folder with the recorded one.
+@dataclass(frozen=True)
+class Verified:
+    """What has become of a folder that was verified once."""
+
+    folder: Path
+    kind: str
+    """merged model, export or run."""
+    sealed: bool
+    """Whether there are hashes to compare with, and a hash of the file that holds them."""
+    files: int
+    """How many were compared."""
+    proved: AnyVerification | None = None
+    """What verification.json says, or what has been proved again; None of a run."""
+    proved_again: bool = False
+    remarks: tuple[str, ...] = ()
+    """Differences in files that no program loads."""
+    warnings: tuple[str, ...] = ()
+
+    def values(self) -> dict[str, Any]:
+        """In JSON types; the hashes of the files are left out."""
+        proved = self.proved and {key: value for key, value in self.proved.values().items() if key != "files"}
+        return {**vars(self), "folder": str(self.folder), "proved": proved}
+
+
+def verify_folder(folder: Path, adapter: AdapterSource | None = None, options: MergeOptions = AS_MERGED) -> Verified:
+    """Read every file of a folder and compare its hash with the recorded one.
 
     Args:
         folder: a merged model, an export, or a run.
         adapter: repeats the full verification of a merged model.
         options: options of that verification; dtype and kind of base are the folder's.
 
-    Returns:
-        folder, kind, sealed (whether there are hashes to compare, also of a run's manifest), proved (the content of
-        verification.json; None for a run), proved_again, files (number), remarks (differences in files that no program
-        loads), warnings.
-
     Raises:
         LoratuneError: there are no records, a file that programs load has changed, or the merged model is not base +
             adapter.
     """
-    values = read_verification(folder)
-    if values is None:
+    verification = read_verification(folder)
+    if verification is None:
         return _verify_run(folder, adapter)
-    check = check_files(folder, values)
+    check = check_files(folder, verification)
     if check is None and adapter is None:
         raise LoratuneError(
             f"{folder / VERIFICATION} holds no hashes: an earlier version of loratune made the folder. Make it again, "
@@ -55,24 +72,24 @@ def verify_folder(
     problems = check.lines(is_loaded) if check else []
     if problems:
         raise LoratuneError(f"{folder} is not as it was verified:\n{bullet_list(problems)}", Exit.MODEL)
-    proved = {key: value for key, value in values.items() if key != "files"}
-    warnings: list[str] = []
+    warnings = seal_remarks(folder, verification)
+    proved = verification
     if adapter:
-        again, warnings = _prove_again(folder, values, adapter, options)
-        proved |= again
-    return {
-        "folder": str(folder),
-        "kind": values.get("kind"),
-        "sealed": check is not None,
-        "files": check.files if check else 0,
-        "remarks": check.lines(is_idle) if check else [],
-        "proved": proved,
-        "proved_again": adapter is not None,
-        "warnings": warnings,
-    }
+        merged, unchecked = _prove_again(folder, verification, adapter, options)
+        proved, warnings = replace(verification, proved=merged), [*warnings, *unchecked]
+    return Verified(
+        folder,
+        verification.kind,
+        sealed=check is not None and verification.is_sealed,
+        files=check.files if check else 0,
+        proved=proved,
+        proved_again=adapter is not None,
+        remarks=tuple(check.lines(is_idle)) if check else (),
+        warnings=tuple(warnings),
+    )
 
 
-def _verify_run(folder: Path, adapter: AdapterSource | None) -> dict[str, Any]:
+def _verify_run(folder: Path, adapter: AdapterSource | None) -> Verified:
     if not (folder / MANIFEST).is_file():
         raise LoratuneError(
             f"{folder}: nothing can be verified: no {VERIFICATION} of loratune and no {MANIFEST} in it; give a "
@@ -84,29 +101,28 @@ def _verify_run(folder: Path, adapter: AdapterSource | None) -> dict[str, Any]:
     source = open_settled_adapter(folder)
     manifest = source.manifest
     files, is_sealed = (manifest.files or {}, manifest.is_sealed) if manifest else ({}, False)
-    return {"folder": str(folder), "kind": "run", "sealed": is_sealed, "files": len(files), "remarks": [],
-            "proved": None, "proved_again": False, "warnings": source.remarks}  # fmt: skip
+    return Verified(folder, "run", is_sealed, len(files), warnings=tuple(source.remarks))
 
 
 def _prove_again(
-    folder: Path, values: dict[str, Any], source: AdapterSource, options: MergeOptions
-) -> tuple[dict[str, Any], list[str]]:
-    """Verify an existing folder like `merge`; also return warnings about what could not be checked, or was forced."""
-    if values.get("kind") != MERGED:
+    folder: Path, verification: AnyVerification, source: AdapterSource, options: MergeOptions
+) -> tuple[MergedModel, list[str]]:
+    """What `merge` proves, of a folder that is there already; and what could not be checked, or was let through."""
+    known = verification.proved
+    if not isinstance(known, MergedModel):
         raise LoratuneError(f"{folder}: no merged model, so there is no merge to prove", Exit.USAGE)
-    if values.get("combined"):
+    if known.combined:
         raise LoratuneError(f"{folder} was merged from several adapters: its hashes alone can be verified", Exit.USAGE)
-    if values.get("adapter_sha256") != file_sha256(source.adapter / WEIGHTS_FILE):
+    if known.adapter_sha256 != file_sha256(source.adapter / WEIGHTS_FILE):
         raise LoratuneError(f"{folder} was merged from another adapter than {source.adapter}", Exit.MODEL)
-    named = values.get("dtype")
+    named = known.dtype
     dtype = getattr(torch, named) if named in ("float32", "float16", "bfloat16") else None
     job = job_of(source, folder.resolve(), replace(options, dtype=dtype))
-    kind = values.get("merge_base", "original")
-    files = base_files(job, kind)
-    candidate = Candidate(kind, files, _plan_of(folder, job, files), folder)
+    files = base_files(job, known.merge_base)
+    candidate = Candidate(known.merge_base, files, _plan_of(folder, job, files), folder)
     prove_files(job, candidate)
-    _, proved = prove_models(job, [candidate])
-    return {"read_back": asdict(candidate.read_back) if candidate.read_back else None, **proved}, job.warnings
+    _, models = prove_models(job, [candidate])
+    return replace(known, read_back=candidate.read_back, models=models), job.warnings
 
 
 def _plan_of(folder: Path, job: Job, files: TensorFiles) -> MergePlan:

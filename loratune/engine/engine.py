@@ -12,11 +12,13 @@ from pathlib import Path
 from loratune.data.encoding.encoder import Encoder
 from loratune.data.formats.conversation import Message
 from loratune.engine.exchange import NOTHING, Answer, Piece, Question, joined
+from loratune.engine.kv_cache import token_bytes
 from loratune.engine.loading import LoadedModel, Voice, open_voices
-from loratune.engine.scheduler import Decoder, Running
+from loratune.engine.running import Running
+from loratune.engine.scheduler import Decoder
 from loratune.engine.ticket import Ticket, gathering, make_ticket
 from loratune.errors import Exit, LoratuneError
-from loratune.model.architecture.structure import text_config
+from loratune.model.architecture.structure import causal_model, text_config
 from loratune.model.hardware import detect_hardware
 from loratune.model.memory import free_memory_bytes, is_out_of_memory
 
@@ -37,11 +39,20 @@ class Engine:
     def __init__(self, loaded: LoadedModel, slots: int = 32) -> None:
         self.model = model = loaded.model
         self.base_name, self.voices = loaded.base_name, loaded.voices
-        self.warnings = loaded.warnings
+        self.warnings = list(loaded.warnings)
         self.adapters = [name for name in self.voices if name is not None]
         self.context_tokens: int = text_config(model.config).max_position_embeddings
         self.slots = slots
-        self.decoder = Decoder(model, slots, CACHE_SHARE * free_memory_bytes(detect_hardware()))
+        hardware = detect_hardware()
+        cache_bytes = CACHE_SHARE * free_memory_bytes(hardware)
+        self.decoder = Decoder(model, slots, cache_bytes)
+        room = int(cache_bytes / token_bytes(causal_model(model)))
+        if hardware.is_gpu and room < self.context_tokens:  # a CPU's memory is taken only as it is written
+            self.warnings.append(
+                f"this GPU has room for the keys and values of {room:,} tokens, the model for "
+                f"{self.context_tokens:,}; longer conversations are refused"
+            )
+            self.context_tokens = room
         self._inbox: queue.SimpleQueue[Ticket | None] = queue.SimpleQueue()
         self._tickets: dict[Running, Ticket] = {}
         self._model_lock, self._tokenizer_lock = threading.Lock(), threading.Lock()
@@ -193,6 +204,7 @@ class Engine:
             except BaseException as error:  # delivered to all waiting requests
                 for ticket in list(self._tickets.values()):
                     self._end(ticket, "error", _explained(error))
+                self.decoder.reset()
         while not self._inbox.empty():
             if late := self._inbox.get():
                 self._tickets[late.running] = late

@@ -24,13 +24,14 @@ from loratune.model.architecture.structure import (
     layer_states,
 )
 from loratune.model.kernels.packed_attention import OTHER_TERMS
+from loratune.protocols import CausalModel
 
 SLOT_ATTENTION = "slots"
 """Name of the attention function as a model's attn_implementation."""
 LENGTH_UNIT = 64
 """Keys are read up to a multiple of this, because libraries below torch compile and cache a kernel per shape."""
 SLOTS_UNIT = 4
-"""Slots are allocated in multiples of this, so that not every new sequence copies the cache."""
+"""Slots after the first are made so many at a time, so that not every new answer copies those that run."""
 
 
 class DecodingError(LoratuneError):
@@ -40,8 +41,8 @@ class DecodingError(LoratuneError):
         super().__init__(f"{kind} is not supported for inference in loratune; use transformers' generate", Exit.MODEL)
 
 
-def use_slot_attention(model: Any) -> None:
-    """Switch a model's attention to the slots of a `SlotCache`.
+def use_slot_attention(model: CausalModel) -> None:
+    """Have a model attend to the slots of a `SlotCache`.
 
     Raises:
         DecodingError: it has layers with another kind of state, such as linear attention.
@@ -55,8 +56,8 @@ def use_slot_attention(model: Any) -> None:
     model.set_attn_implementation(SLOT_ATTENTION)
 
 
-def token_bytes(model: Any) -> int:
-    """Return the bytes of one token's keys and values in all layers."""
+def token_bytes(model: CausalModel) -> int:
+    """What the keys and values of one token take."""
     config = model.config
     return 2 * layer_count(config) * key_value_heads(config) * head_size(config) * int(model.dtype.itemsize)
 
@@ -80,7 +81,9 @@ class Feed:
     end: int = field(init=False)
     """Length up to which keys are read."""
     positions: torch.Tensor = field(init=False)
-    """int64 [rows, width]; 0 for padding."""
+    """int64 [rows, width]; 0 where a row is filled up."""
+    places: torch.Tensor = field(init=False)
+    """`slots` and `starts` on the device, int64 [2, rows]; one copy for all layers, since a GPU waits for each."""
     _masks: dict[int | None, torch.Tensor] = field(init=False, default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -88,9 +91,10 @@ class Feed:
         self.width = 1 if widest == 1 else _rounded(widest, LENGTH_UNIT // 2)
         ends = [start + count for start, count in zip(self.starts, self.counts, strict=True)]
         self.end = _rounded(max(ends), LENGTH_UNIT)
-        first = torch.tensor(ends, device=self.device).unsqueeze(1) - self.width
+        numbers = torch.tensor([self.slots, self.starts, ends, self.counts], device=self.device)
+        self.places = numbers[:2]
+        first, fill = numbers[2].unsqueeze(1) - self.width, self.width - numbers[3].unsqueeze(1)
         steps = torch.arange(self.width, device=self.device)
-        fill = self.width - torch.tensor(self.counts, device=self.device).unsqueeze(1)
         self.positions = torch.where(steps < fill, 0, first + steps)
 
     def mask(self, window: int | None) -> torch.Tensor:
@@ -110,8 +114,8 @@ class Feed:
 
 
 def reserved_tokens(slots: int, length: int) -> int:
-    """Return the number of tokens that a cache of this many slots and this length has room for, after rounding."""
-    return _rounded(slots, SLOTS_UNIT) * _rounded(length, LENGTH_UNIT)
+    """How many tokens a cache has room for that was asked for so many slots of such a length."""
+    return _rounded_slots(slots) * _rounded(length, LENGTH_UNIT)
 
 
 class SlotCache(Cache):
@@ -137,9 +141,15 @@ class SlotCache(Cache):
         """
         if slots <= self._slots and length <= self._length:
             return
-        self._slots, self._length = _rounded(slots, SLOTS_UNIT), _rounded(length, LENGTH_UNIT)
+        wanted = _rounded_slots(slots), _rounded(length, LENGTH_UNIT)
+        # One tensor at a time, each old one let go before the next is made, as a GPU's memory is taken at once. Where
+        # it runs out, the layers that have grown serve as the smaller ones did.
+        for layer in range(len(self._kept)):
+            for place in range(len(self._kept[layer])):
+                moved = self._moved(self._kept[layer][place], *wanted)
+                self._kept[layer] = (*self._kept[layer][:place], moved, *self._kept[layer][place + 1 :])
+        self._slots, self._length = wanted
         self._written = min(self._written, self._length)
-        self._kept = [tuple(map(self._moved, kept)) for kept in self._kept]
 
     def holds(self, slot: int, length: int) -> bool:
         """Return whether a slot has room for this many tokens."""
@@ -161,11 +171,12 @@ class SlotCache(Cache):
             raise RuntimeError("a pass over the slots without a feed")
         self._written = max(self._written, feed.end)
         if not self._kept[layer]:
-            self._kept[layer] = (self._room(keys), self._room(values))
+            room = self._slots, self._length
+            self._kept[layer] = (_storage(keys, *room), _storage(values, *room))
         read = []
         for storage, new in zip(self._kept[layer], (keys, values), strict=True):
             _write(storage, new, feed)
-            read.append(_rows(storage, feed.slots)[:, :, : feed.end])
+            read.append(_rows(storage[:, :, : feed.end], feed))
         return tuple(read)
 
     def move(self, source: int, target: int, length: int) -> None:
@@ -183,16 +194,17 @@ class SlotCache(Cache):
     def size_bytes(self) -> int:
         return sum(storage.numel() * storage.element_size() for kept in self._kept for storage in kept)
 
-    def _room(self, like: torch.Tensor) -> torch.Tensor:
-        """Allocate storage for one layer; on a CPU it takes no memory until it is written."""
-        return like.new_zeros(self._slots, like.shape[1], self._length, like.shape[3])
-
-    def _moved(self, old: torch.Tensor) -> torch.Tensor:
-        """Return the contents in storage of the current size."""
-        new = self._room(old)
-        slots = min(len(new), len(old))
-        new[:slots, :, : self._written] = old[:slots, :, : self._written]
+    def _moved(self, old: torch.Tensor, slots: int, length: int) -> torch.Tensor:
+        """Storage of another size, with what has been written."""
+        new = _storage(old, slots, length)
+        slots, written = min(slots, len(old)), min(self._written, length)
+        new[:slots, :, :written] = old[:slots, :, :written]
         return new
+
+
+def _storage(like: torch.Tensor, slots: int, length: int) -> torch.Tensor:
+    """Empty storage of one layer; on a CPU it takes no memory until it is written."""
+    return like.new_zeros(slots, like.shape[1], length, like.shape[3])
 
 
 def no_mask(**_: Any) -> None:
@@ -233,21 +245,26 @@ def attend_slots(
     return output.reshape(rows, heads, width, size).transpose(1, 2), None
 
 
-def _rows(storage: torch.Tensor, slots: list[int]) -> torch.Tensor:
-    """Return a view if the slots are consecutive, otherwise a copy."""
-    first = slots[0]
-    if slots == list(range(first, first + len(slots))):
-        return storage[first : first + len(slots)]
-    return storage[slots]
+def _rows(storage: torch.Tensor, feed: Feed) -> torch.Tensor:
+    """A view where the slots follow each other, else a copy."""
+    first = feed.slots[0]
+    if feed.slots == list(range(first, first + len(feed.slots))):
+        return storage[first : first + len(feed.slots)]
+    return storage[feed.places[0]]
 
 
 def _write(storage: torch.Tensor, new: torch.Tensor, feed: Feed) -> None:
     if feed.width == 1:
-        places = torch.tensor([feed.slots, feed.starts], device=new.device)
-        storage[places[0], :, places[1]] = new[:, :, 0]
+        slots, starts = feed.places
+        storage[slots, :, starts] = new[:, :, 0]
         return
     for row, (slot, start, count) in enumerate(zip(feed.slots, feed.starts, feed.counts, strict=True)):
         storage[slot, :, start : start + count] = new[row, :, feed.width - count :]
+
+
+def _rounded_slots(count: int) -> int:
+    """One alone, as most chats are, or several at a time."""
+    return count if count <= 1 else _rounded(count, SLOTS_UNIT)
 
 
 def _rounded(count: int, unit: int) -> int:

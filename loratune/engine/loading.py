@@ -6,7 +6,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 from loratune.data.encoding.encoder import Encoder
 from loratune.errors import Exit, LoratuneError
@@ -19,8 +18,10 @@ from loratune.model.hardware import detect_hardware
 from loratune.model.tokenizer import load_tokenizer, set_pad_token
 from loratune.model.tying import head_is_tied
 from loratune.plain_files import is_folder
+from loratune.protocols import CausalModel
 from loratune.recipe.sections import ModelSettings, PromptSettings
 from loratune.runs.base_check import BaseCheck
+from loratune.runs.intact import require_intact
 from loratune.runs.opening import (
     AdapterSource,
     base_settings,
@@ -30,7 +31,6 @@ from loratune.runs.opening import (
     open_adapter,
 )
 from loratune.runs.tensor_hashes import TensorHashes
-from loratune.runs.verification import require_intact
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ class Voice:
 class LoadedModel:
     """A base model with its adapters, in eval mode."""
 
-    model: Any
+    model: CausalModel
     base_name: str
     """Name of the base for clients."""
     voices: dict[str | None, Voice]
@@ -110,8 +110,10 @@ def open_voices(adapters: Sequence[tuple[str, Path]], model: str | None, force: 
     return LoadedModel(loaded.eval(), base_name, voices, tuple(warnings))
 
 
-def _with_adapters(model: Any, sources: dict[str, AdapterSource], folder: Path) -> tuple[Any, list[str]]:
-    """Attach adapters to their base, and verify that the base is unchanged.
+def _with_adapters(
+    model: CausalModel, sources: dict[str, AdapterSource], folder: Path
+) -> tuple[CausalModel, list[str]]:
+    """Put adapters on their base, and make sure that it is still what it was for all others.
 
     Returns:
         The model, and warnings about missing vocabulary.

@@ -9,7 +9,6 @@ from __future__ import annotations
 import warnings
 from collections import defaultdict, deque
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -17,11 +16,12 @@ from torch.nn import functional
 
 from loratune.engine.kv_cache import Feed, SlotCache, reserved_tokens, token_bytes, use_slot_attention
 from loratune.engine.prefix_cache import Prefixes
-from loratune.engine.sampling import Sampling
+from loratune.engine.running import Running
 from loratune.engine.token_choice import TokenChooser
 from loratune.model.adapter.own_parameters import BASE, own_parameters
-from loratune.model.architecture.structure import causal_model, layer_count, output_layer
+from loratune.model.architecture.structure import causal_model, is_adapted, layer_count, output_layer
 from loratune.model.kernels.few_rows import give_up_few_row_products, use_few_row_products
+from loratune.protocols import AdaptedModel, CausalModel
 
 PROMPT_PART = 512
 """Maximum prompt tokens of a sequence per step, so that a long prompt does not block running sequences."""
@@ -29,42 +29,6 @@ PROMPT_TOKENS = 2048
 """Maximum prompt tokens of all sequences per step."""
 KEPT_BYTES = 2 * 2**30
 """Maximum size of an idle KV cache, which is kept for the next request of a conversation."""
-
-
-@dataclass(eq=False)
-class Running:
-    """A sequence being generated."""
-
-    prompt: list[int]
-    """Token ids, at least one."""
-    sampling: Sampling
-    ends: frozenset[int]
-    """Token ids that end the sequence."""
-    adapter: str = BASE
-    """PEFT's name of the adapter."""
-    tokens: list[int] = field(default_factory=list)
-    """Generated token ids, including the end token."""
-    finish: str | None = None
-    """Finish reason: "stop" at an end token, "length" at max_new_tokens."""
-    slot: int = -1
-    read: int = 0
-    """Number of prompt tokens in the KV cache."""
-    chooser: TokenChooser | None = None
-
-    @property
-    def ids(self) -> list[int]:
-        """Token ids of prompt and answer."""
-        return [*self.prompt, *self.tokens]
-
-    @property
-    def longest(self) -> int:
-        """Maximum total length of prompt and answer."""
-        return len(self.prompt) + self.sampling.max_new_tokens
-
-    @property
-    def held(self) -> int:
-        """Number of tokens with keys in the cache: all but the newest."""
-        return len(self.prompt) + len(self.tokens) - 1 if self.tokens else self.read
 
 
 class Decoder:
@@ -79,10 +43,10 @@ class Decoder:
         DecodingError: the model has layers without keys and values.
     """
 
-    def __init__(self, model: Any, slots: int = 32, cache_budget_bytes: float | None = None) -> None:
+    def __init__(self, model: CausalModel, slots: int = 32, cache_budget_bytes: float | None = None) -> None:
         self.model = model
+        self._adapted = model if is_adapted(model) else None
         base = causal_model(model)
-        self._has_adapters = base is not model
         use_slot_attention(base)
         self._large_layers = use_few_row_products(base)
         # The last position's states are strided, and CPU bfloat16 products of strided rows are a hundred times slower.
@@ -99,8 +63,8 @@ class Decoder:
         self._budget_tokens = None if cache_budget_bytes is None else cache_budget_bytes / token_bytes(base)
         self._adapter: str | None = None
         self._own = own_parameters(base)
-        # PEFT mixes adapters within a batch, but not with DoRA.
-        configs = model.peft_config if self._has_adapters else {}
+        # PEFT computes rows of several adapters at once, but not with DoRA.
+        configs = self._adapted.peft_config if self._adapted else {}
         self._apart = {name for name in configs if configs[name].use_dora or self._own.is_apart(name)}
 
     def vocabulary(self, adapter: str) -> int:
@@ -151,8 +115,7 @@ class Decoder:
             if running.finish:
                 self.remove(running)
         if self.is_idle and self._cache.size_bytes > KEPT_BYTES:
-            self._cache.clear()
-            self._prefixes.forget()
+            self.reset()
         return advanced
 
     @torch.inference_mode()  # type: ignore[untyped-decorator]
@@ -178,15 +141,22 @@ class Decoder:
                 total += float(functional.cross_entropy(logits.float(), wanted, reduction="sum"))
         return total
 
+    def reset(self) -> None:
+        """Give all memory of keys and values back; no answer may be running."""
+        self._cache.clear()
+        self._prefixes.forget()
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+
     def close(self) -> None:
         """Free the memory and restore the model, except for its attention."""
         self._cache.clear()
         self._hook.remove()
         give_up_few_row_products(self._large_layers)
-        if self._adapter == BASE:
-            self.model.base_model.enable_adapter_layers()
-        if self._has_adapters:
-            self._own.select([self.model.active_adapter])
+        if self._adapted and self._adapter == BASE:
+            self._adapted.base_model.enable_adapter_layers()
+        if self._adapted:
+            self._own.select([self._adapted.active_adapter])
 
     def _begin(self, running: Running) -> None:
         """Assign a slot to a sequence, and reuse a cached prefix of its prompt."""
@@ -264,24 +234,24 @@ class Decoder:
         return logits
 
     def _take_adapters(self, names: list[str]) -> dict[str, Any]:
-        """Select each row's adapter; several at once use PEFT's mixed-batch forward."""
-        if not self._has_adapters:
+        """Have each row computed with its adapter, by PEFT's own mixed forward where there are several."""
+        if self._adapted is None:
             return {}
         is_mixed = len(set(names)) > 1
-        self._switch(next(name for name in names if name != BASE) if is_mixed else names[0])
+        self._switch(self._adapted, next(name for name in names if name != BASE) if is_mixed else names[0])
         self._own.select(names)
         return {"adapter_names": names} if is_mixed else {}
 
-    def _switch(self, adapter: str) -> None:
+    def _switch(self, model: AdaptedModel, adapter: str) -> None:
         if adapter == self._adapter:
             return
         if adapter == BASE:
             with warnings.catch_warnings():  # the warning claims that trained biases stay in the base; here they do not
                 warnings.simplefilter("ignore", UserWarning)
-                self.model.base_model.disable_adapter_layers()
+                model.base_model.disable_adapter_layers()
         else:
-            self.model.base_model.enable_adapter_layers()
-            self.model.set_adapter(adapter)
+            model.base_model.enable_adapter_layers()
+            model.set_adapter(adapter)
         self._adapter = adapter
 
     def _choose(self, rows: Sequence[Running], logits: torch.Tensor) -> None:

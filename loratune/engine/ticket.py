@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 from loratune.data.encoding.encoder import Encoder
 from loratune.data.tools.call_form import CallStream
 from loratune.engine.exchange import CALLED, Piece, Question, joined
-from loratune.engine.scheduler import Running
+from loratune.engine.running import Running
 from loratune.engine.text import OPENING, Parts, TextStream
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 from pathlib import Path
-from typing import Any
 
 import torch
 from transformers import BitsAndBytesConfig
@@ -13,20 +12,22 @@ from loratune.errors import Exit, LoratuneError
 from loratune.extras import needs
 from loratune.model.from_folder import load_from_folder
 from loratune.model.hardware import Hardware, resolve_attention, resolve_dtype
+from loratune.protocols import CausalModel
 from loratune.recipe.sections import ModelSettings
 
 
-def load_base(settings: ModelSettings, folder: Path, hardware: Hardware) -> Any:
-    """Load the base model onto its device, frozen and optionally quantised.
+def load_base(settings: ModelSettings, folder: Path, hardware: Hardware) -> CausalModel:
+    """The base model on its device, frozen, quantised if asked.
 
     Raises:
         LoratuneError: this machine does not support the settings, or weights and config do not match.
     """
+    dtype = resolve_dtype(settings.dtype, hardware)
     return load_from_folder(
         folder,
-        dtype=resolve_dtype(settings.dtype, hardware),
+        dtype=dtype,
         quantization_config=_quantization(settings, hardware),
-        attn_implementation=resolve_attention(settings.attn_implementation, hardware),
+        attn_implementation=resolve_attention(settings.attn_implementation, hardware, dtype),
         device_map={"": hardware.device},
     )
 

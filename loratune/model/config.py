@@ -26,6 +26,7 @@ from transformers.utils import logging as transformers_logging
 from loratune.errors import Exit, LoratuneError, bullet_list
 from loratune.model.files import CONFIG, check_values
 from loratune.plain_files import CONFIG_BYTES, read_json_object
+from loratune.protocols import CausalModel, ModelConfig
 
 GENERATION_CONFIG = "generation_config.json"
 # Of the keys that all config classes share; the others change a model's outputs, or belong to classifiers.
@@ -43,8 +44,8 @@ ADVICE = "fetch the file again, or correct it"
 READ = re.compile(r"\bconfig\.([a-z]\w*)|getattr\((?:self\.)?config, \"([a-z]\w*)\"")
 
 
-def load_config(folder: Path, is_quantized: bool = False) -> Any:
-    """Load the config of a model folder, as transformers' class of its model_type.
+def load_config(folder: Path, is_quantized: bool = False) -> ModelConfig:
+    """The config of a model folder, of the class that its model_type has in transformers.
 
     Args:
         folder: model folder.
@@ -69,14 +70,15 @@ def load_config(folder: Path, is_quantized: bool = False) -> Any:
     return _built(path, kept, CONFIG_MAPPING[kind])
 
 
-def empty_model(config: Any) -> Any:
-    """Build a causal language model from a config on the meta device.
+def empty_model(config: ModelConfig) -> CausalModel:
+    """A causal language model of a config's sizes that takes no memory.
 
     Raises:
         Exception: of any type, if no model can be built from the config.
     """
     with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config)
+        model: CausalModel = AutoModelForCausalLM.from_config(config)
+    return model
 
 
 @functools.cache
@@ -92,8 +94,8 @@ def allowed_keys(model_type: str) -> frozenset[str]:
     return frozenset(declared | read | set(config_class.attribute_map) | COMMON_KEYS | ROPE_KEYS)
 
 
-def _built(path: Path, values: dict[str, Any], config_class: Any) -> Any:
-    """Build a config from validated values.
+def _built(path: Path, values: dict[str, Any], config_class: Any) -> ModelConfig:
+    """A config of checked values.
 
     Raises:
         LoratuneError: names the keys that transformers rejects.
@@ -109,18 +111,18 @@ def _built(path: Path, values: dict[str, Any], config_class: Any) -> Any:
     return config
 
 
-def _tried(config_class: Any, values: dict[str, Any]) -> Any:
-    """Build a config, a model from it, and one layer of each type that it names, which may need more settings.
+def _tried(config_class: Any, values: dict[str, Any]) -> ModelConfig:
+    """A config of which a model can be made, and a layer run of each kind that it names: some need more settings.
 
     Raises:
         Exception: of any type.
     """
-    config = config_class(**values)
+    config: ModelConfig = config_class(**values)
     empty_model(config)
     for kind in sorted({*(values.get("layer_types") or ())} - {"full_attention"}):
         layer = empty_model(config_class(**values | {"num_hidden_layers": 1, "layer_types": [kind]}))
-        with torch.no_grad(), contextlib.suppress(RuntimeError):  # operations that need values fail on the meta device
-            layer(torch.zeros(1, 2, dtype=torch.long, device="meta"))
+        with torch.no_grad(), contextlib.suppress(RuntimeError):  # a step that looks at values, which meta has none of
+            layer(input_ids=torch.zeros(1, 2, dtype=torch.long, device="meta"))
     return config
 
 

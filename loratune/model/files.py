@@ -119,8 +119,8 @@ def check_config(folder: Path) -> None:
         )
     if config.get("quantization_config") is not None:
         raise QuantizedFolderError(
-            f"{folder}: its weights are quantised already; give the full-precision model (model.base in a recipe, else "
-            "--model). Training can quantise it: model.quantization nf4 or int8",
+            f"{folder}: its weights are quantised already; give the full-precision model (model.base in a recipe, "
+            "--base-model beside an adapter, else --model). Training can quantise it: model.quantization nf4 or int8",
             Exit.MODEL,
         )
     if not (folder / "tokenizer.json").is_file() and not (folder / "vocab.json").is_file():

@@ -13,12 +13,14 @@ from loratune.model.architecture.file_layout import file_layout
 from loratune.model.architecture.vocabulary import vocabulary_of
 from loratune.model.config import empty_model, load_config, load_generation_config
 from loratune.model.files import weight_files
+from loratune.model.memory import is_out_of_memory
 from loratune.model.tying import head_is_tied
 from loratune.model.weights.tensor_files import TensorFiles
+from loratune.protocols import CausalModel, ModelConfig
 
 
-def load_from_folder(folder: Path, is_quantized: bool = False, **options: Any) -> Any:
-    """Load a causal language model, frozen.
+def load_from_folder(folder: Path, is_quantized: bool = False, **options: Any) -> CausalModel:
+    """A causal language model, frozen.
 
     Args:
         folder: model folder.
@@ -46,8 +48,8 @@ def load_from_folder(folder: Path, is_quantized: bool = False, **options: Any) -
         )
     except LoratuneError:
         raise
-    except Exception as error:  # transformers and torch raise many types for bad files
-        if "allocate" in str(error) or isinstance(error, MemoryError):
+    except Exception as error:  # of values in files, each layer of transformers and torch raises another kind
+        if is_out_of_memory(error):
             raise
         reason = " ".join(str(error).split())[:300] or type(error).__name__
         raise LoratuneError(f"{folder}: cannot be loaded: {reason}", Exit.MODEL) from error
@@ -65,12 +67,13 @@ def load_from_folder(folder: Path, is_quantized: bool = False, **options: Any) -
             "file again, or correct it",
             Exit.MODEL,
         )
-    model.config.tie_word_embeddings = is_tied
-    return model.requires_grad_(False)
+    loaded: CausalModel = model.requires_grad_(False)
+    loaded.config.tie_word_embeddings = is_tied
+    return loaded
 
 
-def _check_shapes(folder: Path, config: Any) -> None:
-    """Compare the shapes that a config implies with those of the weights, before allocating memory."""
+def _check_shapes(folder: Path, config: ModelConfig) -> None:
+    """Compare the sizes that a config states with the weights' own, before anything is allocated for them."""
     infos, model = TensorFiles(weight_files(folder)).infos, empty_model(config)
     held = {name: info.shape for name, info in file_layout(model, infos).infos(infos).items()}
     wanted = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}

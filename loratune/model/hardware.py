@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
+import warnings
 from dataclasses import dataclass
+from pathlib import Path
 
 import psutil
 import torch
+from transformers.utils import is_flash_attn_2_available
 
 from loratune.errors import Exit, LoratuneError
+
+NVIDIA_DRIVER = Path("/proc/driver/nvidia/version")
+"""There while the kernel's NVIDIA driver is loaded, whatever torch can do with it."""
+FLASH_CAPABILITY = (8, 0)
+"""The lowest that flash attention has kernels for."""
 
 
 @dataclass(frozen=True)
@@ -21,7 +28,11 @@ class Hardware:
     """Whether bfloat16 products run in hardware."""
     name: str
     processes: int = 1
-    """Number of processes started by torchrun, over all machines."""
+    """As torchrun has started them, over all machines."""
+    capability: tuple[int, int] = (0, 0)
+    """CUDA compute capability of the GPU, such as (8, 9)."""
+    others: int = 0
+    """Further GPUs that this process does not use."""
 
     @property
     def is_distributed(self) -> bool:
@@ -36,14 +47,15 @@ class Hardware:
 def detect_hardware() -> Hardware:
     """Use the GPU of this process's local rank, or the CPU with one thread per physical core.
 
-    A user's OMP_NUM_THREADS overrides the number of threads; torchrun sets it to 1, which is ignored.
+    OMP_NUM_THREADS decides the number of threads instead where a user has set it; torchrun sets it to 1 by itself.
+
+    Raises:
+        LoratuneError: a GPU is there, and torch cannot use it.
     """
     processes = int(os.environ.get("WORLD_SIZE", "1"))
     if torch.cuda.is_available():
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
-        torch.cuda.set_device(device)
-        has_bfloat16 = torch.cuda.is_bf16_supported(including_emulation=False)
-        return Hardware(device, has_bfloat16, torch.cuda.get_device_name(), processes)
+        return _gpu(processes)
+    _require_no_gpu()
     local_processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     if "OMP_NUM_THREADS" not in os.environ or local_processes > 1:
         torch.set_num_threads(max(1, _usable_cores() // local_processes))
@@ -51,6 +63,80 @@ def detect_hardware() -> Hardware:
     has_bfloat16 = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
     name = f"CPU, {threads} thread{'s' if threads > 1 else ''}"
     return Hardware(torch.device("cpu"), has_bfloat16, name, processes)
+
+
+def _gpu(processes: int) -> Hardware:
+    count = torch.cuda.device_count()
+    # A launcher may show each process a GPU of its own, all of which are number 0.
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % count)
+    capability = torch.cuda.get_device_capability(device)
+    name = torch.cuda.get_device_name(device)
+    _require_kernels(name, capability)
+    torch.cuda.set_device(device)
+    # cuDNN makes a plan for every new length of a document, which takes about a second each.
+    torch.backends.cuda.enable_cudnn_sdp(False)
+    has_bfloat16 = torch.cuda.is_bf16_supported(including_emulation=False)
+    others = count - 1 if processes == 1 else 0
+    return Hardware(device, has_bfloat16, name, processes, capability, others)
+
+
+def _require_kernels(name: str, capability: tuple[int, int]) -> None:
+    """Make sure that this torch was compiled for a card.
+
+    Raises:
+        LoratuneError: it was not; the first computation would fail, with a message that blames the model.
+    """
+    compiled = [_architecture(name) for name in torch.cuda.get_arch_list()]
+    # Code of an architecture runs on later ones of the same generation, PTX on all later ones.
+    fits = [at <= capability and (at[0] == capability[0] or kind == "compute") for kind, at in compiled]
+    if not fits or any(fits):
+        return
+    names = ", ".join(f"{major}.{minor}" for _, (major, minor) in compiled)
+    raise LoratuneError(
+        f"{name} has compute capability {capability[0]}.{capability[1]}, and torch {torch.__version__} was compiled "
+        f"for {names}. Install a build of torch for this card, such as `pip install torch --index-url "
+        "https://download.pytorch.org/whl/cu126`, or use the CPU with CUDA_VISIBLE_DEVICES=-1",
+        Exit.IO,
+    )
+
+
+def _architecture(name: str) -> tuple[str, tuple[int, int]]:
+    """(sm or compute, capability) of a name such as sm_90 or sm_120a."""
+    kind, _, number = name.partition("_")
+    major, minor = divmod(int(number.rstrip("af")), 10)
+    return kind, (major, minor)
+
+
+def _require_no_gpu() -> None:
+    """Make sure that a machine whose GPU torch cannot use doesn't compute on the CPU in silence.
+
+    Raises:
+        LoratuneError: the NVIDIA driver is loaded, no GPU can be used, and CUDA_VISIBLE_DEVICES doesn't say that none
+            should be.
+    """
+    if os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1") or not NVIDIA_DRIVER.exists():
+        return
+    driver = " ".join(NVIDIA_DRIVER.read_text().split("\n")[0].split()) or "unknown"
+    raise LoratuneError(
+        f"this machine has an NVIDIA GPU that torch cannot use: {_why_no_gpu()}\n"
+        f"driver: {driver}; torch {torch.__version__}, made for CUDA {torch.version.cuda or 'none'}\n"
+        "Install a newer driver, or a build of torch for this one (https://pytorch.org/get-started/locally); "
+        "CUDA_VISIBLE_DEVICES=-1 uses the CPU",
+        Exit.IO,
+    )
+
+
+def _why_no_gpu() -> str:
+    """What torch says of it, which is a warning or an exception."""
+    if torch.version.cuda is None:
+        return "this build of torch has no CUDA"
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        try:
+            torch.cuda.init()
+        except Exception as error:
+            return " ".join(str(error).split())
+    return " ".join(str(seen[-1].message).split()) if seen else "no reason given"
 
 
 def _usable_cores() -> int:
@@ -75,16 +161,34 @@ def resolve_dtype(name: str, hardware: Hardware) -> torch.dtype:
     return dtype
 
 
-def resolve_attention(name: str, hardware: Hardware) -> str:
-    """Return transformers' attention implementation for a recipe's setting.
+def resolve_attention(name: str, hardware: Hardware, dtype: torch.dtype) -> str:
+    """The transformers attention implementation of a recipe's attention setting.
+
+    Args:
+        name: the setting.
+        hardware: that the model is on.
+        dtype: that it computes in.
 
     Raises:
-        LoratuneError: flash attention is requested but not available.
+        LoratuneError: flash attention is asked for and cannot run.
     """
-    has_flash = hardware.is_gpu and importlib.util.find_spec("flash_attn") is not None
-    if name == "flash_attention_2" and not has_flash:
+    missing = _what_flash_attention_lacks(hardware, dtype)
+    if name == "flash_attention_2" and missing:
         raise LoratuneError(
-            "model.attn_implementation flash_attention_2 needs a GPU and the package flash-attn; use auto or sdpa",
-            Exit.USAGE,
+            f"model.attn_implementation flash_attention_2 needs {' and '.join(missing)}; use auto or sdpa", Exit.USAGE
         )
-    return ("flash_attention_2" if has_flash else "sdpa") if name == "auto" else name
+    return ("sdpa" if missing else "flash_attention_2") if name == "auto" else name
+
+
+def _what_flash_attention_lacks(hardware: Hardware, dtype: torch.dtype) -> list[str]:
+    if not hardware.is_gpu:
+        return ["a GPU"]
+    found = []
+    if hardware.capability < FLASH_CAPABILITY:
+        found.append("a GPU of compute capability 8.0 or higher")
+    if dtype not in (torch.bfloat16, torch.float16):
+        found.append("model.dtype bfloat16 or float16")
+    # Not by the name of its folder, which flash-attn-4 has too.
+    if not is_flash_attn_2_available():
+        found.append("the package flash-attn 2")
+    return found

@@ -19,6 +19,8 @@ GROUPS = [
     ("memory.max", "memory.current", "memory.stat"),
     ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes", "memory/memory.stat"),
 ]
+OUT_OF_MEMORY = ("DefaultCPUAllocator", "CUBLAS_STATUS_ALLOC_FAILED", "CUDA error: out of memory")
+"""In messages of errors that have no class of their own: of the CPU's allocator, of cuBLAS, and of the driver."""
 RECLAIMABLE = ("inactive_file", "total_inactive_file")
 
 
@@ -41,6 +43,11 @@ def free_memory_bytes(hardware: Hardware) -> int:
     if hardware.is_gpu:
         free, _ = torch.cuda.mem_get_info()
         return int(free + torch.cuda.memory_reserved() - torch.cuda.memory_allocated())
+    return free_main_memory_bytes()
+
+
+def free_main_memory_bytes() -> int:
+    """This process's share of main memory that is free, within the container's bound."""
     free = int(min([psutil.virtual_memory().available, *_free_in_group(Path("/sys/fs/cgroup"))]))
     return free // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
@@ -70,5 +77,7 @@ def peak_memory_bytes(hardware: Hardware) -> int:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Return whether an exception means out of memory; torch's CPU allocator raises a plain RuntimeError."""
-    return isinstance(error, MemoryError | torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)
+    """Whether an exception says that memory ran out; allocators and cuBLAS raise plain RuntimeErrors."""
+    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+        return True
+    return isinstance(error, RuntimeError) and any(text in str(error) for text in OUT_OF_MEMORY)

@@ -84,7 +84,7 @@ class BaseCheck:
         if not self._force:
             can_insist = self._fits is None or refusal(self._fits) is None
             other = ", or insist with --force" if can_insist else "; to this one it does not fit"
-            raise LoratuneError(f"{message}. Give the right base with --model{other}", Exit.MODEL)
+            raise LoratuneError(f"{message}. Give the right base with --base-model{other}", Exit.MODEL)
         self._warnings.append(message)
 
     def _trained_name(self) -> str:

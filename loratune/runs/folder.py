@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,9 @@ from loratune.writing import PROGRAM as PROGRAM
 from loratune.writing import write_json
 
 FORMAT_VERSION = 1
-"""Version of manifest.json and verification.json."""
+"""Of manifest.json."""
+SEALED_BY = "sha256"
+"""Key of a file's hash of all else that it says."""
 RECIPE, MANIFEST, STATUS, REPORT = "recipe.yaml", "manifest.json", "status.json", "report.json"
 ADAPTER, CHECKPOINTS, METRICS, PLOT, PROBE = "adapter", "checkpoints", "metrics.jsonl", "loss.png", "probe.json"
 LOCK, LOCK_OWNER = ".lock", ".lock-owner.json"
@@ -47,6 +50,17 @@ def sealed(path: Path) -> dict[str, Any]:
 def values_sha256(values: dict[str, Any]) -> str:
     """Return the hex sha256 of JSON values, independent of the order of keys."""
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
+
+
+def with_seal(values: dict[str, Any]) -> dict[str, Any]:
+    """JSON values with their hash among them."""
+    return values | {SEALED_BY: values_sha256(values)}
+
+
+def has_changed(values: Mapping[str, Any]) -> bool:
+    """Whether values are others than their hash was made of; those without a hash may be any."""
+    own = values.get(SEALED_BY)
+    return own is not None and own != values_sha256({key: value for key, value in values.items() if key != SEALED_BY})
 
 
 def file_sha256(path: Path) -> str:

@@ -10,12 +10,9 @@ from typing import Any, TypeVar
 from loratune.errors import Exit, LoratuneError
 from loratune.plain_files import read_json_object
 from loratune.runs.file_hashes import are_records
-from loratune.runs.folder import ADAPTER, FORMAT_VERSION, MANIFEST, values_sha256
+from loratune.runs.folder import ADAPTER, FORMAT_VERSION, MANIFEST, SEALED_BY, has_changed, with_seal
 from loratune.runs.record import RunRecord, read_record
 from loratune.writing import write_json
-
-SEALED_BY = "sha256"
-"""Key of the hash over all other values."""
 
 
 @dataclass(frozen=True)
@@ -91,9 +88,8 @@ class Manifest:
 
 
 def write_manifest(run: Path, manifest: Manifest) -> None:
-    """Replace a run's manifest, including a hash of its own values."""
-    values = manifest.values()
-    write_json(run / MANIFEST, values | {SEALED_BY: values_sha256(values)})
+    """Replace a run's manifest, with a hash of its own values in it."""
+    write_json(run / MANIFEST, with_seal(manifest.values()))
 
 
 def write_files(run: Path, files: Mapping[str, Mapping[str, Any]]) -> None:
@@ -114,22 +110,21 @@ def read_manifest(run: Path) -> Manifest:
             f"{FORMAT_VERSION})",
             Exit.MODEL,
         )
-    own = values.pop(SEALED_BY, None)
-    if own not in (None, values_sha256(values)):
+    if has_changed(values):
         raise LoratuneError(
             f"{run / MANIFEST}: has been changed since the run wrote it, so nothing of the run can be checked; restore "
             f"it, or copy {run / ADAPTER} elsewhere and give the copy, which is taken as a plain adapter",
             Exit.MODEL,
         )
     try:
-        return _parsed(values, own is not None)
+        return _parsed(values)
     except ValueError as error:
         raise LoratuneError(f"{run / MANIFEST}: {error}", Exit.MODEL) from error
     except (TypeError, KeyError, AttributeError) as error:
         raise LoratuneError(f"{run / MANIFEST}: damaged: {type(error).__name__}: {error}", Exit.MODEL) from error
 
 
-def _parsed(values: dict[str, Any], is_sealed: bool) -> Manifest:
+def _parsed(values: dict[str, Any]) -> Manifest:
     files = values.get("files", {})
     return Manifest(
         base=_base(values.get("base")),
@@ -140,7 +135,7 @@ def _parsed(values: dict[str, Any], is_sealed: bool) -> Manifest:
         record=read_record(values["record"]) if "record" in values else None,
         created=str(values.get("created", "")),
         files=files if are_records(files) else None,
-        is_sealed=is_sealed,
+        is_sealed=values.get(SEALED_BY) is not None,
     )
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from loratune.errors import Exit, LoratuneError
 from loratune.plain_files import is_file, is_folder, read_json_object
@@ -17,6 +16,8 @@ from loratune.runs.manifest import Manifest, TrainedBase, read_manifest
 from loratune.runs.record import RunRecord
 from loratune.runs.seals import ADAPTER_CONFIG, changed_files, open_sealed, require_same_settings, require_unchanged
 from loratune.runs.tokenizer_files import TOKENIZER_CONFIG, count_tokens
+from loratune.runs.typed_json import as_typed
+from loratune.runs.verification import Combined, MergedModel, read_verification
 
 
 @dataclass(frozen=True)
@@ -31,9 +32,9 @@ class AdapterSource:
     run: Path | None
     """Run folder; None for a plain PEFT folder."""
     changed: tuple[str, ...] = ()
-    """Changed files, if they were forced."""
-    combined: dict[str, Any] | None = None
-    """How it was combined from several adapters, if it was."""
+    """Its files that are not as the run left them, if that was let through."""
+    combined: Combined | None = None
+    """How it was made of several adapters, if it was."""
     checkpoint: Checkpoint | None = None
     """The checkpoint, whose seal records its training, if it is one."""
 
@@ -150,7 +151,8 @@ def base_settings(source: AdapterSource, model: str | None) -> ModelSettings:
     named = read_json_object(source.adapter / ADAPTER_CONFIG).get("base_model_name_or_path")
     if model is None and not (isinstance(named, str) and named and is_folder(Path(named))):
         raise LoratuneError(
-            f"{source.adapter} names its base {named!r}, which is not followed; give the base with --model", Exit.MODEL
+            f"{source.adapter} names its base {named!r}, which is not followed; give the base with --base-model",
+            Exit.MODEL,
         )
     return ModelSettings(base=model or str(named))
 
@@ -160,14 +162,12 @@ def merged_prompt(folder: Path) -> PromptSettings:
 
     The merged template includes the other settings; the thinking mode is an argument of the template.
     """
-    if not (folder / VERIFICATION).is_file():
+    verification = read_verification(folder)
+    if verification is None:
         return PromptSettings()
-    known = read_json_object(folder / VERIFICATION)
-    return PromptSettings(
-        enable_thinking=bool(known.get("thinking")),
-        generation_prompt=known.get("generation_prompt", "template"),
-        date=known.get("date"),
-    )
+    merged = verification.proved if isinstance(verification.proved, MergedModel) else MergedModel()
+    known = {"enable_thinking": merged.thinking, "generation_prompt": merged.generation_prompt, "date": merged.date}
+    return as_typed(PromptSettings, known, folder / VERIFICATION)
 
 
 def check_same_template(source: AdapterSource, sha256: str) -> None:

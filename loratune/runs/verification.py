@@ -1,118 +1,275 @@
-"""verification.json of merged and exported folders: how they were made and verified, and a hash of every file."""
+"""verification.json: what was proved of a merged or exported folder. It is typed, and read and written here alone."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, TypeVar
 
-from loratune.errors import Exit, LoratuneError, bullet_list
+from loratune.errors import Exit, LoratuneError
 from loratune.plain_files import read_json_object
-from loratune.runs.file_hashes import FileCheck, are_records, compare_files
-from loratune.runs.folder import FORMAT_VERSION, PROGRAM, VERIFICATION, file_sha256, sealed
-from loratune.runs.remembered import remembered_sha256
+from loratune.runs.file_hashes import Records, are_records
+from loratune.runs.folder import PROGRAM, SEALED_BY, VERIFICATION, has_changed, with_seal
+from loratune.runs.typed_json import as_typed, require_version
 from loratune.runs.versions import library_versions
 from loratune.writing import write_json
 
-LOADED = (".safetensors", ".gguf", ".bin", ".json", ".jinja", ".txt", ".model", ".py", "Modelfile")
-"""Suffixes of files that programs load; model cards, licences and a hub's files do not affect a model."""
+VERIFICATION_VERSION = 1
+MERGED, EXPORT = "merged model", "export"
+MODELS = "models"
+"""Field of a merged model whose own fields stand beside it in the file."""
 
 
-def is_loaded(name: str) -> bool:
-    """Return whether programs could load a file of this name, so that a change could change the model."""
-    return name.endswith(LOADED)
+@dataclass(frozen=True)
+class Parity:
+    """A candidate's next-token distributions beside the reference's."""
+
+    tokens: int
+    """Positions compared."""
+    largest_difference: float
+    """Of two logits."""
+    mean_kl: float
+    """Mean Kullback-Leibler divergence of the candidate from the reference, in nats."""
+    top1_agreement: float
+    """Share of positions where both have the same likeliest token."""
+    clear_disagreement: float
+    """Share of positions where the candidate's likeliest token is less than half as likely as the reference's own."""
+    largest_logit: float
+    """The reference's, by absolute value: the scale of the difference."""
 
 
-def is_idle(name: str) -> bool:
-    """Return whether no program loads a file of this name."""
-    return not is_loaded(name)
+@dataclass(frozen=True)
+class Bounds:
+    """What rounding may do; a wrong merge is off by orders of magnitude.
+
+    The share of equal likeliest tokens is no bound: where two are as likely, as everywhere in an untrained model, any
+    rounding decides between them.
+    """
+
+    difference: float
+    """Of logits, relative to the largest one."""
+    mean_kl: float
+    """nats."""
+    clear_disagreement: float
 
 
-def write_verification(folder: Path, kind: str, report: dict[str, Any], hashes: bool = True) -> dict[str, Any]:
-    """Write verification.json, the last file of a folder.
+@dataclass(frozen=True)
+class Answer:
+    """The merged model's answer to a question, and where base + adapter would have gone another way."""
+
+    question: str
+    merged: str
+    adapter: str
+    """Up to its first other token; the merged model's text if there is none."""
+
+
+@dataclass(frozen=True)
+class ModelProof:
+    """What has been verified, and what running the models has shown; None where they were not run."""
+
+    verified: str = "nothing"
+    """files and logits, files, or nothing."""
+    logits: Mapping[str, Parity] | None = None
+    """Of each way of merging that was tried, beside base + adapter."""
+    logits_with_rounding: Mapping[str, Parity] | None = None
+    """The same beside base + adapter with the rounding errors of the merged weights, for which the bounds hold."""
+    compared_on: str | None = None
+    """Which rows."""
+    without_adapter: Parity | None = None
+    """The base alone."""
+    bounds: Bounds | None = None
+    """That were held."""
+    answers: tuple[Answer, ...] | None = None
+
+
+@dataclass(frozen=True)
+class ReadBack:
+    """What comparing a merged model's files with the base and with PEFT's own merge has shown."""
+
+    tensors: int
+    identical: int = 0
+    """Tensors without an update whose every byte is the base's, or its value rounded to the new type."""
+    updated: int = 0
+    rows: int = 0
+    """Rows of updated tensors, all of which have been compared with PEFT's own."""
+    sampled_rows: int = 0
+    """Of those, the ones that were computed in float64 too."""
+    largest_error_steps: float = 0.0
+    """Largest difference from base + update, in rounding steps of the written type; rounding alone makes up to 0.5."""
+    largest_forward_error: float = 0.0
+    """Of a layer: how far PEFT's merge lies from PEFT's own pass, as a share of how far the base alone does."""
+    lost_to_rounding: float = 0.0
+    """Size of what rounding has changed, as a share of the update's."""
+    unchanged: tuple[str, ...] = ()
+    """Updated tensors of which every value still equals the base's: the update is smaller than the type can hold."""
+
+
+@dataclass(frozen=True)
+class CombinedAdapter:
+    """One of several that were merged together."""
+
+    weight: float
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Combined:
+    """How several adapters became one."""
+
+    method: str
+    density: float | None
+    adapters: Mapping[str, CombinedAdapter]
+
+
+@dataclass(frozen=True)
+class MergeSeconds:
+    """Since the process began."""
+
+    until_files_proved: float
+    total: float
+
+
+@dataclass(frozen=True)
+class MergedModel:
+    """What is said of a merged model; None, or what earlier versions did alone, where they said nothing."""
+
+    base: str | None = None
+    """Its name, without a local path."""
+    base_checked: str = "nothing"
+    """How much of its weights was compared with the trained ones': as `loratune.runs.base_check` has it."""
+    quantization_in_training: str = "none"
+    merge_base: str = "original"
+    adapter_sha256: str | None = None
+    combined: Combined | None = None
+    thinking: bool = False
+    """As prompt.enable_thinking."""
+    generation_prompt: str = "template"
+    date: str | None = None
+    dtype: str | None = None
+    """Of the weights."""
+    bytes: int | None = None
+    """Of all tensors."""
+    read_back: ReadBack | None = None
+    warnings: tuple[str, ...] = ()
+    changed_files: tuple[str, ...] = ()
+    """What differs from the base's files beside the weights."""
+    models: ModelProof = field(default_factory=ModelProof)
+    seconds: MergeSeconds | None = None
+
+
+@dataclass(frozen=True)
+class GgufReadBack:
+    """What a GGUF file that was read again holds."""
+
+    tensors: int
+    tokens: int
+    """Of the vocabulary."""
+    bytes_by_type: Mapping[str, int]
+    fallbacks: tuple[str, ...]
+    """Tensors that stay f16 since q8_0 cannot hold their rows."""
+    largest_difference: float
+    """Of two weights."""
+
+
+@dataclass(frozen=True)
+class ExportedFolder:
+    """What is said of an export; None for what its format has not."""
+
+    format: str
+    file: str | None = None
+    read_back: GgufReadBack | Parity | None = None
+    logits: Parity | None = None
+    """Beside the merged model."""
+    max_lora_rank: int | None = None
+    tool_call_parser: str | None = None
+    reasoning_parser: str | None = None
+
+
+Proved = TypeVar("Proved", bound="MergedModel | ExportedFolder")
+
+
+@dataclass(frozen=True)
+class Verification(Generic[Proved]):
+    """What a folder's verification.json says."""
+
+    proved: Proved
+    versions: Mapping[str, str] = field(default_factory=dict)
+    """Library → version."""
+    files: Records | None = None
+    """Each other file's `bytes` and `sha256`; None where an earlier version recorded none."""
+    is_sealed: bool = False
+    """Whether the file has a hash of its own, without which it may say anything; versions before wrote none."""
+
+    @property
+    def kind(self) -> str:
+        """What the folder is."""
+        return MERGED if isinstance(self.proved, MergedModel) else EXPORT
+
+    def values(self) -> dict[str, Any]:
+        """In JSON types, in the file's layout, without the hash of its own."""
+        proved: dict[str, Any] = {}
+        for name, value in asdict(self.proved).items():
+            proved |= value if name == MODELS else {name: value}
+        files = {"files": dict(self.files)} if self.files is not None else {}
+        known = {"program": PROGRAM, "format_version": VERIFICATION_VERSION, "versions": dict(self.versions)}
+        return {**known, "kind": self.kind, **proved, **files}
+
+    def sealed_values(self) -> dict[str, Any]:
+        """The same with the hash, as the file holds it."""
+        return with_seal(self.values())
+
+
+AnyVerification = Verification[MergedModel | ExportedFolder]
+
+
+def write_verification(folder: Path, proved: Proved, files: Records | None = None) -> Verification[Proved]:
+    """Write verification.json, the last file of a folder, with a hash of its own values in it.
 
     Args:
-        folder: folder with all other files.
-        kind: "merged model" or "export".
-        report: results of the verification.
-        hashes: whether to record hashes of all files; temporary folders need none.
+        folder: with everything else in it.
+        proved: of it.
+        files: from `loratune.runs.intact.recorded_files`; a folder that goes away again needs none.
 
     Returns:
-        The content of the file.
+        What the file says.
     """
-    values = {"program": PROGRAM, "format_version": FORMAT_VERSION, "versions": library_versions(), "kind": kind}
-    values |= report
-    if hashes:
-        values["files"] = {name: sealed(path) for name, path in sorted(_files(folder))}
-    write_json(folder / VERIFICATION, values)
-    return values
+    verification = Verification(proved, library_versions(), files, is_sealed=True)
+    write_json(folder / VERIFICATION, verification.sealed_values())
+    return verification
 
 
-def read_verification(folder: Path) -> dict[str, Any] | None:
-    """Return the content of a folder's verification.json; None if it is missing or another program's.
+def read_verification(folder: Path) -> AnyVerification | None:
+    """What a folder's verification.json says; None where there is none, or it is another program's.
 
     Raises:
-        LoratuneError: it cannot be read.
+        LoratuneError: it cannot be read, is damaged, has been changed, or was written by another version of loratune.
     """
-    if not (folder / VERIFICATION).is_file():
+    path = folder / VERIFICATION
+    if not path.is_file():
         return None
-    values = read_json_object(folder / VERIFICATION)
-    return values if values.get("program") == PROGRAM else None
-
-
-def check_files(folder: Path, values: dict[str, Any], hash_of: Callable[[Path], str] = file_sha256) -> FileCheck | None:
-    """Compare a folder's files with its verification.json.
-
-    Args:
-        folder: the folder.
-        values: content of its verification.json.
-        hash_of: returns a file's sha256.
-
-    Returns:
-        None for a folder of an earlier version, which recorded no hashes.
-
-    Raises:
-        LoratuneError: verification.json is damaged, or a file cannot be read.
-    """
-    if "files" not in values:
+    values = read_json_object(path)
+    if values.get("program") != PROGRAM:
         return None
-    known = values["files"]
-    if not known or not are_records(known):
+    require_version(values, VERIFICATION_VERSION, path)
+    if has_changed(values):
         raise LoratuneError(
-            f"{folder / VERIFICATION}: damaged: it does not say what the folder's files were", Exit.MODEL
+            f"{path}: has been changed since it was written, so nothing of the folder can be checked; restore it, make "
+            "the folder again, or remove the file: what is left is taken as any other model",
+            Exit.MODEL,
         )
-    return compare_files(folder, known, dict(_files(folder)), hash_of)
+    files = values.get("files")
+    if "files" in values and not (files and are_records(files)):
+        raise LoratuneError(f"{path}: damaged: it does not say what the folder's files were", Exit.MODEL)
+    return Verification(
+        _proved(values, path), dict(values.get("versions") or {}), files, values.get(SEALED_BY) is not None
+    )
 
 
-def require_intact(folder: Path, force: bool) -> list[str]:
-    """Raise if files of a merged or exported folder have changed; other folders pass.
-
-    Unlike in `loratune verify`, hashes are cached until a file is changed.
-
-    Args:
-        folder: a model's folder.
-        force: warn instead of raising.
-
-    Returns:
-        The forced problems.
-
-    Raises:
-        LoratuneError: files that programs load were changed, removed, or added.
-    """
-    values = read_verification(folder)
-    check = check_files(folder, values, remembered_sha256) if values else None
-    problems = check.lines(is_loaded) if check else []
-    if not problems:
-        return []
-    message = f"{folder} is not as it was verified:\n{bullet_list(problems, limit=5)}"
-    if force:
-        return [message]
-    raise LoratuneError(f"{message}\nmake it again, or insist with --force", Exit.MODEL)
-
-
-def _files(folder: Path) -> Iterator[tuple[str, Path]]:
-    """Yield name and path of every file except verification.json and hidden files, which hubs and editors write."""
-    for path in folder.rglob("*"):
-        name = path.relative_to(folder).as_posix()
-        if path.is_file() and name != VERIFICATION and not any(part.startswith(".") for part in name.split("/")):
-            yield name, path
+def _proved(values: dict[str, Any], path: Path) -> MergedModel | ExportedFolder:
+    kind = values.get("kind", EXPORT if "format" in values else MERGED)  # the first versions did not say
+    if kind == MERGED:
+        return replace(as_typed(MergedModel, values, path), models=as_typed(ModelProof, values, path))
+    if kind == EXPORT:
+        return as_typed(ExportedFolder, values, path)
+    raise LoratuneError(f"{path}: damaged: kind: {kind!r} is neither {MERGED!r} nor {EXPORT!r}", Exit.MODEL)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
@@ -13,6 +12,7 @@ from loratune.model.architecture.structure import causal_model, decoder_of, text
 from loratune.model.hardware import Hardware
 from loratune.model.kernels.linear_cross_entropy import CHUNK_BYTES
 from loratune.model.memory import free_memory_bytes
+from loratune.protocols import AdaptedModel
 
 SAMPLE_TOKENS = 256
 """Long enough that memory independent of the number of tokens hardly counts."""
@@ -41,8 +41,10 @@ class Activations:
         return self.needed_bytes <= self.free_bytes
 
 
-def measure_activations(model: Any, tokens: int, longest: int, is_packed: bool, hardware: Hardware) -> Activations:
-    """Measure on a short document how many bytes the model keeps per token.
+def measure_activations(
+    model: AdaptedModel, tokens: int, longest: int, is_packed: bool, hardware: Hardware
+) -> Activations:
+    """Have the model show on a short document what it keeps for each token.
 
     Args:
         model: a PEFT model on its device.

@@ -6,6 +6,7 @@ import copy
 import importlib.util
 from typing import Any
 
+import torch
 from trl import SFTConfig
 
 from loratune.errors import Exit, LoratuneError
@@ -35,12 +36,9 @@ def training_arguments(
     Returns:
         The configuration, and a warning for each setting that this machine cannot use as given.
     """
-    training, warnings = recipe.training, list[str]()
+    training = recipe.training
     dtype = resolve_dtype(recipe.model.dtype, hardware)
-    if recipe.model.dtype == "auto" and str(dtype) == "torch.float32":
-        warnings.append(
-            "this CPU has no bfloat16 instructions: the model is trained in float32, which takes twice the memory"
-        )
+    warnings = _precision_warnings(recipe, hardware, dtype)
     optimizer = _served_optimizer(training.optimizer, hardware)
     if optimizer != training.optimizer:
         warnings.append(f"training.optimizer {training.optimizer} needs a GPU; {optimizer} is used")
@@ -69,13 +67,38 @@ def training_arguments(
         report_to="none",  # loratune runs trackers in separate processes
         # The base has its dtype already: autocast would convert tensors again and again, and disable fused LoRA layers.
         bf16=False,
-        fp16=hardware.is_gpu and str(dtype) == "torch.float16",
+        fp16=hardware.is_gpu and dtype == torch.float16,
         use_cpu=not hardware.is_gpu,
         ddp_backend="gloo" if hardware.is_distributed and not hardware.is_gpu else None,
         ddp_find_unused_parameters=False,
         dataloader_pin_memory=hardware.is_gpu,
+        accelerator_config={"non_blocking": hardware.is_gpu},
     )
+    arguments._n_gpu = min(1, arguments._n_gpu)  # else several GPUs make it nn.DataParallel, which TRL refuses
     return arguments, warnings
+
+
+def _precision_warnings(recipe: Recipe, hardware: Hardware, dtype: torch.dtype) -> list[str]:
+    """What this machine computes slowly, or in another type than the user may expect."""
+    model, found = recipe.model, list[str]()
+    if model.dtype == "auto" and dtype == torch.float32:
+        found.append(
+            "this CPU has no products of bfloat16: the model is trained in float32, which takes twice the memory"
+        )
+    if hardware.is_gpu and not hardware.has_bfloat16:
+        computing = {"model.dtype": model.dtype}
+        if model.quantization == "nf4":
+            computing["model.compute_dtype"] = model.compute_dtype
+        slow = [name for name, value in computing.items() if value == "bfloat16"]
+        if slow:
+            found.append(f"{hardware.name} only emulates bfloat16, which is slow; set {' and '.join(slow)} to auto")
+    if hardware.others:
+        count = hardware.others + 1
+        found.append(
+            f"training uses one of {count} GPUs, {hardware.name}; `torchrun --nproc-per-node {count} -m loratune sft …`"
+            " uses all, and CUDA_VISIBLE_DEVICES chooses one"
+        )
+    return found
 
 
 def _optimisation(training: TrainingSettings, optimizer: str, is_gpu: bool) -> dict[str, Any]:

@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from loratune.training.trainer import AdapterTrainer
 
 SHOWN_ROWS = 8
+MOST_SKIPPED = 20
+"""Steps in a row that float16's scaler may skip: it begins at 2¹⁶ and halves its scale each time."""
 ZERO_REASONS = {
     "loss": "the loss is exactly 0: the model already predicts every answer with certainty, so nothing is left to "
     "learn: use fewer epochs, or other rows",
@@ -104,7 +106,7 @@ class Metrics(TrainerCallback):
         last_seconds, last_tokens = self._last
         self._last = (training_seconds, tokens)
         record = {"loss": logs["loss"], "learning_rate": logs["learning_rate"]}
-        if "grad_norm" in logs:
+        if math.isfinite(logs.get("grad_norm", math.nan)):  # not in a step that float16's scaler has skipped
             record["gradient_norm"] = logs["grad_norm"]
         speed = (tokens - last_tokens) / max(training_seconds - last_seconds, 1e-9)
         return record | {"tokens": tokens, "tokens_per_second": round(speed, 1)}
@@ -165,6 +167,7 @@ class DivergenceGuard(TrainerCallback):
     def __init__(self, trainer: AdapterTrainer, place: Callable[[int], str], warn: Callable[[str], None]) -> None:
         self.trainer, self.place, self.warn = trainer, place, warn
         self._zeros: set[str] = set()
+        self._skipped = 0
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float], **_: Any) -> None:
         """Check the trainer's log.
@@ -173,17 +176,27 @@ class DivergenceGuard(TrainerCallback):
             LoratuneError: with step, loss, gradient norm and learning rate.
         """
         bad = [name for name in ("loss", "grad_norm", "eval_loss") if not math.isfinite(logs.get(name, 0.0))]
+        if bad == ["grad_norm"] and self._is_scale_search():
+            return
         if bad:
             figures = ", ".join(
                 f"{name} {logs[name]:g}" for name in ("loss", "grad_norm", "learning_rate", "eval_loss") if name in logs
             )
             raise self._diverged(f"at step {state.global_step}: {figures}")
         if "loss" in logs:
+            self._skipped = 0
             self.trainer.forget_rows()
         for name in ZERO_REASONS:
             if logs.get(name) == 0 and name not in self._zeros:
                 self._zeros.add(name)
                 self.warn(f"step {state.global_step}: {ZERO_REASONS[name]}")
+
+    def _is_scale_search(self) -> bool:
+        """Whether float16's scaler has skipped the step: it begins too high, and halves its scale until it fits."""
+        accelerator = self.trainer.accelerator
+        self._skipped += 1
+        was_skipped = accelerator.scaler is not None and accelerator.optimizer_step_was_skipped
+        return was_skipped and self._skipped <= MOST_SKIPPED
 
     def on_step_end(self, args: Any, state: Any, control: Any, model: Any, **_: Any) -> None:
         """Check the weights before a checkpoint, unless the step's log will include loss and gradient norm.

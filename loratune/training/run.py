@@ -31,17 +31,17 @@ from loratune.model.kernels.norm_mlp import use_fused_elementwise
 from loratune.model.kernels.packed_attention import use_document_attention
 from loratune.model.memory import keep_freed_memory
 from loratune.model.tokenizer import load_tokenizer, set_pad_token
-from loratune.plain_files import read_json_object
-from loratune.protocols import Tokenizer
+from loratune.protocols import AdaptedModel, Tokenizer
 from loratune.recipe.advice import advise
 from loratune.recipe.sections import Recipe
 from loratune.runs.card import write_card
 from loratune.runs.checkpoint import Checkpoint, open_checkpoint, seal_checkpoint
-from loratune.runs.folder import ADAPTER, REPORT, set_status
+from loratune.runs.folder import ADAPTER, set_status
 from loratune.runs.lock import run_lock
 from loratune.runs.output import begin_run, prepare_output, seal_run
 from loratune.runs.probe import MAX_QUESTIONS, save_probe
 from loratune.runs.record import RunRecord
+from loratune.runs.report import Report, read_report, write_report
 from loratune.runs.state import next_command
 from loratune.runs.tensor_hashes import TensorHashes
 from loratune.runs.tokenizer_files import copy_tokenizer_files
@@ -59,7 +59,7 @@ from loratune.training.notes import Notes
 from loratune.training.record import identity_now, manifest_of
 from loratune.training.reporting.closing import close_run
 from loratune.training.reporting.overview import parts_of_memory, show_data, show_model
-from loratune.training.reporting.report import write_report
+from loratune.training.reporting.report import report_of
 from loratune.training.reporting.start_up import StartUp
 from loratune.training.steps import StepPlan, plan_steps
 from loratune.training.trainer import AdapterTrainer
@@ -92,8 +92,8 @@ class Prepared:
 class Session(Prepared):
     """Everything that a run gathers before its first step."""
 
-    model: Any
-    """The base with the adapter, as a PEFT model."""
+    model: AdaptedModel
+    """The base with the adapter on it, as PEFT makes it."""
     summary: AdapterSummary
     held: dict[str, str]
     """Memory use by part, for out-of-memory messages."""
@@ -108,8 +108,8 @@ class Running:
     watchers: Watchers
 
 
-def train(recipe: Recipe, overwrite: bool = False, resume: Resume | None = None) -> dict[str, Any]:
-    """Train an adapter and write a run folder.
+def train(recipe: Recipe, overwrite: bool = False, resume: Resume | None = None) -> Report | None:
+    """Train an adapter as the recipe says and leave a run folder.
 
     Nothing is written before data, model and settings have been validated.
 
@@ -119,7 +119,7 @@ def train(recipe: Recipe, overwrite: bool = False, resume: Resume | None = None)
         resume: continue the run in the folder.
 
     Returns:
-        The content of report.json.
+        The report, as in the run's report.json; None in a process that is not the main one.
 
     Raises:
         LoratuneError: with the problem and advice.
@@ -136,16 +136,16 @@ def train(recipe: Recipe, overwrite: bool = False, resume: Resume | None = None)
         prepared = _prepare(*as_begun(recipe, output, start), output, stops)
         if start and resume:
             check_identity(start, identity_now(prepared), resume.allow_changes)
-            if message := completion(output, start, prepared.plan.steps, recipe.evaluation.early_stopping):
-                console.say(message)
-                return read_json_object(output / REPORT)
+            if told := completion(output, start, prepared.plan.steps, recipe.evaluation.early_stopping):
+                console.say(told)
+                return read_report(output)
         session = _load(prepared)
         stack.enter_context(machine_errors_explained(recipe, session.held))
         return _train(session, start)
 
 
-def _train(session: Session, start: Checkpoint | None) -> dict[str, Any]:
-    """Make the remaining steps and finish the run."""
+def _train(session: Session, start: Checkpoint | None) -> Report | None:
+    """Make the steps that are left, and finish the run."""
     output, stops = session.output, session.stops
     running = _build_trainer(session, identity_now(session))
     trainer = running.trainer
@@ -166,9 +166,11 @@ def _train(session: Session, start: Checkpoint | None) -> dict[str, Any]:
             running.watchers.progress.close()
             running.watchers.trackers.close()
         stops.raise_if_any()
+        if not is_main_process():  # the checkpoints may be on the first one's machine alone
+            return None
         _take_best(trainer, running.watchers.keeper)
-        report = _finish(session, running) if is_main_process() else {}
-    return close_run(session, running, report) if is_main_process() else {}
+        report = _finish(session, running)
+    return close_run(session, running, report)
 
 
 def _go_on(running: Running, start: Checkpoint, steps: int) -> None:
@@ -262,14 +264,15 @@ def _take_best(trainer: AdapterTrainer, keeper: CheckpointKeeper) -> None:
         load_adapter_weights(trainer.accelerator.unwrap_model(trainer.model), open_checkpoint(best).folder)
 
 
-def _finish(session: Session, running: Running) -> dict[str, Any]:
-    """Write the adapter with tokenizer and model card, then the report, and seal the run."""
+def _finish(session: Session, running: Running) -> Report:
+    """Write the adapter with its tokenizer and card, then the report, and seal the run."""
     trainer, metrics, keeper = running.trainer, running.watchers.metrics, running.watchers.keeper
     with folder_in_one_step(session.output / ADAPTER) as folder:
         save_adapter(trainer.accelerator.unwrap_model(trainer.model), folder)
         copy_tokenizer_files(session.base, folder)
         attempted("the adapter's card", lambda: write_card(folder, RunRecord.of(session.recipe)), session.notes.warn)
-    report = write_report(session, trainer, metrics, keeper)
+    report = report_of(session, trainer, metrics, keeper)
+    write_report(session.output, report)
     seal_run(session.output)
     stood = {"step": trainer.state.global_step, "steps": trainer.state.max_steps, "stopped_early": keeper.stopped_early}
     set_status(session.output, "finished", **stood)

@@ -26,6 +26,17 @@ from loratune.training.checkpoints.stops import Stops, ValidationStopped
 from loratune.writing import folder_in_one_step
 
 
+def _train_in_float32(model: Any) -> None:
+    """Keep trained weights in float32, whatever the base is in.
+
+    TRL casts the adapter of a quantised base to bfloat16. AdamW would lose steps below 2⁻⁸ of a weight then, and the
+    scaler of float16 training has no kernel for such gradients.
+    """
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
+
+
 class AdapterTrainer(SFTTrainer):
     """Trains a PEFT model on rows that already have ids and labels."""
 
@@ -55,6 +66,7 @@ class AdapterTrainer(SFTTrainer):
             **settings,
         )
         self.remove_callback(PrinterCallback)
+        _train_in_float32(self.model)
         self._batching, self._train_lengths = batching, train.lengths
         self._stops, self._seal = stops, seal
         self._newest_rows: list[int] = []

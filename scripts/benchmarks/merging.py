@@ -38,7 +38,7 @@ def run(arguments: argparse.Namespace) -> None:
     peft_folder = adapter / "adapter" if (adapter / "adapter").is_dir() else adapter
     with tempfile.TemporaryDirectory(dir=Path.cwd(), prefix=".benchmark-") as place:
         output = Path(place) / "merged"
-        ours = [sys.executable, "-m", "loratune", "merge", "--adapter", str(adapter), "--model", str(base)]
+        ours = [sys.executable, "-m", "loratune", "merge", "--adapter", str(adapter), "--base-model", str(base)]
         commands = {
             "cp and sync": ["sh", "-c", f"cp -r {shlex.quote(str(base))} {shlex.quote(str(output))} && sync"],
             "loratune merge, files proved": [*ours, "--output", str(output), "--no-logits"],

@@ -12,7 +12,7 @@ import re
 from dataclasses import dataclass
 from datetime import date, datetime, time
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 from loratune.data.template.answer_ends import ANSWER, MARK, QUESTION, Render, Tools, frame_answer
 from loratune.data.template.own import OWN_TEMPLATES
@@ -67,8 +67,15 @@ class ChatTemplate:
     """Other warnings about the template."""
 
 
-def find_templates(tokenizer: Tokenizer, name: str) -> tuple[str, str]:
-    """Return the texts of the templates for conversations without tools and with tools.
+class TemplateTexts(NamedTuple):
+    """The texts that render conversations; mostly the same."""
+
+    plain: str
+    with_tools: str
+
+
+def find_templates(tokenizer: Tokenizer, name: str) -> TemplateTexts:
+    """The texts that render conversations without tools and with them.
 
     Args:
         tokenizer: a transformers tokenizer; transformers chooses among several named templates.
@@ -78,14 +85,14 @@ def find_templates(tokenizer: Tokenizer, name: str) -> tuple[str, str]:
         LoratuneError: there is no template, there are several without a default, or one is too long.
     """
     if name in OWN_TEMPLATES:
-        return OWN_TEMPLATES[name], OWN_TEMPLATES[name]
+        return TemplateTexts(OWN_TEMPLATES[name], OWN_TEMPLATES[name])
     known = tokenizer.chat_template
     if known is None:
         raise LoratuneError(
             "the tokenizer has no chat template (a base model?); set prompt.template to plain or alpaca", Exit.MODEL
         )
     try:
-        texts = tokenizer.get_chat_template(), tokenizer.get_chat_template(tools=[PROBE_TOOL])
+        texts = TemplateTexts(tokenizer.get_chat_template(), tokenizer.get_chat_template(tools=[PROBE_TOOL]))
     except ValueError as error:
         raise LoratuneError(
             f"the tokenizer has several chat templates ({', '.join(sorted(known))}) and none is called default; call "

@@ -59,9 +59,9 @@ class ChatRenderer:
         added = tokenizer.added_tokens_decoder.values()
         self._control = re.compile("|".join(re.escape(token.content) for token in added) or "(?!)")
         self._special = re.compile("|".join(re.escape(token.content) for token in added if token.special) or "(?!)")
-        plain, with_tools = find_templates(tokenizer, settings.template)
-        self._plain = self._studied(plain, ())
-        self._with_tools = self._plain if with_tools == plain else self._studied(with_tools, [PROBE_TOOL])
+        texts = find_templates(tokenizer, settings.template)
+        self._plain, has_one = self._studied(texts.plain, ()), texts.with_tools == texts.plain
+        self._with_tools = self._plain if has_one else self._studied(texts.with_tools, [PROBE_TOOL])
         self.template = self._plain.text
         """Template for conversations without tools."""
         self.tool_template = self._with_tools.text

@@ -5,9 +5,8 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from loratune import console
 from loratune.commands import Command
@@ -20,22 +19,22 @@ from loratune.delivery.export.vllm.plan import require_servable, serve_command
 from loratune.delivery.merge.job import Job
 from loratune.delivery.merge.merge import carry_out
 from loratune.delivery.template import about_the_date
-from loratune.delivery.verification.parity import Parity, compare_models
-from loratune.delivery.verification.proof import Bounds, check_parity, probe_rows
+from loratune.delivery.verification.parity import compare_models
+from loratune.delivery.verification.proof import check_parity, probe_rows
 from loratune.delivery.verification.report import parity_text, show_verification
 from loratune.errors import Exit, LoratuneError, bullet_list, refusal
 from loratune.model.files import check_base, weight_files
-from loratune.model.hardware import detect_hardware
-from loratune.model.memory import free_memory_bytes
+from loratune.model.memory import free_main_memory_bytes
 from loratune.model.tokenizer import load_tokenizer
 from loratune.model.weights.mapped import load_mapped
 from loratune.model.weights.quantized_folder import load_quantized, write_quantized
 from loratune.runs.folder import VERIFICATION
+from loratune.runs.intact import recorded_files
 from loratune.runs.opening import AdapterSource, base_settings, merged_prompt
 from loratune.runs.output import prepare_output
 from loratune.runs.probe import ProbeRow, read_probe
 from loratune.runs.tokenizer_files import copy_tokenizer_files
-from loratune.runs.verification import write_verification
+from loratune.runs.verification import Bounds, ExportedFolder, Parity, Verification, write_verification
 from loratune.writing import disk_errors_explained, folder_in_one_step
 
 SAME = Bounds(1e-5, 1e-5, 0.0)
@@ -48,8 +47,14 @@ GGUF_BOUNDS = {
 }
 
 
-def export(source: AdapterSource | None, output: Path, options: ExportOptions) -> dict[str, Any]:
-    """Write an export to a temporary folder, verify it, and rename the folder.
+Exported = tuple[ExportedFolder, Command]
+"""What has been proved of an export, and what the user can do with it."""
+
+
+def export(
+    source: AdapterSource | None, output: Path, options: ExportOptions
+) -> tuple[Verification[ExportedFolder], Command]:
+    """Write an export, read it back, and give it its name.
 
     Args:
         source: an adapter; None for a merged model.
@@ -57,7 +62,7 @@ def export(source: AdapterSource | None, output: Path, options: ExportOptions) -
         options: format and details.
 
     Returns:
-        The content of verification.json; `next` is a Command for the user's next step.
+        What verification.json says, and what the user can do with the folder.
 
     Raises:
         LoratuneError: the format does not support this model, or verification failed; then `output` is not created.
@@ -71,12 +76,10 @@ def export(source: AdapterSource | None, output: Path, options: ExportOptions) -
         job = Export(source, output, folder, options)
         if options.format in FROM_MODEL:
             with _merged(job, rehearse(job)) as model:
-                found = FROM_MODEL[options.format](job, model)
+                exported, further = FROM_MODEL[options.format](job, model)
         else:
-            found = FROM_ADAPTER[options.format](job)
-        lasting = {key: value for key, value in found.items() if key != "next"}
-        report = write_verification(folder, "export", {"format": options.format, **lasting})
-    return report | {"next": found["next"]}
+            exported, further = FROM_ADAPTER[options.format](job)
+        return write_verification(folder, exported, recorded_files(folder)), further
 
 
 @contextmanager
@@ -86,20 +89,21 @@ def _merged(job: Export, merge: Job | None) -> Iterator[Path]:
         yield Path(job.options.model or "")
         return
     place = job.folder / "merged"
-    show_verification(carry_out(replace(merge, output=place)))
+    show_verification(carry_out(replace(merge, output=place)).proved)
     yield place
     shutil.rmtree(place)
 
 
-def _export_adapter(job: Export) -> dict[str, Any]:
+def _export_adapter(job: Export) -> Exported:
     source = _source(job)
     if export_adapter(source, job.folder, job.options.model, job.options.force):
         console.warn("the chat template holds the training's prompt settings, the system prompt's text among them")
-    # The command is for later, when the folder exists.
-    return {"next": job.command("give it away", job.output, push=f"hf:ORG/{job.hub_name}", overwrite=True)}
+    # The folder is there by then.
+    further = job.command("give it away", job.output, push=f"hf:ORG/{job.hub_name}", overwrite=True)
+    return ExportedFolder(job.options.format), further
 
 
-def _export_for_vllm(job: Export) -> dict[str, Any]:
+def _export_for_vllm(job: Export) -> Exported:
     source = _source(job)
     advice = require_servable(source, job.output, job.options.model, job.options.force)
     base = base_settings(source, job.options.model).base
@@ -111,15 +115,16 @@ def _export_for_vllm(job: Export) -> dict[str, Any]:
     command = serve_command(base, job.name, job.output, advice, template, parsers.flags)
     if trained_day := source.trained_day:
         console.warn(about_the_date("vLLM writes", trained_day))
-    return {
-        "max_lora_rank": advice.max_lora_rank,
-        "tool_call_parser": parsers.tools,
-        "reasoning_parser": parsers.reasoning,
-        "next": command,
-    }
+    exported = ExportedFolder(
+        job.options.format,
+        max_lora_rank=advice.max_lora_rank,
+        tool_call_parser=parsers.tools,
+        reasoning_parser=parsers.reasoning,
+    )
+    return exported, command
 
 
-def _export_gguf(job: Export, model: Path) -> dict[str, Any]:
+def _export_gguf(job: Export, model: Path) -> Exported:
     from loratune.delivery.export.gguf import file as gguf_file
 
     target = job.folder / job.gguf_name
@@ -135,16 +140,12 @@ def _export_gguf(job: Export, model: Path) -> dict[str, Any]:
             ("file", f"{target.name}, {console.memory(target.stat().st_size)}"),
             ("tensors", f"{check.tensors} read back; weights off by at most {check.largest_difference:.2g}"),
             ("tokens", f"{check.tokens}, with chat template and end tokens"),
-            ("logits", parity_text(**asdict(parity)) if parity else "not compared"),
+            ("logits", parity_text(parity) if parity else "not compared"),
         ],
         title="verified",
     )
-    return {
-        "file": target.name,
-        "read_back": asdict(check),
-        "logits": asdict(parity) if parity else None,
-        "next": Command("run it", ("llama-cli", "-m", str(job.output / target.name))),
-    }
+    exported = ExportedFolder(job.options.format, target.name, check, parity)
+    return exported, Command("run it", ("llama-cli", "-m", str(job.output / target.name)))
 
 
 def _compare_gguf(job: Export, model: Path, target: Path) -> Parity | None:
@@ -153,7 +154,7 @@ def _compare_gguf(job: Export, model: Path, target: Path) -> Parity | None:
 
     # The loader converts everything to float32.
     needed = 3 * sum(path.stat().st_size for path in weight_files(model))
-    free = free_memory_bytes(detect_hardware())
+    free = free_main_memory_bytes()  # where the file is loaded, whatever GPU is there
     if needed > free:
         console.warn(
             f"the file's logits are not compared: loading it takes {console.memory(needed)} of memory, and "
@@ -177,12 +178,13 @@ def _compare_gguf(job: Export, model: Path, target: Path) -> Parity | None:
     return parity
 
 
-def _export_for_ollama(job: Export, model: Path) -> dict[str, Any]:
+def _export_for_ollama(job: Export, model: Path) -> Exported:
+    exported, _ = _export_gguf(job, model)
     create = ("ollama", "create", job.ollama_name, "-f", str(job.output / "Modelfile"))
-    return _export_gguf(job, model) | {"next": Command("give it to Ollama", create)}
+    return exported, Command("give it to Ollama", create)
 
 
-def _export_nf4(job: Export, model: Path) -> dict[str, Any]:
+def _export_nf4(job: Export, model: Path) -> Exported:
     with console.status("quantising"):
         quantized = write_quantized(model, job.folder)
         copy_tokenizer_files(model, job.folder)
@@ -194,15 +196,12 @@ def _export_nf4(job: Export, model: Path) -> dict[str, Any]:
     console.table(
         [
             ("files", f"load again and give the same logits ({same.largest_difference:.1g} apart)"),
-            ("nf4", f"beside the merged model: {parity_text(**asdict(parity))}"),
+            ("nf4", f"beside the merged model: {parity_text(parity)}"),
         ],
         title="verified",
     )
-    return {
-        "logits": asdict(parity),
-        "read_back": asdict(same),
-        "next": Command("serve it", ("vllm", "serve", str(job.output))),
-    }
+    exported = ExportedFolder(job.options.format, read_back=same, logits=parity)
+    return exported, Command("serve it", ("vllm", "serve", str(job.output)))
 
 
 def _rows(job: Export, model: Path) -> list[ProbeRow]:
@@ -231,8 +230,8 @@ def _source(job: Export) -> AdapterSource:
     return job.source
 
 
-FROM_ADAPTER: dict[str, Callable[[Export], dict[str, Any]]] = {"adapter": _export_adapter, "vllm": _export_for_vllm}
-FROM_MODEL: dict[str, Callable[[Export, Path], dict[str, Any]]] = {
+FROM_ADAPTER: dict[str, Callable[[Export], Exported]] = {"adapter": _export_adapter, "vllm": _export_for_vllm}
+FROM_MODEL: dict[str, Callable[[Export, Path], Exported]] = {
     "gguf": _export_gguf,
     "ollama": _export_for_ollama,
     "bnb4": _export_nf4,

@@ -70,7 +70,7 @@ class Export:
         is_gguf = options.format in ("gguf", "ollama")
         flags = {
             "--adapter": self.source.place if self.source else None,
-            "--model": options.model,
+            "--base-model" if self.source else "--model": options.model,
             "--format": options.format,
             "--quantization": options.quantization if is_gguf and options.quantization != "f16" else None,
             "--num-ctx": options.num_ctx if options.format == "ollama" else None,

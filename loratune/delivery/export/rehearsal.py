@@ -24,10 +24,9 @@ from loratune.model.files import check_base, weight_files
 from loratune.model.tokenizer import load_tokenizer
 from loratune.model.tying import head_is_tied
 from loratune.model.weights.tensor_files import TensorFiles
-from loratune.runs.folder import VERIFICATION
+from loratune.runs.intact import require_intact
 from loratune.runs.opening import AdapterSource, merged_prompt
-from loratune.runs.verification import require_intact
-from loratune.writing import write_json
+from loratune.runs.verification import MergedModel, write_verification
 
 
 @dataclass(frozen=True)
@@ -62,8 +61,10 @@ def rehearsed_merge(source: AdapterSource, output: Path, options: MergeOptions) 
         folder = Path(place)
         write_model_files(source, job.encoder, job.base, folder, options.dtype, plan)
         prompt = source.prompt
-        known = {"thinking": prompt.enable_thinking, "generation_prompt": prompt.generation_prompt, "date": prompt.date}
-        write_json(folder / VERIFICATION, known)
+        known = MergedModel(
+            thinking=prompt.enable_thinking, generation_prompt=prompt.generation_prompt, date=prompt.date
+        )
+        write_verification(folder, known)
         shapes = {name: tensor.info.shape for name, tensor in plan.tensors.items()}
         try:
             yield Rehearsal(folder, shapes, plan.is_tied, plan.nbytes, job)

@@ -16,7 +16,6 @@ from loratune.delivery.merge.merged_weights import MergePlan
 from loratune.delivery.merge.sources import check_pair, training_encoder
 from loratune.delivery.merge.update import TensorUpdate, read_updates
 from loratune.delivery.template import about_the_date
-from loratune.delivery.verification.read_back import ReadBack
 from loratune.errors import Exit, LoratuneError
 from loratune.model.adapter.peft_merge import PeftMerge
 from loratune.model.architecture.file_layout import file_layout
@@ -30,6 +29,7 @@ from loratune.recipe.sections import ModelSettings
 from loratune.runs.folder import VERIFICATION
 from loratune.runs.opening import AdapterSource, base_settings, check_vocabulary
 from loratune.runs.output import prepare_output
+from loratune.runs.verification import ReadBack
 from loratune.writing import disk_errors_explained
 
 
@@ -54,7 +54,7 @@ class MergeOptions:
         """Return the command with these options."""
         flags = {
             "--adapter": source.place,
-            "--model": self.model,
+            "--base-model": self.model,
             "--dtype": str(self.dtype).removeprefix("torch.") if self.dtype else None,
             "--merge-base": self.merge_base if self.merge_base != "auto" else None,
             "--no-verify": not self.verify,

@@ -6,8 +6,8 @@ import shutil
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import psutil
 import torch
@@ -24,13 +24,14 @@ from loratune.delivery.verification.verify import prove
 from loratune.errors import Exit, LoratuneError
 from loratune.model.adapter.peft_merge import PeftMerge
 from loratune.runs.card import write_merged_card
+from loratune.runs.intact import recorded_files
 from loratune.runs.opening import AdapterSource
-from loratune.runs.verification import write_verification
+from loratune.runs.verification import MergedModel, MergeSeconds, ModelProof, Verification, write_verification
 from loratune.writing import disk_errors_explained, folder_in_one_step
 
 
-def merge_adapter(source: AdapterSource, output: Path, options: MergeOptions) -> dict[str, Any]:
-    """Merge an adapter into its base, verify the result, and rename its folder.
+def merge_adapter(source: AdapterSource, output: Path, options: MergeOptions) -> Verification[MergedModel]:
+    """Merge an adapter into its base, prove the result, and give it its name.
 
     Args:
         source: the adapter.
@@ -38,7 +39,7 @@ def merge_adapter(source: AdapterSource, output: Path, options: MergeOptions) ->
         options: options of the merge.
 
     Returns:
-        The content of verification.json.
+        What verification.json says.
 
     Raises:
         LoratuneError: the inputs do not match, the disk is full, or verification failed; then `output` is not created.
@@ -46,8 +47,8 @@ def merge_adapter(source: AdapterSource, output: Path, options: MergeOptions) ->
     return carry_out(gather(source, output.resolve(), options))
 
 
-def carry_out(job: Job) -> dict[str, Any]:
-    """Carry out a gathered merge. See `merge_adapter` for result and errors."""
+def carry_out(job: Job) -> Verification[MergedModel]:
+    """The merge of what has been gathered; result and errors are those of `merge_adapter`."""
     output, options = job.output, job.options
     with disk_errors_explained(output), folder_in_one_step(output) as folder:
         candidates = _candidates(job, folder)
@@ -64,16 +65,16 @@ def carry_out(job: Job) -> dict[str, Any]:
                 with _removal_told("If it happens again, the disk or the memory of this machine may be at fault"):
                     prove_files(job, candidate)
         _check_updates_survived(job, candidates[0])
-        seconds = {"until_files_proved": _seconds_since_start()}
+        until_files_proved = _seconds_since_start()
         with _removal_told(
             "Its tensors were what PEFT makes of the adapter, so the fault is in how it is loaded or computed with; "
             "--no-logits leaves this comparison out"
         ):
-            chosen, proof = prove_models(job, candidates)
+            chosen, models = prove_models(job, candidates)
         _keep(chosen, candidates, folder)
-        seconds["total"] = _seconds_since_start()
-        report = described(job, chosen) | {"changed_files": changes} | proof | {"seconds": seconds}
-        return write_verification(folder, "merged model", report, hashes=options.stands_in_for is None)
+        seconds = MergeSeconds(until_files_proved, _seconds_since_start())
+        merged = replace(described(job, chosen), changed_files=tuple(changes), models=models, seconds=seconds)
+        return write_verification(folder, merged, None if options.stands_in_for else recorded_files(folder))
 
 
 @contextmanager
@@ -89,16 +90,15 @@ def _removal_told(reason: str) -> Iterator[None]:
         ) from error
 
 
-def prove_models(job: Job, candidates: list[Candidate]) -> tuple[Candidate, dict[str, Any]]:
-    """Compare the models, if requested; return the candidate to keep, and the entries of verification.json.
+def prove_models(job: Job, candidates: list[Candidate]) -> tuple[Candidate, ModelProof]:
+    """Run the models, where that is asked for; (the candidate to keep, what that has shown).
 
     Raises:
         LoratuneError: no candidate equals base + adapter.
     """
     if job.options.verify and job.options.logits:
-        chosen, proof = prove(job, candidates)
-        return chosen, {"verified": "files and logits", **proof}
-    return candidates[0], {"verified": "files" if job.options.verify else "nothing", "logits": None, "answers": None}
+        return prove(job, candidates)
+    return candidates[0], ModelProof("files" if job.options.verify else "nothing")
 
 
 def prove_files(job: Job, candidate: Candidate) -> None:

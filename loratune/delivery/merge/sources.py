@@ -28,6 +28,7 @@ from loratune.runs.base_check import BaseCheck
 from loratune.runs.folder import file_sha256
 from loratune.runs.opening import AdapterSource, base_settings, check_same_template, open_settled_adapter
 from loratune.runs.tensor_hashes import TensorHashes
+from loratune.runs.verification import Combined, CombinedAdapter
 
 
 @contextmanager
@@ -63,14 +64,11 @@ def open_adapters(
         with console.status(f"combining {len(adapters)} adapters"):
             paths = {name: source.adapter for name, source in adapters.items()}
             combined = combine_adapters(base, paths, numbers, method, density, Path(folder))
-        made = {
-            "method": method,
-            "density": density if "ties" in method else None,
-            "adapters": {
-                name: {"weight": number, "sha256": file_sha256(path / WEIGHTS_FILE)}
-                for (name, path), number in zip(paths.items(), numbers, strict=True)
-            },
+        parts = {
+            name: CombinedAdapter(number, file_sha256(path / WEIGHTS_FILE))
+            for (name, path), number in zip(paths.items(), numbers, strict=True)
         }
+        made = Combined(method, density if "ties" in method else None, parts)
         yield AdapterSource(combined, first.record, first.manifest, first.run, combined=made)
 
 
@@ -149,7 +147,7 @@ def check_where_possible(source: AdapterSource, model: str | None, force: bool) 
     return [
         *source.remarks,
         "the base is not on this machine, so neither it nor whether the adapter covers all of its layers was checked; "
-        "give it with --model",
+        "give it with --base-model",
     ]
 
 

@@ -166,10 +166,10 @@ def _take(
         return
     target = f"{module}.bias" if part == "lora_B.bias" else f"{module}.weight"
     update = updates.setdefault(target, TensorUpdate())
-    rank, alpha = rank_and_alpha(config, module)
+    given = rank_and_alpha(config, module)
     if part in RANK_AXES and tensor.ndim != 2:
-        return  # already reported
-    update.scaling = scaling(alpha, rank, config)
+        return  # which has been told
+    update.scaling = scaling(given.alpha, given.rank, config)
     if part in ("lora_A.weight", "lora_embedding_B"):
         update.down = tensor.T if "embedding" in part else tensor
     elif part in ("lora_B.weight", "lora_embedding_A"):

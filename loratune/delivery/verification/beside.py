@@ -18,8 +18,8 @@ from loratune.model.files import weight_files
 from loratune.model.weights.tensor_files import INDEX, TensorFiles
 from loratune.plain_files import read_json_object
 from loratune.runs.folder import VERIFICATION
+from loratune.runs.intact import is_loaded
 from loratune.runs.tokenizer_files import CHAT_TEMPLATE, NAMED_TEMPLATES, TOKENIZER_CONFIG, tokenizer_files
-from loratune.runs.verification import is_loaded
 
 ALLOWED = ("vocab_size", "tie_word_embeddings", "dtype", "torch_dtype")
 """Keys of the config that a merge may change, each to the value that the written weights imply."""

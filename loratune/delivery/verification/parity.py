@@ -6,13 +6,14 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch.nn import functional
 
 from loratune.model.architecture.structure import decoder_of, output_layer
+from loratune.protocols import CausalModel
 from loratune.runs.probe import ProbeRow
+from loratune.runs.verification import Parity
 
 TOKENS_AT_ONCE = 1024
 """Tokens per batch, including padding: more would take memory, fewer would read the weights more often."""
@@ -21,32 +22,17 @@ POSITIONS_AT_ONCE = 32
 
 
 @dataclass(frozen=True)
-class Parity:
-    """Differences between a candidate's next-token distributions and the reference's."""
-
-    tokens: int
-    """Number of compared positions."""
-    largest_difference: float
-    """Largest difference of two logits."""
-    mean_kl: float
-    """Mean Kullback-Leibler divergence of the candidate from the reference, in nats."""
-    top1_agreement: float
-    """Share of positions with the same argmax."""
-    clear_disagreement: float
-    """Share of positions where the candidate's argmax is less than half as likely to the reference as its own."""
-    largest_logit: float
-    """The reference's largest absolute logit, as the scale of the difference."""
-
-
-@dataclass(frozen=True)
 class InState:
     """A model, and a context that changes its weights or code during its forward pass."""
 
-    model: Any
+    model: CausalModel
     state: Callable[[], AbstractContextManager[None]]
 
 
-def compare_models(reference: Any, candidates: Sequence[Any], rows: Sequence[ProbeRow]) -> list[Parity]:
+AnyModel = CausalModel | InState
+
+
+def compare_models(reference: AnyModel, candidates: Sequence[AnyModel], rows: Sequence[ProbeRow]) -> list[Parity]:
     """Run models over the labelled positions of some rows, and compare each candidate with the reference.
 
     Args:
@@ -58,7 +44,9 @@ def compare_models(reference: Any, candidates: Sequence[Any], rows: Sequence[Pro
     return compare_pairs([reference, *candidates], pairs, rows)
 
 
-def compare_pairs(models: Sequence[Any], pairs: Sequence[tuple[int, int]], rows: Sequence[ProbeRow]) -> list[Parity]:
+def compare_pairs(
+    models: Sequence[AnyModel], pairs: Sequence[tuple[int, int]], rows: Sequence[ProbeRow]
+) -> list[Parity]:
     """Run each model once, and compare pairs of them.
 
     Args:
@@ -74,8 +62,8 @@ def compare_pairs(models: Sequence[Any], pairs: Sequence[tuple[int, int]], rows:
     return [total.parity() for total in totals]
 
 
-def likeliest_tokens(model: Any, rows: Sequence[ProbeRow]) -> list[list[int]]:
-    """Return, for each row, the model's argmax at every labelled position."""
+def likeliest_tokens(model: CausalModel, rows: Sequence[ProbeRow]) -> list[list[int]]:
+    """For each row the model's likeliest token at every labelled position."""
     found = [
         int(token)
         for batch in _batches(rows, in_order=True)
@@ -105,9 +93,9 @@ def _batches(rows: Sequence[ProbeRow], in_order: bool = False) -> Iterator[list[
         yield batch
 
 
-def _logits(model: Any, batch: list[ProbeRow]) -> Iterator[torch.Tensor]:
-    """Yield float32 logits (at most POSITIONS_AT_ONCE, vocabulary) at the labelled positions."""
-    model, state = (model.model, model.state) if isinstance(model, InState) else (model, nullcontext)
+def _logits(compared: AnyModel, batch: list[ProbeRow]) -> Iterator[torch.Tensor]:
+    """float32 logits (at most POSITIONS_AT_ONCE, vocabulary) at the labelled positions, piece by piece."""
+    model, state = (compared.model, compared.state) if isinstance(compared, InState) else (compared, nullcontext)
     decoder, head = decoder_of(model), output_layer(model)
     longest = max(len(row.input_ids) for row in batch)
     # Padding is on the right, where causal attention hides it from all other positions.

@@ -3,31 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
 
 import torch
 
 from loratune.data.encoding.encoder import IGNORED, Encoder
-from loratune.delivery.verification.parity import Parity, likeliest_tokens
+from loratune.delivery.verification.parity import likeliest_tokens
+from loratune.protocols import CausalModel
 from loratune.runs.probe import Probe, ProbeRow
+from loratune.runs.verification import Answer, Bounds, Parity
 
 ANSWER_TOKENS = 20
-
-
-@dataclass(frozen=True)
-class Bounds:
-    """Limits of the differences due to rounding; a wrong merge exceeds them by orders of magnitude.
-
-    The share of equal argmax tokens has no bound: between equally likely tokens, as in an untrained model, any rounding
-    decides.
-    """
-
-    difference: float
-    """Difference of logits, relative to the largest one."""
-    mean_kl: float
-    """In nats."""
-    clear_disagreement: float
 
 
 EXACT = Bounds(difference=3e-5, mean_kl=1e-6, clear_disagreement=0.0)
@@ -38,16 +23,6 @@ OTHER_BASE = Bounds(0.6, 0.3, 0.25)
 """For an adapter of a quantised base on the plain base: the difference includes the effect of quantisation."""
 NOTICED = 0.1
 """Rounding error, relative to the adapter's effect (mean KL), above which there is a warning."""
-
-
-@dataclass(frozen=True)
-class Answer:
-    """The merged model's answer to a question, and where base + adapter would have deviated."""
-
-    question: str
-    merged: str
-    adapter: str
-    """The text up to the first different token; the merged model's text if there is none."""
 
 
 def check_parity(parity: Parity, bounds: Bounds) -> list[str]:
@@ -78,8 +53,8 @@ def probe_rows(probe: Probe, encoder: Encoder) -> list[ProbeRow]:
     return [ProbeRow(ids, [IGNORED, *ids[1:]]) for ids in prompts]
 
 
-def compare_answers(merged: Any, reference: Any, encoder: Encoder, probe: Probe) -> list[Answer]:
-    """Generate greedy answers with the merged model, and check each of their tokens with base + adapter.
+def compare_answers(merged: CausalModel, reference: CausalModel, encoder: Encoder, probe: Probe) -> list[Answer]:
+    """Let the merged model answer greedily, and base + adapter confirm each token of it.
 
     One forward pass of the reference over an answer is enough; generating with it would take many times as long.
 
@@ -106,8 +81,8 @@ def compare_answers(merged: Any, reference: Any, encoder: Encoder, probe: Probe)
     return found
 
 
-def _generate(model: Any, prompts: Sequence[list[int]], encoder: Encoder) -> list[list[int]]:
-    """Generate greedy answers to all prompts as a batch, each up to its end token."""
+def _generate(model: CausalModel, prompts: Sequence[list[int]], encoder: Encoder) -> list[list[int]]:
+    """Greedy answers, all prompts at once, each up to its end token."""
     longest = max(map(len, prompts))
     pad = encoder.end_id
     ids = torch.tensor([[pad] * (longest - len(prompt)) + prompt for prompt in prompts])

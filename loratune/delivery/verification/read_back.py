@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -21,6 +20,7 @@ from loratune.errors import Exit, LoratuneError
 from loratune.model.architecture.vocabulary import Vocabulary, vocabulary_of
 from loratune.model.weights.tensor_files import DTYPE_NAMES, INDEX, TensorFiles, TensorInfo
 from loratune.plain_files import read_json_object
+from loratune.runs.verification import ReadBack
 
 if TYPE_CHECKING:
     from loratune.model.adapter.peft_merge import Change, PeftMerge
@@ -29,26 +29,13 @@ SAMPLED_ROWS = 16
 """Rows of every updated tensor that are also computed in float64, evenly spaced, including the first and last."""
 
 
-@dataclass
-class ReadBack:
-    """Results of the comparison."""
+class Compared(NamedTuple):
+    """What comparing an updated tensor has seen."""
 
-    tensors: int
-    identical: int = 0
-    """Unchanged tensors: equal to the base's bytes, or to its values rounded to the new dtype."""
-    updated: int = 0
-    rows: int = 0
-    """Rows of updated tensors, all compared with PEFT's."""
-    sampled_rows: int = 0
-    """Those that were also computed in float64."""
-    largest_error_steps: float = 0.0
-    """Largest difference from base + update, in rounding steps of the written dtype; rounding alone gives 0.5."""
-    largest_forward_error: float = 0.0
-    """Largest error of a layer's output against PEFT's unmerged layer, relative to the adapter's effect."""
-    lost_to_rounding: float = 0.0
-    """Norm of the rounding errors relative to the updates'."""
-    unchanged: list[str] = field(default_factory=list)
-    """Updated tensors that still equal the base's, because the update is lost to rounding."""
+    rows: int
+    sampled_rows: int
+    is_changed: bool
+    """Whether any value differs from the base's."""
 
 
 def read_back(
@@ -74,8 +61,8 @@ def read_back(
     """
     _check_index(plan, folder)
     _check_names(plan, peft, base, dtype)
-    found = ReadBack(tensors=len(plan.tensors))
-    check = RowCheck()
+    check, compared = RowCheck(), list[tuple[str, Compared]]()
+    identical, updated = 0, 0
     vocabulary = vocabulary_of(base.infos)
     for file_name, infos in plan.shards.items():
         _check_header(folder / file_name, infos)
@@ -85,17 +72,25 @@ def read_back(
             changes = [peft.changes.get(name) for name in _stands_for(info.name, vocabulary, plan)]
             for change in changes if any(changes) else [None]:
                 if change:
-                    _compare_changed(info, change, (base, source), files, (check, found))
+                    compared.append((info.name, _compare_changed(info, change, (base, source), files, check)))
                 else:
                     _compare_kept(info, base, source, files.tensor(info.name))
-            found.identical += not any(changes)
-            found.updated += any(changes)
+            identical += not any(changes)
+            updated += any(changes)
             base.release([source])
             files.release([info.name])
             advance(info.nbytes)
-    found.largest_error_steps, found.largest_forward_error = check.largest_steps, check.largest_forward_error
-    found.lost_to_rounding = check.lost_to_rounding
-    return found
+    return ReadBack(
+        tensors=len(plan.tensors),
+        identical=identical,
+        updated=updated,
+        rows=sum(one.rows for _, one in compared),
+        sampled_rows=sum(one.sampled_rows for _, one in compared),
+        largest_error_steps=check.largest_steps,
+        largest_forward_error=check.largest_forward_error,
+        lost_to_rounding=check.lost_to_rounding,
+        unchanged=tuple(name for name, one in compared if not one.is_changed),
+    )
 
 
 def _stands_for(name: str, vocabulary: Vocabulary, plan: MergePlan) -> tuple[str, ...]:
@@ -163,10 +158,10 @@ def _compare_changed(
     change: Change,
     source: tuple[TensorFiles, str],
     files: TensorFiles,
-    into: tuple[RowCheck, ReadBack],
-) -> None:
+    check: RowCheck,
+) -> Compared:
     """Compare all rows with PEFT's, and some with PEFT's in float64."""
-    (base, name), (check, found) = source, into
+    base, name = source
     written, before = files.tensor(info.name), base.tensor(name)
     original = before if change.replacement is None else change.replacement
     if original.shape != written.shape:
@@ -178,7 +173,8 @@ def _compare_changed(
         merged = change.rows(lent.to(dtype), numbers)
         wrong = check.first_wrong_row(values, merged, change.tolerance(merged, numbers))
         if wrong is not None:
-            raise _mismatch(info.name, f"row {rows.start + wrong[0]} is {wrong[1]:.3g} rounding steps away from PEFT's")
+            place, steps = rows.start + wrong.place, f"{wrong.steps:.3g} rounding steps"
+            raise _mismatch(info.name, f"row {place} is {steps} away from PEFT's")
         is_changed = is_changed or not torch.equal(as_bytes(values), as_bytes(before[rows].to(values.dtype)))
         base.release([name])
         files.release([info.name])
@@ -186,9 +182,7 @@ def _compare_changed(
     problem = check.sample(change, original[numbers], written[numbers], before, numbers)
     if problem:
         raise _mismatch(info.name, problem)
-    found.rows += len(written)
-    found.sampled_rows += len(numbers)
-    found.unchanged += [] if is_changed else [info.name]
+    return Compared(len(written), len(numbers), is_changed)
 
 
 def _pieces(written: torch.Tensor, original: torch.Tensor) -> Iterator[tuple[slice, torch.Tensor, torch.Tensor]]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
@@ -14,6 +14,15 @@ FORWARD_ERROR = 0.01
 """Maximum error of a merged layer against PEFT's unmerged layer, relative to the adapter's effect."""
 PROBES = 4
 """Number of random inputs per layer."""
+
+
+class WrongRow(NamedTuple):
+    """A row that is not the rounded one."""
+
+    place: int
+    """Among those that were compared."""
+    steps: float
+    """How many rounding steps it is off."""
 
 
 class RowCheck:
@@ -29,10 +38,8 @@ class RowCheck:
         """Norm of the rounding errors relative to the updates', in Frobenius norms of the sampled rows."""
         return math.sqrt(self._lost / self._updates) if self._updates else 0.0
 
-    def first_wrong_row(
-        self, written: torch.Tensor, merged: torch.Tensor, tolerance: torch.Tensor
-    ) -> tuple[int, float] | None:
-        """Return the index of a wrongly rounded row, and its distance in rounding steps; None if all are right.
+    def first_wrong_row(self, written: torch.Tensor, merged: torch.Tensor, tolerance: torch.Tensor) -> WrongRow | None:
+        """A row that is not the rounded one; None if all are.
 
         Args:
             written: (n, columns) or (n,), in the dtype of the file.
@@ -53,7 +60,7 @@ class RowCheck:
         wrong = (~(beyond <= 0.5)).nonzero()  # the negation also catches NaN
         if not len(wrong):
             return None
-        return int(places[0][wrong[0, 0]]), float(beyond[wrong[0, 0]])
+        return WrongRow(int(places[0][wrong[0, 0]]), float(beyond[wrong[0, 0]]))
 
     def sample(
         self,

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import functools
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from loratune import console
-from loratune.delivery.verification.parity import InState, Parity, compare_models, compare_pairs
+from loratune.delivery.verification.parity import AnyModel, InState, compare_models, compare_pairs
 from loratune.delivery.verification.proof import (
     EXACT,
     INT8,
     NOTICED,
     OTHER_BASE,
-    Bounds,
     check_parity,
     compare_answers,
     probe_rows,
@@ -28,7 +27,9 @@ from loratune.model.config import empty_model, load_config
 from loratune.model.weights.mapped import load_mapped
 from loratune.model.weights.reference import load_reference
 from loratune.model.weights.rounding import Rounding, rounded_as
+from loratune.protocols import CausalModel
 from loratune.runs.probe import ProbeRow, read_probe
+from loratune.runs.verification import Bounds, ModelProof, Parity
 
 if TYPE_CHECKING:
     from loratune.delivery.merge.job import Candidate, Job
@@ -37,7 +38,7 @@ EFFECT_ROWS = 2
 """Rows on which the base alone is run: enough for a mean over tokens, at the cost of reading the base once more."""
 
 
-def prove(job: Job, candidates: list[Candidate]) -> tuple[Candidate, dict[str, Any]]:
+def prove(job: Job, candidates: list[Candidate]) -> tuple[Candidate, ModelProof]:
     """Compare the merged models with base + adapter, and choose the closer one.
 
     Args:
@@ -45,7 +46,7 @@ def prove(job: Job, candidates: list[Candidate]) -> tuple[Candidate, dict[str, A
         candidates: complete model folders.
 
     Returns:
-        The candidate to keep, and the entries of verification.json.
+        The one to keep, and what running it has shown.
 
     Raises:
         LoratuneError: it differs from base + adapter.
@@ -64,14 +65,15 @@ def prove(job: Job, candidates: list[Candidate]) -> tuple[Candidate, dict[str, A
         job.warnings += _about_rounding(job, chosen, effect)
         merged = load_mapped(chosen.candidate.folder, in_float32=False)
         answers = compare_answers(merged, reference, job.encoder, probe)
-    return chosen.candidate, {
-        "logits": {one.candidate.merge_base: asdict(one.parity) for one in compared},
-        "logits_with_rounding": {one.candidate.merge_base: asdict(one.exact) for one in compared},
-        "compared_on": "the run's validation rows" if probe.rows else "built-in questions",
-        "without_adapter": asdict(effect) if effect else None,
-        "bounds": asdict(bounds),
-        "answers": [asdict(answer) for answer in answers],
-    }
+    return chosen.candidate, ModelProof(
+        verified="files and logits",
+        logits={one.candidate.merge_base: one.parity for one in compared},
+        logits_with_rounding={one.candidate.merge_base: one.exact for one in compared},
+        compared_on="the run's validation rows" if probe.rows else "built-in questions",
+        without_adapter=effect,
+        bounds=bounds,
+        answers=tuple(answers),
+    )
 
 
 @dataclass(frozen=True)
@@ -83,9 +85,9 @@ class _Compared:
     """Difference from base + adapter with the rounding errors of the merged weights."""
 
 
-def _compare(job: Job, candidates: list[Candidate], reference: Any, rows: list[ProbeRow]) -> list[_Compared]:
+def _compare(job: Job, candidates: list[Candidate], reference: CausalModel, rows: list[ProbeRow]) -> list[_Compared]:
     is_quantized = job.settings.quantization != "none"
-    models, pairs = [reference], list[tuple[int, int]]()
+    models, pairs = list[AnyModel]([reference]), list[tuple[int, int]]()
     for candidate in candidates:
         state = functools.partial(rounded_as, reference, _roundings(candidate, job.base, is_quantized))
         merged = len(models) + 1
@@ -121,8 +123,8 @@ def _roundings(candidate: Candidate, base: Path, is_quantized: bool) -> dict[str
     return found
 
 
-def _effect(job: Job, chosen: Candidate, reference: Any, rows: list[ProbeRow]) -> Parity | None:
-    """Return the difference between base and base + adapter; None if it has other causes than the adapter, too."""
+def _effect(job: Job, chosen: Candidate, reference: CausalModel, rows: list[ProbeRow]) -> Parity | None:
+    """How far the base alone is from base + adapter; None where more than the adapter lies between them."""
     base_rows = chosen.files.infos[vocabulary_of(chosen.files.infos).embedding].shape[0]
     if job.settings.quantization != "none" or chosen.plan.vocabulary != base_rows:
         return None

@@ -7,7 +7,7 @@ import json
 from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from loratune.data.encoding.encoder import Encoder
 from loratune.data.template.facts import template_facts
@@ -56,8 +56,8 @@ class RowsRequest:
 
 
 def everything_asked(request: RowsRequest, source: AdapterSource | None, file: QuestionFile) -> About:
-    """Return all inputs that determine the answers."""
-    settings, folder, tokenizer, prompt = _places(request, source)
+    """Everything that the answers depend on."""
+    settings, folder, tokenizer, prompt = _asked(request, source)
     facts = template_facts(prompt, tokenizer_sha256(tokenizer), lambda: encoder_of(request, source))
     about = {
         "rows": file.sha256,
@@ -74,20 +74,29 @@ def everything_asked(request: RowsRequest, source: AdapterSource | None, file: Q
     return as_written
 
 
-def _places(request: RowsRequest, source: AdapterSource | None) -> tuple[ModelSettings, Path, Path, PromptSettings]:
-    """Return the base's settings and folder, the tokenizer's folder, and the prompt settings."""
+class _Asked(NamedTuple):
+    """What is asked of a base: how it is loaded, from where, and how prompts are made."""
+
+    settings: ModelSettings
+    folder: Path
+    tokenizer: Path
+    """Its folder."""
+    prompt: PromptSettings
+
+
+def _asked(request: RowsRequest, source: AdapterSource | None) -> _Asked:
     settings = base_settings(source, request.model) if source else ModelSettings(base=request.model or "")
     folder = find_base(settings)
     prompt = source.prompt if source else merged_prompt(folder)
-    return settings, folder, source.tokenizer_folder(folder) if source else folder, prompt
+    return _Asked(settings, folder, source.tokenizer_folder(folder) if source else folder, prompt)
 
 
 def encoder_of(request: RowsRequest, source: AdapterSource | None) -> Encoder:
     """Return the encoder for the rows' prompts."""
     from loratune.model.tokenizer import load_tokenizer
 
-    _, _, tokenizer, prompt = _places(request, source)
-    return Encoder(load_tokenizer(tokenizer), prompt)
+    asked = _asked(request, source)
+    return Encoder(load_tokenizer(asked.tokenizer), asked.prompt)
 
 
 def _hash_of_questions(rows: list[AskedRow]) -> str:

@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from peft import (
     LoraConfig,
-    PeftModel,
     PeftModelForCausalLM,
     get_peft_model,
     get_peft_model_state_dict,
@@ -29,7 +28,8 @@ from loratune.model.adapter.patterns import as_expressions, settle_patterns
 from loratune.model.adapter.tensors import read_tensors
 from loratune.model.adapter.values import check_weights
 from loratune.model.architecture.roles import Role, linear_modules
-from loratune.model.architecture.structure import causal_model, layer_count
+from loratune.model.architecture.structure import causal_model, is_adapted, layer_count
+from loratune.protocols import AdaptedModel, CausalModel
 from loratune.recipe.sections import LAYERS, LoraSettings
 
 
@@ -46,8 +46,8 @@ class AdapterSummary:
     adapter_bytes: int
 
 
-def attach_adapter(model: Any, settings: LoraSettings, base_name: str, seed: int) -> PeftModel:
-    """Attach a new adapter to a frozen base.
+def attach_adapter(model: CausalModel, settings: LoraSettings, base_name: str, seed: int) -> AdaptedModel:
+    """Put a fresh adapter on a frozen base.
 
     Args:
         model: a causal language model.
@@ -77,15 +77,15 @@ def attach_adapter(model: Any, settings: LoraSettings, base_name: str, seed: int
         ensure_weight_tying=bool(settings.modules_to_save) and model.config.tie_word_embeddings,
     )
     keep_unpacked(model)
-    adapted = get_peft_model(model, config)
-    config.base_model_name_or_path = base_name  # PEFT's default is the folder it was loaded from
+    adapted: AdaptedModel = get_peft_model(model, config)
+    config.base_model_name_or_path = base_name  # PEFT puts the folder it was loaded from there
     check_frozen(adapted, settings)
     own_parameters(adapted).keep_trained_biases("default")
     return adapted
 
 
-def check_frozen(model: PeftModel, settings: LoraSettings) -> None:
-    """Check by name that exactly the adapter's parameters are trainable.
+def check_frozen(model: AdaptedModel, settings: LoraSettings) -> None:
+    """Make sure, name by name, that just the adapter trains.
 
     Raises:
         RuntimeError: PEFT left a base weight trainable or an adapter weight frozen; this is a bug.
@@ -99,7 +99,7 @@ def check_frozen(model: PeftModel, settings: LoraSettings) -> None:
             raise RuntimeError(f"adapter weight {name} would not be trained")
 
 
-def summarise_adapter(model: PeftModel) -> AdapterSummary:
+def summarise_adapter(model: AdaptedModel) -> AdapterSummary:
     """Count parameters, modules and bytes of base and adapter."""
     trainable, total = model.get_nb_trainable_parameters()
     adapter_bytes = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
@@ -110,15 +110,15 @@ def summarise_adapter(model: PeftModel) -> AdapterSummary:
     return AdapterSummary(trainable, total, dict(modules), all_bytes - adapter_bytes, adapter_bytes)
 
 
-def save_adapter(model: PeftModel, folder: Path) -> None:
+def save_adapter(model: AdaptedModel, folder: Path) -> None:
     """Write adapter_config.json and adapter_model.safetensors."""
     # By default PEFT asks the hub whether the vocabulary was resized; loratune never resizes it.
     model.save_pretrained(folder, save_embedding_layers=False)
     (folder / "README.md").unlink(missing_ok=True)  # PEFT's model card contains local paths
 
 
-def load_adapter(model: Any, folder: Path, name: str = "default", keep_dtype: bool = False) -> PeftModel:
-    """Load a saved adapter onto its base. The base is unchanged: parameters that the adapter replaces are stored apart.
+def load_adapter(model: CausalModel, folder: Path, name: str = "default", keep_dtype: bool = False) -> AdaptedModel:
+    """Put a saved adapter on its base, which stays as it is: what the adapter replaces in it becomes its own.
 
     Args:
         model: the base, or a model with other adapters.
@@ -147,17 +147,18 @@ def load_adapter(model: Any, folder: Path, name: str = "default", keep_dtype: bo
         with warnings.catch_warnings():
             # Warnings about tied matrices and biases, which PEFT cannot merge; loratune merges or rejects them.
             warnings.simplefilter("ignore", UserWarning)
-            if isinstance(model, PeftModel):
-                model.add_adapter(name, config)
+            if is_adapted(model):
+                adapted = model
+                adapted.add_adapter(name, config)
             else:
-                model = PeftModelForCausalLM(model, config, name)
-            set_peft_model_state_dict(model, tensors.lora, name)
+                adapted = PeftModelForCausalLM(model, config, name)
+            set_peft_model_state_dict(adapted, tensors.lora, name)
     except (RuntimeError, ValueError, KeyError) as error:
         raise LoratuneError(
             f"{folder}: the adapter does not fit the base model: {_first_lines(str(error))}", Exit.MODEL
         ) from error
-    own.select([str(model.active_adapter)])
-    return model.eval()
+    own.select([adapted.active_adapter])
+    return adapted.eval()
 
 
 def check_adapter(folder: Path, base: Shapes) -> None:
@@ -175,8 +176,8 @@ def check_adapter(folder: Path, base: Shapes) -> None:
     require_complete(folder, _peft_config(values, folder), tensor_shapes(folder), base)
 
 
-def load_adapter_weights(model: PeftModel, folder: Path) -> None:
-    """Replace the model's adapter weights with those of a saved adapter.
+def load_adapter_weights(model: AdaptedModel, folder: Path) -> None:
+    """Put the weights of a saved adapter in the place of the model's own.
 
     Raises:
         LoratuneError: the file is damaged, or its tensors are not exactly those that the model trains.
@@ -208,8 +209,8 @@ def _peft_config(values: dict[str, Any], folder: Path) -> LoraConfig:
         raise LoratuneError(f"{folder / CONFIG_FILE}: {_first_lines(str(error))}", Exit.MODEL) from error
 
 
-def keep_unpacked(model: Any) -> None:
-    """Prevent bitsandbytes from repacking 4-bit weights at the first validation on a CPU.
+def keep_unpacked(model: CausalModel) -> None:
+    """Keep bitsandbytes from repacking 4-bit weights at the first validation on a CPU.
 
     The packed form only supports inference: the next training step would fail with "a view of a leaf Variable that
     requires grad is being used in an in-place operation".
@@ -219,12 +220,12 @@ def keep_unpacked(model: Any) -> None:
             module.support_avx512bf16_for_cpu = False
 
 
-def _linear_names(model: Any, *roles: Role) -> list[str]:
-    """Return the last name parts of all linear modules that can be targets, in the model's order."""
+def _linear_names(model: CausalModel, *roles: Role) -> list[str]:
+    """Last name parts of all linear modules that can be targets, in the order of the model."""
     return list(dict.fromkeys(name.rpartition(".")[2] for name in linear_modules(model, *roles)))
 
 
-def _resolve_targets(model: Any, settings: LoraSettings) -> list[str]:
+def _resolve_targets(model: CausalModel, settings: LoraSettings) -> list[str]:
     names = _linear_names(model)
     if settings.target_modules == "all-linear":
         return names
@@ -264,7 +265,7 @@ def _resolve_layers(layers: str | None, count: int) -> list[int] | None:
     return list(chosen)
 
 
-def _check_modules_to_save(model: Any, wanted: list[str]) -> None:
+def _check_modules_to_save(model: CausalModel, wanted: list[str]) -> None:
     names = {name.rpartition(".")[2] for name, _ in model.named_modules()}
     unmatched = [name for name in wanted if name not in names]
     if unmatched:

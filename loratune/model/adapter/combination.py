@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -40,8 +41,8 @@ def combine_adapters(
         LoratuneError: an adapter has more than low-rank matrices, or PEFT rejects the combination.
     """
     _check_plain(adapters)
-    model = load_mapped(base)
-    names = [f"adapter_{number}" for number in range(len(adapters))]  # PEFT's names must not contain dots
+    model: Any = load_mapped(base)  # PEFT's wrapper of it from the first adapter on
+    names = [f"adapter_{number}" for number in range(len(adapters))]  # PEFT takes no dots, which the user's may have
     for inner, (name, adapter) in zip(names, adapters.items(), strict=True):
         model = load_adapter(model, adapter, inner)
         own = own_parameters(model).names(inner)

@@ -16,6 +16,7 @@ from torch import nn
 from loratune.model.adapter.tensors import AdapterTensors
 from loratune.model.architecture.structure import causal_model
 from loratune.model.architecture.vocabulary import vocabulary_of
+from loratune.protocols import CausalModel
 
 BASE = "__base__"
 """PEFT's name for no adapter."""
@@ -30,7 +31,7 @@ class OwnParameters:
         model: a causal language model, without PEFT's outer wrapper.
     """
 
-    def __init__(self, model: Any) -> None:
+    def __init__(self, model: CausalModel) -> None:
         self._model = model
         self._vocabulary = vocabulary_of(parameter_modules(model))
         self._modules: dict[str, Any] = {}
@@ -138,9 +139,9 @@ class OwnParameters:
         self._in_place = adapter
 
 
-def own_parameters(model: Any) -> OwnParameters:
-    """Return a model's replaced parameters, creating the object on first use; accepts PEFT's wrapper."""
-    base = causal_model(model)
+def own_parameters(model: CausalModel) -> OwnParameters:
+    """Those of a model, which carries them from now on; with or without PEFT's wrapper."""
+    base: Any = causal_model(model)  # no model of transformers has such an attribute
     if not hasattr(base, "own_parameters"):
         base.own_parameters = OwnParameters(base)
     found: OwnParameters = base.own_parameters
@@ -151,8 +152,8 @@ def _attribute(name: str) -> str:
     return name.rpartition(".")[2]
 
 
-def parameter_modules(model: Any) -> dict[str, Any]:
-    """Return the base's parameter names, as in its files → the module with the parameter."""
+def parameter_modules(model: CausalModel) -> dict[str, Any]:
+    """Name of a parameter of the base, as its files have it → the module that holds it."""
     return {
         f"{_WRAPPED.sub('', path)}.{attribute}": module
         for path, module in model.named_modules()

@@ -28,9 +28,11 @@ from loratune.model.adapter.patterns import as_expressions, settle_patterns
 from loratune.model.adapter.peft_rows import LoraRows, merge_tokens
 from loratune.model.adapter.tensors import PREFIX, TOKENS, WRAPPER
 from loratune.model.architecture.file_layout import file_layout
+from loratune.model.architecture.structure import text_config
 from loratune.model.config import empty_model, load_config
 from loratune.model.files import weight_files
 from loratune.model.weights.tensor_files import TensorFiles
+from loratune.protocols import CausalModel
 
 ADAPTER = "default"
 PATTERNS = ("rank_pattern", "alpha_pattern", "target_modules", "exclude_modules", "layers_pattern")
@@ -139,10 +141,10 @@ def _listed(given: Any) -> list[str]:
     return [given] if isinstance(given, str) else list(given or ())
 
 
-def _empty_model(base: Path, vocabulary: int, is_tied: bool) -> Any:
-    """Return the base's modules on the meta device."""
+def _empty_model(base: Path, vocabulary: int, is_tied: bool) -> CausalModel:
+    """The base's modules, without values."""
     config = load_config(base)
-    config.vocab_size, config.tie_word_embeddings = vocabulary, is_tied
+    text_config(config).vocab_size, config.tie_word_embeddings = vocabulary, is_tied
     model = empty_model(config)
     if is_tied:
         model.tie_weights()

@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -88,15 +88,22 @@ def _by_use(
     return found
 
 
-def rank_and_alpha(values: dict[str, Any], module: str) -> tuple[int, float]:
-    """Return rank and alpha of a module.
+class RankAndAlpha(NamedTuple):
+    """Of one module's adapter."""
+
+    rank: int
+    alpha: float
+
+
+def rank_and_alpha(values: dict[str, Any], module: str) -> RankAndAlpha:
+    """What a config gives a module.
 
     Args:
         values: result of `settle_patterns`.
         module: the module's name in the base.
     """
     rank, alpha = values["rank_pattern"].get(module, values["r"]), values["alpha_pattern"].get(module)
-    return rank, values["lora_alpha"] if alpha is None else alpha
+    return RankAndAlpha(rank, values["lora_alpha"] if alpha is None else alpha)
 
 
 def _rank_problems(tensors: AdapterTensors, values: dict[str, Any]) -> list[str]:
@@ -107,7 +114,7 @@ def _rank_problems(tensors: AdapterTensors, values: dict[str, Any]) -> list[str]
         axis = RANK_AXES.get(match["part"]) if match else None
         if match is None or axis is None:
             continue
-        rank, _ = rank_and_alpha(values, _module(match))
+        rank = rank_and_alpha(values, _module(match)).rank
         if tensor.ndim != 2:
             problems.append(f"{name}: of shape {list(tensor.shape)}, not a matrix")
         elif tensor.shape[axis] != rank:

@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from peft.utils.integrations import dequantize_module_weight
 
 from loratune.model.adapter.tensors import PREFIX
+from loratune.protocols import AdaptedModel
 
 
 @dataclass(frozen=True)
@@ -22,13 +22,13 @@ class UpdateSize:
     median: float
     """‖ΔW‖ / ‖W‖ in Frobenius norms."""
     largest: float
-    unchanged: list[str]
-    """Modules whose update is exactly 0."""
-    not_finite: list[str]
+    unchanged: tuple[str, ...]
+    """Those whose update is exactly nothing."""
+    not_finite: tuple[str, ...]
 
 
-def update_sizes(model: PeftModel, adapter: str = "default") -> dict[str, UpdateSize]:
-    """Return target name → size of its modules' updates.
+def update_sizes(model: AdaptedModel, adapter: str = "default") -> dict[str, UpdateSize]:
+    """Target name → size of its modules' updates.
 
     Args:
         model: the model with the adapter.
@@ -48,8 +48,8 @@ def _size(ratios: dict[str, float]) -> UpdateSize:
         len(values),
         float(finite.median()) if len(finite) else float("nan"),
         float(finite.max()) if len(finite) else float("nan"),
-        [name for name, ratio in ratios.items() if ratio == 0],
-        [name for name, value in zip(ratios, values, strict=True) if not value.isfinite()],
+        tuple(name for name, ratio in ratios.items() if ratio == 0),
+        tuple(name for name, value in zip(ratios, values, strict=True) if not value.isfinite()),
     )
 
 

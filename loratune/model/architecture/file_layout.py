@@ -27,6 +27,7 @@ from loratune.errors import Exit, LoratuneError
 from loratune.model.config import empty_model, load_config
 from loratune.model.files import weight_files
 from loratune.model.weights.tensor_files import TensorFiles, TensorInfo
+from loratune.protocols import CausalModel
 
 Change = TypeVar("Change")
 
@@ -107,8 +108,8 @@ class FileLayout:
         return {self.tensor_of(name): change for name, change in changes.items()}
 
 
-def file_layout(model: Any, held: Iterable[str]) -> FileLayout:
-    """Determine how transformers maps a model's files to its parameters.
+def file_layout(model: CausalModel, held: Iterable[str]) -> FileLayout:
+    """What transformers makes of a model's files.
 
     Args:
         model: the model in memory, with or without values.

@@ -9,6 +9,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from loratune.errors import Exit, LoratuneError
 from loratune.model.architecture.structure import decoder_of, output_layer
+from loratune.protocols import CausalModel
 
 PROBED_TOKENS = 8
 """Enough to observe the computation."""
@@ -21,7 +22,7 @@ class OwnHead:
         model: the causal language model.
     """
 
-    def __init__(self, model: Any) -> None:
+    def __init__(self, model: CausalModel) -> None:
         self._model, self._forward = model, model.forward
 
     @property
@@ -42,8 +43,8 @@ class OwnHead:
         return logits
 
 
-def head_of(model: Any) -> Any:
-    """Return the module that computes logits: the output layer, if a test run shows that the model does nothing else.
+def head_of(model: CausalModel) -> Any:
+    """What makes logits of a decoder's states: the head's layer if the model, run on a few tokens, does nothing else.
 
     Raises:
         LoratuneError: the logits do not follow from the hidden states.

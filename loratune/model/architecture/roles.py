@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from enum import Enum
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import nn
 
 from loratune.model.architecture.structure import causal_model, decoder_of, output_layer
+from loratune.protocols import CausalModel
 
 
 class Role(Enum):
@@ -26,8 +27,8 @@ class Role(Enum):
     HEAD = "head"
 
 
-def module_roles(model: Any) -> dict[str, Role]:
-    """Return the names of all modules with a role → their roles.
+def module_roles(model: CausalModel) -> dict[str, Role]:
+    """Name of each module that has a role → which.
 
     Args:
         model: a causal language model without an adapter; quantised layers have the role of the originals.
@@ -51,8 +52,8 @@ def module_roles(model: Any) -> dict[str, Role]:
     return roles
 
 
-def linear_modules(model: Any, *only: Role) -> list[str]:
-    """Return the names of the linear modules that an adapter can target, in the model's order.
+def linear_modules(model: CausalModel, *only: Role) -> list[str]:
+    """Names of the linear modules that an adapter can go on, in the order of the model.
 
     Args:
         model: see `module_roles`.
@@ -62,8 +63,8 @@ def linear_modules(model: Any, *only: Role) -> list[str]:
     return [name for name, role in module_roles(model).items() if role in wanted]
 
 
-def quantised_matrices(model: Any) -> set[str]:
-    """Return the names of the parameters that quantisation on loading converts: linear modules except the head."""
+def quantised_matrices(model: CausalModel) -> set[str]:
+    """Names of the parameters that quantisation on loading reaches: linear modules, the head left out."""
     head = output_layer(model)
     return {
         f"{name}.weight"
@@ -72,8 +73,16 @@ def quantised_matrices(model: Any) -> set[str]:
     }
 
 
-def gated_mlp(module: Any) -> Iterator[tuple[str, str, str]]:
-    """Yield names of (gate, up, down) of a module that may be a gated MLP, down(act(gate(x)) · up(x)).
+class GatedMlp(NamedTuple):
+    """Names of the matrices of a gated MLP, down(act(gate(x)) · up(x))."""
+
+    gate: str
+    up: str
+    down: str
+
+
+def gated_mlp(module: Any) -> Iterator[GatedMlp]:
+    """The matrices of a module that may be a gated MLP.
 
     Shapes do not distinguish gate and up; the caller has to test the candidates. The usual order comes first.
 
@@ -89,8 +98,8 @@ def gated_mlp(module: Any) -> Iterator[tuple[str, str, str]]:
     for down in reversed(matrices):
         first, second = (name for name in matrices if name != down)
         if sizes[first] == sizes[second] == sizes[down][::-1]:
-            yield first, second, down
-            yield second, first, down
+            yield GatedMlp(gate=first, up=second, down=down)
+            yield GatedMlp(gate=second, up=first, down=down)
 
 
 def is_rms_norm(module: Any) -> bool:
@@ -98,9 +107,9 @@ def is_rms_norm(module: Any) -> bool:
     return type(module).__name__.endswith("RMSNorm") and hasattr(module, "variance_epsilon")
 
 
-def _recorded(model: Any, what: str) -> list[str]:
-    """Return the names of the modules with a recordable output `what`, which transformers' classes declare."""
-    declared: Any = {}
+def _recorded(model: CausalModel, what: str) -> list[str]:
+    """Names of the modules whose outputs a model can hand out as `what`: transformers has each class state theirs."""
+    told: Any = {}
     for part in (causal_model(model), decoder_of(model)):
         declared = declared | (getattr(part, "_can_record_outputs", None) or {})
     entries = declared.get(what, ())

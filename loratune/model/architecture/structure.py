@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from enum import Enum
-from typing import Any
+from typing import Any, TypeGuard
+
+from loratune.protocols import AdaptedModel, CausalModel, Decoder, ModelConfig, TextConfig
 
 
 class LayerState(Enum):
@@ -20,25 +22,31 @@ class LayerState(Enum):
 ATTENDING = {"full_attention": LayerState.ALL_TOKENS, "sliding_attention": LayerState.WINDOW}
 
 
-def causal_model(model: Any) -> Any:
-    """Return the causal language model without PEFT's wrapper."""
-    # isinstance would need PEFT, which takes seconds to import and is not needed for a plain model.
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
+def is_adapted(model: CausalModel) -> TypeGuard[AdaptedModel]:
+    """Whether a model is PEFT's wrapper of one."""
+    # Not by its class: importing PEFT takes seconds, and a model alone does without it.
+    return hasattr(model, "get_base_model")
 
 
-def decoder_of(model: Any) -> Any:
-    """Return the module that computes the last hidden states from token ids.
+def causal_model(model: CausalModel) -> CausalModel:
+    """The causal language model itself, without PEFT's wrapper around it."""
+    return model.get_base_model() if is_adapted(model) else model
+
+
+def decoder_of(model: CausalModel) -> Decoder:
+    """The module that makes the last states of token ids.
 
     Args:
         model: a causal language model, with or without PEFT's wrapper.
     """
     causal = causal_model(model)
     found = causal.get_decoder()
-    return causal.base_model if found is causal else found
+    decoder: Decoder = causal.base_model if found is causal else found
+    return decoder
 
 
-def output_layer(model: Any) -> Any:
-    """Return the module that computes logits from the last hidden states.
+def output_layer(model: CausalModel) -> Any:
+    """The module that makes logits of the last states.
 
     Args:
         model: a causal language model, with or without PEFT's wrapper.
@@ -46,8 +54,8 @@ def output_layer(model: Any) -> Any:
     return causal_model(model).get_output_embeddings()
 
 
-def text_config(config: Any) -> Any:
-    """Return the language model's part of a config; the config itself if it is not nested."""
+def text_config(config: ModelConfig) -> TextConfig:
+    """The part of a config that describes the language model: the config itself where nothing else is in it."""
     return config.get_text_config(decoder=True)
 
 
@@ -57,26 +65,29 @@ def text_values(values: Mapping[str, Any]) -> Mapping[str, Any]:
     return nested if isinstance(nested, Mapping) else values
 
 
-def layer_count(config: Any) -> int:
+def layer_count(config: ModelConfig) -> int:
+    """How many layers the language model of a config has."""
     return int(text_config(config).num_hidden_layers)
 
 
-def head_size(config: Any) -> int:
+def head_size(config: ModelConfig) -> int:
+    """Width of an attention head."""
     text = text_config(config)
     return int(getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads)
 
 
-def key_value_heads(config: Any) -> int:
+def key_value_heads(config: ModelConfig) -> int:
+    """How many heads of keys an attention layer has, and of values."""
     text = text_config(config)
     return int(getattr(text, "num_key_value_heads", None) or text.num_attention_heads)
 
 
-def layer_kinds(config: Any) -> list[str]:
-    """Return transformers' type of each layer, in order."""
+def layer_kinds(config: ModelConfig) -> list[str]:
+    """transformers' name of each layer's kind, in order."""
     text = text_config(config)
     return list(getattr(text, "layer_types", None) or ["full_attention"] * layer_count(config))
 
 
-def layer_states(config: Any) -> list[LayerState]:
-    """Return the kind of state of each layer, in order."""
+def layer_states(config: ModelConfig) -> list[LayerState]:
+    """What each layer keeps, in order."""
     return [ATTENDING.get(kind, LayerState.OTHER) for kind in layer_kinds(config)]

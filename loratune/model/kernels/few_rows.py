@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from loratune.protocols import CausalModel
+
 MOST_ROWS = 32
 """With more rows, the arithmetic takes longer than reading the matrix."""
 LEAST_WEIGHTS = 1 << 18
@@ -21,8 +23,8 @@ BLOCK = 32
 """Rows of the matrix per block."""
 
 
-def use_few_row_products(model: Any) -> list[Any]:
-    """Make a model's large linear layers use blocked products for inputs of few rows.
+def use_few_row_products(model: CausalModel) -> list[Any]:
+    """Have the large linear layers of a model take their matrix block by block where they get few rows.
 
     It applies only without gradients, and results differ only by rounding.
 

@@ -17,6 +17,7 @@ from transformers.utils import ModelOutput
 
 from loratune.model.architecture.head import head_of
 from loratune.model.architecture.structure import decoder_of
+from loratune.protocols import CausalModel
 
 CHUNK_BYTES = 1 << 27
 """Size of a chunk's logits: enough positions that reading the head's matrix does not dominate."""
@@ -39,8 +40,8 @@ class LabelledLoss(ModelOutput):
     """Batch row of each labelled position."""
 
 
-def add_labelled_loss(model: Any) -> None:
-    """Make a causal language model return `LabelledLoss` when called with labels and `summed_loss=True`.
+def add_labelled_loss(model: CausalModel) -> None:
+    """Let a causal language model return `LabelledLoss` when it is called with labels and `summed_loss=True`.
 
     The call goes through the model's own forward, so that wrappers such as DDP work as usual.
 
@@ -55,7 +56,7 @@ def add_labelled_loss(model: Any) -> None:
     model.forward = forward
 
 
-def _forward(model: Any, head: Any, labels: torch.Tensor, **inputs: Any) -> LabelledLoss:
+def _forward(model: CausalModel, head: Any, labels: torch.Tensor, **inputs: Any) -> LabelledLoss:
     given = {name: value for name, value in inputs.items() if value is not None}
     hidden = decoder_of(model)(**given | {"use_cache": False}).last_hidden_state
     targets = labels[:, 1:]

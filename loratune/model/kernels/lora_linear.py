@@ -20,13 +20,14 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 
 from loratune.model.kernels.few_rows import takes_few_rows
+from loratune.protocols import CausalModel
 
 _MAX_DROPOUT = 254 / 256
 """Maximum rate that one random byte per element can represent."""
 
 
-def use_fused_lora(model: Any) -> int:
-    """Replace the forward of every plain LoRA layer; PEFT keeps the others.
+def use_fused_lora(model: CausalModel) -> int:
+    """Compute every plain LoRA layer in one function; PEFT keeps the others.
 
     A layer is plain if it has one active adapter on a frozen `nn.Linear` or bitsandbytes `Linear4bit`, without DoRA or
     other variants, bias or merge. Each call checks the layer's state, and uses PEFT's forward if adapters are disabled,

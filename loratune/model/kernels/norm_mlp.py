@@ -19,7 +19,8 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
 from loratune import console
-from loratune.model.architecture.roles import gated_mlp, is_rms_norm
+from loratune.model.architecture.roles import GatedMlp, gated_mlp, is_rms_norm
+from loratune.protocols import CausalModel
 
 Forward = Callable[[Any, Any], Any]
 """Function of a module and its input."""
@@ -37,8 +38,8 @@ class _Kernels(NamedTuple):
     """gate, up → silu(gate) · up."""
 
 
-def use_fused_elementwise(model: Any) -> int:
-    """Replace the forward of a model's frozen RMSNorms and SiLU-gated MLPs.
+def use_fused_elementwise(model: CausalModel) -> int:
+    """Replace the forward of the frozen RMS norms and SiLU-gated MLPs of a model.
 
     Args:
         model: a causal language model, with or without an adapter.
@@ -65,8 +66,8 @@ def use_fused_elementwise(model: Any) -> int:
     return taken
 
 
-def _liger_kernels(model: Any) -> _Kernels | None:
-    """Return Liger's single-pass GPU kernels, if they are installed and work."""
+def _liger_kernels(model: CausalModel) -> _Kernels | None:
+    """Liger's, which do everything in one pass over a GPU's memory, where they are installed and run."""
     if importlib.util.find_spec("liger_kernel") is None:
         return None
     no_offset, casting, in_place = 0.0, "llama", False
@@ -87,21 +88,21 @@ def _makers(module: Any) -> list[Callable[[_Kernels], Forward]]:
     if is_rms_norm(module):
         is_frozen = type(module.weight) is nn.Parameter and not module.weight.requires_grad
         return [_norm_with] if is_frozen else []
-    return [partial(_gated_mlp_with, parts) for parts in gated_mlp(module)]
+    return [partial(_gated_mlp_with, names) for names in gated_mlp(module)]
 
 
 def _norm_with(kernels: _Kernels) -> Forward:
     return lambda module, x: kernels.norm(x, module.weight, module.variance_epsilon)
 
 
-def _gated_mlp_with(parts: tuple[str, str, str], kernels: _Kernels) -> Forward:
-    gate, up, down = map(attrgetter, parts)
+def _gated_mlp_with(names: GatedMlp, kernels: _Kernels) -> Forward:
+    gate, up, down = attrgetter(names.gate), attrgetter(names.up), attrgetter(names.down)
     return lambda module, x: down(module)(kernels.gate(gate(module)(x), up(module)(x)))
 
 
 def _gives_the_same(module: Any, forward: Callable[[Any], Any]) -> bool:
-    """Return whether a forward and its gradient equal the module's own on random rows."""
-    first = module if is_rms_norm(module) else module.get_submodule(next(gated_mlp(module))[0])
+    """Whether a forward computes what the module's own does, and its gradient, on some random rows."""
+    first = module if is_rms_norm(module) else module.get_submodule(next(gated_mlp(module)).gate)
     weight = first.weight
     width = len(weight) if first is module else first.in_features
     dtype = weight.dtype if weight.is_floating_point() else torch.bfloat16
@@ -124,8 +125,9 @@ class _RMSNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Any, weight: Any, epsilon: float) -> Any:
-        normed = x.to(torch.float32, copy=True)  # mixed-dtype products would take twice as long
-        scale = torch.linalg.vecdot(normed, normed).div_(x.shape[-1]).add_(epsilon).rsqrt_().unsqueeze(-1)
+        normed = x.to(torch.float32, copy=True)  # products of two types would take twice as long
+        # Not vecdot, which autocast computes in float16: the sum of 3584 squares of 4.3 is beyond its range.
+        scale = normed.square().sum(-1, keepdim=True).div_(x.shape[-1]).add_(epsilon).rsqrt_()
         ctx.save_for_backward(x, weight, scale)
         return normed.mul_(scale).to(x.dtype).mul_(weight)
 
@@ -135,7 +137,7 @@ class _RMSNorm(torch.autograd.Function):
         x, weight, scale = ctx.saved_tensors
         of_normed, rows = (grad * weight).float(), x.float()
         # d(x·s)/dx = s − x·xᵀ·s³/width
-        along = torch.linalg.vecdot(of_normed, rows).unsqueeze(-1).div_(x.shape[-1]).mul_(scale.pow(3))
+        along = (of_normed * rows).sum(-1, keepdim=True).div_(x.shape[-1]).mul_(scale.pow(3))
         return of_normed.mul_(scale).addcmul_(rows, along, value=-1).to(x.dtype), None, None
 
 

@@ -12,6 +12,8 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from loratune.protocols import CausalModel
+
 DOCUMENT_ATTENTION = "documents"
 """Name of the attention function as a model's attn_implementation."""
 LONGEST_BY_PRODUCTS = 1024
@@ -29,8 +31,8 @@ def register_document_attention() -> None:
     AttentionMaskInterface.register(DOCUMENT_ATTENTION, defer_mask)
 
 
-def use_document_attention(model: Any) -> None:
-    """Switch a model to attention per document, unless it uses flash attention, which handles boundaries itself."""
+def use_document_attention(model: CausalModel) -> None:
+    """Have a model attend by documents, unless it has flash attention, which knows their borders itself."""
     if not model.config._attn_implementation.startswith("flash"):
         register_document_attention()
         model.set_attn_implementation(DOCUMENT_ATTENTION)

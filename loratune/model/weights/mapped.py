@@ -9,7 +9,6 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
@@ -19,6 +18,7 @@ from loratune.model.architecture.file_layout import file_layout
 from loratune.model.files import weight_files
 from loratune.model.from_folder import load_from_folder
 from loratune.model.weights.tensor_files import TensorFiles
+from loratune.protocols import CausalModel
 
 PIECE_VALUES = 4_000_000
 """Number of matrix values that are converted to float32 at a time."""
@@ -26,8 +26,8 @@ RESIDENT_BYTES = 2_000_000_000
 """Pages of smaller models stay mapped after reading; those of larger ones are released after each use."""
 
 
-def load_mapped(folder: Path, in_float32: bool = True) -> Any:
-    """Load a causal language model with transformers, and bind its weights to the memory-mapped files.
+def load_mapped(folder: Path, in_float32: bool = True) -> CausalModel:
+    """A causal language model as transformers loads it, then bound to its mapped files.
 
     Args:
         folder: model folder.
@@ -56,8 +56,8 @@ def load_mapped(folder: Path, in_float32: bool = True) -> Any:
     return model
 
 
-def load_plain(folder: Path, is_quantized: bool = False) -> Any:
-    """Load a causal language model with plain transformers, in its files' dtype, on the CPU.
+def load_plain(folder: Path, is_quantized: bool = False) -> CausalModel:
+    """A causal language model as anybody would load it with transformers, in the type of its files, on the CPU.
 
     Args:
         folder: model folder.

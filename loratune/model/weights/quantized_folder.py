@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 from loratune.model.adapter.attach import keep_unpacked
 from loratune.model.base import load_base
 from loratune.model.hardware import detect_hardware
 from loratune.model.weights.mapped import load_plain
+from loratune.protocols import CausalModel
 from loratune.recipe.sections import ModelSettings
 
 
-def write_quantized(model: Path, folder: Path) -> Any:
-    """Quantise a model, write it, and return the model in memory for comparison with the folder.
+def write_quantized(model: Path, folder: Path) -> CausalModel:
+    """Quantise a model and write it; the model in memory is returned, to be compared with what the folder gives.
 
     Args:
         model: folder in full precision.
@@ -26,8 +26,8 @@ def write_quantized(model: Path, folder: Path) -> Any:
     return quantized.eval()
 
 
-def load_quantized(folder: Path) -> Any:
-    """Load a written model, which computes exactly as the one in memory."""
+def load_quantized(folder: Path) -> CausalModel:
+    """The written model, which computes exactly as the one that was written."""
     model = load_plain(folder, is_quantized=True)
     keep_unpacked(model)
     return model

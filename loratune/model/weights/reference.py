@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 from loratune.model.adapter.attach import keep_unpacked, load_adapter
 from loratune.model.base import load_base
 from loratune.model.hardware import detect_hardware
 from loratune.model.weights.mapped import load_mapped
+from loratune.protocols import AdaptedModel
 from loratune.recipe.sections import ModelSettings
 
 
-def load_reference(settings: ModelSettings, base: Path, adapter: Path) -> Any:
-    """Load PEFT's own model: base with unmerged adapter, quantised if it was in training.
+def load_reference(settings: ModelSettings, base: Path, adapter: Path) -> AdaptedModel:
+    """PEFT's own model: the adapter's layers beside the base's, which is quantised if it was in training.
 
     Args:
         settings: settings of the base in training.
@@ -25,7 +25,8 @@ def load_reference(settings: ModelSettings, base: Path, adapter: Path) -> Any:
     """
     if settings.quantization == "none":
         return load_adapter(load_mapped(base), adapter, keep_dtype=True)
-    exact = settings.model_copy(update={"compute_dtype": "float32"})
+    # Flash attention would cast to the config's type.
+    exact = settings.model_copy(update={"compute_dtype": "float32", "attn_implementation": "sdpa"})
     quantized = load_base(exact, base, detect_hardware())
     keep_unpacked(quantized)  # the packed form computes in bfloat16
     return load_adapter(quantized, adapter).float().eval()

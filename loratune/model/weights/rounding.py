@@ -21,6 +21,7 @@ from torch.nn import functional
 from loratune.model.adapter.own_parameters import parameter_modules
 from loratune.model.adapter.peft_merge import Change
 from loratune.model.architecture.structure import causal_model
+from loratune.protocols import CausalModel
 
 PIECE_VALUES = 2_000_000
 """Maximum number of matrix elements that are computed at once."""
@@ -60,8 +61,8 @@ def _merged(change: Change | None, rows: torch.Tensor, numbers: torch.Tensor) ->
 
 
 @contextmanager
-def rounded_as(model: Any, roundings: Mapping[str, Rounding]) -> Iterator[None]:
-    """Make a reference compute with the rounding errors of merged weights, within the context.
+def rounded_as(model: CausalModel, roundings: Mapping[str, Rounding]) -> Iterator[None]:
+    """Let a reference compute with the rounding errors of merged weights.
 
     Args:
         model: base + adapter, in float32 arithmetic.

@@ -12,60 +12,19 @@ from loratune import console
 from loratune.data.encoding.encoder import Encoder
 from loratune.data.preparation import PreparedData
 from loratune.engine.kv_cache import DecodingError
+from loratune.engine.running import Running
 from loratune.engine.sampling import Sampling
-from loratune.engine.scheduler import Decoder, Running
+from loratune.engine.scheduler import Decoder
 from loratune.errors import LoratuneError, counted
 from loratune.model.adapter.own_parameters import BASE
-from loratune.protocols import Tokenizer
+from loratune.protocols import AdaptedModel, Tokenizer
+from loratune.runs.report import Answers, Told
 
 MAX_QUESTIONS = 8
 COMPARED_TOKENS = 48
 """Number of compared tokens; a base often does not stop by itself."""
 MAX_TOKENS = 256
 """Maximum tokens of the adapter's answers, so that the check takes seconds."""
-
-
-@dataclass(frozen=True)
-class Told:
-    """One prompt with its reference and both answers."""
-
-    question: str
-    expected: str
-    base: str
-    """The first tokens of the base's answer."""
-    adapter: str
-    has_changed: bool
-    ended: bool | None
-    """Whether the adapter's answer reached its end token; None if it was not given enough tokens."""
-    cut_short: bool = False
-    """Whether time ran out before both answers reached their length."""
-
-
-@dataclass(frozen=True)
-class Answers:
-    """All sample generations."""
-
-    told: list[Told]
-
-    @property
-    def changed(self) -> int:
-        """Number of answers that differ from the base's."""
-        return sum(one.has_changed for one in self.told)
-
-    @property
-    def judged(self) -> int:
-        """Number of answers that had enough tokens to end."""
-        return sum(one.ended is not None for one in self.told)
-
-    @property
-    def ended(self) -> int:
-        """Number of those that ended by themselves."""
-        return sum(one.ended is True for one in self.told)
-
-    @property
-    def cut_short(self) -> int:
-        """Number of answers that were cut short for time."""
-        return sum(one.cut_short for one in self.told)
 
 
 @dataclass(frozen=True)
@@ -79,8 +38,8 @@ class Allowance:
     """Returns whether the user has interrupted."""
 
 
-def ask_questions(model: Any, encoder: Encoder, data: PreparedData, allowance: Allowance) -> Answers | None:
-    """Answer some of the rows' prompts with and without the adapter, with greedy decoding.
+def ask_questions(model: AdaptedModel, encoder: Encoder, data: PreparedData, allowance: Allowance) -> Answers | None:
+    """Ask some of the rows' questions with the adapter and without it, the likeliest token each time.
 
     Args:
         model: PEFT model with the final adapter; it stays in eval mode.
@@ -121,11 +80,11 @@ def _ask(
         return None
     rows = zip(asked, expected, before, now, strict=True)
     return Answers(
-        [
+        tuple(
             _told(encoder.tokenizer, messages, tokens, *both)
             for (messages, _), tokens, *both in rows
             if all(running.tokens for running in both)
-        ]
+        )
     )
 
 

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from dataclasses import replace
+from typing import TYPE_CHECKING
 
 from loratune import console
 from loratune.errors import Interrupted
+from loratune.protocols import AdaptedModel
 from loratune.runs.folder import PLOT, REPORT
+from loratune.runs.report import Answers, Report, write_report
 from loratune.training.failures import attempted
-from loratune.training.reporting.answers import Allowance, Answers, ask_questions
+from loratune.training.reporting.answers import Allowance, ask_questions
 from loratune.training.reporting.health import examine
 from loratune.training.reporting.plot import plot_losses
-from loratune.writing import write_json
 
 if TYPE_CHECKING:
     from loratune.training.run import Running, Session
@@ -20,8 +22,8 @@ LEAST_SECONDS = 10.0
 """Minimum time for sample generations after a short training."""
 
 
-def close_run(session: Session, running: Running, report: dict[str, Any]) -> dict[str, Any]:
-    """Complete a finished run's report with its health, and plot its losses.
+def close_run(session: Session, running: Running, report: Report) -> Report:
+    """Complete a finished run's report with its health, and draw its losses.
 
     The first signal skips the sample generations, the second one the rest; the run is finished in any case.
 
@@ -39,15 +41,15 @@ def close_run(session: Session, running: Running, report: dict[str, Any]) -> dic
             answers = attempted("the closing questions", lambda: _answers(session, running), warn)
             health = attempted(
                 "the report of the adapter's health",
-                lambda: examine(_model(running), watchers.flow, watchers.metrics, answers).as_json(),
+                lambda: examine(_model(running), watchers.flow, watchers.metrics, answers),
                 warn,
             )
-            report = report | {"health": health, "warnings": session.notes.told}
-            attempted(REPORT, lambda: write_json(session.output / REPORT, report), warn)
+            report = replace(report, health=health, warnings=tuple(session.notes.told))
+            attempted(REPORT, lambda: write_report(session.output, report), warn)
             attempted(PLOT, lambda: plot_losses(watchers.metrics, session.output / PLOT), warn)
     except Interrupted:
-        console.warn(f"stopped at the end; {session.output} is finished, but its report may be incomplete")
-    return report | {"warnings": session.notes.told}
+        console.warn(f"stopped at the end; {session.output} is finished, but what its report says may be incomplete")
+    return replace(report, warnings=tuple(session.notes.told))
 
 
 def _answers(session: Session, running: Running) -> Answers | None:
@@ -62,5 +64,6 @@ def _answers(session: Session, running: Running) -> Answers | None:
     return ask_questions(_model(running), session.encoder, session.data, allowance)
 
 
-def _model(running: Running) -> Any:
-    return running.trainer.accelerator.unwrap_model(running.trainer.model)
+def _model(running: Running) -> AdaptedModel:
+    model: AdaptedModel = running.trainer.accelerator.unwrap_model(running.trainer.model)
+    return model

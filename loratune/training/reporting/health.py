@@ -2,44 +2,22 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from transformers import TrainerCallback
 
 from loratune.errors import counted
 from loratune.model.adapter.tensors import PREFIX
-from loratune.model.adapter.update_size import UpdateSize, update_sizes
+from loratune.model.adapter.update_size import update_sizes
+from loratune.protocols import AdaptedModel
+from loratune.runs.report import Answers, Health, Updates
 from loratune.training.callbacks import Metrics
-from loratune.training.reporting.answers import Answers
 
 HARDLY = 1e-4
 """Threshold of ‖ΔW‖ / ‖W‖ below which answers hardly change; trained adapters have 1e-3 to 1e-1."""
 WORSE = 1.05
 """Maximum ratio of the last validation loss to the best one."""
-
-
-@dataclass
-class Health:
-    """Diagnostics of the final adapter."""
-
-    updates: dict[str, UpdateSize]
-    """Target name → relative update sizes of its modules."""
-    without_gradient: list[str]
-    """Adapted modules without a gradient in this process's first step."""
-    answers: Answers | None = None
-    """Sample generations; None if there are none."""
-    sentences: list[str] = field(default_factory=list)
-    """Problems, each with advice."""
-
-    def as_json(self) -> dict[str, Any]:
-        """Return the diagnostics for report.json."""
-        counts = (
-            {name: getattr(self.answers, name) for name in ("changed", "judged", "ended", "cut_short")}
-            if self.answers
-            else {}
-        )
-        return asdict(self) | ({"answers": {**counts, **asdict(self.answers)}} if self.answers else {})
 
 
 class GradientFlow(TrainerCallback):
@@ -59,7 +37,7 @@ class GradientFlow(TrainerCallback):
                 self.missing.append(name.partition(".lora_B.")[0].removeprefix(PREFIX))
 
 
-def examine(model: Any, flow: GradientFlow, metrics: Metrics, answers: Answers | None = None) -> Health:
+def examine(model: AdaptedModel, flow: GradientFlow, metrics: Metrics, answers: Answers | None = None) -> Health:
     """Measure the final adapter.
 
     Args:
@@ -68,13 +46,14 @@ def examine(model: Any, flow: GradientFlow, metrics: Metrics, answers: Answers |
         metrics: the run's metrics.
         answers: sample generations.
     """
-    health = Health(update_sizes(model), flow.missing, answers)
-    health.sentences = [*_about_updates(health), *_about_answers(answers), *_about_losses(metrics)]
-    return health
+    updates = {name: Updates(**vars(size)) for name, size in update_sizes(model).items()}
+    missing = tuple(flow.missing)
+    sentences = (*_about_updates(updates, missing), *_about_answers(answers), *_about_losses(metrics))
+    return Health(updates, missing, answers, sentences)
 
 
-def _about_updates(health: Health) -> list[str]:
-    sizes = list(health.updates.values())
+def _about_updates(updates: Mapping[str, Updates], without_gradient: Sequence[str]) -> list[str]:
+    sizes = list(updates.values())
     broken = [name for size in sizes for name in size.not_finite]
     unchanged = [name for size in sizes for name in size.unchanged]
     sentences = []
@@ -86,8 +65,8 @@ def _about_updates(health: Health) -> list[str]:
         sentences.append(
             "the adapter hardly changes the model: raise training.learning_rate, train longer, or raise lora.alpha"
         )
-    if health.without_gradient:
-        sentences.append(f"{_modules(health.without_gradient)} without a gradient in the first step")
+    if without_gradient:
+        sentences.append(f"{_modules(without_gradient)} without a gradient in the first step")
     return sentences
 
 
@@ -107,7 +86,7 @@ def _about_answers(answers: Answers | None) -> list[str]:
     return sentences
 
 
-def _modules(names: list[str]) -> str:
+def _modules(names: Sequence[str]) -> str:
     return f"{counted(len(names), 'module')} ({', '.join(names[:3])}{', …' if len(names) > 3 else ''})"
 
 

@@ -28,6 +28,7 @@ from loratune.model.config import empty_model
 from loratune.model.files import weight_files
 from loratune.model.tying import head_is_tied
 from loratune.model.weights.tensor_files import TensorFiles
+from loratune.runs.verification import GgufReadBack
 
 with required("GGUF", "export"):
     import gguf
@@ -51,21 +52,6 @@ REMOVED = (
 )
 _PIECE_ELEMENTS = 2**22
 """Number of tensor elements in memory at once; 16 MiB as float32."""
-
-
-@dataclass(frozen=True)
-class GgufCheck:
-    """Results of checking a file.
-
-    `bytes_by_type` is by ggml type (F32, Q8_0); `fallbacks` are tensors stored as F16 because their rows are not a
-    multiple of q8_0's block size; `largest_difference` is the maximum between a weight and its stored value.
-    """
-
-    tensors: int
-    tokens: int
-    bytes_by_type: dict[str, int]
-    fallbacks: tuple[str, ...]
-    largest_difference: float
 
 
 @dataclass(frozen=True)
@@ -219,8 +205,8 @@ def _encode(rows: torch.Tensor, kind: Kind, name: str) -> Any:
     return stored.view(torch.int16).numpy() if kind == Kind.BF16 else stored.numpy()
 
 
-def check_gguf(model: Path, file: Path) -> GgufCheck:
-    """Read a file back and compare it with the model folder that it was written from.
+def check_gguf(model: Path, file: Path) -> GgufReadBack:
+    """Read a file back and compare it with the model folder that it was made from.
 
     Args:
         model: the folder.
@@ -252,7 +238,7 @@ def check_gguf(model: Path, file: Path) -> GgufCheck:
         if quantization == "q8_0" and kind == Kind.F16:
             fallbacks.append(tensor.name)
     tokens = len(source.keys["tokenizer.ggml.tokens"])
-    return GgufCheck(len(found), tokens, dict(sizes), tuple(fallbacks), largest)
+    return GgufReadBack(len(found), tokens, dict(sizes), tuple(fallbacks), largest)
 
 
 def _compare_keys(source: _Model, file: Path, reader: Any) -> str:

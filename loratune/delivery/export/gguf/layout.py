@@ -12,9 +12,10 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from loratune.errors import Exit, LoratuneError
 from loratune.model.architecture.families import FAMILIES
-from loratune.model.architecture.structure import head_size, key_value_heads, layer_count
+from loratune.model.architecture.structure import head_size, key_value_heads, layer_count, text_config
 from loratune.model.architecture.vocabulary import vocabulary_of
 from loratune.model.config import empty_model, load_config
+from loratune.protocols import TextConfig
 
 YARN_DEFAULTS = {"truncate": True, "mscale": None, "mscale_all_dim": None, "attention_factor": None}
 
@@ -38,19 +39,20 @@ class PlannedTensor:
     rope_heads: int = 0
 
 
-def read_config(model: Path) -> Any:
-    """Return the model's config with defaults.
+def read_config(model: Path) -> TextConfig:
+    """The model's config with defaults filled in.
 
     Raises:
         LoratuneError: programs for GGUF do not support the architecture or a part of its computation.
     """
-    config = load_config(model)
-    if config.model_type not in FAMILIES:
-        raise _unknown(model, f"model_type {config.model_type!r}")
+    whole = load_config(model)
+    if whole.model_type not in FAMILIES:
+        raise _unknown(model, f"model_type {whole.model_type!r}")
+    config = text_config(whole)
     if config.hidden_act != "silu":
         raise _unknown(model, f"hidden_act {config.hidden_act!r}")
     if config.model_type == "qwen2" and head_size(config) * config.num_attention_heads != config.hidden_size:
-        raise _unknown(model, f"head_dim {config.head_dim} in a qwen2 model")
+        raise _unknown(model, f"head_dim {head_size(config)} in a qwen2 model")
     windows = getattr(config, "layer_types", None) or ["sliding_attention"] * config.num_hidden_layers
     window = getattr(config, "sliding_window", None)
     if window is not None and "sliding_attention" in windows and window < config.max_position_embeddings:
@@ -71,13 +73,13 @@ def _unknown(model: Path, what: str) -> NotForGgufError:
     )
 
 
-def architecture_of(config: Any) -> str:
-    """Return GGUF's name of a model's architecture."""
+def architecture_of(config: TextConfig) -> str:
+    """GGUF's name of a model's architecture."""
     return FAMILIES[config.model_type].gguf
 
 
-def describe(config: Any) -> dict[str, str | int | float]:
-    """Return the keys of the architecture; integers are uint32 and floats float32 in the file."""
+def describe(config: TextConfig) -> dict[str, str | int | float]:
+    """The keys that describe the architecture; integers are uint32 and floats float32 in the file."""
     rope = config.rope_parameters
     keys: dict[str, str | int | float] = {
         "vocab_size": config.vocab_size,
@@ -103,8 +105,8 @@ def describe(config: Any) -> dict[str, str | int | float]:
     return {f"{architecture_of(config)}.{name}": value for name, value in keys.items()}
 
 
-def plan_tensors(config: Any) -> list[PlannedTensor]:
-    """Return the tensors of the file in the model's order; the model's own code defines which exist."""
+def plan_tensors(config: TextConfig) -> list[PlannedTensor]:
+    """The tensors of the file, in the model's order, as the model's own code says which there are."""
     weights = empty_model(config).state_dict()
     if config.tie_word_embeddings:
         weights.pop(vocabulary_of(weights).head, None)  # without an output tensor, programs use the embedding
@@ -116,15 +118,15 @@ def plan_tensors(config: Any) -> list[PlannedTensor]:
     return planned
 
 
-def _gguf_names(config: Any) -> Any:
-    """Return the gguf package's tensor names of a family."""
+def _gguf_names(config: TextConfig) -> Any:
+    """The gguf package's own table of a family's names."""
     import gguf  # an extra, without which the rest of this module is of use
 
     by_name = {name: architecture for architecture, name in gguf.MODEL_ARCH_NAMES.items()}
     return gguf.get_tensor_name_map(by_name[architecture_of(config)], layer_count(config))
 
 
-def _plan_tensor(config: Any, names: Any, source: str, shape: tuple[int, ...]) -> PlannedTensor:
+def _plan_tensor(config: TextConfig, names: Any, source: str, shape: tuple[int, ...]) -> PlannedTensor:
     module, _, kind = source.rpartition(".")
     name = names.get_name(module)
     # Llama's GGUF rotates adjacent elements of a head; transformers rotates elements of its two halves.
@@ -144,8 +146,8 @@ def pair_rotated_rows(tensor: torch.Tensor, heads: int) -> torch.Tensor:
     return halves.transpose(1, 2).flatten(0, 2)
 
 
-def _llama3_factors(config: Any) -> torch.Tensor:
-    """Return the divisor of each frequency, float32, one per pair of a head's elements."""
+def _llama3_factors(config: TextConfig) -> torch.Tensor:
+    """What each frequency is divided by, float32, one for each pair of a head's elements."""
     scaled, _ = ROPE_INIT_FUNCTIONS["llama3"](config, torch.device("cpu"))
     size = head_size(config)
     exponents = torch.arange(0, size, 2, dtype=torch.float32) / size

@@ -19,6 +19,7 @@ from transformers.utils import logging as transformers_logging
 
 from loratune.errors import Exit, LoratuneError
 from loratune.model.architecture.structure import decoder_of
+from loratune.protocols import CausalModel
 
 ROPE_FACTORS = "rope_freqs.weight"
 # GGUF's name under rope.scaling → the name in rope_parameters.
@@ -31,8 +32,8 @@ SCALING = {
 }
 
 
-def load_gguf(file: Path) -> Any:
-    """Load the model of a GGUF file in float32, in eval mode.
+def load_gguf(file: Path) -> CausalModel:
+    """The model of a GGUF file in float32, in memory and in eval mode.
 
     Raises:
         LoratuneError: the tensors do not have the shapes of the keys.
@@ -63,7 +64,8 @@ def load_gguf(file: Path) -> Any:
     for tensor in reader.tensors:
         if tensor.name == ROPE_FACTORS:  # llama.cpp divides the frequencies by these
             decoder_of(model).rotary_emb.inv_freq /= torch.from_numpy(np.array(tensor.data))
-    return model.eval()
+    loaded: CausalModel = model.eval()
+    return loaded
 
 
 def _rope_parameters(stated: dict[str, Any]) -> dict[str, Any]:

@@ -39,7 +39,7 @@ def find_parsers(folder: Path, base: str, source: AdapterSource) -> Parsers:
     if place is None:
         console.warn(
             f"the adapter has no chat template of its own, and {base} is not a folder here: whether vLLM's line needs "
-            "--tool-call-parser or --reasoning-parser is not known; --model with the base's folder tells"
+            "--tool-call-parser or --reasoning-parser is not known; --base-model with the base's folder tells"
         )
         return Parsers()
     try:

@@ -1,0 +1,98 @@
+"""Whether a merged or exported folder is as it was verified."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from loratune.errors import Exit, LoratuneError, bullet_list
+from loratune.runs.file_hashes import FileCheck, Records, compare_files
+from loratune.runs.folder import VERIFICATION, file_sha256, sealed
+from loratune.runs.remembered import remembered_sha256
+from loratune.runs.verification import AnyVerification, read_verification
+
+LOADED = (".safetensors", ".gguf", ".bin", ".json", ".jinja", ".txt", ".model", ".py", "Modelfile")
+"""How names end of files that programs load; cards, licences and a hub's own files change nothing of a model."""
+
+
+def is_loaded(name: str) -> bool:
+    """Whether programs could load a file of this name, so that a change of it could make another model."""
+    return name.endswith(LOADED)
+
+
+def is_idle(name: str) -> bool:
+    """Whether nothing depends on a file of this name."""
+    return not is_loaded(name)
+
+
+def recorded_files(folder: Path) -> Records:
+    """What verification.json records of the other files of a folder."""
+    return {name: sealed(path) for name, path in sorted(_files(folder))}
+
+
+def check_files(
+    folder: Path, verification: AnyVerification, hash_of: Callable[[Path], str] = file_sha256
+) -> FileCheck | None:
+    """Compare a folder's files with what verification.json says of them.
+
+    Args:
+        folder: the folder.
+        verification: what its verification.json says.
+        hash_of: gives a file's sha256.
+
+    Returns:
+        None for a folder of an earlier version, which recorded no hashes.
+
+    Raises:
+        LoratuneError: a file cannot be read.
+    """
+    if verification.files is None:
+        return None
+    return compare_files(folder, verification.files, dict(_files(folder)), hash_of)
+
+
+def seal_remarks(folder: Path, verification: AnyVerification) -> list[str]:
+    """What to tell of a verification.json that carries no hash of its own."""
+    if verification.is_sealed:
+        return []
+    return [
+        f"{folder}: its {VERIFICATION} carries no seal (an earlier version of loratune wrote it, or the seal was "
+        "removed), so whether it has been changed since cannot be told"
+    ]
+
+
+def require_intact(folder: Path, force: bool) -> list[str]:
+    """Refuse a merged or exported folder whose files are not as they were made; any other folder passes.
+
+    Hashes are remembered for as long as a file is not touched, unlike those of `loratune verify`.
+
+    Args:
+        folder: a model's folder.
+        force: warn instead of refusing.
+
+    Returns:
+        What was let through, or could not be told.
+
+    Raises:
+        LoratuneError: verification.json has been changed, or files that programs load were changed, are missing, or
+            have been added.
+    """
+    verification = read_verification(folder)
+    if verification is None:
+        return []
+    remarks, check = seal_remarks(folder, verification), check_files(folder, verification, remembered_sha256)
+    problems = check.lines(is_loaded) if check else []
+    if not problems:
+        return remarks
+    message = f"{folder} is not as it was verified:\n{bullet_list(problems, limit=5)}"
+    if force:
+        return [*remarks, message]
+    raise LoratuneError(f"{message}\nmake it again, or insist with --force", Exit.MODEL)
+
+
+def _files(folder: Path) -> Iterator[tuple[str, Path]]:
+    """Name and path of every file but verification.json itself; hidden files and folders are a hub's or an editor's."""
+    for path in folder.rglob("*"):
+        name = path.relative_to(folder).as_posix()
+        if path.is_file() and name != VERIFICATION and not any(part.startswith(".") for part in name.split("/")):
+            yield name, path

@@ -1,0 +1,185 @@
+"""report.json: what happened in a finished run. It is typed, and read and written here alone."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from loratune.plain_files import read_json_object
+from loratune.runs.folder import REPORT
+from loratune.runs.typed_json import as_typed, require_version
+from loratune.writing import write_json
+
+REPORT_VERSION = 1
+
+
+@dataclass(frozen=True)
+class RowCounts:
+    """How many rows each split had."""
+
+    training: int = 0
+    validation: int = 0
+
+
+@dataclass(frozen=True)
+class Losses:
+    """Nats per answer token."""
+
+    first: float
+    """Of the first logged steps."""
+    last: float
+
+
+@dataclass(frozen=True)
+class ValidationLosses:
+    """Nats per answer token."""
+
+    before: float
+    """Of the untrained adapter."""
+    after: float
+    """Of the adapter that was kept."""
+    best: float | None
+    best_step: int | None
+    adapter_step: int
+    """Whose weights the adapter has."""
+
+
+@dataclass(frozen=True)
+class AdapterCounts:
+    """What has been trained, and what it takes of memory."""
+
+    trainable_parameters: int
+    total_parameters: int
+    """Of base and adapter."""
+    modules: Mapping[str, int]
+    """Name of a target → how many modules of that name have an adapter."""
+    base_bytes: int
+    adapter_bytes: int
+
+
+@dataclass(frozen=True)
+class Updates:
+    """How much the adapter changes the modules of one name."""
+
+    modules: int
+    median: float
+    """‖ΔW‖ / ‖W‖ in Frobenius norms."""
+    largest: float
+    unchanged: tuple[str, ...]
+    """Modules whose update is exactly nothing."""
+    not_finite: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Told:
+    """One question and what was answered."""
+
+    question: str
+    expected: str
+    base: str
+    """The first tokens of it."""
+    adapter: str
+    has_changed: bool
+    ended: bool | None
+    """Whether the adapter's answer came to an end; None where it was not waited for."""
+    cut_short: bool = False
+    """Whether time was up before both answers were as long as they were to be."""
+
+
+@dataclass(frozen=True)
+class Answers:
+    """All questions that were asked."""
+
+    told: tuple[Told, ...]
+
+    @property
+    def changed(self) -> int:
+        """How many are answered differently."""
+        return sum(one.has_changed for one in self.told)
+
+    @property
+    def judged(self) -> int:
+        """How many could be seen to end."""
+        return sum(one.ended is not None for one in self.told)
+
+    @property
+    def ended(self) -> int:
+        """How many of those ended by themselves."""
+        return sum(one.ended is True for one in self.told)
+
+    @property
+    def cut_short(self) -> int:
+        """How many would have gone on, had there been time."""
+        return sum(one.cut_short for one in self.told)
+
+    def values(self) -> dict[str, Any]:
+        """In JSON types, with the counts, which a reader of the file would else have to make."""
+        counts = {name: getattr(self, name) for name in ("changed", "judged", "ended", "cut_short")}
+        return counts | asdict(self)
+
+
+@dataclass(frozen=True)
+class Health:
+    """What has become of the adapter."""
+
+    updates: Mapping[str, Updates] = field(default_factory=dict)
+    """Target name → how much its modules change."""
+    without_gradient: tuple[str, ...] = ()
+    """Adapted modules that no gradient has reached in the first step of the process."""
+    answers: Answers | None = None
+    """What it says to some questions; None if they could not be asked."""
+    sentences: tuple[str, ...] = ()
+    """What stands out, each with what to do."""
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a run's report says; None stands for what could not be told, or for what an earlier version did not tell."""
+
+    output: str
+    base: str
+    steps: int
+    epochs: float
+    state: str = "finished"
+    stopped_early: bool = False
+    rows: RowCounts = field(default_factory=RowCounts)
+    loss: Losses | None = None
+    validation_loss: ValidationLosses | None = None
+    seconds: float | None = None
+    tokens: int | None = None
+    """Without padding."""
+    tokens_per_second: float | None = None
+    peak_memory_bytes: int | None = None
+    gradient_checkpointing: bool | None = None
+    start_up_seconds: Mapping[str, float] | None = None
+    """Stage → how long it took."""
+    adapter: AdapterCounts | None = None
+    versions: Mapping[str, str] | None = None
+    """Library → version."""
+    health: Health | None = None
+    warnings: tuple[str, ...] = ()
+
+    def values(self) -> dict[str, Any]:
+        """In JSON types, in the file's layout."""
+        values = {"format_version": REPORT_VERSION, **asdict(self)}
+        if self.health and self.health.answers:
+            values["health"]["answers"] = self.health.answers.values()
+        return values
+
+
+def write_report(run: Path, report: Report) -> None:
+    """Replace a run's report."""
+    write_json(run / REPORT, report.values())
+
+
+def read_report(run: Path) -> Report:
+    """What a run's report says; keys that this version does not know are left out.
+
+    Raises:
+        LoratuneError: it is missing, damaged, or written by a later version of loratune.
+    """
+    values = read_json_object(run / REPORT)
+    require_version(values, REPORT_VERSION, run / REPORT)
+    return as_typed(Report, values, run / REPORT)

@@ -1,0 +1,45 @@
+"""Values of a JSON file of loratune's own → the class that says what it may hold."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+from pydantic import TypeAdapter, ValidationError
+
+from loratune.errors import Exit, LoratuneError
+
+Kind = TypeVar("Kind")
+
+
+def as_typed(kind: type[Kind], values: Mapping[str, Any], path: Path) -> Kind:
+    """An object of those values that its class has fields for, each of its field's type.
+
+    Args:
+        kind: a dataclass, or a section of settings.
+        values: what the file holds.
+        path: of the file, for the message.
+
+    Raises:
+        LoratuneError: a value is missing that has no default, or is of another type.
+    """
+    try:
+        return TypeAdapter(kind).validate_python(values)
+    except ValidationError as error:
+        problem = error.errors(include_url=False)[0]
+        place = ".".join(str(part) for part in problem["loc"])
+        raise LoratuneError(f"{path}: damaged: {place}: {problem['msg']}", Exit.MODEL) from error
+
+
+def require_version(values: Mapping[str, Any], known: int, path: Path) -> None:
+    """Refuse a file whose layout this version does not know; files without a version have the first one.
+
+    Raises:
+        LoratuneError: with both versions.
+    """
+    found = values.get("format_version", 1)
+    if found != known:
+        raise LoratuneError(
+            f"{path}: made by another version of loratune (format {found}, this one reads {known})", Exit.MODEL
+        )

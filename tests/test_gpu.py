@@ -1,0 +1,257 @@
+"""What GPUs need, held on a CPU: cards and drivers are simulated where torch asks for them."""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from rounding import assert_same_but_rounding
+from safetensors.torch import load_file
+from typer.testing import Result
+
+from loratune.errors import Exit, LoratuneError
+from loratune.model import hardware
+from loratune.model.hardware import Hardware, detect_hardware, resolve_attention
+from loratune.model.kernels.norm_mlp import _RMSNorm
+from loratune.model.memory import is_out_of_memory
+from loratune.recipe.loading import load_recipe
+from loratune.training.arguments import training_arguments
+from loratune.training.callbacks import MOST_SKIPPED, DivergenceGuard
+
+Cli = Callable[..., Result]
+WHEEL = ["sm_75", "sm_80", "sm_86", "sm_90", "sm_100", "sm_120a"]
+T4, V100, RTX_4090, H100 = (7, 5), (7, 0), (8, 9), (9, 0)
+
+
+@pytest.fixture
+def machine(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Be a machine with GPUs, as torch's questions show it."""
+
+    def simulate(count: int = 1, capability: tuple[int, int] = H100, archs: list[str] = WHEEL) -> None:
+        for name in ("WORLD_SIZE", "LOCAL_RANK", "CUDA_VISIBLE_DEVICES"):
+            monkeypatch.delenv(name, raising=False)
+        answers = {
+            "is_available": True, "device_count": count, "get_device_capability": capability, "set_device": None,
+            "get_device_name": "a card", "get_arch_list": archs, "is_bf16_supported": capability >= (8, 0),
+        }  # fmt: skip
+        for name, answer in answers.items():
+            monkeypatch.setattr(torch.cuda, name, lambda *_, answer=answer, **__: answer)
+        monkeypatch.setattr(torch.backends.cuda, "enable_cudnn_sdp", lambda is_on: switched.append(is_on))
+
+    switched: list[bool] = []
+    simulate.switched = switched  # type: ignore[attr-defined]
+    return simulate
+
+
+def test_documents_of_ever_new_lengths_are_not_given_to_cudnn(machine: Any) -> None:
+    machine()
+    assert detect_hardware().is_gpu
+    assert machine.switched == [False]
+
+
+@pytest.mark.parametrize(
+    ("capability", "archs", "is_served"),
+    [
+        (V100, WHEEL, False),
+        (T4, WHEEL, True),
+        (RTX_4090, WHEEL, True),  # by the code for 8.6
+        (H100, WHEEL, True),
+        ((12, 0), WHEEL, True),
+        ((12, 1), WHEEL, True),
+        ((11, 0), WHEEL, False),
+        ((11, 0), [*WHEEL, "compute_100"], True),  # PTX is compiled for later cards
+        (V100, ["sm_75", "compute_120"], False),
+        (H100, [], True),  # a build that says nothing, as ROCm's
+    ],
+)
+def test_a_card_that_torch_has_no_kernels_for_is_refused(
+    machine: Any, capability: tuple[int, int], archs: list[str], is_served: bool
+) -> None:
+    machine(capability=capability, archs=archs)
+    if is_served:
+        assert detect_hardware().capability == capability
+        return
+    with pytest.raises(LoratuneError, match=f"capability {capability[0]}.{capability[1]}.*Install a build") as refused:
+        detect_hardware()
+    assert refused.value.exit_code == Exit.IO
+
+
+def test_each_process_may_see_a_gpu_of_its_own(machine: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    machine(count=1)
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    assert detect_hardware().device == torch.device("cuda", 0)
+    machine(count=4)
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    found = detect_hardware()
+    assert (found.device, found.others) == (torch.device("cuda", 3), 0)
+
+
+@pytest.mark.parametrize("visible", [None, "", "-1", "0"])
+def test_a_gpu_that_torch_cannot_use_is_not_passed_over_in_silence(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, visible: str | None
+) -> None:
+    driver = tmp_path / "version"
+    driver.write_text("NVRM version: NVIDIA UNIX x86_64 Kernel Module  535.104.05  Sat Aug 19\nGCC version: gcc 12\n")
+    monkeypatch.setattr(hardware, "NVIDIA_DRIVER", driver)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+
+    def init() -> None:
+        raise RuntimeError("The NVIDIA driver on your system is too old (found version 12020).")
+
+    monkeypatch.setattr(torch.cuda, "init", init)
+    if visible is None:
+        monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    else:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    if visible in ("", "-1"):
+        assert not detect_hardware().is_gpu
+        return
+    with pytest.raises(LoratuneError, match="too old") as refused:
+        detect_hardware()
+    for word in ("535.104.05", "made for CUDA 13.0", "CUDA_VISIBLE_DEVICES=-1"):
+        assert word in refused.value.message
+    monkeypatch.setattr(torch.version, "cuda", None)
+    with pytest.raises(LoratuneError, match="has no CUDA"):
+        detect_hardware()
+
+
+def card(capability: tuple[int, int], others: int = 0) -> Hardware:
+    return Hardware(torch.device("cuda", 0), capability >= (8, 0), "a card", 1, capability, others)
+
+
+@pytest.mark.parametrize(
+    ("capability", "dtype", "is_installed", "lacking"),
+    [
+        (RTX_4090, torch.bfloat16, True, None),
+        (RTX_4090, torch.float16, True, None),
+        (RTX_4090, torch.float32, True, "model.dtype"),
+        (T4, torch.float16, True, "compute capability 8.0"),
+        (RTX_4090, torch.bfloat16, False, "flash-attn 2"),
+    ],
+)
+def test_flash_attention_is_taken_only_where_it_runs(
+    monkeypatch: pytest.MonkeyPatch,
+    capability: tuple[int, int],
+    dtype: torch.dtype,
+    is_installed: bool,
+    lacking: str | None,
+) -> None:
+    monkeypatch.setattr(hardware, "is_flash_attn_2_available", lambda: is_installed)
+    chosen = resolve_attention("auto", card(capability), dtype)
+    assert chosen == ("sdpa" if lacking else "flash_attention_2")
+    if lacking:
+        with pytest.raises(LoratuneError, match=lacking):
+            resolve_attention("flash_attention_2", card(capability), dtype)
+
+
+def recipe_of(tmp_path: Path, **values: Any) -> Any:
+    return load_recipe(None, {"model.base": "x", "data.train": ["y"], "output": str(tmp_path / "out")} | values)
+
+
+def test_one_process_trains_on_one_of_several_gpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("transformers.training_args.TrainingArguments.n_gpu", property(lambda self: self._n_gpu))
+    monkeypatch.setattr(
+        "transformers.training_args.TrainingArguments._setup_devices",
+        property(lambda self: setattr(self, "_n_gpu", 2) or torch.device("cpu")),
+    )
+    arguments, warnings = training_arguments(recipe_of(tmp_path), card(H100, others=1), 1, False)
+    assert arguments.n_gpu == 1
+    assert any("one of 2 GPUs" in warning and "--nproc-per-node 2" in warning for warning in warnings)
+
+
+def test_bfloat16_on_a_card_that_emulates_it_is_warned_of(tmp_path: Path) -> None:
+    asked = recipe_of(tmp_path, **{"model.dtype": "bfloat16"})
+    slow = recipe_of(tmp_path, **{"model.quantization": "nf4", "model.compute_dtype": "bfloat16"})
+    assert any("set model.dtype to auto" in told for told in training_arguments(asked, card(T4), 1, False)[1])
+    assert any("set model.compute_dtype to auto" in told for told in training_arguments(slow, card(T4), 1, False)[1])
+    for recipe, where in ((asked, card(H100)), (recipe_of(tmp_path), card(T4))):
+        assert not any("emulates" in told for told in training_arguments(recipe, where, 1, False)[1])
+
+
+def test_float16_s_autocast_leaves_norms_alone() -> None:
+    """A sum of 3584 squares of 10 is beyond float16's range; real residual streams are that large."""
+    generator = torch.Generator().manual_seed(0)
+    x = (10 * torch.randn(3, 3584, generator=generator)).half().requires_grad_()
+    weight, direction = torch.randn(3584, generator=generator).half(), torch.randn(3, 3584, generator=generator).half()
+    with torch.autocast("cpu", dtype=torch.float16):
+        output = _RMSNorm.apply(x, weight, 1e-6)
+        (grad,) = torch.autograd.grad(output, x, direction)
+    exact = x.detach().double().requires_grad_()
+    expected = exact * (exact.square().mean(-1, keepdim=True) + 1e-6).rsqrt() * weight.double()
+    (expected_grad,) = torch.autograd.grad(expected, exact, direction.double())
+    assert_same_but_rounding(output, expected, terms=4)
+    assert_same_but_rounding(grad, expected_grad, terms=8)
+
+
+class Accelerator:
+    """As accelerate's, as far as the guard looks at it."""
+
+    def __init__(self, has_scaler: bool) -> None:
+        self.scaler = object() if has_scaler else None
+        self.optimizer_step_was_skipped = has_scaler
+
+
+@pytest.mark.parametrize("has_scaler", [True, False])
+def test_float16_may_search_its_scale(has_scaler: bool) -> None:
+    trainer: Any = types.SimpleNamespace(accelerator=Accelerator(has_scaler), newest_rows=[], forget_rows=lambda: None)
+    guard = DivergenceGuard(trainer, str, print)
+    state = types.SimpleNamespace(global_step=1)
+
+    def log(norm: float) -> None:
+        guard.on_log(None, state, None, {"loss": 1.0, "grad_norm": norm, "learning_rate": 1e-4})
+
+    if not has_scaler:
+        with pytest.raises(LoratuneError, match="diverged"):
+            log(float("inf"))
+        return
+    for _ in range(MOST_SKIPPED):
+        log(float("inf"))
+    with pytest.raises(LoratuneError, match="diverged"):
+        log(float("inf"))
+    trainer.accelerator.optimizer_step_was_skipped = False
+    log(0.5)
+    trainer.accelerator.optimizer_step_was_skipped = True
+    log(float("inf"))  # counted anew
+    with pytest.raises(LoratuneError, match="diverged"):
+        guard.on_log(None, state, None, {"loss": float("nan"), "grad_norm": float("inf"), "learning_rate": 1e-4})
+
+
+def test_the_adapter_of_a_quantised_base_trains_in_float32(
+    cli: Cli, random_qwen: Path, rows_file: Path, tmp_path: Path
+) -> None:
+    flags = ["--model.quantization", "nf4", "--training.max_steps", "2", "--evaluation.questions_share", "0"]
+    done = cli("sft", "--model.base", random_qwen, "--data.train", rows_file, "--output", tmp_path / "run", *flags)
+    assert done.exit_code == 0, done.stderr
+    dtypes = {tensor.dtype for tensor in load_file(tmp_path / "run/adapter/adapter_model.safetensors").values()}
+    assert dtypes == {torch.float32}
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+        torch.AcceleratorError("CUDA error: out of memory"),
+    ],
+)
+def test_a_gpu_without_memory_is_no_bug(
+    cli: Cli, short_run: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    assert is_out_of_memory(error)
+
+    def fail(*_: Any, **__: Any) -> None:
+        raise error
+
+    monkeypatch.setattr("transformers.AutoModelForCausalLM.from_pretrained", fail)
+    done = cli("infer", "--adapter", short_run, "--prompt", "Who are you?")
+    assert done.exit_code == Exit.IO, done.stderr
+    told = " ".join(done.stderr.split())
+    assert "out of memory" in told
+    assert "cannot be loaded" not in told
