@@ -109,7 +109,7 @@ def is_rms_norm(module: Any) -> bool:
 
 def _recorded(model: CausalModel, what: str) -> list[str]:
     """Names of the modules whose outputs a model can hand out as `what`: transformers has each class state theirs."""
-    told: Any = {}
+    declared: Any = {}
     for part in (causal_model(model), decoder_of(model)):
         declared = declared | (getattr(part, "_can_record_outputs", None) or {})
     entries = declared.get(what, ())
