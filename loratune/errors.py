@@ -71,6 +71,21 @@ def refusal(check: Callable[[], object]) -> LoratuneError | None:
     return None
 
 
+def reason_of(error: BaseException, limit: int = 300) -> str:
+    """What a library's exception says, as the end of a line of ours: its text on one line, or else its class."""
+    return " ".join(str(error).split())[:limit] or type(error).__name__
+
+
+def first_line_of(error: BaseException, limit: int = 300) -> str:
+    """The same of a library that goes on with advice of its own, which would not help here."""
+    return next((line.strip()[:limit] for line in str(error).splitlines() if line.strip()), type(error).__name__)
+
+
+def named_reason_of(error: BaseException) -> str:
+    """The same behind its class, which says most where a hub's client fails."""
+    return f"{type(error).__name__}: {first_line_of(error) if str(error).strip() else 'no reason given'}"
+
+
 def counted(count: int, noun: str) -> str:
     """Format a number with its noun: 1 row, 2,000 rows."""
     return f"{count:,} {noun}{'' if count == 1 else 's'}"

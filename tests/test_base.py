@@ -17,8 +17,10 @@ from transformers import AutoModelForCausalLM
 from loratune.errors import Exit, LoratuneError
 from loratune.model.base import load_base
 from loratune.model.files import BESIDE_A_BASE, SMALL_HUB_FILES, check_base, find_base, weight_files
+from loratune.model.from_folder import load_plain
 from loratune.model.hardware import detect_hardware
 from loratune.model.tokenizer import load_tokenizer, set_pad_token
+from loratune.model.weights.mapped import load_mapped
 from loratune.recipe.sections import ModelSettings
 from loratune.runs.tokenizer_files import FINGERPRINTED, TOKENIZER_FILES, VOCABULARY_FILES
 
@@ -183,6 +185,33 @@ def test_a_loaded_base_is_frozen_and_computes_what_transformers_computes(random_
 
     assert not any(parameter.requires_grad for parameter in model.parameters())
     torch.testing.assert_close(model(ids).logits, reference(ids).logits)
+
+
+def test_weights_that_find_no_memory_are_told_as_lack_of_memory(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch's mmap says so in a RuntimeError; a MemoryError is what ends every command with exit code 6."""
+
+    def lack(*_: Any, **__: Any) -> None:
+        raise RuntimeError("unable to mmap 988097824 bytes from file <model.safetensors>: Cannot allocate memory (12)")
+
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", lack)
+    with pytest.raises(MemoryError, match=r"model: unable to mmap 988097824 bytes"):
+        load_base(ModelSettings(base="x", dtype="float32"), folder, detect_hardware())
+
+
+@pytest.mark.parametrize("load", [load_plain, load_mapped])
+def test_however_a_model_is_loaded_it_fails_in_the_same_words(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, load: Any
+) -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", fail)
+    told = []
+    for attempt in (lambda: load_base(ModelSettings(base="x"), folder, detect_hardware()), lambda: load(folder)):
+        with pytest.raises(LoratuneError) as raised:
+            attempt()
+        told.append((raised.value.message, raised.value.exit_code))
+    assert told == [(f"{folder}: cannot be loaded: ZeroDivisionError", Exit.MODEL)] * 2
 
 
 def test_float16_on_a_cpu_is_refused(random_qwen: Path) -> None:

@@ -2,43 +2,65 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 import pytest
 
-from loratune.cli.export import DETAILS, Format
-from loratune.data.checks.findings import SENTENCES
-from loratune.data.formats.registry import FORMATS
+from loratune.choices import ExportFormat
+from loratune.cli.export import DETAILS
+from loratune.data.checks.inspection import FLAGS
+from loratune.data.formats.conversation import Conversation
+from loratune.data.formats.registry import FORMATS, ConversationReader, Format, detect_format
 from loratune.delivery.export.export import FROM_ADAPTER, FROM_MODEL
 from loratune.delivery.export.rehearsal import CHECKS
-from loratune.recipe.data_sections import DataSettings, Finding
+from loratune.recipe.findings import FINDINGS, Finding
 
 ROOT = Path(__file__).resolve().parent.parent
 DATA_PAGE = (ROOT / "docs" / "data.md").read_text(encoding="utf-8")
 FOLDER_PAGE = (ROOT / "docs" / "run-folder.md").read_text(encoding="utf-8")
 GUIDE = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
 EXPORTS = [*FROM_ADAPTER, *FROM_MODEL]
+# The table of formats: a name, and a row whose tools are left to be imagined.
+EXAMPLES: dict[str, dict[str, Any]] = {
+    name: json.loads(re.sub(r', "tools": (\[…\]|"…")', "", row))
+    for name, row in re.findall(r"^\| ([\w ]+) \| `(\{.*\})` \|$", DATA_PAGE, re.MULTILINE)
+}
 
 
-def test_every_finding_is_told_in_words_listed_and_on_the_data_page() -> None:
-    assert set(SENTENCES) == set(get_args(Finding))
-    listed = DataSettings.model_fields["remove"].description or ""
-    for name in SENTENCES:
-        assert f"| `{name}` |" in DATA_PAGE
-        assert re.search(rf"\b{name}\b", listed)
+def test_every_finding_is_told_in_words_and_every_flag_is_a_finding() -> None:
+    assert list(FINDINGS) == list(get_args(Finding))
+    assert set(FLAGS) <= set(FINDINGS)
 
 
-@pytest.mark.parametrize("name", [kind.name for kind in FORMATS])
-def test_every_format_is_on_the_data_page(name: str) -> None:
-    assert f"| {name} |" in DATA_PAGE
+def test_every_format_is_on_the_data_page_with_a_row_that_is_in_it() -> None:
+    assert set(EXAMPLES) == {kind.name for kind in FORMATS}
+    for name, row in EXAMPLES.items():
+        assert detect_format([row], {}).name == name
+
+
+@pytest.mark.parametrize("kind", FORMATS, ids=lambda kind: kind.name)
+def test_a_row_of_every_format_can_be_asked_without_its_answer(kind: Format) -> None:
+    """`infer --input` must not hold a list of formats of its own, nor a new one be trained on alone."""
+    row = EXAMPLES[kind.name]
+    read = ConversationReader(kind, {}, {}).read(row)
+    assert isinstance(read, Conversation)
+    shortened = [{name: value for name, value in row.items() if name != left_out} for left_out in row]
+    shortened += [row | {name: turns[:-1]} for name, turns in row.items() if isinstance(turns, list)]
+    questions = [
+        ConversationReader(kind, {}, {}, are_questions=True).read(one)
+        for one in shortened
+        if detect_format([one], {}, are_questions=True) is kind
+    ]
+    assert (*read.messages[:-1], {"role": "assistant", "content": ""}) in [
+        asked.messages for asked in questions if isinstance(asked, Conversation)
+    ]
 
 
 def test_every_export_can_be_asked_for_is_rehearsed_and_is_described() -> None:
-    (choices, option) = get_args(Format)
-    assert set(get_args(choices)) == set(EXPORTS)
-    assert option.metavar == "|".join(get_args(choices))
+    assert set(get_args(ExportFormat)) == set(EXPORTS)
     assert set(CHECKS) == set(FROM_MODEL)
     for name in EXPORTS:
         assert re.search(rf"\b{name}\b", DETAILS)

@@ -8,7 +8,7 @@ import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import gguf
 import numpy as np
@@ -17,7 +17,8 @@ import torch
 from conftest import TINY_QWEN
 from safetensors.torch import load_file
 
-from loratune.delivery.export.gguf.file import QUANTIZATIONS, check_gguf, write_gguf
+from loratune.choices import GgufType
+from loratune.delivery.export.gguf.file import check_gguf, write_gguf
 from loratune.delivery.export.gguf.layout import describe, plan_tensors, read_config
 from loratune.delivery.export.gguf.reference import load_gguf
 from loratune.delivery.export.gguf.vocabulary import SPLITTINGS, describe_vocabulary
@@ -129,7 +130,7 @@ def test_the_permutation_of_llama_heads_matters(make_model: MakeModel) -> None:
     np.testing.assert_array_equal(stored["blk.1.attn_v.weight"], source["model.layers.1.self_attn.v_proj.weight"])
 
 
-@pytest.mark.parametrize("quantization", QUANTIZATIONS)
+@pytest.mark.parametrize("quantization", get_args(GgufType))
 def test_every_type_is_close_to_the_model(make_model: MakeModel, quantization: str) -> None:
     model = make_model("qwen2", dtype=torch.bfloat16)
     file = export(model, quantization)

@@ -16,7 +16,7 @@ from loratune.data.checks.broken_off import breaks_off
 from loratune.data.checks.inspection import FLAGS, Inspector, is_garbled, is_repetitive
 from loratune.data.encoding.tokens import normal_form
 from loratune.data.formats.conversation import Conversation
-from loratune.recipe.data_sections import Finding
+from loratune.recipe.findings import Finding
 
 ROOT = Path(__file__).resolve().parent.parent
 ADDED = ["<|im_start|>", "<|im_end|>", "<|endoftext|>", "<think>", "</think>", "<tool_call>", "  ", "[a-z]"]

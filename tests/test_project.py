@@ -7,7 +7,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
-from typing import get_args, get_type_hints
+from typing import get_args
 
 import pytest
 
@@ -73,27 +73,12 @@ def test_every_extra_that_an_error_names_is_one_of_the_package_s() -> None:
     assert code.count("pip install") == 1, "what to install is said in loratune/extras.py alone"
 
 
-def test_every_finding_has_a_sentence_and_a_severity_it_can_have() -> None:
-    from loratune.data.checks.findings import SENTENCES, USUAL_LEVELS
-    from loratune.data.checks.inspection import FLAGS
-    from loratune.recipe.data_sections import Finding
-
-    assert set(SENTENCES) == set(get_args(Finding))
-    assert set(USUAL_LEVELS) | set(FLAGS) <= set(SENTENCES)
-
-
-def test_the_choices_of_flags_are_those_of_the_tables_behind_them() -> None:
-    from loratune.cli import export, merge
-    from loratune.delivery.export.export import FROM_ADAPTER, FROM_MODEL
-    from loratune.delivery.export.gguf.file import QUANTIZATIONS
+def test_every_choice_of_a_flag_has_something_behind_it() -> None:
+    from loratune.choices import Combination, ExportFormat, GgufType
+    from loratune.delivery.export.export import FROM_ADAPTER, FROM_MODEL, GGUF_BOUNDS
+    from loratune.delivery.export.gguf.file import _FILE_TYPES
     from loratune.model.adapter.combination import PEFT_NAMES
 
-    tables = {
-        (export.command, "format"): {*FROM_MODEL, *FROM_ADAPTER},
-        (export.command, "quantization"): {*QUANTIZATIONS},
-        (merge.command, "combine"): {*PEFT_NAMES},
-    }
-    for (command, name), known in tables.items():
-        kind, option = get_args(get_type_hints(command, include_extras=True)[name])
-        choices = {choice for part in (kind, *get_args(kind)) for choice in get_args(part) if isinstance(choice, str)}
-        assert choices == known == set(option.metavar.split("|")), name
+    assert {*FROM_MODEL, *FROM_ADAPTER} == {*get_args(ExportFormat)}
+    assert {*GGUF_BOUNDS} == {*_FILE_TYPES} == {*get_args(GgufType)}
+    assert {*PEFT_NAMES} == {*get_args(Combination)}

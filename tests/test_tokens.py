@@ -1,7 +1,8 @@
-"""Remembered pieces against the library: the same ids for any text, of any tokenizer."""
+"""Many texts at a time have the ids that each has alone, with any tokenizer."""
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -9,11 +10,10 @@ import pytest
 from conftest import TINY_QWEN
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import AddedToken, AutoTokenizer, PreTrainedTokenizerFast
 
-from loratune.data.encoding import tokens
-from loratune.data.encoding.tokens import TokenMemo
+from loratune.data.encoding.tokens import all_ids
 
 CORPUS = [
     "Hello, world! It's a test: don't (really) worry.\n\nThe end; 12 apples, 3 pears.",
@@ -60,22 +60,6 @@ def gpt2_with_leading_space() -> Any:
     return wrapped(trained_bpe(pre_tokenizers.ByteLevel(add_prefix_space=True)))
 
 
-def whole_lines() -> Any:
-    split = pre_tokenizers.Split(Regex(r"\n"), "isolated")
-    return wrapped(trained_bpe(pre_tokenizers.Sequence([split, pre_tokenizers.ByteLevel(False, use_regex=False)])))
-
-
-def dots_in_words() -> Any:
-    """Like domain names: a full stop between letters ends no word."""
-    split = pre_tokenizers.Split(Regex(r"\w+(?:\.\w+)*|\s+|."), "isolated")
-    return wrapped(trained_bpe(pre_tokenizers.Sequence([split, pre_tokenizers.ByteLevel(False, use_regex=False)])))
-
-
-def looking_behind() -> Any:
-    split = pre_tokenizers.Split(Regex(r"(?<=q) |\w+|\s+|."), "isolated")
-    return wrapped(trained_bpe(pre_tokenizers.Sequence([split, pre_tokenizers.ByteLevel(False, use_regex=False)])))
-
-
 def compatibility_forms() -> Any:
     return wrapped(trained_bpe(pre_tokenizers.ByteLevel(add_prefix_space=False), normalizers.NFKC()))
 
@@ -105,40 +89,22 @@ def unigram() -> Any:
     return wrapped(backend)
 
 
-CUT = [qwen, gpt2, gpt2_composing, dots_in_words]
-WHOLE = [
-    gpt2_with_leading_space, whole_lines, looking_behind, compatibility_forms, stripping_tokens, metaspace, word_pieces,
-    unigram,
+def without_rust() -> Any:
+    """As a tokenizer that is no part of the library tokenizers."""
+    tokenizer = qwen()
+    tokenizer.__class__ = type("Slow", (type(tokenizer),), {"is_fast": False})
+    return tokenizer
+
+
+KINDS = [
+    qwen, gpt2, gpt2_composing, gpt2_with_leading_space, compatibility_forms, stripping_tokens, metaspace, word_pieces,
+    unigram, without_rust,
 ]  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def memo_of() -> Callable[[Callable[[], Any]], tuple[TokenMemo, Any]]:
-    """Each tokenizer with one memory, which all its texts fill."""
-    made: dict[Any, tuple[TokenMemo, Any]] = {}
-
-    def make(build: Callable[[], Any]) -> tuple[TokenMemo, Any]:
-        if build not in made:
-            tokenizer = build()
-            made[build] = (TokenMemo(tokenizer), tokenizer)
-        return made[build]
-
-    return make
-
-
-def ids_of(memo: TokenMemo, text: str, keep_special: bool) -> list[int]:
-    (ids,) = memo.all_ids([text], keep_special)
-    return ids.tolist()
 
 
 def library_ids(tokenizer: Any, text: str, keep_special: bool) -> list[int]:
     options = {} if keep_special else {"split_special_tokens": True}
     return list(tokenizer(text, add_special_tokens=False, **options).input_ids)
-
-
-@pytest.mark.parametrize("build", [*CUT, *WHOLE], ids=lambda build: build.__name__)
-def test_only_texts_of_words_that_stand_for_themselves_are_cut(memo_of: Any, build: Callable[[], Any]) -> None:
-    assert memo_of(build)[0].is_in_use is (build in CUT)
 
 
 WORDS = [
@@ -184,49 +150,34 @@ TEXTS = st.lists(st.sampled_from([*WORDS, *BLANKS, *CONTROL]) | st.text(CHARACTE
 )
 
 
-def lists(memo: TokenMemo, texts: list[str], keep_special: bool) -> list[list[int]]:
-    return [ids.tolist() for ids in memo.all_ids(texts, keep_special)]
+@functools.cache
+def made(build: Callable[[], Any]) -> Any:
+    return build()
 
 
-@settings(deadline=None, max_examples=150)
-@pytest.mark.parametrize("build", [*CUT, *WHOLE], ids=lambda build: build.__name__)
+@settings(deadline=None, max_examples=100)
+@pytest.mark.parametrize("build", KINDS, ids=lambda build: build.__name__)
 @given(texts=st.lists(TEXTS, max_size=4), keep_special=st.booleans())
-def test_any_text_has_the_library_s_ids(
-    memo_of: Any, build: Callable[[], Any], texts: list[str], keep_special: bool
+def test_any_text_has_the_ids_that_the_tokenizer_gives_it_alone(
+    build: Callable[[], Any], texts: list[str], keep_special: bool
 ) -> None:
-    memo, tokenizer = memo_of(build)
+    tokenizer = made(build)
     expected = [library_ids(tokenizer, text, keep_special) for text in texts]
-    assert lists(memo, texts, keep_special) == expected
-    assert [ids_of(memo, text, keep_special) for text in texts] == expected
+    assert [ids.tolist() for ids in all_ids(tokenizer, texts, keep_special)] == expected
 
 
-def test_what_a_tokenizer_was_last_asked_for_makes_no_difference(memo_of: Any) -> None:
-    memo, tokenizer = TokenMemo(qwen()), qwen()
-    memo._tokenizer("a b", padding="max_length", truncation=True, max_length=3)
+@pytest.mark.parametrize("keep_special", [False, True])
+def test_what_a_tokenizer_was_last_asked_for_makes_no_difference(keep_special: bool) -> None:
+    asked, fresh = qwen(), qwen()
+    asked("a b", padding="max_length", truncation=True, max_length=3)
     text = "one two three four five <|im_end|> six"
-    for keep_special in (False, True):
-        assert ids_of(memo, text, keep_special) == library_ids(tokenizer, text, keep_special)
-    assert library_ids(memo._tokenizer, text, True) == library_ids(tokenizer, text, True)
+    expected = library_ids(fresh, text, keep_special)
+    assert [ids.tolist() for ids in all_ids(asked, [text, text], keep_special)] == [expected] * 2
+    assert library_ids(asked, text, True) == library_ids(fresh, text, True)
 
 
-def test_the_lists_given_out_are_the_caller_s(memo_of: Any) -> None:
-    memo = TokenMemo(qwen())
-    first, again = memo.all_ids(["a word", "a word"], keep_special=True)
-    first.append(0)
-    assert again.tolist() == ids_of(memo, "a word", keep_special=True) == library_ids(qwen(), "a word", True)
-
-
-def test_only_so_many_short_pieces_are_remembered(monkeypatch: pytest.MonkeyPatch) -> None:
-    memo, tokenizer = TokenMemo(qwen()), qwen()
-    before = len(memo._known)
-    monkeypatch.setattr(tokens, "MOST_PIECES", before + 3)
-    texts = ["aa bb cc dd ee ff", "gg hh ii", "z" * 100]
-    assert lists(memo, texts, True) == [library_ids(tokenizer, text, True) for text in texts]
-    assert len(memo._known) == before + 3
-    assert "z" * 100 not in memo._known
-    assert lists(memo, texts, True) == [library_ids(tokenizer, text, True) for text in texts]
-
-
-def test_no_texts_are_no_ids() -> None:
-    assert TokenMemo(qwen()).all_ids([], keep_special=True) == []
-    assert TokenMemo(word_pieces()).all_ids([], keep_special=False) == []
+def test_a_tokenizer_that_takes_special_tokens_for_text_does_so_here_too() -> None:
+    tokenizer = AutoTokenizer.from_pretrained(TINY_QWEN, split_special_tokens=True)
+    expected = library_ids(tokenizer, "a<|im_end|>", True)
+    assert tokenizer.eos_token_id not in expected
+    assert all_ids(tokenizer, ["a<|im_end|>"], True)[0].tolist() == expected

@@ -30,8 +30,9 @@ from loratune.delivery.verification.proof import EXACT, INT8, OTHER_BASE, check_
 from loratune.delivery.verification.read_back import read_back
 from loratune.errors import Exit, LoratuneError
 from loratune.model.adapter.peft_merge import PeftMerge
+from loratune.model.from_folder import load_plain
 from loratune.model.tokenizer import load_tokenizer
-from loratune.model.weights.mapped import load_mapped, load_plain
+from loratune.model.weights.mapped import load_mapped
 from loratune.model.weights.tensor_files import TensorFiles
 from loratune.recipe.sections import PromptSettings
 from loratune.runs.probe import Probe, ProbeRow

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated
 
 import typer
 
 from loratune import console
+from loratune.choices import ExportFormat, GgufType, listed
 from loratune.cli.flags import (
     Adapter,
     DryRun,
@@ -33,8 +34,8 @@ limits, and the command to serve it. adapter: a clean PEFT folder with a model c
 
 
 Format = Annotated[
-    Literal["gguf", "ollama", "vllm", "adapter", "bnb4"],
-    typer.Option("--format", "-f", metavar="gguf|ollama|vllm|adapter|bnb4", help="Target format."),
+    ExportFormat,
+    typer.Option("--format", "-f", metavar=listed(ExportFormat), help="What for."),
 ]
 Merged = Annotated[
     str | None,
@@ -47,9 +48,9 @@ Merged = Annotated[
     ),
 ]
 Quantization = Annotated[
-    Literal["f32", "f16", "bf16", "q8_0"] | None,
+    GgufType | None,
     typer.Option(
-        "--quantization", "-q", metavar="f32|f16|bf16|q8_0", help="Type of a GGUF file's weights; default is f16."
+        "--quantization", "-q", metavar=listed(GgufType), help="Type of a GGUF file's weights; default is f16."
     ),
 ]
 NumCtx = Annotated[

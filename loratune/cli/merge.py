@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from loratune import console
+from loratune.choices import Combination, Dtype, MergeBase, listed
 from loratune.cli.flags import (
     ADAPTER_HELP,
     DryRun,
@@ -43,19 +44,16 @@ Adapters = Annotated[
     list[str],
     typer.Option("--adapter", "-a", metavar="folder", help=f"{ADAPTER_HELP} With several: name=folder each."),
 ]
-Dtype = Annotated[
-    Literal["bfloat16", "float16", "float32"] | None,
-    typer.Option("--dtype", metavar="bfloat16|float16|float32", help="Dtype of the weights; default is the base's."),
+WeightType = Annotated[
+    Dtype | None, typer.Option("--dtype", metavar=listed(Dtype), help="Type of the weights; default is the base's.")
 ]
-ShardSize = Annotated[
-    str, typer.Option("--shard-size", metavar="size", help="Maximum file size, such as 5GB or 900MB.")
-]
-MergeBase = Annotated[
-    Literal["auto", "original", "dequantized"],
+ShardSize = Annotated[str, typer.Option("--shard-size", metavar="size", help="Largest file, such as 5GB or 900MB.")]
+AddedTo = Annotated[
+    MergeBase,
     typer.Option(
         "--merge-base",
-        metavar="auto|original|dequantized",
-        help="Weights to merge into if the base was quantised; auto compares both.",
+        metavar=listed(MergeBase),
+        help="For an adapter of a quantised base: what it is added to; auto measures both.",
     ),
 ]
 Weights = Annotated[
@@ -63,12 +61,12 @@ Weights = Annotated[
     typer.Option("--weights", metavar="numbers", help="Comma-separated weights of several adapters, in order."),
 ]
 Combine = Annotated[
-    Literal["linear", "svd", "ties", "dare_ties"],
+    Combination,
     typer.Option(
         "--combine",
-        metavar="linear|svd|ties|dare_ties",
-        help="How to combine several adapters: linear adds the weighted updates exactly, svd reduces the sum to the "
-        "largest rank, ties and dare_ties drop conflicting values.",
+        metavar=listed(Combination),
+        help="How several adapters become one: linear adds their weighted updates exactly, svd brings the sum back to "
+        "the largest rank, ties and dare_ties drop what disagrees.",
     ),
 ]
 Density = Annotated[
@@ -86,9 +84,9 @@ def command(
     adapter: Adapters,
     output: Output,
     base_model: MovedBase = None,
-    dtype: Dtype = None,
+    dtype: WeightType = None,
     shard_size: ShardSize = "5GB",
-    merge_base: MergeBase = "auto",
+    merge_base: AddedTo = "auto",
     weights: Weights = None,
     combine: Combine = "linear",
     density: Density = 0.5,

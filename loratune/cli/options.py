@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 import typer
 from pydantic.fields import FieldInfo
 
-from loratune.recipe.data_sections import Finding
+from loratune.recipe.findings import Finding
 from loratune.recipe.flag_values import is_list
 from loratune.recipe.names import RENAMED
 from loratune.recipe.section import Section

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 
+from loratune.choices import Dtype
 from loratune.delivery.merge.job import Candidate, Job, MergeOptions, base_files, job_of
 from loratune.delivery.merge.merge import prove_files, prove_models
 from loratune.delivery.merge.merged_weights import MergePlan, plan_merge
@@ -115,8 +116,7 @@ def _prove_again(
         raise LoratuneError(f"{folder} was merged from several adapters: its hashes alone can be verified", Exit.USAGE)
     if known.adapter_sha256 != file_sha256(source.adapter / WEIGHTS_FILE):
         raise LoratuneError(f"{folder} was merged from another adapter than {source.adapter}", Exit.MODEL)
-    named = known.dtype
-    dtype = getattr(torch, named) if named in ("float32", "float16", "bfloat16") else None
+    dtype = next((getattr(torch, name) for name in get_args(Dtype) if name == known.dtype), None)
     job = job_of(source, folder.resolve(), replace(options, dtype=dtype))
     files = base_files(job, known.merge_base)
     candidate = Candidate(known.merge_base, files, _plan_of(folder, job, files), folder)

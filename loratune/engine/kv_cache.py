@@ -24,6 +24,7 @@ from loratune.model.architecture.structure import (
     layer_states,
 )
 from loratune.model.kernels.packed_attention import OTHER_TERMS
+from loratune.multiples import round_up
 from loratune.protocols import CausalModel
 
 SLOT_ATTENTION = "slots"
@@ -88,9 +89,9 @@ class Feed:
 
     def __post_init__(self) -> None:
         widest = max(self.counts)
-        self.width = 1 if widest == 1 else _rounded(widest, LENGTH_UNIT // 2)
+        self.width = 1 if widest == 1 else round_up(widest, LENGTH_UNIT // 2)
         ends = [start + count for start, count in zip(self.starts, self.counts, strict=True)]
-        self.end = _rounded(max(ends), LENGTH_UNIT)
+        self.end = round_up(max(ends), LENGTH_UNIT)
         numbers = torch.tensor([self.slots, self.starts, ends, self.counts], device=self.device)
         self.places = numbers[:2]
         first, fill = numbers[2].unsqueeze(1) - self.width, self.width - numbers[3].unsqueeze(1)
@@ -115,7 +116,7 @@ class Feed:
 
 def reserved_tokens(slots: int, length: int) -> int:
     """How many tokens a cache has room for that was asked for so many slots of such a length."""
-    return _rounded_slots(slots) * _rounded(length, LENGTH_UNIT)
+    return _rounded_slots(slots) * round_up(length, LENGTH_UNIT)
 
 
 class SlotCache(Cache):
@@ -141,7 +142,7 @@ class SlotCache(Cache):
         """
         if slots <= self._slots and length <= self._length:
             return
-        wanted = _rounded_slots(slots), _rounded(length, LENGTH_UNIT)
+        wanted = _rounded_slots(slots), round_up(length, LENGTH_UNIT)
         # One tensor at a time, each old one let go before the next is made, as a GPU's memory is taken at once. Where
         # it runs out, the layers that have grown serve as the smaller ones did.
         for layer in range(len(self._kept)):
@@ -264,8 +265,4 @@ def _write(storage: torch.Tensor, new: torch.Tensor, feed: Feed) -> None:
 
 def _rounded_slots(count: int) -> int:
     """One alone, as most chats are, or several at a time."""
-    return count if count <= 1 else _rounded(count, SLOTS_UNIT)
-
-
-def _rounded(count: int, unit: int) -> int:
-    return -(-count // unit) * unit
+    return count if count <= 1 else round_up(count, SLOTS_UNIT)

@@ -16,14 +16,16 @@ import sys
 from collections.abc import Iterable
 from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.utils import logging as transformers_logging
 
-from loratune.errors import Exit, LoratuneError, bullet_list
+from loratune.choices import Dtype
+from loratune.errors import Exit, LoratuneError, bullet_list, reason_of
+from loratune.model.architecture.structure import text_values
 from loratune.model.files import CONFIG, check_values
 from loratune.plain_files import CONFIG_BYTES, read_json_object
 from loratune.protocols import CausalModel, ModelConfig
@@ -33,8 +35,8 @@ GENERATION_CONFIG = "generation_config.json"
 COMMON_KEYS = {"architectures", "dtype", "torch_dtype", "transformers_version"}
 # Older names of rope_parameters, which config classes with RoPE still accept.
 ROPE_KEYS = {"rope_theta", "rope_scaling", "partial_rotary_factor"}
-DTYPES = ("float32", "float16", "bfloat16")
-# The keys of a generation config that loratune uses.
+DTYPES = get_args(Dtype)
+# What loratune and its proof read of a generation config.
 SAMPLING_KEYS = {
     "do_sample": bool, "temperature": float, "top_p": float, "top_k": int, "min_p": float, "repetition_penalty": float,
 }  # fmt: skip
@@ -106,8 +108,7 @@ def _built(path: Path, values: dict[str, Any], config_class: Any) -> ModelConfig
     except Exception as error:  # transformers and torch raise many types for bad values
         odd = [key for key in values if _is_buildable(config_class, values.keys() - {key}, values)]
         about = "".join(f"{key} {_shown(values[key])}: " for key in odd[:1])
-        reason = " ".join(str(error).split())[:300] or type(error).__name__
-        raise LoratuneError(f"{path}: makes no model: {about}{reason}\n{ADVICE}", Exit.MODEL) from error
+        raise LoratuneError(f"{path}: makes no model: {about}{reason_of(error)}\n{ADVICE}", Exit.MODEL) from error
     return config
 
 
@@ -159,6 +160,7 @@ def load_generation_config(folder: Path) -> Any:
     path = path if path.is_file() else folder / CONFIG
     values = read_json_object(path, CONFIG_BYTES)
     check_values(path, values)
+    values |= text_values(values)
     problems = [
         f"{key} is {_shown(values[key])}; it must be {KINDS[kind]}"
         for key, kind in SAMPLING_KEYS.items()

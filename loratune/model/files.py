@@ -9,7 +9,7 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
-from loratune.errors import Exit, LoratuneError, bullet_list
+from loratune.errors import Exit, LoratuneError, bullet_list, named_reason_of
 from loratune.extras import required
 from loratune.model.architecture.families import FAMILIES
 from loratune.model.architecture.structure import text_values
@@ -214,8 +214,7 @@ def _download(settings: ModelSettings, patterns: list[str]) -> Path:
         )
     except Exception as error:  # each hub client and HTTP library has its own exceptions
         raise LoratuneError(
-            f"{place}, and downloading from {settings.hub} failed: {type(error).__name__}: "
-            f"{str(error).splitlines()[0]}\n"
+            f"{place}, and {settings.hub} cannot give it: {named_reason_of(error)}\n"
             "check the name and the network, or download the model elsewhere and give its folder",
             Exit.MODEL,
         ) from error

@@ -8,7 +8,7 @@ from typing import Any
 from transformers import AutoModelForCausalLM
 from transformers.utils import logging as transformers_logging
 
-from loratune.errors import Exit, LoratuneError, bullet_list
+from loratune.errors import Exit, LoratuneError, bullet_list, reason_of
 from loratune.model.architecture.file_layout import file_layout
 from loratune.model.architecture.vocabulary import vocabulary_of
 from loratune.model.config import empty_model, load_config, load_generation_config
@@ -28,7 +28,8 @@ def load_from_folder(folder: Path, is_quantized: bool = False, **options: Any) -
         options: arguments of `from_pretrained`.
 
     Raises:
-        LoratuneError: loading failed, or weights and config do not match.
+        LoratuneError: it cannot be loaded, or weights and config do not fit.
+        MemoryError: there is no room for it.
     """
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
@@ -49,10 +50,9 @@ def load_from_folder(folder: Path, is_quantized: bool = False, **options: Any) -
     except LoratuneError:
         raise
     except Exception as error:  # of values in files, each layer of transformers and torch raises another kind
-        if is_out_of_memory(error):
-            raise
-        reason = " ".join(str(error).split())[:300] or type(error).__name__
-        raise LoratuneError(f"{folder}: cannot be loaded: {reason}", Exit.MODEL) from error
+        if is_out_of_memory(error):  # in a class that every command knows
+            raise MemoryError(f"{folder}: {reason_of(error)}") from error
+        raise LoratuneError(f"{folder}: cannot be loaded: {reason_of(error)}", Exit.MODEL) from error
     if info["missing_keys"]:
         raise _lacking(folder, info["missing_keys"])
     if info["unexpected_keys"]:
@@ -70,6 +70,19 @@ def load_from_folder(folder: Path, is_quantized: bool = False, **options: Any) -
     loaded: CausalModel = model.requires_grad_(False)
     loaded.config.tie_word_embeddings = is_tied
     return loaded
+
+
+def load_plain(folder: Path, is_quantized: bool = False) -> CausalModel:
+    """A causal language model as anybody would load it with transformers, in the type of its files, on the CPU.
+
+    Args:
+        folder: model folder.
+        is_quantized: whether its weights are, by this program.
+
+    Raises:
+        LoratuneError: it cannot be loaded, or tensors are missing or left over.
+    """
+    return load_from_folder(folder, is_quantized, dtype="auto", attn_implementation="sdpa").eval()
 
 
 def _check_shapes(folder: Path, config: ModelConfig) -> None:

@@ -19,8 +19,13 @@ GROUPS = [
     ("memory.max", "memory.current", "memory.stat"),
     ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes", "memory/memory.stat"),
 ]
-OUT_OF_MEMORY = ("DefaultCPUAllocator", "CUBLAS_STATUS_ALLOC_FAILED", "CUDA error: out of memory")
-"""In messages of errors that have no class of their own: of the CPU's allocator, of cuBLAS, and of the driver."""
+OUT_OF_MEMORY = (
+    "DefaultCPUAllocator",
+    "Cannot allocate memory",
+    "CUBLAS_STATUS_ALLOC_FAILED",
+    "CUDA error: out of memory",
+)
+"""In messages of errors without a class of their own: the CPU allocator's, mmap's, cuBLAS' and the driver's."""
 RECLAIMABLE = ("inactive_file", "total_inactive_file")
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from transformers import AutoTokenizer
 
-from loratune.errors import Exit, LoratuneError
+from loratune.errors import Exit, LoratuneError, first_line_of
 from loratune.model.config import load_config
 from loratune.model.files import CONFIG
 from loratune.protocols import Tokenizer
@@ -26,14 +26,10 @@ def load_tokenizer(folder: Path) -> Tokenizer:
         tokenizer("a text")  # also compares the length with model_max_length
     except Exception as error:  # the tokenizers library only raises Exception
         raise LoratuneError(
-            f"{folder}: the tokenizer cannot be read: {_first_line(error)}; fetch its files again", Exit.MODEL
+            f"{folder}: the tokenizer cannot be read: {first_line_of(error)}; fetch its files again", Exit.MODEL
         ) from error
     tokenizer.chat_control_tokens = [token for token in tokenizer.added_tokens_encoder if not token.isspace()]
     return tokenizer
-
-
-def _first_line(error: Exception) -> str:
-    return next(iter(str(error).splitlines()), type(error).__name__)
 
 
 def set_pad_token(tokenizer: Tokenizer, end_ids: set[int | None]) -> None:

@@ -9,6 +9,7 @@ import torch
 
 from loratune import console
 from loratune.errors import Exit, LoratuneError
+from loratune.model.architecture.structure import text_value
 from loratune.model.architecture.vocabulary import vocabulary_of
 from loratune.model.files import weight_files
 from loratune.model.weights.tensor_files import TensorFiles
@@ -28,7 +29,7 @@ def head_is_tied(folder: Path) -> bool:
     Raises:
         LoratuneError: config and files contradict each other, so that there is no valid model.
     """
-    says_tied = read_json_object(folder / "config.json").get("tie_word_embeddings", False)
+    says_tied = text_value(read_json_object(folder / "config.json"), "tie_word_embeddings", False)
     files = TensorFiles(weight_files(folder))
     embedding, head = vocabulary_of(files.infos)
     of_embedding, of_head = files.infos.get(embedding), files.infos.get(head)

@@ -2,30 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Discriminator, Field, Tag, field_validator, model_validator
 
+from loratune.recipe.findings import FINDINGS, Finding
 from loratune.recipe.section import HomePath, Section, listed
-
-Finding = Literal[
-    "empty",
-    "short",
-    "garbled",
-    "control_tokens",
-    "control_tokens_in_answers",
-    "repetitive",
-    "thinking",
-    "no_reasoning",
-    "broken_off",
-    "only_reasoning",
-    "normalized",
-    "long_answers",
-    "duplicates",
-    "near_duplicates",
-    "overlap",
-]
-"""Names of the data findings, for data.severity and data.remove."""
 
 
 class SourceSettings(Section):
@@ -88,7 +70,7 @@ class DataSettings(Section):
     """Overrides the severity of findings (see remove), such as short=ignore, duplicates=refuse."""
     remove: Annotated[list[Finding], BeforeValidator(listed)] = Field(
         default=[],
-        description=f"Remove the rows with these findings, and report them: {', '.join(get_args(Finding))}.",
+        description=f"Findings whose rows are removed, with a report: {', '.join(FINDINGS)}.",
     )
     near_duplicates: float | None = Field(default=None, gt=0, lt=1)
     """Minimum similarity of near duplicates, such as 0.8; off by default, because the search is slow."""

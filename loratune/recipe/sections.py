@@ -11,6 +11,7 @@ from pydantic import BeforeValidator, Field, field_validator, model_validator
 from pydantic.fields import FieldInfo
 from pydantic_core import to_jsonable_python
 
+from loratune.choices import Dtype
 from loratune.recipe.data_sections import DataSettings
 from loratune.recipe.section import HomePath, ModuleNames, Section, listed, named_modules
 
@@ -32,14 +33,14 @@ class ModelSettings(Section):
     """Hub to download a hub id from; local folders are never looked up."""
     revision: str | None = None
     """Branch, tag or commit of a hub id."""
-    dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
-    """Dtype of the base weights; auto is bfloat16 if the device supports it."""
+    dtype: Literal["auto", Dtype] = "auto"
+    """Type of the base weights; auto takes bfloat16 where the machine has it."""
     quantization: Literal["none", "nf4", "int8"] = "none"
     """Load the base in 4 bits (nf4) or 8 bits (int8) with bitsandbytes."""
     double_quantization: bool = True
-    """Also quantise the nf4 scales; saves about 0.4 bits per weight."""
-    compute_dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
-    """Dtype of matrix products with a quantised base."""
+    """Quantise the nf4 scales too; saves about 0.4 bits a weight."""
+    compute_dtype: Literal["auto", Dtype] = "auto"
+    """Type in which a quantised base multiplies."""
     attn_implementation: Literal["auto", "sdpa", "eager", "flash_attention_2"] = "auto"
     """Attention implementation; auto uses flash attention if it is installed, otherwise sdpa."""
 

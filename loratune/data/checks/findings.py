@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,31 +18,10 @@ from loratune.data.encoding.encoded import CUT, UNENDED
 from loratune.errors import bullet_list
 from loratune.extras import required
 from loratune.recipe.data_sections import DataSettings
+from loratune.recipe.findings import FINDINGS, Finding
 
 Level = Literal["refuse", "warn", "note"]
-USUAL_LEVELS = {"empty": "refuse", "control_tokens_in_answers": "refuse"}
-"""Default severities; the findings that are not listed warn."""
-SENTENCES = {
-    "empty": "have an answer without text",
-    "short": "have an answer of a single character",
-    "garbled": "hold garbled characters, as of a text read in a wrong encoding",
-    "control_tokens": "hold control tokens such as <|im_end|> in what is asked; they are encoded as plain text",
-    "control_tokens_in_answers": "hold control tokens such as <|im_end|> in an answer, as if they had been through a "
-    "chat template already",
-    "repetitive": "have an answer that repeats itself",
-    "thinking": "have a <think> block, though prompt.enable_thinking is false and so the prompt asks for none",
-    "no_reasoning": "have an answer without reasoning, though the prompt asks for it (prompt.enable_thinking, or a "
-    "template that always does): the model learns to leave it out",
-    "broken_off": "have an answer that breaks off: in a sentence or a code block, or with a mark such as [truncated]",
-    "only_reasoning": "have an answer of a <think> block alone; with data.train_thinking false only its end is trained",
-    "normalized": "hold characters that the tokenizer rewrites, such as a letter and an accent that it joins; "
-    "the model reads and learns the rewritten form",
-    "long_answers": "have an answer more than ten times as long as half of all answers",
-    "duplicates": "are repetitions",
-    "near_duplicates": "are nearly the same as an earlier row",
-    "overlap": "are training rows too, so that the validation loss says less than it seems to",
-}
-LONG_FACTOR = 10  # as the sentence says
+LONG_FACTOR = 10  # as its sentence says
 FEWEST_FOR_OUTLIERS = 20
 
 
@@ -75,10 +54,10 @@ class FoundRows:
         return FoundRows(place[self.places[stays]], place[self.twins[stays]])
 
 
-def find_rows(pool: Pool, settings: DataSettings) -> dict[str, FoundRows]:
-    """Find the rows of each finding that has a configurable severity."""
+def find_rows(pool: Pool, settings: DataSettings) -> dict[Finding, FoundRows]:
+    """The rows of each finding that a recipe can set a level for."""
     flags = pool.of_each_row("flags")
-    found: dict[str, FoundRows] = {
+    found: dict[Finding, FoundRows] = {
         name: FoundRows(np.flatnonzero(flags & (1 << bit))) for bit, name in enumerate(FLAGS)
     }
     first = earlier_copies(pool.digests)
@@ -90,7 +69,7 @@ def find_rows(pool: Pool, settings: DataSettings) -> dict[str, FoundRows]:
 
 
 def describe(
-    name: str, pool: Pool, rows: FoundRows, settings: DataSettings, purpose: str, other: Pool | None = None
+    name: Finding, pool: Pool, rows: FoundRows, settings: DataSettings, purpose: str, other: Pool | None = None
 ) -> Iterator[Found]:
     """Yield a finding at the recipe's severity; nothing if there are no rows or it is ignored.
 
@@ -102,19 +81,21 @@ def describe(
         purpose: "training" or "validation", for the message.
         other: the pool of the duplicates' originals, if not `pool`.
     """
-    level: Any = settings.severity.get(name, USUAL_LEVELS.get(name, "warn"))  # type: ignore[call-overload]
+    level = settings.severity.get(name, FINDINGS[name].usual)
     if not len(rows.places) or level == "ignore":
         return
     advice = f"--data.remove {name} removes them"
     if level == "refuse":
         advice += f", --data.severity {name}=warn takes them"
-    text = f"{_counted(pool, rows, purpose)} {SENTENCES[name]} ({advice}):\n{_listed(pool, rows, other or pool)}"
+    text = (
+        f"{_counted(pool, rows, purpose)} {FINDINGS[name].sentence} ({advice}):\n{_listed(pool, rows, other or pool)}"
+    )
     yield Found(name, level, len(rows.places), text)
 
 
-def describe_removed(name: str, pool: Pool, rows: FoundRows, purpose: str) -> Found:
-    """Return a note about rows that were removed."""
-    sentence = "are in validation too" if name == "overlap" else SENTENCES[name]
+def describe_removed(name: Finding, pool: Pool, rows: FoundRows, purpose: str) -> Found:
+    """A finding whose rows have been removed."""
+    sentence = FINDINGS[name].of_removed or FINDINGS[name].sentence
     text = f"{_counted(pool, rows, purpose)} {sentence}; removed:\n{_listed(pool, rows, pool)}"
     return Found(f"{name}, removed", "note", len(rows.places), text)
 

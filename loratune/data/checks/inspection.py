@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 from array import array
 from collections.abc import Iterable, Sequence
+from enum import IntFlag, auto
+from typing import cast
 from unicodedata import is_normalized
 
 from ftfy import fix_encoding
@@ -14,26 +16,27 @@ from loratune.data.checks.broken_off import breaks_off
 from loratune.data.encoding.tokens import NormalForm
 from loratune.data.formats.conversation import Conversation, Message
 from loratune.data.template.chat_template import CLOSING
-from loratune.recipe.data_sections import Finding
+from loratune.recipe.findings import Finding
 
-FLAGS: tuple[Finding, ...] = (
-    "empty",
-    "short",
-    "garbled",
-    "control_tokens",
-    "control_tokens_in_answers",
-    "repetitive",
-    "thinking",
-    "no_reasoning",
-    "broken_off",
-    "only_reasoning",
-    "normalized",
-)
-"""Findings in the order of their bits. Cached rows rely on the order; append new ones at the end."""
-EMPTY, SHORT, GARBLED, CONTROL_TOKENS, CONTROL_TOKENS_IN_ANSWERS, REPETITIVE, THINKING, NO_REASONING = (
-    1 << place for place in range(8)
-)
-BROKEN_OFF, ONLY_REASONING, NORMALIZED = (1 << place for place in range(8, len(FLAGS)))
+
+class Flag(IntFlag):
+    """The findings that one row's texts show, by the bits under which they are kept; new ones come last."""
+
+    EMPTY = auto()
+    SHORT = auto()
+    GARBLED = auto()
+    CONTROL_TOKENS = auto()
+    CONTROL_TOKENS_IN_ANSWERS = auto()
+    REPETITIVE = auto()
+    THINKING = auto()
+    NO_REASONING = auto()
+    BROKEN_OFF = auto()
+    ONLY_REASONING = auto()
+    NORMALIZED = auto()
+
+
+FLAGS = cast("tuple[Finding, ...]", tuple(str(flag.name).lower() for flag in Flag))
+"""Their names as findings, by the number of their bit."""
 
 REASONING = re.compile(r"<think>\s*(?!</think>)\S")
 """Matches the start of a non-empty reasoning block."""
@@ -93,32 +96,32 @@ class Inspector:
             conversation: the conversation to check.
             trained: token ids of its trained answers.
         """
-        found = REPETITIVE if is_repetitive(trained) else 0
+        found = Flag.REPETITIVE if is_repetitive(trained) else Flag(0)
         for place, message in enumerate(conversation.messages):
             text = message["content"]
             if is_garbled(text):
-                found |= GARBLED
+                found |= Flag.GARBLED
             if self._form and not is_normalized(self._form, text):
-                found |= NORMALIZED
+                found |= Flag.NORMALIZED
             if message["role"] != "assistant":
-                found |= CONTROL_TOKENS if self._added.search(text) else 0
+                found |= Flag.CONTROL_TOKENS if self._added.search(text) else 0
                 continue
             if self._special.search(text):
-                found |= CONTROL_TOKENS_IN_ANSWERS
+                found |= Flag.CONTROL_TOKENS_IN_ANSWERS
             if place not in conversation.untrained:
                 found |= self._flags_of_trained(message)
-        return found
+        return int(found)
 
     def _flags_of_trained(self, message: Message) -> int:
         text, calls = message["content"], message.get("tool_calls")
         length = len(text.strip())
         if length < 2 and not calls:
-            return SHORT if length else EMPTY
-        found = BROKEN_OFF if not calls and breaks_off(text) else 0
-        found |= ONLY_REASONING if not calls and text.rstrip().endswith(CLOSING) else 0
+            return Flag.SHORT if length else Flag.EMPTY
+        found = Flag.BROKEN_OFF if not calls and breaks_off(text) else 0
+        found |= Flag.ONLY_REASONING if not calls and text.rstrip().endswith(CLOSING) else 0
         if self._expects_reasoning:
-            return found if CLOSING in text or REASONING.search(text) else found | NO_REASONING
-        return found | THINKING if not self._thinking and REASONING.search(text) else found
+            return found if CLOSING in text or REASONING.search(text) else found | Flag.NO_REASONING
+        return found | Flag.THINKING if not self._thinking and REASONING.search(text) else found
 
 
 def is_garbled(text: str) -> bool:

@@ -11,11 +11,10 @@ from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import date
-from functools import cached_property
 from itertools import groupby, pairwise
 from typing import Any
 
-from loratune.data.encoding.tokens import Ids, TokenMemo
+from loratune.data.encoding.tokens import Ids, all_ids
 from loratune.data.formats.conversation import Conversation, Message, texts_in
 from loratune.data.template.chat_template import OPENING
 from loratune.data.tools.tool_rendering import ToolRenderer
@@ -153,10 +152,6 @@ class Encoder(ToolRenderer):
             examples.append(Example(prompt + answer_ids, labels + answer_ids[unlearnt:]))
         return sequences
 
-    @cached_property
-    def _memo(self) -> TokenMemo:
-        return TokenMemo(self.tokenizer)
-
     def _turns_of(self, row: int, conversation: Conversation, train_on: str) -> list[_Turn]:
         self.check_tools(conversation.messages, conversation.tools)
         self._check_nothing_is_lost(conversation)
@@ -181,7 +176,7 @@ class Encoder(ToolRenderer):
         """Return the ids of each answer."""
         parts = [part for turn in turns for part in turn.parts]
         known = {
-            is_own: iter(self._memo.all_ids([text for text, own in parts if own is is_own], keep_special=is_own))
+            is_own: iter(all_ids(self.tokenizer, [text for text, own in parts if own is is_own], keep_special=is_own))
             for is_own in (False, True)
         }
         return [sum((next(known[is_own]) for _, is_own in turn.parts), array("i")) for turn in turns]
@@ -195,7 +190,7 @@ class Encoder(ToolRenderer):
         texts: list[str] = []
         for tools, group in groupby((turn for turn in turns if turn.is_harmless), key=lambda turn: turn.tools):
             texts += self._apply([turn.prompt for turn in group], tools, tokenize=False, add_generation_prompt=True)
-        ids = iter(self._memo.all_ids(texts, keep_special=True))
+        ids = iter(all_ids(self.tokenizer, texts, keep_special=True))
         exact = (array("i", self._exact_ids(turn.prompt, turn.tools)) for turn in turns if not turn.is_harmless)
         return [next(ids if turn.is_harmless else exact) for turn in turns]
 
@@ -224,7 +219,7 @@ class Encoder(ToolRenderer):
             return 0
         block = array("i")
         for length in (end.end(1), end.start(1)):
-            block, rest = self._memo.all_ids([text[:length], text[length:]], keep_special=False)
+            block, rest = all_ids(self.tokenizer, [text[:length], text[length:]], keep_special=False)
             if block + rest == ids:
                 return len(block)
         # One token spans the end of the block and the start of the text after it.

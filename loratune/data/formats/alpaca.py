@@ -7,7 +7,6 @@ from typing import Any
 from loratune.data.formats.conversation import Message, has_half_a_pair, kind_of
 
 KEYS = ("instruction", "input", "output", "system", "history")
-NEEDS = "each row needs the texts 'instruction' and 'output'"
 
 
 def problems(value: dict[str, Any]) -> list[str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from typing import Any
 
+from loratune.data.formats import asked_rows
 from loratune.data.formats.chat_rows import MESSAGES, TRAINING_MARKS, ChatRows, TurnStyle
 from loratune.data.formats.conversation import Message, kind_of
 
@@ -54,6 +55,17 @@ def unread(value: dict[str, Any]) -> dict[str, Any]:
         for rows in (PROMPT, COMPLETION)
         for name, inner in rows.unread({**rest, rows.key: value[rows.key]}).items()
     }
+
+
+def answered(row: dict[str, Any]) -> dict[str, Any]:
+    """A row whose completion may be missing, with one that says nothing."""
+    turns = row.get(PROMPT.key)
+    if not isinstance(turns, list):
+        return row
+    style = PROMPT.style_of(turns)
+    completion = row.get(COMPLETION.key) or [asked_rows.blank(style)]
+    is_list = isinstance(completion, list)
+    return row | {COMPLETION.key: asked_rows.answered(completion, style) if is_list else completion}
 
 
 def _joined(value: dict[str, Any]) -> dict[str, Any]:

@@ -6,9 +6,11 @@ import re
 import shlex
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from loratune.data.formats import alpaca, prompt_rows
+from loratune.data.formats.asked_rows import with_last_turn, with_output
 from loratune.data.formats.chat_rows import CONVERSATIONS, MESSAGES, ChatRows
 from loratune.data.formats.conversation import Conversation, Message, kind_of
 from loratune.data.formats.row_media import named_media, referred_media
@@ -32,7 +34,11 @@ class Format:
     problems: Callable[[dict[str, Any]], list[str]]
     messages: Callable[[dict[str, Any]], list[Message]]
     unread: Callable[[dict[str, Any]], dict[str, Any]]
-    """Columns of a row, and keys of its turns, that are not used, with their values."""
+    """Columns of a row, and keys of its turns, that nothing is taken from, with what they hold."""
+    asks: str
+    """What a row has to hold as a question, for an error."""
+    answered: Callable[[dict[str, Any]], dict[str, Any]]
+    """A row, of this format or not, with an empty answer where a question has none."""
     untrained: Callable[[dict[str, Any]], frozenset[int]] = lambda _: frozenset()
     tools: Callable[[dict[str, Any]], tuple[dict[str, Any], ...]] = lambda _: ()
     columns: Mapping[str, str] | None = None
@@ -40,37 +46,60 @@ class Format:
     fits: Callable[[dict[str, Any]], bool] = lambda _: True
     """Decides whether a row with the keys is in this format, if other formats have the same keys."""
 
-    def is_of(self, row: Any) -> bool:
-        """Return whether a row is in this format, well formed or not."""
-        return isinstance(row, dict) and all(key in row for key in self.keys) and self.fits(row)
+    def is_of(self, row: dict[str, Any]) -> bool:
+        """Whether a row is in this format, well formed or not."""
+        return all(key in row for key in self.keys) and self.fits(row)
 
 
-def _alpaca(name: str, keys: tuple[str, ...], needs: str, columns: Mapping[str, str] | None = None) -> Format:
-    return Format(name, keys, needs, alpaca.problems, alpaca.messages, alpaca.unread, columns=columns)
+def _texts(name: str, keys: tuple[str, ...], columns: Mapping[str, str] | None = None) -> Format:
+    named = columns or {"instruction": "instruction", "output": "output"}
+    question, answer = named["instruction"], named["output"]
+    return Format(
+        name,
+        keys,
+        needs=f"each row needs the texts {question!r} and {answer!r}",
+        problems=alpaca.problems,
+        messages=alpaca.messages,
+        unread=alpaca.unread,
+        asks=f"a text {question!r}",
+        answered=partial(with_output, answer=answer),
+        columns=columns,
+    )
 
 
 def _pairs(question: str, answer: str) -> Format:
-    columns = {"instruction": question, "output": answer}
-    needs = f"each row needs the texts {question!r} and {answer!r}"
-    return _alpaca(f"{question} and {answer}", (question, answer), needs, columns)
+    return _texts(f"{question} and {answer}", (question, answer), {"instruction": question, "output": answer})
 
 
 def _chat(name: str, rows: ChatRows) -> Format:
-    return Format(name, (rows.key,), rows.needs, rows.problems, rows.messages, rows.unread, rows.untrained, tools_of)
+    return Format(
+        name,
+        (rows.key,),
+        needs=rows.needs,
+        problems=rows.problems,
+        messages=rows.messages,
+        unread=rows.unread,
+        asks=f"a list {rows.key!r}",
+        answered=partial(with_last_turn, rows=rows),
+        untrained=rows.untrained,
+        tools=tools_of,
+    )
 
 
 CONVERSATIONAL = Format(
     "conversational prompt and completion",
     prompt_rows.LISTS,
-    prompt_rows.NEEDS,
-    prompt_rows.problems,
-    prompt_rows.messages,
-    prompt_rows.unread,
-    prompt_rows.untrained,
-    tools_of,
+    needs=prompt_rows.NEEDS,
+    problems=prompt_rows.problems,
+    messages=prompt_rows.messages,
+    unread=prompt_rows.unread,
+    asks=f"a list {prompt_rows.PROMPT.key!r}",
+    answered=prompt_rows.answered,
+    untrained=prompt_rows.untrained,
+    tools=tools_of,
     fits=prompt_rows.has_lists,
 )
-ALPACA = _alpaca("alpaca", ("instruction",), alpaca.NEEDS)
+ALPACA = _texts("alpaca", ("instruction",))
 FORMATS = (
     _chat("messages", MESSAGES),
     _chat("sharegpt", CONVERSATIONS),
@@ -91,12 +120,19 @@ class ConversationReader:
         placeholders: name → value.
         columns: name that a format knows → name in the file.
         system: system prompt for rows without one.
+        are_questions: whether the last answer may be missing; it is empty then.
     """
 
     def __init__(
-        self, kind: Format, placeholders: Mapping[str, str], columns: Mapping[str, str], system: str | None = None
+        self,
+        kind: Format,
+        placeholders: Mapping[str, str],
+        columns: Mapping[str, str],
+        system: str | None = None,
+        are_questions: bool = False,
     ) -> None:
         self.kind = kind
+        self._are_questions = are_questions
         self.ignored: set[str] = set()
         """Unused keys of the rows read so far."""
         self._columns = columns
@@ -111,7 +147,9 @@ class ConversationReader:
             return "its values are nested too deep to be checked"
 
     def _read(self, given: Any) -> Conversation | str:
-        value = renamed(renamed(given, self._columns), self.kind.columns)
+        value = renamed(given, self._columns)
+        value = self.kind.answered(value) if self._are_questions and isinstance(value, dict) else value
+        value = renamed(value, self.kind.columns)
         found = [f"is {kind_of(value)}, not an object"]
         if isinstance(value, dict):
             found = named_media(value) or self.kind.problems(value)
@@ -135,20 +173,20 @@ class ConversationReader:
         self._fill.check()
 
 
-def detect_format(first: Iterable[Any], columns: Mapping[str, str]) -> Format:
-    """Detect the format of a file from the first row that matches one.
+def detect_format(first: Iterable[Any], columns: Mapping[str, str], are_questions: bool = False) -> Format:
+    """The format of a file by the first of its rows that is in any.
 
     Args:
         first: the first rows of the file.
         columns: name that a format knows → name in the file.
+        are_questions: whether the last answer may be missing.
 
     Returns:
         The format; Alpaca if no row matches, because its errors name what is missing.
     """
-    for value in first:
-        row = renamed(value, columns)
+    for row in (renamed(value, columns) for value in first if isinstance(value, dict)):
         for kind in FORMATS:
-            if kind.is_of(row):
+            if kind.is_of(kind.answered(row) if are_questions else row):
                 return kind
     return ALPACA
 

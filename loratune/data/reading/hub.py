@@ -9,7 +9,7 @@ from typing import Any
 
 from loratune.data.reading.rows import Row
 from loratune.data.sources import HubName
-from loratune.errors import Exit, LoratuneError
+from loratune.errors import Exit, LoratuneError, named_reason_of
 from loratune.extras import required
 
 BATCH_ROWS = 256
@@ -54,11 +54,10 @@ def open_hub(name: str, parts: HubName) -> HubRows:
         module = importlib.import_module(library)
     try:
         return HubRows(name, _load(module, parts))
-    except Exception as error:  # each hub client and HTTP library has its own exceptions
-        reason = next(iter(str(error).splitlines()), "no reason given")
+    except Exception as error:  # each hub client and its HTTP library raise their own kinds
         hub = {"hf": "the Hugging Face hub", "ms": "ModelScope"}[parts.hub]
         raise LoratuneError(
-            f"{name}: loading from {hub} failed: {type(error).__name__}: {reason}\n"
+            f"{name}: {hub} cannot give it: {named_reason_of(error)}\n"
             "check the name, the split and the network, or download its file and give that",
             Exit.DATA,
         ) from error

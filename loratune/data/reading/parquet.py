@@ -8,7 +8,7 @@ import pyarrow
 from pyarrow.parquet import ParquetFile
 
 from loratune.data.reading.rows import Row
-from loratune.errors import Exit, LoratuneError
+from loratune.errors import Exit, LoratuneError, first_line_of
 
 BATCH_ROWS = 256
 
@@ -31,9 +31,9 @@ def rows_of_parquet(name: str) -> Iterator[Row]:
                     number += 1
                     yield Row(value, number)
     except (pyarrow.ArrowException, OSError) as error:
-        reason = next(iter(str(error).splitlines()), type(error).__name__)
         raise LoratuneError(
-            f"{name}: cannot be read as Parquet after row {number}: {reason}; copy or write it again", Exit.DATA
+            f"{name}: cannot be read as Parquet after row {number}: {first_line_of(error)}; copy or write it again",
+            Exit.DATA,
         ) from error
     if not number:
         raise LoratuneError(f"{name}: 0 rows", Exit.DATA)

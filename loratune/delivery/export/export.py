@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from loratune import console
+from loratune.choices import ExportFormat, GgufType
 from loratune.commands import Command
 from loratune.data.encoding.encoder import Encoder
 from loratune.delivery.export.adapter_folder import export_adapter
@@ -22,7 +23,7 @@ from loratune.delivery.template import about_the_date
 from loratune.delivery.verification.parity import compare_models
 from loratune.delivery.verification.proof import check_parity, probe_rows
 from loratune.delivery.verification.report import parity_text, show_verification
-from loratune.errors import Exit, LoratuneError, bullet_list, refusal
+from loratune.errors import Exit, LoratuneError, bullet_list, reason_of, refusal
 from loratune.model.files import check_base, weight_files
 from loratune.model.memory import free_main_memory_bytes
 from loratune.model.tokenizer import load_tokenizer
@@ -38,7 +39,7 @@ from loratune.runs.verification import Bounds, ExportedFolder, Parity, Verificat
 from loratune.writing import disk_errors_explained, folder_in_one_step
 
 SAME = Bounds(1e-5, 1e-5, 0.0)
-GGUF_BOUNDS = {
+GGUF_BOUNDS: dict[GgufType, Bounds] = {
     "f32": SAME,
     "bf16": Bounds(0.1, 5e-3, 0.005),
     "f16": Bounds(0.02, 3e-4, 0.005),
@@ -166,11 +167,10 @@ def _compare_gguf(job: Export, model: Path, target: Path) -> Parity | None:
             written = load_gguf(target)
         except LoratuneError:
             raise
-        except Exception as error:  # transformers' failures say nothing about the file
-            reason = " ".join(str(error).split())[:200]
+        except Exception as error:  # transformers raises all kinds, none of which says anything against the file
             console.warn(
-                f"the file's logits are not compared: transformers cannot load it ({reason}). Every tensor has been "
-                "read back"
+                f"the file's logits are not compared: transformers cannot load it ({reason_of(error, 200)}). Every "
+                "tensor has been read back"
             )
             return None
         (parity,) = compare_models(load_mapped(model), [written], _rows(job, model))
@@ -230,8 +230,11 @@ def _source(job: Export) -> AdapterSource:
     return job.source
 
 
-FROM_ADAPTER: dict[str, Callable[[Export], Exported]] = {"adapter": _export_adapter, "vllm": _export_for_vllm}
-FROM_MODEL: dict[str, Callable[[Export, Path], Exported]] = {
+FROM_ADAPTER: dict[ExportFormat, Callable[[Export], Exported]] = {
+    "adapter": _export_adapter,
+    "vllm": _export_for_vllm,
+}
+FROM_MODEL: dict[ExportFormat, Callable[[Export, Path], Exported]] = {
     "gguf": _export_gguf,
     "ollama": _export_for_ollama,
     "bnb4": _export_nf4,

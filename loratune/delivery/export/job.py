@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from loratune.choices import ExportFormat, GgufType
 from loratune.commands import Command, free_place, loratune
 from loratune.runs.opening import AdapterSource
 
@@ -15,10 +16,11 @@ OLLAMA_NAME_LENGTH, HUB_NAME_LENGTH = 80, 90
 
 @dataclass(frozen=True)
 class ExportOptions:
-    format: str
-    """gguf, ollama, vllm, adapter or bnb4."""
-    quantization: str = "f16"
-    """Quantisation of a GGUF file."""
+    """What to export, and how."""
+
+    format: ExportFormat
+    quantization: GgufType = "f16"
+    """Of a GGUF file."""
     num_ctx: int | None = None
     """Ollama's context length in tokens; None for Ollama's default."""
     model: str | None = None

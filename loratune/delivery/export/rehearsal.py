@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from loratune import console
+from loratune.choices import ExportFormat
 from loratune.commands import Command
 from loratune.data.encoding.encoder import Encoder
 from loratune.delivery.export.gguf.layout import NotForGgufError
@@ -172,7 +173,7 @@ def _check_nothing_else(job: Export, model: Rehearsal) -> None:
     """Check nothing: bitsandbytes needs no more than the checks of the merge."""
 
 
-CHECKS: dict[str, Callable[[Export, Rehearsal], None]] = {
+CHECKS: dict[ExportFormat, Callable[[Export, Rehearsal], None]] = {
     "gguf": _check_gguf,
     "ollama": _check_ollama,
     "bnb4": _check_nothing_else,

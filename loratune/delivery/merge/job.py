@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from loratune import console
+from loratune.choices import MergeBase
 from loratune.commands import Command, free_place, loratune
 from loratune.data.encoding.encoder import Encoder
 from loratune.delivery.merge.merged_weights import MergePlan
@@ -40,8 +41,7 @@ class MergeOptions:
     dtype: torch.dtype | None = None
     """Dtype of the merged weights; None keeps the base's."""
     shard_bytes: int = 5_000_000_000
-    merge_base: str = "auto"
-    """For an adapter of a quantised base: original, dequantized, or auto for the one closer to base + adapter."""
+    merge_base: MergeBase = "auto"
     verify: bool = True
     logits: bool = True
     """Whether the verification also runs the models."""

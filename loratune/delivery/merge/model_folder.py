@@ -12,6 +12,7 @@ import torch
 from loratune.data.encoding.encoder import Encoder
 from loratune.delivery.merge.merged_weights import MergePlan
 from loratune.delivery.template import write_portable_template
+from loratune.model.architecture.structure import text_value, with_text_values
 from loratune.plain_files import read_json_object
 from loratune.runs.opening import AdapterSource
 from loratune.runs.tokenizer_files import copy_tokenizer_files
@@ -50,15 +51,15 @@ def write_model_files(
 
 def _write_config(base: Path, folder: Path, dtype: torch.dtype | None, plan: MergePlan) -> list[str]:
     config = read_json_object(base / CONFIG)
-    changes: dict[str, Any] = {"vocab_size": plan.vocabulary}
+    wanted: dict[str, Any] = {"vocab_size": plan.vocabulary}
     if dtype is not None:
-        key = "torch_dtype" if "torch_dtype" in config and "dtype" not in config else "dtype"
-        changes[key] = str(dtype).removeprefix("torch.")
-    if config.get("tie_word_embeddings") and not plan.is_tied:
-        changes["tie_word_embeddings"] = False
-    changes = {key: value for key, value in changes.items() if config.get(key) != value}
+        said = [key for key in ("dtype", "torch_dtype") if text_value(config, key) is not None] or ["dtype"]
+        wanted |= dict.fromkeys(said, str(dtype).removeprefix("torch."))
+    if text_value(config, "tie_word_embeddings") and not plan.is_tied:
+        wanted["tie_word_embeddings"] = False
+    changes = {key: value for key, value in wanted.items() if with_text_values(config, {key: value}) != config}
     if changes:
-        write_json(folder / CONFIG, config | changes)
+        write_json(folder / CONFIG, with_text_values(config, changes))
     else:
         shutil.copyfile(base / CONFIG, folder / CONFIG)
     return [f"{CONFIG}: {key} {json.dumps(value)}" for key, value in changes.items()]
@@ -76,7 +77,7 @@ def _write_generation_config(base: Path, folder: Path, end_id: int) -> list[str]
     path = base / GENERATION_CONFIG
     values = read_json_object(path) if path.is_file() else {}
     config = read_json_object(base / CONFIG)
-    known = values.get("eos_token_id", config.get("eos_token_id"))
+    known = values.get("eos_token_id", text_value(config, "eos_token_id"))
     ends = known if isinstance(known, list) else [] if known is None else [known]
     if end_id in ends:
         if path.is_file():

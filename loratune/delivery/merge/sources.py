@@ -10,6 +10,7 @@ from functools import partial
 from pathlib import Path
 
 from loratune import console
+from loratune.choices import Combination
 from loratune.data.encoding.encoder import Encoder
 from loratune.delivery.merge.update import read_updates
 from loratune.errors import Exit, LoratuneError
@@ -33,7 +34,12 @@ from loratune.runs.verification import Combined, CombinedAdapter
 
 @contextmanager
 def open_adapters(
-    given: list[tuple[str, Path]], weights: str | None, method: str, density: float, model: str | None, force: bool
+    given: list[tuple[str, Path]],
+    weights: str | None,
+    method: Combination,
+    density: float,
+    model: str | None,
+    force: bool,
 ) -> Iterator[AdapterSource]:
     """Open one adapter, or combine several.
 

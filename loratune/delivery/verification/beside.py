@@ -12,7 +12,8 @@ from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 from loratune.data.encoding.encoder import Encoder
 from loratune.delivery.merge.model_folder import CONFIG, GENERATION_CONFIG
 from loratune.delivery.template import portable_template, renders_training_prompts
-from loratune.errors import Exit, LoratuneError, bullet_list
+from loratune.errors import Exit, LoratuneError, bullet_list, reason_of
+from loratune.model.architecture.structure import text_value, text_values
 from loratune.model.architecture.vocabulary import vocabulary_of
 from loratune.model.files import weight_files
 from loratune.model.weights.tensor_files import INDEX, TensorFiles
@@ -75,13 +76,22 @@ def _file_problems(base: Path, tokenizer: Path, folder: Path, template: str | No
 
 
 def _config_problems(base: Path, folder: Path) -> Iterator[str]:
-    """Yield keys of config.json that neither equal the base's nor follow from the written weights."""
-    written, original = _json(folder / CONFIG), read_json_object(base / CONFIG)
+    """Keys of config.json that are not the base's, nor what the written weights say."""
+    written, original = _by_key(_json(folder / CONFIG)), _by_key(read_json_object(base / CONFIG))
     said = _said_by_weights(folder)
     for key in sorted({*written, *original}):
-        value = written.get(key)
-        if value != original.get(key) and (key not in ALLOWED or value != said[key]):
+        value, name = written.get(key), key.rpartition(".")[2]
+        if value != original.get(key) and (name not in ALLOWED or value != said[name]):
             yield f"{CONFIG}: {key} is {json.dumps(value)}, and {json.dumps(original.get(key))} in the base"
+
+
+def _by_key(config: dict[str, Any]) -> dict[str, Any]:
+    """A config's values by their names, those of the language model's part under `text_config.`."""
+    text = text_values(config)
+    if text is config:
+        return config
+    rest = {key: value for key, value in config.items() if key != "text_config"}
+    return rest | {f"text_config.{key}": value for key, value in text.items()}
 
 
 def _said_by_weights(folder: Path) -> dict[str, Any]:
@@ -95,7 +105,7 @@ def _said_by_weights(folder: Path) -> dict[str, Any]:
 def _generation_problems(base: Path, folder: Path, end_id: int) -> Iterator[str]:
     """Yield keys of generation_config.json that differ from the base's, except for the added end token."""
     written, original = _json(folder / GENERATION_CONFIG), _json(base / GENERATION_CONFIG)
-    known = original.get("eos_token_id", read_json_object(base / CONFIG).get("eos_token_id"))
+    known = original.get("eos_token_id", text_value(read_json_object(base / CONFIG), "eos_token_id"))
     ends = {*_ids(known), end_id}
     found = _ids(written.get("eos_token_id", known))
     if {*found} != ends:
@@ -111,15 +121,15 @@ def _loaded_problems(base: Path, folder: Path, encoder: Encoder) -> Iterator[str
     try:
         configs = [AutoConfig.from_pretrained(place, **plain).to_dict() for place in (base, folder)]
         tokenizer = AutoTokenizer.from_pretrained(folder, **plain)
-        ends = configs[1].get("eos_token_id")
+        ends = text_value(configs[1], "eos_token_id")
         if (folder / GENERATION_CONFIG).is_file():
             ends = GenerationConfig.from_pretrained(folder, local_files_only=True).eos_token_id
-    except Exception as error:  # the libraries have no common exception
-        yield f"transformers cannot load it: {' '.join(str(error).split())[:300]}"
+    except Exception as error:  # the libraries know no common class
+        yield f"transformers cannot load it: {reason_of(error)}"
         return
-    original, found = configs
-    for key in sorted({*original, *found} - {*ALLOWED, PLACE}):
-        if original.get(key) != found.get(key):
+    original, found = map(_by_key, configs)
+    for key in sorted({*original, *found}):
+        if key.rpartition(".")[2] not in (*ALLOWED, PLACE) and original.get(key) != found.get(key):
             yield f"{CONFIG}: transformers reads {key} as {found.get(key)!r}, and {original.get(key)!r} in the base"
     if encoder.end_id not in _ids(ends):
         yield f"{GENERATION_CONFIG}: transformers does not end an answer at token {encoder.end_id}"

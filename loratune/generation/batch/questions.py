@@ -9,23 +9,16 @@ from itertools import islice
 from typing import Any
 
 from loratune.data.checked_rows import FORMAT_ROWS, SHOWN_ROWS
-from loratune.data.formats.chat_rows import CONVERSATIONS, MESSAGES, TRAINING_MARKS, TurnStyle
 from loratune.data.formats.conversation import Conversation, Message, written_out
-from loratune.data.formats.prompt_rows import COMPLETION, PROMPT
 from loratune.data.formats.registry import FORMATS, MUST_BE_FILLED, PLACEHOLDER, ConversationReader, detect_format
 from loratune.data.reading.files import BadRow, RowFile, open_rows
 from loratune.data.sources import parse_source
 from loratune.errors import Exit, LoratuneError, bullet_list
 
 NEEDS = (
-    "each row needs a text 'prompt', 'instruction' or 'query', or 'messages' or a list 'prompt' that end with a "
+    f"each row needs {', '.join(kind.asks for kind in FORMATS[:-1])} or {FORMATS[-1].asks}; a list ends with a "
     "question or an answer"
 )
-PAIRS = (
-    ("instruction", "output"),
-    *((kind.columns["instruction"], kind.columns["output"]) for kind in FORMATS if kind.columns),
-)
-"""Names of question and answer in each format of pairs."""
 
 
 @dataclass(frozen=True)
@@ -105,16 +98,15 @@ def read_questions(entry: str, columns: Mapping[str, str], placeholders: Mapping
 def _read(
     file: RowFile, columns: Mapping[str, str], placeholders: Mapping[str, str]
 ) -> Iterator[tuple[dict[str, Any], tuple[Message, ...], Message | None, tuple[dict[str, Any], ...]] | str]:
-    """Yield fields, prompt, answer and tools of each row, or its problem and place."""
-    first = [_completed(row.value, columns) for row in islice(file, FORMAT_ROWS) if not isinstance(row, BadRow)]
-    kind = detect_format(first, {})
-    reader = ConversationReader(kind, placeholders, {})
-    answer_name = (kind.columns or {}).get("output", "output")
+    """Fields, question, answer and tools of each row, or what is wrong with it and where."""
+    first = [row.value for row in islice(file, FORMAT_ROWS) if not isinstance(row, BadRow)]
+    kind = detect_format(first, columns, are_questions=True)
+    reader = ConversationReader(kind, placeholders, columns, are_questions=True)
     for row in file:
         if isinstance(row, BadRow):
             yield row.problem
             continue
-        read = reader.read(_completed(row.value, columns, answer_name))
+        read = reader.read(row.value)
         problem = read if isinstance(read, str) else _problem(read)
         if problem:
             yield f"{file.place(row.number)}: {problem}"
@@ -122,46 +114,6 @@ def _read(
             *asked, answer = read.messages
             is_given = bool(answer["content"].strip() or answer.get("tool_calls"))
             yield row.value, tuple(asked), answer if is_given else None, read.tools
-
-
-def _completed(value: Any, columns: Mapping[str, str], answer_name: str | None = None) -> Any:
-    """Return a row under the formats' names; a missing answer becomes an empty one, as the training formats need one.
-
-    Args:
-        value: the row.
-        columns: name that a format knows → name in the file.
-        answer_name: the format's name for the answer, if known.
-    """
-    if not isinstance(value, dict):
-        return value
-    row = {key: inner for key, inner in value.items() if key not in columns.values()}
-    row |= {known: value[own] for known, own in columns.items() if own in value}
-    for kind in (MESSAGES, CONVERSATIONS):
-        if isinstance(row.get(kind.key), list):
-            return row | {kind.key: _answered(row[kind.key], kind.style_of(row[kind.key]))}
-    if isinstance(row.get(PROMPT.key), list):
-        style = PROMPT.style_of(row[PROMPT.key])
-        completion = row.get(COMPLETION.key) or [_blank(style)]
-        return row | {COMPLETION.key: _answered(completion, style) if isinstance(completion, list) else completion}
-    for question, answer in PAIRS:
-        if (question in row or answer == answer_name) and row.get(answer) is None:
-            row[answer] = ""
-    return row
-
-
-def _answered(turns: list[Any], style: TurnStyle) -> list[Any]:
-    """Return turns that end with an answer, without training marks, which do not matter here."""
-    plain = [
-        {key: inner for key, inner in turn.items() if key not in TRAINING_MARKS} if isinstance(turn, dict) else turn
-        for turn in turns
-    ]
-    speaker = plain[-1].get(style.role) if plain and isinstance(plain[-1], dict) else None
-    asks = isinstance(speaker, str) and style.roles.get(speaker) in ("user", "tool")
-    return [*plain, _blank(style)] if asks else plain
-
-
-def _blank(style: TurnStyle) -> dict[str, str]:
-    return {style.role: "assistant", style.text: ""}
 
 
 def _problem(conversation: Conversation) -> str:

@@ -8,28 +8,29 @@ from typing import Any
 
 import torch
 
+from loratune.choices import Combination
 from loratune.errors import Exit, LoratuneError, bullet_list
 from loratune.model.adapter.attach import load_adapter
 from loratune.model.adapter.files import read_config_values
 from loratune.model.adapter.own_parameters import own_parameters
 from loratune.model.weights.mapped import load_mapped
 
-# PEFT's "linear" adds the A and the B matrices separately, so the product mixes one adapter's A with another's B.
-# PEFT's "cat" concatenates the matrices, which is the exact weighted sum of the updates.
-PEFT_NAMES = {"linear": "cat", "svd": "svd", "ties": "ties", "dare_ties": "dare_ties"}
+# What PEFT calls linear adds up the A and the B matrices, whose product then has terms of one adapter's A with the
+# other's B. The weighted sum of the updates is what it calls cat: the matrices side by side.
+PEFT_NAMES: dict[Combination, str] = {"linear": "cat", "svd": "svd", "ties": "ties", "dare_ties": "dare_ties"}
 COMBINED = "combined"
 
 
 def combine_adapters(
-    base: Path, adapters: Mapping[str, Path], weights: list[float], method: str, density: float, folder: Path
+    base: Path, adapters: Mapping[str, Path], weights: list[float], method: Combination, density: float, folder: Path
 ) -> Path:
     """Write the combination of several adapters as a PEFT folder.
 
     Args:
         base: folder of their base.
         adapters: name → PEFT folder.
-        weights: weight of each adapter.
-        method: linear, svd, ties or dare_ties.
+        weights: of each.
+        method: how several become one.
         density: share of the values that ties (https://arxiv.org/abs/2306.01708) and dare_ties
             (https://arxiv.org/abs/2311.03099) keep.
         folder: existing folder to write into.

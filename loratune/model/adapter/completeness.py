@@ -16,7 +16,7 @@ from peft import LoraConfig, PeftModel, get_peft_model_state_dict
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
-from loratune.errors import Exit, LoratuneError
+from loratune.errors import Exit, LoratuneError, reason_of
 from loratune.model.adapter.files import WEIGHTS_FILE
 from loratune.model.adapter.tensors import PART, PREFIX, WRAPPER
 from loratune.model.architecture.vocabulary import vocabulary_of
@@ -88,8 +88,9 @@ def _expected(folder: Path, config: LoraConfig, base: Shapes) -> dict[str, Any]:
             model = PeftModel(skeleton, config, low_cpu_mem_usage=True)
             return dict(get_peft_model_state_dict(model, save_embedding_layers=False))
     except (ValueError, RuntimeError, KeyError) as error:
-        reason = " ".join(str(error).split())[:300]
-        raise LoratuneError(f"{folder}: the adapter does not fit the base model: {reason}", Exit.MODEL) from error
+        raise LoratuneError(
+            f"{folder}: the adapter does not fit the base model: {reason_of(error)}", Exit.MODEL
+        ) from error
 
 
 def _skeleton(base: Shapes) -> nn.Module:

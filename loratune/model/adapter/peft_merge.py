@@ -22,7 +22,7 @@ from peft.utils.other import ModulesToSaveWrapper
 from safetensors.torch import load_file
 from torch import nn
 
-from loratune.errors import Exit, LoratuneError, bullet_list
+from loratune.errors import Exit, LoratuneError, bullet_list, reason_of
 from loratune.model.adapter.files import NAME, SETTINGS, WEIGHTS_FILE, read_config_values
 from loratune.model.adapter.patterns import as_expressions, settle_patterns
 from loratune.model.adapter.peft_rows import LoraRows, merge_tokens
@@ -113,7 +113,7 @@ class PeftMerge:
                 shared = _fill(peft)
                 result = set_peft_model_state_dict(peft, state, ADAPTER, low_cpu_mem_usage=True)
         except (RuntimeError, ValueError, KeyError, TypeError) as error:
-            raise _misfit(adapter, [" ".join(str(error).split())[:300]]) from error
+            raise _misfit(adapter, [reason_of(error)]) from error
         _share_again(shared)
         peft.eval().requires_grad_(False)
         changes = _changes(peft, places)

@@ -65,6 +65,25 @@ def text_values(values: Mapping[str, Any]) -> Mapping[str, Any]:
     return nested if isinstance(nested, Mapping) else values
 
 
+def text_value(values: Mapping[str, Any], key: str, default: Any = None) -> Any:
+    """What a config.json says of the language model: in its part, or else beside it."""
+    return text_values(values).get(key, values.get(key, default))
+
+
+def with_text_values(values: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """A config.json that says something else of the language model, wherever it has said it before.
+
+    Args:
+        values: its contents.
+        changes: a key that stands nowhere yet is set in the language model's part.
+    """
+    text = text_values(values)
+    own = {key: value for key, value in changes.items() if key in text or key not in values}
+    if text is values:
+        return {**values, **own}
+    return {**values, **{key: changes[key] for key in changes if key in values}, "text_config": {**text, **own}}
+
+
 def layer_count(config: ModelConfig) -> int:
     """How many layers the language model of a config has."""
     return int(text_config(config).num_hidden_layers)

@@ -17,6 +17,7 @@ from transformers.utils import ModelOutput
 
 from loratune.model.architecture.head import head_of
 from loratune.model.architecture.structure import decoder_of
+from loratune.multiples import round_up
 from loratune.protocols import CausalModel
 
 CHUNK_BYTES = 1 << 27
@@ -125,7 +126,7 @@ class _FrozenHeadLoss(torch.autograd.Function):
         ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
         positions = len(targets)
-        missing = -positions % POSITIONS_UNIT
+        missing = round_up(positions, POSITIONS_UNIT) - positions
         hidden, targets = pad(hidden, (0, 0, 0, missing)), pad(targets, (0, missing))
         losses = hidden.new_empty(len(targets), dtype=torch.float32)
         # float16 would lose small gradients before a loss scaler can enlarge them.

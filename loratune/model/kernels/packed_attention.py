@@ -12,6 +12,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from loratune.multiples import round_up
 from loratune.protocols import CausalModel
 
 DOCUMENT_ATTENTION = "documents"
@@ -179,7 +180,7 @@ def _attend_by_products(
     share a key head form one matrix, so that keys are not repeated.
     """
     own_length = query.shape[2]
-    missing = -own_length % LENGTH_UNIT  # padding as last keys, which earlier queries do not attend to
+    missing = round_up(own_length, LENGTH_UNIT) - own_length  # as last keys, which no earlier query sees
     query, key, value = (functional.pad(tensor, (0, 0, 0, missing)) for tensor in (query, key, value))
     _, heads, length, size = query.shape
     keys, values = key[0].transpose(1, 2), value[0]

@@ -16,7 +16,7 @@ from torch.nn import functional
 
 from loratune.model.architecture.file_layout import file_layout
 from loratune.model.files import weight_files
-from loratune.model.from_folder import load_from_folder
+from loratune.model.from_folder import load_plain
 from loratune.model.weights.tensor_files import TensorFiles
 from loratune.protocols import CausalModel
 
@@ -54,19 +54,6 @@ def load_mapped(folder: Path, in_float32: bool = True) -> CausalModel:
         elif isinstance(module, nn.Embedding) and in_float32:
             module.forward = functools.partial(_embedding_in_float32, module)
     return model
-
-
-def load_plain(folder: Path, is_quantized: bool = False) -> CausalModel:
-    """A causal language model as anybody would load it with transformers, in the type of its files, on the CPU.
-
-    Args:
-        folder: model folder.
-        is_quantized: whether loratune has quantised the weights.
-
-    Raises:
-        LoratuneError: loading failed, or tensors are missing or unexpected.
-    """
-    return load_from_folder(folder, is_quantized, dtype="auto", attn_implementation="sdpa").eval()
 
 
 def _linear(module: nn.Linear, release: Callable[[], None], inputs: torch.Tensor) -> torch.Tensor:

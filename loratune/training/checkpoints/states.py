@@ -16,7 +16,7 @@ import torch
 from transformers.trainer_callback import TrainerState
 from transformers.trainer_pt_utils import safe_globals
 
-from loratune.errors import Exit, LoratuneError, bullet_list
+from loratune.errors import Exit, LoratuneError, bullet_list, first_line_of, reason_of
 from loratune.runs.checkpoint import Checkpoint
 
 OPTIMIZER, SCHEDULER, TRAINER_STATE, SCALER = "optimizer.pt", "scheduler.pt", "trainer_state.json", "scaler.pt"
@@ -48,8 +48,8 @@ def state_errors_explained(folder: Path) -> Iterator[None]:
         yield
     except SHAPE_ERRORS as error:
         raise LoratuneError(
-            f"{folder}: its states do not fit this run: {' '.join(str(error).split())[:200]}; resume from an earlier "
-            "checkpoint with --resume STEP, or start over with --overwrite",
+            f"{folder}: its states do not fit this run: {reason_of(error, 200)}; resume from an earlier "
+            "checkpoint with --resume STEP, or start anew with --overwrite",
             Exit.MODEL,
         ) from error
 
@@ -60,7 +60,7 @@ def _trainer(checkpoint: Checkpoint) -> str | None:
         if not isinstance(step, int):
             raise TypeError(f"global_step is {step!r}")
     except (OSError, *SHAPE_ERRORS) as error:
-        return f"{TRAINER_STATE} cannot be read: {_line(error)}"
+        return f"{TRAINER_STATE} cannot be read: {first_line_of(error, 120)}"
     return _of_another_step(TRAINER_STATE, step, checkpoint.step, checkpoint.step)
 
 
@@ -69,7 +69,7 @@ def _optimizer(checkpoint: Checkpoint) -> str | None:
         states = _read(checkpoint.folder / OPTIMIZER)["state"].values()
         step = max(int(state["step"]) for state in states)
     except (OSError, RuntimeError, pickle.UnpicklingError, EOFError, *SHAPE_ERRORS) as error:
-        return f"{OPTIMIZER} cannot be read: {_line(error)}"
+        return f"{OPTIMIZER} cannot be read: {first_line_of(error, 120)}"
     return _of_another_step(OPTIMIZER, step, _fewest(checkpoint), checkpoint.step)
 
 
@@ -77,7 +77,7 @@ def _scheduler(checkpoint: Checkpoint) -> str | None:
     try:
         step = int(_read(checkpoint.folder / SCHEDULER)["last_epoch"])
     except (OSError, RuntimeError, pickle.UnpicklingError, EOFError, *SHAPE_ERRORS) as error:
-        return f"{SCHEDULER} cannot be read: {_line(error)}"
+        return f"{SCHEDULER} cannot be read: {first_line_of(error, 120)}"
     return _of_another_step(SCHEDULER, step, _fewest(checkpoint), checkpoint.step)
 
 
@@ -87,7 +87,7 @@ def _random(path: Path) -> str | None:
             state = _read(path)
         missing = {"python", "numpy", "cpu"} - state.keys()
     except (OSError, RuntimeError, pickle.UnpicklingError, EOFError, *SHAPE_ERRORS) as error:
-        return f"{path.name} cannot be read: {_line(error)}"
+        return f"{path.name} cannot be read: {first_line_of(error, 120)}"
     return f"{path.name} holds no state of {', '.join(sorted(missing))}" if missing else None
 
 
@@ -105,8 +105,3 @@ def _fewest(checkpoint: Checkpoint) -> int:
 
 def _of_another_step(name: str, found: int, fewest: int, step: int) -> str | None:
     return None if fewest <= found <= step else f"{name} is of step {found}, the checkpoint of step {step}"
-
-
-def _line(error: BaseException) -> str:
-    """Return the first line of an error; torch's errors continue with advice to run the pickle."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:120]

@@ -11,6 +11,7 @@ from typing import Any, BinaryIO
 import numpy as np
 import torch
 
+from loratune.choices import GgufType
 from loratune.delivery.export.gguf.layout import (
     PlannedTensor,
     architecture_of,
@@ -34,8 +35,7 @@ with required("GGUF", "export"):
     import gguf
     from gguf import GGMLQuantizationType as Kind
 
-QUANTIZATIONS = ("f32", "f16", "bf16", "q8_0")
-_FILE_TYPES = {
+_FILE_TYPES: dict[GgufType, gguf.LlamaFileType] = {
     "f32": gguf.LlamaFileType.ALL_F32,
     "f16": gguf.LlamaFileType.MOSTLY_F16,
     "bf16": gguf.LlamaFileType.MOSTLY_BF16,
@@ -64,8 +64,8 @@ class FilePlan:
     layout: FileLayout
     """Maps the planned tensors to tensors of the model's files."""
 
-    def nbytes(self, quantization: str) -> int:
-        """Return the size of all tensors in bytes."""
+    def nbytes(self, quantization: GgufType) -> int:
+        """Size of all tensors in bytes."""
         return sum(_stored_bytes(tensor, _choose_kind(tensor, quantization)) for tensor in self.tensors)
 
 
@@ -134,19 +134,19 @@ class _StoredTensor:
             _encode(rows, self._kind, self._tensor.name).tofile(file)
 
 
-def write_gguf(model: Path, target: Path, quantization: str) -> None:
-    """Write a model folder as a GGUF file, with only a piece of a tensor in memory at a time.
+def write_gguf(model: Path, target: Path, quantization: GgufType) -> None:
+    """Write a model folder as a GGUF file, with memory for a piece of a tensor.
 
     Args:
-        model: merged Hugging Face folder with full-precision weights.
-        target: the file, which is replaced; after an error it may be incomplete.
-        quantization: one of QUANTIZATIONS; vectors are always float32.
+        model: merged Hugging Face folder of full-precision weights.
+        target: the file; what stands there is replaced, and after an error something unfinished may stand there.
+        quantization: the type of matrices. Vectors are float32 whatever it is.
 
     Raises:
         LoratuneError: the model is not supported, or has values outside the type's range.
     """
-    if quantization not in QUANTIZATIONS:
-        raise LoratuneError(f"quantization {quantization!r} is unknown; {', '.join(QUANTIZATIONS)} are", Exit.USAGE)
+    if quantization not in _FILE_TYPES:
+        raise LoratuneError(f"quantization {quantization!r} is unknown; {', '.join(_FILE_TYPES)} are", Exit.USAGE)
     source = _Model(model)
     writer = gguf.GGUFWriter(target, source.architecture)
     writer.add_type("model")
@@ -181,8 +181,8 @@ def _value_type(value: Any) -> Any:
     return by_type[type(value)]
 
 
-def _choose_kind(tensor: PlannedTensor, quantization: str) -> Kind:
-    """Return the stored type: F32 for vectors, and F16 where rows are not a multiple of q8_0's block size."""
+def _choose_kind(tensor: PlannedTensor, quantization: GgufType) -> Kind:
+    """How a tensor is stored: vectors as F32, and what q8_0 cannot divide into blocks as F16."""
     if len(tensor.shape) < 2:
         return Kind.F32
     if quantization == "q8_0" and tensor.shape[-1] % _BLOCK:
@@ -241,8 +241,8 @@ def check_gguf(model: Path, file: Path) -> GgufReadBack:
     return GgufReadBack(len(found), tokens, dict(sizes), tuple(fallbacks), largest)
 
 
-def _compare_keys(source: _Model, file: Path, reader: Any) -> str:
-    """Check that every key has its value, and return the file's quantization."""
+def _compare_keys(source: _Model, file: Path, reader: Any) -> GgufType:
+    """Make sure that every key has its value; return the file's quantization."""
     contents = {key: field.contents() for key, field in reader.fields.items() if key != "general.name"}
     for key, value in (source.keys | {"general.architecture": source.architecture}).items():
         expected = float(np.float32(value)) if isinstance(value, float) else value

@@ -1,0 +1,70 @@
+"""The findings of the data gate: what each is called, what is said of its rows, and what it does."""
+
+from __future__ import annotations
+
+from typing import Literal, NamedTuple, TypeAlias
+
+Finding: TypeAlias = Literal[
+    "empty",
+    "short",
+    "garbled",
+    "control_tokens",
+    "control_tokens_in_answers",
+    "repetitive",
+    "thinking",
+    "no_reasoning",
+    "broken_off",
+    "only_reasoning",
+    "normalized",
+    "long_answers",
+    "duplicates",
+    "near_duplicates",
+    "overlap",
+]
+"""data.severity and data.remove take these names."""
+
+
+class About(NamedTuple):
+    """One finding."""
+
+    sentence: str
+    """What its rows are or have; it follows "3 of 100 training rows"."""
+    usual: Literal["refuse", "warn"] = "warn"
+    """What it does where data.severity says nothing of it."""
+    of_removed: str = ""
+    """The sentence for rows that data.remove has taken out, if it is another one."""
+
+
+FINDINGS: dict[Finding, About] = {
+    "empty": About("have an answer without text", "refuse"),
+    "short": About("have an answer of a single character"),
+    "garbled": About("hold garbled characters, as of a text read in a wrong encoding"),
+    "control_tokens": About("hold control tokens such as <|im_end|> in what is asked; they are encoded as plain text"),
+    "control_tokens_in_answers": About(
+        "hold control tokens such as <|im_end|> in an answer, as if they had been through a chat template already",
+        "refuse",
+    ),
+    "repetitive": About("have an answer that repeats itself"),
+    "thinking": About("have a <think> block, though prompt.enable_thinking is false and so the prompt asks for none"),
+    "no_reasoning": About(
+        "have an answer without reasoning, though the prompt asks for it (prompt.enable_thinking, or a template that "
+        "always does): the model learns to leave it out"
+    ),
+    "broken_off": About(
+        "have an answer that breaks off: in a sentence or a code block, or with a mark such as [truncated]"
+    ),
+    "only_reasoning": About(
+        "have an answer of a <think> block alone; with data.train_thinking false only its end is trained"
+    ),
+    "normalized": About(
+        "hold characters that the tokenizer writes otherwise, such as a letter and an accent that it joins; the model "
+        "reads and learns its form"
+    ),
+    "long_answers": About("have an answer more than ten times as long as half of all answers"),
+    "duplicates": About("are repetitions"),
+    "near_duplicates": About("are nearly the same as an earlier row"),
+    "overlap": About(
+        "are training rows too, so that the validation loss says less than it seems to",
+        of_removed="are in validation too",
+    ),
+}
