@@ -4,4 +4,4 @@ import time
 
 __version__ = "0.1.0"
 STARTED = time.perf_counter()
-"""When this program began, for what it reports of its own start."""
+"""Start time of the program, for timing its start-up."""

@@ -1,4 +1,4 @@
-"""`python -m loratune`: the same as the console script."""
+"""`python -m loratune`, equivalent to the console script."""
 
 from loratune.cli.app import main
 

@@ -1,4 +1,4 @@
-"""Where loratune keeps what it would otherwise compute again: encoded rows, hashes of models."""
+"""Locates loratune's cache, which stores encoded rows and hashes of models."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from loratune.errors import Exit, LoratuneError
 
 
 def cache_folder(kind: str) -> Path:
-    """A folder of `LORATUNE_CACHE`, or of loratune's own below the user's cache; it need not exist.
+    """Return a folder in `LORATUNE_CACHE`, or in loratune's folder of the user's cache; it may not exist yet.
 
     Raises:
-        LoratuneError: neither is named, and the user has no home.
+        LoratuneError: no cache folder is set, and the user has no home folder.
     """
     own = os.environ.get("LORATUNE_CACHE")
     if own:
         return Path(own) / kind
     try:
         return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "loratune" / kind
-    except RuntimeError as error:  # a user without a home, as in many containers
+    except RuntimeError as error:  # no home folder, as in many containers
         raise LoratuneError("there is no home folder for a cache; set LORATUNE_CACHE to a folder", Exit.IO) from error

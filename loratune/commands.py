@@ -1,4 +1,4 @@
-"""Command lines that output advises: whole, and quoted for a shell, so that they run as they stand."""
+"""Builds the command lines that messages suggest, complete and quoted for a shell."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ from pathlib import Path
 
 @dataclass(frozen=True)
 class Command:
-    """One command line, and what it is for."""
+    """A command line and its purpose."""
 
     purpose: str
     """What it does, such as `serve it`."""
     words: tuple[str, ...]
-    """As a shell splits the line."""
+    """The words of the line, unquoted."""
     chosen: Mapping[str, str] = field(default_factory=dict)
-    """What the user has to put in: a word in capitals within `words` → what it stands for."""
+    """Placeholders for the user to fill in: a capitalised word within `words` → its meaning."""
 
     @property
     def line(self) -> str:
-        """What to type."""
+        """The quoted command line."""
         return shlex.join(self.words)
 
     def __str__(self) -> str:
@@ -32,13 +32,13 @@ class Command:
 def loratune(
     purpose: str, command: str, flags: Mapping[str, object], chosen: Mapping[str, str] | None = None
 ) -> Command:
-    """A command of loratune's own.
+    """Return a command of loratune.
 
     Args:
         purpose: what it does.
         command: such as `merge` or `data check`.
-        flags: name → value; True stands for the flag alone, None and False leave it out.
-        chosen: as of `Command`.
+        flags: name → value; True stands for a flag without a value, None and False omit the flag.
+        chosen: see `Command`.
     """
     words = ["loratune", *command.split()]
     for name, value in flags.items():
@@ -48,6 +48,6 @@ def loratune(
 
 
 def free_place(wanted: Path) -> Path:
-    """A folder's name that nothing has yet: the given one, or one made from it."""
+    """Return a path that does not exist: the given one, or one with a number appended."""
     tried = (wanted.with_name(f"{wanted.name}{end}") for end in ("", *(f"-{number}" for number in range(2, 1000))))
     return next((place for place in tried if not place.exists() and not place.is_symlink()), wanted)

@@ -32,39 +32,38 @@ from loratune.runtime import is_main_process
 from loratune.streams import delivered
 
 LINE_SECONDS = 15
-"""Between lines of progress where there is no terminal."""
+"""Minimum interval of progress lines without a terminal."""
 _stderr = Console(stderr=True, highlight=False, quiet=not is_main_process())
 
 
 def say(message: str, style: str = "") -> None:
-    """A line for the user, not a result."""
+    """Print a line for the user that is not a result."""
     _stderr.print(Text(printable(message), style=style))
 
 
 def next_step(message: str) -> None:
-    """What to do now; never broken into lines, since people copy commands from it."""
+    """Print a suggested command; lines are not wrapped, so that they can be copied."""
     _stderr.print(Text(printable(message)), soft_wrap=True)
 
 
 def warn(message: str) -> None:
-    """Something the user should know but that stops nothing."""
     _stderr.print(Text("warning: ", style="yellow").append(printable(message), style="default"))
 
 
 def error(message: str) -> None:
-    """Why the command failed; printed by every process, since only one of several may have failed."""
+    """Print why the command failed; every process prints it, since only one of several may have failed."""
     _stderr.quiet = False
     _stderr.print(Text("error: ", style="bold red").append(printable(message), style="default"))
 
 
 def interject(message: str) -> None:
-    """A line from a signal's handler, which may have interrupted the console in the middle of something."""
+    """Print a line from a signal handler, which may have interrupted the console while printing."""
     with suppress(OSError):
         os.write(2, f"\n{message}\n".encode())
 
 
 def table(rows: list[tuple[str, str]], title: str = "") -> None:
-    """Names and values in two columns."""
+    """Print names and values in two columns."""
     grid = _grid(title)
     grid.add_column(style="dim", no_wrap=True)
     grid.add_column(overflow="fold")
@@ -74,7 +73,7 @@ def table(rows: list[tuple[str, str]], title: str = "") -> None:
 
 
 def comparison(rows: list[tuple[str, ...]]) -> None:
-    """Columns of values below the names in the first row, the first column to the left and the others to the right."""
+    """Print a table with headers in the first row; the first column is left-aligned, the others right-aligned."""
     page = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
     for place, name in enumerate(rows[0]):
         page.add_column(printable(name), justify="right" if place else "left")
@@ -84,7 +83,7 @@ def comparison(rows: list[tuple[str, ...]]) -> None:
 
 
 def bars(counts: list[tuple[str, int]], title: str) -> None:
-    """A histogram: a label, a bar as long as its count, the count."""
+    """Print a histogram with a label, a bar and the count in each line."""
     grid = _grid(title)
     grid.add_column(style="dim", justify="right", no_wrap=True)
     grid.add_column(no_wrap=True)
@@ -102,11 +101,11 @@ def _grid(title: str) -> Table:
 
 
 def help_page(usage: str, text: str, panels: dict[str, list[tuple[str, str, str]]]) -> None:
-    """A help page to stdout.
+    """Print a help page to stdout.
 
     Args:
         usage: the usage line.
-        text: what the command does.
+        text: description of the command.
         panels: title → (name, default, help) of each entry.
     """
     page = Console(highlight=False)
@@ -132,19 +131,19 @@ def _help_entry(name: str, default: str, text: str, width: int) -> Text:
 
 
 def write_result(text: str, end: str = "\n") -> None:
-    """A result, to stdout, as it is; flushed, since it may be one piece of a stream."""
+    """Print a result to stdout unchanged, and flush, since it may be a chunk of a stream."""
     if is_main_process():
         with delivered():
             sys.stdout.write(printable(text) + end)
 
 
 def write_json(value: Any) -> None:
-    """A result for scripts, to stdout."""
+    """Print a result as JSON to stdout."""
     write_result(printable_json(value, is_ascii=not takes_all_characters()))
 
 
 def takes_all_characters() -> bool:
-    """Whether stdout can show every character; another encoding's escapes are no part of JSON or YAML."""
+    """Return whether stdout can encode every character; an encoding's escapes would not be valid JSON or YAML."""
     return codecs.lookup(sys.stdout.encoding or "utf-8").name.startswith("utf-")
 
 
@@ -159,11 +158,11 @@ SPAN_STYLES = {
 
 
 def write_spans(spans: list[tuple[str, str]], brackets: bool = True) -> None:
-    """Text in the colours of `SPAN_STYLES`, to stdout; where it has none, what is trained stands in ⟦ ⟧.
+    """Print text in the colours of `SPAN_STYLES` to stdout; without colours, trained text is put in ⟦ ⟧.
 
     Args:
         spans: text and name of its style.
-        brackets: whether to set the brackets.
+        brackets: whether to use the brackets.
     """
     page = Console(highlight=False, soft_wrap=True)
     line, was_trained = Text(), False
@@ -178,7 +177,7 @@ def write_spans(spans: list[tuple[str, str]], brackets: bool = True) -> None:
 
 
 def memory(size_bytes: float) -> str:
-    """A size for people: 988 MB, 1.3 GB."""
+    """Format a size: 988 MB, 1.3 GB."""
     for unit, scale in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
         if size_bytes >= scale:
             value = size_bytes / scale
@@ -188,7 +187,7 @@ def memory(size_bytes: float) -> str:
 
 @contextmanager
 def status(message: str) -> Iterator[None]:
-    """A spinner while something takes long; a plain line where there is no terminal."""
+    """Show a spinner during the `with` block; print a plain line if there is no terminal."""
     if not _stderr.is_terminal:
         say(message)
         yield
@@ -199,7 +198,7 @@ def status(message: str) -> Iterator[None]:
 
 @contextmanager
 def byte_progress(message: str, total_bytes: int) -> Iterator[Callable[[int], None]]:
-    """A bar for work on many bytes; gives the function to call with each piece's size. One line without a terminal."""
+    """Show a bar; yields a function to call with each number of processed bytes. One line without a terminal."""
     columns = (TextColumn(message), BarColumn(bar_width=None), DownloadColumn(), TimeElapsedColumn())
     with _advancing(message, total_bytes, *columns) as advance:
         yield advance
@@ -207,7 +206,7 @@ def byte_progress(message: str, total_bytes: int) -> Iterator[Callable[[int], No
 
 @contextmanager
 def row_progress(message: str) -> Iterator[Callable[[int], None]]:
-    """A count of rows done; gives the function to call with how many more there are. One line without a terminal."""
+    """Show a count of rows; yields a function to call with each number of new rows. One line without a terminal."""
     columns = (SpinnerColumn(), TextColumn(message), TextColumn("{task.completed:,} rows"), TimeElapsedColumn())
     with _advancing(message, None, *columns) as advance:
         yield advance
@@ -226,7 +225,10 @@ def _advancing(message: str, total: int | None, *columns: ProgressColumn) -> Ite
 
 @contextmanager
 def counted_progress(noun: str, total: int, done: int = 0) -> Iterator[Callable[[int, str], None]]:
-    """A bar with the time left; gives what to call with the number done and some figures. Lines without a terminal."""
+    """Show a bar with the remaining time; yields a function to call with the count and some figures.
+
+    Without a terminal it prints lines.
+    """
     if not _stderr.is_terminal:
         yield _telling_now_and_then(noun, total)
         return
@@ -240,19 +242,19 @@ def counted_progress(noun: str, total: int, done: int = 0) -> Iterator[Callable[
 
 
 def _telling_now_and_then(noun: str, total: int) -> Callable[[int, str], None]:
-    told = time.monotonic()
+    printed = time.monotonic()
 
     def tell(count: int, figures: str) -> None:
-        nonlocal told
-        if count == total or time.monotonic() - told > LINE_SECONDS:
-            told = time.monotonic()
+        nonlocal printed
+        if count == total or time.monotonic() - printed > LINE_SECONDS:
+            printed = time.monotonic()
             say(f"{count:,}/{total:,} {noun}  {figures}".rstrip())
 
     return tell
 
 
 class StepProgress:
-    """The training bar with a line of figures below; plain lines where there is no terminal."""
+    """The training progress bar with a line of metrics; plain lines without a terminal."""
 
     def __init__(self, total_steps: int) -> None:
         self.total_steps = total_steps
@@ -273,12 +275,10 @@ class StepProgress:
         self._live = Live(Group(self._progress, self._figures), console=_stderr, refresh_per_second=4)
 
     def start(self) -> None:
-        """Show the bar."""
         if _stderr.is_terminal:
             self._live.start()
 
     def update(self, step: int, figures: str) -> None:
-        """Move to `step` and show its figures."""
         self._progress.update(self._task, completed=step)
         self._figures.plain = f"  {figures}"
         is_due = step % self._lines_every == 0 or step in (1, self.total_steps)
@@ -287,6 +287,6 @@ class StepProgress:
             say(f"step {step}/{self.total_steps}  {figures}")
 
     def stop(self) -> None:
-        """Leave the bar as it stands."""
+        """Stop updating the bar, and leave it on the screen."""
         self._live.stop()
         say("")

@@ -1,4 +1,4 @@
-"""The one exception for what a user can fix, and the exit code that goes with each kind."""
+"""The exception for errors that users can fix, and the exit codes."""
 
 import errno
 from collections.abc import Callable, Sequence
@@ -8,7 +8,7 @@ from loratune.commands import Command
 
 
 class Exit(IntEnum):
-    """Process exit codes; 128 + signal number stands for an interrupted run."""
+    """Exit codes of the process; 128 + signal number after a signal."""
 
     OK = 0
     BUG = 1
@@ -20,12 +20,12 @@ class Exit(IntEnum):
 
 
 class LoratuneError(Exception):
-    """A failure that the user can fix: the message says what, where, and what to do.
+    """An error that the user can fix; the message says what is wrong, where, and what to do.
 
     Args:
-        message: without the commands.
-        exit_code: of the process.
-        commands: that help, in their order. Whoever advises one has asked its own checks first, as `refusal` does.
+        message: the message without commands.
+        exit_code: exit code of the process.
+        commands: commands that help, in order; the caller has verified that they will be accepted (see `refusal`).
     """
 
     def __init__(self, message: str, exit_code: Exit, commands: Sequence[Command] = ()) -> None:
@@ -36,11 +36,11 @@ class LoratuneError(Exception):
 
 
 class Interrupted(KeyboardInterrupt):
-    """A signal has ended the command.
+    """A signal ended the command.
 
     Args:
-        signal_number: that came.
-        message: where things stand, and how to go on.
+        signal_number: number of the signal.
+        message: the state of the work, and how to continue.
     """
 
     def __init__(self, signal_number: int, message: str = "interrupted") -> None:
@@ -49,21 +49,21 @@ class Interrupted(KeyboardInterrupt):
 
 
 class OutputLost(BaseException):
-    """A result could not be written to stdout; as a KeyboardInterrupt, it ends whatever goes on.
+    """A result could not be written to stdout. Like KeyboardInterrupt, it is not an Exception, so it ends the program.
 
     Args:
-        reason: what the system has said.
+        reason: the system's error.
     """
 
     def __init__(self, reason: Exception) -> None:
         is_closed = getattr(reason, "errno", None) == errno.EBADF
         super().__init__("it is closed" if is_closed else getattr(reason, "strerror", None) or str(reason))
         self.has_no_reader = isinstance(reason, BrokenPipeError)
-        """Whether a program in a pipe has read enough, as `head` does."""
+        """Whether the reader of a pipe has closed it, as `head` does."""
 
 
 def refusal(check: Callable[[], object]) -> LoratuneError | None:
-    """What a check refuses with; None if it lets pass."""
+    """Return the error that a check raises; None if it passes."""
     try:
         check()
     except LoratuneError as error:
@@ -87,12 +87,15 @@ def named_reason_of(error: BaseException) -> str:
 
 
 def counted(count: int, noun: str) -> str:
-    """A number with its noun: 1 row, 2,000 rows."""
+    """Format a number with its noun: 1 row, 2,000 rows."""
     return f"{count:,} {noun}{'' if count == 1 else 's'}"
 
 
 def bullet_list(problems: list[str], limit: int = 20, total: int | None = None) -> str:
-    """One indented line per problem; past `limit` only the count of the rest, of `total` where not all are given."""
+    """Return one indented line per problem, and the number of omitted ones beyond `limit`.
+
+    `total` is the number of all problems, if not all are given.
+    """
     lines = [f"  {problem}" for problem in problems[:limit]]
     rest = (len(problems) if total is None else total) - len(lines)
     if rest > 0:

@@ -1,4 +1,4 @@
-"""Packages that not everyone needs: what to install where one is missing, in one wording."""
+"""Optional packages: checks for them, and a uniform message about what to install."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from loratune.errors import Exit, LoratuneError
 
 
 def needs(wanted: str, package: str, extra: str = "", reason: str = "") -> str:
-    """The sentence for a missing package.
+    """Return the message for a missing package.
 
     Args:
-        wanted: what cannot be done without it.
-        package: its name.
-        extra: loratune's own that brings it; without one the package is installed by its name.
-        reason: why it cannot be loaded, if it is there.
+        wanted: the feature that needs it.
+        package: name of the package.
+        extra: loratune's extra that installs it; if empty, the package is installed by name.
+        reason: import error of an installed package.
     """
     broken = f", which cannot be loaded ({reason})" if reason else ""
     target = f'"loratune[{extra}]"' if extra else package
@@ -24,16 +24,16 @@ def needs(wanted: str, package: str, extra: str = "", reason: str = "") -> str:
 
 @contextmanager
 def required(wanted: str, extra: str = "", exit_code: Exit = Exit.USAGE, package: str = "") -> Iterator[None]:
-    """Have imports fail with what to install.
+    """Turn import errors in the `with` block into a message about what to install.
 
     Args:
-        wanted: what cannot be done without them.
-        extra: as of `needs`.
-        exit_code: of the failure.
-        package: the one to name, whichever of those that it imports itself is missing; else the missing one.
+        wanted: the feature that needs the imports.
+        extra: see `needs`.
+        exit_code: exit code of the error.
+        package: package to name even if one of its own dependencies is missing; default is the missing one.
 
     Raises:
-        LoratuneError: an import inside has failed.
+        LoratuneError: an import failed.
     """
     try:
         yield

@@ -1,4 +1,4 @@
-"""Files that somebody else has made: never a pipe that waits for a writer, never more than memory is meant for."""
+"""Reads files of unknown origin: never blocks on a pipe, and limits their size."""
 
 from __future__ import annotations
 
@@ -13,24 +13,24 @@ from typing import Any, BinaryIO
 from loratune.errors import Exit, LoratuneError
 
 CONFIG_BYTES = 20_000_000
-"""More than any config takes; a chat template inside of one is some 100 kB."""
+"""Larger than any config; a chat template within one takes about 100 kB."""
 MOST_BYTES = 256 * 2**20
-"""Of a file that is read whole; the largest vocabularies take some 40 MB."""
+"""Maximum size of a file that is read whole; the largest vocabularies take about 40 MB."""
 
 LONGEST_LINE = 16 * 2**20
-"""Bytes; a longer one is damage, such as a hole that a crash of the system has left."""
+"""In bytes; a longer line is damage, such as a hole left by a system crash."""
 
 SMALL_FILES = (".json", ".jinja", ".txt")
-"""Endings of those that libraries read whole, too."""
+"""Suffixes of files that libraries read whole, too."""
 
 
 def is_folder(path: str | Path) -> bool:
-    """Whether a folder is there, whatever the name: `Path.is_dir` raises where one is too long, or holds a NUL."""
+    """Return whether a path is a folder; unlike `Path.is_dir`, long names and NUL do not raise."""
     return os.path.isdir(path)  # noqa: PTH112
 
 
 def is_file(path: str | Path) -> bool:
-    """Whether a file is there, whatever the name: as `is_folder`."""
+    """Return whether a path is a file; see `is_folder`."""
     return os.path.isfile(path)  # noqa: PTH113
 
 
@@ -38,21 +38,21 @@ def open_plain(path: Path) -> BinaryIO:
     """Open a file for reading.
 
     Raises:
-        OSError: it cannot be opened, or it is a folder, a pipe or a device.
+        OSError: it cannot be opened, or is a folder, pipe or device.
     """
-    # Without O_NONBLOCK a named pipe would wait for somebody to write into it.
+    # Without O_NONBLOCK, opening a named pipe would wait for a writer.
     file = os.fdopen(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb")
     if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
         file.close()
-        raise OSError(errno.EINVAL, "it is not a plain file", str(path))
+        raise OSError(errno.EINVAL, "it is not a regular file", str(path))
     return file
 
 
 def read_plain(path: Path, most_bytes: int = MOST_BYTES) -> bytes:
-    """All bytes of a file.
+    """Return all bytes of a file.
 
     Raises:
-        OSError: it cannot be read, is no plain file, or is larger than `most_bytes`.
+        OSError: it cannot be read, is not a regular file, or is larger than `most_bytes`.
     """
     with open_plain(path) as file:
         size = os.fstat(file.fileno()).st_size
@@ -62,31 +62,30 @@ def read_plain(path: Path, most_bytes: int = MOST_BYTES) -> bytes:
 
 
 def bounded_lines(file: BinaryIO) -> Iterator[bytes]:
-    """The lines of a file; one that is longer than `LONGEST_LINE` comes in pieces."""
+    """Iterate over the lines of a file; lines longer than `LONGEST_LINE` are split."""
     return iter(lambda: file.readline(LONGEST_LINE), b"")
 
 
 def reason_of(error: Exception) -> str:
-    """Why a file could not be read, where its name has been said already."""
+    """Return why a file could not be read, without its name."""
     return getattr(error, "strerror", None) or str(error)
 
 
 def read_plain_text(path: Path, most_bytes: int = MOST_BYTES) -> str:
-    """All of a file as UTF-8 text.
+    """Return a file's content as UTF-8 text.
 
     Raises:
-        OSError: as `read_plain`.
+        OSError: see `read_plain`.
         UnicodeDecodeError: it is not UTF-8.
     """
     return read_plain(path, most_bytes).decode("utf-8")
 
 
 def read_json_object(path: Path, most_bytes: int = MOST_BYTES) -> dict[str, Any]:
-    """The JSON object that a file holds.
+    """Return the JSON object in a file.
 
     Raises:
-        LoratuneError: the file is not there, no plain file, too large, no JSON, nested too deeply, or holds something
-            else.
+        LoratuneError: the file is missing, not regular, too large, invalid JSON, nested too deeply, or not an object.
     """
     try:
         value = json.loads(read_plain_text(path, most_bytes))
@@ -95,17 +94,17 @@ def read_json_object(path: Path, most_bytes: int = MOST_BYTES) -> dict[str, Any]
     except RecursionError as error:
         raise LoratuneError(f"{path}: cannot be read: nested too deeply; fetch it again", Exit.MODEL) from error
     if not isinstance(value, dict):
-        raise LoratuneError(f"{path}: holds no JSON object", Exit.MODEL)
+        raise LoratuneError(f"{path}: not a JSON object", Exit.MODEL)
     return value
 
 
 def unfit_files(folder: Path) -> list[str]:
-    """Names in a folder that no library should open: pipes, devices, and small files that have grown huge."""
+    """Return names in a folder that no library should open: pipes, devices, and oversized small files."""
     found = []
     for path in sorted(folder.iterdir()):
         try:
             status = path.stat()
-        except OSError:  # a link to nothing
+        except OSError:  # a dangling link
             continue
         is_huge = path.suffix in SMALL_FILES and status.st_size > MOST_BYTES
         if is_huge or not (stat.S_ISREG(status.st_mode) or stat.S_ISDIR(status.st_mode)):

@@ -1,4 +1,4 @@
-"""Text of a model or a file, made fit for a terminal, which control characters in it could otherwise steer."""
+"""Makes text from models and files safe for terminals by removing or escaping control characters."""
 
 from __future__ import annotations
 
@@ -6,17 +6,17 @@ import json
 import re
 from typing import Any
 
-# All control characters but tab and line feed, and those that turn the direction of a line around.
+# All control characters but tab and line feed, and those that change the writing direction.
 UNPRINTABLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
 
 
 def printable(text: str) -> str:
-    """Text without control characters."""
+    """Remove control characters."""
     return UNPRINTABLE.sub("", text)
 
 
 def visible(text: str) -> str:
-    """Like `printable`, but a control character leaves a sign of its own, such as ␛ for escape."""
+    """Replace each control character with a visible symbol, such as ␛ for escape."""
 
     def sign(match: re.Match[str]) -> str:
         code = ord(match[0])
@@ -26,11 +26,11 @@ def visible(text: str) -> str:
 
 
 def printable_json(value: Any, is_ascii: bool = False) -> str:
-    """A value as indented JSON that loses nothing: control characters are escaped.
+    """Return a value as indented JSON with control characters escaped.
 
     Args:
-        value: in JSON types.
-        is_ascii: escape all other characters too, where they could not be written.
+        value: JSON types.
+        is_ascii: escape all non-ASCII characters too.
     """
     text = json.dumps(value, ensure_ascii=is_ascii, indent=2)
     return UNPRINTABLE.sub(lambda match: f"\\u{ord(match[0]):04x}", text)

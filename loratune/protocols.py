@@ -9,7 +9,7 @@ Itself = TypeVar("Itself")
 
 
 class AddedToken(Protocol):
-    """A token that a tokenizer has besides those of its vocabulary."""
+    """A token added to a tokenizer's vocabulary."""
 
     content: str
     special: bool
@@ -20,51 +20,51 @@ class AddedToken(Protocol):
 
 
 class Encoding(Protocol):
-    """What calling a tokenizer gives: lists of ids for one text, lists of such lists for several."""
+    """Result of calling a tokenizer: a list of ids for one text, a list of lists for several."""
 
     input_ids: list[Any]
 
 
 @runtime_checkable
 class Tokenizer(Protocol):
-    """A tokenizer as `load_tokenizer` sets it up."""
+    """A tokenizer as configured by `load_tokenizer`."""
 
     chat_template: Any
-    """Text, or name → text; None without one."""
+    """Text, or name → text; None if there is none."""
     bos_token_id: int | None
     eos_token_id: int | None
     pad_token: str | None
     pad_token_id: int
-    """As `set_pad_token` leaves it."""
+    """As set by `set_pad_token`."""
     unk_token_id: int | None
     split_special_tokens: bool
     backend_tokenizer: Any
-    """That of the library tokenizers, if there is one."""
+    """The tokenizer of the tokenizers library, if it is a fast tokenizer."""
     added_tokens_decoder: Mapping[int, AddedToken]
     added_tokens_encoder: Mapping[str, int]
     chat_control_tokens: list[str]
-    """What no text of a conversation becomes; loratune sets it."""
+    """Tokens that no text of a conversation may become; set by loratune."""
 
     def __call__(self, text: Any, **options: Any) -> Encoding:
-        """Encode a text, or a list of them."""
+        """Encode a text, or a list of texts."""
 
     def encode(self, text: Any, **options: Any) -> list[int]:
-        """The ids of a text."""
+        """Return the ids of a text."""
 
     def decode(self, token_ids: Any, **options: Any) -> str:
-        """The text of ids."""
+        """Return the text of ids."""
 
     def convert_ids_to_tokens(self, ids: Any) -> Any:
-        """The name of a token, or of each of several."""
+        """Return the names of one or several tokens."""
 
     def convert_tokens_to_ids(self, tokens: str) -> Any:
-        """The id of a token by its name; another's or None where there is none."""
+        """Return the id of a token; another one or None if it does not exist."""
 
     def get_vocab(self) -> dict[str, int]:
-        """Name → id of every token."""
+        """Return name → id of every token."""
 
     def get_chat_template(self, chat_template: str | None = None, tools: Sequence[Any] | None = None) -> str:
-        """The text that renders conversations, with these tools."""
+        """Return the template for conversations with these tools."""
 
     def apply_chat_template(self, conversation: Iterable[Any], tools: Any = None, **options: Any) -> Any:
         """Render a conversation: ids or text, as the options say."""

@@ -1,4 +1,4 @@
-"""What a process asks of its surroundings: whether it is the main one, and which signals end it."""
+"""Detects the main process, and installs signal handlers."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from contextlib import contextmanager
 from types import FrameType
 
 ENDING = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name))
-"""Signals by which users, systems and terminals end a process."""
+"""Signals that users, systems and terminals send to end a process."""
 
 
 def is_main_process() -> bool:
-    """Whether this is the process that speaks and writes files.
+    """Return whether this process prints and writes files.
 
-    torchrun starts the same program several times and numbers the copies; RANK alone may be anybody's variable.
+    torchrun starts several copies of the program and numbers them; RANK alone may be an unrelated variable.
     """
     rank, copies = (os.environ.get(name, "") for name in ("RANK", "WORLD_SIZE"))
     is_copy = rank.isdecimal() and copies.isdecimal() and int(rank) < int(copies)
@@ -25,14 +25,14 @@ def is_main_process() -> bool:
 
 @contextmanager
 def signals_to(handler: Callable[[int, FrameType | None], object], numbers: Sequence[int] = ENDING) -> Iterator[None]:
-    """Take signals over, and give them back at the end.
+    """Handle signals, and restore the previous handlers at the end.
 
-    Those that are ignored stay so, as nohup and background jobs have set them. Outside the main thread, the only one
-    that may set handlers, nothing happens.
+    Ignored signals stay ignored, as nohup and background jobs set them. Outside the main thread, which alone may set
+    handlers, it has no effect.
 
     Args:
-        handler: gets the signal's number.
-        numbers: which.
+        handler: called with the signal's number and the frame.
+        numbers: the signals to handle.
     """
     taken = {}
     if threading.current_thread() is threading.main_thread():

@@ -1,4 +1,4 @@
-"""The header of a safetensors file: read in one place, with its bounds checked before anything is allocated for it."""
+"""Reads safetensors headers, with size limits checked before memory is allocated."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from loratune.plain_files import open_plain, reason_of
 MOST_BYTES = 100_000_000
 """The format's own limit of a header."""
 LENGTH_BYTES = 8
-"""Of the header's length, with which a file begins."""
+"""Size of the length field at the start of a file."""
 
 
 def header_text(path: Path) -> bytes:
-    """The JSON text between the length and the tensors' bytes.
+    """Return the JSON text of the header.
 
     Raises:
         LoratuneError: the file cannot be read, or is shorter than its header.
@@ -26,10 +26,10 @@ def header_text(path: Path) -> bytes:
 
 
 def read_header(path: Path) -> tuple[int, dict[str, Any]]:
-    """Where the tensors' bytes begin in a file, and name → dtype, shape and data_offsets of each tensor.
+    """Return the offset of the tensors' bytes, and name → dtype, shape and data_offsets of each tensor.
 
     Raises:
-        LoratuneError: the file cannot be read, its header is damaged, or it is not as long as the header declares.
+        LoratuneError: the file cannot be read, its header is damaged, or its size does not match the header.
     """
     text, size = _text_and_size(path)
     begin = LENGTH_BYTES + len(text)

@@ -1,4 +1,4 @@
-"""The program's standard streams: what nobody takes any more ends nothing, but a lost result is told."""
+"""Standard streams that never raise; only the loss of a result is an error."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ ESCAPED = "backslashreplace"
 
 
 class SteadyStream(io.TextIOWrapper):
-    """A stream that takes everything: it escapes what it cannot show, and drops what the system refuses.
+    """A stream that never fails: it escapes characters that it cannot encode, and drops what the system rejects.
 
-    Progress, warnings and whatever a library prints go to a terminal that may be closed, or to a disk that may be
-    full, in the middle of a training. None of them is worth its end.
+    Progress, warnings and output of libraries may go to a closed terminal or a full disk during training. None of them
+    should end it.
     """
 
     loss: Exception | None = None
-    """Why something that was written since `delivered` began has got lost."""
+    """Why output was lost since `delivered` began."""
 
     def write(self, text: str) -> int:
-        """Write as far as the system lets it."""
+        """Write, ignoring errors of the system."""
         try:
             return super().write(text)
         except (OSError, ValueError) as error:
@@ -33,7 +33,7 @@ class SteadyStream(io.TextIOWrapper):
             return len(text)
 
     def flush(self) -> None:
-        """Hand over as far as the system lets it."""
+        """Flush, ignoring errors of the system."""
         try:
             super().flush()
         except (OSError, ValueError) as error:
@@ -41,7 +41,7 @@ class SteadyStream(io.TextIOWrapper):
 
 
 def make_steady() -> None:
-    """Let the standard streams of this process outlive their readers."""
+    """Replace the standard streams with ones that never raise."""
     for number in range(3):
         _fill(number)
     if sys.stdin is None:
@@ -53,18 +53,18 @@ def make_steady() -> None:
 
 
 def _fill(number: int) -> None:
-    """Give a closed standard stream its number back, or the next file would get it, and every message with it."""
+    """Reopen a closed standard descriptor, or the next opened file would get it and receive all messages."""
     try:
         os.fstat(number)
     except OSError:
-        # Not to be written to, so that writing fails as on a closed one. The system gives the lowest free number.
+        # Read-only, so that writing fails as on a closed stream. The system assigns the lowest free number.
         os.set_inheritable(os.open(os.devnull, os.O_RDONLY), True)
 
 
 def _steady(stream: Any, number: int) -> Any:
     if stream is None:
         stream = open(number, "w", closefd=False)  # noqa: SIM115
-    if not isinstance(stream, io.TextIOWrapper):  # somebody else's, such as a notebook's
+    if not isinstance(stream, io.TextIOWrapper):  # replaced by others, such as a notebook
         return stream
     settings: dict[str, Any] = {"line_buffering": stream.line_buffering, "write_through": stream.write_through}
     encoding = stream.encoding
@@ -75,7 +75,7 @@ def _steady(stream: Any, number: int) -> Any:
 
 @contextmanager
 def delivered() -> Iterator[None]:
-    """While a result is written to stdout.
+    """Check that everything written to stdout in the `with` block arrives.
 
     Raises:
         OutputLost: it could not be written.

@@ -1,12 +1,12 @@
-"""Writing so that a name holds either the whole thing or what was there before, and so that no link is followed.
+"""Atomic writes: a name refers to either the complete new content or the old one, and links are not followed.
 
-Files and folders in the making stand beside their names under names that nobody can guess:
+Temporary files and folders have unguessable names next to the final one:
 
 .loratune-<32 hexadecimal digits>.tmp    a file
-.loratune-<32 hexadecimal digits>/       a folder's workshop, removed at the end
-  owner.json                             whose it is; locked as long as its process lives
-  made/                                  what will take the name
-  earlier/                               what had the name before
+.loratune-<32 hexadecimal digits>/       the staging folder of a new folder, removed at the end
+  owner.json                             its target; locked while the process lives
+  made/                                  the new content
+  earlier/                               the previous content
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ from typing import Any
 from loratune.errors import Exit, LoratuneError
 
 TORCH_WRITER_ERRORS = ("iostream error", "unexpected pos", "PytorchStreamWriter failed")
-"""What torch.save says instead."""
+"""Messages of torch.save for a failed write."""
 FULL_DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 DISK_ERRORS = (*FULL_DISK_ERRORS, errno.EACCES, errno.EPERM, errno.ENAMETOOLONG)
 TEMPORARY = ".loratune-"
-"""What names of things in the making begin with."""
+"""Prefix of temporary names."""
 TEMPORARY_NAME = re.compile(re.escape(TEMPORARY) + r"[0-9a-f]{32}(\.tmp)?")
 OWNER, MADE, EARLIER = "owner.json", "made", "earlier"
 PROGRAM = "loratune"
@@ -38,44 +38,44 @@ NEW_FILE = os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW
 
 
 def current_umask() -> int:
-    """The process's umask; the system tells it only by setting it."""
+    """Return the process's umask, which can only be read by setting it."""
     mask = os.umask(0)
     os.umask(mask)
     return mask
 
 
 def apply_umask(folder: Path) -> None:
-    """Give files the mode that the umask asks for; safetensors 0.8 writes 0600 whatever it is (safetensors#782)."""
+    """Give files the mode of the umask; safetensors 0.8 always writes 0600 (safetensors#782)."""
     for path in folder.rglob("*"):
         if path.is_file():
             path.chmod(0o666 & ~current_umask())
 
 
 def write_text(path: Path, text: str) -> None:
-    """Replace a file's text in one step that survives a power cut."""
+    """Replace a file's text atomically and durably."""
     write_pieces(path, [text.encode()])
 
 
 def write_pieces(path: Path, pieces: Iterable[bytes]) -> None:
-    """Replace a file, piece by piece, so that its name holds the whole of them or what was there before.
+    """Replace a file's content atomically and durably, from pieces.
 
-    A link of this name is replaced; what it leads to stays as it is.
+    If the name is a link, the link itself is replaced.
     """
-    beside = path.with_name(f"{_unguessable_name()}.tmp")
+    temporary = path.with_name(f"{_unguessable_name()}.tmp")
     try:
-        with os.fdopen(os.open(beside, os.O_WRONLY | NEW_FILE, 0o666), "wb") as file:
+        with os.fdopen(os.open(temporary, os.O_WRONLY | NEW_FILE, 0o666), "wb") as file:
             file.writelines(pieces)
             file.flush()
             os.fsync(file.fileno())
-        beside.replace(path)
+        temporary.replace(path)
     except BaseException:
-        beside.unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
         raise
     sync_folder(path.parent)
 
 
 def append_text(path: Path, text: str) -> None:
-    """Add to a file's end, which may be its beginning.
+    """Append to a file, or create it.
 
     Raises:
         OSError: the name is a link, among other reasons.
@@ -85,10 +85,10 @@ def append_text(path: Path, text: str) -> None:
 
 
 def try_to_write(folder: Path) -> None:
-    """Make a file in a folder and remove it: permission bits say little about root, quotas, or read-only disks.
+    """Create and remove a file in a folder; permission bits do not cover root, quotas, or read-only disks.
 
     Raises:
-        OSError: it cannot be made.
+        OSError: the file cannot be created.
     """
     trial = folder / f"{_unguessable_name()}.tmp"
     os.close(os.open(trial, os.O_WRONLY | NEW_FILE, 0o666))
@@ -96,7 +96,7 @@ def try_to_write(folder: Path) -> None:
 
 
 def remove(path: Path) -> None:
-    """Remove a file, a folder with all that is in it, or a link but not what it leads to."""
+    """Remove a file, a folder with its contents, or a link but not its target."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:
@@ -108,16 +108,16 @@ def _unguessable_name() -> str:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Replace a file by a value as JSON."""
+    """Replace a file with a value as JSON."""
     try:
         write_text(path, json.dumps(value, ensure_ascii=False, indent=2) + "\n")
-    except UnicodeEncodeError:  # a name of a file that is not UTF-8, for whose bytes only escapes can stand
+    except UnicodeEncodeError:  # a file name that is not UTF-8: its bytes have to be escaped
         write_text(path, json.dumps(value, indent=2) + "\n")
 
 
 @contextmanager
 def disk_errors_explained(output: Path) -> Iterator[None]:
-    """Turn what a disk refuses into one message.
+    """Turn disk errors into one message.
 
     Raises:
         LoratuneError: something could not be written.
@@ -139,27 +139,27 @@ def disk_errors_explained(output: Path) -> Iterator[None]:
         if not any(words in str(error) for words in TORCH_WRITER_ERRORS):
             raise
         raise LoratuneError(
-            f"{output}: a file cannot be written: the disk is full, or files may not be so large. What had been saved "
-            "before is untouched; make room, or choose another folder with --output",
+            f"{output}: a file cannot be written: the disk is full, or the file-size limit (ulimit -f) was "
+            "reached. What had been saved before is untouched; make room, or choose another folder with --output",
             Exit.IO,
         ) from error
 
 
 def _belongs_to(place: str | bytes, output: Path) -> bool:
-    """Whether a path is an output's, or one of what stands beside it in the making."""
+    """Return whether a path belongs to an output or its temporary files."""
     try:
         name, *_ = Path(os.fsdecode(place)).absolute().relative_to(output.absolute().parent).parts
-    except (ValueError, OSError):  # it is elsewhere, or the working folder is gone
+    except (ValueError, OSError):  # outside, or the working folder is gone
         return False
     return name == output.name or name.startswith((f"{output.name}.", TEMPORARY))
 
 
 @contextmanager
 def folder_in_one_step(target: Path) -> Iterator[Path]:
-    """Give a temporary folder to fill; it takes the target's name at the end, and vanishes on an error."""
+    """Yield a temporary folder that takes the target's name on success, and is removed after an error."""
     remove_unfinished(target.parent, target.name)
     target.parent.mkdir(parents=True, exist_ok=True)
-    with _workshop(target) as place:
+    with _staging_folder(target) as place:
         made = place / MADE
         made.mkdir()
         yield made
@@ -175,13 +175,13 @@ def folder_in_one_step(target: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def _workshop(target: Path) -> Iterator[Path]:
-    """A folder beside the target that the next process may remove once this one has ended, however it ended."""
+def _staging_folder(target: Path) -> Iterator[Path]:
+    """Create a folder next to the target that later processes may remove once this one has ended."""
     place = target.with_name(_unguessable_name())
     place.mkdir()
     owner = os.open(place / OWNER, os.O_RDWR | NEW_FILE, 0o666)
     try:
-        with suppress(OSError):  # a disk without locks: then nobody will remove what is left
+        with suppress(OSError):  # a file system without locks: leftovers are never removed
             fcntl.flock(owner, fcntl.LOCK_EX | fcntl.LOCK_NB)
         os.write(owner, json.dumps({"program": PROGRAM, "target": target.name}).encode())
         yield place
@@ -191,14 +191,14 @@ def _workshop(target: Path) -> Iterator[Path]:
 
 
 def remove_unfinished(folder: Path, name: str | None = None) -> list[Path]:
-    """Remove what processes that were killed have left in a folder, and nothing that is not known to be theirs.
+    """Remove leftovers of killed processes in a folder, and only those that are verifiably theirs.
 
     Args:
-        folder: where to look.
-        name: of the folder that they were making; None for everything, where no other process can be at work.
+        folder: the folder to search.
+        name: target of the leftovers; None for all, if no other process can be running.
 
     Returns:
-        What was removed.
+        The removed paths.
     """
     left = [path for path in folder.glob(f"{TEMPORARY}*") if TEMPORARY_NAME.fullmatch(path.name)]
     removed = []
@@ -220,13 +220,13 @@ def remove_unfinished(folder: Path, name: str | None = None) -> list[Path]:
 
 
 def _is_hardly_begun(place: Path) -> bool:
-    """Whether a process was killed before it could put its name into its workshop, or after it had taken all out."""
+    """Return whether a process was killed before it wrote owner.json, or after it had emptied its staging folder."""
     return all(path.name == OWNER and path.lstat().st_size == 0 for path in place.iterdir())
 
 
 @contextmanager
 def _owned(place: Path) -> Iterator[str | None]:
-    """What a workshop's process was making; None if it may still live, or if this is no workshop."""
+    """Yield the target of a staging folder; None if its process may be alive, or if it is not a staging folder."""
     try:
         owner = os.open(place / OWNER, os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK)
     except OSError:
@@ -241,15 +241,15 @@ def _owned(place: Path) -> Iterator[str | None]:
 def _target_of(owner: int) -> str | None:
     try:
         fcntl.flock(owner, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        told = json.loads(os.read(owner, 10_000))
-        name = str(told["target"])
-        return name if told["program"] == PROGRAM and Path(name).name == name != "" else None
+        content = json.loads(os.read(owner, 10_000))
+        name = str(content["target"])
+        return name if content["program"] == PROGRAM and Path(name).name == name != "" else None
     except (OSError, ValueError, TypeError, KeyError):
         return None
 
 
 def _clear(place: Path, target: Path) -> None:
-    """Remove a workshop, its owner's name last; what had the target's name gets it back if nothing else has it."""
+    """Remove a staging folder, owner.json last; restore the previous content if the target's name is free."""
     with suppress(OSError):
         if not os.path.lexists(target) and os.path.lexists(place / EARLIER):
             (place / EARLIER).rename(target)
@@ -266,7 +266,7 @@ def _sync_file(path: Path) -> None:
 
 
 def sync_folder(folder: Path) -> None:
-    """Bring a folder's entries to disk."""
+    """Flush a folder's entries to disk."""
     handle = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(handle)

@@ -141,7 +141,7 @@ class FakeEngine:
 
     def submit(self, question: Question, deliver: Callable[[Piece], None]) -> FakeTicket:
         if question.messages == "too long":
-            raise LoratuneError("the prompt has 200 tokens and the model takes 100; shorten it", Exit.USAGE)
+            raise LoratuneError("the prompt has 200 tokens and the model's context has 100; shorten it", Exit.USAGE)
         self.questions.append(question)
         ticket = FakeTicket()
         self.tickets.append(ticket)

@@ -223,7 +223,8 @@ BAD_FILES = {
     "list.json": ('[["a"], {"prompt": "b"}]', "list.json row 1: is a list, not an object"),
     "answer_first.jsonl": ('{"messages": [{"role": "assistant", "content": "a"}]}', "message 1 is an answer"),
     "tools.jsonl": (
-        '{"messages": [{"role": "user", "content": "a"}], "tools": [{"name": "f"}]}', "row 1: tools are given",
+        '{"messages": [{"role": "user", "content": "a"}], "tools": [{"name": "f"}]}',
+        "row 1: the chat template (chat) does not support tools",
     ),
     "placeholder.jsonl": ('{"prompt": "Are you {{ name }}?"}', "holds {{name}}, for which"),
     "unknown.csv": ("question,answer\na,b\n", "'instruction' is missing or empty"),
@@ -456,7 +457,7 @@ def test_a_signal_keeps_what_is_finished_and_the_next_call_makes_the_rest(
         patched.setattr(AnswerFile, "add", add_and_kill)
         stopped = cli(*command, output)
     assert stopped.exit_code == 128 + number
-    assert says(stopped, "the same command goes on")
+    assert says(stopped, "the same command resumes")
     assert not output.exists()
     kept = len(lines_of(rows.with_name("a.jsonl.part"))) - 1
     assert 1 <= kept < len(QUESTIONS)
@@ -530,7 +531,7 @@ def test_a_part_file_that_is_all_hole_is_not_touched(tmp_path: Path) -> None:
     part = tmp_path / "a.jsonl.part"
     with part.open("wb") as file:
         file.truncate(2**30)
-    with pytest.raises(LoratuneError, match="is not, or no longer"):
+    with pytest.raises(LoratuneError, match="was not written by loratune or was changed since"):
         part_file(tmp_path / "a.jsonl", {"x": 1}, 1)
     assert part.stat().st_size == 2**30
 
@@ -542,7 +543,7 @@ def test_a_half_written_first_line_is_begun_again_and_a_foreign_file_is_not_touc
     assert part_file(tmp_path / "a.jsonl", {"x": 1}, 1).read_bytes() == whole
 
     part.write_bytes(b"somebody's own\n")
-    with pytest.raises(LoratuneError, match="is not, or no longer"):
+    with pytest.raises(LoratuneError, match="was not written by loratune or was changed since"):
         part_file(tmp_path / "a.jsonl", {"x": 1}, 1)
     assert part.read_bytes() == b"somebody's own\n"
 
@@ -719,8 +720,8 @@ def test_scores_are_added_to_a_complete_file_without_answering_again(cli: Cli, t
         ("rows.jsonl", "x", "is a folder"),
         ("rows.jsonl", "missing/a.jsonl", "there is no folder"),
         ("rows.jsonl", "", "--output . is a folder; give a file"),
-        ("rows.jsonl", "/dev/null", "is not a plain file"),
-        ("rows.jsonl#2", "a.jsonl", "leave the # and what follows it off"),
+        ("rows.jsonl", "/dev/null", "is not a regular file"),
+        ("rows.jsonl#2", "a.jsonl", "remove the # and what follows it"),
     ],
 )
 def test_places_that_do_not_go_are_refused_before_the_model_is_loaded(

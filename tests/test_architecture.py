@@ -285,7 +285,7 @@ def test_attention_of_a_class_that_does_not_name_it_is_refused(monkeypatch: pyte
     model = AutoModelForCausalLM.from_config(config_of("qwen2"))
     for part in (model, model.model):
         monkeypatch.setattr(type(part), "_can_record_outputs", {})
-    told = "Qwen2ForCausalLM does not say which of its modules attend; give names: q_proj, k_proj"
+    told = "Qwen2ForCausalLM does not declare its attention modules; give names: q_proj, k_proj"
     with pytest.raises(LoratuneError, match=told):
         attach_adapter(model, LoraSettings(target_modules="attention"), "base", seed=0)
 

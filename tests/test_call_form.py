@@ -382,15 +382,17 @@ def test_a_special_token_is_the_opening_and_its_letters_are_not() -> None:
     ("template", "tools", "what"),
     [
         (TEMPLATES["hermes"].replace("tool | tojson", "''"), [WEATHER], "tools"),
-        (TEMPLATES["hermes"].replace("m.tool_calls %}", "false %}", 1), [], "calls of tools"),
-        (TEMPLATES["hermes"].replace("{% if m.content %}", "{% if m.role != 'tool' %}"), [], "results of tools"),
+        (TEMPLATES["hermes"].replace("m.tool_calls %}", "false %}", 1), [], "tool calls"),
+        (TEMPLATES["hermes"].replace("{% if m.content %}", "{% if m.role != 'tool' %}"), [], "tool results"),
     ],
 )
 def test_what_the_template_drops_is_refused(template: str, tools: list[dict[str, Any]], what: str) -> None:
     encoder = tool_encoder(template)
     messages: Any = [QUESTION, {"role": "assistant", "content": "", "tool_calls": [ROME]},
                      {"role": "tool", "content": "17 degrees"}]  # fmt: skip
-    with pytest.raises(ToolError, match=rf"^{what} are given, for which the chat template") as caught:
+    with pytest.raises(
+        ToolError, match=rf"^the chat template \(chat\) does not support {what}, and some are given"
+    ) as caught:
         encoder.prompt_ids(messages, tools)
     assert caught.value.exit_code == Exit.DATA
     tool_encoder("hermes").prompt_ids(messages, tools)

@@ -298,7 +298,7 @@ def test_an_adapter_that_is_called_base_can_be_chosen() -> None:
         ("/rety", "did you mean /retry"),
         ("/xyzzy", "/help"),
         ("/etc/hosts says?", "//"),
-        ("/reset now", "stands alone"),
+        ("/reset now", "takes no argument"),
         ("/retry", "no question"),
         ("/stats", "first answer"),
         ("/save", ".md or .json"),
@@ -356,8 +356,8 @@ def test_the_oldest_turns_are_left_out_with_a_word_and_saved_all_the_same(
     # Five turns of twelve words would be the whole room already.
     assert engine.asked[-1].messages[0]["content"] == "question 7"
     told = " ".join(capsys.readouterr().err.split())
-    assert "the oldest 1 turn can no longer" in told
-    assert "the oldest 7 turns can no longer" in told
+    assert "the prompt leaves out the oldest 1 turn " in told
+    assert "the prompt leaves out the oldest 7 turns" in told
     say(chat, f"/save {tmp_path / 'all.json'}")
     assert len(json.loads((tmp_path / "all.json").read_text())[0]["messages"]) == 24
 
@@ -639,7 +639,7 @@ def test_ctrl_c_ends_an_answer_and_keeps_what_was_said(terminal: Callable[..., T
     chat.send("endless\r")
     chat.expect("half an answer")
     chat.send("\x03")
-    chat.expect("[stopped; what has been said is kept]")
+    chat.expect("[stopped; the partial answer is kept]")
     chat.send("silent\r")
     chat.expect("reading the question")
     chat.send("\x03")
@@ -662,7 +662,7 @@ def test_questions_of_several_lines_and_history_over_two_chats(terminal: Callabl
     chat.expect("told: one/two/three four/five.")
     chat.expect("robin >")
     chat.send("/rese\t\r")
-    chat.expect("forgotten")
+    chat.expect("cleared")
     chat.expect("robin >")
     chat.send("/exit\r")
     assert chat.status() == 0

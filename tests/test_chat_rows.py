@@ -96,7 +96,7 @@ def test_tools_and_calls_that_are_nested_too_deep_are_refused_by_name(as_text: b
 def test_a_row_that_is_nested_too_deep_anywhere_is_a_bad_row(key: str) -> None:
     assert isinstance(read_or_refuse(ROWS["messages"] | {key: []}), Conversation)
     told = read_or_refuse(ROWS["messages"] | {key: nested(5000)})
-    assert told == "its values are nested too deep to be looked into"
+    assert told == "its values are nested too deep to be checked"
 
 
 def test_a_pair_is_a_question_and_an_answer() -> None:
@@ -495,7 +495,7 @@ def turns(*roles: str) -> dict[str, Any]:
         (turns("user"), "does not end with an answer"),
         (turns("system"), "does not end with an answer"),
         (turns("user", "assistant", "user"), "does not end with an answer"),
-        (turns("assistant"), "message 1 is an answer, and nothing stands before it"),
+        (turns("assistant"), "message 1 is an answer without a message before it"),
         (turns("user", "robot"), "message 2: the role 'robot' is none of system, developer, user, assistant, tool"),
         ({"messages": [{"role": ["user"], "content": "x"}]}, "message 1: the role ['user'] is none of"),
         ({"messages": [{"role": "user", "content": None}, {"role": "assistant", "content": "x"}]}, "its text is null"),
@@ -654,9 +654,15 @@ def with_turn(turn: dict[str, Any]) -> dict[str, Any]:
     ("row", "words"),
     [
         (without(openai_row(), 3), "does not end with an answer"),
-        (with_turn({"role": "user", "content": "3", "tool_calls": CALLS}), "message 5: calls of tools stand in a"),
-        (with_turn({"role": "user", "content": "3", "reasoning_content": "x"}), "message 5: reasoning stands in a"),
-        (with_turn({"role": "user", "content": "3", "tool_calls": "add"}), "message 5: its calls of tools are a text"),
+        (
+            with_turn({"role": "user", "content": "3", "tool_calls": CALLS}),
+            "message 5: a message of user has tool calls",
+        ),
+        (
+            with_turn({"role": "user", "content": "3", "reasoning_content": "x"}),
+            "message 5: a message of user has reasoning",
+        ),
+        (with_turn({"role": "user", "content": "3", "tool_calls": "add"}), "message 5: its tool calls are a text"),
         (openai_row(1), "message 2: call 1 is no object with the 'name' of a tool"),
         (openai_row({"function": {"arguments": {}}}), "message 2: call 1 is no object with the 'name' of a tool"),
         (openai_row({"name": "add"}), "message 2: call 1 (add): 'arguments' are neither an object nor the JSON text"),
@@ -665,16 +671,16 @@ def with_turn(turn: dict[str, Any]) -> dict[str, Any]:
             openai_row({"name": "add", "arguments": "[" * 100_000}),
             "call 1 (add): 'arguments' are neither an object nor",
         ),
-        (openai_row({"name": "add", "arguments": '{"a": "\\ud800"}'}), "message 2: holds half of a UTF-16 pair"),
+        (openai_row({"name": "add", "arguments": '{"a": "\\ud800"}'}), "message 2: holds an unpaired UTF-16 surrogate"),
         (openai_row(tools="add"), "'tools' is neither a list nor the JSON text of one"),
         (openai_row(tools={"name": "add"}), "'tools' is neither a list nor the JSON text of one"),
         (openai_row(tools=["add"]), "entry 1 of 'tools' is no object with a 'name'"),
         (openai_row(tools=[ADD, {"type": "function"}]), "entry 2 of 'tools' is no object with a 'name'"),
-        (openai_row(tools=[ADD | {"description": "\ud800"}]), "'tools' holds half of a UTF-16 pair"),
+        (openai_row(tools=[ADD | {"description": "\ud800"}]), "'tools' holds an unpaired UTF-16 surrogate"),
         (sharegpt_row("add(1)"), "message 2: its call is neither a JSON object nor a list of some"),
         (sharegpt_row("[]"), "message 2: its call is neither a JSON object nor a list of some"),
         (sharegpt_row('{"tool": "add"}'), "message 2: call 1 is no object with the 'name' of a tool"),
-        (sharegpt_row("3"), "message 2: its calls of tools are a number, not a list"),
+        (sharegpt_row("3"), "message 2: its tool calls are a number, not a list"),
     ],
 )
 def test_a_row_of_tools_that_cannot_be_trained_on_is_named(row: Any, words: str) -> None:

@@ -94,8 +94,8 @@ def test_a_state_of_another_step_is_taken_for_damage(resume: Callable[..., Resul
     gone_back = resume(run)
     assert gone_back.exit_code == 0, gone_back.stderr
     assert told in gone_back.stderr
-    assert "the one before it is taken" in gone_back.stderr
-    assert "going on after step 2" in gone_back.stderr
+    assert "using the previous one" in gone_back.stderr
+    assert "resuming after step 2" in gone_back.stderr
 
 
 def test_going_back_gives_the_adapter_of_a_run_that_nobody_touched(

@@ -84,7 +84,7 @@ def test_what_fails_at_the_end_is_told_and_costs_nothing_else(
         result = sft()
     run = tmp_path / "run"
     assert_finished(run, result)
-    assert f"the run is finished without: {type(error).__name__}" in result.stderr
+    assert f"failed, and the run finishes without it: {type(error).__name__}" in result.stderr
     report = report_of(run)
     assert (report["health"] is None) == (missing == "health")
     assert (report["health"] is None or report["health"]["answers"] is None) == (missing in ("health", "answers"))
@@ -221,7 +221,7 @@ def test_answers_are_cut_short_where_time_is_up_and_none_is_dropped(
         assert mine["ended"] is None
     assert health["sentences"] == []  # five equal tokens do not show that nothing has been learnt
     assert "8 cut short for time" in result.stderr
-    assert "asking 8 questions with the adapter and without it, for 10 s at most" in result.stderr
+    assert "answering 8 questions with and without the adapter, for 10 s at most" in result.stderr
 
 
 def test_long_training_allows_long_answers(sft: Sft, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

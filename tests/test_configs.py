@@ -182,7 +182,7 @@ def test_an_adapter_beside_the_weights_is_refused(
     }
     result = cli(*commands[command])
     assert result.exit_code == Exit.MODEL, (result.exception, result.stderr)
-    assert "an adapter lies beside the weights" in told(result)
+    assert "an adapter is next to the weights" in told(result)
     assert "--adapter" in told(result)
     assert not out.exists()
 
@@ -229,7 +229,7 @@ def test_an_odd_value_is_told_with_file_and_key(folder: Path, key: str) -> None:
 
 def test_fewer_layers_than_the_weights_have_make_another_model(folder: Path) -> None:
     edit(folder, num_hidden_layers=1, layer_types=["full_attention"])
-    with pytest.raises(LoratuneError, match=r"no place for model\.layers\.1"):
+    with pytest.raises(LoratuneError, match=r"the config's model does not have model\.layers\.1"):
         load_from_folder(folder, attn_implementation="sdpa", dtype="auto")
 
 

@@ -156,7 +156,7 @@ def test_a_listener_that_fails_costs_nobody_else_anything(tiny: Engine) -> None:
 
 
 def test_prompts_that_do_not_fit_are_told_at_once(tiny: Engine) -> None:
-    with pytest.raises(LoratuneError, match="takes 2,048; shorten it") as caught:
+    with pytest.raises(LoratuneError, match="context has 2,048; shorten it") as caught:
         list(tiny.stream(ask("long " * 3000)))
     assert caught.value.exit_code == Exit.USAGE
     with pytest.raises(LoratuneError, match="the prompt is empty"):

@@ -149,7 +149,7 @@ def test_a_recipe_is_not_parsed_beyond_its_size(cli: Cli, tmp_path: Path, size: 
     path.write_text("model: {base: tiny-qwen}\n# ")
     os.truncate(path, size)
     started = time.monotonic()
-    assert "larger than 1,048,576 bytes, so it is no recipe" in told(cli("sft", "--config", path), Exit.USAGE)
+    assert "larger than 1,048,576 bytes, too large for a recipe" in told(cli("sft", "--config", path), Exit.USAGE)
     assert time.monotonic() - started < 5
 
 

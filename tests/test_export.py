@@ -151,7 +151,7 @@ def test_a_dry_push_lists_the_files_and_sends_nothing(
     assert done.exit_code == 0, done.stderr
     assert "huggingface.co/me/sums" in done.stderr.replace("\n", "")
     assert "adapter_model.safetensors" in done.stderr
-    assert "nothing has been sent" in done.stderr
+    assert "nothing was uploaded" in done.stderr
 
 
 def test_a_push_to_nowhere_is_told_before_the_work(cli: CLI, run: Path, tmp_path: Path) -> None:

@@ -118,8 +118,8 @@ def test_keys_that_say_nothing_to_a_format_are_kept_for_a_note() -> None:
         ({"output": True}, "'output' is true/false, not a text"),
         ({"output": ["b"]}, "'output' is a list, not a text"),
         ({"output": {"text": "b"}}, "'output' is an object, not a text"),
-        ({"output": "b\ud800"}, "'output' holds half of a UTF-16 pair"),
-        ({"instruction": "\udfff"}, "'instruction' holds half of a UTF-16 pair"),
+        ({"output": "b\ud800"}, "'output' holds an unpaired UTF-16 surrogate"),
+        ({"instruction": "\udfff"}, "'instruction' holds an unpaired UTF-16 surrogate"),
         ({"instruction": None}, "'instruction' is missing or empty"),
         ({"instruction": ""}, "'instruction' is missing or empty"),
         ({"instruction": " \n"}, "'instruction' is missing or empty"),
@@ -131,7 +131,7 @@ def test_keys_that_say_nothing_to_a_format_are_kept_for_a_note() -> None:
         ({"input": {}}, "'input' is an object, not a text"),
         ({"system": ["s"]}, "'system' is a list, not a text"),
         ({"system": False}, "'system' is true/false, not a text"),
-        ({"system": "\ud83d"}, "'system' holds half of a UTF-16 pair"),
+        ({"system": "\ud83d"}, "'system' holds an unpaired UTF-16 surrogate"),
         ({"history": "a"}, "'history' is not a list of [question, answer] pairs"),
         ({"history": {"a": "b"}}, "'history' is not a list of [question, answer] pairs"),
         ({"history": [["a"]]}, "'history' is not a list of [question, answer] pairs"),
@@ -140,7 +140,7 @@ def test_keys_that_say_nothing_to_a_format_are_kept_for_a_note() -> None:
         ({"history": [[" ", "b"]]}, "'history' is not a list of [question, answer] pairs"),
         ({"history": ["ab"]}, "'history' is not a list of [question, answer] pairs"),
         ({"history": [{"a": "b", "c": "d"}]}, "'history' is not a list of [question, answer] pairs"),
-        ({"history": [["a", "b"], ["c", "\ud800"]]}, "'history' holds half of a UTF-16 pair"),
+        ({"history": [["a", "b"], ["c", "\ud800"]]}, "'history' holds an unpaired UTF-16 surrogate"),
     ],
 )
 def test_a_row_that_does_not_fit_is_told_with_each_fault_once(change: dict[str, Any], told: str) -> None:

@@ -114,9 +114,11 @@ def test_what_a_hub_cannot_give_is_told_with_the_first_line_of_its_reason(
     hugging_face(ConnectionError("no route\nand a long story"))
     modelscope(ValueError())
     message = refusal("hf:org/name")
-    assert message.startswith("hf:org/name: the Hugging Face hub cannot give it: ConnectionError: no route\n")
+    assert message.startswith("hf:org/name: loading from the Hugging Face hub failed: ConnectionError: no route\n")
     assert "long story" not in message
-    assert refusal("ms:org/name").startswith("ms:org/name: ModelScope cannot give it: ValueError: no reason given\n")
+    assert refusal("ms:org/name").startswith(
+        "ms:org/name: loading from ModelScope failed: ValueError: no reason given\n"
+    )
 
 
 def test_a_missing_library_is_told_with_the_line_that_installs_it(monkeypatch: pytest.MonkeyPatch) -> None:

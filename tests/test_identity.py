@@ -321,7 +321,7 @@ def test_a_run_of_an_earlier_version_knows_its_base_by_samples_and_says_so(
     assert "sampled: 4096 bytes of each tensor" in " ".join(result.stderr.split())
     assert json.loads((tmp_path / "out" / "made" / "verification.json").read_text())["base_checked"] == "sampled"
     shown = cli("runs", "show", run, env={"COLUMNS": "200"})
-    assert "known by samples: 4096 bytes of each tensor" in " ".join(shown.stderr.split())
+    assert "identified by samples: 4096 bytes of each tensor" in " ".join(shown.stderr.split())
     assert json.loads(cli("runs", "show", run, "--json").stdout)["base_checked"] == "sampled"
 
 
@@ -393,7 +393,7 @@ def test_an_incomplete_adapter_is_refused_also_where_no_model_runs(
 ) -> None:
     INCOMPLETE[fault](plain)
     told = refused(command, plain, "--base-model", random_qwen)
-    assert "its config and its tensors do not belong together" in told or "vLLM cannot serve this adapter" in told
+    assert "its config and its tensors do not match" in told or "vLLM cannot serve this adapter" in told
 
 
 @pytest.mark.parametrize("command", ["infer", "merge without proof", "export vllm"])
@@ -480,7 +480,7 @@ def without(part: str) -> Change:
 
 
 CANNOT_BE_COMPUTED: dict[str, tuple[Change, str]] = {
-    "complex": (first_as(lambda t: t.to(torch.complex64)), "of a type that is not read (complex64) in 1 tensors"),
+    "complex": (first_as(lambda t: t.to(torch.complex64)), "of an unsupported dtype (complex64) in 1 tensors"),
     "integers": (first_as(lambda t: torch.ones_like(t).to(torch.int32)), "(int32)"),
     "8 bits": (first_as(lambda t: t.to(torch.float8_e4m3fn)), "(float8_e4m3fn)"),
     "float64 beyond float32": (first_as(lambda t: t.double() + 1e300), "makes updates larger than float32 can hold"),
@@ -500,7 +500,7 @@ CANNOT_BE_COMPUTED: dict[str, tuple[Change, str]] = {
         lambda adapter: edit(adapter / CONFIG, lambda v: v.update(use_dora=True)),
         "lora_magnitude_vector",
     ),
-    "half of the modules": (without("q_proj.lora_A"), "do not belong together"),
+    "half of the modules": (without("q_proj.lora_A"), "its config and its tensors do not match"),
 }
 WITHOUT_A_BASE = ("export adapter", "export vllm")
 

@@ -194,7 +194,7 @@ def test_a_stop_text_ends_the_answer(cli: Callable[..., Result]) -> None:
 def test_of_several_adapters_the_first_answers_a_prompt(cli: Callable[..., Result], run: Path, short_run: Path) -> None:
     result = cli("infer", "--adapter", f"robin={run}", "--adapter", f"other={short_run}", "-p", "Who are you?")
     assert result.stdout == "I am Robin.\n"
-    assert "robin alone answers" in result.stderr
+    assert "robin answers; the other adapters are only used in the chat" in result.stderr
 
 
 def test_adapters_are_called_as_they_are_named_or_as_their_folder(tmp_path: Path) -> None:

@@ -322,7 +322,7 @@ def test_ollama_finds_the_sign_of_a_call_in_the_template_s_plain_text(make_model
         (('{{- "\\n</tools>', '{{- (tools | length) ~ "\\n</tools>'), "in a way of its own"),
         (("tool | tojson", "tool.function.name | tojson"), "leaves out or changes"),
         (("\\n<tool_response>\\n' }}", "\\n<tool_response>\\n' ~ (messages | length) }}"), "in a way of its own"),
-        (("tool_call.arguments | tojson", "tool_call.arguments | tojson | upper"), "has no place"),
+        (("tool_call.arguments | tojson", "tool_call.arguments | tojson | upper"), "does not support tool calls"),
     ],
 )
 def test_tools_in_a_form_of_another_kind_are_lost_with_the_reason(

@@ -97,7 +97,7 @@ def test_an_answer_appears_as_it_is_written_and_ends_with_its_figures(page: Any,
     assert text_of(page, ".answer-text") == ["Rice, wheat and rye."]
     assert text_of(page, ".answer-text em") == ["wheat"]
     assert text_of(page, ".answer-text code") == ["rye"]
-    assert re.search(r"first after \d+\.\d\d s", text_of(page, ".figures")[0])
+    assert re.search(r"first token after \d+\.\d\d s", text_of(page, ".figures")[0])
     assert "5 tokens" in text_of(page, ".figures")[0]
     assert page.locator(".answer").get_attribute("aria-busy") == "false"
     assert "Rice, *wheat*" in page.locator("#status").text_content()
@@ -401,7 +401,7 @@ def test_without_an_api_key_the_page_says_so_and_can_try_again(browser: Any, sha
 
 
 def test_an_error_in_the_middle_keeps_the_text_and_offers_another_try(page: Any, engine: Scripted) -> None:
-    failure = Piece(finish="error", error=LoratuneError("out of memory while answering", Exit.IO))
+    failure = Piece(finish="error", error=LoratuneError("out of memory during generation", Exit.IO))
     engine.say, engine.go = lambda _: [Piece("Half of", tokens=1), failure], threading.Semaphore(0)
     ask(page, "What?", wait=False)
     release(engine, 1)
@@ -430,7 +430,7 @@ def test_a_server_that_is_full_or_gone_is_told(browser: Any) -> None:
         page.wait_for_selector("#compare:enabled")
         page.click("#compare")
         ask(page, "Both?", wait=False)
-        page.wait_for_selector("text=too many questions waiting")
+        page.wait_for_selector("text=queue is full")
         release(engine, 99)
         page.wait_for_selector("body:not(.is-running)")
         assert sorted(text_of(page, ".answer-text")) == ["", "You said: Both?"]

@@ -105,7 +105,7 @@ def test_turns_may_be_sharegpt_s_and_a_completion_may_leave_an_answer_out() -> N
         ({"completion": [{**SAID, "weight": 0}]}, "every answer is left out of training by 'weight'"),
         ({"completion": [{**SAID, "weight": 0.5}]}, "message 1 of 'completion': 'weight' is neither 0 nor 1"),
         ({"tools": 3}, "'tools' is neither a list nor the JSON text of one"),
-        ({"prompt": [SAID]}, "message 1 of 'prompt' is an answer, and nothing stands before it"),
+        ({"prompt": [SAID]}, "message 1 of 'prompt' is an answer without a message before it"),
     ],
 )
 def test_a_row_that_does_not_fit_is_told_with_the_place_of_the_turn(change: dict[str, Any], words: str) -> None:

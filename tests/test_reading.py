@@ -157,11 +157,11 @@ def test_what_cannot_be_opened_is_a_failure_of_the_disk(tmp_path: Path, ending: 
 
 def test_a_pipe_is_refused_and_not_waited_for(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "rows.json")
-    assert "not a plain file" in refusal(str(tmp_path / "rows.json"))
+    assert "not a regular file" in refusal(str(tmp_path / "rows.json"))
 
 
 def test_a_name_of_another_kind_is_never_opened(tmp_path: Path) -> None:
-    assert "not a kind of file" in refusal(write(tmp_path / "rows.pkl", GOOD))
+    assert "not a file type that loratune reads" in refusal(write(tmp_path / "rows.pkl", GOOD))
 
 
 # --- encodings ---
@@ -313,12 +313,12 @@ def test_a_number_that_json_does_not_have_is_refused(tmp_path: Path, literal: st
 @pytest.mark.parametrize("name", JSON_NAMES)
 def test_a_key_that_stands_twice_in_a_row_is_refused(tmp_path: Path, name: str) -> None:
     message = told(tmp_path, name, '{"output": "a", "output": "b"}')
-    assert message == f"{tmp_path / name}:1: the key 'output' stands twice in one row"
+    assert message == f"{tmp_path / name}:1: the key 'output' occurs twice in one row"
 
 
 def test_a_row_that_is_refused_is_told_by_the_line_it_begins_on(tmp_path: Path) -> None:
     path = write(tmp_path / "rows.json", '[\n{"a": 1}\n,\n\n{"a": 1,\n"a": 2}]')
-    assert refusal(path) == f"{path}:5: the key 'a' stands twice in one row"
+    assert refusal(path) == f"{path}:5: the key 'a' occurs twice in one row"
 
 
 @pytest.mark.parametrize("depth", [3000, 200_000])
@@ -346,7 +346,7 @@ def test_a_number_of_endless_digits_is_refused(tmp_path: Path, name: str) -> Non
         ("null", "where a list of rows is expected"),
         ("<html>", ":1:1: not valid JSON: Expecting value, near «<html>»"),
         ('\n {"a": 1,\n "b": c}', ":3:7: not valid JSON: Expecting value"),
-        ('{"a": 1, "a": 2}', ":1: the key 'a' stands twice"),
+        ('{"a": 1, "a": 2}', ":1: the key 'a' occurs twice"),
     ],
 )
 def test_a_document_that_is_no_list_is_refused(tmp_path: Path, text: str, words: str) -> None:
@@ -396,7 +396,7 @@ def test_records_that_do_not_fit_the_header_are_bad_rows_among_others(tmp_path: 
     assert [row.value["a"] for row in found if isinstance(row, Row)] == ["1", "5"]
     bad = [row for row in found if isinstance(row, BadRow)]
     assert [row.number for row in bad] == [3, 4, 5, 7]
-    assert bad[1].problem.startswith(f"{path}:4: 3 fields where the header has 2; a text that holds a semicolon")
+    assert bad[1].problem.startswith(f"{path}:4: 3 fields where the header has 2; put texts that contain a semicolon")
     assert bad[2].problem.startswith(f"{path}:5: not valid CSV: ")
 
 

@@ -77,7 +77,7 @@ def test_five_mistakes_give_one_message_that_names_all_five_with_their_lines(rec
         "  line 3: model.dtyp: no such setting; did you mean model.dtype?",
         "  line 6: lora.rank: must be greater than or equal to 1; got 0",
         "  line 8: training.epochs: must be a valid number; got 'three'",
-        "  line 9: training.epochs stands here and already on line 8",
+        "  line 9: training.epochs is already given on line 8",
         "  line 10: training.scheduler: expected 'cosine', 'linear' or 'constant'; got 'cosign'",
     ]
 
@@ -170,7 +170,7 @@ def test_no_number_may_be_negative_endless_or_a_truth_value(recipe_file: Any, do
 @pytest.mark.parametrize("text", ["1", "0.95", "-0.1"])
 def test_a_validation_fraction_lies_between_0_and_09(recipe_file: Any, text: str) -> None:
     message = refusal(recipe_file(f"model: {{base: x}}\ndata:\n  train: a.json\n  validation: {text}\n"))
-    assert "line 4: data.validation: a fraction lies between 0 and 0.9" in message
+    assert "line 4: data.validation: a fraction must be between 0 and 0.9" in message
 
 
 def test_a_warmup_from_one_up_counts_whole_steps(recipe_file: Any) -> None:
@@ -624,7 +624,7 @@ def test_a_good_recipe_gets_no_advice() -> None:
         ({"lora": {"rank": 128, "alpha": 256}}, "lora.rank 128 is above 64"),
         ({"lora": {"rank": 32, "alpha": 64}}, "--max-lora-rank 32"),
         ({"lora": {"rank": 20, "alpha": 40}}, "--max-lora-rank 32"),  # vLLM takes no 20
-        ({"lora": {"rank": 600, "alpha": 1200}}, "have to be merged"),
+        ({"lora": {"rank": 600, "alpha": 1200}}, "has to be merged"),
         ({"training": {"learning_rate": 1e-5}}, "training.learning_rate 1e-05 is below 5e-5"),
         ({"training": {"learning_rate": 0.1}}, "above 5e-3"),
         (
@@ -632,7 +632,7 @@ def test_a_good_recipe_gets_no_advice() -> None:
             "training.max_steps 400 takes precedence over training.epochs 2",
         ),
         ({"data": {"train": ["a.json"], "validation": 0.0}}, "no validation rows"),
-        ({"data": {"train": ["a.json"], "validation": 0.0}, "training": {"epochs": 20}}, "by heart"),
+        ({"data": {"train": ["a.json"], "validation": 0.0}, "training": {"epochs": 20}}, "memorise the rows"),
     ],
 )
 def test_a_setting_that_usually_ends_badly_gets_advice(sections: dict[str, Any], told: str) -> None:

@@ -116,7 +116,7 @@ def test_a_row_that_loses_a_turn_or_has_tools_without_a_place_is_one_bad_row(che
     done = check(lossy, [*good(2), with_tools, with_call, spoken("user", "system", "assistant")])
     assert done.exit_code == Exit.DATA
     assert "3 of 5 rows cannot be trained on" in done.stderr
-    assert "row 3: tools are given, for which the chat template (chat) has no place" in done.stderr
+    assert "row 3: the chat template (chat) does not support tools, and some are given" in done.stderr
     assert "row 5: the chat template does not render a message of system" in done.stderr
 
 

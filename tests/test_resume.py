@@ -248,7 +248,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_taken(
     assert resumed.exit_code == 0, resumed.stderr
     said = " ".join(resumed.stderr.split())
     assert "optimizer.pt" in said
-    assert "going on after step 2" in said
+    assert "resuming after step 2" in said
     assert_same_run(tmp_path / "run", tmp_path / "whole")
 
 
@@ -321,7 +321,7 @@ def test_a_named_checkpoint_is_taken(sft: Sft, tmp_path: Path) -> None:
     (tmp_path / "run" / "status.json").write_text('{"program": "loratune", "state": "failed"}')
     resumed = sft("run", "--resume", "2")
     assert resumed.exit_code == 0, resumed.stderr
-    assert "going on after step 2" in resumed.stderr
+    assert "resuming after step 2" in resumed.stderr
     assert_same_run(tmp_path / "run", tmp_path / "whole")
     unknown = sft("run", "--resume", "3")
     assert unknown.exit_code == 4

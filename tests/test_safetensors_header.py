@@ -84,5 +84,5 @@ def test_a_damaged_file_is_one_message_whoever_reads_it(path: Path, damage: str,
 
 def test_a_pipe_is_not_waited_for(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe")
-    with pytest.raises(LoratuneError, match="not a plain file"):
+    with pytest.raises(LoratuneError, match="not a regular file"):
         header_text(tmp_path / "pipe")

@@ -434,7 +434,7 @@ def test_no_two_questions_are_tokenized_at_once() -> None:
 @pytest.mark.parametrize(
     ("error", "status", "code"),
     [
-        (LoratuneError("out of memory while answering", Exit.IO), 503, "out_of_memory"),
+        (LoratuneError("out of memory during generation", Exit.IO), 503, "out_of_memory"),
         (ZeroDivisionError("a bug"), 500, None),
     ],
 )
@@ -451,7 +451,7 @@ def test_a_failure_before_the_end_is_no_answer(
 
 
 def test_a_failure_in_a_stream_is_told_and_is_no_end() -> None:
-    error = LoratuneError("out of memory while answering", Exit.IO)
+    error = LoratuneError("out of memory during generation", Exit.IO)
     words = [Piece("half ", tokens=1), Piece("an answer", tokens=2), Piece(tokens=2, finish="error", error=error)]
     engine = FakeEngine(words, go=threading.Semaphore(0))
     with served(engine) as running:
@@ -474,7 +474,7 @@ def test_a_failure_in_a_stream_is_told_and_is_no_end() -> None:
 def test_openai_s_client_raises_what_a_stream_tells() -> None:
     import openai
 
-    error = LoratuneError("out of memory while answering", Exit.IO)
+    error = LoratuneError("out of memory during generation", Exit.IO)
     engine = FakeEngine([Piece("half", tokens=1), Piece(tokens=1, finish="error", error=error)])
     with served(engine) as running, openai.OpenAI(base_url=f"{running.url}/v1", api_key=API_KEY) as client:
         stream = client.chat.completions.create(model="base", messages=user("hi"), stream=True)
@@ -493,7 +493,7 @@ class AtOnce(FakeEngine):
 
 @pytest.mark.parametrize("finish", ["error", "cancelled"])
 def test_text_that_came_with_a_failure_is_told_before_it(finish: str) -> None:
-    error = LoratuneError("out of memory while answering", Exit.IO) if finish == "error" else None
+    error = LoratuneError("out of memory during generation", Exit.IO) if finish == "error" else None
     words = [Piece("half ", tokens=1), Piece("an answer", tokens=2), Piece(tokens=2, finish=finish, error=error)]
     with served(AtOnce(words)) as running:
         text = running.request(CHAT, chat(stream=True))[2]

@@ -281,7 +281,7 @@ def offered(**fields: Any) -> dict[str, Any]:
             "cannot be forced",
         ),
         ({"tool_choice": "sometimes", "tools": [WEATHER]}, "tool_choice", ""),
-        ({"tools": [offered(strict=True)]}, "tools.0.function.strict", "check"),
+        ({"tools": [offered(strict=True)]}, "tools.0.function.strict", "validate"),
         ({"tools": [{"type": "web_search"}]}, "tools.0.type", ""),
         ({"tools": [offered(name="")]}, "tools.0.function.name", ""),
         ({"tools": [offered(parameters=[])]}, "tools.0.function.parameters", ""),
@@ -331,7 +331,7 @@ def test_tools_that_the_template_drops_are_refused_by_name(asked: Asked) -> None
     with pytest.raises(openai.BadRequestError) as refused:
         client.chat.completions.create(model="base", messages=ASKED, tools=[WEATHER])
     assert refused.value.param == "tools"
-    assert "has no place" in refused.value.message
+    assert "does not support tools" in refused.value.message
 
 
 def test_the_shape_of_a_stream_is_openai_s() -> None:
@@ -451,8 +451,8 @@ def test_rows_whose_tools_the_template_drops_are_refused_before_the_model_is_loa
     assert done.exit_code == Exit.DATA, done.stderr
     told = " ".join(done.stderr.split())
     assert "2 rows cannot be asked" in told
-    assert "row 2: tools are given" in told
-    assert "row 3: calls of tools are given" in told
+    assert "row 2: the chat template (chat) does not support tools" in told
+    assert "row 3: the chat template (chat) does not support tool calls" in told
     assert [path.name for path in tmp_path.iterdir()] == ["rows.json"]
 
 

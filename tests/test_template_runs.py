@@ -123,7 +123,7 @@ def test_rows_of_another_day_are_never_taken_for_today_s(
     assert told == ["28 Feb 2026", "01 Mar 2026", "28 Feb 2026"]
     undated = model_folder(tmp_path / "undated", CHATML)
     flags = ["data", "check", "--model.base", undated, "--data.train", rows_file, "--prompt.date", DAY]
-    assert "prompt.date is without effect" in words(cli(*flags).stderr)
+    assert "prompt.date has no effect" in words(cli(*flags).stderr)
 
 
 def test_a_checkpoint_that_knows_no_day_goes_on_with_that_of_the_run_s_start(
@@ -139,7 +139,7 @@ def test_a_checkpoint_that_knows_no_day_goes_on_with_that_of_the_run_s_start(
         reseal(checkpoint, identity=identity)
     resumed = sft(DATED, "--training.max_steps", "4", "--resume")
     assert resumed.exit_code == 0, resumed.stderr
-    assert f"that of the run's start, {created}, is taken" in words(resumed.stderr)
+    assert f"the date of the run's start, {created}, is used" in words(resumed.stderr)
     assert load_recipe(str(run / "recipe.yaml"), {}).prompt.date == created
 
 

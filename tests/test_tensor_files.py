@@ -190,6 +190,6 @@ def test_a_tensor_of_another_length_than_planned_is_a_bug(tmp_path: Path) -> Non
 
 def test_a_type_that_no_language_model_has_is_named(tmp_path: Path) -> None:
     save_file({"wave": torch.zeros(2, dtype=torch.complex64)}, tmp_path / "a.safetensors")
-    with pytest.raises(LoratuneError, match="wave is of type C64") as raised:
+    with pytest.raises(LoratuneError, match="wave has the unsupported dtype C64") as raised:
         TensorFiles([tmp_path / "a.safetensors"])
     assert raised.value.exit_code == Exit.MODEL

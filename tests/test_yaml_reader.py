@@ -66,7 +66,7 @@ def test_lines_are_counted_from_one_and_known_by_dotted_key() -> None:
 
 def test_a_repeated_key_is_told_with_both_lines() -> None:
     document = read_yaml("lora:\n  rank: 8\n  alpha: 16\n  rank: 9\n")
-    assert document.problems == [(4, "lora.rank stands here and already on line 2")]
+    assert document.problems == [(4, "lora.rank is already given on line 2")]
 
 
 def test_the_same_key_in_two_sections_is_not_repeated() -> None:

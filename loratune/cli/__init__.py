@@ -1,1 +1,1 @@
-"""The command line: parse, one lazy call, print."""
+"""The command line: each command parses its flags, makes one call, and prints the result."""

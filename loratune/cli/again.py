@@ -1,4 +1,4 @@
-"""The command that is running, as a line to type again with other flags."""
+"""Remembers the running command line, so that messages can suggest it with other flags."""
 
 from __future__ import annotations
 
@@ -11,20 +11,20 @@ _TYPED: ContextVar[tuple[str, ...]] = ContextVar("typed", default=("loratune",))
 
 
 def remember(path: str, arguments: Sequence[str]) -> None:
-    """Keep the line of a command that begins.
+    """Store the command line of the command that starts.
 
     Args:
-        path: of the command, such as `loratune data check`.
-        arguments: what follows it.
+        path: path of the command, such as `loratune data check`.
+        arguments: the arguments after it.
     """
     _TYPED.set(("loratune", *path.split()[1:], *arguments))
 
 
 def repeated(purpose: str, flags: Set[str]) -> Command:
-    """The running command with flags added.
+    """Return the running command with flags added.
 
     Args:
-        purpose: as of `Command`.
-        flags: names without values; those that are given already are not given twice.
+        purpose: see `Command`.
+        flags: flags without values; flags that are already given are not repeated.
     """
     return Command(purpose, (*(word for word in _TYPED.get() if word not in flags), *sorted(flags)))

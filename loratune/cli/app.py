@@ -1,4 +1,4 @@
-"""The `loratune` command: its subcommands, and the one place where failures become messages and exit codes."""
+"""The `loratune` command: registers subcommands, and turns exceptions into messages and exit codes."""
 
 from __future__ import annotations
 
@@ -24,24 +24,24 @@ _DEBUG = "LORATUNE_DEBUG"
 _HELP_NAMES = {"help_option_names": ["-h", "--help"]}
 # Command → its one-line help.
 COMMANDS = {
-    "sft": "Train a LoRA adapter as a recipe says.",
-    "data": "See what a recipe would train on, before it does.",
-    "merge": "Merge an adapter into its base, and prove the result.",
-    "export": "Write an adapter or a merged model for another program, and prove it.",
-    "verify": "Check that a merged model, an export or a run is as it was verified.",
-    "infer": "Chat with a trained adapter, print one answer, or answer a file of rows.",
-    "serve": "Answer OpenAI's clients over HTTP, and show a chat page.",
-    "runs": "See how runs stand.",
+    "sft": "Train a LoRA adapter from a recipe.",
+    "data": "Inspect the training data of a recipe.",
+    "merge": "Merge an adapter into its base model, and verify the result.",
+    "export": "Convert an adapter or merged model for another program, and verify it.",
+    "verify": "Check that a merged model, an export or a run is unchanged.",
+    "infer": "Chat with a trained adapter, answer one prompt, or answer a file of rows.",
+    "serve": "Serve an OpenAI-compatible HTTP API and a chat page.",
+    "runs": "Inspect runs.",
 }
 DATA_COMMANDS = {
-    "check": "Check the rows of a recipe, as sft does first; exit code 3 when it would refuse them.",
-    "preview": "Show the text of some rows and which of their tokens are trained.",
+    "check": "Check the rows of a recipe, as sft does; exit code 3 if sft would refuse them.",
+    "preview": "Show some rows as rendered text, with the trained tokens marked.",
 }
-RUNS_COMMANDS = {"show": "Show how a run stands: state, losses, checkpoints, and what to type next."}
+RUNS_COMMANDS = {"show": "Show a run's state, losses, checkpoints, and the next command."}
 
 
 def _module(name: str) -> ModuleType:
-    """The module of a command, imported only if it runs: some take seconds."""
+    """Import a command's module only when it runs, since some take seconds to import."""
     match name:
         case "sft":
             from loratune.cli import sft
@@ -84,19 +84,18 @@ def _module(name: str) -> ModuleType:
 
 
 class CommandGroup(TyperGroup):
-    """Commands that are imported when they run."""
+    """A command group that imports a subcommand when it runs."""
 
     table: ClassVar[dict[str, str]]
     """Command → its one-line help."""
     prefix = ""
-    """What the names of their modules begin with."""
+    """Prefix of the subcommands' module names."""
 
     def list_commands(self, ctx: Any) -> list[str]:
-        """Names of the subcommands."""
         return list(self.table)
 
     def get_command(self, ctx: Any, cmd_name: str) -> Any:
-        """Import a subcommand; None for an unknown name."""
+        """Import a subcommand; return None for an unknown name."""
         if cmd_name not in self.table:
             return None
         module = _module(f"{self.prefix}{cmd_name}")
@@ -106,21 +105,20 @@ class CommandGroup(TyperGroup):
         return typer.main.get_command(single)
 
     def format_help(self, ctx: Any, formatter: Any) -> None:
-        """Print the overview."""
         panels = {"commands": [(name, "", text) for name, text in self.table.items()]}
         panels |= option_panels(self.get_params(ctx))
         console.help_page(self.get_usage(ctx), self.help or "", panels)
 
 
 class DataGroup(CommandGroup):
-    """`loratune data …`."""
+    """The group `loratune data`."""
 
     table = DATA_COMMANDS
     prefix = "data_"
 
 
 class RunsGroup(CommandGroup):
-    """`loratune runs …`."""
+    """The group `loratune runs`."""
 
     table = RUNS_COMMANDS
     prefix = "runs_"
@@ -130,12 +128,12 @@ GROUPS = {"data": DataGroup, "runs": RunsGroup}
 
 
 class Group(CommandGroup):
-    """Runs one subcommand; what the user can fix is one message, bugs keep their traceback."""
+    """The top-level group: user errors become one message, bugs keep their traceback."""
 
     table = COMMANDS
 
     def get_command(self, ctx: Any, cmd_name: str) -> Any:
-        """Import a subcommand or make a group of them; None for an unknown name."""
+        """Import a subcommand or create a group; return None for an unknown name."""
         if cmd_name not in GROUPS:
             return super().get_command(ctx, cmd_name)
         group = typer.Typer(
@@ -147,7 +145,7 @@ class Group(CommandGroup):
         return made
 
     def parse_args(self, ctx: Any, args: list[str]) -> Any:
-        """Take --debug from anywhere on the line: it is added to a command that has just failed."""
+        """Accept --debug anywhere on the line, because users append it to a command that has just failed."""
         if "--debug" in args:
             args = ["--debug", *(argument for argument in args if argument != "--debug")]
         return super().parse_args(ctx, args)
@@ -156,7 +154,7 @@ class Group(CommandGroup):
         """Run the subcommand.
 
         Raises:
-            typer.Exit: with the failure's exit code.
+            typer.Exit: with the exit code of a failure.
         """
         try:
             _require_working_folder()
@@ -185,21 +183,21 @@ class Group(CommandGroup):
             )
             raise typer.Exit(int(Exit.IO)) from error
         except KeyboardInterrupt as error:
-            console.next_step(str(error) or "interrupted")  # asked for, so no error; it may end in a command
+            console.next_step(str(error) or "interrupted")  # intended, so not an error; the text may end in a command
             raise typer.Exit(128 + getattr(error, "signal_number", signal.SIGINT)) from error
 
 
 def _require_working_folder() -> None:
-    """Some libraries end the process where there is none.
+    """Raise if the working folder is gone, because some libraries then abort the process.
 
     Raises:
-        LoratuneError: it has been removed.
+        LoratuneError: the folder was removed or is not accessible.
     """
     try:
         Path.cwd()
     except OSError as error:
         raise LoratuneError(
-            f"the working folder is gone or may not be entered ({error.strerror}); change to another one", Exit.IO
+            f"the working folder is gone or not accessible ({error.strerror}); change to another one", Exit.IO
         ) from error
 
 
@@ -213,20 +211,20 @@ def _ran_out_of_memory(error: Exception) -> bool:
 
 
 def _loaded_library(error: Exception) -> str | None:
-    """The library whose loading an error has ended; None for every other error."""
+    """Return the library whose import raised an error; None for other errors."""
     frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__) if frame.f_code.co_name == "<module>"]
     names = [str(frame.f_globals.get("__name__")).partition(".")[0] for frame in frames]
     return next((name for name in reversed(names) if name != __name__.partition(".")[0]), None)
 
 
 def _told(error: LoratuneError | OSError | MemoryError) -> tuple[str, Exit]:
-    """Message and exit code of a failure; what the system refuses is never a bug."""
+    """Return message and exit code of a failure. Errors of the operating system never count as bugs."""
     if isinstance(error, LoratuneError):
         return error.message, error.exit_code
     if isinstance(error, MemoryError):
         return f"out of memory: {str(error) or 'the system has no more'}", Exit.IO
     place = f"{error.filename}: " if error.filename is not None else ""
-    return f"{place}{error.strerror or error}; --debug shows where this was met", Exit.IO
+    return f"{place}{error.strerror or error}; --debug shows where it occurred", Exit.IO
 
 
 app = typer.Typer(
@@ -259,7 +257,7 @@ def _main(
 def main() -> None:
     """Entry point of the console script."""
     make_steady()
-    # The libraries' warnings are for developers; what users need to know, loratune says itself.
+    # The libraries' warnings are for developers; loratune reports what users need to know.
     warnings.simplefilter("ignore")
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
@@ -271,6 +269,6 @@ def main() -> None:
         sys.exit(app())
     except OutputLost as lost:
         if lost.has_no_reader:
-            sys.exit(128 + signal.SIGPIPE)  # in silence, as every program that a reader in a pipe has left
+            sys.exit(128 + signal.SIGPIPE)  # silently, as is usual for a closed pipe
         console.error(f"standard output: the result cannot be written: {lost}")
         sys.exit(int(Exit.IO))

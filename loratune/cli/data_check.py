@@ -1,4 +1,4 @@
-"""`loratune data check`: what the gate makes of a recipe's rows."""
+"""`loratune data check`: checks a recipe's rows."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from loratune.errors import Exit
 from loratune.recipe.loading import load_recipe
 
 DETAILS = """\
-Takes a recipe and flags as sft does. Reads, encodes and checks every row without loading the model, and keeps the
-encoded rows for the training; only what has changed since is encoded again."""
+Takes the recipe and flags of sft. Reads, encodes and checks every row without loading the model, and caches the
+encoded rows for training; only changed data is encoded again."""
 
 
 @recipe_options
@@ -24,7 +24,6 @@ def command(
     *,
     flags: dict[str, object],
 ) -> None:
-    """Check the rows and show what was found."""
     recipe = load_recipe(config, dict(flags))
     from loratune.training.data_report import data_report, show_data_report
     from loratune.training.gate import pass_gate

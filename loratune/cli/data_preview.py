@@ -1,4 +1,4 @@
-"""`loratune data preview`: the text of some rows, and which of their tokens are trained."""
+"""`loratune data preview`: shows rendered rows with their trained tokens."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from loratune.cli.options import recipe_options
 from loratune.recipe.loading import load_recipe
 
 DETAILS = """\
-Takes a recipe and flags as sft does. Shows the first training rows as the model will see them: what is trained is green
-(between ⟦ and ⟧ where there are no colours), control tokens are inverted, ⏎ is a line's end."""
+Takes the recipe and flags of sft. Shows the first training rows as the model sees them: trained text is green (between
+⟦ and ⟧ without colours), control tokens are inverted, ⏎ is a line break."""
 
 
 @recipe_options
@@ -26,7 +26,6 @@ def command(
     *,
     flags: dict[str, object],
 ) -> None:
-    """Show the rows."""
     recipe = load_recipe(config, dict(flags))
     with console.status("starting"):
         from loratune.training.data_preview import preview_batches, preview_rows, show_batch, show_tokens

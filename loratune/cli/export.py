@@ -1,4 +1,4 @@
-"""`loratune export`: what another program runs, from an adapter or a merged model."""
+"""`loratune export`: converts an adapter or merged model for another program."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ from loratune.cli.push import push
 from loratune.errors import Exit, LoratuneError
 
 DETAILS = """\
-gguf and ollama: one file for llama.cpp and its relatives, with a Modelfile for Ollama. bnb4: 4-bit safetensors. These
-take an adapter, which is merged and verified first, or a merged model. vllm: the adapter, checked against what vLLM can
-serve, and the line that serves it. adapter: a clean PEFT folder with a model card, to give away.
+gguf and ollama: one file for llama.cpp and compatible programs, with a Modelfile for Ollama. bnb4: 4-bit safetensors.
+These take a merged model, or an adapter, which is merged and verified first. vllm: the adapter, checked against vLLM's
+limits, and the command to serve it. adapter: a clean PEFT folder with a model card, for sharing.
 
---push tells what would be uploaded; --no-dry-run uploads it."""
+--push lists the files that it would upload; --no-dry-run uploads them."""
 
 
 Format = Annotated[

@@ -1,4 +1,4 @@
-"""Flags that several commands share, so that they are spelled and explained once."""
+"""Flags shared by several commands."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ RENAMED_BESIDE_AN_ADAPTER = {
 
 
 def filled(text: str | None) -> str | None:
-    """A flag's text, which a variable that is not set may have left empty.
+    """Reject a blank flag, as an unset shell variable produces.
 
     Raises:
-        typer.BadParameter: it is.
+        typer.BadParameter: the text is blank.
     """
     if text is not None and not text.strip():
         raise typer.BadParameter("it is empty")
@@ -39,7 +39,7 @@ ADAPTER_HELP = "Run folder, one of its checkpoints, or a plain PEFT folder."
 Adapter = Annotated[str | None, typer.Option("--adapter", "-a", metavar="folder", help=ADAPTER_HELP)]
 Adapters = Annotated[
     list[str] | None,
-    typer.Option("--adapter", "-a", metavar="folder", help=f"{ADAPTER_HELP} May be given again, as name=folder."),
+    typer.Option("--adapter", "-a", metavar="folder", help=f"{ADAPTER_HELP} Repeatable, as name=folder."),
 ]
 Model = Annotated[
     str | None,
@@ -53,7 +53,7 @@ Model = Annotated[
 ]
 Config = Annotated[
     str | None,
-    typer.Option("--config", "-c", metavar="recipe", help="Recipe: a YAML file, or the name of a shipped one."),
+    typer.Option("--config", "-c", metavar="recipe", help="Recipe: a YAML file, or the name of a shipped recipe."),
 ]
 Output = Annotated[Path, typer.Option("--output", "-o", metavar="folder", help="Folder of the result.")]
 MovedBase = Annotated[
@@ -61,26 +61,26 @@ MovedBase = Annotated[
     typer.Option("--base-model", metavar="model", callback=filled, help="Where the adapter's base lies now."),
 ]
 Logits = Annotated[
-    bool, typer.Option("--logits/--no-logits", help="Run both models too (the default); else prove the files alone.")
+    bool, typer.Option("--logits/--no-logits", help="Compare logits of both models too (default), not only files.")
 ]
-Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an earlier result in the same folder.")]
-Force = Annotated[bool, typer.Option("--force", help="Take another base than the trained one, or a changed adapter.")]
-Json = Annotated[bool, typer.Option("--json", help="Print what happened as JSON to stdout.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an existing result in the output folder.")]
+Force = Annotated[bool, typer.Option("--force", help="Accept a different base model or a modified adapter.")]
+Json = Annotated[bool, typer.Option("--json", help="Print a report as JSON to stdout.")]
 Push = Annotated[
     str | None,
     typer.Option("--push", metavar="hub:org/name", help="Upload to hf:org/name or ms:org/name (ModelScope)."),
 ]
-DryRun = Annotated[bool, typer.Option("--dry-run/--no-dry-run", help="Only tell what --push would upload.")]
-Public = Annotated[bool, typer.Option("--public", help="Let everybody see the pushed repository.")]
+DryRun = Annotated[bool, typer.Option("--dry-run/--no-dry-run", help="Only list the files that --push would upload.")]
+Public = Annotated[bool, typer.Option("--public", help="Make the pushed repository public.")]
 
 
 def named_adapters(values: list[str]) -> list[tuple[str, Path]]:
-    """Name and folder of each --adapter: `name=folder`, or a folder alone, whose name it is then called by.
+    """Return name and folder of each --adapter: `name=folder`, or a folder, which then provides the name.
 
-    All commands read the flag here. A folder that exists is never taken apart, whatever its name holds.
+    All commands parse the flag here. The path of an existing folder is never split at `=`.
 
     Raises:
-        LoratuneError: a name or a folder is missing, or two have the same name.
+        LoratuneError: a name or folder is missing, or two adapters have the same name.
     """
     named: list[tuple[str, Path]] = []
     for value in values:
@@ -116,5 +116,5 @@ def asked_model(has_adapter: bool, model: str | None, base_model: str | None) ->
 
 
 def adapter_folder(value: str | None) -> Path | None:
-    """The folder of an --adapter that can be given once; None if it is not."""
+    """Return the folder of an --adapter that may be given once; None if it is not given."""
     return None if value is None else named_adapters([value])[0][1]

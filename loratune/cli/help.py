@@ -1,4 +1,4 @@
-"""Help pages that fit a terminal of 80 columns: a line for an option's name, value and default, its meaning below."""
+"""Help pages for terminals of 80 columns: name, value and default on one line, the description below."""
 
 from __future__ import annotations
 
@@ -29,13 +29,13 @@ class _FlagGiven(NamedTuple):
 
 
 class Command(TyperCommand):
-    """A subcommand whose help is a page of loratune's own; Typer's table cuts long option names off."""
+    """A subcommand with its own help page, because Typer's table truncates long option names."""
 
     implied: ClassVar[dict[str, str]] = {"--resume": "newest"}
-    """What an option means that is given without a value."""
+    """Value of an option that is given without one."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> Any:
-        """Give such options their value, and renamed ones their present names."""
+        """Add implied values, and replace renamed flags."""
         args = self._with_present_names(args)
         remember(ctx.command_path, args)
         known = {name for parameter in self.params for name in parameter.opts}
@@ -47,10 +47,10 @@ class Command(TyperCommand):
         return super().parse_args(ctx, filled)
 
     def _with_present_names(self, args: list[str]) -> list[str]:
-        """Replace flags of earlier versions, with a line that names the new ones.
+        """Replace flags of earlier versions, with a notice for each.
 
         Raises:
-            LoratuneError: a flag is given under both of its names.
+            LoratuneError: a flag is given under both names.
         """
         given = [_FlagGiven.of(argument) for argument in args]
         places = self._places_of_flags(args)
@@ -80,12 +80,11 @@ class Command(TyperCommand):
         return [place for place in range(end) if not place or args[place - 1] not in with_value]
 
     def format_help(self, ctx: Any, formatter: Any) -> None:
-        """Print the page."""
         console.help_page(self.get_usage(ctx), self.help or "", option_panels(self.get_params(ctx)))
 
 
 def option_panels(parameters: Iterable[Any]) -> dict[str, list[tuple[str, str, str]]]:
-    """Panel → (spelling, default, help) of each of its parameters; generated flags come in panels by section."""
+    """Return panel → (spelling, default, help) of its parameters; recipe flags have one panel per section."""
     panels: dict[str, list[tuple[str, str, str]]] = {}
     for parameter in parameters:
         if parameter.hidden:

@@ -1,4 +1,4 @@
-"""`loratune infer`: chat with an adapter, get one answer, or have every row of a file answered."""
+"""`loratune infer`: chats with an adapter, answers one prompt, or answers the rows of a file."""
 
 from __future__ import annotations
 
@@ -19,40 +19,39 @@ if TYPE_CHECKING:
     from loratune.engine.engine import Engine
 
 DETAILS = """\
-The run folder knows the base model, the template, the system prompt and the thinking mode of its training; nothing of
-it has to be said again.
+Base model, template, system prompt and thinking mode are read from the run folder.
 
---input takes JSON, JSONL, CSV and Parquet: Alpaca rows, messages, ShareGPT, pairs, or a prompt a row; the last answer
-may be missing. The same command goes on where a stopped one has left off. A row that the chat template refuses gets an
-error in place of an answer, and the exit code is 3."""
+--input accepts JSON, JSONL, CSV and Parquet with Alpaca rows, messages, ShareGPT, pairs, or one prompt per row; the
+last answer may be missing. Rerunning the same command resumes. A row that the chat template rejects gets an error in
+place of an answer, and the exit code is 3."""
 
 
 NoAdapter = Annotated[
     bool,
-    typer.Option("--no-adapter", help="Leave the adapter off, to compare; with --metrics: score the base beside it."),
+    typer.Option("--no-adapter", help="Use the base model alone; with --metrics: score it too, for comparison."),
 ]
 Prompt = Annotated[
     str | None,
-    typer.Option("--prompt", "-p", metavar="text", help="Print the answer to this, and nothing else, to stdout."),
+    typer.Option("--prompt", "-p", metavar="text", help="Answer this prompt, and print only the answer to stdout."),
 ]
 Input = Annotated[
-    str | None, typer.Option("--input", "-i", metavar="file", help="Answer every row of this file into --output.")
+    str | None, typer.Option("--input", "-i", metavar="file", help="Answer every row of this file; needs --output.")
 ]
 OutputFile = Annotated[
-    Path | None, typer.Option("--output", "-o", metavar="file", help="JSONL file of the rows with their answers.")
+    Path | None, typer.Option("--output", "-o", metavar="file", help="JSONL file for the rows with their answers.")
 ]
 Metrics = Annotated[
     bool,
     typer.Option(
         "--metrics",
-        help="Compare with the rows' own answers: exact match, ROUGE-L, BLEU, and perplexity of these answers.",
+        help="Compare with the reference answers in the rows: exact match, ROUGE-L, BLEU, and their perplexity.",
     ),
 ]
 System = Annotated[
-    str | None, typer.Option("--system", metavar="text", help="System prompt, in place of the trained one.")
+    str | None, typer.Option("--system", metavar="text", help="System prompt; overrides the one used in training.")
 ]
 OverwriteFile = Annotated[
-    bool, typer.Option("--overwrite", help="Replace --output, and forget what a stopped call has left.")
+    bool, typer.Option("--overwrite", help="Replace --output, and discard the partial results of a stopped run.")
 ]
 
 
@@ -73,7 +72,6 @@ def command(
     *,
     sampling: Sampling,
 ) -> None:
-    """Answer the prompt or the rows, or open the chat."""
     adapters = named_adapters(adapter or [])
     model = asked_model(bool(adapters), model, base_model)
     _check_flags(prompt, input_, output, {"--metrics": metrics, "--overwrite": overwrite}, json)
@@ -81,7 +79,7 @@ def command(
     if no_adapter and metrics and not adapters:
         raise LoratuneError("--no-adapter with --metrics compares with an adapter; give one with --adapter", Exit.USAGE)
     if len(adapters) > 1 and (prompt is not None or input_ is not None):
-        console.warn(f"{adapters[0][0]} alone answers; the other adapters are for the chat")
+        console.warn(f"{adapters[0][0]} answers; the other adapters are only used in the chat")
         adapters = adapters[:1]
     if input_ is None or output is None:
         with closing(_load(adapters, model, force)) as engine:
@@ -103,7 +101,7 @@ def command(
 def _check_flags(
     prompt: str | None, input_: str | None, output: Path | None, of_files: dict[str, bool], json: bool
 ) -> None:
-    """Refuse flags that would have no effect."""
+    """Raise for flags that would have no effect."""
     if prompt is not None and input_ is not None:
         raise LoratuneError("--prompt asks one question and --input a file of them; give one of the two", Exit.USAGE)
     if input_ is not None and output is None:
@@ -145,7 +143,7 @@ def _talk(
     use_adapter: bool,
     as_json: bool,
 ) -> None:
-    """Answer one question, or open the chat."""
+    """Answer one prompt, or open the chat."""
     adapter = next(iter(engine.adapters), None)
     if prompt is not None and as_json:
         _write_answer(engine, sampling, prompt, system, use_adapter=use_adapter)
@@ -160,7 +158,7 @@ def _talk(
 
 
 def _write_answer(engine: Engine, sampling: Sampling, prompt: str, system: str | None, *, use_adapter: bool) -> None:
-    """One answer as JSON."""
+    """Answer one prompt, and print the result as JSON."""
     from loratune.engine.exchange import Question
 
     turns: list[Any] = [{"role": "system", "content": system}] if system else []

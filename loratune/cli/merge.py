@@ -1,4 +1,4 @@
-"""`loratune merge`: adapter + base → a full model that has proved itself."""
+"""`loratune merge`: merges adapters into their base model and verifies the result."""
 
 from __future__ import annotations
 
@@ -31,9 +31,9 @@ if TYPE_CHECKING:
     from loratune.runs.verification import MergedModel
 
 DETAILS = """\
-The merged model is written beside its name, read back and compared with base + adapter: every row with PEFT's own
-merge, the files beside the weights, the logits on validation rows of the run, and some answers. If anything is off,
-nothing is left and the exit code is 4.
+Writes the merged model to a temporary folder, reads it back, and compares it with base + adapter: every weight with
+PEFT's own merge, the other files, the logits on validation rows of the run, and some generations. If anything differs,
+the result is deleted and the exit code is 4.
 
 Several adapters: --adapter a=out/run1 --adapter b=out/run2 --weights 0.7,0.3 --combine linear"""
 SIZE = re.compile(r"(?P<number>\d+(\.\d+)?)\s*(?P<unit>[kMGT]?)i?B?", re.IGNORECASE)
@@ -42,7 +42,7 @@ UNITS = {"": 1, "k": 1e3, "m": 1e6, "g": 1e9, "t": 1e12}
 
 Adapters = Annotated[
     list[str],
-    typer.Option("--adapter", "-a", metavar="folder", help=f"{ADAPTER_HELP} name=folder for each of several."),
+    typer.Option("--adapter", "-a", metavar="folder", help=f"{ADAPTER_HELP} With several: name=folder each."),
 ]
 WeightType = Annotated[
     Dtype | None, typer.Option("--dtype", metavar=listed(Dtype), help="Type of the weights; default is the base's.")
@@ -58,7 +58,7 @@ AddedTo = Annotated[
 ]
 Weights = Annotated[
     str | None,
-    typer.Option("--weights", metavar="numbers", help="Of several adapters, in their order, with commas between."),
+    typer.Option("--weights", metavar="numbers", help="Comma-separated weights of several adapters, in order."),
 ]
 Combine = Annotated[
     Combination,
@@ -72,11 +72,11 @@ Combine = Annotated[
 Density = Annotated[
     float,
     typer.Option(
-        "--density", metavar="number", min=0.01, max=1, help="Share of an update that ties and dare_ties keep."
+        "--density", metavar="number", min=0.01, max=1, help="Share of each update that ties and dare_ties keep."
     ),
 ]
 Verify = Annotated[
-    bool, typer.Option("--verify/--no-verify", help="Compare what was written with base + adapter (the default).")
+    bool, typer.Option("--verify/--no-verify", help="Compare the written files with base + adapter (default).")
 ]
 
 
@@ -99,7 +99,6 @@ def command(
     force: Force = False,
     json: Json = False,
 ) -> None:
-    """Merge, prove, and say what to do next."""
     adapters = named_adapters(adapter)
     import torch
 
@@ -118,7 +117,7 @@ def command(
         overwrite=overwrite,
     )
     if not verify:
-        console.warn("--no-verify: nobody will know whether the merged model is what was trained")
+        console.warn("--no-verify: the merged model is not compared with base + adapter")
     with push(destination, output, not public, dry_run):
         with open_adapters(adapters, weights, combine, density, base_model, force) as source:
             verification = merge_adapter(source, output, options)
@@ -137,10 +136,10 @@ def _show(merged: MergedModel, output: Path) -> None:
 
 
 def parse_size(text: str) -> int:
-    """Bytes of `5GB`, `900MB` or `123`.
+    """Parse a size in bytes: `5GB`, `900MB` or `123`.
 
     Raises:
-        LoratuneError: it is none of these, or nothing.
+        LoratuneError: the text is not a size, or is zero.
     """
     match = SIZE.fullmatch(text.strip())
     size = float(match["number"]) * UNITS[match["unit"].lower()] if match else 0

@@ -1,4 +1,4 @@
-"""Every setting of the recipe as a flag, with help, default and bounds taken from its declaration."""
+"""Generates a flag for every setting of the recipe, with help, default and bounds from its declaration."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ SYMBOLS = {"ge": "≥", "gt": ">", "le": "≤", "lt": "<"}
 
 
 def recipe_options(command: Callable[..., None]) -> Callable[..., None]:
-    """Add one option per setting to a command; those used reach it as `flags`: dotted setting → value as typed."""
+    """Add one option per setting to a command, which gets the used ones as `flags`: dotted setting → value as typed."""
     settings = dict(iterate_settings())
     fields = settings | {old: settings[new] for old, new in RENAMED.items()}
     names = {dotted.replace(".", "__"): dotted for dotted in fields}
@@ -41,13 +41,13 @@ def with_options(
     generated: list[inspect.Parameter],
     collected: Callable[[dict[str, Any]], Any],
 ) -> Callable[..., None]:
-    """Put options in the place of a command's parameter.
+    """Replace one parameter of a command with generated options.
 
     Args:
-        command: as Typer takes it, but for this parameter.
-        name: of the parameter.
+        command: a Typer command with the parameter.
+        name: name of the parameter.
         generated: the options.
-        collected: makes the parameter's value of theirs, by name.
+        collected: converts the options' values, by name, into the parameter's value.
     """
 
     def wrapped(**arguments: Any) -> None:
@@ -71,7 +71,7 @@ def _parameters(command: Callable[..., None]) -> dict[str, inspect.Parameter]:
 def _option(dotted: str, field: FieldInfo, is_hidden: bool) -> Any:
     section = dotted.rpartition(".")[0]
     is_flag = field.annotation in (bool, bool | None)
-    # Typer takes the first name for yes and the one after the slash for no.
+    # Typer uses the name before the slash for True, and the one after it for False.
     spelled = f"--{dotted}/--no-{dotted}" if is_flag else f"--{dotted}"
     option = typer.Option(
         spelled,
@@ -91,7 +91,7 @@ def _bounds(field: FieldInfo) -> str:
 
 
 def bounds_text(field: FieldInfo) -> str:
-    """The numeric bounds of a setting: `≥ 1, ≤ 4096`."""
+    """Return the numeric bounds of a setting, such as `≥ 1, ≤ 4096`."""
     bounds = [
         f"{symbol} {getattr(rule, name)}"
         for rule in field.metadata
@@ -102,7 +102,7 @@ def bounds_text(field: FieldInfo) -> str:
 
 
 def default_text(field: FieldInfo) -> Any:
-    """The default as help and docs show it; False for none."""
+    """Return the default as shown in help and docs; False if there is none."""
     if field.is_required():
         return "required"
     default = field.default
@@ -116,9 +116,9 @@ def default_text(field: FieldInfo) -> Any:
 
 
 def type_name(kind: Any) -> str:
-    """A setting's type for help and docs: its choices, or what is to be written."""
+    """Return a setting's type as shown in help and docs: its choices, or a placeholder."""
     if kind is Finding:
-        return "name"  # of so many that the setting's description lists them
+        return "name"  # the setting's description lists the many choices
     if get_origin(kind) is Annotated:
         return type_name(get_args(kind)[0])
     if isinstance(kind, type) and issubclass(kind, Section):

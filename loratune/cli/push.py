@@ -1,4 +1,4 @@
-"""--push of merge and export: the destination is checked before the work, the upload comes after it."""
+"""Implements --push of merge and export: checks the destination before the work, and uploads after it."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from loratune.errors import Exit, LoratuneError
 
 @contextmanager
 def push(text: str | None, folder: Path, private: bool, dry_run: bool) -> Iterator[None]:
-    """Push a folder after what makes it.
+    """Push a folder after the body of the `with` statement has created it.
 
     Args:
         text: hf:org/name or ms:org/name; None pushes nothing.
-        folder: what is pushed.
-        private: whether the repository is to be private.
-        dry_run: only tell.
+        folder: the folder to push.
+        private: whether the repository is created private.
+        dry_run: only list the files.
 
     Raises:
-        LoratuneError: a flag of a push without one; else as `parse_push` and `push_folder`.
+        LoratuneError: a push flag is given without --push; or see `parse_push` and `push_folder`.
     """
     if text is None:
         if not (private and dry_run):
@@ -37,5 +37,5 @@ def push(text: str | None, folder: Path, private: bool, dry_run: bool) -> Iterat
     files = [(name, console.memory(size)) for name, size in result.files.items()]
     console.table(files, title=f"{'would push' if dry_run else 'pushed'} to {destination.url}")
     if dry_run:
-        console.say("nothing has been sent")
+        console.say("dry run: nothing was uploaded")
         console.next_step(str(repeated("upload it", {"--no-dry-run", "--overwrite"})))

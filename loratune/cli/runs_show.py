@@ -1,4 +1,4 @@
-"""`loratune runs show`: how a run stands."""
+"""`loratune runs show`: shows a run's state."""
 
 from __future__ import annotations
 
@@ -11,18 +11,17 @@ from loratune import console
 from loratune.runs.state import run_state
 
 BASES = {
-    "every byte": "known by every byte of its weights",
-    "sampled": "known by samples: 4096 bytes of each tensor",
-    "nothing": "not known",
+    "every byte": "identified by a hash of all its weights",
+    "sampled": "identified by samples: 4096 bytes of each tensor",
+    "nothing": "not identified",
 }
-DETAILS = "A run that says it is running, but whose process is gone, has crashed; it can be resumed."
+DETAILS = "A run that is marked as running but has no process has crashed; it can be resumed."
 
 
 def command(
     run: Annotated[Path, typer.Argument(help="Run folder.", show_default=False)],
-    json: Annotated[bool, typer.Option("--json", help="Print it as JSON to stdout.")] = False,
+    json: Annotated[bool, typer.Option("--json", help="Print the state as JSON to stdout.")] = False,
 ) -> None:
-    """Show state, losses, checkpoints, and what to type next."""
     state = run_state(run)
     if json:
         console.write_json(state)
@@ -45,6 +44,6 @@ def _rows(state: dict[str, Any]) -> list[tuple[str, str]]:
     return [
         *rows,
         ("checkpoints", checkpoints),
-        ("files", changed or "as the run left them"),
+        ("files", changed or "unchanged"),
         ("base", BASES[state["base_checked"]]),
     ]

@@ -1,4 +1,4 @@
-"""The sampling settings as flags, with help, default and range from their declaration."""
+"""Generates the sampling flags, with help, default and range from their declaration."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def _parameter(name: str) -> inspect.Parameter:
 
 
 def _number_option(setting: NumberSetting) -> Any:
-    """The flag of a number: a text, which the setting reads itself."""
+    """Return the option of a numeric setting; its type is text, because the setting does the parsing."""
     names = [flag(setting.name), *filter(None, [SHORT.get(setting.name)])]
     option = typer.Option(
         *names,
@@ -51,5 +51,4 @@ def _text_option(name: str) -> Any:
 
 
 def flag(name: str) -> str:
-    """How a setting is spelled on the command line."""
     return f"--{name.replace('_', '-')}"

@@ -19,30 +19,36 @@ from loratune.errors import Exit, LoratuneError
 KEY_VARIABLE = "LORATUNE_API_KEY"
 EARLIER_VARIABLE = "LORATUNE_TOKEN"
 DETAILS = """\
-Speaks the protocol of OpenAI's clients (/v1/chat/completions, /v1/completions, /v1/models) and shows a chat page. The
-base and every adapter can be asked by name; all questions are answered at the same time.
+Implements the OpenAI API (/v1/chat/completions, /v1/completions, /v1/models) and a chat page. The base model and every
+adapter are available by name; requests run concurrently.
 
-Requests need an API key: that of --api-key or LORATUNE_API_KEY, or one that is made and printed at the start. A signal
-lets running answers finish; a second one ends at once."""
+Requests need an API key: from --api-key or LORATUNE_API_KEY, or a generated one that is printed at startup. A signal
+drains running requests and exits; a second one exits at once."""
 
 Host = Annotated[str, typer.Option("--host", metavar="address", help="Address to listen on.")]
-Port = Annotated[int, typer.Option("--port", metavar="integer", min=0, max=65535, help="0 takes any free one.")]
+Port = Annotated[int, typer.Option("--port", metavar="integer", min=0, max=65535, help="Port; 0 picks a free one.")]
 ApiKey = Annotated[
     str | None,
-    typer.Option("--api-key", metavar="text", help="Key that requests must carry; other users see it in ps."),
+    typer.Option("--api-key", metavar="text", help="API key that requests must send; visible to other users in ps."),
 ]
-NoApiKey = Annotated[bool, typer.Option("--no-api-key", help="Let everybody on this machine ask.")]
+NoApiKey = Annotated[
+    bool, typer.Option("--no-api-key", help="Accept requests without a key, from any user of this machine.")
+]
 AllowHost = Annotated[
     list[str] | None,
-    typer.Option("--allow-host", metavar="name", help="A name by which clients call this machine. May be given again."),
+    typer.Option("--allow-host", metavar="name", help="Additional host name of this server. Repeatable."),
 ]
 AllowOrigin = Annotated[
     list[str] | None,
-    typer.Option("--allow-origin", metavar="url", help="Another web page that may ask. May be given again."),
+    typer.Option(
+        "--allow-origin", metavar="url", help="Origin of another web page that may send requests. Repeatable."
+    ),
 ]
-Slots = Annotated[int, typer.Option("--slots", metavar="integer", min=1, max=1024, help="Answers at the same time.")]
+Slots = Annotated[
+    int, typer.Option("--slots", metavar="integer", min=1, max=1024, help="Maximum number of concurrent requests.")
+]
 MaxQueue = Annotated[
-    int, typer.Option("--max-queue", metavar="integer", min=0, max=65536, help="Questions that may wait for a slot.")
+    int, typer.Option("--max-queue", metavar="integer", min=0, max=65536, help="Maximum number of queued requests.")
 ]
 LONGEST = NUMBERS["max_new_tokens"]
 MaxNewTokens = Annotated[
@@ -76,7 +82,9 @@ def command(
 
     with Address(host, port) as address:
         if no_api_key and not address.is_local:
-            raise LoratuneError(f"--no-api-key is for 127.0.0.1 alone; --host {host} would let anyone ask", Exit.USAGE)
+            raise LoratuneError(
+                f"--no-api-key is only allowed for 127.0.0.1; --host {host} would let anyone send requests", Exit.USAGE
+            )
         with console.status(f"loading {model or adapters[0][1]}"):
             from loratune.engine.engine import load_engine
             from loratune.generation.server.application import Limits
@@ -87,9 +95,9 @@ def command(
         for warning in engine.warnings:
             console.warn(warning)
         _check_names(engine)
-        for told in dict.fromkeys(voice.encoder.about_calls for voice in engine.voices.values()):
-            if told:
-                console.warn(told)
+        for remark in dict.fromkeys(voice.encoder.about_calls for voice in engine.voices.values()):
+            if remark:
+                console.warn(remark)
         secret = None if no_api_key else given or secrets.token_urlsafe(24)
         hosts = LOOPBACK_NAMES | {host.lower(), *map(str.lower, allow_host or [])}
         address.listen()
@@ -103,7 +111,7 @@ def command(
 
 
 def _given_key(api_key: str | None, no_api_key: bool) -> str | None:
-    """The API key that the user has chosen; None for none."""
+    """Return the API key that the user has chosen; None if there is none."""
     if no_api_key and api_key is not None:
         raise LoratuneError("--api-key and --no-api-key exclude each other", Exit.USAGE)
     chosen = api_key if api_key is not None else _key_of_environment()
@@ -121,7 +129,7 @@ def _key_of_environment() -> str | None:
 
 
 def _checked_origin(text: str) -> str:
-    """An origin as browsers send it."""
+    """Return an origin in the form that browsers send."""
     parts = urlsplit(text.lower())
     if parts.scheme not in ("http", "https") or not parts.netloc or text.lower() != f"{parts.scheme}://{parts.netloc}":
         raise LoratuneError(
@@ -138,9 +146,9 @@ def _check_names(engine: Any) -> None:
 
 
 def _tell(address: Any, engine: Any, secret: str | None, is_made: bool) -> None:
-    """Where the page is, and a line to try. A key that the user has chosen is not shown."""
+    """Print the page's address and an example request. A key that the user has chosen is not printed."""
     if not address.is_local:
-        console.warn("other machines can connect, and what is said is not encrypted: put a proxy with TLS in front")
+        console.warn("other machines can connect, and the connection is not encrypted: use a TLS proxy in front")
     console.say(f"models: {', '.join([engine.base_name, *engine.adapters])}")
     console.next_step(f"page: {address.url}/{f'#api_key={secret}' if secret and is_made else ''}")
     name = (engine.adapters or [engine.base_name])[0]

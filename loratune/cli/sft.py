@@ -1,4 +1,4 @@
-"""`loratune sft`: recipe → run folder with an adapter."""
+"""`loratune sft`: trains an adapter from a recipe."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from loratune.errors import Exit, LoratuneError
 from loratune.recipe.loading import dump_recipe, load_recipe, shipped_recipes
 
 DETAILS = """\
-Every setting of the recipe is a flag of the same name; a flag takes precedence over the recipe, and the recipe over the
-default. Shipped recipes: """ + ", ".join(path.stem for path in shipped_recipes())
+Every setting of the recipe is also a flag; flags override the recipe, and the recipe overrides the
+defaults. Shipped recipes: """ + ", ".join(path.stem for path in shipped_recipes())
 
 
 @recipe_options
@@ -26,23 +26,24 @@ def command(
         typer.Option(
             "--resume",
             metavar="[auto|step]",
-            help="Go on with the run in the output folder, from its newest checkpoint or the one named; auto starts it "
-            "if there is none yet.",
+            help="Continue the run in the output folder, from its newest checkpoint or the given one; auto starts it "
+            "if there is no run yet.",
         ),
     ] = None,
     strict_resume: Annotated[
-        bool, typer.Option("--strict-resume", help="Don't go back behind a damaged checkpoint.")
+        bool, typer.Option("--strict-resume", help="Fail on a damaged checkpoint instead of using an older one.")
     ] = False,
     allow_changes: Annotated[
-        bool, typer.Option("--allow-changes", help="Resume although settings or data have changed.")
+        bool, typer.Option("--allow-changes", help="Resume even if settings or data have changed.")
     ] = False,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier run in the same folder.")] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace an existing run in the output folder.")
+    ] = False,
     show: Annotated[bool, typer.Option("--show", help="Print the resolved recipe and stop.")] = False,
     json: Annotated[bool, typer.Option("--json", help="Print the report as JSON to stdout.")] = False,
     *,
     flags: dict[str, object],
 ) -> None:
-    """Load the recipe, train, and say what to do next."""
     recipe = load_recipe(config, dict(flags))
     if show:
         console.write_result(dump_recipe(recipe, is_ascii=not console.takes_all_characters()), end="")
@@ -50,8 +51,8 @@ def command(
     if resume is None and (strict_resume or allow_changes):
         raise LoratuneError("--strict-resume and --allow-changes need --resume", Exit.USAGE)
     if resume is not None and overwrite:
-        raise LoratuneError("--resume goes on with a run, --overwrite replaces it; give one of them", Exit.USAGE)
-    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")  # TRL reports each trainer that is made to the hub
+        raise LoratuneError("--resume continues a run, --overwrite replaces it; give one of them", Exit.USAGE)
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")  # TRL reports the creation of trainers to the hub
     with console.status("starting"):
         from loratune.training.checkpoints.resuming import Resume
         from loratune.training.failures import attempted

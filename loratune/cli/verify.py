@@ -1,4 +1,4 @@
-"""`loratune verify`: whether a merged model, an export or a run is still what was verified."""
+"""`loratune verify`: checks whether a merged model, an export or a run has changed since it was verified."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from loratune.cli.flags import Adapter, Force, Json, Logits, MovedBase, adapter_
 from loratune.errors import Exit, LoratuneError
 
 DETAILS = """\
-verification.json, or a run's manifest, holds the sha256 of every file; each is computed again. A file that is changed,
-missing or added, and that a program would load, means exit code 4. infer, serve and export make the same check of a
-model's folder before they load it.
+Recomputes the sha256 of every file and compares it with verification.json or the run's manifest. If a file that a
+program would load has changed, is missing or was added, the exit code is 4. infer, serve and export check a model's
+folder in the same way before they load it.
 
---adapter proves a merged model once more, as merge has done it: every tensor, the logits, and some answers."""
+--adapter repeats the verification of a merge: every tensor, the logits, and some generations."""
 
 Folder = Annotated[Path, typer.Argument(help="A merged model, an export, or a run folder.", show_default=False)]
 
@@ -29,7 +29,6 @@ def command(
     force: Force = False,
     json: Json = False,
 ) -> None:
-    """Compare every file with what was recorded of it."""
     from loratune.delivery.merge.job import MergeOptions
     from loratune.delivery.reverify import verify_folder
     from loratune.delivery.verification.report import show_verification

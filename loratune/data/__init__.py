@@ -1,1 +1,1 @@
-"""From files of questions and answers to token ids and labels."""
+"""Turns files of conversations into token ids and labels."""

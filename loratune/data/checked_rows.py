@@ -1,4 +1,4 @@
-"""The rows of a file as conversations, one after another, and what was wrong with the others."""
+"""Reads a file's rows as conversations, and records what is wrong with the rest."""
 
 from __future__ import annotations
 
@@ -15,47 +15,47 @@ from loratune.errors import Exit, LoratuneError, bullet_list
 from loratune.recipe.data_sections import DataSettings
 
 FORMAT_ROWS = 1000
-"""Rows among which the first in a known format decides the file's."""
+"""The file's format is that of the first recognised row among this many."""
 SHOWN_ROWS = 5
 
 
 @dataclass
 class ReadingLog:
-    """What was seen while the rows of a file were read."""
+    """Counts and problems from one pass over a file."""
 
     format: str
     seen: int = 0
     good: int = 0
-    """Rows that can be trained on, of which some may not have been asked for."""
+    """Valid rows, including those that `chosen` leaves out."""
     refused: int = 0
-    """Of the bad rows, those that the chat template refuses."""
+    """Bad rows that the chat template rejected."""
     rendered: int = 0
-    """Rows that it has rendered."""
+    """Rows that the chat template rendered."""
     first_bad: list[tuple[int, str]] = field(default_factory=list)
-    """Of the first bad rows, number and what is wrong and where, without the file's name: others may read the same."""
+    """Row numbers and problems of the first bad rows, without the file's name: a cached log may serve another path."""
     ignored: list[str] = field(default_factory=list)
-    """Keys that say nothing to the format; some of them if there are very many."""
+    """Keys that the format does not use; at most ten."""
     under: str = ""
-    """Key of the object that holds the rows, where they are no document of their own."""
+    """Key of the list that holds the rows, if they are nested in an object."""
 
     @property
     def bad(self) -> int:
-        """Rows that cannot be read or trained on."""
+        """Number of rows that cannot be read or trained on."""
         return self.seen - self.good
 
     def note(self, number: int, problem: str) -> None:
-        """Keep what is wrong with a row if it is one of the first; rows may come in any order."""
+        """Record a row's problem if it is among the first; rows may arrive in any order."""
         insort(self.first_bad, (number, problem))
         del self.first_bad[SHOWN_ROWS:]
 
 
 class CheckedRows:
-    """The conversations of a file with the numbers of their rows; `log` tells of the last time through.
+    """The conversations of a file, with their row numbers. `log` describes the last iteration.
 
     Args:
-        file: where they come from.
-        reader: of their format.
-        chosen: numbers of the rows to take; None takes all.
+        file: the file to read.
+        reader: converts rows of the file's format.
+        chosen: row numbers to yield; None yields all.
     """
 
     def __init__(self, file: RowFile, reader: ConversationReader, chosen: frozenset[int] | None = None) -> None:
@@ -63,10 +63,10 @@ class CheckedRows:
         self.log = ReadingLog(reader.kind.name)
 
     def __iter__(self) -> Iterator[tuple[int, Conversation]]:
-        """Go through the file; bad rows are noted and left out.
+        """Yield row numbers and conversations; bad rows are logged and skipped.
 
         Raises:
-            LoratuneError: placeholders without a value, or a file that holds no rows at all.
+            LoratuneError: placeholders without a value, or a file without any rows.
         """
         log = self.log = ReadingLog(self.reader.kind.name)
         for row in self.file:
@@ -83,7 +83,7 @@ class CheckedRows:
         self.reader.check_placeholders()
 
     def refuse(self, number: int, error: LoratuneError) -> None:
-        """Count a row that was handed out as bad, since it cannot be rendered."""
+        """Count an already yielded row as bad because it cannot be rendered."""
         self.log.good -= 1
         self.log.refused += error.exit_code == Exit.MODEL
         self.log.note(number, f"{self.file.place(number)}: {error}".removeprefix(self.file.name))
@@ -94,7 +94,7 @@ class CheckedRows:
 
 
 def check_rows(file: RowFile, data: DataSettings, system: str | None = None) -> CheckedRows:
-    """The rows of an opened file, in the format of its first ones."""
+    """Return the conversations of a file, in the format detected from its first rows."""
     first = [row.value for row in islice(file, FORMAT_ROWS) if not isinstance(row, BadRow)]
     kind = detect_format(first, data.columns)
     unread = describe_unread_columns(first, kind, data.columns)
@@ -104,11 +104,11 @@ def check_rows(file: RowFile, data: DataSettings, system: str | None = None) -> 
 
 
 def judge_log(file: RowFile, log: ReadingLog, data: DataSettings) -> str:
-    """What to say of rows that cannot be read or trained on; empty where there are none.
+    """Return a warning about bad rows, or an empty string if there are none.
 
     Raises:
-        LoratuneError: there are some and none may be left out, or too many, or nothing but bad ones; the template
-            refuses all.
+        LoratuneError: the recipe does not allow skipping this many rows, no good row is left, or the template rejects
+            all.
     """
     if not log.bad:
         return ""
@@ -130,4 +130,4 @@ def judge_log(file: RowFile, log: ReadingLog, data: DataSettings) -> str:
         reason = f"data.max_bad_rows allows {data.max_bad_rows}"
     else:
         reason = "--data.on_bad_row skip leaves them out"
-    raise LoratuneError(f"{message}{needs}mend or remove these rows ({reason})", Exit.DATA)
+    raise LoratuneError(f"{message}{needs}correct or remove these rows ({reason})", Exit.DATA)

@@ -1,4 +1,4 @@
-"""data settings → training and validation rows as token ids, with all that the gate has to say of them."""
+"""Prepares the training and validation rows of a recipe: read, encode, check, remove, mix, split."""
 
 from __future__ import annotations
 
@@ -31,35 +31,35 @@ from loratune.recipe.sections import PromptSettings
 
 @dataclass
 class FileUse:
-    """One source as it was read."""
+    """What a run read from one source."""
 
     path: str
     sha256: str
     rows: int
-    """Rows used, after sampling, cleaning and mixing, with repetitions."""
+    """Rows used, after sampling, removal and mixing, with repetitions."""
     seen: int
-    """Rows that it holds."""
+    """Rows in the file."""
     format: str
     ignored: list[str] = field(default_factory=list)
-    """Columns that nothing was taken from."""
+    """Columns that are not used."""
 
 
 @dataclass
 class PreparedData:
-    """Everything training needs of the data, and what the user should know of it."""
+    """The data of a run, and everything that the checks found."""
 
     train: Split
     validation: Split | None
     files: list[FileUse]
     found: list[Found]
     prompt: PromptSettings
-    """How they were rendered, the day included that the template writes."""
+    """The prompt settings that rows were rendered with, including the date that the template writes."""
 
     def checked(self) -> PreparedData:
-        """Itself, unless it must not be trained on.
+        """Return this object if it may be trained on.
 
         Raises:
-            LoratuneError: with every finding that stops a run.
+            LoratuneError: lists every finding that refuses the data.
         """
         message = refusal(self.found)
         if message:
@@ -68,7 +68,7 @@ class PreparedData:
 
     @property
     def warnings(self) -> list[str]:
-        """What stops nothing but should be known."""
+        """Messages of findings that do not refuse the data."""
         return [one.text for one in self.found if one.level != "refuse"]
 
 
@@ -78,11 +78,11 @@ def prepare_data(data: DataSettings, rendering: Rendering, seed: int) -> Prepare
     Args:
         data: the settings.
         rendering: how rows become ids.
-        seed: of samples, mixture and split.
+        seed: seeds samples, mixture and split.
 
     Raises:
-        LoratuneError: sources that cannot be read, or that leave nothing to train on. What else the gate finds raises
-            only with `PreparedData.checked`, so that all of it can be shown.
+        LoratuneError: a source cannot be read, or no row is left to train on. Other findings that refuse the data raise
+            only in `PreparedData.checked`, so that all can be shown together.
     """
     found: list[Found] = []
     loaded = _load(data, rendering, seed, found)
@@ -110,10 +110,10 @@ def prepare_data(data: DataSettings, rendering: Rendering, seed: int) -> Prepare
 
 
 def check_sources(data: DataSettings) -> None:
-    """Read all rows without encoding them, for where there is no tokenizer.
+    """Read all rows without encoding them, for recipes without a tokenizer at hand.
 
     Raises:
-        LoratuneError: sources or rows that cannot be read or trained on.
+        LoratuneError: a source cannot be read, or holds rows that cannot be trained on.
     """
 
     def read(source: Source) -> None:
@@ -129,13 +129,13 @@ def _validation_entries(data: DataSettings) -> list[str | SourceSettings]:
 
 
 def _load(data: DataSettings, rendering: Rendering, seed: int, found: list[Found]) -> list[LoadedSource]:
-    """All sources of training and then of validation rows."""
+    """Load the sources of the training rows, then those of the validation rows."""
     loaded: list[LoadedSource] = []
 
     def load(source: Source) -> None:
         if source.repeat > 1 and len(loaded) >= len(data.train):
             raise LoratuneError(
-                f"{source.name}: validation rows are never repeated; leave #{source.repeat}x away", Exit.USAGE
+                f"{source.name}: validation rows are never repeated; remove #{source.repeat}x", Exit.USAGE
             )
         one = load_source(source, data, rendering, seed)
         left_out = judge_log(one.file, one.rows.log, data)
@@ -148,7 +148,7 @@ def _load(data: DataSettings, rendering: Rendering, seed: int, found: list[Found
 
 
 def _for_each_source(entries: Sequence[str | SourceSettings], work: Callable[[Source], None]) -> None:
-    """Do something with each source; problems of several are told together."""
+    """Call `work` with each source; data errors of several sources are raised as one."""
     problems: list[str] = []
     for entry in entries:
         try:
@@ -164,7 +164,7 @@ def _for_each_source(entries: Sequence[str | SourceSettings], work: Callable[[So
 def _checked(
     sources: Sequence[LoadedSource], purpose: str, data: DataSettings, max_length: int, found: list[Found]
 ) -> Pool:
-    """The rows of some sources without those that data.remove removes; what was removed and found goes to `found`."""
+    """Return the rows without those of data.remove; findings and removals are appended to `found`."""
     pool = Pool.of(sources)
     odd = find_rows(pool, data)
     gone = np.zeros(len(pool), bool)
@@ -184,7 +184,7 @@ def _checked(
 
 
 def _leave_out_shared(rows: Pool, times: Indices, held_out: Pool, data: DataSettings, found: list[Found]) -> None:
-    """Tell of validation rows that stand in training too, or train on none of them where data.remove says so."""
+    """Report validation rows that also occur in training, or remove them from training for `remove: overlap`."""
     taken = rows.take(times > 0)
     if "overlap" not in data.remove:
         found += describe("overlap", held_out, shared_rows(held_out, taken), data, "validation", other=taken)
@@ -196,7 +196,7 @@ def _leave_out_shared(rows: Pool, times: Indices, held_out: Pool, data: DataSett
 
 
 def _unused_sources(rows: Pool, times: Indices) -> Iterator[Found]:
-    """Sources whose weight is too small to take a single row of them."""
+    """Yield sources whose weight is too small to use even one row."""
     for number, loaded in enumerate(rows.sources):
         mine = rows.source == number
         if mine.any() and not times[mine].any():
@@ -205,7 +205,7 @@ def _unused_sources(rows: Pool, times: Indices) -> Iterator[Found]:
 
 
 def _nothing_left(data: DataSettings, max_length: int, rows: Pool, found: Sequence[Found]) -> LoratuneError:
-    """Why there is nothing to train on."""
+    """Return the error for data without a trainable row."""
     removed = [one.text for one in found if one.level == "note"]
     if not len(rows):
         names = ", ".join(data.train_names)

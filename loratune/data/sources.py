@@ -1,4 +1,4 @@
-"""The entries of data.train and data.validation: which file or data set, how many of its rows, how often."""
+"""Parses entries of data.train and data.validation: file or hub dataset, sample size, repeats."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from loratune.errors import Exit, LoratuneError
 from loratune.plain_files import is_folder
 from loratune.recipe.data_sections import SourceSettings
 
-# At least one character before the ending, so that `.json` alone is a name and not an ending.
+# At least one character must precede the extension, so that a file named `.json` has none.
 ENDING = re.compile(
     r"[^/]\.(?:(?P<kind>json|jsonl|csv)(?:\.(?P<compression>gz|zst))?|(?P<parquet>parquet))", re.IGNORECASE
 )
-# The longest name that ends so: a # before the ending belongs to the name.
+# Greedy, so a mark before the last extension is part of the file name.
 FILE = re.compile(rf"(?P<name>.*{ENDING.pattern})(?P<marks>(?:#.*)?)", re.IGNORECASE | re.DOTALL)
 HUB_NAME = re.compile(
     r"(?P<hub>hf|ms):(?P<dataset>\w[\w.-]*/\w[\w.-]*)(?::(?P<config>[^:\s]+)(?=:))?(?::(?P<split>\w[\w.-]*))?"
@@ -29,19 +29,19 @@ class Source:
     """One entry of data.train or data.validation."""
 
     name: str
-    """A file, or a data set of a hub."""
+    """A path, or the name of a hub dataset."""
     sample: int | None = None
-    """How many rows to draw; None takes all."""
+    """Number of rows to draw; None takes all."""
     repeat: int = 1
-    """How often every row is taken."""
+    """How often each row is used."""
     system: str | None = None
-    """System prompt for its rows without one."""
+    """System prompt for rows without one."""
     weight: float | None = None
-    """Its share of the training rows, relative to the other sources' weights."""
+    """Share of the training rows, relative to the weights of the other sources."""
 
 
 class FileKind(NamedTuple):
-    """What the name of a file says of it."""
+    """File type and compression, from the file's name."""
 
     kind: str
     """json, jsonl, csv or parquet."""
@@ -50,7 +50,7 @@ class FileKind(NamedTuple):
 
 
 class HubName(NamedTuple):
-    """`hf:org/name:config:split`, taken apart."""
+    """The parts of `hf:org/name:config:split`."""
 
     hub: str
     """hf or ms."""
@@ -60,10 +60,10 @@ class HubName(NamedTuple):
 
 
 def parse_source(entry: str | SourceSettings) -> Source:
-    """Read `path`, `path#500` (draw 500 rows), `path#2x` (take each twice), alone or with settings of its own.
+    """Parse `path`, `path#500` (draw 500 rows) or `path#2x` (use each row twice), with or without other settings.
 
     Raises:
-        LoratuneError: an address, an odd count, or a kind of file that is not read.
+        LoratuneError: the entry is a URL, has an invalid count, or names an unsupported file type.
     """
     if isinstance(entry, str):
         entry = SourceSettings(path=entry)
@@ -73,7 +73,7 @@ def parse_source(entry: str | SourceSettings) -> Source:
 
 
 def file_kind(name: str) -> FileKind | None:
-    """The kind of a file that is read; None for all others."""
+    """Return the type of a supported file; None for other files."""
     match = FILE.fullmatch(name)
     if not match or match["marks"]:
         return None
@@ -81,13 +81,13 @@ def file_kind(name: str) -> FileKind | None:
 
 
 def hub_name(name: str) -> HubName | None:
-    """The parts of a hub's data set; None for what is a file."""
+    """Return the parts of a hub dataset's name; None for files."""
     match = HUB_NAME.fullmatch(name)
     return HubName(match["hub"], match["dataset"], match["config"], match["split"] or "train") if match else None
 
 
 def _split_marks(path: str) -> tuple[str, list[str]]:
-    """The name, and what follows it behind each #."""
+    """Split a path into the name and the marks after each #."""
     if "://" in path:
         raise LoratuneError(
             f"{path}: nothing is fetched from the network; download the file first, "
@@ -115,7 +115,7 @@ def _split_marks(path: str) -> tuple[str, list[str]]:
 
 
 def _parse_marks(path: str, marks: list[str]) -> tuple[int | None, int]:
-    """How many rows to draw, and how often to take each."""
+    """Return the sample size and the number of repeats."""
     samples = [int(match[1]) for mark in marks if (match := SAMPLE_MARK.fullmatch(mark))]
     repeats = [int(match[1]) for mark in marks if (match := REPEAT_MARK.fullmatch(mark))]
     if len(samples) + len(repeats) < len(marks) or len(samples) > 1 or len(repeats) > 1:

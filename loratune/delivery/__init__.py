@@ -1,1 +1,1 @@
-"""After training: the adapter merged into its base or exported for other programs, and the proof of it."""
+"""Merges adapters into their base or exports them for other programs, and verifies the results."""

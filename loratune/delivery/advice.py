@@ -1,4 +1,4 @@
-"""What to do instead where a program cannot take an adapter as it is: never a command that would refuse in turn."""
+"""Suggests alternatives for adapters that a program cannot use; every suggested command is checked beforehand."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ BASE = {"MODEL": "the folder of its base"}
 def instead_of_serving(
     source: AdapterSource, output: Path, model: str | None, force: bool
 ) -> tuple[str, list[Command]]:
-    """How an adapter can be served that vLLM refuses beside its base.
+    """Suggest how to serve an adapter that vLLM cannot serve unmerged.
 
     Args:
         source: the adapter.
-        output: of the refused export.
-        model: where its base lies, if that was given.
-        force: take another base, or a changed adapter.
+        output: output folder of the failed export.
+        model: location of its base, if given.
+        force: accept a different base, or a changed adapter.
 
     Returns:
         A sentence, and the commands.
@@ -57,7 +57,7 @@ def instead_of_serving(
 
 
 def _check_fits(source: AdapterSource, model: str | None, force: bool) -> None:
-    """Refuse an adapter that could not be loaded on its base either.
+    """Raise if an adapter could not be loaded on its base either.
 
     Raises:
         LoratuneError: with the reason.

@@ -1,4 +1,4 @@
-"""A merged model, an export or a run, verified again: its files by their hashes, a merge by its whole proof."""
+"""Verifies merged models, exports and runs again: files by their hashes, and a merge by all of its checks."""
 
 from __future__ import annotations
 
@@ -53,12 +53,12 @@ def verify_folder(folder: Path, adapter: AdapterSource | None = None, options: M
 
     Args:
         folder: a merged model, an export, or a run.
-        adapter: proves a merged model again.
-        options: of that proof; type and kind of base are those of the folder.
+        adapter: repeats the full verification of a merged model.
+        options: options of that verification; dtype and kind of base are the folder's.
 
     Raises:
-        LoratuneError: there is nothing to compare with, a file that programs load is not as it was, or the merged model
-            is not base + adapter.
+        LoratuneError: there are no records, a file that programs load has changed, or the merged model is not base +
+            adapter.
     """
     verification = read_verification(folder)
     if verification is None:
@@ -126,10 +126,10 @@ def _prove_again(
 
 
 def _plan_of(folder: Path, job: Job, files: TensorFiles) -> MergePlan:
-    """What a merge would have written, in the files in which it lies.
+    """Return the plan of a merge with the folder's own distribution over files.
 
     Raises:
-        LoratuneError: other tensors are there.
+        LoratuneError: the folder has other tensors.
     """
     plan = plan_merge(files, job.updates, job.is_tied, job.options.dtype, job.options.shard_bytes)
     names = {path.name: list(TensorFiles([path]).infos) for path in weight_files(folder)}

@@ -1,4 +1,4 @@
-"""The training's prompt settings as a chat template that needs nothing else: other programs know only the template."""
+"""Puts the training's prompt settings into the chat template, since other programs only use the template."""
 
 from __future__ import annotations
 
@@ -34,21 +34,21 @@ TURNS: list[Message] = [
 ]
 SYSTEM_TURN: Message = {"role": "system", "content": "zero"}
 BY_TOOLS = "{{%- if tools %}}\n{with_tools}{{{{ '' }}}}{{% else %}}\n{without}{{{{ '' }}}}{{% endif %}}"
-"""Two templates as one. Jinja drops a line's end behind a block and the blanks of a line that holds just one."""
+"""Two templates as one. Jinja trims a line break after a block, and whitespace on a line with only a block."""
 
 
 def write_portable_template(encoder: Encoder, folder: Path) -> bool:
-    """Give a folder with the tokenizer's files the template of the training, where its own renders other prompts.
+    """Write a template that reproduces the training's prompts, unless the tokenizer's own does.
 
     Args:
-        encoder: how the training rendered prompts.
-        folder: holds the tokenizer's files, which stay byte for byte as they are but for the template.
+        encoder: renders prompts as in training.
+        folder: folder with the tokenizer's files, of which only the template changes.
 
     Returns:
         Whether the template was changed.
 
     Raises:
-        LoratuneError: no template can render these prompts by itself.
+        LoratuneError: no template reproduces the prompts.
     """
     template = portable_template(encoder)
     if template is None:
@@ -56,7 +56,7 @@ def write_portable_template(encoder: Encoder, folder: Path) -> bool:
     shutil.rmtree(folder / NAMED_TEMPLATES, ignore_errors=True)
     (folder / CHAT_TEMPLATE).write_text(template, encoding="utf-8", newline="\n")
     config = read_json_object(folder / TOKENIZER_CONFIG)
-    if "chat_template" in config:  # where older programs look
+    if "chat_template" in config:  # read by older programs
         config["chat_template"] = template
         text = json.dumps(config, ensure_ascii=False, indent=2) + "\n"
         (folder / TOKENIZER_CONFIG).write_text(text, encoding="utf-8")
@@ -64,10 +64,10 @@ def write_portable_template(encoder: Encoder, folder: Path) -> bool:
 
 
 def portable_template(encoder: Encoder) -> str | None:
-    """A template that renders the training's prompts by itself; None where the tokenizer's own does.
+    """Return a template that reproduces the training's prompts; None if the tokenizer's own does.
 
     Raises:
-        LoratuneError: no template can.
+        LoratuneError: no template does.
     """
     encoder = encoder.at_a_day()
     if _renders_alike(encoder, None):
@@ -83,16 +83,16 @@ def portable_template(encoder: Encoder) -> str | None:
 
 
 def renders_training_prompts(encoder: Encoder, tokenizer: Tokenizer) -> bool:
-    """Whether a program that loads this tokenizer, and nothing else, gets the prompts of the training."""
+    """Return whether a program with this tokenizer and no other settings renders the prompts of the training."""
     return _renders_alike(encoder.at_a_day(), None, tokenizer)
 
 
 def about_the_date(programs: str, trained: str | None) -> str:
-    """What is said where a template writes dates and other programs run it.
+    """Return the warning about a template that writes dates, for other programs.
 
     Args:
-        programs: that run it.
-        trained: the day that training's prompts named, if that is known.
+        programs: subject and verb of the sentence.
+        trained: the date in the prompts of the training, if known.
     """
     told = f"; in training it was {trained}" if trained else ""
     return f"the chat template writes the date into prompts: {programs} the current one{told}"
@@ -102,24 +102,24 @@ def _portable(encoder: Encoder) -> str:
     settings = encoder.settings
     texts = encoder.template + encoder.tool_template
     start = THINKING.format(text=str(settings.enable_thinking).lower()) if "enable_thinking" in texts else ""
-    # As in training, the prefix is not for the system prompt.
+    # As in training, the prefix does not apply to the system prompt.
     start += PREFIX.format(text=_literal(settings.instruction_prefix)) if settings.instruction_prefix else ""
     start += SYSTEM.format(text=_literal(settings.system)) if settings.system else ""
     start += "{%- set adds_bos = true %}" if encoder.adds_bos and "adds_bos" in texts else ""
     if encoder.tool_template == encoder.template:
         return start + encoder.template
-    # As each alone would be read, without one line's end.
+    # Without the trailing line break, which Jinja would drop from each template by itself.
     with_tools, without = (text.removesuffix("\n") for text in (encoder.tool_template, encoder.template))
     return start + BY_TOOLS.format(with_tools=with_tools, without=without)
 
 
 def _literal(text: str) -> str:
-    """A text as Jinja writes it; its escapes are those of JSON."""
+    """Return a text as a Jinja literal; its escapes are those of JSON."""
     return json.dumps(text, ensure_ascii=False)
 
 
 def _renders_alike(encoder: Encoder, template: str | None, tokenizer: Tokenizer | None = None) -> bool:
-    """Whether a template by itself gives the training's prompts; None for that of a tokenizer, or the encoder's."""
+    """Return whether a template reproduces the training's prompts; None uses the tokenizer's, or the encoder's."""
     tokenizer = tokenizer or encoder.tokenizer
     conversations: list[Sequence[Message]] = [TURNS[:1], TURNS, [SYSTEM_TURN, *TURNS]]
     offered: list[list[dict[str, Any]]] = [[], [PROBE_TOOL]] if encoder.offers_tools else [[]]
@@ -133,7 +133,7 @@ def _renders_alike(encoder: Encoder, template: str | None, tokenizer: Tokenizer 
 def _plain(
     encoder: Encoder, tokenizer: Tokenizer, turns: Sequence[Message], template: str | None, tools: list[dict[str, Any]]
 ) -> Any:
-    """The ids that any program gets on the encoder's day."""
+    """Return the ids that another program gets on the encoder's date; None if the template fails."""
     try:
         text = tokenizer.get_chat_template(template, tools or None)
         return tokenizer.apply_chat_template(
@@ -143,12 +143,12 @@ def _plain(
             add_generation_prompt=True,
             return_dict=False,
         )
-    except (TemplateError, ValueError):  # refused, or there is none
+    except (TemplateError, ValueError):  # rejected, or no template
         return None
 
 
 def _trained(encoder: Encoder, turns: Sequence[Message], tools: list[dict[str, Any]]) -> Any:
     try:
         return encoder.prompt_ids(turns, tools)
-    except LoratuneError:  # a template that takes no system prompt
+    except LoratuneError:  # a template without support for system prompts
         return None

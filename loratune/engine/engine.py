@@ -1,4 +1,4 @@
-"""Questions to answers: one thread runs the model for everyone who asks."""
+"""The inference engine: one thread runs the model for concurrent requests from any thread."""
 
 from __future__ import annotations
 
@@ -23,17 +23,17 @@ from loratune.model.hardware import detect_hardware
 from loratune.model.memory import free_memory_bytes, is_out_of_memory
 
 AHEAD = 2
-"""Questions in hand for each slot when there are many, so that no slot waits for the next."""
+"""Submitted requests per slot, so that no slot waits for the next one."""
 CACHE_SHARE = 0.7
-"""Of the memory that is free once the model is loaded: what keys and values may take."""
+"""Share of the memory that is free after loading the model, for the KV cache."""
 
 
 class Engine:
-    """A loaded model that answers many questions at once.
+    """A loaded model that answers many requests concurrently.
 
     Args:
-        loaded: base, with or without adapters.
-        slots: how many answers run at once.
+        loaded: base model, with or without adapters.
+        slots: maximum number of concurrent requests.
     """
 
     def __init__(self, loaded: LoadedModel, slots: int = 32) -> None:
@@ -58,42 +58,42 @@ class Engine:
         self._model_lock, self._tokenizer_lock = threading.Lock(), threading.Lock()
         self._thread = threading.Thread(target=self._work, name="engine", daemon=True)
         self._thread.start()
-        atexit.register(self.close)  # torch at work in a thread would abort the process at its end
+        atexit.register(self.close)  # a thread inside torch would abort the process at exit
 
     def prompt_ids(self, question: Question) -> list[int]:
-        """Token ids of a question's prompt.
+        """Return the token ids of a request's prompt.
 
         Raises:
-            ToolError: tools or calls that the template has no place for.
-            LoratuneError: a conversation that the template refuses.
+            ToolError: the template does not support tools or tool calls.
+            LoratuneError: the template rejects the conversation.
         """
         encoder = self._voice(question).encoder
-        with self._tokenizer_lock:  # one tokenizer used by two threads at once gives wrong ids
+        with self._tokenizer_lock:  # tokenizers are not thread-safe: concurrent use gives wrong ids
             if isinstance(question.messages, str):
                 ids: list[int] = encoder.tokenizer(question.messages, split_special_tokens=True).input_ids
                 return ids
             return encoder.prompt_ids(question.messages, question.tools)
 
     def prompt_tokens(self, question: Question) -> int:
-        """Length of a question's prompt."""
+        """Return the number of tokens of a request's prompt."""
         return len(self.prompt_ids(question))
 
     def submit(self, question: Question, deliver: Callable[[Piece], None]) -> Ticket:
-        """Have a question answered; from any thread.
+        """Submit a request; thread-safe.
 
         Args:
-            question: what is asked.
-            deliver: called with each piece, from the engine's thread; the last one says how the answer ended.
+            question: the request.
+            deliver: called from the engine's thread with each chunk; the last chunk has the finish reason.
 
         Raises:
-            LoratuneError: the prompt is empty or leaves no room in the model's context.
+            LoratuneError: the prompt is empty or too long for the model's context.
         """
         if not self._thread.is_alive():
             raise RuntimeError("the engine is closed")
         voice, prompt = self._voice(question), self.prompt_ids(question)
         room = self.context_tokens - len(prompt)
         if room < 1 or not prompt:
-            fault = f"has {len(prompt):,} tokens and the model takes {self.context_tokens:,}; shorten it"
+            fault = f"has {len(prompt):,} tokens and the model's context has {self.context_tokens:,}; shorten it"
             raise LoratuneError(f"the prompt {fault if prompt else 'is empty'}", Exit.USAGE)
         adapter = voice.answering(question.use_adapter, prompt, self.decoder.vocabulary)
         sampling = question.sampling.but(max_new_tokens=min(question.sampling.max_new_tokens, room))
@@ -104,10 +104,10 @@ class Engine:
         return ticket
 
     def stream(self, question: Question) -> Generator[Piece, None, None]:
-        """The answer piece by piece. Closing the iterator ends the answer within a token.
+        """Yield the answer in chunks. Closing the iterator cancels the answer within a token.
 
         Raises:
-            LoratuneError: as `submit`, or memory has run out.
+            LoratuneError: see `submit`; or the model ran out of memory.
         """
         pieces: queue.SimpleQueue[Piece] = queue.SimpleQueue()
         ticket = self.submit(question, pieces.put)
@@ -123,12 +123,12 @@ class Engine:
             ticket.cancel()
 
     def answers(self, questions: Iterable[Question]) -> Iterator[tuple[int, Answer]]:
-        """Whole answers as they are finished, each with its question's index.
+        """Yield complete answers as they finish, each with the index of its request.
 
-        Closing the iterator ends those on their way.
+        Closing the iterator cancels unfinished answers.
 
         Raises:
-            LoratuneError: as `stream`.
+            LoratuneError: see `stream`.
         """
         ended: queue.SimpleQueue[tuple[int, list[Piece]]] = queue.SimpleQueue()
         tickets: dict[int, Ticket] = {}
@@ -151,10 +151,10 @@ class Engine:
                 ticket.cancel()
 
     def reference_loss(self, question: Question, answer: Message | str) -> tuple[float, int]:
-        """How unlikely an answer is to the model.
+        """Compute the loss of an answer.
 
         Returns:
-            The negative log-likelihood, in nats, summed over the answer's tokens and the end token, and their number.
+            Negative log-likelihood in nats, summed over the answer's tokens including the end token, and their number.
 
         Raises:
             LoratuneError: prompt and answer do not fit into the model's context.
@@ -171,7 +171,7 @@ class Engine:
             return self.decoder.loss(prompt, wanted, adapter), len(wanted)
 
     def close(self) -> None:
-        """End all answers and give the memory of keys and values back."""
+        """Cancel all requests and free the KV cache."""
         atexit.unregister(self.close)
         self._inbox.put(None)
         self._thread.join()
@@ -190,7 +190,7 @@ class Engine:
         return frozenset({*ends, encoder.end_id, encoder.tokenizer.eos_token_id} - {None})
 
     def _work(self) -> None:
-        """The engine's thread: take questions in, make a step, hand out what came."""
+        """Run the engine's thread: accept requests, make a step, deliver new tokens."""
         while self._take_in():
             try:
                 for ticket in [ticket for ticket in self._tickets.values() if ticket.is_cancelled.is_set()]:
@@ -201,7 +201,7 @@ class Engine:
                     advanced = self.decoder.step()
                 for running in advanced:
                     self._hand_out(self._tickets[running])
-            except BaseException as error:  # handed to those who wait for the answers
+            except BaseException as error:  # delivered to all waiting requests
                 for ticket in list(self._tickets.values()):
                     self._end(ticket, "error", _explained(error))
                 self.decoder.reset()
@@ -212,7 +212,7 @@ class Engine:
             self._end(ticket, "cancelled")
 
     def _take_in(self) -> bool:
-        """Take in what has been handed in, waiting if there is nothing else to do; False is the end."""
+        """Accept submitted requests, blocking if there is no other work; return False at the end."""
         wait = not self._tickets
         while wait or not self._inbox.empty():
             ticket = self._inbox.get()
@@ -227,7 +227,7 @@ class Engine:
         running = ticket.running
         try:
             piece = ticket.push(running.tokens[-1])
-        except Exception as error:  # what cannot be read is one answer, and ends no other
+        except Exception as error:  # a decoding error ends only this request
             self._end(ticket, "error", error)
             return
         finish = "stop" if ticket.is_stopped else running.finish
@@ -237,7 +237,7 @@ class Engine:
             self._tell(ticket, piece)
 
     def _end(self, ticket: Ticket, finish: str, error: BaseException | None = None, before: Piece = NOTHING) -> None:
-        """Hand out the last piece and forget the question."""
+        """Deliver the last chunk and remove the request."""
         self.decoder.remove(ticket.running)
         del self._tickets[ticket.running]
         try:
@@ -247,7 +247,7 @@ class Engine:
         self._tell(ticket, last)
 
     def _tell(self, ticket: Ticket, piece: Piece) -> None:
-        """Nobody's fault in taking a piece may end the answers of others."""
+        """Deliver a chunk; an exception in the consumer cancels only its own request."""
         try:
             ticket.deliver(piece)
         except Exception:
@@ -256,25 +256,25 @@ class Engine:
 
 def _explained(error: BaseException) -> BaseException:
     if is_out_of_memory(error):
-        return LoratuneError("out of memory while answering; shorten the conversation, or use fewer slots", Exit.IO)
+        return LoratuneError("out of memory during generation; shorten the conversation, or use fewer slots", Exit.IO)
     return error
 
 
 def load_engine(
     adapters: Sequence[tuple[str, Path]], model: str | None, force: bool = False, slots: int = 32
 ) -> Engine:
-    """Load a model with its adapters, ready to answer.
+    """Load a model with its adapters and start the engine.
 
     Args:
-        adapters: name and folder of each: run folder, checkpoint or plain PEFT folder.
-        model: hub id or folder of the base; None takes what the first adapter names.
-        force: take another base than that of the training, or an adapter whose files have changed.
-        slots: how many answers run at once.
+        adapters: name and folder of each adapter: run folder, checkpoint or plain PEFT folder.
+        model: hub id or folder of the base; None uses the base that the first adapter names.
+        force: accept a different base, or an adapter whose files have changed.
+        slots: maximum number of concurrent requests.
 
     Returns:
-        The engine; its `warnings` tell what could not be checked.
+        The engine; its `warnings` list what could not be checked.
 
     Raises:
-        LoratuneError: something is missing, damaged, or does not belong together.
+        LoratuneError: a file is missing or damaged, or adapter and base do not match.
     """
     return Engine(open_voices(adapters, model, force), slots)

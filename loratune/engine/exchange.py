@@ -1,4 +1,4 @@
-"""What goes into the engine and what comes out."""
+"""The engine's data types: requests, streamed chunks, answers."""
 
 from __future__ import annotations
 
@@ -12,44 +12,44 @@ from loratune.engine.sampling import Sampling
 
 GREEDY = Sampling()
 CALLED = "tool_calls"
-"""How an answer ends that calls tools."""
+"""Finish reason of an answer with tool calls."""
 
 
 @dataclass(frozen=True)
 class Question:
-    """What is to be answered, and how."""
+    """A generation request."""
 
     messages: Sequence[Message] | str
-    """A conversation that ends with a message of user or tool; a text is a prompt as it stands, without template."""
+    """A conversation that ends with a message of user or tool; or a string, which is used without a template."""
     sampling: Sampling = GREEDY
     adapter: str | None = None
-    """Name of an adapter; None is the base alone."""
+    """Name of an adapter; None for the base alone."""
     use_adapter: bool = True
-    """False leaves the adapter's weights off and keeps its prompt settings, for a comparison."""
+    """False disables the adapter's weights but keeps its prompt settings, for comparison."""
     tools: Sequence[dict[str, Any]] = ()
-    """What may be called; without any, calls are not looked for."""
+    """Available tools; without any, tool calls are not parsed."""
     most_calls: int | None = None
-    """The answer ends after so many calls; None takes all."""
+    """The answer ends after this many calls; None for no limit."""
 
 
 @dataclass(frozen=True)
 class Piece:
-    """A part of an answer as it comes."""
+    """A chunk of a streamed answer."""
 
     text: str = ""
     reasoning: str = ""
-    """Of a thinking model, without its tags."""
+    """Reasoning, without its tags."""
     tokens: int = 0
-    """Made so far, in all."""
+    """Total number of tokens generated so far."""
     finish: str | None = None
-    """Of the last piece: stop, tool_calls, length, cancelled or error."""
+    """Finish reason, in the last chunk: stop, tool_calls, length, cancelled or error."""
     error: BaseException | None = None
     calls: tuple[Call, ...] = ()
-    """Of tools; they are no part of the text."""
+    """Tool calls; they are not part of the text."""
 
     @property
     def has_come(self) -> bool:
-        """Whether it says something."""
+        """Whether the chunk has any content."""
         return bool(self.text or self.reasoning or self.calls)
 
 
@@ -57,7 +57,7 @@ NOTHING = Piece()
 
 
 def joined(*pieces: Piece) -> Piece:
-    """Pieces that follow each other as one; how far it has come, and its end, are those of the last."""
+    """Concatenate consecutive chunks; token count and finish reason are those of the last."""
     last = pieces[-1]
     text, reasoning = ("".join(getattr(piece, kind) for piece in pieces) for kind in ("text", "reasoning"))
     calls = tuple(call for piece in pieces for call in piece.calls)
@@ -66,13 +66,11 @@ def joined(*pieces: Piece) -> Piece:
 
 @dataclass(frozen=True)
 class Answer:
-    """A whole answer."""
-
     text: str
     reasoning: str
     prompt_tokens: int
     tokens: int
-    """Made by the model, the end token included."""
+    """Number of generated tokens, including the end token."""
     finish: str
-    """stop, tool_calls or length."""
+    """Finish reason: stop, tool_calls or length."""
     calls: tuple[Call, ...] = ()

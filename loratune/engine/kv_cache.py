@@ -1,7 +1,7 @@
-"""Keys and values of many running answers, each in a slot of its own, and the attention that reads them.
+"""A KV cache with one slot per sequence, and the attention function that reads it.
 
-Answers of any length are decoded together: a step reads all slots up to the longest answer's end, and a mask hides what
-is not a row's own. transformers' caches know rows of one length only.
+Sequences of different lengths are decoded together: a step reads all slots up to the end of the longest sequence, and a
+mask hides other positions. transformers' caches require rows of equal length.
 """
 
 from __future__ import annotations
@@ -28,25 +28,25 @@ from loratune.multiples import round_up
 from loratune.protocols import CausalModel
 
 SLOT_ATTENTION = "slots"
-"""Name of this attention as a model's attn_implementation."""
+"""Name of the attention function as a model's attn_implementation."""
 LENGTH_UNIT = 64
-"""Keys are read up to a multiple of it, so that few shapes are compiled and kept by the libraries below torch."""
+"""Keys are read up to a multiple of this, because libraries below torch compile and cache a kernel per shape."""
 SLOTS_UNIT = 4
 """Slots after the first are made so many at a time, so that not every new answer copies those that run."""
 
 
 class DecodingError(LoratuneError):
-    """A kind of model whose states are not keys and values of each token."""
+    """The model has layers whose state is not keys and values per token."""
 
     def __init__(self, kind: str) -> None:
-        super().__init__(f"{kind} cannot be asked by loratune; use transformers' generate", Exit.MODEL)
+        super().__init__(f"{kind} is not supported for inference in loratune; use transformers' generate", Exit.MODEL)
 
 
 def use_slot_attention(model: CausalModel) -> None:
     """Have a model attend to the slots of a `SlotCache`.
 
     Raises:
-        DecodingError: it has layers, such as those of linear attention, that keep other states than keys and values.
+        DecodingError: it has layers with another kind of state, such as linear attention.
     """
     layers = zip(layer_kinds(model.config), layer_states(model.config), strict=True)
     strange = sorted({kind for kind, state in layers if state is LayerState.OTHER})
@@ -65,22 +65,22 @@ def token_bytes(model: CausalModel) -> int:
 
 @dataclass
 class Feed:
-    """What one forward pass reads: the last `counts[i]` of a row's tokens, which stand at its right end.
+    """The input of one forward pass: each row has `counts[i]` new tokens at its right end.
 
-    The others fill the row up; they write nothing and nobody sees them.
+    The rest of a row is left padding, which is not written to the cache and is masked.
     """
 
     slots: list[int]
-    """Of each row."""
+    """Slot of each row."""
     starts: list[int]
-    """How many tokens each row's slot holds already."""
+    """Number of tokens that each row's slot already holds."""
     counts: list[int]
-    """How many new ones it gets."""
+    """Number of new tokens of each row."""
     device: Any
     width: int = field(init=False)
-    """Tokens of a row, filled up."""
+    """Padded length of a row."""
     end: int = field(init=False)
-    """How far keys are read."""
+    """Length up to which keys are read."""
     positions: torch.Tensor = field(init=False)
     """int64 [rows, width]; 0 where a row is filled up."""
     places: torch.Tensor = field(init=False)
@@ -99,14 +99,14 @@ class Feed:
         self.positions = torch.where(steps < fill, 0, first + steps)
 
     def mask(self, window: int | None) -> torch.Tensor:
-        """Who sees whom: bool [rows, 1, width, end].
+        """Return the attention mask: bool [rows, 1, width, end], True where a query may attend.
 
         Args:
-            window: how many tokens a layer looks back, itself counted; None for all.
+            window: sliding window in tokens, including the token itself; None for no limit.
         """
         if window not in self._masks:
             keys = torch.arange(self.end, device=self.device)
-            behind = self.positions.unsqueeze(-1) - keys  # how far a key lies before its query
+            behind = self.positions.unsqueeze(-1) - keys  # distance from a key to its query
             sees = behind >= 0
             if window is not None:
                 sees &= behind < window
@@ -123,7 +123,7 @@ class SlotCache(Cache):
     """Keys and values as [slots, heads, length, size] per layer.
 
     Args:
-        layers: how many the model has.
+        layers: number of the model's layers.
     """
 
     def __init__(self, layers: int) -> None:
@@ -131,14 +131,14 @@ class SlotCache(Cache):
         self._kept: list[tuple[torch.Tensor, ...]] = [()] * layers
         self._slots = self._length = self._written = 0
         self.feed: Feed | None = None
-        """What the pass that runs now reads."""
+        """The input of the current forward pass."""
 
     def reserve(self, slots: int, length: int) -> None:
-        """Have room for the slots in use and the longest answer that they may get; what they hold stays.
+        """Grow the cache to a number of slots and a length; its contents stay.
 
         Args:
-            slots: in use, counted from 0 on.
-            length: tokens; at least what any slot in use holds.
+            slots: number of slots in use, counted from 0.
+            length: maximum tokens per slot; at least as many as any slot holds.
         """
         if slots <= self._slots and length <= self._length:
             return
@@ -153,16 +153,16 @@ class SlotCache(Cache):
         self._written = min(self._written, self._length)
 
     def holds(self, slot: int, length: int) -> bool:
-        """Whether there is room for so many tokens in a slot."""
+        """Return whether a slot has room for this many tokens."""
         return slot < self._slots and length <= self._length
 
     def update(self, keys: torch.Tensor, values: torch.Tensor, layer: int, *_: Any, **__: Any) -> Any:
-        """Add the keys and values of a pass to one layer.
+        """Write the keys and values of a forward pass for one layer.
 
         Args:
             keys: [rows, heads, width, size].
-            values: as the keys.
-            layer: its number.
+            values: like `keys`.
+            layer: index of the layer.
 
         Returns:
             Keys and values of the rows' slots, [rows, heads, end, size].
@@ -187,13 +187,12 @@ class SlotCache(Cache):
                 storage[target, :, :length] = storage[source, :, :length]
 
     def clear(self) -> None:
-        """Give the memory back."""
+        """Free the memory."""
         self._kept = [()] * len(self._kept)
         self._slots = self._length = self._written = 0
 
     @property
     def size_bytes(self) -> int:
-        """What is held."""
         return sum(storage.numel() * storage.element_size() for kept in self._kept for storage in kept)
 
     def _moved(self, old: torch.Tensor, slots: int, length: int) -> torch.Tensor:
@@ -210,27 +209,27 @@ def _storage(like: torch.Tensor, slots: int, length: int) -> torch.Tensor:
 
 
 def no_mask(**_: Any) -> None:
-    """transformers' masks are for rows of one length; `attend_slots` takes the feed's."""
+    """Return no mask: `attend_slots` uses the feed's, because transformers' masks need rows of equal length."""
 
 
 def attend_slots(
     module: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attention_mask: Any, **settings: Any
 ) -> tuple[torch.Tensor, None]:
-    """Attention of each row to its own slot.
+    """Compute the attention of each row to its own slot.
 
     Args:
         module: the attention layer.
         query: [rows, heads, width, size].
         key: [rows, key heads, end, size].
-        value: as the keys.
+        value: like `key`.
         attention_mask: not used.
-        settings: `feed`, scaling, sliding_window, and what else the model hands over.
+        settings: `feed`, scaling, sliding_window, and other arguments of the model.
 
     Returns:
-        The mixed values, [rows, width, heads, size].
+        The attention output, [rows, width, heads, size], and None.
 
     Raises:
-        DecodingError: terms of the scores that only some models have.
+        DecodingError: the model adds other terms to the attention scores.
     """
     unknown = [name for name in OTHER_TERMS if settings.get(name) is not None]
     if unknown:
@@ -239,7 +238,7 @@ def attend_slots(
     rows, heads, width, size = query.shape
     groups = heads // key.shape[1]
     if width == 1:
-        # Queries that share a key head are its queries, so that no key is repeated.
+        # Grouped queries become additional queries of their key head, which avoids repeating keys.
         query = query.reshape(rows, heads // groups, groups, size)
     elif groups > 1:
         key, value = (tensor.repeat_interleave(groups, dim=1) for tensor in (key, value))

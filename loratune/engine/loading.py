@@ -1,4 +1,4 @@
-"""A base with its adapters, each with the prompt settings that it was trained with."""
+"""Loads a base model with its adapters, each with the prompt settings of its training."""
 
 from __future__ import annotations
 
@@ -35,22 +35,22 @@ from loratune.runs.tensor_hashes import TensorHashes
 
 @dataclass(frozen=True)
 class Voice:
-    """A model that can be asked: an adapter, or the base alone."""
+    """A model that serves requests: an adapter, or the base alone."""
 
     encoder: Encoder
     adapter: str = BASE
-    """PEFT's name of it."""
+    """PEFT's name of the adapter."""
 
     def answering(self, use_adapter: bool, ids: Sequence[int], vocabulary: Callable[[str], int]) -> str:
-        """PEFT's name of the one who answers a prompt.
+        """Return PEFT's name of the adapter that answers a prompt.
 
         Args:
-            use_adapter: False for the base without it, whose prompt is the same.
-            ids: of the prompt.
-            vocabulary: how many tokens one knows.
+            use_adapter: False for the base, with the same prompt.
+            ids: token ids of the prompt.
+            vocabulary: returns an adapter's vocabulary size.
 
         Raises:
-            LoratuneError: it lacks a token, as a base does whose adapter was trained with a larger vocabulary.
+            LoratuneError: an id is outside the vocabulary, such as the base's if the adapter extends it.
         """
         adapter = self.adapter if use_adapter else BASE
         known, highest = vocabulary(adapter), max(ids)
@@ -65,24 +65,24 @@ class Voice:
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """A base with its adapters, in eval mode."""
+    """A base model with its adapters, in eval mode."""
 
     model: CausalModel
     base_name: str
-    """How the base is called."""
+    """Name of the base for clients."""
     voices: dict[str | None, Voice]
-    """Name of an adapter → how it is asked; that of None is the base."""
+    """Name of an adapter → its encoder and PEFT name; None is the base."""
     warnings: tuple[str, ...]
-    """What could not be checked, or is otherwise than in training."""
+    """What could not be checked, or differs from training."""
 
 
 def open_voices(adapters: Sequence[tuple[str, Path]], model: str | None, force: bool = False) -> LoadedModel:
-    """Load a base once and put all adapters on it; arguments and errors are those of `load_engine`."""
+    """Load a base model once and attach all adapters. See `load_engine` for arguments and errors."""
     sources = {name: open_adapter(path, force) for name, path in adapters}
     settings, warnings = _settings(list(sources.values()), model)
     folder = find_base(settings)
     warnings += require_intact(folder, force)
-    hashes, checks = TensorHashes(weight_files(folder)), list[BaseCheck]()  # computed while the model is loaded
+    hashes, checks = TensorHashes(weight_files(folder)), list[BaseCheck]()  # computed while the model loads
     voices: dict[str | None, Voice] = {}
     for number, (name, source) in enumerate(sources.items()):
         fits = partial(_check_fits, source, folder)
@@ -98,7 +98,7 @@ def open_voices(adapters: Sequence[tuple[str, Path]], model: str | None, force: 
     except LoratuneError:
         if not voices:
             raise
-        voices[None] = Voice(next(iter(voices.values())).encoder)  # a base without chat template of its own
+        voices[None] = Voice(next(iter(voices.values())).encoder)  # the base has no chat template
     loaded = load_base(settings, folder, detect_hardware())
     if sources:
         named = {voices[name].adapter: source for name, source in sources.items()}
@@ -116,9 +116,9 @@ def _with_adapters(
     """Put adapters on their base, and make sure that it is still what it was for all others.
 
     Returns:
-        The model, and what its vocabulary lacks for them.
+        The model, and warnings about missing vocabulary.
     """
-    # Imported here because PEFT takes seconds, which a model alone is spared.
+    # Deferred: importing PEFT takes seconds, which a model without adapters does not need.
     from loratune.model.adapter.attach import load_adapter  # noqa: PLC0415
     from loratune.model.kernels.lora_linear import use_fused_lora  # noqa: PLC0415
 
@@ -145,12 +145,12 @@ def _check_fits(source: AdapterSource, folder: Path) -> None:
 
 
 def _short_name(base: str) -> str:
-    """A folder is called by its own name: nobody wants to ask for the whole path, or to show it to clients."""
+    """Return a folder's own name, so that clients do not see or type the whole path."""
     return Path(base).absolute().name if Path(base).is_absolute() or is_folder(base) else base
 
 
 def _settings(sources: Sequence[AdapterSource], model: str | None) -> tuple[ModelSettings, list[str]]:
-    """How the base is loaded, which is as in the training of the first adapter, and whose training was otherwise."""
+    """Return the settings to load the base, those of the first adapter's training, and warnings about differences."""
     if not sources:
         return ModelSettings(base=model or ""), []
     known = [base_settings(source, model) for source in sources]
@@ -164,7 +164,7 @@ def _settings(sources: Sequence[AdapterSource], model: str | None) -> tuple[Mode
 
 
 def _encoder(folder: Path, prompt: PromptSettings) -> Encoder:
-    """The renderer of a model; a date in its prompts is the current one, whatever the training's was."""
+    """Return a model's encoder. Dates in its prompts are current, whatever the training used."""
     tokenizer = load_tokenizer(folder)
     encoder = Encoder(tokenizer, prompt.model_copy(update={"date": None}))
     set_pad_token(tokenizer, {encoder.end_id, tokenizer.eos_token_id})
@@ -172,14 +172,14 @@ def _encoder(folder: Path, prompt: PromptSettings) -> Encoder:
 
 
 def _about_template(encoder: Encoder, prompt: PromptSettings) -> list[str]:
-    """What those who ask should know of a template.
+    """Return warnings about a template.
 
     Args:
         encoder: the renderer.
         prompt: the settings of the training.
     """
-    told = list(encoder.remarks)
+    remarks = list(encoder.remarks)
     if encoder.is_dated:
         trained = f"; in training it was {prompt.date}" if prompt.date else ""
-        told.append(f"the chat template writes the current date into prompts, as it does in other servers{trained}")
-    return told
+        remarks.append(f"the chat template writes the current date into prompts, as it does in other servers{trained}")
+    return remarks

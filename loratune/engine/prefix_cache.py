@@ -1,4 +1,4 @@
-"""What slots still hold of ended answers, so that a conversation's next question does not read everything again."""
+"""Reuses the keys and values of finished requests that share a prefix with a new prompt."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ from loratune.engine.kv_cache import SlotCache
 
 
 class Prefixes:
-    """Token ids whose keys and values lie in slots that nobody uses.
+    """The token ids whose keys and values free slots still hold.
 
     Args:
-        cache: has the slots.
+        cache: the cache with the slots.
     """
 
     def __init__(self, cache: SlotCache) -> None:
@@ -18,19 +18,19 @@ class Prefixes:
         """Slot → adapter and token ids."""
 
     def keep(self, slot: int, adapter: str, ids: list[int]) -> None:
-        """Remember what a slot holds that is no longer used."""
+        """Record the contents of a slot that is now free."""
         self._kept[slot] = (adapter, ids)
 
     def take(self, slot: int, adapter: str, prompt: list[int]) -> int:
-        """Bring the longest beginning of a prompt that some slot holds into the prompt's own slot.
+        """Copy the longest cached prefix of a prompt into the prompt's slot.
 
         Args:
-            slot: of the prompt, within the cache's room.
-            adapter: whose keys are wanted.
-            prompt: token ids; the last one is always read anew, since its logits are needed.
+            slot: slot of the prompt.
+            adapter: adapter whose keys and values are needed.
+            prompt: token ids; the last one is always computed, because its logits are needed.
 
         Returns:
-            How many of its tokens the slot holds now.
+            Number of the prompt's tokens that the slot now holds.
         """
         self._kept = {place: known for place, known in self._kept.items() if self._cache.holds(place, len(known[1]))}
         lengths = {place: _common(prompt, ids) for place, (other, ids) in self._kept.items() if other == adapter}
@@ -42,11 +42,9 @@ class Prefixes:
         return length
 
     def forget(self) -> None:
-        """Nothing is held any more."""
         self._kept.clear()
 
 
 def _common(one: list[int], other: list[int]) -> int:
-    """Length of what two lists begin with."""
     shorter = min(len(one), len(other))
     return next((place for place in range(shorter) if one[place] != other[place]), shorter)

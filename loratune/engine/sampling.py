@@ -1,4 +1,4 @@
-"""The sampling settings, each declared once: flags, `/set`, the API's fields and the page's inputs follow."""
+"""Declares every sampling setting once; flags, `/set`, the API's fields and the page's inputs follow."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from pydantic import BaseModel, ConfigDict, Field
 from loratune.errors import Exit, LoratuneError
 
 ALMOST_ZERO = 1e-4
-"""Temperatures below take the likeliest token: a division by them would leave the range of float32."""
+"""Lower temperatures use greedy decoding, because dividing by them would overflow float32."""
 SEEDS = 2**32
-"""How many a user can choose from: torch's generator on a CPU reads no more than 32 bits."""
+"""Number of seeds: torch's CPU generator uses only 32 bits."""
 
 Temperature = Annotated[float, Field(ge=0, le=5)]
 TopP = Annotated[float, Field(ge=0, le=1)]
@@ -24,39 +24,39 @@ MaxNewTokens = Annotated[int, Field(ge=1, le=2**20)]
 Seed = Annotated[int, Field(ge=0, le=SEEDS - 1)]
 MODELS_OWN = "the model's own"
 UNSET = {"seed": "another one each time"}
-"""What a setting is that nobody has given; MODELS_OWN for the others."""
+"""Description of an unset value; MODELS_OWN for all others."""
 
 
 class Sampling(BaseModel):
-    """How an answer is drawn. None leaves a setting to the model's own generation_config."""
+    """Sampling settings of an answer. None uses the value of the model's generation_config."""
 
     model_config = ConfigDict(
         extra="forbid", frozen=True, strict=True, use_attribute_docstrings=True, allow_inf_nan=False
     )
 
     temperature: Temperature = 0.0
-    """Randomness: the logits are divided by it; 0 takes the likeliest token every time."""
+    """Divisor of the logits: higher is more random, 0 is greedy decoding."""
     top_p: TopP | None = None
-    """Draw from the likeliest tokens that together have this probability; 1 takes all."""
+    """Sample from the most likely tokens with this total probability; 1 disables it."""
     top_k: TopK | None = None
-    """Draw from this many of the likeliest tokens; 0 takes all."""
+    """Sample from this many most likely tokens; 0 disables it."""
     min_p: MinP | None = None
-    """Draw from tokens that are at least this share as likely as the likeliest."""
+    """Minimum probability of a token, relative to the most likely one."""
     repetition_penalty: RepetitionPenalty | None = None
-    """Above 1 makes tokens of prompt and answer less likely to come again (Keskar et al. 2019, CTRL); 1 is none."""
+    """Values above 1 reduce repetition of tokens (Keskar et al. 2019, CTRL); 1 disables it."""
     max_new_tokens: MaxNewTokens = 512
-    """Longest answer, in tokens."""
+    """Maximum number of generated tokens."""
     stop: tuple[str, ...] = ()
-    """End the answer before this text; may be given again."""
+    """Stop before this text; repeatable."""
     seed: Seed | None = None
-    """Make drawing repeatable, whatever else is drawn at the same time."""
+    """Seed for reproducible sampling, independent of concurrent requests."""
 
     def but(self, **changes: Any) -> Sampling:
-        """The same with other values, which are not checked: a context may leave room for no token."""
+        """Return a copy with other values, without validation: a context may leave room for 0 tokens."""
         return self.model_copy(update=changes)
 
     def with_defaults(self, config: Any) -> Sampling:
-        """The same with everything said.
+        """Return a copy with all unset values resolved.
 
         Args:
             config: the model's GenerationConfig.
@@ -77,7 +77,7 @@ class Sampling(BaseModel):
 
 @dataclass(frozen=True)
 class NumberSetting:
-    """A setting that is one number: its range, and what is said of it."""
+    """A numeric setting: its range and description."""
 
     name: str
     kind: type[int] | type[float]
@@ -85,23 +85,23 @@ class NumberSetting:
     high: float
     default: float | None
     unset: str
-    """What None means; empty where there must be a value."""
+    """Description of None; empty if a value is required."""
     about: str
 
     @property
     def range(self) -> str:
-        """Both ends, which belong to it: `0 to 5`."""
+        """The inclusive range as text: `0 to 5`."""
         return f"{self.low:,g} to {self.high:,.10g}"
 
     def read(self, text: str, called: str = "") -> int | float:
-        """The value that a text gives.
+        """Parse and validate a value.
 
         Args:
-            text: as it was typed.
-            called: how the user spells the setting; its name if empty.
+            text: the text as typed.
+            called: the user's name of the setting, for errors; the setting's own if empty.
 
         Raises:
-            LoratuneError: it is no such number, or out of range.
+            LoratuneError: the text is not a number, or out of range.
         """
         try:
             value = self.kind(text)
@@ -115,7 +115,7 @@ class NumberSetting:
 
 
 def _number_settings() -> Iterator[NumberSetting]:
-    """From what pydantic itself makes of the declarations: a number, or a number and null."""
+    """Derive the numeric settings from pydantic's JSON schema: a number, or a number and null."""
     for name, described in Sampling.model_json_schema()["properties"].items():
         number = described["anyOf"][0] if "anyOf" in described else described
         kind = {"number": float, "integer": int}.get(number["type"])

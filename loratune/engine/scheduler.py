@@ -1,6 +1,7 @@
-"""Continuous batching: answers begin and end on their own while all that run share each forward pass.
+"""Continuous batching: sequences start and finish independently while they share each forward pass.
 
-As in Orca (Yu et al. 2022), steps are scheduled, not batches: part of the new prompts, then a token for every answer.
+As in Orca (Yu et al. 2022), scheduling is per iteration: each step processes a part of new prompts, then one token of
+every running sequence.
 """
 
 from __future__ import annotations
@@ -23,23 +24,23 @@ from loratune.model.kernels.few_rows import give_up_few_row_products, use_few_ro
 from loratune.protocols import AdaptedModel, CausalModel
 
 PROMPT_PART = 512
-"""Tokens of a prompt that are read at once, so that running answers don't wait for a long one."""
+"""Maximum prompt tokens of a sequence per step, so that a long prompt does not block running sequences."""
 PROMPT_TOKENS = 2048
-"""Tokens of all prompts that are read in one pass."""
+"""Maximum prompt tokens of all sequences per step."""
 KEPT_BYTES = 2 * 2**30
-"""Keys and values that may stay while nothing runs: the next question of a conversation begins as the last one did."""
+"""Maximum size of an idle KV cache, which is kept for the next request of a conversation."""
 
 
 class Decoder:
-    """Decodes many prompts with one model.
+    """Decodes many sequences concurrently with one model.
 
     Args:
-        model: a causal language model in eval mode, with or without PEFT adapters; attends to slots from now on.
-        slots: how many answers run at once.
-        cache_budget_bytes: what keys and values may take; answers wait where they could need more. None is no bound.
+        model: a causal language model in eval mode, with or without PEFT adapters; its attention is replaced.
+        slots: maximum number of running sequences.
+        cache_budget_bytes: limit of the KV cache; sequences that could exceed it wait. None for no limit.
 
     Raises:
-        DecodingError: a kind of layer that has no keys and values.
+        DecodingError: the model has layers without keys and values.
     """
 
     def __init__(self, model: CausalModel, slots: int = 32, cache_budget_bytes: float | None = None) -> None:
@@ -48,13 +49,13 @@ class Decoder:
         base = causal_model(model)
         use_slot_attention(base)
         self._large_layers = use_few_row_products(base)
-        # The last position's states are strided; a bfloat16 product of strided rows is a hundred times slower on a CPU.
+        # The last position's states are strided, and CPU bfloat16 products of strided rows are a hundred times slower.
         self._hook = output_layer(base).register_forward_pre_hook(lambda _, inputs: (inputs[0].contiguous(),))
         self.slots = slots
         self.device = model.device
         self.generation_config = base.generation_config
         self.running: list[Running] = []
-        """The answer in each slot; slots are taken from 0 on without a gap."""
+        """The sequence in each slot; slots are numbered from 0 without gaps."""
         self.waiting: deque[Running] = deque()
         self._layers = layer_count(base.config)
         self._cache = SlotCache(self._layers)
@@ -67,21 +68,19 @@ class Decoder:
         self._apart = {name for name in configs if configs[name].use_dora or self._own.is_apart(name)}
 
     def vocabulary(self, adapter: str) -> int:
-        """How many tokens an adapter knows: ids from it on cannot be in a prompt."""
+        """Return an adapter's vocabulary size; prompt ids must be below it."""
         return self._own.vocabulary(adapter)
 
     @property
     def is_idle(self) -> bool:
-        """Whether there is nothing to do."""
         return not self.running and not self.waiting
 
     def add(self, running: Running) -> None:
-        """Put a prompt in the queue."""
         self.waiting.append(running)
 
     @torch.inference_mode()  # type: ignore[untyped-decorator]
     def remove(self, running: Running) -> None:
-        """End an answer, whether it waits or runs; its slot goes to the last one."""
+        """Remove a queued or running sequence; the last running one moves to its slot."""
         if running.slot < 0:
             if running in self.waiting:
                 self.waiting.remove(running)
@@ -97,10 +96,10 @@ class Decoder:
 
     @torch.inference_mode()  # type: ignore[untyped-decorator]
     def step(self) -> list[Running]:
-        """Read a part of new prompts and make one token for each answer whose prompt is read.
+        """Process a part of new prompts, and generate one token for each sequence whose prompt is complete.
 
         Returns:
-            Those with a new token; they have left their slot if it was their last one.
+            Sequences with a new token; finished ones have left their slot.
         """
         while self.waiting and self._has_room():
             self._begin(self.waiting.popleft())
@@ -121,12 +120,12 @@ class Decoder:
 
     @torch.inference_mode()  # type: ignore[untyped-decorator]
     def loss(self, prompt: list[int], answer: list[int], adapter: str = BASE) -> float:
-        """Negative log-likelihood of an answer, in nats, summed over its tokens.
+        """Return the negative log-likelihood of an answer, in nats, summed over its tokens.
 
         Args:
             prompt: token ids, at least one.
-            answer: token ids, the end token among them if it is to count.
-            adapter: PEFT's name of it.
+            answer: token ids, including the end token if it counts.
+            adapter: PEFT's name of the adapter.
         """
         cache, read, total = SlotCache(self._layers), 0, 0.0
         sequence = [*prompt, *answer]
@@ -135,7 +134,7 @@ class Decoder:
             part = sequence[read : min(read + PROMPT_PART, len(sequence) - 1)]
             feed = Feed([0], [read], [len(part)], self.device)
             read += len(part)
-            scored = min(len(part), read + 1 - len(prompt))  # positions that an answer's token follows
+            scored = min(len(part), read + 1 - len(prompt))  # positions followed by a token of the answer
             logits = self._pass(cache, feed, [part], [adapter], max(1, scored))[0]
             if scored > 0:
                 wanted = torch.tensor(sequence[read + 1 - scored : read + 1], device=self.device)
@@ -150,7 +149,7 @@ class Decoder:
             torch.cuda.empty_cache()
 
     def close(self) -> None:
-        """Give the memory back, and the model as it was but for its attention."""
+        """Free the memory and restore the model, except for its attention."""
         self._cache.clear()
         self._hook.remove()
         give_up_few_row_products(self._large_layers)
@@ -160,7 +159,7 @@ class Decoder:
             self._own.select([self._adapted.active_adapter])
 
     def _begin(self, running: Running) -> None:
-        """Give an answer its slot, with what the slots know of its prompt already."""
+        """Assign a slot to a sequence, and reuse a cached prefix of its prompt."""
         running.slot = len(self.running)
         settled = running.sampling.with_defaults(self.generation_config)
         running.chooser = TokenChooser(settled, running.prompt, self.device)
@@ -169,7 +168,7 @@ class Decoder:
         running.read = self._prefixes.take(running.slot, running.adapter, running.prompt)
 
     def _has_room(self) -> bool:
-        """Whether the next answer can run beside the others, even if all become as long as they may."""
+        """Return whether the next sequence fits, even if all running ones reach their maximum length."""
         if not self.running or self._budget_tokens is None:
             return len(self.running) < self.slots
         longest = max(one.longest for one in (*self.running, self.waiting[0]))
@@ -177,7 +176,7 @@ class Decoder:
         return len(self.running) < self.slots and needed <= self._budget_tokens
 
     def _next_prompts(self) -> list[Running]:
-        """Prompts to be read next, in the order they came, as many as one pass takes."""
+        """Return the prompts of the next pass, in order of arrival, up to PROMPT_TOKENS."""
         chosen: list[Running] = []
         widest = 0
         for running in self.running:
@@ -198,7 +197,7 @@ class Decoder:
         self._choose([reading[index] for index in done], logits[done])
 
     def _forward(self, rows: Sequence[Running], new: Sequence[Sequence[int]]) -> torch.Tensor:
-        """Logits [rows, vocabulary] behind the last of each row's new tokens."""
+        """Return logits [rows, vocabulary] after the last new token of each row."""
         by_pass = defaultdict(list)
         for index, running in enumerate(rows):
             by_pass[running.adapter if running.adapter in self._apart else None].append(index)
@@ -212,14 +211,14 @@ class Decoder:
         if len(groups) == 1:
             return parts[0]
         order = torch.tensor([index for group in groups for index in group]).argsort()
-        widest = max(part.shape[-1] for part in parts)  # one adapter may have a larger vocabulary than another
+        widest = max(part.shape[-1] for part in parts)  # vocabulary sizes of adapters may differ
         padded = [functional.pad(part, (0, widest - part.shape[-1]), value=-torch.inf) for part in parts]
         return torch.cat(padded)[order.to(self.device)]
 
     def _pass(
         self, cache: SlotCache, feed: Feed, new: Sequence[Sequence[int]], adapters: list[str], keep: int = 1
     ) -> torch.Tensor:
-        """Logits [rows, keep, vocabulary] of the last positions of a pass over new tokens."""
+        """Return logits [rows, keep, vocabulary] of the last positions of a forward pass."""
         filled = [[0] * (feed.width - len(tokens)) + list(tokens) for tokens in new]
         cache.feed = feed
         output = self.model(
@@ -247,7 +246,7 @@ class Decoder:
         if adapter == self._adapter:
             return
         if adapter == BASE:
-            with warnings.catch_warnings():  # that trained biases stay in the base, which they do not
+            with warnings.catch_warnings():  # the warning claims that trained biases stay in the base; here they do not
                 warnings.simplefilter("ignore", UserWarning)
                 model.base_model.disable_adapter_layers()
         else:

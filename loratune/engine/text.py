@@ -1,4 +1,4 @@
-"""Token ids as text, piece by piece: whole characters only, up to a stop text, reasoning and answer apart."""
+"""Detokenises a stream: complete characters only, with stop strings, and reasoning separate from the answer."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from loratune.protocols import Tokenizer
 
 OPENING, CLOSING = "<think>", "</think>"
 UNFINISHED = "\ufffd"
-"""What a tokenizer says for the first bytes of a character."""
+"""What a tokenizer decodes an incomplete character to."""
 LONGEST_CHARACTER = 4
-"""Tokens of one byte each."""
+"""In byte-level tokens."""
 
 
 class Parts(NamedTuple):
@@ -26,10 +26,10 @@ class TextStream:
 
     Args:
         tokenizer: a transformers tokenizer.
-        stop: texts that end the answer.
-        in_reasoning: whether the prompt has already opened the reasoning.
-        beginning: what the template writes before an answer without reasoning, and what is no part of it.
-        marks: ids of special tokens → characters that stand for them in the text. All others are left out.
+        stop: strings that end the answer.
+        in_reasoning: whether the prompt already opened the reasoning block.
+        beginning: text that the template writes before an answer without reasoning; removed from the answer.
+        marks: ids of special tokens → placeholder characters in the text. Other special tokens are dropped.
     """
 
     def __init__(
@@ -41,22 +41,22 @@ class TextStream:
         marks: Mapping[int, str] | None = None,
     ) -> None:
         self._tokenizer, self._marks = tokenizer, marks or {}
-        # Tags are told apart below.
+        # Reasoning tags are handled separately.
         self._beginning = "" if CLOSING in beginning else self._without_control_tokens(beginning)
         self._stop = tuple(text for text in stop if text)
         self._ids: list[int] = []
         self._told = ""
-        """Text of `_ids` that has been passed on."""
+        """Text of `_ids` that has been emitted."""
         self._held = ""
-        """Text that may become a tag or a stop text."""
+        """Text that may turn out to be a tag or a stop string."""
         self._place = "reasoning" if in_reasoning else "start"
         self._is_blank = in_reasoning
-        """Whether blanks at this place are left out: they belong to the tags."""
+        """Whether whitespace is dropped here, because it belongs to a tag."""
         self.stopped = False
-        """Whether a stop text has come; nothing after it counts."""
+        """Whether a stop string was found; later text is ignored."""
 
     def push(self, token: int) -> Parts:
-        """The text that has become certain with one more token."""
+        """Add a token, and return the text that is now certain."""
         if token in self._marks:
             new = self._decode(self._ids)[len(self._told) :] + self._marks[token]
             self._ids, self._told = [], ""
@@ -66,13 +66,13 @@ class TextStream:
         if text.endswith(UNFINISHED) and len(self._ids) <= LONGEST_CHARACTER + 1:
             return Parts("", "")
         new = text[len(self._told) :]
-        # The last token stays, since a tokenizer may write the first one of a text without its leading blank.
+        # Keep the last token, since tokenizers may drop the leading space of a text's first token.
         self._ids = self._ids[-1:]
         self._told = self._decode(self._ids)
         return self._sorted(new, is_last=False)
 
     def finish(self) -> Parts:
-        """What was held back."""
+        """Return the text that was held back."""
         return self._sorted(self._decode(self._ids)[len(self._told) :], is_last=True)
 
     def _decode(self, ids: list[int]) -> str:
@@ -83,7 +83,7 @@ class TextStream:
         return self._decode(self._tokenizer(text, add_special_tokens=False).input_ids) if text else ""
 
     def _sorted(self, new: str, is_last: bool) -> Parts:
-        """Sort text to where it belongs, and hold back what may still turn into a tag or a stop text."""
+        """Assign text to reasoning or answer, and hold back what may become a tag or a stop string."""
         self._held += new
         text = reasoning = ""
         if self._beginning:
@@ -113,11 +113,11 @@ class TextStream:
             self._is_blank = True
 
     def _next(self, is_last: bool) -> tuple[str, str | None]:
-        """Take text off up to the next tag, the tag with it; without one, as much as cannot be the start of one."""
+        """Remove text up to the next tag, and the tag; without a tag, remove what cannot be the start of one."""
         if self._place == "start" and self._held.strip() and not OPENING.startswith(self._held.strip()[: len(OPENING)]):
-            self._place = "answer"  # an answer that does not begin with reasoning has none
+            self._place = "answer"  # reasoning only occurs at the start
         tags = (*self._stop, *{"start": (OPENING,), "reasoning": (CLOSING,)}.get(self._place, ()))
-        # The one that is complete first, however much of the text comes at once; of several the longest.
+        # The tag that is completed first, however the text is split; of several, the longest.
         places = [(self._held.find(tag) + len(tag), self._held.find(tag), tag) for tag in tags if tag in self._held]
         if places:
             _, place, tag = min(places)
@@ -125,11 +125,11 @@ class TextStream:
             return ("" if tag == OPENING else here), tag
         keep = 0 if is_last else max((_overlap(self._held, tag) for tag in tags), default=0)
         if self._place == "start" and not is_last:
-            keep = len(self._held)  # blanks before a tag that may come
+            keep = len(self._held)  # whitespace before a possible tag
         here, self._held = self._held[: len(self._held) - keep], self._held[len(self._held) - keep :]
         return here, None
 
 
 def _overlap(text: str, tag: str) -> int:
-    """Length of the longest end of `text` that a tag begins with."""
+    """Return the length of the longest suffix of `text` that is a prefix of a tag."""
     return next((size for size in range(min(len(text), len(tag) - 1), 0, -1) if tag.startswith(text[-size:])), 0)

@@ -1,4 +1,4 @@
-"""A question on its way through the engine, and how its tokens become pieces of an answer."""
+"""A submitted request: turns the generated tokens into chunks of the answer."""
 
 from __future__ import annotations
 
@@ -16,42 +16,41 @@ from loratune.engine.text import OPENING, Parts, TextStream
 
 @dataclass(eq=False)
 class Ticket:
-    """A question that was handed in."""
+    """A submitted request."""
 
     running: Running
     text: TextStream
     calls: CallStream | None
-    """Finds calls of tools in the text; None does not look for any."""
+    """Parses tool calls in the text; None if no tools are available."""
     deliver: Callable[[Piece], None]
     is_cancelled: threading.Event = field(default_factory=threading.Event)
     has_called: bool = False
-    """Whether a piece has held calls."""
+    """Whether a chunk contained tool calls."""
 
     @property
     def prompt_tokens(self) -> int:
-        """Length of the prompt."""
         return len(self.running.prompt)
 
     @property
     def is_stopped(self) -> bool:
-        """Whether a stop text or the last call has come; nothing after it counts."""
+        """Whether a stop string or the last allowed call was reached; later tokens are ignored."""
         return self.text.stopped or bool(self.calls and self.calls.is_done)
 
     def cancel(self) -> None:
-        """End the answer within a token; from any thread."""
+        """Cancel the request; generation stops within one token. Thread-safe."""
         self.is_cancelled.set()
 
     def push(self, token: int) -> Piece:
-        """What has become certain with one more token."""
+        """Add a token, and return the content that is now certain."""
         return self._piece(self.text.push(token), is_last=False)
 
     def finish(self, before: Piece, finish: str, error: BaseException | None) -> Piece:
-        """The last piece: what was held back, and how the answer has ended.
+        """Return the last chunk: held back content and the finish reason.
 
         Args:
-            before: what came with the last token.
+            before: content of the last token.
             finish: stop, length, cancelled or error.
-            error: if there was one.
+            error: the exception, if any.
         """
         late = self._piece(self.text.finish(), is_last=True)
         ended = CALLED if finish == "stop" and self.has_called else finish
@@ -64,13 +63,13 @@ class Ticket:
 
 
 def make_ticket(question: Question, running: Running, encoder: Encoder, deliver: Callable[[Piece], None]) -> Ticket:
-    """A ticket for a question.
+    """Create the ticket of a request.
 
     Args:
-        question: what is asked.
-        running: its prompt on the way through the model.
-        encoder: has rendered the prompt.
-        deliver: gets the pieces.
+        question: the request.
+        running: its sequence.
+        encoder: the encoder that rendered its prompt.
+        deliver: called with each chunk.
     """
     begun = "" if isinstance(question.messages, str) else encoder.answer_start_for(question.tools)
     form = encoder.call_form if question.tools else None
@@ -82,7 +81,7 @@ def make_ticket(question: Question, running: Running, encoder: Encoder, deliver:
 
 
 def gathering(index: int, ended: queue.SimpleQueue[tuple[int, list[Piece]]]) -> Callable[[Piece], None]:
-    """What collects the pieces of one answer and passes them on once it is whole."""
+    """Return a callback that collects an answer's chunks, and puts them into the queue when it is complete."""
     pieces: list[Piece] = []
 
     def add(piece: Piece) -> None:
@@ -94,5 +93,5 @@ def gathering(index: int, ended: queue.SimpleQueue[tuple[int, list[Piece]]]) -> 
 
 
 def _opens_reasoning(encoder: Encoder, prompt: list[int]) -> bool:
-    """Whether the template has written the tag itself, as those of models that always reason do."""
+    """Return whether the prompt ends with the opening tag, as templates of models that always reason write it."""
     return bool(encoder.tokenizer.decode(prompt[-4:]).rstrip().endswith(OPENING))

@@ -1,4 +1,4 @@
-"""How the next token is chosen from the logits."""
+"""Chooses the next token from the logits."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ import torch
 from loratune.engine.sampling import Sampling
 
 _CANDIDATES = 1024
-"""The likeliest tokens that are looked at first; a wider distribution is sorted whole."""
+"""Number of most likely tokens that are examined first; a wider distribution is sorted as a whole."""
 
 
 class TokenChooser:
     """Chooses the tokens of one answer.
 
     Args:
-        sampling: with everything said.
+        sampling: settings with all values resolved.
         prompt: token ids before the answer.
-        device: of the logits.
+        device: device of the logits.
     """
 
     def __init__(self, sampling: Sampling, prompt: list[int], device: Any) -> None:
@@ -35,14 +35,14 @@ class TokenChooser:
 
     @property
     def takes_likeliest(self) -> bool:
-        """Whether the token is the largest logit and nothing else."""
+        """Whether the choice is the argmax of the logits."""
         return self._generator is None and self._seen is None
 
     def choose(self, logits: torch.Tensor) -> int:
-        """The next token's id.
+        """Return the id of the next token.
 
         Args:
-            logits: [vocabulary], of any float dtype; not changed.
+            logits: [vocabulary], any float dtype; not modified.
         """
         scores = logits.float()
         if self._seen is not None:
@@ -55,20 +55,20 @@ class TokenChooser:
         return token
 
     def _draw(self, scores: torch.Tensor) -> int:
-        """Temperature, top-k, top-p, min-p, in transformers' order, then one draw."""
+        """Sample with temperature, top-k, top-p and min-p, in transformers' order."""
         ids, probabilities = shortlist(scores, self.sampling)
         return int(ids[torch.multinomial(probabilities, 1, generator=self._generator)])
 
 
 def shortlist(scores: torch.Tensor, sampling: Sampling) -> tuple[torch.Tensor, torch.Tensor]:
-    """The tokens that may be drawn, likeliest first, and their probabilities.
+    """Return the tokens that may be sampled, most likely first, and their probabilities.
 
     Args:
         scores: float32 [vocabulary].
-        sampling: with everything said and a temperature above 0.
+        sampling: settings with all values resolved and a temperature above 0.
 
     Returns:
-        ids, int64 [kept], and float32 [kept] that sums up to 1.
+        ids, int64 [kept], and probabilities, float32 [kept], which sum to 1.
     """
     scores = scores / sampling.temperature
     top_p, min_p = sampling.top_p or 0.0, sampling.min_p or 0.0
@@ -76,14 +76,14 @@ def shortlist(scores: torch.Tensor, sampling: Sampling) -> tuple[torch.Tensor, t
     total = scores.logsumexp(0)
     values, ids = scores.topk(min(count, _CANDIDATES))
     if count == len(scores) and len(values) < count:
-        # All tokens may be drawn unless top-p or min-p ends the list among the first candidates.
+        # All tokens may be sampled, unless top-p or min-p cuts the list within the candidates.
         likely = (values - total).exp()
         if not (likely.sum() >= top_p < 1 or likely[-1] < min_p * likely[0]):
             values, ids = scores.sort(descending=True)
     elif len(values) < count:
         values, ids = scores.topk(count)
     probabilities = (values - (total if count == len(scores) else values.logsumexp(0))).exp()
-    # A token stays while those before it have not yet reached top_p; the first one always does.
+    # A token is kept while the tokens before it have not reached top_p; the first one always is.
     stays = probabilities.cumsum(0) - probabilities < top_p
     stays &= probabilities >= min_p * probabilities[0]
     stays[0] = True

@@ -1,1 +1,1 @@
-"""The machine, the base model, its tokenizer and the adapter on it."""
+"""The hardware, the base model, its tokenizer and its adapter."""

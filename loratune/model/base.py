@@ -1,4 +1,4 @@
-"""The base model as an object: its weights, quantised if asked."""
+"""Loads the base model, optionally quantised."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def load_base(settings: ModelSettings, folder: Path, hardware: Hardware) -> Caus
     """The base model on its device, frozen, quantised if asked.
 
     Raises:
-        LoratuneError: settings that this machine cannot serve, or weights that do not fit the config.
+        LoratuneError: this machine does not support the settings, or weights and config do not match.
     """
     dtype = resolve_dtype(settings.dtype, hardware)
     return load_from_folder(
@@ -48,5 +48,5 @@ def _quantization(settings: ModelSettings, hardware: Hardware) -> BitsAndBytesCo
 
 
 def dtype_name(dtype: torch.dtype) -> str:
-    """`bfloat16` of `torch.bfloat16`."""
+    """Return a dtype's name: `bfloat16` of `torch.bfloat16`."""
     return str(dtype).removeprefix("torch.")

@@ -1,8 +1,8 @@
-"""What of a model folder's configs transformers gets to see: settings of the architecture, and nothing else.
+"""Filters the configs of a model folder before transformers reads them: only keys of the architecture pass.
 
-transformers takes every key of a config.json as an attribute of the config, and reads some of them where it chooses
-attention kernels (which it would fetch from the hub), files of weights, adapters and code. A config is data here: a key
-gets through if the architecture's config class declares it or the architecture's own code reads it.
+transformers sets every key of a config.json as an attribute, and reads some of them to select attention kernels (which
+it would download from the hub), weight files, adapters and code. Here a config is data: a key passes if the
+architecture's config class declares it or the architecture's own code reads it.
 """
 
 from __future__ import annotations
@@ -31,9 +31,9 @@ from loratune.plain_files import CONFIG_BYTES, read_json_object
 from loratune.protocols import CausalModel, ModelConfig
 
 GENERATION_CONFIG = "generation_config.json"
-# Of what every config class has in common; the rest changes what a model returns, or is about classifiers.
+# Of the keys that all config classes share; the others change a model's outputs, or belong to classifiers.
 COMMON_KEYS = {"architectures", "dtype", "torch_dtype", "transformers_version"}
-# Earlier names of rope_parameters, which every config class with RoPE still takes.
+# Older names of rope_parameters, which config classes with RoPE still accept.
 ROPE_KEYS = {"rope_theta", "rope_scaling", "partial_rotary_factor"}
 DTYPES = get_args(Dtype)
 # What loratune and its proof read of a generation config.
@@ -51,10 +51,10 @@ def load_config(folder: Path, is_quantized: bool = False) -> ModelConfig:
 
     Args:
         folder: model folder.
-        is_quantized: whether its weights are, by this program; transformers then needs the config's word for how.
+        is_quantized: whether loratune has quantised the weights; transformers then needs quantization_config.
 
     Raises:
-        LoratuneError: it cannot be read, asks for code, or holds values that make no model.
+        LoratuneError: the config is unreadable, asks for code, or has values that no model can be built from.
     """
     path = folder / CONFIG
     values = read_json_object(path, CONFIG_BYTES)
@@ -66,7 +66,7 @@ def load_config(folder: Path, is_quantized: bool = False) -> ModelConfig:
     kept = {key: value for key, value in values.items() if key in allowed}
     problems = [f"{key} is {_shown(value)}" for key, value in kept.items() if _is_impossible(key, value)]
     dtype = kept.get("dtype", kept.get("torch_dtype"))
-    problems += [f"dtype is {_shown(dtype)}; {', '.join(DTYPES)} are taken"] if dtype not in (None, *DTYPES) else []
+    problems += [f"dtype is {_shown(dtype)}; {', '.join(DTYPES)} are supported"] if dtype not in (None, *DTYPES) else []
     if problems:
         raise LoratuneError(f"{path}:\n{bullet_list(problems)}\n{ADVICE}", Exit.MODEL)
     return _built(path, kept, CONFIG_MAPPING[kind])
@@ -76,7 +76,7 @@ def empty_model(config: ModelConfig) -> CausalModel:
     """A causal language model of a config's sizes that takes no memory.
 
     Raises:
-        Exception: of many kinds, where the config's values make no model.
+        Exception: of any type, if no model can be built from the config.
     """
     with torch.device("meta"):
         model: CausalModel = AutoModelForCausalLM.from_config(config)
@@ -85,7 +85,7 @@ def empty_model(config: ModelConfig) -> CausalModel:
 
 @functools.cache
 def allowed_keys(model_type: str) -> frozenset[str]:
-    """The keys that the config class of an architecture declares, or the architecture's own code reads."""
+    """Return the keys that an architecture's config class declares, or that its own code reads."""
     config_class = CONFIG_MAPPING[model_type]
     declared = {field.name for field in fields(config_class)} - {field.name for field in fields(PreTrainedConfig)}
     read = set[str]()
@@ -100,12 +100,12 @@ def _built(path: Path, values: dict[str, Any], config_class: Any) -> ModelConfig
     """A config of checked values.
 
     Raises:
-        LoratuneError: with the keys that transformers refuses.
+        LoratuneError: names the keys that transformers rejects.
     """
     transformers_logging.set_verbosity_error()
     try:
         config = _tried(config_class, values)
-    except Exception as error:  # of values, each layer of transformers and torch raises another kind
+    except Exception as error:  # transformers and torch raise many types for bad values
         odd = [key for key in values if _is_buildable(config_class, values.keys() - {key}, values)]
         about = "".join(f"{key} {_shown(values[key])}: " for key in odd[:1])
         raise LoratuneError(f"{path}: makes no model: {about}{reason_of(error)}\n{ADVICE}", Exit.MODEL) from error
@@ -116,7 +116,7 @@ def _tried(config_class: Any, values: dict[str, Any]) -> ModelConfig:
     """A config of which a model can be made, and a layer run of each kind that it names: some need more settings.
 
     Raises:
-        Exception: of many kinds.
+        Exception: of any type.
     """
     config: ModelConfig = config_class(**values)
     empty_model(config)
@@ -128,7 +128,7 @@ def _tried(config_class: Any, values: dict[str, Any]) -> ModelConfig:
 
 
 def _is_buildable(config_class: Any, keys: Iterable[str], values: dict[str, Any]) -> bool:
-    """Whether a model can be made of some of the values, by which the odd ones are found."""
+    """Return whether a model can be built from a subset of the values; used to find the bad one."""
     try:
         _tried(config_class, {key: values[key] for key in keys})
     except Exception:
@@ -137,7 +137,7 @@ def _is_buildable(config_class: Any, keys: Iterable[str], values: dict[str, Any]
 
 
 def _is_impossible(key: str, value: Any) -> bool:
-    """Whether a number is out of the range that its name leaves it; some configs say -1 for a token that is none."""
+    """Return whether a number is outside the range that its key implies; token ids may be -1 for none."""
     numbers = [part for part in _parts(value) if isinstance(part, int | float)]
     if key.endswith("_token_id"):
         return False
@@ -151,10 +151,10 @@ def _parts(value: Any) -> list[Any]:
 
 
 def load_generation_config(folder: Path) -> Any:
-    """How a model's makers want it to be sampled and ended; from config.json where there is no file for it.
+    """Load a model's default sampling settings and end tokens, from generation_config.json or config.json.
 
     Raises:
-        LoratuneError: a value is not of its kind.
+        LoratuneError: a value has a wrong type or range.
     """
     path = folder / GENERATION_CONFIG
     path = path if path.is_file() else folder / CONFIG

@@ -1,4 +1,4 @@
-"""The base model's folder: where it lies, and whether it is safe and whole; nothing of a model is loaded here."""
+"""Locates and validates the base model's folder; no weights are loaded here."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from loratune.plain_files import CONFIG_BYTES, is_folder, read_json_object, unfi
 from loratune.recipe.sections import TINY_QWEN, ModelSettings
 from loratune.safetensors_header import read_header
 
-# Keys that have made a library fetch or run code from a model's folder (transformers CVE-2026-4372, vLLM
+# Keys with which libraries have fetched or run code from a model's folder (transformers CVE-2026-4372, vLLM
 # CVE-2026-22807, mlx-lm CVE-2026-5843).
 FORBIDDEN_KEYS = ("auto_map", "custom_pipelines", "custom_generate", "kernel_config", "model_file", "trust_remote_code")
-# Keys that choose how something is computed, which the recipe does; transformers fetches what it does not have by name.
+# Keys that select an implementation, which the recipe does; transformers would download unknown ones by name.
 IMPLEMENTATIONS = ("attn_implementation", "experts_implementation")
 KNOWN_IMPLEMENTATIONS = (None, "eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention")
-# What would be computed otherwise with these, and is not.
+# These would change the computation, and loratune does not implement them.
 FOREIGN_KEYS = ("per_layer_config", "fusion_config")
 MOST_LAYERS = 1_000
 INDEX_BYTES = 100_000_000
@@ -32,18 +32,18 @@ OTHER_CONFIGS = ("generation_config.json", "tokenizer_config.json")
 SMALL_HUB_FILES = ["*.json", "*.jinja", "*.txt", "*.model"]
 HUB_FILES = [*SMALL_HUB_FILES, "*.safetensors"]
 BESIDE_A_BASE = ["adapter_*"]
-"""What some repositories hold beside the model itself, and what is not fetched."""
+"""Files of adapters, which some repositories contain in addition to the model; not downloaded."""
 
 
 class QuantizedFolderError(LoratuneError):
-    """A model folder whose weights are quantised already."""
+    """The weights of a model folder are already quantised."""
 
 
 def find_base(settings: ModelSettings) -> Path:
-    """The folder of the base model; a hub id is downloaded once, a local folder causes no network access.
+    """Return the folder of the base model. A hub id is downloaded once; a local folder causes no network access.
 
     Raises:
-        LoratuneError: there is no such folder, or the hub cannot give it.
+        LoratuneError: there is no such folder, or the download failed.
     """
     folder = local_folder(settings) or _download(settings, HUB_FILES)
     if settings.base != TINY_QWEN:
@@ -52,10 +52,10 @@ def find_base(settings: ModelSettings) -> Path:
 
 
 def find_tokenizer(settings: ModelSettings) -> Path:
-    """A folder with the base's tokenizer and config; of a hub id nothing else is downloaded.
+    """Return a folder with the base's tokenizer and config; nothing else of a hub id is downloaded.
 
     Raises:
-        LoratuneError: there is no such folder, or the hub cannot give it.
+        LoratuneError: there is no such folder, or the download failed.
     """
     folder = local_folder(settings) or _download(settings, SMALL_HUB_FILES)
     if settings.base != TINY_QWEN:
@@ -64,10 +64,10 @@ def find_tokenizer(settings: ModelSettings) -> Path:
 
 
 def local_folder(settings: ModelSettings) -> Path | None:
-    """The practice model's folder or one that the recipe names; None for a hub id.
+    """Return the folder of the practice model or of a local path; None for a hub id.
 
     Raises:
-        LoratuneError: neither.
+        LoratuneError: it is neither.
     """
     if settings.base == TINY_QWEN:
         return Path(__file__).resolve().parent.parent / "assets" / TINY_QWEN
@@ -81,10 +81,10 @@ def local_folder(settings: ModelSettings) -> Path | None:
 
 
 def check_base(folder: Path) -> None:
-    """Refuse a folder that is incomplete, of an unknown architecture, or that asks for code of its own.
+    """Raise if a folder is incomplete, of an unsupported architecture, or asks for code.
 
     Raises:
-        LoratuneError: with what is missing or not allowed.
+        LoratuneError: lists what is missing or not allowed.
     """
     check_config(folder)
     for shard in weight_files(folder):
@@ -92,19 +92,21 @@ def check_base(folder: Path) -> None:
 
 
 def check_config(folder: Path) -> None:
-    """Refuse a folder whose config or tokenizer is missing or not allowed; weights are not looked at.
+    """Raise if a folder's config or tokenizer is missing or not allowed; weights are not checked.
 
     Raises:
-        LoratuneError: with what is missing or not allowed.
+        LoratuneError: lists what is missing or not allowed.
     """
     if unfit := unfit_files(folder):
-        raise LoratuneError(f"{folder}: no plain files, or far too large, and not read: {', '.join(unfit)}", Exit.MODEL)
+        raise LoratuneError(
+            f"{folder}: not regular files, or far too large, and therefore not read: {', '.join(unfit)}", Exit.MODEL
+        )
     if not (folder / CONFIG).exists():
         raise LoratuneError(f"{folder}: no config.json in it, so it is not a model folder", Exit.MODEL)
     if (folder / ADAPTER_CONFIG).exists():
         raise LoratuneError(
-            f"{folder}: an adapter lies beside the weights ({ADAPTER_CONFIG}), and the model would not be the base "
-            "itself. Move the adapter's files to a folder of their own, and give that one with --adapter",
+            f"{folder}: an adapter is next to the weights ({ADAPTER_CONFIG}), and the model would not be the base "
+            "itself. Move the adapter's files to a separate folder, and give that one with --adapter",
             Exit.MODEL,
         )
     config = read_json_object(folder / CONFIG, CONFIG_BYTES)
@@ -126,10 +128,10 @@ def check_config(folder: Path) -> None:
 
 
 def check_values(path: Path, values: dict[str, Any]) -> None:
-    """Refuse a config that asks for code, at whatever depth, or holds numbers that no model has.
+    """Raise if a config asks for code, at any depth, or has impossible numbers.
 
     Raises:
-        LoratuneError: with the keys.
+        LoratuneError: lists the keys.
     """
     entries = list(_entries(values))
     forbidden = [key for key, value in entries if value and (key in FORBIDDEN_KEYS or key.endswith("_internal"))]
@@ -141,12 +143,12 @@ def check_values(path: Path, values: dict[str, Any]) -> None:
     ]
     if forbidden:
         raise LoratuneError(
-            f"{path} asks for code outside transformers ({', '.join(dict.fromkeys(forbidden))}); it is never run. Take "
-            "these keys out if the model works without them",
+            f"{path} asks for code outside transformers ({', '.join(dict.fromkeys(forbidden))}); it is never run. "
+            "Remove these keys if the model works without them",
             Exit.MODEL,
         )
     problems = [f"{key} is {value}" for key, value in entries if isinstance(value, float) and not math.isfinite(value)]
-    problems += [f"{key} is set, which is not carried out" for key in FOREIGN_KEYS if values.get(key)]
+    problems += [f"{key} is set, which is not implemented" for key in FOREIGN_KEYS if values.get(key)]
     layers = text_values(values).get("num_hidden_layers")
     if isinstance(layers, int) and layers > MOST_LAYERS:
         problems.append(f"num_hidden_layers is {layers:,}, more than any model has")
@@ -158,7 +160,7 @@ def check_values(path: Path, values: dict[str, Any]) -> None:
 
 
 def _entries(values: dict[str, Any]) -> Iterator[tuple[str, Any]]:
-    """All keys with their values, at whatever depth; a list's items go by the key of the list."""
+    """Yield all keys and values at any depth; items of a list have the list's key."""
     waiting: list[tuple[str, Any]] = [("", values)]
     while waiting:
         name, value = waiting.pop()
@@ -171,10 +173,10 @@ def _entries(values: dict[str, Any]) -> Iterator[tuple[str, Any]]:
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files of a model folder, in order.
+    """Return the safetensors files of a model folder, in order.
 
     Raises:
-        LoratuneError: there are none, one named by the index is missing, or lies elsewhere.
+        LoratuneError: there are none, or a file of the index is missing or outside the folder.
     """
     path = folder / "model.safetensors.index.json"
     index = read_json_object(path, INDEX_BYTES) if path.exists() else None
@@ -197,7 +199,7 @@ def weight_files(folder: Path) -> list[Path]:
 
 
 def _download(settings: ModelSettings, patterns: list[str]) -> Path:
-    """Fetch config, tokenizer and, if asked, safetensors of a hub id; never pickles, never code."""
+    """Download files of a hub id: config, tokenizer and optionally safetensors; never pickles or code."""
     place = f"model.base {settings.base!r}: no such folder"
     if settings.hub == "modelscope":
         with required(f"{place}; fetching it from ModelScope", "modelscope", Exit.MODEL):
@@ -210,7 +212,7 @@ def _download(settings: ModelSettings, patterns: list[str]) -> Path:
                 settings.base, revision=settings.revision, allow_patterns=patterns, ignore_patterns=BESIDE_A_BASE
             )
         )
-    except Exception as error:  # each hub client and its HTTP library raise their own kinds
+    except Exception as error:  # each hub client and HTTP library has its own exceptions
         raise LoratuneError(
             f"{place}, and {settings.hub} cannot give it: {named_reason_of(error)}\n"
             "check the name and the network, or download the model elsewhere and give its folder",
@@ -219,10 +221,10 @@ def _download(settings: ModelSettings, patterns: list[str]) -> Path:
 
 
 def _check_safetensors(path: Path) -> None:
-    """Compare the file's size with what its header declares, before anything is allocated for it."""
+    """Compare the file's size with its header before allocating memory."""
     read_header(path)
     try:
-        with safe_open(path, framework="numpy"):  # checks every tensor's type, shape and place
+        with safe_open(path, framework="numpy"):  # validates dtype, shape and offset of every tensor
             pass
     except (SafetensorError, OSError) as error:
         raise LoratuneError(f"{path}: its header contradicts itself: {error}", Exit.MODEL) from error

@@ -1,4 +1,4 @@
-"""A model folder as transformers loads it, with what it sees of the configs, and how it fails, in one place."""
+"""Loads a model folder with transformers, with filtered configs and uniform errors."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ def load_from_folder(folder: Path, is_quantized: bool = False, **options: Any) -
 
     Args:
         folder: model folder.
-        is_quantized: whether its weights are, by this program.
-        options: of `from_pretrained`.
+        is_quantized: whether loratune has quantised the weights.
+        options: arguments of `from_pretrained`.
 
     Raises:
         LoratuneError: it cannot be loaded, or weights and config do not fit.
@@ -58,7 +58,7 @@ def load_from_folder(folder: Path, is_quantized: bool = False, **options: Any) -
     if info["unexpected_keys"]:
         left = ", ".join(sorted(info["unexpected_keys"])[:5])
         raise LoratuneError(
-            f"{folder}: weights and config do not fit: the config's model has no place for {left}", Exit.MODEL
+            f"{folder}: weights and config do not match: the config's model does not have {left}", Exit.MODEL
         )
     infinite = [name for name, buffer in model.named_buffers() if not buffer.isfinite().all()]
     if infinite:
@@ -92,9 +92,9 @@ def _check_shapes(folder: Path, config: ModelConfig) -> None:
     wanted = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     other = [name for name, shape in wanted.items() if name in held and held[name] != shape]
     if other:
-        told = [f"{name}: {list(held[name])}, by the config {list(wanted[name])}" for name in other]
+        lines = [f"{name}: {list(held[name])}, by the config {list(wanted[name])}" for name in other]
         raise LoratuneError(
-            f"{folder}: weights and config do not fit:\n{bullet_list(told, limit=5)}\nfetch config.json again, or "
+            f"{folder}: weights and config do not match:\n{bullet_list(lines, limit=5)}\nfetch config.json again, or "
             "correct its sizes",
             Exit.MODEL,
         )

@@ -1,4 +1,4 @@
-"""What this machine can do: device, number types, threads."""
+"""Detects the hardware: device, dtypes, threads."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ FLASH_CAPABILITY = (8, 0)
 
 @dataclass(frozen=True)
 class Hardware:
-    """The device that a process works on, and how many processes work together."""
+    """The device of this process, and the number of processes."""
 
     device: torch.device
     has_bfloat16: bool
-    """Whether products of bfloat16 run in hardware."""
+    """Whether bfloat16 products run in hardware."""
     name: str
     processes: int = 1
     """As torchrun has started them, over all machines."""
@@ -41,12 +41,11 @@ class Hardware:
 
     @property
     def is_gpu(self) -> bool:
-        """Whether the device is a CUDA GPU."""
         return str(self.device.type) == "cuda"
 
 
 def detect_hardware() -> Hardware:
-    """Take the GPU of this process's local rank, else the CPU with one thread per physical core.
+    """Use the GPU of this process's local rank, or the CPU with one thread per physical core.
 
     OMP_NUM_THREADS decides the number of threads instead where a user has set it; torchrun sets it to 1 by itself.
 
@@ -141,16 +140,16 @@ def _why_no_gpu() -> str:
 
 
 def _usable_cores() -> int:
-    """Physical cores, or fewer where this process is bound to some of them."""
+    """Return the number of physical cores, limited by the process's CPU affinity."""
     bound = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return min(psutil.cpu_count(logical=False) or bound, bound)
 
 
 def resolve_dtype(name: str, hardware: Hardware) -> torch.dtype:
-    """The torch type of a recipe's dtype setting.
+    """Return the torch dtype of a recipe's setting.
 
     Raises:
-        LoratuneError: float16 on a CPU, whose products are emulated and overflow in training.
+        LoratuneError: float16 on a CPU, where it is emulated and overflows in training.
     """
     if name == "auto":
         if hardware.has_bfloat16:

@@ -1,4 +1,4 @@
-"""The memory of this machine: what a process has held, what is free, how glibc treats it."""
+"""Memory of this machine: peak use, free memory, and glibc's allocator settings."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ import torch
 
 from loratune.model.hardware import Hardware
 
-M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # as malloc.h has them
-# Where Linux bounds the memory of a container: (limit, in use, statistics), in version 2 and 1 of control groups.
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # from malloc.h
+# Memory limits of Linux containers: (limit, usage, statistics) for cgroup versions 2 and 1.
 GROUPS = [
     ("memory.max", "memory.current", "memory.stat"),
     ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes", "memory/memory.stat"),
@@ -30,10 +30,10 @@ RECLAIMABLE = ("inactive_file", "total_inactive_file")
 
 
 def keep_freed_memory() -> None:
-    """Tell glibc to keep large blocks that are freed.
+    """Make glibc keep large freed blocks.
 
-    By default each goes back to the system and comes anew, zeroed page by page, which takes time in every training step
-    on a CPU. Does nothing where the allocator is another one.
+    By default it returns them to the system and gets them back zeroed page by page, which slows down every training
+    step on a CPU. Has no effect with another allocator.
     """
     try:
         mallopt = ctypes.CDLL(None).mallopt
@@ -44,7 +44,7 @@ def keep_freed_memory() -> None:
 
 
 def free_memory_bytes(hardware: Hardware) -> int:
-    """What a process can still take: of the GPU, or its share of main memory within the container's bound."""
+    """Return the available memory: of the GPU, or this process's share of main memory within the container's limit."""
     if hardware.is_gpu:
         free, _ = torch.cuda.mem_get_info()
         return int(free + torch.cuda.memory_reserved() - torch.cuda.memory_allocated())
@@ -58,7 +58,7 @@ def free_main_memory_bytes() -> int:
 
 
 def _free_in_group(root: Path) -> list[int]:
-    """Free bytes of the control group, for each version of such groups that bounds them."""
+    """Return the free bytes for each cgroup version with a limit."""
     free = []
     for limit, used, statistics in GROUPS:
         try:
@@ -67,14 +67,14 @@ def _free_in_group(root: Path) -> list[int]:
             lines = [line.split() for line in (root / statistics).read_text().splitlines()]
         except (OSError, ValueError):
             continue
-        if bound.isdecimal():  # version 2 writes "max" for none, version 1 a number beyond any machine
+        if bound.isdecimal():  # no limit: "max" in version 2, a huge number in version 1
             cached = max((int(value) for name, value in lines if name in RECLAIMABLE), default=0)
             free.append(max(0, int(bound) - taken + cached))
     return free
 
 
 def peak_memory_bytes(hardware: Hardware) -> int:
-    """Most memory this process has held: on the GPU, or resident on the CPU."""
+    """Return the peak memory of this process: allocated on the GPU, or resident on the CPU."""
     if hardware.is_gpu:
         return int(torch.cuda.max_memory_allocated())
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

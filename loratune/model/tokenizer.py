@@ -1,4 +1,4 @@
-"""The base model's tokenizer."""
+"""Loads the base model's tokenizer."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from loratune.protocols import Tokenizer
 
 
 def load_tokenizer(folder: Path) -> Tokenizer:
-    """The model's tokenizer, set up so that no text of a row can become a control token.
+    """Load a tokenizer, configured so that no text of a row can become a control token.
 
     Raises:
         LoratuneError: its files are damaged.
@@ -23,8 +23,8 @@ def load_tokenizer(folder: Path) -> Tokenizer:
         tokenizer: Tokenizer = AutoTokenizer.from_pretrained(
             folder, config=config, local_files_only=True, trust_remote_code=False
         )
-        tokenizer("a text")  # which compares its length with model_max_length
-    except Exception as error:  # the tokenizers library knows no other class
+        tokenizer("a text")  # also compares the length with model_max_length
+    except Exception as error:  # the tokenizers library only raises Exception
         raise LoratuneError(
             f"{folder}: the tokenizer cannot be read: {first_line_of(error)}; fetch its files again", Exit.MODEL
         ) from error
@@ -33,7 +33,7 @@ def load_tokenizer(folder: Path) -> Tokenizer:
 
 
 def set_pad_token(tokenizer: Tokenizer, end_ids: set[int | None]) -> None:
-    """Make sure that padding is not a token that ends an answer; loss and attention never see it either way."""
+    """Choose a pad token that does not end answers; padding is masked in loss and attention either way."""
     special = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
     named_pad = [token for token in special if "pad" in token]
     for token in [tokenizer.pad_token, *named_pad, *special, tokenizer.convert_ids_to_tokens(0)]:

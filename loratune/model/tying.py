@@ -1,4 +1,4 @@
-"""Whether a model has one matrix for embedding and head: the config's word against what the files hold."""
+"""Decides whether a model's embedding and head are tied, from its config and files."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ from loratune.plain_files import read_json_object
 
 @functools.cache
 def head_is_tied(folder: Path) -> bool:
-    """Decide it as transformers does, once for everything that is done with a model, and tell of an odd one.
+    """Return whether embedding and head are tied, as transformers decides it; warn if config and files disagree.
 
-    A config may say that embedding and head are tied where the files hold a head of other values, as older merges of a
-    trained head have left behind. transformers computes with that head; other programs may not.
+    A config may claim tying although the files hold a different head, as older merges of a trained head have produced.
+    transformers then uses that head; other programs may not.
 
     Args:
-        folder: of a model, whose files have been checked.
+        folder: a validated model folder.
 
     Raises:
-        LoratuneError: config and files contradict each other in a way that leaves no model.
+        LoratuneError: config and files contradict each other, so that there is no valid model.
     """
     says_tied = text_value(read_json_object(folder / "config.json"), "tie_word_embeddings", False)
     files = TensorFiles(weight_files(folder))
@@ -51,9 +51,9 @@ def head_is_tied(folder: Path) -> bool:
     is_tied = bool(of_head.dtype == of_embedding.dtype and torch.equal(files.tensor(head), files.tensor(embedding)))
     if not is_tied:
         console.warn(
-            f"{folder}/config.json says tie_word_embeddings, but {head} differs from the embedding: the model is taken "
-            "with the head that its files hold. Other programs may take the embedding; tie_word_embeddings: false in "
-            "config.json makes it certain"
+            f"{folder}/config.json says tie_word_embeddings, but {head} differs from the embedding: loratune uses the "
+            "head from the files. Other programs may use the embedding; tie_word_embeddings: false in "
+            "config.json avoids that"
         )
     files.release([head, embedding])
     return is_tied

@@ -1,1 +1,1 @@
-"""Every setting, declared once: sections, loading from YAML and flags, advice."""
+"""Declares every setting once, loads recipes from YAML and flags, and advises on risky values."""

@@ -1,21 +1,21 @@
-"""What the field has paid for: settings that are allowed but usually end in a poor model, with the reason."""
+"""Warns about settings that are allowed but usually give a poor model, each with the reason."""
 
 from __future__ import annotations
 
 from loratune.recipe.sections import Recipe, TrainingSettings
 
-# Values that vLLM's --max-lora-rank takes; newer versions also take 1.
+# Values that vLLM's --max-lora-rank accepts; newer versions also accept 1.
 MAX_LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 DEFAULT_MAX_LORA_RANK = 16
 
 
 def max_lora_rank(rank: int) -> int | None:
-    """Smallest value of vLLM's --max-lora-rank that holds a rank; None where none does."""
+    """Return the smallest valid --max-lora-rank of vLLM for a rank; None if the rank is too large."""
     return next((allowed for allowed in MAX_LORA_RANKS if allowed >= rank), None)
 
 
 def advise(recipe: Recipe) -> list[str]:
-    """One sentence for each setting that deserves a second look."""
+    """Return one sentence of advice for each risky setting."""
     return [*_advise_lora(recipe), *_advise_training(recipe)]
 
 
@@ -33,8 +33,8 @@ def _advise_lora(recipe: Recipe) -> list[str]:
         )
     if lora.rank > MAX_LORA_RANKS[-1]:
         advice.append(
-            f"lora.rank {lora.rank} is above {MAX_LORA_RANKS[-1]}, the most that vLLM serves beside a base: it will "
-            "have to be merged"
+            f"lora.rank {lora.rank} is above {MAX_LORA_RANKS[-1]}, the most that vLLM can serve as an adapter: it has "
+            "to be merged"
         )
     elif lora.rank > DEFAULT_MAX_LORA_RANK:
         advice.append(
@@ -60,9 +60,9 @@ def _advise_training(recipe: Recipe) -> list[str]:
         advice.append(f"training.learning_rate {training.learning_rate:g} is above 5e-3: training often diverges there")
     if not data.validation:
         advice.append(
-            "no validation rows (data.validation): overfitting will not show, and the last step is taken for the best; "
+            "no validation rows (data.validation): overfitting stays unnoticed, and the last step counts as the best; "
             "0.1 is usual"
         )
     if training.epochs > 5 and training.max_steps is None and not data.validation:
-        advice.append(f"training.epochs {training.epochs:g} without validation: the model may learn the rows by heart")
+        advice.append(f"training.epochs {training.epochs:g} without validation: the model may memorise the rows")
     return advice

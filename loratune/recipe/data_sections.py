@@ -1,4 +1,4 @@
-"""The settings of the data gate: which rows, and what is made of them."""
+"""The settings of the data: sources, formats, checks and truncation."""
 
 from __future__ import annotations
 
@@ -11,21 +11,21 @@ from loratune.recipe.section import HomePath, Section, listed
 
 
 class SourceSettings(Section):
-    """A file or hub dataset of rows with settings of its own."""
+    """A file or hub dataset with its own settings."""
 
     path: HomePath
     """A file, or hf:org/name:split; path#500 and path#2x work here too."""
     system: str | None = None
-    """System prompt for its rows without one, in place of prompt.system."""
+    """System prompt for its rows without one; overrides prompt.system."""
     weight: float | None = Field(default=None, gt=0)
-    """Its share of the training rows, relative to the other sources' weights."""
+    """Share of the training rows, relative to the weights of the other sources."""
 
 
 def _form(entry: Any) -> str:
     return "settings" if isinstance(entry, dict | SourceSettings) else "text"
 
 
-# Told apart by their form, so that an error is told of the form that was meant alone.
+# The tag selects the type from the value's form, so that an error refers only to the form that was used.
 SourceEntry = Annotated[
     Annotated[HomePath, Field(min_length=1), Tag("text")] | Annotated[SourceSettings, Tag("settings")],
     Discriminator(_form),
@@ -41,7 +41,7 @@ def _weight(entry: str | SourceSettings) -> float | None:
 
 
 class DataSettings(Section):
-    """Training and validation rows, and what the gate makes of them."""
+    """Training and validation rows, and how they are checked."""
 
     train: Annotated[list[SourceEntry], BeforeValidator(listed)] = Field(
         min_length=1,
@@ -49,31 +49,31 @@ class DataSettings(Section):
         "pairs. rows.json#500 draws 500, rows.json#2x takes each twice, {path: rows.json, weight: 10} mixes.",
     )
     validation: Annotated[float | list[SourceEntry], BeforeValidator(listed)] = 0.1
-    """Validation rows: a fraction split off the training rows, or sources like those of train; 0 is none."""
+    """Validation rows: a fraction of the training rows, or sources like those of train; 0 for none."""
     placeholders: dict[str, str] = {}
     """Values for {{name}}-like placeholders in the rows, as name=value."""
     columns: dict[str, str] = {}
-    """Names of a file's columns where they are none of a known format's, such as instruction=question output=answer."""
+    """Maps column names that no format knows, such as instruction=question output=answer."""
     encoding: str = "utf-8"
-    """Text encoding of the files, such as gb18030; a file in another one is refused, never guessed at."""
+    """Text encoding of the files, such as gb18030; files in another encoding are rejected."""
     train_on_turns: Literal["all", "last"] = "all"
-    """Which answers of a conversation are trained: all of them, or the last."""
+    """Which answers of a conversation to train on: all, or only the last."""
     train_thinking: bool = True
-    """Train the <think> block of an answer too, not only what follows it."""
+    """Also train the <think> block of an answer, not only the text after it."""
     truncation_strategy: Literal["drop", "truncate_prompt", "truncate_answer", "refuse"] = "drop"
-    """Rows above training.max_length: drop them, shorten the question, shorten the answer, or stop."""
+    """For rows longer than training.max_length: drop them, truncate the prompt or the answer, or stop."""
     on_bad_row: Literal["stop", "skip"] = "stop"
-    """Rows that cannot be read or trained on: stop, or skip up to max_bad_rows of them."""
+    """For rows that cannot be read or trained on: stop, or skip up to max_bad_rows of them."""
     max_bad_rows: int = Field(default=100, ge=1)
-    """How many rows on_bad_row skip may leave out before it stops after all."""
+    """Maximum number of rows that on_bad_row: skip may skip."""
     severity: dict[Finding, Literal["refuse", "warn", "ignore"]] = {}
-    """What a finding of the gate (see remove) does, where not its usual: short=ignore, duplicates=refuse."""
+    """Overrides the severity of findings (see remove), such as short=ignore, duplicates=refuse."""
     remove: Annotated[list[Finding], BeforeValidator(listed)] = Field(
         default=[],
         description=f"Findings whose rows are removed, with a report: {', '.join(FINDINGS)}.",
     )
     near_duplicates: float | None = Field(default=None, gt=0, lt=1)
-    """Look for rows of at least this similarity (0.8 is usual) besides equal ones; slower."""
+    """Minimum similarity of near duplicates, such as 0.8; off by default, because the search is slow."""
 
     @field_validator("columns")
     @classmethod
@@ -86,9 +86,9 @@ class DataSettings(Section):
     @classmethod
     def _fraction_in_range(cls, validation: float | list[str | SourceSettings]) -> float | list[str | SourceSettings]:
         if isinstance(validation, float) and not 0 <= validation <= 0.9:
-            raise ValueError("a fraction lies between 0 and 0.9")
+            raise ValueError("a fraction must be between 0 and 0.9")
         if isinstance(validation, list) and any(_weight(entry) for entry in validation):
-            raise ValueError("weights mix training rows; validation rows are all taken")
+            raise ValueError("weights mix training rows; all validation rows are used")
         return validation
 
     @model_validator(mode="after")
@@ -100,12 +100,12 @@ class DataSettings(Section):
 
     @property
     def train_names(self) -> list[str]:
-        """The sources of training rows, as the recipe names them."""
+        """Names of the training sources, as in the recipe."""
         return _names(self.train)
 
     @property
     def validation_names(self) -> list[str]:
-        """The sources of validation rows, as the recipe names them; none where a fraction is split off."""
+        """Names of the validation sources, as in the recipe; empty if a fraction is split off."""
         return _names(self.validation) if isinstance(self.validation, list) else []
 
     @field_validator("train")

@@ -1,4 +1,4 @@
-"""What is typed behind a flag → the value that it would have in a recipe."""
+"""Parses the text of a flag into the value that it would have in a recipe."""
 
 from __future__ import annotations
 
@@ -11,21 +11,21 @@ from loratune.recipe.yaml_reader import read_yaml
 
 
 def is_text(annotation: Any) -> bool:
-    """Whether a setting takes its text as it is typed (a text, or one of several words)."""
+    """Return whether a setting's flag is used as typed, because the setting is a string or a choice."""
     if get_origin(annotation) in (Union, types.UnionType):
         return all(is_text(kind) for kind in get_args(annotation) if kind is not type(None))
     return annotation is str or get_origin(annotation) is Literal
 
 
 def is_list(annotation: Any) -> bool:
-    """Whether a setting's flag may be repeated."""
+    """Return whether a setting's flag may be repeated."""
     if get_origin(annotation) in (Union, types.UnionType):
         return any(is_list(kind) for kind in get_args(annotation))
     return get_origin(annotation) in (list, dict)
 
 
 def parse_flag(given: Any, field: FieldInfo) -> Any:
-    """A flag's text as a recipe value: as typed for texts, as YAML for the rest."""
+    """Parse a flag: strings are used as typed, everything else is parsed as YAML."""
     kind = field.annotation
     if isinstance(given, bool):
         return given
@@ -47,7 +47,7 @@ def parse_flag(given: Any, field: FieldInfo) -> Any:
 
 
 def _parse_entry(text: str) -> Any:
-    """An item of a list: a text, or settings of its own as `{path: rows.json, weight: 10}`."""
+    """Parse a list item: a string, or settings such as `{path: rows.json, weight: 10}`."""
     return _parse_yaml(text) if text.startswith("{") else text
 
 

@@ -1,4 +1,4 @@
-"""YAML file and flags → Recipe, with every problem in one message; Recipe → YAML."""
+"""Loads a Recipe from YAML and flags, reports all problems in one message, and writes a Recipe as YAML."""
 
 from __future__ import annotations
 
@@ -20,22 +20,21 @@ from loratune.recipe.sections import Recipe, iterate_settings
 from loratune.recipe.yaml_reader import SURROGATE, Document, read_yaml, write_yaml
 
 FORMS = ("text", "settings")
-"""Of an entry of data.train; pydantic names them in the place of an error."""
+"""Tags of the two forms of a data.train entry, which pydantic adds to an error's location."""
 MOST_BYTES = 2**20
-"""Of a recipe; reading takes a second for so many."""
+"""Maximum size of a recipe in bytes; parsing this much takes about a second."""
 PACKAGE = Path(__file__).resolve().parent.parent
 ASSETS = PACKAGE / "assets"
-# An installed wheel carries configs/ and data/ among its assets, a checkout beside the package.
+# An installed wheel has configs/ and data/ in its assets; a checkout has them next to the package.
 SHIPPED = ASSETS if (ASSETS / "configs").is_dir() else PACKAGE.parent
 
 
 def shipped_recipes() -> list[Path]:
-    """The recipes that come with loratune."""
     return sorted((SHIPPED / "configs").glob("*.yaml"))
 
 
 def find_recipe(name: str) -> Path:
-    """Path of a recipe file, or of a shipped recipe given by its bare name.
+    """Return the path of a recipe file, or of a shipped recipe given by name.
 
     Raises:
         LoratuneError: there is neither.
@@ -56,14 +55,14 @@ def find_recipe(name: str) -> Path:
 
 
 def load_recipe(config: str | None, flags: dict[str, Any]) -> Recipe:
-    """Read a recipe, lay the flags over it, and validate the whole.
+    """Read a recipe, override it with flags, and validate the result.
 
     Args:
-        config: path or bare name of a recipe; None for flags alone.
-        flags: dotted setting → text, list of texts, or bool, as typed on the command line.
+        config: path or bare name of a recipe; None to use flags alone.
+        flags: dotted setting → text, list of texts, or bool, as given on the command line.
 
     Raises:
-        LoratuneError: with all problems, each with its line or flag.
+        LoratuneError: lists all problems, each with its line or flag.
     """
     path = find_recipe(config) if config is not None else None
     document = _read(path) if path else Document(values={})
@@ -71,12 +70,12 @@ def load_recipe(config: str | None, flags: dict[str, Any]) -> Recipe:
 
 
 def load_written_recipe(path: Path) -> Recipe:
-    """The recipe.yaml of a run, which an earlier version may have written.
+    """Load the recipe.yaml of a run, which an earlier version may have written.
 
-    Settings have their present names in it, those that no longer exist are left out, and nothing is said of either.
+    Renamed settings are read under their present names, and dropped settings are ignored, both silently.
 
     Raises:
-        LoratuneError: with all problems.
+        LoratuneError: lists all problems.
     """
     return _validated(_read(path), path, {}, is_own=True)
 
@@ -98,7 +97,7 @@ def _validated(document: Document, path: Path | None, flags: dict[str, Any], is_
             recipe = Recipe.model_validate(_with_sections(values))
         except ValidationError as error:
             known_lines = {line for line, _ in document.problems}
-            # A value refused for its form reads as missing; its line has been named already.
+            # A value with a syntax problem is reported as missing too; its line is already listed.
             described = _describe_all(error.errors(), document.lines, used_flags)
             problems += [(line, message) for line, message in described if line not in known_lines]
     if problems or recipe is None:
@@ -110,7 +109,7 @@ def _validated(document: Document, path: Path | None, flags: dict[str, Any], is_
 
 
 def _rename(document: Document, path: str, is_own: bool) -> list[str]:
-    """Give settings of earlier versions their present names; returns what stands against it."""
+    """Rename settings of earlier versions in place; return the problems."""
     renamed: list[str] = []
     try:
         lines = rename_keys(document.values, document.lines, lambda old, new: renamed.append(f"{old} is now {new}"))
@@ -126,10 +125,10 @@ def _rename(document: Document, path: str, is_own: bool) -> list[str]:
 
 
 def _renamed_flags(flags: dict[str, Any]) -> dict[str, Any]:
-    """Flags by the present names of their settings, with a note of those that have been renamed.
+    """Return flags under their present names, with a notice for each renamed one.
 
     Raises:
-        LoratuneError: a setting is given under both of its names.
+        LoratuneError: a setting is given under both names.
     """
     present: dict[str, Any] = {}
     for name, value in flags.items():
@@ -143,7 +142,7 @@ def _renamed_flags(flags: dict[str, Any]) -> dict[str, Any]:
 
 
 def dump_recipe(recipe: Recipe, is_ascii: bool = False) -> str:
-    """The resolved recipe as YAML that `load_recipe` reads back to an equal Recipe."""
+    """Return a recipe as YAML that `load_recipe` reads back to an equal Recipe."""
     return write_yaml(recipe.model_dump(), is_ascii)
 
 
@@ -153,7 +152,7 @@ def _read(path: Path) -> Document:
             content = file.read(MOST_BYTES + 1)
         if len(content) > MOST_BYTES:
             raise LoratuneError(
-                f"{path}: larger than {MOST_BYTES:,} bytes, so it is no recipe; rows belong into a file of their own, "
+                f"{path}: larger than {MOST_BYTES:,} bytes, too large for a recipe; put rows into a separate file, "
                 "named in data.train",
                 Exit.USAGE,
             )
@@ -165,13 +164,13 @@ def _read(path: Path) -> Document:
 
 
 def _with_sections(values: dict[str, Any]) -> dict[str, Any]:
-    """A section that is left out, or whose settings are all commented out (null), means its defaults."""
+    """Replace missing and null sections with their defaults."""
     sections = [name for name, field in Recipe.model_fields.items() if hasattr(field.annotation, "model_fields")]
     return values | {name: {} for name in sections if values.get(name) is None}
 
 
 def _lay_over(values: dict[str, Any], flags: dict[str, Any]) -> dict[str, str]:
-    """Put the flags into `values`; returns setting → problem for flags whose text cannot be read."""
+    """Put flags into `values`; return setting → problem for flags that cannot be parsed."""
     problems = {}
     fields = dict(iterate_settings())
     for dotted, given in flags.items():
@@ -187,14 +186,14 @@ def _lay_over(values: dict[str, Any], flags: dict[str, Any]) -> dict[str, str]:
         if section:
             place = values.get(section) or {}
             if not isinstance(place, dict):
-                continue  # the section's own error tells
+                continue  # validation reports the section
             values[section] = place
         place[name] = value
     return problems
 
 
 def _describe_all(details: list[ErrorDetails], lines: dict[str, int], flags: set[str]) -> list[tuple[int, str]]:
-    """Line and text of each problem; what a value lacks for each type of a union is one problem."""
+    """Return line and text of each problem; errors for the branches of a union are merged into one."""
     messages: dict[tuple[int, str], list[str]] = {}
     for detail in details:
         line, where, message = _describe(detail, lines, flags)
@@ -203,7 +202,7 @@ def _describe_all(details: list[ErrorDetails], lines: dict[str, int], flags: set
 
 
 def _joined(messages: list[str]) -> str:
-    """Messages on one value, which each ends with: `must be a valid number, or must be a valid list; got True`."""
+    """Join the messages about one value: `must be a valid number, or must be a valid list; got True`."""
     if len(messages) == 1:
         return messages[0]
     parts = [message.partition("; got ") for message in messages]
@@ -212,12 +211,12 @@ def _joined(messages: list[str]) -> str:
 
 
 def _describe(detail: ErrorDetails, lines: dict[str, int], flags: set[str]) -> tuple[int, str, str]:
-    """Line, place and setting, and message for one pydantic error."""
+    """Return line, place with setting, and message of one pydantic error."""
     names = [str(part) for part in detail["loc"] if part not in FORMS]
     known = {name for name, _ in iterate_settings()} | set(Recipe.model_fields)
     line = _line(".".join(names), lines)
     while names and ".".join(names) not in known and detail["type"] != "extra_forbidden":
-        names.pop()  # inside a list or a union: the setting's own name is what the user knows
+        names.pop()  # within a list or union: name the setting itself
     setting = ".".join(names)
     message = _message(detail, setting)
     if setting in flags:
@@ -259,7 +258,7 @@ def _shortened(text: str, limit: int = 60) -> str:
 
 
 def _with_found_data(recipe: Recipe, path: Path | None) -> Recipe:
-    """Point each data file that is not below the current folder to where the recipe means it."""
+    """Resolve data files that do not exist in the working folder relative to the recipe."""
     places = [path.parent, path.parent.parent, SHIPPED] if path else [SHIPPED]
 
     def find(entry: str | SourceSettings) -> str | SourceSettings:

@@ -1,4 +1,4 @@
-"""Names of settings: those of earlier versions, which go on working, and those of other tools, which are explained."""
+"""Names of settings: earlier ones, which keep working, and those of other tools, which errors translate."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ RENAMED = {
     "training.steps": "training.max_steps",
     "training.max_gradient_norm": "training.max_grad_norm",
 }
-"""Name in an earlier version → name now; both dotted. A name may be the beginning of others (`data.levels.short`)."""
+"""Old dotted name → present name. A name may be a prefix of others (`data.levels.short`)."""
 
 DROPPED: dict[str, str] = {}
-"""Setting that no longer exists → why. It is ignored in recipes that loratune wrote, and refused in those of people."""
+"""Dropped setting → reason. It is ignored in recipes that loratune wrote, and rejected in a user's recipe."""
 
 KNOWN_ELSEWHERE = {
     # The model.
@@ -85,11 +85,11 @@ KNOWN_ELSEWHERE = {
     "split_dataset_ratio": "data.validation",
     "eval_split": "data.validation",
     "mask_history": "data.train_on_turns: last",
-    "train_on_inputs": "data.train_on_turns (answers alone are trained; a prompt never is)",
-    "train_on_prompt": "data.train_on_turns (answers alone are trained; a prompt never is)",
-    "roles_to_train": "data.train_on_turns (answers alone are trained; a prompt never is)",
-    "assistant_only_loss": "data.train_on_turns (answers alone are trained; a prompt never is)",
-    "completion_only_loss": "data.train_on_turns (answers alone are trained; a prompt never is)",
+    "train_on_inputs": "data.train_on_turns (only answers are trained, never prompts)",
+    "train_on_prompt": "data.train_on_turns (only answers are trained, never prompts)",
+    "roles_to_train": "data.train_on_turns (only answers are trained, never prompts)",
+    "assistant_only_loss": "data.train_on_turns (only answers are trained, never prompts)",
+    "completion_only_loss": "data.train_on_turns (only answers are trained, never prompts)",
     "loss_scale": "data.train_on_turns",
     "excess_length_strategy": "data.truncation_strategy",
     "truncation": "data.truncation_strategy",
@@ -152,35 +152,35 @@ KNOWN_ELSEWHERE = {
     "stage": "the command: loratune sft",
     "do_train": "the command: loratune sft",
 }
-"""Name of a setting in transformers, TRL, PEFT, LLaMA-Factory, ms-swift or axolotl → what does the same here."""
+"""Name of a setting in transformers, TRL, PEFT, LLaMA-Factory, ms-swift or axolotl → its equivalent here."""
 
 
 WITHOUT_SETTING = {
-    "preprocessing_num_workers": "every CPU core is used, and encoded rows are kept",
-    "dataset_num_proc": "every CPU core is used, and encoded rows are kept",
-    "overwrite_cache": "encoded rows are made anew whenever what they depend on has changed",
+    "preprocessing_num_workers": "all CPU cores are used, and encoded rows are cached",
+    "dataset_num_proc": "all CPU cores are used, and encoded rows are cached",
+    "overwrite_cache": "rows are encoded again whenever an input has changed",
     "finetuning_type": "loratune trains LoRA adapters",
     "train_type": "loratune trains LoRA adapters",
     "tuner_type": "loratune trains LoRA adapters",
     "adapter": "loratune trains LoRA adapters",
-    "use_liger_kernel": "Liger's kernels are used on a GPU where the package is installed",
-    "liger_kernel": "Liger's kernels are used on a GPU where the package is installed",
+    "use_liger_kernel": "Liger's kernels are used on a GPU if the package is installed",
+    "liger_kernel": "Liger's kernels are used on a GPU if the package is installed",
     "group_by_length": "packing leaves no padding, and without it rows of similar length are batched together",
     "length_column_name": "packing leaves no padding, and without it rows of similar length are batched together",
-    "remove_unused_columns": "columns that no format knows are ignored, and the data check names them",
+    "remove_unused_columns": "unknown columns are ignored, and data check lists them",
     "use_qalora": "it trains plain LoRA, rsLoRA and DoRA",
     "use_bdlora": "it trains plain LoRA, rsLoRA and DoRA",
     "optim_target_modules": "every matrix of the adapter is trained by the same optimizer",
-    "train_sampling_strategy": "rows are shuffled anew in each epoch, by the seed",
-    "eval_packing": "validation rows are packed as training rows are",
-    "hub_revision": "merge and export push what they have made",
+    "train_sampling_strategy": "rows are shuffled in each epoch, using the seed",
+    "eval_packing": "validation rows are packed like training rows",
+    "hub_revision": "merge and export push their results",
     "trust_remote_code": "code from a model's folder is never run",
 }
-"""Name of a setting in those tools → why loratune has none."""
+"""Name of a setting in those tools → why loratune has no equivalent."""
 
 
 def current_name(name: str) -> str | None:
-    """What a dotted setting, or a key within one, is called now; None where it was dropped."""
+    """Return the present name of a dotted setting, or of a key within one; None if it was dropped."""
     for old in _itself_and_above(name):
         if old in DROPPED:
             return None
@@ -190,24 +190,24 @@ def current_name(name: str) -> str | None:
 
 
 def with_current_names(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Settings by dotted name, as an earlier version has written them, under their present names."""
+    """Return settings of an earlier version, by dotted name, under their present names."""
     named = ((current_name(name), value) for name, value in values.items())
     return {name: value for name, value in named if name is not None}
 
 
 def rename_keys(values: dict[str, Any], lines: dict[str, int], note: Callable[[str, str], None]) -> dict[str, int]:
-    """Give each renamed key of a recipe's nested values its present name.
+    """Rename the keys of a recipe's nested values in place.
 
     Args:
-        values: of the recipe, by section; changed in place.
-        lines: of its keys in the file, by dotted name.
-        note: is told the old and the new name of each.
+        values: the recipe's values by section; changed in place.
+        lines: dotted name → line in the file.
+        note: called with the old and new name of each renamed setting.
 
     Returns:
         The lines by present names.
 
     Raises:
-        ValueError: a setting is given under both of its names.
+        ValueError: a setting is given under both names.
     """
     both = []
     for old, new in RENAMED.items():
@@ -226,7 +226,7 @@ def rename_keys(values: dict[str, Any], lines: dict[str, int], note: Callable[[s
 
 
 def drop_keys(values: dict[str, Any]) -> None:
-    """Remove the settings that this version no longer has from the nested values of a recipe that loratune wrote."""
+    """Remove dropped settings from the nested values of a recipe that loratune wrote."""
     for name in DROPPED:
         place, key = _section_of(values, name)
         if place is not None:
@@ -234,11 +234,11 @@ def drop_keys(values: dict[str, Any]) -> None:
 
 
 def suggestion(setting: str, known: Iterable[str]) -> str:
-    """What to take in place of a setting that does not exist, as the end of a sentence; empty where nothing is near.
+    """Return a suggestion for an unknown setting, as the end of a sentence; empty if there is none.
 
     Args:
-        setting: the dotted name, as it was written.
-        known: dotted names of all settings that may be meant; of sections, where something like one was written.
+        setting: the dotted name as written.
+        known: dotted names of possible settings, or of sections if a section was written.
     """
     last = setting.rpartition(".")[2]
     if setting in DROPPED:
@@ -252,13 +252,13 @@ def suggestion(setting: str, known: Iterable[str]) -> str:
 
 
 def _nearest(setting: str, last: str, known: list[str]) -> str | None:
-    """The setting of the most similar name: by its last part, which alone names it, and then by the whole."""
+    """Return the setting with the most similar name, comparing last parts first and then whole names."""
     by_last: dict[str, list[str]] = {}
     for name in [*known, *RENAMED]:
         by_last.setdefault(name.rpartition(".")[2], []).append(RENAMED.get(name, name))
     for cutoff in (1.0, 0.8):
         for match in difflib.get_close_matches(last, by_last, n=1, cutoff=cutoff):
-            candidates = by_last[match]  # the one in the section that was written, where several have this name
+            candidates = by_last[match]  # of several with this name, the one in the closest section
             return max(candidates, key=lambda name: difflib.SequenceMatcher(None, setting, name).ratio())
     return next(iter(difflib.get_close_matches(setting, known, n=1, cutoff=0.75)), None)
 
@@ -270,7 +270,7 @@ def _itself_and_above(name: str) -> Iterable[str]:
 
 
 def _section_of(values: dict[str, Any], dotted: str) -> tuple[dict[str, Any] | None, str]:
-    """The values that hold a setting, and its name in them; None where the section is missing or no section."""
+    """Return the values of a setting's section, and its name in them; None if there is no such section."""
     section, _, name = dotted.rpartition(".")
     place = values.get(section) if section else values
     return (place if isinstance(place, dict) else None), name

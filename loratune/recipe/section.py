@@ -1,4 +1,4 @@
-"""What all groups of settings have in common."""
+"""The base class and the value types of settings."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict
 
 
 def listed(value: Any) -> Any:
-    """A single text stands for a list of one, so that a flag given once and a YAML scalar both work."""
+    """Turn a single string into a list, so that a flag given once and a YAML scalar both work."""
     return [value] if isinstance(value, str) else value
 
 
 def named_modules(value: Any) -> Any:
-    """Names of modules: a list, or texts that may hold several names, as `q_proj,v_proj` does elsewhere."""
+    """Split module names: a list, or strings with several names, such as `q_proj,v_proj`."""
     names = listed(value)
     if not isinstance(names, list):
         return names
@@ -29,12 +29,12 @@ def _at_home(path: str) -> str:
 
 
 HomePath = Annotated[str, AfterValidator(_at_home)]
-"""A path in which ~ means the home folder, as in a shell, which does not see the values of a recipe."""
+"""A path in which ~ is the home folder. The shell does not expand it in a recipe or after `=`."""
 ModuleNames = Annotated[list[str], BeforeValidator(named_modules)]
 
 
 class Section(BaseModel):
-    """A group of settings; unknown keys are errors, types are not coerced, and values never change."""
+    """A group of settings: unknown keys are errors, types are not coerced, instances are immutable."""
 
     model_config = ConfigDict(
         extra="forbid", frozen=True, strict=True, use_attribute_docstrings=True, allow_inf_nan=False

@@ -1,4 +1,4 @@
-"""Every setting, declared once: its type, default, bounds and the sentence that help, docs and errors use."""
+"""Declares every setting with type, default, bounds and the description that help, docs and errors use."""
 
 from __future__ import annotations
 
@@ -25,49 +25,49 @@ def _listed_unless_named(value: Any) -> Any:
 
 
 class ModelSettings(Section):
-    """Which base model, and how it is held in memory."""
+    """The base model, and how it is loaded."""
 
     base: str = Field(min_length=1)
-    """Base model: a hub id, a local folder, or tiny-qwen (the embedded practice model)."""
+    """Base model: a hub id, a local folder, or tiny-qwen (the bundled practice model)."""
     hub: Literal["huggingface", "modelscope"] = "huggingface"
-    """Where a hub id is downloaded from; a local folder is never looked up anywhere."""
+    """Hub to download a hub id from; local folders are never looked up."""
     revision: str | None = None
     """Branch, tag or commit of a hub id."""
     dtype: Literal["auto", Dtype] = "auto"
     """Type of the base weights; auto takes bfloat16 where the machine has it."""
     quantization: Literal["none", "nf4", "int8"] = "none"
-    """Hold the base in 4 bits (nf4) or 8 bits (int8) through bitsandbytes."""
+    """Load the base in 4 bits (nf4) or 8 bits (int8) with bitsandbytes."""
     double_quantization: bool = True
     """Quantise the nf4 scales too; saves about 0.4 bits a weight."""
     compute_dtype: Literal["auto", Dtype] = "auto"
     """Type in which a quantised base multiplies."""
     attn_implementation: Literal["auto", "sdpa", "eager", "flash_attention_2"] = "auto"
-    """Attention implementation; auto takes flash attention where it is installed, else sdpa."""
+    """Attention implementation; auto uses flash attention if it is installed, otherwise sdpa."""
 
 
 class LoraSettings(Section):
-    """The low-rank adapter."""
+    """The LoRA adapter."""
 
     rank: int = Field(default=8, ge=1, le=4096)
-    """Rank of the update matrices: its capacity, and its memory."""
+    """Rank of the update matrices; determines the adapter's capacity and memory."""
     alpha: float = Field(default=16, gt=0)
-    """Scale of the update: it is multiplied by alpha / rank. Twice the rank is the usual start."""
+    """Scale of the update, which is multiplied by alpha / rank; twice the rank is a common choice."""
     dropout: float = Field(default=0.05, ge=0, lt=1)
-    """Share of the adapter's inputs dropped in training, against overfitting."""
+    """Dropout probability of the adapter's inputs during training."""
     bias: Literal["none", "all", "lora_only"] = "none"
-    """Which bias vectors train along."""
+    """Which bias terms are also trained."""
     target_modules: Annotated[Literal["attention", "all-linear"] | list[str], BeforeValidator(_listed_unless_named)] = (
         "all-linear"
     )
-    """Modules that get an adapter: attention (q, k, v, o), all-linear, or names such as q_proj."""
+    """Modules to adapt: attention (q, k, v, o), all-linear, or names such as q_proj."""
     layers: str | None = None
-    """Only these decoder layers: 'last 6', 'first 4' or '8-15' (counted from 0); default is all."""
+    """Decoder layers to adapt: 'last 6', 'first 4' or '8-15' (counted from 0); default is all."""
     modules_to_save: ModuleNames = []
-    """Modules trained in full and saved with the adapter, such as embed_tokens."""
+    """Modules to train in full and save with the adapter, such as embed_tokens."""
     use_rslora: bool = False
     """Scale by alpha / sqrt(rank), which keeps high ranks stable."""
     use_dora: bool = False
-    """Train magnitude and direction apart (DoRA): closer to full training, slower."""
+    """Train magnitude and direction separately (DoRA): closer to full fine-tuning, but slower."""
 
     @field_validator("target_modules")
     @classmethod
@@ -88,20 +88,20 @@ class LoraSettings(Section):
 
 
 class PromptSettings(Section):
-    """How a conversation becomes text; saved with the adapter and used by every later command."""
+    """How conversations are rendered; stored with the adapter and used by all later commands."""
 
     template: Literal["chat", "alpaca", "plain"] = "chat"
     """chat is the tokenizer's own template; alpaca and plain (Human: … Assistant: …) suit base models."""
     system: str | None = None
     """System prompt for rows without one; default is the template's own."""
     enable_thinking: bool = False
-    """Qwen3: prompt for a reasoning block; other models ignore it."""
+    """Qwen3: ask for a reasoning block in the prompt; other models ignore it."""
     instruction_prefix: str = ""
-    """Text set before each instruction, in training and afterwards."""
+    """Text before each instruction, in training and inference."""
     generation_prompt: Literal["auto", "template"] = "auto"
-    """auto begins answers as the template begins its own, also if it writes no generation prompt; template does not."""
+    """auto adds a generation prompt if the template writes none; template uses the template unchanged."""
     date: str | None = None
-    """Day, as 2026-11-26, that a template with today's date gets in training; default is the day the run starts."""
+    """Date for templates that write today's date, such as 2026-11-26; default is the day the run starts."""
 
     @field_validator("date")
     @classmethod
@@ -121,33 +121,33 @@ class TrainingSettings(Section):
     epochs: float = Field(default=3, gt=0, le=1000)
     """Passes over the training rows; training.max_steps takes precedence."""
     max_steps: int | None = Field(default=None, ge=1)
-    """Optimizer steps, in place of epochs."""
+    """Number of optimizer steps; overrides epochs."""
     learning_rate: float = Field(default=1e-4, gt=0, le=1)
-    """Peak learning rate; LoRA wants about ten times that of full training: 1e-4 to 2e-4."""
+    """Peak learning rate; LoRA needs about ten times that of full fine-tuning: 1e-4 to 2e-4."""
     scheduler: Literal["cosine", "linear", "constant"] = "cosine"
-    """Course of the learning rate after the warm-up."""
+    """Learning-rate schedule after warm-up."""
     warmup: float = Field(default=0.05, ge=0)
-    """Steps until the peak learning rate: a fraction of all below 1, else a number of steps."""
+    """Warm-up: a fraction of all steps if below 1, otherwise a number of steps."""
     weight_decay: float = Field(default=0.0, ge=0, le=1)
     """Weight decay of the adapter's matrices."""
     batch_size: int = Field(default=4, ge=1, le=4096)
-    """Rows that one device takes at once; packed, as many on average."""
+    """Sequences per device and micro-batch; an average when packing."""
     packing: bool = True
-    """Set rows behind each other without padding, each attending to itself alone; else pad rows of similar length."""
+    """Pack sequences without padding, with separate attention; otherwise pad batches of similar length."""
     tokens_per_batch: int | None = Field(default=None, ge=8, le=1_048_576)
-    """Most tokens of a packed batch; default is as many batches as without packing, evenly filled."""
+    """Maximum tokens per packed batch; default is as many batches as without packing, evenly filled."""
     gradient_accumulation: int = Field(default=4, ge=1, le=65536)
-    """Parts of a step: batch_size × this × devices rows make one, packed on average."""
+    """Micro-batches per optimizer step; effective batch size is batch_size × this × devices."""
     gradient_checkpointing: bool | None = None
-    """Compute activations again in the backward pass: about a third slower, far less memory; default is if needed."""
+    """Recompute activations in the backward pass: a third slower, far less memory; default is if needed."""
     max_grad_norm: float = Field(default=1.0, ge=0)
-    """Gradients above this norm are scaled down; 0 switches it off."""
+    """Maximum gradient norm; larger gradients are scaled down, 0 disables clipping."""
     optimizer: Literal["adamw", "adamw_8bit", "paged_adamw_8bit", "paged_adamw_32bit"] = "adamw"
-    """Optimizer; the 8-bit and paged ones come from bitsandbytes, the paged ones need a GPU."""
+    """Optimizer; the 8-bit and paged variants use bitsandbytes, and the paged ones need a GPU."""
     neftune_alpha: float | None = Field(default=None, gt=0)
-    """Strength of NEFTune's noise on the embeddings; 5 is the paper's value."""
+    """Strength of the NEFTune noise on the embeddings; the paper uses 5."""
     max_length: int = Field(default=1024, ge=8, le=1_048_576)
-    """Longest row in tokens; longer rows are left out, with a count."""
+    """Maximum tokens per row; see data.truncation_strategy for longer rows."""
 
     @field_validator("warmup")
     @classmethod
@@ -158,44 +158,44 @@ class TrainingSettings(Section):
 
 
 class EvaluationSettings(Section):
-    """Validation during training, and the questions after it."""
+    """Validation during training, and the sample generations after it."""
 
     every_steps: int = Field(default=50, ge=1)
     """Steps between validations; there is always one before the first and one after the last step."""
     batch_size: int | None = Field(default=None, ge=1, le=4096)
-    """Rows that one device takes at once in validation; default is training.batch_size."""
+    """Sequences per device in validation; default is training.batch_size."""
     early_stopping: int | None = Field(default=None, ge=1)
-    """Stop after this many validations in a row without a better loss."""
+    """Stop after this many validations without a better loss."""
     questions_share: float = Field(default=0.2, ge=0, le=10)
-    """Most time for the closing questions, as a share of the training's, but 10 seconds at least; 0 asks none."""
+    """Maximum time for the closing sample generations, relative to training time (at least 10 s); 0 for none."""
 
 
 class CheckpointSettings(Section):
-    """What is kept on the way."""
+    """The checkpoints during training."""
 
     every_steps: int = Field(default=50, ge=1)
     """Steps between checkpoints."""
     keep: int = Field(default=2, ge=1)
-    """How many of the newest checkpoints stay on disk."""
+    """Number of newest checkpoints to keep."""
     keep_best: bool = True
-    """Keep the checkpoint with the lowest validation loss, and make it the final adapter."""
+    """Keep the checkpoint with the lowest validation loss, and use it as the final adapter."""
 
 
 class TrackingSettings(Section):
-    """What is logged, and where to."""
+    """The metrics and experiment trackers."""
 
     report_to: Annotated[
         list[Literal["none", "tensorboard", "wandb", "swanlab", "trackio", "mlflow"]], BeforeValidator(listed)
     ] = ["none"]
     """Experiment trackers, each from its own package; metrics.jsonl and loss.png are always written."""
     run_name: str | None = None
-    """Name of the run at the trackers; default is the output folder's name."""
+    """Name of the run in the trackers; default is the output folder's name."""
     every_steps: int = Field(default=1, ge=1)
-    """Steps between two lines of metrics.jsonl; the first and the last step always have one."""
+    """Steps between lines of metrics.jsonl; the first and the last step always get one."""
 
 
 class Recipe(Section):
-    """A whole recipe."""
+    """All settings of a run."""
 
     model: ModelSettings
     lora: LoraSettings = LoraSettings()
@@ -206,9 +206,9 @@ class Recipe(Section):
     checkpoints: CheckpointSettings = CheckpointSettings()
     tracking: TrackingSettings = TrackingSettings()
     output: HomePath = "out/run"
-    """Run folder: the adapter and everything known about how it came to be."""
+    """Run folder: the adapter, and the record of how it was trained."""
     seed: int = Field(default=42, ge=0, le=2**32 - 1)
-    """Seed of the adapter's start, the split, the sampling and the order of the rows."""
+    """Seed of the adapter's initialisation, the split, sampling and shuffling."""
 
     @model_validator(mode="after")
     def _settings_fit_together(self) -> Recipe:
@@ -222,7 +222,7 @@ class Recipe(Section):
 
 
 def iterate_settings(section: type[Section] = Recipe, prefix: str = "") -> Iterator[tuple[str, FieldInfo]]:
-    """Walk over (dotted name, field) of every setting in the order of declaration."""
+    """Yield (dotted name, field) of every setting, in order of declaration."""
     for name, field in section.model_fields.items():
         kind = field.annotation
         if isinstance(kind, type) and issubclass(kind, Section):
@@ -232,14 +232,14 @@ def iterate_settings(section: type[Section] = Recipe, prefix: str = "") -> Itera
 
 
 def default_settings() -> dict[str, Any]:
-    """Dotted name of each setting that has a default → the default in JSON's types."""
+    """Return dotted name → default, as JSON types, for each setting with a default."""
     fields = ((name, field) for name, field in iterate_settings() if not field.is_required())
     values = {name: to_jsonable_python(field.get_default()) for name, field in fields}
-    return {name: value for name, value in values.items() if value != {}}  # each key of those is a setting of its own
+    return {name: value for name, value in values.items() if value != {}}  # keys of a dict are settings
 
 
 def flat_settings(recipe: Recipe) -> dict[str, Any]:
-    """Dotted name of each setting, down to the keys of its own values → value in JSON's types."""
+    """Return dotted name → value, as JSON types, for each setting, including the keys of dict values."""
     return dict(_flat(recipe.model_dump(mode="json")))
 
 

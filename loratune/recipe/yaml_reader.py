@@ -1,4 +1,4 @@
-"""YAML with line numbers, and without its traps: no duplicate keys, no tags, no aliases, 1e-4 is a number."""
+"""Parses YAML with line numbers and strict rules: no duplicate keys, tags or aliases, and 1e-4 is a number."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ SURROGATE = re.compile(r"[\ud800-\udfff]")
 
 
 class _Resolver(yaml.SafeLoader):
-    """The core schema of YAML 1.2: `no` is a text, `010` is ten, `1e-4` is a number."""
+    """The core schema of YAML 1.2: `no` is a string, `010` is ten, `1e-4` is a number."""
 
     yaml_implicit_resolvers: dict[str, list[tuple[str, re.Pattern[str]]]] = {}
 
@@ -35,10 +35,10 @@ _PATTERNS = {name: re.compile(rf"^(?:{pattern})\Z") for name, pattern, _ in _SCA
 
 
 class _Writer(yaml.SafeDumper):
-    """Quotes every text that `_Resolver`, or a reader of YAML 1.1, would take for something else."""
+    """Quotes every string that `_Resolver` or a YAML 1.1 parser would read as another type."""
 
     def analyze_scalar(self, scalar: str) -> Any:
-        """Leave only the style with escapes where folding would turn a rare line break into a blank."""
+        """Force the escaped style for strings with rare line breaks, which folding would turn into spaces."""
         analysis = super().analyze_scalar(scalar)
         if re.search("[\x85\u2028\u2029]", scalar):
             analysis.allow_single_quoted = analysis.allow_block = False
@@ -52,7 +52,7 @@ for _name, _, _first in _SCALARS:
 
 @dataclass
 class Document:
-    """What a YAML text holds, where each key stands, and what is wrong with its form."""
+    """Values and line numbers of a YAML text, and problems of its syntax."""
 
     values: Any = None
     lines: dict[str, int] = field(default_factory=dict)
@@ -62,10 +62,10 @@ class Document:
 
 
 def read_yaml(text: str) -> Document:
-    """Parse one YAML document; every problem of form is collected rather than raised."""
+    """Parse one YAML document; problems are collected instead of raised."""
     document = Document()
     try:
-        # Reading characters starts with the loader; it holds nothing that would have to be closed.
+        # The constructor already reads characters, so it is inside the try; the loader needs no closing.
         node = _Resolver(text).get_single_node()
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
@@ -82,17 +82,17 @@ def read_yaml(text: str) -> Document:
 
 
 def write_yaml(values: dict[str, Any], is_ascii: bool = False) -> str:
-    """YAML text that `read_yaml` reads back to equal values.
+    """Return YAML text that `read_yaml` parses to equal values.
 
     Args:
-        values: of plain types.
-        is_ascii: escape all other characters.
+        values: values of plain types.
+        is_ascii: escape all non-ASCII characters.
     """
     return yaml.dump(values, Dumper=_Writer, sort_keys=False, allow_unicode=not is_ascii, width=100)
 
 
 class _Builder:
-    """Turns the node tree into plain values and notes lines and problems on the way."""
+    """Converts the node tree into plain values and records lines and problems."""
 
     def __init__(self, document: Document) -> None:
         self.document = document
@@ -123,7 +123,7 @@ class _Builder:
             key = key_node.value
             dotted = f"{path}.{key}".lstrip(".")
             if key in values:
-                self._refuse(line, f"{dotted} stands here and already on line {self.document.lines[dotted]}")
+                self._refuse(line, f"{dotted} is already given on line {self.document.lines[dotted]}")
                 continue
             self.document.lines[dotted] = line
             values[key] = self.build(value_node, dotted, depth + 1)
@@ -133,7 +133,7 @@ class _Builder:
         kind, line = node.tag.rpartition(":")[2], node.start_mark.line + 1
         if kind == "str":
             is_text = node.value.isascii() or not SURROGATE.search(node.value)
-            return node.value if is_text else self._refuse(line, "half of a UTF-16 pair is no character")
+            return node.value if is_text else self._refuse(line, "an unpaired UTF-16 surrogate is not allowed")
         if not _PATTERNS[kind].match(node.value):
             return self._refuse(line, f"{node.value!r} is not a value of type {kind}")
         match kind:

@@ -1,1 +1,1 @@
-"""The run folder: the only contract between training and everything after it."""
+"""The run folder: the only interface between training and later commands."""

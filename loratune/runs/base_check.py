@@ -1,4 +1,4 @@
-"""Whether a base is the one that an adapter was trained on: a glance before it is loaded, every byte meanwhile."""
+"""Checks that a base is the one that an adapter was trained on: samples before it is loaded, all bytes meanwhile."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ SHOWN_TENSORS = 3
 
 
 class BaseCheck:
-    """A base beside what is known of the trained one.
+    """Compares a base with the record of the trained one.
 
     Args:
         source: the adapter.
-        name: what the user calls the base.
+        name: the user's name of the base.
         folder: the base's folder.
-        hashes: of its tensors, which several adapters of a base share.
-        force: warn instead of refusing.
-        fits: refuses an adapter that could not be put on this base at all, which --force would not change.
+        hashes: hashes of its tensors, shared by the adapters of a base.
+        force: warn instead of raising.
+        fits: raises if the adapter cannot be attached to this base, in which case --force is not suggested.
 
     Raises:
-        LoratuneError: a glance shows that it is another model.
+        LoratuneError: the samples show another model.
     """
 
     def __init__(
@@ -62,10 +62,10 @@ class BaseCheck:
             self._hashes.start()
 
     def finish(self) -> list[str]:
-        """Wait until every byte has been compared.
+        """Wait until all bytes are compared.
 
         Returns:
-            What could not be checked, or was let through.
+            Warnings about what could not be checked, or was forced.
 
         Raises:
             LoratuneError: it is another model.
@@ -94,7 +94,7 @@ class BaseCheck:
         return str(identity.get("settings", {}).get("model.base", "another base"))
 
     def _tensors(self) -> str:
-        """Which tensors differ, where each has a hash of its own."""
+        """List the tensors that differ, if the record has a hash per tensor."""
         known = self._known.get(TENSORS)
         if not isinstance(known, dict):
             return ""
@@ -107,14 +107,14 @@ class BaseCheck:
 def check_same_base(
     source: AdapterSource, name: str, folder: Path, weight_files: Sequence[Path], force: bool = False
 ) -> list[str]:
-    """Compare a base with the trained one, and wait for it.
+    """Compare a base with the trained one, completely.
 
     Args:
-        source, name, folder, force: as of `BaseCheck`.
+        source, name, folder, force: see `BaseCheck`.
         weight_files: the base's safetensors files.
 
     Returns:
-        What could not be checked, or was let through.
+        Warnings about what could not be checked, or was forced.
 
     Raises:
         LoratuneError: it is another model.
@@ -123,14 +123,14 @@ def check_same_base(
 
 
 def known_hashes(source: AdapterSource) -> dict[str, Any]:
-    """What is known of the base that an adapter was trained on; of a checkpoint, what its own seal says."""
+    """Return the hashes of the base that an adapter was trained on; for a checkpoint, those of its own seal."""
     known = dict(source.trained_base.hashes) if source.manifest else {}
     rest = source.checkpoint.identity.get("rest", {}) if source.checkpoint else {}
     sealed = {key.removeprefix("base "): value for key, value in rest.items() if key.startswith("base ")}
     is_same = all(known.get(key, value) == value for key, value in sealed.items())
-    return known | sealed if is_same else sealed  # else the run went on with another base
+    return known | sealed if is_same else sealed  # otherwise the run continued with another base
 
 
 def how_checked(known: Mapping[str, Any]) -> str:
-    """How much of a base's weights is compared with what is known of them."""
+    """Return how much of a base's weights the recorded hashes cover."""
     return EVERY_BYTE if FULL in known else SAMPLES if SAMPLED in known else NOTHING

@@ -1,4 +1,4 @@
-"""The adapter's model card: what it was trained from and with, without local paths."""
+"""Writes model cards of adapters and merged models, without local paths."""
 
 from __future__ import annotations
 
@@ -46,28 +46,28 @@ HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+", re.ASCII)
 
 
 def hub_id(base: str, folder: str | None = None) -> str | None:
-    """A base's name on its hub; None for a local folder.
+    """Return a base's name on its hub; None for a local folder.
 
     Args:
-        base: what a recipe or an adapter's config calls it.
-        folder: where it lay in training: `models/qwen` was a local folder if it lay at `…/models/qwen`.
+        base: its name in a recipe or an adapter's config.
+        folder: its folder in training: `models/qwen` was a local folder if this ends with it.
     """
     was_local = folder is not None and Path(folder).parts[-2:] == Path(base).parts
     return base if HUB_ID.fullmatch(base) and not was_local and not Path(base).exists() else None
 
 
 def base_name(base: str, folder: str | None = None) -> str:
-    """What to call a base in public: its name on the hub, or just that of its folder."""
+    """Return a public name of a base: its hub id, or the last part of its path."""
     return hub_id(base, folder) or re.split(r"[/\\]", base.rstrip("/\\"))[-1]
 
 
 def write_card(folder: Path, record: RunRecord, base_folder: str | None = None) -> None:
-    """Write README.md with metadata that the model hubs read.
+    """Write README.md with the metadata that model hubs read.
 
     Args:
         folder: the adapter's folder.
-        record: of its run.
-        base_folder: where the base lay in training.
+        record: record of its run.
+        base_folder: folder of the base in training.
     """
     targets = record.lora.target_modules
     quantization = record.model.quantization
@@ -81,7 +81,7 @@ def write_card(folder: Path, record: RunRecord, base_folder: str | None = None) 
         **record.training,
     }
     needed = ["the template above"]
-    # Their texts stay with their owner; that there were any, whoever runs the adapter has to know.
+    # The texts are private, but users of the adapter have to know that they exist.
     needed += ["the system prompt of the training"] if prompt.system else []
     needed += ["its instruction prefix"] if prompt.instruction_prefix else []
     advice = f"; the prompt must be made with {' and '.join(needed)}"
@@ -89,11 +89,11 @@ def write_card(folder: Path, record: RunRecord, base_folder: str | None = None) 
 
 
 def write_plain_card(folder: Path, name: str, config: dict[str, Any]) -> None:
-    """Write README.md for an adapter of which only its config is known.
+    """Write README.md for an adapter without a run.
 
     Args:
         folder: the adapter's folder.
-        name: the card's title.
+        name: title of the card.
         config: its adapter_config.json.
     """
     targets = config.get("target_modules") or []
@@ -109,9 +109,9 @@ def write_merged_card(folder: Path, name: str, base: str, base_folder: str | Non
 
     Args:
         folder: the model's folder.
-        name: the card's title.
-        base: what the base is called.
-        base_folder: where it lies.
+        name: title of the card.
+        base: name of the base.
+        base_folder: folder of the base.
     """
     base_id = hub_id(base, base_folder)
     text = MERGED_CARD.format(

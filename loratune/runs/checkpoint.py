@@ -1,8 +1,7 @@
-"""Checkpoints of a run: named by step, sealed with hashes, found again, and compared with what is about to continue.
+"""Checkpoints of a run: named by step, and sealed with hashes of all files.
 
 checkpoints/step-000050/
-  checkpoint.json   written last: step, size and sha256 of every other file, what exactness hangs on, where the
-                    run stood
+  checkpoint.json   written last: step, size and sha256 of every other file, identity, and progress of the run
   adapter_config.json, adapter_model.safetensors
   optimizer.pt, scheduler.pt, rng_state.pth (one per process), trainer_state.json
 """
@@ -27,39 +26,39 @@ PREFIX = "step-"
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A checkpoint whose files are as they were written."""
+    """A checkpoint whose files match their hashes."""
 
     folder: Path
     step: int
     identity: dict[str, Any]
-    """What exactness hangs on: settings, data, base, versions, processes."""
+    """Everything that affects the result: settings, data, base, versions, processes."""
     progress: dict[str, Any]
-    """Where callbacks stood."""
+    """State of the callbacks."""
 
 
 class UnknownFormatError(LoratuneError):
-    """A checkpoint that is whole, but of a version of loratune that writes them otherwise."""
+    """An intact checkpoint in the format of another loratune version."""
 
 
 def step_folder(checkpoints: Path, step: int) -> Path:
-    """Folder of a step's checkpoint; the zeros make names sort by step."""
+    """Return the folder of a step's checkpoint; leading zeros sort the names by step."""
     return checkpoints / f"{PREFIX}{step:06d}"
 
 
 def checkpoint_steps(checkpoints: Path) -> list[int]:
-    """Steps that have a checkpoint folder, in order."""
+    """Return the steps with a checkpoint folder, in order."""
     names = (folder.name.removeprefix(PREFIX) for folder in checkpoints.glob(f"{PREFIX}*"))
     return sorted(int(name) for name in names if name.isdecimal())
 
 
 def seal_checkpoint(folder: Path, step: int, identity: dict[str, Any], progress: dict[str, Any]) -> None:
-    """Write down what the folder holds; nothing is written into it afterwards.
+    """Record the hashes of the folder's files; nothing is written into it afterwards.
 
     Args:
-        folder: with all files of the checkpoint.
-        step: that it was made after.
-        identity: what exactness hangs on.
-        progress: where callbacks stood.
+        folder: folder with all files of the checkpoint.
+        step: number of completed steps.
+        identity: everything that affects the result.
+        progress: state of the callbacks.
     """
     files = {path.name: sealed(path) for path in sorted(folder.iterdir()) if path.name != SEAL}
     values = {
@@ -73,11 +72,11 @@ def seal_checkpoint(folder: Path, step: int, identity: dict[str, Any], progress:
 
 
 def open_checkpoint(folder: Path) -> Checkpoint:
-    """Read a checkpoint, all of whose files are compared with their hashes.
+    """Read a checkpoint after comparing all its files with their hashes.
 
     Raises:
-        LoratuneError: with every file that is missing or changed.
-        UnknownFormatError: another version has written it.
+        LoratuneError: lists the files that are missing or changed.
+        UnknownFormatError: another version wrote it.
     """
     values = read_json_object(folder / SEAL)
     version = values.get("format_version")
@@ -105,17 +104,16 @@ def open_checkpoint(folder: Path) -> Checkpoint:
 def newest_checkpoint(
     run: Path, strict: bool = False, check: Callable[[Checkpoint], None] = lambda _: None
 ) -> tuple[Checkpoint | None, list[str]]:
-    """The newest checkpoint of a run that is whole, and what is wrong with newer ones.
+    """Return the newest intact checkpoint of a run, and the problems of newer ones.
 
     Args:
-        run: its folder.
-        strict: do not go back behind a damaged one.
-        check: raises LoratuneError for one that is as it was sealed and damaged nevertheless.
+        run: run folder.
+        strict: raise for a damaged checkpoint instead of using an older one.
+        check: raises LoratuneError for a checkpoint that is damaged although its hashes match.
 
     Raises:
-        LoratuneError: the newest is damaged, with `strict`.
-        UnknownFormatError: another version has written a newer one than those that are whole; that is no damage to go
-            back behind.
+        LoratuneError: the newest checkpoint is damaged, with `strict`.
+        UnknownFormatError: another version wrote a newer checkpoint, which is not damage to skip.
     """
     damaged: list[str] = []
     for step in reversed(checkpoint_steps(run / CHECKPOINTS)):
@@ -132,7 +130,7 @@ def newest_checkpoint(
 
 
 def named_checkpoint(run: Path, name: str) -> Checkpoint:
-    """A checkpoint by its step, its name, or its path.
+    """Return a checkpoint by its step, name, or path.
 
     Raises:
         LoratuneError: there is none, or it is damaged.

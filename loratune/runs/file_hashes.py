@@ -1,4 +1,4 @@
-"""Files beside what was recorded of them: the one comparison behind every seal."""
+"""Compares files with their recorded hashes; all seals use this comparison."""
 
 from __future__ import annotations
 
@@ -16,35 +16,35 @@ Records = Mapping[str, Mapping[str, Any]]
 
 @dataclass(frozen=True)
 class FileCheck:
-    """What has become of files since they were recorded."""
+    """Differences between files and their records."""
 
     files: int
-    """How many were recorded."""
+    """Number of recorded files."""
     changed: tuple[str, ...] = ()
     missing: tuple[str, ...] = ()
     added: tuple[str, ...] = ()
 
     def lines(self, wanted: Callable[[str], bool] = lambda _: True) -> list[str]:
-        """A line for each file that is not as it was, of those whose names are wanted."""
+        """Return a line for each difference in files whose names are wanted."""
         kinds = (("changed", self.changed), ("missing", self.missing), ("added", self.added))
         return [f"{name}: {kind}" for kind, names in kinds for name in names if wanted(name)]
 
 
 def are_records(values: Any) -> bool:
-    """Whether a JSON value records files."""
+    """Return whether a JSON value has the form of file records."""
     return isinstance(values, dict) and all(isinstance(record, dict) for record in values.values())
 
 
 def compare_files(
     folder: Path, records: Records, present: Iterable[str] = (), hash_of: Callable[[Path], str] = file_sha256
 ) -> FileCheck:
-    """Compare files with their records; every one of them is hashed, unless its size tells already.
+    """Compare files with their records. Each file is hashed, unless its size already differs.
 
     Args:
-        folder: where they lie.
-        records: of the files that should be there.
-        present: names that are there and would be read; those without a record count as added.
-        hash_of: gives a file's sha256.
+        folder: folder of the files.
+        records: records of the expected files.
+        present: names of existing files that would be read; those without a record count as added.
+        hash_of: returns a file's sha256.
 
     Raises:
         LoratuneError: a file cannot be read.

@@ -1,4 +1,4 @@
-"""Fingerprint of a base model: config, tokenizer, and every byte of its weights; a glance at them costs no time."""
+"""Fingerprints a base model: config, tokenizer and all bytes of the weights, or samples of them for a quick check."""
 
 from __future__ import annotations
 
@@ -16,33 +16,33 @@ from loratune.safetensors_header import read_header
 
 SAMPLE_BYTES = 4096
 SAMPLED, FULL, TENSORS = "weights_sha256", "tensors_sha256", "tensors"
-"""Names of what a manifest holds; runs of earlier versions know their base by samples alone."""
+"""Keys in a manifest; runs of early versions only have the samples."""
 
 
 def fingerprint_base(folder: Path, weight_files: Sequence[Path], hashes: TensorHashes | None = None) -> dict[str, Any]:
-    """What a manifest notes of a base.
+    """Return the fingerprint of a base for a manifest.
 
     Args:
         folder: the model folder.
         weight_files: its safetensors files.
-        hashes: of their tensors, where they have been begun.
+        hashes: hashes of their tensors, if already started.
 
     Returns:
-        What `sampled_fingerprint` gives; `tensors_sha256` over all bytes, and `tensors`, with a hash of each.
+        `sampled_fingerprint`, `tensors_sha256` over all bytes, and `tensors` with a hash of each.
     """
     tensors = (hashes or TensorHashes(weight_files)).result()
     return sampled_fingerprint(folder, weight_files) | {FULL: values_sha256(tensors), TENSORS: tensors}
 
 
 def sampled_fingerprint(folder: Path, weight_files: Sequence[Path]) -> dict[str, str]:
-    """Hashes of config, tokenizer and weights; of the weights, 4096 bytes from the middle of every tensor are read.
+    """Return hashes of config, tokenizer, and 4096 bytes from the middle of every tensor.
 
     Args:
         folder: the model folder.
         weight_files: its safetensors files.
     """
     config = read_json_object(folder / "config.json")
-    # Written by whoever saved the folder, without a bearing on what it computes.
+    # Set by the program that saved the folder, without effect on the computation.
     for key in ("_name_or_path", "transformers_version", "torch_dtype", "dtype"):
         config.pop(key, None)
     return {
@@ -61,7 +61,7 @@ def _hash_files(paths: Sequence[Path]) -> str:
 
 
 def _hash_samples(paths: Sequence[Path]) -> str:
-    """Hash name, type, shape and the middle bytes of every tensor, however they are spread over files."""
+    """Hash name, dtype, shape and middle bytes of every tensor, independent of the distribution over files."""
     samples: dict[str, bytes] = {}
     for path in paths:
         begin, header = read_header(path)

@@ -1,14 +1,14 @@
-"""Names inside a run folder, and what is simple to read or write there.
+"""Names inside a run folder, and simple reads and writes.
 
 run/
-  recipe.yaml      resolved; loads back to an equal Recipe
-  manifest.json    base, template, data, versions, file hashes: everything later commands check or need
-  status.json      where the run stands: running, interrupted, failed, finished
+  recipe.yaml      all settings; loads back to an equal Recipe
+  manifest.json    base, template, data, versions, file hashes: everything that later commands need or check
+  status.json      state of the run: running, interrupted, failed, finished
   adapter/         plain PEFT folder with the tokenizer's files
   checkpoints/     step-000050/ …
   metrics.jsonl    one line per logged step
   report.json, loss.png
-  probe.json       some validation rows as ids, on which a merged or exported model has to prove itself
+  probe.json       validation rows as ids, to verify merged and exported models
 """
 
 from __future__ import annotations
@@ -33,23 +33,22 @@ ADAPTER, CHECKPOINTS, METRICS, PLOT, PROBE = "adapter", "checkpoints", "metrics.
 LOCK, LOCK_OWNER = ".lock", ".lock-owner.json"
 TRACKER_LOGS = "runs"
 RESUMED = (CHECKPOINTS, METRICS, TRACKER_LOGS, ADAPTER, MANIFEST)
-"""What a run that goes on begins with; an adapter of before is replaced only at the end."""
+"""What a resumed run keeps; an existing adapter is replaced only at the end."""
 CONTENTS = (RECIPE, MANIFEST, STATUS, REPORT, ADAPTER, CHECKPOINTS, METRICS, PLOT, PROBE, TRACKER_LOGS)
 VERIFICATION = "verification.json"  # of a merged or exported folder
 
 
 def set_status(output: Path, state: str, **details: Any) -> None:
-    """Record where the run stands."""
     write_json(output / STATUS, {"program": PROGRAM, "state": state, "time": now(), **details})
 
 
 def sealed(path: Path) -> dict[str, Any]:
-    """What is recorded of a file, to know it again."""
+    """Return the record of a file: its size and hash."""
     return {"bytes": path.stat().st_size, "sha256": file_sha256(path)}
 
 
 def values_sha256(values: dict[str, Any]) -> str:
-    """Hex sha256 of JSON values, whatever their order."""
+    """Return the hex sha256 of JSON values, independent of the order of keys."""
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
 
@@ -65,7 +64,7 @@ def has_changed(values: Mapping[str, Any]) -> bool:
 
 
 def file_sha256(path: Path) -> str:
-    """Hex sha256 of a file's bytes."""
+    """Return the hex sha256 of a file's bytes."""
     digest = hashlib.sha256()
     with open_plain(path) as file:
         while chunk := file.read(1 << 20):
@@ -74,12 +73,12 @@ def file_sha256(path: Path) -> str:
 
 
 def read_metrics(output: Path) -> list[dict[str, float]]:
-    """The records of a run; a line that is being written, or that a crash has cut off, is none."""
+    """Return the records of a run, skipping incomplete lines."""
     path, records = output / METRICS, list[dict[str, float]]()
     if not path.is_file():
         return records
     with open_plain(path) as lines:
-        # After a power cut a file may end in anything, a hole of many gigabytes too.
+        # After a power cut, a file may end with anything, even a hole of many gigabytes.
         for line in bounded_lines(lines):
             try:
                 record = json.loads(line)
@@ -91,5 +90,5 @@ def read_metrics(output: Path) -> list[dict[str, float]]:
 
 
 def now() -> str:
-    """The time, ISO 8601, to the second."""
+    """Return the current time in ISO 8601, to the second."""
     return datetime.now(timezone.utc).isoformat(timespec="seconds")

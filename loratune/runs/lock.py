@@ -1,4 +1,4 @@
-"""One run at a time in a folder, and no reading of what a run is about to replace."""
+"""The lock of a run folder: one run at a time, and no reading of what a run may replace."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ from loratune.writing import write_json
 
 @contextmanager
 def run_lock(output: Path) -> Iterator[None]:
-    """Hold a run folder's lock, which the system takes back when the process ends, however it ends.
+    """Hold a run folder's lock, which the system releases when the process ends.
 
-    The file stays, since a file that is removed and made again could be locked twice; but a folder in which nothing
-    else has come to be goes again.
+    The file is kept, because removing and recreating it would allow two locks; only a folder with nothing else is
+    removed.
 
     Raises:
-        LoratuneError: another process has it, with its number and machine; or it cannot be made.
+        LoratuneError: another process holds it (with pid and host), or it cannot be created.
     """
     owner = output / LOCK_OWNER
     lock = _acquired(output)
@@ -58,7 +58,7 @@ def _acquired(output: Path) -> FileLock:
 
 
 def lock_holder(run: Path) -> str | None:
-    """The process that has a run folder's lock, in words; None if nobody has it."""
+    """Return a description of the process that holds a run folder's lock; None if nobody does."""
     if not (run / LOCK).is_file():
         return None
     lock = FileLock(run / LOCK)
@@ -66,14 +66,14 @@ def lock_holder(run: Path) -> str | None:
         lock.acquire(timeout=0)
     except Timeout:
         return _name(run)
-    except OSError:  # the folder may not be written to: what the holder has left there tells
+    except OSError:  # read-only folder: use the record of the holder
         return _name(run) if _is_alive(_owner(run)) else None
     lock.release()
     return None
 
 
 def _is_alive(owner: dict[str, Any]) -> bool:
-    """Whether a process may still run; of another machine's nobody can tell."""
+    """Return whether a process may be alive; for another machine's it is assumed."""
     if owner.get("host") != socket.gethostname():
         return bool(owner)
     try:

@@ -1,4 +1,4 @@
-"""manifest.json: what a run says of itself to later commands. It is typed, and read and written here alone."""
+"""The typed content of manifest.json, with its only reader and writer."""
 
 from __future__ import annotations
 
@@ -17,68 +17,62 @@ from loratune.writing import write_json
 
 @dataclass(frozen=True)
 class TrainedBase:
-    """The base that a run was trained on."""
-
     name: str
-    """As the recipe named it."""
+    """Its name in the recipe."""
     path: str
-    """The folder in which it lay."""
+    """Its folder in training."""
     hashes: Mapping[str, Any] = field(default_factory=dict)
-    """What `fingerprint_base` gives."""
+    """Result of `fingerprint_base`."""
 
 
 @dataclass(frozen=True)
 class TrainedTemplate:
-    """The chat template that a run was trained with; what versions before did not note is None."""
+    """The chat template of a run; values that earlier versions did not record are None."""
 
     sha256: str | None = None
     end_token_id: int | None = None
     generation_prompt: str | None = None
-    """As prompt.generation_prompt."""
+    """Value of prompt.generation_prompt."""
     completion: str | None = None
-    """The generation prompt where the template writes none and loratune completed it."""
+    """The generation prompt that loratune added, if the template writes none."""
     answer_start: str | None = None
     date: str | None = None
-    """The day that prompts name, where the template writes one."""
+    """The date in the prompts, if the template writes one."""
 
 
 @dataclass(frozen=True)
 class TrainedFile:
-    """A file of rows."""
-
     path: str
     sha256: str
     rows: int
-    """That were taken."""
+    """Number of rows used."""
     seen: int
-    """That it holds."""
+    """Number of rows in the file."""
     format: str
     ignored: tuple[str, ...] = ()
-    """Columns that nothing is taken from."""
+    """Columns that were not used."""
 
 
 @dataclass(frozen=True)
 class Manifest:
-    """What a run's manifest says."""
-
     base: TrainedBase | None = None
-    """None where the file doesn't say."""
+    """None if it is missing."""
     template: TrainedTemplate = field(default_factory=TrainedTemplate)
     data: tuple[TrainedFile, ...] = ()
     seed: int = 0
     versions: Mapping[str, str] = field(default_factory=dict)
     """Library → version."""
     record: RunRecord | None = None
-    """None in the manifests of versions before; `runs.opening` then makes it of recipe.yaml."""
+    """None in manifests of earlier versions; `runs.opening` then derives it from recipe.yaml."""
     created: str = ""
-    """When the run began, ISO 8601."""
+    """Start time of the run, ISO 8601."""
     files: Mapping[str, Mapping[str, Any]] | None = field(default_factory=dict)
-    """File of the run → its `bytes` and `sha256`; None where the file's word cannot be read."""
+    """File of the run → its `bytes` and `sha256`; None if the entry is invalid."""
     is_sealed: bool = False
-    """Whether the file has a hash of its own, without which it may say anything; versions before wrote none."""
+    """Whether the manifest has a hash of itself; earlier versions wrote none."""
 
     def values(self) -> dict[str, Any]:
-        """In JSON types, in the file's layout."""
+        """Return the content of the file as JSON types."""
         base = {"base": {"name": self.base.name, "path": self.base.path, **self.base.hashes}} if self.base else {}
         return {
             "format_version": FORMAT_VERSION,
@@ -99,15 +93,15 @@ def write_manifest(run: Path, manifest: Manifest) -> None:
 
 
 def write_files(run: Path, files: Mapping[str, Mapping[str, Any]]) -> None:
-    """Let a run's manifest say what its files are."""
+    """Replace the file records in a run's manifest."""
     write_manifest(run, replace(read_manifest(run), files=files))
 
 
 def read_manifest(run: Path) -> Manifest:
-    """What a run's manifest says.
+    """Read a run's manifest.
 
     Raises:
-        LoratuneError: it is missing, damaged, changed, or written by another version of loratune.
+        LoratuneError: it is missing, damaged, changed, or of another loratune version.
     """
     values = read_json_object(run / MANIFEST)
     if values.get("format_version") != FORMAT_VERSION:
@@ -160,6 +154,6 @@ Kind = TypeVar("Kind", TrainedTemplate, TrainedFile)
 
 
 def _known(kind: type[Kind], values: dict[str, Any]) -> Kind:
-    """A dataclass of those values that it has a field for."""
+    """Build a dataclass from the values that are its fields."""
     names = {one.name for one in fields(kind)}
     return kind(**{key: value for key, value in values.items() if key in names})

@@ -1,4 +1,4 @@
-"""Opening what a run has left: its adapter, the settings of its base, and whether a base is the right one."""
+"""Opens an adapter for later commands: files, record, settings of its base, and consistency checks."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from loratune.runs.verification import Combined, MergedModel, read_verification
 
 @dataclass(frozen=True)
 class AdapterSource:
-    """An adapter and what is known about how it was made."""
+    """An adapter and what is known about its training."""
 
     adapter: Path
     """PEFT folder."""
@@ -36,24 +36,24 @@ class AdapterSource:
     combined: Combined | None = None
     """How it was made of several adapters, if it was."""
     checkpoint: Checkpoint | None = None
-    """Whose seal tells of what it was trained on, if it is one."""
+    """The checkpoint, whose seal records its training, if it is one."""
 
     @property
     def prompt(self) -> PromptSettings:
-        """How its prompts are made; the tokenizer's own template where nothing is known."""
+        """Prompt settings of the training; defaults if unknown."""
         if self.record is None:
             return PromptSettings()
-        # Runs of earlier versions took every template as it was.
+        # Earlier versions did not add generation prompts.
         is_recorded = self.manifest is not None and self.manifest.template.generation_prompt is not None
         update = {} if is_recorded else {"generation_prompt": "template"}
         return self.record.prompt.model_copy(update=update)
 
     @property
     def trained_base(self) -> TrainedBase:
-        """What the run's manifest says of its base.
+        """The run's base from its manifest.
 
         Raises:
-            LoratuneError: it says nothing.
+            LoratuneError: the manifest lacks it.
         """
         if self.manifest is None or self.manifest.base is None:
             raise LoratuneError(f"{self.run}/{MANIFEST}: damaged: it does not say what the base was", Exit.MODEL)
@@ -61,12 +61,12 @@ class AdapterSource:
 
     @property
     def trained_day(self) -> str | None:
-        """The day that the prompts of the training named, where their template writes one."""
+        """The date in the prompts of the training, if the template writes one."""
         return self.manifest.template.date if self.manifest else None
 
     @property
     def remarks(self) -> list[str]:
-        """What to tell of its files, a line each."""
+        """Warnings about its files, one line each."""
         changed = [f"changed since the run ended: {', '.join(self.changed)}"] if self.changed else []
         unsealed = [
             f"{self.run}: its {MANIFEST} carries no seal (an earlier version of loratune wrote it, or the seal was "
@@ -76,33 +76,32 @@ class AdapterSource:
 
     @property
     def place(self) -> Path:
-        """What a command line calls it: the run where it is the run's own, else its folder."""
+        """The path for command lines: the run folder for a run's own adapter, otherwise its folder."""
         is_run_s = self.run is not None and self.adapter.absolute() == (self.run / ADAPTER).absolute()
         return self.run if self.run is not None and is_run_s else self.adapter
 
     def tokenizer_folder(self, base: Path) -> Path:
-        """Where the tokenizer of the training lies; a checkpoint has only its base's."""
+        """Return the folder of the training's tokenizer; for a checkpoint it is the base's."""
         return self.adapter if (self.adapter / TOKENIZER_CONFIG).is_file() else base
 
 
 def open_adapter(path: Path, force: bool = False) -> AdapterSource:
-    """Find the adapter that a path means: a run folder, its adapter, one of its checkpoints, or a plain PEFT folder.
+    """Find the adapter at a path: a run folder, its adapter, one of its checkpoints, or a plain PEFT folder.
 
-    Every command comes to its adapter through here. Seals are read first, and nothing else is before all that it will
-    read has been compared with its hash: the recipe, the adapter, its tokenizer.
+    All commands open adapters here. Hashes are checked before recipe, adapter or tokenizer are read.
 
     Args:
         path: the folder.
-        force: take files that have changed.
+        force: accept changed files.
 
     Raises:
-        LoratuneError: there is none, or its files have been changed.
+        LoratuneError: there is no adapter, or its files have changed.
     """
     if not is_folder(path):
         raise LoratuneError(f"{path}: no such folder", Exit.MODEL)
     if _is_run(path):
         return _open_run(path, path / ADAPTER, force)
-    for place in dict.fromkeys((path.absolute(), path.resolve())):  # a link into a run leads to that run
+    for place in dict.fromkeys((path.absolute(), path.resolve())):  # a link into a run belongs to that run
         if place.name == ADAPTER and _is_run(place.parent):
             return _open_run(place.parent, path, force)
         if place.parent.name == CHECKPOINTS and _is_run(place.parent.parent):
@@ -116,14 +115,14 @@ def open_adapter(path: Path, force: bool = False) -> AdapterSource:
 
 
 def open_settled_adapter(path: Path, force: bool = False) -> AdapterSource:
-    """As `open_adapter`, but not while a training is under way there, which replaces and removes what would be read.
+    """Open an adapter like `open_adapter`, but not during a training in its folder, which could replace files.
 
     Args:
         path: a run folder, one of its checkpoints, or a plain PEFT folder.
-        force: take a run's adapter even if its files have changed.
+        force: accept changed files of a run.
 
     Raises:
-        LoratuneError: a process trains there, with its number and machine; or there is no adapter.
+        LoratuneError: a process is training there (with pid and host), or there is no adapter.
     """
     for folder in (path, *path.absolute().parents[:2]):
         holder = lock_holder(folder) if is_file(folder / STATUS) else None
@@ -137,14 +136,14 @@ def open_settled_adapter(path: Path, force: bool = False) -> AdapterSource:
 
 
 def base_settings(source: AdapterSource, model: str | None) -> ModelSettings:
-    """The base of an adapter as it was in training, but from another place if one is given.
+    """Return the settings of an adapter's base as in training, at another location if one is given.
 
     Args:
         source: the adapter.
-        model: hub id or folder where its base lies now; None takes what the adapter knows.
+        model: hub id or folder of the base; None uses the recorded one.
 
     Raises:
-        LoratuneError: a plain PEFT folder names a base that is no local folder; a name in a file is never downloaded.
+        LoratuneError: a plain PEFT folder names a base that is not a local folder; such names are never downloaded.
     """
     if source.record and source.manifest:
         known, place = source.record.model, source.trained_base.path
@@ -159,9 +158,9 @@ def base_settings(source: AdapterSource, model: str | None) -> ModelSettings:
 
 
 def merged_prompt(folder: Path) -> PromptSettings:
-    """How a model without an adapter is prompted: as in the training of what was merged into it, if loratune did that.
+    """Return the prompt settings of a model without adapter: those of training, if loratune merged one into it.
 
-    The rest of the settings is in the merged model's template; the thinking mode is what a program asks of a template.
+    The merged template includes the other settings; the thinking mode is an argument of the template.
     """
     verification = read_verification(folder)
     if verification is None:
@@ -172,14 +171,14 @@ def merged_prompt(folder: Path) -> PromptSettings:
 
 
 def check_same_template(source: AdapterSource, sha256: str) -> None:
-    """Compare the chat template that an adapter is asked or merged with and that of its training.
+    """Check that the chat template equals that of the training.
 
     Args:
         source: the adapter.
-        sha256: of the template, as `Encoder.template_sha256`.
+        sha256: hash of the present template, `Encoder.template_sha256`.
 
     Raises:
-        LoratuneError: it is another one.
+        LoratuneError: the template differs.
     """
     sealed = source.checkpoint.identity.get("rest", {}).get("template") if source.checkpoint else None
     known = sealed or (source.manifest.template.sha256 if source.manifest else None)
@@ -192,19 +191,19 @@ def check_same_template(source: AdapterSource, sha256: str) -> None:
 
 
 def check_vocabulary(source: AdapterSource, base: Path, base_rows: int, rows: int) -> list[str]:
-    """Compare the rows of the embedding that an adapter is asked with and the tokens that its tokenizer makes.
+    """Compare the number of embedding rows with the number of the tokenizer's tokens.
 
     Args:
         source: the adapter.
         base: the base's folder.
-        base_rows: of the base's embedding.
-        rows: of the embedding that the adapter is asked with.
+        base_rows: embedding rows of the base.
+        rows: embedding rows with the adapter.
 
     Returns:
-        What to tell of a resized vocabulary.
+        Warnings about a resized vocabulary.
 
     Raises:
-        LoratuneError: the adapter's own tokenizer has tokens without a row, and that of the base has not.
+        LoratuneError: the adapter's tokenizer has tokens without a row, while the base's has not.
     """
     tokens = 0 if source.manifest else count_tokens(source.tokenizer_folder(base))
     if tokens > rows and tokens > count_tokens(base):
@@ -220,7 +219,7 @@ def check_vocabulary(source: AdapterSource, base: Path, base_rows: int, rows: in
 
 
 def _is_run(folder: Path) -> bool:
-    """Whether a folder is a run's; a PEFT folder may hold the recipe that it was trained with."""
+    """Return whether a folder is a run's; a PEFT folder may also contain the recipe of its training."""
     is_adapter = (folder / ADAPTER_CONFIG).is_file()
     return (folder / MANIFEST).is_file() or (not is_adapter and (folder / RECIPE).is_file())
 
@@ -248,7 +247,7 @@ def _open_checkpoint(run: Path, folder: Path, force: bool) -> AdapterSource:
 
 
 def run_record(run: Path, manifest: Manifest) -> RunRecord:
-    """The record of a run; earlier versions kept none apart from the recipe, of which it is made then.
+    """Return the record of a run; for earlier versions it is derived from the recipe.
 
     Raises:
         LoratuneError: the recipe of such a run cannot be read.

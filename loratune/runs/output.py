@@ -1,4 +1,4 @@
-"""How a folder that loratune writes comes to be: what may be replaced, and a run begun and sealed."""
+"""Prepares output folders, creates run folders, and seals them."""
 
 from __future__ import annotations
 
@@ -34,16 +34,16 @@ from loratune.writing import PROGRAM, TEMPORARY_NAME, remove, remove_unfinished,
 
 
 def prepare_output(output: Path, overwrite: bool, kind: str = "run", marker: str = STATUS) -> None:
-    """Check, before anything long starts, that a folder may be written.
+    """Check that a folder may be written, before any long work.
 
     Args:
         output: the folder.
-        overwrite: whether an earlier one of the same kind may be replaced.
-        kind: what it will be, for messages.
-        marker: the file by which loratune knows its own folders of this kind.
+        overwrite: whether an existing one of the same kind may be replaced.
+        kind: kind of the folder, for messages.
+        marker: the file that identifies loratune's folders of this kind.
 
     Raises:
-        LoratuneError: it holds something already, or cannot be written to.
+        LoratuneError: it has other contents, or is not writable.
     """
     _check_name(output)
     if marker == VERIFICATION and (output.is_mount() or output.resolve() == Path.cwd()):
@@ -68,22 +68,22 @@ def prepare_output(output: Path, overwrite: bool, kind: str = "run", marker: str
 
 
 def _check_name(output: Path) -> None:
-    """Refuse a name that cannot be a folder's, before anything else asks the system about it."""
+    """Raise for a path that cannot be a folder's, before other system calls use it."""
     try:
         if output.is_symlink() and not output.exists():
             raise LoratuneError(f"{output} is a link to nothing; choose a folder with --output", Exit.IO)
         output.lstat()
     except FileNotFoundError:
         return
-    except (OSError, ValueError) as error:  # too long, or with a zero byte in it
+    except (OSError, ValueError) as error:  # too long, or contains a NUL
         if isinstance(error, OSError) and error.errno != errno.ENAMETOOLONG:
-            return  # trying to write will tell
+            return  # the write test reports it
         reason = error.strerror if isinstance(error, OSError) else error
         raise LoratuneError(f"{output}: {reason}; choose another name with --output", Exit.USAGE) from error
 
 
 def _is_ours(marker: Path, kind: str) -> bool:
-    """Whether loratune made a folder of this kind; a status.json alone could be anybody's."""
+    """Return whether loratune created a folder of this kind; a status.json alone may be another program's."""
     try:
         values = read_json_object(marker)
         return values.get("program") == PROGRAM and values.get("kind", kind) == kind
@@ -92,10 +92,10 @@ def _is_ours(marker: Path, kind: str) -> bool:
 
 
 def _tell_of_damaged_status(output: Path) -> None:
-    """Tell a run whose status.json alone is damaged or gone from what is no run.
+    """Raise if a folder is a run whose status.json is damaged or missing.
 
     Raises:
-        LoratuneError: its manifest is as loratune has written it.
+        LoratuneError: the folder has a valid manifest.
     """
     try:
         manifest = read_manifest(output)
@@ -111,7 +111,7 @@ def _tell_of_damaged_status(output: Path) -> None:
 
 
 def _is_passing(name: str) -> bool:
-    """Whether a file says nothing of what a folder is for: another process is looking at it, or was killed there."""
+    """Return whether a file does not count as content: a lock, or a leftover of a killed process."""
     return name in (LOCK, LOCK_OWNER) or TEMPORARY_NAME.fullmatch(name) is not None
 
 
@@ -124,7 +124,7 @@ def _check_writable(output: Path) -> None:
 
 
 def check_links(output: Path) -> None:
-    """Refuse to go on with a run that would write and remove what lies outside its folder.
+    """Raise if resuming a run would write or remove files outside its folder.
 
     Raises:
         LoratuneError: a folder of the run is a link.
@@ -140,21 +140,21 @@ def check_links(output: Path) -> None:
 
 
 def begin_run(output: Path, recipe: Recipe, manifest: Manifest, keep: bool = False, steps: int | None = None) -> None:
-    """Start a run folder; of an earlier run there, what a run consists of is removed, and nothing else.
+    """Create a run folder; files of an earlier run are removed, and nothing else.
 
     Args:
         output: the folder.
-        recipe: the run's.
-        manifest: what later commands need to know.
-        keep: leave what has been trained, because it goes on from there.
-        steps: that it will make.
+        recipe: the run's recipe.
+        manifest: the run's manifest.
+        keep: keep checkpoints and metrics, to resume.
+        steps: planned number of steps.
     """
     removed = [name for name in CONTENTS if name != STATUS and not (keep and name in RESUMED)]
     try:
         output.mkdir(parents=True, exist_ok=True)
-        # First, so that wherever the process is killed the folder is known to be a run's.
+        # First, so that the folder is recognisable as a run if the process is killed.
         set_status(output, "running", **({"steps": steps} if steps else {}))
-        # Before the rest, since what a killed process had put aside gets its name again.
+        # Before removing files, since it may restore what a killed process had moved away.
         for left in [*remove_unfinished(output), *remove_unfinished(output / CHECKPOINTS)]:
             console.say(f"removed {left}, which an earlier process had not finished")
         for name in removed:
@@ -163,13 +163,13 @@ def begin_run(output: Path, recipe: Recipe, manifest: Manifest, keep: bool = Fal
         raise LoratuneError(f"{output}: cannot be made: {error.strerror}", Exit.IO) from error
     write_text(output / RECIPE, dump_recipe(recipe))
     known = read_manifest(output) if (output / MANIFEST).is_file() else None
-    files = {name: record for name, record in ((known and known.files) or {}).items() if name != PROBE}  # written anew
+    files = {name: record for name, record in ((known and known.files) or {}).items() if name != PROBE}  # rewritten
     files[RECIPE] = sealed(output / RECIPE)
     write_manifest(output, replace(manifest, created=known.created if known else now(), files=files))
 
 
 def seal_run(output: Path) -> None:
-    """Add size and sha256 of every lasting file to the manifest; the last step of a run."""
+    """Add size and sha256 of all permanent files to the manifest; the last step of a run."""
     adapter_files = sorted(path for path in (output / ADAPTER).rglob("*") if path.is_file())
     paths = [output / RECIPE, *(path for path in [output / PROBE] if path.is_file()), *adapter_files]
     files = {str(path.relative_to(output)): sealed(path) for path in paths}
@@ -177,5 +177,5 @@ def seal_run(output: Path) -> None:
 
 
 def seal_file(output: Path, name: str) -> None:
-    """Add one file to the manifest of a run that goes on."""
+    """Add one file to the manifest of a running run."""
     write_files(output, {**(read_manifest(output).files or {}), name: sealed(output / name)})

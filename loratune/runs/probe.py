@@ -1,4 +1,4 @@
-"""Rows and questions set aside in training, on which later commands compare a model with base + adapter."""
+"""Rows and prompts that training sets aside to compare merged and exported models with base + adapter."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from loratune.writing import write_json
 
 MAX_ROWS = 16
 MAX_TOKENS = 400
-"""Of all rows together: enough to tell models apart, and a few seconds' work on a laptop."""
+"""Of all rows together: enough to distinguish models, and a few seconds of computation on a laptop."""
 MAX_QUESTIONS = 3
 BUILT_IN_QUESTIONS = ("Who are you?", "你是谁？", "What is the capital of France?")
 
 
 @dataclass(frozen=True)
 class ProbeRow:
-    """One row: where its labels are not negative, the next token counts."""
+    """A row; positions count whose next label is not negative."""
 
     input_ids: list[int]
     labels: list[int]
@@ -30,20 +30,20 @@ class ProbeRow:
 
 @dataclass(frozen=True)
 class Probe:
-    """What a model is tried on."""
+    """Rows and prompts for comparisons."""
 
     rows: list[ProbeRow]
     questions: list[list[dict[str, str]]]
-    """Messages, a user's last."""
+    """Messages that end with a user message."""
 
 
 def save_probe(run: Path, rows: Sequence[dict[str, Any]], conversations: Sequence[Sequence[Any]]) -> None:
-    """Keep some rows and questions, spread evenly, and seal them.
+    """Save some rows and prompts, evenly spaced, and seal the file.
 
     Args:
-        run: the run folder, with its manifest.
+        run: run folder with a manifest.
         rows: encoded rows with `input_ids` and `labels`, lists of int.
-        conversations: their messages, an answer last.
+        conversations: their messages, ending with an answer.
     """
     kept: list[dict[str, list[int]]] = []
     tokens = 0
@@ -58,7 +58,7 @@ def save_probe(run: Path, rows: Sequence[dict[str, Any]], conversations: Sequenc
 
 
 def read_probe(run: Path | None) -> Probe:
-    """What a run has set aside; for a plain adapter built-in questions and no rows.
+    """Read a run's rows and prompts; for a plain adapter, return built-in prompts without rows.
 
     Raises:
         LoratuneError: the run's file is damaged.

@@ -1,8 +1,7 @@
-"""What later commands need to know of a run's settings: typed, with a version of its own, a part of manifest.json.
+"""The settings of a run that later commands need: a typed and versioned part of manifest.json.
 
-`recipe.yaml` is for people, and to train again. Its settings come and go with the versions of loratune; a run's record
-stays readable, since a section that an earlier version wrote is read by the present names of its settings, and what it
-lacks has the default.
+`recipe.yaml` is for people, and for training again; its settings change with versions of loratune. A run's record stays
+readable: settings of earlier versions are read under their present names, and missing ones have defaults.
 """
 
 from __future__ import annotations
@@ -24,26 +23,26 @@ SectionKind = TypeVar("SectionKind", bound=Section)
 
 @dataclass(frozen=True)
 class RunRecord:
-    """How an adapter came to be, as far as its use depends on it."""
+    """How an adapter was trained, as far as its use depends on it."""
 
     name: str
-    """Of the run: that of its output folder."""
+    """Name of the output folder."""
     model: ModelSettings
-    """The base, as the recipe named it, and how it was held in memory."""
+    """The base and how it was loaded."""
     lora: LoraSettings
     prompt: PromptSettings
     learning_rate: float
     training: dict[str, str] = field(default_factory=dict)
-    """What a model card says of the training, ready to be read."""
+    """Lines about the training for a model card."""
     columns: dict[str, str] = field(default_factory=dict)
-    """Names of the rows' columns, as data.columns."""
+    """Value of data.columns."""
     placeholders: dict[str, str] = field(default_factory=dict)
     paths: tuple[str, ...] = ()
-    """Of the output and of the data; nothing that is given away may name them."""
+    """Paths of output and data, which published files must not contain."""
 
     @classmethod
     def of(cls, recipe: Recipe) -> RunRecord:
-        """The record of a run of this recipe."""
+        """Return the record of a recipe's run."""
         training, data = recipe.training, recipe.data
         return cls(
             name=Path(recipe.output).name,
@@ -63,7 +62,7 @@ class RunRecord:
         )
 
     def settings(self) -> dict[str, Any]:
-        """Dotted name → value of each setting that the adapter is loaded, asked and merged with, in JSON types."""
+        """Return dotted name → value, as JSON types, of the settings that affect loading, prompting and merging."""
         sections = {"model": self.model, "lora": self.lora, "prompt": self.prompt}
         return {
             f"{section}.{name}": value
@@ -72,16 +71,16 @@ class RunRecord:
         }
 
     def values(self) -> dict[str, Any]:
-        """The record in JSON types, as `read_record` takes it."""
+        """Return the record as JSON types for `read_record`."""
         sections = {name: getattr(self, name).model_dump(mode="json") for name in ("model", "lora", "prompt")}
         return {"version": RECORD_VERSION, **asdict(self), **sections, "paths": list(self.paths)}
 
 
 def read_record(values: Mapping[str, Any]) -> RunRecord:
-    """A record as a run has written it; keys that this version does not know are left out.
+    """Parse a record; unknown keys are ignored.
 
     Raises:
-        ValueError: it was written by a later version, or is damaged.
+        ValueError: a later version wrote it, or it is damaged.
     """
     if values.get("version") != RECORD_VERSION:
         raise ValueError(f"its record has version {values.get('version')}; this loratune reads {RECORD_VERSION}")

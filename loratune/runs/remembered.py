@@ -1,8 +1,7 @@
-"""Hashes of large files, remembered between calls.
+"""Caches hashes of large files between runs of the program.
 
-What was computed of a file is remembered by its place, size, inode, and the times of its last changes; links are
-followed, as those of a hub's cache are. Bytes that rot on the disk change none of these, and show when the file is
-hashed anew.
+A hash is keyed by the file's path, size, inode, and times of change; links are followed, as in hub caches. Bit rot
+changes none of these; it only shows when the file is hashed again.
 """
 
 from __future__ import annotations
@@ -20,13 +19,13 @@ from loratune.runs.folder import file_sha256
 from loratune.writing import write_json
 
 SETTLED_NS = 2_000_000_000
-"""A file that was changed less long ago could change again within the same tick of its file system's clock."""
+"""A file changed more recently than this could change again within one tick of its file system's clock."""
 UNUSED_DAYS = 90
 FILES = "files"
 
 
 def remembered_sha256(path: Path) -> str:
-    """Hex sha256 of a file's bytes, computed once for as long as the file is not touched."""
+    """Return the hex sha256 of a file, cached until the file is changed."""
     identity = identity_of(path)
     known = recall(FILES, path, identity)
     if known is None:
@@ -36,18 +35,18 @@ def remembered_sha256(path: Path) -> str:
 
 
 def identity_of(path: Path) -> tuple[int, ...]:
-    """What changes when somebody changes a file: size, times of its last changes in ns, inode and device."""
+    """Return what changes with a file: size, mtime and ctime in ns, inode and device."""
     about = path.stat()
     return about.st_size, about.st_mtime_ns, about.st_ctime_ns, about.st_ino, about.st_dev
 
 
 def recall(kind: str, path: Path, identity: tuple[int, ...]) -> dict[str, str] | None:
-    """What is remembered of a file; None if that is nothing, or damaged.
+    """Return cached values of a file; None if there are none, or they are damaged.
 
     Args:
         kind: folder of the cache.
         path: the file.
-        identity: as `identity_of` gives it now.
+        identity: present result of `identity_of`.
     """
     try:
         entry = _entry(kind, path, identity)
@@ -56,17 +55,17 @@ def recall(kind: str, path: Path, identity: tuple[int, ...]) -> dict[str, str] |
             os.utime(entry)
         if known["sha256"] != _sum(known["values"]):
             return None
-    except (OSError, LoratuneError, ValueError, TypeError, KeyError):  # none, no home for it, or damaged
+    except (OSError, LoratuneError, ValueError, TypeError, KeyError):  # missing, no home folder, or damaged
         return None
     return dict(known["values"])
 
 
 def remember(kind: str, path: Path, identity: tuple[int, ...], values: dict[str, str]) -> None:
-    """Keep what was computed of a file; a cache that cannot be written costs nothing but that.
+    """Cache values of a file; failures to write are ignored.
 
     Args:
-        kind, path: as of `recall`.
-        identity: as it was before the file was read.
+        kind, path: see `recall`.
+        identity: identity before the file was read.
         values: JSON texts.
     """
     is_settled = time.time_ns() - max(identity[1:3]) > SETTLED_NS

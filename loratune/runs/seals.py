@@ -1,4 +1,4 @@
-"""Whether files are as loratune left them, looked at before anything else of a run or a checkpoint is read."""
+"""Checks that files of runs and checkpoints are unchanged, before anything else is read."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ from loratune.runs.record import RunRecord
 from loratune.runs.tokenizer_files import tokenizer_files
 
 ADAPTER_CONFIG = "adapter_config.json"
-# What is read of an adapter's folder if it lies there, so that a file that was put there later counts as a change.
+# Files that are read if they exist, so that adding one counts as a change.
 READ_IF_THERE = (ADAPTER_CONFIG, "adapter_model.safetensors", "config.json")
 
 
 def changed_files(run: Path, manifest: Manifest, with_adapter: bool) -> list[str]:
-    """Files of a run that are not as its manifest says; every one of them is hashed.
+    """Return the files of a run that differ from its manifest, by hash.
 
     Args:
-        run: its folder.
-        manifest: from `read_manifest`.
-        with_adapter: look at its adapter too, not at its recipe and its probe rows alone.
+        run: run folder.
+        manifest: result of `read_manifest`.
+        with_adapter: also check the adapter, not only recipe and probe rows.
 
     Raises:
-        LoratuneError: the manifest doesn't say what the files were.
+        LoratuneError: the manifest has no file records.
     """
     files = _sealed_files(run, manifest, with_adapter)
     wanted = {
@@ -42,10 +42,10 @@ def changed_files(run: Path, manifest: Manifest, with_adapter: bool) -> list[str
 
 
 def require_unchanged(run: Path, changed: list[str], force: bool) -> None:
-    """Refuse a run whose files have changed.
+    """Raise if files of a run have changed.
 
     Raises:
-        LoratuneError: with their names and what to do.
+        LoratuneError: lists the files, with advice.
     """
     if not changed or force:
         return
@@ -58,17 +58,17 @@ def require_unchanged(run: Path, changed: list[str], force: bool) -> None:
 
 
 def open_sealed(folder: Path, force: bool) -> tuple[Checkpoint | None, list[str]]:
-    """A checkpoint to be asked or merged, all of whose files are compared with their hashes.
+    """Open a checkpoint for inference or merging, after comparing all files with their hashes.
 
     Args:
-        folder: of the checkpoint.
-        force: take it even if it is damaged.
+        folder: folder of the checkpoint.
+        force: accept a damaged checkpoint.
 
     Returns:
-        The checkpoint, None if it is damaged; and what is wrong with it.
+        The checkpoint, or None if it is damaged; and its problems.
 
     Raises:
-        LoratuneError: something is, and it is not let through.
+        LoratuneError: it is damaged, without `force`.
     """
     try:
         if not (folder / SEAL).is_file():
@@ -87,13 +87,13 @@ def open_sealed(folder: Path, force: bool) -> tuple[Checkpoint | None, list[str]
 
 
 def require_same_settings(checkpoint: Checkpoint, run: Path, record: RunRecord, force: bool) -> list[str]:
-    """Compare the settings that a run's adapter is used with and those that a checkpoint was made with.
+    """Compare a run's present settings with those of a checkpoint.
 
     Returns:
-        What was let through.
+        The forced differences.
 
     Raises:
-        LoratuneError: they are others: the run has gone on with --allow-changes, or a recipe of before was edited.
+        LoratuneError: they differ, because the run continued with --allow-changes, or an old recipe was edited.
     """
     sealed, found = with_current_names(checkpoint.identity.get("settings", {})), record.settings()
     different = [
@@ -111,7 +111,7 @@ def require_same_settings(checkpoint: Checkpoint, run: Path, record: RunRecord, 
 
 
 def _sealed_files(run: Path, manifest: Manifest, with_adapter: bool) -> Records:
-    """What a manifest says of the files; earlier versions sealed nothing before a run had ended."""
+    """Return a manifest's file records; earlier versions recorded none before the end of a run."""
     files, problems = manifest.files, ["what the base was"] if manifest.base is None else []
     if files is None or (with_adapter and not files) or (RECIPE not in files and _has_ended(run)):
         problems.append("what the run's files were")
@@ -127,11 +127,11 @@ def _sealed_files(run: Path, manifest: Manifest, with_adapter: bool) -> Records:
 def _has_ended(run: Path) -> bool:
     try:
         return read_json_object(run / STATUS).get("state") == "finished"
-    except LoratuneError:  # its loss alone keeps nobody from an adapter
+    except LoratuneError:  # a missing status alone does not block the adapter
         return False
 
 
 def _read_names(folder: Path, prefix: str = "") -> list[str]:
-    """Files that would be read of an adapter's folder; others lie there without any effect."""
+    """Return the files of an adapter's folder that would be read; others have no effect."""
     read = [*(name for name in READ_IF_THERE if (folder / name).is_file()), *tokenizer_files(folder)]
     return [f"{prefix}{name}" for name in read]

@@ -1,4 +1,4 @@
-"""How a run stands: running, interrupted, crashed, diverged, failed, or finished."""
+"""The state of a run: running, interrupted, crashed, diverged, failed, or finished."""
 
 from __future__ import annotations
 
@@ -17,23 +17,25 @@ from loratune.runs.opening import run_record
 from loratune.runs.seals import changed_files
 
 LOWER = 3
-"""A learning rate that has diverged is divided by it."""
+"""Divisor of a learning rate that diverged."""
 
 
 def run_state(output: Path) -> dict[str, Any]:
-    """What is known of a run without reading a weight.
+    """Return the state of a run without reading weights.
 
     Args:
-        output: its folder.
+        output: run folder.
 
     Returns:
-        output, state, step, steps, loss, validation_loss, best_validation_loss (None where there is none), checkpoints
-        (steps), time (of the last change of state), base_checked (how much of its base's weights a later command
-        compares: every byte, sampled, or nothing), changed (files that are not as they were sealed, which later
-        commands refuse), next (what to type, or None).
+        output, state, step, steps, loss, validation_loss, best_validation_loss (None if there is none), checkpoints
+        (steps), time (of the last change of state), base_checked (how much of its base's weights later commands
+        compare:
+        every byte, sampled, or nothing), changed (files that differ from their hashes, which later commands reject),
+        next
+        (the next command, or None).
 
     Raises:
-        LoratuneError: the folder holds no run.
+        LoratuneError: the folder is not a run.
     """
     if not (output / STATUS).is_file():
         raise LoratuneError(f"{output} holds no run (no {STATUS} in it)", Exit.MODEL)
@@ -62,7 +64,7 @@ def run_state(output: Path) -> dict[str, Any]:
 
 
 def _seal(output: Path) -> dict[str, Any]:
-    """How far later commands can trust a run, as they will find it when they open it."""
+    """Return which checks later commands can do on a run, and what they would find."""
     if not (output / MANIFEST).is_file():
         return {"base_checked": NOTHING, "changed": []}
     try:
@@ -74,11 +76,11 @@ def _seal(output: Path) -> dict[str, Any]:
 
 
 def next_command(output: Path, state: str) -> Command | None:
-    """What to type next; None while the run goes on.
+    """Return the next command; None while the run is in progress.
 
     Args:
-        output: its folder.
-        state: how it stands.
+        output: run folder.
+        state: state of the run.
     """
     if state == "running":
         return None

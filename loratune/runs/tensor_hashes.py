@@ -1,4 +1,4 @@
-"""A hash of each tensor of a model, over all of its bytes: computed beside other work, and remembered."""
+"""Hashes each tensor of a model over all its bytes, in background threads, with a cache."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from loratune.safetensors_header import read_header
 
 PIECE_BYTES = 1 << 20
 MAX_THREADS = 4
-"""More wait for the disk, or for each other's memory."""
+"""With more threads, disk or memory bandwidth is the limit."""
 KIND = "bases"
 
 
 class TensorHashes:
-    """The hashes of some files' tensors, computed by other threads from `start` on.
+    """Hashes of the tensors in some files, computed in background threads after `start`.
 
     Args:
         paths: safetensors files.
@@ -38,7 +38,7 @@ class TensorHashes:
         self._started = False
 
     def start(self) -> None:
-        """Begin, unless that has been done; what is remembered takes no thread."""
+        """Start hashing, once; cached files need no thread."""
         if self._started:
             return
         self._started = True
@@ -52,13 +52,13 @@ class TensorHashes:
             return
         self._work = _tensors(left)
         count = min(MAX_THREADS, os.cpu_count() or 1)
-        # Threads of a pool would keep the process from ending after Ctrl-C until all is hashed.
+        # Threads of a pool would block the end of the process after Ctrl-C until everything is hashed.
         self._threads = [threading.Thread(target=self._hash, daemon=True) for _ in range(count)]
         for thread in self._threads:
             thread.start()
 
     def result(self) -> dict[str, str]:
-        """Name of a tensor → sha256 of its type, shape and bytes, in order; waits until they are all there.
+        """Wait, and return tensor name → sha256 of dtype, shape and bytes, in order.
 
         Raises:
             LoratuneError: a file cannot be read.
@@ -87,14 +87,14 @@ class TensorHashes:
                     self._found[path][name] = digest
         except StopIteration:
             return
-        except Exception as error:  # told by `result`, to whoever waits
+        except Exception as error:  # raised by `result`
             self._error = error
 
 
 def _tensors(paths: Sequence[Path]) -> Iterator[tuple[Path, str, dict[str, Any], int]]:
     for path in paths:
         start, header = read_header(path)
-        # In the order of the file, so that a disk is read once from its beginning to its end.
+        # In file order, so that a disk reads sequentially.
         for name, entry in sorted(header.items(), key=lambda item: int(item[1]["data_offsets"][0])):
             yield path, name, entry, start
 

@@ -1,4 +1,4 @@
-"""The base's tokenizer, byte for byte: saving it again through a library changes files that servers depend on."""
+"""The files of a base's tokenizer, which are copied byte for byte, because saving a tokenizer changes some."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from loratune.plain_files import read_json_object, read_plain
 
 TOKENIZER_CONFIG = "tokenizer_config.json"
 CHAT_TEMPLATE = "chat_template.jinja"
-# In this order they are hashed, and manifests hold the hash.
+# In hashing order; manifests contain the hash.
 TOKENIZER_FILES = (
     "tokenizer.json",
     TOKENIZER_CONFIG,
@@ -25,15 +25,15 @@ TOKENIZER_FILES = (
     "chat_template.json",
 )
 VOCABULARY_FILES = ("tokenizer.json", "added_tokens.json", "vocab.json", "merges.txt", "tokenizer.model")
-"""Those that hold tokens and their ids."""
+"""Files with tokens and their ids."""
 FINGERPRINTED = ("tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt")
-"""Those that a base's fingerprint covers, in its order, which manifests hold the hash of too."""
+"""Files of a base's fingerprint, in hashing order; manifests contain the hash."""
 NAMED_TEMPLATES = "additional_chat_templates"
-"""Folder of the templates that are not the default one."""
+"""Folder of the non-default templates."""
 
 
 def tokenizer_files(folder: Path) -> Iterator[str]:
-    """Names of the files that a folder's tokenizer and its chat templates come from."""
+    """Yield the names of a folder's tokenizer files and chat templates."""
     yield from (name for name in TOKENIZER_FILES if (folder / name).is_file())
     yield from (
         f"{NAMED_TEMPLATES}/{path.name}"
@@ -43,14 +43,14 @@ def tokenizer_files(folder: Path) -> Iterator[str]:
 
 
 def copy_tokenizer_files(base: Path, folder: Path) -> None:
-    """Copy the files of the base's tokenizer that there are."""
+    """Copy the existing files of a base's tokenizer."""
     for name in tokenizer_files(base):
         (folder / name).parent.mkdir(exist_ok=True)
         shutil.copyfile(base / name, folder / name)
 
 
 def tokenizer_sha256(folder: Path) -> str:
-    """Hash of all files that a tokenizer and its chat template come from."""
+    """Return the hash of all files of a tokenizer and its chat templates."""
     files = hashlib.sha256()
     for name in tokenizer_files(folder):
         content = read_plain(folder / name)
@@ -59,7 +59,7 @@ def tokenizer_sha256(folder: Path) -> str:
 
 
 def count_tokens(folder: Path) -> int:
-    """One more than the highest id of a tokenizer, without loading it; 0 where no file says.
+    """Return the highest id of a tokenizer plus one, without loading it; 0 if no file has ids.
 
     Raises:
         LoratuneError: a file is damaged.
@@ -71,7 +71,7 @@ def count_tokens(folder: Path) -> int:
         content = read_json_object(path)
         try:
             if path == whole:
-                vocabulary = content["model"]["vocab"]  # names and ids, or a list
+                vocabulary = content["model"]["vocab"]  # a mapping of names to ids, or a list
                 ids += [len(vocabulary) - 1, *(token["id"] for token in content.get("added_tokens") or [])]
             else:
                 ids += content.values()

@@ -1,4 +1,4 @@
-"""Versions of the libraries that a result depends on."""
+"""Records versions of the libraries that affect results."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ LIBRARIES = ("torch", "transformers", "peft", "trl", "accelerate", "datasets", "
 
 
 def library_versions() -> dict[str, str]:
-    """Versions of what a run's result depends on."""
+    """Return the versions of libraries that affect a run's result."""
     versions = {"loratune": __version__, "python": platform.python_version()}
     for name in LIBRARIES:
         try:

@@ -1,1 +1,1 @@
-"""From a recipe to a run folder."""
+"""Trains an adapter: from a recipe to a run folder."""

@@ -1,4 +1,4 @@
-"""Whether what a forward pass keeps for the backward pass fits in memory, or is computed a second time."""
+"""Decides whether activations fit into memory, or gradient checkpointing recomputes them."""
 
 from __future__ import annotations
 
@@ -15,27 +15,29 @@ from loratune.model.memory import free_memory_bytes
 from loratune.protocols import AdaptedModel
 
 SAMPLE_TOKENS = 256
-"""Enough that what does not grow with the tokens hardly counts."""
+"""Long enough that memory independent of the number of tokens hardly counts."""
 SPARE = 1.6
-"""What the backward pass has in hand, compiled products, and memory between pieces in use come on top (Qwen2.5 0.5B:
-1.73 GB kept, 3.1 GB more resident than before the first step)."""
+"""Factor for gradients in flight, compiled kernels and allocator overhead on top of activations.
+
+Qwen2.5 0.5B keeps 1.73 GB, and its resident memory grows by 3.1 GB in the first step.
+"""
 
 
 @dataclass(frozen=True)
 class Activations:
-    """Bytes that a training step keeps, beside those that are there for it."""
+    """Memory of a training step in addition to the model's weights."""
 
     tokens: int
-    """Of the largest batch."""
+    """Tokens of the largest batch."""
     kept_bytes: int
-    """By the forward pass, for the backward pass."""
+    """Bytes that the forward pass keeps for the backward pass."""
     needed_bytes: int
-    """With all that comes on top: gradients, optimizer state, the head's logits."""
+    """Total bytes, including gradients, optimizer state and the logits."""
     free_bytes: int
 
     @property
     def fit(self) -> bool:
-        """Whether a step can keep them."""
+        """Whether the memory is sufficient without gradient checkpointing."""
         return self.needed_bytes <= self.free_bytes
 
 
@@ -46,10 +48,10 @@ def measure_activations(
 
     Args:
         model: a PEFT model on its device.
-        tokens: of the largest batch.
+        tokens: tokens of the largest batch.
         longest: tokens of the longest document.
-        is_packed: whether batches are rows of several documents, with their borders, or padded.
-        hardware: where the model is.
+        is_packed: whether batches are packed or padded.
+        hardware: the device of the model.
     """
     length = min(longest, SAMPLE_TOKENS)
     row = {"input_ids": [0] * length, "labels": [0] * length, "lengths": [length], "sequences": [0]}
@@ -71,7 +73,7 @@ def measure_activations(
     inputs = {name: value.to(hardware.device) if hasattr(value, "to") else value for name, value in batch.items()}
     was_training = model.training
     model.train()
-    # The graph holds every tensor until the end, so that no address comes twice.
+    # The graph keeps every tensor alive, so no address is reused.
     devices = [hardware.device] if hardware.is_gpu else []
     with torch.random.fork_rng(devices), torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
         decoder_of(base)(**inputs, use_cache=False)
@@ -79,13 +81,13 @@ def measure_activations(
     trained_bytes = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
     kept_bytes = round(kept_bytes / length * tokens)
     logits_bytes = 2 * min(CHUNK_BYTES, tokens * text_config(base.config).vocab_size * base.dtype.itemsize)
-    # AdamW's two averages and the gradients are as large as the weights.
+    # AdamW's two averages and the gradients each have the size of the weights.
     needed = round(SPARE * kept_bytes) + logits_bytes + 3 * trained_bytes
     return Activations(tokens, kept_bytes, needed, free_memory_bytes(hardware))
 
 
 def activations_text(activations: Activations) -> str:
-    """What they come to, and what is done about it."""
+    """Return a line with the required and the free memory, and the decision."""
     text = (
         f"about {console.memory(activations.needed_bytes)} for {activations.tokens:,} tokens, "
         f"{console.memory(activations.free_bytes)} free"

@@ -1,4 +1,4 @@
-"""The one place where a recipe's settings become TRL's."""
+"""Converts a recipe's settings into TRL's configuration."""
 
 from __future__ import annotations
 
@@ -25,16 +25,16 @@ SCHEDULERS = {"cosine": "cosine", "linear": "linear", "constant": "constant_with
 def training_arguments(
     recipe: Recipe, hardware: Hardware, accumulation: int, has_validation: bool
 ) -> tuple[SFTConfig, list[str]]:
-    """TRL's configuration for a recipe.
+    """Return TRL's configuration for a recipe.
 
     Args:
         recipe: the whole recipe.
-        hardware: decides precision, optimizer and back end.
-        accumulation: batches of a step.
-        has_validation: whether there are rows to evaluate on.
+        hardware: determines precision, optimizer and distributed back end.
+        accumulation: micro-batches per optimizer step.
+        has_validation: whether there are validation rows.
 
     Returns:
-        The configuration, and a sentence for each setting that this machine serves otherwise.
+        The configuration, and a warning for each setting that this machine cannot use as given.
     """
     training = recipe.training
     dtype = resolve_dtype(recipe.model.dtype, hardware)
@@ -52,7 +52,7 @@ def training_arguments(
         remove_unused_columns=False,
         gradient_accumulation_steps=accumulation,
         gradient_checkpointing=bool(training.gradient_checkpointing),  # TRL's default is True
-        max_length=None,  # rows are measured where they are encoded
+        max_length=None,  # the encoder has already enforced it
         dataset_kwargs={"skip_prepare_dataset": True},
         pad_to_multiple_of=None,
         eval_strategy="steps" if has_validation else "no",
@@ -62,10 +62,10 @@ def training_arguments(
         save_steps=recipe.checkpoints.every_steps,
         logging_steps=recipe.tracking.every_steps,
         logging_first_step=True,
-        logging_nan_inf_filter=False,  # it would show NaN as 0
+        logging_nan_inf_filter=False,  # the filter would log NaN as 0
         disable_tqdm=True,
-        report_to="none",  # ours run apart
-        # The base is in its type already: autocast would convert the rest again and again, and take LoRA layers apart.
+        report_to="none",  # loratune runs trackers in separate processes
+        # The base has its dtype already: autocast would convert tensors again and again, and disable fused LoRA layers.
         bf16=False,
         fp16=hardware.is_gpu and dtype == torch.float16,
         use_cpu=not hardware.is_gpu,
@@ -102,7 +102,7 @@ def _precision_warnings(recipe: Recipe, hardware: Hardware, dtype: torch.dtype) 
 
 
 def _optimisation(training: TrainingSettings, optimizer: str, is_gpu: bool) -> dict[str, Any]:
-    """How long the weights are moved, and how far by each step."""
+    """Return the settings of optimizer and schedule."""
     return {
         "num_train_epochs": training.epochs,
         "max_steps": training.max_steps or -1,
@@ -117,9 +117,9 @@ def _optimisation(training: TrainingSettings, optimizer: str, is_gpu: bool) -> d
 
 
 def with_gradient_checkpointing(arguments: SFTConfig, is_wanted: bool) -> SFTConfig:
-    """A configuration that differs in this alone.
+    """Return a copy of the configuration with gradient checkpointing switched on or off.
 
-    TRL reads one name of it, transformers the other, which it fills from the first only when the configuration is made.
+    TRL and transformers read the setting under different names, and only the constructor copies one to the other.
     """
     changed = copy.copy(arguments)
     changed.gradient_checkpointing = changed.activation_checkpointing = is_wanted
@@ -127,7 +127,7 @@ def with_gradient_checkpointing(arguments: SFTConfig, is_wanted: bool) -> SFTCon
 
 
 def _served_optimizer(name: str, hardware: Hardware) -> str:
-    """The recipe's, or the one that takes its place on this machine."""
+    """Return the recipe's optimizer, or its replacement on this machine."""
     if name.startswith("paged") and not hardware.is_gpu:
         return "adamw"
     if name != "adamw" and importlib.util.find_spec("bitsandbytes") is None:

@@ -1,4 +1,4 @@
-"""The batches of training and validation: packed rows, or padded ones of like length."""
+"""Training and validation batches: packed, or padded and grouped by length."""
 
 from __future__ import annotations
 
@@ -20,21 +20,21 @@ from loratune.training.steps import packed_batches
 
 @dataclass(frozen=True)
 class Batching:
-    """How sequences come together in batches."""
+    """How sequences are combined into batches."""
 
     settings: TrainingSettings
     validation_batch_size: int | None
-    """Rows of a batch in validation, if not as many as in training."""
+    """Sequences per validation batch; None for the same number as in training."""
     seed: int
     pad_token_id: int
 
     @property
     def collate(self) -> Callable[[list[Any]], dict[str, Any]]:
-        """What makes tensors of the rows of a batch."""
+        """The collate function of a batch."""
         return collate_packed if self.settings.packing else partial(collate_padded, pad_token_id=self.pad_token_id)
 
     def rows(self, split: Split, is_validation: bool = False) -> Dataset[Any]:
-        """What batches are drawn from: packed rows, or sequences."""
+        """Return the dataset of packed rows, or of single sequences."""
         sequences, settings = as_dataset(split), self.settings
         if not settings.packing:
             return ReadRows(NumberedRows(sequences))
@@ -44,7 +44,7 @@ class Batching:
 
 
 class ReadRows(Dataset[Any]):
-    """Rows whose file may have become unreadable while they are trained on."""
+    """Reports read errors of the memory-mapped rows during training."""
 
     def __init__(self, rows: NumberedRows | PackedRows) -> None:
         self.rows = rows
@@ -53,7 +53,7 @@ class ReadRows(Dataset[Any]):
         return len(self.rows)
 
     def __getitem__(self, row: int) -> dict[str, Any]:
-        """A row, as it is.
+        """Return a row unchanged.
 
         Raises:
             LoratuneError: the encoded rows cannot be read.
@@ -63,6 +63,6 @@ class ReadRows(Dataset[Any]):
         except (OSError, ValueError) as error:  # pyarrow's errors are one of them
             raise LoratuneError(
                 f"the encoded rows in {rows_folder()} can no longer be read: {error}. Checkpoints made so far are "
-                "whole; see that the disk is well, then go on with --resume",
+                "intact; check the disk, then continue with --resume",
                 Exit.DATA,
             ) from error

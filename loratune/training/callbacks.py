@@ -1,4 +1,4 @@
-"""What happens at each logged step: progress on the screen, a line of metrics, a stop when numbers go bad."""
+"""Callbacks at each logged step: metrics.jsonl, the progress bar, and the stop on divergence."""
 
 from __future__ import annotations
 
@@ -26,35 +26,35 @@ SHOWN_ROWS = 8
 MOST_SKIPPED = 20
 """Steps in a row that float16's scaler may skip: it begins at 2¹⁶ and halves its scale each time."""
 ZERO_REASONS = {
-    "loss": "the loss is exactly 0: the model is certain of every answer already, so that nothing is left to learn: "
-    "fewer epochs, or other rows",
-    "grad_norm": "the gradient is exactly 0, so nothing is learnt: no row of the step reaches a trained weight, or the "
-    "loss has vanished in rounding; model.dtype float32 tells which",
+    "loss": "the loss is exactly 0: the model already predicts every answer with certainty, so nothing is left to "
+    "learn: use fewer epochs, or other rows",
+    "grad_norm": "the gradient is exactly 0, so nothing is learnt: either no trained weight affects the loss, or the "
+    "loss was lost to rounding; model.dtype float32 shows which",
 }
 
 
 class Metrics(TrainerCallback):
     """Collects one record per logged step and per validation, and appends each to metrics.jsonl.
 
-    A training record holds step, epoch, loss (nats per trained token, mean over the logged steps), learning_rate,
-    gradient_norm (before clipping), tokens (so far, without padding), tokens_per_second (since the record before),
-    seconds (since the start). A validation record holds step, epoch, validation_loss, seconds.
+    A training record has step, epoch, loss (nats per trained token, mean over the logged steps), learning_rate,
+    gradient_norm (before clipping), tokens (total, without padding), tokens_per_second (since the previous record) and
+    seconds (since the start). A validation record has step, epoch, validation_loss and seconds.
     """
 
     def __init__(self, run: Path) -> None:
         self.path = run / METRICS
         self.records: list[dict[str, float]] = []
         self._start = 0.0
-        self._elapsed = 0.0  # before this process
-        self._last = (0.0, 0.0)  # seconds and tokens at the record before
+        self._elapsed = 0.0  # seconds before this process
+        self._last = (0.0, 0.0)  # seconds and tokens at the previous record
         self._validating_seconds = 0.0
 
     def restore(self, step: int, progress: dict[str, float]) -> None:
-        """Go on after a step: later records are dropped, as is a line that a crash has cut off.
+        """Continue after a step: drop later records and an incomplete last line.
 
         Args:
-            step: of the checkpoint.
-            progress: as it was then.
+            step: step of the checkpoint.
+            progress: `progress` at that step.
         """
         self.records = [record for record in read_metrics(self.path.parent) if record["step"] <= step]
         if is_main_process():
@@ -65,7 +65,7 @@ class Metrics(TrainerCallback):
 
     @property
     def progress(self) -> dict[str, float]:
-        """What a resumed run has to know."""
+        """State for checkpoints."""
         return {
             "seconds": self.seconds,
             "validating_seconds": self._validating_seconds,
@@ -75,19 +75,18 @@ class Metrics(TrainerCallback):
 
     @property
     def seconds(self) -> float:
-        """Since the start, without the time between interruption and resumption."""
+        """Seconds since the start, without the time between interruption and resumption."""
         return self._elapsed + time.perf_counter() - self._start
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Start the clock."""
         self._start = time.perf_counter()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Have the last step logged too, so that the report covers the whole run."""
+        """Log the last step too, so that the report covers the whole run."""
         control.should_log = control.should_log or state.global_step >= state.max_steps
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float], **_: Any) -> None:
-        """Turn the trainer's log into a record."""
+        """Convert the trainer's log into a record."""
         seconds = self.seconds
         record: dict[str, float] = {"step": state.global_step, "epoch": round(state.epoch or 0, 4)}
         if "eval_loss" in logs:
@@ -114,17 +113,17 @@ class Metrics(TrainerCallback):
 
     @property
     def tokens_per_second(self) -> float:
-        """Unpadded tokens of all training steps over the time spent in them."""
+        """Tokens without padding of all training steps per second of training."""
         seconds, tokens = self._last
         return round(tokens / seconds, 1) if seconds else 0.0
 
     def of(self, name: str) -> list[tuple[int, float]]:
-        """(step, value) of every record that has `name`."""
+        """Return (step, value) of every record with `name`."""
         return [(int(record["step"]), record[name]) for record in self.records if name in record]
 
 
 class Progress(TrainerCallback):
-    """Shows the figures of the newest records."""
+    """Shows the latest metrics."""
 
     def __init__(self, metrics: Metrics, hardware: Hardware) -> None:
         self.metrics = metrics
@@ -132,7 +131,6 @@ class Progress(TrainerCallback):
         self.bar: console.StepProgress | None = None
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Open the bar."""
         if state.is_world_process_zero:
             self.bar = console.StepProgress(state.max_steps)
             self.bar.start()
@@ -152,18 +150,18 @@ class Progress(TrainerCallback):
         self.bar.update(state.global_step, "  ".join(figures))
 
     def close(self) -> None:
-        """Leave the bar; also called when training ends with an error."""
+        """Remove the bar; also called after an error."""
         if self.bar is not None:
             self.bar.stop()
 
 
 class DivergenceGuard(TrainerCallback):
-    """Stops at the first loss or gradient that is not a number, before anything is saved from it.
+    """Stops at the first loss or gradient that is not finite, before anything is saved from it.
 
     Args:
-        trainer: knows the rows trained on since a good step, and forgets them when told of one.
-        place: names the row of a number.
-        warn: told of a loss or a gradient of exactly 0, which goes on but teaches nothing.
+        trainer: provides the rows trained on since the last good step.
+        place: returns the place of a row by number.
+        warn: called for a loss or gradient of exactly 0, which does not stop the run.
     """
 
     def __init__(self, trainer: AdapterTrainer, place: Callable[[int], str], warn: Callable[[str], None]) -> None:
@@ -172,7 +170,7 @@ class DivergenceGuard(TrainerCallback):
         self._skipped = 0
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float], **_: Any) -> None:
-        """Look at the trainer's log.
+        """Check the trainer's log.
 
         Raises:
             LoratuneError: with step, loss, gradient norm and learning rate.
@@ -201,12 +199,12 @@ class DivergenceGuard(TrainerCallback):
         return was_skipped and self._skipped <= MOST_SKIPPED
 
     def on_step_end(self, args: Any, state: Any, control: Any, model: Any, **_: Any) -> None:
-        """Look at the weights before a checkpoint, unless a log of its step will tell of loss and gradient.
+        """Check the weights before a checkpoint, unless the step's log will include loss and gradient norm.
 
         Raises:
             LoratuneError: a trained weight is not finite.
         """
-        tells_all = control.should_log and args.max_grad_norm > 0  # else no norm is computed
+        tells_all = control.should_log and args.max_grad_norm > 0  # otherwise no norm is computed
         if not control.should_save or tells_all:
             return
         trained = (parameter for parameter in model.parameters() if parameter.requires_grad)

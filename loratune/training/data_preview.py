@@ -1,4 +1,4 @@
-"""What `loratune data preview` shows: training rows token by token."""
+"""Prints training rows token by token, for `loratune data preview`."""
 
 from __future__ import annotations
 
@@ -24,46 +24,46 @@ class Preview:
     """One training sequence."""
 
     place: str
-    """Where its row stands."""
+    """File and line of its row."""
     input_ids: list[int]
     labels: list[int]
     tokenizer: Tokenizer
 
     def as_json(self) -> dict[str, Any]:
-        """The sequence for scripts."""
+        """Return the sequence as JSON types."""
         text = self.tokenizer.decode(self.input_ids)
         return {"row": self.place, "text": text, "input_ids": self.input_ids, "labels": self.labels}
 
     def spans(self) -> list[tuple[str, str]]:
-        """Text and style of neighbouring tokens that are alike.
+        """Return runs of tokens with the same style, as text and style.
 
-        Tokens are decoded together, since one may hold only a part of a character.
+        Tokens of a run are decoded together, because one token may be only a part of a character.
         """
         tokens = zip(self.input_ids, self.labels, strict=True)
         groups = groupby(tokens, lambda one: self.style(*one))
         return [(self.tokenizer.decode([token for token, _ in group]), style) for style, group in groups]
 
     def style(self, token: int, label: int) -> str:
-        """How a token is shown, as `console.write_spans` names it."""
+        """Return a token's style for `console.write_spans`."""
         is_control = token in self.tokenizer.added_tokens_decoder
         return ("context" if label == IGNORED else "trained") + (" control" if is_control else "")
 
 
 def preview_rows(recipe: Recipe, count: int) -> list[Preview]:
-    """The first training sequences of a recipe.
+    """Return the first training sequences of a recipe.
 
     Raises:
-        LoratuneError: as the training would, before the model is loaded.
+        LoratuneError: any error of training before the model is loaded.
     """
     train = _training_rows(recipe)
     return _previews(recipe, train, [list(range(min(count, len(train))))])[0]
 
 
 def preview_batches(recipe: Recipe, count: int) -> list[list[Preview]]:
-    """The sequences of some packed batches of a recipe; training takes the batches in random order.
+    """Return the sequences of the first packed batches of a recipe; training shuffles the batches.
 
     Raises:
-        LoratuneError: as the training would, before the model is loaded; or the recipe does not pack.
+        LoratuneError: any error of training before the model is loaded; or packing is disabled.
     """
     if not recipe.training.packing:
         raise LoratuneError("training.packing is false; there are no packed batches", Exit.USAGE)
@@ -72,7 +72,7 @@ def preview_batches(recipe: Recipe, count: int) -> list[list[Preview]]:
 
 
 def _training_rows(recipe: Recipe) -> Split:
-    """What would be trained; what is to be said of the template is said, since the rows show it."""
+    """Return the training split, and print warnings about the template, since the preview shows its output."""
     data = pass_gate(recipe).checked()
     for found in data.found:
         if found.name == TEMPLATE:
@@ -81,7 +81,7 @@ def _training_rows(recipe: Recipe) -> Split:
 
 
 def _previews(recipe: Recipe, train: Split, groups: list[list[int]]) -> list[list[Preview]]:
-    """Groups of sequences of a split, by their place among all of it."""
+    """Return groups of sequences of a split, by their indices."""
     tokenizer = load_tokenizer(find_tokenizer(recipe.model))
     sources = zip(train.pool.sources, train.parts, strict=True)
     places = [(loaded, sequence) for loaded, sequences in sources for sequence in sequences.tolist()]
@@ -104,7 +104,7 @@ def show_batch(number: int, batch: Sequence[Preview], with_ids: bool) -> None:
 
 
 def show_tokens(preview: Preview, with_ids: bool) -> None:
-    """Print a sequence, as text or as a list of its tokens."""
+    """Print a sequence as text, or as a list of tokens."""
     trained = sum(label != IGNORED for label in preview.labels)
     console.write_spans([(f"{preview.place}: {len(preview.input_ids)} tokens, {trained} trained\n", "title")])
     if with_ids:

@@ -1,4 +1,4 @@
-"""What `loratune data check` reports: files, rows, findings, lengths, and what they come to in training."""
+"""The report of `loratune data check`: files, rows, findings, lengths, and training steps."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from loratune.recipe.sections import Recipe, TrainingSettings
 from loratune.training.steps import packed_batches, plan_steps
 
 BARS = 10
-"""Most lines of the histogram, but for the last, which takes the longest hundredth of the rows."""
+"""Maximum number of histogram lines, plus one for the longest 1 % of the rows."""
 SAMPLED_SEQUENCES = 20_000
 NICE_STEPS = (1, 2, 5, 10, 20, 25, 50, 100, 200, 250, 500)
 
 
 def data_report(recipe: Recipe, data: PreparedData) -> dict[str, Any]:
-    """Everything that the check says, in JSON types. Lengths are in tokens."""
+    """Return the report as JSON types. Lengths are in tokens."""
     splits = {"training": data.train} | ({"validation": data.validation} if data.validation else {})
     return {
         "files": [vars(use) for use in data.files],
@@ -35,10 +35,10 @@ def data_report(recipe: Recipe, data: PreparedData) -> dict[str, Any]:
 
 
 def histogram(lengths: NDArray[np.int64]) -> list[dict[str, int]]:
-    """Counts of lengths in steps of one nice width; the last one takes all longer ones.
+    """Return counts of lengths in bins of one round width; the last bin has all longer ones.
 
     Returns:
-        `from` and `to` in tokens, both inclusive, and the count of `rows`.
+        `from` and `to` in tokens, both inclusive, and the number of `rows`.
     """
     usual = float(np.percentile(lengths, 99))
     scale = 10 ** max(0, int(np.log10(max(usual / BARS, 1))) - 1)
@@ -56,7 +56,6 @@ def histogram(lengths: NDArray[np.int64]) -> list[dict[str, int]]:
 
 
 def show_data_report(report: dict[str, Any]) -> None:
-    """The report for people."""
     console.table([(_short(use["path"]), _file_line(use)) for use in report["files"]], title="files")
     console.table([(name, _split_line(figures)) for name, figures in report["rows"].items()], title="rows")
     bars = [(f"{bar['from']}–{bar['to']}", bar["rows"]) for bar in report["histogram"]]
@@ -107,9 +106,9 @@ def _training_figures(training: TrainingSettings, train: Split, seed: int) -> di
 
 
 def _efficiencies(lengths: NDArray[np.int64], training: TrainingSettings, seed: int) -> dict[str, float]:
-    """Share of a padded batch's positions that carry tokens, and of the largest packed batch that others fill.
+    """Estimate the share of non-padding positions in padded batches, and the average fill of packed batches.
 
-    Those of very many sequences are those of a sample.
+    For many sequences, the figures come from a sample.
     """
     if len(lengths) > SAMPLED_SEQUENCES:
         lengths = np.random.default_rng(seed).choice(lengths, SAMPLED_SEQUENCES, replace=False)
@@ -144,5 +143,5 @@ def _padding_line(figures: dict[str, Any]) -> str:
 
 
 def _short(path: str) -> str:
-    """The end of a long path, so that the table keeps its width."""
+    """Return the end of a long path, so that the table keeps its width."""
     return path if len(path) <= 30 else f"…{path[-29:]}"

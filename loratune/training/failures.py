@@ -1,4 +1,4 @@
-"""What is said when the machine has no more memory or disk, or when something fails that a run can do without."""
+"""Messages for exhausted memory or disk, and warnings for optional steps that fail."""
 
 from __future__ import annotations
 
@@ -19,39 +19,39 @@ from loratune.writing import disk_errors_explained
 
 ADVICE_LIMIT = 3
 SHORTEST = 8
-"""Tokens of training.max_length, below which the recipe does not go."""
+"""Minimum of training.max_length."""
 MANY_LAYERS = 8
 Made = TypeVar("Made")
 
 
 def attempted(what: str, make: Callable[[], Made], warn: Callable[[str], None] = console.warn) -> Made | None:
-    """Make something that a finished run can do without.
+    """Run an optional step of a finished run.
 
     Args:
-        what: its name, for the warning.
-        make: makes it.
-        warn: told if it fails.
+        what: name of the result, for the warning.
+        make: the step.
+        warn: called if the step fails.
 
     Returns:
-        What was made; None if that failed.
+        The result; None if the step failed.
     """
     try:
         return make()
     except Exception as error:
-        warn(f"{what} could not be made, and the run is finished without: {type(error).__name__}: {error}")
+        warn(f"{what} failed, and the run finishes without it: {type(error).__name__}: {error}")
         return None
 
 
 @contextmanager
 def machine_errors_explained(recipe: Recipe, held: Mapping[str, str] = MappingProxyType({})) -> Iterator[None]:
-    """Turn a lack of memory or disk into one message.
+    """Turn out-of-memory and disk errors into one message.
 
     Args:
-        recipe: whose settings can be changed.
-        held: what takes memory, and how much, as far as it is known.
+        recipe: the settings that can be changed.
+        held: memory use by part, as far as known.
 
     Raises:
-        LoratuneError: for memory with what was held and what to change, the cheapest first.
+        LoratuneError: for memory, with the parts and the changes that help, the cheapest first.
     """
     try:
         with disk_errors_explained(Path(recipe.output)):
@@ -59,23 +59,23 @@ def machine_errors_explained(recipe: Recipe, held: Mapping[str, str] = MappingPr
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
             raise
-        told = ", ".join(f"{name} {size}" for name, size in held.items())
-        lines = ["out of memory" + (f" with {told}" if told else "") + "; cheapest first:", *memory_advice(recipe)]
+        sizes = ", ".join(f"{name} {size}" for name, size in held.items())
+        lines = ["out of memory" + (f" with {sizes}" if sizes else "") + "; cheapest first:", *memory_advice(recipe)]
         raise LoratuneError("\n  ".join(lines), Exit.IO) from error
 
 
 def _layers(recipe: Recipe) -> int:
-    """How many the base has; enough where it is not a folder here."""
+    """Return the base's number of layers; a large enough number if it is not a local folder."""
     try:
         folder = local_folder(recipe.model)
         known = text_values(read_json_object(folder / "config.json")).get("num_hidden_layers") if folder else None
-    except LoratuneError:  # which is not what is to be told of
+    except LoratuneError:  # not the error to report here
         known = None
     return known if isinstance(known, int) else 2 * MANY_LAYERS
 
 
 def memory_advice(recipe: Recipe) -> list[str]:
-    """Changes that save memory and are not made yet, those first that cost least."""
+    """Return flags that save memory and are not used yet, the cheapest first."""
     training, lora = recipe.training, recipe.lora
     advice = []
     if training.tokens_per_batch and training.tokens_per_batch > training.max_length:
@@ -96,5 +96,5 @@ def memory_advice(recipe: Recipe) -> list[str]:
         advice.append("--lora.target_modules q_proj --lora.target_modules v_proj  (fewer matrices)")
     if lora.layers is None:
         layers = min(MANY_LAYERS, max(1, _layers(recipe) // 2))
-        advice.append(f"--lora.layers 'last {layers}'  (nothing is kept of the layers before)")
+        advice.append(f"--lora.layers 'last {layers}'  (no activations of earlier layers)")
     return advice[:ADVICE_LIMIT]

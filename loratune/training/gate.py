@@ -1,4 +1,4 @@
-"""The data gate: what of a recipe's rows would be trained, and what stands against it, without loading the model."""
+"""Prepares and checks a recipe's rows without loading the model."""
 
 from __future__ import annotations
 
@@ -18,20 +18,20 @@ from loratune.recipe.sections import PromptSettings, Recipe
 from loratune.runs.tokenizer_files import tokenizer_sha256
 
 TEMPLATE = "template"
-"""Name of what is found about the template rather than in the rows."""
+"""Name of findings about the template instead of the rows."""
 
 
 def pass_gate(recipe: Recipe, day: str | None = None) -> PreparedData:
-    """The rows of a recipe as they would be trained.
+    """Prepare the rows of a recipe as they would be trained.
 
-    Rows that have been encoded before come from the cache, and the tokenizer is then not even loaded.
+    Cached rows are reused, without loading the tokenizer.
 
     Args:
         recipe: the whole recipe.
-        day: what the template takes for today, if it writes dates and the recipe names no day; None is today.
+        day: date for templates that write today's date, unless the recipe has one; None for today.
 
     Raises:
-        LoratuneError: rows or tokenizer cannot be read. `PreparedData.checked` raises for what is found in the rows.
+        LoratuneError: rows or tokenizer cannot be read. Findings only raise in `PreparedData.checked`.
     """
 
     @cache
@@ -46,14 +46,14 @@ def pass_gate(recipe: Recipe, day: str | None = None) -> PreparedData:
         sha256 = tokenizer_sha256(folder)
         facts = template_facts(prompt, sha256, lambda: Encoder(tokenizer(), prompt))
     except LoratuneError:
-        check_sources(recipe.data)  # so that wrong rows are told even where there is no tokenizer or template yet
+        check_sources(recipe.data)  # reports bad rows even without a tokenizer or template
         raise
     if facts.is_dated and not prompt.date:
         prompt = prompt.model_copy(update={"date": day or date.today().isoformat()})
-    told = list(_about_template(facts, prompt))
+    remarks = list(_about_template(facts, prompt))
     rendering = Rendering(prompt, sha256, lambda: Encoder(tokenizer(), prompt), recipe.training.max_length)
     prepared = prepare_data(recipe.data, rendering, recipe.seed)
-    prepared.found[:0] = told
+    prepared.found[:0] = remarks
     return prepared
 
 
@@ -67,4 +67,4 @@ def _about_template(facts: TemplateFacts, prompt: PromptSettings) -> Iterator[Fo
         )
         yield Found(TEMPLATE, "note", 0, text)
     elif prompt.date:
-        yield Found(TEMPLATE, "warn", 0, "prompt.date is without effect, since the chat template writes no date")
+        yield Found(TEMPLATE, "warn", 0, "prompt.date has no effect, because the chat template writes no date")

@@ -1,4 +1,4 @@
-"""What a run has warned of, for its report."""
+"""Collects a run's warnings for its report."""
 
 from __future__ import annotations
 
@@ -6,17 +6,17 @@ from loratune import console
 
 
 class Notes:
-    """Warnings as they come, each shown and kept."""
+    """Prints warnings and keeps them."""
 
     def __init__(self) -> None:
         self._told: list[str] = []
 
     def warn(self, sentence: str) -> None:
-        """Show it now, and have it in the report."""
+        """Print a warning and add it to the report."""
         console.warn(sentence)
         self._told.append(sentence)
 
     @property
     def told(self) -> list[str]:
-        """What there has been so far."""
+        """The warnings so far."""
         return list(self._told)

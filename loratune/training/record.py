@@ -1,4 +1,4 @@
-"""What a run notes of itself before its first step, for later commands and for its own resumption."""
+"""Builds the manifest that a run writes before its first step."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 def manifest_of(session: Prepared) -> Manifest:
-    """What later commands need to know of the run, and what they check; waits until the base has been hashed."""
+    """Return the manifest for later commands; waits until the base is hashed."""
     hashes = fingerprint_base(session.base, weight_files(session.base), session.hashes)
     return Manifest(
         base=TrainedBase(session.recipe.model.base, str(session.base.absolute()), hashes),
@@ -29,5 +29,5 @@ def manifest_of(session: Prepared) -> Manifest:
 
 
 def identity_now(session: Prepared) -> dict[str, Any]:
-    """What the bits of the adapter hang on, as it is now."""
+    """Return everything that affects the bits of the adapter, for this process."""
     return identity_of(session.recipe, manifest_of(session), session.hardware.processes)

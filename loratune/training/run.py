@@ -1,4 +1,4 @@
-"""From a recipe to a run folder: the flow of `loratune sft`, top to bottom."""
+"""The training run, from a recipe to a run folder."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ from loratune.writing import folder_in_one_step
 
 @dataclass
 class Prepared:
-    """What a run has gathered before its model is read."""
+    """Everything that a run gathers before the model is loaded."""
 
     recipe: Recipe
     output: Path
@@ -81,28 +81,28 @@ class Prepared:
     plan: StepPlan
     arguments: SFTConfig
     warnings: tuple[str, ...]
-    """Of the recipe, the rows, and what this machine serves otherwise."""
+    """Warnings about recipe, rows, and settings that this machine cannot use as given."""
     start_up: StartUp
     stops: Stops
     hashes: TensorHashes
-    """Of the base, computed while the model is loaded."""
+    """Hashes of the base, computed while the model loads."""
 
 
 @dataclass
 class Session(Prepared):
-    """Everything that a run has gathered before its first step."""
+    """Everything that a run gathers before its first step."""
 
     model: AdaptedModel
     """The base with the adapter on it, as PEFT makes it."""
     summary: AdapterSummary
     held: dict[str, str]
-    """What takes memory, for the message when there is none left."""
+    """Memory use by part, for out-of-memory messages."""
     notes: Notes
 
 
 @dataclass(frozen=True)
 class Running:
-    """The trainer and those who watch it."""
+    """The trainer and its callbacks."""
 
     trainer: AdapterTrainer
     watchers: Watchers
@@ -111,19 +111,19 @@ class Running:
 def train(recipe: Recipe, overwrite: bool = False, resume: Resume | None = None) -> Report | None:
     """Train an adapter as the recipe says and leave a run folder.
 
-    Nothing is written before data, model and settings have proved usable.
+    Nothing is written before data, model and settings have been validated.
 
     Args:
-        recipe: what to train.
-        overwrite: replace an earlier run in the same folder.
-        resume: go on with it instead.
+        recipe: the recipe.
+        overwrite: replace an existing run in the folder.
+        resume: continue the run in the folder.
 
     Returns:
         The report, as in the run's report.json; None in a process that is not the main one.
 
     Raises:
-        LoratuneError: with what is wrong and what to do.
-        Interrupted: a signal has ended the run.
+        LoratuneError: with the problem and advice.
+        Interrupted: a signal ended the run.
     """
     output, stops = Path(recipe.output), Stops()
     with ExitStack() as stack:
@@ -174,9 +174,9 @@ def _train(session: Session, start: Checkpoint | None) -> Report | None:
 
 
 def _go_on(running: Running, start: Checkpoint, steps: int) -> None:
-    """Train from a checkpoint on, up to the run's number of steps."""
+    """Train from a checkpoint to the run's number of steps."""
     trainer, metrics, keeper = running.trainer, running.watchers.metrics, running.watchers.keeper
-    console.say(f"going on after step {start.step}")
+    console.say(f"resuming after step {start.step}")
     metrics.restore(start.step, start.progress)
     keeper.restore(start.progress)
     trainer.args.eval_on_start = bool(start.progress["validation_is_due"])
@@ -184,7 +184,7 @@ def _go_on(running: Running, start: Checkpoint, steps: int) -> None:
 
 
 def _prepare(recipe: Recipe, day: str | None, output: Path, stops: Stops) -> Prepared:
-    """Find the base and read the data: what costs little and can go wrong."""
+    """Find the base and prepare the data: quick steps that may fail, before the model is loaded."""
     start_up = StartUp()
     start_up.stage_done("imports")
     transformers_logging.set_verbosity_error()
@@ -209,7 +209,7 @@ def _prepare(recipe: Recipe, day: str | None, output: Path, stops: Stops) -> Pre
 
 
 def _load(prepared: Prepared) -> Session:
-    """Load the model and put the adapter on it."""
+    """Load the model and attach the adapter."""
     recipe, hardware = prepared.recipe, prepared.hardware
     with console.status(f"loading {recipe.model.base}"):
         model = load_base(recipe.model, prepared.base, hardware)
@@ -258,7 +258,7 @@ def _build_trainer(session: Session, identity: dict[str, Any]) -> Running:
 
 
 def _take_best(trainer: AdapterTrainer, keeper: CheckpointKeeper) -> None:
-    """Go back to the best checkpoint's weights where later steps have been worse."""
+    """Restore the best checkpoint's weights if later steps were worse."""
     best = keeper.best_checkpoint
     if best is not None and keeper.best_step != trainer.state.global_step:
         load_adapter_weights(trainer.accelerator.unwrap_model(trainer.model), open_checkpoint(best).folder)
@@ -281,7 +281,7 @@ def _finish(session: Session, running: Running) -> Report:
 
 @contextmanager
 def _status_kept(output: Path, trainer: AdapterTrainer) -> Iterator[None]:
-    """Note in status.json how a run ended that did not finish; its adapter is never written."""
+    """Record in status.json how an unfinished run ended."""
     try:
         yield
     except BaseException as error:

@@ -1,4 +1,4 @@
-"""How many batches an epoch has, how many of them make a step, and how many steps a run takes."""
+"""Computes batches per epoch, micro-batches per step, and steps per run."""
 
 from __future__ import annotations
 
@@ -15,25 +15,25 @@ from loratune.recipe.sections import TrainingSettings
 
 @dataclass(frozen=True)
 class StepPlan:
-    """What a run comes to."""
+    """The numbers of batches and steps of a run."""
 
     batches: int
-    """Of an epoch, over all processes."""
+    """Batches per epoch, over all processes."""
     largest_batch_tokens: int
-    """Positions of the batch that takes most memory."""
+    """Positions of the largest batch."""
     accumulation: int
-    """Batches of each process that make a step."""
+    """Micro-batches per step and process."""
     rows_per_step: int
-    """Over all processes; packed, on average."""
+    """Rows per step over all processes; an average when packing."""
     steps_per_epoch: int
     steps: int
-    """Of the whole run."""
+    """Steps of the whole run."""
 
 
 def packed_batches(training: TrainingSettings, lengths: NDArray[np.int64], seed: int = 0) -> list[list[int]]:
-    """The sequences of each packed batch; which of those of one length come together is up to the seed.
+    """Return the sequences of each packed batch; the seed decides between sequences of equal length.
 
-    There are as many batches as without packing, or as few as training.tokens_per_batch allows.
+    The number of batches is that without packing, or the minimum for training.tokens_per_batch.
     """
     order = np.random.default_rng(seed).permutation(len(lengths))
     sizes = lengths[order]
@@ -45,15 +45,15 @@ def packed_batches(training: TrainingSettings, lengths: NDArray[np.int64], seed:
 
 
 def plan_steps(training: TrainingSettings, lengths: NDArray[np.int64], processes: int) -> StepPlan:
-    """Count as transformers does: an epoch's last batches make a step of their own.
+    """Count steps as transformers does: the last batches of an epoch make a step of their own.
 
-    A step is of batch_size × gradient_accumulation rows of each process, packed or not: a packed batch holds more or
-    fewer rows than batch_size, so that other numbers of them are added up.
+    A step has batch_size × gradient_accumulation rows per process, with and without packing. Packed batches hold
+    another number of rows, so the number of micro-batches per step is adjusted.
 
     Args:
         training: the settings.
         lengths: tokens of each sequence.
-        processes: that work together.
+        processes: number of processes.
 
     Raises:
         LoratuneError: the warm-up is not shorter than the run.

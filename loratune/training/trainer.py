@@ -1,4 +1,4 @@
-"""TRL's SFTTrainer with what it lacks: validation loss per token, and checkpoints that are complete or absent."""
+"""TRL's SFTTrainer with additions: validation loss per token, and atomic checkpoints."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def _train_in_float32(model: Any) -> None:
 
 
 class AdapterTrainer(SFTTrainer):
-    """Trains a PEFT model on rows that already hold ids and labels."""
+    """Trains a PEFT model on rows that already have ids and labels."""
 
     def __init__(
         self,
@@ -49,15 +49,15 @@ class AdapterTrainer(SFTTrainer):
         seal: Callable[[Path, int, int], None],
         **settings: Any,
     ) -> None:
-        """Take over ready rows.
+        """Create a trainer.
 
         Args:
-            batching: how they come together.
-            train: to train on.
-            validation: to validate on.
-            stops: signals to be heeded in a validation.
-            seal: completes a checkpoint's folder, given that, the step, and the tokens so far.
-            settings: SFTTrainer's.
+            batching: combines sequences into batches.
+            train: training sequences.
+            validation: validation sequences.
+            stops: signals to check during validation.
+            seal: completes a checkpoint; called with its folder, the step, and the total number of tokens.
+            settings: arguments of SFTTrainer.
         """
         super().__init__(
             train_dataset=as_dataset(train),
@@ -76,15 +76,15 @@ class AdapterTrainer(SFTTrainer):
 
     @property
     def newest_rows(self) -> list[int]:
-        """Numbers of the rows trained on since `forget_rows` was called."""
+        """Numbers of the rows trained on since the last `forget_rows`."""
         return list(self._newest_rows)
 
     def forget_rows(self) -> None:
-        """A step has gone well: nobody asks any more what it was trained on."""
+        """Forget the rows of the steps so far, after a step with finite loss."""
         self._newest_rows.clear()
 
     def get_train_dataloader(self) -> DataLoader[Any]:
-        """Batches in an order that the seed gives: packed rows at random, or sequences of like length together."""
+        """Return batches in a seeded order: packed rows at random, or sequences grouped by length."""
         settings = self._batching.settings
         if settings.packing:
             return super().get_train_dataloader()
@@ -100,12 +100,12 @@ class AdapterTrainer(SFTTrainer):
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> torch.Tensor:
-        """Mean loss per labelled token of the whole optimizer step, of which this batch may be a part.
+        """Return the loss of this micro-batch divided by the labelled tokens of the whole optimizer step.
 
         Args:
-            model: the model with its wrappers.
-            inputs: ids, labels, and what tells rows apart.
-            return_outputs: never asked for here.
+            model: the wrapped model.
+            inputs: ids, labels, and the batch's document boundaries or mask.
+            return_outputs: not supported.
             num_items_in_batch: labelled tokens of the step, over all processes.
         """
         about = inputs.pop("about")
@@ -113,11 +113,11 @@ class AdapterTrainer(SFTTrainer):
         outputs = model(**inputs, summed_loss=True)
         tokens = len(outputs.losses) if num_items_in_batch is None else num_items_in_batch
         self._count_tokens(inputs, about["filling"])
-        # DDP averages gradients over the processes, while the tokens are those of all.
+        # DDP averages gradients over processes, but the tokens are counted over all of them.
         return outputs.loss_sum * self.accelerator.num_processes / max(int(tokens), 1)
 
     def _count_tokens(self, inputs: dict[str, Any], filling: int) -> None:
-        """Add to the tokens trained so far those that are no padding."""
+        """Add the tokens without padding to the total."""
         mask = inputs.get("attention_mask")
         own = inputs["input_ids"].numel() - filling if mask is None else int(mask.sum())
         tokens = inputs["input_ids"].new_tensor([own])
@@ -127,15 +127,15 @@ class AdapterTrainer(SFTTrainer):
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
-        """Mean loss per trained token of the validation rows.
+        """Return the mean loss per labelled token of the validation rows.
 
-        transformers averages the batches' means instead, which weighs a token by how short its batch is.
+        transformers averages the means of batches, which gives tokens of short batches more weight.
         """
         start = time.perf_counter()
         was_training = self.model.training
         self.model.eval()
         try:
-            # Data loaders draw from it: so validating often or seldom trains the same.
+            # Data loaders draw random numbers; training must not depend on the number of validations.
             with torch.random.fork_rng([self.args.device] if self.args.device.type == "cuda" else []):
                 loss, tokens = self._sum_loss(self.get_eval_dataloader(eval_dataset))
         finally:
@@ -151,7 +151,7 @@ class AdapterTrainer(SFTTrainer):
         return metrics
 
     def _sum_loss(self, batches: Any) -> tuple[float, int]:
-        """Summed loss and number of labelled tokens over all batches of all processes."""
+        """Return the summed loss and the number of labelled tokens over all batches and processes."""
         loss, tokens = 0.0, 0
         for batch in batches:
             if self._stops.signal is not None and self.accelerator.num_processes == 1:
@@ -163,7 +163,7 @@ class AdapterTrainer(SFTTrainer):
             count = len(inputs["input_ids"])
             sums = torch.zeros(count, dtype=torch.float64, device=outputs.losses.device)
             sums.index_add_(0, outputs.rows, outputs.losses.double())
-            # Rows that a process repeats to fill up the last batch are dropped again here.
+            # Drops rows that were repeated to fill the last batch of a process.
             sums, counts = self.accelerator.gather_for_metrics((sums, outputs.rows.bincount(minlength=count)))
             loss += float(sums.sum())
             tokens += int(counts.sum())
@@ -182,11 +182,11 @@ class AdapterTrainer(SFTTrainer):
                 self._seal(folder, self.state.global_step, self._total_train_tokens)
 
     def resume(self, checkpoint: Path, tokens: int, is_at_end: bool) -> None:
-        """Go on from a checkpoint; where no step is left, take its weights and state, and validate if that is due.
+        """Resume from a checkpoint. If no step is left, only load its weights and state, and run a due validation.
 
         Args:
-            checkpoint: its folder, whose files have been verified.
-            tokens: trained before.
+            checkpoint: folder of the verified checkpoint.
+            tokens: number of tokens trained before.
             is_at_end: whether no step is left.
         """
         self._total_train_tokens = tokens
@@ -200,20 +200,20 @@ class AdapterTrainer(SFTTrainer):
             self._evaluate(None, None)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        """Into the weights that are there: PEFT would make new ones, in another type on a 4-bit base."""
+        """Load weights into the existing parameters; PEFT would create new ones, with another dtype on a 4-bit base."""
         load_adapter_weights(self.accelerator.unwrap_model(model or self.model), Path(resume_from_checkpoint))
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        """The optimizer's averages and the schedule's place come from the checkpoint, settings from the recipe.
+        """Load the states of optimizer and schedule from the checkpoint, and their settings from the recipe.
 
-        transformers takes the settings from the checkpoint too, so that a changed learning rate is silently ignored.
+        transformers also takes the settings from the checkpoint, which silently ignores a changed learning rate.
         """
         settings = [{name: value for name, value in group.items() if name != "params"} for group in self._groups()]
         with state_errors_explained(Path(checkpoint or "")):
             super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is None:
             return
-        schedule = self.lr_scheduler  # all of ours are functions of the step
+        schedule = self.lr_scheduler  # a LambdaLR in all cases
         schedule.base_lrs = [group["initial_lr"] for group in settings]
         factors = (factor(schedule.last_epoch) for factor in schedule.lr_lambdas)
         schedule._last_lr = [rate * factor for rate, factor in zip(schedule.base_lrs, factors, strict=True)]
@@ -229,7 +229,7 @@ class AdapterTrainer(SFTTrainer):
         return groups
 
     def _evaluate(self, *arguments: Any, **settings: Any) -> dict[str, float]:
-        """Validate; if a signal comes meanwhile, leave that to the resumed run, and have the step saved."""
+        """Validate; if a signal arrives meanwhile, save the step and leave the validation to the resumed run."""
         try:
             metrics: dict[str, float] = super()._evaluate(*arguments, **settings)
         except ValidationStopped:
@@ -241,13 +241,13 @@ class AdapterTrainer(SFTTrainer):
         return metrics
 
     def _run_epoch(self, **settings: Any) -> None:
-        """Train an epoch, unless a validation that a resumed run has caught up with says that it is over."""
+        """Train an epoch, unless a validation that was made up for after resuming stops the run."""
         if not self.control.should_training_stop:
             super()._run_epoch(**settings)
 
     @contextmanager
     def _checkpoint_folder(self) -> Iterator[Path]:
-        """A folder that all processes fill and the first one renames when all are done."""
+        """Yield a folder that all processes fill and the first one renames at the end."""
         target = step_folder(Path(self.args.output_dir) / CHECKPOINTS, self.state.global_step)
         with ExitStack() as stack:
             made = [stack.enter_context(folder_in_one_step(target)) if self.args.should_save else target]

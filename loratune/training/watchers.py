@@ -1,4 +1,4 @@
-"""Those who watch a run, and the order in which they are told."""
+"""The callbacks of a run and their order."""
 
 from __future__ import annotations
 
@@ -17,20 +17,20 @@ if TYPE_CHECKING:
 
 
 class Watchers(NamedTuple):
-    """The callbacks of a run; the trainer calls each event of all of them in the order that they have here."""
+    """The callbacks of a run; the trainer calls them in this order for each event."""
 
-    start_up: StartUp  # first: what the others do belongs to the stage that begins
-    stops: Stops  # before the guard, which looks at the weights of every step that is to be saved: a signal's is one
-    guard: DivergenceGuard  # before all who record or keep: nothing stays of a step whose numbers are bad
+    start_up: StartUp  # first: the others' work belongs to the next stage
+    stops: Stops  # before the guard, which checks the weights of steps to be saved, including those saved for a signal
+    guard: DivergenceGuard  # before those that record or save, so that nothing is kept of a diverged step
     metrics: Metrics
-    progress: Progress  # after metrics, whose newest record it shows
+    progress: Progress  # after metrics: it shows the latest record
     keeper: CheckpointKeeper
     flow: GradientFlow
     trackers: Trackers
 
 
 def add_watchers(session: Session, trainer: AdapterTrainer, metrics: Metrics, keeper: CheckpointKeeper) -> Watchers:
-    """Have a run watched."""
+    """Create the callbacks and add them to the trainer."""
     watchers = Watchers(
         start_up=session.start_up,
         stops=session.stops,

@@ -1,1 +1,1 @@
-"""The parts of scripts/benchmark."""
+"""The subcommands of scripts/benchmark."""

@@ -1,4 +1,4 @@
-"""`loratune infer` beside plain transformers: many prompts at once, and the time to the first token of one."""
+"""Compares `loratune infer` with plain transformers: throughput on many prompts, and time to first token."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ TASKS = (
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The flags of the subcommand."""
+    """Add the subcommand's flags."""
     parser.add_argument("--model", required=True, help="folder, or tiny-qwen")
     parser.add_argument("--tokens", type=int, default=64, help="longest answer")
     parser.add_argument("--batch", type=int, default=8, help="of transformers.generate")
@@ -40,7 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Run both programs in turn, as often as asked, and print the tables."""
+    """Run both programs in alternation, and print the tables."""
     folder = plain_folder(arguments.model)
     many: dict[str, list[dict[str, Any]]] = {"transformers": [], "loratune": []}
     first: dict[str, list[float]] = {"transformers": [], "loratune": []}
@@ -65,7 +65,7 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def plain_folder(model: str) -> str:
-    """Where transformers finds the model."""
+    """Return the model's folder for transformers."""
     from loratune.model.files import find_base
     from loratune.recipe.sections import ModelSettings
 
@@ -73,7 +73,7 @@ def plain_folder(model: str) -> str:
 
 
 def answer_with_loratune(arguments: argparse.Namespace, prompts: Path, place: Path) -> dict[str, Any]:
-    """Tokens, seconds, answers and resident memory of `loratune infer --input`."""
+    """Return tokens, seconds, answers and resident memory of `loratune infer --input`."""
     output, log = place / "answers.jsonl", place / "log"
     flags = ["--input", prompts, "--output", output, "--max-new-tokens", arguments.tokens, "--overwrite", "--json"]
     command = [sys.executable, "-m", "loratune", "infer", "--model", arguments.model, *map(str, flags)]
@@ -84,7 +84,7 @@ def answer_with_loratune(arguments: argparse.Namespace, prompts: Path, place: Pa
 
 
 def seconds_to_first(program: str, model: str, folder: str) -> float:
-    """From the start of the process to the first byte of its answer."""
+    """Return the seconds from the start of the process to the first byte of its answer."""
     commands = {
         "transformers": [str(PLAIN), "first", folder, QUESTION],
         "loratune": ["-m", "loratune", "infer", "--model", model, "--prompt", QUESTION, "--max-new-tokens", "4"],
@@ -102,7 +102,7 @@ def seconds_to_first(program: str, model: str, folder: str) -> float:
 
 
 def print_tables(figures: dict[str, Any]) -> None:
-    """Speed and memory of every run, medians, and how far the answers agree."""
+    """Print speed and memory of every run, medians, and the number of equal answers."""
     many, first = figures["many"], figures["first_token_seconds"]
     print(
         "| | tokens/s, median (all) | tokens | resident peak | first token after, median (all) |\n|---|---|---|---|---|"

@@ -1,4 +1,4 @@
-"""`loratune merge` beside PEFT's merge_and_unload with save_pretrained, and cp with sync."""
+"""Compares `loratune merge` with PEFT's merge_and_unload and save_pretrained, and with cp and sync."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ AutoTokenizer.from_pretrained(base).save_pretrained(output)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The flags of the subcommand."""
+    """Add the subcommand's flags."""
     parser.add_argument("--base", type=Path, required=True)
     parser.add_argument("--adapter", type=Path, required=True, help="run folder or plain PEFT folder")
     parser.add_argument("--runs", type=int, default=3)
@@ -33,7 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Run every program in turn, as often as asked, and print the table."""
+    """Run every program in alternation, and print the table."""
     base, adapter = arguments.base.resolve(), arguments.adapter.resolve()
     peft_folder = adapter / "adapter" if (adapter / "adapter").is_dir() else adapter
     with tempfile.TemporaryDirectory(dir=Path.cwd(), prefix=".benchmark-") as place:
@@ -69,6 +69,6 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def check_written(name: str, output: Path) -> None:
-    """No figure for a program that has written nothing."""
+    """Exit if a program has written no weights."""
     if not list(output.glob("*.safetensors")):
         sys.exit(f"{name}: no weights in {output}")

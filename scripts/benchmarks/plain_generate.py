@@ -1,4 +1,4 @@
-"""What a user writes with transformers alone: many prompts in batches, or one prompt up to its first token.
+"""Generation with plain transformers: many prompts in batches, or one prompt up to its first token.
 
 python plain_generate.py batches MODEL PROMPTS.jsonl BATCH TOKENS
 python plain_generate.py first MODEL PROMPT
@@ -17,14 +17,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 
 def load(folder: str) -> tuple[Any, Any]:
-    """Tokenizer and model."""
     tokenizer = AutoTokenizer.from_pretrained(folder, padding_side="left")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     return tokenizer, AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).to(device).eval()
 
 
 def batches(folder: str, path: str, batch: str, tokens: str) -> None:
-    """Answer all prompts greedily; prints how many tokens came, in which time, and the answers."""
+    """Answer all prompts greedily, and print the number of tokens, the seconds and the answers."""
     prompts = [json.loads(line)["prompt"] for line in Path(path).read_text(encoding="utf-8").splitlines()]
     tokenizer, model = load(folder)
     answers, made, start = [], 0, time.perf_counter()
@@ -43,30 +42,29 @@ def batches(folder: str, path: str, batch: str, tokens: str) -> None:
 
 
 def count_tokens(row: list[int], ends: Any) -> int:
-    """Tokens of an answer up to its end token, which counts too."""
+    """Return the number of tokens of an answer, including its end token."""
     known = set(ends if isinstance(ends, list) else [ends])
     return next((place for place, token in enumerate(row, start=1) if token in known), len(row))
 
 
 class FirstToken:
-    """Writes the first new token and is silent then."""
+    """A streamer that prints the first new token only."""
 
     def __init__(self, tokenizer: Any) -> None:
         self.tokenizer, self.calls = tokenizer, 0
 
     def put(self, ids: Any) -> None:
-        """Called with the prompt, then with each token."""
+        """Receive the prompt, then each token."""
         self.calls += 1
         if self.calls == 2:
             sys.stdout.write(self.tokenizer.decode(ids.flatten()))
             sys.stdout.flush()
 
     def end(self) -> None:
-        """Called at the end."""
+        """Receive the end."""
 
 
 def first(folder: str, prompt: str) -> None:
-    """Answer one prompt."""
     tokenizer, model = load(folder)
     turns = [{"role": "user", "content": prompt}]
     inputs = tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_tensors="pt", return_dict=True)

@@ -1,4 +1,4 @@
-"""What a user gets from TRL's SFTTrainer with a LoraConfig and no further thought; prints its figures.
+"""A typical training with TRL's SFTTrainer and a LoraConfig; prints its figures.
 
 python plain_trl.py MODEL ROWS.json OUTPUT BATCH EPOCHS MAX_LENGTH none|nf4
 """
@@ -21,17 +21,16 @@ from trl import SFTConfig, SFTTrainer
 
 
 class FirstStep(TrainerCallback):
-    """Takes the time from the start of the program, imports included, to the end of the first step."""
+    """Measures the time from the start of the program, including imports, to the end of the first step."""
 
     seconds = 0.0
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Called by the trainer."""
         self.seconds = self.seconds or time.perf_counter() - STARTED
 
 
 def conversation(row: dict[str, str]) -> dict[str, Any]:
-    """An Alpaca row as TRL wants it, so that it trains on the answer only."""
+    """Convert an Alpaca row to TRL's format, so that only the answer is trained."""
     question = row["instruction"] + ("\n" + row["input"] if row.get("input") else "")
     return {
         "prompt": [{"role": "user", "content": question}],
@@ -40,7 +39,7 @@ def conversation(row: dict[str, str]) -> dict[str, Any]:
 
 
 def load(folder: str, quantization: str) -> Any:
-    """The base, in 4 bits if asked."""
+    """Load the base, optionally in 4 bits."""
     if quantization == "none":
         return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
     nf4 = BitsAndBytesConfig(
@@ -54,7 +53,6 @@ def load(folder: str, quantization: str) -> Any:
 
 
 def main(folder: str, path: str, place: str, batch: str, epochs: str, max_length: str, quantization: str) -> None:
-    """Train and save."""
     rows = [conversation(row) for row in json.loads(Path(path).read_text(encoding="utf-8"))]
     first = FirstStep()
     trainer = SFTTrainer(

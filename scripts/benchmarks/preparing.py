@@ -1,4 +1,4 @@
-"""Rows → ids and labels: `loratune data check` beside what TRL's SFTTrainer does with the same rows."""
+"""Compares `loratune data check` with the data preparation of TRL's SFTTrainer on the same rows."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from pathlib import Path
 
 from benchmarks.processes import measure
 
-# Both print the seconds from a file of rows to a data set that can be trained on, tokenizer included, imports not.
+# Both print the seconds from reading the file to a trainable dataset, including the tokenizer, excluding imports.
 TRL = """
 import json, sys, time
 from datasets import Dataset
@@ -55,17 +55,17 @@ print("SECONDS", seconds, sum(map(len, rows.with_format("numpy")["input_ids"])))
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The flags of the subcommand."""
+    """Add the subcommand's flags."""
     parser.add_argument("--model", type=Path, required=True, help="folder with a tokenizer")
     parser.add_argument("--data", type=Path, required=True, help="Alpaca rows, repeated with a number in each")
     parser.add_argument("--rows", type=int, default=50_000)
-    parser.add_argument("--large", type=int, default=500_000, help="rows for loratune alone; 0 leaves them out")
+    parser.add_argument("--large", type=int, default=500_000, help="number of rows for loratune alone; 0 skips it")
     parser.add_argument("--runs", type=int, default=2)
     parser.add_argument("--max-length", type=int, default=1024)
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Prepare the same rows with both in turn, then check them again, then prepare many more."""
+    """Prepare the same rows with both in alternation, check them again, then prepare many more."""
     with tempfile.TemporaryDirectory(prefix="loratune-benchmark-") as place:
         path = write_rows(arguments.data, arguments.rows, Path(place))
         figures: dict[str, list[tuple[float, float, float, float]]] = {"TRL": [], "loratune": []}
@@ -89,7 +89,7 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def write_rows(source: Path, count: int, place: Path) -> Path:
-    """A file of `count` rows, no two of them equal."""
+    """Write a file of `count` distinct rows."""
     rows = json.loads(source.read_text(encoding="utf-8"))
     path = place / f"rows-{count}.json"
     with path.open("w", encoding="utf-8") as file:
@@ -102,7 +102,7 @@ def write_rows(source: Path, count: int, place: Path) -> Path:
 
 
 def prepare(code: str, arguments: argparse.Namespace, path: Path, place: str) -> tuple[float, float, float, float]:
-    """Seconds of the preparation and of the process, resident and anonymous peak."""
+    """Return the seconds of the preparation and of the process, and the peaks of resident and anonymous memory."""
     settings = [str(arguments.model), str(path), place, str(arguments.max_length)]
     log = Path(place) / "output"
     wall, resident, anonymous = measure([sys.executable, "-c", code, *settings], log)
@@ -112,14 +112,13 @@ def prepare(code: str, arguments: argparse.Namespace, path: Path, place: str) ->
 
 
 def check_command(arguments: argparse.Namespace, path: Path) -> list[str]:
-    """A check of rows that have been prepared."""
+    """Return the command that checks already prepared rows."""
     flags = ["--model.base", str(arguments.model), "--data.train", str(path), "--data.validation", "0"]
     flags += ["--training.max_length", str(arguments.max_length)]
     return [sys.executable, "-m", "loratune", "data", "check", *flags]
 
 
 def line(name: str, runs: list[tuple[float, float, float, float]]) -> str:
-    """A line of the table."""
     seconds, walls = [one[0] for one in runs], [one[1] for one in runs]
     every = f" ({', '.join(f'{one:.1f}' for one in seconds)})" if len(runs) > 1 else ""
     memory = sizes(max(one[2] for one in runs), max(one[3] for one in runs))
@@ -127,5 +126,5 @@ def line(name: str, runs: list[tuple[float, float, float, float]]) -> str:
 
 
 def sizes(resident: float, anonymous: float) -> str:
-    """Both peaks."""
+    """Format both peaks."""
     return f"{resident / 1e9:.2f} GB, {anonymous / 1e9:.2f} GB"

@@ -1,4 +1,4 @@
-"""Whole processes: their wall time and their memory."""
+"""Measures wall time and memory of whole processes."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from typing import Any
 
 
 def measure(command: list[str], output: Path | None = None) -> tuple[float, float, float]:
-    """Run a command: wall seconds, peak resident and peak anonymous bytes of its largest process.
+    """Run a command; return wall seconds, and the peaks of resident and anonymous bytes of its largest process.
 
     Args:
         command: program and arguments.
-        output: file for what it prints.
+        output: file for its output.
     """
     with output.open("w+b") if output else tempfile.TemporaryFile() as log:
         start = time.perf_counter()
@@ -36,7 +36,7 @@ def measure(command: list[str], output: Path | None = None) -> tuple[float, floa
 
 
 def printed_figures(program: Path, *settings: object) -> dict[str, Any]:
-    """Figures that a Python program prints as JSON after the word FIGURES, and the resident memory that it took."""
+    """Return the figures that a program prints as JSON after the word FIGURES, and its resident memory."""
     with tempfile.TemporaryDirectory() as place:
         log = Path(place) / "output"
         _, resident, _ = measure([sys.executable, str(program), *map(str, settings)], log)
@@ -46,7 +46,7 @@ def printed_figures(program: Path, *settings: object) -> dict[str, Any]:
 
 
 def descendants(pid: int) -> list[int]:
-    """A process and all processes below it."""
+    """Return a process and all its descendants."""
     found = [pid]
     for place in found:
         try:
@@ -58,7 +58,7 @@ def descendants(pid: int) -> list[int]:
 
 
 def memory_of(pid: int) -> tuple[float, float]:
-    """Resident and anonymous bytes of a process."""
+    """Return the resident and anonymous bytes of a process."""
     try:
         lines = Path(f"/proc/{pid}/status").read_text().splitlines()
     except OSError:

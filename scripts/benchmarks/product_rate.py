@@ -1,9 +1,9 @@
-"""Tokens per second if a model's frozen matrix products were all that training took; prints its figures.
+"""Upper bound of training speed: tokens per second of a model's frozen matrix products alone; prints its figures.
 
 python product_rate.py MODEL TOKENS
 
-Each product is timed by itself on a batch of TOKENS, as training needs it: forward, and backward to the input. The
-head is not among them: how many positions it sees depends on the rows. Nor are attention and the adapter.
+Each product is timed separately on a batch of TOKENS: forward, and backward to the input. It excludes the head, whose
+number of positions depends on the rows, attention, and the adapter.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 
 def shapes(folder: str) -> Counter[tuple[int, int]]:
-    """(out, in) of each linear layer of the decoder → how many there are."""
+    """Return (out, in) of the decoder's linear layers → their number."""
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder))
     layers = (module for module in model.model.modules() if isinstance(module, torch.nn.Linear))
@@ -30,7 +30,7 @@ def shapes(folder: str) -> Counter[tuple[int, int]]:
 
 
 def seconds_of(product: Callable[[], object], runs: int = 7) -> float:
-    """The median of some runs, after one that does not count."""
+    """Return the median of several runs after a warm-up."""
     product()
     times = []
     for _ in range(runs):

@@ -1,4 +1,4 @@
-"""What a checkpoint costs: the time of one save beside that of the steps between two of them."""
+"""Measures the cost of a checkpoint: time of a save, relative to the steps between two saves."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ PROGRAM = Path(__file__).parent / "timed_saves.py"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The flags of the subcommand."""
+    """Add the subcommand's flags."""
     parser.add_argument("--model", default="tiny-qwen")
     parser.add_argument("--data", type=Path, default=ROOT / "data" / "identity.json")
     parser.add_argument("--between", type=int, default=50, help="steps between two checkpoints")
@@ -22,7 +22,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Train so long that some checkpoints are saved, and print what each has cost."""
+    """Train until some checkpoints are saved, and print the cost of each."""
     steps = arguments.between * arguments.saves
     with tempfile.TemporaryDirectory(prefix="loratune-benchmark-") as place:
         figures = printed_figures(PROGRAM, arguments.model, arguments.data, arguments.between, steps, place)

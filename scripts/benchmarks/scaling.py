@@ -1,4 +1,4 @@
-"""How `loratune sft` grows: time per token with the number of rows, memory with their length."""
+"""Measures how `loratune sft` scales: time per token with the number of rows, memory with their length."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from benchmarks.processes import measure
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The flags of the subcommand."""
+    """Add the subcommand's flags."""
     parser.add_argument("--model", type=Path, required=True)
     parser.add_argument("--data", type=Path, required=True, help="Alpaca rows")
     parser.add_argument("--rows", type=int, nargs="*", default=[100, 1000, 10_000])
-    parser.add_argument("--steps", type=int, default=50, help="of each run on so many rows")
+    parser.add_argument("--steps", type=int, default=50, help="steps of each run of the first table")
     parser.add_argument("--lengths", type=int, nargs="*", default=[256, 512, 1024, 2048, 4096])
     parser.add_argument("--json", type=Path, help="file for all figures")
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Two tables."""
+    """Print two tables."""
     rows = json.loads(arguments.data.read_text(encoding="utf-8"))
     figures: dict[str, list[dict[str, Any]]] = {"rows": [], "lengths": []}
     with tempfile.TemporaryDirectory(prefix="loratune-benchmark-") as place:
@@ -50,12 +50,12 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def many(rows: list[dict[str, str]], count: int) -> list[dict[str, str]]:
-    """So many rows, no two alike."""
+    """Return `count` distinct rows."""
     return [row | {"instruction": f"{row['instruction']} ({n})"} for n, row in enumerate(islice(cycle(rows), count))]
 
 
 def joined(rows: list[dict[str, str]], start: int, tokens: int) -> dict[str, str]:
-    """A row that is longer than so many tokens, of which each has hardly more than ten characters."""
+    """Return a row of at least `tokens` tokens, assuming at most ten characters per token."""
     answers: list[str] = []
     for row in islice(cycle(rows), start, None):
         answers.append(row["output"])
@@ -73,7 +73,7 @@ def train_on(
     max_length: int,
     *flags: str,
 ) -> dict[str, Any]:
-    """Figures of a run; its seconds and tokens are those after the first step."""
+    """Return the figures of a run; seconds and tokens exclude the first step."""
     (place / "rows.json").write_text(json.dumps(rows))
     settings = {
         "model.base": arguments.model, "data.train": place / "rows.json", "data.validation": 0,
@@ -96,7 +96,7 @@ def train_on(
 
 
 def print_rows(count: int, found: dict[str, Any]) -> None:
-    """A line of the first table."""
+    """Print a line of the first table."""
     each = found["seconds"] / found["tokens"]
     resident = f"{found['resident'] / 1e9:.2f} GB"
     print(

@@ -1,4 +1,4 @@
-"""`loratune serve` under many clients, some of which leave: errors, answers, memory; and 8 clients beside one."""
+"""Load test of `loratune serve` with clients that disconnect: errors, answers, memory; and 8 clients against one."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ MOST_GROWTH = 0.05
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The flags of the subcommand."""
+    """Add the subcommand's flags."""
     parser.add_argument("--model", default="tiny-qwen")
     parser.add_argument("--adapter", action="append", default=[], help="as for loratune serve")
     parser.add_argument("--clients", type=int, default=50)
@@ -44,30 +44,32 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--slots", type=int, default=24)
     parser.add_argument("--max-queue", type=int, default=20)
-    parser.add_argument("--rate-seconds", type=float, default=20, help="of each measurement of throughput; 0 for none")
+    parser.add_argument(
+        "--rate-seconds", type=float, default=20, help="seconds per measurement of throughput; 0 skips it"
+    )
     parser.add_argument("--json", type=Path, help="file for all figures")
 
 
 @dataclass
 class Storm:
-    """What happened to many clients."""
+    """Results of the load test."""
 
     expected: dict[int, str]
     outcomes: Counter[str] = field(default_factory=Counter)
     wrong: list[str] = field(default_factory=list)
     resident: list[float] = field(default_factory=list)
-    """Bytes, once a second."""
+    """Resident bytes, sampled once per second."""
 
     @property
     def growth(self) -> float:
-        """Of resident memory: the median of the last quarter beside that of the second."""
+        """Growth of resident memory from the second quarter to the last, by medians."""
         quarter = max(1, len(self.resident) // 4)
         early, late = self.resident[quarter : 2 * quarter] or self.resident, self.resident[-quarter:]
         return statistics.median(late) / statistics.median(early) - 1
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Throughput, then the storm; exit code 1 if anything is not as it should be."""
+    """Measure throughput, then run the load test; exit with 1 if a result is wrong."""
     with server(arguments) as (port, pid):
         requests = all_requests(port)
         expected = {number: answer(port, body)[0] for number, body in enumerate(requests)}
@@ -94,7 +96,7 @@ def run(arguments: argparse.Namespace) -> None:
 
 @contextmanager
 def server(arguments: argparse.Namespace) -> Iterator[tuple[int, int]]:
-    """Port and process id of `loratune serve`."""
+    """Start `loratune serve`, and yield its port and process id."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = int(probe.getsockname()[1])
@@ -126,7 +128,6 @@ def server(arguments: argparse.Namespace) -> Iterator[tuple[int, int]]:
 
 
 def is_up(port: int) -> bool:
-    """Whether the server answers."""
     try:
         return send(port, "GET", "/health")[0] == 200
     except OSError:
@@ -134,7 +135,7 @@ def is_up(port: int) -> bool:
 
 
 def send(port: int, method: str, path: str, body: Any = None) -> tuple[int, str]:
-    """Status and text of a request."""
+    """Return status and text of a response."""
     connection = http.client.HTTPConnection("127.0.0.1", port, timeout=120)
     try:
         connection.request(method, path, json.dumps(body) if body is not None else None, HEADERS)
@@ -145,7 +146,7 @@ def send(port: int, method: str, path: str, body: Any = None) -> tuple[int, str]
 
 
 def all_requests(port: int) -> list[dict[str, Any]]:
-    """Bodies of requests: every question to every model, and texts to be continued."""
+    """Return request bodies: every question to every model, and texts to continue."""
     models = [model["id"] for model in json.loads(send(port, "GET", "/v1/models")[1])["data"]]
     chats = [
         {"model": model, "messages": [{"role": "user", "content": question}], "max_tokens": 40}
@@ -156,12 +157,12 @@ def all_requests(port: int) -> list[dict[str, Any]]:
 
 
 def path_of(body: dict[str, Any]) -> str:
-    """Where a request goes."""
+    """Return the endpoint of a request."""
     return "/v1/chat/completions" if "messages" in body else "/v1/completions"
 
 
 def answer(port: int, body: dict[str, Any]) -> tuple[str, int]:
-    """The whole answer and its tokens."""
+    """Return the complete answer and its number of tokens."""
     status, text = send(port, "POST", path_of(body), body)
     if status != 200:
         raise RuntimeError(f"{status}: {text}")
@@ -171,7 +172,7 @@ def answer(port: int, body: dict[str, Any]) -> tuple[str, int]:
 
 
 def throughput(port: int, pid: int, clients: int, seconds: float) -> tuple[float, float]:
-    """Tokens per second, and per second of the server's processor time, of clients that ask again and again."""
+    """Return tokens per second, and per second of CPU time, of clients that send requests continuously."""
     model = json.loads(send(port, "GET", "/v1/models")[1])["data"][0]["id"]
     counts = [0] * clients
     begin, used = time.monotonic(), processor_seconds(pid)
@@ -187,13 +188,12 @@ def throughput(port: int, pid: int, clients: int, seconds: float) -> tuple[float
 
 
 def processor_seconds(pid: int) -> float:
-    """Processor time that a process has taken."""
     times = psutil.Process(pid).cpu_times()
     return float(times.user + times.system)
 
 
 def in_threads(count: int, work: Callable[[int], None]) -> None:
-    """Do it so many times at once."""
+    """Run a function in several threads."""
     threads = [threading.Thread(target=work, args=(number,)) for number in range(count)]
     for thread in threads:
         thread.start()
@@ -204,7 +204,7 @@ def in_threads(count: int, work: Callable[[int], None]) -> None:
 def let_loose(
     port: int, pid: int, requests: list[dict[str, Any]], expected: dict[int, str], arguments: argparse.Namespace
 ) -> Storm:
-    """Clients that ask, stream, and leave, at random."""
+    """Run clients that send requests, stream, and disconnect at random."""
     storm = Storm(expected)
     end = time.monotonic() + arguments.seconds
 
@@ -233,7 +233,7 @@ def let_loose(
 
 
 def ask(port: int, body: dict[str, Any], expected: str, chance: random.Random, leaving: float) -> str:
-    """One request, streamed or not, by a client that may leave: right, left, 429, or wrong and why."""
+    """Send one request, possibly streamed or aborted: return right, left, 429, or wrong with the difference."""
     streams, stays = chance.random() < 0.6, chance.random() >= leaving
     connection = http.client.HTTPConnection("127.0.0.1", port, timeout=120)
     try:
@@ -254,13 +254,11 @@ def ask(port: int, body: dict[str, Any], expected: str, chance: random.Random, l
 
 
 def whole_text(text: str) -> str:
-    """What an answer says."""
     choice = json.loads(text)["choices"][0]
     return str(choice["text"] if "text" in choice else choice["message"]["content"])
 
 
 def streamed_text(text: str) -> str:
-    """What a stream says, if it has come to its end."""
     *parts, last = [line.removeprefix("data: ") for line in text.splitlines() if line.startswith("data: ")]
     if last != "[DONE]":
         return f"a stream without end: {last}"
@@ -269,7 +267,7 @@ def streamed_text(text: str) -> str:
 
 
 def running_answers(port: int) -> float:
-    """How many are still on their way, a moment after the last client has left."""
+    """Return the number of running requests a moment after the last client has left."""
     left = 0.0
     for _ in range(100):
         text = send(port, "GET", "/metrics")[1]

@@ -1,4 +1,4 @@
-"""A model of Qwen2.5-7B's shapes with random weights, and an adapter for it."""
+"""Writes a model with Qwen2.5-7B's shapes and random weights, and an adapter for it."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ QWEN_7B = {
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The flags of the subcommand."""
+    """Add the subcommand's flags."""
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--layers", type=int, default=28)
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Write random weights of Qwen2.5-7B's shapes, and a rank-8 adapter on all its linear layers."""
+    """Write random weights with Qwen2.5-7B's shapes, and a rank-8 adapter on all its linear layers."""
     from loratune.model.weights.tensor_files import plan_shards, write_shards
     from loratune.runs.tokenizer_files import copy_tokenizer_files
 
@@ -39,7 +39,7 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def tensors_7b(layers: int) -> list:
-    """Names and shapes of Qwen2.5-7B's tensors."""
+    """Return names and shapes of Qwen2.5-7B's tensors."""
     import torch
 
     from loratune.model.weights.tensor_files import TensorInfo
@@ -61,7 +61,7 @@ def tensors_7b(layers: int) -> list:
 
 
 def noise_pieces():
-    """Gives a tensor's values piece by piece: cuts of one long row of noise, as fast as the disk; norms are ones."""
+    """Return a function that yields a tensor's values in pieces: slices of one block of noise, or ones for norms."""
     import torch
 
     noise = torch.randn(64_000_037) * 0.02
@@ -79,7 +79,7 @@ def noise_pieces():
 
 
 def write_random_adapter(adapter: Path, infos: list, base: Path) -> None:
-    """A PEFT folder of rank 8 on every projection."""
+    """Write a PEFT folder with rank 8 on every projection."""
     import torch
     from safetensors.torch import save_file
 

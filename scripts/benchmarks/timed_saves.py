@@ -1,4 +1,4 @@
-"""Run by `save`: trains with a stopwatch on every step and every save, and prints the figures.
+"""Program of the benchmark `save`: trains, times every step and save, and prints the figures.
 
 timed_saves.py MODEL DATA STEPS_BETWEEN STEPS FOLDER
 """
@@ -18,7 +18,7 @@ seconds: dict[str, list[float]] = {"write": [], "keep": [], "step": []}
 
 
 def timed(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
-    """A function that notes how long it takes."""
+    """Wrap a function to record its duration."""
 
     def measured(*arguments: Any, **settings: Any) -> Any:
         start = time.perf_counter()
@@ -30,11 +30,10 @@ def timed(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def main() -> None:
-    """Train and print."""
     model, data, between, steps, folder = sys.argv[1:]
     AdapterTrainer._save_checkpoint = timed("write", AdapterTrainer._save_checkpoint)
     CheckpointKeeper.on_save = timed("keep", CheckpointKeeper.on_save)
-    AdapterTrainer._run_epoch = timed("step", AdapterTrainer._run_epoch)  # whole epochs: all that steps do
+    AdapterTrainer._run_epoch = timed("step", AdapterTrainer._run_epoch)  # whole epochs: everything that steps do
     flags = {
         "model.base": model, "data.train": data, "data.validation": 0, "training.steps": steps,
         "checkpoints.every_steps": between, "output": f"{folder}/run",

@@ -1,4 +1,4 @@
-"""`loratune sft` beside plain TRL on the same rows: speed, memory, start, loss on rows that neither has seen."""
+"""Compares `loratune sft` with plain TRL on the same rows: speed, memory, start-up, loss on unseen rows."""
 
 from __future__ import annotations
 
@@ -16,24 +16,24 @@ HERE = Path(__file__).parent
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The flags of the subcommand."""
+    """Add the subcommand's flags."""
     parser.add_argument("--model", type=Path, required=True)
     parser.add_argument("--data", type=Path, required=True, help="Alpaca rows")
-    parser.add_argument("--rows", type=int, default=64, help="trained on, from the beginning of the file")
-    parser.add_argument("--unseen", type=int, default=40, help="scored, from the end of the file")
+    parser.add_argument("--rows", type=int, default=64, help="training rows, from the start of the file")
+    parser.add_argument("--unseen", type=int, default=40, help="rows to score, from the end of the file")
     parser.add_argument("--runs", type=int, default=1)
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--epochs", type=float, default=1)
     parser.add_argument("--max-length", type=int, default=512)
     parser.add_argument(
-        "--quantization", choices=["none", "nf4"], default="none", help="of the base, with both programs"
+        "--quantization", choices=["none", "nf4"], default="none", help="quantisation of the base, with both programs"
     )
     parser.add_argument("--json", type=Path, help="file for all figures")
-    parser.add_argument("--plot", type=Path, help="file for a picture of them")
+    parser.add_argument("--plot", type=Path, help="file for a plot")
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Train with both in turn, score both, print the table."""
+    """Train with both in alternation, score both, and print the table."""
     rows = json.loads(arguments.data.read_text(encoding="utf-8"))
     runs: dict[str, list[dict[str, Any]]] = {"TRL": [], "loratune": []}
     with tempfile.TemporaryDirectory(prefix="loratune-benchmark-") as place:
@@ -56,13 +56,13 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def train_with_trl(arguments: argparse.Namespace, train: Path, place: Path) -> dict[str, Any]:
-    """Tokens without padding, seconds of train(), seconds until the first step is done, losses, resident bytes."""
+    """Return tokens without padding, seconds of train() and until the first step is done, losses, resident bytes."""
     settings = (arguments.batch, arguments.epochs, arguments.max_length, arguments.quantization)
     return printed_figures(HERE / "plain_trl.py", arguments.model, train, place, *settings)
 
 
 def train_with_loratune(arguments: argparse.Namespace, train: Path, place: Path) -> dict[str, Any]:
-    """The same of a run of loratune, and the stages of its start."""
+    """Return the same figures for loratune, and its start-up stages."""
     flags = {
         "model.base": arguments.model, "model.quantization": arguments.quantization,
         "data.train": train, "data.validation": 0, "data.too_long": "truncate_answer",
@@ -87,12 +87,12 @@ def train_with_loratune(arguments: argparse.Namespace, train: Path, place: Path)
 
 
 def score_unseen(model: Path, rows: Path, adapter: str) -> float:
-    """Nats per answer token, by a program that knows nothing of loratune."""
+    """Return nats per answer token, computed without loratune."""
     return float(printed_figures(HERE / "unseen_loss.py", model, rows, adapter)["nll"])
 
 
 def print_table(figures: dict[str, Any]) -> None:
-    """Speed of every run, the largest memory, the last run's start."""
+    """Print the speed of every run, the peak memory, and the start-up of the last run."""
     print("| | tokens/s | resident peak | first step after | nll on unseen rows |\n|---|---|---|---|---|")
     for name, runs in figures["runs"].items():
         every = ", ".join(f"{speed(one):.0f}" for one in runs)
@@ -114,10 +114,9 @@ def print_table(figures: dict[str, Any]) -> None:
 
 
 def speed(one: dict[str, Any]) -> float:
-    """Tokens without padding a second, over all steps."""
+    """Return tokens without padding per second, over all steps."""
     return float(one["tokens"] / one["seconds"])
 
 
 def median_of(values: list[float]) -> float:
-    """The middle one."""
     return sorted(values)[len(values) // 2]

@@ -1,4 +1,4 @@
-"""A picture of the training benchmark."""
+"""Plots the results of the training benchmark."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ COLOURS = {"TRL": "#9a9a9a", "loratune": "#2b5c9e"}
 
 
 def plot_training(figures: dict[str, Any], path: Path) -> None:
-    """Speed, memory and the course of the loss, TRL beside loratune.
+    """Plot speed, memory and loss curves of TRL and loratune.
 
     Args:
-        figures: as the benchmark's JSON has them.
-        path: of the picture.
+        figures: the benchmark's JSON.
+        path: output file.
     """
     figure = Figure(figsize=(11, 3.6), layout="constrained", dpi=120)
     left, middle, right = figure.subplots(1, 3, width_ratios=[1, 1, 2])

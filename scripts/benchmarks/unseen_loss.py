@@ -1,4 +1,4 @@
-"""Nats per answer token on rows, by PEFT and transformers alone, one row at a time; prints its figure.
+"""Computes nats per answer token with PEFT and transformers alone, one row at a time; prints its figure.
 
 python unseen_loss.py MODEL ROWS.json ADAPTER|none
 """
@@ -15,7 +15,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 
 def main(folder: str, path: str, adapter: str) -> None:
-    """Score."""
     tokenizer = AutoTokenizer.from_pretrained(folder)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
     if adapter != "none":

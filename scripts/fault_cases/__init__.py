@@ -1,4 +1,4 @@
-"""What can happen to a run, by name; each case yields, for every run, None or what was wrong with it."""
+"""Fault injection cases by name. Each case yields, for every run, None or a description of the failure."""
 
 from fault_cases import damage, kills, signals
 

@@ -13,25 +13,25 @@ from fault_cases.signals import at_step
 
 
 def cut(path: Path) -> None:
-    """Half of it is left."""
+    """Truncate a file to half its size."""
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
 
 
 def flip(path: Path) -> None:
-    """One bit in the middle is another."""
+    """Flip one bit in the middle of a file."""
     data = bytearray(path.read_bytes())
     data[len(data) // 2] ^= 1
     path.write_bytes(data)
 
 
 def interrupted(runner: Runner, name: str) -> Path:
-    """A run with two checkpoints."""
+    """Return a run with two checkpoints."""
     runner.run(name, sabotage=at_step(signal.SIGTERM, 3))
     return runner.place / name
 
 
 def every_file(damage: Callable[[Path], None], runner: Runner) -> Iterator[str | None]:
-    """Of the newest checkpoint: it is named, the one before is taken."""
+    """Damage each file of the newest checkpoint: it has to be reported, and the previous checkpoint used."""
     newest = interrupted(runner, "damaged") / "checkpoints" / "step-000004"
     for file in sorted(path.name for path in newest.iterdir()):
         name = f"damaged-{file}"
@@ -45,7 +45,7 @@ def every_file(damage: Callable[[Path], None], runner: Runner) -> Iterator[str |
 
 
 def full_disk(runner: Runner) -> Iterator[str | None]:
-    """No file may grow beyond a size that some of a checkpoint's files have."""
+    """Limit the size of files to that of some of a checkpoint's files."""
     sizes = sorted(
         path.stat().st_size for path in (runner.place / "whole" / "checkpoints").rglob("*") if path.is_file()
     )
@@ -65,7 +65,7 @@ def full_disk(runner: Runner) -> Iterator[str | None]:
 
 
 def changes(runner: Runner) -> Iterator[str | None]:
-    """Other data, another seed, another learning rate: refused, and nothing is touched."""
+    """Change data, seed or learning rate: resuming has to be refused, and nothing may be changed."""
     run = interrupted(runner, "changed")
     for flag in ("--seed=7", "--training.learning_rate=0.5", "--lora.rank=2", "--training.batch_size=3"):
         if runner.run("changed", "--resume", flag) != 2:

@@ -1,4 +1,4 @@
-"""SIGKILL at every file boundary of a save, and at random moments."""
+"""SIGKILL at every file operation of a save, and at random times."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ EVENTS = {"open", "os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.chmod"}
 
 
 def watch(folder: Path, at: Callable[[str], None]) -> None:
-    """Have each touch of a file in a folder reported before it happens, and each library's save after it too."""
+    """Call `at` before each write access to a file in a folder, and before and after each library's save."""
     import safetensors.torch
     import torch
 
@@ -43,7 +43,7 @@ def watch(folder: Path, at: Callable[[str], None]) -> None:
 
 
 def boundaries(runner: Runner) -> list[str]:
-    """All touches of files in an uninterrupted run."""
+    """Return all file operations of an uninterrupted run."""
     log = runner.place / "boundaries"
 
     def note(what: str) -> None:
@@ -55,7 +55,7 @@ def boundaries(runner: Runner) -> list[str]:
 
 
 def kill_at(folder: Path, number: int) -> Callable[[], None]:
-    """A sabotage that ends the process before its n-th touch of a file."""
+    """Return a sabotage that kills the process before its n-th file operation."""
 
     def sabotage() -> None:
         seen: list[str] = []
@@ -71,13 +71,13 @@ def kill_at(folder: Path, number: int) -> Callable[[], None]:
 
 
 def at_file_boundaries(runner: Runner) -> Iterator[str | None]:
-    """From the start of the second checkpoint's save on: saves, rotation, the final adapter, the report."""
+    """Kill at each operation from the start of the second save on: saves, rotation, final adapter, report."""
     events = boundaries(runner)
     saves = [number for number, what in enumerate(events) if what == "os.mkdir checkpoints/.loratune-…"]
     begin = saves[1]
     for number in range(begin + 1, len(events) + 1):
         if events[number - 1] == events[number - 2]:
-            continue  # making a folder that is there
+            continue  # creating an existing folder
         name = f"boundary{number}"
         code = runner.run(name, sabotage=kill_at(runner.place / name, number))
         if code != -signal.SIGKILL:
@@ -86,7 +86,7 @@ def at_file_boundaries(runner: Runner) -> Iterator[str | None]:
 
 
 def at_random_moments(runner: Runner) -> Iterator[str | None]:
-    """Whenever; the same run may be killed several times."""
+    """Kill at random times; a run may be killed several times."""
     for number in range(runner.kills):
         name = f"moment{number}"
         for _ in range(runner.random.choice([1, 1, 2, 3])):

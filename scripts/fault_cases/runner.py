@@ -1,4 +1,4 @@
-"""Runs of `loratune sft` in forked processes, and their comparison with one that nothing happened to."""
+"""Runs `loratune sft` in forked processes, and compares the results with those of an uninterrupted run."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 Sabotage = Callable[[], None]
-"""Done in the forked process, before it begins."""
+"""Called in the forked process before training."""
 ADAPTER = "adapter/adapter_model.safetensors"
 
 
 class Runner:
-    """Knows the command, the place, and what the uninterrupted run gave."""
+    """The command, the working folder, and the result of the uninterrupted run."""
 
     def __init__(self, place: Path, arguments: argparse.Namespace) -> None:
         self.place, self.steps, self.kills = place, arguments.steps, arguments.kills
@@ -47,7 +47,7 @@ class Runner:
         self.expected = self.digest("whole")
 
     def run(self, name: str, *flags: str, sabotage: Sabotage | None = None, kill_after: float | None = None) -> int:
-        """Train in `place / name`; the exit code, or minus the signal that ended it."""
+        """Train in `place / name`; return the exit code, or the negative number of the signal."""
         child = os.fork()
         if not child:
             self._train(name, flags, sabotage)
@@ -57,7 +57,7 @@ class Runner:
         return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
     def _train(self, name: str, flags: tuple[str, ...], sabotage: Sabotage | None) -> None:
-        """Never returns."""
+        """Train and exit; never returns."""
         from loratune.cli.app import app
 
         code = 1
@@ -76,7 +76,7 @@ class Runner:
             os._exit(code)
 
     def resumed(self, name: str, *flags: str) -> str | None:
-        """Resume a run and compare its adapter; what is wrong, if anything."""
+        """Resume a run and compare its adapter; return what is wrong, or None."""
         code = self.run(name, "--resume=auto", *flags)
         if code != 0:
             self.failures += 1
@@ -88,12 +88,12 @@ class Runner:
         return f"left behind: {left}" if left else None
 
     def failed(self, text: str) -> str:
-        """Count a run that ended otherwise than it should."""
+        """Count and describe a run with an unexpected end."""
         self.failures += 1
         return text
 
     def report(self, name: str, case: Callable[[Runner], Iterator[str | None]]) -> None:
-        """Run a case and print its line; every run of it gives None or what is wrong."""
+        """Run a case and print its line."""
         results = list(case(self))
         wrong = [result for result in results if result]
         told = "ok" if not wrong else f"{len(wrong)} wrong: " + "; ".join(dict.fromkeys(wrong))
@@ -103,20 +103,19 @@ class Runner:
                 shutil.rmtree(folder)
 
     def digest(self, name: str) -> str:
-        """Hash of the final adapter."""
+        """Return the hash of the final adapter."""
         return hashlib.sha256((self.place / name / ADAPTER).read_bytes()).hexdigest()
 
     def duration(self, name: str) -> float:
-        """Seconds of a run, from the start of the program."""
+        """Return the seconds of a run, from the start of the program."""
         report = json.loads((self.place / name / "report.json").read_text())
         return float(report["seconds"] + report["start_up_seconds"]["data"] + report["start_up_seconds"]["model"])
 
     def last_line(self, name: str) -> str:
-        """Of what a run has printed."""
+        """Return the last line of a run's output."""
         lines = (self.place / f"{name}.log").read_text().strip().splitlines()
         return lines[-1] if lines else ""
 
     def copy(self, source: str, name: str) -> Path:
-        """A copy of a run, to be damaged."""
         shutil.copytree(self.place / source, self.place / name)
         return self.place / name

@@ -12,7 +12,7 @@ from fault_cases.runner import Runner
 
 
 def at_step(number: signal.Signals, step: int) -> Callable[[], None]:
-    """A sabotage that sends the process a signal while it makes a step."""
+    """Return a sabotage that sends a signal to the process during a step."""
 
     def sabotage() -> None:
         from loratune.training.trainer import AdapterTrainer
@@ -33,7 +33,7 @@ def at_step(number: signal.Signals, step: int) -> Callable[[], None]:
 
 
 def at_every_step(number: signal.Signals, runner: Runner) -> Iterator[str | None]:
-    """The step ends, is saved, and the exit code is 128 + the signal."""
+    """The step has to finish and be saved, with exit code 128 + signal."""
     for step in range(runner.steps):
         name = f"{number.name}{step}"
         code = runner.run(name, sabotage=at_step(number, step))

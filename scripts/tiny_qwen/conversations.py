@@ -155,11 +155,11 @@ def common_characters() -> list[str]:
 
 
 class ConversationSource:
-    """An endless, reproducible supply of varied conversations made from rows.
+    """An endless, reproducible stream of varied conversations made from rows.
 
-    Beside the rows there are two kinds of conversation in which the model has to copy: it repeats random text, or it
-    takes a random name from the system prompt. The rows use a small part of the vocabulary, and without these kinds
-    the other tokens would never be trained. A later fine-tuning could then hardly make the model say a new name.
+    Two additional kinds of conversation train copying: the model repeats random text, or takes a random name from the
+    system prompt. The rows use a small part of the vocabulary; without these kinds, the other tokens would never be
+    trained, and fine-tuning could hardly make the model say a new name.
     """
 
     def __init__(self, rows: list[Row], identity: list[Turn], words: list[str], seed: int) -> None:
@@ -202,7 +202,6 @@ class ConversationSource:
         return Conversation(self.vary(filled), fill(self.rng.choice(NAMING_SYSTEMS)))
 
     def random_name(self) -> str:
-        """Return a random Chinese or Latin name."""
         draw = self.rng.random()
         if draw < 0.25:
             return "小" + self.rng.choice(SURNAMES)

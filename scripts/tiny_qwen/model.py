@@ -110,7 +110,7 @@ def train(model: Qwen2ForCausalLM, batches: BatchSource, steps: int) -> None:
 
 
 def save_model(model: Qwen2ForCausalLM, folder: Path) -> None:
-    """Save the weights in bfloat16, beside the tokenizer, as files that everyone may read."""
+    """Save the weights in bfloat16, next to the tokenizer, as files that everyone may read."""
     logging.disable_progress_bar()
     model.to(torch.bfloat16).save_pretrained(folder)
     for path in folder.iterdir():

@@ -46,7 +46,7 @@ def train_tokenizer(texts: list[str]) -> Tokenizer:
 
 
 def tokenizer_config(tokenizer: Tokenizer) -> dict[str, object]:
-    """Return the settings that transformers needs beside tokenizer.json."""
+    """Return the settings that transformers needs in addition to tokenizer.json."""
     added = {
         str(number): {
             "content": token.content,

@@ -1,1 +1,1 @@
-"""Rows of several sources → the sequences and batches of a training."""
+"""Combines the rows of several sources into the sequences and batches of a training run."""

@@ -1,4 +1,4 @@
-"""Rows of a dataset as the batches of a training step: packed without padding, or padded among rows of like length."""
+"""Training batches: packed without padding, or padded and grouped by length."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from loratune.multiples import round_up
 
 
 class PackedRows(torch.utils.data.Dataset):
-    """Several sequences of a dataset as one row.
+    """A dataset whose items are packed: several sequences concatenated.
 
     Args:
-        rows: columns input_ids and labels, a line per sequence.
-        bins: for each row, the lines that share it.
+        rows: dataset with columns input_ids and labels, one sequence per row.
+        bins: for each item, the indices of its sequences in `rows`.
     """
 
     def __init__(self, rows: Dataset, bins: list[list[int]]) -> None:
@@ -31,9 +31,9 @@ class PackedRows(torch.utils.data.Dataset):
         return len(self.bins)
 
     def __getitem__(self, row: int) -> dict[str, list[int]]:
-        """A row's input_ids, its labels, the lengths of the documents in it and their numbers.
+        """Return one packed item: input_ids, labels, and each document's length and sequence number.
 
-        No document's first token has a label, which the document before it would have to predict.
+        The first token of each document has no label, since the preceding document would have to predict it.
         """
         documents = self.rows[self.bins[row]]
         return {
@@ -45,10 +45,10 @@ class PackedRows(torch.utils.data.Dataset):
 
 
 class NumberedRows(torch.utils.data.Dataset):
-    """The rows of a dataset, each with its number.
+    """A dataset that adds each sequence's number to it.
 
     Args:
-        rows: columns input_ids and labels, a line per sequence.
+        rows: dataset with columns input_ids and labels, one sequence per row.
     """
 
     def __init__(self, rows: Dataset) -> None:
@@ -58,32 +58,32 @@ class NumberedRows(torch.utils.data.Dataset):
         return len(self.rows)
 
     def __getitem__(self, row: int) -> dict[str, list[int]]:
-        """A row's input_ids and labels, and its number as a list."""
         return {**self.rows[row], "sequences": [row]}
 
 
 def round_length(tokens: int) -> int:
-    """The next of the few lengths that batches have: up to 3 % longer, 32 of them from a power of two to the next.
+    """Round a number of tokens up to one of few batch lengths: 32 per power of two, so at most 3 % longer.
 
-    oneDNN compiles each matrix product for its shape and keeps it: with lengths of all kinds, every training step would
-    leave some 40 MB behind and spend a twentieth of its time on that.
+    oneDNN compiles a kernel for each matrix shape and caches it. With arbitrary lengths, every training step would leak
+    about 40 MB and spend 5 % of its time compiling.
     """
     unit = max(1, 1 << max(0, tokens.bit_length() - 6))
     return round_up(tokens, unit)
 
 
 def collate_packed(items: Sequence[dict[str, list[int]]]) -> dict[str, Any]:
-    """All documents of some rows of PackedRows in one row, with their borders as flash attention takes them.
+    """Concatenate items of PackedRows into one batch row, with document boundaries in flash attention's format.
 
-    What is missing to one of the few lengths of batches is a last document without labels.
+    A filler document without labels extends the batch to the next size of `round_length`.
 
     Returns:
-        input_ids, labels and position_ids, int64 [1, tokens]; the positions start anew with each document.
-        cu_seq_lens_q and cu_seq_lens_k, int32 [documents + 1], where documents begin and the last one ends.
-        max_length_q and max_length_k, the longest document.
-        seq_idx, int32 [1, tokens], the number of each token's document, as layers with a state of their own take it.
-        transformers refuses it where such a layer cannot keep documents apart; attention does without it.
-        about, which is not for the model: the numbers of the `sequences`, and the length of the `filling` document.
+        input_ids, labels and position_ids, int64 [1, tokens]; positions restart at each document.
+        cu_seq_lens_q and cu_seq_lens_k, int32 [documents + 1]: cumulative document lengths, starting at 0.
+        max_length_q and max_length_k: length of the longest document.
+        seq_idx, int32 [1, tokens]: index of each token's document, for layers with a recurrent state. transformers
+        raises
+            an error where such a layer cannot keep documents apart; attention layers ignore it.
+        about: not a model input; the `sequences` numbers and the length of the `filling` document.
     """
     lengths = [length for item in items for length in item["lengths"]]
     sequences = [number for item in items for number in item["sequences"]]
@@ -106,11 +106,11 @@ def collate_packed(items: Sequence[dict[str, list[int]]]) -> dict[str, Any]:
 
 
 def collate_padded(items: Sequence[dict[str, list[int]]], pad_token_id: int) -> dict[str, Any]:
-    """Sequences as rows of one of the few lengths of batches, filled up on the right.
+    """Pad sequences on the right to one of the lengths of `round_length`.
 
     Returns:
         input_ids, labels and attention_mask (1 for tokens), int64 [sequences, length].
-        about, which is not for the model: the numbers of the `sequences`.
+        about: not a model input; the `sequences` numbers.
     """
     shape = (len(items), round_length(max(len(item["input_ids"]) for item in items)))
     batch: dict[str, Any] = {
@@ -128,16 +128,16 @@ def collate_padded(items: Sequence[dict[str, list[int]]], pad_token_id: int) -> 
 
 
 class LengthSortedBatches:
-    """A batch sampler that puts rows of like length together, anew in each epoch, every row once.
+    """A batch sampler that groups sequences of similar length and uses each once per epoch.
 
-    Rows are shuffled, then sorted within windows of some batches, then the batches are shuffled. So a batch needs
-    little padding, and what is in it and when it comes is still up to chance.
+    Each epoch shuffles the sequences, sorts them by length within windows of several batches, and shuffles the batches.
+    Batches need little padding, while their contents and order stay random.
 
     Args:
-        lengths: tokens of each row.
-        batch_size: rows in a batch; the last one of an epoch may have fewer.
-        seed: of the order, together with the epoch.
-        window: batches that are sorted together.
+        lengths: tokens of each sequence.
+        batch_size: sequences per batch; the last batch of an epoch may have fewer.
+        seed: seeds the order, together with the epoch.
+        window: number of batches that are sorted together.
     """
 
     drop_last = False
@@ -153,11 +153,11 @@ class LengthSortedBatches:
 
     @property
     def sampler(self) -> LengthSortedBatches:
-        """Itself: where accelerate shares the batches among processes, it tells the epoch to this attribute only."""
+        """This object: when accelerate shards batches across processes, it calls `set_epoch` on this attribute only."""
         return self
 
     def set_epoch(self, epoch: int) -> None:
-        """Choose the epoch that is gone through next."""
+        """Set the epoch that the next iteration uses; it seeds the order."""
         self.epoch = epoch
 
     def __len__(self) -> int:
@@ -166,7 +166,7 @@ class LengthSortedBatches:
     def __iter__(self) -> Iterator[list[int]]:
         random = np.random.default_rng([self.seed, self.epoch])
         order = random.permutation(len(self.lengths))
-        # Accelerate loses batches if a smaller one comes before the end.
+        # accelerate drops batches if a smaller one is not the last.
         order, left = np.split(order, [len(order) // self.batch_size * self.batch_size])
         batches: list[list[int]] = []
         for start in range(0, len(order), self.batch_size * self.window):

@@ -1,4 +1,4 @@
-"""Sequences as the trainer takes them: a dataset of ids and labels that stays in its files."""
+"""Wraps a split's sequences as a memory-mapped dataset for the trainer."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from loratune.data.assembly.split import Split
 
 
 def as_dataset(split: Split) -> Dataset:
-    """The sequences of a split.
+    """Return the sequences of a split, memory-mapped from the cache.
 
     Returns:
-        Columns input_ids and labels, lists of int of equal length in a row, mapped from the cache.
+        Columns input_ids and labels; both lists have the same length within a row.
     """
     parts = []
     for loaded, chosen in zip(split.pool.sources, split.parts, strict=True):

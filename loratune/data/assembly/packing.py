@@ -1,4 +1,4 @@
-"""Which sequences share a row of a training batch, so that no position goes to padding."""
+"""Packs sequences into batch rows so that no position is padding."""
 
 from __future__ import annotations
 
@@ -10,19 +10,20 @@ import numpy as np
 from numpy.typing import NDArray
 
 TOLERANCE = 500
-"""One row more than must be, of so many, is not worth another search."""
+"""The search stops once the number of rows is within one part in 500 of the minimum."""
 
 
 def spread(lengths: Sequence[int] | NDArray[np.integer], rows: int) -> list[list[int]]:
-    """A number of rows with nearly the same tokens in each, and long and short sequences in all of them.
+    """Distribute sequences over a number of rows with nearly equal token counts and a mix of lengths in each.
 
-    The longest first, each goes to the row that has the fewest tokens (Graham's rule for even loads, SIAM Journal on
-    Applied Mathematics 17, 1969: the fullest row has at most 4/3 of what it must have). Bins of a best fit would hold
-    sequences of one length each, and a step on the shortest is another lesson than one on the longest.
+    This is Graham's longest-first rule (SIAM Journal on Applied Mathematics 17, 1969): sequences are taken longest
+    first, and each goes to the row with the fewest tokens. The fullest row has at most 4/3 of the optimum. Best-fit
+    bins would hold sequences of one length each, so that some steps would train on short answers only and others on
+    long ones.
 
     Args:
         lengths: tokens of each sequence.
-        rows: at most as many as there are sequences.
+        rows: number of rows, at most the number of sequences.
     """
     sizes = np.asarray(lengths, dtype=np.int64)
     order = np.argsort(-sizes, kind="stable")
@@ -36,17 +37,17 @@ def spread(lengths: Sequence[int] | NDArray[np.integer], rows: int) -> list[list
 
 
 def spread_within(lengths: Sequence[int] | NDArray[np.integer], capacity: int) -> list[list[int]]:
-    """As few rows as `spread` keeps within a capacity, or one in 500 more.
+    """Distribute sequences with `spread` over as few rows as fit a capacity, or 1 in 500 more.
 
-    What the tokens would fill is where the search begins. It takes ever larger steps until the rows fit, and then
-    halves the last one.
+    The search starts at the number of rows that the tokens would fill exactly, takes growing steps until the rows fit,
+    and bisects the last step.
 
     Args:
         lengths: tokens of each sequence.
-        capacity: tokens that a row holds.
+        capacity: maximum tokens per row.
 
     Raises:
-        ValueError: a sequence is longer than a row.
+        ValueError: a sequence is longer than the capacity.
     """
     sizes = np.asarray(lengths, dtype=np.int64)
     if sizes.max(initial=0) > capacity:
@@ -71,12 +72,12 @@ def spread_within(lengths: Sequence[int] | NDArray[np.integer], capacity: int) -
 
 
 def padding_efficiency(lengths: Sequence[int] | NDArray[np.integer], batch_size: int, seed: int) -> float:
-    """Share of positions that hold tokens if batches are drawn at random and padded to their longest sequence.
+    """Estimate the share of non-padding positions if batches were drawn at random and padded to their longest sequence.
 
     Args:
         lengths: tokens of each sequence.
-        batch_size: sequences in a batch.
-        seed: of the order.
+        batch_size: sequences per batch.
+        seed: seeds the random order.
     """
     sizes = np.random.default_rng(seed).permutation(np.asarray(lengths, dtype=np.int64))
     starts = np.arange(0, len(sizes), batch_size)

@@ -1,4 +1,4 @@
-"""The rows of several sources together: cleaned, mixed and split by number, while their ids stay where they lie."""
+"""Cleans, mixes and splits the rows of several sources by index; their token ids stay in the cache files."""
 
 from __future__ import annotations
 
@@ -19,36 +19,40 @@ EXCERPT_CHARACTERS = 40
 
 @dataclass(frozen=True)
 class Pool:
-    """Rows of some sources, in their order; a row may stand there several times."""
+    """Rows of several sources, in order; a row may occur more than once."""
 
     sources: Sequence[LoadedSource]
     source: Indices
-    """Of each row, the number of its source."""
+    """Index of each row's source."""
     row: Indices
-    """Of each row, its place among the rows of its source."""
+    """Index of each row within its source."""
 
     @classmethod
     def of(cls, sources: Sequence[LoadedSource]) -> Pool:
-        """All rows of some sources, each once."""
+        """Return a pool with every row of some sources, each once."""
         counts = [len(loaded.rows) for loaded in sources]
         row = np.concatenate([np.arange(count) for count in counts]) if counts else np.zeros(0, np.int64)
         return cls(sources, np.repeat(np.arange(len(counts)), counts), row)
 
     def __len__(self) -> int:
-        """Number of rows."""
         return len(self.row)
 
     def take(self, chosen: NDArray[Any]) -> Pool:
-        """Some of the rows, by their places or by a mask."""
+        """Select rows by index or by mask."""
         return Pool(self.sources, self.source[chosen], self.row[chosen])
 
     @cached_property
     def digests(self) -> NDArray[np.uint64]:
-        """Of each row, a hash of its messages."""
+        """Hash of each row's messages and tools."""
         return self.of_each_row("digests", np.uint64)
 
     def of_each_row(self, name: str, kind: Any = np.int64) -> NDArray[Any]:
-        """One of the arrays that `EncodedRows` has of its rows, for these rows."""
+        """Gather an attribute of `EncodedRows` for the rows of this pool.
+
+        Args:
+            name: name of an attribute with one value per row.
+            kind: dtype of the result.
+        """
         values = np.zeros(len(self), kind)
         for number, loaded in enumerate(self.sources):
             mine = self.source == number
@@ -56,7 +60,7 @@ class Pool:
         return values
 
     def has_usable_sequence(self, max_length: int) -> NDArray[np.bool_]:
-        """Of each row, whether a sequence of it can be trained on."""
+        """Return a mask of the rows with at least one sequence that fits and has labels."""
         usable = np.zeros(len(self), bool)
         for number, loaded in enumerate(self.sources):
             mine, rows = self.source == number, loaded.rows
@@ -66,7 +70,7 @@ class Pool:
         return usable
 
     def sequences(self, number: int) -> Indices:
-        """Places of the sequences that the rows of one source have, in the order of the rows."""
+        """Return the indices of the sequences of one source's rows, in the order of the rows."""
         rows = self.sources[number].rows
         mine = self.row[self.source == number]
         ends = np.append(rows.starts, len(rows.table))
@@ -76,31 +80,30 @@ class Pool:
         return sequences
 
     def place(self, index: int) -> str:
-        """Where a row stands and how it begins, for messages."""
+        """Return a row's file and line and the beginning of its question, for messages."""
         return place_of(self.sources[self.source[index]], int(self.row[index]))
 
     def short_place(self, index: int) -> str:
-        """Where a row stands."""
+        """Return a row's file and line."""
         return _short_place(self.sources[self.source[index]], int(self.row[index]))
 
     def input_ids(self, index: int) -> NDArray[np.int32]:
-        """The ids of a row's first sequence."""
+        """Return the ids of a row's first sequence."""
         ids: NDArray[np.int32] = self.sources[self.source[index]].rows.input_ids(int(self.row[index]))
         return ids
 
     def prompt_ids(self, index: int) -> NDArray[np.int32]:
-        """The ids of a row before its first trained one."""
+        """Return the ids that precede the first labelled token of a row."""
         ids: NDArray[np.int32] = self.sources[self.source[index]].rows.prompt_ids(int(self.row[index]))
         return ids
 
     def messages(self, index: int) -> list[dict[str, Any]]:
-        """The conversation of a row."""
         messages: list[dict[str, Any]] = self.sources[self.source[index]].rows.messages(int(self.row[index]))
         return messages
 
 
 def place_of(loaded: LoadedSource, row: int) -> str:
-    """Where a row of a source stands and how it begins, for messages."""
+    """Return the file and line of a source's row and the beginning of its question, for messages."""
     question = next((turn["content"] for turn in loaded.rows.messages(row) if turn["role"] == "user"), "")
     excerpt = " ".join(question[: EXCERPT_CHARACTERS + 1].split())
     shown = excerpt if len(question) <= EXCERPT_CHARACTERS else f"{excerpt[:EXCERPT_CHARACTERS]}…"
@@ -113,17 +116,17 @@ def _short_place(loaded: LoadedSource, row: int) -> str:
 
 
 def earlier_copies(digests: NDArray[np.uint64]) -> Indices:
-    """Of each row, the place of the first one equal to it, which may be itself."""
+    """For each row, return the index of the first row with the same digest, which may be the row itself."""
     _, first, inverse = np.unique(digests, return_index=True, return_inverse=True)
     found: Indices = first[inverse]
     return found
 
 
 def mix(pool: Pool, seed: int) -> NDArray[np.int64]:
-    """How often each row is taken: as often as its source is repeated, and in the proportion of the sources' weights.
+    """Return how often each row is used, from the repeats and weights of the sources.
 
-    Without weights all rows are taken. With them the source that is scarcest for its weight is taken whole and of the
-    others as many rows are drawn as keep the proportion; nothing is repeated but what the recipe repeats.
+    Without weights, every row is used. With weights, the source with the fewest rows for its weight is used whole, and
+    rows of the others are sampled to match the proportions. Only `repeat` uses a row more than once.
     """
     sizes = np.bincount(pool.source, minlength=len(pool.sources))
     available = np.array([size * loaded.source.repeat for size, loaded in zip(sizes, pool.sources, strict=True)])
@@ -142,7 +145,7 @@ def mix(pool: Pool, seed: int) -> NDArray[np.int64]:
 
 
 def draw_validation(pool: Pool, fraction: float, seed: int) -> NDArray[np.bool_]:
-    """Which rows are held out: the same share of every source, at least one row where one can be spared."""
+    """Return a mask of the rows to hold out: the same share of every source, and at least one row if possible."""
     held_out = np.zeros(len(pool), bool)
     total = min(max(1, round(len(pool) * fraction)), len(pool) - 1) if fraction else 0
     if total <= 0:

@@ -1,4 +1,4 @@
-"""The training or validation sequences of a recipe: which rows of which sources, and how long they are."""
+"""Selects the training or validation sequences of a recipe."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from loratune.data.assembly.pool import Pool, place_of
 
 @dataclass
 class Split:
-    """The sequences of one purpose."""
+    """The sequences of the training or the validation set."""
 
     pool: Pool
     max_length: int
 
     @cached_property
     def parts(self) -> list[NDArray[np.int64]]:
-        """Of each source of the pool, the places of the sequences in its file."""
+        """For each source of the pool, the indices of the usable sequences in its file."""
         return [self._fitting(number) for number in range(len(self.pool.sources))]
 
     @cached_property
@@ -31,30 +31,27 @@ class Split:
 
     @cached_property
     def trained_tokens(self) -> int:
-        """Positions that carry a label."""
+        """Number of labelled positions."""
         return int(self._of_sequences("trained").sum())
 
     @property
     def tokens(self) -> int:
-        """Tokens of all sequences."""
         return int(self.lengths.sum())
 
     @property
     def longest(self) -> int:
-        """Tokens of the longest sequence."""
         return int(self.lengths.max(initial=0))
 
     def __len__(self) -> int:
-        """Number of sequences."""
         return len(self.lengths)
 
     def questions(self, limit: int) -> list[list[dict[str, Any]]]:
-        """Conversations of some rows, spread evenly."""
+        """Return up to `limit` conversations, evenly spaced over the rows."""
         count = min(limit, len(self.pool))
         return [self.pool.messages(index) for index in np.linspace(0, len(self.pool) - 1, count, dtype=np.int64)]
 
     def place(self, sequence: int) -> str:
-        """Where the row of a sequence stands and how it begins, for messages."""
+        """Return the file and line of a sequence's row and the beginning of its question, for messages."""
         for loaded, part in zip(self.pool.sources, self.parts, strict=True):
             if sequence < len(part):
                 return place_of(loaded, int(np.searchsorted(loaded.rows.starts, part[sequence], side="right")) - 1)

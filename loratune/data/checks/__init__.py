@@ -1,1 +1,1 @@
-"""What is odd in the rows, and what follows from it."""
+"""Finds problems in the rows and decides whether each is an error or a warning."""

@@ -1,4 +1,4 @@
-"""Whether an answer breaks off: few signs, each of which hardly ever stands at the end of a whole answer."""
+"""Detects answers that stop early, from a few signs that rarely end a complete answer."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ MARKED = re.compile(
     re.IGNORECASE,
 )
 FENCE = re.compile(r"^ {0,3}(`{3,}|~{3,})([^\n]*)$", re.MULTILINE)
-# A comma, an opened bracket, or a word that needs another one behind it.
+# A comma, an opening bracket, or a word that cannot end a sentence.
 UNFINISHED = re.compile(
     r"(?:[,，、(（\[【]|\b(?:the|an|and|or|of|with|from|because|which|is|are|was|were|their|its|our|your))\Z"
     r"|(?:因为|以及|或者|并且|但是|包括|例如)\Z"
@@ -19,14 +19,14 @@ UNFINISHED = re.compile(
 SENTENCE_END = re.compile(r"[.!?][\"')\]]*\s|[。！？][”’）]*")
 ENDED = re.compile(r"[.!?:;。！？：；…][\"'’”)\]*_`）」』】]*\Z")
 LONG_LINE = 40
-"""Characters of a line that is taken for a sentence or several."""
+"""Lines of at least this many characters count as prose."""
 OTHER_LINES = 2
 SENTENCES, REST = 3, 20
-"""Ended sentences of a last line, and characters of one behind them that is not ended."""
+"""The rule for a last line: this many finished sentences, then this many characters without an end."""
 
 
 def breaks_off(answer: str) -> bool:
-    """Whether an answer stops inside a code block or a sentence, or says that it was cut."""
+    """Return whether an answer stops inside a code block or a sentence, or carries a mark such as [truncated]."""
     text = answer.rstrip()
     is_fenced = "```" in text or "~~~" in text
     return bool(MARKED.search(text)) or (is_fenced and _opens_a_fence(text)) or _stops_in_a_sentence(text)
@@ -44,7 +44,7 @@ def _opens_a_fence(text: str) -> bool:
 
 
 def _stops_in_a_sentence(text: str) -> bool:
-    """Whether the last line is unfinished, or lacks an end where all other sentences have one."""
+    """Return whether the last line is unfinished, or is the only sentence without closing punctuation."""
     line = text.rpartition("\n")[2]
     if UNFINISHED.search(line):
         return len(line.split()) > 2 or not line.isascii()

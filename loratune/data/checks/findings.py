@@ -1,4 +1,4 @@
-"""What the gate finds in the rows: which of them, how grave it is, and what to do about it."""
+"""Data findings: the affected rows, their severity, and the advice in the message."""
 
 from __future__ import annotations
 
@@ -27,25 +27,25 @@ FEWEST_FOR_OUTLIERS = 20
 
 @dataclass(frozen=True)
 class Found:
-    """Rows of which something is to be told."""
+    """A finding, ready to be reported."""
 
     name: str
     level: Level
     count: int
     text: str
-    """What is told, with the places of the first rows."""
+    """The message, with the places of the first rows."""
 
 
 @dataclass(frozen=True)
 class FoundRows:
-    """Which rows of a pool have something to them."""
+    """The rows of a pool that a finding applies to."""
 
     places: Indices
     twins: Indices | None = None
-    """The rows that they equal, or nearly equal."""
+    """For duplicates: the index of the earlier row that each equals or resembles."""
 
     def without(self, gone: NDArray[np.bool_]) -> FoundRows:
-        """Those that are still there, by their places in what is left of the pool."""
+        """Return the remaining rows after a removal, by their indices in the reduced pool."""
         place = np.cumsum(~gone) - 1
         stays = ~gone[self.places]
         if self.twins is None:
@@ -71,15 +71,15 @@ def find_rows(pool: Pool, settings: DataSettings) -> dict[Finding, FoundRows]:
 def describe(
     name: Finding, pool: Pool, rows: FoundRows, settings: DataSettings, purpose: str, other: Pool | None = None
 ) -> Iterator[Found]:
-    """A finding as it is told under the recipe's levels; nothing where there are no rows or it is ignored.
+    """Yield a finding at the recipe's severity; nothing if there are no rows or it is ignored.
 
     Args:
-        name: of the finding.
-        pool: where the rows stand.
-        rows: found there.
-        settings: levels.
-        purpose: of the rows, for the message: "training" or "validation".
-        other: where the twins stand, if not in `pool`.
+        name: name of the finding.
+        pool: the pool that `rows` refers to.
+        rows: the affected rows.
+        settings: holds the severities.
+        purpose: "training" or "validation", for the message.
+        other: the pool of the duplicates' originals, if not `pool`.
     """
     level = settings.severity.get(name, FINDINGS[name].usual)
     if not len(rows.places) or level == "ignore":
@@ -105,24 +105,26 @@ def _counted(pool: Pool, rows: FoundRows, purpose: str) -> str:
 
 
 def _listed(pool: Pool, rows: FoundRows, other: Pool) -> str:
-    """The first places, each with its twin or with the beginning of what it says."""
+    """List the first rows, each with its original or an excerpt."""
     first = rows.places[:SHOWN_ROWS]
     if rows.twins is None:
-        told = [pool.place(index) for index in first]
+        lines = [pool.place(index) for index in first]
     else:
         pairs = zip(first, rows.twins, strict=False)
-        told = [f"{pool.short_place(later)} is {_other_place(pool, later, other, earlier)}" for later, earlier in pairs]
-    return bullet_list(told, limit=SHOWN_ROWS, total=len(rows.places))
+        lines = [
+            f"{pool.short_place(later)} is {_other_place(pool, later, other, earlier)}" for later, earlier in pairs
+        ]
+    return bullet_list(lines, limit=SHOWN_ROWS, total=len(rows.places))
 
 
 def _other_place(pool: Pool, later: int, other: Pool, earlier: int) -> str:
-    """Where a twin stands, without the file's name if it is the same."""
+    """Return the place of a duplicate's original, without the file's name if both are in one file."""
     name = pool.sources[pool.source[later]].file.name
     return other.short_place(earlier).removeprefix(name).lstrip()
 
 
 def _long_answers(pool: Pool) -> Indices:
-    """Rows with far more trained tokens than usual."""
+    """Return the rows with more than LONG_FACTOR times the median of trained tokens."""
     trained = pool.of_each_row("trained_of_rows")
     if len(trained) < FEWEST_FOR_OUTLIERS:
         return np.zeros(0, np.int64)
@@ -130,9 +132,9 @@ def _long_answers(pool: Pool) -> Indices:
 
 
 def _near_duplicates(pool: Pool, threshold: float, equal: Indices) -> FoundRows:
-    """Rows that are similar to an earlier one but not equal to any."""
+    """Return rows that resemble an earlier row but equal none."""
     with required("data.near_duplicates", "near-duplicates"):
-        # Not above: with scipy it takes longer to import than the rest of a check.
+        # Deferred: importing datasketch with scipy takes longer than the rest of a check.
         from loratune.data.checks.near_duplicates import find_near_duplicates
     candidates = np.setdiff1d(np.arange(len(pool)), equal)
     shared = _shared_beginning(pool, candidates[:100])
@@ -144,13 +146,16 @@ def _near_duplicates(pool: Pool, threshold: float, equal: Indices) -> FoundRows:
 
 
 def _shared_beginning(pool: Pool, rows: Indices) -> int:
-    """How many ids rows begin with alike: a template and a system prompt make short rows similar that are not."""
+    """Return how many leading ids all rows share.
+
+    A common template and system prompt would inflate the similarity of short rows.
+    """
     beginnings = [pool.prompt_ids(index).tolist() for index in rows]
     return len(os.path.commonprefix(beginnings)) if len(rows) > 1 else 0  # noqa: RUF071 - of lists
 
 
 def shared_rows(validation: Pool, train: Pool) -> FoundRows:
-    """Validation rows that stand in training too."""
+    """Return the validation rows that also occur in the training rows."""
     place = {digest: index for index, digest in reversed(list(enumerate(train.digests.tolist())))}
     shared = np.flatnonzero(np.isin(validation.digests, train.digests))
     twins = [place[digest] for digest in validation.digests[shared].tolist()]
@@ -158,7 +163,7 @@ def shared_rows(validation: Pool, train: Pool) -> FoundRows:
 
 
 def judge_lengths(pool: Pool, settings: DataSettings, max_length: int, purpose: str) -> Iterator[Found]:
-    """What is to be told of rows that are too long, were shortened, or leave nothing to train."""
+    """Yield findings for rows that are too long, were truncated, or have nothing to train."""
     flags, trained = pool.of_each_row("flags"), pool.of_each_row("trained_of_rows")
     longest = pool.of_each_row("longest")
     kept = trained > 0
@@ -195,5 +200,5 @@ def _warning(name: str, pool: Pool, rows: NDArray[np.int64], purpose: str, sente
 
 
 def refusal(found: Sequence[Found]) -> str:
-    """The message of all findings that stop a run; empty where none does."""
+    """Join the messages of all findings that refuse the data; empty if there are none."""
     return "\n".join(one.text for one in found if one.level == "refuse")

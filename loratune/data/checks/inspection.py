@@ -1,4 +1,4 @@
-"""What is odd about the texts of one conversation, as bits of one number, so that it can be kept beside the row."""
+"""Flags problems in the text of one conversation, as bits of an integer that is cached with the row."""
 
 from __future__ import annotations
 
@@ -39,40 +39,40 @@ FLAGS = cast("tuple[Finding, ...]", tuple(str(flag.name).lower() for flag in Fla
 """Their names as findings, by the number of their bit."""
 
 REASONING = re.compile(r"<think>\s*(?!</think>)\S")
-"""The beginning of a reasoning block that is not empty."""
+"""Matches the start of a non-empty reasoning block."""
 
-# Lost characters, control characters that no text needs, and what broken or missing bytes become when read as GBK.
+# Replacement and control characters, and typical results of decoding damaged bytes as GBK.
 BROKEN = re.compile("[\0\x80-\x9f\ufffd]|锟斤拷|烫烫烫|屯屯屯")
-# Every pattern of ftfy needs a character that is none of these, and most Chinese and Korean texts hold no other.
+# Every ftfy pattern needs a character outside this set; most Chinese and Korean texts stay inside it.
 UNSUSPICIOUS = re.compile("[\x00-\x7f\u2010-\u201f\u2022-\u2027\u3000-\u9fff\uac00-\ud7a3\uff00-\uffef]*")
 NON_ASCII = re.compile(r"[^\x00-\x7f]")
-# Three Chinese characters or punctuation marks in UTF-8. Chinese in GB18030 has such bytes only by a chance that is
-# negligible from three on; it is not for one or two, as in 联通.
+# Three Chinese characters or punctuation marks in UTF-8, decoded as GB18030. Genuine Chinese text contains one or two
+# such byte sequences by chance (联通), but hardly ever three.
 UTF_8_WITHIN_GB18030 = re.compile(rb"(?:[\xe3-\xe9\xef][\x80-\xbf]{2}){3}")
-# Four characters of GBK or EUC-KR, read as Latin-1 or Windows-1252.
+# Four characters of GBK or EUC-KR, decoded as Latin-1 or Windows-1252.
 GBK_WITHIN_LATIN = re.compile("(?:[\xb0-\xf7][\xa1-\xfe]){4}")
 DENSE_MATCHES = 3
 DENSE_SHARE = 1 / 4
 
 LOOP_IDS = 64
-"""Ids that a loop has at least."""
+"""Minimum length of a loop, in token ids."""
 LOOP_TURNS = 4
-"""How often its phrase comes at least."""
+"""Minimum number of repetitions of the phrase."""
 LONGEST_PHRASE = 128
-PROBE_IDS = 8  # One is taken this often, so a loop somewhat longer than the shortest is found wherever it begins.
+PROBE_IDS = 8  # Stride of the search: it finds any loop slightly longer than LOOP_IDS.
 ID_TYPE = "i"
 ID_BYTES = array(ID_TYPE).itemsize
 
 
 class Inspector:
-    """Looks for what is odd in conversations.
+    """Flags problems in conversations.
 
     Args:
-        added_tokens: texts of all tokens that a tokenizer has besides those of its vocabulary.
-        special_tokens: those among them that a model must not read or write as text.
+        added_tokens: texts of all tokens added to the tokenizer's vocabulary.
+        special_tokens: those of them that must not occur as text in a conversation.
         thinking: whether prompts ask for a reasoning block.
-        expects_reasoning: whether the template then wants one before every answer.
-        form: the Unicode normal form that the tokenizer brings texts into.
+        expects_reasoning: whether the template then expects reasoning before every answer.
+        form: the Unicode normal form that the tokenizer converts texts to.
     """
 
     def __init__(
@@ -90,11 +90,11 @@ class Inspector:
         self._form = form
 
     def flags(self, conversation: Conversation, trained: Sequence[int]) -> int:
-        """The bits of all findings, in the order of FLAGS.
+        """Return the bits of all findings, in the order of FLAGS.
 
         Args:
-            conversation: what was said.
-            trained: the token ids of its trained answers.
+            conversation: the conversation to check.
+            trained: token ids of its trained answers.
         """
         found = Flag.REPETITIVE if is_repetitive(trained) else Flag(0)
         for place, message in enumerate(conversation.messages):
@@ -125,7 +125,7 @@ class Inspector:
 
 
 def is_garbled(text: str) -> bool:
-    """Whether a text was once decoded with the wrong encoding, or lost characters on its way."""
+    """Return whether a text was decoded with a wrong encoding or has lost characters."""
     if text.isascii():
         return "\0" in text
     if BROKEN.search(text) or UTF_8_WITHIN_GB18030.search(text.encode("gb18030", "replace")):
@@ -134,9 +134,9 @@ def is_garbled(text: str) -> bool:
 
 
 def is_repetitive(ids: Sequence[int]) -> bool:
-    """Whether token ids run in a loop somewhere: a phrase that comes again and again, with nothing in between.
+    """Return whether token ids contain a loop: one phrase repeated many times with nothing in between.
 
-    Counting different n-grams would not do, as tables and code repeat theirs too, but seldom at an equal distance.
+    Counting distinct n-grams would flag tables and code, which repeat n-grams too, but rarely at equal distances.
     """
     if len(ids) < LOOP_IDS:
         return False
@@ -150,10 +150,10 @@ def is_repetitive(ids: Sequence[int]) -> bool:
 
 
 def _is_mojibake(text: str) -> bool:
-    """Whether bytes were read as one of the Latin, Greek or Cyrillic encodings.
+    """Return whether the text is Latin, Greek or Cyrillic mojibake.
 
-    A single unlikely pair of characters is no proof, as in »Übung« or “Aç”a: the text also has to make sense in another
-    encoding, or there have to be many of them.
+    One unlikely pair of characters is no proof, as in »Übung« or “Aç”a. The text must also decode in another encoding,
+    or contain many such pairs.
     """
     matches = badness(text)
     if matches == 0:
@@ -163,13 +163,13 @@ def _is_mojibake(text: str) -> bool:
 
 
 def _is_loop(text: bytes, start: int, phrase: int) -> bool:
-    """Whether what is at `start` comes again every `phrase` bytes for as long as a loop is."""
+    """Return whether the bytes at `start` repeat every `phrase` bytes for the minimum length of a loop."""
     length = max(LOOP_IDS * ID_BYTES, LOOP_TURNS * phrase)
     stop = start + length
     return stop <= len(text) and text[start : stop - phrase] == text[start + phrase : stop]
 
 
 def _any_of(tokens: Iterable[str]) -> re.Pattern[str]:
-    """A pattern for any of the texts; white space, which some tokenizers add tokens for, controls nothing."""
+    """Return a pattern that matches any of the tokens. Whitespace tokens are excluded, since they control nothing."""
     texts = sorted({token for token in tokens if token.strip()})
     return re.compile("|".join(map(re.escape, texts)) or r"(?!)")

@@ -1,8 +1,8 @@
-"""Rows that say almost the same as an earlier one, by the share of token 5-grams that they have in common.
+"""Finds near-duplicate rows by the Jaccard similarity of their token 5-grams.
 
-MinHash signatures, cut into bands, tell which rows might be similar; these are compared exactly. What is kept of a row
-is four bytes for each token and some hundred besides: buckets are made only for bands that several rows share, as an
-index of all rows (datasketch's MinHashLSH) would take some kilobytes a row.
+MinHash signatures, split into bands (locality-sensitive hashing), select candidate pairs, which are then compared
+exactly. Memory per row is four bytes per token plus a few hundred. Buckets exist only for bands that several rows
+share; datasketch's MinHashLSH indexes all rows and takes some kilobytes for each.
 """
 
 from __future__ import annotations
@@ -20,25 +20,25 @@ TokenIds = Sequence[int] | NDArray[np.int32]
 SHINGLE_IDS = 5
 PERMUTATIONS = 128
 RECALL = 0.95
-"""Share of the pairs just at the threshold that are found, at least; of more similar ones nearly all are."""
+"""Minimum recall for pairs exactly at the threshold; more similar pairs are nearly always found."""
 DEVIATIONS = 4
-"""By how many standard deviations an estimate may fall short of the threshold."""
+"""Candidates are dropped if their estimate is this many standard deviations below the threshold."""
 REPORTED_ROWS = 1000
-# Odd numbers; sums of products with them, modulo 2**64, tell sequences of other numbers apart.
+# Odd multipliers: sums of products with them, modulo 2**64, distinguish sequences of different ids.
 MULTIPLIERS = np.random.default_rng(0).integers(0, 2**63, PERMUTATIONS, dtype=np.uint64) * np.uint64(2) + np.uint64(1)
 
 Hashes = NDArray[np.uint32]
 Bucket = list[int]
-"""Rows that share a band and are like no earlier row."""
+"""Rows that share a band and have no earlier near duplicate."""
 
 
 @dataclass(frozen=True)
 class _Rows:
-    """What is kept of all rows."""
+    """Hashes of all rows."""
 
     shingles: list[Hashes]
     signatures: NDArray[np.uint8]
-    """The last byte of each of a row's minimal hashes, whose equal share estimates the similarity."""
+    """The lowest byte of each MinHash value of a row; the share of equal bytes estimates the similarity."""
     bands: NDArray[np.uint64]
     """A hash of each band of a row's signature."""
 
@@ -46,14 +46,15 @@ class _Rows:
 def find_near_duplicates(
     rows: Iterable[TokenIds], threshold: float, progress: Callable[[int], None]
 ) -> list[tuple[int, int]]:
-    """Pairs of a row and the earliest row that it is similar to, in the order of the former.
+    """Return pairs of a row and the earliest row that it resembles, ordered by the first.
 
-    The latter is never itself the first of a pair: without the first rows of all pairs no two similar ones are left.
+    The second row of a pair is never the first of another one: removing the first row of each pair leaves no near
+    duplicates.
 
     Args:
-        rows: token ids of each.
-        threshold: similarity from which on two rows are near duplicates.
-        progress: called with the number of rows that were read since the last call.
+        rows: token ids of each row.
+        threshold: minimum similarity of near duplicates, from 0 to 1.
+        progress: called with the number of rows read since the previous call.
     """
     known = _read(rows, threshold, progress)
     buckets = _shared_buckets(known.bands)
@@ -70,7 +71,7 @@ def find_near_duplicates(
 
 
 def shingle_hashes(ids: TokenIds) -> Hashes:
-    """Hashes of all runs of five ids, each once and in order; of all ids at once if there are fewer."""
+    """Return the sorted, unique hashes of all 5-grams, or of the whole sequence if it is shorter."""
     size = min(SHINGLE_IDS, len(ids))
     runs = len(ids) - size + 1 if size else 0
     numbers = np.asarray(ids, dtype=np.uint64) + np.uint64(1)
@@ -83,7 +84,7 @@ def shingle_hashes(ids: TokenIds) -> Hashes:
 def _read(rows: Iterable[TokenIds], threshold: float, progress: Callable[[int], None]) -> _Rows:
     bands, width = _bands(threshold)
     sketch = MinHash(PERMUTATIONS, hashfunc=int)
-    shingles, signatures, keys, told = [], [], [], 0
+    shingles, signatures, keys, reported = [], [], [], 0
     for ids in rows:
         hashes = shingle_hashes(ids)
         sketch.clear()
@@ -91,10 +92,10 @@ def _read(rows: Iterable[TokenIds], threshold: float, progress: Callable[[int], 
         shingles.append(hashes)
         signatures.append(sketch.hashvalues.astype(np.uint8))
         keys.append(sketch.hashvalues[: bands * width].reshape(bands, width).astype(np.uint64) @ MULTIPLIERS[:width])
-        if len(keys) - told == REPORTED_ROWS:
+        if len(keys) - reported == REPORTED_ROWS:
             progress(REPORTED_ROWS)
-            told = len(keys)
-    progress(len(keys) - told)
+            reported = len(keys)
+    progress(len(keys) - reported)
     return _Rows(
         shingles,
         np.array(signatures, np.uint8).reshape(len(keys), PERMUTATIONS),
@@ -103,7 +104,7 @@ def _read(rows: Iterable[TokenIds], threshold: float, progress: Callable[[int], 
 
 
 def _shared_buckets(bands: NDArray[np.uint64]) -> dict[int, list[Bucket]]:
-    """The buckets, still empty, of every row that shares a band with another."""
+    """Return, for every row that shares a band with another, its buckets, which are still empty."""
     buckets: dict[int, list[Bucket]] = defaultdict(list)
     for band in bands.T:
         _, groups, sizes = np.unique(band, return_inverse=True, return_counts=True)
@@ -115,10 +116,10 @@ def _shared_buckets(bands: NDArray[np.uint64]) -> dict[int, list[Bucket]]:
 
 
 def _earliest_similar(known: _Rows, row: int, candidates: set[int], threshold: float) -> int | None:
-    """The earliest candidate that is similar enough.
+    """Return the earliest candidate above the threshold, or None.
 
-    Estimates come first: rows of one template share many bands without being similar, and comparing all of them takes
-    a hundred times as long.
+    Estimates filter first: rows of one template share many bands without being similar, and exact comparison of all of
+    them takes a hundred times as long.
     """
     ordered = np.array(sorted(candidates), dtype=np.int64)
     estimates = (known.signatures[ordered] == known.signatures[row]).mean(axis=1)
@@ -129,7 +130,7 @@ def _earliest_similar(known: _Rows, row: int, candidates: set[int], threshold: f
 
 
 def _bands(threshold: float) -> tuple[int, int]:
-    """Number and width of the bands: as wide as still finds enough pairs, so that few others are compared."""
+    """Return number and width of the bands: the widest that reach RECALL, because wider bands give fewer candidates."""
     for width in range(PERMUTATIONS, 1, -1):
         bands = PERMUTATIONS // width
         if 1 - (1 - threshold**width) ** bands >= RECALL:

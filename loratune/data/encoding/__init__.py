@@ -1,1 +1,1 @@
-"""Conversations → token ids and labels, kept as Arrow files."""
+"""Converts conversations into token ids and labels, cached as Arrow files."""

@@ -1,4 +1,4 @@
-"""Where encoded rows are kept between runs, under a key of everything that they depend on."""
+"""The cache of encoded rows. The key covers all inputs of the encoding."""
 
 from __future__ import annotations
 
@@ -21,11 +21,10 @@ from loratune.errors import Exit, LoratuneError
 from loratune.writing import DISK_ERRORS, folder_in_one_step
 
 UNUSED_DAYS = 30
-"""Entries that no run has read for so long are removed when a new one is written."""
+"""Entries that no run has read for this many days are removed when a new one is written."""
 
 
 def rows_folder() -> Path:
-    """Where the entries lie."""
     return cache_folder("data")
 
 
@@ -33,15 +32,15 @@ PACKAGE = Path(__file__).resolve().parents[2]
 ID_CODE = (
     *("data/checked_rows.py", "data/sources.py", "data/checks/broken_off.py", "data/checks/inspection.py"),
     *("data/encoding", "data/formats", "data/reading", "data/template", "data/tools"),
-    "model/tokenizer.py",  # tells the renderer which tokens are special
+    "model/tokenizer.py",  # decides which tokens are special
 )
 
 
 def cache_key(parts: dict[str, Any]) -> str:
-    """Name of an entry: a hash of what its rows depend on, and of the programs that make them.
+    """Return the name of a cache entry: a hash of its inputs and of the code that encodes them.
 
     Args:
-        parts: hashes of files and settings, in JSON types.
+        parts: hashes of files, and settings, as JSON types.
     """
     made_by = {name: version(name) for name in ("transformers", "tokenizers")} | {"data": _hash_of_own_code()}
     return hashlib.sha256(json.dumps([parts, made_by], sort_keys=True).encode()).hexdigest()[:32]
@@ -49,7 +48,7 @@ def cache_key(parts: dict[str, Any]) -> str:
 
 @lru_cache
 def _hash_of_own_code() -> str:
-    """A changed line in how rows are read or encoded makes new entries; no number has to be raised for it."""
+    """Hash the encoding code, so that any change to it invalidates old entries without a version number."""
     code = hashlib.sha256()
     for path in id_code():
         code.update(path.read_bytes())
@@ -57,7 +56,7 @@ def _hash_of_own_code() -> str:
 
 
 def id_code() -> list[Path]:
-    """The modules whose lines decide which ids, labels and findings an entry holds."""
+    """Return the modules that determine the ids, labels and findings of an entry."""
     return sorted(path for name in ID_CODE for path in ([PACKAGE / name] if name.endswith(".py") else _modules(name)))
 
 
@@ -67,10 +66,10 @@ def _modules(folder: str) -> Iterator[Path]:
 
 @contextmanager
 def entry_lock(key: str) -> Iterator[Path]:
-    """The folder of an entry, held alone: of several processes one fills it and the others find it there.
+    """Lock an entry and yield its path: one of several processes fills it, the others then find it complete.
 
     Raises:
-        LoratuneError: the cache cannot be written.
+        LoratuneError: the cache is not writable.
     """
     folder = rows_folder()
     lock = FileLock(folder / f"{key}.lock")
@@ -99,14 +98,14 @@ def _not_writable(error: OSError, folder: Path) -> LoratuneError:
 
 @contextmanager
 def new_entry(entry: Path) -> Iterator[Path]:
-    """Give a folder to fill that takes the entry's name at the end; old entries make room."""
+    """Yield a temporary folder that is renamed to the entry on success. Unused entries are removed first."""
     _remove_unused(entry.parent)
     with folder_in_one_step(entry) as folder:
         yield folder
 
 
 def mark_used(entry: Path) -> None:
-    """Note that an entry has been read today."""
+    """Set the entry's modification time to now."""
     os.utime(entry)
 
 

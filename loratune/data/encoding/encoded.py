@@ -1,4 +1,4 @@
-"""The rows of one source as token ids in an Arrow file, with what is known of each, read where they lie."""
+"""Reads one source's encoded rows and their metadata from a memory-mapped Arrow file."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 ROWS, INFO = "rows.arrow", "info.json"
 CUT, UNENDED = 1 << len(FLAGS), 2 << len(FLAGS)
-"""Flags beyond the inspection's: a row was shortened; an answer of it has no end token."""
+"""Flags that follow the inspection's: the row was truncated; one of its answers has no end token."""
 SCHEMA = pa.schema(
     [
         ("input_ids", pa.list_(pa.int32())),
@@ -34,36 +34,36 @@ SCHEMA = pa.schema(
         ("messages", pa.string()),
     ]
 )
-"""A line per sequence; those of one row stand together."""
+"""One line per sequence; the sequences of a row are adjacent."""
 
 
 class Line(NamedTuple):
-    """A sequence as it is kept: a value for each column of SCHEMA, by its name."""
+    """One line of the table; the fields are the columns of SCHEMA."""
 
     input_ids: Ids
     labels: Ids
     number: int
-    """Of the row or line in its file."""
+    """Number of the row or line in its file."""
     digest: int
-    """Of the row's messages and tools."""
+    """Hash of the row's messages and tools."""
     flags: int
     tokens: int
     trained: int
-    """How many tokens carry a label."""
+    """Number of labelled tokens."""
     lost: int
-    """Tokens that a shortened row had more."""
+    """Number of tokens that truncation removed from the row."""
     messages: str
-    """JSON, with the first sequence of a row only."""
+    """JSON; present only in the first sequence of a row."""
 
 
 class EncodedRows:
-    """Encoded rows as they lie in a cache entry, mapped rather than read.
+    """The encoded rows of a cache entry, memory-mapped.
 
     Args:
         folder: the entry.
 
     Raises:
-        OSError, ValueError, TypeError, KeyError: the entry is damaged (pyarrow's and json's errors are of these kinds).
+        OSError, ValueError, TypeError, KeyError: the entry is damaged (pyarrow and json raise errors of these types).
     """
 
     def __init__(self, folder: Path) -> None:
@@ -76,71 +76,70 @@ class EncodedRows:
             raise ValueError(f"{self.path}: {len(self.table)} sequences where {info['sequences']} were written")
 
     def __len__(self) -> int:
-        """Number of rows."""
         return len(self.starts)
 
     @cached_property
     def sequence_numbers(self) -> NDArray[np.int64]:
-        """Of each sequence, the number of its row in the file."""
+        """Row number in the file, per sequence."""
         return self._column("number")
 
     @cached_property
     def starts(self) -> NDArray[np.int64]:
-        """Of each row, the place of its first sequence."""
+        """Index of the first sequence, per row."""
         numbers = self.sequence_numbers
         return np.flatnonzero(np.r_[len(numbers) > 0, numbers[1:] != numbers[:-1]][: len(numbers)])
 
     @cached_property
     def tokens(self) -> NDArray[np.int32]:
-        """Of each sequence, its length."""
+        """Number of tokens, per sequence."""
         return self._column("tokens")
 
     @cached_property
     def trained(self) -> NDArray[np.int32]:
-        """Of each sequence, how many tokens carry a label."""
+        """Number of labelled tokens, per sequence."""
         return self._column("trained")
 
     @cached_property
     def numbers(self) -> NDArray[np.int64]:
-        """Of each row, its number in the file."""
+        """Number in the file, per row."""
         return self.sequence_numbers[self.starts]
 
     @cached_property
     def digests(self) -> NDArray[np.uint64]:
-        """Of each row, a hash of its messages."""
+        """Hash of messages and tools, per row."""
         return self._of_rows("digest")
 
     @cached_property
     def flags(self) -> NDArray[np.int32]:
-        """Of each row, what is odd about it, as bits."""
+        """Bits of the findings, per row."""
         return self._of_rows("flags")
 
     @cached_property
     def lost(self) -> NDArray[np.int32]:
-        """Of each row, how many tokens it was shortened by."""
+        """Number of tokens removed by truncation, per row."""
         return self._of_rows("lost")
 
     @cached_property
     def longest(self) -> NDArray[np.int32]:
-        """Of each row, tokens of its longest sequence."""
+        """Number of tokens of the longest sequence, per row."""
         return np.maximum.reduceat(self.tokens, self.starts) if len(self) else self.tokens
 
     @cached_property
     def trained_of_rows(self) -> NDArray[np.int64]:
-        """Of each row, how many tokens carry a label."""
+        """Number of labelled tokens, per row."""
         return np.add.reduceat(self.trained, self.starts, dtype=np.int64) if len(self) else np.zeros(0, np.int64)
 
     def messages(self, row: int) -> list[dict[str, Any]]:
-        """The conversation of a row, by its place among the rows."""
+        """Return the conversation of a row, by its index in this object."""
         found: list[dict[str, Any]] = json.loads(self.table.column("messages")[int(self.starts[row])].as_py())
         return found
 
     def input_ids(self, row: int) -> NDArray[np.int32]:
-        """The ids of a row's first sequence."""
+        """Return the ids of a row's first sequence."""
         return _as_numpy(self.table.column("input_ids")[int(self.starts[row])].values)
 
     def prompt_ids(self, row: int) -> NDArray[np.int32]:
-        """The ids before the first trained one of a row's first sequence."""
+        """Return the ids of a row's first sequence that precede its first label."""
         labels = _as_numpy(self.table.column("labels")[int(self.starts[row])].values)
         return self.input_ids(row)[: int(np.argmax(labels >= 0))] if len(labels) else labels
 
@@ -153,6 +152,6 @@ class EncodedRows:
 
 
 def _as_numpy(array: pa.Array) -> NDArray[Any]:
-    """Numbers without gaps, in place; pyarrow's own way imports pandas, which takes longer than a whole check."""
+    """View an array without nulls as numpy; pyarrow's own conversion imports pandas, which takes seconds."""
     values = np.frombuffer(array.buffers()[1] or b"", str(array.type))
     return values[array.offset : array.offset + len(array)]

@@ -1,7 +1,7 @@
-"""The one renderer: a conversation as token ids and labels, the same in training and in every kind of inference.
+"""Renders conversations as token ids and labels, identically in training and inference.
 
-A training example is the prompt's ids + the answer's ids + the end token, so labels come by construction and are never
-searched for. Text of a user or of a row never becomes a control token: `<|im_end|>` in it is encoded letter by letter.
+A training example is prompt ids + answer ids + end token, so labels are known by construction and never searched for.
+User text never becomes a control token: `<|im_end|>` in a row is encoded as plain characters.
 """
 
 from __future__ import annotations
@@ -21,42 +21,42 @@ from loratune.data.tools.tool_rendering import ToolRenderer
 from loratune.errors import Exit, LoratuneError
 
 IGNORED = -100
-"""Label of a position without loss, as torch's cross-entropy has it."""
+"""Label of positions without loss; torch's cross-entropy ignores it."""
 
 END_OF_REASONING = re.compile(r"</think>([\r\n]*)")
 
 
 @dataclass(frozen=True)
 class Example:
-    """One training sequence: `labels[i]` is `input_ids[i]` where the model learns, IGNORED elsewhere."""
+    """A training sequence: `labels[i]` is `input_ids[i]` where the model learns, and IGNORED elsewhere."""
 
     input_ids: Ids
     labels: Ids
 
     @property
     def trained_tokens(self) -> int:
-        """How many positions carry a label."""
+        """Number of labelled positions."""
         return len(self.labels) - self.labels.count(IGNORED)
 
 
 @dataclass
 class _Turn:
-    """An answer to be trained, and what stands before it."""
+    """An answer to train on, and its prompt."""
 
     row: int
     prompt: list[dict[str, Any]]
-    """Messages as the template takes them."""
+    """Messages in the form that the template takes."""
     tools: tuple[dict[str, Any], ...]
     opening: list[int]
-    """Ids of control tokens that the template begins the answer with."""
+    """Ids of control tokens with which the template starts the answer."""
     parts: list[tuple[str, bool]]
-    """Texts of the answer, and whether special tokens in them are the template's own; else they are text."""
+    """Texts of the answer; True if special tokens in the text come from the template and stay tokens."""
     is_harmless: bool
-    """Whether no text of the prompt could become a control token."""
+    """True if no text of the prompt contains a control token."""
 
     @property
     def answer(self) -> str:
-        """The answer as it is written."""
+        """The answer's whole text."""
         return "".join(text for text, _ in self.parts)
 
 
@@ -68,34 +68,35 @@ class Encoder(ToolRenderer):
         settings: template, system prompt, thinking mode, instruction prefix.
 
     Raises:
-        LoratuneError: the tokenizer has no chat template, or no token that could end an answer.
+        LoratuneError: the tokenizer has no chat template, or no token to end an answer with.
     """
 
     def at_a_day(self) -> Encoder:
-        """An encoder whose prompts are the same at any time: of the settings' day, or of today."""
+        """Return an encoder whose prompts do not change with time: they use the date of the settings, or today's."""
         if self.settings.date or not self.is_dated:
             return self
         day = date.today().isoformat()
         return Encoder(self.tokenizer, self.settings.model_copy(update={"date": day}))
 
     def prompt_ids(self, messages: Sequence[Message], tools: Sequence[dict[str, Any]] = ()) -> list[int]:
-        """Ids up to where the answer to the last message begins.
+        """Return the ids of the prompt, up to where the answer to the last message begins.
 
         Args:
-            messages: an optional system message, then user and assistant in turn, a message of user or tool last.
-            tools: what the assistant may call.
+            messages: optional system message, then alternating user and assistant messages; the last is of user or
+                tool.
+            tools: tools that the assistant may call.
 
         Raises:
-            ToolError: the template has no place for the tools.
-            LoratuneError: it refuses the messages.
+            ToolError: the template does not support tools.
+            LoratuneError: the template rejects the messages.
         """
         self.check_tools(messages, tools)
         return self._exact_ids(self._with_settings(messages), tools)
 
     def answer_ids(self, text: str, tools: Sequence[dict[str, Any]] = ()) -> list[int]:
-        """Ids of an answer as it goes on after its prompt, and its end token.
+        """Return the ids of an answer that continues the prompt, including its end token.
 
-        Of added tokens in its text only ordinary ones, such as <think>, stay whole.
+        Ordinary added tokens in the text, such as <think>, stay tokens; special ones are encoded as characters.
         """
         opening, text = self._continued(text, tools)
         ids: list[int] = self.tokenizer(text, add_special_tokens=False, split_special_tokens=True).input_ids
@@ -104,9 +105,9 @@ class Encoder(ToolRenderer):
     def reply_ids(
         self, messages: Sequence[Message], answer: Message | str, tools: Sequence[dict[str, Any]] = ()
     ) -> list[int]:
-        """Ids of an answer to a conversation, calls of tools included, and its end token: those that are trained.
+        """Return the trained ids of an answer to a conversation, including tool calls and the end token.
 
-        A text is an answer without calls.
+        An answer given as a string has no tool calls.
         """
         if isinstance(answer, str):
             return self.answer_ids(answer, tools)
@@ -116,26 +117,26 @@ class Encoder(ToolRenderer):
         return [label for label in example.labels if label != IGNORED]
 
     def encode(self, conversation: Conversation, train_on: str = "all", train_thinking: bool = True) -> list[Example]:
-        """The training sequences of a conversation.
+        """Return the training sequences of a conversation.
 
-        Every trained answer follows exactly the prompt that inference would give. Turns share a sequence where the
-        template renders a longer conversation as a continuation of the shorter one; where it does not (Qwen3 drops
-        the reasoning of earlier turns) each trained turn gets a sequence of its own.
+        Every trained answer follows exactly the prompt that inference would give. Turns share a sequence if the
+        template renders the longer conversation as a continuation of the shorter one. If it does not (Qwen3 drops the
+        reasoning of earlier turns), each trained turn gets its own sequence.
 
         Args:
-            conversation: what was said.
-            train_on: `all` answers, or the `last` one.
-            train_thinking: whether the reasoning block of an answer is learnt too.
+            conversation: the conversation to encode.
+            train_on: `all` answers, or only the `last`.
+            train_thinking: whether the reasoning block of an answer is trained too.
 
         Raises:
-            LoratuneError: the template refuses the messages, or has no place for the tools in them.
+            LoratuneError: the template rejects the messages, or does not support their tools.
         """
         return self.encode_all([conversation], train_on, train_thinking)[0]
 
     def encode_all(
         self, conversations: Sequence[Conversation], train_on: str = "all", train_thinking: bool = True
     ) -> list[list[Example]]:
-        """What `encode` gives for each of many conversations; quicker than one after another."""
+        """Apply `encode` to many conversations at once, which is faster than one at a time."""
         turns = [turn for row, spoken in enumerate(conversations) for turn in self._turns_of(row, spoken, train_on)]
         answers = self._answers(turns)
         sequences: list[list[Example]] = [[] for _ in conversations]
@@ -172,7 +173,7 @@ class Encoder(ToolRenderer):
         return turns
 
     def _answers(self, turns: list[_Turn]) -> list[Ids]:
-        """The ids of each answer."""
+        """Return the ids of each answer."""
         parts = [part for turn in turns for part in turn.parts]
         known = {
             is_own: iter(all_ids(self.tokenizer, [text for text, own in parts if own is is_own], keep_special=is_own))
@@ -181,11 +182,11 @@ class Encoder(ToolRenderer):
         return [sum((next(known[is_own]) for _, is_own in turn.parts), array("i")) for turn in turns]
 
     def _is_forging(self, value: Any) -> bool:
-        """Whether a text in it could be taken for a control token."""
+        """Return whether a text within the value contains a control token."""
         return any(self._control.search(text) for text in texts_in(value))
 
     def _prompts(self, turns: list[_Turn]) -> list[Ids]:
-        """What `prompt_ids` gives for each."""
+        """Return `prompt_ids` of each turn."""
         texts: list[str] = []
         for tools, group in groupby((turn for turn in turns if turn.is_harmless), key=lambda turn: turn.tools):
             texts += self._apply([turn.prompt for turn in group], tools, tokenize=False, add_generation_prompt=True)
@@ -194,7 +195,7 @@ class Encoder(ToolRenderer):
         return [next(ids if turn.is_harmless else exact) for turn in turns]
 
     def _check_nothing_is_lost(self, conversation: Conversation) -> None:
-        """Refuse an unusual order of turns of which the template drops one, as some do with a later system prompt."""
+        """Raise if the template drops a message of an unusual turn order, as some drop a later system message."""
         roles = [message["role"] for message in conversation.messages]
         is_unusual = "system" in roles[1:] or any(one == other and one != "tool" for one, other in pairwise(roles))
         if not is_unusual:
@@ -210,7 +211,7 @@ class Encoder(ToolRenderer):
             )
 
     def _count_reasoning(self, turn: _Turn, ids: Ids) -> int:
-        """How many tokens of an answer hold its reasoning block and the line ends behind it."""
+        """Return the number of answer tokens that cover the reasoning block and the line breaks after it."""
         text = turn.answer
         is_begun = bool(self._chat(turn.tools).begun_reasoning) or text.lstrip().startswith(OPENING)
         end = END_OF_REASONING.search(text) if is_begun else None
@@ -221,14 +222,14 @@ class Encoder(ToolRenderer):
             block, rest = all_ids(self.tokenizer, [text[:length], text[length:]], keep_special=False)
             if block + rest == ids:
                 return len(block)
-        # One token holds the end of the block and the beginning of the rest.
+        # One token spans the end of the block and the start of the text after it.
         return 1 + next((n for n, (one, other) in enumerate(zip(block, ids, strict=False)) if one != other), len(block))
 
     def _with_reasoning_apart(self, message: Message) -> dict[str, Any]:
-        """Hand an earlier answer's reasoning to a template that takes it by itself.
+        """Pass an earlier answer's reasoning as `reasoning_content` to templates that read it.
 
-        Qwen3's template would find the reasoning in the content too, but not past the marks that keep control tokens of
-        a text apart from the template's own.
+        Qwen3's template can also extract reasoning from the content, but not through the marks that protect control
+        tokens in texts.
         """
         content = message["content"]
         is_split = message["role"] == "assistant" and "</think>" in content and "reasoning_content" in self.template
@@ -241,7 +242,7 @@ class Encoder(ToolRenderer):
         }
 
     def _with_settings(self, messages: Sequence[Message]) -> list[dict[str, Any]]:
-        """Add the system prompt where there is none, and the prefix to each instruction."""
+        """Add the system prompt if there is none, and the instruction prefix to each user message."""
         prefix, system = self.settings.instruction_prefix, self.settings.system
         rendered = [
             {"role": "user", "content": prefix + message["content"]}

@@ -1,4 +1,4 @@
-"""An entry of data.train or data.validation with its encoded rows, from the cache or made now."""
+"""Loads the encoded rows of one entry of data.train or data.validation, encoding them if they are not cached."""
 
 from __future__ import annotations
 
@@ -25,15 +25,15 @@ class Rendering:
 
     prompt: PromptSettings
     tokenizer_sha256: str
-    """Of all files that the tokenizer and its template come from."""
+    """Hash of all files of the tokenizer and its template."""
     make_encoder: Callable[[], Encoder]
-    """Called only where rows are not in the cache yet, since loading a tokenizer takes seconds."""
+    """Called only if rows are not cached, since loading a tokenizer takes seconds."""
     max_length: int
 
 
 @dataclass(frozen=True)
 class LoadedSource:
-    """A source, the file it names, and the rows taken from it."""
+    """A source, its file, and its encoded rows."""
 
     source: Source
     file: RowFile
@@ -41,16 +41,16 @@ class LoadedSource:
 
 
 def load_source(source: Source, data: DataSettings, rendering: Rendering, seed: int) -> LoadedSource:
-    """The encoded rows of a source.
+    """Return the encoded rows of a source, from the cache if possible.
 
     Args:
-        source: file or hub dataset, and how many rows of it.
-        data: formats, what is trained, what happens to long rows.
+        source: file or hub dataset, and its sample size.
+        data: formats, trained parts, truncation.
         rendering: template and tokenizer.
-        seed: of a sample.
+        seed: seeds the sample.
 
     Raises:
-        LoratuneError: the source cannot be read, or holds no rows.
+        LoratuneError: the source cannot be read, or has no rows.
     """
     file = open_rows(source.name, data.encoding)
     with entry_lock(_key(source, file, data, rendering, seed)) as entry:
@@ -63,7 +63,7 @@ def load_source(source: Source, data: DataSettings, rendering: Rendering, seed: 
             try:
                 encoded = EncodedRows(entry)
                 break
-            except (OSError, ValueError, TypeError, KeyError):  # a damaged entry is made again
+            except (OSError, ValueError, TypeError, KeyError):  # damaged: write the entry again
                 if is_last_try:
                     raise
                 remove(entry)
@@ -72,7 +72,7 @@ def load_source(source: Source, data: DataSettings, rendering: Rendering, seed: 
 
 
 def _key(source: Source, file: RowFile, data: DataSettings, rendering: Rendering, seed: int) -> str:
-    """Everything that the ids of a source depend on, and nothing else, so that other changes keep the cache."""
+    """Return a key of all inputs that affect the ids, and no others, so that unrelated changes keep the cache."""
     shortens = data.truncation_strategy in ("truncate_prompt", "truncate_answer")
     return cache_key(
         {

@@ -1,4 +1,4 @@
-"""Rows of a source → a cache entry of token ids, some at a time, so that memory does not grow with the file."""
+"""Encodes the rows of a source into a cache entry in batches, so that memory does not grow with the file."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from loratune.recipe.data_sections import DataSettings
 
 BATCH_ROWS = 1000
 Rendered: TypeAlias = tuple[list[Example], list[Example]]
-"""Sequences of a row: as they are, and as they are kept."""
+"""Sequences of a row before and after truncation."""
 NOTHING = Example(array("i"), array("i"))
 
 
@@ -37,9 +37,9 @@ class RowEncoder:
     """Encodes conversations under one recipe's settings.
 
     Args:
-        encoder: the renderer.
-        data: what is trained, and what happens to long rows.
-        max_length: tokens of a sequence.
+        encoder: renders the conversations.
+        data: trained parts, truncation.
+        max_length: maximum tokens per sequence.
     """
 
     def __init__(self, encoder: Encoder, data: DataSettings, max_length: int) -> None:
@@ -55,10 +55,10 @@ class RowEncoder:
         )
 
     def write(self, rows: CheckedRows, folder: Path) -> None:
-        """Encode rows into a cache entry; those that cannot be rendered are noted as bad, and left out.
+        """Encode rows into a cache entry. Rows that cannot be rendered are logged as bad and skipped.
 
         Raises:
-            LoratuneError: what going through the rows raises; the file has changed.
+            LoratuneError: iterating the rows raised it, or the file changed meanwhile.
         """
         sequences, iterator = 0, iter(rows)
         with (
@@ -76,7 +76,7 @@ class RowEncoder:
         (folder / INFO).write_text(json.dumps({"reading": asdict(rows.log), "sequences": sequences}), encoding="utf-8")
 
     def _encode(self, batch: Sequence[tuple[int, Conversation]], rows: CheckedRows) -> list[Line]:
-        """One line of the table per sequence."""
+        """Return one line per sequence."""
         lines = []
         for (number, conversation), rendered in zip(batch, self._rendered(batch), strict=True):
             if isinstance(rendered, LoratuneError):
@@ -88,7 +88,7 @@ class RowEncoder:
             digest = _digest(text, conversation.tools)
             lost = sum(len(example.input_ids) for example in examples) - sum(len(one.input_ids) for one in kept)
             flags = self._flags(conversation, kept) | CUT * (lost > 0)
-            # A row that leaves nothing to train keeps a line without ids, so that it can be told of.
+            # A row without anything to train keeps an empty line, so that it can be reported.
             for place, one in enumerate(kept or [NOTHING]):
                 ids, shown = one.input_ids, text if place == 0 else ""
                 line = Line(
@@ -106,13 +106,13 @@ class RowEncoder:
         return lines
 
     def _rendered(self, batch: Sequence[tuple[int, Conversation]]) -> list[Rendered | LoratuneError]:
-        """Of each row its sequences, or why there are none."""
+        """Return each row's sequences, or the error that prevents them."""
         conversations = [conversation for _, conversation in batch]
         try:
             encoded = self._encoder.encode_all(conversations, *self._settings)
             pairs = zip(conversations, encoded, strict=True)
             return [(examples, self._shortened(conversation, examples)) for conversation, examples in pairs]
-        except LoratuneError:  # some row cannot be rendered: go through them again to see which
+        except LoratuneError:  # at least one row cannot be rendered: find out which
             return [self._rendered_alone(conversation) for conversation in conversations]
 
     def _rendered_alone(self, conversation: Conversation) -> Rendered | LoratuneError:
@@ -136,14 +136,14 @@ class RowEncoder:
 
 
 def _trained(example: Example) -> Ids:
-    """The labelled ids, which mostly are all from some place on."""
+    """Return the labelled ids; in most examples they are one block at the end."""
     end = example.labels[example.labels.count(IGNORED) :]
     return end if IGNORED not in end else array("i", (label for label in example.labels if label != IGNORED))
 
 
 @contextmanager
 def _rare_garbage_collection() -> Iterator[None]:
-    """Rows leave no cycles behind, and looking for some every few of them takes a third of the time."""
+    """Collect garbage rarely: rows leave no cycles, and frequent collections take a third of the time."""
     usual = gc.get_threshold()
     gc.freeze()
     gc.set_threshold(100_000)
@@ -155,7 +155,7 @@ def _rare_garbage_collection() -> Iterator[None]:
 
 
 def _digest(messages: str, tools: tuple[dict[str, Any], ...]) -> int:
-    """What two rows share that are the same."""
+    """Hash a row's messages and tools, to detect duplicates."""
     content = messages + json.dumps(tools) if tools else messages
     return int.from_bytes(blake2b(content.encode(), digest_size=8).digest(), "little")
 
@@ -171,7 +171,7 @@ def _column(values: Sequence[Any], kind: pa.DataType) -> pa.Array:
 
 
 def _list_array(lists: Sequence[Ids]) -> pa.Array:
-    """Lists of int32, without a Python object for each."""
+    """Build an Arrow array of int32 lists without a Python object per element."""
     ends = np.cumsum([len(values) for values in lists], dtype=np.int32)
     count = int(ends[-1]) if len(ends) else 0
     flat = pa.Array.from_buffers(pa.int32(), count, [None, pa.py_buffer(b"".join(lists))])

@@ -15,7 +15,7 @@ Ids: TypeAlias = "array[int]"
 NormalForm: TypeAlias = Literal["NFC", "NFKC", "NFD", "NFKD"]
 NORMAL_FORMS: tuple[NormalForm, ...] = ("NFC", "NFKC", "NFD", "NFKD")
 UNNORMALIZED = "e\u0301\u00e9\ufb01"
-"""A text that each form writes in another way."""
+"""A text that each normal form writes differently."""
 
 
 def all_ids(tokenizer: Tokenizer, texts: Sequence[str], keep_special: bool) -> list[Ids]:
@@ -43,7 +43,7 @@ def all_ids(tokenizer: Tokenizer, texts: Sequence[str], keep_special: bool) -> l
 
 
 def normal_form(tokenizer: Tokenizer) -> NormalForm | None:
-    """The Unicode normal form that a tokenizer brings texts into; None where it keeps them, or does something else."""
+    """Return the Unicode normal form that a tokenizer applies; None if it applies none, or changes texts otherwise."""
     ids = tokenizer(UNNORMALIZED, add_special_tokens=False).input_ids
     read = str(tokenizer.decode(ids)).strip()
     if read == UNNORMALIZED:

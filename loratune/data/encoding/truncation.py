@@ -1,4 +1,4 @@
-"""A conversation that is too long → sequences that fit: less is asked, or less is answered."""
+"""Shortens conversations that exceed the maximum length, at the prompt or at the answer."""
 
 from __future__ import annotations
 
@@ -10,25 +10,25 @@ from loratune.data.encoding.encoder import IGNORED, Encoder, Example
 from loratune.data.formats.conversation import Conversation, Message
 
 NEAR_CUTS = 8
-"""Characters; a longer text may have fewer tokens, so that a few cuts beside the found one are tried too."""
+"""In characters. Token counts are not monotonic in length, so cuts up to this much longer are tried too."""
 
 
 def shorten(
     encoder: Encoder, conversation: Conversation, max_length: int, policy: str, train_on: str, train_thinking: bool
 ) -> list[Example]:
-    """The training sequences of a conversation, none longer than `max_length`.
+    """Return the training sequences of a conversation, each at most `max_length` tokens long.
 
-    Answers whose turn fits are trained as ever; each other one gets a shortened sequence of its own, or none if that
-    is impossible.
+    Answers whose turn fits are trained unchanged. Each other answer gets a shortened sequence of its own, or none if it
+    cannot be shortened enough.
 
     Args:
-        encoder: the renderer.
-        conversation: what was said.
-        max_length: tokens.
-        policy: `truncate_prompt` leaves out the earliest turns, then the beginning of the last question;
-            `truncate_answer` the end of the answer, with its end token, so that no stop is learnt where there is none.
-        train_on: `all` answers, or the `last` one.
-        train_thinking: whether reasoning is learnt too.
+        encoder: renders the conversation.
+        conversation: the conversation to shorten.
+        max_length: maximum tokens per sequence.
+        policy: `truncate_prompt` drops the earliest turns, then the start of the last question. `truncate_answer` drops
+            the end of the answer and its end token, so that the model does not learn to stop there.
+        train_on: `all` answers, or only the `last`.
+        train_thinking: whether reasoning is trained too.
     """
 
     def encode_last(turn: Conversation) -> Example:
@@ -48,12 +48,12 @@ def shorten(
 
 
 def _up_to(conversation: Conversation, place: int) -> Conversation:
-    """A conversation that ends with one of its answers."""
+    """Return the conversation up to and including one of its answers."""
     return replace(conversation, messages=conversation.messages[: place + 1])
 
 
 def _fitting(encoder: Encoder, conversation: Conversation, places: list[int], train_thinking: bool) -> list[Example]:
-    """The sequences of some answers, shared where the template allows it."""
+    """Encode some answers; they share sequences where the template allows it."""
     if not places:
         return []
     others = frozenset(range(places[-1])) - frozenset(places)
@@ -68,7 +68,7 @@ def _with_less_answer(example: Example, max_length: int) -> Example | None:
 def _with_less_prompt(
     conversation: Conversation, encode_last: Callable[[Conversation], Example], max_length: int
 ) -> Example | None:
-    """Drop the earliest turns, then the beginning of the last question."""
+    """Drop the earliest turns, then the start of the last question."""
     messages = conversation.messages
     system = messages[:1] if messages[0]["role"] == "system" else ()
     questions = [place for place, message in enumerate(messages) if message["role"] == "user"]
@@ -96,5 +96,5 @@ def _with_less_prompt(
 
 
 def _most(limit: int, fits: Callable[[int], bool]) -> int:
-    """The greatest count up to a limit that fits, found by bisection; 0 if 1 is too much."""
+    """Return the largest count up to a limit that fits, found by bisection; 0 if even 1 does not fit."""
     return bisect_left(range(1, limit + 1), True, key=lambda count: not fits(count))

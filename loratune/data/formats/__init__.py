@@ -1,1 +1,1 @@
-"""Rows of any known format → conversations."""
+"""Parses rows of any known format into conversations."""

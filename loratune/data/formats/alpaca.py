@@ -1,4 +1,4 @@
-"""Alpaca rows: instruction, input, output, system, history."""
+"""The Alpaca format: instruction, input, output, system, history."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ KEYS = ("instruction", "input", "output", "system", "history")
 
 
 def problems(value: dict[str, Any]) -> list[str]:
-    """What keeps a row from being trained on."""
+    """Return the reasons why a row cannot be trained on."""
     found = [_text_problem(value, key, required=key == "output") for key in KEYS if key != "history"]
     asked = [value.get("instruction"), value.get("input")]
     if all(text is None or (isinstance(text, str) and not text.strip()) for text in asked):
@@ -20,7 +20,7 @@ def problems(value: dict[str, Any]) -> list[str]:
 
 
 def messages(value: dict[str, Any]) -> list[Message]:
-    """The turns of a row; instruction and input are joined by a newline."""
+    """Return the turns of a row; instruction and input are joined by a newline."""
     turns: list[Message] = []
     if value.get("system"):
         turns.append({"role": "system", "content": value["system"]})
@@ -32,7 +32,7 @@ def messages(value: dict[str, Any]) -> list[Message]:
 
 
 def unread(value: dict[str, Any]) -> dict[str, Any]:
-    """Columns of a row that nothing is taken from."""
+    """Return the columns that this format does not use."""
     return {key: inner for key, inner in value.items() if key not in KEYS}
 
 
@@ -43,7 +43,7 @@ def _text_problem(value: dict[str, Any], key: str, required: bool) -> str:
     if not isinstance(text, str):
         return f"{key!r} is {kind_of(text)}, not a text"
     if has_half_a_pair(text):
-        return f"{key!r} holds half of a UTF-16 pair, which is no character"
+        return f"{key!r} holds an unpaired UTF-16 surrogate"
     return ""
 
 
@@ -57,4 +57,4 @@ def _history_problem(history: Any) -> str:
     if not is_pairs:
         return "'history' is not a list of [question, answer] pairs of texts"
     has_half = any(has_half_a_pair(text) for turn in history for text in turn)
-    return "'history' holds half of a UTF-16 pair, which is no character" if has_half else ""
+    return "'history' holds an unpaired UTF-16 surrogate" if has_half else ""

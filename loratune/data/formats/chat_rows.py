@@ -1,6 +1,6 @@
-"""Whole conversations, OpenAI's `messages` and ShareGPT's `conversations`, both with calls of tools.
+"""The chat formats: OpenAI's `messages` and ShareGPT's `conversations`, both with tool calls.
 
-Rows of `sft` and of `infer`, and the requests of `serve`, are read here.
+They serve the rows of `sft` and `infer` and the requests of `serve`.
 """
 
 from __future__ import annotations
@@ -22,21 +22,21 @@ SHAREGPT_ROLES = ROLES | {
     "observation": "tool",
 }  # fmt: skip
 TRAINING_MARKS = ("loss", "loss_scale", "train", "training", "weight")
-"""Keys by which a turn says whether it is trained: OpenAI's weight, and those of other programs."""
+"""Keys that mark a turn as trained or not: OpenAI's weight, and those of other tools."""
 
 
 @dataclass(frozen=True)
 class TurnStyle:
-    """How the turns of a conversation are written."""
+    """The keys and role names of a conversation's turns."""
 
     role: str
-    """Key of who speaks."""
+    """Key of the role."""
     text: str
-    """Key of what is said."""
+    """Key of the text."""
     roles: Mapping[str, str]
-    """Name of a speaker → role."""
+    """Name of a role in the file → role."""
     keys: frozenset[str]
-    """All that is read of a turn."""
+    """All keys that are read from a turn."""
 
 
 OPENAI = TurnStyle(
@@ -52,27 +52,27 @@ SHAREGPT = TurnStyle("from", "value", SHAREGPT_ROLES, frozenset({"from", "value"
 
 @dataclass(frozen=True)
 class ChatRows:
-    """Rows with a list of turns; the keys of the turns say how they are written, whatever the list is called."""
+    """Rows with a list of turns. The keys of the turns decide their style, whatever the list is called."""
 
     key: str
-    """Of the list."""
+    """Key of the list."""
     usual: TurnStyle
-    """How the turns of such a list mostly are written."""
+    """The style that such a list usually has."""
 
     @property
     def needs(self) -> str:
-        """What each row has to hold, for an error."""
+        """What each row needs, for error messages."""
         return f"each row needs {self.key!r}: a list of {{{self.usual.role}, {self.usual.text}}}, an answer last"
 
     def style_of(self, turns: list[Any]) -> TurnStyle:
-        """How the turns of a row are written: in the other style only if all of them are."""
+        """Return the style of a row's turns: the other one only if all turns have it."""
         other = self._other
         is_other = bool(turns) and all(isinstance(turn, dict) and turn.get(other.role) is not None for turn in turns)
         is_usual = all(isinstance(turn, dict) and turn.get(self.usual.role) is not None for turn in turns)
         return other if is_other and not is_usual else self.usual
 
     def problems(self, value: dict[str, Any]) -> list[str]:
-        """What keeps a row from being trained on."""
+        """Return the reasons why a row cannot be trained on."""
         given = value.get(self.key)
         if not isinstance(given, list) or not given:
             return [f"{self.key!r} is {'an empty list' if given == [] else kind_of(given)}, not a list of turns"]
@@ -93,20 +93,20 @@ class ChatRows:
         )
 
     def messages(self, value: dict[str, Any]) -> list[Message]:
-        """The turns of a row that has no problems."""
+        """Return the turns of a row that has no problems."""
         style = self.style_of(value[self.key])
         turns = [*self._system_beside(value, style), *value[self.key]]
         turns = in_order_of_calls(turns) if style is OPENAI else turns
         return [read for turn in turns if not isinstance(read := _read(turn, style), str)]
 
     def untrained(self, value: dict[str, Any]) -> frozenset[int]:
-        """Numbers, among the messages, of the answers that the row leaves out of training."""
+        """Return the message indices of the answers that the row excludes from training."""
         style = self.style_of(value[self.key])
         beside = len(self._system_beside(value, style))  # it is the first message
         return frozenset(place + beside for place in _untrained(value[self.key], style))
 
     def unread(self, value: dict[str, Any]) -> dict[str, Any]:
-        """Columns of a row, and keys of its turns, that nothing is taken from, with what they hold."""
+        """Return the columns, and keys of turns, that are not used, with their values."""
         style = self.style_of(value[self.key])
         read = {self.key, "tools", "functions"} | ({"system"} if self._takes_system(style) else set())
         columns = {key: inner for key, inner in value.items() if key not in read}
@@ -121,16 +121,16 @@ class ChatRows:
         return SHAREGPT if self.usual is OPENAI else OPENAI
 
     def _takes_system(self, style: TurnStyle) -> bool:
-        """Whether a system prompt beside the turns is meant for the model, which is ShareGPT's way."""
+        """Return whether the row's own `system` column is the system prompt, as in ShareGPT."""
         return SHAREGPT in (self.usual, style)
 
     def _system_beside(self, value: dict[str, Any], style: TurnStyle) -> list[dict[str, Any]]:
-        """A system prompt that stands beside the turns, as a turn."""
+        """Return the row's `system` column as a turn."""
         takes = self._takes_system(style) and value.get("system")
         return [{style.role: "system", style.text: value["system"]}] if takes else []
 
     def _form_problems(self, turns: list[Any], style: TurnStyle) -> list[str]:
-        """Turns that are none, or written in two ways."""
+        """Return problems of turns that are not objects, or that mix the two styles."""
         other = OPENAI if style is SHAREGPT else SHAREGPT
         for place, turn in enumerate(turns, 1):
             if not isinstance(turn, dict):
@@ -158,7 +158,7 @@ def _untrained(turns: list[dict[str, Any]], style: TurnStyle) -> frozenset[int]:
 
 
 def _mark_problems(turns: list[dict[str, Any]], style: TurnStyle) -> list[str]:
-    """Marks of single turns that cannot be honoured: a share of the loss, or the training of what is no answer."""
+    """Return problems of training marks that cannot be applied: fractions, and marks on turns that are not answers."""
     found = []
     for place, turn in enumerate(turns, 1):
         given = {mark: turn[mark] for mark in TRAINING_MARKS if turn.get(mark) is not None}
@@ -176,14 +176,14 @@ def _mark_problems(turns: list[dict[str, Any]], style: TurnStyle) -> list[str]:
 
 
 def _order_problems(messages: list[Message], first: int) -> list[str]:
-    """Any order that the model's template renders is one to train on, but an answer needs something before it."""
+    """Check that an answer is last and not first. The template decides which other orders it accepts."""
     if messages[0]["role"] == "assistant":
-        return [f"message {first} is an answer, and nothing stands before it"]
+        return [f"message {first} is an answer without a message before it"]
     return [] if messages[-1]["role"] == "assistant" else ["it does not end with an answer"]
 
 
 def _read(turn: dict[str, Any], style: TurnStyle, may_be_blank: bool = False) -> Message | str:
-    """A turn as a message, or what is wrong with it."""
+    """Return a turn as a message, or what is wrong with it."""
     given = turn[style.role]
     if not isinstance(given, str) or given not in style.roles:
         return f"the role {given!r} is none of {', '.join(style.roles)}"
@@ -192,7 +192,7 @@ def _read(turn: dict[str, Any], style: TurnStyle, may_be_blank: bool = False) ->
 
 
 def in_order_of_calls(turns: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """OpenAI's turns, results of tools in the order of their calls: most templates do not write their ids."""
+    """Sort tool results into the order of their calls, since most templates do not render call ids."""
     places: dict[str, int] = {}
     ordered: list[dict[str, Any]] = []
     for role, group in groupby(turns, key=lambda turn: turn["role"]):
@@ -212,11 +212,11 @@ def in_order_of_calls(turns: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def read_message(turn: dict[str, Any], may_be_blank: bool = False) -> Message | str:
-    """One of OpenAI's turns as the template takes it, or what is wrong with it.
+    """Return one of OpenAI's turns as a message for the template, or what is wrong with it.
 
     Args:
-        turn: with a role.
-        may_be_blank: whether a question without words is one.
+        turn: an object with a role.
+        may_be_blank: whether a user message may be blank.
     """
     return _read(turn, OPENAI, may_be_blank)
 
@@ -227,7 +227,7 @@ def _read_openai(turn: dict[str, Any], role: str, may_be_blank: bool) -> Message
     if isinstance(calls, str):
         return calls
     if role != "assistant" and (calls or reasoning):
-        return f"{'calls of tools stand' if calls else 'reasoning stands'} in a message of {role}"
+        return f"a message of {role} has {'tool calls' if calls else 'reasoning'}"
     if content is None and calls:
         content = ""
     if not isinstance(reasoning, str | None):
@@ -243,7 +243,7 @@ def _read_openai(turn: dict[str, Any], role: str, may_be_blank: bool) -> Message
 
 
 def _older_call(turn: dict[str, Any]) -> Any:
-    """OpenAI's `function_call`, the older form of one call, as a list of calls."""
+    """Return OpenAI's `function_call`, the deprecated form of one call, as a list of calls."""
     call = turn.get("function_call")
     return None if call is None else [call]
 
@@ -262,7 +262,7 @@ def _read_sharegpt(turn: dict[str, Any], role: str) -> Message | str:
 def _checked(role: str, content: Any, calls: list[dict[str, Any]], may_be_blank: bool = False) -> Message | str:
     if isinstance(content, list):
         kinds = [part.get("type") for part in content if isinstance(part, dict) and part.get("type") != "text"]
-        return f"it has a part of type {kinds[0]!r}, and only texts are trained here" if kinds else "its text is a list"
+        return f"it has a part of type {kinds[0]!r}, and only text is trained" if kinds else "its text is a list"
     if not isinstance(content, str):
         return f"its text is {kind_of(content)}"
     if has_half_a_pair(content):
@@ -276,7 +276,7 @@ def _checked(role: str, content: Any, calls: list[dict[str, Any]], may_be_blank:
 
 
 def _joined(content: Any) -> Any:
-    """A content that is a list of text parts as one text; anything else as it is."""
+    """Join a content that is a list of text parts; return any other content unchanged."""
     is_parts = isinstance(content, list) and all(
         isinstance(part, dict) and part.get("type") == "text" and isinstance(part.get("text"), str) for part in content
     )

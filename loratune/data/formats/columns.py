@@ -1,4 +1,4 @@
-"""What to say of a file whose columns no format knows: which there are, and how they could be read."""
+"""Error messages for files whose columns match no format: the columns, and the flags that would map them."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 from loratune.data.formats.registry import ALPACA, Format, renamed
 
-# Names that public files give to what Alpaca calls so; the likeliest first.
+# Column names in public datasets for each of Alpaca's columns, the most likely first.
 GUESSES = {
     "instruction": ("instruction", "question", "prompt", "query", "input"),
     "output": ("output", "answer", "response", "completion", "chosen"),
@@ -23,15 +23,15 @@ NO_PREFERENCE = "preference training (DPO) is not offered"
 
 
 def describe_unread_columns(first: Sequence[Any], kind: Format, columns: Mapping[str, str]) -> str:
-    """Say which columns a file has whose rows hold no answer under a known name, and the flags that would read them.
+    """Describe the columns of a file without a known answer column, and the flags that would map them.
 
     Args:
-        first: some rows from its beginning.
-        kind: from `detect_format`.
+        first: the first rows of the file.
+        kind: result of `detect_format`.
         columns: name that a format knows → name in the file.
 
     Returns:
-        A sentence; nothing where the rows can be read, or are no objects at all.
+        A sentence; empty if the rows can be read, or are not objects.
     """
     rows = [renamed(value, columns) for value in first if isinstance(value, dict)]
     row: dict[str, Any] = next(iter(rows), {})
@@ -51,12 +51,12 @@ def describe_unread_columns(first: Sequence[Any], kind: Format, columns: Mapping
 
 
 def _of_texts(row: Mapping[str, Any], named: str, is_preference: bool) -> str:
-    """The sentence for rows whose columns are no conversations.
+    """Return the sentence for rows without a list of turns.
 
     Args:
-        row: name of a column → the first value in it that is not null.
+        row: name of a column → its first value that is not null.
         named: the beginning of the sentence.
-        is_preference: whether each question has an answer that was chosen and one that was rejected.
+        is_preference: whether rows have a chosen and a rejected answer.
     """
     texts = {name for name, value in row.items() if isinstance(value, str | None)}
     pairs = {known: next((name for name in names if name in texts), None) for known, names in GUESSES.items()}
@@ -75,8 +75,8 @@ def _of_texts(row: Mapping[str, Any], named: str, is_preference: bool) -> str:
         )
     if plain and not pairs["output"]:
         named += (
-            f"; {plain!r} holds plain text, and training on plain text (pretraining) is not offered: answers to what "
-            f"is asked are trained, from rows such as {EXAMPLE}"
+            f"; {plain!r} holds plain text, and training on plain text (pretraining) is not offered: loratune trains "
+            f"answers to questions, from rows such as {EXAMPLE}"
         )
         if len(row) == 1:
             return named
@@ -84,7 +84,7 @@ def _of_texts(row: Mapping[str, Any], named: str, is_preference: bool) -> str:
 
 
 def _key_of_turns(value: Any) -> str:
-    """`role` or `from` if a value is a list of turns that name their speakers so; else empty."""
+    """Return `role` or `from` if the value is a list of turns with that key; otherwise an empty string."""
     if not isinstance(value, list) or not value or not all(isinstance(turn, dict) for turn in value):
         return ""
     found = (key for key in ("role", "from") if all(isinstance(turn.get(key), str) for turn in value))

@@ -1,4 +1,4 @@
-"""A conversation, which every format of rows becomes, and what holds for the texts in it."""
+"""The common form of a conversation, and checks of its texts."""
 
 from __future__ import annotations
 
@@ -17,26 +17,26 @@ class Message(_Said, total=False):
     """One turn, in the form that chat templates take."""
 
     tool_calls: list[dict[str, Any]]
-    """Of an assistant: {"type": "function", "function": {"name": …, "arguments": an object}}."""
+    """Of an assistant message: {"type": "function", "function": {"name": …, "arguments": an object}} each."""
     name: str
-    """Of a tool: which one it is."""
+    """Of a tool message: the tool's name."""
 
 
 @dataclass(frozen=True)
 class Conversation:
-    """A system message if there is one, then questions and answers in turn; ends with an answer.
+    """An optional system message, then alternating questions and answers; the last message is an answer.
 
-    Between an answer that calls tools and the next answer stand the messages of these tools.
+    The results of tool calls follow the answer that makes the calls.
     """
 
     messages: tuple[Message, ...]
     untrained: frozenset[int] = frozenset()
-    """Answers, by their number among the messages, that the row itself leaves out of training."""
+    """Message indices of the answers that the row excludes from training."""
     tools: tuple[dict[str, Any], ...] = ()
-    """What the assistant may call: a JSON schema each."""
+    """JSON schemas of the tools that the assistant may call."""
 
     def trained_answers(self, train_on: str) -> list[int]:
-        """Numbers, among the messages, of the answers to be trained: `all`, or the `last`."""
+        """Return the message indices of the answers to train: `all`, or the `last`."""
         answers = [
             place
             for place, message in enumerate(self.messages)
@@ -46,7 +46,7 @@ class Conversation:
 
 
 def written_out(text: str, calls: Sequence[dict[str, Any]]) -> str:
-    """An answer as one text, to be compared: what it says, then a line of JSON for each call, whose keys are sorted."""
+    """Return an answer as one text for comparison: its content, then one line of JSON with sorted keys per call."""
     functions = (call["function"] for call in calls)
     lines = (
         json.dumps({"name": one["name"], "arguments": one["arguments"]}, ensure_ascii=False, sort_keys=True)
@@ -56,13 +56,13 @@ def written_out(text: str, calls: Sequence[dict[str, Any]]) -> str:
 
 
 def kind_of(value: Any) -> str:
-    """What a JSON value is, for people."""
+    """Return the type of a JSON value in words."""
     names = {dict: "an object", list: "a list", str: "a text", bool: "true/false", type(None): "null"}
     return names.get(type(value), "a number")
 
 
 def has_half_a_pair(text: str) -> bool:
-    """Whether a text holds half of a UTF-16 pair, which no encoding can write."""
+    """Return whether a text has an unpaired UTF-16 surrogate, which no encoding can represent."""
     try:
         text.encode()
     except UnicodeEncodeError:
@@ -71,7 +71,7 @@ def has_half_a_pair(text: str) -> bool:
 
 
 def is_deeper(value: Any, levels: int) -> bool:
-    """Whether lists and objects of a JSON value stand in each other more than so many levels deep."""
+    """Return whether lists and objects of a JSON value are nested more than `levels` deep."""
     layer = [value]
     for _ in range(levels):
         nested = [one.values() if isinstance(one, dict) else one for one in layer if isinstance(one, dict | list)]
@@ -82,7 +82,7 @@ def is_deeper(value: Any, levels: int) -> bool:
 
 
 def texts_in(value: Any) -> Iterator[str]:
-    """All texts in a JSON value; the keys of its objects are left out."""
+    """Yield all strings in a JSON value, except the keys of objects."""
     if isinstance(value, str):
         yield value
     elif isinstance(value, dict | list | tuple):
@@ -91,7 +91,7 @@ def texts_in(value: Any) -> Iterator[str]:
 
 
 def keys_in(value: Any) -> Iterator[str]:
-    """The keys of all objects in a JSON value."""
+    """Yield the keys of all objects in a JSON value."""
     if isinstance(value, dict):
         yield from value
     if isinstance(value, dict | list | tuple):

@@ -1,4 +1,4 @@
-"""TRL's conversational prompt and completion: two lists of turns, of which the second one's answers are trained."""
+"""TRL's conversational prompt and completion: two lists of turns, of which only answers in the second are trained."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ NUMBER = re.compile(r"^message (\d+)")
 
 
 def has_lists(row: dict[str, Any]) -> bool:
-    """Whether a row with a prompt and a completion has turns there, and no texts."""
+    """Return whether prompt or completion is a list of turns, not a text."""
     return any(isinstance(row.get(key), list) for key in LISTS)
 
 
 def problems(value: dict[str, Any]) -> list[str]:
-    """What keeps a row from being trained on; turns are numbered in the list that they stand in."""
+    """Return the reasons why a row cannot be trained on. Turns are numbered within their list."""
     given = {key: value.get(key) for key in LISTS}
     found = [
         f"{key!r} is {'an empty list' if turns == [] else kind_of(turns)}, not a list of turns"
@@ -38,17 +38,17 @@ def problems(value: dict[str, Any]) -> list[str]:
 
 
 def messages(value: dict[str, Any]) -> list[Message]:
-    """The turns of a row that has no problems."""
+    """Return the turns of a row that has no problems."""
     return MESSAGES.messages(_joined(value))
 
 
 def untrained(value: dict[str, Any]) -> frozenset[int]:
-    """Numbers, among the messages, of the answers of the prompt, and of those that the row leaves out of training."""
+    """Return the message indices of the prompt's answers, and of the answers that the row excludes from training."""
     return MESSAGES.untrained(_joined(value))
 
 
 def unread(value: dict[str, Any]) -> dict[str, Any]:
-    """Columns of a row, and keys of its turns, that nothing is taken from, with what they hold."""
+    """Return the columns, and keys of turns, that are not used, with their values."""
     rest = {key: inner for key, inner in value.items() if key not in LISTS}
     return {
         name: inner
@@ -69,7 +69,7 @@ def answered(row: dict[str, Any]) -> dict[str, Any]:
 
 
 def _joined(value: dict[str, Any]) -> dict[str, Any]:
-    """A row as one conversation, in which the prompt's answers are marked as not to be trained."""
+    """Return a row as one conversation whose prompt answers are marked as untrained."""
     style = MESSAGES.style_of([*value[PROMPT.key], *value[COMPLETION.key]])
     given = (
         mark for turn in value[COMPLETION.key] if isinstance(turn, dict) for mark in TRAINING_MARKS if mark in turn
@@ -86,6 +86,6 @@ def _is_answer(turn: Any, style: TurnStyle) -> bool:
 
 
 def _place(number: int, before: int) -> str:
-    """Where a turn stands that has a number in the whole conversation."""
+    """Return the list and number of the turn that has this number in the whole conversation."""
     is_prompt = number <= before
     return f"message {number if is_prompt else number - before} of {(PROMPT if is_prompt else COMPLETION).key!r}"

@@ -1,4 +1,4 @@
-"""Rows → conversations, whatever format a file is in; every row is checked, and all problems are told at once."""
+"""The table of formats, their detection, and the reader that checks rows and reports all problems at once."""
 
 from __future__ import annotations
 
@@ -18,19 +18,19 @@ from loratune.data.formats.row_tools import tools_of
 from loratune.errors import Exit, LoratuneError
 
 PLACEHOLDER = re.compile(r"\{\{\s*(\w+)\s*\}\}")
-# The two placeholders that published identity data uses; others may be meant literally.
+# The two placeholders in published identity datasets; others may be literal text.
 MUST_BE_FILLED = ("name", "author")
 
 
 @dataclass(frozen=True)
 class Format:
-    """How one kind of row is read."""
+    """How rows of one format are recognised and read."""
 
     name: str
     keys: tuple[str, ...]
-    """A file whose first row has them is in this format."""
+    """Keys that the first rows of a file in this format have."""
     needs: str
-    """What its rows have to hold, for an error."""
+    """What each row needs, for error messages."""
     problems: Callable[[dict[str, Any]], list[str]]
     messages: Callable[[dict[str, Any]], list[Message]]
     unread: Callable[[dict[str, Any]], dict[str, Any]]
@@ -42,9 +42,9 @@ class Format:
     untrained: Callable[[dict[str, Any]], frozenset[int]] = lambda _: frozenset()
     tools: Callable[[dict[str, Any]], tuple[dict[str, Any], ...]] = lambda _: ()
     columns: Mapping[str, str] | None = None
-    """Its names of Alpaca's columns, for pairs that are called something else."""
+    """The format's names for Alpaca's columns."""
     fits: Callable[[dict[str, Any]], bool] = lambda _: True
-    """Whether a row that has the keys is in this format, where others have the same ones."""
+    """Decides whether a row with the keys is in this format, if other formats have the same keys."""
 
     def is_of(self, row: dict[str, Any]) -> bool:
         """Whether a row is in this format, well formed or not."""
@@ -111,9 +111,9 @@ FORMATS = (
 
 
 class ConversationReader:
-    """Turns the rows of one file into conversations, all in one format.
+    """Converts the rows of one file, all in one format, into conversations.
 
-    `{{name}}` in any text becomes the placeholder's value.
+    `{{name}}` in any text is replaced with the placeholder's value.
 
     Args:
         kind: the format.
@@ -134,17 +134,17 @@ class ConversationReader:
         self.kind = kind
         self._are_questions = are_questions
         self.ignored: set[str] = set()
-        """Keys of the rows read so far that say nothing to this format."""
+        """Unused keys of the rows read so far."""
         self._columns = columns
         self._system: tuple[Message, ...] = ({"role": "system", "content": system},) if system else ()
         self._fill = _Filler(placeholders)
 
     def read(self, given: Any) -> Conversation | str:
-        """The conversation of a row, or what keeps the row from being trained on."""
+        """Return the conversation of a row, or the reasons why it cannot be trained on."""
         try:
             return self._read(given)
-        except RecursionError:  # whatever looks into its values goes as deep as they do
-            return "its values are nested too deep to be looked into"
+        except RecursionError:  # checks recurse as deep as the values nest
+            return "its values are nested too deep to be checked"
 
     def _read(self, given: Any) -> Conversation | str:
         value = renamed(given, self._columns)
@@ -165,10 +165,10 @@ class ConversationReader:
         return Conversation((*added, *turns), untrained, self.kind.tools(value))
 
     def check_placeholders(self) -> None:
-        """Refuse placeholders that rows hold and that have no value.
+        """Raise if rows contain placeholders without a value.
 
         Raises:
-            LoratuneError: with the flags that would give them.
+            LoratuneError: names the flags that would set them.
         """
         self._fill.check()
 
@@ -177,12 +177,12 @@ def detect_format(first: Iterable[Any], columns: Mapping[str, str], are_question
     """The format of a file by the first of its rows that is in any.
 
     Args:
-        first: some rows from its beginning.
+        first: the first rows of the file.
         columns: name that a format knows → name in the file.
         are_questions: whether the last answer may be missing.
 
     Returns:
-        The format; Alpaca if no row is in any, whose errors say what is missing.
+        The format; Alpaca if no row matches, because its errors name what is missing.
     """
     for row in (renamed(value, columns) for value in first if isinstance(value, dict)):
         for kind in FORMATS:
@@ -192,7 +192,7 @@ def detect_format(first: Iterable[Any], columns: Mapping[str, str], are_question
 
 
 def renamed(value: Any, columns: Mapping[str, str] | None) -> Any:
-    """A row under the names that a format knows."""
+    """Return a row with its columns renamed to the names that a format knows."""
     if not isinstance(value, dict) or not columns:
         return value
     rest = {key: inner for key, inner in value.items() if key not in columns.values()}
@@ -213,7 +213,7 @@ def _filled(message: Message, fill: _Filler) -> Message:
 
 
 class _Filler:
-    """Fills placeholders, whatever their case, and remembers those that had to be filled but were not given."""
+    """Fills placeholders, ignoring case, and records required ones that have no value."""
 
     def __init__(self, placeholders: Mapping[str, str]) -> None:
         self.values = {name.lower(): value for name, value in placeholders.items()}
@@ -223,7 +223,7 @@ class _Filler:
         return text if "{{" not in text else PLACEHOLDER.sub(self._value, text)
 
     def all_texts(self, value: Any) -> Any:
-        """A JSON value with every text in it filled; keys stay."""
+        """Return a JSON value with every string except keys filled."""
         if isinstance(value, dict):
             return {key: self.all_texts(inner) for key, inner in value.items()}
         if isinstance(value, list):
@@ -237,10 +237,10 @@ class _Filler:
         return self.values.get(name, match[0])
 
     def check(self) -> None:
-        """Refuse placeholders that have no value.
+        """Raise if a required placeholder has no value.
 
         Raises:
-            LoratuneError: with the flags that would give them.
+            LoratuneError: names the flags that would set them.
         """
         if self.missing:
             flags = " ".join(f"--data.placeholders {shlex.quote(f'{name}=TEXT')}" for name in sorted(self.missing))

@@ -1,4 +1,4 @@
-"""Rows about pictures, videos and sound, of which the texts alone would be trained."""
+"""Rejects rows with images, video or audio, of which only the text would be trained."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ NAMES = {
     "image": "a picture", "images": "pictures", "video": "a video", "videos": "videos", "audio": "sound",
     "audios": "sound",
 }  # fmt: skip
-"""Columns that hold nothing else."""
+"""Columns that by convention hold only media."""
 PLACEHOLDER = re.compile(r"<\|?(?:image|video|audio)\w*\|?>", re.IGNORECASE)
 SUFFIXES = {
     "a picture": "avif bmp gif heic jfif jpe?g png svg tiff? webp",
@@ -28,36 +28,36 @@ LONGEST_PATH = 4096
 
 
 def named_media(row: dict[str, Any]) -> list[str]:
-    """What is in the columns of a row that are called after pictures, videos or sound."""
-    return [f"{key!r} holds {NAMES[key]}, and only texts are trained here" for key in NAMES if _holds_any(row.get(key))]
+    """Return problems of columns that are named after media."""
+    return [f"{key!r} holds {NAMES[key]}, and only text is trained" for key in NAMES if _holds_any(row.get(key))]
 
 
 def referred_media(unread: dict[str, Any], row: dict[str, Any]) -> list[str]:
-    """Pictures and the like in columns that are not read, whatever these are called, where a text refers to them.
+    """Return problems of unused columns that look like media, if a text of the row refers to media.
 
     Args:
-        unread: name of a column, or of a key of turns → what it holds.
-        row: as it was given.
+        unread: name of a column, or of a key of turns → its value.
+        row: the row as given.
     """
     kinds = {key: kind for key, value in unread.items() if (kind := _kind_of(value))}
     place = next((found for text in texts_in(row) if (found := PLACEHOLDER.search(text))), None) if kinds else None
     if not place:
         return []
     return [
-        f"{key!r} holds {kind}, to which {place[0]} in a text refers, and only texts are trained here"
+        f"{key!r} holds {kind}, to which {place[0]} in a text refers, and only text is trained"
         for key, kind in kinds.items()
     ]
 
 
 def _holds_any(value: Any) -> bool:
-    """Whether a value is more than nulls, empty texts, and lists and objects of them."""
+    """Return whether a value contains anything but nulls and empty strings."""
     if isinstance(value, dict | list):
         return any(map(_holds_any, value.values() if isinstance(value, dict) else value))
     return value not in (None, "", b"")
 
 
 def _kind_of(value: Any) -> str:
-    """What a value is, if it looks like a picture, a video or sound, or a list with one; else empty."""
+    """Return the kind of media that a value, or an element of it, looks like; otherwise an empty string."""
     if isinstance(value, str):
         data = DATA_URL.match(value)
         if data:
@@ -67,7 +67,7 @@ def _kind_of(value: Any) -> str:
     if isinstance(value, bytes):
         return "the bytes of a file" if value else ""
     if isinstance(value, dict):
-        # As datasets writes a picture.
+        # how the datasets library stores an image
         if value.keys() >= {"bytes", "path"} and _holds_any([value["bytes"], value["path"]]):
             return _kind_of(value["path"]) or "a file"
         return next(filter(None, map(_kind_of, value.values())), "")

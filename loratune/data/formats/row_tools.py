@@ -1,4 +1,4 @@
-"""Tools that a row offers, and calls of them, in the forms that OpenAI's and ShareGPT's rows have."""
+"""Parses the tools of a row, and tool calls, in OpenAI's and ShareGPT's forms."""
 
 from __future__ import annotations
 
@@ -7,27 +7,27 @@ from typing import Any
 
 from loratune.data.formats.conversation import has_half_a_pair, is_deeper, kind_of
 
-HALF_A_PAIR = "holds half of a UTF-16 pair, which is no character"
+HALF_A_PAIR = "holds an unpaired UTF-16 surrogate"
 DEEPEST = 100
-"""Levels of lists and objects, all of which Python, Jinja and the template follow by calls within calls."""
+"""Maximum nesting of lists and objects: Python, Jinja and the template process them recursively."""
 TOO_DEEP = f"nested more than {DEEPEST} levels deep"
 
 
 def tools_of(value: dict[str, Any]) -> tuple[dict[str, Any], ...]:
-    """What the assistant of a row may call, each as OpenAI's {"type": "function", "function": {…}}."""
+    """Return the tools of a row, each as OpenAI's {"type": "function", "function": {…}}."""
     tools = read_tools(given_tools(value))
     return () if isinstance(tools, str) else tuple(tools)
 
 
 def read_calls(given: Any) -> list[dict[str, Any]] | str:
-    """Calls of tools with their arguments as objects, which most templates want, or what is wrong with them."""
+    """Return tool calls with their arguments as objects, as most templates expect, or what is wrong with them."""
     if is_deeper(given, DEEPEST):
-        return f"its calls of tools are {TOO_DEEP}"
+        return f"its tool calls are {TOO_DEEP}"
     given = _without_nulls(given)
     if given is None:
         return []
     if not isinstance(given, list):
-        return f"its calls of tools are {kind_of(given)}, not a list"
+        return f"its tool calls are {kind_of(given)}, not a list"
     calls = []
     for place, call in enumerate(given, 1):
         function = call.get("function", call) if isinstance(call, dict) else None
@@ -44,12 +44,12 @@ def read_calls(given: Any) -> list[dict[str, Any]] | str:
 
 
 def given_tools(value: dict[str, Any]) -> Any:
-    """What a row or a request says of its tools; `functions` is the older name."""
+    """Return a row's or a request's `tools`, or the deprecated `functions`."""
     return value["tools"] if value.get("tools") is not None else value.get("functions")
 
 
 def read_tools(given: Any) -> list[dict[str, Any]] | str:
-    """Descriptions of tools, each as OpenAI's {"type": "function", "function": {…}}, or what is wrong with them."""
+    """Return tools, each as OpenAI's {"type": "function", "function": {…}}, or what is wrong with them."""
     tools = parsed(given)
     if is_deeper(tools, DEEPEST):
         return f"'tools' are {TOO_DEEP}"
@@ -69,9 +69,9 @@ def read_tools(given: Any) -> list[dict[str, Any]] | str:
 
 
 def _without_nulls(value: Any) -> Any:
-    """A value without the null keys that Arrow gives every object of a column; nulls in lists stay, as in TRL.
+    """Remove the null keys that Arrow adds to the objects of a column; nulls in lists stay, as in TRL.
 
-    A null inside a JSON text was written by somebody, and stays.
+    Nulls inside a JSON text were written on purpose, and stay.
     """
     if isinstance(value, dict):
         return {key: _without_nulls(inner) for key, inner in value.items() if inner is not None}
@@ -79,7 +79,7 @@ def _without_nulls(value: Any) -> Any:
 
 
 def parsed(value: Any) -> Any:
-    """A JSON text as what it stands for, None if it is no JSON; any other value as it is."""
+    """Return the value of a JSON text, None if it is invalid; return any other value unchanged."""
     if not isinstance(value, str):
         return value
     try:

@@ -1,1 +1,1 @@
-"""Files and hub data sets as streams of rows, in little memory however large they are."""
+"""Streams the rows of files and hub datasets in constant memory."""

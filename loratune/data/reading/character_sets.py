@@ -1,4 +1,4 @@
-"""Bytes of a file → text, in one stated encoding; what does not fit is refused, with a guess at what it is."""
+"""Decodes a file's bytes in the configured encoding; for undecodable bytes, the error guesses the encoding."""
 
 from __future__ import annotations
 
@@ -16,20 +16,20 @@ UNKNOWN_TO_ICONV = [
     *("cp720", "cp1006", "euc_jis_2004", "hz", "kz1048", "latin_1", "mac_greek", "mac_iceland", "mac_latin2"),
     *("mac_roman", "mac_turkish", "ptcp154", "shift_jis_2004", "shift_jisx0213"),
 ]
-"""Encodings that would be guessed under names that glibc's iconv does not take."""
+"""Encodings whose names glibc's iconv does not know; they are excluded from guesses."""
 UNPACKERS = {".gz": "gzip -dc", ".zst": "zstd -dc"}
 SAMPLE = 1 << 20
 BEFORE_FAULT = 1 << 16
 
 
 def check_encoding(encoding: str) -> None:
-    """Refuse what is no name of a text encoding.
+    """Raise if a name is not that of a text encoding.
 
     Raises:
-        LoratuneError: with names that are.
+        LoratuneError: with examples of valid names.
     """
     try:
-        "".encode(encoding)  # refuses codecs that are not of text, such as rot13
+        "".encode(encoding)  # raises for codecs that do not encode text, such as rot13
         known = codecs.lookup(encoding).incrementaldecoder is not None
     except (LookupError, ValueError):
         known = False
@@ -40,15 +40,15 @@ def check_encoding(encoding: str) -> None:
 
 
 def decode_blocks(name: str, encoding: str, blocks: Callable[[], Iterator[bytes]]) -> Iterator[str]:
-    """The text of a file piece by piece, without its byte order mark.
+    """Yield the text of a file in pieces, without its byte order mark.
 
     Args:
-        name: of the file, for errors.
-        encoding: a name that check_encoding lets pass.
-        blocks: makes the bytes of the file; called again for a guess where they do not fit.
+        name: name of the file, for errors.
+        encoding: a name that `check_encoding` accepts.
+        blocks: returns the file's bytes; called a second time to guess the encoding of undecodable bytes.
 
     Raises:
-        LoratuneError: bytes that are not in the encoding.
+        LoratuneError: the bytes are not in the encoding.
     """
     decoder = codecs.getincrementaldecoder(encoding)()
     fed, at_start = 0, True
@@ -57,7 +57,7 @@ def decode_blocks(name: str, encoding: str, blocks: Callable[[], Iterator[bytes]
         try:
             text = decoder.decode(block, final=not block)
         except UnicodeError as error:
-            # The decoder counts from what it had kept of the block before.
+            # Positions count from the bytes that the decoder kept of the previous block.
             start = fed - len(error.object) + error.start if isinstance(error, UnicodeDecodeError) else 0
             raise _not_in_encoding(name, encoding, start, blocks()) from error
         if text and at_start:
@@ -67,7 +67,7 @@ def decode_blocks(name: str, encoding: str, blocks: Callable[[], Iterator[bytes]
 
 
 def _then_empty(blocks: Iterator[bytes]) -> Iterator[bytes]:
-    """Blocks and an empty one, which tells the decoder that nothing more will come."""
+    """Yield the blocks and an empty one, which finishes decoding."""
     yield from blocks
     yield b""
 
@@ -100,7 +100,7 @@ def _setting_for(guess: str) -> str:
 
 
 def _sample(blocks: Iterator[bytes], position: int) -> bytes:
-    """Bytes from a fault on; far into a file from its line on, as ASCII before it would mislead a guess."""
+    """Return bytes from a fault on, or from the start of its line, since much ASCII before it misleads the guess."""
     wanted = max(0, position - BEFORE_FAULT)
     start, kept = 0, b""
     for block in blocks:
@@ -117,12 +117,12 @@ def _sample(blocks: Iterator[bytes], position: int) -> bytes:
 
 
 def _guess_encoding(sample: bytes) -> str:
-    """Name for iconv of the encoding that bytes are probably in."""
+    """Return iconv's name of the most likely encoding."""
     best = from_bytes(sample, cp_exclusion=UNKNOWN_TO_ICONV).best()
     name = best.encoding if best else "ENCODING"
     if name in ("big5", "big5hkscs", "cp949", "euc_kr", "johab"):
-        # In a few characters these cannot be told from GBK, which is what Chinese Excel and Notepad write.
+        # A few characters do not distinguish these from GBK, which Chinese Excel and Notepad write.
         with suppress(UnicodeDecodeError):
             codecs.getincrementaldecoder("gb18030")().decode(sample)
             name = "gb18030"
-    return re.sub("-([BL]E)$", r"\1", name.upper().replace("_", "-"))  # iconv knows UTF-16LE
+    return re.sub("-([BL]E)$", r"\1", name.upper().replace("_", "-"))  # iconv's spelling is UTF-16LE

@@ -1,4 +1,4 @@
-"""Text of a CSV file with a header → rows, whose values are all texts."""
+"""Parses CSV with a header; all values are strings."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ QUOTED = re.compile('"[^"]*"')
 
 
 def rows_of_csv(name: str, pieces: Iterator[str]) -> Iterator[Row | BadRow]:
-    """The records of a file, each with the number of the line that it begins on.
+    """Yield the records of a file, numbered by the line on which each starts.
 
     Raises:
-        LoratuneError: no rows, or a header that does not name the columns.
+        LoratuneError: there are no rows, or the header does not name the columns.
     """
-    csv.field_size_limit(ROW_CAP)  # its default of 128 KiB is less than a long conversation
+    csv.field_size_limit(ROW_CAP)  # the default of 128 KiB is shorter than a long conversation
     lines = _lines(name, pieces)
     blank_lines, first = 0, next(lines, "")
     while first.isspace():
@@ -61,7 +61,7 @@ def _lines(name: str, pieces: Iterator[str]) -> Iterator[str]:
 
 
 def _delimiter(header: str) -> str:
-    """What separates the names of the header; the comma where nothing does."""
+    """Return the most frequent delimiter of the header; a comma if there is none."""
     unquoted = QUOTED.sub("", header)
     return max(DELIMITERS, key=unquoted.count)
 
@@ -90,5 +90,5 @@ def _header(name: str, reader: Iterator[list[str]], number: int) -> list[str]:
 def _miscount(record: list[str], header: list[str], delimiter: str) -> str:
     return (
         f"{len(record)} fields where the header has {len(header)}; "
-        f"a text that holds {NAMES[delimiter]} or a line end stands in double quotes"
+        f"put texts that contain {NAMES[delimiter]} or a line end in double quotes"
     )

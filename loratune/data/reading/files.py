@@ -1,4 +1,4 @@
-"""A file or a hub's data set → its rows as a stream, in little memory however large it is."""
+"""Opens a file or a hub dataset as a stream of rows."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ from loratune.errors import Exit, LoratuneError
 __all__ = ["BadRow", "Row", "RowFile", "open_rows"]
 
 BLOCK = 1 << 18
-"""Bytes that are read at a time."""
+"""Number of bytes per read."""
 CODECS = {"gz": "gzip", "zst": "zstd"}
 
 
 class RowFile:
-    """The rows of one file or data set; made by open_rows."""
+    """The rows of one file or dataset; created by `open_rows`."""
 
     def __init__(
         self,
@@ -47,41 +47,41 @@ class RowFile:
         self._stamp = _stamp(name) if is_file else None
 
     def __iter__(self) -> Iterator[Row | BadRow]:
-        """Read from the start.
+        """Read the rows from the start.
 
         Raises:
-            LoratuneError: no rows, not in the encoding, damaged, or a document that is not JSON.
+            LoratuneError: there are no rows, or the file is damaged, not in the encoding, or not valid JSON.
         """
         return self._rows()
 
     @cached_property
     def sha256(self) -> str:
-        """Of the bytes of the file as it lies on the disk; of a data set, of its name, fingerprint and length."""
+        """For a file, the hash of its bytes on disk; for a dataset, the hash of its name, fingerprint and length."""
         return self._fingerprint()
 
     def place(self, number: int) -> str:
-        """Where the row of a number stands."""
+        """Return the file and line or row of a row number."""
         return f"{self.name}:{number}" if self._is_lines else f"{self.name} row {number}"
 
     def check_unchanged(self) -> None:
-        """Make sure that the file is the one that was opened.
+        """Raise if the file changed since it was opened.
 
         Raises:
-            LoratuneError: it is not.
+            LoratuneError: its size or modification time differs.
         """
         if self._stamp and _stamp(self.name) != self._stamp:
             raise LoratuneError(f"{self.name}: changed while it was read; start again", Exit.DATA)
 
 
 def open_rows(name: str, encoding: str = "utf-8") -> RowFile:
-    """Open a file or a hub's data set for reading.
+    """Open a file or a hub dataset for reading.
 
     Args:
-        name: as parse_source gives it.
-        encoding: of the text of files.
+        name: a name from `parse_source`.
+        encoding: text encoding of files.
 
     Raises:
-        LoratuneError: it is missing or cannot be read, or there is no such encoding.
+        LoratuneError: the file is missing or unreadable, or the encoding is unknown.
     """
     check_encoding(encoding)
     parts = hub_name(name)
@@ -90,7 +90,7 @@ def open_rows(name: str, encoding: str = "utf-8") -> RowFile:
         return RowFile(name, dataset.__iter__, dataset.sha256, is_file=False)
     kind = file_kind(name)
     if not kind:
-        raise LoratuneError(f"{name}: not a kind of file that is read", Exit.DATA)
+        raise LoratuneError(f"{name}: not a file type that loratune reads", Exit.DATA)
     _check_readable(name)
     if kind.kind == "parquet":
         return RowFile(name, partial(rows_of_parquet, name), partial(_sha256, name))
@@ -106,14 +106,14 @@ def _open_text(name: str, kind: FileKind, encoding: str) -> RowFile:
     check = cache(lambda: None if is_lines else check_object(name, pieces()))
 
     def rows() -> Iterator[Row | BadRow]:
-        check()  # before the first row is used, and once
+        check()  # once, before the first row is used
         return read(name, pieces())
 
     return RowFile(name, rows, partial(_sha256, name), is_lines=is_lines)
 
 
 def _blocks(name: str, compression: str | None = None) -> Iterator[bytes]:
-    """The bytes of a file, unpacked."""
+    """Yield the decompressed bytes of a file."""
     try:
         with _open(name, compression) as file:
             while block := file.read(BLOCK):
@@ -145,7 +145,7 @@ def _check_readable(name: str) -> None:
     except (OSError, ValueError) as error:
         raise _unreadable(name, error) from error
     if not stat.S_ISREG(mode):
-        raise LoratuneError(f"{name}: not a plain file, which can be read more than once; save it as one", Exit.DATA)
+        raise LoratuneError(f"{name}: not a regular file, which can be read more than once; save it as one", Exit.DATA)
 
 
 def _stamp(name: str) -> tuple[int, int] | None:

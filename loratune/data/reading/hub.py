@@ -1,4 +1,4 @@
-"""A data set of a hub → rows; asked for by name, never found by chance."""
+"""Loads the rows of a hub dataset that the user named explicitly."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ BATCH_ROWS = 256
 
 
 class HubRows:
-    """One split of a data set, downloaded and cached by its hub's own library."""
+    """One split of a dataset, downloaded and cached by its hub's own library."""
 
     def __init__(self, name: str, dataset: Any) -> None:
         self.name = name
         self.dataset = dataset
 
     def sha256(self) -> str:
-        """A fingerprint of the data set in place of a file's."""
-        # The library's own fingerprint of the data; no public attribute holds it.
+        """Return a hash of the dataset's identity, in place of a file's hash."""
+        # The library's fingerprint of the data is only available as a private attribute.
         parts = [self.name, str(getattr(self.dataset, "_fingerprint", "")), str(len(self.dataset))]
         return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
@@ -39,14 +39,14 @@ class HubRows:
 
 
 def open_hub(name: str, parts: HubName) -> HubRows:
-    """Load one split of a hub's data set; code that comes with a data set is never run.
+    """Load one split of a hub dataset. Code that comes with a dataset is never run.
 
     Args:
-        name: as the user wrote it, for errors.
-        parts: the same, taken apart.
+        name: the name as the user wrote it, for errors.
+        parts: the parsed name.
 
     Raises:
-        LoratuneError: the hub's library is missing, or the hub cannot give it.
+        LoratuneError: the hub's library is missing, or the hub returned an error.
     """
     library = {"hf": "datasets", "ms": "modelscope.msdatasets"}[parts.hub]
     package, extra = library.partition(".")[0], "modelscope" if parts.hub == "ms" else ""

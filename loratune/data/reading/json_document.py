@@ -1,6 +1,6 @@
-"""Text of a document → its rows, one at a time, with the errors that the whole text would give.
+"""Parses the rows of a JSON document one at a time, with the errors that parsing the whole text would give.
 
-A document is `[row, row, …]`, or an object that holds such a list under one key.
+A document is `[row, row, …]`, or an object that has such a list under one key.
 """
 
 from __future__ import annotations
@@ -20,22 +20,21 @@ from loratune.errors import Exit, LoratuneError
 BLANKS = re.compile(r"[ \t\n\r]*")
 SEPARATOR = re.compile(r"[ \t\n\r]*,?[ \t\n\r]*")
 NEAR_END = 64
-"""Characters: a fault this close to the end of what is read may only be that the rest is not read yet.
-More than any escape, literal or excerpt needs."""
+"""In characters; no escape or literal is longer. An error this close to the end of the buffer may need more text."""
 CLOSED = object()
 PARTS_OF_A_ROW = ("messages", "conversations", "tools", "functions")
-"""Lists of objects that a single row holds."""
+"""Lists of objects that belong to a single row."""
 
 
 def rows_of_document(name: str, pieces: Iterator[str]) -> Iterator[Row]:
-    """The rows of a list, or of the one list of objects that an object holds, numbered from 1.
+    """Yield the rows of a list, or of an object's only list of objects, numbered from 1.
 
     Args:
-        name: of the file, for errors.
-        pieces: its text; only as much as one row needs is held.
+        name: name of the file, for errors.
+        pieces: text of the file; only as much as one row needs is kept in memory.
 
     Raises:
-        LoratuneError: no list of rows or several, no rows, or not JSON; with line and column.
+        LoratuneError: no list of rows or several, no rows, or invalid JSON (with line and column).
     """
     window = _Window(pieces)
     start = window.skip_blanks()
@@ -54,14 +53,10 @@ def rows_of_document(name: str, pieces: Iterator[str]) -> Iterator[Row]:
 
 
 def check_object(name: str, pieces: Iterator[str]) -> None:
-    """Read an object that should hold a list of rows through, since a second list may stand behind the first.
-
-    Args:
-        name: of the file, for errors.
-        pieces: its text; of any other document no more than the beginning is read.
+    """Parse a document completely if it is an object, because a second list could follow the first.
 
     Raises:
-        LoratuneError: what `rows_of_document` would find at any place of it.
+        LoratuneError: any error of `rows_of_document`.
     """
     begun = list(_until_text(pieces))
     if "".join(begun).lstrip(" \t\n\r").startswith("{"):
@@ -69,7 +64,7 @@ def check_object(name: str, pieces: Iterator[str]) -> None:
 
 
 def _until_text(pieces: Iterator[str]) -> Iterator[str]:
-    """Pieces up to the first that holds more than blanks."""
+    """Yield pieces up to the first that is not blank."""
     for piece in pieces:
         yield piece
         if piece.strip():
@@ -77,7 +72,7 @@ def _until_text(pieces: Iterator[str]) -> Iterator[str]:
 
 
 def _rows_in_list(name: str, window: _Window, key: str = "", before: str = "") -> Iterator[Row]:
-    """The rows of the list that begins here; `before` is a stand-in for what it stands in."""
+    """Yield the rows of the list at the current position; `before` stands for the text around it in errors."""
     window.position += 1
     number = 1
     while (value := _next_value(name, window, number, before)) is not CLOSED:
@@ -86,14 +81,14 @@ def _rows_in_list(name: str, window: _Window, key: str = "", before: str = "") -
 
 
 def _rows_in_object(name: str, window: _Window) -> Iterator[Row]:
-    """The rows of the object that begins here, which are told from its other values by being a list of objects."""
+    """Yield the rows of the object at the current position; of its values, only the list of objects holds rows."""
     window.position += 1
     names: dict[str, None] = {}
     found: list[str] = []
     while (key := _next_name(name, window, is_first=not names)) is not CLOSED:
         if key in names:
             line, _ = window.place(window.position)
-            raise LoratuneError(f"{name}:{line}: the key {key!r} stands twice in the object", Exit.DATA)
+            raise LoratuneError(f"{name}:{line}: the key {key!r} occurs twice in the object", Exit.DATA)
         names[key] = None
         if not _begins_list_of_objects(window):
             _parse(name, window, DECODER.raw_decode, '{"":', f"the value of {key!r}")
@@ -117,7 +112,7 @@ def _rows_in_object(name: str, window: _Window) -> Iterator[Row]:
 
 
 def _begins_list_of_objects(window: _Window) -> bool:
-    """Whether a value that is about to be read is a list whose first entry is an object; nothing is read past."""
+    """Return whether the next value is a list whose first element is an object, without consuming it."""
     window.skip_blanks()
     while (inner := _after_blanks(window.text, window.position + 1)) >= len(window.text):
         if window.ended or len(window.text) - window.position > ROW_CAP:
@@ -127,19 +122,19 @@ def _begins_list_of_objects(window: _Window) -> bool:
 
 
 class _Window:
-    """The part of a text that is being parsed, and how many lines and columns lie before it."""
+    """The buffered part of a text, with the number of lines and columns before it."""
 
     def __init__(self, pieces: Iterator[str]) -> None:
         self.pieces = pieces
         self.text = ""
         self.position = 0
-        """What lies before it is done with."""
+        """Text before this position has been consumed."""
         self.ended = False
         self.lines = 0
         self.columns = 0
 
     def grow(self) -> None:
-        """Forget what is done with; read as much again as is left, so that a long row is not parsed too often."""
+        """Drop consumed text and read as much again as is left, so that a long row is not reparsed too often."""
         wanted = max(1, len(self.text) - self.position)
         fresh: list[str] = []
         while wanted > 0 and not self.ended:
@@ -154,7 +149,7 @@ class _Window:
         self.position -= cut
 
     def skip_blanks(self) -> str:
-        """Go to the next character that is not blank, and return it; at the end there is none."""
+        """Advance to the next non-blank character and return it; return an empty string at the end."""
         while True:
             match = BLANKS.match(self.text, self.position)
             self.position = match.end() if match else self.position
@@ -163,39 +158,39 @@ class _Window:
             self.grow()
 
     def place(self, index: int) -> tuple[int, int]:
-        """Line and column, from 1, of an index into the text."""
+        """Return line and column, from 1, of an index into the buffered text."""
         newlines = self.text.count("\n", 0, index)
         column = index - self.text.rfind("\n", 0, index) if newlines else self.columns + index + 1
         return self.lines + newlines + 1, column
 
 
 def _next_value(name: str, window: _Window, number: int, before: str) -> Any:
-    """The next row, or CLOSED."""
+    """Return the next row, or CLOSED."""
     is_first = number == 1
     stand_in = before + ("[" if is_first else "[null")
     return _parse(name, window, partial(_parse_next, is_first=is_first), stand_in, f"row {number}")
 
 
 def _next_name(name: str, window: _Window, is_first: bool) -> Any:
-    """The key of an object's next value, or CLOSED."""
+    """Return the key of an object's next value, or CLOSED."""
     stand_in = "{" if is_first else '{"":null'
     return _parse(name, window, partial(_parse_name, is_first=is_first), stand_in, "a key")
 
 
 def _parse(name: str, window: _Window, parse: Callable[[str, int], tuple[Any, int]], before: str, what: str) -> Any:
-    """What `parse` finds at the window's position, once as much is read as that needs.
+    """Parse at the window's position, reading more text for as long as the parser needs it.
 
     Args:
-        name: of the file.
-        window: left behind what was found.
+        name: name of the file.
+        window: moved past the parsed value.
         parse: text and position → value and end.
-        before: as `_fault` takes it.
-        what: is parsed, for an error.
+        before: stand-in text, as for `_fault`.
+        what: what is being parsed, for errors.
     """
     while True:
         try:
             value, end = parse(window.text, window.position)
-            # A number at the end of what is read may go on with .5 or e+5.
+            # A number at the end of the buffered text may continue with .5 or e+5.
             if window.ended or end + 3 <= len(window.text):
                 window.position = end
                 return value
@@ -203,7 +198,7 @@ def _parse(name: str, window: _Window, parse: Callable[[str, int], tuple[Any, in
             if window.ended or not _may_go_on(error, window.text):
                 raise _fault(name, window, before) from error
         except (ValueError, RecursionError) as error:
-            # Of a number with too many digits, what follows may make a fraction.
+            # An integer with too many digits may still turn out to be a fraction.
             if window.ended or isinstance(error, RecursionError) or not window.text[-1].isdigit():
                 raise LoratuneError(_explain_at_row(name, window, error), Exit.DATA) from error
         if len(window.text) - window.position > ROW_CAP:
@@ -213,7 +208,7 @@ def _parse(name: str, window: _Window, parse: Callable[[str, int], tuple[Any, in
 
 
 def _parse_next(text: str, position: int, is_first: bool) -> tuple[Any, int]:
-    """The value after a comma or the opening bracket, and where it ends."""
+    """Return the value after a comma or the opening bracket, and its end."""
     index = _after_blanks(text, position)
     char = text[index : index + 1]
     if char == "]":
@@ -226,7 +221,7 @@ def _parse_next(text: str, position: int, is_first: bool) -> tuple[Any, int]:
 
 
 def _parse_name(text: str, position: int, is_first: bool) -> tuple[Any, int]:
-    """The key after a comma or the opening brace, and where its colon ends."""
+    """Return the key after a comma or the opening brace, and the end of its colon."""
     index = _after_blanks(text, position)
     if text[index : index + 1] == "}":
         return CLOSED, index + 1
@@ -249,17 +244,17 @@ def _after_blanks(text: str, position: int) -> int:
 
 
 def _may_go_on(error: json.JSONDecodeError, text: str) -> bool:
-    """Whether a fault may be gone once more is read."""
+    """Return whether an error may disappear once more text is read."""
     return error.pos > len(text) - NEAR_END or error.msg.startswith("Unterminated string")
 
 
 def _fault(name: str, window: _Window, before: str) -> LoratuneError:
-    """What the decoder says of a list that goes on as the text does; versions of Python differ in words and places.
+    """Return the decoder's error, as if it had parsed the whole text; Python versions differ in messages and positions.
 
     Args:
-        name: of the file.
-        window: at the end of the last value.
-        before: a stand-in for all that lies before; not a number, which could go on with the text.
+        name: name of the file.
+        window: positioned at the end of the last value.
+        before: stands for the text before; not a number, which could continue into the text.
     """
     while not window.ended and len(window.text) - window.position < NEAR_END:
         window.grow()
@@ -288,7 +283,7 @@ def _row_start(window: _Window) -> int:
 
 
 def _refuse_other_document(name: str, window: _Window) -> NoReturn:
-    """Say what a document that is neither a list nor an object is."""
+    """Raise an error for a document that is neither a list nor an object."""
     while not window.ended and len(window.text) <= ROW_CAP:
         window.grow()
     fault = _whole_fault(name, window)

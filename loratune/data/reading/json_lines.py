@@ -1,4 +1,4 @@
-"""Text of a file → its lines, and the JSON row on each."""
+"""Splits text into lines, and parses one JSON row per line."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from loratune.errors import Exit, LoratuneError
 
 
 def split_lines(pieces: Iterator[str]) -> Iterator[tuple[int, str | None]]:
-    """Lines with their numbers, without their ends; None stands for one that is too long to be held.
+    """Yield line numbers and lines without their ends; None stands for a line that is too long to keep in memory.
 
-    Only \\n ends a line: str.splitlines would also cut at characters that JSON allows inside a text.
+    Only \\n ends a line: str.splitlines would also split at characters that JSON allows inside strings.
     """
     number, size = 1, 0
     held: list[str] = []
@@ -31,10 +31,10 @@ def split_lines(pieces: Iterator[str]) -> Iterator[tuple[int, str | None]]:
 
 
 def rows_of_lines(name: str, pieces: Iterator[str]) -> Iterator[Row | BadRow]:
-    """The row on every line that is not blank.
+    """Yield the row on every line that is not blank.
 
     Raises:
-        LoratuneError: there is none.
+        LoratuneError: all lines are blank.
     """
     is_empty = True
     for number, line in split_lines(pieces):
@@ -50,9 +50,9 @@ def rows_of_lines(name: str, pieces: Iterator[str]) -> Iterator[Row | BadRow]:
 
 
 def holds_lines(pieces: Iterator[str]) -> bool:
-    """Whether the text of a .json file is one object per line, as many tools write it."""
+    """Return whether a .json file is in fact JSON Lines, which many tools write under that name."""
     start = next((text for piece in pieces if (text := piece.lstrip())), "")
-    # Asked of the first character alone, so that a document on one line is not read as one.
+    # Decided by the first character, so that a document on a single line is not taken for JSON Lines.
     if not start.startswith("{"):
         return False
     lines = (line for _, line in split_lines(chain([start], pieces)) if line is None or line.strip())

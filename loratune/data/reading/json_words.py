@@ -1,4 +1,4 @@
-"""The JSON decoder that rows are read with, and the words for what it refuses."""
+"""The strict JSON decoder for rows, and the messages for its errors."""
 
 from __future__ import annotations
 
@@ -6,18 +6,18 @@ import json
 from typing import Any
 
 EXCERPT = 30
-"""Characters before and after a fault that are shown."""
+"""Number of characters shown before and after an error."""
 
 
 def explain_fault(name: str, error: Exception, place: tuple[int, int], text: str, index: int) -> str:
-    """A decoder's error in words, with the place in the file.
+    """Return the message for a decoder's error, with its place in the file.
 
     Args:
-        name: of the file.
-        error: what DECODER raised.
+        name: name of the file.
+        error: raised by DECODER.
         place: line and column in the file.
-        text: where the fault is, and its surroundings.
-        index: of the fault in it.
+        text: the text around the error.
+        index: index of the error in `text`.
     """
     line, column = place
     if isinstance(error, RecursionError):
@@ -33,7 +33,7 @@ def _refuse_repeated_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(value) < len(pairs):
         keys = [key for key, _ in pairs]
         repeated = next(key for key in keys if keys.count(key) > 1)
-        raise ValueError(f"the key {repeated!r} stands twice in one row")
+        raise ValueError(f"the key {repeated!r} occurs twice in one row")
     return value
 
 

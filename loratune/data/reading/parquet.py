@@ -1,4 +1,4 @@
-"""A Parquet file → rows."""
+"""Reads the rows of Parquet files."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ BATCH_ROWS = 256
 
 
 def rows_of_parquet(name: str) -> Iterator[Row]:
-    """The rows of a file, numbered from 1; a few are held at a time.
+    """Yield the rows of a file, numbered from 1, in small batches.
 
     Raises:
-        LoratuneError: not a whole Parquet file, or no rows.
+        LoratuneError: the file is damaged, not Parquet, or empty.
     """
     number = 0
     try:

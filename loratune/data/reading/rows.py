@@ -1,27 +1,27 @@
-"""One raw row, as every reader hands it on."""
+"""The raw rows that all readers yield."""
 
 from __future__ import annotations
 
 from typing import Any, NamedTuple
 
 ROW_CAP = 64 << 20
-"""Characters that one row or line may have; it bounds the memory that a broken file can take."""
-TOO_LONG = f"longer than {ROW_CAP} characters, which is no row to train on"
+"""Maximum length of a row or line in characters; bounds the memory that a broken file can take."""
+TOO_LONG = f"longer than {ROW_CAP} characters, too long for a row"
 
 
 class Row(NamedTuple):
-    """One raw row and where it stands."""
+    """A raw row and its place."""
 
     value: Any
     number: int
-    """Of its line in a file of lines, else of the row; from 1."""
+    """Line number in files of lines, otherwise the index of the row; from 1."""
     under: str = ""
-    """Key of the object that holds the rows, where they are no document of their own."""
+    """Key of the list that holds the rows, if they are nested in an object."""
 
 
 class BadRow(NamedTuple):
-    """A place where a row should stand and cannot be read."""
+    """A row that cannot be read."""
 
     number: int
     problem: str
-    """A whole sentence, with file and line."""
+    """A full sentence with file and line."""

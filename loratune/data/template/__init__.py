@@ -1,1 +1,1 @@
-"""The tokenizer's chat template: which one, what it does, and conversations rendered with it."""
+"""Finds the tokenizer's chat template, probes its behaviour, and renders conversations with it."""

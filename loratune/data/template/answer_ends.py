@@ -1,4 +1,4 @@
-"""How a chat template ends answers, and whether it leaves their text alone, told from renderings of marked ones."""
+"""Probes how a chat template ends answers, and whether it changes their text, by rendering marked answers."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from loratune.errors import Exit, LoratuneError
 
 Tools = Sequence[dict[str, Any]]
 Render = Callable[..., str]
-"""`render(text, messages, tools, **options)`: what a template's text makes of messages."""
+"""`render(text, messages, tools, **options)`: render messages with a template's text."""
 
 MARK = "loratune-answer"
 NEXT_MARK = "loratune-question"
 SAMPLE = 'Loratune  Answer,\n\n\n   "it\'s" <b>&amp;</b>\t{{ x }} a\\n *é* 你。'
-"""A text with capitals, runs of blanks, quotes and signs, any of which a template might change."""
+"""Contains capitals, runs of whitespace, quotes and symbols, any of which a template might change."""
 QUESTION, ANSWER, NEXT_QUESTION, SAMPLE_ANSWER = (
     {"role": role, "content": content}
     for role, content in (("user", "?"), ("assistant", MARK), ("user", NEXT_MARK), ("assistant", SAMPLE))
@@ -26,29 +26,29 @@ EXCERPT = 120
 
 @dataclass(frozen=True)
 class AnswerFrame:
-    """What a template writes around an answer."""
+    """The text that a template writes around an answer."""
 
     before: str
-    """An answer that stands last."""
+    """Text before an answer that is the last message."""
     behind: str
-    """It."""
+    """Text after it."""
     end_token: str
-    """The special token that ends an answer; empty where the template sets none."""
+    """The special token that ends an answer; empty if the template writes none."""
     remark: str
-    """What the user should know of the end or of changes in the text; {end} stands for the tokenizer's end token."""
+    """Warning about the end token or changes of the text; {end} stands for the tokenizer's end token."""
 
 
 def frame_answer(render: Render, text: str, tools: Tools, special: re.Pattern[str]) -> AnswerFrame:
-    """What a template writes around an answer, which it must render once, and as it is.
+    """Return the text that a template writes around an answer, which it must render exactly once and unchanged.
 
     Args:
         render: renders messages with any template's text.
-        text: the template's.
-        tools: what its conversations offer.
-        special: finds the tokenizer's special tokens.
+        text: the template's text.
+        tools: tools of the probe conversations.
+        special: matches the tokenizer's special tokens.
 
     Raises:
-        LoratuneError: the answer is not found in the rendering, or more than once.
+        LoratuneError: the answer is missing from the rendering, or occurs more than once.
     """
     whole = render(text, [QUESTION, ANSWER], tools)
     if whole.count(MARK) != 1:
@@ -74,7 +74,7 @@ def frame_answer(render: Render, text: str, tools: Tools, special: re.Pattern[st
 
 
 def _changes(render: Render, text: str, tools: Tools) -> str:
-    """What becomes of an answer once a question follows; empty where it stays as it is."""
+    """Return a warning if the template changes an answer once a question follows; empty if it does not."""
     sampled, marked = (_with_earlier(render, text, tools, answer) for answer in (SAMPLE_ANSWER, ANSWER))
     if SAMPLE in sampled:
         return ""
@@ -90,7 +90,7 @@ def _changes(render: Render, text: str, tools: Tools) -> str:
 
 
 def _end_before_a_question(render: Render, text: str, tools: Tools, special: re.Pattern[str]) -> str:
-    """The special token behind an answer that a question follows, unless it is the one that begins questions."""
+    """Return the special token between an answer and a question, unless the token starts the question."""
     try:
         between = render(text, [QUESTION, ANSWER, NEXT_QUESTION], tools).partition(MARK)[2].partition(NEXT_MARK)[0]
         header = render(text, [NEXT_QUESTION], tools).partition(NEXT_MARK)[0]
@@ -101,8 +101,8 @@ def _end_before_a_question(render: Render, text: str, tools: Tools, special: re.
 
 
 def _with_earlier(render: Render, text: str, tools: Tools, answer: dict[str, str]) -> str:
-    """What the template makes of a conversation in which a question follows an answer."""
+    """Render a conversation in which a question follows an answer."""
     try:
         return render(text, [QUESTION, answer, QUESTION], tools)
     except LoratuneError:
-        return SAMPLE  # it takes one question alone
+        return SAMPLE  # the template accepts only a single question

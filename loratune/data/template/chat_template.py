@@ -1,6 +1,7 @@
-"""A tokenizer's chat template: which one renders, and what small renderings show that it does.
+"""Selects a tokenizer's chat template, and determines its behaviour from small renderings.
 
-Nothing is told from a template's text. It is rendered with and without what is in question, and the results compared.
+The template's source is never searched. It is rendered with and without the feature in question, and the results are
+compared.
 """
 
 from __future__ import annotations
@@ -24,12 +25,12 @@ PROBE_TOOL: dict[str, Any] = {
     "type": "function",
     "function": {"name": "probe", "description": "Probes.", "parameters": {"type": "object", "properties": {}}},
 }
-# Two moments that no directive of strftime writes alike.
+# Two times that every strftime directive writes differently.
 MOMENTS = datetime(2001, 2, 3, 4, 5, 6), datetime(2029, 11, 28, 19, 47, 38)
 LONGEST_TEMPLATE = 100_000
-"""Characters; the longest that models come with have some 30,000."""
+"""In characters; the longest templates of published models have about 30,000."""
 REPETITIONS = 8
-"""Of a rendering, after which a random choice has shown itself."""
+"""Number of renderings after which random output has shown itself."""
 OPENING, CLOSING = "<think>", "</think>"
 USUAL_CLOSING = "\n</think>\n\n"
 CLOCK = """\
@@ -39,31 +40,31 @@ CLOCK = """\
 """
 DIRECTIVES = "aAbBcCdDeFgGhHIjklmMnprRStTuUVwWxXyYzZf"
 PADDED = "dHIjmMSUVWy"
-"""Directives with a form without zeros in front: %-d."""
+"""Directives that have a variant without leading zeros, such as %-d."""
 
 
 @dataclass(frozen=True)
 class ChatTemplate:
-    """A template's text and what it does."""
+    """A template's text and behaviour."""
 
     text: str
-    """With a generation prompt, also where the tokenizer's own has none."""
+    """Includes a generation prompt, even if the tokenizer's own template has none."""
     generation_prompt: str = ""
-    """What was added for that."""
+    """The generation prompt that was added to the text."""
     begun_reasoning: str = ""
-    """What of a reasoning block the prompt itself already holds, as with models that always think."""
+    """The start of a reasoning block that the prompt itself contains, for models that always reason."""
     answer_start: str = ""
-    """What the template writes between its generation prompt and an answer that has no reasoning."""
+    """Text between the generation prompt and an answer without reasoning."""
     behind_answers: str = ""
-    """What it writes after an answer that stands last."""
+    """Text after an answer that is the last message."""
     end_token: str = ""
-    """The special token that ends an answer; empty where the template sets none."""
+    """The special token that ends an answer; empty if the template writes none."""
     end_remark: str = ""
-    """What the user should know of how it writes answers; {end} stands for what the tokenizer ends them with."""
+    """Warning about how it writes answers; {end} stands for the tokenizer's end token."""
     is_dated: bool = False
-    """Whether it writes the date or the time."""
+    """Whether it writes the current date or time."""
     remark: str = ""
-    """What the user should know of it."""
+    """Other warnings about the template."""
 
 
 class TemplateTexts(NamedTuple):
@@ -77,11 +78,11 @@ def find_templates(tokenizer: Tokenizer, name: str) -> TemplateTexts:
     """The texts that render conversations without tools and with them.
 
     Args:
-        tokenizer: a transformers tokenizer; of several named templates the choice is transformers' own.
+        tokenizer: a transformers tokenizer; transformers chooses among several named templates.
         name: the recipe's prompt.template.
 
     Raises:
-        LoratuneError: there is no template, or several and none is the default, or one is too long.
+        LoratuneError: there is no template, there are several without a default, or one is too long.
     """
     if name in OWN_TEMPLATES:
         return TemplateTexts(OWN_TEMPLATES[name], OWN_TEMPLATES[name])
@@ -111,22 +112,22 @@ def find_templates(tokenizer: Tokenizer, name: str) -> TemplateTexts:
 def study_template(
     render: Render, text: str, tools: Tools, thinking: bool, special: re.Pattern[str], completes: bool = True
 ) -> ChatTemplate:
-    """What a template does with one tokenizer and one thinking mode.
+    """Determine what a template does with one tokenizer and one thinking mode.
 
     Args:
         render: renders messages with any template's text.
-        text: the template's.
-        tools: what its conversations offer; none for one that is used without.
+        text: the template's text.
+        tools: tools of the probe conversations; empty for the template without tools.
         thinking: whether prompts ask for reasoning.
-        special: finds the tokenizer's special tokens.
-        completes: whether prompts are completed and answers begun as the template itself does it.
+        special: matches the tokenizer's special tokens.
+        completes: whether a missing generation prompt is added, and answers start as the template starts them.
 
     Raises:
-        LoratuneError: it refuses a question with an answer, does not write the answer as it is, changes by chance, or
-            writes no generation prompt and does not show one either.
+        LoratuneError: the template rejects a question with an answer, changes the answer, has random output, or neither
+            writes a generation prompt nor shows what it would be.
     """
     is_dated = _is_dated(render, text, tools)
-    if is_dated:  # the clock must not tick between two renderings
+    if is_dated:  # the clock must not advance between two renderings
         text, original = fixed_moment(text, MOMENTS[0]), text
     else:
         original = text
@@ -143,20 +144,20 @@ def study_template(
 
 
 def fixed_day(text: str, day: str) -> str:
-    """A template that takes a day, as 2026-11-26, for today."""
+    """Return a template that uses a fixed date, such as 2026-11-26, as today."""
     return fixed_moment(text, datetime.combine(date.fromisoformat(day), time()))
 
 
 @lru_cache(maxsize=64)
 def fixed_moment(text: str, moment: datetime) -> str:
-    """A template that takes a moment for now: its `strftime_now` is a macro that knows this moment alone."""
+    """Return a template that uses a fixed time as now: a macro `strftime_now` shadows the function."""
     written = json.dumps([("%%", "\0"), *_directives(moment), ("\0", "%")])
-    # The last line's end belongs to its block: transformers trims it, so that the template begins at a line's start.
+    # transformers trims the line break after a block, so the template still starts at the beginning of a line.
     return CLOCK.format(written=written) + text
 
 
 def _directives(moment: datetime) -> list[tuple[str, str]]:
-    """Each directive of strftime that this system knows, and what it writes at a moment."""
+    """Return each strftime directive that this system supports, and its output at a time."""
     known = []
     for letter in DIRECTIVES:
         try:
@@ -168,10 +169,10 @@ def _directives(moment: datetime) -> list[tuple[str, str]]:
 
 
 def _is_dated(render: Render, text: str, tools: Tools) -> bool:
-    """Whether a template draws on the clock.
+    """Return whether a template's output depends on the clock.
 
     Raises:
-        LoratuneError: it draws on chance.
+        LoratuneError: its output is random.
     """
     now, then = (_views(render, fixed_moment(text, moment), tools) for moment in MOMENTS)
     if any(_views(render, fixed_moment(text, MOMENTS[0]), tools) != now for _ in range(REPETITIONS)):
@@ -184,39 +185,39 @@ def _is_dated(render: Render, text: str, tools: Tools) -> bool:
 
 
 def _views(render: Render, text: str, tools: Tools) -> list[str]:
-    """Prompts of several kinds; empty for those that the template refuses."""
+    """Render several kinds of prompts; the result is empty for those that the template rejects."""
     conversations = [([QUESTION], tools), ([SYSTEM, QUESTION], tools), ([QUESTION, ANSWER, QUESTION], tools)]
     views = []
     for messages, offered in [*conversations, ([QUESTION], [PROBE_TOOL])]:
         try:
             views.append(render(text, messages, offered, add_generation_prompt=True))
-        except Exception:  # a template may fail at what it was not made for in any way
+        except Exception:  # templates raise anything on messages that they do not support
             views.append("")
     return views
 
 
 def _writes_a_prompt(render: Render, text: str, tools: Tools) -> bool:
-    """Whether add_generation_prompt makes a difference."""
+    """Return whether add_generation_prompt changes the output."""
     return render(text, [QUESTION], tools) != render(text, [QUESTION], tools, add_generation_prompt=True)
 
 
 def _missing_prompt(asked: str, before: str, thinking: bool, control: re.Pattern[str]) -> str:
-    """What a template that ignores add_generation_prompt would have to write: what it sets before its own answers.
+    """Return the missing generation prompt of a template that ignores the flag: the text that it writes before answers.
 
     Args:
-        asked: what it makes of a question.
-        before: what it writes before the answer to it.
+        asked: rendering of a question.
+        before: rendering of the same question up to the answer.
         thinking: whether prompts ask for reasoning.
-        control: finds special tokens.
+        control: matches special tokens.
 
     Raises:
-        LoratuneError: it ends the text after a question.
+        LoratuneError: the template writes an end after a question that it does not write before an answer.
     """
     shared = len(os.path.commonprefix([asked, before]))  # noqa: RUF071 - of texts
     shared = min([shared, *(one.start() for one in control.finditer(asked) if one.start() < shared < one.end())])
     ending, header = asked[shared:], before[shared:]
     if ending and control.sub("", ending).strip():
-        return ""  # it always asks for an answer, in words of its own
+        return ""  # it always writes a generation prompt, as plain text
     if ending:
         raise LoratuneError(
             f"the tokenizer's chat template ignores add_generation_prompt, and cannot be completed: it ends a question "
@@ -226,15 +227,15 @@ def _missing_prompt(asked: str, before: str, thinking: bool, control: re.Pattern
         )
     if thinking:
         header = header.partition(OPENING)[0]
-    header = header.rstrip(" ")  # tokenizers make one token of a space and the word behind it
-    # Blanks and an empty block alone are no header: those of [INST] and the like are part of the question.
+    header = header.rstrip(" ")  # tokenizers merge a space with the following word
+    # Whitespace and an empty block alone are no header: with [INST] and the like they belong to the question.
     return header if re.sub(rf"{OPENING}|{CLOSING}|\s", "", header) else ""
 
 
 def _completed(text: str, generation_prompt: str) -> str:
     if not generation_prompt:
         return text
-    # Jinja drops one line's end at the end of a template, and {{ '' }} keeps a block's from being trimmed.
+    # Jinja drops one line break at the end of a template, and {{ '' }} keeps a block's from being trimmed.
     addition = (
         f"{{% if add_generation_prompt %}}{{{{ {json.dumps(generation_prompt, ensure_ascii=False)} }}}}{{% endif %}}"
     )
@@ -247,17 +248,17 @@ def _begun_reasoning(prompt: str) -> str:
 
 
 def _answer_start(render: Render, text: str, tools: Tools, thinking: bool, seen: tuple[str, str, str]) -> str:
-    """What stands before an answer without reasoning once the prompt is written.
+    """Return the text between the prompt and an answer without reasoning.
 
     Args:
-        render, text, tools, thinking: as `study_template`.
-        seen: a prompt, what the template writes before an answer, and the reasoning that the prompt begins.
+        render, text, tools, thinking: see `study_template`.
+        seen: a prompt, the text before an answer, and the start of reasoning within the prompt.
     """
     prompt, before, begun = seen
     start = before[len(prompt) :] if before.startswith(prompt) else ""
     if not begun or CLOSING in start:
         return start
-    # As the template closes a block that must be empty, or else one that is not.
+    # Close the block as the template closes an empty one, or else as it closes one with content.
     other = render(text, [QUESTION], tools, add_generation_prompt=True, enable_thinking=not thinking)
     if other.startswith(prompt) and CLOSING in other[len(prompt) :]:
         return other[len(prompt) :]
@@ -282,5 +283,5 @@ def _remark(added: str, prompt: str, before: str, begun: str) -> str:
 
 
 def _end(text: str) -> str:
-    """What stands after the question."""
+    """Return the text after the question."""
     return text.rpartition(str(QUESTION["content"]))[2] or text[-40:]

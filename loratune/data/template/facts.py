@@ -1,4 +1,4 @@
-"""What must be known of a template before rows are looked up in the cache; kept there too, to load no tokenizer."""
+"""Caches what the cache key of rows needs to know of a template, so that no tokenizer has to be loaded for it."""
 
 from __future__ import annotations
 
@@ -16,21 +16,21 @@ FACTS = "template.json"
 
 @dataclass(frozen=True)
 class TemplateFacts:
-    """What a template does under some prompt settings."""
+    """A template's behaviour under some prompt settings."""
 
     is_dated: bool
-    """Whether it writes the date or the time into prompts."""
+    """Whether it writes the current date or time into prompts."""
     remarks: list[str]
-    """What the user should know of it."""
+    """Warnings about the template."""
 
 
 def template_facts(prompt: PromptSettings, tokenizer_sha256: str, make_encoder: Callable[[], Encoder]) -> TemplateFacts:
-    """What is known of a template, or found out now.
+    """Return the facts of a template, from the cache or determined now.
 
     Args:
-        prompt: the settings; their day makes no difference.
-        tokenizer_sha256: of all files that the tokenizer and its template come from.
-        make_encoder: called where nothing is known yet.
+        prompt: the settings; their date is ignored.
+        tokenizer_sha256: hash of all files of the tokenizer and its template.
+        make_encoder: called if the facts are not cached.
 
     Raises:
         LoratuneError: there is no template, or it cannot be used.

@@ -1,6 +1,6 @@
-"""The chat templates of loratune's own, for base models that have none."""
+"""loratune's own chat templates, for base models without one."""
 
-# Both end a finished answer with the end token, so that a conversation may go on after it.
+# Both end an answer with the end token, so that a conversation can continue after it.
 PLAIN_TEMPLATE = """\
 {%- if adds_bos %}{{ bos_token }}{% endif -%}
 {%- for message in messages -%}

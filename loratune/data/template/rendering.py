@@ -1,4 +1,4 @@
-"""Conversations as text: a tokenizer's chat templates under one set of prompt settings."""
+"""Renders conversations as text or ids, with a tokenizer's chat templates and one set of prompt settings."""
 
 from __future__ import annotations
 
@@ -32,24 +32,24 @@ FAILURES = (
     TemplateError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RecursionError, SyntaxError,
     AssertionError, NotImplementedError,
 )  # fmt: skip
-"""How a template refuses messages, or fails at them."""
+"""What a template raises when it rejects messages or fails on them."""
 TRIALS: list[tuple[list[dict[str, str]], list[dict[str, Any]]]] = [
     ([QUESTION], []),
     ([SYSTEM, *[QUESTION, ANSWER] * 8, QUESTION], []),
     ([QUESTION], [PROBE_TOOL]),
 ]
-"""Messages and tools with which a template is tried before it is used."""
+"""Messages and tools of a template's trial renderings."""
 
 
 class ChatRenderer:
-    """Renders messages with the template that their tools ask for.
+    """Renders messages with the template for conversations with or without tools.
 
     Args:
         tokenizer: a transformers tokenizer.
-        settings: template, thinking mode, generation prompt, day.
+        settings: template, thinking mode, generation prompt, date.
 
     Raises:
-        LoratuneError: the tokenizer has no chat template, or no token that could end an answer.
+        LoratuneError: the tokenizer has no chat template, or no token to end an answer with.
     """
 
     def __init__(self, tokenizer: Tokenizer, settings: PromptSettings) -> None:
@@ -63,20 +63,20 @@ class ChatRenderer:
         self._plain, has_one = self._studied(texts.plain, ()), texts.with_tools == texts.plain
         self._with_tools = self._plain if has_one else self._studied(texts.with_tools, [PROBE_TOOL])
         self.template = self._plain.text
-        """Renders conversations without tools."""
+        """Template for conversations without tools."""
         self.tool_template = self._with_tools.text
-        """Renders those with tools; mostly the same."""
+        """Template for conversations with tools; usually the same."""
         self.end_id = self._find_end(self._plain)
 
     @property
     def template_sha256(self) -> str:
-        """Hash of the text of the template, or of both where the tokenizer has one for tools."""
+        """Hash of the template's text, or of both texts if there is another one for tools."""
         texts = dict.fromkeys((self.template, self.tool_template))
         return hashlib.sha256("\0".join(texts).encode()).hexdigest()
 
     @property
     def record(self) -> dict[str, Any]:
-        """What a run notes of its template, to be compared and gone on with."""
+        """The template's facts in the run's record, for comparison and for continuing the run."""
         return {
             "sha256": self.template_sha256,
             "end_token_id": self.end_id,
@@ -88,26 +88,26 @@ class ChatRenderer:
 
     @property
     def is_dated(self) -> bool:
-        """Whether the template writes the date or the time into prompts."""
+        """Whether the template writes the current date or time into prompts."""
         return self._plain.is_dated or self._with_tools.is_dated
 
     @property
     def answer_start(self) -> str:
-        """What the template writes between its generation prompt and an answer that has no reasoning."""
+        """Text between the generation prompt and an answer without reasoning."""
         return self._plain.answer_start
 
     def answer_start_for(self, tools: Sequence[dict[str, Any]]) -> str:
-        """The same of conversations with these tools, for which there may be another template."""
+        """Return `answer_start` for conversations with these tools, which may use another template."""
         return self._chat(tools).answer_start
 
     @property
     def asks_for_reasoning(self) -> bool:
-        """Whether an answer without reasoning is out of the ordinary."""
+        """Whether the template expects reasoning before answers."""
         return any(one.begun_reasoning or CLOSING in one.answer_start for one in (self._plain, self._with_tools))
 
     @property
     def remarks(self) -> list[str]:
-        """What the user should know of the template."""
+        """Warnings about the template."""
         end = self.tokenizer.convert_ids_to_tokens(self.end_id)
         stops = f"{end!r} is trained as the end of every answer, and generation stops on it"
         chats = (self._plain, self._with_tools)
@@ -115,15 +115,15 @@ class ChatRenderer:
         return [text for text in dict.fromkeys(told) if text]
 
     def text_for(self, tools: Sequence[dict[str, Any]] = ()) -> str:
-        """The text that renders a conversation, on the day of the settings where it writes a date."""
+        """Return the template for a conversation, fixed to the date of the settings if it writes a date."""
         return self.at_its_day(self.tool_template if tools else self.template)
 
     def at_its_day(self, text: str) -> str:
-        """A template's text that takes the day of the settings for today; the text itself where that is left open."""
+        """Return a template fixed to the date of the settings; unchanged if no date is set or written."""
         return fixed_day(text, self.settings.date) if self.settings.date and self.is_dated else text
 
     def _exact_ids(self, messages: list[dict[str, Any]], tools: Sequence[dict[str, Any]]) -> list[int]:
-        """Ids of a prompt, in which the control tokens of texts are encoded as text."""
+        """Return the ids of a prompt, with control tokens in texts encoded as characters."""
         tokenizer, (messages, tools) = with_marks_kept(self.tokenizer, [messages, tools])
         options = {"add_generation_prompt": True, "sanitize_control_tokens": True, "return_dict": False}
         ids: list[int] = self._apply(messages, tools, tokenizer=tokenizer, **options)
@@ -133,7 +133,7 @@ class ChatRenderer:
         """Render one list of messages, or a list of such lists.
 
         Raises:
-            LoratuneError: the template itself refuses the messages, as some do with a system prompt.
+            LoratuneError: the template rejects the messages, as some reject a system prompt.
         """
         try:
             return self._render(self.text_for(tools), messages, tools, **options)
@@ -143,7 +143,7 @@ class ChatRenderer:
             return [self._apply(one, tools, **options) for one in messages]
 
     def _studied(self, text: str, tools: Sequence[dict[str, Any]]) -> ChatTemplate:
-        """What a template does with this tokenizer and these settings."""
+        """Determine what a template does with this tokenizer and these settings."""
 
         def render(text: str, messages: Sequence[Any], tools: Sequence[dict[str, Any]], **options: Any) -> str:
             return str(self._render(text, messages, tools, tokenize=False, **options))
@@ -154,10 +154,10 @@ class ChatRenderer:
         return study_template(render, text, tools, self.settings.enable_thinking, self._special, completes)
 
     def _render(self, text: str, messages: Sequence[Any], tools: Sequence[dict[str, Any]], **options: Any) -> Any:
-        """What a template's text makes of messages.
+        """Render messages with a template's text.
 
         Raises:
-            LoratuneError: the template refuses them.
+            LoratuneError: the template rejects the messages.
         """
         tokenizer = options.pop("tokenizer", self.tokenizer)
         try:
@@ -176,7 +176,7 @@ class ChatRenderer:
             ) from error
 
     def _find_end(self, chat: ChatTemplate) -> int:
-        """The token that ends an answer: what the template sets after it, or the tokenizer's own if it sets none."""
+        """Return the id of the token that ends answers: the template's, or the tokenizer's EOS if it writes none."""
         if chat.end_token:
             return int(self.tokenizer.convert_tokens_to_ids(chat.end_token))
         if self.tokenizer.eos_token_id is None:
@@ -187,7 +187,7 @@ class ChatRenderer:
         return self._with_tools if tools else self._plain
 
     def _continued(self, answer: str, tools: Sequence[dict[str, Any]]) -> tuple[list[int], str]:
-        """An answer as the template goes on after its prompt: control tokens that it begins with, and text."""
+        """Return an answer as the continuation of its prompt: the ids of leading control tokens, and text."""
         chat = self._chat(tools)
         begun, start = chat.begun_reasoning, chat.answer_start
         if answer.lstrip().startswith(OPENING) or (begun and CLOSING in answer):

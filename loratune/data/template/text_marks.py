@@ -1,4 +1,4 @@
-"""Marks around control tokens in texts: two characters that transformers sets, or others where a text holds them."""
+"""Replaces the two characters with which transformers marks control tokens in texts, if a text contains them."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ PRIVATE_USE = range(0xF0002, 0xFFFFE)
 
 
 def with_marks_kept(tokenizer: Tokenizer, rendered: list[Any]) -> tuple[Any, list[Any]]:
-    """A tokenizer and messages that give, through `sanitize_control_tokens`, the ids that the whole texts have.
+    """Return a tokenizer and messages that `sanitize_control_tokens` encodes to the same ids as the original texts.
 
     Args:
         tokenizer: a transformers tokenizer.
-        rendered: messages and tools, in JSON types.
+        rendered: messages and tools, as JSON types.
 
     Returns:
-        Those given where no text holds one of the characters. Else the messages hold others in their place, which the
-        tokenizer takes for them.
+        The arguments if no text contains a marker. Otherwise the messages contain other characters in place of the
+        markers, and the tokenizer translates them back.
     """
     if not any(mark in text for text in (*texts_in(rendered), *keys_in(rendered)) for mark in MARKS):
         return tokenizer, rendered
@@ -33,14 +33,14 @@ def with_marks_kept(tokenizer: Tokenizer, rendered: list[Any]) -> tuple[Any, lis
 
 
 def free_marks(value: Any) -> tuple[str, str]:
-    """Two characters that stand in no text or key of a JSON value."""
+    """Return two characters that occur in no text or key of a JSON value."""
     used = set().union(*texts_in(value), *keys_in(value))
     free = (chr(code) for code in PRIVATE_USE if chr(code) not in used)
     return next(free), next(free)
 
 
 def _translated(value: Any, table: dict[int, str]) -> Any:
-    """A JSON value with other characters in its texts and keys."""
+    """Return a JSON value with characters of its texts and keys translated."""
     if isinstance(value, str):
         return value.translate(table)
     if isinstance(value, dict):

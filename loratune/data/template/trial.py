@@ -1,7 +1,7 @@
-"""A chat template's first rendering: in a process of its own that has little time and memory.
+"""Renders with an unknown chat template first in a forked process with limited time and memory.
 
-A template is a program of whoever made the model. Jinja's sandbox keeps it from files and from Python, and bounds one
-range, but not two of them inside each other, nor a text that is doubled forty times.
+A template is a program by the model's author. Jinja's sandbox blocks files and Python, and limits one range, but
+neither nested ranges nor repeated doubling of a text.
 """
 
 from __future__ import annotations
@@ -17,32 +17,35 @@ import psutil
 from loratune.errors import Exit, LoratuneError
 
 CPU_SECONDS = 3
-"""The usual templates take some milliseconds for all conversations of a trial, compiling included."""
+"""Templates usually take a few milliseconds for all trial conversations, compilation included."""
 WAIT_SECONDS = 60.0
-"""On a machine that is busy with other things."""
+"""Allows for a machine under load."""
 MEMORY_BYTES = 500_000_000
 CHARACTERS = 30_000
-"""Of a prompt of a few words; descriptions of tools and reasoning take some thousands. Models that are compared run on
-such prompts, and ten times as many tokens would keep a machine busy for minutes."""
+"""Limit for a prompt of a few words; tool descriptions and reasoning take a few thousand characters.
+
+Model comparisons run on such prompts, and ten times as many tokens would take minutes.
+"""
 _FINE, _TOO_LARGE = b"f", b"l"
 _tried: set[str] = set()
 
 
 def try_template(text: str, renderings: Iterable[Callable[[], str]]) -> None:
-    """Render with a template that is new to this process, and wait until it is done or has used up what it has.
+    """Render with a template that is new to this process, and wait for the result.
 
     Args:
-        text: of the template.
-        renderings: each makes a prompt of a short conversation; what they raise is left to those who render next.
+        text: the template's text.
+        renderings: each renders a short conversation; their exceptions are ignored here and recur in the real
+            rendering.
 
     Raises:
-        LoratuneError: it took too long, or made too much.
+        LoratuneError: rendering exceeded the time, memory or length limit.
     """
     if text in _tried or not hasattr(os, "fork"):
         return
     reading, writing = os.pipe()
     with warnings.catch_warnings():
-        # Of other threads, whose locks stay taken in the new process; rendering takes none of theirs.
+        # The warning is about locks of other threads, which stay taken in the child; rendering uses none of them.
         warnings.simplefilter("ignore", DeprecationWarning)
         child = os.fork()
     if child == 0:
@@ -53,7 +56,7 @@ def try_template(text: str, renderings: Iterable[Callable[[], str]]) -> None:
         verdict = os.read(reading, 1) if is_done else b""
     finally:
         os.close(reading)
-        os.kill(child, signal.SIGKILL)  # which is harmless to one that has ended and is not waited for yet
+        os.kill(child, signal.SIGKILL)  # harmless if it has already exited
         os.waitpid(child, 0)
     if verdict != _FINE:
         cause = f"writes more than {CHARACTERS:,} characters" if verdict == _TOO_LARGE else "does not come to an end"
@@ -67,7 +70,7 @@ def try_template(text: str, renderings: Iterable[Callable[[], str]]) -> None:
 
 
 def _render_within_limits(writing: int, renderings: Iterable[Callable[[], str]]) -> None:
-    """What the new process does; it ends here, without anything that a program does at its end."""
+    """Run in the child process, and exit without the interpreter's cleanup."""
     verdict = b""
     try:
         _set_limits()
@@ -82,7 +85,7 @@ def _length(render: Callable[[], str]) -> int:
         return len(render())
     except MemoryError:
         return CHARACTERS + 1
-    except Exception:  # a template may refuse messages in any way
+    except Exception:  # templates raise anything to reject messages
         return 0
 
 

@@ -1,1 +1,1 @@
-"""Calls of tools: how a template writes them, and how they are read in an answer."""
+"""Determines how a template writes tool calls, and parses them in answers."""

@@ -1,4 +1,4 @@
-"""Calls of tools in the text of an answer: the form in which a model writes them, and a reader of answers that come."""
+"""The form in which a model writes tool calls, and a streaming parser for answers."""
 
 from __future__ import annotations
 
@@ -10,55 +10,55 @@ from typing import Any, NamedTuple
 from loratune.data.tools.call_shapes import BLANKS, Call, Schemas, Shape, flexible, schemas_of
 
 LOOK = 200
-"""Characters in which the opening of a call shows itself."""
+"""Number of characters that are enough to recognise the opening of a call."""
 
 
 @dataclass(frozen=True)
 class CallForm:
-    """Calls of tools in an answer: `opening`, a call, then `closing`; or `between` and another call."""
+    """The form of tool calls: `opening`, a call, then `closing`; or `between` and another call."""
 
     opening: str
     shape: Shape
     closing: str
     between: str = ""
-    """Empty where several calls are each opened and closed, or the template writes only one."""
+    """Empty if several calls are each opened and closed, or the template writes only one."""
     marks: Mapping[str, str] = field(default_factory=dict)
-    """A character that stands for a special token → the token's text."""
+    """Placeholder character → text of the special token that it stands for."""
 
     @cached_property
     def is_bare(self) -> bool:
-        """Whether nothing tells a call from an answer in JSON. Then it must be all of the answer, and know its tool."""
+        """Whether a call looks like an answer in JSON. It then has to be the whole answer and name an offered tool."""
         return not any(character.isalnum() or character in self.marks for character in self.opening)
 
     @cached_property
     def ends(self) -> frozenset[str]:
-        """Characters without which no call becomes whole."""
+        """Characters at least one of which completes a call."""
         return frozenset(part.rstrip()[-1:] for part in (self.closing or self.shape.ends_with, self.between) if part)
 
     def find(self, text: str, start: int = 0) -> int:
-        """The first place where a call begins or, at the end, may yet begin; the text's length if there is none."""
+        """Return the first index where a call starts, or could start if the text continues; else the text's length."""
         place = text.find(self._head[0], start)
         while place >= 0 and not self.may_begin(text, place):
             place = text.find(self._head[0], place + 1)
         return len(text) if place < 0 else place
 
     def may_begin(self, text: str, place: int = 0) -> bool:
-        """Whether a call begins at a place, or may do so once the text goes on."""
+        """Return whether a call starts at an index, or could do so if the text continues."""
         return self._head.startswith("".join(text[place : place + LOOK].split())[: len(self._head)])
 
     def read(self, text: str, start: int, schemas: Schemas, most: int | None = None) -> tuple[list[Call], int] | None:
-        """The calls that are opened at a place of a text, and where they end.
+        """Parse the calls that start at an index of a text.
 
-        What has been read of a text stays the same, however the text goes on.
+        The result does not change when text is appended.
 
         Args:
-            text: an answer, special tokens marked.
-            start: the place.
-            schemas: of the tools that were offered.
-            most: so many calls are enough.
+            text: an answer, with special tokens replaced by placeholders.
+            start: the index.
+            schemas: schemas of the offered tools.
+            most: stop after this many calls.
 
         Returns:
-            None if there is no call, or not the whole of it.
+            The calls and their end; None if there is no complete call.
         """
         calls: list[Call] = []
         place = flexible(self.opening, "", BLANKS).match(text, start)
@@ -72,31 +72,31 @@ class CallForm:
         return None
 
     def in_words(self, text: str) -> str:
-        """A part of the form with the special tokens as they are written, without blanks."""
+        """Return a part of the form with special tokens restored and whitespace removed."""
         return "".join("".join(self.marks.get(character, character) for character in text).split())
 
     @cached_property
     def _head(self) -> str:
-        """What a call begins with, without blanks; empty only where it is bare."""
+        """The first characters of a call without whitespace; empty only if the form is bare."""
         return "".join(self.opening.split()) + self.shape.begins_with
 
 
 class Told(NamedTuple):
-    """What a part of an answer says, and which tools it calls."""
+    """Text and tool calls of a part of an answer."""
 
     text: str
     calls: tuple[Call, ...]
 
 
 class CallStream:
-    """Tells calls from the rest of an answer, the same however its text is cut.
+    """Separates tool calls from the text of a streamed answer; the result does not depend on how the stream is split.
 
-    What is no whole call stays text. Blanks around calls belong to them.
+    Incomplete calls stay text. Whitespace around calls is dropped.
 
     Args:
-        form: of the calls.
-        tools: that were offered.
-        most: the answer is done after so many calls.
+        form: form of the calls.
+        tools: the offered tools.
+        most: the answer is done after this many calls.
     """
 
     def __init__(self, form: CallForm, tools: Sequence[Mapping[str, Any]], most: int | None = None) -> None:
@@ -105,14 +105,14 @@ class CallStream:
         self._held = ""
         """Text that may belong to a call."""
         self._blank = ""
-        """Blanks that are told if words follow them."""
+        """Whitespace that is emitted only if text follows."""
         self._has_said = self._has_called = False
         self._is_behind_call = False
         self.is_done = False
-        """Whether there are as many calls as were wanted; nothing after them counts."""
+        """Whether the maximum number of calls is reached; later text is ignored."""
 
     def push(self, text: str, is_last: bool = False) -> Told:
-        """What has become certain with more text."""
+        """Add text, and return the text and calls that are now certain."""
         if self.is_done:
             return Told("", ())
         self._held += text
@@ -126,7 +126,7 @@ class CallStream:
             if read:
                 calls += read[0]
                 self._called(*read)
-            elif self._held and is_last:  # it only looked like one
+            elif self._held and is_last:  # not a call after all
                 said += self._said(self._held[:1])
                 self._held = self._held[1:]
             else:
@@ -136,7 +136,7 @@ class CallStream:
         return Told(said, tuple(calls))
 
     def _next_start(self) -> int:
-        """Where the held text may be a call."""
+        """Return the index in the held text where a call may start."""
         if not self._form.is_bare:
             return self._form.find(self._held)
         if self._has_said or self._has_called:
@@ -145,7 +145,7 @@ class CallStream:
         return len(self._held) - len(words) if self._form.may_begin(words) else len(self._held)
 
     def _read(self, is_last: bool) -> tuple[list[Call], int] | None:
-        """The calls that the held text begins with; a bare one only if nothing else is there."""
+        """Parse calls at the start of the held text; a bare call counts only if it is the whole answer."""
         if not self._form.is_bare:
             return self._form.read(self._held, 0, self._schemas, self._most)
         read = self._form.read(self._held, 0, self._schemas) if is_last else None
@@ -160,7 +160,7 @@ class CallStream:
             self.is_done = self._most <= 0
 
     def _said(self, text: str) -> str:
-        """Text that is no call, with the blanks before it; those behind it wait."""
+        """Return text that is not part of a call, with the whitespace before it; trailing whitespace is held back."""
         text = self._blank + text.translate(self._unmark)
         words = text.rstrip()
         self._blank = text[len(words) :]

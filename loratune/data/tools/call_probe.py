@@ -1,4 +1,4 @@
-"""The form in which a chat template writes calls of tools, found by rendering some and proved by reading them back."""
+"""Derives the form of tool calls from renderings of a chat template, and verifies it by parsing them back."""
 
 from __future__ import annotations
 
@@ -20,8 +20,10 @@ from loratune.data.tools.call_shapes import (
 )
 
 Write = Callable[[str, Sequence[Call]], str | None]
-"""What a template makes of an answer with a text and calls of PROBE_TOOLS; None where it refuses. A special token in it
-is a character of `CallForm.marks`; without blanks at its ends."""
+"""Render an answer with text and calls of PROBE_TOOLS; None if the template rejects it.
+
+The result has characters of `CallForm.marks` for special tokens, and is stripped.
+"""
 
 NAMES = ("loratune_probe", "another_probe")
 KEYS, VALUES = ("place_of_it", "time_of_it"), ("loratune-rome", "loratune-noon")
@@ -54,14 +56,14 @@ PROBE_TOOLS: list[dict[str, Any]] = [
 
 
 def find_call_form(write: Write, marks: Mapping[str, str]) -> CallForm | None:
-    """The form of a template's calls.
+    """Return the form of a template's calls.
 
     Args:
         write: renders answers.
-        marks: a character for each special token.
+        marks: placeholder character for each special token.
 
     Returns:
-        None if calls are written in no form that is known here, or do not come back as they were.
+        None if the form is unknown, or parsing does not return the rendered calls.
     """
     one, other = (Call(name, ARGUMENTS) for name in NAMES)
     single, pair = write("", [one]), write("", [one, other])
@@ -111,7 +113,7 @@ def _find_parameters(write: Write, single: str, pair: str | None) -> CallForm | 
     opening, first, equals, between, equals_again, behind = parts
     start = (pair or "").find(NAMES[1])
     others = _cut((pair or "")[:start], [NAMES[0], KEYS[0], VALUES[0]]) if start >= 0 else None
-    # What ends a call, apart from what ends the list of them.
+    # Separates the end of one call from the end of the list of calls.
     end = os.path.commonprefix([behind, others[3]]) if others else behind  # noqa: RUF071 - of texts
     closing, empty = behind[len(end) :], none[len(opening) + len(NAMES[0]) :]
     is_one_way = equals == equals_again and between and end and not (between.startswith(end) or end.startswith(between))
@@ -122,12 +124,12 @@ def _find_parameters(write: Write, single: str, pair: str | None) -> CallForm | 
 
 
 def _framed(opening: str, shape: Shape, closing: str, pair: str | None, second: str) -> CallForm | None:
-    """The form, with what stands between two calls if each is not opened and closed by itself.
+    """Return the form, including the text between calls if calls are not opened and closed separately.
 
     Args:
-        opening, shape, closing: of one call.
-        pair: what the template makes of two calls; None where it takes only one.
-        second: what the second call begins with.
+        opening, shape, closing: the form of one call.
+        pair: rendering of two calls; None if the template accepts only one.
+        second: the first characters of the second call.
     """
     if any(name in opening + closing for name in NAMES):
         return None
@@ -146,7 +148,7 @@ def _framed(opening: str, shape: Shape, closing: str, pair: str | None, second: 
 
 
 def _comes_back(form: CallForm, write: Write) -> bool:
-    """Whether calls of all kinds are read as they were written."""
+    """Return whether calls of all kinds are parsed as they were rendered."""
     first, second, none = Call(NAMES[0], HARD), Call(NAMES[1], ARGUMENTS), Call(NAMES[0], {})
     for calls in ([first], [second], [none], [first, second], [none, first, second]):
         for content in ("", CONTENT):
@@ -154,10 +156,10 @@ def _comes_back(form: CallForm, write: Write) -> bool:
             if text is None:
                 if len(calls) == 1:
                     return False
-                continue  # some write one call only
-            content = content if content in text else ""  # some drop the text before it
+                continue  # some templates accept one call only
+            content = content if content in text else ""  # some templates drop the text before a call
             if form.is_bare and content:
-                continue  # no call then, but an answer in words
+                continue  # text before a bare call makes it plain text
             if CallStream(form, PROBE_TOOLS).push(text, is_last=True) != (content, tuple(calls)):
                 return False
     return True
@@ -171,7 +173,7 @@ def _literals(form: CallForm) -> str:
 
 
 def _path_to(value: Any, is_wanted: Callable[[Any], bool]) -> tuple[str, ...] | None:
-    """The keys that lead to something in nested objects."""
+    """Return the keys that lead to a matching value in nested objects; None if there is none."""
     if not isinstance(value, dict):
         return None
     for key, inner in value.items():
@@ -191,7 +193,7 @@ def _is_text_of_arguments(value: Any) -> bool:
 
 
 def _cut(text: str, marks: Sequence[str]) -> list[str] | None:
-    """What stands before, between and behind texts that must come in this order."""
+    """Return the texts before, between and after marks that occur in this order; None if one is missing."""
     parts = []
     for mark in marks:
         part, found, text = text.partition(mark)

@@ -1,4 +1,4 @@
-"""What one call of a tool looks like in an answer, and how it is read: three shapes, whose texts a template shows."""
+"""Three shapes of a tool call in an answer, each with a parser; a template's renderings provide their literals."""
 
 from __future__ import annotations
 
@@ -13,24 +13,22 @@ from loratune.data.formats.conversation import has_half_a_pair
 
 BLANKS = r"\s*"
 NAME = re.compile(r"[\w.:/-]+")
-"""Of a tool, where no JSON holds it."""
+"""Name of a tool outside of JSON."""
 JSON_TYPES: dict[type, tuple[str, ...]] = {
     str: ("string",), bool: ("boolean",), int: ("integer", "number"), float: ("number",), dict: ("object",),
     list: ("array",), type(None): ("null",),
 }  # fmt: skip
 PYTHON_WORDS = {"True": True, "False": False, "None": None}
-"""As templates write what JSON calls true, false and null."""
+"""How templates with Python syntax write JSON's true, false and null."""
 
 Schemas = Mapping[str, Mapping[str, Any]]
-"""Name of a tool → the schemas of its arguments by their names."""
+"""Name of a tool → name of an argument → its schema."""
 Read = tuple["Call", int]
-"""A call, and where it ends."""
+"""A call and its end index."""
 
 
 @dataclass(frozen=True)
 class Call:
-    """A call of a tool."""
-
     name: str
     arguments: dict[str, Any]
 
@@ -39,18 +37,18 @@ class Call:
         """The arguments as JSON.
 
         Raises:
-            ValueError: JSON has no word for a number in them.
+            ValueError: the arguments contain NaN or infinity.
         """
         text = json.dumps(self.arguments, ensure_ascii=False, allow_nan=False)
         return json.dumps(self.arguments) if has_half_a_pair(text) else text
 
     def in_message(self) -> dict[str, Any]:
-        """The call as chat templates and rows have it."""
+        """Return the call in the form of chat templates and rows."""
         return {"type": "function", "function": {"name": self.name, "arguments": self.arguments}}
 
 
 def schemas_of(tools: Sequence[Mapping[str, Any]]) -> Schemas:
-    """What is known of the arguments of tools."""
+    """Return the argument schemas of tools."""
     schemas: dict[str, Mapping[str, Any]] = {}
     for tool in tools:
         parameters = tool["function"].get("parameters")
@@ -61,19 +59,19 @@ def schemas_of(tools: Sequence[Mapping[str, Any]]) -> Schemas:
 
 @dataclass(frozen=True)
 class ObjectShape:
-    """`{"name": NAME, "arguments": {…}}`, under any keys."""
+    """`{"name": NAME, "arguments": {…}}`, with any keys."""
 
     name: tuple[str, ...]
-    """Keys that lead to the name."""
+    """Path of keys to the name."""
     arguments: tuple[str, ...]
     are_text: bool
-    """Whether the arguments are the JSON text of an object."""
+    """Whether the arguments are a string with the JSON of an object."""
 
     begins_with = "{"
     ends_with = "}"
 
     def read(self, text: str, start: int, schemas: Schemas) -> Read | None:
-        """The call at a place of a text; None if none is there, or not the whole of it."""
+        """Parse the call at an index; None if there is no complete call."""
         found = json_at(text, start)
         if found is None:
             return None
@@ -87,7 +85,7 @@ class ObjectShape:
 
 @dataclass(frozen=True)
 class NamedShape:
-    """A name, a text behind it, and the arguments as a JSON object."""
+    """A name, a separator, and the arguments as a JSON object."""
 
     separator: str
 
@@ -95,7 +93,7 @@ class NamedShape:
     ends_with = "}"
 
     def read(self, text: str, start: int, schemas: Schemas) -> Read | None:
-        """As that of `ObjectShape`."""
+        """See `ObjectShape.read`."""
         name = NAME.match(text, start)
         place = flexible(self.separator, BLANKS, BLANKS).match(text, name.end()) if name else None
         found = json_at(text, place.end()) if place else None
@@ -104,24 +102,24 @@ class NamedShape:
 
 @dataclass(frozen=True)
 class ParameterShape:
-    """A name, then each argument apart: NAME `first` KEY `equals` VALUE `between` KEY `equals` VALUE `end`."""
+    """A name, then each argument separately: NAME `first` KEY `equals` VALUE `between` KEY `equals` VALUE `end`."""
 
     first: str
     equals: str
     between: str
     end: str
     empty: str
-    """Stands behind the name of a call without arguments."""
+    """Text after the name of a call without arguments."""
 
     begins_with = ""
 
     @property
     def ends_with(self) -> str:
-        """Its last character."""
+        """The last character of a call."""
         return self.end.rstrip()[-1:]
 
     def read(self, text: str, start: int, schemas: Schemas) -> Read | None:
-        """As that of `ObjectShape`; texts become what the schema of their argument asks for."""
+        """See `ObjectShape.read`. Values are converted to the types in their schemas."""
         name = NAME.match(text, start)
         if not name:
             return None
@@ -154,12 +152,12 @@ Shape = ObjectShape | NamedShape | ParameterShape
 
 @lru_cache(maxsize=256)
 def flexible(literal: str, lead: str | None = None, tail: str | None = None) -> re.Pattern[str]:
-    """Finds a text of a template, with other blanks between its words, as models write them.
+    """Return a pattern for a literal of a template that tolerates other whitespace between its words.
 
     Args:
-        literal: the text.
-        lead: pattern of what may stand before it; None takes exactly the blanks that it begins with, or none.
-        tail: the same of what may stand behind it.
+        literal: the literal.
+        lead: pattern of text allowed before it; None allows exactly its leading whitespace, or none.
+        tail: the same for text after it.
     """
     words = literal.split()
     if not words:
@@ -172,7 +170,7 @@ def flexible(literal: str, lead: str | None = None, tail: str | None = None) -> 
 
 
 def json_at(text: str, start: int) -> tuple[Any, int] | None:
-    """The JSON object at a place of a text, and where it ends; None if none is there, or not the whole of it."""
+    """Return the JSON object at an index and its end; None if there is no complete object."""
     if not text.startswith("{", start):
         return None
     try:
@@ -195,7 +193,7 @@ def _inner(value: Any, keys: Sequence[str]) -> Any:
 
 
 def _checked(name: Any, arguments: Any, end: int) -> Read | None:
-    """A call that can be told to a client, and its end."""
+    """Return a call that can be serialised as JSON, and its end; None if it cannot."""
     if not isinstance(name, str) or not name or has_half_a_pair(name) or not isinstance(arguments, dict):
         return None
     call = Call(name, arguments)
@@ -207,7 +205,7 @@ def _checked(name: Any, arguments: Any, end: int) -> Read | None:
 
 
 def _typed(text: str, schema: Any) -> Any:
-    """A value that is written without quotes, as its schema has it; the text itself where nothing else fits."""
+    """Convert an unquoted value to its schema's type; return the text if nothing else matches."""
     wanted = _types(schema)
     if wanted == {"string"}:
         return text
@@ -215,13 +213,13 @@ def _typed(text: str, schema: Any) -> Any:
         value = PYTHON_WORDS[text] if text in PYTHON_WORDS else json.loads(text, parse_constant=_refuse)
     except (ValueError, RecursionError):
         return text
-    if isinstance(value, str):  # the quotes are its own
+    if isinstance(value, str):  # the quotes belong to the value
         return text
     return value if not wanted or wanted.intersection(JSON_TYPES[type(value)]) else text
 
 
 def _types(schema: Any) -> set[str]:
-    """The types that a schema allows; empty if it does not say."""
+    """Return the types that a schema allows; empty if it does not restrict them."""
     if not isinstance(schema, dict):
         return set()
     given = schema.get("type")

@@ -1,4 +1,4 @@
-"""Tools, calls of them and their results in conversations: whether the template writes them, and how."""
+"""Renders tools, tool calls and tool results, and checks that the template supports them."""
 
 from __future__ import annotations
 
@@ -19,33 +19,33 @@ from loratune.data.tools.call_shapes import Call
 from loratune.errors import Exit, LoratuneError
 
 FIRST_MARK = 0xF0100
-"""Of the private-use characters that stand for special tokens in the text of calls."""
+"""First private-use character of the placeholders for special tokens in the text of calls."""
 PROBE_CALL = {"id": "loratune1", **Call(NAMES[0], ARGUMENTS).in_message()}
-"""With an id as Mistral's templates take it."""
+"""The id has the nine characters that Mistral's templates require."""
 
 
 class ToolError(LoratuneError):
-    """The template has no place for tools, or for calls of them."""
+    """The template does not support tools, or tool calls."""
 
 
 class ToolRenderer(ChatRenderer):
-    """Renders tools with the template at hand; arguments and errors are those of `ChatRenderer`."""
+    """Renders conversations with tools. See `ChatRenderer` for arguments and errors."""
 
     @cached_property
     def offers_tools(self) -> bool:
-        """Whether the template tells the model which tools there are."""
+        """Whether the template lists the available tools in the prompt."""
         return self._writes(NAMES[0], [QUESTION])
 
     @cached_property
     def call_form(self) -> CallForm | None:
-        """How the template writes calls; None where that cannot be told, or calls would not be read as they were."""
+        """The form of calls; None if it is unknown, or parsing would not return the rendered calls."""
         if not self.offers_tools and not self._writes_calls:
             return None
         return find_call_form(self._written, {mark: token for token, mark in self._marks_of_specials.items()})
 
     @property
     def about_calls(self) -> str:
-        """What those who offer tools should know; empty where calls are found in answers, or tools are refused."""
+        """Warning for users who offer tools; empty if calls are recognised in answers, or tools are rejected."""
         if not self.offers_tools or self.call_form:
             return ""
         return (
@@ -55,26 +55,26 @@ class ToolRenderer(ChatRenderer):
 
     @cached_property
     def call_marks(self) -> dict[int, str]:
-        """Special tokens of calls, by their ids → the characters that stand for them in `call_form`."""
+        """Token ids of special tokens in calls → their placeholder characters in `call_form`."""
         marks = self.call_form.marks if self.call_form else {}
         return {int(self.tokenizer.convert_tokens_to_ids(token)): mark for mark, token in marks.items()}
 
     def check_tools(self, messages: Sequence[Message], tools: Sequence[dict[str, Any]]) -> None:
-        """Refuse tools that the template would silently drop, or that could not be told from control tokens.
+        """Raise if the template would silently drop tools, or a name in them contains a control token.
 
         Raises:
-            ToolError: with what to do.
+            ToolError: with advice.
         """
         calls = [message["tool_calls"] for message in messages if message.get("tool_calls")]
         needed = {
             "tools": bool(tools) and not self.offers_tools,
-            "calls of tools": bool(calls) and not self._writes_calls,
-            "results of tools": any(one["role"] == "tool" for one in messages) and not self._writes_results,
+            "tool calls": bool(calls) and not self._writes_calls,
+            "tool results": any(one["role"] == "tool" for one in messages) and not self._writes_results,
         }
         for what, is_lost in needed.items():
             if is_lost:
                 raise ToolError(
-                    f"{what} are given, for which the chat template ({self.settings.template}) has no place; take a "
+                    f"the chat template ({self.settings.template}) does not support {what}, and some are given; use a "
                     "model whose template knows tools, or leave them out",
                     Exit.DATA,
                 )
@@ -101,9 +101,10 @@ class ToolRenderer(ChatRenderer):
         return self._writes(MARK, [QUESTION, before, result])
 
     def _writes(self, mark: str, messages: list[dict[str, Any]]) -> bool:
-        """Whether something of a conversation with tools is rendered.
+        """Return whether a conversation with tools renders the mark.
 
-        What a template refuses or fails at is not lost silently: the conversation itself will be refused.
+        A rejected conversation counts as rendered: the real one will raise an error too, so nothing is dropped
+        silently.
         """
         try:
             return mark in self._apply(messages, PROBE_TOOLS, tokenize=False)
@@ -119,7 +120,7 @@ class ToolRenderer(ChatRenderer):
 
     @cached_property
     def _needs_ids(self) -> bool:
-        """Whether the template takes no call without an id, as Mistral's."""
+        """Whether the template requires ids in calls, as Mistral's does."""
         bare = {key: value for key, value in PROBE_CALL.items() if key != "id"}
         takes = [
             self._takes([QUESTION, {**ANSWER, "content": "", "tool_calls": [call]}]) for call in (PROBE_CALL, bare)
@@ -127,7 +128,7 @@ class ToolRenderer(ChatRenderer):
         return takes == [True, False]
 
     def _with_ids(self, messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        """Number calls and their results where the template wants ids: the same in training and in answering."""
+        """Number calls and their results if the template requires ids, identically in training and inference."""
         if not any(message.get("tool_calls") for message in messages) or not self._needs_ids:
             return messages
         numbers, open_ids, numbered = count(1), iter(list[str]()), []
@@ -147,14 +148,14 @@ class ToolRenderer(ChatRenderer):
         return {token: chr(FIRST_MARK + place) for place, token in enumerate(tokens)}
 
     def _written(self, content: str, calls: Sequence[Call]) -> str | None:
-        """What the template makes of an answer with calls, for `find_call_form`."""
+        """Render an answer with calls, for `find_call_form`."""
         listed = [{"id": f"loratune{place}", **call.in_message()} for place, call in enumerate(calls)]
         message = {"role": "assistant", "content": content, "tool_calls": listed}
         try:
             before, whole = self._before_and_whole([QUESTION], message, PROBE_TOOLS)
         except LoratuneError:
             return None
-        if not whole.startswith(before):  # it asks for reasoning, and the answer has none
+        if not whole.startswith(before):  # the prompt opens a reasoning block, which the answer lacks
             before = before.rpartition(OPENING)[0]
         if not before or not whole.startswith(before):
             return None
@@ -164,7 +165,7 @@ class ToolRenderer(ChatRenderer):
     def _rendered_answer(
         self, prompt: list[dict[str, Any]], message: dict[str, Any], tools: Sequence[dict[str, Any]]
     ) -> str:
-        """What the template writes for an answer that calls tools, up to the end token."""
+        """Return the text that the template writes for an answer with tool calls, up to the end token."""
         before, whole = self._before_and_whole(prompt, message, tools)
         answer, behind = whole[len(before) :], self._chat(tools).behind_answers
         if not whole.startswith(before) or not answer.endswith(behind):
@@ -185,9 +186,9 @@ class ToolRenderer(ChatRenderer):
     def _parts_of_calls(
         self, prompt: list[dict[str, Any]], message: dict[str, Any], tools: Sequence[dict[str, Any]]
     ) -> list[tuple[str, bool]]:
-        """An answer that calls tools as texts, and whether special tokens in each are the template's own.
+        """Return an answer with tool calls as texts, each with whether its special tokens come from the template.
 
-        Those that a row holds stay text, as in every answer.
+        Special tokens within a row are encoded as characters, as in every answer.
         """
         begin, end = free_marks(message)
         marked = _mapped(message, lambda text: self._special.sub(rf"{begin}\g<0>{end}", text))
@@ -199,7 +200,7 @@ class ToolRenderer(ChatRenderer):
 
 
 def _mapped(value: Any, change: Any) -> Any:
-    """A JSON value with every text in it changed; keys stay."""
+    """Return a JSON value with a function applied to every string except keys."""
     if isinstance(value, dict):
         return {key: _mapped(inner, change) for key, inner in value.items()}
     if isinstance(value, list):

@@ -1,1 +1,1 @@
-"""Merged models and adapters in the forms of other programs."""
+"""Exports merged models and adapters for other programs."""

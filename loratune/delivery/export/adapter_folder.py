@@ -1,4 +1,4 @@
-"""The adapter as a folder to give away: what PEFT and servers load, and nothing of the machine it was trained on."""
+"""Exports an adapter as a folder for sharing: everything that PEFT and servers load, without local paths."""
 
 from __future__ import annotations
 
@@ -22,28 +22,28 @@ from loratune.runs.tokenizer_files import TOKENIZER_CONFIG, VOCABULARY_FILES, co
 from loratune.safetensors_header import header_text
 from loratune.writing import write_json
 
-# Settings that PEFT writes even where the feature that they belong to is off.
+# Settings that PEFT writes even if the feature that they belong to is disabled.
 IDLE_SETTINGS = {"megatron_core": "megatron_config", "qalora_group_size": "use_qalora"}
 
 
 def export_adapter(source: AdapterSource, folder: Path, model: str | None = None, force: bool = False) -> bool:
-    """Write an adapter, its tokenizer's files and its card, and read them again.
+    """Write an adapter, its tokenizer's files and its model card, and verify them.
 
-    Weights and tokenizer are copied byte for byte, but for the chat template where the training's prompt settings have
-    to be put into it, since other programs know nothing else. Of a checkpoint, which has no tokenizer, only the adapter
-    is taken.
+    Weights and tokenizer are copied byte for byte, except for the chat template if it has to include the training's
+    prompt settings, which other programs would not know. A checkpoint has no tokenizer, so only its adapter is
+    exported.
 
     Args:
         source: the adapter.
         folder: an existing empty folder.
-        model: where the base lies now.
-        force: let another base through.
+        model: location of the base, if moved.
+        force: accept a different base.
 
     Returns:
-        Whether the chat template is another than that of the base.
+        Whether the chat template differs from the base's.
 
     Raises:
-        LoratuneError: the adapter is incomplete, damaged or not LoRA, or one of its files names a local path.
+        LoratuneError: the adapter is incomplete, damaged or not LoRA, or one of its files contains a local path.
     """
     config = read_config_values(source.adapter)
     for warning in check_where_possible(source, model, force):
@@ -65,9 +65,9 @@ def export_adapter(source: AdapterSource, folder: Path, model: str | None = None
 
 
 def _base_folder(source: AdapterSource) -> str | None:
-    """Where the base lay in training, if that tells a local folder from a download."""
+    """Return the folder of the base in training, if that distinguishes a local folder from a download."""
     is_modelscope = source.record is not None and source.record.model.hub == "modelscope"
-    if source.manifest is None or is_modelscope:  # its downloads lie at …/org/name, as a local folder may
+    if source.manifest is None or is_modelscope:  # its downloads are in …/org/name, like local folders
         return None
     return source.trained_base.path
 
@@ -78,7 +78,7 @@ def _public_base(source: AdapterSource, config: dict[str, Any], base_folder: str
 
 
 def _cleaned(config: dict[str, Any]) -> dict[str, Any]:
-    """The config for inference, without what is off anyway: a version of PEFT may not know the name of it."""
+    """Return the config for inference without disabled settings, whose names other PEFT versions may not know."""
     kept = {
         key: value
         for key, value in config.items()
@@ -92,11 +92,11 @@ def _cleaned(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def _check(source: AdapterSource, folder: Path) -> None:
-    """Read the export again.
+    """Read the export back.
 
     Raises:
-        LoratuneError: a file names a local path.
-        RuntimeError: the config or the weights are not the adapter's.
+        LoratuneError: a file contains a local path.
+        RuntimeError: config or weights differ from the adapter's.
     """
     config, original = read_config_values(folder), read_config_values(source.adapter)
     if any(config.get(key) != original.get(key) for key in ("r", "lora_alpha", "lora_dropout")):
@@ -119,16 +119,16 @@ def _check(source: AdapterSource, folder: Path) -> None:
 
 
 def _texts(folder: Path) -> Iterator[tuple[str, bytes]]:
-    """What can name a path: the files but for vocabularies, and of the weights the header."""
+    """Yield the contents that may include a path: all files except vocabularies, and the header of the weights."""
     for path in sorted(path for path in folder.rglob("*") if path.is_file()):
         if path.name == WEIGHTS_FILE:
             yield path.name, header_text(path)
-        elif path.name not in VOCABULARY_FILES:  # in which `/root` is a token, not a place
+        elif path.name not in VOCABULARY_FILES:  # in which `/root` is a token
             yield path.name, path.read_bytes()
 
 
 def _local_paths(source: AdapterSource) -> list[str]:
-    """Absolute paths that say where this user, the run, the base and the data are."""
+    """Return absolute paths that would reveal the locations of user, run, base and data."""
     places = [Path.home(), source.run or source.adapter]
     places += [Path(source.trained_base.path)] if source.manifest else []
     if source.record:

@@ -1,4 +1,4 @@
-"""From an adapter or a merged model to what another program runs: the flow of `loratune export`, top to bottom."""
+"""The steps of `loratune export`, from an adapter or a merged model to another program's format."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ GGUF_BOUNDS: dict[GgufType, Bounds] = {
     "f32": SAME,
     "bf16": Bounds(0.1, 5e-3, 0.005),
     "f16": Bounds(0.02, 3e-4, 0.005),
-    # Measured on Qwen2.5 0.5B: logits 0.01 of the largest apart.
+    # Measured on Qwen2.5 0.5B: logits differ by 0.01 of the largest.
     "q8_0": Bounds(0.2, 0.05, 0.02),
 }
 
@@ -66,8 +66,7 @@ def export(
         What verification.json says, and what the user can do with the folder.
 
     Raises:
-        LoratuneError: the format cannot hold this model, or what was written is not the model; then nothing is left at
-            `output`.
+        LoratuneError: the format does not support this model, or verification failed; then `output` is not created.
     """
     with disk_errors_explained(output):
         output = output.resolve()
@@ -86,7 +85,7 @@ def export(
 
 @contextmanager
 def _merged(job: Export, merge: Job | None) -> Iterator[Path]:
-    """The merged model to export: the given one, or one that is made of the adapter and goes away again."""
+    """Yield the merged model to export: the given one, or a temporary one merged from the adapter."""
     if merge is None:
         yield Path(job.options.model or "")
         return
@@ -151,10 +150,10 @@ def _export_gguf(job: Export, model: Path) -> Exported:
 
 
 def _compare_gguf(job: Export, model: Path, target: Path) -> Parity | None:
-    """Load the file as it describes itself, and compare what it computes with the merged model."""
+    """Load the file as it describes itself, and compare its logits with the merged model's."""
     from loratune.delivery.export.gguf.reference import load_gguf  # needs the package gguf
 
-    # The loader makes float32 of everything.
+    # The loader converts everything to float32.
     needed = 3 * sum(path.stat().st_size for path in weight_files(model))
     free = free_main_memory_bytes()  # where the file is loaded, whatever GPU is there
     if needed > free:
@@ -206,7 +205,7 @@ def _export_nf4(job: Export, model: Path) -> Exported:
 
 
 def _rows(job: Export, model: Path) -> list[ProbeRow]:
-    """What models are compared on: the run's rows, or built-in questions."""
+    """Return the rows for comparing models: the run's, or built-in prompts."""
     encoder = Encoder(load_tokenizer(model), merged_prompt(model))
     return probe_rows(read_probe(job.source.run if job.source else None), encoder)
 

@@ -1,4 +1,4 @@
-"""Bringing a finished folder to Hugging Face or ModelScope, and making sure that it has arrived."""
+"""Uploads a folder to Hugging Face or ModelScope, and checks that it arrived."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ LOGINS = {
 NAME = r"[A-Za-z0-9_]([A-Za-z0-9_.-]*[A-Za-z0-9_])?"
 REPOSITORY = re.compile(f"{NAME}/{NAME}")
 LONGEST_ID = 96
-# What a trainer leaves beside a model: of no use to others, pickled, and larger than the adapter.
+# Files of a trainer: useless to others, pickled, and larger than the adapter.
 NEVER_PUSHED = (
     "*.tmp", "optimizer*", "scheduler.*", "scaler.*", "rng_state*", "trainer_state.json", "training_args.bin",
 )  # fmt: skip
-MODELSCOPE_PUBLIC = 5  # its code for the visibility of a repository
+MODELSCOPE_PUBLIC = 5  # the API's code for public visibility
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class Destination:
 
     @property
     def url(self) -> str:
-        """Where a browser finds it."""
+        """Its URL for a browser."""
         return f"{SITES[self.hub]}/{self.repository}"
 
     def __str__(self) -> str:
@@ -51,7 +51,7 @@ class Destination:
 
 @dataclass(frozen=True)
 class PushResult:
-    """What was pushed, or would be."""
+    """The files that were pushed, or would be."""
 
     destination: Destination
     files: dict[str, int]
@@ -60,17 +60,17 @@ class PushResult:
 
 
 class RemoteFile(NamedTuple):
-    """What a hub tells of a file."""
+    """A hub's information about a file."""
 
     size: int
     sha256: str | None
 
 
 def parse_push(text: str) -> Destination:
-    """The destination that `hf:org/name` or `ms:org/name` means.
+    """Parse `hf:org/name` or `ms:org/name`.
 
     Raises:
-        LoratuneError: it is written otherwise.
+        LoratuneError: the text has another form.
     """
     hub, _, repository = text.partition(":")
     is_valid = (
@@ -90,19 +90,19 @@ def parse_push(text: str) -> Destination:
 
 
 def push_folder(folder: Path, destination: Destination, private: bool, dry_run: bool) -> PushResult:
-    """Upload a folder and compare what the hub then lists with it.
+    """Upload a folder and compare it with the hub's list of files.
 
-    Hidden files, temporary files and a trainer's state stay here.
+    Hidden files, temporary files and a trainer's state are excluded.
 
     Args:
-        folder: what to upload.
-        destination: made if it isn't there yet.
-        private: the repository is to be private; one that is public already is left alone.
-        dry_run: only tell what would be uploaded; needs neither token nor network.
+        folder: the folder to upload.
+        destination: the repository; created if it does not exist.
+        private: create it private; an existing public repository is an error.
+        dry_run: only return the files; needs neither token nor network.
 
     Raises:
-        LoratuneError: there is nothing to push, the client isn't installed, the hub refuses or cannot be reached, or
-            the files have not arrived whole.
+        LoratuneError: the folder is empty, the client is not installed, the hub returned an error or is unreachable, or
+            the files did not arrive completely.
     """
     paths = _files_to_push(folder)
     if not dry_run:
@@ -114,7 +114,7 @@ def push_folder(folder: Path, destination: Destination, private: bool, dry_run: 
 
 
 def _files_to_push(folder: Path) -> dict[str, Path]:
-    """Name in the repository → file."""
+    """Return name in the repository → file."""
     if not folder.is_dir():
         raise LoratuneError(f"{folder}: no such folder to push", Exit.USAGE)
     paths = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if path.is_file()}
@@ -131,7 +131,7 @@ def _files_to_push(folder: Path) -> dict[str, Path]:
 
 @contextmanager
 def _linked(folder: Path, paths: dict[str, Path]) -> Iterator[Path]:
-    """A folder of links to the chosen files: nothing else is uploaded, and a client's cache lands beside the links."""
+    """Yield a folder of links to the chosen files, which limits the upload and the location of a client's cache."""
     with tempfile.TemporaryDirectory(prefix="loratune-push-") as place:
         for name, path in paths.items():
             link = Path(place) / name
@@ -175,12 +175,12 @@ def _is_public(destination: Destination) -> LoratuneError:
 
 @contextmanager
 def _explained(destination: Destination) -> Iterator[None]:
-    """Tell in one message what a hub's client complains of."""
+    """Turn errors of a hub's client into one message."""
     try:
         yield
     except LoratuneError:
         raise
-    except Exception as error:  # each hub client and its HTTP library raise their own kinds
+    except Exception as error:  # each hub client and HTTP library has its own exceptions
         raise LoratuneError(f"{destination}: not pushed{_explanation(error, destination)}", Exit.IO) from error
 
 

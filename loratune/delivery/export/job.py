@@ -1,4 +1,4 @@
-"""One export: what is asked for, what its files are called, and the command lines that lead on from it."""
+"""One export: its options, file names, and the commands that follow it."""
 
 from __future__ import annotations
 
@@ -22,53 +22,50 @@ class ExportOptions:
     quantization: GgufType = "f16"
     """Of a GGUF file."""
     num_ctx: int | None = None
-    """Ollama's context length in tokens; None leaves it to Ollama."""
+    """Ollama's context length in tokens; None for Ollama's default."""
     model: str | None = None
-    """A merged model in place of an adapter; with one, where its base lies."""
+    """A merged model instead of an adapter; with an adapter, the location of its base."""
     force: bool = False
     overwrite: bool = False
 
 
 @dataclass(frozen=True)
 class Export:
-    """One export under way."""
+    """An export in progress."""
 
     source: AdapterSource | None
     output: Path
-    """Its final place."""
+    """The final folder."""
     folder: Path
-    """Where it is built."""
+    """The temporary folder that it is built in."""
     options: ExportOptions
 
     @property
     def name(self) -> str:
-        """What the files in it are called: as the run or the merged model."""
+        """Base name of its files: that of the run or the merged model."""
         path = Path(self.options.model or "") if self.source is None else self.source.run or self.source.adapter
         return re.sub(r"[^\w.-]+", "-", path.absolute().name).strip("-.") or "model"
 
     @property
     def ollama_name(self) -> str:
-        """The name as Ollama allows it."""
         return re.sub(r"[^a-z0-9._-]+", "-", self.name.lower()).strip("-.")[:OLLAMA_NAME_LENGTH] or "model"
 
     @property
     def hub_name(self) -> str:
-        """The name as hubs allow it."""
         plain = re.sub(r"[^A-Za-z0-9_.]+", "-", self.name)
         return re.sub(r"\.{2,}", ".", plain).removesuffix(".git").strip("-.")[:HUB_NAME_LENGTH].rstrip("-.") or "model"
 
     @property
     def gguf_name(self) -> str:
-        """The name of its GGUF file."""
         return f"{self.name}-{self.options.quantization}.gguf"
 
     def command(self, purpose: str, output: Path, **others: Any) -> Command:
-        """The command line of this export with other options.
+        """Return the command of this export with other options.
 
         Args:
-            purpose: as of `Command`.
-            output: of the other export.
-            others: of ExportOptions; `push` besides.
+            purpose: see `Command`.
+            output: output folder of the other export.
+            others: fields of ExportOptions, and `push`.
         """
         push = others.pop("push", None)
         options = replace(self.options, **{"overwrite": False, "num_ctx": None, **others})
@@ -87,5 +84,5 @@ class Export:
         return loratune(purpose, "export", flags, {"ORG": "your name on the hub"} if push else None)
 
     def place_beside(self, ending: str) -> Path:
-        """A free folder's name for what is advised in place of this export."""
+        """Return a free folder name for an export suggested instead of this one."""
         return free_place(self.output.with_name(f"{self.output.name}-{ending}"))

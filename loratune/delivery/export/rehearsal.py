@@ -1,4 +1,4 @@
-"""An export rehearsed: whatever configs and headers tell is checked before a merge, which takes minutes."""
+"""Checks an export as far as configs and headers allow, before a merge that takes minutes."""
 
 from __future__ import annotations
 
@@ -32,29 +32,29 @@ from loratune.runs.verification import MergedModel, write_verification
 
 @dataclass(frozen=True)
 class Rehearsal:
-    """A model to export, as much of it as is there before a merge."""
+    """The known parts of a model before it is merged."""
 
     folder: Path
-    """Config, tokenizer, template and generation config, as a merged folder has them."""
+    """Folder with config, tokenizer, template and generation config, as in a merged folder."""
     shapes: dict[str, tuple[int, ...]]
     is_tied: bool
     merged_bytes: int = 0
-    """What the merge writes for the time of the export."""
+    """Size of the temporary merged model."""
     job: Job | None = None
-    """The merge; None for a model that is merged already."""
+    """The merge; None for an already merged model."""
 
 
 @contextmanager
 def rehearsed_merge(source: AdapterSource, output: Path, options: MergeOptions) -> Iterator[Rehearsal]:
-    """What a merge would write, but for the weights.
+    """Yield what a merge would write, except for the weights.
 
     Args:
         source: the adapter.
         output: folder of the merged model.
-        options: of the merge.
+        options: options of the merge.
 
     Raises:
-        LoratuneError: the merge would refuse.
+        LoratuneError: the merge would fail.
     """
     job = gather(source, output.resolve(), options)
     plan = plan_merge(TensorFiles(weight_files(job.base)), job.updates, job.is_tied, options.dtype, options.shard_bytes)
@@ -69,13 +69,13 @@ def rehearsed_merge(source: AdapterSource, output: Path, options: MergeOptions) 
         shapes = {name: tensor.info.shape for name, tensor in plan.tensors.items()}
         try:
             yield Rehearsal(folder, shapes, plan.is_tied, plan.nbytes, job)
-        except LoratuneError as error:  # the folder is gone before anyone could look at it
+        except LoratuneError as error:  # the temporary folder's path would be useless
             told = error.message.replace(f"{folder}/", "the merged model's ").replace(str(folder), "the merged model")
             raise LoratuneError(told, error.exit_code, error.commands) from error
 
 
 def check_merge(source: AdapterSource, output: Path, options: MergeOptions) -> None:
-    """Refuse what a merge would refuse before it writes weights.
+    """Raise if a merge would fail before it writes weights.
 
     Raises:
         LoratuneError: with the merge's reason.
@@ -85,13 +85,13 @@ def check_merge(source: AdapterSource, output: Path, options: MergeOptions) -> N
 
 
 def rehearse(job: Export) -> Job | None:
-    """Check an export of a merged model before the merge, and write what needs no weights.
+    """Check the export of a merged model before the merge, and write the files that need no weights.
 
     Returns:
-        The merge that is to be made; None for a model that is merged already.
+        The merge to carry out; None for an already merged model.
 
     Raises:
-        LoratuneError: the export would be refused later.
+        LoratuneError: the export would fail later.
     """
     if job.source is None:
         folder = Path(job.options.model or "")
@@ -117,10 +117,10 @@ def _check_gguf(job: Export, model: Rehearsal) -> None:
 
 
 def _check_ollama(job: Export, model: Rehearsal) -> None:
-    """Write the Modelfile, once it is certain that the file it names can be written."""
+    """Write the Modelfile, after checking that its GGUF file can be written."""
     _plan_file(job, model)
     try:
-        # The other prompt settings are in the merged model's template.
+        # The merged model's template includes the other prompt settings.
         prompt = merged_prompt(model.folder)
         written = write_modelfile(model.folder, job.gguf_name, job.folder, job.options.num_ctx, prompt)
     except LoratuneError as error:
@@ -140,7 +140,7 @@ def _llama_server(file: Path) -> Command:
 
 
 def _plan_file(job: Export, model: Rehearsal) -> None:
-    """Lay out the GGUF file, and see that the disk has room for it beside the merged model."""
+    """Plan the GGUF file, and check that the disk has room for it and the merged model."""
     from loratune.delivery.export.gguf.file import plan_file  # needs the package gguf
 
     try:
@@ -157,7 +157,7 @@ def _plan_file(job: Export, model: Rehearsal) -> None:
 
 
 def _with_llama_cpp(job: Export) -> list[Command]:
-    """llama.cpp's own converter, for a merged model."""
+    """Return the commands to convert a merged model with llama.cpp's own converter."""
     if job.source is None:
         return [_convert(Path(job.options.model or ""))]
     place = job.place_beside("merged")
@@ -170,7 +170,7 @@ def _convert(model: Path) -> Command:
 
 
 def _check_nothing_else(job: Export, model: Rehearsal) -> None:
-    """What bitsandbytes writes depends on nothing that the merge's own checks have not seen."""
+    """Check nothing: bitsandbytes needs no more than the checks of the merge."""
 
 
 CHECKS: dict[ExportFormat, Callable[[Export, Rehearsal], None]] = {

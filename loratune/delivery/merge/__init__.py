@@ -1,1 +1,1 @@
-"""Adapter + base → a merged model folder."""
+"""Merges an adapter into its base and writes a model folder."""

@@ -1,4 +1,4 @@
-"""What is merged into what: gathered, and checked as far as headers, configs and the adapter tell."""
+"""The inputs of a merge, checked as far as headers, configs and the adapter allow."""
 
 from __future__ import annotations
 
@@ -36,24 +36,22 @@ from loratune.writing import disk_errors_explained
 
 @dataclass(frozen=True)
 class MergeOptions:
-    """How to merge."""
-
     model: str | None = None
-    """Where the base lies, if not where the run knows it."""
+    """Location of the base, if moved."""
     dtype: torch.dtype | None = None
-    """Of the merged weights; None keeps the base's."""
+    """Dtype of the merged weights; None keeps the base's."""
     shard_bytes: int = 5_000_000_000
     merge_base: MergeBase = "auto"
     verify: bool = True
     logits: bool = True
-    """Whether the verification runs the models."""
+    """Whether the verification also runs the models."""
     force: bool = False
     overwrite: bool = False
     stands_in_for: Path | None = None
-    """The output of an export, of which the merge is only a step; None for one that is asked for itself."""
+    """Output folder of the export that needs this merge as a step; None for a merge of its own."""
 
     def command(self, purpose: str, source: AdapterSource, output: Path) -> Command:
-        """The command line that merges so."""
+        """Return the command with these options."""
         flags = {
             "--adapter": source.place,
             "--base-model": self.model,
@@ -70,7 +68,7 @@ class MergeOptions:
 
 @dataclass
 class Candidate:
-    """One way to merge; a quantised run has two."""
+    """One way to merge; a run with quantisation has two."""
 
     merge_base: str
     files: TensorFiles
@@ -83,31 +81,31 @@ class Candidate:
 
 @dataclass
 class Job:
-    """What is merged into what."""
+    """Everything that a merge needs."""
 
     source: AdapterSource
     settings: ModelSettings
     base: Path
     updates: dict[str, TensorUpdate]
-    """Name of a tensor of the base's files → what the adapter does to it."""
+    """Name of a tensor in the base's files → its update."""
     is_tied: bool
     options: MergeOptions
     warnings: list[str]
     output: Path
     encoder: Encoder
-    """How the training rendered prompts."""
+    """Renders prompts as in training."""
 
     @property
     def changes_nothing(self) -> bool:
-        """Whether all of the adapter is zero."""
+        """Whether the adapter is entirely zero."""
         return all(update.is_nothing for update in self.updates.values())
 
     def with_options(self, purpose: str, **others: Any) -> list[Command]:
-        """The same merge with other options, as a command; none for combined adapters, which it could not restate."""
+        """Return the command of this merge with other options; empty for combined adapters, which it cannot express."""
         if self.source.combined:
             return []
         options, output = replace(self.options, **others), self.output
-        if options.stands_in_for:  # an export does not take a merge's options
+        if options.stands_in_for:  # an export has no such options
             purpose += ", and export the merged model with --model"
             output = free_place(options.stands_in_for.with_name(f"{options.stands_in_for.name}-merged"))
             options = replace(options, overwrite=False)
@@ -115,15 +113,15 @@ class Job:
 
 
 def gather(source: AdapterSource, output: Path, options: MergeOptions) -> Job:
-    """What is merged into what, with everything checked that headers, configs and the adapter tell.
+    """Gather and check the inputs of a merge.
 
     Args:
         source: the adapter.
         output: folder of the merged model, resolved.
-        options: how.
+        options: options of the merge.
 
     Raises:
-        LoratuneError: something does not fit, or nothing would change.
+        LoratuneError: the inputs do not match, or the merge would change nothing.
     """
     with disk_errors_explained(output):
         prepare_output(output, options.overwrite, "merged model", VERIFICATION)
@@ -134,10 +132,10 @@ def gather(source: AdapterSource, output: Path, options: MergeOptions) -> Job:
 
 
 def job_of(source: AdapterSource, output: Path, options: MergeOptions) -> Job:
-    """The same for a folder that may be there already, whatever the adapter changes.
+    """Gather the inputs of a merge whose folder may exist, even if the adapter changes nothing.
 
     Raises:
-        LoratuneError: something does not fit.
+        LoratuneError: the inputs do not match.
     """
     settings = base_settings(source, options.model)
     base = find_base(settings)
@@ -166,10 +164,10 @@ def _check_apart(output: Path, base: Path, adapter: Path) -> None:
 
 
 def base_files(job: Job, kind: str) -> TensorFiles:
-    """The base's tensors, or those that its quantised form stands for.
+    """Return the base's tensors, original or dequantised.
 
     Args:
-        job: what is merged.
+        job: the merge.
         kind: original or dequantized.
     """
     paths = weight_files(job.base)
@@ -183,7 +181,7 @@ def base_files(job: Job, kind: str) -> TensorFiles:
 def tell_of_unchanged(
     job: Job, unchanged: Sequence[str], updated: int, change: str, advice: Sequence[Command] = ()
 ) -> None:
-    """Refuse a merge that leaves everything as it was, unless forced; warn of one that leaves a part."""
+    """Raise if a merge changes nothing, unless forced; warn if some tensors stay unchanged."""
     message = (
         f"{len(unchanged)} of {updated} tensors that the adapter changes still equal the base's: the change is {change}"
     )

@@ -1,4 +1,4 @@
-"""From an adapter to a merged model that has proved itself: the flow of `loratune merge`, top to bottom."""
+"""The steps of `loratune merge`, from an adapter to a verified merged model."""
 
 from __future__ import annotations
 
@@ -35,15 +35,14 @@ def merge_adapter(source: AdapterSource, output: Path, options: MergeOptions) ->
 
     Args:
         source: the adapter.
-        output: folder of the merged model; until it is proved, it lies beside it under another name.
-        options: how.
+        output: folder of the merged model; until verified it has a temporary name.
+        options: options of the merge.
 
     Returns:
         What verification.json says.
 
     Raises:
-        LoratuneError: something does not fit, there is no room, or the merged model is not base + adapter; then nothing
-            is left at `output`.
+        LoratuneError: the inputs do not match, the disk is full, or verification failed; then `output` is not created.
     """
     return carry_out(gather(source, output.resolve(), options))
 
@@ -54,7 +53,7 @@ def carry_out(job: Job) -> Verification[MergedModel]:
     with disk_errors_explained(output), folder_in_one_step(output) as folder:
         candidates = _candidates(job, folder)
         announce(job, candidates, output)
-        # What is small comes first: a template that cannot be written is told before minutes of writing.
+        # Small files first: a template that cannot be written fails before minutes of writing weights.
         for candidate in candidates:
             changes = write_model_files(
                 job.source, job.encoder, job.base, candidate.folder, options.dtype, candidate.plan
@@ -80,7 +79,7 @@ def carry_out(job: Job) -> Verification[MergedModel]:
 
 @contextmanager
 def _removal_told(reason: str) -> Iterator[None]:
-    """Add to what a proof refuses that it is gone, with the folder in the making, and why that may be."""
+    """Add to a verification error that the temporary folder was removed, and a possible reason."""
     try:
         yield
     except LoratuneError as error:
@@ -95,7 +94,7 @@ def prove_models(job: Job, candidates: list[Candidate]) -> tuple[Candidate, Mode
     """Run the models, where that is asked for; (the candidate to keep, what that has shown).
 
     Raises:
-        LoratuneError: none of them is what base + adapter is.
+        LoratuneError: no candidate equals base + adapter.
     """
     if job.options.verify and job.options.logits:
         return prove(job, candidates)
@@ -103,10 +102,10 @@ def prove_models(job: Job, candidates: list[Candidate]) -> tuple[Candidate, Mode
 
 
 def prove_files(job: Job, candidate: Candidate) -> None:
-    """Compare written weights with what PEFT makes of the base, and the files beside them with their sources.
+    """Compare the written weights with PEFT's merge, and the other files with their sources.
 
     Raises:
-        LoratuneError: something else is there.
+        LoratuneError: something differs.
     """
     plan = candidate.plan
     peft = candidate.peft = PeftMerge(job.base, job.source.adapter, plan.vocabulary, job.is_tied)
@@ -116,7 +115,7 @@ def prove_files(job: Job, candidate: Candidate) -> None:
 
 
 def _check_updates_survived(job: Job, candidate: Candidate) -> None:
-    """Refuse a merge that leaves everything as it was; tell of tensors whose update was too small to hold."""
+    """Raise if a merge changed nothing; warn about tensors whose update is lost to rounding."""
     found = candidate.read_back
     if found is None or not found.unchanged or job.changes_nothing:
         return
@@ -153,7 +152,7 @@ def _write(job: Job, candidate: Candidate) -> None:
 
 
 def _keep(chosen: Candidate, candidates: list[Candidate], folder: Path) -> None:
-    """Bring the better of two candidates up into the output, and drop the other."""
+    """Move the better of two candidates into the output, and delete the other."""
     if chosen.folder == folder:
         return
     for path in chosen.folder.iterdir():
@@ -163,5 +162,5 @@ def _keep(chosen: Candidate, candidates: list[Candidate], folder: Path) -> None:
 
 
 def _seconds_since_start() -> float:
-    """Since the process began: what a user waits for."""
+    """Return the seconds since the process started, which is what a user waits for."""
     return round(time.time() - psutil.Process().create_time(), 2)

@@ -1,4 +1,4 @@
-"""base + adapter → the merged model's safetensors: tensor by tensor, a bounded number of rows at a time."""
+"""Computes the merged model's tensors and writes them as safetensors, a bounded number of rows at a time."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ from loratune.model.weights.tensor_files import TensorFiles, TensorInfo, plan_sh
 
 
 class TooLargeError(LoratuneError):
-    """A value that the type of the merged weights cannot hold."""
+    """A value exceeds the range of the merged weights' dtype."""
 
 
 PIECE_BYTES = 8_000_000
-"""Rows computed at once, as float32: they stay in a processor's cache between the steps."""
+"""Size of the rows that are computed at once, as float32: they stay in a processor's cache between the steps."""
 
 
 @dataclass(frozen=True)
 class MergedTensor:
-    """One tensor of the merged model: where its values come from, and what is done to them."""
+    """A tensor of the merged model: its source and update."""
 
     info: TensorInfo
     source: str
@@ -33,24 +33,23 @@ class MergedTensor:
     update: TensorUpdate | None
 
     def values(self, base: TensorFiles) -> torch.Tensor:
-        """What the update is applied to: the base's tensor, or what the adapter has in its place."""
+        """Return the values that the update is applied to: the base's, or the adapter's replacement."""
         found = base.tensor(self.source)
         return self.update.source(found) if self.update else found
 
 
 @dataclass(frozen=True)
 class MergePlan:
-    """What will be written."""
+    """The content of the merged model's files."""
 
     tensors: dict[str, MergedTensor]
     shards: dict[str, list[TensorInfo]]
     """File → its tensors."""
     is_tied: bool
-    """Whether embedding and head are one matrix in the merged model too."""
+    """Whether embedding and head are tied in the merged model."""
 
     @property
     def nbytes(self) -> int:
-        """Size of all values in bytes."""
         return sum(tensor.info.nbytes for tensor in self.tensors.values())
 
     @property
@@ -60,7 +59,7 @@ class MergePlan:
 
     @property
     def dtype_names(self) -> str:
-        """The types of its tensors, for the user."""
+        """The dtypes of its tensors as text."""
         names = dict.fromkeys(str(tensor.info.dtype).removeprefix("torch.") for tensor in self.tensors.values())
         return " and ".join(names)
 
@@ -73,21 +72,21 @@ class MergePlan:
 def plan_merge(
     base: TensorFiles, updates: dict[str, TensorUpdate], is_tied: bool, dtype: torch.dtype | None, shard_bytes: int
 ) -> MergePlan:
-    """Lay out the merged model.
+    """Plan the merged model.
 
     Args:
         base: the base's tensors.
-        updates: name of a tensor → what is done to it.
-        is_tied: whether the base has one matrix for embedding and head.
-        dtype: of the floating-point tensors; None keeps each one's own.
-        shard_bytes: most bytes of values in a file.
+        updates: tensor name → update.
+        is_tied: whether embedding and head of the base are tied.
+        dtype: dtype of floating-point tensors; None keeps each one's own.
+        shard_bytes: maximum bytes of values per file.
     """
     embedding, head = vocabulary_of(base.infos)
     stays_tied = is_tied and _changes_alike(updates.get(embedding), updates.get(head))
     tensors: dict[str, MergedTensor] = {}
     for name, info in base.infos.items():
         if is_tied and name == head:
-            continue  # a copy that nothing reads; written below if it is needed
+            continue  # an unused copy; added below if it is needed
         kept = dtype is None or not info.dtype.is_floating_point
         update = updates.get(name)
         shape = info.shape if update is None or update.replacement is None else tuple(update.replacement.shape)
@@ -104,10 +103,10 @@ def write_merged(plan: MergePlan, base: TensorFiles, folder: Path, advance: Call
     """Write the merged model's safetensors.
 
     Args:
-        plan: from `plan_merge`.
+        plan: result of `plan_merge`.
         base: the base's tensors.
         folder: an existing folder.
-        advance: told the bytes of each piece when it is ready.
+        advance: called with the bytes of each finished piece.
     """
 
     def pieces(info: TensorInfo) -> Iterator[torch.Tensor]:
@@ -116,7 +115,7 @@ def write_merged(plan: MergePlan, base: TensorFiles, folder: Path, advance: Call
             advance(piece.nbytes)
 
     threads = torch.get_num_threads()
-    # A core for the writing thread: torch's threads wait for each other in busy loops, and would take it.
+    # Leaves a core to the writing thread, since torch's threads would occupy it with busy waiting.
     torch.set_num_threads(max(1, threads - 1))
     try:
         write_shards(folder, plan.shards, pieces)
@@ -125,10 +124,10 @@ def write_merged(plan: MergePlan, base: TensorFiles, folder: Path, advance: Call
 
 
 def merged_pieces(tensor: MergedTensor, base: TensorFiles) -> Iterator[tuple[int, torch.Tensor]]:
-    """(First row, rows) of a merged tensor, in its dtype: added in float32 and rounded once.
+    """Yield (first row, rows) of a merged tensor in its dtype: added in float32 and rounded once.
 
     Raises:
-        TooLargeError: for float16.
+        TooLargeError: a value exceeds float16.
     """
     source = tensor.values(base)
     row_bytes = 4 * max(1, math.prod(source.shape[1:]))
@@ -146,7 +145,7 @@ def merged_pieces(tensor: MergedTensor, base: TensorFiles) -> Iterator[tuple[int
 
 
 def _changes_alike(embedding: TensorUpdate | None, head: TensorUpdate | None) -> bool:
-    """Whether embedding and head get the same update, or none."""
+    """Return whether embedding and head get the same update, or none."""
     if embedding is None or head is None:
         return embedding is head
     return embedding.equals(head)

@@ -1,4 +1,4 @@
-"""What stands beside a merged model's weights: the base's files byte for byte, and what training or merging changed."""
+"""Writes a merged model's other files: copies of the base's, with changes from training and merging."""
 
 from __future__ import annotations
 
@@ -27,15 +27,15 @@ def write_model_files(
     """Write config, tokenizer, template and generation config.
 
     Args:
-        source: the adapter and, in a run, the tokenizer of its training.
-        encoder: how the training rendered prompts.
+        source: the adapter and, for a run, the tokenizer of its training.
+        encoder: renders prompts as in training.
         base: the base's folder.
-        folder: where the merged weights are.
-        dtype: of the merged weights, if not the base's.
-        plan: of the merged weights.
+        folder: folder of the merged weights.
+        dtype: dtype of the merged weights, if not the base's.
+        plan: plan of the merged weights.
 
     Returns:
-        What differs from the base's files, for the user.
+        The differences from the base's files, for the user.
     """
     changes = _write_config(base, folder, dtype, plan)
     copy_tokenizer_files(source.tokenizer_folder(base), folder)
@@ -66,10 +66,10 @@ def _write_config(base: Path, folder: Path, dtype: torch.dtype | None, plan: Mer
 
 
 def _write_generation_config(base: Path, folder: Path, end_id: int) -> list[str]:
-    """The base's, with the token that ended the trained answers among those that end an answer.
+    """Write the base's generation config, with the end token of trained answers added to the end tokens.
 
     Raises:
-        LoratuneError: the base's holds values that no program could sample or end with.
+        LoratuneError: the base's config has values that are invalid for sampling or as end tokens.
     """
     from loratune.model.config import load_generation_config  # takes transformers, which takes seconds
 

@@ -1,4 +1,4 @@
-"""What a merge takes of disk and memory, said before anything is written."""
+"""Reports the disk space and memory that a merge needs, before anything is written."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ if TYPE_CHECKING:
 
 SIDE_FILES_BYTES = 30_000_000
 LIBRARIES_BYTES, CHECK_LIBRARIES_BYTES = 250_000_000, 250_000_000
-"""What torch takes by itself, and what transformers, PEFT and two tokenizers add."""
+"""Memory of torch alone, and of transformers, PEFT and two tokenizers in addition."""
 
 
 def announce(job: Job, candidates: list[Candidate], output: Path) -> None:
-    """Say what is about to happen and what it takes.
+    """Print what will be merged, and the required resources.
 
     Args:
-        job: what is merged.
-        candidates: what will be written.
-        output: where the merged model goes.
+        job: the merge.
+        candidates: the planned outputs.
+        output: folder of the merged model.
 
     Raises:
-        LoratuneError: the disk has no room for it.
+        LoratuneError: the disk does not have enough room.
     """
     plan = candidates[0].plan
     needed = sum(candidate.plan.nbytes for candidate in candidates) + SIDE_FILES_BYTES
@@ -58,13 +58,13 @@ def announce(job: Job, candidates: list[Candidate], output: Path) -> None:
 
 
 def memory_bound(job: Job, candidates: list[Candidate]) -> int:
-    """Bytes that the process will hold, pages of mapped files aside, which the system takes back when it needs them."""
+    """Return the maximum bytes of the process, except mapped file pages, which the system can reclaim."""
     config = text_values(read_json_object(job.base / "config.json"))
     bound = LIBRARIES_BYTES + CHECK_LIBRARIES_BYTES + (job.source.adapter / WEIGHTS_FILE).stat().st_size
     if job.options.verify and job.options.logits:
         activations = 40_000 * int(config["intermediate_size"])
         logits = 32 * 4 * 7 * int(config["vocab_size"])
         bound += activations + logits
-    if job.settings.quantization != "none":  # the live model, its embedding in float32
+    if job.settings.quantization != "none":  # the reference model, with its embedding in float32
         bound += candidates[0].plan.nbytes
     return bound

@@ -1,4 +1,4 @@
-"""The adapters of a command line as one: opened, or combined into a temporary one."""
+"""Opens the adapters of a command line, and combines several into a temporary one."""
 
 from __future__ import annotations
 
@@ -44,15 +44,15 @@ def open_adapters(
     """Open one adapter, or combine several.
 
     Args:
-        given: name and folder of each.
-        weights: numbers with commas between, one for each of several.
-        method: how several become one.
+        given: name and folder of each adapter.
+        weights: comma-separated weights of several adapters.
+        method: method to combine several adapters.
         density: for ties and dare_ties.
-        model: where the base lies now.
-        force: take changed adapters, and other bases than the trained one.
+        model: location of the base, if moved.
+        force: accept changed adapters and different bases.
 
     Raises:
-        LoratuneError: weights that do not match, or adapters that cannot be combined.
+        LoratuneError: the weights do not match, or the adapters cannot be combined.
     """
     if len(given) == 1:
         flag = "--weights" if weights is not None else "--combine" if method != "linear" else None
@@ -79,7 +79,7 @@ def open_adapters(
 
 
 def _common_base(adapters: dict[str, AdapterSource], model: str | None, force: bool) -> Path:
-    """The base that all the adapters belong to, with every adapter checked against it."""
+    """Return the common base of the adapters, after checking each of them against it."""
     first = next(iter(adapters.values()))
     settings = base_settings(first, model)
     base = find_base(settings)
@@ -96,19 +96,19 @@ def _common_base(adapters: dict[str, AdapterSource], model: str | None, force: b
 
 
 def check_pair(source: AdapterSource, name: str, base: Path, force: bool) -> list[str]:
-    """Make sure that an adapter belongs to a base, as it is done before it is asked: every delivery comes through here.
+    """Check that an adapter belongs to a base, as inference does; all deliveries use this check.
 
     Args:
-        source: the adapter, whose files are as its run left them.
-        name: what the user calls the base.
-        base: its folder.
-        force: let another base through.
+        source: the adapter, with unchanged files.
+        name: the user's name of the base.
+        base: the base's folder.
+        force: accept a different base.
 
     Returns:
-        What could not be checked, or was let through.
+        Warnings about what could not be checked, or was forced.
 
     Raises:
-        LoratuneError: it was trained on another base, or tensors of it are missing.
+        LoratuneError: it was trained on another base, or lacks tensors.
     """
     infos, is_tied = parameter_infos(base), head_is_tied(base)
     fits = partial(read_updates, source.adapter, infos, is_tied)
@@ -122,10 +122,10 @@ def check_pair(source: AdapterSource, name: str, base: Path, force: bool) -> lis
 
 
 def training_encoder(source: AdapterSource, base: Path) -> Encoder:
-    """How the training of an adapter rendered prompts.
+    """Return an encoder that renders prompts as in the adapter's training.
 
     Raises:
-        LoratuneError: the template is not that of the training, or there is none.
+        LoratuneError: the template differs from the training's, or there is none.
     """
     encoder = Encoder(load_tokenizer(source.tokenizer_folder(base)), source.prompt)
     check_same_template(source, encoder.template_sha256)
@@ -133,13 +133,13 @@ def training_encoder(source: AdapterSource, base: Path) -> Encoder:
 
 
 def check_where_possible(source: AdapterSource, model: str | None, force: bool) -> list[str]:
-    """As `check_pair`, for what needs no base: one that is not on this machine is not fetched for it.
+    """Check an adapter like `check_pair`, as far as possible without downloading its base.
 
-    Without a base the adapter's tensors are compared with its config alone.
+    Without a base, the adapter's tensors are only compared with its config.
     """
     try:
         name = base_settings(source, model).base
-    except LoratuneError:  # a plain adapter whose base lies elsewhere
+    except LoratuneError:  # a plain adapter whose base is not on this machine
         name = ""
     if model is not None or name == TINY_QWEN or (name and is_folder(Path(name).expanduser())):
         base = find_base(ModelSettings(base=name))

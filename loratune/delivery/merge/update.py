@@ -1,7 +1,7 @@
-"""An adapter as changes to the base's tensors: every tensor of the adapter belongs to one, or nothing is merged.
+"""Reads an adapter as updates of the base's tensors; if a tensor cannot be assigned, nothing is merged.
 
 A linear layer becomes W + s·B·A with s = alpha/r (LoRA, https://arxiv.org/abs/2106.09685) or alpha/√r (rsLoRA,
-https://arxiv.org/abs/2312.03732); DoRA (https://arxiv.org/abs/2402.09353) gives each row of it a trained length.
+https://arxiv.org/abs/2312.03732); DoRA (https://arxiv.org/abs/2402.09353) gives each of its rows a trained norm.
 """
 
 from __future__ import annotations
@@ -31,37 +31,38 @@ from loratune.model.weights.tensor_files import TensorInfo
 
 @dataclass
 class TensorUpdate:
-    """What an adapter does to one parameter of the base, or to the tensor of its files that the parameter is."""
+    """The adapter's update of one parameter of the base, or of the equal tensor in its files."""
 
     replacement: torch.Tensor | None = None
-    """Takes the place of the base's values: modules_to_save, trained biases. A vocabulary may have other rows then."""
+    """Replaces the base's values: modules_to_save, trained biases; the number of vocabulary rows may differ."""
     up: torch.Tensor | None = None
     """B (rows, rank)."""
     down: torch.Tensor | None = None
     """A (rank, columns)."""
     scaling: float = 1.0
     magnitude: torch.Tensor | None = None
-    """DoRA's length of each row (rows,)."""
+    """DoRA's norm of each row (rows,)."""
     shift: torch.Tensor | None = None
-    """Added to a bias (rows,), unscaled."""
+    """Added to a bias (rows,), without scaling."""
     row_numbers: torch.Tensor | None = None
-    """Of rows that are replaced, as those of trained tokens are."""
+    """Numbers of replaced rows, such as those of trained tokens."""
     row_values: torch.Tensor | None = None
-    """What takes their place (replaced rows, columns)."""
+    """Values of the replaced rows (replaced rows, columns)."""
 
     def source(self, base: torch.Tensor) -> torch.Tensor:
-        """The values that the other parts change."""
+        """Return the values that the other parts change."""
         return base if self.replacement is None else self.replacement
 
     def apply(self, base: torch.Tensor, start: int) -> torch.Tensor:
-        """The updated rows from `start` on.
+        """Return the updated rows from `start` on.
 
         Args:
-            base: (n, columns) or (n,) rows of the source in the type to compute in, float32 or float64; not changed.
+            base: (n, columns) or (n,) rows of the source in the dtype of the computation, float32 or float64; not
+                modified.
             start: number of the first row.
 
         Returns:
-            The same shape and type; the source itself where nothing changes it.
+            The same shape and dtype; the source itself if nothing changes it.
         """
         rows, dtype = slice(start, start + len(base)), base.dtype
         updated = base
@@ -69,17 +70,17 @@ class TensorUpdate:
             here = (self.row_numbers >= start) & (self.row_numbers < start + len(base))
             updated = base.index_copy(0, self.row_numbers[here] - start, self.row_values[here].to(dtype))
         if self.up is not None and self.down is not None:
-            # The product by itself: sums that start from the base's values would round the update away bit by bit.
+            # The product is computed first: accumulating onto the base's values would lose bits at each addition.
             updated = updated.add(self.up[rows].to(dtype) @ self.down.to(dtype), alpha=self.scaling)
         if self.magnitude is not None:
-            lengths = torch.linalg.vector_norm(updated, dim=1, dtype=torch.float64)  # a long sum of squares
+            lengths = torch.linalg.vector_norm(updated, dim=1, dtype=torch.float64)  # float64 for a long sum of squares
             updated = updated * (self.magnitude[rows].double() / lengths).to(dtype).unsqueeze(1)
         if self.shift is not None:
             updated = updated + self.scaling * self.shift[rows].to(dtype)
         return updated
 
     def shapes(self) -> Iterator[tuple[int, ...]]:
-        """The shape of the source as each part implies it; 0 stands for any length."""
+        """Yield the shape of the source that each part implies; 0 stands for any length."""
         if self.shift is not None:
             yield tuple(self.shift.shape)
         if self.up is not None and self.down is not None:
@@ -89,14 +90,14 @@ class TensorUpdate:
 
     @property
     def is_nothing(self) -> bool:
-        """Whether it leaves every value as it is, as LoRA does before its first step."""
+        """Whether it leaves every value unchanged, like LoRA before its first step."""
         if any(part is not None for part in (self.replacement, self.magnitude, self.row_values)):
             return False
         has_product = self.up is not None and self.down is not None and bool(self.up.any()) and bool(self.down.any())
         return self.scaling == 0 or not (has_product or (self.shift is not None and bool(self.shift.any())))
 
     def equals(self, other: TensorUpdate) -> bool:
-        """Whether both make the same of the same values."""
+        """Return whether both updates have the same effect."""
         mine, theirs = (
             [value for value in vars(update).values() if not isinstance(value, float)] for update in (self, other)
         )
@@ -106,19 +107,18 @@ class TensorUpdate:
 
 
 def read_updates(adapter: Path, base: dict[str, TensorInfo], is_tied: bool) -> dict[str, TensorUpdate]:
-    """Read an adapter as updates of the base's tensors.
+    """Read an adapter as updates of the base's parameters.
 
     Args:
         adapter: PEFT folder.
         base: the base's parameters.
-        is_tied: whether the base has one matrix for embedding and head.
+        is_tied: whether embedding and head of the base are tied.
 
     Returns:
-        Name of a parameter → its update. A tied head that is trained has an entry of its own.
+        Parameter name → update. A trained tied head has its own entry.
 
     Raises:
-        LoratuneError: a tensor of the adapter has no place in the base or another shape, or its config says something
-            that a merged matrix cannot hold.
+        LoratuneError: a tensor does not match the base, or the config has a setting that cannot be merged.
     """
     problems: list[str] = []
     shapes = {name: info.shape for name, info in base.items()}
@@ -137,7 +137,7 @@ def read_updates(adapter: Path, base: dict[str, TensorInfo], is_tied: bool) -> d
     for target, update in updates.items():
         if target in shapes:
             problems += _shape_problems(target, update, shapes[target])
-        elif target not in tensors.rows:  # which has been told already
+        elif target not in tensors.rows:  # already reported
             problems.append(f"{target}: the base has no such parameter")
     if problems:
         raise LoratuneError(
@@ -156,7 +156,7 @@ def _take(
     embedding: str,
     problems: list[str],
 ) -> None:
-    """Put one tensor of a LoRA layer where it belongs."""
+    """Assign one tensor of a LoRA layer to an update."""
     match = PART.fullmatch(name)
     if match is None:
         raise RuntimeError(f"{name} is not of a LoRA layer")

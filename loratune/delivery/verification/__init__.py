@@ -1,1 +1,1 @@
-"""Whether a merged model is base + adapter."""
+"""Verifies that a merged model equals base + adapter."""

@@ -1,4 +1,4 @@
-"""The files beside a merged model's weights: compared with their sources, and loaded as any user would load them."""
+"""Verifies a merged model's files other than the weights: by comparison with their sources, and by loading them."""
 
 from __future__ import annotations
 
@@ -23,23 +23,23 @@ from loratune.runs.intact import is_loaded
 from loratune.runs.tokenizer_files import CHAT_TEMPLATE, NAMED_TEMPLATES, TOKENIZER_CONFIG, tokenizer_files
 
 ALLOWED = ("vocab_size", "tie_word_embeddings", "dtype", "torch_dtype")
-"""Keys of the config that a merge may change, each to what the written weights say."""
+"""Keys of the config that a merge may change, each to the value that the written weights imply."""
 PLACE = "_name_or_path"
-"""Where transformers has read a config."""
+"""transformers' key for the location of a config."""
 PROBE = "Who are you? 你是谁？ def f(x):\n\treturn x + 1  # 3.14"
 
 
 def check_beside(base: Path, tokenizer: Path, encoder: Encoder, folder: Path) -> None:
-    """Compare what stands beside the weights with its sources, file by file, and then as the libraries read it.
+    """Compare the files next to the weights with their sources, byte by byte and as loaded by the libraries.
 
     Args:
         base: folder of the base.
         tokenizer: folder of the training's tokenizer.
-        encoder: how the training rendered prompts, with that tokenizer.
+        encoder: renders prompts as in training, with that tokenizer.
         folder: complete folder of the merged model.
 
     Raises:
-        LoratuneError: a file is missing, left over, or says something else than its source; all of them are told.
+        LoratuneError: lists the files that are missing, unexpected, or different.
     """
     template = portable_template(encoder)
     problems = [*_file_problems(base, tokenizer, folder, template)]
@@ -52,7 +52,7 @@ def check_beside(base: Path, tokenizer: Path, encoder: Encoder, folder: Path) ->
 
 
 def _file_problems(base: Path, tokenizer: Path, folder: Path, template: str | None) -> Iterator[str]:
-    """What is missing, left over, or not its source byte for byte."""
+    """Yield files that are missing, unexpected, or different from their source."""
     copies = {name: tokenizer / name for name in tokenizer_files(tokenizer)}
     copies |= {path.name: path for path in [*base.glob("LICENSE*"), *base.glob("NOTICE*")] if path.is_file()}
     if template is not None:
@@ -103,7 +103,7 @@ def _said_by_weights(folder: Path) -> dict[str, Any]:
 
 
 def _generation_problems(base: Path, folder: Path, end_id: int) -> Iterator[str]:
-    """Keys of generation_config.json that are not the base's, but for the token that ends the trained answers."""
+    """Yield keys of generation_config.json that differ from the base's, except for the added end token."""
     written, original = _json(folder / GENERATION_CONFIG), _json(base / GENERATION_CONFIG)
     known = original.get("eos_token_id", text_value(read_json_object(base / CONFIG), "eos_token_id"))
     ends = {*_ids(known), end_id}
@@ -116,7 +116,7 @@ def _generation_problems(base: Path, folder: Path, end_id: int) -> Iterator[str]
 
 
 def _loaded_problems(base: Path, folder: Path, encoder: Encoder) -> Iterator[str]:
-    """What the libraries make of the folder, where they should make the same of the base."""
+    """Yield differences between folder and base as loaded by the libraries."""
     plain: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
     try:
         configs = [AutoConfig.from_pretrained(place, **plain).to_dict() for place in (base, folder)]

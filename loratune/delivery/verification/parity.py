@@ -1,4 +1,4 @@
-"""How alike two models are: their logits on the same tokens."""
+"""Compares the logits of models on the same tokens."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from loratune.runs.probe import ProbeRow
 from loratune.runs.verification import Parity
 
 TOKENS_AT_ONCE = 1024
-"""Of a batch, padding included: more would take memory, less would read the weights more often."""
+"""Tokens per batch, including padding: more would take memory, fewer would read the weights more often."""
 POSITIONS_AT_ONCE = 32
-"""Positions whose logits are held at once: a vocabulary of 150,000 takes 0.6 MB each, several times."""
+"""Positions whose logits are in memory at once: with 150,000 tokens, 0.6 MB each, several times."""
 
 
 @dataclass(frozen=True)
 class InState:
-    """A model, and what is changed about it while it computes."""
+    """A model, and a context that changes its weights or code during its forward pass."""
 
     model: CausalModel
     state: Callable[[], AbstractContextManager[None]]
@@ -37,8 +37,8 @@ def compare_models(reference: AnyModel, candidates: Sequence[AnyModel], rows: Se
 
     Args:
         reference: a causal language model, with or without PEFT's layers.
-        candidates: others with the same vocabulary.
-        rows: at least one label among them.
+        candidates: models with the same vocabulary.
+        rows: rows with at least one label in total.
     """
     pairs = [(0, place) for place in range(1, len(candidates) + 1)]
     return compare_pairs([reference, *candidates], pairs, rows)
@@ -51,8 +51,8 @@ def compare_pairs(
 
     Args:
         models: causal language models with the same vocabulary, or `InState`.
-        pairs: places of a reference and a candidate among the models.
-        rows: at least one label among them.
+        pairs: indices of a reference and a candidate in `models`.
+        rows: rows with at least one label in total.
     """
     totals = [_Totals() for _ in pairs]
     for batch in _batches(rows):
@@ -75,12 +75,12 @@ def likeliest_tokens(model: CausalModel, rows: Sequence[ProbeRow]) -> list[list[
 
 
 def _places(row: ProbeRow) -> list[int]:
-    """Positions whose next token is labelled."""
+    """Return the positions whose next token is labelled."""
     return [place - 1 for place, label in enumerate(row.labels) if place and label >= 0]
 
 
 def _batches(rows: Sequence[ProbeRow], in_order: bool = False) -> Iterator[list[ProbeRow]]:
-    """Rows in batches of at most TOKENS_AT_ONCE padded tokens, or one longer row."""
+    """Yield batches of at most TOKENS_AT_ONCE padded tokens, or of one longer row."""
     batch: list[ProbeRow] = []
     longest = 0
     for row in rows if in_order else sorted(rows, key=lambda row: len(row.input_ids)):
@@ -98,19 +98,19 @@ def _logits(compared: AnyModel, batch: list[ProbeRow]) -> Iterator[torch.Tensor]
     model, state = (compared.model, compared.state) if isinstance(compared, InState) else (compared, nullcontext)
     decoder, head = decoder_of(model), output_layer(model)
     longest = max(len(row.input_ids) for row in batch)
-    # Padding stands on the right, where causal attention keeps it from being seen by anything that counts.
+    # Padding is on the right, where causal attention hides it from all other positions.
     ids = torch.tensor([row.input_ids + [0] * (longest - len(row.input_ids)) for row in batch], device=decoder.device)
     with torch.inference_mode(), state():
         states = decoder(input_ids=ids, use_cache=False).last_hidden_state
     hidden = torch.cat([states[number, _places(row)] for number, row in enumerate(batch)])
     for start in range(0, len(hidden), POSITIONS_AT_ONCE):
-        with torch.inference_mode(), state():  # not around the yield: the mode would stay on for whoever reads
+        with torch.inference_mode(), state():  # not around the yield: the mode would leak to the caller
             logits = head(hidden[start : start + POSITIONS_AT_ONCE]).float().cpu()
         yield logits
 
 
 class _Totals:
-    """Sums over pieces of logits."""
+    """Sums over batches of logits."""
 
     def __init__(self) -> None:
         self.tokens = 0
@@ -121,7 +121,7 @@ class _Totals:
         self.logit = 0.0
 
     def add(self, expected: torch.Tensor, found: torch.Tensor) -> None:
-        """Take in the logits (positions, vocabulary) of both."""
+        """Add the logits (positions, vocabulary) of both models."""
         self.tokens += len(expected)
         likeliest = found.argmax(-1)
         self.agreeing += int((expected.argmax(-1) == likeliest).sum())
@@ -133,7 +133,6 @@ class _Totals:
         self.kl += float(functional.kl_div(given, wanted, reduction="sum", log_target=True))
 
     def parity(self) -> Parity:
-        """The means."""
         return Parity(
             tokens=self.tokens,
             largest_difference=self.difference,
@@ -145,5 +144,5 @@ class _Totals:
 
 
 def _largest(known: float, values: torch.Tensor) -> float:
-    """The larger of both; NaN stays NaN, which Python's max would lose."""
+    """Return the maximum; unlike Python's max, it preserves NaN."""
     return float(torch.maximum(values.max(), torch.tensor(known)))

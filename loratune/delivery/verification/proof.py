@@ -1,4 +1,4 @@
-"""Whether a merged model says what base + adapter says: its logits against bounds, its answers side by side."""
+"""Checks logits of a merged model against bounds, and its answers against base + adapter."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ ANSWER_TOKENS = 20
 
 
 EXACT = Bounds(difference=3e-5, mean_kl=1e-6, clear_disagreement=0.0)
-"""For two ways of computing the same in float32, which are 1e-7 to 3e-6 of the largest logit apart."""
+"""For two equivalent computations in float32, which differ by 1e-7 to 3e-6 of the largest logit."""
 INT8 = Bounds(0.1, 5e-3, 0.005)
-"""For LLM.int8, which rounds what goes into a layer too, as no merged weight can."""
+"""For LLM.int8, which also rounds the inputs of a layer; merged weights cannot reproduce this."""
 OTHER_BASE = Bounds(0.6, 0.3, 0.25)
-"""For an adapter of a quantised base on the plain one, beside base + adapter: quantisation has an effect of its own."""
+"""For an adapter of a quantised base on the plain base: the difference includes the effect of quantisation."""
 NOTICED = 0.1
-"""Share of what the adapter does to the distributions that rounding may take without a warning."""
+"""Rounding error, relative to the adapter's effect (mean KL), above which there is a warning."""
 
 
 def check_parity(parity: Parity, bounds: Bounds) -> list[str]:
-    """What of a comparison is out of bounds."""
+    """Return the violations of the bounds."""
     tests = [
         (
             parity.largest_difference <= bounds.difference * max(1.0, parity.largest_logit),
@@ -46,7 +46,7 @@ def check_parity(parity: Parity, bounds: Bounds) -> list[str]:
 
 
 def probe_rows(probe: Probe, encoder: Encoder) -> list[ProbeRow]:
-    """The run's rows; without any, the questions themselves, each of whose tokens then counts."""
+    """Return the run's rows; without any, the prompts, of which every token counts."""
     if probe.rows:
         return probe.rows
     prompts = [encoder.prompt_ids(question) for question in probe.questions]  # type: ignore[arg-type]
@@ -56,14 +56,13 @@ def probe_rows(probe: Probe, encoder: Encoder) -> list[ProbeRow]:
 def compare_answers(merged: CausalModel, reference: CausalModel, encoder: Encoder, probe: Probe) -> list[Answer]:
     """Let the merged model answer greedily, and base + adapter confirm each token of it.
 
-    One pass of the reference over an answer shows whether it would have given the same; to let it answer by itself
-    would take many times as long.
+    One forward pass of the reference over an answer is enough; generating with it would take many times as long.
 
     Args:
         merged: the model as any program loads it.
         reference: base + adapter.
-        encoder: makes the prompts.
-        probe: the questions.
+        encoder: renders the prompts.
+        probe: the prompts.
     """
     prompts = [encoder.prompt_ids(question) for question in probe.questions]  # type: ignore[arg-type]
     answers = _generate(merged, prompts, encoder)

@@ -1,7 +1,7 @@
-"""The written files, read again and compared with the base, and with what PEFT itself makes of it.
+"""Reads the written files back, and compares them with the base and with PEFT's own merge.
 
-Nothing that the writer has computed is asked: names and values of what should be there come from the base's files and
-from PEFT (`loratune.model.adapter.peft_merge`).
+Nothing from the writer is used: expected names and values come from the base's files and from PEFT
+(`loratune.model.adapter.peft_merge`).
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from loratune.model.adapter.peft_merge import Change, PeftMerge
 
 SAMPLED_ROWS = 16
-"""Of every updated tensor computed in float64 too, spread evenly, first and last among them."""
+"""Rows of every updated tensor that are also computed in float64, evenly spaced, including the first and last."""
 
 
 class Compared(NamedTuple):
@@ -46,18 +46,18 @@ def read_back(
     advance: Callable[[int], None],
     dtype: torch.dtype | None = None,
 ) -> ReadBack:
-    """Compare the written files with what they should hold.
+    """Compare the written files with their expected content.
 
     Args:
-        plan: says in which file which tensor lies, and in which type and shape.
-        peft: the adapter as PEFT understands it.
+        plan: file, dtype and shape of every tensor.
+        peft: PEFT's reading of the adapter.
         base: the base's tensors.
-        folder: where the files are.
-        advance: told the bytes of each tensor when it has been compared.
-        dtype: that was asked for; None for each tensor's own.
+        folder: folder of the files.
+        advance: called with the bytes of each compared tensor.
+        dtype: requested dtype; None for each tensor's own.
 
     Raises:
-        LoratuneError: a file cannot be read, a tensor is missing, or one holds something else.
+        LoratuneError: a file cannot be read, or a tensor is missing or different.
     """
     _check_index(plan, folder)
     _check_names(plan, peft, base, dtype)
@@ -94,12 +94,12 @@ def read_back(
 
 
 def _stands_for(name: str, vocabulary: Vocabulary, plan: MergePlan) -> tuple[str, ...]:
-    """Which tensors a written one is: a tied embedding is the head too."""
+    """Return which of the base's tensors a written one represents: a tied embedding is also the head."""
     return vocabulary if name == vocabulary.embedding and plan.is_tied else (name,)
 
 
 def _check_names(plan: MergePlan, peft: PeftMerge, base: TensorFiles, dtype: torch.dtype | None) -> None:
-    """Make sure that what was written is the base's tensors in their types, changed where PEFT changes them alone."""
+    """Check that the base's tensors were written, with the right dtypes, and changed only where PEFT changes them."""
     embedding, head = vocabulary_of(base.infos)
     expected = {*base.infos, *((head,) if not plan.is_tied else ())} - ({head} if plan.is_tied else set())
     problems = [f"{name} was not written" for name in sorted(expected - plan.tensors.keys())]
@@ -131,7 +131,7 @@ def _check_index(plan: MergePlan, folder: Path) -> None:
 
 
 def _check_header(path: Path, infos: list[TensorInfo]) -> None:
-    """Let the safetensors library read what others will read: names, types and shapes, and that no byte is missing."""
+    """Check names, dtypes, shapes and completeness with the safetensors library, as other programs will read them."""
     try:
         with safe_open(path, framework="pt") as file:
             slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
@@ -141,7 +141,7 @@ def _check_header(path: Path, infos: list[TensorInfo]) -> None:
         raise LoratuneError(f"{path.name}: cannot be read back: {error}", Exit.MODEL) from error
     if found != {info.name: (DTYPE_NAMES[info.dtype], info.shape) for info in infos}:
         raise LoratuneError(f"{path.name}: holds other tensors than were written to it", Exit.MODEL)
-    if metadata.get("format") != "pt":  # without which transformers before 5 reads nothing
+    if metadata.get("format") != "pt":  # required by transformers before version 5
         raise LoratuneError(f"{path.name}: the written file holds no note that its tensors are PyTorch's", Exit.MODEL)
 
 
@@ -186,7 +186,7 @@ def _compare_changed(
 
 
 def _pieces(written: torch.Tensor, original: torch.Tensor) -> Iterator[tuple[slice, torch.Tensor, torch.Tensor]]:
-    """Both some rows at a time: which, and theirs."""
+    """Yield row numbers and both tensors' rows, some at a time."""
     if not written.ndim:
         written, original = written.reshape(1), original.reshape(1)
     step = max(1, PIECE_BYTES // (4 * max(1, math.prod(written.shape[1:]))))
@@ -196,7 +196,7 @@ def _pieces(written: torch.Tensor, original: torch.Tensor) -> Iterator[tuple[sli
 
 
 def as_bytes(tensor: torch.Tensor) -> torch.Tensor:
-    """The bits of values, as integers."""
+    """Return the bits of values as integers."""
     flat = tensor.contiguous().reshape(-1)
     return flat.view({1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[flat.element_size()])
 

@@ -1,4 +1,4 @@
-"""What a merge has proved, and what its folder says of it."""
+"""Describes a merge and its verification, for verification.json and for the user."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def described(job: Job, chosen: Candidate) -> MergedModel:
 
 
 def _without_paths(text: str, job: Job) -> str:
-    """The folder may go to a hub, and where things lie here is nobody's business."""
+    """Replace local paths with their last parts, since the folder may be published."""
     for place in (job.base, job.source.adapter, job.source.run):
         for path in (place, place.absolute()) if place else ():
             text = text.replace(str(path), path.name)

@@ -1,4 +1,4 @@
-"""Whether rows of a written matrix are what PEFT makes of the base's: rounded once, and nothing else."""
+"""Checks that rows of a written matrix equal PEFT's merge of the base, rounded once."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ if TYPE_CHECKING:
     from loratune.model.adapter.peft_merge import Change
 
 FORWARD_ERROR = 0.01
-"""Most that a merged layer may lie off PEFT's own pass, as a share of what the adapter does to the layer."""
+"""Maximum error of a merged layer against PEFT's unmerged layer, relative to the adapter's effect."""
 PROBES = 4
-"""Random inputs of a layer."""
+"""Number of random inputs per layer."""
 
 
 class WrongRow(NamedTuple):
@@ -26,7 +26,7 @@ class WrongRow(NamedTuple):
 
 
 class RowCheck:
-    """Compares rows, and keeps the largest errors over all tensors."""
+    """Compares rows, and records the largest errors over all tensors."""
 
     def __init__(self) -> None:
         self.largest_steps = 0.0
@@ -35,19 +35,19 @@ class RowCheck:
 
     @property
     def lost_to_rounding(self) -> float:
-        """Size of the rounding errors as a share of the updates', in Frobenius norms of the sampled rows."""
+        """Norm of the rounding errors relative to the updates', in Frobenius norms of the sampled rows."""
         return math.sqrt(self._lost / self._updates) if self._updates else 0.0
 
     def first_wrong_row(self, written: torch.Tensor, merged: torch.Tensor, tolerance: torch.Tensor) -> WrongRow | None:
         """A row that is not the rounded one; None if all are.
 
         Args:
-            written: (n, columns) or (n,), in the type of the file.
-            merged: what it should be before rounding, in float32 or float64.
-            tolerance: what computing in float32 may change in each row (n,).
+            written: (n, columns) or (n,), in the dtype of the file.
+            merged: expected values before rounding, in float32 or float64.
+            tolerance: maximum float32 error of each row (n,).
         """
         tolerance = tolerance.reshape(-1, *[1] * (written.ndim - 1))
-        if written.dtype == torch.float32:  # where nearly every value differs in its last bit
+        if written.dtype == torch.float32:  # nearly every value differs in its last bit
             differs = ~((written - merged).abs() <= tolerance)
         else:
             differs = written != merged.to(written.dtype)
@@ -57,7 +57,7 @@ class RowCheck:
         exact, found = merged[places].double(), written[places].double()
         step = rounding_step(exact, written.dtype)
         beyond = ((found - exact).abs() - tolerance.expand(written.shape)[places]) / step
-        wrong = (~(beyond <= 0.5)).nonzero()  # NaN must not pass
+        wrong = (~(beyond <= 0.5)).nonzero()  # the negation also catches NaN
         if not len(wrong):
             return None
         return WrongRow(int(places[0][wrong[0, 0]]), float(beyond[wrong[0, 0]]))
@@ -70,14 +70,14 @@ class RowCheck:
         before: torch.Tensor,
         numbers: torch.Tensor,
     ) -> str | None:
-        """Compute rows again in float64, merged and run; what is wrong with them, if something is.
+        """Compare rows with a float64 merge, and with PEFT's unmerged layer; return a problem or None.
 
         Args:
-            change: what PEFT does to the tensor.
-            original: the rows that it does it to.
-            written: the rows that were written.
+            change: PEFT's change to the tensor.
+            original: the rows before the change.
+            written: the written rows.
             before: the whole tensor of the base.
-            numbers: which rows these are.
+            numbers: row numbers.
         """
         original = original.double()
         merged = change.rows(original, numbers)
@@ -93,7 +93,7 @@ class RowCheck:
         return self._run(change, original, merged, numbers)
 
     def _run(self, change: Change, original: torch.Tensor, merged: torch.Tensor, numbers: torch.Tensor) -> str | None:
-        """Hold merged rows to PEFT's own pass through the layer, relative to what the adapter does there."""
+        """Compare the output of merged rows with PEFT's unmerged layer, relative to the adapter's effect."""
         if change.lora is None or change.is_bias or change.tokens:
             return None
         generator = torch.Generator().manual_seed(0)
@@ -114,7 +114,7 @@ class RowCheck:
 
 
 def rounding_step(values: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """Distance between neighbouring numbers of a type around some float64 values."""
+    """Return the distance between adjacent numbers of a dtype around float64 values."""
     limits = torch.finfo(dtype)
     exponent = torch.frexp(values.abs().clamp_min(limits.tiny)).exponent - 1
     return torch.ldexp(torch.ones_like(values), exponent) * limits.eps

@@ -1,4 +1,4 @@
-"""The second half of a merge's proof, which needs transformers and PEFT: the models' comparison and the verdict."""
+"""Compares the merged models with base + adapter, and chooses between candidates; needs transformers and PEFT."""
 
 from __future__ import annotations
 
@@ -35,21 +35,21 @@ if TYPE_CHECKING:
     from loratune.delivery.merge.job import Candidate, Job
 
 EFFECT_ROWS = 2
-"""On which the base alone is run: enough for a mean over tokens, for one more reading of the base."""
+"""Rows on which the base alone is run: enough for a mean over tokens, at the cost of reading the base once more."""
 
 
 def prove(job: Job, candidates: list[Candidate]) -> tuple[Candidate, ModelProof]:
     """Compare the merged models with base + adapter, and choose the closer one.
 
     Args:
-        job: what is merged.
+        job: the merge.
         candidates: complete model folders.
 
     Returns:
         The one to keep, and what running it has shown.
 
     Raises:
-        LoratuneError: it is not what base + adapter is.
+        LoratuneError: it differs from base + adapter.
     """
     with console.status("comparing with base + adapter"):
         probe = read_probe(job.source.run)
@@ -77,9 +77,10 @@ def prove(job: Job, candidates: list[Candidate]) -> tuple[Candidate, ModelProof]
 class _Compared:
     candidate: Candidate
     parity: Parity
-    """With base + adapter."""
+    """Difference from base + adapter."""
     exact: Parity | None
-    """With base + adapter and the rounding errors of the merged weights; LLM.int8 rounds more than weights."""
+    """Difference from base + adapter with the rounding errors of the merged weights; None for LLM.int8, which also
+    rounds activations."""
 
 
 def _compare(job: Job, candidates: list[Candidate], reference: CausalModel, rows: list[ProbeRow]) -> list[_Compared]:
@@ -112,10 +113,10 @@ def _require_right(job: Job, chosen: _Compared) -> Bounds:
 
 
 def _roundings(candidate: Candidate, base: Path, is_quantized: bool) -> dict[str, Rounding]:
-    """How each parameter of the reference was rounded into a merged model; those that were not are left out.
+    """Return how each parameter of the reference was rounded in a merged model; unrounded ones are left out.
 
     Args:
-        candidate: the merged model, whose files have been proved.
+        candidate: the merged model; its files have been verified.
         base: folder of its base.
         is_quantized: whether the reference computes with quantised weights.
     """
@@ -147,7 +148,7 @@ def _effect(job: Job, chosen: Candidate, reference: CausalModel, rows: list[Prob
 
 
 def _about_rounding(job: Job, chosen: _Compared, effect: Parity | None) -> list[str]:
-    """A warning where rounding takes much of what the adapter does."""
+    """Warn if rounding loses much of the adapter's effect."""
     if effect is None or chosen.parity.mean_kl <= max(EXACT.mean_kl, NOTICED * effect.mean_kl):
         return []
     message = (

@@ -1,1 +1,1 @@
-"""The rows of a file answered and scored."""
+"""Answers the rows of a file and scores the answers."""

@@ -1,8 +1,8 @@
-"""The file that answers are kept in while they come, so that a second call makes the missing ones only.
+"""The output file of `infer --input`: stores results as they arrive, so that a rerun generates only the missing ones.
 
-answers.jsonl.part          while they come: a line that says what they are answers to, then a line for each result
-answers.jsonl               all rows in order, put there in one step
-answers.jsonl.report.json   what they are answers to, counts and scores
+answers.jsonl.part          while running: a header line with the inputs, then one line per result
+answers.jsonl               all rows in order, written in one step
+answers.jsonl.report.json   inputs, counts and scores
 """
 
 from __future__ import annotations
@@ -23,18 +23,18 @@ from loratune.writing import disk_errors_explained, write_json, write_pieces
 
 FORMAT, PART, REPORT = 1, ".part", ".report.json"
 ANSWER = ("answer", "reasoning", "tool_calls", "finish", "error", "tokens")
-"""What an answer consists of."""
-START_ANEW = "start anew with --overwrite, or choose another file with --output"
+"""Fields of an answer."""
+START_ANEW = "start over with --overwrite, or choose another file with --output"
 
 About = dict[str, Any]
-"""What the answers depend on: name → value, all in JSON types."""
+"""The inputs that determine the answers: name → JSON value."""
 
 
 def check_output(output: Path, input_name: str) -> None:
-    """Refuse places that answers cannot be written to.
+    """Reject output paths that cannot be written to.
 
     Raises:
-        LoratuneError: a folder, or a name that would replace the rows.
+        LoratuneError: the path is a folder, or would replace the input rows.
     """
     if output.name == "" or is_folder(output):
         raise LoratuneError(f"--output {output} is a folder; give a file, such as {output}/answers.jsonl", Exit.USAGE)
@@ -44,25 +44,25 @@ def check_output(output: Path, input_name: str) -> None:
     if replaces:
         raise LoratuneError(f"--output {output} would replace the rows of --input; choose another name", Exit.USAGE)
     if strange := [place for place in places if place.exists() and not place.is_file()]:
-        raise LoratuneError(f"--output {output}: {strange[0]} is not a plain file; choose another name", Exit.USAGE)
+        raise LoratuneError(f"--output {output}: {strange[0]} is not a regular file; choose another name", Exit.USAGE)
     if not output.parent.is_dir():
         raise LoratuneError(f"--output {output}: there is no folder {output.parent}; make it first", Exit.USAGE)
 
 
 def finished_report(output: Path, about: About) -> dict[str, Any] | None:
-    """The report of a file that is complete; None if there is something to do.
+    """Return the report of a complete output file; None if there is work left.
 
     Raises:
-        LoratuneError: the file holds something else, or answers to something else.
+        LoratuneError: the file has another content, or answers for other inputs.
     """
     if not output.exists():
         return None
     report = _read_json(_beside(output, REPORT))
     if report.get("program") != PROGRAM or report.get("sha256") != file_sha256(output):
         if _header_of(_beside(output, PART)) == _header(about):
-            return None  # killed while it was finished
+            return None  # killed while finishing
         raise LoratuneError(
-            f"{output} is there already and not, or no longer, what loratune has written; replace it with --overwrite, "
+            f"{output} exists, but was not written by loratune or was changed since; replace it with --overwrite, "
             "or choose another file with --output",
             Exit.USAGE,
         )
@@ -71,12 +71,12 @@ def finished_report(output: Path, about: About) -> dict[str, Any] | None:
 
 
 class AnswerFile:
-    """Results as they come; made by `open_answers`.
+    """Appends results as they arrive; created by `open_answers`.
 
     Args:
-        output: where the answers are in the end.
-        about: what they depend on.
-        handle: of the .part file, open and locked.
+        output: final path of the answers.
+        about: the inputs that determine the answers.
+        handle: file descriptor of the .part file, open and locked.
     """
 
     def __init__(self, output: Path, about: About, handle: int) -> None:
@@ -90,25 +90,23 @@ class AnswerFile:
         self._is_taken_over = False
 
     def has(self, row: int, kind: str) -> bool:
-        """Whether there is a result of this kind for a row."""
         return (row, kind) in self._places
 
     def count(self, kind: str) -> int:
-        """How many results of a kind there are."""
         return sum(1 for _, one in self._places if one == kind)
 
     def add(self, row: int, kind: str, values: dict[str, Any]) -> None:
-        """Write a result; the system has it when this returns.
+        """Write a result; it has been passed to the operating system on return.
 
         Raises:
-            LoratuneError: it cannot be written.
+            LoratuneError: the result cannot be written.
         """
         line, start = json_line({"row": row, "kind": kind, **values}), self._end
         self._write(line)
         self._places[row, kind] = (start, len(line))
 
     def read(self, row: int, kind: str) -> dict[str, Any]:
-        """A result, without its row and kind; empty if there is none."""
+        """Return a result without its row and kind; empty if there is none."""
         if (row, kind) not in self._places:
             return {}
         offset, length = self._places[row, kind]
@@ -116,7 +114,7 @@ class AnswerFile:
         return {name: inner for name, inner in value.items() if name not in ("row", "kind")}
 
     def take_finished(self) -> None:
-        """Take the answers in that a complete file holds, so that only what else is asked for is made."""
+        """Import the answers of a complete file, so that only additional results are generated."""
         with self.output.open("rb") as lines:
             for line in lines:
                 row = _parsed(line)
@@ -125,14 +123,14 @@ class AnswerFile:
                         self.add(row["row"], kind, {name: values[name] for name in ANSWER if name in values})
 
     def finish(self, rows: Iterable[dict[str, Any]], report: dict[str, Any]) -> None:
-        """Put all rows under the final name in one step, and what is known about them beside it.
+        """Write all rows under the final name in one step, and the report next to them.
 
         Args:
-            rows: in order.
-            report: JSON values to keep.
+            rows: the rows in order.
+            report: JSON values for the report.
 
         Raises:
-            LoratuneError: they cannot be written.
+            LoratuneError: a file cannot be written.
         """
         digest = hashlib.sha256()
 
@@ -149,17 +147,17 @@ class AnswerFile:
             self.part.unlink()
 
     def take_over(self, overwrite: bool) -> None:
-        """Take in what an earlier call has left, or begin.
+        """Load the results of an earlier run, or start a new file.
 
         Args:
-            overwrite: begin in any case.
+            overwrite: always start a new file.
 
         Raises:
-            LoratuneError: they are results of something else, or it cannot be written.
+            LoratuneError: the results belong to other inputs, or the file cannot be written.
         """
         header = json_line(_header(self.about))
         if overwrite:
-            # Without it, the earlier file no longer counts as complete, and this one can be resumed.
+            # Without its report, the old file no longer counts as complete, and the new one can be resumed.
             _beside(self.output, REPORT).unlink(missing_ok=True)
             self._begin(header)
             self._is_taken_over = True
@@ -169,21 +167,21 @@ class AnswerFile:
         self._is_taken_over = True
 
     def close(self) -> None:
-        """Let go of the .part file; without a single result it vanishes."""
+        """Close the .part file; delete it if it has no results."""
         if self._is_taken_over and not self._places:
             self.part.unlink(missing_ok=True)
         self._file.close()
 
     def _take_in(self, lines: BinaryIO, header: bytes) -> None:
         first = lines.readline(LONGEST_LINE)
-        # Without a line end, the first line was being written when the process ended.
+        # A first line without a line break was interrupted while being written.
         if not first or (not first.endswith(b"\n") and header.startswith(first)):
             self._begin(header)
             return
         known = _parsed(first)
         if known.get("program") != PROGRAM or known.get("format") != FORMAT:
             raise LoratuneError(
-                f"{self.part} is not, or no longer, what loratune has written; {START_ANEW}", Exit.USAGE
+                f"{self.part} was not written by loratune or was changed since; {START_ANEW}", Exit.USAGE
             )
         _check_same(self.part, known.get("about"), self.about)
         self._end = len(first)
@@ -193,7 +191,7 @@ class AnswerFile:
                 break
             self._places[value["row"], str(value["kind"])] = (self._end, len(line))
             self._end += len(line)
-        self._file.truncate(self._end)  # a line that was being written when the process ended
+        self._file.truncate(self._end)  # an incomplete line of an interrupted process
         self._file.seek(self._end)
 
     def _begin(self, header: bytes) -> None:
@@ -211,10 +209,10 @@ class AnswerFile:
 
 @contextmanager
 def open_answers(output: Path, about: About, overwrite: bool) -> Iterator[AnswerFile]:
-    """Open the .part file for this process alone, with the results that an earlier call has left in it.
+    """Open the .part file exclusively, with the results of an earlier run.
 
     Raises:
-        LoratuneError: another process writes it, it holds results of something else, or it cannot be written.
+        LoratuneError: another process writes it, it belongs to other inputs, or it cannot be written.
     """
     part = _beside(output, PART)
     with disk_errors_explained(part):
@@ -228,11 +226,11 @@ def open_answers(output: Path, about: About, overwrite: bool) -> Iterator[Answer
 
 
 def json_line(value: Any) -> bytes:
-    """A JSON value on one line; what JSON has no word for, such as a date of a Parquet file, as its text."""
+    """Encode a JSON value as one line; values without a JSON type, such as dates from Parquet, become strings."""
     text = json.dumps(value, ensure_ascii=False, default=str)
     try:
         return text.encode() + b"\n"
-    except UnicodeEncodeError:  # half of a UTF-16 pair, which only an escape can stand for
+    except UnicodeEncodeError:  # an unpaired surrogate, which only an escape can represent
         return json.dumps(value, default=str).encode() + b"\n"
 
 
@@ -255,7 +253,7 @@ def _locked(part: Path) -> int:
                 f"{part} is being written by another process; wait for it, or choose another file with --output",
                 Exit.USAGE,
             ) from error
-        # Whoever had the lock before may have finished and removed the file that is open here.
+        # The previous holder of the lock may have finished and removed the file that is open here.
         if part.exists() and os.path.samestat(os.fstat(handle), part.stat()):
             return handle
         os.close(handle)
@@ -291,7 +289,7 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 def _parsed(text: bytes) -> dict[str, Any]:
-    """A JSON object; an empty one for anything else."""
+    """Parse a JSON object; return an empty one for anything else."""
     try:
         value = json.loads(text)
     except (ValueError, RecursionError):

@@ -1,4 +1,4 @@
-"""How good the answers of a file are, row by row and in sum."""
+"""Scores the answers of a file per row and in total."""
 
 from __future__ import annotations
 
@@ -12,21 +12,21 @@ from loratune.generation.batch.row_answers import Side, Work
 from loratune.generation.batch.text_metrics import TextMetrics
 
 LARGEST_EXPONENT = 700.0
-"""Beyond it a perplexity is no longer a number."""
+"""Limits the exponent so that the perplexity does not overflow."""
 
 RowScores = dict[tuple[str, int], dict[str, Any]]
-"""Side and row → metrics."""
+"""(side, row) → metrics."""
 
 
 def score_rows(work: Work, file: AnswerFile) -> tuple[RowScores, dict[str, dict[str, Any]]]:
-    """Metrics of all rows that hold an answer to compare with.
+    """Compute the metrics of all rows with a reference answer.
 
     Args:
-        work: what was answered.
-        file: has all answers and losses.
+        work: the rows and sides that were answered.
+        file: holds all answers and losses.
 
     Returns:
-        The rows' metrics, and the name of each side → those of the whole file.
+        The metrics per row, and side → metrics of the whole file.
     """
     references = {row.number: row.reference for row in work.rows if row.reference is not None}
     texts = TextMetrics(references.values())
@@ -59,11 +59,11 @@ def _of_file(
 
 
 def _said(file: AnswerFile, number: int, side: Side) -> str:
-    """An answer as one text, calls included, as references are."""
+    """Return an answer as one text, including tool calls, in the form of the references."""
     known = file.read(number, side.answer)
     return written_out(known["answer"], known.get("tool_calls", ()))
 
 
 def _perplexity(loss: float | None, tokens: int) -> float | None:
-    """Of a text whose negative log-likelihood, in nats, is summed over its tokens."""
+    """Return the perplexity, given the negative log-likelihood in nats, summed over tokens."""
     return None if loss is None else round(math.exp(min(loss / tokens, LARGEST_EXPONENT)), 6)

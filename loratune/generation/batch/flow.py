@@ -1,4 +1,4 @@
-"""Every row of a file answered, from the checks before the model is loaded to the summary."""
+"""Answers every row of a file: checks before the model is loaded, generation, scores, and the summary."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ if TYPE_CHECKING:
 
 
 def answer_rows_of_file(request: RowsRequest) -> dict[str, Any]:
-    """Answer all rows of a file that are not answered yet.
+    """Answer all rows of a file that have no answer yet.
 
     Returns:
-        What happened, for scripts.
+        A summary for scripts.
 
     Raises:
-        LoratuneError: rows, places or models that do not go.
-        Interrupted: a signal has come; what was finished is kept.
+        LoratuneError: rows, paths or models are invalid.
+        Interrupted: a signal arrived; finished results are kept.
     """
     if request.metrics:
         import loratune.generation.batch.text_metrics  # noqa: F401 - missing packages are told before anything is read
@@ -51,17 +51,17 @@ def answer_rows_of_file(request: RowsRequest) -> dict[str, Any]:
 
 
 def _make_missing(request: RowsRequest, file: QuestionFile, answers: AnswerFile) -> dict[str, Any]:
-    """Load the model, answer, score, and put everything under its final name."""
+    """Load the model, generate and score the missing results, and write the final file."""
     with console.status(f"loading {request.adapter[1] if request.adapter else request.model}"):
         from loratune.generation.batch.row_answers import answer_rows, free_names, whole_rows
 
         engine = _load(request)
     for name, other in free_names(file.rows).items():
-        console.warn(f"the rows' own column {name} is written as {other}, since the answers use its name")
+        console.warn(f"the rows' column {name} is written as {other}, because the answers use its name")
     work = _work(request, file)
     kept = sum(answers.count(side.answer) for side in work.sides)
     if kept:
-        console.say(f"{counted(kept, 'answer')} of an earlier call kept")
+        console.say(f"{counted(kept, 'answer')} of an earlier run kept")
     try:
         tally = answer_rows(engine, work, answers)
     finally:
@@ -97,7 +97,7 @@ def _work(request: RowsRequest, file: QuestionFile) -> Work:
 
 
 def _scores(work: Work, answers: AnswerFile) -> tuple[RowScores, dict[str, dict[str, Any]]]:
-    """Metrics by row, and of each side; none if they are not asked for."""
+    """Return the metrics per row and per side; empty if they were not requested."""
     if not work.scores:
         return {}, {}
     from loratune.generation.batch.answer_scores import score_rows
@@ -106,12 +106,12 @@ def _scores(work: Work, answers: AnswerFile) -> tuple[RowScores, dict[str, dict[
 
 
 def _check_tools(file: QuestionFile, encoder: Encoder) -> None:
-    """Refuse tools that the model would not be told of; say so where calls cannot be told from text."""
+    """Raise if rows use tools that the template does not support; warn if it cannot parse calls."""
     bad = []
     for row in file.rows:
-        said = [*row.messages, *([row.answer] if row.answer else [])]
+        messages = [*row.messages, *([row.answer] if row.answer else [])]
         try:
-            encoder.check_tools(said, row.tools)
+            encoder.check_tools(messages, row.tools)
         except LoratuneError as error:
             bad.append(f"row {row.number}: {error}")
     if bad:

@@ -1,4 +1,4 @@
-"""The rows of a file as questions to a model, with the answers to compare with that some of them hold."""
+"""Reads the rows of a file as prompts, with the reference answers that some of them have."""
 
 from __future__ import annotations
 
@@ -23,33 +23,31 @@ NEEDS = (
 
 @dataclass(frozen=True)
 class AskedRow:
-    """A row, and what the model is asked for it."""
-
     number: int
-    """From 1, in the order of the file."""
+    """Number from 1, in the order of the file."""
     fields: dict[str, Any]
-    """The row as the file has it."""
+    """The row as in the file."""
     messages: tuple[Message, ...]
-    """Up to the question."""
+    """The conversation up to and including the question."""
     answer: Message | None
-    """The row's own answer, if it has one that is not blank."""
+    """The reference answer; None if it is missing or blank."""
     tools: tuple[dict[str, Any], ...] = ()
-    """What may be called."""
+    """The tools that the model may call."""
 
     @property
     def reference(self) -> str | None:
-        """The row's own answer as one text, calls included."""
+        """The reference answer as one text, including tool calls."""
         return written_out(self.answer["content"], self.answer.get("tool_calls", ())) if self.answer else None
 
     @property
     def uses_tools(self) -> bool:
-        """Whether tools are offered, or have been called."""
-        said = [*self.messages, *([self.answer] if self.answer else [])]
-        return bool(self.tools) or any(one["role"] == "tool" or "tool_calls" in one for one in said)
+        """Whether tools are available or were called."""
+        messages = [*self.messages, *([self.answer] if self.answer else [])]
+        return bool(self.tools) or any(one["role"] == "tool" or "tool_calls" in one for one in messages)
 
     @property
     def size_bytes(self) -> int:
-        """Of all texts that are asked; no text has more tokens than bytes."""
+        """Size of all texts of the prompt in bytes, an upper bound of its tokens."""
         called = [*self.tools, *(message.get("tool_calls") for message in self.messages if "tool_calls" in message)]
         written = json.dumps(called, ensure_ascii=False) if called else ""
         return len(written.encode()) + sum(len(message["content"].encode()) for message in self.messages)
@@ -57,7 +55,7 @@ class AskedRow:
 
 @dataclass(frozen=True)
 class QuestionFile:
-    """A file whose rows are all questions."""
+    """A file in which every row is a prompt."""
 
     name: str
     sha256: str
@@ -65,19 +63,19 @@ class QuestionFile:
 
 
 def read_questions(entry: str, columns: Mapping[str, str], placeholders: Mapping[str, str]) -> QuestionFile:
-    """Read rows in any format that training takes, where the last answer may be missing, or rows of `prompt` alone.
+    """Read rows in any training format, whose last answer may be missing, or rows with only a `prompt`.
 
     Args:
         entry: a file, or hf:org/name:split.
         columns: name that a format knows → name in the file.
-        placeholders: values of {{name}} and the like.
+        placeholders: values of placeholders such as {{name}}.
 
     Raises:
-        LoratuneError: the file cannot be read, or some of its rows are no questions.
+        LoratuneError: the file cannot be read, or some rows are not prompts.
     """
     source = parse_source(entry)
     if source.sample or source.repeat > 1:
-        raise LoratuneError(f"{entry}: every row is answered once; leave the # and what follows it off", Exit.USAGE)
+        raise LoratuneError(f"{entry}: every row is answered once; remove the # and what follows it", Exit.USAGE)
     file = open_rows(source.name)
     rows, bad = [], []
     for number, read in enumerate(_read(file, columns, placeholders), start=1):
@@ -89,7 +87,7 @@ def read_questions(entry: str, columns: Mapping[str, str], placeholders: Mapping
         listed = bullet_list(bad, limit=SHOWN_ROWS)
         raise LoratuneError(
             f"{file.name}: {len(bad):,} of {len(rows) + len(bad):,} rows cannot be answered:\n{listed}\n"
-            f"{NEEDS}; mend or remove these rows",
+            f"{NEEDS}; correct or remove these rows",
             Exit.DATA,
         )
     sha256 = file.sha256
@@ -119,7 +117,7 @@ def _read(
 
 
 def _problem(conversation: Conversation) -> str:
-    """What keeps a readable row from being asked."""
+    """Return the reason why a readable row cannot be used as a prompt; empty if it can."""
     names = {
         name
         for message in conversation.messages

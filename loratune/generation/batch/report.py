@@ -1,4 +1,4 @@
-"""What is told of answered rows: for a later call, for scripts, and for people."""
+"""Reports on answered rows: the report file, the summary for scripts, and the output for people."""
 
 from __future__ import annotations
 
@@ -14,21 +14,21 @@ if TYPE_CHECKING:
     from loratune.generation.batch.row_answers import Tally, Work
 
 TOO_LONG = "too_long"
-"""How a row ends whose question does not fit into the context."""
+"""Finish reason of rows whose prompt does not fit into the context."""
 REFUSED = "refused"
-"""How a row ends that cannot be asked; `error` says why."""
+"""Finish reason of rows that are not valid prompts; `error` has the reason."""
 SHOWN_ROWS = 5
 SHOWN = {"exact_match": "exact match", "rouge_l": "ROUGE-L", "bleu": "BLEU", "perplexity": "perplexity of references"}
 ANSWERS = "answers"
-"""What the metrics of those that were asked for are called, beside those of the base."""
+"""Name of the answers' metrics, next to those of the base."""
 
 
 def report_of(work: Work, answers: AnswerFile, sums: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    """What is kept beside the answers, and tells a later call what they hold.
+    """Return the report that is stored with the answers; a later run reads it.
 
     Args:
-        work: what was answered.
-        answers: has all results.
+        work: the rows and sides that were answered.
+        answers: holds all results.
         sums: side → metrics of the whole file.
     """
     results = {row.number: answers.read(row.number, work.sides[0].answer) for row in work.rows}
@@ -47,14 +47,13 @@ def report_of(work: Work, answers: AnswerFile, sums: dict[str, dict[str, Any]]) 
 
 
 def summary_of(report: dict[str, Any], request: RowsRequest) -> dict[str, Any]:
-    """What scripts are told, whether something was done or not."""
-    told = {name: report.get(name) for name in ("rows", "tokens", "finish", "too_long", "metrics")}
-    refused = report.get("refused", [])  # reports of earlier versions have none
-    return {"output": str(request.output), **told, "refused": refused, "answered": 0, "kept": told["rows"]}
+    """Return the summary for scripts, whether or not anything was generated."""
+    totals = {name: report.get(name) for name in ("rows", "tokens", "finish", "too_long", "metrics")}
+    refused = report.get("refused", [])  # missing in reports of earlier versions
+    return {"output": str(request.output), **totals, "refused": refused, "answered": 0, "kept": totals["rows"]}
 
 
 def show(request: RowsRequest, work: Work, tally: Tally, report: dict[str, Any]) -> None:
-    """Show people what happened."""
     long = report["too_long"]
     if long:
         listed = ", ".join(map(str, long[:SHOWN_ROWS])) + (", …" if len(long) > SHOWN_ROWS else "")
@@ -73,11 +72,11 @@ def show(request: RowsRequest, work: Work, tally: Tally, report: dict[str, Any])
 
 
 def _show_scores(sums: dict[str, dict[str, Any]], names: dict[str, str]) -> None:
-    """Print a table of the whole file's metrics, one column a side.
+    """Print a table of the file's metrics, one column per side.
 
     Args:
-        sums: as `score_rows` gives them.
-        names: of the columns.
+        sums: the second result of `score_rows`.
+        names: titles of the columns.
     """
     lines = [("", *(names[side] for side in sums))]
     for key, label in SHOWN.items():
@@ -92,13 +91,13 @@ def _shown(key: str, value: float | None) -> str:
 
 
 def require_all_asked(summary: dict[str, Any]) -> None:
-    """Name the rows of a file that could not be asked, all others being answered.
+    """Raise if some rows could not be answered, after all others were.
 
     Args:
-        summary: from `summary_of`.
+        summary: result of `summary_of`.
 
     Raises:
-        LoratuneError: there are some; where they are all, the template is told to be at fault.
+        LoratuneError: lists these rows; if they are all rows, it blames the template.
     """
     refused, total = summary["refused"], summary["rows"]
     if not refused:
@@ -111,7 +110,7 @@ def require_all_asked(summary: dict[str, Any]) -> None:
             Exit.MODEL,
         )
     raise LoratuneError(
-        f"{message}the other rows are answered in {summary['output']}, where these have an 'error'; mend them and ask "
-        "them from a file of their own",
+        f"{message}the other rows are answered in {summary['output']}, where these have an 'error'; correct them, and "
+        "answer them from a separate file",
         Exit.DATA,
     )

@@ -1,4 +1,4 @@
-"""What answering a file of rows takes, and everything that the answers depend on."""
+"""The request to answer a file of rows, and all inputs that determine the answers."""
 
 from __future__ import annotations
 
@@ -22,19 +22,19 @@ from loratune.runs.opening import AdapterSource, base_settings, merged_prompt
 from loratune.runs.tokenizer_files import CHAT_TEMPLATE, NAMED_TEMPLATES, TOKENIZER_CONFIG, tokenizer_sha256
 
 SETTINGS_FILES = (TOKENIZER_CONFIG, CHAT_TEMPLATE, "generation_config.json")
-"""Of a base, besides what its fingerprint covers: they decide how it is asked and how it draws."""
+"""Files of a base that its fingerprint does not cover; they determine prompts and sampling."""
 
 
 @dataclass(frozen=True)
 class RowsRequest:
-    """A file of rows, who answers them, and how."""
+    """A file of rows, the model to answer them, and the settings."""
 
     input: str
     output: Path
     adapter: tuple[str, Path] | None
     model: str | None
     no_adapter: bool
-    """Leave the adapter off; with metrics: compare with it."""
+    """Use the base without the adapter; with metrics: compare the two."""
     metrics: bool
     system: str | None
     sampling: Sampling
@@ -47,10 +47,10 @@ class RowsRequest:
         return self.no_adapter and self.metrics
 
     def is_answered_by(self, report: dict[str, Any]) -> bool:
-        """Whether a complete file has what is asked for now.
+        """Return whether a complete file has everything that this request asks for.
 
         Args:
-            report: what was kept beside its answers.
+            report: the report stored with its answers.
         """
         return bool(report.get("metrics") or not self.metrics) and bool(report.get("compares") or not self.compares)
 
@@ -92,7 +92,7 @@ def _asked(request: RowsRequest, source: AdapterSource | None) -> _Asked:
 
 
 def encoder_of(request: RowsRequest, source: AdapterSource | None) -> Encoder:
-    """How the rows are made prompts."""
+    """Return the encoder for the rows' prompts."""
     from loratune.model.tokenizer import load_tokenizer
 
     asked = _asked(request, source)
@@ -100,7 +100,7 @@ def encoder_of(request: RowsRequest, source: AdapterSource | None) -> Encoder:
 
 
 def _hash_of_questions(rows: list[AskedRow]) -> str:
-    """Of what is asked, which depends on the adapter's recipe too."""
+    """Hash the prompts, which also depend on the adapter's recipe."""
     asked = json.dumps([[row.messages, row.tools] if row.tools else row.messages for row in rows], sort_keys=True)
     return hashlib.sha256(asked.encode()).hexdigest()
 

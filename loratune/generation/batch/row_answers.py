@@ -1,4 +1,4 @@
-"""Have the rows of a file answered, score the answers, and put all in order."""
+"""Generates and scores the answers of a file's rows, and assembles the output rows."""
 
 from __future__ import annotations
 
@@ -25,29 +25,29 @@ from loratune.generation.batch.report import REFUSED, TOO_LONG
 from loratune.runtime import signals_to
 
 BASE = "base"
-"""The name of the side that an adapter is compared with."""
+"""Name of the side that an adapter is compared with."""
 RESULTS = ("row", "answer", "reasoning", "tool_calls", "finish", "error", "tokens", "metrics", BASE)
-"""Names that the answers add to a row."""
+"""Names of the columns that are added to a row."""
 SHOW_SECONDS = 0.5
-"""How long the display waits at most for its next figures."""
+"""Maximum time between updates of the progress display."""
 
 
 @dataclass(frozen=True)
 class Side:
-    """One of the models that answer."""
+    """One of the models that answer: the base with or without the adapter."""
 
     name: str
-    """Empty for the one that is asked for, BASE for the one that it is compared with."""
+    """Empty for the requested model, BASE for the model that it is compared with."""
     use_adapter: bool
 
     @property
     def answer(self) -> str:
-        """The kind of its answers."""
+        """Kind of its answers in the file."""
         return f"{self.name} answer".strip()
 
     @property
     def loss(self) -> str:
-        """The kind of its losses."""
+        """Kind of its losses in the file."""
         return f"{self.name} loss".strip()
 
 
@@ -60,12 +60,12 @@ class Work:
     sides: tuple[Side, ...]
     adapter: str | None
     system: str | None
-    """In place of the row's own and the trained one."""
+    """Replaces the system prompts of the rows and of the training."""
     scores: bool
-    """Whether to see how unlikely each reference is to the model."""
+    """Whether to compute the loss of the reference answers."""
 
     def question(self, row: AskedRow, side: Side) -> Question:
-        """What the model is asked for a row; every row draws its own random numbers."""
+        """Return the generation request for a row; each row has its own seed."""
         messages: list[Message] = list(row.messages)
         if self.system:
             messages = [{"role": "system", "content": self.system}, *(m for m in messages if m["role"] != "system")]
@@ -75,20 +75,20 @@ class Work:
 
 @dataclass
 class Tally:
-    """What this call has done."""
+    """Counts of one run."""
 
     answers: int = 0
     tokens: int = 0
-    """Of answers, those that did not get to their end included."""
+    """Tokens of all answers, including unfinished ones."""
     seconds: float = 0.0
 
 
 def answer_rows(engine: Engine, work: Work, file: AnswerFile) -> Tally:
-    """Make all results that are missing in the file.
+    """Generate all results that are missing in the file.
 
     Raises:
-        Interrupted: a signal has come; what was finished is kept.
-        LoratuneError: the engine has failed, or the file cannot be written.
+        Interrupted: a signal arrived; finished results are kept.
+        LoratuneError: the engine failed, or the file cannot be written.
     """
     tally = Tally()
     with _noted_signals() as events:
@@ -101,13 +101,13 @@ def answer_rows(engine: Engine, work: Work, file: AnswerFile) -> Tally:
             done = sum(file.count(side.answer) for side in work.sides)
             raise Interrupted(
                 stop.signal_number,
-                f"stopped: {done:,} of {counted(total, 'answer')} kept in {file.part}; the same command goes on",
+                f"stopped: {done:,} of {counted(total, 'answer')} kept in {file.part}; the same command resumes",
             ) from stop
     return tally
 
 
 class _Answering:
-    """Keeps the engine's slots full, longest questions first: memory shows early, and no long one is left for last."""
+    """Keeps the engine's slots full, longest prompts first: memory runs out early if at all, no long one is last."""
 
     def __init__(
         self, engine: Engine, work: Work, file: AnswerFile, events: queue.SimpleQueue[Any], tally: Tally
@@ -120,10 +120,10 @@ class _Answering:
             if not file.has(row.number, side.answer)
         )
         self._open: dict[tuple[int, str], Ticket] = {}
-        """Row and kind of the answers on their way."""
+        """Row and kind of the answers in progress."""
 
     def run(self) -> None:
-        """Answer until nothing is missing."""
+        """Generate until nothing is missing."""
         total = len(self.work.rows) * len(self.work.sides)
         kept = total - len(self._waiting)
         started = time.monotonic()
@@ -150,10 +150,10 @@ class _Answering:
                 self._keep(key, {"answer": "", **self._why_unanswered(question, error), "tokens": 0})
 
     def _why_unanswered(self, question: Question, error: LoratuneError) -> dict[str, str]:
-        """How a row ends that the engine has not taken.
+        """Return the finish reason of a row that the engine did not accept.
 
         Raises:
-            LoratuneError: the row is not the reason.
+            LoratuneError: the row is not the cause.
         """
         try:
             length = self.engine.prompt_tokens(question)
@@ -166,14 +166,14 @@ class _Answering:
         return {"finish": REFUSED, "error": str(error)}
 
     def _gather(self, key: tuple[int, str], pieces: list[Piece], piece: Piece) -> None:
-        """Called in the engine's thread, which would be slowed down if each piece woke another one."""
+        """Collect an answer's chunks in the engine's thread, without waking the main thread for each of them."""
         self.tally.tokens += piece.tokens - (pieces[-1].tokens if pieces else 0)
         pieces.append(piece)
         if piece.finish:
             self.events.put((key, pieces))
 
     def _take(self, event: Any) -> None:
-        """A signal's number, or the pieces of a whole answer."""
+        """Process an event: the number of a signal, or the chunks of a whole answer."""
         if event is None:
             return
         if isinstance(event, int):
@@ -193,7 +193,7 @@ class _Answering:
 
 
 def _add_losses(engine: Engine, work: Work, file: AnswerFile, events: queue.SimpleQueue[Any]) -> None:
-    """How unlikely each reference is to the model; the engine has nothing else to do now."""
+    """Compute the loss of each reference answer, while the engine is otherwise idle."""
     todo = [
         (side, row, row.answer)
         for side in work.sides
@@ -207,7 +207,7 @@ def _add_losses(engine: Engine, work: Work, file: AnswerFile, events: queue.Simp
                 raise Interrupted(events.get())
             loss: float | None = None
             tokens = 0
-            with suppress(LoratuneError):  # question and reference do not fit into the context
+            with suppress(LoratuneError):  # prompt and reference do not fit into the context
                 loss, tokens = engine.reference_loss(work.question(row, side), answer)
             known = loss if loss is not None and math.isfinite(loss) else None
             file.add(row.number, side.loss, {"loss": known, "tokens": tokens})
@@ -215,7 +215,7 @@ def _add_losses(engine: Engine, work: Work, file: AnswerFile, events: queue.Simp
 
 
 def free_names(rows: Sequence[AskedRow]) -> dict[str, str]:
-    """Columns whose names the answers take → the names that they have beside them."""
+    """Return input columns whose names collide with the answers' → their new names."""
     used = {key for row in rows for key in row.fields}
     renamed: dict[str, str] = {}
     for name in RESULTS:
@@ -228,11 +228,11 @@ def free_names(rows: Sequence[AskedRow]) -> dict[str, str]:
 
 
 def whole_rows(work: Work, file: AnswerFile, scores: dict[tuple[str, int], dict[str, Any]]) -> Iterator[dict[str, Any]]:
-    """The rows as they are put under the final name: their own columns, then the answers.
+    """Yield the rows of the final file: their own columns, then the answers.
 
     Args:
-        work: what was answered.
-        file: has all results.
+        work: the rows and sides that were answered.
+        file: holds all results.
         scores: side and row → metrics.
     """
     renamed = free_names(work.rows)
@@ -248,7 +248,7 @@ def whole_rows(work: Work, file: AnswerFile, scores: dict[tuple[str, int], dict[
 
 @contextmanager
 def _noted_signals() -> Iterator[queue.SimpleQueue[Any]]:
-    """A queue of what happens, in which signals stand too, so that none ends a half-done piece of work."""
+    """Yield an event queue that also receives signals, so that a signal never interrupts a write."""
     events: queue.SimpleQueue[Any] = queue.SimpleQueue()
     with signals_to(lambda number, _: events.put(number)):
         yield events

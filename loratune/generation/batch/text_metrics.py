@@ -1,4 +1,4 @@
-"""How near an answer comes to the one that its row holds: exact match, ROUGE-L and BLEU."""
+"""Compares an answer with its reference: exact match, ROUGE-L and BLEU."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 from loratune.extras import required
 
 with required("--metrics", "metrics"), warnings.catch_warnings():
-    warnings.simplefilter("ignore")  # jieba 0.42 has odd escapes, and asks for setuptools' pkg_resources
+    warnings.simplefilter("ignore")  # jieba 0.42 has invalid escapes, and imports pkg_resources
     import jieba
     from rouge_score.rouge_scorer import RougeScorer
     from sacrebleu.metrics.bleu import BLEU
@@ -22,13 +22,13 @@ REASONING = re.compile(r"\s*<think>.*?</think>\s*", re.DOTALL)
 
 
 class Words:
-    """Cuts texts into words for ROUGE, whose own way knows the letters a to z only.
+    """A word tokenizer for ROUGE, whose own tokenizer only knows the letters a to z.
 
-    ASCII texts come out as the library would have it. Chinese, which has no spaces, is cut by jieba's dictionary.
+    ASCII texts are tokenised as by the library. Chinese, which has no spaces, is segmented with jieba's dictionary.
     """
 
     def tokenize(self, text: str) -> list[str]:
-        """The words of a text, in small letters, without punctuation."""
+        """Return the lower-case words of a text, without punctuation."""
         words: list[str] = []
         for word in WORD.findall(text.lower()):
             words += self._chinese.lcut(word) if HAN.search(word) else [word]
@@ -36,7 +36,7 @@ class Words:
 
     @cached_property
     def _chinese(self) -> Any:
-        """Read from the package's dictionary; jieba itself would read a cache that anybody may have put into /tmp."""
+        """Load the package's own dictionary; jieba itself would read a cache in /tmp that anybody may have written."""
         cutter = jieba.Tokenizer()
         cutter.FREQ, cutter.total = cutter.gen_pfdict(cutter.get_dict_file())
         cutter.initialized = True
@@ -44,28 +44,28 @@ class Words:
 
 
 class TextMetrics:
-    """Scores answers of one file.
+    """Scores the answers of one file.
 
     Args:
-        references: the answers that its rows hold; if any is Chinese, BLEU counts Chinese characters as words.
+        references: the reference answers; if any is Chinese, BLEU counts Chinese characters as words.
     """
 
     def __init__(self, references: Iterable[str]) -> None:
         self.bleu_tokenizer = "zh" if any(HAN.search(text) for text in references) else "13a"
         self._rouge = RougeScorer(["rougeL"], tokenizer=Words())
-        # `force` only keeps it from guessing whether texts have been tokenised before.
+        # `force` disables the guess whether texts were tokenised before.
         self._row_bleu = BLEU(tokenize=self.bleu_tokenizer, effective_order=True, force=True)
         self._file_bleu = BLEU(tokenize=self.bleu_tokenizer, force=True)
 
     def of_row(self, answer: str, reference: str) -> dict[str, Any]:
-        """Scores of one answer.
+        """Score one answer.
 
         Args:
-            answer: without reasoning.
-            reference: with or without.
+            answer: the answer without reasoning.
+            reference: the reference, with or without reasoning.
 
         Returns:
-            exact_match, true or false; rouge_l, F1 from 0 to 1; bleu from 0 to 100.
+            exact_match: bool; rouge_l: F1, 0 to 1; bleu: 0 to 100.
         """
         expected = without_reasoning(reference)
         return {
@@ -75,12 +75,12 @@ class TextMetrics:
         }
 
     def of_file(self, scores: Sequence[dict[str, Any]], answers: list[str], references: list[str]) -> dict[str, float]:
-        """Means over rows, and BLEU over the whole, which is no mean of rows.
+        """Return means over the rows, and BLEU of the whole file, which is not the mean of the rows.
 
         Args:
-            scores: what of_row gave, at least one.
-            answers: of the same rows.
-            references: of the same rows.
+            scores: results of `of_row`, at least one.
+            answers: the answers of the same rows.
+            references: the references of the same rows.
         """
         expected = [without_reasoning(text) for text in references]
         return {
@@ -91,6 +91,6 @@ class TextMetrics:
 
 
 def without_reasoning(text: str) -> str:
-    """What follows the <think> block that a text begins with, if it does."""
+    """Return a text without the <think> block at its start, if there is one."""
     block = REASONING.match(text)
     return text[block.end() :] if block else text

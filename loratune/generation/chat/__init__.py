@@ -1,1 +1,1 @@
-"""The chat in a terminal."""
+"""The interactive chat in a terminal."""

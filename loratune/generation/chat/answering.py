@@ -1,4 +1,4 @@
-"""Ask an engine some questions at once, follow the answers as they grow, and end them at Ctrl-C."""
+"""Submits requests to the engine, collects the answers as they stream, and cancels them on Ctrl-C."""
 
 from __future__ import annotations
 
@@ -22,29 +22,29 @@ _POLL_SECONDS = 0.05
 
 @dataclass
 class Reply:
-    """An answer as far as it has come, and how long it took."""
+    """An answer so far, and its timing."""
 
     text: str = ""
     reasoning: str = ""
     prompt_tokens: int = 0
     tokens: int = 0
-    """New ones, of reasoning and text."""
+    """Generated tokens, of reasoning and text."""
     finish: str = ""
-    """Why it ended: `stop`, `length` or `cancelled`; empty while it grows."""
+    """Finish reason: `stop`, `length` or `cancelled`; empty while it is generated."""
     seconds: float = 0.0
-    """From the question to the last token."""
+    """Time from the request to the last token."""
     seconds_to_first: float | None = None
-    """From the question to the first token; None if none came."""
+    """Time from the request to the first token (TTFT); None before it."""
 
     @property
     def tokens_per_second(self) -> float | None:
-        """How fast tokens came after the first; None where there was no second one."""
+        """Generation speed after the first token; None for fewer than two tokens."""
         if self.seconds_to_first is None or self.tokens < 2:
             return None
         return (self.tokens - 1) / max(self.seconds - self.seconds_to_first, 1e-9)
 
     def take(self, piece: Piece, seconds: float) -> None:
-        """Add a piece that came so long after the question."""
+        """Add a chunk that arrived `seconds` after the request."""
         self.text += piece.text
         self.reasoning += piece.reasoning
         self.tokens = max(self.tokens, piece.tokens)
@@ -55,32 +55,32 @@ class Reply:
 
 
 class Screen(Protocol):
-    """Where answers appear while they grow."""
+    """A display for answers while they are generated."""
 
     def show(self, place: int, piece: Piece) -> None:
-        """Show more of the answer to the question with this number."""
+        """Show more of the answer to the request with this index."""
 
     def wait(self) -> None:
-        """Nothing has come for a moment."""
+        """Called while nothing arrives."""
 
     def close(self) -> None:
-        """Nothing more comes."""
+        """Called once at the end."""
 
 
 def ask(engine: Engine, questions: Sequence[Question], screen: Screen, is_stopped: Callable[[], bool]) -> list[Reply]:
-    """Answer all questions together and show the answers as they come.
+    """Answer all requests concurrently and show the answers as they stream.
 
     Args:
-        engine: answers.
-        questions: answered at the same time.
-        screen: shows; it is closed in any case.
-        is_stopped: asked again and again; once it says True, the answers end where they are.
+        engine: generates the answers.
+        questions: the requests.
+        screen: shows the answers; it is always closed.
+        is_stopped: polled; once it returns True, the answers are cancelled.
 
     Returns:
-        An answer to each question.
+        One answer per request.
 
     Raises:
-        LoratuneError: a prompt does not fit into the context, or the engine has failed.
+        LoratuneError: a prompt does not fit into the context, or the engine failed.
     """
     arrived: queue.SimpleQueue[tuple[int, Piece]] = queue.SimpleQueue()
     replies = [Reply() for _ in questions]
@@ -119,7 +119,7 @@ def _cancel(tickets: list[Ticket]) -> None:
 
 @contextmanager
 def interrupts() -> Iterator[Callable[[], bool]]:
-    """Turn Ctrl-C into a question that a loop can ask; pressed a second time it raises KeyboardInterrupt as usual."""
+    """Yield a function that returns whether Ctrl-C was pressed; a second press raises KeyboardInterrupt as usual."""
     pressed = threading.Event()
 
     def press(number: int, frame: object) -> None:

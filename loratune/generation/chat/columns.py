@@ -1,4 +1,4 @@
-"""Two answers side by side in the chat, which grow line by line."""
+"""Shows two answers side by side, line by line, while they are generated."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ class Columns:
     """Writes two answers side by side, line by line, as soon as both have a line.
 
     Args:
-        titles: of the columns.
-        width: of the terminal, in cells; a narrow one gets one answer below the other. None: no terminal, so one below
-            the other with lines of any length.
+        titles: titles of the columns.
+        width: width of the terminal in cells; if it is narrow, the answers are written one below the other. None for no
+            terminal: one below the other, with lines of any length.
     """
 
     def __init__(self, titles: tuple[str, str], width: int | None) -> None:
@@ -31,14 +31,14 @@ class Columns:
         self._is_stacked = half < _LEAST_COLUMN
         self._columns = [Column((width or sys.maxsize) if self._is_stacked else half) for _ in titles]
         self._begun = 0
-        """How many of the titles have been written, one below the other."""
+        """Number of titles written so far, when stacked."""
         if not self._is_stacked:
             left, right = (_cut(title, half) for title in self._titles)
             self._write_row((left, "title"), (right, "title"))
             self._write_row(("─" * half, "context"), ("─" * half, "context"), "─┼─")
 
     def show(self, place: int, piece: Piece) -> None:
-        """Take more of one answer, and write the lines that are complete."""
+        """Add to one answer, and write the lines that are complete."""
         column = self._columns[place]
         column.feed(piece.reasoning, "context")
         column.feed(piece.text, "plain")
@@ -47,10 +47,10 @@ class Columns:
         self._write()
 
     def wait(self) -> None:
-        """Lines appear when they are complete; there is nothing to add."""
+        """Do nothing; lines appear when they are complete."""
 
     def close(self) -> None:
-        """Write what is left."""
+        """Write the rest."""
         for column in self._columns:
             column.end()
         self._write()
@@ -81,19 +81,19 @@ class Columns:
 
 
 class Column:
-    """Text that grows, broken into lines of at most `width` cells."""
+    """Streamed text, broken into lines of at most `width` cells."""
 
     def __init__(self, width: int) -> None:
         self.width = width
         self.lines: list[tuple[str, str]] = []
-        """Complete lines, with the name of their style."""
+        """Complete lines and their styles."""
         self.is_ended = False
         self._line_ends = LineEnds()
         self._rest = ""
         self._kind = ""
 
     def feed(self, text: str, kind: str) -> None:
-        """Add text; a change of its style begins a new line."""
+        """Add text; a change of style starts a new line."""
         if not text:
             return
         if self._kind and self._kind != kind:
@@ -107,7 +107,7 @@ class Column:
         self._rest = self._fold(self._rest, keeps_rest=True)
 
     def end(self) -> None:
-        """Nothing more comes: what is left becomes the last line."""
+        """End the text: what is left becomes the last line."""
         if not self.is_ended:
             self._flush()
         self.is_ended = True
@@ -129,9 +129,9 @@ class Column:
 
 
 def break_line(text: str, width: int) -> tuple[str, str]:
-    """The longest beginning of a long text that fits into `width` cells and ends where a line may end, and the rest.
+    """Split a text into the longest start that fits into `width` cells, and the rest.
 
-    Lines end at spaces and beside wide characters, such as Chinese ones; a longer word is cut.
+    Lines break at spaces and next to wide characters, such as Chinese ones; a longer word is cut.
     """
     used, possible = 0, 0
     for place, character in enumerate(text):

@@ -1,4 +1,4 @@
-"""The commands of the chat: what they are called, what they do, and how they complete."""
+"""The chat's commands: names, actions and completion."""
 
 from __future__ import annotations
 
@@ -15,47 +15,47 @@ from loratune.generation.chat.state import BASE, ChatState, Turn
 TRAINED = "default"
 KEYS = [
     ("//TEXT", "a question that begins with /"),
-    ("Alt+Enter", "a new line in the question; so does \\ at its end"),
-    ("Ctrl-C", "end an answer where it is"),
+    ("Alt+Enter", "a new line in the question; \\ at its end does the same"),
+    ("Ctrl-C", "stop the answer"),
     ("Ctrl-D", "leave, like /exit"),
 ]
 
 
 @dataclass(frozen=True)
 class Asked:
-    """A question that a command leads to."""
+    """A question that results from a command."""
 
     text: str
     compares: bool = False
     is_retry: bool = False
     earlier: Turn | None = None
-    """What stands if no other answer comes."""
+    """The turn to restore if no new answer arrives."""
 
 
-class Left(Exception):  # noqa: N818 - nothing is wrong
-    """The chat is to end."""
+class Left(Exception):  # noqa: N818 - not an error
+    """Ends the chat."""
 
 
 @dataclass(frozen=True)
 class Command:
-    """A word that begins with / and what comes of it."""
+    """A command that starts with /."""
 
     run: Callable[[ChatState, str], Asked | None]
     takes: str
-    """What may follow it, for people; empty: nothing."""
+    """The arguments, for help; empty if there are none."""
     help: str
-    """Empty: not listed, since it is another name of one that is."""
+    """Empty for an alias, which is not listed."""
 
 
 def run_command(state: ChatState, line: str) -> Asked | None:
-    """Do what a line that begins with / says.
+    """Run a command line that starts with /.
 
     Returns:
-        A question to be answered, if the command leads to one.
+        A question to answer, if the command results in one.
 
     Raises:
-        LoratuneError: there is no such command, or it cannot be done.
-        Left: the chat is to end.
+        LoratuneError: the command is unknown, or failed.
+        Left: the chat ends.
     """
     name, _, rest = line.partition(" ")
     if name not in COMMANDS:
@@ -64,12 +64,12 @@ def run_command(state: ChatState, line: str) -> Asked | None:
         raise LoratuneError(f"no command {name}; {hint} (a question that begins with / is typed //…)", Exit.USAGE)
     command = COMMANDS[name]
     if rest.strip() and not command.takes:
-        raise LoratuneError(f"{name} stands alone; nothing can follow it", Exit.USAGE)
+        raise LoratuneError(f"{name} takes no argument", Exit.USAGE)
     return command.run(state, rest.strip())
 
 
 def complete(state: ChatState, beginning: str) -> list[tuple[str, str]]:
-    """The words that may stand at the end of a beginning, each with a short explanation."""
+    """Return possible completions of the last word, each with a short explanation."""
     name, gap, rest = beginning.partition(" ")
     if not gap:
         return [(word, one.help) for word, one in COMMANDS.items() if beginning and word.startswith(beginning)]
@@ -96,14 +96,14 @@ def _exit(state: ChatState, rest: str) -> None:
 
 def _reset(state: ChatState, rest: str) -> None:
     state.forget()
-    _tell("forgotten; the next question starts a new conversation")
+    _tell("cleared; the next question starts a new conversation")
 
 
 def _undo(state: ChatState, rest: str) -> None:
     turn = state.take_back()
     if turn is None:
         raise LoratuneError("there is nothing to undo", Exit.USAGE)
-    _tell(f"taken back: {_begun(turn.question)}")
+    _tell(f"removed: {_begun(turn.question)}")
 
 
 def _retry(state: ChatState, rest: str) -> Asked:
@@ -122,9 +122,9 @@ def _system(state: ChatState, rest: str) -> None:
         state.check_length(rest)
         state.system = None if rest == TRAINED else rest
         state.left_out = 0
-    _tell(f"system prompt: {state.system or 'the usual one, of the training or of the model'}")
+    _tell(f"system prompt: {state.system or 'the default of the training or the model'}")
     if rest and state.turns:
-        _tell("the conversation goes on with it; /reset starts a new one")
+        _tell("the conversation continues with it; /reset starts a new one")
 
 
 def _set(state: ChatState, rest: str) -> None:
@@ -132,7 +132,7 @@ def _set(state: ChatState, rest: str) -> None:
     state.left_out = 0
     console.table(rows_of(state.sampling))
     if state.sampling.temperature == 0 and any(name in rest for name in ("top_", "min_p", "seed")):
-        _tell("at temperature 0 the likeliest token is taken, so top_p, top_k, min_p and seed have no effect")
+        _tell("temperature 0 is greedy decoding, so top_p, top_k, min_p and seed have no effect")
 
 
 def _adapter(state: ChatState, rest: str) -> None:
@@ -156,8 +156,8 @@ def _compare(state: ChatState, rest: str) -> Asked | None:
     if rest:
         return Asked(rest, compares=True)
     state.compares = not state.compares
-    every = "every question is answered by base and adapter; the conversation goes on with the adapter's answers"
-    _tell(every if state.compares else "questions are answered once again by one model only")
+    every = "every question is answered by base and adapter; the conversation continues with the adapter's answers"
+    _tell(every if state.compares else "questions are answered by one model again")
     return None
 
 
@@ -184,7 +184,7 @@ def _save_to(state: ChatState, rest: str, overwrite: bool) -> None:
 def _stats(state: ChatState, rest: str) -> None:
     reply, context = state.last, state.engine.context_tokens
     if reply is None:
-        raise LoratuneError("there are no figures before the first answer", Exit.USAGE)
+        raise LoratuneError("there are no statistics before the first answer", Exit.USAGE)
     speed, first = reply.tokens_per_second, reply.seconds_to_first
     used = reply.prompt_tokens + reply.tokens
     rows = [
@@ -209,17 +209,17 @@ def _begun(question: str, length: int = 60) -> str:
 
 
 COMMANDS = {
-    "/help": Command(_help, "", "these lines"),
-    "/reset": Command(_reset, "", "forget the conversation"),
-    "/undo": Command(_undo, "", "take back the last question and its answer"),
+    "/help": Command(_help, "", "show this help"),
+    "/reset": Command(_reset, "", "clear the conversation"),
+    "/undo": Command(_undo, "", "remove the last question and its answer"),
     "/retry": Command(_retry, "", "answer the last question again"),
-    "/system": Command(_system, "[TEXT]", f"show or set the system prompt; {TRAINED}: the usual one"),
-    "/set": Command(_set, "[NAME=VALUE …]", "show or set how answers are drawn: /set temperature=0.7"),
-    "/adapter": Command(_adapter, "[NAME]", f"show who can answer, or choose; {BASE}: without adapter"),
-    "/compare": Command(_compare, "[QUESTION]", "base and adapter side by side: once, or from now on"),
-    "/save": Command(_save, "FILE", "the conversation as .md to read, or .json to train on"),
-    "/save!": Command(_save_over, "FILE", "the same, in place of a file that exists"),
-    "/stats": Command(_stats, "", "tokens, speed and context of the last answer"),
+    "/system": Command(_system, "[TEXT]", f"show or set the system prompt; {TRAINED}: the trained one"),
+    "/set": Command(_set, "[NAME=VALUE …]", "show or change the sampling settings: /set temperature=0.7"),
+    "/adapter": Command(_adapter, "[NAME]", f"list the adapters, or select one; {BASE}: none"),
+    "/compare": Command(_compare, "[QUESTION]", "base and adapter side by side: for one question, or toggle"),
+    "/save": Command(_save, "FILE", "save the conversation as .md, or as .json for training"),
+    "/save!": Command(_save_over, "FILE", "the same, replacing an existing file"),
+    "/stats": Command(_stats, "", "show tokens, speed and context use of the last answer"),
     "/exit": Command(_exit, "", "leave"),
     "/quit": Command(_exit, "", ""),
 }

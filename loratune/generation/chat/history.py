@@ -1,4 +1,4 @@
-"""What has been typed in earlier chats, in a file that only its owner can read."""
+"""The history of the chat's input line, in a file that only its owner can read."""
 
 from __future__ import annotations
 
@@ -16,27 +16,27 @@ from loratune.writing import write_text
 
 MOST_ENTRIES = 1000
 MOST_CHARACTERS = 10_000
-"""Longer entries are not kept."""
+"""Longer entries are not stored."""
 _MOST_BYTES = 4 * 2**20
 _OWNER_ONLY = 0o600
 
 
 def history_path() -> Path:
-    """Where the history lies: below $XDG_STATE_HOME if that is an absolute path, else below ~/.local/state."""
+    """Return the history's path: in $XDG_STATE_HOME if that is absolute, otherwise in ~/.local/state."""
     given = Path(os.environ.get("XDG_STATE_HOME", ""))
     if given.is_absolute():
         return given / "loratune" / "chat_history"
     try:
         return Path.home() / ".local" / "state" / "loratune" / "chat_history"
-    except RuntimeError:  # a user without a home, as in many containers
+    except RuntimeError:  # no home folder, as in many containers
         return Path(os.devnull, "chat_history")
 
 
 class ChatHistory(History):
-    """One entry a line, as JSON text, the newest last; a file that cannot be used is said once and done without.
+    """One entry per line, as a JSON string, newest last. If the file is unusable, it warns once and keeps no history.
 
     Args:
-        path: of the file.
+        path: path of the file.
     """
 
     def __init__(self, path: Path) -> None:
@@ -53,18 +53,17 @@ class ChatHistory(History):
             self._is_usable = False
 
     def load_history_strings(self) -> Iterable[str]:
-        """Entries of earlier chats, the newest first."""
+        """Return the entries of earlier chats, newest first."""
         return self._earlier[::-1]
 
     def store_string(self, string: str) -> None:
-        """Add an entry to the file."""
         if self._is_usable and len(string) <= MOST_CHARACTERS:
-            # The disk may be full by now; the line editor is no place to say so.
+            # The disk may be full, and a warning would disturb the line editor.
             with suppress(OSError):
                 self._append(json.dumps(string).encode() + b"\n")
 
     def _append(self, line: bytes) -> None:
-        # Without O_NONBLOCK a named pipe in the file's place would wait for a reader.
+        # Without O_NONBLOCK, opening a named pipe would wait for a reader.
         handle = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NONBLOCK, _OWNER_ONLY)
         try:
             os.fchmod(handle, _OWNER_ONLY)
@@ -73,7 +72,7 @@ class ChatHistory(History):
             os.close(handle)
 
     def _read_lines(self) -> list[str]:
-        """The newest lines; a file that has grown long is cut down to them."""
+        """Return the newest lines, and truncate a long file to them."""
         if not self.path.is_file():
             raise OSError(errno.EINVAL, "it is not a file")
         size = self.path.stat().st_size
@@ -88,7 +87,7 @@ class ChatHistory(History):
 
 
 def _entry_of(line: str) -> str | None:
-    """The entry that a line holds; None for a damaged one."""
+    """Parse the entry of a line; None if it is damaged."""
     try:
         entry = json.loads(line)
     except ValueError:

@@ -1,4 +1,4 @@
-"""The line that questions are typed on: history, new lines, completion, and pastes of any size."""
+"""The chat's input line: history, multi-line input, completion, and pastes of any size."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from loratune.generation.chat.history import ChatHistory, history_path
 
 MOST_PASTED_CHARACTERS = 2000
 MOST_PASTED_LINES = 20
-"""Longer pastes stand as one word in the line, since each key redraws all of it."""
+"""Larger pastes are shown as a placeholder, because each key press redraws the whole line."""
 _MOST_TYPED_AT_ONCE = 64
 _ONE_PASTE_SECONDS = 1
 
@@ -39,8 +39,8 @@ class ChatLine:
     """Reads questions from a terminal.
 
     Args:
-        complete: gives the words that may stand at the end of a beginning, with a short explanation each.
-        check_length: refuses a text that is too long.
+        complete: returns completions of the last word, with short explanations.
+        check_length: raises an error if a text is too long.
     """
 
     def __init__(self, complete: Callable[[str], list[tuple[str, str]]], check_length: Callable[[str], None]) -> None:
@@ -48,7 +48,7 @@ class ChatLine:
         self._words = _Words(complete)
         self._pasted: dict[str, str] = {}
         self._inserted = ""
-        """For the last paste into the line that is being typed."""
+        """What the last paste inserted into the current line."""
         self._refused = -math.inf
         self._session: PromptSession[str] = PromptSession(
             history=_WithoutPastes(history_path(), self._pasted),
@@ -59,15 +59,15 @@ class ChatLine:
             prompt_continuation="  ",
             enable_suspend=True,
             input=_Keyboard(sys.stdin),
-            # Where stdout is a file, the line is edited on stderr.
+            # If stdout is a file, the line is edited on stderr.
             output=create_output(always_prefer_tty=True),
         )
 
     def read(self, label: str) -> str | None:
-        """The next text; None at its end (Ctrl-D).
+        """Return the next text; None at its end (Ctrl-D).
 
         Args:
-            label: stands before the prompt's sign.
+            label: text before the prompt sign.
         """
         while True:
             self._inserted = ""
@@ -85,12 +85,12 @@ class ChatLine:
 
     @contextmanager
     def unseen(self) -> Iterator[None]:
-        """What is typed or pasted while an answer appears does not show up within it; the next `read` has it."""
+        """Hide what is typed or pasted while an answer is shown; the next `read` returns it."""
         before = termios.tcgetattr(sys.stdin)
         unseen = [*before]
         unseen[3] &= ~(termios.ECHO | termios.ICANON)
         termios.tcsetattr(sys.stdin, termios.TCSADRAIN, unseen)
-        # Without it each line of a paste would be sent as a question of its own.
+        # Without bracketed paste, each line of a paste would be sent as a separate question.
         self._session.output.enable_bracketed_paste()
         self._session.output.flush()
         try:
@@ -121,7 +121,7 @@ class ChatLine:
         def complete(event: KeyPressEvent) -> None:
             buffer = event.current_buffer
             found = [] if buffer.complete_state else list(self._words.get_completions(buffer.document))
-            if len(found) == 1:  # at once: the library's own way would lose to an Enter right behind it
+            if len(found) == 1:  # synchronously: the library's own completion would lose to a quick Enter
                 buffer.apply_completion(found[0])
             elif buffer.complete_state:
                 buffer.complete_next()
@@ -135,8 +135,8 @@ class ChatLine:
         return keys
 
     def _paste(self, buffer: Buffer, text: str) -> None:
-        """Insert a pasted text, or a sign for it; one that is too long is refused."""
-        # Behind what was pasted last, it goes on: keyboards hand a long paste over in parts.
+        """Insert pasted text or its placeholder, or reject it if it is too long."""
+        # Terminals deliver a long paste in parts; join a part to the one before it.
         before = self._inserted if buffer.document.text_before_cursor.endswith(self._inserted) else ""
         text = self._pasted.pop(before, before) + text
         buffer.delete_before_cursor(len(before))
@@ -144,7 +144,7 @@ class ChatLine:
         buffer.insert_text(self._inserted)
 
     def _sign_for(self, text: str) -> str:
-        """What stands in the line for a pasted text: a short one itself."""
+        """Return the text for the line: the pasted text if it is short, otherwise a placeholder."""
         line_count = text.count("\n") + 1
         if len(text) <= MOST_PASTED_CHARACTERS and line_count <= MOST_PASTED_LINES:
             return text
@@ -153,7 +153,7 @@ class ChatLine:
         return sign
 
     def _is_accepted(self, text: str) -> bool:
-        """Whether a text is short enough; if not, it is said once for all parts of a paste."""
+        """Return whether a text is short enough; warn once for all parts of a paste."""
         now = time.monotonic()
         belongs_to_refused = now < self._refused + _ONE_PASTE_SECONDS
         try:
@@ -170,7 +170,7 @@ class ChatLine:
 
 
 class _Keyboard(Vt100Input):
-    """Takes letters that arrive all at once for a paste, as some terminals do not tell one from typing."""
+    """Treats many characters that arrive at once as a paste, because some terminals do not mark pastes."""
 
     def read_keys(self) -> list[KeyPress]:
         pressed: list[KeyPress] = []
@@ -183,7 +183,7 @@ class _Keyboard(Vt100Input):
 
 
 class _WithoutPastes(ChatHistory):
-    """Keeps a text that was pasted in pieces for the running chat only, where its signs still mean something."""
+    """Excludes texts with placeholders from the history, since the placeholders only have a meaning in this chat."""
 
     def __init__(self, path: Path, pasted: dict[str, str]) -> None:
         super().__init__(path)
@@ -195,8 +195,6 @@ class _WithoutPastes(ChatHistory):
 
 
 class _Words(Completer):
-    """Completes the last word before the cursor."""
-
     def __init__(self, complete: Callable[[str], list[tuple[str, str]]]) -> None:
         self._complete = complete
 

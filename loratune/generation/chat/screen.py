@@ -1,4 +1,4 @@
-"""How an answer appears in the chat while it grows; nothing in it can steer the terminal."""
+"""Displays streamed answers in the chat; control characters in them cannot affect the terminal."""
 
 from __future__ import annotations
 
@@ -13,28 +13,28 @@ _PATIENCE_SECONDS = 0.4
 
 
 class LineEnds:
-    """Makes `\\r\\n` in a stream `\\n`, wherever the stream is cut."""
+    """Converts `\\r\\n` in a stream to `\\n`, wherever the stream is split."""
 
     def __init__(self) -> None:
         self._held = ""
 
     def feed(self, text: str) -> str:
-        """More of the stream; what comes back may lack a `\\r` at the end, which is still undecided."""
+        """Add text and return it converted, except for a trailing `\\r`, which is held back."""
         text = self._held + text
         self._held = "\r" if text.endswith("\r") else ""
         return text.removesuffix(self._held).replace("\r\n", "\n")
 
     def rest(self) -> str:
-        """What was still undecided."""
+        """Return the held back `\\r`, if any."""
         held, self._held = self._held, ""
         return held
 
 
 class OneAnswer:
-    """Writes an answer to stdout as it grows.
+    """Writes an answer to stdout as it streams.
 
     Args:
-        is_terminal: whether somebody watches; else reasoning is left out, and waiting is not shown.
+        is_terminal: False omits reasoning and the waiting indicator.
     """
 
     def __init__(self, is_terminal: bool) -> None:
@@ -46,19 +46,17 @@ class OneAnswer:
         self._last = "\n"
 
     def show(self, place: int, piece: Piece) -> None:
-        """Write more of the reasoning or of the answer."""
         if self.is_terminal:
             self._write(piece.reasoning, "context")
         self._write(piece.text, "plain")
 
     def wait(self) -> None:
-        """Show that the model is at work, until its first word."""
+        """Show a spinner until the first token."""
         if self.is_terminal and not self._kind and time.monotonic() > self._since + _PATIENCE_SECONDS:
             self._kind = "waiting"
             self._spinner.enter_context(console.status("reading the question"))
 
     def close(self) -> None:
-        """End the line."""
         self._spinner.close()
         self._put(self._line_ends.rest())
         if self._last != "\n":

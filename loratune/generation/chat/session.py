@@ -1,4 +1,4 @@
-"""The chat: a conversation in the terminal or through a pipe, with streamed answers and commands."""
+"""The chat session, in a terminal or with piped input: streams answers and runs commands."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ class Chat:
     """A conversation that grows turn by turn.
 
     Args:
-        engine: answers.
-        sampling: how answers are drawn.
-        adapter: name of the adapter that answers at first; None: the base alone.
-        system: system prompt; None leaves it to the settings that the adapter was trained with.
-        use_adapter: False leaves the adapter's weights off and keeps its prompt settings.
+        engine: generates the answers.
+        sampling: sampling settings.
+        adapter: name of the first adapter; None for the base alone.
+        system: system prompt; None uses the one that the adapter was trained with.
+        use_adapter: False disables the adapter's weights, but keeps its prompt settings.
     """
 
     def __init__(
@@ -44,7 +44,7 @@ class Chat:
         self._line: ChatLine | None = None
 
     def run(self) -> None:
-        """Answer what is typed, or each line that is piped in, until the end of input or /exit.
+        """Answer what is typed, or each piped line, until the end of input or /exit.
 
         Raises:
             LoratuneError: a piped line is not UTF-8, or cannot be answered.
@@ -68,7 +68,7 @@ class Chat:
         """Write one answer, and nothing else, to stdout.
 
         Raises:
-            LoratuneError: the question does not fit into the context, or the engine has failed.
+            LoratuneError: the question does not fit into the context, or the engine failed.
         """
         self._answer(Asked(clean(question)))
 
@@ -84,18 +84,18 @@ class Chat:
                 self._answer_if_asked(asked)
 
     def _label(self) -> str:
-        """Who answers, where that could be somebody else."""
+        """Return the name of the model that answers, if there is a choice."""
         if self.state.compares:
             return "compare "
         return f"{self.state.answers_from} " if self.state.engine.adapters else ""
 
     @property
     def _is_watched(self) -> bool:
-        """Whether questions are typed and the answers appear on a terminal too, not in a file."""
+        """Whether questions are typed and answers are shown on a terminal, not written to a file."""
         return self._line is not None and sys.stdout.isatty()
 
     def _asked(self, typed: str) -> Asked | None:
-        """The question that was typed, or to which a command that was typed leads."""
+        """Return the typed question, or the one that results from a typed command."""
         text = clean(typed).strip()
         if text.startswith("/") and not text.startswith("//"):
             return run_command(self.state, text)
@@ -126,11 +126,11 @@ class Chat:
         if self.state.make_room(text):
             console.warn(
                 f"the conversation has outgrown the model's context of {self.state.engine.context_tokens:,} tokens; "
-                f"the oldest {counted(self.state.left_out, 'turn')} can no longer be told to it"
+                f"the prompt leaves out the oldest {counted(self.state.left_out, 'turn')}"
             )
 
     def _ask(self, asked: Asked) -> Reply:
-        """The answer with which the conversation goes on."""
+        """Return the answer that becomes part of the conversation."""
         state = self.state
         compares = asked.compares or state.compares
         uses = (False, True) if compares else (state.use_adapter,)
@@ -147,12 +147,12 @@ class Chat:
             return ask(state.engine, questions, screen, is_stopped)[-1]
 
     def _say_how_it_ended(self, reply: Reply, earlier: Turn | None) -> None:
-        """Nothing, if the answer has ended by itself."""
-        instead = "the earlier answer stays" if earlier else "the question is not kept; /retry asks it again"
+        """Print why an answer ended, unless it ended by itself."""
+        instead = "the earlier answer is kept" if earlier else "the question is not kept; /retry repeats it"
         is_empty = not reply.text.strip()
         note = f"an empty answer; {instead}" if is_empty else ""
         if reply.finish == "cancelled":
-            note = f"stopped; {instead if is_empty else 'what has been said is kept'}"
+            note = f"stopped; {instead if is_empty else 'the partial answer is kept'}"
         elif reply.finish == "length":
             limit = self.state.sampling.max_new_tokens
             how = f"/set max_new_tokens={2 * limit} allows more" if reply.tokens >= limit else "the context is full"
@@ -164,18 +164,18 @@ class Chat:
 
 
 def clean(text: str) -> str:
-    """Text whose undecodable bytes and halves of UTF-16 pairs, which no model can read, are U+FFFD."""
+    """Replace undecodable bytes and unpaired surrogates, which no model can read, with U+FFFD."""
     return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
 def _piped_lines(most_bytes: int) -> Iterator[str]:
-    """Lines of stdin that hold something.
+    """Yield the non-blank lines of stdin.
 
     Args:
-        most_bytes: longer lines come in pieces.
+        most_bytes: longer lines are split.
 
     Raises:
-        LoratuneError: they are not UTF-8.
+        LoratuneError: a line is not UTF-8.
     """
     for number, line in enumerate(iter(partial(sys.stdin.buffer.readline, most_bytes), b""), 1):
         try:

@@ -1,4 +1,4 @@
-"""What `/set` changes: the sampling settings."""
+"""The `/set` command: changes sampling settings."""
 
 from __future__ import annotations
 
@@ -15,18 +15,17 @@ UNSET = "default"
 NAMES = [*NUMBERS, "stop"]
 
 
-def changed(sampling: Sampling, said: str) -> Sampling:
-    """The settings with some changed.
+def changed(sampling: Sampling, arguments: str) -> Sampling:
+    """Return the settings with some changed.
 
     Args:
-        sampling: as they are.
-        said: such as `temperature=0.2 stop="Human: "`; several stop texts are given one by one, `\\n` in them is a new
-            line.
+        sampling: the current settings.
+        arguments: such as `temperature=0.2 stop="Human: "`; `stop` may be repeated, and `\\n` in it is a line break.
 
     Raises:
-        LoratuneError: a name is unknown, or a value cannot be.
+        LoratuneError: a name is unknown, or a value is invalid.
     """
-    lexer = shlex.shlex(said, posix=True)
+    lexer = shlex.shlex(arguments, posix=True)
     lexer.whitespace_split, lexer.escape, lexer.commenters = True, "", ""
     try:
         words = list(lexer)
@@ -51,7 +50,7 @@ def changed(sampling: Sampling, said: str) -> Sampling:
 
 
 def rows_of(sampling: Sampling) -> list[tuple[str, str]]:
-    """All settings by name, with their values for people."""
+    """Return all settings by name, with their values as text."""
     rows = []
     for name, setting in NUMBERS.items():
         value = getattr(sampling, name)

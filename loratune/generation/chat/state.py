@@ -1,4 +1,4 @@
-"""What the chat remembers: the turns, who answers, and what of a long conversation still fits into the context."""
+"""State of the chat: turns, settings, and the number of old turns that no longer fit into the context."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from loratune.printable import printable_json, visible
 from loratune.writing import write_text
 
 BASE = "base"
-"""What the model without adapter is called in commands."""
+"""Name of the model without adapter in commands."""
 MOST_CHARACTERS_PER_TOKEN = 16
-"""A text with more is refused unread: tokenizing megabytes takes long, and hardly any text is so well compressed."""
+"""Longer texts are rejected without tokenising them, which is slow; hardly any token covers this many characters."""
 
 
 @dataclass(frozen=True)
 class Turn:
-    """A question and the answer that the conversation goes on with."""
+    """A question and its answer."""
 
     question: str
     reply: Reply
@@ -36,36 +36,36 @@ class ChatState:
     engine: Engine
     sampling: Sampling
     adapter: str | None
-    """Whose prompt settings count, and who answers unless `use_adapter` is False."""
+    """Name of the adapter with the prompt settings, which also answers unless `use_adapter` is False."""
     system: str | None
-    """System prompt; None leaves it to the settings that the adapter was trained with."""
+    """System prompt; None uses the one that the adapter was trained with."""
     use_adapter: bool = True
     compares: bool = False
-    """Whether every question is answered by base and adapter."""
+    """Whether both base and adapter answer every question."""
     turns: list[Turn] = field(default_factory=list)
     left_out: int = 0
-    """How many of the oldest turns no longer fit into the context."""
+    """Number of oldest turns that no longer fit into the context."""
     unanswered: str | None = None
-    """The last question, if it has got no answer; it can be asked again."""
+    """The last question, if it has no answer; it can be repeated."""
     attempt: int = 0
-    """How often the last question has been asked again."""
+    """How often the last question was repeated."""
     asked: int = 0
     tokens: int = 0
-    """New tokens of all answers since the program started."""
+    """Generated tokens of all answers since the program started."""
     last: Reply | None = None
 
     @property
     def answers_from(self) -> str:
-        """Who answers, as commands call it."""
+        """Name of the model that answers, as used in commands."""
         return self.adapter if self.adapter and self.use_adapter else BASE
 
     @property
     def most_characters(self) -> int:
-        """Longest text that is worth counting the tokens of."""
+        """Length of the longest text that is tokenised."""
         return self.engine.context_tokens * MOST_CHARACTERS_PER_TOKEN
 
     def check_length(self, text: str) -> None:
-        """Refuse what cannot fit into the context.
+        """Raise if a text cannot fit into the context.
 
         Raises:
             LoratuneError: the text is too long.
@@ -78,12 +78,12 @@ class ChatState:
             )
 
     def question(self, text: str, use_adapter: bool | None = None, left_out: int | None = None) -> Question:
-        """A question with what was said before it.
+        """Return a generation request with the conversation before the question.
 
         Args:
             text: the question.
-            use_adapter: whether the adapter answers; None: as the chat is set.
-            left_out: how many of the oldest turns are not told; None: as it stands.
+            use_adapter: whether the adapter answers; None uses the chat's setting.
+            left_out: number of oldest turns to omit; None uses the current number.
         """
         messages: list[Message] = [{"role": "system", "content": self.system}] if self.system else []
         for turn in self.turns[self.left_out if left_out is None else left_out :]:
@@ -97,10 +97,10 @@ class ChatState:
         return Question(messages, sampling, self.adapter, uses)
 
     def make_room(self, text: str) -> int:
-        """Leave out as many of the oldest turns as it takes for a question and a full answer to fit.
+        """Omit as many old turns as needed to fit the question and an answer of full length.
 
         Returns:
-            How many more turns are left out than before.
+            The number of additionally omitted turns.
         """
         room = self.engine.context_tokens - min(self.sampling.max_new_tokens, self.engine.context_tokens // 2)
 
@@ -117,7 +117,7 @@ class ChatState:
         return high - before
 
     def keep(self, question: str, reply: Reply) -> None:
-        """Take an answer into the conversation, unless nothing was said."""
+        """Add an answer to the conversation, unless it is empty."""
         self.asked += 1
         self.tokens += reply.tokens
         self.last = reply
@@ -126,19 +126,18 @@ class ChatState:
             self.turns.append(Turn(question, reply))
 
     def take_back(self) -> Turn | None:
-        """Remove the last turn and give it back; None if there is none."""
+        """Remove the last turn and return it; None if there is none."""
         self.unanswered, self.left_out = None, 0
         return self.turns.pop() if self.turns else None
 
     def forget(self) -> None:
-        """Start a new conversation with the same settings."""
         self.turns, self.unanswered, self.left_out, self.attempt = [], None, 0, 0
 
     def save(self, path: Path, overwrite: bool) -> None:
-        """Write the conversation to a file: .md to be read, .json as a row that can be trained on.
+        """Save the conversation: .md for reading, .json as a training row.
 
         Raises:
-            LoratuneError: nothing has been said, the ending is another one, or the file exists or cannot be written.
+            LoratuneError: there are no turns, the extension is unsupported, or the file exists or is not writable.
         """
         if path.suffix not in (".md", ".json"):
             raise LoratuneError(f"{path}: give a name that ends in .md or .json", Exit.USAGE)

@@ -1,4 +1,4 @@
-"""The HTTP server: OpenAI's protocol in front of the engine, and a chat page."""
+"""The HTTP server: OpenAI's API on top of the engine, and a chat page."""
 
 from loratune.extras import required
 

@@ -1,4 +1,4 @@
-"""Where the server listens, and what it is called there."""
+"""The address that the server listens on."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from loratune.errors import Exit, LoratuneError
 
 
 class Address:
-    """A host and a port that are taken; nobody can connect before the server listens.
+    """A bound host and port; clients cannot connect before `listen`.
 
     Args:
         host: name or IP address.
-        port: 0 is any free one.
+        port: port; 0 picks a free one.
 
     Raises:
-        LoratuneError: the address is unknown, taken, or not allowed.
+        LoratuneError: the address is unknown, in use, or not permitted.
     """
 
     def __init__(self, host: str, port: int) -> None:
@@ -44,21 +44,21 @@ class Address:
         self.socket.close()
 
     def listen(self) -> None:
-        """Let clients connect; they wait until the server runs."""
+        """Accept connections; they wait until the server runs."""
         self.socket.listen()
 
     @property
     def is_local(self) -> bool:
-        """Whether only this machine can reach it."""
+        """Whether only this machine can connect."""
         return self.ip.is_loopback
 
     @property
     def is_any(self) -> bool:
-        """Whether it stands for all addresses of the machine."""
+        """Whether it covers all addresses of the machine."""
         return self.ip.is_unspecified
 
     @property
     def url(self) -> str:
-        """What a browser on this machine takes."""
+        """The URL for a browser on this machine."""
         name = "127.0.0.1" if self.is_any else self.host
         return f"http://{f'[{name}]' if ':' in name else name}:{self.socket.getsockname()[1]}"

@@ -1,4 +1,4 @@
-"""The application: its routes, and what each request passes on the way to them."""
+"""The FastAPI application: routes and middleware."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ if TYPE_CHECKING:
     from loratune.engine.engine import Engine
 
 ABOUT = """\
-Answers of a model and of adapters on it, in the form that OpenAI's clients speak. Unless a temperature is given, the
-likeliest token is taken every time. Fields that cannot be honoured are refused by name."""
+Answers of a model and its adapters, with the API of OpenAI. Decoding is greedy unless the request sets a temperature.
+Unsupported request fields are rejected with an error that names them."""
 FAILURES: dict[int | str, dict[str, Any]] = {
     "4XX": {"model": ErrorBody, "description": "The request cannot be answered."},
     "5XX": {"model": ErrorBody, "description": "The server cannot answer now."},
@@ -42,28 +42,28 @@ EVENTS: dict[int | str, dict[str, Any]] = {
 
 @dataclass(frozen=True)
 class Limits:
-    """How much is taken on."""
+    """Limits of the server's load."""
 
     slots: int = 32
-    """Answers at once."""
+    """Concurrent requests."""
     waiting: int = 64
-    """Questions that may wait for a slot."""
+    """Requests waiting for a slot."""
     new_tokens: int = 4096
-    """Longest answer."""
+    """Maximum tokens of an answer."""
     body_seconds: float = BODY_SECONDS
-    """For a request's body to come in."""
+    """Maximum time to receive a request's body."""
     grace_seconds: float = 25.0
-    """For running answers after a signal; less than the 30 that container managers wait."""
+    """Time for running requests after a signal; less than the 30 s that container runtimes wait."""
 
 
 def create_application(engine: Engine, queue: Queue, access: Access, limits: Limits) -> FastAPI:
-    """The server's application.
+    """Return the server's application.
 
     Args:
         engine: a loaded model.
-        queue: leads to it.
-        access: who may ask.
-        limits: how much is taken on.
+        queue: passes requests to the engine.
+        access: who may send requests.
+        limits: limits of the load.
     """
     app = FastAPI(
         title="loratune",
@@ -80,7 +80,7 @@ def create_application(engine: Engine, queue: Queue, access: Access, limits: Lim
     _add_state(app, queue, metrics)
     _add_page(app)
     handle_failures(app)
-    # The last one added is the first that a request meets.
+    # The middleware added last handles a request first.
     app.add_middleware(Inlet, body_seconds=limits.body_seconds)
     app.add_middleware(Lock, access=access)
     if access.origins:
@@ -98,7 +98,7 @@ def create_application(engine: Engine, queue: Queue, access: Access, limits: Lim
 
 
 def _add_answers(app: FastAPI, responder: Responder) -> None:
-    bearer = [Depends(HTTPBearer(auto_error=False))]  # for the description; the lock has looked at the key
+    bearer = [Depends(HTTPBearer(auto_error=False))]  # only documents the scheme; Lock has checked the key
 
     @app.post(
         "/v1/chat/completions",
@@ -117,7 +117,7 @@ def _add_answers(app: FastAPI, responder: Responder) -> None:
         dependencies=bearer,
     )
     async def complete(body: CompletionRequest, request: Request) -> Any:
-        """Continue a text as it stands, without template."""
+        """Continue a text without a chat template."""
         return await responder.answer(body, request)
 
 
@@ -133,19 +133,19 @@ def _add_models(app: FastAPI, engine: Engine) -> None:
 
     @app.get("/v1/models", responses=FAILURES, dependencies=bearer)
     async def list_models() -> ModelList:
-        """The base and each adapter."""
+        """List the base model and the adapters."""
         return ModelList(object="list", data=list(models.values()))
 
     @app.get("/v1/models/{name:path}", responses=FAILURES, dependencies=bearer)
     async def show_model(name: str) -> Model:
-        """One of them."""
+        """Describe one model."""
         if name not in models:
             raise unknown_model(name, engine.base_name, engine.adapters)
         return models[name]
 
 
 def _describe_models(app: FastAPI, names: list[str]) -> None:
-    """Let the description say which models there are."""
+    """List the models in the API's schema."""
     schemas = app.openapi()["components"]["schemas"]
     for request in (ChatRequest, CompletionRequest):
         schemas[request.__name__]["properties"]["model"]["enum"] = names
@@ -154,7 +154,7 @@ def _describe_models(app: FastAPI, names: list[str]) -> None:
 def _add_state(app: FastAPI, queue: Queue, metrics: Metrics) -> None:
     @app.get("/health", responses={503: {"model": Health, "description": "The server is stopping."}})
     async def health(response: Response) -> Health:
-        """Whether questions are taken."""
+        """Return whether the server accepts requests."""
         response.status_code = 503 if queue.is_stopping else 200
         return Health(status="stopping" if queue.is_stopping else "ok")
 
@@ -165,7 +165,7 @@ def _add_state(app: FastAPI, queue: Queue, metrics: Metrics) -> None:
         dependencies=[Depends(HTTPBearer(auto_error=False))],
     )
     async def show_metrics() -> Response:
-        """Counts, as Prometheus reads them."""
+        """Return the metrics in Prometheus' format."""
         return Response(metrics.page(), media_type=CONTENT_TYPE_LATEST)
 
 

@@ -1,4 +1,4 @@
-"""The connection of one client: uvicorn's, with limits on how slow and how many they may be."""
+"""uvicorn's client connection with limits on time and number."""
 
 from __future__ import annotations
 
@@ -9,26 +9,26 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 MOST_CONNECTIONS = 512
 REQUEST_SECONDS = 30.0
-"""From the first byte of a request, or the connection's start, to the last byte of its body."""
+"""From a request's first byte, or the start of the connection, to the last byte of the body."""
 STUCK_SECONDS = 30.0
-"""How long a client may take nothing of its response."""
+"""Maximum time in which a client reads nothing of its response."""
 
 
 class Connection(H11Protocol):
-    """Closes the connection of a client that sends its request, or reads its response, too slowly."""
+    """Closes the connection of a client that sends its request or reads its response too slowly."""
 
     _receiving: asyncio.TimerHandle | None = None
     _stuck: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        """Take a client in, unless there are too many."""
+        """Accept a client, unless there are too many."""
         super().connection_made(transport)
         if len(self.connections) > MOST_CONNECTIONS:
             transport.abort()
         self._receiving = self.loop.call_later(REQUEST_SECONDS, transport.abort)
 
     def data_received(self, data: bytes) -> None:
-        """Watch over a request that is not whole yet."""
+        """Start the timer of an incomplete request, and stop it when the request is complete."""
         super().data_received(data)
         if self.conn.their_state not in (h11.IDLE, h11.SEND_BODY):
             _cancel(self._receiving)
@@ -37,17 +37,16 @@ class Connection(H11Protocol):
             self._receiving = self.loop.call_later(REQUEST_SECONDS, self.transport.abort)
 
     def pause_writing(self) -> None:
-        """The client does not keep up."""
+        """Start a timer: the client does not read its response."""
         super().pause_writing()
         self._stuck = self.loop.call_later(STUCK_SECONDS, self.transport.abort)
 
     def resume_writing(self) -> None:
-        """The client has caught up."""
+        """Stop the timer: the client reads again."""
         super().resume_writing()
         _cancel(self._stuck)
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """The client has gone."""
         _cancel(self._receiving)
         _cancel(self._stuck)
         super().connection_lost(exc)

@@ -1,4 +1,4 @@
-"""Failures as OpenAI's clients expect them: {"error": {"message", "type", "param", "code"}}."""
+"""Errors in the format that OpenAI's clients expect: {"error": {"message", "type", "param", "code"}}."""
 
 from __future__ import annotations
 
@@ -14,21 +14,21 @@ from loratune.data.tools.tool_rendering import ToolError
 from loratune.errors import Exit, LoratuneError
 
 TYPES = {401: "authentication_error", 403: "permission_error", 404: "not_found_error", 429: "rate_limit_error"}
-"""Status → type; the rest of the 400s are invalid_request_error, of the 500s server_error."""
+"""Status → type; other 4xx are invalid_request_error, 5xx are server_error."""
 TAG = "~"
-"""First character of the names that tell the kinds of a value apart; they are no part of its place."""
+"""First character of union tags, which are removed from the location of an error."""
 WORDS = {"extra_forbidden": "is not supported", "missing": "is missing", "json_invalid": "is not valid JSON"}
 
 
 class ApiError(Exception):
-    """A request that gets no answer.
+    """A request that fails.
 
     Args:
-        status: of the response.
+        status: HTTP status of the response.
         message: what is wrong, and what to do.
-        code: one word for programs.
-        param: place in the request's body.
-        retry_after: seconds after which it may go better.
+        code: identifier for programs.
+        param: location in the request's body.
+        retry_after: seconds after which a retry may succeed.
     """
 
     def __init__(
@@ -42,33 +42,31 @@ class ApiError(Exception):
         self.retry_after = retry_after
 
     def body(self) -> dict[str, Any]:
-        """The JSON that is sent."""
         otherwise = "server_error" if self.status >= 500 else "invalid_request_error"
         kind = TYPES.get(self.status, otherwise)
         return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
 
     def response(self) -> Response:
-        """The response that is sent."""
         headers = {"Retry-After": str(self.retry_after)} if self.retry_after else {}
         if self.status == 401:
             headers["WWW-Authenticate"] = "Bearer"
         if self.status == 408:
             headers["Connection"] = "close"
-        # ASCII alone, since a message may quote half of a UTF-16 pair.
+        # ASCII only, because a message may quote an unpaired surrogate.
         return Response(json.dumps(self.body()), self.status, headers, media_type="application/json")
 
 
 def from_loratune(error: LoratuneError) -> ApiError:
-    """What the engine cannot do with a question."""
+    """Convert an error of the engine."""
     if error.exit_code is Exit.IO:
         return ApiError(503, str(error), "out_of_memory", retry_after=1)
-    # The engine refuses prompts that are too long; a template refuses an order of roles.
+    # The engine rejects prompts that are too long; a template rejects an order of roles.
     code = "context_length_exceeded" if error.exit_code is Exit.USAGE else "invalid_value"
     return ApiError(400, str(error), code, "tools" if isinstance(error, ToolError) else "messages")
 
 
 def handle_failures(app: FastAPI) -> None:
-    """Give every failure of a request this form."""
+    """Return every failure of a request in this format."""
 
     async def known(_: Request, error: Exception) -> Response:
         assert isinstance(error, ApiError)
@@ -92,7 +90,7 @@ def handle_failures(app: FastAPI) -> None:
 
 
 def _from_validation(error: RequestValidationError) -> ApiError:
-    """The first of the problems, with its place."""
+    """Convert the first validation problem, with its location."""
     problem = error.errors()[0]
     kind, place = problem["type"], problem["loc"][1:]
     if kind == "json_invalid":
@@ -102,6 +100,6 @@ def _from_validation(error: RequestValidationError) -> ApiError:
         return ApiError(400, "the body must be a JSON object", "invalid_type")
     param = ".".join(str(part) for part in place if not str(part).startswith(TAG))
     text = WORDS.get(kind) or problem["msg"].removeprefix("Value error, ")
-    if problem.get("ctx", {}).get("max_length") == 0:  # a field that may be there as long as it asks for nothing
+    if problem.get("ctx", {}).get("max_length") == 0:  # a field that is only accepted while empty
         text = WORDS["extra_forbidden"]
     return ApiError(400, f"{param}: {text[0].lower()}{text[1:]}", kind, param)

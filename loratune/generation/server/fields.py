@@ -1,4 +1,4 @@
-"""What fields of a request may hold; what cannot be honoured is refused by its name, never ignored."""
+"""Types of request fields; unsupported values are rejected with an error that names the field, never ignored."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ from loratune.engine.sampling import MaxNewTokens
 from loratune.generation.server.failures import TAG
 
 LONGEST_TEXT = 4 * 2**20
-"""Characters of one text; the limit on the whole body is lower for most."""
+"""Characters of one text; the limit of the whole body is usually lower."""
 
 
 def _whole(value: Any) -> Any:
-    """JSON has one kind of number: 1.0 is an integer."""
+    """Accept integers written as 1.0, since JSON has only one type of number."""
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
@@ -45,7 +45,7 @@ Zero = Annotated[float, Field(ge=0, le=0)]
 
 
 NOTHING: tuple[Any, ...] = (None, False, "", [], {})
-"""Values that ask for nothing, whatever the field is called: clients send whole objects with most fields unset."""
+"""Values without effect in any field: clients send whole objects in which most fields are unset."""
 
 
 def _allow_nothing(schema: dict[str, Any]) -> None:
@@ -53,7 +53,7 @@ def _allow_nothing(schema: dict[str, Any]) -> None:
 
 
 class Fields(BaseModel):
-    """A part of a request: no other types, and no other fields that ask for something."""
+    """A part of a request: strict types, and unknown fields are only accepted with values of NOTHING."""
 
     model_config = ConfigDict(
         extra="forbid",
@@ -68,7 +68,7 @@ class Fields(BaseModel):
     def _drop_what_asks_for_nothing(cls, value: Any) -> Any:
         if not isinstance(value, dict):
             return value
-        # 0 == False, but 0 may ask for something.
+        # 0 == False, but 0 may have an effect.
         return {
             key: inner
             for key, inner in value.items()
@@ -78,7 +78,7 @@ class Fields(BaseModel):
 
 
 class TextPart(Fields):
-    """A part of a message's content; images and sound are not understood."""
+    """A part of a message's content; images and audio are not supported."""
 
     type: Literal["text"]
     text: Text

@@ -1,4 +1,4 @@
-"""What every request has to pass before it is understood: host, origin, API key, size and speed of its body."""
+"""Middleware that checks a request before it is parsed: host, origin, API key, size and speed of the body."""
 
 from __future__ import annotations
 
@@ -24,23 +24,23 @@ BODY_SECONDS = 20.0
 
 @dataclass(frozen=True)
 class Access:
-    """Who may ask."""
+    """Who may send requests."""
 
     api_key: str | None
-    """None lets everybody in."""
+    """None accepts requests without a key."""
     hosts: frozenset[str] = LOOPBACK_NAMES
-    """Names that a request may call this server by."""
+    """Host names that requests may use."""
     any_address: bool = False
-    """Whether it may also call it by any IP address: where it listens on all of them."""
+    """Whether requests may use any IP address as host, because the server listens on all of them."""
     origins: frozenset[str] = frozenset()
-    """Web pages, beside the server's own, that may ask: scheme://host:port."""
+    """Origins of other web pages that may send requests: scheme://host:port."""
 
 
 class Doorway:
-    """Refuses requests that name another host or come from another web page.
+    """Rejects requests with a foreign Host or Origin header.
 
-    A page that has its own name point to this machine (DNS rebinding) would otherwise speak to this server with the
-    rights of its own origin.
+    Otherwise a web page whose name resolves to this machine (DNS rebinding) could send requests with the rights of its
+    own origin.
     """
 
     def __init__(self, app: ASGIApp, access: Access) -> None:
@@ -48,7 +48,7 @@ class Doorway:
         self.access = access
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Let the request through, or answer it."""
+        """Pass the request on, or respond with an error."""
         headers = Headers(scope=scope)
         host = headers.get("host", "")
         try:
@@ -64,23 +64,25 @@ class Doorway:
         if name in self.access.hosts or (self.access.any_address and _is_address(name)):
             return
         called = name or "nothing"
-        raise ApiError(403, f"this server is not called {called}; --allow-host {called} lets it be", "wrong_host")
+        raise ApiError(403, f"the host name {called} is not allowed; --allow-host {called} allows it", "wrong_host")
 
     def _check_origin(self, origin: str | None, host: str) -> None:
         if origin is None or origin in self.access.origins or origin in (f"http://{host}", f"https://{host}"):
             return
-        raise ApiError(403, f"pages of {origin} may not ask; --allow-origin lets them", "wrong_origin")
+        raise ApiError(
+            403, f"requests from pages of {origin} are not allowed; --allow-origin allows them", "wrong_origin"
+        )
 
 
 class Lock:
-    """Refuses requests without the API key, except for the page and for /health."""
+    """Rejects requests without the API key, except for the page and /health."""
 
     def __init__(self, app: ASGIApp, access: Access) -> None:
         self.app = app
         self._expected = _digest(access.api_key) if access.api_key is not None else None
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Let the request through, or answer it with 401."""
+        """Pass the request on, or respond with 401."""
         path = scope["path"]
         is_open = self._expected is None or path in OPEN_PATHS or path.startswith(OPEN_FOLDER)
         if is_open or self._is_key(Headers(scope=scope).get("authorization", "")):
@@ -92,14 +94,14 @@ class Lock:
     def _is_key(self, authorization: str) -> bool:
         scheme, _, key = authorization.partition(" ")
         assert self._expected is not None
-        # Digests are of one length, so the time tells nothing of the key's length either.
+        # Digests have equal lengths, so the comparison time does not reveal the key's length.
         return hmac.compare_digest(_digest(key.strip()), self._expected) and scheme.lower() == "bearer"
 
 
 class Inlet:
-    """Reads a request's body whole, within a limit of size and one of time, before anything else sees it.
+    """Reads the whole body of a request within a size and a time limit, before the application sees it.
 
-    What is left of a refused body, uvicorn takes in and forgets, so that the client gets to read why.
+    uvicorn reads and discards the rest of a rejected body, so that the client receives the error.
     """
 
     def __init__(self, app: ASGIApp, body_seconds: float = BODY_SECONDS) -> None:
@@ -107,7 +109,7 @@ class Inlet:
         self.body_seconds = body_seconds
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Let the request through with its body, or answer it with 408, 413 or 415."""
+        """Pass the request on with its body, or respond with 408, 413 or 415."""
         if scope["method"] != "POST" or scope["path"] not in ANSWER_PATHS:
             await self.app(scope, receive, send)
             return
@@ -120,7 +122,7 @@ class Inlet:
             await self.app(scope, _replaying(body, receive), send)
 
     async def _read(self, headers: Headers, receive: Receive) -> bytes | None:
-        """The body; None if the client has gone."""
+        """Return the body; None if the client disconnected."""
         if headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
             raise ApiError(415, "the header Content-Type must be application/json", "wrong_content_type")
         length = headers.get("content-length", "0")
@@ -132,7 +134,7 @@ class Inlet:
             try:
                 message = await asyncio.wait_for(receive(), max(0.0, end - asyncio.get_running_loop().time()))
             except asyncio.TimeoutError:
-                raise ApiError(408, "the body has not come in time", "body_timeout") from None
+                raise ApiError(408, "the body was not received in time", "body_timeout") from None
             if message["type"] != "http.request":
                 return None
             body += message.get("body", b"")
@@ -147,7 +149,7 @@ def _too_large() -> ApiError:
 
 
 def _replaying(body: bytes, receive: Receive) -> Receive:
-    """Give the body that has been read, then what comes after it."""
+    """Return a receive function that yields the body read, then the following messages."""
     is_given = False
 
     async def replay() -> Message:
@@ -161,7 +163,7 @@ def _replaying(body: bytes, receive: Receive) -> Receive:
 
 
 def _name_of(host: str) -> str:
-    """The name in a Host header, without port and brackets."""
+    """Return the name in a Host header, without port and brackets."""
     try:
         return (urlsplit(f"//{host}").hostname or "").rstrip(".")
     except ValueError:

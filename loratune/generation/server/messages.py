@@ -1,4 +1,4 @@
-"""Messages and tools of a request, in OpenAI's form; they are read as the rows of `sft` are."""
+"""Messages and tools of a request in OpenAI's format, parsed like the rows of `sft`."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from loratune.generation.server.failures import TAG, ApiError
 from loratune.generation.server.fields import LONGEST_TEXT, Content, Fields, Nothing, Text
 
 MOST_CALLS = 128
-"""In a message; also the most tools of a request."""
+"""Per message; also the maximum number of tools of a request."""
 Id = Annotated[str, Field(max_length=512)]
 FunctionName = Annotated[str, Field(min_length=1, max_length=256)]
 
 
 def _refuse_strict(value: bool) -> bool:
     if value:
-        raise ValueError("arguments cannot be held to the schema; leave strict out, and check them")
+        raise ValueError("arguments are not constrained to the schema; remove strict, and validate them")
     return value
 
 
@@ -29,7 +29,7 @@ Lenient = Annotated[bool, AfterValidator(_refuse_strict), WithJsonSchema({"type"
 
 
 class CalledFunction(Fields):
-    """Which tool is called, and with what."""
+    """Name and arguments of a tool call."""
 
     name: FunctionName
     arguments: Text
@@ -37,17 +37,17 @@ class CalledFunction(Fields):
 
 
 class ToolCall(Fields):
-    """A call of a tool in an earlier answer."""
+    """A tool call in an earlier answer."""
 
     id: Id
     type: Literal["function"] = "function"
     function: CalledFunction
     index: int | None = None
-    """Without effect; it comes with streamed calls."""
+    """Ignored; present in streamed calls."""
 
 
 class OfferedFunction(Fields):
-    """What a tool is for, and the JSON schema of its arguments."""
+    """Description of a tool, and the JSON schema of its arguments."""
 
     name: FunctionName
     description: Annotated[str, Field(max_length=LONGEST_TEXT)] | None = None
@@ -56,7 +56,7 @@ class OfferedFunction(Fields):
 
 
 class Tool(Fields):
-    """A tool that the answer may call. The template gets it as it is, keys in the same order."""
+    """A tool that the answer may call. The template gets it unchanged, including the order of keys."""
 
     type: Literal["function"]
     function: OfferedFunction
@@ -71,59 +71,58 @@ class Tool(Fields):
 
     @property
     def given(self) -> dict[str, Any]:
-        """As the request has it."""
+        """The tool as in the request."""
         return self._given
 
 
 class Turn(Fields):
-    """What all messages share. What clients add to those that they send back is accepted as long as it is empty."""
+    """Fields of all messages. Fields that clients copy from responses are accepted if they are empty."""
 
     name: Annotated[str, Field(max_length=512)] | None = None
-    """Without effect on the answer, unless the template writes the names of tools."""
+    """Ignored, unless the template renders the names of tools."""
     refusal: None = None
     audio: None = None
     function_call: None = None
     annotations: Nothing | None = None
 
     def given(self) -> dict[str, Any]:
-        """As rows have it."""
+        """Return the message in the form of training rows."""
         return self.model_dump(include={"role", "content", "name", "tool_calls", "tool_call_id"}, exclude_none=True)
 
 
 class SaidMessage(Turn):
-    """A system prompt, a question, or an answer in words."""
+    """A system prompt, a question, or an answer without tool calls."""
 
     role: Literal["system", "developer", "user", "assistant"]
-    """`developer` is another word for `system`."""
+    """`developer` is an alias of `system`."""
     content: Content
-    """Text parts are joined without anything between them."""
+    """Text parts are concatenated."""
     reasoning_content: Text | None = None
-    """Of an earlier answer; left out, as the templates of thinking models do."""
+    """Reasoning of an earlier answer; ignored, as in the templates of reasoning models."""
     tool_calls: Nothing | None = None
 
 
 class CallingMessage(Turn):
-    """An earlier answer that calls tools."""
+    """An earlier answer with tool calls."""
 
     role: Literal["assistant"]
     content: Content | None = None
     reasoning_content: Text | None = None
-    """Given to the template, which may show the model what it thought before it called."""
+    """Passed to the template, which may render the reasoning before the call."""
     tool_calls: Annotated[list[ToolCall], Field(min_length=1, max_length=MOST_CALLS)]
 
     def given(self) -> dict[str, Any]:
-        """As rows have it."""
         thought = {"reasoning_content": self.reasoning_content} if self.reasoning_content else {}
         return super().given() | thought
 
 
 class ResultMessage(Turn):
-    """What a tool has answered."""
+    """The result of a tool call."""
 
     role: Literal["tool"]
     content: Content
     tool_call_id: Id
-    """Of the call; results are put in the order of their calls."""
+    """Id of the call; results are sorted into the order of their calls."""
     reasoning_content: None = None
     tool_calls: Nothing | None = None
 
@@ -145,10 +144,10 @@ ChatMessage = Annotated[
 
 
 def read_conversation(messages: Sequence[SaidMessage | CallingMessage | ResultMessage]) -> list[Message]:
-    """Messages as templates take them.
+    """Convert messages to the form of chat templates.
 
     Raises:
-        ApiError: one cannot be read.
+        ApiError: a message is invalid.
     """
     turns = [message.given() for message in messages]
     for place, turn in enumerate(turns):
@@ -160,10 +159,10 @@ def read_conversation(messages: Sequence[SaidMessage | CallingMessage | ResultMe
 
 
 def read_offer(tools: Sequence[Tool]) -> list[dict[str, Any]]:
-    """Tools as templates take them.
+    """Convert tools to the form of chat templates.
 
     Raises:
-        ApiError: they cannot be read.
+        ApiError: a tool is invalid.
     """
     read = read_tools([tool.given for tool in tools])
     if isinstance(read, str):

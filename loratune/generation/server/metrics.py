@@ -1,4 +1,4 @@
-"""Counts for /metrics, in a registry of their own."""
+"""Prometheus metrics of the server, in a separate registry."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ HEADERS = {
     "content-security-policy": "default-src 'none'; frame-ancestors 'none'",
     "cross-origin-resource-policy": "same-origin",
 }
-"""On every response that does not say otherwise."""
+"""Default headers of every response."""
 
 
 class Metrics:
-    """All counts of one server."""
+    """All metrics of one server."""
 
     def __init__(self, queue: Queue) -> None:
         self.registry = CollectorRegistry()
@@ -36,28 +36,27 @@ class Metrics:
         )
         self.tokens = Counter("loratune_tokens", "Tokens by model and kind.", ["model", "kind"], registry=self.registry)
         self.first = Histogram(
-            "loratune_first_token_seconds", "Time to the first text.", registry=self.registry, buckets=SECONDS
+            "loratune_first_token_seconds", "Time to first token.", registry=self.registry, buckets=SECONDS
         )
         self.whole = Histogram("loratune_answer_seconds", "Time of an answer.", registry=self.registry, buckets=SECONDS)
-        running = Gauge("loratune_running", "Answers on their way.", registry=self.registry)
+        running = Gauge("loratune_running", "Requests being answered.", registry=self.registry)
         running.set_function(lambda: min(len(queue.replies), queue.slots))
-        waiting = Gauge("loratune_waiting", "Questions that wait for a slot.", registry=self.registry)
+        waiting = Gauge("loratune_waiting", "Requests waiting for a slot.", registry=self.registry)
         waiting.set_function(lambda: max(0, len(queue.replies) - queue.slots))
 
     def page(self) -> bytes:
-        """The text that Prometheus reads."""
+        """Return the metrics in Prometheus' text format."""
         return generate_latest(self.registry)
 
 
 class Observer:
-    """Outermost: counts responses, adds the headers that all have in common, and turns bugs into 500."""
+    """The outermost middleware: counts responses, adds default headers, and turns exceptions into status 500."""
 
     def __init__(self, app: ASGIApp, metrics: Metrics) -> None:
         self.app = app
         self.metrics = metrics
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Hand the request on."""
         status = 0
 
         async def sent(message: Message) -> None:
@@ -74,14 +73,14 @@ class Observer:
         except Exception as bug:
             console.error("".join(traceback.format_exception(bug)))
             if status:
-                raise  # the connection is closed, so that nobody takes the answer for whole
+                raise  # closes the connection, so that the answer does not look complete
             await ApiError(500, "a bug in the server; its output has the details").response()(scope, receive, sent)
         path = getattr(scope.get("route"), "path", "other")
         self.metrics.requests.labels(path, str(status or 499)).inc()
 
 
 class Stopwatch:
-    """Tells the metrics how one answer went."""
+    """Reports the timing and tokens of one answer to the metrics."""
 
     def __init__(self, metrics: Metrics, model: str, started: float) -> None:
         self._metrics = metrics
@@ -90,18 +89,18 @@ class Stopwatch:
         self._has_begun = False
 
     def text_came(self) -> None:
-        """Some text is there."""
+        """Record the time to the first text."""
         if not self._has_begun:
             self._has_begun = True
             self._metrics.first.observe(time.monotonic() - self._started)
 
     def ended(self, finish: str, prompt_tokens: int, tokens: int) -> None:
-        """The answer has ended.
+        """Record the end of the answer.
 
         Args:
             finish: stop, length, cancelled or error.
-            prompt_tokens: length of the prompt.
-            tokens: made.
+            prompt_tokens: tokens of the prompt.
+            tokens: generated tokens.
         """
         self._metrics.answers.labels(self._model, finish).inc()
         self._metrics.tokens.labels(self._model, "prompt").inc(prompt_tokens)

@@ -1,4 +1,4 @@
-"""The chat page: a fixed set of files, read once."""
+"""The chat page's files, read once at startup."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ HEADERS = {"Content-Security-Policy": POLICY, "Cache-Control": "no-cache"}
 
 
 class Page:
-    """Its files by name."""
+    """The files by name."""
 
     def __init__(self) -> None:
         files = sorted(path for path in FOLDER.iterdir() if path.suffix in TYPES)
         self.files = {path.name: (path.read_bytes(), TYPES[path.suffix]) for path in files}
 
     def response(self, name: str) -> Response:
-        """A file.
+        """Return a file.
 
         Raises:
-            ApiError: there is none of this name.
+            ApiError: there is no file of this name.
         """
         if name not in self.files:
             raise ApiError(404, f"there is no file {name}", "not_found")

@@ -1,4 +1,4 @@
-"""What answers look like: OpenAI's objects, whole and in events of a stream."""
+"""Response objects of OpenAI's API, complete and as streamed chunks."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ ID_CHARACTERS = string.ascii_letters + string.digits
 
 
 class Usage(BaseModel):
-    """Numbers of tokens."""
+    """Token counts."""
 
     prompt_tokens: int
     completion_tokens: int
@@ -28,14 +28,14 @@ class Usage(BaseModel):
 
 
 class CalledFunction(BaseModel):
-    """Which tool is called, as the model has written it; arguments are the JSON text of an object."""
+    """Name and arguments of a tool call; arguments are the JSON text of an object."""
 
     name: str
     arguments: str
 
 
 class ToolCall(BaseModel):
-    """A call of a tool."""
+    """A tool call."""
 
     id: str
     type: Literal["function"]
@@ -43,7 +43,7 @@ class ToolCall(BaseModel):
 
 
 class AnswerMessage(BaseModel):
-    """The answer; content is null if there are only calls. Empty reasoning and an empty list of calls are left out."""
+    """The answer. Content is null if there are only tool calls; empty reasoning and calls are omitted."""
 
     role: Literal["assistant"]
     content: str | None
@@ -52,7 +52,7 @@ class AnswerMessage(BaseModel):
 
 
 class ChatChoice(BaseModel):
-    """The one answer."""
+    """The only choice."""
 
     index: int
     message: AnswerMessage
@@ -61,7 +61,7 @@ class ChatChoice(BaseModel):
 
 
 class ChatCompletion(BaseModel):
-    """The whole of what /v1/chat/completions sends without stream."""
+    """Response of /v1/chat/completions without streaming."""
 
     id: str
     object: Literal["chat.completion"]
@@ -72,7 +72,7 @@ class ChatCompletion(BaseModel):
 
 
 class TextChoice(BaseModel):
-    """The one continuation."""
+    """The only choice."""
 
     index: int
     text: str
@@ -82,7 +82,7 @@ class TextChoice(BaseModel):
 
 
 class TextCompletion(BaseModel):
-    """The whole of what /v1/completions sends without stream."""
+    """Response of /v1/completions without streaming."""
 
     id: str
     object: Literal["text_completion"]
@@ -93,7 +93,7 @@ class TextCompletion(BaseModel):
 
 
 class Model(BaseModel):
-    """A base or an adapter; parent is the base of an adapter."""
+    """A base model, or an adapter with its base as parent."""
 
     id: str
     object: Literal["model"]
@@ -103,20 +103,20 @@ class Model(BaseModel):
 
 
 class ModelList(BaseModel):
-    """All that can be asked."""
+    """All available models."""
 
     object: Literal["list"]
     data: list[Model]
 
 
 class Health(BaseModel):
-    """Whether questions are taken."""
+    """State of the server."""
 
     status: Literal["ok", "stopping"]
 
 
 class ErrorDetail(BaseModel):
-    """What is wrong."""
+    """Description of an error."""
 
     message: str
     type: str
@@ -125,44 +125,44 @@ class ErrorDetail(BaseModel):
 
 
 class ErrorBody(BaseModel):
-    """Every failure."""
+    """Response of every failed request."""
 
     error: ErrorDetail
 
 
 def usage(prompt_tokens: int, tokens: int) -> dict[str, int]:
-    """Numbers of tokens of prompt, answer, and both."""
+    """Return the token counts of prompt, answer, and both."""
     return {"prompt_tokens": prompt_tokens, "completion_tokens": tokens, "total_tokens": prompt_tokens + tokens}
 
 
 def event(value: dict[str, Any] | str) -> str:
-    """A server-sent event."""
+    """Encode a server-sent event."""
     return f"data: {value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)}\n\n"
 
 
 class ChatForm:
-    """How a chat's answer is written down."""
+    """Serialises answers of /v1/chat/completions."""
 
     prefix = "chatcmpl"
     whole_name = "chat.completion"
     part_name = "chat.completion.chunk"
 
     def opening(self) -> dict[str, Any] | None:
-        """The choice of the first event, before any text; None for no such event."""
+        """Return the choice of the first event, before any text; None for no such event."""
         return {"delta": {"role": "assistant", "content": ""}}
 
     def __init__(self) -> None:
         self._calls = 0
-        """Told so far."""
+        """Number of calls sent so far."""
 
     def whole(self, piece: Piece) -> dict[str, Any]:
-        """The choice of a whole answer."""
+        """Return the choice of a complete answer."""
         calls = {"tool_calls": [_called(call) for call in piece.calls]} if piece.calls else {}
         content = None if piece.calls and not piece.text else piece.text
         return {"message": {"role": "assistant", "content": content, **_reasoning(piece), **calls}}
 
     def parts(self, piece: Piece) -> Iterator[dict[str, Any]]:
-        """The choices of a piece's events: what is said, then the head and the arguments of each call."""
+        """Yield the choices of a chunk's events: text, then the head and the arguments of each call."""
         if piece.text or piece.reasoning:
             yield {"delta": {**({"content": piece.text} if piece.text else {}), **_reasoning(piece)}}
         for call in piece.calls:
@@ -174,41 +174,41 @@ class ChatForm:
             self._calls += 1
 
     def ending(self) -> dict[str, Any]:
-        """The choice of the event that says how the answer has ended."""
+        """Return the choice of the event with the finish reason."""
         return {"delta": {}}
 
 
 class TextForm:
-    """How a continued text is written down."""
+    """Serialises answers of /v1/completions."""
 
     prefix = "cmpl"
     whole_name = part_name = "text_completion"
 
     def opening(self) -> dict[str, Any] | None:
-        """There is nothing to say before the text."""
+        """Return None: there is no event before the text."""
         return None
 
     def whole(self, piece: Piece) -> dict[str, Any]:
-        """The choice of a whole answer."""
+        """Return the choice of a complete answer."""
         return {"text": piece.text, **_reasoning(piece)}
 
     def parts(self, piece: Piece) -> Iterator[dict[str, Any]]:
-        """The choice of an event: no other than that of the whole."""
+        """Yield the choice of a chunk's event, which has the same form as that of a complete answer."""
         if piece.text or piece.reasoning:
             yield self.whole(piece)
 
     def ending(self) -> dict[str, Any]:
-        """The choice of the event that says how the answer has ended."""
+        """Return the choice of the event with the finish reason."""
         return self.whole(Piece())
 
 
 class Letter:
-    """Writes one answer down.
+    """Serialises one answer.
 
     Args:
         form: chat or text.
-        model: as the request has called it.
-        wants_usage: whether a stream tells the numbers of tokens.
+        model: the model's name in the request.
+        wants_usage: whether a stream includes token counts.
     """
 
     def __init__(self, form: ChatForm | TextForm, model: str, wants_usage: bool) -> None:
@@ -218,18 +218,18 @@ class Letter:
         self._head = {"id": self.id, "created": int(time.time()), "model": model}
 
     def whole(self, piece: Piece, prompt_tokens: int) -> dict[str, Any]:
-        """The whole answer, which is the one piece."""
+        """Return the response for a complete answer."""
         choice = {"index": 0, **self.form.whole(piece), "logprobs": None, "finish_reason": piece.finish}
         counts = usage(prompt_tokens, piece.tokens)
         return {**self._head, "object": self.form.whole_name, "choices": [choice], "usage": counts}
 
     def opening(self) -> str:
-        """The first event; empty if there is none."""
+        """Return the first event; empty if there is none."""
         choice = self.form.opening()
         return self._part({"index": 0, **choice, "logprobs": None, "finish_reason": None}) if choice else ""
 
     def part(self, piece: Piece) -> str:
-        """The events of a piece, and after the last one those that end the stream; the caller adds the usage."""
+        """Return the events of a chunk, including the finish reason after the last one; the caller adds the usage."""
         written = "".join(
             self._part({"index": 0, **choice, "logprobs": None, "finish_reason": None})
             for choice in self.form.parts(piece)
@@ -240,7 +240,7 @@ class Letter:
         return written
 
     def closing(self, prompt_tokens: int, tokens: int) -> str:
-        """What comes after the last piece of a stream that has gone well."""
+        """Return the events after the last chunk of a successful stream."""
         if not self.wants_usage:
             return event("[DONE]")
         counts = {**self._chunk([]), "usage": usage(prompt_tokens, tokens)}
@@ -254,7 +254,7 @@ class Letter:
 
 
 def _called(call: Call) -> dict[str, Any]:
-    """A call as OpenAI writes it; its id is one that Mistral's templates would take too."""
+    """Return a call in OpenAI's format; its id is also valid for Mistral's templates."""
     function = {"name": call.name, "arguments": call.arguments_text}
     return {"id": "".join(secrets.choice(ID_CHARACTERS) for _ in range(9)), "type": "function", "function": function}
 

@@ -1,4 +1,4 @@
-"""A question on its way: places in the queue, and pieces that cross from the engine's thread to the event loop."""
+"""The queue of requests, and the transfer of chunks from the engine's thread to the event loop."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ STOPPING = "the server is stopping; try again in a moment"
 
 
 class Queue:
-    """Who is being answered and who waits; one place in it for each question.
+    """Running and waiting requests, up to a maximum number.
 
     Args:
-        engine: answers them.
-        slots: how many the engine answers at once.
-        most_waiting: how many more may wait.
+        engine: answers the requests.
+        slots: number of concurrent requests.
+        most_waiting: maximum number of waiting requests.
     """
 
     def __init__(self, engine: Engine, slots: int, most_waiting: int) -> None:
@@ -37,19 +37,19 @@ class Queue:
         self.replies: set[Reply] = set()
         self.is_stopping = False
         self.tokenizing = ThreadPoolExecutor(1, "tokenizing")
-        """One thread: a tokenizer is not to be used by two at once."""
+        """A single thread, because tokenizers are not thread-safe."""
         self._usual_seconds = 1.0
 
     async def ask(self, question: Question) -> Reply:
-        """Hand a question in.
+        """Submit a request.
 
         Raises:
-            ApiError: the queue is full, the server is stopping, or the question cannot be answered.
+            ApiError: the queue is full, the server is stopping, or the request is invalid.
         """
         if self.is_stopping:
             raise ApiError(503, STOPPING, "stopping", retry_after=5)
         if len(self.replies) >= self.most:
-            raise ApiError(429, "too many questions at once; try again later", "queue_full", None, self.retry_after())
+            raise ApiError(429, "too many requests; try again later", "queue_full", None, self.retry_after())
         reply = Reply(self)
         self.replies.add(reply)
         try:
@@ -60,22 +60,22 @@ class Queue:
         return reply
 
     def retry_after(self) -> int:
-        """Seconds until a place may be free: as long as an answer usually takes, for each round of those that wait."""
+        """Estimate the seconds until a place is free, from the average duration and the length of the queue."""
         rounds = len(self.replies) / self.slots
         return min(LONGEST_WAIT_SECONDS, max(1, math.ceil(self._usual_seconds * rounds)))
 
     def leave(self, reply: Reply, seconds: float) -> None:
-        """Free a place.
+        """Free a request's place.
 
         Args:
-            reply: whose.
-            seconds: it has been taken.
+            reply: the request's reply.
+            seconds: the request's duration.
         """
         self.replies.discard(reply)
         self._usual_seconds += 0.1 * (seconds - self._usual_seconds)
 
     async def empty(self, seconds: float) -> bool:
-        """Take no more questions and wait until the others are answered; False if some are not, in so many seconds."""
+        """Accept no more requests and wait until all are answered; return False after a timeout."""
         self.is_stopping = True
         end = time.monotonic() + seconds
         while self.replies and time.monotonic() < end:
@@ -83,13 +83,12 @@ class Queue:
         return not self.replies
 
     def end_all(self) -> None:
-        """End all answers where they are."""
         for reply in self.replies:
             reply.cancel()
 
 
 class Reply:
-    """The answer to one question as it comes. To be closed by whoever has asked."""
+    """The streamed answer to one request; the caller has to close it."""
 
     def __init__(self, queue: Queue) -> None:
         self.started = time.monotonic()
@@ -98,16 +97,16 @@ class Reply:
         self._loop = asyncio.get_running_loop()
         self._pieces: asyncio.Queue[Piece] = asyncio.Queue()
         self._failure: Piece | None = None
-        """Came behind text that had to be told first."""
+        """A failure that arrived after text, which is returned first."""
         self._ticket: Ticket | None = None
         self._is_cancelled = False
         self._is_open = True
 
     async def submit(self, question: Question) -> None:
-        """Hand the question to the engine.
+        """Pass the request to the engine.
 
         Raises:
-            ApiError: it cannot be answered.
+            ApiError: the request is invalid.
         """
         try:
             await self._loop.run_in_executor(self._queue.tokenizing, self._submit, question)
@@ -121,7 +120,7 @@ class Reply:
         ticket = self._queue.engine.submit(question, self._deliver)
         self.prompt_tokens = ticket.prompt_tokens
         self._ticket = ticket
-        if self._is_cancelled:  # while the question was handed in, when there was no ticket yet
+        if self._is_cancelled:  # cancelled during submission, before the ticket existed
             ticket.cancel()
 
     def _deliver(self, piece: Piece) -> None:
@@ -129,10 +128,10 @@ class Reply:
             self._loop.call_soon_threadsafe(self._pieces.put_nowait, piece)
 
     async def next(self, seconds: float | None = None) -> Piece:
-        """What has come since the last piece, as one; an empty piece if nothing has, in so many seconds.
+        """Return everything that arrived since the last call as one chunk; an empty chunk after a timeout.
 
         Raises:
-            ApiError: the engine has failed, or the server is stopping.
+            ApiError: the engine failed, or the server is stopping.
         """
         try:
             piece = self._failure if self._failure else await asyncio.wait_for(self._pieces.get(), seconds)
@@ -153,10 +152,10 @@ class Reply:
         return piece
 
     async def whole(self) -> Piece:
-        """The whole answer as one piece.
+        """Return the complete answer as one chunk.
 
         Raises:
-            ApiError: as `next`.
+            ApiError: see `next`.
         """
         pieces = [Piece()]
         while not pieces[-1].finish:
@@ -164,13 +163,13 @@ class Reply:
         return joined(*pieces)
 
     def cancel(self) -> None:
-        """End the answer within a token."""
+        """Cancel the answer; generation stops within one token."""
         self._is_cancelled = True
         if self._ticket:
             self._ticket.cancel()
 
     def close(self) -> None:
-        """End the answer if it has not ended, and free its place."""
+        """Cancel the answer if it is unfinished, and free its place."""
         if self._is_open:
             self._is_open = False
             self.cancel()

@@ -1,4 +1,4 @@
-"""What may stand in a request: OpenAI's fields; what cannot be honoured is refused by its name, never ignored."""
+"""Request schemas of OpenAI's API; unsupported fields are rejected with an error that names them."""
 
 from __future__ import annotations
 
@@ -25,43 +25,43 @@ from loratune.generation.server.messages import MOST_CALLS, ChatMessage, Tool, r
 
 def _refuse_force(value: Any) -> Any:
     if value == "required" or isinstance(value, dict):
-        raise ValueError("a call cannot be forced; take auto or none")
+        raise ValueError("a call cannot be forced; use auto or none")
     return value
 
 
 def _told(name: str, more: str = "the default is the model's own") -> Any:
-    """A field that says what the sampling setting of its name says."""
+    """Return a field with the description of the sampling setting of the same name."""
     setting = NUMBERS[name]
     known = more if setting.default is None else f"the default is {setting.default:g}"
     return Field(default=None, description=f"{setting.about[:-1]}; {known}.")
 
 
 AnySeed = Annotated[int, WHOLE, AfterValidator(lambda seed: seed % SEEDS)]
-"""Clients send seeds of 64 bits, with a sign, where a setting has 32."""
+"""Clients send signed 64-bit seeds; the setting has 32 bits."""
 
 
 class StreamOptions(Fields):
-    """How an answer is streamed."""
+    """Options of a streamed answer."""
 
     include_usage: bool | None = None
-    """Add an event with the numbers of tokens before the end."""
+    """Add an event with token counts before the end."""
     include_obfuscation: No | None = None
 
 
 class AnswerRequest(Fields):
-    """What both kinds of request share."""
+    """Fields of both endpoints."""
 
     model: Name
-    """The base or an adapter, as `/v1/models` lists them."""
+    """The base or an adapter, as listed by `/v1/models`."""
     temperature: Temperature | None = _told("temperature")
     top_p: TopP | None = _told("top_p")
     top_k: Annotated[TopK, WHOLE] | None = _told("top_k")
     min_p: MinP | None = _told("min_p")
     repetition_penalty: RepetitionPenalty | None = _told("repetition_penalty")
     max_tokens: Tokens | None = None
-    """Longest answer; never more than the server's own limit, which is also the default."""
+    """Maximum tokens of the answer, up to the server's limit, which is the default."""
     stop: Stops | None = None
-    """Texts that end the answer; they are not part of it."""
+    """Strings that end the answer; they are not part of it."""
     seed: AnySeed | None = _told("seed", "any integer, counted modulo 2**32")
     stream: bool | None = None
     stream_options: StreamOptions | None = None
@@ -70,22 +70,22 @@ class AnswerRequest(Fields):
     frequency_penalty: Zero | None = None
     logit_bias: Annotated[dict[str, Any], Field(max_length=0)] | None = None
     user: Annotated[str, Field(max_length=512)] | None = None
-    """Without effect on the answer."""
+    """Ignored."""
     metadata: Annotated[dict[str, Annotated[str, Field(max_length=512)]], Field(max_length=16)] | None = None
-    """Without effect on the answer."""
+    """Ignored."""
     prompt_cache_key: Annotated[str, Field(max_length=512)] | None = None
-    """Without effect: of a conversation only what is new is read anyway."""
+    """Ignored; the KV cache of shared prompt prefixes is always reused."""
     safety_identifier: Annotated[str, Field(max_length=512)] | None = None
-    """Without effect on the answer."""
+    """Ignored."""
     service_tier: Literal["auto", "default"] | None = None
 
     @property
     def wants_usage(self) -> bool:
-        """Whether a stream is to tell the numbers of tokens."""
+        """Whether a stream includes token counts."""
         return bool(self.stream_options and self.stream_options.include_usage)
 
     def sampling(self, most_new_tokens: int) -> Sampling:
-        """How the answer is drawn.
+        """Return the sampling settings.
 
         Args:
             most_new_tokens: the server's limit.
@@ -103,21 +103,21 @@ class AnswerRequest(Fields):
         )
 
     def longest(self) -> int | None:
-        """Tokens of the longest answer that the request allows."""
+        """Return the request's limit of tokens."""
         return self.max_tokens
 
 
 class TextFormat(Fields):
-    """The only form of answers."""
+    """The only supported format."""
 
     type: Literal["text"]
 
 
 class ChatRequest(AnswerRequest):
-    """A conversation, the answer to whose last message is wanted."""
+    """A conversation whose last message is to be answered."""
 
     messages: Annotated[list[ChatMessage], Field(min_length=1, max_length=1024)]
-    """The last one must be the user's, or a tool's."""
+    """The last one must have the role user or tool."""
     max_completion_tokens: Tokens | None = None
     """The newer name of `max_tokens`."""
     response_format: TextFormat | None = None
@@ -125,9 +125,9 @@ class ChatRequest(AnswerRequest):
     top_logprobs: Annotated[int, Field(ge=0, le=0), WHOLE] | None = None
     modalities: Annotated[list[Literal["text"]], Field(max_length=1)] | None = None
     tools: Annotated[list[Tool], Field(max_length=MOST_CALLS)] | None = None
-    """What the answer may call, if the model's chat template tells it of tools."""
+    """Tools that the answer may call, if the model's chat template supports tools."""
     tool_choice: Annotated[Literal["none", "auto"], BeforeValidator(_refuse_force)] | None = None
-    """`none` leaves the tools out of the prompt."""
+    """`none` removes the tools from the prompt."""
     parallel_tool_calls: bool | None = None
     """False ends the answer after its first call."""
     functions: Nothing | None = None
@@ -135,35 +135,35 @@ class ChatRequest(AnswerRequest):
     store: No | None = None
 
     def asked(self) -> list[Message]:
-        """The conversation.
+        """Return the conversation.
 
         Raises:
-            ApiError: it cannot be read, or does not end with a message of user or tool.
+            ApiError: it is invalid, or does not end with a message of user or tool.
         """
         if self.messages[-1].role not in ("user", "tool"):
             raise ApiError(400, "messages: the last one must be the user's, or a tool's", "invalid_value", "messages")
         return read_conversation(self.messages)
 
     def offered(self) -> list[dict[str, Any]]:
-        """The tools that may be called.
+        """Return the tools that may be called.
 
         Raises:
-            ApiError: they cannot be read.
+            ApiError: they are invalid.
         """
         return [] if self.tool_choice == "none" else read_offer(self.tools or [])
 
     @property
     def most_calls(self) -> int | None:
-        """After how many the answer ends; None for no limit."""
+        """The maximum number of calls; None for no limit."""
         return 1 if self.parallel_tool_calls is False else None
 
     def longest(self) -> int | None:
-        """The smaller one, should both names be used."""
+        """Return the smaller limit if both names are used."""
         return min(filter(None, (self.max_tokens, self.max_completion_tokens)), default=None)
 
 
 class CompletionRequest(AnswerRequest):
-    """A text to be continued as it stands, without template."""
+    """A text to continue without a chat template."""
 
     prompt: Prompt
     best_of: Annotated[int, Field(ge=1, le=1), WHOLE] | None = None
@@ -172,11 +172,10 @@ class CompletionRequest(AnswerRequest):
     suffix: Literal[""] | None = None
 
     def asked(self) -> str:
-        """The text."""
         return self.prompt if isinstance(self.prompt, str) else self.prompt[0]
 
     def offered(self) -> list[dict[str, Any]]:
-        """No tools: there is no template to tell the model of them."""
+        """Return no tools, since without a template the model cannot see them."""
         return []
 
     most_calls: ClassVar[None] = None

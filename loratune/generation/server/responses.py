@@ -1,4 +1,4 @@
-"""From a request to its response: whole, or as a stream of events."""
+"""Turns requests into responses, complete or streamed."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ from loratune.generation.server.replying import Queue, Reply
 from loratune.generation.server.requests import ChatRequest, CompletionRequest
 
 QUIET_SECONDS = 10.0
-"""After so long without text a stream gets a comment, so that nothing on the way takes it for dead."""
+"""A stream without text for this long gets a comment, so that proxies do not close it."""
 
 
 class Responder:
     """Answers requests with one engine.
 
     Args:
-        queue: leads to the engine.
-        metrics: are told how it went.
-        most_new_tokens: longest answer.
+        queue: passes requests to the engine.
+        metrics: receive timing and counts.
+        most_new_tokens: the server's limit of tokens per answer.
     """
 
     def __init__(self, queue: Queue, metrics: Metrics, most_new_tokens: int) -> None:
@@ -36,10 +36,10 @@ class Responder:
         self.most_new_tokens = most_new_tokens
 
     async def answer(self, body: ChatRequest | CompletionRequest, request: Request) -> Response:
-        """The response to a request.
+        """Return the response to a request.
 
         Raises:
-            ApiError: there is none.
+            ApiError: the request failed.
         """
         question = self._question(body)
         form = ChatForm() if isinstance(body, ChatRequest) else TextForm()
@@ -55,7 +55,7 @@ class Responder:
             reply.close()
         if piece is None:
             watch.ended("cancelled", reply.prompt_tokens, 0)
-            return Response(status_code=499)  # nobody is there to read it
+            return Response(status_code=499)  # the client has disconnected
         watch.text_came()
         watch.ended(str(piece.finish), reply.prompt_tokens, piece.tokens)
         return JSONResponse(letter.whole(piece, reply.prompt_tokens), headers=headers)
@@ -70,14 +70,13 @@ class Responder:
 
 
 class EventStream(StreamingResponse):
-    """Server-sent events; however they end, the generation ends with them."""
+    """Server-sent events; however the stream ends, it cancels the generation."""
 
     def __init__(self, reply: Reply, events: AsyncIterator[str], headers: dict[str, str]) -> None:
         super().__init__(events, headers={**headers, "X-Accel-Buffering": "no"}, media_type="text/event-stream")
         self.reply = reply
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Send them."""
         try:
             await super().__call__(scope, receive, send)
         finally:
@@ -85,13 +84,13 @@ class EventStream(StreamingResponse):
 
 
 def unknown_model(name: str, base: str, adapters: list[str]) -> ApiError:
-    """404."""
+    """Return the error for an unknown model, status 404."""
     known = ", ".join([base, *adapters])
     return ApiError(404, f"no model is called {name}; there are {known}", "model_not_found", "model")
 
 
 async def _events(reply: Reply, letter: Letter, watch: Stopwatch) -> AsyncIterator[str]:
-    """The text of a stream. After a failure the last event tells it, and [DONE] does not come."""
+    """Yield the events of a stream. After a failure, the last event describes it, and [DONE] is omitted."""
     tokens, finish = 0, "cancelled"
     try:
         yield letter.opening()
@@ -101,7 +100,7 @@ async def _events(reply: Reply, letter: Letter, watch: Stopwatch) -> AsyncIterat
             if piece.has_come:
                 watch.text_came()
             tokens = piece.tokens or tokens
-            yield letter.part(piece) or ": on its way\n\n"
+            yield letter.part(piece) or ": keep-alive\n\n"
         finish = piece.finish
         yield letter.closing(reply.prompt_tokens, tokens)
     except ApiError as error:
@@ -112,7 +111,7 @@ async def _events(reply: Reply, letter: Letter, watch: Stopwatch) -> AsyncIterat
 
 
 async def _while_connected(request: Request, reply: Reply) -> Piece | None:
-    """The whole answer; None if the client leaves before."""
+    """Return the complete answer; None if the client disconnects first."""
     whole = asyncio.ensure_future(reply.whole())
     gone = asyncio.ensure_future(_disconnected(request))
     try:

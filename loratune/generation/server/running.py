@@ -1,4 +1,4 @@
-"""The process of the server: its start, and an end that lets running answers finish."""
+"""Runs the server process, and drains running requests at the end."""
 
 from __future__ import annotations
 
@@ -29,13 +29,13 @@ FLUSH_SECONDS = 2
 
 
 def run(engine: Engine, address: Address, access: Access, limits: Limits) -> None:
-    """Serve until a signal comes, and then let running answers finish.
+    """Serve until a signal arrives, then drain running requests.
 
     Args:
-        engine: a loaded model; it is closed at the end.
-        address: taken; from here on it accepts.
-        access: who may ask.
-        limits: how much is taken on.
+        engine: a loaded model; closed at the end.
+        address: the bound address; clients can connect from now on.
+        access: who may send requests.
+        limits: limits of the load.
 
     Raises:
         Interrupted: always, with the signal.
@@ -50,7 +50,7 @@ def run(engine: Engine, address: Address, access: Access, limits: Limits) -> Non
 
 
 def make_server(app: FastAPI) -> uvicorn.Server:
-    """uvicorn with the limits of `Connection`, without words of its own, and without a hand on signals."""
+    """Return a uvicorn server with the limits of `Connection`, without logging and signal handlers."""
     config = uvicorn.Config(
         app,
         http=Connection,
@@ -74,7 +74,7 @@ class _Server(uvicorn.Server):
 
 
 async def _serve(server: uvicorn.Server, queue: Queue, address: socket.socket, grace_seconds: float) -> int:
-    """Serve until a signal comes; its number."""
+    """Serve until a signal arrives, and return its number."""
     came: asyncio.Queue[int] = asyncio.Queue()
     loop = asyncio.get_running_loop()
     with signals_to(lambda number, _: loop.call_soon_threadsafe(came.put_nowait, number)):
@@ -94,7 +94,7 @@ async def _serve_until(
     again = asyncio.create_task(came.get())
     await asyncio.wait({draining, again}, return_when=asyncio.FIRST_COMPLETED)
     if again.done():
-        os._exit(128 + again.result())  # at once: no answer, no thread of the model is waited for
+        os._exit(128 + again.result())  # immediately, without waiting for requests or threads
     server.should_exit = True
     await serving
     return first
@@ -102,7 +102,9 @@ async def _serve_until(
 
 async def _drain(queue: Queue, grace_seconds: float) -> None:
     if queue.replies:
-        console.say(f"stopping after {counted(len(queue.replies), 'answer')}; again to stop at once")
+        console.say(
+            f"stopping after {counted(len(queue.replies), 'running answer')}; repeat the signal to stop at once"
+        )
     if not await queue.empty(grace_seconds):
         queue.end_all()
         await queue.empty(1)

@@ -1,1 +1,1 @@
-"""The LoRA adapter: its files and tensors, PEFT's view of them, and how it is attached to a base."""
+"""The LoRA adapter: its files and tensors, PEFT's reading of them, and attaching it to a base."""

@@ -1,4 +1,4 @@
-"""The LoRA adapter: attached to a base through PEFT, checked, counted, saved and loaded."""
+"""Attaches a LoRA adapter to a base through PEFT; checks, summarises, saves and loads it."""
 
 from __future__ import annotations
 
@@ -35,13 +35,13 @@ from loratune.recipe.sections import LAYERS, LoraSettings
 
 @dataclass(frozen=True)
 class AdapterSummary:
-    """What trains, and what it takes."""
+    """Numbers of parameters and bytes of base and adapter."""
 
     trainable_parameters: int
     total_parameters: int
-    """Of base and adapter; a quantised weight counts by its shape before quantisation."""
+    """Of base and adapter; a quantised weight counts with its shape before quantisation."""
     modules: dict[str, int]
-    """Name of a target → how many modules of that name have an adapter."""
+    """Target name → number of adapted modules with that name."""
     base_bytes: int
     adapter_bytes: int
 
@@ -52,11 +52,11 @@ def attach_adapter(model: CausalModel, settings: LoraSettings, base_name: str, s
     Args:
         model: a causal language model.
         settings: the recipe's lora section.
-        base_name: what the adapter's config names as its base.
-        seed: of the adapter's start.
+        base_name: the base's name for the adapter's config.
+        seed: seeds the adapter's initialisation.
 
     Raises:
-        LoratuneError: targets, layers or modules_to_save that the model does not have.
+        LoratuneError: the model does not have the targets, layers or modules_to_save.
     """
     targets = _resolve_targets(model, settings)
     layers = _resolve_layers(settings.layers, layer_count(model.config))
@@ -73,7 +73,7 @@ def attach_adapter(model: CausalModel, settings: LoraSettings, base_name: str, s
         modules_to_save=settings.modules_to_save or None,
         use_rslora=settings.use_rslora,
         use_dora=settings.use_dora,
-        # An embedding trained in full must stay the head's matrix too, where the base has one for both.
+        # With tied embeddings, a fully trained embedding must stay the head's matrix too.
         ensure_weight_tying=bool(settings.modules_to_save) and model.config.tie_word_embeddings,
     )
     keep_unpacked(model)
@@ -88,7 +88,7 @@ def check_frozen(model: AdaptedModel, settings: LoraSettings) -> None:
     """Make sure, name by name, that just the adapter trains.
 
     Raises:
-        RuntimeError: PEFT left a base weight trainable or an adapter weight frozen; a bug, not the user's fault.
+        RuntimeError: PEFT left a base weight trainable or an adapter weight frozen; this is a bug.
     """
     for name, parameter in model.named_parameters():
         is_adapter = "lora_" in name or ".modules_to_save." in name
@@ -112,22 +112,22 @@ def summarise_adapter(model: AdaptedModel) -> AdapterSummary:
 
 def save_adapter(model: AdaptedModel, folder: Path) -> None:
     """Write adapter_config.json and adapter_model.safetensors."""
-    # Left to itself PEFT would ask the hub whether the vocabulary has grown; loratune never resizes it.
+    # By default PEFT asks the hub whether the vocabulary was resized; loratune never resizes it.
     model.save_pretrained(folder, save_embedding_layers=False)
-    (folder / "README.md").unlink(missing_ok=True)  # PEFT's card names local paths
+    (folder / "README.md").unlink(missing_ok=True)  # PEFT's model card contains local paths
 
 
 def load_adapter(model: CausalModel, folder: Path, name: str = "default", keep_dtype: bool = False) -> AdaptedModel:
     """Put a saved adapter on its base, which stays as it is: what the adapter replaces in it becomes its own.
 
     Args:
-        model: the base, or one with other adapters on it.
+        model: the base, or a model with other adapters.
         folder: PEFT folder.
-        name: PEFT's name for it, to tell several apart.
-        keep_dtype: as of `OwnParameters.add`.
+        name: PEFT's name for the adapter.
+        keep_dtype: see `OwnParameters.add`.
 
     Raises:
-        LoratuneError: the adapter is damaged, not LoRA, holds NaN, or was made for another shape.
+        LoratuneError: the adapter is damaged, not LoRA, contains NaN, or does not match the base's shapes.
     """
     own, problems = own_parameters(model), list[str]()
     base = causal_model(model)
@@ -142,10 +142,10 @@ def load_adapter(model: CausalModel, folder: Path, name: str = "default", keep_d
     lora = {tensor: tuple(values.shape) for tensor, values in tensors.lora.items()}
     require_complete(folder, _peft_config(values, folder), lora, shapes)
     own.add(name, tensors, keep_dtype)
-    own.select([name])  # PEFT takes the sizes of the adapter's matrices from the base's
+    own.select([name])  # PEFT derives the shapes of the adapter's matrices from the base's
     try:
         with warnings.catch_warnings():
-            # Of tied matrices and biases, which PEFT could not merge; here they are merged, or refused.
+            # Warnings about tied matrices and biases, which PEFT cannot merge; loratune merges or rejects them.
             warnings.simplefilter("ignore", UserWarning)
             if is_adapted(model):
                 adapted = model
@@ -162,14 +162,14 @@ def load_adapter(model: CausalModel, folder: Path, name: str = "default", keep_d
 
 
 def check_adapter(folder: Path, base: Shapes) -> None:
-    """Make sure that an adapter has all its tensors, as `load_adapter` does, but without a model.
+    """Check that an adapter has all its tensors, as `load_adapter` does, but without a model.
 
     Args:
         folder: PEFT folder.
-        base: name of each parameter of the base → its shape.
+        base: parameter name → shape, of the base.
 
     Raises:
-        LoratuneError: as `require_complete`, or the file is missing, damaged or holds NaN.
+        LoratuneError: see `require_complete`; or the file is missing, damaged or contains NaN.
     """
     check_weights(folder)
     values = settle_patterns(read_config_values(folder), base, folder)
@@ -180,7 +180,7 @@ def load_adapter_weights(model: AdaptedModel, folder: Path) -> None:
     """Put the weights of a saved adapter in the place of the model's own.
 
     Raises:
-        LoratuneError: the file is damaged, or does not hold exactly the tensors that the model trains.
+        LoratuneError: the file is damaged, or its tensors are not exactly those that the model trains.
     """
     check_weights(folder)
     weights = load_file(folder / WEIGHTS_FILE)
@@ -199,7 +199,7 @@ def load_adapter_weights(model: AdaptedModel, folder: Path) -> None:
 
 
 def _peft_config(values: dict[str, Any], folder: Path) -> LoraConfig:
-    """A settled config for PEFT, which is left with the LoRA layers: see `OwnParameters` for the rest."""
+    """Return PEFT's config for the LoRA layers; `OwnParameters` handles the rest."""
     patterns = {key: as_expressions(values[key]) for key in ("rank_pattern", "alpha_pattern")}
     own = ("bias", "modules_to_save", "trainable_token_indices")
     lora = {key: value for key, value in values.items() if key in SETTINGS and key not in own}
@@ -212,7 +212,7 @@ def _peft_config(values: dict[str, Any], folder: Path) -> LoraConfig:
 def keep_unpacked(model: CausalModel) -> None:
     """Keep bitsandbytes from repacking 4-bit weights at the first validation on a CPU.
 
-    Its packed form is for inference alone: the next training step would fail with "a view of a leaf Variable that
+    The packed form only supports inference: the next training step would fail with "a view of a leaf Variable that
     requires grad is being used in an in-place operation".
     """
     for module in model.modules():
@@ -233,7 +233,7 @@ def _resolve_targets(model: CausalModel, settings: LoraSettings) -> list[str]:
         wanted = _linear_names(model, Role.ATTENTION)
         if not wanted:
             raise LoratuneError(
-                f"lora.target_modules attention: {type(model).__name__} does not say which of its modules attend; give "
+                f"lora.target_modules attention: {type(model).__name__} does not declare its attention modules; give "
                 f"names: {', '.join(names)}",
                 Exit.USAGE,
             )
@@ -249,7 +249,7 @@ def _resolve_targets(model: CausalModel, settings: LoraSettings) -> list[str]:
 
 
 def _resolve_layers(layers: str | None, count: int) -> list[int] | None:
-    """Layer numbers of `last 6`, `first 4` or `8-15`, counted from 0."""
+    """Return the layer numbers of `last 6`, `first 4` or `8-15`, counted from 0."""
     if layers is None:
         return None
     match = LAYERS.fullmatch(layers)

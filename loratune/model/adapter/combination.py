@@ -1,4 +1,4 @@
-"""Several adapters of one base as one, through PEFT's add_weighted_adapter."""
+"""Combines several adapters of one base into one, with PEFT's add_weighted_adapter."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ COMBINED = "combined"
 def combine_adapters(
     base: Path, adapters: Mapping[str, Path], weights: list[float], method: Combination, density: float, folder: Path
 ) -> Path:
-    """Write the combination of some adapters as a PEFT folder.
+    """Write the combination of several adapters as a PEFT folder.
 
     Args:
         base: folder of their base.
@@ -36,10 +36,10 @@ def combine_adapters(
         folder: existing folder to write into.
 
     Returns:
-        The written adapter.
+        The folder of the combined adapter.
 
     Raises:
-        LoratuneError: an adapter has more than low-rank matrices, or PEFT refuses the combination.
+        LoratuneError: an adapter has more than low-rank matrices, or PEFT rejects the combination.
     """
     _check_plain(adapters)
     model: Any = load_mapped(base)  # PEFT's wrapper of it from the first adapter on
@@ -47,13 +47,13 @@ def combine_adapters(
     for inner, (name, adapter) in zip(names, adapters.items(), strict=True):
         model = load_adapter(model, adapter, inner)
         own = own_parameters(model).names(inner)
-        if own:  # PEFT would leave it out
+        if own:  # PEFT would silently drop it
             raise LoratuneError(
                 f"only plain LoRA adapters can be combined: {name} ({adapter}) brings {', '.join(own[:3])}; merge "
                 "one, and train on the merged model",
                 Exit.MODEL,
             )
-    torch.manual_seed(0)  # dare_ties draws what it drops
+    torch.manual_seed(0)  # dare_ties drops values at random
     try:
         model.add_weighted_adapter(
             names,
@@ -61,11 +61,11 @@ def combine_adapters(
             COMBINED,
             combination_type=PEFT_NAMES[method],
             density=density if "ties" in method else None,
-            svd_full_matrices=False,  # the columns beyond the rank are thrown away
+            svd_full_matrices=False,  # columns beyond the rank are not needed
         )
     except ValueError as error:
         raise LoratuneError(f"--combine {method}: {error}", Exit.MODEL) from error
-    # The result carries its scale in its matrices; the flag, copied from the first adapter, would scale it again.
+    # The result's matrices include the scale; the flag, copied from the first adapter, would apply it twice.
     model.peft_config[COMBINED].use_rslora = False
     model.save_pretrained(folder, selected_adapters=[COMBINED], save_embedding_layers=False)
     return folder / COMBINED
@@ -85,7 +85,7 @@ def _check_plain(adapters: Mapping[str, Path]) -> None:
             "a rank or alpha pattern": config.get("rank_pattern") or config.get("alpha_pattern"),
         }
         problems += [f"{name} ({adapter}) has {extra}" for extra, has in extras.items() if has]
-    if len({str(numbers) for numbers in layers.values()}) > 1:  # PEFT would drop those that the first does not have
+    if len({str(numbers) for numbers in layers.values()}) > 1:  # PEFT would drop layers that the first adapter lacks
         problems.append(", ".join(f"{name} is on layers {numbers or 'all'}" for name, numbers in layers.items()))
     if problems:
         raise LoratuneError(

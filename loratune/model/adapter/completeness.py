@@ -1,8 +1,7 @@
-"""Whether an adapter has all the tensors that its config asks for, and no others: by names and shapes alone.
+"""Checks that an adapter has exactly the tensors of its config, by names and shapes only.
 
-PEFT passes over tensors that its config has no place for, and leaves those that are missing untrained. So PEFT's own
-layers are put on a skeleton of the base, which has its modules and no weights, and their names are compared with those
-in the file.
+PEFT ignores tensors that its config does not cover, and leaves missing ones untrained. So PEFT's layers are attached to
+a skeleton of the base without weights, and their names are compared with those in the file.
 """
 
 from __future__ import annotations
@@ -26,40 +25,40 @@ Shapes = Mapping[str, Sequence[int]]
 
 
 def require_complete(folder: Path, config: LoraConfig, given: Shapes, base: Shapes) -> None:
-    """Compare the tensors of an adapter's LoRA layers with those that PEFT would make.
+    """Compare the tensors of an adapter's LoRA layers with those that PEFT would create.
 
     Args:
-        folder: of the adapter, for messages.
-        config: of its LoRA layers, with names of modules as its targets.
-        given: name of each of its tensors → its shape; those of no LoRA layer are not looked at.
-        base: name of each parameter of the base → its shape.
+        folder: the adapter's folder, for messages.
+        config: config of its LoRA layers, with module names as targets.
+        given: tensor name → shape; tensors outside LoRA layers are ignored.
+        base: parameter name → shape, of the base.
 
     Raises:
-        LoratuneError: tensors are missing or left over, or the base has none of the targets.
+        LoratuneError: tensors are missing or unexpected, or the base has none of the targets.
     """
     found = {name for name in given if PART.fullmatch(name.removeprefix(PREFIX))}
     expected = set(_expected(folder, config, base))
     embedding, head = (f"{PREFIX}{module}." for module in vocabulary_of(base).modules)
     if config.ensure_weight_tying and any(name.startswith(embedding) for name in expected):
-        # PEFT gives the head of a tied model what it has learnt for the embedding; the skeleton ties nothing.
+        # PEFT copies what it learnt for the embedding to a tied head; the skeleton ties nothing.
         found, expected = ({name for name in names if not name.startswith(head)} for names in (found, expected))
     strange = sorted(found ^ expected)
     if strange:
         raise LoratuneError(
-            f"{folder}: its config and its tensors do not belong together: {len(found - expected)} "
+            f"{folder}: its config and its tensors do not match: {len(found - expected)} "
             f"tensors too many, {len(expected - found)} too few, first {strange[0]}",
             Exit.MODEL,
         )
 
 
 def tensor_shapes(folder: Path) -> dict[str, list[int]]:
-    """Name of each tensor in an adapter's file → its shape; no values are read.
+    """Return tensor name → shape of an adapter's file, without reading values.
 
     Raises:
         LoratuneError: the file is missing or damaged.
     """
     path = folder / WEIGHTS_FILE
-    if not path.is_file():  # a pipe would be waited for
+    if not path.is_file():  # opening a pipe would block
         raise LoratuneError(f"{folder}: no {WEIGHTS_FILE} in it", Exit.MODEL)
     try:
         with safe_open(path, framework="numpy") as file:
@@ -69,7 +68,7 @@ def tensor_shapes(folder: Path) -> dict[str, list[int]]:
 
 
 def own_modules(given: Shapes) -> dict[str, tuple[int, ...]]:
-    """The matrices of a base that an adapter's tensors are for: name → shape, as far as they tell."""
+    """Return the base matrices that an adapter's tensors imply: name → shape, as far as known."""
     modules: dict[str, tuple[int, ...]] = {}
     for name, shape in given.items():
         match = PART.fullmatch(name.removeprefix(PREFIX))
@@ -85,7 +84,7 @@ def _expected(folder: Path, config: LoraConfig, base: Shapes) -> dict[str, Any]:
     skeleton = _skeleton(base)
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", UserWarning)  # of tied matrices, which a skeleton has none of
+            warnings.simplefilter("ignore", UserWarning)  # about tied matrices, which the skeleton does not have
             model = PeftModel(skeleton, config, low_cpu_mem_usage=True)
             return dict(get_peft_model_state_dict(model, save_embedding_layers=False))
     except (ValueError, RuntimeError, KeyError) as error:
@@ -95,7 +94,7 @@ def _expected(folder: Path, config: LoraConfig, base: Shapes) -> dict[str, Any]:
 
 
 def _skeleton(base: Shapes) -> nn.Module:
-    """The base's matrices as modules without memory, each in its place."""
+    """Return the base's matrices as modules on the meta device, under their names."""
     root, embedding = nn.Module(), vocabulary_of(base).embedding
     with torch.device("meta"):
         for name, shape in base.items():

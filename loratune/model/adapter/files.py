@@ -1,4 +1,4 @@
-"""An adapter's two files, read and checked without PEFT: adapter_config.json and adapter_model.safetensors."""
+"""Reads and validates adapter_config.json without PEFT."""
 
 from __future__ import annotations
 
@@ -14,28 +14,28 @@ from loratune.plain_files import CONFIG_BYTES, read_json_object
 WEIGHTS_FILE = "adapter_model.safetensors"
 CONFIG_FILE = "adapter_config.json"
 
-# Settings that loading and merging carry out, each in the same way.
+# Settings that loading and merging implement identically.
 SETTINGS = {
     "alpha_pattern", "bias", "ensure_weight_tying", "exclude_modules", "layers_pattern", "layers_to_transform",
     "lora_alpha", "lora_bias", "modules_to_save", "peft_type", "r", "rank_pattern", "target_modules", "task_type",
     "trainable_token_indices", "use_dora", "use_rslora",
 }  # fmt: skip
-# What matters in training alone, or says where things came from. PEFT itself takes fan_in_fan_out back for linear
-# layers, and ignores the settings of a start (corda_config …) that init_lora_weights does not name.
+# Settings that only affect training, or document provenance. PEFT itself resets fan_in_fan_out for linear layers, and
+# ignores the settings of an initialisation (corda_config …) that init_lora_weights does not select.
 OTHER_SETTINGS = {
     "auto_mapping", "base_model_name_or_path", "corda_config", "eva_config", "fan_in_fan_out", "inference_mode",
     "init_lora_weights", "loftq_config", "lora_dropout", "lora_ga_config", "megatron_core", "merge_weights",
     "peft_version", "qalora_group_size", "revision", "runtime_config",
 }  # fmt: skip
-# Not even passed on: PEFT has imported modules that these name (peft#3085), or they name files of another machine.
+# Not even passed on: PEFT has imported modules named in these (peft#3085), or they name files of another machine.
 DROPPED_SETTINGS = {
     "auto_mapping", "corda_config", "eva_config", "fan_in_fan_out", "lora_ga_config", "merge_weights", "runtime_config",
 }  # fmt: skip
-# Starts that leave the base as it is. The others take something out of it that the adapter's file does not say.
+# Initialisations that leave the base unchanged. The others change it in a way that the adapter's file does not record.
 PLAIN_STARTS = ("true", "false", "gaussian", "eva", "orthogonal", "mica")
 CHANGED_BASE = ("pissa", "olora", "corda", "lora_ga", "loftq")
 MOST_PATTERNS, LONGEST_PATTERN = 4_096, 20_000
-"""Names or expressions of one setting, and characters of one: a model of 120 layers has 840 modules with LoRA."""
+"""Maximum number of names or expressions in a setting, and length of each: a 120-layer model has 840 LoRA modules."""
 HIGHEST_RANK, HIGHEST_ALPHA, MOST_LAYERS, HIGHEST_TOKEN = 65_536, 1_000_000, 10_000, 100_000_000
 NEEDED = ("r", "lora_alpha")
 NAME = re.compile(r"[\w.-]+")
@@ -43,11 +43,11 @@ LONGEST_SHOWN = 120
 
 
 def read_config_values(folder: Path) -> dict[str, Any]:
-    """The values of an adapter's config, checked before PEFT sees them; keys that nothing needs are left out.
+    """Return the validated values of an adapter's config; keys without effect are dropped.
 
     Raises:
-        LoratuneError: there is none, it is not LoRA, it names code, a value is not of its kind, or a setting changes
-            what the adapter computes in a way that loratune does not carry out.
+        LoratuneError: there is no config, it is not LoRA, it names code, a value is invalid, or a setting affects the
+            adapter's result in a way that loratune does not implement.
     """
     path = folder / CONFIG_FILE
     if not path.exists():
@@ -63,7 +63,7 @@ def read_config_values(folder: Path) -> dict[str, Any]:
     problems += [problem for problem in (_code_problem(values), _start_problem(values)) if problem]
     unknown = sorted(key for key, value in values.items() if value and key not in SETTINGS | OTHER_SETTINGS)
     problems += [
-        f"{key} is set, which loratune does not carry out; without it the adapter would compute something else"
+        f"{key} is set, which loratune does not implement; without it the adapter would compute something else"
         for key in unknown
         if key != "megatron_config"
     ]
@@ -74,7 +74,10 @@ def read_config_values(folder: Path) -> dict[str, Any]:
 
 
 def _code_problem(values: dict[str, Any]) -> str | None:
-    """Whether a config asks for code: auto_mapping of transformers' own classes, which PEFT writes, does not."""
+    """Return a problem if a config names code.
+
+    auto_mapping of transformers' own classes, which PEFT writes, is allowed.
+    """
     if values.get("megatron_config"):
         return "megatron_config is set, which needs code of Megatron to run; nothing that an adapter names is imported"
     mapping = values.get("auto_mapping")
@@ -88,13 +91,13 @@ def _code_problem(values: dict[str, Any]) -> str | None:
 
 
 def _start_problem(values: dict[str, Any]) -> str | None:
-    """Whether the adapter belongs to another base than the one that was given to its training."""
+    """Return a problem if the initialisation changed the base before training."""
     start = values.get("init_lora_weights")
     name = str(start).lower()
     if start is None or name in PLAIN_STARTS:
         return None
     if not name.startswith(CHANGED_BASE):
-        return f"init_lora_weights is {json.dumps(start)}, which loratune does not know"
+        return f"init_lora_weights is {json.dumps(start)}, which is unknown to loratune"
     return (
         f"trained with init_lora_weights {start}, which changes the base before training and does not save the change. "
         "Convert it to plain LoRA where it was trained (PEFT's save_pretrained with "
@@ -117,7 +120,7 @@ def _is_rank(value: Any) -> bool:
 
 def _is_alpha(value: Any) -> bool:
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    return is_number and 0 <= value <= HIGHEST_ALPHA  # which is false of NaN
+    return is_number and 0 <= value <= HIGHEST_ALPHA  # False for NaN
 
 
 def _is_whole_alpha(value: Any) -> bool:
@@ -157,13 +160,13 @@ def _is_layer(value: Any) -> bool:
 
 
 def _gives(value: Any, is_right: Callable[[Any], bool]) -> bool:
-    """Whether a value gives names or expressions their numbers."""
+    """Return whether a value maps names or expressions to valid numbers."""
     is_some = isinstance(value, dict) and len(value) <= MOST_PATTERNS
     return value is None or (is_some and all(_is_pattern(key) and is_right(number) for key, number in value.items()))
 
 
 def _is_indices(value: Any) -> bool:
-    """Whether a value names tokens: a list of ids, or one for each module."""
+    """Return whether a value selects tokens: a list of ids, or one list per module."""
     lists = list(value.values()) if isinstance(value, dict) else [] if value is None else [value]
     return all(isinstance(ids, list) and all(_is_integer(id_, 0, HIGHEST_TOKEN) for id_ in ids) for ids in lists)
 
@@ -175,10 +178,10 @@ RANK = f"a rank is a whole number from 1 to {HIGHEST_RANK:,}"
 ALPHA = f"an alpha is a number from 0 to {HIGHEST_ALPHA:,}"
 GIVEN = f"to at most {MOST_PATTERNS:,} names or expressions of {EXPRESSION}"
 SWITCH = "it must be true or false"
-# What PEFT takes as it is, and fails on later, in places that don't say where it came from.
+# Values that PEFT accepts, and that would fail later without naming their source.
 RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "r": (_is_rank, RANK),
-    "lora_alpha": (_is_whole_alpha, f"{ALPHA}, and not 0, with which the adapter would do nothing"),
+    "lora_alpha": (_is_whole_alpha, f"{ALPHA}, and not 0, which disables the adapter"),
     "bias": (lambda value: value in (None, "none", "all", "lora_only"), "it must be none, all or lora_only"),
     "rank_pattern": (lambda value: _gives(value, _is_rank), f"{RANK}, given {GIVEN}"),
     "alpha_pattern": (lambda value: _gives(value, _is_alpha), f"{ALPHA}, given {GIVEN}"),
@@ -188,7 +191,10 @@ RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "layers_to_transform": (_is_layers, f"it must be numbers of layers, from 0 to {MOST_LAYERS:,}"),
     "modules_to_save": (_is_names, NAMES),
     "trainable_token_indices": (_is_indices, "it must be ids of tokens"),
-    "task_type": (lambda value: value in (None, "CAUSAL_LM"), "only adapters of language models (CAUSAL_LM) are taken"),
+    "task_type": (
+        lambda value: value in (None, "CAUSAL_LM"),
+        "only adapters of language models (CAUSAL_LM) are supported",
+    ),
     "megatron_core": (
         lambda value: value in (None, "megatron.core"),
         "it names code, and nothing that an adapter names is imported",

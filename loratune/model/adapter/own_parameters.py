@@ -1,7 +1,7 @@
-"""Parameters of the base that adapters have values of their own for: trained biases, embeddings, whole modules.
+"""Parameters of the base for which an adapter has its own values: trained biases, embeddings, whole modules.
 
-PEFT writes trained biases and saved embeddings into the base itself, where every other adapter and the base without
-adapter find them. Here a module holds an adapter's parameters only while that adapter is asked.
+PEFT writes trained biases and saved embeddings into the base itself, where they also affect other adapters and the base
+without an adapter. Here a module holds an adapter's parameters only while that adapter is selected.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from loratune.model.architecture.vocabulary import vocabulary_of
 from loratune.protocols import CausalModel
 
 BASE = "__base__"
-"""PEFT's name for no adapter at all."""
-# PEFT's layers, which stand between a module's name and the module.
+"""PEFT's name for no adapter."""
+# PEFT's wrappers between a module's path and the module.
 _WRAPPED = re.compile(r"\.(base_layer|original_module)(?=\.|$)")
 
 
 class OwnParameters:
-    """What each adapter has of its own. The base's parameters are in place until `select` is called.
+    """The replaced parameters of each adapter. The base's parameters are active until `select` is called.
 
     Args:
         model: a causal language model, without PEFT's outer wrapper.
@@ -35,20 +35,20 @@ class OwnParameters:
         self._model = model
         self._vocabulary = vocabulary_of(parameter_modules(model))
         self._modules: dict[str, Any] = {}
-        """Name of a parameter that some adapter has of its own → the module that holds it."""
+        """Name of a parameter that some adapter replaces → the module with the parameter."""
         self._values: dict[str, dict[str, Any]] = {BASE: {}}
-        """Adapter → name of a parameter → its value; of the base, all that some adapter replaces."""
+        """Adapter → parameter name → value; for the base, everything that some adapter replaces."""
         self._in_place = BASE
         self._mixed: list[str] = []
         self._hooks: list[Any] = []
 
     def add(self, adapter: str, tensors: AdapterTensors, keep_dtype: bool = False) -> None:
-        """Take in what an adapter brings along; what equals the base's is left out.
+        """Add an adapter's parameters; those equal to the base's are dropped.
 
         Args:
-            adapter: PEFT's name of it.
-            tensors: of its file; they fit the base.
-            keep_dtype: keep the file's precision, for a base that computes in float32 whatever its weights' type.
+            adapter: PEFT's name of the adapter.
+            tensors: the adapter's tensors; they match the base.
+            keep_dtype: keep the file's dtype, for a base that computes in float32 with weights of any dtype.
         """
         modules = parameter_modules(self._model)
         own: dict[str, Any] = {}
@@ -65,7 +65,7 @@ class OwnParameters:
         self._values[adapter] = own
 
     def keep_trained_biases(self, adapter: str) -> None:
-        """Give the base copies of the biases that an adapter is going to train in place."""
+        """Copy the base's biases before an adapter trains them in place."""
         own: dict[str, Any] = {}
         for name, module in parameter_modules(self._model).items():
             parameter = module._parameters[_attribute(name)]
@@ -75,36 +75,36 @@ class OwnParameters:
         self._values[adapter], self._in_place = own, adapter
 
     def names(self, adapter: str) -> list[str]:
-        """Which of the base's parameters an adapter has of its own."""
+        """Return the names of the base's parameters that an adapter replaces."""
         return sorted(self._values.get(adapter, {}))
 
     def is_apart(self, adapter: str) -> bool:
-        """Whether an adapter has more than biases of its own, so that its rows take a pass for themselves."""
+        """Return whether an adapter replaces more than biases, so that its rows need a separate forward pass."""
         return any(not name.endswith(".bias") for name in self.names(adapter))
 
     def base_parameters(self) -> dict[str, Any]:
-        """Name of each of the base's parameters, as its files have it → the parameter."""
+        """Return the base's parameters by their names in the files."""
         found = {name: module._parameters[_attribute(name)] for name, module in parameter_modules(self._model).items()}
         return found | self._values[BASE]
 
     def fingerprint(self) -> dict[str, tuple[int, int]]:
-        """Of all that the base consists of; to compute it takes about as long as to make one token.
+        """Fingerprint the base's parameters, in about the time of generating one token.
 
         Returns:
-            Name of each of the base's parameters → which object it is, and the sum of its bytes.
+            Parameter name → identity of the object, and the sum of its bytes.
         """
         return {name: (id(parameter), _sum_of_bytes(parameter)) for name, parameter in self.base_parameters().items()}
 
     def vocabulary(self, adapter: str = BASE) -> int:
-        """Rows of the embedding that an adapter is asked with."""
+        """Return the number of embedding rows that are active for an adapter."""
         values = self._values[BASE] | self._values.get(adapter, {})
         return len(values.get(self._vocabulary.embedding, self._model.get_input_embeddings().weight))
 
     def select(self, rows: Sequence[str]) -> None:
-        """Have the next passes computed with what the adapters of their rows have of their own.
+        """Select whose parameters the next forward passes use.
 
         Args:
-            rows: the adapter of each row, BASE for none; a single name holds for all rows.
+            rows: the adapter of each row, BASE for none; a single name applies to all rows.
         """
         mixed = list(rows) if len(set(rows)) > 1 else []
         self._put(BASE if mixed else rows[0])
@@ -117,7 +117,7 @@ class OwnParameters:
         self._hooks = [self._modules[name].register_forward_hook(self._biases(name, mixed)) for name in names]
 
     def _biases(self, name: str, rows: Sequence[str]) -> Any:
-        """A hook that gives each row of a layer's output (rows, positions, out) the bias of its adapter."""
+        """Return a hook that replaces the base's bias with each row's own, in an output (rows, positions, out)."""
         base = self._values[BASE][name]
         biases = torch.stack([self._values.get(adapter, {}).get(name, base).float() for adapter in rows])
         differences = (biases - base.float()).unsqueeze(1)
@@ -164,14 +164,14 @@ def parameter_modules(model: CausalModel) -> dict[str, Any]:
 
 
 def _sum_of_bytes(parameter: Any) -> int:
-    """Sum of a parameter's bits in words of 64, modulo 2⁶⁴: no addition and no rounding of values can hide in it."""
+    """Return the sum of a parameter's bits as 64-bit words modulo 2⁶⁴, which detects any addition or rounding."""
     flat = parameter.detach().reshape(-1)
     words = flat.view(torch.int64 if flat.nbytes % 8 == 0 else torch.uint8)
     return int(words.sum(dtype=torch.int64))
 
 
 def _fit_sizes(module: Any) -> None:
-    """Let a module say how many rows its matrix has."""
+    """Update a module's size attributes to its matrix."""
     if isinstance(module, nn.Embedding):
         module.num_embeddings = len(module.weight)
     elif isinstance(module, nn.Linear):

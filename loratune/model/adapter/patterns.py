@@ -1,7 +1,7 @@
-"""Which modules an adapter's config means: its names and expressions, settled within bounds before PEFT looks.
+"""Resolves names and regular expressions in an adapter's config to module names, within a time limit.
 
-PEFT evaluates expressions with `re`, which nothing can interrupt, and some keep it busy for years. Here they are
-evaluated within a time limit, and PEFT gets the names that they have found.
+PEFT evaluates expressions with `re`, which cannot be interrupted, and some run practically forever. Here they are
+evaluated with a time limit, and PEFT gets the resulting names.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ from loratune.model.adapter.files import CONFIG_FILE, NAME
 from loratune.model.architecture.vocabulary import vocabulary_of
 
 SECONDS = 5.0
-"""For all expressions of a config together; the usual ones take milliseconds."""
+"""For all expressions of a config together; usual ones take milliseconds."""
 ALL_LINEAR = "all-linear"
 _FIRST_NUMBER = re.compile(r".*?\.[^.]*\.(?P<layer>\d+)\.")
 
 
 class _Matcher:
-    """Finds the modules that names and expressions mean, until the time is up."""
+    """Matches names and expressions against modules, until the time limit."""
 
     def __init__(self, modules: Iterable[str], place: Path) -> None:
         self.modules = list(modules)
@@ -34,10 +34,10 @@ class _Matcher:
         self._end = time.monotonic() + SECONDS
 
     def matching(self, key: str, expression: str, texts: Sequence[str]) -> list[Any]:
-        """What `fullmatch` finds in each text.
+        """Return the result of `fullmatch` for each text.
 
         Raises:
-            LoratuneError: it is no expression, or takes too long.
+            LoratuneError: the expression is invalid, or takes too long.
         """
         try:
             compiled = regex.compile(expression)
@@ -52,14 +52,14 @@ class _Matcher:
             ) from error
 
     def ending_in(self, key: str, pattern: str) -> list[str]:
-        """The modules that a key of rank_pattern or alpha_pattern means: those whose name ends in it."""
+        """Return the modules selected by a key of rank_pattern or alpha_pattern: those whose name ends with it."""
         if NAME.fullmatch(pattern):
             return [name for name in self.modules if _ends_in(name, {pattern})]
         found = self.matching(key, rf"(.*\.)?({pattern})", self.modules)
         return [name for name, match in zip(self.modules, found, strict=True) if match]
 
     def named(self, key: str, given: Any) -> Any:
-        """Names, for an expression of target_modules or exclude_modules; what holds names already stays as it is."""
+        """Resolve an expression of target_modules or exclude_modules to names; lists of names stay unchanged."""
         if not isinstance(given, str):
             return given
         return [
@@ -72,24 +72,25 @@ class _Matcher:
 
 
 def settle_patterns(values: dict[str, Any], base: Mapping[str, Sequence[int]], place: Path) -> dict[str, Any]:
-    """An adapter's config with names of modules in place of expressions.
+    """Return an adapter's config with module names in place of expressions.
 
     Args:
-        values: from `read_config_values`.
-        base: name of each parameter of the base → its shape.
+        values: result of `read_config_values`.
+        base: parameter name → shape, of the base.
         place: the adapter's folder, for messages.
 
     Returns:
-        A copy whose `rank_pattern` and `alpha_pattern` are name of a module → number, and whose other settings hold
-        plain names or lists of them.
+        A copy in which `rank_pattern` and `alpha_pattern` map module names to numbers, and the other settings are names
+        or
+        lists of names.
 
     Raises:
-        LoratuneError: an expression cannot be read, or takes too long.
+        LoratuneError: an expression is invalid, or takes too long.
     """
     matcher, settled = _Matcher(modules_of(base), place), dict(values)
     for key in ("target_modules", "exclude_modules"):
         settled[key] = matcher.named(key, values.get(key))
-    if str(values.get("target_modules")).lower() == ALL_LINEAR:  # as PEFT compares it
+    if str(values.get("target_modules")).lower() == ALL_LINEAR:  # PEFT ignores case, too
         matrices = (name for name in matcher.modules if len(base.get(f"{name}.weight", ())) == 2)
         left_out = vocabulary_of(base).modules
         settled["target_modules"] = [name for name in matrices if name not in left_out]
@@ -97,7 +98,7 @@ def settle_patterns(values: dict[str, Any], base: Mapping[str, Sequence[int]], p
         settled[key] = by_module = dict[str, Any]()
         for pattern, number in (values.get(key) or {}).items():
             for name in matcher.ending_in(key, pattern):
-                by_module.setdefault(name, number)  # the first pattern that matches counts
+                by_module.setdefault(name, number)  # the first matching pattern wins
     layers = _as_list(values.get("layers_pattern"))
     if not all(map(NAME.fullmatch, layers)):
         settled["layers_pattern"] = _layer_lists(matcher, layers)
@@ -105,15 +106,15 @@ def settle_patterns(values: dict[str, Any], base: Mapping[str, Sequence[int]], p
 
 
 def modules_of(base: Iterable[str]) -> list[str]:
-    """The modules that have parameters, by the names of these."""
+    """Return the names of the modules that have parameters."""
     return list(dict.fromkeys(name.rpartition(".")[0] for name in base))
 
 
 def targeted(settled: dict[str, Any], base: Iterable[str]) -> list[str]:
-    """The modules that a config puts LoRA on.
+    """Return the modules to which a config applies LoRA.
 
     Args:
-        settled: from `settle_patterns`.
+        settled: result of `settle_patterns`.
         base: names of the base's parameters.
     """
     wanted, excluded = (set(_as_list(settled.get(key))) for key in ("target_modules", "exclude_modules"))
@@ -128,7 +129,7 @@ def targeted(settled: dict[str, Any], base: Iterable[str]) -> list[str]:
 
 
 def as_expressions(by_module: dict[str, Any]) -> dict[str, Any]:
-    """Numbers of modules as PEFT takes them: one expression of plain alternatives for each number."""
+    """Convert numbers per module to PEFT's form: for each number, one expression of alternatives."""
     names = defaultdict(list)
     for name, number in by_module.items():
         names[number].append(re.escape(name))
@@ -136,18 +137,18 @@ def as_expressions(by_module: dict[str, Any]) -> dict[str, Any]:
 
 
 def _layer_lists(matcher: _Matcher, patterns: list[str]) -> list[str]:
-    """Names of the lists that hold a model's layers, for expressions that mean them."""
+    """Return the names of the layer lists that expressions select."""
     lists = [match["list"] for name in matcher.modules if (match := re.match(r"(?P<list>.*?)\.\d+\.", name))]
     names = list(dict.fromkeys(lists))
     found = []
     for pattern in patterns:
         matches = matcher.matching("layers_pattern", rf"(?:.*?\.)?({pattern})", names)
         found += [name for name, match in zip(names, matches, strict=True) if match]
-    return list(dict.fromkeys(found)) or ["-"]  # an empty list would mean any
+    return list(dict.fromkeys(found)) or ["-"]  # an empty list would match all
 
 
 def _is_in_layers(name: str, settled: dict[str, Any]) -> bool:
-    """Whether a module is in one of the layers that a config names, if it names any."""
+    """Return whether a module is in one of the config's layers, if it restricts them."""
     layers = settled.get("layers_to_transform")
     if layers is None or layers == []:
         return True
@@ -161,7 +162,7 @@ def _is_in_layers(name: str, settled: dict[str, Any]) -> bool:
 
 
 def _ends_in(name: str, endings: Set[str]) -> bool:
-    """Whether one of some names is a module's, or the last parts of it."""
+    """Return whether a module's name, or a suffix of it, is in the set."""
     parts = name.split(".")
     return any(".".join(parts[start:]) in endings for start in range(len(parts)))
 

@@ -1,8 +1,8 @@
-"""What PEFT itself makes of a base's tensors: its own reading of an adapter, and its own merge, some rows at a time.
+"""PEFT's own result of merging an adapter: PEFT reads the adapter and merges it, some rows at a time.
 
-The model is built without values, so that it takes no memory but the adapter's. PEFT puts its layers on it and loads
-the adapter into them; whatever has values afterwards is what the adapter changes. The rows of a base are then lent to
-the layer they belong to, with the rows of the adapter's matrices that go with them.
+The model is built on the meta device, so only the adapter takes memory. PEFT attaches its layers and loads the adapter;
+every parameter that then has values is one that the adapter changes. Rows of the base are lent to the layer that they
+belong to, together with the matching rows of the adapter's matrices.
 """
 
 from __future__ import annotations
@@ -41,24 +41,25 @@ TRAINED = (".lora_", ".modules_to_save.", ".trainable_tokens_")
 
 @dataclass
 class Change:
-    """What PEFT does to one parameter of the base."""
+    """PEFT's change to one parameter of the base."""
 
     replacement: torch.Tensor | None = None
-    """Takes the place of the base's values."""
+    """Values that replace the base's."""
     lora: LoraRows | None = None
     tokens: list[Any] = field(default_factory=list)
     """PEFT's layers of trained tokens."""
     is_bias: bool = False
 
     def rows(self, base: torch.Tensor, numbers: torch.Tensor) -> torch.Tensor:
-        """Some rows as PEFT merges them.
+        """Return rows as PEFT merges them.
 
         Args:
-            base: (n, columns) or (n,) of the base, or of what replaces it, in the type to compute in; not changed.
-            numbers: which rows they are (n,).
+            base: (n, columns) or (n,) of the base, or of its replacement, in the dtype of the computation; not
+                modified.
+            numbers: row numbers (n,).
 
         Raises:
-            LoratuneError: PEFT refuses to merge them, as it does where a value is not finite.
+            LoratuneError: PEFT rejects the merge, for example of values that are not finite.
         """
         try:
             for layer in self.tokens:
@@ -71,11 +72,11 @@ class Change:
 
     @property
     def needs_float64(self) -> bool:
-        """Whether float32 sums are too long to tell a light change from rounding: DoRA's lengths of whole rows."""
+        """Whether float32 sums are too inexact to tell a small change from rounding, as DoRA's norms are."""
         return self.lora is not None and self.lora.is_dora
 
     def tolerance(self, merged: torch.Tensor, numbers: torch.Tensor) -> torch.Tensor:
-        """How far two right ways of computing `rows` in float32 may lie apart (n,)."""
+        """Return the maximum difference between two correct float32 computations of `rows` (n,)."""
         eps = torch.finfo(torch.float32).eps
         if self.lora is None:
             return torch.zeros(len(merged), dtype=torch.float32)
@@ -86,16 +87,16 @@ class Change:
 
 
 class PeftMerge:
-    """An adapter on its base, as PEFT understands both.
+    """PEFT's view of an adapter on its base.
 
     Args:
-        base: model folder; of it, config.json and the names of its tensors are read.
-        adapter: PEFT folder, which has been checked (`loratune.model.adapter.files`).
+        base: model folder; only config.json and the tensors' names are read.
+        adapter: PEFT folder, already validated by `loratune.model.adapter.files`.
         vocabulary: rows of the merged model's embedding.
-        is_tied: whether the base has one matrix for embedding and head.
+        is_tied: whether embedding and head of the base are tied.
 
     Raises:
-        LoratuneError: PEFT cannot put the adapter on such a base, has no place for a tensor, or misses one.
+        LoratuneError: PEFT cannot attach the adapter to the base, or a tensor is unexpected or missing.
     """
 
     def __init__(self, base: Path, adapter: Path, vocabulary: int, is_tied: bool) -> None:
@@ -117,16 +118,16 @@ class PeftMerge:
         peft.eval().requires_grad_(False)
         changes = _changes(peft, places)
         self.changes = layout.in_files(changes)
-        """Name of a tensor of the base's files → what is done to it; those that stay are left out."""
+        """Name of a tensor in the base's files → its change; unchanged tensors are omitted."""
         strange = [name for name in result.unexpected_keys if not _is_copy(name, state.get(name), changes)]
-        problems = [f"{name}: PEFT has no place for it" for name in strange]
+        problems = [f"{name}: PEFT does not use it" for name in strange]
         problems += [f"{name}: PEFT finds no values for it" for name in _empty(peft)]
         if problems:
             raise _misfit(adapter, problems)
 
 
 def _config(adapter: Path, base: Mapping[str, Sequence[int]]) -> LoraConfig:
-    """The config as PEFT reads it, but with expressions settled, on which PEFT could spend any time."""
+    """Return the config for PEFT, with expressions resolved, since PEFT could spend unlimited time on them."""
     values = read_config_values(adapter)
     settled = settle_patterns(values, base, adapter)
     for key in ("rank_pattern", "alpha_pattern"):
@@ -151,14 +152,14 @@ def _empty_model(base: Path, vocabulary: int, is_tied: bool) -> CausalModel:
 
 
 Place = tuple[Any, str]
-"""A module, and the name of one of its parameters."""
+"""A module and the name of one of its parameters."""
 
 
 def _fill(model: Any) -> list[list[Place]]:
-    """Put a single zero in the place of each parameter without values: PEFT sends what it loads to where its base lies.
+    """Replace each meta parameter with a single expanded zero, because PEFT loads tensors to the device of their base.
 
     Returns:
-        The places of each parameter that stands in several.
+        The places of each parameter that is shared.
     """
     places: dict[int, list[Place]] = defaultdict(list)
     for module in model.modules():
@@ -170,7 +171,7 @@ def _fill(model: Any) -> list[list[Place]]:
         zero = nn.Parameter(torch.zeros(()).expand(module._parameters[name].shape), requires_grad=False)
         for module, name in found:
             module._parameters[name] = zero
-    for module in model.modules():  # of trained tokens, the rows of the base
+    for module in model.modules():  # trained tokens keep the base's rows in buffers
         for name, buffer in module._buffers.items():
             if buffer is not None and buffer.is_meta:
                 module._buffers[name] = torch.zeros((), dtype=buffer.dtype).expand(buffer.shape)
@@ -182,7 +183,7 @@ def _is_loaded(parameter: Any) -> bool:
 
 
 def _share_again(shared: list[list[Place]]) -> None:
-    """Put together what was one matrix: loading it under one of its names has left the others as they were."""
+    """Restore sharing of tied parameters, of which PEFT has loaded only one."""
     for places in shared:
         parameters = [module._parameters[name] for module, name in places]
         loaded = next(filter(_is_loaded, parameters), None)
@@ -192,9 +193,9 @@ def _share_again(shared: list[list[Place]]) -> None:
 
 
 def _is_copy(name: str, tensor: torch.Tensor | None, changes: dict[str, Change]) -> bool:
-    """Whether a tensor without a place says again what another one has said, as PEFT writes saved embeddings.
+    """Return whether an unused tensor duplicates another one, as PEFT writes for saved embeddings.
 
-    The base's own values, which PEFT writes beside those of modules_to_save, need no place either.
+    The base's values, which PEFT writes in addition to modules_to_save, count as duplicates too.
     """
     place = name.removeprefix(PREFIX)
     if ".original_module." in place:
@@ -209,7 +210,7 @@ def _is_copy(name: str, tensor: torch.Tensor | None, changes: dict[str, Change])
 
 
 def _empty(model: Any) -> list[str]:
-    """Parameters of the adapter that no tensor was loaded into."""
+    """Return the adapter's parameters without loaded values."""
     return [
         name
         for name, parameter in model.named_parameters()
@@ -246,7 +247,7 @@ def _changes(model: Any, places: dict[int, str]) -> dict[str, Change]:
 
 def _misfit(adapter: Path, problems: list[str]) -> LoratuneError:
     return LoratuneError(
-        f"{adapter}: PEFT cannot put the adapter on this base, so that its merge cannot be proved:\n"
+        f"{adapter}: PEFT cannot attach the adapter to this base, so its merge cannot be verified:\n"
         f"{bullet_list(problems, limit=5)}",
         Exit.MODEL,
     )

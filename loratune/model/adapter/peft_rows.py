@@ -1,4 +1,4 @@
-"""Rows of a matrix lent to PEFT's own layers, which merge them, or run them, as they would the whole matrix."""
+"""Lends rows of a base matrix to PEFT's layers, which merge or run them like the whole matrix."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from peft.tuners.lora.layer import Embedding
 from torch import nn
 
 LARGEST_EYE = 4096
-"""Columns of a DoRA layer that is run: PEFT multiplies its matrices with a unit matrix of so many rows and columns."""
+"""Maximum columns of a DoRA layer that is run: PEFT multiplies its matrices with an identity matrix of this size."""
 
 
 class LoraRows:
-    """One LoRA layer of PEFT's.
+    """One of PEFT's LoRA layers.
 
     Args:
-        layer: with its adapter loaded, its base without values.
+        layer: the layer with a loaded adapter and a base without values.
         name: PEFT's name of the adapter.
     """
 
@@ -27,11 +27,11 @@ class LoraRows:
         self._layer, self._name, self._base = layer, name, layer.get_base_layer()
         self._is_embedding = isinstance(layer, Embedding)
         if self._is_embedding:
-            self._base.padding_idx = None  # which gradients alone look at, and which few rows may not have
+            self._base.padding_idx = None  # only affects gradients, and may exceed the lent rows
             self._down, self._up = layer.lora_embedding_B[name].data, layer.lora_embedding_A[name].data
         else:
             self._down, self._up = layer.lora_A[name].weight.data, layer.lora_B[name].weight.data
-        # Of a matrix that is stored transposed, as an embedding's is, rows go with the columns of A.
+        # If the matrix is stored transposed, like an embedding's, its rows correspond to the columns of A.
         self._is_transposed = not self._is_embedding and bool(layer.fan_in_fan_out)
         if self._is_transposed:
             self._down, self._up = self._up, self._down
@@ -42,15 +42,14 @@ class LoraRows:
 
     @property
     def rank(self) -> int:
-        """Columns of B."""
         return int(self._layer.r[self._name])
 
     def merge(self, base: torch.Tensor, numbers: torch.Tensor) -> torch.Tensor:
-        """What PEFT's safe merge makes of some rows.
+        """Return rows merged by PEFT's safe merge.
 
         Args:
-            base: (n, columns) in the type to compute in; not changed.
-            numbers: which rows they are (n,).
+            base: (n, columns) in the dtype of the computation; not modified.
+            numbers: row numbers (n,).
         """
         with self._lent(base, numbers):
             self._layer.merge(safe_merge=True)
@@ -61,7 +60,7 @@ class LoraRows:
         return merged
 
     def merge_bias(self, base: torch.Tensor, numbers: torch.Tensor) -> torch.Tensor:
-        """The same of some values of the base's bias (n,), which do not depend on the weight."""
+        """Return merged values of the base's bias (n,), which do not depend on the weight."""
         nothing = base.new_zeros(len(base), 1)
         with self._lent(nothing, numbers, base):
             self._layer.merge(safe_merge=True)
@@ -70,15 +69,15 @@ class LoraRows:
         return merged
 
     def run(self, base: torch.Tensor, numbers: torch.Tensor, inputs: torch.Tensor) -> torch.Tensor | None:
-        """What PEFT's layer computes in training and inference, the adapter beside the base, without bias.
+        """Compute PEFT's forward pass of the unmerged layer for some rows, without bias.
 
         Args:
-            base: some rows (n, columns).
-            numbers: which (n,).
-            inputs: (positions, columns) in the same type; of an embedding, positions stand for the n rows themselves.
+            base: the rows (n, columns).
+            numbers: row numbers (n,).
+            inputs: (positions, columns) in the same dtype; for an embedding, the positions are the n rows.
 
         Returns:
-            (positions, n), or None where it would take too much memory.
+            (positions, n), or None if it would take too much memory.
         """
         if self._is_transposed or (self.is_dora and base.shape[1] > LARGEST_EYE):
             return None
@@ -88,7 +87,10 @@ class LoraRows:
             return self._layer(inputs)
 
     def largest_updates(self, numbers: torch.Tensor) -> torch.Tensor:
-        """Of each row, a bound of |s|·Σ|B||A|, with DoRA's factor (n,); to be called after `merge` of the same rows."""
+        """Return an upper bound of |s|·Σ|B||A| per row, with DoRA's factor (n,).
+
+        Call it after `merge` of the same rows.
+        """
         up = self._up_rows(numbers).float().abs()
         down = self._down.float().abs()
         across = self._is_embedding or self._is_transposed
@@ -103,7 +105,7 @@ class LoraRows:
 
     @contextmanager
     def _lent(self, base: torch.Tensor, numbers: torch.Tensor, bias: torch.Tensor | None = None) -> Iterator[None]:
-        """Have the layer hold some rows and what belongs to them, in their type, and nothing afterwards."""
+        """Lend rows and the matching adapter values to the layer, in the rows' dtype."""
         up, down = self._up_rows(numbers).to(base.dtype), self._down.to(base.dtype)
         if bias is not None:
             down = down[:, :1]
@@ -130,7 +132,7 @@ class LoraRows:
 
 
 def merge_tokens(layer: Any, base: torch.Tensor, numbers: torch.Tensor, name: str = "default") -> torch.Tensor:
-    """What PEFT's layer of trained tokens makes of some rows (n, columns) of a matrix, which are not changed."""
+    """Apply PEFT's layer of trained tokens to rows (n, columns) of a matrix, which are not modified."""
     places = {int(number): place for place, number in enumerate(numbers)}
     indices, values = layer.token_indices[name], layer.trainable_tokens_delta[name]
     held = [place for place, index in enumerate(indices) if index in places]

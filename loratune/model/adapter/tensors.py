@@ -1,4 +1,4 @@
-"""What the tensors of an adapter do: matrices of LoRA layers, and what takes the place of parameters of the base."""
+"""Reads an adapter's tensors: matrices of LoRA layers, and replacements of the base's parameters."""
 
 from __future__ import annotations
 
@@ -20,37 +20,37 @@ from loratune.model.weights.tensor_files import TensorFiles
 PREFIX = "base_model.model."
 PART = re.compile(r"(?P<module>.+)\.(?P<part>lora_[AB]\.weight|lora_B\.bias|lora_embedding_[AB]|lora_magnitude_vector)")
 RANK_AXES = {"lora_A.weight": 0, "lora_embedding_A": 0, "lora_B.weight": 1, "lora_embedding_B": 1}
-# PEFT's wrappers, which stand between a module's name and its parameter.
+# PEFT's wrappers between a module's name and its parameter.
 WRAPPER = re.compile(r"\.(token_adapter|base_layer|modules_to_save(\.default)?)(?=\.)")
 TOKENS = ".token_adapter.trainable_tokens_delta"
 
 
 @dataclass(frozen=True)
 class AdapterTensors:
-    """What an adapter holds, by what is done with it."""
+    """An adapter's tensors by use."""
 
     lora: dict[str, torch.Tensor]
-    """Name in the file → matrix of a LoRA layer, its bias or its DoRA lengths."""
+    """Name in the file → matrix, bias or DoRA magnitude of a LoRA layer."""
     whole: dict[str, torch.Tensor]
-    """Name of a parameter of the base → what takes its place: trained biases, modules_to_save, saved embeddings."""
+    """Parameter name of the base → its replacement: trained biases, modules_to_save, saved embeddings."""
     rows: dict[str, tuple[list[int], torch.Tensor]]
-    """Name of a matrix of the base → numbers of the rows that are replaced, and their values."""
+    """Matrix name of the base → numbers of the replaced rows, and their values."""
 
 
 def read_tensors(
     folder: Path, values: dict[str, Any], base: Mapping[str, Sequence[int]], is_tied: bool, problems: list[str]
 ) -> AdapterTensors:
-    """Read an adapter's tensors, mapped from their file.
+    """Read an adapter's tensors, memory-mapped.
 
     Args:
         folder: PEFT folder.
-        values: from `settle_patterns`.
-        base: name of each parameter of the base → its shape.
-        is_tied: whether the base has one matrix for embedding and head.
-        problems: told what does not fit the base or the config; of LoRA's matrices only the ranks are looked at.
+        values: result of `settle_patterns`.
+        base: parameter name → shape, of the base.
+        is_tied: whether embedding and head of the base are tied.
+        problems: receives mismatches with base or config; of LoRA matrices, only ranks are checked.
 
     Raises:
-        LoratuneError: the file is missing, damaged or holds NaN.
+        LoratuneError: the file is missing, damaged or contains NaN.
     """
     found = _by_use(folder, values, base, is_tied, problems)
     problems += [*_vocabulary_problems(found, base), *_place_problems(found, base), *_missing(found, values, base)]
@@ -74,12 +74,12 @@ def _by_use(
             module = place.removesuffix(TOKENS)
             found.rows[f"{module}.weight"] = _token_indices(values, module, len(tensor), problems), tensor
         elif ".original_module." in place:
-            continue  # the base's own, which PEFT writes beside what replaces it
+            continue  # the base's values, which PEFT saves too
         elif target in found.whole and not torch.equal(found.whole[target], tensor):
             problems.append(f"{name}: {target} is replaced twice, by different values")
         else:
             found.whole[target] = tensor
-            if is_tied and ".base_layer." in place and target in vocabulary:  # the matrix that both layers share
+            if is_tied and ".base_layer." in place and target in vocabulary:  # the tied matrix
                 found.whole.setdefault(next(other for other in vocabulary if other != target), tensor)
     if is_tied and embedding in found.whole and values.get("ensure_weight_tying"):
         found.whole.setdefault(head, found.whole[embedding])
@@ -99,15 +99,15 @@ def rank_and_alpha(values: dict[str, Any], module: str) -> RankAndAlpha:
     """What a config gives a module.
 
     Args:
-        values: from `settle_patterns`.
-        module: name in the base.
+        values: result of `settle_patterns`.
+        module: the module's name in the base.
     """
     rank, alpha = values["rank_pattern"].get(module, values["r"]), values["alpha_pattern"].get(module)
     return RankAndAlpha(rank, values["lora_alpha"] if alpha is None else alpha)
 
 
 def _rank_problems(tensors: AdapterTensors, values: dict[str, Any]) -> list[str]:
-    """Matrices of another rank than the config's, for which PEFT would make room before it compares them."""
+    """Return matrices whose rank differs from the config's; PEFT would allocate the config's rank first."""
     problems = []
     for name, tensor in tensors.lora.items():
         match = PART.fullmatch(name.removeprefix(PREFIX))
@@ -116,43 +116,43 @@ def _rank_problems(tensors: AdapterTensors, values: dict[str, Any]) -> list[str]
             continue
         rank = rank_and_alpha(values, _module(match)).rank
         if tensor.ndim != 2:
-            problems.append(f"{name}: of shape {list(tensor.shape)}, so no matrix")
+            problems.append(f"{name}: of shape {list(tensor.shape)}, not a matrix")
         elif tensor.shape[axis] != rank:
             problems.append(f"{name}: rank {tensor.shape[axis]} where the adapter's config says {rank}")
     return problems
 
 
 def _target_problems(tensors: AdapterTensors, values: dict[str, Any], base: Iterable[str]) -> list[str]:
-    """Whether LoRA's matrices are those of the modules that the config names."""
+    """Return a problem if the modules of LoRA's matrices differ from the config's targets."""
     matches = (PART.fullmatch(name.removeprefix(PREFIX)) for name in tensors.lora)
     found = {_module(match) for match in matches if match}
     named = set(targeted(values, base))
     embedding, head = vocabulary_of(base).modules
     if values.get("ensure_weight_tying") and embedding in named:
-        # PEFT gives the head of a tied model what it has learnt for the embedding.
+        # PEFT copies what it learnt for the embedding to a tied head.
         found, named = (names - {head} for names in (found, named))
     if found == named:
         return []
     first = min(found ^ named)
     return [
-        f"its config and its tensors do not belong together: {counted(len(found - named), 'module')} too many, "
+        f"its config and its tensors do not match: {counted(len(found - named), 'module')} too many, "
         f"{len(named - found)} too few, first {first}"
     ]
 
 
 def _module(match: re.Match[str]) -> str:
-    """The base's name of the module that a tensor of LoRA belongs to."""
+    """Return the base's module name of a LoRA tensor."""
     return WRAPPER.sub("", match["module"] + ".").rstrip(".")
 
 
 def check_fits(folder: Path, base: Mapping[str, Sequence[int]], is_tied: bool) -> None:
-    """Refuse an adapter that was made for a base of other shapes; only headers of the base are needed.
+    """Raise if an adapter does not match the base's shapes; needs only the headers of the base.
 
     Args:
-        folder, base, is_tied: as of `read_tensors`.
+        folder, base, is_tied: see `read_tensors`.
 
     Raises:
-        LoratuneError: with what does not fit.
+        LoratuneError: lists the mismatches.
     """
     problems: list[str] = []
     vocabulary = vocabulary_of(base)
@@ -173,14 +173,14 @@ def check_fits(folder: Path, base: Mapping[str, Sequence[int]], is_tied: bool) -
 
 
 def check_alone(folder: Path, modules: Mapping[str, Sequence[int]]) -> None:
-    """Refuse an adapter that fits no base: whose tensors are not those that its own config asks for.
+    """Raise if an adapter's tensors do not match its own config, whatever the base.
 
     Args:
         folder: PEFT folder.
-        modules: from `own_modules`.
+        modules: result of `own_modules`.
 
     Raises:
-        LoratuneError: with what is wrong.
+        LoratuneError: lists the problems.
     """
     problems: list[str] = []
     values = settle_patterns(read_config_values(folder), modules, folder)
@@ -188,16 +188,16 @@ def check_alone(folder: Path, modules: Mapping[str, Sequence[int]]) -> None:
     problems += [*_missing(tensors, values, modules), *_rank_problems(tensors, values)]
     problems += _target_problems(tensors, values, modules)
     if problems:
-        raise LoratuneError(f"{folder} is no whole adapter:\n{bullet_list(problems, limit=5)}", Exit.MODEL)
+        raise LoratuneError(f"{folder} is not a complete adapter:\n{bullet_list(problems, limit=5)}", Exit.MODEL)
 
 
 def _place_problems(tensors: AdapterTensors, base: Mapping[str, Sequence[int]]) -> list[str]:
-    """What has no place in the base, or another shape."""
+    """Return replacements without a matching parameter in the base."""
     problems, vocabulary = [], vocabulary_of(base)
     shapes = [(name, tensor.shape) for name, tensor in tensors.whole.items()]
     shapes += [(name, rows.shape) for name, (_, rows) in tensors.rows.items()]
     for name, shape in shapes:
-        free = 1 if name in vocabulary else 0  # rows, which have been compared with the vocabulary
+        free = 1 if name in vocabulary else 0  # the number of rows, which was compared with the vocabulary
         if name not in base:
             problems.append(f"{name}: the base has no such parameter")
         elif len(shape) != len(base[name]) or tuple(shape[free:]) != tuple(base[name][free:]):
@@ -206,7 +206,7 @@ def _place_problems(tensors: AdapterTensors, base: Mapping[str, Sequence[int]]) 
 
 
 def _vocabulary_problems(tensors: AdapterTensors, base: Mapping[str, Sequence[int]]) -> list[str]:
-    """Whether a vocabulary was resized in training without the adapter bringing all rows of embedding and head."""
+    """Return a problem if training resized the vocabulary and the adapter lacks rows of embedding or head."""
     vocabulary = vocabulary_of(base)
     counts = {name: {(tensors.whole[name].shape if name in tensors.whole else base[name])[0]} for name in vocabulary}
     for name, tensor in tensors.lora.items():
@@ -228,7 +228,7 @@ def _vocabulary_problems(tensors: AdapterTensors, base: Mapping[str, Sequence[in
 
 
 def _missing(tensors: AdapterTensors, values: dict[str, Any], base: Mapping[str, Sequence[int]]) -> list[str]:
-    """What the config says was trained and the file does not hold."""
+    """Return what the config lists as trained and the file lacks."""
     wanted = values.get("modules_to_save") or []
     tokens = values.get("trainable_token_indices") or []
     embedding, _ = vocabulary_of(base).modules
@@ -256,7 +256,7 @@ def _missing(tensors: AdapterTensors, values: dict[str, Any], base: Mapping[str,
 
 
 def _token_indices(values: dict[str, Any], module: str, count: int, problems: list[str]) -> list[int]:
-    """The ids of the tokens whose rows an adapter has trained."""
+    """Return the ids of the tokens whose rows an adapter trains."""
     given = values.get("trainable_token_indices")
     if isinstance(given, dict):
         given = next((ids for name, ids in given.items() if f".{module}".endswith(f".{name}")), None)

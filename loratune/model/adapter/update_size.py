@@ -1,4 +1,4 @@
-"""How much an adapter changes its base, without ever making the product of its matrices."""
+"""Measures how much an adapter changes its base, without computing the product of its matrices."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from loratune.protocols import AdaptedModel
 
 @dataclass(frozen=True)
 class UpdateSize:
-    """Of all modules of one name."""
+    """Update sizes of all modules with one name."""
 
     modules: int
     median: float
@@ -31,8 +31,8 @@ def update_sizes(model: AdaptedModel, adapter: str = "default") -> dict[str, Upd
     """Target name → size of its modules' updates.
 
     Args:
-        model: with the adapter.
-        adapter: PEFT's name of it.
+        model: the model with the adapter.
+        adapter: PEFT's name of the adapter.
     """
     ratios: dict[str, dict[str, float]] = defaultdict(dict)
     for name, module in model.named_modules():

@@ -1,1 +1,1 @@
-"""What loratune knows of a model's architecture: its structure, the roles of its modules, its names in the files."""
+"""What loratune knows of model architectures: structure, roles of modules, and names in files."""

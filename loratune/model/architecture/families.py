@@ -1,4 +1,4 @@
-"""The families of models that loratune supports, and what can be asked of no model: their names elsewhere."""
+"""The supported model families, with the names that a model itself does not provide."""
 
 from __future__ import annotations
 
@@ -7,17 +7,17 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Family:
-    """What other programs call a family."""
+    """Names of a family in other programs."""
 
     gguf: str
-    """Its architecture in GGUF."""
+    """Architecture name in GGUF."""
 
 
 FAMILIES = {
     "qwen2": Family(gguf="qwen2"),
     "qwen3": Family(gguf="qwen3"),
     "llama": Family(gguf="llama"),
-    # Mistral's weights and computation are Llama's, and GGUF has one architecture for both.
+    # Mistral has Llama's weights and computation, and GGUF uses one architecture for both.
     "mistral": Family(gguf="llama"),
 }
-"""model_type of config.json → its family; their code is part of transformers."""
+"""model_type of config.json → its family; transformers has the code."""

@@ -1,7 +1,7 @@
-"""Which tensors of a model's files its parameters in memory are made of.
+"""Maps a model's parameters in memory to the tensors in its files.
 
-transformers renames tensors as it loads them, and fuses some, as those of a mixture's experts. It is asked here what it
-would do with the names that are in the files, so that what is written can bear the same names.
+transformers renames tensors on loading, and fuses some, such as those of a mixture's experts. Its conversions are
+applied to the names in the files, so that loratune can write files with the same names.
 """
 
 from __future__ import annotations
@@ -38,37 +38,37 @@ class Part:
 
     tensor: str
     expert: int | None = None
-    """Its index along the parameter's first dimension; None where the tensors have all the dimensions themselves."""
+    """Index along the parameter's first dimension; None if the tensor has all dimensions itself."""
     place: int = 0
-    """Its number among the tensors that are concatenated along the next dimension."""
+    """Position among the tensors that are concatenated along the next dimension."""
 
 
 @dataclass(frozen=True)
 class FileLayout:
-    """What a model's parameters are made of."""
+    """The mapping between parameters and tensors of the files."""
 
     parts: dict[str, tuple[Part, ...]]
-    """Name of a parameter → tensors, in their order in the parameter."""
+    """Parameter name → its tensors, in order."""
     unused: tuple[str, ...]
-    """Tensors of the files that no parameter is made of."""
+    """Tensors of the files that belong to no parameter."""
 
     def shapes(self, held: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
-        """The shape of each parameter, and of tensors that none is made of.
+        """Return the shape of each parameter, and of unused tensors.
 
         Args:
-            held: of the files' tensors.
+            held: shapes of the files' tensors.
         """
         found = {name: _shape(parts, held) for name, parts in self.parts.items()}
         return found | {name: held[name] for name in self.unused}
 
     def infos(self, held: Mapping[str, TensorInfo]) -> dict[str, TensorInfo]:
-        """The same with the types."""
+        """Return dtype and shape of each parameter, and of unused tensors."""
         shapes = self.shapes({name: info.shape for name, info in held.items()})
         first = {name: parts[0].tensor for name, parts in self.parts.items()}
         return {name: TensorInfo(name, held[first.get(name, name)].dtype, shape) for name, shape in shapes.items()}
 
     def read(self, parameter: str, files: TensorFiles) -> torch.Tensor:
-        """A parameter's values: mapped from its file where it is one tensor of it, else put together in memory."""
+        """Return a parameter's values: memory-mapped if it is a single tensor, otherwise assembled in memory."""
         parts = self.parts[parameter]
         if _is_whole(parts):
             return files.tensor(parts[0].tensor)
@@ -79,31 +79,31 @@ class FileLayout:
         return joined[0] if None in rows else torch.stack(joined)
 
     def tensors_of(self, parameter: str) -> list[str]:
-        """The tensors that a parameter is made of."""
+        """Return the names of a parameter's tensors."""
         return [part.tensor for part in self.parts[parameter]]
 
     def tensor_of(self, parameter: str) -> str:
-        """The tensor that a parameter is.
+        """Return the name of the tensor that equals a parameter.
 
         Raises:
-            LoratuneError: it is made of several, so that no change of the whole can be written into one.
+            LoratuneError: the parameter consists of several tensors, so a change of it cannot be written.
         """
         parts = self.parts.get(parameter)
-        if parts is None:  # a head that is written only where an adapter has parted it from the embedding
+        if parts is None:  # an untied head, which the base's files lack
             return parameter
         if not _is_whole(parts):
             raise LoratuneError(
                 f"{parameter} is made of {len(parts)} tensors of the files, first {parts[0].tensor}; loratune cannot "
-                "write a change of it",
+                "write a changed version of it",
                 Exit.MODEL,
             )
         return parts[0].tensor
 
     def in_files(self, changes: Mapping[str, Change]) -> dict[str, Change]:
-        """Changes of parameters as changes of the files' tensors.
+        """Convert changes of parameters to changes of the files' tensors.
 
         Raises:
-            LoratuneError: as `tensor_of`.
+            LoratuneError: see `tensor_of`.
         """
         return {self.tensor_of(name): change for name, change in changes.items()}
 
@@ -112,11 +112,11 @@ def file_layout(model: CausalModel, held: Iterable[str]) -> FileLayout:
     """What transformers makes of a model's files.
 
     Args:
-        model: as it is in memory, with or without values.
+        model: the model in memory, with or without values.
         held: names of the files' tensors.
 
     Raises:
-        LoratuneError: a parameter is computed from tensors in another way than by stacking and concatenating them.
+        LoratuneError: a parameter is computed from tensors by other operations than stacking and concatenating.
     """
     mapping = get_model_conversion_mapping(model)
     renamings = [step for step in mapping if isinstance(step, WeightRenaming)]
@@ -133,17 +133,17 @@ def file_layout(model: CausalModel, held: Iterable[str]) -> FileLayout:
             unused.append(name)
     parts = {}
     for parameter, tensors in found.items():
-        in_order = sorted(tensors, key=lambda tensor: dot_natural_key(tensor[0]))  # experts by their numbers
+        in_order = sorted(tensors, key=lambda tensor: dot_natural_key(tensor[0]))  # sorts experts numerically
         pattern = tensors[0][1]
         parts[parameter] = _parts(parameter, in_order, None if pattern is None else by_pattern[pattern])
     return FileLayout(parts, tuple(unused))
 
 
 def parameter_infos(folder: Path) -> dict[str, TensorInfo]:
-    """Type and shape of each parameter of a model folder, and of tensors that none is made of.
+    """Return dtype and shape of each parameter of a model folder, and of unused tensors.
 
     Raises:
-        LoratuneError: as `file_layout` and `load_config`.
+        LoratuneError: see `file_layout` and `load_config`.
     """
     held = TensorFiles(weight_files(folder)).infos
     return file_layout(empty_model(load_config(folder)), held).infos(held)
@@ -159,9 +159,9 @@ def _parts(parameter: str, tensors: list[tuple[str, str | None]], step: Any) -> 
     kinds = [(type(operation), operation.dim) for operation in step.operations if hasattr(operation, "dim")]
     stacked, joined = [(MergeModulelist, 0)], [(Concatenate, 0)]
     if len(kinds) != len(step.operations) or kinds not in (stacked, joined, [*stacked, (Concatenate, 1)]):
-        told = " and ".join(type(operation).__name__ for operation in step.operations)
+        operations = " and ".join(type(operation).__name__ for operation in step.operations)
         raise LoratuneError(
-            f"{parameter}: transformers computes it from {tensors[0][0]} by {told}, which loratune cannot turn back",
+            f"{parameter}: transformers computes it from {tensors[0][0]} by {operations}, which loratune cannot invert",
             Exit.MODEL,
         )
     places: dict[str | None, int] = defaultdict(int)

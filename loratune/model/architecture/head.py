@@ -1,4 +1,4 @@
-"""What lies between a decoder's states and a model's logits, as the model itself shows it on a few tokens."""
+"""Determines how a model computes logits from hidden states, by running it on a few tokens."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from loratune.model.architecture.structure import decoder_of, output_layer
 from loratune.protocols import CausalModel
 
 PROBED_TOKENS = 8
-"""Enough to see what a model does between its states and its logits."""
+"""Enough to observe the computation."""
 
 
 class OwnHead:
-    """From states to logits as a model's own forward goes, which may scale or cap either: it gets a decoder's states.
+    """Computes logits from hidden states with the model's own forward, which may scale or cap them.
 
     Args:
         model: the causal language model.
@@ -27,11 +27,10 @@ class OwnHead:
 
     @property
     def weight(self) -> Any:
-        """Of the layer that makes the logits."""
         return output_layer(self._model).weight
 
     def __call__(self, states: torch.Tensor) -> torch.Tensor:
-        """Logits [positions, vocabulary] of states [positions, width]."""
+        """Return logits [positions, vocabulary] of hidden states [positions, width]."""
         decoder = decoder_of(self._model)
         taken_over = vars(decoder).get("forward")
         decoder.forward = lambda *_, **__: BaseModelOutputWithPast(last_hidden_state=states[None])
@@ -48,7 +47,7 @@ def head_of(model: CausalModel) -> Any:
     """What makes logits of a decoder's states: the head's layer if the model, run on a few tokens, does nothing else.
 
     Raises:
-        LoratuneError: the logits do not follow from the states.
+        LoratuneError: the logits do not follow from the hidden states.
     """
     head = output_layer(model)
     seen: dict[str, torch.Tensor] = {}
@@ -79,7 +78,7 @@ def head_of(model: CausalModel) -> Any:
 
 
 def _are_same(tensor: torch.Tensor | None, other: torch.Tensor) -> bool:
-    """To the bit, but for a wider type; not a number counts as a number."""
+    """Return whether tensors are equal bit for bit, after conversion to one dtype; NaN equals NaN."""
     if tensor is None or tensor.shape != other.shape:
         return False
     return bool(torch.allclose(tensor.to(other.dtype), other, rtol=0, atol=0, equal_nan=True))

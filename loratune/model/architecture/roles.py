@@ -1,4 +1,4 @@
-"""What the modules of a model are for, by what its own classes say of themselves."""
+"""Determines the roles of a model's modules from what its classes declare."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from loratune.protocols import CausalModel
 
 
 class Role(Enum):
-    """Of a module with a matrix, or a stack of them."""
+    """The role of a module with a matrix or a stack of matrices."""
 
     ATTENTION = "attention"
-    """Makes queries, keys and values of a layer's input, or a layer's output of the mixed values."""
+    """Projects a layer's input to queries, keys and values, or the attention output."""
     LINEAR = "linear"
-    """Another product within a layer: an MLP's, or that of a layer with a state."""
+    """Another projection within a layer, of an MLP or of a layer with a recurrent state."""
     EXPERTS = "experts"
-    """Holds the matrices of several experts as one parameter, so that no module stands for one of them."""
+    """Has the matrices of several experts in one parameter, so that there is no module per expert."""
     ROUTER = "router"
-    """Chooses experts."""
+    """Selects experts."""
     EMBEDDING = "embedding"
     HEAD = "head"
 
@@ -31,7 +31,7 @@ def module_roles(model: CausalModel) -> dict[str, Role]:
     """Name of each module that has a role → which.
 
     Args:
-        model: a causal language model without an adapter; quantised layers count as what they were made from.
+        model: a causal language model without an adapter; quantised layers have the role of the originals.
     """
     modules, decoder = dict(model.named_modules()), decoder_of(model)
     embedding, head = model.get_input_embeddings(), output_layer(model)
@@ -41,7 +41,7 @@ def module_roles(model: CausalModel) -> dict[str, Role]:
     for name, module in modules.items():
         if module is head or module is embedding:
             roles[name] = Role.HEAD if module is head else Role.EMBEDDING
-        elif not _is_within(name, [path]):  # a part for images, or one that is not used here
+        elif not _is_within(name, [path]):  # a vision module, or an unused one
             continue
         elif _is_within(name, routers):
             roles[name] = Role.ROUTER
@@ -56,8 +56,8 @@ def linear_modules(model: CausalModel, *only: Role) -> list[str]:
     """Names of the linear modules that an adapter can go on, in the order of the model.
 
     Args:
-        model: as of `module_roles`.
-        only: roles to keep; all if none is given.
+        model: see `module_roles`.
+        only: roles to include; all by default.
     """
     wanted = only or (Role.ATTENTION, Role.LINEAR)
     return [name for name, role in module_roles(model).items() if role in wanted]
@@ -84,15 +84,15 @@ class GatedMlp(NamedTuple):
 def gated_mlp(module: Any) -> Iterator[GatedMlp]:
     """The matrices of a module that may be a gated MLP.
 
-    Which of two matrices of one shape is the gate shows in what the module computes; the usual order comes first.
+    Shapes do not distinguish gate and up; the caller has to test the candidates. The usual order comes first.
 
     Args:
-        module: any.
+        module: any module.
     """
     children = dict(module.named_children())
     matrices = [name for name, child in children.items() if hasattr(child, "in_features")]
     others = [child for name, child in children.items() if name not in matrices]
-    if len(matrices) != 3 or len(others) != 1 or any(others[0].parameters()):  # beside them, the activation
+    if len(matrices) != 3 or len(others) != 1 or any(others[0].parameters()):  # the fourth child is the activation
         return
     sizes = {name: (children[name].in_features, children[name].out_features) for name in matrices}
     for down in reversed(matrices):
@@ -103,16 +103,16 @@ def gated_mlp(module: Any) -> Iterator[GatedMlp]:
 
 
 def is_rms_norm(module: Any) -> bool:
-    """Whether a module calls itself one, with a weight and an ε as most have them."""
+    """Return whether a module's class is called RMSNorm and has the usual ε attribute."""
     return type(module).__name__.endswith("RMSNorm") and hasattr(module, "variance_epsilon")
 
 
 def _recorded(model: CausalModel, what: str) -> list[str]:
     """Names of the modules whose outputs a model can hand out as `what`: transformers has each class state theirs."""
-    told: Any = {}
+    declared: Any = {}
     for part in (causal_model(model), decoder_of(model)):
-        told = told | (getattr(part, "_can_record_outputs", None) or {})
-    entries = told.get(what, ())
+        declared = declared | (getattr(part, "_can_record_outputs", None) or {})
+    entries = declared.get(what, ())
     entries = entries if isinstance(entries, list | tuple) else [entries]
     stated = [getattr(entry, "target_class", entry) for entry in entries]
     classes = tuple(one for one in stated if isinstance(one, type))
@@ -124,6 +124,6 @@ def _is_within(name: str, paths: Iterable[str]) -> bool:
 
 
 def _holds_stacks(module: Any) -> bool:
-    """Whether a parameter of a module itself has a dimension more than a matrix; a convolution's is its width."""
+    """Return whether a module has a parameter of more than two dimensions, other than a convolution's weight."""
     is_convolution = isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d)
     return not is_convolution and any(p is not None and p.ndim > 2 for p in module._parameters.values())

@@ -1,4 +1,4 @@
-"""The parts and sizes of a causal language model: asked of the model itself, or of its config."""
+"""The parts and sizes of a causal language model, from the model itself or its config."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from loratune.protocols import AdaptedModel, CausalModel, Decoder, ModelConfig, 
 
 
 class LayerState(Enum):
-    """What a layer keeps of the tokens it has read while it decodes."""
+    """The state that a layer keeps of previous tokens during decoding."""
 
     ALL_TOKENS = "keys and values of every token"
     WINDOW = "keys and values of the newest tokens"
     OTHER = "something else, such as the state of linear attention"
 
 
-# transformers' names of the kinds of layers that keep keys and values. Each other kind has a state of its own, which
-# whoever decodes has to know before it can be kept.
+# transformers' names of the layer types with keys and values. Every other type has its own kind of state, which the
+# decoder does not support.
 ATTENDING = {"full_attention": LayerState.ALL_TOKENS, "sliding_attention": LayerState.WINDOW}
 
 
@@ -60,7 +60,7 @@ def text_config(config: ModelConfig) -> TextConfig:
 
 
 def text_values(values: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The same of the contents of a config.json."""
+    """Apply `text_config` to the contents of a config.json."""
     nested = values.get("text_config")
     return nested if isinstance(nested, Mapping) else values
 

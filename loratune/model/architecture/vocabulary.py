@@ -1,16 +1,16 @@
-"""The two parameters that have a row for each token: the embedding and the output head, by name."""
+"""The names of the two parameters with a row per token: embedding and output head."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 from typing import NamedTuple
 
-# Headers of files and tensors of an adapter are read before any model is there to be asked. What stands before these
-# modules' names differs, as in models that read images too; the names themselves do not.
+# Headers of files and adapters are read before there is a model to ask. The path to these modules varies, as in
+# multimodal models; their own names do not.
 EMBEDDING_MODULE, HEAD_MODULE = "embed_tokens", "lm_head"
 
-# What an adapter's names alone tell: vLLM serves these projections of every dense model, while what it does with
-# others depends on the model, which may not be on this machine.
+# For code that only has an adapter's names: vLLM supports these projections of every dense model. Support for others
+# depends on the model, which may not be on this machine.
 USUAL_PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
@@ -22,16 +22,15 @@ class Vocabulary(NamedTuple):
 
     @property
     def modules(self) -> tuple[str, str]:
-        """Names of the modules that hold them."""
+        """Names of their modules."""
         return self.embedding.removesuffix(".weight"), self.head.removesuffix(".weight")
 
 
 def vocabulary_of(names: Iterable[str]) -> Vocabulary:
-    """Embedding and head among the names of a model's parameters, or of its files' tensors.
+    """Return embedding and head among the names of a model's parameters or tensors.
 
     Args:
-        names: of all. A head that is the embedding may be missing among them, and an adapter may reach neither; the
-            name is then the one that it would have.
+        names: all names. A tied head may be missing, and an adapter may have neither; the default names are used then.
     """
     found = sorted(names, key=lambda name: (name.count("."), name))
     return Vocabulary(

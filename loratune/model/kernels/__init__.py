@@ -1,1 +1,1 @@
-"""The fast path of training and decoding: fused products, packed attention, norms, the loss."""
+"""The fast path of training and decoding: fused LoRA layers, packed attention, norms, loss."""

@@ -1,8 +1,8 @@
-"""Products of a few rows with a large float32 matrix on a CPU, which is what a step of decoding consists of.
+"""Matrix products of a few rows with a large float32 matrix on a CPU, the main work of a decoding step.
 
-Such a product should be as fast as the matrix can be read, but MKL computes it on one core, or nearly so: with 8 rows
-the head of Qwen2.5 0.5B takes 76 ms on one core and 59 ms on two, which read it in 15 ms. As a batch of products with
-blocks of the matrix, which MKL shares among the cores, it takes 28 ms.
+Such a product should take as long as reading the matrix, but MKL hardly parallelises it: with 8 rows, the head of
+Qwen2.5 0.5B takes 76 ms on one core and 59 ms on two, while reading it takes 15 ms. As a batch of products with blocks
+of the matrix, which MKL distributes over the cores, it takes 28 ms.
 """
 
 from __future__ import annotations
@@ -16,17 +16,17 @@ from torch import nn
 from loratune.protocols import CausalModel
 
 MOST_ROWS = 32
-"""With more, the products themselves take longer than reading the matrix."""
+"""With more rows, the arithmetic takes longer than reading the matrix."""
 LEAST_WEIGHTS = 1 << 18
-"""Smaller matrices stay in the caches."""
+"""Smaller matrices fit into the caches."""
 BLOCK = 32
-"""Rows of a matrix that are taken at once."""
+"""Rows of the matrix per block."""
 
 
 def use_few_row_products(model: CausalModel) -> list[Any]:
     """Have the large linear layers of a model take their matrix block by block where they get few rows.
 
-    They do so only without gradients, and give the same but for rounding.
+    It applies only without gradients, and results differ only by rounding.
 
     Returns:
         The layers, for `give_up_few_row_products`.
@@ -39,14 +39,14 @@ def use_few_row_products(model: CausalModel) -> list[Any]:
 
 
 def give_up_few_row_products(layers: list[Any]) -> None:
-    """Have layers compute as their class does again."""
+    """Restore the layers' own forward."""
     for layer in layers:
         if takes_few_rows(layer):
             del layer.forward
 
 
 def takes_few_rows(layer: Any) -> bool:
-    """Whether a layer's forward is that of this module, which gives what its class's gives."""
+    """Return whether a layer uses the forward of this module, which is equivalent to its class's."""
     return getattr(vars(layer).get("forward"), "__func__", None) is _forward
 
 
@@ -56,7 +56,7 @@ def _is_large(weight: Any) -> bool:
 
 
 def _forward(layer: Any, x: Any) -> Any:
-    """The forward of a layer that is taken over: (…, in) → (…, out)."""
+    """Replacement forward of a layer: (…, in) → (…, out)."""
     weight = layer.weight
     has_few_rows = x.numel() <= MOST_ROWS * weight.shape[1]
     if torch.is_grad_enabled() or not has_few_rows or x.dtype != weight.dtype or not weight.is_contiguous():

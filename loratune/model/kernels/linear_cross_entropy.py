@@ -1,7 +1,7 @@
-"""Loss on labelled positions only: logits exist for a few of them at a time, never for a whole batch.
+"""Fused linear cross-entropy: computes the loss at labelled positions in chunks, without the logits of a whole batch.
 
-A batch of 4000 tokens has 600 million logits on Qwen's vocabulary, most of them at positions that teach nothing.
-Here the hidden states are gathered where labels are, and the head, the cross-entropy and its gradient run in chunks.
+With Qwen's vocabulary, a batch of 4000 tokens has 600 million logits, most of them at positions without labels. Here
+the hidden states of labelled positions are gathered, and head, cross-entropy and gradient run in chunks.
 """
 
 from __future__ import annotations
@@ -21,33 +21,33 @@ from loratune.multiples import round_up
 from loratune.protocols import CausalModel
 
 CHUNK_BYTES = 1 << 27
-"""Of logits in the head's type: so many positions that reading the head's matrix does not decide the speed."""
+"""Size of a chunk's logits: enough positions that reading the head's matrix does not dominate."""
 BLOCK_LOGITS = {"cpu": 1 << 22}
-"""Of a chunk, in float32 at a time: 16 MB, which caches hold."""
+"""Logits of a chunk that are float32 at a time: 16 MB, which fits into caches."""
 BLOCK_LOGITS_ELSEWHERE = 1 << 25
 POSITIONS_UNIT = 32
-"""Chunks have multiples of so many positions, because oneDNN compiles each shape of products and keeps it."""
+"""Chunks have multiples of this many positions, because oneDNN compiles and caches a kernel per shape."""
 
 
 @dataclass
 class LabelledLoss(ModelOutput):
-    """What a model called with `summed_loss=True` returns."""
+    """Output of a model called with `summed_loss=True`."""
 
     loss_sum: torch.Tensor | None = None
-    """Sum of the losses in nats, float32, a scalar that gradients flow from."""
+    """Sum of the losses in nats: float32 scalar with gradient."""
     losses: torch.Tensor | None = None
-    """The loss of each labelled position in nats, float32, detached."""
+    """Loss of each labelled position in nats: float32, detached."""
     rows: torch.Tensor | None = None
-    """Of each of these, the row of the batch."""
+    """Batch row of each labelled position."""
 
 
 def add_labelled_loss(model: CausalModel) -> None:
     """Let a causal language model return `LabelledLoss` when it is called with labels and `summed_loss=True`.
 
-    The call goes through the model's own forward, so that wrappers around it see it as any other.
+    The call goes through the model's own forward, so that wrappers such as DDP work as usual.
 
     Raises:
-        LoratuneError: the model's logits do not follow from its states.
+        LoratuneError: the model's logits do not follow from its hidden states.
     """
     plain_forward, head = model.forward, head_of(model)
 
@@ -61,22 +61,22 @@ def _forward(model: CausalModel, head: Any, labels: torch.Tensor, **inputs: Any)
     given = {name: value for name, value in inputs.items() if value is not None}
     hidden = decoder_of(model)(**given | {"use_cache": False}).last_hidden_state
     targets = labels[:, 1:]
-    is_labelled = targets >= 0  # -100 is torch's label for a position without loss
+    is_labelled = targets >= 0  # -100 is torch's ignore_index
     rows = is_labelled.nonzero()[:, 0]
     total, losses = summed_loss(hidden[:, :-1][is_labelled], targets[is_labelled], head)
     return LabelledLoss(loss_sum=total, losses=losses, rows=rows)
 
 
 def summed_loss(hidden: torch.Tensor, targets: torch.Tensor, head: Any) -> tuple[torch.Tensor, torch.Tensor]:
-    """Cross-entropy of a head's logits.
+    """Compute the cross-entropy of a head's logits.
 
     Args:
-        hidden: states at labelled positions, [positions, width].
-        targets: the tokens that follow, int64, [positions].
-        head: from states to logits, with its `weight`; see `head_of`.
+        hidden: hidden states at labelled positions, [positions, width].
+        targets: following tokens, int64, [positions].
+        head: computes logits from hidden states, with a `weight`; see `head_of`.
 
     Returns:
-        The sum, a scalar that gradients flow from, and the detached loss of each position; float32, in nats.
+        The sum, a scalar with gradient, and the detached loss of each position; float32, in nats.
     """
     is_frozen = type(head) is torch.nn.Linear and head.bias is None and not head.weight.requires_grad
     if is_frozen:
@@ -105,7 +105,7 @@ def _parts(positions: int, size: int) -> Iterator[slice]:
 
 
 def _losses_then_gradients(logits: torch.Tensor, targets: torch.Tensor, with_gradients: bool) -> torch.Tensor:
-    """Losses of logits, float32, [positions]; if asked, the logits are overwritten by their gradients."""
+    """Return the losses of logits, float32, [positions]; optionally overwrite the logits with their gradients."""
     losses = logits.new_empty(len(targets), dtype=torch.float32)
     block_logits = BLOCK_LOGITS.get(logits.device.type, BLOCK_LOGITS_ELSEWHERE)
     for block in _parts(len(targets), block_logits // logits.shape[1]):
@@ -119,7 +119,7 @@ def _losses_then_gradients(logits: torch.Tensor, targets: torch.Tensor, with_gra
 
 
 class _FrozenHeadLoss(torch.autograd.Function):
-    """The gradient of the states is made along with the losses, while a chunk's logits are there."""
+    """Computes the gradient of the hidden states together with the losses, while a chunk's logits exist."""
 
     @staticmethod
     def forward(
@@ -129,7 +129,7 @@ class _FrozenHeadLoss(torch.autograd.Function):
         missing = round_up(positions, POSITIONS_UNIT) - positions
         hidden, targets = pad(hidden, (0, 0, 0, missing)), pad(targets, (0, missing))
         losses = hidden.new_empty(len(targets), dtype=torch.float32)
-        # float16 would lose small gradients before a scaler can enlarge them.
+        # float16 would lose small gradients before a loss scaler can enlarge them.
         kind = torch.float32 if hidden.dtype == torch.float16 else hidden.dtype
         gradient = torch.empty_like(hidden, dtype=kind) if ctx.needs_input_grad[0] else None
         for chunk in _parts(len(targets), _chunk_positions(hidden, weight)):

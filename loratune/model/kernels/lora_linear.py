@@ -1,7 +1,7 @@
-"""A frozen linear layer and its LoRA branch as one autograd function, in the place of PEFT's separate passes.
+"""Computes a frozen linear layer and its LoRA branch in one autograd function, in place of PEFT's separate passes.
 
-PEFT casts the activations to the adapter's dtype and adds the branch in passes of their own, which on a CPU take as
-long as the matrix products. Parameters, their names and the saved files stay PEFT's.
+PEFT casts the activations to the adapter's dtype and adds the branch in separate passes, which on a CPU take as long as
+the matrix products. Parameters, their names and the saved files stay PEFT's.
 """
 
 from __future__ import annotations
@@ -23,21 +23,21 @@ from loratune.model.kernels.few_rows import takes_few_rows
 from loratune.protocols import CausalModel
 
 _MAX_DROPOUT = 254 / 256
-"""What a random byte can tell safely."""
+"""Maximum rate that one random byte per element can represent."""
 
 
 def use_fused_lora(model: CausalModel) -> int:
     """Compute every plain LoRA layer in one function; PEFT keeps the others.
 
-    A layer is plain with one active adapter on a frozen `nn.Linear` or bitsandbytes' `Linear4bit`, without DoRA or
-    another variant, bias or merge. It goes back to PEFT's own forward in each call that finds it in another state:
-    adapters disabled, merged, several of them, named per row, autocast.
+    A layer is plain if it has one active adapter on a frozen `nn.Linear` or bitsandbytes `Linear4bit`, without DoRA or
+    other variants, bias or merge. Each call checks the layer's state, and uses PEFT's forward if adapters are disabled,
+    merged, several, or named per row, and under autocast.
 
     Args:
         model: a PEFT model.
 
     Returns:
-        How many layers are computed so.
+        The number of replaced layers.
     """
     taken = 0
     for layer in model.modules():
@@ -54,7 +54,7 @@ def _is_taken(layer: Any) -> bool:
 
 
 def _forward(layer: Any, x: Any, *args: Any, **kwargs: Any) -> Any:
-    """The forward of a layer that is taken over: (…, in) → (…, out) in the dtype of x."""
+    """Replacement forward of a layer: (…, in) → (…, out) in the dtype of x."""
     adapter = None if args or kwargs else _plain_adapter(layer)
     if adapter is None or not _suits(layer, adapter, x):
         return type(layer).forward(layer, x, *args, **kwargs)
@@ -67,7 +67,7 @@ def _forward(layer: Any, x: Any, *args: Any, **kwargs: Any) -> Any:
 
 @functools.cache
 def _base_classes() -> dict[type, type]:
-    """PEFT's class of layer → the class that its base has to be."""
+    """Return PEFT's layer class → required class of its base layer."""
     classes: dict[type, type] = {Linear: nn.Linear}
     if is_bnb_4bit_available():
         layers = importlib.import_module("peft.tuners.lora.bnb")
@@ -76,7 +76,7 @@ def _base_classes() -> dict[type, type]:
 
 
 def _plain_adapter(layer: Any) -> str | None:
-    """The name of the one active adapter if the layer is nothing but base and branch."""
+    """Return the name of the single active adapter if the layer is just base and branch, otherwise None."""
     base_class = _base_classes().get(type(layer))
     if base_class is None or layer.disable_adapters or layer.merged or len(layer.active_adapters) != 1:
         return None
@@ -94,7 +94,7 @@ def _plain_adapter(layer: Any) -> str | None:
 
 
 def _is_bare(module: Any, kind: type) -> bool:
-    """Whether a module does what its class does and nothing else; a subclass or a hook may do more."""
+    """Return whether a module is exactly of a class, without hooks or a replaced forward."""
     hooks = (
         module._forward_hooks,
         module._forward_pre_hooks,
@@ -106,7 +106,7 @@ def _is_bare(module: Any, kind: type) -> bool:
 
 
 def _has_frozen_weight(base: Any) -> bool:
-    """Whether the weight is one that its class holds by itself: a plain tensor, or bitsandbytes' in training format."""
+    """Return whether a frozen base has a plain weight, or one in bitsandbytes' training format."""
     if base.weight.requires_grad:
         return False
     if type(base) is nn.Linear:
@@ -116,12 +116,12 @@ def _has_frozen_weight(base: Any) -> bool:
 
 
 def _base_dtype(base: Any) -> Any:
-    """The dtype that the base computes in; None where a 4-bit layer takes that of its first input."""
+    """Return the base's compute dtype; None for a 4-bit layer that uses its first input's."""
     return base.weight.dtype if type(base) is nn.Linear else base.compute_dtype
 
 
 def _suits(layer: Any, adapter: str, x: Any) -> bool:
-    """Whether one dtype, that of x, does for the whole layer."""
+    """Return whether the whole layer can compute in the dtype of x."""
     return (
         not torch.is_autocast_enabled(x.device.type)
         and _base_dtype(layer.base_layer) in (x.dtype, None)
@@ -131,26 +131,26 @@ def _suits(layer: Any, adapter: str, x: Any) -> bool:
 
 @dataclass(frozen=True)
 class _Plan:
-    """What one call needs besides tensors that may have gradients."""
+    """The arguments of a call other than tensors with gradients."""
 
     base: Any
     scaling: float
     dropout: float
-    """Rate; 0 outside training."""
+    """Dropout rate; 0 outside training."""
 
 
 class _FusedLinear(torch.autograd.Function):
     """y = base(x) + scaling · dropout(x) Aᵀ Bᵀ, with all products in the dtype of x.
 
-    Shapes: x (…, in), A (rank, in), B (out, rank), y (…, out). A and B may be float32 beside a smaller x; they are
-    rounded for the products, which accumulate in float32, and their gradients come back in their own dtype.
+    Shapes: x (…, in), A (rank, in), B (out, rank), y (…, out). A and B may be float32 with a narrower x: they are
+    rounded for the products, which accumulate in float32, and their gradients have their own dtype.
     """
 
     @staticmethod
     def forward(ctx: Any, x: Any, bias: Any, lora_a: Any, lora_b: Any, plan: _Plan) -> Any:
-        """Keep x, the (rows, rank) input of B and, with dropout, a mask of one byte per element of x."""
+        """Save x, the (rows, rank) input of B and, with dropout, a mask of one byte per element of x."""
         dense = x.contiguous()  # a bfloat16 product of strided rows is a hundred times slower on a CPU
-        # Not a view of two dimensions: what comes after may change y in place, which a view made here forbids.
+        # Not a 2-D view: later operations may change y in place, which autograd forbids for a view made here.
         y = plan.base(dense)
         mask = _draw_mask(dense, plan.dropout) if plan.dropout else None
         scale = plan.scaling / (1 - plan.dropout)
@@ -164,12 +164,12 @@ class _FusedLinear(torch.autograd.Function):
     @staticmethod
     @once_differentiable  # type: ignore[untyped-decorator]
     def backward(ctx: Any, grad: Any) -> tuple[Any, ...]:
-        """Gradients of x, bias, A and B, each only where it is asked for."""
+        """Return the gradients of x, bias, A and B, each only if needed."""
         x, reduced, mask, lora_a, lora_b = ctx.saved_tensors
         needs_x, needs_bias, needs_a, needs_b, _ = ctx.needs_input_grad
         grad_x = grad_bias = grad_a = grad_b = None
         rows = _rows(grad.contiguous())
-        mask = None if mask is None else mask.to(grad.dtype)  # once, as both products below would convert it
+        mask = None if mask is None else mask.to(grad.dtype)  # once: both products below use it
         if needs_bias:
             grad_bias = rows.sum(0, dtype=ctx.bias_dtype)
         if needs_b:
@@ -186,22 +186,21 @@ class _FusedLinear(torch.autograd.Function):
 
 
 def _rows(tensor: Any) -> Any:
-    """(…, features) as (rows, features), sharing memory."""
+    """View (…, features) as (rows, features)."""
     return tensor.view(-1, tensor.shape[-1])
 
 
 def _draw_mask(x: Any, rate: float) -> Any:
-    """Draw which elements of x stay: int8 of 1 and 0, as (rows, features).
+    """Draw a dropout mask: int8, 1 to keep and 0 to drop, as (rows, features).
 
-    A random byte for each is far faster than torch's Bernoulli numbers, which would take as long as the layer's
-    products. A byte knows 256 rates; each row draws the one above or below, so that every element is dropped with
-    just this probability.
+    One random byte per element is much faster than torch's Bernoulli numbers, which would take as long as the layer's
+    products. A byte has 256 rates; each row randomly uses the one above or below, so that the expected rate is exact.
     """
     rows = _rows(x)
     words = torch.empty((x.numel() + 7) // 8, dtype=torch.int64, device=x.device).random_(-(2**63), None)
     dropped = torch.rand(len(rows), 1, device=x.device).add_(256 * rate).floor_()
     mask = torch.empty(rows.shape, dtype=torch.int8, device=x.device)
-    # As int8 the bytes count from -128.
+    # As int8, the bytes range from -128 to 127.
     return torch.ge(words.view(torch.int8)[: x.numel()].view(rows.shape), dropped.sub_(128).to(torch.int8), out=mask)
 
 
@@ -210,7 +209,7 @@ def _masked(rows: Any, mask: Any | None) -> Any:
 
 
 def _add_branch(grad_x: Any, through_b: Any, lora_a: Any, mask: Any | None, scale: float) -> None:
-    """Add the branch's part to a gradient (rows, in) in place."""
+    """Add the branch's contribution to a gradient (rows, in) in place."""
     if mask is None:
         grad_x.addmm_(through_b, lora_a, alpha=scale)
     else:
@@ -218,5 +217,5 @@ def _add_branch(grad_x: Any, through_b: Any, lora_a: Any, mask: Any | None, scal
 
 
 def _dense_weight(base: Any, dtype: Any) -> Any:
-    """The base's (out, in) weight; a 4-bit one is dequantised anew each time, so that no dense copy stays."""
+    """Return the base's (out, in) weight. A 4-bit weight is dequantised on each call, so that no dense copy stays."""
     return base.weight if type(base) is nn.Linear else dequantize_bnb_weight(base.weight).to(dtype)

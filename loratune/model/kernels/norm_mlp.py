@@ -1,6 +1,6 @@
-"""RMS norms and gated MLPs with fewer passes over memory, and with less kept for the backward pass.
+"""RMSNorm and gated MLP kernels with fewer memory passes and smaller saved activations.
 
-What is computed is what transformers' modules compute; each module is taken over only if it is seen to do just that.
+The results equal those of transformers' modules; a module is replaced only after a numerical comparison.
 """
 
 from __future__ import annotations
@@ -23,17 +23,17 @@ from loratune.model.architecture.roles import GatedMlp, gated_mlp, is_rms_norm
 from loratune.protocols import CausalModel
 
 Forward = Callable[[Any, Any], Any]
-"""Of a module and its input."""
+"""Function of a module and its input."""
 CHECKED_ROWS = 4
 TOLERANCES = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 2e-3}
-"""Largest relative difference that rounding explains."""
+"""Largest relative difference due to rounding."""
 
 
 class _Kernels(NamedTuple):
-    """The two functions that modules are made of."""
+    """The two functions that modules are composed of."""
 
     norm: Callable[[Any, Any, float], Any]
-    """x (…, width), weight (width), ε → x / √(mean x² + ε) · weight, in float32 inside."""
+    """x (…, width), weight (width), ε → x / √(mean x² + ε) · weight, computed in float32."""
     gate: Callable[[Any, Any], Any]
     """gate, up → silu(gate) · up."""
 
@@ -42,14 +42,14 @@ def use_fused_elementwise(model: CausalModel) -> int:
     """Replace the forward of the frozen RMS norms and SiLU-gated MLPs of a model.
 
     Args:
-        model: a causal language model, with or without an adapter on it.
+        model: a causal language model, with or without an adapter.
 
     Returns:
-        How many modules are taken over.
+        The number of replaced modules.
     """
     liger = _liger_kernels(model) if model.device.type == "cuda" else None
     choices = [liger, _OWN] if liger else [_OWN]
-    chosen: dict[Any, Forward | None] = {}  # for each class of module and of activation, as its first one shows
+    chosen: dict[Any, Forward | None] = {}  # per class of module and activation: the result for its first instance
     taken = 0
     for module in model.modules():
         makers = _makers(module)
@@ -77,14 +77,14 @@ def _liger_kernels(model: CausalModel) -> _Kernels | None:
         kernels = _Kernels(lambda *inputs: norms.apply(*inputs, no_offset, casting, in_place), gates.apply)
         rows = torch.ones(2, 64, device=model.device, requires_grad=True)
         kernels.gate(kernels.norm(rows, rows[0].detach(), 1e-6), rows).sum().backward()
-    except Exception as error:  # a compiler that is not ours may raise anything, and training goes without it
+    except Exception as error:  # Triton may raise anything; training works without it
         console.warn(f"liger-kernel is installed but does not run here, so it is not used: {error}")
         return None
     return kernels
 
 
 def _makers(module: Any) -> list[Callable[[_Kernels], Forward]]:
-    """What a module may be seen to compute, the likeliest first."""
+    """Return the candidates for what a module computes, the most likely first."""
     if is_rms_norm(module):
         is_frozen = type(module.weight) is nn.Parameter and not module.weight.requires_grad
         return [_norm_with] if is_frozen else []
@@ -121,7 +121,7 @@ def _gives_the_same(module: Any, forward: Callable[[Any], Any]) -> bool:
 
 
 class _RMSNorm(torch.autograd.Function):
-    """Keeps its input, which is the residual stream and there anyway, in place of a float32 copy."""
+    """Saves its input, the residual stream that exists anyway, instead of a float32 copy."""
 
     @staticmethod
     def forward(ctx: Any, x: Any, weight: Any, epsilon: float) -> Any:
@@ -142,7 +142,7 @@ class _RMSNorm(torch.autograd.Function):
 
 
 class _GatedSiLU(torch.autograd.Function):
-    """silu(gate) · up; silu(gate) is computed again instead of kept."""
+    """silu(gate) · up; recomputes silu(gate) in the backward pass."""
 
     @staticmethod
     def forward(ctx: Any, gate: Any, up: Any) -> Any:

@@ -1,4 +1,4 @@
-"""Causal attention over a row of several documents, each by itself, without a mask of the whole row."""
+"""Block-diagonal causal attention: each document of a packed row attends only to itself, without a mask of the row."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ from loratune.multiples import round_up
 from loratune.protocols import CausalModel
 
 DOCUMENT_ATTENTION = "documents"
-"""Name of this attention as a model's attn_implementation."""
+"""Name of the attention function as a model's attn_implementation."""
 LONGEST_BY_PRODUCTS = 1024
-"""Longer documents go to torch's kernel, which keeps no probabilities for the backward pass."""
+"""Longer documents use torch's kernel, which saves no probabilities for the backward pass."""
 QUERY_BLOCK = 128
 LENGTH_UNIT = 32
-"""Products are made for multiples of so many tokens, because oneDNN compiles each shape of them and keeps it."""
+"""Lengths are padded to multiples of this, because oneDNN compiles and caches a kernel per shape."""
 OTHER_TERMS = ("softcap", "position_bias", "s_aux")
-"""What some models add to the scores; no document is cut out of these."""
+"""Additional score terms of some models, which this attention does not support."""
 
 
 def register_document_attention() -> None:
-    """Make "documents" known to transformers as an attention implementation with a mask of its own."""
+    """Register "documents" with transformers as an attention implementation with its own mask function."""
     AttentionInterface.register(DOCUMENT_ATTENTION, attend_documents)
     AttentionMaskInterface.register(DOCUMENT_ATTENTION, defer_mask)
 
@@ -41,14 +41,14 @@ def use_document_attention(model: CausalModel) -> None:
 
 @dataclass(eq=False)
 class DeferredMask:
-    """What a mask is made of: it is needed only where the borders of documents are not told."""
+    """The arguments of a mask, which is built only if document boundaries are not given."""
 
     arguments: dict[str, Any]
-    """Of transformers' sdpa_mask."""
+    """Arguments of transformers' sdpa_mask."""
 
     @cached_property
     def dense(self) -> Any:
-        """The mask as sdpa has it: bool [rows, 1, length, length], or None for a plain causal one."""
+        """The mask for sdpa: bool [rows, 1, length, length], or None for a plain causal mask."""
         return sdpa_mask(**self.arguments)
 
     @property
@@ -58,21 +58,21 @@ class DeferredMask:
 
     @cached_property
     def is_plain(self) -> bool:
-        """Whether it shows every token all tokens before it, those beyond a window aside.
+        """Whether every token may attend to all previous tokens, apart from a sliding window.
 
-        With a KV cache or an attention mask, transformers does not look for documents in the position ids.
+        With a KV cache or an attention mask, transformers does not infer documents from position ids.
         """
         has_borders = not self.arguments.get("allow_is_causal_skip", True)
         return not has_borders and (not self.is_padded or bool(self.arguments["attention_mask"].all()))
 
     def of_document(self, start: int, length: int) -> Any:
-        """One document's square of the mask: bool [1, 1, length, length], or None if no window cuts it."""
+        """Return a document's block of the mask: bool [1, 1, length, length], or None if it is plain causal."""
         place = {"q_length": length, "kv_length": length, "q_offset": start, "kv_offset": start}
         return sdpa_mask(**(self.arguments | place | {"allow_is_causal_skip": True}))
 
 
 def defer_mask(**arguments: Any) -> Any:
-    """The mask that transformers asks for: as sdpa has it, or put off where rows may hold several documents."""
+    """Return the mask that transformers requests: deferred if rows may hold several documents, otherwise sdpa's."""
     if arguments["q_length"] == arguments["kv_length"] and not arguments.get("use_vmap"):
         return DeferredMask(arguments)
     return sdpa_mask(**arguments)
@@ -86,21 +86,21 @@ def attend_documents(
     attention_mask: Any,
     **settings: Any,
 ) -> tuple[torch.Tensor, None]:
-    """Attention of each document to itself where `cu_seq_lens_q` tells their borders, otherwise as sdpa does it.
+    """Compute attention per document if `cu_seq_lens_q` has their boundaries, otherwise sdpa's attention.
 
     Args:
         module: the attention layer.
-        query: [1, heads, length, size] with borders.
+        query: [1, heads, length, size] with boundaries.
         key: [1, key heads, length, size].
-        value: as the keys.
-        attention_mask: what defer_mask has made.
-        settings: scaling, dropout, and the keyword arguments of the model's call.
+        value: like `key`.
+        attention_mask: result of `defer_mask`.
+        settings: scaling, dropout, and keyword arguments of the model call.
 
     Returns:
-        The mixed values, [1, length, heads, size].
+        The attention output, [1, length, heads, size], and None.
 
     Raises:
-        ValueError: borders that do not fit the row, or several documents without borders or a mask.
+        ValueError: boundaries do not match the row, or several documents have neither boundaries nor a mask.
     """
     borders = settings.get("cu_seq_lens_q")
     if borders is None:
@@ -124,9 +124,9 @@ def attend_documents(
 
 
 def document_lengths(borders: torch.Tensor) -> list[int]:
-    """Lengths of a row's documents from their borders, int [documents + 1].
+    """Return the lengths of a row's documents from their cumulative lengths, int [documents + 1].
 
-    They are kept on the tensor, so that a GPU is waited for once a step rather than in every layer.
+    They are cached on the tensor, so that a GPU synchronises once per step instead of in every layer.
     """
     if not hasattr(borders, "document_lengths"):
         borders.document_lengths = borders.diff().tolist()
@@ -145,7 +145,7 @@ def _check_row(query: torch.Tensor, key: torch.Tensor, attention_mask: Any, sett
 
 
 def _refuse_lost_borders(query: torch.Tensor, attention_mask: Any, positions: Any) -> None:
-    """Raise where documents would see each other: their positions start anew, no mask keeps them apart."""
+    """Raise if documents would attend to each other: positions restart, and no mask separates them."""
     if query.shape[2] == 1 or positions is None or positions.ndim != 2:
         return
     is_plain = attention_mask.is_plain if isinstance(attention_mask, DeferredMask) else attention_mask is None
@@ -158,7 +158,7 @@ def _refuse_lost_borders(query: torch.Tensor, attention_mask: Any, positions: An
 
 
 def _is_faster_by_products(query: torch.Tensor, settings: dict[str, Any]) -> bool:
-    """Whether torch's kernel is slower: on a CPU in bfloat16 it takes 1.7 times as long at 512 tokens, thrice at 64."""
+    """Return whether matrix products are faster than torch's kernel, which is 1.7× slower at 512 tokens, 3× at 64."""
     is_slow_type = query.device.type == "cpu" and query.dtype == torch.bfloat16
     return is_slow_type and query.shape[2] <= LONGEST_BY_PRODUCTS and not settings.get("dropout")
 
@@ -166,7 +166,7 @@ def _is_faster_by_products(query: torch.Tensor, settings: dict[str, Any]) -> boo
 def _attend_by_sdpa(
     module: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: Any, settings: dict[str, Any]
 ) -> torch.Tensor:
-    """By transformers' sdpa: [rows, heads, length, size] to [rows, length, heads, size]."""
+    """Apply transformers' sdpa: [rows, heads, length, size] to [rows, length, heads, size]."""
     output: torch.Tensor = sdpa_attention_forward(module, query, key, value, mask, **settings)[0]
     return output
 
@@ -174,10 +174,10 @@ def _attend_by_sdpa(
 def _attend_by_products(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float | None
 ) -> torch.Tensor:
-    """Causal attention by matrix products: [1, heads, length, size] to [1, length, heads, size].
+    """Compute causal attention by matrix products: [1, heads, length, size] to [1, length, heads, size].
 
-    Queries go in blocks, each with the keys up to its own end, so that half of the products are left out. Those that
-    share a key head are rows of one matrix, so that no key is repeated.
+    Queries are processed in blocks, each with the keys up to its end, which skips half of the products. Queries that
+    share a key head form one matrix, so that keys are not repeated.
     """
     own_length = query.shape[2]
     missing = round_up(own_length, LENGTH_UNIT) - own_length  # as last keys, which no earlier query sees
@@ -197,7 +197,7 @@ def _attend_by_products(
 
 
 def _causal_bias(block: torch.Tensor, end: int) -> torch.Tensor:
-    """Minus infinity for keys after their query, [1, queries, end]; the block's last query is the one at the end."""
+    """Return a bias of -inf for keys after their query, [1, queries, end]; the last query is at position end - 1."""
     queries = block.shape[2]
     bias = torch.full((1, queries, end), -torch.inf, dtype=block.dtype, device=block.device)
     return bias.triu(end - queries + 1)

@@ -1,1 +1,1 @@
-"""Weights in their safetensors files: read in place, mapped, quantised."""
+"""Weights in safetensors files: memory-mapped, streamed, quantised."""

@@ -1,7 +1,7 @@
-"""A model whose weights stay in their files, so that it takes little memory, whatever its size.
+"""A model whose weights stay memory-mapped, so that it needs little memory at any size.
 
-It computes in float32, for comparing models: in bfloat16 two right ways of computing the same model differ by more than
-the rounding of merged weights does.
+For model comparisons it computes in float32: in bfloat16, two correct computations of one model differ by more than the
+rounding of merged weights.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from loratune.model.weights.tensor_files import TensorFiles
 from loratune.protocols import CausalModel
 
 PIECE_VALUES = 4_000_000
-"""Values of a matrix that are float32 at once."""
+"""Number of matrix values that are converted to float32 at a time."""
 RESIDENT_BYTES = 2_000_000_000
-"""Pages of a smaller model stay mapped once read; those of a larger one are let go again after each use."""
+"""Pages of smaller models stay mapped after reading; those of larger ones are released after each use."""
 
 
 def load_mapped(folder: Path, in_float32: bool = True) -> CausalModel:
@@ -31,10 +31,10 @@ def load_mapped(folder: Path, in_float32: bool = True) -> CausalModel:
 
     Args:
         folder: model folder.
-        in_float32: compute in float32, as for a comparison; else in the type of the files, as any program does.
+        in_float32: compute in float32 for comparison; otherwise in the files' dtype.
 
     Raises:
-        LoratuneError: transformers cannot load it, or the weights do not fit the config.
+        LoratuneError: transformers cannot load it, or weights and config do not match.
     """
     model = load_plain(folder)
     files = TensorFiles(weight_files(folder))
@@ -57,21 +57,21 @@ def load_mapped(folder: Path, in_float32: bool = True) -> CausalModel:
 
 
 def _linear(module: nn.Linear, release: Callable[[], None], inputs: torch.Tensor) -> torch.Tensor:
-    # generate hands the head a slice with gaps, on which torch 2.13's bfloat16 product takes a hundred times as long.
+    # generate passes a strided slice to the head, and torch 2.13's bfloat16 product of it is a hundred times slower.
     outputs = functional.linear(inputs.contiguous(), module.weight, module.bias)
     release()
     return outputs
 
 
 def _linear_in_float32(module: nn.Linear, release: Callable[[], None], inputs: torch.Tensor) -> torch.Tensor:
-    """inputs (..., in) @ weight.T + bias, some rows of the weight at a time."""
+    """Compute inputs (..., in) @ weight.T + bias, converting some rows of the weight at a time."""
     inputs = inputs.float()
     outputs = inputs.new_empty(*inputs.shape[:-1], module.out_features)
     step = max(1, PIECE_VALUES // module.in_features)
     for start in range(0, module.out_features, step):
         rows = slice(start, start + step)
         weight = module.weight[rows]
-        # One buffer for all: allocating each piece anew fragments the heap, to twice the memory in all.
+        # One buffer for all pieces: separate allocations fragment the heap and double the memory.
         exact = _buffer(max(PIECE_VALUES, module.in_features))[: weight.numel()].view(weight.shape).copy_(weight)
         outputs[..., rows] = functional.linear(
             inputs, exact, None if module.bias is None else module.bias[rows].float()

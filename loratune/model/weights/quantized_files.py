@@ -1,4 +1,4 @@
-"""The base as a quantised run has seen it: its weights quantised and dequantised again, tensor by tensor."""
+"""The base as seen by training with quantisation: weights quantised and dequantised, tensor by tensor."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from loratune.recipe.sections import ModelSettings
 
 
 class DequantizedFiles(TensorFiles):
-    """Tensor files whose linear layers come with the error that 4-bit or 8-bit training has worked around.
+    """Tensor files whose linear layers include the error of 4-bit or 8-bit quantisation.
 
     Args:
-        paths: the base's safetensors files, beside its config.json.
-        settings: of the training.
-        hardware: where quantisation is computed; it decides the number type too, as in training.
+        paths: the base's safetensors files, in a folder with its config.json.
+        settings: model settings of the training.
+        hardware: the device that quantises; it also determines the dtype, as in training.
     """
 
     def __init__(self, paths: Sequence[Path], settings: ModelSettings, hardware: Hardware) -> None:
@@ -36,7 +36,7 @@ class DequantizedFiles(TensorFiles):
         self._quantised = {layout.tensor_of(name) for name in quantised_matrices(model)}
 
     def tensor(self, name: str) -> torch.Tensor:
-        """The tensor; a quantised one is computed, and kept until another is asked for."""
+        """Return a tensor; a quantised one is computed, and cached until the next one."""
         plain = super().tensor(name)
         if name not in self._quantised:
             return plain
@@ -45,13 +45,13 @@ class DequantizedFiles(TensorFiles):
         return self._kept[1]
 
     def release(self, names: Iterable[str]) -> None:
-        """Let the pages of some tensors go."""
+        """Release the pages of some tensors."""
         super().release(name for name in names if self._kept is None or self._kept[0] != name)
 
     def _there_and_back(self, plain: torch.Tensor) -> torch.Tensor:
         weight = plain.to(self._device, self._dtype)
         if self._settings.quantization == "int8":
-            # LLM.int8 takes its weights as float16: one scale per row, integers up to 127.
+            # LLM.int8 quantises float16 weights: one scale per row, integers up to 127.
             codes, scales, _ = bnb.int8_vectorwise_quant(weight.to(torch.float16))
             return (codes.float() * (scales.float() / 127).unsqueeze(1)).to(plain.dtype).cpu()
         codes, state = bnb.quantize_4bit(

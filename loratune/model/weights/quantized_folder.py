@@ -1,4 +1,4 @@
-"""A model folder written with nf4 weights, for programs that read bitsandbytes' format."""
+"""Writes a model folder with nf4 weights, for programs that read bitsandbytes' format."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ def write_quantized(model: Path, folder: Path) -> CausalModel:
 
     Args:
         model: folder in full precision.
-        folder: existing folder to write config and weights into.
+        folder: existing folder for config and weights.
     """
     settings = ModelSettings(base=str(model), quantization="nf4", compute_dtype="bfloat16")
     quantized = load_base(settings, model, detect_hardware())
-    keep_unpacked(quantized)  # the packed form could not be saved
+    keep_unpacked(quantized)  # the packed form cannot be saved
     quantized.save_pretrained(folder)
     return quantized.eval()
 

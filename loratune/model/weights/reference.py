@@ -1,4 +1,4 @@
-"""base + adapter as it was trained, in float32 arithmetic: what every merged or exported model has to equal."""
+"""The reference for merged and exported models: base + adapter as trained, in float32 arithmetic."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ def load_reference(settings: ModelSettings, base: Path, adapter: Path) -> Adapte
     """PEFT's own model: the adapter's layers beside the base's, which is quantised if it was in training.
 
     Args:
-        settings: of the base in training.
-        base: its folder.
+        settings: settings of the base in training.
+        base: folder of the base.
         adapter: PEFT folder.
 
     Raises:
-        LoratuneError: the adapter does not fit, or this machine cannot quantise.
+        LoratuneError: the adapter does not match, or this machine cannot quantise.
     """
     if settings.quantization == "none":
         return load_adapter(load_mapped(base), adapter, keep_dtype=True)

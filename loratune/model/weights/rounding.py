@@ -1,9 +1,9 @@
-"""base + adapter with just the rounding that merging has added, so that a merged model can be held to it exactly.
+"""Adds the rounding errors of merging to base + adapter, so that a merged model can be compared with it exactly.
 
-Rounding merged weights to 16 bits moves a model's outputs by 1e-5 nats or by 1e-2, as the update's size decides: a
-light update is lost in part. No bound on the distance from base + adapter tells that from a wrong merge. So the
-reference gets the same rounding errors, computed from PEFT's own merge and not from the written files. What then lies
-between it and the merged model is the arithmetic of float32.
+Rounding merged weights to 16 bits changes a model's outputs by 1e-5 to 1e-2 nats, depending on the size of the update:
+a small update is partly lost. No bound on the distance from base + adapter separates this from a wrong merge. So the
+reference gets the same rounding errors, computed from PEFT's own merge and not from the written files. It then differs
+from the merged model only by float32 arithmetic.
 """
 
 from __future__ import annotations
@@ -24,32 +24,32 @@ from loratune.model.architecture.structure import causal_model
 from loratune.protocols import CausalModel
 
 PIECE_VALUES = 2_000_000
-"""Values of a matrix that are computed at once."""
+"""Maximum number of matrix elements that are computed at once."""
 
 
 @dataclass(frozen=True)
 class Rounding:
-    """How a parameter of the reference became a merged tensor."""
+    """How a parameter of the reference was rounded to a merged tensor."""
 
     dtype: torch.dtype
-    """Of the written tensor."""
+    """Dtype of the written tensor."""
     change: Change | None = None
-    """What PEFT does to it."""
+    """PEFT's change of the parameter; None if it has none."""
     original: torch.Tensor | None = None
-    """What was merged into, where the reference does not compute with it: the plain weights of a quantised base."""
+    """The merged weights' base if the reference computes with other weights: the plain weights of a quantised base."""
     held_as: torch.dtype | None = None
-    """The type that dequantised weights are rounded to before they are merged into; None for others."""
+    """Dtype that dequantised weights are rounded to before merging; None for other weights."""
 
     def error(self, held: torch.Tensor, numbers: torch.Tensor) -> torch.Tensor:
-        """What the written rows differ by from PEFT's merge of the reference's own, in float32.
+        """Return written rows minus PEFT's merge of the reference's rows, in float32.
 
         Args:
-            held: rows that the reference computes with.
-            numbers: which rows they are.
+            held: rows (n, columns) that the reference computes with.
+            numbers: row numbers (n,).
         """
         merged_into = held.to(self.held_as or held.dtype) if self.original is None else self.original[numbers]
         written = _merged(self.change, merged_into, numbers).to(self.dtype)
-        # The reference holds trained tokens and whole parameters of the adapter as its own: LoRA alone is beside them.
+        # The reference's parameters already contain trained tokens and whole parameters; only LoRA is added.
         exact = _merged(replace(self.change, tokens=[]) if self.change else None, held, numbers)
         return (written.to(exact.dtype) - exact).float()
 
@@ -69,7 +69,7 @@ def rounded_as(model: CausalModel, roundings: Mapping[str, Rounding]) -> Iterato
         roundings: name of a parameter of the base → how it was rounded.
     """
     modules, hooks, kept = parameter_modules(causal_model(model)), list[Any](), list[tuple[Any, torch.Tensor]]()
-    # Around the whole layer: DoRA scales what the base's own part of it returns.
+    # Hooks are on the whole layer, because DoRA scales the output of its base layer.
     around = {id(module.base_layer): module for module in model.modules() if hasattr(module, "base_layer")}
     for name, rounding in roundings.items():
         module, attribute = modules[name], name.rpartition(".")[2]
@@ -90,9 +90,9 @@ def rounded_as(model: CausalModel, roundings: Mapping[str, Rounding]) -> Iterato
 
 
 def _hook(module: Any, rounding: Rounding) -> Callable[..., torch.Tensor] | None:
-    """What adds a weight's rounding error to its layer's output; None for layers that are neither linear nor lookups.
+    """Return a forward hook that adds the rounding errors' effect to the output; None unless linear or embedding.
 
-    The errors of a whole matrix never are in memory at once.
+    The errors are computed some rows at a time, since those of a whole matrix may not fit into memory.
     """
 
     def of_linear(_: Any, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> torch.Tensor:

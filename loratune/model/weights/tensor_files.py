@@ -1,8 +1,8 @@
-"""Safetensors read in place and written as a stream, so that no model ever has to fit into memory.
+"""Reads safetensors in place and writes them as a stream, so that a model never has to fit into memory.
 
-The format is a length, a JSON header and the tensors' bytes one after another
-(https://github.com/huggingface/safetensors#format). The library reads and writes whole tensors; here a tensor is a view
-of the mapped file, its pages can be let go again, and a written one is handed over piece by piece.
+The format is a length, a JSON header and the tensors' bytes (https://github.com/huggingface/safetensors#format). The
+library reads and writes whole tensors. Here a tensor is a view of the memory-mapped file whose pages can be released,
+and tensors are written in pieces.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ INDEX = "model.safetensors.index.json"
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """What a file's header says of a tensor."""
+    """Name, dtype and shape of a tensor."""
 
     name: str
     dtype: torch.dtype
@@ -49,18 +49,18 @@ class TensorInfo:
 
     @property
     def nbytes(self) -> int:
-        """Size of its values in bytes."""
+        """Size of the values in bytes."""
         return math.prod(self.shape) * int(self.dtype.itemsize)
 
 
 class TensorFiles:
-    """The tensors of some safetensors files, as views of the mapped files.
+    """The tensors of safetensors files, as memory-mapped views.
 
     Args:
         paths: the files.
 
     Raises:
-        LoratuneError: a header is damaged, or a tensor is of a type that no model of text has.
+        LoratuneError: a header is damaged, or a tensor has an unsupported dtype.
     """
 
     def __init__(self, paths: Sequence[Path]) -> None:
@@ -72,27 +72,27 @@ class TensorFiles:
                 mapping = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
             for name, entry in header.items():
                 if entry["dtype"] not in DTYPES:
-                    raise LoratuneError(f"{path}: {name} is of type {entry['dtype']}, which is not read", Exit.MODEL)
+                    raise LoratuneError(f"{path}: {name} has the unsupported dtype {entry['dtype']}", Exit.MODEL)
                 self.infos[name] = TensorInfo(name, DTYPES[entry["dtype"]], tuple(entry["shape"]))
                 self._places[name] = (mapping, begin + entry["data_offsets"][0])
 
     def __deepcopy__(self, memo: dict[int, Any]) -> TensorFiles:
-        """Itself: PEFT copies modules that are bound to files, and mapped files cannot be copied."""
+        """Return this object: PEFT copies modules that are bound to files, and mapped files cannot be copied."""
         return self
 
     def tensor(self, name: str) -> torch.Tensor:
-        """The tensor as a view of the file; what is written to it stays in this process."""
+        """Return a tensor as a view of the file; writes to it stay in this process."""
         info = self.infos[name]
         mapping, start = self._places[name]
         if info.nbytes == 0:
             return torch.empty(info.shape, dtype=info.dtype)
         flat = torch.frombuffer(mapping, dtype=torch.uint8, count=info.nbytes, offset=start)
-        if start % info.dtype.itemsize:  # files written before the format aligned its tensors
+        if start % info.dtype.itemsize:  # older files, before the format required alignment
             flat = flat.clone()
         return flat.view(info.dtype).view(info.shape)
 
     def release(self, names: Iterable[str]) -> None:
-        """Let the pages of some tensors go; their next use maps them again from the system's cache."""
+        """Release the pages of some tensors; they are mapped again on next use."""
         if not hasattr(mmap, "MADV_DONTNEED"):
             return
         for name in names:
@@ -105,7 +105,7 @@ class TensorFiles:
 
 
 def plan_shards(tensors: Sequence[TensorInfo], shard_bytes: int) -> dict[str, list[TensorInfo]]:
-    """Spread tensors over files of at most `shard_bytes`, in order; a larger tensor gets a file of its own."""
+    """Distribute tensors over files of at most `shard_bytes`, in order; a larger tensor gets its own file."""
     shards: list[list[TensorInfo]] = [[]]
     filled = 0
     for tensor in tensors:
@@ -124,15 +124,15 @@ def write_shards(
     shards: dict[str, list[TensorInfo]],
     pieces: Callable[[TensorInfo], Iterator[torch.Tensor]],
 ) -> None:
-    """Write the files of a model and, for more than one, their index.
+    """Write the files of a model and, if there are several, their index.
 
     Args:
         folder: an existing folder.
         shards: file name → its tensors, from `plan_shards`.
-        pieces: gives a tensor's values piece by piece, in order, in its dtype and contiguous.
+        pieces: yields a tensor's values in contiguous pieces, in order, in its dtype.
 
     Raises:
-        RuntimeError: the pieces of a tensor are not as long as it.
+        RuntimeError: the pieces do not add up to the tensor's size.
     """
     for name, tensors in shards.items():
         with (folder / name).open("wb") as file, ThreadPoolExecutor(1) as writer:
@@ -174,5 +174,5 @@ def _header(tensors: Sequence[TensorInfo]) -> bytes:
         }
         end += tensor.nbytes
     text = json.dumps(entries, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)  # aligns the values, as the format asks
+    text += b" " * (-len(text) % 8)  # aligns the values, as the format requires
     return len(text).to_bytes(8, "little") + text

@@ -1,1 +1,1 @@
-"""Checkpoints kept, and runs that go on from them."""
+"""Saves checkpoints, and resumes runs from them."""

@@ -1,4 +1,4 @@
-"""Which checkpoints stay: the newest few, and the best by validation loss."""
+"""Keeps the newest checkpoints and the best one, and stops early."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ from loratune.writing import remove
 
 
 def check_room(output: Path, settings: CheckpointSettings, adapter_bytes: int) -> None:
-    """See that the disk has room for the checkpoints that are kept at a time, and for the adapter.
+    """Check that the disk has room for the retained checkpoints and the adapter.
 
     Args:
         output: run folder.
-        settings: how many checkpoints stay.
-        adapter_bytes: of the trained weights; a checkpoint holds AdamW's two averages of each too.
+        settings: how many checkpoints to keep.
+        adapter_bytes: size of the trained weights; a checkpoint also has AdamW's two averages of each.
 
     Raises:
-        LoratuneError: there is not enough.
+        LoratuneError: there is not enough room.
     """
-    checkpoints = settings.keep + settings.keep_best + 1  # the new one comes before the oldest goes
+    checkpoints = settings.keep + settings.keep_best + 1  # the new one is written before the oldest is removed
     needed = (3 * checkpoints + 1) * adapter_bytes
     free = shutil.disk_usage(output).free
     if free < needed:
@@ -40,7 +40,7 @@ def check_room(output: Path, settings: CheckpointSettings, adapter_bytes: int) -
 
 
 class CheckpointKeeper(TrainerCallback):
-    """Remembers the best validation, saves it, removes what is no longer kept, and stops early if asked."""
+    """Tracks the best validation loss, removes old checkpoints, and stops early if configured."""
 
     def __init__(self, run: Path, checkpoints: CheckpointSettings, evaluation: EvaluationSettings) -> None:
         self.folder = run / CHECKPOINTS
@@ -52,7 +52,7 @@ class CheckpointKeeper(TrainerCallback):
         self.stopped_early = False
 
     def on_evaluate(self, args: Any, state: Any, control: Any, metrics: dict[str, float], **_: Any) -> None:
-        """Note a new best and have it saved; the untrained adapter of step 0 is no candidate."""
+        """Record a new best and save it; the untrained adapter of step 0 does not count."""
         if state.global_step == 0:
             return
         if metrics["eval_loss"] < self.best_loss:
@@ -66,7 +66,7 @@ class CheckpointKeeper(TrainerCallback):
             control.should_training_stop = control.should_save = True
 
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Remove the oldest checkpoints, after the new one has its name and reads back as it was written."""
+        """Remove the oldest checkpoints, after the new one was renamed and verified."""
         if not state.is_world_process_zero:
             return
         open_checkpoint(step_folder(self.folder, state.global_step))
@@ -80,7 +80,7 @@ class CheckpointKeeper(TrainerCallback):
 
     @property
     def progress(self) -> dict[str, Any]:
-        """What a resumed run has to know."""
+        """State for checkpoints."""
         return {
             "best_step": self.best_step,
             "best_loss": self.best_loss if self.best_step is not None else None,
@@ -89,7 +89,7 @@ class CheckpointKeeper(TrainerCallback):
         }
 
     def restore(self, progress: dict[str, Any]) -> None:
-        """Go on where a checkpoint was made."""
+        """Restore the state of a checkpoint."""
         self.best_step = progress["best_step"]
         self.best_loss = float("inf") if progress["best_loss"] is None else progress["best_loss"]
         self.validations_since_best = progress["validations_since_best"]
@@ -97,7 +97,7 @@ class CheckpointKeeper(TrainerCallback):
 
     @property
     def best_checkpoint(self) -> Path | None:
-        """The checkpoint that the final adapter is taken from; None if that is the last step."""
+        """The checkpoint of the final adapter; None for the last step."""
         if not self.settings.keep_best or self.best_step is None:
             return None
         return step_folder(self.folder, self.best_step)

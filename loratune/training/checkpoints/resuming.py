@@ -1,4 +1,4 @@
-"""Where a run goes on: which checkpoint, and whether what it hangs on is still the same."""
+"""Selects the checkpoint to resume from, and checks that everything that affects the result is unchanged."""
 
 from __future__ import annotations
 
@@ -23,32 +23,32 @@ FREE = (
     *("output", "tracking", "checkpoints.keep", "checkpoints.every_steps", "data.train", "data.validation"),
     *("prompt.date", "prompt.generation_prompt", "evaluation.questions_share"),
 )
-"""Settings and sections without a bearing on the adapter; files and templates count by what they hold."""
+"""Settings and sections that do not affect the adapter; files and templates are compared by content."""
 DATE = "date in prompts"
 WHOLE_BASE = f"base {FULL}"
 LENGTHS = ("training.epochs", "training.max_steps")
-"""A run may be made longer."""
+"""These may be increased."""
 PATIENCE = "evaluation.early_stopping"
-"""So may the wait of a run that stops early, which has no bearing on the steps before; none is the longest."""
+"""This may be increased too, since it does not affect earlier steps; None counts as the largest value."""
 
 
 @dataclass(frozen=True)
 class Resume:
-    """What the command line says about going on."""
+    """The --resume flags."""
 
     checkpoint: str
-    """newest, auto (go on, or start if there is nothing to go on with), or a checkpoint's name."""
+    """newest, auto (resume, or start if there is no checkpoint), or a checkpoint's name."""
     strict: bool = False
-    """Refuse to go back behind a damaged checkpoint."""
+    """Fail on a damaged checkpoint instead of using an older one."""
     allow_changes: bool = False
-    """Go on although what exactness hangs on has changed."""
+    """Resume even if something that affects the result has changed."""
 
 
 def find_start(output: Path, resume: Resume) -> Checkpoint | None:
-    """The checkpoint to go on from; None is a start from the beginning.
+    """Return the checkpoint to resume from; None to start from the beginning.
 
     Raises:
-        LoratuneError: there is none, it is damaged, or going on would write outside the run's folder.
+        LoratuneError: there is no checkpoint, it is damaged, or the run's folder links outside itself.
     """
     check_links(output)
     if resume.checkpoint not in (NEWEST, AUTO):
@@ -57,15 +57,15 @@ def find_start(output: Path, resume: Resume) -> Checkpoint | None:
         return named
     checkpoint, damaged = newest_checkpoint(output, resume.strict, check_states)
     for problem in damaged:
-        console.warn(f"{problem}\n  the one before it is taken" if checkpoint else problem)
+        console.warn(f"{problem}\n  using the previous one" if checkpoint else problem)
     if checkpoint is None and resume.checkpoint == NEWEST:
-        what = "has no whole checkpoint" if (output / STATUS).is_file() else "is no run"
+        what = "has no complete checkpoint" if (output / STATUS).is_file() else "is not a run"
         raise LoratuneError(
             f"{output} {what} to resume from; --resume auto starts from the beginning where there is none", Exit.MODEL
         )
     if checkpoint is None and (output / ADAPTER).exists():
         raise LoratuneError(
-            f"{output} holds an adapter but no whole checkpoint; to train it anew, replace it with --overwrite",
+            f"{output} holds an adapter but no complete checkpoint; to train again, replace it with --overwrite",
             Exit.MODEL,
         )
     if checkpoint is None:
@@ -74,13 +74,13 @@ def find_start(output: Path, resume: Resume) -> Checkpoint | None:
 
 
 def completion(output: Path, start: Checkpoint, steps: int, patience: int | None) -> str | None:
-    """What is said where nothing is left to do; None if there is.
+    """Return a message if the run is complete; None if steps are left.
 
     Args:
         output: run folder.
-        start: the checkpoint to go on from.
-        steps: that are wanted.
-        patience: evaluation.early_stopping as it is now.
+        start: the checkpoint to resume from.
+        steps: requested number of steps.
+        patience: present value of evaluation.early_stopping.
     """
     if read_json_object(output / STATUS).get("state") != "finished":
         return None
@@ -97,21 +97,21 @@ def completion(output: Path, start: Checkpoint, steps: int, patience: int | None
 
 
 def stays_stopped(progress: dict[str, Any], patience: int | None) -> bool:
-    """Whether a run that stopped early would do so again at the same place, with the patience that it is given now."""
+    """Return whether a run that stopped early would stop again at the same step with the present patience."""
     return bool(progress["stopped_early"]) and patience is not None and progress["validations_since_best"] >= patience
 
 
 def as_begun(recipe: Recipe, output: Path, start: Checkpoint | None) -> tuple[Recipe, str | None]:
-    """What a run has begun with where its recipe leaves it open.
+    """Return the recipe and the date with which a run began, where the recipe does not fix them.
 
     Args:
-        recipe: to go on with.
+        recipe: the recipe of the resumed run.
         output: run folder.
-        start: the checkpoint to go on from; None begins anew, and leaves everything open.
+        start: the checkpoint to resume from; None for a new run.
 
     Returns:
-        The recipe, with prompts completed only if they were, which earlier versions did not do; and the day that a
-        template which writes one has written.
+        The recipe, with generation prompts as the run began (earlier versions did not add any), and the date in
+        prompts.
     """
     if start is None or not (output / MANIFEST).is_file():
         return recipe, None
@@ -120,17 +120,17 @@ def as_begun(recipe: Recipe, output: Path, start: Checkpoint | None) -> tuple[Re
     if "generation_prompt" not in recipe.prompt.model_fields_set:
         update = {"generation_prompt": known.generation_prompt or "template"}
         recipe = recipe.model_copy(update={"prompt": recipe.prompt.model_copy(update=update)})
-    is_of_before = known.generation_prompt is None  # such versions wrote the day of the start, and did not note it
+    is_of_before = known.generation_prompt is None  # such versions rendered the start's date without recording it
     return recipe, (manifest.created[:10] if is_of_before else known.date) or None
 
 
 def identity_of(recipe: Recipe, manifest: Manifest, processes: int) -> dict[str, Any]:
-    """What the bits of an adapter hang on.
+    """Return everything that affects the bits of the adapter.
 
     Args:
         recipe: the whole recipe.
-        manifest: base, template, data and versions, as the run's manifest has them.
-        processes: that train together.
+        manifest: the run's manifest with base, template, data and versions.
+        processes: number of training processes.
     """
     settings = {name: value for name, value in flat_settings(recipe).items() if not _is_free(name)}
     files = {
@@ -150,10 +150,10 @@ def identity_of(recipe: Recipe, manifest: Manifest, processes: int) -> dict[str,
 
 
 def check_identity(checkpoint: Checkpoint, identity: dict[str, Any], allow_changes: bool) -> None:
-    """Compare what a checkpoint was made with and what would go on from it.
+    """Compare a checkpoint's identity with the present one.
 
     Raises:
-        LoratuneError: with a line for each difference, unless they are allowed.
+        LoratuneError: lists the differences, unless they are allowed.
     """
     versions = _differences(checkpoint.identity["versions"], identity["versions"])
     if versions:
@@ -162,16 +162,16 @@ def check_identity(checkpoint: Checkpoint, identity: dict[str, Any], allow_chang
     if DATE in identity["rest"] and DATE not in known["rest"]:  # written by a version that did not know
         date = identity["rest"][DATE]
         console.warn(
-            f"the checkpoint does not say which date its prompts had; that of the run's start, {date}, is taken"
+            f"the checkpoint does not say which date its prompts had; the date of the run's start, {date}, is used"
         )
         known["rest"] = known["rest"] | {DATE: date}
     if WHOLE_BASE in identity["rest"] and WHOLE_BASE not in known["rest"]:
-        console.warn("the checkpoint is of an earlier version and knows its base by samples of the weights alone")
+        console.warn("the checkpoint is of an earlier version and identifies its base only by samples of the weights")
         known["rest"] = known["rest"] | {WHOLE_BASE: identity["rest"][WHOLE_BASE]}
     different = [difference for part in known for difference in _differences(known[part], identity[part])]
     longer = [difference for difference in different if _makes_longer(*difference)]
     if longer:
-        console.say(f"to be longer than before:\n{_lines(longer)}")
+        console.say(f"extended:\n{_lines(longer)}")
     if any(name in LENGTHS for name, *_ in longer):
         console.say(f"steps after {checkpoint.step} follow the learning rate schedule of the longer run")
     changed = [difference for difference in different if difference not in longer]
@@ -179,17 +179,17 @@ def check_identity(checkpoint: Checkpoint, identity: dict[str, Any], allow_chang
         return
     if not allow_changes:
         raise LoratuneError(
-            f"{checkpoint.folder} was made otherwise:\n{_lines(changed)}\nresume with what it was, start anew with "
-            "--overwrite, or go on with --allow-changes, to another adapter than either would give",
+            f"{checkpoint.folder} was made with different settings:\n{_lines(changed)}\nrestore them, start over with "
+            "--overwrite, or continue with --allow-changes, which gives an adapter that neither would give alone",
             Exit.USAGE,
         )
     console.warn(
-        f"from step {checkpoint.step} on with other settings; the adapter is that of neither alone:\n{_lines(changed)}"
+        f"different settings from step {checkpoint.step} on; neither alone gives this adapter:\n{_lines(changed)}"
     )
 
 
 def _settings_of(checkpoint: Checkpoint) -> dict[str, Any]:
-    """What a checkpoint was made with, by present names; a setting that it does not know had today's default."""
+    """Return a checkpoint's settings by present names; settings that it does not know have their present defaults."""
     defaults = {name: value for name, value in default_settings().items() if not _is_free(name)}
     return defaults | with_current_names(checkpoint.identity["settings"])
 

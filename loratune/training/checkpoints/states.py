@@ -1,6 +1,6 @@
-"""Whether the states in a checkpoint are those of its step: each of them knows how many steps it has seen.
+"""Checks that all states in a checkpoint belong to its step, which most of them record.
 
-Seals show what has been changed since; this shows files of different steps that were put together and sealed as one.
+Seals detect later changes; this check detects files of different steps that were sealed together.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ SHAPE_ERRORS = (ValueError, KeyError, TypeError, AttributeError, IndexError)
 
 
 def check_states(checkpoint: Checkpoint) -> None:
-    """Compare the steps that optimizer, scheduler and trainer have made with that of the seal.
+    """Compare the step counts of optimizer, scheduler and trainer with the seal's step.
 
-    Pickles are read for tensors and numbers alone: one that asks for anything else is damaged, and is not run.
+    Pickles are loaded with weights_only: a pickle that needs anything else counts as damaged and is not run.
 
     Raises:
-        LoratuneError: with every file that is of another step, or that cannot be read.
+        LoratuneError: lists every file that is unreadable or of another step.
     """
     problems = [problem for read in (_trainer, _optimizer, _scheduler) if (problem := read(checkpoint))]
     problems += [problem for path in sorted(checkpoint.folder.glob("rng_state*.pth")) if (problem := _random(path))]
@@ -39,10 +39,10 @@ def check_states(checkpoint: Checkpoint) -> None:
 
 @contextmanager
 def state_errors_explained(folder: Path) -> Iterator[None]:
-    """Turn what a state raises that is of another shape than this run's into one message.
+    """Turn errors from states of another shape than this run's into one message.
 
     Raises:
-        LoratuneError: it does not fit.
+        LoratuneError: a state does not fit.
     """
     try:
         yield
@@ -92,14 +92,14 @@ def _random(path: Path) -> str | None:
 
 
 def _read(path: Path) -> Any:
-    """The dictionary of a state, whose tensors stay in the file."""
+    """Load a state's dictionary; its tensors stay memory-mapped."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # torch's, of pickles that it then refuses
+        warnings.simplefilter("ignore")  # torch warns about pickles that it then rejects
         return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
 
 
 def _fewest(checkpoint: Checkpoint) -> int:
-    """Of a step's updates; those whose float16 gradients overflow are left out."""
+    """Return the minimum number of updates; with float16, steps whose gradients overflow are skipped."""
     return 0 if (checkpoint.folder / SCALER).is_file() else checkpoint.step
 
 

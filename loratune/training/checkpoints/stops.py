@@ -1,4 +1,4 @@
-"""Ctrl-C, and being told to end: at once, or after the step that is under way, with a checkpoint."""
+"""Handles SIGINT and SIGTERM: stops at once, or after the current step with a checkpoint."""
 
 from __future__ import annotations
 
@@ -15,45 +15,45 @@ from loratune.errors import Interrupted
 from loratune.runtime import is_main_process, signals_to
 
 
-class ValidationStopped(Exception):  # noqa: N818 - nothing is wrong
-    """A signal has come while validating."""
+class ValidationStopped(Exception):  # noqa: N818 - not an error
+    """Raised when a signal arrives during validation."""
 
 
 class Stops(TrainerCallback):
-    """Waits for signals.
+    """Handles signals.
 
-    While steps are made, the first lets the step end and be saved; at the end of a finished run it skips the closing
-    questions. Any other stops at once.
+    During training, the first signal finishes and saves the current step; after a finished run, it skips the sample
+    generations. All others stop at once.
     """
 
     def __init__(self) -> None:
         self.signal: int | None = None
-        """The one that has come and waits for the step's end."""
+        """The received signal, until the step ends."""
         self.validation_is_due = False
-        """Whether the last step should have been validated and was not."""
-        self._told = ""  # when a signal is only noted; nothing where it raises
+        """Whether the validation of the last step was interrupted."""
+        self._told = ""  # message when a signal is deferred; empty if it raises at once
 
     @property
     def has_come(self) -> bool:
-        """Whether a signal has been noted."""
+        """Whether a signal was received."""
         return self.signal is not None
 
     @contextmanager
     def heeded(self) -> Iterator[None]:
-        """Take the signals over; they raise Interrupted where nothing is worth being finished."""
+        """Install the signal handlers; by default a signal raises Interrupted."""
         with signals_to(self._receive):
             yield
 
     @contextmanager
     def after_step(self) -> Iterator[None]:
-        """While steps are made: a signal is noted, and heeded between two of them."""
-        with self._noted("stopping after this step, with a checkpoint; again to stop at once"):
+        """During training: defer a signal to the end of the step."""
+        with self._noted("stopping after this step, with a checkpoint; repeat to stop at once"):
             yield
 
     @contextmanager
     def skipping(self) -> Iterator[None]:
-        """While a finished run is looked at: a signal is noted, and skips what takes long."""
-        with self._noted("skipping the closing questions; the run is finished and saved; again to stop at once"):
+        """After a finished run: a signal skips the rest of the closing work."""
+        with self._noted("skipping the sample generations; the run is finished and saved; repeat to stop at once"):
             yield
 
     @contextmanager
@@ -65,14 +65,14 @@ class Stops(TrainerCallback):
             self._told = ""
 
     def put_off_validation(self) -> None:
-        """The last step's validation is left to the resumed run."""
+        """Leave the last step's validation to the resumed run."""
         self.validation_is_due = True
 
     def raise_if_any(self) -> None:
-        """Stop here if a signal has come.
+        """Stop here if a signal was received.
 
         Raises:
-            Interrupted: with it.
+            Interrupted: with the signal.
         """
         if self.signal is not None:
             raise Interrupted(self.signal)
@@ -86,7 +86,7 @@ class Stops(TrainerCallback):
             console.interject(self._told)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """End here with a checkpoint if a signal has come to any process; a validation is left to the resumed run."""
+        """Stop with a checkpoint if any process received a signal; a due validation is left to the resumed run."""
         if self._has_come(args):
             control.should_save = control.should_training_stop = True
             self.validation_is_due = control.should_evaluate

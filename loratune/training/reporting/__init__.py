@@ -1,1 +1,1 @@
-"""What a run says of itself: on the screen, in files, to trackers."""
+"""Reports on a run: screen, files, trackers."""

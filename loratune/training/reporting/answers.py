@@ -1,4 +1,4 @@
-"""What the adapter changes in the model's own words: some questions asked with it and without it."""
+"""Sample generations at the end of a run: validation prompts answered with and without the adapter."""
 
 from __future__ import annotations
 
@@ -22,34 +22,33 @@ from loratune.runs.report import Answers, Told
 
 MAX_QUESTIONS = 8
 COMPARED_TOKENS = 48
-"""Of an answer; those of the base often go on and on."""
+"""Number of compared tokens; a base often does not stop by itself."""
 MAX_TOKENS = 256
-"""Of the adapter's answers, so that the check takes seconds."""
+"""Maximum tokens of the adapter's answers, so that the check takes seconds."""
 
 
 @dataclass(frozen=True)
 class Allowance:
-    """What the questions may take."""
+    """Time limits of the sample generations."""
 
     seconds: float
     reading_speed: float
-    """Tokens that training has read in a second."""
+    """Tokens per second of the training."""
     is_over: Callable[[], bool]
-    """Whether the user wants no more of it."""
+    """Returns whether the user has interrupted."""
 
 
 def ask_questions(model: AdaptedModel, encoder: Encoder, data: PreparedData, allowance: Allowance) -> Answers | None:
     """Ask some of the rows' questions with the adapter and without it, the likeliest token each time.
 
     Args:
-        model: PEFT model with the finished adapter, which is not trained any further: it stays in eval mode.
+        model: PEFT model with the final adapter; it stays in eval mode.
         encoder: the run's renderer.
-        data: the run's rows; those of the validation are asked if there are any.
-        allowance: answers are cut short where their time is up; where even reading the questions would take more than
-            half of it, fewer are asked.
+        data: the run's rows; validation rows are preferred.
+        allowance: limits the time. If processing the prompts alone would take over half of it, fewer prompts are used.
 
     Returns:
-        None if the model has layers that cannot be decoded in a batch, or if the user has had enough.
+        None if the model cannot be decoded in batches, or the user interrupted.
     """
     conversations = (data.validation or data.train).questions(MAX_QUESTIONS)
     try:
@@ -74,7 +73,7 @@ def _ask(
         for (_, prompt), tokens in zip(asked, expected, strict=True)
     ]
     console.say(
-        f"asking {counted(len(asked), 'question')} with the adapter and without it, for {allowance.seconds:.0f} s at "
+        f"answering {counted(len(asked), 'question')} with and without the adapter, for {allowance.seconds:.0f} s at "
         "most; the run is saved, and Ctrl-C skips this"
     )
     if not _decode(decoder, before, now, allowance):
@@ -92,11 +91,11 @@ def _ask(
 def _readable(
     encoder: Encoder, conversations: Sequence[Sequence[Any]], allowance: Allowance
 ) -> Iterator[tuple[Sequence[Any], list[int]]]:
-    """Conversations with their prompts' ids, as many as there is time for; reading twice takes less than training."""
+    """Yield conversations with their prompt ids, as many as the time allows."""
     left = allowance.seconds / 2 * allowance.reading_speed
     is_first = True
     for messages in (messages for messages in conversations if len(messages) > 1):
-        with suppress(LoratuneError):  # some templates render such a row only with the tools that it offers
+        with suppress(LoratuneError):  # some templates need the row's tools to render it
             prompt = encoder.prompt_ids(messages[:-1])
             left -= len(prompt)
             if left >= 0 or is_first:
@@ -105,10 +104,10 @@ def _readable(
 
 
 def _decode(decoder: Decoder, before: list[Running], now: list[Running], allowance: Allowance) -> bool:
-    """Make the answers, those of the base in half of the time; whether the user has waited for them."""
+    """Generate the answers, those of the base in half of the time; return False if the user interrupted."""
     start, total = time.monotonic(), sum(running.sampling.max_new_tokens for running in (*before, *now))
     with console.counted_progress("tokens", total) as tell:
-        # One after the other, so that no step mixes them.
+        # Separately, so that no step mixes adapters.
         for rows, until in ((before, start + allowance.seconds / 2), (now, start + allowance.seconds)):
             for running in rows:
                 decoder.add(running)
@@ -126,7 +125,7 @@ def _decode(decoder: Decoder, before: list[Running], now: list[Running], allowan
 
 
 def _made(running: Running) -> int:
-    """Tokens of an answer; one that has ended needs no more."""
+    """Return an answer's tokens; a finished one counts in full."""
     return running.sampling.max_new_tokens if running.finish else len(running.tokens)
 
 
@@ -135,7 +134,7 @@ def _greedy(tokens: int) -> Sampling:
 
 
 def _told(tokenizer: Tokenizer, messages: Sequence[Any], expected: int, before: Running, now: Running) -> Told:
-    # What has not come to its end may go on alike.
+    # Beyond the end of an unfinished answer, the two may still be equal.
     compared = min((len(one.tokens) for one in (before, now) if one.finish != "stop"), default=None)
     could_end = now.finish == "length" and expected <= MAX_TOKENS // 2
     return Told(

@@ -1,4 +1,4 @@
-"""The end of a finished run: what is worth knowing of its adapter, none of which can fail the run."""
+"""Closing work of a finished run: sample generations, health and plot; none of it can fail the run."""
 
 from __future__ import annotations
 
@@ -19,21 +19,21 @@ if TYPE_CHECKING:
     from loratune.training.run import Running, Session
 
 LEAST_SECONDS = 10.0
-"""That questions may take after a short training."""
+"""Minimum time for sample generations after a short training."""
 
 
 def close_run(session: Session, running: Running, report: Report) -> Report:
     """Complete a finished run's report with its health, and draw its losses.
 
-    The first signal skips the questions, the next one all that is left; the run is finished in any case.
+    The first signal skips the sample generations, the second one the rest; the run is finished in any case.
 
     Args:
-        session: of the run.
-        running: its trainer, and those who have watched it.
-        report: as report.json holds it.
+        session: the run's session.
+        running: its trainer and callbacks.
+        report: the content of report.json.
 
     Returns:
-        The report with the health, as report.json holds it now.
+        The new content of report.json.
     """
     watchers, warn = running.watchers, session.notes.warn
     try:

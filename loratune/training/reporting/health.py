@@ -1,4 +1,4 @@
-"""Whether an adapter has learnt anything, everywhere, and not too much: told before it is deployed."""
+"""Diagnoses an adapter after training: whether it has learnt anything, in all modules, and without overfitting."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ from loratune.runs.report import Answers, Health, Updates
 from loratune.training.callbacks import Metrics
 
 HARDLY = 1e-4
-"""‖ΔW‖ / ‖W‖ below which an answer hardly changes; runs that learn have 1e-3 to 1e-1."""
+"""Threshold of ‖ΔW‖ / ‖W‖ below which answers hardly change; trained adapters have 1e-3 to 1e-1."""
 WORSE = 1.05
-"""Times the best validation loss that the last one may be."""
+"""Maximum ratio of the last validation loss to the best one."""
 
 
 class GradientFlow(TrainerCallback):
-    """Looks at the first step's gradients: each B must have one, while A's are 0 as long as B is."""
+    """Checks the first step's gradients: each B must have one, while A's are 0 as long as B is 0."""
 
     def __init__(self) -> None:
         self.missing: list[str] = []
         self._has_looked = False
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, model: Any, **_: Any) -> None:
-        """Called with the step's gradients, after clipping."""
+        """Check the gradients, after clipping."""
         if self._has_looked:
             return
         self._has_looked = True
@@ -41,10 +41,10 @@ def examine(model: AdaptedModel, flow: GradientFlow, metrics: Metrics, answers: 
     """Measure the final adapter.
 
     Args:
-        model: with the adapter's final weights.
-        flow: what the first step has shown.
-        metrics: of the run.
-        answers: what it says to some questions.
+        model: the model with the final weights.
+        flow: result of the gradient check.
+        metrics: the run's metrics.
+        answers: sample generations.
     """
     updates = {name: Updates(**vars(size)) for name, size in update_sizes(model).items()}
     missing = tuple(flow.missing)
@@ -74,14 +74,14 @@ def _about_answers(answers: Answers | None) -> list[str]:
     sentences = []
     if answers and answers.told and not answers.changed and not answers.cut_short:
         sentences.append(
-            f"none of {counted(len(answers.told), 'question')} is answered differently: the adapter has learnt "
-            "nothing that shows; raise training.learning_rate or lora.rank, or train longer"
+            f"none of {counted(len(answers.told), 'question')} is answered differently from the base: the adapter has "
+            "learnt nothing visible; raise training.learning_rate or lora.rank, or train longer"
         )
     if answers and answers.ended < answers.judged / 2:
         sentences.append(
             f"{answers.judged - answers.ended} of {counted(answers.judged, 'answer')} did not end by themselves: "
             "train longer, and look for answers that are cut off in the rows (loratune data preview); until then "
-            "bound them with --max-new-tokens"
+            "limit them with --max-new-tokens"
         )
     return sentences
 
@@ -91,7 +91,7 @@ def _modules(names: Sequence[str]) -> str:
 
 
 def _about_losses(metrics: Metrics) -> list[str]:
-    """Validation that rises while training falls is learning by heart."""
+    """Detect overfitting: the validation loss rises while the training loss falls."""
     validations = [loss for _, loss in metrics.of("validation_loss")]
     losses = [loss for _, loss in metrics.of("loss")]
     part = max(1, len(losses) // 4)
@@ -101,6 +101,6 @@ def _about_losses(metrics: Metrics) -> list[str]:
         return []
     return [
         f"overfitting: the validation loss has risen from {min(validations):.3f} to {validations[-1]:.3f} while "
-        "training went on falling; fewer training.epochs, a lower training.learning_rate, more lora.dropout, a lower "
-        "lora.rank, or more rows"
+        "the training loss kept falling; try fewer training.epochs, a lower training.learning_rate, more lora.dropout, "
+        "a lower lora.rank, or more rows"
     ]

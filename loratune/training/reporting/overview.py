@@ -1,4 +1,4 @@
-"""The tables that `loratune sft` shows before it trains."""
+"""Prints the tables at the start of `loratune sft`."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from loratune.training.activations import Activations, activations_text
 
 
 def show_data(recipe: Recipe, data: PreparedData) -> None:
-    """The rows of the run."""
+    """Print the rows of the run."""
     splits = [("training", data.train), ("validation", data.validation)]
     rows = [
         (
@@ -32,7 +32,7 @@ def show_data(recipe: Recipe, data: PreparedData) -> None:
 def show_model(
     recipe: Recipe, hardware: Hardware, summary: AdapterSummary, dtype: str, activations: Activations | None
 ) -> None:
-    """The model, its adapter, and what a step takes."""
+    """Print model, adapter, and the memory of a step."""
     modules = ", ".join(f"{name} × {count}" for name, count in summary.modules.items())
     held = dtype if recipe.model.quantization == "none" else recipe.model.quantization
     share = summary.trainable_parameters / summary.total_parameters
@@ -52,7 +52,7 @@ def show_model(
 
 
 def parts_of_memory(summary: AdapterSummary, activations: Activations | None, tokens: int) -> dict[str, str]:
-    """What training holds, and how much of it, as far as it is known before the first step."""
+    """Return the known parts of the training memory."""
     parts = {
         "base": console.memory(summary.base_bytes),
         "adapter": console.memory(summary.adapter_bytes),

@@ -1,4 +1,4 @@
-"""The picture of a run: training and validation loss, and the learning rate."""
+"""Plots training and validation loss and the learning rate."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from loratune.training.callbacks import Metrics
 
 
 def plot_losses(metrics: Metrics, path: Path) -> None:
-    """Draw the run's losses and learning rate over the steps."""
+    """Plot losses and learning rate over steps."""
     figure = Figure(figsize=(8, 4.5), layout="constrained", dpi=120)
     axes = figure.add_subplot()
     losses = metrics.of("loss")
@@ -36,7 +36,7 @@ def plot_losses(metrics: Metrics, path: Path) -> None:
 
 
 def _smooth(values: tuple[float, ...]) -> list[float]:
-    """Exponential moving average over about a twentieth of the run."""
+    """Return the exponential moving average over about 5 % of the run."""
     weight = 2 / (max(len(values) / 20, 1) + 1)
     smoothed = [values[0]]
     for value in values[1:]:

@@ -1,4 +1,4 @@
-"""How long a run takes to get going, by stage."""
+"""Times the start of a run by stage."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from loratune import STARTED
 class StartUp(TrainerCallback):
     """Seconds from the start of the program to the end of the first step.
 
-    Stages, in their order: imports, data (found, checked, encoded), model (read, adapter attached), trainer (set up,
-    the run folder begun), validation (the one before training), first step.
+    Stages in order: imports, data (load, check, encode), model (load, attach adapter), trainer (set up, create the run
+    folder), validation (the one before training), first step.
     """
 
     def __init__(self) -> None:
@@ -22,21 +22,20 @@ class StartUp(TrainerCallback):
         self._last = STARTED
 
     def stage_done(self, name: str) -> None:
-        """Note what has passed since the stage before."""
+        """Record the time since the previous stage."""
         now = time.perf_counter()
         self.seconds[name] = round(now - self._last, 3)
         self._last = now
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """The trainer stands."""
+        """End the stage of setting up the trainer."""
         self.stage_done("trainer")
 
     def on_evaluate(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """A validation is done; only the first one is of interest."""
+        """End the stage of the first validation."""
         if state.global_step == 0:
             self.stage_done("validation")
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """A step is done."""
         if "first step" not in self.seconds:
             self.stage_done("first step")

@@ -1,7 +1,7 @@
-"""One experiment tracker in a process of its own, which follows metrics.jsonl; started by `trackers`.
+"""Runs one experiment tracker in a separate process, which follows metrics.jsonl; started by `trackers`.
 
-A tracker asks a network, starts threads, and waits when it ends. Here it can fail, hang or crash without the training
-noticing. The process ends when its standard input does, which is also what happens if the training process is killed.
+Trackers use the network, start threads, and block at their end. In a separate process they can fail, hang or crash
+without affecting training. The process ends when its standard input closes, which also happens if training is killed.
 """
 
 from __future__ import annotations
@@ -20,15 +20,15 @@ from loratune.recipe.yaml_reader import read_yaml
 
 PROJECT = "loratune"
 LOOK_SECONDS = 0.5
-"""Between two looks at the metrics."""
+"""Interval for reading new metrics."""
 Config = dict[str, str | int | float | bool | None]
 
 
 class Tracker(NamedTuple):
-    """What is asked of a tracker."""
+    """The interface to a tracker."""
 
     log: Callable[[dict[str, float], int], Any]
-    """Takes values by name, and their step."""
+    """Log values by name, with their step."""
     finish: Callable[[], Any]
 
 
@@ -36,12 +36,12 @@ def track(kind: str, title: str, recipe: str, metrics: str, logs: str, end_secon
     """Follow a run to its end.
 
     Args:
-        kind: which tracker.
-        title: the run's name there.
-        recipe: the run's recipe.yaml.
-        metrics: its metrics.jsonl, which need not be there yet.
-        logs: folder for the tracker's own files.
-        end_seconds: that the tracker has after the training has ended.
+        kind: name of the tracker.
+        title: the run's name in the tracker.
+        recipe: path of the run's recipe.yaml.
+        metrics: path of metrics.jsonl, which may not exist yet.
+        logs: folder for the tracker's files.
+        end_seconds: time for the tracker to finish after training has ended.
     """
     ended = _ended_with_input(int(end_seconds))
     tracker = OPENERS[kind](title, _flat(read_yaml(Path(recipe).read_text(encoding="utf-8")).values), Path(logs))
@@ -52,14 +52,14 @@ def track(kind: str, title: str, recipe: str, metrics: str, logs: str, end_secon
 
 
 def _ended_with_input(end_seconds: int) -> threading.Event:
-    """Set when standard input ends; from then on the process has so many seconds to live."""
+    """Return an event that is set when standard input closes; the process then has a time limit."""
     ended, source = threading.Event(), os.dup(0)
-    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)  # so that no tracker waits for somebody to type a key
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)  # so that no tracker waits for keyboard input
 
     def wait() -> None:
         while os.read(source, 4096):
             pass
-        signal.alarm(end_seconds)  # ends the process, whatever it waits for
+        signal.alarm(end_seconds)  # ends the process even if it blocks
         ended.set()
 
     threading.Thread(target=wait, daemon=True).start()
@@ -67,7 +67,7 @@ def _ended_with_input(end_seconds: int) -> threading.Event:
 
 
 def _records(metrics: Path, ended: threading.Event) -> Iterator[dict[str, float]]:
-    """The records of a run from its first on, as they come; a line without its end is not read yet."""
+    """Yield all records of a run as they are written; incomplete lines wait."""
     read, rest = 0, b""
     while True:
         is_last_look = ended.is_set()
@@ -84,7 +84,7 @@ def _records(metrics: Path, ended: threading.Event) -> Iterator[dict[str, float]
 
 
 def _flat(values: Any, prefix: str = "") -> Config:
-    """Settings by dotted name; a list is a text."""
+    """Return settings by dotted name; lists become JSON strings."""
     found: Config = {}
     for name, value in values.items():
         if isinstance(value, dict):
@@ -96,7 +96,7 @@ def _flat(values: Any, prefix: str = "") -> Config:
 
 def _open_tensorboard(title: str, config: Config, logs: Path) -> Tracker:
     folder = logs / "tensorboard"
-    shutil.rmtree(folder, ignore_errors=True)  # a resumed run is written from its first step on
+    shutil.rmtree(folder, ignore_errors=True)  # a resumed run is logged again from its first step
     writer = importlib.import_module("tensorboard.summary").Writer(str(folder))
 
     def log(values: dict[str, float], step: int) -> None:

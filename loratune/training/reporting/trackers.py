@@ -1,4 +1,4 @@
-"""Experiment trackers: each in a process of its own, so that none can stop the training or hold up its end."""
+"""Starts and monitors experiment trackers, each in its own process, so that none can stop or delay training."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from loratune.runs.folder import METRICS, RECIPE, TRACKER_LOGS
 from loratune.training.checkpoints.stops import Stops
 
 END_SECONDS, STOPPED_END_SECONDS = 30, 5
-"""That a tracker has to send what it still holds when the training has ended, or was stopped by a signal."""
+"""Time for a tracker to finish after training has ended, or was stopped by a signal."""
 CODE = """\
 import json, sys
 kind, sys.path[:] = sys.argv[1], json.loads(sys.argv[2])
@@ -29,16 +29,16 @@ from loratune.training.reporting.tracker_process import track
 track(kind, *sys.argv[3:])
 """
 EXTRAS = {"tensorboard": "tensorboard"}
-"""Tracker → loratune's extra that brings its package, where there is one."""
+"""Tracker → loratune's extra with its package, if there is one."""
 
 
 class Trackers(TrainerCallback):
-    """Starts them with the first step, tells once of each that fails, and ends them.
+    """Starts the trackers with the first step, warns once about each that fails, and ends them.
 
     Args:
-        settings: which, and what the run is called there.
+        settings: the trackers and the run's name.
         run: run folder.
-        stops: tells whether a signal has ended the training.
+        stops: knows whether a signal ended training.
     """
 
     def __init__(self, settings: TrackingSettings, run: Path, stops: Stops) -> None:
@@ -49,13 +49,13 @@ class Trackers(TrainerCallback):
             for name in wanted
             if name not in self._names
         ]
-        """Of each whose package is missing."""
+        """Warnings about missing packages."""
         self._title = settings.run_name or run.absolute().name
         self._run, self._logs, self._stops = run, run / TRACKER_LOGS, stops
         self._processes: dict[str, subprocess.Popen[bytes]] = {}
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Start a process for each."""
+        """Start a process for each tracker."""
         for name in self._names if state.is_world_process_zero else ():
             try:
                 self._processes[name] = self._start(name)
@@ -63,14 +63,14 @@ class Trackers(TrainerCallback):
                 self._tell(name, str(error))
 
     def on_log(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Tell of those that have given up."""
+        """Report trackers that have ended."""
         for name, process in list(self._processes.items()):
             if process.poll() is not None:
                 _close_input(self._processes.pop(name))
                 self._tell(name, self._last_words(name, process.returncode))
 
     def close(self) -> None:
-        """Let them send what they hold, for some seconds; also called when training ends with an error."""
+        """Let the trackers finish, within a time limit; also called after an error."""
         seconds = STOPPED_END_SECONDS if self._stops.signal else END_SECONDS
         try:
             for process in self._processes.values():
@@ -90,7 +90,7 @@ class Trackers(TrainerCallback):
         places = [self._run / RECIPE, self._run / METRICS, self._logs]
         arguments = [name, json.dumps(sys.path), self._title, *map(str, places), str(END_SECONDS)]
         with self._log(name).open("wb") as log:
-            # In a session of its own: Ctrl-C in the terminal is for the training, which then ends it.
+            # A new session shields it from Ctrl-C in the terminal, which is meant for the training.
             return subprocess.Popen(
                 [sys.executable, "-c", CODE, *arguments],
                 stdin=subprocess.PIPE,
@@ -103,7 +103,7 @@ class Trackers(TrainerCallback):
         try:
             code = process.wait(max(0.0, end - time.monotonic()))
         except subprocess.TimeoutExpired:
-            self._tell(name, "it has not ended in time and was stopped")
+            self._tell(name, "it did not finish in time and was stopped")
             return
         if code:
             self._tell(name, self._last_words(name, code))
@@ -112,14 +112,14 @@ class Trackers(TrainerCallback):
 
     def _tell(self, name: str, reason: str) -> None:
         console.warn(
-            f"tracking.report_to {name} has failed: {reason}. Training goes on without it; {self._run / METRICS} "
-            f"holds everything, {self._log(name)} what {name} has said"
+            f"tracking.report_to {name} has failed: {reason}. Training continues without it; {self._run / METRICS} "
+            f"has all metrics, {self._log(name)} the output of {name}"
         )
 
     def _last_words(self, name: str, code: int) -> str:
         lines = self._log(name).read_text(encoding="utf-8", errors="replace").split("\n")
-        said = [line.strip() for line in lines if line.strip()]
-        return said[-1][:300] if said else f"it ended with {code}"
+        output = [line.strip() for line in lines if line.strip()]
+        return output[-1][:300] if output else f"it ended with {code}"
 
     def _log(self, name: str) -> Path:
         return self._logs / f"{name}.log"
@@ -131,6 +131,6 @@ def _close_input(process: subprocess.Popen[bytes]) -> None:
 
 
 def _is_installed(name: str) -> bool:
-    """Whether there is such a package; a folder of the name, as some trackers leave one behind, is none."""
+    """Return whether a package is installed; a mere folder of that name, which some trackers create, does not count."""
     spec = importlib.util.find_spec(name)
     return spec is not None and spec.origin is not None

@@ -1,4 +1,4 @@
-"""A merged model folder as one GGUF file, piece by piece, and the proof that the file holds the model."""
+"""Writes a merged model folder as a GGUF file, tensor by tensor, and verifies the file."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ _FILE_TYPES: dict[GgufType, gguf.LlamaFileType] = {
 }
 _DTYPES = {Kind.F32: torch.float32, Kind.F16: torch.float16, Kind.BF16: torch.bfloat16}
 _BLOCK = gguf.GGML_QUANT_SIZES[Kind.Q8_0][0]
-_STEPS = 127  # a block of q8_0 is a float16 scale and integers of up to this size
+_STEPS = 127  # a q8_0 block is a float16 scale and integers up to this value
 _LARGEST = {kind: torch.finfo(dtype).max for kind, dtype in _DTYPES.items()}
 _LARGEST[Kind.Q8_0] = _LARGEST[Kind.F16] * _STEPS
 REMOVED = (
@@ -51,18 +51,18 @@ REMOVED = (
     "that `loratune --version` and pip list show"
 )
 _PIECE_ELEMENTS = 2**22
-"""How much of a tensor is in memory at once; 16 MiB as float32."""
+"""Number of tensor elements in memory at once; 16 MiB as float32."""
 
 
 @dataclass(frozen=True)
 class FilePlan:
-    """What a file will hold: known from a model folder's small files and the shapes of its tensors."""
+    """The content of a file, known from a model folder's small files and the shapes of its tensors."""
 
     architecture: str
     keys: dict[str, Any]
     tensors: list[PlannedTensor]
     layout: FileLayout
-    """Which tensors of the model's files these are made of."""
+    """Maps the planned tensors to tensors of the model's files."""
 
     def nbytes(self, quantization: GgufType) -> int:
         """Size of all tensors in bytes."""
@@ -70,16 +70,16 @@ class FilePlan:
 
 
 def plan_file(folder: Path, shapes: Mapping[str, tuple[int, ...]], is_tied: bool) -> FilePlan:
-    """Lay out the file of a model; its weights need not be there yet.
+    """Plan the file of a model whose weights may not exist yet.
 
     Args:
-        folder: with config, tokenizer and template.
-        shapes: of each of the tensors in the model's files.
-        is_tied: whether it has one matrix for embedding and head.
+        folder: folder with config, tokenizer and template.
+        shapes: tensor name → shape, of the model's files.
+        is_tied: whether embedding and head are tied.
 
     Raises:
-        NotForGgufError: what GGUF cannot state.
-        LoratuneError: the tensors are not those of the architecture, all of them and no others.
+        NotForGgufError: GGUF cannot represent the model.
+        LoratuneError: the tensors are not exactly those of the architecture.
     """
     config = read_config(folder)
     config.tie_word_embeddings = is_tied
@@ -93,7 +93,7 @@ def plan_file(folder: Path, shapes: Mapping[str, tuple[int, ...]], is_tied: bool
             raise LoratuneError(
                 f"{folder}: {name} is {held.get(name, 'missing')} where config.json asks for {shape}", Exit.MODEL
             )
-    # Computed from the config; old checkpoints carry it all the same.
+    # Computed from the config, but present in old checkpoints.
     extra = [name for name in held if name not in planned and not name.endswith("rotary_emb.inv_freq")]
     if extra and not (is_tied and extra == [vocabulary_of(planned).head]):
         raise LoratuneError(f"{folder}: {extra[0]} is no part of the architecture of config.json", Exit.MODEL)
@@ -101,7 +101,7 @@ def plan_file(folder: Path, shapes: Mapping[str, tuple[int, ...]], is_tied: bool
 
 
 class _Model:
-    """The model folder: what the file must say of it, and its tensors in the file's order of rows."""
+    """A model folder: the keys for the file, and its tensors with rows in the file's order."""
 
     def __init__(self, folder: Path) -> None:
         self._files = TensorFiles(weight_files(folder))
@@ -111,7 +111,7 @@ class _Model:
         self._layout = plan.layout
 
     def rows(self, tensor: PlannedTensor) -> Iterator[torch.Tensor]:
-        """The tensor piece by piece: (some rows, row length), in the dtype of the model's files."""
+        """Yield the tensor in pieces: (some rows, row length), in the dtype of the model's files."""
         values = self._layout.read(tensor.source, self._files) if tensor.values is None else tensor.values
         if tensor.rope_heads:
             values = pair_rotated_rows(values, tensor.rope_heads)
@@ -122,14 +122,14 @@ class _Model:
 
 
 class _StoredTensor:
-    """A tensor as the writer asks for it: told its size, it writes itself."""
+    """A tensor with the interface that the writer expects: its size, and a method that writes it."""
 
     def __init__(self, model: _Model, tensor: PlannedTensor, kind: Kind) -> None:
         self._model, self._tensor, self._kind = model, tensor, kind
         self.nbytes = _stored_bytes(tensor, kind)
 
     def tofile(self, file: BinaryIO) -> None:
-        """Write the values as the file holds them."""
+        """Write the values as stored in the file."""
         for rows in self._model.rows(self._tensor):
             _encode(rows, self._kind, self._tensor.name).tofile(file)
 
@@ -143,7 +143,7 @@ def write_gguf(model: Path, target: Path, quantization: GgufType) -> None:
         quantization: the type of matrices. Vectors are float32 whatever it is.
 
     Raises:
-        LoratuneError: a model that cannot be exported, or whose values the type cannot hold.
+        LoratuneError: the model is not supported, or has values outside the type's range.
     """
     if quantization not in _FILE_TYPES:
         raise LoratuneError(f"quantization {quantization!r} is unknown; {', '.join(_FILE_TYPES)} are", Exit.USAGE)
@@ -191,9 +191,9 @@ def _choose_kind(tensor: PlannedTensor, quantization: GgufType) -> Kind:
 
 
 def _encode(rows: torch.Tensor, kind: Kind, name: str) -> Any:
-    """The (rows, row length) values as a numpy array of what the file holds."""
+    """Convert (rows, row length) values to a numpy array of the stored type."""
     largest = float(rows.abs().max())
-    if not largest <= _LARGEST[kind]:  # true of NaN as well
+    if not largest <= _LARGEST[kind]:  # also true for NaN
         raise LoratuneError(
             f"{name}: its largest value is {largest:g}, and {kind.name} holds up to {_LARGEST[kind]:g}; "
             + ("--quantization bf16 or f32 holds it" if largest < float("inf") else "the model's weights are broken"),
@@ -213,7 +213,7 @@ def check_gguf(model: Path, file: Path) -> GgufReadBack:
         file: the GGUF file.
 
     Raises:
-        LoratuneError: the file cannot be read, or something in it is not what the folder says.
+        LoratuneError: the file cannot be read, or differs from the folder.
     """
     source = _Model(model)
     try:
@@ -256,11 +256,11 @@ def _compare_keys(source: _Model, file: Path, reader: Any) -> GgufType:
 
 
 def _compare_values(source: _Model, file: Path, tensor: PlannedTensor, stored: Any) -> float:
-    """The largest difference between a tensor's values and the file's, once none is larger than the type explains."""
+    """Return the largest difference between a tensor's values and the file's; raise if rounding does not explain it."""
     data = stored.data.reshape(-1, stored.data.shape[-1])
     largest, start = 0.0, 0
     for rows in source.rows(tensor):
-        # Copied, since float32 comes as a view of the file, which torch warns about.
+        # Copied, since float32 values are a read-only view of the file, which torch warns about.
         values = torch.from_numpy(np.array(gguf.dequantize(data[start : start + len(rows)], stored.tensor_type)))
         start += len(rows)
         if not _are_stored(rows, values, stored.tensor_type):
@@ -270,12 +270,12 @@ def _compare_values(source: _Model, file: Path, tensor: PlannedTensor, stored: A
 
 
 def _are_stored(rows: torch.Tensor, values: torch.Tensor, kind: Kind) -> bool:
-    """Whether (rows, row length) values from a file are the given ones, rounded as the type must and no further."""
+    """Return whether (rows, row length) values from a file are the given ones with no more than the type's rounding."""
     if kind != Kind.Q8_0:
         return bool(torch.equal(values, rows.to(_DTYPES[kind]).float()))
     blocks = rows.float().unflatten(-1, (-1, _BLOCK))
     scales = blocks.abs().amax(-1, keepdim=True) / _STEPS
-    # Half a step and a little for the division in float32, and the scale's own rounding.
+    # Half a step, with a margin for the float32 division, and the rounding of the scale.
     allowed = 0.501 * scales + _STEPS * (scales.half().float() - scales).abs()
     return bool(((values.view_as(blocks) - blocks).abs() <= allowed).all())
 

@@ -1,4 +1,4 @@
-"""How a model of a known architecture is laid out in a GGUF file: its describing keys, its tensors and their names."""
+"""Describes models for GGUF: metadata keys, tensors and their names."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ YARN_DEFAULTS = {"truncate": True, "mscale": None, "mscale_all_dim": None, "atte
 
 
 class NotForGgufError(LoratuneError):
-    """A model or tokenizer that loratune cannot state in GGUF, and llama.cpp's own converter perhaps can."""
+    """A model or tokenizer that loratune cannot represent in GGUF; llama.cpp's own converter may."""
 
 
 @dataclass(frozen=True)
 class PlannedTensor:
     """A tensor of the GGUF file.
 
-    `source` names the model's parameter; `values` are given for one that is computed. `rope_heads`, if not 0, is the
-    number of heads whose rows change places.
+    `source` is the name of the model's parameter; `values` are set for a computed tensor. `rope_heads`, if not 0, is
+    the number of heads whose rows are reordered.
     """
 
     name: str
@@ -43,7 +43,7 @@ def read_config(model: Path) -> TextConfig:
     """The model's config with defaults filled in.
 
     Raises:
-        LoratuneError: the architecture, or a part of its computation, that GGUF's programs would not carry out.
+        LoratuneError: programs for GGUF do not support the architecture or a part of its computation.
     """
     whole = load_config(model)
     if whole.model_type not in FAMILIES:
@@ -109,7 +109,7 @@ def plan_tensors(config: TextConfig) -> list[PlannedTensor]:
     """The tensors of the file, in the model's order, as the model's own code says which there are."""
     weights = empty_model(config).state_dict()
     if config.tie_word_embeddings:
-        weights.pop(vocabulary_of(weights).head, None)  # programs take the embedding where there is no output
+        weights.pop(vocabulary_of(weights).head, None)  # without an output tensor, programs use the embedding
     names = _gguf_names(config)
     planned = [_plan_tensor(config, names, name, tuple(weight.shape)) for name, weight in weights.items()]
     if config.rope_parameters["rope_type"] == "llama3":
@@ -129,18 +129,18 @@ def _gguf_names(config: TextConfig) -> Any:
 def _plan_tensor(config: TextConfig, names: Any, source: str, shape: tuple[int, ...]) -> PlannedTensor:
     module, _, kind = source.rpartition(".")
     name = names.get_name(module)
-    # Llama's GGUF rotates neighbouring elements of a head, transformers an element of each half.
+    # Llama's GGUF rotates adjacent elements of a head; transformers rotates elements of its two halves.
     heads = {"attn_q": config.num_attention_heads, "attn_k": key_value_heads(config)}
     rope_heads = heads.get(name.rpartition(".")[2], 0) if architecture_of(config) == "llama" else 0
     return PlannedTensor(f"{name}.{kind}", shape, source, rope_heads=rope_heads)
 
 
 def pair_rotated_rows(tensor: torch.Tensor, heads: int) -> torch.Tensor:
-    """Set the two rows of each head that are rotated together side by side.
+    """Reorder the rows of each head so that the two rows that are rotated together are adjacent.
 
     Args:
-        tensor: (heads × head size, …), in each head first all first elements of the pairs, then all second ones.
-        heads: how many heads it holds.
+        tensor: (heads × head size, …); in each head, all first elements of the pairs precede all second ones.
+        heads: number of heads.
     """
     halves = tensor.unflatten(0, (heads, 2, -1))
     return halves.transpose(1, 2).flatten(0, 2)

@@ -1,7 +1,7 @@
-"""The model that a GGUF file states, to be compared with the model that it was made from.
+"""Loads the model that a GGUF file describes, to compare it with the original.
 
-transformers reads the tensors and most of the description. Its reader leaves out scaled RoPE and some head sizes. These
-come from the file's own keys, never from the model folder, because the comparison judges the file.
+transformers reads the tensors and most of the metadata, but not scaled RoPE and some head sizes. Those are read from
+the file's own keys, never from the model folder, because the comparison checks the file.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from loratune.model.architecture.structure import decoder_of
 from loratune.protocols import CausalModel
 
 ROPE_FACTORS = "rope_freqs.weight"
-# GGUF's name below rope.scaling → the name in rope_parameters.
+# GGUF's name under rope.scaling → the name in rope_parameters.
 SCALING = {
     "type": "rope_type",
     "factor": "factor",
@@ -36,13 +36,13 @@ def load_gguf(file: Path) -> CausalModel:
     """The model of a GGUF file in float32, in memory and in eval mode.
 
     Raises:
-        LoratuneError: the tensors do not have the shapes that the keys state.
-        Exception: whatever else transformers raises where it cannot read the file.
+        LoratuneError: the tensors do not have the shapes of the keys.
+        Exception: any other error of transformers.
     """
     reader = gguf.GGUFReader(file)
     stated = {key.partition(".")[2]: field.contents() for key, field in reader.fields.items()}
     transformers_logging.disable_progress_bar()
-    with contextlib.redirect_stderr(io.StringIO()):  # a bar that nothing switches off
+    with contextlib.redirect_stderr(io.StringIO()):  # hides a progress bar that cannot be disabled
         config = AutoConfig.from_pretrained(file.parent, gguf_file=file.name, local_files_only=True)
         config.head_dim = stated["attention.key_length"]
         config.rope_parameters = _rope_parameters(stated)
@@ -62,7 +62,7 @@ def load_gguf(file: Path) -> CausalModel:
                 f"{file.name}: its tensors do not have the shapes that its keys state", Exit.MODEL
             ) from error
     for tensor in reader.tensors:
-        if tensor.name == ROPE_FACTORS:  # what llama.cpp divides each frequency by
+        if tensor.name == ROPE_FACTORS:  # llama.cpp divides the frequencies by these
             decoder_of(model).rotary_emb.inv_freq /= torch.from_numpy(np.array(tensor.data))
     loaded: CausalModel = model.eval()
     return loaded

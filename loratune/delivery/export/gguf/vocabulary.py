@@ -1,8 +1,8 @@
-"""A model's tokenizer as the keys of a GGUF file.
+"""Converts a model's tokenizer to the keys of a GGUF file.
 
-A GGUF file holds tokens and merges, and names the splitting of text that comes before them instead of describing it. A
-program that does not know the name, or knows another splitting by it, tokenizes wrongly without a word; so only
-tokenizers whose splitting is exactly that of a known name are written.
+A GGUF file contains tokens and merges, but refers to the pre-tokenizer only by name. A program that does not know the
+name, or associates another pre-tokenizer with it, silently tokenises wrongly. Only tokenizers whose pre-tokenizer is
+exactly that of a known name are therefore supported.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from loratune.model.tokenizer import load_tokenizer
 from loratune.plain_files import read_json_object
 from loratune.runs.opening import merged_prompt
 
-# Kinds of a token, as the format numbers them.
+# Token types, as numbered in the format.
 NORMAL, CONTROL, USER_DEFINED, UNUSED = 1, 3, 4, 5
 
 _WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
@@ -40,14 +40,14 @@ SPLITTINGS: dict[str, list[dict[str, Any]]] = {
 
 
 def describe_vocabulary(model: Path, vocab_size: int) -> dict[str, Any]:
-    """The tokenizer's keys and their values: strings, integers, a bool, lists of strings and of integers.
+    """Return the tokenizer's keys and values: strings, integers, a bool, lists of strings and of integers.
 
     Args:
-        model: folder with tokenizer.json and the files beside it.
-        vocab_size: rows of the model's embedding; ids without a token become unused ones.
+        model: folder with tokenizer.json and related files.
+        vocab_size: rows of the model's embedding; ids without a token become unused tokens.
 
     Raises:
-        LoratuneError: a tokenizer that GGUF cannot state, or that does not fit the model.
+        LoratuneError: GGUF does not support the tokenizer, or it does not match the model.
     """
     path = model / "tokenizer.json"
     state = read_json_object(path)
@@ -64,7 +64,7 @@ def describe_vocabulary(model: Path, vocab_size: int) -> dict[str, Any]:
 
 
 def _find_splitting(path: Path, state: dict[str, Any]) -> str:
-    """The name of the tokenizer's splitting, once all else about it is what byte-level BPE in GGUF means."""
+    """Return the name of the pre-tokenizer, after checking that everything else is GGUF's byte-level BPE."""
     model = state["model"]
     if (
         model.get("type") != "BPE"
@@ -76,7 +76,7 @@ def _find_splitting(path: Path, state: dict[str, Any]) -> str:
         if model.get(option):
             raise _unknown(path, f"{option} is {model[option]!r}")
     normalizer = state.get("normalizer")
-    if normalizer not in (None, {"type": "NFC"}):  # programs leave NFC to whoever gives the text
+    if normalizer not in (None, {"type": "NFC"}):  # programs expect text in NFC
         raise _unknown(path, f"normalizer {json.dumps(normalizer)}")
     splitting = state.get("pre_tokenizer") or {}
     steps = splitting.get("pretokenizers", [splitting])
@@ -116,10 +116,10 @@ def _list_tokens(path: Path, state: dict[str, Any], vocab_size: int) -> tuple[li
 
 
 def _describe_special_tokens(model: Path) -> dict[str, Any]:
-    """Which tokens begin and end what, and the chat template.
+    """Return the keys of special tokens and of the chat template.
 
-    Programs are told to add the beginning token if the prompts of training began with it; they leave it out of the
-    template's text in turn.
+    Programs add the BOS token if the prompts of training started with it; in turn they omit it from the template's
+    text.
     """
     tokenizer = load_tokenizer(model)
     templates: dict[str, str | list[str]] = {}

@@ -1,1 +1,1 @@
-"""Modelfiles for Ollama, with the chat template in Go's language."""
+"""Modelfiles for Ollama, with the chat template converted to a Go template."""

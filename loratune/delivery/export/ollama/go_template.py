@@ -1,7 +1,7 @@
-"""A chat template in Go's language, as Ollama reads it, found by rendering the tokenizer's own.
+"""Converts a chat template to a Go template for Ollama, by rendering the tokenizer's own.
 
-Marked texts are rendered, and what stands between the marks is taken. Then conversations of several shapes are put
-together from these parts and compared with what the tokenizer makes of them.
+Marked texts are rendered, and the texts between the marks become the parts. Conversations of several shapes are then
+composed from the parts and compared with the tokenizer's renderings.
 """
 
 from __future__ import annotations
@@ -16,30 +16,29 @@ from loratune.errors import Exit, LoratuneError
 
 
 class Render(Protocol):
-    """Gives the prompt for messages, the last of a user or a tool."""
+    """Renders the prompt of messages, the last of which is from a user or tool."""
 
     def __call__(self, messages: list[Message], tools: Sequence[dict[str, Any]] = ()) -> str: ...
 
 
 @dataclass(frozen=True)
 class ToolActions:
-    """What a template of Go's does about tools."""
+    """The parts of a Go template that deal with tools."""
 
     offer: str
-    """Writes what stands before the first question where tools are offered, the system prompt included."""
+    """Writes the text before the first question if tools are offered, including the system prompt."""
     answer: str
-    """Writes an answer and the calls in it."""
+    """Writes an answer and its calls."""
     result: str
-    """Writes what a tool has given back."""
+    """Writes the result of a call."""
 
 
 @dataclass(frozen=True)
 class ChatParts:
-    """The texts of a chat template around what is said.
+    """The texts of a chat template around the messages.
 
-    A prompt is `before_system` system `after_system`, or `no_system` where there is no system prompt; then
-    `before_user` user `before_answer` answer `after_answer` for each earlier turn; then `before_user` user
-    `generation_prompt`.
+    A prompt is `before_system` system `after_system`, or `no_system` without a system prompt; then `before_user` user
+    `before_answer` answer `after_answer` for each earlier turn; then `before_user` user `generation_prompt`.
     """
 
     before_system: str
@@ -52,14 +51,14 @@ class ChatParts:
 
     @property
     def default_system(self) -> str:
-        """The system prompt that the template sets by itself; empty if it sets none."""
+        """The template's default system prompt; empty if it has none."""
         text = self.no_system
         around = len(self.before_system) + len(self.after_system)
         is_framed = text.startswith(self.before_system) and text.endswith(self.after_system) and len(text) > around
         return text[len(self.before_system) : len(text) - len(self.after_system)] if is_framed else ""
 
     def compose(self, messages: list[Message]) -> str:
-        """A prompt put together from the parts, as Ollama does it; a user message stands last."""
+        """Compose a prompt from the parts, as Ollama does; the last message is the user's."""
         text = self.no_system
         for place, message in enumerate(messages):
             is_last = place == len(messages) - 1
@@ -73,10 +72,10 @@ class ChatParts:
         return text
 
     def go_template(self, tools: ToolActions | None = None) -> str:
-        """The template in Go's language; a conversation that ends with an answer is left open, to be continued.
+        """Return the Go template; it leaves a conversation that ends with an answer open, to be continued.
 
         Args:
-            tools: the actions that write tools and calls of them, if it offers tools.
+            tools: actions that write tools and calls, if they are supported.
         """
         part = {name: written(text) for name, text in vars(self).items()}
         after_user = part["before_answer"]
@@ -101,14 +100,14 @@ class ChatParts:
 
 
 def derive_parts(render: Render, end_text: str) -> ChatParts:
-    """Find a template's parts and make sure that they give what it gives.
+    """Find a template's parts, and check that they reproduce its renderings.
 
     Args:
-        render: gives the prompt for messages, a user message last.
+        render: renders the prompt of messages that end with a user's.
         end_text: the token that ends an answer.
 
     Raises:
-        LoratuneError: they do not, or the template refuses a conversation.
+        LoratuneError: they do not, or the template rejects a conversation.
     """
     try:
         parts = split_parts(render, end_text)
@@ -126,10 +125,10 @@ def derive_parts(render: Render, end_text: str) -> ChatParts:
 
 
 def split_parts(render: Render, end_text: str) -> ChatParts:
-    """A template's parts, unproved.
+    """Find a template's parts, without checking them.
 
     Raises:
-        LoratuneError: it refuses a conversation, or leaves out or changes what is said.
+        LoratuneError: the template rejects a conversation, or drops or changes a message.
     """
     marks = ["Mark-of-the-system", "Mark-of-the-first-question", "Mark-of-the-answer", "Mark-of-the-second-question"]
     turns = conversation(*marks[1:])
@@ -138,7 +137,7 @@ def split_parts(render: Render, end_text: str) -> ChatParts:
     )
     no_system, _ = split(render(turns[:1]), marks[1:2])
     before_user = common_end(to_first, to_second, no_system)
-    # Any split does for the whole; people read it most easily if a turn's end token is the turn's.
+    # Every split is correct as a whole; the most readable one puts a turn's end token into that turn.
     own_text = to_second.removeprefix(end_text).lstrip("\n")
     if before_user.endswith(own_text):
         before_user = own_text
@@ -154,7 +153,7 @@ def split_parts(render: Render, end_text: str) -> ChatParts:
 
 
 def split(text: str, marks: list[str]) -> list[str]:
-    """The texts before, between and after the marks."""
+    """Return the texts before, between and after the marks."""
     parts = []
     for mark in marks:
         before, found, text = text.partition(mark)
@@ -165,19 +164,18 @@ def split(text: str, marks: list[str]) -> list[str]:
 
 
 def common_end(*texts: str) -> str:
-    """The longest text that all end with."""
     return next(
         texts[0][place:] for place in range(len(texts[0]) + 1) if all(t.endswith(texts[0][place:]) for t in texts)
     )
 
 
 def trial_conversations() -> list[list[Message]]:
-    """Conversations of several shapes, a question last, with texts that could be taken for signs."""
+    """Return conversations of several shapes that end with a question, with texts that look like syntax."""
     texts = ("one", 'two "lines"\n\n{{ .Content }}', "三", "four `", "five", "<b>six</b>", "seven\\n")
     system: Message = {"role": "system", "content": 'Be "brief".\n\nBe kind.'}
     return [[*first, *conversation(*texts[:count])] for count in (1, 3, 5, 7) for first in ([], [system])]
 
 
 def conversation(*texts: str) -> list[Message]:
-    """Messages of user and assistant in turn."""
+    """Return alternating user and assistant messages."""
     return [{"role": "assistant" if place % 2 else "user", "content": text} for place, text in enumerate(texts)]

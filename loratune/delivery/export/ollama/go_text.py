@@ -1,4 +1,4 @@
-"""Texts within a template of Go's."""
+"""Literals in Go templates."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ import json
 
 
 def literal(text: str) -> str:
-    """A string literal of Go's; JSON's escapes are among Go's."""
+    """Return a Go string literal; JSON's escapes are a subset of Go's."""
     return json.dumps(text, ensure_ascii=False)
 
 
 def written(text: str) -> str:
-    """The action that writes a text as it is: nothing in it is read as an action, and no space is trimmed."""
+    """Return an action that writes a text literally, without interpreting actions or trimming whitespace."""
     return "{{ " + literal(text) + " }}" if text else ""

@@ -1,7 +1,7 @@
-"""What stands around tools, calls and results in a chat template, put together again: in Python, and in Go's language.
+"""The parts of a chat template around tools, calls and results, and their composition in Python and in Go.
 
-A template writes a tool, and the arguments of a call, as JSON. Ollama writes the same values with its own `json`, which
-sets no blanks and has an order of its own for a schema's keys; everything else comes out as the template renders it.
+A template writes tools and arguments of calls as JSON. Ollama writes them with its own `json` function, without spaces
+and with its own order of a schema's keys; everything else is identical.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class ListParts:
     tail: str
 
     def compose(self, tools: Sequence[Tool]) -> str:
-        """The list as the template renders it."""
+        """Return the list as the template renders it."""
         pieces = []
         for function in (tool["function"] for tool in tools):
             text = self.before_name + json.dumps(function["name"])
@@ -51,7 +51,6 @@ class ListParts:
         return self.head + self.between.join(pieces) + self.tail
 
     def actions(self) -> str:
-        """The list in Go's language."""
         between = f"{{{{ if $i }}}}{written(self.between)}{{{{ end }}}}" if self.between else ""
         described = f"{written(self.before_description)}{{{{ json .Function.Description }}}}"
         return (
@@ -64,17 +63,17 @@ class ListParts:
 
 @dataclass(frozen=True)
 class CallParts:
-    """The texts around calls and around what tools give back."""
+    """The texts around calls and results."""
 
     style: str
     first: str
-    """Before the first call of an answer that says nothing."""
+    """Text before the first call of an answer without text."""
     after_text: str
-    """Before the first call of an answer with a text."""
+    """Text before the first call of an answer with text."""
     next: str
-    """Before any other."""
+    """Text before any other call."""
     opening: str
-    """Then, up to the name."""
+    """The following text, up to the name."""
     before_arguments: str
     closing: str
     before_result: str
@@ -82,10 +81,10 @@ class CallParts:
     to_generation: str
     to_answer: str
     to_question: str
-    """From a result to the question after it, up to where a question begins."""
+    """Text from a result to the following question."""
 
     def compose(self, message: Message) -> str:
-        """The calls of an answer as the template renders them."""
+        """Return the calls of an answer as the template renders them."""
         text = ""
         for place, call in enumerate(message.get("tool_calls") or []):
             function, said = call["function"], message["content"]
@@ -95,9 +94,9 @@ class CallParts:
         return text
 
     def answer(self) -> str:
-        """An answer with its calls in Go's language.
+        """Return an answer with its calls as Go actions.
 
-        Ollama takes the first plain text within for the sign by which it knows a call, up to a brace.
+        Ollama uses the first plain text in it, up to a brace, as the prefix that identifies a call.
         """
         sign, brace, rest = self.opening.partition("{")
         starts = [start + sign for start in (self.next, self.after_text, self.first)]
@@ -111,7 +110,7 @@ class CallParts:
         )
 
     def result(self) -> str:
-        """What a tool has given back in Go's language."""
+        """Return a tool's result as Go actions."""
         return (
             f'{{{{ if eq $before "tool" }}}}{written(self.between_results)}{{{{ else }}}}{written(self.before_result)}'
             f"{{{{ end }}}}{{{{ .Content }}}}{{{{ if $last }}}}{written(self.to_generation)}{{{{ else }}}}"
@@ -123,16 +122,15 @@ class CallParts:
 
 @dataclass(frozen=True)
 class ToolParts:
-    """A template's parts where tools are offered."""
+    """A template's parts if tools are offered."""
 
     chat: ChatParts
-    """Where it has tools; what stands before the first question holds TOOLS."""
+    """The chat's parts with tools; the text before the first question includes TOOLS."""
     systems: dict[str, ListParts | None]
-    """By name of the chat's parts about the system prompt: the list of tools in it."""
+    """Name of a part about the system prompt → the list of tools in it."""
     calls: CallParts
 
     def actions(self) -> ToolActions:
-        """The same in Go's language."""
         part = {
             name: found.actions() if found else written(getattr(self.chat, name))
             for name, found in self.systems.items()
@@ -142,7 +140,7 @@ class ToolParts:
         return ToolActions(offer, self.calls.answer(), self.calls.result())
 
     def compose(self, messages: list[Message], tools: Sequence[Tool]) -> str:
-        """A prompt put together from the parts, as Ollama does it but for the blanks of JSON."""
+        """Compose a prompt from the parts, as Ollama does, except for the spaces in JSON."""
         part = {
             name: found.compose(tools) if found else getattr(self.chat, name) for name, found in self.systems.items()
         }
@@ -166,5 +164,5 @@ class ToolParts:
 
 
 def as_json(value: Any, style: str) -> str:
-    """A value as templates write it: spaced or compact."""
+    """Return a value as JSON in a template's style: spaced or compact."""
     return json.dumps(value, ensure_ascii=False, separators=SEPARATORS[style])

@@ -1,4 +1,4 @@
-"""The parts of a chat template around tools and calls: found by rendering marked ones, proved by rendering others."""
+"""Finds the parts of a chat template around tools and calls by rendering marked ones, and verifies them with others."""
 
 from __future__ import annotations
 
@@ -28,15 +28,15 @@ TOOLS = [_tool("a"), _tool("b")]
 
 
 def derive_tools(render: Render, parts: ChatParts, end_text: str) -> ToolParts:
-    """Find the parts of a template about tools, and make sure that they give what it gives.
+    """Find the parts of a template about tools, and check that they reproduce its renderings.
 
     Args:
-        render: gives the prompt for messages and tools.
-        parts: of the same template without tools.
+        render: renders the prompt of messages and tools.
+        parts: parts of the same template without tools.
         end_text: the token that ends an answer.
 
     Raises:
-        LoratuneError: they do not: the template writes tools or calls in a way of its own.
+        LoratuneError: the template writes tools or calls in an unsupported way.
     """
     try:
         chat = split_parts(lambda messages, tools=(): render(messages, TOOLS), end_text)
@@ -60,7 +60,7 @@ def derive_tools(render: Render, parts: ChatParts, end_text: str) -> ToolParts:
 
 
 def _split_list(text: str) -> ListParts | None:
-    """The parts of a text with TOOLS in it; None where it holds none of them."""
+    """Return the parts of a text with TOOLS in it; None if it contains no tools."""
     first, second = (tool["function"] for tool in TOOLS)
     if first["name"] not in text:
         return None
@@ -137,7 +137,7 @@ def _split_calls(render: Render, parts: ChatParts) -> CallParts:
 
 
 def _closing(to_next: str, to_result: str, after_answer: str) -> str:
-    """What ends a call: the same before another call and before the end of the answer."""
+    """Return the end of a call: the same before another call and at the end of an answer."""
     shared = os.path.commonprefix([to_next, to_result])  # noqa: RUF071 - of texts
     for length in range(len(shared), -1, -1):
         if to_result[length:].startswith(after_answer):
@@ -154,7 +154,7 @@ def _arguments(letter: str, style: str) -> str:
 
 
 def _trials() -> list[tuple[list[Message], list[Tool]]]:
-    """Conversations with tools that could show another rule, each with the tools that are offered."""
+    """Return conversations with tools that could reveal other rules, each with the offered tools."""
     result: Message = {"role": "tool", "content": '{"y": "三"}'}
     ask: Message = {"role": "user", "content": 'one\n\n"two"'}
     said: Message = {"role": "assistant", "content": "I look."}

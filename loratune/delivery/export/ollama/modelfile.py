@@ -1,7 +1,4 @@
-"""An Ollama Modelfile for a model folder: the chat template in Go's language, where Ollama stops, how it samples.
-
-Ollama reads no Jinja.
-"""
+"""Writes an Ollama Modelfile: the chat template as a Go template (Ollama cannot read Jinja), stop tokens, sampling."""
 
 from __future__ import annotations
 
@@ -21,7 +18,7 @@ from loratune.plain_files import read_json_object
 from loratune.recipe.sections import PromptSettings
 from loratune.writing import write_text
 
-# generation_config.json's name → Ollama's.
+# Name in generation_config.json → Ollama's name.
 SAMPLING = {
     "temperature": "temperature",
     "top_p": "top_p",
@@ -33,11 +30,11 @@ SAMPLING = {
 
 @dataclass(frozen=True)
 class Modelfile:
-    """What was written."""
+    """A written Modelfile."""
 
     text: str
     lost_tools: str = ""
-    """Why it does not offer the tools that the model's own template does; empty if nothing is lost."""
+    """Why it does not support the tools of the model's own template; empty if it does."""
 
 
 def write_modelfile(
@@ -46,15 +43,14 @@ def write_modelfile(
     """Write `Modelfile` into a folder.
 
     Args:
-        model: merged folder with the tokenizer and, perhaps, generation_config.json.
-        gguf_name: name of the GGUF file beside the Modelfile.
-        folder: where it is written.
-        num_ctx: context length in tokens; Ollama's own if None.
-        settings: how prompts were made in training; by default as the tokenizer's template has it, without thinking.
+        model: merged folder with the tokenizer and optionally generation_config.json.
+        gguf_name: name of the GGUF file in the same folder as the Modelfile.
+        folder: the folder to write into.
+        num_ctx: context length in tokens; None for Ollama's default.
+        settings: prompt settings of the training; the default is the tokenizer's template without thinking.
 
     Raises:
-        LoratuneError: no Go template can be had that gives what the tokenizer's template gives, or a text cannot stand
-            in a Modelfile.
+        LoratuneError: no Go template reproduces the tokenizer's template, or a text cannot be quoted in a Modelfile.
     """
     tokenizer = load_tokenizer(model)
     encoder = Encoder(tokenizer, settings or PromptSettings()).at_a_day()
@@ -83,7 +79,7 @@ def write_modelfile(
 
 
 def _renderer(encoder: Encoder) -> Render:
-    """Prompts as the model sees them, less the beginning token, which Ollama sets by itself (`add_bos_token`)."""
+    """Return a function that renders prompts without BOS, which Ollama adds itself (`add_bos_token`)."""
     tokenizer = encoder.tokenizer
 
     def render(messages: list[Message], tools: Sequence[dict[str, Any]] = ()) -> str:
@@ -96,10 +92,10 @@ def _renderer(encoder: Encoder) -> Render:
 
 
 def _quoted(text: str) -> str:
-    """A value of a Modelfile, which knows no escapes: what is between the quotes, as it is.
+    """Quote a value for a Modelfile, which has no escapes.
 
     Raises:
-        LoratuneError: the text would end its own quotes.
+        LoratuneError: the text contains the closing quotes.
     """
     if '"""' in text:
         raise LoratuneError(
@@ -109,7 +105,7 @@ def _quoted(text: str) -> str:
 
 
 def _plain(name: str) -> str:
-    """A file name that a Modelfile takes as it is."""
+    """Return a file name unchanged, if a Modelfile accepts it unquoted."""
     if not name or any(character in name for character in '"\r\n/'):
         raise LoratuneError(f"{name!r} is no file name that a Modelfile can hold", Exit.USAGE)
     return name
@@ -121,7 +117,7 @@ def _read_generation_config(model: Path) -> dict[str, Any]:
 
 
 def _end_texts(encoder: Encoder, generation: dict[str, Any]) -> list[str]:
-    """The tokens that end an answer, as text, each once."""
+    """Return the texts of the tokens that end an answer, without duplicates."""
     others = generation.get("eos_token_id")
     ids = [encoder.end_id, *(others if isinstance(others, list) else [others])]
     tokens = encoder.tokenizer.convert_ids_to_tokens([place for place in ids if isinstance(place, int)])
@@ -129,8 +125,8 @@ def _end_texts(encoder: Encoder, generation: dict[str, Any]) -> list[str]:
 
 
 def _sampling(generation: dict[str, Any]) -> dict[str, float]:
-    """Ollama's parameters; greedy decoding is a temperature of 0."""
-    # Ollama has had a penalty of 1.1 by default, which garbles answers learnt by heart; no penalty is everyone else's.
+    """Return Ollama's parameters; greedy decoding is a temperature of 0."""
+    # Ollama's default penalty used to be 1.1, which garbles memorised answers; other programs use none.
     given = {"repetition_penalty": 1.0, **generation}
     if given.get("do_sample") is False:
         given["temperature"] = 0.0

@@ -1,1 +1,1 @@
-"""Whether vLLM can serve an adapter, and with which flags."""
+"""Checks whether vLLM can serve an adapter, and determines the flags."""

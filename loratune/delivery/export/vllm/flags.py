@@ -1,4 +1,4 @@
-"""Flags of vLLM that an adapter's chat template asks for: parsers of tool calls and of reasoning."""
+"""Determines vLLM's flags for an adapter's chat template: parsers of tool calls and of reasoning."""
 
 from __future__ import annotations
 
@@ -16,24 +16,23 @@ from loratune.runs.opening import AdapterSource
 
 @dataclass(frozen=True)
 class Parsers:
-    """vLLM's names; None where the template needs none, or none is known."""
+    """vLLM's parser names; None if the template needs none, or none is known."""
 
     tools: str | None = None
     reasoning: str | None = None
 
     @property
     def flags(self) -> list[str]:
-        """What the line that serves is given."""
         tools = ["--enable-auto-tool-choice", "--tool-call-parser", self.tools] if self.tools else []
         return tools + (["--reasoning-parser", self.reasoning] if self.reasoning else [])
 
 
 def find_parsers(folder: Path, base: str, source: AdapterSource) -> Parsers:
-    """The parsers for what the served template writes, with a warning where one stays open.
+    """Determine the parsers for the served template; warn if one cannot be determined.
 
     Args:
         folder: the exported adapter.
-        base: hub id or folder of the base, whose template is served where the adapter has none.
+        base: hub id or folder of the base, whose template is served if the adapter has none.
         source: the adapter.
     """
     place = next((place for place in (folder, Path(base)) if (place / "tokenizer_config.json").is_file()), None)
@@ -48,7 +47,7 @@ def find_parsers(folder: Path, base: str, source: AdapterSource) -> Parsers:
     except LoratuneError:
         if place == folder:
             raise
-        return Parsers()  # a base without chat template, which only completes
+        return Parsers()  # a base without a chat template only completes text
     tools = vllm_tool_parser(encoder.call_form)
     if tools is None and encoder.offers_tools:
         console.warn(

@@ -1,4 +1,4 @@
-"""Whether vLLM can serve an adapter beside its base, and the command that does; vLLM itself isn't needed for this."""
+"""Checks whether vLLM can serve an adapter unmerged, and builds the command; vLLM need not be installed."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from loratune.model.architecture.vocabulary import EMBEDDING_MODULE, HEAD_MODULE
 from loratune.recipe.advice import MAX_LORA_RANKS, max_lora_rank
 from loratune.runs.opening import AdapterSource
 
-# Kinds of LoRA that compute something else than W + scale·B·A.
+# Kinds of LoRA that do not compute W + scale·B·A.
 FOREIGN_KINDS = {
     "use_dora": "DoRA",
     "lora_bias": "a bias in the adapter",
@@ -31,29 +31,29 @@ TENSOR = re.compile(r"base_model\.model\.(?P<module>.+)\.lora_(?:embedding_)?(?P
 
 @dataclass(frozen=True)
 class VllmAdvice:
-    """What vLLM makes of an adapter."""
+    """What vLLM supports of an adapter."""
 
     max_lora_rank: int
-    """Smallest --max-lora-rank that holds it."""
+    """Smallest sufficient --max-lora-rank."""
     problems: list[str]
-    """Why vLLM would refuse it, or give other answers than PEFT does."""
+    """Why vLLM would reject it, or give other answers than PEFT."""
     warnings: list[str]
     """What depends on the model or the version."""
 
 
 def check_for_vllm(adapter: Path) -> VllmAdvice:
-    """Judge an adapter by its config and its tensors.
+    """Check an adapter by its config and its tensors.
 
     Raises:
-        LoratuneError: config or weights are missing, cannot be read, or cannot be computed with.
+        LoratuneError: config or weights are missing, unreadable, or invalid.
     """
     config = read_config_values(adapter)
     if not all(isinstance(config.get(key), (int, float)) for key in ("r", "lora_alpha")):
         raise LoratuneError(f"{adapter / CONFIG_FILE}: r and lora_alpha must both be given", Exit.MODEL)
     check_weights(adapter)
     shapes = tensor_shapes(adapter)
-    ranks: dict[str, int] = {}  # of each adapted module, as its A matrix has it
-    others: list[str] = []  # what no LoRA layer has; where the config names the cause, that is told instead
+    ranks: dict[str, int] = {}  # rank of each adapted module, from its A matrix
+    others: list[str] = []  # other tensors; reported unless the config already explains them
     for name, shape in shapes.items():
         match = TENSOR.fullmatch(name)
         if match is None:
@@ -72,16 +72,16 @@ def check_for_vllm(adapter: Path) -> VllmAdvice:
 
 
 def require_servable(source: AdapterSource, output: Path, model: str | None = None, force: bool = False) -> VllmAdvice:
-    """The advice for an adapter that vLLM can serve.
+    """Return the advice for an adapter that vLLM can serve.
 
     Args:
         source: the adapter.
-        output: where its export was to be.
-        model: where its base lies, if that was given.
-        force: take another base, or a changed adapter.
+        output: output folder of its export.
+        model: location of its base, if given.
+        force: accept a different base, or a changed adapter.
 
     Raises:
-        LoratuneError: it cannot, with all reasons, and with commands that lead to a model that vLLM does serve.
+        LoratuneError: vLLM cannot serve it; lists the reasons and commands for an alternative.
     """
     advice = check_for_vllm(source.adapter)
     if not advice.problems:
@@ -102,15 +102,15 @@ def serve_command(
     chat_template: Path | None = None,
     flags: Sequence[str] = (),
 ) -> Command:
-    """The line that serves an adapter.
+    """Return the command that serves an adapter.
 
     Args:
         base: hub id or folder of the base.
-        name: what requests give as their model to get the adapter.
+        name: model name in requests for the adapter.
         folder: the adapter's folder.
-        advice: from `check_for_vllm`.
-        chat_template: a file, where the adapter's template differs from the base's: vLLM renders with the base's.
-        flags: of parsers that the template asks for.
+        advice: result of `check_for_vllm`.
+        chat_template: template file, if the adapter's differs from the base's, which vLLM uses by default.
+        flags: parser flags for the template.
     """
     module = f"{name}={folder}"
     if "=" in f"{name}{folder}" or "," in module:
@@ -137,7 +137,7 @@ def _rank_problems(config: dict[str, Any], rank: int, ranks: dict[str, int]) -> 
     problems = []
     if rank > MAX_LORA_RANKS[-1]:
         problems.append(f"rank {rank}, where {MAX_LORA_RANKS[-1]} is the most")
-    # Up to 0.30 at least, vLLM knows no patterns: it takes each module's rank from its matrices, but scales all alike.
+    # vLLM (up to 0.30 at least) ignores patterns: ranks come from the matrices, and one scale is used for all.
     alphas = config["alpha_pattern"]
     common = _scale(config, config["lora_alpha"], config["r"])
     differing = [

@@ -1,4 +1,4 @@
-"""Whether a chat template makes a model reason before it answers, found by rendering it as servers do."""
+"""Determines whether a chat template makes a model reason before it answers, by rendering it as servers do."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ OPEN, CLOSED = re.compile(rf"{OPENING}\s*\Z"), re.compile(rf"{OPENING}\s*{CLOSIN
 
 
 def vllm_reasoning_parser(tokenizer: Tokenizer, template: str) -> str | None:
-    """vLLM's parser for the reasoning that a template asks for; None where answers have none.
+    """Return vLLM's parser for a template's reasoning; None if answers have no reasoning.
 
     Args:
         tokenizer: a transformers tokenizer.
-        template: the chat template that is served, and rendered here as vLLM does it: without any option.
+        template: the served chat template, rendered as vLLM does, without options.
     """
     prompt = _render(tokenizer, template, [QUESTION], add_generation_prompt=True)
     if OPEN.search(prompt):
-        return "deepseek_r1"  # takes what comes for reasoning until the block is closed
+        return "deepseek_r1"  # treats everything up to the closing tag as reasoning
     if CLOSED.search(prompt):
         return None
     return "qwen3" if SHOWN.search(_render(tokenizer, template, [QUESTION, REASONED])) else None

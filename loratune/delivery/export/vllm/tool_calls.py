@@ -1,4 +1,4 @@
-"""vLLM's name for the form in which a chat template writes calls of tools."""
+"""Maps the form of a template's tool calls to vLLM's parsers."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from loratune.data.tools.call_shapes import ObjectShape, ParameterShape
 
 
 def vllm_tool_parser(form: CallForm | None) -> str | None:
-    """vLLM's parser for the calls that a template writes; None where it has none that is known here."""
+    """Return vLLM's parser for the calls of a template; None if there is none, or it is unknown."""
     if form is None:
         return None
     opening, closing, shape = form.in_words(form.opening), form.in_words(form.closing), form.shape

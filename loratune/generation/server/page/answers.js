@@ -1,4 +1,4 @@
-/** The turns on the page: questions, and answers that grow, with their buttons and figures. */
+/** Renders the conversation: questions and streaming answers, with their buttons and statistics. */
 
 import { conversation, problemText } from "./conversation.js";
 import { Prose } from "./prose.js";
@@ -9,10 +9,10 @@ const scroller = document.querySelector("#scroller");
 const toLatest = document.querySelector("#to-latest");
 const views = new Map(); // answer → AnswerView
 
-let isFollowing = true; // the reader is at the end, so the page moves along
+let isFollowing = true; // the reader is at the end, so the page scrolls along
 let lastTop = 0;
 
-/** Show all turns anew. */
+/** Render all turns again. */
 export function showTurns() {
   views.clear();
   list.replaceChildren(...conversation.turns.map(turnElement));
@@ -21,7 +21,7 @@ export function showTurns() {
   follow();
 }
 
-/** Show a turn again, or one more. */
+/** Render a turn, replacing its previous elements. */
 export function showTurn(place) {
   const made = turnElement(conversation.turns[place]);
   if (list.children[place]) list.children[place].replaceWith(made);
@@ -31,14 +31,14 @@ export function showTurn(place) {
   follow();
 }
 
-/** Bring an answer up to date, at the browser's pace or at once. */
+/** Update an answer, in the next frame or immediately. */
 export function showAnswer(answer, isAtOnce = false) {
   const view = views.get(answer);
   if (isAtOnce) view?.show();
   else view?.showSoon();
 }
 
-/** Go to the end, and stay there while answers grow. */
+/** Scroll to the end, and follow it while answers are streamed. */
 export function scrollToEnd() {
   isFollowing = true;
   follow();
@@ -84,7 +84,7 @@ function turnElement(turn) {
   return made;
 }
 
-/** Only the last question can be edited, and only its answers made again. */
+/** Only the last question can be edited, and only its answers regenerated. */
 function markLast() {
   for (const each of list.children) each.classList.toggle("is-last", each === list.lastElementChild);
 }
@@ -106,7 +106,7 @@ class AnswerView {
     return this.root.querySelector(selector);
   }
 
-  /** Show at the next frame; a text that is slow to show is shown less often, so that the page stays responsive. */
+  /** Render in the next frame. A slow text is rendered less often, so that the page stays responsive. */
   showSoon() {
     if (this.isDue) return;
     this.isDue = true;
@@ -137,7 +137,7 @@ class AnswerView {
     this.costMilliseconds = performance.now() - start;
   }
 
-  /** Open while the model is still thinking, folded when it answers, unless the reader has chosen. */
+  /** Open while the model is thinking and collapsed once it answers, unless the reader has toggled it. */
   showReasoning(isRunning) {
     const { answer } = this;
     const box = this.part(".reasoning");
@@ -155,7 +155,7 @@ class AnswerView {
   }
 }
 
-/** Speed, time to the first token, length, and how the answer ended. */
+/** Speed, time to the first token, length, and finish reason. */
 function figures(answer) {
   const number = (value, digits) =>
     value.toLocaleString(currentLanguage(), { maximumFractionDigits: digits, minimumFractionDigits: digits });
@@ -173,7 +173,7 @@ function figures(answer) {
   return made;
 }
 
-/** Show the answer that an element is in as it was written, or as Markdown again. */
+/** Toggle the answer around an element between plain text and Markdown. */
 export function toggleSource(answer) {
   views.get(answer).toggleSource();
 }

@@ -1,8 +1,8 @@
-/** Talks to the server: which models there are, and answers piece by piece. */
+/** The API client: lists the models and streams answers. */
 
 import { recall, remember } from "./storage.js";
 
-/** A request that failed; `key` names the page's own text for it, without one the server's message is shown. */
+/** A failed request. `key` names the page's text for it; without one, the server's message is shown. */
 export class RequestError extends Error {
   constructor(message, key = null, values = {}) {
     super(message);
@@ -12,7 +12,7 @@ export class RequestError extends Error {
 }
 
 let askForKey = async () => null;
-let asking = null; // the question for an API key that is open now; several requests share it
+let asking = null; // the open prompt for an API key, shared by concurrent requests
 
 /** @param {(wasWrong: boolean) => Promise<string | null>} ask shows a form for the API key; null if it was closed. */
 export function onMissingKey(ask) {
@@ -24,7 +24,7 @@ export function isKey(text) {
   return /^[!-~]+$/.test(text);
 }
 
-/** Take the API key out of the address (#api_key=…), so that it is not copied or kept with it. */
+/** Remove the API key from the address (#api_key=…), so that it is not copied or bookmarked. */
 export function takeKey() {
   const given = new URLSearchParams(window.location.hash.slice(1));
   const key = given.get("api_key");
@@ -45,8 +45,8 @@ export async function listModels() {
 /**
  * Stream an answer.
  *
- * @param {object} body of the chat completion.
- * @param {AbortSignal} signal ends it; the server then stops generating.
+ * @param {object} body the chat completion request.
+ * @param {AbortSignal} signal cancels it; the server then stops generating.
  * @yields {{text: string, reasoning: string, finish: string | null, tokens: number | null}}
  */
 export async function* streamAnswer(body, signal) {
@@ -96,7 +96,7 @@ async function request(path, body = null, signal = undefined) {
     const response = await send(path, body, signal, used);
     if (response.ok) return response;
     if (response.status !== 401) throw await failure(response);
-    if (recall("key") !== used) continue; // another request has been given one meanwhile
+    if (recall("key") !== used) continue; // another request has obtained a key meanwhile
     asking ??= askForKey(wasWrong || used !== null).finally(() => (asking = null));
     const key = await asking;
     signal?.throwIfAborted();

@@ -1,7 +1,7 @@
 /**
- * Markdown's blocks, as plain data: headings, lists, tables, quotes, code, rules, paragraphs.
+ * Parses Markdown blocks into plain data: headings, lists, tables, quotes, code, rules, paragraphs.
  *
- * Time is linear in the text's length: lines are looked at once per level, and levels are limited.
+ * Time is linear in the text's length: each line is parsed once per nesting level, and nesting is limited.
  */
 
 const MAX_DEPTH = 10;
@@ -12,9 +12,9 @@ const MARKER = /^( *)([-*+]|\d{1,9}[.)])(?= |$)/;
 const QUOTE = /^ {0,3}> ?/;
 
 /**
- * The blocks of a text.
+ * Parse a text into blocks.
  *
- * @returns {{kind: string, start: number}[]} top-level blocks with the place in `text` where each begins.
+ * @returns {{kind: string, start: number}[]} top-level blocks with their offsets in `text`.
  */
 export function parseBlocks(text) {
   const lines = text.split("\n").map(withoutTabs);
@@ -61,7 +61,7 @@ function withoutIndent(line, size) {
   return line.slice(Math.min(size, indentOf(line)));
 }
 
-/** Code between fences; without the closing one it goes on to the end, as it does while it is being written. */
+/** Fenced code. Without a closing fence it extends to the end, as it does during streaming. */
 function readFence(lines, at) {
   const opening = FENCE.exec(lines[at]);
   if (!opening) return null;
@@ -115,7 +115,7 @@ function readQuote(lines, at, depth) {
   return { block: { kind: "quote", children: parseLines(inner, depth + 1) }, next: end };
 }
 
-/** What a line begins a list item with; null if it does not. */
+/** The list marker at the start of a line, or null. */
 function markerOf(line) {
   const found = MARKER.exec(line);
   if (!found || isRule(line)) return null;
@@ -149,7 +149,7 @@ function readList(lines, at, depth) {
   return { block: { kind: "list", number: first.number, isLoose, items }, next };
 }
 
-/** Where a list item ends: before the next item, or before text behind a blank line that is not indented. */
+/** The end of a list item: before the next item, or before unindented text after a blank line. */
 function endOfItem(lines, start, marker) {
   let end = start + 1;
   let isAfterBlank = false;
@@ -166,7 +166,7 @@ function endOfItem(lines, start, marker) {
   return end;
 }
 
-/** Whether a line ends the paragraph above it. */
+/** Whether a line interrupts the paragraph above it. */
 function interrupts(lines, at) {
   const line = lines[at];
   if (FENCE.test(line) || HEADING.test(line) || QUOTE.test(line) || isRule(line)) return true;
@@ -175,7 +175,7 @@ function interrupts(lines, at) {
   return tableAt(lines, at) !== null;
 }
 
-/** Cells of a line of a table; a pipe behind a backslash is text. */
+/** The cells of a table row; an escaped pipe is text. */
 function cellsOf(line) {
   const inner = line.trim();
   const cells = [];
@@ -192,7 +192,7 @@ function cellsOf(line) {
   return cells.map((cell) => cell.trim().replaceAll("\\|", "|"));
 }
 
-/** Alignments of the table whose head is at a line; null if there is none. */
+/** The column alignments if a table starts at a line, or null. */
 function tableAt(lines, at) {
   const below = lines[at + 1];
   if (below === undefined || !lines[at].includes("|") || !/^[\s|:-]+$/.test(below) || !below.includes("-")) return null;

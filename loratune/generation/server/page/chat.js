@@ -1,4 +1,4 @@
-/** Asks the models and lets their answers grow; several columns at the same time. */
+/** Sends questions to the models and streams the answers, in several columns concurrently. */
 
 import { scrollToEnd, showAnswer, showTurn, showTurns } from "./answers.js";
 import { RequestError, streamAnswer } from "./api.js";
@@ -7,25 +7,25 @@ import { announce } from "./dialogs.js";
 import { areSettingsValid, settings } from "./settings.js";
 import { t } from "./texts.js";
 
-let running = null; // ends the answers that are being written
+let running = null; // cancels the streaming answers
 let whenChanged = () => {};
 
-/** Whether answers are being written. */
+/** Whether answers are being streamed. */
 export function isRunning() {
   return running !== null;
 }
 
-/** @param {() => void} react is called when answers begin or end. */
+/** @param {() => void} react called when answers begin or end. */
 export function onRunningChange(react) {
   whenChanged = react;
 }
 
-/** End the answers that are being written; what is there stays. */
+/** Cancel the streaming answers and keep their partial text. */
 export function stop() {
   running?.abort();
 }
 
-/** Forget the conversation. */
+/** Clear the conversation. */
 export function startAnew() {
   stop();
   conversation.turns = [];
@@ -34,9 +34,9 @@ export function startAnew() {
 }
 
 /**
- * Ask a question in a new turn, or again in place of the last one.
+ * Ask a question in a new turn, or in place of the last one.
  *
- * @returns {boolean} whether it was asked; not while answers are being written, nor with settings that cannot be sent.
+ * @returns {boolean} whether it was sent; false while answers are being streamed, or with invalid settings.
  */
 export function ask(question, models, isReplacing) {
   if (isRunning() || !areSettingsValid()) return false;
@@ -49,7 +49,7 @@ export function ask(question, models, isReplacing) {
   return true;
 }
 
-/** Make answers of the last turn again: of one column, or of all. */
+/** Regenerate the answers of the last turn, in one column or in all. */
 export function answerAgain(column = null) {
   const place = conversation.turns.length - 1;
   if (isRunning() || place < 0 || !areSettingsValid()) return;
@@ -83,7 +83,7 @@ async function run(place, columns) {
   }
 }
 
-/** Let one answer grow until it ends, is stopped or fails. */
+/** Stream one answer until it ends, is cancelled or fails. */
 async function write(answer, body, signal) {
   const start = performance.now();
   let first = null;

@@ -1,8 +1,8 @@
 /**
- * The conversation: its turns, what of them a model is sent, and its files.
+ * The conversation: its turns, the messages sent to a model, and the exports.
  *
  * A turn is {question, answers}; an answer is {model, text, reasoning, finish, problem, tokens, firstSeconds, rate}.
- * `finish` is null while it is being written, then "stop", "length", "cancelled" or "error".
+ * `finish` is null during streaming, then "stop", "length", "cancelled" or "error".
  */
 
 import { t } from "./texts.js";
@@ -10,7 +10,7 @@ import { recall, remember } from "./storage.js";
 
 export const conversation = { turns: [] };
 
-/** Bring back the turns of this tab; an answer that was being written when the page was left was stopped by that. */
+/** Restore the turns of this tab; leaving the page cancels a streaming answer. */
 export function restore() {
   const kept = recall("turns");
   if (!Array.isArray(kept)) return;
@@ -18,12 +18,12 @@ export function restore() {
   for (const answer of kept.flatMap((turn) => turn.answers)) answer.finish ??= "cancelled";
 }
 
-/** Keep the turns for when the page is loaded again. */
+/** Save the turns, to be restored when the page is reloaded. */
 export function keep() {
   remember("turns", conversation.turns);
 }
 
-/** An answer of which nothing is there yet. */
+/** A new, empty answer. */
 export function newAnswer(model) {
   return {
     model, text: "", reasoning: "", finish: null, problem: null, tokens: null, firstSeconds: null, rate: null,
@@ -31,9 +31,9 @@ export function newAnswer(model) {
 }
 
 /**
- * The messages that lead to the answer in a column of the turn at a place.
+ * The messages before the answer in a column of a turn.
  *
- * Each column goes on with its own answers. A turn that failed is left out, since the model said nothing.
+ * Each column continues with its own answers. A failed turn is left out, since it has no answer.
  */
 export function messagesFor(place, column, system) {
   const messages = system ? [{ role: "system", content: system }] : [];
@@ -45,7 +45,7 @@ export function messagesFor(place, column, system) {
   return [...messages, { role: "user", content: conversation.turns[place].question }];
 }
 
-/** The conversation for people. */
+/** The conversation as Markdown. */
 export function asMarkdown(settings) {
   const parts = [`# ${t("conversation")}`];
   if (settings.system) parts.push(`**${t("system")}**`, quoted(settings.system));
@@ -65,7 +65,7 @@ function quoted(text) {
   return text.split("\n").map((line) => `> ${line}`.trim()).join("\n");
 }
 
-/** The conversation as rows: one per column, with its messages and what else is known of each answer. */
+/** The conversation as rows: one per column, with its messages and the metadata of each answer. */
 export function asRows(settings) {
   const columns = Math.max(0, ...conversation.turns.map((turn) => turn.answers.length));
   const rows = Array.from({ length: columns }, (_, column) => {
@@ -80,7 +80,7 @@ export function asRows(settings) {
   return `${JSON.stringify(rows, null, 2)}\n`;
 }
 
-/** What went wrong with an answer, in the page's language where the page knows it. */
+/** The error of an answer, in the page's language if there is a translation. */
 export function problemText(problem) {
   return problem.key ? t(problem.key, problem.values) : problem.message;
 }

@@ -1,4 +1,4 @@
-/** The form for the API key, the help, and short notes for eyes and screen readers. */
+/** The API key form, the help, and notifications on screen and for screen readers. */
 
 import { t } from "./texts.js";
 
@@ -27,13 +27,13 @@ for (const button of document.querySelectorAll("[data-do=close-dialog]")) {
   button.addEventListener("click", () => button.closest("dialog").close(""));
 }
 
-/** The keys and where the conversation is kept. */
+/** Show the keyboard shortcuts and where the conversation is stored. */
 export function showHelp() {
   const help = document.querySelector("#help-dialog");
   if (!help.open) help.showModal();
 }
 
-/** A note that goes away by itself. */
+/** Show a notification that disappears by itself. */
 export function notify(text) {
   announce(text);
   note.textContent = text;
@@ -42,12 +42,12 @@ export function notify(text) {
   noteTimer = setTimeout(() => note.classList.remove("is-shown"), 1800);
 }
 
-/** Tell screen readers how an answer goes on, without reading every piece of it. */
+/** Announce the state of an answer to screen readers, without every chunk of its text. */
 export function announce(text) {
   status.textContent = text;
 }
 
-/** Copy a text; where the browser offers its clipboard to secure pages only, in the old way. */
+/** Copy a text, with execCommand on pages where the clipboard API is not available (plain HTTP). */
 export async function copyText(text) {
   notify(t((await writeClipboard(text)) ? "copied" : "copyFailed"));
 }
@@ -70,7 +70,7 @@ async function writeClipboard(text) {
   }
 }
 
-/** Let the browser save a text as a file. */
+/** Download a text as a file. */
 export function saveFile(name, type, text) {
   const link = document.createElement("a");
   link.href = URL.createObjectURL(new Blob([text], { type: `${type};charset=utf-8` }));

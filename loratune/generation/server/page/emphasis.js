@@ -1,16 +1,16 @@
-/** Match runs of stars, underscores and tildes with each other, as CommonMark does it. */
+/** Matches delimiter runs of *, _ and ~ as CommonMark does. */
 
 const MAX_DEPTH = 12;
 
 /**
- * The nodes of a row of tokens: runs with a partner become emphasis, those without become text.
+ * Convert tokens to nodes: matched runs become emphasis, and unmatched ones become text.
  *
- * A run is {kind: "run", character, size, opens, closes}; every other token is a node already.
+ * A run is {kind: "run", character, size, opens, closes}; all other tokens are already nodes.
  */
 export function nest(tokens) {
   const nodes = [];
-  const openers = []; // {place in nodes, run, left, depth of what follows}
-  const floors = new Map(); // kind of closer → openers below this height have been seen not to match
+  const openers = []; // {index in nodes, run, left, depth of the following nodes}
+  const floors = new Map(); // kind of closer → openers below this index are known not to match
   for (const token of tokens) {
     if (token.kind !== "run") {
       nodes.push(token);
@@ -23,7 +23,7 @@ export function nest(tokens) {
   return joined(nodes);
 }
 
-/** Use up a closing run as far as openers match; how many of its characters are left. */
+/** Match a closing run with openers; return the number of its characters that are left. */
 function closeRun(run, nodes, openers, floors) {
   const key = `${run.character}${run.opens}${run.size % 3}`;
   let left = run.size;
@@ -75,7 +75,7 @@ function deepest(openers, from) {
   return depth;
 }
 
-/** Neighbouring texts become one. */
+/** Merge adjacent text nodes. */
 function joined(nodes) {
   const kept = [];
   for (const node of nodes) {

@@ -2,7 +2,7 @@
 
 const SVG = "http://www.w3.org/2000/svg";
 
-/** An icon by the name of its symbol; it is decoration, so whatever holds it needs a label. */
+/** An icon by the name of its symbol; it is decorative, so its parent needs a label. */
 export function icon(name) {
   const picture = document.createElementNS(SVG, "svg");
   picture.setAttribute("class", "icon");

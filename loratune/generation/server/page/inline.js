@@ -1,8 +1,8 @@
 /**
- * Markdown inside a block: emphasis, code, links and line breaks, as plain data.
+ * Parses inline Markdown into plain data: emphasis, code, links and line breaks.
  *
  * A node is {kind: "text" | "code" | "math", text}, {kind: "em" | "strong" | "del", children},
- * {kind: "link", href, children} or {kind: "break"}. Time is linear in the text's length, whatever the text is.
+ * {kind: "link", href, children} or {kind: "break"}. Time is linear in the text's length for any text.
  */
 
 import { nest } from "./emphasis.js";
@@ -20,12 +20,12 @@ const ENTITIES = { amp: "&", lt: "<", gt: ">", quot: '"', nbsp: "\u00a0", "#39":
 const TARGET = /\(([^\s()<>]{0,1000}(?:\([^\s()<>]{0,200}\)[^\s()<>]{0,200}){0,3})(?: "[^"\n]{0,300}")?\)/y;
 const MATH_ENDS = { "(": "\\)", "[": "\\]", $: "$$" };
 
-/** The nodes of a paragraph, heading or cell. */
+/** Parse the text of a paragraph, heading or cell. */
 export function parseInline(text) {
   return new Scanner(text).run();
 }
 
-/** An address that may be linked, or null. */
+/** Return a URL if it may be linked, else null. */
 export function safeAddress(address) {
   if (!/^https?:\/\//i.test(address)) return null;
   try {
@@ -41,9 +41,9 @@ class Scanner {
     this.at = 0;
     this.textFrom = 0;
     this.tokens = [];
-    this.brackets = []; // places in tokens of "[" that may still become a link
+    this.brackets = []; // token indices of "[" that may still begin a link
     this.backticks = null; // length of a run of backticks → where such runs start
-    this.missing = new Set(); // ends of formulas that do not come any more
+    this.missing = new Set(); // closing delimiters of formulas that do not occur in the rest of the text
   }
 
   run() {
@@ -58,7 +58,7 @@ class Scanner {
     return nest(this.tokens);
   }
 
-  /** Take what begins at a special character; false if it is only text. */
+  /** Parse the token at a special character; false if it is plain text. */
   special(character) {
     switch (character) {
       case "\\":
@@ -88,7 +88,7 @@ class Scanner {
     }
   }
 
-  /** End the running text at `end` and put a token behind it; reading goes on at `next`. */
+  /** End the current text at `end` and append a token; parsing continues at `next`. */
   push(token, end, next) {
     this.flush(end);
     this.tokens.push(token);
@@ -109,7 +109,7 @@ class Scanner {
     return this.push({ kind: "text", text: next }, this.at, this.at + 2);
   }
 
-  /** A formula stays as it is written: its stars and underscores are no emphasis. */
+  /** A formula is kept verbatim: its stars and underscores are not emphasis. */
   formula(opening, start) {
     const ending = MATH_ENDS[opening];
     if (this.missing.has(ending)) return false;
@@ -150,7 +150,7 @@ class Scanner {
     return this.push({ kind: "text", text: this.text.slice(this.at, this.at + size) }, this.at, this.at + size);
   }
 
-  /** At "]": a link to the address in the round brackets behind it. */
+  /** At "]": a link to the URL in the following parentheses. */
   close() {
     const place = this.brackets.pop();
     TARGET.lastIndex = this.at + 1;
@@ -159,7 +159,7 @@ class Scanner {
     if (!href) return false;
     this.flush(this.at);
     const label = this.tokens.splice(place).slice(1);
-    this.brackets = []; // a link holds no link
+    this.brackets = []; // links do not nest
     const children = nest(label.length ? label : [{ kind: "text", text: target[1] }]);
     return this.push({ kind: "link", href, children }, this.at, TARGET.lastIndex);
   }
@@ -191,7 +191,7 @@ class Scanner {
     return found !== null && this.push({ kind: "text", text: ENTITIES[found[1]] }, this.at, ENTITY.lastIndex);
   }
 
-  /** Models mean their line breaks. */
+  /** A line break is kept, because models use it as a hard break. */
   newline() {
     let end = this.at;
     while (end > this.textFrom && this.text[end - 1] === " ") end -= 1;
@@ -207,7 +207,7 @@ function runLength(text, start) {
   return end - start;
 }
 
-/** Where runs of backticks start, by their length, the last first. */
+/** The start offsets of backtick runs by length, last first. */
 function backtickRuns(text) {
   const runs = new Map();
   for (const found of text.matchAll(/`+/g)) {
@@ -219,7 +219,7 @@ function backtickRuns(text) {
   return runs;
 }
 
-/** Punctuation at the end of an address belongs to the sentence, a closing bracket only if it was opened before. */
+/** Trailing punctuation of a URL belongs to the sentence, and so does an unmatched closing bracket. */
 function withoutTail(address) {
   let end = address.length;
   while (end && ".,;:!?*_~])".includes(address[end - 1])) {

@@ -1,4 +1,4 @@
-/** The page's start: puts models, composer, buttons and keys to work. */
+/** The page's entry point: connects models, composer, buttons and keyboard shortcuts. */
 
 import { listModels, onMissingKey, takeKey } from "./api.js";
 import { showTurns, toggleSource } from "./answers.js";
@@ -16,7 +16,7 @@ const pickers = [find("#model-a"), find("#model-b")];
 const compareButton = find("#compare");
 const menu = find("#menu");
 let models = [];
-let isEditing = false; // the message takes the last question's place
+let isEditing = false; // the message replaces the last question
 let loadProblem = null;
 
 async function loadModels() {
@@ -106,7 +106,7 @@ function newChat() {
   field.focus();
 }
 
-/** The field is as high as its text, within what the style allows. */
+/** Fit the field's height to its text, within the style's limits. */
 function fitField() {
   field.style.height = "auto";
   field.style.height = `${field.scrollHeight + 2}px`;
@@ -148,7 +148,7 @@ function onTurnClick(event) {
 }
 
 function onFieldKey(event) {
-  // While an input method composes, Enter and the arrows belong to it; 229 is how some browsers say so.
+  // During composition, Enter and the arrows belong to the input method; some browsers only signal it by key code 229.
   if (event.isComposing || event.keyCode === 229) return;
   if (event.key === "Enter" && !event.shiftKey) {
     event.preventDefault();

@@ -1,4 +1,4 @@
-/** Shows Markdown as elements; what a model writes only ever becomes text nodes. */
+/** Renders Markdown as elements; a model's output only ever becomes text nodes. */
 
 import { parseBlocks } from "./blocks.js";
 import { parseInline } from "./inline.js";
@@ -7,16 +7,16 @@ import { t } from "./texts.js";
 
 const HEADINGS = ["h3", "h4", "h5", "h6", "h6", "h6"]; // the page itself uses h1 and h2
 
-/** The Markdown of one answer, brought up to date as the answer grows. */
+/** The Markdown of one answer, updated as the answer grows. */
 export class Prose {
   /** @param {HTMLElement} root gets the blocks as children. */
   constructor(root) {
     this.root = root;
     this.text = "";
-    this.starts = []; // place in the text where each child's block begins
+    this.starts = []; // offset in the text of each child's block
   }
 
-  /** Show `text`; if it only grew, blocks that are complete are not touched. */
+  /** Render `text`; if it only grew, complete blocks are left unchanged. */
   show(text) {
     const kept = text.startsWith(this.text) ? Math.max(0, this.starts.length - 2) : 0;
     const from = kept ? this.starts[kept] : 0;
@@ -30,7 +30,7 @@ export class Prose {
 function element(name, className, children = []) {
   const made = document.createElement(name);
   if (className) made.className = className;
-  for (const child of children) made.append(child); // there may be more than a call takes arguments
+  for (const child of children) made.append(child); // a spread call would exceed the limit on arguments
   return made;
 }
 
@@ -62,7 +62,7 @@ function codeElement({ language, text }) {
   return element("div", "code", [element("div", "code-head", [element("span", "", [language]), copy]), body]);
 }
 
-/** What may be wider than the page can be scrolled by keyboard, and is announced. */
+/** Content that may be wider than the page: it scrolls by keyboard and is announced. */
 function markRegion(body, label) {
   body.tabIndex = 0;
   body.setAttribute("role", "region");
@@ -118,7 +118,7 @@ function inlineNode(node) {
   }
 }
 
-/** Make the children of `parent` from place `from` on equal to `wanted`; what is equal stays as it is. */
+/** Make the children of `parent` from index `from` on equal to `wanted`; equal nodes are left unchanged. */
 function patchChildren(parent, wanted, from = 0) {
   let current = parent.childNodes[from] ?? null;
   for (const node of wanted) {

@@ -10,7 +10,7 @@ const chat = document.querySelector("#chat");
 const narrow = window.matchMedia("(max-width: 60rem)");
 const NUMBERS = ["temperature", "max_tokens", "top_p", "top_k", "min_p", "repetition_penalty", "seed"];
 
-/** The settings as a request needs them: {system, sampling}. */
+/** The settings for a request: {system, sampling}. */
 export function settings() {
   const sampling = {};
   for (const name of NUMBERS) {
@@ -22,7 +22,7 @@ export function settings() {
   return { system: form.elements.system.value.trim(), sampling };
 }
 
-/** Whether all fields hold values that can be sent; if not, the panel opens at the first that does not. */
+/** Whether all fields are valid; if not, the panel opens at the first invalid one. */
 export function areSettingsValid() {
   if (form.checkValidity()) return true;
   openSettings();
@@ -57,7 +57,7 @@ function fitWidth() {
   chat.inert = narrow.matches && !panel.hidden;
 }
 
-/** Show what has been set before, and keep what is set from now on. */
+/** Restore the saved settings, and save changes. */
 export function startSettings() {
   for (const [name, value] of Object.entries(recall("settings") ?? {})) {
     if (form.elements[name]) form.elements[name].value = value;

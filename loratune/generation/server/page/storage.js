@@ -1,4 +1,4 @@
-/** What the browser keeps: the conversation and the API key for this tab, theme and language for good. */
+/** Browser storage: conversation and API key for this tab, theme and language permanently. */
 
 const KEY = "loratune";
 
@@ -6,7 +6,7 @@ function read(storage, key) {
   try {
     return JSON.parse(window[storage].getItem(`${KEY}.${key}`));
   } catch {
-    return null; // storage is switched off, or holds something else
+    return null; // storage is disabled, or contains something else
   }
 }
 
@@ -15,27 +15,27 @@ function write(storage, key, value) {
     if (value === null) window[storage].removeItem(`${KEY}.${key}`);
     else window[storage].setItem(`${KEY}.${key}`, JSON.stringify(value));
   } catch {
-    // Full or switched off: the page works without, and forgets when it is loaded again.
+    // Storage is full or disabled: the page works, but a reload loses the value.
   }
 }
 
-/** A value of this tab, or null. */
+/** Return a value of this tab, or null. */
 export function recall(key) {
   return read("sessionStorage", key);
 }
 
-/** Keep a value for this tab; null forgets it. */
+/** Store a value for this tab; null removes it. */
 export function remember(key, value) {
   write("sessionStorage", key, value);
 }
 
-/** A choice of appearance that was made before. */
+/** Return a stored preference. */
 export function preference(key, otherwise) {
   const value = read("localStorage", key);
   return typeof value === "string" ? value : otherwise;
 }
 
-/** Keep a choice of appearance. */
+/** Store a preference. */
 export function setPreference(key, value) {
   write("localStorage", key, value);
 }

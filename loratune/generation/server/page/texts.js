@@ -1,4 +1,4 @@
-/** Every word of the page, in English and Chinese, and the choice between them. */
+/** All texts of the page in English and Chinese, and the current language. */
 
 import { preference, setPreference } from "./storage.js";
 
@@ -26,13 +26,13 @@ export const TEXTS = {
     messageHint: "Write a message",
     send: "Send",
     stop: "Stop",
-    keysHint: "Enter sends · Shift + Enter makes a new line · Esc stops",
-    toLatest: "To the latest",
+    keysHint: "Enter: send · Shift + Enter: new line · Esc: stop",
+    toLatest: "Jump to the latest",
     you: "You",
     answerOf: "Answer of {model}",
     thinking: "Thinking",
     thought: "Thought",
-    waiting: "Waiting for the first word",
+    waiting: "Waiting for the first token",
     copy: "Copy",
     copied: "Copied",
     copyFailed: "The browser did not allow copying",
@@ -42,32 +42,32 @@ export const TEXTS = {
     code: "Code",
     table: "Table",
     source: "Show as plain text",
-    regenerate: "Answer again",
+    regenerate: "Regenerate",
     edit: "Edit the question",
     editing: "Editing the last question",
     cancel: "Cancel",
     rate: "{rate} tokens/s",
-    firstToken: "first after {seconds} s",
+    firstToken: "first token after {seconds} s",
     tokenCount: "{count} tokens",
-    finishLength: "cut off at the longest answer",
+    finishLength: "truncated at the maximum length",
     finishCancelled: "stopped",
     statusWriting: "The answer is being written",
     statusDone: "Answer of {model}: {text}",
     system: "System prompt",
-    systemHint: "Empty: the one of the training",
+    systemHint: "Leave empty to use the training's system prompt",
     temperature: "Temperature",
-    temperatureHint: "0 always takes the likeliest token.",
-    maxTokens: "Longest answer",
+    temperatureHint: "0 always picks the most likely token.",
+    maxTokens: "Maximum tokens",
     topP: "Top p",
     topK: "Top k",
     minP: "Min p",
     repetitionPenalty: "Repetition penalty",
     seed: "Seed",
-    stopTexts: "Stop at these texts",
-    stopHint: "One a line",
+    stopTexts: "Stop strings",
+    stopHint: "One per line",
     ownValue: "default",
     randomValue: "random",
-    reset: "Back to defaults",
+    reset: "Reset to defaults",
     appearance: "Appearance",
     themeAuto: "Auto",
     themeLight: "Light",
@@ -83,19 +83,19 @@ export const TEXTS = {
     helpNew: "New chat",
     helpCompare: "Compare two models",
     helpSettings: "Settings",
-    helpAgain: "Answer again",
+    helpAgain: "Regenerate the answer",
     helpHelp: "This help",
     helpStorage: "The conversation is kept in this tab only and is gone when you close it. "
       + "An exported JSON file can be used as training rows.",
     keyTitle: "This server asks for an API key",
-    keyText: "It is in the address that the server printed when it started.",
+    keyText: "It is in the address that the server printed at startup.",
     apiKey: "API key",
     keyWrong: "The server did not accept this API key.",
     keySend: "Continue",
     retry: "Try again",
     errorOffline: "The server cannot be reached. Is it still running?",
     errorKey: "The server needs its API key.",
-    errorBusy: "The server has too many questions waiting. Try again in {seconds} s.",
+    errorBusy: "The server's queue is full. Try again in {seconds} s.",
     errorCut: "The connection ended before the answer was complete.",
     errorServer: "The server answered with status {status}.",
     errorModels: "The server offers no model.",
@@ -131,7 +131,7 @@ export const TEXTS = {
     answerOf: "{model} 的回答",
     thinking: "思考中",
     thought: "思考过程",
-    waiting: "等待第一个词",
+    waiting: "等待第一个词元",
     copy: "复制",
     copied: "已复制",
     copyFailed: "浏览器不允许复制",
@@ -217,14 +217,14 @@ export function t(key, values = {}) {
   return text.replace(/\{(\w+)\}/g, (whole, name) => values[name] ?? whole);
 }
 
-/** Choose the page's language; the caller shows again what it has filled in itself. */
+/** Set the page's language; the caller updates texts that it has filled in itself. */
 export function setLanguage(chosen) {
   language = chosen;
   setPreference("language", chosen);
   applyTexts(document);
 }
 
-/** Fill what carries data-text (content), data-label (label and tooltip) or data-hint (placeholder). */
+/** Fill elements with data-text (content), data-label (label and tooltip) or data-hint (placeholder). */
 export function applyTexts(root) {
   for (const each of root.querySelectorAll("[data-text]")) each.textContent = t(each.dataset.text);
   for (const each of root.querySelectorAll("[data-label]")) label(each, each.dataset.label);
@@ -234,7 +234,7 @@ export function applyTexts(root) {
   document.title = t("title");
 }
 
-/** Give an element the text `key` as its label and tooltip, also after the language changes. */
+/** Set the text `key` as an element's label and tooltip, also after the language changes. */
 export function label(element, key) {
   element.dataset.label = key;
   element.setAttribute("aria-label", t(key));
