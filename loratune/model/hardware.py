@@ -94,8 +94,8 @@ def _require_kernels(name: str, capability: tuple[int, int]) -> None:
     names = ", ".join(f"{major}.{minor}" for _, (major, minor) in compiled)
     raise LoratuneError(
         f"{name} has compute capability {capability[0]}.{capability[1]}, and torch {torch.__version__} was compiled "
-        f"for {names}. Install a build of torch for this card, such as `pip install torch --index-url "
-        "https://download.pytorch.org/whl/cu126`, or use the CPU with CUDA_VISIBLE_DEVICES=-1",
+        f"for {names}. Install a build of torch for this card (https://pytorch.org/get-started/locally), or use the "
+        "CPU with CUDA_VISIBLE_DEVICES=-1",
         Exit.IO,
     )
 
