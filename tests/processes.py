@@ -90,6 +90,8 @@ class Nursery:
     def start(self, folder: Path, code: str, arguments: list[str]) -> Program:
         """Start a program whose output goes into files of a folder."""
         output, errors = folder / "stdout", folder / "stderr"
+        output.touch()
+        errors.touch()
         written = os.O_WRONLY | os.O_CREAT
         streams = [(os.devnull, os.O_RDONLY), (str(output), written), (str(errors), written)]
         pid = self.ask(
