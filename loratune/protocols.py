@@ -195,6 +195,8 @@ class AdaptedModel(CausalModel, Protocol):
     active_adapter: str
     peft_config: Mapping[str, Any]
     """Name of an adapter → its config."""
+    create_or_update_model_card: Callable[[Any], None]
+    """Writes a README.md next to a saved adapter."""
 
     def get_base_model(self) -> CausalModel:
         """The causal language model itself."""

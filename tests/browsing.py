@@ -80,7 +80,7 @@ def ask(page: Any, question: str, wait: bool = True) -> None:
         page.wait_for_selector("body:not(.is-running)")
 
 
-def wait_until(page: Any, expression: str, seconds: float = 30) -> None:
+def wait_until(page: Any, expression: str, seconds: float = 120) -> None:
     """Wait until JavaScript says so; playwright's own way needs eval, which the page forbids."""
     end = time.monotonic() + seconds
     while not page.evaluate(expression):

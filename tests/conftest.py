@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import json
 import os
 import shutil
 import signal
+import sys
 from array import array
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from processes import COMMAND_LINE, Nursery, Program, opened_nursery
 from typer.testing import CliRunner, Result
 
 from loratune.data.encoding.encoder import Example
@@ -21,12 +24,31 @@ TINY_QWEN = Path(__file__).resolve().parent.parent / "loratune" / "assets" / "ti
 ROWS = [{"instruction": f"How much is {n}+{n}?", "input": "", "output": f"It is {2 * n}."} for n in range(12)]
 
 
+@pytest.fixture(scope="session")
+def _spared() -> set[str]:
+    """Modules whose objects the collector leaves alone."""
+    gc.set_threshold(10_000, 10, 10)
+    return set()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _collector_leaves_the_libraries_alone(_spared: set[str]) -> None:
+    """Otherwise it goes through all that torch has loaded again and again: a tenth of the time of all tests."""
+    if len(sys.modules) > len(_spared) + 200:
+        _spared.update(sys.modules)
+        gc.collect()
+        gc.freeze()
+
+
 @pytest.fixture(autouse=True)
 def clean_environment(monkeypatch: pytest.MonkeyPatch, encoded_rows: Path) -> None:
     """Nothing of the caller's environment reaches a test, and nothing may ask a hub."""
     monkeypatch.setenv("LORATUNE_CACHE", str(encoded_rows))
-    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LORATUNE_DEBUG", "COLUMNS", "FORCE_COLOR"):
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LORATUNE_DEBUG", "FORCE_COLOR"):
         monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("COLUMNS", "20000")  # no message is broken into lines, however long the paths in it are
+    for size in ("_width", "_height"):  # which rich keeps, where COLUMNS and LINES are set when it is imported
+        monkeypatch.setattr(f"loratune.console._stderr.{size}", None)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
 
 
@@ -47,7 +69,22 @@ def encoded_rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def random_qwen(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def _gguf_vocabularies_are_read_from_arrays() -> None:
+    """numpy makes a slice of a mapped file at several times the cost of an array's; a vocabulary is ten thousands."""
+    import gguf
+    import numpy as np
+
+    plain = gguf.GGUFReader._get
+
+    def get(self: Any, *arguments: Any, **settings: Any) -> Any:
+        self.data = self.data.view(np.ndarray)
+        return plain(self, *arguments, **settings)
+
+    gguf.GGUFReader._get = get
+
+
+@pytest.fixture(scope="session")
+def random_qwen(tmp_path_factory: pytest.TempPathFactory, _gguf_vocabularies_are_read_from_arrays: None) -> Path:
     """Folder of a two-layer Qwen2 with random float32 weights; sizes differ so that a transposition shows."""
     import torch
     from transformers import Qwen2Config, Qwen2ForCausalLM
@@ -83,14 +120,55 @@ def rows_file(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def cli() -> Callable[..., Result]:
+def quick_end(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
+    """Shorten what follows each training: few tokens are asked for, and the picture's lines are not made pixels.
+
+    Tests of the end itself are marked with `whole_end`.
+    """
+
+    def shorten() -> None:
+        if request.node.get_closest_marker("whole_end"):
+            return
+        for limit in ("COMPARED_TOKENS", "MAX_TOKENS"):
+            monkeypatch.setattr(f"loratune.training.reporting.answers.{limit}", 8)
+        monkeypatch.setattr("matplotlib.figure.Figure.savefig", lambda _, path: Path(path).write_bytes(b"drawn"))
+        monkeypatch.setattr("accelerate.utils.memory.clear_device_cache", lambda **_: None)  # collects garbage
+
+    return shorten
+
+
+@pytest.fixture
+def cli(quick_end: Callable[[], None]) -> Callable[..., Result]:
     """Run a loratune command line in this process; the result holds exit_code, stdout and stderr."""
     from loratune.cli.app import app
 
     def run(*arguments: Any, **options: Any) -> Result:
+        if arguments[:1] == ("sft",) and "--show" not in arguments:
+            quick_end()
         return CliRunner().invoke(app, [str(argument) for argument in arguments], **options)
 
     return run
+
+
+@pytest.fixture(scope="session")
+def nursery() -> Iterator[Nursery]:
+    with opened_nursery() as nursery:
+        yield nursery
+
+
+@pytest.fixture
+def start(nursery: Nursery, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., Program]]:
+    """Start a loratune command line, or other code, in a process of its own that ends with the test at the latest."""
+    started: list[Program] = []
+
+    def run(*arguments: Any, code: str = COMMAND_LINE) -> Program:
+        line = ["loratune", *map(str, arguments)]
+        started.append(nursery.start(tmp_path_factory.mktemp("program"), code, line))
+        return started[-1]
+
+    yield run
+    for program in started:
+        program.kill()
 
 
 @pytest.fixture(scope="session")

@@ -55,7 +55,7 @@ class Served:
             self.url + path, data, {name: value for name, value in sent.items() if value}, method=method or None
         )
         try:
-            with urllib.request.urlopen(call, timeout=60) as response:
+            with urllib.request.urlopen(call, timeout=300) as response:
                 return response.status, _small(response.headers), response.read().decode()
         except urllib.error.HTTPError as error:
             with error:
@@ -70,13 +70,13 @@ class Served:
 
     def connect(self, path: str, body: bytes = b"", *lines: str) -> socket.socket:
         """A connection on which a request has been sent."""
-        opened = socket.create_connection(("127.0.0.1", self.port), timeout=30)
+        opened = socket.create_connection(("127.0.0.1", self.port), timeout=120)
         head = [f"POST {path} HTTP/1.1", "Host: localhost", f"Authorization: Bearer {API_KEY}",
                 "Content-Type: application/json", *(lines or (f"Content-Length: {len(body)}",))]  # fmt: skip
         opened.sendall("\r\n".join([*head, "", ""]).encode() + body)
         return opened
 
-    def wait_until(self, condition: Callable[[], bool], seconds: float = 20) -> None:
+    def wait_until(self, condition: Callable[[], bool], seconds: float = 120) -> None:
         end = time.monotonic() + seconds
         while not condition():
             assert time.monotonic() < end, "did not come about"

@@ -8,11 +8,14 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 from conftest import ROWS, TINY_QWEN
+from processes import Program
+from typer.testing import Result
 
 from loratune.data.assembly.dataset import as_dataset
 from loratune.data.encoding import cache
@@ -141,7 +144,7 @@ def test_other_code_or_libraries_make_other_entries(
     prepare: Preparing, rows_file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     prepare(rows_file)
-    monkeypatch.setattr(cache, "version", lambda name: "0.1")
+    monkeypatch.setattr(cache, "_version_of", lambda name: "0.1")
     prepare(rows_file)
     monkeypatch.setattr(cache, "_hash_of_own_code", lambda: "changed")
     prepare(rows_file)
@@ -194,29 +197,23 @@ def test_a_cache_that_cannot_be_written_is_told(
     assert caught.value.exit_code == Exit.IO
 
 
-def test_two_processes_share_one_encoding(rows_file: Path, own_cache: Path) -> None:
-    command = [sys.executable, "-m", "loratune", "data", "check", "--model.base", "tiny-qwen"]
-    command += ["--data.train", str(rows_file), "--json"]
-    both = [subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) for _ in range(2)]
-    reports = [process.communicate()[0] for process in both]
-    assert [process.returncode for process in both] == [0, 0]
-    assert reports[0] == reports[1]
+def test_two_processes_share_one_encoding(start: Callable[..., Program], rows_file: Path, own_cache: Path) -> None:
+    check = ("data", "check", "--model.base", "tiny-qwen", "--data.train", rows_file, "--json")
+    both = [start(*check) for _ in range(2)]
+    assert [program.exit_code() for program in both] == [0, 0]
+    assert both[0].stdout == both[1].stdout != ""
     assert len(list(own_cache.glob("*/rows.arrow"))) == 1
 
 
-def test_a_second_check_loads_no_tokenizer(rows_file: Path, own_cache: Path) -> None:
+def test_a_second_check_loads_no_tokenizer(cli: Callable[..., Result], rows_file: Path, own_cache: Path) -> None:
+    arguments = ["data", "check", "--model.base", "tiny-qwen", "--data.train", str(rows_file)]
+    assert cli(*arguments).exit_code == 0
     code = (
-        "import sys; from loratune.cli.app import app\n"
-        f"arguments = ['--model.base', 'tiny-qwen', '--data.train', {str(rows_file)!r}]\n"
-        "app(['data', 'check', *arguments], standalone_mode=False)\n"
-        "print([name for name in ('torch', 'transformers', 'datasets') if name in sys.modules])"
+        f"import sys; from loratune.cli.app import app; app({arguments!r}, standalone_mode=False)\n"
+        "print([name for name in ('pyarrow', 'torch', 'transformers', 'datasets') if name in sys.modules])"
     )
-    loaded = [
-        subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
-        for _ in range(2)
-    ]
-    assert "transformers" in loaded[0]
-    assert loaded[1].strip() == "[]"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "['pyarrow']"
 
 
 def imported_by(module: str, root: Path) -> set[str]:

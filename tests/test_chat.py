@@ -184,7 +184,7 @@ def test_reasoning_stands_before_the_answer_and_not_in_a_pipe(capsys: pytest.Cap
 
 
 def test_both_answers_grow_together_and_stand_side_by_side(capsys: pytest.CaptureFixture[str]) -> None:
-    both = threading.Barrier(2, timeout=20)
+    both = threading.Barrier(2, timeout=120)
 
     def answer(question: Question) -> Iterator[str]:
         both.wait()  # breaks unless both questions are on their way
@@ -535,7 +535,7 @@ class Terminal:
         self.seen = ""
         fcntl.ioctl(master, termios.TIOCSWINSZ, struct.pack("HHHH", 30, 80, 0, 0))
 
-    def expect(self, text: str, seconds: float = 30) -> str:
+    def expect(self, text: str, seconds: float = 120) -> str:
         """Read until `text` has come since the last expectation; what came before it."""
         end = time.monotonic() + seconds
         while text not in ANSI.sub("", self.seen):
@@ -558,7 +558,7 @@ class Terminal:
 
     def status(self) -> int:
         """The program's exit status, once it has ended; negative where a signal has ended it."""
-        end = time.monotonic() + 60
+        end = time.monotonic() + 120
         while time.monotonic() < end:
             ended, status = os.waitpid(self.pid, os.WNOHANG)
             if ended:
@@ -586,6 +586,7 @@ class Terminal:
 def terminal(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Callable[[Callable[[], int]], Terminal]]:
     """Start a function in a forked process on a pseudo-terminal."""
     opened: list[Terminal] = []
+    monkeypatch.delenv("COLUMNS")  # the terminal says how wide it is
     monkeypatch.setenv("TERM", "xterm")
     monkeypatch.setenv("PROMPT_TOOLKIT_NO_CPR", "1")
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))

@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import tree
+from matplotlib.image import imread as read_picture
 from safetensors.torch import load_file
 from typer.testing import Result
 
@@ -25,6 +26,7 @@ from loratune.training import run as session
 from loratune.training.reporting import answers, closing
 
 Sft = Callable[..., Result]
+Series = list[tuple[int, float]]
 
 
 @pytest.fixture
@@ -186,6 +188,14 @@ def test_a_run_killed_anywhere_at_its_end_is_finished_or_resumed(
     assert list(states.values()) == ["running"] * 4 + ["finished"] * 3, states
 
 
+@pytest.mark.parametrize("losses", [[], [(1, 2.0)], [(1, 2.0), (2, float("nan")), (3, 1e30)]], ids=len)
+@pytest.mark.parametrize("others", [[], [(1, 0.5)]], ids=["losses alone", "all"])
+def test_a_picture_is_drawn_of_whatever_a_run_has(tmp_path: Path, losses: Series, others: Series) -> None:
+    metrics: Any = SimpleNamespace(of=lambda name: losses if name == "loss" else others)
+    closing.plot_losses(metrics, tmp_path / "loss.png")
+    assert read_picture(tmp_path / "loss.png").shape == (540, 960, 4)
+
+
 # --- how long it may take ---
 
 
@@ -201,6 +211,7 @@ def timed(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return steps
 
 
+@pytest.mark.whole_end
 def test_answers_are_cut_short_where_time_is_up_and_none_is_dropped(
     sft: Sft, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -224,6 +235,7 @@ def test_answers_are_cut_short_where_time_is_up_and_none_is_dropped(
     assert "answering 8 questions with and without the adapter, for 10 s at most" in result.stderr
 
 
+@pytest.mark.whole_end
 def test_long_training_allows_long_answers(sft: Sft, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     steps = timed(monkeypatch)
     monkeypatch.setattr("loratune.training.callbacks.Metrics.seconds", 60.0)

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import queue
-import subprocess
-import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from processes import Program
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from loratune.engine.engine import Engine, load_engine
@@ -136,7 +135,7 @@ def test_an_answer_that_cannot_be_read_ends_alone(tiny: Engine, place: str, monk
         tiny.submit(ask(text), lambda piece, text=text: told.put((text, piece)))  # type: ignore[misc]
     texts, ended = dict.fromkeys((QUESTIONS[0], "Hi", QUESTIONS[1]), ""), dict[str, Piece]()
     while len(ended) < 3:
-        text, piece = told.get(timeout=60)
+        text, piece = told.get(timeout=300)
         texts[text] += piece.text
         if piece.finish:
             ended[text] = piece
@@ -233,13 +232,12 @@ def test_threads_that_ask_at_once_do_not_disturb_each_other_s_token_ids(tiny: En
     assert wrong == []
 
 
-def test_a_program_may_end_while_answers_are_on_their_way() -> None:
-    program = (
-        "from loratune.engine.engine import load_engine\n"
+def test_a_program_may_end_while_answers_are_on_their_way(start: Callable[..., Program]) -> None:
+    program = start(
+        code="from loratune.engine.engine import load_engine\n"
         "from loratune.engine.exchange import Question, Sampling\n"
         "engine = load_engine([], 'tiny-qwen')\n"
         "asked = Question('Tell me', Sampling(temperature=5.0, max_new_tokens=1500))\n"
         "engine.submit(asked, lambda piece: None)\n"
     )
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
+    assert program.exit_code() == 0, program.stderr

@@ -48,15 +48,22 @@ def base(random_qwen: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(random_qwen, tmp_path / "base"))
 
 
-@pytest.fixture
-def plain(random_qwen: Path, tmp_path: Path) -> Path:
-    """A folder as PEFT's save_pretrained leaves it."""
+@pytest.fixture(scope="module")
+def saved(random_qwen: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder as PEFT's save_pretrained leaves it; not to be changed."""
     torch.manual_seed(1)
     settings = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "down_proj"], "init_lora_weights": False}
     config = LoraConfig(task_type="CAUSAL_LM", **settings)
     model = get_peft_model(AutoModelForCausalLM.from_pretrained(random_qwen), config)
-    model.save_pretrained(tmp_path / "plain", save_embedding_layers=False)
-    return tmp_path / "plain"
+    folder = tmp_path_factory.mktemp("saved")
+    model.save_pretrained(folder, save_embedding_layers=False)
+    return folder
+
+
+@pytest.fixture
+def plain(saved: Path, tmp_path: Path) -> Path:
+    """A copy of it."""
+    return Path(shutil.copytree(saved, tmp_path / "plain"))
 
 
 @pytest.fixture

@@ -339,9 +339,9 @@ def test_a_run_knows_every_byte_of_its_base_and_says_so(done: Callable[..., Resu
 # --- adapters that are incomplete ---
 
 
-@pytest.fixture
-def plain(random_qwen: Path, tmp_path: Path) -> Path:
-    """A folder as PEFT's save_pretrained leaves it."""
+@pytest.fixture(scope="module")
+def saved(random_qwen: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder as PEFT's save_pretrained leaves it; not to be changed."""
     import torch
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM
@@ -350,8 +350,15 @@ def plain(random_qwen: Path, tmp_path: Path) -> Path:
     targets = ["q_proj", "v_proj", "down_proj"]
     config = LoraConfig(task_type="CAUSAL_LM", r=4, lora_alpha=8, target_modules=targets, init_lora_weights=False)
     model = get_peft_model(AutoModelForCausalLM.from_pretrained(random_qwen), config)
-    model.save_pretrained(tmp_path / "plain", save_embedding_layers=False)
-    return tmp_path / "plain"
+    folder = tmp_path_factory.mktemp("saved")
+    model.save_pretrained(folder, save_embedding_layers=False)
+    return folder
+
+
+@pytest.fixture
+def plain(saved: Path, tmp_path: Path) -> Path:
+    """A copy of it."""
+    return Path(shutil.copytree(saved, tmp_path / "plain"))
 
 
 def keep(is_kept: Callable[[str], bool]) -> Change:

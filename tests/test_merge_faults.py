@@ -102,7 +102,7 @@ def child(run: Path, output: Path, tmp_path: Path) -> Any:
 
 
 def exit_code(process: multiprocessing.process.BaseProcess) -> int | None:
-    process.join(60)
+    process.join(300)
     return process.exitcode
 
 
@@ -219,7 +219,7 @@ def test_an_interrupted_merge_leaves_nothing_under_the_name(
     child: Child, merged: Merge, output: Path, tmp_path: Path, sent: signal.Signals, code: int, left: int
 ) -> None:
     process = child(Wait(tmp_path / "mark"))
-    end = time.monotonic() + 60
+    end = time.monotonic() + 300
     while not (tmp_path / "mark").exists() and process.is_alive() and time.monotonic() < end:
         time.sleep(0.01)
     assert process.pid

@@ -74,8 +74,8 @@ def make_adapter(base: Path, folder: Path, seed: int = 1, grown: int = 0, **sett
     return folder
 
 
-def peft_logits(base: Path, adapter: Path | None, prompt: list[int]) -> torch.Tensor:
-    """Of the last position, from a base that is loaded for this adapter alone."""
+def peft_model(base: Path, adapter: Path | None) -> Any:
+    """A base that is loaded for this adapter alone."""
     model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
     if adapter is not None:
         tensors = load_file(adapter / "adapter_model.safetensors")
@@ -84,9 +84,18 @@ def peft_logits(base: Path, adapter: Path | None, prompt: list[int]) -> torch.Te
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             model = PeftModel.from_pretrained(model, adapter)
+    return model.eval()
+
+
+def last_logits(model: Any, prompt: list[int]) -> torch.Tensor:
+    """Of the last position."""
     with torch.no_grad():
-        logits: torch.Tensor = model.eval()(torch.tensor([prompt])).logits[0, -1]
+        logits: torch.Tensor = model(torch.tensor([prompt])).logits[0, -1]
     return logits
+
+
+def peft_logits(base: Path, adapter: Path | None, prompt: list[int]) -> torch.Tensor:
+    return last_logits(peft_model(base, adapter), prompt)
 
 
 def loaded(base: Path, adapters: dict[str, Path]) -> Any:
@@ -149,8 +158,9 @@ def test_every_name_answers_as_peft_does_with_that_adapter_alone(
     odd = make_adapter(base, tmp_path / "odd", 2, **KINDS[kind])
     folders = {"plain": make_adapter(base, tmp_path / "plain"), "odd": odd}
     names = ["odd", BASE, "plain", "odd", "plain"]
-    expected = [peft_logits(base, folders.get(name), p) for name, p in zip(names, PROMPTS, strict=True)]
-    assert (expected[0][:3000] - peft_logits(base, None, PROMPTS[0])[:3000]).abs().max() > 1e-2
+    models = {name: peft_model(base, folders.get(name)) for name in (BASE, *folders)}
+    expected = [last_logits(models[name], prompt) for name, prompt in zip(names, PROMPTS, strict=True)]
+    assert (expected[0][:3000] - last_logits(models[BASE], PROMPTS[0])[:3000]).abs().max() > 1e-2
     for order in (("plain", "odd"), ("odd", "plain")):
         decoder = Decoder(loaded(base, {name: folders[name] for name in order}))
         together = decoded_logits(decoder, names, PROMPTS)
@@ -346,7 +356,8 @@ def test_a_resized_vocabulary_is_merged_with_config_and_tokenizer(
 ) -> None:
     base = biased_qwen if tied else untied_qwen
     folder = make_adapter(base, tmp_path / "a", **KINDS[kind])
-    rows = len(peft_logits(base, folder, [5]))
+    by_peft = peft_model(base, folder)
+    rows = len(last_logits(by_peft, [5]))
     if rows == GROWN:
         add_token(base, folder)
     result = cli("merge", "--adapter", folder, "--base-model", base, "--output", tmp_path / "merged")
@@ -355,9 +366,7 @@ def test_a_resized_vocabulary_is_merged_with_config_and_tokenizer(
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32)
     assert merged.config.vocab_size == merged.get_output_embeddings().weight.shape[0] == rows
     for prompt in [*PROMPTS, [rows - 1, 3]]:
-        with torch.no_grad():
-            found = merged(torch.tensor([prompt])).logits[0, -1]
-        torch.testing.assert_close(found, peft_logits(base, folder, prompt), rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(last_logits(merged, prompt), last_logits(by_peft, prompt), rtol=1e-4, atol=1e-4)
     assert len(AutoTokenizer.from_pretrained(tmp_path / "merged")) <= rows or rows < 3008
 
 

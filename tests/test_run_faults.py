@@ -22,6 +22,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import ROWS, tree
+from processes import Program, comes_true
 from safetensors.torch import load_file
 from typer.testing import Result
 
@@ -245,17 +246,25 @@ def test_of_many_that_start_together_one_gets_the_folder(tmp_path: Path) -> None
 
 
 @pytest.mark.slow
-def test_two_programs_started_in_the_same_second_do_not_mix(random_qwen: Path, rows_file: Path, tmp_path: Path) -> None:
-    command = [
-        sys.executable, "-m", "loratune", "sft", "--model.base", random_qwen, "--data.train", rows_file,
-        "--training.max_steps", "30", "--output", tmp_path / "run", "--overwrite",
-    ]  # fmt: skip
-    both = [subprocess.Popen([*map(str, command)], stderr=subprocess.PIPE, text=True) for _ in range(2)]
-    told = [process.communicate(timeout=300)[1] for process in both]
-    codes = [process.returncode for process in both]
-    assert sorted(codes) == [0, 2]
-    assert f"process {both[codes.index(0)].pid} on" in words(told[codes.index(2)])
-    assert json.loads((tmp_path / "run" / "status.json").read_text())["state"] == "finished"
+def test_two_programs_started_in_the_same_second_do_not_mix(
+    start: Callable[..., Program], random_qwen: Path, rows_file: Path, tmp_path: Path
+) -> None:
+    command = (
+        "sft", "--model.base", random_qwen, "--data.train", rows_file, "--training.max_steps", "1000000",
+        "--checkpoints.every_steps", "1000000", "--output", tmp_path / "run", "--overwrite",
+    )  # fmt: skip
+    both = [start(*command) for _ in range(2)]
+    assert comes_true(lambda: any(program.has_ended() for program in both))
+    refused, training = sorted(both, key=lambda program: not program.has_ended())
+    assert refused.exit_code() == Exit.USAGE
+    assert f"process {training.pid} on" in words(refused.stderr)
+    records = tmp_path / "run" / "metrics.jsonl"
+    assert comes_true(lambda: records.is_file() and records.read_text().count("\n") > 3), training.stderr
+    training.send(signal.SIGTERM)
+    assert training.exit_code() == 128 + signal.SIGTERM, training.stderr
+    assert json.loads((tmp_path / "run" / "status.json").read_text())["state"] == "interrupted"
+    steps = [json.loads(line)["step"] for line in records.read_text().splitlines() if "loss" in json.loads(line)]
+    assert steps == sorted(set(steps))
 
 
 @pytest.mark.parametrize("part", [".", "adapter", "checkpoints/step-000004"])

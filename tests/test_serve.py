@@ -19,6 +19,7 @@ import torch
 from conftest import TINY_QWEN
 from openai import OpenAI
 from peft import PeftModel
+from processes import Program, comes_true
 from serving import API_KEY, FakeEngine, Served, chat, events, served
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import Result
@@ -343,27 +344,20 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def test_the_command_says_where_the_page_is_and_a_line_that_works(free_port: int) -> None:
-    environment = {
-        name: value for name, value in os.environ.items() if name not in ("LORATUNE_API_KEY", "LORATUNE_TOKEN")
-    }
-    command = [sys.executable, "-m", "loratune", "serve", "--model", "tiny-qwen", "--port", str(free_port)]
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment) as process:
-        try:
-            said = ""
-            assert process.stderr is not None
-            while "try:" not in said:
-                line = process.stderr.readline()
-                assert line, said
-                said += line
-            (page,) = re.findall(rf"page: (http://127.0.0.1:{free_port}/)#api_key=(\S+)", said)
-            (curl,) = re.findall(r"try: (curl .*)", said)
-            assert page[1] in curl
-            answer = subprocess.run(["sh", "-c", curl], capture_output=True, text=True, check=True).stdout
-            assert "tiny-qwen" in json.loads(answer)["choices"][0]["message"]["content"]
-        finally:
-            process.send_signal(signal.SIGTERM)
-        assert process.wait(60) == 143
+def test_the_command_says_where_the_page_is_and_a_line_that_works(
+    start: Callable[..., Program], free_port: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("LORATUNE_API_KEY", "LORATUNE_TOKEN"):
+        monkeypatch.delenv(name, raising=False)
+    server = start("serve", "--model", "tiny-qwen", "--port", free_port)
+    assert comes_true(lambda: re.search("try: .*\n", server.stderr) or server.has_ended()), server.stderr
+    (page,) = re.findall(rf"page: (http://127.0.0.1:{free_port}/)#api_key=(\S+)", server.stderr)
+    (curl,) = re.findall("try: (curl .*)\n", server.stderr)
+    assert page[1] in curl
+    answer = subprocess.run(["sh", "-c", curl], capture_output=True, text=True, check=True).stdout
+    assert "tiny-qwen" in json.loads(answer)["choices"][0]["message"]["content"]
+    server.send(signal.SIGTERM)
+    assert server.exit_code() == 143
 
 
 def test_a_taken_port_is_told_before_the_model_is_loaded(cli: Callable[..., Result]) -> None:

@@ -147,7 +147,7 @@ def test_only_json_is_read(running: Served, kind: str) -> None:
     connection_lines = [f"Content-Type: {kind}"] if kind else []
     head = ["POST " + CHAT + " HTTP/1.1", "Host: localhost", f"Authorization: Bearer {API_KEY}", *connection_lines,
             f"Content-Length: {len(body)}", "", ""]  # fmt: skip
-    with socket.create_connection(("127.0.0.1", running.port), timeout=30) as opened:
+    with socket.create_connection(("127.0.0.1", running.port), timeout=120) as opened:
         opened.sendall("\r\n".join(head).encode() + body)
         assert opened.recv(100).startswith(b"HTTP/1.1 415")
     assert len(running.engine.questions) == 1
@@ -184,7 +184,7 @@ def test_a_request_that_does_not_come_is_waited_for_only_so_long(
     running: Served, monkeypatch: pytest.MonkeyPatch, begun: bytes
 ) -> None:
     monkeypatch.setattr(connection, "REQUEST_SECONDS", 0.3)
-    with socket.create_connection(("127.0.0.1", running.port), timeout=30) as opened:
+    with socket.create_connection(("127.0.0.1", running.port), timeout=120) as opened:
         opened.sendall(begun)
         with contextlib.suppress(ConnectionResetError):
             assert opened.recv(100) == b""
@@ -194,7 +194,7 @@ def test_there_are_only_so_many_connections(running: Served, monkeypatch: pytest
     monkeypatch.setattr(connection, "MOST_CONNECTIONS", 3)
     with contextlib.ExitStack() as stack:
         address = ("127.0.0.1", running.port)
-        opened = [stack.enter_context(socket.create_connection(address, timeout=30)) for _ in range(4)]
+        opened = [stack.enter_context(socket.create_connection(address, timeout=120)) for _ in range(4)]
         with contextlib.suppress(ConnectionResetError):
             assert opened[3].recv(100) == b""
     running.wait_until(lambda: running.request("/health")[0] == 200)
@@ -254,7 +254,7 @@ def test_without_api_key_everybody_here_may_ask() -> None:
     "host", ["evil.example", "evil.example:8000", "localhost.evil.example", "127.0.0.1.evil", "", "["]
 )
 def test_another_host_is_refused_whatever_the_token(running: Served, host: str) -> None:
-    with socket.create_connection(("127.0.0.1", running.port), timeout=30) as opened:
+    with socket.create_connection(("127.0.0.1", running.port), timeout=120) as opened:
         opened.sendall(f"GET /health HTTP/1.1\r\nHost: {host}\r\nAuthorization: Bearer {API_KEY}\r\n\r\n".encode())
         assert opened.recv(4096).startswith(b"HTTP/1.1 403")
 
@@ -296,7 +296,7 @@ def test_without_allowed_origins_there_are_no_cors_headers(running: Served) -> N
      "/page/", "/page/.", "/page/index.html%00", "/page/....//running.py", "/page/..\\running.py"],
 )  # fmt: skip
 def test_only_the_page_s_own_files_are_served(running: Served, path: str) -> None:
-    with socket.create_connection(("127.0.0.1", running.port), timeout=30) as opened:
+    with socket.create_connection(("127.0.0.1", running.port), timeout=120) as opened:
         opened.sendall(f"GET {path} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n".encode())
         answer = b"".join(iter(lambda: opened.recv(65536), b""))
     assert answer.startswith(b"HTTP/1.1 404")

@@ -7,7 +7,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,6 +14,7 @@ from typing import Any
 
 import pytest
 from conftest import ROWS
+from processes import comes_true
 from typer.testing import Result
 
 from loratune.recipe.loading import dump_recipe
@@ -103,14 +103,6 @@ def is_alive(pid: int) -> bool:
     except ProcessLookupError:
         return False
     return True
-
-
-def comes_true(condition: Callable[[], Any]) -> bool:
-    """Whether it does within a time that only a hanging program takes."""
-    end = time.monotonic() + 60
-    while not condition() and time.monotonic() < end:
-        time.sleep(0.05)
-    return bool(condition())
 
 
 def words(text: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import os
 import signal
@@ -83,6 +84,15 @@ def _module(name: str) -> ModuleType:
             raise ValueError(name)
 
 
+@functools.cache
+def _command(module_name: str, name: str, summary: str) -> Any:
+    """A command as typer makes it of its function, with an option for each setting."""
+    module = _module(module_name)
+    single = typer.Typer(add_completion=False, context_settings=_HELP_NAMES)
+    single.command(name, cls=Command, help=f"{summary}\n\n{module.DETAILS}")(module.command)
+    return typer.main.get_command(single)
+
+
 class CommandGroup(TyperGroup):
     """A command group that imports a subcommand when it runs."""
 
@@ -98,11 +108,7 @@ class CommandGroup(TyperGroup):
         """Import a subcommand; return None for an unknown name."""
         if cmd_name not in self.table:
             return None
-        module = _module(f"{self.prefix}{cmd_name}")
-        single = typer.Typer(add_completion=False, context_settings=_HELP_NAMES)
-        help_text = f"{self.table[cmd_name]}\n\n{module.DETAILS}"
-        single.command(cmd_name, cls=Command, help=help_text)(module.command)
-        return typer.main.get_command(single)
+        return _command(f"{self.prefix}{cmd_name}", cmd_name, self.table[cmd_name])
 
     def format_help(self, ctx: Any, formatter: Any) -> None:
         panels = {"commands": [(name, "", text) for name, text in self.table.items()]}

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import inspect
+import json
 import math
 import re
 import sys
@@ -20,6 +21,7 @@ from typing import Any, get_args
 
 import torch
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedConfig
+from transformers.initialization import no_init_weights
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.utils import logging as transformers_logging
 
@@ -78,7 +80,8 @@ def empty_model(config: ModelConfig) -> CausalModel:
     Raises:
         Exception: of any type, if no model can be built from the config.
     """
-    with torch.device("meta"):
+    # Drawing starting values of nothing is most of the work otherwise: torch takes it apart in Python on "meta".
+    with torch.device("meta"), no_init_weights():
         model: CausalModel = AutoModelForCausalLM.from_config(config)
     return model
 
@@ -119,12 +122,23 @@ def _tried(config_class: Any, values: dict[str, Any]) -> ModelConfig:
         Exception: of any type.
     """
     config: ModelConfig = config_class(**values)
-    empty_model(config)
+    _require_layers(config_class, json.dumps(values))
+    return config
+
+
+@functools.lru_cache(maxsize=8)
+def _require_layers(config_class: Any, values_text: str) -> None:
+    """Make a model of a config's values, and run a layer of each kind; a command reads the same config many times.
+
+    Raises:
+        Exception: of many kinds.
+    """
+    values = json.loads(values_text)
+    empty_model(config_class(**values))
     for kind in sorted({*(values.get("layer_types") or ())} - {"full_attention"}):
         layer = empty_model(config_class(**values | {"num_hidden_layers": 1, "layer_types": [kind]}))
         with torch.no_grad(), contextlib.suppress(RuntimeError):  # a step that looks at values, which meta has none of
             layer(input_ids=torch.zeros(1, 2, dtype=torch.long, device="meta"))
-    return config
 
 
 def _is_buildable(config_class: Any, keys: Iterable[str], values: dict[str, Any]) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import platform
 from importlib.metadata import PackageNotFoundError, version
 
@@ -13,9 +14,13 @@ LIBRARIES = ("torch", "transformers", "peft", "trl", "accelerate", "datasets", "
 def library_versions() -> dict[str, str]:
     """Return the versions of libraries that affect a run's result."""
     versions = {"loratune": __version__, "python": platform.python_version()}
-    for name in LIBRARIES:
-        try:
-            versions[name] = version(name)
-        except PackageNotFoundError:
-            continue
-    return versions
+    return versions | {name: known for name in LIBRARIES if (known := version_of(name))}
+
+
+@functools.cache
+def version_of(package: str) -> str | None:
+    """The version of an installed package; None where there is none. Asking reads the package's whole description."""
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None

@@ -42,8 +42,13 @@ def cache_key(parts: dict[str, Any]) -> str:
     Args:
         parts: hashes of files, and settings, as JSON types.
     """
-    made_by = {name: version(name) for name in ("transformers", "tokenizers")} | {"data": _hash_of_own_code()}
+    made_by = {name: _version_of(name) for name in ("transformers", "tokenizers")} | {"data": _hash_of_own_code()}
     return hashlib.sha256(json.dumps([parts, made_by], sort_keys=True).encode()).hexdigest()[:32]
+
+
+@lru_cache
+def _version_of(package: str) -> str:
+    return version(package)
 
 
 @lru_cache

@@ -112,9 +112,9 @@ def summarise_adapter(model: AdaptedModel) -> AdapterSummary:
 
 def save_adapter(model: AdaptedModel, folder: Path) -> None:
     """Write adapter_config.json and adapter_model.safetensors."""
+    model.create_or_update_model_card = lambda _: None  # PEFT's model card contains local paths
     # By default PEFT asks the hub whether the vocabulary was resized; loratune never resizes it.
     model.save_pretrained(folder, save_embedding_layers=False)
-    (folder / "README.md").unlink(missing_ok=True)  # PEFT's model card contains local paths
 
 
 def load_adapter(model: CausalModel, folder: Path, name: str = "default", keep_dtype: bool = False) -> AdaptedModel:

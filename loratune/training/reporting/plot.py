@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from matplotlib.figure import Figure
 
-from loratune.training.callbacks import Metrics
+if TYPE_CHECKING:
+    from loratune.training.callbacks import Metrics
 
 
 def plot_losses(metrics: Metrics, path: Path) -> None:
