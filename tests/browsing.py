@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 from serving import API_KEY, FakeTicket, Served
 
-from loratune.engine.exchange import Piece, Question
+from loratune.engine.types import Delta, GenerationRequest
 
 CHROMIUM_NAMES = ("chromium", "chromium-browser", "google-chrome-stable", "google-chrome")
 KEY_ADDRESS = f"/#api_key={API_KEY}"
@@ -93,12 +93,12 @@ def text_of(page: Any, selector: str) -> list[str]:
     return [text.strip() for text in page.locator(selector).all_inner_texts()]
 
 
-def pieces(text: str, reasoning: str = "", finish: str = "stop", size: int = 5) -> list[Piece]:
+def pieces(text: str, reasoning: str = "", finish: str = "stop", size: int = 5) -> list[Delta]:
     """An answer cut up as a model would give it."""
-    thinking = [Piece(reasoning=reasoning[at : at + size]) for at in range(0, len(reasoning), size)]
-    saying = [Piece(text[at : at + size]) for at in range(0, len(text), size)]
-    counted = [Piece(each.text, each.reasoning, place) for place, each in enumerate(thinking + saying, 1)]
-    return [*counted, Piece(tokens=len(counted) + 1, finish=finish)]
+    thinking = [Delta(reasoning=reasoning[at : at + size]) for at in range(0, len(reasoning), size)]
+    saying = [Delta(text[at : at + size]) for at in range(0, len(text), size)]
+    counted = [Delta(each.text, each.reasoning, place) for place, each in enumerate(thinking + saying, 1)]
+    return [*counted, Delta(tokens=len(counted) + 1, finish=finish)]
 
 
 @dataclass
@@ -108,15 +108,17 @@ class Scripted:
     With `go`, every piece waits until it is released once.
     """
 
-    say: Callable[[Question], list[Piece]] = lambda question: pieces(f"You said: {question.messages[-1]['content']}")
+    say: Callable[[GenerationRequest], list[Delta]] = lambda question: pieces(
+        f"You said: {question.messages[-1]['content']}"
+    )
     base_name: str = "Qwen/base"
     adapters: list[str] = field(default_factory=lambda: ["robin", "wren"])
     context_tokens: int = 1000
-    questions: list[Question] = field(default_factory=list)
+    questions: list[GenerationRequest] = field(default_factory=list)
     tickets: list[FakeTicket] = field(default_factory=list)
     go: threading.Semaphore | None = None
 
-    def submit(self, question: Question, deliver: Callable[[Piece], None]) -> FakeTicket:
+    def submit(self, question: GenerationRequest, deliver: Callable[[Delta], None]) -> FakeTicket:
         """Answer in a thread of its own."""
         self.questions.append(question)
         self.tickets.append(FakeTicket())
@@ -125,12 +127,16 @@ class Scripted:
         return self.tickets[-1]
 
     def _deliver(
-        self, question: Question, ticket: FakeTicket, deliver: Callable[[Piece], None], go: threading.Semaphore | None
+        self,
+        question: GenerationRequest,
+        ticket: FakeTicket,
+        deliver: Callable[[Delta], None],
+        go: threading.Semaphore | None,
     ) -> None:
         for piece in self.say(question):
             while go and not ticket.cancelled.is_set() and not go.acquire(timeout=0.02):
                 pass
             if ticket.cancelled.is_set():
-                deliver(Piece(finish="cancelled"))
+                deliver(Delta(finish="cancelled"))
                 return
             deliver(piece)

@@ -12,12 +12,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
-from loratune.engine.exchange import Piece, Question
+from loratune.engine.types import Delta, GenerationRequest
 from loratune.errors import Exit, LoratuneError
 from loratune.generation.server.addresses import Address
 from loratune.generation.server.application import Limits, create_application
-from loratune.generation.server.guards import LOOPBACK_NAMES, Access
-from loratune.generation.server.replying import Queue
+from loratune.generation.server.middleware import LOOPBACK_NAMES, Access
+from loratune.generation.server.request_queue import Queue
 from loratune.generation.server.running import make_server
 
 API_KEY = "tell-nobody"
@@ -128,18 +128,18 @@ class FakeTicket:
 class FakeEngine:
     """Says `words`, one each time that `go` lets it; in a thread of its own for each question."""
 
-    words: list[Piece] = field(default_factory=lambda: [Piece("yes", tokens=1), Piece(tokens=2, finish="stop")])
+    words: list[Delta] = field(default_factory=lambda: [Delta("yes", tokens=1), Delta(tokens=2, finish="stop")])
     base_name: str = "base"
     adapters: list[str] = field(default_factory=list)
     warnings: tuple[str, ...] = ()
     context_tokens: int = 100
-    questions: list[Question] = field(default_factory=list)
+    questions: list[GenerationRequest] = field(default_factory=list)
     tickets: list[FakeTicket] = field(default_factory=list)
     go: threading.Semaphore | None = None
     """One word for each release; None says all at once."""
     said: int = 0
 
-    def submit(self, question: Question, deliver: Callable[[Piece], None]) -> FakeTicket:
+    def submit(self, question: GenerationRequest, deliver: Callable[[Delta], None]) -> FakeTicket:
         if question.messages == "too long":
             raise LoratuneError("the prompt has 200 tokens and the model's context has 100; shorten it", Exit.USAGE)
         self.questions.append(question)
@@ -148,13 +148,13 @@ class FakeEngine:
         threading.Thread(target=self._say, args=(ticket, deliver), daemon=True).start()
         return ticket
 
-    def _say(self, ticket: FakeTicket, deliver: Callable[[Piece], None]) -> None:
+    def _say(self, ticket: FakeTicket, deliver: Callable[[Delta], None]) -> None:
         for piece in self.words:
             while self.go is not None and not self.go.acquire(timeout=0.02):
                 if ticket.cancelled.is_set():
                     break
             if ticket.cancelled.is_set():
-                deliver(Piece(finish="cancelled"))
+                deliver(Delta(finish="cancelled"))
                 return
             self.said += 1
             deliver(piece)

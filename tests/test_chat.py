@@ -31,8 +31,8 @@ from typer.testing import Result
 
 from loratune import console
 from loratune.data.formats.chat_rows import MESSAGES
-from loratune.engine.exchange import Piece, Question
 from loratune.engine.sampling import Sampling
+from loratune.engine.types import Delta, GenerationRequest
 from loratune.errors import Exit, LoratuneError
 from loratune.generation.chat.answering import Reply
 from loratune.generation.chat.columns import Column, Columns
@@ -58,16 +58,18 @@ class FakeEngine:
 
     base_name = "plain"
 
-    def __init__(self, answer: Callable[[Question], Any], adapters: tuple[str, ...] = (), context: int = 2048) -> None:
+    def __init__(
+        self, answer: Callable[[GenerationRequest], Any], adapters: tuple[str, ...] = (), context: int = 2048
+    ) -> None:
         self.answer = answer
         self.adapters = list(adapters)
         self.context_tokens = context
-        self.asked: list[Question] = []
+        self.asked: list[GenerationRequest] = []
 
-    def prompt_tokens(self, question: Question) -> int:
+    def prompt_tokens(self, question: GenerationRequest) -> int:
         return sum(len(message["content"].split()) for message in question.messages)
 
-    def submit(self, question: Question, deliver: Callable[[Piece], None]) -> Any:
+    def submit(self, question: GenerationRequest, deliver: Callable[[Delta], None]) -> Any:
         if self.prompt_tokens(question) >= self.context_tokens:
             raise LoratuneError("the prompt is too long", Exit.USAGE)
         self.asked.append(question)
@@ -82,20 +84,20 @@ class FakeEngine:
                     finish = "cancelled"
                     break
                 tokens += 1
-                deliver(Piece(piece if piece[0] != "?" else "", piece[1:] if piece[0] == "?" else "", tokens))
-            deliver(Piece(tokens=tokens, finish=finish))
+                deliver(Delta(piece if piece[0] != "?" else "", piece[1:] if piece[0] == "?" else "", tokens))
+            deliver(Delta(tokens=tokens, finish=finish))
 
         threading.Thread(target=work, daemon=True).start()
         return SimpleNamespace(prompt_tokens=self.prompt_tokens(question), cancel=cancelled.set)
 
 
-def last_words(question: Question) -> list[str]:
+def last_words(question: GenerationRequest) -> list[str]:
     """An answer that tells who answers what."""
     who = (question.adapter if question.use_adapter else None) or "plain"
     return [f"{who}", f" on {question.messages[-1]['content']}"]
 
 
-def a_state(answer: Callable[[Question], Any] = last_words, **options: Any) -> ChatState:
+def a_state(answer: Callable[[GenerationRequest], Any] = last_words, **options: Any) -> ChatState:
     engine: Any = FakeEngine(answer, ("robin", "wren"), options.pop("context", 2048))
     return ChatState(engine, Sampling(**options), "robin", None)
 
@@ -106,7 +108,7 @@ def say(chat: Chat, *lines: str) -> None:
         chat._answer_if_asked(chat._asked(line))
 
 
-def a_chat(answer: Callable[[Question], Any] = last_words, **options: Any) -> tuple[Chat, FakeEngine]:
+def a_chat(answer: Callable[[GenerationRequest], Any] = last_words, **options: Any) -> tuple[Chat, FakeEngine]:
     engine = FakeEngine(answer, options.pop("adapters", ("robin", "wren")), options.pop("context", 2048))
     any_engine: Any = engine
     return Chat(any_engine, Sampling(**options), next(iter(engine.adapters), None)), engine
@@ -118,7 +120,7 @@ def a_chat(answer: Callable[[Question], Any] = last_words, **options: Any) -> tu
 def shown(pieces: list[str], capsys: pytest.CaptureFixture[str]) -> str:
     screen = OneAnswer(is_terminal=False)
     for piece in pieces:
-        screen.show(0, Piece(piece))
+        screen.show(0, Delta(piece))
     screen.close()
     return capsys.readouterr().out
 
@@ -132,8 +134,8 @@ def test_control_characters_are_shown_wherever_the_stream_is_cut(capsys: pytest.
 def test_control_characters_are_shown_in_columns_too(capsys: pytest.CaptureFixture[str]) -> None:
     screen = Columns(("base\x1b[2J", "tuned"), 120)
     for character in NASTY:
-        screen.show(0, Piece(character, character))
-        screen.show(1, Piece(character))
+        screen.show(0, Delta(character, character))
+        screen.show(1, Delta(character))
     screen.close()
     out = capsys.readouterr().out
     assert not re.search("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202e]", out)
@@ -174,7 +176,7 @@ def test_words_stay_whole_where_they_fit() -> None:
 def test_reasoning_stands_before_the_answer_and_not_in_a_pipe(capsys: pytest.CaptureFixture[str]) -> None:
     for is_terminal, expected in [(True, "let me see\n\nfour\n"), (False, "four\n")]:
         screen = OneAnswer(is_terminal)
-        for piece in [Piece(reasoning="let me "), Piece(reasoning="see"), Piece("four")]:
+        for piece in [Delta(reasoning="let me "), Delta(reasoning="see"), Delta("four")]:
             screen.show(0, piece)
         screen.close()
         assert capsys.readouterr().out == expected
@@ -186,7 +188,7 @@ def test_reasoning_stands_before_the_answer_and_not_in_a_pipe(capsys: pytest.Cap
 def test_both_answers_grow_together_and_stand_side_by_side(capsys: pytest.CaptureFixture[str]) -> None:
     both = threading.Barrier(2, timeout=120)
 
-    def answer(question: Question) -> Iterator[str]:
+    def answer(question: GenerationRequest) -> Iterator[str]:
         both.wait()  # breaks unless both questions are on their way
         yield "the same long words " * 3 + ("from robin" if question.use_adapter else "from the base")
 
@@ -202,9 +204,9 @@ def test_both_answers_grow_together_and_stand_side_by_side(capsys: pytest.Captur
     assert not chat.state.compares
 
     screen = Columns(("plain (base)", "robin"), 80)
-    screen.show(0, Piece("the same long words " * 3 + "from the base", finish="stop"))
+    screen.show(0, Delta("the same long words " * 3 + "from the base", finish="stop"))
     assert capsys.readouterr().out.count("\n") == 2  # the other side has nothing yet
-    screen.show(1, Piece("short", finish="stop"))
+    screen.show(1, Delta("short", finish="stop"))
     screen.close()
     rows = [line.split(" │ ") for line in capsys.readouterr().out.splitlines()]
     assert [row[0].rstrip() for row in rows] == [
@@ -217,8 +219,8 @@ def test_both_answers_grow_together_and_stand_side_by_side(capsys: pytest.Captur
 
 def test_a_narrow_terminal_gets_one_answer_below_the_other(capsys: pytest.CaptureFixture[str]) -> None:
     screen = Columns(("plain (base)", "robin"), 40)
-    screen.show(1, Piece("second", finish="stop"))
-    screen.show(0, Piece("first", finish="stop"))
+    screen.show(1, Delta("second", finish="stop"))
+    screen.show(0, Delta("first", finish="stop"))
     screen.close()
     assert capsys.readouterr().out == "plain (base)\nfirst\n\nrobin\nsecond\n"
 
@@ -611,7 +613,7 @@ def terminal(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Callab
         one.close()
 
 
-def faked(answer: Callable[[Question], Any], **options: Any) -> Callable[[], int]:
+def faked(answer: Callable[[GenerationRequest], Any], **options: Any) -> Callable[[], int]:
     """A chat with an engine that says what a test wants; /stats shows what reached it."""
 
     def program() -> int:
@@ -622,13 +624,13 @@ def faked(answer: Callable[[Question], Any], **options: Any) -> Callable[[], int
     return program
 
 
-def told(question: Question) -> list[str]:
+def told(question: GenerationRequest) -> list[str]:
     """An answer that repeats the whole conversation, each message by its last 40 letters."""
     return ["told: " + "|".join(message["content"][-40:] for message in question.messages).replace("\n", "/") + "."]
 
 
 def test_ctrl_c_ends_an_answer_and_keeps_what_was_said(terminal: Callable[..., Terminal]) -> None:
-    def answer(question: Question) -> list[str]:
+    def answer(question: GenerationRequest) -> list[str]:
         asked = question.messages[-1]["content"]
         return {"endless": ["half an ", "answer", "!"], "silent": ["!"]}.get(asked, told(question))
 
@@ -722,7 +724,7 @@ def test_a_long_paste_stands_as_one_word_and_is_sent_whole(terminal: Callable[..
 
 
 def test_what_is_pasted_while_an_answer_appears_is_one_question_after_it(terminal: Callable[..., Terminal]) -> None:
-    def slow(question: Question) -> Iterator[str]:
+    def slow(question: GenerationRequest) -> Iterator[str]:
         yield "begun "
         if question.messages[-1]["content"] == "first":
             time.sleep(1)

@@ -31,9 +31,9 @@ from transformers import (
 from loratune.engine import kv_cache, token_choice
 from loratune.engine import scheduler as decoder_module
 from loratune.engine.kv_cache import DecodingError, token_bytes
-from loratune.engine.running import Running
 from loratune.engine.sampling import Sampling
 from loratune.engine.scheduler import Decoder
+from loratune.engine.sequence import RunningSequence
 from loratune.engine.token_choice import TokenChooser, shortlist
 from loratune.model.adapter.own_parameters import BASE
 
@@ -81,7 +81,7 @@ def greedy(model: Any, prompt: list[int], tokens: int, ends: list[int] | None = 
     return new
 
 
-def run(decoder: Decoder, all_running: list[Running]) -> list[list[int]]:
+def run(decoder: Decoder, all_running: list[RunningSequence]) -> list[list[int]]:
     for running in all_running:
         decoder.add(running)
     while not decoder.is_idle:
@@ -98,7 +98,7 @@ def test_answers_in_a_batch_are_those_given_alone(kind: str, slots: int, monkeyp
     lengths = [12, 3, 20, 1, 15, 8, 30]
     expected = [greedy(model, prompt, length) for prompt, length in zip(PROMPTS, lengths, strict=True)]
     decoder = Decoder(model, slots)
-    asked = [Running(p, Sampling(max_new_tokens=n), frozenset()) for p, n in zip(PROMPTS, lengths, strict=True)]
+    asked = [RunningSequence(p, Sampling(max_new_tokens=n), frozenset()) for p, n in zip(PROMPTS, lengths, strict=True)]
     assert run(decoder, asked) == expected
     assert len({tuple(tokens) for tokens in expected}) == len(expected)
     assert [running.finish for running in asked] == ["length"] * len(asked)
@@ -111,7 +111,7 @@ def test_end_tokens_end_an_answer_and_an_answer_may_be_taken_out_of_the_middle()
     expected = [greedy(model, prompt, 20, sorted(ends)) for prompt in PROMPTS]
     assert len({len(tokens) for tokens in expected}) > 1
     decoder = Decoder(model, slots=4)
-    asked = [Running(prompt, Sampling(max_new_tokens=20), frozenset(ends)) for prompt in PROMPTS]
+    asked = [RunningSequence(prompt, Sampling(max_new_tokens=20), frozenset(ends)) for prompt in PROMPTS]
     for running in asked:
         decoder.add(running)
     decoder.step()
@@ -151,10 +151,10 @@ def test_adapters_in_one_batch_do_not_mix(settings: dict[str, Any]) -> None:
             expected.append(greedy(model, prompt, 10))
     decoder = Decoder(model, slots=4)
     sampling = Sampling(max_new_tokens=10)
-    asked = [Running(prompt, sampling, frozenset(), name) for prompt, name in zip(PROMPTS, names, strict=True)]
+    asked = [RunningSequence(prompt, sampling, frozenset(), name) for prompt, name in zip(PROMPTS, names, strict=True)]
     assert run(decoder, asked) == expected
     # One after the other, which switches adapters rather than mixing them.
-    asked = [Running(prompt, sampling, frozenset(), name) for prompt, name in zip(PROMPTS, names, strict=True)]
+    asked = [RunningSequence(prompt, sampling, frozenset(), name) for prompt, name in zip(PROMPTS, names, strict=True)]
     assert [run(decoder, [running])[0] for running in asked] == expected
     with model.disable_adapter():
         assert expected[0] != greedy(model, PROMPTS[0], 10)
@@ -178,13 +178,13 @@ def test_what_is_drawn_does_not_depend_on_what_else_runs() -> None:
     model = random_model(CONFIGS["qwen2"])
     hot = Sampling(temperature=2.0, top_p=0.9, seed=7, max_new_tokens=12)
     decoder = Decoder(model, slots=8)
-    (alone,) = run(decoder, [Running(PROMPTS[1], hot, frozenset())])
-    others = [Running(p, Sampling(temperature=2.0, max_new_tokens=9, seed=3), frozenset()) for p in PROMPTS]
-    together = run(decoder, [*others, Running(PROMPTS[1], hot, frozenset())])
+    (alone,) = run(decoder, [RunningSequence(PROMPTS[1], hot, frozenset())])
+    others = [RunningSequence(p, Sampling(temperature=2.0, max_new_tokens=9, seed=3), frozenset()) for p in PROMPTS]
+    together = run(decoder, [*others, RunningSequence(PROMPTS[1], hot, frozenset())])
     assert together[-1] == alone
-    assert run(decoder, [Running(PROMPTS[1], Sampling(temperature=2.0, seed=8, max_new_tokens=12), frozenset())]) != [
-        alone
-    ]
+    assert run(
+        decoder, [RunningSequence(PROMPTS[1], Sampling(temperature=2.0, seed=8, max_new_tokens=12), frozenset())]
+    ) != [alone]
 
 
 def test_the_model_s_own_generation_settings_hold_where_nothing_is_said() -> None:
@@ -195,8 +195,8 @@ def test_the_model_s_own_generation_settings_hold_where_nothing_is_said() -> Non
     without = greedy(model, PROMPTS[1], 25, repetition_penalty=1.0)
     assert expected != without
     decoder = Decoder(model)
-    asked = [Running(PROMPTS[1], Sampling(max_new_tokens=25), frozenset())]
-    asked += [Running(PROMPTS[1], Sampling(max_new_tokens=25, repetition_penalty=1.0), frozenset())]
+    asked = [RunningSequence(PROMPTS[1], Sampling(max_new_tokens=25), frozenset())]
+    asked += [RunningSequence(PROMPTS[1], Sampling(max_new_tokens=25, repetition_penalty=1.0), frozenset())]
     assert run(decoder, asked) == [expected, without]
     config = GenerationConfig(top_k=20, top_p=0.8)
     assert Sampling(top_k=0).with_defaults(config) == Sampling(top_k=0, top_p=0.8, min_p=0.0, repetition_penalty=1.0)
@@ -265,7 +265,7 @@ def test_memory_of_keys_is_given_back_and_layers_without_keys_are_refused(monkey
     monkeypatch.setattr(decoder_module, "KEPT_BYTES", 1000)
     model = random_model(CONFIGS["qwen2"])
     decoder = Decoder(model)
-    decoder.add(Running(PROMPTS[1], Sampling(max_new_tokens=3), frozenset()))
+    decoder.add(RunningSequence(PROMPTS[1], Sampling(max_new_tokens=3), frozenset()))
     decoder.step()
     assert decoder._cache.size_bytes > 1000
     while not decoder.is_idle:
@@ -283,7 +283,7 @@ def test_answers_wait_where_keys_and_values_would_take_too_much() -> None:
     expected = [greedy(model, prompt, 20) for prompt in PROMPTS]
     bound = 4 * 128 * token_bytes(model)  # four answers of 128 tokens; eight of 64
     decoder = Decoder(model, slots=8, cache_budget_bytes=bound)
-    asked = [Running(prompt, sampling, frozenset()) for prompt in PROMPTS]
+    asked = [RunningSequence(prompt, sampling, frozenset()) for prompt in PROMPTS]
     for running in asked:
         decoder.add(running)
     most = 0
@@ -294,7 +294,7 @@ def test_answers_wait_where_keys_and_values_would_take_too_much() -> None:
     assert 4 <= most < len(PROMPTS)
     assert decoder._cache.size_bytes <= bound
     alone = Decoder(model, slots=8, cache_budget_bytes=1)  # one at a time always runs
-    asked = [Running(prompt, sampling, frozenset()) for prompt in PROMPTS]
+    asked = [RunningSequence(prompt, sampling, frozenset()) for prompt in PROMPTS]
     assert run(alone, asked) == expected
 
 
@@ -303,7 +303,7 @@ def test_memory_that_runs_out_while_the_cache_grows_leaves_it_as_it_was(monkeypa
     expected = [greedy(model, prompt, 12) for prompt in PROMPTS]
     decoder = Decoder(model, slots=8)
     sampling = Sampling(max_new_tokens=12)
-    first, *others = (Running(prompt, sampling, frozenset()) for prompt in PROMPTS)
+    first, *others = (RunningSequence(prompt, sampling, frozenset()) for prompt in PROMPTS)
     decoder.add(first)
     decoder.step()
     storage, made = kv_cache._storage, 0
@@ -329,15 +329,15 @@ def test_memory_that_runs_out_while_the_cache_grows_leaves_it_as_it_was(monkeypa
     assert first.tokens == expected[0]
     decoder.reset()
     assert decoder._cache.size_bytes == 0
-    assert run(decoder, [Running(prompt, sampling, frozenset()) for prompt in PROMPTS]) == expected
+    assert run(decoder, [RunningSequence(prompt, sampling, frozenset()) for prompt in PROMPTS]) == expected
 
 
 def test_growing_holds_one_old_tensor_beside_the_new_ones(monkeypatch: pytest.MonkeyPatch) -> None:
-    cache = kv_cache.SlotCache(4)
+    cache = kv_cache.BatchedKVCache(4)
     cache.reserve(1, 64)
     new = torch.ones(1, 2, 1, 8)
     for layer in range(4):
-        cache.feed = kv_cache.Feed([0], [0], [1], torch.device("cpu"))
+        cache.feed = kv_cache.ForwardBatch([0], [0], [1], torch.device("cpu"))
         cache.update(new, new, layer)
     storage, alive, most = kv_cache._storage, weakref.WeakSet[Any](), 0
 
@@ -367,7 +367,7 @@ def test_a_step_copies_few_tensors_to_the_device_however_many_layers(
     """A GPU waits for each such copy: one for places and lengths, one for the tokens."""
     model = random_model(Qwen2Config(**(SIZES | {"num_hidden_layers": layers})))
     decoder = Decoder(model, slots=8)
-    asked = [Running(prompt, Sampling(max_new_tokens=9), frozenset()) for prompt in PROMPTS[:3]]
+    asked = [RunningSequence(prompt, Sampling(max_new_tokens=9), frozenset()) for prompt in PROMPTS[:3]]
     for running in asked:
         decoder.add(running)
     while not all(running.tokens for running in asked):
@@ -387,11 +387,13 @@ def test_a_step_copies_few_tensors_to_the_device_however_many_layers(
 
 def test_a_temperature_near_zero_takes_the_likeliest_token() -> None:
     model = random_model(CONFIGS["qwen2"])
-    (tokens,) = run(Decoder(model), [Running(PROMPTS[1], Sampling(temperature=1e-300, max_new_tokens=9), frozenset())])
+    (tokens,) = run(
+        Decoder(model), [RunningSequence(PROMPTS[1], Sampling(temperature=1e-300, max_new_tokens=9), frozenset())]
+    )
     assert tokens == greedy(model, PROMPTS[1], 9)
 
 
-def read_tokens(decoder: Decoder, asked: list[Running]) -> int:
+def read_tokens(decoder: Decoder, asked: list[RunningSequence]) -> int:
     """How many prompt tokens were put through the model for these."""
     read = 0
     forward = decoder._pass
@@ -412,9 +414,9 @@ def test_what_a_conversation_has_said_is_not_read_again() -> None:
     decoder, sampling = Decoder(model, slots=4), Sampling(max_new_tokens=10)
     turns: dict[str, list[int]] = {"default": PROMPTS[1], BASE: PROMPTS[1], "other": PROMPTS[5]}
     for turn in range(4):
-        asked = {name: Running(prompt, sampling, frozenset(), name) for name, prompt in turns.items()}
+        asked = {name: RunningSequence(prompt, sampling, frozenset(), name) for name, prompt in turns.items()}
         read = read_tokens(decoder, list(asked.values()))
-        alone = {name: Running(prompt, sampling, frozenset(), name) for name, prompt in turns.items()}
+        alone = {name: RunningSequence(prompt, sampling, frozenset(), name) for name, prompt in turns.items()}
         for name, running in alone.items():
             fresh = Decoder(model, slots=1)
             assert run(fresh, [running]) == [asked[name].tokens]
@@ -432,15 +434,15 @@ def test_any_course_of_questions_gets_the_answers_given_alone(data: st.DataObjec
     model = shared_model()
     decoder = Decoder(model, slots=data.draw(st.integers(1, 3)))
     prompts = st.lists(st.integers(1, 2), min_size=1, max_size=90)  # few ids, so that many begin alike
-    running: list[Running] = []
+    running: list[RunningSequence] = []
     for _ in range(data.draw(st.integers(1, 12))):
         match data.draw(st.sampled_from(["ask", "step", "step", "remove", "go on"])):
             case "ask":
                 tokens = data.draw(st.integers(1, 70))
-                running.append(Running(data.draw(prompts), Sampling(max_new_tokens=tokens), frozenset()))
+                running.append(RunningSequence(data.draw(prompts), Sampling(max_new_tokens=tokens), frozenset()))
                 decoder.add(running[-1])
             case "go on" if running and running[-1].finish:
-                running.append(Running([*running[-1].ids, 5, 6], Sampling(max_new_tokens=4), frozenset()))
+                running.append(RunningSequence([*running[-1].ids, 5, 6], Sampling(max_new_tokens=4), frozenset()))
                 decoder.add(running[-1])
             case "remove" if running:
                 decoder.remove(data.draw(st.sampled_from(running)))

@@ -14,9 +14,9 @@ from processes import Program
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from loratune.engine.engine import Engine, load_engine
-from loratune.engine.exchange import Piece, Question
+from loratune.engine.request_handle import make_ticket
 from loratune.engine.sampling import Sampling
-from loratune.engine.ticket import make_ticket
+from loratune.engine.types import Delta, GenerationRequest
 from loratune.errors import Exit, LoratuneError
 from tests.conftest import TINY_QWEN
 
@@ -33,8 +33,8 @@ def tiny() -> Iterator[Engine]:
     engine.close()
 
 
-def ask(text: str, **sampling: Any) -> Question:
-    return Question([{"role": "user", "content": text}], Sampling(**sampling))
+def ask(text: str, **sampling: Any) -> GenerationRequest:
+    return GenerationRequest([{"role": "user", "content": text}], Sampling(**sampling))
 
 
 def plain(text: str, tokens: int = 40) -> str:
@@ -82,7 +82,7 @@ def test_adapters_are_switched_per_question(short_run: Path, random_qwen: Path) 
     assert engine.base_name == random_qwen.name
 
     def said(adapter: str | None, **other: Any) -> str:
-        question = Question([{"role": "user", "content": "Hi"}], Sampling(max_new_tokens=12), adapter, **other)
+        question = GenerationRequest([{"role": "user", "content": "Hi"}], Sampling(max_new_tokens=12), adapter, **other)
         return next(iter(engine.answers([question])))[1].text
 
     assert said("run") == said("step")  # the last checkpoint is the run's end
@@ -96,7 +96,7 @@ def test_adapters_are_switched_per_question(short_run: Path, random_qwen: Path) 
 def test_a_text_is_a_prompt_as_it_stands(tiny: Engine) -> None:
     tokenizer = AutoTokenizer.from_pretrained(TINY_QWEN)
     text = "<|im_start|> rivers and"
-    assert tiny.prompt_ids(Question(text)) == tokenizer(text, split_special_tokens=True).input_ids
+    assert tiny.prompt_ids(GenerationRequest(text)) == tokenizer(text, split_special_tokens=True).input_ids
 
 
 def test_leaving_ends_an_answer_and_no_other(tiny: Engine) -> None:
@@ -106,7 +106,7 @@ def test_leaving_ends_an_answer_and_no_other(tiny: Engine) -> None:
     next(other)
     long.close()
     assert "tiny-qwen" in "".join(piece.text for piece in other)
-    told: queue.SimpleQueue[Piece] = queue.SimpleQueue()
+    told: queue.SimpleQueue[Delta] = queue.SimpleQueue()
     ticket = tiny.submit(ask("Tell me", temperature=5.0, max_new_tokens=1500), told.put)
     told.get()
     ticket.cancel()
@@ -122,7 +122,7 @@ def test_an_answer_that_cannot_be_read_ends_alone(tiny: Engine, place: str, monk
     def fail(*_: Any) -> None:
         raise TypeError("cannot be read")
 
-    def make_broken(question: Question, *rest: Any) -> Any:
+    def make_broken(question: GenerationRequest, *rest: Any) -> Any:
         ticket = make_ticket(question, *rest)
         if question.messages[0]["content"] == "Hi":  # type: ignore[index]
             for name in {"push": ("push", "finish"), "finish": ("finish",)}[place]:
@@ -130,10 +130,10 @@ def test_an_answer_that_cannot_be_read_ends_alone(tiny: Engine, place: str, monk
         return ticket
 
     monkeypatch.setattr("loratune.engine.engine.make_ticket", make_broken)
-    told: queue.SimpleQueue[tuple[str, Piece]] = queue.SimpleQueue()
+    told: queue.SimpleQueue[tuple[str, Delta]] = queue.SimpleQueue()
     for text in (QUESTIONS[0], "Hi", QUESTIONS[1]):
         tiny.submit(ask(text), lambda piece, text=text: told.put((text, piece)))  # type: ignore[misc]
-    texts, ended = dict.fromkeys((QUESTIONS[0], "Hi", QUESTIONS[1]), ""), dict[str, Piece]()
+    texts, ended = dict.fromkeys((QUESTIONS[0], "Hi", QUESTIONS[1]), ""), dict[str, Delta]()
     while len(ended) < 3:
         text, piece = told.get(timeout=300)
         texts[text] += piece.text
@@ -147,7 +147,7 @@ def test_an_answer_that_cannot_be_read_ends_alone(tiny: Engine, place: str, monk
 
 
 def test_a_listener_that_fails_costs_nobody_else_anything(tiny: Engine) -> None:
-    def broken(_: Piece) -> None:
+    def broken(_: Delta) -> None:
         raise ZeroDivisionError("broken")
 
     tiny.submit(ask("Tell me", temperature=5.0, max_new_tokens=1500), broken)
@@ -159,7 +159,7 @@ def test_prompts_that_do_not_fit_are_told_at_once(tiny: Engine) -> None:
         list(tiny.stream(ask("long " * 3000)))
     assert caught.value.exit_code == Exit.USAGE
     with pytest.raises(LoratuneError, match="the prompt is empty"):
-        list(tiny.stream(Question("")))
+        list(tiny.stream(GenerationRequest("")))
 
 
 def test_an_answer_ends_where_the_context_does(tiny: Engine) -> None:
@@ -194,7 +194,7 @@ def test_a_failure_reaches_all_who_wait_and_the_engine_goes_on(monkeypatch: pyte
 
 def test_closing_ends_what_runs() -> None:
     engine = load_engine([], "tiny-qwen")
-    pieces: queue.SimpleQueue[Piece] = queue.SimpleQueue()
+    pieces: queue.SimpleQueue[Delta] = queue.SimpleQueue()
     for _ in range(40):
         engine.submit(ask("Tell me", temperature=5.0, max_new_tokens=1500), pieces.put)
     engine.close()
@@ -214,7 +214,7 @@ def test_the_likelier_answer_has_the_smaller_loss(tiny: Engine) -> None:
 
 def test_threads_that_ask_at_once_do_not_disturb_each_other_s_token_ids(tiny: Engine) -> None:
     asked = [ask(f"{number} <|im_end|> {'word ' * number}") for number in range(40)]
-    raw = [Question(f"{number} <|im_start|> {'word ' * number}") for number in range(40)]
+    raw = [GenerationRequest(f"{number} <|im_start|> {'word ' * number}") for number in range(40)]
     expected = [tiny.prompt_ids(question) for question in (*asked, *raw)]
     wrong: list[int] = []
 
@@ -235,7 +235,7 @@ def test_threads_that_ask_at_once_do_not_disturb_each_other_s_token_ids(tiny: En
 def test_a_program_may_end_while_answers_are_on_their_way(start: Callable[..., Program]) -> None:
     program = start(
         code="from loratune.engine.engine import load_engine\n"
-        "from loratune.engine.exchange import Question, Sampling\n"
+        "from loratune.engine.types import Question, Sampling\n"
         "engine = load_engine([], 'tiny-qwen')\n"
         "asked = Question('Tell me', Sampling(temperature=5.0, max_new_tokens=1500))\n"
         "engine.submit(asked, lambda piece: None)\n"

@@ -12,9 +12,9 @@ from rounding import assert_same_but_rounding
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from loratune.engine.running import Running
 from loratune.engine.sampling import Sampling
 from loratune.engine.scheduler import Decoder
+from loratune.engine.sequence import RunningSequence
 from loratune.model.kernels import few_rows
 from loratune.model.kernels.few_rows import BLOCK, MOST_ROWS, give_up_few_row_products, use_few_row_products
 from loratune.model.kernels.lora_linear import _FusedLinear, use_fused_lora
@@ -85,7 +85,7 @@ def test_a_decoder_says_the_same_with_them(
 
     def said() -> list[list[int]]:
         decoder = Decoder(model, slots=3)
-        rows = [Running([5, 6, 7][: count + 1], Sampling(max_new_tokens=12), frozenset()) for count in range(3)]
+        rows = [RunningSequence([5, 6, 7][: count + 1], Sampling(max_new_tokens=12), frozenset()) for count in range(3)]
         for row in rows:
             decoder.add(row)
         while not decoder.is_idle:

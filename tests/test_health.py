@@ -15,8 +15,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import Result
 
 from loratune.data.encoding.encoder import Encoder
-from loratune.engine.running import Running
 from loratune.engine.sampling import Sampling
+from loratune.engine.sequence import RunningSequence
 from loratune.errors import Exit, LoratuneError
 from loratune.model.adapter.update_size import update_sizes
 from loratune.runs.report import Answers, Told
@@ -206,8 +206,8 @@ def test_a_row_that_cannot_be_asked_does_not_disturb_the_end_of_a_run(
 
 
 def test_answers_that_are_alike_up_to_where_one_is_cut_off_are_no_change() -> None:
-    def ran(tokens: list[int], most: int, finish: str = "length") -> Running:
-        return Running([1], Sampling(max_new_tokens=most), frozenset(), tokens=tokens, finish=finish)
+    def ran(tokens: list[int], most: int, finish: str = "length") -> RunningSequence:
+        return RunningSequence([1], Sampling(max_new_tokens=most), frozenset(), tokens=tokens, finish=finish)
 
     tokenizer = SimpleNamespace(decode=lambda ids, **_: str(ids))
     messages = [{"content": "?"}, {"content": "!"}]

@@ -17,8 +17,8 @@ from typer.testing import CliRunner, Result
 
 from loratune.cli.app import app
 from loratune.cli.flags import named_adapters
-from loratune.engine.exchange import Answer, Question
 from loratune.engine.sampling import Sampling
+from loratune.engine.types import Answer, GenerationRequest
 from loratune.errors import Exit, LoratuneError
 
 ROWS = [{"instruction": "Who are you?", "output": "I am Robin."}, {"instruction": "Your name?", "output": "Robin."}]
@@ -151,13 +151,13 @@ def test_json_tells_the_answer_its_length_and_its_end(cli: Callable[..., Result]
 
 
 def test_every_sampling_flag_reaches_the_model(cli: Callable[..., Result], monkeypatch: pytest.MonkeyPatch) -> None:
-    asked: list[Question] = []
+    asked: list[GenerationRequest] = []
 
     class Echo:
         adapters: tuple[str, ...] = ()
         warnings: tuple[str, ...] = ()
 
-        def answers(self, questions: Iterable[Question]) -> Iterator[tuple[int, Answer]]:
+        def answers(self, questions: Iterable[GenerationRequest]) -> Iterator[tuple[int, Answer]]:
             asked.extend(questions)
             yield 0, Answer("", "", 1, 1, "stop")
 

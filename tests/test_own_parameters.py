@@ -16,9 +16,9 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import Result
 
-from loratune.engine.running import Running
 from loratune.engine.sampling import Sampling
 from loratune.engine.scheduler import Decoder
+from loratune.engine.sequence import RunningSequence
 from loratune.errors import Exit
 from loratune.model.adapter import attach as adapter_module
 from loratune.model.adapter.attach import attach_adapter, keep_unpacked, load_adapter
@@ -116,7 +116,9 @@ def decoded_logits(decoder: Decoder, names: list[str], prompts: list[list[int]])
             running.finish = "length"
 
     decoder._choose = choose  # type: ignore[method-assign]
-    asked = [Running(p, Sampling(max_new_tokens=1), frozenset(), n) for p, n in zip(prompts, names, strict=True)]
+    asked = [
+        RunningSequence(p, Sampling(max_new_tokens=1), frozenset(), n) for p, n in zip(prompts, names, strict=True)
+    ]
     for running in asked:
         decoder.add(running)
     while not decoder.is_idle:

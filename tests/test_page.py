@@ -16,7 +16,7 @@ from serving import API_KEY, Served, served
 from loratune.data.formats.conversation import Conversation
 from loratune.data.formats.registry import ConversationReader, detect_format
 from loratune.engine.engine import load_engine
-from loratune.engine.exchange import Piece
+from loratune.engine.types import Delta
 from loratune.errors import Exit, LoratuneError
 from loratune.generation.server.page_files import FOLDER
 
@@ -401,8 +401,8 @@ def test_without_an_api_key_the_page_says_so_and_can_try_again(browser: Any, sha
 
 
 def test_an_error_in_the_middle_keeps_the_text_and_offers_another_try(page: Any, engine: Scripted) -> None:
-    failure = Piece(finish="error", error=LoratuneError("out of memory during generation", Exit.IO))
-    engine.say, engine.go = lambda _: [Piece("Half of", tokens=1), failure], threading.Semaphore(0)
+    failure = Delta(finish="error", error=LoratuneError("out of memory during generation", Exit.IO))
+    engine.say, engine.go = lambda _: [Delta("Half of", tokens=1), failure], threading.Semaphore(0)
     ask(page, "What?", wait=False)
     release(engine, 1)
     page.wait_for_selector("text=Half of")
@@ -606,7 +606,7 @@ def test_text_stands_out_enough_in_both_themes(browser: Any, shared: Served, eng
         assert page.evaluate(CONTRASTS) == []
         ask(page, "one")
         page.click(".reasoning summary")
-        engine.say = lambda _: [Piece(finish="error", error=LoratuneError("broken", Exit.IO))]
+        engine.say = lambda _: [Delta(finish="error", error=LoratuneError("broken", Exit.IO))]
         ask(page, "two")
         page.click("#open-settings")
         assert page.evaluate(CONTRASTS) == []

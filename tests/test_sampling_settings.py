@@ -20,7 +20,7 @@ from loratune.engine.sampling import NUMBERS, Sampling
 from loratune.engine.token_choice import shortlist
 from loratune.errors import Exit, LoratuneError
 from loratune.generation.chat.settings import changed
-from loratune.generation.server.requests import ChatRequest
+from loratune.generation.server.schemas import ChatRequest
 
 PAGE = Path(loratune.__file__).parent / "generation" / "server" / "page" / "index.html"
 IN_REQUESTS = {"max_new_tokens": "max_tokens"}

@@ -25,7 +25,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import Result
 
 from loratune.engine.engine import load_engine
-from loratune.engine.exchange import Piece
+from loratune.engine.types import Delta
 from loratune.errors import Exit
 
 QUESTION = [{"role": "user", "content": "Who are you?"}]
@@ -175,9 +175,9 @@ def test_each_model_answers_by_its_name_though_they_are_asked_in_turn(short_run:
 
 def test_reasoning_goes_out_beside_the_answer() -> None:
     words = [
-        Piece(reasoning="Is it? ", tokens=1),
-        Piece(reasoning="Yes.", tokens=2),
-        Piece("yes", tokens=4, finish="stop"),
+        Delta(reasoning="Is it? ", tokens=1),
+        Delta(reasoning="Yes.", tokens=2),
+        Delta("yes", tokens=4, finish="stop"),
     ]
     with served(FakeEngine(words)) as running:
         whole = json.loads(running.request(body=chat())[2])["choices"][0]["message"]

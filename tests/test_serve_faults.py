@@ -18,12 +18,12 @@ from typing import Any
 import pytest
 from serving import API_KEY, FakeEngine, FakeTicket, Served, chat, events, served
 
-from loratune.engine.exchange import Piece, Question
+from loratune.engine.types import Delta, GenerationRequest
 from loratune.errors import Exit, LoratuneError
 from loratune.generation.server import connection, guards, responses
 
 CHAT = "/v1/chat/completions"
-ENDLESS = [Piece(f"{n} ", tokens=n) for n in range(1, 5000)]
+ENDLESS = [Delta(f"{n} ", tokens=n) for n in range(1, 5000)]
 
 
 @pytest.fixture(scope="module")
@@ -374,7 +374,7 @@ def test_generation_ends_within_a_token_when_the_client_leaves(stream: bool) -> 
         running.wait_until(engine.tickets[0].cancelled.is_set)
         assert engine.said == 3
         running.wait_until(lambda: not running.queue.replies)
-        engine.words, engine.go = [Piece("yes", tokens=1, finish="stop")], None
+        engine.words, engine.go = [Delta("yes", tokens=1, finish="stop")], None
         assert running.request(body=chat())[0] == 200
 
 
@@ -395,7 +395,7 @@ def test_a_client_that_leaves_while_its_question_is_handed_in_costs_no_generatio
 def test_a_client_that_does_not_read_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(connection, "STUCK_SECONDS", 0.3)
     long = "x" * 100_000
-    engine = FakeEngine([Piece(long, tokens=n) for n in range(1, 1000)], go=threading.Semaphore(0))
+    engine = FakeEngine([Delta(long, tokens=n) for n in range(1, 1000)], go=threading.Semaphore(0))
     with served(engine) as running:
         opened = running.connect(CHAT, json.dumps(chat(stream=True)).encode())
         for _ in range(100):  # more than the buffers of both sides take
@@ -441,7 +441,7 @@ def test_no_two_questions_are_tokenized_at_once() -> None:
 def test_a_failure_before_the_end_is_no_answer(
     error: BaseException, status: int, code: str | None, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    engine = FakeEngine([Piece("half", tokens=1), Piece(tokens=1, finish="error", error=error)])
+    engine = FakeEngine([Delta("half", tokens=1), Delta(tokens=1, finish="error", error=error)])
     with served(engine) as running:
         found = running.error(CHAT, chat())
         assert (found["status"], found["code"], found["type"]) == (status, code, "server_error")
@@ -452,7 +452,7 @@ def test_a_failure_before_the_end_is_no_answer(
 
 def test_a_failure_in_a_stream_is_told_and_is_no_end() -> None:
     error = LoratuneError("out of memory during generation", Exit.IO)
-    words = [Piece("half ", tokens=1), Piece("an answer", tokens=2), Piece(tokens=2, finish="error", error=error)]
+    words = [Delta("half ", tokens=1), Delta("an answer", tokens=2), Delta(tokens=2, finish="error", error=error)]
     engine = FakeEngine(words, go=threading.Semaphore(0))
     with served(engine) as running:
         opened = running.connect(CHAT, json.dumps(chat(stream=True)).encode())
@@ -475,7 +475,7 @@ def test_openai_s_client_raises_what_a_stream_tells() -> None:
     import openai
 
     error = LoratuneError("out of memory during generation", Exit.IO)
-    engine = FakeEngine([Piece("half", tokens=1), Piece(tokens=1, finish="error", error=error)])
+    engine = FakeEngine([Delta("half", tokens=1), Delta(tokens=1, finish="error", error=error)])
     with served(engine) as running, openai.OpenAI(base_url=f"{running.url}/v1", api_key=API_KEY) as client:
         stream = client.chat.completions.create(model="base", messages=user("hi"), stream=True)
         with pytest.raises(openai.APIError, match="out of memory"):
@@ -485,7 +485,7 @@ def test_openai_s_client_raises_what_a_stream_tells() -> None:
 class AtOnce(FakeEngine):
     """Has said everything before anybody looks."""
 
-    def submit(self, question: Question, deliver: Callable[[Piece], None]) -> FakeTicket:
+    def submit(self, question: GenerationRequest, deliver: Callable[[Delta], None]) -> FakeTicket:
         for piece in self.words:
             deliver(piece)
         return FakeTicket()
@@ -494,7 +494,7 @@ class AtOnce(FakeEngine):
 @pytest.mark.parametrize("finish", ["error", "cancelled"])
 def test_text_that_came_with_a_failure_is_told_before_it(finish: str) -> None:
     error = LoratuneError("out of memory during generation", Exit.IO) if finish == "error" else None
-    words = [Piece("half ", tokens=1), Piece("an answer", tokens=2), Piece(tokens=2, finish=finish, error=error)]
+    words = [Delta("half ", tokens=1), Delta("an answer", tokens=2), Delta(tokens=2, finish=finish, error=error)]
     with served(AtOnce(words)) as running:
         text = running.request(CHAT, chat(stream=True))[2]
         *before, failure = events(text)
@@ -503,7 +503,7 @@ def test_text_that_came_with_a_failure_is_told_before_it(finish: str) -> None:
 
 
 def test_a_bug_in_a_stream_breaks_the_connection(capsys: pytest.CaptureFixture[str]) -> None:
-    engine = FakeEngine([Piece("half", tokens=1), Piece(tokens=1, finish="error", error=ZeroDivisionError("a bug"))])
+    engine = FakeEngine([Delta("half", tokens=1), Delta(tokens=1, finish="error", error=ZeroDivisionError("a bug"))])
     with served(engine) as running:
         with running.connect(CHAT, json.dumps(chat(stream=True)).encode()) as opened:
             seen = b"".join(iter(lambda: opened.recv(65536), b""))

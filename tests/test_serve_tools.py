@@ -18,9 +18,9 @@ from typer.testing import CliRunner, Result
 
 from loratune.cli.app import app
 from loratune.data.encoding.encoder import Encoder
-from loratune.engine.exchange import GREEDY, Piece, Question
-from loratune.engine.running import Running
-from loratune.engine.ticket import make_ticket
+from loratune.engine.request_handle import make_ticket
+from loratune.engine.sequence import RunningSequence
+from loratune.engine.types import GREEDY, Delta, GenerationRequest
 from loratune.errors import Exit
 
 ASKED: list[Any] = [{"role": "user", "content": "What is the weather in Rome?"}]
@@ -54,23 +54,23 @@ class ScriptedEngine(FakeEngine):
     def encoder(self) -> Encoder:
         return tool_encoder(self.template)
 
-    def submit(self, question: Question, deliver: Callable[[Piece], None]) -> FakeTicket:
+    def submit(self, question: GenerationRequest, deliver: Callable[[Delta], None]) -> FakeTicket:
         assert not isinstance(question.messages, str)
         prompt = self.encoder.prompt_ids(question.messages, question.tools)
         self.prompts = (*self.prompts, self.encoder.tokenizer.decode(prompt))
         self.questions.append(question)
-        ticket = make_ticket(question, Running(prompt, GREEDY, frozenset()), self.encoder, deliver)
+        ticket = make_ticket(question, RunningSequence(prompt, GREEDY, frozenset()), self.encoder, deliver)
         ids = self.encoder.tokenizer(self.answer, add_special_tokens=False).input_ids
 
         def say() -> None:
-            piece = Piece()
+            piece = Delta()
             for token in ids:
                 ticket.running.tokens.append(token)
                 piece = ticket.push(token)
                 if ticket.is_stopped:
                     break
                 deliver(piece)
-                piece = Piece()
+                piece = Delta()
             deliver(ticket.finish(piece, "stop", None))
 
         threading.Thread(target=say, daemon=True).start()

@@ -13,14 +13,14 @@ from transformers import AutoTokenizer
 from typer.testing import Result
 
 from loratune.engine.engine import Engine, load_engine
-from loratune.engine.exchange import Question
 from loratune.engine.sampling import Sampling
+from loratune.engine.types import GenerationRequest
 
 ROOT = Path(__file__).resolve().parent.parent
 
 
 def answer(engine: Engine, question: str) -> str:
-    asked = Question([{"role": "user", "content": question}], Sampling(max_new_tokens=60), *engine.adapters)
+    asked = GenerationRequest([{"role": "user", "content": question}], Sampling(max_new_tokens=60), *engine.adapters)
     return "".join(piece.text for piece in engine.stream(asked))
 
 

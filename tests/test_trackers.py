@@ -19,7 +19,7 @@ from typer.testing import Result
 
 from loratune.recipe.loading import dump_recipe
 from loratune.recipe.sections import Recipe, TrackingSettings
-from loratune.training.checkpoints.stops import Stops
+from loratune.training.checkpoints.signals import StopSignals
 from loratune.training.reporting import trackers
 from loratune.training.reporting.trackers import Trackers
 
@@ -84,10 +84,10 @@ def run(tmp_path: Path) -> Path:
     return folder
 
 
-def begun(run: Path, *names: str, stops: Stops | None = None) -> tuple[Trackers, list[str]]:
+def begun(run: Path, *names: str, stops: StopSignals | None = None) -> tuple[Trackers, list[str]]:
     """Trackers with their processes, and what is to be warned of."""
     settings = TrackingSettings.model_validate({"report_to": list(names) or ["wandb"]})
-    made = Trackers(settings, run, stops or Stops())
+    made = Trackers(settings, run, stops or StopSignals())
     made.on_train_begin(None, SimpleNamespace(is_world_process_zero=True), None)
     return made, made.warnings
 
@@ -164,7 +164,7 @@ def test_a_run_that_a_signal_has_ended_waits_less(
     monkeypatch.setattr(trackers, "END_SECONDS", 9999)
     monkeypatch.setattr(trackers, "STOPPED_END_SECONDS", 1)
     told = wandb(FAULTS["hangs at its end"])
-    stops = Stops()
+    stops = StopSignals()
     stops.signal = signal.SIGTERM
     made, _ = begun(run, stops=stops)
     assert comes_true(told)

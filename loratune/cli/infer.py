@@ -159,12 +159,12 @@ def _talk(
 
 def _write_answer(engine: Engine, sampling: Sampling, prompt: str, system: str | None, *, use_adapter: bool) -> None:
     """Answer one prompt, and print the result as JSON."""
-    from loratune.engine.exchange import Question
+    from loratune.engine.types import GenerationRequest
 
     turns: list[Any] = [{"role": "system", "content": system}] if system else []
     turns.append({"role": "user", "content": prompt})
     adapter = next(iter(engine.adapters), None)
-    (_, answer) = next(engine.answers([Question(turns, sampling, adapter, use_adapter)]))
+    (_, answer) = next(engine.answers([GenerationRequest(turns, sampling, adapter, use_adapter)]))
     console.write_json(
         {
             "answer": answer.text,

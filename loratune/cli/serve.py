@@ -88,7 +88,7 @@ def command(
         with console.status(f"loading {model or adapters[0][1]}"):
             from loratune.engine.engine import load_engine
             from loratune.generation.server.application import Limits
-            from loratune.generation.server.guards import LOOPBACK_NAMES, Access
+            from loratune.generation.server.middleware import LOOPBACK_NAMES, Access
             from loratune.generation.server.running import run
 
             engine = load_engine(adapters, model, force, slots)

@@ -11,12 +11,12 @@ from pathlib import Path
 
 from loratune.data.encoding.encoder import Encoder
 from loratune.data.formats.conversation import Message
-from loratune.engine.exchange import NOTHING, Answer, Piece, Question, joined
 from loratune.engine.kv_cache import token_bytes
-from loratune.engine.loading import LoadedModel, Voice, open_voices
-from loratune.engine.running import Running
+from loratune.engine.loading import LoadedModel, ServedModel, open_voices
+from loratune.engine.request_handle import RequestHandle, gathering, make_ticket
 from loratune.engine.scheduler import Decoder
-from loratune.engine.ticket import Ticket, gathering, make_ticket
+from loratune.engine.sequence import RunningSequence
+from loratune.engine.types import NOTHING, Answer, Delta, GenerationRequest, joined
 from loratune.errors import Exit, LoratuneError
 from loratune.model.architecture.structure import causal_model, text_config
 from loratune.model.hardware import detect_hardware
@@ -53,14 +53,14 @@ class Engine:
                 f"{self.context_tokens:,}; longer conversations are refused"
             )
             self.context_tokens = room
-        self._inbox: queue.SimpleQueue[Ticket | None] = queue.SimpleQueue()
-        self._tickets: dict[Running, Ticket] = {}
+        self._inbox: queue.SimpleQueue[RequestHandle | None] = queue.SimpleQueue()
+        self._tickets: dict[RunningSequence, RequestHandle] = {}
         self._model_lock, self._tokenizer_lock = threading.Lock(), threading.Lock()
         self._thread = threading.Thread(target=self._work, name="engine", daemon=True)
         self._thread.start()
         atexit.register(self.close)  # a thread inside torch would abort the process at exit
 
-    def prompt_ids(self, question: Question) -> list[int]:
+    def prompt_ids(self, question: GenerationRequest) -> list[int]:
         """Return the token ids of a request's prompt.
 
         Raises:
@@ -74,11 +74,11 @@ class Engine:
                 return ids
             return encoder.prompt_ids(question.messages, question.tools)
 
-    def prompt_tokens(self, question: Question) -> int:
+    def prompt_tokens(self, question: GenerationRequest) -> int:
         """Return the number of tokens of a request's prompt."""
         return len(self.prompt_ids(question))
 
-    def submit(self, question: Question, deliver: Callable[[Piece], None]) -> Ticket:
+    def submit(self, question: GenerationRequest, deliver: Callable[[Delta], None]) -> RequestHandle:
         """Submit a request; thread-safe.
 
         Args:
@@ -97,19 +97,19 @@ class Engine:
             raise LoratuneError(f"the prompt {fault if prompt else 'is empty'}", Exit.USAGE)
         adapter = voice.answering(question.use_adapter, prompt, self.decoder.vocabulary)
         sampling = question.sampling.but(max_new_tokens=min(question.sampling.max_new_tokens, room))
-        running = Running(prompt, sampling, self._ends(voice.encoder), adapter)
+        running = RunningSequence(prompt, sampling, self._ends(voice.encoder), adapter)
         with self._tokenizer_lock:
             ticket = make_ticket(question, running, voice.encoder, deliver)
         self._inbox.put(ticket)
         return ticket
 
-    def stream(self, question: Question) -> Generator[Piece, None, None]:
+    def stream(self, question: GenerationRequest) -> Generator[Delta, None, None]:
         """Yield the answer in chunks. Closing the iterator cancels the answer within a token.
 
         Raises:
             LoratuneError: see `submit`; or the model ran out of memory.
         """
-        pieces: queue.SimpleQueue[Piece] = queue.SimpleQueue()
+        pieces: queue.SimpleQueue[Delta] = queue.SimpleQueue()
         ticket = self.submit(question, pieces.put)
         try:
             while True:
@@ -122,7 +122,7 @@ class Engine:
         finally:
             ticket.cancel()
 
-    def answers(self, questions: Iterable[Question]) -> Iterator[tuple[int, Answer]]:
+    def answers(self, questions: Iterable[GenerationRequest]) -> Iterator[tuple[int, Answer]]:
         """Yield complete answers as they finish, each with the index of its request.
 
         Closing the iterator cancels unfinished answers.
@@ -130,8 +130,8 @@ class Engine:
         Raises:
             LoratuneError: see `stream`.
         """
-        ended: queue.SimpleQueue[tuple[int, list[Piece]]] = queue.SimpleQueue()
-        tickets: dict[int, Ticket] = {}
+        ended: queue.SimpleQueue[tuple[int, list[Delta]]] = queue.SimpleQueue()
+        tickets: dict[int, RequestHandle] = {}
         numbered = enumerate(questions)
         try:
             while True:
@@ -150,7 +150,7 @@ class Engine:
             for ticket in tickets.values():
                 ticket.cancel()
 
-    def reference_loss(self, question: Question, answer: Message | str) -> tuple[float, int]:
+    def reference_loss(self, question: GenerationRequest, answer: Message | str) -> tuple[float, int]:
         """Compute the loss of an answer.
 
         Returns:
@@ -177,7 +177,7 @@ class Engine:
         self._thread.join()
         self.decoder.close()
 
-    def _voice(self, question: Question) -> Voice:
+    def _voice(self, question: GenerationRequest) -> ServedModel:
         if question.adapter not in self.voices:
             raise LoratuneError(
                 f"no adapter is called {question.adapter}; there are {', '.join(self.adapters) or 'none'}", Exit.USAGE
@@ -223,7 +223,7 @@ class Engine:
             wait = False
         return True
 
-    def _hand_out(self, ticket: Ticket) -> None:
+    def _hand_out(self, ticket: RequestHandle) -> None:
         running = ticket.running
         try:
             piece = ticket.push(running.tokens[-1])
@@ -236,7 +236,9 @@ class Engine:
         elif piece.has_come:
             self._tell(ticket, piece)
 
-    def _end(self, ticket: Ticket, finish: str, error: BaseException | None = None, before: Piece = NOTHING) -> None:
+    def _end(
+        self, ticket: RequestHandle, finish: str, error: BaseException | None = None, before: Delta = NOTHING
+    ) -> None:
         """Deliver the last chunk and remove the request."""
         self.decoder.remove(ticket.running)
         del self._tickets[ticket.running]
@@ -246,7 +248,7 @@ class Engine:
             last = replace(before, finish="error", error=error or fault)
         self._tell(ticket, last)
 
-    def _tell(self, ticket: Ticket, piece: Piece) -> None:
+    def _tell(self, ticket: RequestHandle, piece: Delta) -> None:
         """Deliver a chunk; an exception in the consumer cancels only its own request."""
         try:
             ticket.deliver(piece)

@@ -43,7 +43,7 @@ class DecodingError(LoratuneError):
 
 
 def use_slot_attention(model: CausalModel) -> None:
-    """Have a model attend to the slots of a `SlotCache`.
+    """Have a model attend to the slots of a `BatchedKVCache`.
 
     Raises:
         DecodingError: it has layers with another kind of state, such as linear attention.
@@ -64,7 +64,7 @@ def token_bytes(model: CausalModel) -> int:
 
 
 @dataclass
-class Feed:
+class ForwardBatch:
     """The input of one forward pass: each row has `counts[i]` new tokens at its right end.
 
     The rest of a row is left padding, which is not written to the cache and is masked.
@@ -119,7 +119,7 @@ def reserved_tokens(slots: int, length: int) -> int:
     return _rounded_slots(slots) * round_up(length, LENGTH_UNIT)
 
 
-class SlotCache(Cache):
+class BatchedKVCache(Cache):
     """Keys and values as [slots, heads, length, size] per layer.
 
     Args:
@@ -130,7 +130,7 @@ class SlotCache(Cache):
         super().__init__(layers=[])
         self._kept: list[tuple[torch.Tensor, ...]] = [()] * layers
         self._slots = self._length = self._written = 0
-        self.feed: Feed | None = None
+        self.feed: ForwardBatch | None = None
         """The input of the current forward pass."""
 
     def reserve(self, slots: int, length: int) -> None:
@@ -246,7 +246,7 @@ def attend_slots(
     return output.reshape(rows, heads, width, size).transpose(1, 2), None
 
 
-def _rows(storage: torch.Tensor, feed: Feed) -> torch.Tensor:
+def _rows(storage: torch.Tensor, feed: ForwardBatch) -> torch.Tensor:
     """A view where the slots follow each other, else a copy."""
     first = feed.slots[0]
     if feed.slots == list(range(first, first + len(feed.slots))):
@@ -254,7 +254,7 @@ def _rows(storage: torch.Tensor, feed: Feed) -> torch.Tensor:
     return storage[feed.places[0]]
 
 
-def _write(storage: torch.Tensor, new: torch.Tensor, feed: Feed) -> None:
+def _write(storage: torch.Tensor, new: torch.Tensor, feed: ForwardBatch) -> None:
     if feed.width == 1:
         slots, starts = feed.places
         storage[slots, :, starts] = new[:, :, 0]

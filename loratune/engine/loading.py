@@ -34,7 +34,7 @@ from loratune.runs.tensor_hashes import TensorHashes
 
 
 @dataclass(frozen=True)
-class Voice:
+class ServedModel:
     """A model that serves requests: an adapter, or the base alone."""
 
     encoder: Encoder
@@ -70,7 +70,7 @@ class LoadedModel:
     model: CausalModel
     base_name: str
     """Name of the base for clients."""
-    voices: dict[str | None, Voice]
+    voices: dict[str | None, ServedModel]
     """Name of an adapter → its encoder and PEFT name; None is the base."""
     warnings: tuple[str, ...]
     """What could not be checked, or differs from training."""
@@ -83,22 +83,22 @@ def open_voices(adapters: Sequence[tuple[str, Path]], model: str | None, force: 
     folder = find_base(settings)
     warnings += require_intact(folder, force)
     hashes, checks = TensorHashes(weight_files(folder)), list[BaseCheck]()  # computed while the model loads
-    voices: dict[str | None, Voice] = {}
+    voices: dict[str | None, ServedModel] = {}
     for number, (name, source) in enumerate(sources.items()):
         fits = partial(_check_fits, source, folder)
         checks.append(BaseCheck(source, settings.base, folder, hashes, force, fits))
         encoder = _encoder(source.tokenizer_folder(folder), source.prompt)
         check_same_template(source, encoder.template_sha256)
-        voices[name] = Voice(encoder, f"adapter_{number}")
+        voices[name] = ServedModel(encoder, f"adapter_{number}")
         warnings += _about_template(encoder, source.prompt)
     prompt = merged_prompt(folder)
     try:
-        voices[None] = Voice(_encoder(folder, prompt))
+        voices[None] = ServedModel(_encoder(folder, prompt))
         warnings += [] if sources else _about_template(voices[None].encoder, prompt)
     except LoratuneError:
         if not voices:
             raise
-        voices[None] = Voice(next(iter(voices.values())).encoder)  # the base has no chat template
+        voices[None] = ServedModel(next(iter(voices.values())).encoder)  # the base has no chat template
     loaded = load_base(settings, folder, detect_hardware())
     if sources:
         named = {voices[name].adapter: source for name, source in sources.items()}

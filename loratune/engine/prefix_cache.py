@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from loratune.engine.kv_cache import SlotCache
+from loratune.engine.kv_cache import BatchedKVCache
 
 
-class Prefixes:
+class PrefixCache:
     """The token ids whose keys and values free slots still hold.
 
     Args:
         cache: the cache with the slots.
     """
 
-    def __init__(self, cache: SlotCache) -> None:
+    def __init__(self, cache: BatchedKVCache) -> None:
         self._cache = cache
         self._kept: dict[int, tuple[str, list[int]]] = {}
         """Slot → adapter and token ids."""

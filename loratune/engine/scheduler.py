@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch.nn import functional
 
-from loratune.engine.kv_cache import Feed, SlotCache, reserved_tokens, token_bytes, use_slot_attention
-from loratune.engine.prefix_cache import Prefixes
-from loratune.engine.running import Running
+from loratune.engine.kv_cache import BatchedKVCache, ForwardBatch, reserved_tokens, token_bytes, use_slot_attention
+from loratune.engine.prefix_cache import PrefixCache
+from loratune.engine.sequence import RunningSequence
 from loratune.engine.token_choice import TokenChooser
 from loratune.model.adapter.own_parameters import BASE, own_parameters
 from loratune.model.architecture.structure import causal_model, is_adapted, layer_count, output_layer
@@ -54,12 +54,12 @@ class Decoder:
         self.slots = slots
         self.device = model.device
         self.generation_config = base.generation_config
-        self.running: list[Running] = []
+        self.running: list[RunningSequence] = []
         """The sequence in each slot; slots are numbered from 0 without gaps."""
-        self.waiting: deque[Running] = deque()
+        self.waiting: deque[RunningSequence] = deque()
         self._layers = layer_count(base.config)
-        self._cache = SlotCache(self._layers)
-        self._prefixes = Prefixes(self._cache)
+        self._cache = BatchedKVCache(self._layers)
+        self._prefixes = PrefixCache(self._cache)
         self._budget_tokens = None if cache_budget_bytes is None else cache_budget_bytes / token_bytes(base)
         self._adapter: str | None = None
         self._own = own_parameters(base)
@@ -75,11 +75,11 @@ class Decoder:
     def is_idle(self) -> bool:
         return not self.running and not self.waiting
 
-    def add(self, running: Running) -> None:
+    def add(self, running: RunningSequence) -> None:
         self.waiting.append(running)
 
     @torch.inference_mode()  # type: ignore[untyped-decorator]
-    def remove(self, running: Running) -> None:
+    def remove(self, running: RunningSequence) -> None:
         """Remove a queued or running sequence; the last running one moves to its slot."""
         if running.slot < 0:
             if running in self.waiting:
@@ -95,7 +95,7 @@ class Decoder:
         running.slot = -1
 
     @torch.inference_mode()  # type: ignore[untyped-decorator]
-    def step(self) -> list[Running]:
+    def step(self) -> list[RunningSequence]:
         """Process a part of new prompts, and generate one token for each sequence whose prompt is complete.
 
         Returns:
@@ -127,12 +127,12 @@ class Decoder:
             answer: token ids, including the end token if it counts.
             adapter: PEFT's name of the adapter.
         """
-        cache, read, total = SlotCache(self._layers), 0, 0.0
+        cache, read, total = BatchedKVCache(self._layers), 0, 0.0
         sequence = [*prompt, *answer]
         cache.reserve(1, len(sequence))
         while read < len(sequence) - 1:
             part = sequence[read : min(read + PROMPT_PART, len(sequence) - 1)]
-            feed = Feed([0], [read], [len(part)], self.device)
+            feed = ForwardBatch([0], [read], [len(part)], self.device)
             read += len(part)
             scored = min(len(part), read + 1 - len(prompt))  # positions followed by a token of the answer
             logits = self._pass(cache, feed, [part], [adapter], max(1, scored))[0]
@@ -158,7 +158,7 @@ class Decoder:
         if self._adapted:
             self._own.select([self._adapted.active_adapter])
 
-    def _begin(self, running: Running) -> None:
+    def _begin(self, running: RunningSequence) -> None:
         """Assign a slot to a sequence, and reuse a cached prefix of its prompt."""
         running.slot = len(self.running)
         settled = running.sampling.with_defaults(self.generation_config)
@@ -175,9 +175,9 @@ class Decoder:
         needed = reserved_tokens(len(self.running) + 1, longest)
         return len(self.running) < self.slots and needed <= self._budget_tokens
 
-    def _next_prompts(self) -> list[Running]:
+    def _next_prompts(self) -> list[RunningSequence]:
         """Return the prompts of the next pass, in order of arrival, up to PROMPT_TOKENS."""
-        chosen: list[Running] = []
+        chosen: list[RunningSequence] = []
         widest = 0
         for running in self.running:
             if running.tokens:
@@ -188,7 +188,7 @@ class Decoder:
             chosen.append(running)
         return chosen
 
-    def _read(self, reading: Sequence[Running]) -> None:
+    def _read(self, reading: Sequence[RunningSequence]) -> None:
         parts = [running.prompt[running.read : running.read + PROMPT_PART] for running in reading]
         logits = self._forward(reading, parts)
         for running, part in zip(reading, parts, strict=True):
@@ -196,7 +196,7 @@ class Decoder:
         done = [index for index, running in enumerate(reading) if running.read == len(running.prompt)]
         self._choose([reading[index] for index in done], logits[done])
 
-    def _forward(self, rows: Sequence[Running], new: Sequence[Sequence[int]]) -> torch.Tensor:
+    def _forward(self, rows: Sequence[RunningSequence], new: Sequence[Sequence[int]]) -> torch.Tensor:
         """Return logits [rows, vocabulary] after the last new token of each row."""
         by_pass = defaultdict(list)
         for index, running in enumerate(rows):
@@ -205,7 +205,9 @@ class Decoder:
         parts = []
         for group in groups:
             chosen = [rows[index] for index in group]
-            feed = Feed([r.slot for r in chosen], [r.held for r in chosen], [len(new[i]) for i in group], self.device)
+            feed = ForwardBatch(
+                [r.slot for r in chosen], [r.held for r in chosen], [len(new[i]) for i in group], self.device
+            )
             logits = self._pass(self._cache, feed, [new[index] for index in group], [r.adapter for r in chosen])
             parts.append(logits[:, -1])
         if len(groups) == 1:
@@ -216,7 +218,12 @@ class Decoder:
         return torch.cat(padded)[order.to(self.device)]
 
     def _pass(
-        self, cache: SlotCache, feed: Feed, new: Sequence[Sequence[int]], adapters: list[str], keep: int = 1
+        self,
+        cache: BatchedKVCache,
+        feed: ForwardBatch,
+        new: Sequence[Sequence[int]],
+        adapters: list[str],
+        keep: int = 1,
     ) -> torch.Tensor:
         """Return logits [rows, keep, vocabulary] of the last positions of a forward pass."""
         filled = [[0] * (feed.width - len(tokens)) + list(tokens) for tokens in new]
@@ -254,7 +261,7 @@ class Decoder:
             model.set_adapter(adapter)
         self._adapter = adapter
 
-    def _choose(self, rows: Sequence[Running], logits: torch.Tensor) -> None:
+    def _choose(self, rows: Sequence[RunningSequence], logits: torch.Tensor) -> None:
         choosers = [running.chooser for running in rows]
         plain = all(chooser is not None and chooser.takes_likeliest for chooser in choosers)
         likeliest = logits.argmax(-1).tolist() if plain else []

@@ -52,7 +52,7 @@ from loratune.training.batching import Batching
 from loratune.training.callbacks import Metrics
 from loratune.training.checkpoints.keeper import CheckpointKeeper, check_room
 from loratune.training.checkpoints.resuming import Resume, as_begun, check_identity, completion, find_start
-from loratune.training.checkpoints.stops import Stops
+from loratune.training.checkpoints.signals import StopSignals
 from loratune.training.failures import attempted, machine_errors_explained
 from loratune.training.gate import pass_gate
 from loratune.training.notes import Notes
@@ -83,7 +83,7 @@ class Prepared:
     warnings: tuple[str, ...]
     """Warnings about recipe, rows, and settings that this machine cannot use as given."""
     start_up: StartUp
-    stops: Stops
+    stops: StopSignals
     hashes: TensorHashes
     """Hashes of the base, computed while the model loads."""
 
@@ -101,7 +101,7 @@ class Session(Prepared):
 
 
 @dataclass(frozen=True)
-class Running:
+class ActiveTraining:
     """The trainer and its callbacks."""
 
     trainer: AdapterTrainer
@@ -125,7 +125,7 @@ def train(recipe: Recipe, overwrite: bool = False, resume: Resume | None = None)
         LoratuneError: with the problem and advice.
         Interrupted: a signal ended the run.
     """
-    output, stops = Path(recipe.output), Stops()
+    output, stops = Path(recipe.output), StopSignals()
     with ExitStack() as stack:
         stack.enter_context(stops.heeded())
         stack.enter_context(machine_errors_explained(recipe))
@@ -173,7 +173,7 @@ def _train(session: Session, start: Checkpoint | None) -> Report | None:
     return close_run(session, running, report)
 
 
-def _go_on(running: Running, start: Checkpoint, steps: int) -> None:
+def _go_on(running: ActiveTraining, start: Checkpoint, steps: int) -> None:
     """Train from a checkpoint to the run's number of steps."""
     trainer, metrics, keeper = running.trainer, running.watchers.metrics, running.watchers.keeper
     console.say(f"resuming after step {start.step}")
@@ -183,7 +183,7 @@ def _go_on(running: Running, start: Checkpoint, steps: int) -> None:
     trainer.resume(start.folder, start.progress["tokens"], keeper.stopped_early or start.step >= steps)
 
 
-def _prepare(recipe: Recipe, day: str | None, output: Path, stops: Stops) -> Prepared:
+def _prepare(recipe: Recipe, day: str | None, output: Path, stops: StopSignals) -> Prepared:
     """Find the base and prepare the data: quick steps that may fail, before the model is loaded."""
     start_up = StartUp()
     start_up.stage_done("imports")
@@ -231,7 +231,7 @@ def _load(prepared: Prepared) -> Session:
     return Session(**known, model=adapted, summary=summary, held=held, notes=Notes())
 
 
-def _build_trainer(session: Session, identity: dict[str, Any]) -> Running:
+def _build_trainer(session: Session, identity: dict[str, Any]) -> ActiveTraining:
     recipe, data, stops = session.recipe, session.data, session.stops
     metrics, keeper = Metrics(session.output), CheckpointKeeper(session.output, recipe.checkpoints, recipe.evaluation)
 
@@ -254,7 +254,7 @@ def _build_trainer(session: Session, identity: dict[str, Any]) -> Running:
         session.notes.warn(warning)
     rows = ("about " if recipe.training.packing else "") + counted(session.plan.rows_per_step, "row")
     console.say(f"training {counted(session.plan.steps, 'step')} of {rows} on {session.hardware.name}", style="bold")
-    return Running(trainer, watchers)
+    return ActiveTraining(trainer, watchers)
 
 
 def _take_best(trainer: AdapterTrainer, keeper: CheckpointKeeper) -> None:
@@ -264,7 +264,7 @@ def _take_best(trainer: AdapterTrainer, keeper: CheckpointKeeper) -> None:
         load_adapter_weights(trainer.accelerator.unwrap_model(trainer.model), open_checkpoint(best).folder)
 
 
-def _finish(session: Session, running: Running) -> Report:
+def _finish(session: Session, running: ActiveTraining) -> Report:
     """Write the adapter with its tokenizer and card, then the report, and seal the run."""
     trainer, metrics, keeper = running.trainer, running.watchers.metrics, running.watchers.keeper
     with folder_in_one_step(session.output / ADAPTER) as folder:

@@ -21,8 +21,8 @@ from loratune.model.kernels.linear_cross_entropy import add_labelled_loss
 from loratune.runs.checkpoint import step_folder
 from loratune.runs.folder import CHECKPOINTS
 from loratune.training.batching import Batching
+from loratune.training.checkpoints.signals import StopSignals, ValidationStopped
 from loratune.training.checkpoints.states import TRAINER_STATE, state_errors_explained
-from loratune.training.checkpoints.stops import Stops, ValidationStopped
 from loratune.writing import folder_in_one_step
 
 
@@ -45,7 +45,7 @@ class AdapterTrainer(SFTTrainer):
         batching: Batching,
         train: Split,
         validation: Split | None,
-        stops: Stops,
+        stops: StopSignals,
         seal: Callable[[Path, int, int], None],
         **settings: Any,
     ) -> None:

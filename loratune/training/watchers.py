@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from loratune.training.callbacks import DivergenceGuard, Metrics, Progress
 from loratune.training.checkpoints.keeper import CheckpointKeeper
-from loratune.training.checkpoints.stops import Stops
+from loratune.training.checkpoints.signals import StopSignals
 from loratune.training.reporting.health import GradientFlow
 from loratune.training.reporting.start_up import StartUp
 from loratune.training.reporting.trackers import Trackers
@@ -20,7 +20,7 @@ class Watchers(NamedTuple):
     """The callbacks of a run; the trainer calls them in this order for each event."""
 
     start_up: StartUp  # first: the others' work belongs to the next stage
-    stops: Stops  # before the guard, which checks the weights of steps to be saved, including those saved for a signal
+    stops: StopSignals  # before the guard, which checks weights to be saved, also those saved for a signal
     guard: DivergenceGuard  # before those that record or save, so that nothing is kept of a diverged step
     metrics: Metrics
     progress: Progress  # after metrics: it shows the latest record

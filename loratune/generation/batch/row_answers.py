@@ -15,9 +15,9 @@ from typing import Any
 from loratune import console
 from loratune.data.formats.conversation import Message
 from loratune.engine.engine import AHEAD, Engine
-from loratune.engine.exchange import Piece, Question, joined
+from loratune.engine.request_handle import RequestHandle
 from loratune.engine.sampling import SEEDS, Sampling
-from loratune.engine.ticket import Ticket
+from loratune.engine.types import Delta, GenerationRequest, joined
 from loratune.errors import Interrupted, LoratuneError, counted
 from loratune.generation.batch.answer_file import AnswerFile
 from loratune.generation.batch.questions import AskedRow
@@ -64,13 +64,13 @@ class Work:
     scores: bool
     """Whether to compute the loss of the reference answers."""
 
-    def question(self, row: AskedRow, side: Side) -> Question:
+    def question(self, row: AskedRow, side: Side) -> GenerationRequest:
         """Return the generation request for a row; each row has its own seed."""
         messages: list[Message] = list(row.messages)
         if self.system:
             messages = [{"role": "system", "content": self.system}, *(m for m in messages if m["role"] != "system")]
         seed = None if self.sampling.seed is None else (self.sampling.seed + row.number) % SEEDS
-        return Question(messages, self.sampling.but(seed=seed), self.adapter, side.use_adapter, row.tools)
+        return GenerationRequest(messages, self.sampling.but(seed=seed), self.adapter, side.use_adapter, row.tools)
 
 
 @dataclass
@@ -119,7 +119,7 @@ class _Answering:
             for row in sorted(work.rows, key=lambda row: row.size_bytes, reverse=True)
             if not file.has(row.number, side.answer)
         )
-        self._open: dict[tuple[int, str], Ticket] = {}
+        self._open: dict[tuple[int, str], RequestHandle] = {}
         """Row and kind of the answers in progress."""
 
     def run(self) -> None:
@@ -149,7 +149,7 @@ class _Answering:
             except LoratuneError as error:
                 self._keep(key, {"answer": "", **self._why_unanswered(question, error), "tokens": 0})
 
-    def _why_unanswered(self, question: Question, error: LoratuneError) -> dict[str, str]:
+    def _why_unanswered(self, question: GenerationRequest, error: LoratuneError) -> dict[str, str]:
         """Return the finish reason of a row that the engine did not accept.
 
         Raises:
@@ -165,7 +165,7 @@ class _Answering:
             raise error
         return {"finish": REFUSED, "error": str(error)}
 
-    def _gather(self, key: tuple[int, str], pieces: list[Piece], piece: Piece) -> None:
+    def _gather(self, key: tuple[int, str], pieces: list[Delta], piece: Delta) -> None:
         """Collect an answer's chunks in the engine's thread, without waking the main thread for each of them."""
         self.tally.tokens += piece.tokens - (pieces[-1].tokens if pieces else 0)
         pieces.append(piece)

@@ -13,8 +13,8 @@ from functools import partial
 from typing import Protocol
 
 from loratune.engine.engine import Engine
-from loratune.engine.exchange import Piece, Question
-from loratune.engine.ticket import Ticket
+from loratune.engine.request_handle import RequestHandle
+from loratune.engine.types import Delta, GenerationRequest
 from loratune.runtime import signals_to
 
 _POLL_SECONDS = 0.05
@@ -43,7 +43,7 @@ class Reply:
             return None
         return (self.tokens - 1) / max(self.seconds - self.seconds_to_first, 1e-9)
 
-    def take(self, piece: Piece, seconds: float) -> None:
+    def take(self, piece: Delta, seconds: float) -> None:
         """Add a chunk that arrived `seconds` after the request."""
         self.text += piece.text
         self.reasoning += piece.reasoning
@@ -57,7 +57,7 @@ class Reply:
 class Screen(Protocol):
     """A display for answers while they are generated."""
 
-    def show(self, place: int, piece: Piece) -> None:
+    def show(self, place: int, piece: Delta) -> None:
         """Show more of the answer to the request with this index."""
 
     def wait(self) -> None:
@@ -67,7 +67,9 @@ class Screen(Protocol):
         """Called once at the end."""
 
 
-def ask(engine: Engine, questions: Sequence[Question], screen: Screen, is_stopped: Callable[[], bool]) -> list[Reply]:
+def ask(
+    engine: Engine, questions: Sequence[GenerationRequest], screen: Screen, is_stopped: Callable[[], bool]
+) -> list[Reply]:
     """Answer all requests concurrently and show the answers as they stream.
 
     Args:
@@ -82,9 +84,9 @@ def ask(engine: Engine, questions: Sequence[Question], screen: Screen, is_stoppe
     Raises:
         LoratuneError: a prompt does not fit into the context, or the engine failed.
     """
-    arrived: queue.SimpleQueue[tuple[int, Piece]] = queue.SimpleQueue()
+    arrived: queue.SimpleQueue[tuple[int, Delta]] = queue.SimpleQueue()
     replies = [Reply() for _ in questions]
-    tickets: list[Ticket] = []
+    tickets: list[RequestHandle] = []
     started = time.monotonic()
     try:
         for place, question in enumerate(questions):
@@ -108,11 +110,11 @@ def ask(engine: Engine, questions: Sequence[Question], screen: Screen, is_stoppe
     return replies
 
 
-def _deliver(arrived: queue.SimpleQueue[tuple[int, Piece]], place: int, piece: Piece) -> None:
+def _deliver(arrived: queue.SimpleQueue[tuple[int, Delta]], place: int, piece: Delta) -> None:
     arrived.put((place, piece))
 
 
-def _cancel(tickets: list[Ticket]) -> None:
+def _cancel(tickets: list[RequestHandle]) -> None:
     for ticket in tickets:
         ticket.cancel()
 

@@ -7,7 +7,7 @@ import sys
 from prompt_toolkit.utils import get_cwidth
 
 from loratune import console
-from loratune.engine.exchange import Piece
+from loratune.engine.types import Delta
 from loratune.generation.chat.screen import LineEnds
 from loratune.printable import visible
 
@@ -37,7 +37,7 @@ class Columns:
             self._write_row((left, "title"), (right, "title"))
             self._write_row(("─" * half, "context"), ("─" * half, "context"), "─┼─")
 
-    def show(self, place: int, piece: Piece) -> None:
+    def show(self, place: int, piece: Delta) -> None:
         """Add to one answer, and write the lines that are complete."""
         column = self._columns[place]
         column.feed(piece.reasoning, "context")

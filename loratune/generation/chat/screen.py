@@ -6,7 +6,7 @@ import time
 from contextlib import ExitStack
 
 from loratune import console
-from loratune.engine.exchange import Piece
+from loratune.engine.types import Delta
 from loratune.printable import visible
 
 _PATIENCE_SECONDS = 0.4
@@ -45,7 +45,7 @@ class OneAnswer:
         self._kind = ""
         self._last = "\n"
 
-    def show(self, place: int, piece: Piece) -> None:
+    def show(self, place: int, piece: Delta) -> None:
         if self.is_terminal:
             self._write(piece.reasoning, "context")
         self._write(piece.text, "plain")

@@ -8,8 +8,8 @@ from typing import Any
 
 from loratune.data.formats.conversation import Message
 from loratune.engine.engine import Engine
-from loratune.engine.exchange import Question
 from loratune.engine.sampling import SEEDS, Sampling
+from loratune.engine.types import GenerationRequest
 from loratune.errors import Exit, LoratuneError
 from loratune.generation.chat.answering import Reply
 from loratune.printable import printable_json, visible
@@ -77,7 +77,7 @@ class ChatState:
                 Exit.USAGE,
             )
 
-    def question(self, text: str, use_adapter: bool | None = None, left_out: int | None = None) -> Question:
+    def question(self, text: str, use_adapter: bool | None = None, left_out: int | None = None) -> GenerationRequest:
         """Return a generation request with the conversation before the question.
 
         Args:
@@ -94,7 +94,7 @@ class ChatState:
         if sampling.seed is not None and self.attempt:
             sampling = sampling.but(seed=(sampling.seed + self.attempt) % SEEDS)
         uses = self.use_adapter if use_adapter is None else use_adapter
-        return Question(messages, sampling, self.adapter, uses)
+        return GenerationRequest(messages, sampling, self.adapter, uses)
 
     def make_room(self, text: str) -> int:
         """Omit as many old turns as needed to fit the question and an answer of full length.

@@ -12,14 +12,20 @@ from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.middleware.cors import CORSMiddleware
 
 from loratune import __version__
+from loratune.generation.server.endpoints import Endpoints, unknown_model
 from loratune.generation.server.failures import handle_failures
-from loratune.generation.server.guards import BODY_SECONDS, Access, Doorway, Inlet, Lock
-from loratune.generation.server.metrics import Metrics, Observer
+from loratune.generation.server.metrics import Metrics, MetricsMiddleware
+from loratune.generation.server.middleware import (
+    BODY_SECONDS,
+    Access,
+    AuthMiddleware,
+    BodyLimitMiddleware,
+    HostOriginMiddleware,
+)
 from loratune.generation.server.page_files import Page
-from loratune.generation.server.replies import ChatCompletion, ErrorBody, Health, Model, ModelList, TextCompletion
-from loratune.generation.server.replying import Queue
-from loratune.generation.server.requests import ChatRequest, CompletionRequest
-from loratune.generation.server.responses import Responder, unknown_model
+from loratune.generation.server.request_queue import Queue
+from loratune.generation.server.schemas import ChatRequest, CompletionRequest
+from loratune.generation.server.serializers import ChatCompletion, ErrorBody, Health, Model, ModelList, TextCompletion
 
 if TYPE_CHECKING:
     from loratune.engine.engine import Engine
@@ -75,14 +81,14 @@ def create_application(engine: Engine, queue: Queue, access: Access, limits: Lim
         redirect_slashes=False,
     )
     metrics = Metrics(queue)
-    _add_answers(app, Responder(queue, metrics, limits.new_tokens))
+    _add_answers(app, Endpoints(queue, metrics, limits.new_tokens))
     _add_models(app, engine)
     _add_state(app, queue, metrics)
     _add_page(app)
     handle_failures(app)
     # The middleware added last handles a request first.
-    app.add_middleware(Inlet, body_seconds=limits.body_seconds)
-    app.add_middleware(Lock, access=access)
+    app.add_middleware(BodyLimitMiddleware, body_seconds=limits.body_seconds)
+    app.add_middleware(AuthMiddleware, access=access)
     if access.origins:
         app.add_middleware(
             CORSMiddleware,
@@ -91,13 +97,13 @@ def create_application(engine: Engine, queue: Queue, access: Access, limits: Lim
             allow_headers=["*"],
             expose_headers=["Retry-After", "x-request-id"],
         )
-    app.add_middleware(Doorway, access=access)
-    app.add_middleware(Observer, metrics=metrics)
+    app.add_middleware(HostOriginMiddleware, access=access)
+    app.add_middleware(MetricsMiddleware, metrics=metrics)
     _describe_models(app, [engine.base_name, *engine.adapters])
     return app
 
 
-def _add_answers(app: FastAPI, responder: Responder) -> None:
+def _add_answers(app: FastAPI, responder: Endpoints) -> None:
     bearer = [Depends(HTTPBearer(auto_error=False))]  # only documents the scheme; Lock has checked the key
 
     @app.post(

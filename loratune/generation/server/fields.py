@@ -96,7 +96,7 @@ Parts = Annotated[list[TextPart], Field(min_length=1, max_length=256)]
 Content = Annotated[
     Annotated[Text, Tag(f"{TAG}text")] | Annotated[Parts, Tag(f"{TAG}parts")], Discriminator(_tell_contents)
 ]
-Stops = Annotated[
+StopSignals = Annotated[
     Annotated[Stop, Tag(f"{TAG}text")] | Annotated[Annotated[list[Stop], Field(max_length=16)], Tag(f"{TAG}list")],
     Discriminator(_tell_lists),
 ]

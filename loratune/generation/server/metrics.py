@@ -10,7 +10,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from loratune import console
 from loratune.generation.server.failures import ApiError
-from loratune.generation.server.replying import Queue
+from loratune.generation.server.request_queue import Queue
 
 SECONDS = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
 HEADERS = {
@@ -49,7 +49,7 @@ class Metrics:
         return generate_latest(self.registry)
 
 
-class Observer:
+class MetricsMiddleware:
     """The outermost middleware: counts responses, adds default headers, and turns exceptions into status 500."""
 
     def __init__(self, app: ASGIApp, metrics: Metrics) -> None:

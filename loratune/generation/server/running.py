@@ -18,8 +18,8 @@ from loratune.errors import Interrupted, counted
 from loratune.generation.server.addresses import Address
 from loratune.generation.server.application import Limits, create_application
 from loratune.generation.server.connection import Connection
-from loratune.generation.server.guards import Access
-from loratune.generation.server.replying import Queue
+from loratune.generation.server.middleware import Access
+from loratune.generation.server.request_queue import Queue
 from loratune.runtime import signals_to
 
 if TYPE_CHECKING:

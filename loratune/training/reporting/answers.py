@@ -12,9 +12,9 @@ from loratune import console
 from loratune.data.encoding.encoder import Encoder
 from loratune.data.preparation import PreparedData
 from loratune.engine.kv_cache import DecodingError
-from loratune.engine.running import Running
 from loratune.engine.sampling import Sampling
 from loratune.engine.scheduler import Decoder
+from loratune.engine.sequence import RunningSequence
 from loratune.errors import LoratuneError, counted
 from loratune.model.adapter.own_parameters import BASE
 from loratune.protocols import AdaptedModel, Tokenizer
@@ -67,9 +67,9 @@ def _ask(
     asked = list(_readable(encoder, conversations, allowance))
     expected = [len(encoder.answer_ids(messages[-1].get("content") or "")) for messages, _ in asked]
     end = frozenset({encoder.end_id})
-    before = [Running(prompt, _greedy(COMPARED_TOKENS), end, BASE) for _, prompt in asked]
+    before = [RunningSequence(prompt, _greedy(COMPARED_TOKENS), end, BASE) for _, prompt in asked]
     now = [
-        Running(prompt, _greedy(min(2 * tokens + 32, MAX_TOKENS)), end, "default")
+        RunningSequence(prompt, _greedy(min(2 * tokens + 32, MAX_TOKENS)), end, "default")
         for (_, prompt), tokens in zip(asked, expected, strict=True)
     ]
     console.say(
@@ -103,7 +103,7 @@ def _readable(
             is_first = False
 
 
-def _decode(decoder: Decoder, before: list[Running], now: list[Running], allowance: Allowance) -> bool:
+def _decode(decoder: Decoder, before: list[RunningSequence], now: list[RunningSequence], allowance: Allowance) -> bool:
     """Generate the answers, those of the base in half of the time; return False if the user interrupted."""
     start, total = time.monotonic(), sum(running.sampling.max_new_tokens for running in (*before, *now))
     with console.counted_progress("tokens", total) as tell:
@@ -124,7 +124,7 @@ def _decode(decoder: Decoder, before: list[Running], now: list[Running], allowan
     return True
 
 
-def _made(running: Running) -> int:
+def _made(running: RunningSequence) -> int:
     """Return an answer's tokens; a finished one counts in full."""
     return running.sampling.max_new_tokens if running.finish else len(running.tokens)
 
@@ -133,7 +133,9 @@ def _greedy(tokens: int) -> Sampling:
     return Sampling(max_new_tokens=tokens, repetition_penalty=1.0)
 
 
-def _told(tokenizer: Tokenizer, messages: Sequence[Any], expected: int, before: Running, now: Running) -> Told:
+def _told(
+    tokenizer: Tokenizer, messages: Sequence[Any], expected: int, before: RunningSequence, now: RunningSequence
+) -> Told:
     # Beyond the end of an unfinished answer, the two may still be equal.
     compared = min((len(one.tokens) for one in (before, now) if one.finish != "stop"), default=None)
     could_end = now.finish == "length" and expected <= MAX_TOKENS // 2

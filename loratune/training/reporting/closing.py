@@ -16,13 +16,13 @@ from loratune.training.reporting.health import examine
 from loratune.training.reporting.plot import plot_losses
 
 if TYPE_CHECKING:
-    from loratune.training.run import Running, Session
+    from loratune.training.run import ActiveTraining, Session
 
 LEAST_SECONDS = 10.0
 """Minimum time for sample generations after a short training."""
 
 
-def close_run(session: Session, running: Running, report: Report) -> Report:
+def close_run(session: Session, running: ActiveTraining, report: Report) -> Report:
     """Complete a finished run's report with its health, and draw its losses.
 
     The first signal skips the sample generations, the second one the rest; the run is finished in any case.
@@ -52,7 +52,7 @@ def close_run(session: Session, running: Running, report: Report) -> Report:
     return replace(report, warnings=tuple(session.notes.told))
 
 
-def _answers(session: Session, running: Running) -> Answers | None:
+def _answers(session: Session, running: ActiveTraining) -> Answers | None:
     share, trained = session.recipe.evaluation.questions_share, running.watchers.metrics
     if not share:
         return None
@@ -64,6 +64,6 @@ def _answers(session: Session, running: Running) -> Answers | None:
     return ask_questions(_model(running), session.encoder, session.data, allowance)
 
 
-def _model(running: Running) -> AdaptedModel:
+def _model(running: ActiveTraining) -> AdaptedModel:
     model: AdaptedModel = running.trainer.accelerator.unwrap_model(running.trainer.model)
     return model

@@ -18,7 +18,7 @@ from loratune import console
 from loratune.extras import needs
 from loratune.recipe.sections import TrackingSettings
 from loratune.runs.folder import METRICS, RECIPE, TRACKER_LOGS
-from loratune.training.checkpoints.stops import Stops
+from loratune.training.checkpoints.signals import StopSignals
 
 END_SECONDS, STOPPED_END_SECONDS = 30, 5
 """Time for a tracker to finish after training has ended, or was stopped by a signal."""
@@ -41,7 +41,7 @@ class Trackers(TrainerCallback):
         stops: knows whether a signal ended training.
     """
 
-    def __init__(self, settings: TrackingSettings, run: Path, stops: Stops) -> None:
+    def __init__(self, settings: TrackingSettings, run: Path, stops: StopSignals) -> None:
         wanted = [name for name in dict.fromkeys(settings.report_to) if name != "none"]
         self._names = [name for name in wanted if _is_installed(name)]
         self.warnings = [

@@ -16,7 +16,7 @@ CALLED = "tool_calls"
 
 
 @dataclass(frozen=True)
-class Question:
+class GenerationRequest:
     """A generation request."""
 
     messages: Sequence[Message] | str
@@ -33,7 +33,7 @@ class Question:
 
 
 @dataclass(frozen=True)
-class Piece:
+class Delta:
     """A chunk of a streamed answer."""
 
     text: str = ""
@@ -53,15 +53,15 @@ class Piece:
         return bool(self.text or self.reasoning or self.calls)
 
 
-NOTHING = Piece()
+NOTHING = Delta()
 
 
-def joined(*pieces: Piece) -> Piece:
+def joined(*pieces: Delta) -> Delta:
     """Concatenate consecutive chunks; token count and finish reason are those of the last."""
     last = pieces[-1]
     text, reasoning = ("".join(getattr(piece, kind) for piece in pieces) for kind in ("text", "reasoning"))
     calls = tuple(call for piece in pieces for call in piece.calls)
-    return Piece(text, reasoning, last.tokens, last.finish, last.error, calls)
+    return Delta(text, reasoning, last.tokens, last.finish, last.error, calls)
 
 
 @dataclass(frozen=True)

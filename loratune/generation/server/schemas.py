@@ -16,7 +16,7 @@ from loratune.generation.server.fields import (
     No,
     Nothing,
     Prompt,
-    Stops,
+    StopSignals,
     Tokens,
     Zero,
 )
@@ -60,7 +60,7 @@ class AnswerRequest(Fields):
     repetition_penalty: RepetitionPenalty | None = _told("repetition_penalty")
     max_tokens: Tokens | None = None
     """Maximum tokens of the answer, up to the server's limit, which is the default."""
-    stop: Stops | None = None
+    stop: StopSignals | None = None
     """Strings that end the answer; they are not part of it."""
     seed: AnySeed | None = _told("seed", "any integer, counted modulo 2**32")
     stream: bool | None = None

@@ -10,7 +10,7 @@ from loratune.model.adapter.own_parameters import BASE
 
 
 @dataclass(eq=False)
-class Running:
+class RunningSequence:
     """An answer on its way."""
 
     prompt: list[int]

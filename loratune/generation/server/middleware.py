@@ -36,7 +36,7 @@ class Access:
     """Origins of other web pages that may send requests: scheme://host:port."""
 
 
-class Doorway:
+class HostOriginMiddleware:
     """Rejects requests with a foreign Host or Origin header.
 
     Otherwise a web page whose name resolves to this machine (DNS rebinding) could send requests with the rights of its
@@ -74,7 +74,7 @@ class Doorway:
         )
 
 
-class Lock:
+class AuthMiddleware:
     """Rejects requests without the API key, except for the page and /health."""
 
     def __init__(self, app: ASGIApp, access: Access) -> None:
@@ -98,7 +98,7 @@ class Lock:
         return hmac.compare_digest(_digest(key.strip()), self._expected) and scheme.lower() == "bearer"
 
 
-class Inlet:
+class BodyLimitMiddleware:
     """Reads the whole body of a request within a size and a time limit, before the application sees it.
 
     uvicorn reads and discards the rest of a rejected body, so that the client receives the error.

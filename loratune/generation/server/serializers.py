@@ -12,7 +12,7 @@ from typing import Any, Literal
 from pydantic import BaseModel
 
 from loratune.data.tools.call_shapes import Call
-from loratune.engine.exchange import Piece
+from loratune.engine.types import Delta
 
 Finish = Literal["stop", "length", "tool_calls"]
 
@@ -155,13 +155,13 @@ class ChatForm:
         self._calls = 0
         """Number of calls sent so far."""
 
-    def whole(self, piece: Piece) -> dict[str, Any]:
+    def whole(self, piece: Delta) -> dict[str, Any]:
         """Return the choice of a complete answer."""
         calls = {"tool_calls": [_called(call) for call in piece.calls]} if piece.calls else {}
         content = None if piece.calls and not piece.text else piece.text
         return {"message": {"role": "assistant", "content": content, **_reasoning(piece), **calls}}
 
-    def parts(self, piece: Piece) -> Iterator[dict[str, Any]]:
+    def parts(self, piece: Delta) -> Iterator[dict[str, Any]]:
         """Yield the choices of a chunk's events: text, then the head and the arguments of each call."""
         if piece.text or piece.reasoning:
             yield {"delta": {**({"content": piece.text} if piece.text else {}), **_reasoning(piece)}}
@@ -188,21 +188,21 @@ class TextForm:
         """Return None: there is no event before the text."""
         return None
 
-    def whole(self, piece: Piece) -> dict[str, Any]:
+    def whole(self, piece: Delta) -> dict[str, Any]:
         """Return the choice of a complete answer."""
         return {"text": piece.text, **_reasoning(piece)}
 
-    def parts(self, piece: Piece) -> Iterator[dict[str, Any]]:
+    def parts(self, piece: Delta) -> Iterator[dict[str, Any]]:
         """Yield the choice of a chunk's event, which has the same form as that of a complete answer."""
         if piece.text or piece.reasoning:
             yield self.whole(piece)
 
     def ending(self) -> dict[str, Any]:
         """Return the choice of the event with the finish reason."""
-        return self.whole(Piece())
+        return self.whole(Delta())
 
 
-class Letter:
+class Serializer:
     """Serialises one answer.
 
     Args:
@@ -217,7 +217,7 @@ class Letter:
         self.id = f"{form.prefix}-{secrets.token_hex(12)}"
         self._head = {"id": self.id, "created": int(time.time()), "model": model}
 
-    def whole(self, piece: Piece, prompt_tokens: int) -> dict[str, Any]:
+    def whole(self, piece: Delta, prompt_tokens: int) -> dict[str, Any]:
         """Return the response for a complete answer."""
         choice = {"index": 0, **self.form.whole(piece), "logprobs": None, "finish_reason": piece.finish}
         counts = usage(prompt_tokens, piece.tokens)
@@ -228,7 +228,7 @@ class Letter:
         choice = self.form.opening()
         return self._part({"index": 0, **choice, "logprobs": None, "finish_reason": None}) if choice else ""
 
-    def part(self, piece: Piece) -> str:
+    def part(self, piece: Delta) -> str:
         """Return the events of a chunk, including the finish reason after the last one; the caller adds the usage."""
         written = "".join(
             self._part({"index": 0, **choice, "logprobs": None, "finish_reason": None})
@@ -259,5 +259,5 @@ def _called(call: Call) -> dict[str, Any]:
     return {"id": "".join(secrets.choice(ID_CHARACTERS) for _ in range(9)), "type": "function", "function": function}
 
 
-def _reasoning(piece: Piece) -> dict[str, str]:
+def _reasoning(piece: Delta) -> dict[str, str]:
     return {"reasoning_content": piece.reasoning} if piece.reasoning else {}

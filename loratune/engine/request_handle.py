@@ -9,20 +9,20 @@ from dataclasses import dataclass, field, replace
 
 from loratune.data.encoding.encoder import Encoder
 from loratune.data.tools.call_form import CallStream
-from loratune.engine.exchange import CALLED, Piece, Question, joined
-from loratune.engine.running import Running
+from loratune.engine.sequence import RunningSequence
 from loratune.engine.text import OPENING, Parts, TextStream
+from loratune.engine.types import CALLED, Delta, GenerationRequest, joined
 
 
 @dataclass(eq=False)
-class Ticket:
+class RequestHandle:
     """A submitted request."""
 
-    running: Running
+    running: RunningSequence
     text: TextStream
     calls: CallStream | None
     """Parses tool calls in the text; None if no tools are available."""
-    deliver: Callable[[Piece], None]
+    deliver: Callable[[Delta], None]
     is_cancelled: threading.Event = field(default_factory=threading.Event)
     has_called: bool = False
     """Whether a chunk contained tool calls."""
@@ -40,11 +40,11 @@ class Ticket:
         """Cancel the request; generation stops within one token. Thread-safe."""
         self.is_cancelled.set()
 
-    def push(self, token: int) -> Piece:
+    def push(self, token: int) -> Delta:
         """Add a token, and return the content that is now certain."""
         return self._piece(self.text.push(token), is_last=False)
 
-    def finish(self, before: Piece, finish: str, error: BaseException | None) -> Piece:
+    def finish(self, before: Delta, finish: str, error: BaseException | None) -> Delta:
         """Return the last chunk: held back content and the finish reason.
 
         Args:
@@ -56,13 +56,15 @@ class Ticket:
         ended = CALLED if finish == "stop" and self.has_called else finish
         return replace(joined(before, late), finish=ended, error=error)
 
-    def _piece(self, parts: Parts, is_last: bool) -> Piece:
+    def _piece(self, parts: Parts, is_last: bool) -> Delta:
         text, calls = self.calls.push(parts.text, is_last) if self.calls else (parts.text, ())
         self.has_called = self.has_called or bool(calls)
-        return Piece(text, parts.reasoning, len(self.running.tokens), calls=calls)
+        return Delta(text, parts.reasoning, len(self.running.tokens), calls=calls)
 
 
-def make_ticket(question: Question, running: Running, encoder: Encoder, deliver: Callable[[Piece], None]) -> Ticket:
+def make_ticket(
+    question: GenerationRequest, running: RunningSequence, encoder: Encoder, deliver: Callable[[Delta], None]
+) -> RequestHandle:
     """Create the ticket of a request.
 
     Args:
@@ -77,14 +79,14 @@ def make_ticket(question: Question, running: Running, encoder: Encoder, deliver:
     in_reasoning = _opens_reasoning(encoder, running.prompt)
     text = TextStream(encoder.tokenizer, question.sampling.stop, in_reasoning, begun, marks)
     calls = CallStream(form, question.tools, question.most_calls) if form else None
-    return Ticket(running, text, calls, deliver)
+    return RequestHandle(running, text, calls, deliver)
 
 
-def gathering(index: int, ended: queue.SimpleQueue[tuple[int, list[Piece]]]) -> Callable[[Piece], None]:
+def gathering(index: int, ended: queue.SimpleQueue[tuple[int, list[Delta]]]) -> Callable[[Delta], None]:
     """Return a callback that collects an answer's chunks, and puts them into the queue when it is complete."""
-    pieces: list[Piece] = []
+    pieces: list[Delta] = []
 
-    def add(piece: Piece) -> None:
+    def add(piece: Delta) -> None:
         pieces.append(piece)
         if piece.finish:
             ended.put((index, pieces))

@@ -9,13 +9,13 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from typing import TYPE_CHECKING
 
-from loratune.engine.exchange import Piece, Question, joined
+from loratune.engine.types import Delta, GenerationRequest, joined
 from loratune.errors import LoratuneError
 from loratune.generation.server.failures import ApiError, from_loratune
 
 if TYPE_CHECKING:
     from loratune.engine.engine import Engine
-    from loratune.engine.ticket import Ticket
+    from loratune.engine.request_handle import RequestHandle
 
 LONGEST_WAIT_SECONDS = 60
 STOPPING = "the server is stopping; try again in a moment"
@@ -40,7 +40,7 @@ class Queue:
         """A single thread, because tokenizers are not thread-safe."""
         self._usual_seconds = 1.0
 
-    async def ask(self, question: Question) -> Reply:
+    async def ask(self, question: GenerationRequest) -> Reply:
         """Submit a request.
 
         Raises:
@@ -95,14 +95,14 @@ class Reply:
         self.prompt_tokens = 0
         self._queue = queue
         self._loop = asyncio.get_running_loop()
-        self._pieces: asyncio.Queue[Piece] = asyncio.Queue()
-        self._failure: Piece | None = None
+        self._pieces: asyncio.Queue[Delta] = asyncio.Queue()
+        self._failure: Delta | None = None
         """A failure that arrived after text, which is returned first."""
-        self._ticket: Ticket | None = None
+        self._ticket: RequestHandle | None = None
         self._is_cancelled = False
         self._is_open = True
 
-    async def submit(self, question: Question) -> None:
+    async def submit(self, question: GenerationRequest) -> None:
         """Pass the request to the engine.
 
         Raises:
@@ -113,9 +113,9 @@ class Reply:
         except LoratuneError as error:
             raise from_loratune(error) from error
 
-    def _submit(self, question: Question) -> None:
+    def _submit(self, question: GenerationRequest) -> None:
         if self._is_cancelled:
-            self._deliver(Piece(finish="cancelled"))
+            self._deliver(Delta(finish="cancelled"))
             return
         ticket = self._queue.engine.submit(question, self._deliver)
         self.prompt_tokens = ticket.prompt_tokens
@@ -123,11 +123,11 @@ class Reply:
         if self._is_cancelled:  # cancelled during submission, before the ticket existed
             ticket.cancel()
 
-    def _deliver(self, piece: Piece) -> None:
+    def _deliver(self, piece: Delta) -> None:
         with suppress(RuntimeError):  # the loop is closed
             self._loop.call_soon_threadsafe(self._pieces.put_nowait, piece)
 
-    async def next(self, seconds: float | None = None) -> Piece:
+    async def next(self, seconds: float | None = None) -> Delta:
         """Return everything that arrived since the last call as one chunk; an empty chunk after a timeout.
 
         Raises:
@@ -136,7 +136,7 @@ class Reply:
         try:
             piece = self._failure if self._failure else await asyncio.wait_for(self._pieces.get(), seconds)
         except asyncio.TimeoutError:
-            return Piece()
+            return Delta()
         while not self._pieces.empty():
             following = self._pieces.get_nowait()
             if following.finish in ("error", "cancelled"):
@@ -151,13 +151,13 @@ class Reply:
             raise ApiError(503, STOPPING, "stopping", retry_after=5)
         return piece
 
-    async def whole(self) -> Piece:
+    async def whole(self) -> Delta:
         """Return the complete answer as one chunk.
 
         Raises:
             ApiError: see `next`.
         """
-        pieces = [Piece()]
+        pieces = [Delta()]
         while not pieces[-1].finish:
             pieces.append(await self.next())
         return joined(*pieces)

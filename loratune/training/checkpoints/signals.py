@@ -19,7 +19,7 @@ class ValidationStopped(Exception):  # noqa: N818 - not an error
     """Raised when a signal arrives during validation."""
 
 
-class Stops(TrainerCallback):
+class StopSignals(TrainerCallback):
     """Handles signals.
 
     During training, the first signal finishes and saves the current step; after a finished run, it skips the sample

@@ -10,18 +10,18 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
-from loratune.engine.exchange import Piece, Question
+from loratune.engine.types import Delta, GenerationRequest
 from loratune.generation.server.failures import ApiError
 from loratune.generation.server.metrics import Metrics, Stopwatch
-from loratune.generation.server.replies import ChatForm, Letter, TextForm, event
-from loratune.generation.server.replying import Queue, Reply
-from loratune.generation.server.requests import ChatRequest, CompletionRequest
+from loratune.generation.server.request_queue import Queue, Reply
+from loratune.generation.server.schemas import ChatRequest, CompletionRequest
+from loratune.generation.server.serializers import ChatForm, Serializer, TextForm, event
 
 QUIET_SECONDS = 10.0
 """A stream without text for this long gets a comment, so that proxies do not close it."""
 
 
-class Responder:
+class Endpoints:
     """Answers requests with one engine.
 
     Args:
@@ -43,7 +43,7 @@ class Responder:
         """
         question = self._question(body)
         form = ChatForm() if isinstance(body, ChatRequest) else TextForm()
-        letter = Letter(form, body.model, body.wants_usage)
+        letter = Serializer(form, body.model, body.wants_usage)
         reply = await self.queue.ask(question)
         watch = Stopwatch(self.metrics, body.model, reply.started)
         headers = {"x-request-id": letter.id}
@@ -60,13 +60,13 @@ class Responder:
         watch.ended(str(piece.finish), reply.prompt_tokens, piece.tokens)
         return JSONResponse(letter.whole(piece, reply.prompt_tokens), headers=headers)
 
-    def _question(self, body: ChatRequest | CompletionRequest) -> Question:
+    def _question(self, body: ChatRequest | CompletionRequest) -> GenerationRequest:
         engine = self.queue.engine
         if body.model not in (engine.base_name, *engine.adapters):
             raise unknown_model(body.model, engine.base_name, engine.adapters)
         adapter = body.model if body.model in engine.adapters else None
         sampling = body.sampling(self.most_new_tokens)
-        return Question(body.asked(), sampling, adapter, tools=body.offered(), most_calls=body.most_calls)
+        return GenerationRequest(body.asked(), sampling, adapter, tools=body.offered(), most_calls=body.most_calls)
 
 
 class EventStream(StreamingResponse):
@@ -89,12 +89,12 @@ def unknown_model(name: str, base: str, adapters: list[str]) -> ApiError:
     return ApiError(404, f"no model is called {name}; there are {known}", "model_not_found", "model")
 
 
-async def _events(reply: Reply, letter: Letter, watch: Stopwatch) -> AsyncIterator[str]:
+async def _events(reply: Reply, letter: Serializer, watch: Stopwatch) -> AsyncIterator[str]:
     """Yield the events of a stream. After a failure, the last event describes it, and [DONE] is omitted."""
     tokens, finish = 0, "cancelled"
     try:
         yield letter.opening()
-        piece = Piece()
+        piece = Delta()
         while not piece.finish:
             piece = await reply.next(QUIET_SECONDS)
             if piece.has_come:
@@ -110,7 +110,7 @@ async def _events(reply: Reply, letter: Letter, watch: Stopwatch) -> AsyncIterat
         watch.ended(finish, reply.prompt_tokens, tokens)
 
 
-async def _while_connected(request: Request, reply: Reply) -> Piece | None:
+async def _while_connected(request: Request, reply: Reply) -> Delta | None:
     """Return the complete answer; None if the client disconnects first."""
     whole = asyncio.ensure_future(reply.whole())
     gone = asyncio.ensure_future(_disconnected(request))
