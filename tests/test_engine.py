@@ -235,9 +235,9 @@ def test_threads_that_ask_at_once_do_not_disturb_each_other_s_token_ids(tiny: En
 def test_a_program_may_end_while_answers_are_on_their_way(start: Callable[..., Program]) -> None:
     program = start(
         code="from loratune.engine.engine import load_engine\n"
-        "from loratune.engine.types import Question, Sampling\n"
+        "from loratune.engine.types import GenerationRequest, Sampling\n"
         "engine = load_engine([], 'tiny-qwen')\n"
-        "asked = Question('Tell me', Sampling(temperature=5.0, max_new_tokens=1500))\n"
+        "asked = GenerationRequest('Tell me', Sampling(temperature=5.0, max_new_tokens=1500))\n"
         "engine.submit(asked, lambda piece: None)\n"
     )
     assert program.exit_code() == 0, program.stderr

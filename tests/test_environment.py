@@ -121,7 +121,7 @@ def test_a_path_that_is_a_pipe_is_refused(cli: Cli, short_run: Path, rows_file: 
     for ending in (".part", ".report.json"):
         os.mkfifo(tmp_path / f"answers{ending}")
         asked = ("infer", *given, "--input", rows_file, "--output", tmp_path / "answers")
-        assert f"answers{ending}isnotaplainfile" in told(cli(*asked), Exit.USAGE).replace(" ", "")
+        assert f"answers{ending}isnotaregularfile" in told(cli(*asked), Exit.USAGE).replace(" ", "")
         (tmp_path / f"answers{ending}").unlink()
 
 

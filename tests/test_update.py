@@ -236,7 +236,7 @@ def test_what_was_written_well_is_found_well(written: Written) -> None:
         sum(seen) == plan.nbytes == sum(t.nbytes for p in folder.glob("*.safetensors") for t in load_file(p).values())
     )
     assert 0 < found.largest_error_steps <= 0.5
-    assert found.unchanged == []
+    assert found.unchanged == ()
     assert found.rows == 2 * (32 + 16 + 32)
     assert found.largest_forward_error < 1e-9
     assert 0 < found.lost_to_rounding < 0.1
