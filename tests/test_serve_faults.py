@@ -20,7 +20,7 @@ from serving import API_KEY, FakeEngine, FakeTicket, Served, chat, events, serve
 
 from loratune.engine.types import Delta, GenerationRequest
 from loratune.errors import Exit, LoratuneError
-from loratune.generation.server import connection, guards, responses
+from loratune.generation.server import connection, endpoints, middleware
 
 CHAT = "/v1/chat/completions"
 ENDLESS = [Delta(f"{n} ", tokens=n) for n in range(1, 5000)]
@@ -228,7 +228,7 @@ def test_the_api_key_is_compared_in_constant_time(running: Served, monkeypatch: 
         compared.append((len(one), len(other)))
         return one == other
 
-    monkeypatch.setattr(guards.hmac, "compare_digest", spy)
+    monkeypatch.setattr(middleware.hmac, "compare_digest", spy)
     for key in ("x", "x" * 5000, API_KEY):
         running.request("/v1/models", Authorization=f"Bearer {key}")
     assert len(compared) == 3
@@ -304,7 +304,7 @@ def test_only_the_page_s_own_files_are_served(running: Served, path: str) -> Non
 
 
 def test_the_page_s_files_have_their_types_and_a_strict_policy(running: Served) -> None:
-    folder = Path(responses.__file__).parent / "page"
+    folder = Path(endpoints.__file__).parent / "page"
     kinds = {".html": "text/html", ".js": "text/javascript", ".css": "text/css"}
     for path in [running.url + "/", *sorted(folder.iterdir())]:
         name = "/" if isinstance(path, str) else f"/page/{path.name}"
@@ -515,7 +515,7 @@ def test_a_bug_in_a_stream_breaks_the_connection(capsys: pytest.CaptureFixture[s
 
 
 def test_a_quiet_stream_is_kept_alive(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(responses, "QUIET_SECONDS", 0.1)
+    monkeypatch.setattr(endpoints, "QUIET_SECONDS", 0.1)
     engine = FakeEngine(go=threading.Semaphore(0))
     with served(engine) as running:
         with running.connect(CHAT, json.dumps(chat(stream=True)).encode()) as opened:
