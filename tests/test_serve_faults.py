@@ -541,7 +541,7 @@ def serve(pace, grace, ignores_hangup):
     # Whoever runs the tests in the background has them start with signals ignored.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGHUP, signal.SIG_IGN if ignores_hangup else signal.SIG_DFL)
-    engine = FakeEngine([Piece("a ", tokens=n) for n in range(1, 40)] + [Piece(tokens=40, finish="stop")])
+    engine = FakeEngine([Delta("a ", tokens=n) for n in range(1, 40)] + [Delta(tokens=40, finish="stop")])
     engine.go, engine.close = threading.Semaphore(0), lambda: None
     def let_go():
         while True:
