@@ -65,7 +65,8 @@ def test_documents_of_ever_new_lengths_are_not_given_to_cudnn(machine: Any) -> N
         ((11, 0), WHEEL, False),
         ((11, 0), [*WHEEL, "compute_100"], True),  # PTX is compiled for later cards
         (V100, ["sm_75", "compute_120"], False),
-        (H100, [], True),  # a build that says nothing, as ROCm's
+        (H100, [], True),  # a build that says nothing
+        (H100, ["gfx90a", "gfx1100"], True),  # ROCm
     ],
 )
 def test_a_card_that_torch_has_no_kernels_for_is_refused(
@@ -92,13 +93,18 @@ def test_each_process_may_see_a_gpu_of_its_own(machine: Any, monkeypatch: pytest
     assert (found.device, found.others) == (torch.device("cuda", 3), 0)
 
 
-@pytest.mark.parametrize("visible", [None, "", "-1", "0"])
+@pytest.mark.parametrize(
+    ("visible", "has_device"), [(None, True), ("", True), ("-1", True), ("0", True), (None, False)]
+)
 def test_a_gpu_that_torch_cannot_use_is_not_passed_over_in_silence(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, visible: str | None
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, visible: str | None, has_device: bool
 ) -> None:
     driver = tmp_path / "version"
     driver.write_text("NVRM version: NVIDIA UNIX x86_64 Kernel Module  535.104.05  Sat Aug 19\nGCC version: gcc 12\n")
     monkeypatch.setattr(hardware, "NVIDIA_DRIVER", driver)
+    monkeypatch.setattr(hardware, "NVIDIA_DEVICE", tmp_path / "nvidiactl")
+    if has_device:
+        (tmp_path / "nvidiactl").touch()
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.version, "cuda", "13.0")
 
@@ -110,7 +116,7 @@ def test_a_gpu_that_torch_cannot_use_is_not_passed_over_in_silence(
         monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     else:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
-    if visible in ("", "-1"):
+    if visible in ("", "-1") or not has_device:  # as in a container without the GPU of its machine
         assert not detect_hardware().is_gpu
         return
     with pytest.raises(LoratuneError, match="too old") as refused:

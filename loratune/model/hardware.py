@@ -13,8 +13,9 @@ from transformers.utils import is_flash_attn_2_available
 
 from loratune.errors import Exit, LoratuneError
 
+NVIDIA_DEVICE = Path("/dev/nvidiactl")
+"""Exists where a process is given an NVIDIA GPU; the driver's file is visible in every container of the machine."""
 NVIDIA_DRIVER = Path("/proc/driver/nvidia/version")
-"""There while the kernel's NVIDIA driver is loaded, whatever torch can do with it."""
 FLASH_CAPABILITY = (8, 0)
 """The lowest that flash attention has kernels for."""
 
@@ -50,7 +51,7 @@ def detect_hardware() -> Hardware:
     OMP_NUM_THREADS decides the number of threads instead where a user has set it; torchrun sets it to 1 by itself.
 
     Raises:
-        LoratuneError: a GPU is there, and torch cannot use it.
+        LoratuneError: torch cannot use the GPU of this machine.
     """
     processes = int(os.environ.get("WORLD_SIZE", "1"))
     if torch.cuda.is_available():
@@ -81,12 +82,12 @@ def _gpu(processes: int) -> Hardware:
 
 
 def _require_kernels(name: str, capability: tuple[int, int]) -> None:
-    """Make sure that this torch was compiled for a card.
+    """Refuse a card that this build of torch has no kernels for; the first computation on it would fail.
 
     Raises:
-        LoratuneError: it was not; the first computation would fail, with a message that blames the model.
+        LoratuneError: with the capabilities that torch was compiled for.
     """
-    compiled = [_architecture(name) for name in torch.cuda.get_arch_list()]
+    compiled = [_architecture(name) for name in torch.cuda.get_arch_list() if "_" in name]  # ROCm's have none
     # Code of an architecture runs on later ones of the same generation, PTX on all later ones.
     fits = [at <= capability and (at[0] == capability[0] or kind == "compute") for kind, at in compiled]
     if not fits or any(fits):
@@ -108,15 +109,14 @@ def _architecture(name: str) -> tuple[str, tuple[int, int]]:
 
 
 def _require_no_gpu() -> None:
-    """Make sure that a machine whose GPU torch cannot use doesn't compute on the CPU in silence.
+    """Refuse to compute on the CPU without a word where a GPU is there.
 
     Raises:
-        LoratuneError: the NVIDIA driver is loaded, no GPU can be used, and CUDA_VISIBLE_DEVICES doesn't say that none
-            should be.
+        LoratuneError: there is an NVIDIA GPU that torch cannot use, and CUDA_VISIBLE_DEVICES does not exclude it.
     """
-    if os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1") or not NVIDIA_DRIVER.exists():
+    if os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1") or not NVIDIA_DEVICE.exists():
         return
-    driver = " ".join(NVIDIA_DRIVER.read_text().split("\n")[0].split()) or "unknown"
+    driver = " ".join(NVIDIA_DRIVER.read_text().split("\n")[0].split()) if NVIDIA_DRIVER.exists() else "unknown"
     raise LoratuneError(
         f"this machine has an NVIDIA GPU that torch cannot use: {_why_no_gpu()}\n"
         f"driver: {driver}; torch {torch.__version__}, made for CUDA {torch.version.cuda or 'none'}\n"
@@ -127,7 +127,7 @@ def _require_no_gpu() -> None:
 
 
 def _why_no_gpu() -> str:
-    """What torch says of it, which is a warning or an exception."""
+    """Return torch's reason, which is a warning or an exception."""
     if torch.version.cuda is None:
         return "this build of torch has no CUDA"
     with warnings.catch_warnings(record=True) as seen:
