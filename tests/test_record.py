@@ -138,6 +138,7 @@ MERGED = MergedModel(
     models=verifications.ModelProof(
         "files and logits",
         {"original": PARITY},
+        {"original": PARITY},
         "built-in questions",
         PARITY,
         verifications.Bounds(0.1, 0.2, 0.3),

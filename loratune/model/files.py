@@ -214,7 +214,7 @@ def _download(settings: ModelSettings, patterns: list[str]) -> Path:
         )
     except Exception as error:  # each hub client and HTTP library has its own exceptions
         raise LoratuneError(
-            f"{place}, and {settings.hub} cannot give it: {named_reason_of(error)}\n"
+            f"{place}, and loading it from {settings.hub} failed: {named_reason_of(error)}\n"
             "check the name and the network, or download the model elsewhere and give its folder",
             Exit.MODEL,
         ) from error

@@ -28,11 +28,11 @@ class About(NamedTuple):
     """One finding."""
 
     sentence: str
-    """What its rows are or have; it follows "3 of 100 training rows"."""
+    """Predicate of the message "3 of 100 training rows …"."""
     usual: Literal["refuse", "warn"] = "warn"
-    """What it does where data.severity says nothing of it."""
+    """Default severity."""
     of_removed: str = ""
-    """The sentence for rows that data.remove has taken out, if it is another one."""
+    """Sentence for rows that data.remove removed; empty if it is the same."""
 
 
 FINDINGS: dict[Finding, About] = {
@@ -57,8 +57,8 @@ FINDINGS: dict[Finding, About] = {
         "have an answer of a <think> block alone; with data.train_thinking false only its end is trained"
     ),
     "normalized": About(
-        "hold characters that the tokenizer writes otherwise, such as a letter and an accent that it joins; the model "
-        "reads and learns its form"
+        "hold characters that the tokenizer rewrites, such as a letter and an accent that it joins; the model reads "
+        "and learns the rewritten form"
     ),
     "long_answers": About("have an answer more than ten times as long as half of all answers"),
     "duplicates": About("are repetitions"),

@@ -57,7 +57,7 @@ def open_hub(name: str, parts: HubName) -> HubRows:
     except Exception as error:  # each hub client and its HTTP library raise their own kinds
         hub = {"hf": "the Hugging Face hub", "ms": "ModelScope"}[parts.hub]
         raise LoratuneError(
-            f"{name}: {hub} cannot give it: {named_reason_of(error)}\n"
+            f"{name}: loading from {hub} failed: {named_reason_of(error)}\n"
             "check the name, the split and the network, or download its file and give that",
             Exit.DATA,
         ) from error
