@@ -70,6 +70,8 @@ class AdapterTrainer(SFTTrainer):
         self._batching, self._train_lengths = batching, train.lengths
         self._stops, self._seal = stops, seal
         self._newest_rows: list[int] = []
+        self._own_tokens = 0
+        """Of this process, since they were last added to those of all."""
         self.train_dataset = batching.rows(train)
         self.eval_dataset = batching.rows(validation, is_validation=True) if validation else None
         add_labelled_loss(self.model.get_base_model())
@@ -117,12 +119,25 @@ class AdapterTrainer(SFTTrainer):
         return outputs.loss_sum * self.accelerator.num_processes / max(int(tokens), 1)
 
     def _count_tokens(self, inputs: dict[str, Any], filling: int) -> None:
-        """Add the tokens without padding to the total."""
+        """Count the tokens of this process that are not padding."""
         mask = inputs.get("attention_mask")
-        own = inputs["input_ids"].numel() - filling if mask is None else int(mask.sum())
-        tokens = inputs["input_ids"].new_tensor([own])
-        self._total_train_tokens += int(self.accelerator.gather(tokens).sum())
-        self._metrics["train"]["num_tokens"] = [self._total_train_tokens]
+        self._own_tokens += inputs["input_ids"].numel() - filling if mask is None else int(mask.sum())
+
+    def _trained_tokens(self) -> int:
+        """Return the tokens trained so far by all processes, each of which has to call this.
+
+        They are added up where they are asked for, because processes with short batches would wait for the others in
+        every batch.
+        """
+        newest = torch.tensor([self._own_tokens], device=self.args.device)
+        self._own_tokens = 0
+        self._total_train_tokens += int(self.accelerator.gather(newest).sum())
+        return int(self._total_train_tokens)
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Log with the number of tokens trained so far."""
+        self._metrics["train"]["num_tokens"] = [self._trained_tokens()]
+        super().log(logs, start_time)
 
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
@@ -176,10 +191,11 @@ class AdapterTrainer(SFTTrainer):
             self._save_optimizer_and_scheduler(str(folder))
             self._save_scaler(str(folder))
             self._save_rng_state(str(folder))
+            tokens = self._trained_tokens()
             self.accelerator.wait_for_everyone()
             if self.args.should_save:
                 self.state.save_to_json(str(folder / TRAINER_STATE))
-                self._seal(folder, self.state.global_step, self._total_train_tokens)
+                self._seal(folder, self.state.global_step, tokens)
 
     def resume(self, checkpoint: Path, tokens: int, is_at_end: bool) -> None:
         """Resume from a checkpoint. If no step is left, only load its weights and state, and run a due validation.
