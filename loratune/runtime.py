@@ -13,14 +13,35 @@ ENDING = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP")
 """Signals that users, systems and terminals send to end a process."""
 
 
-def is_main_process() -> bool:
-    """Return whether this process prints and writes files.
+def is_launched() -> bool:
+    """Whether a launcher such as torchrun started this process; RANK and WORLD_SIZE alone may be left over from one."""
+    return "MASTER_ADDR" in os.environ
 
-    torchrun starts several copies of the program and numbers them; RANK alone may be an unrelated variable.
-    """
-    rank, copies = (os.environ.get(name, "") for name in ("RANK", "WORLD_SIZE"))
-    is_copy = rank.isdecimal() and copies.isdecimal() and int(rank) < int(copies)
-    return not is_copy or int(rank) == 0
+
+def is_main_process() -> bool:
+    """Return whether this process prints and writes files; a launcher starts several copies and numbers them."""
+    rank = os.environ.get("RANK", "")
+    return not (is_launched() and rank.isdecimal() and int(rank) < process_count()) or int(rank) == 0
+
+
+def process_count() -> int:
+    """Return how many copies of the program a launcher has started, over all machines."""
+    count = os.environ.get("WORLD_SIZE", "")
+    return max(1, int(count)) if is_launched() and count.isdecimal() else 1
+
+
+def launch_problems() -> list[str]:
+    """Return what is wrong with the variables from which accelerate concludes that a launcher started this process."""
+    problems = []
+    for name, least in (("LOCAL_RANK", 0), ("WORLD_SIZE", 1)):
+        value = os.environ.get(name)
+        if value is None:
+            continue
+        if not value.isdecimal() or int(value) < least:
+            problems.append(f"{name} is {value!r}, where torchrun sets a number from {least}")
+        elif not is_launched() and (name == "LOCAL_RANK" or int(value) > 1):
+            problems.append(f"{name} is set, but MASTER_ADDR is not, which torchrun sets too")
+    return problems
 
 
 @contextmanager

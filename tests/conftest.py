@@ -44,7 +44,7 @@ def _collector_leaves_the_libraries_alone(_spared: set[str]) -> None:
 def clean_environment(monkeypatch: pytest.MonkeyPatch, encoded_rows: Path) -> None:
     """Nothing of the caller's environment reaches a test, and nothing may ask a hub."""
     monkeypatch.setenv("LORATUNE_CACHE", str(encoded_rows))
-    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LORATUNE_DEBUG", "FORCE_COLOR"):
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "LORATUNE_DEBUG", "FORCE_COLOR"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("COLUMNS", "20000")  # no message is broken into lines, however long the paths in it are
     for size in ("_width", "_height"):  # which rich keeps, where COLUMNS and LINES are set when it is imported

@@ -83,6 +83,7 @@ def test_a_card_that_torch_has_no_kernels_for_is_refused(
 
 def test_each_process_may_see_a_gpu_of_its_own(machine: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     machine(count=1)
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
     monkeypatch.setenv("WORLD_SIZE", "4")
     monkeypatch.setenv("LOCAL_RANK", "3")
     assert detect_hardware().device == torch.device("cuda", 0)

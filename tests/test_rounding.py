@@ -98,6 +98,22 @@ def test_an_update_that_rounding_takes_a_part_of_is_merged_with_a_warning(
     assert not any(warning.startswith(WARNING) for warning in wide["warnings"])
 
 
+def test_an_update_below_the_rounding_steps_is_warned_of_without_running_the_models(
+    cli: Cli, output: Path, tmp_path: Path
+) -> None:
+    base = make_model(tmp_path / "base", small(Qwen2Config, tie_word_embeddings=False), torch.bfloat16)
+    make_adapter(base, tmp_path / "adapter")
+    path = tmp_path / "adapter" / "adapter_model.safetensors"
+    light = {name: tensor * (1e-4 if "lora_B" in name else 1) for name, tensor in load_file(path).items()}
+    save_file(light, path, metadata={"format": "pt"})
+    flags = ("--adapter", tmp_path / "adapter", "--base-model", base, "--no-logits")
+    report = merged(cli, output, *flags)
+    assert report["read_back"]["lost_to_rounding"] > 0.9
+    assert any("little is left of the training" in warning for warning in report["warnings"])
+    wide = merged(cli, tmp_path / "wide", *flags, "--dtype", "float32")
+    assert not any("little is left" in warning for warning in wide["warnings"])
+
+
 @pytest.mark.parametrize("values", [{"rms_norm_eps": 3e-6}, {"rope_theta": 5000.0}])
 def test_a_fault_that_does_less_than_rounding_is_noticed(
     cli: Cli, output: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, values: dict[str, float]

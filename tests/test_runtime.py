@@ -7,9 +7,14 @@ import signal
 import subprocess
 import sys
 import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import pytest
 
+from loratune.errors import Exit
+from loratune.model.hardware import detect_hardware
 from loratune.runtime import ENDING, is_main_process, signals_to
 
 
@@ -24,15 +29,55 @@ from loratune.runtime import ENDING, is_main_process, signals_to
 def test_only_a_numbered_copy_is_not_the_main_process(
     monkeypatch: pytest.MonkeyPatch, rank: str | None, copies: str | None, is_main: bool
 ) -> None:
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
     for name, value in {"RANK": rank, "WORLD_SIZE": copies}.items():
         if value is None:
             monkeypatch.delenv(name, raising=False)
         else:
             monkeypatch.setenv(name, value)
     assert is_main_process() is is_main
+    monkeypatch.delenv("MASTER_ADDR")
+    assert is_main_process(), "without a launcher they are left over"
 
 
-@pytest.mark.parametrize(("settings", "is_heard"), [({"RANK": "abc"}, True), ({"RANK": "1", "WORLD_SIZE": "2"}, False)])
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"WORLD_SIZE": "abc"}, "WORLD_SIZE is 'abc'"),
+        ({"WORLD_SIZE": "0", "MASTER_ADDR": "127.0.0.1"}, "WORLD_SIZE is '0'"),
+        ({"LOCAL_RANK": "x", "MASTER_ADDR": "127.0.0.1"}, "LOCAL_RANK is 'x'"),
+        ({"LOCAL_RANK": "7"}, "MASTER_ADDR is not"),
+        ({"RANK": "1", "WORLD_SIZE": "2"}, "MASTER_ADDR is not"),
+        ({"RANK": "1", "WORLD_SIZE": "1"}, None),
+    ],
+)
+def test_what_a_launcher_has_left_over_is_named_by_sft_and_ignored_by_others(
+    cli: Callable[..., Any],
+    rows_file: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    settings: dict[str, str],
+    words: str | None,
+) -> None:
+    for name, value in settings.items():
+        monkeypatch.setenv(name, value)
+    assert detect_hardware().processes == 1
+    flags = ["--data.train", rows_file, "--training.max_steps", "1", "--evaluation.questions_share", "0"]
+    done = cli("sft", "--model.base", "tiny-qwen", "--output", tmp_path / "run", *flags)
+    if words is None:
+        assert done.exit_code == 0, done.stderr
+        return
+    assert done.exit_code == Exit.USAGE
+    assert words in " ".join(done.stderr.split())
+    assert not (tmp_path / "run").exists()
+
+
+LAUNCHED = {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
+
+
+@pytest.mark.parametrize(
+    ("settings", "is_heard"), [({"RANK": "abc"}, True), ({"RANK": "1", "WORLD_SIZE": "2"}, True), (LAUNCHED, False)]
+)
 def test_a_foreign_rank_silences_nothing(settings: dict[str, str], is_heard: bool) -> None:
     code = "from loratune import console; console.say('told'); console.write_result('result')"
     done = subprocess.run(

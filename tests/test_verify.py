@@ -392,3 +392,16 @@ def test_what_the_proof_could_not_check_is_told(cli: Cli, merged: Path, short_ru
 @pytest.mark.parametrize("flags", [("--base-model", "x"), ("--no-logits",), ("--force",)])
 def test_flags_of_the_proof_need_an_adapter(cli: Cli, verified: Path, flags: tuple[str, ...]) -> None:
     assert cli("verify", verified, *flags).exit_code == Exit.USAGE
+
+
+def test_a_run_without_its_manifest_is_not_shown_as_unchanged(cli: Cli, short_run: Path, tmp_path: Path) -> None:
+    run = shutil.copytree(short_run, tmp_path / "run")
+    (run / "manifest.json").unlink()
+    shown = cli("runs", "show", run, "--json")
+    assert json.loads(shown.stdout)["changed"] == ["manifest.json (missing)"]
+
+
+@pytest.mark.parametrize(("name", "code"), [("LICENSE.txt", 0), ("notes.txt", 0), ("vocab.txt", Exit.MODEL)])
+def test_notes_beside_a_model_change_nothing(cli: Cli, merged: Path, name: str, code: int) -> None:
+    (merged / name).write_text("hello")
+    assert cli("verify", merged).exit_code == code

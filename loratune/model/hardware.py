@@ -12,6 +12,7 @@ import torch
 from transformers.utils import is_flash_attn_2_available
 
 from loratune.errors import Exit, LoratuneError
+from loratune.runtime import process_count
 
 NVIDIA_DEVICE = Path("/dev/nvidiactl")
 """Exists where a process is given an NVIDIA GPU; the driver's file is visible in every container of the machine."""
@@ -53,7 +54,7 @@ def detect_hardware() -> Hardware:
     Raises:
         LoratuneError: torch cannot use the GPU of this machine.
     """
-    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    processes = process_count()
     if torch.cuda.is_available():
         return _gpu(processes)
     _require_no_gpu()
@@ -69,7 +70,8 @@ def detect_hardware() -> Hardware:
 def _gpu(processes: int) -> Hardware:
     count = torch.cuda.device_count()
     # A launcher may show each process a GPU of its own, all of which are number 0.
-    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % count)
+    local_rank = os.environ.get("LOCAL_RANK", "")
+    device = torch.device("cuda", int(local_rank) % count if local_rank.isdecimal() else 0)
     capability = torch.cuda.get_device_capability(device)
     name = torch.cuda.get_device_name(device)
     _require_kernels(name, capability)

@@ -11,8 +11,8 @@ from loratune.runs.folder import VERIFICATION, file_sha256, sealed
 from loratune.runs.remembered import remembered_sha256
 from loratune.runs.verification import AnyVerification, read_verification
 
-LOADED = (".safetensors", ".gguf", ".bin", ".json", ".jinja", ".txt", ".model", ".py", "Modelfile")
-"""How names end of files that programs load; cards, licences and a hub's own files change nothing of a model."""
+LOADED = (".safetensors", ".gguf", ".bin", ".json", ".jinja", "vocab.txt", "merges.txt", ".model", ".py", "Modelfile")
+"""How names end of files that programs load; cards, licences, notes and a hub's own files change nothing of a model."""
 
 
 def is_loaded(name: str) -> bool:

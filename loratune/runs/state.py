@@ -66,7 +66,8 @@ def run_state(output: Path) -> dict[str, Any]:
 def _seal(output: Path) -> dict[str, Any]:
     """Return which checks later commands can do on a run, and what they would find."""
     if not (output / MANIFEST).is_file():
-        return {"base_checked": NOTHING, "changed": []}
+        missing = [f"{MANIFEST} (missing)"] if (output / ADAPTER).is_dir() else []
+        return {"base_checked": NOTHING, "changed": missing}
     try:
         manifest = read_manifest(output)
         changed = changed_files(output, manifest, with_adapter=(output / ADAPTER).is_dir())

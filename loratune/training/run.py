@@ -45,7 +45,7 @@ from loratune.runs.report import Report, read_report, write_report
 from loratune.runs.state import next_command
 from loratune.runs.tensor_hashes import TensorHashes
 from loratune.runs.tokenizer_files import copy_tokenizer_files
-from loratune.runtime import is_main_process
+from loratune.runtime import is_main_process, launch_problems
 from loratune.training.activations import measure_activations
 from loratune.training.arguments import training_arguments, with_gradient_checkpointing
 from loratune.training.batching import Batching
@@ -125,6 +125,8 @@ def train(recipe: Recipe, overwrite: bool = False, resume: Resume | None = None)
         LoratuneError: with the problem and advice.
         Interrupted: a signal ended the run.
     """
+    if problems := launch_problems():
+        raise LoratuneError(f"{'; '.join(problems)}. Unset what is left over, or start sft with torchrun", Exit.USAGE)
     output, stops = Path(recipe.output), StopSignals()
     with ExitStack() as stack:
         stack.enter_context(stops.heeded())

@@ -30,6 +30,7 @@ from loratune.recipe.sections import ModelSettings
 from loratune.runs.folder import VERIFICATION
 from loratune.runs.opening import AdapterSource, base_settings, check_vocabulary
 from loratune.runs.output import prepare_output
+from loratune.runs.probe import read_probe
 from loratune.runs.verification import ReadBack
 from loratune.writing import disk_errors_explained
 
@@ -125,6 +126,8 @@ def gather(source: AdapterSource, output: Path, options: MergeOptions) -> Job:
     """
     with disk_errors_explained(output):
         prepare_output(output, options.overwrite, "merged model", VERIFICATION)
+    if options.verify and options.logits:
+        read_probe(source.run)  # a damaged one is an error now, not after minutes of writing
     job = job_of(source, output, options)
     if job.changes_nothing:
         tell_of_unchanged(job, sorted(job.updates), len(job.updates), "zero")

@@ -29,6 +29,9 @@ from loratune.runs.opening import AdapterSource
 from loratune.runs.verification import MergedModel, MergeSeconds, ModelProof, Verification, write_verification
 from loratune.writing import disk_errors_explained, folder_in_one_step
 
+MOST_LOST = 0.9
+"""Share of the update, by norm, that rounding may take without a warning."""
+
 
 def merge_adapter(source: AdapterSource, output: Path, options: MergeOptions) -> Verification[MergedModel]:
     """Merge an adapter into its base, prove the result, and give it its name.
@@ -115,13 +118,22 @@ def prove_files(job: Job, candidate: Candidate) -> None:
 
 
 def _check_updates_survived(job: Job, candidate: Candidate) -> None:
-    """Raise if a merge changed nothing; warn about tensors whose update is lost to rounding."""
+    """Refuse a merge that changes no tensor, and warn of updates that the merged dtype cannot represent."""
     found = candidate.read_back
-    if found is None or not found.unchanged or job.changes_nothing:
+    if found is None or job.changes_nothing:
         return
-    name, is_widest = found.unchanged[0], candidate.plan.tensors[found.unchanged[0]].info.dtype == torch.float32
-    wider = [] if is_widest else job.with_options("keep small changes", dtype=torch.float32)
-    tell_of_unchanged(job, found.unchanged, found.updated, f"zero, or too small for {name} and its type", wider)
+    if found.unchanged:
+        name, is_widest = found.unchanged[0], candidate.plan.tensors[found.unchanged[0]].info.dtype == torch.float32
+        wider = [] if is_widest else job.with_options("keep small changes", dtype=torch.float32)
+        tell_of_unchanged(job, found.unchanged, found.updated, f"zero, or too small for {name} and its type", wider)
+    if found.lost_to_rounding > MOST_LOST:
+        message = (
+            f"rounding to {candidate.plan.dtype_names} takes {found.lost_to_rounding:.1%} of the update, whose values "
+            "are smaller than the rounding steps of the weights: little is left of the training. --dtype float32 keeps "
+            "it; was the learning rate too low, or the run too short?"
+        )
+        console.warn(message)
+        job.warnings.append(message)
 
 
 def _candidates(job: Job, folder: Path) -> list[Candidate]:

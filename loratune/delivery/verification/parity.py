@@ -17,6 +17,8 @@ from loratune.runs.verification import Parity
 
 TOKENS_AT_ONCE = 1024
 """Tokens per batch, including padding: more would take memory, fewer would read the weights more often."""
+ROUNDED = 1e-6
+"""nats below 0 that float32 sums of a divergence may end at; it is never negative."""
 POSITIONS_AT_ONCE = 32
 """Positions whose logits are in memory at once: with 150,000 tokens, 0.6 MB each, several times."""
 
@@ -136,7 +138,7 @@ class _Totals:
         return Parity(
             tokens=self.tokens,
             largest_difference=self.difference,
-            mean_kl=self.kl / self.tokens,
+            mean_kl=0.0 if -ROUNDED < self.kl / self.tokens < 0 else self.kl / self.tokens,
             top1_agreement=self.agreeing / self.tokens,
             clear_disagreement=self.disagreeing / self.tokens,
             largest_logit=self.logit,

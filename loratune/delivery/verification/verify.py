@@ -34,9 +34,6 @@ from loratune.runs.verification import Bounds, ModelProof, Parity
 if TYPE_CHECKING:
     from loratune.delivery.merge.job import Candidate, Job
 
-EFFECT_ROWS = 2
-"""Rows on which the base alone is run: enough for a mean over tokens, at the cost of reading the base once more."""
-
 
 def prove(job: Job, candidates: list[Candidate]) -> tuple[Candidate, ModelProof]:
     """Compare the merged models with base + adapter, and choose the closer one.
@@ -143,7 +140,7 @@ def _effect(job: Job, chosen: Candidate, reference: CausalModel, rows: list[Prob
     base_rows = chosen.files.infos[vocabulary_of(chosen.files.infos).embedding].shape[0]
     if job.settings.quantization != "none" or chosen.plan.vocabulary != base_rows:
         return None
-    (effect,) = compare_models(reference, [load_mapped(job.base)], rows[:EFFECT_ROWS])
+    (effect,) = compare_models(reference, [load_mapped(job.base)], rows)
     return effect
 
 
