@@ -12,9 +12,10 @@ from loratune.cli.flags import Adapter, Force, Json, Logits, MovedBase, adapter_
 from loratune.errors import Exit, LoratuneError
 
 DETAILS = """\
-Recomputes the sha256 of every file and compares it with verification.json or the run's manifest. If a file that a
-program would load has changed, is missing or was added, the exit code is 4. infer, serve and export check a model's
-folder in the same way before they load it.
+Recomputes the sha256 of every file of a merged model or an export, and of a run's adapter, recipe and probe rows, and
+compares it with verification.json or the run's manifest. A run's report and metrics are not recorded there. If a file
+that a program would load has changed, is missing or was added, the exit code is 4. infer, serve and export check a
+model's folder in the same way before they load it.
 
 --adapter repeats the verification of a merge: every tensor, the logits, and some generations."""
 
