@@ -1,4 +1,4 @@
-"""What loratune uses of objects of transformers and PEFT, so that a misspelt name is an error before anything runs."""
+"""The attributes of transformers and PEFT objects that loratune uses, so that type checking finds a misspelt name."""
 
 from __future__ import annotations
 
@@ -76,14 +76,14 @@ class ModelConfig(Protocol):
     model_type: str
     tie_word_embeddings: bool
     _attn_implementation: str
-    """As transformers has chosen it."""
+    """Chosen by transformers."""
 
     def get_text_config(self, decoder: bool | None = None) -> TextConfig:
-        """The part that describes the language model, which may be the config itself."""
+        """Return the part that describes the language model; it may be the config itself."""
 
 
 class TextConfig(ModelConfig, Protocol):
-    """A language model's config; what only some architectures have is asked for with getattr."""
+    """A language model's config; getattr reads what only some architectures have."""
 
     vocab_size: int
     max_position_embeddings: int
@@ -97,57 +97,57 @@ class TextConfig(ModelConfig, Protocol):
 
 
 class Module(Protocol):
-    """A module of torch."""
+    """A torch module."""
 
     training: bool
 
     def eval(self: Itself) -> Itself:
-        """Leave out what is for training only."""
+        """Switch dropout off."""
 
     def train(self: Itself, mode: bool = True) -> Itself:
-        """The opposite."""
+        """Switch dropout on, or off."""
 
     def float(self: Itself) -> Itself:
-        """Have all weights in float32."""
+        """Convert all weights to float32."""
 
     def modules(self) -> Iterator[Any]:
-        """Itself and all within it."""
+        """Yield the module and its descendants."""
 
     def named_modules(self) -> Iterator[tuple[str, Any]]:
-        """The same with their paths."""
+        """Yield them with their paths."""
 
     def parameters(self) -> Iterator[Any]:
-        """Every weight, once."""
+        """Yield each parameter once."""
 
     def named_parameters(self, *, remove_duplicate: bool = True) -> Iterator[tuple[str, Any]]:
-        """The same with their paths."""
+        """Yield them with their paths."""
 
     def buffers(self) -> Iterator[Any]:
-        """What is kept beside the weights."""
+        """Yield tensors that are not parameters."""
 
     def named_buffers(self) -> Iterator[tuple[str, Any]]:
-        """The same with their paths."""
+        """Yield them with their paths."""
 
     def state_dict(self) -> dict[str, Any]:
-        """Path → tensor."""
+        """Return path → tensor."""
 
     def requires_grad_(self: Itself, requires_grad: bool = True) -> Itself:
-        """Have all weights trained, or none."""
+        """Train all parameters, or none."""
 
 
 class Decoder(Module, Protocol):
-    """What makes the last states of token ids."""
+    """Maps token ids to the last hidden states."""
 
     device: Any
     forward: Callable[..., Any]
     rotary_emb: Any
-    """What makes the frequencies of positions."""
+    """Computes the rotary frequencies."""
 
     def __call__(self, **inputs: Any) -> Any:
-        """Run it: `last_hidden_state` and more."""
+        """Return an output with `last_hidden_state`."""
 
     def register_forward_hook(self, hook: Callable[..., Any]) -> Any:
-        """Have something called after each run; returns what takes it away."""
+        """Call a function after each forward pass; the result removes it again."""
 
 
 class CausalModel(Module, Protocol):
@@ -155,42 +155,42 @@ class CausalModel(Module, Protocol):
 
     config: ModelConfig
     generation_config: Any
-    """How its makers want it to be sampled."""
+    """Sampling defaults of the model's authors."""
     base_model_prefix: str
-    """What transformers leaves out of names of tensors."""
+    """Prefix that transformers leaves out of tensor names."""
     base_model: Any
-    """What is one layer further in: the decoder, or PEFT's own layer between its wrapper and the model."""
+    """The next inner module: the decoder, or PEFT's tuner between its wrapper and the model."""
     device: Any
     dtype: Any
     forward: Callable[..., Any]
 
     def __call__(self, **inputs: Any) -> Any:
-        """Run it: `logits` and more."""
+        """Return an output with `logits`."""
 
     def generate(self, **inputs: Any) -> Any:
-        """Token ids of prompts and answers."""
+        """Return the token ids of prompts and answers."""
 
     def get_decoder(self) -> Any:
-        """The decoder; some models return themselves."""
+        """Return the decoder; some models return themselves."""
 
     def get_input_embeddings(self) -> Any:
-        """The layer of the embedding."""
+        """Return the embedding layer."""
 
     def get_output_embeddings(self) -> Any:
-        """The layer that makes logits."""
+        """Return the layer that computes the logits."""
 
     def set_attn_implementation(self, attn_implementation: str) -> None:
-        """Attend otherwise."""
+        """Select an attention implementation by name."""
 
     def tie_weights(self) -> None:
-        """Have the embedding's matrix as the head's, if the config says so."""
+        """Share the embedding's matrix with the head if the config says so."""
 
     def save_pretrained(self, save_directory: Any, **options: Any) -> None:
-        """Write it; of PEFT's model, its adapters alone."""
+        """Write the weights; a PEFT model writes its adapters only."""
 
 
 class AdaptedModel(CausalModel, Protocol):
-    """PEFT's model: a causal language model with adapters on it."""
+    """A PEFT model: a causal language model with adapters."""
 
     active_adapter: str
     peft_config: Mapping[str, Any]
@@ -199,16 +199,16 @@ class AdaptedModel(CausalModel, Protocol):
     """Writes a README.md next to a saved adapter."""
 
     def get_base_model(self) -> CausalModel:
-        """The causal language model itself."""
+        """Return the causal language model without PEFT's wrapper."""
 
     def add_adapter(self, adapter_name: str, peft_config: Any) -> None:
-        """Another adapter, of random weights."""
+        """Add an adapter with random weights."""
 
     def add_weighted_adapter(self, adapters: list[str], weights: list[float], adapter_name: str, **how: Any) -> None:
-        """Another adapter, made of those that are there."""
+        """Add a combination of existing adapters."""
 
     def set_adapter(self, adapter_name: str) -> None:
-        """Have one adapter take effect."""
+        """Activate one adapter."""
 
     def get_nb_trainable_parameters(self) -> tuple[int, int]:
-        """How many weights are trained, of how many."""
+        """Return the numbers of trained and of all parameters."""

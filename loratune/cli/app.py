@@ -86,7 +86,7 @@ def _module(name: str) -> ModuleType:
 
 @functools.cache
 def _command(module_name: str, name: str, summary: str) -> Any:
-    """A command as typer makes it of its function, with an option for each setting."""
+    """Build a typer command from its function, with an option for each setting."""
     module = _module(module_name)
     single = typer.Typer(add_completion=False, context_settings=_HELP_NAMES)
     single.command(name, cls=Command, help=f"{summary}\n\n{module.DETAILS}")(module.command)
@@ -208,7 +208,7 @@ def _require_working_folder() -> None:
 
 
 def _ran_out_of_memory(error: Exception) -> bool:
-    """Whether torch has; without importing it for errors of other commands."""
+    """Return whether torch ran out of memory; without importing torch for other errors."""
     if "torch" not in sys.modules:
         return False
     from loratune.model.memory import is_out_of_memory
@@ -267,7 +267,7 @@ def main() -> None:
     warnings.simplefilter("ignore")
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    # Batches and answers of all lengths would leave a GPU's memory in pieces; torch reads this when it is imported.
+    # Batches and answers of many lengths fragment GPU memory; torch reads this when it is imported.
     os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
     os.environ["MPLBACKEND"] = "agg"  # pictures are files; a notebook's backend may not be there
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")  # rows are encoded in one process

@@ -73,7 +73,7 @@ def command(
     force: Force = False,
     json: Json = False,
 ) -> None:
-    """Export, prove, and say what to do next."""
+    """Export, verify, and print the next command."""
     model = asked_model(adapter is not None, model, base_model)
     folder = adapter_folder(adapter)
     if quantization and format not in ("gguf", "ollama"):
@@ -92,7 +92,7 @@ def command(
         console.say(f"export: {output}", style="bold")
         if format == "vllm" and not json:
             console.write_result(further.line)
-        elif format != "adapter" or destination is None:  # else it is given away by this very command
+        elif format != "adapter" or destination is None:  # otherwise this command uploads it
             console.next_step(str(further))
     if json:
         console.write_json(verification.sealed_values() | {"next": further.line})

@@ -16,12 +16,12 @@ RENAMED_FLAGS = {
     "merge": {"--model": "--base-model", "-m": "--base-model"},
     "verify": {"--model": "--base-model", "-m": "--base-model"},
 }
-"""Command → its flags of earlier versions, which go on working, and what they are called now."""
+"""Command → renamed flags, which still work, and their new names."""
 ADAPTER_FLAGS = ("--adapter", "-a")
 RENAMED_BESIDE_AN_ADAPTER = {
     command: {"--model": "--base-model", "-m": "--base-model"} for command in ("infer", "serve", "export")
 }
-"""The same of flags that mean something else, and are called as they were, where no adapter is given."""
+"""The same for flags that are renamed only next to --adapter, and mean something else without it."""
 
 
 def filled(text: str | None) -> str | None:
@@ -99,7 +99,7 @@ def named_adapters(values: list[str]) -> list[tuple[str, Path]]:
 
 
 def asked_model(has_adapter: bool, model: str | None, base_model: str | None) -> str | None:
-    """The model of a command that takes one with an adapter on it, or alone; None leaves it to the adapter.
+    """Return the model of a command that takes it alone or below an adapter; None leaves it to the adapter.
 
     Raises:
         LoratuneError: none is given, or the base of no adapter.

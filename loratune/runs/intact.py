@@ -1,4 +1,4 @@
-"""Whether a merged or exported folder is as it was verified."""
+"""Compares a merged or exported folder with its verification.json."""
 
 from __future__ import annotations
 
@@ -12,28 +12,28 @@ from loratune.runs.remembered import remembered_sha256
 from loratune.runs.verification import AnyVerification, read_verification
 
 LOADED = (".safetensors", ".gguf", ".bin", ".json", ".jinja", "vocab.txt", "merges.txt", ".model", ".py", "Modelfile")
-"""How names end of files that programs load; cards, licences, notes and a hub's own files change nothing of a model."""
+"""Name suffixes of files that programs load; model cards, licences, notes and a hub's own files are not loaded."""
 
 
 def is_loaded(name: str) -> bool:
-    """Whether programs could load a file of this name, so that a change of it could make another model."""
+    """Return whether programs load files of this name, so that a change would change the model."""
     return name.endswith(LOADED)
 
 
 def is_idle(name: str) -> bool:
-    """Whether nothing depends on a file of this name."""
+    """Return whether no program loads files of this name."""
     return not is_loaded(name)
 
 
 def recorded_files(folder: Path) -> Records:
-    """What verification.json records of the other files of a folder."""
+    """Return name → size and sha256 of the files of a folder, for verification.json."""
     return {name: sealed(path) for name, path in sorted(_files(folder))}
 
 
 def check_files(
     folder: Path, verification: AnyVerification, hash_of: Callable[[Path], str] = file_sha256
 ) -> FileCheck | None:
-    """Compare a folder's files with what verification.json says of them.
+    """Compare a folder's files with those that verification.json records.
 
     Args:
         folder: the folder.
@@ -52,7 +52,7 @@ def check_files(
 
 
 def seal_remarks(folder: Path, verification: AnyVerification) -> list[str]:
-    """What to tell of a verification.json that carries no hash of its own."""
+    """Return a warning about a verification.json without a hash of itself."""
     if verification.is_sealed:
         return []
     return [
@@ -62,7 +62,7 @@ def seal_remarks(folder: Path, verification: AnyVerification) -> list[str]:
 
 
 def require_intact(folder: Path, force: bool) -> list[str]:
-    """Refuse a merged or exported folder whose files are not as they were made; any other folder passes.
+    """Refuse a merged or exported folder whose files have changed; any other folder passes.
 
     Hashes are remembered for as long as a file is not touched, unlike those of `loratune verify`.
 
@@ -91,7 +91,7 @@ def require_intact(folder: Path, force: bool) -> list[str]:
 
 
 def _files(folder: Path) -> Iterator[tuple[str, Path]]:
-    """Name and path of every file but verification.json itself; hidden files and folders are a hub's or an editor's."""
+    """Yield name and path of every file except verification.json, and hidden files of hubs and editors."""
     for path in folder.rglob("*"):
         name = path.relative_to(folder).as_posix()
         if path.is_file() and name != VERIFICATION and not any(part.startswith(".") for part in name.split("/")):

@@ -1,4 +1,4 @@
-"""Values of a JSON file of loratune's own → the class that says what it may hold."""
+"""Reads JSON files that loratune wrote into typed dataclasses."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ Kind = TypeVar("Kind")
 
 
 def as_typed(kind: type[Kind], values: Mapping[str, Any], path: Path) -> Kind:
-    """An object of those values that its class has fields for, each of its field's type.
+    """Make an object of the values that its class has fields for, and check their types.
 
     Args:
         kind: a dataclass, or a section of settings.
@@ -33,7 +33,7 @@ def as_typed(kind: type[Kind], values: Mapping[str, Any], path: Path) -> Kind:
 
 
 def require_version(values: Mapping[str, Any], known: int, path: Path) -> None:
-    """Refuse a file whose layout this version does not know; files without a version have the first one.
+    """Refuse a file of an unknown format version; files without a version have the first one.
 
     Raises:
         LoratuneError: with both versions.

@@ -75,7 +75,7 @@ def everything_asked(request: RowsRequest, source: AdapterSource | None, file: Q
 
 
 class _Asked(NamedTuple):
-    """What is asked of a base: how it is loaded, from where, and how prompts are made."""
+    """A base: how and from where it is loaded, and how prompts are rendered."""
 
     settings: ModelSettings
     folder: Path

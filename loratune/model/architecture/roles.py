@@ -28,7 +28,7 @@ class Role(Enum):
 
 
 def module_roles(model: CausalModel) -> dict[str, Role]:
-    """Name of each module that has a role → which.
+    """Return name → role of each module that has one.
 
     Args:
         model: a causal language model without an adapter; quantised layers have the role of the originals.
@@ -53,7 +53,7 @@ def module_roles(model: CausalModel) -> dict[str, Role]:
 
 
 def linear_modules(model: CausalModel, *only: Role) -> list[str]:
-    """Names of the linear modules that an adapter can go on, in the order of the model.
+    """Return the names of the linear modules that an adapter can target, in the order of the model.
 
     Args:
         model: see `module_roles`.
@@ -64,7 +64,7 @@ def linear_modules(model: CausalModel, *only: Role) -> list[str]:
 
 
 def quantised_matrices(model: CausalModel) -> set[str]:
-    """Names of the parameters that quantisation on loading reaches: linear modules, the head left out."""
+    """Return the names of the parameters that are quantised on loading: linear modules without the head."""
     head = output_layer(model)
     return {
         f"{name}.weight"
@@ -82,7 +82,7 @@ class GatedMlp(NamedTuple):
 
 
 def gated_mlp(module: Any) -> Iterator[GatedMlp]:
-    """The matrices of a module that may be a gated MLP.
+    """Yield the matrices of a module that may be a gated MLP.
 
     Shapes do not distinguish gate and up; the caller has to test the candidates. The usual order comes first.
 
@@ -108,7 +108,7 @@ def is_rms_norm(module: Any) -> bool:
 
 
 def _recorded(model: CausalModel, what: str) -> list[str]:
-    """Names of the modules whose outputs a model can hand out as `what`: transformers has each class state theirs."""
+    """Return the names of the modules whose outputs a model records as `what`, as its transformers class declares."""
     declared: Any = {}
     for part in (causal_model(model), decoder_of(model)):
         declared = declared | (getattr(part, "_can_record_outputs", None) or {})
