@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
-from serving import API_KEY, FakeTicket, Served
+from serving import API_KEY, FakeHandle, Served
 
 from loratune.engine.types import Delta, GenerationRequest
 
@@ -115,28 +115,28 @@ class Scripted:
     adapters: list[str] = field(default_factory=lambda: ["robin", "wren"])
     context_tokens: int = 1000
     questions: list[GenerationRequest] = field(default_factory=list)
-    tickets: list[FakeTicket] = field(default_factory=list)
+    handles: list[FakeHandle] = field(default_factory=list)
     go: threading.Semaphore | None = None
 
-    def submit(self, question: GenerationRequest, deliver: Callable[[Delta], None]) -> FakeTicket:
+    def submit(self, question: GenerationRequest, deliver: Callable[[Delta], None]) -> FakeHandle:
         """Answer in a thread of its own."""
         self.questions.append(question)
-        self.tickets.append(FakeTicket())
-        arguments = (question, self.tickets[-1], deliver, self.go)
+        self.handles.append(FakeHandle())
+        arguments = (question, self.handles[-1], deliver, self.go)
         threading.Thread(target=self._deliver, args=arguments, daemon=True).start()
-        return self.tickets[-1]
+        return self.handles[-1]
 
     def _deliver(
         self,
         question: GenerationRequest,
-        ticket: FakeTicket,
+        handle: FakeHandle,
         deliver: Callable[[Delta], None],
         go: threading.Semaphore | None,
     ) -> None:
         for piece in self.say(question):
-            while go and not ticket.cancelled.is_set() and not go.acquire(timeout=0.02):
+            while go and not handle.cancelled.is_set() and not go.acquire(timeout=0.02):
                 pass
-            if ticket.cancelled.is_set():
+            if handle.cancelled.is_set():
                 deliver(Delta(finish="cancelled"))
                 return
             deliver(piece)

@@ -116,7 +116,7 @@ def served(
 
 
 @dataclass
-class FakeTicket:
+class FakeHandle:
     prompt_tokens: int = 3
     cancelled: threading.Event = field(default_factory=threading.Event)
 
@@ -134,26 +134,26 @@ class FakeEngine:
     warnings: tuple[str, ...] = ()
     context_tokens: int = 100
     questions: list[GenerationRequest] = field(default_factory=list)
-    tickets: list[FakeTicket] = field(default_factory=list)
+    handles: list[FakeHandle] = field(default_factory=list)
     go: threading.Semaphore | None = None
     """One word for each release; None says all at once."""
     said: int = 0
 
-    def submit(self, question: GenerationRequest, deliver: Callable[[Delta], None]) -> FakeTicket:
+    def submit(self, question: GenerationRequest, deliver: Callable[[Delta], None]) -> FakeHandle:
         if question.messages == "too long":
             raise LoratuneError("the prompt has 200 tokens and the model's context has 100; shorten it", Exit.USAGE)
         self.questions.append(question)
-        ticket = FakeTicket()
-        self.tickets.append(ticket)
-        threading.Thread(target=self._say, args=(ticket, deliver), daemon=True).start()
-        return ticket
+        handle = FakeHandle()
+        self.handles.append(handle)
+        threading.Thread(target=self._say, args=(handle, deliver), daemon=True).start()
+        return handle
 
-    def _say(self, ticket: FakeTicket, deliver: Callable[[Delta], None]) -> None:
+    def _say(self, handle: FakeHandle, deliver: Callable[[Delta], None]) -> None:
         for piece in self.words:
             while self.go is not None and not self.go.acquire(timeout=0.02):
-                if ticket.cancelled.is_set():
+                if handle.cancelled.is_set():
                     break
-            if ticket.cancelled.is_set():
+            if handle.cancelled.is_set():
                 deliver(Delta(finish="cancelled"))
                 return
             self.said += 1

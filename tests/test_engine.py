@@ -14,7 +14,7 @@ from processes import Program
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from loratune.engine.engine import Engine, load_engine
-from loratune.engine.request_handle import make_ticket
+from loratune.engine.request_handle import make_handle
 from loratune.engine.sampling import Sampling
 from loratune.engine.types import Delta, GenerationRequest
 from loratune.errors import Exit, LoratuneError
@@ -107,9 +107,9 @@ def test_leaving_ends_an_answer_and_no_other(tiny: Engine) -> None:
     long.close()
     assert "tiny-qwen" in "".join(piece.text for piece in other)
     told: queue.SimpleQueue[Delta] = queue.SimpleQueue()
-    ticket = tiny.submit(ask("Tell me", temperature=5.0, max_new_tokens=1500), told.put)
+    handle = tiny.submit(ask("Tell me", temperature=5.0, max_new_tokens=1500), told.put)
     told.get()
-    ticket.cancel()
+    handle.cancel()
     while not (last := told.get()).finish:
         pass
     assert last.finish == "cancelled"
@@ -123,13 +123,13 @@ def test_an_answer_that_cannot_be_read_ends_alone(tiny: Engine, place: str, monk
         raise TypeError("cannot be read")
 
     def make_broken(question: GenerationRequest, *rest: Any) -> Any:
-        ticket = make_ticket(question, *rest)
+        handle = make_handle(question, *rest)
         if question.messages[0]["content"] == "Hi":  # type: ignore[index]
             for name in {"push": ("push", "finish"), "finish": ("finish",)}[place]:
-                monkeypatch.setattr(ticket.text, name, fail)
-        return ticket
+                monkeypatch.setattr(handle.text, name, fail)
+        return handle
 
-    monkeypatch.setattr("loratune.engine.engine.make_ticket", make_broken)
+    monkeypatch.setattr("loratune.engine.engine.make_handle", make_broken)
     told: queue.SimpleQueue[tuple[str, Delta]] = queue.SimpleQueue()
     for text in (QUESTIONS[0], "Hi", QUESTIONS[1]):
         tiny.submit(ask(text), lambda piece, text=text: told.put((text, piece)))  # type: ignore[misc]

@@ -13,12 +13,17 @@ from rounding import assert_same_but_rounding
 from safetensors.torch import load_file
 from typer.testing import Result
 
+from loratune.engine import engine
+from loratune.engine.sampling import Sampling
+from loratune.engine.types import GenerationRequest
 from loratune.errors import Exit, LoratuneError
 from loratune.model import hardware
 from loratune.model.hardware import Hardware, detect_hardware, resolve_attention
 from loratune.model.kernels.norm_mlp import _RMSNorm
 from loratune.model.memory import is_out_of_memory
+from loratune.model.weights import reference
 from loratune.recipe.loading import load_recipe
+from loratune.recipe.sections import ModelSettings
 from loratune.training.arguments import training_arguments
 from loratune.training.callbacks import MOST_SKIPPED, DivergenceGuard
 
@@ -156,6 +161,39 @@ def test_flash_attention_is_taken_only_where_it_runs(
     if lacking:
         with pytest.raises(LoratuneError, match=lacking):
             resolve_attention("flash_attention_2", card(capability), dtype)
+
+
+def test_the_reference_of_a_proof_never_computes_with_flash_attention(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It casts to the config's type, so that the comparison would not be one in float32."""
+    asked: list[ModelSettings] = []
+
+    def stop(settings: ModelSettings, *_: Any) -> None:
+        asked.append(settings)
+        raise InterruptedError
+
+    monkeypatch.setattr(reference, "load_base", stop)
+    settings = ModelSettings(base="x", quantization="nf4", attn_implementation="flash_attention_2")
+    with pytest.raises(InterruptedError):
+        reference.load_reference(settings, Path("base"), Path("adapter"))
+    assert [(one.attn_implementation, one.compute_dtype) for one in asked] == [("sdpa", "float32")]
+
+
+@pytest.mark.parametrize("is_gpu", [True, False])
+def test_a_conversation_that_a_gpu_has_no_room_for_is_refused(monkeypatch: pytest.MonkeyPatch, is_gpu: bool) -> None:
+    place = card(H100) if is_gpu else detect_hardware()
+    monkeypatch.setattr(engine, "detect_hardware", lambda: place)
+    monkeypatch.setattr(engine, "free_memory_bytes", lambda _: 40_000)
+    loaded = engine.load_engine([], "tiny-qwen")
+    question = GenerationRequest("word " * 300, Sampling(max_new_tokens=2))
+    try:
+        assert any("room for the keys and values" in warning for warning in loaded.warnings) is is_gpu
+        if is_gpu:
+            with pytest.raises(LoratuneError, match="shorten it"):
+                next(loaded.stream(question))
+        else:  # whose memory is taken only as it is written
+            assert list(loaded.stream(question))
+    finally:
+        loaded.close()
 
 
 def recipe_of(tmp_path: Path, **values: Any) -> Any:

@@ -44,17 +44,18 @@ def losses(**values: list[float]) -> Any:
 
 
 def test_sizes_are_those_of_the_products(adapted: Any) -> None:
-    sizes = update_sizes(adapted)
-    assert sizes.keys() == {"q_proj", "down_proj"}
-    for name, size in sizes.items():
+    sizes, updates = update_sizes(adapted), examine(adapted, GradientFlow(), losses()).updates
+    assert sizes.keys() == updates.keys() == {"q_proj", "down_proj"}
+    for name, size in updates.items():
         expected = []
         for path, module in adapted.named_modules():
             if path.endswith(name):
                 update = module.get_delta_weight("default").detach()
                 expected.append(float(update.norm() / module.base_layer.weight.norm()))
+        assert list(sizes[name].values()) == pytest.approx(expected, rel=1e-5)
         assert size.modules == len(expected) == 2
         assert size.largest == pytest.approx(max(expected), rel=1e-5)
-        assert size.median == pytest.approx(sorted(expected)[0], rel=1e-5)  # torch's median of two is the lower
+        assert size.median == pytest.approx(sorted(expected)[0], rel=1e-5)  # the lower one of two
         assert (size.unchanged, size.not_finite) == ((), ())
 
 

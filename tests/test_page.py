@@ -50,8 +50,8 @@ def engine(shared: Served) -> Iterator[Scripted]:
     fresh = Scripted()
     vars(shared.engine).update(vars(fresh))
     yield shared.engine
-    for ticket in shared.engine.tickets:
-        ticket.cancel()
+    for handle in shared.engine.handles:
+        handle.cancel()
 
 
 @pytest.fixture
@@ -181,7 +181,7 @@ def test_stop_ends_the_answer_at_the_server_and_keeps_its_text(page: Any, engine
     else:
         page.keyboard.press("Escape")
     page.wait_for_selector("body:not(.is-running)")
-    assert engine.tickets[0].cancelled.wait(20)
+    assert engine.handles[0].cancelled.wait(20)
     assert text_of(page, ".answer-text") == ["one"]
     assert "stopped" in text_of(page, ".figures")[0]
     assert page.locator(".problem:visible").count() == 0

@@ -12,6 +12,7 @@ import torch
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from test_merge import HEAD, make_adapter, make_model, merged, small
+from test_update import rows_of
 from transformers import AutoModelForCausalLM, Qwen2Config
 from typer.testing import Result
 
@@ -23,16 +24,10 @@ from loratune.model.adapter.attach import load_adapter
 from loratune.model.adapter.peft_merge import PeftMerge
 from loratune.model.weights.mapped import load_mapped
 from loratune.model.weights.rounding import Rounding, rounded_as
-from loratune.runs.probe import ProbeRow
 
 Cli = Callable[..., Result]
 WARNING = "rounding to bfloat16 takes a good part"
 pytestmark = pytest.mark.filterwarnings("ignore:Adapter .* have invalid shape. .*lora_B.bias")
-
-
-def rows_of(*lengths: int) -> list[ProbeRow]:
-    ids = [torch.randint(0, 3000, (length,), generator=torch.Generator().manual_seed(2)).tolist() for length in lengths]
-    return [ProbeRow(row, row) for row in ids]
 
 
 KINDS: dict[str, dict[str, Any]] = {

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from serving import API_KEY, FakeEngine, FakeTicket, Served, chat, events, served
+from serving import API_KEY, FakeEngine, FakeHandle, Served, chat, events, served
 
 from loratune.engine.types import Delta, GenerationRequest
 from loratune.errors import Exit, LoratuneError
@@ -365,13 +365,13 @@ def test_generation_ends_within_a_token_when_the_client_leaves(stream: bool) -> 
     engine = FakeEngine(ENDLESS, go=threading.Semaphore(0))
     with served(engine, slots=1, waiting=0) as running:
         opened = running.connect(CHAT, json.dumps(chat(stream=stream)).encode())
-        running.wait_until(lambda: bool(engine.tickets))
+        running.wait_until(lambda: bool(engine.handles))
         engine.go.release(3)
         running.wait_until(lambda: engine.said == 3)
         if stream:
             assert b"200 OK" in opened.recv(4096)
         opened.close()
-        running.wait_until(engine.tickets[0].cancelled.is_set)
+        running.wait_until(engine.handles[0].cancelled.is_set)
         assert engine.said == 3
         running.wait_until(lambda: not running.queue.replies)
         engine.words, engine.go = [Delta("yes", tokens=1, finish="stop")], None
@@ -387,7 +387,7 @@ def test_a_client_that_leaves_while_its_question_is_handed_in_costs_no_generatio
         running.connect(CHAT, json.dumps(chat(stream=True)).encode()).close()
         running.wait_until(lambda: bool(running.queue.replies))
         held.set()
-        running.wait_until(lambda: bool(engine.tickets) and engine.tickets[0].cancelled.is_set())
+        running.wait_until(lambda: bool(engine.handles) and engine.handles[0].cancelled.is_set())
         running.wait_until(lambda: not running.queue.replies)
     assert engine.said == 0
 
@@ -401,7 +401,7 @@ def test_a_client_that_does_not_read_is_left(monkeypatch: pytest.MonkeyPatch) ->
         for _ in range(100):  # more than the buffers of both sides take
             engine.go.release()
             time.sleep(0.01)
-        running.wait_until(engine.tickets[0].cancelled.is_set)
+        running.wait_until(engine.handles[0].cancelled.is_set)
         running.wait_until(lambda: not running.queue.replies)
         assert engine.said <= 100
         opened.close()
@@ -485,10 +485,10 @@ def test_openai_s_client_raises_what_a_stream_tells() -> None:
 class AtOnce(FakeEngine):
     """Has said everything before anybody looks."""
 
-    def submit(self, question: GenerationRequest, deliver: Callable[[Delta], None]) -> FakeTicket:
+    def submit(self, question: GenerationRequest, deliver: Callable[[Delta], None]) -> FakeHandle:
         for piece in self.words:
             deliver(piece)
-        return FakeTicket()
+        return FakeHandle()
 
 
 @pytest.mark.parametrize("finish", ["error", "cancelled"])

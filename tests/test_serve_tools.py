@@ -12,13 +12,13 @@ from typing import Any
 import openai
 import pytest
 from openai import OpenAI
-from serving import API_KEY, FakeEngine, FakeTicket, chat, events, served
+from serving import API_KEY, FakeEngine, FakeHandle, chat, events, served
 from tool_templates import SPECIAL, TEMPLATES, WEATHER, call_of, tool_base, tool_encoder
 from typer.testing import CliRunner, Result
 
 from loratune.cli.app import app
 from loratune.data.encoding.encoder import Encoder
-from loratune.engine.request_handle import make_ticket
+from loratune.engine.request_handle import make_handle
 from loratune.engine.sequence import RunningSequence
 from loratune.engine.types import GREEDY, Delta, GenerationRequest
 from loratune.errors import Exit
@@ -54,27 +54,27 @@ class ScriptedEngine(FakeEngine):
     def encoder(self) -> Encoder:
         return tool_encoder(self.template)
 
-    def submit(self, question: GenerationRequest, deliver: Callable[[Delta], None]) -> FakeTicket:
+    def submit(self, question: GenerationRequest, deliver: Callable[[Delta], None]) -> FakeHandle:
         assert not isinstance(question.messages, str)
         prompt = self.encoder.prompt_ids(question.messages, question.tools)
         self.prompts = (*self.prompts, self.encoder.tokenizer.decode(prompt))
         self.questions.append(question)
-        ticket = make_ticket(question, RunningSequence(prompt, GREEDY, frozenset()), self.encoder, deliver)
+        handle = make_handle(question, RunningSequence(prompt, GREEDY, frozenset()), self.encoder, deliver)
         ids = self.encoder.tokenizer(self.answer, add_special_tokens=False).input_ids
 
         def say() -> None:
             piece = Delta()
             for token in ids:
-                ticket.running.tokens.append(token)
-                piece = ticket.push(token)
-                if ticket.is_stopped:
+                handle.running.tokens.append(token)
+                piece = handle.push(token)
+                if handle.is_stopped:
                     break
                 deliver(piece)
                 piece = Delta()
-            deliver(ticket.finish(piece, "stop", None))
+            deliver(handle.finish(piece, "stop", None))
 
         threading.Thread(target=say, daemon=True).start()
-        return FakeTicket(len(prompt))
+        return FakeHandle(len(prompt))
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ from loratune.data.encoding.encoder import Encoder
 from loratune.data.formats.conversation import Message
 from loratune.engine.kv_cache import token_bytes
 from loratune.engine.loading import LoadedModel, ServedModel, open_voices
-from loratune.engine.request_handle import RequestHandle, gathering, make_ticket
+from loratune.engine.request_handle import RequestHandle, gathering, make_handle
 from loratune.engine.scheduler import Decoder
 from loratune.engine.sequence import RunningSequence
 from loratune.engine.types import NOTHING, Answer, Delta, GenerationRequest, joined
@@ -54,7 +54,7 @@ class Engine:
             )
             self.context_tokens = room
         self._inbox: queue.SimpleQueue[RequestHandle | None] = queue.SimpleQueue()
-        self._tickets: dict[RunningSequence, RequestHandle] = {}
+        self._handles: dict[RunningSequence, RequestHandle] = {}
         self._model_lock, self._tokenizer_lock = threading.Lock(), threading.Lock()
         self._thread = threading.Thread(target=self._work, name="engine", daemon=True)
         self._thread.start()
@@ -99,9 +99,9 @@ class Engine:
         sampling = question.sampling.but(max_new_tokens=min(question.sampling.max_new_tokens, room))
         running = RunningSequence(prompt, sampling, self._ends(voice.encoder), adapter)
         with self._tokenizer_lock:
-            ticket = make_ticket(question, running, voice.encoder, deliver)
-        self._inbox.put(ticket)
-        return ticket
+            handle = make_handle(question, running, voice.encoder, deliver)
+        self._inbox.put(handle)
+        return handle
 
     def stream(self, question: GenerationRequest) -> Generator[Delta, None, None]:
         """Yield the answer in chunks. Closing the iterator cancels the answer within a token.
@@ -110,7 +110,7 @@ class Engine:
             LoratuneError: see `submit`; or the model ran out of memory.
         """
         pieces: queue.SimpleQueue[Delta] = queue.SimpleQueue()
-        ticket = self.submit(question, pieces.put)
+        handle = self.submit(question, pieces.put)
         try:
             while True:
                 piece = pieces.get()
@@ -120,7 +120,7 @@ class Engine:
                 if piece.finish:
                     return
         finally:
-            ticket.cancel()
+            handle.cancel()
 
     def answers(self, questions: Iterable[GenerationRequest]) -> Iterator[tuple[int, Answer]]:
         """Yield complete answers as they finish, each with the index of its request.
@@ -131,24 +131,24 @@ class Engine:
             LoratuneError: see `stream`.
         """
         ended: queue.SimpleQueue[tuple[int, list[Delta]]] = queue.SimpleQueue()
-        tickets: dict[int, RequestHandle] = {}
+        handles: dict[int, RequestHandle] = {}
         numbered = enumerate(questions)
         try:
             while True:
-                while len(tickets) < AHEAD * self.slots and (following := next(numbered, None)):
+                while len(handles) < AHEAD * self.slots and (following := next(numbered, None)):
                     index, question = following
-                    tickets[index] = self.submit(question, gathering(index, ended))
-                if not tickets:
+                    handles[index] = self.submit(question, gathering(index, ended))
+                if not handles:
                     return
                 index, pieces = ended.get()
-                ticket, whole = tickets.pop(index), joined(*pieces)
+                handle, whole = handles.pop(index), joined(*pieces)
                 if whole.error is not None:
                     raise whole.error
-                length = ticket.prompt_tokens
+                length = handle.prompt_tokens
                 yield index, Answer(whole.text, whole.reasoning, length, whole.tokens, str(whole.finish), whole.calls)
         finally:
-            for ticket in tickets.values():
-                ticket.cancel()
+            for handle in handles.values():
+                handle.cancel()
 
     def reference_loss(self, question: GenerationRequest, answer: Message | str) -> tuple[float, int]:
         """Compute the loss of an answer.
@@ -193,67 +193,67 @@ class Engine:
         """Run the engine's thread: accept requests, make a step, deliver new tokens."""
         while self._take_in():
             try:
-                for ticket in [ticket for ticket in self._tickets.values() if ticket.is_cancelled.is_set()]:
-                    self._end(ticket, "cancelled")
+                for handle in [handle for handle in self._handles.values() if handle.is_cancelled.is_set()]:
+                    self._end(handle, "cancelled")
                 if self.decoder.is_idle:
                     continue
                 with self._model_lock:
                     advanced = self.decoder.step()
                 for running in advanced:
-                    self._hand_out(self._tickets[running])
+                    self._hand_out(self._handles[running])
             except BaseException as error:  # delivered to all waiting requests
-                for ticket in list(self._tickets.values()):
-                    self._end(ticket, "error", _explained(error))
+                for handle in list(self._handles.values()):
+                    self._end(handle, "error", _explained(error))
                 self.decoder.reset()
         while not self._inbox.empty():
             if late := self._inbox.get():
-                self._tickets[late.running] = late
-        for ticket in list(self._tickets.values()):
-            self._end(ticket, "cancelled")
+                self._handles[late.running] = late
+        for handle in list(self._handles.values()):
+            self._end(handle, "cancelled")
 
     def _take_in(self) -> bool:
         """Accept submitted requests, blocking if there is no other work; return False at the end."""
-        wait = not self._tickets
+        wait = not self._handles
         while wait or not self._inbox.empty():
-            ticket = self._inbox.get()
-            if ticket is None:
+            handle = self._inbox.get()
+            if handle is None:
                 return False
-            self._tickets[ticket.running] = ticket
-            self.decoder.add(ticket.running)
+            self._handles[handle.running] = handle
+            self.decoder.add(handle.running)
             wait = False
         return True
 
-    def _hand_out(self, ticket: RequestHandle) -> None:
-        running = ticket.running
+    def _hand_out(self, handle: RequestHandle) -> None:
+        running = handle.running
         try:
-            piece = ticket.push(running.tokens[-1])
+            piece = handle.push(running.tokens[-1])
         except Exception as error:  # a decoding error ends only this request
-            self._end(ticket, "error", error)
+            self._end(handle, "error", error)
             return
-        finish = "stop" if ticket.is_stopped else running.finish
+        finish = "stop" if handle.is_stopped else running.finish
         if finish:
-            self._end(ticket, finish, before=piece)
+            self._end(handle, finish, before=piece)
         elif piece.has_come:
-            self._tell(ticket, piece)
+            self._tell(handle, piece)
 
     def _end(
-        self, ticket: RequestHandle, finish: str, error: BaseException | None = None, before: Delta = NOTHING
+        self, handle: RequestHandle, finish: str, error: BaseException | None = None, before: Delta = NOTHING
     ) -> None:
         """Deliver the last chunk and remove the request."""
-        self.decoder.remove(ticket.running)
-        del self._tickets[ticket.running]
+        self.decoder.remove(handle.running)
+        del self._handles[handle.running]
         try:
-            last = ticket.finish(before, finish, error)
+            last = handle.finish(before, finish, error)
         except Exception as fault:
             last = replace(before, finish="error", error=error or fault)
-        self._tell(ticket, last)
+        self._tell(handle, last)
 
-    def _tell(self, ticket: RequestHandle, piece: Delta) -> None:
+    def _tell(self, handle: RequestHandle, piece: Delta) -> None:
         """Deliver a chunk; an exception in the consumer cancels only its own request."""
         try:
-            ticket.deliver(piece)
+            handle.deliver(piece)
         except Exception:
-            ticket.cancel()
+            handle.cancel()
 
 
 def _explained(error: BaseException) -> BaseException:

@@ -62,10 +62,10 @@ class RequestHandle:
         return Delta(text, parts.reasoning, len(self.running.tokens), calls=calls)
 
 
-def make_ticket(
+def make_handle(
     question: GenerationRequest, running: RunningSequence, encoder: Encoder, deliver: Callable[[Delta], None]
 ) -> RequestHandle:
-    """Create the ticket of a request.
+    """Create the handle of a request.
 
     Args:
         question: the request.

@@ -101,6 +101,11 @@ class Job:
         """Whether the adapter is entirely zero."""
         return all(update.is_nothing for update in self.updates.values())
 
+    def warn(self, message: str) -> None:
+        """Print a warning, and keep it for verification.json."""
+        console.warn(message)
+        self.warnings.append(message)
+
     def with_options(self, purpose: str, **others: Any) -> list[Command]:
         """Return the command of this merge with other options; empty for combined adapters, which it cannot express."""
         if self.source.combined:
@@ -194,5 +199,4 @@ def tell_of_unchanged(
             Exit.MODEL,
             [*advice, *job.with_options("merge it as it is", force=True)],
         )
-    console.warn(message)
-    job.warnings.append(message)
+    job.warn(message)

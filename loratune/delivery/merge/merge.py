@@ -127,13 +127,11 @@ def _check_updates_survived(job: Job, candidate: Candidate) -> None:
         wider = [] if is_widest else job.with_options("keep small changes", dtype=torch.float32)
         tell_of_unchanged(job, found.unchanged, found.updated, f"zero, or too small for {name} and its type", wider)
     if found.lost_to_rounding > MOST_LOST:
-        message = (
+        job.warn(
             f"rounding to {candidate.plan.dtype_names} takes {found.lost_to_rounding:.1%} of the update, whose values "
             "are smaller than the rounding steps of the weights: little is left of the training. --dtype float32 keeps "
             "it; was the learning rate too low, or the run too short?"
         )
-        console.warn(message)
-        job.warnings.append(message)
 
 
 def _candidates(job: Job, folder: Path) -> list[Candidate]:

@@ -56,7 +56,7 @@ def prove(job: Job, candidates: list[Candidate]) -> tuple[Candidate, ModelProof]
         chosen = min(compared, key=lambda one: one.parity.mean_kl)
         bounds = _require_right(job, chosen)
         effect = _effect(job, chosen.candidate, reference, rows)
-        job.warnings += _about_rounding(job, chosen, effect)
+        _warn_of_rounding(job, chosen, effect)
         merged = load_mapped(chosen.candidate.folder, in_float32=False)
         answers = compare_answers(merged, reference, job.encoder, probe)
     return chosen.candidate, ModelProof(
@@ -98,15 +98,15 @@ def _compare(job: Job, candidates: list[Candidate], reference: CausalModel, rows
 
 
 def _require_right(job: Job, chosen: _Compared) -> Bounds:
-    """Refuse a merged model that is out of bounds; the bounds that were held."""
-    if chosen.exact:
-        _require_within(chosen.exact, EXACT)
+    """Refuse a merged model that is out of bounds; return the tightest bounds that were applied."""
+    applied = [(EXACT, chosen.exact)] if chosen.exact else []
     if job.settings.quantization != "none" and chosen.candidate.merge_base == "original":
-        _require_within(chosen.parity, OTHER_BASE)
+        applied.append((OTHER_BASE, chosen.parity))
     elif not chosen.exact:
-        _require_within(chosen.parity, INT8)
-        return INT8
-    return EXACT if chosen.exact else OTHER_BASE
+        applied.append((INT8, chosen.parity))
+    for bounds, parity in applied:
+        _require_within(parity, bounds)
+    return applied[0][0]
 
 
 def _roundings(candidate: Candidate, base: Path, is_quantized: bool) -> dict[str, Rounding]:
@@ -144,17 +144,15 @@ def _effect(job: Job, chosen: Candidate, reference: CausalModel, rows: list[Prob
     return effect
 
 
-def _about_rounding(job: Job, chosen: _Compared, effect: Parity | None) -> list[str]:
+def _warn_of_rounding(job: Job, chosen: _Compared, effect: Parity | None) -> None:
     """Warn if rounding loses much of the adapter's effect."""
     if effect is None or chosen.parity.mean_kl <= max(EXACT.mean_kl, NOTICED * effect.mean_kl):
-        return []
-    message = (
+        return
+    job.warn(
         f"rounding to {chosen.candidate.plan.dtype_names} takes a good part of what the adapter does: the merged model "
         f"is {chosen.parity.mean_kl:.1e} nats from base + adapter (mean KL), and the base alone "
         f"{effect.mean_kl:.1e}. Merged with --dtype float32 it would lose nothing"
     )
-    console.warn(message)
-    return [message]
 
 
 def _require_within(parity: Parity, bounds: Bounds) -> None:

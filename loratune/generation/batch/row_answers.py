@@ -137,8 +137,8 @@ class _Answering:
                     show(kept + self.tally.answers, f"{rate:,.0f} tokens/s")
         finally:
             self.tally.seconds = time.monotonic() - started
-            for ticket in self._open.values():
-                ticket.cancel()
+            for handle in self._open.values():
+                handle.cancel()
 
     def _hand_in(self) -> None:
         while self._waiting and len(self._open) < AHEAD * self.engine.slots:

@@ -86,15 +86,15 @@ def ask(
     """
     arrived: queue.SimpleQueue[tuple[int, Delta]] = queue.SimpleQueue()
     replies = [Reply() for _ in questions]
-    tickets: list[RequestHandle] = []
+    handles: list[RequestHandle] = []
     started = time.monotonic()
     try:
         for place, question in enumerate(questions):
-            tickets.append(engine.submit(question, partial(_deliver, arrived, place)))
-            replies[place].prompt_tokens = tickets[place].prompt_tokens
+            handles.append(engine.submit(question, partial(_deliver, arrived, place)))
+            replies[place].prompt_tokens = handles[place].prompt_tokens
         while not all(reply.finish for reply in replies):
             if is_stopped():
-                _cancel(tickets)
+                _cancel(handles)
             try:
                 place, piece = arrived.get(timeout=_POLL_SECONDS)
             except queue.Empty:
@@ -105,7 +105,7 @@ def ask(
                 raise piece.error
             screen.show(place, piece)
     finally:
-        _cancel(tickets)
+        _cancel(handles)
         screen.close()
     return replies
 
@@ -114,9 +114,9 @@ def _deliver(arrived: queue.SimpleQueue[tuple[int, Delta]], place: int, piece: D
     arrived.put((place, piece))
 
 
-def _cancel(tickets: list[RequestHandle]) -> None:
-    for ticket in tickets:
-        ticket.cancel()
+def _cancel(handles: list[RequestHandle]) -> None:
+    for handle in handles:
+        handle.cancel()
 
 
 @contextmanager

@@ -98,7 +98,7 @@ class Reply:
         self._pieces: asyncio.Queue[Delta] = asyncio.Queue()
         self._failure: Delta | None = None
         """A failure that arrived after text, which is returned first."""
-        self._ticket: RequestHandle | None = None
+        self._handle: RequestHandle | None = None
         self._is_cancelled = False
         self._is_open = True
 
@@ -117,11 +117,11 @@ class Reply:
         if self._is_cancelled:
             self._deliver(Delta(finish="cancelled"))
             return
-        ticket = self._queue.engine.submit(question, self._deliver)
-        self.prompt_tokens = ticket.prompt_tokens
-        self._ticket = ticket
-        if self._is_cancelled:  # cancelled during submission, before the ticket existed
-            ticket.cancel()
+        handle = self._queue.engine.submit(question, self._deliver)
+        self.prompt_tokens = handle.prompt_tokens
+        self._handle = handle
+        if self._is_cancelled:  # cancelled during submission, before the handle existed
+            handle.cancel()
 
     def _deliver(self, piece: Delta) -> None:
         with suppress(RuntimeError):  # the loop is closed
@@ -165,8 +165,8 @@ class Reply:
     def cancel(self) -> None:
         """Cancel the answer; generation stops within one token."""
         self._is_cancelled = True
-        if self._ticket:
-            self._ticket.cancel()
+        if self._handle:
+            self._handle.cancel()
 
     def close(self) -> None:
         """Cancel the answer if it is unfinished, and free its place."""

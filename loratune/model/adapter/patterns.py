@@ -81,8 +81,7 @@ def settle_patterns(values: dict[str, Any], base: Mapping[str, Sequence[int]], p
 
     Returns:
         A copy in which `rank_pattern` and `alpha_pattern` map module names to numbers, and the other settings are names
-        or
-        lists of names.
+        or lists of names.
 
     Raises:
         LoratuneError: an expression is invalid, or takes too long.

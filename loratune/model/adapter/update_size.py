@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from dataclasses import dataclass
 from typing import Any
 
-import torch
 from peft.tuners.lora import LoraLayer
 from peft.utils.integrations import dequantize_module_weight
 
@@ -14,21 +12,8 @@ from loratune.model.adapter.tensors import PREFIX
 from loratune.protocols import AdaptedModel
 
 
-@dataclass(frozen=True)
-class UpdateSize:
-    """Update sizes of all modules with one name."""
-
-    modules: int
-    median: float
-    """‖ΔW‖ / ‖W‖ in Frobenius norms."""
-    largest: float
-    unchanged: tuple[str, ...]
-    """Those whose update is exactly nothing."""
-    not_finite: tuple[str, ...]
-
-
-def update_sizes(model: AdaptedModel, adapter: str = "default") -> dict[str, UpdateSize]:
-    """Target name → size of its modules' updates.
+def update_sizes(model: AdaptedModel, adapter: str = "default") -> dict[str, dict[str, float]]:
+    """Return target name → module → ‖ΔW‖ / ‖W‖ in Frobenius norms.
 
     Args:
         model: the model with the adapter.
@@ -38,19 +23,7 @@ def update_sizes(model: AdaptedModel, adapter: str = "default") -> dict[str, Upd
     for name, module in model.named_modules():
         if isinstance(module, LoraLayer) and adapter in module.lora_A:
             ratios[name.rpartition(".")[2]][name.removeprefix(PREFIX)] = _ratio(module, adapter)
-    return {group: _size(found) for group, found in ratios.items()}
-
-
-def _size(ratios: dict[str, float]) -> UpdateSize:
-    values = torch.tensor(list(ratios.values()), dtype=torch.float64)
-    finite = values[values.isfinite()]
-    return UpdateSize(
-        len(values),
-        float(finite.median()) if len(finite) else float("nan"),
-        float(finite.max()) if len(finite) else float("nan"),
-        tuple(name for name, ratio in ratios.items() if ratio == 0),
-        tuple(name for name, value in zip(ratios, values, strict=True) if not value.isfinite()),
-    )
+    return dict(ratios)
 
 
 def _ratio(module: Any, adapter: str) -> float:

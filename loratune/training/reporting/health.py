@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -46,10 +48,21 @@ def examine(model: AdaptedModel, flow: GradientFlow, metrics: Metrics, answers: 
         metrics: the run's metrics.
         answers: sample generations.
     """
-    updates = {name: Updates(**vars(size)) for name, size in update_sizes(model).items()}
+    updates = {name: _updates(ratios) for name, ratios in update_sizes(model).items()}
     missing = tuple(flow.missing)
     sentences = (*_about_updates(updates, missing), *_about_answers(answers), *_about_losses(metrics))
     return Health(updates, missing, answers, sentences)
+
+
+def _updates(ratios: Mapping[str, float]) -> Updates:
+    finite = [ratio for ratio in ratios.values() if math.isfinite(ratio)]
+    return Updates(
+        modules=len(ratios),
+        median=statistics.median_low(finite) if finite else math.nan,
+        largest=max(finite, default=math.nan),
+        unchanged=tuple(name for name, ratio in ratios.items() if ratio == 0),
+        not_finite=tuple(name for name, ratio in ratios.items() if not math.isfinite(ratio)),
+    )
 
 
 def _about_updates(updates: Mapping[str, Updates], without_gradient: Sequence[str]) -> list[str]:
