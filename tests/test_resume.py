@@ -22,13 +22,13 @@ from loratune.runs.lock import run_lock
 from loratune.training.trainer import AdapterTrainer
 
 Sft = Callable[..., Result]
-FEW = ["--training.epochs", "2", "--training.batch_size", "2", "--training.gradient_accumulation", "2"]
-# Eleven rows, nine of them for training: five batches in steps of two, so that each epoch ends with a shorter step.
+FEW = ["--training.epochs", "2", "--training.batch_size", "4"]
+# Eleven rows, nine of them for training, so that each epoch ends with a step of one row.
 VARIANTS = {
     "packed": [],
     "dropout": ["--lora.dropout", "0.3"],
     "padded": ["--no-training.packing", "--lora.dropout", "0.1"],
-    "tokens per batch": ["--training.tokens_per_batch", "60"],
+    "several passes": ["--training.tokens_per_pass", "60", "--lora.dropout", "0.1"],
     "noise": ["--training.neftune_alpha", "5", "--lora.dropout", "0.1"],
     "bfloat16": ["--model.dtype", "bfloat16", "--lora.dropout", "0.1"],
     "checkpointing": ["--training.gradient_checkpointing", "--lora.dropout", "0.1"],

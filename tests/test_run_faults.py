@@ -26,7 +26,7 @@ from processes import Program, comes_true
 from safetensors.torch import load_file
 from typer.testing import Result
 
-from loratune.data.assembly.batches import PackedRows
+from loratune.data.assembly.batches import PassRows
 from loratune.errors import Exit, LoratuneError
 from loratune.recipe.sections import Recipe
 from loratune.runs import lock
@@ -58,7 +58,7 @@ def sft(cli: Callable[..., Result], random_qwen: Path, rows_file: Path, tmp_path
         steps = () if "--training.max_steps" in flags else ("--training.max_steps", "4")
         return cli(
             "sft", "--model.base", random_qwen, "--model.dtype", "float32", "--data.train", rows_file, *validation,
-            "--training.gradient_accumulation", "1", *steps, "--checkpoints.every_steps", "2", "--output", output,
+            "--training.batch_size", "4", *steps, "--checkpoints.every_steps", "2", "--output", output,
             *flags,
         )  # fmt: skip
 
@@ -429,14 +429,14 @@ def test_a_signal_saves_no_step_whose_weights_are_no_numbers(
 def test_rows_that_can_no_longer_be_read_end_the_run_with_one_message(
     sft: Sft, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
 ) -> None:
-    plain, broken = PackedRows.__getitem__, threading.Event()
+    plain, broken = PassRows.__getitem__, threading.Event()
 
-    def read(self: PackedRows, row: int) -> Any:
+    def read(self: PassRows, numbers: list[int]) -> Any:
         if broken.is_set():
             raise error
-        return plain(self, row)
+        return plain(self, numbers)
 
-    monkeypatch.setattr(PackedRows, "__getitem__", read)
+    monkeypatch.setattr(PassRows, "__getitem__", read)
     at_step(monkeypatch, 3, lambda _: broken.set())
     result = sft()
     assert result.exit_code == Exit.DATA, result.stderr
@@ -486,7 +486,7 @@ def test_packed_rows_keep_apart_whatever_computes_attention(
         result = cli(
             "sft", "--model.base", "tiny-qwen", "--model.dtype", "float32", "--data.train", rows_file,
             "--data.validation", "0", "--training.max_steps", "1", "--training.batch_size", "12",
-            "--training.gradient_accumulation", "1", "--output", run, *flags,
+            "--training.batch_size", "4", "--output", run, *flags,
         )  # fmt: skip
         assert result.exit_code == 0, result.stderr
         losses.append(json.loads((run / "metrics.jsonl").read_text())["loss"])

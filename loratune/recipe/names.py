@@ -16,12 +16,21 @@ RENAMED = {
     "prompt.thinking": "prompt.enable_thinking",
     "training.steps": "training.max_steps",
     "training.max_gradient_norm": "training.max_grad_norm",
+    "training.tokens_per_batch": "training.tokens_per_pass",
 }
 """Old dotted name → present name. A name may be a prefix of others (`data.levels.short`)."""
 
-DROPPED: dict[str, str] = {}
-"""Dropped setting → reason. It is ignored in recipes that loratune wrote, and rejected in a user's recipe."""
+BATCH_SIZE, ACCUMULATION = "training.batch_size", "training.gradient_accumulation"
+EARLIER_BATCH_SIZE = 4
+"""Default of training.batch_size when it was the rows of a micro-batch on one device."""
 
+DROPPED: dict[str, str] = {
+    ACCUMULATION: "training.batch_size is now the rows of a whole optimizer step, over all devices",
+    "evaluation.batch_size": "a validation pass holds as many tokens as a training pass",
+}
+"""Dropped setting, an integer → what makes it unnecessary. It is still read, with a notice."""
+
+STEP_ROWS = "training.batch_size (per step: rows per device × accumulation × devices)"
 KNOWN_ELSEWHERE = {
     # The model.
     "model_name_or_path": "model.base",
@@ -109,18 +118,16 @@ KNOWN_ELSEWHERE = {
     "lr_scheduler": "training.scheduler",
     "warmup_ratio": "training.warmup",
     "warmup_steps": "training.warmup",
-    "per_device_train_batch_size": "training.batch_size",
-    "micro_batch_size": "training.batch_size",
-    "per_device_eval_batch_size": "evaluation.batch_size",
-    "eval_batch_size": "evaluation.batch_size",
-    "gradient_accumulation_steps": "training.gradient_accumulation",
-    "grad_accum": "training.gradient_accumulation",
+    "per_device_train_batch_size": STEP_ROWS,
+    "micro_batch_size": STEP_ROWS,
+    "gradient_accumulation_steps": STEP_ROWS,
+    "grad_accum": STEP_ROWS,
     "cutoff_len": "training.max_length",
     "sequence_len": "training.max_length",
     "max_seq_length": "training.max_length",
     "max_seq_len": "training.max_length",
     "model_max_length": "training.max_length",
-    "packing_length": "training.tokens_per_batch",
+    "packing_length": "training.tokens_per_pass",
     "sample_packing": "training.packing",
     "padding_free": "training.packing",
     "neat_packing": "training.packing",
@@ -172,6 +179,8 @@ WITHOUT_SETTING = {
     "use_bdlora": "it trains plain LoRA, rsLoRA and DoRA",
     "optim_target_modules": "every matrix of the adapter is trained by the same optimizer",
     "train_sampling_strategy": "rows are shuffled in each epoch, using the seed",
+    "per_device_eval_batch_size": DROPPED["evaluation.batch_size"],
+    "eval_batch_size": DROPPED["evaluation.batch_size"],
     "eval_packing": "validation rows are packed like training rows",
     "hub_revision": "merge and export push their results",
     "trust_remote_code": "code from a model's folder is never run",
@@ -192,7 +201,10 @@ def current_name(name: str) -> str | None:
 def with_current_names(values: Mapping[str, Any]) -> dict[str, Any]:
     """Return settings of an earlier version, by dotted name, under their present names."""
     named = ((current_name(name), value) for name, value in values.items())
-    return {name: value for name, value in named if name is not None}
+    present = {name: value for name, value in named if name is not None}
+    if ACCUMULATION in values:
+        present[BATCH_SIZE] = values.get(BATCH_SIZE, EARLIER_BATCH_SIZE) * values[ACCUMULATION]
+    return present
 
 
 def rename_keys(values: dict[str, Any], lines: dict[str, int], note: Callable[[str, str], None]) -> dict[str, int]:
@@ -225,12 +237,34 @@ def rename_keys(values: dict[str, Any], lines: dict[str, int], note: Callable[[s
     return {current_name(name) or name: line for name, line in lines.items()}
 
 
-def drop_keys(values: dict[str, Any]) -> None:
-    """Remove dropped settings from the nested values of a recipe that loratune wrote."""
-    for name in DROPPED:
+def drop_keys(values: dict[str, Any], note: Callable[[str], None]) -> None:
+    """Remove dropped settings from the nested values of a recipe, with flags laid over them.
+
+    Args:
+        values: the recipe's values by section; changed in place.
+        note: called with a sentence for each dropped setting.
+
+    Raises:
+        ValueError: the value that another setting takes in is not a positive integer.
+    """
+    for name, reason in DROPPED.items():
         place, key = _section_of(values, name)
-        if place is not None:
-            place.pop(key, None)
+        if place is None or key not in place:
+            continue
+        value = place.pop(key)
+        if name == ACCUMULATION:
+            note(_join_accumulation(place, value, reason))
+        else:
+            note(f"{name} is ignored: {reason}")
+
+
+def _join_accumulation(training: dict[str, Any], accumulation: Any, reason: str) -> str:
+    """Multiply the micro-batch of an earlier version by its gradient accumulation; return the notice."""
+    rows = training.get("batch_size", EARLIER_BATCH_SIZE)
+    if type(rows) is not int or type(accumulation) is not int or rows < 1 or accumulation < 1:
+        raise ValueError(f"{ACCUMULATION}: {reason}; write that number there instead")
+    training["batch_size"] = rows * accumulation
+    return f"{reason}: batch_size {rows} × gradient_accumulation {accumulation} is read as {rows * accumulation}"
 
 
 def suggestion(setting: str, known: Iterable[str]) -> str:
@@ -241,8 +275,6 @@ def suggestion(setting: str, known: Iterable[str]) -> str:
         known: dotted names of possible settings, or of sections if a section was written.
     """
     last = setting.rpartition(".")[2]
-    if setting in DROPPED:
-        return f": {DROPPED[setting]}"
     if elsewhere := KNOWN_ELSEWHERE.get(last.lower().replace("-", "_")):
         return f"; in loratune this is {elsewhere}"
     if reason := WITHOUT_SETTING.get(last.lower().replace("-", "_")):

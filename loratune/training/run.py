@@ -13,6 +13,7 @@ from trl import SFTConfig
 
 from loratune import console
 from loratune.data.assembly.dataset import as_dataset
+from loratune.data.assembly.steps import PassLayout
 from loratune.data.encoding.encoder import Encoder
 from loratune.data.preparation import PreparedData
 from loratune.errors import Exit, Interrupted, LoratuneError, counted
@@ -26,6 +27,7 @@ from loratune.model.adapter.attach import (
 from loratune.model.base import dtype_name, load_base
 from loratune.model.files import find_base, weight_files
 from loratune.model.hardware import Hardware, detect_hardware
+from loratune.model.kernels.linear_cross_entropy import add_labelled_loss
 from loratune.model.kernels.lora_linear import use_fused_lora
 from loratune.model.kernels.norm_mlp import use_fused_elementwise
 from loratune.model.kernels.packed_attention import use_document_attention
@@ -45,13 +47,13 @@ from loratune.runs.report import Report, read_report, write_report
 from loratune.runs.state import next_command
 from loratune.runs.tensor_hashes import TensorHashes
 from loratune.runs.tokenizer_files import copy_tokenizer_files
-from loratune.runtime import is_main_process, launch_problems
-from loratune.training.activations import measure_activations
+from loratune.runtime import is_main_process, launch_problems, process_number
+from loratune.training.activations import EFFICIENT_TOKENS, PassPlan, largest_step, measure_passes, plan_passes
 from loratune.training.arguments import training_arguments, with_gradient_checkpointing
 from loratune.training.batching import Batching
 from loratune.training.callbacks import Metrics
 from loratune.training.checkpoints.keeper import CheckpointKeeper, check_room
-from loratune.training.checkpoints.resuming import Resume, as_begun, check_identity, completion, find_start
+from loratune.training.checkpoints.resuming import PASS_TOKENS, Resume, as_begun, check_identity, completion, find_start
 from loratune.training.checkpoints.signals import StopSignals
 from loratune.training.failures import attempted, machine_errors_explained
 from loratune.training.gate import pass_gate
@@ -95,6 +97,7 @@ class Session(Prepared):
     model: AdaptedModel
     """The base with the adapter on it, as PEFT makes it."""
     summary: AdapterSummary
+    passes: PassPlan
     held: dict[str, str]
     """Memory use by part, for out-of-memory messages."""
     notes: Notes
@@ -141,7 +144,7 @@ def train(recipe: Recipe, overwrite: bool = False, resume: Resume | None = None)
             if told := completion(output, start, prepared.plan.steps, recipe.evaluation.early_stopping):
                 console.say(told)
                 return read_report(output)
-        session = _load(prepared)
+        session = _load(prepared, start)
         stack.enter_context(machine_errors_explained(recipe, session.held))
         return _train(session, start)
 
@@ -200,8 +203,8 @@ def _prepare(recipe: Recipe, day: str | None, output: Path, stops: StopSignals) 
     tokenizer = load_tokenizer(base)
     encoder = Encoder(tokenizer, recipe.prompt)
     set_pad_token(tokenizer, {encoder.end_id, tokenizer.eos_token_id})
-    plan = plan_steps(recipe.training, data.train.lengths, hardware.processes)
-    arguments, served = training_arguments(recipe, hardware, plan.accumulation, data.validation is not None)
+    plan = plan_steps(recipe.training, len(data.train))
+    arguments, served = training_arguments(recipe, hardware, data.validation is not None)
     warnings = (*advise(recipe), *data.warnings, *served)
     show_data(recipe, data)
     start_up.stage_done("data")
@@ -210,7 +213,7 @@ def _prepare(recipe: Recipe, day: str | None, output: Path, stops: StopSignals) 
     )  # fmt: skip
 
 
-def _load(prepared: Prepared) -> Session:
+def _load(prepared: Prepared, start: Checkpoint | None = None) -> Session:
     """Load the model and attach the adapter."""
     recipe, hardware = prepared.recipe, prepared.hardware
     with console.status(f"loading {recipe.model.base}"):
@@ -220,17 +223,31 @@ def _load(prepared: Prepared) -> Session:
     use_fused_elementwise(model)
     if recipe.training.packing and recipe.model.attn_implementation == "auto":
         use_document_attention(model)
+    add_labelled_loss(model)
     summary = summarise_adapter(adapted)
-    activations, arguments = None, prepared.arguments
-    if recipe.training.gradient_checkpointing is None:
-        tokens, longest = prepared.plan.largest_batch_tokens, prepared.data.train.longest
-        activations = measure_activations(adapted, tokens, longest, recipe.training.packing, hardware)
-        arguments = with_gradient_checkpointing(arguments, not activations.fit)
-    held = parts_of_memory(summary, activations, prepared.plan.largest_batch_tokens)
-    show_model(recipe, hardware, summary, dtype_name(model.dtype), activations)
+    passes = _plan_passes(prepared, adapted, start)
+    arguments = with_gradient_checkpointing(prepared.arguments, passes.gradient_checkpointing)
+    show_model(recipe, hardware, summary, dtype_name(model.dtype), passes)
     prepared.start_up.stage_done("model")
     known = vars(prepared) | {"arguments": arguments}
-    return Session(**known, model=adapted, summary=summary, held=held, notes=Notes())
+    held = parts_of_memory(summary, passes)
+    return Session(**known, model=adapted, summary=summary, passes=passes, held=held, notes=Notes())
+
+
+def _plan_passes(prepared: Prepared, model: AdaptedModel, start: Checkpoint | None) -> PassPlan:
+    """Choose the size of a pass, as before the interruption if it still fits."""
+    training, hardware, lengths = prepared.recipe.training, prepared.hardware, prepared.data.train.lengths
+    longest, step = int(lengths.max()), largest_step(lengths, training, hardware.processes)
+    memory = None
+    if training.gradient_checkpointing is None or training.tokens_per_pass is None:
+        memory = measure_passes(model, training.packing, longest, step, hardware)
+    begun = start.progress.get(PASS_TOKENS) if start else None
+    passes = plan_passes(training, memory, longest, step, str(hardware.device.type), begun)
+    if begun and passes.tokens != begun:
+        console.warn(
+            f"a pass has up to {passes.tokens:,} tokens, {begun:,} before the interruption, so bits may differ"
+        )
+    return passes
 
 
 def _build_trainer(session: Session, identity: dict[str, Any]) -> ActiveTraining:
@@ -239,12 +256,12 @@ def _build_trainer(session: Session, identity: dict[str, Any]) -> ActiveTraining
 
     def seal(folder: Path, step: int, tokens: int) -> None:
         stood = {**metrics.progress, **keeper.progress, "tokens": tokens, "validation_is_due": stops.validation_is_due}
-        seal_checkpoint(folder, step, identity, stood)
+        seal_checkpoint(folder, step, identity, stood | {PASS_TOKENS: session.passes.tokens})
 
     trainer = AdapterTrainer(
         model=session.model,
         args=session.arguments,
-        batching=Batching(recipe.training, recipe.evaluation.batch_size, recipe.seed, session.tokenizer.pad_token_id),
+        batching=Batching(recipe.training.batch_size, _layout(session), recipe.seed, session.tokenizer.pad_token_id),
         train=data.train,
         validation=data.validation,
         stops=stops,
@@ -254,9 +271,20 @@ def _build_trainer(session: Session, identity: dict[str, Any]) -> ActiveTraining
     watchers = add_watchers(session, trainer, metrics, keeper)
     for warning in (*session.warnings, *watchers.trackers.warnings):
         session.notes.warn(warning)
-    rows = ("about " if recipe.training.packing else "") + counted(session.plan.rows_per_step, "row")
+    rows = counted(session.plan.rows_per_step, "row")
     console.say(f"training {counted(session.plan.steps, 'step')} of {rows} on {session.hardware.name}", style="bold")
     return ActiveTraining(trainer, watchers)
+
+
+def _layout(session: Session) -> PassLayout:
+    hardware = session.hardware
+    return PassLayout(
+        session.passes.tokens,
+        EFFICIENT_TOKENS[hardware.device.type],
+        session.recipe.training.packing,
+        hardware.processes,
+        process_number(),
+    )
 
 
 def _take_best(trainer: AdapterTrainer, keeper: CheckpointKeeper) -> None:
