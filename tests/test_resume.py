@@ -257,7 +257,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_taken(
     [
         (["--seed", "7"], "seed: 42 → 7"),
         (["--training.learning_rate", "2e-2"], "training.learning_rate: 0.01 → 0.02"),
-        (["--training.batch_size", "3"], "training.batch_size: 2 → 3"),
+        (["--training.batch_size", "3"], "training.batch_size: 4 → 3"),
         (["--lora.rank", "4"], "lora.rank"),
         (["--training.epochs", "1"], "training.epochs: 2.0 → 1.0"),
         (["--prompt.system", "Be brief."], "prompt.system: none → Be brief."),

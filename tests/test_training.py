@@ -488,8 +488,8 @@ def test_two_processes_train_what_one_trains(random_qwen: Path, rows_file: Path,
     odd = tmp_path / "odd.json"
     odd.write_text(json.dumps(ROWS[:1]))  # nothing is left for the second process
     flags = ["--model.base", str(random_qwen), "--model.dtype", "float32", "--data.train", str(rows_file),
-             "--data.validation", str(odd), "--data.severity", "leaked=ignore", "--training.max_steps", "4",
-             "--training.batch_size", "5", "--lora.dropout", "0", packing]  # fmt: skip
+             "--data.validation", str(odd), "--training.max_steps", "4",
+             "--training.batch_size", "11", "--lora.dropout", "0", packing]  # fmt: skip
     one = [sys.executable, "-m", "loratune", "sft", *flags, "--output", str(tmp_path / "one")]
     two = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "loratune", "sft", *flags,
            "--training.tokens_per_pass", "80", "--output", str(tmp_path / "two")]  # fmt: skip
