@@ -126,6 +126,21 @@ def test_packed_passes_hold_no_padding_and_every_row_once(random_qwen: Path, tmp
     assert sum(comparison.rows_of_steps) == len(ROWS)
 
 
+def test_a_step_learns_the_same_however_it_goes_through_the_model(random_qwen: Path, tmp_path: Path) -> None:
+    """Packed at once, packed in several passes, or padded: the same rows in each step of both epochs."""
+
+    def losses(name: str, **flags: Any) -> list[float]:
+        (tmp_path / name).mkdir()
+        _, trainer = train(random_qwen, tmp_path / name, **{"training.batch_size": "4", "training.epochs": "2"} | flags)
+        return [record["loss"] for record in trainer.state.log_history if "loss" in record]
+
+    whole = losses("whole")
+    assert len(whole) == 6
+    assert whole[:3] != pytest.approx(whole[3:], rel=1e-2)  # it learns, and other rows meet
+    for flags in ({"training.tokens_per_pass": "60"}, {"training.packing": False}):
+        assert losses("-".join(flags), **flags) == pytest.approx(whole, rel=1e-4)
+
+
 def test_with_dropout_the_same_seed_gives_the_same_run(random_qwen: Path, tmp_path: Path, cli: Any) -> None:
     rows = tmp_path / "rows.json"
     rows.write_text(json.dumps(ROWS))

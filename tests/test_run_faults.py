@@ -28,6 +28,7 @@ from typer.testing import Result
 
 from loratune.data.assembly.batches import PassRows
 from loratune.errors import Exit, LoratuneError
+from loratune.model.hardware import detect_hardware
 from loratune.recipe.sections import Recipe
 from loratune.runs import lock
 from loratune.runs.checkpoint import Checkpoint, open_checkpoint
@@ -361,7 +362,7 @@ def test_a_checkpoint_of_another_format_is_refused_and_never_gone_back_behind(
 def test_any_setting_that_an_adapter_hangs_on_keeps_a_run_from_going_on(tmp_path: Path) -> None:
     recipe = Recipe.model_validate({"model": {"base": "x"}, "data": {"train": ["a.json"]}})
     manifest = Manifest(TrainedBase("x", "/x", {"weights_sha256": "0"}), TrainedTemplate("1"))
-    identity = identity_of(recipe, manifest, 1)
+    identity = identity_of(recipe, manifest, detect_hardware())
     assert {"model.base", "training.packing", "training.max_length", "prompt.template", "lora.layers"} <= set(
         identity["settings"]
     )

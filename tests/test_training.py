@@ -31,6 +31,7 @@ from loratune.recipe.sections import PromptSettings
 from loratune.runs.tokenizer_files import copy_tokenizer_files
 from loratune.training.callbacks import DivergenceGuard, Progress
 from loratune.training.failures import memory_advice
+from loratune.training.trainer import AdapterTrainer
 from loratune.training.watchers import Watchers, add_watchers
 
 RUN_FILES = {
@@ -507,6 +508,68 @@ def test_two_processes_train_what_one_trains(random_qwen: Path, rows_file: Path,
         load_file(tmp_path / name / "adapter" / "adapter_model.safetensors") for name in ("one", "two")
     )
     torch.testing.assert_close(two_adapter, one_adapter, rtol=1e-4, atol=1e-5)
+
+
+def test_deterministic_kernels_are_used_in_steps_alone(
+    sft: Callable[..., Result], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Validation and the closing answers may use any kernel."""
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
+    seen: dict[str, set[bool]] = {"step": set(), "validation": set()}
+    plain_loss, plain_sum = AdapterTrainer.compute_loss, AdapterTrainer._sum_loss
+
+    def compute_loss(self: Any, *arguments: Any, **settings: Any) -> Any:
+        seen["step"].add(torch.are_deterministic_algorithms_enabled())
+        return plain_loss(self, *arguments, **settings)
+
+    def sum_loss(self: Any, steps: Any) -> Any:
+        seen["validation"].add(torch.are_deterministic_algorithms_enabled())
+        return plain_sum(self, steps)
+
+    monkeypatch.setattr(AdapterTrainer, "compute_loss", compute_loss)
+    monkeypatch.setattr(AdapterTrainer, "_sum_loss", sum_loss)
+    assert sft().exit_code == 0
+    assert seen == {"step": {False}, "validation": {False}}
+    assert "CUBLAS_WORKSPACE_CONFIG" not in os.environ
+    seen["step"].clear()
+    assert sft("--training.deterministic", "--overwrite").exit_code == 0
+    assert seen == {"step": {True}, "validation": {False}}
+    assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
+    assert not torch.are_deterministic_algorithms_enabled()
+
+
+def test_an_operator_without_a_deterministic_kernel_is_named(
+    sft: Callable[..., Result], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """torch has none for put_ on any device."""
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":16:8")  # a user's own value stays
+    plain_loss = AdapterTrainer.compute_loss
+
+    def compute_loss(self: Any, *arguments: Any, **settings: Any) -> Any:
+        torch.zeros(2).put_(torch.tensor([0]), torch.ones(1))
+        return plain_loss(self, *arguments, **settings)
+
+    monkeypatch.setattr(AdapterTrainer, "compute_loss", compute_loss)
+    assert sft().exit_code == 0
+    result = sft("--training.deterministic", "--overwrite")
+    assert result.exit_code == Exit.USAGE
+    assert "no deterministic kernel for put_" in " ".join(result.stderr.split())
+    assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":16:8"
+
+
+@pytest.mark.parametrize(
+    ("flags", "told"),
+    [
+        (["--training.epochs", "2"], "only 6 steps of 4 rows"),
+        (["--training.epochs", "2", "--training.batch_size", "99"], "only 2 steps of 11 rows"),
+        (["--training.epochs", "4"], None),
+        (["--training.max_steps", "2"], None),
+    ],
+    ids=str,
+)
+def test_a_run_of_few_steps_is_told(sft: Callable[..., Result], flags: list[str], told: str | None) -> None:
+    said = " ".join(sft("--training.max_steps", "null", *flags).stderr.split())
+    assert told in said if told else "the run has only" not in said
 
 
 def spoil_at(monkeypatch: pytest.MonkeyPatch, step: int, with_what: Callable[[Any], None]) -> None:

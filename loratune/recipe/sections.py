@@ -139,6 +139,8 @@ class TrainingSettings(Section):
     """Maximum tokens that go through the model at once; default is what the free memory holds."""
     gradient_checkpointing: bool | None = None
     """Recompute activations in the backward pass: a third slower, far less memory; default is if needed."""
+    deterministic: bool = False
+    """Use deterministic kernels only: equal bits from run to run on a GPU too, but slower; a CPU needs no setting."""
     max_grad_norm: float = Field(default=1.0, ge=0)
     """Maximum gradient norm; larger gradients are scaled down, 0 disables clipping."""
     optimizer: Literal["adamw", "adamw_8bit", "paged_adamw_8bit", "paged_adamw_32bit"] = "adamw"

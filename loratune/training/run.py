@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers.utils import logging as transformers_logging
 from trl import SFTConfig
 
@@ -55,6 +56,7 @@ from loratune.training.callbacks import Metrics
 from loratune.training.checkpoints.keeper import CheckpointKeeper, check_room
 from loratune.training.checkpoints.resuming import PASS_TOKENS, Resume, as_begun, check_identity, completion, find_start
 from loratune.training.checkpoints.signals import StopSignals
+from loratune.training.determinism import request_deterministic_cublas
 from loratune.training.failures import attempted, machine_errors_explained
 from loratune.training.gate import pass_gate
 from loratune.training.notes import Notes
@@ -63,7 +65,7 @@ from loratune.training.reporting.closing import close_run
 from loratune.training.reporting.overview import parts_of_memory, show_data, show_model
 from loratune.training.reporting.report import report_of
 from loratune.training.reporting.start_up import StartUp
-from loratune.training.steps import StepPlan, plan_steps
+from loratune.training.steps import StepPlan, advise_steps, plan_steps
 from loratune.training.trainer import AdapterTrainer
 from loratune.training.watchers import Watchers, add_watchers
 from loratune.writing import folder_in_one_step
@@ -134,6 +136,7 @@ def train(recipe: Recipe, overwrite: bool = False, resume: Resume | None = None)
     with ExitStack() as stack:
         stack.enter_context(stops.heeded())
         stack.enter_context(machine_errors_explained(recipe))
+        stack.callback(_leave_process_group)
         if is_main_process():
             prepare_output(output, overwrite or resume is not None)
             stack.enter_context(run_lock(output))
@@ -147,6 +150,12 @@ def train(recipe: Recipe, overwrite: bool = False, resume: Resume | None = None)
         session = _load(prepared, start)
         stack.enter_context(machine_errors_explained(recipe, session.held))
         return _train(session, start)
+
+
+def _leave_process_group() -> None:
+    """Release the connections of a run with several processes."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
 
 
 def _train(session: Session, start: Checkpoint | None) -> Report | None:
@@ -194,6 +203,8 @@ def _prepare(recipe: Recipe, day: str | None, output: Path, stops: StopSignals) 
     start_up.stage_done("imports")
     transformers_logging.set_verbosity_error()
     keep_freed_memory()
+    if recipe.training.deterministic:
+        request_deterministic_cublas()
     hardware = detect_hardware()
     data = pass_gate(recipe, day).checked()
     recipe = recipe.model_copy(update={"prompt": data.prompt})
@@ -205,7 +216,7 @@ def _prepare(recipe: Recipe, day: str | None, output: Path, stops: StopSignals) 
     set_pad_token(tokenizer, {encoder.end_id, tokenizer.eos_token_id})
     plan = plan_steps(recipe.training, len(data.train))
     arguments, served = training_arguments(recipe, hardware, data.validation is not None)
-    warnings = (*advise(recipe), *data.warnings, *served)
+    warnings = (*advise(recipe), *advise_steps(recipe.training, plan), *data.warnings, *served)
     show_data(recipe, data)
     start_up.stage_done("data")
     return Prepared(
@@ -266,6 +277,7 @@ def _build_trainer(session: Session, identity: dict[str, Any]) -> ActiveTraining
         validation=data.validation,
         stops=stops,
         seal=seal,
+        is_deterministic=recipe.training.deterministic,
         processing_class=session.tokenizer,
     )
     watchers = add_watchers(session, trainer, metrics, keeper)

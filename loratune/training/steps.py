@@ -5,8 +5,10 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from loratune.errors import Exit, LoratuneError
+from loratune.errors import Exit, LoratuneError, counted
 from loratune.recipe.sections import TrainingSettings
+
+FEW_STEPS = 10
 
 
 @dataclass(frozen=True)
@@ -39,3 +41,11 @@ def plan_steps(training: TrainingSettings, rows: int) -> StepPlan:
             Exit.USAGE,
         )
     return StepPlan(min(training.batch_size, rows), steps_per_epoch, steps)
+
+
+def advise_steps(training: TrainingSettings, plan: StepPlan) -> list[str]:
+    """Return a sentence if a run has too few steps to learn much."""
+    if training.max_steps or plan.steps >= FEW_STEPS:
+        return []
+    rows = counted(plan.rows_per_step, "row")
+    return [f"the run has only {counted(plan.steps, 'step')} of {rows}: lower training.batch_size or raise epochs"]

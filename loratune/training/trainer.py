@@ -21,6 +21,7 @@ from loratune.runs.folder import CHECKPOINTS
 from loratune.training.batching import Batching
 from loratune.training.checkpoints.signals import StopSignals, ValidationStopped
 from loratune.training.checkpoints.states import TRAINER_STATE, state_errors_explained
+from loratune.training.determinism import deterministic_kernels
 from loratune.writing import folder_in_one_step
 
 
@@ -45,6 +46,7 @@ class AdapterTrainer(SFTTrainer):
         validation: Split | None,
         stops: StopSignals,
         seal: Callable[[Path, int, int], None],
+        is_deterministic: bool = False,
         **settings: Any,
     ) -> None:
         """Create a trainer.
@@ -55,6 +57,7 @@ class AdapterTrainer(SFTTrainer):
             validation: validation sequences.
             stops: signals to check during validation.
             seal: completes a checkpoint; called with its folder, the step, and the total number of tokens.
+            is_deterministic: use deterministic kernels only.
             settings: arguments of SFTTrainer.
         """
         super().__init__(
@@ -66,7 +69,7 @@ class AdapterTrainer(SFTTrainer):
         self.remove_callback(PrinterCallback)
         _train_in_float32(self.model)
         self._batching, self._train, self._validation = batching, train, validation
-        self._stops, self._seal = stops, seal
+        self._stops, self._seal, self._is_deterministic = stops, seal, is_deterministic
         self._newest_rows: list[int] = []
         self._own_tokens = 0
         """Of this process, since they were last added to those of all."""
@@ -104,10 +107,10 @@ class AdapterTrainer(SFTTrainer):
         """
         model.train()
         *others, last = inputs["passes"]
-        losses = []
-        with self.accelerator.no_sync(model):
-            losses += [self._backward(model, batch, num_items_in_batch) for batch in others]
-        losses.append(self._backward(model, last, num_items_in_batch))
+        with deterministic_kernels(self._is_deterministic):
+            with self.accelerator.no_sync(model):
+                losses = [self._backward(model, batch, num_items_in_batch) for batch in others]
+            losses.append(self._backward(model, last, num_items_in_batch))
         return torch.stack(losses).sum()
 
     def _backward(self, model: Any, batch: dict[str, Any], labelled: Any) -> torch.Tensor:

@@ -8,6 +8,7 @@ from typing import Any
 
 from loratune import console
 from loratune.errors import Exit, LoratuneError, counted
+from loratune.model.hardware import Hardware
 from loratune.plain_files import read_json_object
 from loratune.recipe.names import ACCUMULATION, BATCH_SIZE, with_current_names
 from loratune.recipe.sections import Recipe, default_settings, flat_settings
@@ -28,6 +29,7 @@ FREE = (
 )
 """Settings and sections that do not affect the adapter; files and templates are compared by content."""
 DATE = "date in prompts"
+DEVICE = "device"
 WHOLE_BASE = f"base {FULL}"
 LENGTHS = ("training.epochs", "training.max_steps")
 """These may be increased."""
@@ -127,13 +129,13 @@ def as_begun(recipe: Recipe, output: Path, start: Checkpoint | None) -> tuple[Re
     return recipe, (manifest.created[:10] if is_of_before else known.date) or None
 
 
-def identity_of(recipe: Recipe, manifest: Manifest, processes: int) -> dict[str, Any]:
+def identity_of(recipe: Recipe, manifest: Manifest, hardware: Hardware) -> dict[str, Any]:
     """Return everything that affects the bits of the adapter.
 
     Args:
         recipe: the whole recipe.
         manifest: the run's manifest with base, template, data and versions.
-        processes: number of training processes.
+        hardware: number of processes, and the device.
     """
     settings = {name: value for name, value in flat_settings(recipe).items() if not _is_free(name)}
     files = {
@@ -147,8 +149,8 @@ def identity_of(recipe: Recipe, manifest: Manifest, processes: int) -> dict[str,
     prompts = {"template": template.sha256, **{name: value for name, value in written.items() if value}}
     return {
         "settings": settings,
-        "rest": {**files, **base, **prompts, "processes": processes},
-        "versions": dict(manifest.versions),
+        "rest": {**files, **base, **prompts, "processes": hardware.processes},
+        "versions": {**manifest.versions, DEVICE: hardware.name},
     }
 
 
@@ -158,9 +160,11 @@ def check_identity(checkpoint: Checkpoint, identity: dict[str, Any], allow_chang
     Raises:
         LoratuneError: lists the differences, unless they are allowed.
     """
-    versions = _differences(checkpoint.identity["versions"], identity["versions"])
-    if versions:
-        console.warn("the checkpoint was written with other versions, so bits may differ:\n" + _lines(versions))
+    earlier = {DEVICE: identity["versions"][DEVICE]} | checkpoint.identity["versions"]  # once not recorded
+    if versions := _differences(earlier, identity["versions"]):
+        console.warn(
+            f"the checkpoint was written with other versions or hardware; bits may differ:\n{_lines(versions)}"
+        )
     if PASS_TOKENS not in checkpoint.progress:
         console.warn(
             "the checkpoint is of an earlier version, which drew rows in another order: until the end of its epoch, "
