@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +21,12 @@ from typer.testing import Result
 
 from loratune.data.assembly.steps import PassLayout, StepSampler
 from loratune.model import memory
-from loratune.model.hardware import detect_hardware
+from loratune.model.hardware import Hardware, detect_hardware
 from loratune.model.kernels.lora_linear import use_fused_lora
 from loratune.model.kernels.packed_attention import use_document_attention
 from loratune.recipe.sections import TrainingSettings
-from loratune.training.activations import SPARE, PassMemory, largest_step, measure_passes, plan_passes
+from loratune.training import activations
+from loratune.training.activations import SPARE, SPARE_ON_GPU, PassMemory, largest_step, measure_passes, plan_passes
 
 MB = 2**20
 
@@ -89,6 +90,28 @@ def test_a_step_takes_what_the_allocator_hands_out(random_qwen: Path) -> None:
     assert hidden.requires_grad
     assert found.kept * 128 / SPARE == pytest.approx(held, rel=0.1)
     assert found.needed(128, is_recomputed=False) > found.kept * 128 > found.needed(128, True) - found.fixed
+
+
+def test_on_a_gpu_the_peaks_of_two_passes_give_bytes_per_token_and_what_every_pass_takes(
+    random_qwen: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    adapted = get_peft_model(AutoModelForCausalLM.from_pretrained(random_qwen), LoraConfig(r=4))
+    trained_bytes = 4 * sum(p.numel() for p in adapted.parameters() if p.requires_grad)
+    gpu = Hardware(torch.device("cuda", 0), True, "NVIDIA T4", capability=(7, 5))
+    seen = []
+
+    def peak(model: Any, is_packed: bool, lengths: list[int], hardware: Hardware) -> int:
+        seen.append(lengths)
+        return 5000 + 70 * sum(lengths)
+
+    monkeypatch.setattr(activations, "_peak_bytes", peak)
+    monkeypatch.setattr(activations, "free_memory_bytes", lambda hardware: 10**9)
+    monkeypatch.setattr(torch.random, "fork_rng", lambda devices: nullcontext())
+    found = measure_passes(adapted, True, 128, 4096, gpu)
+    assert seen == [[128], [128] * 4]
+    assert found.kept == pytest.approx(SPARE_ON_GPU * 70)
+    assert found.fixed == pytest.approx(5000 - 0.1 * 70 * 128 + 3 * trained_bytes, abs=1)
+    assert found.free == 10**9
 
 
 def test_borders_of_documents_are_passed_only_where_rows_are_packed() -> None:
