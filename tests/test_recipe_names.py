@@ -15,8 +15,9 @@ from trl import SFTConfig
 from loratune.errors import Exit, LoratuneError
 from loratune.recipe import names
 from loratune.recipe.loading import load_recipe, load_written_recipe
-from loratune.recipe.names import KNOWN_ELSEWHERE, RENAMED, WITHOUT_SETTING, suggestion, with_current_names
+from loratune.recipe.names import RENAMED, with_current_names
 from loratune.recipe.sections import flat_settings, iterate_settings
+from loratune.recipe.suggestions import KNOWN_ELSEWHERE, WITHOUT_SETTING, suggestion
 
 SETTINGS = dict(iterate_settings())
 OLD_RUNS = Path(__file__).parent / "old_runs"

@@ -21,7 +21,7 @@ from safetensors.torch import load_file
 from typer.testing import Result
 
 from loratune.runs.lock import run_lock
-from loratune.training import run as run_module
+from loratune.training import session
 from loratune.training.trainer import AdapterTrainer
 
 Sft = Callable[..., Result]
@@ -446,8 +446,8 @@ def test_a_run_that_goes_on_elsewhere_says_so(
 ) -> None:
     stop(2)
     assert sft("run").exit_code == 143
-    plain = run_module.detect_hardware
-    monkeypatch.setattr(run_module, "detect_hardware", lambda: replace(plain(), name="NVIDIA T4"))
+    plain = session.detect_hardware
+    monkeypatch.setattr(session, "detect_hardware", lambda: replace(plain(), name="NVIDIA T4"))
     result = sft("run", "--resume")
     assert result.exit_code == 0, result.stderr
     assert re.search(

@@ -500,7 +500,7 @@ def test_packed_rows_keep_apart_whatever_computes_attention(
 def test_a_signal_while_a_model_is_read_leaves_nothing(
     sft: Sft, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("loratune.training.run.load_base", lambda *_: os.kill(os.getpid(), signal.SIGTERM))
+    monkeypatch.setattr("loratune.training.session.load_base", lambda *_: os.kill(os.getpid(), signal.SIGTERM))
     assert sft().exit_code == 128 + signal.SIGTERM
     assert [path.name for path in tmp_path.iterdir()] == ["rows.json"]
 

@@ -15,8 +15,9 @@ from loratune.errors import Exit, LoratuneError, bullet_list
 from loratune.plain_files import is_file, open_plain
 from loratune.recipe.data_sections import SourceSettings
 from loratune.recipe.flag_values import parse_flag
-from loratune.recipe.names import current_name, drop_keys, rename_keys, suggestion
+from loratune.recipe.names import current_name, drop_keys, rename_keys
 from loratune.recipe.sections import Recipe, iterate_settings, settings_with_dropped
+from loratune.recipe.suggestions import suggestion
 from loratune.recipe.yaml_reader import SURROGATE, Document, read_yaml, write_yaml
 
 FORMS = ("text", "settings")

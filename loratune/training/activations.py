@@ -30,7 +30,7 @@ SPARE_ON_GPU = 1.1
 """The same on a GPU, where the peak of whole passes is measured: rounding and fragmentation of the allocator."""
 EFFICIENT_TOKENS = {"cuda": 2048, "cpu": 256}
 """A pass with fewer tokens is hardly faster: the time goes into launches and into reading the weights."""
-MOST_TOKENS = {"cuda": 16_384, "cpu": 4096}
+MOST_TOKENS = {"cuda": 16_384, "cpu": 2048}
 """A pass with more tokens is not faster."""
 
 

@@ -12,7 +12,7 @@ from loratune.runs.versions import library_versions
 from loratune.training.checkpoints.resuming import identity_of
 
 if TYPE_CHECKING:
-    from loratune.training.run import Prepared
+    from loratune.training.session import Prepared
 
 
 def manifest_of(session: Prepared) -> Manifest:

@@ -9,33 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers.utils import logging as transformers_logging
-from trl import SFTConfig
 
 from loratune import console
 from loratune.data.assembly.dataset import as_dataset
-from loratune.data.assembly.steps import PassLayout
-from loratune.data.encoding.encoder import Encoder
-from loratune.data.preparation import PreparedData
 from loratune.errors import Exit, Interrupted, LoratuneError, counted
 from loratune.model.adapter.attach import (
-    AdapterSummary,
-    attach_adapter,
     load_adapter_weights,
     save_adapter,
-    summarise_adapter,
 )
-from loratune.model.base import dtype_name, load_base
-from loratune.model.files import find_base, weight_files
-from loratune.model.hardware import Hardware, detect_hardware
-from loratune.model.kernels.linear_cross_entropy import add_labelled_loss
-from loratune.model.kernels.lora_linear import use_fused_lora
-from loratune.model.kernels.norm_mlp import use_fused_elementwise
-from loratune.model.kernels.packed_attention import use_document_attention
-from loratune.model.memory import keep_freed_memory
-from loratune.model.tokenizer import load_tokenizer, set_pad_token
-from loratune.protocols import AdaptedModel, Tokenizer
-from loratune.recipe.advice import advise
 from loratune.recipe.sections import Recipe
 from loratune.runs.card import write_card
 from loratune.runs.checkpoint import Checkpoint, open_checkpoint, seal_checkpoint
@@ -46,63 +27,21 @@ from loratune.runs.probe import MAX_QUESTIONS, save_probe
 from loratune.runs.record import RunRecord
 from loratune.runs.report import Report, read_report, write_report
 from loratune.runs.state import next_command
-from loratune.runs.tensor_hashes import TensorHashes
 from loratune.runs.tokenizer_files import copy_tokenizer_files
-from loratune.runtime import is_main_process, launch_problems, process_number
-from loratune.training.activations import EFFICIENT_TOKENS, PassPlan, largest_step, measure_passes, plan_passes
-from loratune.training.arguments import training_arguments, with_gradient_checkpointing
+from loratune.runtime import is_main_process, launch_problems
 from loratune.training.batching import Batching
 from loratune.training.callbacks import Metrics
 from loratune.training.checkpoints.keeper import CheckpointKeeper, check_room
 from loratune.training.checkpoints.resuming import PASS_TOKENS, Resume, as_begun, check_identity, completion, find_start
 from loratune.training.checkpoints.signals import StopSignals
-from loratune.training.determinism import request_deterministic_cublas
 from loratune.training.failures import attempted, machine_errors_explained
-from loratune.training.gate import pass_gate
-from loratune.training.notes import Notes
 from loratune.training.record import identity_now, manifest_of
 from loratune.training.reporting.closing import close_run
-from loratune.training.reporting.overview import parts_of_memory, show_data, show_model
 from loratune.training.reporting.report import report_of
-from loratune.training.reporting.start_up import StartUp
-from loratune.training.steps import StepPlan, advise_steps, plan_steps
+from loratune.training.session import Session, load, prepare
 from loratune.training.trainer import AdapterTrainer
 from loratune.training.watchers import Watchers, add_watchers
 from loratune.writing import folder_in_one_step
-
-
-@dataclass
-class Prepared:
-    """Everything that a run gathers before the model is loaded."""
-
-    recipe: Recipe
-    output: Path
-    hardware: Hardware
-    base: Path
-    tokenizer: Tokenizer
-    encoder: Encoder
-    data: PreparedData
-    plan: StepPlan
-    arguments: SFTConfig
-    warnings: tuple[str, ...]
-    """Warnings about recipe, rows, and settings that this machine cannot use as given."""
-    start_up: StartUp
-    stops: StopSignals
-    hashes: TensorHashes
-    """Hashes of the base, computed while the model loads."""
-
-
-@dataclass
-class Session(Prepared):
-    """Everything that a run gathers before its first step."""
-
-    model: AdaptedModel
-    """The base with the adapter on it, as PEFT makes it."""
-    summary: AdapterSummary
-    passes: PassPlan
-    held: dict[str, str]
-    """Memory use by part, for out-of-memory messages."""
-    notes: Notes
 
 
 @dataclass(frozen=True)
@@ -141,13 +80,13 @@ def train(recipe: Recipe, overwrite: bool = False, resume: Resume | None = None)
             prepare_output(output, overwrite or resume is not None)
             stack.enter_context(run_lock(output))
         start = find_start(output, resume) if resume else None
-        prepared = _prepare(*as_begun(recipe, output, start), output, stops)
+        prepared = prepare(*as_begun(recipe, output, start), output, stops)
         if start and resume:
             check_identity(start, identity_now(prepared), resume.allow_changes)
             if told := completion(output, start, prepared.plan.steps, recipe.evaluation.early_stopping):
                 console.say(told)
                 return read_report(output)
-        session = _load(prepared, start)
+        session = load(prepared, start)
         stack.enter_context(machine_errors_explained(recipe, session.held))
         return _train(session, start)
 
@@ -197,70 +136,6 @@ def _go_on(running: ActiveTraining, start: Checkpoint, steps: int) -> None:
     trainer.resume(start.folder, start.progress["tokens"], keeper.stopped_early or start.step >= steps)
 
 
-def _prepare(recipe: Recipe, day: str | None, output: Path, stops: StopSignals) -> Prepared:
-    """Find the base and prepare the data: quick steps that may fail, before the model is loaded."""
-    start_up = StartUp()
-    start_up.stage_done("imports")
-    transformers_logging.set_verbosity_error()
-    keep_freed_memory()
-    if recipe.training.deterministic:
-        request_deterministic_cublas()
-    hardware = detect_hardware()
-    data = pass_gate(recipe, day).checked()
-    recipe = recipe.model_copy(update={"prompt": data.prompt})
-    base = find_base(recipe.model)
-    hashes = TensorHashes(weight_files(base))
-    hashes.start()
-    tokenizer = load_tokenizer(base)
-    encoder = Encoder(tokenizer, recipe.prompt)
-    set_pad_token(tokenizer, {encoder.end_id, tokenizer.eos_token_id})
-    plan = plan_steps(recipe.training, len(data.train))
-    arguments, served = training_arguments(recipe, hardware, data.validation is not None)
-    warnings = (*advise(recipe), *advise_steps(recipe.training, plan), *data.warnings, *served)
-    show_data(recipe, data)
-    start_up.stage_done("data")
-    return Prepared(
-        recipe, output, hardware, base, tokenizer, encoder, data, plan, arguments, warnings, start_up, stops, hashes,
-    )  # fmt: skip
-
-
-def _load(prepared: Prepared, start: Checkpoint | None = None) -> Session:
-    """Load the model and attach the adapter."""
-    recipe, hardware = prepared.recipe, prepared.hardware
-    with console.status(f"loading {recipe.model.base}"):
-        model = load_base(recipe.model, prepared.base, hardware)
-    adapted = attach_adapter(model, recipe.lora, recipe.model.base, recipe.seed)
-    use_fused_lora(adapted)
-    use_fused_elementwise(model)
-    if recipe.training.packing and recipe.model.attn_implementation == "auto":
-        use_document_attention(model)
-    add_labelled_loss(model)
-    summary = summarise_adapter(adapted)
-    passes = _plan_passes(prepared, adapted, start)
-    arguments = with_gradient_checkpointing(prepared.arguments, passes.gradient_checkpointing)
-    show_model(recipe, hardware, summary, dtype_name(model.dtype), passes)
-    prepared.start_up.stage_done("model")
-    known = vars(prepared) | {"arguments": arguments}
-    held = parts_of_memory(summary, passes)
-    return Session(**known, model=adapted, summary=summary, passes=passes, held=held, notes=Notes())
-
-
-def _plan_passes(prepared: Prepared, model: AdaptedModel, start: Checkpoint | None) -> PassPlan:
-    """Choose the size of a pass, as before the interruption if it still fits."""
-    training, hardware, lengths = prepared.recipe.training, prepared.hardware, prepared.data.train.lengths
-    longest, step = int(lengths.max()), largest_step(lengths, training, hardware.processes)
-    memory = None
-    if training.gradient_checkpointing is None or training.tokens_per_pass is None:
-        memory = measure_passes(model, training.packing, longest, step, hardware)
-    begun = start.progress.get(PASS_TOKENS) if start else None
-    passes = plan_passes(training, memory, longest, step, str(hardware.device.type), begun)
-    if begun and passes.tokens != begun:
-        console.warn(
-            f"a pass has up to {passes.tokens:,} tokens, {begun:,} before the interruption, so bits may differ"
-        )
-    return passes
-
-
 def _build_trainer(session: Session, identity: dict[str, Any]) -> ActiveTraining:
     recipe, data, stops = session.recipe, session.data, session.stops
     metrics, keeper = Metrics(session.output), CheckpointKeeper(session.output, recipe.checkpoints, recipe.evaluation)
@@ -272,7 +147,7 @@ def _build_trainer(session: Session, identity: dict[str, Any]) -> ActiveTraining
     trainer = AdapterTrainer(
         model=session.model,
         args=session.arguments,
-        batching=Batching(recipe.training.batch_size, _layout(session), recipe.seed, session.tokenizer.pad_token_id),
+        batching=Batching(recipe.training.batch_size, session.layout, recipe.seed, session.tokenizer.pad_token_id),
         train=data.train,
         validation=data.validation,
         stops=stops,
@@ -286,17 +161,6 @@ def _build_trainer(session: Session, identity: dict[str, Any]) -> ActiveTraining
     rows = counted(session.plan.rows_per_step, "row")
     console.say(f"training {counted(session.plan.steps, 'step')} of {rows} on {session.hardware.name}", style="bold")
     return ActiveTraining(trainer, watchers)
-
-
-def _layout(session: Session) -> PassLayout:
-    hardware = session.hardware
-    return PassLayout(
-        session.passes.tokens,
-        EFFICIENT_TOKENS[hardware.device.type],
-        session.recipe.training.packing,
-        hardware.processes,
-        process_number(),
-    )
 
 
 def _take_best(trainer: AdapterTrainer, keeper: CheckpointKeeper) -> None:
