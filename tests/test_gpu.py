@@ -206,7 +206,7 @@ def test_one_process_trains_on_one_of_several_gpus(tmp_path: Path, monkeypatch: 
         "transformers.training_args.TrainingArguments._setup_devices",
         property(lambda self: setattr(self, "_n_gpu", 2) or torch.device("cpu")),
     )
-    arguments, warnings = training_arguments(recipe_of(tmp_path), card(H100, others=1), 1, False)
+    arguments, warnings = training_arguments(recipe_of(tmp_path), card(H100, others=1), False)
     assert arguments.n_gpu == 1
     assert any("one of 2 GPUs" in warning and "--nproc-per-node 2" in warning for warning in warnings)
 
@@ -214,10 +214,10 @@ def test_one_process_trains_on_one_of_several_gpus(tmp_path: Path, monkeypatch: 
 def test_bfloat16_on_a_card_that_emulates_it_is_warned_of(tmp_path: Path) -> None:
     asked = recipe_of(tmp_path, **{"model.dtype": "bfloat16"})
     slow = recipe_of(tmp_path, **{"model.quantization": "nf4", "model.compute_dtype": "bfloat16"})
-    assert any("set model.dtype to auto" in told for told in training_arguments(asked, card(T4), 1, False)[1])
-    assert any("set model.compute_dtype to auto" in told for told in training_arguments(slow, card(T4), 1, False)[1])
+    assert any("set model.dtype to auto" in told for told in training_arguments(asked, card(T4), False)[1])
+    assert any("set model.compute_dtype to auto" in told for told in training_arguments(slow, card(T4), False)[1])
     for recipe, where in ((asked, card(H100)), (recipe_of(tmp_path), card(T4))):
-        assert not any("emulates" in told for told in training_arguments(recipe, where, 1, False)[1])
+        assert not any("emulates" in told for told in training_arguments(recipe, where, False)[1])
 
 
 def test_float16_s_autocast_leaves_norms_alone() -> None:
