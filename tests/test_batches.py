@@ -51,6 +51,7 @@ def test_one_packed_row_is_a_batch_with_its_borders() -> None:
         "cu_seq_lens_k": [0, 5, 8],
         "max_length_q": 5,
         "max_length_k": 5,
+        "document_lengths": [5, 3],
         "seq_idx": [[0, 0, 0, 0, 0, 1, 1, 1]],
         "about": {"sequences": [2, 0], "filling": 0},
     }

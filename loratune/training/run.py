@@ -26,9 +26,9 @@ from loratune.model.adapter.attach import (
 from loratune.model.base import dtype_name, load_base
 from loratune.model.files import find_base, weight_files
 from loratune.model.hardware import Hardware, detect_hardware
+from loratune.model.kernels.attention_choice import choose_attention
 from loratune.model.kernels.lora_linear import use_fused_lora
 from loratune.model.kernels.norm_mlp import use_fused_elementwise
-from loratune.model.kernels.packed_attention import use_document_attention
 from loratune.model.memory import keep_freed_memory
 from loratune.model.tokenizer import load_tokenizer, set_pad_token
 from loratune.protocols import AdaptedModel, Tokenizer
@@ -218,8 +218,7 @@ def _load(prepared: Prepared) -> Session:
     adapted = attach_adapter(model, recipe.lora, recipe.model.base, recipe.seed)
     use_fused_lora(adapted)
     use_fused_elementwise(model)
-    if recipe.training.packing and recipe.model.attn_implementation == "auto":
-        use_document_attention(model)
+    attention = choose_attention(model, hardware, recipe.model.attn_implementation, recipe.training.packing)
     summary = summarise_adapter(adapted)
     activations, arguments = None, prepared.arguments
     if recipe.training.gradient_checkpointing is None:
@@ -227,7 +226,7 @@ def _load(prepared: Prepared) -> Session:
         activations = measure_activations(adapted, tokens, longest, recipe.training.packing, hardware)
         arguments = with_gradient_checkpointing(arguments, not activations.fit)
     held = parts_of_memory(summary, activations, prepared.plan.largest_batch_tokens)
-    show_model(recipe, hardware, summary, dtype_name(model.dtype), activations)
+    show_model(recipe, summary, dtype_name(model.dtype), str(attention), activations)
     prepared.start_up.stage_done("model")
     known = vars(prepared) | {"arguments": arguments}
     return Session(**known, model=adapted, summary=summary, held=held, notes=Notes())

@@ -8,7 +8,6 @@ from loratune import console
 from loratune.data.preparation import PreparedData
 from loratune.errors import counted
 from loratune.model.adapter.attach import AdapterSummary
-from loratune.model.hardware import Hardware
 from loratune.recipe.sections import Recipe
 from loratune.training.activations import Activations, activations_text
 
@@ -30,7 +29,7 @@ def show_data(recipe: Recipe, data: PreparedData) -> None:
 
 
 def show_model(
-    recipe: Recipe, hardware: Hardware, summary: AdapterSummary, dtype: str, activations: Activations | None
+    recipe: Recipe, summary: AdapterSummary, dtype: str, attention: str, activations: Activations | None
 ) -> None:
     """Print model, adapter, and the memory of a step."""
     modules = ", ".join(f"{name} × {count}" for name, count in summary.modules.items())
@@ -45,6 +44,7 @@ def show_model(
             ),
             ("trains", f"{summary.trainable_parameters:,} of {summary.total_parameters:,} parameters ({share:.2%})"),
             ("modules", modules),
+            ("attention", attention),
             *([("a step", activations_text(activations))] if activations else []),
         ],
         title="model",
