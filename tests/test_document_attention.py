@@ -12,6 +12,7 @@ import torch
 from operators import GPU, count, fake_gpu, on_fake_gpu, varlen_by_mask
 from torch.nn import functional
 from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, Qwen3Config
+from transformers.masking_utils import chunked_causal_mask_function
 
 from loratune.data.assembly.batches import collate_packed
 from loratune.model.kernels import packed_attention as document_attention
@@ -311,9 +312,10 @@ def test_without_that_kernel_a_gpu_gets_keys_for_every_head(monkeypatch: pytest.
 
 
 def test_local_attention_other_than_a_window_is_left_to_single_documents(models: Any) -> None:
-    """A mask whose locality the layer does not name, as that of chunks."""
+    """As that of chunks, which a layer does not name."""
     model, _ = models
-    mask = document_attention.defer_mask(batch_size=1, q_length=6, kv_length=6, local_size=3)
+    chunks = chunked_causal_mask_function(3, torch.zeros(1, dtype=torch.long))
+    mask = document_attention.defer_mask(batch_size=1, q_length=6, kv_length=6, local_size=3, mask_function=chunks)
     query = torch.randn(1, 4, 6, 8)
     borders = torch.tensor([0, 6], dtype=torch.int32)
     layer = model.model.layers[0].self_attn

@@ -301,6 +301,13 @@ def test_float16_s_autocast_does_no_harm(name: str) -> None:
     assert_same_but_rounding(grad, expected_grad, terms=8, dtype=torch.float16)
 
 
+def test_torch_s_norm_keeps_the_dtype_where_autocast_makes_it_float32(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a GPU; a CPU's autocast leaves it alone."""
+    plain = functional.rms_norm
+    monkeypatch.setattr(functional, "rms_norm", lambda x, *rest: plain(x.float(), *rest))
+    assert _norm_by_torch(torch.ones(2, 5).half(), torch.ones(5), 1e-6).dtype == torch.float16
+
+
 class Accelerator:
     """As accelerate's, as far as the guard looks at it."""
 
