@@ -24,17 +24,19 @@ def weight() -> Any:
 def test_a_weight_is_rounded_once() -> None:
     one = weight()
     rounded = RoundedWeight(one)
-    first = rounded.to(torch.bfloat16)
+    first = rounded.times(1, torch.bfloat16)
     assert torch.equal(first, one.detach().bfloat16())
-    assert rounded.to(torch.bfloat16) is first
-    assert torch.equal(rounded.to(torch.float16), one.detach().half())
-    assert rounded.to(torch.float32) is one
+    assert rounded.times(1, torch.bfloat16) is first
+    assert torch.equal(rounded.times(0.3, torch.bfloat16), (one.detach() * 0.3).bfloat16())
+    assert torch.equal(rounded.times(1, torch.float16), one.detach().half())
+    assert torch.equal(rounded.times(0.3, torch.float32), one.detach() * 0.3)
+    assert rounded.times(1, torch.float32) is one
 
 
 def test_what_validation_has_rounded_can_be_trained_with() -> None:
     rounded = RoundedWeight(weight())
     with torch.inference_mode():
-        value = rounded.to(torch.bfloat16)
+        value = rounded.times(1, torch.bfloat16)
     x = torch.ones(1, 70, dtype=torch.bfloat16, requires_grad=True)
     (x @ value).sum().backward()
     assert not value.requires_grad
@@ -69,20 +71,20 @@ def test_every_optimizer_s_step_is_noticed(make: Callable[[Any], torch.optim.Opt
     one = weight()
     rounded, optimizer = RoundedWeight(one), make([one])
     for _ in range(2):
-        before = rounded.to(torch.bfloat16).clone()
+        before = rounded.times(1, torch.bfloat16).clone()
         optimizer.step()
-        assert torch.equal(rounded.to(torch.bfloat16), one.detach().bfloat16())
-        assert not torch.equal(rounded.to(torch.bfloat16), before)
+        assert torch.equal(rounded.times(1, torch.bfloat16), one.detach().bfloat16())
+        assert not torch.equal(rounded.times(1, torch.bfloat16), before)
 
 
 def test_loaded_weights_and_copies_are_noticed() -> None:
     layer = nn.Linear(5, 5, bias=False)
     rounded = RoundedWeight(layer.weight)
-    rounded.to(torch.bfloat16)
+    rounded.times(1, torch.bfloat16)
     twin = copy.deepcopy(rounded)
     layer.load_state_dict({"weight": torch.ones(5, 5)})
-    assert torch.equal(rounded.to(torch.bfloat16), torch.ones(5, 5).bfloat16())
+    assert torch.equal(rounded.times(1, torch.bfloat16), torch.ones(5, 5).bfloat16())
     with torch.no_grad():
         twin.weight.fill_(2)
-    assert torch.equal(twin.to(torch.bfloat16), torch.full((5, 5), 2.0).bfloat16())
-    assert torch.equal(rounded.to(torch.bfloat16), torch.ones(5, 5).bfloat16())
+    assert torch.equal(twin.times(1, torch.bfloat16), torch.full((5, 5), 2.0).bfloat16())
+    assert torch.equal(rounded.times(1, torch.bfloat16), torch.ones(5, 5).bfloat16())

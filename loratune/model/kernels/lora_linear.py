@@ -112,13 +112,13 @@ class _FusedLinear(torch.autograd.Function):
         dense = x.contiguous()  # a bfloat16 product of strided rows is a hundred times slower on a CPU
         # Not a 2-D view: later operations may change y in place, which autograd forbids for a view made here.
         y = branch.base(dense)
-        scale = scaling / (1 - rate)
-        dropped, mask, kept = _dropout(_rows(dense), rate)
-        reduced = dropped @ branch.a.to(x.dtype).t()
-        _rows(y).addmm_(reduced, branch.b.to(x.dtype).t(), alpha=scale * kept)
+        dropped, mask, gain = _dropout(_rows(dense), rate)
+        scale = scaling / (1 - rate) / gain  # of A, which both passes multiply by
+        reduced = dropped @ branch.a.times(scale, x.dtype).t()
+        _rows(y).addmm_(reduced, branch.b.times(1, x.dtype).t())
         _, _, needs_a, needs_b, _ = ctx.needs_input_grad
         ctx.save_for_backward(x if needs_a else None, reduced if needs_b else None, mask, lora_a, lora_b)
-        ctx.branch, ctx.bias_dtype, ctx.scale, ctx.kept = branch, None if bias is None else bias.dtype, scale, kept
+        ctx.branch, ctx.bias_dtype, ctx.scale, ctx.gain = branch, None if bias is None else bias.dtype, scale, gain
         return y
 
     @staticmethod
@@ -134,14 +134,14 @@ class _FusedLinear(torch.autograd.Function):
         if needs_bias:
             grad_bias = rows.sum(0, dtype=ctx.bias_dtype)
         if needs_b:
-            grad_b = _long_product(rows, reduced, lora_b.dtype).mul_(ctx.scale * ctx.kept)
+            grad_b = _long_product(rows, reduced, lora_b.dtype)
         if needs_x or needs_a:
-            through_b = rows @ branch.b.to(grad.dtype)  # (rows, rank)
+            through_b = rows @ branch.b.times(1, grad.dtype)  # (rows, rank)
         if needs_a:
-            grad_a = _long_product(through_b, _masked(_rows(x.contiguous()), mask), lora_a.dtype).mul_(ctx.scale)
+            grad_a = _gradient_of_a(through_b, _rows(x.contiguous()), mask, ctx.scale * ctx.gain, lora_a.dtype)
         if needs_x:
             grad_x = rows @ _dense_weight(branch.base, grad.dtype)
-            _add_branch(grad_x, through_b, branch.a.to(grad.dtype), mask, ctx.scale)
+            _add_branch(grad_x, through_b, branch.a.times(ctx.scale, grad.dtype), mask, ctx.gain)
             grad_x = grad_x.view(*grad.shape[:-1], lora_a.shape[1])
         return grad_x, grad_bias, grad_a, grad_b, None
 
@@ -155,7 +155,7 @@ def _dropout(rows: Any, rate: float) -> tuple[Any, Any, float]:
     """Drop elements of (rows, features).
 
     Returns:
-        The product with the mask, the mask (None without dropout), and what the product has been divided by.
+        What is left, the mask (None without dropout), and the factor that the rest has been multiplied by already.
     """
     if not rate:
         return rows, None, 1.0
@@ -164,7 +164,7 @@ def _dropout(rows: Any, rate: float) -> tuple[Any, Any, float]:
 
 def _dropout_by_kernel(rows: Any, rate: float) -> tuple[Any, Any, float]:
     dropped, mask = torch.native_dropout(rows, rate, True)
-    return dropped, mask, 1 - rate
+    return dropped, mask, 1 / (1 - rate)
 
 
 def _dropout_by_bytes(rows: Any, rate: float) -> tuple[Any, Any, float]:
@@ -187,8 +187,12 @@ def _draw_mask(x: Any, rate: float) -> Any:
     return torch.ge(words.view(torch.int8)[: x.numel()].view(rows.shape), dropped.sub_(128).to(torch.int8), out=mask)
 
 
-def _masked(rows: Any, mask: Any | None) -> Any:
-    return rows if mask is None else rows * mask
+def _gradient_of_a(through_b: Any, rows: Any, mask: Any | None, scale: float, dtype: Any) -> Any:
+    """Return (rank, in) of (rows, rank) and the layer's input, in a dtype."""
+    if mask is not None and mask.is_cuda:  # one kernel masks and scales
+        rows = torch.ops.aten.native_dropout_backward(rows, mask, scale)
+        return _long_product(through_b, rows, dtype)
+    return _long_product(through_b, rows if mask is None else rows * mask, dtype).mul_(scale)
 
 
 def _long_product(left: Any, right: Any, dtype: Any) -> Any:
@@ -201,12 +205,12 @@ def _long_product(left: Any, right: Any, dtype: Any) -> Any:
     return (left.t() @ right).to(dtype)
 
 
-def _add_branch(grad_x: Any, through_b: Any, lora_a: Any, mask: Any | None, scale: float) -> None:
+def _add_branch(grad_x: Any, through_b: Any, lora_a: Any, mask: Any | None, gain: float) -> None:
     """Add the branch's contribution to a gradient (rows, in) in place."""
     if mask is None:
-        grad_x.addmm_(through_b, lora_a, alpha=scale)
+        grad_x.addmm_(through_b, lora_a)
     else:
-        grad_x.addcmul_(through_b @ lora_a, mask, value=scale)
+        grad_x.addcmul_(through_b @ lora_a, mask, value=gain)
 
 
 def _dense_weight(base: Any, dtype: Any) -> Any:

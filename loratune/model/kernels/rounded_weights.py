@@ -22,16 +22,16 @@ class RoundedWeight:
         self._source: tuple[Any, ...] | None = None
         self._value: Any = None
 
-    def to(self, dtype: Any) -> Any:
-        """Return the matrix for use without autograd: the weight itself if it has the dtype."""
+    def times(self, factor: float, dtype: Any) -> Any:
+        """Return the matrix times a number, for use without autograd; it is kept only if the dtype differs."""
         weight = self.weight
         if weight.dtype == dtype:
-            return weight
-        source = (id(weight), weight._version, weight.device, dtype)  # a copy starts with another count
+            return weight if factor == 1 else weight * factor
+        source = (id(weight), weight._version, weight.device, factor, dtype)  # a copy starts with another version
         if source != self._source:
             # The next training step may save a tensor that validation has made.
             with torch.inference_mode(False), torch.no_grad():
-                self._value = weight.to(dtype)
+                self._value = (weight if factor == 1 else weight * factor).to(dtype)
             self._source = source
         return self._value
 
