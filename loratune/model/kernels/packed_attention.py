@@ -141,9 +141,10 @@ def attend_by_varlen(
 ) -> tuple[torch.Tensor, None]:
     """Compute `attend_documents` with one kernel for all documents, with `max_length_q` beside their boundaries."""
     borders, longest, window = (settings.get(name) for name in ("cu_seq_lens_q", "max_length_q", "sliding_window"))
-    # Local attention that is not a window, such as one of chunks, is left to documents by themselves.
+    # Documents by themselves are for the rest, such as local attention that is not a window but of chunks.
     is_known = isinstance(attention_mask, DeferredMask) and attention_mask.arguments.get("local_size") == window
-    if borders is None or longest is None or not is_known or settings.get("dropout"):
+    is_served = query.shape[-1] == value.shape[-1] and not settings.get("dropout")
+    if borders is None or longest is None or not is_known or not is_served:
         return attend_documents(module, query, key, value, attention_mask, **settings)
     _check_row(query, key, attention_mask, settings)
     _document_lengths(query, settings)
