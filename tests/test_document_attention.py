@@ -311,15 +311,22 @@ def test_without_that_kernel_a_gpu_gets_keys_for_every_head(monkeypatch: pytest.
     assert seen == 2 * [3 * ((1, 4, length, 8),) + (False,) for length in (7, 1, 4)]
 
 
-def test_local_attention_other_than_a_window_is_left_to_single_documents(models: Any) -> None:
-    """As that of chunks, which a layer does not name."""
-    model, _ = models
+@pytest.mark.parametrize("kind", ["chunks", "narrow values", "dropout"])
+def test_what_the_kernel_does_not_serve_is_left_to_single_documents(
+    random_qwen: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    """Local attention of chunks is not named by a layer, but by its mask."""
+    monkeypatch.setattr(document_attention, "varlen_attn", None)
+    layer = AutoModelForCausalLM.from_pretrained(random_qwen).model.layers[0].self_attn
     chunks = chunked_causal_mask_function(3, torch.zeros(1, dtype=torch.long))
-    mask = document_attention.defer_mask(batch_size=1, q_length=6, kv_length=6, local_size=3, mask_function=chunks)
-    query = torch.randn(1, 4, 6, 8)
-    borders = torch.tensor([0, 6], dtype=torch.int32)
-    layer = model.model.layers[0].self_attn
-    settings = {"cu_seq_lens_q": borders, "max_length_q": 6, "scaling": 0.3}
-    found = document_attention.attend_by_varlen(layer, query, query[:, :2], query[:, 2:], mask, **settings)[0]
-    expected = document_attention.attend_documents(layer, query, query[:, :2], query[:, 2:], mask, **settings)[0]
-    assert torch.equal(found, expected)
+    local = {"local_size": 3, "mask_function": chunks} if kind == "chunks" else {}
+    mask = document_attention.defer_mask(batch_size=1, q_length=6, kv_length=6, **local)
+    query, key = torch.randn(1, 4, 6, 8), torch.randn(1, 2, 6, 8)
+    value = key[..., :4] if kind == "narrow values" else key
+    settings = {"cu_seq_lens_q": torch.tensor([0, 4, 6], dtype=torch.int32), "max_length_q": 4, "scaling": 0.3}
+    settings["dropout"] = 0.5 if kind == "dropout" else 0.0
+    results = []
+    for attend in (document_attention.attend_by_varlen, document_attention.attend_documents):
+        torch.manual_seed(3)
+        results.append(attend(layer, query, key, value, mask, **settings)[0])
+    assert torch.equal(*results)

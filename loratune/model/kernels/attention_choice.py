@@ -7,7 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch.nn import functional
 
-from loratune.model.architecture.structure import text_config
+from loratune.model.architecture.structure import head_size, key_value_heads, text_config
+from loratune.model.base import dtype_name
 from loratune.model.hardware import FLASH_CAPABILITY, Hardware
 from loratune.model.kernels.packed_attention import VARLEN_ATTENTION, use_document_attention, varlen
 from loratune.protocols import CausalModel
@@ -58,7 +59,7 @@ def _what_varlen_lacks(model: CausalModel, hardware: Hardware) -> str:
     if hardware.capability < FLASH_CAPABILITY:
         return f"since {hardware.name} has compute capability {hardware.capability[0]}.{hardware.capability[1]} < 8.0"
     if model.dtype not in (torch.bfloat16, torch.float16):
-        return f"since the model computes in {str(model.dtype).removeprefix('torch.')}"
+        return f"since the model computes in {dtype_name(model.dtype)}"
     if not getattr(model, "_supports_flash_attn", False):
         return f"since {type(model).__name__} has attention that its kernel does not know"
     if getattr(text_config(model.config), "attention_dropout", 0):
@@ -68,14 +69,11 @@ def _what_varlen_lacks(model: CausalModel, hardware: Hardware) -> str:
 
 def _what_fails(model: CausalModel) -> str:
     """Try the kernel with the model's heads, forward and backward, and compare it with sdpa."""
-    config, random = text_config(model.config), torch.Generator().manual_seed(0)
-    heads = config.num_attention_heads
-    key_heads = getattr(config, "num_key_value_heads", None) or heads
-    size = getattr(config, "head_dim", None) or config.hidden_size // heads
-    rows = [
-        torch.randn(sum(TRIAL), count, size, generator=random).to(model.device, model.dtype).requires_grad_()
-        for count in (heads, key_heads, key_heads)
-    ]
+    config, random = model.config, torch.Generator().manual_seed(0)
+    heads, key_heads = text_config(config).num_attention_heads, key_value_heads(config)
+    shapes = [(sum(TRIAL), count, head_size(config)) for count in (heads, key_heads, key_heads)]
+    made = (torch.randn(shape, generator=random).to(model.device, model.dtype) for shape in shapes)
+    rows = [tensor.requires_grad_() for tensor in made]
     borders = torch.tensor([0, TRIAL[0], sum(TRIAL)], dtype=torch.int32, device=model.device)
     direction = rows[0].detach()
     try:
