@@ -36,6 +36,7 @@ def test_a_packed_pass_joins_its_sequences_in_order_and_predicts_no_first_token(
         "cu_seq_lens_k": [0, 5, 8],
         "max_length_q": 5,
         "max_length_k": 5,
+        "document_lengths": [5, 3],
         "seq_idx": [[0, 0, 0, 0, 0, 1, 1, 1]],
         "about": {"sequences": [2, 0], "tokens": 8},
     }

@@ -8,12 +8,18 @@ from typing import Any
 
 import pytest
 import torch
+from operators import GPU, count, fake_gpu, on_fake_gpu, varlen_by_mask
 from torch.nn import functional
 from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, Qwen3Config
+from transformers.masking_utils import chunked_causal_mask_function
 
 from loratune.data.assembly.batches import collate_packed
 from loratune.model.kernels import packed_attention as document_attention
-from loratune.model.kernels.packed_attention import DOCUMENT_ATTENTION, register_document_attention
+from loratune.model.kernels.packed_attention import (
+    DOCUMENT_ATTENTION,
+    VARLEN_ATTENTION,
+    register_document_attention,
+)
 
 SIZES = {
     "vocab_size": 96,
@@ -37,15 +43,22 @@ CONFIGS: dict[str, Callable[[], Any]] = {
 ROWS = {"several": [7, 1, 12, 1, 5, 4], "one": [11], "of one token": [1, 1, 1], "a single token": [1]}
 
 
-@pytest.fixture(params=["qwen2", *CONFIGS])
-def models(request: pytest.FixtureRequest, random_qwen: Path) -> tuple[Any, Any]:
-    """One model twice: with documents by themselves, and with sdpa."""
+@pytest.fixture(params=[DOCUMENT_ATTENTION, VARLEN_ATTENTION])
+def implementation(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Name of an attention for packed rows; a dense mask stands in for the kernel that needs a GPU."""
     register_document_attention()
+    monkeypatch.setattr(document_attention, "varlen_attn", varlen_by_mask)
+    return str(request.param)
+
+
+@pytest.fixture(params=["qwen2", *CONFIGS])
+def models(request: pytest.FixtureRequest, implementation: str, random_qwen: Path) -> tuple[Any, Any]:
+    """One model twice: with documents by themselves, and with sdpa."""
+    names = (implementation, "sdpa")
     if request.param == "qwen2":
-        names = (DOCUMENT_ATTENTION, "sdpa")
         return tuple(AutoModelForCausalLM.from_pretrained(random_qwen, attn_implementation=name) for name in names)
     made = []
-    for name in (DOCUMENT_ATTENTION, "sdpa"):
+    for name in names:
         torch.manual_seed(0)
         config = CONFIGS[request.param]()
         made.append(AutoModelForCausalLM.from_config(config, attn_implementation=name).eval())
@@ -163,7 +176,10 @@ def test_no_mask_of_the_row_is_built_for_documents_with_borders(models: Any, mon
 
     monkeypatch.setattr(document_attention, "sdpa_mask", watch)
     model(**batch_of(documents_of(ROWS["several"])))
-    assert max(lengths) == max(ROWS["several"])
+    if model.config._attn_implementation == VARLEN_ATTENTION:
+        assert lengths == []
+    else:
+        assert max(lengths) == max(ROWS["several"])
 
 
 @pytest.mark.parametrize(
@@ -237,3 +253,73 @@ def test_documents_of_all_lengths_make_products_of_few_shapes(monkeypatch: pytes
         tensors = (torch.randn(1, heads, length, 8) for heads in (4, 2, 2))
         assert document_attention._attend_by_products(*tensors, None).shape == (1, length, 4, 8)
     assert len(shapes) == 256 // document_attention.LENGTH_UNIT
+
+
+@pytest.mark.parametrize("family", CONFIGS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_on_a_gpu_all_documents_are_one_call_of_torch_s_kernel_per_layer(family: str, dtype: torch.dtype) -> None:
+    register_document_attention()
+    batch = batch_of(documents_of([7, 1, 30, 26]))
+    del batch["labels"]
+    with fake_gpu():
+        config = CONFIGS[family]()
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=VARLEN_ATTENTION)
+        batch = on_fake_gpu(batch)
+        counted = count(lambda: model.model(**batch, use_cache=False), watched="_varlen_attn")
+    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    assert len(counted.arguments) == config.num_hidden_layers
+    windows = []
+    for arguments in counted.arguments:
+        query, key, value, of_queries, of_keys, longest_query, longest_key, is_causal, scale, window, shared, *_ = (
+            arguments
+        )
+        assert [tuple(t.shape) for t in (query, key, value)] == [(64, 4, size), (64, 2, size), (64, 2, size)]
+        assert {t.dtype for t in (query, key, value)} == {dtype}
+        assert all(t.stride(-1) == 1 for t in (query, key, value))
+        assert of_queries is of_keys
+        assert (of_queries.dtype, tuple(of_queries.shape), of_queries.device.type) == (torch.int32, (5,), GPU)
+        assert (longest_query, longest_key, shared) == (30, 30, True)
+        assert scale == pytest.approx(size**-0.5)
+        assert is_causal is (window == [-1, 0])
+        windows.append(window)
+    windowed = {"qwen3 with some windows": [0, 1], "mistral with windows": [1, 1]}.get(family, [0, 0])
+    assert windows == [[WINDOW - 1, 0] if has_window else [-1, 0] for has_window in windowed]
+
+
+def test_without_that_kernel_a_gpu_gets_keys_for_every_head(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where flash attention cannot run, torch computes shared keys by plain products, with all scores in memory."""
+    seen = []
+
+    def kernel(query: Any, key: Any, value: Any, *_: Any, enable_gqa: bool, **__: Any) -> Any:
+        seen.append((query.shape, key.shape, value.shape, enable_gqa))
+        return query
+
+    monkeypatch.setattr(document_attention.functional, "scaled_dot_product_attention", kernel)
+    register_document_attention()
+    batch = batch_of(documents_of([7, 1, 4]))
+    del batch["labels"]
+    with fake_gpu():
+        model = AutoModelForCausalLM.from_config(CONFIGS["llama"](), attn_implementation=DOCUMENT_ATTENTION)
+        model.model(**on_fake_gpu(batch), use_cache=False)
+    assert seen == 2 * [3 * ((1, 4, length, 8),) + (False,) for length in (7, 1, 4)]
+
+
+@pytest.mark.parametrize("kind", ["chunks", "narrow values", "dropout"])
+def test_what_the_kernel_does_not_serve_is_left_to_single_documents(
+    random_qwen: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    """Local attention of chunks is not named by a layer, but by its mask."""
+    monkeypatch.setattr(document_attention, "varlen_attn", None)
+    layer = AutoModelForCausalLM.from_pretrained(random_qwen).model.layers[0].self_attn
+    chunks = chunked_causal_mask_function(3, torch.zeros(1, dtype=torch.long))
+    local = {"local_size": 3, "mask_function": chunks} if kind == "chunks" else {}
+    mask = document_attention.defer_mask(batch_size=1, q_length=6, kv_length=6, **local)
+    query, key = torch.randn(1, 4, 6, 8), torch.randn(1, 2, 6, 8)
+    value = key[..., :4] if kind == "narrow values" else key
+    settings = {"cu_seq_lens_q": torch.tensor([0, 4, 6], dtype=torch.int32), "max_length_q": 4, "scaling": 0.3}
+    settings["dropout"] = 0.5 if kind == "dropout" else 0.0
+    results = []
+    for attend in (document_attention.attend_by_varlen, document_attention.attend_documents):
+        torch.manual_seed(3)
+        results.append(attend(layer, query, key, value, mask, **settings)[0])
+    assert torch.equal(*results)

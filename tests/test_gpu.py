@@ -11,6 +11,7 @@ import pytest
 import torch
 from rounding import assert_same_but_rounding
 from safetensors.torch import load_file
+from torch.nn import functional
 from typer.testing import Result
 
 from loratune.engine import engine
@@ -19,7 +20,11 @@ from loratune.engine.types import GenerationRequest
 from loratune.errors import Exit, LoratuneError
 from loratune.model import hardware
 from loratune.model.hardware import Hardware, detect_hardware, resolve_attention
-from loratune.model.kernels.norm_mlp import _RMSNorm
+from loratune.model.kernels.linear_cross_entropy import summed_loss
+from loratune.model.kernels.lora_linear import _Call, _FusedLinear
+from loratune.model.kernels.norm_mlp import _GatedSiLU, _norm_by_torch, _RMSNorm
+from loratune.model.kernels.packed_attention import _attend_by_products, _attend_by_sdpa
+from loratune.model.kernels.rounded_weights import RoundedWeight
 from loratune.model.memory import is_out_of_memory
 from loratune.model.weights import reference
 from loratune.recipe.loading import load_recipe
@@ -220,19 +225,87 @@ def test_bfloat16_on_a_card_that_emulates_it_is_warned_of(tmp_path: Path) -> Non
         assert not any("emulates" in told for told in training_arguments(recipe, where, False)[1])
 
 
-def test_float16_s_autocast_leaves_norms_alone() -> None:
+WIDTH = 3584
+
+
+def silu(x: torch.Tensor) -> torch.Tensor:
+    return x * torch.sigmoid(x)
+
+
+def normed(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    return x * (x.square().mean(-1, keepdim=True) + 1e-6).rsqrt() * weight[0]
+
+
+def attended(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+    """One head of as many tokens as rows."""
+    scores = (query @ key.t()) / WIDTH + torch.full((len(query), len(query)), -torch.inf).triu(1)
+    return scores.softmax(-1) @ value
+
+
+def attended_by(function: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    return lambda *rows: function(*(one[None, None] for one in rows))[0, :, 0]
+
+
+def fused_linear(x: torch.Tensor, weight: torch.Tensor, down: torch.Tensor, up: torch.Tensor) -> Any:
+    """A layer of 3584 to 3 features with an adapter of rank 3."""
+    layer = torch.nn.Linear(WIDTH, 3, bias=False).requires_grad_(False)
+    layer.weight.data = weight / WIDTH
+    a, b = RoundedWeight(down.float() / WIDTH), RoundedWeight(up[:, :3].float())
+    branch: Any = types.SimpleNamespace(base=layer, a=a, b=b)
+    return _FusedLinear.apply(x, None, a.weight, b.weight, _Call(branch, 0.5, 0.0))
+
+
+def loss_of(hidden: torch.Tensor, weight: torch.Tensor) -> Any:
+    head = torch.nn.Linear(WIDTH, 3, bias=False).requires_grad_(False)
+    head.weight.data = weight / WIDTH
+    return summed_loss(hidden, torch.tensor([0, 1, 2]), head)[0]
+
+
+# Function → plain formula, and the number of inputs of 3 rows.
+OWN_FUNCTIONS: dict[str, tuple[Callable[..., Any], Callable[..., torch.Tensor], int]] = {
+    "norm": (lambda x, weight: _RMSNorm.apply(x, weight[0], 1e-6), normed, 2),
+    "torch's norm": (lambda x, weight: _norm_by_torch(x, weight[0], 1e-6), normed, 2),
+    "gate": (_GatedSiLU.apply, lambda gate, up: silu(gate) * up, 2),
+    "adapted layer": (
+        fused_linear,
+        lambda x, weight, down, up: x @ weight.t() / WIDTH + 0.5 * x @ down.t() @ up[:, :3].t() / WIDTH,
+        4,
+    ),
+    "loss": (
+        loss_of,
+        lambda x, weight: functional.cross_entropy(x @ weight.t() / WIDTH, torch.arange(3), reduction="sum"),
+        2,
+    ),
+    "document by sdpa": (
+        attended_by(lambda *rows: _attend_by_sdpa(*rows, None, {"scaling": 1 / WIDTH})), attended, 3
+    ),
+    "document by products": (attended_by(lambda *rows: _attend_by_products(*rows, 1 / WIDTH)), attended, 3),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", OWN_FUNCTIONS)
+def test_float16_s_autocast_does_no_harm(name: str) -> None:
     """A sum of 3584 squares of 10 is beyond float16's range; real residual streams are that large."""
+    function, formula, count = OWN_FUNCTIONS[name]
     generator = torch.Generator().manual_seed(0)
-    x = (10 * torch.randn(3, 3584, generator=generator)).half().requires_grad_()
-    weight, direction = torch.randn(3584, generator=generator).half(), torch.randn(3, 3584, generator=generator).half()
+    given = [(10 * torch.randn(3, WIDTH, generator=generator)).half() for _ in range(count)]
+    x, exact = given[0].clone().requires_grad_(), given[0].double().requires_grad_()
     with torch.autocast("cpu", dtype=torch.float16):
-        output = _RMSNorm.apply(x, weight, 1e-6)
-        (grad,) = torch.autograd.grad(output, x, direction)
-    exact = x.detach().double().requires_grad_()
-    expected = exact * (exact.square().mean(-1, keepdim=True) + 1e-6).rsqrt() * weight.double()
+        output = function(x, *given[1:])
+    expected = formula(exact, *(one.double() for one in given[1:]))
+    direction = torch.randn(output.shape, generator=generator).to(output.dtype)
+    (grad,) = torch.autograd.grad(output, x, direction)
     (expected_grad,) = torch.autograd.grad(expected, exact, direction.double())
-    assert_same_but_rounding(output, expected, terms=4)
-    assert_same_but_rounding(grad, expected_grad, terms=8)
+    assert output.dtype == (torch.float32 if name == "loss" else torch.float16)
+    assert_same_but_rounding(output, expected, terms=4, dtype=torch.float16)
+    assert_same_but_rounding(grad, expected_grad, terms=8, dtype=torch.float16)
+
+
+def test_torch_s_norm_keeps_the_dtype_where_autocast_makes_it_float32(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a GPU; a CPU's autocast leaves it alone."""
+    plain = functional.rms_norm
+    monkeypatch.setattr(functional, "rms_norm", lambda x, *rest: plain(x.float(), *rest))
+    assert _norm_by_torch(torch.ones(2, 5).half(), torch.ones(5), 1e-6).dtype == torch.float16
 
 
 class Accelerator:

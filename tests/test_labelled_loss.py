@@ -9,8 +9,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from operators import count
 from rounding import assert_same_but_rounding
 from transformers import (
+    AutoModelForCausalLM,
     Cohere2Config,
     Gemma2Config,
     GraniteConfig,
@@ -187,8 +189,6 @@ def test_no_gradient_is_made_where_none_is_asked_for() -> None:
 
 
 def test_a_model_returns_the_losses_of_its_labelled_positions_and_is_else_as_before(random_qwen: Path) -> None:
-    from transformers import AutoModelForCausalLM
-
     model = AutoModelForCausalLM.from_pretrained(random_qwen).requires_grad_(False)
     ids = torch.randint(3, 99, (3, 8))
     labels = torch.where(torch.rand(3, 8, generator=torch.Generator().manual_seed(0)) < 0.5, ids, IGNORED)
@@ -204,6 +204,17 @@ def test_a_model_returns_the_losses_of_its_labelled_positions_and_is_else_as_bef
         wanted = wanted[labels[row, 1:] != IGNORED]
         torch.testing.assert_close(out.losses[out.rows == row], wanted)
     torch.testing.assert_close(out.loss_sum, out.losses.sum())
+
+
+def test_positions_are_looked_for_once(random_qwen: Path) -> None:
+    """Each search makes a GPU wait, and so does the gradient of an index that may name a position twice."""
+    model = AutoModelForCausalLM.from_pretrained(random_qwen).requires_grad_(False)
+    add_labelled_loss(model)
+    ids, labels = labelled_rows()
+    states = model.get_input_embeddings()(ids).requires_grad_()
+    counted = count(lambda: model(inputs_embeds=states, labels=labels, summed_loss=True).loss_sum.backward())
+    assert counted.names["nonzero"] == 1
+    assert counted.names["index_put"] == counted.names["index_put_"] == counted.names["_index_put_impl_"] == 0
 
 
 def test_batches_of_all_sizes_make_products_of_few_shapes(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,13 +14,15 @@ from typing import Any
 import pytest
 import torch
 from conftest import give_back_forwards
+from operators import count, fake_gpu
 from peft import LoraConfig, PeftModel, get_peft_model
 from rounding import assert_same_but_rounding
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoModelForCausalLM
 
-from loratune.model.kernels.lora_linear import _draw_mask, use_fused_lora
+from loratune.model.kernels import lora_linear
+from loratune.model.kernels.lora_linear import _draw_mask, _long_product, use_fused_lora
 
 IN, HIDDEN, OUT = 6, 10, 7
 TERMS = 64
@@ -175,7 +177,11 @@ def test_every_element_is_dropped_with_just_the_rate(rate: float) -> None:
     assert together == pytest.approx(rate**2, abs=1 / 512**2 + 4.5 * (rate**2 / rows) ** 0.5)
 
 
-def test_dropout_gives_the_formula_with_its_mask() -> None:
+@pytest.mark.parametrize(("way", "mask_dtype"), [("bytes", torch.int8), ("kernel", torch.bool)])
+def test_dropout_gives_the_formula_with_its_mask(
+    way: str, mask_dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lora_linear, "_dropout", getattr(lora_linear, f"_dropout_by_{way}"))
     rate = 0.375  # far from both ends, so that the mask can be told by its share
     model = net_with(dtype=torch.float64, lora_dropout=rate, target_modules=["first"]).train()
     use_fused_lora(model)
@@ -183,7 +189,7 @@ def test_dropout_gives_the_formula_with_its_mask() -> None:
     down, up = layer.lora_A["default"].weight, layer.lora_B["default"].weight
     x = inputs(2, 50, IN, dtype=torch.float64).requires_grad_()
     y = layer(x)
-    mask = next(t for t in y.grad_fn.saved_tensors if t is not None and t.dtype == torch.int8)
+    mask = next(t for t in y.grad_fn.saved_tensors if t is not None and t.dtype == mask_dtype)
     assert 0.5 < mask.double().mean() < 0.75
     dropped = x * mask.view(x.shape) / (1 - rate)
     formula = layer.base_layer(x) + dropped @ down.t() @ up.t() * layer.scaling["default"]
@@ -365,6 +371,75 @@ def test_a_state_that_is_not_plain_goes_back_to_peft(change: Callable[[Any], Non
     assert torch.equal(layer_of(fused)(x), layer_of(own)(x))
 
 
+def replace_base(model: Any) -> None:
+    layer = layer_of(model)
+    torch.manual_seed(9)
+    layer.base_layer = nn.Linear(IN, HIDDEN).requires_grad_(False)
+
+
+def replace_matrix(model: Any) -> None:
+    torch.manual_seed(9)
+    layer_of(model).lora_B["default"].weight = nn.Parameter(torch.randn(HIDDEN, 3))
+
+
+def bias_branch(model: Any) -> None:
+    layer_of(model).lora_B["default"].bias = nn.Parameter(torch.ones(HIDDEN))
+
+
+def hook_branch(model: Any) -> None:
+    layer_of(model).lora_A["default"].register_forward_pre_hook(lambda module, args: (2 * args[0],))
+
+
+def wrap_branch(model: Any) -> None:
+    down = layer_of(model).lora_A["default"]
+    down.forward = lambda x: nn.Linear.forward(down, x) + 1
+
+
+def switch_adapter(model: Any) -> None:
+    model.add_adapter("second", LoraConfig(r=2, target_modules=["first"]))
+    filled(model).set_adapter("second")
+
+
+def switch_to_dora(model: Any) -> None:
+    model.add_adapter("second", LoraConfig(r=2, target_modules=["first"], use_dora=True))
+    filled(model).set_adapter("second")
+
+
+def scale_branch(model: Any) -> None:
+    layer_of(model).set_scale("default", 7)
+
+
+def change_dropout(model: Any) -> None:
+    torch.manual_seed(4)
+    layer_of(model).lora_dropout["default"] = nn.Dropout(1.0)
+    model.train()
+
+
+def narrow(model: Any) -> None:
+    """A and B are rounded in place."""
+    for name, parameter in model.named_parameters():
+        if "lora_" in name:
+            parameter.data = parameter.data.bfloat16()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        hook_base, thaw_base, activate_two, activate_missing, replace_base, replace_matrix, bias_branch, hook_branch,
+        wrap_branch, switch_adapter, switch_to_dora, scale_branch, change_dropout, narrow,
+    ],
+)  # fmt: skip
+def test_a_change_after_the_first_call_is_noticed(change: Callable[[Any], None]) -> None:
+    own, fused = pair()
+    x = inputs(4, IN)
+    before = fused(x)
+    for model in (own, fused):
+        change(model)
+    after = run(layer_of(fused), x)
+    assert_same(after, run(layer_of(own), x))
+    assert change is thaw_base or not torch.equal(layer_of(fused)(x), before[:, :HIDDEN])
+
+
 def test_leaving_the_state_is_noticed_and_so_is_coming_back() -> None:
     own, fused = pair()
     x = inputs(4, IN)
@@ -438,3 +513,39 @@ def test_a_whole_model_trains_as_with_peft(random_qwen: Path) -> None:
     config = own.config
     widest = max(config.hidden_size, config.intermediate_size)
     assert_same(results[1], results[0], terms=2 * 2 * 7 * widest + ids.numel())  # there and back, of each layer
+
+
+def test_on_a_gpu_a_layer_takes_few_kernels() -> None:
+    """Besides, A and B are rounded once for both passes, and gradients are in their dtype at once."""
+    with fake_gpu():
+        net = nn.Sequential(nn.Linear(IN, HIDDEN, dtype=torch.bfloat16))
+        model = get_peft_model(net, LoraConfig(r=3, lora_dropout=0.25, target_modules=["0"])).train()
+        assert use_fused_lora(model) == 1
+        layer, outputs = layer_of(model, "0"), list[Any]()
+        x = torch.randn(40, IN, dtype=torch.bfloat16).requires_grad_()
+        upstream = torch.ones(40, HIDDEN, dtype=torch.bfloat16)
+        counts = [
+            (count(lambda: outputs.append(layer(x))), count(lambda: outputs.pop().backward(upstream))) for _ in range(2)
+        ]
+    (first_forward, first_backward), (forward, backward) = counts
+    assert forward.names == {"addmm": 1, "native_dropout": 1, "mm": 1, "addmm_": 1}
+    assert first_forward.names - forward.names == {"_to_copy": 2, "mul": 1}
+    # For A: the dropped input, the product. For B: the product. For x: three products, of which one is dropped.
+    assert first_backward.names == {"mm": 5, "native_dropout_backward": 1, "addcmul_": 1}
+    assert backward.names - first_backward.names == {"add_": 3}  # of further passes of a step
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+def test_long_sums_are_float32_on_a_gpu(dtype: torch.dtype) -> None:
+    torch.manual_seed(1)
+    left, right = torch.randn(300, 5).to(dtype), torch.randn(300, 4).to(dtype)
+    found = _long_product(left, right, torch.float32)
+    assert found.dtype == torch.float32
+    # A CPU sums in float32 and rounds once.
+    assert_same_but_rounding(
+        found, left.double().t() @ right.double(), 2 if dtype != torch.float32 else 300, dtype=dtype
+    )
+    with fake_gpu():
+        gpu = [torch.empty(300, features, dtype=dtype) for features in (5, 4)]
+        (arguments,) = count(lambda: _long_product(*gpu, torch.float32), watched="mm").arguments
+    assert (torch.float32 in arguments[2:]) is (dtype != torch.float32)

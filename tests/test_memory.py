@@ -157,9 +157,9 @@ def training(**settings: Any) -> TrainingSettings:
         ({}, MEMORY, 200, 300, (512, 300, False)),
         # The longest row decides where it is longer than what fits.
         ({}, MEMORY, 600, 5000, (600, 600, False)),
-        ({}, MEMORY, 1500, 5000, (4096, 4096, True)),
+        ({}, MEMORY, 1500, 5000, (2048, 2048, True)),
         ({"gradient_checkpointing": False}, MEMORY, 1500, 5000, (1500, 1500, False)),
-        ({"gradient_checkpointing": True}, MEMORY, 200, 5000, (4096, 4096, True)),
+        ({"gradient_checkpointing": True}, MEMORY, 200, 5000, (2048, 2048, True)),
         ({"tokens_per_pass": 900}, MEMORY, 200, 5000, (900, 900, False)),
         ({"tokens_per_pass": 2000}, MEMORY, 200, 5000, (2000, 2000, True)),
         ({"tokens_per_pass": 2000}, MEMORY, 200, 700, (2000, 700, False)),

@@ -20,6 +20,7 @@ from conftest import ROWS
 from safetensors.torch import load_file
 from typer.testing import Result
 
+from loratune.model.kernels.attention_choice import AttentionChoice
 from loratune.runs.lock import run_lock
 from loratune.training import session
 from loratune.training.trainer import AdapterTrainer
@@ -448,11 +449,13 @@ def test_a_run_that_goes_on_elsewhere_says_so(
     assert sft("run").exit_code == 143
     plain = session.detect_hardware
     monkeypatch.setattr(session, "detect_hardware", lambda: replace(plain(), name="NVIDIA T4"))
+    monkeypatch.setattr(session, "choose_attention", lambda *_: AttentionChoice("varlen", "one kernel"))
     result = sft("run", "--resume")
     assert result.exit_code == 0, result.stderr
     assert re.search(
         r"other versions or hardware; bits may differ: device: CPU.* → NVIDIA T4", " ".join(result.stderr.split())
     )
+    assert "attention is computed by varlen, by sdpa before the interruption" in " ".join(result.stderr.split())
 
 
 @pytest.mark.slow

@@ -43,7 +43,7 @@ class ModelSettings(Section):
     compute_dtype: Literal["auto", Dtype] = "auto"
     """Type in which a quantised base multiplies."""
     attn_implementation: Literal["auto", "sdpa", "eager", "flash_attention_2"] = "auto"
-    """Attention implementation; auto uses flash attention if it is installed, otherwise sdpa."""
+    """Attention implementation; auto uses the fastest that runs on the device."""
 
 
 class LoraSettings(Section):

@@ -32,7 +32,15 @@ from loratune.runtime import is_main_process, launch_problems
 from loratune.training.batching import Batching
 from loratune.training.callbacks import Metrics
 from loratune.training.checkpoints.keeper import CheckpointKeeper, check_room
-from loratune.training.checkpoints.resuming import PASS_TOKENS, Resume, as_begun, check_identity, completion, find_start
+from loratune.training.checkpoints.resuming import (
+    ATTENTION,
+    PASS_TOKENS,
+    Resume,
+    as_begun,
+    check_identity,
+    completion,
+    find_start,
+)
 from loratune.training.checkpoints.signals import StopSignals
 from loratune.training.failures import attempted, machine_errors_explained
 from loratune.training.record import identity_now, manifest_of
@@ -142,7 +150,8 @@ def _build_trainer(session: Session, identity: dict[str, Any]) -> ActiveTraining
 
     def seal(folder: Path, step: int, tokens: int) -> None:
         stood = {**metrics.progress, **keeper.progress, "tokens": tokens, "validation_is_due": stops.validation_is_due}
-        seal_checkpoint(folder, step, identity, stood | {PASS_TOKENS: session.passes.tokens})
+        ran = {PASS_TOKENS: session.passes.tokens, ATTENTION: session.attention.name}
+        seal_checkpoint(folder, step, identity, stood | ran)
 
     trainer = AdapterTrainer(
         model=session.model,

@@ -16,10 +16,10 @@ from loratune.model.adapter.attach import AdapterSummary, attach_adapter, summar
 from loratune.model.base import dtype_name, load_base
 from loratune.model.files import find_base, weight_files
 from loratune.model.hardware import Hardware, detect_hardware
+from loratune.model.kernels.attention_choice import AttentionChoice, choose_attention
 from loratune.model.kernels.linear_cross_entropy import add_labelled_loss
 from loratune.model.kernels.lora_linear import use_fused_lora
 from loratune.model.kernels.norm_mlp import use_fused_elementwise
-from loratune.model.kernels.packed_attention import use_document_attention
 from loratune.model.memory import keep_freed_memory
 from loratune.model.tokenizer import load_tokenizer, set_pad_token
 from loratune.protocols import AdaptedModel, Tokenizer
@@ -30,7 +30,7 @@ from loratune.runs.tensor_hashes import TensorHashes
 from loratune.runtime import process_number
 from loratune.training.activations import EFFICIENT_TOKENS, PassPlan, largest_step, measure_passes, plan_passes
 from loratune.training.arguments import training_arguments, with_gradient_checkpointing
-from loratune.training.checkpoints.resuming import PASS_TOKENS
+from loratune.training.checkpoints.resuming import ATTENTION, PASS_TOKENS
 from loratune.training.checkpoints.signals import StopSignals
 from loratune.training.determinism import request_deterministic_cublas
 from loratune.training.gate import pass_gate
@@ -68,6 +68,7 @@ class Session(Prepared):
     model: AdaptedModel
     """The base with the adapter on it, as PEFT makes it."""
     summary: AdapterSummary
+    attention: AttentionChoice
     passes: PassPlan
     held: dict[str, str]
     """Memory use by part, for out-of-memory messages."""
@@ -120,17 +121,22 @@ def load(prepared: Prepared, start: Checkpoint | None = None) -> Session:
     adapted = attach_adapter(model, recipe.lora, recipe.model.base, recipe.seed)
     use_fused_lora(adapted)
     use_fused_elementwise(model)
-    if recipe.training.packing and recipe.model.attn_implementation == "auto":
-        use_document_attention(model)
+    attention = choose_attention(model, hardware, recipe.model.attn_implementation, recipe.training.packing)
     add_labelled_loss(model)
     summary = summarise_adapter(adapted)
     passes = _plan_passes(prepared, adapted, start)
+    if start and (begun := start.progress.get(ATTENTION, attention.name)) != attention.name:
+        console.warn(
+            f"attention is computed by {attention.name}, by {begun} before the interruption, so bits may differ"
+        )
     arguments = with_gradient_checkpointing(prepared.arguments, passes.gradient_checkpointing)
-    show_model(recipe, hardware, summary, dtype_name(model.dtype), passes)
+    show_model(recipe, summary, dtype_name(model.dtype), str(attention), passes)
     prepared.start_up.stage_done("model")
     known = vars(prepared) | {"arguments": arguments}
     held = parts_of_memory(summary, passes)
-    return Session(**known, model=adapted, summary=summary, passes=passes, held=held, notes=Notes())
+    return Session(
+        **known, model=adapted, summary=summary, attention=attention, passes=passes, held=held, notes=Notes()
+    )
 
 
 def _plan_passes(prepared: Prepared, model: AdaptedModel, start: Checkpoint | None) -> PassPlan:

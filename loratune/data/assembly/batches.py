@@ -77,6 +77,7 @@ def collate_packed(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
         input_ids, labels and position_ids, int64 [1, tokens]; positions restart at each document.
         cu_seq_lens_q and cu_seq_lens_k, int32 [documents + 1]: cumulative document lengths, starting at 0.
         max_length_q and max_length_k: length of the longest document.
+        document_lengths: length of each document, so that nobody has to fetch them from a GPU.
         seq_idx, int32 [1, tokens]: index of each token's document, for layers with a recurrent state. transformers
         raises
             an error where such a layer cannot keep documents apart; attention layers ignore it.
@@ -96,6 +97,7 @@ def collate_packed(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
     }
     batch["position_ids"] = torch.cat([torch.arange(length) for length in lengths])[None]
     batch["seq_idx"] = torch.arange(len(lengths), dtype=torch.int32).repeat_interleave(torch.tensor(lengths))[None]
+    batch["document_lengths"] = lengths
     for side in ("q", "k"):
         batch[f"cu_seq_lens_{side}"] = torch.from_numpy(ends.copy())
         batch[f"max_length_{side}"] = max(lengths)

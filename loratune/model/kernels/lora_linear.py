@@ -6,20 +6,15 @@ the matrix products. Parameters, their names and the saved files stay PEFT's.
 
 from __future__ import annotations
 
-import functools
-import importlib
-from dataclasses import dataclass
-from types import MethodType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from peft.import_utils import is_bnb_4bit_available
-from peft.tuners.lora import Linear
 from peft.utils.integrations import dequantize_bnb_weight
 from torch import nn
 from torch.autograd.function import once_differentiable
 
-from loratune.model.kernels.few_rows import takes_few_rows
+from loratune.model.kernels.plain_layers import LayerState, base_classes, is_plain, state_of
+from loratune.model.kernels.rounded_weights import RoundedWeight, watch_optimizers
 from loratune.protocols import CausalModel
 
 _MAX_DROPOUT = 254 / 256
@@ -30,8 +25,8 @@ def use_fused_lora(model: CausalModel) -> int:
     """Compute every plain LoRA layer in one function; PEFT keeps the others.
 
     A layer is plain if it has one active adapter on a frozen `nn.Linear` or bitsandbytes `Linear4bit`, without DoRA or
-    other variants, bias or merge. Each call checks the layer's state, and uses PEFT's forward if adapters are disabled,
-    merged, several, or named per row, and under autocast.
+    other variants, bias or merge. Each call compares the layer's state, and uses PEFT's forward if adapters are
+    disabled, merged, several, or named per row, and under autocast.
 
     Args:
         model: a PEFT model.
@@ -39,101 +34,65 @@ def use_fused_lora(model: CausalModel) -> int:
     Returns:
         The number of replaced layers.
     """
+    watch_optimizers()
     taken = 0
     for layer in model.modules():
-        if not _is_taken(layer):
-            if "forward" in vars(layer) or _plain_adapter(layer) is None:
+        if not isinstance(vars(layer).get("forward"), _FusedForward):
+            if "forward" in vars(layer) or type(layer) not in base_classes() or not is_plain(state_of(layer)):
                 continue
-            layer.forward = MethodType(_forward, layer)
+            layer.forward = _FusedForward(layer)
         taken += 1
     return taken
 
 
-def _is_taken(layer: Any) -> bool:
-    return getattr(vars(layer).get("forward"), "__func__", None) is _forward
+class _Branch:
+    """A plain layer's base and LoRA branch."""
+
+    def __init__(self, state: LayerState) -> None:
+        self.base, self._dropout = state.base, state.dropout
+        self.a, self.b = RoundedWeight(state.down.weight), RoundedWeight(state.up.weight)
+        self._base_dtype, self._dtype = state.base_dtype, state.dtypes[0]
+
+    @property
+    def rate(self) -> float:
+        """Dropout rate; 0 outside training."""
+        dropout = self._dropout
+        return float(dropout.p) if dropout.training and type(dropout) is nn.Dropout else 0.0
+
+    def suits(self, x: Any) -> bool:
+        """Return whether the whole layer can compute in the dtype of x."""
+        dtype = x.dtype
+        has_dtypes = self._base_dtype in (dtype, None) and self._dtype in (dtype, torch.float32)
+        return has_dtypes and not torch.is_autocast_enabled(x.device.type)
 
 
-def _forward(layer: Any, x: Any, *args: Any, **kwargs: Any) -> Any:
+class _FusedForward:
     """Replacement forward of a layer: (…, in) → (…, out) in the dtype of x."""
-    adapter = None if args or kwargs else _plain_adapter(layer)
-    if adapter is None or not _suits(layer, adapter, x):
-        return type(layer).forward(layer, x, *args, **kwargs)
-    dropout = layer.lora_dropout[adapter]
-    rate = dropout.p if isinstance(dropout, nn.Dropout) and dropout.training else 0.0
-    base = layer.base_layer
-    plan = _Plan(base, layer.scaling[adapter], rate)
-    return _FusedLinear.apply(x, base.bias, layer.lora_A[adapter].weight, layer.lora_B[adapter].weight, plan)
+
+    def __init__(self, layer: Any) -> None:
+        self._layer = layer
+        self._state: LayerState | None = None
+        self._branch: _Branch | None = None
+
+    def __call__(self, x: Any, *args: Any, **kwargs: Any) -> Any:
+        layer = self._layer
+        state = state_of(layer)
+        if state != self._state:
+            self._state, self._branch = state, _Branch(state) if state is not None and is_plain(state) else None
+        branch = self._branch
+        if state is None or branch is None or args or kwargs or not branch.suits(x):
+            return type(layer).forward(layer, x, *args, **kwargs)
+        rate = branch.rate
+        if rate > _MAX_DROPOUT:
+            return type(layer).forward(layer, x)
+        call = _Call(branch, layer.scaling[state.adapter], rate)
+        return _FusedLinear.apply(x, branch.base.bias, branch.a.weight, branch.b.weight, call)
 
 
-@functools.cache
-def _base_classes() -> dict[type, type]:
-    """Return PEFT's layer class → required class of its base layer."""
-    classes: dict[type, type] = {Linear: nn.Linear}
-    if is_bnb_4bit_available():
-        layers = importlib.import_module("peft.tuners.lora.bnb")
-        classes[layers.Linear4bit] = layers.bnb.nn.Linear4bit
-    return classes
-
-
-def _plain_adapter(layer: Any) -> str | None:
-    """Return the name of the single active adapter if the layer is just base and branch, otherwise None."""
-    base_class = _base_classes().get(type(layer))
-    if base_class is None or layer.disable_adapters or layer.merged or len(layer.active_adapters) != 1:
-        return None
-    adapter: str = layer.active_adapters[0]
-    if adapter not in layer.lora_A or adapter in layer.lora_variant or not layer.cast_input_dtype_enabled:
-        return None
-    dropout, down, up = layer.lora_dropout[adapter], layer.lora_A[adapter], layer.lora_B[adapter]
-    has_plain_dropout = _is_bare(dropout, nn.Identity) or (_is_bare(dropout, nn.Dropout) and dropout.p <= _MAX_DROPOUT)
-    has_plain_branch = _is_bare(down, nn.Linear) and _is_bare(up, nn.Linear) and up.bias is None
-    has_known_base = _is_bare(layer.base_layer, base_class) and _has_frozen_weight(layer.base_layer)
-    if not (has_plain_dropout and has_plain_branch and has_known_base):
-        return None
-    known_dtypes = (torch.float32, _base_dtype(layer.base_layer))
-    return adapter if down.weight.dtype == up.weight.dtype and down.weight.dtype in known_dtypes else None
-
-
-def _is_bare(module: Any, kind: type) -> bool:
-    """Return whether a module is exactly of a class, without hooks or a replaced forward."""
-    hooks = (
-        module._forward_hooks,
-        module._forward_pre_hooks,
-        module._backward_hooks,
-        module._backward_pre_hooks,
-        "forward" in vars(module) and not takes_few_rows(module),
-    )
-    return type(module) is kind and not any(hooks)
-
-
-def _has_frozen_weight(base: Any) -> bool:
-    """Return whether a frozen base has a plain weight, or one in bitsandbytes' training format."""
-    if base.weight.requires_grad:
-        return False
-    if type(base) is nn.Linear:
-        return type(base.weight) is nn.Parameter
-    state = base.weight.quant_state
-    return state is not None and not getattr(state, "packing_format_for_cpu", False)
-
-
-def _base_dtype(base: Any) -> Any:
-    """Return the base's compute dtype; None for a 4-bit layer that uses its first input's."""
-    return base.weight.dtype if type(base) is nn.Linear else base.compute_dtype
-
-
-def _suits(layer: Any, adapter: str, x: Any) -> bool:
-    """Return whether the whole layer can compute in the dtype of x."""
-    return (
-        not torch.is_autocast_enabled(x.device.type)
-        and _base_dtype(layer.base_layer) in (x.dtype, None)
-        and layer.lora_A[adapter].weight.dtype in (x.dtype, torch.float32)
-    )
-
-
-@dataclass(frozen=True)
-class _Plan:
+class _Call(NamedTuple):
     """The arguments of a call other than tensors with gradients."""
 
-    base: Any
+    branch: _Branch
     scaling: float
     dropout: float
     """Dropout rate; 0 outside training."""
@@ -147,18 +106,19 @@ class _FusedLinear(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Any, bias: Any, lora_a: Any, lora_b: Any, plan: _Plan) -> Any:
+    def forward(ctx: Any, x: Any, bias: Any, lora_a: Any, lora_b: Any, call: _Call) -> Any:
         """Save x, the (rows, rank) input of B and, with dropout, a mask of one byte per element of x."""
+        branch, scaling, rate = call
         dense = x.contiguous()  # a bfloat16 product of strided rows is a hundred times slower on a CPU
         # Not a 2-D view: later operations may change y in place, which autograd forbids for a view made here.
-        y = plan.base(dense)
-        mask = _draw_mask(dense, plan.dropout) if plan.dropout else None
-        scale = plan.scaling / (1 - plan.dropout)
-        reduced = _masked(_rows(dense), mask) @ lora_a.to(x.dtype).t()
-        _rows(y).addmm_(reduced, lora_b.to(x.dtype).t(), alpha=scale)
+        y = branch.base(dense)
+        dropped, mask, gain = _dropout(_rows(dense), rate)
+        scale = scaling / (1 - rate) / gain  # of A, which both passes multiply by
+        reduced = dropped @ branch.a.times(scale, x.dtype).t()
+        _rows(y).addmm_(reduced, branch.b.times(1, x.dtype).t())
         _, _, needs_a, needs_b, _ = ctx.needs_input_grad
         ctx.save_for_backward(x if needs_a else None, reduced if needs_b else None, mask, lora_a, lora_b)
-        ctx.base, ctx.bias_dtype, ctx.scale = plan.base, None if bias is None else bias.dtype, scale
+        ctx.branch, ctx.bias_dtype, ctx.scale, ctx.gain = branch, None if bias is None else bias.dtype, scale, gain
         return y
 
     @staticmethod
@@ -168,19 +128,20 @@ class _FusedLinear(torch.autograd.Function):
         x, reduced, mask, lora_a, lora_b = ctx.saved_tensors
         needs_x, needs_bias, needs_a, needs_b, _ = ctx.needs_input_grad
         grad_x = grad_bias = grad_a = grad_b = None
-        rows = _rows(grad.contiguous())
-        mask = None if mask is None else mask.to(grad.dtype)  # once: both products below use it
+        rows, branch = _rows(grad.contiguous()), ctx.branch
+        if mask is not None and not mask.is_cuda:
+            mask = mask.to(grad.dtype)  # once: both products below use it, and a GPU converts as it reads
         if needs_bias:
             grad_bias = rows.sum(0, dtype=ctx.bias_dtype)
         if needs_b:
-            grad_b = (rows.t() @ reduced).to(lora_b.dtype).mul_(ctx.scale)
+            grad_b = _long_product(rows, reduced, lora_b.dtype)
         if needs_x or needs_a:
-            through_b = rows @ lora_b.to(grad.dtype)  # (rows, rank)
+            through_b = rows @ branch.b.times(1, grad.dtype)  # (rows, rank)
         if needs_a:
-            grad_a = (through_b.t() @ _masked(_rows(x.contiguous()), mask)).to(lora_a.dtype).mul_(ctx.scale)
+            grad_a = _gradient_of_a(through_b, _rows(x.contiguous()), mask, ctx.scale * ctx.gain, lora_a.dtype)
         if needs_x:
-            grad_x = rows @ _dense_weight(ctx.base, grad.dtype)
-            _add_branch(grad_x, through_b, lora_a.to(grad.dtype), mask, ctx.scale)
+            grad_x = rows @ _dense_weight(branch.base, grad.dtype)
+            _add_branch(grad_x, through_b, branch.a.times(ctx.scale, grad.dtype), mask, ctx.gain)
             grad_x = grad_x.view(*grad.shape[:-1], lora_a.shape[1])
         return grad_x, grad_bias, grad_a, grad_b, None
 
@@ -190,11 +151,33 @@ def _rows(tensor: Any) -> Any:
     return tensor.view(-1, tensor.shape[-1])
 
 
+def _dropout(rows: Any, rate: float) -> tuple[Any, Any, float]:
+    """Drop elements of (rows, features).
+
+    Returns:
+        What is left, the mask (None without dropout), and the factor that the rest has been multiplied by already.
+    """
+    if not rate:
+        return rows, None, 1.0
+    return _dropout_by_kernel(rows, rate) if rows.is_cuda else _dropout_by_bytes(rows, rate)
+
+
+def _dropout_by_kernel(rows: Any, rate: float) -> tuple[Any, Any, float]:
+    dropped, mask = torch.native_dropout(rows, rate, True)
+    return dropped, mask, 1 / (1 - rate)
+
+
+def _dropout_by_bytes(rows: Any, rate: float) -> tuple[Any, Any, float]:
+    mask = _draw_mask(rows, rate)
+    return rows * mask, mask, 1.0
+
+
 def _draw_mask(x: Any, rate: float) -> Any:
     """Draw a dropout mask: int8, 1 to keep and 0 to drop, as (rows, features).
 
-    One random byte per element is much faster than torch's Bernoulli numbers, which would take as long as the layer's
-    products. A byte has 256 rates; each row randomly uses the one above or below, so that the expected rate is exact.
+    On a CPU, one random byte per element is much faster than torch's Bernoulli numbers, which would take as long as the
+    layer's products. A byte has 256 rates; each row randomly uses the one above or below, so that the expected rate is
+    exact.
     """
     rows = _rows(x)
     words = torch.empty((x.numel() + 7) // 8, dtype=torch.int64, device=x.device).random_(-(2**63), None)
@@ -204,16 +187,30 @@ def _draw_mask(x: Any, rate: float) -> Any:
     return torch.ge(words.view(torch.int8)[: x.numel()].view(rows.shape), dropped.sub_(128).to(torch.int8), out=mask)
 
 
-def _masked(rows: Any, mask: Any | None) -> Any:
-    return rows if mask is None else rows * mask
+def _gradient_of_a(through_b: Any, rows: Any, mask: Any | None, scale: float, dtype: Any) -> Any:
+    """Return (rank, in) of (rows, rank) and the layer's input, in a dtype."""
+    if mask is not None and mask.is_cuda:  # one kernel masks and scales
+        rows = torch.ops.aten.native_dropout_backward(rows, mask, scale)
+        return _long_product(through_b, rows, dtype)
+    return _long_product(through_b, rows if mask is None else rows * mask, dtype).mul_(scale)
 
 
-def _add_branch(grad_x: Any, through_b: Any, lora_a: Any, mask: Any | None, scale: float) -> None:
+def _long_product(left: Any, right: Any, dtype: Any) -> Any:
+    """Return leftᵀ right, a sum over all rows, in a dtype.
+
+    cuBLAS splits such a sum, and would add its parts in the dtype of the factors unless the result has another.
+    """
+    if left.is_cuda and dtype == torch.float32 and left.dtype != dtype:
+        return torch.mm(left.t(), right, out_dtype=dtype)
+    return (left.t() @ right).to(dtype)
+
+
+def _add_branch(grad_x: Any, through_b: Any, lora_a: Any, mask: Any | None, gain: float) -> None:
     """Add the branch's contribution to a gradient (rows, in) in place."""
     if mask is None:
-        grad_x.addmm_(through_b, lora_a, alpha=scale)
+        grad_x.addmm_(through_b, lora_a)
     else:
-        grad_x.addcmul_(through_b @ lora_a, mask, value=scale)
+        grad_x.addcmul_(through_b @ lora_a, mask, value=gain)
 
 
 def _dense_weight(base: Any, dtype: Any) -> Any:

@@ -47,8 +47,7 @@ def use_fused_elementwise(model: CausalModel) -> int:
     Returns:
         The number of replaced modules.
     """
-    liger = _liger_kernels(model) if model.device.type == "cuda" else None
-    choices = [liger, _OWN] if liger else [_OWN]
+    choices = [_liger_kernels(model), _TORCH, _OWN] if model.device.type == "cuda" else [_OWN]
     chosen: dict[Any, Forward | None] = {}  # per class of module and activation: the result for its first instance
     taken = 0
     for module in model.modules():
@@ -57,7 +56,7 @@ def use_fused_elementwise(model: CausalModel) -> int:
             continue
         kind = (type(module), *(type(child) for child in module.children() if not [*child.parameters()]))
         if kind not in chosen:
-            forwards = (make(kernels) for kernels in choices for make in makers)
+            forwards = (make(kernels) for kernels in choices if kernels for make in makers)
             chosen[kind] = next((one for one in forwards if _gives_the_same(module, MethodType(one, module))), None)
         forward = chosen[kind]
         if forward is not None:
@@ -157,4 +156,10 @@ class _GatedSiLU(torch.autograd.Function):
         return torch.ops.aten.silu_backward(grad * up, gate), of_up
 
 
+def _norm_by_torch(x: Any, weight: Any, epsilon: float) -> Any:
+    """Use torch's kernel, which is one on a GPU, and which autocast gives float32."""
+    return functional.rms_norm(x, weight.shape, weight, epsilon).to(x.dtype)
+
+
 _OWN = _Kernels(_RMSNorm.apply, _GatedSiLU.apply)
+_TORCH = _Kernels(_norm_by_torch, _GatedSiLU.apply)

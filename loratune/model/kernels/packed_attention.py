@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -9,14 +10,21 @@ from typing import Any
 import torch
 from torch.nn import functional
 from transformers import AttentionInterface, AttentionMaskInterface
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from loratune.multiples import round_up
 from loratune.protocols import CausalModel
 
+try:
+    from torch.nn.attention.varlen import varlen_attn
+except ImportError:  # before torch 2.10
+    varlen_attn = None
+
 DOCUMENT_ATTENTION = "documents"
-"""Name of the attention function as a model's attn_implementation."""
+"""Name of the attention by single documents as a model's attn_implementation."""
+VARLEN_ATTENTION = "varlen_documents"
+"""The same with one kernel for all documents of a row."""
 LONGEST_BY_PRODUCTS = 1024
 """Longer documents use torch's kernel, which saves no probabilities for the backward pass."""
 QUERY_BLOCK = 128
@@ -27,16 +35,16 @@ OTHER_TERMS = ("softcap", "position_bias", "s_aux")
 
 
 def register_document_attention() -> None:
-    """Register "documents" with transformers as an attention implementation with its own mask function."""
-    AttentionInterface.register(DOCUMENT_ATTENTION, attend_documents)
-    AttentionMaskInterface.register(DOCUMENT_ATTENTION, defer_mask)
+    """Register both implementations with transformers, with a mask function of their own."""
+    for name, attend in ((DOCUMENT_ATTENTION, attend_documents), (VARLEN_ATTENTION, attend_by_varlen)):
+        AttentionInterface.register(name, attend)
+        AttentionMaskInterface.register(name, defer_mask)
 
 
-def use_document_attention(model: CausalModel) -> None:
-    """Have a model attend by documents, unless it has flash attention, which knows their borders itself."""
-    if not model.config._attn_implementation.startswith("flash"):
-        register_document_attention()
-        model.set_attn_implementation(DOCUMENT_ATTENTION)
+def use_document_attention(model: CausalModel, name: str = DOCUMENT_ATTENTION) -> None:
+    """Have a model attend by documents, with one of the two implementations."""
+    register_document_attention()
+    model.set_attn_implementation(name)
 
 
 @dataclass(eq=False)
@@ -102,15 +110,15 @@ def attend_documents(
     Raises:
         ValueError: boundaries do not match the row, or several documents have neither boundaries nor a mask.
     """
-    borders = settings.get("cu_seq_lens_q")
-    if borders is None:
+    if settings.get("cu_seq_lens_q") is None:
         _refuse_lost_borders(query, attention_mask, settings.get("position_ids"))
         mask = attention_mask.dense if isinstance(attention_mask, DeferredMask) else attention_mask
-        return _attend_by_sdpa(module, query, key, value, mask, settings), None
+        output: torch.Tensor = sdpa_attention_forward(module, query, key, value, mask, **settings)[0]
+        return output, None
     _check_row(query, key, attention_mask, settings)
-    lengths = document_lengths(borders)
-    if sum(lengths) != query.shape[2]:
-        raise ValueError(f"documents of {sum(lengths)} tokens in a row of {query.shape[2]}")
+    lengths = _document_lengths(query, settings)
+    if query.is_cuda:  # only flash attention's kernel shares keys; for others torch would fall back to plain products
+        key, value = (repeat_kv(tensor, query.shape[1] // tensor.shape[1]) for tensor in (key, value))
     outputs, start = [], 0
     queries, keys, values = (tensor.split(lengths, dim=2) for tensor in (query, key, value))
     for own_query, own_key, own_value in zip(queries, keys, values, strict=True):
@@ -118,19 +126,72 @@ def attend_documents(
         if mask is None and _is_faster_by_products(own_query, settings):
             outputs.append(_attend_by_products(own_query, own_key, own_value, settings.get("scaling")))
         else:
-            outputs.append(_attend_by_sdpa(module, own_query, own_key, own_value, mask, settings))
+            outputs.append(_attend_by_sdpa(own_query, own_key, own_value, mask, settings))
         start += own_query.shape[2]
     return torch.cat(outputs, dim=1), None
 
 
-def document_lengths(borders: torch.Tensor) -> list[int]:
-    """Return the lengths of a row's documents from their cumulative lengths, int [documents + 1].
+def attend_by_varlen(
+    module: Any,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: Any,
+    **settings: Any,
+) -> tuple[torch.Tensor, None]:
+    """Compute `attend_documents` with one kernel for all documents, with `max_length_q` beside their boundaries."""
+    borders, longest, window = (settings.get(name) for name in ("cu_seq_lens_q", "max_length_q", "sliding_window"))
+    # Documents by themselves are for the rest, such as local attention that is not a window but of chunks.
+    is_known = isinstance(attention_mask, DeferredMask) and attention_mask.arguments.get("local_size") == window
+    is_served = query.shape[-1] == value.shape[-1] and not settings.get("dropout")
+    if borders is None or longest is None or not is_known or not is_served:
+        return attend_documents(module, query, key, value, attention_mask, **settings)
+    _check_row(query, key, attention_mask, settings)
+    _document_lengths(query, settings)
+    # Not by an index, whose gradient would be a copy.
+    rows = [tensor.squeeze(0).transpose(0, 1) for tensor in (query, key, value)]
+    return varlen(rows, borders, longest, window, settings.get("scaling")).unsqueeze(0), None
 
-    They are cached on the tensor, so that a GPU synchronises once per step instead of in every layer.
+
+def varlen(
+    rows: Sequence[torch.Tensor], borders: torch.Tensor, longest: int, window: int | None, scaling: float | None
+) -> torch.Tensor:
+    """Compute causal attention by torch's kernel for documents of several lengths.
+
+    Args:
+        rows: queries, keys and values, [tokens, heads, size].
+        borders: cumulative lengths of the documents, int32, [documents + 1].
+        longest: length of the longest.
+        window: number of keys that a query attends to; None for all up to its own.
+        scaling: factor of the scores; None for 1/√size.
+
+    Raises:
+        RuntimeError: torch or the GPU has no such kernel.
     """
-    if not hasattr(borders, "document_lengths"):
-        borders.document_lengths = borders.diff().tolist()
-    lengths: list[int] = borders.document_lengths
+    if varlen_attn is None:
+        raise RuntimeError(f"torch {torch.__version__} has none")
+    query, key, value = rows
+    output: torch.Tensor = varlen_attn(
+        query, key, value, borders, borders, longest, longest, scale=scaling,
+        window_size=(-1 if window is None else window - 1, 0), enable_gqa=query.shape[1] != key.shape[1],
+    )  # fmt: skip
+    return output
+
+
+def _document_lengths(query: torch.Tensor, settings: dict[str, Any]) -> list[int]:
+    """Return the lengths of a row's documents, which a batch on a GPU brings along as `document_lengths`.
+
+    Raises:
+        ValueError: they do not fill the row.
+    """
+    borders = settings["cu_seq_lens_q"]
+    lengths: list[int] | None = settings.get("document_lengths") if borders.is_cuda else None
+    if lengths is None:
+        if not hasattr(borders, "document_lengths"):  # kept, so that a GPU is waited for once per step
+            borders.document_lengths = borders.diff().tolist()
+        lengths = list(borders.document_lengths)
+    if sum(lengths) != query.shape[2]:
+        raise ValueError(f"documents of {sum(lengths)} tokens in a row of {query.shape[2]}")
     return lengths
 
 
@@ -164,11 +225,14 @@ def _is_faster_by_products(query: torch.Tensor, settings: dict[str, Any]) -> boo
 
 
 def _attend_by_sdpa(
-    module: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: Any, settings: dict[str, Any]
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: Any, settings: dict[str, Any]
 ) -> torch.Tensor:
-    """Apply transformers' sdpa: [rows, heads, length, size] to [rows, length, heads, size]."""
-    output: torch.Tensor = sdpa_attention_forward(module, query, key, value, mask, **settings)[0]
-    return output
+    """Compute one document's attention by torch's kernels: [1, heads, length, size] to [1, length, heads, size]."""
+    output = functional.scaled_dot_product_attention(
+        query, key, value, mask, dropout_p=settings.get("dropout", 0.0), is_causal=mask is None,
+        scale=settings.get("scaling"), enable_gqa=query.shape[1] != key.shape[1],
+    )  # fmt: skip
+    return output.transpose(1, 2)
 
 
 def _attend_by_products(

@@ -21,6 +21,8 @@ from loratune.training.checkpoints.states import check_states
 
 PASS_TOKENS = "tokens_per_pass"
 """In a checkpoint's progress: maximum tokens of a pass. Earlier versions, which drew rows in another order, lack it."""
+ATTENTION = "attention"
+"""In a checkpoint's progress: name of the attention implementation."""
 NEWEST, AUTO = "newest", "auto"
 FREE = (
     *("output", "tracking", "checkpoints.keep", "checkpoints.every_steps", "data.train", "data.validation"),

@@ -8,7 +8,6 @@ from loratune import console
 from loratune.data.preparation import PreparedData
 from loratune.errors import counted
 from loratune.model.adapter.attach import AdapterSummary
-from loratune.model.hardware import Hardware
 from loratune.recipe.sections import Recipe
 from loratune.training.activations import PassPlan
 
@@ -29,7 +28,7 @@ def show_data(recipe: Recipe, data: PreparedData) -> None:
     console.table([("files", files), *rows, ("template", recipe.prompt.template)], title="data")
 
 
-def show_model(recipe: Recipe, hardware: Hardware, summary: AdapterSummary, dtype: str, passes: PassPlan) -> None:
+def show_model(recipe: Recipe, summary: AdapterSummary, dtype: str, attention: str, passes: PassPlan) -> None:
     """Print model, adapter, and the memory of a step."""
     modules = ", ".join(f"{name} × {count}" for name, count in summary.modules.items())
     held = dtype if recipe.model.quantization == "none" else recipe.model.quantization
@@ -43,6 +42,7 @@ def show_model(recipe: Recipe, hardware: Hardware, summary: AdapterSummary, dtyp
             ),
             ("trains", f"{summary.trainable_parameters:,} of {summary.total_parameters:,} parameters ({share:.2%})"),
             ("modules", modules),
+            ("attention", attention),
             ("a step", str(passes)),
         ],
         title="model",

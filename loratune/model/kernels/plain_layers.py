@@ -1,0 +1,107 @@
+"""Decides whether a LoRA layer is just base and branch, from a state that is quick to compare at each call."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+from typing import Any, NamedTuple
+
+import torch
+from peft.import_utils import is_bnb_4bit_available
+from peft.tuners.lora import Linear
+from torch import nn
+
+from loratune.model.kernels.few_rows import takes_few_rows
+
+
+class LayerState(NamedTuple):
+    """Everything that the decision depends on: it is made anew when a state differs, so that no change is overlooked.
+
+    Weights are given by their identity, because tensors do not compare to a truth value.
+    """
+
+    kind: type
+    adapter: str | None
+    """The single active adapter that applies to the layer's output, otherwise None."""
+    base: Any
+    dropout: Any
+    down: Any
+    """The module of A."""
+    up: Any
+    """The module of B."""
+    weights: tuple[int, int]
+    dtypes: tuple[Any, Any]
+    has_bias: bool
+    """Whether B has one."""
+    base_weight: tuple[Any, ...]
+    """Its class, whether it is trained, and its state if it is quantised."""
+    base_dtype: Any
+    """That the base computes in; None for a 4-bit layer that takes its first input's."""
+    has_additions: bool
+    """Whether a module has hooks or another forward than its class's."""
+
+
+@functools.cache
+def base_classes() -> dict[type, type]:
+    """Return PEFT's layer class → required class of its base layer."""
+    classes: dict[type, type] = {Linear: nn.Linear}
+    if is_bnb_4bit_available():
+        layers = importlib.import_module("peft.tuners.lora.bnb")
+        classes[layers.Linear4bit] = layers.bnb.nn.Linear4bit
+    return classes
+
+
+def state_of(layer: Any) -> LayerState | None:
+    """Return the state of a layer of one of `base_classes`; None if no single adapter applies to its output."""
+    active = layer._active_adapter
+    adapter = active if isinstance(active, str) else active[0] if len(active) == 1 else None
+    if layer._disable_adapters or layer.merged_adapters or adapter in layer.lora_variant:
+        return None
+    modules = layer._modules
+    down, up = modules["lora_A"]._modules.get(adapter), modules["lora_B"]._modules.get(adapter)
+    if down is None or up is None or not layer.cast_input_dtype_enabled:
+        return None
+    base, dropout = modules["base_layer"], modules["lora_dropout"]._modules[adapter]
+    weight, a, b = base._parameters["weight"], down._parameters["weight"], up._parameters["weight"]
+    is_dense = type(base) is nn.Linear
+    return LayerState(
+        type(layer),
+        adapter,
+        base,
+        dropout,
+        down,
+        up,
+        (id(a), id(b)),
+        (a.dtype, b.dtype),
+        up._parameters["bias"] is not None,
+        (type(weight), weight.requires_grad, None if is_dense else weight.quant_state),
+        weight.dtype if is_dense else base.compute_dtype,
+        _has_additions(base) or _has_additions(dropout) or _has_additions(down) or _has_additions(up),
+    )
+
+
+def _has_additions(module: Any) -> bool:
+    own = vars(module)
+    hooks = own["_forward_hooks"] or own["_forward_pre_hooks"] or own["_backward_hooks"] or own["_backward_pre_hooks"]
+    return bool(hooks) or ("forward" in own and not takes_few_rows(module))
+
+
+def is_plain(state: LayerState | None) -> bool:
+    """Return whether a layer is just a frozen base and the branch of its adapter."""
+    if state is None or state.has_additions or state.has_bias or type(state.base) is not base_classes()[state.kind]:
+        return False
+    has_plain_branch = type(state.down) is nn.Linear and type(state.up) is nn.Linear
+    if not has_plain_branch or type(state.dropout) not in (nn.Identity, nn.Dropout):
+        return False
+    of_a, of_b = state.dtypes
+    return _is_frozen(state) and of_a == of_b and of_a in (torch.float32, state.base_dtype)
+
+
+def _is_frozen(state: LayerState) -> bool:
+    """Return whether a base's frozen weight is plain, or in bitsandbytes' training format."""
+    kind, is_trained, quantised = state.base_weight
+    if is_trained:
+        return False
+    if type(state.base) is nn.Linear:
+        return kind is nn.Parameter
+    return quantised is not None and not getattr(quantised, "packing_format_for_cpu", False)
