@@ -14,6 +14,7 @@ from loratune.cli.sampling import sampling_options
 from loratune.data.formats.conversation import has_half_a_pair
 from loratune.engine.sampling import Sampling
 from loratune.errors import Exit, LoratuneError
+from loratune.printable import LONGEST_PATH, shortened
 
 if TYPE_CHECKING:
     from loratune.engine.engine import Engine
@@ -125,7 +126,8 @@ def _check_texts(texts: dict[str, Any]) -> None:
 
 
 def _load(adapters: list[tuple[str, Path]], model: str | None, force: bool) -> Engine:
-    with console.status(f"loading {', '.join(str(path) for _, path in adapters) or model}"):
+    names = [str(path) for _, path in adapters] or [str(model)]
+    with console.status(f"loading {', '.join(shortened(name, LONGEST_PATH) for name in names)}"):
         from loratune.engine.engine import load_engine
 
         engine = load_engine(adapters, model, force)
