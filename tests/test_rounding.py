@@ -87,6 +87,7 @@ def test_an_update_that_rounding_takes_a_part_of_is_merged_with_a_warning(
     lost, effect = report["logits"]["original"]["mean_kl"], report["without_adapter"]["mean_kl"]
     assert lost > 0.5 * effect, "a bound on the distance from base + adapter would refuse it"
     assert report["logits_with_rounding"]["original"]["mean_kl"] < 1e-6
+    assert sum("rounding to" in warning for warning in report["warnings"]) == 1
     assert any(warning.startswith(WARNING) for warning in report["warnings"])
     wide = merged(cli, tmp_path / "wide", "--adapter", adapter, "--model", base, "--dtype", "float32")
     assert wide["logits"]["original"]["mean_kl"] < 1e-6
@@ -105,6 +106,9 @@ def test_an_update_below_the_rounding_steps_is_warned_of_without_running_the_mod
     report = merged(cli, output, *flags)
     assert report["read_back"]["lost_to_rounding"] > 0.9
     assert any("little is left of the training" in warning for warning in report["warnings"])
+    run = merged(cli, tmp_path / "run", *flags[:-1])  # the models too
+    (told,) = [warning for warning in run["warnings"] if "rounding" in warning or "still equal" in warning]
+    assert told
     wide = merged(cli, tmp_path / "wide", *flags, "--dtype", "float32")
     assert not any("little is left" in warning for warning in wide["warnings"])
 

@@ -20,16 +20,9 @@ from loratune.model.tying import head_is_tied
 from loratune.plain_files import is_folder
 from loratune.protocols import CausalModel
 from loratune.recipe.sections import ModelSettings, PromptSettings
-from loratune.runs.base_check import BaseCheck
+from loratune.runs.base_check import BaseCheck, check_same_template, check_vocabulary
 from loratune.runs.intact import require_intact
-from loratune.runs.opening import (
-    AdapterSource,
-    base_settings,
-    check_same_template,
-    check_vocabulary,
-    merged_prompt,
-    open_adapter,
-)
+from loratune.runs.opening import AdapterSource, base_settings, merged_prompt, open_adapter
 from loratune.runs.tensor_hashes import TensorHashes
 
 

@@ -32,7 +32,7 @@ from loratune.model.weights.quantized_folder import load_quantized, write_quanti
 from loratune.runs.folder import VERIFICATION
 from loratune.runs.intact import recorded_files
 from loratune.runs.opening import AdapterSource, base_settings, merged_prompt
-from loratune.runs.output import prepare_output
+from loratune.runs.output import prepare_output, require_apart
 from loratune.runs.probe import ProbeRow, read_probe
 from loratune.runs.tokenizer_files import copy_tokenizer_files
 from loratune.runs.verification import Bounds, ExportedFolder, Parity, Verification, write_verification
@@ -70,6 +70,8 @@ def export(
     """
     with disk_errors_explained(output):
         output = output.resolve()
+        kind, place = ("adapter", source.adapter) if source else ("model", Path(options.model or ""))
+        require_apart(output, kind, place)
         prepare_output(output, options.overwrite, "export", VERIFICATION)
     if options.format in ("gguf", "ollama"):
         import loratune.delivery.export.gguf.file  # noqa: F401 - its package is missed before a merge, not after

@@ -24,10 +24,11 @@ from loratune.model.files import find_base, weight_files
 from loratune.model.tokenizer import load_tokenizer
 from loratune.model.tying import head_is_tied
 from loratune.plain_files import is_folder
+from loratune.printable import shortened
 from loratune.recipe.sections import TINY_QWEN, ModelSettings
-from loratune.runs.base_check import BaseCheck
+from loratune.runs.base_check import BaseCheck, check_same_template
 from loratune.runs.folder import file_sha256
-from loratune.runs.opening import AdapterSource, base_settings, check_same_template, open_settled_adapter
+from loratune.runs.opening import AdapterSource, base_settings, open_settled_adapter
 from loratune.runs.tensor_hashes import TensorHashes
 from loratune.runs.verification import Combined, CombinedAdapter
 
@@ -75,7 +76,13 @@ def open_adapters(
             for (name, path), number in zip(paths.items(), numbers, strict=True)
         }
         made = Combined(method, density if "ties" in method else None, parts)
-        yield AdapterSource(combined, first.record, first.manifest, first.run, combined=made)
+        source = AdapterSource(combined, first.record, first.manifest, first.run, combined=made)
+        try:
+            yield source
+        except LoratuneError as error:  # the temporary folder's path would be useless
+            raise LoratuneError(
+                error.message.replace(str(combined), source.title), error.exit_code, error.commands
+            ) from error
 
 
 def _common_base(adapters: dict[str, AdapterSource], model: str | None, force: bool) -> Path:
@@ -91,7 +98,9 @@ def _common_base(adapters: dict[str, AdapterSource], model: str | None, force: b
         if source.record and source.record.model.quantization != settings.quantization:
             raise LoratuneError("the adapters were trained on different quantisations of the base", Exit.MODEL)
         if source.prompt != first.prompt:
-            console.warn(f"{name} was trained with other prompt settings; the merged model gets those of the first")
+            console.warn(
+                f"{shortened(name)} was trained with other prompt settings; the merged model gets those of the first"
+            )
     return base
 
 
