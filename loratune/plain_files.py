@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from loratune.errors import Exit, LoratuneError
+from loratune.printable import LONGEST_PATH, shortened
 
 CONFIG_BYTES = 20_000_000
 """Larger than any config; a chat template within one takes about 100 kB."""
@@ -34,6 +35,21 @@ def is_folder(path: str | Path) -> bool:
 def is_file(path: str | Path) -> bool:
     """Return whether a path is a file; see `is_folder`."""
     return os.path.isfile(path)  # noqa: PTH113
+
+
+def require_folder(path: Path, instead: str = "") -> None:
+    """Raise if a path is no folder.
+
+    Args:
+        path: what was given.
+        instead: what to give.
+
+    Raises:
+        LoratuneError: it is none.
+    """
+    if not is_folder(path):
+        advice = f"; give {instead}" if instead else ""
+        raise LoratuneError(f"{shortened(str(path), LONGEST_PATH)}: no such folder{advice}", Exit.MODEL)
 
 
 def open_plain(path: Path) -> BinaryIO:

@@ -216,6 +216,7 @@ def test_a_damaged_report_is_a_message(tmp_path: Path, others: dict[str, Any], w
         ({"base_checked": "banana"}, "damaged: base_checked: "),
         ({"merge_base": "banana"}, "damaged: merge_base: "),
         ({"verified": "banana"}, "damaged: verified: "),
+        ({"generation_prompt": "banana"}, "damaged: generation_prompt: "),
         ({"versions": "banana"}, "damaged: versions: "),
         ({"files": {"../a": {"bytes": 1, "sha256": "3"}}}, "damaged: it does not say what the folder's files were"),
         ({"read_back": {}}, "damaged: read_back.tensors: "),

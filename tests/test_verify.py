@@ -317,7 +317,9 @@ def test_a_verification_that_is_no_file_is_told(cli: Cli, merged: Path, make: Ca
         assert "verification.json: cannot be read" in result.stderr
 
 
-@pytest.mark.parametrize("name", ["../outside.json", "{place}/outside.json", "sub/../config.json", "", "."])
+@pytest.mark.parametrize(
+    "name", ["../outside.json", "{place}/outside.json", "sub/../config.json", "", ".", "\ud800", "a\0b"]
+)
 def test_records_of_files_elsewhere_are_damage_and_the_files_are_not_opened(
     cli: Cli, merged: Path, tmp_path: Path, name: str
 ) -> None:
@@ -532,10 +534,11 @@ def test_a_merged_model_without_its_record_cannot_be_verified(
 
 
 def test_other_folders_have_nothing_to_compare_with(cli: Cli, random_qwen: Path, tmp_path: Path) -> None:
-    for folder in (random_qwen, tmp_path, tmp_path / "none"):
+    for folder in (random_qwen, tmp_path, tmp_path / "none", "x" * 5000):
         result = cli("verify", folder)
         assert result.exit_code == Exit.MODEL
         assert "run folder" in result.stderr
+        assert ("no such folder" in result.stderr) == (folder not in (random_qwen, tmp_path))
 
 
 # --- the merge proved again ---
@@ -627,7 +630,23 @@ def test_a_run_without_its_manifest_is_not_shown_as_unchanged(cli: Cli, short_ru
     assert json.loads(shown.stdout)["changed"] == ["manifest.json (missing)"]
 
 
-@pytest.mark.parametrize(("name", "code"), [("LICENSE.txt", 0), ("notes.txt", 0), ("vocab.txt", Exit.MODEL)])
+@pytest.mark.parametrize(
+    "given", [("verify",), ("runs", "show"), ("export", "-f", "gguf", "-o", "out", "-m"), ("infer", "-a")]
+)
+def test_a_path_that_is_too_long_is_no_folder(
+    cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, given: tuple[str, ...]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    result = cli(*given, "x" * 5000)
+    assert result.exit_code == Exit.MODEL
+    assert "xxx…: no such folder" in result.stderr
+    assert "x" * 1000 not in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("name", "code"),
+    [("answers.jsonl.report.json", 0), ("LICENSE.txt", 0), ("notes.txt", 0), ("vocab.txt", Exit.MODEL)],
+)
 def test_notes_beside_a_model_change_nothing(cli: Cli, merged: Path, name: str, code: int) -> None:
     (merged / name).write_text("hello")
     assert cli("verify", merged).exit_code == code

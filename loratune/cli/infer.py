@@ -80,7 +80,7 @@ def command(
     if no_adapter and metrics and not adapters:
         raise LoratuneError("--no-adapter with --metrics compares with an adapter; give one with --adapter", Exit.USAGE)
     if len(adapters) > 1 and (prompt is not None or input_ is not None):
-        console.warn(f"{adapters[0][0]} answers; the other adapters are only used in the chat")
+        console.warn(f"{shortened(adapters[0][0])} answers; the other adapters are only used in the chat")
         adapters = adapters[:1]
     if input_ is None or output is None:
         with closing(_load(adapters, model, force)) as engine:

@@ -10,6 +10,7 @@ import typer
 from loratune import console
 from loratune.cli.flags import Adapter, Force, Json, Logits, MovedBase, adapter_folder
 from loratune.errors import Exit, LoratuneError, counted
+from loratune.printable import LONGEST_PATH, shortened
 
 DETAILS = """\
 Recomputes the sha256 of every file of a merged model or an export, and of a run's adapter, recipe, probe rows and
@@ -42,7 +43,7 @@ def command(
         )
     made_with = adapter_folder(adapter)
     source = open_settled_adapter(made_with, force) if made_with else None
-    with console.status(f"reading {folder}"):
+    with console.status(f"reading {shortened(str(folder), LONGEST_PATH)}"):
         verified = verify_folder(folder, source, MergeOptions(model=base_model, logits=logits, force=force))
     for warning in verified.warnings:
         console.warn(warning)

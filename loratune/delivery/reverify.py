@@ -16,12 +16,14 @@ from loratune.errors import Exit, LoratuneError, bullet_list
 from loratune.model.adapter.files import WEIGHTS_FILE
 from loratune.model.files import weight_files
 from loratune.model.weights.tensor_files import TensorFiles
+from loratune.plain_files import require_folder
 from loratune.runs.folder import MANIFEST, VERIFICATION, file_sha256
 from loratune.runs.intact import check_files, is_idle, is_loaded, seal_remarks
 from loratune.runs.opening import AdapterSource, open_whole_run
 from loratune.runs.verification import AnyVerification, MergedModel, read_verification
 
 AS_MERGED = MergeOptions()
+KINDS = "a merged model, an export or a run folder"
 
 
 @dataclass(frozen=True)
@@ -62,6 +64,7 @@ def verify_folder(folder: Path, adapter: AdapterSource | None = None, options: M
         LoratuneError: there are no records, a file that programs load has changed, or the merged model is not base +
             adapter.
     """
+    require_folder(folder, KINDS)
     verification = read_verification(folder)
     if verification is None:
         return _verify_run(folder, adapter)
@@ -97,8 +100,8 @@ def verify_folder(folder: Path, adapter: AdapterSource | None = None, options: M
 def _verify_run(folder: Path, adapter: AdapterSource | None) -> Verified:
     if not (folder / MANIFEST).is_file():
         raise LoratuneError(
-            f"{folder}: nothing can be verified: no {VERIFICATION} of loratune and no {MANIFEST} in it; give a "
-            "merged model, an export or a run folder, or make the model again",
+            f"{folder}: nothing can be verified: no {VERIFICATION} of loratune and no {MANIFEST} in it; give {KINDS}, "
+            "or make the model again",
             Exit.MODEL,
         )
     if adapter:

@@ -14,6 +14,7 @@ from loratune.extras import required
 from loratune.model.architecture.families import FAMILIES
 from loratune.model.architecture.structure import text_values
 from loratune.plain_files import CONFIG_BYTES, is_folder, read_json_object, require_plain_files
+from loratune.printable import LONGEST_PATH, shortened
 from loratune.recipe.sections import TINY_QWEN, ModelSettings
 from loratune.safetensors_header import read_header
 
@@ -76,7 +77,10 @@ def local_folder(settings: ModelSettings) -> Path | None:
         return folder
     parts = settings.base.split("/")
     if len(parts) != 2 or not all(parts) or folder.is_absolute() or parts[0] in (".", "..", "~"):
-        raise LoratuneError(f"model.base {settings.base!r}: no such folder, and not a hub id (org/name)", Exit.MODEL)
+        raise LoratuneError(
+            f"model.base {shortened(settings.base, LONGEST_PATH)!r}: no such folder, and not a hub id (org/name)",
+            Exit.MODEL,
+        )
     return None
 
 

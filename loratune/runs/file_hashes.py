@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -49,8 +50,12 @@ def are_records(values: Any) -> bool:
 
 
 def _is_inside(name: str) -> bool:
-    path = PurePosixPath(name)
-    return bool(path.parts) and not path.is_absolute() and ".." not in path.parts
+    """Return whether a name can be that of a file below a folder."""
+    try:
+        path = PurePosixPath(os.fsdecode(os.fsencode(name)))
+    except UnicodeEncodeError:
+        return False
+    return "\0" not in name and bool(path.parts) and not path.is_absolute() and ".." not in path.parts
 
 
 def compare_files(

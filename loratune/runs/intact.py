@@ -18,9 +18,13 @@ LOADED = (".safetensors", ".gguf", ".bin", ".json", ".jinja", "vocab.txt", "merg
 """Name suffixes of files that programs load; model cards, licences, notes and a hub's own files are not loaded."""
 
 
+ANSWERS_REPORT = ".report.json"
+"""Suffix of what `infer` writes beside the answers to a file of rows, which may lie in the folder of their model."""
+
+
 def is_loaded(name: str) -> bool:
     """Return whether programs load files of this name, so that a change would change the model."""
-    return name.endswith(LOADED)
+    return name.endswith(LOADED) and not name.endswith(ANSWERS_REPORT)
 
 
 def is_idle(name: str) -> bool:

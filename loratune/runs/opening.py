@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from loratune.errors import Exit, LoratuneError
-from loratune.plain_files import is_file, is_folder, read_json_object
-from loratune.printable import LONGEST_PATH, shortened
+from loratune.plain_files import is_file, is_folder, read_json_object, require_folder
+from loratune.printable import shortened
 from loratune.recipe.loading import load_written_recipe
 from loratune.recipe.sections import ModelSettings, PromptSettings
 from loratune.runs.checkpoint import SEAL, Checkpoint
@@ -28,8 +28,7 @@ from loratune.runs.seals import (
 )
 from loratune.runs.status import read_status
 from loratune.runs.tokenizer_files import TOKENIZER_CONFIG
-from loratune.runs.typed_json import as_typed
-from loratune.runs.verification import Combined, MergedModel, read_verification
+from loratune.runs.verification import Combined, MergedModel, prompt_of, read_verification
 
 
 @dataclass(frozen=True)
@@ -120,8 +119,7 @@ def open_adapter(path: Path, force: bool = False) -> AdapterSource:
     Raises:
         LoratuneError: there is no adapter, or its files have changed.
     """
-    if not is_folder(path):
-        raise LoratuneError(f"{shortened(str(path), LONGEST_PATH)}: no such folder", Exit.MODEL)
+    require_folder(path)
     if _is_run(path):
         return _open_run(path, path / ADAPTER, force)
     for place in dict.fromkeys((path.absolute(), path.resolve())):  # a link into a run belongs to that run
@@ -207,8 +205,7 @@ def merged_prompt(folder: Path) -> PromptSettings:
     if verification is None:
         return PromptSettings()
     merged = verification.proved if isinstance(verification.proved, MergedModel) else MergedModel()
-    known = {"enable_thinking": merged.thinking, "generation_prompt": merged.generation_prompt, "date": merged.date}
-    return as_typed(PromptSettings, known, folder / VERIFICATION)
+    return prompt_of(merged, folder / VERIFICATION)
 
 
 def _is_run(folder: Path) -> bool:

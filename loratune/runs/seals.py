@@ -72,9 +72,8 @@ def open_report(run: Path) -> Report:
     Raises:
         LoratuneError: it has changed since, or is damaged.
     """
-    files = read_manifest(run).files if (run / MANIFEST).is_file() else None
-    check = compare_files(run, {name: record for name, record in (files or {}).items() if name == REPORT})
-    require_unchanged(run, [*check.changed, *check.missing])
+    if (run / MANIFEST).is_file():
+        require_unchanged(run, changed_files(run, read_manifest(run), (REPORT,)))
     return read_report(run)
 
 

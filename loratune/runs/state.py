@@ -7,6 +7,7 @@ from typing import Any
 
 from loratune.commands import Command, loratune
 from loratune.errors import Exit, LoratuneError
+from loratune.plain_files import require_folder
 from loratune.runs.base_check import how_checked
 from loratune.runs.checkpoint import checkpoint_steps
 from loratune.runs.folder import ADAPTER, CHECKPOINTS, MANIFEST, RECIPE, STATUS, read_metrics
@@ -35,6 +36,7 @@ def run_state(output: Path) -> dict[str, Any]:
     Raises:
         LoratuneError: the folder is not a run, or its status is damaged.
     """
+    require_folder(output, "a run folder")
     if not (output / STATUS).is_file():
         raise LoratuneError(f"{output} holds no run (no {STATUS} in it)", Exit.MODEL)
     status = read_status(output)

@@ -11,6 +11,7 @@ from typing import Any, Generic, TypeVar
 from loratune.choices import AddedTo, BaseChecked, Proof
 from loratune.errors import Exit, LoratuneError
 from loratune.plain_files import read_json
+from loratune.recipe.sections import PromptSettings
 from loratune.runs.card import has_card
 from loratune.runs.file_hashes import Records, are_records
 from loratune.runs.folder import PROGRAM, SEALED_BY, VERIFICATION, has_changed, with_seal
@@ -279,10 +280,26 @@ def read_verification(folder: Path) -> AnyVerification | None:
     return Verification(_proved(values, path), versions, files, values.get(SEALED_BY) is not None)
 
 
+def prompt_of(merged: MergedModel, path: Path) -> PromptSettings:
+    """Return the prompt settings of a merged model, whose template includes all others of the training.
+
+    Args:
+        merged: what its verification.json says.
+        path: of that file, for the message.
+
+    Raises:
+        LoratuneError: a value is none that the setting takes.
+    """
+    known = {"enable_thinking": merged.thinking, "generation_prompt": merged.generation_prompt, "date": merged.date}
+    return as_typed(PromptSettings, known, path)
+
+
 def _proved(values: dict[str, Any], path: Path) -> MergedModel | ExportedFolder:
     kind = values.get("kind", EXPORT if "format" in values else MERGED)  # the first versions did not say
     if kind == MERGED:
-        return replace(as_typed(MergedModel, values, path), models=as_typed(ModelProof, values, path))
+        merged = replace(as_typed(MergedModel, values, path), models=as_typed(ModelProof, values, path))
+        prompt_of(merged, path)  # what cannot be prompted with is damaged for those who ask nothing, too
+        return merged
     if kind == EXPORT:
         return as_typed(ExportedFolder, values, path)
     raise LoratuneError(f"{path}: damaged: kind: {kind!r} is neither {MERGED!r} nor {EXPORT!r}", Exit.MODEL)
