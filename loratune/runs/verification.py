@@ -202,7 +202,6 @@ class WrittenWith:
     """What wrote the file."""
 
     versions: Mapping[str, str] | None = None
-    """Library → version."""
 
 
 @dataclass(frozen=True)
@@ -281,11 +280,7 @@ def read_verification(folder: Path) -> AnyVerification | None:
 
 
 def prompt_of(merged: MergedModel, path: Path) -> PromptSettings:
-    """Return the prompt settings of a merged model, whose template includes all others of the training.
-
-    Args:
-        merged: what its verification.json says.
-        path: of that file, for the message.
+    """Return a merged model's prompt settings; its template includes all others. `path` is that of its file.
 
     Raises:
         LoratuneError: a value is none that the setting takes.
