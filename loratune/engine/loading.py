@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 
 from loratune.data.encoding.encoder import Encoder
-from loratune.errors import Exit, LoratuneError
+from loratune.errors import Exit, LoratuneError, counted
 from loratune.model.adapter.own_parameters import BASE, own_parameters
 from loratune.model.adapter.tensors import check_fits
 from loratune.model.architecture.file_layout import parameter_infos
@@ -123,8 +123,8 @@ def _with_adapters(
         changed = sorted(key for key in {*base, *found} if base.get(key) != found.get(key))
         if changed:
             raise LoratuneError(
-                f"{source.adapter}: loading it has changed {len(changed)} parameters of the base, first {changed[0]}, "
-                "so that the base and other adapters would give other answers; merge it, and give the merged model",
+                f"{source.adapter}: loading it has changed {counted(len(changed), 'parameter')} of the base, first "
+                f"{changed[0]}, so that the base and other adapters would give other answers; merge it, and give the merged model",
                 Exit.MODEL,
             )
         lacking += check_vocabulary(source, folder, own.vocabulary(), own.vocabulary(name))

@@ -23,7 +23,7 @@ from loratune.delivery.template import about_the_date
 from loratune.delivery.verification.parity import compare_models
 from loratune.delivery.verification.proof import check_parity, probe_rows
 from loratune.delivery.verification.report import parity_text, show_verification
-from loratune.errors import Exit, LoratuneError, bullet_list, reason_of, refusal
+from loratune.errors import Exit, LoratuneError, bullet_list, counted, reason_of, refusal
 from loratune.model.files import check_base, weight_files
 from loratune.model.memory import free_main_memory_bytes
 from loratune.model.tokenizer import load_tokenizer
@@ -137,7 +137,8 @@ def _export_gguf(job: Export, model: Path) -> Exported:
         check = gguf_file.check_gguf(model, target)
     parity = _compare_gguf(job, model, target)
     if check.fallbacks:
-        console.warn(f"{len(check.fallbacks)} tensors are f16, since their rows do not divide into blocks of 32")
+        kept = counted(len(check.fallbacks), "tensor")
+        console.warn(f"{kept} in f16, since q8_0 needs rows that divide into blocks of 32")
     console.table(
         [
             ("file", f"{target.name}, {console.memory(target.stat().st_size)}"),
