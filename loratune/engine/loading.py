@@ -124,7 +124,8 @@ def _with_adapters(
         if changed:
             raise LoratuneError(
                 f"{source.adapter}: loading it has changed {counted(len(changed), 'parameter')} of the base, first "
-                f"{changed[0]}, so that the base and other adapters would give other answers; merge it, and give the merged model",
+                f"{changed[0]}, so that the base and other adapters would give other answers; merge it, and give the "
+                "merged model",
                 Exit.MODEL,
             )
         lacking += check_vocabulary(source, folder, own.vocabulary(), own.vocabulary(name))
