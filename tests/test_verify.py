@@ -541,6 +541,25 @@ def test_other_folders_have_nothing_to_compare_with(cli: Cli, random_qwen: Path,
         assert ("no such folder" in result.stderr) == (folder not in (random_qwen, tmp_path))
 
 
+@pytest.mark.parametrize("flags", [(), ("--force",)], ids=["plain", "forced"])
+def test_a_changed_model_is_no_silent_base_of_a_merge_or_a_training(
+    cli: Cli, merged: Path, short_run: Path, tmp_path: Path, flags: tuple[str, ...]
+) -> None:
+    plain = shutil.copytree(short_run / "adapter", tmp_path / "plain")
+    DAMAGES["one per cent"][0](merged)
+    merge = ("merge", "--adapter", plain, "--base-model", merged, "--output", tmp_path / "m", "--no-verify", *flags)
+    result = cli(*merge)
+    assert result.exit_code == (0 if flags else Exit.MODEL), result.stderr
+    assert f"{merged} is not as it was verified:\n  {WEIGHTS}: changed" in result.stderr
+    if flags:
+        return
+    rows = short_run.parent / "rows.json"
+    train = ("--data.train", rows, "--training.max_steps", 1, "--evaluation.questions_share", 0)
+    trained = cli("sft", "--model.base", merged, *train, "--output", tmp_path / "run")
+    assert trained.exit_code == 0, trained.stderr
+    assert f"warning: {merged} is not as it was verified:\n  {WEIGHTS}: changed" in trained.stderr
+
+
 # --- the merge proved again ---
 
 

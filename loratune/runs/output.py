@@ -47,6 +47,7 @@ def prepare_output(output: Path, overwrite: bool, kind: str = "run", marker: str
         LoratuneError: it has other contents, or is not writable.
     """
     _check_name(output)
+    named = f"{'an' if kind[0] in 'aeiou' else 'a'} {kind}"
     if marker == VERIFICATION and (output.is_mount() or output.resolve() == Path.cwd()):
         raise LoratuneError(
             f"{output} cannot be replaced in one step; choose a folder inside it with --output", Exit.USAGE
@@ -56,11 +57,11 @@ def prepare_output(output: Path, overwrite: bool, kind: str = "run", marker: str
             if marker == STATUS:
                 _tell_of_damaged_status(output)
             raise LoratuneError(
-                f"{output} holds something that is not a {kind}; choose another folder with --output", Exit.USAGE
+                f"{output} holds something that is not {named}; choose another folder with --output", Exit.USAGE
             )
         if not overwrite:
             raise LoratuneError(
-                f"{output} already holds a {kind}; choose another folder with --output, or replace it with --overwrite",
+                f"{output} already holds {named}; choose another folder with --output, or replace it with --overwrite",
                 Exit.USAGE,
             )
     elif output.exists() and not output.is_dir():

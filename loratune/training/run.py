@@ -37,6 +37,7 @@ from loratune.recipe.sections import Recipe
 from loratune.runs.card import write_card
 from loratune.runs.checkpoint import Checkpoint, open_checkpoint, seal_checkpoint
 from loratune.runs.folder import ADAPTER
+from loratune.runs.intact import require_intact
 from loratune.runs.lock import run_lock
 from loratune.runs.output import begin_run, prepare_output, seal_run
 from loratune.runs.probe import MAX_QUESTIONS, save_probe
@@ -204,7 +205,7 @@ def _prepare(recipe: Recipe, day: str | None, output: Path, stops: StopSignals) 
     set_pad_token(tokenizer, {encoder.end_id, tokenizer.eos_token_id})
     plan = plan_steps(recipe.training, data.train.lengths, hardware.processes)
     arguments, served = training_arguments(recipe, hardware, plan.accumulation, data.validation is not None)
-    warnings = (*advise(recipe), *data.warnings, *served)
+    warnings = (*advise(recipe), *data.warnings, *served, *require_intact(base, force=True))
     show_data(recipe, data)
     start_up.stage_done("data")
     return Prepared(

@@ -28,6 +28,7 @@ from loratune.printable import shortened
 from loratune.recipe.sections import TINY_QWEN, ModelSettings
 from loratune.runs.base_check import BaseCheck, check_same_template
 from loratune.runs.folder import file_sha256
+from loratune.runs.intact import require_intact
 from loratune.runs.opening import AdapterSource, base_settings, open_settled_adapter
 from loratune.runs.tensor_hashes import TensorHashes
 from loratune.runs.verification import Combined, CombinedAdapter
@@ -117,8 +118,9 @@ def check_pair(source: AdapterSource, name: str, base: Path, force: bool) -> lis
         Warnings about what could not be checked, or was forced.
 
     Raises:
-        LoratuneError: it was trained on another base, or lacks tensors.
+        LoratuneError: it was trained on another base, or lacks tensors; or the base has changed since it was verified.
     """
+    remarks = require_intact(base, force)
     infos, is_tied = parameter_infos(base), head_is_tied(base)
     fits = partial(read_updates, source.adapter, infos, is_tied)
     check = BaseCheck(source, name, base, TensorHashes(weight_files(base)), force, fits)
@@ -127,7 +129,7 @@ def check_pair(source: AdapterSource, name: str, base: Path, force: bool) -> lis
         embedding, head = vocabulary_of(shapes)
         shapes[head] = shapes[embedding]
     check_adapter(source.adapter, shapes)
-    return check.finish()
+    return [*remarks, *check.finish()]
 
 
 def training_encoder(source: AdapterSource, base: Path) -> Encoder:
