@@ -1,4 +1,4 @@
-"""What merge and export can be asked for, by name: flags, options and the tables behind them take the names from here.
+"""What merge and export can be asked for and say, by name: flags, options and tables take the names from here.
 
 Nothing else is imported, since every help page needs them.
 """
@@ -12,6 +12,12 @@ Dtype: TypeAlias = Literal["bfloat16", "float16", "float32"]
 """Of weights that are not quantised."""
 MergeBase: TypeAlias = Literal["auto", "original", "dequantized"]
 """What the adapter of a quantised base is added to; auto takes the one that comes closer to the training."""
+AddedTo: TypeAlias = Literal["original", "dequantized"]
+"""What it was added to."""
+BaseChecked: TypeAlias = Literal["every byte", "sampled", "nothing"]
+"""How much of a base's weights was compared with those of the training."""
+Proof: TypeAlias = Literal["files and logits", "files", "nothing"]
+"""What of a merged model has been compared with base + adapter."""
 Combination: TypeAlias = Literal["linear", "svd", "ties", "dare_ties"]
 """How several adapters become one."""
 

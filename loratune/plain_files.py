@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from loratune.errors import Exit, LoratuneError
+from loratune.printable import LONGEST_PATH, shortened
 
 CONFIG_BYTES = 20_000_000
 """Larger than any config; a chat template within one takes about 100 kB."""
@@ -19,6 +20,8 @@ MOST_BYTES = 256 * 2**20
 
 LONGEST_LINE = 16 * 2**20
 """In bytes; a longer line is damage, such as a hole left by a system crash."""
+
+SHOWN_NAMES = 20
 
 SMALL_FILES = (".json", ".jinja", ".txt")
 """Suffixes of files that libraries read whole, too."""
@@ -32,6 +35,21 @@ def is_folder(path: str | Path) -> bool:
 def is_file(path: str | Path) -> bool:
     """Return whether a path is a file; see `is_folder`."""
     return os.path.isfile(path)  # noqa: PTH113
+
+
+def require_folder(path: Path, instead: str = "") -> None:
+    """Raise if a path is no folder.
+
+    Args:
+        path: what was given.
+        instead: what to give.
+
+    Raises:
+        LoratuneError: it is none.
+    """
+    if not is_folder(path):
+        advice = f"; give {instead}" if instead else ""
+        raise LoratuneError(f"{shortened(str(path), LONGEST_PATH)}: no such folder{advice}", Exit.MODEL)
 
 
 def open_plain(path: Path) -> BinaryIO:
@@ -81,32 +99,52 @@ def read_plain_text(path: Path, most_bytes: int = MOST_BYTES) -> str:
     return read_plain(path, most_bytes).decode("utf-8")
 
 
-def read_json_object(path: Path, most_bytes: int = MOST_BYTES) -> dict[str, Any]:
-    """Return the JSON object in a file.
+def read_json(path: Path, most_bytes: int = MOST_BYTES) -> Any:
+    """Return the JSON value in a file.
 
     Raises:
-        LoratuneError: the file is missing, not regular, too large, invalid JSON, nested too deeply, or not an object.
+        LoratuneError: the file is missing, not regular, too large, invalid JSON, or nested too deeply.
     """
     try:
-        value = json.loads(read_plain_text(path, most_bytes))
+        return json.loads(read_plain_text(path, most_bytes))
     except (OSError, ValueError) as error:
         raise LoratuneError(f"{path}: cannot be read: {reason_of(error)}", Exit.MODEL) from error
     except RecursionError as error:
         raise LoratuneError(f"{path}: cannot be read: nested too deeply; fetch it again", Exit.MODEL) from error
+
+
+def read_json_object(path: Path, most_bytes: int = MOST_BYTES) -> dict[str, Any]:
+    """Return the JSON object in a file.
+
+    Raises:
+        LoratuneError: see `read_json`; or it is not an object.
+    """
+    value = read_json(path, most_bytes)
     if not isinstance(value, dict):
         raise LoratuneError(f"{path}: not a JSON object", Exit.MODEL)
     return value
 
 
-def unfit_files(folder: Path) -> list[str]:
-    """Return names in a folder that no library should open: pipes, devices, and oversized small files."""
-    found = []
-    for path in sorted(folder.iterdir()):
-        try:
-            status = path.stat()
-        except OSError:  # a dangling link
-            continue
-        is_huge = path.suffix in SMALL_FILES and status.st_size > MOST_BYTES
-        if is_huge or not (stat.S_ISREG(status.st_mode) or stat.S_ISDIR(status.st_mode)):
-            found.append(path.name)
-    return found
+def require_plain_files(folder: Path) -> None:
+    """Refuse a folder in which a library could open a pipe, a device, or a file that is far too large.
+
+    Libraries read files of a folder and of its own folders, also where these are links; hidden ones are left out.
+
+    Raises:
+        LoratuneError: lists them.
+    """
+    paths = [*folder.glob("*"), *(path for path in folder.glob("*/*") if not path.parent.name.startswith("."))]
+    if unfit := sorted(path.relative_to(folder).as_posix() for path in paths if _is_unfit(path)):
+        listed = ", ".join(unfit[:SHOWN_NAMES]) + (", …" if len(unfit) > SHOWN_NAMES else "")
+        raise LoratuneError(
+            f"{folder}: not regular files, or far too large, and therefore not read: {listed}", Exit.MODEL
+        )
+
+
+def _is_unfit(path: Path) -> bool:
+    try:
+        status = path.stat()
+    except OSError:  # a dangling link
+        return False
+    is_huge = path.suffix in SMALL_FILES and status.st_size > MOST_BYTES
+    return is_huge or not (stat.S_ISREG(status.st_mode) or stat.S_ISDIR(status.st_mode))

@@ -10,6 +10,10 @@ from typing import Any
 UNPRINTABLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
 
 
+LONGEST_PATH = 300
+"""Characters of a path that may not exist, in a message."""
+
+
 def printable(text: str) -> str:
     """Remove control characters."""
     return UNPRINTABLE.sub("", text)
@@ -23,6 +27,11 @@ def visible(text: str) -> str:
         return "␡" if code == 0x7F else chr(0x2400 + code) if code < 0x20 else f"⟨{code:04X}⟩"
 
     return UNPRINTABLE.sub(sign, text)
+
+
+def shortened(text: str, limit: int = 60) -> str:
+    """Return a text, or its beginning if it is longer than a message should quote."""
+    return text if len(text) <= limit else f"{text[: limit - 1]}…"
 
 
 def printable_json(value: Any, is_ascii: bool = False) -> str:

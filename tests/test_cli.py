@@ -169,6 +169,34 @@ def test_a_completion_script_is_printed(cli: Cli, monkeypatch: pytest.MonkeyPatc
     assert f"complete_{shell}" in result.stdout
 
 
+@pytest.mark.parametrize("flag", ["--show-completion", "--install-completion"])
+@pytest.mark.parametrize("shell", ["banana", "x" * 5000, "sft"], ids=["banana", "long", "command"])
+def test_a_shell_without_a_completion_is_refused(
+    cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, flag: str, shell: str
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))  # where it would be installed
+    result = cli(flag, shell)
+    assert (result.exit_code, result.stdout) == (Exit.USAGE, "")
+    assert "bash, zsh, fish, powershell, pwsh" in result.stderr
+    assert not list(tmp_path.iterdir())
+    assert "x" * 100 not in result.stderr
+
+
+def test_a_named_shell_is_taken_whatever_shell_asks() -> None:
+    line = f"{sys.executable} -m loratune --show-completion fish; exit $?"
+    done = subprocess.run(["bash", "-c", line], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "complete_fish" in done.stdout
+
+
+def test_a_completion_is_installed_for_a_named_shell(cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert cli("--install-completion", "fish").exit_code == 0
+    (script,) = (tmp_path / ".config" / "fish").rglob("*.fish")
+    assert "complete_fish" in script.read_text()
+    assert not (tmp_path / ".bashrc").exists()
+
+
 def test_the_completion_script_is_that_of_the_shell_that_asks() -> None:
     line = f"{sys.executable} -m loratune --show-completion; exit $?"  # the shell has to be there still
     done = subprocess.run(["bash", "-c", line], capture_output=True, text=True, check=False)

@@ -21,7 +21,8 @@ from safetensors.torch import load_file
 from typer.testing import Result
 
 from loratune.engine.scheduler import Decoder
-from loratune.runs.opening import open_settled_adapter
+from loratune.runs import output
+from loratune.runs.opening import open_settled_adapter, open_whole_run
 from loratune.training import run as session
 from loratune.training.reporting import answers, closing
 
@@ -51,6 +52,7 @@ def assert_finished(run: Path, result: Result) -> None:
     assert result.exit_code == 0, result.stderr
     assert json.loads((run / "status.json").read_text())["state"] == "finished"
     assert open_settled_adapter(run).changed == ()
+    assert open_whole_run(run).adapter == run / "adapter"
     assert any(name.startswith("adapter/") for name in json.loads((run / "manifest.json").read_text())["files"])
     assert {"state": "finished", "steps": 2}.items() <= report_of(run).items()
     assert not [path for path in tree(run) if "tmp" in path]
@@ -67,7 +69,7 @@ FULL = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         ("reporting.answers._told", UnicodeDecodeError("utf-8", b"\xff", 0, 1, "no text"), "answers"),
         ("run.write_card", KeyError("a bug"), "card"),
         ("reporting.closing.examine", ZeroDivisionError("a bug"), "health"),
-        ("reporting.closing.write_report", FULL, "health"),
+        ("reporting.closing.replace_report", FULL, "health"),
         ("reporting.closing.plot_losses", FULL, "plot"),
         ("reporting.report._loss", IndexError("a bug"), "loss"),
         ("reporting.report.library_versions", ValueError("a bug"), "versions"),
@@ -96,7 +98,7 @@ def test_what_fails_at_the_end_is_told_and_costs_nothing_else(
     assert (run / "adapter" / "README.md").exists() == (missing != "card")
     assert ("next: loratune infer" in result.stderr) == (missing != "table")
     assert "stopped early" not in result.stderr
-    if missing not in ("table", "plot") and place != "reporting.closing.write_report":
+    if missing not in ("table", "plot") and place != "reporting.closing.replace_report":
         assert any(type(error).__name__ in warning for warning in report["warnings"])
     before = tree(run)
     again = sft("--resume")
@@ -137,7 +139,7 @@ def test_a_signal_skips_the_questions_and_nothing_else(
     assert (tmp_path / "run" / "loss.png").is_file()
 
 
-@pytest.mark.parametrize("place", ["examine", "write_report", "plot_losses"])
+@pytest.mark.parametrize("place", ["examine", "replace_report", "plot_losses"])
 def test_another_signal_ends_a_finished_run_at_once(
     sft: Sft, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str
 ) -> None:
@@ -172,8 +174,10 @@ def test_a_run_killed_anywhere_at_its_end_is_finished_or_resumed(
 
     for name in ("save_adapter", "write_report", "seal_run", "set_status"):
         copied_before(session, name)
-    for name in ("ask_questions", "write_report", "plot_losses"):
+    for name in ("ask_questions", "replace_report", "plot_losses"):
         copied_before(closing, name)
+    for name in ("write_report", "seal_file"):  # of the report that is complete
+        copied_before(output, name)
     assert sft().exit_code == 0
     monkeypatch.undo()
     whole = load_file(tmp_path / "run" / "adapter" / "adapter_model.safetensors")
@@ -185,7 +189,7 @@ def test_a_run_killed_anywhere_at_its_end_is_finished_or_resumed(
         for name, weight in load_file(run / "adapter" / "adapter_model.safetensors").items():
             assert torch.equal(weight, whole[name])
         assert ("is complete" in resumed.stderr) == (states[run.name] == "finished")
-    assert list(states.values()) == ["running"] * 4 + ["finished"] * 3, states
+    assert list(states.values()) == ["running"] * 4 + ["finished"] * 5, states
 
 
 @pytest.mark.parametrize("losses", [[], [(1, 2.0)], [(1, 2.0), (2, float("nan")), (3, 1e30)]], ids=len)

@@ -121,6 +121,9 @@ IN_A_RUN: dict[str, tuple[Change, str]] = {
     "files removed": (edit_manifest(lambda v: v.pop("files")), "manifest.json: has been changed"),
     "files emptied, old": (edit_manifest(lambda v: v.update(files={}), True), "does not say what the run's files were"),
     "files removed, old": (edit_manifest(lambda v: v.pop("files"), True), "does not say what the run's files were"),
+    "a file elsewhere, old": (
+        edit_manifest(lambda v: v["files"].update({"adapter/../../x": {}}), True), "what the run's files were"
+    ),
     "recipe unsealed, old": (edit_manifest(lambda v: v["files"].pop("recipe.yaml"), True), "what the run's files were"),
     "weights unsealed, old": (edit_manifest(lambda v: v["files"].pop(f"adapter/{WEIGHTS}"), True), "(added)"),
     "hashes of the base, old": (
@@ -321,7 +324,7 @@ def test_a_run_of_an_earlier_version_knows_its_base_by_samples_and_says_so(
     assert "sampled: 4096 bytes of each tensor" in " ".join(result.stderr.split())
     assert json.loads((tmp_path / "out" / "made" / "verification.json").read_text())["base_checked"] == "sampled"
     shown = cli("runs", "show", run, env={"COLUMNS": "200"})
-    assert "identified by samples: 4096 bytes of each tensor" in " ".join(shown.stderr.split())
+    assert "identified by samples: 4096 bytes of each tensor" in " ".join(shown.stdout.split())
     assert json.loads(cli("runs", "show", run, "--json").stdout)["base_checked"] == "sampled"
 
 
@@ -333,7 +336,7 @@ def test_a_run_knows_every_byte_of_its_base_and_says_so(done: Callable[..., Resu
     IN_A_RUN["a comment"][0](run)
     shown = cli("runs", "show", run, env={"COLUMNS": "200"})
     assert shown.exit_code == 0
-    assert "changed since: recipe.yaml" in " ".join(shown.stderr.split())
+    assert "changed since: recipe.yaml" in " ".join(shown.stdout.split())
 
 
 # --- adapters that are incomplete ---

@@ -6,6 +6,7 @@ import json
 import shutil
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -19,7 +20,9 @@ from loratune.cli.app import app
 from loratune.cli.flags import named_adapters
 from loratune.engine.sampling import Sampling
 from loratune.engine.types import Answer, GenerationRequest
-from loratune.errors import Exit, LoratuneError
+from loratune.errors import Exit, LoratuneError, counted
+from loratune.generation.chat.answering import Reply
+from loratune.generation.chat.session import Chat
 
 ROWS = [{"instruction": "Who are you?", "output": "I am Robin."}, {"instruction": "Your name?", "output": "Robin."}]
 
@@ -207,6 +210,32 @@ def test_adapters_are_called_as_they_are_named_or_as_their_folder(tmp_path: Path
         ("a=b", tmp_path / "a=b"),
         (Path.cwd().name, Path()),
     ]
+
+
+def test_a_long_name_is_shortened_in_messages(cli: Callable[..., Result], tmp_path: Path) -> None:
+    name = "x" * 5000
+    result = cli("infer", "--adapter", f"{name}={tmp_path}", "--adapter", f"{name}={tmp_path}", "-p", "hi")
+    assert result.exit_code == Exit.USAGE
+    assert "another is called xxx" in result.stderr
+    assert "x" * 100 not in result.stderr
+
+
+@pytest.mark.parametrize(("tokens", "words"), [(1, "; --max-new-tokens 2 allows more"), (1_048_576, "")])
+def test_a_single_answer_that_is_cut_off_names_the_flag(
+    tokens: int, words: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    engine: Any = SimpleNamespace(adapters=[], context_tokens=2048, voices={}, base_name="base")
+    chat = Chat(engine, Sampling(max_new_tokens=tokens))
+    chat._takes_commands = False
+    chat._say_how_it_ended(Reply("so", finish="length", tokens=tokens), None)
+    assert capsys.readouterr().err.strip() == f"[cut off after {counted(tokens, 'token')}{words}]"
+
+
+def test_a_question_from_the_command_line_is_answered_with_flags_alone(cli: Callable[..., Result]) -> None:
+    result = cli("infer", "--model", "tiny-qwen", "-p", "Who are you?", "--max-new-tokens", 1)
+    assert "[cut off after 1 token; --max-new-tokens 2 allows more]" in result.stderr
+    piped = cli("infer", "--model", "tiny-qwen", "--max-new-tokens", 1, input="Who are you?\n")
+    assert "[cut off after 1 token; /set max_new_tokens=2 allows more]" in piped.stderr
 
 
 @pytest.mark.parametrize("values", [["a=x", "a=y"], ["x", "other/x"], ["=x"], ["x="], [""]])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ from transformers import (
 )
 from typer.testing import CliRunner, Result
 
-from loratune.errors import Exit
+from loratune.errors import Exit, LoratuneError
 from loratune.model.base import load_base
 from loratune.model.hardware import detect_hardware
 from loratune.model.weights import mapped
@@ -223,6 +224,26 @@ def test_another_dtype_holds_for_every_tensor_and_is_what_transformers_loads(
     plain = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
     assert {parameter.dtype for parameter in plain.parameters()} == {wanted}
     assert report["dtype"] == dtype
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float32", "bfloat16"])
+def test_a_merge_into_another_type_says_what_the_base_has_and_what_is_equal(
+    cli: Cli, bfloat16_qwen: Path, tmp_path: Path, dtype: str
+) -> None:
+    make_adapter(bfloat16_qwen, tmp_path / "adapter")
+    flags = ("-a", tmp_path / "adapter", "-m", bfloat16_qwen, "--dtype", dtype, "--no-logits")
+    result = cli("merge", "--output", tmp_path / "merged", *flags)
+    assert result.exit_code == 0, result.stderr
+    told = " ".join(result.stderr.split())
+    assert f"base {bfloat16_qwen}, bfloat16 into" in told
+    assert f"of {dtype} in 1 file to" in told
+    back = json.loads((tmp_path / "merged" / "verification.json").read_text())["read_back"]
+    before, after = weights(bfloat16_qwen), weights(tmp_path / "merged")
+    assert back["converted"] == (0 if dtype == "bfloat16" else back["identical"])
+    assert back["identical"] == sum(torch.equal(after[name], before[name].to(after[name].dtype)) for name in before)
+    words = "byte for byte" if dtype == "bfloat16" else f"values in {dtype}"
+    assert f"{back['identical']} equal to the base's {words}" in told
+    assert ("byte for byte" in told) == (dtype == "bfloat16")
 
 
 def test_a_value_that_float16_cannot_hold_is_no_infinity(cli: Cli, random_qwen: Path, tmp_path: Path) -> None:
@@ -508,11 +529,31 @@ def test_several_adapters_need_names_of_their_own(
 def test_adapters_are_named_as_for_infer(cli: Cli, random_qwen: Path, tmp_path: Path) -> None:
     for name in ("v1.5", "no=run"):
         make_adapter(random_qwen, tmp_path / name)
-    report = merged(
-        cli, tmp_path / "merged", "-a", tmp_path / "v1.5", "-a", f"my-run 2={tmp_path / 'v1.5'}",
-        "-a", tmp_path / "no=run", "-m", random_qwen, "--weights", "1,0.5,0.5",
+    result = cli(
+        "merge", "--output", tmp_path / "merged", "-a", tmp_path / "v1.5", "-a", f"my-run 2={tmp_path / 'v1.5'}",
+        "-a", tmp_path / "no=run", "-a", f"{'long' * 1000}={tmp_path / 'no=run'}", "-m", random_qwen,
+        "--weights", "1,0.5,0.5,0.1",
     )  # fmt: skip
-    assert list(report["combined"]["adapters"]) == ["v1.5", "my-run 2", "no=run"]
+    assert result.exit_code == 0, result.stderr
+    report = json.loads((tmp_path / "merged" / "verification.json").read_text())
+    assert list(report["combined"]["adapters"]) == ["v1.5", "my-run 2", "no=run", "long" * 1000]
+    assert "adapter linear of 1 × v1.5, 0.5 × my-run 2, 0.5 × no=run, 0.1 × longlong" in " ".join(result.stderr.split())
+    assert "long" * 20 not in result.stderr
+    assert f"{tempfile.gettempdir()}/loratune-" not in result.stderr
+
+
+def test_what_is_wrong_with_a_combined_adapter_is_told_without_its_temporary_folder(
+    cli: Cli, random_qwen: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(source: Any, *_: Any) -> None:
+        raise LoratuneError(f"{source.adapter}: no such thing", Exit.MODEL)
+
+    make_adapter(random_qwen, tmp_path / "a")
+    monkeypatch.setattr("loratune.delivery.merge.merge.gather", fail)
+    pair = ("-a", f"a={tmp_path / 'a'}", "-a", f"b={tmp_path / 'a'}")
+    result = cli("merge", *pair, "-m", random_qwen, "-o", tmp_path / "m", "--weights", "1,-2")
+    assert result.exit_code == Exit.MODEL
+    assert "error: linear of 1 × a, -2 × b: no such thing" in result.stderr
 
 
 @pytest.mark.parametrize("command", ["merge", "infer", "serve", "export", "verify"])
@@ -526,6 +567,7 @@ def test_every_command_reads_the_adapter_flag_alike(cli: Cli, tmp_path: Path, co
                          ("=x", "name=folder"), ("x=", "name=folder")):  # fmt: skip
         result = cli(command, "--adapter", value, *rest[command])
         assert words in result.stderr
+        assert "x" * 500 not in result.stderr
         assert result.exit_code in (Exit.MODEL, Exit.USAGE)
 
 

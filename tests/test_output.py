@@ -136,6 +136,8 @@ RESULTS = [
     "data check --config run/recipe.yaml --json",
     "--version",
     "sft --help",
+    "runs show run",
+    "data check --config run/recipe.yaml",
 ]
 
 
@@ -152,7 +154,7 @@ def slow_but(commands: list[str], *quick: int) -> list[Any]:
 
 
 @pytest.mark.usefixtures("run_here")
-@pytest.mark.parametrize("command", slow_but(RESULTS, 2, 6, 7))
+@pytest.mark.parametrize("command", slow_but(RESULTS, 2, 6, 7, 8))
 def test_a_lost_result_is_told_and_is_exit_code_6(shell: Shell, command: str) -> None:
     for place in ("/dev/full", "&-"):
         if place == "/dev/full" and not Path(place).exists():

@@ -256,7 +256,7 @@ def test_a_base_that_loading_has_changed_is_noticed(
     monkeypatch.setattr(adapter_module, "set_peft_model_state_dict", careless)
     result = cli("infer", "--adapter", folder, "--base-model", random_qwen, "--prompt", "x", "--max-new-tokens", 1)
     assert result.exit_code == Exit.MODEL
-    assert "has changed 1 parameters of the base, first model.layers.1.mlp.down_proj.weight" in " ".join(
+    assert "has changed 1 parameter of the base, first model.layers.1.mlp.down_proj.weight" in " ".join(
         result.stderr.split()
     )
 

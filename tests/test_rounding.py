@@ -63,7 +63,7 @@ def test_the_reference_becomes_peft_s_merge_rounded_once(kind: str, dtype: torch
     assert after == like_peft, "nothing may be left of the rounding errors"
 
 
-def half_lost(tmp_path: Path) -> tuple[Path, Path]:
+def half_lost(tmp_path: Path, size: float = 0.1) -> tuple[Path, Path]:
     """A base whose large weights bfloat16 holds coarsely, and an adapter much of which is less than half a step."""
     base = make_model(tmp_path / "base", small(Qwen2Config, tie_word_embeddings=False, hidden_size=256), torch.bfloat16)
     tensors = load_file(base / "model.safetensors")
@@ -74,7 +74,7 @@ def half_lost(tmp_path: Path) -> tuple[Path, Path]:
     trained = load_file(path)
     torch.manual_seed(3)
     for name, tensor in trained.items():
-        trained[name] = torch.randn_like(tensor).sign() * (0.5 if "lora_A" in name else 0.1)
+        trained[name] = torch.randn_like(tensor).sign() * (0.5 if "lora_A" in name else size)
     save_file(trained, path, metadata={"format": "pt"})
     return base, tmp_path / "adapter"
 
@@ -91,6 +91,35 @@ def test_an_update_that_rounding_takes_a_part_of_is_merged_with_a_warning(
     wide = merged(cli, tmp_path / "wide", "--adapter", adapter, "--model", base, "--dtype", "float32")
     assert wide["logits"]["original"]["mean_kl"] < 1e-6
     assert not any(warning.startswith(WARNING) for warning in wide["warnings"])
+
+
+def test_what_rounding_takes_is_told_once(cli: Cli, output: Path, tmp_path: Path) -> None:
+    base, adapter = half_lost(tmp_path, 0.01)
+    report = merged(cli, output, "--adapter", adapter, "--base-model", base)
+    assert report["read_back"]["lost_to_rounding"] > 0.9, "which alone would be told"
+    lost, effect = report["logits"]["original"]["mean_kl"], report["without_adapter"]["mean_kl"]
+    assert lost > 0.1 * effect, "and so would this"
+    (told,) = [warning for warning in report["warnings"] if "rounding" in warning]
+    assert told.startswith(WARNING)
+
+
+def test_tensors_that_rounding_leaves_as_they_were_are_told_with_it(cli: Cli, output: Path, tmp_path: Path) -> None:
+    base = make_model(tmp_path / "base", small(Qwen2Config, tie_word_embeddings=False), torch.bfloat16)
+    make_adapter(base, tmp_path / "adapter")
+    path = tmp_path / "adapter" / "adapter_model.safetensors"
+    sizes = {"layers.0": 1e-9, "layers.1": 1e-4}
+    uneven = {
+        name: tensor * next(size for layer, size in sizes.items() if layer in name) if "lora_B" in name else tensor
+        for name, tensor in load_file(path).items()
+    }
+    save_file(uneven, path, metadata={"format": "pt"})
+    flags = ("--adapter", tmp_path / "adapter", "--base-model", base, "--no-logits")
+    report = merged(cli, output, *flags)
+    back = report["read_back"]
+    assert 0 < len(back["unchanged"]) < back["updated"]
+    (told,) = [warning for warning in report["warnings"] if "rounding" in warning or "still equal" in warning]
+    words = f"{len(back['unchanged'])} of {back['updated']} tensors that the adapter changes still equal the base's"
+    assert words in told
 
 
 def test_an_update_below_the_rounding_steps_is_warned_of_without_running_the_models(

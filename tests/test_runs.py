@@ -18,11 +18,12 @@ from loratune.recipe.loading import load_recipe
 from loratune.recipe.sections import ModelSettings, Recipe
 from loratune.runs.checkpoint import seal_checkpoint
 from loratune.runs.fingerprint import fingerprint_base
-from loratune.runs.folder import read_metrics, set_status
+from loratune.runs.folder import read_metrics
 from loratune.runs.manifest import Manifest, TrainedBase
 from loratune.runs.opening import open_adapter
 from loratune.runs.output import begin_run, prepare_output, seal_run
 from loratune.runs.record import RunRecord
+from loratune.runs.status import set_status
 from loratune.writing import folder_in_one_step, write_json, write_text
 
 RECIPE = Recipe(model=ModelSettings(base="x"), data=DataSettings(train=["a.json"]))
@@ -137,6 +138,12 @@ def test_a_hole_in_the_metrics_takes_no_memory(run: Path) -> None:
     tracemalloc.stop()
     assert [record["step"] for record in records] == [1, 2]
     assert peak < 60 * 2**20
+
+
+def test_metrics_of_others_are_left_out(run: Path) -> None:
+    lines = ['{"step": 1, "loss": 2.0}', '{"step": 2, "loss": "x"}', '{"step": 3, "validation_loss": null}', "[1]"]
+    (run / "metrics.jsonl").write_text("\n".join(lines))
+    assert read_metrics(run) == [{"step": 1, "loss": 2.0}]
 
 
 def test_replacing_a_run_leaves_what_a_user_has_put_beside_it(run: Path) -> None:

@@ -439,7 +439,7 @@ def test_the_manifest_knows_base_data_and_files(sft: Callable[..., Result], tmp_
     assert manifest["base"]["path"]
     assert load_recipe(str(tmp_path / "run" / "recipe.yaml"), {}).training.max_steps == 4
     adapter = {name for name in RUN_FILES if name.startswith("adapter/")}
-    assert set(manifest["files"]) == adapter | {"recipe.yaml", "probe.json"}
+    assert set(manifest["files"]) == adapter | {"recipe.yaml", "probe.json", "report.json"}
 
 
 @pytest.mark.parametrize("architecture", ["Qwen3", "Llama", "Mistral"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import tree
 from safetensors.torch import load_file, save_file
 from typer.testing import Result
 
@@ -190,11 +192,17 @@ def test_files_that_no_program_loads_are_told_and_refuse_nothing(cli: Cli, merge
 
 
 def test_folders_of_earlier_versions_open_but_cannot_be_verified(cli: Cli, merged: Path) -> None:
-    edit_verification(lambda values: values.pop("files"))(merged)
+    edit_verification(lambda values: values.pop("files"), seal_of)(merged)
     assert cli("infer", "--model", merged, "--prompt", "hi", "--max-new-tokens", "1").exit_code == 0
     result = cli("verify", merged)
     assert result.exit_code == Exit.MODEL
     assert "holds no hashes" in result.stderr
+    assert "--adapter" in result.stderr
+    combined = {"method": "linear", "density": None, "adapters": {}}
+    edit_verification(lambda values: values.update(combined=combined), seal_of)(merged)
+    result = cli("verify", merged)
+    assert "Make it again" in result.stderr
+    assert "--adapter" not in result.stderr, "the merge of several cannot be proved again"
 
 
 @pytest.mark.parametrize("files", [[], {}, {"config.json": 5}, "x"])
@@ -264,10 +272,180 @@ def test_the_seal_is_the_hash_of_the_other_values(verified: Path) -> None:
     assert values.pop("sha256") == seal_of(values)
 
 
-def test_another_program_s_verification_is_none_of_ours(cli: Cli, merged: Path) -> None:
-    (merged / "verification.json").write_text('{"program": "another", "thinking": 5, "files": 7}')
-    assert cli("infer", "--model", merged, "--prompt", "hi", "--max-new-tokens", "1").exit_code == 0
+def asked(folder: Path) -> tuple[Any, ...]:
+    """The quickest question to a model."""
+    return ("infer", "--model", folder, "--prompt", "hi", "--max-new-tokens", "1")
+
+
+FOREIGN = ["{}", "[]", '"x"', '{"program": "another", "thinking": 5, "files": 7}']
+
+
+@pytest.mark.parametrize("text", FOREIGN)
+def test_another_program_s_verification_is_none_of_ours(cli: Cli, merged: Path, text: str) -> None:
+    (merged / "verification.json").write_text(text)
+    (merged / "README.md").unlink()
+    result = cli(*asked(merged))
+    assert result.exit_code == 0, result.stderr
+    assert "its verification.json is not loratune's, so no file was compared" in result.stderr
     assert "nothing can be verified" in " ".join(cli("verify", merged).stderr.split())
+
+
+@pytest.mark.parametrize("text", [*FOREIGN, None])
+def test_a_replaced_verification_is_damage_where_the_folder_is_ours(
+    cli: Cli, merged: Path, tmp_path: Path, text: str | None
+) -> None:
+    path = merged / "verification.json"
+    if text is None:  # what the file itself says is a trace too
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"program": "another"}))
+        (merged / "README.md").unlink()
+    else:
+        path.write_text(text)
+    export = ("export", "--model", merged, "--format", "gguf", "--output", tmp_path / "gguf")
+    for command in (("verify", merged), asked(merged), (*asked(merged), "--force"), export):
+        result = cli(*command)
+        assert (result.exit_code, result.stdout) == (Exit.MODEL, ""), result.stderr
+        assert "verification.json: not what loratune wrote there" in result.stderr
+
+
+@pytest.mark.parametrize("make", [Path.mkdir, lambda path: path.symlink_to("nowhere")], ids=["folder", "link"])
+def test_a_verification_that_is_no_file_is_told(cli: Cli, merged: Path, make: Callable[[Path], Any]) -> None:
+    (merged / "verification.json").unlink()
+    make(merged / "verification.json")
+    for command in (("verify", merged), asked(merged)):
+        result = cli(*command)
+        assert result.exit_code == Exit.MODEL
+        assert "verification.json: cannot be read" in result.stderr
+
+
+@pytest.mark.parametrize(
+    "name", ["../outside.json", "{place}/outside.json", "sub/../config.json", "", ".", "\ud800", "a\0b"]
+)
+def test_records_of_files_elsewhere_are_damage_and_the_files_are_not_opened(
+    cli: Cli, merged: Path, tmp_path: Path, name: str
+) -> None:
+    os.mkfifo(tmp_path / "outside.json")  # to open it as a plain file would be to wait
+    record = {"bytes": 1, "sha256": "0"}
+    edit_verification(lambda values: values["files"].update({name.format(place=tmp_path): record}), seal_of)(merged)
+    for command in (("verify", merged), asked(merged), (*asked(merged), "--force")):
+        result = cli(*command)
+        assert (result.exit_code, result.stdout) == (Exit.MODEL, "")
+        assert "verification.json: damaged: it does not say what the folder's files were" in result.stderr
+
+
+def test_a_record_with_a_name_that_no_disk_takes_is_a_missing_file(cli: Cli, merged: Path) -> None:
+    edit_verification(lambda values: values["files"].update({"x" * 5000: {"bytes": 1, "sha256": "0"}}), seal_of)(merged)
+    result = cli("verify", merged)
+    assert result.exit_code == 0  # no program loads a file of this name
+    assert "xxx…: missing" in result.stderr
+    assert "x" * 300 not in result.stderr
+
+
+@pytest.mark.parametrize("name", [WEIGHTS, "README.md"])
+def test_a_link_out_of_the_folder_is_refused_and_not_followed(
+    cli: Cli, merged: Path, tmp_path: Path, name: str
+) -> None:
+    (merged / name).rename(tmp_path / name)
+    (merged / name).symlink_to(tmp_path / name)
+    for command in (("verify", merged), asked(merged), (*asked(merged), "--force")):
+        result = cli(*command)
+        assert (result.exit_code, result.stdout) == (Exit.MODEL, "")
+        assert f"{name}: a link that leads out of the folder" in result.stderr
+    (merged / name).unlink()
+    (tmp_path / name).rename(merged / f"own-{name}")
+    (merged / name).symlink_to(f"own-{name}")
+    if name == "README.md":
+        assert cli("verify", merged).exit_code == 0
+
+
+def test_the_links_of_a_hub_s_cache_lead_to_its_own_files(cli: Cli, merged: Path, tmp_path: Path) -> None:
+    snapshot, blobs = tmp_path / "models--me--it" / "snapshots" / "abc", tmp_path / "models--me--it" / "blobs"
+    snapshot.mkdir(parents=True)
+    blobs.mkdir()
+    for path in merged.iterdir():
+        digest = hashlib.sha256(path.read_bytes()).hexdigest()
+        shutil.copy(path, blobs / digest)
+        (snapshot / path.name).symlink_to(f"../../blobs/{digest}")
+    for command in (("verify", snapshot), asked(snapshot)):
+        result = cli(*command)
+        assert result.exit_code == 0, result.stderr
+        assert "warning" not in result.stderr
+
+
+@pytest.mark.parametrize("name", ["notes", "model.json", "additional_chat_templates/x.jinja"])
+def test_a_pipe_in_a_folder_is_refused_by_every_command_and_none_waits_for_it(
+    cli: Cli, merged: Path, tmp_path: Path, name: str
+) -> None:
+    (merged / name).parent.mkdir(exist_ok=True)
+    os.mkfifo(merged / name)
+    export = ("export", "--model", merged, "--format", "gguf", "--output", tmp_path / "gguf")
+    for command in (("verify", merged), asked(merged), export):
+        result = cli(*command)
+        assert (result.exit_code, result.stdout) == (Exit.MODEL, "")
+        assert f"not regular files, or far too large, and therefore not read: {name}" in result.stderr
+
+
+def test_templates_are_compared_where_their_folder_is_a_link_or_their_name_is_hidden(
+    cli: Cli, merged: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / ".default.jinja").write_text("Be rude.")
+    (merged / "additional_chat_templates").symlink_to(tmp_path / "elsewhere")
+    for command in (("verify", merged), asked(merged)):
+        result = cli(*command)
+        assert (result.exit_code, result.stdout) == (Exit.MODEL, "")
+        assert "additional_chat_templates/.default.jinja: added" in result.stderr
+    (tmp_path / "elsewhere" / ".default.jinja").unlink()
+    os.mkfifo(tmp_path / "elsewhere" / "pipe.jinja")
+    for command in (("verify", merged), asked(merged)):
+        result = cli(*command)
+        assert (result.exit_code, result.stdout) == (Exit.MODEL, "")
+        assert "not read: additional_chat_templates/pipe.jinja" in result.stderr
+
+
+@pytest.mark.parametrize("place", ["inside", "around"])
+def test_an_export_never_lies_in_its_model_nor_replaces_it(cli: Cli, merged: Path, tmp_path: Path, place: str) -> None:
+    around = tmp_path / "around"
+    assert cli("export", "--model", merged, "--format", "gguf", "--output", around).exit_code == 0
+    model = merged.rename(around / "model")
+    before = tree(around)
+    output = model / "gguf" if place == "inside" else around
+    result = cli("export", "--model", model, "--format", "gguf", "--output", output, "--overwrite")
+    assert result.exit_code == Exit.USAGE
+    assert f"{output} and the model at {model} overlap" in result.stderr
+    assert tree(around) == before
+
+
+def test_a_changed_note_is_not_counted_among_the_unchanged_files(cli: Cli, merged: Path) -> None:
+    files = len(list(merged.iterdir())) - 1
+    assert f"merged model, {files} files as they were verified" in cli("verify", merged).stderr
+    append("README.md", "A word of mine.")(merged)
+    result = cli("verify", merged)
+    assert result.exit_code == 0
+    assert f"merged model, {files - 1} of {files} files as they were verified" in result.stderr
+    report = json.loads(cli("verify", merged, "--json").stdout)
+    assert (report["files"], report["unchanged"], report["remarks"]) == (files, files - 1, ["README.md: changed"])
+
+
+def test_an_exported_adapter_is_compared_by_every_command(cli: Cli, short_run: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "exported"
+    assert cli("export", "--adapter", short_run, "--format", "adapter", "--output", folder).exit_code == 0
+    base = json.loads((short_run / "manifest.json").read_text())["base"]["path"]
+    ask = ("infer", "--adapter", folder, "--base-model", base, "--prompt", "hi", "--max-new-tokens", "1")
+    assert cli(*ask).exit_code == 0
+    set_key("adapter_config.json", lora_alpha=64)(folder)
+    merge = ("merge", "--adapter", folder, "--base-model", base, "--output", tmp_path / "merged")
+    for command in (("verify", folder), ask, merge):
+        result = cli(*command)
+        assert (result.exit_code, result.stdout) == (Exit.MODEL, ""), result.stderr
+        assert "adapter_config.json: changed" in result.stderr
+    forced = cli(*ask, "--force")
+    assert forced.exit_code == 0, forced.stderr
+    assert "adapter_config.json: changed" in forced.stderr
+
+
+def test_a_single_file_is_one_file(cli: Cli, merged: Path, tmp_path: Path) -> None:
+    assert cli("export", "--model", merged, "--format", "gguf", "--output", tmp_path / "gguf").exit_code == 0
+    assert "export, 1 file as it was verified" in cli("verify", tmp_path / "gguf").stderr
 
 
 def test_runs_are_verified_by_their_manifest(cli: Cli, short_run: Path, tmp_path: Path) -> None:
@@ -276,7 +454,57 @@ def test_runs_are_verified_by_their_manifest(cli: Cli, short_run: Path, tmp_path
     set_key("adapter/adapter_config.json", lora_alpha=64)(run)
     result = cli("verify", run)
     assert result.exit_code == Exit.MODEL
-    assert "adapter/adapter_config.json" in result.stderr
+    assert "adapter/adapter_config.json; restore it" in result.stderr
+    assert "--force" not in result.stderr, "verify lets nothing through"
+
+
+def go_on(cli: Cli, run: Path, *flags: Any) -> Result:
+    return cli("sft", "--config", run / "recipe.yaml", "--output", run, "--resume", *flags)
+
+
+REPORT_DAMAGES: dict[str, Callable[[Path], Any]] = {
+    "changed": set_key("report.json", steps=400),
+    "missing": lambda run: (run / "report.json").unlink(),
+    "not JSON": lambda run: (run / "report.json").write_text("x"),
+}
+
+
+@pytest.mark.parametrize("name", REPORT_DAMAGES)
+def test_a_finished_run_s_report_is_sealed(cli: Cli, short_run: Path, tmp_path: Path, name: str) -> None:
+    run = Path(shutil.copytree(short_run, tmp_path / "run"))
+    assert go_on(cli, run, "--json").exit_code == 0
+    REPORT_DAMAGES[name](run)
+    for result in (cli("verify", run), go_on(cli, run, "--json")):
+        assert (result.exit_code, result.stdout) == (Exit.MODEL, ""), result.stderr
+        assert "changed or missing since the run ended: report.json; restore it" in result.stderr
+        assert "--force" not in result.stderr
+    assert json.loads(cli("runs", "show", run, "--json").stdout)["changed"] == ["report.json"]
+    asking = cli("infer", "--adapter", run, "--prompt", "hi", "--max-new-tokens", "1")  # which reads no report
+    assert asking.exit_code == 0, asking.stderr
+    longer = go_on(cli, run, "--training.max_steps", 5)
+    assert longer.exit_code == 0, longer.stderr
+    assert cli("verify", run).exit_code == 0
+    assert json.loads((run / "report.json").read_text())["steps"] == 5
+
+
+def test_a_run_whose_version_did_not_seal_its_report_opens_in_silence(
+    cli: Cli, short_run: Path, tmp_path: Path
+) -> None:
+    run = Path(shutil.copytree(short_run, tmp_path / "run"))
+    values = json.loads((run / "manifest.json").read_text())
+    del values["sha256"], values["files"]["report.json"]
+    (run / "manifest.json").write_text(json.dumps(values | {"sha256": seal_of(values)}))
+    set_key("report.json", steps=400)(run)
+    for result in (cli("verify", run), go_on(cli, run)):
+        assert result.exit_code == 0, result.stderr
+        assert "report" not in result.stderr
+        assert "changed" not in result.stderr
+
+
+def test_a_run_whose_adapter_is_gone_is_not_shown_as_unchanged(cli: Cli, short_run: Path, tmp_path: Path) -> None:
+    run = Path(shutil.copytree(short_run, tmp_path / "run"))
+    shutil.rmtree(run / "adapter")
+    assert "adapter/adapter_model.safetensors" in json.loads(cli("runs", "show", run, "--json").stdout)["changed"]
 
 
 def test_a_run_says_whether_its_manifest_carries_a_seal(cli: Cli, short_run: Path, tmp_path: Path) -> None:
@@ -306,10 +534,30 @@ def test_a_merged_model_without_its_record_cannot_be_verified(
 
 
 def test_other_folders_have_nothing_to_compare_with(cli: Cli, random_qwen: Path, tmp_path: Path) -> None:
-    for folder in (random_qwen, tmp_path, tmp_path / "none"):
+    for folder in (random_qwen, tmp_path, tmp_path / "none", "x" * 5000):
         result = cli("verify", folder)
         assert result.exit_code == Exit.MODEL
         assert "run folder" in result.stderr
+        assert ("no such folder" in result.stderr) == (folder not in (random_qwen, tmp_path))
+
+
+@pytest.mark.parametrize("flags", [(), ("--force",)], ids=["plain", "forced"])
+def test_a_changed_model_is_no_silent_base_of_a_merge_or_a_training(
+    cli: Cli, merged: Path, short_run: Path, tmp_path: Path, flags: tuple[str, ...]
+) -> None:
+    plain = shutil.copytree(short_run / "adapter", tmp_path / "plain")
+    DAMAGES["one per cent"][0](merged)
+    merge = ("merge", "--adapter", plain, "--base-model", merged, "--output", tmp_path / "m", "--no-verify", *flags)
+    result = cli(*merge)
+    assert result.exit_code == (0 if flags else Exit.MODEL), result.stderr
+    assert f"{merged} is not as it was verified:\n  {WEIGHTS}: changed" in result.stderr
+    if flags:
+        return
+    rows = short_run.parent / "rows.json"
+    train = ("--data.train", rows, "--training.max_steps", 1, "--evaluation.questions_share", 0)
+    trained = cli("sft", "--model.base", merged, *train, "--output", tmp_path / "run")
+    assert trained.exit_code == 0, trained.stderr
+    assert f"warning: {merged} is not as it was verified:\n  {WEIGHTS}: changed" in trained.stderr
 
 
 # --- the merge proved again ---
@@ -401,7 +649,23 @@ def test_a_run_without_its_manifest_is_not_shown_as_unchanged(cli: Cli, short_ru
     assert json.loads(shown.stdout)["changed"] == ["manifest.json (missing)"]
 
 
-@pytest.mark.parametrize(("name", "code"), [("LICENSE.txt", 0), ("notes.txt", 0), ("vocab.txt", Exit.MODEL)])
+@pytest.mark.parametrize(
+    "given", [("verify",), ("runs", "show"), ("export", "-f", "gguf", "-o", "out", "-m"), ("infer", "-a")]
+)
+def test_a_path_that_is_too_long_is_no_folder(
+    cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, given: tuple[str, ...]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    result = cli(*given, "x" * 5000)
+    assert result.exit_code == Exit.MODEL
+    assert "xxx…: no such folder" in result.stderr
+    assert "x" * 1000 not in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("name", "code"),
+    [("answers.jsonl.report.json", 0), ("LICENSE.txt", 0), ("notes.txt", 0), ("vocab.txt", Exit.MODEL)],
+)
 def test_notes_beside_a_model_change_nothing(cli: Cli, merged: Path, name: str, code: int) -> None:
     (merged / name).write_text("hello")
     assert cli("verify", merged).exit_code == code

@@ -17,6 +17,7 @@ import typer
 from typer.core import TyperGroup
 
 from loratune import __version__, console
+from loratune.cli.completion import complete_if_asked
 from loratune.cli.help import Command, option_panels
 from loratune.errors import Exit, LoratuneError, OutputLost
 from loratune.streams import make_steady
@@ -154,6 +155,7 @@ class Group(CommandGroup):
         """Accept --debug anywhere on the line, because users append it to a command that has just failed."""
         if "--debug" in args:
             args = ["--debug", *(argument for argument in args if argument != "--debug")]
+        complete_if_asked(ctx, self.params, args)
         return super().parse_args(ctx, args)
 
     def invoke(self, ctx: Any) -> Any:

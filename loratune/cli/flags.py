@@ -9,6 +9,7 @@ import typer
 
 from loratune.errors import Exit, LoratuneError
 from loratune.plain_files import is_folder
+from loratune.printable import shortened
 
 RENAMED_FLAGS = {
     "infer": {"--base": "--no-adapter"},
@@ -88,10 +89,11 @@ def named_adapters(values: list[str]) -> list[tuple[str, Path]]:
         if not sign or "/" in name or is_folder(value):
             name, folder = Path(value).absolute().name or "/", value
         if not name or not folder:
-            raise LoratuneError(f"--adapter {value!r}: give a folder, or name=folder", Exit.USAGE)
+            raise LoratuneError(f"--adapter {shortened(value)!r}: give a folder, or name=folder", Exit.USAGE)
         if any(name == other for other, _ in named):
             raise LoratuneError(
-                f"--adapter {value}: another is called {name} already; give each a name of its own: name=folder",
+                f"--adapter {shortened(value)}: another is called {shortened(name)} already; give each a name of its "
+                "own: name=folder",
                 Exit.USAGE,
             )
         named.append((name, Path(folder)))

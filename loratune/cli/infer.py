@@ -14,6 +14,7 @@ from loratune.cli.sampling import sampling_options
 from loratune.data.formats.conversation import has_half_a_pair
 from loratune.engine.sampling import Sampling
 from loratune.errors import Exit, LoratuneError
+from loratune.printable import LONGEST_PATH, shortened
 
 if TYPE_CHECKING:
     from loratune.engine.engine import Engine
@@ -79,7 +80,7 @@ def command(
     if no_adapter and metrics and not adapters:
         raise LoratuneError("--no-adapter with --metrics compares with an adapter; give one with --adapter", Exit.USAGE)
     if len(adapters) > 1 and (prompt is not None or input_ is not None):
-        console.warn(f"{adapters[0][0]} answers; the other adapters are only used in the chat")
+        console.warn(f"{shortened(adapters[0][0])} answers; the other adapters are only used in the chat")
         adapters = adapters[:1]
     if input_ is None or output is None:
         with closing(_load(adapters, model, force)) as engine:
@@ -125,7 +126,8 @@ def _check_texts(texts: dict[str, Any]) -> None:
 
 
 def _load(adapters: list[tuple[str, Path]], model: str | None, force: bool) -> Engine:
-    with console.status(f"loading {', '.join(str(path) for _, path in adapters) or model}"):
+    names = [str(path) for _, path in adapters] or [str(model)]
+    with console.status(f"loading {', '.join(shortened(name, LONGEST_PATH) for name in names)}"):
         from loratune.engine.engine import load_engine
 
         engine = load_engine(adapters, model, force)

@@ -26,7 +26,7 @@ def command(
     if json:
         console.write_json(state)
         return
-    console.table(_rows(state), title=state["output"])
+    console.table(_rows(state), title=state["output"], is_result=True)
     if state["next"]:
         console.next_step(f"next: {state['next']}")
 
@@ -40,10 +40,10 @@ def _rows(state: dict[str, Any]) -> list[tuple[str, str]]:
         best = f", best {state['best_validation_loss']:.4f}"
         rows.append(("validation loss", f"{state['validation_loss']:.4f}{best}"))
     checkpoints = ", ".join(str(step) for step in state["checkpoints"]) or "none"
-    changed = f"changed since: {', '.join(state['changed'])}; other commands refuse it" if state["changed"] else ""
+    changed = f"changed since: {', '.join(state['changed'])}; commands that read these files refuse the run"
     return [
         *rows,
         ("checkpoints", checkpoints),
-        ("files", changed or "unchanged"),
+        ("files", changed if state["changed"] else "unchanged"),
         ("base", BASES[state["base_checked"]]),
     ]

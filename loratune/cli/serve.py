@@ -15,6 +15,7 @@ from loratune import console
 from loratune.cli.flags import Adapters, Force, Model, MovedBase, asked_model, named_adapters
 from loratune.engine.sampling import NUMBERS
 from loratune.errors import Exit, LoratuneError
+from loratune.printable import LONGEST_PATH, shortened
 
 KEY_VARIABLE = "LORATUNE_API_KEY"
 EARLIER_VARIABLE = "LORATUNE_TOKEN"
@@ -85,7 +86,7 @@ def command(
             raise LoratuneError(
                 f"--no-api-key is only allowed for 127.0.0.1; --host {host} would let anyone send requests", Exit.USAGE
             )
-        with console.status(f"loading {model or adapters[0][1]}"):
+        with console.status(f"loading {shortened(str(model or adapters[0][1]), LONGEST_PATH)}"):
             from loratune.engine.engine import load_engine
             from loratune.generation.server.application import Limits
             from loratune.generation.server.middleware import LOOPBACK_NAMES, Access

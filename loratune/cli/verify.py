@@ -9,13 +9,14 @@ import typer
 
 from loratune import console
 from loratune.cli.flags import Adapter, Force, Json, Logits, MovedBase, adapter_folder
-from loratune.errors import Exit, LoratuneError
+from loratune.errors import Exit, LoratuneError, counted
+from loratune.printable import LONGEST_PATH, shortened
 
 DETAILS = """\
-Recomputes the sha256 of every file of a merged model or an export, and of a run's adapter, recipe and probe rows, and
-compares it with verification.json or the run's manifest. A run's report and metrics are not recorded there. If a file
-that a program would load has changed, is missing or was added, the exit code is 4. infer, serve and export check a
-model's folder in the same way before they load it.
+Recomputes the sha256 of every file of a merged model or an export, and of a run's adapter, recipe, probe rows and
+report, and compares it with verification.json or the run's manifest, which does not record a run's metrics and state.
+If a file that a program would load has changed, is missing or was added, the exit code is 4. infer, serve and export
+check a model's folder in the same way before they load it.
 
 --adapter repeats the verification of a merge: every tensor, the logits, and some generations."""
 
@@ -42,7 +43,7 @@ def command(
         )
     made_with = adapter_folder(adapter)
     source = open_settled_adapter(made_with, force) if made_with else None
-    with console.status(f"reading {folder}"):
+    with console.status(f"reading {shortened(str(folder), LONGEST_PATH)}"):
         verified = verify_folder(folder, source, MergeOptions(model=base_model, logits=logits, force=force))
     for warning in verified.warnings:
         console.warn(warning)
@@ -54,4 +55,9 @@ def command(
     if verified.proved and isinstance(verified.proved.proved, MergedModel):
         show_verification(verified.proved.proved)
     again = ", and its merge is proved again" if verified.proved_again else ""
-    console.say(f"{folder}: {verified.kind}, {verified.files} files as they were verified{again}", style="bold")
+    files = counted(verified.files, "file")
+    if verified.unchanged == verified.files:
+        found = f"{files} as {'it was' if verified.files == 1 else 'they were'} verified"
+    else:
+        found = f"{verified.unchanged:,} of {files} as they were verified"
+    console.say(f"{folder}: {verified.kind}, {found}{again}", style="bold")

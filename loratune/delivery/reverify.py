@@ -16,12 +16,14 @@ from loratune.errors import Exit, LoratuneError, bullet_list
 from loratune.model.adapter.files import WEIGHTS_FILE
 from loratune.model.files import weight_files
 from loratune.model.weights.tensor_files import TensorFiles
+from loratune.plain_files import require_folder
 from loratune.runs.folder import MANIFEST, VERIFICATION, file_sha256
 from loratune.runs.intact import check_files, is_idle, is_loaded, seal_remarks
-from loratune.runs.opening import AdapterSource, open_settled_adapter
+from loratune.runs.opening import AdapterSource, open_whole_run
 from loratune.runs.verification import AnyVerification, MergedModel, read_verification
 
 AS_MERGED = MergeOptions()
+KINDS = "a merged model, an export or a run folder"
 
 
 @dataclass(frozen=True)
@@ -35,6 +37,8 @@ class Verified:
     """Whether there are hashes to compare with, and a hash of the file that holds them."""
     files: int
     """How many were compared."""
+    unchanged: int
+    """How many of them are as they were."""
     proved: AnyVerification | None = None
     """What verification.json says, or what has been proved again; None of a run."""
     proved_again: bool = False
@@ -60,14 +64,16 @@ def verify_folder(folder: Path, adapter: AdapterSource | None = None, options: M
         LoratuneError: there are no records, a file that programs load has changed, or the merged model is not base +
             adapter.
     """
+    require_folder(folder, KINDS)
     verification = read_verification(folder)
     if verification is None:
         return _verify_run(folder, adapter)
     check = check_files(folder, verification)
     if check is None and adapter is None:
+        can_prove = isinstance(verification.proved, MergedModel) and not verification.proved.combined
         raise LoratuneError(
-            f"{folder / VERIFICATION} holds no hashes: an earlier version of loratune made the folder. Make it again, "
-            "or have a merge proved with --adapter",
+            f"{folder / VERIFICATION} holds no hashes: an earlier version of loratune made the folder. Make it again"
+            f"{', or have the merge proved with --adapter' if can_prove else ''}",
             Exit.MODEL,
         )
     problems = check.lines(is_loaded) if check else []
@@ -83,6 +89,7 @@ def verify_folder(folder: Path, adapter: AdapterSource | None = None, options: M
         verification.kind,
         sealed=check is not None and verification.is_sealed,
         files=check.files if check else 0,
+        unchanged=check.unchanged if check else 0,
         proved=proved,
         proved_again=adapter is not None,
         remarks=tuple(check.lines(is_idle)) if check else (),
@@ -93,16 +100,16 @@ def verify_folder(folder: Path, adapter: AdapterSource | None = None, options: M
 def _verify_run(folder: Path, adapter: AdapterSource | None) -> Verified:
     if not (folder / MANIFEST).is_file():
         raise LoratuneError(
-            f"{folder}: nothing can be verified: no {VERIFICATION} of loratune and no {MANIFEST} in it; give a "
-            "merged model, an export or a run folder, or make the model again",
+            f"{folder}: nothing can be verified: no {VERIFICATION} of loratune and no {MANIFEST} in it; give {KINDS}, "
+            "or make the model again",
             Exit.MODEL,
         )
     if adapter:
         raise LoratuneError(f"{folder}: no merged model, so there is no merge to prove", Exit.USAGE)
-    source = open_settled_adapter(folder)
+    source = open_whole_run(folder)
     manifest = source.manifest
     files, is_sealed = (manifest.files or {}, manifest.is_sealed) if manifest else ({}, False)
-    return Verified(folder, "run", is_sealed, len(files), warnings=tuple(source.remarks))
+    return Verified(folder, "run", is_sealed, len(files), len(files), warnings=tuple(source.remarks))
 
 
 def _prove_again(

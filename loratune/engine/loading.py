@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 
 from loratune.data.encoding.encoder import Encoder
-from loratune.errors import Exit, LoratuneError
+from loratune.errors import Exit, LoratuneError, counted
 from loratune.model.adapter.own_parameters import BASE, own_parameters
 from loratune.model.adapter.tensors import check_fits
 from loratune.model.architecture.file_layout import parameter_infos
@@ -20,16 +20,9 @@ from loratune.model.tying import head_is_tied
 from loratune.plain_files import is_folder
 from loratune.protocols import CausalModel
 from loratune.recipe.sections import ModelSettings, PromptSettings
-from loratune.runs.base_check import BaseCheck
+from loratune.runs.base_check import BaseCheck, check_same_template, check_vocabulary
 from loratune.runs.intact import require_intact
-from loratune.runs.opening import (
-    AdapterSource,
-    base_settings,
-    check_same_template,
-    check_vocabulary,
-    merged_prompt,
-    open_adapter,
-)
+from loratune.runs.opening import AdapterSource, base_settings, merged_prompt, open_adapter
 from loratune.runs.tensor_hashes import TensorHashes
 
 
@@ -130,8 +123,9 @@ def _with_adapters(
         changed = sorted(key for key in {*base, *found} if base.get(key) != found.get(key))
         if changed:
             raise LoratuneError(
-                f"{source.adapter}: loading it has changed {len(changed)} parameters of the base, first {changed[0]}, "
-                "so that the base and other adapters would give other answers; merge it, and give the merged model",
+                f"{source.adapter}: loading it has changed {counted(len(changed), 'parameter')} of the base, first "
+                f"{changed[0]}, so that the base and other adapters would give other answers; merge it, and give the "
+                "merged model",
                 Exit.MODEL,
             )
         lacking += check_vocabulary(source, folder, own.vocabulary(), own.vocabulary(name))

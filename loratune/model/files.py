@@ -17,7 +17,8 @@ from loratune.errors import Exit, LoratuneError, bullet_list, named_reason_of
 from loratune.extras import required
 from loratune.model.architecture.families import FAMILIES
 from loratune.model.architecture.structure import text_values
-from loratune.plain_files import CONFIG_BYTES, is_folder, read_json_object, unfit_files
+from loratune.plain_files import CONFIG_BYTES, is_folder, read_json_object, require_plain_files
+from loratune.printable import LONGEST_PATH, shortened
 from loratune.recipe.sections import TINY_QWEN, ModelSettings
 from loratune.safetensors_header import read_header
 
@@ -80,7 +81,10 @@ def local_folder(settings: ModelSettings) -> Path | None:
         return folder
     parts = settings.base.split("/")
     if len(parts) != 2 or not all(parts) or folder.is_absolute() or parts[0] in (".", "..", "~"):
-        raise LoratuneError(f"model.base {settings.base!r}: no such folder, and not a hub id (org/name)", Exit.MODEL)
+        raise LoratuneError(
+            f"model.base {shortened(settings.base, LONGEST_PATH)!r}: no such folder, and not a hub id (org/name)",
+            Exit.MODEL,
+        )
     return None
 
 
@@ -101,12 +105,9 @@ def check_config(folder: Path) -> None:
     Raises:
         LoratuneError: lists what is missing or not allowed.
     """
-    if unfit := unfit_files(folder):
-        raise LoratuneError(
-            f"{folder}: not regular files, or far too large, and therefore not read: {', '.join(unfit)}", Exit.MODEL
-        )
     if not (folder / CONFIG).exists():
         raise LoratuneError(f"{folder}: no config.json in it, so it is not a model folder", Exit.MODEL)
+    require_plain_files(folder)
     if (folder / ADAPTER_CONFIG).exists():
         raise LoratuneError(
             f"{folder}: an adapter is next to the weights ({ADAPTER_CONFIG}), and the model would not be the base "

@@ -13,6 +13,7 @@ from pydantic_core import ErrorDetails
 from loratune import console
 from loratune.errors import Exit, LoratuneError, bullet_list
 from loratune.plain_files import is_file, open_plain
+from loratune.printable import shortened
 from loratune.recipe.data_sections import SourceSettings
 from loratune.recipe.flag_values import parse_flag
 from loratune.recipe.names import current_name, drop_keys, rename_keys
@@ -235,7 +236,7 @@ def _line(dotted: str, lines: dict[str, int]) -> int:
 
 
 def _message(detail: ErrorDetails, setting: str) -> str:
-    value = _shortened(repr(detail.get("input")))
+    value = shortened(repr(detail.get("input")))
     context = detail.get("ctx", {})
     match detail["type"]:
         case "extra_forbidden":
@@ -254,10 +255,6 @@ def _message(detail: ErrorDetails, setting: str) -> str:
             return f"must hold settings of its own, one per line; got {value}"
         case _:
             return f"{detail['msg'].replace('Input should be', 'must be')}; got {value}"
-
-
-def _shortened(text: str, limit: int = 60) -> str:
-    return text if len(text) <= limit else f"{text[: limit - 1]}…"
 
 
 def _with_found_data(recipe: Recipe, path: Path | None) -> Recipe:

@@ -1,4 +1,7 @@
-"""Checks that a base is the one that an adapter was trained on: samples before it is loaded, all bytes meanwhile."""
+"""Checks that a base is the one that an adapter was trained on, and that template and vocabulary fit.
+
+Samples of its weights are compared before it is loaded, all bytes meanwhile.
+"""
 
 from __future__ import annotations
 
@@ -6,13 +9,14 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from loratune.errors import Exit, LoratuneError, refusal
+from loratune.choices import BaseChecked
+from loratune.errors import Exit, LoratuneError, counted, refusal
 from loratune.runs.fingerprint import FULL, SAMPLED, TENSORS, sampled_fingerprint
 from loratune.runs.folder import values_sha256
 from loratune.runs.opening import AdapterSource
 from loratune.runs.tensor_hashes import TensorHashes
+from loratune.runs.tokenizer_files import count_tokens
 
-EVERY_BYTE, SAMPLES, NOTHING = "every byte", "sampled", "nothing"
 SHOWN_TENSORS = 3
 
 
@@ -101,7 +105,7 @@ class BaseCheck:
         found = self._hashes.result()
         names = sorted(name for name in known.keys() | found.keys() if known.get(name) != found.get(name))
         shown = ", ".join(names[:SHOWN_TENSORS]) + (", …" if len(names) > SHOWN_TENSORS else "")
-        return f" in {len(names)} of {len(known)} tensors ({shown})"
+        return f" in {len(names)} of {counted(len(known.keys() | found.keys()), 'tensor')} ({shown})"
 
 
 def check_same_base(
@@ -131,6 +135,54 @@ def known_hashes(source: AdapterSource) -> dict[str, Any]:
     return known | sealed if is_same else sealed  # otherwise the run continued with another base
 
 
-def how_checked(known: Mapping[str, Any]) -> str:
+def how_checked(known: Mapping[str, Any]) -> BaseChecked:
     """Return how much of a base's weights the recorded hashes cover."""
-    return EVERY_BYTE if FULL in known else SAMPLES if SAMPLED in known else NOTHING
+    return "every byte" if FULL in known else "sampled" if SAMPLED in known else "nothing"
+
+
+def check_same_template(source: AdapterSource, sha256: str) -> None:
+    """Check that the chat template equals that of the training.
+
+    Args:
+        source: the adapter.
+        sha256: hash of the present template, `Encoder.template_sha256`.
+
+    Raises:
+        LoratuneError: the template differs.
+    """
+    sealed = source.checkpoint.identity.get("rest", {}).get("template") if source.checkpoint else None
+    known = sealed or (source.manifest.template.sha256 if source.manifest else None)
+    if source.manifest and known != sha256:
+        raise LoratuneError(
+            f"{source.adapter}: the prompt template is not the one of the training: the base's chat template has "
+            "changed since; restore it, or use the run folder rather than a checkpoint",
+            Exit.MODEL,
+        )
+
+
+def check_vocabulary(source: AdapterSource, base: Path, base_rows: int, rows: int) -> list[str]:
+    """Compare the number of embedding rows with the number of the tokenizer's tokens.
+
+    Args:
+        source: the adapter.
+        base: the base's folder.
+        base_rows: embedding rows of the base.
+        rows: embedding rows with the adapter.
+
+    Returns:
+        Warnings about a resized vocabulary.
+
+    Raises:
+        LoratuneError: the adapter's tokenizer has tokens without a row, while the base's has not.
+    """
+    tokens = 0 if source.manifest else count_tokens(source.tokenizer_folder(base))
+    if tokens > rows and tokens > count_tokens(base):
+        raise LoratuneError(
+            f"{source.adapter}: its tokenizer has {tokens} tokens and the model {rows} rows: its vocabulary was "
+            "resized in training, and the new rows are not in the adapter's file. Save it again where it was trained, "
+            "with PEFT's save_pretrained(…, save_embedding_layers=True)",
+            Exit.MODEL,
+        )
+    if rows == base_rows:
+        return []
+    return [f"{source.adapter} was trained with a vocabulary of {rows} rows and brings them; the base has {base_rows}"]

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from loratune import __version__
+from loratune.plain_files import read_plain_text
 from loratune.runs.record import RunRecord
 
 CARD = """\
@@ -42,6 +43,10 @@ tags:
 **{base}** with a LoRA adapter merged into its weights by loratune {version}; `verification.json` says how the result
 was compared with base + adapter. It loads as any model of its base's architecture does.
 """
+CARD_NAME = "README.md"
+TAG = "- loratune"
+"""Line of every card."""
+CARD_BYTES = 1_000_000
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+", re.ASCII)
 
 
@@ -59,6 +64,14 @@ def hub_id(base: str, folder: str | None = None) -> str | None:
 def base_name(base: str, folder: str | None = None) -> str:
     """Return a public name of a base: its hub id, or the last part of its path."""
     return hub_id(base, folder) or re.split(r"[/\\]", base.rstrip("/\\"))[-1]
+
+
+def has_card(folder: Path) -> bool:
+    """Return whether a folder has a model card of loratune."""
+    try:
+        return TAG in read_plain_text(folder / CARD_NAME, CARD_BYTES).splitlines()
+    except (OSError, ValueError):
+        return False
 
 
 def write_card(folder: Path, record: RunRecord, base_folder: str | None = None) -> None:
@@ -120,7 +133,7 @@ def write_merged_card(folder: Path, name: str, base: str, base_folder: str | Non
         base_line=f"base_model: {base_id}\nbase_model_relation: finetune\n" if base_id else "",
         version=__version__,
     )
-    (folder / "README.md").write_text(text, encoding="utf-8")
+    (folder / CARD_NAME).write_text(text, encoding="utf-8")
 
 
 def _write(folder: Path, name: str, base: tuple[str, str | None], made: str, rows: dict[str, str], advice: str) -> None:
@@ -134,4 +147,4 @@ def _write(folder: Path, name: str, base: tuple[str, str | None], made: str, row
         rows="\n".join(f"| {setting} | {value} |" for setting, value in rows.items()),
         advice=advice,
     )
-    (folder / "README.md").write_text(text, encoding="utf-8")
+    (folder / CARD_NAME).write_text(text, encoding="utf-8")

@@ -15,7 +15,7 @@ from typing import Any
 
 from loratune.errors import Exit, LoratuneError, bullet_list
 from loratune.plain_files import read_json_object
-from loratune.runs.file_hashes import compare_files
+from loratune.runs.file_hashes import are_records, compare_files
 from loratune.runs.folder import CHECKPOINTS, sealed, values_sha256
 from loratune.writing import write_json
 
@@ -89,7 +89,9 @@ def open_checkpoint(folder: Path) -> Checkpoint:
             Exit.MODEL,
         )
     try:
-        files, step = dict(values["files"]), int(values["step"])
+        files, step = values["files"], int(values["step"])
+        if not are_records(files):
+            raise ValueError("it does not say which files it has")
         check = compare_files(folder, files)
         checkpoint = Checkpoint(folder, step, dict(values["identity"]), dict(values["progress"]))
     except (KeyError, TypeError, ValueError, AttributeError) as error:

@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from loratune.errors import Exit, LoratuneError
+from loratune.plain_files import is_file
+from loratune.printable import shortened
 from loratune.runs.folder import file_sha256
 
 Records = Mapping[str, Mapping[str, Any]]
 """Name of a file, relative to its folder → its `bytes` and `sha256`."""
+
+
+LONGEST_NAME = 255
+"""That file systems take, in bytes."""
 
 
 @dataclass(frozen=True)
@@ -24,15 +31,31 @@ class FileCheck:
     missing: tuple[str, ...] = ()
     added: tuple[str, ...] = ()
 
+    @property
+    def unchanged(self) -> int:
+        """Number of recorded files that equal their records."""
+        return self.files - len(self.changed) - len(self.missing)
+
     def lines(self, wanted: Callable[[str], bool] = lambda _: True) -> list[str]:
         """Return a line for each difference in files whose names are wanted."""
         kinds = (("changed", self.changed), ("missing", self.missing), ("added", self.added))
-        return [f"{name}: {kind}" for kind, names in kinds for name in names if wanted(name)]
+        return [f"{shortened(name, LONGEST_NAME)}: {kind}" for kind, names in kinds for name in names if wanted(name)]
 
 
 def are_records(values: Any) -> bool:
-    """Return whether a JSON value has the form of file records."""
-    return isinstance(values, dict) and all(isinstance(record, dict) for record in values.values())
+    """Return whether a JSON value has the form of file records, whose names stay inside their folder."""
+    return isinstance(values, dict) and all(
+        isinstance(record, dict) and _is_inside(name) for name, record in values.items()
+    )
+
+
+def _is_inside(name: str) -> bool:
+    """Return whether a name can be that of a file below a folder."""
+    try:
+        path = PurePosixPath(os.fsdecode(os.fsencode(name)))
+    except UnicodeEncodeError:
+        return False
+    return "\0" not in name and bool(path.parts) and not path.is_absolute() and ".." not in path.parts
 
 
 def compare_files(
@@ -49,7 +72,7 @@ def compare_files(
     Raises:
         LoratuneError: a file cannot be read.
     """
-    missing = {name for name in records if not (folder / name).is_file()}
+    missing = {name for name in records if not is_file(folder / name)}
     try:
         changed = [name for name in records if name not in missing and _differs(folder / name, records[name], hash_of)]
     except OSError as error:

@@ -15,14 +15,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
 from loratune.plain_files import bounded_lines, open_plain
 from loratune.writing import PROGRAM as PROGRAM
-from loratune.writing import write_json
 
 FORMAT_VERSION = 1
 """Of manifest.json."""
@@ -36,10 +35,6 @@ RESUMED = (CHECKPOINTS, METRICS, TRACKER_LOGS, ADAPTER, MANIFEST)
 """What a resumed run keeps; an existing adapter is replaced only at the end."""
 CONTENTS = (RECIPE, MANIFEST, STATUS, REPORT, ADAPTER, CHECKPOINTS, METRICS, PLOT, PROBE, TRACKER_LOGS)
 VERIFICATION = "verification.json"  # of a merged or exported folder
-
-
-def set_status(output: Path, state: str, **details: Any) -> None:
-    write_json(output / STATUS, {"program": PROGRAM, "state": state, "time": now(), **details})
 
 
 def sealed(path: Path) -> dict[str, Any]:
@@ -73,7 +68,7 @@ def file_sha256(path: Path) -> str:
 
 
 def read_metrics(output: Path) -> list[dict[str, float]]:
-    """Return the records of a run, skipping incomplete lines."""
+    """Return the records of a run, skipping incomplete lines, and others that are not loratune's."""
     path, records = output / METRICS, list[dict[str, float]]()
     if not path.is_file():
         return records
@@ -84,9 +79,13 @@ def read_metrics(output: Path) -> list[dict[str, float]]:
                 record = json.loads(line)
             except ValueError:
                 continue
-            if isinstance(record, dict) and isinstance(record.get("step"), int):
+            if isinstance(record, dict) and isinstance(record.get("step"), int) and _are_numbers(record.values()):
                 records.append(record)
     return records
+
+
+def _are_numbers(values: Iterable[Any]) -> bool:
+    return all(isinstance(value, int | float) for value in values)
 
 
 def now() -> str:

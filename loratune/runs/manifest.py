@@ -14,6 +14,8 @@ from loratune.runs.folder import ADAPTER, FORMAT_VERSION, MANIFEST, SEALED_BY, h
 from loratune.runs.record import RunRecord, read_record
 from loratune.writing import write_json
 
+AS_PLAIN = "infer, serve, merge and export take a copy of {} that lies elsewhere as a plain adapter"
+
 
 @dataclass(frozen=True)
 class TrainedBase:
@@ -113,7 +115,7 @@ def read_manifest(run: Path) -> Manifest:
     if has_changed(values):
         raise LoratuneError(
             f"{run / MANIFEST}: has been changed since the run wrote it, so nothing of the run can be checked; restore "
-            f"it, or copy {run / ADAPTER} elsewhere and give the copy, which is taken as a plain adapter",
+            f"it. {AS_PLAIN.format(run / ADAPTER)}",
             Exit.MODEL,
         )
     try:

@@ -6,18 +6,29 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from loratune.errors import Exit, LoratuneError
-from loratune.plain_files import is_file, is_folder, read_json_object
+from loratune.plain_files import is_file, is_folder, read_json_object, require_folder
+from loratune.printable import shortened
 from loratune.recipe.loading import load_written_recipe
 from loratune.recipe.sections import ModelSettings, PromptSettings
 from loratune.runs.checkpoint import SEAL, Checkpoint
 from loratune.runs.folder import ADAPTER, CHECKPOINTS, MANIFEST, RECIPE, STATUS, VERIFICATION
+from loratune.runs.intact import require_intact
 from loratune.runs.lock import lock_holder
 from loratune.runs.manifest import Manifest, TrainedBase, read_manifest
 from loratune.runs.record import RunRecord
-from loratune.runs.seals import ADAPTER_CONFIG, changed_files, open_sealed, require_same_settings, require_unchanged
-from loratune.runs.tokenizer_files import TOKENIZER_CONFIG, count_tokens
-from loratune.runs.typed_json import as_typed
-from loratune.runs.verification import Combined, MergedModel, read_verification
+from loratune.runs.seals import (
+    ADAPTER_CONFIG,
+    ALL_SEALED,
+    TO_INFER,
+    TO_PROMPT,
+    changed_files,
+    open_sealed,
+    require_same_settings,
+    require_unchanged,
+)
+from loratune.runs.status import read_status
+from loratune.runs.tokenizer_files import TOKENIZER_CONFIG
+from loratune.runs.verification import Combined, MergedModel, prompt_of, read_verification
 
 
 @dataclass(frozen=True)
@@ -37,6 +48,8 @@ class AdapterSource:
     """How it was made of several adapters, if it was."""
     checkpoint: Checkpoint | None = None
     """The checkpoint, whose seal records its training, if it is one."""
+    notes: tuple[str, ...] = ()
+    """What the verification of an exported adapter could not tell, or was let through."""
 
     @property
     def prompt(self) -> PromptSettings:
@@ -60,6 +73,14 @@ class AdapterSource:
         return self.manifest.base
 
     @property
+    def title(self) -> str:
+        """What to call it: its folder, or the adapters that it was combined of."""
+        if self.combined is None:
+            return str(self.adapter)
+        parts = [f"{one.weight:g} × {shortened(name)}" for name, one in self.combined.adapters.items()]
+        return f"{self.combined.method} of {', '.join(parts)}"
+
+    @property
     def trained_day(self) -> str | None:
         """The date in the prompts of the training, if the template writes one."""
         return self.manifest.template.date if self.manifest else None
@@ -72,7 +93,8 @@ class AdapterSource:
             f"{self.run}: its {MANIFEST} carries no seal (an earlier version of loratune wrote it, or the seal was "
             "removed), so whether it has been changed since cannot be told"
         ]
-        return changed + (unsealed if self.manifest is not None and not self.manifest.is_sealed else [])
+        is_unsealed = self.manifest is not None and not self.manifest.is_sealed
+        return [*self.notes, *changed, *(unsealed if is_unsealed else [])]
 
     @property
     def place(self) -> Path:
@@ -97,8 +119,7 @@ def open_adapter(path: Path, force: bool = False) -> AdapterSource:
     Raises:
         LoratuneError: there is no adapter, or its files have changed.
     """
-    if not is_folder(path):
-        raise LoratuneError(f"{path}: no such folder", Exit.MODEL)
+    require_folder(path)
     if _is_run(path):
         return _open_run(path, path / ADAPTER, force)
     for place in dict.fromkeys((path.absolute(), path.resolve())):  # a link into a run belongs to that run
@@ -110,7 +131,7 @@ def open_adapter(path: Path, force: bool = False) -> AdapterSource:
         checkpoint, changed = open_sealed(path, force)
         return AdapterSource(path, None, None, None, tuple(changed), checkpoint=checkpoint)
     if (path / ADAPTER_CONFIG).is_file():
-        return AdapterSource(path, None, None, None)
+        return AdapterSource(path, None, None, None, notes=tuple(require_intact(path, force)))
     raise LoratuneError(f"{path}: neither a run folder nor an adapter (no {ADAPTER_CONFIG} in it)", Exit.MODEL)
 
 
@@ -125,14 +146,32 @@ def open_settled_adapter(path: Path, force: bool = False) -> AdapterSource:
         LoratuneError: a process is training there (with pid and host), or there is no adapter.
     """
     for folder in (path, *path.absolute().parents[:2]):
-        holder = lock_holder(folder) if is_file(folder / STATUS) else None
-        if holder:
-            raise LoratuneError(
-                f"{folder} is in use by {holder}, which trains there; wait until it has ended, or copy one of its "
-                "checkpoints elsewhere and take that",
-                Exit.USAGE,
-            )
+        _require_settled(folder, ", or copy one of its checkpoints elsewhere and take that")
     return open_adapter(path, force)
+
+
+def open_whole_run(run: Path) -> AdapterSource:
+    """Open a run to verify it: all of its sealed files are compared, those too that no adapter needs.
+
+    Args:
+        run: a folder with a manifest.
+
+    Raises:
+        LoratuneError: a process is training there, the run has no adapter, or a file has changed.
+    """
+    _require_settled(run)
+    manifest = read_manifest(run)
+    _require_adapter(run, run / ADAPTER)
+    require_unchanged(run, changed_files(run, manifest, ALL_SEALED))
+    return AdapterSource(run / ADAPTER, run_record(run, manifest), manifest, run)
+
+
+def _require_settled(folder: Path, instead: str = "") -> None:
+    holder = lock_holder(folder) if is_file(folder / STATUS) else None
+    if holder:
+        raise LoratuneError(
+            f"{folder} is in use by {holder}, which trains there; wait until it has ended{instead}", Exit.USAGE
+        )
 
 
 def base_settings(source: AdapterSource, model: str | None) -> ModelSettings:
@@ -166,56 +205,7 @@ def merged_prompt(folder: Path) -> PromptSettings:
     if verification is None:
         return PromptSettings()
     merged = verification.proved if isinstance(verification.proved, MergedModel) else MergedModel()
-    known = {"enable_thinking": merged.thinking, "generation_prompt": merged.generation_prompt, "date": merged.date}
-    return as_typed(PromptSettings, known, folder / VERIFICATION)
-
-
-def check_same_template(source: AdapterSource, sha256: str) -> None:
-    """Check that the chat template equals that of the training.
-
-    Args:
-        source: the adapter.
-        sha256: hash of the present template, `Encoder.template_sha256`.
-
-    Raises:
-        LoratuneError: the template differs.
-    """
-    sealed = source.checkpoint.identity.get("rest", {}).get("template") if source.checkpoint else None
-    known = sealed or (source.manifest.template.sha256 if source.manifest else None)
-    if source.manifest and known != sha256:
-        raise LoratuneError(
-            f"{source.adapter}: the prompt template is not the one of the training: the base's chat template has "
-            "changed since; restore it, or use the run folder rather than a checkpoint",
-            Exit.MODEL,
-        )
-
-
-def check_vocabulary(source: AdapterSource, base: Path, base_rows: int, rows: int) -> list[str]:
-    """Compare the number of embedding rows with the number of the tokenizer's tokens.
-
-    Args:
-        source: the adapter.
-        base: the base's folder.
-        base_rows: embedding rows of the base.
-        rows: embedding rows with the adapter.
-
-    Returns:
-        Warnings about a resized vocabulary.
-
-    Raises:
-        LoratuneError: the adapter's tokenizer has tokens without a row, while the base's has not.
-    """
-    tokens = 0 if source.manifest else count_tokens(source.tokenizer_folder(base))
-    if tokens > rows and tokens > count_tokens(base):
-        raise LoratuneError(
-            f"{source.adapter}: its tokenizer has {tokens} tokens and the model {rows} rows: its vocabulary was "
-            "resized in training, and the new rows are not in the adapter's file. Save it again where it was trained, "
-            "with PEFT's save_pretrained(…, save_embedding_layers=True)",
-            Exit.MODEL,
-        )
-    if rows == base_rows:
-        return []
-    return [f"{source.adapter} was trained with a vocabulary of {rows} rows and brings them; the base has {base_rows}"]
+    return prompt_of(merged, folder / VERIFICATION)
 
 
 def _is_run(folder: Path) -> bool:
@@ -226,21 +216,28 @@ def _is_run(folder: Path) -> bool:
 
 def _open_run(run: Path, adapter: Path, force: bool) -> AdapterSource:
     manifest = read_manifest(run)
-    if not adapter.is_dir():
-        checkpoints = sorted(str(folder) for folder in (run / CHECKPOINTS).glob("step-*"))
-        state = read_json_object(run / STATUS).get("state", "unknown") if (run / STATUS).is_file() else "unknown"
-        hint = f"; its newest checkpoint is {checkpoints[-1]}" if checkpoints else ""
-        raise LoratuneError(f"{run}: the run has no adapter yet (state: {state}){hint}", Exit.MODEL)
-    changed = changed_files(run, manifest, with_adapter=True)
-    require_unchanged(run, changed, force)
+    _require_adapter(run, adapter)
+    changed = changed_files(run, manifest, TO_INFER)
+    if not force:
+        require_unchanged(run, changed, can_insist=True)
     return AdapterSource(adapter, run_record(run, manifest), manifest, run, tuple(changed))
+
+
+def _require_adapter(run: Path, adapter: Path) -> None:
+    if adapter.is_dir():
+        return
+    checkpoints = sorted(str(folder) for folder in (run / CHECKPOINTS).glob("step-*"))
+    state = read_status(run).state if (run / STATUS).is_file() else "unknown"
+    hint = f"; its newest checkpoint is {checkpoints[-1]}" if checkpoints else ""
+    raise LoratuneError(f"{run}: the run has no adapter yet (state: {state}){hint}", Exit.MODEL)
 
 
 def _open_checkpoint(run: Path, folder: Path, force: bool) -> AdapterSource:
     checkpoint, damage = open_sealed(folder, force)
     manifest = read_manifest(run)
-    changed = changed_files(run, manifest, with_adapter=False)
-    require_unchanged(run, changed, force)
+    changed = changed_files(run, manifest, TO_PROMPT)
+    if not force:
+        require_unchanged(run, changed, can_insist=True)
     record = run_record(run, manifest)
     other = require_same_settings(checkpoint, run, record, force) if checkpoint else []
     return AdapterSource(folder, record, manifest, run, (*damage, *changed, *other), checkpoint=checkpoint)

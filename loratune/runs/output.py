@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -21,15 +20,17 @@ from loratune.runs.folder import (
     MANIFEST,
     PROBE,
     RECIPE,
+    REPORT,
     RESUMED,
     STATUS,
     TRACKER_LOGS,
     VERIFICATION,
     now,
     sealed,
-    set_status,
 )
 from loratune.runs.manifest import Manifest, read_manifest, write_files, write_manifest
+from loratune.runs.report import Report, write_report
+from loratune.runs.status import MENDED, set_status
 from loratune.writing import PROGRAM, TEMPORARY_NAME, remove, remove_unfinished, try_to_write, write_text
 
 
@@ -46,6 +47,7 @@ def prepare_output(output: Path, overwrite: bool, kind: str = "run", marker: str
         LoratuneError: it has other contents, or is not writable.
     """
     _check_name(output)
+    named = f"{'an' if kind[0] in 'aeiou' else 'a'} {kind}"
     if marker == VERIFICATION and (output.is_mount() or output.resolve() == Path.cwd()):
         raise LoratuneError(
             f"{output} cannot be replaced in one step; choose a folder inside it with --output", Exit.USAGE
@@ -55,16 +57,32 @@ def prepare_output(output: Path, overwrite: bool, kind: str = "run", marker: str
             if marker == STATUS:
                 _tell_of_damaged_status(output)
             raise LoratuneError(
-                f"{output} holds something that is not a {kind}; choose another folder with --output", Exit.USAGE
+                f"{output} holds something that is not {named}; choose another folder with --output", Exit.USAGE
             )
         if not overwrite:
             raise LoratuneError(
-                f"{output} already holds a {kind}; choose another folder with --output, or replace it with --overwrite",
+                f"{output} already holds {named}; choose another folder with --output, or replace it with --overwrite",
                 Exit.USAGE,
             )
     elif output.exists() and not output.is_dir():
         raise LoratuneError(f"{output} is a file; choose a folder with --output", Exit.IO)
     _check_writable(output)
+
+
+def require_apart(output: Path, kind: str, place: Path) -> None:
+    """Refuse an output that would lie in what it is made of, or replace it.
+
+    Args:
+        output: output folder, resolved.
+        kind: what it is made of, for the message.
+        place: folder of that.
+
+    Raises:
+        LoratuneError: one folder lies in the other.
+    """
+    source = place.resolve()
+    if output.is_relative_to(source) or source.is_relative_to(output):
+        raise LoratuneError(f"{output} and the {kind} at {source} overlap; choose another --output", Exit.USAGE)
 
 
 def _check_name(output: Path) -> None:
@@ -102,10 +120,9 @@ def _tell_of_damaged_status(output: Path) -> None:
     except LoratuneError:
         return
     if manifest.is_sealed or manifest.base:
-        mended = json.dumps({"program": PROGRAM, "state": "interrupted"})
         raise LoratuneError(
             f"{output / STATUS}: missing or damaged, while {MANIFEST} beside it is that of a run; restore it, or write "
-            f"{mended} into it, and give the same command again",
+            f"{MENDED} into it, and give the same command again",
             Exit.USAGE,
         )
 
@@ -163,7 +180,7 @@ def begin_run(output: Path, recipe: Recipe, manifest: Manifest, keep: bool = Fal
         raise LoratuneError(f"{output}: cannot be made: {error.strerror}", Exit.IO) from error
     write_text(output / RECIPE, dump_recipe(recipe))
     known = read_manifest(output) if (output / MANIFEST).is_file() else None
-    files = {name: record for name, record in ((known and known.files) or {}).items() if name != PROBE}  # rewritten
+    files = {name: record for name, record in ((known and known.files) or {}).items() if name not in removed}
     files[RECIPE] = sealed(output / RECIPE)
     write_manifest(output, replace(manifest, created=known.created if known else now(), files=files))
 
@@ -171,7 +188,7 @@ def begin_run(output: Path, recipe: Recipe, manifest: Manifest, keep: bool = Fal
 def seal_run(output: Path) -> None:
     """Add size and sha256 of all permanent files to the manifest; the last step of a run."""
     adapter_files = sorted(path for path in (output / ADAPTER).rglob("*") if path.is_file())
-    paths = [output / RECIPE, *(path for path in [output / PROBE] if path.is_file()), *adapter_files]
+    paths = [output / RECIPE, *(path for path in (output / PROBE, output / REPORT) if path.is_file()), *adapter_files]
     files = {str(path.relative_to(output)): sealed(path) for path in paths}
     write_files(output, files)
 
@@ -179,3 +196,11 @@ def seal_run(output: Path) -> None:
 def seal_file(output: Path, name: str) -> None:
     """Add one file to the manifest of a running run."""
     write_files(output, {**(read_manifest(output).files or {}), name: sealed(output / name)})
+
+
+def replace_report(output: Path, report: Report) -> None:
+    """Replace a finished run's report. Killed in between, it leaves one without a hash, not a wrong one."""
+    files = read_manifest(output).files or {}
+    write_files(output, {name: record for name, record in files.items() if name != REPORT})
+    write_report(output, report)
+    seal_file(output, REPORT)

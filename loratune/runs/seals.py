@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from pathlib import Path
 
 from loratune.errors import Exit, LoratuneError, bullet_list
@@ -9,52 +10,71 @@ from loratune.plain_files import read_json_object
 from loratune.recipe.names import with_current_names
 from loratune.runs.checkpoint import SEAL, Checkpoint, open_checkpoint
 from loratune.runs.file_hashes import Records, compare_files
-from loratune.runs.folder import ADAPTER, MANIFEST, PROBE, RECIPE, STATUS
-from loratune.runs.manifest import Manifest
+from loratune.runs.folder import ADAPTER, MANIFEST, PROBE, RECIPE, REPORT
+from loratune.runs.manifest import AS_PLAIN, Manifest, read_manifest
 from loratune.runs.record import RunRecord
+from loratune.runs.report import Report, read_report
+from loratune.runs.status import read_status
 from loratune.runs.tokenizer_files import tokenizer_files
 
 ADAPTER_CONFIG = "adapter_config.json"
+TO_PROMPT = (RECIPE, PROBE)
+"""What every command reads of a run."""
+TO_INFER = (*TO_PROMPT, ADAPTER)
+ALL_SEALED = (*TO_INFER, REPORT)
 # Files that are read if they exist, so that adding one counts as a change.
 READ_IF_THERE = (ADAPTER_CONFIG, "adapter_model.safetensors", "config.json")
 
 
-def changed_files(run: Path, manifest: Manifest, with_adapter: bool) -> list[str]:
+def changed_files(run: Path, manifest: Manifest, parts: Collection[str]) -> list[str]:
     """Return the files of a run that differ from its manifest, by hash.
 
     Args:
         run: run folder.
         manifest: result of `read_manifest`.
-        with_adapter: also check the adapter, not only recipe and probe rows.
+        parts: files and folders of the run to check, such as `TO_INFER`.
 
     Raises:
         LoratuneError: the manifest has no file records.
     """
-    files = _sealed_files(run, manifest, with_adapter)
-    wanted = {
-        name: record
-        for name, record in files.items()
-        if name in (RECIPE, PROBE) or (with_adapter and name.startswith(f"{ADAPTER}/"))
-    }
+    files, with_adapter = _sealed_files(run, manifest, ADAPTER in parts), ADAPTER in parts
+    wanted = {name: record for name, record in files.items() if name.partition("/")[0] in parts}
     present = _read_names(run / ADAPTER, f"{ADAPTER}/") if with_adapter else []
     check = compare_files(run, wanted, present)
     return [*sorted((*check.changed, *check.missing)), *(f"{name} (added)" for name in check.added)]
 
 
-def require_unchanged(run: Path, changed: list[str], force: bool) -> None:
+def require_unchanged(run: Path, changed: list[str], can_insist: bool = False) -> None:
     """Raise if files of a run have changed.
+
+    Args:
+        run: run folder.
+        changed: result of `changed_files`.
+        can_insist: whether the command accepts changed files with --force.
 
     Raises:
         LoratuneError: lists the files, with advice.
     """
-    if not changed or force:
+    if not changed:
         return
+    insist = ", or insist with --force" if can_insist else ""
     about = f"; {RECIPE} says how this run was trained: for another one, copy it and give the copy to sft --config"
     raise LoratuneError(
-        f"{run}: changed or missing since the run ended: {', '.join(changed)}; restore them, or insist with --force"
-        f"{about if RECIPE in changed else ''}",
+        f"{run}: changed or missing since the run ended: {', '.join(changed)}; restore "
+        f"{'it' if len(changed) == 1 else 'them'}{insist}{about if RECIPE in changed else ''}",
         Exit.MODEL,
     )
+
+
+def open_report(run: Path) -> Report:
+    """Read a finished run's report, after comparing it with its hash; earlier versions recorded none.
+
+    Raises:
+        LoratuneError: it has changed since, or is damaged.
+    """
+    if (run / MANIFEST).is_file():
+        require_unchanged(run, changed_files(run, read_manifest(run), (REPORT,)))
+    return read_report(run)
 
 
 def open_sealed(folder: Path, force: bool) -> tuple[Checkpoint | None, list[str]]:
@@ -117,8 +137,8 @@ def _sealed_files(run: Path, manifest: Manifest, with_adapter: bool) -> Records:
         problems.append("what the run's files were")
     if problems:
         raise LoratuneError(
-            f"{run / MANIFEST}: damaged: it does not say {' and '.join(problems)}; restore it, or copy "
-            f"{run / ADAPTER} elsewhere and give the copy, which is taken as a plain adapter",
+            f"{run / MANIFEST}: damaged: it does not say {' and '.join(problems)}; restore it. "
+            f"{AS_PLAIN.format(run / ADAPTER)}",
             Exit.MODEL,
         )
     return files or {}
@@ -126,8 +146,8 @@ def _sealed_files(run: Path, manifest: Manifest, with_adapter: bool) -> Records:
 
 def _has_ended(run: Path) -> bool:
     try:
-        return read_json_object(run / STATUS).get("state") == "finished"
-    except LoratuneError:  # a missing status alone does not block the adapter
+        return read_status(run).state == "finished"
+    except LoratuneError:  # a missing or damaged status alone does not block the adapter
         return False
 
 

@@ -7,14 +7,15 @@ from typing import Any
 
 from loratune.commands import Command, loratune
 from loratune.errors import Exit, LoratuneError
-from loratune.plain_files import read_json_object
-from loratune.runs.base_check import NOTHING, how_checked
+from loratune.plain_files import require_folder
+from loratune.runs.base_check import how_checked
 from loratune.runs.checkpoint import checkpoint_steps
 from loratune.runs.folder import ADAPTER, CHECKPOINTS, MANIFEST, RECIPE, STATUS, read_metrics
 from loratune.runs.lock import lock_holder
 from loratune.runs.manifest import read_manifest
 from loratune.runs.opening import run_record
-from loratune.runs.seals import changed_files
+from loratune.runs.seals import ALL_SEALED, TO_PROMPT, changed_files
+from loratune.runs.status import read_status
 
 LOWER = 3
 """Divisor of a learning rate that diverged."""
@@ -29,19 +30,17 @@ def run_state(output: Path) -> dict[str, Any]:
     Returns:
         output, state, step, steps, loss, validation_loss, best_validation_loss (None if there is none), checkpoints
         (steps), time (of the last change of state), base_checked (how much of its base's weights later commands
-        compare:
-        every byte, sampled, or nothing), changed (files that differ from their hashes, which later commands reject),
-        next
-        (the next command, or None).
+        compare: every byte, sampled, or nothing), changed (files that differ from their hashes, which commands that
+        read them reject), next (the next command, or None).
 
     Raises:
-        LoratuneError: the folder is not a run.
+        LoratuneError: the folder is not a run, or its status is damaged.
     """
+    require_folder(output, "a run folder")
     if not (output / STATUS).is_file():
         raise LoratuneError(f"{output} holds no run (no {STATUS} in it)", Exit.MODEL)
-    status = read_json_object(output / STATUS)
-    records = read_metrics(output)
-    state = status.get("state", "unknown")
+    status = read_status(output)
+    records, state = read_metrics(output), str(status.state)
     if state == "running" and lock_holder(output) is None:
         state = "crashed"
     losses = [record["loss"] for record in records if "loss" in record]
@@ -51,13 +50,13 @@ def run_state(output: Path) -> dict[str, Any]:
     return {
         "output": str(output),
         "state": state,
-        "step": status.get("step", max((int(record["step"]) for record in records), default=0)),
-        "steps": status.get("steps"),
+        "step": max((int(record["step"]) for record in records), default=0) if status.step is None else status.step,
+        "steps": status.steps,
         "loss": losses[-1] if losses else None,
         "validation_loss": validations[-1] if validations else None,
         "best_validation_loss": min(validations, default=None),
         "checkpoints": steps,
-        "time": status.get("time"),
+        "time": status.time,
         **_seal(output),
         "next": advised.line if advised else None,
     }
@@ -67,12 +66,14 @@ def _seal(output: Path) -> dict[str, Any]:
     """Return which checks later commands can do on a run, and what they would find."""
     if not (output / MANIFEST).is_file():
         missing = [f"{MANIFEST} (missing)"] if (output / ADAPTER).is_dir() else []
-        return {"base_checked": NOTHING, "changed": missing}
+        return {"base_checked": how_checked({}), "changed": missing}
     try:
         manifest = read_manifest(output)
-        changed = changed_files(output, manifest, with_adapter=(output / ADAPTER).is_dir())
+        had_adapter = any(name.startswith(f"{ADAPTER}/") for name in manifest.files or {})
+        is_ended = had_adapter or (output / ADAPTER).is_dir()
+        changed = changed_files(output, manifest, ALL_SEALED if is_ended else TO_PROMPT)
     except LoratuneError as error:
-        return {"base_checked": NOTHING, "changed": [str(error)]}
+        return {"base_checked": how_checked({}), "changed": [str(error)]}
     return {"base_checked": how_checked(manifest.base.hashes if manifest.base else {}), "changed": changed}
 
 

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
+from loratune.choices import AddedTo, BaseChecked, Proof
 from loratune.errors import Exit, LoratuneError
-from loratune.plain_files import read_json_object
+from loratune.plain_files import read_json
+from loratune.recipe.sections import PromptSettings
+from loratune.runs.card import has_card
 from loratune.runs.file_hashes import Records, are_records
 from loratune.runs.folder import PROGRAM, SEALED_BY, VERIFICATION, has_changed, with_seal
 from loratune.runs.typed_json import as_typed, require_version
@@ -17,6 +21,10 @@ from loratune.writing import write_json
 
 VERIFICATION_VERSION = 1
 MERGED, EXPORT = "merged model", "export"
+UNCHECKED = (
+    "so nothing of the folder can be checked; restore it, make the folder again, or remove the file: what is left is "
+    "taken as any other model"
+)
 MODELS = "models"
 """Field of a merged model whose own fields stand beside it in the file."""
 
@@ -68,8 +76,7 @@ class Answer:
 class ModelProof:
     """What has been verified, and what running the models has shown; None where they were not run."""
 
-    verified: str = "nothing"
-    """files and logits, files, or nothing."""
+    verified: Proof = "nothing"
     logits: Mapping[str, Parity] | None = None
     """Of each way of merging that was tried, beside base + adapter."""
     logits_with_rounding: Mapping[str, Parity] | None = None
@@ -90,6 +97,8 @@ class ReadBack:
     tensors: int
     identical: int = 0
     """Tensors without an update whose every byte is the base's, or its value rounded to the new type."""
+    converted: int | None = None
+    """How many of those have another type than the base's; None where an earlier version did not say."""
     updated: int = 0
     rows: int = 0
     """Rows of updated tensors, all of which have been compared with PEFT's own."""
@@ -136,10 +145,9 @@ class MergedModel:
 
     base: str | None = None
     """Its name, without a local path."""
-    base_checked: str = "nothing"
-    """How much of its weights was compared with the trained ones': as `loratune.runs.base_check` has it."""
+    base_checked: BaseChecked = "nothing"
     quantization_in_training: str = "none"
-    merge_base: str = "original"
+    merge_base: AddedTo = "original"
     adapter_sha256: str | None = None
     combined: Combined | None = None
     thinking: bool = False
@@ -187,6 +195,13 @@ class ExportedFolder:
 
 
 Proved = TypeVar("Proved", bound="MergedModel | ExportedFolder")
+
+
+@dataclass(frozen=True)
+class WrittenWith:
+    """What wrote the file."""
+
+    versions: Mapping[str, str] | None = None
 
 
 @dataclass(frozen=True)
@@ -243,33 +258,43 @@ def read_verification(folder: Path) -> AnyVerification | None:
     """What a folder's verification.json says; None where there is none, or it is another program's.
 
     Raises:
-        LoratuneError: it cannot be read, is damaged, has been changed, or was written by another version of loratune.
+        LoratuneError: it cannot be read, is damaged, has been changed or replaced, or was written by another version of
+            loratune.
     """
     path = folder / VERIFICATION
-    if not path.is_file():
+    if not os.path.lexists(path):
         return None
-    values = read_json_object(path)
-    if values.get("program") != PROGRAM:
+    values = read_json(path)
+    if not isinstance(values, dict) or values.get("program") != PROGRAM:
+        if has_card(folder) or (isinstance(values, dict) and values.get("kind") in (MERGED, EXPORT)):
+            raise LoratuneError(f"{path}: not what loratune wrote there, {UNCHECKED}", Exit.MODEL)
         return None
     require_version(values, VERIFICATION_VERSION, path)
     if has_changed(values):
-        raise LoratuneError(
-            f"{path}: has been changed since it was written, so nothing of the folder can be checked; restore it, make "
-            "the folder again, or remove the file: what is left is taken as any other model",
-            Exit.MODEL,
-        )
+        raise LoratuneError(f"{path}: has been changed since it was written, {UNCHECKED}", Exit.MODEL)
     files = values.get("files")
     if "files" in values and not (files and are_records(files)):
         raise LoratuneError(f"{path}: damaged: it does not say what the folder's files were", Exit.MODEL)
-    return Verification(
-        _proved(values, path), dict(values.get("versions") or {}), files, values.get(SEALED_BY) is not None
-    )
+    versions = as_typed(WrittenWith, values, path).versions or {}
+    return Verification(_proved(values, path), versions, files, values.get(SEALED_BY) is not None)
+
+
+def prompt_of(merged: MergedModel, path: Path) -> PromptSettings:
+    """Return a merged model's prompt settings; its template includes all others. `path` is that of its file.
+
+    Raises:
+        LoratuneError: a value is none that the setting takes.
+    """
+    known = {"enable_thinking": merged.thinking, "generation_prompt": merged.generation_prompt, "date": merged.date}
+    return as_typed(PromptSettings, known, path)
 
 
 def _proved(values: dict[str, Any], path: Path) -> MergedModel | ExportedFolder:
     kind = values.get("kind", EXPORT if "format" in values else MERGED)  # the first versions did not say
     if kind == MERGED:
-        return replace(as_typed(MergedModel, values, path), models=as_typed(ModelProof, values, path))
+        merged = replace(as_typed(MergedModel, values, path), models=as_typed(ModelProof, values, path))
+        prompt_of(merged, path)  # what cannot be prompted with is damaged for those who ask nothing, too
+        return merged
     if kind == EXPORT:
         return as_typed(ExportedFolder, values, path)
     raise LoratuneError(f"{path}: damaged: kind: {kind!r} is neither {MERGED!r} nor {EXPORT!r}", Exit.MODEL)

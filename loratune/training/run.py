@@ -20,13 +20,15 @@ from loratune.model.adapter.attach import (
 from loratune.recipe.sections import Recipe
 from loratune.runs.card import write_card
 from loratune.runs.checkpoint import Checkpoint, open_checkpoint, seal_checkpoint
-from loratune.runs.folder import ADAPTER, set_status
+from loratune.runs.folder import ADAPTER
 from loratune.runs.lock import run_lock
 from loratune.runs.output import begin_run, prepare_output, seal_run
 from loratune.runs.probe import MAX_QUESTIONS, save_probe
 from loratune.runs.record import RunRecord
-from loratune.runs.report import Report, read_report, write_report
+from loratune.runs.report import Report, write_report
+from loratune.runs.seals import open_report
 from loratune.runs.state import next_command
+from loratune.runs.status import set_status
 from loratune.runs.tokenizer_files import copy_tokenizer_files
 from loratune.runtime import is_main_process, launch_problems
 from loratune.training.batching import Batching
@@ -93,7 +95,7 @@ def train(recipe: Recipe, overwrite: bool = False, resume: Resume | None = None)
             check_identity(start, identity_now(prepared), resume.allow_changes)
             if told := completion(output, start, prepared.plan.steps, recipe.evaluation.early_stopping):
                 console.say(told)
-                return read_report(output)
+                return open_report(output)
         session = load(prepared, start)
         stack.enter_context(machine_errors_explained(recipe, session.held))
         return _train(session, start)

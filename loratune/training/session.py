@@ -26,6 +26,7 @@ from loratune.protocols import AdaptedModel, Tokenizer
 from loratune.recipe.advice import advise
 from loratune.recipe.sections import Recipe
 from loratune.runs.checkpoint import Checkpoint
+from loratune.runs.intact import require_intact
 from loratune.runs.tensor_hashes import TensorHashes
 from loratune.runtime import process_number
 from loratune.training.activations import EFFICIENT_TOKENS, PassPlan, largest_step, measure_passes, plan_passes
@@ -105,7 +106,8 @@ def prepare(recipe: Recipe, day: str | None, output: Path, stops: StopSignals) -
     set_pad_token(tokenizer, {encoder.end_id, tokenizer.eos_token_id})
     plan = plan_steps(recipe.training, len(data.train))
     arguments, served = training_arguments(recipe, hardware, data.validation is not None)
-    warnings = (*advise(recipe), *advise_steps(recipe.training, plan), *data.warnings, *served)
+    base_changes = require_intact(base, force=True)
+    warnings = (*advise(recipe), *advise_steps(recipe.training, plan), *data.warnings, *served, *base_changes)
     show_data(recipe, data)
     start_up.stage_done("data")
     return Prepared(

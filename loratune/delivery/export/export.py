@@ -23,7 +23,7 @@ from loratune.delivery.template import about_the_date
 from loratune.delivery.verification.parity import compare_models
 from loratune.delivery.verification.proof import check_parity, probe_rows
 from loratune.delivery.verification.report import parity_text, show_verification
-from loratune.errors import Exit, LoratuneError, bullet_list, reason_of, refusal
+from loratune.errors import Exit, LoratuneError, bullet_list, counted, reason_of, refusal
 from loratune.model.files import check_base, weight_files
 from loratune.model.memory import free_main_memory_bytes
 from loratune.model.tokenizer import load_tokenizer
@@ -32,7 +32,7 @@ from loratune.model.weights.quantized_folder import load_quantized, write_quanti
 from loratune.runs.folder import VERIFICATION
 from loratune.runs.intact import recorded_files
 from loratune.runs.opening import AdapterSource, base_settings, merged_prompt
-from loratune.runs.output import prepare_output
+from loratune.runs.output import prepare_output, require_apart
 from loratune.runs.probe import ProbeRow, read_probe
 from loratune.runs.tokenizer_files import copy_tokenizer_files
 from loratune.runs.verification import Bounds, ExportedFolder, Parity, Verification, write_verification
@@ -70,6 +70,8 @@ def export(
     """
     with disk_errors_explained(output):
         output = output.resolve()
+        kind, place = ("adapter", source.adapter) if source else ("model", Path(options.model or ""))
+        require_apart(output, kind, place)
         prepare_output(output, options.overwrite, "export", VERIFICATION)
     if options.format in ("gguf", "ollama"):
         import loratune.delivery.export.gguf.file  # noqa: F401 - its package is missed before a merge, not after
@@ -135,7 +137,8 @@ def _export_gguf(job: Export, model: Path) -> Exported:
         check = gguf_file.check_gguf(model, target)
     parity = _compare_gguf(job, model, target)
     if check.fallbacks:
-        console.warn(f"{len(check.fallbacks)} tensors are f16, since their rows do not divide into blocks of 32")
+        kept = counted(len(check.fallbacks), "tensor")
+        console.warn(f"{kept} in f16, since q8_0 needs rows that divide into blocks of 32")
     console.table(
         [
             ("file", f"{target.name}, {console.memory(target.stat().st_size)}"),

@@ -25,6 +25,7 @@ from loratune.model.files import check_base, weight_files
 from loratune.model.tokenizer import load_tokenizer
 from loratune.model.tying import head_is_tied
 from loratune.model.weights.tensor_files import TensorFiles
+from loratune.plain_files import require_folder
 from loratune.runs.intact import require_intact
 from loratune.runs.opening import AdapterSource, merged_prompt
 from loratune.runs.verification import MergedModel, write_verification
@@ -95,8 +96,7 @@ def rehearse(job: Export) -> Job | None:
     """
     if job.source is None:
         folder = Path(job.options.model or "")
-        if not folder.is_dir():
-            raise LoratuneError(f"--model {folder}: no such folder; give a merged model, or an adapter", Exit.MODEL)
+        require_folder(folder, "a merged model with --model, or an adapter with --adapter")
         check_base(folder)
         for warning in require_intact(folder, job.options.force):
             console.warn(warning)

@@ -10,14 +10,14 @@ from typing import Any
 import torch
 
 from loratune import console
-from loratune.choices import MergeBase
+from loratune.choices import AddedTo, MergeBase
 from loratune.commands import Command, free_place, loratune
 from loratune.data.encoding.encoder import Encoder
 from loratune.delivery.merge.merged_weights import MergePlan
 from loratune.delivery.merge.sources import check_pair, training_encoder
 from loratune.delivery.merge.update import TensorUpdate, read_updates
 from loratune.delivery.template import about_the_date
-from loratune.errors import Exit, LoratuneError
+from loratune.errors import Exit, LoratuneError, counted
 from loratune.model.adapter.peft_merge import PeftMerge
 from loratune.model.architecture.file_layout import file_layout
 from loratune.model.architecture.vocabulary import vocabulary_of
@@ -27,9 +27,10 @@ from loratune.model.hardware import detect_hardware
 from loratune.model.tying import head_is_tied
 from loratune.model.weights.tensor_files import TensorFiles
 from loratune.recipe.sections import ModelSettings
+from loratune.runs.base_check import check_vocabulary
 from loratune.runs.folder import VERIFICATION
-from loratune.runs.opening import AdapterSource, base_settings, check_vocabulary
-from loratune.runs.output import prepare_output
+from loratune.runs.opening import AdapterSource, base_settings
+from loratune.runs.output import prepare_output, require_apart
 from loratune.runs.probe import read_probe
 from loratune.runs.verification import ReadBack
 from loratune.writing import disk_errors_explained
@@ -71,7 +72,7 @@ class MergeOptions:
 class Candidate:
     """One way to merge; a run with quantisation has two."""
 
-    merge_base: str
+    merge_base: AddedTo
     files: TensorFiles
     plan: MergePlan
     folder: Path
@@ -135,7 +136,7 @@ def gather(source: AdapterSource, output: Path, options: MergeOptions) -> Job:
         read_probe(source.run)  # a damaged one is an error now, not after minutes of writing
     job = job_of(source, output, options)
     if job.changes_nothing:
-        tell_of_unchanged(job, sorted(job.updates), len(job.updates), "zero")
+        refuse_unchanged(job, unchanged_told(sorted(job.updates), len(job.updates), "zero"))
     return job
 
 
@@ -147,7 +148,8 @@ def job_of(source: AdapterSource, output: Path, options: MergeOptions) -> Job:
     """
     settings = base_settings(source, options.model)
     base = find_base(settings)
-    _check_apart(output, base, source.adapter)
+    require_apart(output, "base model", base)
+    require_apart(output, "adapter", source.adapter)
     infos, is_tied = TensorFiles(weight_files(base)).infos, head_is_tied(base)
     warnings = check_pair(source, settings.base, base, options.force)
     encoder = training_encoder(source, base)
@@ -165,18 +167,12 @@ def job_of(source: AdapterSource, output: Path, options: MergeOptions) -> Job:
     return Job(source, settings, base, updates, is_tied, options, warnings, output, encoder)
 
 
-def _check_apart(output: Path, base: Path, adapter: Path) -> None:
-    for kind, place in (("base model", base.resolve()), ("adapter", adapter.resolve())):
-        if output.is_relative_to(place) or place.is_relative_to(output):
-            raise LoratuneError(f"{output} and the {kind} at {place} overlap; choose another --output", Exit.USAGE)
-
-
-def base_files(job: Job, kind: str) -> TensorFiles:
+def base_files(job: Job, kind: AddedTo) -> TensorFiles:
     """Return the base's tensors, original or dequantised.
 
     Args:
         job: the merge.
-        kind: original or dequantized.
+        kind: which.
     """
     paths = weight_files(job.base)
     if kind == "original":
@@ -186,17 +182,20 @@ def base_files(job: Job, kind: str) -> TensorFiles:
     return DequantizedFiles(paths, job.settings, detect_hardware())
 
 
-def tell_of_unchanged(
-    job: Job, unchanged: Sequence[str], updated: int, change: str, advice: Sequence[Command] = ()
-) -> None:
-    """Raise if a merge changes nothing, unless forced; warn if some tensors stay unchanged."""
-    message = (
-        f"{len(unchanged)} of {updated} tensors that the adapter changes still equal the base's: the change is {change}"
+def unchanged_told(unchanged: Sequence[str], updated: int, change: str) -> str:
+    """Return the sentence about updated tensors that still equal the base's."""
+    return (
+        f"{len(unchanged)} of {counted(updated, 'tensor')} that the adapter changes still "
+        f"{'equals' if len(unchanged) == 1 else 'equal'} the base's: the change is {change}"
     )
-    if len(unchanged) == updated and not job.options.force:
+
+
+def refuse_unchanged(job: Job, told: str, advice: Sequence[Command] = ()) -> None:
+    """Raise because a merge changes nothing; warn if that is forced."""
+    if not job.options.force:
         raise LoratuneError(
-            f"{message}. The merged model would be the base itself; was the adapter trained?",
+            f"{told}. The merged model would be the base itself; was the adapter trained?",
             Exit.MODEL,
             [*advice, *job.with_options("merge it as it is", force=True)],
         )
-    job.warn(message)
+    job.warn(told)

@@ -13,11 +13,21 @@ import psutil
 import torch
 
 from loratune import console
-from loratune.delivery.merge.job import Candidate, Job, MergeOptions, base_files, gather, tell_of_unchanged
+from loratune.choices import AddedTo
+from loratune.delivery.merge.job import (
+    Candidate,
+    Job,
+    MergeOptions,
+    base_files,
+    gather,
+    refuse_unchanged,
+    unchanged_told,
+)
 from loratune.delivery.merge.merged_weights import TooLargeError, plan_merge, write_merged
 from loratune.delivery.merge.model_folder import write_model_files
 from loratune.delivery.merge.needs import announce
 from loratune.delivery.verification.beside import check_beside
+from loratune.delivery.verification.proof import EXACT, NOTICED
 from loratune.delivery.verification.read_back import read_back
 from loratune.delivery.verification.report import described
 from loratune.delivery.verification.verify import prove
@@ -26,7 +36,14 @@ from loratune.model.adapter.peft_merge import PeftMerge
 from loratune.runs.card import write_merged_card
 from loratune.runs.intact import recorded_files
 from loratune.runs.opening import AdapterSource
-from loratune.runs.verification import MergedModel, MergeSeconds, ModelProof, Verification, write_verification
+from loratune.runs.verification import (
+    MergedModel,
+    MergeSeconds,
+    ModelProof,
+    ReadBack,
+    Verification,
+    write_verification,
+)
 from loratune.writing import disk_errors_explained, folder_in_one_step
 
 MOST_LOST = 0.9
@@ -100,8 +117,11 @@ def prove_models(job: Job, candidates: list[Candidate]) -> tuple[Candidate, Mode
         LoratuneError: no candidate equals base + adapter.
     """
     if job.options.verify and job.options.logits:
-        return prove(job, candidates)
-    return candidates[0], ModelProof("files" if job.options.verify else "nothing")
+        chosen, models = prove(job, candidates)
+    else:
+        chosen, models = candidates[0], ModelProof("files" if job.options.verify else "nothing")
+    _warn_of_rounding(job, chosen, models)
+    return chosen, models
 
 
 def prove_files(job: Job, candidate: Candidate) -> None:
@@ -118,27 +138,53 @@ def prove_files(job: Job, candidate: Candidate) -> None:
 
 
 def _check_updates_survived(job: Job, candidate: Candidate) -> None:
-    """Refuse a merge that changes no tensor, and warn of updates that the merged dtype cannot represent."""
+    """Refuse a merge that changes no tensor."""
     found = candidate.read_back
-    if found is None or job.changes_nothing:
+    if found is None or job.changes_nothing or not _is_all_lost(found):
         return
-    if found.unchanged:
-        name, is_widest = found.unchanged[0], candidate.plan.tensors[found.unchanged[0]].info.dtype == torch.float32
-        wider = [] if is_widest else job.with_options("keep small changes", dtype=torch.float32)
-        tell_of_unchanged(job, found.unchanged, found.updated, f"zero, or too small for {name} and its type", wider)
-    if found.lost_to_rounding > MOST_LOST:
-        job.warn(
-            f"rounding to {candidate.plan.dtype_names} takes {found.lost_to_rounding:.1%} of the update, whose values "
-            "are smaller than the rounding steps of the weights: little is left of the training. --dtype float32 keeps "
-            "it; was the learning rate too low, or the run too short?"
+    is_widest = candidate.plan.tensors[found.unchanged[0]].info.dtype == torch.float32
+    wider = [] if is_widest else job.with_options("keep small changes", dtype=torch.float32)
+    refuse_unchanged(job, unchanged_told(found.unchanged, found.updated, _too_small(found)), wider)
+
+
+def _is_all_lost(found: ReadBack) -> bool:
+    return 0 < found.updated == len(found.unchanged)
+
+
+def _too_small(found: ReadBack) -> str:
+    return f"zero, or too small for {found.unchanged[0]} and its type"
+
+
+def _warn_of_rounding(job: Job, chosen: Candidate, models: ModelProof) -> None:
+    """Warn once of what the merged dtype cannot represent: by what the models do if they were run, else by its size."""
+    found = chosen.read_back
+    if found is None or _is_all_lost(found):  # told already, as `_check_updates_survived` refuses it
+        return
+    parity, effect = (models.logits or {}).get(chosen.merge_base), models.without_adapter
+    told, dtype = list[str](), chosen.plan.dtype_names
+    if parity and effect and parity.mean_kl > max(EXACT.mean_kl, NOTICED * effect.mean_kl):
+        told.append(
+            f"rounding to {dtype} takes a good part of what the adapter does: the merged model is {parity.mean_kl:.1e} "
+            f"nats from base + adapter (mean KL), and the base alone {effect.mean_kl:.1e}. Merged with --dtype float32 "
+            "it would lose nothing"
         )
+    elif found.lost_to_rounding > MOST_LOST:
+        told.append(
+            f"rounding to {dtype} takes {found.lost_to_rounding:.1%} of the update, whose values are smaller than the "
+            "rounding steps of the weights: little is left of the training. --dtype float32 keeps it; was the learning "
+            "rate too low, or the run too short?"
+        )
+    if found.unchanged:
+        told.append(unchanged_told(found.unchanged, found.updated, _too_small(found)))
+    if told:
+        job.warn("\n".join(told))
 
 
 def _candidates(job: Job, folder: Path) -> list[Candidate]:
-    kinds = ["original"]
+    kinds: list[AddedTo] = ["original"]
     if job.settings.quantization != "none":
         can_measure = job.options.verify and job.options.logits
-        automatic = ["original", "dequantized"] if can_measure else ["dequantized"]
+        automatic: list[AddedTo] = ["original", "dequantized"] if can_measure else ["dequantized"]
         kinds = automatic if job.options.merge_base == "auto" else [job.options.merge_base]
     candidates = []
     for kind in kinds:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -60,13 +60,17 @@ class MergePlan:
     @property
     def dtype_names(self) -> str:
         """The dtypes of its tensors as text."""
-        names = dict.fromkeys(str(tensor.info.dtype).removeprefix("torch.") for tensor in self.tensors.values())
-        return " and ".join(names)
+        return dtype_names(tensor.info for tensor in self.tensors.values())
 
     @property
     def updated(self) -> list[MergedTensor]:
         """The tensors that the adapter changes."""
         return [tensor for tensor in self.tensors.values() if tensor.update]
+
+
+def dtype_names(infos: Iterable[TensorInfo]) -> str:
+    """Return the dtypes of tensors as text."""
+    return " and ".join(dict.fromkeys(str(info.dtype).removeprefix("torch.") for info in infos))
 
 
 def plan_merge(

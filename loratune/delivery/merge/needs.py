@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from loratune import console
-from loratune.errors import Exit, LoratuneError
+from loratune.delivery.merge.merged_weights import dtype_names
+from loratune.errors import Exit, LoratuneError, counted
 from loratune.model.adapter.files import WEIGHTS_FILE
 from loratune.model.architecture.structure import text_values
 from loratune.plain_files import read_json_object
@@ -34,14 +35,17 @@ def announce(job: Job, candidates: list[Candidate], output: Path) -> None:
     plan = candidates[0].plan
     needed = sum(candidate.plan.nbytes for candidate in candidates) + SIDE_FILES_BYTES
     free = shutil.disk_usage(candidates[0].folder).free
-    files = len(plan.shards)
+    files = counted(len(plan.shards), "file")
     place = "a temporary folder" if job.options.stands_in_for else output
     console.table(
         [
-            ("adapter", f"{job.source.adapter}: changes {len(plan.updated)} of {len(plan.tensors)} tensors"),
-            ("base", f"{job.settings.base}, {plan.dtype_names}"),
+            (
+                "adapter",
+                f"{job.source.title}: changes {len(plan.updated)} of {counted(len(plan.tensors), 'tensor')}",
+            ),
+            ("base", f"{job.settings.base}, {dtype_names(candidates[0].files.infos.values())}"),
             ("into", " and ".join(f"the {candidate.merge_base} base" for candidate in candidates)),
-            ("writes", f"{console.memory(plan.nbytes)} in {files} file{'s' if files > 1 else ''} to {place}"),
+            ("writes", f"{console.memory(plan.nbytes)} of {plan.dtype_names} in {files} to {place}"),
             ("disk", f"{console.memory(needed)} needed, {console.memory(free)} free"),
             ("memory", f"at most {console.memory(memory_bound(job, candidates))}"),
         ],

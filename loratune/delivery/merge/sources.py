@@ -24,10 +24,12 @@ from loratune.model.files import find_base, weight_files
 from loratune.model.tokenizer import load_tokenizer
 from loratune.model.tying import head_is_tied
 from loratune.plain_files import is_folder
+from loratune.printable import shortened
 from loratune.recipe.sections import TINY_QWEN, ModelSettings
-from loratune.runs.base_check import BaseCheck
+from loratune.runs.base_check import BaseCheck, check_same_template
 from loratune.runs.folder import file_sha256
-from loratune.runs.opening import AdapterSource, base_settings, check_same_template, open_settled_adapter
+from loratune.runs.intact import require_intact
+from loratune.runs.opening import AdapterSource, base_settings, open_settled_adapter
 from loratune.runs.tensor_hashes import TensorHashes
 from loratune.runs.verification import Combined, CombinedAdapter
 
@@ -75,7 +77,13 @@ def open_adapters(
             for (name, path), number in zip(paths.items(), numbers, strict=True)
         }
         made = Combined(method, density if "ties" in method else None, parts)
-        yield AdapterSource(combined, first.record, first.manifest, first.run, combined=made)
+        source = AdapterSource(combined, first.record, first.manifest, first.run, combined=made)
+        try:
+            yield source
+        except LoratuneError as error:  # the temporary folder's path would be useless
+            raise LoratuneError(
+                error.message.replace(str(combined), source.title), error.exit_code, error.commands
+            ) from error
 
 
 def _common_base(adapters: dict[str, AdapterSource], model: str | None, force: bool) -> Path:
@@ -91,7 +99,9 @@ def _common_base(adapters: dict[str, AdapterSource], model: str | None, force: b
         if source.record and source.record.model.quantization != settings.quantization:
             raise LoratuneError("the adapters were trained on different quantisations of the base", Exit.MODEL)
         if source.prompt != first.prompt:
-            console.warn(f"{name} was trained with other prompt settings; the merged model gets those of the first")
+            console.warn(
+                f"{shortened(name)} was trained with other prompt settings; the merged model gets those of the first"
+            )
     return base
 
 
@@ -108,8 +118,9 @@ def check_pair(source: AdapterSource, name: str, base: Path, force: bool) -> lis
         Warnings about what could not be checked, or was forced.
 
     Raises:
-        LoratuneError: it was trained on another base, or lacks tensors.
+        LoratuneError: it was trained on another base, or lacks tensors; or the base has changed since it was verified.
     """
+    remarks = require_intact(base, force)
     infos, is_tied = parameter_infos(base), head_is_tied(base)
     fits = partial(read_updates, source.adapter, infos, is_tied)
     check = BaseCheck(source, name, base, TensorHashes(weight_files(base)), force, fits)
@@ -118,7 +129,7 @@ def check_pair(source: AdapterSource, name: str, base: Path, force: bool) -> lis
         embedding, head = vocabulary_of(shapes)
         shapes[head] = shapes[embedding]
     check_adapter(source.adapter, shapes)
-    return check.finish()
+    return [*remarks, *check.finish()]
 
 
 def training_encoder(source: AdapterSource, base: Path) -> Encoder:

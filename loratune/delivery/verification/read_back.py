@@ -62,7 +62,7 @@ def read_back(
     _check_index(plan, folder)
     _check_names(plan, peft, base, dtype)
     check, compared = RowCheck(), list[tuple[str, Compared]]()
-    identical, updated = 0, 0
+    identical, converted, updated = 0, 0, 0
     vocabulary = vocabulary_of(base.infos)
     for file_name, infos in plan.shards.items():
         _check_header(folder / file_name, infos)
@@ -76,6 +76,7 @@ def read_back(
                 else:
                     _compare_kept(info, base, source, files.tensor(info.name))
             identical += not any(changes)
+            converted += not any(changes) and info.dtype != base.infos[source].dtype
             updated += any(changes)
             base.release([source])
             files.release([info.name])
@@ -83,6 +84,7 @@ def read_back(
     return ReadBack(
         tensors=len(plan.tensors),
         identical=identical,
+        converted=converted,
         updated=updated,
         rows=sum(one.rows for _, one in compared),
         sampled_rows=sum(one.sampled_rows for _, one in compared),

@@ -6,11 +6,12 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 from loratune import console
+from loratune.errors import counted
 from loratune.model.adapter.files import WEIGHTS_FILE
 from loratune.runs.base_check import how_checked, known_hashes
 from loratune.runs.card import base_name
 from loratune.runs.folder import file_sha256
-from loratune.runs.verification import Answer, MergedModel, Parity
+from loratune.runs.verification import Answer, MergedModel, Parity, ReadBack
 
 if TYPE_CHECKING:
     from loratune.delivery.merge.job import Candidate, Job
@@ -56,11 +57,11 @@ def show_verification(merged: MergedModel) -> None:
     rows = []
     if back:
         rows += [
-            ("files", f"{back.tensors} tensors read back, {back.identical} equal to the base's byte for byte"),
+            ("files", f"{counted(back.tensors, 'tensor')} read back, {_kept(back, merged.dtype)}"),
             (
                 "changed",
-                f"{back.updated} tensors: all {back.rows} rows are what PEFT's own merge makes of the base, "
-                f"rounded once; {back.sampled_rows} in float64 are at most {back.largest_error_steps:.2f} "
+                f"{counted(back.updated, 'tensor')}: all {counted(back.rows, 'row')} are what PEFT's own merge makes "
+                f"of the base, rounded once; {back.sampled_rows} in float64 are at most {back.largest_error_steps:.2f} "
                 f"rounding steps off, and rounding takes {back.lost_to_rounding:.1%} of the update",
             ),
         ]
@@ -78,6 +79,15 @@ def show_verification(merged: MergedModel) -> None:
         console.table(_answer_rows(models.answers), title="answers, greedy")
 
 
+def _kept(back: ReadBack, dtype: str | None) -> str:
+    """What has become of the tensors without an update."""
+    if back.converted is None:  # an earlier version counted the two together
+        return f"{back.identical} equal to the base's, or to its values in {dtype}"
+    same = [f"{back.identical - back.converted} equal to the base's byte for byte"]
+    converted = [f"{back.converted} equal to the base's values in {dtype}"] if back.converted else []
+    return ", ".join([*(same if back.converted < back.identical or not converted else []), *converted])
+
+
 def _answer_rows(answers: Iterable[Answer]) -> list[tuple[str, str]]:
     rows = []
     for answer in answers:
@@ -90,6 +100,6 @@ def _answer_rows(answers: Iterable[Answer]) -> list[tuple[str, str]]:
 def parity_text(parity: Parity) -> str:
     """A comparison of logits in a line."""
     return (
-        f"{parity.tokens} tokens: same likeliest {parity.top1_agreement:.2%}, mean KL {parity.mean_kl:.1e}, largest "
-        f"difference {parity.largest_difference:.2g} of {parity.largest_logit:.3g}"
+        f"{counted(parity.tokens, 'token')}: same likeliest {parity.top1_agreement:.2%}, mean KL {parity.mean_kl:.1e}, "
+        f"largest difference {parity.largest_difference:.2g} of {parity.largest_logit:.3g}"
     )

@@ -12,7 +12,6 @@ from loratune.delivery.verification.parity import InState, compare_models, compa
 from loratune.delivery.verification.proof import (
     EXACT,
     INT8,
-    NOTICED,
     OTHER_BASE,
     check_parity,
     compare_answers,
@@ -56,7 +55,6 @@ def prove(job: Job, candidates: list[Candidate]) -> tuple[Candidate, ModelProof]
         chosen = min(compared, key=lambda one: one.parity.mean_kl)
         bounds = _require_right(job, chosen)
         effect = _effect(job, chosen.candidate, reference, rows)
-        _warn_of_rounding(job, chosen, effect)
         merged = load_mapped(chosen.candidate.folder, in_float32=False)
         answers = compare_answers(merged, reference, job.encoder, probe)
     return chosen.candidate, ModelProof(
@@ -142,17 +140,6 @@ def _effect(job: Job, chosen: Candidate, reference: CausalModel, rows: list[Prob
         return None
     (effect,) = compare_models(reference, [load_mapped(job.base)], rows)
     return effect
-
-
-def _warn_of_rounding(job: Job, chosen: _Compared, effect: Parity | None) -> None:
-    """Warn if rounding loses much of the adapter's effect."""
-    if effect is None or chosen.parity.mean_kl <= max(EXACT.mean_kl, NOTICED * effect.mean_kl):
-        return
-    job.warn(
-        f"rounding to {chosen.candidate.plan.dtype_names} takes a good part of what the adapter does: the merged model "
-        f"is {chosen.parity.mean_kl:.1e} nats from base + adapter (mean KL), and the base alone "
-        f"{effect.mean_kl:.1e}. Merged with --dtype float32 it would lose nothing"
-    )
 
 
 def _require_within(parity: Parity, bounds: Bounds) -> None:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from loratune import console
 from loratune.engine.engine import Engine
-from loratune.engine.sampling import Sampling
+from loratune.engine.sampling import NUMBERS, Sampling
 from loratune.errors import Exit, LoratuneError, counted
 from loratune.generation.chat.answering import Reply, Screen, ask, interrupts
 from loratune.generation.chat.commands import Asked, Left, complete, run_command
@@ -42,6 +42,7 @@ class Chat:
     ) -> None:
         self.state = ChatState(engine, sampling, adapter, clean(system) if system else None, use_adapter)
         self._line: ChatLine | None = None
+        self._takes_commands = True
 
     def run(self) -> None:
         """Answer what is typed, or each piped line, until the end of input or /exit.
@@ -70,6 +71,7 @@ class Chat:
         Raises:
             LoratuneError: the question does not fit into the context, or the engine failed.
         """
+        self._takes_commands = False
         self._answer(Asked(clean(question)))
 
     def _run_piped(self) -> None:
@@ -150,17 +152,25 @@ class Chat:
         """Print why an answer ended, unless it ended by itself."""
         instead = "the earlier answer is kept" if earlier else "the question is not kept; /retry repeats it"
         is_empty = not reply.text.strip()
-        note = f"an empty answer; {instead}" if is_empty else ""
+        note = "an empty answer" + (f"; {instead}" if self._takes_commands else "") if is_empty else ""
         if reply.finish == "cancelled":
             note = f"stopped; {instead if is_empty else 'the partial answer is kept'}"
         elif reply.finish == "length":
-            limit = self.state.sampling.max_new_tokens
-            how = f"/set max_new_tokens={2 * limit} allows more" if reply.tokens >= limit else "the context is full"
-            note = f"cut off after {counted(reply.tokens, 'token')}; {how}"
+            note = f"cut off after {counted(reply.tokens, 'token')}" + self._way_on(reply.tokens)
         elif earlier and earlier.reply.text == reply.text and self.state.sampling.temperature == 0:
             note = "the same answer; /set temperature=0.7 lets answers differ"
         if note:
             console.say(f"[{note}]", style="dim")
+
+    def _way_on(self, tokens: int) -> str:
+        """Return what lets an answer be longer than so many tokens."""
+        limit, highest = self.state.sampling.max_new_tokens, int(NUMBERS["max_new_tokens"].high)
+        if tokens < limit:
+            return "; the context is full"
+        if limit == highest:
+            return ""
+        flag = "/set max_new_tokens=" if self._takes_commands else "--max-new-tokens "
+        return f"; {flag}{min(2 * limit, highest)} allows more"
 
 
 def clean(text: str) -> str:

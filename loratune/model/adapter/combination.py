@@ -14,6 +14,7 @@ from loratune.model.adapter.attach import load_adapter
 from loratune.model.adapter.files import read_config_values
 from loratune.model.adapter.own_parameters import own_parameters
 from loratune.model.weights.mapped import load_mapped
+from loratune.printable import shortened
 
 # What PEFT calls linear adds up the A and the B matrices, whose product then has terms of one adapter's A with the
 # other's B. The weighted sum of the updates is what it calls cat: the matrices side by side.
@@ -49,8 +50,8 @@ def combine_adapters(
         own = own_parameters(model).names(inner)
         if own:  # PEFT would silently drop it
             raise LoratuneError(
-                f"only plain LoRA adapters can be combined: {name} ({adapter}) brings {', '.join(own[:3])}; merge "
-                "one, and train on the merged model",
+                f"only plain LoRA adapters can be combined: {shortened(name)} ({adapter}) brings {', '.join(own[:3])}; "
+                "merge one, and train on the merged model",
                 Exit.MODEL,
             )
     torch.manual_seed(0)  # dare_ties drops values at random

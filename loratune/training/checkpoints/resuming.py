@@ -9,7 +9,6 @@ from typing import Any
 from loratune import console
 from loratune.errors import Exit, LoratuneError, counted
 from loratune.model.hardware import Hardware
-from loratune.plain_files import read_json_object
 from loratune.recipe.names import ACCUMULATION, BATCH_SIZE, with_current_names
 from loratune.recipe.sections import Recipe, default_settings, flat_settings
 from loratune.runs.checkpoint import Checkpoint, named_checkpoint, newest_checkpoint
@@ -17,6 +16,7 @@ from loratune.runs.fingerprint import FULL
 from loratune.runs.folder import ADAPTER, CHECKPOINTS, MANIFEST, STATUS
 from loratune.runs.manifest import Manifest, read_manifest
 from loratune.runs.output import check_links
+from loratune.runs.status import read_status
 from loratune.training.checkpoints.states import check_states
 
 PASS_TOKENS = "tokens_per_pass"
@@ -89,7 +89,7 @@ def completion(output: Path, start: Checkpoint, steps: int, patience: int | None
         steps: requested number of steps.
         patience: present value of evaluation.early_stopping.
     """
-    if read_json_object(output / STATUS).get("state") != "finished":
+    if read_status(output).state != "finished":
         return None
     if start.step >= steps:
         return f"{output} is complete: step {start.step} of {steps}"

@@ -9,7 +9,8 @@ from loratune import console
 from loratune.errors import Interrupted
 from loratune.protocols import AdaptedModel
 from loratune.runs.folder import PLOT, REPORT
-from loratune.runs.report import Answers, Report, write_report
+from loratune.runs.output import replace_report
+from loratune.runs.report import Answers, Report
 from loratune.training.failures import attempted
 from loratune.training.reporting.answers import Allowance, ask_questions
 from loratune.training.reporting.health import examine
@@ -46,7 +47,7 @@ def close_run(session: Session, running: ActiveTraining, report: Report) -> Repo
                 warn,
             )
             report = replace(report, health=health, warnings=tuple(session.notes.told))
-            attempted(REPORT, lambda: write_report(session.output, report), warn)
+            attempted(REPORT, lambda: replace_report(session.output, report), warn)
             attempted(PLOT, lambda: plot_losses(watchers.metrics, session.output / PLOT), warn)
     except Interrupted:
         console.warn(f"stopped at the end; {session.output} is finished, but what its report says may be incomplete")
