@@ -128,9 +128,7 @@ def load(prepared: Prepared, start: Checkpoint | None = None) -> Session:
     summary = summarise_adapter(adapted)
     passes = _plan_passes(prepared, adapted, start)
     if start and (begun := start.progress.get(ATTENTION, attention.name)) != attention.name:
-        console.warn(
-            f"attention is computed by {attention.name}, by {begun} before the interruption, so bits may differ"
-        )
+        console.warn(f"attention is {attention.name}, {begun} before the interruption, so bits may differ")
     arguments = with_gradient_checkpointing(prepared.arguments, passes.gradient_checkpointing)
     show_model(recipe, summary, dtype_name(model.dtype), str(attention), passes)
     prepared.start_up.stage_done("model")
