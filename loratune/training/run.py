@@ -232,8 +232,9 @@ def _load(prepared: Prepared) -> Session:
     held = parts_of_memory(summary, activations, prepared.plan.largest_batch_tokens)
     show_model(recipe, hardware, summary, dtype_name(model.dtype), activations)
     prepared.start_up.stage_done("model")
-    known = vars(prepared) | {"arguments": arguments}
-    return Session(**known, model=adapted, summary=summary, held=held, notes=Notes())
+    return Session(
+        **vars(prepared) | {"arguments": arguments}, model=adapted, summary=summary, held=held, notes=Notes()
+    )
 
 
 def _build_trainer(session: Session, identity: dict[str, Any]) -> ActiveTraining:
