@@ -151,8 +151,7 @@ def train(recipe: Recipe, overwrite: bool = False, resume: Resume | None = None)
 
 def _train(session: Session, start: Checkpoint | None) -> Report | None:
     """Make the steps that are left, and finish the run."""
-    output, stops = session.output, session.stops
-    running = _build_trainer(session, identity_now(session))
+    output, stops, running = session.output, session.stops, _build_trainer(session, identity_now(session))
     trainer = running.trainer
     if is_main_process():
         check_room(output, session.recipe.checkpoints, session.summary.adapter_bytes)
@@ -232,9 +231,8 @@ def _load(prepared: Prepared) -> Session:
     held = parts_of_memory(summary, activations, prepared.plan.largest_batch_tokens)
     show_model(recipe, hardware, summary, dtype_name(model.dtype), activations)
     prepared.start_up.stage_done("model")
-    return Session(
-        **vars(prepared) | {"arguments": arguments}, model=adapted, summary=summary, held=held, notes=Notes()
-    )
+    known = vars(prepared) | {"arguments": arguments}
+    return Session(**known, model=adapted, summary=summary, held=held, notes=Notes())
 
 
 def _build_trainer(session: Session, identity: dict[str, Any]) -> ActiveTraining:
