@@ -69,7 +69,9 @@ def table(rows: list[tuple[str, str]], title: str = "", is_result: bool = False)
     grid.add_column(overflow="fold")
     for name, value in rows:
         grid.add_row(name, Text(printable(value)))
-    _print_block(grid, is_result)
+    page = Console(highlight=False, quiet=not is_main_process()) if is_result else _stderr
+    with delivered() if is_result else nullcontext():
+        page.print(grid, "", sep="\n")
 
 
 def comparison(rows: list[tuple[str, ...]]) -> None:
@@ -82,8 +84,8 @@ def comparison(rows: list[tuple[str, ...]]) -> None:
     _stderr.print(page, "", sep="\n")
 
 
-def bars(counts: list[tuple[str, int]], title: str, is_result: bool = False) -> None:
-    """Print a histogram with a label, a bar and the count in each line; results go to stdout."""
+def bars(counts: list[tuple[str, int]], title: str) -> None:
+    """Print a histogram with a label, a bar and the count in each line."""
     grid = _grid(title)
     grid.add_column(style="dim", justify="right", no_wrap=True)
     grid.add_column(no_wrap=True)
@@ -92,13 +94,7 @@ def bars(counts: list[tuple[str, int]], title: str, is_result: bool = False) -> 
         eighths = round(count / most * width * 8)
         bar = "█" * (eighths // 8) + " ▏▎▍▌▋▊▉"[eighths % 8].strip()
         grid.add_row(label, f"{bar or '▏' * (count > 0)} {count:,}")
-    _print_block(grid, is_result)
-
-
-def _print_block(grid: Table, is_result: bool) -> None:
-    page = Console(highlight=False, quiet=not is_main_process()) if is_result else _stderr
-    with delivered() if is_result else nullcontext():
-        page.print(grid, "", sep="\n")
+    _stderr.print(grid, "", sep="\n")
 
 
 def _grid(title: str) -> Table:

@@ -208,7 +208,7 @@ def test_the_longest_bar_is_the_largest_count_and_a_few_rows_are_still_seen(chec
         flag for name in ("duplicates", "repetitive", "overlap") for flag in ("--data.severity", f"{name}=ignore")
     ]
     result = check(write_rows(tmp_path / "rows.json", rows), "--data.validation", "0", *ignored)
-    bars = [line for line in result.stdout.splitlines() if re.match(r"\s*\d+–\d+ ", line)]
+    bars = [line for line in result.stderr.splitlines() if re.match(r"\s*\d+–\d+ ", line)]
     shown = {int(line.split()[-1]): len(re.findall("[█▏▎▍▌▋▊▉]", line)) for line in bars}
     assert shown[600] == 40
     assert shown[10] == 1
@@ -236,15 +236,8 @@ def test_the_key_that_rows_are_under_is_told_of_a_fresh_file_and_of_a_cached_one
         assert [(use["seen"], use["format"]) for use in figures["files"]] == [(6, "alpaca under 'data'")]
 
 
-def test_the_tables_go_to_stdout_unless_json_does(check: Run, rows_file: Path) -> None:
-    def lines(text: str) -> set[str]:
-        return {line.strip() for line in text.splitlines()}
-
-    plain, as_json = check(rows_file), check(rows_file, "--json")
-    for title in ("files", "rows", "tokens of a training row", "training"):
-        assert title in lines(plain.stdout) - lines(plain.stderr)
-        assert title in lines(as_json.stderr)
-    assert "sft would train on these rows" not in plain.stdout
+def test_only_json_goes_to_stdout_and_only_if_it_is_asked_for(check: Run, rows_file: Path) -> None:
+    assert check(rows_file).stdout == ""
     assert set(figures_of(check(rows_file, "--json"))) == {
         *("files", "rows", "histogram", "training", "findings", "refused")
     }
@@ -469,8 +462,7 @@ def test_control_characters_of_a_row_never_reach_the_terminal(
     row = {"instruction": f"red{evil}?", "output": f"green{evil}", "system": f"blue{evil}", f"column{evil}": 1}
     path = write_rows(tmp_path / "rows.json", [row, row])
     shown = preview(path, *(["--ids"] if ids else [])).stdout
-    checked = check(path)
-    said = checked.stdout + checked.stderr
+    said = check(path).stderr
     for text in (shown, said):
         assert not [one for one in text if unicodedata.category(one) == "Cc" and one != "\n"]
     assert ids or "green]0;title[2J31m<|im_end|>" in shown
@@ -488,7 +480,7 @@ def test_markup_of_a_row_is_only_text(preview: Run, check: Run, tmp_path: Path) 
     path = write_rows(tmp_path / "rows.json", [row, row])
     assert f"{row['instruction']}<|im_end|>" in preview(path).stdout
     assert f"⟦{row['output']}<|im_end|>⟧" in preview(path).stdout
-    assert "ignored: [dim]" in check(path).stdout
+    assert "ignored: [dim]" in check(path).stderr
 
 
 def test_rows_that_are_refused_are_not_shown(cli: Run, tmp_path: Path) -> None:

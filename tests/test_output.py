@@ -137,7 +137,6 @@ RESULTS = [
     "--version",
     "sft --help",
     "runs show run",
-    "data check --config run/recipe.yaml",
 ]
 
 

@@ -29,7 +29,7 @@ def command(
     from loratune.training.gate import pass_gate
 
     report = data_report(recipe, pass_gate(recipe))
-    show_data_report(report, is_result=not json)
+    show_data_report(report)
     if json:
         console.write_json(report)
     if report["refused"]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 import numpy as np
@@ -56,20 +55,13 @@ def histogram(lengths: NDArray[np.int64]) -> list[dict[str, int]]:
     ]
 
 
-def show_data_report(report: dict[str, Any], is_result: bool) -> None:
-    """Print the report's tables, and its findings as messages.
-
-    Args:
-        report: result of `data_report`.
-        is_result: whether the tables go to stdout, which otherwise holds the report as JSON.
-    """
-    table = functools.partial(console.table, is_result=is_result)
-    table([(_short(use["path"]), _file_line(use)) for use in report["files"]], title="files")
-    table([(name, _split_line(figures)) for name, figures in report["rows"].items()], title="rows")
+def show_data_report(report: dict[str, Any]) -> None:
+    console.table([(_short(use["path"]), _file_line(use)) for use in report["files"]], title="files")
+    console.table([(name, _split_line(figures)) for name, figures in report["rows"].items()], title="rows")
     bars = [(f"{bar['from']}–{bar['to']}", bar["rows"]) for bar in report["histogram"]]
-    console.bars(bars, title="tokens of a training row", is_result=is_result)
+    console.bars(bars, title="tokens of a training row")
     figures = report["training"]
-    table(
+    console.table(
         [
             ("an epoch", f"{figures['tokens_per_epoch']:,} tokens, {counted(figures['steps_per_epoch'], 'step')} of "
              f"{counted(figures['rows_per_step'], 'row')}"),

@@ -109,8 +109,7 @@ def _leave_process_group() -> None:
 
 def _train(session: Session, start: Checkpoint | None) -> Report | None:
     """Make the steps that are left, and finish the run."""
-    output, stops = session.output, session.stops
-    running = _build_trainer(session, identity_now(session))
+    output, stops, running = session.output, session.stops, _build_trainer(session, identity_now(session))
     trainer = running.trainer
     if is_main_process():
         check_room(output, session.recipe.checkpoints, session.summary.adapter_bytes)
