@@ -20,7 +20,7 @@ from loratune.engine.types import GenerationRequest
 from loratune.errors import Exit, LoratuneError
 from loratune.model import hardware
 from loratune.model.hardware import Hardware, detect_hardware, resolve_attention
-from loratune.model.kernels.linear_cross_entropy import summed_loss
+from loratune.model.kernels.linear_cross_entropy import LabelledLoss, summed_loss
 from loratune.model.kernels.lora_linear import _Call, _FusedLinear
 from loratune.model.kernels.norm_mlp import _GatedSiLU, _norm_by_torch, _RMSNorm
 from loratune.model.kernels.packed_attention import _attend_by_products, _attend_by_sdpa
@@ -31,6 +31,7 @@ from loratune.recipe.loading import load_recipe
 from loratune.recipe.sections import ModelSettings
 from loratune.training.arguments import training_arguments
 from loratune.training.callbacks import MOST_SKIPPED, DivergenceGuard
+from loratune.training.trainer import AdapterTrainer
 
 Cli = Callable[..., Result]
 WHEEL = ["sm_75", "sm_80", "sm_86", "sm_90", "sm_100", "sm_120a"]
@@ -306,6 +307,19 @@ def test_torch_s_norm_keeps_the_dtype_where_autocast_makes_it_float32(monkeypatc
     plain = functional.rms_norm
     monkeypatch.setattr(functional, "rms_norm", lambda x, *rest: plain(x.float(), *rest))
     assert _norm_by_torch(torch.ones(2, 5).half(), torch.ones(5), 1e-6).dtype == torch.float16
+
+
+@pytest.mark.parametrize("tokens", [7, 0])
+def test_the_loss_does_not_wait_for_a_gpu_to_tell_the_number_of_tokens(tokens: int) -> None:
+    def loss(total: torch.Tensor, count: torch.Tensor) -> torch.Tensor:
+        outputs = LabelledLoss(loss_sum=total, losses=total)
+        accelerator = types.SimpleNamespace(num_processes=2)
+        trainer: Any = types.SimpleNamespace(_newest_rows=[], _count_tokens=lambda *_: None, accelerator=accelerator)
+        inputs = {"about": {"sequences": [1], "filling": 0}}
+        return AdapterTrainer.compute_loss(trainer, lambda **_: outputs, inputs, num_items_in_batch=count)
+
+    assert float(loss(torch.tensor(21.0), torch.tensor(tokens))) == 2 * 21 / max(tokens, 1)
+    assert loss(torch.ones((), device="meta"), torch.tensor(tokens, device="meta")).is_meta
 
 
 class Accelerator:

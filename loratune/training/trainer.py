@@ -116,7 +116,7 @@ class AdapterTrainer(SFTTrainer):
         tokens = len(outputs.losses) if num_items_in_batch is None else num_items_in_batch
         self._count_tokens(inputs, about["filling"])
         # DDP averages gradients over processes, but the tokens are counted over all of them.
-        return outputs.loss_sum * self.accelerator.num_processes / max(int(tokens), 1)
+        return outputs.loss_sum * self.accelerator.num_processes / torch.as_tensor(tokens).clamp(min=1)
 
     def _count_tokens(self, inputs: dict[str, Any], filling: int) -> None:
         """Count the tokens of this process that are not padding."""
