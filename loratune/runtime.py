@@ -20,8 +20,13 @@ def is_launched() -> bool:
 
 def is_main_process() -> bool:
     """Return whether this process prints and writes files; a launcher starts several copies and numbers them."""
+    return process_number() == 0
+
+
+def process_number() -> int:
+    """Return the number that a launcher has given this copy of the program, from 0."""
     rank = os.environ.get("RANK", "")
-    return not (is_launched() and rank.isdecimal() and int(rank) < process_count()) or int(rank) == 0
+    return int(rank) if is_launched() and rank.isdecimal() and int(rank) < process_count() else 0
 
 
 def process_count() -> int:

@@ -310,7 +310,7 @@ def test_every_family_is_trained_resumed_merged_and_asked(
     flags = [
         "sft", "--model.base", base, "--data.train", tmp_path / "rows.json", "--model.dtype", "float32",
         "--lora.target_modules", "all-linear", "--training.max_steps", "3", "--training.learning_rate", "1e-2",
-        "--training.batch_size", "4", "--training.gradient_accumulation", "1",
+        "--training.batch_size", "4",
     ]  # fmt: skip
     assert cli(*flags, "--output", tmp_path / "whole").exit_code == 0
     plain = AdapterTrainer.training_step

@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import shutil
 import sys
+import time
 import types
+from concurrent.futures import ThreadPoolExecutor
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
@@ -53,6 +55,30 @@ def refusal(folder: Path) -> str:
 def edit_config(folder: Path, **values: object) -> None:
     path = folder / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | values))
+
+
+@pytest.mark.parametrize("is_writable", [True, False])
+def test_one_download_at_a_time(
+    random_qwen: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_writable: bool
+) -> None:
+    """As of the processes of one machine; without a folder for the lock, they download all the same."""
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("LORATUNE_CACHE", str(tmp_path / ("cache" if is_writable else "file")))
+    running, most = 0, 0
+
+    def snapshot_download(name: str, **options: Any) -> str:
+        nonlocal running, most
+        running += 1
+        most = max(most, running)
+        time.sleep(0.2)
+        running -= 1
+        return str(random_qwen)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
+    with ThreadPoolExecutor(4) as threads:
+        found = list(threads.map(lambda _: find_base(ModelSettings(base="Qwen/Qwen3-8B")), range(4)))
+    assert found == [random_qwen] * 4
+    assert (most == 1) == is_writable
 
 
 def test_a_folder_without_config_is_no_model(tmp_path: Path) -> None:

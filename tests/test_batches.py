@@ -1,48 +1,33 @@
-"""Packed and padded batches against plain lists, and the order of batches of like length."""
+"""Passes and steps against plain lists: what a batch holds, and which rows share a step."""
 
 from __future__ import annotations
 
-from itertools import pairwise
+from itertools import combinations, pairwise
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
-from accelerate.data_loader import BatchSamplerShard, DataLoaderShard
+from accelerate import skip_first_batches
+from accelerate.data_loader import DataLoaderShard
 from datasets import Dataset
 from hypothesis import given
 from hypothesis import strategies as st
-from torch.utils.data import DataLoader
 
-from loratune.data.assembly.batches import (
-    LengthSortedBatches,
-    NumberedRows,
-    PackedRows,
-    collate_packed,
-    collate_padded,
-    round_length,
-)
+from loratune.data.assembly.batches import PassRows, collate_packed, collate_padded, collate_step, round_length
 from loratune.data.assembly.packing import spread_within
+from loratune.data.assembly.steps import ALIKE, PassLayout, StepSampler
 from loratune.data.encoding.encoder import IGNORED
 
 IDS = [[1, 2, 3], [4], [5, 6, 7, 8, 9], [10, 11]]
 LABELS = [[1, 2, 3], [4], [-100, -100, 7, 8, 9], [-100, 11]]
-ROWS = Dataset.from_dict({"input_ids": IDS, "labels": LABELS})
+ROWS = PassRows(Dataset.from_dict({"input_ids": IDS, "labels": LABELS}))
 NUMBERS = st.lists(st.integers(1, 300), max_size=400)
+FEWER = st.lists(st.integers(1, 300), min_size=1, max_size=60)
 
 
-def test_a_packed_row_joins_its_sequences_in_order_and_predicts_no_first_token() -> None:
-    rows = PackedRows(ROWS, [[2, 0], [3, 1]])
-    assert len(rows) == 2
-    assert rows[0] == {
-        "input_ids": [5, 6, 7, 8, 9, 1, 2, 3],
-        "labels": [-100, -100, 7, 8, 9, -100, 2, 3],
-        "lengths": [5, 3],
-        "sequences": [2, 0],
-    }
-    assert rows[1] == {"input_ids": [10, 11, 4], "labels": [-100, 11, -100], "lengths": [2, 1], "sequences": [3, 1]}
-
-
-def test_one_packed_row_is_a_batch_with_its_borders() -> None:
-    batch = collate_packed([PackedRows(ROWS, [[2, 0]])[0]])
+def test_a_packed_pass_joins_its_sequences_in_order_and_predicts_no_first_token() -> None:
+    batch = collate_packed(ROWS[[2, 0]])
     assert {name: value.tolist() if isinstance(value, torch.Tensor) else value for name, value in batch.items()} == {
         "input_ids": [[5, 6, 7, 8, 9, 1, 2, 3]],
         "labels": [[-100, -100, 7, 8, 9, -100, 2, 3]],
@@ -53,37 +38,28 @@ def test_one_packed_row_is_a_batch_with_its_borders() -> None:
         "max_length_k": 5,
         "document_lengths": [5, 3],
         "seq_idx": [[0, 0, 0, 0, 0, 1, 1, 1]],
-        "about": {"sequences": [2, 0], "filling": 0},
+        "about": {"sequences": [2, 0], "tokens": 8},
     }
     assert all(batch[name].dtype == torch.int64 for name in ("input_ids", "labels", "position_ids"))
     assert all(batch[name].dtype == torch.int32 for name in ("cu_seq_lens_q", "cu_seq_lens_k", "seq_idx"))
 
 
-def test_several_packed_rows_become_one() -> None:
-    rows = PackedRows(ROWS, [[2, 0], [3, 1]])
-    batch = collate_packed([rows[0], rows[1]])
-    assert batch["input_ids"].tolist() == [[5, 6, 7, 8, 9, 1, 2, 3, 10, 11, 4]]
-    assert batch["labels"].tolist() == [[-100, -100, 7, 8, 9, -100, 2, 3, -100, 11, -100]]
-    assert batch["position_ids"].tolist() == [[0, 1, 2, 3, 4, 0, 1, 2, 0, 1, 0]]
-    assert batch["cu_seq_lens_k"].tolist() == [0, 5, 8, 10, 11]
-
-
 @given(NUMBERS.filter(bool))
 def test_every_sequence_of_a_packed_data_set_is_found_between_borders(lengths: list[int]) -> None:
     sequences = [[number] * length for number, length in enumerate(lengths)]
-    rows = PackedRows(Dataset.from_dict({"input_ids": sequences, "labels": sequences}), spread_within(lengths, 300))
+    rows = PassRows(Dataset.from_dict({"input_ids": sequences, "labels": sequences}))
     found = []
-    for batch in DataLoader(rows, batch_size=2, collate_fn=collate_packed):
+    for members in spread_within(lengths, 600):
+        batch = collate_packed(rows[members])
         borders = batch["cu_seq_lens_q"].tolist()
-        filling = batch["about"]["filling"]
+        tokens = sum(lengths[number] for number in members)
+        assert batch["about"] == {"sequences": members, "tokens": tokens}
+        filling = batch["input_ids"].numel() - tokens
         if filling:
             *borders, end = borders
             assert filling == end - borders[-1]
             assert (batch["labels"][0, borders[-1] :] == IGNORED).all()
         assert filling <= borders[-1] / 32
-        assert [sequences[number] for number in batch["about"]["sequences"]] == [
-            batch["input_ids"][0, start:end].tolist() for start, end in pairwise(borders)
-        ]
         found += [batch["input_ids"][0, start:end].tolist() for start, end in pairwise(borders)]
         assert batch["max_length_q"] == max(batch["cu_seq_lens_q"].diff().tolist())
         assert batch["seq_idx"].shape == batch["input_ids"].shape
@@ -99,10 +75,9 @@ def test_batches_have_few_lengths_little_longer_than_asked() -> None:
     assert [round_length(tokens) for tokens in (1, 63, 64, 65, 1000, 1024, 1025)] == [1, 63, 64, 66, 1008, 1024, 1056]
 
 
-def test_a_padded_batch_is_filled_up_on_the_right() -> None:
-    rows = NumberedRows(ROWS)
-    batch = collate_padded([rows[0], rows[1], rows[3]], pad_token_id=99)
-    assert batch.pop("about") == {"sequences": [0, 1, 3], "filling": 0}
+def test_a_padded_pass_is_filled_up_on_the_right() -> None:
+    batch = collate_padded(ROWS[[0, 1, 3]], pad_token_id=99)
+    assert batch.pop("about") == {"sequences": [0, 1, 3], "tokens": 6}
     assert {name: value.tolist() for name, value in batch.items()} == {
         "input_ids": [[1, 2, 3], [4, 99, 99], [10, 11, 99]],
         "labels": [[1, 2, 3], [4, -100, -100], [-100, 11, -100]],
@@ -111,45 +86,95 @@ def test_a_padded_batch_is_filled_up_on_the_right() -> None:
     assert all(value.dtype == torch.int64 for value in batch.values())
 
 
-@given(NUMBERS, st.integers(1, 9), st.integers(1, 5))
-def test_every_row_comes_once_in_an_epoch(lengths: list[int], batch_size: int, window: int) -> None:
-    sampler = LengthSortedBatches(lengths, batch_size, seed=1, window=window)
-    batches = list(sampler)
-    assert sorted(row for batch in batches for row in batch) == list(range(len(lengths)))
-    assert len(batches) == len(sampler)
-    assert all(len(batch) == batch_size for batch in batches[:-1])
+@pytest.mark.parametrize("collate", [collate_packed, lambda rows: collate_padded(rows, pad_token_id=99)])
+def test_a_step_counts_the_positions_that_are_trained(collate: Any) -> None:
+    """A sequence's first token is never predicted."""
+    step = collate_step([ROWS[[0, 2]], ROWS[[3]], ROWS[[1]]], collate)
+    assert [batch["about"]["sequences"] for batch in step["passes"]] == [[0, 2], [3], [1]]
+    assert step["labelled"] == 2 + 3 + 1 + 0
 
 
-def test_the_order_hangs_on_seed_and_epoch_alone() -> None:
-    def batches(seed: int, epoch: int) -> list[list[int]]:
-        sampler = LengthSortedBatches(list(range(1, 500)), 4, seed)
-        sampler.set_epoch(epoch)
-        return list(sampler)
-
-    assert batches(1, 2) == batches(1, 2)
-    assert batches(1, 2) != batches(1, 3)
-    assert batches(1, 2) != batches(2, 2)
+@pytest.mark.parametrize("collate", [collate_packed, lambda rows: collate_padded(rows, pad_token_id=99)])
+def test_a_process_without_rows_has_a_pass_without_labels(collate: Any) -> None:
+    step = collate_step([ROWS[[]]], collate)
+    assert step["labelled"] == 0
+    (batch,) = step["passes"]
+    assert batch["about"] == {"sequences": [], "tokens": 0}
+    assert batch["input_ids"].numel() == 1
 
 
-def test_batches_hold_rows_of_like_length_and_come_in_no_order_of_length() -> None:
-    lengths = [1 + number * 7919 % 1000 for number in range(1000)]
-    batches = [[lengths[row] for row in batch] for batch in LengthSortedBatches(lengths, 8, seed=1)]
-    padded = sum(max(batch) * len(batch) for batch in batches)
-    assert sum(lengths) / padded > 0.97
-    rises = sum(first[0] < second[0] for first, second in pairwise(batches))
-    assert 0.3 < rises / len(batches) < 0.7
+@given(NUMBERS, st.integers(1, 40), st.booleans(), st.integers(1, 3))
+def test_every_row_comes_once_in_an_epoch_and_a_step_has_as_many_rows_as_asked(
+    lengths: list[int], batch_size: int, is_packed: bool, processes: int
+) -> None:
+    samplers = [
+        StepSampler(lengths, batch_size, 1, PassLayout(600, 100, is_packed, processes, process))
+        for process in range(processes)
+    ]
+    steps = list(zip(*samplers, strict=True))
+    rows = [[row for passes in step for one in passes for row in one] for step in steps]
+    assert sorted(row for step in rows for row in step) == list(range(len(lengths)))
+    assert len(steps) == len(samplers[0])
+    assert all(len(step) == batch_size for step in rows[:-1])
 
 
-@pytest.mark.parametrize("rows", [16, 17, 21])
-def test_processes_share_the_batches_of_an_epoch(rows: int) -> None:
-    shards = []
-    for process in range(2):
-        sampler = BatchSamplerShard(LengthSortedBatches([5] * rows, 4, seed=1), num_processes=2, process_index=process)
-        loader = DataLoaderShard(list(range(rows)), batch_sampler=sampler, collate_fn=list)
-        loader.set_epoch(3)
-        shards.append(list(loader))
-    expected = LengthSortedBatches([5] * rows, 4, seed=1)
-    expected.set_epoch(3)
-    together = [batch for pair in zip(*shards, strict=True) for batch in pair]
-    assert together[: rows // 4] == list(expected)[: rows // 4]
-    assert {row for batch in together for row in batch} == set(range(rows))
+@given(FEWER, st.integers(1, 900), st.booleans(), st.integers(1, 3))
+def test_a_pass_has_no_more_tokens_than_asked_or_the_longest_row(
+    lengths: list[int], tokens: int, is_packed: bool, processes: int
+) -> None:
+    for process in range(processes):
+        for members in PassLayout(tokens, 50, is_packed, processes, process).passes(np.array(lengths)):
+            sizes = [lengths[row] for row in members]
+            held = sum(sizes) if is_packed else max(sizes, default=0) * len(sizes)
+            assert held <= max(tokens, *lengths, 0)
+
+
+@given(FEWER)
+def test_padded_passes_hold_rows_of_like_length_unless_they_are_small(lengths: list[int]) -> None:
+    for members in PassLayout(10_000, 500, is_packed=False).passes(np.array(lengths)):
+        sizes = sorted(lengths[row] for row in members)
+        assert sizes[0] >= ALIKE * sizes[-1] or (len(sizes) - 1) * sizes[-1] < 500
+
+
+def rows_of_steps(epoch: int, seed: int = 1, **layout: Any) -> list[set[int]]:
+    lengths = [1 + number * 7919 % 1000 for number in range(200)]
+    sampler = StepSampler(
+        lengths, 8, seed, PassLayout(**{"tokens": 3000, "efficient_tokens": 9, "is_packed": True} | layout)
+    )
+    sampler.set_epoch(epoch)
+    return [{row for one in passes for row in one} for passes in sampler]
+
+
+def test_the_rows_of_a_step_hang_on_seed_and_epoch_alone() -> None:
+    assert rows_of_steps(2) == rows_of_steps(2)
+    assert rows_of_steps(2) != rows_of_steps(2, seed=2)
+    for layout in ({"tokens": 700}, {"is_packed": False}):
+        assert rows_of_steps(2, **layout) == rows_of_steps(2)
+    shares = [rows_of_steps(2, processes=2, process=process) for process in range(2)]
+    assert [mine | other for mine, other in zip(*shares, strict=True)] == rows_of_steps(2)
+
+
+def test_rows_that_shared_a_step_are_parted_in_the_next_epoch() -> None:
+    """Of 28 pairs in a step of 8 of 200 rows, 7 in 199 meet again by chance."""
+    first, second = (
+        {pair for step in rows_of_steps(epoch) for pair in combinations(sorted(step), 2)} for epoch in (0, 1)
+    )
+    assert len(first & second) < 3 * len(first) * 7 / 199
+
+
+def test_a_step_is_a_random_sample_whatever_the_lengths() -> None:
+    """Mean lengths of steps scatter as those of random rows do: by the standard deviation divided by √8."""
+    lengths = np.array([1 + number * 7919 % 1000 for number in range(200)])
+    means = [lengths[list(step)].mean() for epoch in range(20) for step in rows_of_steps(epoch)]
+    assert np.std(means) == pytest.approx(lengths.std() / 8**0.5, rel=0.15)
+
+
+def test_a_loader_goes_on_within_an_epoch_where_it_was_left() -> None:
+    rows = PassRows(Dataset.from_dict({"input_ids": [[1]] * 21, "labels": [[1]] * 21}))
+    sampler = StepSampler([5] * 21, 4, 1, PassLayout(10, 9, is_packed=True))
+    loader = DataLoaderShard(rows, batch_sampler=sampler, collate_fn=list)
+    loader.set_epoch(3)
+    whole = list(loader)
+    left = skip_first_batches(loader, 2)
+    left.batch_sampler.batch_sampler.set_epoch(3)  # as transformers does
+    assert list(left) == whole[2:]

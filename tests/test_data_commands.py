@@ -118,16 +118,13 @@ def test_a_split_divides_rows_and_tokens_among_training_and_validation(check: Ru
     assert train["trained_tokens"] + held_out["trained_tokens"] == sum(trained)
 
 
-@pytest.mark.parametrize(
-    ("batch", "accumulation", "epochs"), [(4, 4, 3.0), (1, 1, 1.0), (5, 2, 2.5), (8, 3, 0.4), (64, 1, 10.0)]
-)
-def test_steps_are_plain_arithmetic(check: Run, tmp_path: Path, batch: int, accumulation: int, epochs: float) -> None:
+@pytest.mark.parametrize(("batch", "epochs"), [(16, 3.0), (1, 1.0), (10, 2.5), (24, 0.4), (64, 10.0)])
+def test_steps_are_plain_arithmetic(check: Run, tmp_path: Path, batch: int, epochs: float) -> None:
     path = write_rows(tmp_path / "rows.json", UNEVEN)
-    flags = ("--no-training.packing", "--training.batch_size", batch, "--training.gradient_accumulation", accumulation)
-    result = check(path, "--data.validation", "0", *flags, "--training.epochs", epochs, "--json")
-    training = figures_of(result)["training"]
-    steps = math.ceil(math.ceil(29 / batch) / accumulation)
-    assert training["rows_per_step"] == batch * accumulation
+    flags = ("--training.batch_size", batch, "--training.epochs", epochs)
+    training = figures_of(check(path, "--data.validation", "0", *flags, "--json"))["training"]
+    steps = math.ceil(29 / batch)
+    assert training["rows_per_step"] == min(batch, 29)
     assert training["steps_per_epoch"] == steps
     assert training["steps"] == math.ceil(epochs * steps)
     assert training["tokens_per_epoch"] == sum(tokens for tokens, _ in lengths_of(UNEVEN))
@@ -136,7 +133,7 @@ def test_steps_are_plain_arithmetic(check: Run, tmp_path: Path, batch: int, accu
 def test_the_training_takes_as_many_steps_as_the_check_says(
     cli: Run, check: Run, random_qwen: Path, rows_file: Path, tmp_path: Path
 ) -> None:
-    flags = ("--training.batch_size", "4", "--training.gradient_accumulation", "2", "--training.epochs", "1.5",
+    flags = ("--training.batch_size", "8", "--training.epochs", "1.5",
              "--data.validation", "0")  # fmt: skip
     expected = figures_of(check(rows_file, *flags, "--json"))["training"]["steps"]
     result = cli("sft", "--model.base", random_qwen, "--model.dtype", "float32", "--data.train", rows_file, *flags,
@@ -150,28 +147,14 @@ def test_padding_is_the_share_of_positions_without_a_token(check: Run, tmp_path:
     path = write_rows(tmp_path / "rows.json", UNEVEN)
     tokens = [tokens for tokens, _ in lengths_of(UNEVEN)]
 
-    def efficiency(batch: int, kind: str = "padded", capacity: int = 1024) -> float:
-        flags = ("--training.batch_size", batch, "--training.tokens_per_batch", capacity, "--data.validation", "0")
+    def efficiency(batch: int) -> float:
+        flags = ("--training.batch_size", batch, "--data.validation", "0")
         shares: dict[str, float] = figures_of(check(path, *flags, "--json"))["training"]
-        return shares[f"{kind}_efficiency"]
+        return shares["padded_efficiency"]
 
     assert efficiency(1) == 1
     assert efficiency(29) == pytest.approx(sum(tokens) / (29 * max(tokens)), abs=1e-4)
     assert efficiency(29) < efficiency(4) < 1
-    # All fit into one batch together.
-    assert efficiency(4, "packed", sum(tokens)) == 1
-    assert 0.8 < efficiency(4, "packed", max(tokens)) <= 1
-
-
-def test_packed_batches_are_as_even_as_equal_lengths_allow(check: Run, tmp_path: Path) -> None:
-    rows = [{"instruction": f"How much is {n}?", "output": "It is so."} for n in range(9)]
-    path = write_rows(tmp_path / "rows.json", rows)
-    (tokens,) = {tokens for tokens, _ in lengths_of(rows)}
-    for room in (0, tokens // 2):
-        flags = ("--training.tokens_per_batch", 2 * tokens + room, "--data.validation", "0", "--json")
-        shares = figures_of(check(path, *flags))["training"]
-        assert shares["batches_per_epoch"] == 5
-        assert shares["packed_efficiency"] == pytest.approx(9 / 5 / 2, abs=1e-4)
 
 
 @settings(deadline=None, max_examples=300)
@@ -573,18 +556,16 @@ def test_a_shipped_recipe_is_checked_and_shown_from_any_folder(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_packed_batches_are_shown_with_the_rows_that_share_them(cli: Run, tmp_path: Path) -> None:
+def test_packed_passes_are_shown_with_the_rows_that_share_them(cli: Run, tmp_path: Path) -> None:
     path = write_rows(tmp_path / "rows.json", UNEVEN)
     flags = ("--model.base", "tiny-qwen", "--data.train", path, "--data.validation", "0", "--rows", "500", "--packed")
-    flags += ("--training.tokens_per_batch", "200", "--data.severity", "repetitive=ignore")
+    flags += ("--training.tokens_per_pass", "200", "--data.severity", "repetitive=ignore")
     batches = json.loads(cli("data", "preview", *flags, "--json").stdout)
     lengths = [[len(row["input_ids"]) for row in batch] for batch in batches]
     assert sorted(length for batch in lengths for length in batch) == sorted(tokens for tokens, _ in lengths_of(UNEVEN))
     assert all(sum(batch) <= 200 for batch in lengths)
     shown = cli("data", "preview", *flags).stdout
-    assert f"batch 1: {len(batches[0])} row" in shown
+    assert f"pass 1: {len(batches[0])} row" in shown
     assert shown.count("each row attends to itself alone") == len(batches)
     refused = cli("data", "preview", *flags[:9], "--no-training.packing")
-    assert (refused.exit_code, "no packed batches" in " ".join(refused.stderr.split())) == (Exit.USAGE, True)
-    pointless = cli("data", "check", *flags[:6], "--training.tokens_per_batch", "200", "--no-training.packing")
-    assert (pointless.exit_code, "needs training.packing" in " ".join(pointless.stderr.split())) == (Exit.USAGE, True)
+    assert (refused.exit_code, "no packed passes" in " ".join(refused.stderr.split())) == (Exit.USAGE, True)

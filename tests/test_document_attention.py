@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -78,13 +77,7 @@ def documents_of(lengths: list[int]) -> list[list[int]]:
 
 def batch_of(documents: list[list[int]]) -> dict[str, Any]:
     """A packed row; every token but the first of a document has a label."""
-    item = {
-        "input_ids": list(chain.from_iterable(documents)),
-        "labels": [label for ids in documents for label in [-100, *ids[1:]]],
-        "lengths": [len(ids) for ids in documents],
-        "sequences": list(range(len(documents))),
-    }
-    batch = collate_packed([item])
+    batch = collate_packed([{"input_ids": ids, "labels": ids, "sequence": n} for n, ids in enumerate(documents)])
     del batch["about"]
     return batch
 

@@ -20,7 +20,7 @@ from loratune.engine.types import GenerationRequest
 from loratune.errors import Exit, LoratuneError
 from loratune.model import hardware
 from loratune.model.hardware import Hardware, detect_hardware, resolve_attention
-from loratune.model.kernels.linear_cross_entropy import LabelledLoss, summed_loss
+from loratune.model.kernels.linear_cross_entropy import summed_loss
 from loratune.model.kernels.lora_linear import _Call, _FusedLinear
 from loratune.model.kernels.norm_mlp import _GatedSiLU, _norm_by_torch, _RMSNorm
 from loratune.model.kernels.packed_attention import _attend_by_products, _attend_by_sdpa
@@ -31,7 +31,6 @@ from loratune.recipe.loading import load_recipe
 from loratune.recipe.sections import ModelSettings
 from loratune.training.arguments import training_arguments
 from loratune.training.callbacks import MOST_SKIPPED, DivergenceGuard
-from loratune.training.trainer import AdapterTrainer
 
 Cli = Callable[..., Result]
 WHEEL = ["sm_75", "sm_80", "sm_86", "sm_90", "sm_100", "sm_120a"]
@@ -212,7 +211,7 @@ def test_one_process_trains_on_one_of_several_gpus(tmp_path: Path, monkeypatch: 
         "transformers.training_args.TrainingArguments._setup_devices",
         property(lambda self: setattr(self, "_n_gpu", 2) or torch.device("cpu")),
     )
-    arguments, warnings = training_arguments(recipe_of(tmp_path), card(H100, others=1), 1, False)
+    arguments, warnings = training_arguments(recipe_of(tmp_path), card(H100, others=1), False)
     assert arguments.n_gpu == 1
     assert any("one of 2 GPUs" in warning and "--nproc-per-node 2" in warning for warning in warnings)
 
@@ -220,10 +219,10 @@ def test_one_process_trains_on_one_of_several_gpus(tmp_path: Path, monkeypatch: 
 def test_bfloat16_on_a_card_that_emulates_it_is_warned_of(tmp_path: Path) -> None:
     asked = recipe_of(tmp_path, **{"model.dtype": "bfloat16"})
     slow = recipe_of(tmp_path, **{"model.quantization": "nf4", "model.compute_dtype": "bfloat16"})
-    assert any("set model.dtype to auto" in told for told in training_arguments(asked, card(T4), 1, False)[1])
-    assert any("set model.compute_dtype to auto" in told for told in training_arguments(slow, card(T4), 1, False)[1])
+    assert any("set model.dtype to auto" in told for told in training_arguments(asked, card(T4), False)[1])
+    assert any("set model.compute_dtype to auto" in told for told in training_arguments(slow, card(T4), False)[1])
     for recipe, where in ((asked, card(H100)), (recipe_of(tmp_path), card(T4))):
-        assert not any("emulates" in told for told in training_arguments(recipe, where, 1, False)[1])
+        assert not any("emulates" in told for told in training_arguments(recipe, where, False)[1])
 
 
 WIDTH = 3584
@@ -307,19 +306,6 @@ def test_torch_s_norm_keeps_the_dtype_where_autocast_makes_it_float32(monkeypatc
     plain = functional.rms_norm
     monkeypatch.setattr(functional, "rms_norm", lambda x, *rest: plain(x.float(), *rest))
     assert _norm_by_torch(torch.ones(2, 5).half(), torch.ones(5), 1e-6).dtype == torch.float16
-
-
-@pytest.mark.parametrize("tokens", [7, 0])
-def test_the_loss_does_not_wait_for_a_gpu_to_tell_the_number_of_tokens(tokens: int) -> None:
-    def loss(total: torch.Tensor, count: torch.Tensor) -> torch.Tensor:
-        outputs = LabelledLoss(loss_sum=total, losses=total)
-        accelerator = types.SimpleNamespace(num_processes=2)
-        trainer: Any = types.SimpleNamespace(_newest_rows=[], _count_tokens=lambda *_: None, accelerator=accelerator)
-        inputs = {"about": {"sequences": [1], "filling": 0}}
-        return AdapterTrainer.compute_loss(trainer, lambda **_: outputs, inputs, num_items_in_batch=count)
-
-    assert float(loss(torch.tensor(21.0), torch.tensor(tokens))) == 2 * 21 / max(tokens, 1)
-    assert loss(torch.ones((), device="meta"), torch.tensor(tokens, device="meta")).is_meta
 
 
 class Accelerator:

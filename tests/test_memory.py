@@ -4,23 +4,29 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, Lfm2Config, Lfm2ForCausalLM
 from transformers.models.qwen2.modeling_qwen2 import Qwen2Attention
 from typer.testing import Result
 
+from loratune.data.assembly.steps import PassLayout, StepSampler
 from loratune.model import memory
-from loratune.model.hardware import detect_hardware
+from loratune.model.hardware import Hardware, detect_hardware
 from loratune.model.kernels.lora_linear import use_fused_lora
 from loratune.model.kernels.packed_attention import use_document_attention
-from loratune.training.activations import measure_activations
+from loratune.recipe.sections import TrainingSettings
+from loratune.training import activations
+from loratune.training.activations import SPARE, SPARE_ON_GPU, PassMemory, largest_step, measure_passes, plan_passes
 
 MB = 2**20
 
@@ -75,15 +81,37 @@ def test_a_step_takes_what_the_allocator_hands_out(random_qwen: Path) -> None:
     use_fused_lora(adapted)
     torch.manual_seed(3)
     before = torch.get_rng_state()
-    found = measure_activations(adapted, 128, 128, True, detect_hardware())
+    found = measure_passes(adapted, True, 128, 128, detect_hardware())
     assert torch.equal(torch.get_rng_state(), before)
     inputs = torch.arange(128)[None]
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         hidden = adapted.get_base_model().model(inputs, use_cache=False).last_hidden_state
     held = sum(event.self_cpu_memory_usage for event in profile.key_averages())
     assert hidden.requires_grad
-    assert found.kept_bytes == pytest.approx(held, rel=0.1)
-    assert found.needed_bytes > found.kept_bytes
+    assert found.kept * 128 / SPARE == pytest.approx(held, rel=0.1)
+    assert found.needed(128, is_recomputed=False) > found.kept * 128 > found.needed(128, True) - found.fixed
+
+
+def test_on_a_gpu_the_peaks_of_two_passes_give_bytes_per_token_and_what_every_pass_takes(
+    random_qwen: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    adapted = get_peft_model(AutoModelForCausalLM.from_pretrained(random_qwen), LoraConfig(r=4))
+    trained_bytes = 4 * sum(p.numel() for p in adapted.parameters() if p.requires_grad)
+    gpu = Hardware(torch.device("cuda", 0), True, "NVIDIA T4", capability=(7, 5))
+    seen = []
+
+    def peak(model: Any, is_packed: bool, lengths: list[int], hardware: Hardware) -> int:
+        seen.append(lengths)
+        return 5000 + 70 * sum(lengths)
+
+    monkeypatch.setattr(activations, "_peak_bytes", peak)
+    monkeypatch.setattr(activations, "free_memory_bytes", lambda hardware: 10**9)
+    monkeypatch.setattr(torch.random, "fork_rng", lambda devices: nullcontext())
+    found = measure_passes(adapted, True, 128, 4096, gpu)
+    assert seen == [[128], [128] * 4]
+    assert found.kept == pytest.approx(SPARE_ON_GPU * 70)
+    assert found.fixed == pytest.approx(5000 - 0.1 * 70 * 128 + 3 * trained_bytes, abs=1)
+    assert found.free == 10**9
 
 
 def test_borders_of_documents_are_passed_only_where_rows_are_packed() -> None:
@@ -94,9 +122,9 @@ def test_borders_of_documents_are_passed_only_where_rows_are_packed() -> None:
         num_key_value_heads=2, layer_types=["conv", "full_attention"], block_auto_adjust_ff_dim=False,
     )  # fmt: skip
     adapted = get_peft_model(Lfm2ForCausalLM(config), LoraConfig(r=4, target_modules="all-linear"))
-    assert measure_activations(adapted, 128, 70, False, detect_hardware()).kept_bytes > 0
+    assert measure_passes(adapted, False, 70, 128, detect_hardware()).kept > 0
     with pytest.raises(ValueError, match="can't keep packed sequences apart"):
-        measure_activations(adapted, 128, 70, True, detect_hardware())
+        measure_passes(adapted, True, 70, 128, detect_hardware())
 
 
 @contextmanager
@@ -114,20 +142,85 @@ def counted_attention(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[None]]:
         yield calls
 
 
+MEMORY = PassMemory(kept=1000, recomputed=100, fixed=50_000, free=1_050_000)
+
+
+def training(**settings: Any) -> TrainingSettings:
+    return TrainingSettings(**settings)
+
+
+@pytest.mark.parametrize(
+    ("settings", "memory", "longest", "step", "expected"),
+    [
+        # 1,000 tokens fit; a pass of 512 is fast enough, so nothing is recomputed.
+        ({}, MEMORY, 200, 5000, (512, 512, False)),
+        ({}, MEMORY, 200, 300, (512, 300, False)),
+        # The longest row decides where it is longer than what fits.
+        ({}, MEMORY, 600, 5000, (600, 600, False)),
+        ({}, MEMORY, 1500, 5000, (4096, 4096, True)),
+        ({"gradient_checkpointing": False}, MEMORY, 1500, 5000, (1500, 1500, False)),
+        ({"gradient_checkpointing": True}, MEMORY, 200, 5000, (4096, 4096, True)),
+        ({"tokens_per_pass": 900}, MEMORY, 200, 5000, (900, 900, False)),
+        ({"tokens_per_pass": 2000}, MEMORY, 200, 5000, (2000, 2000, True)),
+        ({"tokens_per_pass": 2000}, MEMORY, 200, 700, (2000, 700, False)),
+        ({"tokens_per_pass": 2000, "gradient_checkpointing": False}, None, 200, 5000, (2000, 2000, False)),
+        ({}, PassMemory(1000, 100, 50_000, 0), 200, 5000, (200, 200, True)),
+    ],
+    ids=str,
+)
+def test_a_pass_is_as_large_as_fits_and_is_fast(
+    settings: dict[str, Any], memory: PassMemory | None, longest: int, step: int, expected: tuple[int, int, bool]
+) -> None:
+    plan = plan_passes(training(**settings), memory, longest, step, "cpu")
+    assert (plan.tokens, plan.largest, plan.gradient_checkpointing) == expected
+
+
+def test_a_small_pass_is_recomputed_on_a_gpu_where_launches_take_the_time() -> None:
+    plan = plan_passes(training(), MEMORY, 200, 5000, "cuda")
+    assert (plan.tokens, plan.gradient_checkpointing) == (8192, True)
+
+
+def test_a_resumed_run_keeps_its_passes_if_they_fit() -> None:
+    assert plan_passes(training(), MEMORY, 200, 5000, "cpu", begun=256).tokens == 256
+    assert plan_passes(training(), MEMORY, 200, 5000, "cpu", begun=2048).tokens == 2048
+    assert plan_passes(training(gradient_checkpointing=False), MEMORY, 200, 5000, "cpu", begun=2048).tokens == 512
+    assert plan_passes(training(tokens_per_pass=900), MEMORY, 200, 5000, "cpu", begun=256).tokens == 900
+
+
+@given(
+    st.lists(st.integers(1, 300), min_size=1, max_size=60),
+    st.integers(1, 20),
+    st.booleans(),
+    st.integers(1, 3),
+    st.integers(0, 99),
+)
+def test_no_step_has_more_tokens_than_the_bound(
+    lengths: list[int], batch_size: int, packing: bool, processes: int, seed: int
+) -> None:
+    bound = largest_step(np.array(lengths), training(batch_size=batch_size, packing=packing), processes)
+    for process in range(processes):
+        layout = PassLayout(10**6, 10**6, packing, processes, process)
+        for passes in StepSampler(lengths, batch_size, seed, layout):
+            sizes = [[lengths[row] for row in one] for one in passes]
+            assert sum(sum(one) if packing else max(one, default=0) * len(one) for one in sizes) <= bound
+
+
 def test_activations_are_computed_again_only_where_they_do_not_fit(
     sft: Callable[..., Result], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    whole = ("--training.tokens_per_pass", "4096")
     with counted_attention(monkeypatch) as roomy_calls:
-        assert sft("roomy").exit_code == 0
+        assert sft("roomy", *whole).exit_code == 0
     monkeypatch.setattr("loratune.training.activations.free_memory_bytes", lambda hardware: 10_000)
     with counted_attention(monkeypatch) as tight_calls:
-        tight = sft("tight")
+        tight = sft("tight", *whole)
     assert tight.exit_code == 0
     assert "gradient checkpointing" in " ".join(tight.stderr.split())
     with counted_attention(monkeypatch) as forced_calls:
-        forced = sft("forced", "--no-training.gradient_checkpointing")
-    assert "a step" not in forced.stderr
-    # Two layers in three steps of several batches are gone through a second time; the look beforehand once more.
+        forced = sft("forced", *whole, "--no-training.gradient_checkpointing")
+    assert " about " in tight.stderr
+    assert " about " not in forced.stderr
+    # Two layers in three steps are gone through a second time; the look beforehand once more.
     assert len(tight_calls) >= len(roomy_calls) + 2 * 3
     assert len(forced_calls) == len(roomy_calls) - 2
     reports = {name: json.loads((tmp_path / name / "report.json").read_text()) for name in ("roomy", "tight", "forced")}

@@ -42,7 +42,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory, encoded_rows: Path) -> Any
         computed = "bfloat16" if dtype == "bfloat16" and steps < max(STEPS) else "float32"
         flags = ["--model.base", base, "--model.dtype", computed, "--data.train", folder / "rows.json"]
         flags += ["--data.validation", "0.1", "--training.max_steps", steps, "--training.learning_rate", "1e-4"]
-        flags += ["--training.batch_size", 2, "--training.gradient_accumulation", 1, "--no-training.packing"]
+        flags += ["--training.batch_size", 2, "--no-training.packing"]
         flags += ["--evaluation.questions_share", 0, "--output", run]
         result = CliRunner().invoke(app, ["sft", *map(str, flags)], env={"LORATUNE_CACHE": str(encoded_rows)})
         assert result.exit_code == 0, result.stderr or result.exception

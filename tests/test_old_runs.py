@@ -92,6 +92,7 @@ def test_an_interrupted_run_goes_on_to_its_end(old_run: Any, cli: Any) -> None:
     run = old_run("interrupted")
     result = cli("sft", "--config", run / "recipe.yaml", "--resume")
     assert result.exit_code == 0, result.stderr
+    assert "an earlier version, which drew rows in another order" in " ".join(result.stderr.split())
     records = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     steps = [record["step"] for record in records if "loss" in record]
     assert steps == list(range(1, 41))  # the first three are those of the earlier version

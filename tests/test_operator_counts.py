@@ -50,10 +50,13 @@ def training_pass(model: Any, batch: dict[str, Any]) -> Callable[[], None]:
     return work
 
 
+def rows(count: int) -> list[dict[str, Any]]:
+    return [{"input_ids": [1] * TOKENS, "labels": [1] * TOKENS, "sequence": number} for number in range(count)]
+
+
 def peft_count() -> int:
     """Count PEFT's pass as TRL makes it: a padded row per document, under autocast to bfloat16."""
-    row = {"input_ids": [1] * TOKENS, "labels": [1] * TOKENS, "sequences": [0]}
-    work = training_pass(adapted(), collate_padded([row, row], pad_token_id=0))
+    work = training_pass(adapted(), collate_padded(rows(2), pad_token_id=0))
 
     def under_autocast() -> None:
         with torch.autocast("cpu", torch.bfloat16):
@@ -67,9 +70,6 @@ def peft_count() -> int:
 
 def own_counts(documents: int, monkeypatch: pytest.MonkeyPatch) -> list[OperatorCount]:
     """Count two of our passes on a GPU of compute capability 8.0, with all documents in one row."""
-    tokens = TOKENS * documents
-    lengths, sequences = [TOKENS] * documents, list(range(documents))
-    item = {"input_ids": [1] * tokens, "labels": [1] * tokens, "lengths": lengths, "sequences": sequences}
     plain = norm_mlp._makers
 
     def makers(module: Any) -> list[Any]:
@@ -78,7 +78,7 @@ def own_counts(documents: int, monkeypatch: pytest.MonkeyPatch) -> list[Operator
     monkeypatch.setattr(norm_mlp, "_makers", makers)
     monkeypatch.setattr(norm_mlp, "_gives_the_same", lambda *_: True)  # there are no values to compare
     monkeypatch.setattr(norm_mlp, "_OWN", norm_mlp._TORCH._replace(norm=norm_by_one_kernel))
-    batch = collate_packed([item])
+    batch = collate_packed(rows(documents))
     with fake_gpu():
         model, batch = adapted(), on_fake_gpu(batch)
         assert use_fused_lora(model) == 7 * LAYERS

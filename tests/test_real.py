@@ -58,7 +58,7 @@ def run(request: pytest.FixtureRequest, base: Path, tmp_path_factory: pytest.Tem
         "--data.train", SHIPPED / "data" / "identity.json",
         "--data.placeholders", "name=小李", "--data.placeholders", "author=小张",
         "--training.learning_rate", "2e-4", "--training.epochs", "6",
-        "--training.batch_size", "8", "--training.gradient_accumulation", "1",
+        "--training.batch_size", "8",
         "--no-checkpoints.keep_best", "--output", output,
     )  # fmt: skip
     return output

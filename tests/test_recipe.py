@@ -527,8 +527,6 @@ def recipes(draw: st.DrawFn) -> Recipe:
         place[name] = draw(SPECIAL[dotted] if dotted in SPECIAL else setting_values(field, field.annotation))
     if values["model"]["quantization"] != "none":
         values["lora"]["modules_to_save"] = []
-    if not values["training"]["packing"]:
-        values["training"]["tokens_per_batch"] = None
     if "near_duplicates" in values["data"]["remove"]:
         values["data"]["near_duplicates"] = 0.8
     if values["training"]["max_steps"] and values["training"]["warmup"] >= values["training"]["max_steps"]:

@@ -12,11 +12,12 @@ import yaml
 from peft import LoraConfig
 from trl import SFTConfig
 
-from loratune.errors import LoratuneError
+from loratune.errors import Exit, LoratuneError
 from loratune.recipe import names
 from loratune.recipe.loading import load_recipe, load_written_recipe
-from loratune.recipe.names import KNOWN_ELSEWHERE, RENAMED, WITHOUT_SETTING, suggestion, with_current_names
+from loratune.recipe.names import RENAMED, with_current_names
 from loratune.recipe.sections import flat_settings, iterate_settings
+from loratune.recipe.suggestions import KNOWN_ELSEWHERE, WITHOUT_SETTING, suggestion
 
 SETTINGS = dict(iterate_settings())
 OLD_RUNS = Path(__file__).parent / "old_runs"
@@ -30,6 +31,7 @@ VALUES = {
     "prompt.thinking": True,
     "training.steps": 7,
     "training.max_gradient_norm": 0.5,
+    "training.tokens_per_batch": 512,
 }
 
 
@@ -108,12 +110,54 @@ def test_a_recipe_that_loratune_wrote_may_have_old_names_and_settings_that_were_
     path = written(tmp_path, {"training.steps": 7, "training.label_smoothing": 0.1})
     assert load_written_recipe(Path(path)).training.max_steps == 7
     assert not "".join(capsys.readouterr())
-    with pytest.raises(LoratuneError, match="no such setting: it made answers worse"):
-        load_recipe(path, {})
+    assert load_recipe(path, {}) == load_recipe(written(tmp_path, {"training.max_steps": 7}), {})
+    assert "training.label_smoothing is ignored: it made answers worse" in " ".join(capsys.readouterr().err.split())
     assert with_current_names({"training.label_smoothing": 0.1, "data.levels.short": "warn", "seed": 1}) == {
         "data.severity.short": "warn",
         "seed": 1,
     }
+
+
+@pytest.mark.parametrize(
+    ("recipe", "flags", "rows"),
+    [
+        ({"training.batch_size": 1, "training.gradient_accumulation": 16}, {}, 16),
+        ({"training.gradient_accumulation": 3}, {}, 12),  # the batch size was 4 by default
+        ({"training.batch_size": 3}, {}, 3),
+        ({"training.batch_size": 3, "training.gradient_accumulation": 2}, {"training.batch_size": "5"}, 10),
+        ({"training.batch_size": 3}, {"training.gradient_accumulation": "4"}, 12),
+        ({}, {"training.gradient_accumulation": "4", "training.batch_size": "2"}, 8),
+    ],
+    ids=str,
+)
+def test_gradient_accumulation_becomes_part_of_the_batch_size(
+    tmp_path: Path,
+    recipe: dict[str, Any],
+    flags: dict[str, str],
+    rows: int,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    path = written(tmp_path, recipe)
+    assert load_recipe(path, flags).training.batch_size == rows
+    said = " ".join(capsys.readouterr().err.split())
+    assert (f"is read as {rows}" in said) == ("training.gradient_accumulation" in recipe | flags)
+    assert not flags or load_written_recipe(Path(path))
+
+
+@pytest.mark.parametrize("value", [0, -1, 1.5, "two", None, True])
+def test_an_accumulation_that_is_no_number_is_a_problem_of_the_recipe(tmp_path: Path, value: Any) -> None:
+    with pytest.raises(LoratuneError, match=r"training.gradient_accumulation: .* write that number there") as failure:
+        load_recipe(written(tmp_path, {"training.gradient_accumulation": value}), {})
+    assert failure.value.exit_code == Exit.USAGE
+
+
+def test_the_validation_s_own_batch_size_is_ignored(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], cli: Any
+) -> None:
+    path = written(tmp_path, {"evaluation.batch_size": 4})
+    assert load_recipe(path, {}) == load_recipe(written(tmp_path, {}), {})
+    assert "evaluation.batch_size is ignored: a validation pass" in " ".join(capsys.readouterr().err.split())
+    assert "evaluation.batch_size" not in cli("sft", "--help").stdout
 
 
 def test_a_recipe_of_an_earlier_version_says_what_it_said(tmp_path: Path) -> None:
@@ -127,6 +171,9 @@ def test_a_recipe_of_an_earlier_version_says_what_it_said(tmp_path: Path) -> Non
             for name, value in (values.items() if isinstance(values, dict) else [("", values)])
         }
         found = flat_settings(load_written_recipe(path))
+        rows = flat.pop("training.batch_size") * flat.pop("training.gradient_accumulation")
+        assert found["training.batch_size"] == rows
+        assert flat.pop("evaluation.batch_size") is None
         for name, value in flat.items():
             if name != "data.train":  # made a path
                 assert found[RENAMED.get(name, name)] == value, name

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,16 +21,17 @@ from safetensors.torch import load_file
 from typer.testing import Result
 
 from loratune.runs.lock import run_lock
+from loratune.training import session
 from loratune.training.trainer import AdapterTrainer
 
 Sft = Callable[..., Result]
-FEW = ["--training.epochs", "2", "--training.batch_size", "2", "--training.gradient_accumulation", "2"]
-# Eleven rows, nine of them for training: five batches in steps of two, so that each epoch ends with a shorter step.
+FEW = ["--training.epochs", "2", "--training.batch_size", "4"]
+# Eleven rows, nine of them for training, so that each epoch ends with a step of one row.
 VARIANTS = {
     "packed": [],
     "dropout": ["--lora.dropout", "0.3"],
     "padded": ["--no-training.packing", "--lora.dropout", "0.1"],
-    "tokens per batch": ["--training.tokens_per_batch", "60"],
+    "several passes": ["--training.tokens_per_pass", "60", "--lora.dropout", "0.1"],
     "noise": ["--training.neftune_alpha", "5", "--lora.dropout", "0.1"],
     "bfloat16": ["--model.dtype", "bfloat16", "--lora.dropout", "0.1"],
     "checkpointing": ["--training.gradient_checkpointing", "--lora.dropout", "0.1"],
@@ -257,7 +260,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_taken(
     [
         (["--seed", "7"], "seed: 42 → 7"),
         (["--training.learning_rate", "2e-2"], "training.learning_rate: 0.01 → 0.02"),
-        (["--training.batch_size", "3"], "training.batch_size: 2 → 3"),
+        (["--training.batch_size", "3"], "training.batch_size: 4 → 3"),
         (["--lora.rank", "4"], "lora.rank"),
         (["--training.epochs", "1"], "training.epochs: 2.0 → 1.0"),
         (["--prompt.system", "Be brief."], "prompt.system: none → Be brief."),
@@ -417,6 +420,39 @@ def test_runs_show_tells_how_a_run_stands(
     table = cli("runs", "show", run)
     assert "finished at step 6 of 6" in table.stderr
     assert f"loratune infer --adapter {run}" in " ".join(table.stderr.split())
+
+
+def test_a_resumed_run_makes_the_passes_that_it_made_before(
+    sft: Sft, stop: Callable[..., None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever the memory that is free then; and a line says so if they no longer fit."""
+    free = "loratune.training.activations.free_memory_bytes"
+    flags = ("--no-training.gradient_checkpointing",)
+    for name, first, second, changed in (("kept", 2e6, 4e9, False), ("shrunk", 4e9, 2e6, True)):
+        monkeypatch.setattr(free, lambda hardware, first=first: int(first))
+        stop(2)
+        assert sft(name, *flags).exit_code == 143
+        begun = json.loads((tmp_path / name / "checkpoints/step-000003/checkpoint.json").read_text())["progress"]
+        monkeypatch.setattr(free, lambda hardware, second=second: int(second))
+        result = sft(name, *flags, "--resume")
+        assert result.exit_code == 0, result.stderr
+        assert ("before the interruption, so bits may differ" in " ".join(result.stderr.split())) == changed
+        ends = json.loads((tmp_path / name / "checkpoints/step-000006/checkpoint.json").read_text())["progress"]
+        assert (begun["tokens_per_pass"] != ends["tokens_per_pass"]) == changed
+
+
+def test_a_run_that_goes_on_elsewhere_says_so(
+    sft: Sft, stop: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stop(2)
+    assert sft("run").exit_code == 143
+    plain = session.detect_hardware
+    monkeypatch.setattr(session, "detect_hardware", lambda: replace(plain(), name="NVIDIA T4"))
+    result = sft("run", "--resume")
+    assert result.exit_code == 0, result.stderr
+    assert re.search(
+        r"other versions or hardware; bits may differ: device: CPU.* → NVIDIA T4", " ".join(result.stderr.split())
+    )
 
 
 @pytest.mark.slow

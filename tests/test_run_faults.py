@@ -26,8 +26,9 @@ from processes import Program, comes_true
 from safetensors.torch import load_file
 from typer.testing import Result
 
-from loratune.data.assembly.batches import PackedRows
+from loratune.data.assembly.batches import PassRows
 from loratune.errors import Exit, LoratuneError
+from loratune.model.hardware import detect_hardware
 from loratune.recipe.sections import Recipe
 from loratune.runs import lock
 from loratune.runs.checkpoint import Checkpoint, open_checkpoint
@@ -58,7 +59,7 @@ def sft(cli: Callable[..., Result], random_qwen: Path, rows_file: Path, tmp_path
         steps = () if "--training.max_steps" in flags else ("--training.max_steps", "4")
         return cli(
             "sft", "--model.base", random_qwen, "--model.dtype", "float32", "--data.train", rows_file, *validation,
-            "--training.gradient_accumulation", "1", *steps, "--checkpoints.every_steps", "2", "--output", output,
+            "--training.batch_size", "4", *steps, "--checkpoints.every_steps", "2", "--output", output,
             *flags,
         )  # fmt: skip
 
@@ -361,7 +362,7 @@ def test_a_checkpoint_of_another_format_is_refused_and_never_gone_back_behind(
 def test_any_setting_that_an_adapter_hangs_on_keeps_a_run_from_going_on(tmp_path: Path) -> None:
     recipe = Recipe.model_validate({"model": {"base": "x"}, "data": {"train": ["a.json"]}})
     manifest = Manifest(TrainedBase("x", "/x", {"weights_sha256": "0"}), TrainedTemplate("1"))
-    identity = identity_of(recipe, manifest, 1)
+    identity = identity_of(recipe, manifest, detect_hardware())
     assert {"model.base", "training.packing", "training.max_length", "prompt.template", "lora.layers"} <= set(
         identity["settings"]
     )
@@ -429,14 +430,14 @@ def test_a_signal_saves_no_step_whose_weights_are_no_numbers(
 def test_rows_that_can_no_longer_be_read_end_the_run_with_one_message(
     sft: Sft, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
 ) -> None:
-    plain, broken = PackedRows.__getitem__, threading.Event()
+    plain, broken = PassRows.__getitem__, threading.Event()
 
-    def read(self: PackedRows, row: int) -> Any:
+    def read(self: PassRows, numbers: list[int]) -> Any:
         if broken.is_set():
             raise error
-        return plain(self, row)
+        return plain(self, numbers)
 
-    monkeypatch.setattr(PackedRows, "__getitem__", read)
+    monkeypatch.setattr(PassRows, "__getitem__", read)
     at_step(monkeypatch, 3, lambda _: broken.set())
     result = sft()
     assert result.exit_code == Exit.DATA, result.stderr
@@ -486,7 +487,7 @@ def test_packed_rows_keep_apart_whatever_computes_attention(
         result = cli(
             "sft", "--model.base", "tiny-qwen", "--model.dtype", "float32", "--data.train", rows_file,
             "--data.validation", "0", "--training.max_steps", "1", "--training.batch_size", "12",
-            "--training.gradient_accumulation", "1", "--output", run, *flags,
+            "--training.batch_size", "4", "--output", run, *flags,
         )  # fmt: skip
         assert result.exit_code == 0, result.stderr
         losses.append(json.loads((run / "metrics.jsonl").read_text())["loss"])
@@ -499,7 +500,7 @@ def test_packed_rows_keep_apart_whatever_computes_attention(
 def test_a_signal_while_a_model_is_read_leaves_nothing(
     sft: Sft, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("loratune.training.run.load_base", lambda *_: os.kill(os.getpid(), signal.SIGTERM))
+    monkeypatch.setattr("loratune.training.session.load_base", lambda *_: os.kill(os.getpid(), signal.SIGTERM))
     assert sft().exit_code == 128 + signal.SIGTERM
     assert [path.name for path in tmp_path.iterdir()] == ["rows.json"]
 

@@ -21,16 +21,17 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, TrainerCallback
 from typer.testing import Result
 
-from loratune.console import printable
 from loratune.data.encoding.encoder import IGNORED, Encoder
 from loratune.data.formats.registry import ALPACA, ConversationReader
 from loratune.errors import Exit
 from loratune.model.tokenizer import load_tokenizer
+from loratune.printable import visible
 from loratune.recipe.loading import load_recipe
 from loratune.recipe.sections import PromptSettings
 from loratune.runs.tokenizer_files import copy_tokenizer_files
 from loratune.training.callbacks import DivergenceGuard, Progress
 from loratune.training.failures import memory_advice
+from loratune.training.trainer import AdapterTrainer
 from loratune.training.watchers import Watchers, add_watchers
 
 RUN_FILES = {
@@ -51,7 +52,7 @@ def sft(cli: Callable[..., Result], random_qwen: Path, rows_file: Path, tmp_path
     def run(*flags: Any, data: Path = rows_file, model: Path = random_qwen) -> Result:
         return cli(
             "sft", "--model.base", model, "--model.dtype", "float32", "--data.train", data, "--training.max_steps", "4",
-            "--training.gradient_accumulation", "1", "--output", tmp_path / "run", *flags,
+            "--training.batch_size", "4", "--output", tmp_path / "run", *flags,
         )  # fmt: skip
 
     return run
@@ -153,7 +154,7 @@ def test_the_first_loss_is_that_of_the_base_over_the_whole_step(
     sft: Callable[..., Result], tmp_path: Path, random_qwen: Path
 ) -> None:
     flags = ["--data.validation", "0", "--lora.dropout", "0", "--training.max_steps", "1", "--training.warmup", "0"]
-    assert sft(*flags, "--training.batch_size", "4", "--training.gradient_accumulation", "3").exit_code == 0
+    assert sft(*flags, "--training.batch_size", "12", "--training.tokens_per_pass", "100").exit_code == 0
     base = AutoModelForCausalLM.from_pretrained(random_qwen, dtype=torch.float32)
     expected = mean_loss(base, ROWS, load_tokenizer(random_qwen))
     assert metrics_of(tmp_path / "run")[0]["loss"] == pytest.approx(expected, rel=1e-5)
@@ -245,7 +246,7 @@ def test_a_loss_that_is_not_a_number_stops_the_run_and_saves_nothing(
     assert result.exit_code == Exit.DIVERGED
     assert "diverged at step 3" in result.stderr
     rows = re.findall(r"rows\.json row \d+ «", " ".join(result.stderr.split()))
-    assert len(rows) == len(set(rows)) == 4
+    assert len(rows) == len(set(rows)) == 3  # of eleven, the last step of the epoch
     assert read_json(tmp_path / "run" / "status.json")["state"] == "diverged"
     assert not (tmp_path / "run" / "adapter").exists()
     assert not (tmp_path / "run" / "checkpoints" / "step-000003").exists()
@@ -307,18 +308,17 @@ def test_lack_of_memory_is_advice(sft: Callable[..., Result], monkeypatch: pytes
     assert re.search(
         r"out of memory with base [\d.]+ .?B, adapter [\d.]+ .?B, gradients and optimizer [\d.]+ .?B", said
     )
-    assert re.search(r"a batch of \d+ tokens; cheapest first: --training.batch_size 1", said)
-    assert "--training.batch_size 1 --training.gradient_accumulation 4" in said
-    assert len(re.findall(" --[a-z]+[.]", said)) == 4  # three changes, the first one in two flags
+    assert re.search(r"a pass of \d+ tokens; cheapest first: --training.tokens_per_pass 1024", said)
+    assert len(re.findall(" --[a-z]+[.]", said)) == 3
 
 
 def test_advice_for_lack_of_memory_leaves_out_what_is_done_already() -> None:
     recipe = load_recipe(None, {
-        "model.base": "x", "model.quantization": "nf4", "data.train": ["y"], "training.tokens_per_batch": "4096",
+        "model.base": "x", "model.quantization": "nf4", "data.train": ["y"], "training.tokens_per_pass": "4096",
         "training.gradient_checkpointing": True, "lora.target_modules": "all-linear",
     })  # fmt: skip
     assert [line.split()[0] for line in memory_advice(recipe)] == [
-        "--training.tokens_per_batch", "--training.max_length", "--lora.target_modules",
+        "--training.tokens_per_pass", "--training.max_length", "--lora.target_modules",
     ]  # fmt: skip
 
 
@@ -402,8 +402,8 @@ def test_settings_train_to_the_end(sft: Callable[..., Result], tmp_path: Path, f
 
 
 def test_the_step_count_is_the_trainer_s(sft: Callable[..., Result], tmp_path: Path) -> None:
-    result = sft("--training.max_steps", "null", "--training.epochs", "1.5", "--training.gradient_accumulation", "2")
-    assert "training 3 steps of about 7 rows" in result.stderr
+    result = sft("--training.max_steps", "null", "--training.epochs", "1.5", "--training.batch_size", "6")
+    assert "training 3 steps of 6 rows" in result.stderr
     assert read_json(tmp_path / "run" / "status.json")["steps"] == 3
 
 
@@ -464,7 +464,7 @@ def test_other_architectures_train_and_answer(
     prompt = torch.tensor([Encoder(tokenizer, PromptSettings()).prompt_ids([{"role": "user", "content": "Hi"}])])
     expected = adapted.generate(prompt, max_new_tokens=8, do_sample=False)[0, prompt.shape[1] :]
     answer = cli("infer", "--adapter", tmp_path / "run", "-p", "Hi", "--max-new-tokens", "8")
-    assert answer.stdout == printable(tokenizer.decode(expected, skip_special_tokens=True)) + "\n"
+    assert answer.stdout == visible(tokenizer.decode(expected, skip_special_tokens=True)) + "\n"
 
 
 @pytest.mark.parametrize("quantization", ["nf4", "int8"])
@@ -487,14 +487,13 @@ def test_a_quantised_base_trains_and_answers_on_any_machine(
 @pytest.mark.parametrize("packing", ["--training.packing", "--no-training.packing"])
 def test_two_processes_train_what_one_trains(random_qwen: Path, rows_file: Path, tmp_path: Path, packing: str) -> None:
     odd = tmp_path / "odd.json"
-    odd.write_text(json.dumps(ROWS[:7]))  # one process has to repeat a row to fill its last batch
+    odd.write_text(json.dumps(ROWS[:1]))  # nothing is left for the second process
     flags = ["--model.base", str(random_qwen), "--model.dtype", "float32", "--data.train", str(rows_file),
-             "--data.validation", str(odd), "--training.max_steps", "3", "--lora.dropout", "0", packing]  # fmt: skip
-    one = [sys.executable, "-m", "loratune", "sft", *flags, "--training.batch_size", "2",
-           "--training.gradient_accumulation", "2", "--output", str(tmp_path / "one")]  # fmt: skip
+             "--data.validation", str(odd), "--training.max_steps", "4",
+             "--training.batch_size", "11", "--lora.dropout", "0", packing]  # fmt: skip
+    one = [sys.executable, "-m", "loratune", "sft", *flags, "--output", str(tmp_path / "one")]
     two = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "loratune", "sft", *flags,
-           "--training.batch_size", "2", "--training.gradient_accumulation", "1",
-           "--output", str(tmp_path / "two")]  # fmt: skip
+           "--training.tokens_per_pass", "80", "--output", str(tmp_path / "two")]  # fmt: skip
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     for command in (one, two):
         done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300, check=False)
@@ -509,6 +508,68 @@ def test_two_processes_train_what_one_trains(random_qwen: Path, rows_file: Path,
         load_file(tmp_path / name / "adapter" / "adapter_model.safetensors") for name in ("one", "two")
     )
     torch.testing.assert_close(two_adapter, one_adapter, rtol=1e-4, atol=1e-5)
+
+
+def test_deterministic_kernels_are_used_in_steps_alone(
+    sft: Callable[..., Result], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Validation and the closing answers may use any kernel."""
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
+    seen: dict[str, set[bool]] = {"step": set(), "validation": set()}
+    plain_loss, plain_sum = AdapterTrainer.compute_loss, AdapterTrainer._sum_loss
+
+    def compute_loss(self: Any, *arguments: Any, **settings: Any) -> Any:
+        seen["step"].add(torch.are_deterministic_algorithms_enabled())
+        return plain_loss(self, *arguments, **settings)
+
+    def sum_loss(self: Any, steps: Any) -> Any:
+        seen["validation"].add(torch.are_deterministic_algorithms_enabled())
+        return plain_sum(self, steps)
+
+    monkeypatch.setattr(AdapterTrainer, "compute_loss", compute_loss)
+    monkeypatch.setattr(AdapterTrainer, "_sum_loss", sum_loss)
+    assert sft().exit_code == 0
+    assert seen == {"step": {False}, "validation": {False}}
+    assert "CUBLAS_WORKSPACE_CONFIG" not in os.environ
+    seen["step"].clear()
+    assert sft("--training.deterministic", "--overwrite").exit_code == 0
+    assert seen == {"step": {True}, "validation": {False}}
+    assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
+    assert not torch.are_deterministic_algorithms_enabled()
+
+
+def test_an_operator_without_a_deterministic_kernel_is_named(
+    sft: Callable[..., Result], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """torch has none for put_ on any device."""
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":16:8")  # a user's own value stays
+    plain_loss = AdapterTrainer.compute_loss
+
+    def compute_loss(self: Any, *arguments: Any, **settings: Any) -> Any:
+        torch.zeros(2).put_(torch.tensor([0]), torch.ones(1))
+        return plain_loss(self, *arguments, **settings)
+
+    monkeypatch.setattr(AdapterTrainer, "compute_loss", compute_loss)
+    assert sft().exit_code == 0
+    result = sft("--training.deterministic", "--overwrite")
+    assert result.exit_code == Exit.USAGE
+    assert "no deterministic kernel for put_" in " ".join(result.stderr.split())
+    assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":16:8"
+
+
+@pytest.mark.parametrize(
+    ("flags", "told"),
+    [
+        (["--training.epochs", "2"], "only 6 steps of 4 rows"),
+        (["--training.epochs", "2", "--training.batch_size", "99"], "only 2 steps of 11 rows"),
+        (["--training.epochs", "4"], None),
+        (["--training.max_steps", "2"], None),
+    ],
+    ids=str,
+)
+def test_a_run_of_few_steps_is_told(sft: Callable[..., Result], flags: list[str], told: str | None) -> None:
+    said = " ".join(sft("--training.max_steps", "null", *flags).stderr.split())
+    assert told in said if told else "the run has only" not in said
 
 
 def spoil_at(monkeypatch: pytest.MonkeyPatch, step: int, with_what: Callable[[Any], None]) -> None:

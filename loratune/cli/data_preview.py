@@ -21,22 +21,22 @@ def command(
     config: Config = None,
     rows: Annotated[int, typer.Option("--rows", min=1, metavar="count", help="How many rows.")] = 3,
     ids: Annotated[bool, typer.Option("--ids", help="List every token with its id and whether it is trained.")] = False,
-    packed: Annotated[bool, typer.Option("--packed", help="Show packed batches instead, as many as --rows.")] = False,
+    packed: Annotated[bool, typer.Option("--packed", help="Show packed passes instead, as many as --rows.")] = False,
     json: Annotated[bool, typer.Option("--json", help="Print text, ids and labels as JSON instead.")] = False,
     *,
     flags: dict[str, object],
 ) -> None:
     recipe = load_recipe(config, dict(flags))
     with console.status("starting"):
-        from loratune.training.data_preview import preview_batches, preview_rows, show_batch, show_tokens
-    batches = preview_batches(recipe, rows) if packed else [preview_rows(recipe, rows)]
+        from loratune.training.data_preview import preview_passes, preview_rows, show_pass, show_tokens
+    passes = preview_passes(recipe, rows) if packed else [preview_rows(recipe, rows)]
     if json:
-        shown = [[preview.as_json() for preview in batch] for batch in batches]
+        shown = [[preview.as_json() for preview in one] for one in passes]
         console.write_json(shown if packed else shown[0])
         return
-    for number, batch in enumerate(batches, start=1):
+    for number, one in enumerate(passes, start=1):
         if packed:
-            show_batch(number, batch, ids)
+            show_pass(number, one, ids)
         else:
-            for preview in batch:
+            for preview in one:
                 show_tokens(preview, ids)

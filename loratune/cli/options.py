@@ -11,23 +11,24 @@ from pydantic.fields import FieldInfo
 
 from loratune.recipe.findings import Finding
 from loratune.recipe.flag_values import is_list
-from loratune.recipe.names import RENAMED
+from loratune.recipe.names import DROPPED, RENAMED
 from loratune.recipe.section import Section
-from loratune.recipe.sections import iterate_settings
+from loratune.recipe.sections import settings_with_dropped
 
 SYMBOLS = {"ge": "≥", "gt": ">", "le": "≤", "lt": "<"}
 
 
 def recipe_options(command: Callable[..., None]) -> Callable[..., None]:
     """Add one option per setting to a command, which gets the used ones as `flags`: dotted setting → value as typed."""
-    settings = dict(iterate_settings())
+    settings = settings_with_dropped()
     fields = settings | {old: settings[new] for old, new in RENAMED.items()}
     names = {dotted.replace(".", "__"): dotted for dotted in fields}
 
     def used(typed: dict[str, Any]) -> dict[str, Any]:
         return {names[name]: value for name, value in typed.items() if value not in (None, [])}
 
-    options = {name: _option(dotted, fields[dotted], dotted in RENAMED) for name, dotted in names.items()}
+    hidden = RENAMED.keys() | DROPPED.keys()
+    options = {name: _option(dotted, fields[dotted], dotted in hidden) for name, dotted in names.items()}
     generated = [
         inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=option)
         for name, option in options.items()

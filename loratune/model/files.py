@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock
 from safetensors import SafetensorError, safe_open
 
+from loratune.caches import cache_folder
 from loratune.errors import Exit, LoratuneError, bullet_list, named_reason_of
 from loratune.extras import required
 from loratune.model.architecture.families import FAMILIES
@@ -207,17 +211,35 @@ def _download(settings: ModelSettings, patterns: list[str]) -> Path:
     else:
         from huggingface_hub import snapshot_download
     try:
-        return Path(
-            snapshot_download(
-                settings.base, revision=settings.revision, allow_patterns=patterns, ignore_patterns=BESIDE_A_BASE
+        with _download_lock(settings):
+            return Path(
+                snapshot_download(
+                    settings.base, revision=settings.revision, allow_patterns=patterns, ignore_patterns=BESIDE_A_BASE
+                )
             )
-        )
     except Exception as error:  # each hub client and HTTP library has its own exceptions
         raise LoratuneError(
             f"{place}, and loading it from {settings.hub} failed: {named_reason_of(error)}\n"
             "check the name and the network, or download the model elsewhere and give its folder",
             Exit.MODEL,
         ) from error
+
+
+@contextmanager
+def _download_lock(settings: ModelSettings) -> Iterator[None]:
+    """Let one process of a machine download a model at a time, since ModelScope's client does not; others then find it.
+
+    Without a writable cache folder there is no lock.
+    """
+    name = hashlib.sha256(f"{settings.hub} {settings.base}".encode()).hexdigest()[:32]
+    with ExitStack() as stack:
+        try:
+            folder = cache_folder("downloads")
+            folder.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(FileLock(folder / f"{name}.lock"))
+        except (OSError, LoratuneError):
+            pass
+        yield
 
 
 def _check_safetensors(path: Path) -> None:

@@ -15,8 +15,9 @@ from loratune.errors import Exit, LoratuneError, bullet_list
 from loratune.plain_files import is_file, open_plain
 from loratune.recipe.data_sections import SourceSettings
 from loratune.recipe.flag_values import parse_flag
-from loratune.recipe.names import current_name, drop_keys, rename_keys, suggestion
-from loratune.recipe.sections import Recipe, iterate_settings
+from loratune.recipe.names import current_name, drop_keys, rename_keys
+from loratune.recipe.sections import Recipe, iterate_settings, settings_with_dropped
+from loratune.recipe.suggestions import suggestion
 from loratune.recipe.yaml_reader import SURROGATE, Document, read_yaml, write_yaml
 
 FORMS = ("text", "settings")
@@ -72,7 +73,7 @@ def load_recipe(config: str | None, flags: dict[str, Any]) -> Recipe:
 def load_written_recipe(path: Path) -> Recipe:
     """Load the recipe.yaml of a run, which an earlier version may have written.
 
-    Renamed settings are read under their present names, and dropped settings are ignored, both silently.
+    Renamed settings are read under their present names, and dropped ones as in a user's recipe, but without notices.
 
     Raises:
         LoratuneError: lists all problems.
@@ -92,6 +93,10 @@ def _validated(document: Document, path: Path | None, flags: dict[str, Any], is_
         flags = _renamed_flags(flags)
         wrong_flags = _lay_over(values, flags)
         problems += [(0, f"--{dotted}: {message}") for dotted, message in wrong_flags.items()]
+        try:
+            drop_keys(values, (lambda notice: None) if is_own else console.say)
+        except ValueError as error:
+            problems.append((0, str(error)))
         used_flags = flags.keys() - wrong_flags
         try:
             recipe = Recipe.model_validate(_with_sections(values))
@@ -117,9 +122,7 @@ def _rename(document: Document, path: str, is_own: bool) -> list[str]:
         return str(error).splitlines()
     document.lines.clear()
     document.lines.update(lines)
-    if is_own:
-        drop_keys(document.values)
-    elif renamed:
+    if renamed and not is_own:
         console.say(f"{path}: {'; '.join(renamed)} (the old names still work)")
     return []
 
@@ -172,7 +175,7 @@ def _with_sections(values: dict[str, Any]) -> dict[str, Any]:
 def _lay_over(values: dict[str, Any], flags: dict[str, Any]) -> dict[str, str]:
     """Put flags into `values`; return setting → problem for flags that cannot be parsed."""
     problems = {}
-    fields = dict(iterate_settings())
+    fields = settings_with_dropped()
     for dotted, given in flags.items():
         try:
             if SURROGATE.search("".join(given) if isinstance(given, list) else str(given)):

@@ -13,6 +13,7 @@ from pydantic_core import to_jsonable_python
 
 from loratune.choices import Dtype
 from loratune.recipe.data_sections import DataSettings
+from loratune.recipe.names import DROPPED
 from loratune.recipe.section import HomePath, ModuleNames, Section, listed, named_modules
 
 TINY_QWEN = "tiny-qwen"
@@ -130,16 +131,16 @@ class TrainingSettings(Section):
     """Warm-up: a fraction of all steps if below 1, otherwise a number of steps."""
     weight_decay: float = Field(default=0.0, ge=0, le=1)
     """Weight decay of the adapter's matrices."""
-    batch_size: int = Field(default=4, ge=1, le=4096)
-    """Sequences per device and micro-batch; an average when packing."""
+    batch_size: int = Field(default=16, ge=1, le=65536)
+    """Sequences per optimizer step, over all devices; memory does not depend on it."""
     packing: bool = True
-    """Pack sequences without padding, with separate attention; otherwise pad batches of similar length."""
-    tokens_per_batch: int | None = Field(default=None, ge=8, le=1_048_576)
-    """Maximum tokens per packed batch; default is as many batches as without packing, evenly filled."""
-    gradient_accumulation: int = Field(default=4, ge=1, le=65536)
-    """Micro-batches per optimizer step; effective batch size is batch_size × this × devices."""
+    """Pack the sequences of a pass without padding, with separate attention; otherwise pad them to the longest."""
+    tokens_per_pass: int | None = Field(default=None, ge=8, le=1_048_576)
+    """Maximum tokens that go through the model at once; default is what the free memory holds."""
     gradient_checkpointing: bool | None = None
     """Recompute activations in the backward pass: a third slower, far less memory; default is if needed."""
+    deterministic: bool = False
+    """Use deterministic kernels only: equal bits from run to run on a GPU too, but slower; a CPU needs no setting."""
     max_grad_norm: float = Field(default=1.0, ge=0)
     """Maximum gradient norm; larger gradients are scaled down, 0 disables clipping."""
     optimizer: Literal["adamw", "adamw_8bit", "paged_adamw_8bit", "paged_adamw_32bit"] = "adamw"
@@ -162,8 +163,6 @@ class EvaluationSettings(Section):
 
     every_steps: int = Field(default=50, ge=1)
     """Steps between validations; there is always one before the first and one after the last step."""
-    batch_size: int | None = Field(default=None, ge=1, le=4096)
-    """Sequences per device in validation; default is training.batch_size."""
     early_stopping: int | None = Field(default=None, ge=1)
     """Stop after this many validations without a better loss."""
     questions_share: float = Field(default=0.2, ge=0, le=10)
@@ -214,8 +213,6 @@ class Recipe(Section):
     def _settings_fit_together(self) -> Recipe:
         if self.lora.modules_to_save and self.model.quantization != "none":
             raise ValueError("lora.modules_to_save trains full matrices and needs model.quantization none")
-        if self.training.tokens_per_batch and not self.training.packing:
-            raise ValueError("training.tokens_per_batch is the size of packed batches and needs training.packing")
         if self.training.max_steps and self.training.warmup >= self.training.max_steps:
             raise ValueError("training.warmup must be shorter than training.max_steps")
         return self
@@ -229,6 +226,11 @@ def iterate_settings(section: type[Section] = Recipe, prefix: str = "") -> Itera
             yield from iterate_settings(kind, f"{prefix}{name}.")
         else:
             yield f"{prefix}{name}", field
+
+
+def settings_with_dropped() -> dict[str, FieldInfo]:
+    """Return dotted name → field of every setting, and of the dropped ones that are still read."""
+    return {**dict(iterate_settings()), **{name: FieldInfo(annotation=int) for name in DROPPED}}
 
 
 def default_settings() -> dict[str, Any]:

@@ -52,7 +52,7 @@ class RunRecord:
             learning_rate=training.learning_rate,
             training={
                 "learning rate, schedule": f"{training.learning_rate:g}, {training.scheduler}",
-                "rows per device and step": f"{training.batch_size} × {training.gradient_accumulation}",
+                "rows per step": str(training.batch_size),
                 "longest row": f"{training.max_length} tokens",
                 "data": ", ".join(Path(name).name for name in data.train_names),
             },

@@ -1,10 +1,14 @@
-"""Decides whether activations fit into memory, or gradient checkpointing recomputes them."""
+"""Decides how many tokens go through the model at once, and whether their activations are recomputed."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from loratune import console
 from loratune.data.assembly.batches import collate_packed, collate_padded
@@ -13,52 +17,146 @@ from loratune.model.hardware import Hardware
 from loratune.model.kernels.linear_cross_entropy import CHUNK_BYTES
 from loratune.model.memory import free_memory_bytes
 from loratune.protocols import AdaptedModel
+from loratune.recipe.sections import TrainingSettings
 
 SAMPLE_TOKENS = 256
 """Long enough that memory independent of the number of tokens hardly counts."""
 SPARE = 1.6
-"""Factor for gradients in flight, compiled kernels and allocator overhead on top of activations.
+"""Factor for gradients in flight, compiled kernels and allocator overhead on top of activations on a CPU.
 
 Qwen2.5 0.5B keeps 1.73 GB, and its resident memory grows by 3.1 GB in the first step.
 """
+SPARE_ON_GPU = 1.1
+"""The same on a GPU, where the peak of whole passes is measured: rounding and fragmentation of the allocator."""
+EFFICIENT_TOKENS = {"cuda": 2048, "cpu": 256}
+"""A pass with fewer tokens is hardly faster: the time goes into launches and into reading the weights."""
+MOST_TOKENS = {"cuda": 16_384, "cpu": 2048}
+"""A pass with more tokens is not faster."""
 
 
 @dataclass(frozen=True)
-class Activations:
-    """Memory of a training step in addition to the model's weights."""
+class PassMemory:
+    """Memory of a forward and backward pass in addition to the model's weights, in bytes."""
+
+    kept: float
+    """Per token."""
+    recomputed: float
+    """Per token with gradient checkpointing."""
+    fixed: int
+    """Gradients, optimizer state and logits."""
+    free: int
+    """Free memory, of the process that has the least."""
+
+    def needed(self, tokens: int, is_recomputed: bool) -> int:
+        """Return the bytes of a pass."""
+        return self.fixed + round(tokens * (self.recomputed if is_recomputed else self.kept))
+
+    def fitting(self, is_recomputed: bool) -> int:
+        """Return the number of tokens that fit into the free memory; 0 or less if none do."""
+        return int((self.free - self.fixed) / (self.recomputed if is_recomputed else self.kept))
+
+
+@dataclass(frozen=True)
+class PassPlan:
+    """How a run's steps go through the model."""
 
     tokens: int
-    """Tokens of the largest batch."""
-    kept_bytes: int
-    """Bytes that the forward pass keeps for the backward pass."""
-    needed_bytes: int
-    """Total bytes, including gradients, optimizer state and the logits."""
-    free_bytes: int
+    """Maximum tokens of a pass."""
+    largest: int
+    """Bound of the tokens of the largest pass: that of a whole step, where `tokens` is more."""
+    gradient_checkpointing: bool
+    memory: PassMemory | None
+    """As measured; None where the recipe leaves nothing to decide."""
 
     @property
-    def fit(self) -> bool:
-        """Whether the memory is sufficient without gradient checkpointing."""
-        return self.needed_bytes <= self.free_bytes
+    def needed_bytes(self) -> int | None:
+        return self.memory.needed(self.largest, self.gradient_checkpointing) if self.memory else None
+
+    def __str__(self) -> str:
+        """Return the memory of the largest pass, and the decision."""
+        text = f"passes of up to {self.largest:,} tokens"
+        if self.memory:
+            needed = console.memory(self.memory.needed(self.largest, self.gradient_checkpointing))
+            text += f", about {needed} of {console.memory(self.memory.free)} free"
+        return f"{text}: gradient checkpointing" if self.gradient_checkpointing else text
 
 
-def measure_activations(
-    model: AdaptedModel, tokens: int, longest: int, is_packed: bool, hardware: Hardware
-) -> Activations:
-    """Have the model show on a short document what it keeps for each token.
+def largest_step(lengths: NDArray[np.int64], training: TrainingSettings, processes: int) -> int:
+    """Return a bound of one process's tokens in a step: those of a step of the longest rows, padding included."""
+    longest_first = -np.sort(-lengths)[: training.batch_size]
+    if not training.packing:
+        return int(longest_first[0]) * -(-len(longest_first) // processes)
+    return int(longest_first.sum()) if processes == 1 else int(longest_first[0] + longest_first.sum() // processes)
+
+
+def plan_passes(
+    training: TrainingSettings,
+    memory: PassMemory | None,
+    longest: int,
+    step: int,
+    device: str,
+    begun: int | None = None,
+) -> PassPlan:
+    """Choose the tokens of a pass and gradient checkpointing, where the recipe leaves them open.
+
+    Activations are recomputed if a pass that is large enough to be fast does not fit otherwise. The number of tokens is
+    a power of two, so that runs on machines with similar memory have the same passes.
+
+    Args:
+        training: the settings.
+        memory: memory of a pass; None if both are set.
+        longest: tokens of the longest row.
+        step: tokens of the largest step of one process.
+        device: type of the device.
+        begun: maximum tokens of a pass before the run was interrupted; kept if it fits.
+    """
+    wanted = training.tokens_per_pass or begun
+    least = max(longest, min(step, wanted or EFFICIENT_TOKENS[device]))
+    modes = [False, True] if training.gradient_checkpointing is None else [training.gradient_checkpointing]
+    is_recomputed = next((mode for mode in modes if memory is None or memory.fitting(mode) >= least), modes[-1])
+    tokens = wanted or MOST_TOKENS[device]
+    if memory is not None and not training.tokens_per_pass:
+        tokens = min(tokens, 1 << max(0, memory.fitting(is_recomputed)).bit_length() >> 1)
+    tokens = max(tokens, longest)
+    return PassPlan(tokens, max(longest, min(tokens, step)), is_recomputed, memory)
+
+
+def measure_passes(model: AdaptedModel, is_packed: bool, longest: int, step: int, hardware: Hardware) -> PassMemory:
+    """Have the model show on short documents what it keeps for each token.
 
     Args:
         model: a PEFT model on its device.
-        tokens: tokens of the largest batch.
+        is_packed: whether passes are packed or padded.
         longest: tokens of the longest document.
-        is_packed: whether batches are packed or padded.
+        step: tokens of the largest step of one process.
         hardware: the device of the model.
     """
-    length = min(longest, SAMPLE_TOKENS)
-    row = {"input_ids": [0] * length, "labels": [0] * length, "lengths": [length], "sequences": [0]}
-    batch = collate_packed([row]) if is_packed else collate_padded([row], pad_token_id=0)
-    for unused in ("labels", "about"):
-        del batch[unused]
     base = causal_model(model)
+    config = text_config(base.config)
+    length = min(longest, SAMPLE_TOKENS)
+    was_training = model.training
+    model.train()
+    with torch.random.fork_rng([hardware.device] if hardware.is_gpu else []):
+        if hardware.is_gpu:
+            few, many = (_peak_bytes(model, is_packed, [length] * count, hardware) for count in (1, 4))
+            kept = SPARE_ON_GPU * (many - few) / (3 * length)
+            fixed = round(max(0, few - kept * length))
+        else:
+            kept = SPARE * _kept_bytes(model, is_packed, length, hardware) / length
+            fixed = 2 * min(CHUNK_BYTES, step * config.vocab_size * base.dtype.itemsize)
+    model.train(was_training)
+    # AdamW's two averages and the gradients each have the size of the weights.
+    fixed += 3 * sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
+    layers = config.num_hidden_layers
+    # The input of each layer is kept, and all of one layer while its gradients are computed.
+    recomputed = layers * config.hidden_size * base.dtype.itemsize + kept / layers
+    return PassMemory(kept, min(kept, recomputed), fixed, _least_over_processes(free_memory_bytes(hardware), hardware))
+
+
+def _kept_bytes(model: AdaptedModel, is_packed: bool, length: int, hardware: Hardware) -> int:
+    """Return what the forward pass of the decoder saves for the backward pass."""
+    inputs = _sample(is_packed, [length], hardware)
+    del inputs["labels"]
     seen = {tensor.untyped_storage().data_ptr() for tensor in (*model.parameters(), *model.buffers())}
     kept_bytes = 0
 
@@ -70,26 +168,35 @@ def measure_activations(
             kept_bytes += storage.nbytes()
         return tensor
 
-    inputs = {name: value.to(hardware.device) if hasattr(value, "to") else value for name, value in batch.items()}
-    was_training = model.training
-    model.train()
     # The graph keeps every tensor alive, so no address is reused.
-    devices = [hardware.device] if hardware.is_gpu else []
-    with torch.random.fork_rng(devices), torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
-        decoder_of(base)(**inputs, use_cache=False)
-    model.train(was_training)
-    trained_bytes = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
-    kept_bytes = round(kept_bytes / length * tokens)
-    logits_bytes = 2 * min(CHUNK_BYTES, tokens * text_config(base.config).vocab_size * base.dtype.itemsize)
-    # AdamW's two averages and the gradients each have the size of the weights.
-    needed = round(SPARE * kept_bytes) + logits_bytes + 3 * trained_bytes
-    return Activations(tokens, kept_bytes, needed, free_memory_bytes(hardware))
+    with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
+        decoder_of(causal_model(model))(**inputs, use_cache=False)
+    return kept_bytes
 
 
-def activations_text(activations: Activations) -> str:
-    """Return a line with the required and the free memory, and the decision."""
-    text = (
-        f"about {console.memory(activations.needed_bytes)} for {activations.tokens:,} tokens, "
-        f"{console.memory(activations.free_bytes)} free"
-    )
-    return text if activations.fit else f"{text}: gradient checkpointing"
+def _peak_bytes(model: AdaptedModel, is_packed: bool, lengths: Sequence[int], hardware: Hardware) -> int:
+    """Return how much a forward and backward pass adds to the allocated memory of the GPU at its peak."""
+    inputs = _sample(is_packed, lengths, hardware)
+    torch.cuda.reset_peak_memory_stats(hardware.device)
+    before = torch.cuda.memory_allocated(hardware.device)
+    model(**inputs, summed_loss=True).loss_sum.backward()
+    peak = torch.cuda.max_memory_allocated(hardware.device) - before
+    for parameter in model.parameters():
+        parameter.grad = None
+    return int(peak)
+
+
+def _sample(is_packed: bool, lengths: Sequence[int], hardware: Hardware) -> dict[str, Any]:
+    rows = [{"input_ids": [0] * length, "labels": [0] * length, "sequence": 0} for length in lengths]
+    batch = collate_packed(rows) if is_packed else collate_padded(rows, pad_token_id=0)
+    del batch["about"]
+    return {name: value.to(hardware.device) if hasattr(value, "to") else value for name, value in batch.items()}
+
+
+def _least_over_processes(free: int, hardware: Hardware) -> int:
+    """Return the smallest of all processes' values, so that they make the same passes."""
+    if not hardware.is_distributed:
+        return free
+    values = torch.tensor([free], device=hardware.device)
+    torch.distributed.all_reduce(values, torch.distributed.ReduceOp.MIN)
+    return int(values)

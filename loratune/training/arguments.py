@@ -22,15 +22,12 @@ OPTIMIZERS = {
 SCHEDULERS = {"cosine": "cosine", "linear": "linear", "constant": "constant_with_warmup"}
 
 
-def training_arguments(
-    recipe: Recipe, hardware: Hardware, accumulation: int, has_validation: bool
-) -> tuple[SFTConfig, list[str]]:
+def training_arguments(recipe: Recipe, hardware: Hardware, has_validation: bool) -> tuple[SFTConfig, list[str]]:
     """Return TRL's configuration for a recipe.
 
     Args:
         recipe: the whole recipe.
         hardware: determines precision, optimizer and distributed back end.
-        accumulation: micro-batches per optimizer step.
         has_validation: whether there are validation rows.
 
     Returns:
@@ -47,10 +44,9 @@ def training_arguments(
         seed=recipe.seed,
         data_seed=recipe.seed,
         **_optimisation(training, optimizer, hardware.is_gpu),
-        per_device_train_batch_size=1 if training.packing else training.batch_size,
-        per_device_eval_batch_size=1 if training.packing else recipe.evaluation.batch_size or training.batch_size,
+        per_device_train_batch_size=1,  # a step, which `AdapterTrainer` makes of several passes
         remove_unused_columns=False,
-        gradient_accumulation_steps=accumulation,
+        gradient_accumulation_steps=1,
         gradient_checkpointing=bool(training.gradient_checkpointing),  # TRL's default is True
         max_length=None,  # the encoder has already enforced it
         dataset_kwargs={"skip_prepare_dataset": True},
@@ -71,6 +67,7 @@ def training_arguments(
         use_cpu=not hardware.is_gpu,
         ddp_backend="gloo" if hardware.is_distributed and not hardware.is_gpu else None,
         ddp_find_unused_parameters=False,
+        ddp_broadcast_buffers=False,  # no buffer of a frozen base changes
         dataloader_pin_memory=hardware.is_gpu,
         accelerator_config={"non_blocking": hardware.is_gpu},
     )

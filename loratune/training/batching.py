@@ -1,4 +1,4 @@
-"""Training and validation batches: packed, or padded and grouped by length."""
+"""The data loaders of training and validation."""
 
 from __future__ import annotations
 
@@ -7,59 +7,71 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from torch.utils.data import Dataset
+import torch
+from accelerate.data_loader import prepare_data_loader
+from torch.utils.data import DataLoader, Dataset
 
-from loratune.data.assembly.batches import NumberedRows, PackedRows, collate_packed, collate_padded
+from loratune.data.assembly.batches import PassRows, collate_packed, collate_padded, collate_step
 from loratune.data.assembly.dataset import as_dataset
 from loratune.data.assembly.split import Split
+from loratune.data.assembly.steps import PassLayout, StepSampler
 from loratune.data.encoding.cache import rows_folder
 from loratune.errors import Exit, LoratuneError
-from loratune.recipe.sections import TrainingSettings
-from loratune.training.steps import packed_batches
 
 
 @dataclass(frozen=True)
 class Batching:
-    """How sequences are combined into batches."""
+    """How sequences are combined into optimizer steps and passes."""
 
-    settings: TrainingSettings
-    validation_batch_size: int | None
-    """Sequences per validation batch; None for the same number as in training."""
+    batch_size: int
+    """Sequences per optimizer step, over all processes."""
+    layout: PassLayout
     seed: int
     pad_token_id: int
 
+    def training_steps(self, split: Split, device: torch.device) -> DataLoader[Any]:
+        """Return this process's part of each optimizer step of an epoch, on the device; see `collate_step`."""
+        return self._loader(split, StepSampler(split.lengths, self.batch_size, self.seed, self.layout), device)
+
+    def validation_passes(self, split: Split, device: torch.device) -> DataLoader[Any]:
+        """Return this process's passes over all sequences, on the device, each as a step of its own."""
+        return self._loader(split, [[members] for members in self.layout.passes(split.lengths)], device)
+
     @property
     def collate(self) -> Callable[[list[Any]], dict[str, Any]]:
-        """The collate function of a batch."""
-        return collate_packed if self.settings.packing else partial(collate_padded, pad_token_id=self.pad_token_id)
+        """The collate function of a pass."""
+        return collate_packed if self.layout.is_packed else partial(collate_padded, pad_token_id=self.pad_token_id)
 
-    def rows(self, split: Split, is_validation: bool = False) -> Dataset[Any]:
-        """Return the dataset of packed rows, or of single sequences."""
-        sequences, settings = as_dataset(split), self.settings
-        if not settings.packing:
-            return ReadRows(NumberedRows(sequences))
-        if is_validation and self.validation_batch_size:
-            settings = settings.model_copy(update={"batch_size": self.validation_batch_size, "tokens_per_batch": None})
-        return ReadRows(PackedRows(sequences, packed_batches(settings, split.lengths, self.seed)))
+    def _loader(self, split: Split, sampler: Any, device: torch.device) -> DataLoader[Any]:
+        loader = DataLoader(
+            ReadRows(PassRows(as_dataset(split))),
+            batch_sampler=sampler,
+            collate_fn=partial(collate_step, collate=self.collate),
+            pin_memory=device.type == "cuda",
+        )
+        # The sampler has divided the steps among the processes already.
+        return prepare_data_loader(
+            loader, device, num_processes=1, process_index=0, put_on_device=True, non_blocking=device.type == "cuda"
+        )
 
 
 class ReadRows(Dataset[Any]):
     """Reports read errors of the memory-mapped rows during training."""
 
-    def __init__(self, rows: NumberedRows | PackedRows) -> None:
+    def __init__(self, rows: PassRows) -> None:
         self.rows = rows
 
     def __len__(self) -> int:
         return len(self.rows)
 
-    def __getitem__(self, row: int) -> dict[str, Any]:
-        """Return a row unchanged.
+    def __getitem__(self, numbers: list[int]) -> list[dict[str, Any]]:
+        """Return the sequences of a pass unchanged.
 
         Raises:
             LoratuneError: the encoded rows cannot be read.
         """
         try:
-            return self.rows[row]
+            return self.rows[numbers]
         except (OSError, ValueError) as error:  # pyarrow's errors are one of them
             raise LoratuneError(
                 f"the encoded rows in {rows_folder()} can no longer be read: {error}. Checkpoints made so far are "

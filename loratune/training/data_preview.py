@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import groupby
+from itertools import chain, groupby, islice
 from typing import Any
 
 from loratune import console
 from loratune.data.assembly.split import Split
+from loratune.data.assembly.steps import PassLayout, StepSampler
 from loratune.data.encoding.encoder import IGNORED
 from loratune.errors import Exit, LoratuneError, counted
 from loratune.model.files import find_tokenizer
@@ -16,7 +17,6 @@ from loratune.model.tokenizer import load_tokenizer
 from loratune.protocols import Tokenizer
 from loratune.recipe.sections import Recipe
 from loratune.training.gate import TEMPLATE, pass_gate
-from loratune.training.steps import packed_batches
 
 
 @dataclass(frozen=True)
@@ -59,16 +59,22 @@ def preview_rows(recipe: Recipe, count: int) -> list[Preview]:
     return _previews(recipe, train, [list(range(min(count, len(train))))])[0]
 
 
-def preview_batches(recipe: Recipe, count: int) -> list[list[Preview]]:
-    """Return the sequences of the first packed batches of a recipe; training shuffles the batches.
+def preview_passes(recipe: Recipe, count: int) -> list[list[Preview]]:
+    """Return the sequences of the first packed passes of a recipe, in the order of the first epoch.
+
+    A pass is a whole optimizer step unless training.tokens_per_pass is set; training also divides a step whose
+    activations do not fit into memory.
 
     Raises:
         LoratuneError: any error of training before the model is loaded; or packing is disabled.
     """
-    if not recipe.training.packing:
-        raise LoratuneError("training.packing is false; there are no packed batches", Exit.USAGE)
+    training = recipe.training
+    if not training.packing:
+        raise LoratuneError("training.packing is false; there are no packed passes", Exit.USAGE)
     train = _training_rows(recipe)
-    return _previews(recipe, train, packed_batches(recipe.training, train.lengths, recipe.seed)[:count])
+    layout = PassLayout(training.tokens_per_pass or train.tokens, efficient_tokens=0, is_packed=True)
+    steps = StepSampler(train.lengths, training.batch_size, recipe.seed, layout)
+    return _previews(recipe, train, list(islice(chain.from_iterable(steps), count)))
 
 
 def _training_rows(recipe: Recipe) -> Split:
@@ -94,12 +100,12 @@ def _previews(recipe: Recipe, train: Split, groups: list[list[int]]) -> list[lis
     return [[preview(place) for place in group] for group in groups]
 
 
-def show_batch(number: int, batch: Sequence[Preview], with_ids: bool) -> None:
-    """Print the sequences of a packed batch."""
-    tokens = sum(len(preview.input_ids) for preview in batch)
-    title = f"batch {number}: {counted(len(batch), 'row')}, {tokens} tokens, each row attends to itself alone\n\n"
+def show_pass(number: int, previews: Sequence[Preview], with_ids: bool) -> None:
+    """Print the sequences of a packed pass."""
+    tokens = sum(len(preview.input_ids) for preview in previews)
+    title = f"pass {number}: {counted(len(previews), 'row')}, {tokens} tokens, each row attends to itself alone\n\n"
     console.write_spans([(title, "title")])
-    for preview in batch:
+    for preview in previews:
         show_tokens(preview, with_ids)
 
 

@@ -13,7 +13,7 @@ from loratune.data.assembly.split import Split
 from loratune.data.preparation import PreparedData
 from loratune.errors import counted
 from loratune.recipe.sections import Recipe, TrainingSettings
-from loratune.training.steps import packed_batches, plan_steps
+from loratune.training.steps import plan_steps
 
 BARS = 10
 """Maximum number of histogram lines, plus one for the longest 1 % of the rows."""
@@ -94,29 +94,21 @@ def _split_figures(split: Split) -> dict[str, Any]:
 
 
 def _training_figures(training: TrainingSettings, train: Split, seed: int) -> dict[str, Any]:
-    plan = plan_steps(training, train.lengths, 1)
+    plan = plan_steps(training, len(train.lengths))
     return {
         "tokens_per_epoch": train.tokens,
-        "batches_per_epoch": plan.batches,
         "rows_per_step": plan.rows_per_step,
         "steps_per_epoch": plan.steps_per_epoch,
         "steps": plan.steps,
-        **_efficiencies(train.lengths, training, seed),
+        "padded_efficiency": _padded_efficiency(train.lengths, training, seed),
     }
 
 
-def _efficiencies(lengths: NDArray[np.int64], training: TrainingSettings, seed: int) -> dict[str, float]:
-    """Estimate the share of non-padding positions in padded batches, and the average fill of packed batches.
-
-    For many sequences, the figures come from a sample.
-    """
+def _padded_efficiency(lengths: NDArray[np.int64], training: TrainingSettings, seed: int) -> float:
+    """Estimate the share of non-padding positions if a step were one padded batch; from a sample of many sequences."""
     if len(lengths) > SAMPLED_SEQUENCES:
         lengths = np.random.default_rng(seed).choice(lengths, SAMPLED_SEQUENCES, replace=False)
-    packed = [int(lengths[members].sum()) for members in packed_batches(training, lengths)]
-    return {
-        "padded_efficiency": round(padding_efficiency(lengths, training.batch_size, seed), 4),
-        "packed_efficiency": round(sum(packed) / len(packed) / max(packed), 4),
-    }
+    return round(padding_efficiency(lengths, training.batch_size, seed), 4)
 
 
 def _file_line(use: dict[str, Any]) -> str:
@@ -136,10 +128,7 @@ def _split_line(figures: dict[str, Any]) -> str:
 
 
 def _padding_line(figures: dict[str, Any]) -> str:
-    return (
-        f"{figures['padded_efficiency']:.0%} of the positions of a padded batch carry tokens; packed ones have no "
-        f"padding, and on average {figures['packed_efficiency']:.0%} of the largest one's tokens"
-    )
+    return f"{figures['padded_efficiency']:.0%} of the positions of a padded step carry tokens; packed ones have none"
 
 
 def _short(path: str) -> str:

@@ -78,14 +78,9 @@ def memory_advice(recipe: Recipe) -> list[str]:
     """Return flags that save memory and are not used yet, the cheapest first."""
     training, lora = recipe.training, recipe.lora
     advice = []
-    if training.tokens_per_batch and training.tokens_per_batch > training.max_length:
-        smaller = max(training.max_length, training.tokens_per_batch // 2)
-        advice.append(f"--training.tokens_per_batch {smaller}  (the same step in smaller parts)")
-    elif not training.tokens_per_batch and training.batch_size > 1:
-        accumulation = training.batch_size * training.gradient_accumulation
-        advice.append(
-            f"--training.batch_size 1 --training.gradient_accumulation {accumulation}  (the same step in smaller parts)"
-        )
+    if training.tokens_per_pass is None or training.tokens_per_pass > training.max_length:
+        smaller = max(training.max_length, (training.tokens_per_pass or 0) // 2)
+        advice.append(f"--training.tokens_per_pass {smaller}  (the same step in smaller parts)")
     if not training.gradient_checkpointing:
         advice.append("--training.gradient_checkpointing  (a third slower, far less memory)")
     if recipe.model.quantization != "nf4":

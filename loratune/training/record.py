@@ -12,7 +12,7 @@ from loratune.runs.versions import library_versions
 from loratune.training.checkpoints.resuming import identity_of
 
 if TYPE_CHECKING:
-    from loratune.training.run import Prepared
+    from loratune.training.session import Prepared
 
 
 def manifest_of(session: Prepared) -> Manifest:
@@ -30,4 +30,4 @@ def manifest_of(session: Prepared) -> Manifest:
 
 def identity_now(session: Prepared) -> dict[str, Any]:
     """Return everything that affects the bits of the adapter, for this process."""
-    return identity_of(session.recipe, manifest_of(session), session.hardware.processes)
+    return identity_of(session.recipe, manifest_of(session), session.hardware)

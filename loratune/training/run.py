@@ -8,31 +8,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from transformers.utils import logging as transformers_logging
-from trl import SFTConfig
+import torch
 
 from loratune import console
 from loratune.data.assembly.dataset import as_dataset
-from loratune.data.encoding.encoder import Encoder
-from loratune.data.preparation import PreparedData
 from loratune.errors import Exit, Interrupted, LoratuneError, counted
 from loratune.model.adapter.attach import (
-    AdapterSummary,
-    attach_adapter,
     load_adapter_weights,
     save_adapter,
-    summarise_adapter,
 )
-from loratune.model.base import dtype_name, load_base
-from loratune.model.files import find_base, weight_files
-from loratune.model.hardware import Hardware, detect_hardware
-from loratune.model.kernels.attention_choice import choose_attention
-from loratune.model.kernels.lora_linear import use_fused_lora
-from loratune.model.kernels.norm_mlp import use_fused_elementwise
-from loratune.model.memory import keep_freed_memory
-from loratune.model.tokenizer import load_tokenizer, set_pad_token
-from loratune.protocols import AdaptedModel, Tokenizer
-from loratune.recipe.advice import advise
 from loratune.recipe.sections import Recipe
 from loratune.runs.card import write_card
 from loratune.runs.checkpoint import Checkpoint, open_checkpoint, seal_checkpoint
@@ -43,61 +27,21 @@ from loratune.runs.probe import MAX_QUESTIONS, save_probe
 from loratune.runs.record import RunRecord
 from loratune.runs.report import Report, read_report, write_report
 from loratune.runs.state import next_command
-from loratune.runs.tensor_hashes import TensorHashes
 from loratune.runs.tokenizer_files import copy_tokenizer_files
 from loratune.runtime import is_main_process, launch_problems
-from loratune.training.activations import measure_activations
-from loratune.training.arguments import training_arguments, with_gradient_checkpointing
 from loratune.training.batching import Batching
 from loratune.training.callbacks import Metrics
 from loratune.training.checkpoints.keeper import CheckpointKeeper, check_room
-from loratune.training.checkpoints.resuming import Resume, as_begun, check_identity, completion, find_start
+from loratune.training.checkpoints.resuming import PASS_TOKENS, Resume, as_begun, check_identity, completion, find_start
 from loratune.training.checkpoints.signals import StopSignals
 from loratune.training.failures import attempted, machine_errors_explained
-from loratune.training.gate import pass_gate
-from loratune.training.notes import Notes
 from loratune.training.record import identity_now, manifest_of
 from loratune.training.reporting.closing import close_run
-from loratune.training.reporting.overview import parts_of_memory, show_data, show_model
 from loratune.training.reporting.report import report_of
-from loratune.training.reporting.start_up import StartUp
-from loratune.training.steps import StepPlan, plan_steps
+from loratune.training.session import Session, load, prepare
 from loratune.training.trainer import AdapterTrainer
 from loratune.training.watchers import Watchers, add_watchers
 from loratune.writing import folder_in_one_step
-
-
-@dataclass
-class Prepared:
-    """Everything that a run gathers before the model is loaded."""
-
-    recipe: Recipe
-    output: Path
-    hardware: Hardware
-    base: Path
-    tokenizer: Tokenizer
-    encoder: Encoder
-    data: PreparedData
-    plan: StepPlan
-    arguments: SFTConfig
-    warnings: tuple[str, ...]
-    """Warnings about recipe, rows, and settings that this machine cannot use as given."""
-    start_up: StartUp
-    stops: StopSignals
-    hashes: TensorHashes
-    """Hashes of the base, computed while the model loads."""
-
-
-@dataclass
-class Session(Prepared):
-    """Everything that a run gathers before its first step."""
-
-    model: AdaptedModel
-    """The base with the adapter on it, as PEFT makes it."""
-    summary: AdapterSummary
-    held: dict[str, str]
-    """Memory use by part, for out-of-memory messages."""
-    notes: Notes
 
 
 @dataclass(frozen=True)
@@ -131,19 +75,26 @@ def train(recipe: Recipe, overwrite: bool = False, resume: Resume | None = None)
     with ExitStack() as stack:
         stack.enter_context(stops.heeded())
         stack.enter_context(machine_errors_explained(recipe))
+        stack.callback(_leave_process_group)
         if is_main_process():
             prepare_output(output, overwrite or resume is not None)
             stack.enter_context(run_lock(output))
         start = find_start(output, resume) if resume else None
-        prepared = _prepare(*as_begun(recipe, output, start), output, stops)
+        prepared = prepare(*as_begun(recipe, output, start), output, stops)
         if start and resume:
             check_identity(start, identity_now(prepared), resume.allow_changes)
             if told := completion(output, start, prepared.plan.steps, recipe.evaluation.early_stopping):
                 console.say(told)
                 return read_report(output)
-        session = _load(prepared)
+        session = load(prepared, start)
         stack.enter_context(machine_errors_explained(recipe, session.held))
         return _train(session, start)
+
+
+def _leave_process_group() -> None:
+    """Release the connections of a run with several processes."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
 
 
 def _train(session: Session, start: Checkpoint | None) -> Report | None:
@@ -185,75 +136,29 @@ def _go_on(running: ActiveTraining, start: Checkpoint, steps: int) -> None:
     trainer.resume(start.folder, start.progress["tokens"], keeper.stopped_early or start.step >= steps)
 
 
-def _prepare(recipe: Recipe, day: str | None, output: Path, stops: StopSignals) -> Prepared:
-    """Find the base and prepare the data: quick steps that may fail, before the model is loaded."""
-    start_up = StartUp()
-    start_up.stage_done("imports")
-    transformers_logging.set_verbosity_error()
-    keep_freed_memory()
-    hardware = detect_hardware()
-    data = pass_gate(recipe, day).checked()
-    recipe = recipe.model_copy(update={"prompt": data.prompt})
-    base = find_base(recipe.model)
-    hashes = TensorHashes(weight_files(base))
-    hashes.start()
-    tokenizer = load_tokenizer(base)
-    encoder = Encoder(tokenizer, recipe.prompt)
-    set_pad_token(tokenizer, {encoder.end_id, tokenizer.eos_token_id})
-    plan = plan_steps(recipe.training, data.train.lengths, hardware.processes)
-    arguments, served = training_arguments(recipe, hardware, plan.accumulation, data.validation is not None)
-    warnings = (*advise(recipe), *data.warnings, *served)
-    show_data(recipe, data)
-    start_up.stage_done("data")
-    return Prepared(
-        recipe, output, hardware, base, tokenizer, encoder, data, plan, arguments, warnings, start_up, stops, hashes,
-    )  # fmt: skip
-
-
-def _load(prepared: Prepared) -> Session:
-    """Load the model and attach the adapter."""
-    recipe, hardware = prepared.recipe, prepared.hardware
-    with console.status(f"loading {recipe.model.base}"):
-        model = load_base(recipe.model, prepared.base, hardware)
-    adapted = attach_adapter(model, recipe.lora, recipe.model.base, recipe.seed)
-    use_fused_lora(adapted)
-    use_fused_elementwise(model)
-    attention = choose_attention(model, hardware, recipe.model.attn_implementation, recipe.training.packing)
-    summary = summarise_adapter(adapted)
-    activations, arguments = None, prepared.arguments
-    if recipe.training.gradient_checkpointing is None:
-        tokens, longest = prepared.plan.largest_batch_tokens, prepared.data.train.longest
-        activations = measure_activations(adapted, tokens, longest, recipe.training.packing, hardware)
-        arguments = with_gradient_checkpointing(arguments, not activations.fit)
-    held = parts_of_memory(summary, activations, prepared.plan.largest_batch_tokens)
-    show_model(recipe, summary, dtype_name(model.dtype), str(attention), activations)
-    prepared.start_up.stage_done("model")
-    known = vars(prepared) | {"arguments": arguments}
-    return Session(**known, model=adapted, summary=summary, held=held, notes=Notes())
-
-
 def _build_trainer(session: Session, identity: dict[str, Any]) -> ActiveTraining:
     recipe, data, stops = session.recipe, session.data, session.stops
     metrics, keeper = Metrics(session.output), CheckpointKeeper(session.output, recipe.checkpoints, recipe.evaluation)
 
     def seal(folder: Path, step: int, tokens: int) -> None:
         stood = {**metrics.progress, **keeper.progress, "tokens": tokens, "validation_is_due": stops.validation_is_due}
-        seal_checkpoint(folder, step, identity, stood)
+        seal_checkpoint(folder, step, identity, stood | {PASS_TOKENS: session.passes.tokens})
 
     trainer = AdapterTrainer(
         model=session.model,
         args=session.arguments,
-        batching=Batching(recipe.training, recipe.evaluation.batch_size, recipe.seed, session.tokenizer.pad_token_id),
+        batching=Batching(recipe.training.batch_size, session.layout, recipe.seed, session.tokenizer.pad_token_id),
         train=data.train,
         validation=data.validation,
         stops=stops,
         seal=seal,
+        is_deterministic=recipe.training.deterministic,
         processing_class=session.tokenizer,
     )
     watchers = add_watchers(session, trainer, metrics, keeper)
     for warning in (*session.warnings, *watchers.trackers.warnings):
         session.notes.warn(warning)
-    rows = ("about " if recipe.training.packing else "") + counted(session.plan.rows_per_step, "row")
+    rows = counted(session.plan.rows_per_step, "row")
     console.say(f"training {counted(session.plan.steps, 'step')} of {rows} on {session.hardware.name}", style="bold")
     return ActiveTraining(trainer, watchers)
 

@@ -1,4 +1,4 @@
-"""TRL's SFTTrainer with additions: validation loss per token, and atomic checkpoints."""
+"""TRL's SFTTrainer with additions: steps of several passes, validation loss per token, and atomic checkpoints."""
 
 from __future__ import annotations
 
@@ -13,16 +13,15 @@ from torch.utils.data import DataLoader
 from transformers.trainer_callback import PrinterCallback, TrainerState
 from trl import SFTTrainer
 
-from loratune.data.assembly.batches import LengthSortedBatches
 from loratune.data.assembly.dataset import as_dataset
 from loratune.data.assembly.split import Split
 from loratune.model.adapter.attach import load_adapter_weights, save_adapter
-from loratune.model.kernels.linear_cross_entropy import add_labelled_loss
 from loratune.runs.checkpoint import step_folder
 from loratune.runs.folder import CHECKPOINTS
 from loratune.training.batching import Batching
 from loratune.training.checkpoints.signals import StopSignals, ValidationStopped
 from loratune.training.checkpoints.states import TRAINER_STATE, state_errors_explained
+from loratune.training.determinism import deterministic_kernels
 from loratune.writing import folder_in_one_step
 
 
@@ -47,6 +46,7 @@ class AdapterTrainer(SFTTrainer):
         validation: Split | None,
         stops: StopSignals,
         seal: Callable[[Path, int, int], None],
+        is_deterministic: bool = False,
         **settings: Any,
     ) -> None:
         """Create a trainer.
@@ -57,6 +57,7 @@ class AdapterTrainer(SFTTrainer):
             validation: validation sequences.
             stops: signals to check during validation.
             seal: completes a checkpoint; called with its folder, the step, and the total number of tokens.
+            is_deterministic: use deterministic kernels only.
             settings: arguments of SFTTrainer.
         """
         super().__init__(
@@ -67,14 +68,11 @@ class AdapterTrainer(SFTTrainer):
         )
         self.remove_callback(PrinterCallback)
         _train_in_float32(self.model)
-        self._batching, self._train_lengths = batching, train.lengths
-        self._stops, self._seal = stops, seal
+        self._batching, self._train, self._validation = batching, train, validation
+        self._stops, self._seal, self._is_deterministic = stops, seal, is_deterministic
         self._newest_rows: list[int] = []
         self._own_tokens = 0
         """Of this process, since they were last added to those of all."""
-        self.train_dataset = batching.rows(train)
-        self.eval_dataset = batching.rows(validation, is_validation=True) if validation else None
-        add_labelled_loss(self.model.get_base_model())
 
     @property
     def newest_rows(self) -> list[int]:
@@ -86,42 +84,63 @@ class AdapterTrainer(SFTTrainer):
         self._newest_rows.clear()
 
     def get_train_dataloader(self) -> DataLoader[Any]:
-        """Return batches in a seeded order: packed rows at random, or sequences grouped by length."""
-        settings = self._batching.settings
-        if settings.packing:
-            return super().get_train_dataloader()
-        sampler = LengthSortedBatches(self._train_lengths, settings.batch_size, self.args.seed)
-        loader = DataLoader(
-            self.train_dataset,
-            batch_sampler=sampler,
-            collate_fn=self._batching.collate,
-            pin_memory=self.args.dataloader_pin_memory,
-        )
-        return self.accelerator.prepare(loader)
+        """Return optimizer steps, each with this process's passes."""
+        return self._batching.training_steps(self._train, self.args.device)
+
+    def _get_num_items_in_batch(self, batch_samples: list[dict[str, Any]], device: torch.device) -> int:
+        """Return the labelled positions of an optimizer step, over all processes."""
+        labelled: int = sum(step["labelled"] for step in batch_samples)
+        if self.accelerator.num_processes == 1:
+            return labelled
+        return int(self.accelerator.gather(torch.tensor([labelled], device=device)).sum())
+
+    def training_step(
+        self, model: Any, inputs: dict[str, Any], num_items_in_batch: torch.Tensor | int | None = None
+    ) -> torch.Tensor:
+        """Run forward and backward for each pass of an optimizer step.
+
+        transformers would need the same number of passes in each step, with the gradients of the last one alone reduced
+        over the processes.
+
+        Returns:
+            The loss of this process, summed over the passes, detached.
+        """
+        model.train()
+        *others, last = inputs["passes"]
+        with deterministic_kernels(self._is_deterministic):
+            with self.accelerator.no_sync(model):
+                losses = [self._backward(model, batch, num_items_in_batch) for batch in others]
+            losses.append(self._backward(model, last, num_items_in_batch))
+        return torch.stack(losses).sum()
+
+    def _backward(self, model: Any, batch: dict[str, Any], labelled: Any) -> torch.Tensor:
+        with self.compute_loss_context_manager():
+            loss = self.compute_loss(model, batch, num_items_in_batch=labelled)
+        self.accelerator.backward(loss)
+        return loss.detach()
 
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> torch.Tensor:
-        """Return the loss of this micro-batch divided by the labelled tokens of the whole optimizer step.
+        """Return the loss of a pass divided by the labelled positions of the whole optimizer step.
 
         Args:
             model: the wrapped model.
             inputs: ids, labels, and the batch's document boundaries or mask.
             return_outputs: not supported.
-            num_items_in_batch: labelled tokens of the step, over all processes.
+            num_items_in_batch: labelled positions of the step, over all processes.
         """
         about = inputs.pop("about")
         self._newest_rows.extend(about["sequences"])
+        self._own_tokens += about["tokens"]
         outputs = model(**inputs, summed_loss=True)
-        tokens = len(outputs.losses) if num_items_in_batch is None else num_items_in_batch
-        self._count_tokens(inputs, about["filling"])
-        # DDP averages gradients over processes, but the tokens are counted over all of them.
-        return outputs.loss_sum * self.accelerator.num_processes / torch.as_tensor(tokens).clamp(min=1)
+        # DDP averages gradients over processes, but the positions are counted over all of them.
+        loss: torch.Tensor = outputs.loss_sum * self.accelerator.num_processes / max(num_items_in_batch, 1)
+        return loss
 
-    def _count_tokens(self, inputs: dict[str, Any], filling: int) -> None:
-        """Count the tokens of this process that are not padding."""
-        mask = inputs.get("attention_mask")
-        self._own_tokens += inputs["input_ids"].numel() - filling if mask is None else int(mask.sum())
+    def floating_point_ops(self, inputs: dict[str, Any]) -> int:
+        """Return 0: counting the model's parameters for transformers' estimate takes 10 ms per step."""
+        return 0
 
     def _trained_tokens(self) -> int:
         """Return the tokens trained so far by all processes, each of which has to call this.
@@ -152,7 +171,7 @@ class AdapterTrainer(SFTTrainer):
         try:
             # Data loaders draw random numbers; training must not depend on the number of validations.
             with torch.random.fork_rng([self.args.device] if self.args.device.type == "cuda" else []):
-                loss, tokens = self._sum_loss(self.get_eval_dataloader(eval_dataset))
+                loss, tokens = self._sum_loss(self._validation_passes())
         finally:
             self.model.train(was_training)
         metrics = {
@@ -165,24 +184,24 @@ class AdapterTrainer(SFTTrainer):
         self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
-    def _sum_loss(self, batches: Any) -> tuple[float, int]:
-        """Return the summed loss and the number of labelled tokens over all batches and processes."""
-        loss, tokens = 0.0, 0
-        for batch in batches:
+    def _validation_passes(self) -> DataLoader[Any]:
+        if self._validation is None:
+            raise ValueError("there are no validation rows")
+        return self._batching.validation_passes(self._validation, self.args.device)
+
+    def _sum_loss(self, steps: Any) -> tuple[float, int]:
+        """Return the summed loss and the number of labelled positions over all passes and processes."""
+        sums = torch.zeros(2, dtype=torch.float64, device=self.args.device)
+        for step in steps:
             if self._stops.signal is not None and self.accelerator.num_processes == 1:
                 raise ValidationStopped
-            inputs = self._prepare_inputs(batch)
-            del inputs["about"]
-            with torch.no_grad(), self.compute_loss_context_manager():
-                outputs = self.model(**inputs, summed_loss=True)
-            count = len(inputs["input_ids"])
-            sums = torch.zeros(count, dtype=torch.float64, device=outputs.losses.device)
-            sums.index_add_(0, outputs.rows, outputs.losses.double())
-            # Drops rows that were repeated to fill the last batch of a process.
-            sums, counts = self.accelerator.gather_for_metrics((sums, outputs.rows.bincount(minlength=count)))
-            loss += float(sums.sum())
-            tokens += int(counts.sum())
-        return loss, tokens
+            for batch in step["passes"]:
+                del batch["about"]
+                with torch.no_grad(), self.compute_loss_context_manager():
+                    losses = self.model(**batch, summed_loss=True).losses
+                sums += torch.stack([losses.double().sum(), sums.new_tensor(len(losses))])
+        loss, positions = self.accelerator.gather(sums[None]).sum(0).tolist()
+        return loss, int(positions)
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         with self._checkpoint_folder() as folder:

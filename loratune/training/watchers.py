@@ -12,7 +12,7 @@ from loratune.training.reporting.start_up import StartUp
 from loratune.training.reporting.trackers import Trackers
 
 if TYPE_CHECKING:
-    from loratune.training.run import Session
+    from loratune.training.session import Session
     from loratune.training.trainer import AdapterTrainer
 
 

@@ -78,7 +78,7 @@ def train_on(
     settings = {
         "model.base": arguments.model, "data.train": place / "rows.json", "data.validation": 0,
         "data.too_long": "truncate_answer", "lora.dropout": 0, "training.batch_size": batch,
-        "training.gradient_accumulation": 1, "training.steps": steps, "training.max_length": max_length,
+        "training.steps": steps, "training.max_length": max_length,
         "checkpoints.every_steps": 1000, "output": place / "run",
     }  # fmt: skip
     command = [sys.executable, "-m", "loratune", "sft", "--overwrite", *flags]

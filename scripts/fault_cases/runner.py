@@ -32,8 +32,8 @@ class Runner:
         self.rows.write_text(json.dumps(rows))
         settings = {
             "model.base": arguments.model, "model.quantization": arguments.quantization, "data.train": self.rows,
-            "data.validation": 0.2, "data.levels": "repetitive=ignore", "lora.dropout": 0.1, "training.batch_size": 2,
-            "training.gradient_accumulation": 2, "training.learning_rate": 1e-3, "training.steps": self.steps,
+            "data.validation": 0.2, "data.levels": "repetitive=ignore", "lora.dropout": 0.1, "training.batch_size": 4,
+            "training.learning_rate": 1e-3, "training.steps": self.steps,
             "evaluation.every_steps": 2, "checkpoints.every_steps": 2,
         }  # fmt: skip
         self.flags = [f"--{name}={value}" for name, value in settings.items()] + arguments.flag

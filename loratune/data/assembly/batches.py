@@ -1,51 +1,21 @@
-"""Training batches: packed without padding, or padded and grouped by length."""
+"""Forward passes: rows packed without padding, or padded to the longest."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 from itertools import chain
 from typing import Any
 
 import numpy as np
 import torch
 from datasets import Dataset
-from numpy.typing import NDArray
 
 from loratune.data.encoding.encoder import IGNORED
 from loratune.multiples import round_up
 
 
-class PackedRows(torch.utils.data.Dataset):
-    """A dataset whose items are packed: several sequences concatenated.
-
-    Args:
-        rows: dataset with columns input_ids and labels, one sequence per row.
-        bins: for each item, the indices of its sequences in `rows`.
-    """
-
-    def __init__(self, rows: Dataset, bins: list[list[int]]) -> None:
-        self.rows = rows
-        self.bins = bins
-
-    def __len__(self) -> int:
-        return len(self.bins)
-
-    def __getitem__(self, row: int) -> dict[str, list[int]]:
-        """Return one packed item: input_ids, labels, and each document's length and sequence number.
-
-        The first token of each document has no label, since the preceding document would have to predict it.
-        """
-        documents = self.rows[self.bins[row]]
-        return {
-            "input_ids": list(chain.from_iterable(documents["input_ids"])),
-            "labels": list(chain.from_iterable([IGNORED, *labels[1:]] for labels in documents["labels"])),
-            "lengths": [len(ids) for ids in documents["input_ids"]],
-            "sequences": self.bins[row],
-        }
-
-
-class NumberedRows(torch.utils.data.Dataset):
-    """A dataset that adds each sequence's number to it.
+class PassRows(torch.utils.data.Dataset):
+    """A dataset of passes: an item is several sequences.
 
     Args:
         rows: dataset with columns input_ids and labels, one sequence per row.
@@ -57,8 +27,34 @@ class NumberedRows(torch.utils.data.Dataset):
     def __len__(self) -> int:
         return len(self.rows)
 
-    def __getitem__(self, row: int) -> dict[str, list[int]]:
-        return {**self.rows[row], "sequences": [row]}
+    def __getitem__(self, numbers: list[int]) -> list[dict[str, Any]]:
+        """Return the sequences with these numbers, each with its number as `sequence`.
+
+        No numbers give one sequence without labels, so that every process has a forward pass.
+        """
+        if not numbers:
+            return [{"input_ids": [0], "labels": [IGNORED], "sequence": None}]
+        found = self.rows[numbers]
+        columns = (found["input_ids"], found["labels"], numbers)
+        return [
+            {"input_ids": ids, "labels": labels, "sequence": number}
+            for ids, labels, number in zip(*columns, strict=True)
+        ]
+
+
+def collate_step(passes: list[Any], collate: Callable[[list[Any]], dict[str, Any]]) -> dict[str, Any]:
+    """Collate the passes of an optimizer step.
+
+    Args:
+        passes: items of PassRows.
+        collate: makes a batch of one pass.
+
+    Returns:
+        passes: the batches.
+        labelled: number of positions that the loss is summed over.
+    """
+    batches = [collate(rows) for rows in passes]
+    return {"passes": batches, "labelled": sum(int((batch["labels"][:, 1:] >= 0).sum()) for batch in batches)}
 
 
 def round_length(tokens: int) -> int:
@@ -71,10 +67,11 @@ def round_length(tokens: int) -> int:
     return round_up(tokens, unit)
 
 
-def collate_packed(items: Sequence[dict[str, list[int]]]) -> dict[str, Any]:
-    """Concatenate items of PackedRows into one batch row, with document boundaries in flash attention's format.
+def collate_packed(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Concatenate sequences into one batch row, with document boundaries in flash attention's format.
 
-    A filler document without labels extends the batch to the next size of `round_length`.
+    The first token of each document has no label, since the preceding document would have to predict it. A filler
+    document without labels extends the batch to the next size of `round_length`.
 
     Returns:
         input_ids, labels and position_ids, int64 [1, tokens]; positions restart at each document.
@@ -84,20 +81,20 @@ def collate_packed(items: Sequence[dict[str, list[int]]]) -> dict[str, Any]:
         seq_idx, int32 [1, tokens]: index of each token's document, for layers with a recurrent state. transformers
         raises
             an error where such a layer cannot keep documents apart; attention layers ignore it.
-        about: not a model input; the `sequences` numbers and the length of the `filling` document.
+        about: not a model input; see `_about`.
     """
-    lengths = [length for item in items for length in item["lengths"]]
-    sequences = [number for item in items for number in item["sequences"]]
-    filling = round_length(sum(lengths)) - sum(lengths)
+    lengths = [len(row["input_ids"]) for row in rows]
+    tokens = sum(lengths)
+    filling = round_length(tokens) - tokens
     if filling:
         lengths.append(filling)
-        items = [*items, {"input_ids": [0] * filling, "labels": [IGNORED] * filling}]
+        rows = [*rows, {"input_ids": [0] * filling, "labels": [IGNORED] * filling, "sequence": None}]
     ends = np.cumsum([0, *lengths], dtype=np.int32)
     batch: dict[str, Any] = {
-        name: torch.tensor([list(chain.from_iterable(item[name] for item in items))])
-        for name in ("input_ids", "labels")
+        "input_ids": torch.tensor([list(chain.from_iterable(row["input_ids"] for row in rows))]),
+        "labels": torch.tensor([list(chain.from_iterable((IGNORED, *row["labels"][1:]) for row in rows))]),
+        "about": _about(rows),
     }
-    batch["about"] = {"sequences": sequences, "filling": filling}
     batch["position_ids"] = torch.cat([torch.arange(length) for length in lengths])[None]
     batch["seq_idx"] = torch.arange(len(lengths), dtype=torch.int32).repeat_interleave(torch.tensor(lengths))[None]
     batch["document_lengths"] = lengths
@@ -107,75 +104,29 @@ def collate_packed(items: Sequence[dict[str, list[int]]]) -> dict[str, Any]:
     return batch
 
 
-def collate_padded(items: Sequence[dict[str, list[int]]], pad_token_id: int) -> dict[str, Any]:
+def collate_padded(rows: Sequence[dict[str, Any]], pad_token_id: int) -> dict[str, Any]:
     """Pad sequences on the right to one of the lengths of `round_length`.
 
     Returns:
         input_ids, labels and attention_mask (1 for tokens), int64 [sequences, length].
-        about: not a model input; the `sequences` numbers.
+        about: not a model input; see `_about`.
     """
-    shape = (len(items), round_length(max(len(item["input_ids"]) for item in items)))
+    shape = (len(rows), round_length(max(len(row["input_ids"]) for row in rows)))
     batch: dict[str, Any] = {
         "input_ids": torch.full(shape, pad_token_id),
         "labels": torch.full(shape, IGNORED),
         "attention_mask": torch.zeros(shape, dtype=torch.int64),
+        "about": _about(rows),
     }
-    for row, item in enumerate(items):
-        length = len(item["input_ids"])
-        batch["input_ids"][row, :length] = torch.tensor(item["input_ids"])
-        batch["labels"][row, :length] = torch.tensor(item["labels"])
-        batch["attention_mask"][row, :length] = 1
-    batch["about"] = {"sequences": [number for item in items for number in item["sequences"]], "filling": 0}
+    for place, row in enumerate(rows):
+        length = len(row["input_ids"])
+        batch["input_ids"][place, :length] = torch.tensor(row["input_ids"])
+        batch["labels"][place, :length] = torch.tensor(row["labels"])
+        batch["attention_mask"][place, :length] = 1
     return batch
 
 
-class LengthSortedBatches:
-    """A batch sampler that groups sequences of similar length and uses each once per epoch.
-
-    Each epoch shuffles the sequences, sorts them by length within windows of several batches, and shuffles the batches.
-    Batches need little padding, while their contents and order stay random.
-
-    Args:
-        lengths: tokens of each sequence.
-        batch_size: sequences per batch; the last batch of an epoch may have fewer.
-        seed: seeds the order, together with the epoch.
-        window: number of batches that are sorted together.
-    """
-
-    drop_last = False
-
-    def __init__(
-        self, lengths: Sequence[int] | NDArray[np.integer], batch_size: int, seed: int, window: int = 50
-    ) -> None:
-        self.lengths = np.asarray(lengths, dtype=np.int64)
-        self.batch_size = batch_size
-        self.seed = seed
-        self.window = window
-        self.epoch = 0
-
-    @property
-    def sampler(self) -> LengthSortedBatches:
-        """This object: when accelerate shards batches across processes, it calls `set_epoch` on this attribute only."""
-        return self
-
-    def set_epoch(self, epoch: int) -> None:
-        """Set the epoch that the next iteration uses; it seeds the order."""
-        self.epoch = epoch
-
-    def __len__(self) -> int:
-        return -(-len(self.lengths) // self.batch_size)
-
-    def __iter__(self) -> Iterator[list[int]]:
-        random = np.random.default_rng([self.seed, self.epoch])
-        order = random.permutation(len(self.lengths))
-        # accelerate drops batches if a smaller one is not the last.
-        order, left = np.split(order, [len(order) // self.batch_size * self.batch_size])
-        batches: list[list[int]] = []
-        for start in range(0, len(order), self.batch_size * self.window):
-            rows = order[start : start + self.batch_size * self.window]
-            rows = rows[np.argsort(self.lengths[rows], kind="stable")]
-            batches += rows.reshape(-1, self.batch_size).tolist()
-        for place in random.permutation(len(batches)).tolist():
-            yield batches[place]
-        if len(left):
-            yield left.tolist()
+def _about(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Return the numbers of the sequences in a batch, and their tokens, without padding and filling."""
+    own = [row for row in rows if row["sequence"] is not None]
+    return {"sequences": [row["sequence"] for row in own], "tokens": sum(len(row["input_ids"]) for row in own)}

@@ -36,7 +36,7 @@ def spread(lengths: Sequence[int] | NDArray[np.integer], rows: int) -> list[list
     return members
 
 
-def spread_within(lengths: Sequence[int] | NDArray[np.integer], capacity: int) -> list[list[int]]:
+def spread_within(lengths: Sequence[int] | NDArray[np.integer], capacity: int, multiple: int = 1) -> list[list[int]]:
     """Distribute sequences with `spread` over as few rows as fit a capacity, or 1 in 500 more.
 
     The search starts at the number of rows that the tokens would fill exactly, takes growing steps until the rows fit,
@@ -45,6 +45,7 @@ def spread_within(lengths: Sequence[int] | NDArray[np.integer], capacity: int) -
     Args:
         lengths: tokens of each sequence.
         capacity: maximum tokens per row.
+        multiple: the number of rows is a multiple of this; some may be empty.
 
     Raises:
         ValueError: a sequence is longer than the capacity.
@@ -54,13 +55,13 @@ def spread_within(lengths: Sequence[int] | NDArray[np.integer], capacity: int) -
         raise ValueError(f"sequence {sizes.argmax()} has {sizes.max()} tokens, a row holds {capacity}")
 
     def tried(count: int) -> list[list[int]] | None:
-        rows = spread(sizes, count)
+        rows = spread(sizes, count * multiple)
         return rows if all(int(sizes[members].sum()) <= capacity for members in rows) else None
 
-    count = math.ceil(int(sizes.sum()) / capacity)
+    count, most = math.ceil(int(sizes.sum()) / (capacity * multiple)), math.ceil(len(sizes) / multiple)
     too_few, step = count - 1, 1 + count // 100
     while (rows := tried(count)) is None:
-        too_few, count, step = count, min(count + step, len(sizes)), 2 * step
+        too_few, count, step = count, min(count + step, most), 2 * step
     while count - too_few > 1 + count // TOLERANCE:
         middle = (too_few + count) // 2
         fewer = tried(middle)

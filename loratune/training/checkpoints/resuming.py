@@ -8,8 +8,9 @@ from typing import Any
 
 from loratune import console
 from loratune.errors import Exit, LoratuneError, counted
+from loratune.model.hardware import Hardware
 from loratune.plain_files import read_json_object
-from loratune.recipe.names import with_current_names
+from loratune.recipe.names import ACCUMULATION, BATCH_SIZE, with_current_names
 from loratune.recipe.sections import Recipe, default_settings, flat_settings
 from loratune.runs.checkpoint import Checkpoint, named_checkpoint, newest_checkpoint
 from loratune.runs.fingerprint import FULL
@@ -18,13 +19,17 @@ from loratune.runs.manifest import Manifest, read_manifest
 from loratune.runs.output import check_links
 from loratune.training.checkpoints.states import check_states
 
+PASS_TOKENS = "tokens_per_pass"
+"""In a checkpoint's progress: maximum tokens of a pass. Earlier versions, which drew rows in another order, lack it."""
 NEWEST, AUTO = "newest", "auto"
 FREE = (
     *("output", "tracking", "checkpoints.keep", "checkpoints.every_steps", "data.train", "data.validation"),
     *("prompt.date", "prompt.generation_prompt", "evaluation.questions_share"),
+    *("training.tokens_per_pass", "training.gradient_checkpointing"),
 )
 """Settings and sections that do not affect the adapter; files and templates are compared by content."""
 DATE = "date in prompts"
+DEVICE = "device"
 WHOLE_BASE = f"base {FULL}"
 LENGTHS = ("training.epochs", "training.max_steps")
 """These may be increased."""
@@ -124,13 +129,13 @@ def as_begun(recipe: Recipe, output: Path, start: Checkpoint | None) -> tuple[Re
     return recipe, (manifest.created[:10] if is_of_before else known.date) or None
 
 
-def identity_of(recipe: Recipe, manifest: Manifest, processes: int) -> dict[str, Any]:
+def identity_of(recipe: Recipe, manifest: Manifest, hardware: Hardware) -> dict[str, Any]:
     """Return everything that affects the bits of the adapter.
 
     Args:
         recipe: the whole recipe.
         manifest: the run's manifest with base, template, data and versions.
-        processes: number of training processes.
+        hardware: number of processes, and the device.
     """
     settings = {name: value for name, value in flat_settings(recipe).items() if not _is_free(name)}
     files = {
@@ -144,8 +149,8 @@ def identity_of(recipe: Recipe, manifest: Manifest, processes: int) -> dict[str,
     prompts = {"template": template.sha256, **{name: value for name, value in written.items() if value}}
     return {
         "settings": settings,
-        "rest": {**files, **base, **prompts, "processes": processes},
-        "versions": dict(manifest.versions),
+        "rest": {**files, **base, **prompts, "processes": hardware.processes},
+        "versions": {**manifest.versions, DEVICE: hardware.name},
     }
 
 
@@ -155,9 +160,16 @@ def check_identity(checkpoint: Checkpoint, identity: dict[str, Any], allow_chang
     Raises:
         LoratuneError: lists the differences, unless they are allowed.
     """
-    versions = _differences(checkpoint.identity["versions"], identity["versions"])
-    if versions:
-        console.warn("the checkpoint was written with other versions, so bits may differ:\n" + _lines(versions))
+    earlier = {DEVICE: identity["versions"][DEVICE]} | checkpoint.identity["versions"]  # once not recorded
+    if versions := _differences(earlier, identity["versions"]):
+        console.warn(
+            f"the checkpoint was written with other versions or hardware; bits may differ:\n{_lines(versions)}"
+        )
+    if PASS_TOKENS not in checkpoint.progress:
+        console.warn(
+            "the checkpoint is of an earlier version, which drew rows in another order: until the end of its epoch, "
+            "some rows may be trained on twice and others not at all"
+        )
     known = {"settings": _settings_of(checkpoint), "rest": checkpoint.identity["rest"]}
     if DATE in identity["rest"] and DATE not in known["rest"]:  # written by a version that did not know
         date = identity["rest"][DATE]
@@ -190,8 +202,11 @@ def check_identity(checkpoint: Checkpoint, identity: dict[str, Any], allow_chang
 
 def _settings_of(checkpoint: Checkpoint) -> dict[str, Any]:
     """Return a checkpoint's settings by present names; settings that it does not know have their present defaults."""
-    defaults = {name: value for name, value in default_settings().items() if not _is_free(name)}
-    return defaults | with_current_names(checkpoint.identity["settings"])
+    settings = checkpoint.identity["settings"]
+    known = default_settings() | with_current_names(settings)
+    if ACCUMULATION in settings:  # with it, batch_size was the rows of one process
+        known[BATCH_SIZE] *= checkpoint.identity["rest"].get("processes", 1)
+    return {name: value for name, value in known.items() if not _is_free(name)}
 
 
 def _is_free(name: str) -> bool:

@@ -9,7 +9,7 @@ from loratune.data.preparation import PreparedData
 from loratune.errors import counted
 from loratune.model.adapter.attach import AdapterSummary
 from loratune.recipe.sections import Recipe
-from loratune.training.activations import Activations, activations_text
+from loratune.training.activations import PassPlan
 
 
 def show_data(recipe: Recipe, data: PreparedData) -> None:
@@ -28,9 +28,7 @@ def show_data(recipe: Recipe, data: PreparedData) -> None:
     console.table([("files", files), *rows, ("template", recipe.prompt.template)], title="data")
 
 
-def show_model(
-    recipe: Recipe, summary: AdapterSummary, dtype: str, attention: str, activations: Activations | None
-) -> None:
+def show_model(recipe: Recipe, summary: AdapterSummary, dtype: str, attention: str, passes: PassPlan) -> None:
     """Print model, adapter, and the memory of a step."""
     modules = ", ".join(f"{name} × {count}" for name, count in summary.modules.items())
     held = dtype if recipe.model.quantization == "none" else recipe.model.quantization
@@ -45,19 +43,19 @@ def show_model(
             ("trains", f"{summary.trainable_parameters:,} of {summary.total_parameters:,} parameters ({share:.2%})"),
             ("modules", modules),
             ("attention", attention),
-            *([("a step", activations_text(activations))] if activations else []),
+            ("a step", str(passes)),
         ],
         title="model",
     )
 
 
-def parts_of_memory(summary: AdapterSummary, activations: Activations | None, tokens: int) -> dict[str, str]:
+def parts_of_memory(summary: AdapterSummary, passes: PassPlan) -> dict[str, str]:
     """Return the known parts of the training memory."""
     parts = {
         "base": console.memory(summary.base_bytes),
         "adapter": console.memory(summary.adapter_bytes),
         "gradients and optimizer": console.memory(3 * summary.adapter_bytes),
     }
-    if activations:
-        parts["activations"] = f"{console.memory(activations.kept_bytes)} if kept"
-    return parts | {"a batch of": f"{tokens:,} tokens"}
+    if passes.memory:
+        parts["activations"] = f"{console.memory(round(passes.largest * passes.memory.kept))} if kept"
+    return parts | {"a pass of": f"{passes.largest:,} tokens"}

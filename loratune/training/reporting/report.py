@@ -28,7 +28,7 @@ from loratune.training.checkpoints.keeper import CheckpointKeeper
 from loratune.training.failures import attempted
 
 if TYPE_CHECKING:
-    from loratune.training.run import Session
+    from loratune.training.session import Session
     from loratune.training.trainer import AdapterTrainer
 
 Part = TypeVar("Part")

@@ -1,0 +1,148 @@
+"""Everything that a run gathers before its first step: base, data, model and adapter."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from transformers.utils import logging as transformers_logging
+from trl import SFTConfig
+
+from loratune import console
+from loratune.data.assembly.steps import PassLayout
+from loratune.data.encoding.encoder import Encoder
+from loratune.data.preparation import PreparedData
+from loratune.model.adapter.attach import AdapterSummary, attach_adapter, summarise_adapter
+from loratune.model.base import dtype_name, load_base
+from loratune.model.files import find_base, weight_files
+from loratune.model.hardware import Hardware, detect_hardware
+from loratune.model.kernels.attention_choice import choose_attention
+from loratune.model.kernels.linear_cross_entropy import add_labelled_loss
+from loratune.model.kernels.lora_linear import use_fused_lora
+from loratune.model.kernels.norm_mlp import use_fused_elementwise
+from loratune.model.memory import keep_freed_memory
+from loratune.model.tokenizer import load_tokenizer, set_pad_token
+from loratune.protocols import AdaptedModel, Tokenizer
+from loratune.recipe.advice import advise
+from loratune.recipe.sections import Recipe
+from loratune.runs.checkpoint import Checkpoint
+from loratune.runs.tensor_hashes import TensorHashes
+from loratune.runtime import process_number
+from loratune.training.activations import EFFICIENT_TOKENS, PassPlan, largest_step, measure_passes, plan_passes
+from loratune.training.arguments import training_arguments, with_gradient_checkpointing
+from loratune.training.checkpoints.resuming import PASS_TOKENS
+from loratune.training.checkpoints.signals import StopSignals
+from loratune.training.determinism import request_deterministic_cublas
+from loratune.training.gate import pass_gate
+from loratune.training.notes import Notes
+from loratune.training.reporting.overview import parts_of_memory, show_data, show_model
+from loratune.training.reporting.start_up import StartUp
+from loratune.training.steps import StepPlan, advise_steps, plan_steps
+
+
+@dataclass
+class Prepared:
+    """Everything that a run gathers before the model is loaded."""
+
+    recipe: Recipe
+    output: Path
+    hardware: Hardware
+    base: Path
+    tokenizer: Tokenizer
+    encoder: Encoder
+    data: PreparedData
+    plan: StepPlan
+    arguments: SFTConfig
+    warnings: tuple[str, ...]
+    """Warnings about recipe, rows, and settings that this machine cannot use as given."""
+    start_up: StartUp
+    stops: StopSignals
+    hashes: TensorHashes
+    """Hashes of the base, computed while the model loads."""
+
+
+@dataclass
+class Session(Prepared):
+    """Everything that a run gathers before its first step."""
+
+    model: AdaptedModel
+    """The base with the adapter on it, as PEFT makes it."""
+    summary: AdapterSummary
+    passes: PassPlan
+    held: dict[str, str]
+    """Memory use by part, for out-of-memory messages."""
+    notes: Notes
+
+    @property
+    def layout(self) -> PassLayout:
+        """How a step goes through the model in this process."""
+        return PassLayout(
+            self.passes.tokens,
+            EFFICIENT_TOKENS[self.hardware.device.type],
+            self.recipe.training.packing,
+            self.hardware.processes,
+            process_number(),
+        )
+
+
+def prepare(recipe: Recipe, day: str | None, output: Path, stops: StopSignals) -> Prepared:
+    """Find the base and prepare the data: quick steps that may fail, before the model is loaded."""
+    start_up = StartUp()
+    start_up.stage_done("imports")
+    transformers_logging.set_verbosity_error()
+    keep_freed_memory()
+    if recipe.training.deterministic:
+        request_deterministic_cublas()
+    hardware = detect_hardware()
+    data = pass_gate(recipe, day).checked()
+    recipe = recipe.model_copy(update={"prompt": data.prompt})
+    base = find_base(recipe.model)
+    hashes = TensorHashes(weight_files(base))
+    hashes.start()
+    tokenizer = load_tokenizer(base)
+    encoder = Encoder(tokenizer, recipe.prompt)
+    set_pad_token(tokenizer, {encoder.end_id, tokenizer.eos_token_id})
+    plan = plan_steps(recipe.training, len(data.train))
+    arguments, served = training_arguments(recipe, hardware, data.validation is not None)
+    warnings = (*advise(recipe), *advise_steps(recipe.training, plan), *data.warnings, *served)
+    show_data(recipe, data)
+    start_up.stage_done("data")
+    return Prepared(
+        recipe, output, hardware, base, tokenizer, encoder, data, plan, arguments, warnings, start_up, stops, hashes,
+    )  # fmt: skip
+
+
+def load(prepared: Prepared, start: Checkpoint | None = None) -> Session:
+    """Load the model and attach the adapter."""
+    recipe, hardware = prepared.recipe, prepared.hardware
+    with console.status(f"loading {recipe.model.base}"):
+        model = load_base(recipe.model, prepared.base, hardware)
+    adapted = attach_adapter(model, recipe.lora, recipe.model.base, recipe.seed)
+    use_fused_lora(adapted)
+    use_fused_elementwise(model)
+    attention = choose_attention(model, hardware, recipe.model.attn_implementation, recipe.training.packing)
+    add_labelled_loss(model)
+    summary = summarise_adapter(adapted)
+    passes = _plan_passes(prepared, adapted, start)
+    arguments = with_gradient_checkpointing(prepared.arguments, passes.gradient_checkpointing)
+    show_model(recipe, summary, dtype_name(model.dtype), str(attention), passes)
+    prepared.start_up.stage_done("model")
+    known = vars(prepared) | {"arguments": arguments}
+    held = parts_of_memory(summary, passes)
+    return Session(**known, model=adapted, summary=summary, passes=passes, held=held, notes=Notes())
+
+
+def _plan_passes(prepared: Prepared, model: AdaptedModel, start: Checkpoint | None) -> PassPlan:
+    """Choose the size of a pass, as before the interruption if it still fits."""
+    training, hardware, lengths = prepared.recipe.training, prepared.hardware, prepared.data.train.lengths
+    longest, step = int(lengths.max()), largest_step(lengths, training, hardware.processes)
+    memory = None
+    if training.gradient_checkpointing is None or training.tokens_per_pass is None:
+        memory = measure_passes(model, training.packing, longest, step, hardware)
+    begun = start.progress.get(PASS_TOKENS) if start else None
+    passes = plan_passes(training, memory, longest, step, str(hardware.device.type), begun)
+    if begun and passes.tokens != begun:
+        console.warn(
+            f"a pass has up to {passes.tokens:,} tokens, {begun:,} before the interruption, so bits may differ"
+        )
+    return passes
