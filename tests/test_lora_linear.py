@@ -294,6 +294,23 @@ def test_four_bit_layers_with_another_compute_dtype_are_left_to_peft() -> None:
     assert_same(run(layer_of(fused), x), run(layer_of(own), x), terms=0)
 
 
+def test_four_bit_layers_that_are_repacked_after_the_first_call_are_left_to_peft(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """bitsandbytes changes the state of a weight in place; its packed form can only be multiplied forwards."""
+    model = four_bit(torch.float32, double=False)
+    use_fused_lora(model)
+    x, fused = inputs(4, IN), list[None]()
+    plain = lora_linear._FusedLinear.apply
+    monkeypatch.setattr(lora_linear._FusedLinear, "apply", lambda *rest: fused.append(None) or plain(*rest))
+    layer_of(model)(x)
+    assert len(fused) == 1
+    state = layer_of(model).base_layer.weight.quant_state
+    monkeypatch.setattr(state, "packing_format_for_cpu", True, raising=False)
+    monkeypatch.setattr(type(layer_of(model)), "forward", lambda layer, x: x)
+    assert layer_of(model)(x) is x
+
+
 def test_the_graph_of_a_step_is_freed() -> None:
     model = net_with()
     use_fused_lora(model)
@@ -338,6 +355,16 @@ def thaw_base(model: Any) -> None:
     layer_of(model).base_layer.weight.requires_grad_(True)
 
 
+def test_layers_of_derived_classes_are_left_to_peft() -> None:
+    """From the first call on, where nothing has been decided yet."""
+    for change in (derive_base, derive_matrix):
+        own = net_with()
+        change(own)
+        fused = copy.deepcopy(own)
+        assert use_fused_lora(fused) == 1
+        assert_same(run(fused, inputs(4, IN)), run(own, inputs(4, IN)))
+
+
 @pytest.mark.parametrize("change", [hook_base, thaw_base], ids=["hook", "trained base"])
 def test_a_base_that_does_more_is_left_to_peft(change: Callable[[Any], None]) -> None:
     own = net_with()
@@ -375,6 +402,21 @@ def replace_base(model: Any) -> None:
     layer = layer_of(model)
     torch.manual_seed(9)
     layer.base_layer = nn.Linear(IN, HIDDEN).requires_grad_(False)
+
+
+class OtherLinear(nn.Linear):
+    """As other libraries derive them."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x) + 1
+
+
+def derive_base(model: Any) -> None:
+    layer_of(model).base_layer.__class__ = OtherLinear
+
+
+def derive_matrix(model: Any) -> None:
+    layer_of(model).lora_A["default"].__class__ = OtherLinear
 
 
 def replace_matrix(model: Any) -> None:
@@ -426,6 +468,7 @@ def narrow(model: Any) -> None:
     "change",
     [
         hook_base, thaw_base, activate_two, activate_missing, replace_base, replace_matrix, bias_branch, hook_branch,
+        derive_base, derive_matrix,
         wrap_branch, switch_adapter, switch_to_dora, scale_branch, change_dropout, narrow,
     ],
 )  # fmt: skip

@@ -25,7 +25,6 @@ LAYERS = 4
 """Every layer takes the same. With 28, we take 4,066 kernels, PEFT 6,668."""
 TOKENS = 6
 """Of each document."""
-ROW = {"input_ids": [1] * TOKENS, "labels": [1] * TOKENS, "sequence": 0}
 MOST_OF_A_LAYER = 147
 """Of which 77 are those of its seven adapted modules, and 21 round and scale their A and B."""
 
@@ -51,9 +50,13 @@ def training_pass(model: Any, batch: dict[str, Any]) -> Callable[[], None]:
     return work
 
 
+def rows(count: int) -> list[dict[str, Any]]:
+    return [{"input_ids": [1] * TOKENS, "labels": [1] * TOKENS, "sequence": number} for number in range(count)]
+
+
 def peft_count() -> int:
     """Count PEFT's pass as TRL makes it: a padded row per document, under autocast to bfloat16."""
-    work = training_pass(adapted(), collate_padded([ROW, ROW], pad_token_id=0))
+    work = training_pass(adapted(), collate_padded(rows(2), pad_token_id=0))
 
     def under_autocast() -> None:
         with torch.autocast("cpu", torch.bfloat16):
@@ -75,7 +78,7 @@ def own_counts(documents: int, monkeypatch: pytest.MonkeyPatch) -> list[Operator
     monkeypatch.setattr(norm_mlp, "_makers", makers)
     monkeypatch.setattr(norm_mlp, "_gives_the_same", lambda *_: True)  # there are no values to compare
     monkeypatch.setattr(norm_mlp, "_OWN", norm_mlp._TORCH._replace(norm=norm_by_one_kernel))
-    batch = collate_packed([ROW] * documents)
+    batch = collate_packed(rows(documents))
     with fake_gpu():
         model, batch = adapted(), on_fake_gpu(batch)
         assert use_fused_lora(model) == 7 * LAYERS

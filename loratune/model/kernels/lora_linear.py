@@ -38,7 +38,8 @@ def use_fused_lora(model: CausalModel) -> int:
     taken = 0
     for layer in model.modules():
         if not isinstance(vars(layer).get("forward"), _FusedForward):
-            if "forward" in vars(layer) or type(layer) not in base_classes() or not is_plain(state_of(layer)):
+            is_candidate = type(layer) in base_classes() and "forward" not in vars(layer)
+            if not is_candidate or not is_plain(state_of(layer)):
                 continue
             layer.forward = _FusedForward(layer)
         taken += 1

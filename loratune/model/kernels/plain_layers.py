@@ -20,9 +20,7 @@ class LayerState(NamedTuple):
     Weights are given by their identity, because tensors do not compare to a truth value.
     """
 
-    kind: type
-    adapter: str | None
-    """The single active adapter that applies to the layer's output, otherwise None."""
+    adapter: str
     base: Any
     dropout: Any
     down: Any
@@ -33,8 +31,8 @@ class LayerState(NamedTuple):
     dtypes: tuple[Any, Any]
     has_bias: bool
     """Whether B has one."""
-    base_weight: tuple[Any, ...]
-    """Its class, whether it is trained, and its state if it is quantised."""
+    base_weight: tuple[type, bool, bool]
+    """Its class, whether it is trained, and whether it is in bitsandbytes' training format."""
     base_dtype: Any
     """That the base computes in; None for a 4-bit layer that takes its first input's."""
     has_additions: bool
@@ -52,20 +50,24 @@ def base_classes() -> dict[type, type]:
 
 
 def state_of(layer: Any) -> LayerState | None:
-    """Return the state of a layer of one of `base_classes`; None if no single adapter applies to its output."""
+    """Return a layer's state; None if it is not base and matrices of known classes with a single adapter in effect."""
     active = layer._active_adapter
-    adapter = active if isinstance(active, str) else active[0] if len(active) == 1 else None
+    adapter: Any = active if isinstance(active, str) else active[0] if len(active) == 1 else None
     if layer._disable_adapters or layer.merged_adapters or adapter in layer.lora_variant:
         return None
     modules = layer._modules
-    down, up = modules["lora_A"]._modules.get(adapter), modules["lora_B"]._modules.get(adapter)
-    if down is None or up is None or not layer.cast_input_dtype_enabled:
+    base, down, up = (
+        modules["base_layer"],
+        modules["lora_A"]._modules.get(adapter),
+        modules["lora_B"]._modules.get(adapter),
+    )
+    is_known = type(base) is base_classes().get(type(layer)) and type(down) is type(up) is nn.Linear
+    if not is_known or not layer.cast_input_dtype_enabled:
         return None
-    base, dropout = modules["base_layer"], modules["lora_dropout"]._modules[adapter]
+    dropout = modules["lora_dropout"]._modules[adapter]
     weight, a, b = base._parameters["weight"], down._parameters["weight"], up._parameters["weight"]
     is_dense = type(base) is nn.Linear
     return LayerState(
-        type(layer),
         adapter,
         base,
         dropout,
@@ -74,7 +76,7 @@ def state_of(layer: Any) -> LayerState | None:
         (id(a), id(b)),
         (a.dtype, b.dtype),
         up._parameters["bias"] is not None,
-        (type(weight), weight.requires_grad, None if is_dense else weight.quant_state),
+        (type(weight), weight.requires_grad, not is_dense and _trains_quantised(weight)),
         weight.dtype if is_dense else base.compute_dtype,
         _has_additions(base) or _has_additions(dropout) or _has_additions(down) or _has_additions(up),
     )
@@ -86,22 +88,19 @@ def _has_additions(module: Any) -> bool:
     return bool(hooks) or ("forward" in own and not takes_few_rows(module))
 
 
+def _trains_quantised(weight: Any) -> bool:
+    state = weight.quant_state
+    return state is not None and not getattr(state, "packing_format_for_cpu", False)
+
+
 def is_plain(state: LayerState | None) -> bool:
     """Return whether a layer is just a frozen base and the branch of its adapter."""
-    if state is None or state.has_additions or state.has_bias or type(state.base) is not base_classes()[state.kind]:
-        return False
-    has_plain_branch = type(state.down) is nn.Linear and type(state.up) is nn.Linear
-    if not has_plain_branch or type(state.dropout) not in (nn.Identity, nn.Dropout):
+    if state is None or state.has_additions or state.has_bias or type(state.dropout) not in (nn.Identity, nn.Dropout):
         return False
     of_a, of_b = state.dtypes
     return _is_frozen(state) and of_a == of_b and of_a in (torch.float32, state.base_dtype)
 
 
 def _is_frozen(state: LayerState) -> bool:
-    """Return whether a base's frozen weight is plain, or in bitsandbytes' training format."""
-    kind, is_trained, quantised = state.base_weight
-    if is_trained:
-        return False
-    if type(state.base) is nn.Linear:
-        return kind is nn.Parameter
-    return quantised is not None and not getattr(quantised, "packing_format_for_cpu", False)
+    kind, is_trained, trains_quantised = state.base_weight
+    return not is_trained and (trains_quantised or (type(state.base) is nn.Linear and kind is nn.Parameter))
