@@ -20,6 +20,7 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 
 from loratune.model.kernels.few_rows import takes_few_rows
+from loratune.model.kernels.lora_inference import lora_output, mixed_lora_output
 from loratune.protocols import CausalModel
 
 _MAX_DROPOUT = 254 / 256
@@ -55,6 +56,9 @@ def _is_taken(layer: Any) -> bool:
 
 def _forward(layer: Any, x: Any, *args: Any, **kwargs: Any) -> Any:
     """Replacement forward of a layer: (…, in) → (…, out) in the dtype of x."""
+    if torch.is_inference_mode_enabled() and not args and _is_for_inference(layer, x, **kwargs):
+        names = kwargs.get("adapter_names")
+        return mixed_lora_output(layer, x, tuple(names)) if names else lora_output(layer, x, layer.active_adapters[0])
     adapter = None if args or kwargs else _plain_adapter(layer)
     if adapter is None or not _suits(layer, adapter, x):
         return type(layer).forward(layer, x, *args, **kwargs)
@@ -63,6 +67,21 @@ def _forward(layer: Any, x: Any, *args: Any, **kwargs: Any) -> Any:
     base = layer.base_layer
     plan = _Plan(base, layer.scaling[adapter], rate)
     return _FusedLinear.apply(x, base.bias, layer.lora_A[adapter].weight, layer.lora_B[adapter].weight, plan)
+
+
+def _is_for_inference(layer: Any, x: Any, adapter_names: list[str] | None = None, **unknown: Any) -> bool:
+    """Return whether `lora_inference` computes the layer: its rows' adapters, or the active one, are plain.
+
+    It has to notice changes of their matrices, which torch does not count for tensors made in inference mode.
+    """
+    names = adapter_names or layer.active_adapters
+    if unknown or layer.training or layer.disable_adapters or layer.merged or not (adapter_names or len(names) == 1):
+        return False
+    own = [name for name in set(names) if name in layer.lora_A]
+    return bool(own or adapter_names) and all(
+        _is_plain(layer, name) and _suits(layer, name, x) and not layer.lora_A[name].weight.is_inference()
+        for name in own
+    )
 
 
 @functools.cache
@@ -77,20 +96,25 @@ def _base_classes() -> dict[type, type]:
 
 def _plain_adapter(layer: Any) -> str | None:
     """Return the name of the single active adapter if the layer is just base and branch, otherwise None."""
-    base_class = _base_classes().get(type(layer))
-    if base_class is None or layer.disable_adapters or layer.merged or len(layer.active_adapters) != 1:
+    if type(layer) not in _base_classes() or layer.disable_adapters or layer.merged or len(layer.active_adapters) != 1:
         return None
     adapter: str = layer.active_adapters[0]
-    if adapter not in layer.lora_A or adapter in layer.lora_variant or not layer.cast_input_dtype_enabled:
-        return None
+    return adapter if adapter in layer.lora_A and _is_plain(layer, adapter) else None
+
+
+def _is_plain(layer: Any, adapter: str) -> bool:
+    """Return whether one of a layer's adapters is just a branch beside its base."""
+    if adapter in layer.lora_variant or not layer.cast_input_dtype_enabled:
+        return False
     dropout, down, up = layer.lora_dropout[adapter], layer.lora_A[adapter], layer.lora_B[adapter]
     has_plain_dropout = _is_bare(dropout, nn.Identity) or (_is_bare(dropout, nn.Dropout) and dropout.p <= _MAX_DROPOUT)
     has_plain_branch = _is_bare(down, nn.Linear) and _is_bare(up, nn.Linear) and up.bias is None
+    base_class = _base_classes()[type(layer)]
     has_known_base = _is_bare(layer.base_layer, base_class) and _has_frozen_weight(layer.base_layer)
     if not (has_plain_dropout and has_plain_branch and has_known_base):
-        return None
+        return False
     known_dtypes = (torch.float32, _base_dtype(layer.base_layer))
-    return adapter if down.weight.dtype == up.weight.dtype and down.weight.dtype in known_dtypes else None
+    return down.weight.dtype == up.weight.dtype and down.weight.dtype in known_dtypes
 
 
 def _is_bare(module: Any, kind: type) -> bool:
