@@ -12,6 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model
+from sampling import shortlisted
 from torch.nn import functional
 from transformers import (
     AutoModelForCausalLM,
@@ -34,7 +35,8 @@ from loratune.engine.kv_cache import DecodingError, token_bytes
 from loratune.engine.sampling import Sampling
 from loratune.engine.scheduler import Decoder
 from loratune.engine.sequence import RunningSequence
-from loratune.engine.token_choice import TokenChooser, shortlist
+from loratune.engine.token_choice import BatchChooser, TokenChooser
+from loratune.errors import LoratuneError
 from loratune.model.adapter.own_parameters import BASE
 
 SIZES: dict[str, Any] = {
@@ -187,6 +189,67 @@ def test_what_is_drawn_does_not_depend_on_what_else_runs() -> None:
     ) != [alone]
 
 
+HOT = [
+    Sampling(temperature=2.0, seed=3),
+    Sampling(temperature=0.7, top_k=20, top_p=0.8, seed=4, repetition_penalty=1.3),
+    Sampling(temperature=1.5, top_p=0.9, seed=5),
+    Sampling(temperature=1.0, min_p=0.05, seed=6),
+    Sampling(repetition_penalty=1.2),
+    Sampling(),
+    Sampling(temperature=1.0, top_k=20, seed=7),
+    Sampling(temperature=0.7, top_k=20, top_p=0.95, seed=8),
+]
+
+
+def drawn_alone(sampling: Sampling, prompt: list[int], scores: torch.Tensor) -> list[int]:
+    """The tokens for successive scores [steps, vocabulary], by transformers' warpers and torch's own sampling."""
+    said, generator = [*prompt], torch.Generator().manual_seed(sampling.seed or 0)
+    warpers = LogitsProcessorList([RepetitionPenaltyLogitsProcessor(float(sampling.repetition_penalty or 1))])
+    if sampling.temperature:
+        warpers.append(TemperatureLogitsWarper(sampling.temperature))
+    if sampling.top_k:
+        warpers.append(TopKLogitsWarper(sampling.top_k))
+    if sampling.top_p and sampling.top_p < 1:
+        warpers.append(TopPLogitsWarper(sampling.top_p))
+    if sampling.min_p:
+        warpers.append(MinPLogitsWarper(sampling.min_p))
+    for row in scores:
+        left, ids = warpers(torch.tensor([said]), row[None].clone())[0].sort(descending=True)
+        kept = left.softmax(-1)[left > -torch.inf]
+        draw = torch.multinomial(kept, 1, generator=generator) if sampling.temperature else kept.argmax()
+        said.append(int(ids[draw]))
+    return said[len(prompt) :]
+
+
+@pytest.mark.parametrize("vocabulary", [50, 3000])
+def test_answers_chosen_together_are_those_that_torch_draws_for_each_alone(vocabulary: int) -> None:
+    """Also for a seed of an earlier version, which drew each answer's tokens by themselves."""
+    torch.manual_seed(0)
+    # A top_p of 1 cuts the end of a wide distribution, where the sum of all before is rounded to 1.
+    settled = [one.with_defaults(None) for one in HOT if vocabulary < 1000 or one.seed != 3]
+    scores = torch.randn(len(settled), 90, vocabulary) * 3
+    expected = [drawn_alone(one, PROMPTS[0], row) for one, row in zip(settled, scores, strict=True)]
+    choosers = [TokenChooser(one, PROMPTS[0], "cpu") for one in settled]
+    batch, tokens = BatchChooser("cpu"), [list[int]() for _ in settled]
+    for step in range(90):
+        # Some pause now and then, so that the others are a batch of their own.
+        rows = [row for row in range(len(settled)) if len(tokens[row]) < 90 and (step + row) % 7]
+        logits = torch.stack([scores[row, len(tokens[row])] for row in rows])
+        chosen = batch.choose([choosers[row] for row in rows], [tokens[row] for row in rows], logits)
+        for row, token in zip(rows, chosen, strict=True):
+            tokens[row].append(token)
+    assert all(len(own) > 70 for own in tokens)
+    assert tokens == [whole[: len(own)] for whole, own in zip(expected, tokens, strict=True)]
+
+
+def test_scores_that_are_not_numbers_draw_no_token() -> None:
+    choosers = [TokenChooser(one.with_defaults(None), [1], "cpu") for one in (HOT[0], HOT[5])]
+    batch = BatchChooser("cpu")
+    with pytest.raises(LoratuneError, match="not numbers"):
+        batch.choose(choosers, [[], []], torch.full((2, 9), torch.nan))
+    assert len(batch.choose(choosers, [[], []], torch.zeros(2, 9))) == 2
+
+
 def test_the_model_s_own_generation_settings_hold_where_nothing_is_said() -> None:
     model = random_model(CONFIGS["qwen2"])
     model.generation_config = GenerationConfig(repetition_penalty=1.7)
@@ -218,7 +281,7 @@ def test_the_shortlist_is_what_transformers_warpers_leave(
     torch.manual_seed(seed)
     scores = torch.randn(width) * spread
     sampling = Sampling(temperature=temperature, top_p=top_p, top_k=top_k, min_p=min_p)
-    ids, probabilities = shortlist(scores, sampling)
+    ids, probabilities = shortlisted(scores, sampling)
     warpers = LogitsProcessorList([TemperatureLogitsWarper(temperature)])
     if top_k:
         warpers.append(TopKLogitsWarper(top_k))
@@ -235,20 +298,20 @@ def test_a_flat_distribution_is_looked_at_whole(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(token_choice, "_CANDIDATES", 8)
     scores = torch.linspace(0, 0.1, 100)  # -ln 0.99 is 9.9 of its steps
     neutral = Sampling(temperature=1.0, top_p=1.0, top_k=0, min_p=0.0)
-    assert len(shortlist(scores, neutral)[0]) == 100
-    assert 49 <= len(shortlist(scores, Sampling(temperature=1.0, top_p=0.5, top_k=0, min_p=0.0))[0]) <= 51
-    assert len(shortlist(scores, Sampling(temperature=1.0, top_p=1.0, top_k=30, min_p=0.0))[0]) == 30
-    assert len(shortlist(scores, Sampling(temperature=1.0, top_p=1.0, top_k=0, min_p=0.99))[0]) == 10
+    assert len(shortlisted(scores, neutral)[0]) == 100
+    assert 49 <= len(shortlisted(scores, Sampling(temperature=1.0, top_p=0.5, top_k=0, min_p=0.0))[0]) <= 51
+    assert len(shortlisted(scores, Sampling(temperature=1.0, top_p=1.0, top_k=30, min_p=0.0))[0]) == 30
+    assert len(shortlisted(scores, Sampling(temperature=1.0, top_p=1.0, top_k=0, min_p=0.99))[0]) == 10
 
 
 def test_the_penalty_is_transformers_and_leaves_the_logits_alone() -> None:
     torch.manual_seed(0)
     logits, prompt = torch.randn(50), [3, 3, 9]
-    chooser = TokenChooser(Sampling(repetition_penalty=10.0), prompt, "cpu")
+    choosers, batch = [TokenChooser(Sampling(repetition_penalty=10.0), prompt, "cpu")], BatchChooser("cpu")
     before, said = logits.clone(), list(prompt)
-    for _ in range(20):
+    for _ in range(80):  # more than room is made for at once
         penalised = RepetitionPenaltyLogitsProcessor(10.0)(torch.tensor([said]), logits[None].clone())
-        token = chooser.choose(logits)
+        (token,) = batch.choose(choosers, [said[len(prompt) :]], logits[None])
         assert token == int(penalised.argmax())
         said.append(token)
     assert torch.equal(logits, before)
@@ -256,8 +319,8 @@ def test_the_penalty_is_transformers_and_leaves_the_logits_alone() -> None:
 
 def test_draws_follow_the_probabilities() -> None:
     chooser = TokenChooser(Sampling(temperature=1.0, top_p=1.0, seed=5, repetition_penalty=1.0), [1], "cpu")
-    probabilities = torch.tensor([0.6, 0.3, 0.1])
-    draws = torch.tensor([chooser.choose(probabilities.log()) for _ in range(4000)])
+    probabilities, batch = torch.tensor([0.6, 0.3, 0.1]), BatchChooser("cpu")
+    draws = torch.tensor([batch.choose([chooser], [[]], probabilities.log()[None]) for _ in range(4000)])[:, 0]
     assert torch.allclose(draws.bincount(minlength=3) / 4000, probabilities, atol=0.03)
 
 

@@ -92,7 +92,7 @@ class ForwardBatch:
         self.width = 1 if widest == 1 else round_up(widest, LENGTH_UNIT // 2)
         ends = [start + count for start, count in zip(self.starts, self.counts, strict=True)]
         self.end = round_up(max(ends), LENGTH_UNIT)
-        numbers = torch.tensor([self.slots, self.starts, ends, self.counts], device=self.device)
+        numbers = torch.tensor([self.slots, self.starts, ends, self.counts]).to(self.device, non_blocking=True)
         self.places = numbers[:2]
         first, fill = numbers[2].unsqueeze(1) - self.width, self.width - numbers[3].unsqueeze(1)
         steps = torch.arange(self.width, device=self.device)

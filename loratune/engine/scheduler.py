@@ -17,7 +17,7 @@ from torch.nn import functional
 from loratune.engine.kv_cache import BatchedKVCache, ForwardBatch, reserved_tokens, token_bytes, use_slot_attention
 from loratune.engine.prefix_cache import PrefixCache
 from loratune.engine.sequence import RunningSequence
-from loratune.engine.token_choice import TokenChooser
+from loratune.engine.token_choice import BatchChooser, TokenChooser
 from loratune.model.adapter.own_parameters import BASE, own_parameters
 from loratune.model.architecture.structure import causal_model, is_adapted, layer_count, output_layer
 from loratune.model.kernels.few_rows import give_up_few_row_products, use_few_row_products
@@ -60,6 +60,7 @@ class Decoder:
         self._layers = layer_count(base.config)
         self._cache = BatchedKVCache(self._layers)
         self._prefixes = PrefixCache(self._cache)
+        self._chooser = BatchChooser(self.device)
         self._budget_tokens = None if cache_budget_bytes is None else cache_budget_bytes / token_bytes(base)
         self._adapter: str | None = None
         self._own = own_parameters(base)
@@ -105,12 +106,12 @@ class Decoder:
             self._begin(self.waiting.popleft())
         answering = [running for running in self.running if running.tokens]
         reading = self._next_prompts()
-        if reading:
-            self._read(reading)
+        passes = [self._read(reading)] if reading else []
         if answering:
-            logits = self._forward(answering, [running.tokens[-1:] for running in answering])
-            self._choose(answering, logits)
-        advanced = [*answering, *(running for running in reading if running.tokens)]
+            passes.append((answering, self._forward(answering, [running.tokens[-1:] for running in answering])))
+        advanced = [running for rows, _ in passes for running in rows]
+        if advanced:
+            self._choose(advanced, _one_below_the_other([logits for rows, logits in passes if rows]))
         for running in advanced:
             if running.finish:
                 self.remove(running)
@@ -188,13 +189,14 @@ class Decoder:
             chosen.append(running)
         return chosen
 
-    def _read(self, reading: Sequence[RunningSequence]) -> None:
+    def _read(self, reading: Sequence[RunningSequence]) -> tuple[list[RunningSequence], torch.Tensor]:
+        """Process a part of each prompt; return those that are complete, and their logits."""
         parts = [running.prompt[running.read : running.read + PROMPT_PART] for running in reading]
         logits = self._forward(reading, parts)
         for running, part in zip(reading, parts, strict=True):
             running.read += len(part)
         done = [index for index, running in enumerate(reading) if running.read == len(running.prompt)]
-        self._choose([reading[index] for index in done], logits[done])
+        return [reading[index] for index in done], logits if len(done) == len(reading) else logits[done]
 
     def _forward(self, rows: Sequence[RunningSequence], new: Sequence[Sequence[int]]) -> torch.Tensor:
         """Return logits [rows, vocabulary] after the last new token of each row."""
@@ -213,9 +215,7 @@ class Decoder:
         if len(groups) == 1:
             return parts[0]
         order = torch.tensor([index for group in groups for index in group]).argsort()
-        widest = max(part.shape[-1] for part in parts)  # vocabulary sizes of adapters may differ
-        padded = [functional.pad(part, (0, widest - part.shape[-1]), value=-torch.inf) for part in parts]
-        return torch.cat(padded)[order.to(self.device)]
+        return _one_below_the_other(parts)[order.to(self.device, non_blocking=True)]
 
     def _pass(
         self,
@@ -229,7 +229,7 @@ class Decoder:
         filled = [[0] * (feed.width - len(tokens)) + list(tokens) for tokens in new]
         cache.feed = feed
         output = self.model(
-            input_ids=torch.tensor(filled, device=self.device),
+            input_ids=torch.tensor(filled).to(self.device, non_blocking=True),  # without waiting for what runs
             position_ids=feed.positions,
             past_key_values=cache,
             use_cache=True,
@@ -262,14 +262,19 @@ class Decoder:
         self._adapter = adapter
 
     def _choose(self, rows: Sequence[RunningSequence], logits: torch.Tensor) -> None:
-        choosers = [running.chooser for running in rows]
-        plain = all(chooser is not None and chooser.takes_likeliest for chooser in choosers)
-        likeliest = logits.argmax(-1).tolist() if plain else []
-        for index, (running, chooser) in enumerate(zip(rows, choosers, strict=True)):
-            if chooser is None:
-                raise RuntimeError("an answer without a slot")
-            running.tokens.append(likeliest[index] if plain else chooser.choose(logits[index]))
-            if running.tokens[-1] in running.ends:
+        choosers = [running.chooser for running in rows if running.chooser]
+        tokens = self._chooser.choose(choosers, [running.tokens for running in rows], logits)
+        for running, token in zip(rows, tokens, strict=True):
+            running.tokens.append(token)
+            if token in running.ends:
                 running.finish = "stop"
             elif len(running.tokens) >= running.sampling.max_new_tokens:
                 running.finish = "length"
+
+
+def _one_below_the_other(logits: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Join [rows, vocabulary] of several passes, whose adapters may have vocabularies of different sizes."""
+    if len(logits) == 1:
+        return logits[0]
+    widest = max(part.shape[-1] for part in logits)
+    return torch.cat([functional.pad(part, (0, widest - part.shape[-1]), value=-torch.inf) for part in logits])
