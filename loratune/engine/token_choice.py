@@ -172,8 +172,8 @@ class Group:
             scores: float [answers of the group, vocabulary].
 
         Returns:
-            ids, int64, and probabilities, float32, both [answers of the group, examined]. A probability is -1 for a token
-            that may not be sampled, and they are not divided by their sum.
+            ids, int64, and probabilities, float32, both [answers of the group, examined]. A probability is -1 for a
+            token that may not be sampled, and they are not divided by their sum.
         """
         scores = scores.float() / self._temperature
         values, ids = _largest(scores, self._width)
