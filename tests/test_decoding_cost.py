@@ -6,6 +6,7 @@ Operators are counted on a CPU, and copies on a fake GPU: both are the same on e
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ from operators import Operators
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, Qwen2Config
 
+from loratune.engine.paged_cache import PAGE, Kernel, PagedKVCache
 from loratune.engine.sampling import Sampling
 from loratune.engine.scheduler import Decoder
 from loratune.engine.sequence import RunningSequence
@@ -45,10 +47,11 @@ def adapted(layers: int = LAYERS) -> Any:
     return model.eval()
 
 
-def begun(model: Any, sampling: Sampling, names: list[str]) -> Decoder:
+def begun(model: Any, sampling: Sampling, names: list[str], prepare: Callable[[Decoder], Any] = id) -> Decoder:
     """A decoder whose answers are on their way."""
     use_fused_lora(model)
     decoder = Decoder(model, slots=len(names))
+    prepare(decoder)
     for name in names:
         decoder.add(RunningSequence(PROMPT, sampling.but(max_new_tokens=99), frozenset(), name))
     while not all(running.tokens for running in decoder.running) or not decoder.running:
@@ -73,13 +76,15 @@ def launched_by_generate(model: Any, rows: int, how: dict[str, Any]) -> Counter[
 
 @pytest.mark.parametrize("kind", SETTINGS)
 @pytest.mark.parametrize("rows", [1, 8])
-def test_a_step_launches_no_more_than_generate_with_peft(kind: str, rows: int) -> None:
+def test_a_step_launches_less_than_generate_with_peft(kind: str, rows: int) -> None:
     sampling, how = SETTINGS[kind]
     expected = launched_by_generate(adapted(), rows, how)
     decoder = begun(adapted(), sampling, ["default"] * rows)
     with Operators() as counted:
         decoder.step()
-    assert counted.launched.total() <= expected.total(), (counted.launched - expected, expected - counted.launched)
+    # A kernel for each sampled answer's random numbers is left.
+    share = 0.85 if kind == "sampled" else 0.7
+    assert counted.launched.total() <= share * expected.total(), (counted.launched, expected)
 
 
 class GPU:
@@ -99,6 +104,14 @@ class GPU:
         lora_inference._numbered.cache_clear()
 
 
+def on_pages(decoder: Decoder) -> Decoder:
+    """The decoder as on a GPU whose kernel reads pages."""
+    kernel = Kernel(pytest.importorskip("torch.nn.attention.varlen").varlen_attn, reads_tables=True)
+    decoder._cache = PagedKVCache(LAYERS, 99 * PAGE, kernel)
+    decoder._prefixes._cache = decoder._cache
+    return decoder
+
+
 @pytest.mark.parametrize("kind", SETTINGS)
 @pytest.mark.parametrize("names", [["default"], ["default"] * 8, ["default", "other", BASE]], ids=["1", "8", "mixed"])
 def test_a_step_copies_little_to_a_gpu_and_reads_once(
@@ -106,9 +119,9 @@ def test_a_step_copies_little_to_a_gpu_and_reads_once(
 ) -> None:
     model = adapted().to("meta")
     gpu = GPU(monkeypatch)
-    decoder = begun(model, SETTINGS[kind][0], names)
+    decoder = begun(model, SETTINGS[kind][0], names, on_pages)
     gpu.reads = 0
     with Operators() as counted:
         decoder.step()
-    assert counted.copies <= 4
+    assert counted.copies == 2  # what the rows are, and their tokens
     assert gpu.reads == 1

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -15,9 +14,9 @@ from operators import Operators
 
 from loratune.engine import cache_choice, paged_cache
 from loratune.engine import scheduler as decoder_module
-from loratune.engine.cache_choice import reads_pages
+from loratune.engine.cache_choice import works
 from loratune.engine.kv_cache import token_bytes
-from loratune.engine.paged_cache import PagedBatch, PagedKVCache
+from loratune.engine.paged_cache import Kernel, PagedBatch, PagedKVCache
 from loratune.engine.sampling import Sampling
 from loratune.engine.scheduler import Decoder
 from loratune.engine.sequence import RunningSequence
@@ -43,20 +42,25 @@ def varlen_attention(
     block_table: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """What torch's documentation says of `varlen_attn` with pages, a row and a head at a time in float64."""
-    assert cu_seq_k is None
     assert seqused_k is not None
-    assert block_table is not None
-    assert {cu_seq_q.dtype, seqused_k.dtype, block_table.dtype} == {torch.int32}
-    assert block_table.stride(-1) == 1
-    assert enable_gqa == (query.shape[1] != key.shape[2])
+    assert (cu_seq_k is None) != (block_table is None)
+    assert enable_gqa == (query.shape[1] != key.shape[-2])
     assert max_k == int(seqused_k.max())
     left, right = window_size
     output = torch.zeros_like(query)
-    for row, (used, pages) in enumerate(zip(seqused_k.tolist(), block_table.tolist(), strict=True)):
+    for row, used in enumerate(seqused_k.tolist()):
         first, last = cu_seq_q[row : row + 2].tolist()
         assert last - first <= max_q
-        own = [torch.cat([pool[page] for page in pages])[:used].double() for pool in (key, value)]
-        groups = query.shape[1] // key.shape[2]
+        if block_table is not None:
+            assert block_table.stride(-1) == 1
+            own = [torch.cat([pool[page] for page in block_table[row]])[:used].double() for pool in (key, value)]
+        else:
+            assert cu_seq_k is not None
+            assert len(cu_seq_k) == len(seqused_k) + 1
+            own = [pool[cu_seq_k[row] : cu_seq_k[row] + used].double() for pool in (key, value)]
+        numbers = [tensor for tensor in (cu_seq_q, cu_seq_k, seqused_k, block_table) if tensor is not None]
+        assert {tensor.dtype for tensor in numbers} == {torch.int32}
+        groups = query.shape[1] // key.shape[-2]
         keys, values = (tensor.repeat_interleave(groups, 1).transpose(0, 1) for tensor in own)
         asked = query[first:last].double().transpose(0, 1)
         scores = asked @ keys.transpose(1, 2) * (query.shape[2] ** -0.5 if scale is None else scale)
@@ -67,7 +71,11 @@ def varlen_attention(
     return output
 
 
-KERNELS: dict[str, Callable[..., torch.Tensor] | None] = {"gathered": None, "kernel": varlen_attention}
+KERNELS = {
+    "gathered": None,
+    "tables": Kernel(varlen_attention, reads_tables=True),
+    "runs": Kernel(varlen_attention, reads_tables=False),
+}
 
 
 @pytest.fixture
@@ -77,7 +85,7 @@ def small_pages(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(PagedBatch, "unit", SMALL)
 
 
-def paged(model: Any, slots: int, pages: int, kernel: Callable[..., torch.Tensor] | None = None) -> Decoder:
+def paged(model: Any, slots: int, pages: int, kernel: Kernel | None = None) -> Decoder:
     """A decoder with a pool of pages."""
     decoder = Decoder(model, slots)
     decoder._cache = PagedKVCache(len(decoder._cache._kept), pages * paged_cache.PAGE, kernel)
@@ -134,7 +142,8 @@ def test_adapters_and_losses_are_as_with_slots(kernel: str, small_pages: None) -
 def test_any_course_of_questions_keeps_its_promises(small_pages: None, data: st.DataObject) -> None:
     model = random_model(CONFIGS["qwen2"])
     # No more than the longest question and its answer need, or some more.
-    decoder = paged(model, data.draw(st.integers(1, 4)), data.draw(st.integers(10, 20)))
+    kernel = KERNELS[data.draw(st.sampled_from(sorted(KERNELS)))]
+    decoder = paged(model, data.draw(st.integers(1, 4)), data.draw(st.integers(10, 20)), kernel)
     prompts = st.lists(st.integers(1, 2), min_size=1, max_size=80)  # few ids, so that many begin alike
     running: list[RunningSequence] = []
     for _ in range(data.draw(st.integers(1, 14))):
@@ -254,27 +263,28 @@ def test_a_kernel_is_used_if_it_gives_what_sdpa_gives(kind: str) -> None:
     def without_window(*arguments: Any, **settings: Any) -> torch.Tensor:
         return varlen_attention(*arguments, **(settings | {"window_size": (-1, settings["window_size"][1])}))
 
-    def without_pages(*arguments: Any, block_table: torch.Tensor, **settings: Any) -> torch.Tensor:
-        return varlen_attention(*arguments, block_table=torch.zeros_like(block_table), **settings)
+    def elsewhere(query: Any, key: Any, *arguments: Any, **settings: Any) -> torch.Tensor:
+        return varlen_attention(query, key.roll(1, 0), *arguments, **settings)
 
     def not_at_all(*_: Any, **__: Any) -> torch.Tensor:
         raise RuntimeError("paged KV is not supported")
 
-    assert reads_pages(varlen_attention, model)
-    assert not any(reads_pages(kernel, model) for kernel in (without_window, without_pages, not_at_all))
+    for reads_tables in (True, False):
+        assert works(Kernel(varlen_attention, reads_tables), model)
+        for kernel in (without_window, elsewhere, not_at_all):
+            assert not works(Kernel(kernel, reads_tables), model)
 
 
 @pytest.mark.parametrize("count", [1, 3])
-def test_torch_s_kernel_takes_the_arguments(count: int) -> None:
+@pytest.mark.parametrize("reads_tables", [True, False])
+def test_torch_s_kernel_takes_the_arguments(count: int, reads_tables: bool) -> None:
     """As far as shapes go: the device "meta" runs what torch has declared of its operator."""
-    kernel = pytest.importorskip("torch.nn.attention.varlen").varlen_attn
+    kernel = Kernel(pytest.importorskip("torch.nn.attention.varlen").varlen_attn, reads_tables)
     numbers = torch.zeros(2, 2, dtype=torch.int32, device="meta")
-    batch = PagedBatch(
-        [0, 1], [4, 300], [count, count], "meta", tables=[[1], [2, 3]], numbers=numbers, kernel=kernel
-    )  # fmt: skip
+    batch = PagedBatch([0, 1], [4, 300], [count] * 2, "meta", tables=[[1], [2, 3]], numbers=numbers, kernel=kernel)
     query = torch.zeros(2, 4, batch.width, 16, dtype=torch.bfloat16, device="meta")
     pool = torch.zeros(4, paged_cache.PAGE, 2, 16, dtype=torch.bfloat16, device="meta")
     with Operators() as counted:
         output = batch.attend(query, pool, pool, None, None)
     assert output.shape == (2, batch.width, 4, 16)
-    assert counted.copies == 0
+    assert counted.launched == {"torch_attn::_varlen_attn": 1} | ({} if count == 1 else {"clone": 1})

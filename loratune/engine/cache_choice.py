@@ -41,28 +41,29 @@ def make_cache(model: CausalModel, slots: int, budget_bytes: float | None) -> KV
 
 
 def paged_kernel(model: CausalModel) -> Kernel | None:
-    """Return torch's attention over pages if it works for a model on its GPU.
+    """Return torch's attention over pages as far as it works for a model on its GPU.
 
-    Whether it does depends on the card, on torch, and on which flash attention is installed, so it is tried.
+    That depends on the card, on torch, and on which flash attention is installed, so it is tried.
     """
     is_half = model.dtype in (torch.bfloat16, torch.float16)
     if varlen_attn is None or not is_half or torch.cuda.get_device_capability(model.device) < FLASH_CAPABILITY:
         return None
-    return varlen_attn if reads_pages(varlen_attn, model) else None
+    kernels = (Kernel(varlen_attn, reads_tables) for reads_tables in (True, False))
+    return next((kernel for kernel in kernels if works(kernel, model)), None)
 
 
 @torch.inference_mode()  # type: ignore[untyped-decorator]
-def reads_pages(kernel: Kernel, model: CausalModel) -> bool:
+def works(kernel: Kernel, model: CausalModel) -> bool:
     """Return whether a kernel gives what sdpa gives, with and without a window, for prompts and single tokens."""
-    config, tables = model.config, [[2], [1, 3]]
+    config, tables = model.config, [[4], [1, 3] if kernel.reads_tables else [2, 3]]
     heads, key_heads, size = text_config(config).num_attention_heads, key_value_heads(config), head_size(config)
     generator = torch.Generator().manual_seed(0)
 
     def random(*shape: int) -> torch.Tensor:
         return torch.randn(*shape, generator=generator).to(model.device, model.dtype)
 
-    key, value = (random(4, PAGE, key_heads, size) for _ in range(2))
-    numbers = torch.tensor([[2, 0], [1, 3]], dtype=torch.int32).to(model.device)
+    key, value = (random(5, PAGE, key_heads, size) for _ in range(2))
+    numbers = torch.tensor([[4, 0], tables[1]], dtype=torch.int32).to(model.device)
     try:
         for count in (1, 3):
             batch = [0, 1], [4, PAGE + 9], [count, count], model.device

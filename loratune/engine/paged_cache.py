@@ -1,24 +1,33 @@
 """A KV cache in pages of one pool that is made once, for GPUs.
 
 A sequence gets as many pages as its longest answer needs (Kwon et al. 2023, PagedAttention). So nothing is copied when
-others start or end, what has been promised is never exceeded, and sequences with the same beginning share its pages.
+others start or end, and what has been promised is never exceeded. Sequences with the same beginning share its pages,
+unless the kernel of this GPU needs the pages of each one in a run.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple
 
 import torch
+from torch.nn import functional
 
 from loratune.engine.forward_batch import ForwardBatch
 from loratune.engine.kv_cache import KVCache
 
-Kernel: TypeAlias = Callable[..., torch.Tensor]
 PAGE = 256
 """Tokens of a page; flash attention 2 takes multiples of this only."""
 _SCRATCH = 0
 """The page that takes what is computed for padding."""
+
+
+class Kernel(NamedTuple):
+    """`torch.nn.attention.varlen.varlen_attn`, and what it can do on a GPU."""
+
+    attend: Callable[..., torch.Tensor]
+    reads_tables: bool
+    """Whether a row's pages may be anywhere, otherwise they have to follow each other."""
 
 
 class PagedBatch(ForwardBatch):
@@ -28,7 +37,7 @@ class PagedBatch(ForwardBatch):
         batch: slots, starts, counts and device; see `ForwardBatch`.
         tables: pages of each slot, in order.
         numbers: the same on the device, int32 [slots, most pages].
-        kernel: `torch.nn.attention.varlen.varlen_attn` where it reads pages; None to gather them for sdpa.
+        kernel: None to gather the pages for sdpa.
     """
 
     unit = PAGE
@@ -41,19 +50,23 @@ class PagedBatch(ForwardBatch):
         kernel: Kernel | None,
     ) -> None:
         super().__init__(*batch)
-        slots, device = self.slots, self.device
-        self._kernel, pages = kernel, self.end // PAGE
+        pages = self.end // PAGE
         self.table = numbers[self.places[0], :pages]
         """Pages of each row, int32 [rows, pages]."""
-        own = tables[slots[0]][:pages]
-        self._run = own[0] if len(slots) == 1 and own == list(range(own[0], own[0] + pages)) else None
-        """The first page of a single row whose pages follow each other."""
+        own = [tables[slot][: -(-(start + count) // PAGE)] for slot, start, count in zip(*batch[:3], strict=True)]
+        self._firsts = [row[0] for row in own if row == list(range(row[0], row[0] + len(row)))]
+        """First pages of rows whose pages follow each other."""
+        are_runs = len(self._firsts) == len(own)
+        self._kernel = kernel if kernel is not None and (kernel.reads_tables or are_runs) else None
         page = self.table.gather(1, self.positions // PAGE)
         self.targets = (page * PAGE + self.positions % PAGE).masked_fill(self.is_padding, _SCRATCH * PAGE).flatten()
         """Where in the pool each new token goes, int64 [rows · width]."""
-        if kernel is not None:
+        if self._kernel is not None:
             self._used = self.ends.int()
-            self._borders = torch.arange(0, len(slots) * self.width + 1, self.width, dtype=torch.int32, device=device)
+            last = len(own) * self.width
+            self._borders = torch.arange(0, last + 1, self.width, dtype=torch.int32, device=self.device)
+            # Where a row's keys begin in the pool. The last number is not used, as lengths are given.
+            self._begins = None if self._kernel.reads_tables else functional.pad(self.table[:, 0] * PAGE, (0, 1))
 
     def attend(
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, window: int | None, scale: float | None
@@ -62,28 +75,32 @@ class PagedBatch(ForwardBatch):
         if self._kernel is None:
             return super().attend(query, self._gathered(key), self._gathered(value), window, scale)
         rows, heads, width, size = query.shape
+        key_heads, is_flat = key.shape[2], self._begins is not None
+        if is_flat:
+            key, value = key.view(-1, key_heads, size), value.view(-1, key_heads, size)
         # Padding is left of a row's tokens, so that the last query is at the last key. One query sees all keys, and is
         # computed faster where the kernel need not look for those that come after it.
-        output = self._kernel(
+        output = self._kernel.attend(
             query.transpose(1, 2).reshape(-1, heads, size),
             key,
             value,
             self._borders,
-            None,
+            self._begins,
             width,
             self.longest,
             scale=scale,
             window_size=(-1 if window is None else window - 1, -1 if width == 1 else 0),
-            enable_gqa=heads != key.shape[2],
+            enable_gqa=heads != key_heads,
             seqused_k=self._used,
-            block_table=self.table,
+            block_table=None if is_flat else self.table,
         )
         return output.view(rows, width, heads, size)
 
     def _gathered(self, pool: torch.Tensor) -> torch.Tensor:
         """Return the rows' pages as [rows, heads, end, size]: a view of a single run, else a copy."""
         rows, pages = self.table.shape
-        own = pool[self.table.flatten()] if self._run is None else pool[self._run : self._run + pages]
+        is_run = rows == 1 and len(self._firsts) == 1
+        own = pool[self._firsts[0] : self._firsts[0] + pages] if is_run else pool[self.table.flatten()]
         return own.view(rows, pages * PAGE, *pool.shape[2:]).transpose(1, 2)
 
 
@@ -115,28 +132,54 @@ class PagedKVCache(KVCache):
         if not self.fits(lengths):  # which one alone may be
             super().clear()
             self._start_over(_pages(lengths[-1]))
-            shared = 0
-        slot, wanted = len(lengths) - 1, _pages(lengths[-1])
+            source = shared = 0
+        slot = len(lengths) - 1
         self._tables += [[] for _ in range(slot + 1 - len(self._tables))]
-        table = self._tables[source][: _pages(shared)] if shared else []
-        for page in table:
+        same = self._tables[source][: _pages(shared)]
+        for page in same:
             self._users[page] += 1
-        self._release(slot)
-        # The page in which the beginnings part is written to, so that it has to be this sequence's alone.
-        for other in (None, *self._idle(len(lengths), source)):
+        self._drop(slot)
+        place = self._share if self._kernel is None or self._kernel.reads_tables else self._repeat
+        self._tables[slot], held = place(same, shared, _pages(lengths[-1]), self._idle(len(lengths), source))
+        self._numbers = None
+        return held
+
+    def _share(self, same: list[int], shared: int, wanted: int, idle: Sequence[int]) -> tuple[list[int], int]:
+        """Return the pages of a sequence that begins with those of another one, and the tokens that they hold.
+
+        Args:
+            same: pages that are the same up to the last, whose users are counted already.
+            shared: tokens in them that are the same.
+            wanted: number of pages.
+            idle: slots that may make way, the last one last.
+        """
+        for other in (None, *idle):
             if other is not None:
-                self._release(other)
-            is_split = bool(shared % PAGE) and self._users[table[-1]] > 1
-            if len(self._free) >= wanted - len(table) + is_split:
+                self._drop(other)
+            # The page in which the beginnings part is written to, so that it has to be this sequence's alone.
+            is_split = bool(shared % PAGE) and self._users[same[-1]] > 1
+            if len(self._free) >= wanted - len(same) + is_split:
                 break
+        taken = self._take(wanted - len(same) + is_split)
         if is_split:
-            page = table.pop()
-            table += self._take(1)
-            self._copy(page, table[-1])
-            self._users[page] -= 1
-        table += self._take(wanted - len(table))
-        self._tables[slot], self._numbers = table, None
-        return shared
+            self._copy(same[-1:], taken[:1])
+            self._leave(same[-1:])
+        return [*same[: len(same) - is_split], *taken], shared
+
+    def _repeat(self, same: list[int], shared: int, wanted: int, idle: Sequence[int]) -> tuple[list[int], int]:
+        """Like `_share`, with a copy of the pages in a run of their own, unless they have to make way."""
+        for other in idle:
+            if self._run(wanted) is not None:
+                break
+            self._drop(other)
+        if len(self._free) < wanted:
+            self._leave(same)
+            same, shared = [], 0
+        taken = self._take(wanted)
+        if same:
+            self._copy(same, taken[: len(same)])
+            self._leave(same)
+        return taken, shared
 
     def end(self, slot: int, last: int, length: int) -> bool:
         self._tables[slot], self._tables[last] = self._tables[last], self._tables[slot]
@@ -190,26 +233,36 @@ class PagedKVCache(KVCache):
         found = [slot for slot in range(running, len(self._tables)) if self._tables[slot]]
         return sorted(found, key=lambda slot: (slot == source, self._left.get(slot, 0)))
 
+    def _run(self, count: int) -> int | None:
+        """Return where in `_free` so many pages follow each other; None if they do nowhere."""
+        free, starts = self._free, range(len(self._free) - count + 1)
+        return next((start for start in starts if free[start + count - 1] - free[start] == count - 1), None)
+
     def _take(self, count: int) -> list[int]:
-        """Take free pages, which follow each other if possible: those of a single row are then read in place."""
-        free = self._free
-        starts = range(len(free) - count + 1)
-        first = next((start for start in starts if count and free[start + count - 1] - free[start] == count - 1), 0)
-        taken, self._free = free[first : first + count], free[:first] + free[first + count :]
+        """Take free pages, a run if there is one."""
+        first = (self._run(count) or 0) if count else 0
+        taken = self._free[first : first + count]
+        self._free = self._free[:first] + self._free[first + count :]
         for page in taken:
             self._users[page] += 1
         return taken
 
-    def _release(self, slot: int) -> None:
-        for page in self._tables[slot]:
+    def _leave(self, pages: Sequence[int]) -> None:
+        """Count one user less for some pages."""
+        for page in pages:
             self._users[page] -= 1
-        self._free = sorted([*self._free, *(page for page in self._tables[slot] if not self._users[page])])
-        self._tables[slot] = []
+        self._free = sorted([*self._free, *(page for page in pages if not self._users[page])])
 
-    def _copy(self, source: int, target: int) -> None:
+    def _drop(self, slot: int) -> None:
+        """Forget what a slot holds."""
+        pages, self._tables[slot] = self._tables[slot], []
+        self._leave(pages)
+
+    def _copy(self, source: list[int], target: list[int]) -> None:
         for kept in self._kept:
             for pool in kept:
-                pool[target] = pool[source]
+                for old, new in zip(source, target, strict=True):
+                    pool[new] = pool[old]
 
 
 def _pages(tokens: int) -> int:
