@@ -424,6 +424,18 @@ def test_what_a_conversation_has_said_is_not_read_again() -> None:
         turns = {name: [*running.ids, *PROMPTS[3]] for name, running in asked.items()}
 
 
+def test_a_beginning_that_a_running_answer_has_read_is_not_read_again() -> None:
+    model, sampling = random_model(CONFIGS["qwen2"]), Sampling(max_new_tokens=30)
+    decoder, beginning = Decoder(model, slots=4), PROMPTS[1]
+    first = RunningSequence([*beginning, 3, 4], sampling, frozenset())
+    decoder.add(first)
+    decoder.step()
+    others = [RunningSequence([*beginning, 9, number], sampling, frozenset()) for number in (7, 8)]
+    running_on = sampling.max_new_tokens - 1  # one token of the first answer is there
+    assert read_tokens(decoder, others) - running_on == 2 + 2  # what is new in each
+    assert [one.tokens for one in (first, *others)] == [greedy(model, one.prompt, 30) for one in (first, *others)]
+
+
 @settings(max_examples=25, deadline=None)
 @given(st.data())
 def test_any_course_of_questions_gets_the_answers_given_alone(data: st.DataObject) -> None:

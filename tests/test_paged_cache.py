@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import types
 from collections import Counter
 from typing import Any
 
@@ -14,7 +15,7 @@ from operators import Operators
 
 from loratune.engine import cache_choice, paged_cache
 from loratune.engine import scheduler as decoder_module
-from loratune.engine.cache_choice import works
+from loratune.engine.cache_choice import make_cache, works
 from loratune.engine.kv_cache import token_bytes
 from loratune.engine.paged_cache import Kernel, PagedBatch, PagedKVCache
 from loratune.engine.sampling import Sampling
@@ -273,6 +274,36 @@ def test_a_kernel_is_used_if_it_gives_what_sdpa_gives(kind: str) -> None:
         assert works(Kernel(varlen_attention, reads_tables), model)
         for kernel in (without_window, elsewhere, not_at_all):
             assert not works(Kernel(kernel, reads_tables), model)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "capability", "working", "expected"),
+    [
+        (torch.bfloat16, (9, 0), {True, False}, True),
+        (torch.float16, (8, 0), {False}, False),
+        (torch.bfloat16, (8, 9), set(), None),
+        (torch.float32, (9, 0), {True}, None),
+        (torch.float16, (7, 5), {True}, None),
+    ],
+)
+def test_a_gpu_gets_a_pool_within_its_budget(
+    monkeypatch: pytest.MonkeyPatch,
+    dtype: torch.dtype,
+    capability: tuple[int, int],
+    working: set[bool],
+    expected: bool | None,
+) -> None:
+    config = CONFIGS["qwen2"]  # with a context of 512 tokens
+    model: Any = types.SimpleNamespace(config=config, dtype=dtype, device=torch.device("cuda"))
+    free = 40 * paged_cache.PAGE * token_bytes(model)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (free, 2 * free))
+    monkeypatch.setattr(cache_choice, "works", lambda kernel, _: kernel.reads_tables in working)
+    for budget, slots, pages in ((free, 32, 39), (free + 1, 4, 8), (None, 32, 27), (1, 32, 1)):
+        cache: Any = make_cache(model, slots, budget)
+        assert cache.tokens == pages * paged_cache.PAGE
+        assert cache._kernel == (None if expected is None else Kernel(cache_choice.varlen_attn, expected))
+        assert len(cache._users) * paged_cache.PAGE * token_bytes(model) <= max(budget or free, 2 * free / 40)
 
 
 @pytest.mark.parametrize("count", [1, 3])
