@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from operators import Operators
+from launches import Operators
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, Qwen2Config
 

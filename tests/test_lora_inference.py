@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import give_back_forwards
-from operators import Operators
+from launches import Operators
 from peft import LoraConfig, get_peft_model
 from rounding import assert_same_but_rounding
 from torch import nn

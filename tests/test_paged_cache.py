@@ -11,7 +11,7 @@ import torch
 from decoding import CONFIGS, PROMPTS, adapted, greedy, random_model, run
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from operators import Operators
+from launches import Operators
 
 from loratune.engine import cache_choice, paged_cache
 from loratune.engine import scheduler as decoder_module
