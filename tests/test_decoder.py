@@ -2,26 +2,22 @@
 
 from __future__ import annotations
 
-import copy
 import functools
 import weakref
 from typing import Any
 
 import pytest
 import torch
+from decoding import CONFIGS, PROMPTS, SIZES, adapted, greedy, random_model, run
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from peft import LoraConfig, get_peft_model
+from sampling import shortlisted
 from torch.nn import functional
 from transformers import (
-    AutoModelForCausalLM,
     GenerationConfig,
-    LlamaConfig,
     LogitsProcessorList,
     MinPLogitsWarper,
-    MistralConfig,
     Qwen2Config,
-    Qwen3Config,
     RepetitionPenaltyLogitsProcessor,
     TemperatureLogitsWarper,
     TopKLogitsWarper,
@@ -34,59 +30,9 @@ from loratune.engine.kv_cache import DecodingError, token_bytes
 from loratune.engine.sampling import Sampling
 from loratune.engine.scheduler import Decoder
 from loratune.engine.sequence import RunningSequence
-from loratune.engine.token_choice import TokenChooser, shortlist
+from loratune.engine.token_choice import BatchChooser, TokenChooser
+from loratune.errors import LoratuneError
 from loratune.model.adapter.own_parameters import BASE
-
-SIZES: dict[str, Any] = {
-    "vocab_size": 300,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 512,
-}
-CONFIGS = {
-    "qwen2": Qwen2Config(**SIZES, tie_word_embeddings=True),
-    "qwen2 with a window": Qwen2Config(**SIZES, use_sliding_window=True, sliding_window=7, max_window_layers=1),
-    "qwen3": Qwen3Config(**SIZES, head_dim=16),
-    "llama": LlamaConfig(**SIZES),
-    "mistral with a window": MistralConfig(**SIZES, sliding_window=7),
-}
-PROMPTS = [list(range(5, 5 + length)) for length in (3, 40, 1, 17, 9, 70, 2)]
-
-
-def random_model(config: Any) -> Any:
-    torch.manual_seed(1)
-    model = AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=torch.float32).eval()
-    for parameter in model.parameters():  # wide enough for attention to matter
-        parameter.data.mul_(4)
-    return model
-
-
-def greedy(model: Any, prompt: list[int], tokens: int, ends: list[int] | None = None, **forward: Any) -> list[int]:
-    """What transformers says to one prompt alone."""
-    model.set_attn_implementation("eager")
-    ids = torch.tensor([prompt])
-    output = model.generate(
-        input_ids=ids,
-        attention_mask=torch.ones_like(ids),
-        max_new_tokens=tokens,
-        do_sample=False,
-        eos_token_id=ends,
-        pad_token_id=0,
-        **forward,
-    )
-    new: list[int] = output[0, len(prompt) :].tolist()
-    return new
-
-
-def run(decoder: Decoder, all_running: list[RunningSequence]) -> list[list[int]]:
-    for running in all_running:
-        decoder.add(running)
-    while not decoder.is_idle:
-        decoder.step()
-    return [running.tokens for running in all_running]
 
 
 @pytest.mark.parametrize("kind", CONFIGS)
@@ -124,17 +70,6 @@ def test_end_tokens_end_an_answer_and_an_answer_may_be_taken_out_of_the_middle()
     assert len(asked[0].tokens) == 2
     assert asked[6].tokens == []
     assert [running.finish == "stop" for running in asked[1:6]] == [tokens[-1] in ends for tokens in expected[1:6]]
-
-
-def adapted(kind: str = "qwen2", **settings: Any) -> Any:
-    """Two adapters of different rank whose B is not 0."""
-    model = get_peft_model(
-        random_model(CONFIGS[kind]), LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False, **settings)
-    )
-    model.add_adapter(
-        "other", LoraConfig(r=2, target_modules=["q_proj", "up_proj"], init_lora_weights=False, **settings)
-    )
-    return model.eval()
 
 
 @pytest.mark.parametrize("settings", [{}, {"use_dora": True}], ids=["lora", "dora"])
@@ -187,6 +122,67 @@ def test_what_is_drawn_does_not_depend_on_what_else_runs() -> None:
     ) != [alone]
 
 
+HOT = [
+    Sampling(temperature=2.0, seed=3),
+    Sampling(temperature=0.7, top_k=20, top_p=0.8, seed=4, repetition_penalty=1.3),
+    Sampling(temperature=1.5, top_p=0.9, seed=5),
+    Sampling(temperature=1.0, min_p=0.05, seed=6),
+    Sampling(repetition_penalty=1.2),
+    Sampling(),
+    Sampling(temperature=1.0, top_k=20, seed=7),
+    Sampling(temperature=0.7, top_k=20, top_p=0.95, seed=8),
+]
+
+
+def drawn_alone(sampling: Sampling, prompt: list[int], scores: torch.Tensor) -> list[int]:
+    """The tokens for successive scores [steps, vocabulary], by transformers' warpers and torch's own sampling."""
+    said, generator = [*prompt], torch.Generator().manual_seed(sampling.seed or 0)
+    warpers = LogitsProcessorList([RepetitionPenaltyLogitsProcessor(float(sampling.repetition_penalty or 1))])
+    if sampling.temperature:
+        warpers.append(TemperatureLogitsWarper(sampling.temperature))
+    if sampling.top_k:
+        warpers.append(TopKLogitsWarper(sampling.top_k))
+    if sampling.top_p and sampling.top_p < 1:
+        warpers.append(TopPLogitsWarper(sampling.top_p))
+    if sampling.min_p:
+        warpers.append(MinPLogitsWarper(sampling.min_p))
+    for row in scores:
+        left, ids = warpers(torch.tensor([said]), row[None].clone())[0].sort(descending=True)
+        kept = left.softmax(-1)[left > -torch.inf]
+        draw = torch.multinomial(kept, 1, generator=generator) if sampling.temperature else kept.argmax()
+        said.append(int(ids[draw]))
+    return said[len(prompt) :]
+
+
+@pytest.mark.parametrize("vocabulary", [50, 3000])
+def test_answers_chosen_together_are_those_that_torch_draws_for_each_alone(vocabulary: int) -> None:
+    """Also for a seed of an earlier version, which drew each answer's tokens by themselves."""
+    torch.manual_seed(0)
+    # A top_p of 1 cuts the end of a wide distribution, where the sum of all before is rounded to 1.
+    settled = [one.with_defaults(None) for one in HOT if vocabulary < 1000 or one.seed != 3]
+    scores = torch.randn(len(settled), 90, vocabulary) * 3
+    expected = [drawn_alone(one, PROMPTS[0], row) for one, row in zip(settled, scores, strict=True)]
+    choosers = [TokenChooser(one, PROMPTS[0], "cpu") for one in settled]
+    batch, tokens = BatchChooser("cpu"), [list[int]() for _ in settled]
+    for step in range(90):
+        # Some pause now and then, so that the others are a batch of their own.
+        rows = [row for row in range(len(settled)) if len(tokens[row]) < 90 and (step + row) % 7]
+        logits = torch.stack([scores[row, len(tokens[row])] for row in rows])
+        chosen = batch.choose([choosers[row] for row in rows], [tokens[row] for row in rows], logits)
+        for row, token in zip(rows, chosen, strict=True):
+            tokens[row].append(token)
+    assert all(len(own) > 70 for own in tokens)
+    assert tokens == [whole[: len(own)] for whole, own in zip(expected, tokens, strict=True)]
+
+
+def test_scores_that_are_not_numbers_draw_no_token() -> None:
+    choosers = [TokenChooser(one.with_defaults(None), [1], "cpu") for one in (HOT[0], HOT[5])]
+    batch = BatchChooser("cpu")
+    with pytest.raises(LoratuneError, match="not numbers"):
+        batch.choose(choosers, [[], []], torch.full((2, 9), torch.nan))
+    assert len(batch.choose(choosers, [[], []], torch.zeros(2, 9))) == 2
+
+
 def test_the_model_s_own_generation_settings_hold_where_nothing_is_said() -> None:
     model = random_model(CONFIGS["qwen2"])
     model.generation_config = GenerationConfig(repetition_penalty=1.7)
@@ -218,7 +214,7 @@ def test_the_shortlist_is_what_transformers_warpers_leave(
     torch.manual_seed(seed)
     scores = torch.randn(width) * spread
     sampling = Sampling(temperature=temperature, top_p=top_p, top_k=top_k, min_p=min_p)
-    ids, probabilities = shortlist(scores, sampling)
+    ids, probabilities = shortlisted(scores, sampling)
     warpers = LogitsProcessorList([TemperatureLogitsWarper(temperature)])
     if top_k:
         warpers.append(TopKLogitsWarper(top_k))
@@ -235,20 +231,20 @@ def test_a_flat_distribution_is_looked_at_whole(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(token_choice, "_CANDIDATES", 8)
     scores = torch.linspace(0, 0.1, 100)  # -ln 0.99 is 9.9 of its steps
     neutral = Sampling(temperature=1.0, top_p=1.0, top_k=0, min_p=0.0)
-    assert len(shortlist(scores, neutral)[0]) == 100
-    assert 49 <= len(shortlist(scores, Sampling(temperature=1.0, top_p=0.5, top_k=0, min_p=0.0))[0]) <= 51
-    assert len(shortlist(scores, Sampling(temperature=1.0, top_p=1.0, top_k=30, min_p=0.0))[0]) == 30
-    assert len(shortlist(scores, Sampling(temperature=1.0, top_p=1.0, top_k=0, min_p=0.99))[0]) == 10
+    assert len(shortlisted(scores, neutral)[0]) == 100
+    assert 49 <= len(shortlisted(scores, Sampling(temperature=1.0, top_p=0.5, top_k=0, min_p=0.0))[0]) <= 51
+    assert len(shortlisted(scores, Sampling(temperature=1.0, top_p=1.0, top_k=30, min_p=0.0))[0]) == 30
+    assert len(shortlisted(scores, Sampling(temperature=1.0, top_p=1.0, top_k=0, min_p=0.99))[0]) == 10
 
 
 def test_the_penalty_is_transformers_and_leaves_the_logits_alone() -> None:
     torch.manual_seed(0)
     logits, prompt = torch.randn(50), [3, 3, 9]
-    chooser = TokenChooser(Sampling(repetition_penalty=10.0), prompt, "cpu")
+    choosers, batch = [TokenChooser(Sampling(repetition_penalty=10.0), prompt, "cpu")], BatchChooser("cpu")
     before, said = logits.clone(), list(prompt)
-    for _ in range(20):
+    for _ in range(80):  # more than room is made for at once
         penalised = RepetitionPenaltyLogitsProcessor(10.0)(torch.tensor([said]), logits[None].clone())
-        token = chooser.choose(logits)
+        (token,) = batch.choose(choosers, [said[len(prompt) :]], logits[None])
         assert token == int(penalised.argmax())
         said.append(token)
     assert torch.equal(logits, before)
@@ -256,8 +252,8 @@ def test_the_penalty_is_transformers_and_leaves_the_logits_alone() -> None:
 
 def test_draws_follow_the_probabilities() -> None:
     chooser = TokenChooser(Sampling(temperature=1.0, top_p=1.0, seed=5, repetition_penalty=1.0), [1], "cpu")
-    probabilities = torch.tensor([0.6, 0.3, 0.1])
-    draws = torch.tensor([chooser.choose(probabilities.log()) for _ in range(4000)])
+    probabilities, batch = torch.tensor([0.6, 0.3, 0.1]), BatchChooser("cpu")
+    draws = torch.tensor([batch.choose([chooser], [[]], probabilities.log()[None]) for _ in range(4000)])[:, 0]
     assert torch.allclose(draws.bincount(minlength=3) / 4000, probabilities, atol=0.03)
 
 
@@ -426,6 +422,18 @@ def test_what_a_conversation_has_said_is_not_read_again() -> None:
             # The last token of each answer, and the next question; one conversation's slot may have been taken.
             assert read <= 3 * (1 + len(PROMPTS[3])) + max(map(len, turns.values()))
         turns = {name: [*running.ids, *PROMPTS[3]] for name, running in asked.items()}
+
+
+def test_a_beginning_that_a_running_answer_has_read_is_not_read_again() -> None:
+    model, sampling = random_model(CONFIGS["qwen2"]), Sampling(max_new_tokens=30)
+    decoder, beginning = Decoder(model, slots=4), PROMPTS[1]
+    first = RunningSequence([*beginning, 3, 4], sampling, frozenset())
+    decoder.add(first)
+    decoder.step()
+    others = [RunningSequence([*beginning, 9, number], sampling, frozenset()) for number in (7, 8)]
+    running_on = sampling.max_new_tokens - 1  # one token of the first answer is there
+    assert read_tokens(decoder, others) - running_on == 2 + 2  # what is new in each
+    assert [one.tokens for one in (first, *others)] == [greedy(model, one.prompt, 30) for one in (first, *others)]
 
 
 @settings(max_examples=25, deadline=None)

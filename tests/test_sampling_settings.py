@@ -13,11 +13,11 @@ import pytest
 import torch
 from click.testing import Result
 from pydantic import ValidationError
+from sampling import shortlisted
 
 import loratune
 from loratune.cli.sampling import flag
 from loratune.engine.sampling import NUMBERS, Sampling
-from loratune.engine.token_choice import shortlist
 from loratune.errors import Exit, LoratuneError
 from loratune.generation.chat.settings import changed
 from loratune.generation.server.schemas import ChatRequest
@@ -128,7 +128,7 @@ def test_the_page_s_inputs_have_the_ranges() -> None:
 def test_a_top_p_of_zero_leaves_the_likeliest_token() -> None:
     torch.manual_seed(0)
     scores = torch.randn(5000)
-    ids, probabilities = shortlist(scores, Sampling(temperature=5.0, top_p=0.0, top_k=0, min_p=0.0))
+    ids, probabilities = shortlisted(scores, Sampling(temperature=5.0, top_p=0.0, top_k=0, min_p=0.0))
     assert ids.tolist() == [int(scores.argmax())]
     assert probabilities.tolist() == [1.0]
 

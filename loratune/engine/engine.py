@@ -11,21 +11,19 @@ from pathlib import Path
 
 from loratune.data.encoding.encoder import Encoder
 from loratune.data.formats.conversation import Message
-from loratune.engine.kv_cache import token_bytes
+from loratune.engine.cache_choice import CACHE_SHARE
 from loratune.engine.loading import LoadedModel, ServedModel, open_voices
 from loratune.engine.request_handle import RequestHandle, gathering, make_handle
 from loratune.engine.scheduler import Decoder
 from loratune.engine.sequence import RunningSequence
 from loratune.engine.types import NOTHING, Answer, Delta, GenerationRequest, joined
 from loratune.errors import Exit, LoratuneError
-from loratune.model.architecture.structure import causal_model, text_config
+from loratune.model.architecture.structure import text_config
 from loratune.model.hardware import detect_hardware
 from loratune.model.memory import free_memory_bytes, is_out_of_memory
 
 AHEAD = 2
 """Submitted requests per slot, so that no slot waits for the next one."""
-CACHE_SHARE = 0.7
-"""Share of the memory that is free after loading the model, for the KV cache."""
 
 
 class Engine:
@@ -44,10 +42,11 @@ class Engine:
         self.context_tokens: int = text_config(model.config).max_position_embeddings
         self.slots = slots
         hardware = detect_hardware()
-        cache_bytes = CACHE_SHARE * free_memory_bytes(hardware)
-        self.decoder = Decoder(model, slots, cache_bytes)
-        room = int(cache_bytes / token_bytes(causal_model(model)))
-        if hardware.is_gpu and room < self.context_tokens:  # a CPU's memory is taken only as it is written
+        self.decoder = Decoder(model, slots, CACHE_SHARE * free_memory_bytes(hardware))
+        room = self.decoder.room
+        if (
+            hardware.is_gpu and room is not None and room < self.context_tokens
+        ):  # a CPU's memory is taken only as it is written
             self.warnings.append(
                 f"this GPU has room for the keys and values of {room:,} tokens, the model for "
                 f"{self.context_tokens:,}; longer conversations are refused"

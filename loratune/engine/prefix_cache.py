@@ -1,8 +1,11 @@
-"""Reuses the keys and values of finished requests that share a prefix with a new prompt."""
+"""Finds the keys and values of ended and running requests that begin like a new prompt."""
 
 from __future__ import annotations
 
-from loratune.engine.kv_cache import BatchedKVCache
+from collections.abc import Sequence
+
+from loratune.engine.kv_cache import KVCache
+from loratune.engine.sequence import RunningSequence
 
 
 class PrefixCache:
@@ -12,7 +15,7 @@ class PrefixCache:
         cache: the cache with the slots.
     """
 
-    def __init__(self, cache: BatchedKVCache) -> None:
+    def __init__(self, cache: KVCache) -> None:
         self._cache = cache
         self._kept: dict[int, tuple[str, list[int]]] = {}
         """Slot → adapter and token ids."""
@@ -21,25 +24,23 @@ class PrefixCache:
         """Record the contents of a slot that is now free."""
         self._kept[slot] = (adapter, ids)
 
-    def take(self, slot: int, adapter: str, prompt: list[int]) -> int:
-        """Copy the longest cached prefix of a prompt into the prompt's slot.
+    def take(self, new: RunningSequence, running: Sequence[RunningSequence]) -> tuple[int, int]:
+        """Find the longest cached prefix of a prompt; what its slot held is not known to other prompts any more.
 
         Args:
-            slot: slot of the prompt.
-            adapter: adapter whose keys and values are needed.
-            prompt: token ids; the last one is always computed, because its logits are needed.
+            new: the prompt, with its slot and the adapter whose keys and values are needed.
+            running: the other sequences that run.
 
         Returns:
-            Number of the prompt's tokens that the slot now holds.
+            A slot, and the number of the prompt's tokens that it holds, 0 if none does. The last token of a prompt is
+            always computed, because its logits are needed.
         """
         self._kept = {place: known for place, known in self._kept.items() if self._cache.holds(place, len(known[1]))}
-        lengths = {place: _common(prompt, ids) for place, (other, ids) in self._kept.items() if other == adapter}
-        source = max(lengths, key=lambda place: (lengths[place], place == slot), default=slot)
-        length = min(lengths.get(source, 0), len(prompt) - 1)
-        if length and source != slot:
-            self._cache.move(source, slot, length)
-        self._kept.pop(slot, None)
-        return length
+        known = self._kept | {one.slot: (one.adapter, one.ids[: one.held]) for one in running}
+        lengths = {place: _common(new.prompt, ids) for place, (adapter, ids) in known.items() if adapter == new.adapter}
+        source = max(lengths, key=lambda place: (lengths[place], place == new.slot), default=new.slot)
+        self._kept.pop(new.slot, None)
+        return source, min(lengths.get(source, 0), len(new.prompt) - 1)
 
     def forget(self) -> None:
         self._kept.clear()

@@ -14,12 +14,14 @@ from typing import Any
 import torch
 from torch.nn import functional
 
-from loratune.engine.kv_cache import BatchedKVCache, ForwardBatch, reserved_tokens, token_bytes, use_slot_attention
+from loratune.engine.cache_choice import make_cache
+from loratune.engine.forward_batch import ForwardBatch, use_slot_attention
+from loratune.engine.kv_cache import KVCache
 from loratune.engine.prefix_cache import PrefixCache
 from loratune.engine.sequence import RunningSequence
-from loratune.engine.token_choice import TokenChooser
+from loratune.engine.token_choice import BatchChooser, TokenChooser
 from loratune.model.adapter.own_parameters import BASE, own_parameters
-from loratune.model.architecture.structure import causal_model, is_adapted, layer_count, output_layer
+from loratune.model.architecture.structure import causal_model, is_adapted, output_layer
 from loratune.model.kernels.few_rows import give_up_few_row_products, use_few_row_products
 from loratune.protocols import AdaptedModel, CausalModel
 
@@ -28,7 +30,7 @@ PROMPT_PART = 512
 PROMPT_TOKENS = 2048
 """Maximum prompt tokens of all sequences per step."""
 KEPT_BYTES = 2 * 2**30
-"""Maximum size of an idle KV cache, which is kept for the next request of a conversation."""
+"""Maximum size of an idle KV cache that grows, which is kept for the next request of a conversation."""
 
 
 class Decoder:
@@ -37,7 +39,8 @@ class Decoder:
     Args:
         model: a causal language model in eval mode, with or without PEFT adapters; its attention is replaced.
         slots: maximum number of running sequences.
-        cache_budget_bytes: limit of the KV cache; sequences that could exceed it wait. None for no limit.
+        cache_budget_bytes: limit of the KV cache; sequences that could exceed it wait. None for no limit on a CPU, and
+            for what is free on a GPU.
 
     Raises:
         DecodingError: the model has layers without keys and values.
@@ -57,10 +60,9 @@ class Decoder:
         self.running: list[RunningSequence] = []
         """The sequence in each slot; slots are numbered from 0 without gaps."""
         self.waiting: deque[RunningSequence] = deque()
-        self._layers = layer_count(base.config)
-        self._cache = BatchedKVCache(self._layers)
+        self._cache = make_cache(base, slots, cache_budget_bytes)
         self._prefixes = PrefixCache(self._cache)
-        self._budget_tokens = None if cache_budget_bytes is None else cache_budget_bytes / token_bytes(base)
+        self._chooser = BatchChooser(self.device)
         self._adapter: str | None = None
         self._own = own_parameters(base)
         # PEFT computes rows of several adapters at once, but not with DoRA.
@@ -70,6 +72,11 @@ class Decoder:
     def vocabulary(self, adapter: str) -> int:
         """Return an adapter's vocabulary size; prompt ids must be below it."""
         return self._own.vocabulary(adapter)
+
+    @property
+    def room(self) -> int | None:
+        """Number of tokens whose keys and values fit, of all running sequences; None for no limit."""
+        return self._cache.tokens
 
     @property
     def is_idle(self) -> bool:
@@ -86,10 +93,11 @@ class Decoder:
                 self.waiting.remove(running)
             return
         last = self.running.pop()
-        self._prefixes.keep(last.slot, last.adapter, last.ids[: last.held])
+        free = last.slot
+        has_ended = self._cache.end(running.slot, free, last.held)
+        left = running if has_ended else last
+        self._prefixes.keep(free, left.adapter, left.ids[: left.held])
         if last is not running:
-            if last.held:
-                self._cache.move(last.slot, running.slot, last.held)
             self.running[running.slot] = last
             last.slot = running.slot
         running.slot = -1
@@ -105,16 +113,16 @@ class Decoder:
             self._begin(self.waiting.popleft())
         answering = [running for running in self.running if running.tokens]
         reading = self._next_prompts()
-        if reading:
-            self._read(reading)
+        passes = [self._read(reading)] if reading else []
         if answering:
-            logits = self._forward(answering, [running.tokens[-1:] for running in answering])
-            self._choose(answering, logits)
-        advanced = [*answering, *(running for running in reading if running.tokens)]
+            passes.append((answering, self._forward(answering, [running.tokens[-1:] for running in answering])))
+        advanced = [running for rows, _ in passes for running in rows]
+        if advanced:
+            self._choose(advanced, _one_below_the_other([logits for rows, logits in passes if rows]))
         for running in advanced:
             if running.finish:
                 self.remove(running)
-        if self.is_idle and self._cache.size_bytes > KEPT_BYTES:
+        if self.is_idle and not self._cache.is_fixed and self._cache.size_bytes > KEPT_BYTES:
             self.reset()
         return advanced
 
@@ -127,12 +135,12 @@ class Decoder:
             answer: token ids, including the end token if it counts.
             adapter: PEFT's name of the adapter.
         """
-        cache, read, total = BatchedKVCache(self._layers), 0, 0.0
         sequence = [*prompt, *answer]
-        cache.reserve(1, len(sequence))
+        cache, read, total = self._cache.another(len(sequence)), 0, 0.0
+        cache.begin([len(sequence)])
         while read < len(sequence) - 1:
             part = sequence[read : min(read + PROMPT_PART, len(sequence) - 1)]
-            feed = ForwardBatch([0], [read], [len(part)], self.device)
+            feed = cache.batch([0], [read], [len(part)], self.device)
             read += len(part)
             scored = min(len(part), read + 1 - len(prompt))  # positions followed by a token of the answer
             logits = self._pass(cache, feed, [part], [adapter], max(1, scored))[0]
@@ -163,17 +171,14 @@ class Decoder:
         running.slot = len(self.running)
         settled = running.sampling.with_defaults(self.generation_config)
         running.chooser = TokenChooser(settled, running.prompt, self.device)
+        source, shared = self._prefixes.take(running, self.running)
         self.running.append(running)
-        self._cache.reserve(len(self.running), max(one.longest for one in self.running))
-        running.read = self._prefixes.take(running.slot, running.adapter, running.prompt)
+        running.read = self._cache.begin([one.longest for one in self.running], source, shared)
 
     def _has_room(self) -> bool:
         """Return whether the next sequence fits, even if all running ones reach their maximum length."""
-        if not self.running or self._budget_tokens is None:
-            return len(self.running) < self.slots
-        longest = max(one.longest for one in (*self.running, self.waiting[0]))
-        needed = reserved_tokens(len(self.running) + 1, longest)
-        return len(self.running) < self.slots and needed <= self._budget_tokens
+        lengths = [one.longest for one in (*self.running, self.waiting[0])]
+        return len(self.running) < self.slots and (not self.running or self._cache.fits(lengths))
 
     def _next_prompts(self) -> list[RunningSequence]:
         """Return the prompts of the next pass, in order of arrival, up to PROMPT_TOKENS."""
@@ -188,13 +193,14 @@ class Decoder:
             chosen.append(running)
         return chosen
 
-    def _read(self, reading: Sequence[RunningSequence]) -> None:
+    def _read(self, reading: Sequence[RunningSequence]) -> tuple[list[RunningSequence], torch.Tensor]:
+        """Process a part of each prompt; return those that are complete, and their logits."""
         parts = [running.prompt[running.read : running.read + PROMPT_PART] for running in reading]
         logits = self._forward(reading, parts)
         for running, part in zip(reading, parts, strict=True):
             running.read += len(part)
         done = [index for index, running in enumerate(reading) if running.read == len(running.prompt)]
-        self._choose([reading[index] for index in done], logits[done])
+        return [reading[index] for index in done], logits if len(done) == len(reading) else logits[done]
 
     def _forward(self, rows: Sequence[RunningSequence], new: Sequence[Sequence[int]]) -> torch.Tensor:
         """Return logits [rows, vocabulary] after the last new token of each row."""
@@ -205,7 +211,7 @@ class Decoder:
         parts = []
         for group in groups:
             chosen = [rows[index] for index in group]
-            feed = ForwardBatch(
+            feed = self._cache.batch(
                 [r.slot for r in chosen], [r.held for r in chosen], [len(new[i]) for i in group], self.device
             )
             logits = self._pass(self._cache, feed, [new[index] for index in group], [r.adapter for r in chosen])
@@ -213,13 +219,11 @@ class Decoder:
         if len(groups) == 1:
             return parts[0]
         order = torch.tensor([index for group in groups for index in group]).argsort()
-        widest = max(part.shape[-1] for part in parts)  # vocabulary sizes of adapters may differ
-        padded = [functional.pad(part, (0, widest - part.shape[-1]), value=-torch.inf) for part in parts]
-        return torch.cat(padded)[order.to(self.device)]
+        return _one_below_the_other(parts)[order.to(self.device, non_blocking=True)]
 
     def _pass(
         self,
-        cache: BatchedKVCache,
+        cache: KVCache,
         feed: ForwardBatch,
         new: Sequence[Sequence[int]],
         adapters: list[str],
@@ -229,7 +233,7 @@ class Decoder:
         filled = [[0] * (feed.width - len(tokens)) + list(tokens) for tokens in new]
         cache.feed = feed
         output = self.model(
-            input_ids=torch.tensor(filled, device=self.device),
+            input_ids=torch.tensor(filled).to(self.device, non_blocking=True),  # without waiting for what runs
             position_ids=feed.positions,
             past_key_values=cache,
             use_cache=True,
@@ -262,14 +266,19 @@ class Decoder:
         self._adapter = adapter
 
     def _choose(self, rows: Sequence[RunningSequence], logits: torch.Tensor) -> None:
-        choosers = [running.chooser for running in rows]
-        plain = all(chooser is not None and chooser.takes_likeliest for chooser in choosers)
-        likeliest = logits.argmax(-1).tolist() if plain else []
-        for index, (running, chooser) in enumerate(zip(rows, choosers, strict=True)):
-            if chooser is None:
-                raise RuntimeError("an answer without a slot")
-            running.tokens.append(likeliest[index] if plain else chooser.choose(logits[index]))
-            if running.tokens[-1] in running.ends:
+        choosers = [running.chooser for running in rows if running.chooser]
+        tokens = self._chooser.choose(choosers, [running.tokens for running in rows], logits)
+        for running, token in zip(rows, tokens, strict=True):
+            running.tokens.append(token)
+            if token in running.ends:
                 running.finish = "stop"
             elif len(running.tokens) >= running.sampling.max_new_tokens:
                 running.finish = "length"
+
+
+def _one_below_the_other(logits: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Join [rows, vocabulary] of several passes, whose adapters may have vocabularies of different sizes."""
+    if len(logits) == 1:
+        return logits[0]
+    widest = max(part.shape[-1] for part in logits)
+    return torch.cat([functional.pad(part, (0, widest - part.shape[-1]), value=-torch.inf) for part in logits])

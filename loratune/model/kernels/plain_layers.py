@@ -53,7 +53,12 @@ def state_of(layer: Any) -> LayerState | None:
     """Return a layer's state; None if it is not base and matrices of known classes with a single adapter in effect."""
     active = layer._active_adapter
     adapter: Any = active if isinstance(active, str) else active[0] if len(active) == 1 else None
-    if layer._disable_adapters or layer.merged_adapters or adapter in layer.lora_variant:
+    return None if layer._disable_adapters or layer.merged_adapters else state_with(layer, adapter)
+
+
+def state_with(layer: Any, adapter: Any) -> LayerState | None:
+    """Return the state with one of a layer's adapters, whether it is active or not."""
+    if adapter in layer.lora_variant:
         return None
     modules = layer._modules
     base, down, up = (
@@ -99,6 +104,13 @@ def is_plain(state: LayerState | None) -> bool:
         return False
     of_a, of_b = state.dtypes
     return _is_frozen(state) and of_a == of_b and of_a in (torch.float32, state.base_dtype)
+
+
+def suits(state: LayerState, x: Any) -> bool:
+    """Return whether the whole layer can compute in the dtype of x."""
+    dtype = x.dtype
+    has_dtypes = state.base_dtype in (dtype, None) and state.dtypes[0] in (dtype, torch.float32)
+    return has_dtypes and not torch.is_autocast_enabled(x.device.type)
 
 
 def _is_frozen(state: LayerState) -> bool:

@@ -27,6 +27,8 @@ class RoundedWeight:
         weight = self.weight
         if weight.dtype == dtype:
             return weight if factor == 1 else weight * factor
+        if weight.is_inference():  # its changes are not counted
+            return (weight * factor).to(dtype)
         source = (id(weight), weight._version, weight.device, factor, dtype)  # a copy starts with another version
         if source != self._source:
             # The next training step may save a tensor that validation has made.

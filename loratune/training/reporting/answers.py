@@ -11,7 +11,7 @@ from typing import Any
 from loratune import console
 from loratune.data.encoding.encoder import Encoder
 from loratune.data.preparation import PreparedData
-from loratune.engine.kv_cache import DecodingError
+from loratune.engine.forward_batch import DecodingError
 from loratune.engine.sampling import Sampling
 from loratune.engine.scheduler import Decoder
 from loratune.engine.sequence import RunningSequence

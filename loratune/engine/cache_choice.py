@@ -1,0 +1,82 @@
+"""Chooses a model's KV cache: pages on a GPU, growing slots on a CPU."""
+
+from __future__ import annotations
+
+import torch
+
+from loratune.engine.kv_cache import BatchedKVCache, KVCache, token_bytes
+from loratune.engine.paged_cache import PAGE, Kernel, PagedBatch, PagedKVCache
+from loratune.model.architecture.structure import head_size, key_value_heads, layer_count, text_config
+from loratune.model.hardware import FLASH_CAPABILITY
+from loratune.multiples import round_up
+from loratune.protocols import CausalModel
+
+try:
+    from torch.nn.attention.varlen import varlen_attn
+except ImportError:  # before torch 2.10
+    varlen_attn = None
+
+CACHE_SHARE = 0.7
+"""Share of the memory that is free after loading the model, for the KV cache."""
+TOLERANCE = 0.02
+"""Largest relative difference of two kernels in half precision."""
+
+
+def make_cache(model: CausalModel, slots: int, budget_bytes: float | None) -> KVCache:
+    """Return an empty KV cache.
+
+    Args:
+        model: a causal language model, without PEFT's wrapper.
+        slots: maximum number of running sequences.
+        budget_bytes: limit of its memory. None for no limit on a CPU, and for what is free on a GPU.
+    """
+    layers = layer_count(model.config)
+    if model.device.type != "cuda":
+        return BatchedKVCache(layers, None if budget_bytes is None else int(budget_bytes / token_bytes(model)))
+    if budget_bytes is None:
+        budget_bytes = CACHE_SHARE * torch.cuda.mem_get_info(model.device)[0]
+    most = slots * round_up(text_config(model.config).max_position_embeddings, PAGE)
+    pages = min(int(budget_bytes / token_bytes(model)) // PAGE - 1, most // PAGE)  # without the one for padding
+    return PagedKVCache(layers, max(1, pages) * PAGE, paged_kernel(model))
+
+
+def paged_kernel(model: CausalModel) -> Kernel | None:
+    """Return torch's attention over pages as far as it works for a model on its GPU.
+
+    That depends on the card, on torch, and on which flash attention is installed, so it is tried.
+    """
+    is_half = model.dtype in (torch.bfloat16, torch.float16)
+    if varlen_attn is None or not is_half or torch.cuda.get_device_capability(model.device) < FLASH_CAPABILITY:
+        return None
+    kernels = (Kernel(varlen_attn, reads_tables) for reads_tables in (True, False))
+    return next((kernel for kernel in kernels if works(kernel, model)), None)
+
+
+@torch.inference_mode()  # type: ignore[untyped-decorator]
+def works(kernel: Kernel, model: CausalModel) -> bool:
+    """Return whether a kernel gives what sdpa gives, with and without a window, for prompts and single tokens."""
+    config, tables = model.config, [[4], [1, 3] if kernel.reads_tables else [2, 3]]
+    heads, key_heads, size = text_config(config).num_attention_heads, key_value_heads(config), head_size(config)
+    generator = torch.Generator().manual_seed(0)
+
+    def random(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator).to(model.device, model.dtype)
+
+    key, value = (random(5, PAGE, key_heads, size) for _ in range(2))
+    numbers = torch.tensor([[4, 0], tables[1]], dtype=torch.int32).to(model.device)
+    try:
+        for count in (1, 3):
+            batch = [0, 1], [4, PAGE + 9], [count, count], model.device
+            by_kernel, by_sdpa = (
+                PagedBatch(*batch, tables=tables, numbers=numbers, kernel=one) for one in (kernel, None)
+            )
+            query = random(2, heads, by_sdpa.width, size)
+            for window in (None, 5):
+                found, expected = (
+                    one.attend(query, key, value, window, None)[:, -count:] for one in (by_kernel, by_sdpa)
+                )
+                if not (found - expected).norm() <= TOLERANCE * expected.norm():
+                    return False
+    except Exception:  # a kernel that lacks something may raise anything
+        return False
+    return True
