@@ -17,7 +17,7 @@ from loratune.engine.scheduler import Decoder
 from loratune.engine.sequence import RunningSequence
 from loratune.model.kernels import few_rows
 from loratune.model.kernels.few_rows import BLOCK, MOST_ROWS, give_up_few_row_products, use_few_row_products
-from loratune.model.kernels.lora_linear import _FusedLinear, use_fused_lora
+from loratune.model.kernels.lora_linear import _Branch, use_fused_lora
 
 WIDTH = 40
 
@@ -109,8 +109,8 @@ def test_an_adapter_s_branch_is_still_part_of_its_layer(
     assert use_fused_lora(model) == 2 * 7
     use_few_row_products(base)
     fused: list[None] = []
-    plain = _FusedLinear.apply
-    monkeypatch.setattr(_FusedLinear, "apply", lambda *arguments: fused.append(None) or plain(*arguments))
+    plain = _Branch.output
+    monkeypatch.setattr(_Branch, "output", lambda *arguments: fused.append(None) or plain(*arguments))
     model(input_ids=torch.tensor([[5, 6]]))
     assert len(fused) == 2 * 7
     assert len([shape for shape in taken if 4 not in shape]) == 2 * 7 + 1
