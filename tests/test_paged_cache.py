@@ -189,6 +189,25 @@ def test_beginnings_are_shared_and_not_read_again(small_pages: None) -> None:
     assert [other.tokens for other in others] == [greedy(model, other.prompt, 6) for other in others]
 
 
+@pytest.mark.parametrize(("kernel", "held"), [("tables", 81), ("runs", 0)])
+def test_a_beginning_makes_way_where_its_copy_finds_no_room(small_pages: None, kernel: str, held: int) -> None:
+    model = random_model(CONFIGS["qwen2"])
+    decoder = paged(model, 2, 10, KERNELS[kernel])
+    first = RunningSequence(PROMPTS[5], Sampling(max_new_tokens=12), frozenset())
+    run(decoder, [first])
+    following = RunningSequence([*first.ids, 5, 6], Sampling(max_new_tokens=60), frozenset())
+    decoder.add(following)
+    before = decoder._cache.begin
+    found: list[int] = []
+    decoder._cache.begin = lambda *known: found.append(before(*known)) or found[-1]  # type: ignore[method-assign]
+    while not decoder.is_idle:
+        decoder.step()
+        assert_sound(decoder)
+    decoder.close()
+    assert found == [held]
+    assert following.tokens == greedy(model, following.prompt, 60)
+
+
 def test_the_pool_is_made_once_and_nothing_in_it_moves(small_pages: None, monkeypatch: pytest.MonkeyPatch) -> None:
     model, made, copies = random_model(CONFIGS["qwen2"]), list[Any](), list[Any]()
     pool, copy = paged_cache._pool, PagedKVCache._copy
