@@ -1,6 +1,6 @@
 """Runs a training program with a clock in each trainer that it makes, and writes what the clock has seen.
 
-python clocked.py FIGURES.json PROFILED_STEP|0 (-m MODULE | FILE) [ARGUMENT ...]
+python -m gpu_checks.clocked FIGURES.json PROFILED_STEP|0 (-m MODULE | FILE) [ARGUMENT ...]
 """
 
 from __future__ import annotations
@@ -28,6 +28,9 @@ SEEN: list[StepClock] = []
 class StepClock(TrainerCallback):
     """Takes the time at each step's end, by events of the GPU where there is one."""
 
+    profiled_step = 0
+    """Number of the step to profile, from 1."""
+
     def __init__(self) -> None:
         self.marks: list[Any] = []
         self.tokens: list[int] = [0]
@@ -39,7 +42,7 @@ class StepClock(TrainerCallback):
         self.marks.append(mark())
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        if state.global_step + 1 == int(sys.argv[2]):
+        if state.global_step + 1 == self.profiled_step:
             self.profile.start()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
@@ -81,6 +84,7 @@ def between(before: Any, after: Any) -> float:
 
 def main() -> None:
     answer, words = Path(sys.argv[1]), sys.argv[3:]
+    StepClock.profiled_step = int(sys.argv[2])
     transformers.trainer.DEFAULT_CALLBACKS.append(StepClock)
     runner, target = (runpy.run_module, words.pop(1)) if words[0] == "-m" else (runpy.run_path, words[0])
     sys.argv = [target, *words[1:]]

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 LORATUNE = (sys.executable, "-m", "loratune")
-CLOCKED = Path(__file__).with_name("clocked.py")
+CLOCKED = (sys.executable, "-m", "gpu_checks.clocked")
 Settings = Mapping[str, object]
 """Dotted name of a setting → value."""
 
@@ -48,8 +48,11 @@ def loratune(*words: object) -> Finished:
 
 
 def sft_words(settings: Settings, *others: object) -> list[object]:
-    """Return the words of `sft` for settings."""
-    return ["sft", *others, *(word for name, value in settings.items() for word in (f"--{name}", value))]
+    """Return the words of `sft` for settings; a switch is a flag without a value."""
+    words: list[object] = ["sft", *others]
+    for name, value in settings.items():
+        words += [f"--{'' if value else 'no-'}{name}"] if isinstance(value, bool) else [f"--{name}", value]
+    return words
 
 
 @dataclass(frozen=True)
@@ -93,7 +96,7 @@ def clocked(folder: Path, words: Sequence[object], warm_up: int = 0, profile: in
     """
     answer = folder / "clocked.json"
     answer.unlink(missing_ok=True)
-    done = run([sys.executable, CLOCKED, answer, profile or 0, *words])
+    done = run([*CLOCKED, answer, profile or 0, *words])
     if done.exit_code or not answer.is_file():
         raise RuntimeError(f"{words[:3]} ended with {done.exit_code}: {done.last_words}")
     found = json.loads(answer.read_text())

@@ -69,11 +69,12 @@ def run_check(check: Check, place: Workplace, patience: float = 1.0) -> Result:
     """Run one check, and judge its figures."""
     if check.needs_gpu and not place.is_gpu:
         return Result(SKIPPED, reason="needs a GPU")
-    log, answer = (place.folder / f"{check.name}.{kind}" for kind in ("log", "json"))
+    log, answer = (place.folder / f"{check.name}.{ending}" for ending in ("log", "json"))
     answer.unlink(missing_ok=True)
     start, limit = time.perf_counter(), check.seconds * patience
     function = check.function if "." in check.function else PACKAGE + check.function
-    command = [sys.executable, str(Path(__file__).with_name("child.py")), function, str(place.folder), str(answer)]
+    kind = "gpu" if place.is_gpu else "cpu"
+    command = [sys.executable, "-m", "gpu_checks.child", function, kind, str(place.folder), str(answer)]
     with log.open("wb") as output:
         process = subprocess.Popen(command, stdout=output, stderr=output, env=_environment(place), cwd=place.folder)
         try:
@@ -96,7 +97,7 @@ def line_of(check: Check, result: Result, is_gpu: bool) -> str:
     told += [result.reason] if result.reason and result.status == FAIL else []
     end = f"{result.status} ({result.reason})" if result.status == SKIPPED else result.status
     seconds = f"{result.seconds:.0f} s" if result.seconds else ""
-    return f"{check.name:<15} {seconds:>6}  {', '.join(told) or 'no bound here'}  {end}"
+    return f"{check.name:<15} {seconds:>6}  {', '.join(told)}  {end}"
 
 
 def _judged(check: Check, place: Workplace, answer: dict[str, Any], seconds: float) -> Result:

@@ -19,7 +19,7 @@ def step_profile(place: Workplace) -> Figures:
     rows = write_rows(folder / "rows.json", [LENGTH] * DOCUMENTS * STEPS)
     settings = COMMON | {
         "model.base": base, "data.train": rows, "training.batch_size": DOCUMENTS, "training.max_steps": STEPS,
-        "training.tokens_per_pass": DOCUMENTS * (LENGTH + 8), "training.gradient_checkpointing": "false",
+        "training.tokens_per_pass": DOCUMENTS * (LENGTH + 8), "training.gradient_checkpointing": False,
     }  # fmt: skip
     own = clocked_sft(folder, settings, profile=PROFILED).profile
     trl = clocked(folder, trl_words(base, rows, folder / "trl", DOCUMENTS, STEPS), profile=PROFILED).profile

@@ -45,7 +45,7 @@ def training_speed(place: Workplace) -> Figures:
     figures["short rows: unseen loss of TRL"] = unseen_loss(base, unseen, folder / "trl")
     own = clocked_sft(folder, long_settings(base, long), warm_up=WARM_UP)
     figures |= told("long rows", own, place) | beside_others("long rows", own, folder, base, long, LONG_BATCH)
-    large = {"training.batch_size": 16, "training.tokens_per_pass": 8192, "training.gradient_checkpointing": "true"}
+    large = {"training.batch_size": 16, "training.tokens_per_pass": 8192, "training.gradient_checkpointing": True}
     own = clocked_sft(folder, long_settings(base, long) | large, warm_up=WARM_UP)
     return figures | told("checkpointing", own, place)
 
@@ -85,7 +85,7 @@ def long_settings(base: Path, rows: Path) -> dict[str, object]:
     """Return the settings of passes of up to 4,096 tokens without checkpointing; a longer step takes two of them."""
     return COMMON | {
         "model.base": base, "data.train": rows, "training.batch_size": LONG_BATCH,
-        "training.tokens_per_pass": 4096, "training.gradient_checkpointing": "false",
+        "training.tokens_per_pass": 4096, "training.gradient_checkpointing": False,
     }  # fmt: skip
 
 
