@@ -71,6 +71,8 @@ def test_the_table_is_the_whole_plan_and_every_function_is_there(checks: Any) ->
         for bound in check.bounds:
             parts = bound.figure.split(": ")
             assert all(part in source or part.partition(" ")[0] in source for part in parts), bound.figure
+    page = (ROOT / "docs" / "benchmarks.md").read_text(encoding="utf-8")
+    assert [check.name for check in table.CHECKS if f"| `{check.name}` |" not in page] == []
     # No stage of the plan may be dropped on a GPU, and what runs on a CPU is bounded there or measured only.
     assert [check.name for check in table.CHECKS if check.needs_gpu] == [
         "step_profile", "training_speed", "other_types", "small_card", "out_of_memory", "cache_memory",

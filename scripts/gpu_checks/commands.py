@@ -14,6 +14,7 @@ from typing import Any
 
 LORATUNE = (sys.executable, "-m", "loratune")
 CLOCKED = (sys.executable, "-m", "gpu_checks.clocked")
+TIMED_OUT = 124
 Settings = Mapping[str, object]
 """Dotted name of a setting → value."""
 
@@ -33,18 +34,20 @@ class Finished:
         return " ".join(self.stderr.split())[-300:]
 
 
-def run(command: Sequence[object], **environment: str) -> Finished:
-    """Run a command to its end, with these variables in its environment."""
+def run(command: Sequence[object], limit: float | None = None, **environment: str) -> Finished:
+    """Run a command to its end, with these variables in its environment; the exit code is 124 after `limit` seconds."""
     start, words = time.perf_counter(), [str(word) for word in command]
-    done = subprocess.run(
-        words, capture_output=True, text=True, errors="replace", check=False, env=os.environ | environment
-    )
+    settings: dict[str, Any] = {"text": True, "errors": "replace", "env": os.environ | environment}
+    try:
+        done = subprocess.run(words, capture_output=True, check=False, timeout=limit, **settings)
+    except subprocess.TimeoutExpired:
+        return Finished(TIMED_OUT, "", f"not done after {limit} s", time.perf_counter() - start)
     return Finished(done.returncode, done.stdout, done.stderr, time.perf_counter() - start)
 
 
-def loratune(*words: object) -> Finished:
+def loratune(*words: object, limit: float | None = None) -> Finished:
     """Run a command of loratune."""
-    return run([*LORATUNE, *words])
+    return run([*LORATUNE, *words], limit)
 
 
 def sft_words(settings: Settings, *others: object) -> list[object]:

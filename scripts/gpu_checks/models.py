@@ -93,14 +93,15 @@ def _ends_of_words(tokenizer: Any, words: Sequence[str]) -> list[int]:
     return ends
 
 
-def adapted_base(base: Path, adapter: Path, dtype: Any, **settings: Any) -> Any:
+def adapted_base(base: Path, adapter: Path, dtype: Any) -> Any:
     """Load a base with an adapter that is to be trained, as PEFT and transformers do it."""
-    import torch
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    model = AutoModelForCausalLM.from_pretrained(base, dtype=dtype, device_map=device, **settings)
+    from loratune.model.hardware import detect_hardware
+
+    device = detect_hardware().device  # and without cuDNN's attention, which would make plans for each length
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=dtype, device_map=device)
     return PeftModel.from_pretrained(model, adapter, is_trainable=True)
 
 

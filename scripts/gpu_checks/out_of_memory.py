@@ -18,6 +18,8 @@ FREE = 2e9
 NO_ROOM = 6
 """Exit code of a command that has run out of memory."""
 ADVICE = "out of memory"
+LIMIT = 60
+"""Seconds for a command, since a server that finds room would not end."""
 SPARE = 200e6
 CLIENTS, LONG_ANSWER, QUESTIONS = 24, 4000, 8
 LAYERS = 4
@@ -29,7 +31,7 @@ def out_of_memory(place: Workplace) -> Figures:
     folder.mkdir(exist_ok=True)
     base, adapter = random_model(place, layers_of(place))
     with machine.only_free(FREE):
-        ended = {name: loratune(*words) for name, words in commands(folder, base, adapter).items()}
+        ended = {name: loratune(*words, limit=LIMIT) for name, words in commands(folder, base, adapter).items()}
     failures, answered = answers_after_failure(*random_model(place, LAYERS))
     return {
         "exit codes": {name: done.exit_code for name, done in ended.items()},

@@ -45,6 +45,8 @@ class StepProfile:
         profiler, self._profiler = self._profiler, None
         profiler.stop()
         self.figures = summary(profiler.events(), own_waits=int(is_gpu)) | {"host ms": 1000 * host}
+        if is_gpu and not self.figures["launches"]:
+            raise RuntimeError("the profiler has seen no launch, so its counts mean nothing")
 
 
 def summary(events: Iterable[Any], own_waits: int) -> dict[str, Any]:

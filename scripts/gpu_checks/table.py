@@ -73,7 +73,7 @@ CHECKS = (
     Check(
         "kernels",
         "kernels:kernels",
-        120,
+        180,
         False,
         (
             Bound("float32 error", "≤", 1e-5),
