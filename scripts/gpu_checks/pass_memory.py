@@ -24,7 +24,8 @@ def pass_memory(place: Workplace) -> Figures:
     from loratune.model.hardware import detect_hardware
     from loratune.training.activations import measure_passes
 
-    model = use_loratune(adapted_base(*random_model(place, layers_of(place)), torch.bfloat16))
+    dtype = torch.bfloat16 if place.is_gpu else torch.float32
+    model = use_loratune(adapted_base(*random_model(place, layers_of(place)), dtype))
     figures: dict[str, Any] = {}
     ratios = []
     hardware = detect_hardware()
@@ -32,7 +33,7 @@ def pass_memory(place: Workplace) -> Figures:
     for is_recomputed in (False, True):
         if is_recomputed:
             model.gradient_checkpointing_enable({"use_reentrant": False})
-        for tokens in TOKENS if place.is_gpu else TOKENS[1:2]:
+        for tokens in TOKENS if place.is_gpu else TOKENS[:1]:
             name = f"{tokens} tokens{', checkpointing' if is_recomputed else ''}"
             needed = memory.needed(tokens, is_recomputed)
             if needed > memory.free:
