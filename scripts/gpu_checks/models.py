@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 import shutil
+from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -89,7 +90,7 @@ def _ends_of_words(tokenizer: Any, words: Sequence[str]) -> list[int]:
     ends, place = [], -1
     for word in words:
         place += len(word) + 1
-        ends.append(sum(stop <= place for stop in stops[: place + 1]))
+        ends.append(bisect_right(stops, place))
     return ends
 
 
