@@ -39,7 +39,7 @@ MODES: dict[str, dict[str, object]] = {
     "sdpa": {"model.attn_implementation": "sdpa"},
     "eager": {"model.attn_implementation": "eager"},
 }
-ON_CPU = ("none", "nf4", "checkpointing", "float32", "DoRA", "modules_to_save", "no packing", "eager")
+ON_CPU = ("none", "nf4", "checkpointing", "float32", "DoRA", "modules_to_save", "bias", "no packing", "eager")
 """The settings that are tried without a GPU."""
 OF_NF4 = "nf4"
 OF_INT8 = "int8"
