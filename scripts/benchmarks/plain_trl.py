@@ -1,6 +1,8 @@
 """A typical training with TRL's SFTTrainer and a LoraConfig; prints its figures.
 
-python plain_trl.py MODEL ROWS.json OUTPUT BATCH EPOCHS MAX_LENGTH none|nf4
+python plain_trl.py MODEL ROWS.json OUTPUT BATCH EPOCHS MAX_LENGTH none|nf4 [SETTING=VALUE …]
+
+A SETTING is one of SFTConfig, or of LoraConfig where its name begins with lora_; its value is written as JSON.
 """
 
 from __future__ import annotations
@@ -52,7 +54,13 @@ def load(folder: str, quantization: str) -> Any:
     return prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
 
 
-def main(folder: str, path: str, place: str, batch: str, epochs: str, max_length: str, quantization: str) -> None:
+def main(
+    folder: str, path: str, place: str, batch: str, epochs: str, max_length: str, quantization: str, *others: str
+) -> None:
+    chosen = {name: json.loads(value) for name, value in (other.split("=", 1) for other in others)}
+    of_adapter = {name: value for name, value in chosen.items() if name.startswith("lora_")}
+    settings = {"use_cpu": not torch.cuda.is_available(), "bf16": False, "gradient_checkpointing": False}
+    settings |= {name: value for name, value in chosen.items() if name not in of_adapter}
     rows = [conversation(row) for row in json.loads(Path(path).read_text(encoding="utf-8"))]
     first = FirstStep()
     trainer = SFTTrainer(
@@ -67,16 +75,17 @@ def main(folder: str, path: str, place: str, batch: str, epochs: str, max_length
             logging_steps=1,
             save_strategy="no",
             report_to="none",
-            use_cpu=not torch.cuda.is_available(),
-            bf16=False,
-            gradient_checkpointing=False,
             seed=42,
             disable_tqdm=True,
+            **settings,
         ),
         train_dataset=Dataset.from_list(rows),
         processing_class=AutoTokenizer.from_pretrained(folder),
         peft_config=LoraConfig(
-            r=8, lora_alpha=16, lora_dropout=0.0, target_modules="all-linear", task_type="CAUSAL_LM"
+            r=8,
+            target_modules="all-linear",
+            task_type="CAUSAL_LM",
+            **{"lora_alpha": 16, "lora_dropout": 0.0} | of_adapter,
         ),
         callbacks=[first],
     )

@@ -16,7 +16,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 def main(folder: str, path: str, adapter: str) -> None:
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16, device_map=device)
     if adapter != "none":
         model = PeftModel.from_pretrained(model, adapter)
     model.eval()
@@ -27,8 +28,9 @@ def main(folder: str, path: str, adapter: str) -> None:
         prompt = tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_dict=False)
         answer = [*tokenizer(row["output"], add_special_tokens=False).input_ids, tokenizer.eos_token_id]
         with torch.no_grad():
-            logits = model(torch.tensor([prompt + answer])).logits[0, len(prompt) - 1 : -1].float()
-        loss += torch.nn.functional.cross_entropy(logits, torch.tensor(answer), reduction="sum").item()
+            logits = model(torch.tensor([prompt + answer], device=device)).logits[0, len(prompt) - 1 : -1].float()
+        targets = torch.tensor(answer, device=device)
+        loss += torch.nn.functional.cross_entropy(logits, targets, reduction="sum").item()
         count += len(answer)
     print("FIGURES", json.dumps({"nll": loss / count}))
 

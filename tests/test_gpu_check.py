@@ -1,0 +1,310 @@
+"""The program that measures loratune on a GPU, with planted checks, and one real check on the CPU."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+PLANTED = """
+import os, subprocess, sys, time
+from pathlib import Path
+
+def passes(place): return {"figure": 2, "note": "of a planted check"}
+def fails(place): return {"figure": 4, "other": 1}
+def breaks(place): raise ValueError("no such card")
+def dies(place): os._exit(9)
+def hangs(place):
+    child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"], start_new_session=True)
+    (place.folder / "child").write_text(str(child.pid))
+    time.sleep(60)
+"""
+CARD = {"card": "a card", "torch": "1"}
+
+
+@pytest.fixture
+def checks(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """The package, imported as the program does it."""
+    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
+    return importlib.import_module("gpu_checks.runner")
+
+
+@pytest.fixture
+def planted(checks: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[int, dict[str, Any]]]:
+    """Run planted checks by name; returns the exit code and what the file says of each."""
+    table = importlib.import_module("gpu_checks.table")
+    package = tmp_path / "planted"
+    package.mkdir()
+    (package / "__init__.py").touch()
+    (package / "checks.py").write_text(PLANTED)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    bounds = (table.Bound("figure", "≤", 3), table.Bound("other", "≥", 1, "gpu"))
+
+    def run(*names: str, is_gpu: bool = False, needs_gpu: bool = False, machine: Any = CARD) -> Any:
+        limits = {"hangs": 3}
+        rows = [table.Check(name, f"planted.checks:{name}", limits.get(name, 60), needs_gpu, bounds) for name in names]
+        code = checks.run_checks(rows, table.Workplace(tmp_path, is_gpu), machine, tmp_path / "out" / "figures.json")
+        return code, json.loads((tmp_path / "out" / "figures.json").read_text())
+
+    return run
+
+
+def test_the_table_is_the_whole_plan_and_every_function_is_there(checks: Any) -> None:
+    table = importlib.import_module("gpu_checks.table")
+    assert len(table.CHECKS) == 15
+    assert len({check.name for check in table.CHECKS}) == 15
+    for check in table.CHECKS:
+        module, _, name = check.function.partition(":")
+        source = (ROOT / "scripts" / "gpu_checks" / f"{module}.py").read_text(encoding="utf-8")
+        assert f"def {name}(place: Workplace) -> Figures:" in source
+        assert check.bounds
+        for bound in check.bounds:
+            parts = bound.figure.split(": ")
+            assert all(part in source or part.partition(" ")[0] in source for part in parts), bound.figure
+    page = (ROOT / "docs" / "benchmarks.md").read_text(encoding="utf-8")
+    assert [check.name for check in table.CHECKS if f"| `{check.name}` |" not in page] == []
+    # No stage of the plan may be dropped on a GPU, and what runs on a CPU is bounded there or measured only.
+    assert [check.name for check in table.CHECKS if check.needs_gpu] == [
+        "step_profile", "training_speed", "other_types", "small_card", "out_of_memory", "cache_memory",
+    ]  # fmt: skip
+    assert all(bound.on == "gpu" for check in table.CHECKS if check.needs_gpu for bound in check.bounds)
+
+
+def test_a_bound_that_holds_is_ok_and_the_file_is_read_back(planted: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    code, found = planted("passes")
+    assert code == 0
+    assert found["machine"] == CARD
+    assert found["checks"]["passes"]["status"] == "ok"
+    assert found["checks"]["passes"]["figures"] == {"figure": 2, "note": "of a planted check"}
+    assert "figure 2 ≤ 3  ok" in capsys.readouterr().out
+
+
+def test_a_missed_bound_fails_and_so_does_a_figure_that_is_missing(
+    planted: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code, found = planted("fails", "passes", is_gpu=True)
+    assert code == 1
+    assert found["checks"]["fails"]["missed"] == ["figure 4 ≤ 3"]
+    assert found["checks"]["passes"]["missed"] == ["other missing ≥ 1"]
+    first, second = capsys.readouterr().out.splitlines()
+    assert first.endswith("figure 4 ≤ 3, other 1 ≥ 1  FAIL")
+    assert second.endswith("other missing ≥ 1, figure 2 ≤ 3  FAIL")
+
+
+@pytest.mark.parametrize("value", [float("nan"), None, "1"])
+def test_what_is_no_number_is_within_no_bound(checks: Any, value: Any) -> None:
+    table = importlib.import_module("gpu_checks.table")
+    assert not any(table.Bound("figure", relation, 1).holds({"figure": value}) for relation in ("≤", "≥", "="))
+
+
+def test_an_exception_and_a_death_are_failures_with_their_reason(
+    planted: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code, found = planted("breaks", "dies")
+    assert code == 1
+    assert found["checks"]["breaks"]["reason"] == "ValueError: no such card"
+    assert "ended with 9" in found["checks"]["dies"]["reason"]
+    assert "ValueError: no such card  FAIL" in capsys.readouterr().out
+
+
+def test_a_check_that_hangs_is_ended_with_all_that_it_has_started(planted: Any, tmp_path: Path) -> None:
+    code, found = planted("hangs")
+    assert code == 1
+    assert "not done after 3 s" in found["checks"]["hangs"]["reason"]
+    child = int((tmp_path / "child").read_text())
+    deadline = time.monotonic() + 10
+    while is_running(child) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert not is_running(child)
+
+
+def is_running(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except (ProcessLookupError, FileNotFoundError):
+        return False
+
+
+def test_without_a_gpu_its_checks_are_skipped_with_the_reason(planted: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    code, found = planted("fails", needs_gpu=True)
+    assert code == 0
+    assert (found["checks"]["fails"]["status"], found["checks"]["fails"]["reason"]) == ("skipped", "needs a GPU")
+    assert capsys.readouterr().out.rstrip().endswith("skipped (needs a GPU)")
+
+
+def test_a_later_call_adds_to_the_file_unless_it_is_of_another_machine(planted: Any) -> None:
+    planted("fails")
+    assert {*planted("passes")[1]["checks"]} == {"fails", "passes"}
+    assert {*planted("passes", machine={"card": "another"})[1]["checks"]} == {"passes"}
+
+
+def program(*words: str, **settings: Any) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, ROOT / "scripts" / "gpu_check", *words]
+    return subprocess.run(command, capture_output=True, text=True, check=False, **settings)
+
+
+@pytest.mark.parametrize(
+    ("words", "numbers"),
+    [
+        ((), range(15)),
+        (("6-7",), range(6, 8)),
+        (("merge", "0"), (0, 13)),
+        (("--from", "decoding"), range(11, 15)),
+        (("--from", "3", "0-4"), (3, 4)),
+    ],
+)
+def test_stages_are_chosen_by_name_number_and_range(checks: Any, words: tuple[str, ...], numbers: Any) -> None:
+    stages = [word for word in words if word != "--from"]
+    start = stages.pop(0) if "--from" in words else None
+    chosen = script().chosen(stages, start)
+    table = importlib.import_module("gpu_checks.table")
+    assert [table.CHECKS.index(check) for check in chosen] == list(numbers)
+
+
+def script() -> Any:
+    """The program as a module."""
+    from importlib.machinery import SourceFileLoader
+    from importlib.util import module_from_spec, spec_from_loader
+
+    loader = SourceFileLoader("gpu_check", str(ROOT / "scripts" / "gpu_check"))
+    spec = spec_from_loader("gpu_check", loader)
+    assert spec
+    module = module_from_spec(spec)
+    loader.exec_module(module)
+    return module
+
+
+def test_an_unknown_stage_is_refused_with_the_names(checks: Any) -> None:
+    with pytest.raises(SystemExit, match="no check is called speeds; there are environment"):
+        script().chosen(["speeds"], None)
+
+
+def test_without_a_gpu_the_program_says_so_and_a_real_check_runs(tmp_path: Path) -> None:
+    environment = os.environ | {"CUDA_VISIBLE_DEVICES": "-1"}
+    words = (
+        "environment",
+        "training_speed",
+        "--json",
+        str(tmp_path / "figures.json"),
+        "--work",
+        str(tmp_path / "work"),
+    )
+    done = program(*words, env=environment, cwd=tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    first, environment_line, speed_line, last = done.stdout.splitlines()
+    assert "no GPU" in first
+    assert environment_line.endswith("ok")
+    assert speed_line.endswith("skipped (needs a GPU)")
+    assert last.endswith("figures.json")
+    found = json.loads((tmp_path / "figures.json").read_text())
+    assert found["machine"]["card"] is None
+    assert found["checks"]["environment"]["figures"]["versions"]["torch"]
+
+
+def test_kernels_that_are_wrong_are_found(checks: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch
+
+    from loratune.model.kernels import lora_linear
+
+    kernels = importlib.import_module("gpu_checks.kernels")
+    layer = kernels.dense_layer(64, torch.float32, torch.device("cpu"))
+    right = kernels.linear_errors(layer, torch.float32, kernels.DROPOUT)
+    assert all(own < 1e-5 and plain < 1e-5 for own, plain in right.values()), right
+    add = lora_linear._add_branch
+    monkeypatch.setattr(lora_linear, "_add_branch", lambda *inputs: add(*inputs[:4], inputs[4] * 1.01))
+    wrong = kernels.linear_errors(kernels.dense_layer(64, torch.float32, torch.device("cpu")), torch.float32, 0.0)
+    assert wrong["linear dx"][0] > 1e-5 > wrong["linear dx"][1]
+    found = kernels.summary({"float32": wrong, "bfloat16": {"linear y": (3e-3, 2e-3), "linear dA": (4e-3, 1e-7)}})
+    assert found["float32 error"] == wrong["linear dx"][0]
+    assert found["bfloat16 error / plain"] == pytest.approx(1.5)
+    assert found["error of dA and dB"] == 4e-3
+
+
+def test_documents_that_see_each_other_are_found(checks: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch
+
+    from loratune.model.kernels import packed_attention
+
+    kernels = importlib.import_module("gpu_checks.kernels")
+    monkeypatch.setattr(kernels, "DOCUMENTS", (1, 7, 40))
+    device = torch.device("cpu")
+    right = kernels.attention_errors(False, torch.float32, device)
+    assert all(own < 1e-5 for own, _ in right.values()), right
+    monkeypatch.setattr(packed_attention, "document_lengths", lambda borders: [int(borders[-1])])
+    wrong = kernels.attention_errors(False, torch.float32, device)
+    assert all(own > 1e-3 for own, _ in wrong.values()), wrong
+
+
+def test_a_profile_counts_launches_waits_and_the_busy_share(checks: Any) -> None:
+    from types import SimpleNamespace
+
+    from torch.autograd import DeviceType
+
+    profiles = importlib.import_module("gpu_checks.profiles")
+
+    def event(name: str, start: float = 0, end: float = 0, device: Any = DeviceType.CPU) -> Any:
+        return SimpleNamespace(name=name, device_type=device, time_range=SimpleNamespace(start=start, end=end))
+
+    gpu = DeviceType.CUDA
+    events = [
+        event("cudaLaunchKernel"), event("cudaLaunchKernelExC"), event("cudaMemcpyAsync"), event("aten::mm"),
+        event("cudaStreamSynchronize"), event("cudaDeviceSynchronize"),
+        event("gemm", 10, 20, gpu), event("norm", 15, 30, gpu), event("Memcpy HtoD (Pageable -> Device)", 40, 50, gpu),
+    ]  # fmt: skip
+    assert profiles.summary(events, own_waits=1) == {"launches": 2, "waits": 1, "copies": 1, "GPU busy": 0.75}
+    assert profiles.busy_share([]) == 0
+
+
+def test_rows_have_about_the_lengths_that_are_asked_for(checks: Any) -> None:
+    from transformers import AutoTokenizer
+
+    models = importlib.import_module("gpu_checks.models")
+    tokenizer = AutoTokenizer.from_pretrained(models.TINY_QWEN)
+    wanted = [40, 90, 400, 1000]
+    rows = models.rows_of(wanted)
+    for row, length in zip(rows, wanted, strict=True):
+        turns = [("user", row["instruction"]), ("assistant", row["output"])]
+        messages = [{"role": role, "content": text} for role, text in turns]
+        assert length - 12 <= len(tokenizer.apply_chat_template(messages, return_dict=False)) <= length
+    assert len({row["instruction"] for row in rows}) == len(rows)
+
+
+def test_a_speed_counts_tokens_without_the_warm_up(
+    checks: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    commands = importlib.import_module("gpu_checks.commands")
+    seen = {"seconds": [9.0, 1.0, 4.0], "tokens": [10, 10, 20], "losses": [3.0, 2.0, 1.0]}
+    seen |= {"allocated": 1, "reserved": 2, "profile": {}}
+
+    def run(command: list[Any]) -> Any:
+        command[3].write_text(json.dumps(seen))
+        return commands.Finished(0, "", "", 0.0)
+
+    monkeypatch.setattr(commands, "run", run)
+    found = commands.clocked(tmp_path, ["-m", "loratune"], warm_up=1)
+    assert found.tokens_per_second == pytest.approx(6)
+    assert found.token_seconds == pytest.approx([0.1, 0.2])
+    with pytest.raises(RuntimeError, match="of which 3 are warm-up"):
+        commands.clocked(tmp_path, ["-m", "loratune"], warm_up=3)
+
+
+def test_no_function_of_a_check_is_longer_than_a_screen(checks: Any) -> None:
+    for path in (ROOT / "scripts" / "gpu_checks").glob("*.py"):
+        module = path.stem
+        if module in ("clocked", "child"):  # programs
+            continue
+        found = inspect.getmembers(importlib.import_module(f"gpu_checks.{module}"), inspect.isfunction)
+        for name, function in found:
+            if function.__module__ == f"gpu_checks.{module}":
+                assert len(inspect.getsourcelines(function)[0]) < 60, f"{module}.{name}"
