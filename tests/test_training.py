@@ -401,6 +401,31 @@ def test_settings_train_to_the_end(sft: Callable[..., Result], tmp_path: Path, f
     assert all(torch.isfinite(w).all() for w in load_file(tmp_path / "run/adapter/adapter_model.safetensors").values())
 
 
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--lora.modules_to_save", "embed_tokens"],
+        ["--lora.modules_to_save", "lm_head", "--no-training.packing"],
+        ["--lora.bias", "all"],
+    ],
+    ids=str,
+)
+def test_the_base_s_own_weights_train_in_float32_beside_bfloat16(
+    sft: Callable[..., Result], tmp_path: Path, flags: list[str]
+) -> None:
+    """And begin with the loss of the base, to bfloat16's rounding."""
+    common = ["--lora.dropout", "0", "--training.batch_size", "11", "--training.learning_rate", "1e-3"]
+    losses = []
+    for dtype in ("bfloat16", "float32"):
+        result = sft(*common, *flags, "--overwrite", "--model.dtype", dtype)
+        assert result.exit_code == 0, result.stderr
+        adapter = load_file(tmp_path / "run/adapter/adapter_model.safetensors")
+        assert {weight.dtype for weight in adapter.values()} == {torch.float32}
+        losses.append([record["loss"] for record in metrics_of(tmp_path / "run") if "loss" in record])
+    assert losses[0] == pytest.approx(losses[1], rel=2**-7)
+    assert losses[0][-1] < losses[0][0]
+
+
 def test_the_step_count_is_the_trainer_s(sft: Callable[..., Result], tmp_path: Path) -> None:
     result = sft("--training.max_steps", "null", "--training.epochs", "1.5", "--training.batch_size", "6")
     assert "training 3 steps of 6 rows" in result.stderr

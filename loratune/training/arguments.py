@@ -62,7 +62,8 @@ def training_arguments(recipe: Recipe, hardware: Hardware, has_validation: bool)
         disable_tqdm=True,
         report_to="none",  # loratune runs trackers in separate processes
         # The base has its dtype already: autocast would convert tensors again and again, and disable fused LoRA layers.
-        bf16=False,
+        # Only float32 weights among the base's own need it.
+        bf16=dtype == torch.bfloat16 and bool(recipe.lora.modules_to_save or recipe.lora.bias != "none"),
         fp16=hardware.is_gpu and dtype == torch.float16,
         use_cpu=not hardware.is_gpu,
         ddp_backend="gloo" if hardware.is_distributed and not hardware.is_gpu else None,
