@@ -222,7 +222,7 @@ def test_kernels_that_are_wrong_are_found(checks: Any, monkeypatch: pytest.Monke
     right = kernels.linear_errors(layer, torch.float32, kernels.DROPOUT)
     assert all(own < 1e-5 and plain < 1e-5 for own, plain in right.values()), right
     add = lora_linear._add_branch
-    monkeypatch.setattr(lora_linear, "_add_branch", lambda *inputs: add(*inputs[:4], inputs[4] * 1.01))
+    monkeypatch.setattr(lora_linear, "_add_branch", lambda grad, through_b, *rest: add(grad, through_b * 1.01, *rest))
     wrong = kernels.linear_errors(kernels.dense_layer(64, torch.float32, torch.device("cpu")), torch.float32, 0.0)
     assert wrong["linear dx"][0] > 1e-5 > wrong["linear dx"][1]
     found = kernels.summary({"float32": wrong, "bfloat16": {"linear y": (3e-3, 2e-3), "linear dA": (4e-3, 1e-7)}})
@@ -241,7 +241,7 @@ def test_documents_that_see_each_other_are_found(checks: Any, monkeypatch: pytes
     device = torch.device("cpu")
     right = kernels.attention_errors(False, torch.float32, device)
     assert all(own < 1e-5 for own, _ in right.values()), right
-    monkeypatch.setattr(packed_attention, "document_lengths", lambda borders: [int(borders[-1])])
+    monkeypatch.setattr(packed_attention, "_document_lengths", lambda query, settings: [query.shape[2]])
     wrong = kernels.attention_errors(False, torch.float32, device)
     assert all(own > 1e-3 for own, _ in wrong.values()), wrong
 

@@ -21,7 +21,7 @@ MIXED = (20, 50, 400, 1200, 3000, 90, 700, 2000)
 
 def cache_memory(place: Workplace) -> Figures:
     """Return reserved / written of one long chat, and the peak of many clients beside the promise."""
-    from loratune.engine.engine import CACHE_SHARE
+    from loratune.engine.cache_choice import CACHE_SHARE
     from loratune.engine.kv_cache import token_bytes
     from loratune.model.architecture.structure import causal_model
     from loratune.model.hardware import detect_hardware

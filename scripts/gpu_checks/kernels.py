@@ -259,13 +259,14 @@ def head_errors(width: int, dtype: Any, device: Any) -> Errors:
 
 def attention_errors(is_gpu: bool, dtype: Any, device: Any) -> Errors:
     """Compare attention to packed documents with attention under a dense mask of the row."""
-    from loratune.model.kernels.packed_attention import use_document_attention
+    from loratune.model.hardware import detect_hardware
+    from loratune.model.kernels.attention_choice import choose_attention
 
     width, heads, key_heads = (3584, 28, 4) if is_gpu else (256, 4, 2)
     sizes = {"num_attention_heads": heads, "num_key_value_heads": key_heads, "intermediate_size": width}
     plain, exact = one_layer(width, dtype, device, **sizes)
     own = copy.deepcopy(plain)
-    use_document_attention(own)
+    choose_attention(own, detect_hardware(), "auto", is_packed=True)
     torch.manual_seed(2)
     x = torch.randn(1, sum(DOCUMENTS), width).to(device, dtype)
     direction = torch.randn(1, sum(DOCUMENTS), width).to(device, dtype)

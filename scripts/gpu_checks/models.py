@@ -109,10 +109,11 @@ def adapted_base(base: Path, adapter: Path, dtype: Any) -> Any:
 def use_loratune(model: Any) -> Any:
     """Put loratune's kernels into a PEFT model, as `sft` does."""
     from loratune.model.architecture.structure import causal_model
+    from loratune.model.hardware import detect_hardware
+    from loratune.model.kernels.attention_choice import choose_attention
     from loratune.model.kernels.linear_cross_entropy import add_labelled_loss
     from loratune.model.kernels.lora_linear import use_fused_lora
     from loratune.model.kernels.norm_mlp import use_fused_elementwise
-    from loratune.model.kernels.packed_attention import use_document_attention
 
     base = causal_model(model)
     taken = (use_fused_lora(model), use_fused_elementwise(base))
@@ -120,7 +121,7 @@ def use_loratune(model: Any) -> Any:
         raise RuntimeError(
             f"loratune's kernels have not been used: {taken[0]} linear layers, {taken[1]} norms and MLPs"
         )
-    use_document_attention(base)
+    choose_attention(base, detect_hardware(), "auto", is_packed=True)
     add_labelled_loss(base)
     return model
 
