@@ -32,8 +32,8 @@ def cache_memory(place: Workplace) -> Figures:
         engine = engine_of({"adapter": adapter}, base)
         one = token_bytes(causal_model(engine.model))
         before, promised = machine.memory_now(), CACHE_SHARE * free_memory_bytes(detect_hardware())
-        held, written = held_during(engine, [greedy(text_of(LONG_CHAT), SHORT_ANSWER)])
-        figures: dict[str, Any] = {"reserved / written": (held - before) / (written * one)}
+        held, written = held_during(engine, [greedy(text_of(LONG_CHAT), SHORT_ANSWER)], before, one)
+        figures: dict[str, Any] = {"reserved / written": held / (written * one)}
         fitting = min(CLIENTS, int(promised // ((PROMPT + ANSWER) * one)))
         for name, requests in (
             ("many clients", [greedy(text_of(PROMPT, number), ANSWER) for number in range(CLIENTS)]),
@@ -58,13 +58,19 @@ def text_of(tokens: int, number: int = 0) -> str:
     return str(tokenizer.decode(ids))
 
 
-def held_during(engine: Any, requests: list[Any]) -> tuple[int, int]:
-    """Return the most bytes in use between passes, where what a pass needs is given back, and the tokens written."""
+def held_during(engine: Any, requests: list[Any], before: int, token_bytes: int) -> tuple[int, int]:
+    """Return the most bytes that requests hold between passes, and the tokens written.
+
+    Of a pool that is made once, these are the pages that are handed out.
+    """
+    from loratune.engine.paged_cache import PAGE
+
     held: list[int] = []
-    plain_forward = engine.model.forward
+    plain_forward, cache = engine.model.forward, engine.decoder._cache
 
     def forward(*arguments: Any, **inputs: Any) -> Any:
-        held.append(machine.memory_now())
+        pages = sum(map(bool, cache._users[1:])) if cache.is_fixed else 0
+        held.append(pages * PAGE * token_bytes if cache.is_fixed else machine.memory_now() - before)
         return plain_forward(*arguments, **inputs)
 
     engine.model.forward = forward
