@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from typing import Any
 
 import torch
+from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
 
+from loratune.engine.sampling import Sampling
 from loratune.engine.scheduler import Decoder
 from loratune.engine.sequence import RunningSequence
 
@@ -62,6 +65,42 @@ def run(decoder: Decoder, all_running: list[RunningSequence]) -> list[list[int]]
     while not decoder.is_idle:
         decoder.step()
     return [running.tokens for running in all_running]
+
+
+def run_any_course(
+    data: st.DataObject, decoder: Decoder, longest: int = 512, after: Callable[[Decoder], object] = id
+) -> list[RunningSequence]:
+    """Ask, go on, remove and make steps in any order, until all answers have ended.
+
+    Args:
+        data: draws the course.
+        decoder: of a model that knows the tokens 1 to 6.
+        longest: most tokens of a conversation that goes on.
+        after: called after each event.
+
+    Returns:
+        All sequences.
+    """
+    prompts = st.lists(st.integers(1, 2), min_size=1, max_size=90)  # few ids, so that many begin alike
+    running: list[RunningSequence] = []
+    for _ in range(data.draw(st.integers(1, 14))):
+        match data.draw(st.sampled_from(["ask", "step", "step", "remove", "go on"])):
+            case "ask":
+                tokens = data.draw(st.integers(1, 70))
+                running.append(RunningSequence(data.draw(prompts), Sampling(max_new_tokens=tokens), frozenset()))
+                decoder.add(running[-1])
+            case "go on" if running and running[-1].finish and len(running[-1].ids) < longest:
+                running.append(RunningSequence([*running[-1].ids, 5, 6], Sampling(max_new_tokens=4), frozenset()))
+                decoder.add(running[-1])
+            case "remove" if running:
+                decoder.remove(data.draw(st.sampled_from(running)))
+            case _:
+                decoder.step()
+        after(decoder)
+    while not decoder.is_idle:
+        decoder.step()
+        after(decoder)
+    return running
 
 
 def adapted(kind: str = "qwen2", **settings: Any) -> Any:

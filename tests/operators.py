@@ -1,4 +1,7 @@
-"""Counts the operators of a training pass, which do not depend on the machine."""
+"""Counts what a computation asks of a device: kernels, and copies to it, which do not depend on the machine.
+
+The device "meta" stands for a GPU: its tensors have shapes and no values, and copies to it are seen as such.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +28,7 @@ NO_KERNEL = {
 
 
 class OperatorCount(TorchDispatchMode):
-    """Counts the ATen operators below autograd and autocast that would start a kernel or a copy on a GPU.
+    """Counts the operators below autograd and autocast that would start a kernel or a copy on a GPU.
 
     Views, allocations without values and questions about a tensor do not count. An operator may start several kernels,
     such as a product that splits its sum; so a count is a lower bound, and comparable with others.
@@ -38,20 +41,26 @@ class OperatorCount(TorchDispatchMode):
         self.arguments: list[tuple[Any, ...]] = []
         self.names: Counter[str] = Counter()
         """Operator → number of calls."""
-        self.uploads = 0
-        """Copies from main memory to a GPU."""
+        self.copies = 0
+        """Copies between main memory and a GPU."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
+        kwargs = kwargs or {}
+        if torch.is_inference_mode_enabled():  # which leaves operators whole that are made of others
+            with self:
+                result = func.decompose(*args, **kwargs)
+            if result is not NotImplemented:
+                return result
+        result = func(*args, **kwargs)
+        tensors = [leaf for leaf in tree_leaves((args, kwargs, result)) if isinstance(leaf, torch.Tensor)]
+        # A number in a tensor without dimensions is passed as it is.
+        self.copies += {tensor.device.type for tensor in tensors if tensor.ndim} == {"cpu", GPU}
         name = func._schema.name.partition("::")[2]
         if func.is_view or name in NO_KERNEL:
             return result
         self.names[name] += 1
         if name == self.watched:
-            self.arguments.append((*args, *(kwargs or {}).values()))
-        came_from = {leaf.device.type for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)}
-        went_to = {leaf.device.type for leaf in tree_leaves(result) if isinstance(leaf, torch.Tensor)}
-        self.uploads += name in ("_to_copy", "copy_") and "cpu" in came_from and went_to == {GPU}
+            self.arguments.append((*args, *kwargs.values()))
         return result
 
     def __len__(self) -> int:

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from decoding import CONFIGS, PROMPTS, SIZES, adapted, greedy, random_model, run
+from decoding import CONFIGS, PROMPTS, SIZES, adapted, greedy, random_model, run, run_any_course
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from sampling import shortlisted
@@ -26,7 +26,8 @@ from transformers import (
 
 from loratune.engine import kv_cache, token_choice
 from loratune.engine import scheduler as decoder_module
-from loratune.engine.kv_cache import DecodingError, token_bytes
+from loratune.engine.forward_batch import DecodingError
+from loratune.engine.kv_cache import token_bytes
 from loratune.engine.sampling import Sampling
 from loratune.engine.scheduler import Decoder
 from loratune.engine.sequence import RunningSequence
@@ -441,23 +442,7 @@ def test_a_beginning_that_a_running_answer_has_read_is_not_read_again() -> None:
 def test_any_course_of_questions_gets_the_answers_given_alone(data: st.DataObject) -> None:
     model = shared_model()
     decoder = Decoder(model, slots=data.draw(st.integers(1, 3)))
-    prompts = st.lists(st.integers(1, 2), min_size=1, max_size=90)  # few ids, so that many begin alike
-    running: list[RunningSequence] = []
-    for _ in range(data.draw(st.integers(1, 12))):
-        match data.draw(st.sampled_from(["ask", "step", "step", "remove", "go on"])):
-            case "ask":
-                tokens = data.draw(st.integers(1, 70))
-                running.append(RunningSequence(data.draw(prompts), Sampling(max_new_tokens=tokens), frozenset()))
-                decoder.add(running[-1])
-            case "go on" if running and running[-1].finish:
-                running.append(RunningSequence([*running[-1].ids, 5, 6], Sampling(max_new_tokens=4), frozenset()))
-                decoder.add(running[-1])
-            case "remove" if running:
-                decoder.remove(data.draw(st.sampled_from(running)))
-            case _:
-                decoder.step()
-    while not decoder.is_idle:
-        decoder.step()
+    running = run_any_course(data, decoder)
     decoder.close()
     for one in running:
         assert one.tokens == greedy(model, one.prompt, max(1, len(one.tokens)))[: len(one.tokens)]

@@ -1,6 +1,6 @@
 """What one decoding step asks of a device, beside transformers' generate with PEFT's own forward.
 
-Operators are counted on a CPU, and copies on a fake GPU: both are the same on every machine.
+OperatorCount are counted on a CPU, and copies on a fake GPU: both are the same on every machine.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from launches import Operators
+from operators import OperatorCount
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, Qwen2Config
 
@@ -61,16 +61,16 @@ def begun(model: Any, sampling: Sampling, names: list[str], prepare: Callable[[D
 
 
 def launched_by_generate(model: Any, rows: int, how: dict[str, Any]) -> Counter[str]:
-    """Operators of one token of `generate`: what two answers differ by, one of which has another token."""
+    """OperatorCount of one token of `generate`: what two answers differ by, one of which has another token."""
     counts = []
     for tokens in (4, 5):
         ids = torch.tensor([PROMPT] * rows)
-        with Operators() as counted:
+        with OperatorCount() as counted:
             model.generate(
                 input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=tokens, min_new_tokens=tokens,
                 eos_token_id=299, pad_token_id=0, **how,
             )  # fmt: skip
-        counts.append(counted.launched)
+        counts.append(counted.names)
     return counts[1] - counts[0]
 
 
@@ -80,11 +80,11 @@ def test_a_step_launches_less_than_generate_with_peft(kind: str, rows: int) -> N
     sampling, how = SETTINGS[kind]
     expected = launched_by_generate(adapted(), rows, how)
     decoder = begun(adapted(), sampling, ["default"] * rows)
-    with Operators() as counted:
+    with OperatorCount() as counted:
         decoder.step()
     # A kernel for each sampled answer's random numbers is left.
     share = 0.85 if kind == "sampled" else 0.7
-    assert counted.launched.total() <= share * expected.total(), (counted.launched, expected)
+    assert counted.names.total() <= share * expected.total(), (counted.names, expected)
 
 
 class GPU:
@@ -121,7 +121,7 @@ def test_a_step_copies_little_to_a_gpu_and_reads_once(
     gpu = GPU(monkeypatch)
     decoder = begun(model, SETTINGS[kind][0], names, on_pages)
     gpu.reads = 0
-    with Operators() as counted:
+    with OperatorCount() as counted:
         decoder.step()
     assert counted.copies == 2  # what the rows are, and their tokens
     assert gpu.reads == 1

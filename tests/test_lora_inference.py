@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import give_back_forwards
-from launches import Operators
+from operators import OperatorCount
 from peft import LoraConfig, get_peft_model
 from rounding import assert_same_but_rounding
 from torch import nn
@@ -93,10 +93,10 @@ def test_no_matrix_is_rounded_twice(names: list[str]) -> None:
     model, reference = pair(torch.bfloat16)
     x = torch.randn(len(names), IN).bfloat16()
     both(model, reference, x, names)
-    with Operators() as counted, torch.inference_mode():
+    with OperatorCount() as counted, torch.inference_mode():
         model(x, **({"adapter_names": names} if len(names) > 1 else {}))
-    assert "_to_copy" not in counted.launched
-    assert counted.launched.total() <= 3 + 2 * (len(names) > 1)
+    assert "_to_copy" not in counted.names
+    assert counted.names.total() <= 3 + 2 * (len(names) > 1)
 
 
 @pytest.mark.parametrize(

@@ -95,7 +95,7 @@ def test_a_pass_takes_a_third_fewer_kernels_than_peft_s_however_many_documents(m
     assert len(few) <= peft_count() * 2 / 3
     assert len(few) <= MOST_OF_A_LAYER * LAYERS
     # Nothing is copied to the GPU, and no value is asked of it, which would fail here.
-    assert few.uploads == few_again.uploads == 0
+    assert few.copies == few_again.copies == 0
     # A and B are rounded in the first pass after a step; gradients are added up from the second on.
     assert few.names - few_again.names == {"_to_copy": 2 * 7 * LAYERS, "mul": 7 * LAYERS}
     assert few_again.names - few.names == {"add_": 2 * 7 * LAYERS}

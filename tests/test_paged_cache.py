@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 import torch
-from decoding import CONFIGS, PROMPTS, adapted, greedy, random_model, run
+from decoding import CONFIGS, PROMPTS, adapted, greedy, random_model, run, run_any_course
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from launches import Operators
+from operators import OperatorCount
 
 from loratune.engine import cache_choice, paged_cache
 from loratune.engine import scheduler as decoder_module
@@ -145,25 +145,7 @@ def test_any_course_of_questions_keeps_its_promises(small_pages: None, data: st.
     # No more than the longest question and its answer need, or some more.
     kernel = KERNELS[data.draw(st.sampled_from(sorted(KERNELS)))]
     decoder = paged(model, data.draw(st.integers(1, 4)), data.draw(st.integers(10, 20)), kernel)
-    prompts = st.lists(st.integers(1, 2), min_size=1, max_size=80)  # few ids, so that many begin alike
-    running: list[RunningSequence] = []
-    for _ in range(data.draw(st.integers(1, 14))):
-        match data.draw(st.sampled_from(["ask", "step", "step", "remove", "go on"])):
-            case "ask":
-                tokens = data.draw(st.integers(1, 70))
-                running.append(RunningSequence(data.draw(prompts), Sampling(max_new_tokens=tokens), frozenset()))
-                decoder.add(running[-1])
-            case "go on" if running and running[-1].finish and len(running[-1].ids) < 140:
-                running.append(RunningSequence([*running[-1].ids, 5, 6], Sampling(max_new_tokens=4), frozenset()))
-                decoder.add(running[-1])
-            case "remove" if running:
-                decoder.remove(data.draw(st.sampled_from(running)))
-            case _:
-                decoder.step()
-        assert_sound(decoder)
-    while not decoder.is_idle:
-        decoder.step()
-        assert_sound(decoder)
+    running = run_any_course(data, decoder, longest=140, after=assert_sound)
     decoder.close()
     for one in running:
         assert one.tokens == greedy(model, one.prompt, max(1, len(one.tokens)))[: len(one.tokens)]
@@ -334,7 +316,7 @@ def test_torch_s_kernel_takes_the_arguments(count: int, reads_tables: bool) -> N
     batch = PagedBatch([0, 1], [4, 300], [count] * 2, "meta", tables=[[1], [2, 3]], numbers=numbers, kernel=kernel)
     query = torch.zeros(2, 4, batch.width, 16, dtype=torch.bfloat16, device="meta")
     pool = torch.zeros(4, paged_cache.PAGE, 2, 16, dtype=torch.bfloat16, device="meta")
-    with Operators() as counted:
+    with OperatorCount() as counted:
         output = batch.attend(query, pool, pool, None, None)
     assert output.shape == (2, batch.width, 4, 16)
-    assert counted.launched == {"torch_attn::_varlen_attn": 1} | ({} if count == 1 else {"clone": 1})
+    assert counted.names == {"_varlen_attn": 1} | ({} if count == 1 else {"clone": 1})

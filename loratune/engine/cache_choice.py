@@ -8,18 +8,12 @@ from loratune.engine.kv_cache import BatchedKVCache, KVCache, token_bytes
 from loratune.engine.paged_cache import PAGE, Kernel, PagedBatch, PagedKVCache
 from loratune.model.architecture.structure import head_size, key_value_heads, layer_count, text_config
 from loratune.model.hardware import FLASH_CAPABILITY
+from loratune.model.kernels.packed_attention import VARLEN_TOLERANCE, varlen_attn
 from loratune.multiples import round_up
 from loratune.protocols import CausalModel
 
-try:
-    from torch.nn.attention.varlen import varlen_attn
-except ImportError:  # before torch 2.10
-    varlen_attn = None
-
 CACHE_SHARE = 0.7
 """Share of the memory that is free after loading the model, for the KV cache."""
-TOLERANCE = 0.02
-"""Largest relative difference of two kernels in half precision."""
 
 
 def make_cache(model: CausalModel, slots: int, budget_bytes: float | None) -> KVCache:
@@ -75,7 +69,7 @@ def works(kernel: Kernel, model: CausalModel) -> bool:
                 found, expected = (
                     one.attend(query, key, value, window, None)[:, -count:] for one in (by_kernel, by_sdpa)
                 )
-                if not (found - expected).norm() <= TOLERANCE * expected.norm():
+                if not (found - expected).norm() <= VARLEN_TOLERANCE * expected.norm():
                     return False
     except Exception:  # a kernel that lacks something may raise anything
         return False

@@ -44,9 +44,8 @@ class Engine:
         hardware = detect_hardware()
         self.decoder = Decoder(model, slots, CACHE_SHARE * free_memory_bytes(hardware))
         room = self.decoder.room
-        if (
-            hardware.is_gpu and room is not None and room < self.context_tokens
-        ):  # a CPU's memory is taken only as it is written
+        # Not on a CPU, whose memory is taken only as it is written.
+        if hardware.is_gpu and room is not None and room < self.context_tokens:
             self.warnings.append(
                 f"this GPU has room for the keys and values of {room:,} tokens, the model for "
                 f"{self.context_tokens:,}; longer conversations are refused"

@@ -13,12 +13,10 @@ from typing import Any
 import torch
 from transformers.cache_utils import Cache
 
-from loratune.engine.forward_batch import LENGTH_UNIT, DecodingError, ForwardBatch
+from loratune.engine.forward_batch import LENGTH_UNIT, ForwardBatch
 from loratune.model.architecture.structure import head_size, key_value_heads, layer_count
 from loratune.multiples import round_up
 from loratune.protocols import CausalModel
-
-__all__ = ["BatchedKVCache", "DecodingError", "ForwardBatch", "KVCache", "reserved_tokens", "token_bytes"]
 
 SLOTS_UNIT = 4
 """Slots after the first are made so many at a time, so that not every new answer copies those that run."""

@@ -45,7 +45,7 @@ class PassMemory:
     fixed: int
     """Gradients, optimizer state and logits."""
     free: int
-    """Free memory, of the process that has the least."""
+    """Free memory."""
 
     def needed(self, tokens: int, is_recomputed: bool) -> int:
         """Return the bytes of a pass."""
@@ -67,10 +67,6 @@ class PassPlan:
     gradient_checkpointing: bool
     memory: PassMemory | None
     """As measured; None where the recipe leaves nothing to decide."""
-
-    @property
-    def needed_bytes(self) -> int | None:
-        return self.memory.needed(self.largest, self.gradient_checkpointing) if self.memory else None
 
     def __str__(self) -> str:
         """Return the memory of the largest pass, and the decision."""
@@ -150,7 +146,7 @@ def measure_passes(model: AdaptedModel, is_packed: bool, longest: int, step: int
     layers = config.num_hidden_layers
     # The input of each layer is kept, and all of one layer while its gradients are computed.
     recomputed = layers * config.hidden_size * base.dtype.itemsize + kept / layers
-    return PassMemory(kept, min(kept, recomputed), fixed, _least_over_processes(free_memory_bytes(hardware), hardware))
+    return _scarcest(PassMemory(kept, min(kept, recomputed), fixed, free_memory_bytes(hardware)), hardware)
 
 
 def _kept_bytes(model: AdaptedModel, is_packed: bool, length: int, hardware: Hardware) -> int:
@@ -193,10 +189,12 @@ def _sample(is_packed: bool, lengths: Sequence[int], hardware: Hardware) -> dict
     return {name: value.to(hardware.device) if hasattr(value, "to") else value for name, value in batch.items()}
 
 
-def _least_over_processes(free: int, hardware: Hardware) -> int:
-    """Return the smallest of all processes' values, so that they make the same passes."""
+def _scarcest(memory: PassMemory, hardware: Hardware) -> PassMemory:
+    """Return the worst figures of all processes: only with the same ones do they divide a step alike."""
     if not hardware.is_distributed:
-        return free
-    values = torch.tensor([free], device=hardware.device)
+        return memory
+    figures = (-memory.kept, -memory.recomputed, -memory.fixed, memory.free)
+    values = torch.tensor(figures, dtype=torch.float64, device=hardware.device)
     torch.distributed.all_reduce(values, torch.distributed.ReduceOp.MIN)
-    return int(values)
+    kept, recomputed, fixed, free = values.tolist()
+    return PassMemory(-kept, -recomputed, round(-fixed), round(free))

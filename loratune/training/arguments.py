@@ -69,8 +69,6 @@ def training_arguments(recipe: Recipe, hardware: Hardware, has_validation: bool)
         ddp_backend="gloo" if hardware.is_distributed and not hardware.is_gpu else None,
         ddp_find_unused_parameters=False,
         ddp_broadcast_buffers=False,  # no buffer of a frozen base changes
-        dataloader_pin_memory=hardware.is_gpu,
-        accelerator_config={"non_blocking": hardware.is_gpu},
     )
     arguments._n_gpu = min(1, arguments._n_gpu)  # else several GPUs make it nn.DataParallel, which TRL refuses
     return arguments, warnings

@@ -53,7 +53,7 @@ def end_to_end(place: Workplace) -> Figures:
 def words_of(run: Path) -> list[object]:
     settings = {
         "output": run, "data.validation": 0.1, "training.max_steps": STEPS, "evaluation.every_steps": 8,
-        "checkpoints.every_steps": 8, "evaluation.questions_share": 0,
+        "checkpoints.every_steps": 8, "evaluation.questions_share": 0, "training.deterministic": True,
     }  # fmt: skip
     return sft_words(settings, "--config", "quickstart")
 

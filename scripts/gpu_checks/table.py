@@ -98,8 +98,7 @@ CHECKS = (
         (
             Bound("wrong exit codes", "=", 0),
             Bound("last loss / first", "≤", 0.9),
-            Bound("resumed adapter differs by", "≤", 1e-3, "gpu"),
-            Bound("resumed adapter differs by", "=", 0, "cpu"),
+            Bound("resumed adapter differs by", "=", 0),
         ),
     ),
     Check(

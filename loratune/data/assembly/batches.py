@@ -79,8 +79,7 @@ def collate_packed(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
         max_length_q and max_length_k: length of the longest document.
         document_lengths: length of each document, so that nobody has to fetch them from a GPU.
         seq_idx, int32 [1, tokens]: index of each token's document, for layers with a recurrent state. transformers
-        raises
-            an error where such a layer cannot keep documents apart; attention layers ignore it.
+        raises an error where such a layer cannot keep documents apart; attention layers ignore it.
         about: not a model input; see `_about`.
     """
     lengths = [len(row["input_ids"]) for row in rows]

@@ -10,13 +10,11 @@ from torch.nn import functional
 from loratune.model.architecture.structure import head_size, key_value_heads, text_config
 from loratune.model.base import dtype_name
 from loratune.model.hardware import FLASH_CAPABILITY, Hardware
-from loratune.model.kernels.packed_attention import VARLEN_ATTENTION, use_document_attention, varlen
+from loratune.model.kernels.packed_attention import VARLEN_ATTENTION, VARLEN_TOLERANCE, use_document_attention, varlen
 from loratune.protocols import CausalModel
 
 TRIAL = (5, 130)
 """Lengths of the trial's documents: one is longer than a kernel's block of keys."""
-TOLERANCE = 0.02
-"""Largest relative difference of two kernels in half precision."""
 
 
 @dataclass(frozen=True)
@@ -84,7 +82,7 @@ def _what_fails(model: CausalModel) -> str:
             theirs = [expected, *torch.autograd.grad(expected, rows, direction)]
     except Exception as error:  # a kernel may raise anything; training works without it
         return f"since torch's kernel for several documents fails: {' '.join(str(error).split())[:200]}"
-    same = all((own - other).norm() <= TOLERANCE * other.norm() for own, other in zip(ours, theirs, strict=True))
+    same = all((own - other).norm() <= VARLEN_TOLERANCE * other.norm() for own, other in zip(ours, theirs, strict=True))
     return "" if same else "since torch's kernel for several documents gives other results"
 
 

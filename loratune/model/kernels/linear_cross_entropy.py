@@ -36,9 +36,7 @@ class LabelledLoss(ModelOutput):
     loss_sum: torch.Tensor | None = None
     """Sum of the losses in nats: float32 scalar with gradient."""
     losses: torch.Tensor | None = None
-    """Loss of each labelled position in nats: float32, detached."""
-    rows: torch.Tensor | None = None
-    """Batch row of each labelled position."""
+    """Loss of each labelled position in nats, row after row: float32, detached."""
 
 
 def add_labelled_loss(model: CausalModel) -> None:
@@ -63,7 +61,7 @@ def _forward(model: CausalModel, head: Any, labels: torch.Tensor, **inputs: Any)
     targets = pad(labels[:, 1:], (0, 1), value=-1).flatten()  # negative where there is no label
     places = (targets >= 0).nonzero()[:, 0]  # once, because a GPU is waited for
     total, losses = summed_loss(hidden.flatten(0, 1).index_select(0, places), targets[places], head)
-    return LabelledLoss(loss_sum=total, losses=losses, rows=places // labels.shape[1])
+    return LabelledLoss(loss_sum=total, losses=losses)
 
 
 def summed_loss(hidden: torch.Tensor, targets: torch.Tensor, head: Any) -> tuple[torch.Tensor, torch.Tensor]:

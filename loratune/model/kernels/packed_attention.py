@@ -17,7 +17,7 @@ from loratune.multiples import round_up
 from loratune.protocols import CausalModel
 
 try:
-    from torch.nn.attention.varlen import varlen_attn
+    from torch.nn.attention.varlen import varlen_attn as varlen_attn  # the cache of the engine uses it too
 except ImportError:  # before torch 2.10
     varlen_attn = None
 
@@ -25,6 +25,8 @@ DOCUMENT_ATTENTION = "documents"
 """Name of the attention by single documents as a model's attn_implementation."""
 VARLEN_ATTENTION = "varlen_documents"
 """The same with one kernel for all documents of a row."""
+VARLEN_TOLERANCE = 0.02
+"""Largest relative difference of torch's kernel and sdpa in half precision."""
 LONGEST_BY_PRODUCTS = 1024
 """Longer documents use torch's kernel, which saves no probabilities for the backward pass."""
 QUERY_BLOCK = 128
