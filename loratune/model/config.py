@@ -20,14 +20,14 @@ from pathlib import Path
 from typing import Any, get_args
 
 import torch
-from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedConfig
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, GenerationConfig, PreTrainedConfig
 from transformers.initialization import no_init_weights
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.utils import logging as transformers_logging
 
 from loratune.choices import Dtype
 from loratune.errors import Exit, LoratuneError, bullet_list, reason_of
-from loratune.model.architecture.structure import text_values
+from loratune.model.architecture.structure import text_values, with_text_values
 from loratune.model.files import CONFIG, check_values
 from loratune.plain_files import CONFIG_BYTES, read_json_object
 from loratune.protocols import CausalModel, ModelConfig
@@ -37,6 +37,8 @@ GENERATION_CONFIG = "generation_config.json"
 COMMON_KEYS = {"architectures", "dtype", "torch_dtype", "transformers_version"}
 # Older names of rope_parameters, which config classes with RoPE still accept.
 ROPE_KEYS = {"rope_theta", "rope_scaling", "partial_rotary_factor"}
+# These would change the computation; loratune implements them for the architectures that set them by themselves.
+FOREIGN_KEYS = ("per_layer_config", "fusion_config")
 DTYPES = get_args(Dtype)
 # What loratune and its proof read of a generation config.
 SAMPLING_KEYS = {
@@ -46,6 +48,7 @@ KINDS = {bool: "true or false", int: "a whole number from 0 on", float: "a numbe
 TOKEN_KEYS = ("bos_token_id", "eos_token_id", "pad_token_id")
 ADVICE = "fetch the file again, or correct it"
 READ = re.compile(r"\bconfig\.([a-z]\w*)|getattr\((?:self\.)?config, \"([a-z]\w*)\"")
+TAKEN = re.compile(r"kwargs\.(?:pop|get)\(\"([a-z]\w*)\"|\"([a-z]\w*)\" (?:not )?in kwargs")
 
 
 def load_config(folder: Path, is_quantized: bool = False) -> ModelConfig:
@@ -65,8 +68,21 @@ def load_config(folder: Path, is_quantized: bool = False) -> ModelConfig:
     if not isinstance(kind, str) or kind not in CONFIG_MAPPING:
         raise LoratuneError(f"{path}: transformers has no model_type {_shown(kind)}", Exit.MODEL)
     allowed = allowed_keys(kind) | ({"quantization_config"} if is_quantized else set())
-    kept = {key: value for key, value in values.items() if key in allowed}
-    problems = [f"{key} is {_shown(value)}" for key, value in kept.items() if _is_impossible(key, value)]
+    kept = {key: _with_floats(value) for key, value in values.items() if key in allowed}
+    parts = {name: kept[name] for name in CONFIG_MAPPING[kind].sub_configs if isinstance(kept.get(name), dict)}
+    for name, part in parts.items():
+        own = allowed_keys(kind, name, part.get("model_type"))
+        kept[name] = {key: value for key, value in part.items() if key in own}
+    described = [kept, text_values(kept)] if text_values(kept) is not kept else [kept]
+    problems = [
+        f"{key} is set, which is not implemented" for key in FOREIGN_KEYS if values.get(key) and key not in kept
+    ]
+    problems += [
+        f"{key} is {_shown(value)}"
+        for one in described
+        for key, value in one.items()
+        if key not in parts and _is_impossible(key, value)
+    ]
     dtype = kept.get("dtype", kept.get("torch_dtype"))
     problems += [f"dtype is {_shown(dtype)}; {', '.join(DTYPES)} are supported"] if dtype not in (None, *DTYPES) else []
     if problems:
@@ -82,21 +98,54 @@ def empty_model(config: ModelConfig) -> CausalModel:
     """
     # Drawing starting values of nothing is most of the work otherwise: torch takes it apart in Python on "meta".
     with torch.device("meta"), no_init_weights():
-        model: CausalModel = AutoModelForCausalLM.from_config(config)
+        model: CausalModel = auto_class(type(config)).from_config(config)
     return model
 
 
+def auto_class(config_class: Any) -> Any:
+    """Return transformers' class that loads the language model of a config: alone where it can be, else with the whole.
+
+    Raises:
+        LoratuneError: transformers has no such class, as for a model that writes no text.
+    """
+    for auto in (AutoModelForCausalLM, AutoModelForImageTextToText):
+        if config_class in auto._model_mapping:
+            return auto
+    raise LoratuneError(f"transformers has no model that writes text for {config_class.__name__}", Exit.MODEL)
+
+
 @functools.cache
-def allowed_keys(model_type: str) -> frozenset[str]:
-    """Return the keys that an architecture's config class declares, or that its own code reads."""
-    config_class = CONFIG_MAPPING[model_type]
+def allowed_keys(model_type: str, part: str = "", part_type: str | None = None) -> frozenset[str]:
+    """Return the keys that an architecture's config class declares or takes, or that its own code reads.
+
+    Args:
+        model_type: of the whole config.
+        part: name of a config within it, such as `text_config`.
+        part_type: model_type that the part states.
+    """
+    whole = CONFIG_MAPPING[model_type]
+    config_class = whole.sub_configs[part] if part else whole
+    if part_type in CONFIG_MAPPING and not issubclass(config_class, PreTrainedConfig):
+        config_class = CONFIG_MAPPING[part_type]
+    if not issubclass(config_class, PreTrainedConfig):
+        return frozenset({"model_type"})  # which transformers will refuse
     declared = {field.name for field in fields(config_class)} - {field.name for field in fields(PreTrainedConfig)}
-    read = set[str]()
-    if config_class in AutoModelForCausalLM._model_mapping:
-        module = sys.modules[AutoModelForCausalLM._model_mapping[config_class].__module__]
-        read = {found for pair in READ.findall(inspect.getsource(module)) for found in pair if found}
-        read = {key for key in read if not hasattr(PreTrainedConfig, key)}
-    return frozenset(declared | read | set(config_class.attribute_map) | COMMON_KEYS | ROPE_KEYS)
+    found = _names(TAKEN, inspect.getsource(config_class))
+    with contextlib.suppress(LoratuneError):
+        found |= _names(READ, inspect.getsource(sys.modules[auto_class(whole)._model_mapping[whole].__module__]))
+    found = {key for key in found if not hasattr(PreTrainedConfig, key) or key in FOREIGN_KEYS}
+    found |= {"model_type"} if part else set(whole.sub_configs)
+    aliases = {*config_class.attribute_map, *config_class.attribute_map.values()}
+    return frozenset(declared | found | aliases | COMMON_KEYS | ROPE_KEYS)
+
+
+def _names(pattern: re.Pattern[str], source: str) -> set[str]:
+    return {name for groups in pattern.findall(source) for name in groups if name}
+
+
+def _with_floats(value: Any) -> Any:
+    """Return a value with the infinite numbers that transformers writes as {"__float__": "Infinity"}."""
+    return PreTrainedConfig._decode_special_floats(value)
 
 
 def _built(path: Path, values: dict[str, Any], config_class: Any) -> ModelConfig:
@@ -135,10 +184,14 @@ def _require_layers(config_class: Any, values_text: str) -> None:
     """
     values = json.loads(values_text)
     empty_model(config_class(**values))
-    for kind in sorted({*(values.get("layer_types") or ())} - {"full_attention"}):
-        layer = empty_model(config_class(**values | {"num_hidden_layers": 1, "layer_types": [kind]}))
+    for kind in sorted({*(text_values(values).get("layer_types") or ())} - {"full_attention"}):
+        try:
+            one = with_text_values(values, {"num_hidden_layers": 1, "layer_types": [kind]})
+            layer = empty_model(config_class(**one))
+        except ValueError:  # another setting has one value per layer
+            continue
         with torch.no_grad(), contextlib.suppress(RuntimeError):  # a step that looks at values, which meta has none of
-            layer(input_ids=torch.zeros(1, 2, dtype=torch.long, device="meta"))
+            layer(input_ids=torch.zeros(1, 2, dtype=torch.long, device="meta"), use_cache=False)
 
 
 def _is_buildable(config_class: Any, keys: Iterable[str], values: dict[str, Any]) -> bool:

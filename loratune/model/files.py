@@ -24,12 +24,11 @@ from loratune.safetensors_header import read_header
 
 # Keys with which libraries have fetched or run code from a model's folder (transformers CVE-2026-4372, vLLM
 # CVE-2026-22807, mlx-lm CVE-2026-5843).
-FORBIDDEN_KEYS = ("auto_map", "custom_pipelines", "custom_generate", "kernel_config", "model_file", "trust_remote_code")
+CLASSES = "auto_map"
+FORBIDDEN_KEYS = (CLASSES, "custom_pipelines", "custom_generate", "kernel_config", "model_file", "trust_remote_code")
 # Keys that select an implementation, which the recipe does; transformers would download unknown ones by name.
 IMPLEMENTATIONS = ("attn_implementation", "experts_implementation")
 KNOWN_IMPLEMENTATIONS = (None, "eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention")
-# These would change the computation, and loratune does not implement them.
-FOREIGN_KEYS = ("per_layer_config", "fusion_config")
 MOST_LAYERS = 1_000
 INDEX_BYTES = 100_000_000
 CONFIG, ADAPTER_CONFIG = "config.json", "adapter_config.json"
@@ -117,9 +116,10 @@ def check_config(folder: Path) -> None:
     config = read_json_object(folder / CONFIG, CONFIG_BYTES)
     for path in [folder / CONFIG, *(folder / name for name in OTHER_CONFIGS if (folder / name).exists())]:
         check_values(path, config if path.name == CONFIG else read_json_object(path, CONFIG_BYTES))
-    if str(config.get("model_type")) not in FAMILIES:
+    if not is_native(config.get("model_type")):
         raise LoratuneError(
-            f"{folder}: model_type {config.get('model_type')!r} is not supported; {', '.join(sorted(FAMILIES))} are",
+            f"{folder}: transformers has no model of its own that writes text for model_type "
+            f"{config.get('model_type')!r}; loratune is tested with {', '.join(sorted(FAMILIES))}",
             Exit.MODEL,
         )
     if config.get("quantization_config") is not None:
@@ -132,12 +132,41 @@ def check_config(folder: Path) -> None:
         raise LoratuneError(f"{folder}: no tokenizer.json in it", Exit.MODEL)
 
 
+def is_native(model_type: Any) -> bool:
+    """Return whether transformers itself has a language model of this type."""
+    if model_type in FAMILIES:
+        return True
+    # Only for an architecture that loratune does not know: the import takes a second.
+    from transformers.models.auto import modeling_auto as known
+
+    return any(
+        model_type in names
+        for names in (known.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, known.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES)
+    )
+
+
+def untried(folder: Path) -> tuple[str, ...]:
+    """Return a warning about a model of an architecture that loratune's tests do not have."""
+    model_type = read_json_object(folder / CONFIG, CONFIG_BYTES).get("model_type")
+    if model_type in FAMILIES:
+        return ()
+    return (
+        f"{folder}: loratune has no test with model_type {model_type!r}; before training it checks on the model itself "
+        "what it relies on",
+    )
+
+
 def check_values(path: Path, values: dict[str, Any]) -> None:
     """Raise if a config asks for code, at any depth, or has impossible numbers.
+
+    A model's own classes (`auto_map`) may be named beside a model_type that transformers has itself: its classes are
+    used, never those of the folder.
 
     Raises:
         LoratuneError: lists the keys.
     """
+    if path.name == CONFIG and CLASSES in values and is_native(values.get("model_type")):
+        values = {key: value for key, value in values.items() if key != CLASSES}
     entries = list(_entries(values))
     forbidden = [key for key, value in entries if value and (key in FORBIDDEN_KEYS or key.endswith("_internal"))]
     forbidden += [key for key, value in entries if key == "use_kernels" and value]
@@ -153,7 +182,6 @@ def check_values(path: Path, values: dict[str, Any]) -> None:
             Exit.MODEL,
         )
     problems = [f"{key} is {value}" for key, value in entries if isinstance(value, float) and not math.isfinite(value)]
-    problems += [f"{key} is set, which is not implemented" for key in FOREIGN_KEYS if values.get(key)]
     layers = text_values(values).get("num_hidden_layers")
     if isinstance(layers, int) and layers > MOST_LAYERS:
         problems.append(f"num_hidden_layers is {layers:,}, more than any model has")

@@ -5,13 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoModelForCausalLM
 from transformers.utils import logging as transformers_logging
 
 from loratune.errors import Exit, LoratuneError, bullet_list, reason_of
 from loratune.model.architecture.file_layout import file_layout
 from loratune.model.architecture.vocabulary import vocabulary_of
-from loratune.model.config import empty_model, load_config, load_generation_config
+from loratune.model.config import auto_class, empty_model, load_config, load_generation_config
 from loratune.model.files import weight_files
 from loratune.model.memory import is_out_of_memory
 from loratune.model.tying import head_is_tied
@@ -34,10 +33,11 @@ def load_from_folder(folder: Path, is_quantized: bool = False, **options: Any) -
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     config, is_tied = load_config(folder, is_quantized), head_is_tied(folder)
+    options = options | {"attn_implementation": _supported_attention(config, options.get("attn_implementation"))}
     if not is_quantized:
         _check_shapes(folder, config)
     try:
-        model, info = AutoModelForCausalLM.from_pretrained(
+        model, info = auto_class(type(config)).from_pretrained(
             folder,
             config=config,
             generation_config=load_generation_config(folder),
@@ -83,6 +83,12 @@ def load_plain(folder: Path, is_quantized: bool = False) -> CausalModel:
         LoratuneError: it cannot be loaded, or tensors are missing or left over.
     """
     return load_from_folder(folder, is_quantized, dtype="auto", attn_implementation="sdpa").eval()
+
+
+def _supported_attention(config: ModelConfig, wanted: str | None) -> str | None:
+    """Return the attention to ask for; None leaves the choice to transformers, for a model that has fewer kinds."""
+    model_class = auto_class(type(config))._model_mapping[type(config)]
+    return None if wanted == "sdpa" and not getattr(model_class, "_supports_sdpa", True) else wanted
 
 
 def _check_shapes(folder: Path, config: ModelConfig) -> None:

@@ -11,6 +11,7 @@ from loratune import console
 from loratune.errors import Exit, LoratuneError
 from loratune.model.architecture.structure import text_value
 from loratune.model.architecture.vocabulary import vocabulary_of
+from loratune.model.config import load_config
 from loratune.model.files import weight_files
 from loratune.model.weights.tensor_files import TensorFiles
 from loratune.plain_files import read_json_object
@@ -29,7 +30,9 @@ def head_is_tied(folder: Path) -> bool:
     Raises:
         LoratuneError: config and files contradict each other, so that there is no valid model.
     """
-    says_tied = text_value(read_json_object(folder / "config.json"), "tie_word_embeddings", False)
+    says_tied = text_value(read_json_object(folder / "config.json"), "tie_word_embeddings")
+    if says_tied is None:  # the default depends on the architecture
+        says_tied = load_config(folder).tie_word_embeddings
     files = TensorFiles(weight_files(folder))
     embedding, head = vocabulary_of(files.infos)
     of_embedding, of_head = files.infos.get(embedding), files.infos.get(head)

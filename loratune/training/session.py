@@ -14,7 +14,7 @@ from loratune.data.encoding.encoder import Encoder
 from loratune.data.preparation import PreparedData
 from loratune.model.adapter.attach import AdapterSummary, attach_adapter, summarise_adapter
 from loratune.model.base import dtype_name, load_base
-from loratune.model.files import find_base, weight_files
+from loratune.model.files import find_base, untried, weight_files
 from loratune.model.hardware import Hardware, detect_hardware
 from loratune.model.kernels.attention_choice import AttentionChoice, choose_attention
 from loratune.model.kernels.linear_cross_entropy import add_labelled_loss
@@ -107,7 +107,14 @@ def prepare(recipe: Recipe, day: str | None, output: Path, stops: StopSignals) -
     plan = plan_steps(recipe.training, len(data.train))
     arguments, served = training_arguments(recipe, hardware, data.validation is not None)
     base_changes = require_intact(base, force=True)
-    warnings = (*advise(recipe), *advise_steps(recipe.training, plan), *data.warnings, *served, *base_changes)
+    warnings = (
+        *untried(base),
+        *advise(recipe),
+        *advise_steps(recipe.training, plan),
+        *data.warnings,
+        *served,
+        *base_changes,
+    )
     show_data(recipe, data)
     start_up.stage_done("data")
     return Prepared(

@@ -6,8 +6,9 @@ from collections.abc import Iterable
 from typing import NamedTuple
 
 # Headers of files and adapters are read before there is a model to ask. The path to these modules varies, as in
-# multimodal models; their own names do not.
+# multimodal models; their own names do not, except for GPT-2's.
 EMBEDDING_MODULE, HEAD_MODULE = "embed_tokens", "lm_head"
+EMBEDDING_MODULES = (EMBEDDING_MODULE, "wte")
 
 # For code that only has an adapter's names: vLLM supports these projections of every dense model. Support for others
 # depends on the model, which may not be on this machine.
@@ -34,10 +35,11 @@ def vocabulary_of(names: Iterable[str]) -> Vocabulary:
     """
     found = sorted(names, key=lambda name: (name.count("."), name))
     return Vocabulary(
-        next((name for name in found if _is_weight_of(EMBEDDING_MODULE, name)), f"model.{EMBEDDING_MODULE}.weight"),
-        next((name for name in found if _is_weight_of(HEAD_MODULE, name)), f"{HEAD_MODULE}.weight"),
+        next((name for name in found if _is_weight_of(EMBEDDING_MODULES, name)), f"model.{EMBEDDING_MODULE}.weight"),
+        next((name for name in found if _is_weight_of((HEAD_MODULE,), name)), f"{HEAD_MODULE}.weight"),
     )
 
 
-def _is_weight_of(module: str, name: str) -> bool:
-    return name.split(".")[-2:] == [module, "weight"]
+def _is_weight_of(modules: tuple[str, ...], name: str) -> bool:
+    *_, module, kind = ("", *name.split("."))
+    return module in modules and kind == "weight"

@@ -46,7 +46,7 @@ def read_config(model: Path) -> TextConfig:
         LoratuneError: programs for GGUF do not support the architecture or a part of its computation.
     """
     whole = load_config(model)
-    if whole.model_type not in FAMILIES:
+    if whole.model_type not in FAMILIES or FAMILIES[whole.model_type].gguf is None:
         raise _unknown(model, f"model_type {whole.model_type!r}")
     config = text_config(whole)
     if config.hidden_act != "silu":
@@ -75,7 +75,7 @@ def _unknown(model: Path, what: str) -> NotForGgufError:
 
 def architecture_of(config: TextConfig) -> str:
     """GGUF's name of a model's architecture."""
-    return FAMILIES[config.model_type].gguf
+    return FAMILIES[config.model_type].gguf or ""
 
 
 def describe(config: TextConfig) -> dict[str, str | int | float]:
