@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM
 
 from loratune.errors import Exit, LoratuneError
 from loratune.model.base import load_base
-from loratune.model.files import BESIDE_A_BASE, SMALL_HUB_FILES, check_base, find_base, weight_files
+from loratune.model.files import BESIDE_A_BASE, SMALL_HUB_FILES, check_base, find_base, untried, weight_files
 from loratune.model.from_folder import load_plain
 from loratune.model.hardware import detect_hardware
 from loratune.model.tokenizer import load_tokenizer, set_pad_token
@@ -127,15 +127,25 @@ def test_modelscope_without_its_package_says_what_to_install(monkeypatch: pytest
         find_base(ModelSettings(base="Qwen/Qwen3-8B", hub="modelscope"))
 
 
-@pytest.mark.parametrize("key", ["auto_map", "_attn_implementation_internal", "model_file", "custom_pipelines"])
+@pytest.mark.parametrize("key", ["_attn_implementation_internal", "model_file", "custom_pipelines"])
 def test_a_config_that_asks_for_code_is_refused(folder: Path, key: str) -> None:
     edit_config(folder, **{key: {"AutoConfig": "evil.py"}})
     assert key in refusal(folder)
 
 
 def test_an_unknown_architecture_is_refused_with_those_that_work(folder: Path) -> None:
-    edit_config(folder, model_type="bert")
-    assert "'bert' is not supported" in refusal(folder)
+    edit_config(folder, model_type="t5")
+    said = refusal(folder)
+    assert "no model of its own that writes text for model_type 't5'" in said
+    assert "qwen3_5_moe" in said
+
+
+def test_an_architecture_that_no_test_has_is_warned_of(folder: Path) -> None:
+    assert untried(folder) == ()
+    edit_config(folder, model_type="starcoder2")
+    check_base(folder)
+    (warning,) = untried(folder)
+    assert "no test with model_type 'starcoder2'" in warning
 
 
 def test_a_quantised_base_is_refused(folder: Path) -> None:

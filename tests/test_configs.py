@@ -123,7 +123,7 @@ def test_classes_of_a_folder_s_own_are_not_loaded_where_transformers_has_the_arc
     assert not mark.exists()
     assert type(load_from_folder(folder, attn_implementation="sdpa")).__module__.startswith("transformers.models.")
     edit(folder, model_type="evil")
-    with pytest.raises(LoratuneError, match="asks for code|no model of its own"):
+    with pytest.raises(LoratuneError, match=r"asks for code|no model of its own"):
         check_config(folder)
 
 

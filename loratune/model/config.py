@@ -62,11 +62,7 @@ def load_config(folder: Path, is_quantized: bool = False) -> ModelConfig:
         LoratuneError: the config is unreadable, asks for code, or has values that no model can be built from.
     """
     path = folder / CONFIG
-    values = read_json_object(path, CONFIG_BYTES)
-    check_values(path, values)
-    kind = values.get("model_type")
-    if not isinstance(kind, str) or kind not in CONFIG_MAPPING:
-        raise LoratuneError(f"{path}: transformers has no model_type {_shown(kind)}", Exit.MODEL)
+    kind, values = _described(path)
     allowed = allowed_keys(kind) | ({"quantization_config"} if is_quantized else set())
     kept = {key: _with_floats(value) for key, value in values.items() if key in allowed}
     parts = {name: kept[name] for name in CONFIG_MAPPING[kind].sub_configs if isinstance(kept.get(name), dict)}
@@ -88,6 +84,27 @@ def load_config(folder: Path, is_quantized: bool = False) -> ModelConfig:
     if problems:
         raise LoratuneError(f"{path}:\n{bullet_list(problems)}\n{ADVICE}", Exit.MODEL)
     return _built(path, kept, CONFIG_MAPPING[kind])
+
+
+def default_config(folder: Path) -> ModelConfig:
+    """The config of a model folder's architecture with default values: what a tokenizer's class follows from.
+
+    Raises:
+        LoratuneError: the config is unreadable, asks for code, or transformers does not have the architecture.
+    """
+    kind, _ = _described(folder / CONFIG)
+    config: ModelConfig = CONFIG_MAPPING[kind]()
+    return config
+
+
+def _described(path: Path) -> tuple[str, dict[str, Any]]:
+    """Return model_type and all values of a config.json."""
+    values = read_json_object(path, CONFIG_BYTES)
+    check_values(path, values)
+    kind = values.get("model_type")
+    if not isinstance(kind, str) or kind not in CONFIG_MAPPING:
+        raise LoratuneError(f"{path}: transformers has no model_type {_shown(kind)}", Exit.MODEL)
+    return kind, values
 
 
 def empty_model(config: ModelConfig) -> CausalModel:
@@ -133,8 +150,9 @@ def allowed_keys(model_type: str, part: str = "", part_type: str | None = None) 
     found = _names(TAKEN, inspect.getsource(config_class))
     with contextlib.suppress(LoratuneError):
         found |= _names(READ, inspect.getsource(sys.modules[auto_class(whole)._model_mapping[whole].__module__]))
-    found = {key for key in found if not hasattr(PreTrainedConfig, key) or key in FOREIGN_KEYS}
-    found |= {"model_type"} if part else set(whole.sub_configs)
+    parts = {"model_type"} if part else set(whole.sub_configs)
+    own = {key for key in found if not hasattr(PreTrainedConfig, key) and not key.endswith("_config")}
+    found = own | (found & {*FOREIGN_KEYS}) | parts
     aliases = {*config_class.attribute_map, *config_class.attribute_map.values()}
     return frozenset(declared | found | aliases | COMMON_KEYS | ROPE_KEYS)
 
@@ -185,13 +203,25 @@ def _require_layers(config_class: Any, values_text: str) -> None:
     values = json.loads(values_text)
     empty_model(config_class(**values))
     for kind in sorted({*(text_values(values).get("layer_types") or ())} - {"full_attention"}):
-        try:
-            one = with_text_values(values, {"num_hidden_layers": 1, "layer_types": [kind]})
-            layer = empty_model(config_class(**one))
-        except ValueError:  # another setting has one value per layer
-            continue
+        if not _can_have_two_layers(config_class, values):
+            return  # another setting has one value per layer
+        layers = _two_layers(config_class, values, kind)
         with torch.no_grad(), contextlib.suppress(RuntimeError):  # a step that looks at values, which meta has none of
-            layer(input_ids=torch.zeros(1, 2, dtype=torch.long, device="meta"), use_cache=False)
+            layers(input_ids=torch.zeros(1, 2, dtype=torch.long, device="meta"))
+
+
+def _can_have_two_layers(config_class: Any, values: dict[str, Any]) -> bool:
+    try:
+        _two_layers(config_class, values, "full_attention")
+    except ValueError:
+        return False
+    return True
+
+
+def _two_layers(config_class: Any, values: dict[str, Any], kind: str) -> CausalModel:
+    """A model without values: a layer of a kind, and one that attends, where transformers' caches count tokens."""
+    layers = {"num_hidden_layers": 2, "layer_types": [kind, "full_attention"]}
+    return empty_model(config_class(**with_text_values(values, layers)))
 
 
 def _is_buildable(config_class: Any, keys: Iterable[str], values: dict[str, Any]) -> bool:

@@ -134,8 +134,8 @@ def check_config(folder: Path) -> None:
 
 def is_native(model_type: Any) -> bool:
     """Return whether transformers itself has a language model of this type."""
-    if model_type in FAMILIES:
-        return True
+    if not isinstance(model_type, str) or model_type in FAMILIES:
+        return isinstance(model_type, str)
     # Only for an architecture that loratune does not know: the import takes a second.
     from transformers.models.auto import modeling_auto as known
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from transformers import AutoTokenizer
 
 from loratune.errors import Exit, LoratuneError, first_line_of
-from loratune.model.config import load_config
+from loratune.model.config import default_config
 from loratune.model.files import CONFIG
 from loratune.protocols import Tokenizer
 
@@ -18,7 +18,8 @@ def load_tokenizer(folder: Path) -> Tokenizer:
     Raises:
         LoratuneError: its files are damaged.
     """
-    config = load_config(folder) if (folder / CONFIG).is_file() else None
+    # Of the values, none counts; the model's code, which they are checked with, takes seconds to import.
+    config = default_config(folder) if (folder / CONFIG).is_file() else None
     try:
         tokenizer: Tokenizer = AutoTokenizer.from_pretrained(
             folder, config=config, local_files_only=True, trust_remote_code=False
