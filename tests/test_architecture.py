@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import json
-import os
 import re
-import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from conftest import ROWS, TINY_QWEN
-from peft import PeftModel
+from conftest import TINY_QWEN
 from safetensors.torch import load_file
 from torch import nn
 from transformers import (
@@ -21,11 +18,9 @@ from transformers import (
     AttentionInterface,
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
-    AutoTokenizer,
 )
 from transformers.core_model_loading import Transpose, WeightConverter
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-from typer.testing import Result
 
 from loratune.errors import LoratuneError
 from loratune.model.adapter.attach import attach_adapter
@@ -49,7 +44,6 @@ from loratune.model.config import empty_model
 from loratune.model.weights.tensor_files import TensorFiles
 from loratune.recipe.sections import LoraSettings
 from loratune.runs.tokenizer_files import copy_tokenizer_files
-from loratune.training.trainer import AdapterTrainer
 
 ROOT = Path(__file__).resolve().parent.parent / "loratune"
 NAMES = re.compile(
@@ -301,56 +295,3 @@ def test_of_a_gated_mlp_the_matrix_that_leads_back_is_told_by_its_shape() -> Non
 
     assert list(gated_mlp(Renamed())) == [("w1", "w3", "w2"), ("w3", "w1", "w2")]
     assert list(gated_mlp(nn.Sequential(nn.Linear(4, 6), nn.SiLU(), nn.Linear(6, 4)))) == []
-
-
-@pytest.mark.parametrize("kind", PLAIN)
-def test_every_family_is_trained_resumed_merged_and_asked(
-    cli: Callable[..., Result], make_model: Callable[[str], Path], tmp_path: Path, kind: str, monkeypatch: Any
-) -> None:
-    for check in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"):  # infer computes in float32 without these
-        monkeypatch.setattr(torch.cpu, check, lambda: False)
-    base = make_model(kind)
-    (tmp_path / "rows.json").write_text(json.dumps(ROWS))
-    flags = [
-        "sft", "--model.base", base, "--data.train", tmp_path / "rows.json", "--model.dtype", "float32",
-        "--lora.target_modules", "all-linear", "--training.max_steps", "3", "--training.learning_rate", "1e-2",
-        "--training.batch_size", "4",
-    ]  # fmt: skip
-    assert cli(*flags, "--output", tmp_path / "whole").exit_code == 0
-    plain = AdapterTrainer.training_step
-
-    def stopped_in_the_second(self: Any, *arguments: Any, **settings: Any) -> Any:
-        if self.state.global_step == 1:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return plain(self, *arguments, **settings)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(AdapterTrainer, "training_step", stopped_in_the_second)
-        assert cli(*flags, "--output", tmp_path / "run").exit_code == 128 + signal.SIGTERM
-    assert cli(*flags, "--output", tmp_path / "run", "--resume").exit_code == 0
-    whole, resumed = (load_file(tmp_path / name / "adapter/adapter_model.safetensors") for name in ("whole", "run"))
-    assert whole.keys() == resumed.keys()
-    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
-
-    done = cli("merge", "--adapter", tmp_path / "run", "--output", tmp_path / "merged")
-    assert done.exit_code == 0, done.stderr
-    merged = load_file(tmp_path / "merged" / "model.safetensors")
-    by_peft = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), tmp_path / "run" / "adapter")
-    expected = by_peft.merge_and_unload().state_dict()
-    assert merged.keys() == load_file(base / "model.safetensors").keys()
-    for name, values in merged.items():
-        torch.testing.assert_close(values, expected[name], rtol=1e-5, atol=1e-5)
-
-    question = ["--prompt", "How much is 3+3?", "--temperature", "0", "--max-new-tokens", "8"]
-    answers = [
-        cli("infer", *place, *question) for place in (["--adapter", tmp_path / "run"], ["--model", tmp_path / "merged"])
-    ]
-    assert [answer.exit_code for answer in answers] == [0, 0], answers[0].stderr + answers[1].stderr
-    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "merged")
-    ids = tokenizer.apply_chat_template(
-        [{"role": "user", "content": question[1]}], add_generation_prompt=True, return_dict=True, return_tensors="pt"
-    )
-    model = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
-    made = model.generate(**ids, max_new_tokens=8, do_sample=False, eos_token_id=3002, pad_token_id=3000)
-    text = tokenizer.decode(made[0, ids["input_ids"].shape[1] :], skip_special_tokens=True)
-    assert [answer.stdout.strip() for answer in answers] == [text.strip()] * 2
