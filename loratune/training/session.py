@@ -13,11 +13,11 @@ from loratune.data.assembly.steps import PassLayout
 from loratune.data.encoding.encoder import Encoder
 from loratune.data.preparation import PreparedData
 from loratune.model.adapter.attach import AdapterSummary, attach_adapter, summarise_adapter
+from loratune.model.adapter.plain_copy import with_same_weights
 from loratune.model.base import dtype_name, load_base
 from loratune.model.files import find_base, untried, weight_files
 from loratune.model.hardware import Hardware, detect_hardware
-from loratune.model.kernels.attention_choice import AttentionChoice, choose_attention
-from loratune.model.kernels.linear_cross_entropy import add_labelled_loss
+from loratune.model.kernels.attention_choice import choose_attention
 from loratune.model.kernels.lora_linear import use_fused_lora
 from loratune.model.kernels.norm_mlp import use_fused_elementwise
 from loratune.model.memory import keep_freed_memory
@@ -36,6 +36,7 @@ from loratune.training.checkpoints.signals import StopSignals
 from loratune.training.determinism import request_deterministic_cublas
 from loratune.training.gate import pass_gate
 from loratune.training.notes import Notes
+from loratune.training.probes.checked_model import CheckedModel, check_model
 from loratune.training.reporting.overview import parts_of_memory, show_data, show_model
 from loratune.training.reporting.start_up import StartUp
 from loratune.training.steps import StepPlan, advise_steps, plan_steps
@@ -69,7 +70,7 @@ class Session(Prepared):
     model: AdaptedModel
     """The base with the adapter on it, as PEFT makes it."""
     summary: AdapterSummary
-    attention: AttentionChoice
+    checked: CheckedModel
     passes: PassPlan
     held: dict[str, str]
     """Memory use by part, for out-of-memory messages."""
@@ -81,9 +82,10 @@ class Session(Prepared):
         return PassLayout(
             self.passes.tokens,
             EFFICIENT_TOKENS[self.hardware.device.type],
-            self.recipe.training.packing,
+            self.checked.is_packed,
             self.hardware.processes,
             process_number(),
+            self.checked.is_single,
         )
 
 
@@ -127,28 +129,29 @@ def load(prepared: Prepared, start: Checkpoint | None = None) -> Session:
     recipe, hardware = prepared.recipe, prepared.hardware
     with console.status(f"loading {recipe.model.base}"):
         model = load_base(recipe.model, prepared.base, hardware)
+    plain, loaded_attention = with_same_weights(model), str(model.config._attn_implementation)
     adapted = attach_adapter(model, recipe.lora, recipe.model.base, recipe.seed)
     use_fused_lora(adapted)
     use_fused_elementwise(model)
     attention = choose_attention(model, hardware, recipe.model.attn_implementation, recipe.training.packing)
-    add_labelled_loss(model)
+    checked = check_model(adapted, plain, attention, loaded_attention, recipe)
+    attention = checked.attention
     summary = summarise_adapter(adapted)
-    passes = _plan_passes(prepared, adapted, start)
+    passes = _plan_passes(prepared, adapted, checked, start)
     if start and (begun := start.progress.get(ATTENTION, attention.name)) != attention.name:
         console.warn(f"attention is {attention.name}, {begun} before the interruption, so bits may differ")
     arguments = with_gradient_checkpointing(prepared.arguments, passes.gradient_checkpointing)
-    show_model(recipe, summary, dtype_name(model.dtype), str(attention), passes)
+    show_model(recipe, summary, dtype_name(model.dtype), checked, passes)
     prepared.start_up.stage_done("model")
-    known = vars(prepared) | {"arguments": arguments}
+    known = vars(prepared) | {"arguments": arguments, "warnings": (*prepared.warnings, *checked.warnings)}
     held = parts_of_memory(summary, passes)
-    return Session(
-        **known, model=adapted, summary=summary, attention=attention, passes=passes, held=held, notes=Notes()
-    )
+    return Session(**known, model=adapted, summary=summary, checked=checked, passes=passes, held=held, notes=Notes())
 
 
-def _plan_passes(prepared: Prepared, model: AdaptedModel, start: Checkpoint | None) -> PassPlan:
+def _plan_passes(prepared: Prepared, model: AdaptedModel, checked: CheckedModel, start: Checkpoint | None) -> PassPlan:
     """Choose the size of a pass, as before the interruption if it still fits."""
-    training, hardware, lengths = prepared.recipe.training, prepared.hardware, prepared.data.train.lengths
+    hardware, lengths = prepared.hardware, prepared.data.train.lengths
+    training = prepared.recipe.training.model_copy(update={"packing": checked.is_packed})
     longest, step = int(lengths.max()), largest_step(lengths, training, hardware.processes)
     memory = None
     if training.gradient_checkpointing is None or training.tokens_per_pass is None:
