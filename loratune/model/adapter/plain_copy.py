@@ -14,8 +14,12 @@ from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from torch import nn
 
-from loratune.model.adapter.attach import is_adapter_weight
+from loratune.model.adapter.attach import is_adapter_weight, keep_unpacked
 from loratune.protocols import AdaptedModel, CausalModel
+
+
+QUANTISED_STATES = ("state", "quant_state")
+"""bitsandbytes' attributes of a layer with tensors that are neither parameters nor buffers."""
 
 
 def with_same_weights(model: CausalModel) -> CausalModel:
@@ -32,9 +36,11 @@ def with_same_weights(model: CausalModel) -> CausalModel:
         for parameter in model.parameters()
     }
     memo |= {id(buffer): buffer for buffer in model.buffers()}
-    # Where bitsandbytes moves 8-bit weights to in the first pass.
-    memo |= {id(module.state): module.state for module in model.modules() if hasattr(module, "state")}
-    return copy.deepcopy(model, memo)
+    quantised = (getattr(module, name, None) for module in model.modules() for name in QUANTISED_STATES)
+    memo |= {id(state): state for state in quantised if state is not None}
+    copied = copy.deepcopy(model, memo)
+    keep_unpacked(copied)
+    return copied
 
 
 def load_by_peft(base: CausalModel, folder: Path) -> AdaptedModel:

@@ -55,8 +55,7 @@ def check_model(
     Raises:
         LoratuneError: the model cannot be trained as the recipe says.
     """
-    _, logits = _timed("logits", lambda: add_labelled_loss(causal_model(model)), _logits_text)
-    packing, warnings, checks = Packing(attention, False, ""), list[str](), [logits]
+    packing, warnings, checks = Packing(attention, False, ""), list[str](), list[ModelCheck]()
     if recipe.training.packing:
         packing, check = _timed("documents", lambda: choose_packing(model, attention, loaded_attention), _reason_of)
         checks.append(check)
@@ -68,13 +67,14 @@ def check_model(
         checks.append(check)
     if problem:
         warnings.append(f"each row is a pass of its own, which is slower: {problem}")
-    rows = random_documents(model, LENGTHS[1:] if problem else LENGTHS, seed=0)
+    # With the attention that is settled now, because others may not compute the model's scores.
+    _, logits = _timed("logits", lambda: add_labelled_loss(causal_model(model)), _logits_text)
+    rows = random_documents(model, LENGTHS, seed=0)
     inputs = packed(model, rows) if packing.is_packed else padded(model, rows)
     _, gradients = _timed("gradients", lambda: check_gradients(model, recipe.lora, inputs), _gradients_text)
     _, saved = _timed("saved adapter", lambda: check_saved_adapter(model, plain), _saved_text)
-    return CheckedModel(
-        packing.attention, packing.is_packed, bool(problem), (*checks, gradients, saved), tuple(warnings)
-    )
+    checks += [logits, gradients, saved]
+    return CheckedModel(packing.attention, packing.is_packed, bool(problem), tuple(checks), tuple(warnings))
 
 
 def _timed(name: str, measure: Callable[[], Found], told: Callable[[Found], str]) -> tuple[Found, ModelCheck]:

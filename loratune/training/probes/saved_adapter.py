@@ -13,7 +13,6 @@ from loratune.model.adapter.plain_copy import differing_tensors, load_by_peft, p
 from loratune.protocols import AdaptedModel, CausalModel
 from loratune.training.probes.passes import (
     LARGEST_SHARES,
-    largest,
     last_states,
     random_documents,
     undisturbed,
@@ -46,9 +45,9 @@ def check_saved_adapter(model: AdaptedModel, plain: CausalModel) -> None:
     if different:
         raise _refusal(f"{len(different)} weights are lost or changed:\n{bullet_list(different, limit=SHOWN)}")
     share = LARGEST_SHARES[model.dtype] if model.dtype == torch.float32 else ROUNDED_SHARE
-    effect = largest(own - without)
-    if largest(own - saved) > share * effect:
-        raise _refusal(f"its states differ by {largest(own - saved) / effect:.1%} of the adapter's effect")
+    effect, error = float((own - without).norm()), float((own - saved).norm())
+    if error > share * effect:
+        raise _refusal(f"the states differ by {error / effect:.1%} of the adapter's effect")
 
 
 def _refusal(what: str) -> LoratuneError:
