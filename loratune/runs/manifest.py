@@ -67,14 +67,14 @@ class Manifest:
     """Library → version."""
     record: RunRecord | None = None
     """None in manifests of earlier versions; `runs.opening` then derives it from recipe.yaml."""
-    checks: tuple[ModelCheck, ...] = ()
-    """What was measured on the model before the first step; earlier versions did not record it."""
     created: str = ""
     """Start time of the run, ISO 8601."""
     files: Mapping[str, Mapping[str, Any]] | None = field(default_factory=dict)
     """File of the run → its `bytes` and `sha256`; None if the entry is invalid."""
     is_sealed: bool = False
     """Whether the manifest has a hash of itself; earlier versions wrote none."""
+    checks: tuple[ModelCheck, ...] = ()
+    """What was measured on the model before the first step; earlier versions did not record it."""
 
     def values(self) -> dict[str, Any]:
         """Return the content of the file as JSON types."""
@@ -139,10 +139,10 @@ def _parsed(values: dict[str, Any]) -> Manifest:
         seed=values.get("seed", 0),
         versions=dict(values.get("versions", {})),
         record=read_record(values["record"]) if "record" in values else None,
-        checks=tuple(_known(ModelCheck, check) for check in values.get("checks", [])),
         created=str(values.get("created", "")),
         files=files if are_records(files) else None,
         is_sealed=values.get(SEALED_BY) is not None,
+        checks=tuple(_known(ModelCheck, check) for check in values.get("checks", [])),
     )
 
 

@@ -29,7 +29,14 @@ from loratune.runs.checkpoint import Checkpoint
 from loratune.runs.intact import require_intact
 from loratune.runs.tensor_hashes import TensorHashes
 from loratune.runtime import process_number
-from loratune.training.activations import EFFICIENT_TOKENS, PassPlan, largest_step, measure_passes, plan_passes
+from loratune.training.activations import (
+    EFFICIENT_TOKENS,
+    MASKED_TOKENS,
+    PassPlan,
+    largest_step,
+    measure_passes,
+    plan_passes,
+)
 from loratune.training.arguments import training_arguments, with_gradient_checkpointing
 from loratune.training.checkpoints.resuming import ATTENTION, PASS_TOKENS
 from loratune.training.checkpoints.signals import StopSignals
@@ -157,7 +164,8 @@ def _plan_passes(prepared: Prepared, model: AdaptedModel, checked: CheckedModel,
     if training.gradient_checkpointing is None or training.tokens_per_pass is None:
         memory = measure_passes(model, training.packing, longest, step, hardware)
     begun = start.progress.get(PASS_TOKENS) if start else None
-    passes = plan_passes(training, memory, longest, step, str(hardware.device.type), begun)
+    wanted = begun or (MASKED_TOKENS if checked.is_masked else None)
+    passes = plan_passes(training, memory, longest, step, str(hardware.device.type), wanted)
     if begun and passes.tokens != begun:
         console.warn(
             f"a pass has up to {passes.tokens:,} tokens, {begun:,} before the interruption, so bits may differ"

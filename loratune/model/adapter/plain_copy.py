@@ -17,7 +17,6 @@ from torch import nn
 from loratune.model.adapter.attach import is_adapter_weight, keep_unpacked
 from loratune.protocols import AdaptedModel, CausalModel
 
-
 QUANTISED_STATES = ("state", "quant_state")
 """bitsandbytes' attributes of a layer with tensors that are neither parameters nor buffers."""
 

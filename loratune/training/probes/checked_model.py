@@ -19,7 +19,7 @@ from loratune.runs.model_check import ModelCheck
 from loratune.training.probes.gradients import check_gradients
 from loratune.training.probes.isolation import Packing, choose_packing
 from loratune.training.probes.padding import why_padding_matters
-from loratune.training.probes.passes import packed, padded, random_documents
+from loratune.training.probes.passes import packed, padded, random_documents, undisturbed
 from loratune.training.probes.saved_adapter import check_saved_adapter
 
 Found = TypeVar("Found")
@@ -34,6 +34,8 @@ class CheckedModel:
     attention: AttentionChoice
     is_packed: bool
     """Whether rows are packed, as the recipe asks and the model allows."""
+    is_masked: bool
+    """Whether the attention of packed rows gets a mask of the whole row."""
     is_single: bool
     """Whether each row makes a pass of its own, since the model allows no padding either."""
     checks: tuple[ModelCheck, ...]
@@ -55,7 +57,7 @@ def check_model(
     Raises:
         LoratuneError: the model cannot be trained as the recipe says.
     """
-    packing, warnings, checks = Packing(attention, False, ""), list[str](), list[ModelCheck]()
+    packing, warnings, checks = Packing(attention, False, False, ""), list[str](), list[ModelCheck]()
     if recipe.training.packing:
         packing, check = _timed("documents", lambda: choose_packing(model, attention, loaded_attention), _reason_of)
         checks.append(check)
@@ -68,19 +70,26 @@ def check_model(
     if problem:
         warnings.append(f"each row is a pass of its own, which is slower: {problem}")
     # With the attention that is settled now, because others may not compute the model's scores.
-    _, logits = _timed("logits", lambda: add_labelled_loss(causal_model(model)), _logits_text)
+    _, logits = _timed("logits", lambda: _with_loss(model), _logits_text)
     rows = random_documents(model, LENGTHS, seed=0)
     inputs = packed(model, rows) if packing.is_packed else padded(model, rows)
     _, gradients = _timed("gradients", lambda: check_gradients(model, recipe.lora, inputs), _gradients_text)
     _, saved = _timed("saved adapter", lambda: check_saved_adapter(model, plain), _saved_text)
     checks += [logits, gradients, saved]
-    return CheckedModel(packing.attention, packing.is_packed, bool(problem), tuple(checks), tuple(warnings))
+    return CheckedModel(
+        packing.attention, packing.is_packed, packing.is_masked, bool(problem), tuple(checks), tuple(warnings)
+    )
 
 
 def _timed(name: str, measure: Callable[[], Found], told: Callable[[Found], str]) -> tuple[Found, ModelCheck]:
     start = time.perf_counter()
     found = measure()
     return found, ModelCheck(name, told(found), round(time.perf_counter() - start, 3))
+
+
+def _with_loss(model: AdaptedModel) -> Any:
+    with undisturbed(model):
+        return add_labelled_loss(causal_model(model))
 
 
 def _logits_text(head: Any) -> str:

@@ -14,6 +14,7 @@ from loratune.model.kernels.packed_rows import PackedRows
 from loratune.model.memory import is_out_of_memory
 from loratune.protocols import AdaptedModel, CausalModel
 from loratune.training.probes.passes import (
+    ALONE_SHARES,
     LARGEST_SHARES,
     ROUNDING_UNITS,
     largest,
@@ -33,6 +34,8 @@ class Packing:
 
     attention: AttentionChoice
     is_packed: bool
+    is_masked: bool
+    """Whether attention gets a mask of the whole row."""
     reason: str
     """Why documents are apart, or why rows are padded."""
 
@@ -54,12 +57,12 @@ def choose_packing(model: AdaptedModel, chosen: AttentionChoice, own: str) -> Pa
     if recurrent and model.device.type == "cuda":  # by kernels that take the boundaries, if they are installed
         failures.append(why_not_apart(model))
         if not failures[-1]:
-            return Packing(chosen, True, f"{told}, by kernels in {counted(recurrent, 'recurrent layer')}")
+            return Packing(chosen, True, False, f"{told}, by kernels in {counted(recurrent, 'recurrent layer')}")
     rows = PackedRows(causal) if recurrent else None
     failures.append(why_not_apart(model))
     if not failures[-1]:
         each = f", {counted(recurrent, 'recurrent layer')} computing each by itself" if recurrent else ""
-        return Packing(chosen, True, told + each)
+        return Packing(chosen, True, False, told + each)
     if rows:
         rows.remove()
     plain = _without_flash(causal, own)
@@ -67,10 +70,10 @@ def choose_packing(model: AdaptedModel, chosen: AttentionChoice, own: str) -> Pa
     rows = PackedRows(causal, is_masked=True)
     failures.append(why_not_apart(model))
     if not failures[-1]:
-        return Packing(AttentionChoice(f"{plain} with a mask", f"since {failures[-2]}"), True, told)
+        return Packing(AttentionChoice(f"{plain} with a mask", f"since {failures[-2]}"), True, True, told)
     rows.remove()
     causal.set_attn_implementation(own)
-    return Packing(AttentionChoice(own, "rows are padded"), False, f"rows are padded, since {failures[-1]}")
+    return Packing(AttentionChoice(own, "rows are padded"), False, False, f"rows are padded, since {failures[-1]}")
 
 
 def _without_flash(model: CausalModel, own: str) -> str:
@@ -84,28 +87,33 @@ def why_not_apart(model: AdaptedModel) -> str:
     """Return why documents of a packed row are not proven to be apart; empty if they are.
 
     Two rows differ in their first document only. The states of the later documents must be the same in both. All shapes
-    are the same, so rounding is too. As a control, the same rows without boundaries must give different states.
+    are the same, so rounding is too. As a control, the same rows without boundaries must give different states. The
+    last document alone must have the same states too, but for rounding.
     """
     own = random_documents(model, LENGTHS, seed=0)
     other = [*random_documents(model, LENGTHS[:1], seed=1), *own[1:]]
     tokens = slice(LENGTHS[0], sum(LENGTHS))
 
-    def change(has_boundaries: bool) -> tuple[float, float]:
+    def states(has_boundaries: bool) -> list[torch.Tensor]:
         inputs = [packed(model, documents) for documents in (own, other)]
         if not has_boundaries:
             inputs = [{"input_ids": given["input_ids"]} for given in inputs]
-        first, second = (last_states(model, given)[0, tokens] for given in inputs)
-        return largest(first - second), largest(first)
+        return [last_states(model, given)[0, tokens] for given in inputs]
 
     with undisturbed(model):
         try:
-            leak, _ = change(has_boundaries=True)
+            first, second = states(has_boundaries=True)
+            alone = last_states(model, {"input_ids": torch.tensor(own[-1:], device=model.device)})[0]
         except Exception as error:  # an attention or a kernel may raise anything that it cannot do
             if is_out_of_memory(error):
                 raise
             return f"packing fails here: {reason_of(error)}"
-        control, scale = change(has_boundaries=False)
-    if not control > ROUNDING_UNITS * torch.finfo(model.dtype).eps * scale:
+        joined = states(has_boundaries=False)
+    leak, control = largest(first - second), largest(joined[0] - joined[1])
+    if not control > ROUNDING_UNITS * torch.finfo(model.dtype).eps * largest(joined[0]):
         return "documents hardly see each other even without boundaries, so it cannot be measured that they are apart"
-    share = leak / control
-    return "" if share <= LARGEST_SHARES[model.dtype] else f"documents of a packed row see each other ({share:.0%})"
+    if not leak <= LARGEST_SHARES[model.dtype] * control:
+        return f"documents of a packed row see each other, {leak / control:.0%} as much as without boundaries"
+    if not (first[-len(alone) :] - alone).norm() <= ALONE_SHARES[model.dtype] * alone.norm():
+        return "a document in a packed row has other states than alone"
+    return ""

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import torch
-
 from loratune.protocols import AdaptedModel
 from loratune.training.probes.passes import (
+    ALONE_SHARES,
     LARGEST_SHARES,
     largest,
     last_states,
@@ -15,8 +14,6 @@ from loratune.training.probes.passes import (
 )
 
 LENGTHS = (5, 23)
-ROUNDED_SHARE = 0.5
-"""In half precision, a row in another batch may have this share of the difference between two rows."""
 
 
 def why_padding_matters(model: AdaptedModel) -> str:
@@ -33,5 +30,6 @@ def why_padding_matters(model: AdaptedModel) -> str:
     control = largest(alone - other)
     if not largest(first - second) <= LARGEST_SHARES[model.dtype] * control:
         return "the padding's tokens change the states of a padded row"
-    share = LARGEST_SHARES[model.dtype] if model.dtype == torch.float32 else ROUNDED_SHARE
-    return "" if largest(first - alone) <= share * control else "a padded row has other states than the row alone"
+    if not (first - alone).norm() <= ALONE_SHARES[model.dtype] * alone.norm():
+        return "a padded row has other states than the row alone"
+    return ""

@@ -12,15 +12,13 @@ from loratune.model.adapter.attach import save_adapter
 from loratune.model.adapter.plain_copy import differing_tensors, load_by_peft, perturbed
 from loratune.protocols import AdaptedModel, CausalModel
 from loratune.training.probes.passes import (
-    LARGEST_SHARES,
+    ALONE_SHARES,
     last_states,
     random_documents,
     undisturbed,
 )
 
 LENGTH = 16
-ROUNDED_SHARE = 0.5
-"""In half precision, two ways of computing may have this share of the adapter's effect between them."""
 SHOWN = 5
 
 
@@ -44,9 +42,8 @@ def check_saved_adapter(model: AdaptedModel, plain: CausalModel) -> None:
             different = differing_tensors(model, loaded)
     if different:
         raise _refusal(f"{len(different)} weights are lost or changed:\n{bullet_list(different, limit=SHOWN)}")
-    share = LARGEST_SHARES[model.dtype] if model.dtype == torch.float32 else ROUNDED_SHARE
     effect, error = float((own - without).norm()), float((own - saved).norm())
-    if error > share * effect:
+    if error > ALONE_SHARES[model.dtype] * effect:  # not where float16 overflows, which says nothing of the files
         raise _refusal(f"the states differ by {error / effect:.1%} of the adapter's effect")
 
 
