@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -44,6 +47,7 @@ from loratune.training.probes.isolation import choose_packing, why_not_apart
 from loratune.training.probes.padding import why_padding_matters
 from loratune.training.probes.passes import packed, padded, random_documents
 from loratune.training.probes.saved_adapter import check_saved_adapter
+from loratune.training.session import _require_one_layout
 
 LENGTHS = (5, 23, 70, 40, 3)
 QUICK = ("qwen3_5", "gpt_oss", "lfm2")
@@ -499,3 +503,30 @@ def test_every_family_trains_and_resumes_to_the_same_bits(
     whole = sft("whole", "--training.max_steps", "3")
     sft("run", "--training.max_steps", "1")
     assert sft("run", "--training.max_steps", "3", "--resume").read_bytes() == whole.read_bytes()
+
+
+def test_an_adapter_that_cannot_be_saved_for_its_check_is_told(folder: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(saved_adapter, "save_adapter", fail)
+    checked = trained(folder("qwen2")).checked()
+    (warning,) = checked.warnings
+    assert warning == checked.checks[-1].result
+    assert warning.startswith("it is not checked whether PEFT gives the same states from the saved adapter: ")
+    assert "No space left on device" in warning
+
+
+def test_processes_whose_checks_differ_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    def gather(layouts: list[Any], own: Any) -> None:
+        layouts[:] = [own, (False, False, False)]
+
+    monkeypatch.setattr(torch.distributed, "all_gather_object", gather)
+    two = replace(detect_hardware(), processes=2)
+    packed_rows_only, padded_rows = (
+        CheckedModel(AttentionChoice("sdpa", ""), is_packed, False, False, (), ()) for is_packed in (True, False)
+    )
+    with pytest.raises(LoratuneError, match="use devices of one kind"):
+        _require_one_layout(packed_rows_only, two)
+    _require_one_layout(padded_rows, two)
+    _require_one_layout(packed_rows_only, replace(two, processes=1))

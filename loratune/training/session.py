@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from transformers.utils import logging as transformers_logging
 from trl import SFTConfig
 
@@ -12,6 +13,7 @@ from loratune import console
 from loratune.data.assembly.steps import PassLayout
 from loratune.data.encoding.encoder import Encoder
 from loratune.data.preparation import PreparedData
+from loratune.errors import Exit, LoratuneError
 from loratune.model.adapter.attach import AdapterSummary, attach_adapter, summarise_adapter
 from loratune.model.adapter.plain_copy import with_same_weights
 from loratune.model.base import dtype_name, load_base
@@ -142,6 +144,8 @@ def load(prepared: Prepared, start: Checkpoint | None = None) -> Session:
     use_fused_elementwise(model)
     attention = choose_attention(model, hardware, recipe.model.attn_implementation, recipe.training.packing)
     checked = check_model(adapted, plain, attention, loaded_attention, recipe)
+    del plain  # so that the memory that is free is measured without its adapter
+    _require_one_layout(checked, hardware)
     attention = checked.attention
     summary = summarise_adapter(adapted)
     passes = _plan_passes(prepared, adapted, checked, start)
@@ -153,6 +157,21 @@ def load(prepared: Prepared, start: Checkpoint | None = None) -> Session:
     known = vars(prepared) | {"arguments": arguments, "warnings": (*prepared.warnings, *checked.warnings)}
     held = parts_of_memory(summary, passes)
     return Session(**known, model=adapted, summary=summary, checked=checked, passes=passes, held=held, notes=Notes())
+
+
+def _require_one_layout(checked: CheckedModel, hardware: Hardware) -> None:
+    """Refuse processes that would divide a step differently: rows would be lost or trained on twice."""
+    if not hardware.is_distributed:
+        return
+    own = (checked.is_packed, checked.is_masked, checked.is_single)
+    layouts = [own] * hardware.processes
+    torch.distributed.all_gather_object(layouts, own)
+    if len(set(layouts)) > 1:
+        raise LoratuneError(
+            "the checks of the model differ between the processes, so they would put rows into passes differently; use "
+            "devices of one kind, or --no-training.packing",
+            Exit.USAGE,
+        )
 
 
 def _plan_passes(prepared: Prepared, model: AdaptedModel, checked: CheckedModel, start: Checkpoint | None) -> PassPlan:

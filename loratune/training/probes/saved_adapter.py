@@ -6,8 +6,9 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import torch
+from safetensors import SafetensorError
 
-from loratune.errors import Exit, LoratuneError, bullet_list
+from loratune.errors import Exit, LoratuneError, bullet_list, reason_of
 from loratune.model.adapter.attach import save_adapter
 from loratune.model.adapter.plain_copy import differing_tensors, load_by_peft, perturbed
 from loratune.protocols import AdaptedModel, CausalModel
@@ -22,12 +23,15 @@ LENGTH = 16
 SHOWN = 5
 
 
-def check_saved_adapter(model: AdaptedModel, plain: CausalModel) -> None:
+def check_saved_adapter(model: AdaptedModel, plain: CausalModel) -> str:
     """Save the adapter, with random values in it, and compare what PEFT loads from the files.
 
     Args:
         model: the model as it is trained.
         plain: result of `with_same_weights`; it is changed.
+
+    Returns:
+        Why this could not be checked; empty if it was.
 
     Raises:
         LoratuneError: tensors, scales or states differ.
@@ -36,7 +40,10 @@ def check_saved_adapter(model: AdaptedModel, plain: CausalModel) -> None:
     with undisturbed(model):
         without = last_states(model, inputs)
         with TemporaryDirectory() as folder, perturbed(model):
-            save_adapter(model, Path(folder))
+            try:
+                save_adapter(model, Path(folder))
+            except (OSError, SafetensorError) as failure:  # such as a full disk
+                return f"{folder}: {reason_of(failure)}"
             loaded = load_by_peft(plain, Path(folder))
             own, saved = (last_states(one, inputs) for one in (model, loaded))
             different = differing_tensors(model, loaded)
@@ -45,6 +52,7 @@ def check_saved_adapter(model: AdaptedModel, plain: CausalModel) -> None:
     effect, error = float((own - without).norm()), float((own - saved).norm())
     if error > ALONE_SHARES[model.dtype] * effect:  # not where float16 overflows, which says nothing of the files
         raise _refusal(f"the states differ by {error / effect:.1%} of the adapter's effect")
+    return ""
 
 
 def _refusal(what: str) -> LoratuneError:
