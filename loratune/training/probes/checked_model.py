@@ -23,7 +23,7 @@ from loratune.training.probes.passes import packed, padded, random_documents, un
 from loratune.training.probes.saved_adapter import check_saved_adapter
 
 Found = TypeVar("Found")
-LENGTHS = (5, 23)
+LENGTHS = (3, 8)
 """Tokens of the rows of a small pass."""
 
 

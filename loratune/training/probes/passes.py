@@ -19,8 +19,6 @@ In half precision, rounding may send a token to another expert.
 """
 ALONE_SHARES = {torch.float32: 1e-3, torch.bfloat16: 0.5, torch.float16: 0.5}
 """The same where shapes differ, as the norm of a difference: other kernels may send tokens to other experts."""
-ROUNDING_UNITS = 16
-"""A difference of fewer rounding units of the largest state proves nothing."""
 Documents = Sequence[Sequence[int]]
 
 

@@ -19,7 +19,7 @@ from loratune.training.probes.passes import (
     undisturbed,
 )
 
-LENGTH = 16
+LENGTH = 8
 SHOWN = 5
 
 
