@@ -529,3 +529,9 @@ def test_processes_whose_checks_differ_are_refused(monkeypatch: pytest.MonkeyPat
         _require_one_layout(packed_rows_only, two)
     _require_one_layout(padded_rows, two)
     _require_one_layout(packed_rows_only, replace(two, processes=1))
+
+
+def test_states_that_are_not_finite_prove_nothing(folder: Make) -> None:
+    it = trained(folder("qwen2"))
+    decoder_of(it.model).norm.register_forward_hook(lambda _, __, output: output * torch.nan)
+    assert why_not_apart(it.model) == "the model's states are not finite"

@@ -95,18 +95,20 @@ def why_not_apart(model: AdaptedModel) -> str:
     own = random_documents(model, LENGTHS, seed=0)
     other = [*random_documents(model, LENGTHS[:1], seed=1), *own[1:]]
     start, end = LENGTHS[0], sum(LENGTHS)
+    begun = [[*chain.from_iterable(row)][: start + CONTROL_TOKENS] for row in (own, other)]
     with undisturbed(model):
         try:
             first, second = (last_states(model, packed(model, row))[0, start:end] for row in (own, other))
             alone = last_states(model, {"input_ids": torch.tensor(own[-1:], device=model.device)})[0]
+            joined = last_states(model, {"input_ids": torch.tensor(begun, device=model.device)})[:, start:]
         except Exception as error:  # an attention or a kernel may raise anything that it cannot do
             if is_out_of_memory(error):
                 raise
             return f"packing fails here: {reason_of(error)}"
-        begun = [[*chain.from_iterable(row)][: start + CONTROL_TOKENS] for row in (own, other)]
-        joined = last_states(model, {"input_ids": torch.tensor(begun, device=model.device)})[:, start:]
     leak, control = largest(first - second), largest(joined[0] - joined[1])
-    if not 0 < control < float("inf"):
+    if control == float("inf"):
+        return "the model's states are not finite"
+    if control == 0:
         return "documents do not see each other even without boundaries, so it cannot be measured that they are apart"
     if not leak <= LARGEST_SHARES[model.dtype] * control:
         return f"documents of a packed row see each other, {leak / control:.0%} as much as without boundaries"
