@@ -9,6 +9,7 @@ from typing import Any
 
 from loratune.plain_files import read_json_object
 from loratune.runs.folder import REPORT
+from loratune.runs.model_check import ModelCheck
 from loratune.runs.typed_json import as_typed, require_version
 from loratune.writing import write_json
 
@@ -158,6 +159,8 @@ class Report:
     adapter: AdapterCounts | None = None
     versions: Mapping[str, str] | None = None
     """Library → version."""
+    checks: tuple[ModelCheck, ...] = ()
+    """What was measured on the model before the first step."""
     health: Health | None = None
     warnings: tuple[str, ...] = ()
 

@@ -84,6 +84,11 @@ def attach_adapter(model: CausalModel, settings: LoraSettings, base_name: str, s
     return adapted
 
 
+def is_adapter_weight(name: str) -> bool:
+    """Return whether a parameter of a PEFT model is its adapter's own, and none of the base's."""
+    return "lora_" in name or ".modules_to_save." in name
+
+
 def check_frozen(model: AdaptedModel, settings: LoraSettings) -> None:
     """Make sure, name by name, that just the adapter trains.
 
@@ -91,7 +96,7 @@ def check_frozen(model: AdaptedModel, settings: LoraSettings) -> None:
         RuntimeError: PEFT left a base weight trainable or an adapter weight frozen; this is a bug.
     """
     for name, parameter in model.named_parameters():
-        is_adapter = "lora_" in name or ".modules_to_save." in name
+        is_adapter = is_adapter_weight(name)
         is_bias = name.endswith(".bias") and settings.bias != "none"
         if parameter.requires_grad and not (is_adapter or is_bias):
             raise RuntimeError(f"base weight {name} would be trained")

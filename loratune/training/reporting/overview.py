@@ -9,7 +9,9 @@ from loratune.data.preparation import PreparedData
 from loratune.errors import counted
 from loratune.model.adapter.attach import AdapterSummary
 from loratune.recipe.sections import Recipe
+from loratune.runs.model_check import summary as check_summary
 from loratune.training.activations import PassPlan
+from loratune.training.probes.checked_model import CheckedModel
 
 
 def show_data(recipe: Recipe, data: PreparedData) -> None:
@@ -28,8 +30,8 @@ def show_data(recipe: Recipe, data: PreparedData) -> None:
     console.table([("files", files), *rows, ("template", recipe.prompt.template)], title="data")
 
 
-def show_model(recipe: Recipe, summary: AdapterSummary, dtype: str, attention: str, passes: PassPlan) -> None:
-    """Print model, adapter, and the memory of a step."""
+def show_model(recipe: Recipe, summary: AdapterSummary, dtype: str, checked: CheckedModel, passes: PassPlan) -> None:
+    """Print model, adapter, what was measured on them, and the memory of a step."""
     modules = ", ".join(f"{name} × {count}" for name, count in summary.modules.items())
     held = dtype if recipe.model.quantization == "none" else recipe.model.quantization
     share = summary.trainable_parameters / summary.total_parameters
@@ -42,7 +44,8 @@ def show_model(recipe: Recipe, summary: AdapterSummary, dtype: str, attention: s
             ),
             ("trains", f"{summary.trainable_parameters:,} of {summary.total_parameters:,} parameters ({share:.2%})"),
             ("modules", modules),
-            ("attention", attention),
+            ("attention", str(checked.attention)),
+            ("checked", check_summary(checked.checks)),
             ("a step", str(passes)),
         ],
         title="model",

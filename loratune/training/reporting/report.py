@@ -79,6 +79,7 @@ def report_of(session: Session, trainer: AdapterTrainer, metrics: Metrics, keepe
         start_up_seconds=dict(session.start_up.seconds),
         adapter=AdapterCounts(**vars(session.summary)),
         versions=told("versions", library_versions),
+        checks=session.checked.checks,
     )
     return replace(report, warnings=tuple(session.notes.told))
 
