@@ -47,7 +47,7 @@ from loratune.runs.tokenizer_files import copy_tokenizer_files
 
 ROOT = Path(__file__).resolve().parent.parent / "loratune"
 NAMES = re.compile(
-    r"[qkvo]_proj|gate_proj|up_proj|down_proj|lm_head|embed_tokens|self_attn|\.layers\.|\bexperts\b"
+    r"[qkvo]_proj|gate_proj|up_proj|down_proj|lm_head|embed_tokens|self_attn|\.layers\.|\.experts\b"
     r"|(?<![a-z_])_?model\.model\b"
 )
 EXAMPLES = {
@@ -269,10 +269,11 @@ def test_roles_of_experts_routers_and_layers_with_a_state() -> None:
     assert mixture["model.layers.0.mlp.gate"] == Role.ROUTER
     hybrid = empty_model(config_of("qwen3_5"))
     attending = linear_modules(hybrid, Role.ATTENTION)
-    assert attending == [f"model.layers.1.self_attn.{letter}_proj" for letter in "qkvo"]
+    recurrent = [f"model.layers.0.linear_attn.{name}" for name in ("out_proj", "in_proj_qkv", "in_proj_z")]
+    assert attending == [*recurrent, *(f"model.layers.1.self_attn.{letter}_proj" for letter in "qkvo")]
     roles = module_roles(hybrid)
-    assert {*roles.values()} == {Role.EMBEDDING, Role.HEAD, Role.ATTENTION, Role.LINEAR}
-    assert roles["model.layers.0.linear_attn.out_proj"] == Role.LINEAR
+    assert {*roles.values()} == {Role.EMBEDDING, Role.HEAD, Role.ATTENTION, Role.MLP, Role.GATE}
+    assert roles["model.layers.0.linear_attn.in_proj_a"] == roles["model.layers.0.linear_attn.in_proj_b"] == Role.GATE
     whole = module_roles(AutoModelForImageTextToText.from_config(config_of("qwen3_5")))
     assert {name.replace("language_model.", "") for name in whole} == {*roles}
 
@@ -281,7 +282,7 @@ def test_attention_of_a_class_that_does_not_name_it_is_refused(monkeypatch: pyte
     model = AutoModelForCausalLM.from_config(config_of("qwen2"))
     for part in (model, model.model):
         monkeypatch.setattr(type(part), "_can_record_outputs", {})
-    told = "Qwen2ForCausalLM does not declare its attention modules; give names: q_proj, k_proj"
+    told = "the model has no attention, or its class does not declare them; it has all-linear, mlp, with q_proj"
     with pytest.raises(LoratuneError, match=told):
         attach_adapter(model, LoraSettings(target_modules="attention"), "base", seed=0)
 

@@ -48,7 +48,8 @@ def test_a_family_is_trained_resumed_merged_and_asked(
     (tmp_path / "rows.json").write_text(json.dumps(ROWS))
     flags = [
         "sft", "--model.base", base, "--data.train", tmp_path / "rows.json", "--model.dtype", "float32",
-        "--training.max_steps", "3", "--training.learning_rate", "1e-2", "--training.batch_size", "4", "--lora.dropout", "0",
+        "--training.max_steps", "3", "--training.learning_rate", "1e-2", "--training.batch_size", "4",
+        "--lora.dropout", "0",
     ]  # fmt: skip
     padded = cli(*flags, "--no-training.packing", "--output", tmp_path / "padded")
     assert padded.exit_code == 0, padded.stderr

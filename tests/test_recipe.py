@@ -16,6 +16,7 @@ from pydantic import ValidationError
 from loratune.errors import Exit, LoratuneError
 from loratune.recipe.advice import advise
 from loratune.recipe.loading import dump_recipe, find_recipe, load_recipe, shipped_recipes
+from loratune.recipe.section import listed
 from loratune.recipe.sections import Recipe, iterate_settings
 
 PACKAGE = Path(__file__).resolve().parent.parent / "loratune"
@@ -527,6 +528,8 @@ def recipes(draw: st.DrawFn) -> Recipe:
         place[name] = draw(SPECIAL[dotted] if dotted in SPECIAL else setting_values(field, field.annotation))
     if values["model"]["quantization"] != "none":
         values["lora"]["modules_to_save"] = []
+    if "experts" in listed(values["lora"]["target_modules"]):
+        values["lora"] |= {"dropout": 0.0, "use_dora": False}
     if "near_duplicates" in values["data"]["remove"]:
         values["data"]["near_duplicates"] = 0.8
     if values["training"]["max_steps"] and values["training"]["warmup"] >= values["training"]["max_steps"]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import datetime
 import re
 from collections.abc import Iterator
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BeforeValidator, Field, field_validator, model_validator
 from pydantic.fields import FieldInfo
@@ -17,12 +17,13 @@ from loratune.recipe.names import DROPPED
 from loratune.recipe.section import HomePath, ModuleNames, Section, listed, named_modules
 
 TINY_QWEN = "tiny-qwen"
-NAMED_TARGETS = ("attention", "all-linear")
+TargetGroup = Literal["all-linear", "attention", "mlp", "shared-experts", "experts"]
+EXPERTS = "experts"
 LAYERS = re.compile(r"(?P<end>first|last) (?P<count>[1-9]\d*)|(?P<start>\d+)-(?P<stop>\d+)")
 
 
 def _listed_unless_named(value: Any) -> Any:
-    return value if value in NAMED_TARGETS else named_modules(value)
+    return value if value in get_args(TargetGroup) else named_modules(value)
 
 
 class ModelSettings(Section):
@@ -57,10 +58,8 @@ class LoraSettings(Section):
     """Dropout probability of the adapter's inputs during training."""
     bias: Literal["none", "all", "lora_only"] = "none"
     """Which bias terms are also trained."""
-    target_modules: Annotated[Literal["attention", "all-linear"] | list[str], BeforeValidator(_listed_unless_named)] = (
-        "all-linear"
-    )
-    """Modules to adapt: attention (q, k, v, o), all-linear, or names such as q_proj."""
+    target_modules: Annotated[TargetGroup | list[str], BeforeValidator(_listed_unless_named)] = "all-linear"
+    """What to adapt: groups (all-linear, attention, mlp, shared-experts, experts), names, or regular expressions."""
     layers: str | None = None
     """Decoder layers to adapt: 'last 6', 'first 4' or '8-15' (counted from 0); default is all."""
     modules_to_save: ModuleNames = []
@@ -76,6 +75,21 @@ class LoraSettings(Section):
         if not targets or "" in list(targets):
             raise ValueError("name at least one module")
         return targets
+
+    @model_validator(mode="after")
+    def _experts_have_limits(self) -> LoraSettings:
+        """PEFT adds an update to the experts' matrices themselves, so it cannot drop out inputs or scale outputs."""
+        if EXPERTS not in listed(self.target_modules):
+            return self
+        if "dropout" not in self.model_fields_set:
+            object.__setattr__(self, "dropout", 0.0)
+        odd = [f"dropout {self.dropout:g}"] if self.dropout else []
+        odd += ["use_dora"] if self.use_dora else []
+        if odd:
+            raise ValueError(
+                f"an adapter on experts has no {' and no '.join(odd)}; leave it out, or the target experts"
+            )
+        return self
 
     @field_validator("layers")
     @classmethod

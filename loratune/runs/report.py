@@ -48,6 +48,15 @@ class ValidationLosses:
 
 
 @dataclass(frozen=True)
+class AdapterGroup:
+    """What an adapter has on the modules of one role."""
+
+    modules: int
+    """Of experts, parameters with the matrices of a layer."""
+    parameters: int
+
+
+@dataclass(frozen=True)
 class AdapterCounts:
     """What has been trained, and what it takes of memory."""
 
@@ -58,6 +67,10 @@ class AdapterCounts:
     """Name of a target → how many modules of that name have an adapter."""
     base_bytes: int
     adapter_bytes: int
+    groups: Mapping[str, AdapterGroup] = field(default_factory=dict)
+    """Role of modules, such as attention → what the adapter has on them."""
+    left_out: tuple[str, ...] = ()
+    """Linear modules without an adapter, with the reason."""
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ from loratune.data.preparation import PreparedData
 from loratune.errors import Exit, LoratuneError
 from loratune.model.adapter.attach import AdapterSummary, attach_adapter, summarise_adapter
 from loratune.model.adapter.plain_copy import with_same_weights
+from loratune.model.adapter.targets import resolve_targets
 from loratune.model.base import dtype_name, load_base
 from loratune.model.files import find_base, untried, weight_files
 from loratune.model.hardware import Hardware, detect_hardware
@@ -139,6 +140,7 @@ def load(prepared: Prepared, start: Checkpoint | None = None) -> Session:
     with console.status(f"loading {recipe.model.base}"):
         model = load_base(recipe.model, prepared.base, hardware)
     plain, loaded_attention = with_same_weights(model), str(model.config._attn_implementation)
+    targets = resolve_targets(model, recipe.lora)
     adapted = attach_adapter(model, recipe.lora, recipe.model.base, recipe.seed)
     use_fused_lora(adapted)
     use_fused_elementwise(model)
@@ -147,7 +149,7 @@ def load(prepared: Prepared, start: Checkpoint | None = None) -> Session:
     del plain  # so that the memory that is free is measured without its adapter
     _require_one_layout(checked, hardware)
     attention = checked.attention
-    summary = summarise_adapter(adapted)
+    summary = summarise_adapter(adapted, targets)
     passes = _plan_passes(prepared, adapted, checked, start)
     if start and (begun := start.progress.get(ATTENTION, attention.name)) != attention.name:
         console.warn(f"attention is {attention.name}, {begun} before the interruption, so bits may differ")

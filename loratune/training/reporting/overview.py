@@ -8,6 +8,7 @@ from loratune import console
 from loratune.data.preparation import PreparedData
 from loratune.errors import counted
 from loratune.model.adapter.attach import AdapterSummary
+from loratune.model.architecture.roles import Role
 from loratune.recipe.sections import Recipe
 from loratune.runs.model_check import summary as check_summary
 from loratune.training.activations import PassPlan
@@ -32,7 +33,6 @@ def show_data(recipe: Recipe, data: PreparedData) -> None:
 
 def show_model(recipe: Recipe, summary: AdapterSummary, dtype: str, checked: CheckedModel, passes: PassPlan) -> None:
     """Print model, adapter, what was measured on them, and the memory of a step."""
-    modules = ", ".join(f"{name} × {count}" for name, count in summary.modules.items())
     held = dtype if recipe.model.quantization == "none" else recipe.model.quantization
     share = summary.trainable_parameters / summary.total_parameters
     console.table(
@@ -43,13 +43,23 @@ def show_model(recipe: Recipe, summary: AdapterSummary, dtype: str, checked: Che
                 f"rank {recipe.lora.rank}, alpha {recipe.lora.alpha:g}, {console.memory(summary.adapter_bytes)}",
             ),
             ("trains", f"{summary.trainable_parameters:,} of {summary.total_parameters:,} parameters ({share:.2%})"),
-            ("modules", modules),
+            *_groups(summary),
             ("attention", str(checked.attention)),
             ("checked", check_summary(checked.checks)),
             ("a step", str(passes)),
         ],
         title="model",
     )
+
+
+def _groups(summary: AdapterSummary) -> list[tuple[str, str]]:
+    """Return a row per group of adapted modules, and one of what is left out."""
+    rows = []
+    for name, group in summary.groups.items():
+        share = group.parameters / summary.trainable_parameters
+        kind = "stack" if name == Role.EXPERTS.value else "module"
+        rows.append((name, f"{counted(group.modules, kind)}, {group.parameters:,} parameters ({share:.0%})"))
+    return [*rows, ("left out", "; ".join(summary.left_out))] if summary.left_out else rows
 
 
 def parts_of_memory(summary: AdapterSummary, passes: PassPlan) -> dict[str, str]:

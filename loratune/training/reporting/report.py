@@ -9,9 +9,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 from loratune import console
+from loratune.model.adapter.attach import AdapterSummary
 from loratune.model.memory import peak_memory_bytes
 from loratune.runs.report import (
     AdapterCounts,
+    AdapterGroup,
     Answers,
     Health,
     Losses,
@@ -77,7 +79,7 @@ def report_of(session: Session, trainer: AdapterTrainer, metrics: Metrics, keepe
         peak_memory_bytes=told("peak_memory_bytes", lambda: peak_memory_bytes(session.hardware)),
         gradient_checkpointing=session.arguments.gradient_checkpointing,
         start_up_seconds=dict(session.start_up.seconds),
-        adapter=AdapterCounts(**vars(session.summary)),
+        adapter=AdapterCounts(**vars(session.summary) | {"groups": _groups(session.summary)}),
         versions=told("versions", library_versions),
         checks=session.checked.checks,
     )
@@ -129,6 +131,10 @@ def _answer_rows(answers: Answers | None) -> list[tuple[str, str]]:
 
 def _one_line(text: str) -> str:
     return textwrap.shorten(text, SHOWN_LETTERS, placeholder=" …") or "(nothing)"
+
+
+def _groups(summary: AdapterSummary) -> dict[str, AdapterGroup]:
+    return {role: AdapterGroup(**vars(group)) for role, group in summary.groups.items()}
 
 
 def _validation_text(losses: ValidationLosses) -> str:
