@@ -95,7 +95,7 @@ def _reasoning_lines(reasoning: dict[str, Any]) -> list[tuple[str, str]]:
     if reasoning["answer_start"]:
         lines.append(("no reasoning", f"such answers begin with {reasoning['answer_start']!r}, which is trained"))
     if reasoning["instruction"]:
-        lines.append(("instruction", f"{reasoning['instruction']} …"))
+        lines.append(("instruction", f"{reasoning['instruction']!r} …"))
     return lines
 
 

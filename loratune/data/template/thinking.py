@@ -118,17 +118,17 @@ def reasoning_block(prompt: str) -> str:
 
 def _instruction(prompt: str, other: str) -> str:
     """Return the beginning of the text before the question that a prompt has in one thinking mode only."""
-    asked, unasked = (str(one).rpartition(str(QUESTION["content"]))[0] for one in (prompt, other))
+    asked, unasked = (one.rpartition(QUESTION["content"])[0] for one in (prompt, other))
     added = asked[len(os.path.commonprefix([asked, unasked])) :]  # noqa: RUF071 - of texts
-    return added.strip()[:EXCERPT] if len(asked) > len(unasked) else ""
+    return added[:EXCERPT] if len(asked) > len(unasked) else ""
 
 
 def _prompts(render: Render, text: str, tools: Tools, arguments: Mapping[str, Any]) -> list[str]:
-    """Render the probe conversations as prompts; the message of a refusal takes the place of a refused one."""
+    """Render the probe conversations as prompts; the reason of a refusal takes the place of a refused one."""
     prompts = []
     for messages in CONVERSATIONS:
         try:
             prompts.append(render(text, messages, tools, add_generation_prompt=True, arguments=dict(arguments)))
         except LoratuneError as error:
-            prompts.append(error.message)
+            prompts.append(str(error.__cause__))  # without the settings, which the message may quote
     return prompts
