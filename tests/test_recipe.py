@@ -477,6 +477,7 @@ TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=12) | st.from_
     r"[-+.0-9eE_:]{1,5}", fullmatch=True
 )
 NAME = TEXT.filter(str.strip)  # a blank name is refused
+MODULE = NAME.filter(lambda name: "," not in name)  # commas separate names, and none of them may be empty
 
 
 def setting_values(field: Any, kind: Any) -> st.SearchStrategy[Any]:
@@ -511,6 +512,7 @@ SPECIAL = {
     "data.train": st.lists(NAME, min_size=1, max_size=2),
     "data.columns": st.dictionaries(NAME, NAME, max_size=3),
     "data.severity": st.dictionaries(st.sampled_from(["short", "overlap"]), st.sampled_from(["refuse", "ignore"])),
+    "lora.target_modules": st.sampled_from(["attention", "all-linear"]) | st.lists(MODULE, min_size=1, max_size=3),
     "lora.layers": st.none() | st.sampled_from(["last 6", "first 1", "0-0", "8-15"]),
     "data.validation": st.floats(0, 0.9) | st.lists(NAME, min_size=1, max_size=2),
     "prompt.date": st.none() | st.dates().map(str),

@@ -165,7 +165,7 @@ def test_the_thinking_mode_is_described_as_transformers_renders_it(template: str
 @pytest.mark.parametrize(
     ("template", "settings", "told"),
     [
-        ("qwen2_5", {"preserve_thinking": True}, ["prompt.preserve_thinking is set, and the chat template (chat)"]),
+        ("qwen2_5", {"preserve_thinking": True}, ["prompt.preserve_thinking is set, but the chat template (chat)"]),
         ("qwen3_5_think", {"preserve_thinking": False, "reasoning_effort": "low"},
          ["prompt.preserve_thinking is set", "prompt.reasoning_effort is set"]),
         ("qwen3_8", {"reasoning_effort": "low"}, ["does not read it while prompt.enable_thinking is false"]),
@@ -231,6 +231,16 @@ def test_an_empty_block_that_the_prompt_has_already_is_not_trained_again(templat
     assert text == rendered(encoder, (question("a"), answer("one"))).removesuffix("\n")
     assert text.count("<think>") == 1
     assert trained(encoder, example.labels.tolist()) == ["one<|im_end|>"]
+
+
+@pytest.mark.parametrize("settings", [{"enable_thinking": True}, {"enable_thinking": True, "preserve_thinking": True}])
+def test_reasoning_may_be_left_out_of_what_a_shared_sequence_trains(settings: dict[str, Any]) -> None:
+    encoder = encoder_of(shipped("qwen3_6"), **settings)
+    examples = encoder.encode(Conversation(ROWS["mixed"]), train_thinking=False)
+    learnt = [text for example in examples for text in trained(encoder, example.labels.tolist())]
+    assert learnt == ["one<|im_end|>", "two<|im_end|>", "three<|im_end|>"]
+    whole = encoder.encode(Conversation(ROWS["mixed"]))
+    assert [example.input_ids for example in examples] == [example.input_ids for example in whole]
 
 
 @pytest.mark.parametrize("template", ["qwen3", "qwen3_5_think", "qwen3_8"])

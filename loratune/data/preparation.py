@@ -24,9 +24,9 @@ from loratune.data.checks.findings import (
 from loratune.data.encoding.loaded_source import LoadedSource, Rendering, load_source
 from loratune.data.reading.files import open_rows
 from loratune.data.sources import Source, parse_source
+from loratune.data.template.thinking import Reasoning
 from loratune.errors import Exit, LoratuneError, counted
 from loratune.recipe.data_sections import DataSettings, SourceSettings
-from loratune.data.template.thinking import Reasoning
 from loratune.recipe.sections import PromptSettings
 
 

@@ -93,7 +93,7 @@ def _reasoning_lines(reasoning: dict[str, Any]) -> list[tuple[str, str]]:
         ("earlier reasoning", "stays in them" if reasoning["keeps_earlier"] else "is left out"),
     ]
     if reasoning["answer_start"]:
-        lines.append(("no reasoning", f"such answers begin with {reasoning['answer_start']!r}, which is trained"))
+        lines.append(("without reasoning", f"answers begin with {reasoning['answer_start']!r}, which is trained"))
     if reasoning["instruction"]:
         lines.append(("instruction", f"{reasoning['instruction']!r} …"))
     return lines

@@ -124,7 +124,7 @@ class Inspector:
         found = Flag.BROKEN_OFF if not calls and breaks_off(text) else 0
         found |= Flag.ONLY_REASONING if not calls and text.rstrip().endswith(CLOSING) else 0
         if CLOSING not in text and (text.lstrip().startswith(OPENING) or (self._leaves_open and not calls)):
-            return found | Flag.OPEN_REASONING
+            found |= Flag.OPEN_REASONING
         if self._expects_reasoning:
             return found if CLOSING in text or REASONING.search(text) else found | Flag.NO_REASONING
         return found | Flag.THINKING if not self._thinking and REASONING.search(text) else found

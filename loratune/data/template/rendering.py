@@ -198,16 +198,16 @@ class ChatRenderer:
 
         The thinking mode has a default, so templates without one may ignore it.
         """
-        given = [name for name in self.settings.template_arguments if name != "enable_thinking"]
-        problems = []
-        for name in given:
-            if self.reads(name):
+        settings, problems = self.settings, []
+        given = {"preserve_thinking": settings.preserve_thinking, "reasoning_effort": settings.reasoning_effort}
+        for name, value in given.items():
+            if value is None or self.reads(name):
                 continue
-            other = not self.settings.enable_thinking
-            mode = f" while prompt.enable_thinking is {str(not other).lower()}"
+            is_read_otherwise = self.reads(name, enable_thinking=not settings.enable_thinking)
+            mode = f" while prompt.enable_thinking is {str(settings.enable_thinking).lower()}"
             problems.append(
-                f"prompt.{name} is set, and the chat template ({self.settings.template}) does not read it"
-                f"{mode if self.reads(name, enable_thinking=other) else ''}; leave it out"
+                f"prompt.{name} is set, but the chat template ({settings.template}) does not read it"
+                f"{mode if is_read_otherwise else ''}; leave it out"
             )
         if problems:
             raise LoratuneError("\n".join(problems), Exit.USAGE)
