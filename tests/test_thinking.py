@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,8 @@ from test_chat_template import CHATML, CLI, encoder_of, model_folder, shipped, t
 from loratune.data.encoding.encoder import IGNORED, Encoder
 from loratune.data.formats.chat_rows import read_message
 from loratune.data.formats.conversation import Conversation, Message
+from loratune.data.template import rendering
+from loratune.data.template.chat_template import study_template
 from loratune.delivery import template as delivered
 from loratune.delivery.template import portable_template
 from loratune.errors import Exit, LoratuneError
@@ -204,6 +207,16 @@ def test_every_answer_is_trained_after_the_prompt_that_transformers_renders(case
     template, settings = SETTINGS[case]
     encoder = encoder_of(shipped(template), **settings)
     messages, tools = ROWS[row], (TOOL,) if row == "tools" else ()
+    sequences = assert_as_rendered(encoder, messages, tools)
+    keeps = settings.get("preserve_thinking", template == "qwen3_8")
+    if keeps:
+        assert sequences == 1
+    elif row != "tools":  # an answer after the result of a tool belongs to the same question
+        assert sequences == sum(message["role"] == "assistant" for message in messages)
+
+
+def assert_as_rendered(encoder: Encoder, messages: tuple[Message, ...], tools: Any = ()) -> int:
+    """Compare each trained answer and its prompt with transformers' renderings; returns the number of sequences."""
     places = [place for place, message in enumerate(messages) if message["role"] == "assistant"]
     examples = encoder.encode(Conversation(messages, tools=tools))
     learnt = [text for example in examples for text in trained(encoder, example.labels.tolist())]
@@ -214,11 +227,22 @@ def test_every_answer_is_trained_after_the_prompt_that_transformers_renders(case
         assert encoder.tokenizer.decode(encoder.prompt_ids(messages[:place], tools)) == prompt
     texts = [encoder.tokenizer.decode(example.input_ids.tolist()) for example in examples]
     assert texts[-1] == rendered(encoder, messages, tools).removesuffix("\n")
-    keeps = settings.get("preserve_thinking", template == "qwen3_8")
-    if keeps:
-        assert len(examples) == 1
-    elif row != "tools":  # an answer after the result of a tool belongs to the same question
-        assert len(examples) == len(places)
+    return len(examples)
+
+
+@pytest.mark.parametrize(
+    ("fact", "row"), [("begun_reasoning", "reasoned"), ("answer_start", "plain")]
+)  # the block opened twice, and never closed
+def test_a_wrong_fact_about_the_block_is_caught(fact: str, row: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def study_wrongly(*arguments: Any) -> Any:
+        return replace(study_template(*arguments), **{fact: ""})
+
+    assert_as_rendered(encoder_of(shipped("qwen3_8"), **KEEP), ROWS[row])
+    monkeypatch.setattr(rendering, "study_template", study_wrongly)
+    encoder = encoder_of(shipped("qwen3_8"), **KEEP)
+    with pytest.raises(AssertionError):
+        assert_as_rendered(encoder, ROWS[row])
+    assert encoder.leaves_reasoning_open is (fact == "answer_start")  # which refuses such rows
 
 
 @pytest.mark.parametrize("template", ["qwen3", "qwen3_5_think", "qwen3_5_nothink", "qwen3_6", "qwen3_8"])
