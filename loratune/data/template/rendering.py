@@ -27,6 +27,7 @@ from loratune.data.template.thinking import (
     CLOSING,
     EMPTY_BLOCK,
     OPENING,
+    REASONED,
     Reasoning,
     describe_reasoning,
     reads_argument,
@@ -45,6 +46,7 @@ FAILURES = (
 TRIALS: list[tuple[list[dict[str, str]], list[dict[str, Any]]]] = [
     ([QUESTION], []),
     ([SYSTEM, *[QUESTION, ANSWER] * 8, QUESTION], []),
+    ([QUESTION, REASONED, QUESTION], []),
     ([QUESTION], [PROBE_TOOL]),
 ]
 """Messages and tools of a template's trial renderings."""
