@@ -19,7 +19,9 @@ from loratune.data.template.chat_template import study_template
 from loratune.delivery import template as delivered
 from loratune.delivery.template import portable_template
 from loratune.errors import Exit, LoratuneError
-from loratune.recipe.sections import TEMPLATE_ARGUMENTS, PromptSettings
+from loratune.recipe.sections import TEMPLATE_ARGUMENTS, PromptSettings, Recipe
+from loratune.runs.card import write_card
+from loratune.runs.record import RunRecord
 
 KEEP: dict[str, Any] = {"enable_thinking": True, "preserve_thinking": True}
 # In thinking mode.
@@ -319,6 +321,14 @@ def test_the_check_says_how_prompts_ask_for_reasoning(tmp_path: Path, cli: CLI) 
     }
     assert check(cli, base, rows, "--prompt.enable_thinking") == report  # from the cache
     assert check(cli, TINY_QWEN, rows)["reasoning"] is None
+
+
+def test_the_adapter_s_card_names_the_arguments_that_are_set(tmp_path: Path) -> None:
+    recipe = Recipe.model_validate({"model": {"base": "x"}, "data": {"train": ["a.json"]}, "prompt": KEEP})
+    write_card(tmp_path, RunRecord.of(recipe))
+    card = (tmp_path / "README.md").read_text(encoding="utf-8")
+    assert "| chat, enable_thinking=True, preserve_thinking=True |" in card
+    assert "reasoning_effort" not in card
 
 
 # --- merged models ---
