@@ -19,6 +19,8 @@ from loratune.recipe.section import HomePath, ModuleNames, Section, listed, name
 TINY_QWEN = "tiny-qwen"
 TargetGroup = Literal["all-linear", "attention", "mlp", "shared-experts", "experts"]
 EXPERTS = "experts"
+TEMPLATE_ARGUMENTS = ("enable_thinking", "preserve_thinking", "reasoning_effort")
+"""Prompt settings that chat templates take as arguments of the same names."""
 LAYERS = re.compile(r"(?P<end>first|last) (?P<count>[1-9]\d*)|(?P<start>\d+)-(?P<stop>\d+)")
 
 
@@ -110,13 +112,23 @@ class PromptSettings(Section):
     system: str | None = None
     """System prompt for rows without one; default is the template's own."""
     enable_thinking: bool = False
-    """Qwen3: ask for a reasoning block in the prompt; other models ignore it."""
+    """Ask for reasoning before the answer; templates without such a mode ignore it."""
+    preserve_thinking: bool | None = None
+    """Keep the reasoning of earlier answers in prompts (true) or leave it out; default is the template's own."""
+    reasoning_effort: Annotated[str, Field(min_length=1, max_length=100)] | None = None
+    """How much to reason, in a word that the template knows, such as low; default is the template's own."""
     instruction_prefix: str = ""
     """Text before each instruction, in training and inference."""
     generation_prompt: Literal["auto", "template"] = "auto"
     """auto adds a generation prompt if the template writes none; template uses the template unchanged."""
     date: str | None = None
     """Date for templates that write today's date, such as 2026-11-26; default is the day the run starts."""
+
+    @property
+    def template_arguments(self) -> dict[str, Any]:
+        """Arguments of the chat template; those that are unset are left to the template's own default."""
+        values = {name: getattr(self, name) for name in TEMPLATE_ARGUMENTS}
+        return {name: value for name, value in values.items() if value is not None}
 
     @field_validator("date")
     @classmethod
