@@ -81,7 +81,7 @@ class LoraSettings(Section):
     @model_validator(mode="after")
     def _experts_have_limits(self) -> LoraSettings:
         """PEFT adds an update to the experts' matrices themselves, so it cannot drop out inputs or scale outputs."""
-        if EXPERTS not in listed(self.target_modules):
+        if not adapts_experts(self):
             return self
         if "dropout" not in self.model_fields_set:
             object.__setattr__(self, "dropout", 0.0)
@@ -102,6 +102,11 @@ class LoraSettings(Section):
         if not match or (match["start"] and int(match["start"]) > int(match["stop"])):
             raise ValueError("write 'last 6', 'first 4' or a range such as '8-15'")
         return layers
+
+
+def adapts_experts(lora: LoraSettings) -> bool:
+    """Return whether the adapter changes the matrices of routed experts."""
+    return EXPERTS in listed(lora.target_modules)
 
 
 class PromptSettings(Section):

@@ -135,6 +135,14 @@ class Answers:
 
 
 @dataclass(frozen=True)
+class ExpertUse:
+    """How many experts the training's tokens reached, over all layers."""
+
+    used: int
+    experts: int
+
+
+@dataclass(frozen=True)
 class Health:
     """What has become of the adapter."""
 
@@ -144,6 +152,8 @@ class Health:
     """Adapted modules that no gradient has reached in the first step of the process."""
     answers: Answers | None = None
     """What it says to some questions; None if they could not be asked."""
+    experts: ExpertUse | None = None
+    """Of a mixture of experts."""
     sentences: tuple[str, ...] = ()
     """What stands out, each with what to do."""
 

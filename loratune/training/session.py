@@ -27,7 +27,7 @@ from loratune.model.memory import keep_freed_memory
 from loratune.model.tokenizer import load_tokenizer, set_pad_token
 from loratune.protocols import AdaptedModel, Tokenizer
 from loratune.recipe.advice import advise
-from loratune.recipe.sections import Recipe
+from loratune.recipe.sections import Recipe, adapts_experts
 from loratune.runs.checkpoint import Checkpoint
 from loratune.runs.intact import require_intact
 from loratune.runs.tensor_hashes import TensorHashes
@@ -180,6 +180,8 @@ def _plan_passes(prepared: Prepared, model: AdaptedModel, checked: CheckedModel,
     """Choose the size of a pass, as before the interruption if it still fits."""
     hardware, lengths = prepared.hardware, prepared.data.train.lengths
     training = prepared.recipe.training.model_copy(update={"packing": checked.is_packed})
+    if adapts_experts(prepared.recipe.lora) and training.gradient_checkpointing is None:
+        training.gradient_checkpointing = True  # a layer's changed experts would be kept until the backward pass
     longest, step = int(lengths.max()), largest_step(lengths, training, hardware.processes)
     memory = None
     if training.gradient_checkpointing is None or training.tokens_per_pass is None:

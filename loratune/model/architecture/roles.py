@@ -116,6 +116,16 @@ def expert_stacks(model: CausalModel) -> list[str]:
     ]
 
 
+def router_modules(model: CausalModel) -> list[Any]:
+    """Return the modules that select experts, in the order of the model.
+
+    Args:
+        model: a causal language model, with or without an adapter.
+    """
+    modules = dict(causal_model(model).named_modules())
+    return [modules[name] for name in _recorded(causal_model(model), "router_logits")]
+
+
 class GatedMlp(NamedTuple):
     """Names of the matrices of a gated MLP, down(act(gate(x)) · up(x))."""
 

@@ -58,7 +58,7 @@ def _groups(summary: AdapterSummary) -> list[tuple[str, str]]:
     for name, group in summary.groups.items():
         share = group.parameters / summary.trainable_parameters
         kind = "stack" if name == Role.EXPERTS.value else "module"
-        rows.append((name, f"{counted(group.modules, kind)}, {group.parameters:,} parameters ({share:.0%})"))
+        rows.append((f"on {name}", f"{counted(group.modules, kind)}, {group.parameters:,} parameters ({share:.0%})"))
     return [*rows, ("left out", "; ".join(summary.left_out))] if summary.left_out else rows
 
 
