@@ -23,7 +23,7 @@ def _advise_experts(recipe: Recipe) -> list[str]:
     if not adapts_experts(recipe.lora):
         return []
     advice = [
-        "lora.target_modules experts: the adapter has no dropout, and most servers do not load it: deliver it by merging",
+        "lora.target_modules experts: the adapter has no dropout, and most servers do not load it, so merge it",
     ]
     if recipe.training.gradient_checkpointing is None:
         advice.append(

@@ -88,9 +88,7 @@ class LoraSettings(Section):
         odd = [f"dropout {self.dropout:g}"] if self.dropout else []
         odd += ["use_dora"] if self.use_dora else []
         if odd:
-            raise ValueError(
-                f"an adapter on experts has no {' and no '.join(odd)}; leave it out, or the target experts"
-            )
+            raise ValueError(f"PEFT's adapter of experts has no {' and no '.join(odd)}; leave that out, or experts")
         return self
 
     @field_validator("layers")

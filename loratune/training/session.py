@@ -181,7 +181,8 @@ def _plan_passes(prepared: Prepared, model: AdaptedModel, checked: CheckedModel,
     hardware, lengths = prepared.hardware, prepared.data.train.lengths
     training = prepared.recipe.training.model_copy(update={"packing": checked.is_packed})
     if adapts_experts(prepared.recipe.lora) and training.gradient_checkpointing is None:
-        training.gradient_checkpointing = True  # a layer's changed experts would be kept until the backward pass
+        # The changed matrices of all experts would be kept until the backward pass otherwise.
+        training = training.model_copy(update={"gradient_checkpointing": True})
     longest, step = int(lengths.max()), largest_step(lengths, training, hardware.processes)
     memory = None
     if training.gradient_checkpointing is None or training.tokens_per_pass is None:

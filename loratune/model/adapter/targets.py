@@ -155,7 +155,7 @@ def _matches(target: str, roles: Mapping[str, Role], modules: Mapping[str, Any])
             expression = re.compile(target)
         except re.error as error:
             raise LoratuneError(
-                f"lora.target_modules {target!r}: not a regular expression: {error}", Exit.USAGE
+                f"lora.target_modules {target!r} is not a regular expression: {error}", Exit.USAGE
             ) from error
         return [name for name in named if expression.fullmatch(name)]
     return [name for name in named if name == target or name.endswith(f".{target}")]
