@@ -1,0 +1,137 @@
+"""Chooses how a model is decoded: sequences together where that gives the model's own logits, else each by itself."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+
+from loratune.engine.adapter_switch import AdapterSwitch
+from loratune.engine.forward_batch import DecodingError
+from loratune.engine.plain_decoder import PlainDecoder
+from loratune.engine.scheduler import Decoder
+from loratune.engine.slot_decoder import SlotDecoder
+from loratune.model.adapter.own_parameters import BASE
+from loratune.model.architecture.layer_memory import layer_memories
+from loratune.model.architecture.structure import causal_model, rotates_by_longest
+from loratune.model.memory import is_out_of_memory
+from loratune.protocols import CausalModel, ModelConfig
+
+TRIED = [list(range(1, 9)), list(range(9, 17))]
+"""Token ids of two sequences. Every vocabulary has these, and none of them stands for an image."""
+COUNTS = [(5, 3), (1, 1), (2, 2)]
+"""Tokens of each that a pass reads: prompts, one token as of answers, and several after others."""
+NOISE = 4.0
+"""How many times the effect of rounding errors the difference may be, where that is more than `_tolerance`: other
+kernels make other errors, and in a model with experts these may send a token to another expert."""
+MOST = 0.25
+"""Relative difference that is never taken for rounding."""
+
+
+def open_decoder(model: CausalModel, slots: int = 32, cache_budget_bytes: float | None = None) -> Decoder:
+    """Return a decoder that gives the answers of a model.
+
+    A few tokens of two sequences are read together, and the logits compared with those of the model's own forward: one
+    pass of 16 tokens and three over slots. That shows what no list of architectures would, such as an attention with
+    terms that the decoder does not have. What few tokens cannot show is read from the model's config: sliding windows,
+    kinds of layers and rotary angles.
+
+    Args:
+        model: a causal language model in eval mode, with or without PEFT adapters. Its attention may be replaced until
+            the decoder is closed.
+        slots: maximum number of running sequences.
+        cache_budget_bytes: see `SlotDecoder`.
+
+    Returns:
+        Its `notice` says why sequences are decoded by themselves, if they are.
+    """
+    config = causal_model(model).config
+    reason = _reason_without_trial(config)
+    if reason:
+        return PlainDecoder(model, slots, reason)
+    expected = _own_logits(model)
+    for uses_pages in (True, False) if model.device.type == "cuda" else (False,):
+        opening = partial(SlotDecoder, model, slots, cache_budget_bytes, uses_pages)
+        try:
+            difference = _tried(opening(), expected)
+            if difference <= _tolerance(model, expected) or difference <= min(MOST, NOISE * _rounding(model, expected)):
+                return opening()
+            reason = f"passes of several sequences give logits that are {difference:.2g} of their size apart"
+        except Exception as error:  # what a model's code does with an unknown cache may be anything
+            if is_out_of_memory(error):
+                raise
+            reason = error.reason if isinstance(error, DecodingError) else f"{type(error).__name__}: {error}"
+    return PlainDecoder(model, slots, reason)
+
+
+def _reason_without_trial(config: ModelConfig) -> str | None:
+    """Return why sequences of a model cannot share passes, from its config."""
+    strange = sorted({memory.other for memory in layer_memories(config) if memory.other})
+    if strange:
+        return f"its layers keep what loratune has no slots for ({', '.join(strange)})"
+    if rotates_by_longest(config):
+        return "its rotary angles depend on the longest sequence of a pass"
+    return None
+
+
+def _tried(decoder: SlotDecoder, expected: torch.Tensor) -> float:
+    """Return the difference of the logits over slots, and close the decoder.
+
+    Raises:
+        DecodingError: a layer does not say which window it has.
+    """
+    try:
+        difference = _difference(decoder.score(TRIED, COUNTS), expected)
+    finally:
+        decoder.close()
+    windows = {memory.window for memory in layer_memories(causal_model(decoder.model).config) if memory.has_keys}
+    if decoder.windows != windows:
+        raise DecodingError(f"its attention has windows of {_listed(decoder.windows)}, its config {_listed(windows)}")
+    return difference
+
+
+def _rounding(model: CausalModel, expected: torch.Tensor) -> float:
+    """Return how far apart the model's own logits are with an error of half a unit in the last place of each product."""
+    generator = torch.Generator(model.device).manual_seed(0)
+
+    def disturb(_module: Any, _inputs: Any, output: torch.Tensor) -> torch.Tensor:
+        noise = torch.rand(output.shape, generator=generator, dtype=torch.float32, device=output.device) - 0.5
+        return (output.float() * (1 + noise * torch.finfo(output.dtype).eps)).to(output.dtype)
+
+    layers = (layer for layer in causal_model(model).modules() if isinstance(layer, nn.Linear | nn.Embedding))
+    hooks = [layer.register_forward_hook(disturb) for layer in layers]
+    try:
+        return _difference(_own_logits(model), expected)
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _difference(found: torch.Tensor, expected: torch.Tensor) -> float:
+    """Return the largest relative difference of the logits [..., vocabulary]."""
+    apart = (found.float() - expected.float()).norm(dim=-1) / expected.float().norm(dim=-1)
+    return float(apart.max())
+
+
+def _tolerance(model: CausalModel, logits: torch.Tensor) -> float:
+    """Return the square root of the precision: half of the digits."""
+    return float(max(torch.finfo(kind).eps for kind in {model.dtype, logits.dtype})) ** 0.5
+
+
+def _listed(windows: set[int | None]) -> str:
+    return ", ".join(str(window or "no") for window in sorted(windows, key=lambda window: window or 0)) + " tokens"
+
+
+@torch.inference_mode()  # type: ignore[untyped-decorator]
+def _own_logits(model: CausalModel) -> torch.Tensor:
+    """Return what the base's own forward gives where `COUNTS` end: [passes, sequences, vocabulary]."""
+    switch = AdapterSwitch(model)
+    given = switch.select([BASE] * len(TRIED))
+    try:
+        whole = model(input_ids=torch.tensor(TRIED, device=model.device), use_cache=False, **given).logits
+    finally:
+        switch.close()
+    ends = torch.tensor(COUNTS, device=whole.device).cumsum(0) - 1
+    return whole[torch.arange(len(TRIED), device=whole.device), ends]
