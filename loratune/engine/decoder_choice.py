@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -55,10 +57,7 @@ def open_decoder(model: CausalModel, slots: int = 32, cache_budget_bytes: float 
     for uses_pages in (True, False) if model.device.type == "cuda" else (False,):
         opening = partial(SlotDecoder, model, slots, cache_budget_bytes, uses_pages)
         try:
-            difference = _tried(opening(), expected)
-            if difference <= _tolerance(model, expected) or difference <= min(MOST, NOISE * _rounding(model, expected)):
-                return opening()
-            reason = f"passes of several sequences give logits that are {difference:.2g} of their size apart"
+            return _open_tried(opening, expected)
         except Exception as error:  # what a model's code does with an unknown cache may be anything
             if is_out_of_memory(error):
                 raise
@@ -76,24 +75,34 @@ def _reason_without_trial(config: ModelConfig) -> str | None:
     return None
 
 
-def _tried(decoder: SlotDecoder, expected: torch.Tensor) -> float:
-    """Return the difference of the logits over slots, and close the decoder.
+def _open_tried(opening: Callable[[], SlotDecoder], expected: torch.Tensor) -> SlotDecoder:
+    """Open a decoder and try it.
 
     Raises:
-        DecodingError: a layer does not say which window it has.
+        DecodingError: it does not give the expected logits, or a layer's attention does not say which window it has.
+        Exception: anything that the model's code raises.
     """
+    decoder = opening()
+    model = decoder.model
     try:
         difference = _difference(decoder.score(TRIED, COUNTS), expected)
-    finally:
+        windows = {memory.window for memory in layer_memories(causal_model(model).config) if memory.has_keys}
+        if decoder.windows != windows:
+            used, known = _listed(decoder.windows), _listed(windows)
+            raise DecodingError(f"its attention has a window of {used}, and its config says {known}")
+        if difference <= _tolerance(model, expected):
+            return decoder
+    except BaseException:
         decoder.close()
-    windows = {memory.window for memory in layer_memories(causal_model(decoder.model).config) if memory.has_keys}
-    if decoder.windows != windows:
-        raise DecodingError(f"its attention has windows of {_listed(decoder.windows)}, its config {_listed(windows)}")
-    return difference
+        raise
+    decoder.close()  # the model's own attention is needed again
+    if difference <= min(MOST, NOISE * _rounding(model, expected)):
+        return opening()
+    raise DecodingError(f"a pass of several sequences gives logits that are off by {difference:.2g} of their size")
 
 
 def _rounding(model: CausalModel, expected: torch.Tensor) -> float:
-    """Return how far apart the model's own logits are with an error of half a unit in the last place of each product."""
+    """Return how far apart the model's own logits are with rounding errors in all products."""
     generator = torch.Generator(model.device).manual_seed(0)
 
     def disturb(_module: Any, _inputs: Any, output: torch.Tensor) -> torch.Tensor:
@@ -117,11 +126,11 @@ def _difference(found: torch.Tensor, expected: torch.Tensor) -> float:
 
 def _tolerance(model: CausalModel, logits: torch.Tensor) -> float:
     """Return the square root of the precision: half of the digits."""
-    return float(max(torch.finfo(kind).eps for kind in {model.dtype, logits.dtype})) ** 0.5
+    return math.sqrt(max(torch.finfo(kind).eps for kind in (model.dtype, logits.dtype)))
 
 
 def _listed(windows: set[int | None]) -> str:
-    return ", ".join(str(window or "no") for window in sorted(windows, key=lambda window: window or 0)) + " tokens"
+    return " and ".join(str(window or "no limit") for window in sorted(windows, key=lambda window: window or 0))
 
 
 @torch.inference_mode()  # type: ignore[untyped-decorator]
