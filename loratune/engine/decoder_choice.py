@@ -27,7 +27,7 @@ COUNTS = [(5, 3), (1, 1), (2, 2)]
 """Tokens of each that a pass reads: prompts, one token as of answers, and several after others."""
 NOISE = 4.0
 """How many times the effect of rounding errors the difference may be, where that is more than `_tolerance`: other
-kernels make other errors, and in a model with experts these may send a token to another expert."""
+kernels make other errors, and in a model that routes tokens these may send a token elsewhere."""
 MOST = 0.25
 """Relative difference that is never taken for rounding."""
 
@@ -61,7 +61,8 @@ def open_decoder(model: CausalModel, slots: int = 32, cache_budget_bytes: float 
         except Exception as error:  # what a model's code does with an unknown cache may be anything
             if is_out_of_memory(error):
                 raise
-            reason = error.reason if isinstance(error, DecodingError) else f"{type(error).__name__}: {error}"
+            first_line = str(error).partition("\n")[0]
+            reason = error.reason if isinstance(error, DecodingError) else f"{type(error).__name__}: {first_line}"
     return PlainDecoder(model, slots, reason)
 
 

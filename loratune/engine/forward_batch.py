@@ -110,14 +110,14 @@ class ForwardBatch:
         """Compute the attention of each row to its own slot.
 
         Args:
-            query: [rows, heads, width, size].
+            query: [rows, heads, width, size], or of the last positions only, where a layer computes no others.
             key: as the cache's `update` returns it; here [rows, key heads, end, size].
             value: like `key`; its size may be another one.
             window: see `mask`.
             scale: factor of the scores; None for size**-0.5.
 
         Returns:
-            [rows, width, heads, size of the values].
+            [rows, positions of the query, heads, size of the values].
         """
         rows, heads, width, size = query.shape
         groups = heads // key.shape[1]
@@ -126,7 +126,10 @@ class ForwardBatch:
             query = query.reshape(rows, heads // groups, groups, size)
         elif groups > 1:
             key, value = (tensor.repeat_interleave(groups, dim=1) for tensor in (key, value))
-        output = functional.scaled_dot_product_attention(query, key, value, self.mask(window, query.dtype), scale=scale)
+        mask = self.mask(window, query.dtype)
+        if width != self.width:
+            mask = mask[:, :, -width:]
+        output = functional.scaled_dot_product_attention(query, key, value, mask, scale=scale)
         return output.reshape(rows, heads, width, value.shape[-1]).transpose(1, 2)
 
 

@@ -72,7 +72,7 @@ class PagedBatch(ForwardBatch):
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, window: int | None, scale: float | None
     ) -> torch.Tensor:
         """Compute the attention of each row to its own pages; key and value are [pages, PAGE, key heads, size]."""
-        if self._kernel is None:
+        if self._kernel is None or query.shape[2] != self.width:
             return super().attend(query, self._gathered(key), self._gathered(value), window, scale)
         rows, heads, width, size = query.shape
         key_heads, is_flat = key.shape[2], self._begins is not None
