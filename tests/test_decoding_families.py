@@ -130,6 +130,7 @@ def said_alone(model: Any, asked: list[list[int]], names: list[str], tokens: int
     return said
 
 
+@pytest.mark.filterwarnings("ignore:fan_in_fan_out")  # which PEFT sets itself
 @pytest.mark.parametrize("kind", FAMILIES)
 def test_adapters_and_the_base_in_one_batch_do_not_mix(kind: str, tmp_path: Path) -> None:
     model, asked = adapted(tiny(kind, tmp_path)), prompts()

@@ -16,15 +16,17 @@ from loratune.engine.plain_decoder import PlainDecoder
 from loratune.engine.scheduler import Decoder
 from loratune.engine.slot_decoder import SlotDecoder
 from loratune.model.adapter.own_parameters import BASE
-from loratune.model.architecture.layer_memory import layer_memories
+from loratune.model.architecture.layer_memory import has_states, layer_memories
 from loratune.model.architecture.structure import causal_model, rotates_by_longest
 from loratune.model.memory import is_out_of_memory
 from loratune.protocols import CausalModel, ModelConfig
 
 TRIED = [list(range(1, 9)), list(range(9, 17))]
 """Token ids of two sequences. Every vocabulary has these, and none of them stands for an image."""
-COUNTS = [(5, 3), (1, 1), (2, 2)]
-"""Tokens of each that a pass reads: prompts, one token as of answers, and several after others."""
+COUNTS = [(5, 0), (1, 1)]
+"""Tokens of each that a pass reads: a prompt, and one of each, as of answers."""
+COUNTS_WITH_STATES = [*COUNTS, (2, 2)]
+"""The same where several tokens are read otherwise after others than at the beginning."""
 NOISE = 4.0
 """How many times the effect of rounding errors the difference may be, where that is more than `_tolerance`: other
 kernels make other errors, and in a model that routes tokens these may send a token elsewhere."""
@@ -36,9 +38,11 @@ def open_decoder(model: CausalModel, slots: int = 32, cache_budget_bytes: float 
     """Return a decoder that gives the answers of a model.
 
     A few tokens of two sequences are read together, and the logits compared with those of the model's own forward: one
-    pass of 16 tokens and three over slots. That shows what no list of architectures would, such as an attention with
-    terms that the decoder does not have. What few tokens cannot show is read from the model's config: sliding windows,
-    kinds of layers and rotary angles.
+    pass of 12 tokens, and two over slots, of a prompt of 5 tokens and of one token each. That shows what no list of
+    architectures would, such as an attention with terms that the decoder does not have. What few tokens cannot show is
+    read from the model's config: sliding windows, kinds of layers and rotary angles.
+
+    A GPU's pages are tried first, then slots that grow, for models that do not read keys and values as they were given.
 
     Args:
         model: a causal language model in eval mode, with or without PEFT adapters. Its attention may be replaced until
@@ -86,7 +90,7 @@ def _open_tried(opening: Callable[[], SlotDecoder], expected: torch.Tensor) -> S
     decoder = opening()
     model = decoder.model
     try:
-        difference = _difference(decoder.score(TRIED, COUNTS), expected)
+        difference = _difference(decoder.score(TRIED, _counts(model)), expected)
         windows = {memory.window for memory in layer_memories(causal_model(model).config) if memory.has_keys}
         if decoder.windows != windows:
             used, known = _listed(decoder.windows), _listed(windows)
@@ -134,14 +138,22 @@ def _listed(windows: set[int | None]) -> str:
     return " and ".join(str(window or "no limit") for window in sorted(windows, key=lambda window: window or 0))
 
 
+def _counts(model: CausalModel) -> list[tuple[int, int]]:
+    return COUNTS_WITH_STATES if has_states(causal_model(model).config) else COUNTS
+
+
 @torch.inference_mode()  # type: ignore[untyped-decorator]
 def _own_logits(model: CausalModel) -> torch.Tensor:
-    """Return what the base's own forward gives where `COUNTS` end: [passes, sequences, vocabulary]."""
+    """Return what the base's own forward gives for `SlotDecoder.score`: [reads, vocabulary]."""
+    ends, read = list[tuple[int, int]](), [0] * len(TRIED)
+    for counts in _counts(model):
+        read = [before + count for before, count in zip(read, counts, strict=True)]
+        ends += [(row, read[row] - 1) for row, count in enumerate(counts) if count]
     switch = AdapterSwitch(model)
     given = switch.select([BASE] * len(TRIED))
     try:
-        whole = model(input_ids=torch.tensor(TRIED, device=model.device), use_cache=False, **given).logits
+        ids = torch.tensor([sequence[: max(read)] for sequence in TRIED], device=model.device)
+        logits = model(input_ids=ids, use_cache=False, **given).logits
     finally:
         switch.close()
-    ends = torch.tensor(COUNTS, device=whole.device).cumsum(0) - 1
-    return whole[torch.arange(len(TRIED), device=whole.device), ends]
+    return torch.stack([logits[end] for end in ends])

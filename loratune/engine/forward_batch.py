@@ -158,7 +158,7 @@ def attend_slots(
     """
     unknown = [name for name in OTHER_TERMS if settings.get(name) is not None]
     if unknown:
-        raise DecodingError(f"its attention has {', '.join(unknown)}")
+        raise DecodingError(f"its attention has a term that loratune's does not have ({', '.join(unknown)})")
     feed: ForwardBatch = settings["feed"]
     window = settings.get("sliding_window")
     feed.windows.add(window)

@@ -77,10 +77,10 @@ class SlotDecoder(Decoder):
 
         Args:
             sequences: token ids.
-            counts: for each pass, the number of tokens to read of each sequence.
+            counts: for each pass, the number of tokens to read of each sequence, which may be 0.
 
         Returns:
-            Logits after what each pass reads: [passes, sequences, vocabulary].
+            Logits after what is read: [those of the first pass, of the second …, vocabulary].
         """
         rows = [RunningSequence(list(ids), Sampling(), frozenset(), slot=slot) for slot, ids in enumerate(sequences)]
         lengths, logits = [len(row.prompt) for row in rows], []
@@ -89,14 +89,15 @@ class SlotDecoder(Decoder):
             for slot in range(len(rows)):
                 self._cache.begin(lengths[: slot + 1])
             for numbers in counts:
-                parts = [row.prompt[row.read : row.read + count] for row, count in zip(rows, numbers, strict=True)]
-                logits.append(self._forward(rows, parts))
+                read = [(row, count) for row, count in zip(rows, numbers, strict=True) if count]
+                parts = [row.prompt[row.read : row.read + count] for row, count in read]
+                logits.append(self._forward([row for row, _ in read], parts))
                 self.windows |= self._cache.feed.windows if self._cache.feed else set()
-                for row, count in zip(rows, numbers, strict=True):
+                for row, count in read:
                     row.read += count
         finally:
             self._cache = kept
-        return torch.stack(logits)
+        return torch.cat(logits)
 
     @torch.inference_mode()  # type: ignore[untyped-decorator]
     def filled_cache(self) -> BatchedKVCache:
