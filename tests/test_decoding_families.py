@@ -260,6 +260,23 @@ def test_a_conversation_with_states_reads_what_is_new(tmp_path: Path) -> None:
     assert read == [len(first.ids) - 2]
 
 
+@pytest.mark.parametrize(("spare", "most"), [(0, 4), (-1, 1)])
+def test_answers_wait_where_states_would_take_too_much(spare: int, most: int, tmp_path: Path) -> None:
+    model = tiny("qwen3_5_text", tmp_path)
+    # A layer keeps two heads of 16 numbers; another one four inputs of 64 channels, and four heads of 8 · 8 numbers.
+    token, states = 2 * 2 * 16 * 4, (4 * 64 + 4 * 8 * 8) * 4
+    decoder = SlotDecoder(model, slots=8, cache_budget_bytes=4 * (64 * token + states) + spare)
+    measured = decoder.filled_cache()
+    assert (measured.token_bytes, measured.states.slot_bytes) == (token, states)
+    asked, at_once = [prompt[:50] for prompt in prompts()], 0
+    for prompt in asked:
+        decoder.add(RunningSequence(prompt, Sampling(max_new_tokens=3), frozenset()))
+    while not decoder.is_idle:
+        decoder.step()
+        at_once = max(at_once, len(decoder.running))
+    assert at_once == most
+
+
 @settings(max_examples=12, deadline=None)
 @given(st.data())
 @pytest.mark.parametrize("opening", [PlainDecoder, SlotDecoder])
