@@ -267,6 +267,8 @@ def test_what_layers_keep_is_what_transformers_caches() -> None:
     kinds = ["sliding_attention", "full_attention"] * 2
     shared = tiny_config("gemma4_text", num_hidden_layers=4, layer_types=kinds, num_kv_shared_layers=2)
     assert layer_memories(shared) == [window, KEYS, NOTHING, NOTHING]
+    shared.layer_types = ["of a kind that nobody knows"] * 4
+    assert layer_memories(shared) == [NOTHING._replace(other="of a kind that nobody knows")] * 4
     assert not any(has_states(tiny_config(kind)) for kind in ("qwen3", "gpt_oss", "deepseek_v3"))
 
 

@@ -29,7 +29,9 @@ from loratune.engine.scheduler import PROMPT_PART, Decoder
 from loratune.engine.sequence import RunningSequence
 from loratune.engine.slot_decoder import SlotDecoder
 from loratune.engine.slot_states import SlotStates
+from loratune.errors import LoratuneError
 from loratune.model.adapter.own_parameters import BASE
+from loratune.model.architecture.structure import output_layer
 from loratune.model.from_folder import load_plain
 
 ONE_BY_ONE = {"gemma2": "softcap", "gpt_oss": "s_aux"}
@@ -75,6 +77,7 @@ def test_answers_and_losses_are_the_model_s_own(kind: str, tmp_path: Path) -> No
     assert answer(decoder, following, 5) == expected_then
     assert decoder.loss(asked[4][:10], asked[4][10:]) == pytest.approx(loss, rel=1e-5)
     decoder.close()
+    assert not output_layer(model)._forward_pre_hooks
     assert greedy(model, asked[0], 8) == expected[0]
 
 
@@ -348,6 +351,22 @@ def test_what_a_few_tokens_cannot_show_is_read_from_the_config(changes: dict[str
     for name, value in changes.items():
         setattr(model.config, name, value)
     assert reason in str(open_decoder(model).notice)
+
+
+def test_a_model_with_a_cache_of_its_own_is_refused_before_anything_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = random_model(DENSE["llama"])
+    forward = model.forward
+
+    def fail_with_a_cache(*inputs: Any, past_key_values: Any = None, **given: Any) -> Any:
+        if past_key_values is not None:
+            raise ValueError("a cache of its own, please")
+        return forward(*inputs, **given)
+
+    monkeypatch.setattr(model, "forward", fail_with_a_cache)
+    with pytest.raises(LoratuneError, match="LlamaForCausalLM cannot be decoded by loratune"):
+        open_decoder(model)
+    assert not output_layer(model)._forward_pre_hooks
+    assert model.config._attn_implementation == "sdpa"
 
 
 def test_rounding_does_not_make_a_decoder_wrong(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

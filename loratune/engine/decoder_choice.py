@@ -15,6 +15,7 @@ from loratune.engine.forward_batch import DecodingError
 from loratune.engine.plain_decoder import PlainDecoder
 from loratune.engine.scheduler import Decoder
 from loratune.engine.slot_decoder import SlotDecoder
+from loratune.errors import Exit, LoratuneError
 from loratune.model.adapter.own_parameters import BASE
 from loratune.model.architecture.layer_memory import has_states, layer_memories
 from loratune.model.architecture.structure import causal_model, rotates_by_longest
@@ -52,12 +53,14 @@ def open_decoder(model: CausalModel, slots: int = 32, cache_budget_bytes: float 
 
     Returns:
         Its `notice` says why sequences are decoded by themselves, if they are.
+
+    Raises:
+        LoratuneError: not even that works, as with a cache of the model's own.
     """
     config = causal_model(model).config
-    reason = _reason_without_trial(config)
-    if reason:
-        return PlainDecoder(model, slots, reason)
-    expected = _own_logits(model)
+    if reason := _reason_without_trial(config):
+        return _open_plain(model, slots, reason)
+    expected, reason = _own_logits(model), ""
     for uses_pages in (True, False) if model.device.type == "cuda" else (False,):
         opening = partial(SlotDecoder, model, slots, cache_budget_bytes, uses_pages)
         try:
@@ -67,17 +70,17 @@ def open_decoder(model: CausalModel, slots: int = 32, cache_budget_bytes: float 
                 raise
             first_line = str(error).partition("\n")[0]
             reason = error.reason if isinstance(error, DecodingError) else f"{type(error).__name__}: {first_line}"
-    return PlainDecoder(model, slots, reason)
+    return _open_plain(model, slots, reason)
 
 
-def _reason_without_trial(config: ModelConfig) -> str | None:
-    """Return why sequences of a model cannot share passes, from its config."""
+def _reason_without_trial(config: ModelConfig) -> str:
+    """Return why sequences of a model cannot share passes, from its config; nothing if that does not say."""
     strange = sorted({memory.other for memory in layer_memories(config) if memory.other})
     if strange:
         return f"its layers keep what loratune has no slots for ({', '.join(strange)})"
     if rotates_by_longest(config):
         return "its rotary angles depend on the longest sequence of a pass"
-    return None
+    return ""
 
 
 def _open_tried(opening: Callable[[], SlotDecoder], expected: torch.Tensor) -> SlotDecoder:
@@ -104,6 +107,27 @@ def _open_tried(opening: Callable[[], SlotDecoder], expected: torch.Tensor) -> S
     if difference <= min(MOST, NOISE * _rounding(model, expected)):
         return opening()
     raise DecodingError(f"a pass of several sequences gives logits that are off by {difference:.2g} of their size")
+
+
+def _open_plain(model: CausalModel, slots: int, reason: str) -> PlainDecoder:
+    """Open a decoder of sequences by themselves, and try whether the model takes transformers' usual cache.
+
+    Raises:
+        LoratuneError: it does not.
+    """
+    decoder = PlainDecoder(model, slots, reason)
+    try:
+        decoder.loss(*TRIED)
+    except Exception as error:
+        decoder.close()
+        if is_out_of_memory(error):
+            raise
+        name = type(causal_model(model)).__name__
+        raise LoratuneError(
+            f"{name} cannot be decoded by loratune ({type(error).__name__}: {error}); use transformers' generate",
+            Exit.MODEL,
+        ) from error
+    return decoder
 
 
 def _rounding(model: CausalModel, expected: torch.Tensor) -> float:

@@ -11,14 +11,13 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from transformers.cache_utils import Cache
 
 from loratune.engine.forward_batch import LENGTH_UNIT, ForwardBatch
-from loratune.engine.slot_states import SlotStates, StateName, rounded_slots
+from loratune.engine.slot_states import StateCache, rounded_slots
 from loratune.multiples import round_up
 
 
-class KVCache(Cache):
+class KVCache(StateCache):
     """Keys and values of the running sequences, in slots that are numbered from 0 without gaps.
 
     Slots after these may hold what ended sequences have left, for prompts with the same beginning. A layer without keys
@@ -34,11 +33,8 @@ class KVCache(Cache):
     """Whether the memory is taken at once and kept."""
 
     def __init__(self, layers: int, tokens: int | None, has_states: bool = False) -> None:
-        super().__init__(layers=[])
+        super().__init__()
         self.tokens, self.has_states = tokens, has_states
-        self.feed: ForwardBatch | None = None
-        """The input of the current forward pass."""
-        self.states = SlotStates()
         self._kept: list[tuple[torch.Tensor, ...]] = [()] * layers
         """Storage of each layer's keys and values."""
 
@@ -101,58 +97,6 @@ class KVCache(Cache):
             Keys and values for the `attend` of the pass's batch.
         """
 
-    def get_conv_state(self, layer_idx: int, state_idx: int = 0) -> torch.Tensor | None:
-        """Return the last inputs of a convolution, [rows, channels, inputs], which may be changed in place."""
-        return self.states.lend(StateName("conv", layer_idx, state_idx), self._fed)
-
-    def update_conv_state(
-        self,
-        conv_states: torch.Tensor,
-        layer_idx: int,
-        state_idx: int = 0,
-        conv_kernel_size: int | None = None,
-        **_: Any,
-    ) -> torch.Tensor:
-        """Keep the last inputs of a convolution.
-
-        Args:
-            conv_states: the new inputs, [rows, channels, width].
-            layer_idx: index of the layer.
-            state_idx: which convolution of the layer.
-            conv_kernel_size: number of inputs that are kept; None for as many as there are new ones.
-
-        Returns:
-            What was kept with what is new, [rows, channels, kept + width].
-        """
-        name, size = StateName("conv", layer_idx, state_idx), conv_kernel_size or conv_states.shape[-1]
-        before = self.states.lend(name, self._fed)
-        if before is None:
-            before = conv_states.new_zeros(*conv_states.shape[:-1], size)
-        inputs = torch.cat([before, conv_states], dim=-1)
-        self.states.write(name, inputs[..., -before.shape[-1] :], self._fed)
-        return inputs
-
-    def get_recurrent_state(self, layer_idx: int, state_idx: int = 0) -> torch.Tensor | None:
-        """Return a state, [rows, …], which may be changed in place."""
-        return self.states.lend(StateName("recurrent", layer_idx, state_idx), self._fed)
-
-    def update_recurrent_state(
-        self, recurrent_states: torch.Tensor, layer_idx: int, state_idx: int = 0, **_: Any
-    ) -> torch.Tensor:
-        """Replace a state, [rows, …]."""
-        self.states.write(StateName("recurrent", layer_idx, state_idx), recurrent_states, self._fed)
-        return recurrent_states
-
-    def has_previous_state(self, layer_idx: int | None = None, state_idx: int | None = None) -> bool:
-        return self.states.slot_bytes > 0
-
-    def is_recording_past(self, layer_idx: int) -> bool:
-        return False
-
-    def end_pass(self) -> None:
-        """Keep what layers have changed in place."""
-        self.states.take_back(self._fed)
-
     def clear(self) -> None:
         """Free the memory."""
         self._kept = [()] * len(self._kept)
@@ -162,12 +106,6 @@ class KVCache(Cache):
     def size_bytes(self) -> int:
         held = [*self.states.tensors(), *(storage for kept in self._kept for storage in kept)]
         return sum(storage.nbytes for storage in held)
-
-    @property
-    def _fed(self) -> ForwardBatch:
-        if self.feed is None:
-            raise RuntimeError("a pass over the slots without a feed")
-        return self.feed
 
     @abstractmethod
     def _begin(self, lengths: Sequence[int], source: int, shared: int) -> int:

@@ -140,6 +140,10 @@ class Decoder(ABC):
     def close(self) -> None:
         """Free the memory and restore the model."""
         self.reset()
+        self._release()
+
+    def _release(self) -> None:
+        """Restore the model."""
         self._hook.remove()
         give_up_few_row_products(self._large_layers)
         self._adapters.close()

@@ -53,7 +53,7 @@ class SlotDecoder(Decoder):
         try:
             self._cache = make_cache(base, slots, cache_budget_bytes, self.filled_cache, uses_pages)
         except BaseException:
-            self._restore()
+            self._release()
             raise
         self._prefixes = PrefixCache(self._cache)
 
@@ -66,10 +66,6 @@ class SlotDecoder(Decoder):
         self._prefixes.forget()
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
-
-    def close(self) -> None:
-        super().close()
-        self._restore()
 
     @torch.inference_mode()  # type: ignore[untyped-decorator]
     def score(self, sequences: Sequence[Sequence[int]], counts: Sequence[Sequence[int]]) -> torch.Tensor:
@@ -108,7 +104,8 @@ class SlotDecoder(Decoder):
         self._pass(cache, cache.batch([0], [0], [1], self.device), [[0]], [BASE])
         return cache
 
-    def _restore(self) -> None:
+    def _release(self) -> None:
+        super()._release()
         if self._attention != SLOT_ATTENTION:
             causal_model(self.model).set_attn_implementation(self._attention)
 
@@ -157,7 +154,7 @@ class SlotDecoder(Decoder):
     ) -> torch.Tensor:
         """Return logits [rows, keep, vocabulary] of the last positions of a forward pass."""
         filled = [[0] * (feed.width - len(tokens)) + list(tokens) for tokens in new]
-        cache.feed = feed
+        cache.begin_pass(feed)
         output = self.model(
             input_ids=torch.tensor(filled).to(self.device, non_blocking=True),  # without waiting for what runs
             position_ids=feed.positions,

@@ -8,9 +8,10 @@ begins with all of that one's tokens.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
+from transformers.cache_utils import Cache
 
 from loratune.engine.forward_batch import ForwardBatch
 from loratune.multiples import round_up
@@ -90,6 +91,9 @@ class SlotStates:
         for name in list(self._lent):
             self.write(name, self._lent[name], feed)
 
+    def forget_lent(self) -> None:
+        self._lent.clear()
+
     def clear(self) -> None:
         """Free the memory."""
         self._kept, self._lent, self._slots = {}, {}, 0
@@ -101,6 +105,78 @@ class SlotStates:
 
     def tensors(self) -> Iterable[torch.Tensor]:
         return self._kept.values()
+
+
+class StateCache(Cache):
+    """A cache whose states are in slots, with transformers' interface to them."""
+
+    def __init__(self) -> None:
+        super().__init__(layers=[])
+        self.feed: ForwardBatch | None = None
+        """The input of the current forward pass."""
+        self.states = SlotStates()
+
+    def get_conv_state(self, layer_idx: int, state_idx: int = 0) -> torch.Tensor | None:
+        """Return the last inputs of a convolution, [rows, channels, inputs], which may be changed in place."""
+        return self.states.lend(StateName("conv", layer_idx, state_idx), self._fed)
+
+    def update_conv_state(
+        self,
+        conv_states: torch.Tensor,
+        layer_idx: int,
+        state_idx: int = 0,
+        conv_kernel_size: int | None = None,
+        **_: Any,
+    ) -> torch.Tensor:
+        """Keep the last inputs of a convolution.
+
+        Args:
+            conv_states: the new inputs, [rows, channels, width].
+            layer_idx: index of the layer.
+            state_idx: which convolution of the layer.
+            conv_kernel_size: number of inputs that are kept; None for as many as there are new ones.
+
+        Returns:
+            What was kept with what is new, [rows, channels, kept + width].
+        """
+        name, size = StateName("conv", layer_idx, state_idx), conv_kernel_size or conv_states.shape[-1]
+        before = self.states.lend(name, self._fed)
+        if before is None:
+            before = conv_states.new_zeros(*conv_states.shape[:-1], size)
+        inputs = torch.cat([before, conv_states], dim=-1)
+        self.states.write(name, inputs[..., -before.shape[-1] :], self._fed)
+        return inputs
+
+    def get_recurrent_state(self, layer_idx: int, state_idx: int = 0) -> torch.Tensor | None:
+        """Return a state, [rows, …], which may be changed in place."""
+        return self.states.lend(StateName("recurrent", layer_idx, state_idx), self._fed)
+
+    def update_recurrent_state(
+        self, recurrent_states: torch.Tensor, layer_idx: int, state_idx: int = 0, **_: Any
+    ) -> torch.Tensor:
+        """Replace a state, [rows, …]."""
+        self.states.write(StateName("recurrent", layer_idx, state_idx), recurrent_states, self._fed)
+        return recurrent_states
+
+    def has_previous_state(self, layer_idx: int | None = None, state_idx: int | None = None) -> bool:
+        return self.states.slot_bytes > 0
+
+    def is_recording_past(self, layer_idx: int) -> bool:
+        return False
+
+    def begin_pass(self, feed: ForwardBatch) -> None:
+        self.feed = feed
+        self.states.forget_lent()  # of a pass that has failed
+
+    def end_pass(self) -> None:
+        """Keep what layers have changed in place."""
+        self.states.take_back(self._fed)
+
+    @property
+    def _fed(self) -> ForwardBatch:
+        if self.feed is None:
+            raise RuntimeError("a pass over the slots without a feed")
+        return self.feed
 
 
 def rounded_slots(count: int) -> int:

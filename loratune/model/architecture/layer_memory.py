@@ -14,7 +14,7 @@ from transformers.cache_utils import (
     LinearAttentionLayer,
 )
 
-from loratune.model.architecture.structure import text_config
+from loratune.model.architecture.structure import layer_count, text_config
 from loratune.protocols import ModelConfig
 
 # Exact classes: one that inherits from these keeps more.
@@ -41,7 +41,10 @@ class LayerMemory(NamedTuple):
 
 def layer_memories(config: ModelConfig) -> list[LayerMemory]:
     """What each layer keeps, in order."""
-    return [_memory(layer) for layer in DynamicCache(config=text_config(config)).layers]
+    try:
+        return [_memory(layer) for layer in DynamicCache(config=text_config(config)).layers]
+    except KeyError as unknown:  # a kind of layers for which transformers has no cache
+        return [LayerMemory(False, False, None, other=str(unknown.args[0]))] * layer_count(config)
 
 
 def has_states(config: ModelConfig) -> bool:
