@@ -12,6 +12,7 @@ import pytest
 import torch
 from conftest import TINY_QWEN
 from safetensors.torch import load_file
+from tiny_models import tiny_config
 from torch import nn
 from transformers import (
     CONFIG_MAPPING,
@@ -27,15 +28,15 @@ from loratune.model.adapter.attach import attach_adapter
 from loratune.model.architecture import file_layout as architecture_file_layout
 from loratune.model.architecture.families import FAMILIES
 from loratune.model.architecture.file_layout import FileLayout, Part, file_layout
+from loratune.model.architecture.layer_memory import LayerMemory, has_states, layer_memories
 from loratune.model.architecture.roles import Role, gated_mlp, linear_modules, module_roles, quantised_matrices
 from loratune.model.architecture.structure import (
-    LayerState,
     decoder_of,
     head_size,
     key_value_heads,
     layer_count,
-    layer_states,
     output_layer,
+    rotates_by_longest,
     text_config,
     text_values,
 )
@@ -50,6 +51,8 @@ NAMES = re.compile(
     r"[qkvo]_proj|gate_proj|up_proj|down_proj|lm_head|embed_tokens|self_attn|\.layers\.|\.experts\b"
     r"|(?<![a-z_])_?model\.model\b"
 )
+NOTHING = LayerMemory(has_keys=False, has_states=False, window=None, other=None)
+KEYS, STATES = NOTHING._replace(has_keys=True), NOTHING._replace(has_states=True)
 EXAMPLES = {
     "recipe/section.py": "how names are written in a recipe",
     "recipe/sections.py": "examples of values in a setting's help",
@@ -144,7 +147,7 @@ def test_the_parts_and_sizes_are_those_that_compute(kind: str) -> None:
     assert torch.equal(seen["made"], cache.logits)
     keys = [layer.keys for layer in cache.past_key_values.layers]
     assert {tuple(layer.shape) for layer in keys} == {(1, key_value_heads(model.config), 5, head_size(model.config))}
-    assert len(keys) == layer_count(model.config) == len(layer_states(model.config))
+    assert len(keys) == layer_count(model.config) == len(layer_memories(model.config))
     assert text_config(model.config) is model.config
 
 
@@ -247,7 +250,35 @@ def test_a_nested_model_s_names_in_the_files_are_found(make_model: Callable[[str
     assert any("visual" in name for name in layout.unused)
     values = json.loads((folder / "config.json").read_text())
     assert text_values(values)["num_hidden_layers"] == layer_count(config_of("qwen3_5")) == 2
-    assert layer_states(config_of("qwen3_5")) == [LayerState.OTHER, LayerState.ALL_TOKENS]
+    assert layer_memories(config_of("qwen3_5")) == [STATES, KEYS]
+    assert has_states(config_of("qwen3_5"))
+
+
+def test_what_layers_keep_is_what_transformers_caches() -> None:
+    window = KEYS._replace(window=32)
+    assert layer_memories(tiny_config("gemma3")) == [window, KEYS]
+    assert layer_memories(tiny_config("granitemoehybrid")) == [STATES, KEYS]
+    kinds = ["sliding_attention", "full_attention"] * 2
+    shared = tiny_config("gemma4_text", num_hidden_layers=4, layer_types=kinds, num_kv_shared_layers=2)
+    assert layer_memories(shared) == [window, KEYS, NOTHING, NOTHING]
+    shared.layer_types = ["of a kind that nobody knows"] * 4
+    assert layer_memories(shared) == [NOTHING._replace(other="of a kind that nobody knows")] * 4
+    assert not any(has_states(tiny_config(kind)) for kind in ("qwen3", "gpt_oss", "deepseek_v3"))
+
+
+@pytest.mark.parametrize(
+    ("rope", "is_by_longest"),
+    [
+        ({"rope_type": "yarn", "factor": 2.0}, False),
+        ({"rope_type": "dynamic", "factor": 2.0}, True),
+        ({"full_attention": {"rope_type": "longrope"}, "sliding_attention": {"rope_type": "default"}}, True),
+        (None, False),
+    ],
+)
+def test_angles_that_depend_on_the_longest_row(rope: dict[str, Any] | None, is_by_longest: bool) -> None:
+    config = tiny_config("llama")
+    config.rope_parameters = rope
+    assert rotates_by_longest(config) == is_by_longest
 
 
 def test_a_parameter_that_is_computed_otherwise_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
