@@ -73,6 +73,8 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "gemma3": {"text_config": SIZES | GEMMA, "vision_config": PICTURES, "mm_tokens_per_image": 4,
                "image_token_index": 3003, "boi_token_index": 3004, "eoi_token_index": 3005},
     "gemma3_text": SIZES | GEMMA,
+    "gemma4": {"text_config": GEMMA_4, "vision_config": PICTURES | {"num_key_value_heads": 2, "head_dim": 8,
+               "position_embedding_size": 16}, "audio_config": None},
     "gemma4_text": GEMMA_4,
     "glm4": SIZES | {"head_dim": 8},
     "glm4_moe": SIZES | ROUTED | {"head_dim": 8},

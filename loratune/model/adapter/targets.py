@@ -14,7 +14,7 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.pytorch_utils import Conv1D
 
 from loratune.errors import Exit, LoratuneError, bullet_list
-from loratune.model.architecture.roles import ADAPTED_BY_DEFAULT, Role, expert_stacks, is_linear, module_roles
+from loratune.model.architecture.roles import ADAPTED_BY_DEFAULT, Role, expert_stacks, module_roles
 from loratune.model.architecture.structure import causal_model, layer_count
 from loratune.protocols import AdaptedModel, CausalModel
 from loratune.recipe.sections import EXPERTS, LAYERS, LoraSettings
@@ -97,7 +97,7 @@ def peft_targets(model: CausalModel, targets: Targets, layers: str | None) -> di
         targets: its targets.
         layers: lora.layers of the recipe.
     """
-    names = [name for name, module in model.named_modules() if is_linear(module)]
+    names = [name for name, _ in model.named_modules()]
     last = list(dict.fromkeys(map(_last, targets.modules)))
     chosen = None if layers is None else list(_layer_range(layers, layer_count(model.config)))
     alike = [name for name in names if _last(name) in last]
