@@ -13,7 +13,7 @@ from loratune import console
 from loratune.choices import ExportFormat
 from loratune.commands import Command
 from loratune.data.encoding.encoder import Encoder
-from loratune.delivery.export.gguf.layout import NotForGgufError
+from loratune.delivery.export.gguf.architectures import NotForGgufError
 from loratune.delivery.export.job import Export
 from loratune.delivery.export.ollama.modelfile import write_modelfile
 from loratune.delivery.merge.job import Job, MergeOptions, gather

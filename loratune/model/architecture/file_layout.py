@@ -7,7 +7,7 @@ applied to the names in the files, so that loratune can write files with the sam
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -72,11 +72,17 @@ class FileLayout:
         parts = self.parts[parameter]
         if _is_whole(parts):
             return files.tensor(parts[0].tensor)
-        rows: dict[int | None, list[torch.Tensor]] = defaultdict(list)
-        for part in parts:
-            rows[part.expert].append(files.tensor(part.tensor))
-        joined = [torch.cat(tensors) for tensors in rows.values()]
-        return joined[0] if None in rows else torch.stack(joined)
+        joined = [torch.cat([files.tensor(name) for name in names]) for names in _by_expert(parts)]
+        return joined[0] if parts[0].expert is None else torch.stack(joined)
+
+    def matrices(self, parameter: str, files: TensorFiles) -> Iterator[torch.Tensor]:
+        """Yield the matrices of a parameter that is a stack of them, so that only one has to be in memory."""
+        parts = self.parts[parameter]
+        if _is_whole(parts):
+            yield from files.tensor(parts[0].tensor)
+        else:
+            for names in _by_expert(parts):
+                yield torch.cat([files.tensor(name) for name in names])
 
     def tensors_of(self, parameter: str) -> list[str]:
         """Return the names of a parameter's tensors."""
@@ -171,6 +177,14 @@ def _parts(parameter: str, tensors: list[tuple[str, str | None]], step: Any) -> 
         places[pattern] += 1
         parts.append(Part(name, expert, step.source_patterns.index(pattern)))
     return tuple(sorted(parts, key=lambda part: (part.expert or 0, part.place)))
+
+
+def _by_expert(parts: tuple[Part, ...]) -> list[list[str]]:
+    """Return the names of each expert's tensors, which are to be concatenated; one list if there are no experts."""
+    names: dict[int | None, list[str]] = defaultdict(list)
+    for part in parts:
+        names[part.expert].append(part.tensor)
+    return list(names.values())
 
 
 def _is_whole(parts: tuple[Part, ...]) -> bool:

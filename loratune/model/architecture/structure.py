@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from enum import Enum
-from typing import Any, TypeGuard
+from typing import Any, NamedTuple, TypeGuard
 
 from loratune.protocols import AdaptedModel, CausalModel, Decoder, ModelConfig, TextConfig
 
@@ -52,6 +53,22 @@ def output_layer(model: CausalModel) -> Any:
         model: a causal language model, with or without PEFT's wrapper.
     """
     return causal_model(model).get_output_embeddings()
+
+
+def language_parts(model: CausalModel) -> tuple[str, str]:
+    """The names of decoder and output layer, each followed by a dot; every other parameter is of something else."""
+    paths = {id(module): name for name, module in model.named_modules()}
+    return f"{paths[id(decoder_of(model))]}.", f"{paths[id(output_layer(model))]}."
+
+
+def is_apart(model: CausalModel, name: str) -> bool:
+    """Whether a parameter, or a tensor of the files that is none, takes no part in writing text.
+
+    Such are the weights that read images, and what transformers' class itself leaves out of the files.
+    """
+    ignored = getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()
+    is_parameter = name in model.state_dict()
+    return is_parameter and not name.startswith(language_parts(model)) or any(re.search(one, name) for one in ignored)
 
 
 def text_config(config: ModelConfig) -> TextConfig:
@@ -110,3 +127,23 @@ def layer_kinds(config: ModelConfig) -> list[str]:
 def layer_states(config: ModelConfig) -> list[LayerState]:
     """What each layer keeps, in order."""
     return [ATTENDING.get(kind, LayerState.OTHER) for kind in layer_kinds(config)]
+
+
+class DeltaNet(NamedTuple):
+    """Sizes of a model's gated delta nets."""
+
+    key_heads: int
+    value_heads: int
+    key_size: int
+    """Of a head."""
+    value_size: int
+    """Of a head."""
+    kernel: int
+    """Tokens that the convolution before it sees."""
+
+
+def delta_net(config: ModelConfig) -> DeltaNet | None:
+    """Return the sizes of the gated delta nets of a config's language model, if it has any."""
+    names = ("num_key_heads", "num_value_heads", "key_head_dim", "value_head_dim", "conv_kernel_dim")
+    sizes = [getattr(text_config(config), f"linear_{name}", None) for name in names]
+    return None if None in sizes else DeltaNet(*map(int, sizes))

@@ -1,7 +1,7 @@
 """Loads the model that a GGUF file describes, to compare it with the original.
 
-transformers reads the tensors and most of the metadata, but not scaled RoPE and some head sizes. Those are read from
-the file's own keys, never from the model folder, because the comparison checks the file.
+transformers reads the tensors and most of the metadata, but not scaled RoPE, some head sizes and some experts' widths.
+Those are read from the file's own keys, never from the model folder, because the comparison checks the file.
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import io
 from pathlib import Path
-from typing import Any
 
 import gguf
 import numpy as np
@@ -17,20 +16,13 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.utils import logging as transformers_logging
 
+from loratune.delivery.export.gguf.keys import EXPERT_KEYS
+from loratune.delivery.export.gguf.restored import rope_parameters, stated_keys
 from loratune.errors import Exit, LoratuneError
 from loratune.model.architecture.structure import decoder_of
 from loratune.protocols import CausalModel
 
 ROPE_FACTORS = "rope_freqs.weight"
-# GGUF's name under rope.scaling → the name in rope_parameters.
-SCALING = {
-    "type": "rope_type",
-    "factor": "factor",
-    "original_context_length": "original_max_position_embeddings",
-    "yarn_beta_fast": "beta_fast",
-    "yarn_beta_slow": "beta_slow",
-}
-
 
 def load_gguf(file: Path) -> CausalModel:
     """The model of a GGUF file in float32, in memory and in eval mode.
@@ -40,12 +32,15 @@ def load_gguf(file: Path) -> CausalModel:
         Exception: any other error of transformers.
     """
     reader = gguf.GGUFReader(file)
-    stated = {key.partition(".")[2]: field.contents() for key, field in reader.fields.items()}
+    stated = stated_keys(reader)
     transformers_logging.disable_progress_bar()
     with contextlib.redirect_stderr(io.StringIO()):  # hides a progress bar that cannot be disabled
         config = AutoConfig.from_pretrained(file.parent, gguf_file=file.name, local_files_only=True)
         config.head_dim = stated["attention.key_length"]
-        config.rope_parameters = _rope_parameters(stated)
+        config.rope_parameters = {**(config.rope_parameters or {}), **rope_parameters(stated)}
+        for key, own in EXPERT_KEYS.items():
+            if key in stated:
+                setattr(config, own, stated[key])
         try:
             model = AutoModelForCausalLM.from_pretrained(
                 file.parent,
@@ -67,9 +62,3 @@ def load_gguf(file: Path) -> CausalModel:
     loaded: CausalModel = model.eval()
     return loaded
 
-
-def _rope_parameters(stated: dict[str, Any]) -> dict[str, Any]:
-    scaling = {
-        ours: stated[f"rope.scaling.{theirs}"] for theirs, ours in SCALING.items() if f"rope.scaling.{theirs}" in stated
-    }
-    return {"rope_type": "default", "rope_theta": stated["rope.freq_base"], **scaling}
