@@ -18,8 +18,10 @@ from conftest import TINY_QWEN
 from safetensors.torch import load_file
 
 from loratune.choices import GgufType
-from loratune.delivery.export.gguf.file import check_gguf, write_gguf
-from loratune.delivery.export.gguf.layout import describe, plan_tensors, read_config
+from loratune.delivery.export.gguf.check import check_gguf
+from loratune.delivery.export.gguf.file import write_gguf
+from loratune.delivery.export.gguf.keys import describe, read_config
+from loratune.delivery.export.gguf.layout import plan_tensors
 from loratune.delivery.export.gguf.reference import load_gguf
 from loratune.delivery.export.gguf.vocabulary import SPLITTINGS, describe_vocabulary
 from loratune.errors import Exit, LoratuneError

@@ -189,6 +189,8 @@ class ExportedFolder:
     read_back: GgufReadBack | Parity | None = None
     logits: Parity | None = None
     """Beside the merged model."""
+    read_by: str | None = None
+    """What read a GGUF file for these logits: transformers or loratune."""
     max_lora_rank: int | None = None
     tool_call_parser: str | None = None
     reasoning_parser: str | None = None

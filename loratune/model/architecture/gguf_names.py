@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
+import gguf
+
 from loratune.model.architecture.structure import language_parts, layer_count
 from loratune.protocols import CausalModel
 
@@ -25,8 +27,6 @@ class GgufName(NamedTuple):
 
     def as_kind(self, kind: str) -> str:
         """Return the name of another kind of tensor of the same layer."""
-        import gguf  # an extra, without which the rest of this module is of use
-
         own, other = (gguf.TENSOR_NAMES[gguf.MODEL_TENSOR[each]].rpartition(".")[2] for each in (self.kind, kind))
         return self.name.replace(f".{own}", f".{other}")
 
@@ -40,8 +40,6 @@ def gguf_names(model: CausalModel, architecture: str) -> dict[str, list[GgufName
         model: a model with or without values.
         architecture: gguf's name of the architecture.
     """
-    import gguf  # an extra, without which the rest of this module is of use
-
     kinds = {name: kind for kind, name in gguf.MODEL_ARCH_NAMES.items()}
     table = gguf.get_tensor_name_map(kinds[architecture], layer_count(model.config))
     return {parameter: _names(table, parameter, usual) for parameter, usual in _usual_names(model)}

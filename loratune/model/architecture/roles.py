@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
-from loratune.model.architecture.structure import causal_model, decoder_of, output_layer
+from loratune.model.architecture.structure import LayerState, causal_model, decoder_of, layer_states, output_layer
 from loratune.protocols import CausalModel
 
 
@@ -127,3 +127,9 @@ def _holds_stacks(module: Any) -> bool:
     """Return whether a module has a parameter of more than two dimensions, other than a convolution's weight."""
     is_convolution = isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d)
     return not is_convolution and any(p is not None and p.ndim > 2 for p in module._parameters.values())
+
+
+def amplifies_rounding(model: CausalModel) -> bool:
+    """Return whether rounding of weights may change logits a lot: through the choice of experts, or a layer's state."""
+    has_state = LayerState.OTHER in layer_states(model.config)
+    return has_state or not {Role.ROUTER, Role.EXPERTS}.isdisjoint(module_roles(model).values())

@@ -67,8 +67,9 @@ def is_apart(model: CausalModel, name: str) -> bool:
     Such are the weights that read images, and what transformers' class itself leaves out of the files.
     """
     ignored = getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()
-    is_parameter = name in model.state_dict()
-    return is_parameter and not name.startswith(language_parts(model)) or any(re.search(one, name) for one in ignored)
+    if name in model.state_dict() and not name.startswith(language_parts(model)):
+        return True
+    return any(re.search(one, name) for one in ignored)
 
 
 def text_config(config: ModelConfig) -> TextConfig:
@@ -146,4 +147,5 @@ def delta_net(config: ModelConfig) -> DeltaNet | None:
     """Return the sizes of the gated delta nets of a config's language model, if it has any."""
     names = ("num_key_heads", "num_value_heads", "key_head_dim", "value_head_dim", "conv_kernel_dim")
     sizes = [getattr(text_config(config), f"linear_{name}", None) for name in names]
-    return None if None in sizes else DeltaNet(*map(int, sizes))
+    found = [int(size) for size in sizes if size]
+    return DeltaNet(*found) if len(found) == len(names) else None

@@ -13,10 +13,13 @@ from loratune.delivery.export.gguf.changes import (
     paired_rows,
     tiled_heads,
 )
-from loratune.errors import Exit, LoratuneError
+from loratune.extras import required
 from loratune.model.architecture.families import FAMILIES
 from loratune.model.architecture.structure import delta_net, head_size, key_value_heads, text_config
 from loratune.protocols import ModelConfig, TextConfig
+
+with required("GGUF", "export"):
+    import gguf
 
 Changes = dict[str, list[tuple[str, Change]]]
 """gguf's name of a kind of tensor → the kinds that are written instead, usually itself, and their values."""
@@ -87,26 +90,13 @@ ARCHITECTURES = {
 
 def architecture_name(config: ModelConfig) -> str:
     """GGUF's name of a model's architecture; "" if gguf knows none. It is transformers' name, spelt in another way."""
-    import gguf  # an extra, without which the rest of this module is of use
-
     kind = text_config(config).model_type
     if kind in FAMILIES and (stated := FAMILIES[kind].gguf):
         return stated
-    spelt = {letters(name): name for name in gguf.MODEL_ARCH_NAMES.values()}
+    spelt: dict[str, str] = {letters(name): name for name in gguf.MODEL_ARCH_NAMES.values()}
     return spelt.get(letters(kind.removesuffix("_text")), "")
 
 
 def letters(name: str) -> str:
     """Return a name without what transformers and gguf spell differently."""
     return re.sub(r"[^a-z0-9]", "", name.lower())
-
-
-class NotForGgufError(LoratuneError):
-    """A model or tokenizer that loratune cannot represent in GGUF; llama.cpp's own converter may."""
-
-
-def not_for_gguf(where: object, what: str) -> NotForGgufError:
-    """The error for something in a file of the model."""
-    return NotForGgufError(
-        f"{where}: {what} cannot be exported to GGUF here; try llama.cpp's convert_hf_to_gguf.py", Exit.MODEL
-    )

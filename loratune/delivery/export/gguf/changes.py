@@ -8,12 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import torch
 
 from loratune.model.architecture.structure import DeltaNet
 
-Rows = torch.Tensor
+Rows: TypeAlias = torch.Tensor
 """Indices of the rows to take, in order."""
 
 
@@ -56,6 +57,9 @@ class Change:
             parameter.index_copy_(self.dim % parameter.ndim, self.rows, values.reshape(shape))
 
 
+UNCHANGED = Change()
+
+
 def paired_rows(size: int, heads: int) -> Rows:
     """Rows so that the two that are rotated together are adjacent.
 
@@ -63,12 +67,14 @@ def paired_rows(size: int, heads: int) -> Rows:
         size: number of rows, heads × head size; in each head, all first elements of the pairs precede all second ones.
         heads: number of heads.
     """
-    return torch.arange(size).unflatten(0, (heads, 2, -1)).transpose(1, 2).flatten()
+    rows: Rows = torch.arange(size).unflatten(0, (heads, 2, -1)).transpose(1, 2).flatten()
+    return rows
 
 
 def part_rows(size: int, part: int, parts: int) -> Rows:
     """Rows of one of several matrices of equal size that are joined in one."""
-    return torch.arange(size).chunk(parts)[part]
+    rows: Rows = torch.arange(size).chunk(parts)[part]
+    return rows
 
 
 def tiled_heads(net: DeltaNet, values_per_head: int, before: int = 0) -> Rows:

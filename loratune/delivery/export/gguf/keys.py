@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from loratune.delivery.export.gguf.architectures import ARCHITECTURES, Architecture, architecture_name, not_for_gguf
+from loratune.delivery.export.gguf.architectures import ARCHITECTURES, Architecture, architecture_name
+from loratune.delivery.export.gguf.refusal import not_for_gguf
 from loratune.model.architecture.structure import (
     delta_net,
     head_size,

@@ -8,8 +8,9 @@ from dataclasses import dataclass
 import torch
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from loratune.delivery.export.gguf.architectures import ARCHITECTURES, architecture_name, not_for_gguf
-from loratune.delivery.export.gguf.changes import PLUS_ONE, Change, part_rows
+from loratune.delivery.export.gguf.architectures import ARCHITECTURES, architecture_name
+from loratune.delivery.export.gguf.changes import PLUS_ONE, UNCHANGED, Change, part_rows
+from loratune.delivery.export.gguf.refusal import not_for_gguf
 from loratune.model.architecture.gguf_names import GgufName, gguf_names
 from loratune.model.architecture.norms import adds_one, is_norm
 from loratune.model.architecture.structure import head_size, text_config
@@ -33,7 +34,7 @@ class PlannedTensor:
     source: str = ""
     source_shape: tuple[int, ...] = ()
     values: torch.Tensor | None = None
-    change: Change = Change()
+    change: Change = UNCHANGED
     in_float32: bool = True
     """Whether it is float32 whatever the file's type is, as all vectors are."""
 
@@ -89,10 +90,7 @@ def _written(
         return [(found.kind, found.name, Change(part_rows(shape[-2], found.part, found.parts), dim=-2))]
     if is_shifted:
         return [(found.kind, found.name, Change(formula=PLUS_ONE))]
-    return [
-        (kind, found.as_kind(kind), change)
-        for kind, change in changes.get(found.kind, [(found.kind, Change())])
-    ]
+    return [(kind, found.as_kind(kind), change) for kind, change in changes.get(found.kind, [(found.kind, UNCHANGED)])]
 
 
 def _plan_tensor(name: str, shape: tuple[int, ...], source: str, change: Change, kind: str) -> PlannedTensor:

@@ -24,6 +24,7 @@ from loratune.protocols import CausalModel
 
 ROPE_FACTORS = "rope_freqs.weight"
 
+
 def load_gguf(file: Path) -> CausalModel:
     """The model of a GGUF file in float32, in memory and in eval mode.
 
@@ -61,4 +62,3 @@ def load_gguf(file: Path) -> CausalModel:
             decoder_of(model).rotary_emb.inv_freq /= torch.from_numpy(np.array(tensor.data))
     loaded: CausalModel = model.eval()
     return loaded
-

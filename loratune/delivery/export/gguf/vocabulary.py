@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from loratune.data.encoding.encoder import Encoder
-from loratune.delivery.export.gguf.architectures import NotForGgufError
+from loratune.delivery.export.gguf.refusal import NotForGgufError
 from loratune.errors import Exit, LoratuneError
 from loratune.model.tokenizer import load_tokenizer
 from loratune.plain_files import read_json_object
