@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
 
 from loratune.choices import GgufType
 from loratune.delivery.verification.proof import check_parity
@@ -26,8 +25,8 @@ class FileProof:
 
     logits: Parity
     """Beside the merged model's."""
-    read_by: Literal["transformers", "loratune"]
-    """What read the file: loratune itself only where transformers does not read the architecture."""
+    read_by: str
+    """What read the file: transformers, or loratune where transformers does not read the architecture."""
     rounding: list[str]
     """How the type of the weights changes the logits beyond its usual bounds, although the file is right."""
 

@@ -7,8 +7,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from loratune.delivery.export.gguf.changes import (
-    DECAY,
     Change,
+    decay,
     joined_projection_rows,
     paired_rows,
     tiled_heads,
@@ -31,7 +31,7 @@ class Architecture:
 
     changes: Callable[[TextConfig], Changes] = lambda config: {}
     normalises_experts: bool | None = None
-    """Whether the weights of the selected experts are divided by their sum; None without experts."""
+    """Whether a router's weights for the selected are divided by their sum; None for a dense model."""
     has_own_head_size: bool = True
     """Whether the heads' width may differ from the hidden size."""
     rotates_parts: bool = False
@@ -54,7 +54,7 @@ def _tiled(config: TextConfig) -> Changes:
     each, heads = tiled_heads(net, net.value_size), tiled_heads(net, 1)
     mixed = Change(tiled_heads(net, net.value_size, before=2 * net.key_heads * net.key_size))
     changes = {
-        "SSM_A": Change(heads, formula=DECAY),
+        "SSM_A": Change(heads, formula=decay),
         **dict.fromkeys(("SSM_DT", "SSM_ALPHA", "SSM_BETA"), Change(heads)),
         **dict.fromkeys(("ATTN_QKV", "SSM_CONV1D"), mixed),
         "ATTN_GATE": Change(each),
@@ -69,7 +69,7 @@ def _apart(config: TextConfig) -> Changes:
     assert net is not None
     mixed, gates = joined_projection_rows(net)
     return {
-        "SSM_A": [("SSM_A", Change(formula=DECAY))],
+        "SSM_A": [("SSM_A", Change(formula=decay))],
         "SSM_IN": [("ATTN_QKV", Change(mixed)), ("ATTN_GATE", Change(gates))],
     }
 

@@ -1,4 +1,4 @@
-"""Converts a parameter's values to those of its tensors in a GGUF file, and back.
+"""Converts a parameter's values to those of its tensors in a GGUF file.
 
 llama.cpp's graphs expect some values in another order than transformers' code, or already computed: the factor that a
 norm applies rather than its weight, the decay of a state rather than its logarithm.
@@ -18,16 +18,18 @@ Rows: TypeAlias = torch.Tensor
 """Indices of the rows to take, in order."""
 
 
-@dataclass(frozen=True)
-class Formula:
-    """A function of each value, in float32, and its inverse."""
-
-    apply: Callable[[torch.Tensor], torch.Tensor]
-    undo: Callable[[torch.Tensor], torch.Tensor]
+Formula = Callable[[torch.Tensor], torch.Tensor]
+"""A function of each value, which is computed in float32."""
 
 
-PLUS_ONE = Formula(lambda values: values.float() + 1, lambda values: values - 1)
-DECAY = Formula(lambda values: -values.float().exp(), lambda values: (-values).log())
+def plus_one(values: torch.Tensor) -> torch.Tensor:
+    """The factor of a norm that adds 1 to its weight."""
+    return values.float() + 1
+
+
+def decay(values: torch.Tensor) -> torch.Tensor:
+    """The rate at which a state decays, of its logarithm."""
+    return -values.float().exp()
 
 
 @dataclass(frozen=True)
@@ -44,17 +46,7 @@ class Change:
         """Return the tensor of a parameter's values; its dimensions of size 1 are kept."""
         if self.rows is not None:
             values = values.index_select(self.dim, self.rows)
-        return self.formula.apply(values) if self.formula else values
-
-    def undo(self, stored: torch.Tensor, parameter: torch.Tensor) -> None:
-        """Write the tensor's values to the places of the parameter that they were taken from."""
-        values = self.formula.undo(stored) if self.formula else stored
-        if self.rows is None:
-            parameter.copy_(values.reshape(parameter.shape))
-        else:
-            shape = list(parameter.shape)
-            shape[self.dim] = len(self.rows)
-            parameter.index_copy_(self.dim % parameter.ndim, self.rows, values.reshape(shape))
+        return self.formula(values) if self.formula else values
 
 
 UNCHANGED = Change()

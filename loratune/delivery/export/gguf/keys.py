@@ -25,7 +25,7 @@ EXPERT_KEYS = {
     "expert_feed_forward_length": "moe_intermediate_size",
     "expert_shared_feed_forward_length": "shared_expert_intermediate_size",
 }
-"""GGUF's key → transformers' key, for a model with experts."""
+"""GGUF's key → transformers' key, for a mixture."""
 STATED_KEYS = {
     "vocab_size": "vocab_size",
     "context_length": "max_position_embeddings",

@@ -9,7 +9,7 @@ import torch
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from loratune.delivery.export.gguf.architectures import ARCHITECTURES, architecture_name
-from loratune.delivery.export.gguf.changes import PLUS_ONE, UNCHANGED, Change, part_rows
+from loratune.delivery.export.gguf.changes import UNCHANGED, Change, part_rows, plus_one
 from loratune.delivery.export.gguf.refusal import not_for_gguf
 from loratune.model.architecture.gguf_names import GgufName, gguf_names
 from loratune.model.architecture.norms import adds_one, is_norm
@@ -89,7 +89,7 @@ def _written(
     if found.parts > 1:
         return [(found.kind, found.name, Change(part_rows(shape[-2], found.part, found.parts), dim=-2))]
     if is_shifted:
-        return [(found.kind, found.name, Change(formula=PLUS_ONE))]
+        return [(found.kind, found.name, Change(formula=plus_one))]
     return [(kind, found.as_kind(kind), change) for kind, change in changes.get(found.kind, [(found.kind, UNCHANGED)])]
 
 

@@ -1,6 +1,6 @@
 """Loads the model that a GGUF file describes, to compare it with the original.
 
-transformers reads the tensors and most of the metadata, but not scaled RoPE, some head sizes and some experts' widths.
+transformers reads the tensors and most of the metadata, but not scaled RoPE, some head sizes and a mixture's widths.
 Those are read from the file's own keys, never from the model folder, because the comparison checks the file.
 """
 

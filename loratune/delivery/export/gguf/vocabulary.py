@@ -23,6 +23,10 @@ NORMAL, CONTROL, USER_DEFINED, UNUSED = 1, 3, 4, 5
 
 _WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
 _REST = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+_MARKED_WORDS = (  # with combining marks, as \p{M} matches them
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?[\p{L}\p{M}]+|\p{N}"
+    r"| ?[^\s\p{L}\p{M}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
 _ONLY_BYTES = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False}
 _GPT2 = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}
 
@@ -32,11 +36,16 @@ def _split(regex: str) -> dict[str, Any]:
 
 
 SPLITTINGS: dict[str, list[dict[str, Any]]] = {
+    "qwen35": [_split(_MARKED_WORDS), _ONLY_BYTES],
     "qwen2": [_split(_WORDS + r"\p{N}" + _REST), _ONLY_BYTES],
     "llama-bpe": [_split(_WORDS + r"\p{N}{1,3}" + _REST), _ONLY_BYTES],
+    "dbrx": [_split(_WORDS + r"\p{N}{1,3}" + _REST), _ONLY_BYTES],
     "smollm": [{"type": "Digits", "individual_digits": True}, _GPT2],
     "gpt-2": [_GPT2],
 }
+
+IGNORING_MERGES = ("llama-bpe",)
+"""Names with which programs take a word that is a token without merging."""
 
 
 def describe_vocabulary(model: Path, vocab_size: int) -> dict[str, Any]:
@@ -81,12 +90,14 @@ def _find_splitting(path: Path, state: dict[str, Any]) -> str:
     splitting = state.get("pre_tokenizer") or {}
     steps = splitting.get("pretokenizers", [splitting])
     steps = [{key: value for key, value in step.items() if key != "trim_offsets"} for step in steps]
-    name = next((name for name, known in SPLITTINGS.items() if steps == known), None)
-    if name is None:
+    names = [name for name, known in SPLITTINGS.items() if steps == known]
+    if not names:
         raise _unknown(path, f"pre_tokenizer {json.dumps(steps, ensure_ascii=False)}")
-    if bool(model.get("ignore_merges")) != (name == "llama-bpe"):
-        raise _unknown(path, f"ignore_merges is {model.get('ignore_merges')} with the splitting of {name}")
-    return name
+    ignores = bool(model.get("ignore_merges"))
+    fitting = [name for name in names if ignores == (name in IGNORING_MERGES)]
+    if not fitting:
+        raise _unknown(path, f"ignore_merges is {model.get('ignore_merges')} with the splitting of {names[0]}")
+    return fitting[0]
 
 
 def _unknown(path: Path, what: str) -> NotForGgufError:
