@@ -53,3 +53,15 @@ FAMILIES = {
     "smollm3": Family(),
 }
 """model_type of config.json → its family; transformers has the code. Each is tried in the tests with a tiny model."""
+GGUF_ARCHITECTURES = (
+    "llama",
+    "phi3",
+    "qwen2",
+    "qwen2moe",
+    "qwen3",
+    "qwen3moe",
+    "qwen3next",
+    "qwen35",
+    "qwen35moe",
+)
+"""GGUF's names of the architectures that loratune writes."""
