@@ -36,6 +36,11 @@ class Architecture:
     """Whether the heads' width may differ from the hidden size."""
     rotates_parts: bool = False
     """Whether a part of a head's elements may be rotated alone."""
+    activation: str = "silu"
+    window_interval: int | None = None
+    """If not None, every n-th layer attends to all tokens, and the others to a window."""
+    window_base: float | None = None
+    """Base of the rotary frequencies in layers with a window, if it is not that of the others."""
     names_axes: bool = False
     """Whether the file has the number of rotated pairs of each axis of an image."""
 
@@ -82,6 +87,7 @@ ARCHITECTURES = {
     "qwen3next": Architecture(_apart, normalises_experts=True, rotates_parts=True),
     "qwen35": Architecture(_tiled, rotates_parts=True, names_axes=True),
     "qwen35moe": Architecture(_tiled, normalises_experts=True, rotates_parts=True, names_axes=True),
+    "gemma3": Architecture(activation="gelu_pytorch_tanh", window_interval=6, window_base=1e4),
     "llama": Architecture(_paired),
     "phi3": Architecture(has_own_head_size=False, rotates_parts=True),
 }

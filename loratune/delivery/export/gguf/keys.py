@@ -60,21 +60,52 @@ def read_config(model: Path) -> ModelConfig:
 
 def _not_computed(config: TextConfig, architecture: Architecture) -> str | None:
     """Return what llama.cpp would compute otherwise."""
-    if config.hidden_act != "silu":
-        return f"hidden_act {config.hidden_act!r}"
+    activation = getattr(config, "hidden_act", None) or getattr(config, "hidden_activation", None)
+    if activation != architecture.activation:
+        return f"hidden_act {activation!r}"
     own_size = head_size(config) * config.num_attention_heads != config.hidden_size
     if own_size and not architecture.has_own_head_size:
         return f"head_dim {head_size(config)} in a {config.model_type} model"
-    windows = getattr(config, "layer_types", None) or ["sliding_attention"] * config.num_hidden_layers
-    window = getattr(config, "sliding_window", None)
-    if window is not None and "sliding_attention" in windows and window < config.max_position_embeddings:
-        return f"sliding_window {window}"
+    if found := _unusual_attention(config, architecture):
+        return found
     normalised = getattr(config, "norm_topk_prob", architecture.normalises_experts)
     if normalised != architecture.normalises_experts:
         return f"norm_topk_prob {normalised}"
     if delta_net(config) and _interval(config) is None:
         return "layer_types with full attention at unequal distances"
-    return _unusual_rope(config.rope_parameters, architecture)
+    own, others = full_rope(config), config.rope_parameters.get("sliding_attention")
+    if others and (others["rope_type"], others["rope_theta"]) != ("default", architecture.window_base):
+        return f"rope_parameters of sliding_attention with {others['rope_theta']}"
+    return _unusual_rope(own, architecture)
+
+
+def _unusual_attention(config: TextConfig, architecture: Architecture) -> str | None:
+    for key in ("attn_logit_softcapping", "final_logit_softcapping", "use_bidirectional_attention"):
+        if value := getattr(config, key, None):
+            return f"{key} {value}"
+    scale = getattr(config, "query_pre_attn_scalar", None)
+    if scale is not None and scale != attention_scale(config):
+        return f"query_pre_attn_scalar {scale}"
+    kinds = getattr(config, "layer_types", None) or ["sliding_attention"] * config.num_hidden_layers
+    window = getattr(config, "sliding_window", None)
+    if architecture.window_interval is not None:
+        windows = [number % architecture.window_interval != 0 for number in range(1, len(kinds) + 1)]
+        if windows != [kind == "sliding_attention" for kind in kinds]:
+            return f"layer_types with full attention in other layers than each {architecture.window_interval}th"
+    elif window is not None and "sliding_attention" in kinds and window < config.max_position_embeddings:
+        return f"sliding_window {window}"
+    return None
+
+
+def attention_scale(config: TextConfig) -> int:
+    """What llama.cpp takes the root of to scale a Gemma's queries: it knows the largest by its number of layers."""
+    return config.hidden_size // config.num_attention_heads if layer_count(config) == 62 else head_size(config)
+
+
+def full_rope(config: TextConfig) -> dict[str, Any]:
+    """The rope_parameters of layers that attend to all tokens."""
+    rope: dict[str, Any] = config.rope_parameters.get("full_attention") or config.rope_parameters
+    return rope
 
 
 def _unusual_rope(rope: dict[str, Any], architecture: Architecture) -> str | None:
@@ -99,7 +130,7 @@ def _interval(config: TextConfig) -> int | None:
 def describe(config: ModelConfig) -> dict[str, Any]:
     """The keys that describe the architecture; integers are uint32 and floats float32 in the file."""
     text, name = text_config(config), architecture_name(config)
-    rope = text.rope_parameters
+    rope = full_rope(text)
     keys: dict[str, Any] = {
         "vocab_size": text.vocab_size,
         "context_length": text.max_position_embeddings,
@@ -121,6 +152,8 @@ def describe(config: ModelConfig) -> dict[str, Any]:
         keys["rope.scaling.original_context_length"] = rope["original_max_position_embeddings"]
         keys["rope.scaling.yarn_beta_fast"] = float(rope.get("beta_fast") or 32)
         keys["rope.scaling.yarn_beta_slow"] = float(rope.get("beta_slow") or 1)
+    if ARCHITECTURES[name].window_interval is not None:
+        keys["attention.sliding_window"] = getattr(text, "sliding_window", None)
     if ARCHITECTURES[name].names_axes:
         axes = rope.get("mrope_section") or AXES
         keys["rope.dimension_sections"] = [*axes, *[0] * (4 - len(axes))]

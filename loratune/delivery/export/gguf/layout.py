@@ -68,7 +68,7 @@ def plan_tensors(config: ModelConfig) -> list[PlannedTensor]:
         for one in found:
             written = _written(one, shape, changes, is_shifted=parameter in shifted)
             planned += [_plan_tensor(name, shape, parameter, change, kind) for kind, name, change in written]
-    if text.rope_parameters["rope_type"] == "llama3":
+    if text.rope_parameters.get("rope_type") == "llama3":
         factors = _llama3_factors(text)
         planned.append(PlannedTensor("rope_freqs.weight", tuple(factors.shape), values=factors))
     return planned

@@ -16,7 +16,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.utils import logging as transformers_logging
 
-from loratune.delivery.export.gguf.keys import EXPERT_KEYS
+from loratune.delivery.export.gguf.keys import EXPERT_KEYS, attention_scale
 from loratune.delivery.export.gguf.restored import rope_parameters, stated_keys
 from loratune.errors import Exit, LoratuneError
 from loratune.model.architecture.structure import decoder_of
@@ -38,7 +38,11 @@ def load_gguf(file: Path) -> CausalModel:
     with contextlib.redirect_stderr(io.StringIO()):  # hides a progress bar that cannot be disabled
         config = AutoConfig.from_pretrained(file.parent, gguf_file=file.name, local_files_only=True)
         config.head_dim = stated["attention.key_length"]
-        config.rope_parameters = {**(config.rope_parameters or {}), **rope_parameters(stated)}
+        if "full_attention" in config.rope_parameters:
+            config.rope_parameters["full_attention"] = rope_parameters(stated)
+            config.query_pre_attn_scalar = attention_scale(config)
+        else:
+            config.rope_parameters = {**config.rope_parameters, **rope_parameters(stated)}
         for key, own in EXPERT_KEYS.items():
             if key in stated:
                 setattr(config, own, stated[key])

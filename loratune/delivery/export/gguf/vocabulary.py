@@ -13,6 +13,7 @@ from typing import Any
 
 from loratune.data.encoding.encoder import Encoder
 from loratune.delivery.export.gguf.refusal import NotForGgufError
+from loratune.delivery.export.gguf.scored_vocabulary import is_scored, scored_tokens
 from loratune.errors import Exit, LoratuneError
 from loratune.model.tokenizer import load_tokenizer
 from loratune.plain_files import read_json_object
@@ -60,6 +61,10 @@ def describe_vocabulary(model: Path, vocab_size: int) -> dict[str, Any]:
     """
     path = model / "tokenizer.json"
     state = read_json_object(path)
+    if is_scored(state):
+        tokens, kinds = _list_tokens(path, state, vocab_size)
+        scored = scored_tokens(state, tokens, kinds, lambda reason: _unknown(path, reason))
+        return scored | _describe_special_tokens(model)
     pre = _find_splitting(path, state)
     tokens, kinds = _list_tokens(path, state, vocab_size)
     return {
