@@ -441,8 +441,23 @@ def test_splittings_are_told_apart(make_model: MakeModel) -> None:
 def test_splittings_match_those_of_transformers() -> None:
     from transformers.integrations.gguf.gguf_tokenizer_mapping import GGUF_PRE_TOKENIZER_SPLITS
 
-    for name in ("qwen2", "llama-bpe"):
+    for name in ("qwen35", "qwen2", "llama-bpe", "dbrx", "gpt-4o"):
         assert SPLITTINGS[name][0]["pattern"]["Regex"] == GGUF_PRE_TOKENIZER_SPLITS[name]
+
+
+def test_a_pattern_that_removes_what_it_does_not_match_is_the_same_splitting(make_model: MakeModel) -> None:
+    from tokenizers import Regex, pre_tokenizers
+
+    model, [split, *_] = make_model("llama"), SPLITTINGS["gpt-4o"]
+    pattern = Regex(split["pattern"]["Regex"])
+    usual, other = pre_tokenizers.Split(pattern, "isolated"), pre_tokenizers.Split(pattern, "removed", invert=True)
+    for text in TEXTS:
+        assert usual.pre_tokenize_str(text) == other.pre_tokenize_str(text)
+    edit_json(
+        model / "tokenizer.json",
+        lambda state: state["pre_tokenizer"]["pretokenizers"][0].update(behavior="Removed", invert=True),
+    )
+    assert describe_vocabulary(model, VOCABULARY)["tokenizer.ggml.pre"] == "qwen2"
 
 
 def gemma_like_tokenizer(folder: Path, words: list[str]) -> Any:
@@ -463,12 +478,10 @@ def gemma_like_tokenizer(folder: Path, words: list[str]) -> Any:
 
 
 def test_a_tokenizer_of_gemma_s_kind_is_written_with_scores(tmp_path: Path) -> None:
-    from tiny_models import CONFIGS, make_tiny_model
+    from tiny_models import make_tiny_model
     from transformers import AutoTokenizer
 
-    model = make_tiny_model(
-        "gemma3_text", tmp_path / "model", **{**CONFIGS["gemma3_text"], "layer_types": ["sliding_attention"] * 2}
-    )
+    model = make_tiny_model("gemma3_text", tmp_path / "model", layer_types=["sliding_attention"] * 2)
     tokenizer = gemma_like_tokenizer(model, ["▁the", "the", "there", "▁▁", "at", "▁at", "here", "re"])
     file = export(model)
     check_gguf(model, file)

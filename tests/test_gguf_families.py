@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -94,6 +95,26 @@ def test_a_file_is_the_model_in_every_type(models: Models, tmp_path: Path, kind:
         if quantization == "f32":
             assert proof.logits.largest_difference <= 1e-6 * proof.logits.largest_logit
             assert not proof.rounding
+
+
+def test_factors_for_long_contexts_are_in_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    long_rope = {
+        "rope_type": "longrope", "rope_theta": 1e4, "partial_rotary_factor": 0.5,
+        "short_factor": [1.0, 1.5], "long_factor": [2.0, 4.0],
+    }  # fmt: skip
+    settings = {"rope_parameters": long_rope, "original_max_position_embeddings": 32}
+    model = make_tiny_model("phi3", tmp_path / "model", **settings)
+    stored = written(model, tmp_path / "model.gguf")
+    assert stored["rope_factors_short.weight"].tolist() == [1.0, 1.5]
+    assert stored["rope_factors_long.weight"].tolist() == [2.0, 4.0]
+    keys = describe(read_config(model))
+    assert keys["phi3.rope.scaling.attn_factor"] == pytest.approx((1 + math.log(2048 / 32) / math.log(32)) ** 0.5)
+    assert keys["phi3.rope.dimension_count"] == 4
+    compare_logits(model, tmp_path / "model.gguf", "f32", rows())  # the second row is longer than 32
+    monkeypatch.setattr(gguf_file, "describe", lambda config: keys | {"phi3.rope.scaling.attn_factor": 1.0})
+    write_gguf(model, tmp_path / "wrong.gguf", "f32")
+    with pytest.raises(LoratuneError, match="is not the merged model"):
+        compare_logits(model, tmp_path / "wrong.gguf", "f32", rows())
 
 
 @pytest.mark.parametrize("kind", EVERY)

@@ -41,6 +41,8 @@ class Architecture:
     """If not None, every n-th layer attends to all tokens, and the others to a window."""
     window_base: float | None = None
     """Base of the rotary frequencies in layers with a window, if it is not that of the others."""
+    scales_long: bool = False
+    """Whether frequencies are divided by other factors where the context is longer than that of the pretraining."""
     names_axes: bool = False
     """Whether the file has the number of rotated pairs of each axis of an image."""
 
@@ -89,7 +91,7 @@ ARCHITECTURES = {
     "qwen35moe": Architecture(_tiled, normalises_experts=True, rotates_parts=True, names_axes=True),
     "gemma3": Architecture(activation="gelu_pytorch_tanh", window_interval=6, window_base=1e4),
     "llama": Architecture(_paired),
-    "phi3": Architecture(has_own_head_size=False, rotates_parts=True),
+    "phi3": Architecture(has_own_head_size=False, rotates_parts=True, scales_long=True),
 }
 """Name in GGUF → architecture. A test writes and reads each."""
 

@@ -5,6 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import torch
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
 from loratune.delivery.export.gguf.architectures import ARCHITECTURES, Architecture, architecture_name
 from loratune.delivery.export.gguf.refusal import not_for_gguf
 from loratune.model.architecture.structure import (
@@ -109,6 +112,8 @@ def full_rope(config: TextConfig) -> dict[str, Any]:
 
 
 def _unusual_rope(rope: dict[str, Any], architecture: Architecture) -> str | None:
+    if rope["rope_type"] == "longrope" and architecture.scales_long:
+        return None
     if rope["rope_type"] not in ("default", "linear", "yarn", "llama3"):
         return f"rope_type {rope['rope_type']!r}"
     odd = [key for key, usual in YARN_DEFAULTS.items() if rope.get(key, usual) != usual]
@@ -148,8 +153,11 @@ def describe(config: ModelConfig) -> dict[str, Any]:
     if rope["rope_type"] in ("linear", "yarn"):
         keys["rope.scaling.type"] = rope["rope_type"]
         keys["rope.scaling.factor"] = float(rope["factor"])
-    if rope["rope_type"] == "yarn":
+    if rope["rope_type"] in ("yarn", "longrope"):
         keys["rope.scaling.original_context_length"] = rope["original_max_position_embeddings"]
+    if rope["rope_type"] == "longrope":
+        _, keys["rope.scaling.attn_factor"] = ROPE_INIT_FUNCTIONS["longrope"](text, torch.device("cpu"))
+    if rope["rope_type"] == "yarn":
         keys["rope.scaling.yarn_beta_fast"] = float(rope.get("beta_fast") or 32)
         keys["rope.scaling.yarn_beta_slow"] = float(rope.get("beta_slow") or 1)
     if ARCHITECTURES[name].window_interval is not None:

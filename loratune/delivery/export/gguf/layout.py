@@ -21,6 +21,9 @@ from loratune.protocols import CausalModel, ModelConfig, TextConfig
 IN_FLOAT32 = ("FFN_GATE_INP", "FFN_GATE_INP_SHEXP", "SSM_CONV1D")
 """Kinds of matrices that llama.cpp never stores in another type."""
 
+LENGTHS = ("long", "short")
+"""Of contexts, in the names of tensors and of a config's lists of factors."""
+
 
 @dataclass(frozen=True)
 class PlannedTensor:
@@ -68,10 +71,8 @@ def plan_tensors(config: ModelConfig) -> list[PlannedTensor]:
         for one in found:
             written = _written(one, shape, changes, is_shifted=parameter in shifted)
             planned += [_plan_tensor(name, shape, parameter, change, kind) for kind, name, change in written]
-    if text.rope_parameters.get("rope_type") == "llama3":
-        factors = _llama3_factors(text)
-        planned.append(PlannedTensor("rope_freqs.weight", tuple(factors.shape), values=factors))
-    return planned
+    factors = _frequency_factors(text)
+    return planned + [PlannedTensor(name, tuple(values.shape), values=values) for name, values in factors.items()]
 
 
 def _shifted_norms(model: CausalModel) -> set[str]:
@@ -101,6 +102,16 @@ def _plan_tensor(name: str, shape: tuple[int, ...], source: str, change: Change,
     stored = tuple(size for size in sizes if size > 1) or (1,)
     in_float32 = len(stored) < 2 or kind in IN_FLOAT32
     return PlannedTensor(name, stored, source, shape, change=change, in_float32=in_float32)
+
+
+def _frequency_factors(config: TextConfig) -> dict[str, torch.Tensor]:
+    """Return what frequencies are divided by, by the names of their tensors."""
+    rope = config.rope_parameters
+    if rope.get("rope_type") == "llama3":
+        return {"rope_freqs.weight": _llama3_factors(config)}
+    if rope.get("rope_type") == "longrope":
+        return {f"rope_factors_{kind}.weight": torch.tensor(rope[f"{kind}_factor"]).float() for kind in LENGTHS}
+    return {}
 
 
 def _llama3_factors(config: TextConfig) -> torch.Tensor:

@@ -28,6 +28,12 @@ _MARKED_WORDS = (  # with combining marks, as \p{M} matches them
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?[\p{L}\p{M}]+|\p{N}"
     r"| ?[^\s\p{L}\p{M}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
+_UPPER, _LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
+_ENDINGS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
+_CASED_WORDS = (
+    rf"[^\r\n\p{{L}}\p{{N}}]?{_UPPER}*{_LOWER}+{_ENDINGS}|[^\r\n\p{{L}}\p{{N}}]?{_UPPER}+{_LOWER}*{_ENDINGS}"
+    r"|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
 _ONLY_BYTES = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False}
 _GPT2 = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}
 
@@ -41,6 +47,7 @@ SPLITTINGS: dict[str, list[dict[str, Any]]] = {
     "qwen2": [_split(_WORDS + r"\p{N}" + _REST), _ONLY_BYTES],
     "llama-bpe": [_split(_WORDS + r"\p{N}{1,3}" + _REST), _ONLY_BYTES],
     "dbrx": [_split(_WORDS + r"\p{N}{1,3}" + _REST), _ONLY_BYTES],
+    "gpt-4o": [_split(_CASED_WORDS), _ONLY_BYTES],
     "smollm": [{"type": "Digits", "individual_digits": True}, _GPT2],
     "gpt-2": [_GPT2],
 }
@@ -94,7 +101,7 @@ def _find_splitting(path: Path, state: dict[str, Any]) -> str:
         raise _unknown(path, f"normalizer {json.dumps(normalizer)}")
     splitting = state.get("pre_tokenizer") or {}
     steps = splitting.get("pretokenizers", [splitting])
-    steps = [{key: value for key, value in step.items() if key != "trim_offsets"} for step in steps]
+    steps = [_usual_step(step) for step in steps]
     names = [name for name, known in SPLITTINGS.items() if steps == known]
     if not names:
         raise _unknown(path, f"pre_tokenizer {json.dumps(steps, ensure_ascii=False)}")
@@ -103,6 +110,14 @@ def _find_splitting(path: Path, state: dict[str, Any]) -> str:
     if not fitting:
         raise _unknown(path, f"ignore_merges is {model.get('ignore_merges')} with the splitting of {names[0]}")
     return fitting[0]
+
+
+def _usual_step(step: dict[str, Any]) -> dict[str, Any]:
+    """Return a step of a pre-tokenizer as SPLITTINGS has it."""
+    usual = {key: value for key, value in step.items() if key != "trim_offsets"}
+    if usual.get("type") == "Split" and (usual["behavior"], usual["invert"]) == ("Removed", True):
+        usual |= {"behavior": "Isolated", "invert": False}  # the same for the known patterns, which match any text
+    return usual
 
 
 def _unknown(path: Path, what: str) -> NotForGgufError:
