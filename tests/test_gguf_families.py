@@ -299,6 +299,7 @@ def test_an_export_says_what_it_leaves_out_and_what_read_it(cli: Any, models: Mo
         assert done.exit_code == 0, done.stderr
         said = " ".join(done.stderr.split())
         assert "take no part in writing text" in said
+        assert ("--mmproj" in said) == (kind == "qwen3_5")
         assert ("loratune's own reader" in said) == (reader == "loratune")
         report = json.loads((output / "verification.json").read_text())
         assert report["read_by"] == reader

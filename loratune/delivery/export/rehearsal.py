@@ -148,9 +148,10 @@ def _plan_file(job: Export, model: Rehearsal) -> None:
     except NotForGgufError as error:
         raise LoratuneError(error.message, error.exit_code, _with_llama_cpp(job)) from error
     if plan.left_out:
+        images = ". To read images, make a second file with llama.cpp's convert_hf_to_gguf.py --mmproj"
         console.warn(
             f"{counted(len(plan.left_out), 'tensor')} that take no part in writing text are not in the file, first "
-            f"{plan.left_out[0]}. To read images, convert them with llama.cpp's convert_hf_to_gguf.py --mmproj"
+            f"{plan.left_out[0]}{images if plan.reads_images else ''}"
         )
     needed, free = model.merged_bytes + plan.nbytes(job.options.quantization), shutil.disk_usage(job.folder).free
     if needed > free:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from enum import Enum
 from typing import Any, NamedTuple, TypeGuard
 
@@ -61,15 +61,19 @@ def language_parts(model: CausalModel) -> tuple[str, str]:
     return f"{paths[id(decoder_of(model))]}.", f"{paths[id(output_layer(model))]}."
 
 
-def is_apart(model: CausalModel, name: str) -> bool:
-    """Whether a parameter, or a tensor of the files that is none, takes no part in writing text.
+def tensors_apart(model: CausalModel, names: Iterable[str]) -> list[str]:
+    """Return the parameters, and tensors of the files that are none, that take no part in writing text.
 
-    Such are the weights that read images, and what transformers' class itself leaves out of the files.
+    Such are the weights that read images, and what transformers' class itself does not load from the files.
+
+    Args:
+        model: a model with or without values.
+        names: of parameters and tensors.
     """
     ignored = getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()
-    if name in model.state_dict() and not name.startswith(language_parts(model)):
-        return True
-    return any(re.search(one, name) for one in ignored)
+    inside = language_parts(model)
+    outside = {name for name in model.state_dict() if not name.startswith(inside)}
+    return [name for name in names if name in outside or any(re.search(pattern, name) for pattern in ignored)]
 
 
 def text_config(config: ModelConfig) -> TextConfig:

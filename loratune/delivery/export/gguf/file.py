@@ -18,7 +18,7 @@ from loratune.delivery.export.gguf.vocabulary import describe_vocabulary
 from loratune.errors import Exit, LoratuneError
 from loratune.extras import required
 from loratune.model.architecture.file_layout import FileLayout, file_layout
-from loratune.model.architecture.structure import is_apart, text_config
+from loratune.model.architecture.structure import tensors_apart, text_config
 from loratune.model.architecture.vocabulary import vocabulary_of
 from loratune.model.config import empty_model
 from loratune.model.files import weight_files
@@ -55,6 +55,8 @@ class FilePlan:
     """Maps the planned tensors to tensors of the model's files."""
     left_out: tuple[str, ...]
     """Tensors of the model that do not take part in writing text, such as those that read images."""
+    reads_images: bool
+    """Whether some of these do, or read something else than text."""
 
     def nbytes(self, quantization: GgufType) -> int:
         """Size of all tensors in bytes."""
@@ -88,12 +90,14 @@ def plan_file(folder: Path, shapes: Mapping[str, tuple[int, ...]], is_tied: bool
     others = [name for name in held if name not in planned]
     if is_tied:
         others = [name for name in others if name != vocabulary_of(planned).head]
-    left_out = [name for name in others if is_apart(model, name)]
+    left_out = tensors_apart(model, others)
     # Computed from the config, but present in old checkpoints.
     extra = [name for name in others if name not in left_out and not name.endswith("rotary_emb.inv_freq")]
     if extra:
         raise LoratuneError(f"{folder}: {extra[0]} is no part of the architecture of config.json", Exit.MODEL)
-    return FilePlan(architecture_name(config), keys, tensors, layout, tuple(left_out))
+    return FilePlan(
+        architecture_name(config), keys, tensors, layout, tuple(left_out), text_config(config) is not config
+    )
 
 
 class ModelToWrite:
