@@ -7,7 +7,7 @@ applied to the names in the files, so that loratune can write files with the sam
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -72,17 +72,18 @@ class FileLayout:
         parts = self.parts[parameter]
         if _is_whole(parts):
             return files.tensor(parts[0].tensor)
-        joined = [torch.cat([files.tensor(name) for name in names]) for names in _by_expert(parts)]
-        return joined[0] if parts[0].expert is None else torch.stack(joined)
+        experts = list(dict.fromkeys(part.expert for part in parts))
+        if None in experts:
+            return self.matrix(parameter, 0, files)
+        return torch.stack([self.matrix(parameter, int(expert or 0), files) for expert in experts])
 
-    def matrices(self, parameter: str, files: TensorFiles) -> Iterator[torch.Tensor]:
-        """Yield the matrices of a parameter that is a stack of them, so that only one has to be in memory."""
+    def matrix(self, parameter: str, expert: int, files: TensorFiles) -> torch.Tensor:
+        """Return one matrix of a stack, in the files' dtype; of a single tensor, a view of the file."""
         parts = self.parts[parameter]
         if _is_whole(parts):
-            yield from files.tensor(parts[0].tensor)
-        else:
-            for names in _by_expert(parts):
-                yield torch.cat([files.tensor(name) for name in names])
+            return files.tensor(parts[0].tensor)[expert]
+        tensors = [files.tensor(part.tensor) for part in parts if part.expert in (expert, None)]
+        return tensors[0] if len(tensors) == 1 else torch.cat(tensors)
 
     def tensors_of(self, parameter: str) -> list[str]:
         """Return the names of a parameter's tensors."""
@@ -177,14 +178,6 @@ def _parts(parameter: str, tensors: list[tuple[str, str | None]], step: Any) -> 
         places[pattern] += 1
         parts.append(Part(name, expert, step.source_patterns.index(pattern)))
     return tuple(sorted(parts, key=lambda part: (part.expert or 0, part.place)))
-
-
-def _by_expert(parts: tuple[Part, ...]) -> list[list[str]]:
-    """Return the names of each expert's tensors, which are to be concatenated; one list if there are no experts."""
-    names: dict[int | None, list[str]] = defaultdict(list)
-    for part in parts:
-        names[part.expert].append(part.tensor)
-    return list(names.values())
 
 
 def _is_whole(parts: tuple[Part, ...]) -> bool:

@@ -121,7 +121,8 @@ class ModelToWrite:
     def _values(self, tensor: PlannedTensor) -> Iterator[torch.Tensor]:
         """Yield the model's values of a tensor: its matrices if it is a stack, else all."""
         if tensor.is_stack:
-            yield from self._layout.matrices(tensor.source, self._files)
+            for number in range(tensor.source_shape[0]):
+                yield self._layout.matrix(tensor.source, number, self._files)
         else:
             yield self._layout.read(tensor.source, self._files) if tensor.values is None else tensor.values
 
