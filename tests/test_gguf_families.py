@@ -214,10 +214,10 @@ def test_the_joined_projection_is_split_as_transformers_splits_it(models: Models
 
 # --- faults ---
 
-PART, TILED = layout.part_rows, architectures.tiled_heads
+MATRIX, PART, TILED = FileLayout.matrix, layout.part_rows, architectures.tiled_heads
 FAULTS: dict[str, tuple[str, Any, str, Any]] = {
     "a mixture's matrices in another order": (
-        "qwen3_moe", FileLayout, "matrix", lambda layout, name, number, files: layout.read(name, files)[3 - number]),
+        "qwen3_moe", FileLayout, "matrix", lambda layout, name, number, files: MATRIX(layout, name, 3 - number, files)),
     "gate and up exchanged": (
         "qwen3_5_moe", layout, "part_rows", lambda size, part, parts: PART(size, parts - 1 - part, parts)),
     "value heads not tiled": (
