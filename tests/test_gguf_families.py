@@ -97,6 +97,25 @@ def test_a_file_is_the_model_in_every_type(models: Models, tmp_path: Path, kind:
             assert not proof.rounding
 
 
+def test_keys_of_convolutions_mixtures_and_gated_delta_nets(models: Models) -> None:
+    expected: dict[str, dict[str, Any]] = {
+        "lfm2": {"attention.head_count_kv": [0, 2], "shortconv.l_cache": 3, "feed_forward_length": 48},
+        "qwen2_moe": {
+            "expert_count": 4, "expert_used_count": 2, "expert_feed_forward_length": 16,
+            "expert_shared_feed_forward_length": 16, "feed_forward_length": 48,
+        },
+        "qwen3_5": {
+            "ssm.conv_kernel": 4, "ssm.state_size": 8, "ssm.group_count": 2, "ssm.time_step_rank": 4,
+            "ssm.inner_size": 32, "full_attention_interval": 2, "rope.dimension_count": 4,
+            "rope.dimension_sections": [11, 11, 10, 0], "attention.key_length": 16,
+        },
+    }  # fmt: skip
+    for kind, keys in expected.items():
+        config = read_config(models(kind))
+        name = architecture_name(config)
+        assert {f"{name}.{key}": value for key, value in keys.items()}.items() <= describe(config).items()
+
+
 def test_factors_for_long_contexts_are_in_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     long_rope = {
         "rope_type": "longrope", "rope_theta": 1e4, "partial_rotary_factor": 0.5,

@@ -55,6 +55,7 @@ FAMILIES = {
 """model_type of config.json → its family; transformers has the code. Each is tried in the tests with a tiny model."""
 GGUF_ARCHITECTURES = (
     "gemma3",
+    "lfm2",
     "llama",
     "phi3",
     "qwen2",

@@ -90,6 +90,7 @@ ARCHITECTURES = {
     "qwen35": Architecture(_tiled, rotates_parts=True, names_axes=True),
     "qwen35moe": Architecture(_tiled, normalises_experts=True, rotates_parts=True, names_axes=True),
     "gemma3": Architecture(activation="gelu_pytorch_tanh", window_interval=6, window_base=1e4),
+    "lfm2": Architecture(),
     "llama": Architecture(_paired),
     "phi3": Architecture(has_own_head_size=False, rotates_parts=True, scales_long=True),
 }

@@ -9,6 +9,7 @@ import torch
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from loratune.delivery.export.gguf.architectures import ARCHITECTURES, Architecture, architecture_name
+from loratune.delivery.export.gguf.layout import plan_tensors
 from loratune.delivery.export.gguf.refusal import not_for_gguf
 from loratune.model.architecture.structure import (
     delta_net,
@@ -41,6 +42,8 @@ STATED_KEYS = {
     "attention.layer_norm_rms_epsilon": "rms_norm_eps",
 }
 """GGUF's key → transformers' key, of the same meaning."""
+EPSILONS = ("rms_norm_eps", "norm_eps")
+"""transformers' keys of the same meaning."""
 AXES = [11, 11, 10]
 """Rotated pairs of time, height and width where a config does not say it, as transformers computes them."""
 
@@ -63,7 +66,8 @@ def read_config(model: Path) -> ModelConfig:
 
 def _not_computed(config: TextConfig, architecture: Architecture) -> str | None:
     """Return what llama.cpp would compute otherwise."""
-    activation = getattr(config, "hidden_act", None) or getattr(config, "hidden_activation", None)
+    stated = (getattr(config, name, None) for name in ("hidden_act", "hidden_activation"))
+    activation = next(filter(None, stated), architecture.activation)  # one that no config states is always the same
     if activation != architecture.activation:
         return f"hidden_act {activation!r}"
     own_size = head_size(config) * config.num_attention_heads != config.hidden_size
@@ -141,12 +145,12 @@ def describe(config: ModelConfig) -> dict[str, Any]:
         "context_length": text.max_position_embeddings,
         "embedding_length": text.hidden_size,
         "block_count": layer_count(text),
-        "feed_forward_length": getattr(text, "intermediate_size", None),
+        "feed_forward_length": _feed_forward_length(config),
         "attention.head_count": text.num_attention_heads,
-        "attention.head_count_kv": key_value_heads(text),
+        "attention.head_count_kv": _key_value_heads(text),
         "attention.key_length": head_size(text),
         "attention.value_length": head_size(text),
-        "attention.layer_norm_rms_epsilon": float(text.rms_norm_eps),
+        "attention.layer_norm_rms_epsilon": next(float(getattr(text, key)) for key in EPSILONS if hasattr(text, key)),
         "rope.dimension_count": int(head_size(text) * rope.get("partial_rotary_factor", 1.0)),
         "rope.freq_base": float(rope["rope_theta"]),
     }
@@ -171,11 +175,23 @@ def describe(config: ModelConfig) -> dict[str, Any]:
     return {f"{name}.{key}": value for key, value in keys.items() if value is not None}
 
 
+def _feed_forward_length(config: ModelConfig) -> int | None:
+    """Inputs of the last matrix of an MLP, which may not be what the config states; if all are mixtures, that."""
+    sizes = (tensor.shape[-1] for tensor in plan_tensors(config) if tensor.name.endswith(".ffn_down.weight"))
+    return next(sizes, getattr(text_config(config), "intermediate_size", None))
+
+
+def _key_value_heads(config: TextConfig) -> int | list[int]:
+    """The number of heads; of each layer, if some are convolutions, which have none."""
+    kinds, heads = layer_kinds(config), key_value_heads(config)
+    return [heads if kind == "full_attention" else 0 for kind in kinds] if "conv" in kinds else heads
+
+
 def _state_keys(config: TextConfig) -> dict[str, int | None]:
-    """Keys of layers with a state, named as Mamba's."""
+    """Keys of layers with a state: convolutions, and gated delta nets, whose keys are named as Mamba's."""
     net = delta_net(config)
     if net is None:
-        return {}
+        return {"shortconv.l_cache": getattr(config, "conv_L_cache", None)}
     return {
         "ssm.conv_kernel": net.kernel,
         "ssm.state_size": net.key_size,

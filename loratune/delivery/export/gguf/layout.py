@@ -18,7 +18,7 @@ from loratune.model.architecture.vocabulary import vocabulary_of
 from loratune.model.config import empty_model
 from loratune.protocols import CausalModel, ModelConfig, TextConfig
 
-IN_FLOAT32 = ("FFN_GATE_INP", "FFN_GATE_INP_SHEXP", "SSM_CONV1D")
+IN_FLOAT32 = ("FFN_GATE_INP", "FFN_GATE_INP_SHEXP", "SHORTCONV_CONV", "SSM_CONV1D")
 """Kinds of matrices that llama.cpp never stores in another type."""
 
 LENGTHS = ("long", "short")
