@@ -24,6 +24,8 @@ from loratune.errors import Exit, LoratuneError
 from loratune.model.architecture.structure import decoder_of
 from loratune.protocols import CausalModel
 
+OTHER_SHAPES = ("mismatch", "conversion of the weights")
+"""What transformers says of tensors that do not fit a config."""
 ROPE_FACTORS, LONG_FACTORS = "rope_freqs.weight", "rope_factors_"
 
 
@@ -50,7 +52,7 @@ def load_gguf(file: Path) -> CausalModel:
                 trust_remote_code=False,
             )
         except RuntimeError as error:
-            if "mismatch" not in str(error):
+            if not any(said in str(error) for said in OTHER_SHAPES):
                 raise
             raise LoratuneError(
                 f"{file.name}: its tensors do not have the shapes that its keys state", Exit.MODEL

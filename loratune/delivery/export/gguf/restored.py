@@ -15,6 +15,7 @@ from transformers import CONFIG_MAPPING
 from transformers.initialization import no_init_weights
 
 from loratune.delivery.export.gguf.keys import EXPERT_KEYS, STATED_KEYS
+from loratune.errors import Exit, LoratuneError, reason_of
 from loratune.model.architecture.gguf_names import GgufName, gguf_names
 from loratune.model.architecture.structure import DeltaNet, delta_net
 from loratune.model.config import auto_class
@@ -54,8 +55,17 @@ def restore(file: Path) -> CausalModel:
         file: a GGUF file of an architecture in RESTORED.
 
     Raises:
-        LookupError, RuntimeError: the file lacks a key or a tensor, or a tensor has another shape.
+        LoratuneError: keys and tensors do not make a model.
     """
+    try:
+        return _restored(file)
+    except Exception as error:  # transformers and torch raise many types for bad values
+        raise LoratuneError(
+            f"{file.name}: its tensors do not have the shapes that its keys state ({reason_of(error)})", Exit.MODEL
+        ) from error
+
+
+def _restored(file: Path) -> CausalModel:
     reader = gguf.GGUFReader(file)
     stored = {tensor.name: tensor for tensor in reader.tensors}
     architecture = reader.fields["general.architecture"].contents()
