@@ -92,6 +92,9 @@ def test_a_file_is_the_model_in_every_type(models: Models, tmp_path: Path, kind:
         assert (check_gguf(model, file).largest_difference == 0) == (quantization == "f32")
         proof = compare_logits(model, file, quantization, rows())
         assert proof.read_by == ("loratune" if kind == "qwen3_next" else "transformers")
+        assert (proof.parameters > 0) == (
+            kind in ("lfm2", "qwen2_moe") or kind.startswith(("qwen3_5", "qwen3_moe", "qwen3_next"))
+        )
         if quantization == "f32":
             assert proof.logits.largest_difference <= 1e-6 * proof.logits.largest_logit
             assert not proof.rounding

@@ -27,6 +27,8 @@ class FileProof:
     """Beside the merged model's."""
     read_by: str
     """What read the file: transformers, or loratune where transformers does not read the architecture."""
+    parameters: int
+    """Number of parameters that are the merged model's but for rounding; 0 where logits alone were compared."""
     rounding: list[str]
     """How the type of the weights changes the logits beyond its usual bounds, although the file is right."""
 

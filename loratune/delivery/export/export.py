@@ -131,10 +131,11 @@ def _export_gguf(job: Export, model: Path) -> Exported:
     if check.fallbacks:
         kept = counted(len(check.fallbacks), "tensor")
         console.warn(f"{kept} in f16, since q8_0 needs rows that divide into blocks of 32")
+    parameters = f"; {proof.parameters} parameters as {proof.read_by} reads them" if proof and proof.parameters else ""
     console.table(
         [
             ("file", f"{target.name}, {console.memory(target.stat().st_size)}"),
-            ("tensors", f"{check.tensors} read back; weights off by at most {check.largest_difference:.2g}"),
+            ("tensors", f"{check.tensors} read back{parameters}; off by at most {check.largest_difference:.2g}"),
             ("tokens", f"{check.tokens}, with chat template and end tokens"),
             ("logits", parity_text(proof.logits) if proof else "not compared"),
         ],

@@ -63,7 +63,7 @@ def compare_logits(model: Path, file: Path, quantization: GgufType, rows: Sequen
     if not amplifies_rounding(written):
         (parity,) = compare_models(load_mapped(model), [written], rows)
         require_same(parity, bounds, file.name)
-        return FileProof(parity, read_by, [])
+        return FileProof(parity, read_by, 0, [])
     merged = load_plain(model).float()
     pairs = list(_parameter_pairs(merged, written))
     for name, own, other in pairs:
@@ -74,7 +74,7 @@ def compare_logits(model: Path, file: Path, quantization: GgufType, rows: Sequen
         own.data = other.data
     (same,) = compare_models(merged, [written], rows)
     require_same(same, SAME, file.name)
-    return FileProof(parity, read_by, check_parity(parity, bounds))
+    return FileProof(parity, read_by, len(pairs), check_parity(parity, bounds))
 
 
 def _parameter_pairs(merged: CausalModel, written: CausalModel) -> Iterator[tuple[str, torch.Tensor, torch.Tensor]]:
