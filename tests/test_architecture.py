@@ -26,7 +26,6 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from loratune.errors import LoratuneError
 from loratune.model.adapter.attach import attach_adapter
 from loratune.model.architecture import file_layout as architecture_file_layout
-from loratune.model.architecture.families import FAMILIES
 from loratune.model.architecture.file_layout import FileLayout, Part, file_layout
 from loratune.model.architecture.layer_memory import LayerMemory, has_states, layer_memories
 from loratune.model.architecture.roles import Role, gated_mlp, linear_modules, module_roles, quantised_matrices
@@ -80,7 +79,7 @@ OTHER_LAYOUTS: dict[str, dict[str, Any]] = {
     "qwen3_5": {"text_config": SIZES | RECURRENT | {"tie_word_embeddings": True}, "vision_config": IMAGES},
 }
 """Architectures whose parameters are not their files' tensors."""
-PLAIN = [kind for kind, family in FAMILIES.items() if family.gguf]
+PLAIN = ["qwen2", "qwen3", "llama", "mistral"]
 """Families whose parameters are their files' tensors, with all weights in linear modules."""
 
 

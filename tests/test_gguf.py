@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import shutil
 import sys
@@ -18,8 +19,10 @@ from conftest import TINY_QWEN
 from safetensors.torch import load_file
 
 from loratune.choices import GgufType
-from loratune.delivery.export.gguf.file import check_gguf, write_gguf
-from loratune.delivery.export.gguf.layout import describe, plan_tensors, read_config
+from loratune.delivery.export.gguf.check import check_gguf
+from loratune.delivery.export.gguf.file import write_gguf
+from loratune.delivery.export.gguf.keys import describe, read_config
+from loratune.delivery.export.gguf.layout import plan_tensors
 from loratune.delivery.export.gguf.reference import load_gguf
 from loratune.delivery.export.gguf.vocabulary import SPLITTINGS, describe_vocabulary
 from loratune.errors import Exit, LoratuneError
@@ -438,8 +441,89 @@ def test_splittings_are_told_apart(make_model: MakeModel) -> None:
 def test_splittings_match_those_of_transformers() -> None:
     from transformers.integrations.gguf.gguf_tokenizer_mapping import GGUF_PRE_TOKENIZER_SPLITS
 
-    for name in ("qwen2", "llama-bpe"):
+    for name in ("qwen35", "qwen2", "llama-bpe", "dbrx", "gpt-4o"):
         assert SPLITTINGS[name][0]["pattern"]["Regex"] == GGUF_PRE_TOKENIZER_SPLITS[name]
+
+
+def test_a_pattern_that_removes_what_it_does_not_match_is_the_same_splitting(make_model: MakeModel) -> None:
+    from tokenizers import Regex, pre_tokenizers
+
+    model, [split, *_] = make_model("llama"), SPLITTINGS["gpt-4o"]
+    pattern = Regex(split["pattern"]["Regex"])
+    usual, other = pre_tokenizers.Split(pattern, "isolated"), pre_tokenizers.Split(pattern, "removed", invert=True)
+    for text in TEXTS:
+        assert usual.pre_tokenize_str(text) == other.pre_tokenize_str(text)
+    edit_json(
+        model / "tokenizer.json",
+        lambda state: state["pre_tokenizer"]["pretokenizers"][0].update(behavior="Removed", invert=True),
+    )
+    assert describe_vocabulary(model, VOCABULARY)["tokenizer.ggml.pre"] == "qwen2"
+
+
+def gemma_like_tokenizer(folder: Path, words: list[str]) -> Any:
+    """Save a tokenizer of Gemma's kind whose tokens are those that making some words passes through."""
+    from transformers.models.gemma.tokenization_gemma import GemmaTokenizer
+    from transformers.tokenization_utils_base import generate_merges
+
+    names = ["<pad>", "<eos>", "<bos>", "<unk>", "<mask>", *(f"<0x{byte:02X}>" for byte in range(256))]
+    letters = sorted({letter for word in words for letter in word})
+    longer = dict.fromkeys(word[:length] for word in words for length in range(2, len(word) + 1))
+    vocab = {token: place for place, token in enumerate([*names, *letters, *longer])}
+    merges = generate_merges(vocab, {token: -place for token, place in vocab.items()}, skip_tokens=names)
+    tokenizer = GemmaTokenizer(vocab=vocab, merges=merges)
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        (folder / name).unlink(missing_ok=True)
+    tokenizer.save_pretrained(folder)
+    return tokenizer
+
+
+def test_a_tokenizer_of_gemma_s_kind_is_written_with_scores(tmp_path: Path) -> None:
+    from tiny_models import make_tiny_model
+    from transformers import AutoTokenizer
+
+    model = make_tiny_model("gemma3_text", tmp_path / "model", layer_types=["sliding_attention"] * 2)
+    tokenizer = gemma_like_tokenizer(model, ["▁the", "the", "there", "▁▁", "at", "▁at", "here", "re"])
+    file = export(model)
+    check_gguf(model, file)
+    fields = {key: field.contents() for key, field in gguf.GGUFReader(file).fields.items()}
+    assert fields["tokenizer.ggml.model"] == "llama"
+    assert fields["tokenizer.ggml.add_space_prefix"] is False
+    kinds = dict(zip(fields["tokenizer.ggml.tokens"], fields["tokenizer.ggml.token_type"], strict=True))
+    assert (kinds["<unk>"], kinds["<0x0A>"], kinds["<bos>"], kinds["the"], kinds["[PAD3007]"]) == (2, 6, 3, 1, 5)
+    scores = dict(zip(fields["tokenizer.ggml.tokens"], fields["tokenizer.ggml.scores"], strict=True))
+    theirs = AutoTokenizer.from_pretrained(model, gguf_file=file.name)
+    for text in ("the  there at here", " at  the\nrether é", "hhtathere"):
+        expected = tokenizer(text, add_special_tokens=False).input_ids
+        assert theirs(text, add_special_tokens=False).input_ids == expected
+        assert merged_by_score(text, scores, tokenizer) == expected
+
+
+def merged_by_score(text: str, scores: dict[str, float], tokenizer: Any) -> list[int]:
+    """Token ids as llama.cpp finds them: the best scored pair first, and the leftmost of several."""
+    pieces = list(text.replace(" ", "▁"))
+    while pairs := [
+        (-scores[left + right], place)
+        for place, (left, right) in enumerate(itertools.pairwise(pieces))
+        if left + right in scores
+    ]:
+        _, place = min(pairs)
+        pieces[place : place + 2] = ["".join(pieces[place : place + 2])]
+    known = tokenizer.get_vocab()
+    spelt = [[one] if one in known else [f"<0x{byte:02X}>" for byte in one.encode()] for one in pieces]
+    return [known[one] for piece in spelt for one in piece]
+
+
+def test_merges_that_scores_cannot_state_are_refused(tmp_path: Path) -> None:
+    model = shutil.copytree(TINY_QWEN, tmp_path / "model")
+    gemma_like_tokenizer(model, ["▁the", "the", "at"])
+    whole = (model / "tokenizer.json").read_text(encoding="utf-8")
+    edit_json(model / "tokenizer.json", lambda state: state["model"]["merges"].pop())
+    with pytest.raises(LoratuneError, match="are not merged to the token"):
+        describe_vocabulary(model, VOCABULARY)
+    (model / "tokenizer.json").write_text(whole, encoding="utf-8")
+    edit_json(model / "tokenizer.json", lambda state: state["model"]["merges"].append(state["model"]["merges"][0]))
+    with pytest.raises(LoratuneError, match="ranks apart"):
+        describe_vocabulary(model, VOCABULARY)
 
 
 def test_a_beginning_token_of_the_prompts_is_added_by_programs(make_model: MakeModel) -> None:

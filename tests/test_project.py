@@ -75,10 +75,11 @@ def test_every_extra_that_an_error_names_is_one_of_the_package_s() -> None:
 
 def test_every_choice_of_a_flag_has_something_behind_it() -> None:
     from loratune.choices import Combination, ExportFormat, GgufType
-    from loratune.delivery.export.export import FROM_ADAPTER, FROM_MODEL, GGUF_BOUNDS
-    from loratune.delivery.export.gguf.file import _FILE_TYPES
+    from loratune.delivery.export.comparison import GGUF_BOUNDS
+    from loratune.delivery.export.export import FROM_ADAPTER, FROM_MODEL
+    from loratune.delivery.export.gguf.file import FILE_TYPES
     from loratune.model.adapter.combination import PEFT_NAMES
 
     assert {*FROM_MODEL, *FROM_ADAPTER} == {*get_args(ExportFormat)}
-    assert {*GGUF_BOUNDS} == {*_FILE_TYPES} == {*get_args(GgufType)}
+    assert {*GGUF_BOUNDS} == {*FILE_TYPES} == {*get_args(GgufType)}
     assert {*PEFT_NAMES} == {*get_args(Combination)}

@@ -36,7 +36,7 @@ NOT_ADAPTED = (
     "lm_head",
     "router",
     "visual",
-    "vision_tower",
+    "vision",
 )
 ATTENDING = ("self_attn", "linear_attn", "attn.", ".conv.", ".mamba.")
 # PEFT turns these names into those of experts, for architectures that were converted between versions of transformers.

@@ -24,11 +24,15 @@ from loratune.cli.flags import (
 )
 from loratune.cli.push import push
 from loratune.errors import Exit, LoratuneError
+from loratune.model.architecture.families import GGUF_ARCHITECTURES
 
-DETAILS = """\
+DETAILS = f"""\
 gguf and ollama: one file for llama.cpp and compatible programs, with a Modelfile for Ollama. bnb4: 4-bit safetensors.
 These take a merged model, or an adapter, which is merged and verified first. vllm: the adapter, checked against vLLM's
 limits, and the command to serve it. adapter: a clean PEFT folder with a model card, for sharing.
+
+Architectures for GGUF, in llama.cpp's names: {", ".join(GGUF_ARCHITECTURES)}.
+llama.cpp's convert_hf_to_gguf.py converts merged models of others.
 
 --push lists the files that it would upload; --no-dry-run uploads them."""
 

@@ -182,13 +182,13 @@ class GgufReadBack:
 
 @dataclass(frozen=True)
 class ExportedFolder:
-    """What is said of an export; None for what its format has not."""
+    """What is said of an export; None for what its format has not. `logits` are beside the merged model's."""
 
     format: str
     file: str | None = None
     read_back: GgufReadBack | Parity | None = None
     logits: Parity | None = None
-    """Beside the merged model."""
+    read_by: str | None = None  # what read a GGUF file for the logits
     max_lora_rank: int | None = None
     tool_call_parser: str | None = None
     reasoning_parser: str | None = None

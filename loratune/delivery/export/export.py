@@ -9,10 +9,11 @@ from dataclasses import replace
 from pathlib import Path
 
 from loratune import console
-from loratune.choices import ExportFormat, GgufType
+from loratune.choices import ExportFormat
 from loratune.commands import Command
 from loratune.data.encoding.encoder import Encoder
 from loratune.delivery.export.adapter_folder import export_adapter
+from loratune.delivery.export.comparison import SAME, FileProof, require_same
 from loratune.delivery.export.job import Export, ExportOptions
 from loratune.delivery.export.rehearsal import rehearse
 from loratune.delivery.export.vllm.flags import find_parsers
@@ -21,10 +22,10 @@ from loratune.delivery.merge.job import Job
 from loratune.delivery.merge.merge import carry_out
 from loratune.delivery.template import about_the_date
 from loratune.delivery.verification.parity import compare_models
-from loratune.delivery.verification.proof import check_parity, probe_rows
+from loratune.delivery.verification.proof import probe_rows
 from loratune.delivery.verification.report import parity_text, show_verification
-from loratune.errors import Exit, LoratuneError, bullet_list, counted, reason_of, refusal
-from loratune.model.files import check_base, weight_files
+from loratune.errors import Exit, LoratuneError, counted, reason_of, refusal
+from loratune.model.files import check_base
 from loratune.model.memory import free_main_memory_bytes
 from loratune.model.tokenizer import load_tokenizer
 from loratune.model.weights.mapped import load_mapped
@@ -35,18 +36,8 @@ from loratune.runs.opening import AdapterSource, base_settings, merged_prompt
 from loratune.runs.output import prepare_output, require_apart
 from loratune.runs.probe import ProbeRow, read_probe
 from loratune.runs.tokenizer_files import copy_tokenizer_files
-from loratune.runs.verification import Bounds, ExportedFolder, Parity, Verification, write_verification
+from loratune.runs.verification import ExportedFolder, Verification, write_verification
 from loratune.writing import disk_errors_explained, folder_in_one_step
-
-SAME = Bounds(1e-5, 1e-5, 0.0)
-GGUF_BOUNDS: dict[GgufType, Bounds] = {
-    "f32": SAME,
-    "bf16": Bounds(0.1, 5e-3, 0.005),
-    "f16": Bounds(0.02, 3e-4, 0.005),
-    # Measured on Qwen2.5 0.5B: logits differ by 0.01 of the largest.
-    "q8_0": Bounds(0.2, 0.05, 0.02),
-}
-
 
 Exported = tuple[ExportedFolder, Command]
 """What has been proved of an export, and what the user can do with it."""
@@ -128,36 +119,40 @@ def _export_for_vllm(job: Export) -> Exported:
 
 
 def _export_gguf(job: Export, model: Path) -> Exported:
+    from loratune.delivery.export.gguf import check as gguf_check
     from loratune.delivery.export.gguf import file as gguf_file
 
     target = job.folder / job.gguf_name
     with console.status(f"writing {target.name}"):
         gguf_file.write_gguf(model, target, job.options.quantization)
     with console.status(f"reading {target.name} back"):
-        check = gguf_file.check_gguf(model, target)
-    parity = _compare_gguf(job, model, target)
+        check = gguf_check.check_gguf(model, target)
+    proof = _compare_gguf(job, model, target)
     if check.fallbacks:
         kept = counted(len(check.fallbacks), "tensor")
         console.warn(f"{kept} in f16, since q8_0 needs rows that divide into blocks of 32")
+    parameters = f"; {proof.parameters} parameters as {proof.read_by} reads them" if proof and proof.parameters else ""
     console.table(
         [
             ("file", f"{target.name}, {console.memory(target.stat().st_size)}"),
-            ("tensors", f"{check.tensors} read back; weights off by at most {check.largest_difference:.2g}"),
+            ("tensors", f"{check.tensors} read back{parameters}; off by at most {check.largest_difference:.2g}"),
             ("tokens", f"{check.tokens}, with chat template and end tokens"),
-            ("logits", parity_text(parity) if parity else "not compared"),
+            ("logits", parity_text(proof.logits) if proof else "not compared"),
         ],
         title="verified",
     )
-    exported = ExportedFolder(job.options.format, target.name, check, parity)
+    if proof:
+        exported = ExportedFolder(job.options.format, target.name, check, proof.logits, read_by=proof.read_by)
+    else:
+        exported = ExportedFolder(job.options.format, target.name, check)
     return exported, Command("run it", ("llama-cli", "-m", str(job.output / target.name)))
 
 
-def _compare_gguf(job: Export, model: Path, target: Path) -> Parity | None:
+def _compare_gguf(job: Export, model: Path, target: Path) -> FileProof | None:
     """Load the file as it describes itself, and compare its logits with the merged model's."""
-    from loratune.delivery.export.gguf.reference import load_gguf  # needs the package gguf
+    from loratune.delivery.export.gguf import proof as gguf_proof  # needs the package gguf
 
-    # The loader converts everything to float32.
-    needed = 3 * sum(path.stat().st_size for path in weight_files(model))
+    needed = gguf_proof.needed_bytes(model)
     free = free_main_memory_bytes()  # where the file is loaded, whatever GPU is there
     if needed > free:
         console.warn(
@@ -165,9 +160,10 @@ def _compare_gguf(job: Export, model: Path, target: Path) -> Parity | None:
             f"{console.memory(free)} are free. Every tensor has been read back"
         )
         return None
+    kind = job.options.quantization
     with console.status("comparing the file's logits with the merged model's"):
         try:
-            written = load_gguf(target)
+            proof = gguf_proof.compare_logits(model, target, kind, _rows(job, model))
         except LoratuneError:
             raise
         except Exception as error:  # transformers raises all kinds, none of which says anything against the file
@@ -176,9 +172,17 @@ def _compare_gguf(job: Export, model: Path, target: Path) -> Parity | None:
                 "tensor has been read back"
             )
             return None
-        (parity,) = compare_models(load_mapped(model), [written], _rows(job, model))
-    _require(parity, GGUF_BOUNDS[job.options.quantization], target.name)
-    return parity
+    if proof.read_by == "loratune":
+        console.warn(
+            "transformers does not read this architecture from GGUF: loratune's own reader compared keys, tensors and "
+            "logits. Try the file in llama.cpp before you rely on it"
+        )
+    if proof.rounding:
+        console.warn(
+            f"rounding to {kind} changes this model's logits a lot, although the file holds exactly the rounded "
+            f"weights: {'; '.join(proof.rounding)}. Compare answers, or choose another --quantization"
+        )
+    return proof
 
 
 def _export_for_ollama(job: Export, model: Path) -> Exported:
@@ -195,7 +199,7 @@ def _export_nf4(job: Export, model: Path) -> Exported:
         rows = _rows(job, model)
         (same,) = compare_models(quantized, [load_quantized(job.folder)], rows)
         (parity,) = compare_models(load_mapped(model), [quantized], rows)
-    _require(same, SAME, "the written folder")
+    require_same(same, SAME, "the written folder")
     console.table(
         [
             ("files", f"load again and give the same logits ({same.largest_difference:.1g} apart)"),
@@ -211,14 +215,6 @@ def _rows(job: Export, model: Path) -> list[ProbeRow]:
     """Return the rows for comparing models: the run's, or built-in prompts."""
     encoder = Encoder(load_tokenizer(model), merged_prompt(model))
     return probe_rows(read_probe(job.source.run if job.source else None), encoder)
-
-
-def _require(parity: Parity, bounds: Bounds, what: str) -> None:
-    problems = check_parity(parity, bounds)
-    if problems:
-        raise LoratuneError(
-            f"{what} is not the merged model, and has been removed:\n{bullet_list(problems)}", Exit.MODEL
-        )
 
 
 def _source(job: Export) -> AdapterSource:

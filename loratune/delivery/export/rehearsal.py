@@ -13,14 +13,14 @@ from loratune import console
 from loratune.choices import ExportFormat
 from loratune.commands import Command
 from loratune.data.encoding.encoder import Encoder
-from loratune.delivery.export.gguf.layout import NotForGgufError
+from loratune.delivery.export.gguf.refusal import NotForGgufError
 from loratune.delivery.export.job import Export
 from loratune.delivery.export.ollama.modelfile import write_modelfile
 from loratune.delivery.merge.job import Job, MergeOptions, gather
 from loratune.delivery.merge.merged_weights import plan_merge
 from loratune.delivery.merge.model_folder import write_model_files
 from loratune.delivery.template import about_the_date
-from loratune.errors import Exit, LoratuneError
+from loratune.errors import Exit, LoratuneError, counted
 from loratune.model.files import check_base, weight_files
 from loratune.model.tokenizer import load_tokenizer
 from loratune.model.tying import head_is_tied
@@ -147,6 +147,12 @@ def _plan_file(job: Export, model: Rehearsal) -> None:
         plan = plan_file(model.folder, model.shapes, model.is_tied)
     except NotForGgufError as error:
         raise LoratuneError(error.message, error.exit_code, _with_llama_cpp(job)) from error
+    if plan.left_out:
+        images = ". To read images, make a second file with llama.cpp's convert_hf_to_gguf.py --mmproj"
+        console.warn(
+            f"{counted(len(plan.left_out), 'tensor')} that take no part in writing text are not in the file, first "
+            f"{plan.left_out[0]}{images if plan.reads_images else ''}"
+        )
     needed, free = model.merged_bytes + plan.nbytes(job.options.quantization), shutil.disk_usage(job.folder).free
     if needed > free:
         raise LoratuneError(

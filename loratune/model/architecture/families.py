@@ -10,13 +10,13 @@ class Family:
     """Names of a family in other programs."""
 
     gguf: str | None = None
-    """Architecture name in GGUF; None where loratune cannot export it."""
+    """Name of its architecture in GGUF, if that is another than transformers' own."""
 
 
 FAMILIES = {
-    "qwen2": Family(gguf="qwen2"),
-    "qwen3": Family(gguf="qwen3"),
-    "llama": Family(gguf="llama"),
+    "qwen2": Family(),
+    "qwen3": Family(),
+    "llama": Family(),
     # Mistral has Llama's weights and computation, and GGUF uses one architecture for both.
     "mistral": Family(gguf="llama"),
     "cohere2": Family(),
@@ -53,3 +53,17 @@ FAMILIES = {
     "smollm3": Family(),
 }
 """model_type of config.json → its family; transformers has the code. Each is tried in the tests with a tiny model."""
+GGUF_ARCHITECTURES = (
+    "gemma3",
+    "lfm2",
+    "llama",
+    "phi3",
+    "qwen2",
+    "qwen2moe",
+    "qwen3",
+    "qwen3moe",
+    "qwen3next",
+    "qwen35",
+    "qwen35moe",
+)
+"""GGUF's names of the architectures that loratune writes."""

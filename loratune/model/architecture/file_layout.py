@@ -72,11 +72,18 @@ class FileLayout:
         parts = self.parts[parameter]
         if _is_whole(parts):
             return files.tensor(parts[0].tensor)
-        rows: dict[int | None, list[torch.Tensor]] = defaultdict(list)
-        for part in parts:
-            rows[part.expert].append(files.tensor(part.tensor))
-        joined = [torch.cat(tensors) for tensors in rows.values()]
-        return joined[0] if None in rows else torch.stack(joined)
+        experts = list(dict.fromkeys(part.expert for part in parts))
+        if None in experts:
+            return self.matrix(parameter, 0, files)
+        return torch.stack([self.matrix(parameter, int(expert or 0), files) for expert in experts])
+
+    def matrix(self, parameter: str, expert: int, files: TensorFiles) -> torch.Tensor:
+        """Return one matrix of a stack, in the files' dtype; of a single tensor, a view of the file."""
+        parts = self.parts[parameter]
+        if _is_whole(parts):
+            return files.tensor(parts[0].tensor)[expert]
+        tensors = [files.tensor(part.tensor) for part in parts if part.expert in (expert, None)]
+        return tensors[0] if len(tensors) == 1 else torch.cat(tensors)
 
     def tensors_of(self, parameter: str) -> list[str]:
         """Return the names of a parameter's tensors."""

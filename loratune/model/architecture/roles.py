@@ -203,3 +203,9 @@ def _holds_stacks(module: Any) -> bool:
     """Return whether a module has a parameter of more than two dimensions, other than a convolution's weight."""
     is_convolution = isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d)
     return not is_convolution and any(p is not None and p.ndim > 2 for p in module._parameters.values())
+
+
+def amplifies_rounding(model: CausalModel) -> bool:
+    """Return whether rounding of weights may change logits a lot: through the choice of experts, or a layer's state."""
+    has_state = next(recurrent_modules(decoder_of(model)), None) is not None
+    return has_state or not {Role.ROUTER, Role.EXPERTS}.isdisjoint(module_roles(model).values())

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any, TypeGuard
+import re
+from collections.abc import Iterable, Mapping
+from typing import Any, NamedTuple, TypeGuard
 
 from loratune.protocols import AdaptedModel, CausalModel, Decoder, ModelConfig, TextConfig
 
@@ -38,6 +39,27 @@ def output_layer(model: CausalModel) -> Any:
         model: a causal language model, with or without PEFT's wrapper.
     """
     return causal_model(model).get_output_embeddings()
+
+
+def language_parts(model: CausalModel) -> tuple[str, str]:
+    """The names of decoder and output layer, each followed by a dot; every other parameter is of something else."""
+    paths = {id(module): name for name, module in model.named_modules()}
+    return f"{paths[id(decoder_of(model))]}.", f"{paths[id(output_layer(model))]}."
+
+
+def tensors_apart(model: CausalModel, names: Iterable[str]) -> list[str]:
+    """Return the parameters, and tensors of the files that are none, that take no part in writing text.
+
+    Such are the weights that read images, and what transformers' class itself does not load from the files.
+
+    Args:
+        model: a model with or without values.
+        names: of parameters and tensors.
+    """
+    ignored = getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()
+    inside = language_parts(model)
+    outside = {name for name in model.state_dict() if not name.startswith(inside)}
+    return [name for name in names if name in outside or any(re.search(pattern, name) for pattern in ignored)]
 
 
 def text_config(config: ModelConfig) -> TextConfig:
@@ -94,3 +116,30 @@ def rotates_by_longest(config: ModelConfig) -> bool:
     every = [given, *(one for one in given.values() if isinstance(one, Mapping))]
     kinds = [str(one.get("rope_type")) for one in every]
     return any("dynamic" in kind or kind == "longrope" for kind in kinds)
+
+
+def layer_kinds(config: ModelConfig) -> list[str]:
+    """transformers' name of each layer's kind, in order."""
+    text = text_config(config)
+    return list(getattr(text, "layer_types", None) or ["full_attention"] * layer_count(config))
+
+
+class DeltaNet(NamedTuple):
+    """Sizes of a model's gated delta nets."""
+
+    key_heads: int
+    value_heads: int
+    key_size: int
+    """Of a head."""
+    value_size: int
+    """Of a head."""
+    kernel: int
+    """Tokens that the convolution before it sees."""
+
+
+def delta_net(config: ModelConfig) -> DeltaNet | None:
+    """Return the sizes of the gated delta nets of a config's language model, if it has any."""
+    names = ("num_key_heads", "num_value_heads", "key_head_dim", "value_head_dim", "conv_kernel_dim")
+    sizes = [getattr(text_config(config), f"linear_{name}", None) for name in names]
+    found = [int(size) for size in sizes if size]
+    return DeltaNet(*found) if len(found) == len(names) else None

@@ -86,4 +86,23 @@ def _buffer(values: int) -> torch.Tensor:
 
 
 def _embedding_in_float32(module: nn.Embedding, ids: torch.Tensor) -> torch.Tensor:
-    return functional.embedding(ids, module.weight).float()
+    tokens, places = ids.unique(return_inverse=True)
+    return embedded(module, module.weight[tokens].float(), places)
+
+
+def embedded(module: nn.Embedding, rows: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
+    """Compute an embedding's own forward pass, which may scale the rows, with other rows than its own.
+
+    Args:
+        module: the embedding.
+        rows: (tokens, width).
+        places: row of each position.
+    """
+    held, padding = module._parameters["weight"], module.padding_idx
+    # The padding's row has no gradient, which is all that it means; it may be beyond these rows.
+    module._parameters["weight"], module.padding_idx = rows, None
+    try:
+        output: torch.Tensor = type(module).forward(module, places)
+    finally:
+        module._parameters["weight"], module.padding_idx = held, padding
+    return output

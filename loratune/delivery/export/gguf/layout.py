@@ -1,149 +1,117 @@
-"""Describes models for GGUF: metadata keys, tensors and their names."""
+"""Plans the tensors of a GGUF file: names, shapes, and how their values follow from the model's parameters."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
 import torch
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from loratune.errors import Exit, LoratuneError
-from loratune.model.architecture.families import FAMILIES
-from loratune.model.architecture.structure import head_size, key_value_heads, layer_count, text_config
+from loratune.delivery.export.gguf.architectures import ARCHITECTURES, architecture_name
+from loratune.delivery.export.gguf.changes import UNCHANGED, Change, part_rows, plus_one
+from loratune.delivery.export.gguf.refusal import not_for_gguf
+from loratune.model.architecture.gguf_names import GgufName, gguf_names
+from loratune.model.architecture.norms import adds_one, is_norm
+from loratune.model.architecture.structure import head_size, text_config
 from loratune.model.architecture.vocabulary import vocabulary_of
-from loratune.model.config import empty_model, load_config
-from loratune.protocols import TextConfig
+from loratune.model.config import empty_model
+from loratune.protocols import CausalModel, ModelConfig, TextConfig
 
-YARN_DEFAULTS = {"truncate": True, "mscale": None, "mscale_all_dim": None, "attention_factor": None}
+IN_FLOAT32 = ("FFN_GATE_INP", "FFN_GATE_INP_SHEXP", "SHORTCONV_CONV", "SSM_CONV1D")
+"""Kinds of matrices that llama.cpp never stores in another type."""
 
-
-class NotForGgufError(LoratuneError):
-    """A model or tokenizer that loratune cannot represent in GGUF; llama.cpp's own converter may."""
+LENGTHS = ("long", "short")
+"""Of contexts, in the names of tensors and of a config's lists of factors."""
 
 
 @dataclass(frozen=True)
 class PlannedTensor:
     """A tensor of the GGUF file.
 
-    `source` is the name of the model's parameter; `values` are set for a computed tensor. `rope_heads`, if not 0, is
-    the number of heads whose rows are reordered.
+    `source` is the name of the model's parameter, and `source_shape` its shape; `values` are set for a computed tensor.
     """
 
     name: str
     shape: tuple[int, ...]
     source: str = ""
+    source_shape: tuple[int, ...] = ()
     values: torch.Tensor | None = None
-    rope_heads: int = 0
+    change: Change = UNCHANGED
+    in_float32: bool = True
+    """Whether it is float32 whatever the file's type is, as all vectors are."""
+
+    @property
+    def is_stack(self) -> bool:
+        """Whether it is a matrix per expert."""
+        return len(self.shape) > 2
 
 
-def read_config(model: Path) -> TextConfig:
-    """The model's config with defaults filled in.
-
-    Raises:
-        LoratuneError: programs for GGUF do not support the architecture or a part of its computation.
-    """
-    whole = load_config(model)
-    if whole.model_type not in FAMILIES or FAMILIES[whole.model_type].gguf is None:
-        raise _unknown(model, f"model_type {whole.model_type!r}")
-    config = text_config(whole)
-    if config.hidden_act != "silu":
-        raise _unknown(model, f"hidden_act {config.hidden_act!r}")
-    if config.model_type == "qwen2" and head_size(config) * config.num_attention_heads != config.hidden_size:
-        raise _unknown(model, f"head_dim {head_size(config)} in a qwen2 model")
-    windows = getattr(config, "layer_types", None) or ["sliding_attention"] * config.num_hidden_layers
-    window = getattr(config, "sliding_window", None)
-    if window is not None and "sliding_attention" in windows and window < config.max_position_embeddings:
-        raise _unknown(model, f"sliding_window {window}")
-    rope = config.rope_parameters
-    if rope["rope_type"] not in ("default", "linear", "yarn", "llama3"):
-        raise _unknown(model, f"rope_type {rope['rope_type']!r}")
-    odd = [key for key, usual in YARN_DEFAULTS.items() if rope.get(key, usual) != usual]
-    if odd or rope.get("partial_rotary_factor", 1.0) != 1.0:
-        raise _unknown(model, f"rope_parameters with {odd[0] if odd else 'partial_rotary_factor'}")
-    return config
-
-
-def _unknown(model: Path, what: str) -> NotForGgufError:
-    return NotForGgufError(
-        f"{model}/config.json: {what} cannot be exported to GGUF here; try llama.cpp's convert_hf_to_gguf.py",
-        Exit.MODEL,
-    )
-
-
-def architecture_of(config: TextConfig) -> str:
-    """GGUF's name of a model's architecture."""
-    return FAMILIES[config.model_type].gguf or ""
-
-
-def describe(config: TextConfig) -> dict[str, str | int | float]:
-    """The keys that describe the architecture; integers are uint32 and floats float32 in the file."""
-    rope = config.rope_parameters
-    keys: dict[str, str | int | float] = {
-        "vocab_size": config.vocab_size,
-        "context_length": config.max_position_embeddings,
-        "embedding_length": config.hidden_size,
-        "block_count": layer_count(config),
-        "feed_forward_length": config.intermediate_size,
-        "attention.head_count": config.num_attention_heads,
-        "attention.head_count_kv": key_value_heads(config),
-        "attention.key_length": head_size(config),
-        "attention.value_length": head_size(config),
-        "attention.layer_norm_rms_epsilon": float(config.rms_norm_eps),
-        "rope.dimension_count": head_size(config),
-        "rope.freq_base": float(rope["rope_theta"]),
-    }
-    if rope["rope_type"] in ("linear", "yarn"):
-        keys["rope.scaling.type"] = rope["rope_type"]
-        keys["rope.scaling.factor"] = float(rope["factor"])
-    if rope["rope_type"] == "yarn":
-        keys["rope.scaling.original_context_length"] = rope["original_max_position_embeddings"]
-        keys["rope.scaling.yarn_beta_fast"] = float(rope.get("beta_fast") or 32)
-        keys["rope.scaling.yarn_beta_slow"] = float(rope.get("beta_slow") or 1)
-    return {f"{architecture_of(config)}.{name}": value for name, value in keys.items()}
-
-
-def plan_tensors(config: TextConfig) -> list[PlannedTensor]:
-    """The tensors of the file, in the model's order, as the model's own code says which there are."""
-    weights = empty_model(config).state_dict()
-    if config.tie_word_embeddings:
-        weights.pop(vocabulary_of(weights).head, None)  # without an output tensor, programs use the embedding
-    names = _gguf_names(config)
-    planned = [_plan_tensor(config, names, name, tuple(weight.shape)) for name, weight in weights.items()]
-    if config.rope_parameters["rope_type"] == "llama3":
-        factors = _llama3_factors(config)
-        planned.append(PlannedTensor("rope_freqs.weight", tuple(factors.shape), values=factors))
-    return planned
-
-
-def _gguf_names(config: TextConfig) -> Any:
-    """The gguf package's own table of a family's names."""
-    import gguf  # an extra, without which the rest of this module is of use
-
-    by_name = {name: architecture for architecture, name in gguf.MODEL_ARCH_NAMES.items()}
-    return gguf.get_tensor_name_map(by_name[architecture_of(config)], layer_count(config))
-
-
-def _plan_tensor(config: TextConfig, names: Any, source: str, shape: tuple[int, ...]) -> PlannedTensor:
-    module, _, kind = source.rpartition(".")
-    name = names.get_name(module)
-    # Llama's GGUF rotates adjacent elements of a head; transformers rotates elements of its two halves.
-    heads = {"attn_q": config.num_attention_heads, "attn_k": key_value_heads(config)}
-    rope_heads = heads.get(name.rpartition(".")[2], 0) if architecture_of(config) == "llama" else 0
-    return PlannedTensor(f"{name}.{kind}", shape, source, rope_heads=rope_heads)
-
-
-def pair_rotated_rows(tensor: torch.Tensor, heads: int) -> torch.Tensor:
-    """Reorder the rows of each head so that the two rows that are rotated together are adjacent.
+def plan_tensors(config: ModelConfig) -> list[PlannedTensor]:
+    """The tensors of the file, in the model's order, as the model's own code says which there are.
 
     Args:
-        tensor: (heads × head size, …); in each head, all first elements of the pairs precede all second ones.
-        heads: number of heads.
+        config: of a whole model; parameters outside of its language model are left out.
+
+    Raises:
+        NotForGgufError: gguf has no name for a parameter.
     """
-    halves = tensor.unflatten(0, (heads, 2, -1))
-    return halves.transpose(1, 2).flatten(0, 2)
+    model, text, architecture = empty_model(config), text_config(config), architecture_name(config)
+    weights, names = model.state_dict(), gguf_names(model, architecture)
+    if text.tie_word_embeddings:
+        names.pop(vocabulary_of(weights).head, None)  # without an output tensor, programs use the embedding
+    nameless = [parameter for parameter, found in names.items() if not found]
+    if nameless:
+        raise not_for_gguf(nameless[0], f"a parameter that GGUF's {architecture} does not have")
+    shifted = _shifted_norms(model)
+    changes = ARCHITECTURES[architecture].changes(text)
+    planned = []
+    for parameter, found in names.items():
+        shape = tuple(weights[parameter].shape)
+        for one in found:
+            written = _written(one, shape, changes, is_shifted=parameter in shifted)
+            planned += [_plan_tensor(name, shape, parameter, change, kind) for kind, name, change in written]
+    factors = _frequency_factors(text)
+    return planned + [PlannedTensor(name, tuple(values.shape), values=values) for name, values in factors.items()]
+
+
+def _shifted_norms(model: CausalModel) -> set[str]:
+    """Return the names of the norms' weights to which the model adds 1."""
+    norms = {name: module for name, module in model.named_modules() if is_norm(module)}
+    by_class = {type(module): module for module in norms.values()}
+    adding = {kind for kind, module in by_class.items() if adds_one(module)}
+    return {f"{name}.weight" for name, module in norms.items() if type(module) in adding}
+
+
+def _written(
+    found: GgufName, shape: tuple[int, ...], changes: dict[str, list[tuple[str, Change]]], is_shifted: bool
+) -> list[tuple[str, str, Change]]:
+    """Return kind, name and change of each tensor that is written of a parameter."""
+    if found.parts > 1:
+        return [(found.kind, found.name, Change(part_rows(shape[-2], found.part, found.parts), dim=-2))]
+    if is_shifted:
+        return [(found.kind, found.name, Change(formula=plus_one))]
+    return [(kind, found.as_kind(kind), change) for kind, change in changes.get(found.kind, [(found.kind, UNCHANGED)])]
+
+
+def _plan_tensor(name: str, shape: tuple[int, ...], source: str, change: Change, kind: str) -> PlannedTensor:
+    """Plan a tensor; llama.cpp reads no dimension of size 1."""
+    sizes = list(shape)
+    if change.rows is not None:
+        sizes[change.dim] = len(change.rows)
+    stored = tuple(size for size in sizes if size > 1) or (1,)
+    in_float32 = len(stored) < 2 or kind in IN_FLOAT32
+    return PlannedTensor(name, stored, source, shape, change=change, in_float32=in_float32)
+
+
+def _frequency_factors(config: TextConfig) -> dict[str, torch.Tensor]:
+    """Return what frequencies are divided by, by the names of their tensors."""
+    rope = config.rope_parameters
+    if rope.get("rope_type") == "llama3":
+        return {"rope_freqs.weight": _llama3_factors(config)}
+    if rope.get("rope_type") == "longrope":
+        return {f"rope_factors_{kind}.weight": torch.tensor(rope[f"{kind}_factor"]).float() for kind in LENGTHS}
+    return {}
 
 
 def _llama3_factors(config: TextConfig) -> torch.Tensor:

@@ -1,7 +1,7 @@
 """Loads the model that a GGUF file describes, to compare it with the original.
 
-transformers reads the tensors and most of the metadata, but not scaled RoPE and some head sizes. Those are read from
-the file's own keys, never from the model folder, because the comparison checks the file.
+transformers reads the tensors and most of the metadata, but not scaled RoPE, some head sizes and a mixture's widths.
+Those are read from the file's own keys, never from the model folder, because the comparison checks the file.
 """
 
 from __future__ import annotations
@@ -17,19 +17,16 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.utils import logging as transformers_logging
 
+from loratune.delivery.export.gguf.keys import EXPERT_KEYS, attention_scale
+from loratune.delivery.export.gguf.layout import LENGTHS
+from loratune.delivery.export.gguf.restored import rope_parameters, stated_keys
 from loratune.errors import Exit, LoratuneError
 from loratune.model.architecture.structure import decoder_of
 from loratune.protocols import CausalModel
 
-ROPE_FACTORS = "rope_freqs.weight"
-# GGUF's name under rope.scaling → the name in rope_parameters.
-SCALING = {
-    "type": "rope_type",
-    "factor": "factor",
-    "original_context_length": "original_max_position_embeddings",
-    "yarn_beta_fast": "beta_fast",
-    "yarn_beta_slow": "beta_slow",
-}
+OTHER_SHAPES = ("mismatch", "conversion of the weights")
+"""What transformers says of tensors that do not fit a config."""
+ROPE_FACTORS, LONG_FACTORS = "rope_freqs.weight", "rope_factors_"
 
 
 def load_gguf(file: Path) -> CausalModel:
@@ -40,12 +37,11 @@ def load_gguf(file: Path) -> CausalModel:
         Exception: any other error of transformers.
     """
     reader = gguf.GGUFReader(file)
-    stated = {key.partition(".")[2]: field.contents() for key, field in reader.fields.items()}
+    stated = stated_keys(reader)
     transformers_logging.disable_progress_bar()
     with contextlib.redirect_stderr(io.StringIO()):  # hides a progress bar that cannot be disabled
         config = AutoConfig.from_pretrained(file.parent, gguf_file=file.name, local_files_only=True)
-        config.head_dim = stated["attention.key_length"]
-        config.rope_parameters = _rope_parameters(stated)
+        _complete(config, reader, stated)
         try:
             model = AutoModelForCausalLM.from_pretrained(
                 file.parent,
@@ -56,7 +52,7 @@ def load_gguf(file: Path) -> CausalModel:
                 trust_remote_code=False,
             )
         except RuntimeError as error:
-            if "mismatch" not in str(error):
+            if not any(said in str(error) for said in OTHER_SHAPES):
                 raise
             raise LoratuneError(
                 f"{file.name}: its tensors do not have the shapes that its keys state", Exit.MODEL
@@ -68,8 +64,21 @@ def load_gguf(file: Path) -> CausalModel:
     return loaded
 
 
-def _rope_parameters(stated: dict[str, Any]) -> dict[str, Any]:
-    scaling = {
-        ours: stated[f"rope.scaling.{theirs}"] for theirs, ours in SCALING.items() if f"rope.scaling.{theirs}" in stated
-    }
-    return {"rope_type": "default", "rope_theta": stated["rope.freq_base"], **scaling}
+def _complete(config: Any, reader: Any, stated: dict[str, Any]) -> None:
+    """Set what transformers does not read of a file's keys."""
+    config.head_dim = stated["attention.key_length"]
+    for key, own in EXPERT_KEYS.items():
+        if key in stated:
+            setattr(config, own, stated[key])
+    rope = rope_parameters(stated)
+    if "full_attention" in config.rope_parameters:
+        config.rope_parameters["full_attention"] = rope
+        config.query_pre_attn_scalar = attention_scale(config)
+        return
+    config.rope_parameters = {**config.rope_parameters, **rope}
+    factors = {tensor.name: tensor.data.tolist() for tensor in reader.tensors if tensor.name.startswith(LONG_FACTORS)}
+    if factors:
+        lists = {f"{length}_factor": factors[f"{LONG_FACTORS}{length}.weight"] for length in LENGTHS}
+        config.original_max_position_embeddings = stated["rope.scaling.original_context_length"]
+        scale = stated["rope.scaling.attn_factor"]
+        config.rope_parameters |= {"rope_type": "longrope", "attention_factor": scale, **lists}

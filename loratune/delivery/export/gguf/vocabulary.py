@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from loratune.data.encoding.encoder import Encoder
-from loratune.delivery.export.gguf.layout import NotForGgufError
+from loratune.delivery.export.gguf.refusal import NotForGgufError
+from loratune.delivery.export.gguf.scored_vocabulary import is_scored, scored_tokens
 from loratune.errors import Exit, LoratuneError
 from loratune.model.tokenizer import load_tokenizer
 from loratune.plain_files import read_json_object
@@ -23,6 +24,16 @@ NORMAL, CONTROL, USER_DEFINED, UNUSED = 1, 3, 4, 5
 
 _WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
 _REST = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+_MARKED_WORDS = (  # with combining marks, as \p{M} matches them
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?[\p{L}\p{M}]+|\p{N}"
+    r"| ?[^\s\p{L}\p{M}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+_UPPER, _LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
+_ENDINGS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
+_CASED_WORDS = (
+    rf"[^\r\n\p{{L}}\p{{N}}]?{_UPPER}*{_LOWER}+{_ENDINGS}|[^\r\n\p{{L}}\p{{N}}]?{_UPPER}+{_LOWER}*{_ENDINGS}"
+    r"|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
 _ONLY_BYTES = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False}
 _GPT2 = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}
 
@@ -32,11 +43,17 @@ def _split(regex: str) -> dict[str, Any]:
 
 
 SPLITTINGS: dict[str, list[dict[str, Any]]] = {
+    "qwen35": [_split(_MARKED_WORDS), _ONLY_BYTES],
     "qwen2": [_split(_WORDS + r"\p{N}" + _REST), _ONLY_BYTES],
     "llama-bpe": [_split(_WORDS + r"\p{N}{1,3}" + _REST), _ONLY_BYTES],
+    "dbrx": [_split(_WORDS + r"\p{N}{1,3}" + _REST), _ONLY_BYTES],
+    "gpt-4o": [_split(_CASED_WORDS), _ONLY_BYTES],
     "smollm": [{"type": "Digits", "individual_digits": True}, _GPT2],
     "gpt-2": [_GPT2],
 }
+
+IGNORING_MERGES = ("llama-bpe",)
+"""Names with which programs take a word that is a token without merging."""
 
 
 def describe_vocabulary(model: Path, vocab_size: int) -> dict[str, Any]:
@@ -51,6 +68,10 @@ def describe_vocabulary(model: Path, vocab_size: int) -> dict[str, Any]:
     """
     path = model / "tokenizer.json"
     state = read_json_object(path)
+    if is_scored(state):
+        tokens, kinds = _list_tokens(path, state, vocab_size)
+        scored = scored_tokens(state, tokens, kinds, lambda reason: _unknown(path, reason))
+        return scored | _describe_special_tokens(model)
     pre = _find_splitting(path, state)
     tokens, kinds = _list_tokens(path, state, vocab_size)
     return {
@@ -80,13 +101,23 @@ def _find_splitting(path: Path, state: dict[str, Any]) -> str:
         raise _unknown(path, f"normalizer {json.dumps(normalizer)}")
     splitting = state.get("pre_tokenizer") or {}
     steps = splitting.get("pretokenizers", [splitting])
-    steps = [{key: value for key, value in step.items() if key != "trim_offsets"} for step in steps]
-    name = next((name for name, known in SPLITTINGS.items() if steps == known), None)
-    if name is None:
+    steps = [_usual_step(step) for step in steps]
+    names = [name for name, known in SPLITTINGS.items() if steps == known]
+    if not names:
         raise _unknown(path, f"pre_tokenizer {json.dumps(steps, ensure_ascii=False)}")
-    if bool(model.get("ignore_merges")) != (name == "llama-bpe"):
-        raise _unknown(path, f"ignore_merges is {model.get('ignore_merges')} with the splitting of {name}")
-    return name
+    ignores = bool(model.get("ignore_merges"))
+    fitting = [name for name in names if ignores == (name in IGNORING_MERGES)]
+    if not fitting:
+        raise _unknown(path, f"ignore_merges is {model.get('ignore_merges')} with the splitting of {names[0]}")
+    return fitting[0]
+
+
+def _usual_step(step: dict[str, Any]) -> dict[str, Any]:
+    """Return a step of a pre-tokenizer as SPLITTINGS has it."""
+    usual = {key: value for key, value in step.items() if key != "trim_offsets"}
+    if usual.get("type") == "Split" and (usual["behavior"], usual["invert"]) == ("Removed", True):
+        usual |= {"behavior": "Isolated", "invert": False}  # the same for the known patterns, which match any text
+    return usual
 
 
 def _unknown(path: Path, what: str) -> NotForGgufError:
