@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM
 from typer.testing import Result
 
 from loratune.commands import Command, free_place, loratune
-from loratune.delivery.export.vllm.plan import check_for_vllm
+from loratune.delivery.export.servers.plan import check_for
 from loratune.errors import Exit
 from loratune.model.files import check_base
 from loratune.recipe.loading import load_recipe
@@ -69,7 +69,7 @@ def check_foreign(words: list[str]) -> None:
         check_base(Path(words[2]))
         if "--lora-modules" in words:
             module = words[words.index("--lora-modules") + 1]
-            assert check_for_vllm(Path(module.partition("=")[2])).problems == []
+            assert check_for("vllm", Path(module.partition("=")[2])).problems == []
     elif words[:2] == ["ollama", "create"]:
         assert re.fullmatch(r"[a-z0-9_][a-z0-9_.-]{0,79}", words[2])
         source = re.match(r"FROM (.*)", Path(words[4]).read_text(encoding="utf-8"))

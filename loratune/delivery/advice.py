@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
+from loratune.choices import ServerName
 from loratune.commands import Command, free_place, loratune
 from loratune.delivery.export.rehearsal import check_merge
 from loratune.delivery.merge.job import MergeOptions
@@ -21,22 +22,31 @@ FULL_PRECISION = {"MODEL": "the folder of its base in full precision"}
 BASE = {"MODEL": "the folder of its base"}
 
 
+SERVE: dict[ServerName, tuple[str, ...]] = {
+    "vllm": ("vllm", "serve"),
+    "sglang": ("python", "-m", "sglang.launch_server", "--model-path"),
+}
+"""How a server is given a model."""
+
+
 def instead_of_serving(
-    source: AdapterSource, output: Path, model: str | None, force: bool
+    source: AdapterSource, output: Path, model: str | None, force: bool, server: ServerName = "vllm"
 ) -> tuple[str, list[Command]]:
-    """Suggest how to serve an adapter that vLLM cannot serve unmerged.
+    """Suggest how to serve an adapter that a server cannot serve unmerged.
 
     Args:
         source: the adapter.
         output: output folder of the failed export.
         model: location of its base, if given.
         force: accept a different base, or a changed adapter.
+        server: the server.
 
     Returns:
         A sentence, and the commands.
     """
     place = free_place(output)
-    options, served = MergeOptions(model=model, force=force), Command("then serve it", ("vllm", "serve", str(place)))
+    options = MergeOptions(model=model, force=force)
+    served = Command("then serve it", (*SERVE[server], str(place)))
     why = refusal(lambda: check_merge(source, place, options))
     if why is None:
         return "merge it into its base, and serve the merged model", [

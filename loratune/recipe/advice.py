@@ -3,20 +3,14 @@
 from __future__ import annotations
 
 from loratune.recipe.sections import Recipe, TrainingSettings
+from loratune.recipe.servers import INSTEAD, SERVERS, Part, max_lora_rank, unserved
 
-# Values that vLLM's --max-lora-rank accepts; newer versions also accept 1.
-MAX_LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
-DEFAULT_MAX_LORA_RANK = 16
-
-
-def max_lora_rank(rank: int) -> int | None:
-    """Return the smallest valid --max-lora-rank of vLLM for a rank; None if the rank is too large."""
-    return next((allowed for allowed in MAX_LORA_RANKS if allowed >= rank), None)
+VLLM = SERVERS["vllm"]
 
 
 def advise(recipe: Recipe) -> list[str]:
     """Return one sentence of advice for each risky setting."""
-    return [*_advise_lora(recipe), *_advise_training(recipe)]
+    return [*_advise_lora(recipe), *_advise_serving(recipe), *_advise_training(recipe)]
 
 
 def _advise_lora(recipe: Recipe) -> list[str]:
@@ -31,16 +25,30 @@ def _advise_lora(recipe: Recipe) -> list[str]:
             f"lora.rank {lora.rank} is above 64: it costs memory and overfits small data, and alpha / rank shrinks "
             "the update; try 8 to 64, or lora.use_rslora true"
         )
-    if lora.rank > MAX_LORA_RANKS[-1]:
+    return advice
+
+
+def _advise_serving(recipe: Recipe) -> list[str]:
+    lora, advice = recipe.lora, []
+    if lora.rank > VLLM.ranks[-1]:
         advice.append(
-            f"lora.rank {lora.rank} is above {MAX_LORA_RANKS[-1]}, the most that vLLM can serve as an adapter: it has "
-            "to be merged"
+            f"lora.rank {lora.rank} is above {VLLM.ranks[-1]}, the most that vLLM can serve as an adapter: it has to "
+            "be merged"
         )
-    elif lora.rank > DEFAULT_MAX_LORA_RANK:
+    elif VLLM.default_rank and lora.rank > VLLM.default_rank:
         advice.append(
             f"lora.rank {lora.rank} is above vLLM's default limit: serve it there with --max-lora-rank "
             f"{max_lora_rank(lora.rank)}"
         )
+    chosen = {
+        "lora.use_dora": (Part.DORA, lora.use_dora),
+        "lora.use_rslora": (Part.RSLORA, lora.use_rslora),
+        f"lora.bias {lora.bias}": (Part.BASE_BIASES, lora.bias != "none"),
+        "lora.modules_to_save": (Part.WHOLE_MODULES, bool(lora.modules_to_save)),
+    }
+    for setting, (part, is_chosen) in chosen.items():
+        if is_chosen and (servers := unserved(part)):
+            advice.append(f"{setting}: {' and '.join(servers)} cannot serve such an adapter; {INSTEAD}")
     return advice
 
 

@@ -143,17 +143,24 @@ def training_encoder(source: AdapterSource, base: Path) -> Encoder:
     return encoder
 
 
-def check_where_possible(source: AdapterSource, model: str | None, force: bool) -> list[str]:
-    """Check an adapter like `check_pair`, as far as possible without downloading its base.
-
-    Without a base, the adapter's tensors are only compared with its config.
-    """
+def base_here(source: AdapterSource, model: str | None) -> tuple[str, Path] | None:
+    """Return the name and the folder of an adapter's base; None if it would have to be downloaded, or is unknown."""
     try:
         name = base_settings(source, model).base
     except LoratuneError:  # a plain adapter whose base is not on this machine
         name = ""
     if model is not None or name == TINY_QWEN or (name and is_folder(Path(name).expanduser())):
-        base = find_base(ModelSettings(base=name))
+        return name, find_base(ModelSettings(base=name))
+    return None
+
+
+def check_where_possible(source: AdapterSource, model: str | None, force: bool) -> list[str]:
+    """Check an adapter like `check_pair`, as far as possible without downloading its base.
+
+    Without a base, the adapter's tensors are only compared with its config.
+    """
+    if found := base_here(source, model):
+        name, base = found
         warnings = check_pair(source, name, base, force)
         if source.manifest:
             training_encoder(source, base)

@@ -29,7 +29,7 @@ from loratune.model.config import empty_model
 from loratune.model.files import weight_files
 from loratune.model.tying import head_is_tied
 from loratune.model.weights.tensor_files import TensorFiles
-from loratune.runs.verification import GgufReadBack
+from loratune.runs.exported import GgufReadBack
 
 with required("GGUF", "export"):
     import gguf
