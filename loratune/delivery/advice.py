@@ -10,6 +10,7 @@ from loratune.commands import Command, free_place, loratune
 from loratune.delivery.export.rehearsal import check_merge
 from loratune.delivery.merge.job import MergeOptions
 from loratune.errors import refusal
+from loratune.model.adapter.other_layouts import in_peft_layout
 from loratune.model.adapter.tensors import check_fits
 from loratune.model.architecture.file_layout import parameter_infos
 from loratune.model.files import QuantizedFolderError, find_base, weight_files
@@ -77,4 +78,4 @@ def _check_fits(source: AdapterSource, model: str | None, force: bool) -> None:
     paths = weight_files(base)
     check_same_base(source, settings.base, base, paths, force)
     shapes = {name: info.shape for name, info in parameter_infos(base).items()}
-    check_fits(source.adapter, shapes, head_is_tied(base))
+    check_fits(in_peft_layout(source.adapter, shapes), shapes, head_is_tied(base))

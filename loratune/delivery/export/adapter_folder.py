@@ -18,6 +18,7 @@ from loratune.delivery.template import write_portable_template
 from loratune.errors import Exit, LoratuneError, bullet_list
 from loratune.model.adapter.completeness import tensor_shapes
 from loratune.model.adapter.files import CONFIG_FILE, WEIGHTS_FILE, read_config_values
+from loratune.model.adapter.other_layouts import in_peft_layout
 from loratune.model.adapter.renaming import renamed_config, renamed_tensors
 from loratune.model.architecture.served_class import ServedClass
 from loratune.model.tokenizer import load_tokenizer
@@ -58,20 +59,21 @@ def export_adapter(
     Raises:
         LoratuneError: the adapter is incomplete, damaged or not LoRA, or one of its files contains a local path.
     """
-    config = read_config_values(source.adapter)
     for warning in check_where_possible(source, model, force):
         console.warn(warning)
+    files = in_peft_layout(source.adapter, served.trained_shapes) if served else source.adapter
+    config = read_config_values(files)
     base_folder = _base_folder(source)
     config["base_model_name_or_path"] = _public_base(source, config, base_folder)
     names = None
     # SGLang reads no expressions, and vLLM only simple ones.
     if served is not None and (served.has_own_names or isinstance(config.get("target_modules"), str)):
         config = renamed_config(config, served.trained_shapes, served.parameters, source.adapter)
-        names = renamed_tensors(tensor_shapes(source.adapter), served.modules, source.adapter)
-        tensors = load_file(source.adapter / WEIGHTS_FILE)
+        names = renamed_tensors(tensor_shapes(files), served.modules, source.adapter)
+        tensors = load_file(files / WEIGHTS_FILE)
         save_file({names[name]: values for name, values in tensors.items()}, folder / WEIGHTS_FILE, {"format": "pt"})
     else:
-        shutil.copyfile(source.adapter / WEIGHTS_FILE, folder / WEIGHTS_FILE)
+        shutil.copyfile(files / WEIGHTS_FILE, folder / WEIGHTS_FILE)
     write_json(folder / CONFIG_FILE, _cleaned(config))
     copy_tokenizer_files(source.adapter, folder)
     has_own_template = (folder / TOKENIZER_CONFIG).is_file() and write_portable_template(
@@ -81,7 +83,7 @@ def export_adapter(
         write_card(folder, source.record, base_folder)
     else:
         write_plain_card(folder, source.adapter.absolute().name, config)
-    _check(source, folder, names)
+    _check(source, files, folder, names)
     return has_own_template
 
 
@@ -112,11 +114,12 @@ def _cleaned(config: dict[str, Any]) -> dict[str, Any]:
     return kept | {"inference_mode": True}
 
 
-def _check(source: AdapterSource, folder: Path, names: dict[str, str] | None) -> None:
+def _check(source: AdapterSource, files: Path, folder: Path, names: dict[str, str] | None) -> None:
     """Read the export back.
 
     Args:
         source: the adapter.
+        files: a folder with it in PEFT's layout.
         folder: the export.
         names: tensor name → its name in the export; None if the file was copied.
 
@@ -124,10 +127,10 @@ def _check(source: AdapterSource, folder: Path, names: dict[str, str] | None) ->
         LoratuneError: a file contains a local path.
         RuntimeError: config or weights differ from the adapter's.
     """
-    config, original = read_config_values(folder), read_config_values(source.adapter)
+    config, original = read_config_values(folder), read_config_values(files)
     if any(config.get(key) != original.get(key) for key in ("r", "lora_alpha", "lora_dropout")):
         raise RuntimeError(f"{folder / CONFIG_FILE} is not that of {source.adapter}")
-    if not _has_weights(source.adapter / WEIGHTS_FILE, folder / WEIGHTS_FILE, names):
+    if not _has_weights(files / WEIGHTS_FILE, folder / WEIGHTS_FILE, names):
         raise RuntimeError(f"{folder / WEIGHTS_FILE} is not that of {source.adapter}")
     found = [
         f"{name}: {path}"

@@ -124,12 +124,12 @@ def _export_adapter(job: Export) -> Exported:
 
 def _export_for_server(server: ServerName, job: Export) -> Exported:
     source, options = _source(job), job.options
-    advice = require_servable(server, source, job.output, options.model, options.force)
+    found = base_here(source, options.model)
+    served = served_class(found[1]) if found else None
+    advice = require_servable(server, source, job.output, options.model, options.force, served)
     base = base_settings(source, options.model).base
     for warning in advice.warnings:
         console.warn(warning)
-    found = base_here(source, options.model)
-    served = served_class(found[1]) if found else None
     has_own_template = export_adapter(source, job.folder, options.model, options.force, served)
     if not found:
         console.warn(NOT_HERE)

@@ -15,8 +15,10 @@ from loratune.delivery.advice import SERVE, instead_of_serving
 from loratune.errors import Exit, LoratuneError, bullet_list
 from loratune.model.adapter.completeness import tensor_shapes
 from loratune.model.adapter.files import CONFIG_FILE, read_config_values
+from loratune.model.adapter.other_layouts import in_peft_layout
 from loratune.model.adapter.patterns import settle_patterns
 from loratune.model.adapter.values import check_weights
+from loratune.model.architecture.served_class import ServedClass
 from loratune.model.architecture.vocabulary import Projection, projection_of
 from loratune.recipe.servers import SERVERS, Part, max_lora_rank
 from loratune.runs.opening import AdapterSource
@@ -92,7 +94,12 @@ def check_for(server: ServerName, adapter: Path) -> ServerAdvice:
 
 
 def require_servable(
-    server: ServerName, source: AdapterSource, output: Path, model: str | None = None, force: bool = False
+    server: ServerName,
+    source: AdapterSource,
+    output: Path,
+    model: str | None = None,
+    force: bool = False,
+    served: ServedClass | None = None,
 ) -> ServerAdvice:
     """Return the advice for an adapter that a server can serve.
 
@@ -102,11 +109,13 @@ def require_servable(
         output: output folder of its export.
         model: location of its base, if given.
         force: accept a different base, or a changed adapter.
+        served: what is known of its base, if that is on this machine.
 
     Raises:
         LoratuneError: the server cannot serve it; lists the reasons and commands for an alternative.
     """
-    advice = check_for(server, source.adapter)
+    files = in_peft_layout(source.adapter, served.trained_shapes) if served else source.adapter
+    advice = check_for(server, files)
     if not advice.problems:
         return advice
     told, commands = instead_of_serving(source, output, model, force, server)
