@@ -94,7 +94,7 @@ def _translate(file: ForeignFile, prefix: tuple[str, str] | None, place: Path) -
         module, inner = _wrapped(target, list(wholes), file)
         written |= {peft_name(module, "A", inner): whole.pair.down, peft_name(module, "B", inner): whole.pair.up}
     save_file({name: values.contiguous() for name, values in written.items()}, place / WEIGHTS_FILE, {"format": "pt"})
-    write_json(place / CONFIG_FILE, _config(file, values, targets, wholes))
+    write_json(place / CONFIG_FILE, _config(file, values, prefix, targets, wholes))
 
 
 def _placed(target: str, file: ForeignFile, prefix: tuple[str, str]) -> str:
@@ -143,22 +143,36 @@ def _exchange(file: ForeignFile, written: dict[str, torch.Tensor]) -> None:
 
 
 def _config(
-    file: ForeignFile, values: dict[str, Any], targets: Mapping[str, str], wholes: Mapping[str, Whole]
+    file: ForeignFile,
+    values: dict[str, Any],
+    prefix: tuple[str, str],
+    targets: Mapping[str, str],
+    wholes: Mapping[str, Whole],
 ) -> dict[str, Any]:
     """Return the config with the names and ranks of what is written."""
-    kept = {key: value for key, value in values.items() if key not in BY_PLACE}
     own = {one.module: targets[name] for name, one in file.lora.items() if not one.matrix.is_share}
-    settled = settle_patterns(values, {f"{module}.weight": () for module in own}, file.folder)
-    ranks, alphas = ({own[name]: number for name, number in settled[key].items()} for key in PATTERNS)
+    stacks = {
+        replaced(name, prefix[::-1]) or name: name for name, shape in file.places.items() if len(shape) == 3
+    }  # as the file would name them
+    endings = tuple(f".{name}" for name in values.get("target_parameters") or ())
+    adapted = {name: stack for name, stack in stacks.items() if endings and f".{name}".endswith(endings)}
+    named = {name: target for name, target in (own | adapted).items() if file.places[target]}
+    settled = settle_patterns(values, {f"{name}.weight": () for name in named}, file.folder)
+    ranks, alphas = ({named[name]: number for name, number in settled[key].items()} for key in PATTERNS)
     for target, whole in wholes.items():
         factor = whole.rank**0.5 if values.get("use_rslora") else whole.rank
         ranks[target], alphas[target] = whole.rank, whole.scaling * factor
-    endings = tuple(f".{name}" for name in values.get("target_parameters") or ())
-    stacks = [name for name, shape in file.places.items() if len(shape) == 3]
-    adapted = {name for name in stacks if name in wholes or (endings and f".{name}".endswith(endings))}
-    modules = {name for name in (*own.values(), *wholes) if len(file.places[name]) == 2}
-    parameters = {"target_parameters": sorted(adapted)} if adapted else {}
-    return kept | {"target_modules": sorted(modules), **dict(zip(PATTERNS, (ranks, alphas), strict=True)), **parameters}
+    both = {*named.values(), *wholes}
+    modules, parameters = (sorted(name for name in both if len(file.places[name]) == sides) for sides in (2, 3))
+    config = {key: value for key, value in values.items() if key not in BY_PLACE}
+    config |= {"target_modules": modules, "rank_pattern": ranks, "alpha_pattern": alphas}
+    config |= {"target_parameters": parameters} if parameters else {}
+    if file.has_peft_s_names and isinstance(targeted := values.get("target_modules"), list):
+        # They stay, so that a tensor that is missing is noticed.
+        placed = ((name, replaced(name, prefix)) for name in targeted)
+        config |= {key: values[key] for key in BY_PLACE if key in values}
+        config["target_modules"] = [new if new in file.places else name for name, new in placed]
+    return config
 
 
 def _unknown(file: ForeignFile, names: list[str]) -> LoratuneError:
