@@ -106,8 +106,7 @@ def _merged(job: Export, merge: Job | None) -> Iterator[Path]:
 
 def _export_adapter(job: Export) -> Exported:
     source, options = _source(job), job.options
-    found = base_here(source, options.model)
-    served = served_class(found[1]) if found else None
+    base, served = _base_here(job, source)
     trained = served.as_trained if served else None
     if export_adapter(source, job.folder, options.model, options.force):
         console.warn("the chat template holds the training's prompt settings, the system prompt's text among them")
@@ -116,7 +115,7 @@ def _export_adapter(job: Export) -> Exported:
             f"the adapter is for {served.trained}, the language model alone, as in its training. Programs that load "
             f"{served.name}, as servers do, apply nothing of it; --format vllm writes the names of that class"
         )
-    proved = _proved(job, source, found, trained)
+    proved = _proved(job, source, base, trained)
     # The folder is there by then.
     further = job.command("give it away", job.output, push=f"hf:ORG/{job.hub_name}", overwrite=True)
     return ExportedFolder(options.format, served=proved), further
@@ -124,16 +123,15 @@ def _export_adapter(job: Export) -> Exported:
 
 def _export_for_server(server: ServerName, job: Export) -> Exported:
     source, options = _source(job), job.options
-    found = base_here(source, options.model)
-    served = served_class(found[1]) if found else None
+    here, served = _base_here(job, source)
     advice = require_servable(server, source, job.output, options.model, options.force, served)
     base = base_settings(source, options.model).base
     for warning in advice.warnings:
         console.warn(warning)
     has_own_template = export_adapter(source, job.folder, options.model, options.force, served)
-    if not found:
+    if here is None:
         console.warn(NOT_HERE)
-    proved = _proved(job, source, found, served)
+    proved = _proved(job, source, here, served)
     template = job.output / "chat_template.jinja" if has_own_template else None
     parsers = find_parsers(job.folder, base, source, server)
     command = serve_command(base, job.name, job.output, advice, template, parsers.flags)
@@ -149,13 +147,20 @@ def _export_for_server(server: ServerName, job: Export) -> Exported:
     return exported, command
 
 
-def _proved(
-    job: Export, source: AdapterSource, found: tuple[str, Path] | None, served: ServedClass | None
-) -> ServedAdapter | None:
+def _base_here(job: Export, source: AdapterSource) -> tuple[Path | None, ServedClass | None]:
+    """Return the folder of an adapter's base, if it is on this machine, and what servers load of it."""
+    try:
+        found = base_here(source, job.options.model)
+        return (found[1], served_class(found[1])) if found else (None, None)
+    except LoratuneError:  # the checks of the export tell it with the others
+        return None, None
+
+
+def _proved(job: Export, source: AdapterSource, base: Path | None, served: ServedClass | None) -> ServedAdapter | None:
     """Prove an exported adapter, if its base is on this machine."""
-    if found is None or served is None:
+    if base is None or served is None:
         return None
-    proved = prove_served(source, job.folder, found[1], served)
+    proved = prove_served(source, job.folder, base, served)
     show_served(proved)
     return proved
 

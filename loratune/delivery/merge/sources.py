@@ -17,6 +17,7 @@ from loratune.errors import Exit, LoratuneError
 from loratune.model.adapter.attach import check_adapter
 from loratune.model.adapter.completeness import own_modules, tensor_shapes
 from loratune.model.adapter.files import WEIGHTS_FILE
+from loratune.model.adapter.other_layouts import in_peft_layout
 from loratune.model.adapter.tensors import check_alone
 from loratune.model.architecture.file_layout import parameter_infos
 from loratune.model.architecture.vocabulary import vocabulary_of
@@ -148,7 +149,7 @@ def base_here(source: AdapterSource, model: str | None) -> tuple[str, Path] | No
     try:
         name = base_settings(source, model).base
     except LoratuneError:  # a plain adapter whose base is not on this machine
-        name = ""
+        name = model or ""
     if model is not None or name == TINY_QWEN or (name and is_folder(Path(name).expanduser())):
         return name, find_base(ModelSettings(base=name))
     return None
@@ -166,6 +167,12 @@ def check_where_possible(source: AdapterSource, model: str | None, force: bool) 
             training_encoder(source, base)
         return warnings
     modules = own_modules(tensor_shapes(source.adapter))
+    if in_peft_layout(source.adapter, modules) != source.adapter:
+        raise LoratuneError(
+            f"{source.adapter}: its tensors do not have PEFT's names; to translate them, give the base with "
+            "--base-model",
+            Exit.MODEL,
+        )
     check_alone(source.adapter, modules)
     check_adapter(source.adapter, modules)
     return [

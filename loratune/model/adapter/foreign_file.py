@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from loratune.errors import Exit, LoratuneError
-from loratune.model.adapter.completeness import tensor_shapes
 from loratune.model.adapter.foreign_names import LORA, places_of
 from loratune.model.adapter.tensors import PREFIX
 from loratune.model.architecture.other_names import MEGATRON, Matrix, matrix_of, sides_of
@@ -47,17 +46,18 @@ class ForeignFile:
     """Width of the base."""
 
     @classmethod
-    def read(cls, folder: Path, base: Mapping[str, Sequence[int]]) -> ForeignFile:
-        """Read the names in an adapter's file.
+    def of(cls, folder: Path, shapes: Mapping[str, Sequence[int]], base: Mapping[str, Sequence[int]]) -> ForeignFile:
+        """Interpret the names in an adapter's file.
 
         Args:
-            folder: the adapter's folder.
+            folder: the adapter's folder, for messages.
+            shapes: tensor name → shape.
             base: parameter name → shape, of the base.
 
         Raises:
-            LoratuneError: the file is damaged, or a checkpoint of Megatron itself.
+            LoratuneError: the file is a checkpoint of Megatron itself.
         """
-        shapes, places = tensor_shapes(folder), places_of(base)
+        places = places_of(base)
         if strange := [name for name in shapes if MEGATRON.search(name)]:
             raise LoratuneError(
                 f"{folder}: its tensors have the names of Megatron's own checkpoints, first {strange[0]}; export the "

@@ -9,7 +9,9 @@ from loratune.errors import Exit, LoratuneError
 
 # PEFT's form is `base_model.model.MODULE.lora_A.weight`. Other files leave out the beginning or the end, or have the
 # name of the adapter before the end, as a model's state_dict does.
-LORA = re.compile(r"(?:base_model\.model\.)?(?P<module>.+)\.lora_(?P<side>[AB])(?:\.(?!weight$)\w+)?(?:\.weight)?")
+LORA = re.compile(
+    r"(?:base_model\.model\.)?(?P<module>.+)\.lora_(?P<side>[AB])(?:\.(?!weight$|bias$)\w+)?(?:\.weight)?"
+)
 
 
 def places_of(base: Mapping[str, Sequence[int]]) -> dict[str, tuple[int, ...]]:

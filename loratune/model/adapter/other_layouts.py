@@ -21,6 +21,7 @@ from safetensors.torch import load_file, save_file
 
 from loratune import console
 from loratune.errors import Exit, LoratuneError, bullet_list
+from loratune.model.adapter.completeness import tensor_shapes
 from loratune.model.adapter.files import CONFIG_FILE, WEIGHTS_FILE, read_config_values
 from loratune.model.adapter.foreign_file import ForeignFile, peft_name
 from loratune.model.adapter.foreign_names import renamed_prefix, replaced
@@ -48,9 +49,11 @@ def in_peft_layout(folder: Path, base: Mapping[str, Sequence[int]]) -> Path:
         LoratuneError: the layout is none that loratune reads, or its tensors do not fit together.
     """
     path = folder / WEIGHTS_FILE
-    if not path.is_file():
+    try:
+        shapes = tensor_shapes(folder)
+    except LoratuneError:
         return folder
-    file = ForeignFile.read(folder, base)
+    file = ForeignFile.of(folder, shapes, base)
     if file.is_peft_s:
         return folder
     key = (folder.absolute(), path.stat().st_mtime_ns, path.stat().st_size, hash(frozenset(base)))
