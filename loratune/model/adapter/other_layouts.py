@@ -9,6 +9,9 @@ theirs was at hand.
 
 from __future__ import annotations
 
+import atexit
+import os
+import shutil
 import tempfile
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
@@ -34,7 +37,7 @@ from loratune.model.adapter.values import check_weights, scaling
 from loratune.writing import write_json
 
 PATTERNS = ("rank_pattern", "alpha_pattern")
-_translated: dict[tuple[object, ...], tempfile.TemporaryDirectory[str]] = {}
+_translated: dict[tuple[object, ...], Path] = {}
 """Translations of this process, which go away with it."""
 
 
@@ -62,13 +65,19 @@ def in_peft_layout(folder: Path, base: Mapping[str, Sequence[int]]) -> Path:
         if prefix is None and file.has_peft_s_names:
             return folder  # which does not fit this base; whoever asked tells why
         check_weights(folder)
-        place = tempfile.TemporaryDirectory(prefix="loratune-")
-        _translate(file, prefix, Path(place.name))
+        place = Path(tempfile.mkdtemp(prefix="loratune-"))
+        atexit.register(_remove, place, os.getpid())
+        _translate(file, prefix, place)
         _translated[key] = place
         console.warn(
             f"{folder}: its tensors are named otherwise than PEFT names them for this base; they are translated"
         )
-    return Path(_translated[key].name)
+    return _translated[key]
+
+
+def _remove(place: Path, process: int) -> None:
+    if os.getpid() == process:  # not at the end of a process that was forked from it
+        shutil.rmtree(place, ignore_errors=True)
 
 
 def _translate(file: ForeignFile, prefix: tuple[str, str] | None, place: Path) -> None:

@@ -8,6 +8,7 @@ from loratune import console
 from loratune.errors import Exit, LoratuneError, counted
 from loratune.model.adapter.attach import check_adapter
 from loratune.model.adapter.completeness import tensor_shapes
+from loratune.model.adapter.other_layouts import in_peft_layout
 from loratune.model.adapter.reloaded import own_logits, reloaded_logits
 from loratune.model.architecture.served_class import ServedClass
 from loratune.model.files import weight_files
@@ -37,6 +38,8 @@ def prove_served(source: AdapterSource, folder: Path, base: Path, served: Served
         LoratuneError: the class does not have exactly the modules of the export, or its logits differ from those of the
             adapter in the class of the training.
     """
+    if in_peft_layout(folder, served.shapes) != folder:
+        raise LoratuneError(f"{folder}: its tensors do not have the names of {served.name}", Exit.MODEL)
     check_adapter(folder, served.shapes)
     modules = len({name.partition(".lora_")[0] for name in tensor_shapes(folder)})
     needed, free = MEMORY * sum(path.stat().st_size for path in weight_files(base)), free_main_memory_bytes()
