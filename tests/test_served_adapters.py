@@ -115,6 +115,7 @@ def test_names_and_targets_are_those_of_the_base_s_files(
     assert set(config["target_modules"]) == modules == {query, query.replace("q_proj", "v_proj")}
     assert (config["rank_pattern"], config["alpha_pattern"]) == ({query: 8}, {query: 16})
     assert "layers_to_transform" not in config
+    assert "where `base_model` is a `Qwen3_5ForConditionalGeneration`" in (tmp_path / "out" / "README.md").read_text()
 
 
 def test_an_expression_becomes_names_for_servers(

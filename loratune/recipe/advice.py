@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from loratune.recipe.sections import Recipe, TrainingSettings
+from loratune.choices import ServerName
+from loratune.recipe.sections import LoraSettings, Recipe, TrainingSettings
 from loratune.recipe.servers import INSTEAD, SERVERS, Part, max_lora_rank, unserved
 
 VLLM = SERVERS["vllm"]
@@ -40,16 +41,29 @@ def _advise_serving(recipe: Recipe) -> list[str]:
             f"lora.rank {lora.rank} is above vLLM's default limit: serve it there with --max-lora-rank "
             f"{max_lora_rank(lora.rank)}"
         )
+    for setting, part in chosen_parts(lora).items():
+        if servers := unserved(part):
+            advice.append(f"{setting}: {' and '.join(servers)} cannot serve such an adapter; {INSTEAD}")
+    return advice
+
+
+def chosen_parts(lora: LoraSettings) -> dict[str, Part]:
+    """Return setting → part, of the parts that a recipe gives an adapter beside LoRA on projections."""
     chosen = {
         "lora.use_dora": (Part.DORA, lora.use_dora),
         "lora.use_rslora": (Part.RSLORA, lora.use_rslora),
         f"lora.bias {lora.bias}": (Part.BASE_BIASES, lora.bias != "none"),
         "lora.modules_to_save": (Part.WHOLE_MODULES, bool(lora.modules_to_save)),
     }
-    for setting, (part, is_chosen) in chosen.items():
-        if is_chosen and (servers := unserved(part)):
-            advice.append(f"{setting}: {' and '.join(servers)} cannot serve such an adapter; {INSTEAD}")
-    return advice
+    return {setting: part for setting, (part, is_chosen) in chosen.items() if is_chosen}
+
+
+def is_served(lora: LoraSettings, server: ServerName) -> bool:
+    """Return whether a server serves the adapter of a recipe, as far as the recipe tells."""
+    answers = SERVERS[server].answers
+    return max_lora_rank(lora.rank, server) is not None and all(
+        answers[part].is_served for part in chosen_parts(lora).values()
+    )
 
 
 def _advise_training(recipe: Recipe) -> list[str]:

@@ -86,7 +86,7 @@ SERVERS: dict[ServerName, Server] = {
     ),
     "sglang": Server(
         "SGLang",
-        "the sources of its main branch in August 2026",
+        "the sources of its main branch in 2026",
         (),
         None,
         {

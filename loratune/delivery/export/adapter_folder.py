@@ -39,6 +39,7 @@ def export_adapter(
     model: str | None = None,
     force: bool = False,
     served: ServedClass | None = None,
+    model_class: str | None = None,
 ) -> bool:
     """Write an adapter, its tokenizer's files and its model card, and verify them.
 
@@ -52,6 +53,7 @@ def export_adapter(
         model: location of the base, if moved.
         force: accept a different base.
         served: the class whose names it gets; None keeps the names of the training.
+        model_class: name of the class for the card, if the base has several.
 
     Returns:
         Whether the chat template differs from the base's.
@@ -80,9 +82,9 @@ def export_adapter(
         Encoder(load_tokenizer(folder), source.prompt), folder
     )
     if source.record:
-        write_card(folder, source.record, base_folder)
+        write_card(folder, source.record, base_folder, model_class)
     else:
-        write_plain_card(folder, source.adapter.absolute().name, config)
+        write_plain_card(folder, source.adapter.absolute().name, config, model_class)
     _check(source, files, folder, names)
     return has_own_template
 

@@ -108,7 +108,8 @@ def _export_adapter(job: Export) -> Exported:
     source, options = _source(job), job.options
     base, served = _base_here(job, source)
     trained = served.as_trained if served else None
-    if export_adapter(source, job.folder, options.model, options.force):
+    model_class = served.trained if served and served.has_own_names else None
+    if export_adapter(source, job.folder, options.model, options.force, model_class=model_class):
         console.warn("the chat template holds the training's prompt settings, the system prompt's text among them")
     if served and served.has_own_names:
         console.warn(
@@ -128,7 +129,8 @@ def _export_for_server(server: ServerName, job: Export) -> Exported:
     base = base_settings(source, options.model).base
     for warning in advice.warnings:
         console.warn(warning)
-    has_own_template = export_adapter(source, job.folder, options.model, options.force, served)
+    model_class = served.name if served and served.has_own_names else None
+    has_own_template = export_adapter(source, job.folder, options.model, options.force, served, model_class)
     if here is None:
         console.warn(NOT_HERE)
     proved = _proved(job, source, here, served)

@@ -98,4 +98,4 @@ def _fits(sizes: Sequence[int], shape: Sequence[int] | None) -> bool:
     if shape is None:
         return False
     known = {size for size in sizes if size >= 0}
-    return len(shape) != 2 or known <= set(shape)
+    return len(shape) != 2 or 1 in shape or known <= set(shape)  # a 4-bit matrix is one column of bytes

@@ -21,7 +21,7 @@ from loratune.runs.report import (
     Updates,
     ValidationLosses,
 )
-from loratune.runs.state import next_command
+from loratune.runs.state import next_command, serving_command
 from loratune.runs.versions import library_versions
 from loratune.training.callbacks import Metrics
 from loratune.training.checkpoints.keeper import CheckpointKeeper
@@ -110,6 +110,7 @@ def show_report(report: Report) -> None:
     for sentence in health.sentences:
         console.warn(sentence)
     console.next_step(str(next_command(Path(report.output), "finished")))
+    console.next_step(str(serving_command(Path(report.output))))
 
 
 def _answer_rows(answers: Answers | None) -> list[tuple[str, str]]:
