@@ -118,6 +118,29 @@ def test_names_and_targets_are_those_of_the_base_s_files(
     assert "where `base_model` is a `Qwen3_5ForConditionalGeneration`" in (tmp_path / "out" / "README.md").read_text()
 
 
+@pytest.mark.filterwarnings("ignore:The following (rank|alpha)_pattern keys:RuntimeWarning")
+def test_stacks_get_the_names_of_the_served_class_too(
+    base_of: Callable[[str], Path], adapter_of: Callable[..., Path], tmp_path: Path
+) -> None:
+    base = base_of("qwen3_5_moe")
+    stacks = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+    patterns = {"rank_pattern": {r".*\.gate_up_proj": 8}, "alpha_pattern": {r".*\.gate_up_proj": 16}}
+    adapter = adapter_of("qwen3_5_moe", target_parameters=stacks, lora_dropout=0.0, **patterns)
+    served, values = served_class(base), json.loads((adapter / "adapter_config.json").read_text())
+    tensors = load_file(adapter / "adapter_model.safetensors")
+    names = renaming.renamed_tensors(tensors, served.modules, adapter)
+    config = renaming.renamed_config(values, served.trained_shapes, served.parameters, adapter)
+    (tmp_path / "out").mkdir()
+    save_file({names[name]: value for name, value in tensors.items()}, tmp_path / "out" / "adapter_model.safetensors")
+    (tmp_path / "out" / "adapter_config.json").write_text(json.dumps(config))
+    stack = "model.language_model.layers.1.mlp.experts"
+    assert config["rank_pattern"][f"{stack}.gate_up_proj"] == 8
+    assert {f"{stack}.gate_up_proj", f"{stack}.down_proj"} <= set(config["target_parameters"])
+    found = logits_of(AutoModelForImageTextToText, base, tmp_path / "out")
+    torch.testing.assert_close(found, logits_of(AutoModelForCausalLM, base, adapter), atol=1e-5, rtol=1e-5)
+    assert float((found - logits_of(AutoModelForImageTextToText, base, None)).abs().max()) > 0.1
+
+
 def test_an_expression_becomes_names_for_servers(
     base_of: Callable[[str], Path], adapter_of: Callable[..., Path], tmp_path: Path
 ) -> None:

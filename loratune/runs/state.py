@@ -99,18 +99,16 @@ def next_command(output: Path, state: str) -> Command | None:
     return loratune("no checkpoint was written; start anew with", "sft", flags | {"--overwrite": True})
 
 
-def serving_command(output: Path) -> Command:
+def serving_command(output: Path) -> Command | None:
     """Return the command that prepares the adapter of a finished run for vLLM, merged if vLLM cannot serve it.
 
     Args:
-        output: run folder.
-
-    Raises:
-        LoratuneError: its record cannot be read.
+        output: run folder; None is returned if it is no longer there.
     """
+    if not (output / MANIFEST).is_file():
+        return None
+    flags: dict[str, object] = {"--adapter": output}
     place = free_place(output.with_name(f"{output.name}-vllm"))
     if is_served(run_record(output, read_manifest(output)).lora, "vllm"):
-        return loratune("for vLLM", "export", {"--adapter": output, "--format": "vllm", "--output": place})
-    return loratune(
-        "for vLLM, which cannot serve this adapter beside its base", "merge", {"--adapter": output, "--output": place}
-    )
+        return loratune("for vLLM", "export", flags | {"--format": "vllm", "--output": place})
+    return loratune("for vLLM, which serves this adapter only merged", "merge", flags | {"--output": place})

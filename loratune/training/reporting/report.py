@@ -110,7 +110,8 @@ def show_report(report: Report) -> None:
     for sentence in health.sentences:
         console.warn(sentence)
     console.next_step(str(next_command(Path(report.output), "finished")))
-    console.next_step(str(serving_command(Path(report.output))))
+    if serving := serving_command(Path(report.output)):
+        console.next_step(str(serving))
 
 
 def _answer_rows(answers: Answers | None) -> list[tuple[str, str]]:
