@@ -105,7 +105,8 @@ class ForeignFile:
     def has_exchanged_sides(self) -> bool:
         """Whether LoRA on stacks has inputs and outputs exchanged, as PEFT had them before 0.19."""
         for name, one in self.lora.items():
-            stack = self.stack_of(one.module, one.inner)
+            is_on_stack = self.places.get(one.module) == ()
+            stack = self.stack_of(one.module, one.inner) if is_on_stack else None
             sides = sides_of(stack, self.places[stack], self.hidden) if stack else None
             axis = 1 if one.side == "A" else 0
             if sides and sides[0] != sides[1] and len(self.shapes[name]) == 2:

@@ -51,15 +51,15 @@ def in_peft_layout(folder: Path, base: Mapping[str, Sequence[int]]) -> Path:
     Raises:
         LoratuneError: the layout is none that loratune reads, or its tensors do not fit together.
     """
-    path = folder / WEIGHTS_FILE
     try:
         shapes = tensor_shapes(folder)
     except LoratuneError:
         return folder
     file = ForeignFile.of(folder, shapes, base)
-    if file.is_peft_s:
+    if file.is_peft_s or not (folder / CONFIG_FILE).is_file():
         return folder
-    key = (folder.absolute(), path.stat().st_mtime_ns, path.stat().st_size, hash(frozenset(base)))
+    stats = [place.stat() for place in (folder / WEIGHTS_FILE, folder / CONFIG_FILE)]
+    key = (folder.absolute(), *((stat.st_mtime_ns, stat.st_size) for stat in stats), hash(frozenset(base)))
     if key not in _translated:
         prefix = renamed_prefix(file.sizes, file.places, folder)
         if prefix is None and file.has_peft_s_names:
@@ -163,9 +163,8 @@ def _config(
 ) -> dict[str, Any]:
     """Return the config with the names and ranks of what is written."""
     own = {one.module: targets[name] for name, one in file.lora.items() if not one.matrix.is_share}
-    stacks = {
-        replaced(name, prefix[::-1]) or name: name for name, shape in file.places.items() if len(shape) == 3
-    }  # as the file would name them
+    # As the file would name them, since its config does.
+    stacks = {replaced(name, prefix[::-1]) or name: name for name, shape in file.places.items() if len(shape) == 3}
     endings = tuple(f".{name}" for name in values.get("target_parameters") or ())
     adapted = {name: stack for name, stack in stacks.items() if endings and f".{name}".endswith(endings)}
     named = {name: target for name, target in (own | adapted).items() if file.places[target]}
