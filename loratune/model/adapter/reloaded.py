@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -57,7 +58,9 @@ def own_logits(base: Path, adapter: Path) -> Logits:
     Raises:
         LoratuneError: the base cannot be loaded, or the adapter does not fit it.
     """
-    return _logits(load_adapter(load_plain(base), adapter))
+    logits = _logits(load_adapter(load_plain(base), adapter))
+    gc.collect()  # a model with hooks refers to itself, and another one needs its memory
+    return logits
 
 
 def reloaded_logits(base: Path, adapter: Path, auto: Any) -> Logits:
