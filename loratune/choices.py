@@ -5,7 +5,9 @@ Nothing else is imported, since every help page needs them.
 
 from typing import Any, Literal, TypeAlias, get_args
 
-ExportFormat: TypeAlias = Literal["gguf", "ollama", "vllm", "adapter", "bnb4"]
+ExportFormat: TypeAlias = Literal["gguf", "ollama", "vllm", "sglang", "adapter", "bnb4"]
+ServerName: TypeAlias = Literal["vllm", "sglang"]
+"""A program that serves an adapter beside its base."""
 GgufType: TypeAlias = Literal["f32", "f16", "bf16", "q8_0"]
 """Of a GGUF file's matrices."""
 Dtype: TypeAlias = Literal["bfloat16", "float16", "float32"]

@@ -18,12 +18,12 @@ from transformers import AutoModelForCausalLM
 from typer.testing import Result
 
 from loratune.commands import Command, free_place, loratune
-from loratune.delivery.export.vllm.plan import check_for_vllm
+from loratune.delivery.export.servers.plan import check_for
 from loratune.errors import Exit
 from loratune.model.files import check_base
 from loratune.recipe.loading import load_recipe
 from loratune.runs.manifest import Manifest, read_manifest, write_manifest
-from loratune.runs.state import next_command
+from loratune.runs.state import next_command, serving_command
 from loratune.runs.status import set_status
 from loratune.runs.tokenizer_files import copy_tokenizer_files
 from loratune.training import failures
@@ -69,7 +69,12 @@ def check_foreign(words: list[str]) -> None:
         check_base(Path(words[2]))
         if "--lora-modules" in words:
             module = words[words.index("--lora-modules") + 1]
-            assert check_for_vllm(Path(module.partition("=")[2])).problems == []
+            assert check_for("vllm", Path(module.partition("=")[2])).problems == []
+    elif words[:3] == ["python", "-m", "sglang.launch_server"]:
+        check_base(Path(words[words.index("--model-path") + 1]))
+        if "--lora-paths" in words:
+            module = words[words.index("--lora-paths") + 1]
+            assert check_for("sglang", Path(module.partition("=")[2])).problems == []
     elif words[:2] == ["ollama", "create"]:
         assert re.fullmatch(r"[a-z0-9_][a-z0-9_.-]{0,79}", words[2])
         source = re.match(r"FROM (.*)", Path(words[4]).read_text(encoding="utf-8"))
@@ -139,6 +144,17 @@ def test_what_vllm_refuses_is_merged_and_what_it_takes_is_served(
     assert run_advice(cli, done, {}, 1) == ["loratune merge", "vllm serve"]
 
 
+@pytest.mark.parametrize("kind", ["plain", "rslora"])
+def test_sglang_is_advised_as_vllm_is(cli: CLI, adapter: Callable[..., Path], tmp_path: Path, kind: str) -> None:
+    done = cli("export", "--adapter", adapter(**KINDS[kind]), "--format", "sglang", "--output", tmp_path / "out")
+    if kind == "plain":
+        assert done.exit_code == 0, done.stderr
+        check_foreign(shlex.split(done.stdout))
+        return
+    assert done.exit_code == Exit.MODEL, done.stderr
+    assert run_advice(cli, done, {}, 1) == ["loratune merge", "python -m"]
+
+
 @pytest.mark.parametrize("target", ["gguf", "ollama", "adapter", "bnb4"])
 def test_what_a_success_names_next_is_not_refused(
     cli: CLI, adapter: Callable[..., Path], tmp_path: Path, target: str
@@ -157,6 +173,11 @@ def test_a_merge_and_a_run_name_commands_that_run(cli: CLI, short_run: Path, tmp
     assert done.exit_code == 0, done.stderr
     assert run_advice(cli, done, {}) == ["loratune infer", "vllm serve"]
     assert run_advice(cli, cli("runs", "show", short_run), {}) == ["loratune infer"]
+    serving = serving_command(short_run)
+    assert serving
+    assert serving.words[:6] == ("loratune", "export", "--adapter", str(short_run), "--format", "vllm")
+    assert cli(*serving.words[1:]).exit_code == 0
+    assert serving_command(tmp_path / "no run") is None
 
 
 def test_an_upload_after_a_dry_run_is_the_same_command_with_what_it_needs(

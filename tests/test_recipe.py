@@ -628,6 +628,10 @@ def test_a_good_recipe_gets_no_advice() -> None:
         ({"lora": {"rank": 32, "alpha": 64}}, "--max-lora-rank 32"),
         ({"lora": {"rank": 20, "alpha": 40}}, "--max-lora-rank 32"),  # vLLM takes no 20
         ({"lora": {"rank": 600, "alpha": 1200}}, "has to be merged"),
+        ({"lora": {"use_dora": True}}, "lora.use_dora: vLLM and SGLang cannot serve such an adapter; merge it"),
+        ({"lora": {"use_rslora": True}}, "lora.use_rslora: SGLang cannot serve"),
+        ({"lora": {"bias": "all"}}, "lora.bias all: vLLM and SGLang"),
+        ({"lora": {"modules_to_save": ["head"]}}, "lora.modules_to_save: vLLM and SGLang"),
         ({"training": {"learning_rate": 1e-5}}, "training.learning_rate 1e-05 is below 5e-5"),
         ({"training": {"learning_rate": 0.1}}, "above 5e-3"),
         (

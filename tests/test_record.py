@@ -15,6 +15,7 @@ from loratune.recipe.loading import load_written_recipe
 from loratune.recipe.sections import Recipe
 from loratune.runs import report as reports
 from loratune.runs import verification as verifications
+from loratune.runs.exported import GgufReadBack, ServedAdapter
 from loratune.runs.manifest import Manifest, TrainedBase, TrainedFile, TrainedTemplate, read_manifest, write_manifest
 from loratune.runs.model_check import ModelCheck
 from loratune.runs.record import RunRecord, read_record
@@ -149,8 +150,12 @@ MERGED = MergedModel(
     ),
     seconds=verifications.MergeSeconds(1.0, 2.0),
 )
-GGUF = verifications.GgufReadBack(3, 9, {"F16": 8}, ("c",), 0.0)
-EXPORTS = [ExportedFolder("gguf", "a.gguf", GGUF, PARITY), ExportedFolder("bnb4", read_back=PARITY, logits=PARITY)]
+GGUF = GgufReadBack(3, 9, {"F16": 8}, ("c",), 0.0)
+EXPORTS = [
+    ExportedFolder("gguf", "a.gguf", GGUF, PARITY),
+    ExportedFolder("bnb4", read_back=PARITY, logits=PARITY),
+    ExportedFolder("vllm", max_lora_rank=8, served=ServedAdapter("Qwen3_5ForConditionalGeneration", 4, 0.0, 1.5)),
+]
 
 
 def edit(path: Path, **others: Any) -> None:

@@ -15,9 +15,9 @@ from conftest import TINY_QWEN
 from typer.testing import Result
 
 from loratune.data.encoding.encoder import Encoder
-from loratune.delivery.export.vllm.flags import Parsers, find_parsers
-from loratune.delivery.export.vllm.reasoning import vllm_reasoning_parser
-from loratune.delivery.export.vllm.tool_calls import vllm_tool_parser
+from loratune.delivery.export.servers.flags import Parsers, find_parsers
+from loratune.delivery.export.servers.reasoning import vllm_reasoning_parser
+from loratune.delivery.export.servers.tool_calls import vllm_tool_parser
 from loratune.errors import Exit, LoratuneError
 from loratune.model.tokenizer import load_tokenizer
 from loratune.recipe.sections import PromptSettings

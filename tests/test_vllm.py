@@ -14,7 +14,7 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from loratune.delivery.export.vllm.plan import VllmAdvice, check_for_vllm, require_servable, serve_command
+from loratune.delivery.export.servers.plan import ServerAdvice, check_for, require_servable, serve_command
 from loratune.errors import Exit, LoratuneError
 from loratune.model.adapter.completeness import tensor_shapes
 from loratune.runs.opening import open_adapter
@@ -56,8 +56,8 @@ def adapter(random_qwen: Path, tmp_path: Path) -> Callable[..., Path]:
 def test_plain_adapters_are_served_with_the_next_allowed_rank(
     adapter: Callable[..., Path], settings: dict[str, Any], max_lora_rank: int
 ) -> None:
-    found = require_servable(open_adapter(adapter(**settings)), Path("out"))
-    assert found == VllmAdvice(max_lora_rank, [], [])
+    found = require_servable("vllm", open_adapter(adapter(**settings)), Path("out"))
+    assert found == ServerAdvice("vllm", max_lora_rank, [], [])
 
 
 @pytest.mark.parametrize(
@@ -75,15 +75,15 @@ def test_plain_adapters_are_served_with_the_next_allowed_rank(
 )
 def test_what_cannot_be_served_is_told(adapter: Callable[..., Path], settings: dict[str, Any], problem: str) -> None:
     with pytest.raises(LoratuneError, match=problem) as raised:
-        require_servable(open_adapter(adapter(**settings)), Path("out"))
+        require_servable("vllm", open_adapter(adapter(**settings)), Path("out"))
     assert raised.value.exit_code == Exit.MODEL
     assert "loratune merge" in str(raised.value)
-    assert len(check_for_vllm(adapter(**settings)).problems) == 1
+    assert len(check_for("vllm", adapter(**settings)).problems) == 1
 
 
 def test_all_problems_are_told_at_once(adapter: Callable[..., Path]) -> None:
     folder = adapter(use_dora=True, bias="all", r=600, target_modules=["embed_tokens", "q_proj"])
-    assert len(check_for_vllm(folder).problems) == 4
+    assert len(check_for("vllm", folder).problems) == 4
 
 
 def test_tensors_of_an_unknown_kind_are_a_problem(adapter: Callable[..., Path]) -> None:
@@ -91,7 +91,7 @@ def test_tensors_of_an_unknown_kind_are_a_problem(adapter: Callable[..., Path]) 
     tensors = load_file(folder / "adapter_model.safetensors")
     name = "base_model.model.model.layers.0.self_attn.q_proj.lora_magnitude_vector"
     save_file(tensors | {name: next(iter(tensors.values())).clone()}, folder / "adapter_model.safetensors")
-    assert check_for_vllm(folder).problems == [f"1 tensors that are not LoRA, first {name}"]
+    assert check_for("vllm", folder).problems == [f"1 tensors that are not LoRA, first {name}"]
 
 
 @pytest.mark.parametrize(
@@ -107,7 +107,7 @@ def test_what_a_config_alone_tells_is_a_problem(
     folder = adapter()
     config = json.loads((folder / "adapter_config.json").read_text())
     (folder / "adapter_config.json").write_text(json.dumps(config | settings))
-    assert [problem in told for told in check_for_vllm(folder).problems] == [True]
+    assert [problem in told for told in check_for("vllm", folder).problems] == [True]
 
 
 @pytest.mark.parametrize(
@@ -121,7 +121,7 @@ def test_a_config_without_rank_or_alpha_is_an_error(
     config = json.loads((folder / "adapter_config.json").read_text())
     (folder / "adapter_config.json").write_text(json.dumps(config | settings))
     with pytest.raises(LoratuneError, match=problem):
-        check_for_vllm(folder)
+        check_for("vllm", folder)
 
 
 def test_modules_of_other_architectures_are_warned_of(adapter: Callable[..., Path]) -> None:
@@ -129,7 +129,7 @@ def test_modules_of_other_architectures_are_warned_of(adapter: Callable[..., Pat
     tensors = load_file(folder / "adapter_model.safetensors")
     renamed = {name.replace("q_proj", "query_key_value"): tensor for name, tensor in tensors.items()}
     save_file(renamed, folder / "adapter_model.safetensors")
-    advice = check_for_vllm(folder)
+    advice = check_for("vllm", folder)
     assert not advice.problems
     assert "query_key_value" in advice.warnings[0]
 
@@ -138,11 +138,11 @@ def test_a_damaged_adapter_is_an_error(adapter: Callable[..., Path]) -> None:
     folder = adapter()
     (folder / "adapter_model.safetensors").write_bytes(b"12345678")
     with pytest.raises(LoratuneError, match="damaged: Error while deserializing header"):
-        check_for_vllm(folder)
+        check_for("vllm", folder)
 
 
 def test_the_command_is_quoted_for_a_shell() -> None:
-    command = serve_command("Qwen/Qwen2.5-7B-Instruct", "faq", Path("out/my faq"), VllmAdvice(32, [], []))
+    command = serve_command("Qwen/Qwen2.5-7B-Instruct", "faq", Path("out/my faq"), ServerAdvice("vllm", 32, [], []))
     assert shlex.split(command.line) == [
         "vllm", "serve", "Qwen/Qwen2.5-7B-Instruct", "--enable-lora", "--lora-modules", "faq=out/my faq",
         "--max-lora-rank", "32",
@@ -151,7 +151,7 @@ def test_the_command_is_quoted_for_a_shell() -> None:
 
 def test_the_command_takes_a_template_and_paths_with_signs_of_its_own() -> None:
     template = Path("out/chat_template.jinja")
-    words = shlex.split(serve_command("base", "faq", Path("out/a=1,b"), VllmAdvice(8, [], []), template).line)
+    words = shlex.split(serve_command("base", "faq", Path("out/a=1,b"), ServerAdvice("vllm", 8, [], []), template).line)
     assert json.loads(words[5]) == {"name": "faq", "path": "out/a=1,b"}
     assert words[-2:] == ["--chat-template", "out/chat_template.jinja"]
 

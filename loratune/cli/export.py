@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, get_args
 
 import typer
 
 from loratune import console
-from loratune.choices import ExportFormat, GgufType, listed
+from loratune.choices import ExportFormat, GgufType, ServerName, listed
 from loratune.cli.flags import (
     Adapter,
     DryRun,
@@ -28,8 +28,9 @@ from loratune.model.architecture.families import GGUF_ARCHITECTURES
 
 DETAILS = f"""\
 gguf and ollama: one file for llama.cpp and compatible programs, with a Modelfile for Ollama. bnb4: 4-bit safetensors.
-These take a merged model, or an adapter, which is merged and verified first. vllm: the adapter, checked against vLLM's
-limits, and the command to serve it. adapter: a clean PEFT folder with a model card, for sharing.
+These take a merged model, or an adapter, which is merged and verified first. vllm and sglang: the adapter with the
+names of the class that servers load, checked against the server's limits and loaded in that class, and the command to
+serve it. adapter: a clean PEFT folder with the names of the training and a model card, for sharing.
 
 Architectures for GGUF, in llama.cpp's names: {", ".join(GGUF_ARCHITECTURES)}.
 llama.cpp's convert_hf_to_gguf.py converts merged models of others.
@@ -94,7 +95,7 @@ def command(
     with push(destination, output, not public, dry_run):
         verification, further = export(source, output, options)
         console.say(f"export: {output}", style="bold")
-        if format == "vllm" and not json:
+        if format in get_args(ServerName) and not json:
             console.write_result(further.line)
         elif format != "adapter" or destination is None:  # otherwise this command uploads it
             console.next_step(str(further))

@@ -5,10 +5,12 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
+from loratune.choices import ServerName
 from loratune.commands import Command, free_place, loratune
 from loratune.delivery.export.rehearsal import check_merge
 from loratune.delivery.merge.job import MergeOptions
 from loratune.errors import refusal
+from loratune.model.adapter.other_layouts import in_peft_layout
 from loratune.model.adapter.tensors import check_fits
 from loratune.model.architecture.file_layout import parameter_infos
 from loratune.model.files import QuantizedFolderError, find_base, weight_files
@@ -21,22 +23,31 @@ FULL_PRECISION = {"MODEL": "the folder of its base in full precision"}
 BASE = {"MODEL": "the folder of its base"}
 
 
+SERVE: dict[ServerName, tuple[str, ...]] = {
+    "vllm": ("vllm", "serve"),
+    "sglang": ("python", "-m", "sglang.launch_server", "--model-path"),
+}
+"""How a server is given a model."""
+
+
 def instead_of_serving(
-    source: AdapterSource, output: Path, model: str | None, force: bool
+    source: AdapterSource, output: Path, model: str | None, force: bool, server: ServerName = "vllm"
 ) -> tuple[str, list[Command]]:
-    """Suggest how to serve an adapter that vLLM cannot serve unmerged.
+    """Suggest how to serve an adapter that a server cannot serve unmerged.
 
     Args:
         source: the adapter.
         output: output folder of the failed export.
         model: location of its base, if given.
         force: accept a different base, or a changed adapter.
+        server: the server.
 
     Returns:
         A sentence, and the commands.
     """
     place = free_place(output)
-    options, served = MergeOptions(model=model, force=force), Command("then serve it", ("vllm", "serve", str(place)))
+    options = MergeOptions(model=model, force=force)
+    served = Command("then serve it", (*SERVE[server], str(place)))
     why = refusal(lambda: check_merge(source, place, options))
     if why is None:
         return "merge it into its base, and serve the merged model", [
@@ -67,4 +78,4 @@ def _check_fits(source: AdapterSource, model: str | None, force: bool) -> None:
     paths = weight_files(base)
     check_same_base(source, settings.base, base, paths, force)
     shapes = {name: info.shape for name, info in parameter_infos(base).items()}
-    check_fits(source.adapter, shapes, head_is_tied(base))
+    check_fits(in_peft_layout(source.adapter, shapes), shapes, head_is_tied(base))

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from loratune.data.encoding.encoder import Encoder
 from loratune.errors import Exit, LoratuneError, counted
+from loratune.model.adapter.other_layouts import in_peft_layout
 from loratune.model.adapter.own_parameters import BASE, own_parameters
 from loratune.model.adapter.tensors import check_fits
 from loratune.model.architecture.file_layout import parameter_infos
@@ -135,7 +136,7 @@ def _with_adapters(
 
 def _check_fits(source: AdapterSource, folder: Path) -> None:
     shapes = {name: info.shape for name, info in parameter_infos(folder).items()}
-    check_fits(source.adapter, shapes, head_is_tied(folder))
+    check_fits(in_peft_layout(source.adapter, shapes), shapes, head_is_tied(folder))
 
 
 def _short_name(base: str) -> str:

@@ -107,15 +107,19 @@ def _described(path: Path) -> tuple[str, dict[str, Any]]:
     return kind, values
 
 
-def empty_model(config: ModelConfig) -> CausalModel:
+def empty_model(config: ModelConfig, auto: Any = None) -> CausalModel:
     """A causal language model of a config's sizes that takes no memory.
+
+    Args:
+        config: the config.
+        auto: transformers' class that makes it; by default that of `auto_class`.
 
     Raises:
         Exception: of any type, if no model can be built from the config.
     """
     # Drawing starting values of nothing is most of the work otherwise: torch takes it apart in Python on "meta".
     with torch.device("meta"), no_init_weights():
-        model: CausalModel = auto_class(type(config)).from_config(config)
+        model: CausalModel = (auto or auto_class(type(config))).from_config(config)
     return model
 
 

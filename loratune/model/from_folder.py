@@ -18,12 +18,13 @@ from loratune.model.weights.tensor_files import TensorFiles
 from loratune.protocols import CausalModel, ModelConfig
 
 
-def load_from_folder(folder: Path, is_quantized: bool = False, **options: Any) -> CausalModel:
+def load_from_folder(folder: Path, is_quantized: bool = False, auto: Any = None, **options: Any) -> CausalModel:
     """A causal language model, frozen.
 
     Args:
         folder: model folder.
         is_quantized: whether loratune has quantised the weights.
+        auto: see `empty_model`.
         options: arguments of `from_pretrained`.
 
     Raises:
@@ -37,7 +38,7 @@ def load_from_folder(folder: Path, is_quantized: bool = False, **options: Any) -
     if not is_quantized:
         _check_shapes(folder, config)
     try:
-        model, info = auto_class(type(config)).from_pretrained(
+        model, info = (auto or auto_class(type(config))).from_pretrained(
             folder,
             config=config,
             generation_config=load_generation_config(folder),

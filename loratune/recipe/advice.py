@@ -2,35 +2,25 @@
 
 from __future__ import annotations
 
-from loratune.recipe.sections import Recipe, TrainingSettings, adapts_experts
+from loratune.choices import ServerName
+from loratune.recipe.sections import LoraSettings, Recipe, TrainingSettings, adapts_experts
+from loratune.recipe.servers import INSTEAD, SERVERS, Part, max_lora_rank, unserved
 
-# Values that vLLM's --max-lora-rank accepts; newer versions also accept 1.
-MAX_LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
-DEFAULT_MAX_LORA_RANK = 16
-
-
-def max_lora_rank(rank: int) -> int | None:
-    """Return the smallest valid --max-lora-rank of vLLM for a rank; None if the rank is too large."""
-    return next((allowed for allowed in MAX_LORA_RANKS if allowed >= rank), None)
+VLLM = SERVERS["vllm"]
 
 
 def advise(recipe: Recipe) -> list[str]:
     """Return one sentence of advice for each risky setting."""
-    return [*_advise_lora(recipe), *_advise_experts(recipe), *_advise_training(recipe)]
+    return [*_advise_lora(recipe), *_advise_experts(recipe), *_advise_serving(recipe), *_advise_training(recipe)]
 
 
 def _advise_experts(recipe: Recipe) -> list[str]:
-    if not adapts_experts(recipe.lora):
+    if not adapts_experts(recipe.lora) or recipe.training.gradient_checkpointing is not None:
         return []
-    advice = [
-        "lora.target_modules experts: the adapter has no dropout, and most servers do not load it, so merge it",
+    return [
+        "lora.target_modules experts: gradient checkpointing is on, because the changed matrices of all experts would "
+        "be kept for the backward pass otherwise"
     ]
-    if recipe.training.gradient_checkpointing is None:
-        advice.append(
-            "lora.target_modules experts: gradient checkpointing is on, because the changed matrices of all experts "
-            "would be kept for the backward pass otherwise"
-        )
-    return advice
 
 
 def _advise_lora(recipe: Recipe) -> list[str]:
@@ -45,17 +35,45 @@ def _advise_lora(recipe: Recipe) -> list[str]:
             f"lora.rank {lora.rank} is above 64: it costs memory and overfits small data, and alpha / rank shrinks "
             "the update; try 8 to 64, or lora.use_rslora true"
         )
-    if lora.rank > MAX_LORA_RANKS[-1]:
+    return advice
+
+
+def _advise_serving(recipe: Recipe) -> list[str]:
+    lora, advice = recipe.lora, []
+    if lora.rank > VLLM.ranks[-1]:
         advice.append(
-            f"lora.rank {lora.rank} is above {MAX_LORA_RANKS[-1]}, the most that vLLM can serve as an adapter: it has "
-            "to be merged"
+            f"lora.rank {lora.rank} is above {VLLM.ranks[-1]}, the most that vLLM can serve as an adapter: it has to "
+            "be merged"
         )
-    elif lora.rank > DEFAULT_MAX_LORA_RANK:
+    elif VLLM.default_rank and lora.rank > VLLM.default_rank:
         advice.append(
             f"lora.rank {lora.rank} is above vLLM's default limit: serve it there with --max-lora-rank "
             f"{max_lora_rank(lora.rank)}"
         )
+    for setting, part in chosen_parts(lora).items():
+        if servers := unserved(part):
+            advice.append(f"{setting}: {' and '.join(servers)} cannot serve such an adapter; {INSTEAD}")
     return advice
+
+
+def chosen_parts(lora: LoraSettings) -> dict[str, Part]:
+    """Return setting → part, of the parts that a recipe gives an adapter beside LoRA on projections."""
+    chosen = {
+        "lora.use_dora": (Part.DORA, lora.use_dora),
+        "lora.use_rslora": (Part.RSLORA, lora.use_rslora),
+        f"lora.bias {lora.bias}": (Part.BASE_BIASES, lora.bias != "none"),
+        "lora.target_modules experts": (Part.STACKS, adapts_experts(lora)),
+        "lora.modules_to_save": (Part.WHOLE_MODULES, bool(lora.modules_to_save)),
+    }
+    return {setting: part for setting, (part, is_chosen) in chosen.items() if is_chosen}
+
+
+def is_served(lora: LoraSettings, server: ServerName) -> bool:
+    """Return whether a server serves the adapter of a recipe, as far as the recipe tells."""
+    answers = SERVERS[server].answers
+    return max_lora_rank(lora.rank, server) is not None and all(
+        answers[part].is_served for part in chosen_parts(lora).values()
+    )
 
 
 def _advise_training(recipe: Recipe) -> list[str]:

@@ -75,13 +75,14 @@ def has_card(folder: Path) -> bool:
         return False
 
 
-def write_card(folder: Path, record: RunRecord, base_folder: str | None = None) -> None:
+def write_card(folder: Path, record: RunRecord, base_folder: str | None = None, model_class: str | None = None) -> None:
     """Write README.md with the metadata that model hubs read.
 
     Args:
         folder: the adapter's folder.
         record: record of its run.
         base_folder: folder of the base in training.
+        model_class: transformers' class whose modules the adapter names, if the base has several.
     """
     targets = record.lora.target_modules
     quantization = record.model.quantization
@@ -97,7 +98,7 @@ def write_card(folder: Path, record: RunRecord, base_folder: str | None = None) 
     # The texts are private, but users of the adapter have to know that they exist.
     needed += ["the system prompt of the training"] if prompt.system else []
     needed += ["its instruction prefix"] if prompt.instruction_prefix else []
-    advice = f"; the prompt must be made with {' and '.join(needed)}"
+    advice = f"{_on(model_class)}; the prompt must be made with {' and '.join(needed)}"
     _write(folder, record.name, (record.model.base, base_folder), "trained", rows, advice)
 
 
@@ -106,20 +107,32 @@ def _arguments(prompt: PromptSettings) -> dict[str, Any]:
     return prompt.template_arguments if prompt.template == "chat" else {}
 
 
-def write_plain_card(folder: Path, name: str, config: dict[str, Any]) -> None:
+def write_plain_card(folder: Path, name: str, config: dict[str, Any], model_class: str | None = None) -> None:
     """Write README.md for an adapter without a run.
 
     Args:
         folder: the adapter's folder.
         name: title of the card.
         config: its adapter_config.json.
+        model_class: see `write_card`.
     """
     targets = config.get("target_modules") or []
     rows = {
         "rank, alpha": f"{config.get('r')}, {config.get('lora_alpha')}",
         "targets": targets if isinstance(targets, str) else ", ".join(sorted(targets)),
     }
-    _write(folder, name, (str(config.get("base_model_name_or_path") or "an unnamed base"), None), "exported", rows, "")
+    _write(
+        folder,
+        name,
+        (str(config.get("base_model_name_or_path") or "an unnamed base"), None),
+        "exported",
+        rows,
+        _on(model_class),
+    )
+
+
+def _on(model_class: str | None) -> str:
+    return f", where `base_model` is a `{model_class}`" if model_class else ""
 
 
 def write_merged_card(folder: Path, name: str, base: str, base_folder: str | None) -> None:

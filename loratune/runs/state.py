@@ -5,9 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from loratune.commands import Command, loratune
+from loratune.commands import Command, free_place, loratune
 from loratune.errors import Exit, LoratuneError
 from loratune.plain_files import require_folder
+from loratune.recipe.advice import is_served
 from loratune.runs.base_check import how_checked
 from loratune.runs.checkpoint import checkpoint_steps
 from loratune.runs.folder import ADAPTER, CHECKPOINTS, MANIFEST, RECIPE, STATUS, read_metrics
@@ -96,3 +97,18 @@ def next_command(output: Path, state: str) -> Command | None:
     if checkpoint_steps(output / CHECKPOINTS):
         return loratune("go on with", "sft", flags | {"--resume": True})
     return loratune("no checkpoint was written; start anew with", "sft", flags | {"--overwrite": True})
+
+
+def serving_command(output: Path) -> Command | None:
+    """Return the command that prepares the adapter of a finished run for vLLM, merged if vLLM cannot serve it.
+
+    Args:
+        output: run folder; None is returned if it is no longer there.
+    """
+    if not (output / MANIFEST).is_file():
+        return None
+    flags: dict[str, object] = {"--adapter": output}
+    place = free_place(output.with_name(f"{output.name}-vllm"))
+    if is_served(run_record(output, read_manifest(output)).lora, "vllm"):
+        return loratune("for vLLM", "export", flags | {"--format": "vllm", "--output": place})
+    return loratune("for vLLM, which serves this adapter only merged", "merge", flags | {"--output": place})

@@ -13,6 +13,7 @@ from loratune.errors import Exit, LoratuneError
 from loratune.plain_files import read_json
 from loratune.recipe.sections import PromptSettings
 from loratune.runs.card import has_card
+from loratune.runs.exported import GgufReadBack, ServedAdapter
 from loratune.runs.file_hashes import Records, are_records
 from loratune.runs.folder import PROGRAM, SEALED_BY, VERIFICATION, has_changed, with_seal
 from loratune.runs.typed_json import as_typed, require_version
@@ -167,20 +168,6 @@ class MergedModel:
 
 
 @dataclass(frozen=True)
-class GgufReadBack:
-    """What a GGUF file that was read again holds."""
-
-    tensors: int
-    tokens: int
-    """Of the vocabulary."""
-    bytes_by_type: Mapping[str, int]
-    fallbacks: tuple[str, ...]
-    """Tensors that stay f16 since q8_0 cannot hold their rows."""
-    largest_difference: float
-    """Of two weights."""
-
-
-@dataclass(frozen=True)
 class ExportedFolder:
     """What is said of an export; None for what its format has not. `logits` are beside the merged model's."""
 
@@ -192,6 +179,7 @@ class ExportedFolder:
     max_lora_rank: int | None = None
     tool_call_parser: str | None = None
     reasoning_parser: str | None = None
+    served: ServedAdapter | None = None
 
 
 Proved = TypeVar("Proved", bound="MergedModel | ExportedFolder")

@@ -6,30 +6,37 @@ import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 from loratune import console
-from loratune.choices import ExportFormat
+from loratune.choices import ExportFormat, ServerName
 from loratune.commands import Command
 from loratune.data.encoding.encoder import Encoder
+from loratune.delivery.advice import SERVE
 from loratune.delivery.export.adapter_folder import export_adapter
 from loratune.delivery.export.comparison import SAME, FileProof, require_same
 from loratune.delivery.export.job import Export, ExportOptions
 from loratune.delivery.export.rehearsal import rehearse
-from loratune.delivery.export.vllm.flags import find_parsers
-from loratune.delivery.export.vllm.plan import require_servable, serve_command
+from loratune.delivery.export.servers.flags import find_parsers
+from loratune.delivery.export.servers.plan import require_servable, serve_command
+from loratune.delivery.export.servers.proof import NOT_HERE, prove_served, show_served
 from loratune.delivery.merge.job import Job
 from loratune.delivery.merge.merge import carry_out
+from loratune.delivery.merge.sources import base_here
 from loratune.delivery.template import about_the_date
 from loratune.delivery.verification.parity import compare_models
 from loratune.delivery.verification.proof import probe_rows
 from loratune.delivery.verification.report import parity_text, show_verification
 from loratune.errors import Exit, LoratuneError, counted, reason_of, refusal
+from loratune.model.architecture.served_class import ServedClass, served_class
 from loratune.model.files import check_base
 from loratune.model.memory import free_main_memory_bytes
 from loratune.model.tokenizer import load_tokenizer
 from loratune.model.weights.mapped import load_mapped
 from loratune.model.weights.quantized_folder import load_quantized, write_quantized
+from loratune.recipe.servers import SERVERS
+from loratune.runs.exported import ServedAdapter
 from loratune.runs.folder import VERIFICATION
 from loratune.runs.intact import recorded_files
 from loratune.runs.opening import AdapterSource, base_settings, merged_prompt
@@ -89,33 +96,66 @@ def _merged(job: Export, merge: Job | None) -> Iterator[Path]:
 
 
 def _export_adapter(job: Export) -> Exported:
-    source = _source(job)
-    if export_adapter(source, job.folder, job.options.model, job.options.force):
+    source, options = _source(job), job.options
+    base, served = _base_here(job, source)
+    trained = served.as_trained if served else None
+    model_class = served.trained if served and served.has_own_names else None
+    if export_adapter(source, job.folder, options.model, options.force, model_class=model_class):
         console.warn("the chat template holds the training's prompt settings, the system prompt's text among them")
+    if served and served.has_own_names:
+        console.warn(
+            f"the adapter is for {served.trained}, the language model alone, as in its training. Programs that load "
+            f"{served.name}, as servers do, apply nothing of it; --format vllm writes the names of that class"
+        )
+    proved = _proved(job, source, base, trained)
     # The folder is there by then.
     further = job.command("give it away", job.output, push=f"hf:ORG/{job.hub_name}", overwrite=True)
-    return ExportedFolder(job.options.format), further
+    return ExportedFolder(options.format, served=proved), further
 
 
-def _export_for_vllm(job: Export) -> Exported:
-    source = _source(job)
-    advice = require_servable(source, job.output, job.options.model, job.options.force)
-    base = base_settings(source, job.options.model).base
+def _export_for_server(server: ServerName, job: Export) -> Exported:
+    source, options = _source(job), job.options
+    here, served = _base_here(job, source)
+    advice = require_servable(server, source, job.output, options.model, options.force, served)
+    base = base_settings(source, options.model).base
     for warning in advice.warnings:
         console.warn(warning)
-    has_own_template = export_adapter(source, job.folder, job.options.model, job.options.force)
+    model_class = served.name if served and served.has_own_names else None
+    has_own_template = export_adapter(source, job.folder, options.model, options.force, served, model_class)
+    if here is None:
+        console.warn(NOT_HERE)
+    proved = _proved(job, source, here, served)
     template = job.output / "chat_template.jinja" if has_own_template else None
-    parsers = find_parsers(job.folder, base, source)
+    parsers = find_parsers(job.folder, base, source, server)
     command = serve_command(base, job.name, job.output, advice, template, parsers.flags)
     if trained_day := source.trained_day:
-        console.warn(about_the_date("vLLM writes", trained_day))
+        console.warn(about_the_date(f"{SERVERS[server].title} writes", trained_day))
     exported = ExportedFolder(
-        job.options.format,
+        options.format,
         max_lora_rank=advice.max_lora_rank,
         tool_call_parser=parsers.tools,
         reasoning_parser=parsers.reasoning,
+        served=proved,
     )
     return exported, command
+
+
+def _base_here(job: Export, source: AdapterSource) -> tuple[Path | None, ServedClass | None]:
+    """Return the folder of an adapter's base, if it is on this machine, and what servers load of it."""
+    try:
+        found = base_here(source, job.options.model)
+        return (found[1], served_class(found[1])) if found else (None, None)
+    except LoratuneError:  # the checks of the export tell it with the others
+        return None, None
+
+
+def _proved(job: Export, source: AdapterSource, base: Path | None, served: ServedClass | None) -> ServedAdapter | None:
+    """Prove an exported adapter, if its base is on this machine."""
+    if base is None or served is None:
+        return None
+    proved = prove_served(source, job.folder, base, served)
+    show_served(proved)
+    return proved
 
 
 def _export_gguf(job: Export, model: Path) -> Exported:
@@ -220,18 +260,19 @@ def _rows(job: Export, model: Path) -> list[ProbeRow]:
 def _source(job: Export) -> AdapterSource:
     if job.source is None:
         model, options = job.options.model or "", job.options
-        is_served = options.format == "vllm" and refusal(lambda: check_base(Path(model))) is None
-        raise LoratuneError(
-            f"--format {options.format} takes an adapter; give it with --adapter",
-            Exit.USAGE,
-            [Command("a merged model is served as it is", ("vllm", "serve", model))] if is_served else [],
-        )
+        server: ServerName | None = next((name for name in SERVERS if name == options.format), None)
+        if server and refusal(lambda: check_base(Path(model))) is None:
+            advice = [Command("a merged model is served as it is", (*SERVE[server], model))]
+        else:
+            advice = []
+        raise LoratuneError(f"--format {options.format} takes an adapter; give it with --adapter", Exit.USAGE, advice)
     return job.source
 
 
 FROM_ADAPTER: dict[ExportFormat, Callable[[Export], Exported]] = {
     "adapter": _export_adapter,
-    "vllm": _export_for_vllm,
+    "vllm": partial(_export_for_server, "vllm"),
+    "sglang": partial(_export_for_server, "sglang"),
 }
 FROM_MODEL: dict[ExportFormat, Callable[[Export, Path], Exported]] = {
     "gguf": _export_gguf,

@@ -17,6 +17,7 @@ from loratune.errors import Exit, LoratuneError
 from loratune.model.adapter.attach import check_adapter
 from loratune.model.adapter.completeness import own_modules, tensor_shapes
 from loratune.model.adapter.files import WEIGHTS_FILE
+from loratune.model.adapter.other_layouts import in_peft_layout
 from loratune.model.adapter.tensors import check_alone
 from loratune.model.architecture.file_layout import parameter_infos
 from loratune.model.architecture.vocabulary import vocabulary_of
@@ -143,22 +144,35 @@ def training_encoder(source: AdapterSource, base: Path) -> Encoder:
     return encoder
 
 
+def base_here(source: AdapterSource, model: str | None) -> tuple[str, Path] | None:
+    """Return the name and the folder of an adapter's base; None if it would have to be downloaded, or is unknown."""
+    try:
+        name = base_settings(source, model).base
+    except LoratuneError:  # a plain adapter whose base is not on this machine
+        name = model or ""
+    if model is not None or name == TINY_QWEN or (name and is_folder(Path(name).expanduser())):
+        return name, find_base(ModelSettings(base=name))
+    return None
+
+
 def check_where_possible(source: AdapterSource, model: str | None, force: bool) -> list[str]:
     """Check an adapter like `check_pair`, as far as possible without downloading its base.
 
     Without a base, the adapter's tensors are only compared with its config.
     """
-    try:
-        name = base_settings(source, model).base
-    except LoratuneError:  # a plain adapter whose base is not on this machine
-        name = ""
-    if model is not None or name == TINY_QWEN or (name and is_folder(Path(name).expanduser())):
-        base = find_base(ModelSettings(base=name))
+    if found := base_here(source, model):
+        name, base = found
         warnings = check_pair(source, name, base, force)
         if source.manifest:
             training_encoder(source, base)
         return warnings
     modules = own_modules(tensor_shapes(source.adapter))
+    if in_peft_layout(source.adapter, modules) != source.adapter:
+        raise LoratuneError(
+            f"{source.adapter}: its tensors do not have PEFT's names; to translate them, give the base with "
+            "--base-model",
+            Exit.MODEL,
+        )
     check_alone(source.adapter, modules)
     check_adapter(source.adapter, modules)
     return [

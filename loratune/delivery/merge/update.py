@@ -15,6 +15,7 @@ import torch
 
 from loratune.errors import Exit, LoratuneError, bullet_list
 from loratune.model.adapter.files import read_config_values
+from loratune.model.adapter.other_layouts import in_peft_layout
 from loratune.model.adapter.patterns import settle_patterns
 from loratune.model.adapter.tensors import (
     PART,
@@ -125,8 +126,9 @@ def read_updates(adapter: Path, base: dict[str, TensorInfo], is_tied: bool) -> d
     if is_tied:
         embedding, head = vocabulary_of(shapes)
         shapes[head] = shapes[embedding]
-    config = settle_patterns(read_config_values(adapter), shapes, adapter)
-    tensors = read_tensors(adapter, config, shapes, is_tied, problems)
+    files = in_peft_layout(adapter, shapes)
+    config = settle_patterns(read_config_values(files), shapes, adapter)
+    tensors = read_tensors(files, config, shapes, is_tied, problems)
     updates = {target: TensorUpdate(replacement=whole) for target, whole in tensors.whole.items()}
     for target, (numbers, values) in tensors.rows.items():
         update = updates.setdefault(target, TensorUpdate())

@@ -23,6 +23,7 @@ from safetensors.torch import load_file
 from loratune.errors import Exit, LoratuneError, bullet_list
 from loratune.model.adapter.completeness import Shapes, require_complete, tensor_shapes
 from loratune.model.adapter.files import CONFIG_FILE, SETTINGS, WEIGHTS_FILE, read_config_values
+from loratune.model.adapter.other_layouts import in_peft_layout
 from loratune.model.adapter.own_parameters import own_parameters
 from loratune.model.adapter.patterns import as_expressions, settle_patterns
 from loratune.model.adapter.targets import Targets, attached_layers, check_attached, peft_targets, resolve_targets
@@ -164,9 +165,10 @@ def load_adapter(model: CausalModel, folder: Path, name: str = "default", keep_d
     own, problems = own_parameters(model), list[str]()
     base = causal_model(model)
     shapes = {parameter: tuple(values.shape) for parameter, values in own.base_parameters().items()}
-    values = settle_patterns(read_config_values(folder), shapes, folder)
+    files = in_peft_layout(folder, shapes)
+    values = settle_patterns(read_config_values(files), shapes, folder)
     config = _peft_config(values, folder)
-    tensors = read_tensors(folder, values, shapes, base.config.tie_word_embeddings, problems)
+    tensors = read_tensors(files, values, shapes, base.config.tie_word_embeddings, problems)
     if problems:
         raise LoratuneError(
             f"{folder}: the adapter does not fit the base model:\n{bullet_list(problems, limit=5)}", Exit.MODEL
@@ -204,8 +206,9 @@ def check_adapter(folder: Path, base: Shapes) -> None:
         LoratuneError: see `require_complete`; or the file is missing, damaged or contains NaN.
     """
     check_weights(folder)
-    values = settle_patterns(read_config_values(folder), base, folder)
-    require_complete(folder, _peft_config(values, folder), tensor_shapes(folder), base)
+    files = in_peft_layout(folder, base)
+    values = settle_patterns(read_config_values(files), base, folder)
+    require_complete(folder, _peft_config(values, folder), tensor_shapes(files), base)
 
 
 def load_adapter_weights(model: AdaptedModel, folder: Path) -> None:

@@ -24,6 +24,7 @@ from torch import nn
 
 from loratune.errors import Exit, LoratuneError, bullet_list, reason_of
 from loratune.model.adapter.files import NAME, SETTINGS, WEIGHTS_FILE, read_config_values
+from loratune.model.adapter.other_layouts import in_peft_layout
 from loratune.model.adapter.patterns import as_expressions, settle_patterns
 from loratune.model.adapter.peft_rows import LoraRows, merge_tokens
 from loratune.model.adapter.tensors import PREFIX, TOKENS, WRAPPER
@@ -105,11 +106,12 @@ class PeftMerge:
         layout = file_layout(model, TensorFiles(weight_files(base)).infos)
         places = {id(module): name for name, module in model.named_modules()}
         shapes = {name: tuple(values.shape) for name, values in model.named_parameters(remove_duplicate=False)}
-        state = load_file(adapter / WEIGHTS_FILE)
+        files = in_peft_layout(adapter, shapes)
+        state = load_file(files / WEIGHTS_FILE)
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
-                peft = PeftModelForCausalLM(model, _config(adapter, shapes), ADAPTER, low_cpu_mem_usage=True)
+                peft = PeftModelForCausalLM(model, _config(files, shapes), ADAPTER, low_cpu_mem_usage=True)
                 shared = _fill(peft)
                 result = set_peft_model_state_dict(peft, state, ADAPTER, low_cpu_mem_usage=True)
         except (RuntimeError, ValueError, KeyError, TypeError) as error:

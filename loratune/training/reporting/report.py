@@ -24,7 +24,7 @@ from loratune.runs.report import (
     Updates,
     ValidationLosses,
 )
-from loratune.runs.state import next_command
+from loratune.runs.state import next_command, serving_command
 from loratune.runs.versions import library_versions
 from loratune.training.callbacks import Metrics
 from loratune.training.checkpoints.keeper import CheckpointKeeper
@@ -115,6 +115,8 @@ def show_report(report: Report) -> None:
     for sentence in health.sentences:
         console.warn(sentence)
     console.next_step(str(next_command(Path(report.output), "finished")))
+    if serving := serving_command(Path(report.output)):
+        console.next_step(str(serving))
 
 
 def _answer_rows(answers: Answers | None) -> list[tuple[str, str]]:

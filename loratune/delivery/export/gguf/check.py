@@ -15,7 +15,7 @@ from loratune.choices import GgufType
 from loratune.delivery.export.gguf.file import BLOCK, DTYPES, FILE_TYPES, STEPS, ModelToWrite, choose_kind
 from loratune.delivery.export.gguf.layout import PlannedTensor
 from loratune.errors import Exit, LoratuneError
-from loratune.runs.verification import GgufReadBack
+from loratune.runs.exported import GgufReadBack
 
 REMOVED = (
     "it is not kept. See that the disk is well; if a second export ends so too, please report it with the versions "

@@ -1,1 +1,0 @@
-"""Checks whether vLLM can serve an adapter, and determines the flags."""
