@@ -44,6 +44,17 @@ class Part:
 
 
 @dataclass(frozen=True)
+class Place:
+    """Where a tensor of the files is in a parameter."""
+
+    tensor: str
+    expert: int | None = None
+    """Index along the parameter's first dimension; None if the tensor has all dimensions itself."""
+    rows: slice | None = None
+    """Rows of the parameter, or of that matrix; None if the tensor equals the parameter."""
+
+
+@dataclass(frozen=True)
 class FileLayout:
     """The mapping between parameters and tensors of the files."""
 
@@ -72,11 +83,25 @@ class FileLayout:
         parts = self.parts[parameter]
         if _is_whole(parts):
             return files.tensor(parts[0].tensor)
-        rows: dict[int | None, list[torch.Tensor]] = defaultdict(list)
-        for part in parts:
-            rows[part.expert].append(files.tensor(part.tensor))
-        joined = [torch.cat(tensors) for tensors in rows.values()]
-        return joined[0] if None in rows else torch.stack(joined)
+        experts = list(dict.fromkeys(part.expert for part in parts))
+        if None in experts:
+            return self.matrix(parameter, 0, files)
+        return torch.stack([self.matrix(parameter, int(expert or 0), files) for expert in experts])
+
+    def matrix(self, parameter: str, expert: int, files: TensorFiles) -> torch.Tensor:
+        """Return one matrix of a stack, in the files' dtype; of a single tensor, a view of the file."""
+        parts = self.parts[parameter]
+        if _is_whole(parts):
+            return files.tensor(parts[0].tensor)[expert]
+        tensors = [files.tensor(part.tensor) for part in parts if part.expert in (expert, None)]
+        return tensors[0] if len(tensors) == 1 else torch.cat(tensors)
+
+    def first_part(self, parameter: str, expert: int, files: TensorFiles) -> torch.Tensor:
+        """Return a view of the first rows of a stack's matrix: what a single tensor of the files has of it."""
+        parts = self.parts[parameter]
+        first = next(part for part in parts if part.expert in (expert, None))
+        values = files.tensor(first.tensor)
+        return values[expert] if first.expert is None else values
 
     def tensors_of(self, parameter: str) -> list[str]:
         """Return the names of a parameter's tensors."""
@@ -106,6 +131,24 @@ class FileLayout:
             LoratuneError: see `tensor_of`.
         """
         return {self.tensor_of(name): change for name, change in changes.items()}
+
+    def places(self, parameter: str, held: Mapping[str, TensorInfo]) -> list[Place]:
+        """Return which part of a parameter each of its tensors is, in order.
+
+        Args:
+            parameter: its name. Of an untied head, which the base's files lack, the name is the tensor's too.
+            held: the files' tensors.
+        """
+        parts = self.parts.get(parameter, (Part(parameter),))
+        if _is_whole(parts):
+            return [Place(parts[0].tensor)]
+        ends: dict[int | None, int] = defaultdict(int)
+        found = []
+        for part in parts:
+            start = ends[part.expert]
+            ends[part.expert] += held[part.tensor].shape[0]
+            found.append(Place(part.tensor, part.expert, slice(start, ends[part.expert])))
+        return found
 
 
 def file_layout(model: CausalModel, held: Iterable[str]) -> FileLayout:

@@ -7,6 +7,7 @@ from enum import Enum
 from typing import Any, NamedTuple
 
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 from loratune.model.architecture.structure import causal_model, decoder_of, output_layer
 from loratune.protocols import CausalModel
@@ -64,12 +65,48 @@ def linear_modules(model: CausalModel, *only: Role) -> list[str]:
 
 
 def quantised_matrices(model: CausalModel) -> set[str]:
-    """Return the names of the parameters that are quantised on loading: linear modules without the head."""
-    head = output_layer(model)
+    """Return the names of the matrices that are quantised on loading: of linear modules that are no gates.
+
+    Args:
+        model: see `module_roles`.
+    """
+    modules = dict(model.named_modules())
     return {
         f"{name}.weight"
+        for name in linear_modules(model)
+        if isinstance(modules[name], nn.Linear) and not _is_gate(model, name)
+    }
+
+
+def kept_in_16_bits(model: CausalModel) -> set[str]:
+    """Return the names of the linear modules that are not quantised: head, routers, gates, and all beside the decoder.
+
+    A gate has few values, and an error of them changes a whole layer. Modules beside the decoder read images.
+
+    Args:
+        model: see `module_roles`.
+    """
+    quantised = quantised_matrices(model)
+    return {
+        name
         for name, module in model.named_modules()
-        if isinstance(module, nn.Linear) and module is not head
+        if isinstance(module, nn.Linear | Conv1D) and f"{name}.weight" not in quantised
+    }
+
+
+def quantised_stacks(model: CausalModel) -> set[str]:
+    """Return the names of the parameters with the matrices of a layer's experts, which nf4 quantises on loading.
+
+    Args:
+        model: see `module_roles`.
+    """
+    modules = dict(model.named_modules())
+    return {
+        f"{name}.{attribute}"
+        for name, role in module_roles(model).items()
+        if role is Role.EXPERTS
+        for attribute, parameter in modules[name]._parameters.items()
+        if parameter is not None and parameter.ndim == 3
     }
 
 
@@ -105,6 +142,16 @@ def gated_mlp(module: Any) -> Iterator[GatedMlp]:
 def is_rms_norm(module: Any) -> bool:
     """Return whether a module's class is called RMSNorm and has the usual ε attribute."""
     return type(module).__name__.endswith("RMSNorm") and hasattr(module, "variance_epsilon")
+
+
+def _is_gate(model: CausalModel, name: str) -> bool:
+    """Return whether a linear module computes one value for each token, or for each head of a recurrent state."""
+    parent, module = model.get_submodule(name.rpartition(".")[0]), model.get_submodule(name)
+    # Modules with a recurrent state have a parameter with a value per head, such as the logarithm of its decay.
+    heads = {parameter.numel() for parameter in parent._parameters.values() if parameter is not None}
+    outputs = int(module.out_features)
+    is_per_head = 4 * outputs <= module.in_features and not heads.isdisjoint({outputs, outputs // 2})
+    return outputs == 1 or is_per_head
 
 
 def _recorded(model: CausalModel, what: str) -> list[str]:
