@@ -15,6 +15,7 @@ from transformers.quantizers import register_quantizer
 from transformers.quantizers.quantizer_bnb_4bit import Bnb4BitHfQuantizer
 
 from loratune.model.architecture.roles import quantised_stacks
+from loratune.model.memory import return_freed_memory
 from loratune.model.weights.quantized_stack import quantize_stack, use_quantized_stacks
 
 METHOD = "nf4_with_stacks"
@@ -56,4 +57,7 @@ class _Quantize(Bnb4bitQuantize):
             return converted
         double = self.hf_quantizer.quantization_config.bnb_4bit_use_double_quant
         values = {name: one[0] if isinstance(one, list) else one for name, one in input_dict.items()}
-        return {name: quantize_stack(one, double) for name, one in values.items()}
+        quantised = {name: quantize_stack(one, double) for name, one in values.items()}
+        # The 16 bits of earlier stacks are holes between what is kept, and those of the next one may not fit into them.
+        return_freed_memory()
+        return quantised
