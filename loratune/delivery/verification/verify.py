@@ -20,7 +20,7 @@ from loratune.delivery.verification.proof import (
 from loratune.errors import Exit, LoratuneError, bullet_list
 from loratune.model.adapter.own_parameters import parameter_modules
 from loratune.model.architecture.file_layout import file_layout
-from loratune.model.architecture.roles import quantised_matrices
+from loratune.model.architecture.roles import quantised_matrices, quantised_stacks
 from loratune.model.architecture.vocabulary import vocabulary_of
 from loratune.model.config import empty_model, load_config
 from loratune.model.weights.mapped import load_mapped
@@ -118,15 +118,20 @@ def _roundings(candidate: Candidate, base: Path, is_quantized: bool) -> dict[str
     files, tensors, changes = candidate.files, candidate.plan.tensors, candidate.peft.changes if candidate.peft else {}
     model, vocabulary = empty_model(load_config(base)), vocabulary_of(files.infos)
     layout, quantised = file_layout(model, files.infos), quantised_matrices(model) if is_quantized else set()
+    stacks = quantised_stacks(model) if is_quantized else set()
     found = {}
     for parameter in parameter_modules(model):
         parts = layout.parts.get(parameter)
         held = parts[0].tensor if parts else parameter
         written = tensors[vocabulary.embedding if held == vocabulary.head and candidate.plan.is_tied else held].info
         plain = files.infos[vocabulary.embedding if held not in files.infos else held]
-        if parameter in quantised and candidate.merge_base == "original":
+        if parameter in stacks and candidate.merge_base == "original":
+            found[parameter] = Rounding(
+                written.dtype, original_matrix=functools.partial(layout.matrix, parameter, files=files)
+            )
+        elif parameter in quantised and candidate.merge_base == "original":
             found[parameter] = Rounding(written.dtype, changes.get(held), original=files.tensor(held))
-        elif parameter in quantised:
+        elif parameter in quantised | stacks:
             found[parameter] = Rounding(written.dtype, changes.get(held), held_as=plain.dtype)
         elif held in changes or written.dtype != plain.dtype:
             found[parameter] = Rounding(written.dtype, changes.get(held))

@@ -21,6 +21,7 @@ from torch.nn import functional
 from loratune.model.adapter.own_parameters import parameter_modules
 from loratune.model.adapter.peft_merge import Change
 from loratune.model.architecture.structure import causal_model
+from loratune.model.weights.stack import Stack, stacks_of
 from loratune.protocols import CausalModel
 
 PIECE_VALUES = 2_000_000
@@ -39,6 +40,8 @@ class Rounding:
     """The merged weights' base if the reference computes with other weights: the plain weights of a quantised base."""
     held_as: torch.dtype | None = None
     """Dtype that dequantised weights are rounded to before merging; None for other weights."""
+    original_matrix: Callable[[int], torch.Tensor] | None = None
+    """The same as `original` for a quantised stack: returns the plain matrix of a number."""
 
     def error(self, held: torch.Tensor, numbers: torch.Tensor) -> torch.Tensor:
         """Return written rows minus PEFT's merge of the reference's rows, in float32.
@@ -52,6 +55,16 @@ class Rounding:
         # The reference's parameters already contain trained tokens and whole parameters; only LoRA is added.
         exact = _merged(replace(self.change, tokens=[]) if self.change else None, held, numbers)
         return (written.to(exact.dtype) - exact).float()
+
+    def written(self, exact: torch.Tensor, number: int) -> torch.Tensor:
+        """Return a matrix of a stack as it was written, in float32.
+
+        Args:
+            exact: the matrix that the reference computes with, in float32.
+            number: its index in the stack.
+        """
+        merged_into = self.original_matrix(number).to(exact.device) if self.original_matrix else exact
+        return merged_into.to(self.held_as or merged_into.dtype).to(self.dtype).float()
 
 
 def _merged(change: Change | None, rows: torch.Tensor, numbers: torch.Tensor) -> torch.Tensor:
@@ -69,13 +82,17 @@ def rounded_as(model: CausalModel, roundings: Mapping[str, Rounding]) -> Iterato
         roundings: name of a parameter of the base → how it was rounded.
     """
     modules, hooks, kept = parameter_modules(causal_model(model)), list[Any](), list[tuple[Any, torch.Tensor]]()
+    stacks = list[Stack]()
     # Hooks are on the whole layer, because DoRA scales the output of its base layer.
     around = {id(module.base_layer): module for module in model.modules() if hasattr(module, "base_layer")}
     for name, rounding in roundings.items():
         module, attribute = modules[name], name.rpartition(".")[2]
         parameter = getattr(module, attribute)
         hook = _hook(module, rounding) if attribute == "weight" else None
-        if hook:
+        if attribute in stacks_of(module):
+            stacks.append(stacks_of(module)[attribute])
+            stacks[-1].changes.append(rounding.written)
+        elif hook:
             hooks.append(around.get(id(module), module).register_forward_hook(hook))
         else:
             kept.append((parameter, parameter.data))
@@ -85,6 +102,8 @@ def rounded_as(model: CausalModel, roundings: Mapping[str, Rounding]) -> Iterato
     finally:
         for hook in hooks:
             hook.remove()
+        for stack in stacks:
+            stack.changes.pop()
         for parameter, values in kept:
             parameter.data = values
 
