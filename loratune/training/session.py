@@ -36,6 +36,7 @@ from loratune.training.checkpoints.signals import StopSignals
 from loratune.training.determinism import request_deterministic_cublas
 from loratune.training.gate import pass_gate
 from loratune.training.notes import Notes
+from loratune.training.quantization_effect import BaseWeights, weights_of
 from loratune.training.reporting.overview import parts_of_memory, show_data, show_model
 from loratune.training.reporting.start_up import StartUp
 from loratune.training.steps import StepPlan, advise_steps, plan_steps
@@ -68,6 +69,7 @@ class Session(Prepared):
 
     model: AdaptedModel
     """The base with the adapter on it, as PEFT makes it."""
+    weights: BaseWeights
     summary: AdapterSummary
     attention: AttentionChoice
     passes: PassPlan
@@ -127,6 +129,7 @@ def load(prepared: Prepared, start: Checkpoint | None = None) -> Session:
     recipe, hardware = prepared.recipe, prepared.hardware
     with console.status(f"loading {recipe.model.base}"):
         model = load_base(recipe.model, prepared.base, hardware)
+    weights = weights_of(model, recipe.model, prepared.base, prepared.data)
     adapted = attach_adapter(model, recipe.lora, recipe.model.base, recipe.seed)
     use_fused_lora(adapted)
     use_fused_elementwise(model)
@@ -137,13 +140,11 @@ def load(prepared: Prepared, start: Checkpoint | None = None) -> Session:
     if start and (begun := start.progress.get(ATTENTION, attention.name)) != attention.name:
         console.warn(f"attention is {attention.name}, {begun} before the interruption, so bits may differ")
     arguments = with_gradient_checkpointing(prepared.arguments, passes.gradient_checkpointing)
-    show_model(recipe, summary, dtype_name(model.dtype), str(attention), passes)
+    show_model(recipe, summary, dtype_name(model.dtype), str(attention), passes, weights)
     prepared.start_up.stage_done("model")
-    known = vars(prepared) | {"arguments": arguments}
-    held = parts_of_memory(summary, passes)
-    return Session(
-        **known, model=adapted, summary=summary, attention=attention, passes=passes, held=held, notes=Notes()
-    )
+    known = vars(prepared) | {"arguments": arguments, "warnings": (*prepared.warnings, *weights.notes)}
+    known |= {"attention": attention, "passes": passes, "held": parts_of_memory(summary, passes)}
+    return Session(**known, model=adapted, weights=weights, summary=summary, notes=Notes())
 
 
 def _plan_passes(prepared: Prepared, model: AdaptedModel, start: Checkpoint | None) -> PassPlan:

@@ -29,6 +29,7 @@ from loratune.model.adapter.tensors import read_tensors
 from loratune.model.adapter.values import check_weights
 from loratune.model.architecture.roles import Role, linear_modules
 from loratune.model.architecture.structure import causal_model, is_adapted, layer_count
+from loratune.model.weights.held import held_bytes, value_count
 from loratune.protocols import AdaptedModel, CausalModel
 from loratune.recipe.sections import LAYERS, LoraSettings
 
@@ -101,9 +102,10 @@ def check_frozen(model: AdaptedModel, settings: LoraSettings) -> None:
 
 def summarise_adapter(model: AdaptedModel) -> AdapterSummary:
     """Count parameters, modules and bytes of base and adapter."""
-    trainable, total = model.get_nb_trainable_parameters()
-    adapter_bytes = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
-    all_bytes = sum(p.numel() * p.element_size() for p in model.parameters())
+    trainable, _ = model.get_nb_trainable_parameters()
+    total = sum(value_count(p) for p in model.parameters())
+    adapter_bytes = sum(held_bytes(p) for p in model.parameters() if p.requires_grad)
+    all_bytes = sum(held_bytes(p) for p in model.parameters())
     modules = Counter(
         name.rpartition(".")[2] for name, module in model.named_modules() if isinstance(module, LoraLayer)
     )

@@ -70,11 +70,11 @@ def quantised_matrices(model: CausalModel) -> set[str]:
     Args:
         model: see `module_roles`.
     """
-    modules = dict(model.named_modules())
+    modules: dict[str, Any] = dict(model.named_modules())
     return {
         f"{name}.weight"
         for name in linear_modules(model)
-        if isinstance(modules[name], nn.Linear) and not _is_gate(model, name)
+        if isinstance(modules[name], nn.Linear) and not _is_gate(modules[name], modules[name.rpartition(".")[0]])
     }
 
 
@@ -144,9 +144,8 @@ def is_rms_norm(module: Any) -> bool:
     return type(module).__name__.endswith("RMSNorm") and hasattr(module, "variance_epsilon")
 
 
-def _is_gate(model: CausalModel, name: str) -> bool:
+def _is_gate(module: Any, parent: Any) -> bool:
     """Return whether a linear module computes one value for each token, or for each head of a recurrent state."""
-    parent, module = model.get_submodule(name.rpartition(".")[0]), model.get_submodule(name)
     # Modules with a recurrent state have a parameter with a value per head, such as the logarithm of its decay.
     heads = {parameter.numel() for parameter in parent._parameters.values() if parameter is not None}
     outputs = int(module.out_features)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from bitsandbytes.nn import Linear4bit, Linear8bitLt
+from bitsandbytes.nn.modules import Linear4bit, Linear8bitLt
 
 from loratune.errors import Exit, LoratuneError, bullet_list
 from loratune.model.architecture.file_layout import FileLayout, file_layout
@@ -36,8 +36,9 @@ def check_quantised(model: CausalModel, matrices: set[str], stacks: set[str], fo
         f"{name}.weight" for name, module in model.named_modules() if isinstance(module, Linear4bit | Linear8bitLt)
     }
     held = {name: parameter for name, parameter in model.named_parameters() if is_quantized_stack(parameter)}
-    problems = [f"{name} is quantised, and should not be" for name in found | held.keys() if name not in matrices | stacks]
-    problems += [f"{name} is not quantised" for name in matrices | stacks if name not in found | held.keys()]
+    wanted, quantised = matrices | stacks, found | held.keys()
+    problems = [f"{name} is quantised, and should not be" for name in quantised - wanted]
+    problems += [f"{name} is not quantised" for name in wanted - quantised]
     if held and not problems:
         files = TensorFiles(weight_files(folder))
         layout = file_layout(model, files.infos)

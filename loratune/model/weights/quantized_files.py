@@ -47,11 +47,12 @@ class DequantizedFiles(TensorFiles):
         if name not in self._stacks:
             return super().tensor(name)
         parameter, place = self._stacks[name]
-        if place.rows is not None and place.expert is not None:
-            return self._cached((parameter, place.expert), lambda: self._matrix(parameter, place.expert))[place.rows]
+        number, rows = place.expert, place.rows
+        if number is not None and rows is not None:
+            return self._cached((parameter, number), lambda: self._matrix(parameter, number))[rows]
         count = self.infos[name].shape[0]
         return self._cached(
-            (parameter, None), lambda: torch.stack([self._matrix(parameter, number) for number in range(count)])
+            (parameter, None), lambda: torch.stack([self._matrix(parameter, one) for one in range(count)])
         )
 
     def release(self, names: Iterable[str]) -> None:

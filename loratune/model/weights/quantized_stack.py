@@ -7,6 +7,7 @@ some token is sent to, one at a time, and the backward pass dequantises them aga
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from typing import Any, TypeGuard
 
 import bitsandbytes.functional as bnb
@@ -103,8 +104,13 @@ class QuantizedStack(Stack):
         self.parameter, self.compute_dtype = parameter, compute_dtype
         self.dtype, self.device = parameter.states[0].dtype, parameter.device
 
+    original: Callable[[int], torch.Tensor] | None = None
+    """Returns the matrix of a number to compute with in place of the quantised one."""
+
     def __getitem__(self, number: Any) -> Any:
         """Return the matrix of a number; a float32 tensor if it is changed."""
+        if self.original:
+            return self.original(int(number)).to(self.device, self.dtype)
         if self.changes:
             return super().__getitem__(number)
         return QuantizedMatrix(self.parameter, int(number), self.compute_dtype)
@@ -117,7 +123,7 @@ def quantize_stack(values: torch.Tensor, double: bool) -> QuantizedParameter:
         values: in 16 or 32 bits.
         double: quantise the scales too.
     """
-    states, codes = [], None
+    states, codes = list[Any](), None
     for number, matrix in enumerate(values):
         own, state = bnb.quantize_4bit(matrix.contiguous(), quant_type="nf4", compress_statistics=double)
         codes = own.new_empty(len(values), *own.shape) if codes is None else codes

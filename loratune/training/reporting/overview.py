@@ -9,7 +9,9 @@ from loratune.data.preparation import PreparedData
 from loratune.errors import counted
 from loratune.model.adapter.attach import AdapterSummary
 from loratune.recipe.sections import Recipe
+from loratune.runs.report import QuantizationEffect
 from loratune.training.activations import PassPlan
+from loratune.training.quantization_effect import BaseWeights
 
 
 def show_data(recipe: Recipe, data: PreparedData) -> None:
@@ -28,14 +30,20 @@ def show_data(recipe: Recipe, data: PreparedData) -> None:
     console.table([("files", files), *rows, ("template", recipe.prompt.template)], title="data")
 
 
-def show_model(recipe: Recipe, summary: AdapterSummary, dtype: str, attention: str, passes: PassPlan) -> None:
+def show_model(
+    recipe: Recipe, summary: AdapterSummary, dtype: str, attention: str, passes: PassPlan, weights: BaseWeights
+) -> None:
     """Print model, adapter, and the memory of a step."""
     modules = ", ".join(f"{name} × {count}" for name, count in summary.modules.items())
     held = dtype if recipe.model.quantization == "none" else recipe.model.quantization
+    groups = ", ".join(f"{name} {console.memory(size)}" for name, size in weights.groups.items())
+    quantised = [("quantised", _effect_text(weights.effect))] if weights.effect else []
     share = summary.trainable_parameters / summary.total_parameters
     console.table(
         [
             ("base", f"{recipe.model.base}, {held}, {console.memory(summary.base_bytes)}"),
+            ("weights", groups),
+            *quantised,
             (
                 "adapter",
                 f"rank {recipe.lora.rank}, alpha {recipe.lora.alpha:g}, {console.memory(summary.adapter_bytes)}",
@@ -47,6 +55,11 @@ def show_model(recipe: Recipe, summary: AdapterSummary, dtype: str, attention: s
         ],
         title="model",
     )
+
+
+def _effect_text(effect: QuantizationEffect) -> str:
+    same = f"{effect.top1_agreement:.0%} of {counted(effect.tokens, 'likeliest token')} the same"
+    return f"{effect.mean_kl:.2g} nats from 16 bits (mean KL), {same}"
 
 
 def parts_of_memory(summary: AdapterSummary, passes: PassPlan) -> dict[str, str]:
