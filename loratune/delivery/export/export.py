@@ -24,9 +24,11 @@ from loratune.delivery.verification.parity import compare_models
 from loratune.delivery.verification.proof import check_parity, probe_rows
 from loratune.delivery.verification.report import parity_text, show_verification
 from loratune.errors import Exit, LoratuneError, bullet_list, counted, reason_of, refusal
+from loratune.model.architecture.roles import quantised_stacks
 from loratune.model.files import check_base, weight_files
 from loratune.model.memory import free_main_memory_bytes
 from loratune.model.tokenizer import load_tokenizer
+from loratune.model.weights.held import held_bytes
 from loratune.model.weights.mapped import load_mapped
 from loratune.model.weights.quantized_folder import load_quantized, write_quantized
 from loratune.runs.folder import VERIFICATION
@@ -196,10 +198,14 @@ def _export_nf4(job: Export, model: Path) -> Exported:
         (same,) = compare_models(quantized, [load_quantized(job.folder)], rows)
         (parity,) = compare_models(load_mapped(model), [quantized], rows)
     _require(same, SAME, "the written folder")
+    stacks = quantised_stacks(quantized)
+    in_stacks = sum(held_bytes(weight) for name, weight in quantized.named_parameters() if name in stacks)
+    told = f"{console.memory(in_stacks)} of a mixture's matrices, for which bitsandbytes has no file format in 4 bits"
     console.table(
         [
             ("files", f"load again and give the same logits ({same.largest_difference:.1g} apart)"),
             ("nf4", f"beside the merged model: {parity_text(parity)}"),
+            *([("16 bits", told)] if stacks else []),
         ],
         title="verified",
     )
