@@ -71,7 +71,8 @@ def weights_of(model: CausalModel, settings: ModelSettings, folder: Path, data: 
             f"{counted(len(stacks), 'stack')} of matrices of its mixture, which nf4 quantises"
         )
     try:
-        effect = measure_effect(model, folder, data.validation or data.train) if is_main_process() else None
+        compared = data.validation or data.train
+        effect = measure_effect(model, folder, compared, SECONDS) if is_main_process() else None
     except Exception as error:  # a measurement is no reason to end a run
         notes.append(f"how far {settings.quantization} is from 16 bits was not measured: {reason_of(error)}")
         return BaseWeights(groups, None, tuple(notes))
@@ -79,7 +80,7 @@ def weights_of(model: CausalModel, settings: ModelSettings, folder: Path, data: 
     return BaseWeights(groups, effect, (*notes, *advice))
 
 
-def measure_effect(model: CausalModel, folder: Path, split: Split, seconds: float = SECONDS) -> QuantizationEffect:
+def measure_effect(model: CausalModel, folder: Path, split: Split, seconds: float) -> QuantizationEffect:
     """Run a base with its quantised weights and with those of its files, which are read one matrix at a time.
 
     Args:

@@ -14,6 +14,7 @@ import bitsandbytes.functional as bnb
 import torch
 from torch import nn
 from torch.nn import functional
+from torch.utils._pytree import tree_map_only
 
 from loratune.model.weights.stack import Stack, use_stacks
 
@@ -59,6 +60,12 @@ class QuantizedMatrix:
         """Return the matrix."""
         return self.parameter.matrix(self.number)
 
+    def __getattr__(self, name: str) -> Any:
+        """Return an attribute or method of the dequantised matrix, such as its transpose."""
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return getattr(self.dequantised(), name)
+
     @classmethod
     def __torch_function__(cls, function: Any, _: Any, arguments: Any = (), settings: Any = None) -> Any:
         if function is functional.linear and not settings and isinstance(arguments[1], cls):
@@ -67,8 +74,8 @@ class QuantizedMatrix:
             return output if bias in ([], [None]) else output + bias[0]
         if function in PRODUCTS and not settings and not isinstance(arguments[0], cls):
             return _Product.apply(*arguments, False)
-        arguments = (one.dequantised() if isinstance(one, cls) else one for one in arguments)
-        return function(*arguments, **(settings or {}))
+        given, named = tree_map_only(cls, cls.dequantised, (tuple(arguments), settings or {}))
+        return function(*given, **named)
 
 
 PRODUCTS = (torch.matmul, torch.Tensor.matmul, torch.Tensor.__matmul__)
@@ -114,6 +121,11 @@ class QuantizedStack(Stack):
         if self.changes:
             return super().__getitem__(number)
         return QuantizedMatrix(self.parameter, int(number), self.compute_dtype)
+
+    def whole(self) -> torch.Tensor:
+        """Return all matrices."""
+        matrices = (self[number] for number in range(len(self)))
+        return torch.stack([one.dequantised() if isinstance(one, QuantizedMatrix) else one for one in matrices])
 
 
 def quantize_stack(values: torch.Tensor, double: bool) -> QuantizedParameter:
