@@ -15,8 +15,9 @@ from loratune.data.assembly.split import Split
 from loratune.data.preparation import PreparedData
 from loratune.errors import counted, reason_of
 from loratune.model.adapter.attach import keep_unpacked
+from loratune.model.architecture.recurrent import recurrent_modules
 from loratune.model.architecture.roles import quantised_stacks
-from loratune.model.architecture.structure import LayerState, layer_states
+from loratune.model.architecture.structure import decoder_of
 from loratune.model.weights.held import bytes_by_group, held_bytes
 from loratune.model.weights.unquantised import unquantised
 from loratune.protocols import CausalModel
@@ -120,14 +121,14 @@ def measure_effect(model: CausalModel, folder: Path, split: Split, seconds: floa
 
 def advice_on(model: CausalModel, quantization: str, effect: QuantizationEffect) -> list[str]:
     """Return advice if quantisation costs much, or if models with such layers are known to lose much by it."""
-    has_states = LayerState.OTHER in layer_states(model.config)
+    has_states = any(recurrent_modules(decoder_of(model)))
     if effect.mean_kl <= NOTICED and not (has_states and quantization == "nf4"):
         return []
     known = "; its recurrent layers are known to lose more by 4 bits than others" if has_states else ""
+    closer = "int8 is closer, and none is exact" if quantization == "nf4" else "none is exact"
     return [
         f"model.quantization {quantization}: the base's predictions are {effect.mean_kl:.2g} nats from those in 16 "
-        f"bits (mean KL), and {1 - effect.top1_agreement:.0%} of its likeliest tokens are others{known}. int8 is "
-        "closer, and none is exact"
+        f"bits (mean KL), and {1 - effect.top1_agreement:.0%} of its likeliest tokens are others{known}; {closer}"
     ]
 
 
