@@ -138,7 +138,9 @@ class Module(Protocol):
 class Decoder(Module, Protocol):
     """Maps token ids to the last hidden states."""
 
+    config: ModelConfig
     device: Any
+    dtype: Any
     forward: Callable[..., Any]
     rotary_emb: Any
     """Computes the rotary frequencies."""

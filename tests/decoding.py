@@ -12,8 +12,8 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
 
 from loratune.engine.sampling import Sampling
-from loratune.engine.scheduler import Decoder
 from loratune.engine.sequence import RunningSequence
+from loratune.engine.slot_decoder import SlotDecoder
 
 SIZES: dict[str, Any] = {
     "vocab_size": 300,
@@ -42,6 +42,13 @@ def random_model(config: Any) -> Any:
     return model
 
 
+def token_bytes(model: Any) -> int:
+    """What the keys and values of one token take, by the numbers of a config with equal layers."""
+    config = model.config
+    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return int(2 * config.num_hidden_layers * config.num_key_value_heads * size * model.dtype.itemsize)
+
+
 def greedy(model: Any, prompt: list[int], tokens: int, ends: list[int] | None = None, **forward: Any) -> list[int]:
     """What transformers says to one prompt alone."""
     model.set_attn_implementation("eager")
@@ -59,7 +66,7 @@ def greedy(model: Any, prompt: list[int], tokens: int, ends: list[int] | None = 
     return new
 
 
-def run(decoder: Decoder, all_running: list[RunningSequence]) -> list[list[int]]:
+def run(decoder: SlotDecoder, all_running: list[RunningSequence]) -> list[list[int]]:
     for running in all_running:
         decoder.add(running)
     while not decoder.is_idle:
@@ -68,7 +75,7 @@ def run(decoder: Decoder, all_running: list[RunningSequence]) -> list[list[int]]
 
 
 def run_any_course(
-    data: st.DataObject, decoder: Decoder, longest: int = 512, after: Callable[[Decoder], object] = id
+    data: st.DataObject, decoder: SlotDecoder, longest: int = 512, after: Callable[[SlotDecoder], object] = id
 ) -> list[RunningSequence]:
     """Ask, go on, remove and make steps in any order, until all answers have ended.
 

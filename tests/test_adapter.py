@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM
 
 from loratune.errors import Exit, LoratuneError
 from loratune.model.adapter.attach import attach_adapter, check_frozen, load_adapter, save_adapter, summarise_adapter
+from loratune.model.adapter.targets import resolve_targets
 from loratune.model.base import load_base
 from loratune.model.hardware import detect_hardware
 from loratune.recipe.sections import LoraSettings, ModelSettings
@@ -60,12 +61,15 @@ def test_a_fresh_adapter_changes_nothing(random_qwen: Path) -> None:
 
 
 def test_parameters_are_counted_as_arithmetic_has_it(random_qwen: Path) -> None:
-    summary = summarise_adapter(attached(random_qwen, rank=4))
+    settings = LoraSettings(rank=4)
+    summary = summarise_adapter(attached(random_qwen, rank=4), resolve_targets(base_of(random_qwen), settings))
     expected = 2 * sum(4 * (rows + columns) for rows, columns in LINEAR_SHAPES.values())
 
     assert summary.trainable_parameters == expected
     assert summary.adapter_bytes == 4 * expected
     assert summary.modules == dict.fromkeys(LINEAR_SHAPES, 2)
+    assert {name: group.modules for name, group in summary.groups.items()} == {"attention": 8, "mlp": 6}
+    assert sum(group.parameters for group in summary.groups.values()) == expected
     assert summary.base_bytes == sum(p.numel() * 4 for p in base_of(random_qwen).parameters())
 
 

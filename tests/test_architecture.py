@@ -3,44 +3,40 @@
 from __future__ import annotations
 
 import json
-import os
 import re
-import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from conftest import ROWS, TINY_QWEN
-from peft import PeftModel
+from conftest import TINY_QWEN
 from safetensors.torch import load_file
+from tiny_models import tiny_config
 from torch import nn
 from transformers import (
     CONFIG_MAPPING,
     AttentionInterface,
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
-    AutoTokenizer,
 )
 from transformers.core_model_loading import Transpose, WeightConverter
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-from typer.testing import Result
 
 from loratune.errors import LoratuneError
 from loratune.model.adapter.attach import attach_adapter
 from loratune.model.architecture import file_layout as architecture_file_layout
 from loratune.model.architecture.families import FAMILIES
 from loratune.model.architecture.file_layout import FileLayout, Part, file_layout
+from loratune.model.architecture.layer_memory import LayerMemory, has_states, layer_memories
 from loratune.model.architecture.roles import Role, gated_mlp, linear_modules, module_roles, quantised_matrices
 from loratune.model.architecture.structure import (
-    LayerState,
     decoder_of,
     head_size,
     key_value_heads,
     layer_count,
-    layer_states,
     output_layer,
+    rotates_by_longest,
     text_config,
     text_values,
 )
@@ -49,13 +45,14 @@ from loratune.model.config import empty_model
 from loratune.model.weights.tensor_files import TensorFiles
 from loratune.recipe.sections import LoraSettings
 from loratune.runs.tokenizer_files import copy_tokenizer_files
-from loratune.training.trainer import AdapterTrainer
 
 ROOT = Path(__file__).resolve().parent.parent / "loratune"
 NAMES = re.compile(
-    r"[qkvo]_proj|gate_proj|up_proj|down_proj|lm_head|embed_tokens|self_attn|\.layers\.|\bexperts\b"
+    r"[qkvo]_proj|gate_proj|up_proj|down_proj|lm_head|embed_tokens|self_attn|\.layers\.|\.experts\b"
     r"|(?<![a-z_])_?model\.model\b"
 )
+NOTHING = LayerMemory(has_keys=False, has_states=False, window=None, other=None)
+KEYS, STATES = NOTHING._replace(has_keys=True), NOTHING._replace(has_states=True)
 EXAMPLES = {
     "recipe/section.py": "how names are written in a recipe",
     "recipe/sections.py": "examples of values in a setting's help",
@@ -150,7 +147,7 @@ def test_the_parts_and_sizes_are_those_that_compute(kind: str) -> None:
     assert torch.equal(seen["made"], cache.logits)
     keys = [layer.keys for layer in cache.past_key_values.layers]
     assert {tuple(layer.shape) for layer in keys} == {(1, key_value_heads(model.config), 5, head_size(model.config))}
-    assert len(keys) == layer_count(model.config) == len(layer_states(model.config))
+    assert len(keys) == layer_count(model.config) == len(layer_memories(model.config))
     assert text_config(model.config) is model.config
 
 
@@ -253,7 +250,35 @@ def test_a_nested_model_s_names_in_the_files_are_found(make_model: Callable[[str
     assert any("visual" in name for name in layout.unused)
     values = json.loads((folder / "config.json").read_text())
     assert text_values(values)["num_hidden_layers"] == layer_count(config_of("qwen3_5")) == 2
-    assert layer_states(config_of("qwen3_5")) == [LayerState.OTHER, LayerState.ALL_TOKENS]
+    assert layer_memories(config_of("qwen3_5")) == [STATES, KEYS]
+    assert has_states(config_of("qwen3_5"))
+
+
+def test_what_layers_keep_is_what_transformers_caches() -> None:
+    window = KEYS._replace(window=32)
+    assert layer_memories(tiny_config("gemma3")) == [window, KEYS]
+    assert layer_memories(tiny_config("granitemoehybrid")) == [STATES, KEYS]
+    kinds = ["sliding_attention", "full_attention"] * 2
+    shared = tiny_config("gemma4_text", num_hidden_layers=4, layer_types=kinds, num_kv_shared_layers=2)
+    assert layer_memories(shared) == [window, KEYS, NOTHING, NOTHING]
+    shared.layer_types = ["of a kind that nobody knows"] * 4
+    assert layer_memories(shared) == [NOTHING._replace(other="of a kind that nobody knows")] * 4
+    assert not any(has_states(tiny_config(kind)) for kind in ("qwen3", "gpt_oss", "deepseek_v3"))
+
+
+@pytest.mark.parametrize(
+    ("rope", "is_by_longest"),
+    [
+        ({"rope_type": "yarn", "factor": 2.0}, False),
+        ({"rope_type": "dynamic", "factor": 2.0}, True),
+        ({"full_attention": {"rope_type": "longrope"}, "sliding_attention": {"rope_type": "default"}}, True),
+        (None, False),
+    ],
+)
+def test_angles_that_depend_on_the_longest_row(rope: dict[str, Any] | None, is_by_longest: bool) -> None:
+    config = tiny_config("llama")
+    config.rope_parameters = rope
+    assert rotates_by_longest(config) == is_by_longest
 
 
 def test_a_parameter_that_is_computed_otherwise_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -275,10 +300,11 @@ def test_roles_of_experts_routers_and_layers_with_a_state() -> None:
     assert mixture["model.layers.0.mlp.gate"] == Role.ROUTER
     hybrid = empty_model(config_of("qwen3_5"))
     attending = linear_modules(hybrid, Role.ATTENTION)
-    assert attending == [f"model.layers.1.self_attn.{letter}_proj" for letter in "qkvo"]
+    recurrent = [f"model.layers.0.linear_attn.{name}" for name in ("out_proj", "in_proj_qkv", "in_proj_z")]
+    assert attending == [*recurrent, *(f"model.layers.1.self_attn.{letter}_proj" for letter in "qkvo")]
     roles = module_roles(hybrid)
-    assert {*roles.values()} == {Role.EMBEDDING, Role.HEAD, Role.ATTENTION, Role.LINEAR}
-    assert roles["model.layers.0.linear_attn.out_proj"] == Role.LINEAR
+    assert {*roles.values()} == {Role.EMBEDDING, Role.HEAD, Role.ATTENTION, Role.MLP, Role.GATE}
+    assert roles["model.layers.0.linear_attn.in_proj_a"] == roles["model.layers.0.linear_attn.in_proj_b"] == Role.GATE
     whole = module_roles(AutoModelForImageTextToText.from_config(config_of("qwen3_5")))
     assert {name.replace("language_model.", "") for name in whole} == {*roles}
 
@@ -287,7 +313,7 @@ def test_attention_of_a_class_that_does_not_name_it_is_refused(monkeypatch: pyte
     model = AutoModelForCausalLM.from_config(config_of("qwen2"))
     for part in (model, model.model):
         monkeypatch.setattr(type(part), "_can_record_outputs", {})
-    told = "Qwen2ForCausalLM does not declare its attention modules; give names: q_proj, k_proj"
+    told = "the model has no attention, or its class does not declare them; it has all-linear, mlp, with q_proj"
     with pytest.raises(LoratuneError, match=told):
         attach_adapter(model, LoraSettings(target_modules="attention"), "base", seed=0)
 
@@ -301,56 +327,3 @@ def test_of_a_gated_mlp_the_matrix_that_leads_back_is_told_by_its_shape() -> Non
 
     assert list(gated_mlp(Renamed())) == [("w1", "w3", "w2"), ("w3", "w1", "w2")]
     assert list(gated_mlp(nn.Sequential(nn.Linear(4, 6), nn.SiLU(), nn.Linear(6, 4)))) == []
-
-
-@pytest.mark.parametrize("kind", PLAIN)
-def test_every_family_is_trained_resumed_merged_and_asked(
-    cli: Callable[..., Result], make_model: Callable[[str], Path], tmp_path: Path, kind: str, monkeypatch: Any
-) -> None:
-    for check in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"):  # infer computes in float32 without these
-        monkeypatch.setattr(torch.cpu, check, lambda: False)
-    base = make_model(kind)
-    (tmp_path / "rows.json").write_text(json.dumps(ROWS))
-    flags = [
-        "sft", "--model.base", base, "--data.train", tmp_path / "rows.json", "--model.dtype", "float32",
-        "--lora.target_modules", "all-linear", "--training.max_steps", "3", "--training.learning_rate", "1e-2",
-        "--training.batch_size", "4",
-    ]  # fmt: skip
-    assert cli(*flags, "--output", tmp_path / "whole").exit_code == 0
-    plain = AdapterTrainer.training_step
-
-    def stopped_in_the_second(self: Any, *arguments: Any, **settings: Any) -> Any:
-        if self.state.global_step == 1:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return plain(self, *arguments, **settings)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(AdapterTrainer, "training_step", stopped_in_the_second)
-        assert cli(*flags, "--output", tmp_path / "run").exit_code == 128 + signal.SIGTERM
-    assert cli(*flags, "--output", tmp_path / "run", "--resume").exit_code == 0
-    whole, resumed = (load_file(tmp_path / name / "adapter/adapter_model.safetensors") for name in ("whole", "run"))
-    assert whole.keys() == resumed.keys()
-    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
-
-    done = cli("merge", "--adapter", tmp_path / "run", "--output", tmp_path / "merged")
-    assert done.exit_code == 0, done.stderr
-    merged = load_file(tmp_path / "merged" / "model.safetensors")
-    by_peft = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), tmp_path / "run" / "adapter")
-    expected = by_peft.merge_and_unload().state_dict()
-    assert merged.keys() == load_file(base / "model.safetensors").keys()
-    for name, values in merged.items():
-        torch.testing.assert_close(values, expected[name], rtol=1e-5, atol=1e-5)
-
-    question = ["--prompt", "How much is 3+3?", "--temperature", "0", "--max-new-tokens", "8"]
-    answers = [
-        cli("infer", *place, *question) for place in (["--adapter", tmp_path / "run"], ["--model", tmp_path / "merged"])
-    ]
-    assert [answer.exit_code for answer in answers] == [0, 0], answers[0].stderr + answers[1].stderr
-    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "merged")
-    ids = tokenizer.apply_chat_template(
-        [{"role": "user", "content": question[1]}], add_generation_prompt=True, return_dict=True, return_tensors="pt"
-    )
-    model = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
-    made = model.generate(**ids, max_new_tokens=8, do_sample=False, eos_token_id=3002, pad_token_id=3000)
-    text = tokenizer.decode(made[0, ids["input_ids"].shape[1] :], skip_special_tokens=True)
-    assert [answer.stdout.strip() for answer in answers] == [text.strip()] * 2

@@ -384,6 +384,13 @@ def a_conversation() -> ChatState:
     return state
 
 
+def test_reasoning_of_earlier_answers_goes_to_the_template_as_rows_give_it() -> None:
+    earlier = a_conversation().question("So?").messages[1:-1]
+    assert [message["content"] for message in earlier] == [
+        "Who?", "<think>\nhm\n\nyes\n</think>\n\nI am\x1b[31m Robin.\x9b", "And?", "行。"
+    ]  # fmt: skip
+
+
 def test_a_saved_conversation_is_a_row_that_can_be_trained_on(tmp_path: Path) -> None:
     run_command(a_conversation(), f"/save {tmp_path / 'a.json'}")
     text = (tmp_path / "a.json").read_text(encoding="utf-8")

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from decoding import CONFIGS, PROMPTS, SIZES, adapted, greedy, random_model, run, run_any_course
+from decoding import CONFIGS, PROMPTS, SIZES, adapted, greedy, random_model, run, run_any_course, token_bytes
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from sampling import shortlisted
@@ -24,13 +24,11 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from loratune.engine import kv_cache, token_choice
+from loratune.engine import kv_cache, slot_decoder, token_choice
 from loratune.engine import scheduler as decoder_module
-from loratune.engine.forward_batch import DecodingError
-from loratune.engine.kv_cache import token_bytes
 from loratune.engine.sampling import Sampling
-from loratune.engine.scheduler import Decoder
 from loratune.engine.sequence import RunningSequence
+from loratune.engine.slot_decoder import SlotDecoder
 from loratune.engine.token_choice import BatchChooser, TokenChooser
 from loratune.errors import LoratuneError
 from loratune.model.adapter.own_parameters import BASE
@@ -44,7 +42,7 @@ def test_answers_in_a_batch_are_those_given_alone(kind: str, slots: int, monkeyp
     model = random_model(CONFIGS[kind])
     lengths = [12, 3, 20, 1, 15, 8, 30]
     expected = [greedy(model, prompt, length) for prompt, length in zip(PROMPTS, lengths, strict=True)]
-    decoder = Decoder(model, slots)
+    decoder = SlotDecoder(model, slots)
     asked = [RunningSequence(p, Sampling(max_new_tokens=n), frozenset()) for p, n in zip(PROMPTS, lengths, strict=True)]
     assert run(decoder, asked) == expected
     assert len({tuple(tokens) for tokens in expected}) == len(expected)
@@ -57,7 +55,7 @@ def test_end_tokens_end_an_answer_and_an_answer_may_be_taken_out_of_the_middle()
     ends = {free[1][4], free[3][7]}
     expected = [greedy(model, prompt, 20, sorted(ends)) for prompt in PROMPTS]
     assert len({len(tokens) for tokens in expected}) > 1
-    decoder = Decoder(model, slots=4)
+    decoder = SlotDecoder(model, slots=4)
     asked = [RunningSequence(prompt, Sampling(max_new_tokens=20), frozenset(ends)) for prompt in PROMPTS]
     for running in asked:
         decoder.add(running)
@@ -85,7 +83,7 @@ def test_adapters_in_one_batch_do_not_mix(settings: dict[str, Any]) -> None:
                 expected.append(greedy(model, prompt, 10))
         else:
             expected.append(greedy(model, prompt, 10))
-    decoder = Decoder(model, slots=4)
+    decoder = SlotDecoder(model, slots=4)
     sampling = Sampling(max_new_tokens=10)
     asked = [RunningSequence(prompt, sampling, frozenset(), name) for prompt, name in zip(PROMPTS, names, strict=True)]
     assert run(decoder, asked) == expected
@@ -104,7 +102,7 @@ def test_the_loss_of_an_answer_is_that_of_all_logits(monkeypatch: pytest.MonkeyP
         model.get_base_model().set_attn_implementation("eager")
         logits = model(torch.tensor([[*prompt, *answer]])).logits[0, len(prompt) - 1 : -1]
         expected = float(functional.cross_entropy(logits, torch.tensor(answer), reduction="sum").detach())
-        decoder = Decoder(model)
+        decoder = SlotDecoder(model)
         assert decoder.loss(prompt, answer, "other") == pytest.approx(expected, rel=1e-5)
         assert decoder.loss(prompt, answer) != pytest.approx(expected, rel=1e-3)
         decoder.close()  # the adapters are on again
@@ -113,7 +111,7 @@ def test_the_loss_of_an_answer_is_that_of_all_logits(monkeypatch: pytest.MonkeyP
 def test_what_is_drawn_does_not_depend_on_what_else_runs() -> None:
     model = random_model(CONFIGS["qwen2"])
     hot = Sampling(temperature=2.0, top_p=0.9, seed=7, max_new_tokens=12)
-    decoder = Decoder(model, slots=8)
+    decoder = SlotDecoder(model, slots=8)
     (alone,) = run(decoder, [RunningSequence(PROMPTS[1], hot, frozenset())])
     others = [RunningSequence(p, Sampling(temperature=2.0, max_new_tokens=9, seed=3), frozenset()) for p in PROMPTS]
     together = run(decoder, [*others, RunningSequence(PROMPTS[1], hot, frozenset())])
@@ -191,7 +189,7 @@ def test_the_model_s_own_generation_settings_hold_where_nothing_is_said() -> Non
     expected = greedy(model, PROMPTS[1], 25)
     without = greedy(model, PROMPTS[1], 25, repetition_penalty=1.0)
     assert expected != without
-    decoder = Decoder(model)
+    decoder = SlotDecoder(model)
     asked = [RunningSequence(PROMPTS[1], Sampling(max_new_tokens=25), frozenset())]
     asked += [RunningSequence(PROMPTS[1], Sampling(max_new_tokens=25, repetition_penalty=1.0), frozenset())]
     assert run(decoder, asked) == [expected, without]
@@ -258,19 +256,16 @@ def test_draws_follow_the_probabilities() -> None:
     assert torch.allclose(draws.bincount(minlength=3) / 4000, probabilities, atol=0.03)
 
 
-def test_memory_of_keys_is_given_back_and_layers_without_keys_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(decoder_module, "KEPT_BYTES", 1000)
+def test_memory_of_keys_is_given_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(slot_decoder, "KEPT_BYTES", 1000)
     model = random_model(CONFIGS["qwen2"])
-    decoder = Decoder(model)
+    decoder = SlotDecoder(model)
     decoder.add(RunningSequence(PROMPTS[1], Sampling(max_new_tokens=3), frozenset()))
     decoder.step()
     assert decoder._cache.size_bytes > 1000
     while not decoder.is_idle:
         decoder.step()
     assert decoder._cache.size_bytes == 0
-    model.config.layer_types = ["linear_attention", "full_attention"]
-    with pytest.raises(DecodingError, match="linear_attention"):
-        Decoder(model)
 
 
 def test_answers_wait_where_keys_and_values_would_take_too_much() -> None:
@@ -279,7 +274,8 @@ def test_answers_wait_where_keys_and_values_would_take_too_much() -> None:
     sampling = Sampling(max_new_tokens=20)
     expected = [greedy(model, prompt, 20) for prompt in PROMPTS]
     bound = 4 * 128 * token_bytes(model)  # four answers of 128 tokens; eight of 64
-    decoder = Decoder(model, slots=8, cache_budget_bytes=bound)
+    decoder = SlotDecoder(model, slots=8, cache_budget_bytes=bound)
+    assert decoder.filled_cache().token_bytes == token_bytes(model)
     asked = [RunningSequence(prompt, sampling, frozenset()) for prompt in PROMPTS]
     for running in asked:
         decoder.add(running)
@@ -290,7 +286,7 @@ def test_answers_wait_where_keys_and_values_would_take_too_much() -> None:
     assert [running.tokens for running in asked] == expected
     assert 4 <= most < len(PROMPTS)
     assert decoder._cache.size_bytes <= bound
-    alone = Decoder(model, slots=8, cache_budget_bytes=1)  # one at a time always runs
+    alone = SlotDecoder(model, slots=8, cache_budget_bytes=1)  # one at a time always runs
     asked = [RunningSequence(prompt, sampling, frozenset()) for prompt in PROMPTS]
     assert run(alone, asked) == expected
 
@@ -298,7 +294,7 @@ def test_answers_wait_where_keys_and_values_would_take_too_much() -> None:
 def test_memory_that_runs_out_while_the_cache_grows_leaves_it_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
     model = random_model(CONFIGS["qwen2"])
     expected = [greedy(model, prompt, 12) for prompt in PROMPTS]
-    decoder = Decoder(model, slots=8)
+    decoder = SlotDecoder(model, slots=8)
     sampling = Sampling(max_new_tokens=12)
     first, *others = (RunningSequence(prompt, sampling, frozenset()) for prompt in PROMPTS)
     decoder.add(first)
@@ -363,7 +359,7 @@ def test_a_step_copies_few_tensors_to_the_device_however_many_layers(
 ) -> None:
     """A GPU waits for each such copy: one for places and lengths, one for the tokens."""
     model = random_model(Qwen2Config(**(SIZES | {"num_hidden_layers": layers})))
-    decoder = Decoder(model, slots=8)
+    decoder = SlotDecoder(model, slots=8)
     asked = [RunningSequence(prompt, Sampling(max_new_tokens=9), frozenset()) for prompt in PROMPTS[:3]]
     for running in asked:
         decoder.add(running)
@@ -385,12 +381,12 @@ def test_a_step_copies_few_tensors_to_the_device_however_many_layers(
 def test_a_temperature_near_zero_takes_the_likeliest_token() -> None:
     model = random_model(CONFIGS["qwen2"])
     (tokens,) = run(
-        Decoder(model), [RunningSequence(PROMPTS[1], Sampling(temperature=1e-300, max_new_tokens=9), frozenset())]
+        SlotDecoder(model), [RunningSequence(PROMPTS[1], Sampling(temperature=1e-300, max_new_tokens=9), frozenset())]
     )
     assert tokens == greedy(model, PROMPTS[1], 9)
 
 
-def read_tokens(decoder: Decoder, asked: list[RunningSequence]) -> int:
+def read_tokens(decoder: SlotDecoder, asked: list[RunningSequence]) -> int:
     """How many prompt tokens were put through the model for these."""
     read = 0
     forward = decoder._pass
@@ -408,17 +404,17 @@ def read_tokens(decoder: Decoder, asked: list[RunningSequence]) -> int:
 
 def test_what_a_conversation_has_said_is_not_read_again() -> None:
     model = adapted()
-    decoder, sampling = Decoder(model, slots=4), Sampling(max_new_tokens=10)
+    decoder, sampling = SlotDecoder(model, slots=4), Sampling(max_new_tokens=10)
     turns: dict[str, list[int]] = {"default": PROMPTS[1], BASE: PROMPTS[1], "other": PROMPTS[5]}
     for turn in range(4):
         asked = {name: RunningSequence(prompt, sampling, frozenset(), name) for name, prompt in turns.items()}
         read = read_tokens(decoder, list(asked.values()))
         alone = {name: RunningSequence(prompt, sampling, frozenset(), name) for name, prompt in turns.items()}
         for name, running in alone.items():
-            fresh = Decoder(model, slots=1)
+            fresh = SlotDecoder(model, slots=1)
             assert run(fresh, [running]) == [asked[name].tokens]
             fresh.close()
-        decoder._adapter = None  # the others have switched the model's adapters
+        decoder._adapters._selected = None  # the others have switched the model's adapters
         if turn:
             # The last token of each answer, and the next question; one conversation's slot may have been taken.
             assert read <= 3 * (1 + len(PROMPTS[3])) + max(map(len, turns.values()))
@@ -427,7 +423,7 @@ def test_what_a_conversation_has_said_is_not_read_again() -> None:
 
 def test_a_beginning_that_a_running_answer_has_read_is_not_read_again() -> None:
     model, sampling = random_model(CONFIGS["qwen2"]), Sampling(max_new_tokens=30)
-    decoder, beginning = Decoder(model, slots=4), PROMPTS[1]
+    decoder, beginning = SlotDecoder(model, slots=4), PROMPTS[1]
     first = RunningSequence([*beginning, 3, 4], sampling, frozenset())
     decoder.add(first)
     decoder.step()
@@ -441,7 +437,7 @@ def test_a_beginning_that_a_running_answer_has_read_is_not_read_again() -> None:
 @given(st.data())
 def test_any_course_of_questions_gets_the_answers_given_alone(data: st.DataObject) -> None:
     model = shared_model()
-    decoder = Decoder(model, slots=data.draw(st.integers(1, 3)))
+    decoder = SlotDecoder(model, slots=data.draw(st.integers(1, 3)))
     running = run_any_course(data, decoder)
     decoder.close()
     for one in running:

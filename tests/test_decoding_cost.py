@@ -17,8 +17,8 @@ from transformers import AutoModelForCausalLM, Qwen2Config
 
 from loratune.engine.paged_cache import PAGE, Kernel, PagedKVCache
 from loratune.engine.sampling import Sampling
-from loratune.engine.scheduler import Decoder
 from loratune.engine.sequence import RunningSequence
+from loratune.engine.slot_decoder import SlotDecoder
 from loratune.model.adapter.own_parameters import BASE
 from loratune.model.kernels import lora_inference
 from loratune.model.kernels.lora_linear import use_fused_lora
@@ -47,10 +47,10 @@ def adapted(layers: int = LAYERS) -> Any:
     return model.eval()
 
 
-def begun(model: Any, sampling: Sampling, names: list[str], prepare: Callable[[Decoder], Any] = id) -> Decoder:
+def begun(model: Any, sampling: Sampling, names: list[str], prepare: Callable[[SlotDecoder], Any] = id) -> SlotDecoder:
     """A decoder whose answers are on their way."""
     use_fused_lora(model)
-    decoder = Decoder(model, slots=len(names))
+    decoder = SlotDecoder(model, slots=len(names))
     prepare(decoder)
     for name in names:
         decoder.add(RunningSequence(PROMPT, sampling.but(max_new_tokens=99), frozenset(), name))
@@ -104,7 +104,7 @@ class GPU:
         lora_inference._numbered.cache_clear()
 
 
-def on_pages(decoder: Decoder) -> Decoder:
+def on_pages(decoder: SlotDecoder) -> SlotDecoder:
     """The decoder as on a GPU whose kernel reads pages."""
     kernel = Kernel(pytest.importorskip("torch.nn.attention.varlen").varlen_attn, reads_tables=True)
     decoder._cache = PagedKVCache(LAYERS, 99 * PAGE, kernel)

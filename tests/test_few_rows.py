@@ -13,8 +13,8 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from loratune.engine.sampling import Sampling
-from loratune.engine.scheduler import Decoder
 from loratune.engine.sequence import RunningSequence
+from loratune.engine.slot_decoder import SlotDecoder
 from loratune.model.kernels import few_rows
 from loratune.model.kernels.few_rows import BLOCK, MOST_ROWS, give_up_few_row_products, use_few_row_products
 from loratune.model.kernels.lora_linear import _Branch, use_fused_lora
@@ -84,7 +84,7 @@ def test_a_decoder_says_the_same_with_them(
     model = AutoModelForCausalLM.from_pretrained(random_qwen, dtype=torch.float32).eval()
 
     def said() -> list[list[int]]:
-        decoder = Decoder(model, slots=3)
+        decoder = SlotDecoder(model, slots=3)
         rows = [RunningSequence([5, 6, 7][: count + 1], Sampling(max_new_tokens=12), frozenset()) for count in range(3)]
         for row in rows:
             decoder.add(row)

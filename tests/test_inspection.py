@@ -67,7 +67,7 @@ def test_flags_are_findings_and_have_an_order_that_files_rely_on() -> None:
     assert set(FLAGS) <= set(get_args(Finding))
     assert FLAGS == (
         "empty", "short", "garbled", "control_tokens", "control_tokens_in_answers", "repetitive", "thinking",
-        "no_reasoning", "broken_off", "only_reasoning", "normalized",
+        "no_reasoning", "broken_off", "only_reasoning", "normalized", "open_reasoning",
     )  # fmt: skip
 
 
@@ -166,7 +166,7 @@ def test_reasoning_is_found_where_prompts_ask_for_none() -> None:
     assert findings(said) == ["thinking"]
     assert findings(said, thinking=True) == []
     assert findings(conversation("Why?", "<think>\n\n</think>\n\nSo.")) == []
-    assert findings(conversation("Why?", "<think>Never closed")) == ["thinking"]
+    assert findings(conversation("Why?", "<think>Never closed")) == ["thinking", "open_reasoning"]
 
 
 PARAGRAPH = [(7 * n * n + 31 * n) % 5003 for n in range(160)]

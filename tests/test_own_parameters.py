@@ -17,8 +17,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import Result
 
 from loratune.engine.sampling import Sampling
-from loratune.engine.scheduler import Decoder
 from loratune.engine.sequence import RunningSequence
+from loratune.engine.slot_decoder import SlotDecoder
 from loratune.errors import Exit
 from loratune.model.adapter import attach as adapter_module
 from loratune.model.adapter.attach import attach_adapter, keep_unpacked, load_adapter
@@ -105,7 +105,7 @@ def loaded(base: Path, adapters: dict[str, Path]) -> Any:
     return model
 
 
-def decoded_logits(decoder: Decoder, names: list[str], prompts: list[list[int]]) -> list[torch.Tensor]:
+def decoded_logits(decoder: SlotDecoder, names: list[str], prompts: list[list[int]]) -> list[torch.Tensor]:
     """Of the last position of each prompt, all read in one step of the decoder, whose logits are caught."""
     caught: dict[int, torch.Tensor] = {}
 
@@ -164,7 +164,7 @@ def test_every_name_answers_as_peft_does_with_that_adapter_alone(
     expected = [last_logits(models[name], prompt) for name, prompt in zip(names, PROMPTS, strict=True)]
     assert (expected[0][:3000] - last_logits(models[BASE], PROMPTS[0])[:3000]).abs().max() > 1e-2
     for order in (("plain", "odd"), ("odd", "plain")):
-        decoder = Decoder(loaded(base, {name: folders[name] for name in order}))
+        decoder = SlotDecoder(loaded(base, {name: folders[name] for name in order}))
         together = decoded_logits(decoder, names, PROMPTS)
         alone = [decoded_logits(decoder, [n], [p])[0] for n, p in zip(names, PROMPTS, strict=True)]
         for wanted, found, single in zip(expected, together, alone, strict=True):
@@ -181,7 +181,7 @@ def test_biases_of_several_adapters_share_a_pass(
         "few": make_adapter(biased_qwen, tmp_path / "few", 3, bias="lora_only", target_modules=["q_proj"]),
         "plain": make_adapter(biased_qwen, tmp_path / "plain"),
     }
-    decoder = Decoder(loaded(biased_qwen, folders))
+    decoder = SlotDecoder(loaded(biased_qwen, folders))
     passes = []
     run = decoder._pass
     monkeypatch.setattr(decoder, "_pass", lambda *rest: passes.append(rest[3]) or run(*rest))
@@ -210,7 +210,7 @@ def test_a_quantised_base_keeps_its_biases_too(biased_qwen: Path, tmp_path: Path
     for name, folder in folders.items():
         model = load_adapter(model, folder, name)
     assert own_parameters(model).fingerprint() == before
-    names, decoder = ["biased", BASE, "plain", "biased", "plain"], Decoder(model)
+    names, decoder = ["biased", BASE, "plain", "biased", "plain"], SlotDecoder(model)
     for name, prompt, found in zip(names, PROMPTS, decoded_logits(decoder, names, PROMPTS), strict=True):
         with torch.no_grad():
             wanted = expected[name].eval()(torch.tensor([prompt])).logits[0, -1]
@@ -229,7 +229,7 @@ def test_training_leaves_the_base_s_biases_to_the_base(biased_qwen: Path) -> Non
     adapted.eval()
     with torch.no_grad():
         expected = adapted(torch.tensor([PROMPTS[0]])).logits[0, -1]
-    decoder = Decoder(adapted)
+    decoder = SlotDecoder(adapted)
     for name, wanted in ((BASE, peft_logits(biased_qwen, None, PROMPTS[0])), ("default", expected)):
         found = decoded_logits(decoder, [name], [PROMPTS[0]])[0]
         torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
@@ -280,7 +280,7 @@ def test_a_start_that_leaves_the_base_alone_is_not_even_computed(
     folder = make_adapter(random_qwen, tmp_path / "a")
     expected = peft_logits(random_qwen, folder, PROMPTS[0])
     edit(folder, init_lora_weights=start, eva_config={"rho": 2.0} if start == "eva" else None)
-    found = decoded_logits(Decoder(loaded(random_qwen, {"a": folder})), ["a"], [PROMPTS[0]])[0]
+    found = decoded_logits(SlotDecoder(loaded(random_qwen, {"a": folder})), ["a"], [PROMPTS[0]])[0]
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
 
 

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import types
 from collections import Counter
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
-from decoding import CONFIGS, PROMPTS, adapted, greedy, random_model, run, run_any_course
+from decoding import CONFIGS, PROMPTS, adapted, greedy, random_model, run, run_any_course, token_bytes
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from operators import OperatorCount
@@ -16,11 +17,11 @@ from operators import OperatorCount
 from loratune.engine import cache_choice, paged_cache
 from loratune.engine import scheduler as decoder_module
 from loratune.engine.cache_choice import make_cache, works
-from loratune.engine.kv_cache import token_bytes
 from loratune.engine.paged_cache import Kernel, PagedBatch, PagedKVCache
 from loratune.engine.sampling import Sampling
-from loratune.engine.scheduler import Decoder
 from loratune.engine.sequence import RunningSequence
+from loratune.engine.slot_decoder import SlotDecoder
+from loratune.engine.slot_states import SlotStates
 from loratune.model.adapter.own_parameters import BASE
 
 SMALL = 16
@@ -86,15 +87,15 @@ def small_pages(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(PagedBatch, "unit", SMALL)
 
 
-def paged(model: Any, slots: int, pages: int, kernel: Kernel | None = None) -> Decoder:
+def paged(model: Any, slots: int, pages: int, kernel: Kernel | None = None) -> SlotDecoder:
     """A decoder with a pool of pages."""
-    decoder = Decoder(model, slots)
+    decoder = SlotDecoder(model, slots)
     decoder._cache = PagedKVCache(len(decoder._cache._kept), pages * paged_cache.PAGE, kernel)
     decoder._prefixes._cache = decoder._cache
     return decoder
 
 
-def assert_sound(decoder: Decoder) -> None:
+def assert_sound(decoder: SlotDecoder) -> None:
     """Each page is free or in as many tables as it says, and each running answer has room for its longest."""
     cache: Any = decoder._cache
     users = Counter(page for table in cache._tables for page in table)
@@ -130,7 +131,8 @@ def test_adapters_and_losses_are_as_with_slots(kernel: str, small_pages: None) -
     model = adapted()
     names = ["default", "other", BASE, "default", BASE, "other", "default"]
     sampling, found = Sampling(max_new_tokens=20), []
-    for decoder in (Decoder(model, 4), paged(model, 4, 20, KERNELS[kernel])):
+    for opening in (partial(SlotDecoder, model, 4), partial(paged, model, 4, 20, KERNELS[kernel])):
+        decoder = opening()
         asked = [RunningSequence(p, sampling, frozenset(), n) for p, n in zip(PROMPTS, names, strict=True)]
         found.append((run(decoder, asked), decoder.loss(PROMPTS[1], PROMPTS[3], "other")))
         decoder.close()
@@ -300,8 +302,9 @@ def test_a_gpu_gets_a_pool_within_its_budget(
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (free, 2 * free))
     monkeypatch.setattr(cache_choice, "works", lambda kernel, _: kernel.reads_tables in working)
+    measured: Any = types.SimpleNamespace(token_bytes=token_bytes(model), states=SlotStates())
     for budget, slots, pages in ((free, 32, 39), (free + 1, 4, 8), (None, 32, 27), (1, 32, 1)):
-        cache: Any = make_cache(model, slots, budget)
+        cache: Any = make_cache(model, slots, budget, lambda: measured)
         assert cache.tokens == pages * paged_cache.PAGE
         assert cache._kernel == (None if expected is None else Kernel(cache_choice.varlen_attn, expected))
         assert len(cache._users) * paged_cache.PAGE * token_bytes(model) <= max(budget or free, 2 * free / 40)

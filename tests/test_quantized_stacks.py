@@ -22,7 +22,7 @@ from loratune.errors import Exit, LoratuneError
 from loratune.model import base as base_module
 from loratune.model.adapter.attach import keep_unpacked
 from loratune.model.architecture.file_layout import file_layout
-from loratune.model.architecture.roles import module_roles, quantised_matrices, quantised_stacks
+from loratune.model.architecture.roles import expert_stacks, module_roles, quantised_matrices
 from loratune.model.base import load_base
 from loratune.model.files import weight_files
 from loratune.model.from_folder import load_from_folder, load_plain
@@ -105,7 +105,7 @@ def test_matrices_and_stacks_are_quantised_and_nothing_else(folder_of: Callable[
         is_plain = PLAIN_NAMES.search(name) or name.endswith(".bias") or parameter.ndim == 1
         assert (type(parameter) is torch.nn.Parameter) == bool(is_plain), name
     stacks = {name for name, parameter in model.named_parameters() if isinstance(parameter, QuantizedParameter)}
-    assert stacks == quantised_stacks(model)
+    assert stacks == set(expert_stacks(model))
     assert bool(stacks) == (kind != "qwen3_5")
     plain = load_plain(folder_of(kind))
     assert quantised_matrices(plain) == quantised_matrices(model)
@@ -139,7 +139,7 @@ def test_int8_leaves_stacks_as_they_are_and_gates_too(folder_of: Callable[[str],
     model = quantised(folder_of("qwen3_next"), "int8")
     kinds = {name: type(parameter).__name__ for name, parameter in model.named_parameters()}
     assert {name for name, kind in kinds.items() if kind == "Int8Params"} == quantised_matrices(model)
-    assert all(kinds[name] == "Parameter" for name in quantised_stacks(model))
+    assert all(kinds[name] == "Parameter" for name in expert_stacks(model))
 
 
 # --- what it computes ---
@@ -151,7 +151,7 @@ def test_a_quantised_mixture_computes_with_its_dequantised_matrices(
     folder_of: Callable[[str], Path], kind: str, double: bool
 ) -> None:
     model = quantised(folder_of(kind), double_quantization=double)
-    reference = rounded_copy(folder_of(kind), quantised_matrices(model) | quantised_stacks(model), double)
+    reference = rounded_copy(folder_of(kind), quantised_matrices(model) | set(expert_stacks(model)), double)
     states = model.get_input_embeddings()(IDS).detach()
     logits, gradient = outcome(model, states)
     expected_logits, expected_gradient = outcome(reference, states)
@@ -221,7 +221,7 @@ def test_the_memory_of_all_groups_is_that_of_all_weights(folder_of: Callable[[st
     assert groups.keys() == {"embedding and head", "experts", "attention", NOT_QUANTISED}
     assert sum(groups.values()) == sum(held_bytes(parameter) for parameter in model.parameters())
     plain = load_plain(folder_of("qwen3_moe"))
-    stacks = quantised_stacks(plain)
+    stacks = expert_stacks(plain)
     full = sum(one.numel() * 4 for name, one in plain.named_parameters() if name in stacks)
     assert groups["experts"] < full / 6
     assert bytes_by_group(plain)["experts"] == full
@@ -315,7 +315,7 @@ def test_a_run_on_a_quantised_mixture_resumes_merges_and_reports(
     assert verified["logits"]["original"]["mean_kl"] > 100 * verified["logits"]["dequantized"]["mean_kl"]
 
 
-def test_an_adapter_on_quantised_stacks_is_refused_before_loading(cli: Cli, sft_flags: list[Any]) -> None:
+def test_an_adapter_on_expert_stacks_is_refused_before_loading(cli: Cli, sft_flags: list[Any]) -> None:
     refused = cli("sft", "--model.base", "/nowhere", *sft_flags, "--lora.target_modules", "experts")
     assert refused.exit_code == Exit.USAGE
     assert "lora.target_modules experts adds to whole stacks" in refused.stderr

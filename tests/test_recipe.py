@@ -16,7 +16,8 @@ from pydantic import ValidationError
 from loratune.errors import Exit, LoratuneError
 from loratune.recipe.advice import advise
 from loratune.recipe.loading import dump_recipe, find_recipe, load_recipe, shipped_recipes
-from loratune.recipe.sections import Recipe, iterate_settings
+from loratune.recipe.section import listed
+from loratune.recipe.sections import Recipe, TargetGroup, iterate_settings
 
 PACKAGE = Path(__file__).resolve().parent.parent / "loratune"
 SETTINGS = dict(iterate_settings())
@@ -477,6 +478,7 @@ TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=12) | st.from_
     r"[-+.0-9eE_:]{1,5}", fullmatch=True
 )
 NAME = TEXT.filter(str.strip)  # a blank name is refused
+MODULE = NAME.filter(lambda name: "," not in name)  # commas separate names, and none of them may be empty
 
 
 def setting_values(field: Any, kind: Any) -> st.SearchStrategy[Any]:
@@ -511,6 +513,7 @@ SPECIAL = {
     "data.train": st.lists(NAME, min_size=1, max_size=2),
     "data.columns": st.dictionaries(NAME, NAME, max_size=3),
     "data.severity": st.dictionaries(st.sampled_from(["short", "overlap"]), st.sampled_from(["refuse", "ignore"])),
+    "lora.target_modules": st.sampled_from(get_args(TargetGroup)) | st.lists(MODULE, min_size=1, max_size=3),
     "lora.layers": st.none() | st.sampled_from(["last 6", "first 1", "0-0", "8-15"]),
     "data.validation": st.floats(0, 0.9) | st.lists(NAME, min_size=1, max_size=2),
     "prompt.date": st.none() | st.dates().map(str),
@@ -527,6 +530,8 @@ def recipes(draw: st.DrawFn) -> Recipe:
         place[name] = draw(SPECIAL[dotted] if dotted in SPECIAL else setting_values(field, field.annotation))
     if values["model"]["quantization"] != "none":
         values["lora"]["modules_to_save"] = []
+    if "experts" in listed(values["lora"]["target_modules"]):
+        values["lora"] |= {"dropout": 0.0, "use_dora": False}
     if "near_duplicates" in values["data"]["remove"]:
         values["data"]["near_duplicates"] = 0.8
     if values["training"]["max_steps"] and values["training"]["warmup"] >= values["training"]["max_steps"]:

@@ -16,6 +16,7 @@ from loratune.recipe.sections import Recipe
 from loratune.runs import report as reports
 from loratune.runs import verification as verifications
 from loratune.runs.manifest import Manifest, TrainedBase, TrainedFile, TrainedTemplate, read_manifest, write_manifest
+from loratune.runs.model_check import ModelCheck
 from loratune.runs.record import RunRecord, read_record
 from loratune.runs.report import Report, read_report, write_report
 from loratune.runs.verification import ExportedFolder, MergedModel, read_verification, write_verification
@@ -49,6 +50,7 @@ def test_a_manifest_reads_back_equal_from_its_file(tmp_path: Path) -> None:
         "2026-01-02T03:04:05+00:00",
         {"recipe.yaml": {"bytes": 1, "sha256": "3"}},
         is_sealed=True,
+        checks=(ModelCheck("padding", "padding changes nothing", 0.25),),
     )
     write_manifest(tmp_path, manifest)
     assert read_manifest(tmp_path) == manifest

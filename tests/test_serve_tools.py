@@ -252,6 +252,13 @@ def test_what_the_model_thought_before_it_called_is_given_to_the_template(asked:
     assert "<think>\nI must look.\n</think>" in engine.prompts[0]
 
 
+def test_what_the_model_thought_in_earlier_answers_is_given_to_the_template(asked: Asked) -> None:
+    client, engine = asked("hermes", "So it is.")
+    earlier = {"role": "assistant", "content": "Rain.", "reasoning_content": "I must look.\n"}
+    client.chat.completions.create(model="base", messages=[*ASKED, earlier, *ASKED])
+    assert "<think>\nI must look.\n</think>\n\nRain." in engine.prompts[0]
+
+
 # --- what is refused ---
 
 BROKEN = CALLED | {"function": {"name": "f", "arguments": "[1"}}

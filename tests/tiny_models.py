@@ -77,7 +77,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "glm4": SIZES | {"head_dim": 8},
     "glm4_moe": SIZES | ROUTED | {"head_dim": 8},
     "gpt2": {"vocab_size": 3008, "n_embd": WIDTH, "n_layer": 2, "n_head": 4, "n_positions": 2048, "eos_token_id": 3002,
-             "bos_token_id": 3001},
+             "bos_token_id": 3001, "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0},
     "gpt_oss": SIZES | WINDOWS | {"head_dim": 8, "num_local_experts": 4, "num_experts_per_tok": 2},
     "granitemoehybrid": SIZES | {
         "layer_types": ["mamba", "attention"], "num_local_experts": 0, "num_experts_per_tok": 0, "mamba_n_heads": 8,
@@ -109,7 +109,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "text_config": SIZES | {"head_dim": 8, "rope_parameters": TEXT_POSITIONS | {"mrope_interleaved": True}},
         "vision_config": IMAGES | {"deepstack_visual_indexes": [0]},
     },
-    "seed_oss": SIZES | {"head_dim": 8},
+    "seed_oss": SIZES | {"head_dim": 8, "attention_dropout": 0.0, "residual_dropout": 0.0},
     "smollm3": SIZES,
 }  # fmt: skip
 """model_type → arguments of its config class."""

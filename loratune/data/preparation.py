@@ -24,6 +24,7 @@ from loratune.data.checks.findings import (
 from loratune.data.encoding.loaded_source import LoadedSource, Rendering, load_source
 from loratune.data.reading.files import open_rows
 from loratune.data.sources import Source, parse_source
+from loratune.data.template.thinking import Reasoning
 from loratune.errors import Exit, LoratuneError, counted
 from loratune.recipe.data_sections import DataSettings, SourceSettings
 from loratune.recipe.sections import PromptSettings
@@ -54,6 +55,8 @@ class PreparedData:
     found: list[Found]
     prompt: PromptSettings
     """The prompt settings that rows were rendered with, including the date that the template writes."""
+    reasoning: Reasoning | None = None
+    """How their prompts ask for reasoning; None for templates without a thinking mode."""
 
     def checked(self) -> PreparedData:
         """Return this object if it may be trained on.

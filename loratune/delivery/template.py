@@ -26,11 +26,16 @@ PREFIX = """\
 {{%- set prefixed.messages = prefixed.messages + [dict(message, content={text} + message.content)] %}}{{%- else %}}\
 {{%- set prefixed.messages = prefixed.messages + [message] %}}{{%- endif %}}{{%- endfor %}}\
 {{%- set messages = prefixed.messages %}}"""
-THINKING = "{{%- if enable_thinking is not defined %}}{{%- set enable_thinking = {text} %}}{{%- endif %}}"
+ARGUMENT = "{{%- if {name} is not defined %}}{{%- set {name} = {value} %}}{{%- endif %}}"
 TURNS: list[Message] = [
     {"role": "user", "content": "one"},
     {"role": "assistant", "content": "two"},
     {"role": "user", "content": "three"},
+]
+REASONED_TURNS: list[Message] = [
+    TURNS[0],
+    {"role": "assistant", "content": "<think>\nbecause\n</think>\n\ntwo"},
+    TURNS[2],
 ]
 SYSTEM_TURN: Message = {"role": "system", "content": "zero"}
 BY_TOOLS = "{{%- if tools %}}\n{with_tools}{{{{ '' }}}}{{% else %}}\n{without}{{{{ '' }}}}{{% endif %}}"
@@ -75,8 +80,8 @@ def portable_template(encoder: Encoder) -> str | None:
     template = _portable(encoder)
     if not _renders_alike(encoder, template):
         raise LoratuneError(
-            "the training's system prompt, instruction prefix, thinking mode or generation prompt cannot be put into "
-            "the tokenizer's chat template; other programs would prompt the model differently",
+            "the training's system prompt, instruction prefix, thinking mode, reasoning effort or generation prompt "
+            "cannot be put into the tokenizer's chat template; other programs would prompt the model differently",
             Exit.MODEL,
         )
     return template
@@ -101,7 +106,11 @@ def about_the_date(programs: str, trained: str | None) -> str:
 def _portable(encoder: Encoder) -> str:
     settings = encoder.settings
     texts = encoder.template + encoder.tool_template
-    start = THINKING.format(text=str(settings.enable_thinking).lower()) if "enable_thinking" in texts else ""
+    start = "".join(
+        ARGUMENT.format(name=name, value=json.dumps(value, ensure_ascii=False))
+        for name, value in settings.template_arguments.items()
+        if encoder.reads(name)
+    )
     # As in training, the prefix does not apply to the system prompt.
     start += PREFIX.format(text=_literal(settings.instruction_prefix)) if settings.instruction_prefix else ""
     start += SYSTEM.format(text=_literal(settings.system)) if settings.system else ""
@@ -122,6 +131,8 @@ def _renders_alike(encoder: Encoder, template: str | None, tokenizer: Tokenizer 
     """Return whether a template reproduces the training's prompts; None uses the tokenizer's, or the encoder's."""
     tokenizer = tokenizer or encoder.tokenizer
     conversations: list[Sequence[Message]] = [TURNS[:1], TURNS, [SYSTEM_TURN, *TURNS]]
+    if encoder.reads_reasoning:
+        conversations.append(REASONED_TURNS)
     offered: list[list[dict[str, Any]]] = [[], [PROBE_TOOL]] if encoder.offers_tools else [[]]
     return all(
         _plain(encoder, tokenizer, turns, template, tools) == _trained(encoder, turns, tools)
@@ -137,7 +148,7 @@ def _plain(
     try:
         text = tokenizer.get_chat_template(template, tools or None)
         return tokenizer.apply_chat_template(
-            turns,
+            [encoder.with_reasoning_apart(turn) for turn in turns],
             tools or None,
             chat_template=encoder.at_its_day(text),
             add_generation_prompt=True,

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 
-from loratune.engine.kv_cache import BatchedKVCache, KVCache, token_bytes
+from loratune.engine.kv_cache import BatchedKVCache, KVCache
 from loratune.engine.paged_cache import PAGE, Kernel, PagedBatch, PagedKVCache
+from loratune.engine.slot_states import rounded_slots
+from loratune.model.architecture.layer_memory import has_states
 from loratune.model.architecture.structure import head_size, key_value_heads, layer_count, text_config
 from loratune.model.hardware import FLASH_CAPABILITY
 from loratune.model.kernels.packed_attention import VARLEN_TOLERANCE, varlen_attn
@@ -16,22 +20,36 @@ CACHE_SHARE = 0.7
 """Share of the memory that is free after loading the model, for the KV cache."""
 
 
-def make_cache(model: CausalModel, slots: int, budget_bytes: float | None) -> KVCache:
+def make_cache(
+    model: CausalModel,
+    slots: int,
+    budget_bytes: float | None,
+    filled: Callable[[], BatchedKVCache],
+    uses_pages: bool = True,
+) -> KVCache:
     """Return an empty KV cache.
 
     Args:
         model: a causal language model, without PEFT's wrapper.
         slots: maximum number of running sequences.
         budget_bytes: limit of its memory. None for no limit on a CPU, and for what is free on a GPU.
+        filled: returns a cache that holds one token of one sequence, whose size is measured.
+        uses_pages: whether the cache on a GPU is one of pages.
     """
-    layers = layer_count(model.config)
-    if model.device.type != "cuda":
-        return BatchedKVCache(layers, None if budget_bytes is None else int(budget_bytes / token_bytes(model)))
+    layers, with_states = layer_count(model.config), has_states(model.config)
+    is_on_gpu = model.device.type == "cuda"
+    if budget_bytes is None and not is_on_gpu:
+        return BatchedKVCache(layers, has_states=with_states)
+    measured = filled()
+    token_bytes, slot_bytes = max(1, measured.token_bytes), measured.states.slot_bytes
     if budget_bytes is None:
         budget_bytes = CACHE_SHARE * torch.cuda.mem_get_info(model.device)[0]
+    if not (is_on_gpu and uses_pages):
+        return BatchedKVCache(layers, int(budget_bytes / token_bytes), with_states, -(-slot_bytes // token_bytes))
     most = slots * round_up(text_config(model.config).max_position_embeddings, PAGE)
-    pages = min(int(budget_bytes / token_bytes(model)) // PAGE - 1, most // PAGE)  # without the one for padding
-    return PagedKVCache(layers, max(1, pages) * PAGE, paged_kernel(model))
+    left = max(0.0, budget_bytes - rounded_slots(slots) * slot_bytes)
+    pages = min(int(left / token_bytes) // PAGE - 1, most // PAGE)  # without the one for padding
+    return PagedKVCache(layers, max(1, pages) * PAGE, paged_kernel(model), with_states)
 
 
 def paged_kernel(model: CausalModel) -> Kernel | None:

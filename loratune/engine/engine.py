@@ -12,9 +12,9 @@ from pathlib import Path
 from loratune.data.encoding.encoder import Encoder
 from loratune.data.formats.conversation import Message
 from loratune.engine.cache_choice import CACHE_SHARE
+from loratune.engine.decoder_choice import open_decoder
 from loratune.engine.loading import LoadedModel, ServedModel, open_voices
 from loratune.engine.request_handle import RequestHandle, gathering, make_handle
-from loratune.engine.scheduler import Decoder
 from loratune.engine.sequence import RunningSequence
 from loratune.engine.types import NOTHING, Answer, Delta, GenerationRequest, joined
 from loratune.errors import Exit, LoratuneError
@@ -42,7 +42,9 @@ class Engine:
         self.context_tokens: int = text_config(model.config).max_position_embeddings
         self.slots = slots
         hardware = detect_hardware()
-        self.decoder = Decoder(model, slots, CACHE_SHARE * free_memory_bytes(hardware))
+        self.decoder = open_decoder(model, slots, CACHE_SHARE * free_memory_bytes(hardware))
+        if self.decoder.notice:
+            self.warnings.append(self.decoder.notice)
         room = self.decoder.room
         # Not on a CPU, whose memory is taken only as it is written.
         if hardware.is_gpu and room is not None and room < self.context_tokens:

@@ -13,7 +13,6 @@ from torch.nn import functional
 from transformers import AttentionInterface, AttentionMaskInterface
 
 from loratune.errors import Exit, LoratuneError
-from loratune.model.architecture.structure import LayerState, layer_kinds, layer_states
 from loratune.model.kernels.packed_attention import OTHER_TERMS
 from loratune.multiples import round_up
 from loratune.protocols import CausalModel
@@ -25,22 +24,15 @@ LENGTH_UNIT = 64
 
 
 class DecodingError(LoratuneError):
-    """The model has layers whose state is not keys and values per token."""
+    """Several sequences of a model cannot share a forward pass."""
 
-    def __init__(self, kind: str) -> None:
-        super().__init__(f"{kind} is not supported for inference in loratune; use transformers' generate", Exit.MODEL)
+    def __init__(self, reason: str) -> None:
+        super().__init__(reason, Exit.MODEL)
+        self.reason = reason
 
 
 def use_slot_attention(model: CausalModel) -> None:
-    """Have a model attend to the KV cache that its `ForwardBatch` belongs to.
-
-    Raises:
-        DecodingError: it has layers with another kind of state, such as linear attention.
-    """
-    layers = zip(layer_kinds(model.config), layer_states(model.config), strict=True)
-    strange = sorted({kind for kind, state in layers if state is LayerState.OTHER})
-    if strange:
-        raise DecodingError(f"a model with layers of {', '.join(strange)}")
+    """Have a model attend to the KV cache that its `ForwardBatch` belongs to."""
     AttentionInterface.register(SLOT_ATTENTION, attend_slots)
     AttentionMaskInterface.register(SLOT_ATTENTION, no_mask)
     model.set_attn_implementation(SLOT_ATTENTION)
@@ -57,20 +49,28 @@ class ForwardBatch:
         starts: number of tokens that each row's slot already holds.
         counts: number of new tokens of each row.
         device: of the model.
+        is_unpadded: whether rows have no padding. Their counts are equal then.
     """
 
     unit = LENGTH_UNIT
 
-    def __init__(self, slots: list[int], starts: list[int], counts: list[int], device: Any) -> None:
+    def __init__(
+        self, slots: list[int], starts: list[int], counts: list[int], device: Any, is_unpadded: bool = False
+    ) -> None:
         self.slots, self.starts, self.counts, self.device = slots, starts, counts, device
         widest = max(counts)
-        self.width = 1 if widest == 1 else round_up(widest, LENGTH_UNIT // 2)
+        if is_unpadded and widest != min(counts):
+            raise ValueError(f"rows of {min(counts)} to {widest} tokens without padding")
+        self.width = widest if widest == 1 or is_unpadded else round_up(widest, LENGTH_UNIT // 2)
         """Padded length of a row."""
         ends = [start + count for start, count in zip(starts, counts, strict=True)]
         self.longest = max(ends)
         """Most tokens that a row's slot holds after the pass."""
         self.end = round_up(self.longest, self.unit)
         """Length up to which keys are read."""
+        last = slots[0] + len(slots)
+        self.run = slice(slots[0], last) if slots == list(range(slots[0], last)) else None
+        """The rows' slots where they follow each other."""
         # A GPU need not have finished what came before.
         numbers = torch.tensor([slots, starts, ends, counts]).to(device, non_blocking=True)
         self.places = numbers[:2]
@@ -83,6 +83,8 @@ class ForwardBatch:
         """bool [rows, width]."""
         self.positions = torch.where(self.is_padding, 0, first + steps)
         """int64 [rows, width]; 0 for padding."""
+        self.windows: set[int | None] = set()
+        """Sliding windows of the layers that have attended, in tokens; None for no limit."""
         self._masks: dict[tuple[int | None, torch.dtype], torch.Tensor] = {}
 
     def mask(self, window: int | None, dtype: torch.dtype) -> torch.Tensor:
@@ -108,14 +110,14 @@ class ForwardBatch:
         """Compute the attention of each row to its own slot.
 
         Args:
-            query: [rows, heads, width, size].
+            query: [rows, heads, width, size], or of the last positions only, where a layer computes no others.
             key: as the cache's `update` returns it; here [rows, key heads, end, size].
-            value: like `key`.
+            value: like `key`; its size may be another one.
             window: see `mask`.
             scale: factor of the scores; None for size**-0.5.
 
         Returns:
-            [rows, width, heads, size].
+            [rows, positions of the query, heads, size of the values].
         """
         rows, heads, width, size = query.shape
         groups = heads // key.shape[1]
@@ -124,8 +126,11 @@ class ForwardBatch:
             query = query.reshape(rows, heads // groups, groups, size)
         elif groups > 1:
             key, value = (tensor.repeat_interleave(groups, dim=1) for tensor in (key, value))
-        output = functional.scaled_dot_product_attention(query, key, value, self.mask(window, query.dtype), scale=scale)
-        return output.reshape(rows, heads, width, size).transpose(1, 2)
+        mask = self.mask(window, query.dtype)
+        if width != self.width:
+            mask = mask[:, :, -width:]
+        output = functional.scaled_dot_product_attention(query, key, value, mask, scale=scale)
+        return output.reshape(rows, heads, width, value.shape[-1]).transpose(1, 2)
 
 
 def no_mask(**_: Any) -> None:
@@ -153,6 +158,8 @@ def attend_slots(
     """
     unknown = [name for name in OTHER_TERMS if settings.get(name) is not None]
     if unknown:
-        raise DecodingError(f"a model whose attention has {', '.join(unknown)}")
+        raise DecodingError(f"its attention has a term that loratune's does not have ({', '.join(unknown)})")
     feed: ForwardBatch = settings["feed"]
-    return feed.attend(query, key, value, settings.get("sliding_window"), settings.get("scaling")), None
+    window = settings.get("sliding_window")
+    feed.windows.add(window)
+    return feed.attend(query, key, value, window, settings.get("scaling")), None

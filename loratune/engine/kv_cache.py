@@ -11,41 +11,30 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from transformers.cache_utils import Cache
 
 from loratune.engine.forward_batch import LENGTH_UNIT, ForwardBatch
-from loratune.model.architecture.structure import head_size, key_value_heads, layer_count
+from loratune.engine.slot_states import StateCache, rounded_slots
 from loratune.multiples import round_up
-from loratune.protocols import CausalModel
-
-SLOTS_UNIT = 4
-"""Slots after the first are made so many at a time, so that not every new answer copies those that run."""
 
 
-def token_bytes(model: CausalModel) -> int:
-    """What the keys and values of one token take."""
-    config = model.config
-    return 2 * layer_count(config) * key_value_heads(config) * head_size(config) * int(model.dtype.itemsize)
-
-
-class KVCache(Cache):
+class KVCache(StateCache):
     """Keys and values of the running sequences, in slots that are numbered from 0 without gaps.
 
-    Slots after these may hold what ended sequences have left, for prompts with the same beginning.
+    Slots after these may hold what ended sequences have left, for prompts with the same beginning. A layer without keys
+    has states in their place, see `slot_states`.
 
     Args:
         layers: number of the model's layers.
         tokens: room that is promised to running sequences; None for no limit.
+        has_states: whether some layers have states.
     """
 
     is_fixed = False
     """Whether the memory is taken at once and kept."""
 
-    def __init__(self, layers: int, tokens: int | None) -> None:
-        super().__init__(layers=[])
-        self.tokens = tokens
-        self.feed: ForwardBatch | None = None
-        """The input of the current forward pass."""
+    def __init__(self, layers: int, tokens: int | None, has_states: bool = False) -> None:
+        super().__init__()
+        self.tokens, self.has_states = tokens, has_states
         self._kept: list[tuple[torch.Tensor, ...]] = [()] * layers
         """Storage of each layer's keys and values."""
 
@@ -57,20 +46,21 @@ class KVCache(Cache):
     def fits(self, lengths: Sequence[int]) -> bool:
         """Return whether sequences of these lengths can be promised room."""
 
-    @abstractmethod
     def begin(self, lengths: Sequence[int], source: int = 0, shared: int = 0) -> int:
         """Make room for one more sequence.
 
         Args:
             lengths: most tokens of each running sequence, the new one's last. They fit, or there is one only.
             source: a slot with the same beginning, of a running sequence or of one that has ended.
-            shared: number of tokens that are the same.
+            shared: number of tokens that are the same; all that the slot holds if there are states.
 
         Returns:
             Number of tokens that the new sequence's slot now holds; 0 if the source had to make way.
         """
+        held = self._begin(lengths, source, shared)
+        self.states.begin(len(lengths) - 1, source if held else None)
+        return held
 
-    @abstractmethod
     def end(self, slot: int, last: int, length: int) -> bool:
         """Move the last running sequence to a slot whose sequence has ended.
 
@@ -82,6 +72,9 @@ class KVCache(Cache):
         Returns:
             Whether the last slot now holds what has ended, otherwise a copy of what was moved.
         """
+        has_swapped = self._end(slot, last, length)
+        self.states.move(last, slot, has_swapped)
+        return has_swapped
 
     @abstractmethod
     def holds(self, slot: int, length: int) -> bool:
@@ -97,7 +90,7 @@ class KVCache(Cache):
 
         Args:
             keys: [rows, heads, width, size].
-            values: like `keys`.
+            values: like `keys`; heads and size may be others.
             layer: index of the layer.
 
         Returns:
@@ -107,15 +100,25 @@ class KVCache(Cache):
     def clear(self) -> None:
         """Free the memory."""
         self._kept = [()] * len(self._kept)
+        self.states.clear()
 
     @property
     def size_bytes(self) -> int:
-        return sum(storage.numel() * storage.element_size() for kept in self._kept for storage in kept)
+        held = [*self.states.tensors(), *(storage for kept in self._kept for storage in kept)]
+        return sum(storage.nbytes for storage in held)
+
+    @abstractmethod
+    def _begin(self, lengths: Sequence[int], source: int, shared: int) -> int:
+        """Do what `begin` does for keys and values."""
+
+    @abstractmethod
+    def _end(self, slot: int, last: int, length: int) -> bool:
+        """Do what `end` does for keys and values."""
 
 
 def reserved_tokens(slots: int, length: int) -> int:
     """How many tokens a cache has room for that was asked for so many slots of such a length."""
-    return _rounded_slots(slots) * round_up(length, LENGTH_UNIT)
+    return rounded_slots(slots) * round_up(length, LENGTH_UNIT)
 
 
 class BatchedKVCache(KVCache):
@@ -124,19 +127,30 @@ class BatchedKVCache(KVCache):
     Args:
         layers: see `KVCache`.
         tokens: see `KVCache`.
+        has_states: see `KVCache`.
+        state_tokens: number of tokens whose keys and values take as much memory as the states of one slot.
     """
 
-    def __init__(self, layers: int, tokens: int | None = None) -> None:
-        super().__init__(layers, tokens)
+    def __init__(self, layers: int, tokens: int | None = None, has_states: bool = False, state_tokens: int = 0) -> None:
+        super().__init__(layers, tokens, has_states)
+        self._state_tokens = state_tokens
         self._slots = self._length = self._written = 0
 
     def another(self, tokens: int) -> KVCache:
-        return BatchedKVCache(len(self._kept))
+        return BatchedKVCache(len(self._kept), has_states=self.has_states)
 
     def fits(self, lengths: Sequence[int]) -> bool:
-        return self.tokens is None or reserved_tokens(len(lengths), max(lengths)) <= self.tokens
+        if self.tokens is None:
+            return True
+        states = self._state_tokens * rounded_slots(len(lengths))
+        return reserved_tokens(len(lengths), max(lengths)) + states <= self.tokens
 
-    def begin(self, lengths: Sequence[int], source: int = 0, shared: int = 0) -> int:
+    @property
+    def token_bytes(self) -> int:
+        """What the keys and values of one token take; 0 before the first pass."""
+        return sum(storage[0, :, 0].nbytes for kept in self._kept for storage in kept)
+
+    def _begin(self, lengths: Sequence[int], source: int, shared: int) -> int:
         self.reserve(len(lengths), max(lengths))
         if not self.holds(source, shared):
             return 0
@@ -144,7 +158,7 @@ class BatchedKVCache(KVCache):
             self._copy(source, len(lengths) - 1, shared)
         return shared
 
-    def end(self, slot: int, last: int, length: int) -> bool:
+    def _end(self, slot: int, last: int, length: int) -> bool:
         self._copy(last, slot, length)
         return slot == last
 
@@ -157,7 +171,7 @@ class BatchedKVCache(KVCache):
         """
         if slots <= self._slots and length <= self._length:
             return
-        wanted = _rounded_slots(slots), round_up(length, LENGTH_UNIT)
+        wanted = rounded_slots(slots), round_up(length, LENGTH_UNIT)
         # One tensor at a time, each old one let go before the next is made, as a GPU's memory is taken at once. Where
         # it runs out, the layers that have grown serve as the smaller ones did.
         for layer in range(len(self._kept)):
@@ -171,12 +185,10 @@ class BatchedKVCache(KVCache):
         return slot < self._slots and length <= self._length
 
     def batch(self, slots: list[int], starts: list[int], counts: list[int], device: Any) -> ForwardBatch:
-        return ForwardBatch(slots, starts, counts, device)
+        return ForwardBatch(slots, starts, counts, device, self.has_states)
 
     def update(self, keys: torch.Tensor, values: torch.Tensor, layer: int, *_: Any, **__: Any) -> Any:
-        feed = self.feed
-        if feed is None:
-            raise RuntimeError("a pass over the slots without a feed")
+        feed = self._fed
         self._written = max(self._written, feed.end)
         if not self._kept[layer]:
             room = self._slots, self._length
@@ -193,7 +205,7 @@ class BatchedKVCache(KVCache):
 
     def _copy(self, source: int, target: int, length: int) -> None:
         """Copy the first `length` tokens of one slot to another."""
-        if source != target:
+        if source != target and length:
             for kept in self._kept:
                 for storage in kept:
                     storage[target, :, :length] = storage[source, :, :length]
@@ -213,10 +225,7 @@ def _storage(like: torch.Tensor, slots: int, length: int) -> torch.Tensor:
 
 def _rows(storage: torch.Tensor, feed: ForwardBatch) -> torch.Tensor:
     """A view where the slots follow each other, else a copy."""
-    first = feed.slots[0]
-    if feed.slots == list(range(first, first + len(feed.slots))):
-        return storage[first : first + len(feed.slots)]
-    return storage[feed.places[0]]
+    return storage[feed.places[0] if feed.run is None else feed.run]
 
 
 def _write(storage: torch.Tensor, new: torch.Tensor, feed: ForwardBatch) -> None:
@@ -226,8 +235,3 @@ def _write(storage: torch.Tensor, new: torch.Tensor, feed: ForwardBatch) -> None
         return
     for row, (slot, start, count) in enumerate(zip(feed.slots, feed.starts, feed.counts, strict=True)):
         storage[slot, :, start : start + count] = new[row, :, feed.width - count :]
-
-
-def _rounded_slots(count: int) -> int:
-    """One alone, as most chats are, or several at a time."""
-    return count if count <= 1 else round_up(count, SLOTS_UNIT)

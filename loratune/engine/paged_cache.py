@@ -34,7 +34,7 @@ class PagedBatch(ForwardBatch):
     """The input of a pass over pages.
 
     Args:
-        batch: slots, starts, counts and device; see `ForwardBatch`.
+        batch: slots, starts, counts, device and is_unpadded; see `ForwardBatch`.
         tables: pages of each slot, in order.
         numbers: the same on the device, int32 [slots, most pages].
         kernel: None to gather the pages for sdpa.
@@ -72,7 +72,7 @@ class PagedBatch(ForwardBatch):
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, window: int | None, scale: float | None
     ) -> torch.Tensor:
         """Compute the attention of each row to its own pages; key and value are [pages, PAGE, key heads, size]."""
-        if self._kernel is None:
+        if self._kernel is None or query.shape[2] != self.width:
             return super().attend(query, self._gathered(key), self._gathered(value), window, scale)
         rows, heads, width, size = query.shape
         key_heads, is_flat = key.shape[2], self._begins is not None
@@ -94,7 +94,7 @@ class PagedBatch(ForwardBatch):
             seqused_k=self._used,
             block_table=None if is_flat else self.table,
         )
-        return output.view(rows, width, heads, size)
+        return output.view(rows, width, heads, value.shape[-1])
 
     def _gathered(self, pool: torch.Tensor) -> torch.Tensor:
         """Return the rows' pages as [rows, heads, end, size]: a view of a single run, else a copy."""
@@ -111,24 +111,25 @@ class PagedKVCache(KVCache):
         layers: see `KVCache`.
         tokens: room of the pool, without the page for padding.
         kernel: see `PagedBatch`.
+        has_states: see `KVCache`.
     """
 
     is_fixed = True
 
-    def __init__(self, layers: int, tokens: int, kernel: Kernel | None = None) -> None:
-        super().__init__(layers, tokens // PAGE * PAGE)
+    def __init__(self, layers: int, tokens: int, kernel: Kernel | None = None, has_states: bool = False) -> None:
+        super().__init__(layers, tokens // PAGE * PAGE, has_states)
         self._kernel = kernel
         self._numbers: torch.Tensor | None = None
         """`_tables` on the device; None if they have changed."""
         self._start_over(tokens // PAGE)
 
     def another(self, tokens: int) -> KVCache:
-        return PagedKVCache(len(self._kept), _pages(tokens) * PAGE, self._kernel)
+        return PagedKVCache(len(self._kept), _pages(tokens) * PAGE, self._kernel, self.has_states)
 
     def fits(self, lengths: Sequence[int]) -> bool:
         return sum(map(_pages, lengths)) < len(self._users)
 
-    def begin(self, lengths: Sequence[int], source: int = 0, shared: int = 0) -> int:
+    def _begin(self, lengths: Sequence[int], source: int, shared: int) -> int:
         if not self.fits(lengths):  # which one alone may be
             super().clear()
             self._start_over(_pages(lengths[-1]))
@@ -181,7 +182,7 @@ class PagedKVCache(KVCache):
             self._leave(same)
         return taken, shared
 
-    def end(self, slot: int, last: int, length: int) -> bool:
+    def _end(self, slot: int, last: int, length: int) -> bool:
         self._tables[slot], self._tables[last] = self._tables[last], self._tables[slot]
         self._ended += 1
         self._left[last], self._numbers = self._ended, None
@@ -196,7 +197,7 @@ class PagedKVCache(KVCache):
             filled = [[*table, *[_SCRATCH] * (most - len(table))] for table in self._tables]
             self._numbers = torch.tensor(filled, dtype=torch.int32).to(device, non_blocking=True)
         pages = {"tables": self._tables, "numbers": self._numbers, "kernel": self._kernel}
-        return PagedBatch(slots, starts, counts, device, **pages)
+        return PagedBatch(slots, starts, counts, device, self.has_states, **pages)
 
     def update(self, keys: torch.Tensor, values: torch.Tensor, layer: int, *_: Any, **__: Any) -> Any:
         feed = self.feed
@@ -209,8 +210,12 @@ class PagedKVCache(KVCache):
             pool.view(-1, heads, size).index_copy_(0, feed.targets, new.transpose(1, 2).reshape(-1, heads, size))
         return self._kept[layer]
 
+    def end_pass(self) -> None:
+        super().end_pass()
+        self._is_complete = True
+
     def clear(self) -> None:
-        is_incomplete = any(self._kept) and not all(self._kept)
+        is_incomplete = any(self._kept) and not self._is_complete
         super().clear()
         pages = len(self._users) - 1
         # What was free for the pool is not any more: a smaller one may still find room.
@@ -227,6 +232,8 @@ class PagedKVCache(KVCache):
         """Slot → number of sequences that had ended when its own did."""
         self._ended = 0
         self._numbers = None
+        self._is_complete = False
+        """Whether a pass has made the pools of all layers."""
 
     def _idle(self, running: int, source: int) -> list[int]:
         """Return the slots of ended sequences in the order in which they make way, one that is needed last."""

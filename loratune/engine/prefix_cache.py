@@ -33,14 +33,22 @@ class PrefixCache:
 
         Returns:
             A slot, and the number of the prompt's tokens that it holds, 0 if none does. The last token of a prompt is
-            always computed, because its logits are needed.
+            always computed, because its logits are needed. A slot with states is of use only if the prompt begins with
+            all of its tokens.
         """
         self._kept = {place: known for place, known in self._kept.items() if self._cache.holds(place, len(known[1]))}
         known = self._kept | {one.slot: (one.adapter, one.ids[: one.held]) for one in running}
-        lengths = {place: _common(new.prompt, ids) for place, (adapter, ids) in known.items() if adapter == new.adapter}
+        lengths = {
+            place: self._usable(new.prompt, ids) for place, (adapter, ids) in known.items() if adapter == new.adapter
+        }
         source = max(lengths, key=lambda place: (lengths[place], place == new.slot), default=new.slot)
         self._kept.pop(new.slot, None)
-        return source, min(lengths.get(source, 0), len(new.prompt) - 1)
+        return source, lengths.get(source, 0)
+
+    def _usable(self, prompt: list[int], ids: list[int]) -> int:
+        """Return how many tokens of a prompt need not be read where a slot holds others."""
+        length = min(_common(prompt, ids), len(prompt) - 1)
+        return length if length == len(ids) or not self._cache.has_states else 0
 
     def forget(self) -> None:
         self._kept.clear()

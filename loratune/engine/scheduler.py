@@ -6,51 +6,46 @@ every running sequence.
 
 from __future__ import annotations
 
-import warnings
+from abc import ABC, abstractmethod
 from collections import defaultdict, deque
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Hashable, Sequence
 
 import torch
 from torch.nn import functional
 
-from loratune.engine.cache_choice import make_cache
-from loratune.engine.forward_batch import ForwardBatch, use_slot_attention
-from loratune.engine.kv_cache import KVCache
-from loratune.engine.prefix_cache import PrefixCache
+from loratune.engine.adapter_switch import AdapterSwitch
 from loratune.engine.sequence import RunningSequence
 from loratune.engine.token_choice import BatchChooser, TokenChooser
-from loratune.model.adapter.own_parameters import BASE, own_parameters
-from loratune.model.architecture.structure import causal_model, is_adapted, output_layer
+from loratune.model.adapter.own_parameters import BASE
+from loratune.model.architecture.structure import causal_model, output_layer
 from loratune.model.kernels.few_rows import give_up_few_row_products, use_few_row_products
-from loratune.protocols import AdaptedModel, CausalModel
+from loratune.protocols import CausalModel
 
 PROMPT_PART = 512
 """Maximum prompt tokens of a sequence per step, so that a long prompt does not block running sequences."""
 PROMPT_TOKENS = 2048
 """Maximum prompt tokens of all sequences per step."""
-KEPT_BYTES = 2 * 2**30
-"""Maximum size of an idle KV cache that grows, which is kept for the next request of a conversation."""
+
+Reader = Callable[[int, list[int], int], torch.Tensor]
+"""Reads a sequence on: from the number of tokens read, the next tokens, and the number of last positions that are
+wanted, to logits [positions, vocabulary]."""
 
 
-class Decoder:
+class Decoder(ABC):
     """Decodes many sequences concurrently with one model.
 
     Args:
-        model: a causal language model in eval mode, with or without PEFT adapters; its attention is replaced.
+        model: a causal language model in eval mode, with or without PEFT adapters.
         slots: maximum number of running sequences.
-        cache_budget_bytes: limit of the KV cache; sequences that could exceed it wait. None for no limit on a CPU, and
-            for what is free on a GPU.
-
-    Raises:
-        DecodingError: the model has layers without keys and values.
     """
 
-    def __init__(self, model: CausalModel, slots: int = 32, cache_budget_bytes: float | None = None) -> None:
+    notice: str | None = None
+    """What a user is to be told of how this decoder works."""
+
+    def __init__(self, model: CausalModel, slots: int = 32) -> None:
         self.model = model
-        self._adapted = model if is_adapted(model) else None
         base = causal_model(model)
-        use_slot_attention(base)
+        self._adapters = AdapterSwitch(model)
         self._large_layers = use_few_row_products(base)
         # The last position's states are strided, and CPU bfloat16 products of strided rows are a hundred times slower.
         self._hook = output_layer(base).register_forward_pre_hook(lambda _, inputs: (inputs[0].contiguous(),))
@@ -60,27 +55,20 @@ class Decoder:
         self.running: list[RunningSequence] = []
         """The sequence in each slot; slots are numbered from 0 without gaps."""
         self.waiting: deque[RunningSequence] = deque()
-        self._cache = make_cache(base, slots, cache_budget_bytes)
-        self._prefixes = PrefixCache(self._cache)
         self._chooser = BatchChooser(self.device)
-        self._adapter: str | None = None
-        self._own = own_parameters(base)
-        # PEFT computes rows of several adapters at once, but not with DoRA.
-        configs = self._adapted.peft_config if self._adapted else {}
-        self._apart = {name for name in configs if configs[name].use_dora or self._own.is_apart(name)}
-
-    def vocabulary(self, adapter: str) -> int:
-        """Return an adapter's vocabulary size; prompt ids must be below it."""
-        return self._own.vocabulary(adapter)
 
     @property
+    @abstractmethod
     def room(self) -> int | None:
         """Number of tokens whose keys and values fit, of all running sequences; None for no limit."""
-        return self._cache.tokens
 
     @property
     def is_idle(self) -> bool:
         return not self.running and not self.waiting
+
+    def vocabulary(self, adapter: str) -> int:
+        """Return an adapter's vocabulary size; prompt ids must be below it."""
+        return self._adapters.vocabulary(adapter)
 
     def add(self, running: RunningSequence) -> None:
         self.waiting.append(running)
@@ -93,10 +81,7 @@ class Decoder:
                 self.waiting.remove(running)
             return
         last = self.running.pop()
-        free = last.slot
-        has_ended = self._cache.end(running.slot, free, last.held)
-        left = running if has_ended else last
-        self._prefixes.keep(free, left.adapter, left.ids[: left.held])
+        self._leave(running, last)
         if last is not running:
             self.running[running.slot] = last
             last.slot = running.slot
@@ -122,8 +107,8 @@ class Decoder:
         for running in advanced:
             if running.finish:
                 self.remove(running)
-        if self.is_idle and not self._cache.is_fixed and self._cache.size_bytes > KEPT_BYTES:
-            self.reset()
+        if self.is_idle:
+            self._rest()
         return advanced
 
     @torch.inference_mode()  # type: ignore[untyped-decorator]
@@ -136,49 +121,73 @@ class Decoder:
             adapter: PEFT's name of the adapter.
         """
         sequence = [*prompt, *answer]
-        cache, read, total = self._cache.another(len(sequence)), 0, 0.0
-        cache.begin([len(sequence)])
+        read_on, read, total = self._reader(len(sequence), adapter), 0, 0.0
         while read < len(sequence) - 1:
             part = sequence[read : min(read + PROMPT_PART, len(sequence) - 1)]
-            feed = cache.batch([0], [read], [len(part)], self.device)
-            read += len(part)
-            scored = min(len(part), read + 1 - len(prompt))  # positions followed by a token of the answer
-            logits = self._pass(cache, feed, [part], [adapter], max(1, scored))[0]
+            end = read + len(part)
+            scored = min(len(part), end + 1 - len(prompt))  # positions followed by a token of the answer
+            logits = read_on(read, part, max(1, scored))
+            read = end
             if scored > 0:
                 wanted = torch.tensor(sequence[read + 1 - scored : read + 1], device=self.device)
                 total += float(functional.cross_entropy(logits.float(), wanted, reduction="sum"))
         return total
 
+    @abstractmethod
     def reset(self) -> None:
         """Give all memory of keys and values back; no answer may be running."""
-        self._cache.clear()
-        self._prefixes.forget()
-        if self.device.type == "cuda":
-            torch.cuda.empty_cache()
 
     def close(self) -> None:
-        """Free the memory and restore the model, except for its attention."""
-        self._cache.clear()
+        """Free the memory and restore the model."""
+        self.reset()
+        self._release()
+
+    def _release(self) -> None:
+        """Restore the model."""
         self._hook.remove()
         give_up_few_row_products(self._large_layers)
-        if self._adapted and self._adapter == BASE:
-            self._adapted.base_model.enable_adapter_layers()
-        if self._adapted:
-            self._own.select([self._adapted.active_adapter])
+        self._adapters.close()
+
+    @abstractmethod
+    def _enter(self, new: RunningSequence) -> int:
+        """Make room for the sequence in the last slot; return how much of its prompt is read already."""
+
+    @abstractmethod
+    def _leave(self, running: RunningSequence, last: RunningSequence) -> None:
+        """Let go of a running sequence; the last one, which may be the same, moves to its slot."""
+
+    @abstractmethod
+    def _fits(self, lengths: Sequence[int]) -> bool:
+        """Return whether there is memory for sequences of these lengths, in tokens."""
+
+    @abstractmethod
+    def _rest(self) -> None:
+        """Do what is to be done when nothing runs or waits any more."""
+
+    @abstractmethod
+    def _reader(self, length: int, adapter: str) -> Reader:
+        """Return what reads a new sequence of at most so many tokens."""
+
+    @abstractmethod
+    def _pass_of(self, running: RunningSequence, count: int) -> Hashable:
+        """Return what sequences with `count` new tokens have in common that can share a forward pass."""
+
+    @abstractmethod
+    def _logits(self, rows: Sequence[RunningSequence], new: Sequence[Sequence[int]]) -> torch.Tensor:
+        """Return logits [rows, vocabulary] of a forward pass, after the last new token of each row."""
 
     def _begin(self, running: RunningSequence) -> None:
-        """Assign a slot to a sequence, and reuse a cached prefix of its prompt."""
+        """Assign a slot to a sequence."""
         running.slot = len(self.running)
         settled = running.sampling.with_defaults(self.generation_config)
         running.chooser = TokenChooser(settled, running.prompt, self.device)
-        source, shared = self._prefixes.take(running, self.running)
         self.running.append(running)
-        running.read = self._cache.begin([one.longest for one in self.running], source, shared)
+        running.read = self._enter(running)
 
     def _has_room(self) -> bool:
         """Return whether the next sequence fits, even if all running ones reach their maximum length."""
         lengths = [one.longest for one in (*self.running, self.waiting[0])]
-        return len(self.running) < self.slots and (not self.running or self._cache.fits(lengths))
+        return len(self.running) < self.slots and (not self.running or self._fits(lengths))
 
     def _next_prompts(self) -> list[RunningSequence]:
         """Return the prompts of the next pass, in order of arrival, up to PROMPT_TOKENS."""
@@ -206,64 +215,13 @@ class Decoder:
         """Return logits [rows, vocabulary] after the last new token of each row."""
         by_pass = defaultdict(list)
         for index, running in enumerate(rows):
-            by_pass[running.adapter if running.adapter in self._apart else None].append(index)
+            by_pass[self._pass_of(running, len(new[index]))].append(index)
         groups = list(by_pass.values())
-        parts = []
-        for group in groups:
-            chosen = [rows[index] for index in group]
-            feed = self._cache.batch(
-                [r.slot for r in chosen], [r.held for r in chosen], [len(new[i]) for i in group], self.device
-            )
-            logits = self._pass(self._cache, feed, [new[index] for index in group], [r.adapter for r in chosen])
-            parts.append(logits[:, -1])
+        parts = [self._logits([rows[index] for index in group], [new[index] for index in group]) for group in groups]
         if len(groups) == 1:
             return parts[0]
         order = torch.tensor([index for group in groups for index in group]).argsort()
         return _one_below_the_other(parts)[order.to(self.device, non_blocking=True)]
-
-    def _pass(
-        self,
-        cache: KVCache,
-        feed: ForwardBatch,
-        new: Sequence[Sequence[int]],
-        adapters: list[str],
-        keep: int = 1,
-    ) -> torch.Tensor:
-        """Return logits [rows, keep, vocabulary] of the last positions of a forward pass."""
-        filled = [[0] * (feed.width - len(tokens)) + list(tokens) for tokens in new]
-        cache.feed = feed
-        output = self.model(
-            input_ids=torch.tensor(filled).to(self.device, non_blocking=True),  # without waiting for what runs
-            position_ids=feed.positions,
-            past_key_values=cache,
-            use_cache=True,
-            logits_to_keep=keep,
-            feed=feed,
-            **self._take_adapters(adapters),
-        )
-        logits: torch.Tensor = output.logits
-        return logits
-
-    def _take_adapters(self, names: list[str]) -> dict[str, Any]:
-        """Have each row computed with its adapter, by PEFT's own mixed forward where there are several."""
-        if self._adapted is None:
-            return {}
-        is_mixed = len(set(names)) > 1
-        self._switch(self._adapted, next(name for name in names if name != BASE) if is_mixed else names[0])
-        self._own.select(names)
-        return {"adapter_names": names} if is_mixed else {}
-
-    def _switch(self, model: AdaptedModel, adapter: str) -> None:
-        if adapter == self._adapter:
-            return
-        if adapter == BASE:
-            with warnings.catch_warnings():  # the warning claims that trained biases stay in the base; here they do not
-                warnings.simplefilter("ignore", UserWarning)
-                model.base_model.disable_adapter_layers()
-        else:
-            model.base_model.enable_adapter_layers()
-            model.set_adapter(adapter)
-        self._adapter = adapter
 
     def _choose(self, rows: Sequence[RunningSequence], logits: torch.Tensor) -> None:
         choosers = [running.chooser for running in rows if running.chooser]

@@ -10,7 +10,7 @@ from transformers import BitsAndBytesConfig
 
 from loratune.errors import Exit, LoratuneError
 from loratune.extras import needs
-from loratune.model.architecture.roles import kept_in_16_bits, quantised_matrices, quantised_stacks
+from loratune.model.architecture.roles import expert_stacks, kept_in_16_bits, quantised_matrices
 from loratune.model.config import empty_model, load_config
 from loratune.model.from_folder import load_from_folder
 from loratune.model.hardware import Hardware, resolve_attention, resolve_dtype
@@ -44,7 +44,7 @@ def load_base(settings: ModelSettings, folder: Path, hardware: Hardware, in_own_
 
     empty = empty_model(load_config(folder))
     matrices, kept = quantised_matrices(empty), kept_in_16_bits(empty)
-    stacks = quantised_stacks(empty) if in_own_format and settings.quantization == "nf4" else set[str]()
+    stacks = set(expert_stacks(empty)) if in_own_format and settings.quantization == "nf4" else set[str]()
     if not matrices | stacks:
         raise LoratuneError(
             f"model.quantization {settings.quantization}: {type(empty).__name__} has no layer that bitsandbytes can "

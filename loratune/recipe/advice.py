@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from loratune.recipe.sections import Recipe, TrainingSettings
+from loratune.recipe.sections import Recipe, TrainingSettings, adapts_experts
 
 # Values that vLLM's --max-lora-rank accepts; newer versions also accept 1.
 MAX_LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
@@ -16,7 +16,21 @@ def max_lora_rank(rank: int) -> int | None:
 
 def advise(recipe: Recipe) -> list[str]:
     """Return one sentence of advice for each risky setting."""
-    return [*_advise_lora(recipe), *_advise_training(recipe)]
+    return [*_advise_lora(recipe), *_advise_experts(recipe), *_advise_training(recipe)]
+
+
+def _advise_experts(recipe: Recipe) -> list[str]:
+    if not adapts_experts(recipe.lora):
+        return []
+    advice = [
+        "lora.target_modules experts: the adapter has no dropout, and most servers do not load it, so merge it",
+    ]
+    if recipe.training.gradient_checkpointing is None:
+        advice.append(
+            "lora.target_modules experts: gradient checkpointing is on, because the changed matrices of all experts "
+            "would be kept for the backward pass otherwise"
+        )
+    return advice
 
 
 def _advise_lora(recipe: Recipe) -> list[str]:

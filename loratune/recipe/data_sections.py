@@ -53,7 +53,7 @@ class DataSettings(Section):
     placeholders: dict[str, str] = {}
     """Values for {{name}}-like placeholders in the rows, as name=value."""
     columns: dict[str, str] = {}
-    """Maps column names that no format knows, such as instruction=question output=answer."""
+    """Maps column names that no format knows: `instruction=question`, one pair per flag."""
     encoding: str = "utf-8"
     """Text encoding of the files, such as gb18030; files in another encoding are rejected."""
     train_on_turns: Literal["all", "last"] = "all"

@@ -13,6 +13,7 @@ Finding: TypeAlias = Literal[
     "repetitive",
     "thinking",
     "no_reasoning",
+    "open_reasoning",
     "broken_off",
     "only_reasoning",
     "normalized",
@@ -49,6 +50,10 @@ FINDINGS: dict[Finding, About] = {
     "no_reasoning": About(
         "have an answer without reasoning, though the prompt asks for it (prompt.enable_thinking, or a template that "
         "always does): the model learns to leave it out"
+    ),
+    "open_reasoning": About(
+        "have an answer within a <think> block that is never closed; the model would learn to reason without an end",
+        "refuse",
     ),
     "broken_off": About(
         "have an answer that breaks off: in a sentence or a code block, or with a mark such as [truncated]"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import datetime
 import re
 from collections.abc import Iterator
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BeforeValidator, Field, field_validator, model_validator
 from pydantic.fields import FieldInfo
@@ -17,12 +17,15 @@ from loratune.recipe.names import DROPPED
 from loratune.recipe.section import HomePath, ModuleNames, Section, listed, named_modules
 
 TINY_QWEN = "tiny-qwen"
-NAMED_TARGETS = ("attention", "all-linear")
+TargetGroup = Literal["all-linear", "attention", "mlp", "shared-experts", "experts"]
+EXPERTS = "experts"
+TEMPLATE_ARGUMENTS = ("enable_thinking", "preserve_thinking", "reasoning_effort")
+"""Prompt settings that chat templates take as arguments of the same names."""
 LAYERS = re.compile(r"(?P<end>first|last) (?P<count>[1-9]\d*)|(?P<start>\d+)-(?P<stop>\d+)")
 
 
 def _listed_unless_named(value: Any) -> Any:
-    return value if value in NAMED_TARGETS else named_modules(value)
+    return value if value in get_args(TargetGroup) else named_modules(value)
 
 
 class ModelSettings(Section):
@@ -57,10 +60,8 @@ class LoraSettings(Section):
     """Dropout probability of the adapter's inputs during training."""
     bias: Literal["none", "all", "lora_only"] = "none"
     """Which bias terms are also trained."""
-    target_modules: Annotated[Literal["attention", "all-linear"] | list[str], BeforeValidator(_listed_unless_named)] = (
-        "all-linear"
-    )
-    """Modules to adapt: attention (q, k, v, o), all-linear, or names such as q_proj."""
+    target_modules: Annotated[TargetGroup | list[str], BeforeValidator(_listed_unless_named)] = "all-linear"
+    """What to adapt: groups (all-linear, attention, mlp, shared-experts, experts), names, or regular expressions."""
     layers: str | None = None
     """Decoder layers to adapt: 'last 6', 'first 4' or '8-15' (counted from 0); default is all."""
     modules_to_save: ModuleNames = []
@@ -77,6 +78,19 @@ class LoraSettings(Section):
             raise ValueError("name at least one module")
         return targets
 
+    @model_validator(mode="after")
+    def _experts_have_limits(self) -> LoraSettings:
+        """PEFT adds an update to the experts' matrices themselves, so it cannot drop out inputs or scale outputs."""
+        if not adapts_experts(self):
+            return self
+        if "dropout" not in self.model_fields_set:
+            object.__setattr__(self, "dropout", 0.0)
+        odd = [f"dropout {self.dropout:g}"] if self.dropout else []
+        odd += ["use_dora"] if self.use_dora else []
+        if odd:
+            raise ValueError(f"PEFT's adapter of experts has no {' and no '.join(odd)}; leave that out, or experts")
+        return self
+
     @field_validator("layers")
     @classmethod
     def _layers_are_a_range(cls, layers: str | None) -> str | None:
@@ -88,6 +102,11 @@ class LoraSettings(Section):
         return layers
 
 
+def adapts_experts(lora: LoraSettings) -> bool:
+    """Return whether the adapter changes the matrices of routed experts."""
+    return EXPERTS in listed(lora.target_modules)
+
+
 class PromptSettings(Section):
     """How conversations are rendered; stored with the adapter and used by all later commands."""
 
@@ -96,13 +115,23 @@ class PromptSettings(Section):
     system: str | None = None
     """System prompt for rows without one; default is the template's own."""
     enable_thinking: bool = False
-    """Qwen3: ask for a reasoning block in the prompt; other models ignore it."""
+    """Ask for reasoning before the answer; templates without such a mode ignore it."""
+    preserve_thinking: bool | None = None
+    """Keep the reasoning of earlier answers in prompts (true) or leave it out; default is the template's own."""
+    reasoning_effort: Annotated[str, Field(min_length=1, max_length=100)] | None = None
+    """How much to reason, in a word that the template knows, such as low; default is the template's own."""
     instruction_prefix: str = ""
     """Text before each instruction, in training and inference."""
     generation_prompt: Literal["auto", "template"] = "auto"
     """auto adds a generation prompt if the template writes none; template uses the template unchanged."""
     date: str | None = None
     """Date for templates that write today's date, such as 2026-11-26; default is the day the run starts."""
+
+    @property
+    def template_arguments(self) -> dict[str, Any]:
+        """Arguments of the chat template; those that are unset are left to the template's own default."""
+        values = {name: getattr(self, name) for name in TEMPLATE_ARGUMENTS}
+        return {name: value for name, value in values.items() if value is not None}
 
     @field_validator("date")
     @classmethod
@@ -213,8 +242,7 @@ class Recipe(Section):
     def _settings_fit_together(self) -> Recipe:
         if self.lora.modules_to_save and self.model.quantization != "none":
             raise ValueError("lora.modules_to_save trains full matrices and needs model.quantization none")
-        targets = self.lora.target_modules
-        if self.model.quantization == "nf4" and "experts" in ([targets] if isinstance(targets, str) else targets):
+        if self.model.quantization == "nf4" and adapts_experts(self.lora):
             raise ValueError(
                 "lora.target_modules experts adds to whole stacks of matrices, which nf4 dequantises one by one; take "
                 "model.quantization none or int8, or leave experts out"

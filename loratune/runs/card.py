@@ -8,6 +8,7 @@ from typing import Any
 
 from loratune import __version__
 from loratune.plain_files import read_plain_text
+from loratune.recipe.sections import PromptSettings
 from loratune.runs.record import RunRecord
 
 CARD = """\
@@ -89,8 +90,7 @@ def write_card(folder: Path, record: RunRecord, base_folder: str | None = None) 
         "rank, alpha, dropout": f"{record.lora.rank}, {record.lora.alpha:g}, {record.lora.dropout:g}",
         "targets": targets if isinstance(targets, str) else ", ".join(targets),
         "base weights in training": record.model.dtype if quantization == "none" else quantization,
-        "prompt template": prompt.template
-        + (f", enable_thinking={prompt.enable_thinking}" if prompt.template == "chat" else ""),
+        "prompt template": prompt.template + "".join(f", {name}={value}" for name, value in _arguments(prompt).items()),
         **record.training,
     }
     needed = ["the template above"]
@@ -99,6 +99,11 @@ def write_card(folder: Path, record: RunRecord, base_folder: str | None = None) 
     needed += ["its instruction prefix"] if prompt.instruction_prefix else []
     advice = f"; the prompt must be made with {' and '.join(needed)}"
     _write(folder, record.name, (record.model.base, base_folder), "trained", rows, advice)
+
+
+def _arguments(prompt: PromptSettings) -> dict[str, Any]:
+    """Return the arguments of the tokenizer's own template; loratune's templates take none."""
+    return prompt.template_arguments if prompt.template == "chat" else {}
 
 
 def write_plain_card(folder: Path, name: str, config: dict[str, Any]) -> None:

@@ -11,6 +11,7 @@ from loratune.errors import Exit, LoratuneError
 from loratune.plain_files import read_json_object
 from loratune.runs.file_hashes import are_records
 from loratune.runs.folder import ADAPTER, FORMAT_VERSION, MANIFEST, SEALED_BY, has_changed, with_seal
+from loratune.runs.model_check import ModelCheck
 from loratune.runs.record import RunRecord, read_record
 from loratune.writing import write_json
 
@@ -72,6 +73,8 @@ class Manifest:
     """File of the run → its `bytes` and `sha256`; None if the entry is invalid."""
     is_sealed: bool = False
     """Whether the manifest has a hash of itself; earlier versions wrote none."""
+    checks: tuple[ModelCheck, ...] = ()
+    """What was measured on the model before the first step; earlier versions did not record it."""
 
     def values(self) -> dict[str, Any]:
         """Return the content of the file as JSON types."""
@@ -85,6 +88,7 @@ class Manifest:
             "seed": self.seed,
             "versions": dict(self.versions),
             "files": dict(self.files or {}),
+            **({"checks": [vars(check) for check in self.checks]} if self.checks else {}),
             **({"record": self.record.values()} if self.record else {}),
         }
 
@@ -138,6 +142,7 @@ def _parsed(values: dict[str, Any]) -> Manifest:
         created=str(values.get("created", "")),
         files=files if are_records(files) else None,
         is_sealed=values.get(SEALED_BY) is not None,
+        checks=tuple(_known(ModelCheck, check) for check in values.get("checks", [])),
     )
 
 
@@ -152,7 +157,7 @@ def _file(values: dict[str, Any]) -> TrainedFile:
     return replace(_known(TrainedFile, values), ignored=tuple(values.get("ignored", ())))
 
 
-Kind = TypeVar("Kind", TrainedTemplate, TrainedFile)
+Kind = TypeVar("Kind", TrainedTemplate, TrainedFile, ModelCheck)
 
 
 def _known(kind: type[Kind], values: dict[str, Any]) -> Kind:

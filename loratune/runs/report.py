@@ -9,6 +9,7 @@ from typing import Any
 
 from loratune.plain_files import read_json_object
 from loratune.runs.folder import REPORT
+from loratune.runs.model_check import ModelCheck
 from loratune.runs.typed_json import as_typed, require_version
 from loratune.writing import write_json
 
@@ -47,6 +48,15 @@ class ValidationLosses:
 
 
 @dataclass(frozen=True)
+class AdapterGroup:
+    """What an adapter has on the modules of one role."""
+
+    modules: int
+    """Of experts, parameters with the matrices of a layer."""
+    parameters: int
+
+
+@dataclass(frozen=True)
 class AdapterCounts:
     """What has been trained, and what it takes of memory."""
 
@@ -57,6 +67,10 @@ class AdapterCounts:
     """Name of a target → how many modules of that name have an adapter."""
     base_bytes: int
     adapter_bytes: int
+    groups: Mapping[str, AdapterGroup] = field(default_factory=dict)
+    """Role of modules, such as attention → what the adapter has on them."""
+    left_out: tuple[str, ...] = ()
+    """Linear modules without an adapter, with the reason."""
 
 
 @dataclass(frozen=True)
@@ -132,6 +146,14 @@ class Answers:
 
 
 @dataclass(frozen=True)
+class ExpertUse:
+    """How many experts the training's tokens reached, over all layers."""
+
+    used: int
+    experts: int
+
+
+@dataclass(frozen=True)
 class Health:
     """What has become of the adapter."""
 
@@ -141,6 +163,8 @@ class Health:
     """Adapted modules that no gradient has reached in the first step of the process."""
     answers: Answers | None = None
     """What it says to some questions; None if they could not be asked."""
+    experts: ExpertUse | None = None
+    """Of a mixture of experts."""
     sentences: tuple[str, ...] = ()
     """What stands out, each with what to do."""
 
@@ -173,6 +197,8 @@ class Report:
     """None for a base that is not quantised, and if the comparison would have taken too long."""
     versions: Mapping[str, str] | None = None
     """Library → version."""
+    checks: tuple[ModelCheck, ...] = ()
+    """What was measured on the model before the first step."""
     health: Health | None = None
     warnings: tuple[str, ...] = ()
 

@@ -32,6 +32,8 @@ EFFICIENT_TOKENS = {"cuda": 2048, "cpu": 256}
 """A pass with fewer tokens is hardly faster: the time goes into launches and into reading the weights."""
 MOST_TOKENS = {"cuda": 16_384, "cpu": 2048}
 """A pass with more tokens is not faster."""
+MASKED_TOKENS = 1024
+"""The same for rows with a mask, where attention takes time and memory by the square of the tokens."""
 
 
 @dataclass(frozen=True)
@@ -104,7 +106,7 @@ def plan_passes(
         longest: tokens of the longest row.
         step: tokens of the largest step of one process.
         device: type of the device.
-        begun: maximum tokens of a pass before the run was interrupted; kept if it fits.
+        begun: maximum tokens of a pass before the run was interrupted, or of a row with a mask; kept if it fits.
     """
     wanted = training.tokens_per_pass or begun
     least = max(longest, min(step, wanted or EFFICIENT_TOKENS[device]))

@@ -40,7 +40,9 @@ class Batching:
     @property
     def collate(self) -> Callable[[list[Any]], dict[str, Any]]:
         """The collate function of a pass."""
-        return collate_packed if self.layout.is_packed else partial(collate_padded, pad_token_id=self.pad_token_id)
+        if self.layout.is_packed and not self.layout.is_single:
+            return collate_packed
+        return partial(collate_padded, pad_token_id=self.pad_token_id, is_rounded=not self.layout.is_single)
 
     def _loader(self, split: Split, sampler: Any, device: torch.device) -> DataLoader[Any]:
         loader = DataLoader(

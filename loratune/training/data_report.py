@@ -29,6 +29,7 @@ def data_report(recipe: Recipe, data: PreparedData) -> dict[str, Any]:
         "rows": {name: _split_figures(split) for name, split in splits.items()},
         "histogram": histogram(data.train.lengths),
         "training": _training_figures(recipe.training, data.train, recipe.seed),
+        "reasoning": vars(data.reasoning) if data.reasoning else None,
         "findings": [vars(found) for found in data.found],
         "refused": any(found.level == "refuse" for found in data.found),
     }
@@ -70,6 +71,8 @@ def show_data_report(report: dict[str, Any]) -> None:
         ],
         title="training",
     )  # fmt: skip
+    if report["reasoning"]:
+        console.table(_reasoning_lines(report["reasoning"]), title="prompts")
     for found in report["findings"]:
         show = {"refuse": console.error, "warn": console.warn}.get(found["level"], console.say)
         show(found["text"])
@@ -78,6 +81,26 @@ def show_data_report(report: dict[str, Any]) -> None:
         console.error(f"sft would refuse these rows: {', '.join(refusing)}")
     else:
         console.say("sft would train on these rows", style="bold")
+
+
+def _reasoning_lines(reasoning: dict[str, Any]) -> list[tuple[str, str]]:
+    """Return how prompts ask for reasoning; line breaks of the template are shown as escapes."""
+    default = reasoning["by_default"]
+    known = "; the template has no other mode" if default is None else f"; the template's default is {_mode(default)}"
+    lines = [
+        ("thinking", _mode(reasoning["is_enabled"]) + known),
+        ("they end in", repr(reasoning["prompt_end"]) if reasoning["prompt_end"] else "no reasoning block"),
+        ("earlier reasoning", "stays in them" if reasoning["keeps_earlier"] else "is left out"),
+    ]
+    if reasoning["answer_start"]:
+        lines.append(("without reasoning", f"answers begin with {reasoning['answer_start']!r}, which is trained"))
+    if reasoning["instruction"]:
+        lines.append(("instruction", f"{reasoning['instruction']!r} …"))
+    return lines
+
+
+def _mode(is_thinking: bool) -> str:
+    return "on" if is_thinking else "off"
 
 
 def _split_figures(split: Split) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from loratune.data.preparation import PreparedData
 from loratune.errors import counted, reason_of
 from loratune.model.adapter.attach import keep_unpacked
 from loratune.model.architecture.recurrent import recurrent_modules
-from loratune.model.architecture.roles import quantised_stacks
+from loratune.model.architecture.roles import expert_stacks
 from loratune.model.architecture.structure import decoder_of
 from loratune.model.weights.held import bytes_by_group, held_bytes
 from loratune.model.weights.unquantised import unquantised
@@ -65,7 +65,7 @@ def weights_of(model: CausalModel, settings: ModelSettings, folder: Path, data: 
     if settings.quantization == "none":
         return BaseWeights(groups)
     notes = []
-    if settings.quantization == "int8" and (stacks := quantised_stacks(model)):
+    if settings.quantization == "int8" and (stacks := expert_stacks(model)):
         size = sum(held_bytes(parameter) for name, parameter in model.named_parameters() if name in stacks)
         notes.append(
             f"model.quantization int8 leaves {console.memory(size)} of the base as they are: the "

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -113,7 +113,8 @@ def _train(session: Session, start: Checkpoint | None) -> Report | None:
     trainer = running.trainer
     if is_main_process():
         check_room(output, session.recipe.checkpoints, session.summary.adapter_bytes)
-        begin_run(output, session.recipe, manifest_of(session), start is not None, session.plan.steps)
+        manifest = replace(manifest_of(session), checks=session.checked.checks)
+        begin_run(output, session.recipe, manifest, start is not None, session.plan.steps)
         probed = session.data.validation or session.data.train
         save_probe(output, as_dataset(probed), probed.questions(MAX_QUESTIONS))
     trainer.accelerator.wait_for_everyone()
@@ -151,7 +152,7 @@ def _build_trainer(session: Session, identity: dict[str, Any]) -> ActiveTraining
 
     def seal(folder: Path, step: int, tokens: int) -> None:
         stood = {**metrics.progress, **keeper.progress, "tokens": tokens, "validation_is_due": stops.validation_is_due}
-        ran = {PASS_TOKENS: session.passes.tokens, ATTENTION: session.attention.name}
+        ran = {PASS_TOKENS: session.passes.tokens, ATTENTION: session.checked.attention.name}
         seal_checkpoint(folder, step, identity, stood | ran)
 
     trainer = AdapterTrainer(

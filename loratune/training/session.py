@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from transformers.utils import logging as transformers_logging
 from trl import SFTConfig
 
@@ -12,30 +13,40 @@ from loratune import console
 from loratune.data.assembly.steps import PassLayout
 from loratune.data.encoding.encoder import Encoder
 from loratune.data.preparation import PreparedData
+from loratune.errors import Exit, LoratuneError
 from loratune.model.adapter.attach import AdapterSummary, attach_adapter, summarise_adapter
+from loratune.model.adapter.plain_copy import with_same_weights
+from loratune.model.adapter.targets import resolve_targets
 from loratune.model.base import dtype_name, load_base
 from loratune.model.files import find_base, untried, weight_files
 from loratune.model.hardware import Hardware, detect_hardware
-from loratune.model.kernels.attention_choice import AttentionChoice, choose_attention
-from loratune.model.kernels.linear_cross_entropy import add_labelled_loss
+from loratune.model.kernels.attention_choice import choose_attention
 from loratune.model.kernels.lora_linear import use_fused_lora
 from loratune.model.kernels.norm_mlp import use_fused_elementwise
 from loratune.model.memory import keep_freed_memory
 from loratune.model.tokenizer import load_tokenizer, set_pad_token
 from loratune.protocols import AdaptedModel, Tokenizer
 from loratune.recipe.advice import advise
-from loratune.recipe.sections import Recipe
+from loratune.recipe.sections import Recipe, adapts_experts
 from loratune.runs.checkpoint import Checkpoint
 from loratune.runs.intact import require_intact
 from loratune.runs.tensor_hashes import TensorHashes
 from loratune.runtime import process_number
-from loratune.training.activations import EFFICIENT_TOKENS, PassPlan, largest_step, measure_passes, plan_passes
+from loratune.training.activations import (
+    EFFICIENT_TOKENS,
+    MASKED_TOKENS,
+    PassPlan,
+    largest_step,
+    measure_passes,
+    plan_passes,
+)
 from loratune.training.arguments import training_arguments, with_gradient_checkpointing
 from loratune.training.checkpoints.resuming import ATTENTION, PASS_TOKENS
 from loratune.training.checkpoints.signals import StopSignals
 from loratune.training.determinism import request_deterministic_cublas
 from loratune.training.gate import pass_gate
 from loratune.training.notes import Notes
+from loratune.training.probes.checked_model import CheckedModel, check_model
 from loratune.training.quantization_effect import BaseWeights, weights_of
 from loratune.training.reporting.overview import parts_of_memory, show_data, show_model
 from loratune.training.reporting.start_up import StartUp
@@ -71,7 +82,7 @@ class Session(Prepared):
     """The base with the adapter on it, as PEFT makes it."""
     weights: BaseWeights
     summary: AdapterSummary
-    attention: AttentionChoice
+    checked: CheckedModel
     passes: PassPlan
     held: dict[str, str]
     """Memory use by part, for out-of-memory messages."""
@@ -83,9 +94,10 @@ class Session(Prepared):
         return PassLayout(
             self.passes.tokens,
             EFFICIENT_TOKENS[self.hardware.device.type],
-            self.recipe.training.packing,
+            self.checked.is_packed,
             self.hardware.processes,
             process_number(),
+            self.checked.is_single,
         )
 
 
@@ -130,32 +142,58 @@ def load(prepared: Prepared, start: Checkpoint | None = None) -> Session:
     with console.status(f"loading {recipe.model.base}"):
         model = load_base(recipe.model, prepared.base, hardware)
     weights = weights_of(model, recipe.model, prepared.base, prepared.data)
+    plain, loaded_attention = with_same_weights(model), str(model.config._attn_implementation)
+    targets = resolve_targets(model, recipe.lora)
     adapted = attach_adapter(model, recipe.lora, recipe.model.base, recipe.seed)
     use_fused_lora(adapted)
     use_fused_elementwise(model)
     attention = choose_attention(model, hardware, recipe.model.attn_implementation, recipe.training.packing)
-    add_labelled_loss(model)
-    summary = summarise_adapter(adapted)
-    passes = _plan_passes(prepared, adapted, start)
+    checked = check_model(adapted, plain, attention, loaded_attention, recipe)
+    del plain  # so that the memory that is free is measured without its adapter
+    _require_one_layout(checked, hardware)
+    attention = checked.attention
+    summary = summarise_adapter(adapted, targets)
+    passes = _plan_passes(prepared, adapted, checked, start)
     if start and (begun := start.progress.get(ATTENTION, attention.name)) != attention.name:
         console.warn(f"attention is {attention.name}, {begun} before the interruption, so bits may differ")
     arguments = with_gradient_checkpointing(prepared.arguments, passes.gradient_checkpointing)
-    show_model(recipe, summary, dtype_name(model.dtype), str(attention), passes, weights)
+    show_model(recipe, summary, dtype_name(model.dtype), checked, passes, weights)
     prepared.start_up.stage_done("model")
-    known = vars(prepared) | {"arguments": arguments, "warnings": (*prepared.warnings, *weights.notes)}
-    known |= {"attention": attention, "passes": passes, "held": parts_of_memory(summary, passes)}
+    warnings = (*prepared.warnings, *weights.notes, *checked.warnings)
+    known = vars(prepared) | {"arguments": arguments, "warnings": warnings}
+    known |= {"checked": checked, "passes": passes, "held": parts_of_memory(summary, passes)}
     return Session(**known, model=adapted, weights=weights, summary=summary, notes=Notes())
 
 
-def _plan_passes(prepared: Prepared, model: AdaptedModel, start: Checkpoint | None) -> PassPlan:
+def _require_one_layout(checked: CheckedModel, hardware: Hardware) -> None:
+    """Refuse processes that would divide a step differently: rows would be lost or trained on twice."""
+    if not hardware.is_distributed:
+        return
+    own = (checked.is_packed, checked.is_masked, checked.is_single)
+    layouts = [own] * hardware.processes
+    torch.distributed.all_gather_object(layouts, own)
+    if len(set(layouts)) > 1:
+        raise LoratuneError(
+            "the checks of the model differ between the processes, so they would put rows into passes differently; use "
+            "devices of one kind, or --no-training.packing",
+            Exit.USAGE,
+        )
+
+
+def _plan_passes(prepared: Prepared, model: AdaptedModel, checked: CheckedModel, start: Checkpoint | None) -> PassPlan:
     """Choose the size of a pass, as before the interruption if it still fits."""
-    training, hardware, lengths = prepared.recipe.training, prepared.hardware, prepared.data.train.lengths
+    hardware, lengths = prepared.hardware, prepared.data.train.lengths
+    training = prepared.recipe.training.model_copy(update={"packing": checked.is_packed})
+    if adapts_experts(prepared.recipe.lora) and training.gradient_checkpointing is None:
+        # The changed matrices of all experts would be kept until the backward pass otherwise.
+        training = training.model_copy(update={"gradient_checkpointing": True})
     longest, step = int(lengths.max()), largest_step(lengths, training, hardware.processes)
     memory = None
     if training.gradient_checkpointing is None or training.tokens_per_pass is None:
         memory = measure_passes(model, training.packing, longest, step, hardware)
     begun = start.progress.get(PASS_TOKENS) if start else None
-    passes = plan_passes(training, memory, longest, step, str(hardware.device.type), begun)
+    wanted = begun or (MASKED_TOKENS if checked.is_masked else None)
+    passes = plan_passes(training, memory, longest, step, str(hardware.device.type), wanted)
     if begun and passes.tokens != begun:
         console.warn(
             f"a pass has up to {passes.tokens:,} tokens, {begun:,} before the interruption, so bits may differ"

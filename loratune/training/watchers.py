@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from loratune.training.callbacks import DivergenceGuard, Metrics, Progress
 from loratune.training.checkpoints.keeper import CheckpointKeeper
 from loratune.training.checkpoints.signals import StopSignals
+from loratune.training.reporting.expert_use import ExpertCounter
 from loratune.training.reporting.health import GradientFlow
 from loratune.training.reporting.start_up import StartUp
 from loratune.training.reporting.trackers import Trackers
@@ -26,6 +27,7 @@ class Watchers(NamedTuple):
     progress: Progress  # after metrics: it shows the latest record
     keeper: CheckpointKeeper
     flow: GradientFlow
+    experts: ExpertCounter
     trackers: Trackers
 
 
@@ -39,6 +41,7 @@ def add_watchers(session: Session, trainer: AdapterTrainer, metrics: Metrics, ke
         progress=Progress(metrics, session.hardware),
         keeper=keeper,
         flow=GradientFlow(),
+        experts=ExpertCounter(session.model),
         trackers=Trackers(session.recipe.tracking, session.output, session.stops),
     )
     for watcher in watchers:

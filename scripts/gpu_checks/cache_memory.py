@@ -22,15 +22,13 @@ MIXED = (20, 50, 400, 1200, 3000, 90, 700, 2000)
 def cache_memory(place: Workplace) -> Figures:
     """Return reserved / written of one long chat, and the peak of many clients beside the promise."""
     from loratune.engine.cache_choice import CACHE_SHARE
-    from loratune.engine.kv_cache import token_bytes
-    from loratune.model.architecture.structure import causal_model
     from loratune.model.hardware import detect_hardware
     from loratune.model.memory import free_memory_bytes
 
     base, adapter = random_model(place, layers_of(place))
     with machine.only_free(FREE):
         engine = engine_of({"adapter": adapter}, base)
-        one = token_bytes(causal_model(engine.model))
+        one = engine.decoder.filled_cache().token_bytes
         before, promised = machine.memory_now(), CACHE_SHARE * free_memory_bytes(detect_hardware())
         held, written = held_during(engine, [greedy(text_of(LONG_CHAT), SHORT_ANSWER)], before, one)
         figures: dict[str, Any] = {"reserved / written": held / (written * one)}

@@ -103,14 +103,20 @@ def collate_packed(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
     return batch
 
 
-def collate_padded(rows: Sequence[dict[str, Any]], pad_token_id: int) -> dict[str, Any]:
+def collate_padded(rows: Sequence[dict[str, Any]], pad_token_id: int, is_rounded: bool = True) -> dict[str, Any]:
     """Pad sequences on the right to one of the lengths of `round_length`.
+
+    Args:
+        rows: the sequences.
+        pad_token_id: the token to pad with.
+        is_rounded: False to pad only to the longest sequence.
 
     Returns:
         input_ids, labels and attention_mask (1 for tokens), int64 [sequences, length].
         about: not a model input; see `_about`.
     """
-    shape = (len(rows), round_length(max(len(row["input_ids"]) for row in rows)))
+    longest = max(len(row["input_ids"]) for row in rows)
+    shape = (len(rows), round_length(longest) if is_rounded else longest)
     batch: dict[str, Any] = {
         "input_ids": torch.full(shape, pad_token_id),
         "labels": torch.full(shape, IGNORED),

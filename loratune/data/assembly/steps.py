@@ -27,6 +27,8 @@ class PassLayout:
     processes: int = 1
     process: int = 0
     """Number of this process, from 0."""
+    is_single: bool = False
+    """Whether each row makes a pass of its own, without padding; then `is_packed` does not count."""
 
     def passes(self, lengths: NDArray[np.int64]) -> list[list[int]]:
         """Divide rows into the passes of this process.
@@ -39,10 +41,12 @@ class PassLayout:
             than there are processes.
         """
         capacity = max(self.tokens, int(lengths.max(initial=1)))
-        if self.is_packed:
+        if self.is_packed and not self.is_single:
             return spread_within(lengths, capacity, self.processes)[self.process :: self.processes] or [[]]
-        longest_first = np.argsort(-lengths, kind="stable")
-        return self._padded(lengths, longest_first[self.process :: self.processes].tolist(), capacity)
+        longest_first = np.argsort(-lengths, kind="stable")[self.process :: self.processes].tolist()
+        if self.is_single:
+            return [[row] for row in longest_first] or [[]]
+        return self._padded(lengths, longest_first, capacity)
 
     def _padded(self, lengths: NDArray[np.int64], longest_first: list[int], capacity: int) -> list[list[int]]:
         passes: list[list[int]] = []

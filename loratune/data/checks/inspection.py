@@ -15,7 +15,7 @@ from ftfy.badness import badness
 from loratune.data.checks.broken_off import breaks_off
 from loratune.data.encoding.tokens import NormalForm
 from loratune.data.formats.conversation import Conversation, Message
-from loratune.data.template.chat_template import CLOSING
+from loratune.data.template.thinking import CLOSING, OPENING
 from loratune.recipe.findings import Finding
 
 
@@ -33,6 +33,7 @@ class Flag(IntFlag):
     BROKEN_OFF = auto()
     ONLY_REASONING = auto()
     NORMALIZED = auto()
+    OPEN_REASONING = auto()
 
 
 FLAGS = cast("tuple[Finding, ...]", tuple(str(flag.name).lower() for flag in Flag))
@@ -72,6 +73,7 @@ class Inspector:
         special_tokens: those of them that must not occur as text in a conversation.
         thinking: whether prompts ask for a reasoning block.
         expects_reasoning: whether the template then expects reasoning before every answer.
+        leaves_open: whether the prompt opens a reasoning block that an answer without reasoning would not close.
         form: the Unicode normal form that the tokenizer converts texts to.
     """
 
@@ -81,12 +83,14 @@ class Inspector:
         special_tokens: Iterable[str],
         thinking: bool,
         expects_reasoning: bool = False,
+        leaves_open: bool = False,
         form: NormalForm | None = None,
     ) -> None:
         self._added = _any_of(added_tokens)
         self._special = _any_of(special_tokens)
         self._thinking = thinking
         self._expects_reasoning = expects_reasoning
+        self._leaves_open = leaves_open
         self._form = form
 
     def flags(self, conversation: Conversation, trained: Sequence[int]) -> int:
@@ -119,6 +123,8 @@ class Inspector:
             return Flag.SHORT if length else Flag.EMPTY
         found = Flag.BROKEN_OFF if not calls and breaks_off(text) else 0
         found |= Flag.ONLY_REASONING if not calls and text.rstrip().endswith(CLOSING) else 0
+        if CLOSING not in text and (text.lstrip().startswith(OPENING) or (self._leaves_open and not calls)):
+            found |= Flag.OPEN_REASONING
         if self._expects_reasoning:
             return found if CLOSING in text or REASONING.search(text) else found | Flag.NO_REASONING
         return found | Flag.THINKING if not self._thinking and REASONING.search(text) else found

@@ -16,7 +16,7 @@ from typing import Any
 
 from loratune.data.encoding.tokens import Ids, all_ids
 from loratune.data.formats.conversation import Conversation, Message, texts_in
-from loratune.data.template.chat_template import OPENING
+from loratune.data.template.thinking import OPENING
 from loratune.data.tools.tool_rendering import ToolRenderer
 from loratune.errors import Exit, LoratuneError
 
@@ -225,14 +225,14 @@ class Encoder(ToolRenderer):
         # One token spans the end of the block and the start of the text after it.
         return 1 + next((n for n, (one, other) in enumerate(zip(block, ids, strict=False)) if one != other), len(block))
 
-    def _with_reasoning_apart(self, message: Message) -> dict[str, Any]:
+    def with_reasoning_apart(self, message: Message) -> dict[str, Any]:
         """Pass an earlier answer's reasoning as `reasoning_content` to templates that read it.
 
         Qwen3's template can also extract reasoning from the content, but not through the marks that protect control
         tokens in texts.
         """
         content = message["content"]
-        is_split = message["role"] == "assistant" and "</think>" in content and "reasoning_content" in self.template
+        is_split = message["role"] == "assistant" and "</think>" in content and self.reads_reasoning
         if not is_split:
             return dict(message)
         return {
@@ -247,7 +247,7 @@ class Encoder(ToolRenderer):
         rendered = [
             {"role": "user", "content": prefix + message["content"]}
             if message["role"] == "user"
-            else self._with_reasoning_apart(message)
+            else self.with_reasoning_apart(message)
             for message in messages
         ]
         if system and rendered[0]["role"] != "system":

@@ -51,6 +51,7 @@ class RowEncoder:
             [token.content for token in added if token.special],
             encoder.settings.enable_thinking,
             encoder.asks_for_reasoning,
+            encoder.leaves_reasoning_open,
             normal_form(encoder.tokenizer),
         )
 

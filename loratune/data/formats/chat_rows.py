@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from itertools import groupby
 from typing import Any
 
-from loratune.data.formats.conversation import Message, has_half_a_pair, kind_of
+from loratune.data.formats.conversation import Message, has_half_a_pair, kind_of, with_reasoning
 from loratune.data.formats.row_tools import HALF_A_PAIR, given_tools, parsed, read_calls, read_tools
 
 ROLES = {
@@ -233,8 +233,7 @@ def _read_openai(turn: dict[str, Any], role: str, may_be_blank: bool) -> Message
     if not isinstance(reasoning, str | None):
         return f"its 'reasoning_content' is {kind_of(reasoning)}"
     if reasoning and isinstance(content, str):
-        thought = reasoning.strip("\n")
-        content = f"<think>\n{thought}\n</think>\n\n{content}"
+        content = with_reasoning(content, reasoning)
     message = _checked(role, content, calls, may_be_blank)
     name = turn.get("name")
     if role == "tool" and isinstance(name, str) and not isinstance(message, str):

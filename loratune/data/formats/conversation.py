@@ -22,6 +22,14 @@ class Message(_Said, total=False):
     """Of a tool message: the tool's name."""
 
 
+def with_reasoning(answer: str, reasoning: str) -> str:
+    """Return an answer's text with its reasoning as a block before it; the text alone if the reasoning is empty."""
+    if not reasoning:
+        return answer
+    thought = reasoning.strip("\n")
+    return f"<think>\n{thought}\n</think>\n\n{answer}"
+
+
 @dataclass(frozen=True)
 class Conversation:
     """An optional system message, then alternating questions and answers; the last message is an answer.

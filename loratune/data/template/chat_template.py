@@ -16,10 +16,10 @@ from typing import Any, NamedTuple
 
 from loratune.data.template.answer_ends import ANSWER, MARK, QUESTION, Render, Tools, frame_answer
 from loratune.data.template.own import OWN_TEMPLATES
+from loratune.data.template.thinking import CLOSING, OPENING, REASONED, REASONING_MARK, reasoning_block
 from loratune.errors import Exit, LoratuneError
 from loratune.protocols import Tokenizer
 
-REASONING_MARK = "loratune-reasoning"
 SYSTEM = {"role": "system", "content": "!"}
 PROBE_TOOL: dict[str, Any] = {
     "type": "function",
@@ -31,7 +31,6 @@ LONGEST_TEMPLATE = 100_000
 """In characters; the longest templates of published models have about 30,000."""
 REPETITIONS = 8
 """Number of renderings after which random output has shown itself."""
-OPENING, CLOSING = "<think>", "</think>"
 USUAL_CLOSING = "\n</think>\n\n"
 CLOCK = """\
 {{%- macro strftime_now(format) -%}}{{%- set now = namespace(text=format) -%}}\
@@ -53,6 +52,8 @@ class ChatTemplate:
     """The generation prompt that was added to the text."""
     begun_reasoning: str = ""
     """The start of a reasoning block that the prompt itself contains, for models that always reason."""
+    closed_reasoning: str = ""
+    """The empty reasoning block that ends the prompt, for answers without reasoning."""
     answer_start: str = ""
     """Text between the generation prompt and an answer without reasoning."""
     behind_answers: str = ""
@@ -137,10 +138,13 @@ def study_template(
         added = _missing_prompt(render(text, [QUESTION], tools), before, thinking, special)
     text, original = _completed(text, added), _completed(original, added)
     prompt = render(text, [QUESTION], tools, add_generation_prompt=True)
-    begun = _begun_reasoning(prompt)
+    block = reasoning_block(prompt)
+    begun, closed = ("", block) if CLOSING in block else (block, "")
     start = _answer_start(render, text, tools, thinking, (prompt, before, begun)) if completes else ""
     remark = _remark(added, prompt, before, begun)
-    return ChatTemplate(original, added, begun, start, frame.behind, frame.end_token, frame.remark, is_dated, remark)
+    return ChatTemplate(
+        original, added, begun, closed, start, frame.behind, frame.end_token, frame.remark, is_dated, remark
+    )
 
 
 def fixed_day(text: str, day: str) -> str:
@@ -242,11 +246,6 @@ def _completed(text: str, generation_prompt: str) -> str:
     return text.removesuffix("\n") + "{{ '' }}" + addition
 
 
-def _begun_reasoning(prompt: str) -> str:
-    _, opening, rest = prompt.rpartition(OPENING)
-    return opening + rest if opening and not rest.strip() else ""
-
-
 def _answer_start(render: Render, text: str, tools: Tools, thinking: bool, seen: tuple[str, str, str]) -> str:
     """Return the text between the prompt and an answer without reasoning.
 
@@ -262,8 +261,7 @@ def _answer_start(render: Render, text: str, tools: Tools, thinking: bool, seen:
     other = render(text, [QUESTION], tools, add_generation_prompt=True, enable_thinking=not thinking)
     if other.startswith(prompt) and CLOSING in other[len(prompt) :]:
         return other[len(prompt) :]
-    reasoned = {**ANSWER, "reasoning_content": REASONING_MARK}
-    shown = render(text, [QUESTION, reasoned], tools).rpartition(REASONING_MARK)[2].partition(MARK)[0]
+    shown = render(text, [QUESTION, REASONED], tools).rpartition(REASONING_MARK)[2].partition(MARK)[0]
     return shown if CLOSING in shown and not shown.replace(CLOSING, "").strip() else USUAL_CLOSING
 
 

@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass
 
 from loratune.data.encoding.cache import cache_key, entry_lock, mark_used, new_entry
 from loratune.data.encoding.encoder import Encoder
+from loratune.data.template.thinking import Reasoning
 from loratune.recipe.sections import PromptSettings
 
 FACTS = "template.json"
@@ -22,6 +23,8 @@ class TemplateFacts:
     """Whether it writes the current date or time into prompts."""
     remarks: list[str]
     """Warnings about the template."""
+    reasoning: Reasoning | None
+    """How it asks for reasoning; None if it has no thinking mode."""
 
 
 def template_facts(prompt: PromptSettings, tokenizer_sha256: str, make_encoder: Callable[[], Encoder]) -> TemplateFacts:
@@ -38,11 +41,13 @@ def template_facts(prompt: PromptSettings, tokenizer_sha256: str, make_encoder: 
     settings = prompt.model_dump(exclude={"date"})
     with entry_lock(cache_key({"template": settings, "tokenizer": tokenizer_sha256})) as entry:
         try:
-            facts = TemplateFacts(**json.loads((entry / FACTS).read_text(encoding="utf-8")))
-        except (OSError, ValueError, TypeError):  # new, or damaged
+            known = json.loads((entry / FACTS).read_text(encoding="utf-8"))
+            reasoning = known["reasoning"] and Reasoning(**known["reasoning"])
+            facts = TemplateFacts(**{**known, "reasoning": reasoning})
+        except (OSError, ValueError, TypeError, LookupError):  # new, or damaged
             shutil.rmtree(entry, ignore_errors=True)
             encoder = make_encoder()
-            facts = TemplateFacts(encoder.is_dated, encoder.remarks)
+            facts = TemplateFacts(encoder.is_dated, encoder.remarks, encoder.reasoning)
             with new_entry(entry) as folder:
                 (folder / FACTS).write_text(json.dumps(asdict(facts)), encoding="utf-8")
         mark_used(entry)

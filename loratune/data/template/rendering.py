@@ -5,24 +5,34 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Sequence
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 from jinja2 import TemplateError
 
 from loratune.data.template.answer_ends import ANSWER, QUESTION
 from loratune.data.template.chat_template import (
-    CLOSING,
-    OPENING,
+    MOMENTS,
     PROBE_TOOL,
     SYSTEM,
     ChatTemplate,
     find_templates,
     fixed_day,
+    fixed_moment,
     study_template,
 )
 from loratune.data.template.own import OWN_TEMPLATES
 from loratune.data.template.text_marks import with_marks_kept
+from loratune.data.template.thinking import (
+    CLOSING,
+    EMPTY_BLOCK,
+    OPENING,
+    REASONED,
+    Reasoning,
+    describe_reasoning,
+    reads_argument,
+    reads_reasoning,
+)
 from loratune.data.template.trial import try_template
 from loratune.errors import Exit, LoratuneError
 from loratune.protocols import Tokenizer
@@ -36,6 +46,7 @@ FAILURES = (
 TRIALS: list[tuple[list[dict[str, str]], list[dict[str, Any]]]] = [
     ([QUESTION], []),
     ([SYSTEM, *[QUESTION, ANSWER] * 8, QUESTION], []),
+    ([QUESTION, REASONED, QUESTION], []),
     ([QUESTION], [PROBE_TOOL]),
 ]
 """Messages and tools of a template's trial renderings."""
@@ -49,7 +60,8 @@ class ChatRenderer:
         settings: template, thinking mode, generation prompt, date.
 
     Raises:
-        LoratuneError: the tokenizer has no chat template, or no token to end an answer with.
+        LoratuneError: the tokenizer has no chat template, or no token to end an answer with, or the template does not
+            read an argument that the settings have.
     """
 
     def __init__(self, tokenizer: Tokenizer, settings: PromptSettings) -> None:
@@ -67,6 +79,7 @@ class ChatRenderer:
         self.tool_template = self._with_tools.text
         """Template for conversations with tools; usually the same."""
         self.end_id = self._find_end(self._plain)
+        self._check_arguments()
 
     @property
     def template_sha256(self) -> str:
@@ -104,6 +117,35 @@ class ChatRenderer:
     def asks_for_reasoning(self) -> bool:
         """Whether the template expects reasoning before answers."""
         return any(one.begun_reasoning or CLOSING in one.answer_start for one in (self._plain, self._with_tools))
+
+    @property
+    def leaves_reasoning_open(self) -> bool:
+        """Whether prompts open a reasoning block that is not closed before an answer without reasoning."""
+        return any(one.begun_reasoning and CLOSING not in one.answer_start for one in (self._plain, self._with_tools))
+
+    @property
+    def reasoning(self) -> Reasoning | None:
+        """How prompts ask for reasoning; None for templates without a thinking mode."""
+        text = fixed_moment(self.template, MOMENTS[0])
+        return describe_reasoning(self._as_text, text, (), self.settings.template_arguments, self.answer_start)
+
+    def reads(self, argument: str, **others: Any) -> bool:
+        """Return whether an argument, such as enable_thinking, changes prompts under the settings' other arguments.
+
+        Args:
+            argument: its name.
+            others: values that replace those of the settings.
+        """
+        known = {**self.settings.template_arguments, **others}
+        return any(
+            reads_argument(self._as_text, fixed_moment(text, MOMENTS[0]), tools, argument, known)
+            for text, tools in ((self.template, ()), (self.tool_template, [PROBE_TOOL]))
+        )
+
+    @cached_property
+    def reads_reasoning(self) -> bool:
+        """Whether the template renders `reasoning_content`."""
+        return reads_reasoning(self._as_text, self.template, ())
 
     @property
     def remarks(self) -> list[str]:
@@ -145,13 +187,32 @@ class ChatRenderer:
     def _studied(self, text: str, tools: Sequence[dict[str, Any]]) -> ChatTemplate:
         """Determine what a template does with this tokenizer and these settings."""
 
-        def render(text: str, messages: Sequence[Any], tools: Sequence[dict[str, Any]], **options: Any) -> str:
-            return str(self._render(text, messages, tools, tokenize=False, **options))
-
         if self.settings.template not in OWN_TEMPLATES:
-            try_template(text, [partial(render, text, *one, add_generation_prompt=True) for one in TRIALS])
+            try_template(text, [partial(self._as_text, text, *one, add_generation_prompt=True) for one in TRIALS])
         completes = self.settings.generation_prompt == "auto"
-        return study_template(render, text, tools, self.settings.enable_thinking, self._special, completes)
+        return study_template(self._as_text, text, tools, self.settings.enable_thinking, self._special, completes)
+
+    def _as_text(self, text: str, messages: Sequence[Any], tools: Sequence[dict[str, Any]] = (), **options: Any) -> str:
+        return str(self._render(text, messages, tools, tokenize=False, **options))
+
+    def _check_arguments(self) -> None:
+        """Raise if the template does not read an argument that the settings have.
+
+        The thinking mode has a default, so templates without one may ignore it.
+        """
+        settings, problems = self.settings, []
+        given = {"preserve_thinking": settings.preserve_thinking, "reasoning_effort": settings.reasoning_effort}
+        for name, value in given.items():
+            if value is None or self.reads(name):
+                continue
+            is_read_otherwise = self.reads(name, enable_thinking=not settings.enable_thinking)
+            mode = f" while prompt.enable_thinking is {str(settings.enable_thinking).lower()}"
+            problems.append(
+                f"prompt.{name} is set, but the chat template ({settings.template}) does not read it"
+                f"{mode if is_read_otherwise else ''}; leave it out"
+            )
+        if problems:
+            raise LoratuneError("\n".join(problems), Exit.USAGE)
 
     def _render(self, text: str, messages: Sequence[Any], tools: Sequence[dict[str, Any]], **options: Any) -> Any:
         """Render messages with a template's text.
@@ -160,19 +221,22 @@ class ChatRenderer:
             LoratuneError: the template rejects the messages.
         """
         tokenizer = options.pop("tokenizer", self.tokenizer)
+        arguments = options.pop("arguments", self.settings.template_arguments)
         try:
             return tokenizer.apply_chat_template(
                 messages,
                 tools=list(tools) or None,
                 chat_template=text,
                 adds_bos=self.adds_bos,
-                **{"enable_thinking": self.settings.enable_thinking, **options},
+                **{**arguments, **options},
             )
         except FAILURES as error:
             listed = messages[0] if isinstance(messages[0], list) else messages
             roles = ", ".join(message["role"] for message in listed)
+            effort = arguments.get("reasoning_effort")
+            told = f" with prompt.reasoning_effort {effort!r}" if effort else ""
             raise LoratuneError(
-                f"the tokenizer's chat template refuses the messages {roles}: {error}", Exit.MODEL
+                f"the tokenizer's chat template refuses the messages {roles}{told}: {error}", Exit.MODEL
             ) from error
 
     def _find_end(self, chat: ChatTemplate) -> int:
@@ -190,7 +254,9 @@ class ChatRenderer:
         """Return an answer as the continuation of its prompt: the ids of leading control tokens, and text."""
         chat = self._chat(tools)
         begun, start = chat.begun_reasoning, chat.answer_start
-        if answer.lstrip().startswith(OPENING) or (begun and CLOSING in answer):
+        if chat.closed_reasoning and (empty := EMPTY_BLOCK.match(answer.lstrip())):
+            answer = answer.lstrip()[empty.end() :]  # the prompt has the block already
+        elif answer.lstrip().startswith(OPENING) or (begun and CLOSING in answer):
             start = "" if CLOSING in start else start
             if begun and not answer.startswith(begun):
                 answer = answer.lstrip()

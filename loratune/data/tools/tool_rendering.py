@@ -10,9 +10,9 @@ from typing import Any
 
 from loratune.data.formats.conversation import Message, keys_in
 from loratune.data.template.answer_ends import ANSWER, MARK, QUESTION
-from loratune.data.template.chat_template import CLOSING, OPENING
 from loratune.data.template.rendering import ChatRenderer
 from loratune.data.template.text_marks import free_marks
+from loratune.data.template.thinking import CLOSING, OPENING
 from loratune.data.tools.call_form import CallForm
 from loratune.data.tools.call_probe import ARGUMENTS, NAMES, PROBE_TOOLS, find_call_form
 from loratune.data.tools.call_shapes import Call

@@ -24,7 +24,7 @@ from loratune.delivery.verification.parity import compare_models
 from loratune.delivery.verification.proof import check_parity, probe_rows
 from loratune.delivery.verification.report import parity_text, show_verification
 from loratune.errors import Exit, LoratuneError, bullet_list, counted, reason_of, refusal
-from loratune.model.architecture.roles import quantised_stacks
+from loratune.model.architecture.roles import expert_stacks
 from loratune.model.files import check_base, weight_files
 from loratune.model.memory import free_main_memory_bytes
 from loratune.model.tokenizer import load_tokenizer
@@ -198,7 +198,7 @@ def _export_nf4(job: Export, model: Path) -> Exported:
         (same,) = compare_models(quantized, [load_quantized(job.folder)], rows)
         (parity,) = compare_models(load_mapped(model), [quantized], rows)
     _require(same, SAME, "the written folder")
-    stacks = quantised_stacks(quantized)
+    stacks = expert_stacks(quantized)
     in_stacks = sum(held_bytes(weight) for name, weight in quantized.named_parameters() if name in stacks)
     told = f"{console.memory(in_stacks)} of a mixture's matrices, for which bitsandbytes has no file format in 4 bits"
     console.table(

@@ -20,7 +20,7 @@ from loratune.delivery.verification.proof import (
 from loratune.errors import Exit, LoratuneError, bullet_list
 from loratune.model.adapter.own_parameters import parameter_modules
 from loratune.model.architecture.file_layout import file_layout
-from loratune.model.architecture.roles import quantised_matrices, quantised_stacks
+from loratune.model.architecture.roles import expert_stacks, quantised_matrices
 from loratune.model.architecture.vocabulary import vocabulary_of
 from loratune.model.config import empty_model, load_config
 from loratune.model.weights.mapped import load_mapped
@@ -118,7 +118,7 @@ def _roundings(candidate: Candidate, base: Path, is_quantized: bool) -> dict[str
     files, tensors, changes = candidate.files, candidate.plan.tensors, candidate.peft.changes if candidate.peft else {}
     model, vocabulary = empty_model(load_config(base)), vocabulary_of(files.infos)
     layout, quantised = file_layout(model, files.infos), quantised_matrices(model) if is_quantized else set()
-    stacks = quantised_stacks(model) if is_quantized else set()
+    stacks = set(expert_stacks(model)) if is_quantized else set()
     found = {}
     for parameter in parameter_modules(model):
         parts = layout.parts.get(parameter)

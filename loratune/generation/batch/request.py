@@ -15,7 +15,7 @@ from loratune.engine.sampling import Sampling
 from loratune.generation.batch.answer_file import About
 from loratune.generation.batch.questions import AskedRow, QuestionFile
 from loratune.model.files import find_base, weight_files
-from loratune.recipe.sections import ModelSettings, PromptSettings
+from loratune.recipe.sections import TEMPLATE_ARGUMENTS, ModelSettings, PromptSettings
 from loratune.runs.fingerprint import fingerprint_base
 from loratune.runs.folder import file_sha256
 from loratune.runs.opening import AdapterSource, base_settings, merged_prompt
@@ -65,7 +65,8 @@ def everything_asked(request: RowsRequest, source: AdapterSource | None, file: Q
         "model": _model_hash(settings, folder),
         "adapter": _adapter_hash(source.adapter) if source else None,
         "adapter left off": request.no_adapter and not request.compares,
-        "prompt": prompt.model_dump(exclude={"date", "generation_prompt"}),
+        "prompt": prompt.model_dump(exclude={"date", "generation_prompt", *TEMPLATE_ARGUMENTS})
+        | prompt.template_arguments,
         **({"date": date.today().isoformat()} if facts.is_dated else {}),
         "system": request.system,
         **request.sampling.model_dump(),

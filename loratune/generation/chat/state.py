@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from loratune.data.formats.conversation import Message
+from loratune.data.formats.conversation import Message, with_reasoning
 from loratune.engine.engine import Engine
 from loratune.engine.sampling import SEEDS, Sampling
 from loratune.engine.types import GenerationRequest
@@ -88,7 +88,9 @@ class ChatState:
         messages: list[Message] = [{"role": "system", "content": self.system}] if self.system else []
         for turn in self.turns[self.left_out if left_out is None else left_out :]:
             messages.append({"role": "user", "content": turn.question})
-            messages.append({"role": "assistant", "content": turn.reply.text})
+            # The template decides whether it stays in the prompt.
+            answer = with_reasoning(turn.reply.text, turn.reply.reasoning)
+            messages.append({"role": "assistant", "content": answer})
         messages.append({"role": "user", "content": text})
         sampling = self.sampling
         if sampling.seed is not None and self.attempt:

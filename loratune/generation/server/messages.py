@@ -87,7 +87,8 @@ class Turn(Fields):
 
     def given(self) -> dict[str, Any]:
         """Return the message in the form of training rows."""
-        return self.model_dump(include={"role", "content", "name", "tool_calls", "tool_call_id"}, exclude_none=True)
+        told = {"role", "content", "name", "tool_calls", "tool_call_id", "reasoning_content"}
+        return self.model_dump(include=told, exclude_none=True)
 
 
 class SaidMessage(Turn):
@@ -98,7 +99,7 @@ class SaidMessage(Turn):
     content: Content
     """Text parts are concatenated."""
     reasoning_content: Text | None = None
-    """Reasoning of an earlier answer; ignored, as in the templates of reasoning models."""
+    """Reasoning of an earlier answer. The template decides whether it stays in the prompt."""
     tool_calls: Nothing | None = None
 
 
@@ -110,10 +111,6 @@ class CallingMessage(Turn):
     reasoning_content: Text | None = None
     """Passed to the template, which may render the reasoning before the call."""
     tool_calls: Annotated[list[ToolCall], Field(min_length=1, max_length=MOST_CALLS)]
-
-    def given(self) -> dict[str, Any]:
-        thought = {"reasoning_content": self.reasoning_content} if self.reasoning_content else {}
-        return super().given() | thought
 
 
 class ResultMessage(Turn):

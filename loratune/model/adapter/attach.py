@@ -25,13 +25,22 @@ from loratune.model.adapter.completeness import Shapes, require_complete, tensor
 from loratune.model.adapter.files import CONFIG_FILE, SETTINGS, WEIGHTS_FILE, read_config_values
 from loratune.model.adapter.own_parameters import own_parameters
 from loratune.model.adapter.patterns import as_expressions, settle_patterns
+from loratune.model.adapter.targets import Targets, attached_layers, check_attached, peft_targets, resolve_targets
 from loratune.model.adapter.tensors import read_tensors
 from loratune.model.adapter.values import check_weights
-from loratune.model.architecture.roles import Role, linear_modules
-from loratune.model.architecture.structure import causal_model, is_adapted, layer_count
+from loratune.model.architecture.structure import causal_model, is_adapted
 from loratune.model.weights.held import held_bytes, value_count
 from loratune.protocols import AdaptedModel, CausalModel
-from loratune.recipe.sections import LAYERS, LoraSettings
+from loratune.recipe.sections import LoraSettings
+
+
+@dataclass(frozen=True)
+class GroupCounts:
+    """What an adapter has on the modules of one role."""
+
+    modules: int
+    """Number of matrices, or of parameters with the matrices of all experts of a layer."""
+    parameters: int
 
 
 @dataclass(frozen=True)
@@ -43,6 +52,10 @@ class AdapterSummary:
     """Of base and adapter; a quantised weight counts with its shape before quantisation."""
     modules: dict[str, int]
     """Target name → number of adapted modules with that name."""
+    groups: dict[str, GroupCounts]
+    """Role of modules → what the adapter has on them."""
+    left_out: tuple[str, ...]
+    """Linear modules that are not adapted, with the reason."""
     base_bytes: int
     adapter_bytes: int
 
@@ -59,8 +72,7 @@ def attach_adapter(model: CausalModel, settings: LoraSettings, base_name: str, s
     Raises:
         LoratuneError: the model does not have the targets, layers or modules_to_save.
     """
-    targets = _resolve_targets(model, settings)
-    layers = _resolve_layers(settings.layers, layer_count(model.config))
+    targets = resolve_targets(model, settings)
     _check_modules_to_save(model, settings.modules_to_save)
     torch.manual_seed(seed)
     config = LoraConfig(
@@ -69,8 +81,7 @@ def attach_adapter(model: CausalModel, settings: LoraSettings, base_name: str, s
         lora_alpha=int(settings.alpha) if settings.alpha == int(settings.alpha) else settings.alpha,
         lora_dropout=settings.dropout,
         bias=settings.bias,
-        target_modules=targets,
-        layers_to_transform=layers,
+        **peft_targets(model, targets, settings.layers),
         modules_to_save=settings.modules_to_save or None,
         use_rslora=settings.use_rslora,
         use_dora=settings.use_dora,
@@ -80,9 +91,15 @@ def attach_adapter(model: CausalModel, settings: LoraSettings, base_name: str, s
     keep_unpacked(model)
     adapted: AdaptedModel = get_peft_model(model, config)
     config.base_model_name_or_path = base_name  # PEFT puts the folder it was loaded from there
+    check_attached(adapted, targets)
     check_frozen(adapted, settings)
     own_parameters(adapted).keep_trained_biases("default")
     return adapted
+
+
+def is_adapter_weight(name: str) -> bool:
+    """Return whether a parameter of a PEFT model is its adapter's own, and none of the base's."""
+    return "lora_" in name or ".modules_to_save." in name
 
 
 def check_frozen(model: AdaptedModel, settings: LoraSettings) -> None:
@@ -92,7 +109,7 @@ def check_frozen(model: AdaptedModel, settings: LoraSettings) -> None:
         RuntimeError: PEFT left a base weight trainable or an adapter weight frozen; this is a bug.
     """
     for name, parameter in model.named_parameters():
-        is_adapter = "lora_" in name or ".modules_to_save." in name
+        is_adapter = is_adapter_weight(name)
         is_bias = name.endswith(".bias") and settings.bias != "none"
         if parameter.requires_grad and not (is_adapter or is_bias):
             raise RuntimeError(f"base weight {name} would be trained")
@@ -100,16 +117,31 @@ def check_frozen(model: AdaptedModel, settings: LoraSettings) -> None:
             raise RuntimeError(f"adapter weight {name} would not be trained")
 
 
-def summarise_adapter(model: AdaptedModel) -> AdapterSummary:
-    """Count parameters, modules and bytes of base and adapter."""
+def summarise_adapter(model: AdaptedModel, targets: Targets) -> AdapterSummary:
+    """Count parameters, modules and bytes of base and adapter.
+
+    Args:
+        model: a PEFT model.
+        targets: that its adapter was attached to.
+    """
     trainable, _ = model.get_nb_trainable_parameters()
     total = sum(value_count(p) for p in model.parameters())
     adapter_bytes = sum(held_bytes(p) for p in model.parameters() if p.requires_grad)
     all_bytes = sum(held_bytes(p) for p in model.parameters())
-    modules = Counter(
-        name.rpartition(".")[2] for name, module in model.named_modules() if isinstance(module, LoraLayer)
+    counts = {name: _own_parameters(layer) for name, layer in attached_layers(model)}
+    modules = Counter(name.rpartition(".")[2] for name in counts)
+    groups = {
+        role.value: GroupCounts(len(names), sum(counts[name] for name in names))
+        for role in dict.fromkeys(targets.roles.values())
+        if (names := [name for name in counts if targets.roles.get(name) is role])
+    }
+    return AdapterSummary(
+        trainable, total, dict(modules), groups, targets.left_out, all_bytes - adapter_bytes, adapter_bytes
     )
-    return AdapterSummary(trainable, total, dict(modules), all_bytes - adapter_bytes, adapter_bytes)
+
+
+def _own_parameters(layer: LoraLayer) -> int:
+    return sum(p.numel() for name in layer.adapter_layer_names for p in getattr(layer, name).parameters())
 
 
 def save_adapter(model: AdaptedModel, folder: Path) -> None:
@@ -220,51 +252,6 @@ def keep_unpacked(model: CausalModel) -> None:
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
-
-
-def _linear_names(model: CausalModel, *roles: Role) -> list[str]:
-    """Last name parts of all linear modules that can be targets, in the order of the model."""
-    return list(dict.fromkeys(name.rpartition(".")[2] for name in linear_modules(model, *roles)))
-
-
-def _resolve_targets(model: CausalModel, settings: LoraSettings) -> list[str]:
-    names = _linear_names(model)
-    if settings.target_modules == "all-linear":
-        return names
-    if settings.target_modules == "attention":
-        wanted = _linear_names(model, Role.ATTENTION)
-        if not wanted:
-            raise LoratuneError(
-                f"lora.target_modules attention: {type(model).__name__} does not declare its attention modules; give "
-                f"names: {', '.join(names)}",
-                Exit.USAGE,
-            )
-        return wanted
-    wanted = list(settings.target_modules)
-    unmatched = [target for target in wanted if target not in names]
-    if unmatched:
-        raise LoratuneError(
-            f"lora.target_modules: no module is called {', '.join(unmatched)}; the model has {', '.join(names)}",
-            Exit.USAGE,
-        )
-    return wanted
-
-
-def _resolve_layers(layers: str | None, count: int) -> list[int] | None:
-    """Return the layer numbers of `last 6`, `first 4` or `8-15`, counted from 0."""
-    if layers is None:
-        return None
-    match = LAYERS.fullmatch(layers)
-    if match is None:
-        raise RuntimeError(f"the recipe let layers {layers!r} through")
-    if match["end"]:
-        wanted = int(match["count"])
-        chosen = range(count - wanted, count) if match["end"] == "last" else range(wanted)
-    else:
-        chosen = range(int(match["start"]), int(match["stop"]) + 1)
-    if chosen.start < 0 or chosen.stop > count:
-        raise LoratuneError(f"lora.layers {layers!r}: the model has {count} layers, 0 to {count - 1}", Exit.USAGE)
-    return list(chosen)
 
 
 def _check_modules_to_save(model: CausalModel, wanted: list[str]) -> None:

@@ -18,6 +18,7 @@ from torch import nn
 
 from loratune.errors import Exit, LoratuneError, reason_of
 from loratune.model.adapter.files import WEIGHTS_FILE
+from loratune.model.adapter.patterns import stacks_of
 from loratune.model.adapter.tensors import PART, PREFIX, WRAPPER
 from loratune.model.architecture.vocabulary import vocabulary_of
 
@@ -95,18 +96,26 @@ def _expected(folder: Path, config: LoraConfig, base: Shapes) -> dict[str, Any]:
 
 def _skeleton(base: Shapes) -> nn.Module:
     """Return the base's matrices as modules on the meta device, under their names."""
-    root, embedding = nn.Module(), vocabulary_of(base).embedding
+    root, embedding, stacks = nn.Module(), vocabulary_of(base).embedding, {*stacks_of(base)}
     with torch.device("meta"):
         for name, shape in base.items():
             module, _, attribute = name.rpartition(".")
+            if name in stacks:
+                holder = _module_at(root, module.split("."))
+                holder.register_parameter(attribute, nn.Parameter(torch.empty(tuple(shape))))
             if attribute != "weight" or len(shape) != 2:
                 continue
-            place, *parts = root, *module.split(".")
-            for part in parts[:-1]:
-                if part not in place._modules:
-                    place.add_module(part, nn.Module())
-                place = place.get_submodule(part)
+            *path, last = module.split(".")
             rows, columns = shape
             layer = nn.Embedding(rows, columns) if name == embedding else nn.Linear(columns, rows, bias=False)
-            place.add_module(parts[-1], layer)
+            _module_at(root, path).add_module(last, layer)
+    return root
+
+
+def _module_at(root: nn.Module, path: Sequence[str]) -> nn.Module:
+    """Return the module of a path, which is made where there is none."""
+    for part in path:
+        if part not in root._modules:
+            root.add_module(part, nn.Module())
+        root = root.get_submodule(part)
     return root

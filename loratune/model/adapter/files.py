@@ -17,8 +17,8 @@ CONFIG_FILE = "adapter_config.json"
 # Settings that loading and merging implement identically.
 SETTINGS = {
     "alpha_pattern", "bias", "ensure_weight_tying", "exclude_modules", "layers_pattern", "layers_to_transform",
-    "lora_alpha", "lora_bias", "modules_to_save", "peft_type", "r", "rank_pattern", "target_modules", "task_type",
-    "trainable_token_indices", "use_dora", "use_rslora",
+    "lora_alpha", "lora_bias", "modules_to_save", "peft_type", "r", "rank_pattern", "target_modules",
+    "target_parameters", "task_type", "trainable_token_indices", "use_dora", "use_rslora",
 }  # fmt: skip
 # Settings that only affect training, or document provenance. PEFT itself resets fan_in_fan_out for linear layers, and
 # ignores the settings of an initialisation (corda_config …) that init_lora_weights does not select.
@@ -187,6 +187,7 @@ RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "alpha_pattern": (lambda value: _gives(value, _is_alpha), f"{ALPHA}, given {GIVEN}"),
     "target_modules": (_is_names_or_pattern, PATTERNS),
     "exclude_modules": (_is_names_or_pattern, PATTERNS),
+    "target_parameters": (_is_names, f"it must be names of parameters, at most {MOST_PATTERNS:,}"),
     "layers_pattern": (_is_patterns, PATTERNS),
     "layers_to_transform": (_is_layers, f"it must be numbers of layers, from 0 to {MOST_LAYERS:,}"),
     "modules_to_save": (_is_names, NAMES),

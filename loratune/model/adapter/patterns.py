@@ -28,8 +28,9 @@ _FIRST_NUMBER = re.compile(r".*?\.[^.]*\.(?P<layer>\d+)\.")
 class _Matcher:
     """Matches names and expressions against modules, until the time limit."""
 
-    def __init__(self, modules: Iterable[str], place: Path) -> None:
-        self.modules = list(modules)
+    def __init__(self, base: Mapping[str, Sequence[int]], place: Path) -> None:
+        self.modules = modules_of(base)
+        self._adaptable = [*self.modules, *stacks_of(base)]
         self._place = place
         self._end = time.monotonic() + SECONDS
 
@@ -52,11 +53,11 @@ class _Matcher:
             ) from error
 
     def ending_in(self, key: str, pattern: str) -> list[str]:
-        """Return the modules selected by a key of rank_pattern or alpha_pattern: those whose name ends with it."""
+        """Return the modules and stacks that a key of rank_pattern or alpha_pattern selects: those ending with it."""
         if NAME.fullmatch(pattern):
-            return [name for name in self.modules if _ends_in(name, {pattern})]
-        found = self.matching(key, rf"(.*\.)?({pattern})", self.modules)
-        return [name for name, match in zip(self.modules, found, strict=True) if match]
+            return [name for name in self._adaptable if _ends_in(name, {pattern})]
+        found = self.matching(key, rf"(.*\.)?({pattern})", self._adaptable)
+        return [name for name, match in zip(self._adaptable, found, strict=True) if match]
 
     def named(self, key: str, given: Any) -> Any:
         """Resolve an expression of target_modules or exclude_modules to names; lists of names stay unchanged."""
@@ -86,7 +87,7 @@ def settle_patterns(values: dict[str, Any], base: Mapping[str, Sequence[int]], p
     Raises:
         LoratuneError: an expression is invalid, or takes too long.
     """
-    matcher, settled = _Matcher(modules_of(base), place), dict(values)
+    matcher, settled = _Matcher(base, place), dict(values)
     for key in ("target_modules", "exclude_modules"):
         settled[key] = matcher.named(key, values.get(key))
     if str(values.get("target_modules")).lower() == ALL_LINEAR:  # PEFT ignores case, too
@@ -107,6 +108,22 @@ def settle_patterns(values: dict[str, Any], base: Mapping[str, Sequence[int]], p
 def modules_of(base: Iterable[str]) -> list[str]:
     """Return the names of the modules that have parameters."""
     return list(dict.fromkeys(name.rpartition(".")[0] for name in base))
+
+
+def stacks_of(base: Mapping[str, Sequence[int]]) -> list[str]:
+    """Return the names of the parameters with several matrices, such as those of experts."""
+    return [name for name, shape in base.items() if len(shape) == 3 and not name.endswith(".weight")]
+
+
+def targeted_stacks(settled: Mapping[str, Any], base: Mapping[str, Sequence[int]]) -> list[str]:
+    """Return the parameters with several matrices to which a config applies LoRA.
+
+    Args:
+        settled: result of `settle_patterns`.
+        base: parameter name → shape, of the base.
+    """
+    wanted = set(_as_list(settled.get("target_parameters")))
+    return [name for name in stacks_of(base) if _ends_in(name, wanted)]
 
 
 def targeted(settled: dict[str, Any], base: Iterable[str]) -> list[str]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -12,7 +12,8 @@ import torch
 
 from loratune.errors import Exit, LoratuneError, bullet_list, counted
 from loratune.model.adapter.files import WEIGHTS_FILE, read_config_values
-from loratune.model.adapter.patterns import settle_patterns, targeted
+from loratune.model.adapter.patterns import settle_patterns, targeted, targeted_stacks
+from loratune.model.adapter.stacks import stack_places
 from loratune.model.adapter.values import check_weights
 from loratune.model.architecture.vocabulary import vocabulary_of
 from loratune.model.weights.tensor_files import TensorFiles
@@ -35,6 +36,12 @@ class AdapterTensors:
     """Parameter name of the base → its replacement: trained biases, modules_to_save, saved embeddings."""
     rows: dict[str, tuple[list[int], torch.Tensor]]
     """Matrix name of the base → numbers of the replaced rows, and their values."""
+    stacks: dict[str, str]
+    """Name before `.lora_A` → parameter with experts' matrices; see `stack_places`."""
+
+    def adapted(self, match: re.Match[str]) -> str:
+        """Return the base's name of what a LoRA tensor adapts: a module, or a parameter with experts' matrices."""
+        return self.stacks.get(match["module"], _module(match))
 
 
 def read_tensors(
@@ -54,17 +61,18 @@ def read_tensors(
     """
     found = _by_use(folder, values, base, is_tied, problems)
     problems += [*_vocabulary_problems(found, base), *_place_problems(found, base), *_missing(found, values, base)]
-    problems += [*_rank_problems(found, values), *_target_problems(found, values, base)]
+    problems += [*_rank_problems(found, values, base), *_target_problems(found, values, base)]
     return found
 
 
 def _by_use(
-    folder: Path, values: dict[str, Any], base: Iterable[str], is_tied: bool, problems: list[str]
+    folder: Path, values: dict[str, Any], base: Mapping[str, Sequence[int]], is_tied: bool, problems: list[str]
 ) -> AdapterTensors:
     check_weights(folder)
     vocabulary = embedding, head = vocabulary_of(base)
     files = TensorFiles([folder / WEIGHTS_FILE])
-    found = AdapterTensors({}, {}, {})
+    given = {name.removeprefix(PREFIX): info.shape for name, info in files.infos.items()}
+    found = AdapterTensors({}, {}, {}, stack_places(values, base, given))
     for name in sorted(files.infos):
         tensor, place = files.tensor(name), name.removeprefix(PREFIX)
         target = WRAPPER.sub("", place)
@@ -100,13 +108,13 @@ def rank_and_alpha(values: dict[str, Any], module: str) -> RankAndAlpha:
 
     Args:
         values: result of `settle_patterns`.
-        module: the module's name in the base.
+        module: the module's name in the base, or that of a parameter with experts' matrices.
     """
     rank, alpha = values["rank_pattern"].get(module, values["r"]), values["alpha_pattern"].get(module)
     return RankAndAlpha(rank, values["lora_alpha"] if alpha is None else alpha)
 
 
-def _rank_problems(tensors: AdapterTensors, values: dict[str, Any]) -> list[str]:
+def _rank_problems(tensors: AdapterTensors, values: dict[str, Any], base: Mapping[str, Sequence[int]]) -> list[str]:
     """Return matrices whose rank differs from the config's; PEFT would allocate the config's rank first."""
     problems = []
     for name, tensor in tensors.lora.items():
@@ -114,19 +122,23 @@ def _rank_problems(tensors: AdapterTensors, values: dict[str, Any]) -> list[str]
         axis = RANK_AXES.get(match["part"]) if match else None
         if match is None or axis is None:
             continue
-        rank = rank_and_alpha(values, _module(match)).rank
+        target = tensors.adapted(match)
+        rank = rank_and_alpha(values, target).rank
         if tensor.ndim != 2:
             problems.append(f"{name}: of shape {list(tensor.shape)}, not a matrix")
-        elif tensor.shape[axis] != rank:
-            problems.append(f"{name}: rank {tensor.shape[axis]} where the adapter's config says {rank}")
+            continue
+        is_stack = match["module"] in tensors.stacks
+        found = tensor.shape[axis] // base[target][0] if is_stack else tensor.shape[axis]
+        if found != rank:
+            problems.append(f"{name}: rank {found} where the adapter's config says {rank}")
     return problems
 
 
-def _target_problems(tensors: AdapterTensors, values: dict[str, Any], base: Iterable[str]) -> list[str]:
+def _target_problems(tensors: AdapterTensors, values: dict[str, Any], base: Mapping[str, Sequence[int]]) -> list[str]:
     """Return a problem if the modules of LoRA's matrices differ from the config's targets."""
     matches = (PART.fullmatch(name.removeprefix(PREFIX)) for name in tensors.lora)
-    found = {_module(match) for match in matches if match}
-    named = set(targeted(values, base))
+    found = {tensors.adapted(match) for match in matches if match}
+    named = {*targeted(values, base), *targeted_stacks(values, base)}
     embedding, head = vocabulary_of(base).modules
     if values.get("ensure_weight_tying") and embedding in named:
         # PEFT copies what it learnt for the embedding to a tied head.
@@ -143,6 +155,19 @@ def _target_problems(tensors: AdapterTensors, values: dict[str, Any], base: Iter
 def _module(match: re.Match[str]) -> str:
     """Return the base's module name of a LoRA tensor."""
     return WRAPPER.sub("", match["module"] + ".").rstrip(".")
+
+
+def is_of_stack(name: str, values: Mapping[str, Any]) -> bool:
+    """Return whether a tensor's module holds parameters that a config adapts, by their names alone.
+
+    Args:
+        name: in the adapter's file.
+        values: the adapter's config.
+    """
+    match = PART.fullmatch(name.removeprefix(PREFIX))
+    given = values.get("target_parameters") or []
+    holders = {f".{one}".rpartition(".")[0] for one in ([given] if isinstance(given, str) else given)}
+    return match is not None and any(f".{_module(match)}".endswith(holder) for holder in holders if holder)
 
 
 def check_fits(folder: Path, base: Mapping[str, Sequence[int]], is_tied: bool) -> None:
@@ -162,7 +187,7 @@ def check_fits(folder: Path, base: Mapping[str, Sequence[int]], is_tied: bool) -
     for name, tensor in tensors.lora.items():
         match = PART.fullmatch(name.removeprefix(PREFIX))
         side = {"lora_A.weight": 1, "lora_B.weight": 0}.get(match["part"]) if match else None
-        if match is None or side is None or tensor.ndim != 2:
+        if match is None or side is None or tensor.ndim != 2 or match["module"] in tensors.stacks:
             continue
         target = WRAPPER.sub("", f"{match['module']}.") + "weight"
         shape = base.get(target)
@@ -185,7 +210,10 @@ def check_alone(folder: Path, modules: Mapping[str, Sequence[int]]) -> None:
     problems: list[str] = []
     values = settle_patterns(read_config_values(folder), modules, folder)
     tensors = _by_use(folder, values, modules, False, problems)
-    problems += [*_missing(tensors, values, modules), *_rank_problems(tensors, values)]
+    for name in list(tensors.lora):  # of which the base has to say how many there are
+        if is_of_stack(name, values):
+            del tensors.lora[name]
+    problems += [*_missing(tensors, values, modules), *_rank_problems(tensors, values, modules)]
     problems += _target_problems(tensors, values, modules)
     if problems:
         raise LoratuneError(f"{folder} is not a complete adapter:\n{bullet_list(problems, limit=5)}", Exit.MODEL)

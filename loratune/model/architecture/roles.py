@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from loratune.model.architecture.recurrent import recurrent_modules
 from loratune.model.architecture.structure import causal_model, decoder_of, output_layer
 from loratune.protocols import CausalModel
 
@@ -17,15 +18,30 @@ class Role(Enum):
     """The role of a module with a matrix or a stack of matrices."""
 
     ATTENTION = "attention"
-    """Projects a layer's input to queries, keys and values, or the attention output."""
-    LINEAR = "linear"
-    """Another projection within a layer, of an MLP or of a layer with a recurrent state."""
+    """Projects the inputs or the output of attention, or of a layer with a recurrent state."""
+    MLP = "mlp"
+    """Projects within a layer's dense MLP."""
+    SHARED_EXPERT = "shared-experts"
+    """Projects within an expert that reads every token, beside those that a router selects."""
+    LINEAR = "other"
+    """Another projection of a layer."""
     EXPERTS = "experts"
     """Has the matrices of several experts in one parameter, so that there is no module per expert."""
     ROUTER = "router"
     """Selects experts."""
+    GATE = "gate"
+    """Computes one value per token, or per head of a recurrent state, such as its decay."""
     EMBEDDING = "embedding"
     HEAD = "head"
+
+
+ADAPTED_BY_DEFAULT = (Role.ATTENTION, Role.MLP, Role.SHARED_EXPERT, Role.LINEAR)
+"""Linear modules of the decoder that are no gates and no routers."""
+
+
+def is_linear(module: Any) -> bool:
+    """Return whether a module multiplies by a matrix; GPT-2's `Conv1D` holds it transposed."""
+    return isinstance(module, nn.Linear | Conv1D)
 
 
 def module_roles(model: CausalModel) -> dict[str, Role]:
@@ -38,6 +54,9 @@ def module_roles(model: CausalModel) -> dict[str, Role]:
     embedding, head = model.get_input_embeddings(), output_layer(model)
     path = next(name for name, module in modules.items() if module is decoder)
     attention, routers = _recorded(model, "attentions"), _recorded(model, "router_logits")
+    recurrent = {id(module) for module in recurrent_modules(decoder)}
+    attention += [name for name, module in modules.items() if id(module) in recurrent]
+    mixtures = [name.rpartition(".")[0] for name, module in modules.items() if _holds_stacks(module)]
     roles: dict[str, Role] = {}
     for name, module in modules.items():
         if module is head or module is embedding:
@@ -46,8 +65,15 @@ def module_roles(model: CausalModel) -> dict[str, Role]:
             continue
         elif _is_within(name, routers):
             roles[name] = Role.ROUTER
-        elif isinstance(module, nn.Linear):
-            roles[name] = Role.ATTENTION if _is_within(name, attention) else Role.LINEAR
+        elif is_linear(module):
+            if _is_gate(module, modules[name.rpartition(".")[0]]):
+                roles[name] = Role.GATE
+            elif _is_within(name, attention):
+                roles[name] = Role.ATTENTION
+            elif _is_within(name, mixtures):
+                roles[name] = Role.SHARED_EXPERT
+            else:  # layers have their projections in modules of their own
+                roles[name] = Role.MLP if _depth_in_layer(name, path) > 1 else Role.LINEAR
         elif _holds_stacks(module):
             roles[name] = Role.EXPERTS
     return roles
@@ -58,9 +84,9 @@ def linear_modules(model: CausalModel, *only: Role) -> list[str]:
 
     Args:
         model: see `module_roles`.
-        only: roles to include; all by default.
+        only: roles to include; `ADAPTED_BY_DEFAULT` by default.
     """
-    wanted = only or (Role.ATTENTION, Role.LINEAR)
+    wanted = only or ADAPTED_BY_DEFAULT
     return [name for name, role in module_roles(model).items() if role in wanted]
 
 
@@ -71,11 +97,7 @@ def quantised_matrices(model: CausalModel) -> set[str]:
         model: see `module_roles`.
     """
     modules: dict[str, Any] = dict(model.named_modules())
-    return {
-        f"{name}.weight"
-        for name in linear_modules(model)
-        if isinstance(modules[name], nn.Linear) and not _is_gate(modules[name], modules[name.rpartition(".")[0]])
-    }
+    return {f"{name}.weight" for name in linear_modules(model) if isinstance(modules[name], nn.Linear)}
 
 
 def kept_in_16_bits(model: CausalModel) -> set[str]:
@@ -87,27 +109,33 @@ def kept_in_16_bits(model: CausalModel) -> set[str]:
         model: see `module_roles`.
     """
     quantised = quantised_matrices(model)
-    return {
-        name
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Linear | Conv1D) and f"{name}.weight" not in quantised
-    }
+    return {name for name, module in model.named_modules() if is_linear(module) and f"{name}.weight" not in quantised}
 
 
-def quantised_stacks(model: CausalModel) -> set[str]:
-    """Return the names of the parameters with the matrices of a layer's experts, which nf4 quantises on loading.
+def expert_stacks(model: CausalModel) -> list[str]:
+    """Return the names of the parameters with the matrices of a layer's experts, [experts, ., .].
 
     Args:
         model: see `module_roles`.
     """
-    modules = dict(model.named_modules())
-    return {
+    modules: dict[str, Any] = dict(model.named_modules())
+    return [
         f"{name}.{attribute}"
         for name, role in module_roles(model).items()
         if role is Role.EXPERTS
         for attribute, parameter in modules[name]._parameters.items()
         if parameter is not None and parameter.ndim == 3
-    }
+    ]
+
+
+def router_modules(model: CausalModel) -> list[Any]:
+    """Return the modules that select experts, in the order of the model.
+
+    Args:
+        model: a causal language model, with or without an adapter.
+    """
+    modules = dict(causal_model(model).named_modules())
+    return [modules[name] for name in _recorded(causal_model(model), "router_logits")]
 
 
 class GatedMlp(NamedTuple):
@@ -144,15 +172,6 @@ def is_rms_norm(module: Any) -> bool:
     return type(module).__name__.endswith("RMSNorm") and hasattr(module, "variance_epsilon")
 
 
-def _is_gate(module: Any, parent: Any) -> bool:
-    """Return whether a linear module computes one value for each token, or for each head of a recurrent state."""
-    # Modules with a recurrent state have a parameter with a value per head, such as the logarithm of its decay.
-    heads = {parameter.numel() for parameter in parent._parameters.values() if parameter is not None}
-    outputs = int(module.out_features)
-    is_per_head = 4 * outputs <= module.in_features and not heads.isdisjoint({outputs, outputs // 2})
-    return outputs == 1 or is_per_head
-
-
 def _recorded(model: CausalModel, what: str) -> list[str]:
     """Return the names of the modules whose outputs a model records as `what`, as its transformers class declares."""
     declared: Any = {}
@@ -163,6 +182,29 @@ def _recorded(model: CausalModel, what: str) -> list[str]:
     stated = [getattr(entry, "target_class", entry) for entry in entries]
     classes = tuple(one for one in stated if isinstance(one, type))
     return [name for name, module in model.named_modules() if isinstance(module, classes)]
+
+
+def _is_gate(module: Any, parent: Any) -> bool:
+    """Return whether a linear module computes one value for each token, or for each head of a recurrent state."""
+    # Modules with a recurrent state have a parameter with a value per head, such as the logarithm of its decay.
+    heads = {parameter.numel() for parameter in parent._parameters.values() if parameter is not None}
+    inputs, outputs = _sizes(module)
+    return outputs == 1 or (4 * outputs <= inputs and not heads.isdisjoint({outputs, outputs // 2}))
+
+
+def _sizes(module: Any) -> tuple[int, int]:
+    """(inputs, outputs) of a linear module, quantised or not."""
+    if isinstance(module, Conv1D):
+        inputs, outputs = module.weight.shape
+        return inputs, outputs
+    return int(module.in_features), int(module.out_features)
+
+
+def _depth_in_layer(name: str, decoder: str) -> int:
+    """Number of names below a layer: 2 of `layers.0.mlp.down_proj`; 0 outside of layers."""
+    below = name.removeprefix(f"{decoder}.").split(".")
+    number = next((place for place, part in enumerate(below) if part.isdigit()), len(below) - 1)
+    return len(below) - 1 - number
 
 
 def _is_within(name: str, paths: Iterable[str]) -> bool:

@@ -3,23 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from enum import Enum
 from typing import Any, TypeGuard
 
 from loratune.protocols import AdaptedModel, CausalModel, Decoder, ModelConfig, TextConfig
-
-
-class LayerState(Enum):
-    """The state that a layer keeps of previous tokens during decoding."""
-
-    ALL_TOKENS = "keys and values of every token"
-    WINDOW = "keys and values of the newest tokens"
-    OTHER = "something else, such as the state of linear attention"
-
-
-# transformers' names of the layer types with keys and values. Every other type has its own kind of state, which the
-# decoder does not support.
-ATTENDING = {"full_attention": LayerState.ALL_TOKENS, "sliding_attention": LayerState.WINDOW}
 
 
 def is_adapted(model: CausalModel) -> TypeGuard[AdaptedModel]:
@@ -101,12 +87,10 @@ def key_value_heads(config: ModelConfig) -> int:
     return int(getattr(text, "num_key_value_heads", None) or text.num_attention_heads)
 
 
-def layer_kinds(config: ModelConfig) -> list[str]:
-    """transformers' name of each layer's kind, in order."""
-    text = text_config(config)
-    return list(getattr(text, "layer_types", None) or ["full_attention"] * layer_count(config))
-
-
-def layer_states(config: ModelConfig) -> list[LayerState]:
-    """What each layer keeps, in order."""
-    return [ATTENDING.get(kind, LayerState.OTHER) for kind in layer_kinds(config)]
+def rotates_by_longest(config: ModelConfig) -> bool:
+    """Whether the rotary angles of a row depend on the longest row of its batch, as in dynamic scaling."""
+    given = getattr(text_config(config), "rope_parameters", None) or {}
+    # One for all layers, or one for each kind of layers.
+    every = [given, *(one for one in given.values() if isinstance(one, Mapping))]
+    kinds = [str(one.get("rope_type")) for one in every]
+    return any("dynamic" in kind or kind == "longrope" for kind in kinds)

@@ -39,10 +39,13 @@ class LabelledLoss(ModelOutput):
     """Loss of each labelled position in nats, row after row: float32, detached."""
 
 
-def add_labelled_loss(model: CausalModel) -> None:
+def add_labelled_loss(model: CausalModel) -> Any:
     """Let a causal language model return `LabelledLoss` when it is called with labels and `summed_loss=True`.
 
     The call goes through the model's own forward, so that wrappers such as DDP work as usual.
+
+    Returns:
+        What makes the logits; see `head_of`.
 
     Raises:
         LoratuneError: the model's logits do not follow from its hidden states.
@@ -53,6 +56,7 @@ def add_labelled_loss(model: CausalModel) -> None:
         return _forward(model, head, **inputs) if summed_loss else plain_forward(*arguments, **inputs)
 
     model.forward = forward
+    return head
 
 
 def _forward(model: CausalModel, head: Any, labels: torch.Tensor, **inputs: Any) -> LabelledLoss:

@@ -102,12 +102,12 @@ def attend_documents(
         module: the attention layer.
         query: [1, heads, length, size] with boundaries.
         key: [1, key heads, length, size].
-        value: like `key`.
+        value: [1, key heads, length, value size].
         attention_mask: result of `defer_mask`.
         settings: scaling, dropout, and keyword arguments of the model call.
 
     Returns:
-        The attention output, [1, length, heads, size], and None.
+        The attention output, [1, length, heads, value size], and None.
 
     Raises:
         ValueError: boundaries do not match the row, or several documents have neither boundaries nor a mask.
@@ -229,7 +229,7 @@ def _is_faster_by_products(query: torch.Tensor, settings: dict[str, Any]) -> boo
 def _attend_by_sdpa(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: Any, settings: dict[str, Any]
 ) -> torch.Tensor:
-    """Compute one document's attention by torch's kernels: [1, heads, length, size] to [1, length, heads, size]."""
+    """Compute one document's attention by torch's kernels, to [1, length, heads, value size]."""
     output = functional.scaled_dot_product_attention(
         query, key, value, mask, dropout_p=settings.get("dropout", 0.0), is_causal=mask is None,
         scale=settings.get("scaling"), enable_gqa=query.shape[1] != key.shape[1],
@@ -240,7 +240,7 @@ def _attend_by_sdpa(
 def _attend_by_products(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float | None
 ) -> torch.Tensor:
-    """Compute causal attention by matrix products: [1, heads, length, size] to [1, length, heads, size].
+    """Compute causal attention by matrix products: [1, heads, length, size] to [1, length, heads, value size].
 
     Queries are processed in blocks, each with the keys up to its end, which skips half of the products. Queries that
     share a key head form one matrix, so that keys are not repeated.
@@ -258,7 +258,7 @@ def _attend_by_products(
         bias = _causal_bias(block, end).repeat(1, groups, 1)
         scores = torch.baddbmm(bias, block.reshape(len(values), -1, size), keys[..., :end], alpha=alpha)
         mixed = torch.bmm(functional.softmax(scores, dim=-1), values[:, :end])
-        outputs.append(mixed.view(1, heads, -1, size).transpose(1, 2))
+        outputs.append(mixed.view(1, heads, -1, values.shape[-1]).transpose(1, 2))
     return torch.cat(outputs, dim=1)[:, :own_length]
 
 

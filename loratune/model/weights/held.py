@@ -12,7 +12,7 @@ from torch import nn
 from loratune.model.architecture.roles import Role, module_roles
 from loratune.protocols import CausalModel
 
-VOCABULARY, REST, NOT_QUANTISED = "embedding and head", "others", "not quantised"
+VOCABULARY, REST, NOT_QUANTISED = "embedding and head", "the rest", "not quantised"
 
 
 def held_bytes(parameter: Any) -> int:

@@ -9,7 +9,7 @@ import bitsandbytes.functional as bnb
 import torch
 
 from loratune.model.architecture.file_layout import file_layout
-from loratune.model.architecture.roles import quantised_matrices, quantised_stacks
+from loratune.model.architecture.roles import expert_stacks, quantised_matrices
 from loratune.model.config import empty_model, load_config
 from loratune.model.hardware import Hardware, resolve_dtype
 from loratune.model.weights.tensor_files import TensorFiles
@@ -35,7 +35,7 @@ class DequantizedFiles(TensorFiles):
         model = empty_model(load_config(paths[0].parent))
         self._layout = file_layout(model, self.infos)
         self._matrices = {self._layout.tensor_of(name) for name in quantised_matrices(model)}
-        stacks = quantised_stacks(model) if settings.quantization == "nf4" else set[str]()
+        stacks = expert_stacks(model) if settings.quantization == "nf4" else []
         self._stacks = {
             place.tensor: (name, place) for name in stacks for place in self._layout.places(name, self.infos)
         }

@@ -14,7 +14,7 @@ from transformers.integrations.bitsandbytes import Bnb4bitQuantize
 from transformers.quantizers import register_quantizer
 from transformers.quantizers.quantizer_bnb_4bit import Bnb4BitHfQuantizer
 
-from loratune.model.architecture.roles import quantised_stacks
+from loratune.model.architecture.roles import expert_stacks
 from loratune.model.memory import return_freed_memory
 from loratune.model.weights.quantized_stack import quantize_stack, use_quantized_stacks
 
@@ -34,7 +34,7 @@ class StacksQuantizer(Bnb4BitHfQuantizer):
     """Quantises linear layers and stacks of matrices."""
 
     def _process_model_before_weight_loading(self, model: Any, *arguments: Any, **settings: Any) -> None:
-        self.stacks = quantised_stacks(model)
+        self.stacks = set(expert_stacks(model))
         super()._process_model_before_weight_loading(model, *arguments, **settings)
 
     def param_needs_quantization(self, model: Any, param_name: str, **settings: Any) -> bool:

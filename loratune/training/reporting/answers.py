@@ -11,7 +11,7 @@ from typing import Any
 from loratune import console
 from loratune.data.encoding.encoder import Encoder
 from loratune.data.preparation import PreparedData
-from loratune.engine.forward_batch import DecodingError
+from loratune.engine.decoder_choice import open_decoder
 from loratune.engine.sampling import Sampling
 from loratune.engine.scheduler import Decoder
 from loratune.engine.sequence import RunningSequence
@@ -48,17 +48,14 @@ def ask_questions(model: AdaptedModel, encoder: Encoder, data: PreparedData, all
         allowance: limits the time. If processing the prompts alone would take over half of it, fewer prompts are used.
 
     Returns:
-        None if the model cannot be decoded in batches, or the user interrupted.
+        None if the user interrupted.
     """
     conversations = (data.validation or data.train).questions(MAX_QUESTIONS)
+    decoder = open_decoder(model.eval(), slots=MAX_QUESTIONS)
     try:
-        decoder = Decoder(model.eval(), slots=MAX_QUESTIONS)
-        try:
-            return _ask(decoder, encoder, conversations, allowance)
-        finally:
-            decoder.close()
-    except DecodingError:
-        return None
+        return _ask(decoder, encoder, conversations, allowance)
+    finally:
+        decoder.close()
 
 
 def _ask(
@@ -72,6 +69,8 @@ def _ask(
         RunningSequence(prompt, _greedy(min(2 * tokens + 32, MAX_TOKENS)), end, "default")
         for (_, prompt), tokens in zip(asked, expected, strict=True)
     ]
+    if decoder.notice:
+        console.say(decoder.notice)
     console.say(
         f"answering {counted(len(asked), 'question')} with and without the adapter, for {allowance.seconds:.0f} s at "
         "most; the run is saved, and Ctrl-C skips this"

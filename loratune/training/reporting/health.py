@@ -13,7 +13,7 @@ from loratune.errors import counted
 from loratune.model.adapter.tensors import PREFIX
 from loratune.model.adapter.update_size import update_sizes
 from loratune.protocols import AdaptedModel
-from loratune.runs.report import Answers, Health, Updates
+from loratune.runs.report import Answers, ExpertUse, Health, Updates
 from loratune.training.callbacks import Metrics
 
 HARDLY = 1e-4
@@ -39,7 +39,13 @@ class GradientFlow(TrainerCallback):
                 self.missing.append(name.partition(".lora_B.")[0].removeprefix(PREFIX))
 
 
-def examine(model: AdaptedModel, flow: GradientFlow, metrics: Metrics, answers: Answers | None = None) -> Health:
+def examine(
+    model: AdaptedModel,
+    flow: GradientFlow,
+    metrics: Metrics,
+    answers: Answers | None = None,
+    experts: ExpertUse | None = None,
+) -> Health:
     """Measure the final adapter.
 
     Args:
@@ -47,11 +53,12 @@ def examine(model: AdaptedModel, flow: GradientFlow, metrics: Metrics, answers: 
         flow: result of the gradient check.
         metrics: the run's metrics.
         answers: sample generations.
+        experts: how many experts the training's tokens reached.
     """
     updates = {name: _updates(ratios) for name, ratios in update_sizes(model).items()}
     missing = tuple(flow.missing)
     sentences = (*_about_updates(updates, missing), *_about_answers(answers), *_about_losses(metrics))
-    return Health(updates, missing, answers, sentences)
+    return Health(updates, missing, answers, experts, sentences)
 
 
 def _updates(ratios: Mapping[str, float]) -> Updates:

@@ -8,9 +8,12 @@ from loratune import console
 from loratune.data.preparation import PreparedData
 from loratune.errors import counted
 from loratune.model.adapter.attach import AdapterSummary
+from loratune.model.architecture.roles import Role
 from loratune.recipe.sections import Recipe
+from loratune.runs.model_check import summary as check_summary
 from loratune.runs.report import QuantizationEffect
 from loratune.training.activations import PassPlan
+from loratune.training.probes.checked_model import CheckedModel
 from loratune.training.quantization_effect import BaseWeights
 
 
@@ -31,10 +34,9 @@ def show_data(recipe: Recipe, data: PreparedData) -> None:
 
 
 def show_model(
-    recipe: Recipe, summary: AdapterSummary, dtype: str, attention: str, passes: PassPlan, weights: BaseWeights
+    recipe: Recipe, summary: AdapterSummary, dtype: str, checked: CheckedModel, passes: PassPlan, weights: BaseWeights
 ) -> None:
-    """Print model, adapter, and the memory of a step."""
-    modules = ", ".join(f"{name} × {count}" for name, count in summary.modules.items())
+    """Print model, adapter, what was measured on them, and the memory of a step."""
     held = dtype if recipe.model.quantization == "none" else recipe.model.quantization
     groups = ", ".join(f"{name} {console.memory(size)}" for name, size in weights.groups.items())
     quantised = [("quantised", _effect_text(weights.effect))] if weights.effect else []
@@ -49,8 +51,9 @@ def show_model(
                 f"rank {recipe.lora.rank}, alpha {recipe.lora.alpha:g}, {console.memory(summary.adapter_bytes)}",
             ),
             ("trains", f"{summary.trainable_parameters:,} of {summary.total_parameters:,} parameters ({share:.2%})"),
-            ("modules", modules),
-            ("attention", attention),
+            *_groups(summary),
+            ("attention", str(checked.attention)),
+            ("checked", check_summary(checked.checks)),
             ("a step", str(passes)),
         ],
         title="model",
@@ -60,6 +63,16 @@ def show_model(
 def _effect_text(effect: QuantizationEffect) -> str:
     same = f"{effect.top1_agreement:.0%} of {counted(effect.tokens, 'likeliest token')} the same"
     return f"{effect.mean_kl:.2g} nats from 16 bits (mean KL), {same}"
+
+
+def _groups(summary: AdapterSummary) -> list[tuple[str, str]]:
+    """Return a row per group of adapted modules, and one of what is left out."""
+    rows = []
+    for name, group in summary.groups.items():
+        share = group.parameters / summary.trainable_parameters
+        kind = "stack" if name == Role.EXPERTS.value else "module"
+        rows.append((f"on {name}", f"{counted(group.modules, kind)}, {group.parameters:,} parameters ({share:.0%})"))
+    return [*rows, ("left out", "; ".join(summary.left_out))] if summary.left_out else rows
 
 
 def parts_of_memory(summary: AdapterSummary, passes: PassPlan) -> dict[str, str]:

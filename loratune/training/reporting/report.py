@@ -9,10 +9,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 from loratune import console
+from loratune.model.adapter.attach import AdapterSummary
 from loratune.model.memory import peak_memory_bytes
 from loratune.runs.report import (
     AdapterCounts,
+    AdapterGroup,
     Answers,
+    ExpertUse,
     Health,
     Losses,
     Report,
@@ -47,6 +50,7 @@ ROWS: dict[str, Callable[[Report], str | None]] = {
     "speed": lambda it: f"{it.tokens_per_second:g} tokens/s" if it.tokens_per_second else None,
     "start-up": lambda it: _stages_text(it.start_up_seconds) if it.start_up_seconds else None,
     "peak memory": lambda it: console.memory(it.peak_memory_bytes) if it.peak_memory_bytes else None,
+    "experts": lambda it: _experts_text(it.health.experts) if it.health and it.health.experts else None,
     "update": lambda it: _update_text(it.health.updates) if it.health and it.health.updates else None,
 }
 """Of the closing table: what it says of a report, or None where there is nothing to say."""
@@ -77,10 +81,11 @@ def report_of(session: Session, trainer: AdapterTrainer, metrics: Metrics, keepe
         peak_memory_bytes=told("peak_memory_bytes", lambda: peak_memory_bytes(session.hardware)),
         gradient_checkpointing=session.arguments.gradient_checkpointing,
         start_up_seconds=dict(session.start_up.seconds),
-        adapter=AdapterCounts(**vars(session.summary)),
+        adapter=AdapterCounts(**vars(session.summary) | {"groups": _groups(session.summary)}),
         base_groups=session.weights.groups,
         quantization=session.weights.effect,
         versions=told("versions", library_versions),
+        checks=session.checked.checks,
     )
     return replace(report, warnings=tuple(session.notes.told))
 
@@ -130,6 +135,14 @@ def _answer_rows(answers: Answers | None) -> list[tuple[str, str]]:
 
 def _one_line(text: str) -> str:
     return textwrap.shorten(text, SHOWN_LETTERS, placeholder=" …") or "(nothing)"
+
+
+def _experts_text(experts: ExpertUse) -> str:
+    return f"{experts.used} of {experts.experts} got tokens in training"
+
+
+def _groups(summary: AdapterSummary) -> dict[str, AdapterGroup]:
+    return {role: AdapterGroup(**vars(group)) for role, group in summary.groups.items()}
 
 
 def _validation_text(losses: ValidationLosses) -> str:

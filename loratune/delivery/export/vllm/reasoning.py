@@ -7,7 +7,7 @@ from typing import Any
 
 from jinja2 import TemplateError
 
-from loratune.data.template.chat_template import CLOSING, OPENING
+from loratune.data.template.thinking import CLOSING, OPENING
 from loratune.protocols import Tokenizer
 
 QUESTION = {"role": "user", "content": "?"}

@@ -40,9 +40,14 @@ export function messagesFor(place, column, system) {
   for (const turn of conversation.turns.slice(0, place)) {
     const answer = turn.answers[column] ?? turn.answers[0];
     if (!answer.text) continue;
-    messages.push({ role: "user", content: turn.question }, { role: "assistant", content: answer.text });
+    messages.push({ role: "user", content: turn.question }, asMessage(answer));
   }
   return [...messages, { role: "user", content: conversation.turns[place].question }];
+}
+
+/** An answer as a message, with its reasoning, which the model's template keeps or drops. */
+function asMessage({ text, reasoning }) {
+  return { role: "assistant", content: text, ...(reasoning && { reasoning_content: reasoning }) };
 }
 
 /** The conversation as Markdown. */
@@ -73,7 +78,7 @@ export function asRows(settings) {
     const messages = settings.system ? [{ role: "system", content: settings.system }] : [];
     conversation.turns.forEach((turn, place) => {
       if (!answers[place].text) return;
-      messages.push({ role: "user", content: turn.question }, { role: "assistant", content: answers[place].text });
+      messages.push({ role: "user", content: turn.question }, asMessage(answers[place]));
     });
     return { messages, answers: answers.map(({ text, ...rest }) => rest), settings: settings.sampling };
   });
