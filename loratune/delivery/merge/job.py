@@ -159,7 +159,7 @@ def job_of(source: AdapterSource, output: Path, options: MergeOptions) -> Job:
     if trained_day and not options.stands_in_for:
         warnings.append(about_the_date("transformers and vLLM write", trained_day))
     layout = file_layout(empty_model(load_config(base)), infos)
-    updates = layout.in_files(read_updates(source.adapter, layout.infos(infos), is_tied))
+    updates = layout.in_files(read_updates(source.adapter, layout.infos(infos), is_tied), infos)
     embedding = vocabulary_of(infos).embedding
     rows = infos[embedding].shape[0]
     brought = updates[embedding].replacement if embedding in updates else None

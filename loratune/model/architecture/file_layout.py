@@ -10,7 +10,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import torch
 from transformers.conversion_mapping import get_model_conversion_mapping
@@ -29,7 +29,20 @@ from loratune.model.files import weight_files
 from loratune.model.weights.tensor_files import TensorFiles, TensorInfo
 from loratune.protocols import CausalModel
 
-Change = TypeVar("Change")
+
+class Divisible(Protocol):
+    """A change of a parameter, which may consist of several tensors in the files."""
+
+    def part(self, expert: int | None, rows: slice) -> Any:
+        """Return the change of some rows.
+
+        Args:
+            expert: index of their matrix in a stack; None if the parameter is no stack.
+            rows: with a start and a stop.
+        """
+
+
+Change = TypeVar("Change", bound=Divisible)
 
 
 @dataclass(frozen=True)
@@ -41,6 +54,17 @@ class Part:
     """Index along the parameter's first dimension; None if the tensor has all dimensions itself."""
     place: int = 0
     """Position among the tensors that are concatenated along the next dimension."""
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a tensor of the files is in a parameter."""
+
+    tensor: str
+    expert: int | None = None
+    """Index along the parameter's first dimension; None if the tensor has all dimensions itself."""
+    rows: slice | None = None
+    """Rows of the parameter, or of that matrix; None if the tensor equals the parameter."""
 
 
 @dataclass(frozen=True)
@@ -72,11 +96,18 @@ class FileLayout:
         parts = self.parts[parameter]
         if _is_whole(parts):
             return files.tensor(parts[0].tensor)
-        rows: dict[int | None, list[torch.Tensor]] = defaultdict(list)
-        for part in parts:
-            rows[part.expert].append(files.tensor(part.tensor))
-        joined = [torch.cat(tensors) for tensors in rows.values()]
-        return joined[0] if None in rows else torch.stack(joined)
+        experts = list(dict.fromkeys(part.expert for part in parts))
+        if None in experts:
+            return self.matrix(parameter, 0, files)
+        return torch.stack([self.matrix(parameter, int(expert or 0), files) for expert in experts])
+
+    def matrix(self, parameter: str, expert: int, files: TensorFiles) -> torch.Tensor:
+        """Return one matrix of a stack, in the files' dtype; of a single tensor, a view of the file."""
+        parts = self.parts[parameter]
+        if _is_whole(parts):
+            return files.tensor(parts[0].tensor)[expert]
+        tensors = [files.tensor(part.tensor) for part in parts if part.expert in (expert, None)]
+        return tensors[0] if len(tensors) == 1 else torch.cat(tensors)
 
     def tensors_of(self, parameter: str) -> list[str]:
         """Return the names of a parameter's tensors."""
@@ -86,26 +117,49 @@ class FileLayout:
         """Return the name of the tensor that equals a parameter.
 
         Raises:
-            LoratuneError: the parameter consists of several tensors, so a change of it cannot be written.
+            LoratuneError: the parameter consists of several tensors.
         """
         parts = self.parts.get(parameter)
         if parts is None:  # an untied head, which the base's files lack
             return parameter
         if not _is_whole(parts):
             raise LoratuneError(
-                f"{parameter} is made of {len(parts)} tensors of the files, first {parts[0].tensor}; loratune cannot "
-                "write a changed version of it",
+                f"{parameter} is made of {len(parts)} tensors of the files, first {parts[0].tensor}; none of them "
+                "equals it",
                 Exit.MODEL,
             )
         return parts[0].tensor
 
-    def in_files(self, changes: Mapping[str, Change]) -> dict[str, Change]:
+    def in_files(self, changes: Mapping[str, Change], held: Mapping[str, TensorInfo]) -> dict[str, Change]:
         """Convert changes of parameters to changes of the files' tensors.
 
-        Raises:
-            LoratuneError: see `tensor_of`.
+        Args:
+            changes: parameter → its change.
+            held: the files' tensors.
         """
-        return {self.tensor_of(name): change for name, change in changes.items()}
+        return {
+            place.tensor: change if place.rows is None else change.part(place.expert, place.rows)
+            for name, change in changes.items()
+            for place in self.places(name, held)
+        }
+
+    def places(self, parameter: str, held: Mapping[str, TensorInfo]) -> list[Place]:
+        """Return which part of a parameter each of its tensors is, in order.
+
+        Args:
+            parameter: its name. Of an untied head, which the base's files lack, the name is the tensor's too.
+            held: the files' tensors.
+        """
+        parts = self.parts.get(parameter, (Part(parameter),))
+        if _is_whole(parts):
+            return [Place(parts[0].tensor)]
+        ends: dict[int | None, int] = defaultdict(int)
+        found = []
+        for part in parts:
+            start = ends[part.expert]
+            ends[part.expert] += held[part.tensor].shape[0]
+            found.append(Place(part.tensor, part.expert, slice(start, ends[part.expert])))
+        return found
 
 
 def file_layout(model: CausalModel, held: Iterable[str]) -> FileLayout:

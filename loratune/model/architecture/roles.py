@@ -73,6 +73,17 @@ def quantised_matrices(model: CausalModel) -> set[str]:
     }
 
 
+def stacked_parameters(model: CausalModel) -> set[str]:
+    """Return the names of the parameters that stack matrices of several experts along their first dimension."""
+    return {
+        f"{path}.{attribute}"
+        for path, module in model.named_modules()
+        if _holds_stacks(module)
+        for attribute, parameter in module._parameters.items()
+        if parameter is not None and parameter.ndim == 3
+    }
+
+
 class GatedMlp(NamedTuple):
     """Names of the matrices of a gated MLP, down(act(gate(x)) · up(x))."""
 
