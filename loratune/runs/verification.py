@@ -87,6 +87,9 @@ class ModelProof:
     """The base alone."""
     bounds: Bounds | None = None
     """That were held."""
+    noise: tuple[Parity, ...] | None = None
+    """Base + adapter beside itself with noise in float32, from which the bounds follow; None where they are the usual
+    ones."""
     answers: tuple[Answer, ...] | None = None
 
 

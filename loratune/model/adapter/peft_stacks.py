@@ -40,6 +40,10 @@ class StackRows:
         up, down = self._factors(numbers)
         return base.add(up.to(base.dtype) @ down.to(base.dtype), alpha=self._scaling)
 
+    def merged_matrix(self, base: torch.Tensor, number: int) -> torch.Tensor:
+        """Return one merged matrix of the stack, in the dtype of the base's."""
+        return self.matrix(number).merge(base, torch.arange(len(base)))
+
     def merge_bias(self, base: torch.Tensor, _: torch.Tensor) -> torch.Tensor:
         """Return the bias itself: PEFT has no such layers with biases of their own."""
         return base

@@ -9,7 +9,6 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
@@ -54,7 +53,7 @@ def load_mapped(folder: Path, in_float32: bool = True) -> CausalModel:
             release = functools.partial(files.release, held if is_large else [])
             module.forward = functools.partial(_linear_in_float32 if in_float32 else _linear, module, release)
         elif isinstance(module, nn.Embedding) and in_float32:
-            module.forward = functools.partial(_embedding_in_float32, module, module.forward)
+            module.forward = functools.partial(_embedding_in_float32, module)
     return model
 
 
@@ -132,13 +131,24 @@ def _buffer(values: int) -> torch.Tensor:
     return torch.empty(values)
 
 
-def _embedding_in_float32(module: Any, forward: Callable[[torch.Tensor], torch.Tensor], ids: torch.Tensor) -> Any:
-    """Compute a module's own forward pass, which may scale the rows, with the rows of the given ids in float32."""
+def _embedding_in_float32(module: nn.Embedding, ids: torch.Tensor) -> torch.Tensor:
     tokens, places = ids.unique(return_inverse=True)
-    held, padding = module.weight, module.padding_idx
-    # The padding's row has no gradient, which is all that it means.
-    module._parameters["weight"], module.padding_idx = held[tokens].float(), None
+    return embedded(module, module.weight[tokens].float(), places)
+
+
+def embedded(module: nn.Embedding, rows: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
+    """Compute an embedding's own forward pass, which may scale the rows, with other rows than its own.
+
+    Args:
+        module: the embedding.
+        rows: (tokens, width).
+        places: row of each position.
+    """
+    held, padding = module._parameters["weight"], module.padding_idx
+    # The padding's row has no gradient, which is all that it means; it may be beyond these rows.
+    module._parameters["weight"], module.padding_idx = rows, None  # type: ignore[assignment]
     try:
-        return forward(places)
+        output: torch.Tensor = type(module).forward(module, places)
     finally:
         module._parameters["weight"], module.padding_idx = held, padding
+    return output
