@@ -95,6 +95,7 @@ def load_empty(folder: Path) -> CausalModel:
     options = {"attn_implementation": _supported_attention(config, "sdpa"), "experts_implementation": "eager"}
     with _failures_told(folder), no_init_weights(), init_empty_weights(include_buffers=False):
         model = auto_class(type(config)).from_config(config, dtype=torch.float32, **options)
+        model.generation_config = load_generation_config(folder)
     if is_tied:
         model.tie_weights()
     ignored = model._keys_to_ignore_on_load_unexpected or ()

@@ -49,11 +49,7 @@ class Parity:
 
 @dataclass(frozen=True)
 class Bounds:
-    """What rounding may do; a wrong merge is off by orders of magnitude.
-
-    The share of equal likeliest tokens is no bound: where two are as likely, as everywhere in an untrained model, any
-    rounding decides between them.
-    """
+    """What rounding may do. Equal likeliest tokens are no bound: rounding decides between two that are as likely."""
 
     difference: float
     """Of logits, relative to the largest one."""
@@ -88,8 +84,7 @@ class ModelProof:
     bounds: Bounds | None = None
     """That were held."""
     noise: tuple[Parity, ...] | None = None
-    """Base + adapter beside itself with noise in float32, from which the bounds follow; None where they are the usual
-    ones."""
+    """Base + adapter beside itself with noise, from which the bounds follow; None for the usual ones."""
     answers: tuple[Answer, ...] | None = None
 
 

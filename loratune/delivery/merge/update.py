@@ -7,7 +7,7 @@ https://arxiv.org/abs/2312.03732); DoRA (https://arxiv.org/abs/2402.09353) gives
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -51,15 +51,10 @@ class TensorUpdate:
 
     def part(self, expert: int | None, rows: slice) -> TensorUpdate:
         """Return the update of some rows of a parameter, or of a matrix in a stack; see `Divisible`."""
-        whole = self if expert is None else self._matrix(expert)
-        found = replace(
-            whole,
-            **{
-                name: None if value is None else value[rows]
-                for name, value in vars(whole).items()
-                if name in ("replacement", "up", "magnitude", "shift")
-            },
-        )
+        whole, found = self if expert is None else self._matrix(expert), TensorUpdate()
+        for name, value in vars(whole).items():
+            divided = name in ("replacement", "up", "magnitude", "shift") and value is not None
+            setattr(found, name, value[rows] if divided else value)
         if whole.row_numbers is not None and whole.row_values is not None:
             here = (whole.row_numbers >= rows.start) & (whole.row_numbers < rows.stop)
             found.row_numbers, found.row_values = whole.row_numbers[here] - rows.start, whole.row_values[here]

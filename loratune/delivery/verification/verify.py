@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from loratune import console
@@ -21,10 +20,8 @@ from loratune.delivery.verification.proof import (
 )
 from loratune.delivery.verification.routes import Routes
 from loratune.errors import Exit, LoratuneError, bullet_list
-from loratune.model.architecture.file_layout import file_layout
 from loratune.model.architecture.roles import quantised_matrices
 from loratune.model.architecture.vocabulary import vocabulary_of
-from loratune.model.config import empty_model, load_config
 from loratune.model.weights.mapped import load_mapped
 from loratune.model.weights.reference import load_reference
 from loratune.model.weights.rounding import Rounding, rounded_as, tensor_modules
@@ -34,6 +31,7 @@ from loratune.runs.verification import Bounds, ModelProof, Parity
 
 if TYPE_CHECKING:
     from loratune.delivery.merge.job import Candidate, Job
+
 
 def prove(job: Job, candidates: list[Candidate]) -> tuple[Candidate, ModelProof]:
     """Compare the merged models with base + adapter, and choose the closer one.
@@ -86,9 +84,8 @@ def _compare(job: Job, candidates: list[Candidate], reference: CausalModel, rows
     merged = [load_mapped(candidate.folder) for candidate in candidates]
     if job.settings.quantization == "int8":
         parities = compare_models(reference, merged, rows)
-        return [_Compared(*two, exact=None, noise=tuple) for two in zip(candidates, parities, strict=True)]
-    is_quantized = job.settings.quantization != "none"
-    roundings = [_roundings(candidate, job.base, is_quantized) for candidate in candidates]
+        return [_Compared(*two, None, tuple) for two in zip(candidates, parities, strict=True)]
+    roundings = [_roundings(job, candidate) for candidate in candidates]
     routes = [Routes() for _ in candidates]
     noted = [InState(model, route.noted) for model, route in zip(merged, routes, strict=True)]
     rounded = [
@@ -100,8 +97,10 @@ def _compare(job: Job, candidates: list[Candidate], reference: CausalModel, rows
     with_rounded = [(1 + count + place, 1 + place) for place in range(count)]
     found = compare_pairs([reference, *noted, *rounded], with_reference + with_rounded, rows)
     return [
-        _Compared(*four, noise=functools.partial(noise_of, reference, model, own, rows))
-        for *four, model, own in zip(candidates, found[:count], found[count:], merged, roundings, strict=True)
+        _Compared(candidate, parity, exact, functools.partial(noise_of, reference, model, own, rows))
+        for candidate, parity, exact, model, own in zip(
+            candidates, found[:count], found[count:], merged, roundings, strict=True
+        )
     ]
 
 
@@ -124,20 +123,19 @@ def _require_right(job: Job, chosen: _Compared) -> tuple[Bounds, tuple[Parity, .
     return applied[0][0], noise
 
 
-def _roundings(candidate: Candidate, base: Path, is_quantized: bool) -> dict[str, Rounding]:
+def _roundings(job: Job, candidate: Candidate) -> dict[str, Rounding]:
     """Return how each parameter of the reference was rounded in a merged model; unrounded ones are left out.
 
     Args:
+        job: the merge, whose reference computes with quantised weights if the training did.
         candidate: the merged model; its files have been verified.
-        base: folder of its base.
-        is_quantized: whether the reference computes with quantised weights.
     """
     files, tensors, changes = candidate.files, candidate.plan.tensors, candidate.peft.changes if candidate.peft else {}
-    model, vocabulary = empty_model(load_config(base)), vocabulary_of(files.infos)
-    layout, quantised = file_layout(model, files.infos), quantised_matrices(model) if is_quantized else set()
+    vocabulary = vocabulary_of(files.infos)
+    quantised = quantised_matrices(job.model) if job.settings.quantization != "none" else set()
     found = {}
-    for parameter in tensor_modules(model):
-        places = layout.places(parameter, files.infos)
+    for parameter in tensor_modules(job.model):
+        places = job.layout.places(parameter, files.infos)
         held = places[0].tensor
         written = tensors[vocabulary.embedding if held == vocabulary.head and candidate.plan.is_tied else held].info
         plain = files.infos[vocabulary.embedding if held not in files.infos else held]

@@ -251,16 +251,17 @@ def _changes(model: Any, places: dict[int, str]) -> dict[str, Change]:
                 changes[f"{name}.{attribute}"].replacement = parameter.data
         elif isinstance(module, TrainableTokensLayer):
             changes[f"{places[id(module.get_base_layer())]}.weight"].tokens.append(module)
-        elif isinstance(module, ParamWrapper):
-            name = places[id(module.get_base_layer())]
-            changes[f"{name}.{module.parameter_name}"].lora = StackRows(module, ADAPTER)
         elif isinstance(module, LoraLayer):
-            name, rows = places[id(module.get_base_layer())], LoraRows(module, ADAPTER)
-            changes[f"{name}.weight"].lora = rows
+            name, rows = places[id(module.get_base_layer())], _rows(module)
+            changes[f"{name}.{getattr(module, 'parameter_name', 'weight')}"].lora = rows
             if module.lora_bias[ADAPTER]:
                 bias = changes[f"{name}.bias"]
                 bias.lora, bias.is_bias = rows, True
     return dict(changes)
+
+
+def _rows(layer: LoraLayer) -> LoraRows | StackRows:
+    return StackRows(layer, ADAPTER) if isinstance(layer, ParamWrapper) else LoraRows(layer, ADAPTER)
 
 
 def _misfit(adapter: Path, problems: list[str]) -> LoratuneError:

@@ -6,6 +6,7 @@ applied to the names in the files, so that loratune can write files with the sam
 
 from __future__ import annotations
 
+import re
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -201,6 +202,21 @@ def parameter_infos(folder: Path) -> dict[str, TensorInfo]:
     """
     held = TensorFiles(weight_files(folder)).infos
     return file_layout(empty_model(load_config(folder)), held).infos(held)
+
+
+def prediction_tensors(unused: Iterable[str], layers: int) -> list[str]:
+    """Return the tensors that predict further tokens, for speculative decoding; transformers does not load them.
+
+    Args:
+        unused: tensors of the files that belong to no parameter.
+        layers: number of the model's own layers, behind which some families have those for prediction.
+    """
+    return [
+        name
+        for name in unused
+        if re.search(r"(^|\.)mtp\.", name)
+        or ((match := re.search(r"\.layers\.(\d+)\.", name)) and int(match[1]) >= layers)
+    ]
 
 
 def _parts(parameter: str, tensors: list[tuple[str, str | None]], step: Any) -> tuple[Part, ...]:

@@ -33,13 +33,16 @@ def load_mapped(folder: Path, in_float32: bool = True) -> CausalModel:
 
     Args:
         folder: model folder.
-        in_float32: compute in float32 for comparison; otherwise in the files' dtype, as transformers loads it.
+        in_float32: compute in float32 for comparison. Otherwise it is loaded by transformers and computes in the files'
+            dtype, unless transformers would put a large model's stacks together in memory.
 
     Raises:
         LoratuneError: transformers cannot load it, or weights and config do not match.
     """
     files = TensorFiles(weight_files(folder))
     is_large = sum(info.nbytes for info in files.infos.values()) > RESIDENT_BYTES
+    if is_large and not in_float32:
+        in_float32 = any(len(parts) > 1 for parts in file_layout(load_empty(folder), files.infos).parts.values())
     model = load_empty(folder) if in_float32 else load_plain(folder)
     layout = file_layout(model, files.infos)
     if in_float32:
@@ -146,7 +149,7 @@ def embedded(module: nn.Embedding, rows: torch.Tensor, places: torch.Tensor) -> 
     """
     held, padding = module._parameters["weight"], module.padding_idx
     # The padding's row has no gradient, which is all that it means; it may be beyond these rows.
-    module._parameters["weight"], module.padding_idx = rows, None  # type: ignore[assignment]
+    module._parameters["weight"], module.padding_idx = rows, None
     try:
         output: torch.Tensor = type(module).forward(module, places)
     finally:

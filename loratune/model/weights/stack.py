@@ -32,7 +32,7 @@ class Stack:
         """Applied in order to each float32 matrix that is read, such as an adapter's update."""
 
     def __len__(self) -> int:
-        return self.shape[0]
+        return int(self.shape[0])
 
     def __getitem__(self, number: Any) -> torch.Tensor:
         """Return the float32 matrix of a number, which may be a tensor without dimensions."""
@@ -41,10 +41,14 @@ class Stack:
             matrix = change(matrix, int(number))
         return matrix
 
+    def whole(self) -> torch.Tensor:
+        """Return all matrices, in float32."""
+        return torch.stack([self[number] for number in range(len(self))])
+
     @classmethod
     def __torch_function__(cls, function: Any, _: Any, arguments: Any = (), settings: Any = None) -> Any:
         """Compute with the whole stack, for a forward pass that does not take single matrices."""
-        arguments = (torch.stack(list(one)) if isinstance(one, cls) else one for one in arguments)
+        arguments = (one.whole() if isinstance(one, cls) else one for one in arguments)
         return function(*arguments, **(settings or {}))
 
 
@@ -54,7 +58,7 @@ def use_stacks(module: nn.Module, stacks: dict[str, Stack]) -> None:
 
     def with_stacks(*arguments: Any, **settings: Any) -> Any:
         kept = {name: module._parameters[name] for name in stacks}
-        module._parameters.update(stacks)  # type: ignore[arg-type]
+        module._parameters.update(stacks)
         try:
             return forward(*arguments, **settings)
         finally:
