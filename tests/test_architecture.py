@@ -232,7 +232,9 @@ def test_stacked_experts_are_told_by_their_numbers_and_are_no_tensor_of_the_file
         for number in range(4)
         for place, name in enumerate(["gate_proj", "up_proj"])
     )
-    with pytest.raises(LoratuneError, match=r"made of 8 tensors of the files, first .*experts\.0\.gate_proj.*none of them"):
+    with pytest.raises(
+        LoratuneError, match=r"made of 8 tensors of the files, first .*experts\.0\.gate_proj.*none of them"
+    ):
         layout.tensor_of(fused)
     assert layout.tensor_of("model.norm.weight") == "model.norm.weight"
 

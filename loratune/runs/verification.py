@@ -84,7 +84,7 @@ class ModelProof:
     bounds: Bounds | None = None
     """That were held."""
     noise: tuple[Parity, ...] | None = None
-    """Base + adapter beside itself with noise, from which the bounds follow; None for the usual ones."""
+    """Base + adapter beside itself with other rounding, from which the bounds follow; None for the usual ones."""
     answers: tuple[Answer, ...] | None = None
 
 

@@ -12,9 +12,9 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import replace
 
-from loratune.delivery.verification.parity import InState, compare_pairs
-from loratune.delivery.verification.proof import EXACT
+from loratune.delivery.verification.parity import InState, compare_models, compare_pairs
 from loratune.delivery.verification.routes import Routes
+from loratune.model.weights.reference import inputs_unrounded
 from loratune.model.weights.rounding import Rounding, rounded_as
 from loratune.protocols import CausalModel
 from loratune.runs.probe import ProbeRow
@@ -48,13 +48,19 @@ def noise_of(
     return tuple(compare_pairs([InState(merged, routes.noted), *rounded], pairs, rows))
 
 
-def bounds_of_noise(noise: Sequence[Parity]) -> Bounds:
-    """Return what noise may explain: a multiple of its largest effect, but at least what float32 makes of any model."""
+def input_noise_of(reference: CausalModel, rows: Sequence[ProbeRow]) -> tuple[Parity, ...]:
+    """Compare base + adapter with itself without LLM.int8's rounding of the inputs of layers."""
+    exact = InState(reference, functools.partial(inputs_unrounded, reference))
+    return tuple(compare_models(reference, [exact], rows))
+
+
+def bounds_of_noise(noise: Sequence[Parity], usual: Bounds) -> Bounds:
+    """Return what noise may explain: a multiple of its largest effect, but at least the usual bounds."""
     difference = max(one.largest_difference / max(1.0, one.largest_logit) for one in noise)
     return Bounds(
-        max(EXACT.difference, ALLOWED * difference),
-        max(EXACT.mean_kl, ALLOWED * max(one.mean_kl for one in noise)),
-        max(EXACT.clear_disagreement, ALLOWED * max(one.clear_disagreement for one in noise)),
+        max(usual.difference, ALLOWED * difference),
+        max(usual.mean_kl, ALLOWED * max(one.mean_kl for one in noise)),
+        max(usual.clear_disagreement, ALLOWED * max(one.clear_disagreement for one in noise)),
     )
 
 

@@ -87,7 +87,7 @@ def _bounds_text(models: ModelProof) -> str:
         raise RuntimeError("no models were run")
     origin = "the usual ones"
     if models.noise:
-        origin = f"from {counted(len(models.noise), 'run')} with noise in float32, which this model amplifies"
+        origin = f"from what rounding alone does to this model in {counted(len(models.noise), 'run')}"
     return (
         f"largest difference {models.bounds.difference:.1e} of the largest logit, mean KL {models.bounds.mean_kl:.1e}: "
         f"{origin}"

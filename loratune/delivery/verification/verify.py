@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from loratune import console
-from loratune.delivery.verification.noise import all_of, bounds_of_noise, noise_of
+from loratune.delivery.verification.noise import all_of, bounds_of_noise, input_noise_of, noise_of
 from loratune.delivery.verification.parity import InState, compare_models, compare_pairs
 from loratune.delivery.verification.proof import (
     EXACT,
@@ -77,14 +77,15 @@ class _Compared:
     """Difference from base + adapter with the rounding errors of the merged weights; None for LLM.int8, which also
     rounds activations."""
     noise: Callable[[], tuple[Parity, ...]]
-    """Measures what noise in float32 does to base + adapter."""
+    """Measures what rounding alone does to base + adapter."""
 
 
 def _compare(job: Job, candidates: list[Candidate], reference: CausalModel, rows: list[ProbeRow]) -> list[_Compared]:
     merged = [load_mapped(candidate.folder) for candidate in candidates]
     if job.settings.quantization == "int8":
         parities = compare_models(reference, merged, rows)
-        return [_Compared(*two, None, tuple) for two in zip(candidates, parities, strict=True)]
+        noise = functools.partial(input_noise_of, reference, rows)
+        return [_Compared(*two, None, noise) for two in zip(candidates, parities, strict=True)]
     roundings = [_roundings(job, candidate) for candidate in candidates]
     routes = [Routes() for _ in candidates]
     noted = [InState(model, route.noted) for model, route in zip(merged, routes, strict=True)]
@@ -110,17 +111,17 @@ def _require_right(job: Job, chosen: _Compared) -> tuple[Bounds, tuple[Parity, .
     Returns:
         The tightest bounds that were applied, and the noise that they follow from; without any, they are constants.
     """
-    applied, noise = [(EXACT, chosen.exact)] if chosen.exact else [], tuple[Parity, ...]()
-    if chosen.exact and check_parity(chosen.exact, EXACT):
+    is_other_base = job.settings.quantization != "none" and chosen.candidate.merge_base == "original"
+    if is_other_base:
+        _require_within(chosen.parity, OTHER_BASE)
+    if is_other_base and not chosen.exact:
+        return OTHER_BASE, ()
+    bounds, parity, noise = EXACT if chosen.exact else INT8, chosen.exact or chosen.parity, tuple[Parity, ...]()
+    if check_parity(parity, bounds):
         noise = chosen.noise()
-        applied = [(bounds_of_noise(noise), chosen.exact)]
-    if job.settings.quantization != "none" and chosen.candidate.merge_base == "original":
-        applied.append((OTHER_BASE, chosen.parity))
-    elif not chosen.exact:
-        applied.append((INT8, chosen.parity))
-    for bounds, parity in applied:
-        _require_within(parity, bounds)
-    return applied[0][0], noise
+        bounds = bounds_of_noise(noise, bounds)
+    _require_within(parity, bounds)
+    return bounds, noise
 
 
 def _roundings(job: Job, candidate: Candidate) -> dict[str, Rounding]:

@@ -7,6 +7,7 @@ from enum import Enum
 from typing import Any, NamedTuple
 
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 from loratune.model.architecture.structure import causal_model, decoder_of, output_layer
 from loratune.protocols import CausalModel
@@ -69,8 +70,13 @@ def quantised_matrices(model: CausalModel) -> set[str]:
     return {
         f"{name}.weight"
         for name, module in model.named_modules()
-        if isinstance(module, nn.Linear) and module is not head
+        if (type(module) is nn.Linear or isinstance(module, Conv1D)) and module is not head
     }
+
+
+def transposed_matrices(model: CausalModel) -> set[str]:
+    """Return the names of linear modules' parameters of shape (inputs, outputs), as of GPT-2's `Conv1D`."""
+    return {f"{name}.weight" for name, module in model.named_modules() if isinstance(module, Conv1D)}
 
 
 def stacked_parameters(model: CausalModel) -> set[str]:

@@ -2,17 +2,26 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
+import torch
 from peft.tuners.lora.layer import ParamWrapper
+from peft.utils.integrations import dequantize_module_weight
+from torch.nn import functional
 
 from loratune.model.adapter.attach import keep_unpacked, load_adapter
 from loratune.model.adapter.peft_stacks import StackRows
+from loratune.model.architecture.structure import causal_model
 from loratune.model.base import load_base
+from loratune.model.from_folder import load_empty
 from loratune.model.hardware import detect_hardware
 from loratune.model.weights.mapped import load_mapped
 from loratune.model.weights.stack import stacks_of
-from loratune.protocols import AdaptedModel
+from loratune.protocols import AdaptedModel, CausalModel
 from loratune.recipe.sections import ModelSettings
 
 
@@ -35,7 +44,49 @@ def load_reference(settings: ModelSettings, base: Path, adapter: Path) -> Adapte
     exact = settings.model_copy(update={"compute_dtype": "float32", "attn_implementation": "sdpa"})
     quantized = load_base(exact, base, detect_hardware())
     keep_unpacked(quantized)  # the packed form computes in bfloat16
-    return load_adapter(quantized, adapter).float().eval()
+    _compute_buffers_in_float32(quantized, base)
+    adapted = load_adapter(quantized, adapter).float().eval()
+    if settings.quantization == "nf4":  # bitsandbytes would not round the weights to their dtype, as in training
+        for module in _quantised_modules(adapted):
+            module.forward = functools.partial(_linear, module)
+    return adapted
+
+
+@contextmanager
+def inputs_unrounded(model: CausalModel) -> Iterator[None]:
+    """Let a model's quantised layers compute in float32 with their weights; LLM.int8 rounds their inputs too."""
+    modules = _quantised_modules(model)
+    for module in modules:
+        module.forward = functools.partial(_linear, module)
+    try:
+        yield
+    finally:
+        for module in modules:
+            del module.forward
+
+
+def _quantised_modules(model: CausalModel) -> list[Any]:
+    weights = ((module, module._parameters.get("weight")) for module in causal_model(model).modules())
+    return [module for module, weight in weights if type(weight).__name__ in ("Params4bit", "Int8Params")]
+
+
+def _linear(module: Any, inputs: torch.Tensor) -> torch.Tensor:
+    if type(module.weight).__name__ == "Int8Params":
+        if module.weight.CB is not None:  # before its first forward pass
+            module.init_8bit_state()
+        weight = module.state.CB.float() * (module.state.SCB.float() / 127).unsqueeze(1)
+    else:
+        weight = dequantize_module_weight(module).float()
+    return functional.linear(inputs.float(), weight, None if module.bias is None else module.bias.float())
+
+
+def _compute_buffers_in_float32(model: CausalModel, base: Path) -> None:
+    """Replace what transformers computes from the config, such as Gemma's scale of embeddings, in the model's dtype."""
+    exact = dict(load_empty(base).named_modules())
+    for path, module in model.named_modules():
+        for name in module._non_persistent_buffers_set & module._buffers.keys():
+            buffer = exact[path]._buffers[name]
+            module._buffers[name] = None if buffer is None else buffer.to(model.device)
 
 
 def _update_stacks(model: AdaptedModel) -> None:
