@@ -20,7 +20,7 @@ from loratune.delivery.template import about_the_date
 from loratune.errors import Exit, LoratuneError, counted
 from loratune.model.adapter.peft_merge import PeftMerge
 from loratune.model.architecture.file_layout import FileLayout, file_layout
-from loratune.model.architecture.roles import transposed_matrices
+from loratune.model.architecture.roles import quantised_matrices, transposed_matrices
 from loratune.model.architecture.vocabulary import vocabulary_of
 from loratune.model.config import empty_model, load_config
 from loratune.model.files import find_base, weight_files
@@ -168,7 +168,8 @@ def job_of(source: AdapterSource, output: Path, options: MergeOptions) -> Job:
     if settings.quantization != "none":
         _require_known_quantisation(settings, model)
     layout = file_layout(model, infos)
-    updates = layout.in_files(read_updates(source.adapter, layout.infos(infos), is_tied), infos)
+    changes = read_updates(source.adapter, layout.infos(infos), is_tied, transposed_matrices(model))
+    updates = layout.in_files(changes, infos)
     embedding = vocabulary_of(infos).embedding
     rows = infos[embedding].shape[0]
     brought = updates[embedding].replacement if embedding in updates else None
@@ -177,7 +178,7 @@ def job_of(source: AdapterSource, output: Path, options: MergeOptions) -> Job:
 
 
 def _require_known_quantisation(settings: ModelSettings, model: CausalModel) -> None:
-    transposed = sorted(transposed_matrices(model))
+    transposed = sorted(transposed_matrices(model) & quantised_matrices(model))
     if transposed:
         raise LoratuneError(
             f"model.quantization {settings.quantization}: transformers quantises {transposed[0]} and "

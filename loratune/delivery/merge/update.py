@@ -6,8 +6,8 @@ https://arxiv.org/abs/2312.03732); DoRA (https://arxiv.org/abs/2402.09353) gives
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Set
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -69,6 +69,11 @@ class TensorUpdate:
             scaling=self.scaling,
         )
 
+    def transposed(self) -> TensorUpdate:
+        """Return the update of the transposed matrix."""
+        up, down = self.up, self.down
+        return replace(self, up=None if down is None else down.T, down=None if up is None else up.T)
+
     def source(self, base: torch.Tensor) -> torch.Tensor:
         """Return the values that the other parts change."""
         return base if self.replacement is None else self.replacement
@@ -127,13 +132,16 @@ class TensorUpdate:
         )
 
 
-def read_updates(adapter: Path, base: dict[str, TensorInfo], is_tied: bool) -> dict[str, TensorUpdate]:
+def read_updates(
+    adapter: Path, base: dict[str, TensorInfo], is_tied: bool, transposed: Set[str] = frozenset()
+) -> dict[str, TensorUpdate]:
     """Read an adapter as updates of the base's parameters.
 
     Args:
         adapter: PEFT folder.
         base: the base's parameters.
         is_tied: whether embedding and head of the base are tied.
+        transposed: parameters of the base that have the shape (inputs, outputs).
 
     Returns:
         Parameter name → update. A trained tied head has its own entry.
@@ -154,6 +162,10 @@ def read_updates(adapter: Path, base: dict[str, TensorInfo], is_tied: bool) -> d
         update.row_numbers, update.row_values = torch.tensor(numbers), values
     for name, tensor in tensors.lora.items():
         _take(updates, name.removeprefix(PREFIX), tensor, config, vocabulary_of(shapes).embedding, problems)
+    for name in transposed & updates.keys():
+        updates[name] = updates[name].transposed()
+        if updates[name].magnitude is not None:
+            problems.append(f"{name}: DoRA on a transposed matrix cannot be merged")
     shapes |= {target: tuple(whole.shape) for target, whole in tensors.whole.items()}
     for target, update in updates.items():
         if target in shapes:

@@ -19,7 +19,8 @@ class StackRows:
 
     def __init__(self, layer: Any, name: str) -> None:
         self.rank = int(layer.r[name])
-        self._up, self._down, self._scaling = layer.get_delta_factors(name)
+        up, down, self._scaling = layer.get_delta_factors(name)
+        self._up, self._down = up.detach(), down.detach()
         self._start = 0
 
     def matrix(self, number: int, start: int = 0) -> StackRows:
