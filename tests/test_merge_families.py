@@ -496,13 +496,13 @@ def test_noise_allows_right_merges_and_not_the_base_alone(models: Models, tmp_pa
     noise = noise_of(ours, merged, roundings, rows)
     assert len({one.largest_difference for one in noise}) == len(noise) > 1
     assert noise_of(ours, merged, roundings, rows) == noise, "the noise is the same each time"
-    bounds = bounds_of_noise(noise, EXACT)
+    bounds = bounds_of_noise(noise)
     right, alone = compare_models(ours, [merged, load_mapped(base)], rows)
     assert check_parity(right, bounds) == []
     assert check_parity(alone, bounds)
     measured = ALLOWED * max(one.largest_difference / one.largest_logit for one in noise)
     assert right.largest_difference / right.largest_logit < measured < 1e-3
-    assert bounds_of_noise([dataclasses.replace(right, largest_difference=0.0)], EXACT) == EXACT
+    assert bounds_of_noise([dataclasses.replace(right, largest_difference=0.0)]) == EXACT
 
 
 def test_a_merge_that_needs_other_bounds_says_where_they_come_from(

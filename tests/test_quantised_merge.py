@@ -47,27 +47,21 @@ def merge_quantised(cli: Cli, patch: pytest.MonkeyPatch, kind: str, quantization
 
 
 @pytest.mark.parametrize("kind", MERGED)
-def test_both_bases_of_a_run_with_4_bits_are_exact_with_their_rounding(
-    cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+@pytest.mark.parametrize("quantization", ["nf4", "int8"])
+def test_both_bases_of_a_quantised_run_are_exact_with_their_rounding(
+    cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, quantization: str
 ) -> None:
-    result = merge_quantised(cli, monkeypatch, kind, "nf4", tmp_path)
+    if quantization == "int8" and kind in ("deepseek_v3", "minicpm3"):
+        pytest.skip("LLM.int8's forward pass fails on a CPU")
+    result = merge_quantised(cli, monkeypatch, kind, quantization, tmp_path)
     assert result.exit_code == 0, result.stderr
     report = json.loads((tmp_path / "merged" / "verification.json").read_text())
-    assert report["merge_base"] == "dequantized"
+    if quantization == "nf4":  # int8 rounds what goes into a layer too, which no merged model does
+        assert report["merge_base"] == "dequantized"
     for name in ("original", "dequantized"):
         exact, found = (report[key][name]["largest_difference"] for key in ("logits_with_rounding", "logits"))
         assert exact < 1e-3
         assert exact < found
-
-
-@pytest.mark.parametrize("kind", ["qwen3_moe", pytest.param("qwen3_5", marks=pytest.mark.slow)])
-def test_the_rounding_of_inputs_is_allowed_for(
-    cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
-) -> None:
-    result = merge_quantised(cli, monkeypatch, kind, "int8", tmp_path)
-    assert result.exit_code == 0, result.stderr
-    report = json.loads((tmp_path / "merged" / "verification.json").read_text())
-    assert (report["noise"] is not None) is (kind == "qwen3_5")
 
 
 def test_transposed_matrices_with_4_bits_are_refused_by_name(

@@ -83,9 +83,9 @@ class ModelProof:
     """The base alone."""
     bounds: Bounds | None = None
     """That were held."""
+    answers: tuple[Answer, ...] | None = None
     noise: tuple[Parity, ...] | None = None
     """Base + adapter beside itself with other rounding, from which the bounds follow; None for the usual ones."""
-    answers: tuple[Answer, ...] | None = None
 
 
 @dataclass(frozen=True)

@@ -7,20 +7,18 @@ measured: base + adapter runs with noise on its updated weights, and is compared
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 
-from loratune.delivery.verification.parity import InState, compare_models, compare_pairs
+from loratune.delivery.verification.parity import InState, compare_pairs
+from loratune.delivery.verification.proof import EXACT
 from loratune.delivery.verification.routes import Routes
 from loratune.model.weights.reference import inputs_unrounded
 from loratune.model.weights.rounding import Rounding, rounded_as
 from loratune.protocols import CausalModel
 from loratune.runs.probe import ProbeRow
 from loratune.runs.verification import Bounds, Parity
-
-State = Callable[[], AbstractContextManager[None]]
 
 RUNS = 3
 """With noise of different seeds: the largest difference of two logits varies between runs by a factor of some."""
@@ -39,42 +37,38 @@ def noise_of(
         roundings: how the merged weights were rounded; the noise is on these.
         rows: rows with at least one label in total.
     """
-    routes, states = Routes(), [roundings, *(_noisy(roundings, run) for run in range(1, RUNS + 1))]
-    rounded = [
-        InState(reference, all_of(functools.partial(rounded_as, reference, state), routes.follower()))
-        for state in states
-    ]
-    pairs = [(1, 1 + run) for run in range(1, RUNS + 1)]
-    return tuple(compare_pairs([InState(merged, routes.noted), *rounded], pairs, rows))
+    routes = Routes()
+    states = [roundings, *(_noisy(roundings, run) for run in range(1, RUNS + 1))]
+    models = [InState(merged, routes.noted), *(in_rounded_state(reference, state, routes) for state in states)]
+    return tuple(compare_pairs(models, [(1, 1 + run) for run in range(1, RUNS + 1)], rows))
 
 
-def input_noise_of(reference: CausalModel, rows: Sequence[ProbeRow]) -> tuple[Parity, ...]:
-    """Compare base + adapter with itself without LLM.int8's rounding of the inputs of layers."""
-    exact = InState(reference, functools.partial(inputs_unrounded, reference))
-    return tuple(compare_models(reference, [exact], rows))
+def in_rounded_state(reference: CausalModel, roundings: Mapping[str, Rounding], routes: Routes) -> InState:
+    """Return base + adapter with the rounding errors of merged weights and no others, on the routes of another model.
 
-
-def bounds_of_noise(noise: Sequence[Parity], usual: Bounds) -> Bounds:
-    """Return what noise may explain: a multiple of its largest effect, but at least the usual bounds."""
-    difference = max(one.largest_difference / max(1.0, one.largest_logit) for one in noise)
-    return Bounds(
-        max(usual.difference, ALLOWED * difference),
-        max(usual.mean_kl, ALLOWED * max(one.mean_kl for one in noise)),
-        max(usual.clear_disagreement, ALLOWED * max(one.clear_disagreement for one in noise)),
-    )
-
-
-def all_of(*states: State) -> State:
-    """Return a context that is all of the given ones."""
+    Args:
+        reference: base + adapter.
+        roundings: how the merged weights were rounded.
+        routes: of the merged model.
+    """
+    follower = routes.follower()
 
     @contextmanager
-    def entered() -> Iterator[None]:
-        with ExitStack() as stack:
-            for state in states:
-                stack.enter_context(state())
+    def state() -> Iterator[None]:
+        with inputs_unrounded(reference), rounded_as(reference, roundings), follower():
             yield
 
-    return entered
+    return InState(reference, state)
+
+
+def bounds_of_noise(noise: Sequence[Parity]) -> Bounds:
+    """Return what noise may explain: a multiple of its largest effect, but at least what float32 makes of any model."""
+    difference = max(one.largest_difference / max(1.0, one.largest_logit) for one in noise)
+    return Bounds(
+        max(EXACT.difference, ALLOWED * difference),
+        max(EXACT.mean_kl, ALLOWED * max(one.mean_kl for one in noise)),
+        max(EXACT.clear_disagreement, ALLOWED * max(one.clear_disagreement for one in noise)),
+    )
 
 
 def _noisy(roundings: Mapping[str, Rounding], run: int) -> dict[str, Rounding]:

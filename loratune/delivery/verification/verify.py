@@ -8,11 +8,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from loratune import console
-from loratune.delivery.verification.noise import all_of, bounds_of_noise, input_noise_of, noise_of
+from loratune.delivery.verification.noise import bounds_of_noise, in_rounded_state, noise_of
 from loratune.delivery.verification.parity import InState, compare_models, compare_pairs
 from loratune.delivery.verification.proof import (
     EXACT,
-    INT8,
     OTHER_BASE,
     check_parity,
     compare_answers,
@@ -24,7 +23,7 @@ from loratune.model.architecture.roles import quantised_matrices
 from loratune.model.architecture.vocabulary import vocabulary_of
 from loratune.model.weights.mapped import load_mapped
 from loratune.model.weights.reference import load_reference
-from loratune.model.weights.rounding import Rounding, rounded_as, tensor_modules
+from loratune.model.weights.rounding import Rounding, tensor_modules
 from loratune.protocols import CausalModel
 from loratune.runs.probe import ProbeRow, read_probe
 from loratune.runs.verification import Bounds, ModelProof, Parity
@@ -59,7 +58,7 @@ def prove(job: Job, candidates: list[Candidate]) -> tuple[Candidate, ModelProof]
     return chosen.candidate, ModelProof(
         verified="files and logits",
         logits={one.candidate.merge_base: one.parity for one in compared},
-        logits_with_rounding={one.candidate.merge_base: one.exact for one in compared if one.exact},
+        logits_with_rounding={one.candidate.merge_base: one.exact for one in compared},
         compared_on="the run's validation rows" if probe.rows else "built-in questions",
         without_adapter=effect,
         bounds=bounds,
@@ -73,26 +72,19 @@ class _Compared:
     candidate: Candidate
     parity: Parity
     """Difference from base + adapter."""
-    exact: Parity | None
-    """Difference from base + adapter with the rounding errors of the merged weights; None for LLM.int8, which also
-    rounds activations."""
+    exact: Parity
+    """Difference from base + adapter with the rounding errors of the merged weights, and without those of LLM.int8,
+    which also rounds the inputs of layers."""
     noise: Callable[[], tuple[Parity, ...]]
     """Measures what rounding alone does to base + adapter."""
 
 
 def _compare(job: Job, candidates: list[Candidate], reference: CausalModel, rows: list[ProbeRow]) -> list[_Compared]:
     merged = [load_mapped(candidate.folder) for candidate in candidates]
-    if job.settings.quantization == "int8":
-        parities = compare_models(reference, merged, rows)
-        noise = functools.partial(input_noise_of, reference, rows)
-        return [_Compared(*two, None, noise) for two in zip(candidates, parities, strict=True)]
     roundings = [_roundings(job, candidate) for candidate in candidates]
     routes = [Routes() for _ in candidates]
     noted = [InState(model, route.noted) for model, route in zip(merged, routes, strict=True)]
-    rounded = [
-        InState(reference, all_of(functools.partial(rounded_as, reference, own), route.follower()))
-        for own, route in zip(roundings, routes, strict=True)
-    ]
+    rounded = [in_rounded_state(reference, own, route) for own, route in zip(roundings, routes, strict=True)]
     count = len(candidates)
     with_reference = [(0, 1 + place) for place in range(count)]
     with_rounded = [(1 + count + place, 1 + place) for place in range(count)]
@@ -109,18 +101,15 @@ def _require_right(job: Job, chosen: _Compared) -> tuple[Bounds, tuple[Parity, .
     """Refuse a merged model that is out of bounds.
 
     Returns:
-        The tightest bounds that were applied, and the noise that they follow from; without any, they are constants.
+        The bounds with the rounding errors, and the noise that they follow from; without any, they are the usual ones.
     """
-    is_other_base = job.settings.quantization != "none" and chosen.candidate.merge_base == "original"
-    if is_other_base:
+    if job.settings.quantization != "none" and chosen.candidate.merge_base == "original":
         _require_within(chosen.parity, OTHER_BASE)
-    if is_other_base and not chosen.exact:
-        return OTHER_BASE, ()
-    bounds, parity, noise = EXACT if chosen.exact else INT8, chosen.exact or chosen.parity, tuple[Parity, ...]()
-    if check_parity(parity, bounds):
+    bounds, noise = EXACT, tuple[Parity, ...]()
+    if check_parity(chosen.exact, EXACT):
         noise = chosen.noise()
-        bounds = bounds_of_noise(noise, bounds)
-    _require_within(parity, bounds)
+        bounds = bounds_of_noise(noise)
+    _require_within(chosen.exact, bounds)
     return bounds, noise
 
 

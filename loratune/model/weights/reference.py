@@ -46,16 +46,15 @@ def load_reference(settings: ModelSettings, base: Path, adapter: Path) -> Adapte
     keep_unpacked(quantized)  # the packed form computes in bfloat16
     _compute_buffers_in_float32(quantized, base)
     adapted = load_adapter(quantized, adapter).float().eval()
-    if settings.quantization == "nf4":  # bitsandbytes would not round the weights to their dtype, as in training
-        for module in _quantised_modules(adapted):
-            module.forward = functools.partial(_linear, module)
+    for module in _quantised_modules(adapted, "Params4bit"):
+        module.forward = functools.partial(_linear, module)  # bitsandbytes would dequantise to float32, as no training
     return adapted
 
 
 @contextmanager
 def inputs_unrounded(model: CausalModel) -> Iterator[None]:
-    """Let a model's quantised layers compute in float32 with their weights; LLM.int8 rounds their inputs too."""
-    modules = _quantised_modules(model)
+    """Let layers with LLM.int8 compute in float32 with their weights; they round their inputs to 8 bits otherwise."""
+    modules = _quantised_modules(model, "Int8Params")
     for module in modules:
         module.forward = functools.partial(_linear, module)
     try:
@@ -65,19 +64,25 @@ def inputs_unrounded(model: CausalModel) -> Iterator[None]:
             del module.forward
 
 
-def _quantised_modules(model: CausalModel) -> list[Any]:
+def _quantised_modules(model: CausalModel, kind: str) -> list[Any]:
+    """Return the modules whose weight is of a class of bitsandbytes."""
     weights = ((module, module._parameters.get("weight")) for module in causal_model(model).modules())
-    return [module for module, weight in weights if type(weight).__name__ in ("Params4bit", "Int8Params")]
+    return [module for module, weight in weights if type(weight).__name__ == kind]
 
 
 def _linear(module: Any, inputs: torch.Tensor) -> torch.Tensor:
-    if type(module.weight).__name__ == "Int8Params":
-        if module.weight.CB is not None:  # before its first forward pass
-            module.init_8bit_state()
-        weight = module.state.CB.float() * (module.state.SCB.float() / 127).unsqueeze(1)
-    else:
-        weight = dequantize_module_weight(module).float()
-    return functional.linear(inputs.float(), weight, None if module.bias is None else module.bias.float())
+    bias = None if module.bias is None else module.bias.float()
+    return functional.linear(inputs.float(), held_weight(module).float(), bias)
+
+
+def held_weight(module: Any) -> torch.Tensor:
+    """Return the weight that a linear layer computes with, dequantised if it is quantised."""
+    if type(module.weight).__name__ != "Int8Params":
+        return dequantize_module_weight(module)
+    if module.weight.CB is not None:  # before its first forward pass
+        module.init_8bit_state()
+    scaled: torch.Tensor = module.state.CB.float() * (module.state.SCB.float() / 127).unsqueeze(1)
+    return scaled
 
 
 def _compute_buffers_in_float32(model: CausalModel, base: Path) -> None:

@@ -14,7 +14,6 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from peft.utils.integrations import dequantize_module_weight
 from torch import nn
 from torch.nn import functional
 
@@ -22,6 +21,7 @@ from loratune.model.adapter.own_parameters import parameter_modules
 from loratune.model.adapter.peft_merge import Change
 from loratune.model.architecture.structure import causal_model
 from loratune.model.weights.mapped import embedded
+from loratune.model.weights.reference import held_weight
 from loratune.model.weights.stack import Stack, stacks_of
 from loratune.protocols import CausalModel
 
@@ -132,7 +132,7 @@ def _hook(module: Any, rounding: Rounding) -> Callable[..., torch.Tensor] | None
     """
 
     def of_linear(_: Any, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> torch.Tensor:
-        weight, values, output = dequantize_module_weight(module), inputs[0].float(), output.float()
+        weight, values, output = held_weight(module), inputs[0].float(), output.float()
         for numbers in torch.arange(len(weight)).split(max(1, PIECE_VALUES // weight.shape[1])):
             rows = slice(int(numbers[0]), int(numbers[-1]) + 1)
             output[..., rows] += functional.linear(values, rounding.error(weight[rows], numbers))
