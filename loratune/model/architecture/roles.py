@@ -138,6 +138,22 @@ def router_modules(model: CausalModel) -> list[Any]:
     return [modules[name] for name in _recorded(causal_model(model), "router_logits")]
 
 
+def transposed_matrices(model: CausalModel) -> set[str]:
+    """Return the names of linear modules' parameters of shape (inputs, outputs), as of GPT-2's `Conv1D`."""
+    return {f"{name}.weight" for name, module in model.named_modules() if isinstance(module, Conv1D)}
+
+
+def stacked_parameters(model: CausalModel) -> set[str]:
+    """Return the names of the parameters that stack matrices of several experts along their first dimension."""
+    return {
+        f"{path}.{attribute}"
+        for path, module in model.named_modules()
+        if _holds_stacks(module)
+        for attribute, parameter in module._parameters.items()
+        if parameter is not None and parameter.ndim == 3
+    }
+
+
 class GatedMlp(NamedTuple):
     """Names of the matrices of a gated MLP, down(act(gate(x)) · up(x))."""
 
