@@ -9,6 +9,7 @@ import time
 import types
 from concurrent.futures import ThreadPoolExecutor
 from fnmatch import fnmatch
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -234,7 +235,7 @@ def test_weights_that_find_no_memory_are_told_as_lack_of_memory(folder: Path, mo
         load_base(ModelSettings(base="x", dtype="float32"), folder, detect_hardware())
 
 
-@pytest.mark.parametrize("load", [load_plain, load_mapped])
+@pytest.mark.parametrize("load", [load_plain, partial(load_mapped, in_float32=False)], ids=["plain", "mapped"])
 def test_however_a_model_is_loaded_it_fails_in_the_same_words(
     folder: Path, monkeypatch: pytest.MonkeyPatch, load: Any
 ) -> None:

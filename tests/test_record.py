@@ -147,6 +147,7 @@ MERGED = MergedModel(
         PARITY,
         verifications.Bounds(0.1, 0.2, 0.3),
         (verifications.Answer("?", "x", "y"),),
+        (PARITY, PARITY),
     ),
     seconds=verifications.MergeSeconds(1.0, 2.0),
 )

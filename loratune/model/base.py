@@ -10,40 +10,68 @@ from transformers import BitsAndBytesConfig
 
 from loratune.errors import Exit, LoratuneError
 from loratune.extras import needs
+from loratune.model.architecture.roles import expert_stacks, kept_in_16_bits, quantised_matrices
+from loratune.model.config import empty_model, load_config
 from loratune.model.from_folder import load_from_folder
 from loratune.model.hardware import Hardware, resolve_attention, resolve_dtype
 from loratune.protocols import CausalModel
 from loratune.recipe.sections import ModelSettings
 
 
-def load_base(settings: ModelSettings, folder: Path, hardware: Hardware) -> CausalModel:
+def load_base(settings: ModelSettings, folder: Path, hardware: Hardware, in_own_format: bool = True) -> CausalModel:
     """The base model on its device, frozen, quantised if asked.
+
+    Args:
+        settings: the recipe's model section.
+        folder: model folder.
+        hardware: this machine.
+        in_own_format: quantise what bitsandbytes has no file format for too: stacks of matrices, to nf4.
 
     Raises:
         LoratuneError: this machine does not support the settings, or weights and config do not match.
     """
     dtype = resolve_dtype(settings.dtype, hardware)
-    return load_from_folder(
-        folder,
-        dtype=dtype,
-        quantization_config=_quantization(settings, hardware),
-        attn_implementation=resolve_attention(settings.attn_implementation, hardware, dtype),
-        device_map={"": hardware.device},
-    )
-
-
-def _quantization(settings: ModelSettings, hardware: Hardware) -> BitsAndBytesConfig | None:
+    options = {
+        "dtype": dtype,
+        "attn_implementation": resolve_attention(settings.attn_implementation, hardware, dtype),
+        "device_map": {"": hardware.device},
+    }
     if settings.quantization == "none":
-        return None
+        return load_from_folder(folder, **options)
     if importlib.util.find_spec("bitsandbytes") is None:
         raise LoratuneError(needs(f"model.quantization {settings.quantization}", "bitsandbytes"), Exit.USAGE)
+    from loratune.model.weights.quantized_check import check_quantised  # takes bitsandbytes
+
+    empty = empty_model(load_config(folder))
+    matrices, kept = quantised_matrices(empty), kept_in_16_bits(empty)
+    stacks = set(expert_stacks(empty)) if in_own_format and settings.quantization == "nf4" else set[str]()
+    if not matrices | stacks:
+        raise LoratuneError(
+            f"model.quantization {settings.quantization}: {type(empty).__name__} has no layer that bitsandbytes can "
+            "quantise; take model.quantization none",
+            Exit.USAGE,
+        )
+    if stacks:  # other implementations take whole stacks
+        options["experts_implementation"] = "eager"
+    config = _quantization(settings, hardware, sorted(kept), bool(stacks))
+    model = load_from_folder(folder, quantization_config=config, **options)
+    check_quantised(model, matrices, stacks, folder)
+    return model
+
+
+def _quantization(
+    settings: ModelSettings, hardware: Hardware, kept: list[str], with_stacks: bool
+) -> BitsAndBytesConfig:
     if settings.quantization == "int8":
-        return BitsAndBytesConfig(load_in_8bit=True)
-    return BitsAndBytesConfig(
+        return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=kept)
+    from loratune.model.weights.quantizer import StacksConfig  # takes bitsandbytes
+
+    return (StacksConfig if with_stacks else BitsAndBytesConfig)(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=settings.double_quantization,
         bnb_4bit_compute_dtype=resolve_dtype(settings.compute_dtype, hardware),
+        llm_int8_skip_modules=kept,
     )
 
 

@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
+from accelerate import init_empty_weights
+from transformers.initialization import no_init_weights
 from transformers.utils import logging as transformers_logging
 
 from loratune.errors import Exit, LoratuneError, bullet_list, reason_of
@@ -16,6 +22,9 @@ from loratune.model.memory import is_out_of_memory
 from loratune.model.tying import head_is_tied
 from loratune.model.weights.tensor_files import TensorFiles
 from loratune.protocols import CausalModel, ModelConfig
+
+IGNORED = (r"rotary_emb\.inv_freq", r"(^|\.)position_ids$")
+"""Patterns of names that files of earlier versions of transformers hold, and that it computes now."""
 
 
 def load_from_folder(folder: Path, is_quantized: bool = False, auto: Any = None, **options: Any) -> CausalModel:
@@ -37,7 +46,7 @@ def load_from_folder(folder: Path, is_quantized: bool = False, auto: Any = None,
     options = options | {"attn_implementation": _supported_attention(config, options.get("attn_implementation"))}
     if not is_quantized:
         _check_shapes(folder, config)
-    try:
+    with _failures_told(folder):
         model, info = (auto or auto_class(type(config))).from_pretrained(
             folder,
             config=config,
@@ -48,19 +57,14 @@ def load_from_folder(folder: Path, is_quantized: bool = False, auto: Any = None,
             output_loading_info=True,
             **options,
         )
-    except LoratuneError:
-        raise
-    except Exception as error:  # of values in files, each layer of transformers and torch raises another kind
-        if is_out_of_memory(error):  # in a class that every command knows
-            raise MemoryError(f"{folder}: {reason_of(error)}") from error
-        raise LoratuneError(f"{folder}: cannot be loaded: {reason_of(error)}", Exit.MODEL) from error
     if info["missing_keys"]:
         raise _lacking(folder, info["missing_keys"])
     if info["unexpected_keys"]:
-        left = ", ".join(sorted(info["unexpected_keys"])[:5])
-        raise LoratuneError(
-            f"{folder}: weights and config do not match: the config's model does not have {left}", Exit.MODEL
-        )
+        raise _left_over(folder, info["unexpected_keys"])
+    return _checked(folder, model, is_tied)
+
+
+def _checked(folder: Path, model: Any, is_tied: bool) -> CausalModel:
     infinite = [name for name, buffer in model.named_buffers() if not buffer.isfinite().all()]
     if infinite:
         raise LoratuneError(
@@ -71,6 +75,36 @@ def load_from_folder(folder: Path, is_quantized: bool = False, auto: Any = None,
     loaded: CausalModel = model.requires_grad_(False)
     loaded.config.tie_word_embeddings = is_tied
     return loaded
+
+
+def load_empty(folder: Path) -> CausalModel:
+    """A causal language model without the values of its files, to be given them in float32, on the CPU.
+
+    What transformers computes from the config, such as rotary frequencies, has values. A stack of matrices is computed
+    with one matrix at a time.
+
+    Args:
+        folder: model folder.
+
+    Raises:
+        LoratuneError: it cannot be loaded, or tensors are missing or left over.
+    """
+    transformers_logging.set_verbosity_error()
+    config, is_tied = load_config(folder), head_is_tied(folder)
+    _check_shapes(folder, config)
+    config.tie_word_embeddings = is_tied
+    options = {"attn_implementation": _supported_attention(config, "sdpa"), "experts_implementation": "eager"}
+    with _failures_told(folder), no_init_weights(), init_empty_weights(include_buffers=False):
+        model = auto_class(type(config)).from_config(config, dtype=torch.float32, **options)
+        model.generation_config = load_generation_config(folder)
+    if is_tied:
+        model.tie_weights()
+    ignored = model._keys_to_ignore_on_load_unexpected or ()
+    names = file_layout(model, TensorFiles(weight_files(folder)).infos).unused
+    left = [name for name in names if not any(re.search(pattern, name) for pattern in (*IGNORED, *ignored))]
+    if left:
+        raise _left_over(folder, left)
+    return _checked(folder, model, is_tied).eval()
 
 
 def load_plain(folder: Path, is_quantized: bool = False) -> CausalModel:
@@ -84,6 +118,24 @@ def load_plain(folder: Path, is_quantized: bool = False) -> CausalModel:
         LoratuneError: it cannot be loaded, or tensors are missing or left over.
     """
     return load_from_folder(folder, is_quantized, dtype="auto", attn_implementation="sdpa").eval()
+
+
+@contextmanager
+def _failures_told(folder: Path) -> Iterator[None]:
+    """Name the folder in what transformers and torch raise.
+
+    Raises:
+        LoratuneError: in place of any other error.
+        MemoryError: there is no room.
+    """
+    try:
+        yield
+    except LoratuneError:
+        raise
+    except Exception as error:  # of values in files, each layer of transformers and torch raises another kind
+        if is_out_of_memory(error):  # in a class that every command knows
+            raise MemoryError(f"{folder}: {reason_of(error)}") from error
+        raise LoratuneError(f"{folder}: cannot be loaded: {reason_of(error)}", Exit.MODEL) from error
 
 
 def _supported_attention(config: ModelConfig, wanted: str | None) -> str | None:
@@ -109,6 +161,13 @@ def _check_shapes(folder: Path, config: ModelConfig) -> None:
     missing = [name for name in wanted if name not in held and name != head]
     if missing:
         raise _lacking(folder, missing)
+
+
+def _left_over(folder: Path, names: Iterable[str]) -> LoratuneError:
+    left = ", ".join(sorted(names)[:5])
+    return LoratuneError(
+        f"{folder}: weights and config do not match: the config's model does not have {left}", Exit.MODEL
+    )
 
 
 def _lacking(folder: Path, names: list[str]) -> LoratuneError:

@@ -40,7 +40,7 @@ class ModelSettings(Section):
     dtype: Literal["auto", Dtype] = "auto"
     """Type of the base weights; auto takes bfloat16 where the machine has it."""
     quantization: Literal["none", "nf4", "int8"] = "none"
-    """Load the base in 4 bits (nf4) or 8 bits (int8) with bitsandbytes."""
+    """Load the base in 4 bits (nf4) or 8 bits (int8) with bitsandbytes; a mixture's experts only with nf4."""
     double_quantization: bool = True
     """Quantise the nf4 scales too; saves about 0.4 bits a weight."""
     compute_dtype: Literal["auto", Dtype] = "auto"
@@ -242,6 +242,11 @@ class Recipe(Section):
     def _settings_fit_together(self) -> Recipe:
         if self.lora.modules_to_save and self.model.quantization != "none":
             raise ValueError("lora.modules_to_save trains full matrices and needs model.quantization none")
+        if self.model.quantization == "nf4" and adapts_experts(self.lora):
+            raise ValueError(
+                "lora.target_modules experts adds to whole stacks of matrices, which nf4 dequantises one by one; take "
+                "model.quantization none or int8, or leave experts out"
+            )
         if self.training.max_steps and self.training.warmup >= self.training.max_steps:
             raise ValueError("training.warmup must be shorter than training.max_steps")
         return self

@@ -74,6 +74,17 @@ class AdapterCounts:
 
 
 @dataclass(frozen=True)
+class QuantizationEffect:
+    """How the predictions of the quantised base differ from those of the base in 16 bits, on some rows."""
+
+    tokens: int
+    mean_kl: float
+    """nats per token, from 16 bits."""
+    top1_agreement: float
+    """Share of the tokens after which both predict the same token."""
+
+
+@dataclass(frozen=True)
 class Updates:
     """How much the adapter changes the modules of one name."""
 
@@ -180,6 +191,10 @@ class Report:
     start_up_seconds: Mapping[str, float] | None = None
     """Stage → how long it took."""
     adapter: AdapterCounts | None = None
+    base_groups: Mapping[str, int] | None = None
+    """Group of the base's weights → bytes."""
+    quantization: QuantizationEffect | None = None
+    """None for a base that is not quantised, and if the comparison would have taken too long."""
     versions: Mapping[str, str] | None = None
     """Library → version."""
     checks: tuple[ModelCheck, ...] = ()

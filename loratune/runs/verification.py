@@ -50,11 +50,7 @@ class Parity:
 
 @dataclass(frozen=True)
 class Bounds:
-    """What rounding may do; a wrong merge is off by orders of magnitude.
-
-    The share of equal likeliest tokens is no bound: where two are as likely, as everywhere in an untrained model, any
-    rounding decides between them.
-    """
+    """What rounding may do. Equal likeliest tokens are no bound: rounding decides between two that are as likely."""
 
     difference: float
     """Of logits, relative to the largest one."""
@@ -89,6 +85,8 @@ class ModelProof:
     bounds: Bounds | None = None
     """That were held."""
     answers: tuple[Answer, ...] | None = None
+    noise: tuple[Parity, ...] | None = None
+    """Base + adapter beside itself with other rounding, from which the bounds follow; None for the usual ones."""
 
 
 @dataclass(frozen=True)

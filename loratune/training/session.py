@@ -47,6 +47,7 @@ from loratune.training.determinism import request_deterministic_cublas
 from loratune.training.gate import pass_gate
 from loratune.training.notes import Notes
 from loratune.training.probes.checked_model import CheckedModel, check_model
+from loratune.training.quantization_effect import BaseWeights, weights_of
 from loratune.training.reporting.overview import parts_of_memory, show_data, show_model
 from loratune.training.reporting.start_up import StartUp
 from loratune.training.steps import StepPlan, advise_steps, plan_steps
@@ -79,6 +80,7 @@ class Session(Prepared):
 
     model: AdaptedModel
     """The base with the adapter on it, as PEFT makes it."""
+    weights: BaseWeights
     summary: AdapterSummary
     checked: CheckedModel
     passes: PassPlan
@@ -139,6 +141,7 @@ def load(prepared: Prepared, start: Checkpoint | None = None) -> Session:
     recipe, hardware = prepared.recipe, prepared.hardware
     with console.status(f"loading {recipe.model.base}"):
         model = load_base(recipe.model, prepared.base, hardware)
+    weights = weights_of(model, recipe.model, prepared.base, prepared.data)
     plain, loaded_attention = with_same_weights(model), str(model.config._attn_implementation)
     targets = resolve_targets(model, recipe.lora)
     adapted = attach_adapter(model, recipe.lora, recipe.model.base, recipe.seed)
@@ -154,11 +157,12 @@ def load(prepared: Prepared, start: Checkpoint | None = None) -> Session:
     if start and (begun := start.progress.get(ATTENTION, attention.name)) != attention.name:
         console.warn(f"attention is {attention.name}, {begun} before the interruption, so bits may differ")
     arguments = with_gradient_checkpointing(prepared.arguments, passes.gradient_checkpointing)
-    show_model(recipe, summary, dtype_name(model.dtype), checked, passes)
+    show_model(recipe, summary, dtype_name(model.dtype), checked, passes, weights)
     prepared.start_up.stage_done("model")
-    known = vars(prepared) | {"arguments": arguments, "warnings": (*prepared.warnings, *checked.warnings)}
-    held = parts_of_memory(summary, passes)
-    return Session(**known, model=adapted, summary=summary, checked=checked, passes=passes, held=held, notes=Notes())
+    warnings = (*prepared.warnings, *weights.notes, *checked.warnings)
+    known = vars(prepared) | {"arguments": arguments, "warnings": warnings}
+    known |= {"checked": checked, "passes": passes, "held": parts_of_memory(summary, passes)}
+    return Session(**known, model=adapted, weights=weights, summary=summary, notes=Notes())
 
 
 def _require_one_layout(checked: CheckedModel, hardware: Hardware) -> None:

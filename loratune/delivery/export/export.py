@@ -29,10 +29,12 @@ from loratune.delivery.verification.parity import compare_models
 from loratune.delivery.verification.proof import probe_rows
 from loratune.delivery.verification.report import parity_text, show_verification
 from loratune.errors import Exit, LoratuneError, counted, reason_of, refusal
+from loratune.model.architecture.roles import expert_stacks
 from loratune.model.architecture.served_class import ServedClass, served_class
 from loratune.model.files import check_base
 from loratune.model.memory import free_main_memory_bytes
 from loratune.model.tokenizer import load_tokenizer
+from loratune.model.weights.held import held_bytes
 from loratune.model.weights.mapped import load_mapped
 from loratune.model.weights.quantized_folder import load_quantized, write_quantized
 from loratune.recipe.servers import SERVERS
@@ -240,10 +242,14 @@ def _export_nf4(job: Export, model: Path) -> Exported:
         (same,) = compare_models(quantized, [load_quantized(job.folder)], rows)
         (parity,) = compare_models(load_mapped(model), [quantized], rows)
     require_same(same, SAME, "the written folder")
+    stacks = expert_stacks(quantized)
+    in_stacks = sum(held_bytes(weight) for name, weight in quantized.named_parameters() if name in stacks)
+    told = f"{console.memory(in_stacks)} of a mixture's matrices, for which bitsandbytes has no file format in 4 bits"
     console.table(
         [
             ("files", f"load again and give the same logits ({same.largest_difference:.1g} apart)"),
             ("nf4", f"beside the merged model: {parity_text(parity)}"),
+            *([("16 bits", told)] if stacks else []),
         ],
         title="verified",
     )

@@ -19,6 +19,8 @@ from loratune.runs.tokenizer_files import copy_tokenizer_files
 from loratune.writing import write_json
 
 CONFIG, GENERATION_CONFIG = "config.json", "generation_config.json"
+PROCESSOR_FILES = ("preprocessor_config.json", "video_preprocessor_config.json", "processor_config.json")
+"""How images, videos and sounds are read, by models that read them."""
 
 
 def write_model_files(
@@ -39,14 +41,19 @@ def write_model_files(
     """
     changes = _write_config(base, folder, dtype, plan)
     copy_tokenizer_files(source.tokenizer_folder(base), folder)
-    for licence in [*base.glob("LICENSE*"), *base.glob("NOTICE*")]:
-        if licence.is_file():
-            shutil.copyfile(licence, folder / licence.name)
+    for path in copied_files(base):
+        shutil.copyfile(path, folder / path.name)
     if write_portable_template(encoder, folder):
         changes.append(
             "chat_template.jinja: the training's prompt settings, so that other programs render the same prompts"
         )
     return changes + _write_generation_config(base, folder, encoder.end_id)
+
+
+def copied_files(base: Path) -> list[Path]:
+    """Return the files of a base that a merged model gets as they are, besides those of its tokenizer."""
+    paths = [*base.glob("LICENSE*"), *base.glob("NOTICE*"), *(base / name for name in PROCESSOR_FILES)]
+    return [path for path in paths if path.is_file()]
 
 
 def _write_config(base: Path, folder: Path, dtype: torch.dtype | None, plan: MergePlan) -> list[str]:

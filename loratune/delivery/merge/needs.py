@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -10,8 +11,10 @@ from loratune import console
 from loratune.delivery.merge.merged_weights import dtype_names
 from loratune.errors import Exit, LoratuneError, counted
 from loratune.model.adapter.files import WEIGHTS_FILE
-from loratune.model.architecture.structure import text_values
-from loratune.plain_files import read_json_object
+from loratune.model.architecture.file_layout import prediction_tensors
+from loratune.model.architecture.roles import stacked_parameters
+from loratune.model.architecture.structure import layer_count
+from loratune.model.architecture.vocabulary import vocabulary_of
 
 if TYPE_CHECKING:
     from loratune.delivery.merge.job import Candidate, Job
@@ -53,6 +56,13 @@ def announce(job: Job, candidates: list[Candidate], output: Path) -> None:
     )
     for warning in job.warnings:
         console.warn(warning)
+    predicting = prediction_tensors(job.layout.unused, layer_count(job.model.config))
+    if predicting:
+        console.say(
+            f"{counted(len(predicting), 'tensor')} for the prediction of further tokens, such as {predicting[0]}, "
+            f"{'stays' if len(predicting) == 1 else 'stay'} the base's: speculative decoding with them accepts fewer "
+            "tokens of a fine-tuned model"
+        )
     if needed > free:
         raise LoratuneError(
             f"{output}: the merged model needs {console.memory(needed)} of disk and {console.memory(free)} are free; "
@@ -63,12 +73,17 @@ def announce(job: Job, candidates: list[Candidate], output: Path) -> None:
 
 def memory_bound(job: Job, candidates: list[Candidate]) -> int:
     """Return the maximum bytes of the process, except mapped file pages, which the system can reclaim."""
-    config = text_values(read_json_object(job.base / "config.json"))
+    infos, stacked = candidates[0].files.infos, stacked_parameters(job.model)
+    shapes = job.layout.shapes({name: info.shape for name, info in infos.items()})
     bound = LIBRARIES_BYTES + CHECK_LIBRARIES_BYTES + (job.source.adapter / WEIGHTS_FILE).stat().st_size
+    # Of a stack, one matrix is in memory at a time: as it is, in float32 and with its update, twice in float64.
+    bound += 40 * max((math.prod(shapes[name][1:]) for name in stacked), default=0)
     if job.options.verify and job.options.logits:
-        activations = 40_000 * int(config["intermediate_size"])
-        logits = 32 * 4 * 7 * int(config["vocab_size"])
+        vocabulary = vocabulary_of(shapes)
+        matrices = [shape for name, shape in shapes.items() if len(shape) == 2 and name not in vocabulary]
+        activations = 40_000 * max(max(shape) for shape in matrices)
+        logits = 32 * 4 * 7 * candidates[0].plan.vocabulary
         bound += activations + logits
-    if job.settings.quantization != "none":  # the reference model, with its embedding in float32
-        bound += candidates[0].plan.nbytes
+    if job.settings.quantization != "none":  # the reference model, with its embedding and its stacks in float32
+        bound += candidates[0].plan.nbytes + sum(4 * math.prod(shapes[name]) for name in stacked)
     return bound

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -12,18 +12,21 @@ from pathlib import Path
 from loratune import console
 from loratune.choices import Combination
 from loratune.data.encoding.encoder import Encoder
-from loratune.delivery.merge.update import read_updates
+from loratune.delivery.merge.update import TensorUpdate, read_updates
 from loratune.errors import Exit, LoratuneError
 from loratune.model.adapter.attach import check_adapter
 from loratune.model.adapter.completeness import own_modules, tensor_shapes
 from loratune.model.adapter.files import WEIGHTS_FILE
 from loratune.model.adapter.other_layouts import in_peft_layout
 from loratune.model.adapter.tensors import check_alone
-from loratune.model.architecture.file_layout import parameter_infos
+from loratune.model.architecture.file_layout import file_layout
+from loratune.model.architecture.roles import transposed_matrices
 from loratune.model.architecture.vocabulary import vocabulary_of
+from loratune.model.config import empty_model, load_config
 from loratune.model.files import find_base, weight_files
 from loratune.model.tokenizer import load_tokenizer
 from loratune.model.tying import head_is_tied
+from loratune.model.weights.tensor_files import TensorFiles, TensorInfo
 from loratune.plain_files import is_folder
 from loratune.printable import shortened
 from loratune.recipe.sections import TINY_QWEN, ModelSettings
@@ -96,7 +99,7 @@ def _common_base(adapters: dict[str, AdapterSource], model: str | None, force: b
         for warning in check_pair(source, settings.base, base, force):
             console.warn(warning)
         training_encoder(source, base)
-        read_updates(source.adapter, parameter_infos(base), head_is_tied(base))
+        _reading(source.adapter, base)[1]()
         if source.record and source.record.model.quantization != settings.quantization:
             raise LoratuneError("the adapters were trained on different quantisations of the base", Exit.MODEL)
         if source.prompt != first.prompt:
@@ -104,6 +107,13 @@ def _common_base(adapters: dict[str, AdapterSource], model: str | None, force: b
                 f"{shortened(name)} was trained with other prompt settings; the merged model gets those of the first"
             )
     return base
+
+
+def _reading(adapter: Path, base: Path) -> tuple[dict[str, TensorInfo], Callable[[], dict[str, TensorUpdate]]]:
+    """Return the base's parameters, and what reads an adapter as updates of them, if it fits."""
+    model, held = empty_model(load_config(base)), TensorFiles(weight_files(base)).infos
+    infos = file_layout(model, held).infos(held)
+    return infos, partial(read_updates, adapter, infos, head_is_tied(base), transposed_matrices(model))
 
 
 def check_pair(source: AdapterSource, name: str, base: Path, force: bool) -> list[str]:
@@ -122,11 +132,10 @@ def check_pair(source: AdapterSource, name: str, base: Path, force: bool) -> lis
         LoratuneError: it was trained on another base, or lacks tensors; or the base has changed since it was verified.
     """
     remarks = require_intact(base, force)
-    infos, is_tied = parameter_infos(base), head_is_tied(base)
-    fits = partial(read_updates, source.adapter, infos, is_tied)
+    infos, fits = _reading(source.adapter, base)
     check = BaseCheck(source, name, base, TensorHashes(weight_files(base)), force, fits)
     shapes = {name: info.shape for name, info in infos.items()}
-    if is_tied:
+    if head_is_tied(base):
         embedding, head = vocabulary_of(shapes)
         shapes[head] = shapes[embedding]
     check_adapter(source.adapter, shapes)

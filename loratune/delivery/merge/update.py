@@ -6,8 +6,8 @@ https://arxiv.org/abs/2312.03732); DoRA (https://arxiv.org/abs/2402.09353) gives
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Set
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -37,9 +37,9 @@ class TensorUpdate:
     replacement: torch.Tensor | None = None
     """Replaces the base's values: modules_to_save, trained biases; the number of vocabulary rows may differ."""
     up: torch.Tensor | None = None
-    """B (rows, rank)."""
+    """B (rows, rank), or (matrices, rows, rank) for a stack of matrices."""
     down: torch.Tensor | None = None
-    """A (rank, columns)."""
+    """A (rank, columns), or (matrices, rank, columns)."""
     scaling: float = 1.0
     magnitude: torch.Tensor | None = None
     """DoRA's norm of each row (rows,)."""
@@ -50,6 +50,31 @@ class TensorUpdate:
     row_values: torch.Tensor | None = None
     """Values of the replaced rows (replaced rows, columns)."""
 
+    def part(self, expert: int | None, rows: slice) -> TensorUpdate:
+        """Return the update of some rows of a parameter, or of a matrix in a stack; see `Divisible`."""
+        whole, found = self if expert is None else self._matrix(expert), TensorUpdate()
+        for name, value in vars(whole).items():
+            divided = name in ("replacement", "up", "magnitude", "shift") and value is not None
+            setattr(found, name, value[rows] if divided else value)
+        if whole.row_numbers is not None and whole.row_values is not None:
+            here = (whole.row_numbers >= rows.start) & (whole.row_numbers < rows.stop)
+            found.row_numbers, found.row_values = whole.row_numbers[here] - rows.start, whole.row_values[here]
+        return found
+
+    def _matrix(self, number: int) -> TensorUpdate:
+        """Return the update of one matrix of a stack, which has a product or a replacement only."""
+        return TensorUpdate(
+            replacement=None if self.replacement is None else self.replacement[number],
+            up=None if self.up is None else self.up[number],
+            down=None if self.down is None else self.down[number],
+            scaling=self.scaling,
+        )
+
+    def transposed(self) -> TensorUpdate:
+        """Return the update of the transposed matrix."""
+        up, down = self.up, self.down
+        return replace(self, up=None if down is None else down.T, down=None if up is None else up.T)
+
     def source(self, base: torch.Tensor) -> torch.Tensor:
         """Return the values that the other parts change."""
         return base if self.replacement is None else self.replacement
@@ -58,8 +83,8 @@ class TensorUpdate:
         """Return the updated rows from `start` on.
 
         Args:
-            base: (n, columns) or (n,) rows of the source in the dtype of the computation, float32 or float64; not
-                modified.
+            base: (n, columns) or (n,) rows of the source, or n matrices of a stack, in the dtype of the computation,
+                float32 or float64; not modified.
             start: number of the first row.
 
         Returns:
@@ -72,7 +97,8 @@ class TensorUpdate:
             updated = base.index_copy(0, self.row_numbers[here] - start, self.row_values[here].to(dtype))
         if self.up is not None and self.down is not None:
             # The product is computed first: accumulating onto the base's values would lose bits at each addition.
-            updated = updated.add(self.up[rows].to(dtype) @ self.down.to(dtype), alpha=self.scaling)
+            down = self.down if self.down.ndim == 2 else self.down[rows]
+            updated = updated.add(self.up[rows].to(dtype) @ down.to(dtype), alpha=self.scaling)
         if self.magnitude is not None:
             lengths = torch.linalg.vector_norm(updated, dim=1, dtype=torch.float64)  # float64 for a long sum of squares
             updated = updated * (self.magnitude[rows].double() / lengths).to(dtype).unsqueeze(1)
@@ -85,7 +111,7 @@ class TensorUpdate:
         if self.shift is not None:
             yield tuple(self.shift.shape)
         if self.up is not None and self.down is not None:
-            yield self.up.shape[0], self.down.shape[1]
+            yield *self.up.shape[:-1], self.down.shape[-1]
         if self.magnitude is not None:
             yield self.magnitude.shape[0], 0
 
@@ -107,13 +133,16 @@ class TensorUpdate:
         )
 
 
-def read_updates(adapter: Path, base: dict[str, TensorInfo], is_tied: bool) -> dict[str, TensorUpdate]:
+def read_updates(
+    adapter: Path, base: dict[str, TensorInfo], is_tied: bool, transposed: Set[str] = frozenset()
+) -> dict[str, TensorUpdate]:
     """Read an adapter as updates of the base's parameters.
 
     Args:
         adapter: PEFT folder.
         base: the base's parameters.
         is_tied: whether embedding and head of the base are tied.
+        transposed: parameters of the base that have the shape (inputs, outputs).
 
     Returns:
         Parameter name → update. A trained tied head has its own entry.
@@ -135,6 +164,10 @@ def read_updates(adapter: Path, base: dict[str, TensorInfo], is_tied: bool) -> d
         update.row_numbers, update.row_values = torch.tensor(numbers), values
     for name, tensor in tensors.lora.items():
         _take(updates, name.removeprefix(PREFIX), tensor, config, vocabulary_of(shapes).embedding, problems)
+    for name in transposed & updates.keys():
+        updates[name] = updates[name].transposed()
+        if updates[name].magnitude is not None:
+            problems.append(f"{name}: DoRA on a transposed matrix cannot be merged")
     shapes |= {target: tuple(whole.shape) for target, whole in tensors.whole.items()}
     for target, update in updates.items():
         if target in shapes:

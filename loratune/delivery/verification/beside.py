@@ -10,7 +10,7 @@ from typing import Any
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 
 from loratune.data.encoding.encoder import Encoder
-from loratune.delivery.merge.model_folder import CONFIG, GENERATION_CONFIG
+from loratune.delivery.merge.model_folder import CONFIG, GENERATION_CONFIG, copied_files
 from loratune.delivery.template import portable_template, renders_training_prompts
 from loratune.errors import Exit, LoratuneError, bullet_list, reason_of
 from loratune.model.architecture.structure import text_value, text_values
@@ -54,7 +54,7 @@ def check_beside(base: Path, tokenizer: Path, encoder: Encoder, folder: Path) ->
 def _file_problems(base: Path, tokenizer: Path, folder: Path, template: str | None) -> Iterator[str]:
     """Yield files that are missing, unexpected, or different from their source."""
     copies = {name: tokenizer / name for name in tokenizer_files(tokenizer)}
-    copies |= {path.name: path for path in [*base.glob("LICENSE*"), *base.glob("NOTICE*")] if path.is_file()}
+    copies |= {path.name: path for path in copied_files(base)}
     if template is not None:
         copies = {name: path for name, path in copies.items() if not name.startswith(NAMED_TEMPLATES)}
         copies.pop(CHAT_TEMPLATE, None)

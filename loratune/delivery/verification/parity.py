@@ -10,7 +10,8 @@ from dataclasses import dataclass
 import torch
 from torch.nn import functional
 
-from loratune.model.architecture.structure import decoder_of, output_layer
+from loratune.model.architecture.head import OwnHead
+from loratune.model.architecture.structure import decoder_of
 from loratune.protocols import CausalModel
 from loratune.runs.probe import ProbeRow
 from loratune.runs.verification import Parity
@@ -52,7 +53,8 @@ def compare_pairs(
     """Run each model once, and compare pairs of them.
 
     Args:
-        models: causal language models with the same vocabulary, or `InState`.
+        models: causal language models with the same vocabulary, or `InState`; each runs over a batch after those
+            before it.
         pairs: indices of a reference and a candidate in `models`.
         rows: rows with at least one label in total.
     """
@@ -98,7 +100,7 @@ def _batches(rows: Sequence[ProbeRow], in_order: bool = False) -> Iterator[list[
 def _logits(compared: AnyModel, batch: list[ProbeRow]) -> Iterator[torch.Tensor]:
     """float32 logits (at most POSITIONS_AT_ONCE, vocabulary) at the labelled positions, piece by piece."""
     model, state = (compared.model, compared.state) if isinstance(compared, InState) else (compared, nullcontext)
-    decoder, head = decoder_of(model), output_layer(model)
+    decoder, head = decoder_of(model), OwnHead(model)
     longest = max(len(row.input_ids) for row in batch)
     # Padding is on the right, where causal attention hides it from all other positions.
     ids = torch.tensor([row.input_ids + [0] * (longest - len(row.input_ids)) for row in batch], device=decoder.device)

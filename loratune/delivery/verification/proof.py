@@ -17,8 +17,6 @@ ANSWER_TOKENS = 20
 
 EXACT = Bounds(difference=3e-5, mean_kl=1e-6, clear_disagreement=0.0)
 """For two equivalent computations in float32, which differ by 1e-7 to 3e-6 of the largest logit."""
-INT8 = Bounds(0.1, 5e-3, 0.005)
-"""For LLM.int8, which also rounds the inputs of a layer; merged weights cannot reproduce this."""
 OTHER_BASE = Bounds(0.6, 0.3, 0.25)
 """For an adapter of a quantised base on the plain base: the difference includes the effect of quantisation."""
 NOTICED = 0.1

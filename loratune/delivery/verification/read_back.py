@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 
 SAMPLED_ROWS = 16
 """Rows of every updated tensor that are also computed in float64, evenly spaced, including the first and last."""
+SAMPLED_VALUES = 10_000_000
+"""Maximum values of those, where the rows of a tensor are whole matrices; two of them are sampled in any case."""
 
 
 class Compared(NamedTuple):
@@ -180,7 +182,7 @@ def _compare_changed(
         is_changed = is_changed or not torch.equal(as_bytes(values), as_bytes(before[rows].to(values.dtype)))
         base.release([name])
         files.release([info.name])
-    numbers = torch.tensor(_spread(range(len(written))))
+    numbers = torch.tensor(_spread(range(len(written)), math.prod(written.shape[1:])))
     problem = check.sample(change, original[numbers], written[numbers], before, numbers)
     if problem:
         raise _mismatch(info.name, problem)
@@ -203,8 +205,9 @@ def as_bytes(tensor: torch.Tensor) -> torch.Tensor:
     return flat.view({1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[flat.element_size()])
 
 
-def _spread(rows: Sequence[int]) -> list[int]:
-    places = torch.linspace(0, len(rows) - 1, min(len(rows), SAMPLED_ROWS)).tolist()
+def _spread(rows: Sequence[int], row_values: int) -> list[int]:
+    count = SAMPLED_ROWS if row_values * SAMPLED_ROWS <= SAMPLED_VALUES else max(2, SAMPLED_VALUES // row_values)
+    places = torch.linspace(0, len(rows) - 1, min(len(rows), count)).tolist()
     return sorted({rows[round(place)] for place in places})
 
 

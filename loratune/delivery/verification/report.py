@@ -11,7 +11,7 @@ from loratune.model.adapter.files import WEIGHTS_FILE
 from loratune.runs.base_check import how_checked, known_hashes
 from loratune.runs.card import base_name
 from loratune.runs.folder import file_sha256
-from loratune.runs.verification import Answer, MergedModel, Parity, ReadBack
+from loratune.runs.verification import Answer, MergedModel, ModelProof, Parity, ReadBack
 
 if TYPE_CHECKING:
     from loratune.delivery.merge.job import Candidate, Job
@@ -70,6 +70,8 @@ def show_verification(merged: MergedModel) -> None:
         label = "logits" if len(logits) == 1 else name
         chosen = " ← taken" if len(logits) > 1 and name == merged.merge_base else ""
         rows.append((label, f"{parity_text(parity)}{chosen}"))
+    if models.bounds:
+        rows.append(("bounds", _bounds_text(models)))
     rows.append(("base", BASE_CHECKED[merged.base_checked]))
     if models.without_adapter:
         rows.append(("base alone", parity_text(models.without_adapter)))
@@ -77,6 +79,19 @@ def show_verification(merged: MergedModel) -> None:
     console.table(rows, title="verified" if models.verified != "nothing" else "NOT VERIFIED")
     if models.answers:
         console.table(_answer_rows(models.answers), title="answers, greedy")
+
+
+def _bounds_text(models: ModelProof) -> str:
+    """The bounds that were held, and where they come from."""
+    if models.bounds is None:
+        raise RuntimeError("no models were run")
+    origin = "the usual ones"
+    if models.noise:
+        origin = f"from what rounding alone does to this model in {counted(len(models.noise), 'run')}"
+    return (
+        f"largest difference {models.bounds.difference:.1e} of the largest logit, mean KL {models.bounds.mean_kl:.1e}: "
+        f"{origin}"
+    )
 
 
 def _kept(back: ReadBack, dtype: str | None) -> str:

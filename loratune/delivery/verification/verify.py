@@ -3,29 +3,27 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from loratune import console
+from loratune.delivery.verification.noise import bounds_of_noise, in_rounded_state, noise_of
 from loratune.delivery.verification.parity import InState, compare_models, compare_pairs
 from loratune.delivery.verification.proof import (
     EXACT,
-    INT8,
     OTHER_BASE,
     check_parity,
     compare_answers,
     probe_rows,
 )
+from loratune.delivery.verification.routes import Routes
 from loratune.errors import Exit, LoratuneError, bullet_list
-from loratune.model.adapter.own_parameters import parameter_modules
-from loratune.model.architecture.file_layout import file_layout
-from loratune.model.architecture.roles import quantised_matrices
+from loratune.model.architecture.roles import expert_stacks, quantised_matrices
 from loratune.model.architecture.vocabulary import vocabulary_of
-from loratune.model.config import empty_model, load_config
 from loratune.model.weights.mapped import load_mapped
 from loratune.model.weights.reference import load_reference
-from loratune.model.weights.rounding import Rounding, rounded_as
+from loratune.model.weights.rounding import Rounding, tensor_modules
 from loratune.protocols import CausalModel
 from loratune.runs.probe import ProbeRow, read_probe
 from loratune.runs.verification import Bounds, ModelProof, Parity
@@ -53,17 +51,18 @@ def prove(job: Job, candidates: list[Candidate]) -> tuple[Candidate, ModelProof]
         reference = load_reference(job.settings, job.base, job.source.adapter)
         compared = _compare(job, candidates, reference, rows)
         chosen = min(compared, key=lambda one: one.parity.mean_kl)
-        bounds = _require_right(job, chosen)
+        bounds, noise = _require_right(job, chosen)
         effect = _effect(job, chosen.candidate, reference, rows)
         merged = load_mapped(chosen.candidate.folder, in_float32=False)
         answers = compare_answers(merged, reference, job.encoder, probe)
     return chosen.candidate, ModelProof(
         verified="files and logits",
         logits={one.candidate.merge_base: one.parity for one in compared},
-        logits_with_rounding={one.candidate.merge_base: one.exact for one in compared if one.exact},
+        logits_with_rounding={one.candidate.merge_base: one.exact for one in compared},
         compared_on="the run's validation rows" if probe.rows else "built-in questions",
         without_adapter=effect,
         bounds=bounds,
+        noise=noise or None,
         answers=tuple(answers),
     )
 
@@ -73,63 +72,74 @@ class _Compared:
     candidate: Candidate
     parity: Parity
     """Difference from base + adapter."""
-    exact: Parity | None
-    """Difference from base + adapter with the rounding errors of the merged weights; None for LLM.int8, which also
-    rounds activations."""
+    exact: Parity
+    """Difference from base + adapter with the rounding errors of the merged weights, and without those of LLM.int8,
+    which also rounds the inputs of layers."""
+    noise: Callable[[], tuple[Parity, ...]]
+    """Measures what rounding alone does to base + adapter."""
 
 
 def _compare(job: Job, candidates: list[Candidate], reference: CausalModel, rows: list[ProbeRow]) -> list[_Compared]:
     merged = [load_mapped(candidate.folder) for candidate in candidates]
-    if job.settings.quantization == "int8":
-        parities = compare_models(reference, merged, rows)
-        return [_Compared(candidate, parity, None) for candidate, parity in zip(candidates, parities, strict=True)]
-    is_quantized = job.settings.quantization != "none"
-    rounded = [
-        InState(reference, functools.partial(rounded_as, reference, _roundings(candidate, job.base, is_quantized)))
-        for candidate in candidates
-    ]
+    roundings = [_roundings(job, candidate) for candidate in candidates]
+    routes = [Routes() for _ in candidates]
+    noted = [InState(model, route.noted) for model, route in zip(merged, routes, strict=True)]
+    rounded = [in_rounded_state(reference, own, route) for own, route in zip(roundings, routes, strict=True)]
     count = len(candidates)
     with_reference = [(0, 1 + place) for place in range(count)]
     with_rounded = [(1 + count + place, 1 + place) for place in range(count)]
-    found = compare_pairs([reference, *merged, *rounded], with_reference + with_rounded, rows)
-    return [_Compared(*three) for three in zip(candidates, found[:count], found[count:], strict=True)]
+    found = compare_pairs([reference, *noted, *rounded], with_reference + with_rounded, rows)
+    return [
+        _Compared(candidate, parity, exact, functools.partial(noise_of, reference, model, own, rows))
+        for candidate, parity, exact, model, own in zip(
+            candidates, found[:count], found[count:], merged, roundings, strict=True
+        )
+    ]
 
 
-def _require_right(job: Job, chosen: _Compared) -> Bounds:
-    """Refuse a merged model that is out of bounds; return the tightest bounds that were applied."""
-    applied = [(EXACT, chosen.exact)] if chosen.exact else []
+def _require_right(job: Job, chosen: _Compared) -> tuple[Bounds, tuple[Parity, ...]]:
+    """Refuse a merged model that is out of bounds.
+
+    Returns:
+        The bounds with the rounding errors, and the noise that they follow from; without any, they are the usual ones.
+    """
     if job.settings.quantization != "none" and chosen.candidate.merge_base == "original":
-        applied.append((OTHER_BASE, chosen.parity))
-    elif not chosen.exact:
-        applied.append((INT8, chosen.parity))
-    for bounds, parity in applied:
-        _require_within(parity, bounds)
-    return applied[0][0]
+        _require_within(chosen.parity, OTHER_BASE)
+    bounds, noise = EXACT, tuple[Parity, ...]()
+    if check_parity(chosen.exact, EXACT):
+        noise = chosen.noise()
+        bounds = bounds_of_noise(noise)
+    _require_within(chosen.exact, bounds)
+    return bounds, noise
 
 
-def _roundings(candidate: Candidate, base: Path, is_quantized: bool) -> dict[str, Rounding]:
+def _roundings(job: Job, candidate: Candidate) -> dict[str, Rounding]:
     """Return how each parameter of the reference was rounded in a merged model; unrounded ones are left out.
 
     Args:
+        job: the merge, whose reference computes with quantised weights if the training did.
         candidate: the merged model; its files have been verified.
-        base: folder of its base.
-        is_quantized: whether the reference computes with quantised weights.
     """
     files, tensors, changes = candidate.files, candidate.plan.tensors, candidate.peft.changes if candidate.peft else {}
-    model, vocabulary = empty_model(load_config(base)), vocabulary_of(files.infos)
-    layout, quantised = file_layout(model, files.infos), quantised_matrices(model) if is_quantized else set()
+    vocabulary = vocabulary_of(files.infos)
+    quantised = quantised_matrices(job.model) if job.settings.quantization != "none" else set()
+    stacks = set(expert_stacks(job.model)) if job.settings.quantization == "nf4" else set()
     found = {}
-    for parameter in parameter_modules(model):
-        parts = layout.parts.get(parameter)
-        held = parts[0].tensor if parts else parameter
+    for parameter in tensor_modules(job.model):
+        places = job.layout.places(parameter, files.infos)
+        held = places[0].tensor
         written = tensors[vocabulary.embedding if held == vocabulary.head and candidate.plan.is_tied else held].info
         plain = files.infos[vocabulary.embedding if held not in files.infos else held]
-        if parameter in quantised and candidate.merge_base == "original":
+        if parameter in stacks and candidate.merge_base == "original":
+            found[parameter] = Rounding(
+                written.dtype, original_matrix=functools.partial(job.layout.matrix, parameter, files=files)
+            )
+        elif parameter in quantised and candidate.merge_base == "original":
             found[parameter] = Rounding(written.dtype, changes.get(held), original=files.tensor(held))
-        elif parameter in quantised:
+        elif parameter in quantised | stacks:
             found[parameter] = Rounding(written.dtype, changes.get(held), held_as=plain.dtype)
-        elif held in changes or written.dtype != plain.dtype:
-            found[parameter] = Rounding(written.dtype, changes.get(held))
+        elif written.dtype != plain.dtype or any(place.tensor in changes for place in places):
+            found[parameter] = Rounding(written.dtype, changes.get(held) if len(places) == 1 else None)
     return found
 
 

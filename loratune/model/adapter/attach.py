@@ -30,6 +30,7 @@ from loratune.model.adapter.targets import Targets, attached_layers, check_attac
 from loratune.model.adapter.tensors import read_tensors
 from loratune.model.adapter.values import check_weights
 from loratune.model.architecture.structure import causal_model, is_adapted
+from loratune.model.weights.held import held_bytes, value_count
 from loratune.protocols import AdaptedModel, CausalModel
 from loratune.recipe.sections import LoraSettings
 
@@ -124,9 +125,10 @@ def summarise_adapter(model: AdaptedModel, targets: Targets) -> AdapterSummary:
         model: a PEFT model.
         targets: that its adapter was attached to.
     """
-    trainable, total = model.get_nb_trainable_parameters()
-    adapter_bytes = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
-    all_bytes = sum(p.numel() * p.element_size() for p in model.parameters())
+    trainable, _ = model.get_nb_trainable_parameters()
+    total = sum(value_count(p) for p in model.parameters())
+    adapter_bytes = sum(held_bytes(p) for p in model.parameters() if p.requires_grad)
+    all_bytes = sum(held_bytes(p) for p in model.parameters())
     counts = {name: _own_parameters(layer) for name, layer in attached_layers(model)}
     modules = Counter(name.rpartition(".")[2] for name in counts)
     groups = {

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from peft import LoraConfig, PeftModelForCausalLM, set_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
+from peft.tuners.lora.layer import ParamWrapper
 from peft.tuners.trainable_tokens import TrainableTokensLayer
 from peft.utils.other import ModulesToSaveWrapper
 from safetensors.torch import load_file
@@ -27,6 +28,7 @@ from loratune.model.adapter.files import NAME, SETTINGS, WEIGHTS_FILE, read_conf
 from loratune.model.adapter.other_layouts import in_peft_layout
 from loratune.model.adapter.patterns import as_expressions, settle_patterns
 from loratune.model.adapter.peft_rows import LoraRows, merge_tokens
+from loratune.model.adapter.peft_stacks import StackRows
 from loratune.model.adapter.tensors import PREFIX, TOKENS, WRAPPER
 from loratune.model.architecture.file_layout import file_layout
 from loratune.model.architecture.structure import text_config
@@ -46,7 +48,7 @@ class Change:
 
     replacement: torch.Tensor | None = None
     """Values that replace the base's."""
-    lora: LoraRows | None = None
+    lora: LoraRows | StackRows | None = None
     tokens: list[Any] = field(default_factory=list)
     """PEFT's layers of trained tokens."""
     is_bias: bool = False
@@ -70,6 +72,18 @@ class Change:
             return self.lora.merge_bias(base, numbers) if self.is_bias else self.lora.merge(base, numbers)
         except ValueError as error:
             raise LoratuneError(f"PEFT does not merge this adapter into this base: {error}", Exit.MODEL) from error
+
+    def part(self, expert: int | None, rows: slice) -> Change:
+        """Return the change of some rows of a parameter, or of a matrix in a stack; see `Divisible`.
+
+        Raises:
+            LoratuneError: PEFT's layer cannot merge a part of its parameter.
+        """
+        if self.tokens or self.is_bias or (self.lora is not None and not isinstance(self.lora, StackRows)):
+            raise LoratuneError("the files hold an adapted parameter in several tensors", Exit.MODEL)
+        whole = self.replacement if self.replacement is None or expert is None else self.replacement[expert]
+        lora = None if self.lora is None or expert is None else self.lora.matrix(expert, rows.start)
+        return Change(None if whole is None else whole[rows], lora)
 
     @property
     def needs_float64(self) -> bool:
@@ -103,7 +117,8 @@ class PeftMerge:
     def __init__(self, base: Path, adapter: Path, vocabulary: int, is_tied: bool) -> None:
         self.is_tied = is_tied
         model = _empty_model(base, vocabulary, is_tied)
-        layout = file_layout(model, TensorFiles(weight_files(base)).infos)
+        infos = TensorFiles(weight_files(base)).infos
+        layout = file_layout(model, infos)
         places = {id(module): name for name, module in model.named_modules()}
         shapes = {name: tuple(values.shape) for name, values in model.named_parameters(remove_duplicate=False)}
         files = in_peft_layout(adapter, shapes)
@@ -119,7 +134,7 @@ class PeftMerge:
         _share_again(shared)
         peft.eval().requires_grad_(False)
         changes = _changes(peft, places)
-        self.changes = layout.in_files(changes)
+        self.changes = layout.in_files(changes, infos)
         """Name of a tensor in the base's files → its change; unchanged tensors are omitted."""
         strange = [name for name in result.unexpected_keys if not _is_copy(name, state.get(name), changes)]
         problems = [f"{name}: PEFT does not use it" for name in strange]
@@ -239,12 +254,16 @@ def _changes(model: Any, places: dict[int, str]) -> dict[str, Change]:
         elif isinstance(module, TrainableTokensLayer):
             changes[f"{places[id(module.get_base_layer())]}.weight"].tokens.append(module)
         elif isinstance(module, LoraLayer):
-            name, rows = places[id(module.get_base_layer())], LoraRows(module, ADAPTER)
-            changes[f"{name}.weight"].lora = rows
+            name, rows = places[id(module.get_base_layer())], _rows(module)
+            changes[f"{name}.{getattr(module, 'parameter_name', 'weight')}"].lora = rows
             if module.lora_bias[ADAPTER]:
                 bias = changes[f"{name}.bias"]
                 bias.lora, bias.is_bias = rows, True
     return dict(changes)
+
+
+def _rows(layer: LoraLayer) -> LoraRows | StackRows:
+    return StackRows(layer, ADAPTER) if isinstance(layer, ParamWrapper) else LoraRows(layer, ADAPTER)
 
 
 def _misfit(adapter: Path, problems: list[str]) -> LoratuneError:

@@ -6,11 +6,12 @@ applied to the names in the files, so that loratune can write files with the sam
 
 from __future__ import annotations
 
+import re
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import torch
 from transformers.conversion_mapping import get_model_conversion_mapping
@@ -29,7 +30,20 @@ from loratune.model.files import weight_files
 from loratune.model.weights.tensor_files import TensorFiles, TensorInfo
 from loratune.protocols import CausalModel
 
-Change = TypeVar("Change")
+
+class Divisible(Protocol):
+    """A change of a parameter, which may consist of several tensors in the files."""
+
+    def part(self, expert: int | None, rows: slice) -> Any:
+        """Return the change of some rows.
+
+        Args:
+            expert: index of their matrix in a stack; None if the parameter is no stack.
+            rows: with a start and a stop.
+        """
+
+
+Change = TypeVar("Change", bound=Divisible)
 
 
 @dataclass(frozen=True)
@@ -41,6 +55,17 @@ class Part:
     """Index along the parameter's first dimension; None if the tensor has all dimensions itself."""
     place: int = 0
     """Position among the tensors that are concatenated along the next dimension."""
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a tensor of the files is in a parameter."""
+
+    tensor: str
+    expert: int | None = None
+    """Index along the parameter's first dimension; None if the tensor has all dimensions itself."""
+    rows: slice | None = None
+    """Rows of the parameter, or of that matrix; None if the tensor equals the parameter."""
 
 
 @dataclass(frozen=True)
@@ -84,6 +109,13 @@ class FileLayout:
         tensors = [files.tensor(part.tensor) for part in parts if part.expert in (expert, None)]
         return tensors[0] if len(tensors) == 1 else torch.cat(tensors)
 
+    def first_part(self, parameter: str, expert: int, files: TensorFiles) -> torch.Tensor:
+        """Return a view of the first rows of a stack's matrix: what a single tensor of the files has of it."""
+        parts = self.parts[parameter]
+        first = next(part for part in parts if part.expert in (expert, None))
+        values = files.tensor(first.tensor)
+        return values[expert] if first.expert is None else values
+
     def tensors_of(self, parameter: str) -> list[str]:
         """Return the names of a parameter's tensors."""
         return [part.tensor for part in self.parts[parameter]]
@@ -92,26 +124,49 @@ class FileLayout:
         """Return the name of the tensor that equals a parameter.
 
         Raises:
-            LoratuneError: the parameter consists of several tensors, so a change of it cannot be written.
+            LoratuneError: the parameter consists of several tensors.
         """
         parts = self.parts.get(parameter)
         if parts is None:  # an untied head, which the base's files lack
             return parameter
         if not _is_whole(parts):
             raise LoratuneError(
-                f"{parameter} is made of {len(parts)} tensors of the files, first {parts[0].tensor}; loratune cannot "
-                "write a changed version of it",
+                f"{parameter} is made of {len(parts)} tensors of the files, first {parts[0].tensor}; none of them "
+                "equals it",
                 Exit.MODEL,
             )
         return parts[0].tensor
 
-    def in_files(self, changes: Mapping[str, Change]) -> dict[str, Change]:
+    def in_files(self, changes: Mapping[str, Change], held: Mapping[str, TensorInfo]) -> dict[str, Change]:
         """Convert changes of parameters to changes of the files' tensors.
 
-        Raises:
-            LoratuneError: see `tensor_of`.
+        Args:
+            changes: parameter → its change.
+            held: the files' tensors.
         """
-        return {self.tensor_of(name): change for name, change in changes.items()}
+        return {
+            place.tensor: change if place.rows is None else change.part(place.expert, place.rows)
+            for name, change in changes.items()
+            for place in self.places(name, held)
+        }
+
+    def places(self, parameter: str, held: Mapping[str, TensorInfo]) -> list[Place]:
+        """Return which part of a parameter each of its tensors is, in order.
+
+        Args:
+            parameter: its name. Of an untied head, which the base's files lack, the name is the tensor's too.
+            held: the files' tensors.
+        """
+        parts = self.parts.get(parameter, (Part(parameter),))
+        if _is_whole(parts):
+            return [Place(parts[0].tensor)]
+        ends: dict[int | None, int] = defaultdict(int)
+        found = []
+        for part in parts:
+            start = ends[part.expert]
+            ends[part.expert] += held[part.tensor].shape[0]
+            found.append(Place(part.tensor, part.expert, slice(start, ends[part.expert])))
+        return found
 
 
 def file_layout(model: CausalModel, held: Iterable[str]) -> FileLayout:
@@ -155,6 +210,21 @@ def parameter_infos(folder: Path) -> dict[str, TensorInfo]:
     """
     held = TensorFiles(weight_files(folder)).infos
     return file_layout(empty_model(load_config(folder)), held).infos(held)
+
+
+def prediction_tensors(unused: Iterable[str], layers: int) -> list[str]:
+    """Return the tensors that predict further tokens, for speculative decoding; transformers does not load them.
+
+    Args:
+        unused: tensors of the files that belong to no parameter.
+        layers: number of the model's own layers, behind which some families have those for prediction.
+    """
+    return [
+        name
+        for name in unused
+        if re.search(r"(^|\.)mtp\.", name)
+        or ((match := re.search(r"\.layers\.(\d+)\.", name)) and int(match[1]) >= layers)
+    ]
 
 
 def _parts(parameter: str, tensors: list[tuple[str, str | None]], step: Any) -> tuple[Part, ...]:

@@ -15,6 +15,14 @@ PROBED_TOKENS = 8
 """Enough to observe the computation."""
 
 
+class _States(BaseModelOutputWithPast):
+    """A decoder's output that has only states; what a family's decoder returns besides them is None."""
+
+    def __getattr__(self, name: str) -> None:
+        if name.startswith("__"):
+            raise AttributeError(name)
+
+
 class OwnHead:
     """Computes logits from hidden states with the model's own forward, which may scale or cap them.
 
@@ -33,7 +41,7 @@ class OwnHead:
         """Return logits [positions, vocabulary] of hidden states [positions, width]."""
         decoder = decoder_of(self._model)
         taken_over = vars(decoder).get("forward")
-        decoder.forward = lambda *_, **__: BaseModelOutputWithPast(last_hidden_state=states[None])
+        decoder.forward = lambda *_, **__: _States(last_hidden_state=states[None])
         try:
             logits: torch.Tensor = self._forward(inputs_embeds=states[None], use_cache=False).logits[0]
         finally:

@@ -91,13 +91,25 @@ def linear_modules(model: CausalModel, *only: Role) -> list[str]:
 
 
 def quantised_matrices(model: CausalModel) -> set[str]:
-    """Return the names of the parameters that are quantised on loading: linear modules without the head."""
-    head = output_layer(model)
-    return {
-        f"{name}.weight"
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Linear) and module is not head
-    }
+    """Return the names of the matrices that are quantised on loading: of linear modules that are no gates.
+
+    Args:
+        model: see `module_roles`.
+    """
+    modules: dict[str, Any] = dict(model.named_modules())
+    return {f"{name}.weight" for name in linear_modules(model) if isinstance(modules[name], nn.Linear)}
+
+
+def kept_in_16_bits(model: CausalModel) -> set[str]:
+    """Return the names of the linear modules that are not quantised: head, routers, gates, and all beside the decoder.
+
+    A gate has few values, and an error of them changes a whole layer. Modules beside the decoder read images.
+
+    Args:
+        model: see `module_roles`.
+    """
+    quantised = quantised_matrices(model)
+    return {name for name, module in model.named_modules() if is_linear(module) and f"{name}.weight" not in quantised}
 
 
 def expert_stacks(model: CausalModel) -> list[str]:
@@ -124,6 +136,22 @@ def router_modules(model: CausalModel) -> list[Any]:
     """
     modules = dict(causal_model(model).named_modules())
     return [modules[name] for name in _recorded(causal_model(model), "router_logits")]
+
+
+def transposed_matrices(model: CausalModel) -> set[str]:
+    """Return the names of linear modules' parameters of shape (inputs, outputs), as of GPT-2's `Conv1D`."""
+    return {f"{name}.weight" for name, module in model.named_modules() if isinstance(module, Conv1D)}
+
+
+def stacked_parameters(model: CausalModel) -> set[str]:
+    """Return the names of the parameters that stack matrices of several experts along their first dimension."""
+    return {
+        f"{path}.{attribute}"
+        for path, module in model.named_modules()
+        if _holds_stacks(module)
+        for attribute, parameter in module._parameters.items()
+        if parameter is not None and parameter.ndim == 3
+    }
 
 
 class GatedMlp(NamedTuple):

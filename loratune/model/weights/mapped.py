@@ -1,7 +1,7 @@
 """A model whose weights stay memory-mapped, so that it needs little memory at any size.
 
 For model comparisons it computes in float32: in bfloat16, two correct computations of one model differ by more than the
-rounding of merged weights.
+rounding of merged weights. Matrices are converted as they are used, some rows or one matrix of a stack at a time.
 """
 
 from __future__ import annotations
@@ -14,9 +14,11 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from loratune.model.architecture.file_layout import file_layout
+from loratune.model.architecture.file_layout import FileLayout, file_layout
+from loratune.model.architecture.roles import stacked_parameters
 from loratune.model.files import weight_files
-from loratune.model.from_folder import load_plain
+from loratune.model.from_folder import load_empty, load_plain
+from loratune.model.weights.stack import Stack, use_stacks
 from loratune.model.weights.tensor_files import TensorFiles
 from loratune.protocols import CausalModel
 
@@ -27,33 +29,80 @@ RESIDENT_BYTES = 2_000_000_000
 
 
 def load_mapped(folder: Path, in_float32: bool = True) -> CausalModel:
-    """A causal language model as transformers loads it, then bound to its mapped files.
+    """A causal language model that is bound to its mapped files.
 
     Args:
         folder: model folder.
-        in_float32: compute in float32 for comparison; otherwise in the files' dtype.
+        in_float32: compute in float32 for comparison. Otherwise it is loaded by transformers and computes in the files'
+            dtype, unless transformers would put a large model's stacks together in memory.
 
     Raises:
         LoratuneError: transformers cannot load it, or weights and config do not match.
     """
-    model = load_plain(folder)
     files = TensorFiles(weight_files(folder))
-    layout = file_layout(model, files.infos)
     is_large = sum(info.nbytes for info in files.infos.values()) > RESIDENT_BYTES
+    if is_large and not in_float32:
+        in_float32 = any(len(parts) > 1 for parts in file_layout(load_empty(folder), files.infos).parts.values())
+    model = load_empty(folder) if in_float32 else load_plain(folder)
+    layout = file_layout(model, files.infos)
+    if in_float32:
+        _bind_in_float32(model, layout, files, is_large)
+    else:
+        _bind(model, layout, files)
     names = {parameter: name for name, parameter in model.named_parameters()}
-    for parameter, name in names.items():
-        values = layout.read(name, files)
-        if values.ndim < 2 and in_float32:  # norms and biases: small
-            values = values.to(torch.float32, copy=True)
-        parameter.data = values
     for module in model.modules():
-        if isinstance(module, nn.Linear):
+        if _is_linear(module):
             held = layout.tensors_of(names[module.weight])
             release = functools.partial(files.release, held if is_large else [])
             module.forward = functools.partial(_linear_in_float32 if in_float32 else _linear, module, release)
         elif isinstance(module, nn.Embedding) and in_float32:
             module.forward = functools.partial(_embedding_in_float32, module)
     return model
+
+
+def _is_linear(module: nn.Module) -> bool:
+    return type(module).forward is nn.Linear.forward
+
+
+def _bind(model: CausalModel, layout: FileLayout, files: TensorFiles) -> None:
+    for name, parameter in model.named_parameters():
+        if len(layout.parts[name]) == 1:  # transformers has put the others together in memory
+            parameter.data = layout.read(name, files)
+
+
+def _bind_in_float32(model: CausalModel, layout: FileLayout, files: TensorFiles, is_large: bool) -> None:
+    """Give a model without values those of its files: large matrices mapped, and the others as float32 copies."""
+    stacked, bound = stacked_parameters(model), dict[int, nn.Parameter]()
+    for path, module in model.named_modules():
+        stacks = {}
+        for attribute, empty in module._parameters.items():
+            name = f"{path}.{attribute}"
+            if empty is None or id(empty) in bound or name not in layout.parts:
+                continue
+            if name in stacked:
+                stacks[attribute] = Stack(functools.partial(_matrix, layout, name, files, is_large), empty.shape)
+                values = torch.zeros(()).expand(empty.shape)  # PEFT looks at shape and dtype
+            else:
+                values = layout.read(name, files)
+                if not (values.ndim == 2 and (_is_linear(module) or isinstance(module, nn.Embedding))):
+                    values = values.to(torch.float32, copy=True)
+            bound[id(empty)] = nn.Parameter(values, requires_grad=False)
+        if stacks:
+            use_stacks(module, stacks)
+    for path, module in model.named_modules():
+        for attribute, empty in module._parameters.items():
+            module._parameters[attribute] = bound.get(id(empty), empty)
+        for attribute in module._buffers.keys() - module._non_persistent_buffers_set:
+            module._buffers[attribute] = layout.read(f"{path}.{attribute}", files).to(torch.float32, copy=True)
+
+
+def _matrix(layout: FileLayout, name: str, files: TensorFiles, is_large: bool, number: int) -> torch.Tensor:
+    matrix = layout.matrix(name, number, files)
+    if not is_large:
+        return matrix
+    matrix = matrix.to(torch.float32, copy=True)
+    files.release(layout.tensors_of(name))
+    return matrix
 
 
 def _linear(module: nn.Linear, release: Callable[[], None], inputs: torch.Tensor) -> torch.Tensor:

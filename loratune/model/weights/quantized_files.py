@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import bitsandbytes.functional as bnb
 import torch
 
 from loratune.model.architecture.file_layout import file_layout
-from loratune.model.architecture.roles import quantised_matrices
+from loratune.model.architecture.roles import expert_stacks, quantised_matrices
 from loratune.model.config import empty_model, load_config
 from loratune.model.hardware import Hardware, resolve_dtype
 from loratune.model.weights.tensor_files import TensorFiles
@@ -17,7 +17,7 @@ from loratune.recipe.sections import ModelSettings
 
 
 class DequantizedFiles(TensorFiles):
-    """Tensor files whose linear layers include the error of 4-bit or 8-bit quantisation.
+    """Tensor files whose quantised parameters include the error of 4-bit or 8-bit quantisation.
 
     Args:
         paths: the base's safetensors files, in a folder with its config.json.
@@ -30,23 +30,45 @@ class DequantizedFiles(TensorFiles):
         self._settings = settings
         self._dtype = resolve_dtype(settings.dtype, hardware)
         self._device = hardware.device
-        self._kept: tuple[str, torch.Tensor] | None = None
+        self._plain = TensorFiles(paths)
+        self._kept: tuple[tuple[str, int | None], torch.Tensor] | None = None
         model = empty_model(load_config(paths[0].parent))
-        layout = file_layout(model, self.infos)
-        self._quantised = {layout.tensor_of(name) for name in quantised_matrices(model)}
+        self._layout = file_layout(model, self.infos)
+        self._matrices = {self._layout.tensor_of(name) for name in quantised_matrices(model)}
+        stacks = expert_stacks(model) if settings.quantization == "nf4" else []
+        self._stacks = {
+            place.tensor: (name, place) for name in stacks for place in self._layout.places(name, self.infos)
+        }
 
     def tensor(self, name: str) -> torch.Tensor:
-        """Return a tensor; a quantised one is computed, and cached until the next one."""
-        plain = super().tensor(name)
-        if name not in self._quantised:
-            return plain
-        if self._kept is None or self._kept[0] != name:
-            self._kept = (name, self._there_and_back(plain))
-        return self._kept[1]
+        """Return a tensor; quantised values are computed, and cached until the next ones."""
+        if name in self._matrices:
+            return self._cached((name, None), lambda: self._there_and_back(self._plain.tensor(name)))
+        if name not in self._stacks:
+            return super().tensor(name)
+        parameter, place = self._stacks[name]
+        number, rows = place.expert, place.rows
+        if number is not None and rows is not None:
+            return self._cached((parameter, number), lambda: self._matrix(parameter, number))[rows]
+        count = self.infos[name].shape[0]
+        return self._cached(
+            (parameter, None), lambda: torch.stack([self._matrix(parameter, one) for one in range(count)])
+        )
 
     def release(self, names: Iterable[str]) -> None:
         """Release the pages of some tensors."""
-        super().release(name for name in names if self._kept is None or self._kept[0] != name)
+        given = list(names)
+        super().release(given)
+        self._plain.release(given)
+
+    def _matrix(self, parameter: str, number: int) -> torch.Tensor:
+        return self._there_and_back(self._layout.matrix(parameter, number, self._plain))
+
+    def _cached(self, key: tuple[str, int | None], make: Callable[[], torch.Tensor]) -> torch.Tensor:
+        if self._kept is None or self._kept[0] != key:
+            self._kept = None  # frees its memory
+            self._kept = (key, make())
+        return self._kept[1]
 
     def _there_and_back(self, plain: torch.Tensor) -> torch.Tensor:
         weight = plain.to(self._device, self._dtype)

@@ -20,7 +20,7 @@ def write_quantized(model: Path, folder: Path) -> CausalModel:
         folder: existing folder for config and weights.
     """
     settings = ModelSettings(base=str(model), quantization="nf4", compute_dtype="bfloat16")
-    quantized = load_base(settings, model, detect_hardware())
+    quantized = load_base(settings, model, detect_hardware(), in_own_format=False)
     keep_unpacked(quantized)  # the packed form cannot be saved
     quantized.save_pretrained(folder)
     return quantized.eval()

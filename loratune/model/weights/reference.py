@@ -2,13 +2,26 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
+
+import torch
+from peft.tuners.lora.layer import ParamWrapper
+from peft.utils.integrations import dequantize_module_weight
+from torch.nn import functional
 
 from loratune.model.adapter.attach import keep_unpacked, load_adapter
+from loratune.model.adapter.peft_stacks import StackRows
+from loratune.model.architecture.structure import causal_model
 from loratune.model.base import load_base
+from loratune.model.from_folder import load_empty
 from loratune.model.hardware import detect_hardware
 from loratune.model.weights.mapped import load_mapped
-from loratune.protocols import AdaptedModel
+from loratune.model.weights.stack import stacks_of
+from loratune.protocols import AdaptedModel, CausalModel
 from loratune.recipe.sections import ModelSettings
 
 
@@ -24,9 +37,66 @@ def load_reference(settings: ModelSettings, base: Path, adapter: Path) -> Adapte
         LoratuneError: the adapter does not match, or this machine cannot quantise.
     """
     if settings.quantization == "none":
-        return load_adapter(load_mapped(base), adapter, keep_dtype=True)
+        adapted = load_adapter(load_mapped(base), adapter, keep_dtype=True)
+        _update_stacks(adapted)
+        return adapted
     # Flash attention would cast to the config's type.
     exact = settings.model_copy(update={"compute_dtype": "float32", "attn_implementation": "sdpa"})
     quantized = load_base(exact, base, detect_hardware())
     keep_unpacked(quantized)  # the packed form computes in bfloat16
-    return load_adapter(quantized, adapter).float().eval()
+    _compute_buffers_in_float32(quantized, base)
+    adapted = load_adapter(quantized, adapter).float().eval()
+    for module in _quantised_modules(adapted, "Params4bit"):
+        module.forward = functools.partial(_linear, module)  # bitsandbytes would dequantise to float32, as no training
+    return adapted
+
+
+@contextmanager
+def inputs_unrounded(model: CausalModel) -> Iterator[None]:
+    """Let layers with LLM.int8 compute in float32 with their weights; they round their inputs to 8 bits otherwise."""
+    modules = _quantised_modules(model, "Int8Params")
+    for module in modules:
+        module.forward = functools.partial(_linear, module)
+    try:
+        yield
+    finally:
+        for module in modules:
+            del module.forward
+
+
+def _quantised_modules(model: CausalModel, kind: str) -> list[Any]:
+    """Return the modules whose weight is of a class of bitsandbytes."""
+    weights = ((module, module._parameters.get("weight")) for module in causal_model(model).modules())
+    return [module for module, weight in weights if type(weight).__name__ == kind]
+
+
+def _linear(module: Any, inputs: torch.Tensor) -> torch.Tensor:
+    bias = None if module.bias is None else module.bias.float()
+    return functional.linear(inputs.float(), held_weight(module).float(), bias)
+
+
+def held_weight(module: Any) -> torch.Tensor:
+    """Return the weight that a linear layer computes with, dequantised if it is quantised."""
+    if type(module.weight).__name__ != "Int8Params":
+        return dequantize_module_weight(module)
+    if module.weight.CB is not None:  # before its first forward pass
+        module.init_8bit_state()
+    scaled: torch.Tensor = module.state.CB.float() * (module.state.SCB.float() / 127).unsqueeze(1)
+    return scaled
+
+
+def _compute_buffers_in_float32(model: CausalModel, base: Path) -> None:
+    """Replace what transformers computes from the config, such as Gemma's scale of embeddings, in the model's dtype."""
+    exact = dict(load_empty(base).named_modules())
+    for path, module in model.named_modules():
+        for name in module._non_persistent_buffers_set & module._buffers.keys():
+            buffer = exact[path]._buffers[name]
+            module._buffers[name] = None if buffer is None else buffer.to(model.device)
+
+
+def _update_stacks(model: AdaptedModel) -> None:
+    """Add PEFT's update of a stack to each matrix that is read, since PEFT's layer computes that of the whole stack."""
+    for layer in [module for module in model.modules() if isinstance(module, ParamWrapper)]:
+        rows = StackRows(layer, model.active_adapter)
+        stacks_of(layer.get_base_layer())[layer.parameter_name].changes.append(rows.merged_matrix)
+        layer.forward = layer.base_layer.__call__

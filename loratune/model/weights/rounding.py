@@ -14,13 +14,15 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from peft.utils.integrations import dequantize_module_weight
 from torch import nn
 from torch.nn import functional
 
 from loratune.model.adapter.own_parameters import parameter_modules
 from loratune.model.adapter.peft_merge import Change
 from loratune.model.architecture.structure import causal_model
+from loratune.model.weights.mapped import embedded
+from loratune.model.weights.reference import held_weight
+from loratune.model.weights.stack import Stack, stacks_of
 from loratune.protocols import CausalModel
 
 PIECE_VALUES = 2_000_000
@@ -39,6 +41,10 @@ class Rounding:
     """The merged weights' base if the reference computes with other weights: the plain weights of a quantised base."""
     held_as: torch.dtype | None = None
     """Dtype that dequantised weights are rounded to before merging; None for other weights."""
+    original_matrix: Callable[[int], torch.Tensor] | None = None
+    """The same as `original` for a quantised stack: returns the plain matrix of a number."""
+    seed: tuple[int, int] | None = None
+    """Seeds noise of up to one unit in the last place of float32, which is added to the errors; None for none."""
 
     def error(self, held: torch.Tensor, numbers: torch.Tensor) -> torch.Tensor:
         """Return written rows minus PEFT's merge of the reference's rows, in float32.
@@ -51,13 +57,41 @@ class Rounding:
         written = _merged(self.change, merged_into, numbers).to(self.dtype)
         # The reference's parameters already contain trained tokens and whole parameters; only LoRA is added.
         exact = _merged(replace(self.change, tokens=[]) if self.change else None, held, numbers)
-        return (written.to(exact.dtype) - exact).float()
+        return (written.to(exact.dtype) - exact).float() + self._noise(exact, int(numbers[0]))
+
+    def written(self, exact: torch.Tensor, number: int) -> torch.Tensor:
+        """Return a matrix of a stack as it was written, in float32.
+
+        Args:
+            exact: the matrix that the reference computes with, in float32.
+            number: its index in the stack.
+        """
+        merged_into = self.original_matrix(number).to(exact.device) if self.original_matrix else exact
+        return merged_into.to(self.held_as or merged_into.dtype).to(self.dtype).float() + self._noise(exact, number)
+
+    def _noise(self, exact: torch.Tensor, number: int) -> torch.Tensor:
+        if self.seed is None:
+            return torch.zeros(())
+        # Seeds of torch's generator on a CPU are of 32 bits.
+        generator = torch.Generator().manual_seed(hash((*self.seed, number)) % 2**32)
+        units = 2 * torch.rand(exact.shape, generator=generator) - 1
+        return torch.finfo(torch.float32).eps * units * exact.float()
 
 
 def _merged(change: Change | None, rows: torch.Tensor, numbers: torch.Tensor) -> torch.Tensor:
     if change is None:
         return rows.float()
     return change.rows(rows.double() if change.needs_float64 else rows.float(), numbers)
+
+
+def tensor_modules(model: CausalModel) -> dict[str, Any]:
+    """Name of a parameter or of a saved buffer → the module that holds it."""
+    buffers = {
+        f"{path}.{name}": module
+        for path, module in model.named_modules()
+        for name in module._buffers.keys() - module._non_persistent_buffers_set
+    }
+    return parameter_modules(model) | buffers
 
 
 @contextmanager
@@ -68,14 +102,17 @@ def rounded_as(model: CausalModel, roundings: Mapping[str, Rounding]) -> Iterato
         model: base + adapter, in float32 arithmetic.
         roundings: name of a parameter of the base → how it was rounded.
     """
-    modules, hooks, kept = parameter_modules(causal_model(model)), list[Any](), list[tuple[Any, torch.Tensor]]()
+    modules, hooks, kept = tensor_modules(causal_model(model)), list[Any](), list[tuple[Any, torch.Tensor]]()
+    stacks = list[Stack]()
     # Hooks are on the whole layer, because DoRA scales the output of its base layer.
     around = {id(module.base_layer): module for module in model.modules() if hasattr(module, "base_layer")}
     for name, rounding in roundings.items():
         module, attribute = modules[name], name.rpartition(".")[2]
         parameter = getattr(module, attribute)
-        hook = _hook(module, rounding) if attribute == "weight" else None
-        if hook:
+        if attribute in stacks_of(module):
+            stacks.append(stacks_of(module)[attribute])
+            stacks[-1].changes.append(rounding.written)
+        elif attribute == "weight" and (hook := _hook(module, rounding)):
             hooks.append(around.get(id(module), module).register_forward_hook(hook))
         else:
             kept.append((parameter, parameter.data))
@@ -85,6 +122,8 @@ def rounded_as(model: CausalModel, roundings: Mapping[str, Rounding]) -> Iterato
     finally:
         for hook in hooks:
             hook.remove()
+        for stack in stacks:
+            stack.changes.pop()
         for parameter, values in kept:
             parameter.data = values
 
@@ -96,7 +135,7 @@ def _hook(module: Any, rounding: Rounding) -> Callable[..., torch.Tensor] | None
     """
 
     def of_linear(_: Any, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> torch.Tensor:
-        weight, values, output = dequantize_module_weight(module), inputs[0].float(), output.float()
+        weight, values, output = held_weight(module), inputs[0].float(), output.float()
         for numbers in torch.arange(len(weight)).split(max(1, PIECE_VALUES // weight.shape[1])):
             rows = slice(int(numbers[0]), int(numbers[-1]) + 1)
             output[..., rows] += functional.linear(values, rounding.error(weight[rows], numbers))
@@ -104,7 +143,7 @@ def _hook(module: Any, rounding: Rounding) -> Callable[..., torch.Tensor] | None
 
     def of_embedding(_: Any, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> torch.Tensor:
         tokens, places = inputs[0].unique(return_inverse=True)
-        return output.float() + rounding.error(module.weight[tokens], tokens)[places]
+        return output.float() + embedded(module, rounding.error(module.weight[tokens], tokens), places)
 
     if isinstance(module, nn.Embedding):
         return of_embedding

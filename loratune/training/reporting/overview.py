@@ -11,8 +11,10 @@ from loratune.model.adapter.attach import AdapterSummary
 from loratune.model.architecture.roles import Role
 from loratune.recipe.sections import Recipe
 from loratune.runs.model_check import summary as check_summary
+from loratune.runs.report import QuantizationEffect
 from loratune.training.activations import PassPlan
 from loratune.training.probes.checked_model import CheckedModel
+from loratune.training.quantization_effect import BaseWeights
 
 
 def show_data(recipe: Recipe, data: PreparedData) -> None:
@@ -31,13 +33,19 @@ def show_data(recipe: Recipe, data: PreparedData) -> None:
     console.table([("files", files), *rows, ("template", recipe.prompt.template)], title="data")
 
 
-def show_model(recipe: Recipe, summary: AdapterSummary, dtype: str, checked: CheckedModel, passes: PassPlan) -> None:
+def show_model(
+    recipe: Recipe, summary: AdapterSummary, dtype: str, checked: CheckedModel, passes: PassPlan, weights: BaseWeights
+) -> None:
     """Print model, adapter, what was measured on them, and the memory of a step."""
     held = dtype if recipe.model.quantization == "none" else recipe.model.quantization
+    groups = ", ".join(f"{name} {console.memory(size)}" for name, size in weights.groups.items())
+    quantised = [("quantised", _effect_text(weights.effect))] if weights.effect else []
     share = summary.trainable_parameters / summary.total_parameters
     console.table(
         [
             ("base", f"{recipe.model.base}, {held}, {console.memory(summary.base_bytes)}"),
+            ("weights", groups),
+            *quantised,
             (
                 "adapter",
                 f"rank {recipe.lora.rank}, alpha {recipe.lora.alpha:g}, {console.memory(summary.adapter_bytes)}",
@@ -50,6 +58,11 @@ def show_model(recipe: Recipe, summary: AdapterSummary, dtype: str, checked: Che
         ],
         title="model",
     )
+
+
+def _effect_text(effect: QuantizationEffect) -> str:
+    same = f"{effect.top1_agreement:.0%} of {counted(effect.tokens, 'likeliest token')} the same"
+    return f"{effect.mean_kl:.2g} nats from 16 bits (mean KL), {same}"
 
 
 def _groups(summary: AdapterSummary) -> list[tuple[str, str]]:

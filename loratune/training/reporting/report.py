@@ -82,6 +82,8 @@ def report_of(session: Session, trainer: AdapterTrainer, metrics: Metrics, keepe
         gradient_checkpointing=session.arguments.gradient_checkpointing,
         start_up_seconds=dict(session.start_up.seconds),
         adapter=AdapterCounts(**vars(session.summary) | {"groups": _groups(session.summary)}),
+        base_groups=session.weights.groups,
+        quantization=session.weights.effect,
         versions=told("versions", library_versions),
         checks=session.checked.checks,
     )

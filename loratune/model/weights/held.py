@@ -1,0 +1,65 @@
+"""The memory of a model's weights, with what belongs to quantised ones, in total and by role."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import nn
+
+from loratune.model.architecture.roles import Role, module_roles
+from loratune.protocols import CausalModel
+
+VOCABULARY, REST, NOT_QUANTISED = "embedding and head", "the rest", "not quantised"
+
+
+def held_bytes(parameter: Any) -> int:
+    """Return the bytes of a parameter; of a quantised one, with its scales."""
+    return sum(one.numel() * one.element_size() for one in (parameter, *_scales(parameter)))
+
+
+def value_count(parameter: Any) -> int:
+    """Return the number of values of a parameter, before quantisation if it is quantised."""
+    states = _states(parameter)
+    return sum(state.shape.numel() for state in states) if states else int(parameter.numel())
+
+
+def is_quantised(parameter: Any) -> bool:
+    """Return whether a parameter is quantised: bitsandbytes, as this program, has classes for these."""
+    return isinstance(parameter, nn.Parameter) and type(parameter) is not nn.Parameter
+
+
+def bytes_by_group(model: CausalModel) -> dict[str, int]:
+    """Return the memory of each group of weights, largest first; groups are named after roles.
+
+    Args:
+        model: a causal language model without an adapter. If some of it is quantised, what is not is a group.
+    """
+    roles, found = module_roles(model), defaultdict[str, int](int)
+    rest = NOT_QUANTISED if any(is_quantised(parameter) for parameter in model.parameters()) else REST
+    for name, parameter in model.named_parameters():
+        role = roles.get(name.rpartition(".")[0])
+        is_of_vocabulary = role in (Role.EMBEDDING, Role.HEAD)
+        is_rest = role is None or (rest == NOT_QUANTISED and not is_quantised(parameter))
+        group = VOCABULARY if is_of_vocabulary else rest if role is None or is_rest else role.value
+        found[group] += held_bytes(parameter)
+    return dict(sorted(found.items(), key=lambda pair: -pair[1]))
+
+
+def _states(parameter: Any) -> list[Any]:
+    """Return bitsandbytes' states of a 4-bit parameter."""
+    state = getattr(parameter, "quant_state", None)
+    return list(getattr(parameter, "states", ())) if state is None else [state]
+
+
+def _scales(parameter: Any) -> Iterator[torch.Tensor]:
+    for state in _states(parameter):
+        yield state.absmax
+        if state.nested:
+            yield state.state2.absmax
+            yield state.offset
+    scales = getattr(parameter, "SCB", None)
+    if scales is not None:
+        yield scales
