@@ -87,10 +87,12 @@ class FileLayout:
         return found | {name: held[name] for name in self.unused}
 
     def infos(self, held: Mapping[str, TensorInfo]) -> dict[str, TensorInfo]:
-        """Return dtype and shape of each parameter, and of unused tensors."""
-        shapes = self.shapes({name: info.shape for name, info in held.items()})
-        first = {name: parts[0].tensor for name, parts in self.parts.items()}
-        return {name: TensorInfo(name, held[first.get(name, name)].dtype, shape) for name, shape in shapes.items()}
+        """Return dtype and shape of each parameter."""
+        shapes = {name: info.shape for name, info in held.items()}
+        return {
+            name: TensorInfo(name, held[parts[0].tensor].dtype, _shape(parts, shapes))
+            for name, parts in self.parts.items()
+        }
 
     def read(self, parameter: str, files: TensorFiles) -> torch.Tensor:
         """Return a parameter's values: memory-mapped if it is a single tensor, otherwise assembled in memory."""
@@ -195,7 +197,7 @@ def file_layout(model: CausalModel, held: Iterable[str]) -> FileLayout:
 
 
 def parameter_infos(folder: Path) -> dict[str, TensorInfo]:
-    """Return dtype and shape of each parameter of a model folder, and of unused tensors.
+    """Return dtype and shape of each parameter of a model folder.
 
     Raises:
         LoratuneError: see `file_layout` and `load_config`.
