@@ -30,9 +30,9 @@ from loratune.errors import Exit, LoratuneError
 from loratune.model.adapter.attach import load_adapter
 from loratune.model.adapter.peft_merge import Change
 from loratune.model.adapter.peft_stacks import StackRows
-from loratune.model.architecture.file_layout import FileLayout, file_layout
+from loratune.model.architecture.file_layout import FileLayout, file_layout, prediction_tensors
 from loratune.model.architecture.roles import stacked_parameters
-from loratune.model.from_folder import load_plain
+from loratune.model.from_folder import load_from_folder, load_plain
 from loratune.model.weights import mapped, reference
 from loratune.model.weights.mapped import load_mapped
 from loratune.model.weights.rounding import Rounding
@@ -155,6 +155,58 @@ def test_unused_tensors_stay_and_the_head_for_further_tokens_is_told(cli: Cli, m
     assert all(torch.equal(before[name], after[name]) for name in unused)
     for name in ("preprocessor_config.json", "video_preprocessor_config.json"):
         assert (output / name).read_bytes() == (base / name).read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("names", "expected"),
+    [
+        (["mtp.fc.weight", "mtp.layers.0.input_layernorm.weight"], 2),
+        (["model.layers.4.eh_proj.weight", "model.layers.3.input_layernorm.weight"], 1),
+        (["model.visual.blocks.9.attn.qkv.weight", "model.rotary_emb.inv_freq"], 0),
+    ],
+)
+def test_tensors_for_the_prediction_of_further_tokens_are_known(names: list[str], expected: int) -> None:
+    assert prediction_tensors(names, 4) == names[:expected]
+
+
+OTHER_PARTS: dict[str, dict[str, Any]] = {
+    "a head of its own": {"modules_to_save": ["lm_head"]},
+    "LoRA on the head": {"target_modules": ["q_proj", "in_proj_qkv", "lm_head"]},
+    "rows of tokens": {"trainable_token_indices": [7, 300]},
+    "lengths": {"use_dora": True},
+}
+NESTED = [
+    ("qwen3_5", "a head of its own"),
+    *(
+        pytest.param(kind, part, marks=pytest.mark.slow)
+        for kind in ("qwen3_5", "gemma3", "qwen3_vl", "qwen3_5_moe", "cohere2", "gemma4_text")
+        for part in OTHER_PARTS
+        if (kind, part) != ("qwen3_5", "a head of its own")
+    ),
+]
+
+
+@pytest.mark.filterwarnings("ignore:Model (has|with) `tie_word_embeddings=True`")
+@pytest.mark.parametrize(("kind", "part"), NESTED)
+def test_other_parts_of_an_adapter_are_merged_into_any_layout(
+    cli: Cli, models: Models, tmp_path: Path, kind: str, part: str
+) -> None:
+    settings = {"task_type": "CAUSAL_LM", "r": 4, "target_modules": ["q_proj", "in_proj_qkv"]} | OTHER_PARTS[part]
+    model = load_from_folder(models(kind), dtype=torch.float32, attn_implementation="sdpa")
+    peft = get_peft_model(model, LoraConfig(**settings))
+    torch.manual_seed(3)
+    with torch.no_grad():
+        for parameter in peft.parameters():
+            if parameter.requires_grad:
+                parameter += 0.05 * torch.randn_like(parameter)
+    peft.save_pretrained(tmp_path / "adapter", save_embedding_layers=False)
+    output = tmp_path / "merged"
+    result = cli("merge", "-a", tmp_path / "adapter", "--base-model", models(kind), "-o", output, "--dtype", "float32")
+    assert result.exit_code == 0, result.stderr
+    ids = torch.arange(40)[None]
+    with torch.inference_mode():
+        wanted, found = (model.eval()(input_ids=ids, use_cache=False).logits for model in (peft, load_plain(output)))
+    torch.testing.assert_close(found, wanted, rtol=0, atol=1e-4 * float(wanted.abs().max()))
 
 
 # --- what is planted in whole merges ---

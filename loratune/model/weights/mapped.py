@@ -34,15 +34,14 @@ def load_mapped(folder: Path, in_float32: bool = True) -> CausalModel:
     Args:
         folder: model folder.
         in_float32: compute in float32 for comparison. Otherwise it is loaded by transformers and computes in the files'
-            dtype, unless transformers would put a large model's stacks together in memory.
+            dtype, except for a large mixture, whose stacks transformers would have in memory.
 
     Raises:
         LoratuneError: transformers cannot load it, or weights and config do not match.
     """
     files = TensorFiles(weight_files(folder))
     is_large = sum(info.nbytes for info in files.infos.values()) > RESIDENT_BYTES
-    if is_large and not in_float32:
-        in_float32 = any(len(parts) > 1 for parts in file_layout(load_empty(folder), files.infos).parts.values())
+    in_float32 = in_float32 or (is_large and bool(stacked_parameters(load_empty(folder))))
     model = load_empty(folder) if in_float32 else load_plain(folder)
     layout = file_layout(model, files.infos)
     if in_float32:
