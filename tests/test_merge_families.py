@@ -31,7 +31,7 @@ from loratune.model.adapter.attach import load_adapter
 from loratune.model.adapter.peft_merge import Change
 from loratune.model.adapter.peft_stacks import StackRows
 from loratune.model.architecture.file_layout import FileLayout, file_layout, prediction_tensors
-from loratune.model.architecture.roles import stacked_parameters
+from loratune.model.architecture.roles import expert_stacks
 from loratune.model.from_folder import load_from_folder, load_plain
 from loratune.model.weights import mapped, reference
 from loratune.model.weights.mapped import load_mapped
@@ -390,7 +390,7 @@ def wrappers_of(peft: Any) -> Iterator[tuple[str, Any]]:
 def mixture(models: Models, request: pytest.FixtureRequest) -> Mixture:
     base = models(request.param, torch.float32)
     model, files = load_plain(base), TensorFiles([base / WEIGHTS])
-    layout, stacks = file_layout(model, files.infos), sorted(stacked_parameters(model))
+    layout, stacks = file_layout(model, files.infos), sorted(expert_stacks(model))
     assert {name.rpartition(".")[2] for name in stacks} == {"gate_up_proj", "down_proj"}
     config = LoraConfig(task_type="CAUSAL_LM", r=2, lora_alpha=4, target_modules=[], target_parameters=stacks)
     peft = with_random_values(get_peft_model(model, config))

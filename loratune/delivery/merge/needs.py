@@ -12,7 +12,7 @@ from loratune.delivery.merge.merged_weights import dtype_names
 from loratune.errors import Exit, LoratuneError, counted
 from loratune.model.adapter.files import WEIGHTS_FILE
 from loratune.model.architecture.file_layout import prediction_tensors
-from loratune.model.architecture.roles import stacked_parameters
+from loratune.model.architecture.roles import expert_stacks
 from loratune.model.architecture.structure import layer_count
 from loratune.model.architecture.vocabulary import vocabulary_of
 
@@ -73,7 +73,7 @@ def announce(job: Job, candidates: list[Candidate], output: Path) -> None:
 
 def memory_bound(job: Job, candidates: list[Candidate]) -> int:
     """Return the maximum bytes of the process, except mapped file pages, which the system can reclaim."""
-    infos, stacked = candidates[0].files.infos, stacked_parameters(job.model)
+    infos, stacked = candidates[0].files.infos, expert_stacks(job.model)
     shapes = job.layout.shapes({name: info.shape for name, info in infos.items()})
     bound = LIBRARIES_BYTES + CHECK_LIBRARIES_BYTES + (job.source.adapter / WEIGHTS_FILE).stat().st_size
     # Of a stack, one matrix is in memory at a time: as it is, in float32 and with its update, twice in float64.

@@ -6,7 +6,7 @@ https://arxiv.org/abs/2312.03732); DoRA (https://arxiv.org/abs/2402.09353) gives
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Set
+from collections.abc import Iterator, Mapping, Set
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -17,11 +17,13 @@ from loratune.errors import Exit, LoratuneError, bullet_list
 from loratune.model.adapter.files import read_config_values
 from loratune.model.adapter.other_layouts import in_peft_layout
 from loratune.model.adapter.patterns import settle_patterns
+from loratune.model.adapter.stacks import DOWN, UP, stack_factors
 from loratune.model.adapter.tensors import (
     PART,
     PREFIX,
     RANK_AXES,
     WRAPPER,
+    AdapterTensors,
     rank_and_alpha,
     read_tensors,
 )
@@ -163,11 +165,10 @@ def read_updates(
         update = updates.setdefault(target, TensorUpdate())
         update.row_numbers, update.row_values = torch.tensor(numbers), values
     for name, tensor in tensors.lora.items():
-        _take(updates, name.removeprefix(PREFIX), tensor, config, vocabulary_of(shapes).embedding, problems)
-    for name in transposed & updates.keys():
-        updates[name] = updates[name].transposed()
-        if updates[name].magnitude is not None:
-            problems.append(f"{name}: DoRA on a transposed matrix cannot be merged")
+        if tensors.parameter_of(name) is None:
+            _take(updates, name.removeprefix(PREFIX), tensor, config, vocabulary_of(shapes).embedding, problems)
+    problems += _transpose(updates, transposed)
+    updates |= _stack_updates(tensors, config, shapes, transposed)
     shapes |= {target: tuple(whole.shape) for target, whole in tensors.whole.items()}
     for target, update in updates.items():
         if target in shapes:
@@ -180,6 +181,30 @@ def read_updates(
             f"{bullet_list(problems, limit=5)}",
             Exit.MODEL,
         )
+    return updates
+
+
+def _transpose(updates: dict[str, TensorUpdate], transposed: Set[str]) -> list[str]:
+    """Give updates the orientation of their parameters; return problems."""
+    for name in transposed & updates.keys():
+        updates[name] = updates[name].transposed()
+    return [
+        f"{name}: DoRA on a transposed matrix cannot be merged"
+        for name in transposed & updates.keys()
+        if updates[name].magnitude is not None
+    ]
+
+
+def _stack_updates(
+    tensors: AdapterTensors, config: dict[str, Any], shapes: Mapping[str, tuple[int, ...]], transposed: Set[str]
+) -> dict[str, TensorUpdate]:
+    """Return the updates of parameters with the matrices of several experts."""
+    updates = {}
+    for place, name in tensors.stacks.items():
+        down, up = (tensors.lora[f"{PREFIX}{place}.{part}"] for part in (DOWN, UP))
+        rows, columns = stack_factors(down, up, shapes[name], name in transposed)
+        given = rank_and_alpha(config, name)
+        updates[name] = TensorUpdate(up=rows, down=columns, scaling=scaling(given.alpha, given.rank, config))
     return updates
 
 

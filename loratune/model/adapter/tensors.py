@@ -43,6 +43,11 @@ class AdapterTensors:
         """Return the base's name of what a LoRA tensor adapts: a module, or a parameter with experts' matrices."""
         return self.stacks.get(match["module"], _module(match))
 
+    def parameter_of(self, name: str) -> str | None:
+        """Return the parameter with experts' matrices that a LoRA tensor adapts; None if it adapts a module."""
+        match = PART.fullmatch(name.removeprefix(PREFIX))
+        return self.stacks.get(match["module"]) if match else None
+
 
 def read_tensors(
     folder: Path, values: dict[str, Any], base: Mapping[str, Sequence[int]], is_tied: bool, problems: list[str]

@@ -193,7 +193,8 @@ def file_layout(model: CausalModel, held: Iterable[str]) -> FileLayout:
         else:
             unused.append(name)
     parts = {}
-    for parameter, tensors in found.items():
+    for parameter in (name for name in parameters if name in found):  # in the model's order, as PEFT wraps them
+        tensors = found[parameter]
         in_order = sorted(tensors, key=lambda tensor: dot_natural_key(tensor[0]))  # sorts experts numerically
         pattern = tensors[0][1]
         parts[parameter] = _parts(parameter, in_order, None if pattern is None else by_pattern[pattern])

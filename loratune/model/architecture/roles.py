@@ -139,19 +139,17 @@ def router_modules(model: CausalModel) -> list[Any]:
 
 
 def transposed_matrices(model: CausalModel) -> set[str]:
-    """Return the names of linear modules' parameters of shape (inputs, outputs), as of GPT-2's `Conv1D`."""
-    return {f"{name}.weight" for name, module in model.named_modules() if isinstance(module, Conv1D)}
+    """Return the names of parameters of shape (inputs, outputs), as of GPT-2's `Conv1D` and gpt-oss's experts.
 
-
-def stacked_parameters(model: CausalModel) -> set[str]:
-    """Return the names of the parameters that stack matrices of several experts along their first dimension."""
-    return {
-        f"{path}.{attribute}"
-        for path, module in model.named_modules()
-        if _holds_stacks(module)
-        for attribute, parameter in module._parameters.items()
-        if parameter is not None and parameter.ndim == 3
+    Args:
+        model: see `module_roles`.
+    """
+    modules: dict[str, Any] = dict(model.named_modules())
+    linear = {f"{name}.weight" for name, module in modules.items() if isinstance(module, Conv1D)}
+    stacks = {
+        name for name in expert_stacks(model) if getattr(modules[name.rpartition(".")[0]], "is_transposed", False)
     }
+    return linear | stacks
 
 
 class GatedMlp(NamedTuple):

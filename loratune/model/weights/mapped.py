@@ -15,7 +15,7 @@ from torch import nn
 from torch.nn import functional
 
 from loratune.model.architecture.file_layout import FileLayout, file_layout
-from loratune.model.architecture.roles import stacked_parameters
+from loratune.model.architecture.roles import expert_stacks
 from loratune.model.files import weight_files
 from loratune.model.from_folder import load_empty, load_plain
 from loratune.model.weights.stack import Stack, use_stacks
@@ -41,7 +41,7 @@ def load_mapped(folder: Path, in_float32: bool = True) -> CausalModel:
     """
     files = TensorFiles(weight_files(folder))
     is_large = sum(info.nbytes for info in files.infos.values()) > RESIDENT_BYTES
-    in_float32 = in_float32 or (is_large and bool(stacked_parameters(load_empty(folder))))
+    in_float32 = in_float32 or (is_large and bool(expert_stacks(load_empty(folder))))
     model = load_empty(folder) if in_float32 else load_plain(folder)
     layout = file_layout(model, files.infos)
     if in_float32:
@@ -71,7 +71,7 @@ def _bind(model: CausalModel, layout: FileLayout, files: TensorFiles) -> None:
 
 def _bind_in_float32(model: CausalModel, layout: FileLayout, files: TensorFiles, is_large: bool) -> None:
     """Give a model without values those of its files: large matrices mapped, and the others as float32 copies."""
-    stacked, bound = stacked_parameters(model), dict[int, nn.Parameter]()
+    stacked, bound = expert_stacks(model), dict[int, nn.Parameter]()
     for path, module in model.named_modules():
         stacks = {}
         for attribute, empty in module._parameters.items():
