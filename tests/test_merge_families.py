@@ -561,7 +561,8 @@ def test_a_merge_that_needs_other_bounds_says_where_they_come_from(
     cli: Cli, models: Models, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tight = dataclasses.replace(EXACT, difference=1e-9)
-    monkeypatch.setattr("loratune.delivery.verification.verify.EXACT", tight)
+    for module in ("verify", "noise"):
+        monkeypatch.setattr(f"loratune.delivery.verification.{module}.EXACT", tight)
     adapter_of(models("qwen3_5_moe"), tmp_path / "adapter")
     output = tmp_path / "merged"
     result = cli("merge", "-a", tmp_path / "adapter", "--base-model", models("qwen3_5_moe"), "-o", output)

@@ -62,9 +62,8 @@ class _Followed(TorchFunctionMode):
         own = function(*arguments, **(settings or {}))
         if function not in TOPK:
             return own
-        others = self._waiting.popleft()
-        scores, _, dim = (*arguments, -1)[:3] if len(arguments) > 1 else (arguments[0], None, -1)
-        dim = (settings or {}).get("dim", dim)
+        scores, dim = arguments[0], arguments[2] if len(arguments) > 2 else (settings or {}).get("dim", -1)
+        others = self._waiting.popleft().to(scores.device)
         if others.shape != own.indices.shape or int(others.max()) >= scores.shape[dim]:
             return own
         lost = own.values.amin(dim, keepdim=True) - scores.gather(dim, others).amin(dim, keepdim=True)

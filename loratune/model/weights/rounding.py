@@ -75,7 +75,7 @@ class Rounding:
         # Seeds of torch's generator on a CPU are of 32 bits.
         generator = torch.Generator().manual_seed(hash((*self.seed, number)) % 2**32)
         units = 2 * torch.rand(exact.shape, generator=generator) - 1
-        return torch.finfo(torch.float32).eps * units * exact.float()
+        return torch.finfo(torch.float32).eps * units.to(exact.device) * exact.float()
 
 
 def _merged(change: Change | None, rows: torch.Tensor, numbers: torch.Tensor) -> torch.Tensor:
