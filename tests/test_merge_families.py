@@ -48,6 +48,7 @@ USUAL = ("qwen3_5_moe", "qwen3_moe", "gemma3", "cohere2")
 """Nested files with unused tensors, a tensor per expert, scaled embeddings, scaled logits."""
 STACKS = ("qwen3_moe", "qwen3_5_moe", "qwen3_next", "gpt_oss")
 """Mixtures with a tensor per expert, with stacks, with both parts of a layer's state, and with transposed stacks."""
+OTHER_MIXTURES = ("mixtral", "qwen2_moe", "deepseek_v3", "glm4_moe", "qwen3_5_moe_text")
 FAMILIES = [kind if kind in USUAL else pytest.param(kind, marks=pytest.mark.slow) for kind in CONFIGS]
 MIXTURES = [kind if kind in STACKS[:2] else pytest.param(kind, marks=pytest.mark.slow) for kind in STACKS]
 
@@ -490,6 +491,69 @@ def rows_of(*lengths: int) -> list[ProbeRow]:
     generator = torch.Generator().manual_seed(2)
     ids = [torch.randint(0, 3000, (length,), generator=generator).tolist() for length in lengths]
     return [ProbeRow(row, row) for row in ids]
+
+
+def stacks_adapter_of(base: Path, folder: Path) -> Any:
+    """Write a plain PEFT adapter of a mixture's attention and stacks; returns PEFT's float32 model."""
+    model = load_plain(base).float()
+    stacks = [name for name, values in model.named_parameters() if ".experts." in name and values.ndim == 3]
+    config = LoraConfig(task_type="CAUSAL_LM", r=2, target_modules=targets_of(model), target_parameters=stacks)
+    peft = with_random_values(get_peft_model(model, config))
+    peft.save_pretrained(folder, save_embedding_layers=False)
+    return peft
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize("kind", [*MIXTURES, *(pytest.param(one, marks=pytest.mark.slow) for one in OTHER_MIXTURES)])
+def test_an_adapter_of_stacks_is_merged_as_peft_does(
+    cli: Cli, models: Models, tmp_path: Path, kind: str, dtype: str
+) -> None:
+    base, output = models(kind), tmp_path / "merged"
+    expected = stacks_adapter_of(base, tmp_path / "adapter").merge_and_unload().state_dict()
+    result = cli("merge", "-a", tmp_path / "adapter", "--base-model", base, "-o", output, "--dtype", dtype)
+    assert result.exit_code == 0, result.stderr
+    written = getattr(torch, dtype)
+    assert layout_of(output) == {name: (shape, written) for name, (shape, _) in layout_of(base).items()}
+    step = torch.finfo(written).eps
+    for name, values in load_plain(output).state_dict().items():
+        wanted = expected[name].to(written).float()
+        torch.testing.assert_close(values.float(), wanted, rtol=step, atol=step * 1e-2)
+
+
+def drop_the_stack_s_update(updates: dict[str, TensorUpdate]) -> None:
+    del updates[min(name for name in updates if ".experts." in name)]
+
+
+def move_all_to_the_neighbours(updates: dict[str, TensorUpdate]) -> None:
+    move_to_the_neighbour(updates[min(name for name in updates if "experts.gate_up" in name)])
+
+
+def exchange_all_halves(updates: dict[str, TensorUpdate]) -> None:
+    exchange_halves(updates[min(name for name in updates if "experts.gate_up" in name)])
+
+
+@pytest.mark.parametrize("kind", MIXTURES[:2])
+@pytest.mark.parametrize("flags", [("--no-logits",), ()])
+@pytest.mark.parametrize("change", [drop_the_stack_s_update, move_all_to_the_neighbours, exchange_all_halves])
+def test_a_stack_s_update_in_the_wrong_place_is_noticed(
+    cli: Cli, models: Models, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, flags: Any, change: Any
+) -> None:
+    read = merge_job.read_updates
+
+    def read_wrong(*arguments: Any) -> Any:
+        updates = read(*arguments)
+        change(updates)
+        return updates
+
+    stacks_adapter_of(models(kind), tmp_path / "adapter")
+    monkeypatch.setattr(merge_job, "read_updates", read_wrong)
+    if not flags:  # the models tell it too
+        monkeypatch.setattr(merge, "read_back", lambda *_: None)
+    output = tmp_path / "merged"
+    result = cli("merge", "-a", tmp_path / "adapter", "--base-model", models(kind), "-o", output, *flags)
+    words = ("is not what base + adapter is",) if not flags else ("PEFT's", "are not what PEFT makes of this adapter")
+    told = failed(result, output)
+    assert any(one in told for one in words), told
 
 
 # --- computing in float32 from mapped files ---
