@@ -18,11 +18,14 @@ from transformers import AutoConfig
 from transformers.pytorch_utils import Conv1D
 from typer.testing import Result
 
+from loratune.delivery.merge import sources
+from loratune.delivery.merge.update import TensorUpdate
 from loratune.engine.decoder_choice import open_decoder
 from loratune.engine.sampling import Sampling
 from loratune.engine.sequence import RunningSequence
 from loratune.errors import LoratuneError
-from loratune.model.adapter.attach import attach_adapter, save_adapter
+from loratune.model.adapter.attach import attach_adapter, load_adapter, save_adapter
+from loratune.model.adapter.combination import combine_adapters
 from loratune.model.adapter.own_parameters import BASE
 from loratune.model.adapter.targets import check_attached, resolve_targets
 from loratune.model.config import auto_class, empty_model
@@ -38,7 +41,7 @@ MIXTURES = (
     "deepseek_v3", "glm4_moe", "gpt_oss", "mixtral", "qwen2_moe", "qwen3_5_moe", "qwen3_5_moe_text", "qwen3_moe",
     "qwen3_next",
 )  # fmt: skip
-OUTSIDE = re.compile(r"(.*\.)?(visual|vision_tower|vision_model|multi_modal_projector|lm_head)(\..*)?")
+OUTSIDE = re.compile(r"(.*\.)?(visual|embed_vision|vision_tower|vision_model|multi_modal_projector|lm_head)(\..*)?")
 GATES = re.compile(r".*\.(in_proj_a|in_proj_b|in_proj_ba|shared_expert_gate)")
 WITHIN = {
     "attention": re.compile(r".*\.(self_attn|linear_attn|attn|mamba|conv)\.\w+"),
@@ -214,3 +217,92 @@ def test_rows_with_and_without_experts_are_decoded_side_by_side(tmp_path: Path) 
     decoder.close()
     assert [row.tokens for row in rows] == expected
     assert expected[0] != expected[1]
+
+
+MERGED = ("qwen3_moe", "qwen3_5_moe", "gpt_oss")
+"""Experts in a tensor each, in stacks of nested names, and in transposed stacks."""
+
+
+@pytest.mark.parametrize("kind", [pytest.param(k, marks=[] if k in MERGED else pytest.mark.slow) for k in MIXTURES])
+def test_updates_of_experts_are_those_that_peft_computes(kind: str, tmp_path: Path) -> None:
+    square = {"intermediate_size": 32} if kind == "gpt_oss" else {}  # whose down matrices are, in the released models
+    base = make_tiny_model(kind, tmp_path / "base", **square)
+    settings = LoraSettings(target_modules=["attention", "experts"], dropout=0.0, rank=3, alpha=7)
+    model: Any = attach_adapter(loaded(base), settings, str(base), 0)
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if ".lora_B." in name:
+                nn.init.normal_(weight)
+    save_adapter(model, tmp_path / "adapter")
+    _, read = sources._reading(tmp_path / "adapter", base)
+    by_peft = PeftModel.from_pretrained(loaded(base), tmp_path / "adapter")
+    assert_updates_of_stacks(read(), by_peft, len(stacks(loaded(base))))
+
+
+def assert_updates_of_stacks(updates: dict[str, TensorUpdate], by_peft: Any, count: int) -> None:
+    stacked = 0
+    for place, layer in by_peft.base_model.model.named_modules():
+        if hasattr(layer, "parameter_name"):
+            update = updates[f"{place.replace('.base_layer', '')}.{layer.parameter_name}"]
+            delta = layer.get_delta_weight("default").detach().double()
+            assert update.up is not None
+            assert update.down is not None
+            found = update.scaling * (update.up.double() @ update.down.double())
+            torch.testing.assert_close(found, delta, rtol=1e-5, atol=1e-6)
+            stacked += 1
+    assert stacked == count
+
+
+@pytest.mark.parametrize("kind", [pytest.param(k, marks=[] if k == "gpt_oss" else pytest.mark.slow) for k in MIXTURES])
+def test_experts_are_trained_merged_and_equal_to_plain_peft(
+    cli: Callable[..., Result], tmp_path: Path, kind: str
+) -> None:
+    base = make_tiny_model(kind, tmp_path / "base")
+    (tmp_path / "rows.json").write_text(json.dumps(ROWS))
+    trained = cli(
+        "sft", "--model.base", base, "--data.train", tmp_path / "rows.json", "--model.dtype", "float32",
+        "--lora.target_modules", "attention", "--lora.target_modules", "experts", "--training.max_steps", "3",
+        "--training.batch_size", "4", "--training.learning_rate", "1e-2", "--output", tmp_path / "run",
+    )  # fmt: skip
+    assert trained.exit_code == 0, trained.stderr
+    merged = cli("merge", "--adapter", tmp_path / "run", "--output", tmp_path / "merged")
+    assert merged.exit_code == 0, merged.stderr
+    ids = torch.arange(20, 60)[None]
+    by_peft = PeftModel.from_pretrained(loaded(base), tmp_path / "run" / "adapter")
+    with torch.no_grad():
+        expected, found, plain = (m(input_ids=ids).logits for m in (by_peft, loaded(tmp_path / "merged"), loaded(base)))
+    scale = expected.abs().max()
+    assert (found - expected).abs().max() <= 1e-4 * scale
+    assert (plain - expected).abs().max() > 1e-3 * scale
+
+
+@pytest.mark.filterwarnings("ignore:The following (rank|alpha)_pattern:RuntimeWarning")
+def test_adapters_whose_targets_peft_has_replaced_are_read_as_by_peft(tmp_path: Path) -> None:
+    """As of those that were trained before transformers 5, whose names PEFT converts and saves."""
+    base, ids = make_tiny_model("mixtral", tmp_path / "base"), torch.arange(20, 44)[None]
+    config = LoraConfig(r=2, lora_alpha=4, target_modules=["w1", "w2", "w3", "q_proj"], task_type="CAUSAL_LM")
+    by_peft: Any = get_peft_model(loaded(base), config).eval()
+    assert config.target_parameters == {"gate_up_proj", "down_proj"}
+    assert [*config.rank_pattern.values()] == [4]
+    with torch.no_grad():
+        for name, weight in by_peft.named_parameters():
+            if ".lora_B." in name:
+                nn.init.normal_(weight)
+    by_peft.save_pretrained(tmp_path / "adapter")
+    model = load_adapter(loaded(base), tmp_path / "adapter")
+    with torch.no_grad():
+        assert torch.equal(model(input_ids=ids).logits, by_peft(input_ids=ids).logits)
+    _, read = sources._reading(tmp_path / "adapter", base)
+    assert_updates_of_stacks(read(), by_peft, 4)
+
+
+def test_adapters_on_experts_are_not_combined(tmp_path: Path) -> None:
+    """PEFT cannot, which is told before the base is read."""
+    base = make_tiny_model("qwen3_moe", tmp_path / "base")
+    for target in ("attention", "experts"):
+        model = attach_adapter(loaded(base), LoraSettings(target_modules=target, dropout=0.0), str(base), 0)
+        save_adapter(model, tmp_path / target)
+    adapters = {target: tmp_path / target for target in ("attention", "experts")}
+    with pytest.raises(LoratuneError, match=r"experts .* has experts among its targets") as told:
+        combine_adapters(tmp_path / "none", adapters, [0.5, 0.5], "linear", 0.5, tmp_path)
+    assert "attention (" not in str(told.value)
