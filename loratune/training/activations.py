@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +13,7 @@ from numpy.typing import NDArray
 
 from loratune import console
 from loratune.data.assembly.batches import collate_packed, collate_padded
+from loratune.model.adapter.targets import computes_stacks
 from loratune.model.architecture.structure import causal_model, decoder_of, text_config
 from loratune.model.hardware import Hardware
 from loratune.model.kernels.linear_cross_entropy import CHUNK_BYTES
@@ -132,28 +134,45 @@ def measure_passes(model: AdaptedModel, is_packed: bool, longest: int, step: int
     base = causal_model(model)
     config = text_config(base.config)
     length = min(longest, SAMPLE_TOKENS)
+    layers, has_copies = config.num_hidden_layers, computes_stacks(model)
     was_training = model.training
     model.train()
     with torch.random.fork_rng([hardware.device] if hardware.is_gpu else []):
         if hardware.is_gpu:
-            few, many = (_peak_bytes(model, is_packed, [length] * count, hardware) for count in (1, 4))
+            with _recomputed(base) if has_copies else nullcontext():  # those of all layers may not fit
+                few, many = (_peak_bytes(model, is_packed, [length] * count, hardware) for count in (1, 4))
             kept = SPARE_ON_GPU * (many - few) / (3 * length)
             fixed = round(max(0, few - kept * length))
         else:
-            kept = SPARE * _kept_bytes(model, is_packed, length, hardware) / length
+            counts = (1, 4) if has_copies else (1,)
+            few, *more = (_kept_bytes(model, is_packed, [length] * count, hardware) for count in counts)
+            per_token = (more[0] - few) / (3 * length) if more else few / length
+            kept = SPARE * per_token
             fixed = 2 * min(CHUNK_BYTES, step * config.vocab_size * base.dtype.itemsize)
+            fixed += round(2 * (few - per_token * length) / layers)  # a layer's copies of experts, and their gradients
     model.train(was_training)
     # AdamW's two averages and the gradients each have the size of the weights.
     fixed += 3 * sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
-    layers = config.num_hidden_layers
     # The input of each layer is kept, and all of one layer while its gradients are computed.
     recomputed = layers * config.hidden_size * base.dtype.itemsize + kept / layers
+    if hardware.is_gpu and has_copies:  # measured so
+        recomputed = kept
     return _scarcest(PassMemory(kept, min(kept, recomputed), fixed, free_memory_bytes(hardware)), hardware)
 
 
-def _kept_bytes(model: AdaptedModel, is_packed: bool, length: int, hardware: Hardware) -> int:
+@contextmanager
+def _recomputed(model: Any) -> Iterator[None]:
+    """Have a model recompute its activations."""
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    try:
+        yield
+    finally:
+        model.gradient_checkpointing_disable()
+
+
+def _kept_bytes(model: AdaptedModel, is_packed: bool, lengths: Sequence[int], hardware: Hardware) -> int:
     """Return what the forward pass of the decoder saves for the backward pass."""
-    inputs = _sample(is_packed, [length], hardware)
+    inputs = _sample(is_packed, lengths, hardware)
     del inputs["labels"]
     seen = {tensor.untyped_storage().data_ptr() for tensor in (*model.parameters(), *model.buffers())}
     kept_bytes = 0

@@ -83,6 +83,7 @@ def _check_plain(adapters: Mapping[str, Path]) -> None:
             "modules_to_save": config.get("modules_to_save"),
             "trained tokens": config.get("trainable_token_indices"),
             "trained biases": config.get("bias", "none") != "none" or config.get("lora_bias"),
+            "experts among its targets": config.get("target_parameters"),
             "a rank or alpha pattern": config.get("rank_pattern") or config.get("alpha_pattern"),
         }
         problems += [f"{name} ({adapter}) has {extra}" for extra, has in extras.items() if has]

@@ -123,6 +123,14 @@ def attached_layers(model: AdaptedModel) -> Iterator[tuple[str, LoraLayer]]:
             yield f"{name.replace('.base_layer', '')}.{parameter}" if parameter else name, module
 
 
+def computes_stacks(model: AdaptedModel) -> bool:
+    """Return whether an adapter changes parameters with the matrices of experts.
+
+    PEFT computes their updated values in each pass, as copies of the same size.
+    """
+    return any(config.target_parameters for config in model.peft_config.values())
+
+
 def check_attached(model: AdaptedModel, targets: Targets) -> None:
     """Compare the matrices that PEFT has put layers on with those that were asked for.
 
