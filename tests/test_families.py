@@ -20,7 +20,7 @@ from typer.testing import Result
 
 from loratune.model.architecture.families import FAMILIES
 from loratune.model.config import auto_class
-from loratune.printable import printable
+from loratune.printable import visible
 from loratune.training.trainer import AdapterTrainer
 
 Cli = Callable[..., Result]
@@ -80,7 +80,7 @@ def test_a_family_is_trained_resumed_merged_and_asked(
     for place in (["--adapter", tmp_path / "run"], ["--model", tmp_path / "merged"]):
         answer = cli("infer", *place, *question)
         assert answer.exit_code == 0, answer.stderr
-        assert answer.stdout.strip() == printable(by_transformers(model, tmp_path / "merged"))
+        assert answer.stdout.strip() == visible(by_transformers(model, tmp_path / "merged"))
 
 
 def stop_in_the_second_step(cli: Cli, monkeypatch: pytest.MonkeyPatch, flags: list[Any]) -> None:

@@ -43,7 +43,9 @@ class OwnHead:
         taken_over = vars(decoder).get("forward")
         decoder.forward = lambda *_, **__: _States(last_hidden_state=states[None])
         try:
-            logits: torch.Tensor = self._forward(inputs_embeds=states[None], use_cache=False).logits[0]
+            # Any ids: some models look them up before their decoder, and cannot do without.
+            ids = torch.zeros(1, len(states), dtype=torch.long, device=states.device)
+            logits: torch.Tensor = self._forward(input_ids=ids, use_cache=False).logits[0]
         finally:
             del decoder.forward
             if taken_over is not None:
