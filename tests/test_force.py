@@ -115,7 +115,10 @@ DAMAGED_BASES: dict[str, tuple[Damage, str]] = {
     "it is not there": (shutil.rmtree, "no such folder"),
     "it is empty": (lambda base: [path.unlink() for path in base.iterdir()], "no config.json in it"),
     "config without text": (lambda base: (base / "config.json").write_text("{"), "config.json: cannot be read"),
-    "odd architecture": (lambda base: edit(base / "config.json", model_type=[]), "is not supported"),
+    "odd architecture": (
+        lambda base: edit(base / "config.json", model_type=[]),
+        "no model of its own that writes text",
+    ),
     "file cut off": (lambda base: cut(base / "model.safetensors"), "model.safetensors: 450262 bytes where"),
     "file empty": (lambda base: (base / "model.safetensors").write_bytes(b""), "model.safetensors: cut off"),
     "unknown type": (lambda base: edit_header(base / "model.safetensors", NORM, dtype="F8"), "contradicts itself"),

@@ -198,7 +198,7 @@ def test_experts_that_get_tokens_are_counted(tmp_path: Path) -> None:
         model(input_ids=IDS[:, :3])
     counter.on_train_end()
     assert counter.use is not None
-    assert counter.use.experts == 32
+    assert counter.use.all == 32
     assert counter.use.used == sum(len(set(numbers.flatten().tolist())) for numbers in chosen) < 32
 
 
@@ -218,5 +218,5 @@ def test_a_run_on_experts_recomputes_and_reports(
     assert report["gradient_checkpointing"] is True
     assert report["adapter"]["groups"].keys() == {"attention", "shared-experts", "experts"}
     assert report["adapter"]["groups"]["experts"]["modules"] == 4
-    assert 0 < report["health"]["experts"]["used"] <= report["health"]["experts"]["experts"] == 8
+    assert 0 < report["health"]["expert_use"]["used"] <= report["health"]["expert_use"]["all"] == 8
     assert "gradient checkpointing is on" in done.stderr

@@ -150,7 +150,7 @@ class ExpertUse:
     """How many experts the training's tokens reached, over all layers."""
 
     used: int
-    experts: int
+    all: int
 
 
 @dataclass(frozen=True)
@@ -163,10 +163,10 @@ class Health:
     """Adapted modules that no gradient has reached in the first step of the process."""
     answers: Answers | None = None
     """What it says to some questions; None if they could not be asked."""
-    experts: ExpertUse | None = None
-    """Of a mixture of experts."""
     sentences: tuple[str, ...] = ()
     """What stands out, each with what to do."""
+    expert_use: ExpertUse | None = None
+    """Of a mixture of experts."""
 
 
 @dataclass(frozen=True)

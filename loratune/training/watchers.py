@@ -27,7 +27,7 @@ class Watchers(NamedTuple):
     progress: Progress  # after metrics: it shows the latest record
     keeper: CheckpointKeeper
     flow: GradientFlow
-    experts: ExpertCounter
+    expert_counter: ExpertCounter
     trackers: Trackers
 
 
@@ -41,7 +41,7 @@ def add_watchers(session: Session, trainer: AdapterTrainer, metrics: Metrics, ke
         progress=Progress(metrics, session.hardware),
         keeper=keeper,
         flow=GradientFlow(),
-        experts=ExpertCounter(session.model),
+        expert_counter=ExpertCounter(session.model),
         trackers=Trackers(session.recipe.tracking, session.output, session.stops),
     )
     for watcher in watchers:

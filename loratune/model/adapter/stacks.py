@@ -1,7 +1,7 @@
 """Finds which parameter with experts' matrices each tensor of an adapter belongs to.
 
 PEFT wraps the module that holds such parameters once per parameter, so that the file has names such as
-`mlp.experts.lora_A.weight` and `mlp.experts.base_layer.lora_A.weight`. Which parameter is the inner one depends on the
+`….lora_A.weight` and `….base_layer.lora_A.weight`. Which parameter is the inner one depends on the
 order in which the architecture registers them; the shapes tell them apart without it.
 """
 

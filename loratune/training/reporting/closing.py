@@ -43,7 +43,7 @@ def close_run(session: Session, running: ActiveTraining, report: Report) -> Repo
             answers = attempted("the closing questions", lambda: _answers(session, running), warn)
             health = attempted(
                 "the report of the adapter's health",
-                lambda: examine(_model(running), watchers.flow, watchers.metrics, answers, watchers.experts.use),
+                lambda: examine(_model(running), watchers.flow, watchers.metrics, answers, watchers.expert_counter.use),
                 warn,
             )
             report = replace(report, health=health, warnings=tuple(session.notes.told))

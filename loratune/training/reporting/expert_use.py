@@ -39,7 +39,7 @@ class ExpertCounter(TrainerCallback):
         if not counts:
             return None
         used = sum(int((tokens > 0).sum()) for tokens in counts)
-        return ExpertUse(used=used, experts=sum(len(tokens) for tokens in counts))
+        return ExpertUse(used=used, all=sum(len(tokens) for tokens in counts))
 
     def _count(self, router: Any, _: Any, output: Any) -> None:
         parts = [part for part in output if isinstance(part, torch.Tensor)] if isinstance(output, tuple) else []

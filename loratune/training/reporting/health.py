@@ -58,7 +58,7 @@ def examine(
     updates = {name: _updates(ratios) for name, ratios in update_sizes(model).items()}
     missing = tuple(flow.missing)
     sentences = (*_about_updates(updates, missing), *_about_answers(answers), *_about_losses(metrics))
-    return Health(updates, missing, answers, experts, sentences)
+    return Health(updates, missing, answers, sentences, experts)
 
 
 def _updates(ratios: Mapping[str, float]) -> Updates:

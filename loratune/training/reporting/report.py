@@ -50,7 +50,7 @@ ROWS: dict[str, Callable[[Report], str | None]] = {
     "speed": lambda it: f"{it.tokens_per_second:g} tokens/s" if it.tokens_per_second else None,
     "start-up": lambda it: _stages_text(it.start_up_seconds) if it.start_up_seconds else None,
     "peak memory": lambda it: console.memory(it.peak_memory_bytes) if it.peak_memory_bytes else None,
-    "experts": lambda it: _experts_text(it.health.experts) if it.health and it.health.experts else None,
+    "experts": lambda it: _experts_text(it.health.expert_use) if it.health and it.health.expert_use else None,
     "update": lambda it: _update_text(it.health.updates) if it.health and it.health.updates else None,
 }
 """Of the closing table: what it says of a report, or None where there is nothing to say."""
@@ -139,8 +139,8 @@ def _one_line(text: str) -> str:
     return textwrap.shorten(text, SHOWN_LETTERS, placeholder=" …") or "(nothing)"
 
 
-def _experts_text(experts: ExpertUse) -> str:
-    return f"{experts.used} of {experts.experts} got tokens in training"
+def _experts_text(use: ExpertUse) -> str:
+    return f"{use.used} of {use.all} got tokens in training"
 
 
 def _groups(summary: AdapterSummary) -> dict[str, AdapterGroup]:
