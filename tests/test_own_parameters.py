@@ -322,7 +322,7 @@ TRANSFORMERS = {"base_model_class": "Qwen2ForCausalLM", "parent_library": "trans
         ({"alora_invocation_tokens": [1, 2]}, "alora_invocation_tokens is set"),
         ({"kasa_config": {"beta": 1}, "some_new_size": 16}, "some_new_size is set"),
         ({"enable_lora": [True, False, True]}, "enable_lora is set"),
-        ({"target_parameters": ["mlp.weight"]}, "target_parameters is set"),
+        ({"target_parameters": ["mlp.weight"]}, "target_parameters names mlp.weight"),
     ],
 )
 def test_a_config_is_judged_alike_by_every_command(

@@ -45,18 +45,27 @@ def load_base(settings: ModelSettings, folder: Path, hardware: Hardware, in_own_
     empty = empty_model(load_config(folder))
     matrices, kept = quantised_matrices(empty), kept_in_16_bits(empty)
     stacks = set(expert_stacks(empty)) if in_own_format and settings.quantization == "nf4" else set[str]()
-    if not matrices | stacks:
-        raise LoratuneError(
-            f"model.quantization {settings.quantization}: {type(empty).__name__} has no layer that bitsandbytes can "
-            "quantise; take model.quantization none",
-            Exit.USAGE,
-        )
+    require_quantisable(settings, empty)
     if stacks:  # other implementations take whole stacks
         options["experts_implementation"] = "eager"
     config = _quantization(settings, hardware, sorted(kept), bool(stacks))
     model = load_from_folder(folder, quantization_config=config, **options)
     check_quantised(model, matrices, stacks, folder)
     return model
+
+
+def require_quantisable(settings: ModelSettings, model: CausalModel) -> None:
+    """Raise if a base is to be quantised and has nothing that bitsandbytes quantises, as GPT-2.
+
+    Raises:
+        LoratuneError: says what to take instead.
+    """
+    if settings.quantization != "none" and not quantised_matrices(model) | {*expert_stacks(model)}:
+        raise LoratuneError(
+            f"model.quantization {settings.quantization}: {type(model).__name__} has no layer that bitsandbytes can "
+            "quantise; take model.quantization none",
+            Exit.USAGE,
+        )
 
 
 def _quantization(

@@ -20,8 +20,9 @@ from loratune.delivery.template import about_the_date
 from loratune.errors import Exit, LoratuneError, counted
 from loratune.model.adapter.peft_merge import PeftMerge
 from loratune.model.architecture.file_layout import FileLayout, file_layout
-from loratune.model.architecture.roles import quantised_matrices, transposed_matrices
+from loratune.model.architecture.roles import transposed_matrices
 from loratune.model.architecture.vocabulary import vocabulary_of
+from loratune.model.base import require_quantisable
 from loratune.model.config import empty_model, load_config
 from loratune.model.files import find_base, weight_files
 from loratune.model.hardware import detect_hardware
@@ -165,8 +166,7 @@ def job_of(source: AdapterSource, output: Path, options: MergeOptions) -> Job:
     if trained_day and not options.stands_in_for:
         warnings.append(about_the_date("transformers and vLLM write", trained_day))
     model = empty_model(load_config(base))
-    if settings.quantization != "none":
-        _require_known_quantisation(settings, model)
+    require_quantisable(settings, model)
     layout = file_layout(model, infos)
     changes = read_updates(source.adapter, layout.infos(infos), is_tied, transposed_matrices(model))
     updates = layout.in_files(changes, infos)
@@ -175,17 +175,6 @@ def job_of(source: AdapterSource, output: Path, options: MergeOptions) -> Job:
     brought = updates[embedding].replacement if embedding in updates else None
     warnings += check_vocabulary(source, base, rows, rows if brought is None else len(brought))
     return Job(source, settings, base, updates, is_tied, options, warnings, output, encoder, model, layout)
-
-
-def _require_known_quantisation(settings: ModelSettings, model: CausalModel) -> None:
-    transposed = sorted(transposed_matrices(model) & quantised_matrices(model))
-    if transposed:
-        raise LoratuneError(
-            f"model.quantization {settings.quantization}: transformers quantises {transposed[0]} and "
-            f"{len(transposed) - 1} more transposed, which loratune cannot "
-            "reproduce. Train without quantisation to merge the adapter",
-            Exit.MODEL,
-        )
 
 
 def base_files(job: Job, kind: AddedTo) -> TensorFiles:

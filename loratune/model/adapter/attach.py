@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import warnings
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,7 @@ from loratune.model.adapter.completeness import Shapes, require_complete, tensor
 from loratune.model.adapter.files import CONFIG_FILE, SETTINGS, WEIGHTS_FILE, read_config_values
 from loratune.model.adapter.other_layouts import in_peft_layout
 from loratune.model.adapter.own_parameters import own_parameters
-from loratune.model.adapter.patterns import as_expressions, settle_patterns
+from loratune.model.adapter.patterns import as_expressions, settle_patterns, unmatched_stacks
 from loratune.model.adapter.targets import Targets, attached_layers, check_attached, peft_targets, resolve_targets
 from loratune.model.adapter.tensors import read_tensors
 from loratune.model.adapter.values import check_weights
@@ -172,9 +173,7 @@ def load_adapter(model: CausalModel, folder: Path, name: str = "default", keep_d
     config = _peft_config(values, folder)
     tensors = read_tensors(files, values, shapes, base.config.tie_word_embeddings, problems)
     if problems:
-        raise LoratuneError(
-            f"{folder}: the adapter does not fit the base model:\n{bullet_list(problems, limit=5)}", Exit.MODEL
-        )
+        raise _unfit(folder, problems)
     lora = {tensor: tuple(values.shape) for tensor, values in tensors.lora.items()}
     require_complete(folder, _peft_config(values, folder), lora, shapes)
     own.add(name, tensors, keep_dtype)
@@ -210,7 +209,14 @@ def check_adapter(folder: Path, base: Shapes) -> None:
     check_weights(folder)
     files = in_peft_layout(folder, base)
     values = settle_patterns(read_config_values(files), base, folder)
+    if problems := unmatched_stacks(values, base):
+        raise _unfit(folder, problems)
     require_complete(folder, _peft_config(values, folder), tensor_shapes(files), base)
+
+
+def _unfit(folder: Path, problems: Sequence[str]) -> LoratuneError:
+    told = bullet_list(problems, limit=5)
+    return LoratuneError(f"{folder}: the adapter does not fit the base model:\n{told}", Exit.MODEL)
 
 
 def load_adapter_weights(model: AdaptedModel, folder: Path) -> None:

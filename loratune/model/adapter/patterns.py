@@ -126,6 +126,17 @@ def targeted_stacks(settled: Mapping[str, Any], base: Mapping[str, Sequence[int]
     return [name for name in stacks_of(base) if _ends_in(name, wanted)]
 
 
+def unmatched_stacks(settled: Mapping[str, Any], base: Mapping[str, Sequence[int]]) -> list[str]:
+    """Return a problem for each entry of target_parameters that is no stack of matrices of the base."""
+    found = targeted_stacks(settled, base)
+    wanted = _as_list(settled.get("target_parameters"))
+    return [
+        f"target_parameters names {one}, and the base has no parameter of this name with several matrices"
+        for one in wanted
+        if not any(_ends_in(name, {one}) for name in found)
+    ]
+
+
 def targeted(settled: dict[str, Any], base: Iterable[str]) -> list[str]:
     """Return the modules to which a config applies LoRA.
 

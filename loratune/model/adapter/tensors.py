@@ -12,7 +12,7 @@ import torch
 
 from loratune.errors import Exit, LoratuneError, bullet_list, counted
 from loratune.model.adapter.files import WEIGHTS_FILE, read_config_values
-from loratune.model.adapter.patterns import settle_patterns, targeted, targeted_stacks
+from loratune.model.adapter.patterns import settle_patterns, targeted, targeted_stacks, unmatched_stacks
 from loratune.model.adapter.stacks import stack_places
 from loratune.model.adapter.values import check_weights
 from loratune.model.architecture.vocabulary import vocabulary_of
@@ -65,6 +65,7 @@ def read_tensors(
         LoratuneError: the file is missing, damaged or contains NaN.
     """
     found = _by_use(folder, values, base, is_tied, problems)
+    problems += unmatched_stacks(values, base)
     problems += [*_vocabulary_problems(found, base), *_place_problems(found, base), *_missing(found, values, base)]
     problems += [*_rank_problems(found, values, base), *_target_problems(found, values, base)]
     return found
