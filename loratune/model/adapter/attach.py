@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 import warnings
 from collections import Counter
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -214,7 +213,7 @@ def check_adapter(folder: Path, base: Shapes) -> None:
     require_complete(folder, _peft_config(values, folder), tensor_shapes(files), base)
 
 
-def _unfit(folder: Path, problems: Sequence[str]) -> LoratuneError:
+def _unfit(folder: Path, problems: list[str]) -> LoratuneError:
     told = bullet_list(problems, limit=5)
     return LoratuneError(f"{folder}: the adapter does not fit the base model:\n{told}", Exit.MODEL)
 
