@@ -86,10 +86,15 @@ class Trained(NamedTuple):
 def trained(base: Path, dtype: torch.dtype = torch.float32, targets: list[str] | None = None) -> Trained:
     """Put LoRA on attention and recurrent layers, and none on experts, which PEFT treats in a way of its own."""
     model = load_from_folder(base, dtype=dtype, attn_implementation="sdpa")
-    names = targets or [*linear_modules(model, Role.ATTENTION), *recurrent_linears(model)] or ["c_attn", "c_proj"]
+    names = targets or [*linear_modules(model, Role.ATTENTION), *recurrent_linears(model)]
     plain, other = with_same_weights(model), with_same_weights(model)
     own_attention = str(model.config._attn_implementation)
-    lora = {"r": 4, "target_modules": names, "task_type": "CAUSAL_LM", "fan_in_fan_out": names[0] == "c_attn"}
+    lora = {
+        "r": 4,
+        "target_modules": names,
+        "task_type": "CAUSAL_LM",
+        "fan_in_fan_out": any("c_attn" in name for name in names),
+    }
     adapted, reference = (get_peft_model(one, LoraConfig(**lora)) for one in (model, other))
     reference.load_state_dict(adapted.state_dict())
     use_fused_lora(adapted)

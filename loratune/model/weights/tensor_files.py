@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import math
 import mmap
+import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -53,6 +54,18 @@ class TensorInfo:
         return math.prod(self.shape) * int(self.dtype.itemsize)
 
 
+NO_RESERVE = 0x4000
+"""Linux's MAP_NORESERVE, which Python 3.11 has no name for."""
+
+
+def _mapped(file: BinaryIO) -> mmap.mmap:
+    """Map a file so that writes stay in this process."""
+    if sys.platform != "linux":
+        return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+    # Without memory set aside for copies of all pages: Linux refuses to map a file larger than its memory otherwise.
+    return mmap.mmap(file.fileno(), 0, flags=mmap.MAP_PRIVATE | NO_RESERVE, prot=mmap.PROT_READ | mmap.PROT_WRITE)
+
+
 class TensorFiles:
     """The tensors of safetensors files, as memory-mapped views.
 
@@ -69,7 +82,7 @@ class TensorFiles:
         for path in paths:
             begin, header = read_header(path)
             with path.open("rb") as file:
-                mapping = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+                mapping = _mapped(file)
             for name, entry in header.items():
                 if entry["dtype"] not in DTYPES:
                     raise LoratuneError(f"{path}: {name} has the unsupported dtype {entry['dtype']}", Exit.MODEL)
