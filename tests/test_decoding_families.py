@@ -112,7 +112,8 @@ def own_losses(model: Any, ids: list[int]) -> list[float]:
 
 def adapted(model: Any) -> Any:
     """The model with two adapters whose B is not 0."""
-    names = [name for name in ADAPTED if any(path.endswith(f".{name}") for path, _ in model.named_modules())]
+    paths = (path for path, _ in model.named_modules() if "vision" not in path)
+    names = [path for path in paths if path.rpartition(".")[2] in ADAPTED]
     torch.manual_seed(4)
     wide, narrow = (LoraConfig(r=rank, lora_alpha=32, target_modules=names, init_lora_weights=False) for rank in (4, 2))
     both = get_peft_model(model, wide)
