@@ -156,7 +156,7 @@ def test_targets_that_match_nothing_or_something_else_are_refused(kind: str, tar
 
 def test_dora_is_refused_where_no_merge_has_it() -> None:
     model = empty_model(tiny_config("gpt2"))
-    with pytest.raises(LoratuneError, match="lora.use_dora: gpt2 holds its matrices as"):
+    with pytest.raises(LoratuneError, match=r"lora\.use_dora: gpt2 holds its matrices as"):
         resolve_targets(model, LoraSettings(use_dora=True))
     assert resolve_targets(model, LoraSettings()).is_transposed
 
