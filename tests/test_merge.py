@@ -489,7 +489,7 @@ def test_other_combinations_are_peft_s_own(cli: Cli, random_qwen: Path, tmp_path
         (["--weights", "1,1"], {"alpha_pattern": {"q_proj": 3}}, Exit.MODEL, "rank or alpha pattern"),
         (["--weights", "1,1"], {"layers_to_transform": [1]}, Exit.MODEL, "on layers [1]"),
         (["--weights", "1,1"], {"init_lora_weights": "pissa"}, Exit.MODEL, "changes the base"),
-        (["--weights", "1,1", "--combine", "ties"], {"r": 3}, Exit.MODEL, "same r"),
+        (["--weights", "1,1", "--combine", "ties"], {"r": 3}, Exit.MODEL, "the same rank, and have a 4, b 3"),
     ],
 )
 def test_adapters_that_do_not_go_together_are_refused(

@@ -21,7 +21,7 @@ from typer.testing import Result
 from loratune.delivery.merge import job as merge_job
 from loratune.delivery.merge import merge
 from loratune.delivery.merge.merged_weights import MergePlan, plan_merge, write_merged
-from loratune.delivery.merge.update import TensorUpdate
+from loratune.delivery.merge.update import TensorUpdate, read_updates
 from loratune.delivery.verification.noise import ALLOWED, bounds_of_noise, noise_of
 from loratune.delivery.verification.parity import _logits, compare_models
 from loratune.delivery.verification.proof import EXACT, check_parity
@@ -31,7 +31,7 @@ from loratune.model.adapter.attach import load_adapter
 from loratune.model.adapter.peft_merge import Change
 from loratune.model.adapter.peft_stacks import StackRows
 from loratune.model.architecture.file_layout import FileLayout, file_layout, prediction_tensors
-from loratune.model.architecture.roles import expert_stacks
+from loratune.model.architecture.roles import expert_stacks, transposed_matrices
 from loratune.model.from_folder import load_from_folder, load_plain
 from loratune.model.weights import mapped, reference
 from loratune.model.weights.mapped import load_mapped
@@ -456,7 +456,7 @@ def test_a_wrong_update_of_a_stack_is_noticed_in_the_files(mixture: Mixture, tmp
     change(mixture.updates[min(name for name in mixture.updates if "gate_up" in name)])
     plan = mixture.plan()
     write_merged(plan, mixture.files, tmp_path, lambda _: None)
-    with pytest.raises(LoratuneError, match="rounding steps away from PEFT's"):
+    with pytest.raises(LoratuneError, match=r"holds a (row|matrix), number \d+, that is \S+ rounding steps away"):
         mixture.read_back(tmp_path, plan)
 
 
@@ -501,6 +501,19 @@ def stacks_adapter_of(base: Path, folder: Path) -> Any:
     peft = with_random_values(get_peft_model(model, config))
     peft.save_pretrained(folder, save_embedding_layers=False)
     return peft
+
+
+def test_dora_on_transposed_matrices_is_refused_with_each_of_them_once(models: Models, tmp_path: Path) -> None:
+    base = models("gpt2")
+    config = LoraConfig(r=2, target_modules=["c_attn"], use_dora=True, fan_in_fan_out=True)
+    get_peft_model(load_plain(base), config).save_pretrained(tmp_path)
+    infos, model = TensorFiles([base / WEIGHTS]).infos, load_plain(base)
+    infos = file_layout(model, infos).infos(infos)
+    with pytest.raises(LoratuneError) as raised:
+        read_updates(tmp_path, infos, True, transposed_matrices(model))
+    assert str(raised.value).partition("nothing is merged:\n")[2].splitlines() == [
+        f"  transformer.h.{layer}.attn.c_attn.weight: DoRA on a transposed matrix cannot be merged" for layer in (0, 1)
+    ]
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])

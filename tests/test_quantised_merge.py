@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,12 +15,14 @@ from tiny_models import CONFIGS, make_tiny_model
 from typer.testing import Result
 
 from loratune.delivery.merge import job as merge_job
-from loratune.errors import Exit
+from loratune.delivery.verification import verify
+from loratune.errors import Exit, LoratuneError
 from loratune.model.architecture.roles import quantised_matrices
 from loratune.model.base import load_base
 from loratune.model.config import empty_model, load_config
 from loratune.model.hardware import detect_hardware
 from loratune.recipe.sections import ModelSettings
+from loratune.runs.verification import Parity
 
 Cli = Callable[..., Result]
 USUAL = ("qwen3_moe",)
@@ -72,3 +75,14 @@ def test_transposed_matrices_with_4_bits_are_refused_by_name(
     assert "GPT2LMHeadModel has no layer that bitsandbytes can quantise" in " ".join(result.stderr.split())
     assert "reading back" not in result.stderr
     assert not (tmp_path / "merged").exists()
+
+
+def test_a_merge_into_an_original_base_that_is_too_far_says_which_to_take(tmp_path: Path) -> None:
+    far = Parity(
+        tokens=9, largest_difference=8, mean_kl=1.1, top1_agreement=0.2, clear_disagreement=0.8, largest_logit=7
+    )
+    job: Any = SimpleNamespace(settings=settings_of(tmp_path, "nf4"))
+    chosen: Any = SimpleNamespace(candidate=SimpleNamespace(merge_base="original"), parity=far)
+    with pytest.raises(LoratuneError, match="--merge-base auto") as raised:
+        verify._require_right(job, chosen)
+    assert "please report" not in raised.value.message

@@ -426,3 +426,16 @@ def test_recurrent_layers_and_large_effects_are_advised_on(folder_of: Callable[[
         SimpleNamespace(validation=None, train=rows),  # type: ignore[arg-type]
     ).notes  # fmt: skip
     assert "leaves 49.2 kB of the base as they are: the 4 stacks" in notes[0]
+
+
+def test_matrices_of_sizes_that_bitsandbytes_cannot_repack_are_left_as_they_are(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        "bitsandbytes.nn.modules.has_avx512bf16", lambda: True
+    )  # as on a CPU for which it would repack them
+    folder = make_tiny_model("qwen3", tmp_path / "base", hidden_size=64, intermediate_size=72)
+    model: Any = load_base(settings_of(folder), folder, detect_hardware()).eval()
+    mlp, attention = model.model.layers[0].mlp, model.model.layers[0].self_attn
+    repacked = [part.support_avx512bf16_for_cpu for part in (mlp.up_proj, mlp.down_proj, attention.q_proj)]
+    assert repacked == [False, False, True]  # 72 rows, 72 columns, neither

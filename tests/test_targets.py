@@ -154,6 +154,13 @@ def test_targets_that_match_nothing_or_something_else_are_refused(kind: str, tar
     assert told in str(raised.value)
 
 
+def test_dora_is_refused_where_no_merge_has_it() -> None:
+    model = empty_model(tiny_config("gpt2"))
+    with pytest.raises(LoratuneError, match=r"lora\.use_dora: gpt2 holds its matrices as"):
+        resolve_targets(model, LoraSettings(use_dora=True))
+    assert resolve_targets(model, LoraSettings()).is_transposed
+
+
 def test_what_is_left_out_is_told() -> None:
     targets = resolve_targets(empty_model(tiny_config("qwen3_next")), LoraSettings())
     assert targets.left_out == (

@@ -619,6 +619,14 @@ def test_what_hashes_cannot_tell_the_proof_does(
     assert merged.is_dir()
 
 
+def test_tensors_that_are_missing_or_too_many_are_named(cli: Cli, merged: Path, short_run: Path) -> None:
+    change_tensors(lambda tensors: tensors.update(extra=tensors.pop(NORM)))(merged)
+    sealed_again(merged)
+    told = cli("verify", merged, "--adapter", short_run, "--no-logits").stderr
+    assert f"  {NORM}: is missing\n" in told
+    assert "  extra: is not of them\n" in told
+
+
 def test_a_merge_is_proved_with_its_own_adapter_alone(cli: Cli, merged: Path, short_run: Path, tmp_path: Path) -> None:
     other = Path(shutil.copytree(short_run / "adapter", tmp_path / "other"))
     weights = load_file(other / "adapter_model.safetensors")

@@ -140,6 +140,10 @@ def _plan_of(folder: Path, job: Job, files: TensorFiles) -> MergePlan:
     """
     plan = plan_merge(files, job.updates, job.is_tied, job.options.dtype, job.options.shard_bytes)
     names = {path.name: list(TensorFiles([path]).infos) for path in weight_files(folder)}
-    if sorted(name for found in names.values() for name in found) != sorted(plan.tensors):
-        raise LoratuneError(f"{folder} holds other tensors than this adapter and its base make", Exit.MODEL)
+    if strange := sorted({name for found in names.values() for name in found} ^ plan.tensors.keys()):
+        told = [f"{name}: {'is missing' if name in plan.tensors else 'is not of them'}" for name in strange]
+        raise LoratuneError(
+            f"{folder} holds other tensors than this adapter and its base make:\n{bullet_list(told, limit=5)}",
+            Exit.MODEL,
+        )
     return replace(plan, shards={file: [plan.tensors[name].info for name in found] for file, found in names.items()})

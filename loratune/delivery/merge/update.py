@@ -186,13 +186,13 @@ def read_updates(
 
 def _transpose(updates: dict[str, TensorUpdate], transposed: Set[str]) -> list[str]:
     """Give updates the orientation of their parameters; return problems."""
-    for name in transposed & updates.keys():
+    problems = []
+    for name in sorted(transposed & updates.keys()):
         updates[name] = updates[name].transposed()
-    return [
-        f"{name}: DoRA on a transposed matrix cannot be merged"
-        for name in transposed & updates.keys()
-        if updates[name].magnitude is not None
-    ]
+        if updates[name].magnitude is not None:
+            problems.append(f"{name}: DoRA on a transposed matrix cannot be merged")
+            updates[name].magnitude = None  # whose shape would be told again
+    return problems
 
 
 def _stack_updates(

@@ -153,7 +153,7 @@ def _compare_kept(info: TensorInfo, base: TensorFiles, source: str, written: tor
     """Compare bytes, so that NaN equals itself and -0 differs from 0."""
     for rows, found, original in _pieces(written, base.tensor(source)):
         if not torch.equal(as_bytes(found), as_bytes(original.to(found.dtype))):
-            raise _mismatch(info.name, f"other values than the base from row {rows.start} on")
+            raise _mismatch(info.name, f"other values than the base from {_part(written)} {rows.start} on")
         base.release([source])
 
 
@@ -178,7 +178,7 @@ def _compare_changed(
         wrong = check.first_wrong_row(values, merged, change.tolerance(merged, numbers))
         if wrong is not None:
             place, steps = rows.start + wrong.place, f"{wrong.steps:.3g} rounding steps"
-            raise _mismatch(info.name, f"row {place} is {steps} away from PEFT's")
+            raise _mismatch(info.name, f"a {_part(written)}, number {place}, that is {steps} away from PEFT's")
         is_changed = is_changed or not torch.equal(as_bytes(values), as_bytes(before[rows].to(values.dtype)))
         base.release([name])
         files.release([info.name])
@@ -209,6 +209,11 @@ def _spread(rows: Sequence[int], row_values: int) -> list[int]:
     count = SAMPLED_ROWS if row_values * SAMPLED_ROWS <= SAMPLED_VALUES else max(2, SAMPLED_VALUES // row_values)
     places = torch.linspace(0, len(rows) - 1, min(len(rows), count)).tolist()
     return sorted({rows[round(place)] for place in places})
+
+
+def _part(values: torch.Tensor) -> str:
+    """Return what messages call a part of a tensor along its first axis."""
+    return "matrix" if values.ndim == 3 else "row"
 
 
 def _mismatch(name: str, found: str) -> LoratuneError:

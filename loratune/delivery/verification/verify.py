@@ -31,6 +31,12 @@ from loratune.runs.verification import Bounds, ModelProof, Parity
 if TYPE_CHECKING:
     from loratune.delivery.merge.job import Candidate, Job
 
+REPORT = "please report this with the versions that `loratune --version` and pip list show"
+OTHER_BASE_ADVICE = (
+    "the run trained on the quantised base, and the original one is too far from it for this adapter; --merge-base "
+    "auto takes the closer"
+)
+
 
 def prove(job: Job, candidates: list[Candidate]) -> tuple[Candidate, ModelProof]:
     """Compare the merged models with base + adapter, and choose the closer one.
@@ -104,7 +110,7 @@ def _require_right(job: Job, chosen: _Compared) -> tuple[Bounds, tuple[Parity, .
         The bounds with the rounding errors, and the noise that they follow from; without any, they are the usual ones.
     """
     if job.settings.quantization != "none" and chosen.candidate.merge_base == "original":
-        _require_within(chosen.parity, OTHER_BASE)
+        _require_within(chosen.parity, OTHER_BASE, OTHER_BASE_ADVICE)
     bounds, noise = EXACT, tuple[Parity, ...]()
     if check_parity(chosen.exact, EXACT):
         noise = chosen.noise()
@@ -152,11 +158,10 @@ def _effect(job: Job, chosen: Candidate, reference: CausalModel, rows: list[Prob
     return effect
 
 
-def _require_within(parity: Parity, bounds: Bounds) -> None:
+def _require_within(parity: Parity, bounds: Bounds, advice: str = REPORT) -> None:
     problems = check_parity(parity, bounds)
     if problems:
         raise LoratuneError(
-            f"the merged model is not what base + adapter is:\n{bullet_list(problems)}\n"
-            "please report this with the versions that `loratune --version` and pip list show",
+            f"the merged model is not what base + adapter is:\n{bullet_list(problems)}\n{advice}",
             Exit.MODEL,
         )

@@ -43,6 +43,8 @@ def combine_adapters(
         LoratuneError: an adapter has more than low-rank matrices, or PEFT rejects the combination.
     """
     _check_plain(adapters)
+    if "ties" in method:
+        _check_same_rank(adapters, method)
     model: Any = load_mapped(base)  # PEFT's wrapper of it from the first adapter on
     names = [f"adapter_{number}" for number in range(len(adapters))]  # PEFT takes no dots, which the user's may have
     for inner, (name, adapter) in zip(names, adapters.items(), strict=True):
@@ -70,6 +72,17 @@ def combine_adapters(
     model.peft_config[COMBINED].use_rslora = False
     model.save_pretrained(folder, selected_adapters=[COMBINED], save_embedding_layers=False)
     return folder / COMBINED
+
+
+def _check_same_rank(adapters: Mapping[str, Path], method: Combination) -> None:
+    """Refuse different ranks as PEFT does, whose message would say the same of linear, a method of its own."""
+    ranks = {name: read_config_values(adapter).get("r") for name, adapter in adapters.items()}
+    if len(set(ranks.values())) > 1:
+        told = ", ".join(f"{name} {rank}" for name, rank in ranks.items())
+        raise LoratuneError(
+            f"--combine {method}: the adapters must have the same rank, and have {told}; linear and svd take any",
+            Exit.MODEL,
+        )
 
 
 def _check_plain(adapters: Mapping[str, Path]) -> None:

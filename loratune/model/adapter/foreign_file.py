@@ -8,12 +8,11 @@ from pathlib import Path
 
 from loratune.errors import Exit, LoratuneError
 from loratune.model.adapter.foreign_names import LORA, places_of
+from loratune.model.adapter.stacks import WRAPPED
 from loratune.model.adapter.tensors import PREFIX
 from loratune.model.architecture.other_names import MEGATRON, Matrix, matrix_of, sides_of
 from loratune.model.architecture.vocabulary import vocabulary_of
 
-INNER = ".base_layer"
-"""PEFT's mark of a module that it has wrapped: LoRA on the first of several parameters."""
 Places = Mapping[str, Sequence[int]]
 
 
@@ -70,10 +69,10 @@ class ForeignFile:
             if match := LORA.fullmatch(name):
                 wrapped = match["module"]
                 module = wrapped
-                while module.endswith(INNER):
-                    module = module.removesuffix(INNER)
+                while module.endswith(WRAPPED):
+                    module = module.removesuffix(WRAPPED)
                 matrix = Matrix(module) if _ending(module) in endings else matrix_of(module)
-                found[name] = LoraName(module, match["side"], matrix, wrapped.count(INNER))
+                found[name] = LoraName(module, match["side"], matrix, wrapped.count(WRAPPED))
         embedding = base.get(vocabulary_of(base).embedding, (0, 0))
         return cls(folder, shapes, found, places, embedding[1])
 
@@ -149,7 +148,7 @@ def peft_name(module: str, side: str, inner: int = 0) -> str:
         side: A or B.
         inner: how often PEFT has wrapped the module; see `LoraName`.
     """
-    return f"{PREFIX}{module}{INNER * inner}.lora_{side}.weight"
+    return f"{PREFIX}{module}{WRAPPED * inner}.lora_{side}.weight"
 
 
 def _ending(name: str) -> str:

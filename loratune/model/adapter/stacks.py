@@ -18,6 +18,7 @@ from loratune.model.adapter.patterns import targeted_stacks
 
 DOWN, UP = "lora_A.weight", "lora_B.weight"
 WRAPPED = ".base_layer"
+"""PEFT's mark of a module that it has wrapped: LoRA on the first of several parameters."""
 
 
 def stack_places(

@@ -62,7 +62,8 @@ def resolve_targets(model: CausalModel, settings: LoraSettings) -> Targets:
         settings: the recipe's lora section.
 
     Raises:
-        LoratuneError: lists the targets that match nothing, or that PEFT would replace by others.
+        LoratuneError: lists the targets that match nothing, or that PEFT would replace by others; or DoRA's norms would
+            be those of transposed matrices, which no merge has.
     """
     roles = module_roles(model) | dict.fromkeys(expert_stacks(model), Role.EXPERTS)
     modules: dict[str, Any] = dict(model.named_modules())
@@ -86,6 +87,12 @@ def resolve_targets(model: CausalModel, settings: LoraSettings) -> Targets:
         )
     in_order = {name: roles[name] for name in roles if name in kept}
     transposed = any(isinstance(modules.get(name), Conv1D) for name in in_order)
+    if transposed and settings.use_dora:
+        raise LoratuneError(
+            f"lora.use_dora: {model.config.model_type} holds its matrices as [inputs, outputs], where DoRA cannot be "
+            "merged; leave it out",
+            Exit.USAGE,
+        )
     return Targets(in_order, tuple(_left_out(settings, roles, replaced)), transposed)
 
 

@@ -17,6 +17,7 @@ from loratune.model.adapter.completeness import tensor_shapes
 from loratune.model.adapter.files import CONFIG_FILE, read_config_values
 from loratune.model.adapter.other_layouts import in_peft_layout
 from loratune.model.adapter.patterns import settle_patterns
+from loratune.model.adapter.stacks import WRAPPED
 from loratune.model.adapter.values import check_weights
 from loratune.model.architecture.served_class import ServedClass
 from loratune.model.architecture.vocabulary import Projection, projection_of
@@ -33,8 +34,6 @@ SETTINGS = {
 WITH_TENSORS = {Part.DORA, Part.LORA_BIAS, Part.TOKENS, Part.BASE_BIASES, Part.WHOLE_MODULES}
 """Parts with tensors other than LoRA's matrices."""
 TENSOR = re.compile(r"base_model\.model\.(?P<module>.+)\.lora_(?:embedding_)?(?P<matrix>[AB])(?:\.weight)?")
-INNER = ".base_layer"
-"""How PEFT marks the first of several parameters of a module that it adapts."""
 PARTS = {
     Projection.USUAL: Part.USUAL,
     Projection.RECURRENT: Part.RECURRENT,
@@ -164,7 +163,7 @@ def _kind(module: str, matrices: Mapping[str, Sequence[int]]) -> Projection:
     shape = matrices.get("B", ())
     if len(shape) == 2 and shape[0] == 1:  # a gate with one output, whatever its name
         return Projection.ROUTER
-    return projection_of(module.removesuffix(INNER))
+    return projection_of(module.removesuffix(WRAPPED))
 
 
 def _rank(matrices: Mapping[str, Sequence[int]]) -> int:
@@ -189,7 +188,7 @@ def _module_parts(kinds: Mapping[str, Projection]) -> dict[Part, str]:
     names: dict[Part, list[str]] = {}
     for module, kind in kinds.items():
         if kind in PARTS:
-            names.setdefault(PARTS[kind], []).append(_last(module.removesuffix(INNER)))
+            names.setdefault(PARTS[kind], []).append(_last(module.removesuffix(WRAPPED)))
     return {part: f"LoRA on {' and '.join(sorted(set(found)))}" for part, found in names.items()}
 
 
@@ -219,8 +218,8 @@ def _rank_problems(server: ServerName, rank: int, matrices: Mapping[str, Any], r
 
 def _stack_problems(kinds: Mapping[str, Projection]) -> list[str]:
     """Return stacks of which only one parameter is adapted."""
-    found = {module.removesuffix(INNER) for module, kind in kinds.items() if kind is Projection.STACK}
-    half = sorted(stack for stack in found if (stack in kinds) != (f"{stack}{INNER}" in kinds))
+    found = {module.removesuffix(WRAPPED) for module, kind in kinds.items() if kind is Projection.STACK}
+    half = sorted(stack for stack in found if (stack in kinds) != (f"{stack}{WRAPPED}" in kinds))
     return [f"LoRA on a part of the matrices of {half[0]}: all or none have to be adapted"] if half else []
 
 
