@@ -10,12 +10,10 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import TINY_QWEN
 from safetensors.torch import load_file
-from tiny_models import tiny_config
+from tiny_models import make_tiny_model, tiny_config
 from torch import nn
 from transformers import (
-    CONFIG_MAPPING,
     AttentionInterface,
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
@@ -43,7 +41,6 @@ from loratune.model.architecture.vocabulary import vocabulary_of
 from loratune.model.config import empty_model
 from loratune.model.weights.tensor_files import TensorFiles
 from loratune.recipe.sections import LoraSettings
-from loratune.runs.tokenizer_files import copy_tokenizer_files
 
 ROOT = Path(__file__).resolve().parent.parent / "loratune"
 NAMES = re.compile(
@@ -59,52 +56,19 @@ EXAMPLES = {
 }
 """Files that name a module to a user, and why."""
 
-SIZES: dict[str, Any] = {
-    "vocab_size": 3008, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
-    "num_key_value_heads": 2, "max_position_embeddings": 256, "bos_token_id": None, "eos_token_id": 3002,
-    "pad_token_id": 3000,
-}  # fmt: skip
-EXPERTS: dict[str, Any] = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "head_dim": 8}
-RECURRENT: dict[str, Any] = {
-    "linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 8, "linear_value_head_dim": 8,
-    "linear_conv_kernel_dim": 4, "head_dim": 16, "layer_types": ["linear_attention", "full_attention"],
-}  # fmt: skip
-IMAGES: dict[str, Any] = {
-    "depth": 1, "hidden_size": 16, "intermediate_size": 32, "num_heads": 2, "out_hidden_size": 32, "patch_size": 4,
-    "spatial_merge_size": 2, "temporal_patch_size": 2, "in_channels": 3, "num_position_embeddings": 16,
-}  # fmt: skip
-OTHER_LAYOUTS: dict[str, dict[str, Any]] = {
-    "qwen3_moe": SIZES | EXPERTS,
-    "mixtral": SIZES | {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": None},
-    "qwen3_5": {"text_config": SIZES | RECURRENT | {"tie_word_embeddings": True}, "vision_config": IMAGES},
-}
+OTHER_LAYOUTS = ("qwen3_moe", "mixtral", "qwen3_5")
 """Architectures whose parameters are not their files' tensors."""
 PLAIN = ["qwen2", "qwen3", "llama", "mistral"]
 """Families whose parameters are their files' tensors, with all weights in linear modules."""
 
 
-def config_of(kind: str, **settings: Any) -> Any:
-    return CONFIG_MAPPING[kind](**(OTHER_LAYOUTS.get(kind, SIZES) | settings))
-
-
 @pytest.fixture(scope="module")
 def make_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """A folder of a model with random float32 weights that is large enough to answer with different tokens."""
+    """Write a tiny model once."""
 
     def make(kind: str) -> Path:
         folder = tmp_path_factory.getbasetemp() / f"tiny-{kind}"
-        if folder.exists():
-            return folder
-        torch.manual_seed(0)
-        config = config_of(kind)
-        # With the part that reads images, whose tensors are in the files of a model that only writes text too.
-        model = (AutoModelForImageTextToText if kind == "qwen3_5" else AutoModelForCausalLM).from_config(config)
-        for parameter in model.parameters():
-            nn.init.normal_(parameter, 1.0 if parameter.ndim == 1 else 0.0, 0.8 * parameter.shape[-1] ** -0.5)
-        model.save_pretrained(folder)
-        copy_tokenizer_files(TINY_QWEN, folder)
-        (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [3002]}))
-        return folder
+        return folder if folder.exists() else make_tiny_model(kind, folder)
 
     return make
 
@@ -137,7 +101,7 @@ def test_such_a_name_would_be_found(line: str, is_found: bool) -> None:
 
 @pytest.mark.parametrize("kind", PLAIN)
 def test_the_parts_and_sizes_are_those_that_compute(kind: str) -> None:
-    model = AutoModelForCausalLM.from_config(config_of(kind)).eval()
+    model = AutoModelForCausalLM.from_config(tiny_config(kind)).eval()
     seen: dict[str, Any] = {}
     decoder_of(model).register_forward_hook(lambda _, __, output: seen.update(states=output.last_hidden_state))
     output_layer(model).register_forward_hook(lambda _, inputs, output: seen.update(given=inputs[0], made=output))
@@ -162,7 +126,7 @@ def test_embedding_and_head_are_found_by_name(kind: str, make_model: Callable[[s
 
 @pytest.mark.parametrize("kind", PLAIN)
 def test_the_attending_modules_are_those_that_call_the_attention(kind: str) -> None:
-    model = AutoModelForCausalLM.from_config(config_of(kind)).eval()
+    model = AutoModelForCausalLM.from_config(tiny_config(kind)).eval()
     callers, plain = [], ALL_ATTENTION_FUNCTIONS["sdpa"]
 
     def attend(module: Any, *arguments: Any, **settings: Any) -> Any:
@@ -180,7 +144,7 @@ def test_the_attending_modules_are_those_that_call_the_attention(kind: str) -> N
 
 @pytest.mark.parametrize("kind", PLAIN)
 def test_every_linear_module_but_the_head_can_be_a_target(kind: str) -> None:
-    model = empty_model(config_of(kind))
+    model = empty_model(tiny_config(kind))
     linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
     assert linear_modules(model) == linear[:-1]
     assert quantised_matrices(model) == {f"{name}.weight" for name in linear[:-1]}
@@ -190,11 +154,11 @@ def test_every_linear_module_but_the_head_can_be_a_target(kind: str) -> None:
 @pytest.mark.parametrize("kind", PLAIN)
 def test_parameters_are_the_tensors_of_the_files(kind: str, make_model: Callable[[str], Path]) -> None:
     files = TensorFiles([make_model(kind) / "model.safetensors"])
-    layout = file_layout(empty_model(config_of(kind)), files.infos)
+    layout = file_layout(empty_model(tiny_config(kind)), files.infos)
     assert layout.unused == ()
     assert layout.infos(files.infos) == files.infos
     assert list(layout.infos(files.infos)) == [
-        name for name in empty_model(config_of(kind)).state_dict() if name in files.infos
+        name for name in empty_model(tiny_config(kind)).state_dict() if name in files.infos
     ]
     assert layout.in_files(dict.fromkeys(files.infos, 1), files.infos) == dict.fromkeys(files.infos, 1)
 
@@ -238,7 +202,7 @@ def test_stacked_experts_are_told_by_their_numbers_and_are_no_tensor_of_the_file
 
 
 def test_experts_keep_their_order_beyond_ten_and_whatever_that_of_the_file_is() -> None:
-    model = empty_model(config_of("qwen3_moe", num_experts=12))
+    model = empty_model(tiny_config("qwen3_moe", num_experts=12))
     names = [f"model.layers.0.mlp.experts.{number}.down_proj.weight" for number in range(12)]
     layout = file_layout(model, sorted(names, reverse=True))
     assert layout.tensors_of("model.layers.0.mlp.experts.down_proj") == names
@@ -252,9 +216,9 @@ def test_a_nested_model_s_names_in_the_files_are_found(make_model: Callable[[str
     assert layout.tensor_of(vocabulary_of(dict(model.named_parameters())).embedding) == embedding
     assert any("visual" in name for name in layout.unused)
     values = json.loads((folder / "config.json").read_text())
-    assert text_values(values)["num_hidden_layers"] == layer_count(config_of("qwen3_5")) == 2
-    assert layer_memories(config_of("qwen3_5")) == [STATES, KEYS]
-    assert has_states(config_of("qwen3_5"))
+    assert text_values(values)["num_hidden_layers"] == layer_count(tiny_config("qwen3_5")) == 2
+    assert layer_memories(tiny_config("qwen3_5")) == [STATES, KEYS]
+    assert has_states(tiny_config("qwen3_5"))
 
 
 def test_what_layers_keep_is_what_transformers_caches() -> None:
@@ -289,31 +253,31 @@ def test_a_parameter_that_is_computed_otherwise_is_refused(monkeypatch: pytest.M
     monkeypatch.setattr(architecture_file_layout, "get_model_conversion_mapping", lambda model: [turned])
     name = "model.layers.0.self_attn.w.weight"
     with pytest.raises(LoratuneError, match=f"o_proj.weight: transformers computes it from {name} by Transpose"):
-        file_layout(empty_model(config_of("qwen2")), [name])
+        file_layout(empty_model(tiny_config("qwen2")), [name])
 
 
 def test_a_parameter_that_is_in_the_files_twice_is_refused() -> None:
     with pytest.raises(LoratuneError, match=r"model\.norm\.weight is in the files twice"):
-        file_layout(empty_model(config_of("qwen2")), ["model.norm.weight", "norm.weight"])
+        file_layout(empty_model(tiny_config("qwen2")), ["model.norm.weight", "norm.weight"])
 
 
 def test_roles_of_experts_routers_and_layers_with_a_state() -> None:
-    mixture = module_roles(empty_model(config_of("qwen3_moe")))
+    mixture = module_roles(empty_model(tiny_config("qwen3_moe")))
     assert mixture["model.layers.0.mlp.experts"] == Role.EXPERTS
     assert mixture["model.layers.0.mlp.gate"] == Role.ROUTER
-    hybrid = empty_model(config_of("qwen3_5"))
+    hybrid = empty_model(tiny_config("qwen3_5"))
     attending = linear_modules(hybrid, Role.ATTENTION)
     recurrent = [f"model.layers.0.linear_attn.{name}" for name in ("out_proj", "in_proj_qkv", "in_proj_z")]
     assert attending == [*recurrent, *(f"model.layers.1.self_attn.{letter}_proj" for letter in "qkvo")]
     roles = module_roles(hybrid)
     assert {*roles.values()} == {Role.EMBEDDING, Role.HEAD, Role.ATTENTION, Role.MLP, Role.GATE}
     assert roles["model.layers.0.linear_attn.in_proj_a"] == roles["model.layers.0.linear_attn.in_proj_b"] == Role.GATE
-    whole = module_roles(AutoModelForImageTextToText.from_config(config_of("qwen3_5")))
+    whole = module_roles(AutoModelForImageTextToText.from_config(tiny_config("qwen3_5")))
     assert {name.replace("language_model.", "") for name in whole} == {*roles}
 
 
 def test_attention_of_a_class_that_does_not_name_it_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    model = AutoModelForCausalLM.from_config(config_of("qwen2"))
+    model = AutoModelForCausalLM.from_config(tiny_config("qwen2"))
     for part in (model, model.model):
         monkeypatch.setattr(type(part), "_can_record_outputs", {})
     told = "the model has no attention, or its class does not declare them; it has all-linear, mlp, with q_proj"

@@ -381,6 +381,7 @@ def test_flags_reach_the_recipe_as_they_are_written(cli: Cli, tmp_path: Path) ->
     ]
     flags += ["--data.placeholders", "name=小李", "--data.placeholders", "author=a=b", "--lora.use_dora"]
     flags += ["--no-model.double_quantization", "--training.learning_rate", "2e-4", "--prompt.system", ""]
+    assert "A list takes its flag once per value" in " ".join(cli("sft", "--help").stdout.split())
     result = cli("sft", "--show", *flags)
     shown = tmp_path / "shown.yaml"
     shown.write_text(result.stdout, encoding="utf-8")

@@ -14,9 +14,11 @@ from loratune.cli.export import DETAILS
 from loratune.data.checks.inspection import FLAGS
 from loratune.data.formats.conversation import Conversation
 from loratune.data.formats.registry import FORMATS, ConversationReader, Format, detect_format
+from loratune.data.template.thinking import VALUES
 from loratune.delivery.export.export import FROM_ADAPTER, FROM_MODEL
 from loratune.delivery.export.rehearsal import CHECKS
 from loratune.recipe.findings import FINDINGS, Finding
+from loratune.recipe.sections import TEMPLATE_ARGUMENTS
 
 ROOT = Path(__file__).resolve().parent.parent
 DATA_PAGE = (ROOT / "docs" / "data.md").read_text(encoding="utf-8")
@@ -59,12 +61,17 @@ def test_a_row_of_every_format_can_be_asked_without_its_answer(kind: Format) -> 
     ]
 
 
+def test_every_argument_of_chat_templates_has_values_to_try() -> None:
+    assert set(TEMPLATE_ARGUMENTS) == set(VALUES)
+
+
 def test_every_export_can_be_asked_for_is_rehearsed_and_is_described() -> None:
     assert set(get_args(ExportFormat)) == set(EXPORTS)
     assert set(CHECKS) == set(FROM_MODEL)
     for name in EXPORTS:
         assert re.search(rf"\b{name}\b", DETAILS)
         assert re.search(rf"\b{name}\b", FOLDER_PAGE)
+        assert f'"{name}", ' in GUIDE  # in the example of a new one
 
 
 def test_every_file_and_test_that_the_guide_names_is_there() -> None:

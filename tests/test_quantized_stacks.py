@@ -13,7 +13,7 @@ import bitsandbytes.functional as bnb
 import pytest
 import torch
 from conftest import ROWS
-from tiny_models import make_tiny_model
+from tiny_models import MIXTURES, make_tiny_model
 from torch.nn import functional
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 from typer.testing import Result
@@ -39,8 +39,7 @@ from loratune.training.quantization_effect import measure_effect
 Cli = Callable[..., Result]
 DEFAULT = ["qwen3_moe", "gpt_oss", "qwen3_next"]
 """Experts per tensor in the files, stacks of (inputs, outputs) with biases, and decay gates."""
-OTHERS = ["deepseek_v3", "glm4_moe", "mixtral", "qwen2_moe", "qwen3_5_moe", "qwen3_5_moe_text"]
-MIXTURES = [*DEFAULT, *(pytest.param(kind, marks=pytest.mark.slow) for kind in OTHERS)]
+KINDS = [kind if kind in DEFAULT else pytest.param(kind, marks=pytest.mark.slow) for kind in MIXTURES]
 IDS = torch.arange(5, 45)[None]
 PLAIN_NAMES = re.compile(
     r"(lm_head|\.gate|_gate|in_proj_(a|b|ba)|conv1d|norm|router|embed_tokens)\.weight|visual\.|A_log|_bias$"
@@ -98,7 +97,7 @@ def outcome(model: Any, states: torch.Tensor) -> tuple[torch.Tensor, torch.Tenso
 # --- what is quantised ---
 
 
-@pytest.mark.parametrize("kind", [*MIXTURES, "qwen3_5"])
+@pytest.mark.parametrize("kind", [*KINDS, "qwen3_5"])
 def test_matrices_and_stacks_are_quantised_and_nothing_else(folder_of: Callable[[str], Path], kind: str) -> None:
     model = quantised(folder_of(kind))
     for name, parameter in model.named_parameters():
@@ -145,7 +144,7 @@ def test_int8_leaves_stacks_as_they_are_and_gates_too(folder_of: Callable[[str],
 # --- what it computes ---
 
 
-@pytest.mark.parametrize("kind", MIXTURES)
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("double", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_a_quantised_mixture_computes_with_its_dequantised_matrices(
     folder_of: Callable[[str], Path], kind: str, double: bool
@@ -262,7 +261,7 @@ def test_mixed_up_matrices_are_noticed(
 # --- files, runs and merges ---
 
 
-@pytest.mark.parametrize("kind", [*MIXTURES, "qwen3_5"])
+@pytest.mark.parametrize("kind", [*KINDS, "qwen3_5"])
 def test_dequantised_files_hold_what_the_live_model_computes_with(folder_of: Callable[[str], Path], kind: str) -> None:
     model, folder = quantised(folder_of(kind)), folder_of(kind)
     files = DequantizedFiles(weight_files(folder), settings_of(folder), detect_hardware())

@@ -12,7 +12,7 @@ import pytest
 import torch
 from conftest import ROWS
 from peft import LoraConfig, PeftModel, get_peft_model
-from tiny_models import CONFIGS, make_tiny_model, tiny_config
+from tiny_models import CONFIGS, MIXTURES, make_tiny_model, tiny_config
 from torch import nn
 from transformers import AutoConfig
 from transformers.pytorch_utils import Conv1D
@@ -37,10 +37,6 @@ from loratune.training.trainer import AdapterTrainer
 QUICK = ("qwen3_5", "qwen3_5_moe", "gpt_oss", "gpt2")
 """Those of the default run: recurrent layers, beside experts, experts as [inputs, outputs], and matrices as such."""
 KINDS = [pytest.param(kind, marks=[] if kind in QUICK else pytest.mark.slow) for kind in CONFIGS]
-MIXTURES = (
-    "deepseek_v3", "glm4_moe", "gpt_oss", "mixtral", "qwen2_moe", "qwen3_5_moe", "qwen3_5_moe_text", "qwen3_moe",
-    "qwen3_next",
-)  # fmt: skip
 OUTSIDE = re.compile(r"(.*\.)?(visual|embed_vision|vision_tower|vision_model|multi_modal_projector|lm_head)(\..*)?")
 GATES = re.compile(r".*\.(in_proj_a|in_proj_b|in_proj_ba|shared_expert_gate)")
 WITHIN = {

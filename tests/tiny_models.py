@@ -116,6 +116,12 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "smollm3": SIZES,
 }  # fmt: skip
 """model_type → arguments of its config class."""
+MIXTURES = tuple(
+    kind
+    for kind, values in CONFIGS.items()
+    if any(values.get("text_config", values).get(f"{word}_experts") for word in ("num", "num_local", "n_routed"))
+)
+"""Families with routed experts."""
 WITH_PREDICTION = ("qwen3_next", "qwen3_5", "qwen3_5_moe")
 """Families whose files on the hub have weights for multi-token prediction, which transformers does not load."""
 WITH_FUSED_EXPERTS = ("qwen3_5_moe",)

@@ -15,7 +15,8 @@ from loratune.recipe.loading import dump_recipe, load_recipe, shipped_recipes
 
 DETAILS = """\
 Every setting of the recipe is also a flag; flags override the recipe, and the recipe overrides the
-defaults. Shipped recipes: """ + ", ".join(path.stem for path in shipped_recipes())
+defaults. A list takes its flag once per value: --data.train a.json --data.train b.json. Shipped
+recipes: """ + ", ".join(path.stem for path in shipped_recipes())
 
 
 @recipe_options

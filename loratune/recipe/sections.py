@@ -85,10 +85,11 @@ class LoraSettings(Section):
             return self
         if "dropout" not in self.model_fields_set:
             object.__setattr__(self, "dropout", 0.0)
-        odd = [f"dropout {self.dropout:g}"] if self.dropout else []
-        odd += ["use_dora"] if self.use_dora else []
-        if odd:
-            raise ValueError(f"PEFT's adapter of experts has no {' and no '.join(odd)}; leave that out, or experts")
+        if odd := [name for name in ("dropout", "use_dora") if getattr(self, name)]:
+            raise ValueError(
+                f"PEFT has no {' and no '.join(odd)} for experts; leave {' and '.join(odd)} out, or experts out of "
+                "target_modules"
+            )
         return self
 
     @field_validator("layers")

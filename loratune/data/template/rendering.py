@@ -201,9 +201,8 @@ class ChatRenderer:
         The thinking mode has a default, so templates without one may ignore it.
         """
         settings, problems = self.settings, []
-        given = {"preserve_thinking": settings.preserve_thinking, "reasoning_effort": settings.reasoning_effort}
-        for name, value in given.items():
-            if value is None or self.reads(name):
+        for name in settings.template_arguments:
+            if name == "enable_thinking" or self.reads(name):
                 continue
             is_read_otherwise = self.reads(name, enable_thinking=not settings.enable_thinking)
             mode = f" while prompt.enable_thinking is {str(settings.enable_thinking).lower()}"
