@@ -177,8 +177,7 @@ def read_updates(
             problems.append(f"{target}: the base has no such parameter")
     if problems:
         raise LoratuneError(
-            f"{adapter}: {len(problems)} tensors of the adapter do not fit the base, so nothing is merged:\n"
-            f"{bullet_list(problems, limit=5)}",
+            f"{adapter}: the adapter does not fit the base, so nothing is merged:\n{bullet_list(problems, limit=5)}",
             Exit.MODEL,
         )
     return updates
