@@ -455,7 +455,7 @@ def test_a_wrong_update_of_a_stack_is_noticed_in_the_files(mixture: Mixture, tmp
     change(mixture.updates[min(name for name in mixture.updates if "gate_up" in name)])
     plan = mixture.plan()
     write_merged(plan, mixture.files, tmp_path, lambda _: None)
-    with pytest.raises(LoratuneError, match=r"holds a (row|matrix), number \d+, that is \S+ rounding steps away"):
+    with pytest.raises(LoratuneError, match=r"holds (row|matrix) \d+ wrongly, \S+ rounding steps away"):
         mixture.read_back(tmp_path, plan)
 
 

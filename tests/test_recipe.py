@@ -17,7 +17,7 @@ from loratune.errors import Exit, LoratuneError
 from loratune.recipe.advice import advise
 from loratune.recipe.loading import dump_recipe, find_recipe, load_recipe, shipped_recipes
 from loratune.recipe.section import listed
-from loratune.recipe.sections import Recipe, TargetGroup, iterate_settings
+from loratune.recipe.sections import TEMPLATE_ARGUMENTS, Recipe, TargetGroup, iterate_settings
 
 PACKAGE = Path(__file__).resolve().parent.parent / "loratune"
 SETTINGS = dict(iterate_settings())
@@ -464,11 +464,14 @@ def read_settings() -> set[str]:
 
 
 READ = read_settings()
+TEMPLATE_SETTINGS = {f"prompt.{name}" for name in TEMPLATE_ARGUMENTS}
 
 
 @pytest.mark.parametrize("dotted", SETTINGS)
 def test_every_setting_is_read_outside_the_recipe(dotted: str) -> None:
     section, _, name = dotted.rpartition(".")
+    if dotted in TEMPLATE_SETTINGS:  # which are read all at once
+        name = "template_arguments"
     assert READ & {f"{section or 'recipe'}.{name}", f"settings.{name}"}, f"{dotted} has no effect"
 
 

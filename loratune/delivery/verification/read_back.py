@@ -178,7 +178,7 @@ def _compare_changed(
         wrong = check.first_wrong_row(values, merged, change.tolerance(merged, numbers))
         if wrong is not None:
             place, steps = rows.start + wrong.place, f"{wrong.steps:.3g} rounding steps"
-            raise _mismatch(info.name, f"a {_part(written)}, number {place}, that is {steps} away from PEFT's")
+            raise _mismatch(info.name, f"{_part(written)} {place} wrongly, {steps} away from PEFT's")
         is_changed = is_changed or not torch.equal(as_bytes(values), as_bytes(before[rows].to(values.dtype)))
         base.release([name])
         files.release([info.name])
