@@ -66,6 +66,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Make:
     return make
 
 
+USUAL = ["documents", "order", "logits", "gradients", "saved adapter"]
+"""Names of the checks of a packed run."""
+
+
 class Trained(NamedTuple):
     """A model as `sft` makes it, and the same one as transformers and PEFT make it."""
 
@@ -147,7 +151,7 @@ def test_losses_and_gradients_are_those_of_rows_one_by_one(folder: Make, kind: s
     checked = it.checked()
     assert checked.is_packed
     assert checked.warnings == ()
-    assert [check.name for check in checked.checks] == ["documents", "logits", "gradients", "saved adapter"]
+    assert [check.name for check in checked.checks] == USUAL
     documents = random_documents(it.model, LENGTHS, seed=3)
     with perturbed(it.model), perturbed(it.reference):
         for one in (it.model, it.reference):
@@ -219,7 +223,14 @@ def test_rows_are_padded_where_nothing_keeps_documents_apart(folder: Make, monke
     assert not checked.is_packed
     (warning,) = checked.warnings
     assert warning.startswith("training.packing: rows are padded, since documents of a packed row see each other")
-    assert [check.name for check in checked.checks] == ["documents", "padding", "logits", "gradients", "saved adapter"]
+    assert [check.name for check in checked.checks] == [
+        "documents",
+        "padding",
+        "order",
+        "logits",
+        "gradients",
+        "saved adapter",
+    ]
     documents = random_documents(it.model, LENGTHS, seed=3)
     with perturbed(it.model), perturbed(it.reference):
         it.model.eval()
@@ -352,6 +363,13 @@ def test_products_take_values_of_another_size_than_keys() -> None:
     torch.testing.assert_close(_attend_by_products(query, key, value, None), expected, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("packing", [True, False])
+def test_a_model_that_encodes_texts_is_refused(tmp_path: Path, packing: bool) -> None:
+    it = trained(make_tiny_model("gemma3_text", tmp_path / "base", use_bidirectional_attention=True))
+    with pytest.raises(LoratuneError, match="Gemma3ForCausalLM: a token sees those after it"):
+        it.checked(**{"training.packing": packing})
+
+
 def test_a_scale_of_the_logits_that_is_left_out_shows(folder: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     it = trained(folder("cohere2"))
     with monkeypatch.context() as patch:
@@ -443,11 +461,18 @@ def test_rows_are_passes_of_their_own_where_padding_matters(folder: Make) -> Non
     assert why_padding_matters(it.model) == ""
     for one in (it.model, it.plain):
         embedding = one.get_input_embeddings()
-        embedding.register_forward_hook(lambda _, __, output: output + output.mean(1, keepdim=True))
-    assert why_padding_matters(it.model) == "the padding's tokens change the states of a padded row"
+        embedding.register_forward_hook(lambda _, __, output: output * (1 + output.shape[1]))
+    assert why_padding_matters(it.model)
     checked = it.checked(**{"training.packing": False})
     assert (checked.is_packed, checked.is_single) == (False, True)
     assert "each row is a pass of its own" in checked.warnings[0]
+
+
+def test_padding_that_is_seen_is_noticed(folder: Make) -> None:
+    it = trained(folder("qwen2"))
+    embedding = it.model.get_input_embeddings()
+    embedding.register_forward_hook(lambda _, __, output: output + output.mean(1, keepdim=True))
+    assert why_padding_matters(it.model) == "the padding's tokens change the states of a padded row"
 
 
 def test_states_that_depend_on_the_length_of_the_padding_are_noticed(folder: Make) -> None:
@@ -482,7 +507,13 @@ def test_what_was_checked_is_told_and_recorded(cli: Callable[..., Result], folde
     )
     report, manifest = (json.loads((tmp_path / "run" / name).read_text()) for name in ("report.json", "manifest.json"))
     assert report["checks"] == manifest["checks"]
-    assert [check["name"] for check in report["checks"]] == ["documents", "logits", "gradients", "saved adapter"]
+    assert [check["name"] for check in report["checks"]] == [
+        "documents",
+        "order",
+        "logits",
+        "gradients",
+        "saved adapter",
+    ]
     assert all(check["seconds"] >= 0 for check in report["checks"])
 
 

@@ -16,6 +16,7 @@ from loratune.model.kernels.linear_cross_entropy import add_labelled_loss
 from loratune.protocols import AdaptedModel, CausalModel
 from loratune.recipe.sections import Recipe
 from loratune.runs.model_check import ModelCheck
+from loratune.training.probes.causality import check_causality
 from loratune.training.probes.gradients import check_gradients
 from loratune.training.probes.isolation import Packing, choose_packing
 from loratune.training.probes.padding import why_padding_matters
@@ -67,6 +68,7 @@ def check_model(
     if not packing.is_packed:
         problem, check = _timed("padding", lambda: why_padding_matters(model), _padding_text)
         checks.append(check)
+    _, order = _timed("order", lambda: check_causality(model, packing.is_packed), _order_text)
     if problem:
         warnings.append(f"each row is a pass of its own, which is slower: {problem}")
     # With the attention that is settled now, because others may not compute the model's scores.
@@ -77,7 +79,7 @@ def check_model(
     unchecked, saved = _timed("saved adapter", lambda: check_saved_adapter(model, plain), _saved_text)
     if unchecked:
         warnings.append(_saved_text(unchecked))
-    checks += [logits, gradients, saved]
+    checks += [order, logits, gradients, saved]
     return CheckedModel(
         packing.attention, packing.is_packed, packing.is_masked, bool(problem), tuple(checks), tuple(warnings)
     )
@@ -106,6 +108,10 @@ def _reason_of(packing: Packing) -> str:
 
 def _padding_text(problem: str) -> str:
     return problem or "padding changes nothing"
+
+
+def _order_text(_: None) -> str:
+    return "no token sees a later one"
 
 
 def _gradients_text(weights: int) -> str:
