@@ -123,6 +123,13 @@ def test_an_adapter_on_a_router_is_refused() -> None:
         check_attached(model, targets)
 
 
+def test_targets_that_peft_refuses_are_told_with_what_else_there_is() -> None:
+    model = empty_model(tiny_config("granitemoehybrid"))
+    model.config.model_type = "falcon_h1"  # where PEFT refuses the projection behind a state
+    with pytest.raises(LoratuneError, match=r"PEFT refuses one of .*in_proj.*'out_proj' is incompatible"):
+        attach_adapter(model, LoraSettings(), "base", seed=0)
+
+
 @pytest.mark.filterwarnings("ignore:The following rank_pattern:RuntimeWarning")
 @pytest.mark.filterwarnings("ignore:The following alpha_pattern:RuntimeWarning")
 def test_targets_that_peft_replaces_are_refused() -> None:

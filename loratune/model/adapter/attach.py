@@ -71,7 +71,7 @@ def attach_adapter(model: CausalModel, settings: LoraSettings, base_name: str, s
         seed: seeds the adapter's initialisation.
 
     Raises:
-        LoratuneError: the model does not have the targets, layers or modules_to_save.
+        LoratuneError: the model does not have the targets, layers or modules_to_save, or PEFT refuses a target.
     """
     targets = resolve_targets(model, settings)
     _check_modules_to_save(model, settings.modules_to_save)
@@ -90,7 +90,14 @@ def attach_adapter(model: CausalModel, settings: LoraSettings, base_name: str, s
         ensure_weight_tying=bool(settings.modules_to_save) and model.config.tie_word_embeddings,
     )
     keep_unpacked(model)
-    adapted: AdaptedModel = get_peft_model(model, config)
+    try:
+        adapted: AdaptedModel = get_peft_model(model, config)
+    except ValueError as error:  # of a module that PEFT refuses in some architectures
+        names = ", ".join(dict.fromkeys(name.rpartition(".")[2] for name in targets.roles))
+        raise LoratuneError(
+            f"lora.target_modules: PEFT refuses one of {names}; name the others instead: {_first_lines(str(error))}",
+            Exit.USAGE,
+        ) from error
     config.base_model_name_or_path = base_name  # PEFT puts the folder it was loaded from there
     check_attached(adapted, targets)
     check_frozen(adapted, settings)
