@@ -15,10 +15,12 @@ from typing import Any
 
 import pytest
 import torch
+from tiny_models import tiny_config
 from transformers import AutoModelForCausalLM
 
 from loratune.errors import Exit, LoratuneError
 from loratune.model.base import load_base
+from loratune.model.config import load_config
 from loratune.model.files import BESIDE_A_BASE, SMALL_HUB_FILES, check_base, find_base, untried, weight_files
 from loratune.model.from_folder import load_plain
 from loratune.model.hardware import detect_hardware
@@ -205,6 +207,12 @@ def test_a_kind_of_layer_that_the_config_cannot_run_is_one_message(folder: Path,
     with pytest.raises(LoratuneError, match=r"config\.json: makes no model: layer_types ") as raised:
         load_base(ModelSettings(base="x", dtype="float32"), folder, detect_hardware())
     assert raised.value.exit_code == Exit.MODEL
+
+
+def test_a_config_that_requires_a_kind_of_layer_loads(tmp_path: Path) -> None:
+    tiny_config("qwen3_next", layer_types=["linear_attention", "full_attention"]).save_pretrained(tmp_path)
+    edit_config(tmp_path, model_type="olmo_hybrid")
+    assert load_config(tmp_path).layer_types == ["linear_attention", "full_attention"]
 
 
 def test_a_kind_of_layer_with_its_settings_loads(folder: Path) -> None:

@@ -15,7 +15,7 @@ from transformers import CONFIG_MAPPING, AutoConfig
 from loratune.delivery.merge.model_folder import _write_config, _write_generation_config
 from loratune.delivery.verification.beside import _config_problems, _generation_problems
 from loratune.model.architecture.structure import text_value, with_text_values
-from loratune.model.config import load_generation_config
+from loratune.model.config import load_config, load_generation_config
 from loratune.model.tying import head_is_tied
 
 TEXT: dict[str, Any] = {
@@ -111,3 +111,10 @@ def test_a_flat_config_is_its_own_language_model() -> None:
         "tie_word_embeddings": False,
         "text_config": {"vocab_size": 4},
     }
+
+
+def test_a_layer_that_is_counted_from_the_end_is_no_impossible_number(tmp_path: Path) -> None:
+    sizes = {"hidden_size": 8, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "head_dim": 4}
+    parts = {"text_config": TEXT | {"model_type": "mistral"}, "vision_config": sizes | {"model_type": "pixtral"}}
+    CONFIG_MAPPING["mistral3"](**parts, vision_feature_layer=-1).save_pretrained(tmp_path)
+    assert load_config(tmp_path).vision_feature_layer == -1

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, GenerationConfig, PreTrainedConfig
 from transformers.initialization import no_init_weights
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
@@ -217,7 +218,7 @@ def _require_layers(config_class: Any, values_text: str) -> None:
 def _can_have_two_layers(config_class: Any, values: dict[str, Any]) -> bool:
     try:
         _two_layers(config_class, values, "full_attention")
-    except ValueError:
+    except (ValueError, StrictDataclassError):  # the latter where the class requires another kind of layer
         return False
     return True
 
@@ -238,9 +239,12 @@ def _is_buildable(config_class: Any, keys: Iterable[str], values: dict[str, Any]
 
 
 def _is_impossible(key: str, value: Any) -> bool:
-    """Return whether a number is outside the range that its key implies; token ids may be -1 for none."""
+    """Return whether a number is outside the range that its key implies.
+
+    Token ids may be -1 for none, and the layer whose states stand for an image is counted from the end.
+    """
     numbers = [part for part in _parts(value) if isinstance(part, int | float)]
-    if key.endswith("_token_id"):
+    if key.endswith(("_token_id", "_feature_layer")):
         return False
     most = 1 if key.endswith("dropout") else math.inf
     least = 1 if key == "max_position_embeddings" else 0
