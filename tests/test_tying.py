@@ -128,5 +128,5 @@ def test_a_tied_model_that_stores_only_its_head_is_refused(model: Callable[..., 
     tensors = load_file(folder / "model.safetensors")
     del tensors[EMBEDDING]
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(LoratuneError, match=r"weights lack model\.embed_tokens\.weight"):
+    with pytest.raises(LoratuneError, match=r"weights lack model\.embed_tokens\.weight: .* cannot use it"):
         head_is_tied(folder)

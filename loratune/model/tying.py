@@ -37,7 +37,11 @@ def head_is_tied(folder: Path) -> bool:
     embedding, head = vocabulary_of(files.infos)
     of_embedding, of_head = files.infos.get(embedding), files.infos.get(head)
     if of_embedding is None:
-        raise LoratuneError(f"{folder}: the weights lack {embedding}", Exit.MODEL)
+        raise LoratuneError(
+            f"{folder}: the weights lack {embedding}: files are missing, or this architecture calls its embedding "
+            "otherwise, and loratune cannot use it",
+            Exit.MODEL,
+        )
     if of_head is None:
         if says_tied:
             return True
