@@ -11,9 +11,10 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny_models import make_tiny_model, tiny_config
+from tiny_models import SIZES, make_tiny_model, tiny_config
 from torch import nn
 from transformers import (
+    CONFIG_MAPPING,
     AttentionInterface,
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
@@ -280,9 +281,11 @@ def test_attention_of_a_class_that_does_not_name_it_is_refused(monkeypatch: pyte
     model = AutoModelForCausalLM.from_config(tiny_config("qwen2"))
     for part in (model, model.model):
         monkeypatch.setattr(type(part), "_can_record_outputs", {})
-    told = "the model has no attention, or its class does not declare them; it has all-linear, mlp, with q_proj"
+    told = "the model has no attention, or its class does not declare them; it has all-linear, with q_proj"
     with pytest.raises(LoratuneError, match=told):
         attach_adapter(model, LoraSettings(target_modules="attention"), "base", seed=0)
+    with pytest.raises(LoratuneError, match="the model has no mlp"):  # which cannot be told from attention then
+        attach_adapter(model, LoraSettings(target_modules="mlp"), "base", seed=0)
 
 
 def test_of_a_gated_mlp_the_matrix_that_leads_back_is_told_by_its_shape() -> None:
@@ -294,3 +297,14 @@ def test_of_a_gated_mlp_the_matrix_that_leads_back_is_told_by_its_shape() -> Non
 
     assert list(gated_mlp(Renamed())) == [("w1", "w3", "w2"), ("w3", "w1", "w2")]
     assert list(gated_mlp(nn.Sequential(nn.Linear(4, 6), nn.SiLU(), nn.Linear(6, 4)))) == []
+    scaled = Renamed()
+    scaled.activation = nn.RMSNorm(6)  # type: ignore[assignment]
+    assert list(gated_mlp(scaled)) == []
+
+
+def test_the_decoder_is_found_where_the_class_names_a_part_of_a_larger_model() -> None:
+    sizes = SIZES | {"head_dim": 8, "num_local_experts": 4, "intermediate_size_mlp": 48}
+    model = empty_model(CONFIG_MAPPING["llama4_text"](**sizes))
+    assert model.get_decoder() is model
+    assert decoder_of(model) is model.model
+    assert {Role.ATTENTION, Role.EXPERTS, Role.ROUTER} <= {*module_roles(model).values()}

@@ -53,9 +53,9 @@ def module_roles(model: CausalModel) -> dict[str, Role]:
     modules, decoder = dict(model.named_modules()), decoder_of(model)
     embedding, head = model.get_input_embeddings(), output_layer(model)
     path = next(name for name, module in modules.items() if module is decoder)
-    attention, routers = _recorded(model, "attentions"), _recorded(model, "router_logits")
+    declared, routers = _recorded(model, "attentions"), _recorded(model, "router_logits")
     recurrent = {id(module) for module in recurrent_modules(decoder)}
-    attention += [name for name, module in modules.items() if id(module) in recurrent]
+    attention = declared + [name for name, module in modules.items() if id(module) in recurrent]
     mixtures = [name.rpartition(".")[0] for name, module in modules.items() if _holds_stacks(module)]
     roles: dict[str, Role] = {}
     for name, module in modules.items():
@@ -72,8 +72,8 @@ def module_roles(model: CausalModel) -> dict[str, Role]:
                 roles[name] = Role.ATTENTION
             elif _is_within(name, mixtures):
                 roles[name] = Role.SHARED_EXPERT
-            else:  # layers have their projections in modules of their own
-                roles[name] = Role.MLP if _depth_in_layer(name, path) > 1 else Role.LINEAR
+            else:  # layers have their MLP in a module of its own, which undeclared attention may be too
+                roles[name] = Role.MLP if declared and _depth_in_layer(name, path) > 1 else Role.LINEAR
         elif _holds_stacks(module):
             roles[name] = Role.EXPERTS
     return roles
@@ -171,7 +171,9 @@ def gated_mlp(module: Any) -> Iterator[GatedMlp]:
     children = dict(module.named_children())
     matrices = [name for name, child in children.items() if hasattr(child, "in_features")]
     others = [child for name, child in children.items() if name not in matrices]
-    if len(matrices) != 3 or len(others) != 1 or any(others[0].parameters()):  # the fourth child is the activation
+    if (
+        len(matrices) != 3 or len(others) != 1 or next(others[0].parameters(), None) is not None
+    ):  # an activation has none
         return
     sizes = {name: (children[name].in_features, children[name].out_features) for name in matrices}
     for down in reversed(matrices):

@@ -28,7 +28,12 @@ def decoder_of(model: CausalModel) -> Decoder:
     """
     causal = causal_model(model)
     found = causal.get_decoder()
-    decoder: Decoder = causal.base_model if found is causal else found
+    if found is causal:
+        found = causal.base_model
+    if found is causal:  # its class names a part of a larger model as its base
+        embedding = causal.get_input_embeddings()
+        found = next(part for part in causal.children() if any(module is embedding for module in part.children()))
+    decoder: Decoder = found
     return decoder
 
 
