@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import gc
 import hashlib
 import json
@@ -22,6 +23,9 @@ from loratune.data.encoding.encoder import Example
 
 TINY_QWEN = Path(__file__).resolve().parent.parent / "loratune" / "assets" / "tiny-qwen"
 ROWS = [{"instruction": f"How much is {n}+{n}?", "input": "", "output": f"It is {2 * n}."} for n in range(12)]
+
+TinyModel = Callable[[str], Path]
+"""The folder of a family's tiny model."""
 
 
 @pytest.fixture(scope="session")
@@ -66,6 +70,15 @@ def _signals_are_not_ignored() -> Iterator[None]:
 def encoded_rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Where all tests keep encoded rows."""
     return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> TinyModel:
+    """Write a family's tiny model once; all tests share its folder, and none changes it."""
+    from tiny_models import make_tiny_model
+
+    folder = tmp_path_factory.mktemp("tiny-models")
+    return functools.cache(lambda kind: make_tiny_model(kind, folder / kind))
 
 
 @pytest.fixture(scope="session")

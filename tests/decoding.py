@@ -74,19 +74,17 @@ def run(decoder: SlotDecoder, all_running: list[RunningSequence]) -> list[list[i
     return [running.tokens for running in all_running]
 
 
-def run_any_course(
-    data: st.DataObject, decoder: SlotDecoder, longest: int = 512, after: Callable[[SlotDecoder], object] = id
-) -> list[RunningSequence]:
-    """Ask, go on, remove and make steps in any order, until all answers have ended.
+def check_any_course(
+    data: st.DataObject, model: Any, decoder: Any, longest: int = 512, after: Callable[[Any], object] = id
+) -> None:
+    """Ask, go on, remove and make steps in any order, until all answers have ended; each is as it is given alone.
 
     Args:
         data: draws the course.
-        decoder: of a model that knows the tokens 1 to 6.
+        model: knows the tokens 1 to 6.
+        decoder: of the model; it is closed.
         longest: most tokens of a conversation that goes on.
         after: called after each event.
-
-    Returns:
-        All sequences.
     """
     prompts = st.lists(st.integers(1, 2), min_size=1, max_size=90)  # few ids, so that many begin alike
     running: list[RunningSequence] = []
@@ -107,7 +105,9 @@ def run_any_course(
     while not decoder.is_idle:
         decoder.step()
         after(decoder)
-    return running
+    decoder.close()
+    for one in running:  # some have been removed before their end
+        assert one.tokens == greedy(model, one.prompt, max(1, len(one.tokens)))[: len(one.tokens)]
 
 
 def adapted(kind: str = "qwen2", **settings: Any) -> Any:

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from conftest import TinyModel
 from safetensors.torch import load_file
-from tiny_models import SIZES, make_tiny_model, tiny_config
+from tiny_models import SIZES, tiny_config
 from torch import nn
 from transformers import (
     CONFIG_MAPPING,
@@ -63,17 +63,6 @@ PLAIN = ["qwen2", "qwen3", "llama", "mistral"]
 """Families whose parameters are their files' tensors, with all weights in linear modules."""
 
 
-@pytest.fixture(scope="module")
-def make_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """Write a tiny model once."""
-
-    def make(kind: str) -> Path:
-        folder = tmp_path_factory.getbasetemp() / f"tiny-{kind}"
-        return folder if folder.exists() else make_tiny_model(kind, folder)
-
-    return make
-
-
 def test_no_other_module_names_a_part_of_a_model() -> None:
     found = {
         str(path.relative_to(ROOT)): match
@@ -116,13 +105,13 @@ def test_the_parts_and_sizes_are_those_that_compute(kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", PLAIN)
-def test_embedding_and_head_are_found_by_name(kind: str, make_model: Callable[[str], Path]) -> None:
-    model = AutoModelForCausalLM.from_pretrained(make_model(kind))
+def test_embedding_and_head_are_found_by_name(kind: str, tiny_model: TinyModel) -> None:
+    model = AutoModelForCausalLM.from_pretrained(tiny_model(kind))
     embedding, head = vocabulary_of(name for name, _ in model.named_parameters(remove_duplicate=False))
     assert model.get_parameter(embedding) is model.get_input_embeddings().weight
     assert model.get_parameter(head) is model.get_output_embeddings().weight
     assert vocabulary_of([embedding]) == (embedding, head)
-    assert vocabulary_of(load_file(make_model(kind) / "model.safetensors")) == (embedding, head)
+    assert vocabulary_of(load_file(tiny_model(kind) / "model.safetensors")) == (embedding, head)
 
 
 @pytest.mark.parametrize("kind", PLAIN)
@@ -153,8 +142,8 @@ def test_every_linear_module_but_the_head_can_be_a_target(kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", PLAIN)
-def test_parameters_are_the_tensors_of_the_files(kind: str, make_model: Callable[[str], Path]) -> None:
-    files = TensorFiles([make_model(kind) / "model.safetensors"])
+def test_parameters_are_the_tensors_of_the_files(kind: str, tiny_model: TinyModel) -> None:
+    files = TensorFiles([tiny_model(kind) / "model.safetensors"])
     layout = file_layout(empty_model(tiny_config(kind)), files.infos)
     assert layout.unused == ()
     assert layout.infos(files.infos) == files.infos
@@ -171,9 +160,9 @@ def loaded(folder: Path) -> tuple[Any, FileLayout, TensorFiles]:
 
 @pytest.mark.parametrize("kind", OTHER_LAYOUTS)
 def test_parameters_that_are_not_the_files_tensors_are_put_together_as_transformers_does(
-    kind: str, make_model: Callable[[str], Path]
+    kind: str, tiny_model: TinyModel
 ) -> None:
-    model, layout, files = loaded(make_model(kind))
+    model, layout, files = loaded(tiny_model(kind))
     parameters = dict(model.named_parameters())
     assert set(files.infos) != set(parameters)
     assert {name: info.shape for name, info in layout.infos(files.infos).items() if name in parameters} == {
@@ -186,9 +175,9 @@ def test_parameters_that_are_not_the_files_tensors_are_put_together_as_transform
 
 
 def test_stacked_experts_are_told_by_their_numbers_and_are_no_tensor_of_the_files(
-    make_model: Callable[[str], Path],
+    tiny_model: TinyModel,
 ) -> None:
-    _, layout, _ = loaded(make_model("qwen3_moe"))
+    _, layout, _ = loaded(tiny_model("qwen3_moe"))
     fused, own = "model.layers.1.mlp.experts.gate_up_proj", "model.layers.1.mlp.experts"
     assert layout.parts[fused] == tuple(
         Part(f"{own}.{number}.{name}.weight", number, place)
@@ -209,8 +198,8 @@ def test_experts_keep_their_order_beyond_ten_and_whatever_that_of_the_file_is() 
     assert layout.tensors_of("model.layers.0.mlp.experts.down_proj") == names
 
 
-def test_a_nested_model_s_names_in_the_files_are_found(make_model: Callable[[str], Path]) -> None:
-    folder = make_model("qwen3_5")
+def test_a_nested_model_s_names_in_the_files_are_found(tiny_model: TinyModel) -> None:
+    folder = tiny_model("qwen3_5")
     model, layout, files = loaded(folder)
     embedding, head = vocabulary_of(files.infos)
     assert (embedding, head) == ("model.language_model.embed_tokens.weight", "lm_head.weight")

@@ -233,7 +233,7 @@ def test_keys_that_state_another_head_size_than_the_tensors_have_are_caught(
     from loratune.delivery.export.gguf import keys as gguf_keys
 
     wrong = {"qwen2.attention.key_length": 16}  # written and expected alike: only loading the file can tell
-    monkeypatch.setattr(gguf_file, "describe", lambda config: gguf_keys.describe(config) | wrong)
+    monkeypatch.setattr(gguf_file, "describe", lambda *given: gguf_keys.describe(*given) | wrong)
     done = cli("export", "--model", merged, "--format", "gguf", "--output", tmp_path / "out")
     assert done.exit_code == 4
     assert "shapes that its keys state" in done.stderr.replace("\n", " ")

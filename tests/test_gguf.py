@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 
 from loratune.choices import GgufType
 from loratune.delivery.export.gguf.check import check_gguf
-from loratune.delivery.export.gguf.file import write_gguf
+from loratune.delivery.export.gguf.file import ModelToWrite, write_gguf
 from loratune.delivery.export.gguf.keys import describe, read_config
 from loratune.delivery.export.gguf.layout import plan_tensors
 from loratune.delivery.export.gguf.reference import load_gguf
@@ -271,7 +271,7 @@ def test_wrong_rope_keys_give_other_logits(
 ) -> None:
     model_type, options = SCALED[kind]
     model = make_model(model_type, **options)
-    monkeypatch.setattr("loratune.delivery.export.gguf.file.describe", lambda config: describe(config) | {key: value})
+    monkeypatch.setattr("loratune.delivery.export.gguf.file.describe", lambda *given: describe(*given) | {key: value})
     file = export(model)
     with torch.inference_mode():
         found = load_gguf(file)(PROMPT).logits
@@ -299,7 +299,7 @@ def test_missing_or_wrong_rope_factors_give_other_logits(
 def test_a_wrong_head_size_does_not_load(make_model: MakeModel, monkeypatch: pytest.MonkeyPatch) -> None:
     model = make_model("qwen3", head_dim=32)
     wrong = {"qwen3.attention.key_length": 16}
-    monkeypatch.setattr("loratune.delivery.export.gguf.file.describe", lambda config: describe(config) | wrong)
+    monkeypatch.setattr("loratune.delivery.export.gguf.file.describe", lambda *given: describe(*given) | wrong)
     with pytest.raises(LoratuneError, match="shapes"):
         load_gguf(export(model))
 
@@ -307,27 +307,32 @@ def test_a_wrong_head_size_does_not_load(make_model: MakeModel, monkeypatch: pyt
 # --- what the architecture says ---
 
 
+def keys_of(model: Path) -> dict[str, Any]:
+    return ModelToWrite(model).keys
+
+
 def test_llama3_frequencies_are_divided_as_transformers_divides_them(make_model: MakeModel) -> None:
     from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
-    config = read_config(make_model("llama", rope_parameters=LLAMA3_ROPE))
+    model = make_model("llama", rope_parameters=LLAMA3_ROPE)
+    config = read_config(model)
     factors = next(tensor.values for tensor in plan_tensors(config) if tensor.name == "rope_freqs.weight")
     assert factors is not None
     plain = 1 / 10000 ** (torch.arange(0, 16, 2) / 16)
     torch.testing.assert_close(plain / factors, LlamaRotaryEmbedding(config).inv_freq)
     assert len(set(factors.tolist())) > 2
-    assert "llama.rope.scaling.type" not in describe(config)
+    assert "llama.rope.scaling.type" not in keys_of(model)
 
 
 def test_linear_and_yarn_scaling_are_stated(make_model: MakeModel) -> None:
     yarn = {"rope_type": "yarn", "rope_theta": 1e6, "factor": 4.0, "original_max_position_embeddings": 64}
-    keys = describe(read_config(make_model("qwen2", rope_parameters=yarn)))
+    keys = keys_of(make_model("qwen2", rope_parameters=yarn))
     assert keys["qwen2.rope.scaling.type"] == "yarn"
     assert keys["qwen2.rope.scaling.factor"] == 4.0
     assert keys["qwen2.rope.scaling.original_context_length"] == 64
     assert keys["qwen2.rope.freq_base"] == 1e6
     linear = {"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0}
-    assert describe(read_config(make_model("llama", rope_parameters=linear)))["llama.rope.scaling.type"] == "linear"
+    assert keys_of(make_model("llama", rope_parameters=linear))["llama.rope.scaling.type"] == "linear"
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,7 @@ from loratune.delivery.export.gguf import architectures, layout
 from loratune.delivery.export.gguf import file as gguf_file
 from loratune.delivery.export.gguf.architectures import ARCHITECTURES, architecture_name
 from loratune.delivery.export.gguf.check import check_gguf
-from loratune.delivery.export.gguf.file import write_gguf
+from loratune.delivery.export.gguf.file import ModelToWrite, write_gguf
 from loratune.delivery.export.gguf.keys import describe, read_config
 from loratune.delivery.export.gguf.layout import plan_tensors
 from loratune.delivery.export.gguf.proof import compare_logits
@@ -114,9 +114,9 @@ def test_keys_of_convolutions_mixtures_and_gated_delta_nets(models: Models) -> N
         },
     }  # fmt: skip
     for kind, keys in expected.items():
-        config = read_config(models(kind))
-        name = architecture_name(config)
-        assert {f"{name}.{key}": value for key, value in keys.items()}.items() <= describe(config).items()
+        name = architecture_name(read_config(models(kind)))
+        found = ModelToWrite(models(kind)).keys
+        assert {f"{name}.{key}": value for key, value in keys.items()}.items() <= found.items()
 
 
 def test_factors_for_long_contexts_are_in_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -129,11 +129,11 @@ def test_factors_for_long_contexts_are_in_the_file(tmp_path: Path, monkeypatch: 
     stored = written(model, tmp_path / "model.gguf")
     assert stored["rope_factors_short.weight"].tolist() == [1.0, 1.5]
     assert stored["rope_factors_long.weight"].tolist() == [2.0, 4.0]
-    keys = describe(read_config(model))
+    keys = ModelToWrite(model).keys
     assert keys["phi3.rope.scaling.attn_factor"] == pytest.approx((1 + math.log(2048 / 32) / math.log(32)) ** 0.5)
     assert keys["phi3.rope.dimension_count"] == 4
     compare_logits(model, tmp_path / "model.gguf", "f32", rows())  # the second row is longer than 32
-    monkeypatch.setattr(gguf_file, "describe", lambda config: keys | {"phi3.rope.scaling.attn_factor": 1.0})
+    monkeypatch.setattr(gguf_file, "describe", lambda *_: keys | {"phi3.rope.scaling.attn_factor": 1.0})
     write_gguf(model, tmp_path / "wrong.gguf", "f32")
     with pytest.raises(LoratuneError, match="is not the merged model"):
         compare_logits(model, tmp_path / "wrong.gguf", "f32", rows())
@@ -284,7 +284,7 @@ def test_wrong_keys_are_caught_though_rounding_moves_logits_further(
 ) -> None:
     model, file = models(kind), tmp_path / "wrong.gguf"
     name = architecture_name(read_config(model))
-    monkeypatch.setattr(gguf_file, "describe", lambda config: describe(config) | {f"{name}.{key}": value})
+    monkeypatch.setattr(gguf_file, "describe", lambda *given: describe(*given) | {f"{name}.{key}": value})
     write_gguf(model, file, "q8_0")
     with pytest.raises(LoratuneError, match="is not the merged model" if key[:3] != "ssm" else "shapes that its keys"):
         compare_logits(model, file, "q8_0", rows())

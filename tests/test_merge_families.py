@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from misreading import misread_updates
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from tiny_models import CONFIGS, MIXTURES, make_tiny_model
@@ -18,7 +19,6 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 from typer.testing import Result
 
-from loratune.delivery.merge import job as merge_job
 from loratune.delivery.merge import merge
 from loratune.delivery.merge.merged_weights import MergePlan, plan_merge, write_merged
 from loratune.delivery.merge.update import TensorUpdate, read_updates
@@ -314,15 +314,8 @@ def drop_all(updates: dict[str, TensorUpdate]) -> None:
 def test_the_models_alone_tell_a_wrong_merge(
     cli: Cli, models: Models, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, change: Any
 ) -> None:
-    read = merge_job.read_updates
-
-    def read_wrong(*arguments: Any) -> Any:
-        updates = read(*arguments)
-        change(updates)
-        return updates
-
     adapter_of(models(kind), tmp_path / "adapter")
-    monkeypatch.setattr(merge_job, "read_updates", read_wrong)
+    misread_updates(monkeypatch, change)
     monkeypatch.setattr(merge, "read_back", lambda *_: None)
     result = cli("merge", "-a", tmp_path / "adapter", "--base-model", models(kind), "-o", tmp_path / "merged")
     assert "the merged model is not what base + adapter is" in failed(result, tmp_path / "merged")
@@ -552,15 +545,8 @@ def exchange_all_halves(updates: dict[str, TensorUpdate]) -> None:
 def test_a_stack_s_update_in_the_wrong_place_is_noticed(
     cli: Cli, models: Models, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, flags: Any, change: Any
 ) -> None:
-    read = merge_job.read_updates
-
-    def read_wrong(*arguments: Any) -> Any:
-        updates = read(*arguments)
-        change(updates)
-        return updates
-
     stacks_adapter_of(models(kind), tmp_path / "adapter")
-    monkeypatch.setattr(merge_job, "read_updates", read_wrong)
+    misread_updates(monkeypatch, change)
     if not flags:  # the models tell it too
         monkeypatch.setattr(merge, "read_back", lambda *_: None)
     output = tmp_path / "merged"

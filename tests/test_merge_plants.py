@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from misreading import misread_updates
 from peft import LoraConfig, get_peft_model
 from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file, save_file
@@ -19,7 +20,6 @@ from test_merge import EMBEDDING, HEAD, make_model, small
 from transformers import AutoModelForCausalLM, Qwen2Config
 from typer.testing import Result
 
-from loratune.delivery.merge import job as merge_job
 from loratune.delivery.merge import merge
 from loratune.delivery.merge.update import TensorUpdate
 from loratune.errors import Exit
@@ -112,12 +112,7 @@ def in_the_updates(change: Callable[[dict[str, Any]], Any], of_writing: bool = F
     """Change what the adapter was understood as, throughout, or in writing alone."""
 
     def plant(patch: pytest.MonkeyPatch) -> None:
-        read, write = merge_job.read_updates, merge.write_merged
-
-        def read_wrong(*arguments: Any) -> Any:
-            updates = read(*arguments)
-            change(updates)
-            return updates
+        write = merge.write_merged
 
         def write_wrong(plan: Any, *others: Any) -> None:
             updates = {
@@ -132,7 +127,7 @@ def in_the_updates(change: Callable[[dict[str, Any]], Any], of_writing: bool = F
         if of_writing:
             patch.setattr(merge, "write_merged", write_wrong)
         else:
-            patch.setattr(merge_job, "read_updates", read_wrong)
+            misread_updates(patch, change)
 
     return plant
 

@@ -13,12 +13,13 @@ from typing import Any
 
 import pytest
 import torch
+from misreading import misread_updates
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from typer.testing import Result
 
-from loratune.delivery.merge import job as merge_job
 from loratune.delivery.merge import merge, model_folder
+from loratune.delivery.merge.update import TensorUpdate
 from loratune.delivery.verification import verify
 from loratune.errors import Exit
 from loratune.runs.verification import Answer
@@ -232,15 +233,11 @@ def test_a_merge_that_writes_other_updates_is_noticed_by_reading_back(
 def test_updates_that_were_misunderstood_throughout_are_noticed_by_peft_s_own(
     merged: Merge, output: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    read = merge_job.read_updates
-
-    def read_wrong(*arguments: Any) -> Any:
-        updates = read(*arguments)
+    def scaled(updates: dict[str, TensorUpdate]) -> None:
         for update in updates.values():
             update.scaling *= 1.1
-        return updates
 
-    monkeypatch.setattr(merge_job, "read_updates", read_wrong)
+    misread_updates(monkeypatch, scaled)
     assert "rounding steps away from PEFT's" in failed(merged(), Exit.MODEL, output)
     # The models would tell it too, if nothing had been read back.
     monkeypatch.setattr(merge, "read_back", lambda *_: None)

@@ -9,14 +9,13 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import TinyModel
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
-from tiny_models import make_tiny_model
 from torch import nn
 
 from loratune.delivery.merge.update import read_updates
 from loratune.errors import Exit, LoratuneError
-from loratune.model.adapter import files
 from loratune.model.adapter.attach import check_adapter, load_adapter
 from loratune.model.adapter.foreign_names import renamed_prefix
 from loratune.model.adapter.joined_pairs import Pair, exchanged, joined, stacked
@@ -30,23 +29,6 @@ RANK, ALPHA = 3, 6
 PREFIX = "base_model.model."
 Tensors = dict[str, torch.Tensor]
 pytestmark = pytest.mark.filterwarnings("ignore:The following (rank|alpha)_pattern keys:RuntimeWarning")
-
-
-@pytest.fixture(scope="module")
-def base_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    made: dict[str, Path] = {}
-
-    def make(kind: str) -> Path:
-        if kind not in made:
-            made[kind] = make_tiny_model(kind, tmp_path_factory.mktemp(kind))
-        return made[kind]
-
-    return make
-
-
-@pytest.fixture(autouse=True)
-def with_stacks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(files, "SETTINGS", files.SETTINGS | {"target_parameters"})
 
 
 def shapes_of(base: Path) -> dict[str, tuple[int, ...]]:
@@ -122,10 +104,8 @@ FORMS: dict[str, Callable[[str], str]] = {
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_names_of_other_programs_are_matched_with_the_base_s(
-    base_of: Callable[[str], Path], tmp_path: Path, form: str
-) -> None:
-    base, torch_names = base_of("qwen3_5"), shapes_of(base_of("qwen3_5"))
+def test_names_of_other_programs_are_matched_with_the_base_s(tiny_model: TinyModel, tmp_path: Path, form: str) -> None:
+    base, torch_names = tiny_model("qwen3_5"), shapes_of(tiny_model("qwen3_5"))
     modules = [name.removesuffix(".weight") for name in torch_names if "self_attn" in name and "proj" in name]
     tensors, updates = {}, {}
     for module in modules:
@@ -144,10 +124,10 @@ def test_names_of_other_programs_are_matched_with_the_base_s(
 
 
 def test_a_language_model_within_a_larger_one_is_told_from_its_vision_tower(
-    base_of: Callable[[str], Path], tmp_path: Path
+    tiny_model: TinyModel, tmp_path: Path
 ) -> None:
     """Gemma 3 has projections of the same names in both."""
-    base = base_of("gemma3")
+    base = tiny_model("gemma3")
     module = "model.language_model.layers.0.self_attn.q_proj"
     pair = drawn(*shapes_of(base)[f"{module}.weight"])
     named = f"{PREFIX}model.layers.0.self_attn.q_proj"
@@ -170,8 +150,8 @@ KINDS = ["qwen3_moe", "qwen3_5_moe", pytest.param("mixtral", marks=pytest.mark.s
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_each_matrix_of_a_stack_by_itself(base_of: Callable[[str], Path], tmp_path: Path, kind: str) -> None:
-    base = base_of(kind)
+def test_each_matrix_of_a_stack_by_itself(tiny_model: TinyModel, tmp_path: Path, kind: str) -> None:
+    base = tiny_model(kind)
     count, both, width = shapes_of(base)["model.layers.1.mlp.experts.gate_up_proj"]
     sizes = {"gate": (both // 2, width), "up": (both // 2, width), "down": (width, both // 2)}
     pairs = {(number, name): drawn(*sizes[name]) for number in range(count - 1) for name in sizes}
@@ -188,9 +168,9 @@ def test_each_matrix_of_a_stack_by_itself(base_of: Callable[[str], Path], tmp_pa
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_all_matrices_in_one_tensor_with_a_shared_side_and_sides_exchanged(
-    base_of: Callable[[str], Path], tmp_path: Path, kind: str
+    tiny_model: TinyModel, tmp_path: Path, kind: str
 ) -> None:
-    base = base_of(kind)
+    base = tiny_model(kind)
     count, both, width = shapes_of(base)["model.layers.1.mlp.experts.gate_up_proj"]
     pairs, tensors = {}, {}
     half = both // 2
@@ -222,8 +202,8 @@ def test_all_matrices_in_one_tensor_with_a_shared_side_and_sides_exchanged(
     assert in_peft_layout(again, shapes_of(base)) == again
 
 
-def test_queries_keys_and_values_of_a_delta_net_apart(base_of: Callable[[str], Path], tmp_path: Path) -> None:
-    base, net = base_of("qwen3_5"), "model.layers.0.linear_attn"
+def test_queries_keys_and_values_of_a_delta_net_apart(tiny_model: TinyModel, tmp_path: Path) -> None:
+    base, net = tiny_model("qwen3_5"), "model.layers.0.linear_attn"
     rows, columns = shapes_of(base)[f"{net}.in_proj_qkv.weight"]
     parts = {"q": drawn(rows // 4, columns), "k": drawn(rows // 4, columns), "v": drawn(rows // 2, columns)}
     tensors = {}
@@ -249,12 +229,10 @@ def test_queries_keys_and_values_of_a_delta_net_apart(base_of: Callable[[str], P
         ("blocks.0.attention.query.lora_A", "names of no layout that loratune reads"),
     ],
 )
-def test_other_layouts_are_refused_by_name(
-    base_of: Callable[[str], Path], tmp_path: Path, name: str, told: str
-) -> None:
+def test_other_layouts_are_refused_by_name(tiny_model: TinyModel, tmp_path: Path, name: str, told: str) -> None:
     adapter = write(tmp_path / "adapter", {name: torch.ones(RANK, 32)})
     with pytest.raises(LoratuneError, match=told) as raised:
-        load_adapter(load_plain(base_of("qwen3")), adapter)
+        load_adapter(load_plain(tiny_model("qwen3")), adapter)
     assert raised.value.exit_code == Exit.MODEL
     assert name in str(raised.value)
 
@@ -266,8 +244,8 @@ def test_names_that_fit_two_parts_of_the_base_are_refused() -> None:
     assert renamed_prefix({"layers.0.proj": (8, 4)}, places, "adapter") is None
 
 
-def test_a_missing_tensor_is_noticed_under_other_names_too(base_of: Callable[[str], Path], tmp_path: Path) -> None:
-    base = base_of("qwen3_5")
+def test_a_missing_tensor_is_noticed_under_other_names_too(tiny_model: TinyModel, tmp_path: Path) -> None:
+    base = tiny_model("qwen3_5")
     pair = drawn(*shapes_of(base)["model.layers.1.self_attn.k_proj.weight"])
     module = f"{PREFIX}model.language_model.layers.1.self_attn.k_proj"
     tensors = {f"{module}.lora_A.weight": pair.down, f"{module}.lora_B.weight": pair.up}

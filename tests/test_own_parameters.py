@@ -21,10 +21,11 @@ from loratune.engine.sequence import RunningSequence
 from loratune.engine.slot_decoder import SlotDecoder
 from loratune.errors import Exit
 from loratune.model.adapter import attach as adapter_module
-from loratune.model.adapter.attach import attach_adapter, keep_unpacked, load_adapter
+from loratune.model.adapter.attach import attach_adapter, load_adapter
 from loratune.model.adapter.own_parameters import BASE, own_parameters
 from loratune.model.base import load_base
 from loratune.model.hardware import detect_hardware
+from loratune.model.weights.unpacked import keep_unpacked
 from loratune.recipe.sections import LoraSettings, ModelSettings
 
 Cli = Callable[..., Result]

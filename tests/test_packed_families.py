@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
+from conftest import TinyModel
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model
@@ -52,18 +53,6 @@ from loratune.training.session import _require_one_layout
 LENGTHS = (5, 23, 70, 40, 3)
 QUICK = ("qwen3_5", "gpt_oss", "lfm2")
 FAMILIES = [pytest.param(kind, marks=[] if kind in QUICK else pytest.mark.slow) for kind in CONFIGS]
-Make = Callable[..., Path]
-
-
-@pytest.fixture(scope="session")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Make:
-    """Make a family's checkpoint once."""
-    made = tmp_path_factory.mktemp("families")
-
-    def make(kind: str) -> Path:
-        return made / kind if (made / kind).is_dir() else make_tiny_model(kind, made / kind)
-
-    return make
 
 
 USUAL = ["documents", "order", "logits", "gradients", "saved adapter"]
@@ -146,8 +135,8 @@ def assert_same(got: Step, expected: Step) -> None:
 
 
 @pytest.mark.parametrize("kind", FAMILIES)
-def test_losses_and_gradients_are_those_of_rows_one_by_one(folder: Make, kind: str) -> None:
-    it = trained(folder(kind))
+def test_losses_and_gradients_are_those_of_rows_one_by_one(tiny_model: TinyModel, kind: str) -> None:
+    it = trained(tiny_model(kind))
     checked = it.checked()
     assert checked.is_packed
     assert checked.warnings == ()
@@ -163,9 +152,9 @@ def test_losses_and_gradients_are_those_of_rows_one_by_one(folder: Make, kind: s
 
 
 @pytest.mark.parametrize("kind", ["granitemoehybrid", pytest.param("qwen3_5", marks=pytest.mark.slow)])
-def test_recomputed_layers_have_the_documents_of_their_pass(folder: Make, kind: str) -> None:
+def test_recomputed_layers_have_the_documents_of_their_pass(tiny_model: TinyModel, kind: str) -> None:
     """Also where the logits come from the model's own forward, which is recomputed before the layers."""
-    it = trained(folder(kind))
+    it = trained(tiny_model(kind))
     assert it.checked().is_packed
     documents = random_documents(it.model, LENGTHS, seed=3)
     with perturbed(it.model), perturbed(it.reference):
@@ -177,16 +166,16 @@ def test_recomputed_layers_have_the_documents_of_their_pass(folder: Make, kind: 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", [*CONFIGS])
-def test_checks_do_not_cry_wolf_in_bfloat16(folder: Make, kind: str) -> None:
-    it = trained(folder(kind), torch.bfloat16)
+def test_checks_do_not_cry_wolf_in_bfloat16(tiny_model: TinyModel, kind: str) -> None:
+    it = trained(tiny_model(kind), torch.bfloat16)
     assert it.checked().is_packed
-    it = trained(folder(kind), torch.bfloat16)
+    it = trained(tiny_model(kind), torch.bfloat16)
     checked = it.checked(**{"training.packing": False})
     assert (checked.is_packed, checked.is_single, checked.warnings) == (False, False, ())
 
 
-def test_a_model_is_as_it_was_after_its_checks(folder: Make) -> None:
-    it = trained(folder("lfm2"))
+def test_a_model_is_as_it_was_after_its_checks(tiny_model: TinyModel) -> None:
+    it = trained(tiny_model("lfm2"))
     before = {name: values.clone() for name, values in it.model.state_dict().items()}
     it.model.train()
     decoder_of(it.model).eval()
@@ -209,16 +198,20 @@ def test_a_model_is_as_it_was_after_its_checks(folder: Make) -> None:
         ("gpt_oss", "eager with a mask: since packing fails here: attention to single documents knows no s_aux"),
     ],
 )
-def test_the_first_attention_that_keeps_documents_apart_is_taken(folder: Make, kind: str, attention: str) -> None:
-    it = trained(folder(kind))
+def test_the_first_attention_that_keeps_documents_apart_is_taken(
+    tiny_model: TinyModel, kind: str, attention: str
+) -> None:
+    it = trained(tiny_model(kind))
     checked = it.checked()
     assert str(checked.attention) == attention
     assert checked.is_masked == (kind == "gpt_oss")
 
 
-def test_rows_are_padded_where_nothing_keeps_documents_apart(folder: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rows_are_padded_where_nothing_keeps_documents_apart(
+    tiny_model: TinyModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(packed_rows, "create_masks_for_generate", lambda *_, **__: None)
-    it = trained(folder("gpt_oss"))
+    it = trained(tiny_model("gpt_oss"))
     checked = it.checked()
     assert not checked.is_packed
     (warning,) = checked.warnings
@@ -302,9 +295,9 @@ def padding_on_the_left(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     ids=lambda value: getattr(value, "__name__", value),
 )
 def test_recurrent_layers_that_mix_documents_are_noticed(
-    folder: Make, monkeypatch: pytest.MonkeyPatch, kind: str, fault: Any, told: str
+    tiny_model: TinyModel, monkeypatch: pytest.MonkeyPatch, kind: str, fault: Any, told: str
 ) -> None:
-    it = trained(folder(kind))
+    it = trained(tiny_model(kind))
     base = it.model.get_base_model()
     choose_attention(base, detect_hardware(), "auto", is_packed=True)
     with fault(monkeypatch):
@@ -315,16 +308,16 @@ def test_recurrent_layers_that_mix_documents_are_noticed(
     assert packing.is_packed == (not told)
 
 
-def test_a_check_that_sees_nothing_without_boundaries_proves_nothing(folder: Make) -> None:
-    it = trained(folder("qwen2"))
+def test_a_check_that_sees_nothing_without_boundaries_proves_nothing(tiny_model: TinyModel) -> None:
+    it = trained(tiny_model("qwen2"))
     for module in decoder_of(it.model).modules():
         if type(module).__name__.endswith("Attention"):
             module.forward = lambda hidden_states, **_: (hidden_states, None)
     assert "do not see each other even without boundaries" in why_not_apart(it.model)
 
 
-def test_boundaries_that_do_not_fill_the_row_are_refused(folder: Make) -> None:
-    it = trained(folder("lfm2"))
+def test_boundaries_that_do_not_fill_the_row_are_refused(tiny_model: TinyModel) -> None:
+    it = trained(tiny_model("lfm2"))
     PackedRows(it.model.get_base_model())
     batch = packed(it.model, random_documents(it.model, (3, 4), seed=0)) | {"document_lengths": [3, 3]}
     del batch["labels"]
@@ -332,8 +325,8 @@ def test_boundaries_that_do_not_fill_the_row_are_refused(folder: Make) -> None:
         decoder_of(it.model)(**batch)
 
 
-def test_packed_rows_are_undone_and_leave_other_passes_alone(folder: Make) -> None:
-    it = trained(folder("lfm2"))
+def test_packed_rows_are_undone_and_leave_other_passes_alone(tiny_model: TinyModel) -> None:
+    it = trained(tiny_model("lfm2"))
     base = it.model.get_base_model()
     ids = torch.tensor(random_documents(it.model, (9,), seed=0))
     before = base(input_ids=ids).logits
@@ -370,8 +363,8 @@ def test_a_model_that_encodes_texts_is_refused(tmp_path: Path, packing: bool) ->
         it.checked(**{"training.packing": packing})
 
 
-def test_a_scale_of_the_logits_that_is_left_out_shows(folder: Make, monkeypatch: pytest.MonkeyPatch) -> None:
-    it = trained(folder("cohere2"))
+def test_a_scale_of_the_logits_that_is_left_out_shows(tiny_model: TinyModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    it = trained(tiny_model("cohere2"))
     with monkeypatch.context() as patch:
         patch.setattr(linear_cross_entropy, "head_of", output_layer)
         it.checked()
@@ -381,8 +374,8 @@ def test_a_scale_of_the_logits_that_is_left_out_shows(folder: Make, monkeypatch:
     assert abs(got.loss / step_by_rows(it.reference, documents).loss - 1) > 0.01
 
 
-def test_a_trainable_weight_of_the_base_is_refused(folder: Make) -> None:
-    it = trained(folder("qwen2"))
+def test_a_trainable_weight_of_the_base_is_refused(tiny_model: TinyModel) -> None:
+    it = trained(tiny_model("qwen2"))
     decoder_of(it.model).norm.weight.requires_grad_()
     with pytest.raises(
         LoratuneError, match=r"model\.norm\.weight would be trained, but does not belong to the adapter"
@@ -390,8 +383,8 @@ def test_a_trainable_weight_of_the_base_is_refused(folder: Make) -> None:
         it.checked()
 
 
-def test_an_adapter_weight_that_no_gradient_reaches_is_refused(folder: Make) -> None:
-    it = trained(folder("qwen2"))
+def test_an_adapter_weight_that_no_gradient_reaches_is_refused(tiny_model: TinyModel) -> None:
+    it = trained(tiny_model("qwen2"))
     first = decoder_of(it.model).layers[0].mlp
     first.unused = it.model.base_model.model.model.layers[1].self_attn.q_proj
     decoder_of(it.model).layers[1].self_attn.q_proj = first.unused.base_layer
@@ -400,8 +393,8 @@ def test_an_adapter_weight_that_no_gradient_reaches_is_refused(folder: Make) -> 
     assert "2 weights" in str(told.value)
 
 
-def test_no_gradient_is_left_when_weights_are_refused(folder: Make) -> None:
-    it = trained(folder("qwen2"))
+def test_no_gradient_is_left_when_weights_are_refused(tiny_model: TinyModel) -> None:
+    it = trained(tiny_model("qwen2"))
     it.checked()
     decoder_of(it.model).norm.weight.requires_grad_()
     recipe = load_recipe(None, {"model.base": "x", "data.train": ["y"]})
@@ -434,7 +427,7 @@ def with_another_scale(folder: Path) -> None:
     "fault", [None, under_another_prefix, one_module_left_out, in_less_precision, with_another_scale]
 )
 def test_an_adapter_that_its_files_do_not_give_back_is_refused(
-    folder: Make, monkeypatch: pytest.MonkeyPatch, fault: Callable[[Path], None] | None
+    tiny_model: TinyModel, monkeypatch: pytest.MonkeyPatch, fault: Callable[[Path], None] | None
 ) -> None:
     def save(model: Any, target: Path) -> None:
         save_adapter(model, target)
@@ -442,22 +435,22 @@ def test_an_adapter_that_its_files_do_not_give_back_is_refused(
             fault(target)
 
     monkeypatch.setattr(saved_adapter, "save_adapter", save)
-    it = trained(folder("qwen2"))
+    it = trained(tiny_model("qwen2"))
     context = pytest.raises(LoratuneError, match="weights are lost or changed") if fault else nullcontext()
     with context:
         check_saved_adapter(it.model, it.plain)
 
 
-def test_states_that_peft_does_not_give_are_refused(folder: Make) -> None:
-    it = trained(folder("qwen2"))
+def test_states_that_peft_does_not_give_are_refused(tiny_model: TinyModel) -> None:
+    it = trained(tiny_model("qwen2"))
     layer = it.model.base_model.model.model.layers[0].self_attn.q_proj
     layer.forward = lambda x, own=layer.forward: 1.5 * own(x)
     with pytest.raises(LoratuneError, match=r"the states differ by \d+\.\d% of the adapter's effect"):
         check_saved_adapter(it.model, it.plain)
 
 
-def test_rows_are_passes_of_their_own_where_padding_matters(folder: Make) -> None:
-    it = trained(folder("qwen2"))
+def test_rows_are_passes_of_their_own_where_padding_matters(tiny_model: TinyModel) -> None:
+    it = trained(tiny_model("qwen2"))
     assert why_padding_matters(it.model) == ""
     for one in (it.model, it.plain):
         embedding = one.get_input_embeddings()
@@ -468,15 +461,15 @@ def test_rows_are_passes_of_their_own_where_padding_matters(folder: Make) -> Non
     assert "each row is a pass of its own" in checked.warnings[0]
 
 
-def test_padding_that_is_seen_is_noticed(folder: Make) -> None:
-    it = trained(folder("qwen2"))
+def test_padding_that_is_seen_is_noticed(tiny_model: TinyModel) -> None:
+    it = trained(tiny_model("qwen2"))
     embedding = it.model.get_input_embeddings()
     embedding.register_forward_hook(lambda _, __, output: output + output.mean(1, keepdim=True))
     assert why_padding_matters(it.model) == "the padding's tokens change the states of a padded row"
 
 
-def test_states_that_depend_on_the_length_of_the_padding_are_noticed(folder: Make) -> None:
-    it = trained(folder("qwen2"))
+def test_states_that_depend_on_the_length_of_the_padding_are_noticed(tiny_model: TinyModel) -> None:
+    it = trained(tiny_model("qwen2"))
     embedding = decoder_of(it.model).get_input_embeddings()
     embedding.register_forward_hook(lambda _, __, output: output * output.shape[1])
     norm = decoder_of(it.model).norm
@@ -492,11 +485,14 @@ def test_a_pass_of_a_single_row_has_no_padding() -> None:
     assert collate_padded([row], 0)["input_ids"].shape == (1, 100)
 
 
-def test_what_was_checked_is_told_and_recorded(cli: Callable[..., Result], folder: Make, tmp_path: Path) -> None:
+def test_what_was_checked_is_told_and_recorded(
+    cli: Callable[..., Result], tiny_model: TinyModel, tmp_path: Path
+) -> None:
     rows = [{"instruction": f"How much is {n}+{n}?", "output": f"It is {2 * n}."} for n in range(6)]
     (tmp_path / "rows.json").write_text(json.dumps(rows))
     flags = [
-        "sft", "--model.base", folder("qwen3_5"), "--model.dtype", "float32", "--data.train", tmp_path / "rows.json",
+        "sft", "--model.base", tiny_model("qwen3_5"), "--model.dtype", "float32",
+        "--data.train", tmp_path / "rows.json",
         "--data.validation", "0", "--lora.target_modules", "attention", "--training.batch_size", "3",
         "--output", tmp_path / "run",
     ]  # fmt: skip
@@ -521,14 +517,14 @@ def test_what_was_checked_is_told_and_recorded(cli: Callable[..., Result], folde
 @pytest.mark.parametrize("packing", ["--training.packing", "--no-training.packing"])
 @pytest.mark.parametrize("kind", sorted(CONFIGS.keys() - {"gpt2", "gemma3"}))
 def test_every_family_trains_and_resumes_to_the_same_bits(
-    cli: Callable[..., Result], folder: Make, tmp_path: Path, kind: str, packing: str
+    cli: Callable[..., Result], tiny_model: TinyModel, tmp_path: Path, kind: str, packing: str
 ) -> None:
     rows = [{"instruction": f"How much is {n}+{n}?" * (1 + n % 3), "output": f"It is {2 * n}."} for n in range(9)]
     (tmp_path / "rows.json").write_text(json.dumps(rows))
 
     def sft(name: str, *flags: str) -> Path:
         result = cli(
-            "sft", "--model.base", folder(kind), "--model.dtype", "float32", "--data.train", tmp_path / "rows.json",
+            "sft", "--model.base", tiny_model(kind), "--model.dtype", "float32", "--data.train", tmp_path / "rows.json",
             "--lora.target_modules", "attention", "--training.batch_size", "3", "--checkpoints.every_steps", "1",
             "--evaluation.questions_share", "0", packing, "--output", tmp_path / name, *flags,
         )  # fmt: skip
@@ -540,12 +536,14 @@ def test_every_family_trains_and_resumes_to_the_same_bits(
     assert sft("run", "--training.max_steps", "3", "--resume").read_bytes() == whole.read_bytes()
 
 
-def test_an_adapter_that_cannot_be_saved_for_its_check_is_told(folder: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_adapter_that_cannot_be_saved_for_its_check_is_told(
+    tiny_model: TinyModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def fail(*_: Any) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(saved_adapter, "save_adapter", fail)
-    checked = trained(folder("qwen2")).checked()
+    checked = trained(tiny_model("qwen2")).checked()
     (warning,) = checked.warnings
     assert warning == checked.checks[-1].result
     assert warning.startswith("it is not checked whether PEFT gives the same states from the saved adapter: ")
@@ -567,7 +565,7 @@ def test_processes_whose_checks_differ_are_refused(monkeypatch: pytest.MonkeyPat
     _require_one_layout(packed_rows_only, replace(two, processes=1))
 
 
-def test_states_that_are_not_finite_prove_nothing(folder: Make) -> None:
-    it = trained(folder("qwen2"))
+def test_states_that_are_not_finite_prove_nothing(tiny_model: TinyModel) -> None:
+    it = trained(tiny_model("qwen2"))
     decoder_of(it.model).norm.register_forward_hook(lambda _, __, output: output * torch.nan)
     assert why_not_apart(it.model) == "the model's states are not finite"

@@ -12,7 +12,7 @@ from typing import Any
 import bitsandbytes.functional as bnb
 import pytest
 import torch
-from conftest import ROWS
+from conftest import ROWS, TinyModel
 from tiny_models import MIXTURES, make_tiny_model
 from torch.nn import functional
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
@@ -20,7 +20,6 @@ from typer.testing import Result
 
 from loratune.errors import Exit, LoratuneError
 from loratune.model import base as base_module
-from loratune.model.adapter.attach import keep_unpacked
 from loratune.model.architecture.file_layout import file_layout
 from loratune.model.architecture.roles import expert_stacks, module_roles, quantised_matrices
 from loratune.model.base import load_base
@@ -31,6 +30,7 @@ from loratune.model.weights import quantizer
 from loratune.model.weights.held import NOT_QUANTISED, bytes_by_group, held_bytes, value_count
 from loratune.model.weights.quantized_files import DequantizedFiles
 from loratune.model.weights.quantized_stack import QuantizedParameter, quantize_stack, use_quantized_stacks
+from loratune.model.weights.unpacked import keep_unpacked
 from loratune.model.weights.unquantised import unquantised
 from loratune.recipe.sections import ModelSettings
 from loratune.training import quantization_effect
@@ -45,17 +45,6 @@ PLAIN_NAMES = re.compile(
     r"(lm_head|\.gate|_gate|in_proj_(a|b|ba)|conv1d|norm|router|embed_tokens)\.weight|visual\.|A_log|_bias$"
 )
 """Parameters that are not quantised, besides biases."""
-
-
-@pytest.fixture(scope="module")
-def folder_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """Write a tiny model once."""
-
-    def make(kind: str) -> Path:
-        folder = tmp_path_factory.getbasetemp() / f"quantised-{kind}"
-        return folder if folder.exists() else make_tiny_model(kind, folder)
-
-    return make
 
 
 def settings_of(folder: Path, quantization: str = "nf4", **others: Any) -> ModelSettings:
@@ -98,15 +87,15 @@ def outcome(model: Any, states: torch.Tensor) -> tuple[torch.Tensor, torch.Tenso
 
 
 @pytest.mark.parametrize("kind", [*KINDS, "qwen3_5"])
-def test_matrices_and_stacks_are_quantised_and_nothing_else(folder_of: Callable[[str], Path], kind: str) -> None:
-    model = quantised(folder_of(kind))
+def test_matrices_and_stacks_are_quantised_and_nothing_else(tiny_model: TinyModel, kind: str) -> None:
+    model = quantised(tiny_model(kind))
     for name, parameter in model.named_parameters():
         is_plain = PLAIN_NAMES.search(name) or name.endswith(".bias") or parameter.ndim == 1
         assert (type(parameter) is torch.nn.Parameter) == bool(is_plain), name
     stacks = {name for name, parameter in model.named_parameters() if isinstance(parameter, QuantizedParameter)}
     assert stacks == set(expert_stacks(model))
     assert bool(stacks) == (kind != "qwen3_5")
-    plain = load_plain(folder_of(kind))
+    plain = load_plain(tiny_model(kind))
     assert quantised_matrices(plain) == quantised_matrices(model)
     assert module_roles(plain) == module_roles(model)
 
@@ -129,13 +118,13 @@ def test_a_dense_base_is_quantised_as_transformers_does_it(random_qwen: Path, do
     assert compared == 14
 
 
-def test_a_model_without_layers_to_quantise_is_refused(folder_of: Callable[[str], Path]) -> None:
+def test_a_model_without_layers_to_quantise_is_refused(tiny_model: TinyModel) -> None:
     with pytest.raises(LoratuneError, match="has no layer that bitsandbytes can quantise"):
-        quantised(folder_of("gpt2"))
+        quantised(tiny_model("gpt2"))
 
 
-def test_int8_leaves_stacks_as_they_are_and_gates_too(folder_of: Callable[[str], Path]) -> None:
-    model = quantised(folder_of("qwen3_next"), "int8")
+def test_int8_leaves_stacks_as_they_are_and_gates_too(tiny_model: TinyModel) -> None:
+    model = quantised(tiny_model("qwen3_next"), "int8")
     kinds = {name: type(parameter).__name__ for name, parameter in model.named_parameters()}
     assert {name for name, kind in kinds.items() if kind == "Int8Params"} == quantised_matrices(model)
     assert all(kinds[name] == "Parameter" for name in expert_stacks(model))
@@ -147,10 +136,10 @@ def test_int8_leaves_stacks_as_they_are_and_gates_too(folder_of: Callable[[str],
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("double", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_a_quantised_mixture_computes_with_its_dequantised_matrices(
-    folder_of: Callable[[str], Path], kind: str, double: bool
+    tiny_model: TinyModel, kind: str, double: bool
 ) -> None:
-    model = quantised(folder_of(kind), double_quantization=double)
-    reference = rounded_copy(folder_of(kind), quantised_matrices(model) | set(expert_stacks(model)), double)
+    model = quantised(tiny_model(kind), double_quantization=double)
+    reference = rounded_copy(tiny_model(kind), quantised_matrices(model) | set(expert_stacks(model)), double)
     states = model.get_input_embeddings()(IDS).detach()
     logits, gradient = outcome(model, states)
     expected_logits, expected_gradient = outcome(reference, states)
@@ -214,12 +203,12 @@ def test_a_stack_takes_half_a_byte_per_value_and_its_scales(double: bool) -> Non
     assert value_count(parameter) == 4 * 128 * 256
 
 
-def test_the_memory_of_all_groups_is_that_of_all_weights(folder_of: Callable[[str], Path]) -> None:
-    model = quantised(folder_of("qwen3_moe"))
+def test_the_memory_of_all_groups_is_that_of_all_weights(tiny_model: TinyModel) -> None:
+    model = quantised(tiny_model("qwen3_moe"))
     groups = bytes_by_group(model)
     assert groups.keys() == {"embedding and head", "experts", "attention", NOT_QUANTISED}
     assert sum(groups.values()) == sum(held_bytes(parameter) for parameter in model.parameters())
-    plain = load_plain(folder_of("qwen3_moe"))
+    plain = load_plain(tiny_model("qwen3_moe"))
     stacks = expert_stacks(plain)
     full = sum(one.numel() * 4 for name, one in plain.named_parameters() if name in stacks)
     assert groups["experts"] < full / 6
@@ -230,40 +219,38 @@ def test_the_memory_of_all_groups_is_that_of_all_weights(folder_of: Callable[[st
 # --- planted faults ---
 
 
-def test_a_quantised_gate_is_noticed(folder_of: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_quantised_gate_is_noticed(tiny_model: TinyModel, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(base_module, "kept_in_16_bits", lambda _: {"lm_head"})
     with pytest.raises(LoratuneError, match=r"in_proj_ba\.weight is quantised, and should not be"):
-        quantised(folder_of("qwen3_next"))
+        quantised(tiny_model("qwen3_next"))
 
 
-def test_a_stack_left_in_16_bits_is_noticed(folder_of: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_stack_left_in_16_bits_is_noticed(tiny_model: TinyModel, monkeypatch: pytest.MonkeyPatch) -> None:
     needs = quantizer.StacksQuantizer.param_needs_quantization
     monkeypatch.setattr(
         quantizer.StacksQuantizer, "param_needs_quantization",
         lambda self, model, name, **rest: "layers.1.mlp.experts.down" not in name and needs(self, model, name, **rest),
     )  # fmt: skip
     with pytest.raises(LoratuneError, match=r"layers\.1\.mlp\.experts\.down_proj is not quantised"):
-        quantised(folder_of("qwen3_moe"))
+        quantised(tiny_model("qwen3_moe"))
 
 
 @pytest.mark.parametrize("kind", ["qwen3_moe", "gpt_oss"])
-def test_mixed_up_matrices_are_noticed(
-    folder_of: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch, kind: str
-) -> None:
+def test_mixed_up_matrices_are_noticed(tiny_model: TinyModel, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
     def mixed(values: torch.Tensor, double: bool) -> QuantizedParameter:
         return quantize_stack(values[[0, 2, 1, 3]], double)
 
     monkeypatch.setattr(quantizer, "quantize_stack", mixed)
     with pytest.raises(LoratuneError, match="2 matrices are not those of the files, first 1"):
-        quantised(folder_of(kind))
+        quantised(tiny_model(kind))
 
 
 # --- files, runs and merges ---
 
 
 @pytest.mark.parametrize("kind", [*KINDS, "qwen3_5"])
-def test_dequantised_files_hold_what_the_live_model_computes_with(folder_of: Callable[[str], Path], kind: str) -> None:
-    model, folder = quantised(folder_of(kind)), folder_of(kind)
+def test_dequantised_files_hold_what_the_live_model_computes_with(tiny_model: TinyModel, kind: str) -> None:
+    model, folder = quantised(tiny_model(kind)), tiny_model(kind)
     files = DequantizedFiles(weight_files(folder), settings_of(folder), detect_hardware())
     layout = file_layout(model, files.infos)
     for name, parameter in model.named_parameters():
@@ -285,9 +272,9 @@ def sft_flags(tmp_path_factory: pytest.TempPathFactory) -> list[Any]:
 
 
 def test_a_run_on_a_quantised_mixture_resumes_merges_and_reports(
-    cli: Cli, folder_of: Callable[[str], Path], sft_flags: list[Any], tmp_path: Path
+    cli: Cli, tiny_model: TinyModel, sft_flags: list[Any], tmp_path: Path
 ) -> None:
-    flags = ["--model.base", folder_of("qwen3_moe"), *sft_flags]
+    flags = ["--model.base", tiny_model("qwen3_moe"), *sft_flags]
     done = cli("sft", *flags, "--training.max_steps", 4, "--output", tmp_path / "whole")
     assert done.exit_code == 0, done.stderr
     assert "not quantised" in done.stderr
@@ -321,10 +308,8 @@ def test_an_adapter_on_expert_stacks_is_refused_before_loading(cli: Cli, sft_fla
 
 
 @pytest.mark.slow
-def test_a_4_bit_folder_of_a_mixture_loads_in_transformers(
-    cli: Cli, folder_of: Callable[[str], Path], tmp_path: Path
-) -> None:
-    done = cli("export", "--model", folder_of("qwen2_moe"), "--format", "bnb4", "--output", tmp_path / "nf4")
+def test_a_4_bit_folder_of_a_mixture_loads_in_transformers(cli: Cli, tiny_model: TinyModel, tmp_path: Path) -> None:
+    done = cli("export", "--model", tiny_model("qwen2_moe"), "--format", "bnb4", "--output", tmp_path / "nf4")
     assert done.exit_code == 0, done.stderr
     assert "no file format in 4 bits" in done.stderr
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "nf4")
@@ -354,14 +339,14 @@ def rows(monkeypatch: pytest.MonkeyPatch) -> Rows:
 
 @pytest.mark.parametrize(("kind", "quantization"), [("qwen3_moe", "nf4"), ("gpt_oss", "nf4"), ("qwen3_next", "int8")])
 def test_the_effect_is_that_of_the_weights_alone(
-    folder_of: Callable[[str], Path], rows: Rows, kind: str, quantization: str
+    tiny_model: TinyModel, rows: Rows, kind: str, quantization: str
 ) -> None:
-    model = quantised(folder_of(kind), quantization)
+    model = quantised(tiny_model(kind), quantization)
     before = {name: parameter.clone() for name, parameter in model.named_parameters()}
-    effect = measure_effect(model, folder_of(kind), rows, 60)  # type: ignore[arg-type]
+    effect = measure_effect(model, tiny_model(kind), rows, 60)  # type: ignore[arg-type]
     ids = torch.tensor([list(range(300, 330)), list(range(9, 39))])
     with torch.inference_mode():
-        expected = load_plain(folder_of(kind))(input_ids=ids).logits.double().log_softmax(-1)
+        expected = load_plain(tiny_model(kind))(input_ids=ids).logits.double().log_softmax(-1)
         found = model(input_ids=ids, use_cache=False).logits.double().log_softmax(-1)
     kl = functional.kl_div(found, expected, reduction="none", log_target=True).sum(-1).mean()
     assert effect.tokens == 60
@@ -370,8 +355,8 @@ def test_the_effect_is_that_of_the_weights_alone(
     assert all(torch.equal(before[name], parameter) for name, parameter in model.named_parameters())
 
 
-def test_with_the_weights_of_the_files_it_is_the_plain_model(folder_of: Callable[[str], Path]) -> None:
-    folder = folder_of("qwen3_moe")
+def test_with_the_weights_of_the_files_it_is_the_plain_model(tiny_model: TinyModel) -> None:
+    folder = tiny_model("qwen3_moe")
     model, read = quantised(folder), list[int]()
     with torch.inference_mode():
         expected, rounded = load_plain(folder)(input_ids=IDS).logits, model(input_ids=IDS).logits
@@ -383,10 +368,10 @@ def test_with_the_weights_of_the_files_it_is_the_plain_model(folder_of: Callable
 
 
 def test_a_comparison_that_would_take_long_is_left_out(
-    folder_of: Callable[[str], Path], rows: Rows, monkeypatch: pytest.MonkeyPatch
+    tiny_model: TinyModel, rows: Rows, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(quantization_effect, "TRIED_SECONDS", 0.0)
-    model, folder = quantised(folder_of("qwen3_moe")), folder_of("qwen3_moe")
+    model, folder = quantised(tiny_model("qwen3_moe")), tiny_model("qwen3_moe")
     with pytest.raises(quantization_effect.TooSlowError, match="it would take about"):
         measure_effect(model, folder, rows, 0)  # type: ignore[arg-type]
     data: Any = SimpleNamespace(validation=None, train=rows)
@@ -410,18 +395,19 @@ def test_whatever_fails_in_the_comparison_ends_no_run(
     assert any("was not measured: no room" in warning for warning in report["warnings"])
 
 
-def test_recurrent_layers_and_large_effects_are_advised_on(folder_of: Callable[[str], Path], rows: Rows) -> None:
+def test_recurrent_layers_and_large_effects_are_advised_on(tiny_model: TinyModel, rows: Rows) -> None:
     from loratune.runs.report import QuantizationEffect
     from loratune.training.quantization_effect import advice_on
 
     small, large = QuantizationEffect(60, 0.01, 0.9), QuantizationEffect(60, 0.3, 0.5)
-    recurrent, other = load_plain(folder_of("qwen3_5")), load_plain(folder_of("qwen3_moe"))
+    recurrent, other = load_plain(tiny_model("qwen3_5")), load_plain(tiny_model("qwen3_moe"))
     assert "0.01 nats" in advice_on(recurrent, "nf4", small)[0]
     assert "recurrent layers" in advice_on(recurrent, "nf4", small)[0]
     assert advice_on(recurrent, "int8", small) == advice_on(other, "nf4", small) == []
     assert "50% of its likeliest tokens" in advice_on(other, "nf4", large)[0]
+    folder = tiny_model("qwen3_moe")
     notes = quantization_effect.weights_of(
-        quantised(folder_of("qwen3_moe"), "int8"), settings_of(folder_of("qwen3_moe"), "int8"), folder_of("qwen3_moe"),
+        quantised(folder, "int8"), settings_of(folder, "int8"), folder,
         SimpleNamespace(validation=None, train=rows),  # type: ignore[arg-type]
     ).notes  # fmt: skip
     assert "leaves 49.2 kB of the base as they are: the 4 stacks" in notes[0]

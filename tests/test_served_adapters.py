@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import TinyModel
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
-from tiny_models import make_tiny_model
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
 from loratune.delivery.export.export import export
@@ -40,24 +40,12 @@ FAMILIES = [
 ]  # fmt: skip
 
 
-@pytest.fixture(scope="module")
-def base_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    made: dict[str, Path] = {}
-
-    def make(kind: str) -> Path:
-        if kind not in made:
-            made[kind] = make_tiny_model(kind, tmp_path_factory.mktemp(kind))
-        return made[kind]
-
-    return make
-
-
 @pytest.fixture
-def adapter_of(base_of: Callable[[str], Path], tmp_path: Path) -> Callable[..., Path]:
+def adapter_of(tiny_model: TinyModel, tmp_path: Path) -> Callable[..., Path]:
     """Have PEFT write an adapter with an update that shows, on the class that loratune trains."""
 
     def write(kind: str, **settings: Any) -> Path:
-        model = load_plain(base_of(kind))
+        model = load_plain(tiny_model(kind))
         torch.manual_seed(1)
         targets = linear_modules(model, Role.ATTENTION)
         config = {"r": 4, "lora_alpha": 8, "target_modules": targets, "init_lora_weights": False, **settings}
@@ -82,9 +70,9 @@ def exported(adapter: Path, base: Path, server: Any, output: Path) -> Any:
 
 @pytest.mark.parametrize("kind", FAMILIES)
 def test_the_served_class_computes_what_the_trained_one_computes(
-    base_of: Callable[[str], Path], adapter_of: Callable[..., Path], tmp_path: Path, kind: str
+    tiny_model: TinyModel, adapter_of: Callable[..., Path], tmp_path: Path, kind: str
 ) -> None:
-    base, adapter = base_of(kind), adapter_of(kind)
+    base, adapter = tiny_model(kind), adapter_of(kind)
     proved = exported(adapter, base, "vllm", tmp_path / "out")
     served = AutoModelForImageTextToText if kind in NESTED else AutoModelForCausalLM
     wanted = logits_of(auto_class(type(load_plain(base).config)), base, adapter)
@@ -97,17 +85,17 @@ def test_the_served_class_computes_what_the_trained_one_computes(
 
 
 def test_names_and_targets_are_those_of_the_base_s_files(
-    base_of: Callable[[str], Path], adapter_of: Callable[..., Path], tmp_path: Path
+    tiny_model: TinyModel, adapter_of: Callable[..., Path], tmp_path: Path
 ) -> None:
     settings = {"rank_pattern": {"q_proj": 8}, "alpha_pattern": {"q_proj": 16}, "layers_to_transform": [1]}
     exported(
         adapter_of("qwen3_5", target_modules=["q_proj", "v_proj"], **settings),
-        base_of("qwen3_5"),
+        tiny_model("qwen3_5"),
         "sglang",
         tmp_path / "out",
     )
     names = load_file(tmp_path / "out" / "adapter_model.safetensors").keys()
-    held = load_file(base_of("qwen3_5") / "model.safetensors").keys()
+    held = load_file(tiny_model("qwen3_5") / "model.safetensors").keys()
     modules = {name.removeprefix("base_model.model.").partition(".lora_")[0] for name in names}
     assert {f"{module}.weight" for module in modules} <= held
     config = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
@@ -120,9 +108,9 @@ def test_names_and_targets_are_those_of_the_base_s_files(
 
 @pytest.mark.filterwarnings("ignore:The following (rank|alpha)_pattern keys:RuntimeWarning")
 def test_stacks_get_the_names_of_the_served_class_too(
-    base_of: Callable[[str], Path], adapter_of: Callable[..., Path], tmp_path: Path
+    tiny_model: TinyModel, adapter_of: Callable[..., Path], tmp_path: Path
 ) -> None:
-    base = base_of("qwen3_5_moe")
+    base = tiny_model("qwen3_5_moe")
     stacks = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
     patterns = {"rank_pattern": {r".*\.gate_up_proj": 8}, "alpha_pattern": {r".*\.gate_up_proj": 16}}
     adapter = adapter_of("qwen3_5_moe", target_parameters=stacks, lora_dropout=0.0, **patterns)
@@ -142,18 +130,21 @@ def test_stacks_get_the_names_of_the_served_class_too(
 
 
 def test_an_expression_becomes_names_for_servers(
-    base_of: Callable[[str], Path], adapter_of: Callable[..., Path], tmp_path: Path
+    tiny_model: TinyModel, adapter_of: Callable[..., Path], tmp_path: Path
 ) -> None:
-    exported(adapter_of("qwen3", target_modules=r".*\.1\..*q_proj"), base_of("qwen3"), "sglang", tmp_path / "out")
+    exported(adapter_of("qwen3", target_modules=r".*\.1\..*q_proj"), tiny_model("qwen3"), "sglang", tmp_path / "out")
     config = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
     assert config["target_modules"] == ["model.layers.1.self_attn.q_proj"]
 
 
 def test_an_adapter_to_give_away_keeps_its_names_and_says_for_which_class(
-    base_of: Callable[[str], Path], adapter_of: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tiny_model: TinyModel,
+    adapter_of: Callable[..., Path],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     adapter = adapter_of("qwen3_5")
-    proved = exported(adapter, base_of("qwen3_5"), "adapter", tmp_path / "out")
+    proved = exported(adapter, tiny_model("qwen3_5"), "adapter", tmp_path / "out")
     name = "adapter_model.safetensors"
     assert (tmp_path / "out" / name).read_bytes() == (adapter / name).read_bytes()
     assert proved.model_class == "Qwen3_5ForCausalLM"
@@ -163,9 +154,9 @@ def test_an_adapter_to_give_away_keeps_its_names_and_says_for_which_class(
 
 
 def test_loratune_reads_what_it_has_exported(
-    base_of: Callable[[str], Path], adapter_of: Callable[..., Path], tmp_path: Path
+    tiny_model: TinyModel, adapter_of: Callable[..., Path], tmp_path: Path
 ) -> None:
-    base, adapter = base_of("qwen3_5"), adapter_of("qwen3_5")
+    base, adapter = tiny_model("qwen3_5"), adapter_of("qwen3_5")
     exported(adapter, base, "vllm", tmp_path / "out")
     assert own_logits(base, tmp_path / "out").difference(own_logits(base, adapter)) == 0
     exported(tmp_path / "out", base, "sglang", tmp_path / "again")
@@ -175,14 +166,14 @@ def test_loratune_reads_what_it_has_exported(
 
 @pytest.mark.parametrize("is_seen_by_names", [True, False])
 def test_names_of_another_class_are_caught(
-    base_of: Callable[[str], Path],
+    tiny_model: TinyModel,
     adapter_of: Callable[..., Path],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     is_seen_by_names: bool,
 ) -> None:
     """With such names PEFT gives the base's own outputs, and a warning."""
-    base, adapter = base_of("qwen3_5"), adapter_of("qwen3_5", target_modules=["q_proj", "v_proj"])
+    base, adapter = tiny_model("qwen3_5"), adapter_of("qwen3_5", target_modules=["q_proj", "v_proj"])
     config = adapter / "adapter_config.json"
     config.write_text(config.read_text().replace('"init_lora_weights": false', '"init_lora_weights": true'))
     served = served_class(base)
@@ -201,7 +192,7 @@ def test_names_of_another_class_are_caught(
 
 
 def test_another_adapter_than_the_run_s_is_caught(
-    base_of: Callable[[str], Path], adapter_of: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tiny_model: TinyModel, adapter_of: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     real = renaming.renamed_config
 
@@ -210,25 +201,25 @@ def test_another_adapter_than_the_run_s_is_caught(
 
     monkeypatch.setattr("loratune.delivery.export.adapter_folder.renamed_config", with_another_alpha)
     with pytest.raises(LoratuneError, match="logit differs"):
-        exported(adapter_of("qwen3_5"), base_of("qwen3_5"), "vllm", tmp_path / "out")
+        exported(adapter_of("qwen3_5"), tiny_model("qwen3_5"), "vllm", tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
 def test_a_tensor_of_no_module_is_an_error(
-    base_of: Callable[[str], Path], adapter_of: Callable[..., Path], tmp_path: Path
+    tiny_model: TinyModel, adapter_of: Callable[..., Path], tmp_path: Path
 ) -> None:
     adapter = adapter_of("qwen3_5")
     names = load_file(adapter / "adapter_model.safetensors").keys()
     strange = "base_model.model.model.layers.9.self_attn.q_proj.lora_A.weight"
     with pytest.raises(LoratuneError, match=r"(?s)1 tensors are of no module of the base.*layers\.9"):
-        renaming.renamed_tensors([*names, strange], served_class(base_of("qwen3_5")).modules, adapter)
+        renaming.renamed_tensors([*names, strange], served_class(tiny_model("qwen3_5")).modules, adapter)
 
 
 def test_too_little_memory_leaves_the_check_of_names(
-    base_of: Callable[[str], Path], adapter_of: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tiny_model: TinyModel, adapter_of: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(proof, "free_main_memory_bytes", lambda: 0)
-    proved = exported(adapter_of("qwen3"), base_of("qwen3"), "vllm", tmp_path / "out")
+    proved = exported(adapter_of("qwen3"), tiny_model("qwen3"), "vllm", tmp_path / "out")
     assert (proved.modules, proved.largest_difference, proved.largest_change) == (8, None, None)
 
 
@@ -317,18 +308,18 @@ def test_sglang_gets_its_own_flags(tmp_path: Path) -> None:
 
 
 def test_a_refusal_advises_to_merge_and_serve_there(
-    base_of: Callable[[str], Path], adapter_of: Callable[..., Path], tmp_path: Path
+    tiny_model: TinyModel, adapter_of: Callable[..., Path], tmp_path: Path
 ) -> None:
     adapter = adapter_of("qwen3", use_rslora=True)
     with pytest.raises(LoratuneError, match="SGLang cannot serve this adapter") as raised:
-        exported(adapter, base_of("qwen3"), "sglang", tmp_path / "out")
+        exported(adapter, tiny_model("qwen3"), "sglang", tmp_path / "out")
     assert [command.words[:2] for command in raised.value.commands] == [("loratune", "merge"), ("python", "-m")]
 
 
 def test_a_loaded_adapter_of_the_served_class_is_the_run_s(
-    base_of: Callable[[str], Path], adapter_of: Callable[..., Path], tmp_path: Path
+    tiny_model: TinyModel, adapter_of: Callable[..., Path], tmp_path: Path
 ) -> None:
-    base, adapter = base_of("qwen3_5"), adapter_of("qwen3_5")
+    base, adapter = tiny_model("qwen3_5"), adapter_of("qwen3_5")
     exported(adapter, base, "vllm", tmp_path / "out")
     states = [load_adapter(load_plain(base), folder).state_dict() for folder in (adapter, tmp_path / "out")]
     assert states[0].keys() == states[1].keys()

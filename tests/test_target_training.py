@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import ROWS
+from conftest import ROWS, TinyModel
 from peft import LoraConfig, PeftModel, get_peft_model
 from tiny_models import CONFIGS, MIXTURES, make_tiny_model, tiny_config
 from torch import nn
@@ -28,6 +28,7 @@ from loratune.model.adapter.attach import attach_adapter, load_adapter, save_ada
 from loratune.model.adapter.combination import combine_adapters
 from loratune.model.adapter.own_parameters import BASE
 from loratune.model.adapter.targets import check_attached, resolve_targets
+from loratune.model.architecture.structure import decoder_of
 from loratune.model.config import auto_class, empty_model
 from loratune.model.hardware import detect_hardware
 from loratune.recipe.sections import LoraSettings
@@ -83,8 +84,10 @@ def adapted_by_peft(model: Any) -> set[str]:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_exactly_the_targets_are_trained_and_plain_peft_reads_them(kind: str, tmp_path: Path) -> None:
-    base, ids = make_tiny_model(kind, tmp_path / "base"), torch.arange(20, 44)[None]
+def test_exactly_the_targets_are_trained_and_plain_peft_reads_them(
+    kind: str, tiny_model: TinyModel, tmp_path: Path
+) -> None:
+    base, ids = tiny_model(kind), torch.arange(20, 44)[None]
     for number, target in enumerate(["all-linear", *([["attention", "experts"]] if kind in MIXTURES else [])]):
         plain = loaded(base)
         group = "attention" if "experts" in target else "all-linear"
@@ -101,10 +104,12 @@ def test_exactly_the_targets_are_trained_and_plain_peft_reads_them(kind: str, tm
             assert (weight.grad is not None and bool(weight.grad.any())) == weight.requires_grad, name
         save_adapter(model, tmp_path / f"adapter{number}")
         by_peft = PeftModel.from_pretrained(loaded(base), tmp_path / f"adapter{number}")
+        again = load_adapter(loaded(base), tmp_path / f"adapter{number}")
         with torch.no_grad():
-            logits = [one(input_ids=ids).logits for one in (model, by_peft, loaded(base))]
-        assert torch.equal(logits[0], logits[1])
-        assert (logits[0] - logits[2]).abs().max() > 1e-3 * logits[2].abs().max()
+            expected, found, own, plain = (one(input_ids=ids).logits for one in (by_peft, model, again, loaded(base)))
+        assert torch.equal(found, expected)
+        assert torch.equal(own, expected)
+        assert (plain - expected).abs().max() > 1e-3 * plain.abs().max()
 
 
 def attached(kind: str, **settings: Any) -> tuple[Any, Any]:
@@ -148,14 +153,14 @@ def test_targets_that_peft_replaces_are_refused() -> None:
 def test_experts_are_trained_with_recomputed_copies_and_without_auxiliary_loss(
     cli: Callable[..., Result], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    base = make_tiny_model("qwen3_moe", tmp_path / "base", output_router_logits=True)
+    base = make_tiny_model("qwen3_5_moe_text", tmp_path / "base", output_router_logits=True)
     (tmp_path / "rows.json").write_text(json.dumps(ROWS))
     seen, routers = [], []
     plain = AdapterTrainer.training_step
 
     def watched(self: Any, model: Any, *arguments: Any, **settings: Any) -> Any:
         result = plain(self, model, *arguments, **settings)
-        seen.append((model.config.output_router_logits, model.base_model.model.model.gradient_checkpointing))
+        seen.append((model.config.output_router_logits, decoder_of(model).gradient_checkpointing))
         routers.append(
             [weight.clone() for name, weight in model.named_parameters() if name.endswith("mlp.gate.weight")]
         )
@@ -163,7 +168,8 @@ def test_experts_are_trained_with_recomputed_copies_and_without_auxiliary_loss(
 
     monkeypatch.setattr(AdapterTrainer, "training_step", watched)
     result = cli(
-        "sft", "--model.base", base, "--data.train", tmp_path / "rows.json", "--lora.target_modules", "experts",
+        "sft", "--model.base", base, "--data.train", tmp_path / "rows.json",
+        "--lora.target_modules", "all-linear", "--lora.target_modules", "experts",
         "--training.max_steps", "2", "--training.batch_size", "4", "--training.learning_rate", "1e-2",
         "--output", tmp_path / "run",
     )  # fmt: skip
@@ -173,14 +179,17 @@ def test_experts_are_trained_with_recomputed_copies_and_without_auxiliary_loss(
     assert all(torch.equal(first, last) for first, last in zip(routers[0], routers[-1], strict=True))
     report = json.loads((tmp_path / "run" / "report.json").read_text())
     assert report["gradient_checkpointing"] is True
-    assert report["adapter"]["groups"].keys() == {"experts"}
-    assert report["adapter"]["groups"]["experts"]["parameters"] == report["adapter"]["trainable_parameters"]
+    groups = report["adapter"]["groups"]
+    assert groups.keys() == {"attention", "shared-experts", "experts"}
+    assert sum(group["parameters"] for group in groups.values()) == report["adapter"]["trainable_parameters"]
+    assert 0 < report["health"]["expert_use"]["used"] <= report["health"]["expert_use"]["all"] == 8
     shown = re.sub(r"\s+", " ", result.stderr)
-    assert re.search(r"experts 4 stacks, [\d,]+ parameters \(100%\)", shown)
+    assert f"experts 4 stacks, {groups['experts']['parameters']:,} parameters" in shown
+    assert "gradient checkpointing is on" in shown
 
 
-def test_copies_of_experts_are_no_memory_of_tokens(tmp_path: Path) -> None:
-    base, hardware = make_tiny_model("qwen3_moe", tmp_path / "base"), detect_hardware()
+def test_copies_of_experts_are_no_memory_of_tokens(tiny_model: TinyModel, tmp_path: Path) -> None:
+    base, hardware = tiny_model("qwen3_moe"), detect_hardware()
     found = {}
     for target in ("attention", "experts"):
         settings = LoraSettings(target_modules=["attention", target], dropout=0.0, rank=1)
@@ -194,8 +203,8 @@ def test_copies_of_experts_are_no_memory_of_tokens(tmp_path: Path) -> None:
     assert measure_passes(model, False, 256, 256, hardware).kept == pytest.approx(found["experts"][0], rel=0.05)
 
 
-def test_rows_with_and_without_experts_are_decoded_side_by_side(tmp_path: Path) -> None:
-    base = make_tiny_model("qwen3_moe", tmp_path / "base")
+def test_rows_with_and_without_experts_are_decoded_side_by_side(tiny_model: TinyModel, tmp_path: Path) -> None:
+    base = tiny_model("qwen3_moe")
     settings = LoraSettings(target_modules=["attention", "experts"], dropout=0.0, rank=2)
     model: Any = attach_adapter(loaded(base), settings, str(base), 0).eval()
     with torch.no_grad():
@@ -258,9 +267,9 @@ def assert_updates_of_stacks(updates: dict[str, TensorUpdate], by_peft: Any, cou
 
 @pytest.mark.parametrize("kind", [pytest.param(k, marks=[] if k == "gpt_oss" else pytest.mark.slow) for k in MIXTURES])
 def test_experts_are_trained_merged_and_equal_to_plain_peft(
-    cli: Callable[..., Result], tmp_path: Path, kind: str
+    cli: Callable[..., Result], tiny_model: TinyModel, tmp_path: Path, kind: str
 ) -> None:
-    base = make_tiny_model(kind, tmp_path / "base")
+    base = tiny_model(kind)
     (tmp_path / "rows.json").write_text(json.dumps(ROWS))
     trained = cli(
         "sft", "--model.base", base, "--data.train", tmp_path / "rows.json", "--model.dtype", "float32",
@@ -280,9 +289,9 @@ def test_experts_are_trained_merged_and_equal_to_plain_peft(
 
 
 @pytest.mark.filterwarnings("ignore:The following (rank|alpha)_pattern:RuntimeWarning")
-def test_adapters_whose_targets_peft_has_replaced_are_read_as_by_peft(tmp_path: Path) -> None:
+def test_adapters_whose_targets_peft_has_replaced_are_read_as_by_peft(tiny_model: TinyModel, tmp_path: Path) -> None:
     """As of those that were trained before transformers 5, whose names PEFT converts and saves."""
-    base, ids = make_tiny_model("mixtral", tmp_path / "base"), torch.arange(20, 44)[None]
+    base, ids = tiny_model("mixtral"), torch.arange(20, 44)[None]
     config = LoraConfig(r=2, lora_alpha=4, target_modules=["w1", "w2", "w3", "q_proj"], task_type="CAUSAL_LM")
     by_peft: Any = get_peft_model(loaded(base), config).eval()
     assert config.target_parameters == {"gate_up_proj", "down_proj"}
@@ -299,9 +308,9 @@ def test_adapters_whose_targets_peft_has_replaced_are_read_as_by_peft(tmp_path: 
     assert_updates_of_stacks(read(), by_peft, 4)
 
 
-def test_adapters_on_experts_are_not_combined(tmp_path: Path) -> None:
+def test_adapters_on_experts_are_not_combined(tiny_model: TinyModel, tmp_path: Path) -> None:
     """PEFT cannot, which is told before the base is read."""
-    base = make_tiny_model("qwen3_moe", tmp_path / "base")
+    base = tiny_model("qwen3_moe")
     for target in ("attention", "experts"):
         model = attach_adapter(loaded(base), LoraSettings(target_modules=target, dropout=0.0), str(base), 0)
         save_adapter(model, tmp_path / target)

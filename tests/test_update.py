@@ -14,6 +14,7 @@ import torch
 from conftest import TINY_QWEN
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from misreading import misread_updates
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from test_merge import make_adapter
@@ -21,7 +22,6 @@ from transformers import AutoModelForCausalLM
 from typer.testing import Result
 
 from loratune.data.encoding.encoder import IGNORED, Encoder
-from loratune.delivery.merge import job as merge_job
 from loratune.delivery.merge import merge
 from loratune.delivery.merge.merged_weights import MergePlan, plan_merge, write_merged
 from loratune.delivery.merge.update import TensorUpdate, read_updates
@@ -336,12 +336,10 @@ def test_a_target_left_as_in_the_base_is_noticed_and_nothing_stays(
 def test_peft_s_own_merge_shows_what_was_read_wrongly_throughout(
     cli: Cli, random_qwen: Path, adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def doubled(*arguments: Any) -> dict[str, TensorUpdate]:
-        updates = read_updates(*arguments)
+    def double(updates: dict[str, TensorUpdate]) -> None:
         updates[f"{Q0}.weight"].scaling *= 2
-        return updates
 
-    monkeypatch.setattr(merge_job, "read_updates", doubled)
+    misread_updates(monkeypatch, double)
     result = cli("merge", "-a", adapter, "-m", random_qwen, "-o", tmp_path / "out" / "merged")
     assert result.exit_code == Exit.MODEL
     assert f"{Q0}.weight: the written file holds row 0" in " ".join(result.stderr.split())

@@ -50,10 +50,7 @@ def instead_of_serving(
     served = Command("then serve it", (*SERVE[server], str(place)))
     why = refusal(lambda: check_merge(source, place, options))
     if why is None:
-        return "merge it into its base, and serve the merged model", [
-            options.command("merge it", source, place),
-            served,
-        ]
+        return MERGED, [options.command("merge it", source, place), served]
     asked = FULL_PRECISION if isinstance(why, QuantizedFolderError) else None
     if model is None and refusal(lambda: base_settings(source, None)):
         asked = BASE

@@ -134,8 +134,10 @@ def check_config(folder: Path) -> None:
 
 def is_native(model_type: Any) -> bool:
     """Return whether transformers itself has a language model of this type."""
-    if not isinstance(model_type, str) or model_type in FAMILIES:
-        return isinstance(model_type, str)
+    if not isinstance(model_type, str):
+        return False
+    if model_type in FAMILIES:
+        return True
     # Only for an architecture that loratune does not know: the import takes a second.
     from transformers.models.auto import modeling_auto as known
 

@@ -21,12 +21,11 @@ from loratune.model.files import weight_files
 from loratune.model.memory import is_out_of_memory
 from loratune.model.tying import head_is_tied
 from loratune.model.weights.tensor_files import TensorFiles
+from loratune.model.weights.unpacked import keep_odd_sizes_unpacked
 from loratune.protocols import CausalModel, ModelConfig
 
 IGNORED = (r"rotary_emb\.inv_freq", r"(^|\.)position_ids$")
 """Patterns of names that files of earlier versions of transformers hold, and that it computes now."""
-PACKED_ROWS = 32
-"""Rows of a block of 4-bit weights that bitsandbytes has repacked for a CPU."""
 
 
 def load_from_folder(folder: Path, is_quantized: bool = False, auto: Any = None, **options: Any) -> CausalModel:
@@ -76,18 +75,8 @@ def _checked(folder: Path, model: Any, is_tied: bool) -> CausalModel:
         )
     loaded: CausalModel = model.requires_grad_(False)
     loaded.config.tie_word_embeddings = is_tied
-    _keep_odd_sizes_unpacked(loaded)
+    keep_odd_sizes_unpacked(loaded)
     return loaded
-
-
-def _keep_odd_sizes_unpacked(model: CausalModel) -> None:
-    """Keep bitsandbytes from repacking 4-bit matrices for a CPU in blocks that their sizes are no multiples of."""
-    for module in model.modules():
-        state = getattr(getattr(module, "weight", None), "quant_state", None)
-        if state is not None and hasattr(module, "support_avx512bf16_for_cpu"):
-            rows, columns = state.shape
-            if rows % PACKED_ROWS or columns % state.blocksize:
-                module.support_avx512bf16_for_cpu = False
 
 
 def load_empty(folder: Path) -> CausalModel:

@@ -15,12 +15,17 @@ def advise(recipe: Recipe) -> list[str]:
 
 
 def _advise_experts(recipe: Recipe) -> list[str]:
-    if not adapts_experts(recipe.lora) or recipe.training.gradient_checkpointing is not None:
+    if not adapts_experts(recipe.lora):
         return []
-    return [
-        "lora.target_modules experts: gradient checkpointing is on, because the changed matrices of all experts would "
-        "be kept for the backward pass otherwise"
-    ]
+    advice = []
+    if "dropout" not in recipe.lora.model_fields_set:
+        advice.append("lora.target_modules experts: lora.dropout is 0, since PEFT's adapter of experts has none")
+    if recipe.training.gradient_checkpointing is None:
+        advice.append(
+            "lora.target_modules experts: gradient checkpointing is on, because the changed matrices of all experts "
+            "would be kept for the backward pass otherwise"
+        )
+    return advice
 
 
 def _advise_lora(recipe: Recipe) -> list[str]:

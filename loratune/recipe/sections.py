@@ -57,7 +57,7 @@ class LoraSettings(Section):
     alpha: float = Field(default=16, gt=0)
     """Scale of the update, which is multiplied by alpha / rank; twice the rank is a common choice."""
     dropout: float = Field(default=0.05, ge=0, lt=1)
-    """Dropout probability of the adapter's inputs during training."""
+    """Dropout probability of the adapter's inputs during training; with experts among the targets, 0."""
     bias: Literal["none", "all", "lora_only"] = "none"
     """Which bias terms are also trained."""
     target_modules: Annotated[TargetGroup | list[str], BeforeValidator(_listed_unless_named)] = "all-linear"

@@ -12,7 +12,6 @@ import torch
 from numpy.typing import NDArray
 
 from loratune import console
-from loratune.data.assembly.batches import collate_packed, collate_padded
 from loratune.model.adapter.targets import computes_stacks
 from loratune.model.architecture.structure import causal_model, decoder_of, text_config
 from loratune.model.hardware import Hardware
@@ -20,6 +19,7 @@ from loratune.model.kernels.linear_cross_entropy import CHUNK_BYTES
 from loratune.model.memory import free_memory_bytes
 from loratune.protocols import AdaptedModel
 from loratune.recipe.sections import TrainingSettings
+from loratune.training.probes.passes import packed, padded
 
 SAMPLE_TOKENS = 256
 """Long enough that memory independent of the number of tokens hardly counts."""
@@ -145,7 +145,7 @@ def measure_passes(model: AdaptedModel, is_packed: bool, longest: int, step: int
             fixed = round(max(0, few - kept * length))
         else:
             counts = (1, 4) if has_copies else (1,)
-            few, *more = (_kept_bytes(model, is_packed, [length] * count, hardware) for count in counts)
+            few, *more = (_kept_bytes(model, is_packed, [length] * count) for count in counts)
             per_token = (more[0] - few) / (3 * length) if more else few / length
             kept = SPARE * per_token
             fixed = 2 * min(CHUNK_BYTES, step * config.vocab_size * base.dtype.itemsize)
@@ -170,9 +170,9 @@ def _recomputed(model: Any) -> Iterator[None]:
         model.gradient_checkpointing_disable()
 
 
-def _kept_bytes(model: AdaptedModel, is_packed: bool, lengths: Sequence[int], hardware: Hardware) -> int:
+def _kept_bytes(model: AdaptedModel, is_packed: bool, lengths: Sequence[int]) -> int:
     """Return what the forward pass of the decoder saves for the backward pass."""
-    inputs = _sample(is_packed, lengths, hardware)
+    inputs = _sample(model, is_packed, lengths)
     del inputs["labels"]
     seen = {tensor.untyped_storage().data_ptr() for tensor in (*model.parameters(), *model.buffers())}
     kept_bytes = 0
@@ -193,7 +193,7 @@ def _kept_bytes(model: AdaptedModel, is_packed: bool, lengths: Sequence[int], ha
 
 def _peak_bytes(model: AdaptedModel, is_packed: bool, lengths: Sequence[int], hardware: Hardware) -> int:
     """Return how much a forward and backward pass adds to the allocated memory of the GPU at its peak."""
-    inputs = _sample(is_packed, lengths, hardware)
+    inputs = _sample(model, is_packed, lengths)
     torch.cuda.reset_peak_memory_stats(hardware.device)
     before = torch.cuda.memory_allocated(hardware.device)
     model(**inputs, summed_loss=True).loss_sum.backward()
@@ -203,11 +203,8 @@ def _peak_bytes(model: AdaptedModel, is_packed: bool, lengths: Sequence[int], ha
     return int(peak)
 
 
-def _sample(is_packed: bool, lengths: Sequence[int], hardware: Hardware) -> dict[str, Any]:
-    rows = [{"input_ids": [0] * length, "labels": [0] * length, "sequence": 0} for length in lengths]
-    batch = collate_packed(rows) if is_packed else collate_padded(rows, pad_token_id=0)
-    del batch["about"]
-    return {name: value.to(hardware.device) if hasattr(value, "to") else value for name, value in batch.items()}
+def _sample(model: AdaptedModel, is_packed: bool, lengths: Sequence[int]) -> dict[str, Any]:
+    return (packed if is_packed else padded)(model, [[0] * length for length in lengths])
 
 
 def _scarcest(memory: PassMemory, hardware: Hardware) -> PassMemory:

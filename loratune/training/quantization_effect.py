@@ -14,11 +14,11 @@ from loratune.data.assembly.dataset import as_dataset
 from loratune.data.assembly.split import Split
 from loratune.data.preparation import PreparedData
 from loratune.errors import counted, reason_of
-from loratune.model.adapter.attach import keep_unpacked
 from loratune.model.architecture.recurrent import recurrent_modules
 from loratune.model.architecture.roles import expert_stacks
 from loratune.model.architecture.structure import decoder_of
 from loratune.model.weights.held import bytes_by_group, held_bytes
+from loratune.model.weights.unpacked import keep_unpacked
 from loratune.model.weights.unquantised import unquantised
 from loratune.protocols import CausalModel
 from loratune.recipe.sections import ModelSettings

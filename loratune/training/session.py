@@ -144,7 +144,7 @@ def load(prepared: Prepared, start: Checkpoint | None = None) -> Session:
     weights = weights_of(model, recipe.model, prepared.base, prepared.data)
     plain, loaded_attention = with_same_weights(model), str(model.config._attn_implementation)
     targets = resolve_targets(model, recipe.lora)
-    adapted = attach_adapter(model, recipe.lora, recipe.model.base, recipe.seed)
+    adapted = attach_adapter(model, recipe.lora, recipe.model.base, recipe.seed, targets)
     use_fused_lora(adapted)
     use_fused_elementwise(model)
     attention = choose_attention(model, hardware, recipe.model.attn_implementation, recipe.training.packing)

@@ -31,6 +31,7 @@ from loratune.model.adapter.tensors import read_tensors
 from loratune.model.adapter.values import check_weights
 from loratune.model.architecture.structure import causal_model, is_adapted
 from loratune.model.weights.held import held_bytes, value_count
+from loratune.model.weights.unpacked import keep_unpacked
 from loratune.protocols import AdaptedModel, CausalModel
 from loratune.recipe.sections import LoraSettings
 
@@ -61,7 +62,9 @@ class AdapterSummary:
     adapter_bytes: int
 
 
-def attach_adapter(model: CausalModel, settings: LoraSettings, base_name: str, seed: int) -> AdaptedModel:
+def attach_adapter(
+    model: CausalModel, settings: LoraSettings, base_name: str, seed: int, targets: Targets | None = None
+) -> AdaptedModel:
     """Put a fresh adapter on a frozen base.
 
     Args:
@@ -69,11 +72,12 @@ def attach_adapter(model: CausalModel, settings: LoraSettings, base_name: str, s
         settings: the recipe's lora section.
         base_name: the base's name for the adapter's config.
         seed: seeds the adapter's initialisation.
+        targets: of the settings in the model, if they have been resolved already.
 
     Raises:
         LoratuneError: the model does not have the targets, layers or modules_to_save, or PEFT refuses a target.
     """
-    targets = resolve_targets(model, settings)
+    targets = targets or resolve_targets(model, settings)
     _check_modules_to_save(model, settings.modules_to_save)
     torch.manual_seed(seed)
     config = LoraConfig(
@@ -256,17 +260,6 @@ def _peft_config(values: dict[str, Any], folder: Path) -> LoraConfig:
         return LoraConfig(**(lora | patterns | {"task_type": "CAUSAL_LM", "inference_mode": True}))
     except (ValueError, TypeError) as error:
         raise LoratuneError(f"{folder / CONFIG_FILE}: {_first_lines(str(error))}", Exit.MODEL) from error
-
-
-def keep_unpacked(model: CausalModel) -> None:
-    """Keep bitsandbytes from repacking 4-bit weights at the first validation on a CPU.
-
-    The packed form only supports inference: the next training step would fail with "a view of a leaf Variable that
-    requires grad is being used in an in-place operation".
-    """
-    for module in model.modules():
-        if hasattr(module, "support_avx512bf16_for_cpu"):
-            module.support_avx512bf16_for_cpu = False
 
 
 def _check_modules_to_save(model: CausalModel, wanted: list[str]) -> None:

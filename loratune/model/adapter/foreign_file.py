@@ -8,7 +8,7 @@ from pathlib import Path
 
 from loratune.errors import Exit, LoratuneError
 from loratune.model.adapter.foreign_names import LORA, places_of
-from loratune.model.adapter.stacks import WRAPPED
+from loratune.model.adapter.stacks import WRAPPED, wrapped_places
 from loratune.model.adapter.tensors import PREFIX
 from loratune.model.architecture.other_names import MEGATRON, Matrix, matrix_of, sides_of
 from loratune.model.architecture.vocabulary import vocabulary_of
@@ -115,25 +115,13 @@ class ForeignFile:
     def stack_of(self, module: str, inner: int) -> str | None:
         """Return the parameter with a stack that LoRA in PEFT's layout is on; None if it is on no stack.
 
-        PEFT wraps a module once more for each parameter, in the order in which the module has them. The base's names
-        may have another order, such as that of files, so the shapes decide where only one stack fits them.
-
         Args:
             module: the module's name in the base.
             inner: see `LoraName`.
         """
-        levels = 1 + max((one.inner for one in self.lora.values() if one.module == module), default=0)
-        stacks = self.stacks_of(module)
-        sizes = [self._size(module, inner, side) for side in "AB"]
-        fitting = [stack for stack in stacks if sorted(self.places[stack][1:]) == sorted(sizes)]
-        if len(fitting) == 1:
-            return fitting[0]
-        return stacks[levels - 1 - inner] if len(stacks) == levels else None
-
-    def _size(self, module: str, inner: int, side: str) -> int:
-        """Return the number of a side's inputs or outputs; -1 if there is no such matrix."""
-        shape = self.shapes.get(peft_name(module, side, inner), ())
-        return shape[1 if side == "A" else 0] if len(shape) == 2 else -1
+        given = {name.removeprefix(PREFIX): shape for name, shape in self.shapes.items()}
+        places = wrapped_places(module, self.stacks_of(module), self.places, given)
+        return places.get(module + WRAPPED * inner)
 
     def stacks_of(self, module: str) -> list[str]:
         """Return the parameters of a module of the base that are stacks, in the base's order."""

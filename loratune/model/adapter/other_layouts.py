@@ -29,7 +29,7 @@ from loratune.model.adapter.files import CONFIG_FILE, WEIGHTS_FILE, read_config_
 from loratune.model.adapter.foreign_file import ForeignFile, peft_name
 from loratune.model.adapter.foreign_names import renamed_prefix, replaced
 from loratune.model.adapter.joined_pairs import Pair, exchanged
-from loratune.model.adapter.patterns import settle_patterns
+from loratune.model.adapter.patterns import settle_patterns, targeted_stacks
 from loratune.model.adapter.renaming import BY_PLACE
 from loratune.model.adapter.shares import Share, Whole, whole_of
 from loratune.model.adapter.tensors import PREFIX, rank_and_alpha
@@ -165,8 +165,8 @@ def _config(
     own = {one.module: targets[name] for name, one in file.lora.items() if not one.matrix.is_share}
     # As the file would name them, since its config does.
     stacks = {replaced(name, prefix[::-1]) or name: name for name, shape in file.places.items() if len(shape) == 3}
-    endings = tuple(f".{name}" for name in values.get("target_parameters") or ())
-    adapted = {name: stack for name, stack in stacks.items() if endings and f".{name}".endswith(endings)}
+    shapes = {name: file.places[stack] for name, stack in stacks.items()}
+    adapted = {name: stacks[name] for name in targeted_stacks(values, shapes)}
     named = {name: target for name, target in (own | adapted).items() if file.places[target]}
     settled = settle_patterns(values, {f"{name}.weight": () for name in named}, file.folder)
     ranks, alphas = ({named[name]: number for name, number in settled[key].items()} for key in PATTERNS)

@@ -14,7 +14,8 @@ from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from torch import nn
 
-from loratune.model.adapter.attach import is_adapter_weight, keep_unpacked
+from loratune.model.adapter.attach import is_adapter_weight
+from loratune.model.weights.unpacked import keep_unpacked
 from loratune.protocols import AdaptedModel, CausalModel
 
 QUANTISED_STATES = ("state", "quant_state")

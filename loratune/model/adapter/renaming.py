@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from loratune.errors import Exit, LoratuneError, bullet_list
-from loratune.model.adapter.patterns import settle_patterns, targeted
+from loratune.model.adapter.patterns import settle_patterns, targeted, targeted_stacks
 from loratune.model.adapter.tensors import PREFIX, WRAPPER
 from loratune.model.architecture.served_class import longest_known
 
@@ -62,8 +62,7 @@ def renamed_config(
     """
     modules = {name.rpartition(".")[0]: other.rpartition(".")[0] for name, other in parameters.items()}
     targets = targeted(settle_patterns(values, base, place), base)
-    endings = tuple(f".{name}" for name in values.get("target_parameters") or ())
-    stacks = [name for name in parameters if endings and f".{name}".endswith(endings)]
+    stacks = [name for name in targeted_stacks(values, base) if name in parameters]
     adapted = {name: modules[name] for name in targets} | {name: parameters[name] for name in stacks}
     settled = settle_patterns(values, {f"{name}.weight": () for name in adapted}, place)
     renamed = {key: value for key, value in values.items() if key not in BY_PLACE}

@@ -34,26 +34,34 @@ def stack_places(
     Returns:
         Name before `.lora_A` → parameter name of the base. Modules whose tensors do not fit are left out.
     """
-    parameters, places = defaultdict[str, list[str]](list), defaultdict[str, list[str]](list)
+    by_module = defaultdict[str, list[str]](list)
     for name in targeted_stacks(values, base):
-        parameters[name.rpartition(".")[0]].append(name)
-    for name in given:
-        place = name.removesuffix(f".{DOWN}")
-        if place != name and (module := place.replace(WRAPPED, "")) in parameters:
-            places[module].append(place)
+        by_module[name.rpartition(".")[0]].append(name)
     found: dict[str, str] = {}
-    for module, wrapped in places.items():
-        orders = itertools.permutations(parameters[module], len(wrapped))
-        found |= next(
-            (dict(zip(wrapped, one, strict=True)) for one in orders if _all_fit(wrapped, one, base, given)), {}
-        )
+    for module, parameters in by_module.items():
+        found |= wrapped_places(module, parameters, base, given)
     return found
 
 
-def stack_rank(shape: Sequence[int], part: str, experts: int) -> int | None:
-    """Return the rank of one expert's matrix in a tensor of all experts; None if the shape is none of such a tensor."""
-    rank, rest = divmod(shape[0 if part == DOWN else 1], experts)
-    return None if rest or len(shape) != 2 else rank
+def wrapped_places(
+    module: str, parameters: Sequence[str], base: Mapping[str, Sequence[int]], given: Mapping[str, Sequence[int]]
+) -> dict[str, str]:
+    """Return which of a module's parameters each of its wrappers in a file stands for; none if the tensors do not fit.
+
+    Args:
+        module: the module's name in the base.
+        parameters: its parameters that may be adapted, in its order, which decides where shapes do not.
+        base, given: see `stack_places`.
+    """
+    depths = range(len(parameters) - 1, -1, -1)  # PEFT wraps the first parameter first
+    places = [place for depth in depths if f"{(place := module + WRAPPED * depth)}.{DOWN}" in given]
+    for order in itertools.permutations(parameters, len(places)):
+        if all(
+            _fit(given.get(f"{place}.{DOWN}"), given.get(f"{place}.{UP}"), base[name])
+            for place, name in zip(places, order, strict=True)
+        ):
+            return dict(zip(places, order, strict=True))
+    return {}
 
 
 def stack_factors(
@@ -77,18 +85,6 @@ def stack_factors(
     if fits and not (is_transposed and rows == columns):
         return second, first
     return first.transpose(1, 2), second.transpose(1, 2)
-
-
-def _all_fit(
-    places: Sequence[str],
-    parameters: Sequence[str],
-    base: Mapping[str, Sequence[int]],
-    given: Mapping[str, Sequence[int]],
-) -> bool:
-    return all(
-        _fit(given.get(f"{place}.{DOWN}"), given.get(f"{place}.{UP}"), base[name])
-        for place, name in zip(places, parameters, strict=True)
-    )
 
 
 def _fit(down: Sequence[int] | None, up: Sequence[int] | None, shape: Sequence[int]) -> bool:

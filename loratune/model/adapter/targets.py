@@ -65,14 +65,17 @@ def resolve_targets(model: CausalModel, settings: LoraSettings) -> Targets:
         LoratuneError: lists the targets that match nothing, or that PEFT would replace by others; or DoRA's norms would
             be those of transposed matrices, which no merge has.
     """
-    roles = module_roles(model) | dict.fromkeys(expert_stacks(model), Role.EXPERTS)
+    roles = module_roles(model)
     modules: dict[str, Any] = dict(model.named_modules())
+    # A parameter in place of its module, which may have several.
+    roles = {name: role for name, role in roles.items() if role is not Role.EXPERTS}
+    roles |= dict.fromkeys(expert_stacks(model), Role.EXPERTS)
     replaced = _replaced_by_peft(model, roles)
     wanted, problems = dict[str, Role](), list[str]()
     for target in _as_list(settings.target_modules):
-        found = _matches(target, roles, modules)
+        found = _matches(target, roles)
         if not found:
-            problems.append(_what_there_is(target, roles, modules))
+            problems.append(_what_there_is(target, roles))
         elif target not in GROUPS and (lost := sorted({_last(name) for name in found} & replaced)):
             problems.append(f"{target}: {_replacement(model, lost)}")
         wanted |= {name: roles[name] for name in found if _last(name) not in replaced or roles[name] is Role.EXPERTS}
@@ -156,14 +159,10 @@ def check_attached(model: AdaptedModel, targets: Targets) -> None:
         )
 
 
-def _matches(target: str, roles: Mapping[str, Role], modules: Mapping[str, Any]) -> list[str]:
+def _matches(target: str, roles: Mapping[str, Role]) -> list[str]:
     """Names of the modules, or of the experts' parameters, that a target names."""
     if target in GROUPS:
-        return [
-            name
-            for name, role in roles.items()
-            if role in GROUPS[target] and (role is not Role.EXPERTS or name not in modules)
-        ]
+        return [name for name, role in roles.items() if role in GROUPS[target]]
     named = [name for name, role in roles.items() if role not in NEVER]
     if PATTERN.search(target):
         try:
@@ -176,8 +175,8 @@ def _matches(target: str, roles: Mapping[str, Role], modules: Mapping[str, Any])
     return [name for name in named if name == target or name.endswith(f".{target}")]
 
 
-def _what_there_is(target: str, roles: Mapping[str, Role], modules: Mapping[str, Any]) -> str:
-    groups = ", ".join(group for group in GROUPS if _matches(group, roles, modules))
+def _what_there_is(target: str, roles: Mapping[str, Role]) -> str:
+    groups = ", ".join(group for group in GROUPS if _matches(group, roles))
     names = ", ".join(dict.fromkeys(_last(name) for name, role in roles.items() if role not in NEVER))
     if target in GROUPS:
         return f"the model has no {target}, or its class does not declare them; it has {groups}, with {names}"

@@ -152,6 +152,12 @@ def transposed_matrices(model: CausalModel) -> set[str]:
     return linear | stacks
 
 
+def amplifies_rounding(model: CausalModel) -> bool:
+    """Return whether rounding of weights may change logits a lot: through the choice of experts, or a layer's state."""
+    has_state = next(recurrent_modules(decoder_of(model)), None) is not None
+    return has_state or not {Role.ROUTER, Role.EXPERTS}.isdisjoint(module_roles(model).values())
+
+
 class GatedMlp(NamedTuple):
     """Names of the matrices of a gated MLP, down(act(gate(x)) · up(x))."""
 
@@ -171,9 +177,8 @@ def gated_mlp(module: Any) -> Iterator[GatedMlp]:
     children = dict(module.named_children())
     matrices = [name for name, child in children.items() if hasattr(child, "in_features")]
     others = [child for name, child in children.items() if name not in matrices]
-    if (
-        len(matrices) != 3 or len(others) != 1 or next(others[0].parameters(), None) is not None
-    ):  # an activation has none
+    has_activation = len(others) == 1 and not [*others[0].parameters()]
+    if len(matrices) != 3 or not has_activation:
         return
     sizes = {name: (children[name].in_features, children[name].out_features) for name in matrices}
     for down in reversed(matrices):
@@ -231,9 +236,3 @@ def _holds_stacks(module: Any) -> bool:
     """Return whether a module has a parameter of more than two dimensions, other than a convolution's weight."""
     is_convolution = isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d)
     return not is_convolution and any(p is not None and p.ndim > 2 for p in module._parameters.values())
-
-
-def amplifies_rounding(model: CausalModel) -> bool:
-    """Return whether rounding of weights may change logits a lot: through the choice of experts, or a layer's state."""
-    has_state = next(recurrent_modules(decoder_of(model)), None) is not None
-    return has_state or not {Role.ROUTER, Role.EXPERTS}.isdisjoint(module_roles(model).values())

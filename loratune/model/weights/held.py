@@ -41,9 +41,12 @@ def bytes_by_group(model: CausalModel) -> dict[str, int]:
     rest = NOT_QUANTISED if any(is_quantised(parameter) for parameter in model.parameters()) else REST
     for name, parameter in model.named_parameters():
         role = roles.get(name.rpartition(".")[0])
-        is_of_vocabulary = role in (Role.EMBEDDING, Role.HEAD)
-        is_rest = role is None or (rest == NOT_QUANTISED and not is_quantised(parameter))
-        group = VOCABULARY if is_of_vocabulary else rest if role is None or is_rest else role.value
+        if role in (Role.EMBEDDING, Role.HEAD):
+            group = VOCABULARY
+        elif role is None or (rest == NOT_QUANTISED and not is_quantised(parameter)):
+            group = rest
+        else:
+            group = role.value
         found[group] += held_bytes(parameter)
     return dict(sorted(found.items(), key=lambda pair: -pair[1]))
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from loratune.model.adapter.attach import keep_unpacked
 from loratune.model.base import load_base
 from loratune.model.from_folder import load_plain
 from loratune.model.hardware import detect_hardware
+from loratune.model.weights.unpacked import keep_unpacked
 from loratune.protocols import CausalModel
 from loratune.recipe.sections import ModelSettings
 

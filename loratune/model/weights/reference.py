@@ -13,7 +13,7 @@ from peft.tuners.lora.layer import ParamWrapper
 from peft.utils.integrations import dequantize_module_weight
 from torch.nn import functional
 
-from loratune.model.adapter.attach import keep_unpacked, load_adapter
+from loratune.model.adapter.attach import load_adapter
 from loratune.model.adapter.peft_stacks import StackRows
 from loratune.model.architecture.structure import causal_model
 from loratune.model.base import load_base
@@ -21,6 +21,7 @@ from loratune.model.from_folder import load_empty
 from loratune.model.hardware import detect_hardware
 from loratune.model.weights.mapped import load_mapped
 from loratune.model.weights.stack import stacks_of
+from loratune.model.weights.unpacked import keep_unpacked
 from loratune.protocols import AdaptedModel, CausalModel
 from loratune.recipe.sections import ModelSettings
 

@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
-import torch
-
 from loratune.errors import Exit, LoratuneError
 from loratune.model.architecture.structure import causal_model
 from loratune.protocols import AdaptedModel
@@ -15,6 +11,7 @@ from loratune.training.probes.passes import (
     last_states,
     packed,
     random_documents,
+    single,
     undisturbed,
 )
 
@@ -32,17 +29,14 @@ def check_causality(model: AdaptedModel, is_packed: bool) -> None:
         LoratuneError: it changes earlier ones, as in a model that encodes texts.
     """
     (own,) = random_documents(model, [LENGTH], seed=0)
-    other = [*own[:-1], (own[-1] + 1) % 2]
+    other = [*own[:-1], 0 if own[-1] else 1]
+    layout = packed if is_packed else single
     with undisturbed(model):
-        first, second = (last_states(model, _inputs(model, ids, is_packed))[0] for ids in (own, other))
-    before, last = (largest(part) for part in ((first - second)[: LENGTH - 1], (first - second)[LENGTH - 1 : LENGTH]))
-    if before > LARGEST_SHARES[model.dtype] * last:
+        first, second = (last_states(model, layout(model, [ids]))[0, :LENGTH] for ids in (own, other))
+    earlier, last = largest((first - second)[:-1]), largest((first - second)[-1])
+    if not earlier <= LARGEST_SHARES[model.dtype] * last:
         raise LoratuneError(
             f"{type(causal_model(model)).__name__}: a token sees those after it, so it cannot learn to predict them; "
             "this model is made to encode texts",
             Exit.MODEL,
         )
-
-
-def _inputs(model: AdaptedModel, ids: list[int], is_packed: bool) -> dict[str, Any]:
-    return packed(model, [ids]) if is_packed else {"input_ids": torch.tensor([ids], device=model.device)}

@@ -5,8 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from itertools import chain
 
-import torch
-
 from loratune.errors import counted, reason_of
 from loratune.model.architecture.recurrent import recurrent_modules
 from loratune.model.architecture.structure import causal_model, decoder_of
@@ -21,6 +19,7 @@ from loratune.training.probes.passes import (
     last_states,
     packed,
     random_documents,
+    single,
     undisturbed,
 )
 
@@ -99,8 +98,8 @@ def why_not_apart(model: AdaptedModel) -> str:
     with undisturbed(model):
         try:
             first, second = (last_states(model, packed(model, row))[0, start:end] for row in (own, other))
-            alone = last_states(model, {"input_ids": torch.tensor(own[-1:], device=model.device)})[0]
-            joined = last_states(model, {"input_ids": torch.tensor(begun, device=model.device)})[:, start:]
+            alone = last_states(model, single(model, own[-1:]))[0]
+            joined = last_states(model, single(model, begun))[:, start:]
         except Exception as error:  # an attention or a kernel may raise anything that it cannot do
             if is_out_of_memory(error):
                 raise

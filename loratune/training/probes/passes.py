@@ -58,6 +58,11 @@ def padded(model: AdaptedModel, documents: Documents, pad_token_id: int = 0) -> 
     return _on_device(model, collate_padded(_rows(documents), pad_token_id))
 
 
+def single(model: AdaptedModel, documents: Documents) -> dict[str, Any]:
+    """Return a pass of documents of one length on the model's device, without padding, boundaries or labels."""
+    return {"input_ids": torch.tensor([*map(list, documents)], device=model.device)}
+
+
 def last_states(model: AdaptedModel, inputs: dict[str, Any]) -> torch.Tensor:
     """Return the decoder's last states of a pass, float32 [rows, length, width], without gradients."""
     given = {name: value for name, value in inputs.items() if name != "labels"}

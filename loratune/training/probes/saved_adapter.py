@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-import torch
 from safetensors import SafetensorError
 
 from loratune.errors import Exit, LoratuneError, bullet_list, reason_of
@@ -16,6 +15,7 @@ from loratune.training.probes.passes import (
     ALONE_SHARES,
     last_states,
     random_documents,
+    single,
     undisturbed,
 )
 
@@ -36,7 +36,7 @@ def check_saved_adapter(model: AdaptedModel, plain: CausalModel) -> str:
     Raises:
         LoratuneError: tensors, scales or states differ.
     """
-    inputs = {"input_ids": torch.tensor(random_documents(model, [LENGTH], seed=0), device=model.device)}
+    inputs = single(model, random_documents(model, [LENGTH], seed=0))
     with undisturbed(model):
         without = last_states(model, inputs)
         with TemporaryDirectory() as folder, perturbed(model):

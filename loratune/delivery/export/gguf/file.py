@@ -80,7 +80,7 @@ def plan_file(folder: Path, shapes: Mapping[str, tuple[int, ...]], is_tied: bool
     model, tensors = empty_model(config), plan_tensors(config)
     layout = file_layout(model, shapes)
     held = layout.shapes(shapes)
-    keys: dict[str, Any] = describe(config) | describe_vocabulary(folder, text_config(config).vocab_size)
+    keys: dict[str, Any] = describe(config, tensors) | describe_vocabulary(folder, text_config(config).vocab_size)
     planned = {tensor.source: tensor.source_shape for tensor in tensors if tensor.values is None}
     for name, shape in planned.items():
         if held.get(name) != shape:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ import torch
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from loratune.delivery.export.gguf.architectures import ARCHITECTURES, Architecture, architecture_name
-from loratune.delivery.export.gguf.layout import plan_tensors
+from loratune.delivery.export.gguf.layout import PlannedTensor
 from loratune.delivery.export.gguf.refusal import not_for_gguf
 from loratune.model.architecture.structure import (
     delta_net,
@@ -136,8 +137,13 @@ def _interval(config: TextConfig) -> int | None:
     return first if attending == list(range(first, len(kinds) + 1, first)) else None
 
 
-def describe(config: ModelConfig) -> dict[str, Any]:
-    """The keys that describe the architecture; integers are uint32 and floats float32 in the file."""
+def describe(config: ModelConfig, tensors: Sequence[PlannedTensor]) -> dict[str, Any]:
+    """The keys that describe the architecture; integers are uint32 and floats float32 in the file.
+
+    Args:
+        config: of a whole model.
+        tensors: those of the file.
+    """
     text, name = text_config(config), architecture_name(config)
     rope = full_rope(text)
     keys: dict[str, Any] = {
@@ -145,7 +151,7 @@ def describe(config: ModelConfig) -> dict[str, Any]:
         "context_length": text.max_position_embeddings,
         "embedding_length": text.hidden_size,
         "block_count": layer_count(text),
-        "feed_forward_length": _feed_forward_length(config),
+        "feed_forward_length": _feed_forward_length(text, tensors),
         "attention.head_count": text.num_attention_heads,
         "attention.head_count_kv": _key_value_heads(text),
         "attention.key_length": head_size(text),
@@ -175,10 +181,10 @@ def describe(config: ModelConfig) -> dict[str, Any]:
     return {f"{name}.{key}": value for key, value in keys.items() if value is not None}
 
 
-def _feed_forward_length(config: ModelConfig) -> int | None:
+def _feed_forward_length(config: TextConfig, tensors: Sequence[PlannedTensor]) -> int | None:
     """Inputs of the last matrix of an MLP, which may not be what the config states; if all are mixtures, that."""
-    sizes = (tensor.shape[-1] for tensor in plan_tensors(config) if tensor.name.endswith(".ffn_down.weight"))
-    return next(sizes, getattr(text_config(config), "intermediate_size", None))
+    sizes = (tensor.shape[-1] for tensor in tensors if tensor.name.endswith(".ffn_down.weight"))
+    return next(sizes, getattr(config, "intermediate_size", None))
 
 
 def _key_value_heads(config: TextConfig) -> int | list[int]:

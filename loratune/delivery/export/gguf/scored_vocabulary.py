@@ -10,7 +10,10 @@ import re
 from collections.abc import Callable
 from typing import Any
 
-NORMAL, UNKNOWN, BYTE = 1, 2, 6
+from gguf import TokenType
+
+NOT_ADDED = (TokenType.NORMAL, TokenType.BYTE, TokenType.UNKNOWN)
+"""Types of tokens that merges may make, rather than added ones."""
 SPACE = "▁"
 BYTE_TOKEN = re.compile(r"<0x[0-9A-F]{2}>")
 NORMALIZER = {"type": "Replace", "pattern": {"String": " "}, "content": SPACE}
@@ -30,14 +33,14 @@ def is_scored(state: dict[str, Any]) -> bool:
 
 
 def scored_tokens(
-    state: dict[str, Any], tokens: list[str], kinds: list[int], refuse: Callable[[str], Exception]
+    state: dict[str, Any], tokens: list[str], kinds: list[TokenType], refuse: Callable[[str], Exception]
 ) -> dict[str, Any]:
     """Return the keys of a vocabulary with a score per token.
 
     Args:
         state: contents of tokenizer.json, for which `is_scored`.
         tokens: text of each id.
-        kinds: type of each id, as numbered in the format, for all but bytes and the unknown token.
+        kinds: type of each id, except that bytes and the unknown token are among the normal ones.
         refuse: makes an error of a reason.
 
     Raises:
@@ -52,10 +55,10 @@ def scored_tokens(
         raise refuse("merges that make one token have ranks apart")
     unknown = state["model"].get("unk_token")
     kinds = [
-        BYTE if BYTE_TOKEN.fullmatch(token) else UNKNOWN if token == unknown else kind
+        TokenType.BYTE if BYTE_TOKEN.fullmatch(token) else TokenType.UNKNOWN if token == unknown else kind
         for token, kind in zip(tokens, kinds, strict=True)
     ]
-    plain = {token for token, kind in zip(tokens, kinds, strict=True) if kind == NORMAL}
+    plain = {token for token, kind in zip(tokens, kinds, strict=True) if kind == TokenType.NORMAL}
     known = set(merges)
     for token in plain:
         for place in range(1, len(token)):
@@ -64,8 +67,7 @@ def scored_tokens(
                 raise refuse(f"{pair[0]!r} and {pair[1]!r} are not merged to the token {token!r}")
     # Programs find a token that was added by the text before spaces are replaced.
     texts = [
-        token.replace(SPACE, " ") if kind not in (NORMAL, BYTE, UNKNOWN) else token
-        for token, kind in zip(tokens, kinds, strict=True)
+        token.replace(SPACE, " ") if kind not in NOT_ADDED else token for token, kind in zip(tokens, kinds, strict=True)
     ]
     return {
         "tokenizer.ggml.model": "llama",

@@ -11,6 +11,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from gguf import TokenType
+
 from loratune.data.encoding.encoder import Encoder
 from loratune.delivery.export.gguf.refusal import NotForGgufError
 from loratune.delivery.export.gguf.scored_vocabulary import is_scored, scored_tokens
@@ -18,9 +20,6 @@ from loratune.errors import Exit, LoratuneError
 from loratune.model.tokenizer import load_tokenizer
 from loratune.plain_files import read_json_object
 from loratune.runs.opening import merged_prompt
-
-# Token types, as numbered in the format.
-NORMAL, CONTROL, USER_DEFINED, UNUSED = 1, 3, 4, 5
 
 _WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
 _REST = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -127,14 +126,14 @@ def _unknown(path: Path, what: str) -> NotForGgufError:
     )
 
 
-def _list_tokens(path: Path, state: dict[str, Any], vocab_size: int) -> tuple[list[str], list[int]]:
+def _list_tokens(path: Path, state: dict[str, Any], vocab_size: int) -> tuple[list[str], list[TokenType]]:
     tokens = [f"[PAD{place}]" for place in range(vocab_size)]
-    kinds = [UNUSED] * vocab_size
-    named = [(place, token, NORMAL) for token, place in state["model"]["vocab"].items()]
+    kinds = [TokenType.UNUSED] * vocab_size
+    named = [(place, token, TokenType.NORMAL) for token, place in state["model"]["vocab"].items()]
     for added in state.get("added_tokens", []):
         if added["lstrip"] or added["rstrip"] or added["single_word"]:
             raise _unknown(path, f"added token {added['content']!r} takes the space around it or asks for whole words")
-        named.append((added["id"], added["content"], CONTROL if added["special"] else USER_DEFINED))
+        named.append((added["id"], added["content"], TokenType.CONTROL if added["special"] else TokenType.USER_DEFINED))
     for place, token, kind in named:
         if place >= vocab_size:
             raise LoratuneError(
