@@ -17,6 +17,7 @@ class Exit(IntEnum):
     MODEL = 4
     DIVERGED = 5
     IO = 6
+    PEER = 7
 
 
 class LoratuneError(Exception):

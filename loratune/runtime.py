@@ -2,15 +2,28 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import signal
 import threading
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from types import FrameType
 
 ENDING = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name))
 """Signals that users, systems and terminals send to end a process."""
+PASSED_ON = getattr(signal, "SIGUSR2", None)
+"""The signal that a process of `loratune sft --gpus` gets for each one that is to end the run."""
+LAUNCHER = "LORATUNE_LAUNCHER"
+"""Environment variable of such a process; its value is the process ID of its launcher."""
+PR_SET_PDEATHSIG = 1  # from sys/prctl.h
+
+Handler = Callable[[int, FrameType | None], object]
+
+
+def is_started_by_loratune() -> bool:
+    """Whether `loratune sft --gpus` has started this process, and tells the user how it ends."""
+    return LAUNCHER in os.environ
 
 
 def is_launched() -> bool:
@@ -35,6 +48,16 @@ def process_count() -> int:
     return max(1, int(count)) if is_launched() and count.isdecimal() else 1
 
 
+def end_with_launcher() -> None:
+    """Have the system pass on the launcher's death, so that no process is left without one; Linux only."""
+    if PASSED_ON is None or not is_started_by_loratune():
+        return
+    with suppress(OSError, AttributeError, TypeError):
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, int(PASSED_ON))
+    if os.getppid() != int(os.environ[LAUNCHER]):
+        os.kill(os.getpid(), PASSED_ON)
+
+
 def launch_problems() -> list[str]:
     """Return what is wrong with the variables from which accelerate concludes that a launcher started this process."""
     problems = []
@@ -50,7 +73,7 @@ def launch_problems() -> list[str]:
 
 
 @contextmanager
-def signals_to(handler: Callable[[int, FrameType | None], object], numbers: Sequence[int] = ENDING) -> Iterator[None]:
+def signals_to(handler: Handler, numbers: Sequence[int] = ENDING) -> Iterator[None]:
     """Handle signals, and restore the previous handlers at the end.
 
     Ignored signals stay ignored, as nohup and background jobs set them. Outside the main thread, which alone may set
@@ -61,13 +84,21 @@ def signals_to(handler: Callable[[int, FrameType | None], object], numbers: Sequ
         numbers: the signals to handle.
     """
     taken = {}
+    handlers = _handlers(handler, numbers)
     if threading.current_thread() is threading.main_thread():
-        known = {number: signal.getsignal(number) for number in numbers}
+        known = {number: signal.getsignal(number) for number in handlers}
         taken = {number: before for number, before in known.items() if before not in (signal.SIG_IGN, None)}
     for number in taken:
-        signal.signal(number, handler)
+        signal.signal(number, handlers[number])
     try:
         yield
     finally:
         for number, before in taken.items():
             signal.signal(number, before)
+
+
+def _handlers(handler: Handler, numbers: Sequence[int]) -> Mapping[int, Handler]:
+    if PASSED_ON is None or not is_started_by_loratune():
+        return dict.fromkeys(numbers, handler)
+    # Schedulers send a signal to every process; here only the one that the launcher passes on counts, and counts once.
+    return dict.fromkeys(numbers, lambda *_: None) | {int(PASSED_ON): handler}

@@ -213,7 +213,7 @@ def test_one_process_trains_on_one_of_several_gpus(tmp_path: Path, monkeypatch: 
     )
     arguments, warnings = training_arguments(recipe_of(tmp_path), card(H100, others=1), False)
     assert arguments.n_gpu == 1
-    assert any("one of 2 GPUs" in warning and "--nproc-per-node 2" in warning for warning in warnings)
+    assert any("one of 2 GPUs" in warning and "--gpus auto" in warning for warning in warnings)
 
 
 def test_bfloat16_on_a_card_that_emulates_it_is_warned_of(tmp_path: Path) -> None:

@@ -7,7 +7,6 @@ import json
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -40,6 +39,7 @@ from loratune.model.kernels.norm_mlp import use_fused_elementwise
 from loratune.model.kernels.packed_attention import _attend_by_products
 from loratune.model.kernels.packed_rows import PackedRows, _alike
 from loratune.recipe.loading import load_recipe
+from loratune.training import session
 from loratune.training.activations import measure_passes
 from loratune.training.probes import saved_adapter
 from loratune.training.probes.checked_model import CheckedModel, check_model
@@ -48,7 +48,6 @@ from loratune.training.probes.isolation import choose_packing, why_not_apart
 from loratune.training.probes.padding import why_padding_matters
 from loratune.training.probes.passes import packed, padded, random_documents
 from loratune.training.probes.saved_adapter import check_saved_adapter
-from loratune.training.session import _require_one_layout
 
 LENGTHS = (5, 23, 70, 40, 3)
 QUICK = ("qwen3_5", "gpt_oss", "lfm2")
@@ -551,18 +550,13 @@ def test_an_adapter_that_cannot_be_saved_for_its_check_is_told(
 
 
 def test_processes_whose_checks_differ_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    def gather(layouts: list[Any], own: Any) -> None:
-        layouts[:] = [own, (False, False, False)]
-
-    monkeypatch.setattr(torch.distributed, "all_gather_object", gather)
-    two = replace(detect_hardware(), processes=2)
+    monkeypatch.setattr(session, "from_all", lambda own: [own, (False, False, False)])
     packed_rows_only, padded_rows = (
         CheckedModel(AttentionChoice("sdpa", ""), is_packed, False, False, (), ()) for is_packed in (True, False)
     )
     with pytest.raises(LoratuneError, match="use devices of one kind"):
-        _require_one_layout(packed_rows_only, two)
-    _require_one_layout(padded_rows, two)
-    _require_one_layout(packed_rows_only, replace(two, processes=1))
+        session._require_one_layout(packed_rows_only)
+    session._require_one_layout(padded_rows)
 
 
 def test_states_that_are_not_finite_prove_nothing(tiny_model: TinyModel) -> None:

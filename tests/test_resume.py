@@ -22,6 +22,7 @@ from typer.testing import Result
 
 from loratune.model.kernels.attention_choice import AttentionChoice
 from loratune.runs.lock import run_lock
+from loratune.training import run as training_run
 from loratune.training import session
 from loratune.training.trainer import AdapterTrainer
 
@@ -454,8 +455,8 @@ def test_a_run_that_goes_on_elsewhere_says_so(
 ) -> None:
     stop(2)
     assert sft("run").exit_code == 143
-    plain = session.detect_hardware
-    monkeypatch.setattr(session, "detect_hardware", lambda: replace(plain(), name="NVIDIA T4"))
+    plain = training_run.detect_hardware
+    monkeypatch.setattr(training_run, "detect_hardware", lambda: replace(plain(), name="NVIDIA T4"))
     monkeypatch.setattr(session, "choose_attention", lambda *_: AttentionChoice("varlen", "one kernel"))
     result = sft("run", "--resume")
     assert result.exit_code == 0, result.stderr

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import sys
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -12,6 +14,7 @@ from loratune.cli.flags import Config
 from loratune.cli.options import recipe_options
 from loratune.errors import Exit, LoratuneError
 from loratune.recipe.loading import dump_recipe, load_recipe, shipped_recipes
+from loratune.recipe.sections import Recipe
 
 DETAILS = """\
 Every setting of the recipe is also a flag; flags override the recipe, and the recipe overrides the
@@ -22,6 +25,15 @@ recipes: """ + ", ".join(path.stem for path in shipped_recipes())
 @recipe_options
 def command(
     config: Config = None,
+    gpus: Annotated[
+        str | None,
+        typer.Option(
+            "--gpus",
+            metavar="[N|auto]",
+            help="Train on this many GPUs of this machine, or on all: one process each. The recipe's steps stay the "
+            "same.",
+        ),
+    ] = None,
     resume: Annotated[
         str | None,
         typer.Option(
@@ -53,13 +65,29 @@ def command(
         raise LoratuneError("--strict-resume and --allow-changes need --resume", Exit.USAGE)
     if resume is not None and overwrite:
         raise LoratuneError("--resume continues a run, --overwrite replaces it; give one of them", Exit.USAGE)
+    if gpus is None or not _launched(gpus, recipe):
+        _train(recipe, overwrite, (resume, strict_resume, allow_changes) if resume is not None else None, json)
+
+
+def _launched(gpus: str, recipe: Recipe) -> bool:
+    """Run the command line in a process for each GPU; return False where this process is enough."""
+    with console.status("starting"):
+        from loratune.training.processes.launcher import launch, processes_to_start
+
+        count = processes_to_start(gpus)
+    if count > 1:
+        launch(count, sys.argv[1:], Path(recipe.output))
+    return count > 1
+
+
+def _train(recipe: Recipe, overwrite: bool, resume: tuple[str, bool, bool] | None, json: bool) -> None:
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")  # TRL reports the creation of trainers to the hub
     with console.status("starting"):
         from loratune.training.checkpoints.resuming import Resume
         from loratune.training.failures import attempted
         from loratune.training.reporting.report import show_report
         from loratune.training.run import train
-    report = train(recipe, overwrite, Resume(resume, strict_resume, allow_changes) if resume is not None else None)
+    report = train(recipe, overwrite, Resume(*resume) if resume else None)
     if report:
         attempted("the closing table", lambda: show_report(report))
     if json:

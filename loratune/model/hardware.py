@@ -67,6 +67,17 @@ def detect_hardware() -> Hardware:
     return Hardware(torch.device("cpu"), has_bfloat16, name, processes)
 
 
+def visible_gpus() -> int:
+    """Return how many GPUs torch can use on this machine.
+
+    Raises:
+        LoratuneError: there is one that torch cannot use.
+    """
+    if not torch.cuda.is_available():
+        _require_no_gpu()
+    return int(torch.cuda.device_count())
+
+
 def _gpu(processes: int) -> Hardware:
     count = torch.cuda.device_count()
     # A launcher may show each process a GPU of its own, all of which are number 0.

@@ -75,6 +75,8 @@ class Manifest:
     """Whether the manifest has a hash of itself; earlier versions wrote none."""
     checks: tuple[ModelCheck, ...] = ()
     """What was measured on the model before the first step; earlier versions did not record it."""
+    gpus: int = 1
+    """Number of processes that `sft --gpus` started."""
 
     def values(self) -> dict[str, Any]:
         """Return the content of the file as JSON types."""
@@ -90,6 +92,7 @@ class Manifest:
             "files": dict(self.files or {}),
             **({"checks": [vars(check) for check in self.checks]} if self.checks else {}),
             **({"record": self.record.values()} if self.record else {}),
+            **({"gpus": self.gpus} if self.gpus > 1 else {}),
         }
 
 
@@ -143,6 +146,7 @@ def _parsed(values: dict[str, Any]) -> Manifest:
         files=files if are_records(files) else None,
         is_sealed=values.get(SEALED_BY) is not None,
         checks=tuple(_known(ModelCheck, check) for check in values.get("checks", [])),
+        gpus=int(values.get("gpus", 1)),
     )
 
 

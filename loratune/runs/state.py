@@ -89,7 +89,7 @@ def next_command(output: Path, state: str) -> Command | None:
         return None
     if state == "finished":
         return loratune("next", "infer", {"--adapter": output})
-    flags: dict[str, object] = {"--config": output / RECIPE}
+    flags: dict[str, object] = {"--config": output / RECIPE, "--gpus": _gpus(output)}
     if state == "diverged":
         rate = run_record(output, read_manifest(output)).learning_rate
         lower = {"--overwrite": True, "--training.learning_rate": f"{rate / LOWER:.3g}"}
@@ -97,6 +97,15 @@ def next_command(output: Path, state: str) -> Command | None:
     if checkpoint_steps(output / CHECKPOINTS):
         return loratune("go on with", "sft", flags | {"--resume": True})
     return loratune("no checkpoint was written; start anew with", "sft", flags | {"--overwrite": True})
+
+
+def _gpus(output: Path) -> int | None:
+    """Return the number of a run's `--gpus`; None without it, and where the manifest cannot be read."""
+    try:
+        count = read_manifest(output).gpus
+    except LoratuneError:
+        return None
+    return count if count > 1 else None
 
 
 def serving_command(output: Path) -> Command | None:

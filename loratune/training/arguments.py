@@ -92,8 +92,8 @@ def _precision_warnings(recipe: Recipe, hardware: Hardware, dtype: torch.dtype) 
     if hardware.others:
         count = hardware.others + 1
         found.append(
-            f"training uses one of {count} GPUs, {hardware.name}; `torchrun --nproc-per-node {count} -m loratune sft …`"
-            " uses all, and CUDA_VISIBLE_DEVICES chooses one"
+            f"training uses one of {count} GPUs, {hardware.name}; --gpus auto uses all, and CUDA_VISIBLE_DEVICES "
+            "chooses one"
         )
     return found
 

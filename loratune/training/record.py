@@ -9,6 +9,7 @@ from loratune.runs.fingerprint import fingerprint_base
 from loratune.runs.manifest import Manifest, TrainedBase, TrainedFile, TrainedTemplate
 from loratune.runs.record import RunRecord
 from loratune.runs.versions import library_versions
+from loratune.runtime import is_started_by_loratune
 from loratune.training.checkpoints.resuming import identity_of
 
 if TYPE_CHECKING:
@@ -25,6 +26,7 @@ def manifest_of(session: Prepared) -> Manifest:
         seed=session.recipe.seed,
         versions=library_versions(),
         record=RunRecord.of(session.recipe),
+        gpus=session.hardware.processes if is_started_by_loratune() else 1,
     )
 
 

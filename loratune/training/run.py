@@ -8,20 +8,17 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from loratune import console
 from loratune.data.assembly.dataset import as_dataset
 from loratune.errors import Exit, Interrupted, LoratuneError, counted
-from loratune.model.adapter.attach import (
-    load_adapter_weights,
-    save_adapter,
-)
+from loratune.model.adapter.attach import load_adapter_weights, save_adapter
+from loratune.model.hardware import detect_hardware
 from loratune.recipe.sections import Recipe
 from loratune.runs.card import write_card
 from loratune.runs.checkpoint import Checkpoint, open_checkpoint, seal_checkpoint
 from loratune.runs.folder import ADAPTER
 from loratune.runs.lock import run_lock
+from loratune.runs.manifest import Manifest
 from loratune.runs.output import begin_run, prepare_output, seal_run
 from loratune.runs.probe import MAX_QUESTIONS, save_probe
 from loratune.runs.record import RunRecord
@@ -30,7 +27,7 @@ from loratune.runs.seals import open_report
 from loratune.runs.state import next_command
 from loratune.runs.status import set_status
 from loratune.runs.tokenizer_files import copy_tokenizer_files
-from loratune.runtime import is_main_process, launch_problems
+from loratune.runtime import end_with_launcher, is_main_process, launch_problems
 from loratune.training.batching import Batching
 from loratune.training.callbacks import Metrics
 from loratune.training.checkpoints.keeper import CheckpointKeeper, check_room
@@ -39,12 +36,17 @@ from loratune.training.checkpoints.resuming import (
     PASS_TOKENS,
     Resume,
     as_begun,
+    begun_manifest,
     check_identity,
     completion,
     find_start,
 )
+from loratune.training.checkpoints.sharing import readable_everywhere
 from loratune.training.checkpoints.signals import StopSignals
 from loratune.training.failures import attempted, machine_errors_explained
+from loratune.training.processes.agreement import require_same_everywhere
+from loratune.training.processes.group import from_first, process_group
+from loratune.training.processes.watch import Watch
 from loratune.training.record import identity_now, manifest_of
 from loratune.training.reporting.closing import close_run
 from loratune.training.reporting.report import report_of
@@ -80,36 +82,43 @@ def train(recipe: Recipe, overwrite: bool = False, resume: Resume | None = None)
         Interrupted: a signal ended the run.
     """
     if problems := launch_problems():
-        raise LoratuneError(f"{'; '.join(problems)}. Unset what is left over, or start sft with torchrun", Exit.USAGE)
+        raise LoratuneError(f"{'; '.join(problems)}. Unset what is left over, or start sft with --gpus", Exit.USAGE)
     output, stops = Path(recipe.output), StopSignals()
+    end_with_launcher()
     with ExitStack() as stack:
         stack.enter_context(stops.heeded())
         stack.enter_context(machine_errors_explained(recipe))
-        stack.callback(_leave_process_group)
         if is_main_process():
             prepare_output(output, overwrite or resume is not None)
             stack.enter_context(run_lock(output))
-        start = find_start(output, resume) if resume else None
-        prepared = prepare(*as_begun(recipe, output, start), output, stops)
+        hardware = detect_hardware()
+        stack.enter_context(process_group(hardware))
+        begun, manifest = from_first(lambda: _begun(output, resume))  # the run's folder may be on its machine alone
+        start = stack.enter_context(readable_everywhere(begun))
+        prepared = prepare(*as_begun(recipe, manifest), output, hardware, stops)
         if start and resume:
             check_identity(start, identity_now(prepared), resume.allow_changes)
-            if told := completion(output, start, prepared.plan.steps, recipe.evaluation.early_stopping):
+            told = from_first(lambda: completion(output, start, prepared.plan.steps, recipe.evaluation.early_stopping))
+            if told:
                 console.say(told)
-                return open_report(output)
+                return open_report(output) if is_main_process() else None
         session = load(prepared, start)
         stack.enter_context(machine_errors_explained(recipe, session.held))
         return _train(session, start)
 
 
-def _leave_process_group() -> None:
-    """Release the connections of a run with several processes."""
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
+def _begun(output: Path, resume: Resume | None) -> tuple[Checkpoint | None, Manifest | None]:
+    """Return what is known of a run that goes on, from its folder."""
+    start = find_start(output, resume) if resume else None
+    return start, begun_manifest(output, start)
 
 
 def _train(session: Session, start: Checkpoint | None) -> Report | None:
     """Make the steps that are left, and finish the run."""
-    output, stops, running = session.output, session.stops, _build_trainer(session, identity_now(session))
+    output, stops, identity = session.output, session.stops, identity_now(session)
+    require_same_everywhere(identity)
+    watch = Watch(session.recipe.training.ddp_timeout, lambda _: _abandon(running))
+    running = _build_trainer(session, identity, watch)
     trainer = running.trainer
     if is_main_process():
         check_room(output, session.recipe.checkpoints, session.summary.adapter_bytes)
@@ -120,7 +129,7 @@ def _train(session: Session, start: Checkpoint | None) -> Report | None:
     trainer.accelerator.wait_for_everyone()
     with _status_kept(output, trainer):
         try:
-            with stops.after_step():
+            with stops.after_step(), watch:
                 if start:
                     _go_on(running, start, session.plan.steps)
                 else:
@@ -146,8 +155,16 @@ def _go_on(running: ActiveTraining, start: Checkpoint, steps: int) -> None:
     trainer.resume(start.folder, start.progress["tokens"], keeper.stopped_early or start.step >= steps)
 
 
-def _build_trainer(session: Session, identity: dict[str, Any]) -> ActiveTraining:
-    recipe, data, stops = session.recipe, session.data, session.stops
+def _abandon(running: ActiveTraining) -> None:
+    """Leave the terminal and status.json as after a failure, from another thread than the one that waits in vain."""
+    running.watchers.progress.close()
+    if is_main_process():
+        state = running.trainer.state
+        set_status(Path(running.trainer.args.output_dir), "failed", step=state.global_step, steps=state.max_steps)
+
+
+def _build_trainer(session: Session, identity: dict[str, Any], watch: Watch) -> ActiveTraining:
+    recipe, stops = session.recipe, session.stops
     metrics, keeper = Metrics(session.output), CheckpointKeeper(session.output, recipe.checkpoints, recipe.evaluation)
 
     def seal(folder: Path, step: int, tokens: int) -> None:
@@ -159,18 +176,23 @@ def _build_trainer(session: Session, identity: dict[str, Any]) -> ActiveTraining
         model=session.model,
         args=session.arguments,
         batching=Batching(recipe.training.batch_size, session.layout, recipe.seed, session.tokenizer.pad_token_id),
-        train=data.train,
-        validation=data.validation,
+        data=session.data,
         stops=stops,
         seal=seal,
+        watch=watch,
         is_deterministic=recipe.training.deterministic,
         processing_class=session.tokenizer,
     )
     watchers = add_watchers(session, trainer, metrics, keeper)
     for warning in (*session.warnings, *watchers.trackers.warnings):
         session.notes.warn(warning)
-    rows = counted(session.plan.rows_per_step, "row")
-    console.say(f"training {counted(session.plan.steps, 'step')} of {rows} on {session.hardware.name}", style="bold")
+    rows, hardware = counted(session.plan.rows_per_step, "row"), session.hardware
+    place = (
+        f"in {hardware.processes} processes, each on {hardware.name}"
+        if hardware.is_distributed
+        else f"on {hardware.name}"
+    )
+    console.say(f"training {counted(session.plan.steps, 'step')} of {rows} {place}", style="bold")
     return ActiveTraining(trainer, watchers)
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 from transformers.utils import logging as transformers_logging
 from trl import SFTConfig
 
@@ -19,7 +18,7 @@ from loratune.model.adapter.plain_copy import with_same_weights
 from loratune.model.adapter.targets import resolve_targets
 from loratune.model.base import dtype_name, load_base
 from loratune.model.files import find_base, untried, weight_files
-from loratune.model.hardware import Hardware, detect_hardware
+from loratune.model.hardware import Hardware
 from loratune.model.kernels.attention_choice import choose_attention
 from loratune.model.kernels.lora_linear import use_fused_lora
 from loratune.model.kernels.norm_mlp import use_fused_elementwise
@@ -47,6 +46,7 @@ from loratune.training.determinism import request_deterministic_cublas
 from loratune.training.gate import pass_gate
 from loratune.training.notes import Notes
 from loratune.training.probes.checked_model import CheckedModel, check_model
+from loratune.training.processes.group import from_all
 from loratune.training.quantization_effect import BaseWeights, weights_of
 from loratune.training.reporting.overview import parts_of_memory, show_data, show_model
 from loratune.training.reporting.start_up import StartUp
@@ -101,7 +101,7 @@ class Session(Prepared):
         )
 
 
-def prepare(recipe: Recipe, day: str | None, output: Path, stops: StopSignals) -> Prepared:
+def prepare(recipe: Recipe, day: str | None, output: Path, hardware: Hardware, stops: StopSignals) -> Prepared:
     """Find the base and prepare the data: quick steps that may fail, before the model is loaded."""
     start_up = StartUp()
     start_up.stage_done("imports")
@@ -109,7 +109,6 @@ def prepare(recipe: Recipe, day: str | None, output: Path, stops: StopSignals) -
     keep_freed_memory()
     if recipe.training.deterministic:
         request_deterministic_cublas()
-    hardware = detect_hardware()
     data = pass_gate(recipe, day).checked()
     recipe = recipe.model_copy(update={"prompt": data.prompt})
     base = find_base(recipe.model)
@@ -150,7 +149,7 @@ def load(prepared: Prepared, start: Checkpoint | None = None) -> Session:
     attention = choose_attention(model, hardware, recipe.model.attn_implementation, recipe.training.packing)
     checked = check_model(adapted, plain, attention, loaded_attention, recipe)
     del plain  # so that the memory that is free is measured without its adapter
-    _require_one_layout(checked, hardware)
+    _require_one_layout(checked)
     attention = checked.attention
     summary = summarise_adapter(adapted, targets)
     passes = _plan_passes(prepared, adapted, checked, start)
@@ -165,14 +164,9 @@ def load(prepared: Prepared, start: Checkpoint | None = None) -> Session:
     return Session(**known, model=adapted, weights=weights, summary=summary, notes=Notes())
 
 
-def _require_one_layout(checked: CheckedModel, hardware: Hardware) -> None:
+def _require_one_layout(checked: CheckedModel) -> None:
     """Refuse processes that would divide a step differently: rows would be lost or trained on twice."""
-    if not hardware.is_distributed:
-        return
-    own = (checked.is_packed, checked.is_masked, checked.is_single)
-    layouts = [own] * hardware.processes
-    torch.distributed.all_gather_object(layouts, own)
-    if len(set(layouts)) > 1:
+    if len(set(from_all((checked.is_packed, checked.is_masked, checked.is_single)))) > 1:
         raise LoratuneError(
             "the checks of the model differ between the processes, so they would put rows into passes differently; use "
             "devices of one kind, or --no-training.packing",

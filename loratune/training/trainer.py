@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -14,7 +14,7 @@ from transformers.trainer_callback import PrinterCallback, TrainerState
 from trl import SFTTrainer
 
 from loratune.data.assembly.dataset import as_dataset
-from loratune.data.assembly.split import Split
+from loratune.data.preparation import PreparedData
 from loratune.model.adapter.attach import load_adapter_weights, save_adapter
 from loratune.runs.checkpoint import step_folder
 from loratune.runs.folder import CHECKPOINTS
@@ -22,6 +22,8 @@ from loratune.training.batching import Batching
 from loratune.training.checkpoints.signals import StopSignals, ValidationStopped
 from loratune.training.checkpoints.states import TRAINER_STATE, state_errors_explained
 from loratune.training.determinism import deterministic_kernels
+from loratune.training.processes.group import to_first
+from loratune.training.processes.watch import Watch
 from loratune.writing import folder_in_one_step
 
 
@@ -42,10 +44,10 @@ class AdapterTrainer(SFTTrainer):
     def __init__(
         self,
         batching: Batching,
-        train: Split,
-        validation: Split | None,
+        data: PreparedData,
         stops: StopSignals,
         seal: Callable[[Path, int, int], None],
+        watch: Watch,
         is_deterministic: bool = False,
         **settings: Any,
     ) -> None:
@@ -53,23 +55,23 @@ class AdapterTrainer(SFTTrainer):
 
         Args:
             batching: combines sequences into batches.
-            train: training sequences.
-            validation: validation sequences.
+            data: training and validation sequences.
             stops: signals to check during validation.
             seal: completes a checkpoint; called with its folder, the step, and the total number of tokens.
+            watch: notices that the run makes no progress.
             is_deterministic: use deterministic kernels only.
             settings: arguments of SFTTrainer.
         """
         super().__init__(
-            train_dataset=as_dataset(train),
-            eval_dataset=as_dataset(validation) if validation else None,
+            train_dataset=as_dataset(data.train),
+            eval_dataset=as_dataset(data.validation) if data.validation else None,
             data_collator=batching.collate,
             **settings,
         )
         self.remove_callback(PrinterCallback)
         _train_in_float32(self.model)
-        self._batching, self._train, self._validation = batching, train, validation
-        self._stops, self._seal, self._is_deterministic = stops, seal, is_deterministic
+        self._batching, self._data = batching, data
+        self._stops, self._seal, self._watch, self._is_deterministic = stops, seal, watch, is_deterministic
         self._newest_rows: list[int] = []
         self._own_tokens = 0
         """Of this process, since they were last added to those of all."""
@@ -85,7 +87,7 @@ class AdapterTrainer(SFTTrainer):
 
     def get_train_dataloader(self) -> DataLoader[Any]:
         """Return optimizer steps, each with this process's passes."""
-        return self._batching.training_steps(self._train, self.args.device)
+        return self._batching.training_steps(self._data.train, self.args.device)
 
     def _get_num_items_in_batch(self, batch_samples: list[dict[str, Any]], device: torch.device) -> int:
         """Return the labelled positions of an optimizer step, over all processes."""
@@ -109,13 +111,18 @@ class AdapterTrainer(SFTTrainer):
         *others, last = inputs["passes"]
         with deterministic_kernels(self._is_deterministic):
             with self.accelerator.no_sync(model):
-                losses = [self._backward(model, batch, num_items_in_batch) for batch in others]
-            losses.append(self._backward(model, last, num_items_in_batch))
+                losses = [self._backward(self._loss(model, batch, num_items_in_batch)) for batch in others]
+            loss = self._loss(model, last, num_items_in_batch)
+            self._watch.advance()
+            losses.append(self._backward(loss))
         return torch.stack(losses).sum()
 
-    def _backward(self, model: Any, batch: dict[str, Any], labelled: Any) -> torch.Tensor:
+    def _loss(self, model: Any, batch: dict[str, Any], labelled: Any) -> torch.Tensor:
+        self._watch.keep_alive()
         with self.compute_loss_context_manager():
-            loss = self.compute_loss(model, batch, num_items_in_batch=labelled)
+            return self.compute_loss(model, batch, num_items_in_batch=labelled)
+
+    def _backward(self, loss: torch.Tensor) -> torch.Tensor:
         self.accelerator.backward(loss)
         return loss.detach()
 
@@ -185,9 +192,9 @@ class AdapterTrainer(SFTTrainer):
         return metrics
 
     def _validation_passes(self) -> DataLoader[Any]:
-        if self._validation is None:
+        if self._data.validation is None:
             raise ValueError("there are no validation rows")
-        return self._batching.validation_passes(self._validation, self.args.device)
+        return self._batching.validation_passes(self._data.validation, self.args.device)
 
     def _sum_loss(self, steps: Any) -> tuple[float, int]:
         """Return the summed loss and the number of labelled positions over all passes and processes."""
@@ -195,26 +202,38 @@ class AdapterTrainer(SFTTrainer):
         for step in steps:
             if self._stops.signal is not None and self.accelerator.num_processes == 1:
                 raise ValidationStopped
+            self._watch.keep_alive()
             for batch in step["passes"]:
                 del batch["about"]
                 with torch.no_grad(), self.compute_loss_context_manager():
                     losses = self.model(**batch, summed_loss=True).losses
                 sums += torch.stack([losses.double().sum(), sums.new_tensor(len(losses))])
+        self._watch.advance()
         loss, positions = self.accelerator.gather(sums[None]).sum(0).tolist()
         return loss, int(positions)
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        with self._checkpoint_folder() as folder:
-            if self.args.should_save:
+        """Write the step's checkpoint in the first process, which alone has to see the run's folder."""
+        self._watch.advance()
+        random, tokens = to_first(self._random_state()), self._trained_tokens()
+        if self.args.should_save:
+            target = step_folder(Path(self.args.output_dir) / CHECKPOINTS, self.state.global_step)
+            with folder_in_one_step(target) as folder:
                 save_adapter(self.accelerator.unwrap_model(self.model), folder)
-            self._save_optimizer_and_scheduler(str(folder))
-            self._save_scaler(str(folder))
-            self._save_rng_state(str(folder))
-            tokens = self._trained_tokens()
-            self.accelerator.wait_for_everyone()
-            if self.args.should_save:
+                self._save_optimizer_and_scheduler(str(folder))
+                self._save_scaler(str(folder))
+                for name, content in random:
+                    (folder / name).write_bytes(content)
                 self.state.save_to_json(str(folder / TRAINER_STATE))
                 self._seal(folder, self.state.global_step, tokens)
+        self._watch.keep_alive()
+
+    def _random_state(self) -> tuple[str, bytes]:
+        """Return the name and content of the file with the states of this process's random number generators."""
+        with TemporaryDirectory(prefix="loratune-random-") as folder:
+            self._save_rng_state(folder)
+            (file,) = Path(folder).iterdir()
+            return file.name, file.read_bytes()
 
     def resume(self, checkpoint: Path, tokens: int, is_at_end: bool) -> None:
         """Resume from a checkpoint. If no step is left, only load its weights and state, and run a due validation.
@@ -279,14 +298,3 @@ class AdapterTrainer(SFTTrainer):
         """Train an epoch, unless a validation that was made up for after resuming stops the run."""
         if not self.control.should_training_stop:
             super()._run_epoch(**settings)
-
-    @contextmanager
-    def _checkpoint_folder(self) -> Iterator[Path]:
-        """Yield a folder that all processes fill and the first one renames at the end."""
-        target = step_folder(Path(self.args.output_dir) / CHECKPOINTS, self.state.global_step)
-        with ExitStack() as stack:
-            made = [stack.enter_context(folder_in_one_step(target)) if self.args.should_save else target]
-            if self.args.world_size > 1:
-                torch.distributed.broadcast_object_list(made)
-            yield made[0]
-            self.accelerator.wait_for_everyone()

@@ -27,7 +27,7 @@ NEWEST, AUTO = "newest", "auto"
 FREE = (
     *("output", "tracking", "checkpoints.keep", "checkpoints.every_steps", "data.train", "data.validation"),
     *("prompt.date", "prompt.generation_prompt", "evaluation.questions_share"),
-    *("training.tokens_per_pass", "training.gradient_checkpointing"),
+    *("training.tokens_per_pass", "training.gradient_checkpointing", "training.ddp_timeout"),
 )
 """Settings and sections that do not affect the adapter; files and templates are compared by content."""
 DATE = "date in prompts"
@@ -108,21 +108,24 @@ def stays_stopped(progress: dict[str, Any], patience: int | None) -> bool:
     return bool(progress["stopped_early"]) and patience is not None and progress["validations_since_best"] >= patience
 
 
-def as_begun(recipe: Recipe, output: Path, start: Checkpoint | None) -> tuple[Recipe, str | None]:
+def begun_manifest(output: Path, start: Checkpoint | None) -> Manifest | None:
+    """Return the manifest of a run that is resumed; None for a new run, and where there is none."""
+    return read_manifest(output) if start and (output / MANIFEST).is_file() else None
+
+
+def as_begun(recipe: Recipe, manifest: Manifest | None) -> tuple[Recipe, str | None]:
     """Return the recipe and the date with which a run began, where the recipe does not fix them.
 
     Args:
         recipe: the recipe of the resumed run.
-        output: run folder.
-        start: the checkpoint to resume from; None for a new run.
+        manifest: see `begun_manifest`.
 
     Returns:
         The recipe, with generation prompts as the run began (earlier versions did not add any), and the date in
         prompts.
     """
-    if start is None or not (output / MANIFEST).is_file():
+    if manifest is None:
         return recipe, None
-    manifest = read_manifest(output)
     known = manifest.template
     if "generation_prompt" not in recipe.prompt.model_fields_set:
         update = {"generation_prompt": known.generation_prompt or "template"}

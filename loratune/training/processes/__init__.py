@@ -1,0 +1,1 @@
+"""Trains with several processes: starts them, connects them, and ends them where one is lost."""

@@ -1,0 +1,90 @@
+"""The process group of a run: connects its processes, and shares what the first one knows."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import TypeVar
+
+from torch import distributed
+
+from loratune.errors import Exit, LoratuneError, first_line_of
+from loratune.model.hardware import Hardware
+from loratune.runtime import is_main_process, process_count, process_number
+
+LONGEST_START = timedelta(hours=2)
+"""How long a process waits for another one: until the slowest machine has its base. In training, `Watch` ends it."""
+GLOO = re.compile(r"\[\S*gloo/transport\S*\] (?P<reason>.*?)(\. This is typically|$)", re.DOTALL)
+"""The errors of gloo's connections, which have no class of their own."""
+Made = TypeVar("Made")
+
+
+@contextmanager
+def process_group(hardware: Hardware) -> Iterator[None]:
+    """Connect the processes of a run, and release the connections at the end; no effect for one process.
+
+    Objects and the start's agreements go over gloo, so that they need no memory of a GPU.
+
+    Raises:
+        LoratuneError: the connection to another process was lost.
+    """
+    if not hardware.is_distributed:
+        yield
+        return
+    with _lost_connections_explained():
+        backend = "cpu:gloo,cuda:nccl" if hardware.is_gpu else "gloo"
+        distributed.init_process_group(backend, timeout=LONGEST_START)
+        yield
+        distributed.destroy_process_group()  # not after an error, where it could wait for a process that is gone
+
+
+@contextmanager
+def _lost_connections_explained() -> Iterator[None]:
+    try:
+        yield
+    except RuntimeError as error:
+        of_gloo = GLOO.search(str(error))
+        if not (of_gloo or isinstance(error, distributed.DistError)):
+            raise
+        reason = of_gloo["reason"] if of_gloo else first_line_of(error)
+        raise LoratuneError(
+            f"process {process_number()} of {process_count()} lost the connection to another one: {reason}", Exit.PEER
+        ) from error
+
+
+def from_first(make: Callable[[], Made]) -> Made:
+    """Return in every process what the first one makes; each process has to call this.
+
+    Args:
+        make: called in the first process alone; its result has to be picklable.
+    """
+    if process_count() == 1:
+        return make()
+    made = [make() if is_main_process() else None]
+    distributed.broadcast_object_list(made)
+    return made[0]  # type: ignore[return-value]
+
+
+def from_all(own: Made) -> list[Made]:
+    """Return the values of all processes in their order; each process has to call this."""
+    if process_count() == 1:
+        return [own]
+    values = [own] * process_count()
+    distributed.all_gather_object(values, own)
+    return values
+
+
+def to_first(own: Made) -> list[Made]:
+    """Return the values of all processes in the first one, and an empty list in the others; each has to call this."""
+    if process_count() == 1:
+        return [own]
+    values = [own] * process_count() if is_main_process() else None
+    distributed.gather_object(own, values)
+    return values or []
+
+
+def is_anywhere(own: bool) -> bool:
+    """Return whether something holds in any process; each process has to call this."""
+    return any(from_all(own))
