@@ -154,6 +154,23 @@ def test_the_rows_of_a_step_hang_on_seed_and_epoch_alone() -> None:
     assert [mine | other for mine, other in zip(*shares, strict=True)] == rows_of_steps(2)
 
 
+@pytest.mark.parametrize("is_packed", [True, False])
+def test_processes_get_nearly_the_same_number_of_tokens(is_packed: bool) -> None:
+    """The one with most is waited for; dealt by rows in turn, a third of all time would be waiting."""
+    lengths = np.random.default_rng(0).lognormal(5, 0.8, 640).astype(np.int64) + 8
+    steps = np.random.default_rng(1).permutation(len(lengths)).reshape(-1, 64)
+
+    def idle(shares: list[list[int]]) -> float:
+        return 1 - sum(map(sum, shares)) / (len(shares) * max(map(sum, shares)))
+
+    def dealt(rows: Any) -> list[list[int]]:
+        layouts = [PassLayout(4096, 512, is_packed, 8, process) for process in range(8)]
+        return [[int(lengths[rows][row]) for one in layout.passes(lengths[rows]) for row in one] for layout in layouts]
+
+    assert np.mean([idle(dealt(rows)) for rows in steps]) < 0.05
+    assert np.mean([idle([lengths[rows[process::8]].tolist() for process in range(8)]) for rows in steps]) > 0.2
+
+
 def test_rows_that_shared_a_step_are_parted_in_the_next_epoch() -> None:
     """Of 28 pairs in a step of 8 of 200 rows, 7 in 199 meet again by chance."""
     first, second = (

@@ -84,9 +84,11 @@ class PassPlan:
 def largest_step(lengths: NDArray[np.int64], training: TrainingSettings, processes: int) -> int:
     """Return a bound of one process's tokens in a step: those of a step of the longest rows, padding included."""
     longest_first = -np.sort(-lengths)[: training.batch_size]
-    if not training.packing:
-        return int(longest_first[0]) * -(-len(longest_first) // processes)
-    return int(longest_first.sum()) if processes == 1 else int(longest_first[0] + longest_first.sum() // processes)
+    longest, tokens = int(longest_first[0]), int(longest_first.sum())
+    most = tokens if processes == 1 else longest + tokens // processes  # see `spread`
+    if training.packing:
+        return most
+    return longest * min(len(longest_first), most // max(1, int(lengths.min())))
 
 
 def plan_passes(

@@ -1,5 +1,5 @@
 """Fault injection cases by name. Each case yields, for every run, None or a description of the failure."""
 
-from fault_cases import damage, kills, signals
+from fault_cases import damage, kills, processes, signals
 
-CASES = {**kills.CASES, **signals.CASES, **damage.CASES}
+CASES = {**kills.CASES, **signals.CASES, **damage.CASES, **processes.CASES}

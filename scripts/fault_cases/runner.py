@@ -48,12 +48,22 @@ class Runner:
 
     def run(self, name: str, *flags: str, sabotage: Sabotage | None = None, kill_after: float | None = None) -> int:
         """Train in `place / name`; return the exit code, or the negative number of the signal."""
-        child = os.fork()
-        if not child:
-            self._train(name, flags, sabotage)
+        child = self.start(name, *flags, sabotage=sabotage)
         if kill_after is not None:
             time.sleep(kill_after)
             os.kill(child, signal.SIGKILL)
+        return self.ended(child)
+
+    def start(self, name: str, *flags: str, sabotage: Sabotage | None = None, **environment: object) -> int:
+        """Start a training in `place / name`; return the process ID."""
+        child = os.fork()
+        if not child:
+            os.environ.update({variable: str(value) for variable, value in environment.items()})
+            self._train(name, flags, sabotage)
+        return child
+
+    def ended(self, child: int) -> int:
+        """Wait for a process; return its exit code, or the negative number of the signal."""
         return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
     def _train(self, name: str, flags: tuple[str, ...], sabotage: Sabotage | None) -> None:
@@ -77,11 +87,14 @@ class Runner:
 
     def resumed(self, name: str, *flags: str) -> str | None:
         """Resume a run and compare its adapter; return what is wrong, or None."""
-        code = self.run(name, "--resume=auto", *flags)
+        return self.compared(name, self.run(name, "--resume=auto", *flags), self.expected)
+
+    def compared(self, name: str, code: int, expected: str) -> str | None:
+        """Compare the adapter of a resumed run with a hash; return what is wrong, or None."""
         if code != 0:
             self.failures += 1
             return f"resuming ended with {code}: {self.last_line(name)}"
-        if self.digest(name) != self.expected:
+        if self.digest(name) != expected:
             self.differing += 1
             return "the adapter differs"
         left = [path.name for path in (self.place / name).rglob(".loratune-*")]

@@ -23,7 +23,7 @@ def spread(lengths: Sequence[int] | NDArray[np.integer], rows: int) -> list[list
 
     Args:
         lengths: tokens of each sequence.
-        rows: number of rows, at most the number of sequences.
+        rows: number of rows; some are empty if there are fewer sequences.
     """
     sizes = np.asarray(lengths, dtype=np.int64)
     order = np.argsort(-sizes, kind="stable")
@@ -36,7 +36,7 @@ def spread(lengths: Sequence[int] | NDArray[np.integer], rows: int) -> list[list
     return members
 
 
-def spread_within(lengths: Sequence[int] | NDArray[np.integer], capacity: int, multiple: int = 1) -> list[list[int]]:
+def spread_within(lengths: Sequence[int] | NDArray[np.integer], capacity: int) -> list[list[int]]:
     """Distribute sequences with `spread` over as few rows as fit a capacity, or 1 in 500 more.
 
     The search starts at the number of rows that the tokens would fill exactly, takes growing steps until the rows fit,
@@ -45,7 +45,6 @@ def spread_within(lengths: Sequence[int] | NDArray[np.integer], capacity: int, m
     Args:
         lengths: tokens of each sequence.
         capacity: maximum tokens per row.
-        multiple: the number of rows is a multiple of this; some may be empty.
 
     Raises:
         ValueError: a sequence is longer than the capacity.
@@ -55,10 +54,10 @@ def spread_within(lengths: Sequence[int] | NDArray[np.integer], capacity: int, m
         raise ValueError(f"sequence {sizes.argmax()} has {sizes.max()} tokens, a row holds {capacity}")
 
     def tried(count: int) -> list[list[int]] | None:
-        rows = spread(sizes, count * multiple)
+        rows = spread(sizes, count)
         return rows if all(int(sizes[members].sum()) <= capacity for members in rows) else None
 
-    count, most = math.ceil(int(sizes.sum()) / (capacity * multiple)), math.ceil(len(sizes) / multiple)
+    count, most = math.ceil(int(sizes.sum()) / capacity), len(sizes)
     too_few, step = count - 1, 1 + count // 100
     while (rows := tried(count)) is None:
         too_few, count, step = count, min(count + step, most), 2 * step

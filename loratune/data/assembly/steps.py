@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from loratune.data.assembly.packing import spread_within
+from loratune.data.assembly.packing import spread, spread_within
 
 ALIKE = 0.75
 """A padded pass takes any row of at least this share of its longest row's tokens."""
@@ -41,12 +41,13 @@ class PassLayout:
             than there are processes.
         """
         capacity = max(self.tokens, int(lengths.max(initial=1)))
-        if self.is_packed and not self.is_single:
-            return spread_within(lengths, capacity, self.processes)[self.process :: self.processes] or [[]]
-        longest_first = np.argsort(-lengths, kind="stable")[self.process :: self.processes].tolist()
+        # Shares of nearly equal tokens: in the reduction of the gradients, all wait for the process that has most.
+        own = np.array(spread(lengths, self.processes)[self.process], dtype=np.int64)
         if self.is_single:
-            return [[row] for row in longest_first] or [[]]
-        return self._padded(lengths, longest_first, capacity)
+            return [[row] for row in own.tolist()] or [[]]
+        if self.is_packed:
+            return [own[members].tolist() for members in spread_within(lengths[own], capacity)] or [[]]
+        return self._padded(lengths, own.tolist(), capacity)
 
     def _padded(self, lengths: NDArray[np.int64], longest_first: list[int], capacity: int) -> list[list[int]]:
         passes: list[list[int]] = []
