@@ -271,6 +271,7 @@ def main() -> None:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     # Batches and answers of many lengths fragment GPU memory; torch reads this when it is imported.
     os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # warnings of its connections between processes
     os.environ["MPLBACKEND"] = "agg"  # pictures are files; a notebook's backend may not be there
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")  # rows are encoded in one process
     try:

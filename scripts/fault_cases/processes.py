@@ -8,6 +8,7 @@ import socket
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
+from pathlib import Path
 
 from fault_cases.runner import Runner, Sabotage
 
@@ -101,8 +102,9 @@ def sleep() -> None:
 
 def lose_connections() -> None:
     """Cut all connections of this process."""
-    for name in os.listdir("/proc/self/fd"):
-        with suppress(OSError), socket.socket(fileno=os.dup(int(name))) as connection:
+    for path in Path("/proc/self/fd").iterdir():
+        with suppress(OSError), socket.socket(fileno=os.dup(int(path.name))) as connection:
+            connection.getpeername()  # raises for those that only listen
             connection.shutdown(socket.SHUT_RDWR)
 
 

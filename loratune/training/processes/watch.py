@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import socket
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from datetime import timedelta
 from typing import NamedTuple
 
@@ -18,7 +20,8 @@ from loratune.runtime import process_count, process_number
 
 PULSE_SECONDS = 1.0
 """Between two reports of a process to the store of the process group."""
-READING_SECONDS = 5
+READING_SECONDS = 10
+"""How long the store may take to be read twice."""
 PREFIX = "loratune/watch"
 
 
@@ -37,7 +40,7 @@ class Watch:
 
     A process that hangs, or a connection that was lost without a word, leaves the others waiting in a collective
     operation, from which no exception wakes them. A thread of each process reports its progress to the store of the
-    process group, and compares it with the others' when there was none for too long.
+    process group; another one reads what all have reported when there was no progress for too long.
 
     Args:
         seconds: how long a process may take from one call of `advance` or `keep_alive` to the next.
@@ -46,9 +49,8 @@ class Watch:
 
     def __init__(self, seconds: float, before_end: Callable[[str], None]) -> None:
         self._seconds, self._before_end = seconds, before_end
-        self._progress, self._pulse, self._newest = 0, 0, time.monotonic()
+        self._progress, self._newest = 0, time.monotonic()
         self._is_over = threading.Event()
-        self._thread = threading.Thread(target=self._watch, name="loratune-watch", daemon=True)
 
     def advance(self) -> None:
         """Note progress, before waiting for the others: all processes call this at the same places of a step."""
@@ -62,35 +64,46 @@ class Watch:
     def __enter__(self) -> Watch:
         if process_count() > 1:
             self.keep_alive()
-            self._thread.start()
+            _in_background(self._report)
+            _in_background(self._watch)
         return self
 
     def __exit__(self, *_: object) -> None:
         self._is_over.set()
 
-    def _watch(self) -> None:
-        try:
+    def _report(self) -> None:
+        """Report this process's progress every second, until the store is gone with the process that holds it."""
+        host = socket.gethostname()
+        with suppress(RuntimeError):
             store = _connected()
-            self._report(store)
-            while not self._is_over.wait(PULSE_SECONDS):
-                self._report(store)
-                if time.monotonic() - self._newest > self._seconds:
-                    self._end(self._diagnosis(store))
-        except RuntimeError:  # the store is gone with the process that holds it
-            if not self._is_over.wait(self._seconds):
-                self._end("the connection to the first process was lost")
+            for pulse in itertools.count(1):
+                store.set(f"{PREFIX}/{process_number()}", f"{self._progress} {pulse} {host}")
+                if self._is_over.wait(PULSE_SECONDS):
+                    return
 
-    def _report(self, store: TCPStore) -> None:
-        self._pulse += 1
-        own = f"{self._progress} {self._pulse} {socket.gethostname()}"
-        store.set(f"{PREFIX}/{process_number()}", own)
+    def _watch(self) -> None:
+        while not self._is_over.wait(PULSE_SECONDS):
+            if time.monotonic() - self._newest > self._seconds:
+                self._end(self._reason())
 
-    def _diagnosis(self, store: TCPStore) -> str:
+    def _reason(self) -> str:
+        """Return why there is no progress."""
+        found = list[str]()
+
+        # A machine that no longer answers may be the store's, and reading would then wait for ever.
+        def read() -> None:
+            with suppress(RuntimeError):
+                found.append(self._diagnosis())
+
+        reading = _in_background(read)
+        reading.join(READING_SECONDS)
+        return found[0] if found else "the machine of the first process, to which all are connected, no longer answers"
+
+    def _diagnosis(self) -> str:
         """Compare the processes' reports at two moments."""
+        store = _connected()
         before = _signs(store)
-        if self._is_over.wait(3 * PULSE_SECONDS):
-            return ""
-        self._report(store)
+        time.sleep(3 * PULSE_SECONDS)
         now = _signs(store)
         silent = [number for number, sign in now.items() if sign == before[number]]
         least = min(sign.progress for sign in now.values())
@@ -110,6 +123,12 @@ class Watch:
             console.error(reason)
         finally:
             os._exit(int(Exit.PEER))  # the main thread waits in a library, and no exception would reach it
+
+
+def _in_background(run: Callable[[], object]) -> threading.Thread:
+    thread = threading.Thread(target=run, name="loratune-watch", daemon=True)
+    thread.start()
+    return thread
 
 
 def _connected() -> TCPStore:
