@@ -258,6 +258,13 @@ def test_a_stopped_process_ends_the_run_and_is_named(machines: Start, tmp_path: 
     assert json.loads((tmp_path / "first/run/status.json").read_text())["state"] == "failed"
 
 
+def test_a_process_that_never_starts_is_named(machines: Start) -> None:
+    first, second = machines("--training.max_steps", "4", "--training.ddp_timeout", "6")
+    second.kill()
+    assert first.exit_code() == Exit.PEER
+    assert "one of 2 has not started within 6 seconds" in " ".join(first.stderr.split())
+
+
 @pytest.mark.slow
 def test_a_killed_process_ends_the_others_at_once(machines: Start, tmp_path: Path) -> None:
     programs = machines("--training.max_steps", "4000")

@@ -172,7 +172,7 @@ class TrainingSettings(Section):
     deterministic: bool = False
     """Use deterministic kernels only: equal bits from run to run on a GPU too, but slower; a CPU needs no setting."""
     ddp_timeout: float = Field(default=600, gt=0)
-    """Seconds without progress after which a run of several processes ends, and says which one the others wait for."""
+    """Seconds after which a run of several processes ends if one does not start or makes no progress; it is named."""
     max_grad_norm: float = Field(default=1.0, ge=0)
     """Maximum gradient norm; larger gradients are scaled down, 0 disables clipping."""
     optimizer: Literal["adamw", "adamw_8bit", "paged_adamw_8bit", "paged_adamw_32bit"] = "adamw"

@@ -92,7 +92,7 @@ def train(recipe: Recipe, overwrite: bool = False, resume: Resume | None = None)
             prepare_output(output, overwrite or resume is not None)
             stack.enter_context(run_lock(output))
         hardware = detect_hardware()
-        stack.enter_context(process_group(hardware))
+        stack.enter_context(process_group(hardware, recipe.training.ddp_timeout))
         begun, manifest = from_first(lambda: _begun(output, resume))  # the run's folder may be on its machine alone
         start = stack.enter_context(readable_everywhere(begun))
         prepared = prepare(*as_begun(recipe, manifest), output, hardware, stops)

@@ -15,29 +15,57 @@ from loratune.model.hardware import Hardware
 from loratune.runtime import is_main_process, process_count, process_number
 
 LONGEST_START = timedelta(hours=2)
-"""How long a process waits for another one: until the slowest machine has its base. In training, `Watch` ends it."""
+"""How long connected processes wait for each other: until the slowest machine has its base. `Watch` bounds training."""
+JOINED = "loratune/joined"
+"""Prefix of a key in the store for each process that has started."""
 GLOO = re.compile(r"\[\S*gloo/transport\S*\] (?P<reason>.*?)(\. This is typically|$)", re.DOTALL)
 """The errors of gloo's connections, which have no class of their own."""
 Made = TypeVar("Made")
 
 
 @contextmanager
-def process_group(hardware: Hardware) -> Iterator[None]:
+def process_group(hardware: Hardware, seconds: float) -> Iterator[None]:
     """Connect the processes of a run, and release the connections at the end; no effect for one process.
 
     Objects and the start's agreements go over gloo, so that they need no memory of a GPU.
 
+    Args:
+        hardware: that the process uses.
+        seconds: how long to wait for a process that has not started.
+
     Raises:
-        LoratuneError: the connection to another process was lost.
+        LoratuneError: a process has not started, or the connection to another one was lost.
     """
     if not hardware.is_distributed:
         yield
         return
     with _lost_connections_explained():
         backend = "cpu:gloo,cuda:nccl" if hardware.is_gpu else "gloo"
-        distributed.init_process_group(backend, timeout=LONGEST_START)
+        store = _joined(seconds)
+        distributed.init_process_group(
+            backend, store=store, rank=process_number(), world_size=process_count(), timeout=LONGEST_START
+        )
         yield
         distributed.destroy_process_group()  # not after an error, where it could wait for a process that is gone
+
+
+def _joined(seconds: float) -> distributed.Store:
+    """Return the store of all processes once each has started, so that one that never does is found soon.
+
+    Raises:
+        LoratuneError: names those that are missing, where the store is there.
+    """
+    keys = {number: f"{JOINED}/{number}" for number in range(process_count())}
+    limit, store = timedelta(seconds=seconds), None
+    try:
+        store, number, _ = next(distributed.rendezvous("env://", timeout=limit))
+        store.set(keys[number], "")
+        store.wait(list(keys.values()), limit)
+    except distributed.DistError as error:
+        missing = [str(number) for number, key in keys.items() if store and not store.check([key])]
+        who = f"process {', '.join(missing)}" if missing else "one"
+        raise LoratuneError(f"{who} of {len(keys)} has not started within {seconds:g} seconds", Exit.PEER) from error
+    return store
 
 
 @contextmanager
