@@ -531,10 +531,11 @@ def recipes(draw: st.DrawFn) -> Recipe:
         section, _, name = dotted.rpartition(".")
         place = values.setdefault(section, {}) if section else values
         place[name] = draw(SPECIAL[dotted] if dotted in SPECIAL else setting_values(field, field.annotation))
-    if values["model"]["quantization"] != "none":
-        values["lora"]["modules_to_save"] = []
     if "experts" in listed(values["lora"]["target_modules"]):
         values["lora"] |= {"dropout": 0.0, "use_dora": False}
+        values["model"]["quantization"] = "none"
+    if values["model"]["quantization"] != "none":
+        values["lora"]["modules_to_save"] = []
     if "near_duplicates" in values["data"]["remove"]:
         values["data"]["near_duplicates"] = 0.8
     if values["training"]["max_steps"] and values["training"]["warmup"] >= values["training"]["max_steps"]:

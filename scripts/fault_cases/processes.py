@@ -13,7 +13,7 @@ from pathlib import Path
 from fault_cases.runner import Runner, Sabotage
 
 PROCESSES = 2
-TIMEOUT = 4
+TIMEOUT = 10
 """As training.ddp_timeout, in seconds."""
 BOUND = TIMEOUT + 15
 """Seconds from a fault to the end of the process that is well."""
