@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 from unittest.mock import patch
 
@@ -20,6 +20,7 @@ from torch.utils._pytree import tree_leaves
 from loratune.model.kernels import plain_layers
 
 GPU = "meta"
+AUTOCAST = torch.autocast
 NO_KERNEL = {
     "_unsafe_view", "_reshape_alias", "_local_scalar_dense", "empty", "empty_like", "empty_strided", "new_empty",
     "new_empty_strided", "lift_fresh", "is_same_size", "device",
@@ -78,9 +79,14 @@ def fake_gpu() -> Iterator[None]:
         torch.device(GPU),
         patch.object(FakeTensor, "is_cuda", True, create=True),
         patch.object(torch, "is_autocast_enabled", return_value=False),  # which knows only devices that exist
+        patch.object(torch, "autocast", _autocast),
         patch.object(plain_layers, "_is_frozen", return_value=True),  # weights here are of another class
     ):
         yield
+
+
+def _autocast(device_type: str, *settings: Any, **others: Any) -> Any:
+    return nullcontext() if device_type == GPU else AUTOCAST(device_type, *settings, **others)
 
 
 def on_fake_gpu(batch: dict[str, Any]) -> dict[str, Any]:

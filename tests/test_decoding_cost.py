@@ -20,6 +20,7 @@ from loratune.engine.sampling import Sampling
 from loratune.engine.sequence import RunningSequence
 from loratune.engine.slot_decoder import SlotDecoder
 from loratune.model.adapter.own_parameters import BASE
+from loratune.model.architecture.structure import causal_model, layer_count
 from loratune.model.kernels import lora_inference
 from loratune.model.kernels.lora_linear import use_fused_lora
 
@@ -107,7 +108,8 @@ class GPU:
 def on_pages(decoder: SlotDecoder) -> SlotDecoder:
     """The decoder as on a GPU whose kernel reads pages."""
     kernel = Kernel(pytest.importorskip("torch.nn.attention.varlen").varlen_attn, reads_tables=True)
-    decoder._cache = PagedKVCache(LAYERS, 99 * PAGE, kernel)
+    layers = layer_count(causal_model(decoder.model).config)
+    decoder._cache = PagedKVCache(layers, 99 * PAGE, kernel, decoder._cache.has_states)
     decoder._prefixes._cache = decoder._cache
     return decoder
 

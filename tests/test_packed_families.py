@@ -233,7 +233,7 @@ def test_rows_are_padded_where_nothing_keeps_documents_apart(
 def no_boundaries(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """The recurrent layers are not told of documents."""
     with monkeypatch.context() as patch:
-        patch.setattr(packed_rows, "_document_lengths", lambda inputs: [])
+        patch.setattr(packed_rows, "_documents_of", lambda inputs: None)
         patch.setattr(packed_rows, "recurrent_modules", without_borders)
         yield
 
@@ -251,7 +251,7 @@ def without_borders(decoder: Any) -> Iterator[Any]:
 def whole_rows(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """A recurrent layer computes the row as one document."""
     with monkeypatch.context() as patch:
-        patch.setattr(packed_rows, "_by_document", lambda forward, row, lengths: forward(row))
+        patch.setattr(packed_rows, "_by_document", lambda forward, row, documents: forward(row))
         yield
 
 
@@ -260,8 +260,8 @@ def only_the_convolution_leaks(monkeypatch: pytest.MonkeyPatch) -> Iterator[None
     """As where a kernel for the recurrence gets the boundaries, and that of the convolution does not."""
     plain = packed_rows._by_document
 
-    def leak(forward: Any, row: torch.Tensor, lengths: list[int]) -> torch.Tensor:
-        return plain(forward, row + 0.5 * functional.pad(row, (0, 0, 1, 0))[:, :-1], lengths)
+    def leak(forward: Any, row: torch.Tensor, documents: Any) -> torch.Tensor:
+        return plain(forward, row + 0.5 * functional.pad(row, (0, 0, 1, 0))[:, :-1], documents)
 
     with monkeypatch.context() as patch:
         patch.setattr(packed_rows, "_by_document", leak)
@@ -272,9 +272,9 @@ def only_the_convolution_leaks(monkeypatch: pytest.MonkeyPatch) -> Iterator[None
 def padding_on_the_left(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """The state of a recurrent layer goes through padding before it comes to a document."""
 
-    def compute(forward: Any, row: torch.Tensor, lengths: list[int]) -> torch.Tensor:
-        documents = row[0].split(lengths)
-        rows = torch.stack([functional.pad(one, (0, 0, max(lengths) - len(one), 0)) for one in documents])
+    def compute(forward: Any, row: torch.Tensor, documents: Any) -> torch.Tensor:
+        lengths = documents.lengths
+        rows = torch.stack([functional.pad(one, (0, 0, max(lengths) - len(one), 0)) for one in row[0].split(lengths)])
         return torch.cat([states[-length:] for states, length in zip(forward(rows), lengths, strict=True)])[None]
 
     with monkeypatch.context() as patch:

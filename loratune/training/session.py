@@ -22,6 +22,7 @@ from loratune.model.hardware import Hardware
 from loratune.model.kernels.attention_choice import choose_attention
 from loratune.model.kernels.lora_linear import use_fused_lora
 from loratune.model.kernels.norm_mlp import use_fused_elementwise
+from loratune.model.kernels.recurrent_layers import call_modules_in_training
 from loratune.model.memory import keep_freed_memory
 from loratune.model.tokenizer import load_tokenizer, set_pad_token
 from loratune.protocols import AdaptedModel, Tokenizer
@@ -146,6 +147,7 @@ def load(prepared: Prepared, start: Checkpoint | None = None) -> Session:
     adapted = attach_adapter(model, recipe.lora, recipe.model.base, recipe.seed, targets)
     use_fused_lora(adapted)
     use_fused_elementwise(model)
+    call_modules_in_training(model)
     attention = choose_attention(model, hardware, recipe.model.attn_implementation, recipe.training.packing)
     checked = check_model(adapted, plain, attention, loaded_attention, recipe)
     del plain  # so that the memory that is free is measured without its adapter

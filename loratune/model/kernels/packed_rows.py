@@ -12,10 +12,10 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from functools import wraps
-from typing import Any
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
-from torch.nn.functional import pad
 from transformers.masking_utils import create_masks_for_generate
 
 from loratune.model.architecture.recurrent import recurrent_modules
@@ -31,6 +31,17 @@ LENGTH_UNIT = 8
 """Lengths are padded to multiples of this, because oneDNN compiles and caches a kernel per shape."""
 
 
+class _Documents(NamedTuple):
+    """The documents of a row, in batches of similar length that are padded on the right."""
+
+    lengths: list[int]
+    """Tokens of each document."""
+    shapes: list[tuple[int, int]]
+    """Documents and padded length of each batch."""
+    places: torch.Tensor
+    """Place of each token in the joined batches, int64 [tokens]."""
+
+
 class PackedRows:
     """Has a decoder compute packed rows with its documents apart, until it is removed again.
 
@@ -44,7 +55,8 @@ class PackedRows:
     """
 
     def __init__(self, model: CausalModel, is_masked: bool = False) -> None:
-        self._is_masked, self._lengths = is_masked, list[int]()
+        self._is_masked = is_masked
+        self._documents: _Documents | None = None
         self._replaced = ExitStack()
         decoder = decoder_of(model)
         self.recurrent = [*recurrent_modules(decoder)]
@@ -68,8 +80,8 @@ class PackedRows:
         # Not a hook, which would also see the call of a stand-in for the decoder; see `OwnHead`.
         @wraps(own)
         def forward(*arguments: Any, **inputs: Any) -> Any:
-            self._lengths = _document_lengths(inputs)
-            if self._lengths and self._is_masked:
+            self._documents = _documents_of(inputs) if self.recurrent else None
+            if self._is_masked and inputs.get("cu_seq_lens_q") is not None:
                 inputs = _with_mask(decoder, inputs)
             return own(*arguments, **inputs)
 
@@ -78,10 +90,10 @@ class PackedRows:
     def _module_forward(self, own: Callable[..., Any]) -> Callable[..., Any]:
         @wraps(own)
         def forward(hidden_states: torch.Tensor, *arguments: Any, **inputs: Any) -> Any:
-            if not self._lengths:
+            if self._documents is None:
                 return own(hidden_states, *arguments, **inputs)
             rest = {name: value for name, value in inputs.items() if name not in (*BORDERS, "attention_mask")}
-            return _by_document(lambda rows: own(rows, **rest), hidden_states, self._lengths)
+            return _by_document(lambda rows: own(rows, **rest), hidden_states, self._documents)
 
         return forward
 
@@ -90,14 +102,6 @@ def _restore(module: Any, forward: Any) -> None:
     del module.forward
     if forward is not None:
         module.forward = forward
-
-
-def _document_lengths(inputs: dict[str, Any]) -> list[int]:
-    """Return the lengths of a packed pass's documents; empty for another pass."""
-    borders, lengths = inputs.get("cu_seq_lens_q"), inputs.get("document_lengths")
-    if borders is None:
-        return []
-    return list(lengths) if lengths else list(borders.diff().tolist())
 
 
 def _with_mask(decoder: Decoder, inputs: dict[str, Any]) -> dict[str, Any]:
@@ -109,28 +113,43 @@ def _with_mask(decoder: Decoder, inputs: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in inputs.items() if name not in BORDERS} | {"attention_mask": mask}
 
 
+def _documents_of(inputs: dict[str, Any]) -> _Documents | None:
+    """Return the documents of a packed pass; None for another pass."""
+    borders = inputs.get("cu_seq_lens_q")
+    if borders is None:
+        return None
+    lengths = list(inputs.get("document_lengths") or borders.diff().tolist())
+    starts, shapes, end = np.zeros(len(lengths), np.int64), list[tuple[int, int]](), 0
+    for members in _alike(lengths):
+        longest = round_up(lengths[members[0]], LENGTH_UNIT)
+        for member in members:
+            starts[member], end = end, end + longest
+        shapes.append((len(members), longest))
+    places = np.arange(sum(lengths)) + np.repeat(starts - np.cumsum(lengths) + lengths, lengths)
+    # Copied once for all layers, and a GPU need not have finished what came before.
+    return _Documents(lengths, shapes, torch.from_numpy(places).to(borders.device, non_blocking=True))
+
+
 def _by_document(
-    forward: Callable[[torch.Tensor], torch.Tensor], row: torch.Tensor, lengths: Sequence[int]
+    forward: Callable[[torch.Tensor], torch.Tensor], row: torch.Tensor, documents: _Documents
 ) -> torch.Tensor:
-    """Compute each document of a row by itself.
+    """Compute each document of a row by itself, in as many operations for many documents as for few.
 
     Args:
         forward: of a module: [documents, longest, width] to the same shape.
         row: [1, tokens, width].
-        lengths: tokens of each document.
+        documents: of the row.
 
     Raises:
         ValueError: the documents do not fill the row.
     """
-    if row.shape[:2] != (1, sum(lengths)):
-        raise ValueError(f"documents of {sum(lengths)} tokens in rows of {tuple(row.shape[:2])}")
-    documents = row[0].split(list(lengths))
-    outputs: dict[int, torch.Tensor] = {}
-    for members in _alike(lengths):
-        longest = round_up(lengths[members[0]], LENGTH_UNIT)
-        rows = torch.stack([pad(documents[member], (0, 0, 0, longest - lengths[member])) for member in members])
-        outputs |= {member: states[: lengths[member]] for member, states in zip(members, forward(rows), strict=True)}
-    return torch.cat([outputs[document] for document in range(len(lengths))])[None]
+    if row.shape[:2] != (1, sum(documents.lengths)):
+        raise ValueError(f"documents of {sum(documents.lengths)} tokens in rows of {tuple(row.shape[:2])}")
+    sizes = [members * longest for members, longest in documents.shapes]
+    joined = row.new_zeros(sum(sizes), row.shape[2]).index_copy_(0, documents.places, row[0])
+    batches = (batch.unflatten(0, shape) for batch, shape in zip(joined.split(sizes), documents.shapes, strict=True))
+    outputs = torch.cat([forward(batch).flatten(0, 1) for batch in batches])
+    return outputs.index_select(0, documents.places)[None]
 
 
 def _alike(lengths: Sequence[int]) -> list[list[int]]:

@@ -55,7 +55,7 @@ def choose_packing(model: AdaptedModel, chosen: AttentionChoice, own: str) -> Pa
     causal, failures = causal_model(model), list[str]()
     recurrent = len([*recurrent_modules(decoder_of(model))])
     told = "documents of a packed row do not see each other"
-    if recurrent and model.device.type == "cuda":  # by kernels that take the boundaries, if they are installed
+    if recurrent and _may_have_kernels(model):
         failures.append(why_not_apart(model))
         if not failures[-1]:
             return Packing(chosen, True, False, f"{told}, by kernels in {counted(recurrent, 'recurrent layer')}")
@@ -75,6 +75,11 @@ def choose_packing(model: AdaptedModel, chosen: AttentionChoice, own: str) -> Pa
     rows.remove()
     causal.set_attn_implementation(own)
     return Packing(AttentionChoice(own, "rows are padded"), False, False, f"rows are padded, since {failures[-1]}")
+
+
+def _may_have_kernels(model: AdaptedModel) -> bool:
+    """Return whether recurrent layers may have kernels that take the boundaries, which are for GPUs."""
+    return bool(model.device.type == "cuda")
 
 
 def _without_flash(model: CausalModel, own: str) -> str:
