@@ -61,8 +61,8 @@ def planted(checks: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Cal
 
 def test_the_table_is_the_whole_plan_and_every_function_is_there(checks: Any) -> None:
     table = importlib.import_module("gpu_checks.table")
-    assert len(table.CHECKS) == 15
-    assert len({check.name for check in table.CHECKS}) == 15
+    assert len(table.CHECKS) == 20
+    assert len({check.name for check in table.CHECKS}) == 20
     for check in table.CHECKS:
         module, _, name = check.function.partition(":")
         source = (ROOT / "scripts" / "gpu_checks" / f"{module}.py").read_text(encoding="utf-8")
@@ -76,6 +76,7 @@ def test_the_table_is_the_whole_plan_and_every_function_is_there(checks: Any) ->
     # No stage of the plan may be dropped on a GPU, and what runs on a CPU is bounded there or measured only.
     assert [check.name for check in table.CHECKS if check.needs_gpu] == [
         "step_profile", "training_speed", "other_types", "small_card", "out_of_memory", "cache_memory",
+        "family_speed",
     ]  # fmt: skip
     assert all(bound.on == "gpu" for check in table.CHECKS if check.needs_gpu for bound in check.bounds)
 
@@ -157,10 +158,10 @@ def program(*words: str, **settings: Any) -> subprocess.CompletedProcess[str]:
 @pytest.mark.parametrize(
     ("words", "numbers"),
     [
-        ((), range(15)),
+        ((), range(20)),
         (("6-7",), range(6, 8)),
         (("merge", "0"), (0, 13)),
-        (("--from", "decoding"), range(11, 15)),
+        (("--from", "decoding"), range(11, 20)),
         (("--from", "3", "0-4"), (3, 4)),
     ],
 )
@@ -308,3 +309,122 @@ def test_no_function_of_a_check_is_longer_than_a_screen(checks: Any) -> None:
         for name, function in found:
             if function.__module__ == f"gpu_checks.{module}":
                 assert len(inspect.getsourcelines(function)[0]) < 60, f"{module}.{name}"
+
+
+@pytest.fixture
+def place(tmp_path: Path) -> Any:
+    return importlib.import_module("gpu_checks.table").Workplace(tmp_path, is_gpu=False)
+
+
+def missed(name: str, figures: dict[str, Any]) -> list[str]:
+    """The figures of a check that are out of their bounds."""
+    (check,) = (check for check in importlib.import_module("gpu_checks.table").CHECKS if check.name == name)
+    return [bound.figure for bound in check.bounds if bound.is_required(is_gpu=False) and not bound.holds(figures)]
+
+
+def whole_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Recurrent layers compute a row as one document, and the probe that would see it is off."""
+    from loratune.model.kernels import packed_rows
+    from loratune.training.probes import isolation
+
+    monkeypatch.setattr(packed_rows, "_by_document", lambda forward, row, documents: forward(row))
+    monkeypatch.setattr(isolation, "why_not_apart", lambda model: "")
+
+
+def blind_control(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without boundaries no document sees another either."""
+    families = importlib.import_module("gpu_checks.families")
+    leak = families.leak
+    monkeypatch.setattr(families, "leak", lambda model, rows, has_boundaries=True: leak(model, rows))
+
+
+def twice_the_loss(monkeypatch: pytest.MonkeyPatch) -> None:
+    from loratune.model.kernels import linear_cross_entropy
+
+    plain = linear_cross_entropy.summed_loss
+
+    def doubled(*given: Any) -> Any:
+        total, losses = plain(*given)
+        return 2 * total, losses
+
+    monkeypatch.setattr(linear_cross_entropy, "summed_loss", doubled)
+
+
+@pytest.mark.parametrize(
+    ("kind", "fault", "expected"),
+    [
+        ("lfm2", None, []),
+        ("lfm2", whole_rows, ["leaking", "float32 error", "packed beside padded", "error / plain"]),
+        ("lfm2", blind_control, ["blind controls"]),
+        ("qwen3_moe", twice_the_loss, ["float32 error", "error / plain"]),
+    ],
+    ids=["right", "leak", "blind", "gradient"],
+)
+def test_packed_passes_of_a_family_that_are_wrong_are_found(
+    checks: Any, place: Any, monkeypatch: pytest.MonkeyPatch, kind: str, fault: Any, expected: list[str]
+) -> None:
+    families = importlib.import_module("gpu_checks.families")
+    monkeypatch.setattr(families, "KINDS", (kind,))
+    monkeypatch.setattr(families, "ATTENTIONS", ("auto",))
+    if fault:
+        fault(monkeypatch)
+    found = families.families(place)
+    assert missed("families", found) == expected, found
+
+
+def test_kernels_of_recurrent_layers_can_be_left_out(checks: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    from gpu_kernels import Kernels
+    from transformers.models.lfm2 import modeling_lfm2
+
+    families = importlib.import_module("gpu_checks.families")
+    plain = modeling_lfm2.causal_conv1d_fn.__wrapped__
+    Kernels(monkeypatch, "lfm2", "causal_conv1d_fn")
+    with_kernel = modeling_lfm2.causal_conv1d_fn
+    with families.without_kernels("lfm2"):
+        assert modeling_lfm2.causal_conv1d_fn is plain
+    assert modeling_lfm2.causal_conv1d_fn is with_kernel
+
+
+@pytest.mark.parametrize("is_wrong", [False, True])
+def test_a_quantised_stack_that_is_wrong_is_found(
+    checks: Any, place: Any, monkeypatch: pytest.MonkeyPatch, is_wrong: bool
+) -> None:
+    from loratune.model.weights import quantized_stack
+
+    if is_wrong:
+        matrix = quantized_stack.QuantizedParameter.matrix
+        monkeypatch.setattr(quantized_stack.QuantizedParameter, "matrix", lambda self, n: 1.01 * matrix(self, n))
+    nf4_mixture = importlib.import_module("gpu_checks.nf4_mixture")
+    found = nf4_mixture.nf4_mixture(place)
+    assert missed("nf4_mixture", found) == (["float32 error"] if is_wrong else []), found
+
+
+def test_a_stack_with_wide_scales_is_found(checks: Any, place: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    from loratune.model.weights import quantizer
+
+    quantize = quantizer.quantize_stack
+    monkeypatch.setattr(quantizer, "quantize_stack", lambda values, double: quantize(values, False))
+    nf4_mixture = importlib.import_module("gpu_checks.nf4_mixture")
+    assert "stack bytes / bfloat16" in missed("nf4_mixture", nf4_mixture.nf4_mixture(place))
+
+
+@pytest.mark.parametrize("is_wrong", [False, True])
+def test_states_that_are_not_cleared_are_found(
+    checks: Any, place: Any, monkeypatch: pytest.MonkeyPatch, is_wrong: bool
+) -> None:
+    from loratune.engine.slot_states import SlotStates
+
+    slots = importlib.import_module("gpu_checks.slots")
+    monkeypatch.setattr(slots, "KINDS", ("lfm2",))
+    if is_wrong:
+        begin = SlotStates.begin
+        monkeypatch.setattr(SlotStates, "begin", lambda self, slot, source: begin(self, slot, slot))
+    assert missed("slots", slots.slots(place)) == (["lowest share of equal tokens"] if is_wrong else [])
+
+
+def test_a_hybrid_s_run_that_fails_is_found(checks: Any, place: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    hybrid_run = importlib.import_module("gpu_checks.hybrid_run")
+    commands = importlib.import_module("gpu_checks.commands")
+    monkeypatch.setattr(hybrid_run, "loratune", lambda *words: commands.Finished(1, "", "no memory", 0.0))
+    expected = ["wrong exit codes", "highest last loss / first", "highest mean KL of a proof"]
+    assert missed("hybrid_run", hybrid_run.hybrid_run(place)) == expected

@@ -2,6 +2,8 @@
 
 `make_tiny_model(kind, folder)` writes one. Where `save_pretrained` writes another layout than the hub's files have, the
 files are changed: experts in one tensor, weights of multi-token prediction, names without a prefix.
+
+`scripts/gpu_check` imports this module too, so it needs nothing but loratune and its packages.
 """
 
 from __future__ import annotations
@@ -13,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from conftest import TINY_QWEN
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import CONFIG_MAPPING
@@ -21,6 +22,7 @@ from transformers import CONFIG_MAPPING
 from loratune.model.config import auto_class
 from loratune.runs.tokenizer_files import copy_tokenizer_files
 
+TINY_QWEN = Path(__file__).resolve().parent.parent / "loratune" / "assets" / "tiny-qwen"
 WIDTH = 32
 SIZES: dict[str, Any] = {
     "vocab_size": 3008, "hidden_size": WIDTH, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,

@@ -2,7 +2,8 @@
 
 python plain_trl.py MODEL ROWS.json OUTPUT BATCH EPOCHS MAX_LENGTH none|nf4 [SETTING=VALUE …]
 
-A SETTING is one of SFTConfig, or of LoraConfig where its name begins with lora_; its value is written as JSON.
+A SETTING is one of SFTConfig, or of LoraConfig if it is target_modules or begins with lora_; its value is written as
+JSON.
 """
 
 from __future__ import annotations
@@ -58,7 +59,7 @@ def main(
     folder: str, path: str, place: str, batch: str, epochs: str, max_length: str, quantization: str, *others: str
 ) -> None:
     chosen = {name: json.loads(value) for name, value in (other.split("=", 1) for other in others)}
-    of_adapter = {name: value for name, value in chosen.items() if name.startswith("lora_")}
+    of_adapter = {name: value for name, value in chosen.items() if name.startswith(("lora_", "target_modules"))}
     settings = {"use_cpu": not torch.cuda.is_available(), "bf16": False, "gradient_checkpointing": False}
     settings |= {name: value for name, value in chosen.items() if name not in of_adapter}
     rows = [conversation(row) for row in json.loads(Path(path).read_text(encoding="utf-8"))]
@@ -83,9 +84,8 @@ def main(
         processing_class=AutoTokenizer.from_pretrained(folder),
         peft_config=LoraConfig(
             r=8,
-            target_modules="all-linear",
             task_type="CAUSAL_LM",
-            **{"lora_alpha": 16, "lora_dropout": 0.0} | of_adapter,
+            **{"lora_alpha": 16, "lora_dropout": 0.0, "target_modules": "all-linear"} | of_adapter,
         ),
         callbacks=[first],
     )

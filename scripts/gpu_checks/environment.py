@@ -21,6 +21,9 @@ PACKAGES = (
     "liger-kernel",
     "unsloth",
     "flash-attn",
+    "flash-linear-attention",
+    "causal-conv1d",
+    "mamba-ssm",
 )
 BACK_ENDS = {0: "math", 1: "flash", 2: "memory-efficient", 3: "cuDNN"}
 

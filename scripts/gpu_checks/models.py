@@ -106,31 +106,47 @@ def adapted_base(base: Path, adapter: Path, dtype: Any) -> Any:
     return PeftModel.from_pretrained(model, adapter, is_trainable=True)
 
 
-def use_loratune(model: Any) -> Any:
-    """Put loratune's kernels into a PEFT model, as `sft` does."""
+def use_loratune(model: Any, attention: str = "auto", has_plain_layers: bool = True) -> str:
+    """Put loratune's kernels into a PEFT model, as `sft` does.
+
+    Args:
+        model: loaded with the attention, unless that is for loratune to choose.
+        attention: as in the recipe.
+        has_plain_layers: whether it has norms and MLPs that loratune has kernels for.
+
+    Returns:
+        Which attention it is, and how the documents of a packed row are kept apart.
+    """
     from loratune.model.architecture.structure import causal_model
     from loratune.model.hardware import detect_hardware
     from loratune.model.kernels.attention_choice import choose_attention
     from loratune.model.kernels.linear_cross_entropy import add_labelled_loss
     from loratune.model.kernels.lora_linear import use_fused_lora
     from loratune.model.kernels.norm_mlp import use_fused_elementwise
+    from loratune.model.kernels.recurrent_layers import call_modules_in_training
+    from loratune.training.probes.isolation import choose_packing
 
     base = causal_model(model)
+    own = str(base.config._attn_implementation)
     taken = (use_fused_lora(model), use_fused_elementwise(base))
-    if not all(taken):
+    if not taken[0] or bool(taken[1]) != has_plain_layers:
         raise RuntimeError(
             f"loratune's kernels have not been used: {taken[0]} linear layers, {taken[1]} norms and MLPs"
         )
-    choose_attention(base, detect_hardware(), "auto", is_packed=True)
+    call_modules_in_training(base)
+    packing = choose_packing(model, choose_attention(base, detect_hardware(), attention, is_packed=True), own)
+    if not packing.is_packed:
+        raise RuntimeError(packing.reason)
     add_labelled_loss(base)
-    return model
+    return f"{packing.attention}; {packing.reason}"
 
 
-def packed(rows: Sequence[tuple[list[int], list[int]]], device: Any) -> dict[str, Any]:
-    """Return one pass with rows of ids and labels, as loratune packs it."""
-    from loratune.data.assembly.batches import collate_packed
+def packed(rows: Sequence[tuple[list[int], list[int]]], device: Any, is_padded: bool = False) -> dict[str, Any]:
+    """Return one pass with rows of ids and labels, as loratune packs it, or as it pads it."""
+    from loratune.data.assembly.batches import collate_packed, collate_padded
 
-    batch = collate_packed([{"input_ids": ids, "labels": labels, "sequence": 0} for ids, labels in rows])
+    made = [{"input_ids": ids, "labels": labels, "sequence": 0} for ids, labels in rows]
+    batch = collate_padded(made, pad_token_id=0) if is_padded else collate_packed(made)
     del batch["about"]
     return {name: value.to(device) if hasattr(value, "to") else value for name, value in batch.items()}
 

@@ -25,7 +25,8 @@ def pass_memory(place: Workplace) -> Figures:
     from loratune.training.activations import measure_passes
 
     dtype = torch.bfloat16 if place.is_gpu else torch.float32
-    model = use_loratune(adapted_base(*random_model(place, layers_of(place)), dtype))
+    model = adapted_base(*random_model(place, layers_of(place)), dtype)
+    use_loratune(model)
     figures: dict[str, Any] = {}
     ratios = []
     hardware = detect_hardware()

@@ -119,7 +119,7 @@ def _earlier(json_file: Path, machine: dict[str, Any]) -> dict[str, Any]:
 
 def _environment(place: Workplace) -> dict[str, str]:
     """Nothing may ask a hub, and the user's cache stays as it is."""
-    paths = [str(REPOSITORY / "scripts"), str(REPOSITORY), os.environ.get("PYTHONPATH", "")]
+    paths = [str(REPOSITORY / "scripts"), str(REPOSITORY), os.environ.get("PYTHONPATH", ""), str(REPOSITORY / "tests")]
     own = {"PYTHONPATH": os.pathsep.join(filter(None, paths)), "LORATUNE_CACHE": str(place.folder / "cache")}
     return os.environ | own | {"HF_HUB_OFFLINE": "1", "COLUMNS": "20000"}
 

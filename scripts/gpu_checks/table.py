@@ -190,4 +190,67 @@ CHECKS = (
         False,
         (Bound("largest difference of a loss", "≤", 1e-6), Bound("wrong exit codes", "=", 0)),
     ),
+    Check(
+        "families",
+        "families:families",
+        300,
+        False,
+        (
+            Bound("leaking", "=", 0),
+            Bound("blind controls", "=", 0),
+            # Rounding, which models so narrow and random amplify up to 300 times.
+            Bound("float32 error", "≤", 1e-4),
+            Bound("packed beside padded", "≤", 1e-4),
+            # As many roundings as PEFT's, but other ones; one of a router's logits may send a token elsewhere.
+            Bound("error / plain", "≤", 2),
+        ),
+    ),
+    Check(
+        "nf4_mixture",
+        "nf4_mixture:nf4_mixture",
+        240,
+        False,
+        (
+            # 4 bits, a scale of 8 bits for 64 values, and one of 32 bits for 256 scales: 4.127 of 16.
+            Bound("stack bytes / bfloat16", "≤", 0.262),
+            # What the allocator rounds up to 512 bytes, of which the smallest scales take 1,536.
+            on_gpu("allocated / counted", "≤", 1.05),
+            Bound("float32 error", "≤", 1e-4),
+            Bound("bfloat16 error / plain", "≤", 1.5),
+        ),
+    ),
+    Check(
+        "slots",
+        "slots:slots",
+        180,
+        False,
+        (Bound("lowest share of equal tokens", "≥", 0.99), Bound("without slots", "=", 0)),
+    ),
+    Check(
+        "hybrid_run",
+        "hybrid_run:hybrid_run",
+        300,
+        False,
+        (
+            Bound("wrong exit codes", "=", 0),
+            Bound("highest last loss / first", "≤", 0.95),
+            # The proof computes in float32, one layer at a time.
+            Bound("highest mean KL of a proof", "≤", 1e-5),
+        ),
+    ),
+    Check(
+        "family_speed",
+        "family_speed:family_speed",
+        480,
+        True,
+        (
+            # Without kernels for recurrent layers, rows of 50 to 1,000 tokens are up to five batches, each with its own
+            # kernels; TRL pads all of them to the longest, and computes activations twice.
+            on_gpu("hybrid: ratio to TRL", "≥", 1.2),
+            on_gpu("mixture: ratio to TRL", "≥", 1.5),
+            # TRL has the logits of a padded batch at once: 8 GB of 248,320 columns in float32.
+            on_gpu("hybrid: memory / TRL", "≤", 0.8),
+            on_gpu("mixture: memory / TRL", "≤", 0.8),
+        ),
+    ),
 )

@@ -24,7 +24,8 @@ def whole_step(place: Workplace) -> Figures:
         labelled = sum(label >= 0 for _, labels in rows for label in labels[1:])
         figures[f"{name} residual"] = residual(model, rows)
         right_loss, right = by_peft(model, rows, labelled)
-        loss, found = by_loratune(use_loratune(model), rows, labelled)
+        use_loratune(model)
+        loss, found = by_loratune(model, rows, labelled)
         errors = [relative_error(found[name], right[name]) for name in right]
         figures[f"{name} difference"], figures[f"{name} median"] = max(errors), statistics.median(errors)
         figures[f"{name} loss difference"] = abs(loss - right_loss) / right_loss
@@ -44,9 +45,10 @@ def by_peft(model: Any, rows: list[Any], labelled: int) -> tuple[float, dict[str
     return total, taken_gradients(model)
 
 
-def by_loratune(model: Any, rows: list[Any], labelled: int) -> tuple[float, dict[str, Any]]:
-    """Return the same of one pass with all rows."""
-    loss = model(**packed(rows, model.device), summed_loss=True).loss_sum / labelled
+def by_loratune(model: Any, rows: list[Any], labelled: int, is_padded: bool = False) -> tuple[float, dict[str, Any]]:
+    """Return the same of one pass with all rows, packed or padded."""
+    batch = packed(rows, model.device, is_padded)
+    loss = model(**batch, summed_loss=True).loss_sum / labelled
     loss.backward()
     return loss.item(), taken_gradients(model)
 
