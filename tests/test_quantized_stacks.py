@@ -15,6 +15,7 @@ import torch
 from conftest import ROWS, TinyModel
 from tiny_models import MIXTURES, make_tiny_model
 from torch.nn import functional
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 from typer.testing import Result
 
@@ -26,7 +27,7 @@ from loratune.model.base import load_base
 from loratune.model.files import weight_files
 from loratune.model.from_folder import load_from_folder, load_plain
 from loratune.model.hardware import detect_hardware
-from loratune.model.weights import quantizer
+from loratune.model.weights import quantized_stack, quantizer
 from loratune.model.weights.held import NOT_QUANTISED, bytes_by_group, held_bytes, value_count
 from loratune.model.weights.quantized_files import DequantizedFiles
 from loratune.model.weights.quantized_stack import QuantizedParameter, quantize_stack, use_quantized_stacks
@@ -424,3 +425,46 @@ def test_matrices_of_sizes_that_bitsandbytes_cannot_repack_are_left_as_they_are(
     mlp, attention = model.model.layers[0].mlp, model.model.layers[0].self_attn
     repacked = [part.support_avx512bf16_for_cpu for part in (mlp.up_proj, mlp.down_proj, attention.q_proj)]
     assert repacked == [False, False, True]  # 72 rows, 72 columns, neither
+
+
+# --- what it asks of a GPU ---
+
+
+class Reads(TorchDispatchMode):
+    """Counts the times that values of tensors are read, for which a GPU has to be waited for."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        super().__init__()
+        self.count, plain = 0, torch.Tensor.tolist
+
+        def read(tensor: torch.Tensor) -> Any:
+            self.count += 1
+            return plain(tensor)
+
+        monkeypatch.setattr(torch.Tensor, "tolist", read)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += func._schema.name in ("aten::_local_scalar_dense", "aten::nonzero")
+        return func(*args, **(kwargs or {}))
+
+
+def reads_of_layers(monkeypatch: pytest.MonkeyPatch, folder: Path, kind: str, **settings: Any) -> list[int]:
+    """The reads of the modules with experts, in a pass of 40 tokens and back."""
+    model = quantised(make_tiny_model(kind, folder, **settings))
+    modules = [one for one in model.modules() if getattr(one, "stacks", None)]
+    found = []
+    for module in modules:
+        states = torch.randn(40, 32, requires_grad=True)
+        chosen = torch.stack([torch.randperm(settings["num_experts"])[:2] for _ in range(40)])
+        with monkeypatch.context() as patch, Reads(patch) as reads:
+            module(states, chosen, torch.rand(40, 2)).sum().backward()
+        found.append(reads.count)
+    return found
+
+
+def test_experts_are_asked_for_once_however_many_there_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    few = reads_of_layers(monkeypatch, tmp_path / "few", "qwen3_moe", num_experts=4)
+    many = reads_of_layers(monkeypatch, tmp_path / "many", "qwen3_moe", num_experts=16)
+    assert few == many == [1, 1]
+    monkeypatch.setattr(quantized_stack, "declares_layout", lambda module: False)  # transformers' own pass
+    assert min(reads_of_layers(monkeypatch, tmp_path / "own", "qwen3_moe", num_experts=16)) > 16

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from types import MethodType
 from typing import Any, TypeGuard
 
 import bitsandbytes.functional as bnb
@@ -16,6 +17,7 @@ from torch import nn
 from torch.nn import functional
 from torch.utils._pytree import tree_map_only
 
+from loratune.model.weights.expert_pass import by_single_matrices, declares_layout
 from loratune.model.weights.stack import Stack, use_stacks
 
 
@@ -158,6 +160,8 @@ def use_quantized_stacks(model: nn.Module, compute_dtype: torch.dtype) -> None:
     for module in model.modules():
         parameters = {name: one for name, one in module._parameters.items() if is_quantized_stack(one)}
         if parameters:
+            if declares_layout(module):
+                module.forward = MethodType(by_single_matrices, module)
             use_stacks(module, {name: QuantizedStack(one, compute_dtype) for name, one in parameters.items()})
 
 
