@@ -63,7 +63,8 @@ def choose_packing(model: AdaptedModel, chosen: AttentionChoice, own: str) -> Pa
     failures.append(why_not_apart(model))
     if not failures[-1]:
         each = f", {counted(recurrent, 'recurrent layer')} computing each by itself" if recurrent else ""
-        return Packing(chosen, True, False, told + each)
+        why = f", since with the layers as they are {failures[0]}" if len(failures) > 1 else ""
+        return Packing(chosen, True, False, told + each + why)
     if rows:
         rows.remove()
     plain = _without_flash(causal, own)
