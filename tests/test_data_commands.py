@@ -239,7 +239,7 @@ def test_the_key_that_rows_are_under_is_told_of_a_fresh_file_and_of_a_cached_one
 def test_only_json_goes_to_stdout_and_only_if_it_is_asked_for(check: Run, rows_file: Path) -> None:
     assert check(rows_file).stdout == ""
     assert set(figures_of(check(rows_file, "--json"))) == {
-        *("files", "rows", "histogram", "training", "reasoning", "findings", "refused")
+        *("files", "rows", "histogram", "training", "reasoning", "reasoning_form", "findings", "refused")
     }
 
 

@@ -210,7 +210,9 @@ def test_answers_that_are_alike_up_to_where_one_is_cut_off_are_no_change() -> No
     def ran(tokens: list[int], most: int, finish: str = "length") -> RunningSequence:
         return RunningSequence([1], Sampling(max_new_tokens=most), frozenset(), tokens=tokens, finish=finish)
 
-    tokenizer = SimpleNamespace(decode=lambda ids, **_: str(ids))
+    def text_of(running: RunningSequence) -> str:
+        return str(running.tokens)
+
     messages = [{"content": "?"}, {"content": "!"}]
     long = list(range(48))
     stopped = ran(long[:20], 48, "stop")
@@ -220,11 +222,11 @@ def test_answers_that_are_alike_up_to_where_one_is_cut_off_are_no_change() -> No
         (stopped, ran(long[:21], 48), True),
         (ran(long[:9], 48), ran(long[:20], 48, "stop"), False),
     ):
-        assert _told(tokenizer, messages, 2, before, now).has_changed == has_changed
+        assert _told(text_of, messages, 2, before, now).has_changed == has_changed
     for now, has_changed in (
         (ran(long[:36], 36), False),
         (ran([*long, 7, 8], 50), False),
         (ran([*long[:35], 99], 36), True),
         (ran(long[:5], 36, "stop"), True),
     ):
-        assert _told(tokenizer, messages, 2, ran(long, 48), now).has_changed == has_changed
+        assert _told(text_of, messages, 2, ran(long, 48), now).has_changed == has_changed

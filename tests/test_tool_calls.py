@@ -15,6 +15,7 @@ from conftest import TINY_QWEN
 from typer.testing import Result
 
 from loratune.data.encoding.encoder import Encoder
+from loratune.data.template.reasoning_form import ReasoningForm
 from loratune.delivery.export.servers.flags import Parsers, find_parsers
 from loratune.delivery.export.servers.reasoning import vllm_reasoning_parser
 from loratune.delivery.export.servers.tool_calls import vllm_tool_parser
@@ -153,13 +154,13 @@ def test_ollama_s_export_says_that_tools_are_lost_before_it_merges(
 )
 def test_reasoning_is_found_in_what_the_template_writes(template: str, parser: str | None) -> None:
     text = (files("trl") / "chat_templates" / f"{template}.jinja").read_text("utf-8")
-    assert vllm_reasoning_parser(load_tokenizer(TINY_QWEN), text) == parser
+    assert vllm_reasoning_parser(load_tokenizer(TINY_QWEN), text, ReasoningForm()) == parser
 
 
 def test_a_template_that_closes_the_block_by_itself_needs_no_parser() -> None:
     text = (files("trl") / "chat_templates" / "qwen3.jinja").read_text("utf-8")
     closed = "{%- set enable_thinking = false %}" + text
-    assert vllm_reasoning_parser(load_tokenizer(TINY_QWEN), closed) is None
+    assert vllm_reasoning_parser(load_tokenizer(TINY_QWEN), closed, ReasoningForm()) is None
 
 
 def test_a_plain_adapter_is_served_with_the_parsers_of_its_base(

@@ -24,6 +24,7 @@ from loratune.data.checks.findings import (
 from loratune.data.encoding.loaded_source import LoadedSource, Rendering, load_source
 from loratune.data.reading.files import open_rows
 from loratune.data.sources import Source, parse_source
+from loratune.data.template.reasoning_form import ReasoningForm
 from loratune.data.template.thinking import Reasoning
 from loratune.errors import Exit, LoratuneError, counted
 from loratune.recipe.data_sections import DataSettings, SourceSettings
@@ -57,6 +58,8 @@ class PreparedData:
     """The prompt settings that rows were rendered with, including the date that the template writes."""
     reasoning: Reasoning | None = None
     """How their prompts ask for reasoning; None for templates without a thinking mode."""
+    reasoning_form: ReasoningForm = field(default_factory=ReasoningForm)
+    """How the reasoning of their answers is written."""
 
     def checked(self) -> PreparedData:
         """Return this object if it may be trained on.

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import queue
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from loratune.data.encoding.encoder import Encoder
 from loratune.data.tools.call_form import CallStream
 from loratune.engine.sequence import RunningSequence
-from loratune.engine.text import OPENING, Parts, TextStream
+from loratune.engine.text import Parts, TextStream
 from loratune.engine.types import CALLED, Delta, GenerationRequest, joined
 
 
@@ -73,13 +73,32 @@ def make_handle(
         encoder: the encoder that rendered its prompt.
         deliver: called with each chunk.
     """
-    begun = "" if isinstance(question.messages, str) else encoder.answer_start_for(question.tools)
     form = encoder.call_form if question.tools else None
+    begun = "" if isinstance(question.messages, str) else encoder.answer_start_for(question.tools)
     marks = encoder.call_marks if form else None
-    in_reasoning = _opens_reasoning(encoder, running.prompt)
-    text = TextStream(encoder.tokenizer, question.sampling.stop, in_reasoning, begun, marks)
+    text = text_stream(encoder, running.prompt, question.sampling.stop, begun, marks)
     calls = CallStream(form, question.tools, question.most_calls) if form else None
     return RequestHandle(running, text, calls, deliver)
+
+
+def text_stream(
+    encoder: Encoder,
+    prompt: list[int],
+    stop: Sequence[str] = (),
+    beginning: str | None = None,
+    marks: Mapping[int, str] | None = None,
+) -> TextStream:
+    """Return a stream for the text of an answer.
+
+    Args:
+        encoder: the encoder that rendered the prompt.
+        prompt: token ids.
+        stop, marks: see `TextStream`.
+        beginning: see `TextStream`; None is that of conversations without tools.
+    """
+    beginning = encoder.answer_start if beginning is None else beginning
+    in_reasoning = _opens_reasoning(encoder, prompt)
+    return TextStream(encoder.tokenizer, stop, in_reasoning, beginning, marks, encoder.streamed_form)
 
 
 def gathering(index: int, ended: queue.SimpleQueue[tuple[int, list[Delta]]]) -> Callable[[Delta], None]:
@@ -96,4 +115,5 @@ def gathering(index: int, ended: queue.SimpleQueue[tuple[int, list[Delta]]]) -> 
 
 def _opens_reasoning(encoder: Encoder, prompt: list[int]) -> bool:
     """Return whether the prompt ends with the opening tag, as templates of models that always reason write it."""
-    return bool(encoder.tokenizer.decode(prompt[-4:]).rstrip().endswith(OPENING))
+    opening = encoder.reasoning_form.opening.strip()
+    return bool(encoder.tokenizer.decode(prompt[-len(opening) :]).rstrip().endswith(opening))

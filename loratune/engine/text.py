@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import groupby
 from typing import NamedTuple
 
+from loratune.data.template.reasoning_form import StreamedForm
 from loratune.protocols import Tokenizer
 
-OPENING, CLOSING = "<think>", "</think>"
+ROWS_FORM = StreamedForm()
 UNFINISHED = "\ufffd"
 """What a tokenizer decodes an incomplete character to."""
 LONGEST_CHARACTER = 4
@@ -30,6 +32,7 @@ class TextStream:
         in_reasoning: whether the prompt already opened the reasoning block.
         beginning: text that the template writes before an answer without reasoning; removed from the answer.
         marks: ids of special tokens → placeholder characters in the text. Other special tokens are dropped.
+        form: how reasoning is written; its placeholder characters are dropped, unless `marks` has them too.
     """
 
     def __init__(
@@ -39,10 +42,16 @@ class TextStream:
         in_reasoning: bool = False,
         beginning: str = "",
         marks: Mapping[int, str] | None = None,
+        form: StreamedForm = ROWS_FORM,
     ) -> None:
-        self._tokenizer, self._marks = tokenizer, marks or {}
+        kept = marks or {}
+        self._tokenizer, self._marks = tokenizer, {**form.marks, **kept}
+        self._dropped = str.maketrans({mark: None for token, mark in form.marks.items() if token not in kept})
+        self._form = form
+        beginning = self._as_streamed(beginning)
         # Reasoning tags are handled separately.
-        self._beginning = "" if CLOSING in beginning else self._without_control_tokens(beginning)
+        self._awaited = "" if form.closing in beginning else beginning
+        """Text of the template before an answer, which may come next."""
         self._stop = tuple(text for text in stop if text)
         self._ids: list[int] = []
         self._told = ""
@@ -79,19 +88,21 @@ class TextStream:
         text: str = self._tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
         return text
 
-    def _without_control_tokens(self, text: str) -> str:
-        return self._decode(self._tokenizer(text, add_special_tokens=False).input_ids) if text else ""
+    def _as_streamed(self, text: str) -> str:
+        """Return a text of the template as the stream will have it."""
+        ids = self._tokenizer(text, add_special_tokens=False).input_ids if text else []
+        runs = [(mark, list(run)) for mark, run in groupby(ids, key=self._marks.get)]
+        return "".join(mark * len(run) if mark else self._decode(run) for mark, run in runs)
 
     def _sorted(self, new: str, is_last: bool) -> Parts:
         """Assign text to reasoning or answer, and hold back what may become a tag or a stop string."""
         self._held += new
         text = reasoning = ""
-        if self._beginning:
-            if not is_last and len(self._held) < len(self._beginning) and self._beginning.startswith(self._held):
-                return Parts("", "")
-            self._held = self._held.removeprefix(self._beginning)
-            self._beginning = ""
         while self._held and not self.stopped:
+            if self._awaited:
+                if not is_last and len(self._held) < len(self._awaited) and self._awaited.startswith(self._held):
+                    break
+                self._held, self._awaited = self._held.removeprefix(self._awaited), ""
             here, tag = self._next(is_last)
             if self._is_blank:
                 here = here.lstrip()
@@ -103,26 +114,31 @@ class TextStream:
             if tag is None:
                 break
             self._enter(tag)
-        return Parts(text, reasoning)
+        return Parts(text.translate(self._dropped), reasoning.translate(self._dropped))
 
     def _enter(self, tag: str) -> None:
         if tag in self._stop:
             self.stopped = True
         else:
-            self._place = "reasoning" if tag == OPENING else "answer"
             self._is_blank = True
+            if tag == self._form.opening:
+                self._place = "reasoning"
+            else:  # more reasoning may follow only where another text begins the answer
+                self._awaited = self._form.answer_start
+                self._place = "start" if self._awaited else "answer"
 
     def _next(self, is_last: bool) -> tuple[str, str | None]:
         """Remove text up to the next tag, and the tag; without a tag, remove what cannot be the start of one."""
-        if self._place == "start" and self._held.strip() and not OPENING.startswith(self._held.strip()[: len(OPENING)]):
+        opening, said = self._form.opening, self._held.strip()
+        if self._place == "start" and said and not opening.startswith(said[: len(opening)]):
             self._place = "answer"  # reasoning only occurs at the start
-        tags = (*self._stop, *{"start": (OPENING,), "reasoning": (CLOSING,)}.get(self._place, ()))
+        tags = (*self._stop, *{"start": (opening,), "reasoning": (self._form.closing,)}.get(self._place, ()))
         # The tag that is completed first, however the text is split; of several, the longest.
         places = [(self._held.find(tag) + len(tag), self._held.find(tag), tag) for tag in tags if tag in self._held]
         if places:
             _, place, tag = min(places)
             here, self._held = self._held[:place], self._held[place + len(tag) :]
-            return ("" if tag == OPENING else here), tag
+            return ("" if tag == opening else here), tag
         keep = 0 if is_last else max((_overlap(self._held, tag) for tag in tags), default=0)
         if self._place == "start" and not is_last:
             keep = len(self._held)  # whitespace before a possible tag

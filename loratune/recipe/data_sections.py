@@ -59,7 +59,7 @@ class DataSettings(Section):
     train_on_turns: Literal["all", "last"] = "all"
     """Which answers of a conversation to train on: all, or only the last."""
     train_thinking: bool = True
-    """Also train the <think> block of an answer, not only the text after it."""
+    """Also train the reasoning of an answer, not only the text after it."""
     truncation_strategy: Literal["drop", "truncate_prompt", "truncate_answer", "refuse"] = "drop"
     """For rows longer than training.max_length: drop them, truncate the prompt or the answer, or stop."""
     on_bad_row: Literal["stop", "skip"] = "stop"

@@ -11,6 +11,7 @@ from loratune import console
 from loratune.data.assembly.packing import padding_efficiency
 from loratune.data.assembly.split import Split
 from loratune.data.preparation import PreparedData
+from loratune.data.template.reasoning_form import ReasoningForm
 from loratune.errors import counted
 from loratune.recipe.sections import Recipe, TrainingSettings
 from loratune.training.steps import plan_steps
@@ -30,6 +31,7 @@ def data_report(recipe: Recipe, data: PreparedData) -> dict[str, Any]:
         "histogram": histogram(data.train.lengths),
         "training": _training_figures(recipe.training, data.train, recipe.seed),
         "reasoning": vars(data.reasoning) if data.reasoning else None,
+        "reasoning_form": _own_form(data.reasoning_form),
         "findings": [vars(found) for found in data.found],
         "refused": any(found.level == "refuse" for found in data.found),
     }
@@ -72,7 +74,7 @@ def show_data_report(report: dict[str, Any]) -> None:
         title="training",
     )  # fmt: skip
     if report["reasoning"]:
-        console.table(_reasoning_lines(report["reasoning"]), title="prompts")
+        console.table(_reasoning_lines(report["reasoning"], report["reasoning_form"]), title="prompts")
     for found in report["findings"]:
         show = {"refuse": console.error, "warn": console.warn}.get(found["level"], console.say)
         show(found["text"])
@@ -83,7 +85,12 @@ def show_data_report(report: dict[str, Any]) -> None:
         console.say("sft would train on these rows", style="bold")
 
 
-def _reasoning_lines(reasoning: dict[str, Any]) -> list[tuple[str, str]]:
+def _own_form(form: ReasoningForm) -> dict[str, str] | None:
+    """Return the text around reasoning in answers; None if it is that of rows, or not known."""
+    return None if form.is_of_rows else {"before": form.opening, "after": form.closing + form.answer_start}
+
+
+def _reasoning_lines(reasoning: dict[str, Any], form: dict[str, str] | None) -> list[tuple[str, str]]:
     """Return how prompts ask for reasoning; line breaks of the template are shown as escapes."""
     default = reasoning["by_default"]
     known = "; the template has no other mode" if default is None else f"; the template's default is {_mode(default)}"
@@ -94,6 +101,8 @@ def _reasoning_lines(reasoning: dict[str, Any]) -> list[tuple[str, str]]:
     ]
     if reasoning["answer_start"]:
         lines.append(("without reasoning", f"answers begin with {reasoning['answer_start']!r}, which is trained"))
+    if form:
+        lines.append(("reasoning", f"is trained between {form['before']!r} and {form['after']!r}"))
     if reasoning["instruction"]:
         lines.append(("instruction", f"{reasoning['instruction']!r} …"))
     return lines

@@ -54,7 +54,7 @@ def pass_gate(recipe: Recipe, day: str | None = None) -> PreparedData:
     rendering = Rendering(prompt, sha256, lambda: Encoder(tokenizer(), prompt), recipe.training.max_length)
     prepared = prepare_data(recipe.data, rendering, recipe.seed)
     prepared.found[:0] = remarks
-    prepared.reasoning = facts.reasoning
+    prepared.reasoning, prepared.reasoning_form = facts.reasoning, facts.form
     return prepared
 
 

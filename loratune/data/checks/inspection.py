@@ -14,8 +14,7 @@ from ftfy.badness import badness
 
 from loratune.data.checks.broken_off import breaks_off
 from loratune.data.encoding.tokens import NormalForm
-from loratune.data.formats.conversation import Conversation, Message
-from loratune.data.template.thinking import CLOSING, OPENING
+from loratune.data.formats.conversation import CLOSING, OPENING, Conversation, Message
 from loratune.recipe.findings import Finding
 
 

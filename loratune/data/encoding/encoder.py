@@ -15,15 +15,17 @@ from itertools import groupby, pairwise
 from typing import Any
 
 from loratune.data.encoding.tokens import Ids, all_ids
-from loratune.data.formats.conversation import Conversation, Message, texts_in
-from loratune.data.template.thinking import OPENING
+from loratune.data.formats.conversation import CLOSING, OPENING, Conversation, Message, reasoning_apart, texts_in
+from loratune.data.template.answer_parts import Part, split_parts
 from loratune.data.tools.tool_rendering import ToolRenderer
 from loratune.errors import Exit, LoratuneError
 
 IGNORED = -100
 """Label of positions without loss; torch's cross-entropy ignores it."""
 
-END_OF_REASONING = re.compile(r"</think>([\r\n]*)")
+
+LATER_BLOCK = re.compile(rf"^[ \t]*{OPENING}.*?{CLOSING}", re.DOTALL | re.MULTILINE)
+"""Matches reasoning after the beginning of an answer, where a line begins with it."""
 
 
 @dataclass(frozen=True)
@@ -47,10 +49,8 @@ class _Turn:
     prompt: list[dict[str, Any]]
     """Messages in the form that the template takes."""
     tools: tuple[dict[str, Any], ...]
-    opening: list[int]
-    """Ids of control tokens with which the template starts the answer."""
-    parts: list[tuple[str, bool]]
-    """Texts of the answer; True if special tokens in the text come from the template and stay tokens."""
+    parts: list[Part]
+    """The answer."""
     is_harmless: bool
     """True if no text of the prompt contains a control token."""
 
@@ -98,9 +98,7 @@ class Encoder(ToolRenderer):
 
         Ordinary added tokens in the text, such as <think>, stay tokens; special ones are encoded as characters.
         """
-        opening, text = self._continued(text, tools)
-        ids: list[int] = self.tokenizer(text, add_special_tokens=False, split_special_tokens=True).input_ids
-        return [*opening, *ids, self.end_id]
+        return [*self._part_ids(self._continued(text, tools)), self.end_id]
 
     def reply_ids(
         self, messages: Sequence[Message], answer: Message | str, tools: Sequence[dict[str, Any]] = ()
@@ -142,8 +140,7 @@ class Encoder(ToolRenderer):
         sequences: list[list[Example]] = [[] for _ in conversations]
         for turn, prompt, answer in zip(turns, self._prompts(turns), answers, strict=True):
             unlearnt = 0 if train_thinking else self._count_reasoning(turn, answer)
-            unlearnt += len(turn.opening) if unlearnt else 0
-            examples, answer_ids = sequences[turn.row], array("i", turn.opening) + answer + array("i", [self.end_id])
+            examples, answer_ids = sequences[turn.row], answer + array("i", [self.end_id])
             labels = array("i", [IGNORED]) * len(prompt)
             if examples and prompt[: len(examples[-1].input_ids)] == examples[-1].input_ids:
                 earlier = examples.pop().labels
@@ -155,6 +152,7 @@ class Encoder(ToolRenderer):
     def _turns_of(self, row: int, conversation: Conversation, train_on: str) -> list[_Turn]:
         self.check_tools(conversation.messages, conversation.tools)
         self._check_nothing_is_lost(conversation)
+        self._check_reasoning(conversation)
         messages, tools = self._with_settings(conversation.messages), conversation.tools
         added = len(messages) - len(conversation.messages)
         is_harmless, seen = not self._is_forging(tools), 0
@@ -163,13 +161,11 @@ class Encoder(ToolRenderer):
             prompt = messages[: place + added]
             is_harmless = is_harmless and not self._is_forging(prompt[seen:])
             seen = len(prompt)
-            opening: list[int] = []
             if conversation.messages[place].get("tool_calls"):
                 parts = self._parts_of_calls(prompt, messages[place + added], tools)
             else:
-                opening, answer = self._continued(conversation.messages[place]["content"], tools)
-                parts = [(answer, False)]
-            turns.append(_Turn(row, prompt, tools, opening, parts, is_harmless))
+                parts = self._continued(conversation.messages[place]["content"], tools)
+            turns.append(_Turn(row, prompt, tools, parts, is_harmless))
         return turns
 
     def _answers(self, turns: list[_Turn]) -> list[Ids]:
@@ -180,6 +176,10 @@ class Encoder(ToolRenderer):
             for is_own in (False, True)
         }
         return [sum((next(known[is_own]) for _, is_own in turn.parts), array("i")) for turn in turns]
+
+    def _part_ids(self, parts: Sequence[Part]) -> Ids:
+        """Return the ids of an answer."""
+        return sum((all_ids(self.tokenizer, [text], keep_special=own)[0] for text, own in parts), array("i"))
 
     def _is_forging(self, value: Any) -> bool:
         """Return whether a text within the value contains a control token."""
@@ -210,35 +210,60 @@ class Encoder(ToolRenderer):
                 Exit.DATA,
             )
 
+    def _check_reasoning(self, conversation: Conversation) -> None:
+        """Raise if an answer has reasoning that cannot be written in the template's form."""
+        form = self._chat(conversation.tools).form
+        if form.is_known and form.is_of_rows:
+            return
+        answers = (one["content"] for one in conversation.messages if one["role"] == "assistant")
+        parts = [reasoning_apart(answer) for answer in answers]
+        if not form.is_known and any(reasoning for reasoning, _ in parts):
+            raise LoratuneError(
+                "it has reasoning, and the form in which the chat template writes reasoning cannot be determined; use "
+                "a newer template of the model, or leave the reasoning out",
+                Exit.DATA,
+            )
+        if any(LATER_BLOCK.search(text) for _, text in parts):
+            raise LoratuneError(
+                "it has reasoning that does not begin an answer, and the chat template writes it at the beginning, "
+                f"after {form.opening!r}; leave it out, or put it there",
+                Exit.DATA,
+            )
+
     def _count_reasoning(self, turn: _Turn, ids: Ids) -> int:
         """Return the number of answer tokens that cover the reasoning block and the line breaks after it."""
-        text = turn.answer
-        is_begun = bool(self._chat(turn.tools).begun_reasoning) or text.lstrip().startswith(OPENING)
-        end = END_OF_REASONING.search(text) if is_begun else None
+        text, chat = turn.answer, self._chat(turn.tools)
+        opening = chat.form.opening
+        behind_start = text.removeprefix(chat.answer_start.partition(opening)[0]).lstrip()
+        is_begun = bool(chat.begun_reasoning) or behind_start.startswith(opening.lstrip())
+        end = chat.form.end.search(text) if is_begun else None
         if not end:
             return 0
         block = array("i")
         for length in (end.end(1), end.start(1)):
-            block, rest = all_ids(self.tokenizer, [text[:length], text[length:]], keep_special=False)
+            block, rest = (self._part_ids(parts) for parts in split_parts(turn.parts, length))
             if block + rest == ids:
                 return len(block)
         # One token spans the end of the block and the start of the text after it.
         return 1 + next((n for n, (one, other) in enumerate(zip(block, ids, strict=False)) if one != other), len(block))
 
     def with_reasoning_apart(self, message: Message) -> dict[str, Any]:
-        """Pass an earlier answer's reasoning as `reasoning_content` to templates that read it.
+        """Pass an earlier answer's reasoning apart from its text to templates that read it.
 
         Qwen3's template can also extract reasoning from the content, but not through the marks that protect control
         tokens in texts.
         """
-        content = message["content"]
-        is_split = message["role"] == "assistant" and "</think>" in content and self.reads_reasoning
+        content, form = message["content"], self.reasoning_form
+        is_split = message["role"] == "assistant" and CLOSING in content and self.reads_reasoning
         if not is_split:
             return dict(message)
+        if not form.is_of_rows:
+            thought, said = reasoning_apart(content)
+            return {**message, "content": said, **({form.key: thought} if thought else {})}
         return {
             **message,
-            "content": content.rpartition("</think>")[2].lstrip("\n"),
-            "reasoning_content": content.partition("</think>")[0].rpartition("<think>")[2].strip("\n"),
+            "content": content.rpartition(CLOSING)[2].lstrip("\n"),
+            form.key: content.partition(CLOSING)[0].rpartition(OPENING)[2].strip("\n"),
         }
 
     def _with_settings(self, messages: Sequence[Message]) -> list[dict[str, Any]]:

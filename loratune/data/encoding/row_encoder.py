@@ -49,7 +49,7 @@ class RowEncoder:
         self._inspector = Inspector(
             [token.content for token in added if not token.content.isspace()],
             [token.content for token in added if token.special],
-            encoder.settings.enable_thinking,
+            encoder.takes_reasoning,
             encoder.asks_for_reasoning,
             encoder.leaves_reasoning_open,
             normal_form(encoder.tokenizer),

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from itertools import groupby
 from typing import Any
 
-from loratune.data.formats.conversation import Message, has_half_a_pair, kind_of, with_reasoning
+from loratune.data.formats.conversation import REASONING_KEYS, Message, has_half_a_pair, kind_of, with_reasoning
 from loratune.data.formats.row_tools import HALF_A_PAIR, given_tools, parsed, read_calls, read_tools
 
 ROLES = {
@@ -44,7 +44,7 @@ OPENAI = TurnStyle(
     "content",
     ROLES,
     frozenset(
-        {"role", "content", "tool_calls", "function_call", "tool_call_id", "name", "reasoning_content", *TRAINING_MARKS}
+        {"role", "content", "tool_calls", "function_call", "tool_call_id", "name", *REASONING_KEYS, *TRAINING_MARKS}
     ),
 )
 SHAREGPT = TurnStyle("from", "value", SHAREGPT_ROLES, frozenset({"from", "value", *TRAINING_MARKS}))
@@ -222,7 +222,9 @@ def read_message(turn: dict[str, Any], may_be_blank: bool = False) -> Message | 
 
 
 def _read_openai(turn: dict[str, Any], role: str, may_be_blank: bool) -> Message | str:
-    content, reasoning = _joined(turn.get("content")), turn.get("reasoning_content")
+    content = _joined(turn.get("content"))
+    key = next((one for one in REASONING_KEYS if turn.get(one) is not None), REASONING_KEYS[0])
+    reasoning = turn.get(key)
     calls = read_calls(turn.get("tool_calls") or _older_call(turn))
     if isinstance(calls, str):
         return calls
@@ -231,7 +233,7 @@ def _read_openai(turn: dict[str, Any], role: str, may_be_blank: bool) -> Message
     if content is None and calls:
         content = ""
     if not isinstance(reasoning, str | None):
-        return f"its 'reasoning_content' is {kind_of(reasoning)}"
+        return f"its {key!r} is {kind_of(reasoning)}"
     if reasoning and isinstance(content, str):
         content = with_reasoning(content, reasoning)
     message = _checked(role, content, calls, may_be_blank)

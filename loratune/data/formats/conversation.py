@@ -3,9 +3,20 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, TypedDict
+
+OPENING, CLOSING = "<think>", "</think>"
+"""Tags around the reasoning of an answer, in rows and in most templates."""
+BLOCK = re.compile(
+    rf"\s*(?:{OPENING}[\r\n]*(.*?)[\r\n]*{CLOSING}|((?:(?!{OPENING}).)*?)[\r\n]+{CLOSING}(?=[\r\n]))[\r\n]*",
+    re.DOTALL,
+)
+"""Matches reasoning at the start of an answer. It may lack its opening tag, which some models have in their prompts."""
+REASONING_KEYS = ("reasoning_content", "thinking", "reasoning")
+"""Keys under which messages hold reasoning; the first is the usual one."""
 
 
 class _Said(TypedDict):
@@ -27,7 +38,16 @@ def with_reasoning(answer: str, reasoning: str) -> str:
     if not reasoning:
         return answer
     thought = reasoning.strip("\n")
-    return f"<think>\n{thought}\n</think>\n\n{answer}"
+    return f"{OPENING}\n{thought}\n{CLOSING}\n\n{answer}"
+
+
+def reasoning_apart(answer: str) -> tuple[str, str]:
+    """Return the reasoning of an answer that begins with a block, and the text after it; inverse of `with_reasoning`.
+
+    The reasoning is empty if there is none.
+    """
+    block = BLOCK.match(answer) if CLOSING in answer else None
+    return (block[1] or block[2] or "", answer[block.end() :]) if block else ("", answer)
 
 
 @dataclass(frozen=True)

@@ -9,14 +9,15 @@ from __future__ import annotations
 import json
 import os
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import date, datetime, time
 from functools import lru_cache
 from typing import Any, NamedTuple
 
+from loratune.data.formats.conversation import CLOSING, OPENING
 from loratune.data.template.answer_ends import ANSWER, MARK, QUESTION, Render, Tools, frame_answer
 from loratune.data.template.own import OWN_TEMPLATES
-from loratune.data.template.thinking import CLOSING, OPENING, REASONED, REASONING_MARK, reasoning_block
+from loratune.data.template.reasoning_form import REASONED, REASONING_MARK, ReasoningForm, find_reasoning_form
 from loratune.errors import Exit, LoratuneError
 from loratune.protocols import Tokenizer
 
@@ -56,6 +57,8 @@ class ChatTemplate:
     """The empty reasoning block that ends the prompt, for answers without reasoning."""
     answer_start: str = ""
     """Text between the generation prompt and an answer without reasoning."""
+    form: ReasoningForm = field(default_factory=ReasoningForm)
+    """How it writes reasoning."""
     behind_answers: str = ""
     """Text after an answer that is the last message."""
     end_token: str = ""
@@ -138,12 +141,15 @@ def study_template(
         added = _missing_prompt(render(text, [QUESTION], tools), before, thinking, special)
     text, original = _completed(text, added), _completed(original, added)
     prompt = render(text, [QUESTION], tools, add_generation_prompt=True)
-    block = reasoning_block(prompt)
-    begun, closed = ("", block) if CLOSING in block else (block, "")
-    start = _answer_start(render, text, tools, thinking, (prompt, before, begun)) if completes else ""
+    form = find_reasoning_form(render, text, tools, thinking)
+    if frame.end_token and frame.end_token in form.closing:  # generation would stop within the answer
+        form = ReasoningForm(is_known=False)
+    block = form.block_at_end(prompt)
+    begun, closed = ("", block) if form.is_closed_in(block) else (block, "")
+    start = _answer_start(render, text, tools, thinking, form, (prompt, before, begun)) if completes else ""
     remark = _remark(added, prompt, before, begun)
     return ChatTemplate(
-        original, added, begun, closed, start, frame.behind, frame.end_token, frame.remark, is_dated, remark
+        original, added, begun, closed, start, form, frame.behind, frame.end_token, frame.remark, is_dated, remark
     )
 
 
@@ -246,17 +252,22 @@ def _completed(text: str, generation_prompt: str) -> str:
     return text.removesuffix("\n") + "{{ '' }}" + addition
 
 
-def _answer_start(render: Render, text: str, tools: Tools, thinking: bool, seen: tuple[str, str, str]) -> str:
+def _answer_start(
+    render: Render, text: str, tools: Tools, thinking: bool, form: ReasoningForm, seen: tuple[str, str, str]
+) -> str:
     """Return the text between the prompt and an answer without reasoning.
 
     Args:
         render, text, tools, thinking: see `study_template`.
+        form: how it writes reasoning.
         seen: a prompt, the text before an answer, and the start of reasoning within the prompt.
     """
     prompt, before, begun = seen
     start = before[len(prompt) :] if before.startswith(prompt) else ""
-    if not begun or CLOSING in start:
+    if not begun or form.is_closed_in(start):
         return start
+    if not form.is_of_rows:
+        return form.closing + form.answer_start
     # Close the block as the template closes an empty one, or else as it closes one with content.
     other = render(text, [QUESTION], tools, add_generation_prompt=True, enable_thinking=not thinking)
     if other.startswith(prompt) and CLOSING in other[len(prompt) :]:

@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass
 
 from loratune.data.encoding.cache import cache_key, entry_lock, mark_used, new_entry
 from loratune.data.encoding.encoder import Encoder
+from loratune.data.template.reasoning_form import ReasoningForm
 from loratune.data.template.thinking import Reasoning
 from loratune.recipe.sections import PromptSettings
 
@@ -25,6 +26,8 @@ class TemplateFacts:
     """Warnings about the template."""
     reasoning: Reasoning | None
     """How it asks for reasoning; None if it has no thinking mode."""
+    form: ReasoningForm
+    """How it writes reasoning."""
 
 
 def template_facts(prompt: PromptSettings, tokenizer_sha256: str, make_encoder: Callable[[], Encoder]) -> TemplateFacts:
@@ -43,11 +46,11 @@ def template_facts(prompt: PromptSettings, tokenizer_sha256: str, make_encoder: 
         try:
             known = json.loads((entry / FACTS).read_text(encoding="utf-8"))
             reasoning = known["reasoning"] and Reasoning(**known["reasoning"])
-            facts = TemplateFacts(**{**known, "reasoning": reasoning})
+            facts = TemplateFacts(**{**known, "reasoning": reasoning, "form": ReasoningForm(**known["form"])})
         except (OSError, ValueError, TypeError, LookupError):  # new, or damaged
             shutil.rmtree(entry, ignore_errors=True)
             encoder = make_encoder()
-            facts = TemplateFacts(encoder.is_dated, encoder.remarks, encoder.reasoning)
+            facts = TemplateFacts(encoder.is_dated, encoder.remarks, encoder.reasoning, encoder.reasoning_form)
             with new_entry(entry) as folder:
                 (folder / FACTS).write_text(json.dumps(asdict(facts)), encoding="utf-8")
         mark_used(entry)

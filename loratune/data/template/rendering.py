@@ -11,6 +11,7 @@ from typing import Any
 from jinja2 import TemplateError
 
 from loratune.data.template.answer_ends import ANSWER, QUESTION
+from loratune.data.template.answer_parts import Part, continued
 from loratune.data.template.chat_template import (
     MOMENTS,
     PROBE_TOOL,
@@ -22,22 +23,16 @@ from loratune.data.template.chat_template import (
     study_template,
 )
 from loratune.data.template.own import OWN_TEMPLATES
+from loratune.data.template.reasoning_form import REASONED, ReasoningForm, StreamedForm
 from loratune.data.template.text_marks import with_marks_kept
-from loratune.data.template.thinking import (
-    CLOSING,
-    EMPTY_BLOCK,
-    OPENING,
-    REASONED,
-    Reasoning,
-    describe_reasoning,
-    reads_argument,
-    reads_reasoning,
-)
+from loratune.data.template.thinking import Reasoning, describe_reasoning, reads_argument
 from loratune.data.template.trial import try_template
 from loratune.errors import Exit, LoratuneError
 from loratune.protocols import Tokenizer
 from loratune.recipe.sections import PromptSettings
 
+FIRST_MARK = 0xF0100
+"""First private-use character of the placeholders for special tokens in the text of answers."""
 FAILURES = (
     TemplateError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RecursionError, SyntaxError,
     AssertionError, NotImplementedError,
@@ -116,18 +111,48 @@ class ChatRenderer:
     @property
     def asks_for_reasoning(self) -> bool:
         """Whether the template expects reasoning before answers."""
-        return any(one.begun_reasoning or CLOSING in one.answer_start for one in (self._plain, self._with_tools))
+        chats = (self._plain, self._with_tools)
+        return any(one.begun_reasoning or one.form.is_closed_in(one.answer_start) for one in chats)
 
     @property
     def leaves_reasoning_open(self) -> bool:
         """Whether prompts open a reasoning block that is not closed before an answer without reasoning."""
-        return any(one.begun_reasoning and CLOSING not in one.answer_start for one in (self._plain, self._with_tools))
+        chats = (self._plain, self._with_tools)
+        return any(one.begun_reasoning and not one.form.is_closed_in(one.answer_start) for one in chats)
+
+    @property
+    def takes_reasoning(self) -> bool:
+        """Whether reasoning fits the prompts: they ask for it, or the template writes it and has one mode only."""
+        return self.settings.enable_thinking or (self.reads_reasoning and not self.reads("enable_thinking"))
 
     @property
     def reasoning(self) -> Reasoning | None:
         """How prompts ask for reasoning; None for templates without a thinking mode."""
         text = fixed_moment(self.template, MOMENTS[0])
-        return describe_reasoning(self._as_text, text, (), self.settings.template_arguments, self.answer_start)
+        arguments = self.settings.template_arguments
+        return describe_reasoning(self._as_text, text, (), arguments, self.reasoning_form, self.answer_start)
+
+    @property
+    def reasoning_form(self) -> ReasoningForm:
+        """How the template writes reasoning."""
+        return self._plain.form
+
+    @cached_property
+    def streamed_form(self) -> StreamedForm:
+        """How reasoning is written in the text of a streamed answer."""
+        form, marks = self.reasoning_form, self._marks_of_specials
+        if form.is_of_rows:
+            return StreamedForm()
+        texts = (form.opening.strip(), form.closing.strip(), form.answer_start)
+        tokens = self._special.findall("".join([*texts, self.answer_start]))
+        ids = {int(self.tokenizer.convert_tokens_to_ids(token)): marks[token] for token in tokens}
+        opening, closing, start = (self._special.sub(lambda token: marks[token[0]], text) for text in texts)
+        return StreamedForm(opening, closing, start, ids)
+
+    @cached_property
+    def _marks_of_specials(self) -> dict[str, str]:
+        tokens = [token.content for token in self.tokenizer.added_tokens_decoder.values() if token.special]
+        return {token: chr(FIRST_MARK + place) for place, token in enumerate(tokens)}
 
     def reads(self, argument: str, **others: Any) -> bool:
         """Return whether an argument, such as enable_thinking, changes prompts under the settings' other arguments.
@@ -142,10 +167,10 @@ class ChatRenderer:
             for text, tools in ((self.template, ()), (self.tool_template, [PROBE_TOOL]))
         )
 
-    @cached_property
+    @property
     def reads_reasoning(self) -> bool:
-        """Whether the template renders `reasoning_content`."""
-        return reads_reasoning(self._as_text, self.template, ())
+        """Whether the template renders the reasoning of a message."""
+        return bool(self.reasoning_form.key)
 
     @property
     def remarks(self) -> list[str]:
@@ -249,18 +274,6 @@ class ChatRenderer:
     def _chat(self, tools: Sequence[dict[str, Any]]) -> ChatTemplate:
         return self._with_tools if tools else self._plain
 
-    def _continued(self, answer: str, tools: Sequence[dict[str, Any]]) -> tuple[list[int], str]:
-        """Return an answer as the continuation of its prompt: the ids of leading control tokens, and text."""
-        chat = self._chat(tools)
-        begun, start = chat.begun_reasoning, chat.answer_start
-        if chat.closed_reasoning and (empty := EMPTY_BLOCK.match(answer.lstrip())):
-            answer = answer.lstrip()[empty.end() :]  # the prompt has the block already
-        elif answer.lstrip().startswith(OPENING) or (begun and CLOSING in answer):
-            start = "" if CLOSING in start else start
-            if begun and not answer.startswith(begun):
-                answer = answer.lstrip()
-            answer = answer.removeprefix(begun) if answer.startswith(begun) else answer.removeprefix(OPENING)
-        control = list(self._special.finditer(start))
-        place = control[-1].end() if control else 0
-        opening = self.tokenizer(start[:place], add_special_tokens=False).input_ids if place else []
-        return opening, start[place:] + answer
+    def _continued(self, answer: str, tools: Sequence[dict[str, Any]]) -> list[Part]:
+        """Return an answer as the continuation of its prompt, with its reasoning in the template's form."""
+        return continued(answer, self._chat(tools), self._special)

@@ -3,30 +3,25 @@
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from loratune.data.formats.conversation import CLOSING, OPENING
 from loratune.data.template.answer_ends import ANSWER, NEXT_QUESTION, QUESTION, Render, Tools
+from loratune.data.template.reasoning_form import CALL, REASONED, REASONED_CALL, REASONING_MARK, ReasoningForm
 from loratune.errors import LoratuneError
 
-OPENING, CLOSING = "<think>", "</think>"
-REASONING_MARK = "loratune-reasoning"
-EMPTY_BLOCK = re.compile(rf"{OPENING}\s*{CLOSING}\s*")
 EXCERPT = 60
-CALL = {"id": "loratune1", "type": "function", "function": {"name": "probe", "arguments": {}}}
-CALLED = {"role": "assistant", "content": "", "tool_calls": [CALL], "reasoning_content": REASONING_MARK}
 RESULT = {"role": "tool", "name": "probe", "tool_call_id": CALL["id"], "content": "!"}
-REASONED = {**ANSWER, "reasoning_content": REASONING_MARK}
 REASONED_IN_TEXT = {**ANSWER, "content": f"{OPENING}\n{REASONING_MARK}\n{CLOSING}\n\n{ANSWER['content']}"}
 # Where templates treat reasoning differently: in the next answer, in earlier ones, and before calls.
 CONVERSATIONS: list[list[dict[str, Any]]] = [
     [QUESTION],
     [QUESTION, REASONED, NEXT_QUESTION],
     [QUESTION, REASONED_IN_TEXT, NEXT_QUESTION],
-    [QUESTION, CALLED, RESULT],
-    [QUESTION, CALLED, RESULT, REASONED, NEXT_QUESTION],
+    [QUESTION, REASONED_CALL, RESULT],
+    [QUESTION, REASONED_CALL, RESULT, REASONED, NEXT_QUESTION],
 ]
 VALUES: dict[str, tuple[Any, ...]] = {
     "enable_thinking": (True, False),
@@ -69,25 +64,20 @@ def reads_argument(render: Render, text: str, tools: Tools, name: str, others: M
     return any(_prompts(render, text, tools, {**rest, name: value}) != usual for value in VALUES[name])
 
 
-def reads_reasoning(render: Render, text: str, tools: Tools) -> bool:
-    """Return whether a template renders the `reasoning_content` of an answer."""
-    for messages in ([QUESTION, REASONED], [QUESTION, CALLED]):
-        try:
-            if REASONING_MARK in render(text, messages, tools):
-                return True
-        except LoratuneError:
-            continue
-    return False
-
-
 def describe_reasoning(
-    render: Render, text: str, tools: Tools, arguments: Mapping[str, Any], answer_start: str
+    render: Render,
+    text: str,
+    tools: Tools,
+    arguments: Mapping[str, Any],
+    form: ReasoningForm,
+    answer_start: str,
 ) -> Reasoning | None:
     """Return how a template asks for reasoning; None if it neither has a thinking mode nor writes reasoning.
 
     Args:
         render, text, tools: see `reads_argument`.
         arguments: the arguments of the settings.
+        form: the form in which it writes reasoning.
         answer_start: text between the prompt and an answer without reasoning.
     """
     is_enabled, rest = bool(arguments["enable_thinking"]), dict(arguments)
@@ -97,23 +87,17 @@ def describe_reasoning(
         for mode in ({}, {"enable_thinking": False}, {"enable_thinking": True})
     )
     prompt = (on if is_enabled else off)[0]
-    end = reasoning_block(prompt)
-    if on == off and not end and not reads_reasoning(render, text, tools):
+    end = form.block_at_end(prompt)
+    if on == off and not end and not form.key:
         return None
     return Reasoning(
         is_enabled=is_enabled,
         by_default=None if on == off else usual == on,
         prompt_end=end,
-        answer_start=answer_start if CLOSING in answer_start else "",
+        answer_start=answer_start if form.is_closed_in(answer_start) else "",
         keeps_earlier=REASONING_MARK in (on if is_enabled else off)[1],
         instruction=_instruction(prompt, (off if is_enabled else on)[0]),
     )
-
-
-def reasoning_block(prompt: str) -> str:
-    """Return the reasoning block that ends a prompt, open or empty; an empty text if it has no such block."""
-    _, opening, rest = prompt.rpartition(OPENING)
-    return opening + rest if opening and not rest.replace(CLOSING, "", 1).strip() else ""
 
 
 def _instruction(prompt: str, other: str) -> str:

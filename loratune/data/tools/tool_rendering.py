@@ -12,14 +12,11 @@ from loratune.data.formats.conversation import Message, keys_in
 from loratune.data.template.answer_ends import ANSWER, MARK, QUESTION
 from loratune.data.template.rendering import ChatRenderer
 from loratune.data.template.text_marks import free_marks
-from loratune.data.template.thinking import CLOSING, OPENING
 from loratune.data.tools.call_form import CallForm
 from loratune.data.tools.call_probe import ARGUMENTS, NAMES, PROBE_TOOLS, find_call_form
 from loratune.data.tools.call_shapes import Call
 from loratune.errors import Exit, LoratuneError
 
-FIRST_MARK = 0xF0100
-"""First private-use character of the placeholders for special tokens in the text of calls."""
 PROBE_CALL = {"id": "loratune1", **Call(NAMES[0], ARGUMENTS).in_message()}
 """The id has the nine characters that Mistral's templates require."""
 
@@ -142,11 +139,6 @@ class ToolRenderer(ChatRenderer):
             numbered.append(message)
         return numbered
 
-    @cached_property
-    def _marks_of_specials(self) -> dict[str, str]:
-        tokens = [token.content for token in self.tokenizer.added_tokens_decoder.values() if token.special]
-        return {token: chr(FIRST_MARK + place) for place, token in enumerate(tokens)}
-
     def _written(self, content: str, calls: Sequence[Call]) -> str | None:
         """Render an answer with calls, for `find_call_form`."""
         listed = [{"id": f"loratune{place}", **call.in_message()} for place, call in enumerate(calls)]
@@ -155,11 +147,12 @@ class ToolRenderer(ChatRenderer):
             before, whole = self._before_and_whole([QUESTION], message, PROBE_TOOLS)
         except LoratuneError:
             return None
+        form = self._with_tools.form
         if not whole.startswith(before):  # the prompt opens a reasoning block, which the answer lacks
-            before = before.rpartition(OPENING)[0]
+            before = before.rpartition(form.opening.strip())[0]
         if not before or not whole.startswith(before):
             return None
-        text = whole[len(before) :].removesuffix(self._with_tools.behind_answers).rpartition(CLOSING)[2]
+        text = whole[len(before) :].removesuffix(self._with_tools.behind_answers).rpartition(form.closing.strip())[2]
         return self._special.sub(lambda token: self._marks_of_specials[token[0]], text).strip()
 
     def _rendered_answer(

@@ -6,18 +6,21 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from loratune import console
 from loratune.data.encoding.encoder import Encoder
+from loratune.data.formats.conversation import with_reasoning
 from loratune.data.preparation import PreparedData
 from loratune.engine.decoder_choice import open_decoder
+from loratune.engine.request_handle import text_stream
 from loratune.engine.sampling import Sampling
 from loratune.engine.scheduler import Decoder
 from loratune.engine.sequence import RunningSequence
 from loratune.errors import LoratuneError, counted
 from loratune.model.adapter.own_parameters import BASE
-from loratune.protocols import AdaptedModel, Tokenizer
+from loratune.protocols import AdaptedModel
 from loratune.runs.report import Answers, Told
 
 MAX_QUESTIONS = 8
@@ -80,7 +83,7 @@ def _ask(
     rows = zip(asked, expected, before, now, strict=True)
     return Answers(
         tuple(
-            _told(encoder.tokenizer, messages, tokens, *both)
+            _told(partial(_text_of, encoder), messages, tokens, *both)
             for (messages, _), tokens, *both in rows
             if all(running.tokens for running in both)
         )
@@ -132,8 +135,21 @@ def _greedy(tokens: int) -> Sampling:
     return Sampling(max_new_tokens=tokens, repetition_penalty=1.0)
 
 
+def _text_of(encoder: Encoder, running: RunningSequence) -> str:
+    """Return an answer's text with reasoning as in rows."""
+    if encoder.reasoning_form.is_of_rows:
+        return str(encoder.tokenizer.decode(running.tokens, skip_special_tokens=True))
+    stream = text_stream(encoder, running.prompt)
+    parts = [*map(stream.push, running.tokens), stream.finish()]
+    return with_reasoning("".join(part.text for part in parts), "".join(part.reasoning for part in parts))
+
+
 def _told(
-    tokenizer: Tokenizer, messages: Sequence[Any], expected: int, before: RunningSequence, now: RunningSequence
+    text_of: Callable[[RunningSequence], str],
+    messages: Sequence[Any],
+    expected: int,
+    before: RunningSequence,
+    now: RunningSequence,
 ) -> Told:
     # Beyond the end of an unfinished answer, the two may still be equal.
     compared = min((len(one.tokens) for one in (before, now) if one.finish != "stop"), default=None)
@@ -141,8 +157,8 @@ def _told(
     return Told(
         question=messages[-2].get("content") or "",
         expected=messages[-1].get("content") or "",
-        base=tokenizer.decode(before.tokens, skip_special_tokens=True),
-        adapter=tokenizer.decode(now.tokens, skip_special_tokens=True),
+        base=text_of(before),
+        adapter=text_of(now),
         has_changed=now.tokens[:compared] != before.tokens[:compared],
         ended=True if now.finish == "stop" else False if could_end else None,
         cut_short=before.finish is None or now.finish is None,

@@ -15,7 +15,9 @@ from loratune.model.tokenizer import load_tokenizer
 from loratune.recipe.servers import SERVERS
 from loratune.runs.opening import AdapterSource
 
-SGLANG = {"hermes": "qwen25", "llama3_json": "llama3", "deepseek_r1": "deepseek-r1"}
+SGLANG = {
+    "hermes": "qwen25", "llama3_json": "llama3", "deepseek_r1": "deepseek-r1", "openai_gptoss": "gpt-oss",
+}  # fmt: skip
 """SGLang's names of vLLM's parsers, where they differ."""
 OFFERS = {"vllm": ["--enable-auto-tool-choice"], "sglang": list[str]()}
 """What switches tools on, beside a parser."""
@@ -64,7 +66,12 @@ def find_parsers(folder: Path, base: str, source: AdapterSource, server: ServerN
             "the chat template offers tools, but the form of its calls is not recognised: to serve tool calls, add "
             f"{' and '.join([*OFFERS[server], 'the --tool-call-parser of this form'])} to {title}'s line"
         )
-    reasoning = vllm_reasoning_parser(encoder.tokenizer, encoder.template)
+    reasoning = vllm_reasoning_parser(encoder.tokenizer, encoder.template, encoder.reasoning_form)
+    if reasoning is None and not encoder.reasoning_form.is_of_rows:
+        console.warn(
+            f"the chat template writes reasoning after {encoder.reasoning_form.opening!r}, and no parser of that form "
+            f"is known: to serve reasoning apart from answers, add a --reasoning-parser to {title}'s line"
+        )
     if server == "sglang":
         tools, reasoning = (SGLANG.get(name, name) if name else None for name in (tools, reasoning))
     return Parsers(tools, reasoning, server)
