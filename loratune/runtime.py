@@ -6,12 +6,15 @@ import ctypes
 import os
 import signal
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from types import FrameType
 
 ENDING = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name))
 """Signals that users, systems and terminals send to end a process."""
+REPEATED_SECONDS = 1.0
+"""SIGTERM within this time of another is the same request: Slurm sends both when it preempts a job."""
 PASSED_ON = getattr(signal, "SIGUSR2", None)
 """The signal that a process of `loratune sft --gpus` gets for each one that is to end the run."""
 LAUNCHER = "LORATUNE_LAUNCHER"
@@ -77,14 +80,14 @@ def signals_to(handler: Handler, numbers: Sequence[int] = ENDING) -> Iterator[No
     """Handle signals, and restore the previous handlers at the end.
 
     Ignored signals stay ignored, as nohup and background jobs set them. Outside the main thread, which alone may set
-    handlers, it has no effect.
+    handlers, it has no effect. SIGTERM that repeats another within `REPEATED_SECONDS` is dropped.
 
     Args:
         handler: called with the signal's number and the frame.
         numbers: the signals to handle.
     """
     taken = {}
-    handlers = _handlers(handler, numbers)
+    handlers = _handlers(_without_repetitions(handler), numbers)
     if threading.current_thread() is threading.main_thread():
         known = {number: signal.getsignal(number) for number in handlers}
         taken = {number: before for number, before in known.items() if before not in (signal.SIG_IGN, None)}
@@ -102,3 +105,17 @@ def _handlers(handler: Handler, numbers: Sequence[int]) -> Mapping[int, Handler]
         return dict.fromkeys(numbers, handler)
     # Schedulers send a signal to every process; here only the one that the launcher passes on counts, and counts once.
     return dict.fromkeys(numbers, lambda *_: None) | {int(PASSED_ON): handler}
+
+
+def _without_repetitions(handler: Handler) -> Handler:
+    newest = float("-inf")
+
+    def heed(number: int, frame: FrameType | None) -> None:
+        nonlocal newest
+        if number == signal.SIGTERM:
+            before, newest = newest, time.monotonic()
+            if newest - before < REPEATED_SECONDS:
+                return
+        handler(number, frame)
+
+    return heed

@@ -157,6 +157,14 @@ def test_a_second_signal_stops_at_once(sft: Sft, stop: Callable[..., None], tmp_
     assert status(tmp_path / "run")["state"] == "interrupted"
 
 
+def test_a_scheduler_s_second_sigterm_within_a_moment_still_saves_the_step(
+    sft: Sft, stop: Callable[..., None], tmp_path: Path
+) -> None:
+    stop(2, signal.SIGTERM, times=2)
+    assert sft("run").exit_code == 128 + signal.SIGTERM
+    assert [path.name for path in sorted((tmp_path / "run" / "checkpoints").iterdir())] == ["step-000002", "step-000003"]
+
+
 @pytest.mark.parametrize("step", [2, 6])
 def test_a_validation_that_a_signal_ends_is_made_up_for(
     sft: Sft, stop: Callable[..., None], tmp_path: Path, step: int, monkeypatch: pytest.MonkeyPatch

@@ -15,7 +15,7 @@ import pytest
 
 from loratune.errors import Exit
 from loratune.model.hardware import detect_hardware
-from loratune.runtime import ENDING, is_main_process, signals_to
+from loratune.runtime import ENDING, REPEATED_SECONDS, is_main_process, signals_to
 
 
 @pytest.mark.parametrize(
@@ -100,6 +100,18 @@ def test_signals_come_to_the_handler_and_are_given_back() -> None:
         work()
     assert came == list(ENDING)
     assert {number: signal.getsignal(number) for number in ENDING} == before
+
+
+def test_sigterm_counts_once_within_a_moment_and_other_signals_each_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    moment = 100.0
+    monkeypatch.setattr("loratune.runtime.time.monotonic", lambda: moment)
+    came: list[int] = []
+    with signals_to(lambda number, _: came.append(number)):
+        for number in (signal.SIGTERM, signal.SIGTERM, signal.SIGINT, signal.SIGINT):
+            signal.raise_signal(number)
+        moment += REPEATED_SECONDS
+        signal.raise_signal(signal.SIGTERM)
+    assert came == [signal.SIGTERM, signal.SIGINT, signal.SIGINT, signal.SIGTERM]
 
 
 def test_an_ignored_signal_stays_ignored_and_others_are_left_alone() -> None:
