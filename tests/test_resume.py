@@ -162,7 +162,10 @@ def test_a_scheduler_s_second_sigterm_within_a_moment_still_saves_the_step(
 ) -> None:
     stop(2, signal.SIGTERM, times=2)
     assert sft("run").exit_code == 128 + signal.SIGTERM
-    assert [path.name for path in sorted((tmp_path / "run" / "checkpoints").iterdir())] == ["step-000002", "step-000003"]
+    assert [path.name for path in sorted((tmp_path / "run" / "checkpoints").iterdir())] == [
+        "step-000002",
+        "step-000003",
+    ]
 
 
 @pytest.mark.parametrize("step", [2, 6])

@@ -34,10 +34,16 @@ COMMANDS = {
     "infer": "Chat with a trained adapter, answer one prompt, or answer a file of rows.",
     "serve": "Serve an OpenAI-compatible HTTP API and a chat page.",
     "runs": "Inspect runs.",
+    "launch": "Write a job file for a cluster: training that goes on after a preemption.",
 }
 DATA_COMMANDS = {
     "check": "Check the rows of a recipe, as sft does; exit code 3 if sft would refuse them.",
     "preview": "Show some rows as rendered text, with the trained tokens marked.",
+}
+LAUNCH_COMMANDS = {
+    "slurm": "Write an sbatch script that requeues itself.",
+    "sky": "Write a SkyPilot task for spot instances.",
+    "k8s": "Write a Kubeflow TrainJob, or an ordinary Kubernetes Job.",
 }
 RUNS_COMMANDS = {"show": "Show a run's state, losses, checkpoints, and the next command."}
 
@@ -49,14 +55,6 @@ def _module(name: str) -> ModuleType:
             from loratune.cli import sft
 
             return sft
-        case "data_check":
-            from loratune.cli import data_check
-
-            return data_check
-        case "data_preview":
-            from loratune.cli import data_preview
-
-            return data_preview
         case "merge":
             from loratune.cli import merge
 
@@ -77,10 +75,36 @@ def _module(name: str) -> ModuleType:
             from loratune.cli import serve
 
             return serve
+        case _:
+            return _module_in_group(name)
+
+
+def _module_in_group(name: str) -> ModuleType:
+    match name:
+        case "data_check":
+            from loratune.cli import data_check
+
+            return data_check
+        case "data_preview":
+            from loratune.cli import data_preview
+
+            return data_preview
         case "runs_show":
             from loratune.cli import runs_show
 
             return runs_show
+        case "launch_slurm":
+            from loratune.cli import launch_slurm
+
+            return launch_slurm
+        case "launch_sky":
+            from loratune.cli import launch_sky
+
+            return launch_sky
+        case "launch_k8s":
+            from loratune.cli import launch_k8s
+
+            return launch_k8s
         case _:
             raise ValueError(name)
 
@@ -131,7 +155,14 @@ class RunsGroup(CommandGroup):
     prefix = "runs_"
 
 
-GROUPS = {"data": DataGroup, "runs": RunsGroup}
+class LaunchGroup(CommandGroup):
+    """The group `loratune launch`."""
+
+    table = LAUNCH_COMMANDS
+    prefix = "launch_"
+
+
+GROUPS = {"data": DataGroup, "runs": RunsGroup, "launch": LaunchGroup}
 
 
 class Group(CommandGroup):

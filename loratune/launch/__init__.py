@@ -1,0 +1,1 @@
+"""Writes job files for cluster schedulers: training that goes on where it was preempted."""
