@@ -12,18 +12,22 @@ import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from conftest import ROWS
 from safetensors.torch import load_file
+from transformers import TrainerControl
 from typer.testing import Result
 
+from loratune.errors import Interrupted
 from loratune.model.kernels.attention_choice import AttentionChoice
 from loratune.runs.lock import run_lock
 from loratune.training import run as training_run
 from loratune.training import session
+from loratune.training.checkpoints.signals import StopSignals
 from loratune.training.trainer import AdapterTrainer
 
 Sft = Callable[..., Result]
@@ -166,6 +170,33 @@ def test_a_scheduler_s_second_sigterm_within_a_moment_still_saves_the_step(
         "step-000002",
         "step-000003",
     ]
+
+
+def test_a_signal_that_another_process_has_told_of_does_not_count_twice() -> None:
+    stops = StopSignals()
+    with stops.heeded(), stops.after_step():
+        stops.signal = signal.SIGTERM  # as the processes exchange it at the end of a step
+        signal.raise_signal(signal.SIGTERM)
+        with pytest.raises(Interrupted):
+            signal.raise_signal(signal.SIGINT)
+
+
+def test_a_signal_that_comes_while_the_processes_agree_counts_at_the_next_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    stops, control = StopSignals(), TrainerControl()
+    arguments = SimpleNamespace(world_size=2, device="cpu")
+    signals = [signal.SIGTERM]
+
+    def agree(numbers: torch.Tensor, _: Any) -> None:
+        """The other process has none, and this one gets it too late."""
+        if signals:
+            signal.raise_signal(signals.pop())
+
+    monkeypatch.setattr(torch.distributed, "all_reduce", agree)
+    with stops.heeded(), stops.after_step():
+        stops.on_step_end(arguments, None, control)
+        assert not control.should_training_stop
+        stops.on_step_end(arguments, None, control)
+        assert (control.should_training_stop, control.should_save, stops.signal) == (True, True, signal.SIGTERM)
 
 
 @pytest.mark.parametrize("step", [2, 6])

@@ -31,6 +31,8 @@ class StopSignals(TrainerCallback):
         """The received signal, until the step ends."""
         self.validation_is_due = False
         """Whether the validation of the last step was interrupted."""
+        self._is_repeated = False
+        """Whether the next signal would be this process's second one."""
         self._told = ""  # message when a signal is deferred; empty if it raises at once
 
     @property
@@ -78,9 +80,12 @@ class StopSignals(TrainerCallback):
             raise Interrupted(self.signal)
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
-        if not self._told or self.signal is not None:
+        if not self._told or self._is_repeated:
             self._told = ""
             raise Interrupted(number)
+        self._is_repeated = True
+        if self.signal is not None:
+            return  # another process got it earlier, and this one has heard of it at the end of the step
         self.signal = number
         if is_main_process():
             console.interject(self._told)
@@ -97,5 +102,6 @@ class StopSignals(TrainerCallback):
             return self.signal is not None
         numbers = torch.tensor([self.signal or 0], device=args.device)
         torch.distributed.all_reduce(numbers, torch.distributed.ReduceOp.MAX)
-        self.signal = int(numbers) or None
-        return self.signal is not None
+        if agreed := int(numbers):  # else a signal may have come meanwhile, which counts at the end of the next step
+            self.signal = agreed
+        return bool(agreed)
