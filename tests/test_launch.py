@@ -12,9 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import typer
 import yaml
 from typer.testing import Result
 
+from loratune.cli.launching import one_word
 from loratune.errors import Exit
 from loratune.recipe.loading import load_recipe
 from loratune.recipe.sections import Recipe
@@ -164,13 +166,20 @@ def test_what_is_below_the_volume_is_left_to_the_job(
     assert read.output == "/workspace/run"
 
 
-def test_inputs_of_one_name_are_uploaded_under_two(launch: Callable[..., str], tmp_path: Path) -> None:
-    (tmp_path / "other").mkdir()
-    (tmp_path / "other" / "rows.json").write_bytes((tmp_path / "rows.json").read_bytes())
-    task = yaml.safe_load(launch(*SKY, "--data.train", "rows.json", "--data.train", "other/rows.json"))
-    uploaded = {there: here for there, here in task["file_mounts"].items() if isinstance(here, str)}
-    assert sorted(uploaded.values()) == sorted(map(str, [tmp_path / "rows.json", tmp_path / "other" / "rows.json"]))
-    assert len(uploaded) == 2
+@EVERY
+def test_inputs_of_one_name_do_not_meet(
+    cli: CLI, recipe_file: Path, tmp_path: Path, scheduler: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "rows.json").write_bytes((tmp_path / "rows.json").read_bytes())
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    rows = [str(tmp_path / name / "rows.json") for name in ("one", "two")]
+    flags = ("--data.train", f"{rows[0]}#5", "--data.train", f"{rows[0]}#2x", "--data.train", rows[1])
+    moved = json.loads(cli("launch", *scheduler, "--config", recipe_file, *flags, "--json").stdout)["moved"]
+    assert list(moved) == rows
+    assert len(set(moved.values())) == 2
 
 
 @EVERY
@@ -217,16 +226,32 @@ def test_a_secret_with_its_value_is_refused(cli: CLI, recipe_file: Path, schedul
 
 
 @pytest.mark.parametrize("flag", ["--partition", "--account", "--time", "--gpu-type", "--sbatch"])
-@pytest.mark.parametrize("value", ["a\n#SBATCH --uid=0", "a b", "$(id)", "`id`", "'", ""])
-def test_an_option_of_slurm_is_one_word(cli: CLI, recipe_file: Path, flag: str, value: str) -> None:
-    done = cli("launch", "slurm", "--config", recipe_file, flag, value)
+def test_an_option_of_slurm_is_one_word(cli: CLI, recipe_file: Path, flag: str) -> None:
+    done = cli("launch", "slurm", "--config", recipe_file, flag, "a\n#SBATCH --uid=0")
     assert (done.exit_code, done.stdout) == (Exit.USAGE, "")
+
+
+@pytest.mark.parametrize("text", ["a b", "$(id)", "`id`", "'", '"', "a\n", "\\", "#", "", "ä"])
+def test_what_a_shell_or_yaml_would_read_is_no_word(text: str) -> None:
+    with pytest.raises(typer.BadParameter):
+        one_word(text)
 
 
 def test_the_type_of_gpu_that_skypilot_needs_is_asked_for(cli: CLI, recipe_file: Path) -> None:
     done = cli("launch", "sky", "--bucket", "s3://runs", "--config", recipe_file)
     assert done.exit_code == Exit.USAGE
     assert "--gpu-type" in done.stderr
+
+
+@pytest.mark.parametrize("scheduler", [("slurm",), ("sky", "--bucket", "runs")], ids=["slurm", "sky"])
+def test_a_type_of_gpu_without_gpus_is_refused(cli: CLI, recipe_file: Path, scheduler: tuple[str, ...]) -> None:
+    done = cli("launch", *scheduler, "--config", recipe_file, "--gpus", "0", "--gpu-type", "H100")
+    assert done.exit_code == Exit.USAGE
+
+
+def test_flags_of_what_is_not_made_are_refused(cli: CLI, recipe_file: Path) -> None:
+    for flags in (("--volume", "mine", "--storage", "9"), ("--from-secret", "mine")):
+        assert cli("launch", *K8S, "--config", recipe_file, *flags).exit_code == Exit.USAGE
 
 
 # --- Slurm ---

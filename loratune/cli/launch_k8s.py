@@ -23,6 +23,7 @@ from loratune.cli.launching import (
     one_word,
 )
 from loratune.cli.options import recipe_options
+from loratune.errors import Exit, LoratuneError
 from loratune.launch.job import GRACE_SECONDS
 from loratune.launch.kubernetes import KubernetesOptions, kubernetes_objects
 
@@ -52,8 +53,9 @@ def command(
         typer.Option("--volume", metavar="claim", callback=one_word, help="Existing claim; default makes one."),
     ] = None,
     storage: Annotated[
-        int, typer.Option("--storage", metavar="GB", min=1, help="Size of the claim that is made.")
-    ] = 100,
+        int | None,
+        typer.Option("--storage", metavar="GB", min=1, help="Size of the claim that is made.", show_default="100"),
+    ] = None,
     mount: Annotated[
         str, typer.Option("--mount", metavar="folder", callback=one_word, help="Where the volume is in the job.")
     ] = "/workspace",
@@ -63,11 +65,15 @@ def command(
     grace: Grace = GRACE_SECONDS,
     secrets: Secrets = None,
     from_secret: Annotated[
-        str,
+        str | None,
         typer.Option(
-            "--from-secret", metavar="text", callback=one_word, help="The Secret with a key for each --secret."
+            "--from-secret",
+            metavar="text",
+            callback=one_word,
+            help="Secret with a key for each --secret.",
+            show_default="loratune",
         ),
-    ] = "loratune",
+    ] = None,
     file: File = None,
     overwrite: Overwrite = False,
     json: Json = False,
@@ -76,8 +82,12 @@ def command(
 ) -> None:
     if not mount.startswith("/") or mount == "/":
         raise typer.BadParameter("give an absolute path", param_hint="--mount")
+    if volume is not None and storage is not None:
+        raise LoratuneError("--storage is the size of a new claim, and --volume names an existing one", Exit.USAGE)
+    if from_secret is not None and not secrets:
+        raise LoratuneError("--from-secret is where --secret comes from; give --secret too", Exit.USAGE)
     job = described_job(config, flags, name, nodes, gpus, cpus, memory, secrets)
     options = KubernetesOptions(
-        image, namespace, volume, storage, mount.rstrip("/"), from_secret, retries, grace, plain
+        image, namespace, volume, storage or 100, mount.rstrip("/"), from_secret or "loratune", retries, grace, plain
     )
     deliver(kubernetes_objects(job, options), file, overwrite, json)

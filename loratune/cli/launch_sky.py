@@ -22,6 +22,7 @@ from loratune.cli.launching import (
     deliver,
     described_job,
     one_word,
+    require_gpus,
 )
 from loratune.cli.options import recipe_options
 from loratune.errors import Exit, LoratuneError
@@ -64,7 +65,10 @@ def command(
     install: Annotated[
         str,
         typer.Option(
-            "--install", metavar="text", callback=filled, help="What pip installs: a requirement, or a git+https URL."
+            "--install",
+            metavar="text",
+            callback=filled,
+            help="loratune as a requirement for pip, such as a git+https URL.",
         ),
     ] = f"loratune=={__version__}",
     secrets: Secrets = None,
@@ -76,5 +80,6 @@ def command(
 ) -> None:
     if gpus and gpu_type is None:
         raise LoratuneError("SkyPilot chooses instances by the type of GPU; give --gpu-type, or --gpus 0", Exit.USAGE)
+    require_gpus(gpus, gpu_type)
     job = described_job(config, flags, name, nodes, gpus, cpus, memory, secrets)
     deliver(sky_task(job, SkyOptions(bucket, install, gpu_type, infra, spot, retries)), file, overwrite, json)

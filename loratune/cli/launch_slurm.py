@@ -23,6 +23,7 @@ from loratune.cli.launching import (
     deliver,
     described_job,
     one_word,
+    require_gpus,
     words,
 )
 from loratune.cli.options import recipe_options
@@ -75,6 +76,7 @@ def command(
     *,
     flags: dict[str, object],
 ) -> None:
+    require_gpus(gpus, gpu_type)
     job = described_job(config, flags, name, nodes, gpus, cpus, memory, secrets)
     options = SlurmOptions(python, time, partition, account, gpu_type, tuple(sbatch or ()), grace, max_requeues)
     deliver(sbatch_script(job, options), file, overwrite, json)

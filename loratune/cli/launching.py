@@ -133,6 +133,16 @@ def described_job(
     )
 
 
+def require_gpus(gpus: int, gpu_type: str | None) -> None:
+    """Raise where a type of GPU is given for none.
+
+    Raises:
+        LoratuneError: the flag would have no effect.
+    """
+    if gpu_type is not None and not gpus:
+        raise LoratuneError("--gpu-type is for nodes with GPUs; leave it out with --gpus 0", Exit.USAGE)
+
+
 def _named_by(output: str) -> str:
     name = re.sub(r"[^a-z0-9]+", "-", Path(output).name.lower())[:40].strip("-")
     return name if JOB_NAME.fullmatch(name) else f"run-{name}"[:40].strip("-")

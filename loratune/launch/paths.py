@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -61,7 +62,7 @@ def below(root: str, path: str, folder: str) -> str:
     if PurePosixPath(path).is_relative_to(root):
         return path
     here = Path.cwd()
-    full = (here / path).resolve()
+    full = Path(os.path.normpath(here / path))
     inside = full.relative_to(here) if full.is_relative_to(here) else Path(folder, full.name)
     return str(PurePosixPath(root, inside))
 
@@ -110,4 +111,9 @@ class _Placing:
             return str(
                 full.relative_to(SHIPPED)
             )  # the job's own loratune finds the rows of shipped recipes by this name
-        return self.moved.setdefault(str(full), self._at(full))
+        if str(full) not in self.moved:
+            there = PurePosixPath(self._at(full))
+            if str(there) in self.moved.values():
+                there = there.with_name(f"{len(self.moved)}-{there.name}")
+            self.moved[str(full)] = str(there)
+        return self.moved[str(full)]

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import shlex
 import textwrap
 from dataclasses import dataclass
-from pathlib import Path
 
 from loratune.commands import Command
 from loratune.launch.job import (
@@ -37,7 +35,7 @@ class SkyOptions:
     bucket: str
     """A URL such as s3://name, or the name of a bucket that SkyPilot makes."""
     install: str
-    """What pip installs."""
+    """The requirement that pip is given."""
     gpu_type: str | None = None
     infra: str | None = None
     is_spot: bool = True
@@ -46,14 +44,7 @@ class SkyOptions:
 
 def sky_task(job: Job, options: SkyOptions) -> JobFile:
     """Return a task whose run folder is in a bucket, and whose inputs SkyPilot uploads."""
-    taken = dict[str, Path]()
-
-    def at(path: Path) -> str:
-        name = path.name if path.name not in taken else f"{len(taken)}-{path.name}"
-        taken[name] = path
-        return f"~/{FILES}/{name}"
-
-    files = placed(job.recipe, at, below(RUNS, job.recipe.output, "."), RUNS)
+    files = placed(job.recipe, lambda path: f"~/{FILES}/{path.name}", below(RUNS, job.recipe.output, "."), RUNS)
     recipe = f"$HOME/{FILES}/recipe.yaml"
     parts = [
         _about(job, files.recipe.output),
@@ -62,7 +53,7 @@ def sky_task(job: Job, options: SkyOptions) -> JobFile:
         f"num_nodes: {job.nodes}",
         _mounts(options, files.moved),
         _secrets(job),
-        f"setup: |\n  pip install {shlex.quote(options.install)}",
+        f"setup: |\n  {shell_command(['pip', 'install', options.install])}",
         _run(job, recipe, recipe_text(files.recipe)),
     ]
     submit = Command("submit it", ("sky", "jobs", "launch", *(f"--secret={name}" for name in job.secrets), "FILE"))
