@@ -7,6 +7,7 @@ import os
 import re
 import stat
 import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -121,7 +122,7 @@ def test_the_job_reads_the_recipe_that_was_given_with_its_own_paths(
 ) -> None:
     text = launch(*scheduler, "--lora.rank", "3", "--data.validation", "rows.json")
     if scheduler == SLURM:
-        assert run(text)[0] == 0
+        assert run(text.replace(sys.executable, "training"))[0] == 0
         read = load_recipe(str(tmp_path / "out" / "My Run.job.yaml"), {})
     else:
         read = recipe_in(text, tmp_path)
