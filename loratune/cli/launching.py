@@ -157,16 +157,19 @@ def deliver(made: JobFile, file: Path | None, overwrite: bool, json: bool) -> No
     if file is None and not json and not made.text.isascii() and not console.takes_all_characters():
         raise LoratuneError("standard output cannot take all characters of the job file; give --file", Exit.USAGE)
     if file is not None:
+        if not file.parent.is_dir():
+            raise LoratuneError(f"{file.parent}: no such folder; make it, or choose another --file", Exit.IO)
         if file.exists() and not overwrite:
             raise LoratuneError(
                 f"{file} exists already; choose another --file, or replace it with --overwrite", Exit.USAGE
             )
         write_text(file, made.text)
-    name = "FILE" if file is None else str(file)
-    submit = replace(made.submit, words=tuple(name if word == "FILE" else word for word in made.submit.words))
+    submit = replace(made.submit, chosen={"FILE": "where you save it"})
+    if file is not None:
+        submit = replace(made.submit, words=tuple(str(file) if word == "FILE" else word for word in made.submit.words))
     if json:
-        told = {"file": None if file is None else name, "text": made.text, "moved": made.moved, "next": submit.line}
-        console.write_json(told)
+        name = None if file is None else str(file)
+        console.write_json({"file": name, "text": made.text, "moved": made.moved, "next": submit.line})
         return
     if file is None:
         console.write_result(made.text, end="")

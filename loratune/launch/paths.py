@@ -15,7 +15,8 @@ from loratune.recipe.data_sections import SourceSettings
 from loratune.recipe.loading import SHIPPED
 from loratune.recipe.sections import TINY_QWEN, Recipe
 
-SourceEntry = str | SourceSettings
+Entry = str | SourceSettings
+"""Of data.train or data.validation."""
 
 
 @dataclass(frozen=True)
@@ -75,7 +76,7 @@ class _Placing:
         self.moved: dict[str, str] = {}
         self.problems: list[LoratuneError] = []
 
-    def source(self, entry: SourceEntry) -> SourceEntry:
+    def source(self, entry: Entry) -> Entry:
         """Return an entry of data.train or data.validation with the job's path."""
         if isinstance(entry, SourceSettings):
             return entry.model_copy(update={"path": self.source(entry.path)})
@@ -108,9 +109,7 @@ class _Placing:
     def _place(self, path: Path) -> str:
         full = path.absolute()
         if self._own is not None and full.is_relative_to(SHIPPED / "data"):
-            return str(
-                full.relative_to(SHIPPED)
-            )  # the job's own loratune finds the rows of shipped recipes by this name
+            return str(full.relative_to(SHIPPED))  # the job's own loratune finds them by this name
         if str(full) not in self.moved:
             there = PurePosixPath(self._at(full))
             if str(there) in self.moved.values():

@@ -120,8 +120,8 @@ def _start(job: Job, options: SlurmOptions, recipe: str) -> str:
         f"export MASTER_ADDR MASTER_PORT LOCAL_WORLD_SIZE={job.processes_per_node}"
     )
     why = commented(
-        "A task per process, without torchrun: it would pass on a signal that Slurm has sent to each process already, "
-        "and it ends all processes as soon as one has ended."
+        "A task per process, without torchrun: it passes on a signal that Slurm has sent to each process already, and "
+        "ends with 1 whatever stopped it, so that a stop would look like an error."
     )
     names = "RANK=$SLURM_PROCID LOCAL_RANK=$SLURM_LOCALID WORLD_SIZE=$SLURM_NTASKS"
     call = shell_command(["srun", *flags])
