@@ -23,7 +23,9 @@ from loratune.recipe.loading import load_recipe
 from loratune.recipe.sections import Recipe
 
 CLI = Callable[..., Result]
-SLURM, SKY = ("slurm",), ("sky", "--bucket", "s3://runs", "--gpu-type", "H100")
+SLURM = ("slurm",)
+ANY_GPU = ("sky", "--bucket", "s3://runs", "--install", "git+https://host/loratune")
+SKY = (*ANY_GPU, "--gpu-type", "H100")
 K8S = ("k8s", "--image", "registry/loratune:1")
 PLAIN = (*K8S, "--plain")
 EVERY = pytest.mark.parametrize("scheduler", [SLURM, SKY, K8S, PLAIN], ids=["slurm", "sky", "k8s", "k8s --plain"])
@@ -242,12 +244,12 @@ def test_what_a_shell_or_yaml_would_read_is_no_word(text: str) -> None:
 
 
 def test_the_type_of_gpu_that_skypilot_needs_is_asked_for(cli: CLI, recipe_file: Path) -> None:
-    done = cli("launch", "sky", "--bucket", "s3://runs", "--config", recipe_file)
+    done = cli("launch", *ANY_GPU, "--config", recipe_file)
     assert done.exit_code == Exit.USAGE
     assert "--gpu-type" in done.stderr
 
 
-@pytest.mark.parametrize("scheduler", [("slurm",), ("sky", "--bucket", "runs")], ids=["slurm", "sky"])
+@pytest.mark.parametrize("scheduler", [SLURM, ANY_GPU], ids=["slurm", "sky"])
 def test_a_type_of_gpu_without_gpus_is_refused(cli: CLI, recipe_file: Path, scheduler: tuple[str, ...]) -> None:
     done = cli("launch", *scheduler, "--config", recipe_file, "--gpus", "0", "--gpu-type", "H100")
     assert done.exit_code == Exit.USAGE
@@ -346,12 +348,13 @@ def test_a_secret_that_is_not_set_ends_the_job_before_it_trains(
 def test_a_task_mounts_the_runs_and_ends_with_the_training_s_exit_code(
     launch: Callable[..., str], tmp_path: Path
 ) -> None:
-    task = yaml.safe_load(launch(*SKY, "--gpus", 2, "--secret", "HF_TOKEN", "--install", "git+https://host/loratune"))
+    task = yaml.safe_load(launch(*SKY, "--gpus", 2, "--secret", "HF_TOKEN"))
     assert task["resources"]["accelerators"] == "H100:2"
     assert task["resources"]["use_spot"] is True
     assert task["resources"]["job_recovery"] == {"recover_on_exit_codes": [143], "max_restarts_on_errors": 3}
     assert task["file_mounts"]["/loratune-runs"] == {"source": "s3://runs", "mode": "MOUNT_CACHED"}
     assert task["secrets"] == {"HF_TOKEN": None}
+    assert task["setup"].split() == ["pip", "install", "git+https://host/loratune"]
     program = tmp_path / "loratune"
     program.write_text('#!/bin/sh\necho "$@"\nexit 143')
     program.chmod(program.stat().st_mode | stat.S_IXUSR)

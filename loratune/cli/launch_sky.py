@@ -6,7 +6,6 @@ from typing import Annotated
 
 import typer
 
-from loratune import __version__
 from loratune.cli.flags import Config, filled
 from loratune.cli.launching import (
     Cpus,
@@ -45,6 +44,15 @@ def command(
             help="Bucket for the run: s3://… or gs://…, or a new name.",
         ),
     ],
+    install: Annotated[
+        str,
+        typer.Option(
+            "--install",
+            metavar="text",
+            callback=filled,
+            help="loratune as a requirement for pip, such as a git+https URL.",
+        ),
+    ],
     config: Config = None,
     name: Name = None,
     nodes: Nodes = 1,
@@ -62,15 +70,6 @@ def command(
     retries: Annotated[
         int, typer.Option("--retries", metavar="count", min=0, help="Attempts after an error of the program.")
     ] = 3,
-    install: Annotated[
-        str,
-        typer.Option(
-            "--install",
-            metavar="text",
-            callback=filled,
-            help="loratune as a requirement for pip, such as a git+https URL.",
-        ),
-    ] = f"loratune=={__version__}",
     secrets: Secrets = None,
     file: File = None,
     overwrite: Overwrite = False,

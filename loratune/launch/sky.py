@@ -53,7 +53,7 @@ def sky_task(job: Job, options: SkyOptions) -> JobFile:
         f"num_nodes: {job.nodes}",
         _mounts(options, files.moved),
         _secrets(job),
-        f"setup: |\n  {shell_command(['pip', 'install', options.install])}",
+        "setup: |\n" + textwrap.indent(shell_command(["pip", "install", options.install]), "  "),
         _run(job, recipe, recipe_text(files.recipe)),
     ]
     submit = Command("submit it", ("sky", "jobs", "launch", *(f"--secret={name}" for name in job.secrets), "FILE"))
