@@ -13,8 +13,8 @@ from types import FrameType
 
 ENDING = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name))
 """Signals that users, systems and terminals send to end a process."""
-REPEATED_SECONDS = 1.0
-"""SIGTERM within this time of another is the same request: Slurm sends both when it preempts a job."""
+REPEATED_SECONDS = 0.5
+"""SIGTERM within this time of another is the same request: Slurm sends both, 10 ms apart, when it preempts a job."""
 PASSED_ON = getattr(signal, "SIGUSR2", None)
 """The signal that a process of `loratune sft --gpus` gets for each one that is to end the run."""
 LAUNCHER = "LORATUNE_LAUNCHER"
