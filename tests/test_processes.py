@@ -23,6 +23,7 @@ from safetensors.torch import load_file
 from loratune.errors import Exit, Interrupted, LoratuneError
 from loratune.runs.folder import read_metrics
 from loratune.runtime import LAUNCHER, PASSED_ON
+from loratune.training.checkpoints.sharing import require_run_of_first
 from loratune.training.processes import launcher
 from loratune.training.processes.agreement import require_same_everywhere
 from loratune.training.processes.launcher import launch, processes_to_start
@@ -256,6 +257,18 @@ def test_a_stopped_process_ends_the_run_and_is_named(machines: Start, tmp_path: 
     said = " ".join(programs[0].stderr.split())
     assert f"process 1 on {socket.gethostname()} no longer answers; the others have waited for 4 seconds" in said
     assert json.loads((tmp_path / "first/run/status.json").read_text())["state"] == "failed"
+
+
+def test_a_run_on_the_machine_of_another_process_is_not_begun_anew(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    module = "loratune.training.checkpoints.sharing.from_all"
+    for seen in ([False], [True], [False, False], [True, True], [True, False]):
+        monkeypatch.setattr(module, lambda _, seen=seen: seen)
+        require_run_of_first(tmp_path)
+    monkeypatch.setattr(module, lambda own: [own, True])
+    with pytest.raises(LoratuneError, match="on the machine of process 1, and the first process has none"):
+        require_run_of_first(tmp_path)
 
 
 def test_a_process_that_never_starts_is_named(machines: Start) -> None:

@@ -41,7 +41,7 @@ from loratune.training.checkpoints.resuming import (
     completion,
     find_start,
 )
-from loratune.training.checkpoints.sharing import readable_everywhere
+from loratune.training.checkpoints.sharing import readable_everywhere, require_run_of_first
 from loratune.training.checkpoints.signals import StopSignals
 from loratune.training.failures import attempted, machine_errors_explained
 from loratune.training.processes.agreement import require_same_everywhere
@@ -94,6 +94,8 @@ def train(recipe: Recipe, overwrite: bool = False, resume: Resume | None = None)
         hardware = detect_hardware()
         stack.enter_context(process_group(hardware, recipe.training.ddp_timeout))
         begun, manifest = from_first(lambda: _begun(output, resume))  # the run's folder may be on its machine alone
+        if resume and not begun:
+            require_run_of_first(output)
         start = stack.enter_context(readable_everywhere(begun))
         prepared = prepare(*as_begun(recipe, manifest), output, hardware, stops)
         if start and resume:

@@ -8,8 +8,10 @@ from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from loratune.runs.checkpoint import SEAL, Checkpoint
-from loratune.training.processes.group import from_first, is_anywhere
+from loratune.errors import Exit, LoratuneError
+from loratune.runs.checkpoint import SEAL, Checkpoint, checkpoint_steps
+from loratune.runs.folder import CHECKPOINTS
+from loratune.training.processes.group import from_all, from_first, is_anywhere
 
 
 @contextmanager
@@ -35,6 +37,24 @@ def readable_everywhere(start: Checkpoint | None) -> Iterator[Checkpoint | None]
         for name, content in files.items():
             (Path(folder) / name).write_bytes(content)
         yield replace(start, folder=Path(folder))
+
+
+def require_run_of_first(output: Path) -> None:
+    """Refuse to begin anew where the run to resume is on the machine of another process than the first one.
+
+    Args:
+        output: the run's folder, on each machine; each process has to call this.
+
+    Raises:
+        LoratuneError: with the number of that process.
+    """
+    seen = from_all(bool(checkpoint_steps(output / CHECKPOINTS)))
+    if any(seen) and not seen[0]:
+        raise LoratuneError(
+            f"{output}: its checkpoints are on the machine of process {seen.index(True)}, and the first process has none; "
+            "make that machine the first one, as with torchrun's --node-rank 0",
+            Exit.USAGE,
+        )
 
 
 def _is_there(folder: Path, seal: bytes) -> bool:
