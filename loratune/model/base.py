@@ -19,7 +19,7 @@ from loratune.recipe.sections import ModelSettings
 
 
 def load_base(settings: ModelSettings, folder: Path, hardware: Hardware, in_own_format: bool = True) -> CausalModel:
-    """The base model on its device, frozen, quantised if asked.
+    """The base model on its device, frozen, quantised or sharded if asked.
 
     Args:
         settings: the recipe's model section.
@@ -31,11 +31,12 @@ def load_base(settings: ModelSettings, folder: Path, hardware: Hardware, in_own_
         LoratuneError: this machine does not support the settings, or weights and config do not match.
     """
     dtype = resolve_dtype(settings.dtype, hardware)
-    options = {
-        "dtype": dtype,
-        "attn_implementation": resolve_attention(settings.attn_implementation, hardware, dtype),
-        "device_map": {"": hardware.device},
-    }
+    attention = resolve_attention(settings.attn_implementation, hardware, dtype)
+    if is_to_be_sharded(settings, hardware):
+        from loratune.model.sharding.sharded_base import load_sharded  # takes torch.distributed
+
+        return load_sharded(folder, hardware, dtype, attention)
+    options = {"dtype": dtype, "attn_implementation": attention, "device_map": {"": hardware.device}}
     if settings.quantization == "none":
         return load_from_folder(folder, **options)
     if importlib.util.find_spec("bitsandbytes") is None:
@@ -52,6 +53,11 @@ def load_base(settings: ModelSettings, folder: Path, hardware: Hardware, in_own_
     model = load_from_folder(folder, quantization_config=config, **options)
     check_quantised(model, matrices, stacks, folder)
     return model
+
+
+def is_to_be_sharded(settings: ModelSettings, hardware: Hardware) -> bool:
+    """Return whether each process is to hold a part of the base; one alone would hold all of it anyway."""
+    return settings.sharding == "fsdp" and hardware.is_distributed
 
 
 def require_quantisable(settings: ModelSettings, model: CausalModel) -> None:

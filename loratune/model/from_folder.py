@@ -79,14 +79,16 @@ def _checked(folder: Path, model: Any, is_tied: bool) -> CausalModel:
     return loaded
 
 
-def load_empty(folder: Path) -> CausalModel:
-    """A causal language model without the values of its files, to be given them in float32, on the CPU.
+def load_empty(folder: Path, dtype: torch.dtype = torch.float32, **options: Any) -> CausalModel:
+    """A causal language model without the values of its files, which are to be given to it; on the CPU.
 
-    What transformers computes from the config, such as rotary frequencies, has values. A stack of matrices is computed
-    with one matrix at a time.
+    What transformers computes from the config, such as rotary frequencies, has values. By default, a stack of matrices
+    is computed with one matrix at a time.
 
     Args:
         folder: model folder.
+        dtype: that it is to compute in.
+        options: other choices of implementations than those for the CPU.
 
     Raises:
         LoratuneError: it cannot be loaded, or tensors are missing or left over.
@@ -95,9 +97,10 @@ def load_empty(folder: Path) -> CausalModel:
     config, is_tied = load_config(folder), head_is_tied(folder)
     _check_shapes(folder, config)
     config.tie_word_embeddings = is_tied
-    options = {"attn_implementation": _supported_attention(config, "sdpa"), "experts_implementation": "eager"}
+    options = options or {"attn_implementation": "sdpa", "experts_implementation": "eager"}
+    options = options | {"attn_implementation": _supported_attention(config, options.get("attn_implementation"))}
     with _failures_told(folder), no_init_weights(), init_empty_weights(include_buffers=False):
-        model = auto_class(type(config)).from_config(config, dtype=torch.float32, **options)
+        model = auto_class(type(config)).from_config(config, dtype=dtype, **options)
         model.generation_config = load_generation_config(folder)
     if is_tied:
         model.tie_weights()

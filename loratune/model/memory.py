@@ -36,12 +36,22 @@ def keep_freed_memory() -> None:
     By default it returns them to the system and gets them back zeroed page by page, which slows down every training
     step on a CPU. Has no effect with another allocator.
     """
-    try:
-        mallopt = ctypes.CDLL(None).mallopt
-    except (OSError, AttributeError, TypeError):
-        return
-    mallopt(M_MMAP_THRESHOLD, 1 << 30)
-    mallopt(M_TRIM_THRESHOLD, -1)
+    _set_malloc(M_MMAP_THRESHOLD, 1 << 30)
+    _set_malloc(M_TRIM_THRESHOLD, -1)
+
+
+def return_large_blocks() -> None:
+    """Make glibc return blocks of 64 KiB and more to the system as soon as they are freed.
+
+    Weights that are gathered again and again would lie between what stays otherwise, until the gaps are as large as the
+    whole base. Has no effect with another allocator.
+    """
+    _set_malloc(M_MMAP_THRESHOLD, 1 << 16)
+
+
+def _set_malloc(option: int, value: int) -> None:
+    with contextlib.suppress(OSError, AttributeError, TypeError):
+        ctypes.CDLL(None).mallopt(option, value)
 
 
 def return_freed_memory() -> None:

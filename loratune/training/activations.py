@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch.distributed.tensor import DTensor
 
 from loratune import console
 from loratune.model.adapter.targets import computes_stacks
@@ -17,6 +18,7 @@ from loratune.model.architecture.structure import causal_model, decoder_of, text
 from loratune.model.hardware import Hardware
 from loratune.model.kernels.linear_cross_entropy import CHUNK_BYTES
 from loratune.model.memory import free_memory_bytes
+from loratune.model.sharding.gathering import gathered_bytes
 from loratune.protocols import AdaptedModel
 from loratune.recipe.sections import TrainingSettings
 from loratune.training.probes.passes import packed, padded
@@ -152,6 +154,7 @@ def measure_passes(model: AdaptedModel, is_packed: bool, longest: int, step: int
             kept = SPARE * per_token
             fixed = 2 * min(CHUNK_BYTES, step * config.vocab_size * base.dtype.itemsize)
             fixed += round(2 * (few - per_token * length) / layers)  # a layer's copies of experts, and their gradients
+            fixed += gathered_bytes(model)
     model.train(was_training)
     # AdamW's two averages and the gradients each have the size of the weights.
     fixed += 3 * sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
@@ -176,21 +179,20 @@ def _kept_bytes(model: AdaptedModel, is_packed: bool, lengths: Sequence[int]) ->
     """Return what the forward pass of the decoder saves for the backward pass."""
     inputs = _sample(model, is_packed, lengths)
     del inputs["labels"]
-    seen = {tensor.untyped_storage().data_ptr() for tensor in (*model.parameters(), *model.buffers())}
-    kept_bytes = 0
+    held = (tensor for tensor in (*model.parameters(), *model.buffers()) if not isinstance(tensor, DTensor))
+    known = {tensor.untyped_storage().data_ptr() for tensor in held}
+    saved: list[torch.UntypedStorage] = []
 
-    def count(tensor: torch.Tensor) -> torch.Tensor:
-        nonlocal kept_bytes
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in seen:
-            seen.add(storage.data_ptr())
-            kept_bytes += storage.nbytes()
+    def note(tensor: torch.Tensor) -> torch.Tensor:
+        saved.append(tensor.untyped_storage())
         return tensor
 
-    # The graph keeps every tensor alive, so no address is reused.
-    with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
-        decoder_of(causal_model(model))(**inputs, use_cache=False)
-    return kept_bytes
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        states = decoder_of(causal_model(model))(**inputs, use_cache=False)
+    # Only now, while the graph keeps them: gathered weights that were saved have no bytes any more.
+    sizes = {storage.data_ptr(): storage.nbytes() for storage in saved if storage.data_ptr() not in known}
+    del states
+    return sum(sizes.values())
 
 
 def _peak_bytes(model: AdaptedModel, is_packed: bool, lengths: Sequence[int], hardware: Hardware) -> int:

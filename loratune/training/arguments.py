@@ -36,6 +36,8 @@ def training_arguments(recipe: Recipe, hardware: Hardware, has_validation: bool)
     training = recipe.training
     dtype = resolve_dtype(recipe.model.dtype, hardware)
     warnings = _precision_warnings(recipe, hardware, dtype)
+    if recipe.model.sharding == "fsdp" and not hardware.is_distributed:
+        warnings.append("model.sharding fsdp has no effect, since there is one process; start several with --gpus")
     optimizer = _served_optimizer(training.optimizer, hardware)
     if optimizer != training.optimizer:
         warnings.append(f"training.optimizer {training.optimizer} needs a GPU; {optimizer} is used")

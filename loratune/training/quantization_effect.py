@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -17,13 +17,14 @@ from loratune.errors import counted, reason_of
 from loratune.model.architecture.recurrent import recurrent_modules
 from loratune.model.architecture.roles import expert_stacks
 from loratune.model.architecture.structure import decoder_of
+from loratune.model.sharding.gathering import is_sharded, shard_norms
 from loratune.model.weights.held import bytes_by_group, held_bytes
 from loratune.model.weights.unpacked import keep_unpacked
 from loratune.model.weights.unquantised import unquantised
 from loratune.protocols import CausalModel
 from loratune.recipe.sections import ModelSettings
 from loratune.runs.report import QuantizationEffect
-from loratune.runtime import is_main_process
+from loratune.runtime import is_main_process, process_count
 
 ROWS, TOKENS = 2, 128
 """Rows, and tokens of each, that are compared."""
@@ -46,6 +47,10 @@ class BaseWeights:
     """Of quantisation; None if there is none, or if it could not be measured."""
     notes: tuple[str, ...] = ()
     """Advice on the quantisation, or why its effect is not known."""
+    shares: int = 1
+    """Number of processes that the base is sharded over; 1 if each has all of it."""
+    norms: dict[str, float] = field(default_factory=dict)
+    """Parameter → Frobenius norm, of a sharded base; no process can tell it alone later."""
 
 
 class TooSlowError(Exception):
@@ -63,7 +68,11 @@ def weights_of(model: CausalModel, settings: ModelSettings, folder: Path, data: 
     """
     groups = bytes_by_group(model)
     if settings.quantization == "none":
-        return BaseWeights(groups)
+        return (
+            BaseWeights(groups, shares=process_count(), norms=shard_norms(model))
+            if is_sharded(model)
+            else BaseWeights(groups)
+        )
     notes = []
     if settings.quantization == "int8" and (stacks := expert_stacks(model)):
         size = sum(held_bytes(parameter) for name, parameter in model.named_parameters() if name in stacks)

@@ -24,8 +24,10 @@ from loratune.model.kernels.lora_linear import use_fused_lora
 from loratune.model.kernels.norm_mlp import use_fused_elementwise
 from loratune.model.kernels.recurrent_layers import call_modules_in_training
 from loratune.model.memory import keep_freed_memory
+from loratune.model.sharding.gathering import is_sharded, with_weights
+from loratune.model.sharding.sharded_base import require_apart_from_vocabulary, with_same_shards
 from loratune.model.tokenizer import load_tokenizer, set_pad_token
-from loratune.protocols import AdaptedModel, Tokenizer
+from loratune.protocols import AdaptedModel, CausalModel, Tokenizer
 from loratune.recipe.advice import advise
 from loratune.recipe.sections import Recipe, adapts_experts
 from loratune.runs.checkpoint import Checkpoint
@@ -99,6 +101,7 @@ class Session(Prepared):
             self.hardware.processes,
             process_number(),
             self.checked.is_single,
+            is_even=is_sharded(self.model),  # weights are gathered in every pass, by all processes together
         )
 
 
@@ -142,11 +145,14 @@ def load(prepared: Prepared, start: Checkpoint | None = None) -> Session:
     with console.status(f"loading {recipe.model.base}"):
         model = load_base(recipe.model, prepared.base, hardware)
     weights = weights_of(model, recipe.model, prepared.base, prepared.data)
-    plain, loaded_attention = with_same_weights(model), str(model.config._attn_implementation)
+    loaded_attention = str(model.config._attn_implementation)
+    plain = _plain_copy(model, prepared.base)
     targets = resolve_targets(model, recipe.lora)
+    if is_sharded(model):
+        require_apart_from_vocabulary(targets.roles)
     adapted = attach_adapter(model, recipe.lora, recipe.model.base, recipe.seed, targets)
-    use_fused_lora(adapted)
-    use_fused_elementwise(model)
+    with_weights(adapted, use_fused_lora)
+    with_weights(model, use_fused_elementwise)
     call_modules_in_training(model)
     attention = choose_attention(model, hardware, recipe.model.attn_implementation, recipe.training.packing)
     checked = check_model(adapted, plain, attention, loaded_attention, recipe)
@@ -162,8 +168,15 @@ def load(prepared: Prepared, start: Checkpoint | None = None) -> Session:
     prepared.start_up.stage_done("model")
     warnings = (*prepared.warnings, *weights.notes, *checked.warnings)
     known = vars(prepared) | {"arguments": arguments, "warnings": warnings}
-    known |= {"checked": checked, "passes": passes, "held": parts_of_memory(summary, passes)}
+    known |= {"checked": checked, "passes": passes, "held": parts_of_memory(summary, passes, weights.shares)}
     return Session(**known, model=adapted, weights=weights, summary=summary, notes=Notes())
+
+
+def _plain_copy(model: CausalModel, folder: Path) -> CausalModel:
+    """Return the base as PEFT alone would use it, with the same weights in memory."""
+    if not is_sharded(model):
+        return with_same_weights(model)
+    return with_same_shards(model, folder, str(model.config._attn_implementation))
 
 
 def _require_one_layout(checked: CheckedModel) -> None:

@@ -9,6 +9,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 from transformers.trainer_callback import PrinterCallback, TrainerState
 from trl import SFTTrainer
@@ -16,6 +17,7 @@ from trl import SFTTrainer
 from loratune.data.assembly.dataset import as_dataset
 from loratune.data.preparation import PreparedData
 from loratune.model.adapter.attach import load_adapter_weights, save_adapter
+from loratune.model.sharding.gathering import is_sharded
 from loratune.runs.checkpoint import step_folder
 from loratune.runs.folder import CHECKPOINTS
 from loratune.training.batching import Batching
@@ -84,6 +86,17 @@ class AdapterTrainer(SFTTrainer):
     def forget_rows(self) -> None:
         """Forget the rows of the steps so far, after a step with finite loss."""
         self._newest_rows.clear()
+
+    def _wrap_model(self, model: Any, *arguments: Any, **settings: Any) -> Any:
+        """Return the model that steps call: of a sharded base, `DistributedDataParallel` sees the adapter alone.
+
+        accelerate refuses to wrap a model with shards.
+        """
+        if self.accelerator.num_processes == 1 or not is_sharded(model):
+            return super()._wrap_model(model, *arguments, **settings)
+        shards = [name for name, weight in model.named_parameters() if not weight.requires_grad]
+        DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, shards)
+        return DistributedDataParallel(model, broadcast_buffers=False)
 
     def get_train_dataloader(self) -> DataLoader[Any]:
         """Return optimizer steps, each with this process's passes."""

@@ -29,6 +29,8 @@ class PassLayout:
     """Number of this process, from 0."""
     is_single: bool = False
     """Whether each row makes a pass of its own, without padding; then `is_packed` does not count."""
+    is_even: bool = False
+    """Whether all processes make the same number of passes, of which the last ones may be empty."""
 
     def passes(self, lengths: NDArray[np.int64]) -> list[list[int]]:
         """Divide rows into the passes of this process.
@@ -40,14 +42,22 @@ class PassLayout:
             The rows of each pass, by index into `lengths`. At least one pass, which is empty if the step has fewer rows
             than there are processes.
         """
-        capacity = max(self.tokens, int(lengths.max(initial=1)))
         # Shares of nearly equal tokens: in the reduction of the gradients, all wait for the process that has most.
-        own = np.array(spread(lengths, self.processes)[self.process], dtype=np.int64)
+        shares = spread(lengths, self.processes)
+        own = self._passes_of(shares[self.process], lengths)
+        if self.is_even:
+            most = max(len(self._passes_of(share, lengths)) for share in shares)
+            own += [[] for _ in range(most - len(own))]
+        return own
+
+    def _passes_of(self, share: Sequence[int], lengths: NDArray[np.int64]) -> list[list[int]]:
+        """Divide a process's rows into passes."""
+        capacity, rows = max(self.tokens, int(lengths.max(initial=1))), np.array(share, dtype=np.int64)
         if self.is_single:
-            return [[row] for row in own.tolist()] or [[]]
+            return [[row] for row in rows.tolist()] or [[]]
         if self.is_packed:
-            return [own[members].tolist() for members in spread_within(lengths[own], capacity)] or [[]]
-        return self._padded(lengths, own.tolist(), capacity)
+            return [rows[members].tolist() for members in spread_within(lengths[rows], capacity)] or [[]]
+        return self._padded(lengths, rows.tolist(), capacity)
 
     def _padded(self, lengths: NDArray[np.int64], longest_first: list[int], capacity: int) -> list[list[int]]:
         passes: list[list[int]] = []

@@ -101,6 +101,21 @@ class FileLayout:
             return self.matrix(parameter, 0, files)
         return torch.stack([self.matrix(parameter, int(expert or 0), files) for expert in experts])
 
+    def rows(self, parameter: str, rows: slice, files: TensorFiles) -> torch.Tensor:
+        """Return a part of a parameter along its first dimension: of a stack, whole matrices.
+
+        Args:
+            parameter: its name.
+            rows: with a start and a stop.
+            files: that hold its tensors.
+        """
+        parts = self.parts[parameter]
+        if _is_whole(parts):
+            return files.tensor(parts[0].tensor)[rows]
+        if any(part.expert is None for part in parts):
+            return self.matrix(parameter, 0, files)[rows]
+        return torch.stack([self.matrix(parameter, number, files) for number in range(rows.start, rows.stop)])
+
     def matrix(self, parameter: str, expert: int, files: TensorFiles) -> torch.Tensor:
         """Return one matrix of a stack, in the files' dtype; of a single tensor, a view of the file."""
         parts = self.parts[parameter]

@@ -9,6 +9,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from loratune.errors import Exit, LoratuneError
 from loratune.model.architecture.structure import decoder_of, output_layer
+from loratune.model.sharding.gathering import without_hooks
 from loratune.protocols import CausalModel
 
 PROBED_TOKENS = 8
@@ -39,13 +40,14 @@ class OwnHead:
 
     def __call__(self, states: torch.Tensor) -> torch.Tensor:
         """Return logits [positions, vocabulary] of hidden states [positions, width]."""
-        decoder = decoder_of(self._model)
+        decoder: Any = decoder_of(self._model)
         taken_over = vars(decoder).get("forward")
         decoder.forward = lambda *_, **__: _States(last_hidden_state=states[None])
         try:
             # Any ids: some models look them up before their decoder, and cannot do without.
             ids = torch.zeros(1, len(states), dtype=torch.long, device=states.device)
-            logits: torch.Tensor = self._forward(input_ids=ids, use_cache=False).logits[0]
+            with without_hooks(decoder):  # a sharded one would gather weights that are not used
+                logits: torch.Tensor = self._forward(input_ids=ids, use_cache=False).logits[0]
         finally:
             del decoder.forward
             if taken_over is not None:

@@ -6,7 +6,7 @@ the hidden states of labelled positions are gathered, and head, cross-entropy an
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +16,8 @@ from torch.utils.checkpoint import checkpoint
 from transformers.utils import ModelOutput
 
 from loratune.model.architecture.head import head_of
-from loratune.model.architecture.structure import decoder_of
+from loratune.model.architecture.structure import decoder_of, output_layer
+from loratune.model.sharding.gathering import gathered
 from loratune.multiples import round_up
 from loratune.protocols import CausalModel
 
@@ -64,28 +65,36 @@ def _forward(model: CausalModel, head: Any, labels: torch.Tensor, **inputs: Any)
     hidden = decoder_of(model)(**given | {"use_cache": False}).last_hidden_state
     targets = pad(labels[:, 1:], (0, 1), value=-1).flatten()  # negative where there is no label
     places = (targets >= 0).nonzero()[:, 0]  # once, because a GPU is waited for
-    total, losses = summed_loss(hidden.flatten(0, 1).index_select(0, places), targets[places], head)
+    with gathered(output_layer(model)) as is_gathered:
+        states, aims = hidden.flatten(0, 1).index_select(0, places), targets[places]
+        total, losses = summed_loss(states, aims, head, is_settled=is_gathered)
     return LabelledLoss(loss_sum=total, losses=losses)
 
 
-def summed_loss(hidden: torch.Tensor, targets: torch.Tensor, head: Any) -> tuple[torch.Tensor, torch.Tensor]:
+def summed_loss(
+    hidden: torch.Tensor, targets: torch.Tensor, head: Any, is_settled: bool = False
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Compute the cross-entropy of a head's logits.
 
     Args:
         hidden: hidden states at labelled positions, [positions, width].
         targets: following tokens, int64, [positions].
         head: computes logits from hidden states, with a `weight`; see `head_of`.
+        is_settled: compute the gradient at once, with a head that is frozen and will be gone in the backward pass.
 
     Returns:
         The sum, a scalar with gradient, and the detached loss of each position; float32, in nats.
     """
-    is_frozen = type(head) is torch.nn.Linear and head.bias is None and not head.weight.requires_grad
-    if is_frozen:
+    is_plain = getattr(type(head), "forward", None) is torch.nn.Linear.forward  # its class changes as it is sharded
+    if is_plain and head.bias is None and not head.weight.requires_grad:
         total, losses = _FrozenHeadLoss.apply(hidden, head.weight, targets)
         return total, losses
     if not len(targets):
         return hidden.float().sum(), hidden.new_zeros(0, dtype=torch.float32)
     chunks = _parts(len(targets), _chunk_positions(hidden, head.weight))
+    if is_settled:
+        total, losses = _SettledLoss.apply(hidden, targets, head, list(chunks))
+        return total, losses
     parts = [checkpoint(_losses, hidden[chunk], targets[chunk], head, use_reentrant=False) for chunk in chunks]
     losses = torch.cat(parts)
     return losses.sum(), losses.detach()
@@ -148,3 +157,29 @@ class _FrozenHeadLoss(torch.autograd.Function):
         gradient = ctx.gradient
         ctx.gradient = None
         return (gradient * of_sum).to(ctx.kind), None, None
+
+
+class _SettledLoss(torch.autograd.Function):
+    """The same for any head, by autograd within each chunk."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: torch.Tensor, targets: torch.Tensor, head: Any, chunks: Sequence[slice]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        losses = hidden.new_empty(len(targets), dtype=torch.float32)
+        ctx.gradient = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
+        for chunk in chunks:
+            states = hidden[chunk].detach().requires_grad_(ctx.gradient is not None)
+            with torch.set_grad_enabled(ctx.gradient is not None):
+                own = _losses(states, targets[chunk], head)
+                if ctx.gradient is not None:
+                    (ctx.gradient[chunk],) = torch.autograd.grad(own.sum(), states)
+            losses[chunk] = own.detach()
+        ctx.mark_non_differentiable(losses)
+        return losses.sum(), losses
+
+    @staticmethod
+    def backward(ctx: Any, of_sum: torch.Tensor, _: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
+        gradient = ctx.gradient
+        ctx.gradient = None
+        return gradient * of_sum, None, None, None

@@ -47,7 +47,8 @@ def use_fused_elementwise(model: CausalModel) -> int:
     Returns:
         The number of replaced modules.
     """
-    choices = [_liger_kernels(model), _TORCH, _OWN] if model.device.type == "cuda" else [_OWN]
+    device = next(model.parameters()).device
+    choices = [_liger_kernels(device), _TORCH, _OWN] if device.type == "cuda" else [_OWN]
     chosen: dict[Any, Forward | None] = {}  # per class of module and activation: the result for its first instance
     taken = 0
     for module in model.modules():
@@ -65,7 +66,7 @@ def use_fused_elementwise(model: CausalModel) -> int:
     return taken
 
 
-def _liger_kernels(model: CausalModel) -> _Kernels | None:
+def _liger_kernels(device: torch.device) -> _Kernels | None:
     """Liger's, which do everything in one pass over a GPU's memory, where they are installed and run."""
     if importlib.util.find_spec("liger_kernel") is None:
         return None
@@ -74,7 +75,7 @@ def _liger_kernels(model: CausalModel) -> _Kernels | None:
         norms = importlib.import_module("liger_kernel.ops.rms_norm").LigerRMSNormFunction
         gates = importlib.import_module("liger_kernel.ops.swiglu").LigerSiLUMulFunction
         kernels = _Kernels(lambda *inputs: norms.apply(*inputs, no_offset, casting, in_place), gates.apply)
-        rows = torch.ones(2, 64, device=model.device, requires_grad=True)
+        rows = torch.ones(2, 64, device=device, requires_grad=True)
         kernels.gate(kernels.norm(rows, rows[0].detach(), 1e-6), rows).sum().backward()
     except Exception as error:  # Triton may raise anything; training works without it
         console.warn(f"liger-kernel is installed but does not run here, so it is not used: {error}")

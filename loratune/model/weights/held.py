@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 from loratune.model.architecture.roles import Role, module_roles
 from loratune.protocols import CausalModel
@@ -28,7 +29,7 @@ def value_count(parameter: Any) -> int:
 
 def is_quantised(parameter: Any) -> bool:
     """Return whether a parameter is quantised: bitsandbytes, as this program, has classes for these."""
-    return isinstance(parameter, nn.Parameter) and type(parameter) is not nn.Parameter
+    return isinstance(parameter, nn.Parameter) and type(parameter) not in (nn.Parameter, DTensor)
 
 
 def bytes_by_group(model: CausalModel) -> dict[str, int]:

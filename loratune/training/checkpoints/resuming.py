@@ -27,7 +27,7 @@ NEWEST, AUTO = "newest", "auto"
 FREE = (
     *("output", "tracking", "checkpoints.keep", "checkpoints.every_steps", "data.train", "data.validation"),
     *("prompt.date", "prompt.generation_prompt", "evaluation.questions_share"),
-    *("training.tokens_per_pass", "training.gradient_checkpointing", "training.ddp_timeout"),
+    *("training.tokens_per_pass", "training.gradient_checkpointing", "training.ddp_timeout", "model.sharding"),
 )
 """Settings and sections that do not affect the adapter; files and templates are compared by content."""
 DATE = "date in prompts"

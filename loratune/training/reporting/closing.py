@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from loratune import console
 from loratune.errors import Interrupted
+from loratune.model.sharding.gathering import is_sharded
 from loratune.protocols import AdaptedModel
 from loratune.runs.folder import PLOT, REPORT
 from loratune.runs.output import replace_report
@@ -43,7 +44,14 @@ def close_run(session: Session, running: ActiveTraining, report: Report) -> Repo
             answers = attempted("the closing questions", lambda: _answers(session, running), warn)
             health = attempted(
                 "the report of the adapter's health",
-                lambda: examine(_model(running), watchers.flow, watchers.metrics, answers, watchers.expert_counter.use),
+                lambda: examine(
+                    _model(running),
+                    watchers.flow,
+                    watchers.metrics,
+                    answers,
+                    watchers.expert_counter.use,
+                    session.weights.norms,
+                ),
                 warn,
             )
             report = replace(report, health=health, warnings=tuple(session.notes.told))
@@ -57,6 +65,9 @@ def close_run(session: Session, running: ActiveTraining, report: Report) -> Repo
 def _answers(session: Session, running: ActiveTraining) -> Answers | None:
     share, trained = session.recipe.evaluation.questions_share, running.watchers.metrics
     if not share:
+        return None
+    if is_sharded(_model(running)):
+        console.say("no closing questions: only all processes together can answer with a sharded base")
         return None
     allowance = Allowance(
         seconds=max(share * trained.seconds, LEAST_SECONDS),

@@ -45,6 +45,7 @@ def examine(
     metrics: Metrics,
     answers: Answers | None = None,
     experts: ExpertUse | None = None,
+    norms: Mapping[str, float] | None = None,
 ) -> Health:
     """Measure the final adapter.
 
@@ -54,8 +55,9 @@ def examine(
         metrics: the run's metrics.
         answers: sample generations.
         experts: how many experts the training's tokens reached.
+        norms: of the base's weights, where they are sharded.
     """
-    updates = {name: _updates(ratios) for name, ratios in update_sizes(model).items()}
+    updates = {name: _updates(ratios) for name, ratios in update_sizes(model, norms=norms).items()}
     missing = tuple(flow.missing)
     sentences = (*_about_updates(updates, missing), *_about_answers(answers), *_about_losses(metrics))
     return Health(updates, missing, answers, sentences, experts)

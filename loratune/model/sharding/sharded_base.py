@@ -1,0 +1,205 @@
+"""Loads a base of which each process holds a part, by torch's FSDP2.
+
+The modules exist without values first. Then each process reads its own rows from the mapped files, so that no process
+and no machine holds more than the shards, and nothing is sent. LoRA matrices that are attached afterwards belong to no
+unit: every process has all of them.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor, Shard
+
+from loratune.errors import Exit, LoratuneError
+from loratune.model.architecture.file_layout import FileLayout, file_layout
+from loratune.model.architecture.roles import Role
+from loratune.model.architecture.structure import decoder_of, output_layer
+from loratune.model.files import weight_files
+from loratune.model.from_folder import load_empty
+from loratune.model.hardware import Hardware
+from loratune.model.memory import return_large_blocks
+from loratune.model.weights.tensor_files import TensorFiles
+from loratune.protocols import CausalModel
+
+
+def load_sharded(folder: Path, hardware: Hardware, dtype: torch.dtype, attention: str) -> CausalModel:
+    """A causal language model, frozen, whose decoder, embedding and head are sharded over the processes.
+
+    What is beside them, such as the layers that read images, is whole in each process.
+
+    Args:
+        folder: model folder.
+        hardware: the device of this process.
+        dtype: of the weights.
+        attention: transformers' name of the implementation.
+
+    Raises:
+        LoratuneError: it cannot be loaded, or its layers are not apart from each other.
+    """
+    return_large_blocks()
+    model = load_empty(folder, dtype, attn_implementation=attention)
+    _keep_in_float32(model)
+    files = TensorFiles(weight_files(folder))
+    layout = file_layout(model, files.infos)
+    mesh = init_device_mesh(hardware.device.type, (hardware.processes,))
+    is_tied = _shard(model, mesh)
+    for name, module, attribute in _places(model):
+        if name in layout.parts:
+            _read(module, attribute, name, layout, files, hardware.device)
+            files.release(layout.tensors_of(name))
+        elif attribute in module._buffers:
+            module._buffers[attribute] = module._buffers[attribute].to(hardware.device)
+    if is_tied:
+        output_layer(model).weight = model.get_input_embeddings().weight
+    _require_running(model)
+    return model
+
+
+def with_same_shards(model: CausalModel, folder: Path, attention: str) -> CausalModel:
+    """Return another model with the shards of a loaded one; see `with_same_weights`.
+
+    Args:
+        model: result of `load_sharded`, without an adapter.
+        folder: that it was loaded from.
+        attention: with which it was loaded.
+    """
+    other = load_empty(folder, model.dtype, attn_implementation=attention)
+    _keep_in_float32(other)
+    held = next(weight for weight in decoder_of(model).parameters() if isinstance(weight, DTensor))
+    _shard(other, held.device_mesh)
+    loaded = dict(model.named_modules())
+    for name, module, attribute in _places(other):
+        own = getattr(loaded[name.rpartition(".")[0]], attribute)
+        if attribute in module._buffers:
+            module._buffers[attribute] = own
+        else:
+            setattr(module, attribute, nn.Parameter(own.detach(), requires_grad=False))
+    _require_running(other)
+    return other
+
+
+def require_apart_from_vocabulary(roles: Mapping[str, Role]) -> None:
+    """Refuse an adapter on the embedding or the head, whose loss is computed while the head is gathered.
+
+    Args:
+        roles: name → role of the modules that are to be adapted.
+
+    Raises:
+        LoratuneError: names them.
+    """
+    if names := [name for name, role in roles.items() if role in (Role.EMBEDDING, Role.HEAD)]:
+        raise LoratuneError(
+            f"model.sharding fsdp: {' and '.join(names)} cannot be adapted; leave them out of lora.target_modules, or "
+            "take model.sharding none",
+            Exit.USAGE,
+        )
+
+
+def _keep_in_float32(model: Any) -> None:
+    """Give a model without values the types with which transformers loads it: some weights are too coarse otherwise."""
+    plan = model._get_dtype_plan(model.dtype)
+    for name, module, attribute in _places(model):
+        kept = [dtype for pattern, dtype in plan.items() if re.search(pattern.replace("*", ".*"), name)]
+        tensor = getattr(module, attribute)
+        if kept and tensor.is_floating_point():
+            tensor.data = tensor.data.to(kept[0])
+
+
+def _shard(model: CausalModel, mesh: DeviceMesh) -> bool:
+    """Make units of a model without values; return whether its head had the weight of its embedding.
+
+    A weight is in one unit alone, so a tied head gets one of its own. It is given the embedding's shard later.
+    """
+    decoder: Any = decoder_of(model)
+    embedding, head = model.get_input_embeddings(), output_layer(model)
+    layers = [layer for part in decoder.children() if isinstance(part, nn.ModuleList) for layer in part]
+    _require_apart(model, layers)
+    is_tied = head.weight is embedding.weight
+    if is_tied:
+        head.weight = nn.Parameter(torch.empty_like(embedding.weight), requires_grad=False)
+    scalars = {weight for weight in model.parameters() if not weight.ndim}  # which have no rows
+    for unit in (*layers, embedding, decoder, head):
+        fully_shard(unit, mesh=mesh, reshard_after_forward=True, ignored_params=scalars)
+    # In its backward pass, a layer gathers the unit before it ahead; before the first one that is the embedding, which
+    # no gradient is computed with. The decoder's own weights are gathered already.
+    layers[0].set_modules_to_backward_prefetch([decoder])
+    return is_tied
+
+
+def _require_apart(model: CausalModel, layers: list[Any]) -> None:
+    """Refuse a model whose layers cannot be gathered one after the other.
+
+    Raises:
+        LoratuneError: says why.
+    """
+    weights = Counter(id(weight) for layer in layers for weight in layer.parameters())
+    if layers and max(weights.values(), default=1) == 1:
+        return
+    raise _unfit(model, "its layers share weights" if layers else "no list of layers is found in its decoder")
+
+
+def _require_running(model: CausalModel) -> None:
+    """Run a model for the first time, the decoder ahead: torch takes the unit that runs first for the outermost one.
+
+    A model may read weights outside the forward of their unit, where they are not gathered.
+
+    Raises:
+        LoratuneError: names the model.
+    """
+    try:
+        with torch.no_grad():
+            ids = torch.zeros(1, 2, dtype=torch.long, device=model.device)
+            decoder_of(model)(input_ids=ids, use_cache=False)
+            model(input_ids=ids, use_cache=False)
+    except RuntimeError as error:
+        if "DTensor" not in str(error):
+            raise
+        raise _unfit(model, "it reads weights outside the layer that they belong to") from error
+
+
+def _unfit(model: CausalModel, reason: str) -> LoratuneError:
+    return LoratuneError(
+        f"model.sharding fsdp does not fit {type(model).__name__}: {reason}; take model.sharding none", Exit.USAGE
+    )
+
+
+def _places(model: CausalModel) -> Iterator[tuple[str, Any, str]]:
+    """Yield (name, module, attribute) of every parameter and buffer."""
+    for path, module in model.named_modules():
+        for attribute in [*module._parameters, *module._buffers]:
+            if getattr(module, attribute) is not None:
+                yield f"{path}.{attribute}", module, attribute
+
+
+def _read(module: Any, attribute: str, name: str, layout: FileLayout, files: TensorFiles, device: torch.device) -> None:
+    """Give a parameter or buffer its values, or this process's rows of them."""
+    empty = getattr(module, attribute)
+    if not isinstance(empty, DTensor):
+        values = layout.read(name, files).to(device, empty.dtype, copy=True)
+        if attribute in module._buffers:
+            module._buffers[attribute] = values
+        else:
+            setattr(module, attribute, nn.Parameter(values, requires_grad=False))
+        return
+    own = _own_rows(len(empty), empty.device_mesh)
+    rows = layout.rows(name, own, files).to(device, empty.dtype, copy=True).contiguous()
+    shard = DTensor.from_local(
+        rows, empty.device_mesh, [Shard(0)], run_check=False, shape=empty.shape, stride=empty.stride()
+    )
+    setattr(module, attribute, nn.Parameter(shard, requires_grad=False))
+
+
+def _own_rows(rows: int, mesh: DeviceMesh) -> slice:
+    """Return this process's part: all have as many rows as the first one, but the last ones."""
+    size = -(-rows // mesh.size())
+    start = min(rows, size * mesh.get_local_rank())
+    return slice(start, min(rows, start + size))
