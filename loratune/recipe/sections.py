@@ -252,24 +252,9 @@ class Recipe(Section):
                 "lora.target_modules experts adds to whole stacks of matrices, which nf4 dequantises one by one; take "
                 "model.quantization none or int8, or leave experts out"
             )
-        if self.model.sharding == "fsdp" and (odd := self._unsharded()):
-            raise ValueError(
-                f"model.sharding fsdp does not go with {' and '.join(odd)}: leave that out, or take model.sharding none"
-            )
         if self.training.max_steps and self.training.warmup >= self.training.max_steps:
             raise ValueError("training.warmup must be shorter than training.max_steps")
         return self
-
-    def _unsharded(self) -> list[str]:
-        """Return the settings with which a base cannot be sharded: they train, or read, weights outside their layer."""
-        quantization, lora = self.model.quantization, self.lora
-        set_to = {
-            f"model.quantization {quantization}": quantization != "none",
-            "lora.modules_to_save": bool(lora.modules_to_save),
-            f"lora.bias {lora.bias}": lora.bias != "none",
-            "lora.use_dora": lora.use_dora,
-        }
-        return [name for name, is_set in set_to.items() if is_set]
 
 
 def iterate_settings(section: type[Section] = Recipe, prefix: str = "") -> Iterator[tuple[str, FieldInfo]]:

@@ -16,7 +16,7 @@ from loratune.errors import Exit, LoratuneError
 from loratune.model.adapter.attach import AdapterSummary, attach_adapter, summarise_adapter
 from loratune.model.adapter.plain_copy import with_same_weights
 from loratune.model.adapter.targets import resolve_targets
-from loratune.model.base import dtype_name, load_base
+from loratune.model.base import dtype_name, is_to_be_sharded, load_base
 from loratune.model.files import find_base, untried, weight_files
 from loratune.model.hardware import Hardware
 from loratune.model.kernels.attention_choice import choose_attention
@@ -25,7 +25,7 @@ from loratune.model.kernels.norm_mlp import use_fused_elementwise
 from loratune.model.kernels.recurrent_layers import call_modules_in_training
 from loratune.model.memory import keep_freed_memory
 from loratune.model.sharding.gathering import is_sharded, with_weights
-from loratune.model.sharding.sharded_base import require_apart_from_vocabulary, with_same_shards
+from loratune.model.sharding.sharded_base import require_apart_from_vocabulary, require_shardable, with_same_shards
 from loratune.model.tokenizer import load_tokenizer, set_pad_token
 from loratune.protocols import AdaptedModel, CausalModel, Tokenizer
 from loratune.recipe.advice import advise
@@ -109,6 +109,8 @@ def prepare(recipe: Recipe, day: str | None, output: Path, hardware: Hardware, s
     """Find the base and prepare the data: quick steps that may fail, before the model is loaded."""
     start_up = StartUp()
     start_up.stage_done("imports")
+    if is_to_be_sharded(recipe.model, hardware):
+        require_shardable(recipe.model, recipe.lora)
     transformers_logging.set_verbosity_error()
     keep_freed_memory()
     if recipe.training.deterministic:

@@ -9,14 +9,13 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 from transformers.trainer_callback import PrinterCallback, TrainerState
 from trl import SFTTrainer
 
 from loratune.data.assembly.dataset import as_dataset
 from loratune.data.preparation import PreparedData
-from loratune.model.adapter.attach import load_adapter_weights, save_adapter
+from loratune.model.adapter.attach import load_adapter_weights, save_adapter, train_in_float32
 from loratune.model.sharding.gathering import is_sharded
 from loratune.runs.checkpoint import step_folder
 from loratune.runs.folder import CHECKPOINTS
@@ -25,19 +24,9 @@ from loratune.training.checkpoints.signals import StopSignals, ValidationStopped
 from loratune.training.checkpoints.states import TRAINER_STATE, state_errors_explained
 from loratune.training.determinism import deterministic_kernels
 from loratune.training.processes.group import to_first
+from loratune.training.processes.replicas import Replicas
 from loratune.training.processes.watch import Watch
 from loratune.writing import folder_in_one_step
-
-
-def _train_in_float32(model: Any) -> None:
-    """Keep trained weights in float32, whatever the base is in.
-
-    TRL casts the adapter of a quantised base to bfloat16. AdamW would lose steps below 2⁻⁸ of a weight then, and the
-    scaler of float16 training has no kernel for such gradients.
-    """
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            parameter.data = parameter.data.float()
 
 
 class AdapterTrainer(SFTTrainer):
@@ -71,7 +60,7 @@ class AdapterTrainer(SFTTrainer):
             **settings,
         )
         self.remove_callback(PrinterCallback)
-        _train_in_float32(self.model)
+        train_in_float32(self.model)
         self._batching, self._data = batching, data
         self._stops, self._seal, self._watch, self._is_deterministic = stops, seal, watch, is_deterministic
         self._newest_rows: list[int] = []
@@ -88,15 +77,10 @@ class AdapterTrainer(SFTTrainer):
         self._newest_rows.clear()
 
     def _wrap_model(self, model: Any, *arguments: Any, **settings: Any) -> Any:
-        """Return the model that steps call: of a sharded base, `DistributedDataParallel` sees the adapter alone.
-
-        accelerate refuses to wrap a model with shards.
-        """
+        """Return the model that steps call; accelerate refuses to wrap one with shards."""
         if self.accelerator.num_processes == 1 or not is_sharded(model):
             return super()._wrap_model(model, *arguments, **settings)
-        shards = [name for name, weight in model.named_parameters() if not weight.requires_grad]
-        DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, shards)
-        return DistributedDataParallel(model, broadcast_buffers=False)
+        return Replicas(model)
 
     def get_train_dataloader(self) -> DataLoader[Any]:
         """Return optimizer steps, each with this process's passes."""
@@ -128,6 +112,8 @@ class AdapterTrainer(SFTTrainer):
             loss = self._loss(model, last, num_items_in_batch)
             self._watch.advance()
             losses.append(self._backward(loss))
+        if isinstance(model, Replicas):
+            model.average_gradients()
         return torch.stack(losses).sum()
 
     def _loss(self, model: Any, batch: dict[str, Any], labelled: Any) -> torch.Tensor:

@@ -114,6 +114,17 @@ def is_adapter_weight(name: str) -> bool:
     return "lora_" in name or ".modules_to_save." in name
 
 
+def train_in_float32(model: Any) -> None:
+    """Keep trained weights in float32, whatever the base is in.
+
+    TRL casts the adapter of a quantised base to bfloat16. AdamW would lose steps below 2⁻⁸ of a weight then, and the
+    scaler of float16 training has no kernel for such gradients.
+    """
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
+
+
 def check_frozen(model: AdaptedModel, settings: LoraSettings) -> None:
     """Make sure, name by name, that just the adapter trains.
 

@@ -29,6 +29,7 @@ from loratune.model.hardware import Hardware
 from loratune.model.memory import return_large_blocks
 from loratune.model.weights.tensor_files import TensorFiles
 from loratune.protocols import CausalModel
+from loratune.recipe.sections import LoraSettings, ModelSettings
 
 
 def load_sharded(folder: Path, hardware: Hardware, dtype: torch.dtype, attention: str) -> CausalModel:
@@ -85,6 +86,25 @@ def with_same_shards(model: CausalModel, folder: Path, attention: str) -> Causal
             setattr(module, attribute, nn.Parameter(own.detach(), requires_grad=False))
     _require_running(other)
     return other
+
+
+def require_shardable(settings: ModelSettings, lora: LoraSettings) -> None:
+    """Refuse settings with which weights are not frozen, not plain, or read outside the forward of their layer.
+
+    Raises:
+        LoratuneError: names them all.
+    """
+    set_to = {
+        f"model.quantization {settings.quantization}": settings.quantization != "none",
+        "lora.modules_to_save": bool(lora.modules_to_save),
+        f"lora.bias {lora.bias}": lora.bias != "none",
+        "lora.use_dora": lora.use_dora,
+    }
+    if odd := [name for name, is_set in set_to.items() if is_set]:
+        raise LoratuneError(
+            f"model.sharding fsdp does not go with {' and '.join(odd)}: leave that out, or take model.sharding none",
+            Exit.USAGE,
+        )
 
 
 def require_apart_from_vocabulary(roles: Mapping[str, Role]) -> None:
