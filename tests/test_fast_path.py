@@ -13,9 +13,11 @@ from conftest import give_back_forwards
 from transformers import TrainerCallback
 
 from loratune.data.encoding.encoder import IGNORED
+from loratune.model.hardware import detect_hardware
 from loratune.recipe.loading import load_recipe
 from loratune.training import run
 from loratune.training.checkpoints.signals import StopSignals
+from loratune.training.processes.watch import Watch
 from loratune.training.session import load, prepare
 
 # Rows of many lengths, so that packing has something to do.
@@ -75,7 +77,7 @@ def train(model: Path, folder: Path, **flags: Any) -> tuple[Comparison, Any]:
         "training.learning_rate": "5e-3", "training.max_grad_norm": "0", "output": str(folder / "run"),
     }  # fmt: skip
     recipe = load_recipe(None, settings | flags)
-    session = load(prepare(recipe, None, folder / "run", StopSignals()))
+    session = load(prepare(recipe, None, folder / "run", detect_hardware(), StopSignals()))
     torch.manual_seed(1)
     for name, value in session.model.named_parameters():
         if "lora_B" in name:  # zero at first, which would hide wrong gradients of A
@@ -83,7 +85,7 @@ def train(model: Path, folder: Path, **flags: Any) -> tuple[Comparison, Any]:
     reference = copy.deepcopy(session.model)
     give_back_forwards(reference)
     reference.base_model.model.set_attn_implementation("eager")
-    trainer = run._build_trainer(session, {}).trainer
+    trainer = run._build_trainer(session, {}, Watch(600, lambda _: None)).trainer
     comparison = Comparison(trainer, reference)
     trainer.add_callback(comparison)
     (folder / "run").mkdir(exist_ok=True)

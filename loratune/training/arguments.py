@@ -69,9 +69,7 @@ def training_arguments(recipe: Recipe, hardware: Hardware, has_validation: bool)
         fp16=hardware.is_gpu and dtype == torch.float16,
         use_cpu=not hardware.is_gpu,
         ddp_backend="gloo" if hardware.is_distributed and not hardware.is_gpu else None,
-        ddp_find_unused_parameters=False,
         router_aux_loss_coef=0.0,  # routers are frozen, and their logits would be kept for nothing
-        ddp_broadcast_buffers=False,  # no buffer of a frozen base changes
     )
     arguments._n_gpu = min(1, arguments._n_gpu)  # else several GPUs make it nn.DataParallel, which TRL refuses
     return arguments, warnings

@@ -16,7 +16,6 @@ from trl import SFTTrainer
 from loratune.data.assembly.dataset import as_dataset
 from loratune.data.preparation import PreparedData
 from loratune.model.adapter.attach import load_adapter_weights, save_adapter, train_in_float32
-from loratune.model.sharding.gathering import is_sharded
 from loratune.runs.checkpoint import step_folder
 from loratune.runs.folder import CHECKPOINTS
 from loratune.training.batching import Batching
@@ -77,10 +76,10 @@ class AdapterTrainer(SFTTrainer):
         self._newest_rows.clear()
 
     def _wrap_model(self, model: Any, *arguments: Any, **settings: Any) -> Any:
-        """Return the model that steps call; accelerate refuses to wrap one with shards."""
-        if self.accelerator.num_processes == 1 or not is_sharded(model):
-            return super()._wrap_model(model, *arguments, **settings)
-        return Replicas(model)
+        """Return the model that steps call."""
+        if self.accelerator.num_processes == 1 or model is not self.model:
+            return model
+        return Replicas(self.accelerator.prepare_model(model, evaluation_mode=True))  # autocast, and no DDP
 
     def get_train_dataloader(self) -> DataLoader[Any]:
         """Return optimizer steps, each with this process's passes."""
@@ -98,30 +97,23 @@ class AdapterTrainer(SFTTrainer):
     ) -> torch.Tensor:
         """Run forward and backward for each pass of an optimizer step.
 
-        transformers would need the same number of passes in each step, with the gradients of the last one alone reduced
-        over the processes.
+        transformers would need the same number of passes in each step and process.
 
         Returns:
             The loss of this process, summed over the passes, detached.
         """
         model.train()
-        *others, last = inputs["passes"]
         with deterministic_kernels(self._is_deterministic):
-            with self.accelerator.no_sync(model):
-                losses = [self._backward(self._loss(model, batch, num_items_in_batch)) for batch in others]
-            loss = self._loss(model, last, num_items_in_batch)
-            self._watch.advance()
-            losses.append(self._backward(loss))
+            losses = [self._backward(model, batch, num_items_in_batch) for batch in inputs["passes"]]
         if isinstance(model, Replicas):
+            self._watch.advance()
             model.average_gradients()
         return torch.stack(losses).sum()
 
-    def _loss(self, model: Any, batch: dict[str, Any], labelled: Any) -> torch.Tensor:
+    def _backward(self, model: Any, batch: dict[str, Any], labelled: Any) -> torch.Tensor:
         self._watch.keep_alive()
         with self.compute_loss_context_manager():
-            return self.compute_loss(model, batch, num_items_in_batch=labelled)
-
-    def _backward(self, loss: torch.Tensor) -> torch.Tensor:
+            loss = self.compute_loss(model, batch, num_items_in_batch=labelled)
         self.accelerator.backward(loss)
         return loss.detach()
 
@@ -140,7 +132,7 @@ class AdapterTrainer(SFTTrainer):
         self._newest_rows.extend(about["sequences"])
         self._own_tokens += about["tokens"]
         outputs = model(**inputs, summed_loss=True)
-        # DDP averages gradients over processes, but the positions are counted over all of them.
+        # Gradients are averaged over the processes, but the positions are counted over all of them.
         loss: torch.Tensor = outputs.loss_sum * self.accelerator.num_processes / max(num_items_in_batch, 1)
         return loss
 

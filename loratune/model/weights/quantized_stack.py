@@ -17,7 +17,7 @@ from torch import nn
 from torch.nn import functional
 from torch.utils._pytree import tree_map_only
 
-from loratune.model.weights.expert_pass import by_single_matrices, declares_layout
+from loratune.model.architecture.expert_pass import by_single_matrices, declares_layout
 from loratune.model.weights.stack import Stack, use_stacks
 
 

@@ -51,8 +51,8 @@ def require_run_of_first(output: Path) -> None:
     seen = from_all(bool(checkpoint_steps(output / CHECKPOINTS)))
     if any(seen) and not seen[0]:
         raise LoratuneError(
-            f"{output}: its checkpoints are on the machine of process {seen.index(True)}, and the first process has none; "
-            "make that machine the first one, as with torchrun's --node-rank 0",
+            f"{output}: its checkpoints are on the machine of process {seen.index(True)}, and the first process has "
+            "none; make that machine the first one, as with torchrun's --node-rank 0",
             Exit.USAGE,
         )
 

@@ -1,4 +1,4 @@
-"""Keeps the adapters of all processes equal around a sharded base."""
+"""Keeps the trained weights of all processes equal."""
 
 from __future__ import annotations
 
@@ -31,9 +31,9 @@ class Replicas(nn.Module):
 
     def average_gradients(self) -> None:
         """Replace the gradients by their means over the processes; each process has to call this."""
-        gradients = [weight.grad for weight in self._trained if weight.grad is not None]
+        gradients = [torch.zeros_like(one) if one.grad is None else one.grad for one in self._trained]
         flat = torch.cat([gradient.flatten() for gradient in gradients]).div_(distributed.get_world_size())
         distributed.all_reduce(flat)
         parts = flat.split([gradient.numel() for gradient in gradients])
-        for gradient, part in zip(gradients, parts, strict=True):
-            gradient.copy_(part.view_as(gradient))
+        for weight, part in zip(self._trained, parts, strict=True):
+            weight.grad = part.view_as(weight)
