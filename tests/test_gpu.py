@@ -179,7 +179,7 @@ def test_the_reference_of_a_proof_never_computes_with_flash_attention(monkeypatc
     monkeypatch.setattr(reference, "load_base", stop)
     settings = ModelSettings(base="x", quantization="nf4", attn_implementation="flash_attention_2")
     with pytest.raises(InterruptedError):
-        reference.load_reference(settings, Path("base"), Path("adapter"))
+        reference.load_reference(settings, Path("base"), Path("adapter"), card(H100))
     assert [(one.attn_implementation, one.compute_dtype) for one in asked] == [("sdpa", "float32")]
 
 

@@ -61,6 +61,11 @@ def detect_hardware() -> Hardware:
     local_processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     if "OMP_NUM_THREADS" not in os.environ or local_processes > 1:
         torch.set_num_threads(max(1, _usable_cores() // local_processes))
+    return cpu_hardware(processes)
+
+
+def cpu_hardware(processes: int = 1) -> Hardware:
+    """Return the CPU of this machine, with the threads that torch has now, whatever GPU is there."""
     threads = torch.get_num_threads()
     has_bfloat16 = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
     name = f"CPU, {threads} thread{'s' if threads > 1 else ''}"

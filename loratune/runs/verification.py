@@ -87,6 +87,8 @@ class ModelProof:
     answers: tuple[Answer, ...] | None = None
     noise: tuple[Parity, ...] | None = None
     """Base + adapter beside itself with other rounding, from which the bounds follow; None for the usual ones."""
+    computed_on: str | None = None
+    """Name of the GPU, or the CPU and its threads; None where an earlier version did not say."""
 
 
 @dataclass(frozen=True)

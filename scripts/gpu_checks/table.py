@@ -181,7 +181,12 @@ CHECKS = (
         "merge:merge",
         180,
         False,
-        (Bound("wrong exit codes", "=", 0), on_gpu("longest merge, seconds", "≤", 30)),
+        (
+            Bound("wrong exit codes", "=", 0),
+            on_gpu("longest merge, seconds", "≤", 30),
+            Bound("difference of the proofs' KL", "≤", 1e-6),
+            on_gpu("proof on the GPU / on the CPU, time", "≤", 1),
+        ),
     ),
     Check(
         "launchers",

@@ -26,6 +26,7 @@ from loratune.delivery.merge.merge import carry_out
 from loratune.delivery.merge.sources import base_here
 from loratune.delivery.template import about_the_date
 from loratune.delivery.verification.parity import compare_models
+from loratune.delivery.verification.place import run_proof
 from loratune.delivery.verification.proof import probe_rows
 from loratune.delivery.verification.report import parity_text, show_verification
 from loratune.errors import Exit, LoratuneError, counted, reason_of, refusal
@@ -240,7 +241,9 @@ def _export_nf4(job: Export, model: Path) -> Exported:
     with console.status("comparing the written folder with the quantised model and with the merged one"):
         rows = _rows(job, model)
         (same,) = compare_models(quantized, [load_quantized(job.folder)], rows)
-        (parity,) = compare_models(load_mapped(model), [quantized], rows)
+        (parity,), _ = run_proof(
+            lambda hardware: compare_models(load_mapped(model, device=hardware.device), [quantized], rows)
+        )
     require_same(same, SAME, "the written folder")
     stacks = expert_stacks(quantized)
     in_stacks = sum(held_bytes(weight) for name, weight in quantized.named_parameters() if name in stacks)

@@ -12,6 +12,7 @@ from torch.nn import functional
 
 from loratune.model.architecture.head import OwnHead
 from loratune.model.architecture.structure import decoder_of
+from loratune.model.weights.mapped import device_of
 from loratune.protocols import CausalModel
 from loratune.runs.probe import ProbeRow
 from loratune.runs.verification import Parity
@@ -62,7 +63,7 @@ def compare_pairs(
     for batch in _batches(rows):
         for logits in zip(*(_logits(model, batch) for model in models), strict=True):
             for total, (expected, found) in zip(totals, pairs, strict=True):
-                total.add(logits[expected], logits[found])
+                total.add(logits[expected], logits[found].to(logits[expected].device))
     return [total.parity() for total in totals]
 
 
@@ -100,16 +101,16 @@ def _batches(rows: Sequence[ProbeRow], in_order: bool = False) -> Iterator[list[
 def _logits(compared: AnyModel, batch: list[ProbeRow]) -> Iterator[torch.Tensor]:
     """float32 logits (at most POSITIONS_AT_ONCE, vocabulary) at the labelled positions, piece by piece."""
     model, state = (compared.model, compared.state) if isinstance(compared, InState) else (compared, nullcontext)
-    decoder, head = decoder_of(model), OwnHead(model)
+    decoder, head, device = decoder_of(model), OwnHead(model), device_of(model)
     longest = max(len(row.input_ids) for row in batch)
     # Padding is on the right, where causal attention hides it from all other positions.
-    ids = torch.tensor([row.input_ids + [0] * (longest - len(row.input_ids)) for row in batch], device=decoder.device)
+    ids = torch.tensor([row.input_ids + [0] * (longest - len(row.input_ids)) for row in batch], device=device)
     with torch.inference_mode(), state():
         states = decoder(input_ids=ids, use_cache=False).last_hidden_state
     hidden = torch.cat([states[number, _places(row)] for number, row in enumerate(batch)])
     for start in range(0, len(hidden), POSITIONS_AT_ONCE):
         with torch.inference_mode(), state():  # not around the yield: the mode would leak to the caller
-            logits = head(hidden[start : start + POSITIONS_AT_ONCE]).float().cpu()
+            logits = head(hidden[start : start + POSITIONS_AT_ONCE]).float()
         yield logits
 
 
@@ -149,4 +150,4 @@ class _Totals:
 
 def _largest(known: float, values: torch.Tensor) -> float:
     """Return the maximum; unlike Python's max, it preserves NaN."""
-    return float(torch.maximum(values.max(), torch.tensor(known)))
+    return float(torch.maximum(values.max(), values.new_tensor(known)))

@@ -8,6 +8,7 @@ import torch
 
 from loratune.data.encoding.encoder import IGNORED, Encoder
 from loratune.delivery.verification.parity import likeliest_tokens
+from loratune.model.weights.mapped import device_of
 from loratune.protocols import CausalModel
 from loratune.runs.probe import Probe, ProbeRow
 from loratune.runs.verification import Answer, Bounds, Parity
@@ -83,8 +84,9 @@ def _generate(model: CausalModel, prompts: Sequence[list[int]], encoder: Encoder
     """Greedy answers, all prompts at once, each up to its end token."""
     longest = max(map(len, prompts))
     pad = encoder.end_id
-    ids = torch.tensor([[pad] * (longest - len(prompt)) + prompt for prompt in prompts])
-    mask = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts])
+    device = device_of(model)
+    ids = torch.tensor([[pad] * (longest - len(prompt)) + prompt for prompt in prompts], device=device)
+    mask = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=device)
     with torch.inference_mode():
         output = model.generate(
             input_ids=ids, attention_mask=mask, max_new_tokens=ANSWER_TOKENS, do_sample=False,

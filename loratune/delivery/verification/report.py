@@ -72,6 +72,8 @@ def show_verification(merged: MergedModel) -> None:
         rows.append((label, f"{parity_text(parity)}{chosen}"))
     if models.bounds:
         rows.append(("bounds", _bounds_text(models)))
+    if models.computed_on:
+        rows.append(("run on", models.computed_on))
     rows.append(("base", BASE_CHECKED[merged.base_checked]))
     if models.without_adapter:
         rows.append(("base alone", parity_text(models.without_adapter)))

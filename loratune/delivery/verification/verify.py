@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from loratune import console
 from loratune.delivery.verification.noise import bounds_of_noise, in_rounded_state, noise_of
 from loratune.delivery.verification.parity import InState, compare_models, compare_pairs
+from loratune.delivery.verification.place import room_for, run_proof
 from loratune.delivery.verification.proof import (
     EXACT,
     OTHER_BASE,
@@ -21,6 +22,7 @@ from loratune.delivery.verification.routes import Routes
 from loratune.errors import Exit, LoratuneError, bullet_list
 from loratune.model.architecture.roles import expert_stacks, quantised_matrices
 from loratune.model.architecture.vocabulary import vocabulary_of
+from loratune.model.hardware import Hardware
 from loratune.model.weights.mapped import load_mapped
 from loratune.model.weights.reference import load_reference
 from loratune.model.weights.rounding import Rounding, tensor_modules
@@ -52,15 +54,21 @@ def prove(job: Job, candidates: list[Candidate]) -> tuple[Candidate, ModelProof]
         LoratuneError: it differs from base + adapter.
     """
     with console.status("comparing with base + adapter"):
-        probe = read_probe(job.source.run)
-        rows = probe_rows(probe, job.encoder)
-        reference = load_reference(job.settings, job.base, job.source.adapter)
-        compared = _compare(job, candidates, reference, rows)
-        chosen = min(compared, key=lambda one: one.parity.mean_kl)
-        bounds, noise = _require_right(job, chosen)
-        effect = _effect(job, chosen.candidate, reference, rows)
-        merged = load_mapped(chosen.candidate.folder, in_float32=False)
-        answers = compare_answers(merged, reference, job.encoder, probe)
+        (chosen, proof), computed_on = run_proof(functools.partial(_prove_on, job, candidates))
+    return chosen, replace(proof, computed_on=computed_on)
+
+
+def _prove_on(job: Job, candidates: list[Candidate], hardware: Hardware) -> tuple[Candidate, ModelProof]:
+    probe = read_probe(job.source.run)
+    rows = probe_rows(probe, job.encoder)
+    reference = load_reference(job.settings, job.base, job.source.adapter, hardware)
+    compared = _compare(job, candidates, reference, rows, hardware)
+    chosen = min(compared, key=lambda one: one.parity.mean_kl)
+    bounds, noise = _require_right(job, chosen)
+    effect = _effect(job, chosen.candidate, reference, rows, hardware)
+    folder = chosen.candidate.folder
+    merged = load_mapped(folder, in_float32=False, device=room_for(folder, hardware))
+    answers = compare_answers(merged, reference, job.encoder, probe)
     return chosen.candidate, ModelProof(
         verified="files and logits",
         logits={one.candidate.merge_base: one.parity for one in compared},
@@ -85,8 +93,10 @@ class _Compared:
     """Measures what rounding alone does to base + adapter."""
 
 
-def _compare(job: Job, candidates: list[Candidate], reference: CausalModel, rows: list[ProbeRow]) -> list[_Compared]:
-    merged = [load_mapped(candidate.folder) for candidate in candidates]
+def _compare(
+    job: Job, candidates: list[Candidate], reference: CausalModel, rows: list[ProbeRow], hardware: Hardware
+) -> list[_Compared]:
+    merged = [load_mapped(candidate.folder, device=hardware.device) for candidate in candidates]
     roundings = [_roundings(job, candidate) for candidate in candidates]
     routes = [Routes() for _ in candidates]
     noted = [InState(model, route.noted) for model, route in zip(merged, routes, strict=True)]
@@ -149,12 +159,14 @@ def _roundings(job: Job, candidate: Candidate) -> dict[str, Rounding]:
     return found
 
 
-def _effect(job: Job, chosen: Candidate, reference: CausalModel, rows: list[ProbeRow]) -> Parity | None:
+def _effect(
+    job: Job, chosen: Candidate, reference: CausalModel, rows: list[ProbeRow], hardware: Hardware
+) -> Parity | None:
     """How far the base alone is from base + adapter; None where more than the adapter lies between them."""
     base_rows = chosen.files.infos[vocabulary_of(chosen.files.infos).embedding].shape[0]
     if job.settings.quantization != "none" or chosen.plan.vocabulary != base_rows:
         return None
-    (effect,) = compare_models(reference, [load_mapped(job.base)], rows)
+    (effect,) = compare_models(reference, [load_mapped(job.base, device=hardware.device)], rows)
     return effect
 
 

@@ -105,8 +105,8 @@ class LoraRows:
 
     @contextmanager
     def _lent(self, base: torch.Tensor, numbers: torch.Tensor, bias: torch.Tensor | None = None) -> Iterator[None]:
-        """Lend rows and the matching adapter values to the layer, in the rows' dtype."""
-        up, down = self._up_rows(numbers).to(base.dtype), self._down.to(base.dtype)
+        """Lend rows and the matching adapter values to the layer, in the rows' dtype and on their device."""
+        up, down = self._up_rows(numbers).to(base), self._down.to(base)
         if bias is not None:
             down = down[:, :1]
         if self._is_embedding:
@@ -117,12 +117,12 @@ class LoraRows:
             lora_b = self._layer.lora_B[self._name]
             self._layer.lora_A[self._name]._parameters["weight"] = _parameter(first)
             lora_b._parameters["weight"] = _parameter(second)
-            shift = None if bias is None or self._bias is None else _parameter(self._bias[numbers].to(base.dtype))
+            shift = None if bias is None or self._bias is None else _parameter(self._bias[numbers].to(base))
             lora_b._parameters["bias"] = shift
             self._layer.lora_bias[self._name] = bias is not None
             self._base._parameters["bias"] = None if bias is None else _parameter(bias)
         if self._magnitude is not None:
-            magnitude = self._magnitude[numbers].to(base.dtype)
+            magnitude = self._magnitude[numbers].to(base)
             self._layer.lora_magnitude_vector[self._name]._parameters["weight"] = _parameter(magnitude)
         self._base._parameters["weight"] = _parameter(base)
         try:
@@ -141,7 +141,7 @@ def merge_tokens(layer: Any, base: torch.Tensor, numbers: torch.Tensor, name: st
     module = layer.get_base_layer()
     try:
         layer.token_indices[name] = [places[indices[place]] for place in held]
-        layer.trainable_tokens_delta[name] = _parameter(values.data[held])
+        layer.trainable_tokens_delta[name] = _parameter(values.data[held].to(base.device))
         module._parameters["weight"] = _parameter(base)
         layer.merge(safe_merge=True)
         merged: torch.Tensor = module._parameters["weight"].data

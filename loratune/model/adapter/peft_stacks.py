@@ -39,7 +39,7 @@ class StackRows:
             numbers: numbers of the rows or matrices (n,).
         """
         up, down = self._factors(numbers)
-        return base.add(up.to(base.dtype) @ down.to(base.dtype), alpha=self._scaling)
+        return base.add(up.to(base) @ down.to(base), alpha=self._scaling)
 
     def merged_matrix(self, base: torch.Tensor, number: int) -> torch.Tensor:
         """Return one merged matrix of the stack, in the dtype of the base's."""

@@ -1,7 +1,8 @@
 """A model whose weights stay memory-mapped, so that it needs little memory at any size.
 
 For model comparisons it computes in float32: in bfloat16, two correct computations of one model differ by more than the
-rounding of merged weights. Matrices are converted as they are used, some rows or one matrix of a stack at a time.
+rounding of merged weights. Matrices are converted as they are used, some rows or one matrix of a stack at a time. On a
+GPU these pieces are copied there as they are used, so the model need not fit into its memory.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -16,6 +18,7 @@ from torch.nn import functional
 
 from loratune.model.architecture.file_layout import FileLayout, file_layout
 from loratune.model.architecture.roles import expert_stacks
+from loratune.model.architecture.structure import causal_model
 from loratune.model.files import weight_files
 from loratune.model.from_folder import load_empty, load_plain
 from loratune.model.weights.stack import Stack, use_stacks
@@ -24,17 +27,21 @@ from loratune.protocols import CausalModel
 
 PIECE_VALUES = 4_000_000
 """Number of matrix values that are converted to float32 at a time."""
+CPU = torch.device("cpu")
 RESIDENT_BYTES = 2_000_000_000
 """Pages of smaller models stay mapped after reading; those of larger ones are released after each use."""
 
 
-def load_mapped(folder: Path, in_float32: bool = True) -> CausalModel:
+def load_mapped(folder: Path, in_float32: bool = True, device: torch.device = CPU) -> CausalModel:
     """A causal language model that is bound to its mapped files.
+
+    Only in float32 are its matrices mapped on a GPU too; otherwise its memory there holds the model.
 
     Args:
         folder: model folder.
         in_float32: compute in float32 for comparison. Otherwise it is loaded by transformers and computes in the files'
             dtype, except for a large mixture, whose stacks transformers would have in memory.
+        device: that it computes on; see `device_of`.
 
     Raises:
         LoratuneError: transformers cannot load it, or weights and config do not match.
@@ -42,12 +49,14 @@ def load_mapped(folder: Path, in_float32: bool = True) -> CausalModel:
     files = TensorFiles(weight_files(folder))
     is_large = sum(info.nbytes for info in files.infos.values()) > RESIDENT_BYTES
     in_float32 = in_float32 or (is_large and bool(expert_stacks(load_empty(folder))))
-    model = load_empty(folder) if in_float32 else load_plain(folder)
+    model: Any = load_empty(folder) if in_float32 else load_plain(folder)  # mypy knows no attributes of its own
     layout = file_layout(model, files.infos)
     if in_float32:
-        _bind_in_float32(model, layout, files, is_large)
+        _bind_in_float32(model, layout, files, is_large, device)
     else:
         _bind(model, layout, files)
+        model.to(device)
+    model.computes_on = device
     names = {parameter: name for name, parameter in model.named_parameters()}
     for module in model.modules():
         if _is_linear(module):
@@ -56,7 +65,14 @@ def load_mapped(folder: Path, in_float32: bool = True) -> CausalModel:
             module.forward = functools.partial(_linear_in_float32 if in_float32 else _linear, module, release)
         elif isinstance(module, nn.Embedding) and in_float32:
             module.forward = functools.partial(_embedding_in_float32, module)
-    return model
+    loaded: CausalModel = model
+    return loaded
+
+
+def device_of(model: CausalModel) -> torch.device:
+    """Return the device that a model computes on, which those of a mapped model's parameters do not tell."""
+    device: torch.device = getattr(causal_model(model), "computes_on", model.device)
+    return device
 
 
 def _is_linear(module: nn.Module) -> bool:
@@ -69,8 +85,10 @@ def _bind(model: CausalModel, layout: FileLayout, files: TensorFiles) -> None:
             parameter.data = layout.read(name, files)
 
 
-def _bind_in_float32(model: CausalModel, layout: FileLayout, files: TensorFiles, is_large: bool) -> None:
-    """Give a model without values those of its files: large matrices mapped, and the others as float32 copies."""
+def _bind_in_float32(
+    model: CausalModel, layout: FileLayout, files: TensorFiles, is_large: bool, device: torch.device
+) -> None:
+    """Give a model without values those of its files: large matrices mapped, others as float32 copies on a device."""
     stacked, bound = expert_stacks(model), dict[int, nn.Parameter]()
     for path, module in model.named_modules():
         stacks = {}
@@ -79,24 +97,37 @@ def _bind_in_float32(model: CausalModel, layout: FileLayout, files: TensorFiles,
             if empty is None or id(empty) in bound or name not in layout.parts:
                 continue
             if name in stacked:
-                stacks[attribute] = Stack(functools.partial(_matrix, layout, name, files, is_large), empty.shape)
-                values = torch.zeros(()).expand(empty.shape)  # PEFT looks at shape and dtype
+                read = functools.partial(_matrix, layout, name, files, is_large, device)
+                stacks[attribute] = Stack(read, empty.shape, device)
+                values = torch.zeros((), device=device).expand(empty.shape)  # PEFT looks at shape and dtype
             else:
                 values = layout.read(name, files)
                 if not (values.ndim == 2 and (_is_linear(module) or isinstance(module, nn.Embedding))):
-                    values = values.to(torch.float32, copy=True)
+                    values = values.to(device, torch.float32, copy=True)
             bound[id(empty)] = nn.Parameter(values, requires_grad=False)
         if stacks:
             use_stacks(module, stacks)
-    for path, module in model.named_modules():
+    for module in model.modules():
         for attribute, empty in module._parameters.items():
             module._parameters[attribute] = bound.get(id(empty), empty)
-        for attribute in module._buffers.keys() - module._non_persistent_buffers_set:
-            module._buffers[attribute] = layout.read(f"{path}.{attribute}", files).to(torch.float32, copy=True)
+    _bind_buffers(model, layout, files, device)
 
 
-def _matrix(layout: FileLayout, name: str, files: TensorFiles, is_large: bool, number: int) -> torch.Tensor:
-    matrix = layout.matrix(name, number, files)
+def _bind_buffers(model: CausalModel, layout: FileLayout, files: TensorFiles, device: torch.device) -> None:
+    """Read the buffers that are in the files, as float32, and move those that transformers computes from the config."""
+    for path, module in model.named_modules():
+        for attribute, buffer in module._buffers.items():
+            if attribute not in module._non_persistent_buffers_set:
+                values = layout.read(f"{path}.{attribute}", files)
+                module._buffers[attribute] = values.to(device, torch.float32, copy=True)
+            elif buffer is not None:
+                module._buffers[attribute] = buffer.to(device)
+
+
+def _matrix(
+    layout: FileLayout, name: str, files: TensorFiles, is_large: bool, device: torch.device, number: int
+) -> torch.Tensor:
+    matrix = layout.matrix(name, number, files).to(device)
     if not is_large:
         return matrix
     matrix = matrix.to(torch.float32, copy=True)
@@ -118,9 +149,10 @@ def _linear_in_float32(module: nn.Linear, release: Callable[[], None], inputs: t
     step = max(1, PIECE_VALUES // module.in_features)
     for start in range(0, module.out_features, step):
         rows = slice(start, start + step)
-        weight = module.weight[rows]
+        weight = module.weight[rows].to(inputs.device)  # in the files' dtype, which is less to copy
         # One buffer for all pieces: separate allocations fragment the heap and double the memory.
-        exact = _buffer(max(PIECE_VALUES, module.in_features))[: weight.numel()].view(weight.shape).copy_(weight)
+        buffer = _buffer(max(PIECE_VALUES, module.in_features), inputs.device)
+        exact = buffer[: weight.numel()].view(weight.shape).copy_(weight)
         outputs[..., rows] = functional.linear(
             inputs, exact, None if module.bias is None else module.bias[rows].float()
         )
@@ -129,13 +161,14 @@ def _linear_in_float32(module: nn.Linear, release: Callable[[], None], inputs: t
 
 
 @functools.lru_cache(maxsize=1)
-def _buffer(values: int) -> torch.Tensor:
-    return torch.empty(values)
+def _buffer(values: int, device: torch.device) -> torch.Tensor:
+    return torch.empty(values, device=device)
 
 
 def _embedding_in_float32(module: nn.Embedding, ids: torch.Tensor) -> torch.Tensor:
     tokens, places = ids.unique(return_inverse=True)
-    return embedded(module, module.weight[tokens].float(), places)
+    # A mapped matrix takes no row numbers from a GPU.
+    return embedded(module, module.weight[tokens.cpu()].to(ids.device).float(), places)
 
 
 def embedded(module: nn.Embedding, rows: torch.Tensor, places: torch.Tensor) -> torch.Tensor:

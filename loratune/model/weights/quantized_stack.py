@@ -109,9 +109,8 @@ class QuantizedStack(Stack):
     """
 
     def __init__(self, parameter: QuantizedParameter, compute_dtype: torch.dtype) -> None:
-        super().__init__(parameter.matrix, torch.Size((len(parameter), *parameter.states[0].shape)))
-        self.parameter, self.compute_dtype = parameter, compute_dtype
-        self.dtype, self.device = parameter.states[0].dtype, parameter.device
+        super().__init__(parameter.matrix, torch.Size((len(parameter), *parameter.states[0].shape)), parameter.device)
+        self.parameter, self.compute_dtype, self.dtype = parameter, compute_dtype, parameter.states[0].dtype
 
     original: Callable[[int], torch.Tensor] | None = None
     """Returns the matrix of a number to compute with in place of the quantised one."""

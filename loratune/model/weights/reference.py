@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from peft.tuners.lora.layer import ParamWrapper
+from peft.tuners.lora.layer import LoraLayer, ParamWrapper
 from peft.utils.integrations import dequantize_module_weight
+from torch import nn
 from torch.nn import functional
 
 from loratune.model.adapter.attach import load_adapter
@@ -18,7 +19,7 @@ from loratune.model.adapter.peft_stacks import StackRows
 from loratune.model.architecture.structure import causal_model
 from loratune.model.base import load_base
 from loratune.model.from_folder import load_empty
-from loratune.model.hardware import detect_hardware
+from loratune.model.hardware import Hardware
 from loratune.model.weights.mapped import load_mapped
 from loratune.model.weights.stack import stacks_of
 from loratune.model.weights.unpacked import keep_unpacked
@@ -26,24 +27,27 @@ from loratune.protocols import AdaptedModel, CausalModel
 from loratune.recipe.sections import ModelSettings
 
 
-def load_reference(settings: ModelSettings, base: Path, adapter: Path) -> AdaptedModel:
+def load_reference(settings: ModelSettings, base: Path, adapter: Path, hardware: Hardware) -> AdaptedModel:
     """PEFT's own model: the adapter's layers beside the base's, which is quantised if it was in training.
 
     Args:
         settings: settings of the base in training.
         base: folder of the base.
         adapter: PEFT folder.
+        hardware: that it computes on.
 
     Raises:
         LoratuneError: the adapter does not match, or this machine cannot quantise.
     """
     if settings.quantization == "none":
-        adapted = load_adapter(load_mapped(base), adapter, keep_dtype=True)
+        adapted = load_adapter(load_mapped(base, device=hardware.device), adapter, keep_dtype=True)
+        if hardware.is_gpu:
+            _compute_updates_on(adapted, hardware.device)
         _update_stacks(adapted)
         return adapted
     # Flash attention would cast to the config's type.
     exact = settings.model_copy(update={"compute_dtype": "float32", "attn_implementation": "sdpa"})
-    quantized = load_base(exact, base, detect_hardware())
+    quantized = load_base(exact, base, hardware)
     keep_unpacked(quantized)  # the packed form computes in bfloat16
     _compute_buffers_in_float32(quantized, base)
     adapted = load_adapter(quantized, adapter).float().eval()
@@ -93,6 +97,31 @@ def _compute_buffers_in_float32(model: CausalModel, base: Path) -> None:
         for name in module._non_persistent_buffers_set & module._buffers.keys():
             buffer = exact[path]._buffers[name]
             module._buffers[name] = None if buffer is None else buffer.to(model.device)
+
+
+def _compute_updates_on(model: AdaptedModel, device: torch.device) -> None:
+    """Move PEFT's matrices, which are where the mapped weights are, to a GPU.
+
+    DoRA computes lengths from the whole of its base's weight, which is therefore lent to it there.
+    """
+    for layer in [module for module in model.modules() if isinstance(module, LoraLayer)]:
+        for name, module in layer.named_modules():
+            held = module._parameters if name.startswith("lora_") else {}
+            for attribute, values in [(attribute, values) for attribute, values in held.items() if values is not None]:
+                held[attribute] = nn.Parameter(values.detach().to(device), requires_grad=False)
+        if layer.lora_variant:
+            layer.forward = functools.partial(_with_weight_on, device, layer.get_base_layer(), layer.forward)
+
+
+def _with_weight_on(
+    device: torch.device, base: Any, forward: Callable[..., torch.Tensor], *arguments: Any, **settings: Any
+) -> torch.Tensor:
+    mapped = base.weight
+    base._parameters["weight"] = nn.Parameter(mapped.to(device), requires_grad=False)
+    try:
+        return forward(*arguments, **settings)
+    finally:
+        base._parameters["weight"] = mapped
 
 
 def _update_stacks(model: AdaptedModel) -> None:

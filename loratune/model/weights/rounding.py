@@ -50,10 +50,13 @@ class Rounding:
         """Return written rows minus PEFT's merge of the reference's rows, in float32.
 
         Args:
-            held: rows (n, columns) that the reference computes with.
-            numbers: row numbers (n,).
+            held: rows (n, columns) that the reference computes with; the errors are computed on their device.
+            numbers: row numbers (n,), on the CPU.
         """
-        merged_into = held.to(self.held_as or held.dtype) if self.original is None else self.original[numbers]
+        if self.original is None:
+            merged_into = held.to(self.held_as or held.dtype)
+        else:
+            merged_into = self.original[numbers].to(held.device)
         written = _merged(self.change, merged_into, numbers).to(self.dtype)
         # The reference's parameters already contain trained tokens and whole parameters; only LoRA is added.
         exact = _merged(replace(self.change, tokens=[]) if self.change else None, held, numbers)
@@ -138,12 +141,14 @@ def _hook(module: Any, rounding: Rounding) -> Callable[..., torch.Tensor] | None
         weight, values, output = held_weight(module), inputs[0].float(), output.float()
         for numbers in torch.arange(len(weight)).split(max(1, PIECE_VALUES // weight.shape[1])):
             rows = slice(int(numbers[0]), int(numbers[-1]) + 1)
-            output[..., rows] += functional.linear(values, rounding.error(weight[rows], numbers))
+            output[..., rows] += functional.linear(values, rounding.error(weight[rows].to(values.device), numbers))
         return output
 
     def of_embedding(_: Any, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> torch.Tensor:
         tokens, places = inputs[0].unique(return_inverse=True)
-        return output.float() + embedded(module, rounding.error(module.weight[tokens], tokens), places)
+        numbers = tokens.cpu()
+        errors = rounding.error(module.weight[numbers].to(output.device), numbers)
+        return output.float() + embedded(module, errors, places)
 
     if isinstance(module, nn.Embedding):
         return of_embedding

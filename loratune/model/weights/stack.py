@@ -22,12 +22,13 @@ class Stack:
     Args:
         read: returns the matrix of a number, in any dtype.
         shape: of the parameter.
+        device: of the matrices that are read.
     """
 
-    dtype, device, is_floating_point = torch.float32, torch.device("cpu"), lambda _: True
+    dtype, is_floating_point = torch.float32, lambda _: True
 
-    def __init__(self, read: Callable[[int], torch.Tensor], shape: torch.Size) -> None:
-        self.read, self.shape, self.ndim = read, shape, len(shape)
+    def __init__(self, read: Callable[[int], torch.Tensor], shape: torch.Size, device: torch.device) -> None:
+        self.read, self.shape, self.ndim, self.device = read, shape, len(shape), device
         self.changes: list[Changed] = []
         """Applied in order to each float32 matrix that is read, such as an adapter's update."""
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import gguf
 import torch
@@ -14,6 +15,7 @@ from loratune.delivery.export.gguf import reference
 from loratune.delivery.export.gguf.check import REMOVED
 from loratune.delivery.export.gguf.restored import RESTORED, restore
 from loratune.delivery.verification.parity import compare_models
+from loratune.delivery.verification.place import run_proof
 from loratune.delivery.verification.proof import check_parity
 from loratune.errors import Exit, LoratuneError
 from loratune.model.architecture.roles import amplifies_rounding
@@ -21,9 +23,11 @@ from loratune.model.architecture.structure import language_parts
 from loratune.model.config import empty_model, load_config
 from loratune.model.files import weight_files
 from loratune.model.from_folder import load_plain
+from loratune.model.hardware import Hardware
 from loratune.model.weights.mapped import load_mapped
 from loratune.protocols import CausalModel
 from loratune.runs.probe import ProbeRow
+from loratune.runs.verification import Parity
 
 COMPUTED = 2.0**-22
 """Error of a value that is computed in float32 and back, relative to the larger of 1 and itself."""
@@ -61,7 +65,7 @@ def compare_logits(model: Path, file: Path, quantization: GgufType, rows: Sequen
     else:
         read_by, written = "transformers", reference.load_gguf(file)
     if not amplifies_rounding(written):
-        (parity,) = compare_models(load_mapped(model), [written], rows)
+        (parity,), _ = run_proof(lambda hardware: _compare_on(hardware, model, written, rows))
         require_same(parity, bounds, file.name)
         return FileProof(parity, read_by, 0, [])
     merged = load_plain(model).float()
@@ -75,6 +79,10 @@ def compare_logits(model: Path, file: Path, quantization: GgufType, rows: Sequen
     (same,) = compare_models(merged, [written], rows)
     require_same(same, SAME, file.name)
     return FileProof(parity, read_by, len(pairs), check_parity(parity, bounds))
+
+
+def _compare_on(hardware: Hardware, model: Path, written: Any, rows: Sequence[ProbeRow]) -> list[Parity]:
+    return compare_models(load_mapped(model, device=hardware.device), [written.to(hardware.device)], rows)
 
 
 def _parameter_pairs(merged: CausalModel, written: CausalModel) -> Iterator[tuple[str, torch.Tensor, torch.Tensor]]:
