@@ -125,7 +125,7 @@ def test_packed_passes_hold_no_padding_and_every_row_once(random_qwen: Path, tmp
             lengths = [len(ids) for ids, _ in documents(batch)]
             assert sum(lengths) == batch["about"]["tokens"] <= 90
             seen += lengths
-    assert sorted(seen) == sorted(trainer._train.lengths.tolist())
+    assert sorted(seen) == sorted(trainer._data.train.lengths.tolist())
     assert sum(comparison.rows_of_steps) == len(ROWS)
 
 
