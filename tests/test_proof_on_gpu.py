@@ -16,6 +16,7 @@ from transformers import Qwen2Config
 from loratune.delivery.verification import place
 from loratune.delivery.verification.parity import InState, compare_models
 from loratune.delivery.verification.place import run_proof
+from loratune.errors import Exit, LoratuneError
 from loratune.model.adapter.peft_merge import PeftMerge
 from loratune.model.hardware import Hardware, cpu_hardware
 from loratune.model.weights.mapped import load_mapped
@@ -97,15 +98,28 @@ def test_a_proof_for_which_a_gpu_has_no_room_runs_on_the_cpu(error: Exception, c
 
     assert run_proof(work) == ("proved", cpu_hardware().name)
     assert asked == ["cuda", "cpu"]
-    assert "a card has too little free memory" in " ".join(capsys.readouterr().err.split())
+    assert "since on a card its memory runs out" in " ".join(capsys.readouterr().err.split())
 
 
 @pytest.mark.usefixtures("one_gpu")
-def test_no_other_error_of_a_proof_is_taken_for_missing_memory() -> None:
-    def work(_: Hardware) -> None:
-        raise RuntimeError("wrong")
+@pytest.mark.parametrize("error", [RuntimeError("wrong"), LoratuneError("the models differ", Exit.MODEL)], ids=str)
+def test_the_verdict_of_the_cpu_counts_where_a_gpu_has_another(
+    error: Exception, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def work(hardware: Hardware) -> str:
+        if hardware.is_gpu:
+            raise error
+        return "proved"
 
-    with pytest.raises(RuntimeError, match="wrong"):
+    assert run_proof(work) == ("proved", cpu_hardware().name)
+    assert str(error) in " ".join(capsys.readouterr().err.split())
+
+
+def test_an_error_on_the_cpu_too_ends_the_proof() -> None:
+    def work(_: Hardware) -> None:
+        raise LoratuneError("the models differ", Exit.MODEL)
+
+    with pytest.raises(LoratuneError, match="the models differ"):
         run_proof(work)
 
 

@@ -1,4 +1,4 @@
-"""Runs a proof on the GPU where there is one, and on the CPU where that has no room for it."""
+"""Runs a proof on the GPU where there is one, and on the CPU where it fails there: the CPU's verdict counts."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import TypeVar
 import torch
 
 from loratune import console
-from loratune.errors import LoratuneError
+from loratune.errors import LoratuneError, named_reason_of
 from loratune.model.files import weight_files
 from loratune.model.hardware import Hardware, cpu_hardware, detect_hardware
 from loratune.model.memory import free_memory_bytes, is_out_of_memory
@@ -25,7 +25,7 @@ def run_proof(work: Callable[[Hardware], Result]) -> tuple[Result, str]:
     """Run a comparison of models, whose products in float32 are that on a GPU too.
 
     Args:
-        work: the comparison, given the hardware to compute on. It is called again if a GPU's memory runs out, and
+        work: the comparison, given the hardware to compute on. It is called again on the CPU if it fails on a GPU, and
             keeps nothing of the first call.
 
     Returns:
@@ -36,11 +36,10 @@ def run_proof(work: Callable[[Hardware], Result]) -> tuple[Result, str]:
         try:
             with float32_products():
                 return work(hardware), hardware.name
-        except Exception as error:
-            if not is_out_of_memory(error):
-                raise
+        except Exception as error:  # a merge must not fail for the place of its proof
+            why = "its memory runs out" if is_out_of_memory(error) else named_reason_of(error)
         # Only here is the exception gone, whose traceback holds what is on the GPU.
-        console.say(f"{hardware.name} has too little free memory for the comparison of models: it runs on the CPU")
+        console.say(f"the comparison of models runs on the CPU, since on {hardware.name} {why}")
         torch.cuda.empty_cache()
         hardware = cpu_hardware()
     return work(hardware), hardware.name
