@@ -343,8 +343,8 @@ def twice_the_loss(monkeypatch: pytest.MonkeyPatch) -> None:
 
     plain = linear_cross_entropy.summed_loss
 
-    def doubled(*given: Any) -> Any:
-        total, losses = plain(*given)
+    def doubled(*given: Any, **settings: Any) -> Any:
+        total, losses = plain(*given, **settings)
         return 2 * total, losses
 
     monkeypatch.setattr(linear_cross_entropy, "summed_loss", doubled)
