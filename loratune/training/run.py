@@ -88,11 +88,11 @@ def train(recipe: Recipe, overwrite: bool = False, resume: Resume | None = None)
     with ExitStack() as stack:
         stack.enter_context(stops.heeded())
         stack.enter_context(machine_errors_explained(recipe))
-        if is_main_process():
-            prepare_output(output, overwrite or resume is not None)
-            stack.enter_context(run_lock(output))
         hardware = detect_hardware()
         stack.enter_context(process_group(hardware, recipe.training.ddp_timeout))
+        if is_main_process():  # connected to the others, so that they end at once where it refuses
+            prepare_output(output, overwrite or resume is not None)
+            stack.enter_context(run_lock(output))
         begun, manifest = from_first(lambda: _begun(output, resume))  # the run's folder may be on its machine alone
         if resume and not begun:
             require_run_of_first(output)
