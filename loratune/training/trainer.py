@@ -206,14 +206,16 @@ class AdapterTrainer(SFTTrainer):
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         """Write the step's checkpoint in the first process, which alone has to see the run's folder."""
         self._watch.advance()
-        random, tokens = to_first(self._random_state()), self._trained_tokens()
+        others = to_first(None if self.is_world_process_zero() else self._random_state())
+        tokens = self._trained_tokens()
         if self.args.should_save:
             target = step_folder(Path(self.args.output_dir) / CHECKPOINTS, self.state.global_step)
             with folder_in_one_step(target) as folder:
                 save_adapter(self.accelerator.unwrap_model(self.model), folder)
                 self._save_optimizer_and_scheduler(str(folder))
                 self._save_scaler(str(folder))
-                for name, content in random:
+                self._save_rng_state(str(folder))
+                for name, content in filter(None, others):
                     (folder / name).write_bytes(content)
                 self.state.save_to_json(str(folder / TRAINER_STATE))
                 self._seal(folder, self.state.global_step, tokens)
