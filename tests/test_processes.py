@@ -19,7 +19,7 @@ import psutil
 import pytest
 import torch
 from conftest import ROWS
-from processes import Program, comes_true
+from processes import COMMAND_LINE, Program, comes_true
 from safetensors.torch import load_file
 from torch.distributed import TCPStore
 
@@ -251,7 +251,7 @@ def machines(
     for folder in folders:
         folder.mkdir()
 
-    def run(*flags: Any) -> list[Program]:
+    def run(*flags: Any, code: str = COMMAND_LINE) -> list[Program]:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
@@ -266,7 +266,7 @@ def machines(
                     "sft", "--model.base", random_qwen, "--model.dtype", "float32", "--data.train", rows_file,
                     "--data.validation", "0.2", "--lora.dropout", "0.2", "--training.batch_size", "4",
                     "--checkpoints.every_steps", "3", "--checkpoints.keep", "9", "--evaluation.every_steps", "2",
-                    "--output", "run", "--evaluation.questions_share", "0", *flags,
+                    "--output", "run", "--evaluation.questions_share", "0", *flags, code=code,
                 )
             )  # fmt: skip
         for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
@@ -333,6 +333,40 @@ def test_a_run_on_the_machine_of_another_process_is_not_begun_anew(
     monkeypatch.setattr(module, lambda own: [own, True])
     with pytest.raises(LoratuneError, match="on the machine of process 1, and the first process has none"):
         require_run_of_first(tmp_path)
+
+
+STUCK = """
+import os, time
+from loratune.training.trainer import AdapterTrainer
+def stick(plain):
+    def sticking(self, *arguments, **settings):
+        if os.environ["RANK"] == "0" and self.state.global_step == {step}:
+            time.sleep(60)
+        return plain(self, *arguments, **settings)
+    return sticking
+AdapterTrainer.{method} = stick(AdapterTrainer.{method})
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("method", "step"), [("_save_scaler", 3), ("_save_scaler", 6), ("log", 2)])
+def test_a_process_that_hangs_outside_of_its_passes_is_named(machines: Start, method: str, step: int) -> None:
+    """As on a network's disk that does not answer; the other one is in the next step by then, or has none left."""
+    sticking = STUCK.format(method=method, step=step)
+    programs = machines("--training.max_steps", "6", "--training.ddp_timeout", "4", code=sticking + COMMAND_LINE)
+    assert [program.exit_code() for program in programs] == [Exit.PEER, Exit.PEER]
+    said = " ".join(" ".join(program.stderr for program in programs).split())
+    assert f"process 0 on {socket.gethostname()} has made no progress for 4 seconds" in said
+    assert "have waited for each other" not in said
+
+
+@pytest.mark.slow
+def test_the_flags_of_the_first_process_say_whether_a_run_goes_on(machines: Start, tmp_path: Path) -> None:
+    assert [program.exit_code() for program in machines("--training.max_steps", "6")] == [0, 0]
+    code = "import os, sys\nif os.environ['RANK'] == '1': sys.argv.remove('--resume')\n" + COMMAND_LINE
+    programs = machines("--training.max_steps", "6", "--resume", code=code)
+    assert [program.exit_code() for program in programs] == [0, 0]
+    assert "is complete: step 6 of 6" in programs[0].stderr
 
 
 def test_where_the_first_process_refuses_the_other_ends_at_once(machines: Start, tmp_path: Path) -> None:

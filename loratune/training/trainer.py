@@ -90,6 +90,7 @@ class AdapterTrainer(SFTTrainer):
         labelled: int = sum(step["labelled"] for step in batch_samples)
         if self.accelerator.num_processes == 1:
             return labelled
+        self._watch.advance()
         return int(self.accelerator.gather(torch.tensor([labelled], device=device)).sum())
 
     def training_step(
@@ -140,6 +141,9 @@ class AdapterTrainer(SFTTrainer):
         """Return 0: counting the model's parameters for transformers' estimate takes 10 ms per step."""
         return 0
 
+    def store_flos(self) -> None:
+        """Do nothing: the estimate is 0, and the processes would wait for each other to add it up."""
+
     def _trained_tokens(self) -> int:
         """Return the tokens trained so far by all processes, each of which has to call this.
 
@@ -148,6 +152,7 @@ class AdapterTrainer(SFTTrainer):
         """
         newest = torch.tensor([self._own_tokens], device=self.args.device)
         self._own_tokens = 0
+        self._watch.advance()
         self._total_train_tokens += int(self.accelerator.gather(newest).sum())
         return int(self._total_train_tokens)
 
@@ -274,6 +279,10 @@ class AdapterTrainer(SFTTrainer):
     def _groups(self) -> list[dict[str, Any]]:
         groups: list[dict[str, Any]] = self.optimizer.param_groups
         return groups
+
+    def _maybe_log_save_evaluate(self, *arguments: Any, **settings: Any) -> None:
+        self._watch.advance()  # the loss is gathered here
+        super()._maybe_log_save_evaluate(*arguments, **settings)
 
     def _evaluate(self, *arguments: Any, **settings: Any) -> dict[str, float]:
         """Validate; if a signal arrives meanwhile, save the step and leave the validation to the resumed run."""
