@@ -29,7 +29,7 @@ from loratune.runs.folder import STATUS
 from loratune.runs.state import next_command
 from loratune.runtime import LAUNCHER, PASSED_ON, is_launched, signals_to
 
-HOST = "127.0.0.1"
+HOST, LOOPBACK = "127.0.0.1", "lo"
 # With -m alone, Python imports the working folder's files first, such as a user's datasets.py.
 PROGRAM = (sys.executable, *(() if str(Path.cwd()) in sys.path else ("-P",)), "-m", "loratune")
 POLL_SECONDS = 0.1
@@ -123,6 +123,8 @@ def _start(number: int, count: int, arguments: Sequence[str], port: int) -> _Wor
     about: dict[str, object] = {
         **{"RANK": number, "LOCAL_RANK": number, "WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count},
         **{"MASTER_ADDR": HOST, "MASTER_PORT": port, "TORCHELASTIC_USE_AGENT_STORE": True},
+        # By itself, gloo uses the address of the host's name, to which others may connect and which a laptop may lose.
+        "GLOO_SOCKET_IFNAME": os.environ.get("GLOO_SOCKET_IFNAME", LOOPBACK),
         LAUNCHER: os.getpid(),
     }
     if number > 0:
