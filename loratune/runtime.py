@@ -53,6 +53,11 @@ def process_count() -> int:
     return max(1, int(count)) if is_launched() and count.isdecimal() else 1
 
 
+def is_on_one_machine() -> bool:
+    """Whether all copies run on this machine, as far as the launcher says how many it has started here."""
+    return os.environ.get("LOCAL_WORLD_SIZE", "1") == str(process_count())
+
+
 def end_with_launcher() -> None:
     """Have the system signal the launcher's death, so that no process is left without one; Linux only."""
     if PASSED_ON is None or not is_started_by_loratune():

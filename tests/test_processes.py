@@ -26,8 +26,10 @@ from torch.distributed import TCPStore
 import loratune
 from loratune.cli import sft
 from loratune.errors import Exit, Interrupted, LoratuneError
+from loratune.model.hardware import Hardware
 from loratune.runs.folder import STATUS, read_metrics
 from loratune.runtime import LAUNCHER, PARENT, PASSED_ON
+from loratune.training import record
 from loratune.training.checkpoints.sharing import require_run_of_first
 from loratune.training.processes import launcher
 from loratune.training.processes.agreement import require_same_everywhere
@@ -219,6 +221,18 @@ def test_a_process_of_its_own_trains(cli: Callable[..., Any], monkeypatch: pytes
     monkeypatch.setenv(LAUNCHER, str(PARENT))
     assert cli(*line).exit_code == 0
     assert trained == [2, 2, 1], "a launcher that has not started this process does not count"
+
+
+@pytest.mark.parametrize(
+    ("kind", "here", "gpus"), [("cuda", "4", 4), ("cuda", "2", 1), ("cuda", None, 1), ("cpu", "4", 1)]
+)
+def test_a_run_goes_on_with_as_many_processes(
+    monkeypatch: pytest.MonkeyPatch, kind: str, here: str | None, gpus: int
+) -> None:
+    """Also one that torchrun has started, since the command that is advised would be refused otherwise."""
+    for name, value in {"MASTER_ADDR": "127.0.0.1", "WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": here}.items():
+        monkeypatch.setenv(name, value) if value else monkeypatch.delenv(name, raising=False)
+    assert record._gpus(Hardware(torch.device(kind), True, "a device", 4)) == gpus
 
 
 def test_nobody_elsewhere_can_connect_to_the_store() -> None:
