@@ -123,7 +123,7 @@ def _start(number: int, count: int, arguments: Sequence[str], port: int) -> _Wor
     about: dict[str, object] = {
         **{"RANK": number, "LOCAL_RANK": number, "WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count},
         **{"MASTER_ADDR": HOST, "MASTER_PORT": port, "TORCHELASTIC_USE_AGENT_STORE": True},
-        # By itself, gloo uses the address of the host's name, to which others may connect and which a laptop may lose.
+        # By itself, gloo listens on the address of the host's name, which other machines may reach.
         "GLOO_SOCKET_IFNAME": os.environ.get("GLOO_SOCKET_IFNAME", LOOPBACK),
         LAUNCHER: os.getpid(),
     }
