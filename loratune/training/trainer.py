@@ -147,8 +147,7 @@ class AdapterTrainer(SFTTrainer):
     def _trained_tokens(self) -> int:
         """Return the tokens trained so far by all processes, each of which has to call this.
 
-        They are added up where they are asked for, because processes with short batches would wait for the others in
-        every batch.
+        They are added up only here, because processes with short batches would wait for the others in every batch.
         """
         newest = torch.tensor([self._own_tokens], device=self.args.device)
         self._own_tokens = 0
@@ -210,9 +209,8 @@ class AdapterTrainer(SFTTrainer):
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         """Write the step's checkpoint in the first process, which alone has to see the run's folder."""
-        self._watch.advance()
-        others = to_first(None if self.is_world_process_zero() else self._random_state())
         tokens = self._trained_tokens()
+        others = to_first(None if self.is_world_process_zero() else self._random_state())
         if self.args.should_save:
             target = step_folder(Path(self.args.output_dir) / CHECKPOINTS, self.state.global_step)
             with folder_in_one_step(target) as folder:
