@@ -17,6 +17,8 @@ REPEATED_SECONDS = 0.5
 """SIGTERM within this time of another is the same request: Slurm sends both, 10 ms apart, when it preempts a job."""
 PASSED_ON = getattr(signal, "SIGUSR2", None)
 """The signal that a process of `loratune sft --gpus` gets for each one that is to end the run."""
+PARENT = os.getppid()
+"""The process that has started this one; the system gives a process another parent when its own has ended."""
 LAUNCHER = "LORATUNE_LAUNCHER"
 """Environment variable of such a process; its value is the process ID of its launcher."""
 PR_SET_PDEATHSIG = 1  # from sys/prctl.h
@@ -26,7 +28,7 @@ Handler = Callable[[int, FrameType | None], object]
 
 def is_started_by_loratune() -> bool:
     """Whether `loratune sft --gpus` has started this process, and tells the user how it ends."""
-    return LAUNCHER in os.environ
+    return os.environ.get(LAUNCHER) == str(PARENT)
 
 
 def is_launched() -> bool:
@@ -51,18 +53,23 @@ def process_count() -> int:
     return max(1, int(count)) if is_launched() and count.isdecimal() else 1
 
 
+def is_on_one_machine() -> bool:
+    """Whether all copies run on this machine, as far as the launcher says how many it has started here."""
+    return os.environ.get("LOCAL_WORLD_SIZE", "1") == str(process_count())
+
+
 def end_with_launcher() -> None:
-    """Have the system pass on the launcher's death, so that no process is left without one; Linux only."""
+    """Have the system signal the launcher's death, so that no process is left without one; Linux only."""
     if PASSED_ON is None or not is_started_by_loratune():
         return
     with suppress(OSError, AttributeError, TypeError):
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, int(PASSED_ON))
-    if os.getppid() != int(os.environ[LAUNCHER]):
+    if os.getppid() != PARENT:
         os.kill(os.getpid(), PASSED_ON)
 
 
 def launch_problems() -> list[str]:
-    """Return what is wrong with the variables from which accelerate concludes that a launcher started this process."""
+    """Return what is wrong with the variables from which loratune and accelerate conclude who started this process."""
     problems = []
     for name, least in (("LOCAL_RANK", 0), ("WORLD_SIZE", 1)):
         value = os.environ.get(name)
@@ -72,6 +79,8 @@ def launch_problems() -> list[str]:
             problems.append(f"{name} is {value!r}, where torchrun sets a number from {least}")
         elif not is_launched() and (name == "LOCAL_RANK" or int(value) > 1):
             problems.append(f"{name} is set, but MASTER_ADDR is not, which torchrun sets too")
+    if LAUNCHER in os.environ and not is_started_by_loratune():
+        problems.append(f"{LAUNCHER} is {os.environ[LAUNCHER]!r}, which is not the process that has started this one")
     return problems
 
 

@@ -7,6 +7,7 @@ import os
 import shutil
 import signal
 import socket
+import subprocess
 import sys
 import threading
 import time
@@ -14,15 +15,21 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 from conftest import ROWS
-from processes import Program, comes_true
+from processes import COMMAND_LINE, Program, comes_true
 from safetensors.torch import load_file
+from torch.distributed import TCPStore
 
+import loratune
+from loratune.cli import sft
 from loratune.errors import Exit, Interrupted, LoratuneError
-from loratune.runs.folder import read_metrics
-from loratune.runtime import LAUNCHER, PASSED_ON
+from loratune.model.hardware import Hardware
+from loratune.runs.folder import STATUS, read_metrics
+from loratune.runtime import LAUNCHER, PARENT, PASSED_ON
+from loratune.training import record
 from loratune.training.checkpoints.sharing import require_run_of_first
 from loratune.training.processes import launcher
 from loratune.training.processes.agreement import require_same_everywhere
@@ -39,6 +46,9 @@ for act in json.loads(sys.argv[1])[os.environ["RANK"]]:
     kind, _, value = act.partition(" ")
     if kind == "say":
         print(value, file=sys.stderr, flush=True)
+    elif kind == "noise":
+        sys.stderr.buffer.write(b"\\xff\\x00\\n" * int(value))
+        sys.stderr.flush()
     elif kind == "sleep":
         end = time.monotonic() + float(value)
         while time.monotonic() < end:
@@ -114,6 +124,41 @@ def test_the_process_that_ended_the_run_is_named(
     assert time.monotonic() - begun < 30, "nobody waits for a process that does not end"
 
 
+def test_when_the_first_process_has_finished_no_other_is_waited_for(play: Callable[..., None]) -> None:
+    begun = time.monotonic()
+    play(["sleep 0.1"], ["sleep 60"])
+    assert time.monotonic() - begun < 30
+
+
+def test_of_a_long_output_the_end_is_shown(play: Callable[..., None]) -> None:
+    with pytest.raises(LoratuneError) as failed:
+        play(["sleep 60"], ["noise 5000000", "say error: no rows", "noise 5000", "exit 3"])
+    assert failed.value.message.startswith("process 1 of 2: no rows\n")
+    assert len(failed.value.message.splitlines()) == launcher.SHOWN_LINES
+
+
+def test_an_earlier_run_in_the_folder_is_not_gone_on_with(play: Callable[..., None], tmp_path: Path) -> None:
+    status = tmp_path / STATUS
+    for age, advised in ((60, 0), (-60, 1)):
+        status.write_text("{}")
+        os.utime(status, (time.time() - age,) * 2)
+        with pytest.raises(LoratuneError) as failed:
+            play(["exit 7"], ["die 9"])
+        assert len(failed.value.commands) == advised
+
+
+@pytest.mark.slow
+def test_the_working_folder_has_no_modules_of_the_processes(tmp_path: Path) -> None:
+    (tmp_path / "loratune.py").write_text("raise SystemExit('the working folder')")
+    code = "import subprocess; from loratune.training.processes.launcher import PROGRAM as program; "
+    code += "subprocess.run([*program, '--version'], check=True)"
+    place = os.environ | {"PYTHONPATH": str(Path(loratune.__file__).parents[1])}
+    done = subprocess.run(
+        [sys.executable, "-P", "-c", code], cwd=tmp_path, env=place, capture_output=True, text=True, check=True
+    )
+    assert done.stdout.startswith("loratune ")
+
+
 def test_what_the_first_process_has_said_is_not_said_again(play: Callable[..., None]) -> None:
     with pytest.raises(SystemExit) as ended:
         play(["sleep 0.3", "exit 3"], ["say error: no rows", "exit 3"])
@@ -162,8 +207,41 @@ def test_gpus_beside_another_launcher_are_refused(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
     with pytest.raises(LoratuneError, match="beside torchrun"):
         processes_to_start("2")
-    monkeypatch.setenv(LAUNCHER, "1")
-    assert processes_to_start("2") == 1, "a process of its own trains"
+
+
+def test_a_process_of_its_own_trains(cli: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    trained = []
+    monkeypatch.setattr(sft, "_train", lambda *_: trained.append(1))
+    monkeypatch.setattr(launcher, "visible_gpus", lambda: 2)
+    monkeypatch.setattr(launcher, "launch", lambda count, *_: trained.append(count))
+    line = ("sft", "--config", "quickstart", "--gpus", "2")
+    assert cli(*line).exit_code == 0
+    monkeypatch.setenv(LAUNCHER, str(os.getpid()))
+    assert cli(*line).exit_code == 0
+    monkeypatch.setenv(LAUNCHER, str(PARENT))
+    assert cli(*line).exit_code == 0
+    assert trained == [2, 2, 1], "a launcher that has not started this process does not count"
+
+
+@pytest.mark.parametrize(
+    ("kind", "here", "gpus"), [("cuda", "4", 4), ("cuda", "2", 1), ("cuda", None, 1), ("cpu", "4", 1)]
+)
+def test_a_run_goes_on_with_as_many_processes(
+    monkeypatch: pytest.MonkeyPatch, kind: str, here: str | None, gpus: int
+) -> None:
+    """Also one that torchrun has started, since the command that is advised would be refused otherwise."""
+    for name, value in {"MASTER_ADDR": "127.0.0.1", "WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": here}.items():
+        monkeypatch.setenv(name, value) if value else monkeypatch.delenv(name, raising=False)
+    assert record._gpus(Hardware(torch.device(kind), True, "a device", 4)) == gpus
+
+
+def test_nobody_elsewhere_can_connect_to_the_store() -> None:
+    store = launcher._local_store()
+    listening = psutil.Process().net_connections("inet")
+    assert {found.laddr.ip for found in listening if found.laddr.port == store.port} == {launcher.HOST}
+    same = TCPStore(launcher.HOST, store.port, is_master=False)
+    same.set("told", "here")
+    assert store.get("told") == b"here"
 
 
 def test_a_machine_with_other_rows_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -187,7 +265,7 @@ def machines(
     for folder in folders:
         folder.mkdir()
 
-    def run(*flags: Any) -> list[Program]:
+    def run(*flags: Any, code: str = COMMAND_LINE) -> list[Program]:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
@@ -202,7 +280,7 @@ def machines(
                     "sft", "--model.base", random_qwen, "--model.dtype", "float32", "--data.train", rows_file,
                     "--data.validation", "0.2", "--lora.dropout", "0.2", "--training.batch_size", "4",
                     "--checkpoints.every_steps", "3", "--checkpoints.keep", "9", "--evaluation.every_steps", "2",
-                    "--output", "run", "--evaluation.questions_share", "0", *flags,
+                    "--output", "run", "--evaluation.questions_share", "0", *flags, code=code,
                 )
             )  # fmt: skip
         for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
@@ -269,6 +347,49 @@ def test_a_run_on_the_machine_of_another_process_is_not_begun_anew(
     monkeypatch.setattr(module, lambda own: [own, True])
     with pytest.raises(LoratuneError, match="on the machine of process 1, and the first process has none"):
         require_run_of_first(tmp_path)
+
+
+STUCK = """
+import os, time
+from loratune.training.trainer import AdapterTrainer
+def stick(plain):
+    def sticking(self, *arguments, **settings):
+        if os.environ["RANK"] == "0" and self.state.global_step == {step}:
+            time.sleep(60)
+        return plain(self, *arguments, **settings)
+    return sticking
+AdapterTrainer.{method} = stick(AdapterTrainer.{method})
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("method", "step"), [("_save_scaler", 3), ("_save_scaler", 6), ("log", 2)])
+def test_a_process_that_hangs_outside_of_its_passes_is_named(machines: Start, method: str, step: int) -> None:
+    """As on a network's disk that does not answer; the other one is in the next step by then, or has none left."""
+    sticking = STUCK.format(method=method, step=step)
+    programs = machines("--training.max_steps", "6", "--training.ddp_timeout", "4", code=sticking + COMMAND_LINE)
+    assert [program.exit_code() for program in programs] == [Exit.PEER, Exit.PEER]
+    said = " ".join(" ".join(program.stderr for program in programs).split())
+    assert f"process 0 on {socket.gethostname()} has made no progress for 4 seconds" in said
+    assert "have waited for each other" not in said
+
+
+@pytest.mark.slow
+def test_the_flags_of_the_first_process_say_whether_a_run_goes_on(machines: Start, tmp_path: Path) -> None:
+    assert [program.exit_code() for program in machines("--training.max_steps", "6")] == [0, 0]
+    code = "import os, sys\nif os.environ['RANK'] == '1': sys.argv.remove('--resume')\n" + COMMAND_LINE
+    programs = machines("--training.max_steps", "6", "--resume", code=code)
+    assert [program.exit_code() for program in programs] == [0, 0]
+    assert "is complete: step 6 of 6" in programs[0].stderr
+
+
+def test_where_the_first_process_refuses_the_other_ends_at_once(machines: Start, tmp_path: Path) -> None:
+    (tmp_path / "first/run").mkdir()
+    (tmp_path / "first/run/mine.txt").write_text("kept")
+    first, second = machines("--training.max_steps", "4")
+    assert first.exit_code() == Exit.USAGE
+    assert second.exit_code() == Exit.PEER
+    assert "process 1 of 2 lost the connection" in " ".join(second.stderr.split()), "it does not wait for ddp_timeout"
 
 
 def test_a_process_that_never_starts_is_named(machines: Start) -> None:

@@ -15,6 +15,7 @@ from loratune.cli.options import recipe_options
 from loratune.errors import Exit, LoratuneError
 from loratune.recipe.loading import dump_recipe, load_recipe, shipped_recipes
 from loratune.recipe.sections import Recipe
+from loratune.runtime import is_started_by_loratune
 
 DETAILS = """\
 Every setting of the recipe is also a flag; flags override the recipe, and the recipe overrides the
@@ -65,7 +66,7 @@ def command(
         raise LoratuneError("--strict-resume and --allow-changes need --resume", Exit.USAGE)
     if resume is not None and overwrite:
         raise LoratuneError("--resume continues a run, --overwrite replaces it; give one of them", Exit.USAGE)
-    if gpus is None or not _launched(gpus, recipe):
+    if gpus is None or is_started_by_loratune() or not _launched(gpus, recipe):
         _train(recipe, overwrite, (resume, strict_resume, allow_changes) if resume is not None else None, json)
 
 

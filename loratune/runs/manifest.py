@@ -76,7 +76,7 @@ class Manifest:
     checks: tuple[ModelCheck, ...] = ()
     """What was measured on the model before the first step; earlier versions did not record it."""
     gpus: int = 1
-    """Number of processes that `sft --gpus` started."""
+    """The number with which `sft --gpus` starts as many processes; 1 on a CPU and on several machines."""
 
     def values(self) -> dict[str, Any]:
         """Return the content of the file as JSON types."""
@@ -92,7 +92,7 @@ class Manifest:
             "files": dict(self.files or {}),
             **({"checks": [vars(check) for check in self.checks]} if self.checks else {}),
             **({"record": self.record.values()} if self.record else {}),
-            **({"gpus": self.gpus} if self.gpus > 1 else {}),
+            "gpus": self.gpus,
         }
 
 

@@ -5,11 +5,12 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from loratune.model.files import weight_files
+from loratune.model.hardware import Hardware
 from loratune.runs.fingerprint import fingerprint_base
 from loratune.runs.manifest import Manifest, TrainedBase, TrainedFile, TrainedTemplate
 from loratune.runs.record import RunRecord
 from loratune.runs.versions import library_versions
-from loratune.runtime import is_started_by_loratune
+from loratune.runtime import is_on_one_machine
 from loratune.training.checkpoints.resuming import identity_of
 
 if TYPE_CHECKING:
@@ -26,8 +27,13 @@ def manifest_of(session: Prepared) -> Manifest:
         seed=session.recipe.seed,
         versions=library_versions(),
         record=RunRecord.of(session.recipe),
-        gpus=session.hardware.processes if is_started_by_loratune() else 1,
+        gpus=_gpus(session.hardware),
     )
+
+
+def _gpus(hardware: Hardware) -> int:
+    # Whichever launcher has started the processes: the run goes on in as many.
+    return hardware.processes if hardware.is_gpu and is_on_one_machine() else 1
 
 
 def identity_now(session: Prepared) -> dict[str, Any]:

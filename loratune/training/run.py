@@ -45,7 +45,7 @@ from loratune.training.checkpoints.sharing import readable_everywhere, require_r
 from loratune.training.checkpoints.signals import StopSignals
 from loratune.training.failures import attempted, machine_errors_explained
 from loratune.training.processes.agreement import require_same_everywhere
-from loratune.training.processes.group import from_first, process_group
+from loratune.training.processes.group import from_all, from_first, process_group
 from loratune.training.processes.watch import Watch
 from loratune.training.record import identity_now, manifest_of
 from loratune.training.reporting.closing import close_run
@@ -88,12 +88,13 @@ def train(recipe: Recipe, overwrite: bool = False, resume: Resume | None = None)
     with ExitStack() as stack:
         stack.enter_context(stops.heeded())
         stack.enter_context(machine_errors_explained(recipe))
-        if is_main_process():
-            prepare_output(output, overwrite or resume is not None)
-            stack.enter_context(run_lock(output))
         hardware = detect_hardware()
         stack.enter_context(process_group(hardware, recipe.training.ddp_timeout))
-        begun, manifest = from_first(lambda: _begun(output, resume))  # the run's folder may be on its machine alone
+        if is_main_process():  # connected to the others, so that they end at once where it refuses
+            prepare_output(output, overwrite or resume is not None)
+            stack.enter_context(run_lock(output))
+        # The run's folder may be on its machine alone, and its flags count where another one's differ.
+        resume, begun, manifest = from_first(lambda: (resume, *_begun(output, resume)))
         if resume and not begun:
             require_run_of_first(output)
         start = stack.enter_context(readable_everywhere(begun))
@@ -136,6 +137,8 @@ def _train(session: Session, start: Checkpoint | None) -> Report | None:
                     _go_on(running, start, session.plan.steps)
                 else:
                     trainer.train()
+                watch.advance()
+                from_all(None)  # a process that ended before the last checkpoint would count as one that has stopped
         finally:
             running.watchers.progress.close()
             running.watchers.trackers.close()

@@ -90,6 +90,7 @@ class AdapterTrainer(SFTTrainer):
         labelled: int = sum(step["labelled"] for step in batch_samples)
         if self.accelerator.num_processes == 1:
             return labelled
+        self._watch.advance()
         return int(self.accelerator.gather(torch.tensor([labelled], device=device)).sum())
 
     def training_step(
@@ -140,14 +141,17 @@ class AdapterTrainer(SFTTrainer):
         """Return 0: counting the model's parameters for transformers' estimate takes 10 ms per step."""
         return 0
 
+    def store_flos(self) -> None:
+        """Do nothing: the estimate is 0, and the processes would wait for each other to add it up."""
+
     def _trained_tokens(self) -> int:
         """Return the tokens trained so far by all processes, each of which has to call this.
 
-        They are added up where they are asked for, because processes with short batches would wait for the others in
-        every batch.
+        They are added up only here, because processes with short batches would wait for the others in every batch.
         """
         newest = torch.tensor([self._own_tokens], device=self.args.device)
         self._own_tokens = 0
+        self._watch.advance()
         self._total_train_tokens += int(self.accelerator.gather(newest).sum())
         return int(self._total_train_tokens)
 
@@ -205,15 +209,16 @@ class AdapterTrainer(SFTTrainer):
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         """Write the step's checkpoint in the first process, which alone has to see the run's folder."""
-        self._watch.advance()
-        random, tokens = to_first(self._random_state()), self._trained_tokens()
+        tokens = self._trained_tokens()
+        others = to_first(None if self.is_world_process_zero() else self._random_state())
         if self.args.should_save:
             target = step_folder(Path(self.args.output_dir) / CHECKPOINTS, self.state.global_step)
             with folder_in_one_step(target) as folder:
                 save_adapter(self.accelerator.unwrap_model(self.model), folder)
                 self._save_optimizer_and_scheduler(str(folder))
                 self._save_scaler(str(folder))
-                for name, content in random:
+                self._save_rng_state(str(folder))
+                for name, content in filter(None, others):
                     (folder / name).write_bytes(content)
                 self.state.save_to_json(str(folder / TRAINER_STATE))
                 self._seal(folder, self.state.global_step, tokens)
@@ -272,6 +277,10 @@ class AdapterTrainer(SFTTrainer):
     def _groups(self) -> list[dict[str, Any]]:
         groups: list[dict[str, Any]] = self.optimizer.param_groups
         return groups
+
+    def _maybe_log_save_evaluate(self, *arguments: Any, **settings: Any) -> None:
+        self._watch.advance()  # the loss is gathered here
+        super()._maybe_log_save_evaluate(*arguments, **settings)
 
     def _evaluate(self, *arguments: Any, **settings: Any) -> dict[str, float]:
         """Validate; if a signal arrives meanwhile, save the step and leave the validation to the resumed run."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -16,24 +17,29 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from tempfile import TemporaryDirectory
+from tempfile import TemporaryFile
+from typing import IO
 
 from torch.distributed import TCPStore
 
+from loratune.commands import Command
 from loratune.errors import Exit, Interrupted, LoratuneError
 from loratune.model.hardware import visible_gpus
 from loratune.runs.folder import STATUS
 from loratune.runs.state import next_command
-from loratune.runtime import LAUNCHER, PASSED_ON, is_launched, is_started_by_loratune, signals_to
+from loratune.runtime import LAUNCHER, PASSED_ON, is_launched, signals_to
 
-HOST = "127.0.0.1"
-PROGRAM = (sys.executable, "-m", "loratune")
+HOST, LOOPBACK = "127.0.0.1", "lo"
+# With -m alone, Python imports the working folder's files first, such as a user's datasets.py.
+PROGRAM = (sys.executable, *(() if str(Path.cwd()) in sys.path else ("-P",)), "-m", "loratune")
 POLL_SECONDS = 0.1
 SECONDS_AFTER_FAILURE = 20
 """How long the other processes may take to notice that one has failed, and to end by themselves."""
 SECONDS_AFTER_REPEATED = 30
 """How long they may take after a second signal, which asks them to stop at once."""
-SHOWN_LINES = 30
+SHOWN_LINES, READ_BYTES = 30, 65536
+UNWRAPPED = 4096
+"""Columns of the processes whose output goes to files; what is shown of it is wrapped once, for this terminal."""
 STOPPED = 128 + int(PASSED_ON or 0)
 """Exit code of a process that has handled the signal which was passed on."""
 AUTO = "auto"
@@ -49,13 +55,12 @@ def processes_to_start(gpus: str) -> int:
     Raises:
         LoratuneError: there are fewer GPUs, or another launcher has started this process.
     """
-    if is_started_by_loratune():
-        return 1
     if gpus != AUTO and not (gpus.isdecimal() and int(gpus)):
         raise LoratuneError(f"--gpus {gpus}: give a number from 1, or auto for all", Exit.USAGE)
     if is_launched():
         raise LoratuneError(
-            "--gpus starts the processes of a run itself; leave it out beside torchrun, accelerate launch or srun",
+            "--gpus starts the processes of a run itself; leave it out beside torchrun, accelerate launch or srun, or "
+            "unset MASTER_ADDR if it is left over from one",
             Exit.USAGE,
         )
     there = visible_gpus()
@@ -95,36 +100,46 @@ def launch(count: int, arguments: Sequence[str], output: Path) -> None:
 @contextmanager
 def _started(count: int, arguments: Sequence[str]) -> Iterator[_Group]:
     # The store is this process's, so that it outlives each of the others: `Watch` reads from it how they stand.
-    store, logs = TCPStore(HOST, 0, is_master=True, wait_for_workers=False), TemporaryDirectory(prefix="loratune-")
-    workers = list[_Worker]()
+    store, workers = _local_store(), list[_Worker]()
     try:
         for number in range(count):
-            workers.append(_start(number, count, arguments, store.port, Path(logs.name) / f"{number}.log"))
+            workers.append(_start(number, count, arguments, store.port))
         yield _Group(workers)
     finally:
         for worker in workers:
             worker.process.kill()
             worker.process.wait()
-        logs.cleanup()
+            worker.log.close()
 
 
-def _start(number: int, count: int, arguments: Sequence[str], port: int, log: Path) -> _Worker:
+def _local_store() -> TCPStore:
+    """Return a store that listens on this machine alone: by itself, it takes connections from everywhere."""
+    listening = socket.create_server((HOST, 0))
+    port = listening.getsockname()[1]
+    return TCPStore(HOST, port, is_master=True, wait_for_workers=False, master_listen_fd=listening.detach())
+
+
+def _start(number: int, count: int, arguments: Sequence[str], port: int) -> _Worker:
     about: dict[str, object] = {
         **{"RANK": number, "LOCAL_RANK": number, "WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count},
         **{"MASTER_ADDR": HOST, "MASTER_PORT": port, "TORCHELASTIC_USE_AGENT_STORE": True},
+        # By itself, gloo listens on the address of the host's name, which other machines may reach.
+        "GLOO_SOCKET_IFNAME": os.environ.get("GLOO_SOCKET_IFNAME", LOOPBACK),
         LAUNCHER: os.getpid(),
     }
+    if number > 0:
+        about["COLUMNS"] = UNWRAPPED
     environment = {**os.environ, **{name: str(value) for name, value in about.items()}}
-    with log.open("wb") as file:
-        output = None if number == 0 else file
-        process = subprocess.Popen(
-            [*PROGRAM, *arguments],
-            env=environment,
-            stdin=subprocess.DEVNULL,
-            stdout=output,
-            stderr=output,
-            start_new_session=True,  # a terminal's Ctrl-C reaches this process alone, which passes it on
-        )
+    log = TemporaryFile()  # noqa: SIM115 - without a name, so that a launcher that is killed leaves nothing
+    output = None if number == 0 else log
+    process = subprocess.Popen(
+        [*PROGRAM, *arguments],
+        env=environment,
+        stdin=subprocess.DEVNULL,
+        stdout=output,
+        stderr=output,
+        start_new_session=True,  # a terminal's Ctrl-C reaches this process alone, which passes it on
+    )
     return _Worker(number, process, log)
 
 
@@ -134,14 +149,16 @@ class _Worker:
 
     number: int
     process: subprocess.Popen[bytes]
-    log: Path
+    log: IO[bytes]
     """What it has written; nothing of the first one, which writes to the terminal."""
 
     def error(self) -> str:
-        """Return the end of its output: from its last error on, or some lines."""
-        text = self.log.read_text(encoding="utf-8", errors="replace").rstrip()
+        """Return some lines of the end of its output: from its last error on, or the last ones."""
+        self.log.seek(max(0, self.log.seek(0, os.SEEK_END) - READ_BYTES))
+        text = self.log.read().decode(errors="replace").rstrip()
         *_, last = [None, *ERROR.finditer(text)]
-        return text[last.end() :] if last else "\n".join(text.splitlines()[-SHOWN_LINES:])
+        shown = text[last.end() :].splitlines()[:SHOWN_LINES] if last else text.splitlines()[-SHOWN_LINES:]
+        return "\n".join(line[:UNWRAPPED] for line in shown)
 
 
 class _Group:
@@ -151,6 +168,7 @@ class _Group:
         self._workers = workers
         self._ended = dict[int, int]()
         """Process → exit code, negative for a signal, in the order in which they ended by themselves."""
+        self._begun = time.time()
         self._signals = list[int]()
         self._deadline = float("inf")
 
@@ -163,13 +181,13 @@ class _Group:
             worker.process.send_signal(int(PASSED_ON or number))
 
     def wait(self) -> None:
-        """Wait until all have ended; the others get some time where one has failed."""
+        """Wait until all have ended; the others get some time where one has failed, or the first has finished."""
         while len(self._ended) < len(self._workers):
             for worker in self._workers:
                 code = worker.process.poll()
                 if code is not None and worker.number not in self._ended:
                     self._ended[worker.number] = code
-                    if code != 0:
+                    if code != 0 or worker.number == 0:
                         self._end_within(SECONDS_AFTER_FAILURE)
             if time.monotonic() > self._deadline:
                 return
@@ -200,13 +218,19 @@ class _Group:
         if causes.get(0) == code and code > 0:
             raise SystemExit(code)
         said, name = self._workers[number].error(), f"process {number} of {len(self._workers)}"
-        go_on = next_command(output, "crashed") if (output / STATUS).is_file() else None
-        advised = [go_on] if go_on and (code < 0 or code == Exit.PEER) else []
+        advised = self._advice(output) if code < 0 or code == Exit.PEER else []
         if code < 0:
             why = "; the system may have ended it for want of memory" if -code == signal.SIGKILL else ""
             text = f"{name} was ended by {signal.Signals(-code).name}{why}" + (f"\n{said}" if said else "")
             raise LoratuneError(text, Exit.IO, advised)
         raise LoratuneError(f"{name}: {said or f'exit code {code}'}", Exit(code), advised)
+
+    def _advice(self, output: Path) -> list[Command]:
+        """Return how to go on with the run; nothing where the folder still holds an earlier one."""
+        status = output / STATUS
+        is_begun = status.is_file() and status.stat().st_mtime >= self._begun
+        go_on = next_command(output, "crashed") if is_begun else None
+        return [go_on] if go_on else []
 
 
 def _is_stopped(code: int) -> bool:
