@@ -8,7 +8,7 @@ from loratune.commands import Command
 
 
 class Exit(IntEnum):
-    """Exit codes of the process; 128 + signal number after a signal."""
+    """Exit codes of the process; 128 + signal number after a signal. 7 is kept for evaluations."""
 
     OK = 0
     BUG = 1
@@ -17,7 +17,7 @@ class Exit(IntEnum):
     MODEL = 4
     DIVERGED = 5
     IO = 6
-    PEER = 7
+    PEER = 8
 
 
 class LoratuneError(Exception):

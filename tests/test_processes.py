@@ -97,15 +97,15 @@ def test_processes_that_end_well_end_the_command_well(play: Callable[..., None])
     ("parts", "code", "words"),
     [
         (
-            [["sleep 0.3", "exit 7"], ["say noise", "say error: out of memory", "exit 6"]],
+            [["sleep 0.3", "exit 8"], ["say noise", "say error: out of memory", "exit 6"]],
             6,
             "process 1 of 2: out of mem",
         ),
-        ([["exit 7"], ["sleep 0.5", "say error: out of memory", "exit 6"]], 6, "process 1 of 2: out of memory"),
-        ([["sleep 0.3", "exit 7"], ["die 9"]], 6, "process 1 of 2 was ended by SIGKILL; the system may"),
-        ([["die 11"], ["sleep 0.3", "exit 7"]], 6, "process 0 of 2 was ended by SIGSEGV"),
+        ([["exit 8"], ["sleep 0.5", "say error: out of memory", "exit 6"]], 6, "process 1 of 2: out of memory"),
+        ([["sleep 0.3", "exit 8"], ["die 9"]], 6, "process 1 of 2 was ended by SIGKILL; the system may"),
+        ([["die 11"], ["sleep 0.3", "exit 8"]], 6, "process 0 of 2 was ended by SIGSEGV"),
         ([["sleep 60"], ["say error: no rows", "exit 3"]], 3, "process 1 of 2: no rows"),
-        ([["sleep 60"], ["say error: process 0 hangs", "exit 7"]], 7, "process 1 of 2: process 0 hangs"),
+        ([["sleep 60"], ["say error: process 0 hangs", "exit 8"]], 8, "process 1 of 2: process 0 hangs"),
         (
             [["sleep 0.1"], ["say Traceback", "say ValueError: x", "exit 1"]],
             1,
@@ -143,7 +143,7 @@ def test_an_earlier_run_in_the_folder_is_not_gone_on_with(play: Callable[..., No
         status.write_text("{}")
         os.utime(status, (time.time() - age,) * 2)
         with pytest.raises(LoratuneError) as failed:
-            play(["exit 7"], ["die 9"])
+            play(["exit 8"], ["die 9"])
         assert len(failed.value.commands) == advised
 
 

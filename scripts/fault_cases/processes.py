@@ -17,7 +17,7 @@ TIMEOUT = 10
 """As training.ddp_timeout, in seconds."""
 BOUND = TIMEOUT + 15
 """Seconds from a fault to the end of the process that is well."""
-PEER = 7
+PEER = 8
 """Exit code of a process that has lost another one."""
 WHOLE = "whole-of-two"
 
