@@ -159,6 +159,7 @@ def test_what_was_chosen_in_an_old_run_is_a_difference_and_new_settings_are_none
     assert refused.exit_code == Exit.USAGE
     said = " ".join(refused.stderr.split())
     assert "lora.target_modules: ['q_proj'] → ['k_proj']" in said
-    assert said.count(" → ") == 1
+    settings = said.partition("different settings:")[2]  # another build of torch is told before
+    assert settings.count(" → ") == 1
     refused = cli(*flags, "--training.max_grad_norm", "0.5")
     assert "training.max_grad_norm: 1.0 → 0.5" in " ".join(refused.stderr.split())
