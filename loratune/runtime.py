@@ -17,10 +17,10 @@ REPEATED_SECONDS = 0.5
 """SIGTERM within this time of another is the same request: Slurm sends both, 10 ms apart, when it preempts a job."""
 PASSED_ON = getattr(signal, "SIGUSR2", None)
 """The signal that a process of `loratune sft --gpus` gets for each one that is to end the run."""
-PARENT = os.getppid()
-"""The process that has started this one; the system gives a process another parent when its own has ended."""
 LAUNCHER = "LORATUNE_LAUNCHER"
 """Environment variable of such a process; its value is the process ID of its launcher."""
+PARENT = os.getppid()
+"""The process that has started this one; the system gives a process another parent when its own has ended."""
 PR_SET_PDEATHSIG = 1  # from sys/prctl.h
 
 Handler = Callable[[int, FrameType | None], object]

@@ -85,7 +85,7 @@ def train(model: Path, folder: Path, **flags: Any) -> tuple[Comparison, Any]:
     reference = copy.deepcopy(session.model)
     give_back_forwards(reference)
     reference.base_model.model.set_attn_implementation("eager")
-    trainer = run._build_trainer(session, {}, Watch(600, lambda _: None)).trainer
+    trainer = run._build_trainer(session, {}, Watch(600, lambda: None)).trainer
     comparison = Comparison(trainer, reference)
     trainer.add_callback(comparison)
     (folder / "run").mkdir(exist_ok=True)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -117,17 +116,11 @@ def test_on_a_gpu_the_peaks_of_two_passes_give_bytes_per_token_and_what_every_pa
 
 def test_all_processes_plan_with_the_worst_figures_of_any(monkeypatch: pytest.MonkeyPatch) -> None:
     """Otherwise they would divide a step differently, and rows would be lost or trained on twice."""
-    two = Hardware(torch.device("cpu"), False, "CPU", processes=2)
     mine, other = PassMemory(1000.5, 90, 50_000, 10**9), PassMemory(900, 100.25, 60_000, 2 * 10**9)
-
-    def all_reduce(values: torch.Tensor, operation: Any) -> None:
-        assert operation == torch.distributed.ReduceOp.MIN
-        theirs = (-other.kept, -other.recomputed, -other.fixed, other.free)
-        values.copy_(torch.minimum(values, torch.tensor(theirs, dtype=values.dtype)))
-
-    monkeypatch.setattr(torch.distributed, "all_reduce", all_reduce)
-    assert activations._scarcest(mine, two) == PassMemory(1000.5, 100.25, 60_000, 10**9)
-    assert activations._scarcest(mine, replace(two, processes=1)) == mine
+    assert activations._scarcest(mine) == mine
+    for of_all in ([mine, other], [other, mine]):
+        monkeypatch.setattr(activations, "from_all", lambda _, of_all=of_all: of_all)
+        assert activations._scarcest(mine) == PassMemory(1000.5, 100.25, 60_000, 10**9)
 
 
 def test_borders_of_documents_are_passed_only_where_rows_are_packed() -> None:

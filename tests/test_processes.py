@@ -56,6 +56,8 @@ for act in json.loads(sys.argv[1])[os.environ["RANK"]]:
     elif kind == "asked":
         while len(asked) < int(value):
             time.sleep(0.01)
+    elif kind == "make":
+        open(value, "x").close()
     elif kind == "die":
         os.kill(os.getpid(), int(value))
     elif kind == "exit":
@@ -89,8 +91,10 @@ def send_soon(*numbers: int) -> None:
     threading.Thread(target=send, daemon=True).start()
 
 
-def test_processes_that_end_well_end_the_command_well(play: Callable[..., None]) -> None:
-    play(["sleep 0.3"], [], ["sleep 0.1"])
+def test_all_processes_run_to_their_end(play: Callable[..., None], tmp_path: Path) -> None:
+    ends = [tmp_path / str(number) for number in range(3)]
+    play(["sleep 0.3", f"make {ends[0]}"], [f"make {ends[1]}"], ["sleep 0.6", f"make {ends[2]}"])
+    assert all(end.is_file() for end in ends)
 
 
 @pytest.mark.parametrize(

@@ -22,6 +22,7 @@ from loratune.model.sharding.gathering import gathered_bytes
 from loratune.protocols import AdaptedModel
 from loratune.recipe.sections import TrainingSettings
 from loratune.training.probes.passes import packed, padded
+from loratune.training.processes.group import from_all
 
 SAMPLE_TOKENS = 256
 """Long enough that memory independent of the number of tokens hardly counts."""
@@ -162,7 +163,7 @@ def measure_passes(model: AdaptedModel, is_packed: bool, longest: int, step: int
     recomputed = layers * config.hidden_size * base.dtype.itemsize + kept / layers
     if hardware.is_gpu and has_copies:  # measured so
         recomputed = kept
-    return _scarcest(PassMemory(kept, min(kept, recomputed), fixed, free_memory_bytes(hardware)), hardware)
+    return _scarcest(PassMemory(kept, min(kept, recomputed), fixed, free_memory_bytes(hardware)))
 
 
 @contextmanager
@@ -211,12 +212,12 @@ def _sample(model: AdaptedModel, is_packed: bool, lengths: Sequence[int]) -> dic
     return (packed if is_packed else padded)(model, [[0] * length for length in lengths])
 
 
-def _scarcest(memory: PassMemory, hardware: Hardware) -> PassMemory:
+def _scarcest(memory: PassMemory) -> PassMemory:
     """Return the worst figures of all processes: only with the same ones do they divide a step alike."""
-    if not hardware.is_distributed:
-        return memory
-    figures = (-memory.kept, -memory.recomputed, -memory.fixed, memory.free)
-    values = torch.tensor(figures, dtype=torch.float64, device=hardware.device)
-    torch.distributed.all_reduce(values, torch.distributed.ReduceOp.MIN)
-    kept, recomputed, fixed, free = values.tolist()
-    return PassMemory(-kept, -recomputed, round(-fixed), round(free))
+    of_all = from_all(memory)
+    return PassMemory(
+        max(one.kept for one in of_all),
+        max(one.recomputed for one in of_all),
+        max(one.fixed for one in of_all),
+        min(one.free for one in of_all),
+    )

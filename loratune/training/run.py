@@ -120,7 +120,7 @@ def _train(session: Session, start: Checkpoint | None) -> Report | None:
     """Make the steps that are left, and finish the run."""
     output, stops, identity = session.output, session.stops, identity_now(session)
     require_same_everywhere(identity)
-    watch = Watch(session.recipe.training.ddp_timeout, lambda _: _abandon(running))
+    watch = Watch(session.recipe.training.ddp_timeout, lambda: _abandon(running))
     running = _build_trainer(session, identity, watch)
     trainer = running.trainer
     if is_main_process():

@@ -11,7 +11,7 @@ from tempfile import TemporaryDirectory
 from loratune.errors import Exit, LoratuneError
 from loratune.runs.checkpoint import SEAL, Checkpoint, checkpoint_steps
 from loratune.runs.folder import CHECKPOINTS
-from loratune.training.processes.group import from_all, from_first, is_anywhere
+from loratune.training.processes.group import from_all, from_first
 
 
 @contextmanager
@@ -26,7 +26,7 @@ def readable_everywhere(start: Checkpoint | None) -> Iterator[Checkpoint | None]
         return
     seal = from_first((start.folder / SEAL).read_bytes)
     is_missing = not _is_there(start.folder, seal)
-    if not is_anywhere(is_missing):
+    if not any(from_all(is_missing)):
         yield start
         return
     files = from_first(lambda: {path.name: path.read_bytes() for path in sorted(start.folder.iterdir())})

@@ -111,8 +111,3 @@ def to_first(own: Made) -> list[Made]:
     values = [own] * process_count() if is_main_process() else None
     distributed.gather_object(own, values)
     return values or []
-
-
-def is_anywhere(own: bool) -> bool:
-    """Return whether something holds in any process; each process has to call this."""
-    return any(from_all(own))

@@ -44,10 +44,10 @@ class Watch:
 
     Args:
         seconds: how long a process may take from one call of `advance` or `keep_alive` to the next.
-        before_end: called with the reason before the process ends with exit code `Exit.PEER`.
+        before_end: called before the process ends with exit code `Exit.PEER`.
     """
 
-    def __init__(self, seconds: float, before_end: Callable[[str], None]) -> None:
+    def __init__(self, seconds: float, before_end: Callable[[], None]) -> None:
         self._seconds, self._before_end = seconds, before_end
         self._progress, self._newest = 0, time.monotonic()
         self._is_over = threading.Event()
@@ -119,7 +119,7 @@ class Watch:
         if self._is_over.is_set():
             return
         try:
-            self._before_end(reason)
+            self._before_end()
             console.error(reason)
         finally:
             os._exit(int(Exit.PEER))  # the main thread waits in a library, and no exception would reach it
