@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shlex
+import signal
 import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -20,6 +21,8 @@ CPUS_PER_GPU, MEMORY_PER_GPU = 8, 64
 """Defaults; the memory is in GB. A node without GPUs gets as much as one with a single one."""
 GRACE_SECONDS = 120
 """Default of the time from SIGTERM to SIGKILL, for a step and its checkpoint."""
+STOPPED = 128 + signal.SIGTERM
+"""Exit code of a training that SIGTERM has stopped, after its checkpoint."""
 HOPELESS = (Exit.USAGE, Exit.DATA, Exit.MODEL, Exit.DIVERGED)
 """Exit codes that another attempt would end with too."""
 LINE = 116

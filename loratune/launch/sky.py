@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from loratune.commands import Command
 from loratune.launch.job import (
     GRACE_SECONDS,
+    STOPPED,
     Job,
     JobFile,
     commented,
@@ -20,7 +21,6 @@ from loratune.launch.job import (
     torchrun_words,
 )
 from loratune.launch.paths import below, placed
-from loratune.launch.slurm import STOPPED
 
 RUNS = "/loratune-runs"
 """Where the bucket is mounted."""

@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 import shlex
-import signal
 from dataclasses import dataclass
 from pathlib import Path
 
 from loratune.commands import Command
-from loratune.launch.job import GRACE_SECONDS, Job, JobFile, commented, heredoc, recipe_text, sft_words, shell_command
+from loratune.launch.job import (
+    GRACE_SECONDS,
+    STOPPED,
+    Job,
+    JobFile,
+    commented,
+    heredoc,
+    recipe_text,
+    sft_words,
+    shell_command,
+)
 from loratune.launch.paths import placed
 
-STOPPED = 128 + signal.SIGTERM
-"""Exit code of a training that SIGTERM has stopped, after its checkpoint."""
 PORTS = (10_000, 20_000)
 """First and number of the ports of which a job takes one by its number, below those that systems give to clients."""
 

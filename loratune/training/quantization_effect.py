@@ -68,11 +68,9 @@ def weights_of(model: CausalModel, settings: ModelSettings, folder: Path, data: 
     """
     groups = bytes_by_group(model)
     if settings.quantization == "none":
-        return (
-            BaseWeights(groups, shares=process_count(), norms=shard_norms(model))
-            if is_sharded(model)
-            else BaseWeights(groups)
-        )
+        if is_sharded(model):
+            return BaseWeights(groups, shares=process_count(), norms=shard_norms(model))
+        return BaseWeights(groups)
     notes = []
     if settings.quantization == "int8" and (stacks := expert_stacks(model)):
         size = sum(held_bytes(parameter) for name, parameter in model.named_parameters() if name in stacks)
