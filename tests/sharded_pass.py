@@ -12,12 +12,13 @@ from torch import distributed
 
 from loratune.model.adapter.attach import attach_adapter
 from loratune.model.architecture.structure import decoder_of
+from loratune.model.base import load_base
 from loratune.model.hardware import detect_hardware
 from loratune.model.kernels.linear_cross_entropy import add_labelled_loss
 from loratune.model.kernels.lora_linear import use_fused_lora
 from loratune.model.sharding.gathering import gathered_bytes, with_weights
-from loratune.model.sharding.sharded_base import load_sharded
-from loratune.recipe.sections import LoraSettings
+from loratune.model.weights.held import own_bytes
+from loratune.recipe.sections import LoraSettings, ModelSettings
 
 GATHER = "all_gather_single" if hasattr(distributed, "all_gather_single") else "all_gather_into_tensor"
 """torch's name of the operation that FSDP gathers with."""
@@ -29,7 +30,7 @@ def resident_bytes(field: str) -> int:
     return int(next(line for line in lines if line.startswith(field)).split()[1]) * 1024
 
 
-def make_pass(folder: Path) -> dict[str, int]:
+def make_pass(folder: Path, quantization: str) -> dict[str, int]:
     """Return bytes gathered in a pass, the bytes of the base, and by how much the memory grew at its peak."""
     gather, sent = getattr(distributed, GATHER), list[int]()
 
@@ -39,7 +40,8 @@ def make_pass(folder: Path) -> dict[str, int]:
 
     before = resident_bytes("VmRSS")
     Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # forgets the peak so far
-    model = load_sharded(folder, detect_hardware(), torch.float32, "sdpa")
+    settings = {"dtype": "float32", "compute_dtype": "float32", "sharding": "fsdp", "quantization": quantization}
+    model = load_base(ModelSettings(base=str(folder), **settings), folder, detect_hardware())
     adapted = attach_adapter(model, LoraSettings(rank=1, dropout=0), "base", 0)
     with_weights(adapted, use_fused_lora)
     add_labelled_loss(model)
@@ -53,6 +55,7 @@ def make_pass(folder: Path) -> dict[str, int]:
     return {
         "sent": sum(sent),
         "base": _frozen_bytes(model),
+        "own": sum(own_bytes(weight) for weight in model.parameters() if not weight.requires_grad),
         "layers": _frozen_bytes(decoder.layers),
         "embedding": _frozen_bytes(model.get_input_embeddings()),
         "norm": _frozen_bytes(decoder.norm),
@@ -66,9 +69,10 @@ def _frozen_bytes(module: Any) -> int:
 
 
 if __name__ == "__main__":
-    first, measured, target = map(Path, sys.argv[1:])
+    quantization, *paths = sys.argv[1:]
+    first, measured, target = map(Path, paths)
     distributed.init_process_group("gloo")
-    make_pass(first)  # imports, and allocates what stays
-    result = make_pass(measured)
+    make_pass(first, quantization)  # imports, and allocates what stays
+    result = make_pass(measured, quantization)
     (target / f"{distributed.get_rank()}.json").write_text(json.dumps(result), encoding="utf-8")
     distributed.destroy_process_group()

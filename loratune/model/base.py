@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from transformers import BitsAndBytesConfig
@@ -32,27 +33,60 @@ def load_base(settings: ModelSettings, folder: Path, hardware: Hardware, in_own_
     """
     dtype = resolve_dtype(settings.dtype, hardware)
     attention = resolve_attention(settings.attn_implementation, hardware, dtype)
+    parts = _parts_to_quantise(settings, folder, in_own_format)
     if is_to_be_sharded(settings, hardware):
-        from loratune.model.sharding.sharded_base import load_sharded  # takes torch.distributed
-
-        return load_sharded(folder, hardware, dtype, attention)
+        return _load_sharded(settings, folder, hardware, dtype, attention, parts)
     options = {"dtype": dtype, "attn_implementation": attention, "device_map": {"": hardware.device}}
-    if settings.quantization == "none":
+    if parts is None:
         return load_from_folder(folder, **options)
-    if importlib.util.find_spec("bitsandbytes") is None:
-        raise LoratuneError(needs(f"model.quantization {settings.quantization}", "bitsandbytes"), Exit.USAGE)
     from loratune.model.weights.quantized_check import check_quantised  # takes bitsandbytes
 
-    empty = empty_model(load_config(folder))
-    matrices, kept = quantised_matrices(empty), kept_in_16_bits(empty)
-    stacks = set(expert_stacks(empty)) if in_own_format and settings.quantization == "nf4" else set[str]()
-    require_quantisable(settings, empty)
-    if stacks:  # other implementations take whole stacks
+    if parts.stacks:  # other implementations take whole stacks
         options["experts_implementation"] = "eager"
-    config = _quantization(settings, hardware, sorted(kept), bool(stacks))
+    config = _quantization(settings, hardware, parts)
     model = load_from_folder(folder, quantization_config=config, **options)
-    check_quantised(model, matrices, stacks, folder)
+    check_quantised(model, parts.matrices, parts.stacks, folder)
     return model
+
+
+class _Parts(NamedTuple):
+    """What of a model is quantised, and what is not."""
+
+    matrices: set[str]
+    """Names of the weights of linear modules that are quantised."""
+    stacks: set[str]
+    """Names of the stacks of matrices that are quantised."""
+    kept: set[str]
+    """Names of the linear modules that are not quantised."""
+
+
+def _parts_to_quantise(settings: ModelSettings, folder: Path, in_own_format: bool) -> _Parts | None:
+    """Return what of a base is to be quantised; None if nothing is.
+
+    Raises:
+        LoratuneError: bitsandbytes is missing, or has nothing to quantise.
+    """
+    if settings.quantization == "none":
+        return None
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise LoratuneError(needs(f"model.quantization {settings.quantization}", "bitsandbytes"), Exit.USAGE)
+    empty = empty_model(load_config(folder))
+    require_quantisable(settings, empty)
+    stacks = set(expert_stacks(empty)) if in_own_format and settings.quantization == "nf4" else set[str]()
+    return _Parts(quantised_matrices(empty), stacks, kept_in_16_bits(empty))
+
+
+def _load_sharded(
+    settings: ModelSettings, folder: Path, hardware: Hardware, dtype: torch.dtype, attention: str, parts: _Parts | None
+) -> CausalModel:
+    from loratune.model.sharding.sharded_base import load_sharded  # takes torch.distributed
+    from loratune.model.weights.quantized_rows import Quantised  # takes bitsandbytes
+
+    quantised = None
+    if parts:
+        computed = resolve_dtype(settings.compute_dtype, hardware)
+        quantised = Quantised(parts.matrices, parts.stacks, computed, settings.double_quantization)
+    return load_sharded(folder, hardware, dtype, attention, quantised)
 
 
 def is_to_be_sharded(settings: ModelSettings, hardware: Hardware) -> bool:
@@ -74,14 +108,13 @@ def require_quantisable(settings: ModelSettings, model: CausalModel) -> None:
         )
 
 
-def _quantization(
-    settings: ModelSettings, hardware: Hardware, kept: list[str], with_stacks: bool
-) -> BitsAndBytesConfig:
+def _quantization(settings: ModelSettings, hardware: Hardware, parts: _Parts) -> BitsAndBytesConfig:
+    kept = sorted(parts.kept)
     if settings.quantization == "int8":
         return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=kept)
     from loratune.model.weights.quantizer import StacksConfig  # takes bitsandbytes
 
-    return (StacksConfig if with_stacks else BitsAndBytesConfig)(
+    return (StacksConfig if parts.stacks else BitsAndBytesConfig)(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=settings.double_quantization,

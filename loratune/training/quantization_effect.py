@@ -17,8 +17,8 @@ from loratune.errors import counted, reason_of
 from loratune.model.architecture.recurrent import recurrent_modules
 from loratune.model.architecture.roles import expert_stacks
 from loratune.model.architecture.structure import decoder_of
-from loratune.model.sharding.gathering import is_sharded, shard_norms
-from loratune.model.weights.held import bytes_by_group, held_bytes
+from loratune.model.sharding.gathering import base_norms, is_sharded
+from loratune.model.weights.held import bytes_by_group, held_bytes, own_bytes
 from loratune.model.weights.unpacked import keep_unpacked
 from loratune.model.weights.unquantised import unquantised
 from loratune.protocols import CausalModel
@@ -36,6 +36,8 @@ POSITIONS_AT_ONCE = 32
 NOTICED = 0.1
 """Mean KL in nats above which there is advice: the scale of what a fine-tune changes."""
 
+NOT_MEASURED_SHARDED = "how far {} is from 16 bits is measured only with model.sharding none"
+
 
 @dataclass(frozen=True)
 class BaseWeights:
@@ -43,6 +45,8 @@ class BaseWeights:
 
     groups: dict[str, int]
     """Group → bytes."""
+    own_bytes: int
+    """What this process holds; less than all of a sharded base."""
     effect: QuantizationEffect | None = None
     """Of quantisation; None if there is none, or if it could not be measured."""
     notes: tuple[str, ...] = ()
@@ -66,11 +70,12 @@ def weights_of(model: CausalModel, settings: ModelSettings, folder: Path, data: 
         folder: the base's folder.
         data: whose validation rows are compared, or training rows if there are none.
     """
-    groups = bytes_by_group(model)
+    groups, held = bytes_by_group(model), sum(own_bytes(parameter) for parameter in model.parameters())
+    if is_sharded(model):
+        unknown = () if settings.quantization == "none" else (NOT_MEASURED_SHARDED.format(settings.quantization),)
+        return BaseWeights(groups, held, None, unknown, process_count(), base_norms(model))
     if settings.quantization == "none":
-        if is_sharded(model):
-            return BaseWeights(groups, shares=process_count(), norms=shard_norms(model))
-        return BaseWeights(groups)
+        return BaseWeights(groups, held)
     notes = []
     if settings.quantization == "int8" and (stacks := expert_stacks(model)):
         size = sum(held_bytes(parameter) for name, parameter in model.named_parameters() if name in stacks)
@@ -83,9 +88,9 @@ def weights_of(model: CausalModel, settings: ModelSettings, folder: Path, data: 
         effect = measure_effect(model, folder, compared, SECONDS) if is_main_process() else None
     except Exception as error:  # a measurement is no reason to end a run
         notes.append(f"how far {settings.quantization} is from 16 bits was not measured: {reason_of(error)}")
-        return BaseWeights(groups, None, tuple(notes))
+        return BaseWeights(groups, held, None, tuple(notes))
     advice = advice_on(model, settings.quantization, effect) if effect else []
-    return BaseWeights(groups, effect, (*notes, *advice))
+    return BaseWeights(groups, held, effect, (*notes, *advice))
 
 
 def measure_effect(model: CausalModel, folder: Path, split: Split, seconds: float) -> QuantizationEffect:

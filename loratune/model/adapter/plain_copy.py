@@ -15,6 +15,7 @@ from peft.tuners.lora import LoraLayer
 from torch import nn
 
 from loratune.model.adapter.attach import is_adapter_weight
+from loratune.model.weights.stack import stacks_of
 from loratune.model.weights.unpacked import keep_unpacked
 from loratune.protocols import AdaptedModel, CausalModel
 
@@ -38,6 +39,7 @@ def with_same_weights(model: CausalModel) -> CausalModel:
     memo |= {id(buffer): buffer for buffer in model.buffers()}
     quantised = (getattr(module, name, None) for module in model.modules() for name in QUANTISED_STATES)
     memo |= {id(state): state for state in quantised if state is not None}
+    memo |= {id(stack): stack for module in model.modules() for stack in stacks_of(module).values()}
     copied = copy.deepcopy(model, memo)
     keep_unpacked(copied)
     return copied

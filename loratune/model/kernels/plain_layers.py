@@ -40,13 +40,13 @@ class LayerState(NamedTuple):
 
 
 @functools.cache
-def base_classes() -> dict[type, type]:
-    """Return PEFT's layer class → required class of its base layer."""
-    classes: dict[type, type] = {Linear: nn.Linear}
-    if is_bnb_4bit_available():
-        layers = importlib.import_module("peft.tuners.lora.bnb")
-        classes[layers.Linear4bit] = layers.bnb.nn.Linear4bit
-    return classes
+def base_classes() -> dict[type, tuple[type, ...]]:
+    """Return PEFT's layer class → known classes of its base layer."""
+    if not is_bnb_4bit_available():
+        return {Linear: (nn.Linear,)}
+    layers = importlib.import_module("peft.tuners.lora.bnb")
+    rows = importlib.import_module("loratune.model.weights.quantized_rows")
+    return {Linear: (nn.Linear, rows.QuantizedLinear), layers.Linear4bit: (layers.bnb.nn.Linear4bit,)}
 
 
 def state_of(layer: Any) -> LayerState | None:
@@ -66,7 +66,7 @@ def state_with(layer: Any, adapter: Any) -> LayerState | None:
         modules["lora_A"]._modules.get(adapter),
         modules["lora_B"]._modules.get(adapter),
     )
-    is_known = type(base) is base_classes().get(type(layer)) and type(down) is type(up) is nn.Linear
+    is_known = type(base) in base_classes().get(type(layer), ()) and type(down) is type(up) is nn.Linear
     if not is_known or not layer.cast_input_dtype_enabled:
         return None
     dropout = modules["lora_dropout"]._modules[adapter]
@@ -81,7 +81,7 @@ def state_with(layer: Any, adapter: Any) -> LayerState | None:
         (id(a), id(b)),
         (a.dtype, b.dtype),
         up._parameters["bias"] is not None,
-        (type(weight), weight.requires_grad, not is_dense and _trains_quantised(weight)),
+        (type(weight), weight.requires_grad, not is_dense and _trains_quantised(base)),
         weight.dtype if is_dense else base.compute_dtype,
         _has_additions(base) or _has_additions(dropout) or _has_additions(down) or _has_additions(up),
     )
@@ -93,8 +93,8 @@ def _has_additions(module: Any) -> bool:
     return bool(hooks) or ("forward" in own and not takes_few_rows(module))
 
 
-def _trains_quantised(weight: Any) -> bool:
-    state = weight.quant_state
+def _trains_quantised(base: Any) -> bool:
+    state = getattr(base._parameters["weight"], "quant_state", None) or base.quant_state
     return state is not None and not getattr(state, "packing_format_for_cpu", False)
 
 

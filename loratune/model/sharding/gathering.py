@@ -68,12 +68,24 @@ def gathered_bytes(model: CausalModel) -> int:
     return 2 * max(sizes, default=0)
 
 
-def shard_norms(model: CausalModel) -> dict[str, float]:
-    """Return the Frobenius norm of each sharded weight; each process has to call this."""
-    shards = {name: weight.to_local() for name, weight in model.named_parameters() if hasattr(weight, "to_local")}
-    squares = torch.stack([torch.linalg.vector_norm(shard, dtype=torch.float32) ** 2 for shard in shards.values()])
+def base_norms(model: CausalModel) -> dict[str, float]:
+    """Return the Frobenius norm of each sharded weight, dequantised; each process has to call this."""
+    weights = dict(model.named_parameters())
+    shards = {name: weight.to_local() for name, weight in weights.items() if hasattr(weight, "to_local")}
+    plain = {name: shard for name, shard in shards.items() if shard.is_floating_point()}
+    squares = torch.stack([torch.linalg.vector_norm(shard, dtype=torch.float32) ** 2 for shard in plain.values()])
     torch.distributed.all_reduce(squares)
-    return dict(zip(shards, squares.sqrt().tolist(), strict=True))
+    norms: dict[str, float] = dict(zip(plain, squares.sqrt().tolist(), strict=True))
+    names = {module: f"{path}.weight" for path, module in model.named_modules() if hasattr(module, "dequantised")}
+
+    def look(part: Any) -> None:
+        for module in part.modules():
+            if module in names:
+                norms[names[module]] = float(torch.linalg.vector_norm(module.dequantised(), dtype=torch.float32))
+
+    if names:
+        with_weights(model, look)
+    return norms
 
 
 def _own_parts(unit: Any) -> list[Any]:

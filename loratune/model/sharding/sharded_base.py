@@ -1,8 +1,8 @@
 """Loads a base of which each process holds a part, by torch's FSDP2.
 
 The modules exist without values first. Then each process reads its own rows from the mapped files, so that no process
-and no machine holds more than the shards, and nothing is sent. LoRA matrices that are attached afterwards belong to no
-unit: every process has all of them.
+and no machine holds more than the shards, and nothing is sent but the scales of quantised weights. LoRA matrices that
+are attached afterwards belong to no unit: every process has all of them.
 """
 
 from __future__ import annotations
@@ -11,13 +11,14 @@ import re
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+from bitsandbytes.functional import QuantState
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.tensor import DTensor
 
 from loratune.errors import Exit, LoratuneError
 from loratune.model.architecture.file_layout import FileLayout, file_layout
@@ -27,12 +28,22 @@ from loratune.model.files import weight_files
 from loratune.model.from_folder import load_empty
 from loratune.model.hardware import Hardware
 from loratune.model.memory import return_large_blocks
+from loratune.model.sharding.quantized_shards import (
+    quantised_in,
+    read_codes,
+    require_whole_blocks,
+    sharded_as,
+    use_states,
+)
+from loratune.model.weights.quantized_rows import Quantised, make_quantized
 from loratune.model.weights.tensor_files import TensorFiles
 from loratune.protocols import CausalModel
 from loratune.recipe.sections import LoraSettings, ModelSettings
 
 
-def load_sharded(folder: Path, hardware: Hardware, dtype: torch.dtype, attention: str) -> CausalModel:
+def load_sharded(
+    folder: Path, hardware: Hardware, dtype: torch.dtype, attention: str, quantised: Quantised | None = None
+) -> CausalModel:
     """A causal language model, frozen, whose decoder, embedding and head are sharded over the processes.
 
     What is beside them, such as the layers that read images, is whole in each process.
@@ -42,27 +53,33 @@ def load_sharded(folder: Path, hardware: Hardware, dtype: torch.dtype, attention
         hardware: the device of this process.
         dtype: of the weights.
         attention: transformers' name of the implementation.
+        quantised: what is in 4 bits; nothing by default.
 
     Raises:
         LoratuneError: it cannot be loaded, or its layers are not apart from each other.
     """
     return_large_blocks()
-    model = load_empty(folder, dtype, attn_implementation=attention)
-    _keep_in_float32(model)
     files = TensorFiles(weight_files(folder))
-    layout = file_layout(model, files.infos)
+    model, layout = _without_values(folder, files, dtype, attention, quantised)
     mesh = init_device_mesh(hardware.device.type, (hardware.processes,))
     is_tied = _shard(model, mesh)
+    source, states = _Source(files, layout, hardware.device), dict[str, list[QuantState]]()
     for name, module, attribute in _places(model):
-        if name in layout.parts:
-            _read(module, attribute, name, layout, files, hardware.device)
-            files.release(layout.tensors_of(name))
+        if quantised and name in quantised.matrices | quantised.stacks:
+            states[name] = _quantise(module, attribute, name, source, dtype, quantised.double)
+        elif name in layout.parts:
+            _read(module, attribute, name, source)
         elif attribute in module._buffers:
             module._buffers[attribute] = module._buffers[attribute].to(hardware.device)
+        files.release(layout.tensors_of(name) if name in layout.parts else [])
+    if quantised:
+        use_states(model, states, quantised.compute_dtype)
+        model.is_loaded_in_4bit = True  # as transformers says it, so that TRL gives the adapter the same first values
     if is_tied:
         output_layer(model).weight = model.get_input_embeddings().weight
     _require_running(model)
-    return model
+    loaded: CausalModel = model
+    return loaded
 
 
 def with_same_shards(model: CausalModel, folder: Path, attention: str) -> CausalModel:
@@ -73,8 +90,8 @@ def with_same_shards(model: CausalModel, folder: Path, attention: str) -> Causal
         folder: that it was loaded from.
         attention: with which it was loaded.
     """
-    other = load_empty(folder, model.dtype, attn_implementation=attention)
-    _keep_in_float32(other)
+    quantised, states = quantised_in(model) or (None, {})
+    other, _ = _without_values(folder, TensorFiles(weight_files(folder)), model.dtype, attention, quantised)
     held = next(weight for weight in decoder_of(model).parameters() if isinstance(weight, DTensor))
     _shard(other, held.device_mesh)
     loaded = dict(model.named_modules())
@@ -84,18 +101,21 @@ def with_same_shards(model: CausalModel, folder: Path, attention: str) -> Causal
             module._buffers[attribute] = own
         else:
             setattr(module, attribute, nn.Parameter(own.detach(), requires_grad=False))
+    if quantised:
+        use_states(other, states, quantised.compute_dtype)
     _require_running(other)
-    return other
+    copied: CausalModel = other
+    return copied
 
 
 def require_shardable(settings: ModelSettings, lora: LoraSettings) -> None:
-    """Refuse settings with which weights are not frozen, not plain, or read outside the forward of their layer.
+    """Refuse settings with which weights are trained, not divided by rows, or read outside the forward of their layer.
 
     Raises:
         LoratuneError: names them all.
     """
     set_to = {
-        f"model.quantization {settings.quantization}": settings.quantization != "none",
+        f"model.quantization {settings.quantization}": settings.quantization == "int8",
         "lora.modules_to_save": bool(lora.modules_to_save),
         f"lora.bias {lora.bias}": lora.bias != "none",
         "lora.use_dora": lora.use_dora,
@@ -122,6 +142,20 @@ def require_apart_from_vocabulary(roles: Mapping[str, Role]) -> None:
             "take model.sharding none",
             Exit.USAGE,
         )
+
+
+def _without_values(
+    folder: Path, files: TensorFiles, dtype: torch.dtype, attention: str, quantised: Quantised | None
+) -> tuple[Any, FileLayout]:
+    """Return a causal language model with nothing in it yet, and where the files have its values."""
+    one_by_one = {"experts_implementation": "eager"} if quantised and quantised.stacks else {}
+    model = load_empty(folder, dtype, attn_implementation=attention, **one_by_one)
+    _keep_in_float32(model)
+    layout = file_layout(model, files.infos)
+    if quantised:
+        require_whole_blocks(model, quantised.matrices)
+        make_quantized(model, quantised)
+    return model, layout
 
 
 def _keep_in_float32(model: Any) -> None:
@@ -200,22 +234,42 @@ def _places(model: CausalModel) -> Iterator[tuple[str, Any, str]]:
                 yield f"{path}.{attribute}", module, attribute
 
 
-def _read(module: Any, attribute: str, name: str, layout: FileLayout, files: TensorFiles, device: torch.device) -> None:
+class _Source(NamedTuple):
+    """Where values come from, and where they go."""
+
+    files: TensorFiles
+    layout: FileLayout
+    device: torch.device
+
+    def rows(self, name: str, empty: DTensor, dtype: torch.dtype) -> torch.Tensor:
+        """Return this process's rows of a parameter."""
+        own = _own_rows(len(empty), empty.device_mesh)
+        return self.layout.rows(name, own, self.files).to(self.device, dtype, copy=True).contiguous()
+
+
+def _read(module: Any, attribute: str, name: str, source: _Source) -> None:
     """Give a parameter or buffer its values, or this process's rows of them."""
     empty = getattr(module, attribute)
     if not isinstance(empty, DTensor):
-        values = layout.read(name, files).to(device, empty.dtype, copy=True)
+        values = source.layout.read(name, source.files).to(source.device, empty.dtype, copy=True)
         if attribute in module._buffers:
             module._buffers[attribute] = values
         else:
             setattr(module, attribute, nn.Parameter(values, requires_grad=False))
         return
-    own = _own_rows(len(empty), empty.device_mesh)
-    rows = layout.rows(name, own, files).to(device, empty.dtype, copy=True).contiguous()
-    shard = DTensor.from_local(
-        rows, empty.device_mesh, [Shard(0)], run_check=False, shape=empty.shape, stride=empty.stride()
-    )
+    shard = sharded_as(empty, source.rows(name, empty, empty.dtype), empty.shape)
     setattr(module, attribute, nn.Parameter(shard, requires_grad=False))
+
+
+def _quantise(
+    module: Any, attribute: str, name: str, source: _Source, dtype: torch.dtype, double: bool
+) -> list[QuantState]:
+    """Give a parameter its codes; return the scales of all rows."""
+    empty = getattr(module, attribute)
+    shape = torch.Size(source.layout.infos(source.files.infos)[name].shape)
+    parameter, states = read_codes(empty, source.rows(name, empty, dtype), shape, double)
+    setattr(module, attribute, parameter)
+    return states
 
 
 def _own_rows(rows: int, mesh: DeviceMesh) -> slice:

@@ -21,6 +21,13 @@ def held_bytes(parameter: Any) -> int:
     return sum(one.numel() * one.element_size() for one in (parameter, *_scales(parameter)))
 
 
+def own_bytes(parameter: Any) -> int:
+    """Return the bytes that this process holds of a parameter: of a sharded one, some rows and all scales."""
+    own = parameter.to_local() if isinstance(parameter, DTensor) else parameter
+    elsewhere = int(parameter.numel() - own.numel())
+    return held_bytes(parameter) - elsewhere * int(parameter.element_size())
+
+
 def value_count(parameter: Any) -> int:
     """Return the number of values of a parameter, before quantisation if it is quantised."""
     states = _states(parameter)
@@ -28,8 +35,10 @@ def value_count(parameter: Any) -> int:
 
 
 def is_quantised(parameter: Any) -> bool:
-    """Return whether a parameter is quantised: bitsandbytes, as this program, has classes for these."""
-    return isinstance(parameter, nn.Parameter) and type(parameter) not in (nn.Parameter, DTensor)
+    """Return whether a parameter is quantised: it has a class of its own, or consists of codes."""
+    if not isinstance(parameter, nn.Parameter):
+        return False
+    return type(parameter) not in (nn.Parameter, DTensor) or parameter.dtype == torch.uint8
 
 
 def bytes_by_group(model: CausalModel) -> dict[str, int]:

@@ -7,7 +7,7 @@ some token is sent to, one at a time, and the backward pass dequantises them aga
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from types import MethodType
 from typing import Any, TypeGuard
 
@@ -32,10 +32,6 @@ class QuantizedParameter(nn.Parameter):
         made.states = states
         return made
 
-    def matrix(self, number: int) -> torch.Tensor:
-        """Return a dequantised matrix, in the dtype that it had."""
-        return bnb.dequantize_4bit(self.data[number], self.states[number])
-
     def first_values(self, number: int, count: int) -> torch.Tensor:
         """Return the first values of a matrix, dequantised; at most those of the first block with a scale."""
         state = copy.copy(self.states[number])
@@ -50,17 +46,17 @@ class QuantizedMatrix:
     """A frozen matrix that products with it dequantise, forward and backward; other functions get it dequantised.
 
     Args:
-        parameter: the stack.
-        number: index of the matrix.
+        codes: uint8 (bytes, 1); their storage may be empty between forward and backward.
+        state: bitsandbytes' scales and shape.
         dtype: products are computed in it.
     """
 
-    def __init__(self, parameter: QuantizedParameter, number: int, dtype: torch.dtype) -> None:
-        self.parameter, self.number, self.dtype = parameter, number, dtype
+    def __init__(self, codes: torch.Tensor, state: Any, dtype: torch.dtype) -> None:
+        self.codes, self.state, self.dtype = codes, state, dtype
 
     def dequantised(self) -> torch.Tensor:
-        """Return the matrix."""
-        return self.parameter.matrix(self.number)
+        """Return the matrix, in the dtype that it had."""
+        return bnb.dequantize_4bit(self.codes, self.state)
 
     def __getattr__(self, name: str) -> Any:
         """Return an attribute or method of the dequantised matrix, such as its transpose."""
@@ -104,13 +100,15 @@ class QuantizedStack(Stack):
     """Stands in for a quantised stack during its module's forward pass.
 
     Args:
-        parameter: the stack.
+        codes: of the stack, uint8 (matrices, bytes of a matrix, 1); None until the first pass.
+        states: bitsandbytes' scales and shape of each matrix.
         compute_dtype: of products with it.
     """
 
-    def __init__(self, parameter: QuantizedParameter, compute_dtype: torch.dtype) -> None:
-        super().__init__(parameter.matrix, torch.Size((len(parameter), *parameter.states[0].shape)), parameter.device)
-        self.parameter, self.compute_dtype, self.dtype = parameter, compute_dtype, parameter.states[0].dtype
+    def __init__(self, codes: torch.Tensor | None, states: list[Any], compute_dtype: torch.dtype) -> None:
+        shape = torch.Size((len(states), *states[0].shape))
+        super().__init__(self._dequantised, shape, states[0].absmax.device)
+        self.codes, self.states, self.compute_dtype, self.dtype = codes, states, compute_dtype, states[0].dtype
 
     original: Callable[[int], torch.Tensor] | None = None
     """Returns the matrix of a number to compute with in place of the quantised one."""
@@ -121,7 +119,18 @@ class QuantizedStack(Stack):
             return self.original(int(number)).to(self.device, self.dtype)
         if self.changes:
             return super().__getitem__(number)
-        return QuantizedMatrix(self.parameter, int(number), self.compute_dtype)
+        return self._matrix(int(number))
+
+    def take(self, parameter: torch.Tensor) -> None:
+        """Compute with these codes."""
+        self.codes = parameter.data
+
+    def _matrix(self, number: int) -> QuantizedMatrix:
+        assert self.codes is not None
+        return QuantizedMatrix(self.codes[number], self.states[number], self.compute_dtype)
+
+    def _dequantised(self, number: int) -> torch.Tensor:
+        return self._matrix(number).dequantised()
 
     def whole(self) -> torch.Tensor:
         """Return all matrices."""
@@ -159,9 +168,15 @@ def use_quantized_stacks(model: nn.Module, compute_dtype: torch.dtype) -> None:
     for module in model.modules():
         parameters = {name: one for name, one in module._parameters.items() if is_quantized_stack(one)}
         if parameters:
-            if declares_layout(module):
-                module.forward = MethodType(by_single_matrices, module)
-            use_stacks(module, {name: QuantizedStack(one, compute_dtype) for name, one in parameters.items()})
+            stacks = {name: QuantizedStack(one.data, one.states, compute_dtype) for name, one in parameters.items()}
+            compute_with_stacks(module, stacks)
+
+
+def compute_with_stacks(module: nn.Module, stacks: Mapping[str, QuantizedStack]) -> None:
+    """Let a module compute with quantised stacks in place of its parameters of these names."""
+    if declares_layout(module):
+        module.forward = MethodType(by_single_matrices, module)
+    use_stacks(module, stacks)
 
 
 def is_quantized_stack(parameter: Any) -> TypeGuard[QuantizedParameter]:

@@ -6,7 +6,7 @@ Only these are read from the files, and only one is in memory at a time.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -42,6 +42,9 @@ class Stack:
             matrix = change(matrix, int(number))
         return matrix
 
+    def take(self, parameter: Any) -> None:
+        """Get the parameter that the stack stands in for, before each forward pass."""
+
     def whole(self) -> torch.Tensor:
         """Return all matrices, in float32."""
         return torch.stack([self[number] for number in range(len(self))])
@@ -53,12 +56,14 @@ class Stack:
         return function(*arguments, **(settings or {}))
 
 
-def use_stacks(module: nn.Module, stacks: dict[str, Stack]) -> None:
+def use_stacks(module: nn.Module, stacks: Mapping[str, Stack]) -> None:
     """Let a module's forward pass read stacks in place of its parameters of these names."""
     module.stacks, forward = stacks, module.forward
 
     def with_stacks(*arguments: Any, **settings: Any) -> Any:
         kept = {name: module._parameters[name] for name in stacks}
+        for name, stack in stacks.items():
+            stack.take(kept[name])
         module._parameters.update(stacks)
         try:
             return forward(*arguments, **settings)
@@ -68,7 +73,7 @@ def use_stacks(module: nn.Module, stacks: dict[str, Stack]) -> None:
     module.forward = with_stacks
 
 
-def stacks_of(module: nn.Module) -> dict[str, Stack]:
+def stacks_of(module: nn.Module) -> Mapping[str, Stack]:
     """Return the stacks that a module reads, by the names of its parameters."""
-    found: dict[str, Stack] = getattr(module, "stacks", {})
+    found: Mapping[str, Stack] = getattr(module, "stacks", {})
     return found

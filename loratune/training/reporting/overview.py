@@ -40,7 +40,7 @@ def show_model(
     held = dtype if recipe.model.quantization == "none" else recipe.model.quantization
     groups = ", ".join(f"{name} {console.memory(size)}" for name, size in weights.groups.items())
     quantised = [("quantised", _effect_text(weights.effect))] if weights.effect else []
-    part = f"{console.memory(summary.base_bytes // weights.shares)} in each of {weights.shares} processes"
+    part = f"{console.memory(weights.own_bytes)} in each of {weights.shares} processes"
     sharded = [("sharding", part)] if weights.shares > 1 else []
     share = summary.trainable_parameters / summary.total_parameters
     console.table(
@@ -78,10 +78,10 @@ def _groups(summary: AdapterSummary) -> list[tuple[str, str]]:
     return [*rows, ("left out", "; ".join(summary.left_out))] if summary.left_out else rows
 
 
-def parts_of_memory(summary: AdapterSummary, passes: PassPlan, shares: int) -> dict[str, str]:
-    """Return the known parts of the training memory of a process, which has one of the shares of the base."""
+def parts_of_memory(summary: AdapterSummary, passes: PassPlan, base_bytes: int) -> dict[str, str]:
+    """Return the known parts of the training memory of a process that holds some bytes of the base."""
     parts = {
-        "base": console.memory(summary.base_bytes // shares),
+        "base": console.memory(base_bytes),
         "adapter": console.memory(summary.adapter_bytes),
         "gradients and optimizer": console.memory(3 * summary.adapter_bytes),
     }
