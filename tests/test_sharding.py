@@ -256,12 +256,14 @@ def sft(tmp_path: Path, rows_file: Path) -> Callable[..., tuple[dict[str, Any], 
     odd = tmp_path / "odd.json"
     odd.write_text(json.dumps(ROWS[:1]))  # nothing is left for a second process
 
-    def train(name: str, processes: int, base: Path, *flags: str) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+    def train(
+        name: str, processes: int, base: Path, *flags: str, questions: str = "0"
+    ) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
         settings = [
             "--model.base", base, "--model.dtype", "float32", "--data.train", rows_file, "--data.validation", odd,
             "--training.max_steps", "4", "--training.batch_size", "11", "--lora.dropout", "0",
             "--training.learning_rate", "5e-3", "--checkpoints.every_steps", "2", "--evaluation.every_steps", "2",
-            "--evaluation.questions_share", "0", "--output", tmp_path / name, *flags,
+            "--evaluation.questions_share", questions, "--output", tmp_path / name, *flags,
         ]  # fmt: skip
         if processes == 1:
             command = [sys.executable, "-m", "loratune", "sft", *map(str, settings)]
@@ -300,13 +302,44 @@ def test_a_sharded_base_trains_what_one_process_trains(
 ) -> None:
     sizes = WIDE | {"moe_intermediate_size": 64} if set(NF4) <= set(flags) else {}
     base = with_tokenizer(make_tiny_model(kind, tmp_path / kind, **sizes))
-    figures, adapter = sft("one", 1, base, *flags)
-    sharded, own = sft("sharded", 2, base, *flags, *SHORT_PASSES, "--model.sharding", "fsdp")
+    figures, adapter = sft("one", 1, base, *flags, questions="9")
+    sharded, own = sft("sharded", 2, base, *flags, *SHORT_PASSES, "--model.sharding", "fsdp", questions="9")
     assert {name.split()[0] for name in figures} >= {"loss", "validation_loss"}
     assert sharded == pytest.approx(figures, rel=1e-5)
     torch.testing.assert_close(own, adapter, rtol=1e-4, atol=1e-5)
-    health = json.loads((tmp_path / "sharded" / "report.json").read_text())["health"]
+    health, expected = (
+        json.loads((tmp_path / name / "report.json").read_text())["health"] for name in ("sharded", "one")
+    )
+    assert health["answers"] == expected["answers"]
+    assert expected["answers"]["told"]
     assert all(0 < updates["largest"] < 1 for updates in health["updates"].values())
+
+
+FAILING_QUESTIONS = """
+import torch
+from loratune.cli.app import main
+from loratune.training.reporting import closing
+
+def fail_in_a_pass(model, *_):
+    model(input_ids=torch.zeros(1, 2, dtype=torch.long), inputs_embeds=torch.zeros(1, 2, 4))
+
+closing.ask_questions = fail_in_a_pass
+main()
+"""
+
+
+@pytest.mark.slow
+def test_failing_questions_do_not_keep_the_others(tmp_path: Path, random_qwen: Path, rows_file: Path) -> None:
+    """Where the first process fails within a pass, another one waits in it."""
+    script, output = tmp_path / "failing.py", tmp_path / "run"
+    script.write_text(FAILING_QUESTIONS)
+    in_processes(
+        2, script, "sft", "--model.base", random_qwen, "--data.train", rows_file, "--training.max_steps", "1",
+        "--output", output, "--model.sharding", "fsdp",
+    )  # fmt: skip
+    report = json.loads((output / "report.json").read_text())
+    assert any("the closing questions" in warning for warning in report["warnings"])
+    assert json.loads((output / "status.json").read_text())["state"] == "finished"
 
 
 @pytest.mark.slow

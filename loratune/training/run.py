@@ -48,7 +48,7 @@ from loratune.training.processes.agreement import require_same_everywhere
 from loratune.training.processes.group import from_all, from_first, process_group
 from loratune.training.processes.watch import Watch
 from loratune.training.record import identity_now, manifest_of
-from loratune.training.reporting.closing import close_run
+from loratune.training.reporting.closing import close_run, take_part
 from loratune.training.reporting.report import report_of
 from loratune.training.session import Session, load, prepare
 from loratune.training.trainer import AdapterTrainer
@@ -144,6 +144,7 @@ def _train(session: Session, start: Checkpoint | None) -> Report | None:
             running.watchers.trackers.close()
         stops.raise_if_any()
         if not is_main_process():  # the checkpoints may be on the first one's machine alone
+            take_part(session, running)
             return None
         _take_best(trainer, running.watchers.keeper)
         report = _finish(session, running)

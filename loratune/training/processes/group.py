@@ -68,15 +68,22 @@ def _joined(seconds: float) -> distributed.Store:
     return store
 
 
+def lost_connection(error: RuntimeError) -> str | None:
+    """Return why a connection to another process was lost; None if an error says something else."""
+    of_gloo = GLOO.search(str(error))
+    if of_gloo:
+        return of_gloo["reason"]
+    return first_line_of(error) if isinstance(error, distributed.DistError) else None
+
+
 @contextmanager
 def _lost_connections_explained() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        of_gloo = GLOO.search(str(error))
-        if not (of_gloo or isinstance(error, distributed.DistError)):
+        reason = lost_connection(error)
+        if reason is None:
             raise
-        reason = of_gloo["reason"] if of_gloo else first_line_of(error)
         raise LoratuneError(
             f"process {process_number()} of {process_count()} lost the connection to another one: {reason}", Exit.PEER
         ) from error

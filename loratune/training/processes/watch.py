@@ -64,8 +64,8 @@ class Watch:
     def __enter__(self) -> Watch:
         if process_count() > 1:
             self.keep_alive()
-            _in_background(self._report)
-            _in_background(self._watch)
+            in_background(self._report)
+            in_background(self._watch)
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -75,7 +75,7 @@ class Watch:
         """Report this process's progress every second, until the store is gone with the process that holds it."""
         host = socket.gethostname()
         with suppress(RuntimeError):
-            store = _connected()
+            store = connected()
             for pulse in itertools.count(1):
                 store.set(f"{PREFIX}/{process_number()}", f"{self._progress} {pulse} {host}")
                 if self._is_over.wait(PULSE_SECONDS):
@@ -95,13 +95,13 @@ class Watch:
             with suppress(RuntimeError):
                 found.append(self._diagnosis())
 
-        reading = _in_background(read)
+        reading = in_background(read)
         reading.join(READING_SECONDS)
         return found[0] if found else "the machine of the first process, to which all are connected, no longer answers"
 
     def _diagnosis(self) -> str:
         """Compare the processes' reports at two moments."""
-        store = _connected()
+        store = connected()
         before = _signs(store)
         time.sleep(3 * PULSE_SECONDS)
         now = _signs(store)
@@ -125,13 +125,15 @@ class Watch:
             os._exit(int(Exit.PEER))  # the main thread waits in a library, and no exception would reach it
 
 
-def _in_background(run: Callable[[], object]) -> threading.Thread:
+def in_background(run: Callable[[], object]) -> threading.Thread:
+    """Start a thread that does not keep the process from ending."""
     thread = threading.Thread(target=run, name="loratune-watch", daemon=True)
     thread.start()
     return thread
 
 
-def _connected() -> TCPStore:
+def connected() -> TCPStore:
+    """Return the store of the process group."""
     # A connection of its own: the process group's may be waiting.
     address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     return TCPStore(address, port, is_master=False, timeout=timedelta(seconds=READING_SECONDS))

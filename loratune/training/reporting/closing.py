@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext, suppress
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -13,6 +14,7 @@ from loratune.runs.folder import PLOT, REPORT
 from loratune.runs.output import replace_report
 from loratune.runs.report import Answers, Report
 from loratune.training.failures import attempted
+from loratune.training.processes.following import follow, leading
 from loratune.training.reporting.answers import Allowance, ask_questions
 from loratune.training.reporting.health import examine
 from loratune.training.reporting.plot import plot_losses
@@ -66,15 +68,20 @@ def _answers(session: Session, running: ActiveTraining) -> Answers | None:
     share, trained = session.recipe.evaluation.questions_share, running.watchers.metrics
     if not share:
         return None
-    if is_sharded(_model(running)):
-        console.say("no closing questions: only all processes together can answer with a sharded base")
-        return None
     allowance = Allowance(
         seconds=max(share * trained.seconds, LEAST_SECONDS),
         reading_speed=trained.tokens_per_second,
         is_over=lambda: session.stops.has_come,
     )
-    return ask_questions(_model(running), session.encoder, session.data, allowance)
+    with leading(_model(running)) if is_sharded(_model(running)) else nullcontext():
+        return ask_questions(_model(running), session.encoder, session.data, allowance)
+
+
+def take_part(session: Session, running: ActiveTraining) -> None:
+    """Let the first process ask the closing questions, in another one: weights are gathered by all."""
+    if session.recipe.evaluation.questions_share and is_sharded(_model(running)):
+        with session.stops.skipping(), suppress(Interrupted):
+            follow(_model(running))
 
 
 def _model(running: ActiveTraining) -> AdaptedModel:
