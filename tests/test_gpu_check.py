@@ -392,11 +392,26 @@ def test_a_quantised_stack_that_is_wrong_is_found(
     from loratune.model.weights import quantized_stack
 
     if is_wrong:
-        matrix = quantized_stack.QuantizedParameter.matrix
-        monkeypatch.setattr(quantized_stack.QuantizedParameter, "matrix", lambda self, n: 1.01 * matrix(self, n))
+        dequantised = quantized_stack.QuantizedMatrix.dequantised
+        monkeypatch.setattr(quantized_stack.QuantizedMatrix, "dequantised", lambda self: 1.01 * dequantised(self))
     nf4_mixture = importlib.import_module("gpu_checks.nf4_mixture")
     found = nf4_mixture.nf4_mixture(place)
     assert missed("nf4_mixture", found) == (["float32 error"] if is_wrong else []), found
+
+
+@pytest.mark.parametrize("is_wrong", [False, True])
+def test_scales_of_other_rows_are_found(
+    checks: Any, place: Any, monkeypatch: pytest.MonkeyPatch, is_wrong: bool
+) -> None:
+    from loratune.model import base
+    from loratune.model.sharding import quantized_shards
+
+    monkeypatch.setattr(base, "is_to_be_sharded", base.is_to_be_sharded)  # which the check replaces
+    if is_wrong:
+        state = quantized_shards.state_of_scales
+        monkeypatch.setattr(quantized_shards, "state_of_scales", lambda scales, *rest: state(scales.flip(0), *rest))
+    sharding = importlib.import_module("gpu_checks.sharding")
+    assert missed("sharding", sharding.sharding(place)) == (["largest error"] if is_wrong else [])
 
 
 def test_a_stack_with_wide_scales_is_found(checks: Any, place: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -196,6 +196,14 @@ CHECKS = (
         (Bound("largest difference of a loss", "≤", 1e-6), Bound("wrong exit codes", "=", 0)),
     ),
     Check(
+        "sharding",
+        "sharding:sharding",
+        120,
+        False,
+        # Rounding of sums of up to 512 numbers; units are two layers, embedding, decoder and head.
+        (Bound("largest error", "≤", 1e-5), Bound("fewest units", "≥", 5)),
+    ),
+    Check(
         "families",
         "families:families",
         300,
