@@ -61,8 +61,8 @@ def planted(checks: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Cal
 
 def test_the_table_is_the_whole_plan_and_every_function_is_there(checks: Any) -> None:
     table = importlib.import_module("gpu_checks.table")
-    assert len(table.CHECKS) == 20
-    assert len({check.name for check in table.CHECKS}) == 20
+    assert len(table.CHECKS) == 21
+    assert len({check.name for check in table.CHECKS}) == 21
     for check in table.CHECKS:
         module, _, name = check.function.partition(":")
         source = (ROOT / "scripts" / "gpu_checks" / f"{module}.py").read_text(encoding="utf-8")

@@ -366,11 +366,32 @@ AdapterTrainer.{method} = stick(AdapterTrainer.{method})
 """
 
 
+STUCK_OPTIMIZER = """
+import os, time
+from torch.optim import AdamW
+plain, calls = AdamW.step, []
+def step(self, *arguments, **settings):
+    calls.append(1)
+    if os.environ["RANK"] == "0" and len(calls) == 3:
+        time.sleep(60)
+    return plain(self, *arguments, **settings)
+AdamW.step = step
+"""
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize(("method", "step"), [("_save_scaler", 3), ("_save_scaler", 6), ("log", 2)])
-def test_a_process_that_hangs_outside_of_its_passes_is_named(machines: Start, method: str, step: int) -> None:
+@pytest.mark.parametrize(
+    "sticking",
+    [
+        STUCK.format(method="_save_scaler", step=3),
+        STUCK.format(method="_save_scaler", step=6),
+        STUCK.format(method="log", step=2),
+        STUCK_OPTIMIZER,
+    ],
+    ids=["saving", "saving last", "logging", "optimizer step"],
+)
+def test_a_process_that_hangs_outside_of_its_passes_is_named(machines: Start, sticking: str) -> None:
     """As on a network's disk that does not answer; the other one is in the next step by then, or has none left."""
-    sticking = STUCK.format(method=method, step=step)
     programs = machines("--training.max_steps", "6", "--training.ddp_timeout", "4", code=sticking + COMMAND_LINE)
     assert [program.exit_code() for program in programs] == [Exit.PEER, Exit.PEER]
     said = " ".join(" ".join(program.stderr for program in programs).split())

@@ -174,7 +174,7 @@ def test_a_scheduler_s_second_sigterm_within_a_moment_still_saves_the_step(
 
 def test_a_signal_that_another_process_has_told_of_does_not_count_twice() -> None:
     stops = StopSignals()
-    with stops.heeded(), stops.after_step():
+    with stops.heeded(), stops.after_step(lambda: None):
         stops.signal = signal.SIGTERM  # as the processes exchange it at the end of a step
         signal.raise_signal(signal.SIGTERM)
         with pytest.raises(Interrupted):
@@ -192,7 +192,7 @@ def test_a_signal_that_comes_while_the_processes_agree_counts_at_the_next_step(m
             signal.raise_signal(signals.pop())
 
     monkeypatch.setattr(torch.distributed, "all_reduce", agree)
-    with stops.heeded(), stops.after_step():
+    with stops.heeded(), stops.after_step(lambda: None):
         stops.on_step_end(arguments, None, control)
         assert not control.should_training_stop
         stops.on_step_end(arguments, None, control)

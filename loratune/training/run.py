@@ -132,7 +132,7 @@ def _train(session: Session, start: Checkpoint | None) -> Report | None:
     trainer.accelerator.wait_for_everyone()
     with _status_kept(output, trainer):
         try:
-            with stops.after_step(), watch:
+            with stops.after_step(watch.advance), watch:
                 if start:
                     _go_on(running, start, session.plan.steps)
                 else:

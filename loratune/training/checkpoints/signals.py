@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 from typing import Any
@@ -33,6 +33,7 @@ class StopSignals(TrainerCallback):
         """Whether the validation of the last step was interrupted."""
         self._is_repeated = False
         """Whether the next signal would be this process's second one."""
+        self._advance: Callable[[], None] = lambda: None
         self._told = ""  # message when a signal is deferred; empty if it raises at once
 
     @property
@@ -47,8 +48,13 @@ class StopSignals(TrainerCallback):
             yield
 
     @contextmanager
-    def after_step(self) -> Iterator[None]:
-        """During training: defer a signal to the end of the step."""
+    def after_step(self, advance: Callable[[], None]) -> Iterator[None]:
+        """During training: defer a signal to the end of the step.
+
+        Args:
+            advance: called before the processes of a run wait for each other.
+        """
+        self._advance = advance
         with self._noted("stopping after this step, with a checkpoint; repeat to stop at once"):
             yield
 
@@ -100,6 +106,7 @@ class StopSignals(TrainerCallback):
     def _has_come(self, args: Any) -> bool:
         if args.world_size == 1:
             return self.signal is not None
+        self._advance()  # a process that still is in its optimizer step has not come here
         numbers = torch.tensor([self.signal or 0], device=args.device)
         torch.distributed.all_reduce(numbers, torch.distributed.ReduceOp.MAX)
         if agreed := int(numbers):  # else a signal may have come meanwhile, which counts at the end of the next step
