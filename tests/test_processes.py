@@ -306,9 +306,11 @@ def has_trained(run: Path, steps: int) -> Callable[[], bool]:
     return lambda: (run / "metrics.jsonl").is_file() and len(losses(run)) >= steps
 
 
-def test_machines_without_a_shared_disk_resume_to_the_same_bits(machines: Start, tmp_path: Path) -> None:
+@pytest.mark.parametrize("sharding", ["none", pytest.param("fsdp", marks=pytest.mark.slow)])
+def test_machines_without_a_shared_disk_resume_to_the_same_bits(machines: Start, tmp_path: Path, sharding: str) -> None:
     first, second = tmp_path / "first", tmp_path / "second"
-    for program in machines("--training.max_steps", "6"):
+    flags = ("--training.max_steps", "6", "--model.sharding", sharding)
+    for program in machines(*flags):
         assert program.exit_code() == 0, program.stderr
     assert list(second.iterdir()) == [], "nothing is left on another machine"
     whole = shutil.move(first / "run", tmp_path / "whole")
@@ -320,7 +322,7 @@ def test_machines_without_a_shared_disk_resume_to_the_same_bits(machines: Start,
         shutil.rmtree(first / f"run/checkpoints/step-{step:06d}", ignore_errors=True)
     shutil.rmtree(first / "run/adapter")
     (first / "run/status.json").write_text('{"program": "loratune", "state": "running"}')
-    for program in machines("--training.max_steps", "6", "--resume"):
+    for program in machines(*flags, "--resume"):
         assert program.exit_code() == 0, program.stderr
     assert "resuming after step 3" in program.stderr
     assert list(second.iterdir()) == []
