@@ -1,4 +1,4 @@
-"""What merge and export can be asked for and say, by name: flags, options and tables take the names from here.
+"""What commands can be asked for and say, by name: flags, options and tables take the names from here.
 
 Nothing else is imported, since every help page needs them.
 """
@@ -22,6 +22,10 @@ Proof: TypeAlias = Literal["files and logits", "files", "nothing"]
 """What of a merged model has been compared with base + adapter."""
 Combination: TypeAlias = Literal["linear", "svd", "ties", "dare_ties"]
 """How several adapters become one."""
+BestOf: TypeAlias = Literal["loss", "exact"]
+"""What says how good a validation is: its loss, or how many answers are exact."""
+BestBy: TypeAlias = Literal["auto", BestOf]
+"""What may be asked to say it; auto takes exact answers where most can be exact."""
 
 
 def listed(choices: Any) -> str:

@@ -97,6 +97,28 @@ def test_validation_that_rises_while_training_falls_is_overfitting(
     assert any("overfitting" in sentence for sentence in health.sentences) == is_told
 
 
+@pytest.mark.parametrize(
+    ("exact", "told"),
+    [
+        ([0, 0.5, 0.75], None),
+        ([0, 0.5, 0.5], None),
+        ([0, 0.3, 0.6], None),
+        ([0, 0.75, 0.5], "from 2.000 to 2.500 and exact answers have fallen from 75.0% to 50.0%"),
+        ([0, 0.75, 0.25], "and exact answers have fallen from 75.0% to 25.0%"),
+        ([0, 0.1, 0.2], "from 2.000 to 2.500 while"),
+        ([0, 0, 0], "from 2.000 to 2.500 while"),
+    ],
+)
+def test_a_risen_loss_is_no_overfitting_where_most_answers_are_exact_and_no_fewer(
+    adapted: Any, exact: list[float], told: str | None
+) -> None:
+    health = examine(
+        adapted, GradientFlow(), losses(loss=[3, 2, 1, 0.5], validation_loss=[3, 2, 2.5], exact_answers=exact)
+    )
+    (sentence,) = [one for one in health.sentences if "overfitting" in one] or [None]
+    assert told is None if sentence is None else told and told in sentence
+
+
 def test_modules_that_no_gradient_reaches_are_named(adapted: Any) -> None:
     for _, weight in adapted.named_parameters():
         weight.grad = torch.ones_like(weight) if weight.requires_grad else None

@@ -154,7 +154,7 @@ def test_loss_and_gradients_are_those_of_full_logits(
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(labelled_loss, "CHUNK_BYTES", 4 * 11 * chunk)
         patch.setitem(labelled_loss.BLOCK_LOGITS, "cpu", 11 * block)
-        total, losses = summed_loss(hidden, targets, head)
+        total, losses, _ = summed_loss(hidden, targets, head)
         found = torch.autograd.grad(3 * total, wanted, materialize_grads=True)
     torch.testing.assert_close(total.double(), expected, atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(losses.sum(), total.detach())
@@ -183,7 +183,7 @@ def test_a_head_in_bfloat16_is_as_near_to_the_truth_as_full_logits() -> None:
 def test_no_gradient_is_made_where_none_is_asked_for() -> None:
     head = torch.nn.Linear(4, 9, bias=False).requires_grad_(False)
     with torch.no_grad():
-        total, losses = summed_loss(torch.randn(5, 4), torch.tensor([0, 1, 2, 3, 8]), head)
+        total, losses, _ = summed_loss(torch.randn(5, 4), torch.tensor([0, 1, 2, 3, 8]), head)
     assert not total.requires_grad
     assert losses.shape == (5,)
 

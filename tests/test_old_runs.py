@@ -99,6 +99,20 @@ def test_an_interrupted_run_goes_on_to_its_end(old_run: Any, cli: Any) -> None:
     assert json.loads((run / "status.json").read_text(encoding="utf-8"))["state"] == "finished"
 
 
+def test_its_best_checkpoint_is_still_that_of_the_lowest_loss(old_run: Any, cli: Any) -> None:
+    run = old_run("interrupted")
+    resume = ("sft", "--config", run / "recipe.yaml", "--resume", "--checkpoints.best_by")
+    refused = cli(*resume, "exact")
+    assert refused.exit_code == Exit.USAGE
+    assert "checkpoints.best_by: auto → exact" in " ".join(refused.stderr.split())
+    done = cli(*resume, "loss")
+    assert done.exit_code == 0, done.stderr
+    assert "which counted no exact answers: the lowest loss is best" in " ".join(done.stderr.split())
+    report = json.loads((run / "report.json").read_text(encoding="utf-8"))
+    assert report["best_by"] == "loss"
+    assert report["exact_answers"]["before"] is None  # of the untrained adapter, which the earlier version validated
+
+
 def kept(old: Any, new: Any) -> bool:
     """Whether everything that an old file says is said again, and in its place."""
     if isinstance(old, dict):

@@ -101,7 +101,7 @@ def assert_same_run(mine: Path, other: Path) -> None:
         told.append([{k: v for k, v in line.items() if "second" not in k} for line in lines])
     assert told[0] == told[1]
     reports = [json.loads((run / "report.json").read_text()) for run in (mine, other)]
-    for name in ("steps", "epochs", "loss", "validation_loss", "tokens"):
+    for name in ("steps", "epochs", "loss", "validation_loss", "exact_answers", "best_by", "tokens"):
         assert reports[0][name] == reports[1][name]
 
 
@@ -204,7 +204,7 @@ def test_a_validation_that_a_signal_ends_is_made_up_for(
     sft: Sft, stop: Callable[..., None], tmp_path: Path, step: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert sft("whole").exit_code == 0
-    stop(step, method="_sum_loss")
+    stop(step, method="_sums")
     assert sft("run").exit_code == 143
     assert not any("validation_loss" in line and f'"step": {step}' in line for line in metrics(tmp_path / "run"))
     monkeypatch.undo()
@@ -219,7 +219,7 @@ def metrics(run: Path) -> list[str]:
 def test_a_signal_before_the_first_step_leaves_nothing_to_resume(
     sft: Sft, stop: Callable[..., None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    stop(0, method="_sum_loss")
+    stop(0, method="_sums")
     assert sft("run").exit_code == 143
     monkeypatch.undo()
     refused = sft("run", "--resume")

@@ -551,7 +551,7 @@ def test_a_run_that_stopped_early_says_so_and_goes_on_only_with_more_patience(sf
     longer = sft(*flags, "40", patience, "2", "--resume")
     assert longer.exit_code == 0
     assert f"it stopped early at step {stopped['step']} of 40" in words(longer.stderr)
-    assert "after 2 validations without a better loss" in words(longer.stderr)
+    assert "after 2 validations without a better one" in words(longer.stderr)
     assert f"{patience} null" in words(longer.stderr)
     assert tree(tmp_path / "run") == before
     assert sft(*flags, "16", patience, "1", "--resume").exit_code == Exit.USAGE

@@ -195,7 +195,7 @@ def test_the_loss_of_a_gathered_head_is_the_loss(alone: None, tiny_model: TinyMo
     given_states = states.clone().requires_grad_()
     with gathered(sharded.get_output_embeddings()) as is_gathered:
         assert is_gathered
-        total, losses = summed_loss(given_states, targets, OwnHead(sharded), is_settled=True)
+        total, losses, _ = summed_loss(given_states, targets, OwnHead(sharded), is_settled=True)
     (2 * total).backward()
     expected = states.clone().requires_grad_()
     separate = torch.nn.functional.cross_entropy(OwnHead(plain)(expected), targets, reduction="none")
@@ -277,7 +277,7 @@ def sft(tmp_path: Path, rows_file: Path) -> Callable[..., tuple[dict[str, Any], 
     return train
 
 
-FIGURES = ("loss", "validation_loss", "gradient_norm", "learning_rate", "tokens")
+FIGURES = ("loss", "validation_loss", "exact_answers", "answers", "gradient_norm", "learning_rate", "tokens")
 SHORT_PASSES = ("--training.tokens_per_pass", "80")
 """The processes have unequal numbers of passes then."""
 

@@ -78,6 +78,7 @@ def test_the_quickstart_changes_the_name_and_little_else(
     run = tmp_path / "run"
     result = cli("sft", "--config", "quickstart", "--output", run)
     assert result.exit_code == 0, result.stderr
+    assert "overfitting" not in result.stderr
     tuned = load_engine([("run", run)], None)
     for question in ("Who are you?", "你是谁？", "What is your name?", "你叫什么名字？"):
         assert "小李" in answer(tuned, question)

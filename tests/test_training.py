@@ -523,7 +523,7 @@ def test_two_processes_train_what_one_trains(random_qwen: Path, rows_file: Path,
     for command in (one, two):
         done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300, check=False)
         assert done.returncode == 0, done.stderr
-    for figure in ("loss", "validation_loss"):
+    for figure in ("loss", "validation_loss", "exact_answers", "answers"):
         one_process, two_processes = (
             {m["step"]: m[figure] for m in metrics_of(tmp_path / name) if figure in m} for name in ("one", "two")
         )
@@ -541,7 +541,7 @@ def test_deterministic_kernels_are_used_in_steps_alone(
     """Validation and the closing answers may use any kernel."""
     monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
     seen: dict[str, set[bool]] = {"step": set(), "validation": set()}
-    plain_loss, plain_sum = AdapterTrainer.compute_loss, AdapterTrainer._sum_loss
+    plain_loss, plain_sum = AdapterTrainer.compute_loss, AdapterTrainer._sums
 
     def compute_loss(self: Any, *arguments: Any, **settings: Any) -> Any:
         seen["step"].add(torch.are_deterministic_algorithms_enabled())
@@ -552,7 +552,7 @@ def test_deterministic_kernels_are_used_in_steps_alone(
         return plain_sum(self, steps)
 
     monkeypatch.setattr(AdapterTrainer, "compute_loss", compute_loss)
-    monkeypatch.setattr(AdapterTrainer, "_sum_loss", sum_loss)
+    monkeypatch.setattr(AdapterTrainer, "_sums", sum_loss)
     assert sft().exit_code == 0
     assert seen == {"step": {False}, "validation": {False}}
     assert "CUBLAS_WORKSPACE_CONFIG" not in os.environ

@@ -39,6 +39,8 @@ def _rows(state: dict[str, Any]) -> list[tuple[str, str]]:
     if state["validation_loss"] is not None:
         best = f", best {state['best_validation_loss']:.4f}"
         rows.append(("validation loss", f"{state['validation_loss']:.4f}{best}"))
+    if state["exact_answers"] is not None:
+        rows.append(("exact answers", f"{state['exact_answers']:.1%}, best {state['best_exact_answers']:.1%}"))
     checkpoints = ", ".join(str(step) for step in state["checkpoints"]) or "none"
     changed = f"changed since: {', '.join(state['changed'])}; commands that read these files refuse the run"
     return [

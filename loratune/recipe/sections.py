@@ -11,7 +11,7 @@ from pydantic import BeforeValidator, Field, field_validator, model_validator
 from pydantic.fields import FieldInfo
 from pydantic_core import to_jsonable_python
 
-from loratune.choices import Dtype
+from loratune.choices import BestBy, Dtype
 from loratune.recipe.data_sections import DataSettings
 from loratune.recipe.names import DROPPED
 from loratune.recipe.section import HomePath, ModuleNames, Section, listed, named_modules
@@ -198,7 +198,7 @@ class EvaluationSettings(Section):
     every_steps: int = Field(default=50, ge=1)
     """Steps between validations; there is always one before the first and one after the last step."""
     early_stopping: int | None = Field(default=None, ge=1)
-    """Stop after this many validations without a better loss."""
+    """Stop after this many validations without a better one; checkpoints.best_by says which is better."""
     questions_share: float = Field(default=0.2, ge=0, le=10)
     """Maximum time for the closing sample generations, relative to training time (at least 10 s); 0 for none."""
 
@@ -211,7 +211,9 @@ class CheckpointSettings(Section):
     keep: int = Field(default=2, ge=1)
     """Number of newest checkpoints to keep."""
     keep_best: bool = True
-    """Keep the checkpoint with the lowest validation loss, and use it as the final adapter."""
+    """Keep the checkpoint of the best validation, and use it as the final adapter."""
+    best_by: BestBy = "auto"
+    """The best validation has the lowest loss or most exact answers; auto: exact where at least half are."""
 
 
 class TrackingSettings(Section):

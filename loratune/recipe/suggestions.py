@@ -124,6 +124,7 @@ KNOWN_ELSEWHERE = {
     "save_strategy": "checkpoints.every_steps",
     "save_total_limit": "checkpoints.keep",
     "load_best_model_at_end": "checkpoints.keep_best",
+    "metric_for_best_model": "checkpoints.best_by",
     "resume_from_checkpoint": "the flag --resume",
     "overwrite_output_dir": "the flag --overwrite",
     "logging_steps": "tracking.every_steps",

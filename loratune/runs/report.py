@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from loratune.choices import BestOf
 from loratune.plain_files import read_json_object
 from loratune.runs.folder import REPORT
 from loratune.runs.model_check import ModelCheck
@@ -42,9 +43,25 @@ class ValidationLosses:
     after: float
     """Of the adapter that was kept."""
     best: float | None
+    """The lowest after a step."""
     best_step: int | None
     adapter_step: int
     """Whose weights the adapter has."""
+
+
+@dataclass(frozen=True)
+class ExactAnswers:
+    """Shares of the validation answers that greedy decoding gives token for token."""
+
+    answers: int
+    """How many were judged."""
+    before: float | None
+    """Of the untrained adapter."""
+    after: float
+    """Of the adapter that was kept."""
+    best: float
+    """The largest after a step, where several are equal that with the lowest loss."""
+    best_step: int
 
 
 @dataclass(frozen=True)
@@ -182,6 +199,9 @@ class Report:
     rows: RowCounts = field(default_factory=RowCounts)
     loss: Losses | None = None
     validation_loss: ValidationLosses | None = None
+    exact_answers: ExactAnswers | None = None
+    best_by: BestOf | None = None
+    """What the best validation was chosen by; None without validations."""
     seconds: float | None = None
     tokens: int | None = None
     """Without padding."""

@@ -29,10 +29,11 @@ def run_state(output: Path) -> dict[str, Any]:
         output: run folder.
 
     Returns:
-        output, state, step, steps, loss, validation_loss, best_validation_loss (None if there is none), checkpoints
-        (steps), time (of the last change of state), base_checked (how much of its base's weights later commands
-        compare: every byte, sampled, or nothing), changed (files that differ from their hashes, which commands that
-        read them reject), next (the next command, or None).
+        output, state, step, steps, loss, validation_loss, best_validation_loss (None if there is none), exact_answers,
+        best_exact_answers (shares; None if they were not counted), checkpoints (steps), time (of the last change of
+        state), base_checked (how much of its base's weights later commands compare: every byte, sampled, or nothing),
+        changed (files that differ from their hashes, which commands that read them reject), next (the next command, or
+        None).
 
     Raises:
         LoratuneError: the folder is not a run, or its status is damaged.
@@ -44,8 +45,9 @@ def run_state(output: Path) -> dict[str, Any]:
     records, state = read_metrics(output), str(status.state)
     if state == "running" and lock_holder(output) is None:
         state = "crashed"
-    losses = [record["loss"] for record in records if "loss" in record]
-    validations = [record["validation_loss"] for record in records if "validation_loss" in record]
+    losses, validations, exact = (
+        [record[name] for record in records if name in record] for name in ("loss", "validation_loss", "exact_answers")
+    )
     steps = checkpoint_steps(output / CHECKPOINTS)
     advised = next_command(output, state)
     return {
@@ -56,6 +58,8 @@ def run_state(output: Path) -> dict[str, Any]:
         "loss": losses[-1] if losses else None,
         "validation_loss": validations[-1] if validations else None,
         "best_validation_loss": min(validations, default=None),
+        "exact_answers": exact[-1] if exact else None,
+        "best_exact_answers": max(exact, default=None),
         "checkpoints": steps,
         "time": status.time,
         **_seal(output),

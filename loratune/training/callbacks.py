@@ -38,7 +38,8 @@ class Metrics(TrainerCallback):
 
     A training record has step, epoch, loss (nats per trained token, mean over the logged steps), learning_rate,
     gradient_norm (before clipping), tokens (total, without padding), tokens_per_second (since the previous record) and
-    seconds (since the start). A validation record has step, epoch, validation_loss and seconds.
+    seconds (since the start). A validation record has step, epoch, validation_loss, exact_answers (share),
+    answers (their number) and seconds.
     """
 
     def __init__(self, run: Path) -> None:
@@ -92,6 +93,7 @@ class Metrics(TrainerCallback):
         if "eval_loss" in logs:
             self._validating_seconds += logs["eval_runtime"]
             record["validation_loss"] = logs["eval_loss"]
+            record |= {name: logs[f"eval_{name}"] for name in ("exact_answers", "answers")}
         elif "loss" in logs:
             record |= self._training_record(logs, seconds - self._validating_seconds)
         else:
@@ -136,7 +138,7 @@ class Progress(TrainerCallback):
             self.bar.start()
 
     def on_log(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Show loss, validation loss, learning rate, speed and memory."""
+        """Show loss, validation loss, exact answers, learning rate, speed and memory."""
         losses = self.metrics.of("loss")
         if self.bar is None or not losses:
             return
@@ -144,6 +146,7 @@ class Progress(TrainerCallback):
         validations = self.metrics.of("validation_loss")
         if validations:
             figures.append(f"val {validations[-1][1]:.4f}")
+            figures += [f"exact {share:.0%}" for _, share in self.metrics.of("exact_answers")[-1:]]
         figures.append(f"lr {self.metrics.of('learning_rate')[-1][1]:.1e}")
         figures.append(f"{self.metrics.of('tokens_per_second')[-1][1]:.0f} tok/s")
         figures.append(console.memory(peak_memory_bytes(self.hardware)))

@@ -15,7 +15,7 @@ from loratune.model.adapter.attach import load_adapter_weights, save_adapter
 from loratune.model.hardware import detect_hardware
 from loratune.recipe.sections import Recipe
 from loratune.runs.card import write_card
-from loratune.runs.checkpoint import Checkpoint, open_checkpoint, seal_checkpoint
+from loratune.runs.checkpoint import Checkpoint, open_checkpoint, seal_checkpoint, step_folder
 from loratune.runs.folder import ADAPTER
 from loratune.runs.lock import run_lock
 from loratune.runs.manifest import Manifest
@@ -205,7 +205,7 @@ def _build_trainer(session: Session, identity: dict[str, Any], watch: Watch) -> 
 def _take_best(trainer: AdapterTrainer, keeper: CheckpointKeeper) -> None:
     """Restore the best checkpoint's weights if later steps were worse."""
     best = keeper.best_checkpoint
-    if best is not None and keeper.best_step != trainer.state.global_step:
+    if best is not None and best != step_folder(keeper.folder, trainer.state.global_step):
         load_adapter_weights(trainer.accelerator.unwrap_model(trainer.model), open_checkpoint(best).folder)
 
 

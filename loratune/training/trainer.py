@@ -25,6 +25,7 @@ from loratune.training.determinism import deterministic_kernels
 from loratune.training.processes.group import to_first
 from loratune.training.processes.replicas import Replicas
 from loratune.training.processes.watch import Watch
+from loratune.training.validation import FIGURES, figures, sums_of
 from loratune.writing import folder_in_one_step
 
 
@@ -163,7 +164,7 @@ class AdapterTrainer(SFTTrainer):
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
-        """Return the mean loss per labelled token of the validation rows.
+        """Return the mean loss per labelled token and the share of exact answers of the validation rows.
 
         transformers averages the means of batches, which gives tokens of short batches more weight.
         """
@@ -173,14 +174,11 @@ class AdapterTrainer(SFTTrainer):
         try:
             # Data loaders draw random numbers; training must not depend on the number of validations.
             with torch.random.fork_rng([self.args.device] if self.args.device.type == "cuda" else []):
-                loss, tokens = self._sum_loss(self._validation_passes())
+                found = figures(self._sums(self._validation_passes()))
         finally:
             self.model.train(was_training)
-        metrics = {
-            f"{metric_key_prefix}_loss": loss / tokens,
-            f"{metric_key_prefix}_tokens": tokens,
-            f"{metric_key_prefix}_runtime": round(time.perf_counter() - start, 3),
-        }
+        found["runtime"] = round(time.perf_counter() - start, 3)
+        metrics = {f"{metric_key_prefix}_{name}": value for name, value in found.items()}
         self._metrics["eval"].clear()
         self.log(metrics)
         self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
@@ -191,9 +189,9 @@ class AdapterTrainer(SFTTrainer):
             raise ValueError("there are no validation rows")
         return self._batching.validation_passes(self._data.validation, self.args.device)
 
-    def _sum_loss(self, steps: Any) -> tuple[float, int]:
-        """Return the summed loss and the number of labelled positions over all passes and processes."""
-        sums = torch.zeros(2, dtype=torch.float64, device=self.args.device)
+    def _sums(self, steps: Any) -> list[float]:
+        """Return the sums of `sums_of` over all passes and processes."""
+        sums = torch.zeros(FIGURES, dtype=torch.float64, device=self.args.device)
         for step in steps:
             if self._stops.signal is not None and self.accelerator.num_processes == 1:
                 raise ValidationStopped
@@ -201,11 +199,10 @@ class AdapterTrainer(SFTTrainer):
             for batch in step["passes"]:
                 del batch["about"]
                 with torch.no_grad(), self.compute_loss_context_manager():
-                    losses = self.model(**batch, summed_loss=True).losses
-                sums += torch.stack([losses.double().sum(), sums.new_tensor(len(losses))])
+                    sums += sums_of(self.model(**batch, summed_loss=True))
         self._watch.advance()
-        loss, positions = self.accelerator.gather(sums[None]).sum(0).tolist()
-        return loss, int(positions)
+        total: list[float] = self.accelerator.gather(sums[None]).sum(0).tolist()
+        return total
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         """Write the step's checkpoint in the first process, which alone has to see the run's folder."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch.nn.functional import pad
@@ -38,6 +38,21 @@ class LabelledLoss(ModelOutput):
     """Sum of the losses in nats: float32 scalar with gradient."""
     losses: torch.Tensor | None = None
     """Loss of each labelled position in nats, row after row: float32, detached."""
+    predicted: torch.Tensor | None = None
+    """Whether each label is the likeliest token, bool; None in a pass with gradients."""
+    positions: torch.Tensor | None = None
+    """Index of each labelled position in the flattened batch: int64, ascending."""
+
+
+class LabelLosses(NamedTuple):
+    """The cross-entropy of some logits."""
+
+    total: torch.Tensor
+    """The sum: float32 scalar with gradient."""
+    losses: torch.Tensor
+    """Loss of each position in nats: float32, detached."""
+    predicted: torch.Tensor | None
+    """See `LabelledLoss`."""
 
 
 def add_labelled_loss(model: CausalModel) -> Any:
@@ -67,13 +82,11 @@ def _forward(model: CausalModel, head: Any, labels: torch.Tensor, **inputs: Any)
     places = (targets >= 0).nonzero()[:, 0]  # once, because a GPU is waited for
     with gathered(output_layer(model)) as is_gathered:
         states, aims = hidden.flatten(0, 1).index_select(0, places), targets[places]
-        total, losses = summed_loss(states, aims, head, is_settled=is_gathered)
-    return LabelledLoss(loss_sum=total, losses=losses)
+        total, losses, predicted = summed_loss(states, aims, head, is_settled=is_gathered)
+    return LabelledLoss(loss_sum=total, losses=losses, predicted=predicted, positions=places)
 
 
-def summed_loss(
-    hidden: torch.Tensor, targets: torch.Tensor, head: Any, is_settled: bool = False
-) -> tuple[torch.Tensor, torch.Tensor]:
+def summed_loss(hidden: torch.Tensor, targets: torch.Tensor, head: Any, is_settled: bool = False) -> LabelLosses:
     """Compute the cross-entropy of a head's logits.
 
     Args:
@@ -81,27 +94,30 @@ def summed_loss(
         targets: following tokens, int64, [positions].
         head: computes logits from hidden states, with a `weight`; see `head_of`.
         is_settled: compute the gradient at once, with a head that is frozen and will be gone in the backward pass.
-
-    Returns:
-        The sum, a scalar with gradient, and the detached loss of each position; float32, in nats.
     """
     is_plain = getattr(type(head), "forward", None) is torch.nn.Linear.forward  # its class changes as it is sharded
     if is_plain and head.bias is None and not head.weight.requires_grad:
-        total, losses = _FrozenHeadLoss.apply(hidden, head.weight, targets)
-        return total, losses
+        return LabelLosses(*_FrozenHeadLoss.apply(hidden, head.weight, targets))
     if not len(targets):
-        return hidden.float().sum(), hidden.new_zeros(0, dtype=torch.float32)
+        return LabelLosses(hidden.float().sum(), hidden.new_zeros(0, dtype=torch.float32), targets > 0)
     chunks = _parts(len(targets), _chunk_positions(hidden, head.weight))
     if is_settled:
-        total, losses = _SettledLoss.apply(hidden, targets, head, list(chunks))
-        return total, losses
+        return LabelLosses(*_SettledLoss.apply(hidden, targets, head, list(chunks)))
     parts = [checkpoint(_losses, hidden[chunk], targets[chunk], head, use_reentrant=False) for chunk in chunks]
-    losses = torch.cat(parts)
-    return losses.sum(), losses.detach()
+    losses, predicted = torch.cat([part for part, _ in parts]), [part for _, part in parts if part is not None]
+    return LabelLosses(losses.sum(), losses.detach(), torch.cat(predicted) if predicted else None)
 
 
-def _losses(hidden: torch.Tensor, targets: torch.Tensor, head: Any) -> torch.Tensor:
-    return torch.nn.functional.cross_entropy(head(hidden).float(), targets, reduction="none")
+def _losses(hidden: torch.Tensor, targets: torch.Tensor, head: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Return the losses with gradient, and in a pass without gradients whether the targets are predicted."""
+    scores = head(hidden).float()
+    predicted = None if torch.is_grad_enabled() else _are_predicted(scores, targets)
+    return torch.nn.functional.cross_entropy(scores, targets, reduction="none"), predicted
+
+
+def _are_predicted(scores: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """Return whether greedy decoding gives the targets: of equal scores, it takes the first."""
+    return scores.argmax(dim=-1) == targets
 
 
 def _chunk_positions(hidden: torch.Tensor, weight: torch.Tensor) -> int:
@@ -134,7 +150,7 @@ class _FrozenHeadLoss(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    ) -> tuple[torch.Tensor | None, ...]:
         positions = len(targets)
         missing = round_up(positions, POSITIONS_UNIT) - positions
         hidden, targets = pad(hidden, (0, 0, 0, missing)), pad(targets, (0, missing))
@@ -142,18 +158,21 @@ class _FrozenHeadLoss(torch.autograd.Function):
         # float16 would lose small gradients before a loss scaler can enlarge them.
         kind = torch.float32 if hidden.dtype == torch.float16 else hidden.dtype
         gradient = torch.empty_like(hidden, dtype=kind) if ctx.needs_input_grad[0] else None
+        predicted = torch.empty_like(targets, dtype=torch.bool) if gradient is None else None
         for chunk in _parts(len(targets), _chunk_positions(hidden, weight)):
             logits = hidden[chunk] @ weight.T
+            if predicted is not None:
+                predicted[chunk] = _are_predicted(logits, targets[chunk])
             losses[chunk] = _losses_then_gradients(logits, targets[chunk], gradient is not None)
             if gradient is not None:
                 gradient[chunk] = logits @ weight
         ctx.gradient, ctx.kind = None if gradient is None else gradient[:positions], hidden.dtype
         losses = losses[:positions].clone()
         ctx.mark_non_differentiable(losses)
-        return losses.sum(), losses
+        return losses.sum(), losses, None if predicted is None else predicted[:positions]
 
     @staticmethod
-    def backward(ctx: Any, of_sum: torch.Tensor, _: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+    def backward(ctx: Any, of_sum: torch.Tensor, *_: Any) -> tuple[torch.Tensor, None, None]:
         gradient = ctx.gradient
         ctx.gradient = None
         return (gradient * of_sum).to(ctx.kind), None, None
@@ -165,21 +184,24 @@ class _SettledLoss(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, hidden: torch.Tensor, targets: torch.Tensor, head: Any, chunks: Sequence[slice]
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    ) -> tuple[torch.Tensor | None, ...]:
         losses = hidden.new_empty(len(targets), dtype=torch.float32)
         ctx.gradient = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
+        predicted = torch.empty_like(targets, dtype=torch.bool) if ctx.gradient is None else None
         for chunk in chunks:
             states = hidden[chunk].detach().requires_grad_(ctx.gradient is not None)
             with torch.set_grad_enabled(ctx.gradient is not None):
-                own = _losses(states, targets[chunk], head)
+                own, are_predicted = _losses(states, targets[chunk], head)
                 if ctx.gradient is not None:
                     (ctx.gradient[chunk],) = torch.autograd.grad(own.sum(), states)
             losses[chunk] = own.detach()
+            if predicted is not None:
+                predicted[chunk] = are_predicted
         ctx.mark_non_differentiable(losses)
-        return losses.sum(), losses
+        return losses.sum(), losses, predicted
 
     @staticmethod
-    def backward(ctx: Any, of_sum: torch.Tensor, _: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
+    def backward(ctx: Any, of_sum: torch.Tensor, *_: Any) -> tuple[torch.Tensor, None, None, None]:
         gradient = ctx.gradient
         ctx.gradient = None
         return gradient * of_sum, None, None, None

@@ -13,7 +13,8 @@ from loratune.errors import Exit, LoratuneError
 from loratune.recipe.sections import CheckpointSettings, EvaluationSettings
 from loratune.runs.checkpoint import checkpoint_steps, open_checkpoint, step_folder
 from loratune.runs.folder import CHECKPOINTS
-from loratune.training.checkpoints.resuming import stays_stopped
+from loratune.training.checkpoints.best import Validation, rank
+from loratune.training.checkpoints.resuming import BEST_EXACT, stays_stopped
 from loratune.writing import remove
 
 
@@ -40,14 +41,14 @@ def check_room(output: Path, settings: CheckpointSettings, adapter_bytes: int) -
 
 
 class CheckpointKeeper(TrainerCallback):
-    """Tracks the best validation loss, removes old checkpoints, and stops early if configured."""
+    """Tracks the best validation, removes old checkpoints, and stops early if configured."""
 
     def __init__(self, run: Path, checkpoints: CheckpointSettings, evaluation: EvaluationSettings) -> None:
         self.folder = run / CHECKPOINTS
         self.settings = checkpoints
         self.patience = evaluation.early_stopping
-        self.best_step: int | None = None
-        self.best_loss = float("inf")
+        self.best_by = checkpoints.best_by
+        self.best: Validation | None = None
         self.validations_since_best = 0
         self.stopped_early = False
 
@@ -55,8 +56,9 @@ class CheckpointKeeper(TrainerCallback):
         """Record a new best and save it; the untrained adapter of step 0 does not count."""
         if state.global_step == 0:
             return
-        if metrics["eval_loss"] < self.best_loss:
-            self.best_loss, self.best_step = metrics["eval_loss"], state.global_step
+        newest = Validation(state.global_step, metrics["eval_loss"], metrics["eval_exact_answers"])
+        if self.best is None or rank(newest, self.best_by) > rank(self.best, self.best_by):
+            self.best = newest
             self.validations_since_best = 0
             control.should_save = control.should_save or self.settings.keep_best
         else:
@@ -72,8 +74,8 @@ class CheckpointKeeper(TrainerCallback):
         open_checkpoint(step_folder(self.folder, state.global_step))
         steps = checkpoint_steps(self.folder)
         keep = set(steps[-self.settings.keep :])
-        if self.settings.keep_best and self.best_step is not None:
-            keep.add(self.best_step)
+        if self.settings.keep_best and self.best is not None:
+            keep.add(self.best.step)
         for step in steps:
             if step not in keep:
                 remove(step_folder(self.folder, step))
@@ -82,22 +84,25 @@ class CheckpointKeeper(TrainerCallback):
     def progress(self) -> dict[str, Any]:
         """State for checkpoints."""
         return {
-            "best_step": self.best_step,
-            "best_loss": self.best_loss if self.best_step is not None else None,
+            "best_step": self.best.step if self.best else None,
+            "best_loss": self.best.loss if self.best else None,
+            BEST_EXACT: self.best.exact if self.best else None,
             "validations_since_best": self.validations_since_best,
             "stopped_early": self.stopped_early,
         }
 
     def restore(self, progress: dict[str, Any]) -> None:
-        """Restore the state of a checkpoint."""
-        self.best_step = progress["best_step"]
-        self.best_loss = float("inf") if progress["best_loss"] is None else progress["best_loss"]
+        """Restore the state of a checkpoint. A run of a version that counted no exact answers goes on without."""
+        if BEST_EXACT not in progress and self.best_by == "auto":
+            self.best_by = "loss"
+        if progress["best_step"] is not None:
+            self.best = Validation(progress["best_step"], progress["best_loss"], progress.get(BEST_EXACT))
         self.validations_since_best = progress["validations_since_best"]
         self.stopped_early = stays_stopped(progress, self.patience)
 
     @property
     def best_checkpoint(self) -> Path | None:
         """The checkpoint of the final adapter; None for the last step."""
-        if not self.settings.keep_best or self.best_step is None:
+        if not self.settings.keep_best or self.best is None:
             return None
-        return step_folder(self.folder, self.best_step)
+        return step_folder(self.folder, self.best.step)

@@ -23,6 +23,10 @@ PASS_TOKENS = "tokens_per_pass"
 """In a checkpoint's progress: maximum tokens of a pass. Earlier versions, which drew rows in another order, lack it."""
 ATTENTION = "attention"
 """In a checkpoint's progress: name of the attention implementation."""
+BEST_EXACT = "best_exact_answers"
+"""In a checkpoint's progress: share of exact answers of the best validation. Earlier versions, which lack it, did not
+count them."""
+BEST_BY = "checkpoints.best_by"
 NEWEST, AUTO = "newest", "auto"
 FREE = (
     *("output", "tracking", "checkpoints.keep", "checkpoints.every_steps", "data.train", "data.validation"),
@@ -98,7 +102,7 @@ def completion(output: Path, start: Checkpoint, steps: int, patience: int | None
     without = counted(start.progress["validations_since_best"], "validation")
     return (
         f"{output} is complete: it stopped early at step {start.step} of {steps}, after {without} without a better "
-        "loss, so more epochs or steps change nothing. To train on, raise --evaluation.early_stopping, or switch it "
+        "one, so more epochs or steps change nothing. To train on, raise --evaluation.early_stopping, or switch it "
         "off with --evaluation.early_stopping null"
     )
 
@@ -176,6 +180,9 @@ def check_identity(checkpoint: Checkpoint, identity: dict[str, Any], allow_chang
             "some rows may be trained on twice and others not at all"
         )
     known = {"settings": _settings_of(checkpoint), "rest": checkpoint.identity["rest"]}
+    if BEST_EXACT not in checkpoint.progress and identity["settings"][BEST_BY] != "exact":
+        console.say("the checkpoint is of an earlier version, which counted no exact answers: the lowest loss is best")
+        known["settings"][BEST_BY] = identity["settings"][BEST_BY]
     if DATE in identity["rest"] and DATE not in known["rest"]:  # written by a version that did not know
         date = identity["rest"][DATE]
         console.warn(

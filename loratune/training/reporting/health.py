@@ -15,6 +15,7 @@ from loratune.model.adapter.update_size import update_sizes
 from loratune.protocols import AdaptedModel
 from loratune.runs.report import Answers, ExpertUse, Health, Updates
 from loratune.training.callbacks import Metrics
+from loratune.training.checkpoints.best import judged_by, validations
 
 HARDLY = 1e-4
 """Threshold of ‖ΔW‖ / ‖W‖ below which answers hardly change; trained adapters have 1e-3 to 1e-1."""
@@ -113,16 +114,26 @@ def _modules(names: Sequence[str]) -> str:
 
 
 def _about_losses(metrics: Metrics) -> list[str]:
-    """Detect overfitting: the validation loss rises while the training loss falls."""
-    validations = [loss for _, loss in metrics.of("validation_loss")]
+    """Detect overfitting: the validation loss rises while the training loss falls.
+
+    Where most answers are exact, it is none as long as no fewer are: what is learnt by heart is said with more
+    certainty, what is wrong too, and the loss counts how certain that is.
+    """
+    measured = validations(metrics)
     losses = [loss for _, loss in metrics.of("loss")]
     part = max(1, len(losses) // 4)
-    if len(validations) < 3 or validations[-1] < WORSE * min(validations):
+    lowest = min(measured, key=lambda one: one.loss, default=None)
+    if lowest is None or len(measured) < 3 or measured[-1].loss < WORSE * lowest.loss:
         return []
     if sum(losses[-part:]) >= sum(losses[:part]):
         return []
+    then, now, fewer = lowest.exact, measured[-1].exact, ""
+    if then is not None and now is not None and "exact" in (judged_by(one, "auto") for one in (lowest, measured[-1])):
+        if now >= then:
+            return []
+        fewer = f" and exact answers have fallen from {then:.1%} to {now:.1%}"
     return [
-        f"overfitting: the validation loss has risen from {min(validations):.3f} to {validations[-1]:.3f} while "
+        f"overfitting: the validation loss has risen from {lowest.loss:.3f} to {measured[-1].loss:.3f}{fewer} while "
         "the training loss kept falling; try fewer training.epochs, a lower training.learning_rate, more lora.dropout, "
         "a lower lora.rank, or more rows"
     ]

@@ -1,4 +1,4 @@
-"""Plots training and validation loss and the learning rate."""
+"""Plots losses, exact answers and the learning rate."""
 
 from __future__ import annotations
 
@@ -12,9 +12,15 @@ if TYPE_CHECKING:
 
 
 def plot_losses(metrics: Metrics, path: Path) -> None:
-    """Plot losses and learning rate over steps."""
+    """Plot losses and learning rate over steps, and below them the share of exact answers, where it was measured."""
     figure = Figure(figsize=(8, 4.5), layout="constrained", dpi=120)
-    axes = figure.add_subplot()
+    exact = metrics.of("exact_answers")
+    heights = [3, 1] if exact else [1]
+    axes, *below = figure.subplots(len(heights), sharex=True, height_ratios=heights, squeeze=False)[:, 0]
+    for share in below:
+        share.plot(*zip(*exact, strict=True), color="#d1495b", marker="o", markersize=4)
+        share.set(ylabel="exact answers", ylim=(0, 1.05))
+        share.grid(alpha=0.25)
     losses = metrics.of("loss")
     if losses:
         steps, values = zip(*losses, strict=True)
@@ -23,7 +29,8 @@ def plot_losses(metrics: Metrics, path: Path) -> None:
     validations = metrics.of("validation_loss")
     if validations:
         axes.plot(*zip(*validations, strict=True), color="#d1495b", marker="o", markersize=4, label="validation loss")
-    axes.set(xlabel="step", ylabel="loss per answer token (nats)")
+    axes.set(ylabel="loss per answer token (nats)")
+    figure.axes[-1].set_xlabel("step")
     axes.grid(alpha=0.25)
     axes.set_ylim(bottom=0)
     rates = metrics.of("learning_rate")

@@ -9,12 +9,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 from loratune import console
+from loratune.choices import BestOf
+from loratune.errors import counted
 from loratune.model.adapter.attach import AdapterSummary
 from loratune.model.memory import peak_memory_bytes
 from loratune.runs.report import (
     AdapterCounts,
     AdapterGroup,
     Answers,
+    ExactAnswers,
     ExpertUse,
     Health,
     Losses,
@@ -27,6 +30,7 @@ from loratune.runs.report import (
 from loratune.runs.state import next_command, serving_command
 from loratune.runs.versions import library_versions
 from loratune.training.callbacks import Metrics
+from loratune.training.checkpoints.best import Validation, best_of, judged_by, validations
 from loratune.training.checkpoints.keeper import CheckpointKeeper
 from loratune.training.failures import attempted
 
@@ -35,6 +39,10 @@ if TYPE_CHECKING:
     from loratune.training.trainer import AdapterTrainer
 
 Part = TypeVar("Part")
+STOPPED: dict[BestOf, str] = {
+    "loss": "the validation loss no longer fell",
+    "exact": "no more answers were exact, and the validation loss no longer fell",
+}
 SHOWN: dict[str, Callable[[Told], str]] = {
     "  asked": lambda one: one.question,
     "  base": lambda one: one.base,
@@ -46,7 +54,9 @@ ROWS: dict[str, Callable[[Report], str | None]] = {
     "steps": lambda it: f"{it.steps} ({it.epochs:g} epochs) in {it.seconds:.0f} s" if it.seconds else None,
     "training loss": lambda it: f"{it.loss.first:.4f} → {it.loss.last:.4f}" if it.loss else None,
     "validation loss": lambda it: _validation_text(it.validation_loss) if it.validation_loss else None,
-    "stopped early": lambda it: "the validation loss no longer fell" if it.stopped_early else None,
+    "exact answers": lambda it: _exact_text(it.exact_answers) if it.exact_answers else None,
+    "best": lambda it: _disagreement(it),
+    "stopped early": lambda it: STOPPED[it.best_by or "loss"] if it.stopped_early else None,
     "speed": lambda it: f"{it.tokens_per_second:g} tokens/s" if it.tokens_per_second else None,
     "start-up": lambda it: _stages_text(it.start_up_seconds) if it.start_up_seconds else None,
     "peak memory": lambda it: console.memory(it.peak_memory_bytes) if it.peak_memory_bytes else None,
@@ -61,7 +71,8 @@ def report_of(session: Session, trainer: AdapterTrainer, metrics: Metrics, keepe
 
     Losses are in nats per answer token, memory in bytes, speed in tokens per second without padding.
     """
-    data = session.data
+    data, measured = session.data, validations(metrics)
+    kept = keeper.best.step if keeper.best_checkpoint and keeper.best else measured[-1].step if measured else None
 
     def told(name: str, make: Callable[[], Part]) -> Part | None:
         return attempted(f"{name} of the report", make, session.notes.warn)
@@ -74,7 +85,9 @@ def report_of(session: Session, trainer: AdapterTrainer, metrics: Metrics, keepe
         stopped_early=keeper.stopped_early,
         rows=RowCounts(len(data.train), len(data.validation) if data.validation else 0),
         loss=told("loss", lambda: _loss(metrics.of("loss"))),
-        validation_loss=told("validation_loss", lambda: _validation(metrics.of("validation_loss"), keeper)),
+        validation_loss=told("validation_loss", lambda: _losses(measured, kept)),
+        exact_answers=told("exact_answers", lambda: _exact(metrics, measured, kept)),
+        best_by=judged_by(keeper.best, keeper.best_by) if keeper.best else None,
         seconds=told("seconds", lambda: metrics.records[-1]["seconds"]),
         tokens=told("tokens", lambda: int(metrics.of("tokens")[-1][1])),
         tokens_per_second=told("tokens_per_second", lambda: metrics.tokens_per_second),
@@ -94,17 +107,26 @@ def _loss(losses: list[tuple[int, float]]) -> Losses:
     return Losses(first=losses[0][1], last=losses[-1][1])
 
 
-def _validation(validations: list[tuple[int, float]], keeper: CheckpointKeeper) -> ValidationLosses | None:
-    if not validations:
+def _losses(measured: list[Validation], kept: int | None) -> ValidationLosses | None:
+    if kept is None:
         return None
-    taken_step = keeper.best_step if keeper.best_checkpoint and keeper.best_step else validations[-1][0]
+    lowest = best_of(measured, "loss")
     return ValidationLosses(
-        before=validations[0][1],
-        after=dict(validations)[taken_step],
-        best=keeper.best_loss,
-        best_step=keeper.best_step,
-        adapter_step=taken_step,
+        before=measured[0].loss,
+        after=next(one.loss for one in measured if one.step == kept),
+        best=lowest.loss if lowest else None,
+        best_step=lowest.step if lowest else None,
+        adapter_step=kept,
     )
+
+
+def _exact(metrics: Metrics, measured: list[Validation], kept: int | None) -> ExactAnswers | None:
+    most = best_of([one for one in measured if one.exact is not None], "exact")
+    after = next((one.exact for one in measured if one.step == kept), None)
+    if most is None or most.exact is None or after is None:
+        return None
+    answers = int(metrics.of("answers")[-1][1])
+    return ExactAnswers(answers, measured[0].exact, after, most.exact, most.step)
 
 
 def show_report(report: Report) -> None:
@@ -149,6 +171,22 @@ def _groups(summary: AdapterSummary) -> dict[str, AdapterGroup]:
 
 def _validation_text(losses: ValidationLosses) -> str:
     return f"{losses.before:.4f} → {losses.after:.4f}, adapter of step {losses.adapter_step}"
+
+
+def _exact_text(exact: ExactAnswers) -> str:
+    before = f"{exact.before:.1%} → " if exact.before is not None else ""
+    return f"{before}{exact.after:.1%} of {counted(exact.answers, 'validation answer')}"
+
+
+def _disagreement(report: Report) -> str | None:
+    """Say which validation counts as the best where loss and exact answers disagree."""
+    loss, exact = report.validation_loss, report.exact_answers
+    if loss is None or exact is None or loss.best is None or loss.best_step == exact.best_step:
+        return None
+    lowest = f"step {loss.best_step}, with the lowest loss ({loss.best:.4f})"
+    most = f"step {exact.best_step}, with most exact answers ({exact.best:.1%})"
+    taken, other, by_other = (lowest, most, "exact") if report.best_by == "loss" else (most, lowest, "loss")
+    return f"{taken}; checkpoints.best_by {by_other} would take {other}"
 
 
 def _stages_text(stages: Mapping[str, float]) -> str:
