@@ -24,10 +24,12 @@ from typer.testing import Result
 from loratune.errors import Exit, LoratuneError
 from loratune.recipe.loading import load_recipe, load_sweep, shipped_sweeps
 from loratune.recipe.sweep_section import seconds_of
+from loratune.sweep import start
 from loratune.sweep.comparison import QUANTILES, differ, noise_of, sentence_of, standings
 from loratune.sweep.definition import Sweep, open_sweep
 from loratune.sweep.drawing import draw
 from loratune.sweep.plan import Failure, Outcome, Plan, Trial, Work, firsts, shares_of
+from loratune.sweep.pool import places
 from loratune.sweep.price import duration, measured
 from loratune.sweep.report import read_sweep_report, write_sweep_report
 from loratune.sweep.results import report_of
@@ -322,7 +324,7 @@ def test_the_sentence_says_whether_the_best_differ_more_than_seeds() -> None:
     told = sentence_of(apart, 0, SPACE)
     assert told.startswith("learning_rate 0.0001, rank 8 is best (2.0000 ± 0.0010 over 3 seeds); ")
     assert "rank 32 is 5.0% worse, more than seeds differ" in told
-    assert "learning_rate 0.0002 within seed noise too" in told
+    assert "learning_rate 0.0002 is within seed noise" in told
     near = sentence_of(repeated([2.0, 2.1, 1.9], [2.02, 2.1, 1.98]), 0, SPACE)
     assert "rank 32 is within seed noise" in near
     single = [trial for trial in apart if trial.repeats is None]
@@ -333,6 +335,28 @@ def test_the_sentence_says_whether_the_best_differ_more_than_seeds() -> None:
 def test_a_trial_that_was_lucky_once_is_not_the_best() -> None:
     trials = repeated([2.0, 2.4, 2.4], [2.1, 2.1, 2.1], 2.2)
     assert [one.name for one in standings(trials, 0)] == ["01-x", "00-x", "02-x"]
+
+
+# --- processes ---
+
+
+def test_nothing_is_forked_where_a_gpu_may_have_been_opened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    monkeypatch.setattr(start, "GPU_FILES", (str(tmp_path / "none"),))
+    assert start.context().get_start_method() == "forkserver"
+    monkeypatch.setattr(start, "GPU_FILES", (str(tmp_path / "none"), str(tmp_path)))
+    assert start.context().get_start_method() == "spawn"
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert start.context().get_start_method() == "forkserver"
+
+
+def test_each_worker_gets_a_gpu_of_its_own() -> None:
+    assert [place.environment for place in places(2, ["3", "5"])] == [
+        {"CUDA_VISIBLE_DEVICES": "3"},
+        {"CUDA_VISIBLE_DEVICES": "5"},
+    ]
+    assert [place.environment for place in places(1, ["3"])] == [{}], "as for sft"
+    assert [place.environment for place in places(2, [])] == [{}, {}]
 
 
 # --- price, report, picture ---

@@ -63,10 +63,7 @@ def sentence_of(trials: Sequence[Trial], rung: int, space: Space) -> str:
     spread = f" ± {best.deviation:.4f} over {best.seeds} seeds" if best.deviation is not None else ""
     parts = [f"{described(best.settings)} is best ({best.loss:.4f}{spread})"]
     if others:
-        parts.append(_against(best, others[0], noise))
-        alike = [one for one in others[1:] if noise and not differ(best, one, noise)]
-        if alike:
-            parts.append(f"{', '.join(_difference(best, one) for one in alike)} within seed noise too")
+        parts += _against(best, others, noise)
     if len(space) > 1:
         parts += _worths(trials, best, space, noise)
     return "; ".join(parts)
@@ -76,12 +73,15 @@ def _quantile(degrees: int) -> float:
     return QUANTILES[degrees - 1] if degrees <= len(QUANTILES) else MANY
 
 
-def _against(best: Standing, other: Standing, noise: Noise | None) -> str:
-    told, worse = _difference(best, other), f"{_percent(best.loss, other.loss)} worse"
+def _against(best: Standing, others: Sequence[Standing], noise: Noise | None) -> list[str]:
+    """Return what is said of the next best trial, and of those that chance may have put behind."""
+    told = f"{_difference(best, others[0])} is {_percent(best.loss, others[0].loss)} worse"
     if noise is None:
-        return f"{told} is {worse}, and how much seeds differ is not known"
-    is_more = differ(best, other, noise)
-    return f"{told} is {worse}, more than seeds differ" if is_more else f"{told} is within seed noise"
+        return [f"{told}, and how much seeds differ is not known"]
+    alike = [_difference(best, one) for one in others if not differ(best, one, noise)]
+    apart = [f"{told}, more than seeds differ"] if differ(best, others[0], noise) else []
+    named = " and ".join([", ".join(alike[:-1])] * (len(alike) > 1) + alike[-1:])
+    return apart + ([f"{named} {'is' if len(alike) == 1 else 'are'} within seed noise"] if alike else [])
 
 
 def _difference(best: Standing, other: Standing) -> str:

@@ -18,6 +18,7 @@ from loratune.writing import write_pieces, write_text
 
 PICTURE, PAGE = "sweep.png", "sweep.html"
 MOST_PANELS, MOST_CURVES = 3, 8
+MARKS: dict[str, Any] = {"marker": "o", "markersize": 5, "capsize": 3}
 ROOM = 36
 """Letters that fit below a panel in one line."""
 SPREAD = 3
@@ -73,11 +74,11 @@ def _draw_panel(axes: Any, report: SweepReport, trials: Sequence[tuple[TrialRepo
         point = (standing.loss, standing.deviation or 0.0) if standing else (loss, 0.0)
         place = _place(values, trial.settings[setting])
         curves.setdefault(_curve(trial, others), []).append((place, *point))
-    names = _curves(report, others)
+    names, line = _curves(report, others), "-" if _are_numbers(values) else ":"
     for name in sorted(curves, key=names.index)[:MOST_CURVES]:
         where, losses, errors = zip(*sorted(curves[name]), strict=True)
         color = COLORS[names.index(name) % len(COLORS)]
-        axes.errorbar(where, losses, errors, marker="o", markersize=5, capsize=3, color=color, label=name or None)
+        axes.errorbar(where, losses, errors, **MARKS, linestyle=line, color=color, label=name or None)
     axes.set(xlabel=setting, ylabel="validation loss (nats per token)")
     axes.grid(alpha=0.25)
     _set_scale(axes, values)

@@ -21,7 +21,8 @@ from loratune.sweep.plan import Trial
 from loratune.sweep.pool import Pool, places
 from loratune.sweep.report import SweepReport, SweepState, write_sweep_report
 from loratune.sweep.results import report_of
-from loratune.sweep.showing import tell_price, tell_result, tell_start
+from loratune.sweep.showing import on_one_line, tell_price, tell_result, tell_start
+from loratune.sweep.space import single_values
 from loratune.sweep.start import Rehearsal
 from loratune.sweep.study import SweepStudy
 from loratune.writing import disk_errors_explained, write_text
@@ -52,14 +53,14 @@ def run_sweep(sweep: Sweep, workers: int) -> SweepReport:
         pool.places = places(workers, _gpus(rehearsal.gpus))
         sweep = _begun(sweep, rehearsal)
         study = SweepStudy(sweep.folder, sweep.space)
-        study.require_rows(rehearsal.validation)
+        study.require_rows(rehearsal.rows)
         _add(sweep, study, rehearsal.steps)
         end = _conducted(sweep, study, pool, rehearsal.steps, workers)
-    trials = study.trials()
-    if end == "finished":
-        study.close()
-    report = replace(report_of(sweep, trials), state=end)
-    _leave(sweep, report, trials)
+        trials = study.trials()
+        if end == "finished":
+            study.close()
+        report = replace(report_of(sweep, trials), state=end)
+        _leave(sweep, report, trials)
     if pool.signal:
         raise Interrupted(pool.signal, f"interrupted; the trials are saved; {go_on(sweep)}")
     if any(trial.failure for trial in trials) and not any(trial.outcomes for trial in trials):
@@ -74,7 +75,8 @@ def go_on(sweep: Sweep) -> Command:
 
 def _rehearsed(sweep: Sweep, pool: Pool) -> Rehearsal:
     """Prepare the rows in a process of its own, which encodes them for all trials."""
-    recipes = [sweep.recipe_of(settings, "rehearsal") for settings in sweep.chosen] or [sweep.recipe]
+    settings = sweep.chosen or ({}, *single_values(sweep.space))
+    recipes = [sweep.recipe_of(one, "rehearsal") for one in settings]
     place = pool.free()
     assert place
     with console.status("preparing the rows"):
@@ -159,6 +161,6 @@ def next_command(sweep: Sweep) -> Command:
 
 def _nothing(trials: Sequence[Trial]) -> LoratuneError:
     failures = [(trial, trial.failure) for trial in trials if trial.failure]
-    told = bullet_list([f"{trial.name}: {failure.message.splitlines()[0]}" for trial, failure in failures])
+    told = bullet_list([f"{trial.name}: {on_one_line(failure.message)}" for trial, failure in failures])
     code = failures[0][1].code
     return LoratuneError(f"no trial has a result:\n{told}", Exit(code) if code in [*Exit] else Exit.IO)

@@ -18,6 +18,7 @@ from loratune.training.steps import step_of
 COLUMNS = 80
 SETTINGS_WIDTH = 36
 LONGEST_VALUE = 18
+LONGEST_MESSAGE = 300
 ORDINARY = ("finished", "stopped")
 """States that the table does not name."""
 
@@ -52,7 +53,7 @@ def tell_result(sweep: Sweep, trial: Trial, trials: Sequence[Trial], workers: in
     """Print a line for a trial's newest result, or its failure."""
     newest, price = trial.newest, measured(trials)
     if trial.failure:
-        end = f"failed ({trial.failure.code}): {trial.failure.message}"
+        end = f"failed ({trial.failure.code}): {on_one_line(trial.failure.message)}"
     elif newest and price:
         left = duration(price.left(sweep.plan, trials, workers))
         end = f"step {newest.step}/{newest.steps}  {newest.loss:.4f}  {duration(newest.seconds)}, {left} left"
@@ -60,7 +61,7 @@ def tell_result(sweep: Sweep, trial: Trial, trials: Sequence[Trial], workers: in
         return
     seed = "" if trial.seed is None else f", seed {trial.seed}"
     settings = shortened(described(trial.settings) + seed, SETTINGS_WIDTH)
-    console.say(shortened(f"{trial.number:02d}  {settings:<{SETTINGS_WIDTH}}  {end}".splitlines()[0], COLUMNS))
+    console.say(shortened(f"{trial.number:02d}  {settings:<{SETTINGS_WIDTH}}  {end}", COLUMNS))
 
 
 def show_sweep(report: SweepReport) -> None:
@@ -68,7 +69,7 @@ def show_sweep(report: SweepReport) -> None:
     console.comparison(rows_of(report))
     for trial in report.trials:
         if trial.message:
-            console.warn(f"{trial.name} {trial.state}: {trial.message.splitlines()[0]}")
+            console.warn(f"{trial.name} {trial.state}: {on_one_line(trial.message)}")
     if report.sentence:
         console.say(report.sentence, style="bold")
 
@@ -103,6 +104,11 @@ def _figures(trial: TrialReport) -> tuple[str, ...]:
         count(trial.trained_parameters) if trial.trained_parameters else "",
         console.memory(size) if size else "",
     )
+
+
+def on_one_line(message: str) -> str:
+    """Return the beginning of why a trial has failed."""
+    return shortened(" ".join(message.split()), LONGEST_MESSAGE)
 
 
 def count(number: int) -> str:

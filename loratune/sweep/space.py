@@ -65,7 +65,7 @@ class Range:
         """Return a sampled number as the recipe gets it."""
         if self.is_whole:
             return int(number)
-        return min(max(float(f"{number:.{DIGITS}g}"), self.low), self.high)
+        return float(min(max(float(f"{number:.{DIGITS}g}"), self.low), self.high))
 
 
 Axis = Choices | Range
@@ -144,15 +144,22 @@ def _parsed(text: str, field: Any) -> Any:
 
 
 def _problems_of_values(setting: str, axis: Axis, recipe: Recipe) -> list[str]:
-    ends = (int(axis.low), int(axis.high)) if isinstance(axis, Range) and axis.is_whole else None
-    values = axis.values if isinstance(axis, Choices) else ends or (axis.low, axis.high)
     problems = []
-    for value in values:
+    for settings in single_values({setting: axis}):
         try:
-            with_settings(recipe, {setting: value}, "--over ")
+            with_settings(recipe, settings, "--over ")
         except LoratuneError as error:
             problems += error.message.replace("--over --", "--over ").splitlines()
     return problems
+
+
+def single_values(space: Space) -> list[Settings]:
+    """Return every value by itself, and the ends of ranges."""
+    found = list[Settings]()
+    for setting, axis in space.items():
+        values = axis.values if isinstance(axis, Choices) else (axis.rounded(axis.low), axis.rounded(axis.high))
+        found += [{setting: value} for value in values]
+    return found
 
 
 def grid(space: Space) -> list[Settings]:

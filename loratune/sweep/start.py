@@ -1,7 +1,8 @@
 """The process of a trial, from its start: what it inherits, where it writes, and how its end is told.
 
-Processes are forked by a server that has imported what a training needs, which takes seconds each time otherwise. It
-never touches a GPU: each process opens the one that its environment names.
+Processes are forked by a server that has imported what a training needs, which takes seconds each time otherwise. With
+a GPU, each process imports by itself: bitsandbytes opens the GPU when it is imported, and a process that is forked
+after that cannot open it again.
 """
 
 from __future__ import annotations
@@ -24,6 +25,8 @@ from loratune.runtime import ENDING, signal_at_end_of_parent
 
 PRELOADED = ["loratune.sweep.preload"]
 """What the server imports."""
+GPU_FILES = ("/dev/nvidiactl", "/dev/dxg", "/dev/kfd")
+"""One of them is there where a process may open a GPU: NVIDIA's, Windows' or AMD's."""
 
 
 @dataclass(frozen=True)
@@ -56,8 +59,8 @@ class Rehearsal:
 
     steps: tuple[int, ...]
     """Of each recipe."""
-    validation: str
-    """Hash of the validation rows and of how many of their tokens count, the same for all recipes."""
+    rows: str
+    """Hash of all rows."""
     date: str | None
     """The day that a template writes into prompts, which all trials have to share."""
     gpus: int
@@ -66,6 +69,8 @@ class Rehearsal:
 
 def context() -> Any:
     """Return the way in which processes are started."""
+    if os.environ.get("CUDA_VISIBLE_DEVICES") != "" and any(Path(file).exists() for file in GPU_FILES):
+        return multiprocessing.get_context("spawn")
     started = multiprocessing.get_context("forkserver")
     started.set_forkserver_preload(PRELOADED)
     return started

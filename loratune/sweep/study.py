@@ -28,7 +28,7 @@ from loratune.sweep.space import Axis, Choices, Settings, Space, folder_name, st
 JOURNAL, CLAIMS = "study.log", "claims"
 NAME = "sweep"
 """Of the study in the journal."""
-FAILURE, RUNG, ROWS = "failure", "rung ", "validation rows"
+FAILURE, RUNG, ROWS = "failure", "rung ", "rows"
 FIRST_AT_RANDOM = 5
 """Trials of tpe before what they show counts."""
 
@@ -99,18 +99,18 @@ class SweepStudy:
         return suggested(self._space, sampler, earlier)
 
     def require_rows(self, rows: str) -> None:
-        """Record what the trials validate on, or compare it with what is recorded.
+        """Record a hash of the rows, or compare it with what is recorded.
 
         Raises:
-            LoratuneError: it has changed.
+            LoratuneError: they have changed.
         """
         known = self._storage.get_study_user_attrs(self._id).get(ROWS)
         if known is None:
             self._storage.set_study_user_attr(self._id, ROWS, rows)
         elif known != rows:
             raise LoratuneError(
-                f"{self._folder}: the validation rows have changed since the sweep began, so losses cannot be "
-                "compared; restore them, or start a sweep in another folder",
+                f"{self._folder}: the rows have changed since the sweep began, so losses cannot be compared; restore "
+                "them, or start a sweep in another folder",
                 Exit.DATA,
             )
 

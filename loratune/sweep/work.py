@@ -27,8 +27,7 @@ def rehearse(recipes: Sequence[Recipe]) -> Rehearsal:
         LoratuneError: rows are refused, there are none to validate on, or recipes validate on different ones.
     """
     prepared = {key: pass_gate(recipe).checked() for key, recipe in {_rows_key(one): one for one in recipes}.items()}
-    hashes = {key: _validation(data.validation) for key, data in prepared.items()}
-    if len(set(hashes.values())) > 1:
+    if len({_validation(data.validation) for data in prepared.values()}) > 1:
         raise LoratuneError(
             "the settings of the sweep change which rows, or which of their tokens, are validated on, so losses cannot "
             "be compared; give data.validation files of its own, or do not vary what shortens or removes rows",
@@ -42,8 +41,10 @@ def rehearse(recipes: Sequence[Recipe]) -> Rehearsal:
             problems[error.message] = None
     if problems:
         raise LoratuneError(f"the sweep cannot start:\n{bullet_list(list(problems))}", Exit.USAGE)
+    digests = [hashlib.sha256(data.train.pool.digests.tobytes()).hexdigest() for data in prepared.values()]
+    rows = values_sha256({"training": digests, "validation": _validation(next(iter(prepared.values())).validation)})
     date = next(iter(prepared.values())).prompt.date
-    return Rehearsal(tuple(steps), next(iter(hashes.values())), date, visible_gpus())
+    return Rehearsal(tuple(steps), rows, date, visible_gpus())
 
 
 def train_share(recipe: Recipe, share: Fraction) -> int:
@@ -68,6 +69,7 @@ def _rows_key(recipe: Recipe) -> str:
 
 
 def _validation(split: Split | None) -> str:
+    """Return what identifies validation rows, and how many of their tokens count."""
     if split is None:
         raise LoratuneError(
             "a sweep compares validation losses, and there are no validation rows: set data.validation", Exit.DATA
