@@ -108,7 +108,7 @@ def test_every_field_is_on_the_page_and_every_field_of_the_page_is_written(
         "checkpoint.json": [read(next((short_run / "checkpoints").iterdir()) / "checkpoint.json")],
         "verification.json of a merged model": [read(written / "merged" / "verification.json")],
         "verification.json of an export": exports,
-        "sweep.json": [report_of(*finished_sweep(tmp_path)).values()],
+        "sweep.json": [json.loads(json.dumps(report_of(*finished_sweep(tmp_path)).values()))],
         "answers.jsonl": answers,
         "answers.jsonl.report.json": [read(written / "answers.jsonl.report.json")],
     }
