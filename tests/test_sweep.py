@@ -136,6 +136,14 @@ def test_a_recipe_holds_a_sweep_that_flags_override_and_sft_does_not_read(tmp_pa
         load_recipe(str(path), {})
 
 
+@pytest.mark.parametrize("section", ["[lora.rank]", "{over: [lora.rank]}", "{over: lora.rank}"])
+def test_a_section_of_another_form_is_refused(tmp_path: Path, section: str) -> None:
+    path = tmp_path / "r.yaml"
+    path.write_text(f"model: {{base: tiny-qwen}}\ndata: {{train: [x.json]}}\nsweep: {section}\n")
+    with pytest.raises(LoratuneError, match=r"sweep\.over a line for each setting"):
+        load_sweep(str(path), {}, {})
+
+
 def test_ranges_are_logarithmic_where_their_ends_are_far_apart() -> None:
     space = space_of({"training.learning_rate": "1e-5..1e-3", "lora.rank": "4..16", "lora.dropout": "0..0.1"}, recipe())
     assert space == {

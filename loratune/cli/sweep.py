@@ -42,10 +42,8 @@ def command(
     *,
     flags: dict[str, object],
 ) -> None:
-    given: dict[str, Any] = {
-        **{"sampler": sampler, "trials": trials, "halving": halving, "seeds": seeds, "budget": budget},
-    }
-    given = {name: value for name, value in given.items() if value is not None}
+    typed = {"sampler": sampler, "trials": trials, "halving": halving, "seeds": seeds, "budget": budget}
+    given: dict[str, Any] = {name: value for name, value in typed.items() if value is not None}
     if over:
         given["over"] = _named(over)
     with required("loratune sweep", "sweep", package="optuna"):

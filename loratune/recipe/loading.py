@@ -94,10 +94,16 @@ def load_sweep(config: str | None, flags: dict[str, Any], sweep_flags: dict[str,
     path = find_recipe(config, [*shipped_recipes(), *shipped_sweeps()]) if config is not None else None
     document = _read(path) if path else Document(values={})
     section = document.values.pop(SWEEP, None) if isinstance(document.values, dict) else None
-    if not isinstance(section, dict | None):
-        raise LoratuneError(f"{path}: sweep: must hold settings of its own, one per line; got {section!r}", Exit.USAGE)
-    over = {**((section or {}).get("over") or {}), **sweep_flags.pop("over", {})}
-    return _validated(document, path, flags, is_own=False), {**(section or {}), **sweep_flags, "over": over}
+    section = {} if section is None else section
+    over = (section.get("over") or {}) if isinstance(section, dict) else None
+    if not isinstance(over, dict):
+        raise LoratuneError(
+            f"{path}: {SWEEP} must hold settings of its own, one per line, and {SWEEP}.over a line for each setting "
+            "with its values",
+            Exit.USAGE,
+        )
+    over = {**over, **sweep_flags.pop("over", {})}
+    return _validated(document, path, flags, is_own=False), {**section, **sweep_flags, "over": over}
 
 
 def load_written_recipe(path: Path) -> Recipe:

@@ -98,11 +98,11 @@ def _gpus(count: int) -> list[str]:
 
 def _begun(sweep: Sweep, rehearsal: Rehearsal) -> Sweep:
     """Write what identifies the folder and the sweep, and fix the day that prompts name."""
+    if rehearsal.date:
+        sweep = replace(sweep, recipe=with_settings(sweep.recipe, {"prompt.date": rehearsal.date}))
     path = sweep.folder / SWEEP_RECIPE
     if path.is_file():
         return sweep
-    if rehearsal.date:
-        sweep = replace(sweep, recipe=with_settings(sweep.recipe, {"prompt.date": rehearsal.date}))
     sweep.folder.mkdir(parents=True, exist_ok=True)
     write_sweep_report(sweep.folder, report_of(sweep, []))
     write_text(path, dump_sweep(sweep.recipe, sweep.settings))
