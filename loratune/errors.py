@@ -49,6 +49,10 @@ class Interrupted(KeyboardInterrupt):
         self.signal_number = signal_number
 
 
+class Paused(Interrupted):
+    """A run has stopped itself, as a signal would, since it has done its share of the steps."""
+
+
 class OutputLost(BaseException):
     """A result could not be written to stdout. Like KeyboardInterrupt, it is not an Exception, so it ends the program.
 

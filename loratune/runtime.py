@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import ctypes
+import logging
 import os
 import signal
 import threading
 import time
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from types import FrameType
@@ -24,6 +26,12 @@ PARENT = os.getppid()
 PR_SET_PDEATHSIG = 1  # from sys/prctl.h
 
 Handler = Callable[[int, FrameType | None], object]
+
+
+def silence_libraries() -> None:
+    """Hide the libraries' warnings, which are for developers; loratune reports what users need to know."""
+    warnings.simplefilter("ignore")
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 
 def is_started_by_loratune() -> bool:
@@ -60,12 +68,21 @@ def is_on_one_machine() -> bool:
 
 def end_with_launcher() -> None:
     """Have the system signal the launcher's death, so that no process is left without one; Linux only."""
-    if PASSED_ON is None or not is_started_by_loratune():
-        return
+    if PASSED_ON is not None and is_started_by_loratune():
+        signal_at_end_of_parent(PASSED_ON, lambda: os.getppid() == PARENT)
+
+
+def signal_at_end_of_parent(number: int, has_parent: Callable[[], bool]) -> None:
+    """Have the system signal this process when the one that has forked it ends; Linux only.
+
+    Args:
+        number: the signal.
+        has_parent: whether that process still lives, for one that ended before the system knew.
+    """
     with suppress(OSError, AttributeError, TypeError):
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, int(PASSED_ON))
-    if os.getppid() != PARENT:
-        os.kill(os.getpid(), PASSED_ON)
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, int(number))
+    if not has_parent():
+        os.kill(os.getpid(), number)
 
 
 def launch_problems() -> list[str]:

@@ -97,6 +97,20 @@ def test_the_split_depends_on_the_seed_and_on_nothing_else(encoder: Encoder, row
     assert len({str(validation(seed)) for seed in range(5)}) > 1
 
 
+def test_a_seed_of_the_data_keeps_the_split_of_a_recipe_with_another_seed(rows_file: Path) -> None:
+    from loratune.recipe.loading import load_recipe
+    from loratune.training.gate import pass_gate
+
+    def split(**flags: str) -> tuple[list[list[int]], list[list[int]]]:
+        known = {"model.base": "tiny-qwen", "data.train": [str(rows_file)], "data.validation": ["0.3"]}
+        data = pass_gate(load_recipe(None, {**known, **flags}))
+        assert data.validation
+        return ids(data.train), ids(data.validation)
+
+    assert split(seed="7") != split()
+    assert split(**{"seed": "7", "data.seed": "42"}) == split()
+
+
 def test_a_single_row_is_trained_on_and_the_missing_validation_is_told(encoder: Encoder, tmp_path: Path) -> None:
     prepared = prepare(encoder, train=[write_rows(tmp_path / "rows.json", ROWS[:1])], validation=0.1)
     assert ids(prepared.train) == encoded(encoder, ROWS[:1])

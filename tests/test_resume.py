@@ -11,6 +11,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import replace
+from fractions import Fraction
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -22,11 +23,13 @@ from safetensors.torch import load_file
 from transformers import TrainerControl
 from typer.testing import Result
 
-from loratune.errors import Interrupted
+from loratune.errors import Interrupted, Paused
 from loratune.model.kernels.attention_choice import AttentionChoice
+from loratune.recipe.loading import load_written_recipe, with_settings
 from loratune.runs.lock import run_lock
 from loratune.training import run as training_run
 from loratune.training import session
+from loratune.training.checkpoints.resuming import AUTO, Resume
 from loratune.training.checkpoints.signals import StopSignals
 from loratune.training.trainer import AdapterTrainer
 
@@ -543,3 +546,63 @@ def test_the_fault_harness_finds_nothing() -> None:
     done = subprocess.run([sys.executable, faults, "--kills", "4"], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout
     assert "adapters differing from the uninterrupted run: 0" in done.stdout
+
+
+# --- runs that stop themselves after a share of their steps ---
+
+
+def train_share(whole: Path, run: Path, share: Fraction | None, **settings: Any) -> None:
+    """Train the recipe of a run in another folder, as far as a share of its steps."""
+    recipe = with_settings(load_written_recipe(whole / "recipe.yaml"), {"output": str(run), **settings})
+    training_run.train(recipe, resume=Resume(AUTO), share=share)
+
+
+def validations(run: Path) -> list[tuple[int, float]]:
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [(line["step"], line["validation_loss"]) for line in lines if "validation_loss" in line]
+
+
+def test_a_run_in_shares_is_the_run_in_one(sft: Sft, tmp_path: Path, quick_end: Callable[[], None]) -> None:
+    assert sft("whole", "--lora.dropout", "0.1").exit_code == 0
+    quick_end()
+    whole, run = tmp_path / "whole", tmp_path / "run"
+    for share, step in ((Fraction(1, 3), 2), (Fraction(1, 3), 2), (Fraction(2, 3), 4)):
+        with pytest.raises(Paused):
+            train_share(whole, run, share)
+        assert (status(run)["state"], status(run)["step"]) == ("interrupted", step)
+        assert validations(run) == validations(whole)[: step // 2 + 1]
+    train_share(whole, run, Fraction(1))
+    assert_same_run(run, whole)
+
+
+def test_a_share_ends_with_a_validation_where_the_recipe_has_none(sft: Sft, tmp_path: Path) -> None:
+    assert sft("whole").exit_code == 0
+    with pytest.raises(Paused):
+        train_share(tmp_path / "whole", tmp_path / "run", Fraction(1, 2), **{"evaluation.every_steps": 50})
+    assert [step for step, _ in validations(tmp_path / "run")] == [0, 3]
+
+
+def test_a_signal_in_the_validation_that_ends_a_share_leaves_it_to_the_next_process(
+    sft: Sft, stop: Callable[..., None], tmp_path: Path, quick_end: Callable[[], None]
+) -> None:
+    assert sft("whole").exit_code == 0
+    quick_end()
+    whole, run = tmp_path / "whole", tmp_path / "run"
+    stop(2, method="_validation_passes")
+    with pytest.raises(Interrupted) as stopped:
+        train_share(whole, run, Fraction(1, 3))
+    assert not isinstance(stopped.value, Paused)
+    assert [step for step, _ in validations(run)] == [0]
+    with pytest.raises(Paused):
+        train_share(whole, run, Fraction(1, 3))
+    assert validations(run) == validations(whole)[:2]
+    train_share(whole, run, None)
+    assert_same_run(run, whole)
+
+
+def test_a_run_that_stops_early_where_a_share_ends_is_finished(sft: Sft, tmp_path: Path) -> None:
+    assert sft("whole").exit_code == 0
+    early = {"evaluation.early_stopping": 1, "training.learning_rate": 1e-20}  # no loss is lower than the first
+    train_share(tmp_path / "whole", tmp_path / "run", Fraction(2, 3), **early)
+    assert (status(tmp_path / "run")["state"], status(tmp_path / "run")["step"]) == ("finished", 4)
+    assert status(tmp_path / "run")["stopped_early"]

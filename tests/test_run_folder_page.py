@@ -10,7 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from test_sweep import finished_sweep
 from typer.testing import CliRunner
+
+from loratune.sweep.results import report_of
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "run-folder.md"
 SOMETIMES = {
@@ -88,7 +91,9 @@ def lines(path: Path) -> list[Any]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
-def test_every_field_is_on_the_page_and_every_field_of_the_page_is_written(short_run: Path, written: Path) -> None:
+def test_every_field_is_on_the_page_and_every_field_of_the_page_is_written(
+    short_run: Path, written: Path, tmp_path: Path
+) -> None:
     rows = {key for row in read(short_run.parent / "rows.json") for key in row}
     answers = [
         {key: value for key, value in row.items() if key not in rows} for row in lines(written / "answers.jsonl")
@@ -103,6 +108,7 @@ def test_every_field_is_on_the_page_and_every_field_of_the_page_is_written(short
         "checkpoint.json": [read(next((short_run / "checkpoints").iterdir()) / "checkpoint.json")],
         "verification.json of a merged model": [read(written / "merged" / "verification.json")],
         "verification.json of an export": exports,
+        "sweep.json": [json.loads(json.dumps(report_of(*finished_sweep(tmp_path)).values()))],
         "answers.jsonl": answers,
         "answers.jsonl.report.json": [read(written / "answers.jsonl.report.json")],
     }

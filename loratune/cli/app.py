@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import functools
-import logging
 import os
 import signal
 import sys
 import traceback
-import warnings
 from pathlib import Path
 from typing import Annotated, Any, ClassVar
 
@@ -20,6 +18,7 @@ from loratune.cli.commands import COMMANDS, DATA_COMMANDS, LAUNCH_COMMANDS, RUNS
 from loratune.cli.completion import complete_if_asked
 from loratune.cli.help import Command, option_panels
 from loratune.errors import Exit, LoratuneError, OutputLost
+from loratune.runtime import silence_libraries
 from loratune.streams import make_steady
 
 _DEBUG = "LORATUNE_DEBUG"
@@ -213,9 +212,7 @@ def _main(
 def main() -> None:
     """Entry point of the console script."""
     make_steady()
-    # The libraries' warnings are for developers; loratune reports what users need to know.
-    warnings.simplefilter("ignore")
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    silence_libraries()
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     # Batches and answers of many lengths fragment GPU memory; torch reads this when it is imported.
     os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")

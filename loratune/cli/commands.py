@@ -7,6 +7,7 @@ from types import ModuleType
 # Command → its one-line help.
 COMMANDS = {
     "sft": "Train a LoRA adapter from a recipe.",
+    "sweep": "Train a recipe with many values of some settings, and say which are best.",
     "data": "Inspect the training data of a recipe.",
     "merge": "Merge an adapter into its base model, and verify the result.",
     "export": "Convert an adapter or merged model for another program, and verify it.",
@@ -35,6 +36,10 @@ def command_module(name: str) -> ModuleType:
             from loratune.cli import sft
 
             return sft
+        case "sweep":
+            from loratune.cli import sweep
+
+            return sweep
         case "merge":
             from loratune.cli import merge
 

@@ -38,7 +38,7 @@ class Command(TyperCommand):
         """Add implied values, and replace renamed flags."""
         args = self._with_present_names(args)
         remember(ctx.command_path, args)
-        known = {name for parameter in self.params for name in parameter.opts}
+        known = {name for one in self.params if not getattr(one, "is_flag", False) for name in one.opts}
         filled: list[str] = []
         for argument, after in zip(args, [*args[1:], "-"], strict=False):
             filled.append(argument)

@@ -74,6 +74,8 @@ class DataSettings(Section):
     )
     near_duplicates: float | None = Field(default=None, gt=0, lt=1)
     """Minimum similarity of near duplicates, such as 0.8; off by default, because the search is slow."""
+    seed: int | None = Field(default=None, ge=0, le=2**32 - 1)
+    """Seed of the split, sampling and mixture, to keep the rows while seed changes; default is seed."""
 
     @field_validator("columns")
     @classmethod

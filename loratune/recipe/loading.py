@@ -4,25 +4,23 @@ from __future__ import annotations
 
 import difflib
 import re
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
-from pydantic_core import ErrorDetails
 
 from loratune import console
 from loratune.errors import Exit, LoratuneError, bullet_list
 from loratune.plain_files import is_file, open_plain
-from loratune.printable import shortened
 from loratune.recipe.data_sections import SourceSettings
 from loratune.recipe.flag_values import parse_flag
 from loratune.recipe.names import current_name, drop_keys, rename_keys
-from loratune.recipe.sections import Recipe, iterate_settings, settings_with_dropped
-from loratune.recipe.suggestions import suggestion
+from loratune.recipe.problems import described_problems
+from loratune.recipe.sections import Recipe, settings_with_dropped
+from loratune.recipe.sweep_section import SWEEP, SweepSettings
 from loratune.recipe.yaml_reader import SURROGATE, Document, read_yaml, write_yaml
 
-FORMS = ("text", "settings")
-"""Tags of the two forms of a data.train entry, which pydantic adds to an error's location."""
 MOST_BYTES = 2**20
 """Maximum size of a recipe in bytes; parsing this much takes about a second."""
 PACKAGE = Path(__file__).resolve().parent.parent
@@ -35,8 +33,16 @@ def shipped_recipes() -> list[Path]:
     return sorted((SHIPPED / "configs").glob("*.yaml"))
 
 
-def find_recipe(name: str) -> Path:
+def shipped_sweeps() -> list[Path]:
+    return sorted((SHIPPED / "configs" / "sweeps").glob("*.yaml"))
+
+
+def find_recipe(name: str, known: Iterable[Path] | None = None) -> Path:
     """Return the path of a recipe file, or of a shipped recipe given by name.
+
+    Args:
+        name: path or bare name.
+        known: the files that a bare name may stand for; default is the shipped recipes.
 
     Raises:
         LoratuneError: there is neither.
@@ -44,7 +50,7 @@ def find_recipe(name: str) -> Path:
     path = Path(name)
     if is_file(path):
         return path
-    shipped = {recipe.stem: recipe for recipe in shipped_recipes()}
+    shipped = {recipe.stem: recipe for recipe in (shipped_recipes() if known is None else known)}
     bare = name.removesuffix(".yaml")
     if bare in shipped:
         return shipped[bare]
@@ -69,6 +75,35 @@ def load_recipe(config: str | None, flags: dict[str, Any]) -> Recipe:
     path = find_recipe(config) if config is not None else None
     document = _read(path) if path else Document(values={})
     return _validated(document, path, flags, is_own=False)
+
+
+def load_sweep(config: str | None, flags: dict[str, Any], sweep_flags: dict[str, Any]) -> tuple[Recipe, dict[str, Any]]:
+    """Read a recipe and its section `sweep`, override both with flags, and validate the recipe.
+
+    Args:
+        config: path of a recipe, or bare name of a shipped recipe or sweep; None to use flags alone.
+        flags: as for `load_recipe`.
+        sweep_flags: setting of the sweep → value, which replaces that of the section.
+
+    Returns:
+        The recipe, and the section's values, which are not validated.
+
+    Raises:
+        LoratuneError: lists all problems of the recipe.
+    """
+    path = find_recipe(config, [*shipped_recipes(), *shipped_sweeps()]) if config is not None else None
+    document = _read(path) if path else Document(values={})
+    section = document.values.pop(SWEEP, None) if isinstance(document.values, dict) else None
+    section = {} if section is None else section
+    over = (section.get("over") or {}) if isinstance(section, dict) else None
+    if not isinstance(over, dict):
+        raise LoratuneError(
+            f"{path}: {SWEEP} must hold settings of its own, one per line, and {SWEEP}.over a line for each setting "
+            "with its values",
+            Exit.USAGE,
+        )
+    over = {**over, **sweep_flags.pop("over", {})}
+    return _validated(document, path, flags, is_own=False), {**section, **sweep_flags, "over": over}
 
 
 def load_written_recipe(path: Path) -> Recipe:
@@ -104,7 +139,7 @@ def _validated(document: Document, path: Path | None, flags: dict[str, Any], is_
         except ValidationError as error:
             known_lines = {line for line, _ in document.problems}
             # A value with a syntax problem is reported as missing too; its line is already listed.
-            described = _describe_all(error.errors(), document.lines, used_flags)
+            described = described_problems(error.errors(), document.lines, used_flags)
             problems += [(line, message) for line, message in described if line not in known_lines]
     if problems or recipe is None:
         source = str(path) if path else "flags alone, without --config"
@@ -143,6 +178,33 @@ def _renamed_flags(flags: dict[str, Any]) -> dict[str, Any]:
             console.say(f"--{name} is now --{now} (the old name still works)")
         present[now] = value
     return present
+
+
+def with_settings(recipe: Recipe, settings: Mapping[str, Any], shown: str = "") -> Recipe:
+    """Return a recipe with other values of some settings; what the recipe leaves to defaults stays so.
+
+    Args:
+        recipe: the recipe.
+        settings: dotted setting → value, as in a recipe file.
+        shown: what the error names as the source of the values.
+
+    Raises:
+        LoratuneError: lists the problems, one a line.
+    """
+    values = recipe.model_dump(exclude_unset=True)
+    for dotted, value in settings.items():
+        section, _, name = dotted.rpartition(".")
+        (values.setdefault(section, {}) if section else values)[name] = value
+    try:
+        return Recipe.model_validate(_with_sections(values))
+    except ValidationError as error:
+        problems = [message for _, message in described_problems(error.errors(), {}, set(settings))]
+        raise LoratuneError("\n".join(shown + problem for problem in problems), Exit.USAGE) from error
+
+
+def dump_sweep(recipe: Recipe, sweep: SweepSettings) -> str:
+    """Return a recipe and its section `sweep` as YAML that `load_sweep` reads back."""
+    return write_yaml({SWEEP: sweep.model_dump(exclude_none=True), **recipe.model_dump(exclude_unset=True)})
 
 
 def dump_recipe(recipe: Recipe, is_ascii: bool = False) -> str:
@@ -194,67 +256,6 @@ def _lay_over(values: dict[str, Any], flags: dict[str, Any]) -> dict[str, str]:
             values[section] = place
         place[name] = value
     return problems
-
-
-def _describe_all(details: list[ErrorDetails], lines: dict[str, int], flags: set[str]) -> list[tuple[int, str]]:
-    """Return line and text of each problem; errors for the branches of a union are merged into one."""
-    messages: dict[tuple[int, str], list[str]] = {}
-    for detail in details:
-        line, where, message = _describe(detail, lines, flags)
-        messages.setdefault((line, where), []).append(message)
-    return [(line, where + _joined(found)) for (line, where), found in messages.items()]
-
-
-def _joined(messages: list[str]) -> str:
-    """Join the messages about one value: `must be a valid number, or must be a valid list; got True`."""
-    if len(messages) == 1:
-        return messages[0]
-    parts = [message.partition("; got ") for message in messages]
-    value = next((value for _, got, value in parts if got), "nothing")
-    return f"{', or '.join(head for head, _, _ in parts)}; got {value}"
-
-
-def _describe(detail: ErrorDetails, lines: dict[str, int], flags: set[str]) -> tuple[int, str, str]:
-    """Return line, place with setting, and message of one pydantic error."""
-    names = [str(part) for part in detail["loc"] if part not in FORMS]
-    known = {name for name, _ in iterate_settings()} | set(Recipe.model_fields)
-    line = _line(".".join(names), lines)
-    while names and ".".join(names) not in known and detail["type"] != "extra_forbidden":
-        names.pop()  # within a list or union: name the setting itself
-    setting = ".".join(names)
-    message = _message(detail, setting)
-    if setting in flags:
-        return 0, f"--{setting}: ", message
-    place = f"line {line}: " if line else ""
-    return line, f"{place}{setting}: " if setting else place, message
-
-
-def _line(dotted: str, lines: dict[str, int]) -> int:
-    while dotted and dotted not in lines:
-        dotted = dotted.rpartition(".")[0]
-    return lines.get(dotted, 0)
-
-
-def _message(detail: ErrorDetails, setting: str) -> str:
-    value = shortened(repr(detail.get("input")))
-    context = detail.get("ctx", {})
-    match detail["type"]:
-        case "extra_forbidden":
-            is_section = isinstance(detail.get("input"), dict) and "." not in setting
-            known = Recipe.model_fields if is_section else (name for name, _ in iterate_settings())
-            return f"no such setting{suggestion(setting, known)}"
-        case "missing":
-            return f"must be given, in the recipe or as --{setting}"
-        case "literal_error":
-            return f"expected {context['expected']}; got {value}"
-        case "value_error":
-            return f"{context['error']}" + (f"; got {value}" if setting else "")
-        case "too_short" | "string_too_short":
-            return "must not be empty"
-        case "model_type" | "model_attributes_type":
-            return f"must hold settings of its own, one per line; got {value}"
-        case _:
-            return f"{detail['msg'].replace('Input should be', 'must be')}; got {value}"
 
 
 def _with_found_data(recipe: Recipe, path: Path | None) -> Recipe:

@@ -243,7 +243,7 @@ class Recipe(Section):
     output: HomePath = "out/run"
     """Run folder: the adapter, and the record of how it was trained."""
     seed: int = Field(default=42, ge=0, le=2**32 - 1)
-    """Seed of the adapter's initialisation, the split, sampling and shuffling."""
+    """Seed of the adapter's initialisation and shuffling, and of the split and sampling without data.seed."""
 
     @model_validator(mode="after")
     def _settings_fit_together(self) -> Recipe:

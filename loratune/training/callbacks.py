@@ -51,13 +51,15 @@ class Metrics(TrainerCallback):
         self._validating_seconds = 0.0
 
     def restore(self, step: int, progress: dict[str, float]) -> None:
-        """Continue after a step: drop later records and an incomplete last line.
+        """Continue after a step: drop later records, an incomplete last line, and a validation that is made again.
 
         Args:
             step: step of the checkpoint.
             progress: `progress` at that step.
         """
-        self.records = [record for record in read_metrics(self.path.parent) if record["step"] <= step]
+        end = step if progress["validation_is_due"] else step + 1
+        records = read_metrics(self.path.parent)
+        self.records = [one for one in records if one["step"] < (end if "validation_loss" in one else step + 1)]
         if is_main_process():
             write_text(self.path, "".join(json.dumps(record) + "\n" for record in self.records))
         self._elapsed = progress["seconds"]

@@ -52,7 +52,8 @@ def pass_gate(recipe: Recipe, day: str | None = None) -> PreparedData:
         prompt = prompt.model_copy(update={"date": day or date.today().isoformat()})
     remarks = list(_about_template(facts, prompt))
     rendering = Rendering(prompt, sha256, lambda: Encoder(tokenizer(), prompt), recipe.training.max_length)
-    prepared = prepare_data(recipe.data, rendering, recipe.seed)
+    seed = recipe.seed if recipe.data.seed is None else recipe.data.seed
+    prepared = prepare_data(recipe.data, rendering, seed)
     prepared.found[:0] = remarks
     prepared.reasoning, prepared.reasoning_form = facts.reasoning, facts.form
     return prepared

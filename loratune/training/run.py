@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +52,7 @@ from loratune.training.record import identity_now, manifest_of
 from loratune.training.reporting.closing import close_run, take_part
 from loratune.training.reporting.report import report_of
 from loratune.training.session import Session, load, prepare
+from loratune.training.steps import step_of
 from loratune.training.trainer import AdapterTrainer
 from loratune.training.watchers import Watchers, add_watchers
 from loratune.writing import folder_in_one_step
@@ -64,7 +66,9 @@ class ActiveTraining:
     watchers: Watchers
 
 
-def train(recipe: Recipe, overwrite: bool = False, resume: Resume | None = None) -> Report | None:
+def train(
+    recipe: Recipe, overwrite: bool = False, resume: Resume | None = None, share: Fraction | None = None
+) -> Report | None:
     """Train an adapter as the recipe says and leave a run folder.
 
     Nothing is written before data, model and settings have been validated.
@@ -73,6 +77,7 @@ def train(recipe: Recipe, overwrite: bool = False, resume: Resume | None = None)
         recipe: the recipe.
         overwrite: replace an existing run in the folder.
         resume: continue the run in the folder.
+        share: stop after this share of the steps, with a validation and a checkpoint, as after a signal.
 
     Returns:
         The report, as in the run's report.json; None in a process that is not the main one.
@@ -80,6 +85,7 @@ def train(recipe: Recipe, overwrite: bool = False, resume: Resume | None = None)
     Raises:
         LoratuneError: with the problem and advice.
         Interrupted: a signal ended the run.
+        Paused: it has done its share.
     """
     if problems := launch_problems():
         raise LoratuneError(f"{'; '.join(problems)}. Unset what is left over, or start sft with --gpus", Exit.USAGE)
@@ -105,6 +111,7 @@ def train(recipe: Recipe, overwrite: bool = False, resume: Resume | None = None)
             if told:
                 console.say(told)
                 return open_report(output) if is_main_process() else None
+        stops.last_step = step_of(share, prepared.plan.steps) if share else None
         session = load(prepared, start)
         stack.enter_context(machine_errors_explained(recipe, session.held))
         return _train(session, start)
@@ -134,7 +141,7 @@ def _train(session: Session, start: Checkpoint | None) -> Report | None:
         try:
             with stops.after_step(watch.advance), watch:
                 if start:
-                    _go_on(running, start, session.plan.steps)
+                    _go_on(running, start, session.plan.steps, stops)
                 else:
                     trainer.train()
                 watch.advance()
@@ -151,14 +158,17 @@ def _train(session: Session, start: Checkpoint | None) -> Report | None:
     return close_run(session, running, report)
 
 
-def _go_on(running: ActiveTraining, start: Checkpoint, steps: int) -> None:
+def _go_on(running: ActiveTraining, start: Checkpoint, steps: int, stops: StopSignals) -> None:
     """Train from a checkpoint to the run's number of steps."""
     trainer, metrics, keeper = running.trainer, running.watchers.metrics, running.watchers.keeper
     console.say(f"resuming after step {start.step}")
     metrics.restore(start.step, start.progress)
     keeper.restore(start.progress)
     trainer.args.eval_on_start = bool(start.progress["validation_is_due"])
-    trainer.resume(start.folder, start.progress["tokens"], keeper.stopped_early or start.step >= steps)
+    is_over = keeper.stopped_early or start.step >= steps
+    trainer.resume(start.folder, start.progress["tokens"], is_over or stops.is_reached(start.step))
+    if stops.is_reached(start.step) and not keeper.stopped_early:
+        stops.pause()
 
 
 def _abandon(running: ActiveTraining) -> None:
@@ -237,5 +247,5 @@ def _status_kept(output: Path, trainer: AdapterTrainer) -> Iterator[None]:
             set_status(output, state, step=step, steps=steps)
         if isinstance(error, Interrupted):
             go_on = next_command(output, "interrupted")
-            raise Interrupted(error.signal_number, f"interrupted after step {step} of {steps}; {go_on}") from error
+            raise type(error)(error.signal_number, f"interrupted after step {step} of {steps}; {go_on}") from error
         raise

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from fractions import Fraction
 
 from loratune.errors import Exit, LoratuneError, counted
 from loratune.recipe.sections import TrainingSettings
@@ -41,6 +42,12 @@ def plan_steps(training: TrainingSettings, rows: int) -> StepPlan:
             Exit.USAGE,
         )
     return StepPlan(min(training.batch_size, rows), steps_per_epoch, steps)
+
+
+def step_of(share: Fraction, steps: int) -> int | None:
+    """Return the step that ends a share of a run, at least the first; None for the whole run."""
+    step = math.ceil(share * steps)
+    return step if step < steps else None
 
 
 def advise_steps(training: TrainingSettings, plan: StepPlan) -> list[str]:

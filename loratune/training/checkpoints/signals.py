@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
@@ -11,7 +12,7 @@ import torch
 from transformers import TrainerCallback
 
 from loratune import console
-from loratune.errors import Interrupted
+from loratune.errors import Interrupted, Paused
 from loratune.runtime import is_main_process, signals_to
 
 
@@ -23,14 +24,17 @@ class StopSignals(TrainerCallback):
     """Handles signals.
 
     During training, the first signal finishes and saves the current step; after a finished run, it skips the sample
-    generations. All others stop at once.
+    generations. All others stop at once. A run can be told to stop itself after a step, which it validates before.
     """
 
     def __init__(self) -> None:
         self.signal: int | None = None
         """The received signal, until the step ends."""
+        self.last_step: int | None = None
+        """The step after which the run stops itself, to go on later; None for the last one of its schedule."""
         self.validation_is_due = False
         """Whether the validation of the last step was interrupted."""
+        self._has_paused = False
         self._is_repeated = False
         """Whether the next signal would be this process's second one."""
         self._advance: Callable[[], None] = lambda: None
@@ -77,13 +81,16 @@ class StopSignals(TrainerCallback):
         self.validation_is_due = True
 
     def raise_if_any(self) -> None:
-        """Stop here if a signal was received.
+        """Stop here if a signal was received, or after the step at which the run stops itself.
 
         Raises:
             Interrupted: with the signal.
+            Paused: without one.
         """
         if self.signal is not None:
             raise Interrupted(self.signal)
+        if self._has_paused:
+            raise Paused(signal.SIGTERM)
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
         if not self._told or self._is_repeated:
@@ -98,10 +105,27 @@ class StopSignals(TrainerCallback):
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Stop with a checkpoint if any process received a signal; a due validation is left to the resumed run."""
+        if state.global_step == self.last_step:
+            control.should_save = control.should_evaluate = True
         if self._has_come(args):
             control.should_save = control.should_training_stop = True
             self.validation_is_due = control.should_evaluate
             control.should_evaluate = False
+
+    def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Stop after the step that is the last one for now; not if it is the last for another reason."""
+        # Only here, after the validation: what it stops by itself counts as stopped early.
+        if state.global_step == self.last_step and not control.should_training_stop:
+            control.should_training_stop = True
+            self.pause()
+
+    def is_reached(self, step: int) -> bool:
+        """Return whether a step is the last one for now, or a later one."""
+        return self.last_step is not None and step >= self.last_step
+
+    def pause(self) -> None:
+        """Stop the run where it stands, as after its last step for now."""
+        self._has_paused = True
 
     def _has_come(self, args: Any) -> bool:
         if args.world_size == 1:

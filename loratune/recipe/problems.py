@@ -1,0 +1,74 @@
+"""Describes pydantic's errors about a recipe by setting, with the line or the flag, and suggests names."""
+
+from __future__ import annotations
+
+from pydantic_core import ErrorDetails
+
+from loratune.printable import shortened
+from loratune.recipe.sections import Recipe, iterate_settings
+from loratune.recipe.suggestions import suggestion
+
+FORMS = ("text", "settings")
+"""Tags of the two forms of a data.train entry, which pydantic adds to an error's location."""
+
+
+def described_problems(details: list[ErrorDetails], lines: dict[str, int], flags: set[str]) -> list[tuple[int, str]]:
+    """Return line and text of each problem; errors for the branches of a union are merged into one."""
+    messages: dict[tuple[int, str], list[str]] = {}
+    for detail in details:
+        line, where, message = _describe(detail, lines, flags)
+        messages.setdefault((line, where), []).append(message)
+    return [(line, where + _joined(found)) for (line, where), found in messages.items()]
+
+
+def _joined(messages: list[str]) -> str:
+    """Join the messages about one value: `must be a valid number, or must be a valid list; got True`."""
+    if len(messages) == 1:
+        return messages[0]
+    parts = [message.partition("; got ") for message in messages]
+    value = next((value for _, got, value in parts if got), "nothing")
+    return f"{', or '.join(head for head, _, _ in parts)}; got {value}"
+
+
+def _describe(detail: ErrorDetails, lines: dict[str, int], flags: set[str]) -> tuple[int, str, str]:
+    """Return line, place with setting, and message of one pydantic error."""
+    names = [str(part) for part in detail["loc"] if part not in FORMS]
+    known = {name for name, _ in iterate_settings()} | set(Recipe.model_fields)
+    line = _line(".".join(names), lines)
+    while names and ".".join(names) not in known and detail["type"] != "extra_forbidden":
+        names.pop()  # within a list or union: name the setting itself
+    setting = ".".join(names)
+    message = message_of(detail, setting)
+    if setting in flags:
+        return 0, f"--{setting}: ", message
+    place = f"line {line}: " if line else ""
+    return line, f"{place}{setting}: " if setting else place, message
+
+
+def _line(dotted: str, lines: dict[str, int]) -> int:
+    while dotted and dotted not in lines:
+        dotted = dotted.rpartition(".")[0]
+    return lines.get(dotted, 0)
+
+
+def message_of(detail: ErrorDetails, setting: str) -> str:
+    """Return what is wrong with a setting's value, and the value."""
+    value = shortened(repr(detail.get("input")))
+    context = detail.get("ctx", {})
+    match detail["type"]:
+        case "extra_forbidden":
+            is_section = isinstance(detail.get("input"), dict) and "." not in setting
+            known = Recipe.model_fields if is_section else (name for name, _ in iterate_settings())
+            return f"no such setting{suggestion(setting, known)}"
+        case "missing":
+            return f"must be given, in the recipe or as --{setting}"
+        case "literal_error":
+            return f"expected {context['expected']}; got {value}"
+        case "value_error":
+            return f"{context['error']}" + (f"; got {value}" if setting else "")
+        case "too_short" | "string_too_short":
+            return "must not be empty"
+        case "model_type" | "model_attributes_type":
+            return f"must hold settings of its own, one per line; got {value}"
+        case _:
+            return f"{detail['msg'].replace('Input should be', 'must be')}; got {value}"

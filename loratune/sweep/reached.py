@@ -1,0 +1,66 @@
+"""What a trial's run folder says of how far it has come; it is the only contract between a training and the sweep."""
+
+from __future__ import annotations
+
+import math
+from fractions import Fraction
+from pathlib import Path
+
+from loratune.errors import LoratuneError
+from loratune.runs.checkpoint import checkpoint_steps, step_folder
+from loratune.runs.folder import ADAPTER, CHECKPOINTS, STATUS, read_metrics
+from loratune.runs.report import read_report
+from loratune.runs.status import read_status
+from loratune.safetensors_header import read_header
+from loratune.sweep.plan import Outcome
+from loratune.training.steps import step_of
+
+WEIGHTS = "adapter_model.safetensors"
+
+
+def reached(run: Path, share: Fraction, process_seconds: float = 0.0, peak: int | None = None) -> Outcome | None:
+    """Return what a run has reached by a share of its steps; None if it has not come so far.
+
+    Args:
+        run: run folder.
+        share: of the run's steps.
+        process_seconds: of the process that has trained it.
+        peak: its peak memory in bytes.
+
+    Raises:
+        LoratuneError: a file of the run is damaged.
+    """
+    if not (run / STATUS).is_file():
+        return None
+    status, records = read_status(run), read_metrics(run)
+    if not records or status.steps is None:
+        return None
+    if status.state == "finished":
+        report = read_report(run)
+        if report.validation_loss is None:
+            return None
+        loss, seconds = report.validation_loss.after, report.seconds or records[-1]["seconds"]
+        peak = report.peak_memory_bytes if peak is None else peak
+        return Outcome(loss, report.steps, status.steps, seconds, process_seconds, peak)
+    step = step_of(share, status.steps)
+    there = [record for record in records if record["step"] == step and "validation_loss" in record]
+    if status.state != "interrupted" or not there or (status.step or 0) < (step or math.inf):
+        return None
+    newest = there[-1]
+    return Outcome(
+        newest["validation_loss"], int(newest["step"]), status.steps, newest["seconds"], process_seconds, peak
+    )
+
+
+def adapter_size(run: Path) -> tuple[int, int] | None:
+    """Return the parameters and the bytes of a run's newest adapter; None if it has none, or one that is damaged."""
+    steps = checkpoint_steps(run / CHECKPOINTS)
+    folders = [run / ADAPTER, *(step_folder(run / CHECKPOINTS, step) for step in reversed(steps))]
+    path = next((folder / WEIGHTS for folder in folders if (folder / WEIGHTS).is_file()), None)
+    if path is None:
+        return None
+    try:
+        _, header = read_header(path)
+    except LoratuneError:
+        return None
+    return sum(math.prod(entry["shape"]) for entry in header.values()), path.stat().st_size

@@ -1,0 +1,118 @@
+"""sweep.json: what a sweep has tried and found. It is typed, and read and written here alone."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from loratune.plain_files import read_json_object
+from loratune.runs.typed_json import as_typed, require_version
+from loratune.writing import PROGRAM, write_json
+
+SWEEP_REPORT, KIND = "sweep.json", "sweep"
+SWEEP_VERSION = 1
+TrialState = Literal["finished", "stopped", "waiting", "diverged", "failed"]
+SweepState = Literal["running", "interrupted", "out of budget", "finished"]
+
+
+@dataclass(frozen=True)
+class TrialReport:
+    """One trial, or its repetition with another seed."""
+
+    name: str
+    """Of its run folder in `trials`."""
+    settings: Mapping[str, Any]
+    """Dotted setting → value."""
+    state: TrialState
+    """stopped: left behind at a rung; waiting: it has not been trained as far as it may be."""
+    repeats: str | None = None
+    """Name of the trial with the same settings."""
+    seed: int | None = None
+    """Of a repetition."""
+    loss: float | None = None
+    """Validation loss at its last rung, in nats per answer token."""
+    losses: Mapping[str, float] = field(default_factory=dict)
+    """Step of each rung → validation loss there."""
+    step: int = 0
+    steps: int = 0
+    """Of its whole run."""
+    seconds: float | None = None
+    """Of training."""
+    peak_memory_bytes: int | None = None
+    trained_parameters: int | None = None
+    adapter_bytes: int | None = None
+    message: str | None = None
+    """Why it has failed."""
+
+
+@dataclass(frozen=True)
+class Standing:
+    """A trial that was repeated with other seeds, or the best one."""
+
+    name: str
+    settings: Mapping[str, Any]
+    loss: float
+    """Mean over the seeds."""
+    seeds: int
+    deviation: float | None
+    """Standard deviation over the seeds; None for a single one."""
+
+
+@dataclass(frozen=True)
+class Noise:
+    """How much losses differ by the seed alone."""
+
+    deviation: float
+    """Pooled over the settings that were repeated."""
+    degrees: int
+    """Degrees of freedom."""
+    least_difference: float
+    """Two single trials differ by more than this in 5 of 100 cases if only their seeds do."""
+
+
+@dataclass(frozen=True)
+class SweepReport:
+    """What a sweep's report says."""
+
+    output: str
+    base: str
+    over: Mapping[str, Any]
+    """Dotted setting → values, or the two ends of a range as text: 1e-05..0.001."""
+    sampler: str
+    shares: tuple[float, ...]
+    """Of a run's steps, for each rung."""
+    state: SweepState = "running"
+    sentence: str | None = None
+    """What the sweep has found."""
+    best: Standing | None = None
+    repeated: tuple[Standing, ...] = ()
+    """The best trials over all seeds, the best one first."""
+    noise: Noise | None = None
+    seconds_per_step: float | None = None
+    """Mean over all trials."""
+    trials: tuple[TrialReport, ...] = ()
+    """In order of the table: the furthest first, and among these the lowest loss."""
+    program: str = PROGRAM
+    kind: str = KIND
+
+    def values(self) -> dict[str, Any]:
+        """In JSON types, in the file's layout."""
+        return {"format_version": SWEEP_VERSION, **asdict(self)}
+
+
+def write_sweep_report(folder: Path, report: SweepReport) -> None:
+    """Replace a sweep's report."""
+    write_json(folder / SWEEP_REPORT, report.values())
+
+
+def read_sweep_report(folder: Path) -> SweepReport:
+    """Return what a sweep's report says; keys that this version does not know are left out.
+
+    Raises:
+        LoratuneError: it is missing, damaged, or written by a later version of loratune.
+    """
+    values = read_json_object(folder / SWEEP_REPORT)
+    require_version(values, SWEEP_VERSION, folder / SWEEP_REPORT)
+    return as_typed(SweepReport, values, folder / SWEEP_REPORT)

@@ -1,0 +1,79 @@
+"""Puts together what a sweep has found, for sweep.json and everything that is shown."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from loratune.errors import Exit
+from loratune.sweep.comparison import noise_of, sentence_of, standings
+from loratune.sweep.definition import Sweep
+from loratune.sweep.plan import Trial
+from loratune.sweep.price import measured
+from loratune.sweep.reached import adapter_size
+from loratune.sweep.report import SweepReport, TrialReport, TrialState
+from loratune.sweep.space import written
+
+
+def report_of(sweep: Sweep, trials: Sequence[Trial]) -> SweepReport:
+    """Return what is known of a sweep; while it runs, without what only its end can say."""
+    price, last = measured(trials), sweep.plan.last
+    found = standings(trials, last)
+    report = SweepReport(
+        output=str(sweep.folder),
+        base=sweep.recipe.model.base,
+        over={name: written(axis) for name, axis in sweep.space.items()},
+        sampler=sweep.sampler,
+        shares=tuple(float(share) for share in sweep.plan.shares),
+        seconds_per_step=price.seconds_per_step if price else None,
+        trials=tuple(_trial(sweep, trial, trials) for trial in sorted(trials, key=_order)),
+    )
+    if not found:
+        return report
+    return replace(
+        report,
+        best=found[0],
+        repeated=tuple(one for one in found if one.seeds > 1),
+        noise=noise_of(trials, last),
+        sentence=sentence_of(trials, last, sweep.space),
+    )
+
+
+def _order(trial: Trial) -> tuple[int, float, int]:
+    newest = trial.newest
+    return (-max(trial.outcomes, default=-1), newest.loss if newest else 0.0, trial.number)
+
+
+def _trial(sweep: Sweep, trial: Trial, trials: Sequence[Trial]) -> TrialReport:
+    newest, size = trial.newest, adapter_size(sweep.run_folder(trial.name))
+    return TrialReport(
+        name=trial.name,
+        settings=dict(trial.settings),
+        state=_state(sweep, trial, trials),
+        repeats=None if trial.repeats is None else trials[trial.repeats].name,
+        seed=trial.seed,
+        loss=newest.loss if newest else None,
+        losses={str(one.step): one.loss for _, one in sorted(trial.outcomes.items())},
+        step=newest.step if newest else 0,
+        steps=newest.steps if newest else trial.steps,
+        seconds=newest.seconds if newest else None,
+        peak_memory_bytes=max((one.peak_memory_bytes or 0 for one in trial.outcomes.values()), default=0) or None,
+        trained_parameters=size[0] if size else None,
+        adapter_bytes=size[1] if size else None,
+        message=trial.failure.message if trial.failure else None,
+    )
+
+
+def _state(sweep: Sweep, trial: Trial, trials: Sequence[Trial]) -> TrialState:
+    if trial.failure:
+        return "diverged" if trial.failure.code == Exit.DIVERGED else "failed"
+    if sweep.plan.last in trial.outcomes:
+        return "finished"
+    is_open = any(work.trial is trial for work in sweep.plan.work(trials))
+    return "waiting" if is_open or not trial.outcomes or not _is_left_behind(sweep, trial, trials) else "stopped"
+
+
+def _is_left_behind(sweep: Sweep, trial: Trial, trials: Sequence[Trial]) -> bool:
+    """Return whether better trials have gone on at the rung that a trial has reached."""
+    levels, rung = sweep.plan.levels(trials), max(trial.outcomes)
+    return len(levels) > rung + 1 and all(trial is not other for other in levels[rung + 1])

@@ -1,0 +1,236 @@
+"""What a sweep varies: values or a range for each setting, checked as flags are before anything starts."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from loratune.errors import Exit, LoratuneError, bullet_list
+from loratune.recipe.flag_values import parse_flag
+from loratune.recipe.loading import with_settings
+from loratune.recipe.names import current_name
+from loratune.recipe.sections import Recipe, iterate_settings
+from loratune.recipe.suggestions import suggestion
+from loratune.recipe.yaml_reader import read_yaml
+
+MOST_TRIALS = 1000
+LOG_RATIO = 10
+"""Ends of a range that are this far apart are sampled on a logarithmic scale."""
+DIGITS = 3
+"""Significant digits of a sampled number."""
+_NUMBER = r"[-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?"
+_RANGE = re.compile(rf"({_NUMBER})\.\.({_NUMBER})")
+_OTHER_BASE = "a loss per token says nothing across vocabularies; sweep each base by itself, and compare the models"
+NOT_SWEPT = {
+    "output": "each trial has a folder of its own",
+    "seed": "the best two are trained with other seeds anyway: --seeds",
+    "data.seed": "losses on other validation rows cannot be compared",
+    "data.validation": "losses on other validation rows cannot be compared",
+    "model.base": _OTHER_BASE,
+    "model.hub": _OTHER_BASE,
+    "model.revision": _OTHER_BASE,
+}
+"""Setting → why a sweep cannot vary it."""
+
+Settings = Mapping[str, Any]
+"""Dotted setting → value."""
+
+
+@dataclass(frozen=True)
+class Choices:
+    """The values of a setting, in the order in which they were given."""
+
+    values: tuple[Any, ...]
+
+
+@dataclass(frozen=True)
+class Range:
+    """All numbers between two ends, which belong to it."""
+
+    low: float
+    high: float
+    is_whole: bool
+
+    @property
+    def is_log(self) -> bool:
+        """Whether it is sampled on a logarithmic scale."""
+        return self.low > 0 and self.high / self.low >= LOG_RATIO
+
+    def rounded(self, number: float) -> float:
+        """Return a sampled number as the recipe gets it."""
+        if self.is_whole:
+            return int(number)
+        return float(min(max(float(f"{number:.{DIGITS}g}"), self.low), self.high))
+
+
+Axis = Choices | Range
+Space = Mapping[str, Axis]
+"""Dotted setting → what it may be."""
+
+
+def space_of(over: Mapping[str, Any], recipe: Recipe) -> Space:
+    """Parse what a sweep varies, and validate each value in the recipe.
+
+    Args:
+        over: setting → text as typed after `--over setting=`, or values of a recipe file.
+        recipe: the recipe without the sweep.
+
+    Raises:
+        LoratuneError: lists all problems.
+    """
+    fields, space, problems = dict(iterate_settings()), dict[str, Axis](), list[str]()
+    for name, given in over.items():
+        setting = current_name(name) or name
+        try:
+            if setting not in fields:
+                raise ValueError(f"no such setting{suggestion(setting, fields)}")
+            if setting in NOT_SWEPT:
+                raise ValueError(f"cannot be swept: {NOT_SWEPT[setting]}")
+            if setting in space:
+                raise ValueError("is given twice")
+            space[setting] = _axis(given, fields[setting])
+        except ValueError as error:
+            problems.append(f"--over {name}: {error}")
+            continue
+        problems += _problems_of_values(setting, space[setting], recipe)
+    if problems:
+        raise LoratuneError(f"the sweep cannot start:\n{bullet_list(problems, limit=40)}", Exit.USAGE)
+    return space
+
+
+def _axis(given: Any, field: Any) -> Axis:
+    if isinstance(given, str) and (ends := _RANGE.fullmatch(given.strip())):
+        low, high = (read_yaml(end).values for end in ends.groups())
+        if low >= high:
+            raise ValueError(f"{given}: the first end of a range must be the lower one")
+        is_whole = isinstance(low, int) and isinstance(high, int) and field.annotation in (int, int | None)
+        return Range(low, high, is_whole)
+    values = [_parsed(text, field) for text in _split(given)] if isinstance(given, str) else _listed(given)
+    if not values:
+        raise ValueError("needs values")
+    if repeated := {text_of(value) for value in values if sum(value == other for other in values) > 1}:
+        raise ValueError(f"has a value twice: {', '.join(sorted(repeated))}")
+    return Choices(tuple(values))
+
+
+def _listed(given: Any) -> list[Any]:
+    return given if isinstance(given, list) else [given]
+
+
+def _split(text: str) -> list[str]:
+    """Split at commas that are not in brackets."""
+    parts, depth = [""], 0
+    for letter in text:
+        depth += (letter in "[{") - (letter in "]}")
+        if letter == "," and not depth:
+            parts.append("")
+        else:
+            parts[-1] += letter
+    return [part.strip() for part in parts if part.strip()]
+
+
+def _parsed(text: str, field: Any) -> Any:
+    if not text.startswith(("[", "{")):
+        return parse_flag(text, field)
+    document = read_yaml(text)
+    if document.problems:
+        raise ValueError(f"cannot read {text!r}")
+    return document.values
+
+
+def _problems_of_values(setting: str, axis: Axis, recipe: Recipe) -> list[str]:
+    problems = []
+    for settings in single_values({setting: axis}):
+        try:
+            with_settings(recipe, settings, "--over ")
+        except LoratuneError as error:
+            problems += error.message.replace("--over --", "--over ").splitlines()
+    return problems
+
+
+def single_values(space: Space) -> list[Settings]:
+    """Return every value by itself, and the ends of ranges."""
+    found = list[Settings]()
+    for setting, axis in space.items():
+        values = axis.values if isinstance(axis, Choices) else (axis.rounded(axis.low), axis.rounded(axis.high))
+        found += [{setting: value} for value in values]
+    return found
+
+
+def grid(space: Space) -> list[Settings]:
+    """Return every combination of the values; the last setting changes first.
+
+    Raises:
+        LoratuneError: there are too many.
+    """
+    axes = [axis.values for axis in space.values() if isinstance(axis, Choices)]
+    count = math.prod(map(len, axes))
+    if count > MOST_TRIALS:
+        raise LoratuneError(
+            f"the grid has {count:,} trials, {MOST_TRIALS:,} are the most; take fewer values, or --sampler random",
+            Exit.USAGE,
+        )
+    return [dict(zip(space, values, strict=True)) for values in itertools.product(*axes)]
+
+
+def require_valid(settings: Sequence[Settings], recipe: Recipe) -> None:
+    """Check that settings that are valid by themselves are so together.
+
+    Raises:
+        LoratuneError: lists the combinations that are not.
+    """
+    problems = []
+    for chosen in settings:
+        try:
+            with_settings(recipe, chosen)
+        except LoratuneError as error:
+            problems.append(f"{described(chosen)}: {error.message}")
+    if problems:
+        raise LoratuneError(f"the sweep cannot start:\n{bullet_list(problems)}", Exit.USAGE)
+
+
+def written(axis: Axis) -> Any:
+    """Return what a recipe file says of a setting that varies."""
+    return f"{axis.low}..{axis.high}" if isinstance(axis, Range) else list(axis.values)
+
+
+def stored(value: Any) -> Any:
+    """Return a value as Optuna stores it: as it is, or a list or mapping as JSON text."""
+    return value if value is None or isinstance(value, bool | int | float | str) else json.dumps(value)
+
+
+def text_of(value: Any) -> str:
+    """Return a value for tables and names: 0.0002, true, q_proj+v_proj."""
+    if isinstance(value, bool) or value is None:
+        return {True: "true", False: "false", None: "none"}[value]
+    if isinstance(value, float):
+        return f"{value:.6g}"
+    if isinstance(value, list):
+        return "+".join(map(text_of, value))
+    if isinstance(value, dict):
+        return "+".join(f"{name}:{text_of(inner)}" for name, inner in value.items())
+    return str(value)
+
+
+def short_names(settings: Sequence[str]) -> dict[str, str]:
+    """Return dotted setting → its last part, or the whole name where two settings end alike."""
+    ends = [setting.rpartition(".")[2] for setting in settings]
+    return {name: end if ends.count(end) == 1 else name for name, end in zip(settings, ends, strict=True)}
+
+
+def described(settings: Settings) -> str:
+    """Return settings for a line: `learning_rate 0.0002, rank 8`."""
+    names = short_names(list(settings))
+    return ", ".join(f"{names[setting]} {text_of(value)}" for setting, value in settings.items())
+
+
+def folder_name(number: int, settings: Settings) -> str:
+    """Return the name of a trial's folder, such as `03-learning_rate-0.0002-rank-8`."""
+    names = short_names(list(settings))
+    words = (f"{names[setting]}-{text_of(value)}" for setting, value in settings.items())
+    return re.sub(r"[^A-Za-z0-9._+-]+", "_", "-".join([f"{number:02d}", *words]))[:80].rstrip("-.")

@@ -1,0 +1,446 @@
+"""What a sweep decides, says and keeps, without training anything."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+import random
+import re
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import optuna
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from optuna.storages.journal import JournalFileBackend, JournalStorage
+from typer.testing import Result
+
+from loratune.errors import Exit, LoratuneError
+from loratune.recipe.loading import load_recipe, load_sweep, shipped_sweeps
+from loratune.recipe.sweep_section import seconds_of
+from loratune.sweep import start
+from loratune.sweep.comparison import QUANTILES, differ, noise_of, sentence_of, standings
+from loratune.sweep.definition import Sweep, open_sweep
+from loratune.sweep.drawing import draw
+from loratune.sweep.plan import Failure, Outcome, Plan, Trial, Work, firsts, shares_of
+from loratune.sweep.pool import places
+from loratune.sweep.price import duration, measured
+from loratune.sweep.report import read_sweep_report, write_sweep_report
+from loratune.sweep.results import report_of
+from loratune.sweep.showing import rows_of, tell_result
+from loratune.sweep.space import Choices, Range, grid, space_of
+from loratune.sweep.study import JOURNAL, NAME, SweepStudy
+
+Cli = Callable[..., Result]
+SPACE = {"training.learning_rate": Choices((1e-4, 2e-4, 4e-4)), "lora.rank": Choices((8, 32))}
+
+
+def recipe(**flags: Any) -> Any:
+    return load_recipe(None, {"model.base": "tiny-qwen", "data.train": ["data/identity.json"], **flags})
+
+
+def sweep_of(tmp_path: Path, over: dict[str, str], **about: Any) -> Sweep:
+    flags = {"model.base": "tiny-qwen", "data.train": ["data/identity.json"], "output": str(tmp_path / "sweep")}
+    return open_sweep(None, flags, {"over": over, **about}, resume=False)
+
+
+def outcome(loss: float, step: int = 10, **about: Any) -> Outcome:
+    return Outcome(loss, step, **{"steps": 90, "seconds": float(step), "process_seconds": step + 3.0, **about})
+
+
+# --- what varies ---
+
+
+def test_values_are_those_of_flags() -> None:
+    over = {
+        "training.learning_rate": "1e-4,2e-4",
+        "lora.target_modules": "attention,[q_proj,v_proj],mlp",
+        "lora.use_rslora": "true,false",
+        "lora.layers": "last 6,null",
+        "data.remove": "short,[]",
+    }
+    space = space_of(over, recipe())
+    typed = {name: axis.values for name, axis in space.items() if isinstance(axis, Choices)}
+    assert typed["lora.target_modules"] == ("attention", ["q_proj", "v_proj"], "mlp")
+    assert typed["data.remove"] == (["short"], [])
+    for name, text in (("training.learning_rate", "2e-4"), ("lora.use_rslora", "false"), ("lora.layers", "null")):
+        section, _, last = name.partition(".")
+        assert getattr(getattr(recipe(**{name: text}), section), last) == typed[name][1]
+
+
+def test_every_problem_is_told_at_once_and_nothing_is_written(cli: Cli, tmp_path: Path) -> None:
+    over = (
+        "lora.rank=0,8", "training.learning_rat=1e-4,2e-4", "model.base=a,b", "seed=1,2", "training.epochs=x,1",
+        "training.warmup=0.2..0.1", "lora.alpha=16,16", "data.validation=0.1,0.2",
+    )  # fmt: skip
+    base = ("--model.base", "tiny-qwen", "--data.train", "data/identity.json", "--output", tmp_path / "sweep")
+    done = cli("sweep", *base, *(word for one in over for word in ("--over", one)))
+    assert done.exit_code == Exit.USAGE
+    for told in (
+        "lora.rank: must be greater than or equal to 1; got 0",
+        "did you mean training.learning_rate?",
+        "--over model.base: cannot be swept: a loss per token says nothing across vocabularies",
+        "--over seed: cannot be swept",
+        "training.epochs: must be a valid number; got 'x'",
+        "the first end of a range must be the lower one",
+        "has a value twice: 16",
+        "--over data.validation: cannot be swept",
+    ):
+        assert told in done.stderr
+    assert not (tmp_path / "sweep").exists()
+
+
+@pytest.mark.parametrize(
+    ("over", "about", "told"),
+    [
+        ({"lora.rank": "4..64"}, {"sampler": "grid"}, "a grid needs values"),
+        ({"lora.rank": "4,64"}, {"trials": 3}, "a grid tries every combination"),
+        ({"lora.rank": "4..64"}, {"halving": True}, "tpe learns from whole runs"),
+        ({"lora.rank": "4,64"}, {"budget": "2 hours"}, "write hours, minutes or seconds"),
+        ({"lora.rank": "4,64"}, {"sampler": "bohb"}, "expected 'grid', 'random' or 'tpe'"),
+        ({"lora.rank": ",".join(map(str, range(1, 1002)))}, {}, "1,000 are the most"),
+        ({}, {}, "nothing to vary"),
+        (
+            {"model.quantization": "none,nf4", "lora.target_modules": "mlp,experts"},
+            {},
+            "quantization nf4, target_modules experts",
+        ),
+    ],
+)
+def test_a_sweep_that_cannot_be_is_refused(tmp_path: Path, over: dict[str, str], about: Any, told: str) -> None:
+    with pytest.raises(LoratuneError, match=re.escape(told)) as refused:
+        sweep_of(tmp_path, over, **about)
+    assert refused.value.exit_code == Exit.USAGE
+
+
+def test_a_sweep_without_validation_is_refused(tmp_path: Path) -> None:
+    flags = {"model.base": "x", "data.train": ["y"], "data.validation": ["0"], "output": str(tmp_path / "sweep")}
+    with pytest.raises(LoratuneError, match=r"set data\.validation"):
+        open_sweep(None, flags, {"over": {"lora.rank": "4,8"}}, resume=False)
+
+
+def test_a_recipe_holds_a_sweep_that_flags_override_and_sft_does_not_read(tmp_path: Path) -> None:
+    path = tmp_path / "r.yaml"
+    path.write_text(
+        "model: {base: tiny-qwen}\ndata: {train: [x.json]}\nsweep:\n  over: {lora.rank: [4, 8]}\n  seeds: 2\n"
+    )
+    _, section = load_sweep(str(path), {}, {"over": {"lora.alpha": "1,2"}, "seeds": 5})
+    assert section == {"over": {"lora.rank": [4, 8], "lora.alpha": "1,2"}, "seeds": 5}
+    with pytest.raises(LoratuneError, match="a recipe trains once; loratune sweep reads the section"):
+        load_recipe(str(path), {})
+
+
+@pytest.mark.parametrize("section", ["[lora.rank]", "{over: [lora.rank]}", "{over: lora.rank}"])
+def test_a_section_of_another_form_is_refused(tmp_path: Path, section: str) -> None:
+    path = tmp_path / "r.yaml"
+    path.write_text(f"model: {{base: tiny-qwen}}\ndata: {{train: [x.json]}}\nsweep: {section}\n")
+    with pytest.raises(LoratuneError, match=r"sweep\.over a line for each setting"):
+        load_sweep(str(path), {}, {})
+
+
+def test_ranges_are_logarithmic_where_their_ends_are_far_apart() -> None:
+    space = space_of({"training.learning_rate": "1e-5..1e-3", "lora.rank": "4..16", "lora.dropout": "0..0.1"}, recipe())
+    assert space == {
+        "training.learning_rate": Range(1e-5, 1e-3, is_whole=False),
+        "lora.rank": Range(4, 16, is_whole=True),
+        "lora.dropout": Range(0, 0.1, is_whole=False),
+    }
+    assert [axis.is_log for axis in space.values() if isinstance(axis, Range)] == [True, False, False]
+
+
+# --- the plan ---
+
+
+def halved(losses: Sequence[float], shares: int) -> list[int]:
+    """How far each trial gets, by sorting: an independent count."""
+    far, there = [0] * len(losses), list(range(len(losses)))
+    for rung in range(1, shares):
+        there = sorted(there, key=lambda one: losses[one])[: math.ceil(len(there) / 3)]
+        for one in there:
+            far[one] = rung
+    return far
+
+
+@settings(deadline=None, max_examples=40)
+@given(count=st.integers(1, 40), workers=st.integers(1, 5), order=st.randoms(use_true_random=False))
+def test_who_goes_on_depends_on_losses_alone(count: int, workers: int, order: random.Random) -> None:
+    """Processes end in any order, and any number of them; the same trials get as far as by sorting all losses."""
+    plan = Plan(count, shares_of(count, is_halved=True), seeds=2, seed=42)
+    losses = [((number * 7919) % 101) / 101 for number in range(count)]
+    trials = [Trial(number, str(number), {}, 90) for number in range(count)]
+    running: list[Work] = []
+    trained = list[tuple[int, int]]()
+    while not plan.is_done(trials) or running:
+        for trial, seed in plan.repetitions(trials):
+            trials.append(Trial(len(trials), f"{trial.name}s", {}, 90, repeats=trial.number, seed=seed))
+        taken = {work.trial.number for work in running}
+        running += [work for work in plan.work(trials) if work.trial.number not in taken][: workers - len(running)]
+        work = running.pop(order.randrange(len(running)))
+        number = work.trial.number
+        trained.append((number, work.rung))
+        loss = losses[number % count] if number < count else 0.0
+        trials[number] = replace(trials[number], outcomes={**trials[number].outcomes, work.rung: outcome(loss)})
+    assert len(trained) == len(set(trained)), "no trial is trained to a rung twice"
+    assert [max(trial.outcomes) for trial in firsts(trials)] == halved(losses, len(plan.shares))
+    best = sorted(range(count), key=lambda number: (-max(trials[number].outcomes), losses[number]))[:2]
+    assert sorted(trial.repeats for trial in trials[count:] if trial.repeats is not None) == sorted(best[:count])
+    assert [len(level) for level in plan.levels(trials)] == plan.sizes()
+    assert plan.left(trials) == (0, 0)
+
+
+def test_all_train_to_the_first_rung_and_three_or_fewer_to_the_end() -> None:
+    assert shares_of(3, is_halved=True) == shares_of(20, is_halved=False) == (1,)
+    assert shares_of(9, is_halved=True) == (Fraction(1, 3), 1)
+    assert shares_of(12, is_halved=True) == (Fraction(1, 9), Fraction(1, 3), 1)
+    for count in range(4, 200):
+        assert Plan(count, shares_of(count, is_halved=True), 1, 0).sizes()[-1] in (2, 3)
+
+
+def test_a_failed_trial_ends_its_branch_only() -> None:
+    plan = Plan(4, shares_of(4, is_halved=True), seeds=1, seed=0)
+    trials = [Trial(number, str(number), {}, 9, outcomes={0: outcome(1.0 + number)}) for number in range(4)]
+    trials[0] = Trial(0, "0", {}, 9, failure=Failure(5, "diverged"))
+    assert [(work.trial.number, work.rung) for work in plan.work(trials)] == [(1, 1), (2, 1)]
+
+
+# --- the study ---
+
+
+def test_optuna_reads_what_the_sweep_records(tmp_path: Path) -> None:
+    study = SweepStudy(tmp_path, SPACE)
+    for chosen in grid(SPACE):
+        study.add(chosen, 90)
+    trials = study.trials()
+    study.record(trials[1], 0, outcome(2.5, 10), is_last=False)
+    study.record(trials[1], 1, outcome(2.25, 90), is_last=True)
+    study.fail(trials[2], Failure(5, "diverged at step 3"))
+    study.record(trials[0], 0, outcome(3.0, 10), is_last=False)
+    study.fail(trials[3], Failure(6, "out of memory"))
+    study.close()
+    known = optuna.load_study(study_name=NAME, storage=JournalStorage(JournalFileBackend(str(tmp_path / JOURNAL))))
+    assert [trial.params for trial in known.trials] == [dict(chosen) for chosen in grid(SPACE)]
+    assert [trial.state.name for trial in known.trials[:4]] == ["PRUNED", "COMPLETE", "FAIL", "RUNNING"]
+    assert known.best_trial.number == 1
+    assert known.best_value == 2.25
+    assert known.trials[1].intermediate_values == {10: 2.5, 90: 2.25}
+    again = SweepStudy(tmp_path, SPACE)
+    assert again.trials()[1].outcomes == {0: outcome(2.5, 10), 1: outcome(2.25, 90)}
+    assert again.trials()[2].failure == Failure(5, "diverged at step 3")
+    assert [trial.number for trial in again.forget_failures()] == [3], "a divergence would come again"
+
+
+def test_a_journal_whose_last_line_was_not_finished_is_read_to_the_line_before(tmp_path: Path) -> None:
+    study = SweepStudy(tmp_path, SPACE)
+    study.add(grid(SPACE)[0], 90)
+    whole = (tmp_path / JOURNAL).read_bytes()
+    with (tmp_path / JOURNAL).open("ab") as file:
+        file.write(b'{"op_code":4,"worker_id":"9b')
+    study = SweepStudy(tmp_path, SPACE)
+    study.add(grid(SPACE)[1], 90)
+    assert (tmp_path / JOURNAL).read_bytes().startswith(whole)
+    assert len(SweepStudy(tmp_path, SPACE).trials()) == 2
+
+
+def test_a_damaged_journal_is_refused(tmp_path: Path) -> None:
+    SweepStudy(tmp_path, SPACE).add(grid(SPACE)[0], 90)
+    path = tmp_path / JOURNAL
+    path.write_bytes(b"damage" + path.read_bytes())
+    with pytest.raises(LoratuneError, match=r"study\.log: damaged") as refused:
+        SweepStudy(tmp_path, SPACE)
+    assert refused.value.exit_code == Exit.MODEL
+
+
+def test_a_trial_is_claimed_once(tmp_path: Path) -> None:
+    one, other = SweepStudy(tmp_path, SPACE), SweepStudy(tmp_path, SPACE)
+    one.add(grid(SPACE)[0], 90)
+    (trial,) = other.trials()
+    claim = one.claim(trial)
+    assert claim
+    assert other.claim(trial) is None
+    claim.release()
+    assert other.claim(trial)
+
+
+def test_tpe_asks_the_same_of_the_same_history_and_learns_from_it(tmp_path: Path) -> None:
+    space = {"training.learning_rate": Range(1e-5, 1e-1, is_whole=False)}
+
+    def rates(folder: Path) -> list[float]:
+        for number in range(30):
+            study = SweepStudy(folder, space)
+            study.add(study.next_settings(seed=1), 90)
+            rate = study.trials()[number].settings["training.learning_rate"]
+            study.record(study.trials()[number], 0, outcome(abs(math.log10(rate) + 3)), is_last=True)
+        return [trial.settings["training.learning_rate"] for trial in SweepStudy(folder, space).trials()]
+
+    tried = rates(tmp_path / "a")
+    assert rates(tmp_path / "b") == tried
+    assert all(1e-5 <= rate <= 1e-1 for rate in tried)
+    distances = [abs(math.log10(rate) + 3) for rate in tried]
+    assert statistics.fmean(distances[-10:]) < statistics.fmean(distances[:10]) / 2
+
+
+# --- the comparison ---
+
+
+def repeated(first: Sequence[float], second: Sequence[float], *others: float) -> list[Trial]:
+    """Trials of two settings with several seeds, and others with one."""
+    settings = grid(SPACE)
+    losses = [first[0], second[0], *others]
+    trials = [
+        Trial(number, f"{number:02d}-x", settings[number], 90, outcomes={0: outcome(loss, 90)})
+        for number, loss in enumerate(losses)
+    ]
+    for number, more in enumerate((first, second)):
+        for seed, loss in enumerate(more[1:], start=43):
+            about = {"repeats": number, "seed": seed, "outcomes": {0: outcome(loss, 90)}}
+            trials.append(Trial(len(trials), f"{number:02d}-x-seed-{seed}", settings[number], 90, **about))
+    return trials
+
+
+def test_the_quantiles_are_student_s() -> None:
+    stats = pytest.importorskip("scipy.stats")
+    for degrees, quantile in enumerate(QUANTILES, start=1):
+        assert quantile == pytest.approx(stats.t.ppf(0.975, degrees), abs=6e-4)
+
+
+def test_noise_is_the_pooled_deviation_and_decides_as_student_s_test_does() -> None:
+    stats = pytest.importorskip("scipy.stats")
+    draw = random.Random(0)
+    verdicts = []
+    for _ in range(200):
+        gap = draw.choice([0.0, 0.02, 0.05])
+        one, other = ([draw.gauss(mean, 0.01) for _ in range(3)] for mean in (2.0, 2.0 + gap))
+        trials = repeated(one, other)
+        noise, (first, second) = noise_of(trials, 0), standings(trials, 0)
+        assert noise
+        pooled = math.sqrt((statistics.variance(one) + statistics.variance(other)) / 2)
+        assert noise.deviation == pytest.approx(pooled)
+        is_more = stats.ttest_ind(one, other).pvalue < 0.05
+        assert differ(first, second, noise) == is_more
+        verdicts.append(is_more)
+    assert 20 < sum(verdicts) < 180
+
+
+def test_the_sentence_says_whether_the_best_differ_more_than_seeds() -> None:
+    apart = repeated([2.0, 2.001, 1.999], [2.1, 2.101, 2.099], 2.0005)
+    told = sentence_of(apart, 0, SPACE)
+    assert told.startswith("learning_rate 0.0001, rank 8 is best (2.0000 ± 0.0010 over 3 seeds); ")
+    assert "rank 32 is 5.0% worse, more than seeds differ" in told
+    assert "learning_rate 0.0002 is within seed noise" in told
+    near = sentence_of(repeated([2.0, 2.1, 1.9], [2.02, 2.1, 1.98]), 0, SPACE)
+    assert "rank 32 is within seed noise" in near
+    single = [trial for trial in apart if trial.repeats is None]
+    assert "how much seeds differ is not known" in sentence_of(single, 0, SPACE)
+    assert sentence_of([], 0, SPACE) == "no trial has been trained to its end"
+
+
+def test_a_trial_that_was_lucky_once_is_not_the_best() -> None:
+    trials = repeated([2.0, 2.4, 2.4], [2.1, 2.1, 2.1], 2.2)
+    assert [one.name for one in standings(trials, 0)] == ["01-x", "00-x", "02-x"]
+
+
+# --- processes ---
+
+
+def test_nothing_is_forked_where_a_gpu_may_have_been_opened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    monkeypatch.setattr(start, "GPU_FILES", (str(tmp_path / "none"),))
+    assert start.context().get_start_method() == "forkserver"
+    monkeypatch.setattr(start, "GPU_FILES", (str(tmp_path / "none"), str(tmp_path)))
+    assert start.context().get_start_method() == "spawn"
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert start.context().get_start_method() == "forkserver"
+
+
+def test_each_worker_gets_a_gpu_of_its_own() -> None:
+    assert [place.environment for place in places(2, ["3", "5"])] == [
+        {"CUDA_VISIBLE_DEVICES": "3"},
+        {"CUDA_VISIBLE_DEVICES": "5"},
+    ]
+    assert [place.environment for place in places(1, ["3"])] == [{}], "as for sft"
+    assert [place.environment for place in places(2, [])] == [{}, {}]
+
+
+# --- price, report, picture ---
+
+
+def test_the_price_is_what_steps_and_starts_have_taken() -> None:
+    first = Trial(0, "0", {}, 90, outcomes={0: outcome(2.0, 10, seconds=20.0, process_seconds=25.0)})
+    price = measured([first])
+    assert price
+    assert (price.seconds_per_step, price.seconds_per_start) == (2.0, 5.0)
+    plan = Plan(4, (Fraction(1, 3), Fraction(1)), seeds=3, seed=0)
+    trials = [first, *(Trial(number, str(number), {}, 90) for number in (1, 2, 3))]
+    # Three to step 30, two of them on to 90, and four repetitions of 90.
+    assert price.left(plan, trials, workers=1) == 9 * 5 + (3 * 30 + 2 * 60 + 4 * 90) * 2
+    assert price.of(Work(first, 1, Fraction(1))) == 5 + 80 * 2
+    assert [duration(seconds) for seconds in (9, 240, 5040, 5400)] == ["9 s", "4 min", "84 min", "1.5 h"]
+    assert [seconds_of(text) for text in ("2h", "90m", "1h30m", "45s", "0.5h")] == [7200, 5400, 5400, 45, 1800]
+
+
+def finished_sweep(tmp_path: Path) -> tuple[Sweep, list[Trial]]:
+    over = {"training.learning_rate": "1e-4,2e-4,4e-4", "lora.rank": "8,32"}
+    sweep = sweep_of(tmp_path, over, halving=False)
+    known = repeated([2.0, 2.01], [2.1, 2.0], 2.3, 2.2)[:4]
+    trials = [replace(trial, settings=grid(sweep.space)[trial.number]) for trial in known]
+    trials.append(Trial(4, "04-x", grid(sweep.space)[4], 90, failure=Failure(5, "training diverged <b>\nmore")))
+    trials.append(Trial(5, "05-x", grid(sweep.space)[5], 90))
+    return sweep, trials
+
+
+def test_the_report_reads_back_and_the_page_holds_all_that_it_shows(tmp_path: Path) -> None:
+    sweep, trials = finished_sweep(tmp_path)
+    report = report_of(sweep, trials)
+    (tmp_path / "sweep").mkdir()
+    write_sweep_report(tmp_path / "sweep", report)
+    written = json.loads(json.dumps(report.values()))
+    assert json.loads(json.dumps(read_sweep_report(tmp_path / "sweep").values())) == written
+    assert [trial.state for trial in report.trials if trial.name in ("04-x", "05-x")] == ["diverged", "waiting"]
+    draw(tmp_path, report)
+    assert (tmp_path / "sweep.png").read_bytes().startswith(b"\x89PNG")
+    page = (tmp_path / "sweep.html").read_text()
+    assert re.findall(r'(?:src|href)="(?!data:)', page) == [], "it needs no other file"
+    rows = [re.findall(r"<t[dh]>(.*?)</t[dh]>", line) for line in re.findall(r"<tr.*?</tr>", page)]
+    assert rows == [list(row) for row in rows_of(report)]
+    assert "diverged &lt;b&gt;" in page
+
+
+@pytest.mark.parametrize(
+    ("over", "about"),
+    [
+        ({"lora.target_modules": "attention,[q_proj],mlp"}, {}),
+        ({"lora.rank": "8"}, {}),
+        ({"lora.use_rslora": "true,false", "lora.layers": "null,last 2"}, {}),
+        ({"lora.dropout": "0..0.1"}, {"sampler": "random", "trials": 3}),
+    ],
+)
+def test_every_kind_of_setting_is_drawn(tmp_path: Path, over: dict[str, str], about: dict[str, Any]) -> None:
+    sweep = sweep_of(tmp_path, over, **about)
+    chosen = enumerate(sweep.chosen)
+    trials = [Trial(one, f"{one:02d}-x", values, 9, outcomes={0: outcome(2.0 + one)}) for one, values in chosen]
+    draw(tmp_path, report_of(sweep, trials))
+    assert (tmp_path / "sweep.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_line_for_each_result_fits_into_eighty_columns(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    sweep, trials = finished_sweep(tmp_path)
+    long = replace(trials[0], outcomes={0: outcome(2.0, 123456, steps=1234567, seconds=1e6)}, seed=43)
+    for trial in (long, trials[4]):
+        tell_result(sweep, trial, [long, *trials[1:]], workers=1)
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 2
+    assert all(len(line) <= 80 for line in lines)
+    assert "failed (5): training diverged" in lines[1]
+
+
+def test_shipped_sweeps_are_valid_and_told(cli: Cli, tmp_path: Path) -> None:
+    for path in shipped_sweeps():
+        sweep = open_sweep(path.stem, {"output": str(tmp_path / path.stem)}, {}, resume=False)
+        assert len(list(itertools.islice(sweep.chosen, 3))) == 3
+        assert path.stem in cli("sweep", "--help").stdout

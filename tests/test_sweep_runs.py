@@ -1,0 +1,293 @@
+"""Sweeps that train: their table beside the run folders, kills, several processes on one study, and planted faults."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import re
+import shutil
+import signal
+import time
+from collections.abc import Callable
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+import optuna
+import pytest
+from conftest import ROWS
+from optuna.storages.journal import JournalFileBackend, JournalStorage
+from processes import Program, comes_true
+from test_run_folder_page import tables
+from typer.testing import Result
+
+from loratune.errors import Exit
+from loratune.recipe.loading import load_recipe
+from loratune.sweep.study import JOURNAL, NAME
+
+Cli = Callable[..., Result]
+Start = Callable[..., Program]
+# Forked where everything is imported already; the server that sweeps fork from would import it again.
+FORKED = """
+import multiprocessing
+import loratune.sweep.pool
+loratune.sweep.pool.context = lambda: multiprocessing.get_context("fork")
+from loratune.cli.app import main
+main()
+"""
+OVER = ("--over", "training.learning_rate=1e-3,1e-2", "--over", "lora.rank=2,4")
+
+
+@pytest.fixture
+def base(random_qwen: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Flags of a recipe of nine steps, with a cache of its own for its rows."""
+    monkeypatch.setenv("LORATUNE_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "rows.json").write_text(json.dumps(ROWS))
+    flags = {
+        "--model.base": random_qwen,
+        "--model.dtype": "float32",
+        "--data.train": tmp_path / "rows.json",
+        "--data.validation": "0.2",
+        "--training.max_steps": "9",
+        "--training.batch_size": "4",
+        "--checkpoints.every_steps": "1",
+    }
+    return [str(word) for pair in flags.items() for word in pair]
+
+
+def read(path: Path) -> dict[str, Any]:
+    return dict(json.loads(path.read_text()))
+
+
+def table(sweep: Path) -> list[Any]:
+    """All that a sweep has found, without what depends on time."""
+    report = read(sweep / "sweep.json")
+    kept = ("name", "settings", "state", "seed", "loss", "losses", "step", "trained_parameters", "message")
+    return [report["sentence"], report["noise"], [[trial[name] for name in kept] for trial in report["trials"]]]
+
+
+def losses_at(run: Path, step: int) -> list[float]:
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [line["validation_loss"] for line in lines if line["step"] == step and "validation_loss" in line]
+
+
+def assert_told_by_hand(folder: Path) -> None:
+    """All train to a third of the steps, and the better half of four to the end."""
+    report = read(folder / "sweep.json")
+    runs = {run.name: run for run in (folder / "trials").iterdir()}
+    assert len(runs) == len(report["trials"]) == 4
+    at_rung = {name: losses_at(run, 3) for name, run in runs.items()}
+    assert all(len(losses) == 1 for losses in at_rung.values())
+    best = sorted(runs, key=lambda name: at_rung[name][0])[:2]
+    ends = {name: read(runs[name] / "report.json")["validation_loss"]["after"] for name in best}
+    told = {trial["name"]: trial for trial in report["trials"]}
+    for name, run in runs.items():
+        expected = {"3": at_rung[name][0]} | ({"9": ends[name]} if name in best else {})
+        assert (told[name]["state"], told[name]["losses"]) == ("finished" if name in best else "stopped", expected)
+        assert read(run / "status.json")["state"] == ("finished" if name in best else "interrupted")
+        assert (run / "checkpoints" / "step-000003").is_dir() or name in best
+    assert report["best"]["name"] == min(ends, key=lambda name: ends[name])
+    assert report["best"]["loss"] == min(ends.values())
+
+
+def test_a_sweep_is_what_its_run_folders_say(start: Start, cli: Cli, base: list[str], tmp_path: Path) -> None:
+    folder = tmp_path / "sweep"
+    done = start("sweep", *base, *OVER, "--seeds", "1", "--output", folder, "--json", code=FORKED)
+    assert done.exit_code() == 0, done.stderr
+    report = read(folder / "sweep.json")
+    assert json.loads(done.stdout) == report
+    assert_told_by_hand(folder)
+
+    study = optuna.load_study(study_name=NAME, storage=JournalStorage(JournalFileBackend(str(folder / JOURNAL))))
+    assert study.best_value == report["best"]["loss"]
+    assert sorted(trial.state.name for trial in study.trials) == ["COMPLETE", "COMPLETE", "PRUNED", "PRUNED"]
+
+    recipe = load_recipe(str(folder / "best.yaml"), {})
+    assert (recipe.training.learning_rate, recipe.lora.rank) == (*report["best"]["settings"].values(),)
+    there = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
+    told = tables()["A sweep"]
+    assert {file for file in there if not any(fnmatchcase(file, name) for name in told)} == set()
+    assert {name for name in told if not any(fnmatchcase(file, name) for file in there)} == set()
+    (entry,) = (tmp_path / "cache").rglob("*.arrow")
+    first = min(path.stat().st_mtime_ns for path in (folder / "trials").glob("*/recipe.yaml"))
+    assert entry.stat().st_mtime_ns < first, "rows are encoded once, before the first trial"
+    assert all(len(line) <= 80 for line in done.stderr.splitlines() if " left" in line)
+
+    again = cli("sweep", *base, *OVER, "--output", folder)
+    assert again.exit_code == Exit.USAGE
+    assert "already holds a sweep; continue or join it with --resume" in again.stderr
+    other = cli("sweep", *base, *OVER, "--seeds", "2", "--lora.alpha", "4", "--output", folder, "--resume")
+    assert other.exit_code == Exit.USAGE
+    assert "lora.alpha: 16 → 4" in other.stderr
+    assert "seeds: 1 → 2" in other.stderr
+
+
+def test_rows_that_are_refused_end_a_sweep_before_it_begins(start: Start, base: list[str], tmp_path: Path) -> None:
+    (tmp_path / "rows.json").write_text(json.dumps([*ROWS, ROWS[0] | {"output": ""}]))
+    done = start("sweep", *base, *OVER, "--output", tmp_path / "sweep", code=FORKED)
+    assert done.exit_code() == Exit.DATA
+    assert "13" in done.stderr
+    assert not (tmp_path / "sweep").exists()
+
+
+def test_settings_that_change_the_validation_rows_are_refused(start: Start, base: list[str], tmp_path: Path) -> None:
+    over = ("--over", "data.truncation_strategy=drop,truncate_answer", "--training.max_length", "40")
+    done = start("sweep", *base, *over, "--output", tmp_path / "sweep", code=FORKED)
+    assert done.exit_code() == Exit.USAGE, done.stderr
+    assert "so losses cannot be compared" in done.stderr
+
+
+@pytest.mark.slow
+def test_a_sweep_that_is_killed_at_random_ends_with_the_same_table(
+    start: Start, base: list[str], tmp_path: Path
+) -> None:
+    """With SIGKILL to the sweep alone, to it and its trial, and with SIGTERM, at any moment, again and again."""
+    whole, folder = tmp_path / "whole", tmp_path / "killed"
+    command = ("sweep", *base, *OVER, "--seeds", "2", "--resume", "--output")
+    assert start(*command, whole, code=FORKED).exit_code() == 0
+    draw = random.Random(os.environ.get("LORATUNE_TEST_SEED", "1"))
+    for _ in range(40):
+        program = start(*command, folder, code=FORKED)
+        end = time.monotonic() + draw.uniform(1, 12)
+        while time.monotonic() < end and not program.has_ended():
+            time.sleep(0.02)
+        kind = draw.choice(["sweep", "both", "term"])
+        if program.has_ended():
+            break
+        children = Path(f"/proc/{program.pid}/task/{program.pid}/children").read_text().split()
+        for pid in map(int, children if kind == "both" else []):
+            os.kill(pid, signal.SIGKILL)
+        program.send(signal.SIGTERM if kind == "term" else signal.SIGKILL)
+        code = program.exit_code()
+        assert code in (-signal.SIGKILL, -signal.SIGTERM, 128 + signal.SIGTERM, 0), program.stderr
+        if code > 0 and (folder / "sweep.yaml").is_file():
+            assert f"go on with: loratune sweep --output {folder} --resume" in program.stderr
+    else:
+        program = start(*command, folder, code=FORKED)
+    assert program.exit_code() == 0, program.stderr
+    assert table(folder) == table(whole)
+    for run in (whole / "trials").iterdir():
+        mine = folder / "trials" / run.name
+        weights = "checkpoints/step-000003/adapter_model.safetensors"
+        path = "adapter/adapter_model.safetensors" if (run / "adapter").is_dir() else weights
+        assert (mine / path).read_bytes() == (run / path).read_bytes(), run.name
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sampler", ["grid", "tpe"])
+def test_two_commands_work_on_one_study_and_train_nothing_twice(
+    start: Start, base: list[str], tmp_path: Path, sampler: str
+) -> None:
+    folder = tmp_path / "sweep"
+    chosen = ("--sampler", "tpe", "--trials", "5") if sampler == "tpe" else ()
+    command = ("sweep", *base, *OVER, *chosen, "--seeds", "2", "--resume", "--output", folder)
+    programs = [start(*command, "--workers", number, code=FORKED) for number in (1, 2)]
+    for program in programs:
+        assert program.exit_code() == 0, program.stderr
+    told = "\n".join(program.stderr for program in programs)
+    results = re.findall(r"^(\d\d)  .* (step \d+/\d+)  ", told, flags=re.MULTILINE)
+    assert len(results) == len(set(results)), "each result is told by the command that has made it"
+    report = read(folder / "sweep.json")
+    assert len(results) == sum(len(trial["losses"]) for trial in report["trials"])
+    for log in (folder / "logs").iterdir():
+        assert log.read_text().count("training 9 steps") == len(
+            next(trial for trial in report["trials"] if trial["name"] == log.stem)["losses"]
+        )
+    if sampler == "grid":
+        alone = tmp_path / "alone"
+        assert start("sweep", *base, *OVER, "--seeds", "2", "--output", alone, code=FORKED).exit_code() == 0
+        assert table(folder) == table(alone)
+
+
+@pytest.mark.slow
+def test_a_trial_that_diverges_or_cannot_be_ends_alone(start: Start, base: list[str], tmp_path: Path) -> None:
+    over = ("--over", "lora.target_modules=attention,nothing_of_the_kind", "--over", "lora.alpha=16,1e38")
+    folder = tmp_path / "sweep"
+    done = start("sweep", *base, *over, "--seeds", "1", "--output", folder, code=FORKED)
+    assert done.exit_code() == 0, done.stderr
+    trials = read(folder / "sweep.json")["trials"]
+    assert {(*trial["settings"].values(), trial["state"]) for trial in trials} == {
+        ("attention", 16, "finished"),
+        ("attention", 1e38, "diverged"),
+        ("nothing_of_the_kind", 16, "failed"),
+        ("nothing_of_the_kind", 1e38, "failed"),
+    }
+    told = " ".join(done.stderr.split())
+    assert "failed (5): training diverged" in told
+    assert re.search(r"warning: 02-\S+ failed: lora\.target_modules: .*nothing_of_the_kind", told)
+    study = optuna.load_study(study_name=NAME, storage=JournalStorage(JournalFileBackend(str(folder / JOURNAL))))
+    assert sorted(trial.state.name for trial in study.trials) == ["COMPLETE", "FAIL", "RUNNING", "RUNNING"]
+
+
+@pytest.mark.slow
+def test_a_trial_that_is_killed_goes_on_once_and_then_has_failed(start: Start, base: list[str], tmp_path: Path) -> None:
+    folder, whole = tmp_path / "sweep", tmp_path / "whole"
+    command = ("sweep", *base, *OVER, "--no-halving", "--seeds", "1", "--output")
+    assert start(*command, whole, code=FORKED).exit_code() == 0
+    program = start(*command, folder, code=FORKED)
+    name = sorted(run.name for run in (whole / "trials").iterdir())[0]
+    for _ in range(2):
+        log = folder / "trials" / name / "metrics.jsonl"
+        seen = len(log.read_text().splitlines()) if log.is_file() else 0
+        assert comes_true(lambda: log.is_file() and len(log.read_text().splitlines()) > seen + 1)  # noqa: B023
+        children = Path(f"/proc/{program.pid}/task/{program.pid}/children").read_text().split()
+        os.kill(int(children[-1]), signal.SIGKILL)
+        assert comes_true(lambda: not Path(f"/proc/{children[-1]}").exists())  # noqa: B023
+    assert program.exit_code() == 0, program.stderr
+    assert "it goes on from its checkpoint" in program.stderr
+    told = {trial["name"]: trial for trial in read(folder / "sweep.json")["trials"]}
+    assert told[name]["state"] == "failed"
+    assert "SIGKILL; the system may have run out of memory" in told[name]["message"]
+    again = start("sweep", "--output", folder, "--resume", code=FORKED)
+    assert again.exit_code() == 0, again.stderr
+    assert f"{name} had failed and is tried again" in again.stderr
+    assert table(folder) == table(whole)
+
+
+@pytest.mark.slow
+def test_a_damaged_trial_folder_is_told_and_costs_that_trial_alone(
+    start: Start, base: list[str], tmp_path: Path
+) -> None:
+    folder, whole = tmp_path / "sweep", tmp_path / "whole"
+    command = ("sweep", *base, *OVER, "--seeds", "1", "--output")
+    assert start(*command, whole, code=FORKED).exit_code() == 0
+    shutil.copytree(whole, folder)
+    report = read(whole / "sweep.json")
+    name = report["best"]["name"]
+    lines = (folder / JOURNAL).read_text().splitlines(keepends=True)
+    first_end = next(number for number, line in enumerate(lines) if '"rung 1"' in line)
+    (folder / JOURNAL).write_text("".join(lines[: first_end - 2]))  # as if killed before the first whole run was told
+    run = folder / "trials" / name
+    (run / "status.json").write_text(json.dumps({"program": "loratune", "state": "interrupted"}))
+    (run / "manifest.json").write_text("{")
+    done = start("sweep", "--output", folder, "--resume", code=FORKED)
+    assert done.exit_code() == 0, done.stderr
+    told = {trial["name"]: trial for trial in read(folder / "sweep.json")["trials"]}
+    assert told[name]["state"] == "failed"
+    assert "manifest.json" in told[name]["message"]
+    assert read(folder / "sweep.json")["best"]["name"] != name
+
+
+@pytest.mark.slow
+def test_a_budget_starts_nothing_that_would_not_end_in_it(start: Start, base: list[str], tmp_path: Path) -> None:
+    folder, whole = tmp_path / "sweep", tmp_path / "whole"
+    command = ("sweep", *base, *OVER, "--seeds", "1")
+    done = start(*command, "--budget", "0.01s", "--output", folder, code=FORKED)
+    assert done.exit_code() == Exit.USAGE or read(folder / "sweep.json")["state"] == "out of budget"
+    done = start("sweep", "--output", folder, "--resume", "--budget", "1h", code=FORKED)
+    assert done.exit_code() == 0, done.stderr
+    assert read(folder / "sweep.json")["state"] == "finished"
+    assert start(*command, "--output", whole, code=FORKED).exit_code() == 0
+    assert table(folder) == table(whole)
+
+
+@pytest.mark.slow
+def test_processes_are_forked_from_a_server_that_has_imported_everything(
+    start: Start, base: list[str], tmp_path: Path
+) -> None:
+    """The way of every sweep outside these tests."""
+    done = start("sweep", *base, *OVER, "--seeds", "1", "--output", tmp_path / "sweep")
+    assert done.exit_code() == 0, done.stderr
+    assert read(tmp_path / "sweep" / "sweep.json")["state"] == "finished"
+    assert_told_by_hand(tmp_path / "sweep")
