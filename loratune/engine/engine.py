@@ -16,7 +16,7 @@ from loratune.engine.decoder_choice import open_decoder
 from loratune.engine.loading import LoadedModel, ServedModel, open_voices
 from loratune.engine.request_handle import RequestHandle, gathering, make_handle
 from loratune.engine.sequence import RunningSequence
-from loratune.engine.types import NOTHING, Answer, Delta, GenerationRequest, joined
+from loratune.engine.types import NOTHING, Answer, Delta, Divergence, GenerationRequest, joined
 from loratune.errors import Exit, LoratuneError
 from loratune.model.architecture.structure import text_config
 from loratune.model.hardware import detect_hardware
@@ -169,6 +169,15 @@ class Engine:
         adapter = voice.answering(question.use_adapter, prompt + wanted, self.decoder.vocabulary)
         with self._model_lock:
             return self.decoder.loss(prompt, wanted, adapter), len(wanted)
+
+    def divergence(self, text: str, adapter: str) -> Divergence:
+        """Compare an adapter with its base on a text without a template; what exceeds the context is left out."""
+        question = GenerationRequest(text, adapter=adapter)
+        ids = self.prompt_ids(question)[: self.context_tokens]
+        name = self._voice(question).answering(True, ids, self.decoder.vocabulary)
+        with self._model_lock:
+            found: Divergence = self.decoder.divergence(ids, name)
+            return found
 
     def close(self) -> None:
         """Cancel all requests and free the KV cache."""

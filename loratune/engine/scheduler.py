@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections import defaultdict, deque
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 
 import torch
 from torch.nn import functional
@@ -16,6 +16,7 @@ from torch.nn import functional
 from loratune.engine.adapter_switch import AdapterSwitch
 from loratune.engine.sequence import RunningSequence
 from loratune.engine.token_choice import BatchChooser, TokenChooser
+from loratune.engine.types import Divergence
 from loratune.model.adapter.own_parameters import BASE
 from loratune.model.architecture.structure import causal_model, output_layer
 from loratune.model.kernels.few_rows import give_up_few_row_products, use_few_row_products
@@ -120,18 +121,43 @@ class Decoder(ABC):
             answer: token ids, including the end token if it counts.
             adapter: PEFT's name of the adapter.
         """
-        sequence = [*prompt, *answer]
-        read_on, read, total = self._reader(len(sequence), adapter), 0, 0.0
+        parts = self._predicted(prompt, answer, [adapter])
+        return sum((_loss_of(logits[0], wanted) for logits, wanted in parts), 0.0)
+
+    @torch.inference_mode()  # type: ignore[untyped-decorator]
+    def divergence(self, ids: list[int], adapter: str) -> Divergence:
+        """Compare an adapter with its base on a text.
+
+        Args:
+            ids: token ids of the text, at least two.
+            adapter: PEFT's name of the adapter.
+        """
+        loss = of_base = kl = 0.0
+        for (tuned, base), wanted in self._predicted(ids[:1], ids[1:], [adapter, BASE]):
+            loss, of_base = loss + _loss_of(tuned, wanted), of_base + _loss_of(base, wanted)
+            shared = min(tuned.shape[-1], base.shape[-1])  # an adapter may bring rows of its own
+            expected, found = (functional.log_softmax(one[:, :shared].float(), -1) for one in (base, tuned))
+            kl += float(functional.kl_div(found, expected, reduction="sum", log_target=True))
+        return Divergence(len(ids) - 1, loss, of_base, kl)
+
+    def _predicted(
+        self, prompt: list[int], answer: list[int], adapters: Sequence[str]
+    ) -> Iterator[tuple[list[torch.Tensor], torch.Tensor]]:
+        """Read a prompt and an answer part by part, with each adapter.
+
+        Yields:
+            For each adapter the logits [tokens, vocabulary] that predict some tokens of the answer, and these tokens.
+        """
+        sequence, read = [*prompt, *answer], 0
+        readers = [self._reader(len(sequence), adapter) for adapter in adapters]
         while read < len(sequence) - 1:
             part = sequence[read : min(read + PROMPT_PART, len(sequence) - 1)]
             end = read + len(part)
             scored = min(len(part), end + 1 - len(prompt))  # positions followed by a token of the answer
-            logits = read_on(read, part, max(1, scored))
+            logits = [read_on(read, part, max(1, scored)) for read_on in readers]
             read = end
             if scored > 0:
-                wanted = torch.tensor(sequence[read + 1 - scored : read + 1], device=self.device)
-                total += float(functional.cross_entropy(logits.float(), wanted, reduction="sum"))
-        return total
+                yield logits, torch.tensor(sequence[read + 1 - scored : read + 1], device=self.device)
 
     @abstractmethod
     def reset(self) -> None:
@@ -232,6 +258,11 @@ class Decoder(ABC):
                 running.finish = "stop"
             elif len(running.tokens) >= running.sampling.max_new_tokens:
                 running.finish = "length"
+
+
+def _loss_of(logits: torch.Tensor, wanted: torch.Tensor) -> float:
+    """Return the negative log-likelihood of tokens [tokens] under logits [tokens, vocabulary], in nats."""
+    return float(functional.cross_entropy(logits.float(), wanted, reduction="sum"))
 
 
 def _one_below_the_other(logits: Sequence[torch.Tensor]) -> torch.Tensor:

@@ -65,6 +65,20 @@ def joined(*pieces: Delta) -> Delta:
 
 
 @dataclass(frozen=True)
+class Divergence:
+    """How an adapter changes the predictions of its base on a text; sums over the text's tokens, in nats."""
+
+    tokens: int
+    """Number of predicted tokens: all but the first."""
+    loss: float
+    """Negative log-likelihood with the adapter."""
+    base_loss: float
+    """The same without it."""
+    kl: float
+    """Kullback-Leibler divergence of the adapter's predictions from the base's."""
+
+
+@dataclass(frozen=True)
 class Answer:
     text: str
     reasoning: str

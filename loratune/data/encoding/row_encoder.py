@@ -155,8 +155,12 @@ def _rare_garbage_collection() -> Iterator[None]:
         gc.unfreeze()
 
 
-def _digest(messages: str, tools: tuple[dict[str, Any], ...]) -> int:
+def row_digest(conversation: Conversation) -> int:
     """Hash a row's messages and tools, to detect duplicates."""
+    return _digest(json.dumps(conversation.messages, ensure_ascii=False), conversation.tools)
+
+
+def _digest(messages: str, tools: tuple[dict[str, Any], ...]) -> int:
     content = messages + json.dumps(tools) if tools else messages
     return int.from_bytes(blake2b(content.encode(), digest_size=8).digest(), "little")
 

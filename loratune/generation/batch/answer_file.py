@@ -24,7 +24,7 @@ from loratune.writing import disk_errors_explained, write_json, write_pieces
 FORMAT, PART, REPORT = 1, ".part", ".report.json"
 ANSWER = ("answer", "reasoning", "tool_calls", "finish", "error", "tokens")
 """Fields of an answer."""
-START_ANEW = "start over with --overwrite, or choose another file with --output"
+START_ANEW = "start over with --overwrite, or choose another place with --output"
 
 About = dict[str, Any]
 """The inputs that determine the answers: name → JSON value."""
@@ -76,13 +76,14 @@ class AnswerFile:
     Args:
         output: final path of the answers.
         about: the inputs that determine the answers.
-        handle: file descriptor of the .part file, open and locked.
+        part: the file of the results.
+        handle: its file descriptor, open and locked.
     """
 
-    def __init__(self, output: Path, about: About, handle: int) -> None:
+    def __init__(self, output: Path, about: About, part: Path, handle: int) -> None:
         self.output = output
         self.about = about
-        self.part = _beside(output, PART)
+        self.part = part
         self._file = os.fdopen(handle, "r+b", buffering=0)
         self._places: dict[tuple[int, str], tuple[int, int]] = {}
         """Row and kind of a result → offset and length of its line."""
@@ -208,16 +209,16 @@ class AnswerFile:
 
 
 @contextmanager
-def open_answers(output: Path, about: About, overwrite: bool) -> Iterator[AnswerFile]:
-    """Open the .part file exclusively, with the results of an earlier run.
+def open_answers(output: Path, about: About, overwrite: bool, part: Path | None = None) -> Iterator[AnswerFile]:
+    """Open the file of the results exclusively, with those of an earlier run; None is the .part file of `output`.
 
     Raises:
         LoratuneError: another process writes it, it belongs to other inputs, or it cannot be written.
     """
-    part = _beside(output, PART)
+    part = part or _beside(output, PART)
     with disk_errors_explained(part):
         handle = _locked(part)
-    file = AnswerFile(output, about, handle)
+    file = AnswerFile(output, about, part, handle)
     try:
         file.take_over(overwrite)
         yield file
@@ -250,7 +251,7 @@ def _locked(part: Path) -> int:
         except BlockingIOError as error:
             os.close(handle)
             raise LoratuneError(
-                f"{part} is being written by another process; wait for it, or choose another file with --output",
+                f"{part} is being written by another process; wait for it, or choose another place with --output",
                 Exit.USAGE,
             ) from error
         # The previous holder of the lock may have finished and removed the file that is open here.

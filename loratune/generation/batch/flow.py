@@ -38,7 +38,7 @@ def answer_rows_of_file(request: RowsRequest) -> dict[str, Any]:
         raise LoratuneError(f"{file.name}: --metrics compares with the rows' own answers, and none has one", Exit.DATA)
     check_output(request.output, file.name)
     if any(row.uses_tools for row in file.rows):
-        _check_tools(file, encoder_of(request, source))
+        check_tools(file, encoder_of(request, source))
     about = everything_asked(request, source, file)
     report = None if request.overwrite else finished_report(request.output, about)
     if report and request.is_answered_by(report):
@@ -56,9 +56,9 @@ def _make_missing(request: RowsRequest, file: QuestionFile, answers: AnswerFile)
         from loratune.generation.batch.row_answers import answer_rows, free_names, whole_rows
 
         engine = _load(request)
-    for name, other in free_names(file.rows).items():
-        console.warn(f"the rows' column {name} is written as {other}, because the answers use its name")
     work = _work(request, file)
+    for name, other in free_names(work).items():
+        console.warn(f"the rows' column {name} is written as {other}, because the answers use its name")
     kept = sum(answers.count(side.answer) for side in work.sides)
     if kept:
         console.say(f"{counted(kept, 'answer')} of an earlier run kept")
@@ -90,10 +90,10 @@ def _load(request: RowsRequest) -> Engine:
 def _work(request: RowsRequest, file: QuestionFile) -> Work:
     from loratune.generation.batch.row_answers import BASE, Side, Work
 
-    first = Side("", not request.no_adapter or request.compares)
     adapter = request.adapter[0] if request.adapter else None
-    sides = (first, Side(BASE, False)) if request.compares else (first,)
-    return Work(file.rows, request.sampling, sides, adapter, request.system, request.metrics)
+    first = Side("", adapter, not request.no_adapter or request.compares)
+    sides = (first, Side(BASE, adapter, False)) if request.compares else (first,)
+    return Work(file.rows, request.sampling, sides, request.system, request.metrics)
 
 
 def _scores(work: Work, answers: AnswerFile) -> tuple[RowScores, dict[str, dict[str, Any]]]:
@@ -105,7 +105,7 @@ def _scores(work: Work, answers: AnswerFile) -> tuple[RowScores, dict[str, dict[
     return score_rows(work, answers)
 
 
-def _check_tools(file: QuestionFile, encoder: Encoder) -> None:
+def check_tools(file: QuestionFile, encoder: Encoder) -> None:
     """Raise if rows use tools that the template does not support; warn if it cannot parse calls."""
     bad = []
     for row in file.rows:

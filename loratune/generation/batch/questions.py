@@ -76,7 +76,11 @@ def read_questions(entry: str, columns: Mapping[str, str], placeholders: Mapping
     source = parse_source(entry)
     if source.sample or source.repeat > 1:
         raise LoratuneError(f"{entry}: every row is answered once; remove the # and what follows it", Exit.USAGE)
-    file = open_rows(source.name)
+    return questions_of(open_rows(source.name), columns, placeholders)
+
+
+def questions_of(file: RowFile, columns: Mapping[str, str], placeholders: Mapping[str, str]) -> QuestionFile:
+    """Read the rows of an open file. See `read_questions`."""
     rows, bad = [], []
     for number, read in enumerate(_read(file, columns, placeholders), start=1):
         if isinstance(read, str):

@@ -63,7 +63,7 @@ def show(request: RowsRequest, work: Work, tally: Tally, report: dict[str, Any])
         )
     if report["metrics"]:
         is_base = request.adapter and request.no_adapter and not request.compares
-        name = "base" if is_base else work.adapter or request.model
+        name = "base" if is_base else work.sides[0].adapter or request.model
         _show_scores(report["metrics"], {ANSWERS: str(name), "base": "base"})
     console.say(f"answers: {request.output}", style="bold")
     if tally.seconds:

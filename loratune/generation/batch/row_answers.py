@@ -34,11 +34,14 @@ SHOW_SECONDS = 0.5
 
 @dataclass(frozen=True)
 class Side:
-    """One of the models that answer: the base with or without the adapter."""
+    """One of the models that answer: the base with or without an adapter."""
 
     name: str
-    """Empty for the requested model, BASE for the model that it is compared with."""
+    """Empty for the requested model; for a model that it is compared with, the column of its results, such as BASE."""
+    adapter: str | None
+    """Whose prompt settings it has; None for those of the base."""
     use_adapter: bool
+    """False for the base alone."""
 
     @property
     def answer(self) -> str:
@@ -58,7 +61,6 @@ class Work:
     rows: Sequence[AskedRow]
     sampling: Sampling
     sides: tuple[Side, ...]
-    adapter: str | None
     system: str | None
     """Replaces the system prompts of the rows and of the training."""
     scores: bool
@@ -70,7 +72,7 @@ class Work:
         if self.system:
             messages = [{"role": "system", "content": self.system}, *(m for m in messages if m["role"] != "system")]
         seed = None if self.sampling.seed is None else (self.sampling.seed + row.number) % SEEDS
-        return GenerationRequest(messages, self.sampling.but(seed=seed), self.adapter, side.use_adapter, row.tools)
+        return GenerationRequest(messages, self.sampling.but(seed=seed), side.adapter, side.use_adapter, row.tools)
 
 
 @dataclass
@@ -214,11 +216,11 @@ def _add_losses(engine: Engine, work: Work, file: AnswerFile, events: queue.Simp
             show(count, "")
 
 
-def free_names(rows: Sequence[AskedRow]) -> dict[str, str]:
+def free_names(work: Work) -> dict[str, str]:
     """Return input columns whose names collide with the answers' → their new names."""
-    used = {key for row in rows for key in row.fields}
+    used = {key for row in work.rows for key in row.fields}
     renamed: dict[str, str] = {}
-    for name in RESULTS:
+    for name in dict.fromkeys((*RESULTS, *(side.name for side in work.sides if side.name))):
         if name in used:
             other = f"input_{name}"
             while other in used:
@@ -235,7 +237,7 @@ def whole_rows(work: Work, file: AnswerFile, scores: dict[tuple[str, int], dict[
         file: holds all results.
         scores: side and row → metrics.
     """
-    renamed = free_names(work.rows)
+    renamed = free_names(work)
     for row in work.rows:
         whole = {renamed.get(key, key): value for key, value in row.fields.items()} | {"row": row.number}
         for side in work.sides:
