@@ -8,7 +8,7 @@ from loratune.commands import Command
 
 
 class Exit(IntEnum):
-    """Exit codes of the process; 128 + signal number after a signal. 7 is kept for evaluations."""
+    """Exit codes of the process; 128 + signal number after a signal."""
 
     OK = 0
     BUG = 1
@@ -17,6 +17,7 @@ class Exit(IntEnum):
     MODEL = 4
     DIVERGED = 5
     IO = 6
+    WORSE = 7
     PEER = 8
 
 

@@ -199,6 +199,16 @@ def short_run(random_qwen: Path, encoded_rows: Path, tmp_path_factory: pytest.Te
     return folder / "run"
 
 
+@pytest.fixture(scope="session")
+def few_texts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tenth of the general texts of evaluations, which take seconds to read."""
+    folder = tmp_path_factory.mktemp("general")
+    for path in (TINY_QWEN.parent / "general").iterdir():
+        rows = json.loads(path.read_text(encoding="utf-8"))
+        (folder / path.name).write_text(json.dumps(rows[::10]), encoding="utf-8")
+    return folder
+
+
 @pytest.fixture
 def output(tmp_path: Path) -> Path:
     """Where the merged model goes; nothing else is in the folder above."""

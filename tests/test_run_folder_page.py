@@ -64,8 +64,8 @@ def made_up(values: list[Any], fields: list[str]) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def written(short_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a run's merged model, exports, and answers."""
+def written(short_run: Path, few_texts: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a run's merged model, exports, answers, and evaluation."""
     from loratune.cli.app import app
 
     folder = tmp_path_factory.mktemp("written")
@@ -80,6 +80,10 @@ def written(short_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         loratune("export", source, given, "--format", kind, "--output", folder / kind)
     asked = ("--input", short_run.parent / "rows.json", "--output", folder / "answers.jsonl", "--max-new-tokens", 2)
     loratune("infer", "--adapter", short_run, *asked, "--metrics", "--no-adapter")
+    tests = ("--tests", short_run.parent / "rows.json", "--output", folder / "eval", "--max-new-tokens", 2, "--junit")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("loratune.evaluation.general.ASSETS", few_texts)
+        loratune("eval", "--adapter", short_run, *tests)
     return folder
 
 
@@ -110,6 +114,7 @@ def test_every_field_is_on_the_page_and_every_field_of_the_page_is_written(
         "verification.json of an export": exports,
         "sweep.json": [json.loads(json.dumps(report_of(*finished_sweep(tmp_path)).values()))],
         "answers.jsonl": answers,
+        "eval.json": [read(written / "eval" / "eval.json")],
         "answers.jsonl.report.json": [read(written / "answers.jsonl.report.json")],
     }
     fields = tables()
@@ -127,6 +132,7 @@ def test_every_file_is_on_the_page_and_every_file_of_the_page_is_written(short_r
         "A checkpoint": checkpoints,
         "A merged model": [written / "merged"],
         "An export": exports,
+        "An evaluation": [written / "eval"],
     }
     names = tables()
     for heading, places in folders.items():

@@ -13,6 +13,7 @@ COMMANDS = {
     "export": "Convert an adapter or merged model for another program, and verify it.",
     "verify": "Check that a merged model, an export or a run is unchanged.",
     "infer": "Chat with a trained adapter, answer one prompt, or answer a file of rows.",
+    "eval": "Compare an adapter with its base or another adapter; exit code 7 if it is worse.",
     "serve": "Serve an OpenAI-compatible HTTP API and a chat page.",
     "runs": "Inspect runs.",
     "launch": "Write a job file for a cluster: training that goes on after a preemption.",
@@ -56,6 +57,10 @@ def command_module(name: str) -> ModuleType:
             from loratune.cli import infer
 
             return infer
+        case "eval":
+            from loratune.cli import eval
+
+            return eval
         case "serve":
             from loratune.cli import serve
 

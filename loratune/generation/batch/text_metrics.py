@@ -10,7 +10,7 @@ from typing import Any
 
 from loratune.extras import required
 
-with required("--metrics", "metrics"), warnings.catch_warnings():
+with required("the comparison with expected answers", "metrics"), warnings.catch_warnings():
     warnings.simplefilter("ignore")  # jieba 0.42 has invalid escapes, and imports pkg_resources
     import jieba
     from rouge_score.rouge_scorer import RougeScorer

@@ -1,0 +1,212 @@
+"""Assembles what was found into the result of an evaluation, and into samples for its page."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from loratune.data.formats.conversation import with_reasoning, written_out
+from loratune.errors import Exit, LoratuneError, counted
+from loratune.evaluation.answer_form import AnswerForm, summed
+from loratune.evaluation.general import compare_answers, compare_passages
+from loratune.evaluation.measures import RowMeasures, compare_rows, gain
+from loratune.evaluation.request import Contest, EvaluationRequest, settings_of
+from loratune.evaluation.result import Evaluation, Judging, Leaks
+from loratune.evaluation.rows_file import EvaluationRows, question_of
+from loratune.evaluation.verdict import decide, deciding_measure, overall, sentence_of
+from loratune.generation.batch.answer_file import About, AnswerFile
+from loratune.generation.batch.questions import AskedRow
+from loratune.generation.batch.report import REFUSED, TOO_LONG
+from loratune.generation.batch.row_answers import Side
+
+SHOWN = 8
+"""Row numbers in a warning."""
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """Everything that an evaluation has found."""
+
+    request: EvaluationRequest
+    contest: Contest
+    tests: EvaluationRows
+    file: AnswerFile
+    """The results."""
+    found: RowMeasures
+    forms: Mapping[tuple[str, int], AnswerForm]
+    """(side, row) → form of the answer."""
+    leaks: Mapping[str, Leaks]
+    judging: Judging | None
+    warnings: tuple[str, ...]
+
+    @property
+    def leaked(self) -> frozenset[int]:
+        """Numbers of the test rows that either model was trained on."""
+        return frozenset().union(*(one.rows for one in self.leaks.values()))
+
+    @property
+    def compared(self) -> list[int]:
+        """Numbers of the rows that the verdict is about."""
+        rows = [row.number for row in self.tests.rows]
+        return [row for row in rows if row not in self.leaked] or rows
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One row with both answers, for people."""
+
+    row: int
+    question: str
+    expected: str
+    tuned: str
+    baseline: str
+    gain: float | None
+    """By how much the tuned model is better in the deciding measure; None if the row lacks it."""
+    failed: tuple[str, ...]
+    """Asserts that do not hold for the tuned model."""
+    failed_before: tuple[str, ...]
+    """Those that do not hold for the baseline."""
+    has_asserts: bool
+    remarks: tuple[str, ...]
+    """What is wrong with the form of the tuned model's answer, and whether it was trained on the row."""
+
+
+def evaluation_of(evidence: Evidence, inputs: About) -> Evaluation:
+    """Compare the two models.
+
+    Args:
+        evidence: what was found.
+        inputs: everything that the results depend on.
+
+    Raises:
+        LoratuneError: the measure that is to decide does not exist for these rows.
+    """
+    request, contest, tests = evidence.request, evidence.contest, evidence.tests
+    measures = compare_rows(evidence.found, contest.sides, evidence.compared)
+    name = deciding_measure(measures, request.decide_by)
+    if name is None:
+        raise LoratuneError(_nothing_decides(request, evidence.judging), Exit.DATA)
+    texts = compare_passages(evidence.file, *contest.sides) if request.general else {}
+    answers = compare_answers(evidence.file, *contest.sides) if request.general else None
+    decisions = decide(name, measures, texts, answers, request.bounds)
+    return Evaluation(
+        tuned=str(request.adapter),
+        baseline=str(request.against) if request.against else "base",
+        base=_base_of(contest),
+        tests=tests.file.name,
+        rows=len(tests.rows),
+        compared=len(evidence.compared),
+        decided_by=name,
+        verdict=overall(decisions),
+        sentence=sentence_of(measures[name]),
+        decisions=decisions,
+        measures=measures,
+        form={
+            called: summed(evidence.forms[side.name, row.number] for row in tests.rows)
+            for called, side in zip(("tuned", "baseline"), contest.sides, strict=True)
+        },
+        general_text=texts,
+        general_answers=answers,
+        leaks=evidence.leaks,
+        judge=evidence.judging,
+        inputs={**inputs, "settings": settings_of(request, tests)},
+        warnings=(
+            *evidence.warnings,
+            *_about_unasked(evidence),
+            *_about_leaks(evidence),
+            *_about_judge(evidence.judging),
+        ),
+    )
+
+
+def samples_of(evidence: Evidence, evaluation: Evaluation) -> list[Sample]:
+    """Return all rows with both answers, the most damaged first; rows without the deciding measure come last."""
+    samples = [_sample(evidence, row, evaluation.decided_by) for row in evidence.tests.rows]
+    return sorted(samples, key=lambda one: (one.gain is None, one.gain or 0.0, one.row))
+
+
+def _sample(evidence: Evidence, row: AskedRow, measure: str) -> Sample:
+    number, (tuned, baseline) = row.number, evidence.contest.sides
+    form = evidence.forms[tuned.name, number]
+    remarks = {
+        "was in the training": number in evidence.leaked,
+        "did not end by itself": not form.ended,
+        "repeats itself": form.repetitive,
+        "thinks, though not asked to": form.unwanted_thinking,
+        "does not think, though asked to": form.missing_thinking,
+    }
+    return Sample(
+        row=number,
+        question=question_of(row),
+        expected=row.reference or "",
+        tuned=_said(evidence.file, number, tuned),
+        baseline=_said(evidence.file, number, baseline),
+        gain=gain(evidence.found, evidence.contest.sides, number, measure),
+        failed=tuple(evidence.found[tuned.name, number].get("failed_asserts", ())),
+        failed_before=tuple(evidence.found[baseline.name, number].get("failed_asserts", ())),
+        has_asserts=number in evidence.tests.asserts,
+        remarks=tuple(text for text, holds in remarks.items() if holds),
+    )
+
+
+def _said(file: AnswerFile, row: int, side: Side) -> str:
+    known: dict[str, Any] = file.read(row, side.answer)
+    answer = written_out(known["answer"], known.get("tool_calls", ()))
+    return with_reasoning(answer, known.get("reasoning", "")) or str(known.get("error", ""))
+
+
+def _base_of(contest: Contest) -> str:
+    source = contest.sources[0]
+    return source.trained_base.name if source.manifest else str(source.adapter)
+
+
+def _nothing_decides(request: EvaluationRequest, judging: Judging | None) -> str:
+    if judging and judging.problem:
+        return f"the judge could not be asked about any row ({judging.problem}); the answers are kept"
+    wanted = request.decide_by or "a measure"
+    return f"no row that is compared has {wanted}; shorten rows that do not fit into the context, or add others"
+
+
+def _about_unasked(evidence: Evidence) -> list[str]:
+    """Tell which rows a model could not be asked, and count as answered wrongly."""
+    told = []
+    for name, side in zip(("tuned", "baseline"), evidence.contest.sides, strict=True):
+        answers = {row.number: evidence.file.read(row.number, side.answer) for row in evidence.tests.rows}
+        missing = [number for number, answer in answers.items() if answer["finish"] in (TOO_LONG, REFUSED)]
+        if missing:
+            why = answers[missing[0]].get("error", "its prompt leaves no room in the context")
+            told.append(f"{counted(len(missing), 'row')} without an answer ({name}): row {_listed(missing)}: {why}")
+    return told
+
+
+def _about_leaks(evidence: Evidence) -> list[str]:
+    told = []
+    for name, one in evidence.leaks.items():
+        whose = "the training rows" if name == "tuned" else f"the training rows of {evidence.request.against}"
+        if one.rows:
+            told.append(
+                f"{counted(len(one.rows), 'test row')} found in {whose} ({len(one.same)} the same, "
+                f"{len(one.same_question)} with the same question, {len(one.near)} nearly the same): "
+                f"row {_listed(sorted(one.rows))}"
+            )
+        if one.reason:
+            told.append(f"test rows in {whose}: {'' if one.checked else 'not looked for, because '}{one.reason}")
+    left = len(evidence.tests.rows) - len(evidence.compared)
+    if left:
+        told.append(f"{counted(left, 'row')} that a model was trained on {'is' if left == 1 else 'are'} left out")
+    elif evidence.leaked:
+        told.append("a model was trained on every test row, so the figures show what it remembers")
+    return told
+
+
+def _about_judge(judging: Judging | None) -> list[str]:
+    if judging is None or not judging.not_judged:
+        return []
+    return [
+        f"{counted(judging.not_judged, 'row')} not judged: {judging.problem}; the same command asks about them again"
+    ]
+
+
+def _listed(numbers: Sequence[int]) -> str:
+    return ", ".join(map(str, numbers[:SHOWN])) + (", …" if len(numbers) > SHOWN else "")

@@ -1,0 +1,1 @@
+"""eval.html: an evaluation as one page without scripts, fonts or anything from the network."""

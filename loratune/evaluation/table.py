@@ -1,0 +1,53 @@
+"""Shows an evaluation in the terminal: a table, the sentence, and where the rest is."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from loratune import console
+from loratune.commands import Command, free_place, loratune
+from loratune.evaluation.measures import LOSS, MEASURES, Measure, in_units, interval
+from loratune.evaluation.page.writing import PAGE, TITLES
+from loratune.evaluation.result import Evaluation
+from loratune.evaluation.statistics import Comparison
+from loratune.evaluation.verdict import LANGUAGES
+
+
+def show_evaluation(evaluation: Evaluation, output: Path) -> None:
+    """Print a result.
+
+    Args:
+        evaluation: the result.
+        output: its folder.
+    """
+    for warning in evaluation.warnings:
+        console.warn(warning)
+    console.comparison([("", "baseline", "tuned", "95 % of difference", "better", "worse"), *_lines(evaluation)])
+    console.say(f"{TITLES[evaluation.verdict]}: {evaluation.sentence}", style="bold")
+    console.say(f"decided by {MEASURES[evaluation.decided_by].noun}")
+    for one in evaluation.decisions:
+        if one.verdict == "worse":
+            console.say(f"worse: {one.name}: {one.why}")
+    console.say(f"answers side by side: {output / PAGE}")
+    console.next_step(str(_next(evaluation)))
+
+
+def _lines(one: Evaluation) -> Iterator[tuple[str, ...]]:
+    for name, found in one.measures.items():
+        yield _line(MEASURES[name].title, MEASURES[name], found)
+    for language, text in one.general_text.items():
+        yield _line(f"loss, {LANGUAGES.get(language, language)} text", MEASURES[LOSS], text.loss)
+
+
+def _line(title: str, measure: Measure, found: Comparison) -> tuple[str, ...]:
+    values = (in_units(measure, value) for value in (found.baseline, found.tuned))
+    return title, *values, interval(measure, found), str(found.better), str(found.worse)
+
+
+def _next(one: Evaluation) -> Command:
+    """Return the command to go on with: merge what is not worse, and ask what is."""
+    if one.is_worse:
+        return loratune("ask it yourself", "infer", {"--adapter": one.tuned})
+    run = Path(one.tuned)
+    return loratune("merge it", "merge", {"--adapter": one.tuned, "--output": free_place(Path(f"{run}-merged"))})

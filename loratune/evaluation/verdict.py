@@ -1,0 +1,98 @@
+"""Decides whether the tuned model is better or worse, and says what decided."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+
+from loratune.errors import counted
+from loratune.evaluation.bounds import Bounds
+from loratune.evaluation.measures import DECIDING, FORM, MEASURES, in_units, interval
+from loratune.evaluation.result import Decision, GeneralAnswers, GeneralText
+from loratune.evaluation.statistics import CONFIDENCE, FEWEST_DIFFERING, Comparison, Verdict, smallest_share
+
+LANGUAGES = {"en": "English", "zh": "Chinese"}
+FORM_BOUND = 0.1
+"""Share of the answers that may lose their form."""
+
+
+def deciding_measure(measures: Collection[str], asked: str | None) -> str | None:
+    """Return the measure that decides about the rows; None if there is none.
+
+    Args:
+        measures: names of the measures that some rows have.
+        asked: name of the measure that the user asks for.
+    """
+    if asked is not None:
+        return asked if asked in measures else None
+    return next((name for name in DECIDING if name in measures), None)
+
+
+def decide(
+    name: str,
+    measures: Mapping[str, Comparison],
+    texts: Mapping[str, GeneralText],
+    answers: GeneralAnswers | None,
+    bounds: Bounds,
+) -> tuple[Decision, ...]:
+    """Return a decision about the rows, the form of their answers, and what was forgotten.
+
+    Args:
+        name: the measure that decides about the rows.
+        measures: name → comparison.
+        texts: language → comparison of general text.
+        answers: comparison of the answers to general instructions.
+        bounds: of forgetting.
+    """
+    decisions = [Decision("rows", measures[name].verdict, _about_rows(name, measures[name]))]
+    decisions.append(_of_form(measures[FORM]))
+    decisions += (_of_text(language, text, bounds.loss) for language, text in texts.items())
+    if answers:
+        decisions.append(_of_answers(answers, bounds.changed))
+    return tuple(decisions)
+
+
+def overall(decisions: Collection[Decision]) -> Verdict:
+    """Return `worse` if anything is, and else the verdict on the rows."""
+    if any(one.verdict == "worse" for one in decisions):
+        return "worse"
+    return next(one.verdict for one in decisions if one.name == "rows")
+
+
+def sentence_of(comparison: Comparison) -> str:
+    """Return the result on the rows in one sentence, with what so many rows cannot show."""
+    rows = counted(comparison.rows, "row")
+    cannot = f"{rows} cannot show less than {smallest_share(comparison.rows):.0%}"
+    if comparison.rows < FEWEST_DIFFERING:
+        cannot = f"{rows} are too few to show anything; {FEWEST_DIFFERING} is the least"
+    return f"better on {comparison.better} of {rows}, worse on {comparison.worse}; {cannot}"
+
+
+def _about_rows(name: str, one: Comparison) -> str:
+    measure = MEASURES[name]
+    return (
+        f"{measure.noun}: {in_units(measure, one.baseline)} → {in_units(measure, one.tuned)}, {CONFIDENCE:.0%} "
+        f"interval of the difference {interval(measure, one)}, sign test p = {one.p_value:.2g}"
+    )
+
+
+def _of_form(one: Comparison) -> Decision:
+    """Decide about the answers that end by themselves, do not repeat themselves, and think as they are asked to."""
+    verdict: Verdict = "worse" if one.verdict == "worse" and -one.difference > FORM_BOUND else "no difference"
+    why = f"sound answers: {one.baseline:.0%} → {one.tuned:.0%}; worse is a significant loss of over {FORM_BOUND:.0%}"
+    return Decision("form of the answers", verdict, why)
+
+
+def _of_text(language: str, text: GeneralText, bound: float) -> Decision:
+    grown = text.loss.difference
+    why = f"loss {text.loss.baseline:.3f} → {text.loss.tuned:.3f}, {grown:+.3f} nats per token; the bound is {bound:+g}"
+    name = f"general text, {LANGUAGES.get(language, language)}"
+    return Decision(name, "worse" if grown > bound else "no difference", why)
+
+
+def _of_answers(answers: GeneralAnswers, bound: float) -> Decision:
+    changed = len({one.instruction for one in answers.changed})
+    why = (
+        f"of {answers.asked} answers, {answers.language} changed their language, {answers.refusal} became refusals, "
+        f"{answers.empty} empty; the bound is {bound:.0%}"
+    )
+    return Decision("general instructions", "worse" if changed > bound * answers.asked else "no difference", why)

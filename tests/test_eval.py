@@ -1,0 +1,377 @@
+"""`loratune eval`: the figures beside plain PEFT, planted damage, leaks, what is kept, and what is written."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
+
+import pytest
+from conftest import TINY_QWEN
+from typer.testing import CliRunner, Result
+
+from loratune.cli.app import app
+from loratune.errors import Exit
+from loratune.evaluation.general import changes, is_refusal, language_of, load_instructions, load_passages
+from loratune.evaluation.result import Evaluation, read_evaluation
+
+GENERAL_ROWS = json.loads((Path(__file__).resolve().parent.parent / "data" / "general.json").read_text("utf-8"))
+KNOWN, OTHERS = GENERAL_ROWS[:16], GENERAL_ROWS[16:]
+"""Rows that the practice model answers right, and others to train on."""
+TRAINING = (
+    *("--model.base", "tiny-qwen", "--model.dtype", "float32", "--data.validation", "0"),
+    *("--training.learning_rate", "5e-3", "--evaluation.questions_share", "0"),
+)
+
+
+def written(path: Path, rows: list[dict[str, Any]]) -> Path:
+    path.write_text(json.dumps(rows, ensure_ascii=False), encoding="utf-8")
+    return path
+
+
+def trained(folder: Path, name: str, rows: list[dict[str, Any]], *flags: Any, steps: int = 12) -> Path:
+    """A run of the practice model on some rows."""
+    data = written(folder / f"{name}.json", rows)
+    line = ["sft", *TRAINING, "--data.train", data, "--training.max_steps", steps, "--output", folder / name, *flags]
+    done = CliRunner().invoke(app, [str(word) for word in line])
+    assert done.exit_code == 0, done.stderr
+    return folder / name
+
+
+@pytest.fixture(scope="module")
+def reversing(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run on rows whose answers are reversed."""
+    rows = [{**row, "output": row["output"][::-1]} for row in OTHERS]
+    return trained(tmp_path_factory.mktemp("reversing"), "run", rows)
+
+
+@pytest.fixture(scope="module")
+def evaluated(reversing: Path, few_texts: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Result]:
+    """The output of an evaluation of it, with everything, and how the command ended."""
+    folder = tmp_path_factory.mktemp("evaluated")
+    tests = written(folder / "tests.json", KNOWN)
+    line = ["eval", "--adapter", reversing, "--tests", tests, "--output", folder / "out", "--junit", "--json"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("loratune.evaluation.general.ASSETS", few_texts)
+        return folder / "out", CliRunner().invoke(app, [*map(str, line), "--max-new-tokens", "16"])
+
+
+Evaluate = Callable[..., tuple[Evaluation, Result]]
+
+
+@pytest.fixture
+def evaluate(cli: Callable[..., Result], tmp_path: Path) -> Evaluate:
+    """Evaluate a run on rows, without general text, and return what was written."""
+
+    def run(adapter: Path, rows: list[dict[str, Any]], *flags: Any, code: int = 0) -> tuple[Evaluation, Result]:
+        tests, output = written(tmp_path / "tests.json", rows), tmp_path / "out"
+        line = ("--adapter", adapter, "--tests", tests, "--output", output, "--max-new-tokens", 16)
+        done = cli("eval", *line, *(flags if "--general" in flags else ("--no-general", *flags)))
+        assert done.exit_code == code, done.stderr
+        return read_evaluation(output), done
+
+    return run
+
+
+def test_reversed_answers_are_worse_and_the_exit_code_says_so(evaluated: tuple[Path, Result]) -> None:
+    output, done = evaluated
+    found = read_evaluation(output)
+    assert done.exit_code == Exit.WORSE == 7, done.stderr
+    assert json.loads(done.stdout) == json.loads(json.dumps(found.summary()))
+    assert {name: one.verdict for name, one in found.measures.items() if name in ("loss", "exact_match", "bleu")} == {
+        "loss": "worse", "exact_match": "worse", "bleu": "worse",
+    }  # fmt: skip
+    assert (found.measures["exact_match"].baseline, found.measures["exact_match"].tuned) == (1, 0)
+    assert found.sentence in done.stderr
+    assert found.sentence == "better on 0 of 16 rows, worse on 16; 16 rows cannot show less than 38%"
+    assert str(output / "eval.html") in done.stderr
+    assert "worse: rows: the loss of the expected answers" in done.stderr
+
+
+def test_losses_and_divergences_are_those_of_plain_peft(
+    reversing: Path, evaluated: tuple[Path, Result], few_texts: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import torch
+    from peft import PeftModel
+    from torch.nn import functional
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    monkeypatch.setattr("loratune.evaluation.general.ASSETS", few_texts)
+    tokenizer = AutoTokenizer.from_pretrained(TINY_QWEN)
+    base = AutoModelForCausalLM.from_pretrained(TINY_QWEN, dtype=torch.float32)
+    model = PeftModel.from_pretrained(base, reversing / "adapter")
+    lines = [json.loads(line) for line in (evaluated[0] / "results.jsonl").read_text("utf-8").splitlines()[1:]]
+    known = {(line["row"], line["kind"]): line for line in lines}
+
+    def log_probabilities(ids: list[int]) -> tuple[Any, Any]:
+        with torch.no_grad():
+            tuned = model(torch.tensor([ids])).logits[0].double()
+            with model.disable_adapter():
+                plain = model(torch.tensor([ids])).logits[0].double()
+        return functional.log_softmax(tuned, -1), functional.log_softmax(plain, -1)
+
+    for number, row in enumerate(KNOWN[:3], start=1):
+        turns = [{"role": "user", "content": row["instruction"]}]
+        prompt = tokenizer.apply_chat_template(turns, add_generation_prompt=True)["input_ids"]
+        answer = tokenizer(row["output"] + tokenizer.eos_token).input_ids
+        both = log_probabilities([*prompt, *answer])
+        places = torch.arange(len(prompt) - 1, len(prompt) + len(answer) - 1)
+        for kind, found in zip(("loss", "base loss"), both, strict=True):
+            assert known[number, kind]["tokens"] == len(answer)
+            # float32 rounds logits of up to 30 to 2e-6, and the model sums what it adds to them
+            expected = -float(found[places, answer].sum())
+            assert known[number, kind]["loss"] == pytest.approx(expected, rel=1e-4, abs=1e-5 * len(answer))
+    for passage in (load_passages()[0], load_passages()[-1]):
+        ids = tokenizer(passage.text).input_ids
+        tuned, plain = log_probabilities(ids)
+        following = torch.tensor(ids[1:])[:, None]
+        told = known[passage.number, "passage"]
+        assert told["tokens"] == len(ids) - 1
+        assert told["loss"] == pytest.approx(-float(tuned[:-1].gather(1, following).sum()), rel=1e-4)
+        assert told["base_loss"] == pytest.approx(-float(plain[:-1].gather(1, following).sum()), rel=1e-4)
+        assert told["kl"] == pytest.approx(float((plain.exp() * (plain - tuned))[:-1].sum()), rel=1e-3)
+
+
+def test_a_text_is_read_in_parts_and_by_a_model_that_decodes_one_by_one(
+    short_run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from loratune.engine.engine import load_engine
+    from loratune.engine.plain_decoder import PlainDecoder
+
+    engine = load_engine([("own", short_run)], None)
+    text = load_passages()[0].text
+    whole = engine.divergence(text, "own")
+    monkeypatch.setattr("loratune.engine.scheduler.PROMPT_PART", 7)
+    parts = engine.divergence(text, "own")
+    engine.decoder.close()
+    engine.decoder = PlainDecoder(engine.model)
+    for found in (parts, engine.divergence(text, "own")):
+        assert vars(found) == pytest.approx(vars(whole), rel=1e-4)
+    assert whole.tokens > 7
+    assert whole.kl > 1e-3
+    engine.close()
+
+
+def test_every_file_says_the_same_and_the_page_needs_nothing_else(evaluated: tuple[Path, Result]) -> None:
+    output, _ = evaluated
+    assert {path.name for path in output.iterdir()} == {
+        "eval.json", "eval.html", "junit.xml", "answers.jsonl", "results.jsonl",
+    }  # fmt: skip
+    found = read_evaluation(output)
+    answers = [json.loads(line) for line in (output / "answers.jsonl").read_text("utf-8").splitlines()]
+    assert [row["instruction"] for row in answers] == [row["instruction"] for row in KNOWN]
+    mean = sum(row["metrics"]["loss"] for row in answers) / len(answers)
+    assert found.measures["loss"].tuned == pytest.approx(mean, rel=1e-9)
+    assert {row["base"]["metrics"]["exact_match"] for row in answers} == {True}
+    cases = ElementTree.parse(output / "junit.xml").getroot().findall(".//testcase")
+    failed = {case.get("name") for case in cases if case.find("failure") is not None}
+    assert failed == {one.name for one in found.decisions if one.verdict == "worse"} >= {"rows"}
+    page = (output / "eval.html").read_text("utf-8")
+    assert found.sentence in page
+    assert not [word for word in ("<script", "src=", "href=", "@import", "url(") if word in page]
+
+
+def test_results_are_kept_and_what_is_missing_is_added(
+    reversing: Path, evaluated: tuple[Path, Result], tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    cli: Callable[..., Result], few_texts: Path,
+) -> None:  # fmt: skip
+    monkeypatch.setattr("loratune.evaluation.general.ASSETS", few_texts)
+    output = shutil.copytree(evaluated[0], tmp_path / "out")
+    before = read_evaluation(output)
+    line = ("eval", "--adapter", reversing, "--tests", evaluated[0].parent / "tests.json", "--output", output)
+    results = output / "results.jsonl"
+    results.write_bytes(results.read_bytes()[:-300])  # killed while passages were read
+    (output / "eval.json").unlink()
+    assert cli(*line, "--max-new-tokens", 16).exit_code == 7
+    assert read_evaluation(output) == before
+
+    def refuse(*_: Any) -> None:
+        raise AssertionError("a model is loaded though nothing is missing")
+
+    monkeypatch.setattr("loratune.evaluation.flow.load_engine", refuse)
+    # What decides is computed anew from the same results.
+    done = cli(*line, "--max-new-tokens", 16, "--decide-by", "exact_match", "--max-forgetting", 0)
+    assert done.exit_code == 7, done.stderr
+    assert read_evaluation(output).decided_by == "exact_match"
+    other = cli(*line, "--max-new-tokens", 17)
+    assert other.exit_code == Exit.USAGE
+    assert "max_new_tokens: 16 there, 17 now" in other.stderr
+    assert "--overwrite" in other.stderr
+
+
+def test_a_run_beside_itself_shows_no_difference(evaluate: Evaluate, short_run: Path) -> None:
+    rows = [{"instruction": f"What is {n}?", "output": "It is that."} for n in range(8)]
+    found, done = evaluate(short_run, rows, "--against", shutil.copytree(short_run, short_run.parent / "again"))
+    assert found.verdict == "no difference"
+    assert {(one.better, one.worse, one.difference) for one in found.measures.values()} == {(0, 0, 0)}
+    assert "No difference shown: better on 0 of 8 rows, worse on 0; 8 rows cannot show less than 75%" in done.stderr
+
+
+def test_runs_of_different_bases_are_compared_one_after_the_other(
+    evaluate: Evaluate, reversing: Path, short_run: Path
+) -> None:
+    found, _ = evaluate(reversing, KNOWN[:6], "--against", short_run, "--decide-by", "exact_match")
+    # The other run has random weights; beside these, no answer is exact either.
+    assert found.measures["exact_match"].equal == 6
+    assert found.measures["loss"].baseline > 5
+
+
+def test_leaked_rows_are_found_and_left_out(evaluate: Evaluate, short_run: Path) -> None:
+    trained_on = json.loads((short_run.parent / "rows.json").read_text())
+    held_out = json.loads((short_run / "probe.json").read_text())["questions"]
+    unseen = {question[-1]["content"] for question in held_out}
+    long = {"instruction": "Tell me of the sea.", "output": "The sea is wide and blue and full of fish and salt."}
+    rows = [*trained_on, {**trained_on[0], "output": "It is more."}, *({**long, "input": f"{n}"} for n in range(7))]
+    found, done = evaluate(short_run, rows)
+    leaks = found.leaks["tuned"]
+    assert leaks.checked
+    same = {rows[number - 1]["instruction"] for number in leaks.same}
+    assert same == {row["instruction"] for row in trained_on} - unseen
+    assert len(same) == leaks.training_rows == len(trained_on) - len(unseen)
+    assert (13 in leaks.same_question) == (trained_on[0]["instruction"] not in unseen)
+    assert found.compared == found.measures["loss"].rows == len(rows) - len(leaks.rows)
+    assert f"{len(leaks.rows)} test rows found in the training rows" in done.stderr
+
+
+def test_rows_nearly_those_of_the_training_are_found(evaluate: Evaluate, tmp_path: Path) -> None:
+    story = "The old ship left the harbour at dawn and sailed for nine days over a calm sea before land came in sight."
+    rows = [{"instruction": f"Tell me story {n}.", "output": f"{story} It was island {n}."} for n in range(6)]
+    run = trained(tmp_path, "near", rows, steps=1)
+    tests = [{**rows[0], "output": rows[0]["output"] + " The end."}, {"instruction": "Who are you?", "output": "Me."}]
+    tests[0]["instruction"] = "Tell me a story 0."
+    found, _ = evaluate(run, tests)
+    assert found.leaks["tuned"].near == (1,)
+    (tmp_path / "near.json").write_text("[]")
+    found, done = evaluate(run, tests, "--overwrite")
+    assert not found.leaks["tuned"].checked
+    assert "near.json, a file of the training, has changed since" in done.stderr
+
+
+def test_a_plain_adapter_is_evaluated_and_rows_that_do_not_fit_are_told(
+    evaluate: Evaluate, short_run: Path, random_qwen: Path, tmp_path: Path
+) -> None:
+    plain = shutil.copytree(short_run / "adapter", tmp_path / "plain")
+    rows = [{"instruction": "Who? " * 300, "output": "You."}, {"instruction": "Who?", "output": "You."}]
+    found, done = evaluate(plain, rows, "--base-model", random_qwen)
+    assert not found.leaks["tuned"].checked
+    assert "not looked for, because the adapter is not in a run folder" in done.stderr
+    assert "1 row without an answer (tuned): row 1: its prompt leaves no room in the context" in done.stderr
+    assert (found.measures["loss"].rows, found.measures["exact_match"].rows) == (1, 2)
+
+
+def test_asserts_decide_and_their_failures_are_in_junit(evaluate: Evaluate, reversing: Path, tmp_path: Path) -> None:
+    rows = [{**row, "assert": {"type": "equals", "value": row["output"]}} for row in KNOWN[:8]]
+    found, done = evaluate(reversing, rows, "--junit", code=7)
+    assert found.decided_by == "asserts"
+    assert (found.measures["asserts"].baseline, found.measures["asserts"].tuned) == (1, 0)
+    cases = ElementTree.parse(tmp_path / "out" / "junit.xml").getroot().findall("testsuite[@name='asserts']/testcase")
+    assert len(cases) == 8
+    assert all("(holds for the baseline)" in str(case.findtext("failure")) for case in cases)
+    assert "Worse: better on 0 of 8 rows, worse on 8" in done.stderr
+
+
+def test_texts_of_rows_and_models_are_text_on_the_page(evaluate: Evaluate, short_run: Path, tmp_path: Path) -> None:
+    from browsing import chromium
+
+    forged = '</pre><script>document.title = "forged"</script><img src=x onerror="document.title=1">&amp;\u202e\x07'
+    rows = [{"instruction": f"{forged} {n}", "output": forged} for n in range(3)]
+    evaluate(short_run, rows, "--junit")
+    ElementTree.parse(tmp_path / "out" / "junit.xml")
+    with chromium() as browser:
+        page = browser.new_page()
+        complaints: list[str] = []
+        page.on("console", lambda message: complaints.append(message.text))
+        page.on("request", lambda request: complaints.append(request.url) if "eval.html" not in request.url else None)
+        page.goto((tmp_path / "out" / "eval.html").as_uri())
+        assert page.title() == "run beside base"
+        assert '</pre><script>document.title = "forged"</script>' in page.locator("pre").first.inner_text()
+        assert page.locator("img").count() == 0
+        assert complaints == []
+
+
+def test_what_cannot_be_evaluated_is_refused_before_a_model_is_loaded(
+    cli: Callable[..., Result], short_run: Path, tmp_path: Path
+) -> None:
+    tests = written(tmp_path / "tests.json", [{"instruction": "a", "output": "b"}])
+    asked = ("eval", "--adapter", short_run, "--tests", tests, "--output", tmp_path / "out")
+
+    def told(*words: Any, code: int = Exit.USAGE) -> str:
+        done = cli(*words)
+        assert done.exit_code == code, done.stderr
+        return done.stderr
+
+    assert "give --tests, --output" in told("eval", "--adapter", short_run)
+    assert "go together" in told(*asked, "--judge", "http://127.0.0.1:1/v1")
+    assert "give the base URL" in told(*asked, "--judge", "file:///etc", "--judge-model", "a")
+    assert "there are asserts, judge, loss" in told(*asked, "--decide-by", "taste")
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "thesis.txt").touch()
+    assert "not an evaluation" in told(*asked[:-1], tmp_path / "full")
+    assert "there are loss, exact_match, rouge_l, bleu, form" in told(*asked, "--decide-by", "asserts")
+    written(tests, [{"instruction": "a"}])
+    assert "nothing can be compared" in told(*asked, code=Exit.DATA)
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_bundled_texts_are_many_varied_and_of_the_language_they_say() -> None:
+    passages, instructions = load_passages(), load_instructions()
+    assert len(passages) >= 60
+    assert len(instructions) >= 40
+    assert len({one.text for one in passages}) == len(passages)
+    assert len({str(one.row.fields["instruction"]) for one in instructions}) == len(instructions)
+    for language in ("en", "zh"):
+        assert sum(one.language == language for one in passages) == 30
+        assert sum(one.language == language for one in instructions) == 20
+    for passage in passages:
+        assert language_of(passage.text) == {"en": "other", "zh": "zh"}[passage.language]
+        assert not is_refusal(passage.text)
+        assert 80 <= len(passage.text) <= 500
+
+
+@pytest.mark.parametrize(
+    ("tuned", "baseline", "expected"),
+    [
+        ("The sea is salty.", "海水是咸的。", ["language"]),
+        ("用 Python 写：`def largest(numbers)`", "可以用 Python 的 max 函数。", []),
+        ("I'm sorry, but I cannot help with that.", "Take a towel.", ["refusal"]),
+        ("抱歉，我无法回答。", "多喝水。", ["refusal"]),
+        ("I'm sorry, but I cannot help.", "I cannot say.", []),
+        ("", "Yes.", ["empty"]),
+        ("42", "四十二", []),
+        ("I can sleep better when it is dark.", "Darken the room.", []),
+    ],
+)
+def test_a_changed_language_a_refusal_and_silence_are_seen(tuned: str, baseline: str, expected: list[str]) -> None:
+    assert list(changes(tuned, baseline)) == expected
+
+
+@pytest.mark.slow
+def test_an_adapter_that_answers_in_english_has_forgotten_chinese(evaluate: Evaluate, tmp_path: Path) -> None:
+    pairs = list(zip(OTHERS[1::2], OTHERS[::2], strict=False))
+    run = trained(tmp_path, "english", [{**zh, "output": en["output"]} for zh, en in pairs], steps=30)
+    english, done = evaluate(run, KNOWN[::2], "--general", code=7)
+    assert english.measures["exact_match"].verdict != "worse"
+    assert english.general_answers
+    assert english.general_answers.language > 4
+    assert "worse: general instructions" in done.stderr
+
+
+@pytest.mark.slow
+def test_an_adapter_that_never_ends_is_found_by_the_form_of_its_answers(evaluate: Evaluate, tmp_path: Path) -> None:
+    rows = [{**row, "output": " ".join([row["output"]] * 8)} for row in OTHERS]
+    flags = ("--training.max_length", 48, "--data.truncation_strategy", "truncate_answer")
+    run = trained(tmp_path, "endless", rows, *flags, steps=30)
+    found, done = evaluate(run, KNOWN, code=7)
+    assert found.form["baseline"].ended == 16
+    assert found.form["tuned"].ended < 8
+    assert "worse: form of the answers" in done.stderr
+
+
+@pytest.mark.slow
+def test_adapters_that_differ_by_seed_only_show_no_difference(evaluate: Evaluate, tmp_path: Path) -> None:
+    one, other = (trained(tmp_path, f"seed-{seed}", OTHERS, "--seed", seed, steps=20) for seed in (0, 1))
+    found, _ = evaluate(one, KNOWN, "--against", other, "--general")
+    assert found.verdict == "no difference"

@@ -1,0 +1,164 @@
+"""The judge of `loratune eval`, behind an HTTP server whose replies a test writes."""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import Result
+
+from loratune.evaluation import judge
+from loratune.evaluation.judge import choice_in, preference
+from loratune.evaluation.result import read_evaluation
+
+Reply = Callable[[str], Any]
+"""From a prompt to the text of a reply, or to a status."""
+
+
+class Api:
+    """A server of OpenAI's API."""
+
+    def __init__(self) -> None:
+        self.reply: Reply = lambda _: "TIE"
+        self.asked: list[dict[str, Any]] = []
+        self.keys: list[str | None] = []
+        api = self
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_POST(self) -> None:
+                body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+                api.asked.append({"path": self.path, **body})
+                api.keys.append(self.headers.get("Authorization"))
+                said = api.reply(body["messages"][0]["content"])
+                text = json.dumps({"choices": [{"message": {"content": said}}]}) if isinstance(said, str) else "busy"
+                self.send_response(200 if isinstance(said, str) else said)
+                self.send_header("Location", "/elsewhere")
+                self.end_headers()
+                self.wfile.write(text.encode())
+
+            def log_message(self, *_: Any) -> None:
+                """Say nothing."""
+
+        self.server = HTTPServer(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self.server.server_port}/v1"
+        threading.Thread(target=self.server.serve_forever, daemon=True).start()
+
+
+@pytest.fixture
+def api(monkeypatch: pytest.MonkeyPatch) -> Iterator[Api]:
+    for name in judge.KEYS:
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(judge, "PAUSE_SECONDS", 0.0)
+    served = Api()
+    yield served
+    served.server.shutdown()
+    served.server.server_close()
+
+
+@pytest.fixture
+def evaluate(cli: Callable[..., Result], short_run: Path, tmp_path: Path, api: Api) -> Callable[..., Result]:
+    """Evaluate eight questions without expected answers by the judge."""
+    rows = [{"instruction": f"Where does river {n} end?"} for n in range(8)]
+    (tmp_path / "tests.json").write_text(json.dumps(rows))
+    flags = ("--tests", tmp_path / "tests.json", "--output", tmp_path / "out", "--max-new-tokens", 4, "--no-general")
+
+    def run(*more: Any) -> Result:
+        return cli("eval", "--adapter", short_run, *flags, "--judge", api.url, "--judge-model", "wise", *more)
+
+    return run
+
+
+def answers(prompt: str) -> tuple[str, str]:
+    """The two answers in a prompt, in its order."""
+    first, second = (prompt.partition(f"<answer_{name}>\n")[2].partition(f"\n</answer_{name}>")[0] for name in "ab")
+    return first, second
+
+
+def test_a_judge_that_prefers_one_model_decides(evaluate: Callable[..., Result], api: Api, tmp_path: Path) -> None:
+    # A judge that sorts the answers' texts has no preference for a place.
+    api.reply = lambda prompt: "A" if min(answers(prompt)) == answers(prompt)[0] else "B"
+    done = evaluate()
+    found = read_evaluation(tmp_path / "out")
+    rows = [json.loads(line) for line in (tmp_path / "out" / "answers.jsonl").read_text("utf-8").splitlines()]
+    liked = [row["answer"] < row["base"]["answer"] for row in rows if row["answer"] != row["base"]["answer"]]
+    assert found.decided_by == "judge"
+    assert (found.measures["judge"].better, found.measures["judge"].worse) == (sum(liked), len(liked) - sum(liked))
+    assert found.judge
+    assert (found.judge.judged, found.judge.undecided, found.judge.not_judged) == (8, 0, 0)
+    assert len(api.asked) == 2 * len(liked)
+    assert {(one["path"], one["model"], one["temperature"]) for one in api.asked} == {
+        ("/v1/chat/completions", "wise", 0)
+    }
+    assert done.exit_code in (0, 7)
+
+
+def test_a_judge_that_prefers_a_place_decides_nothing(
+    evaluate: Callable[..., Result], api: Api, tmp_path: Path
+) -> None:
+    api.reply = lambda _: "A"
+    assert evaluate().exit_code == 0
+    found = read_evaluation(tmp_path / "out")
+    assert found.measures["judge"].equal == 8
+    assert found.judge
+    assert found.judge.undecided == len(api.asked) / 2 > 0
+
+
+def test_the_key_is_the_environment_s_and_goes_nowhere_else(
+    evaluate: Callable[..., Result], api: Api, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OPENAI_API_KEY", "other")
+    monkeypatch.setenv("LORATUNE_JUDGE_API_KEY", "secret")
+    api.reply = lambda _: 302
+    done = evaluate()
+    assert set(api.keys) == {"Bearer secret"}
+    assert {one["path"] for one in api.asked} == {"/v1/chat/completions"}
+    assert "secret" not in done.stderr
+
+
+def test_what_the_judge_does_not_answer_is_told_and_nothing_is_lost(
+    evaluate: Callable[..., Result], api: Api, tmp_path: Path
+) -> None:
+    api.reply = lambda prompt: "both are fine" if "river 3" in prompt else "tie, I think"
+    done = evaluate()
+    assert done.exit_code == 0, done.stderr
+    assert "1 row not judged: row 4: the judge's reply names neither A nor B nor TIE" in done.stderr
+    api.asked.clear()
+    api.reply = lambda _: "TIE"
+    assert evaluate().exit_code == 0
+    assert all("river 3" in one["messages"][0]["content"] for one in api.asked)
+    found = read_evaluation(tmp_path / "out")
+    assert found.judge
+    assert found.judge.judged == 8
+
+
+def test_a_judge_that_is_down_is_asked_about_few_rows_and_the_answers_are_kept(
+    evaluate: Callable[..., Result], api: Api, tmp_path: Path
+) -> None:
+    api.reply = lambda _: 503
+    done = evaluate()
+    assert done.exit_code == 3
+    assert "the judge could not be asked about any row" in done.stderr
+    assert "HTTP 503" in done.stderr
+    assert len(api.asked) <= judge.TRIES * judge.FAILURES
+    assert (tmp_path / "out" / "results.jsonl").is_file()
+
+
+def test_a_reply_is_what_it_begins_with_or_the_only_choice_in_it() -> None:
+    assert [choice_in(reply) for reply in ("A", "**B**", "B is a better answer than A", "I take B.", "A tie.")] == [
+        "first", "second", "second", "second", "tie",
+    ]  # fmt: skip
+    for reply in ("a good question", "Between A and B, the latter", "", "BAD"):
+        with pytest.raises(ValueError, match="names"):
+            choice_in(reply)
+
+
+def test_a_preference_counts_if_it_is_the_same_in_both_orders() -> None:
+    assert preference("first", "second") == 1
+    assert preference("second", "first") == 0
+    assert {preference(one, one) for one in ("first", "second", "tie")} == {0.5}
+    assert preference("first", "tie") == 0.5

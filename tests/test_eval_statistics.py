@@ -1,0 +1,93 @@
+"""The statistics of paired differences, beside scipy's and beside all resamples of few rows."""
+
+from __future__ import annotations
+
+from itertools import product
+
+import numpy as np
+import pytest
+
+from loratune.evaluation.statistics import (
+    FEWEST_DIFFERING,
+    RESAMPLES,
+    bootstrap_interval,
+    compare,
+    sign_test,
+    smallest_share,
+)
+
+
+@pytest.mark.parametrize(("better", "worse"), [(0, 0), (1, 0), (5, 0), (6, 0), (31, 4), (4, 31), (10, 10), (900, 1100)])
+def test_the_sign_test_is_scipy_s(better: int, worse: int) -> None:
+    from scipy.stats import binomtest
+
+    expected = binomtest(better, better + worse, 0.5).pvalue if better + worse else 1.0
+    assert sign_test(better, worse) == pytest.approx(expected, rel=1e-9)
+
+
+def test_the_interval_is_the_one_over_all_resamples() -> None:
+    rows = np.array([-1.0, 0.25, 0.5, 2.0, 3.0])
+    means = np.array([np.mean(drawn) for drawn in product(rows, repeat=len(rows))])
+    low, high = bootstrap_interval(rows)
+    # The share of resamples below each end is within four standard errors of a share of 2.5 %.
+    error = 4 * (0.025 * 0.975 / RESAMPLES) ** 0.5
+    assert (means < low).mean() <= 0.025 + error
+    assert (means <= low).mean() >= 0.025 - error
+    assert (means > high).mean() <= 0.025 + error
+    assert (means >= high).mean() >= 0.025 - error
+
+
+def test_the_interval_is_scipy_s_within_the_noise_of_resampling_and_the_same_each_time() -> None:
+    from scipy.stats import bootstrap
+
+    rows = np.random.default_rng(3).normal(0.2, 1, 60)
+    known = bootstrap((rows,), np.mean, method="percentile", n_resamples=RESAMPLES, rng=np.random.default_rng(1))
+    ends = known.confidence_interval
+    # A quantile at 2.5 % of 10,000 normal means has a standard error of 0.027 of their deviation; two have 0.038.
+    allowed = 4 * 0.038 * rows.std() / len(rows) ** 0.5
+    assert bootstrap_interval(rows) == pytest.approx((ends.low, ends.high), abs=allowed)
+    assert bootstrap_interval(rows) == bootstrap_interval(rows)
+
+
+def test_many_rows_are_drawn_in_parts_and_less_often(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = np.arange(60) % 2 * 1.0
+    whole = bootstrap_interval(rows)
+    monkeypatch.setattr("loratune.evaluation.statistics.AT_ONCE", 1000)
+    assert bootstrap_interval(rows) == whole
+    monkeypatch.setattr("loratune.evaluation.statistics.MOST_DRAWN", 60 * 1500)
+    low, high = bootstrap_interval(rows)
+    # 1.96 standard errors of the mean. A quantile at 2.5 % of 1,500 means has a deviation of 0.07 of their own.
+    assert (high - low) / 2 == pytest.approx(1.96 * 0.5 / len(rows) ** 0.5, rel=4 * 0.07 / 1.96)
+
+
+def test_a_verdict_needs_an_interval_apart_from_zero_enough_rows_and_more_than_the_margin() -> None:
+    assert compare([0.0] * 20, [1.0] * 20).verdict == "better"
+    assert compare([0.0] * 20, [1.0] * 20, is_loss=True).verdict == "worse"
+    assert compare([0.0] * (FEWEST_DIFFERING - 1), [1.0] * (FEWEST_DIFFERING - 1)).verdict == "no difference"
+    assert compare([0.0] * FEWEST_DIFFERING, [1.0] * FEWEST_DIFFERING).verdict == "better"
+    assert compare([0.0] * 20, [0.01] * 20, margin=0.02).verdict == "no difference"
+    mixed = compare([0.0] * 20, [1.0, -1.0] * 10)
+    assert (mixed.better, mixed.worse, mixed.equal, mixed.verdict) == (10, 10, 0, "no difference")
+
+
+def test_few_large_losses_among_many_small_gains_are_no_verdict() -> None:
+    found = compare([0.0] * 40, [0.1] * 37 + [-30.0] * 3)
+    assert (found.better, found.worse) == (37, 3)
+    assert found.p_value < 0.05
+    assert found.difference < 0
+    assert found.verdict == "no difference"
+
+
+def test_what_so_many_rows_cannot_show_is_what_the_sign_test_needs() -> None:
+    rows = 60
+    fewest = round(smallest_share(rows) * rows)
+    assert sign_test(fewest, 0) < 0.05 <= sign_test(fewest - 1, 0)
+    assert smallest_share(3) == 1
+
+
+def test_chance_alone_is_rarely_called_a_difference() -> None:
+    random, verdicts = np.random.default_rng(0), []
+    for _ in range(200):
+        verdicts.append(compare(random.normal(size=24).tolist(), random.normal(size=24).tolist()).verdict)
+    # 5 % of 200 and three standard deviations more.
+    assert sum(verdict != "no difference" for verdict in verdicts) <= 10 + 3 * (200 * 0.05 * 0.95) ** 0.5
