@@ -20,6 +20,18 @@ SOMETIMES = {
     *("runs/*", ".lock-owner.json"),  # trackers, and while a process trains
     *("model.safetensors.index.json", "Modelfile"),  # large models; and an export that this test does not make
 }
+SUMS = """\
+task: sums
+dataset_path: json
+dataset_kwargs: {{data_files: {rows}, cache_dir: {cache}}}
+test_split: train
+output_type: generate_until
+doc_to_text: "{{{{instruction}}}}"
+doc_to_target: "{{{{output}}}}"
+metric_list: [{{metric: exact_match, aggregation: mean, higher_is_better: true}}]
+"""
+"""A task over the run's rows."""
+GROUP = "group: all\ntask: [sums]\naggregate_metric_list: [{metric: exact_match}]\n"
 FieldPath = tuple[str, ...]
 
 
@@ -81,9 +93,14 @@ def written(short_run: Path, few_texts: Path, tmp_path_factory: pytest.TempPathF
     asked = ("--input", short_run.parent / "rows.json", "--output", folder / "answers.jsonl", "--max-new-tokens", 2)
     loratune("infer", "--adapter", short_run, *asked, "--metrics", "--no-adapter")
     tests = ("--tests", short_run.parent / "rows.json", "--output", folder / "eval", "--max-new-tokens", 2, "--junit")
+    (folder / "tasks").mkdir()
+    places = {"rows": short_run.parent / "rows.json", "cache": folder / "cache"}
+    (folder / "tasks" / "sums.yaml").write_text(SUMS.format(**places))
+    (folder / "tasks" / "all.yaml").write_text(GROUP)
+    tasks = ("--tasks", "all", "--tasks-folder", folder / "tasks", "--limit", 2)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("loratune.evaluation.general.ASSETS", few_texts)
-        loratune("eval", "--adapter", short_run, *tests)
+        loratune("eval", "--adapter", short_run, *tests, *tasks)
     return folder
 
 
@@ -115,6 +132,7 @@ def test_every_field_is_on_the_page_and_every_field_of_the_page_is_written(
         "sweep.json": [json.loads(json.dumps(report_of(*finished_sweep(tmp_path)).values()))],
         "answers.jsonl": answers,
         "eval.json": [read(written / "eval" / "eval.json")],
+        "eval_tasks.json": [read(written / "eval" / "eval_tasks.json")],
         "answers.jsonl.report.json": [read(written / "answers.jsonl.report.json")],
     }
     fields = tables()

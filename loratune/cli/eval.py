@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any, TypeAlias
 
 import typer
 
@@ -14,6 +15,10 @@ from loratune.engine.sampling import Sampling
 from loratune.errors import Exit, LoratuneError
 from loratune.evaluation.bounds import Bounds
 
+if TYPE_CHECKING:
+    from loratune.evaluation.request import EvaluationRequest
+
+Flags: TypeAlias = dict[str, object]
 DETAILS = """\
 Asks the adapter and its base, or another adapter, the same rows, and compares them row by row: the loss of the expected
 answers, exact match, ROUGE-L, BLEU, the rows' asserts, and a judge if one is given. Bundled texts and instructions in
@@ -23,6 +28,10 @@ English and Chinese show what was forgotten, and the run's training rows which t
 contains, icontains, contains-any, contains-all, starts-with, regex, number (with `within`), is-json (with a schema),
 tool-call; each also with not- before it.
 
+--tasks asks the adapter and its base tasks of lm-evaluation-harness, such as gsm8k or mmlu, under the run's template,
+thinking and ends of answers. --tasks-folder adds tasks of your own: the harness's YAML files without code. Their rows
+come from the hub, or from files that they name.
+
 The exit code is 7 if the adapter is worse: in the deciding measure, by more than chance; in the form of its answers; or
 if it has forgotten more than the bounds allow. Rerunning the same command resumes; other asserts, bounds or a judge
 need no new answers."""
@@ -30,6 +39,16 @@ need no new answers."""
 Tuned = Annotated[str | None, typer.Option("--adapter", "-a", metavar="folder", help=ADAPTER_HELP)]
 Tests = Annotated[
     str | None, typer.Option("--tests", metavar="file", help="Rows with expected answers, with asserts, or both.")
+]
+Tasks = Annotated[
+    str | None, typer.Option("--tasks", metavar="names", help="Tasks of lm-evaluation-harness, separated by commas.")
+]
+TasksFolder = Annotated[
+    Path | None, typer.Option("--tasks-folder", metavar="folder", help="YAML files of further tasks.")
+]
+Limit = Annotated[int | None, typer.Option("--limit", metavar="number", min=1, help="Maximum rows of each task.")]
+TasksPlain = Annotated[
+    bool, typer.Option("--tasks-plain", help="Ask the tasks as plain text, as leaderboards of base models do.")
 ]
 Against = Annotated[
     str | None,
@@ -73,6 +92,10 @@ OverwriteResults = Annotated[bool, typer.Option("--overwrite", help="Discard the
 def command(
     adapter: Tuned = None,
     tests: Tests = None,
+    tasks: Tasks = None,
+    tasks_folder: TasksFolder = None,
+    limit: Limit = None,
+    tasks_plain: TasksPlain = False,
     against: Against = None,
     output: Output = None,
     base_model: MovedBase = None,
@@ -89,25 +112,25 @@ def command(
     *,
     sampling: Sampling,
 ) -> None:
-    given = {"--adapter": adapter, "--tests": tests, "--output": output}
-    missing = [name for name, value in given.items() if value is None or not str(value).strip()]
-    if missing:
-        raise LoratuneError(f"give {', '.join(missing)}", Exit.USAGE)
-    if (judge is None) != (judge_model is None):
-        raise LoratuneError("--judge and --judge-model go together; give both", Exit.USAGE)
-    from loratune.evaluation.flow import evaluate
+    names = tuple(name.strip() for name in (tasks or "").split(",") if name.strip())
+    of_rows: Flags = {"--decide-by": decide_by, "--judge": judge, "--judge-model": judge_model, "--junit": junit}
+    of_rows |= {"--no-general": not general, "--max-forgetting": max_forgetting != Bounds.loss}
+    of_rows |= {"--max-changed": max_changed != Bounds.changed, "--overwrite": overwrite, "--against": against}
+    of_tasks: Flags = {"--tasks-folder": tasks_folder, "--limit": limit, "--tasks-plain": tasks_plain}
+    _check(
+        {"--adapter": adapter, "--tests": tests or names or None, "--output": output}, of_rows, of_tasks, tests, names
+    )
     from loratune.evaluation.judge import open_judge
     from loratune.evaluation.measures import MEASURES
     from loratune.evaluation.request import EvaluationRequest
-    from loratune.evaluation.table import show_evaluation
 
     if decide_by is not None and decide_by not in MEASURES:
         raise LoratuneError(f"--decide-by {decide_by}: there are {', '.join(MEASURES)}", Exit.USAGE)
-    tuned, folder = adapter_folder(adapter), Path(str(output))
+    tuned = adapter_folder(adapter)
     assert tuned is not None
     request = EvaluationRequest(
         tests=str(tests),
-        output=folder,
+        output=Path(str(output)),
         adapter=tuned,
         against=adapter_folder(against),
         model=base_model,
@@ -120,9 +143,47 @@ def command(
         overwrite=overwrite,
         force=force,
     )
-    evaluation = evaluate(request)
-    show_evaluation(evaluation, folder)
-    if json:
-        console.write_json(evaluation.summary())
-    if evaluation.is_worse:
+    _run(request, bool(tests), (names, tasks_folder, limit, not tasks_plain), json)
+
+
+def _check(given: Flags, of_rows: Flags, of_tasks: Flags, tests: str | None, names: Sequence[str]) -> None:
+    """Refuse missing flags, and those that have no effect without another one."""
+    if missing := [name for name, value in given.items() if value is None or not str(value).strip()]:
+        raise LoratuneError(f"give {', '.join(missing)}", Exit.USAGE)
+    if (of_rows["--judge"] is None) != (of_rows["--judge-model"] is None):
+        raise LoratuneError("--judge and --judge-model go together; give both", Exit.USAGE)
+    for flag, value, others in (("--tests", tests, of_rows), ("--tasks", names, of_tasks)):
+        if not value and (needless := [name for name, given in others.items() if given]):
+            raise LoratuneError(f"without {flag}, {', '.join(needless)} has no effect", Exit.USAGE)
+    if names and of_rows["--against"]:
+        raise LoratuneError("--tasks compares an adapter with its base; leave out --against", Exit.USAGE)
+
+
+def _run(
+    request: EvaluationRequest,
+    has_rows: bool,
+    tasks: tuple[tuple[str, ...], Path | None, int | None, bool],
+    as_json: bool,
+) -> None:
+    """Compare the models on the rows, on the tasks, or on both; what is wrong with tasks is told before the rows."""
+    from loratune.evaluation.flow import evaluate
+    from loratune.evaluation.table import show_evaluation
+    from loratune.evaluation.tasks.run import TasksRequest, find_tasks, run_tasks
+    from loratune.evaluation.tasks.table import show_tasks
+
+    names, folder, limit, uses_template = tasks
+    place = (names, request.output, request.adapter, request.model)
+    asked = TasksRequest(*place, folder, limit, uses_template, request.sampling, request.force)
+    found, told, is_worse = find_tasks(asked) if names else None, dict[str, Any](), False
+    if has_rows:
+        evaluation = evaluate(request)
+        show_evaluation(evaluation, request.output)
+        told, is_worse = evaluation.summary(), evaluation.is_worse
+    if found:
+        result = run_tasks(asked, found)
+        show_tasks(result)
+        told |= {"benchmarks": result.values()}
+    if as_json:
+        console.write_json(told)
+    if is_worse:
         raise typer.Exit(int(Exit.WORSE))

@@ -166,9 +166,7 @@ class Engine:
             wanted = voice.encoder.reply_ids(asked, answer, question.tools)
         if not prompt or len(prompt) + len(wanted) > self.context_tokens:
             raise LoratuneError("prompt and answer do not fit into the model's context", Exit.USAGE)
-        adapter = voice.answering(question.use_adapter, prompt + wanted, self.decoder.vocabulary)
-        with self._model_lock:
-            return self.decoder.loss(prompt, wanted, adapter), len(wanted)
+        return -self.likelihood(question, prompt, wanted)[0], len(wanted)
 
     def divergence(self, text: str, adapter: str) -> Divergence:
         """Compare an adapter with its base on a text without a template; what exceeds the context is left out."""
@@ -177,6 +175,16 @@ class Engine:
         name = self._voice(question).answering(True, ids, self.decoder.vocabulary)
         with self._model_lock:
             found: Divergence = self.decoder.divergence(ids, name)
+            return found
+
+    def likelihood(self, question: GenerationRequest, context: list[int], answer: list[int]) -> tuple[float, bool]:
+        """Return the log-likelihood of ids after others, in nats, and whether greedy decoding gives them.
+
+        The question names the model; its messages are not read.
+        """
+        adapter = self._voice(question).answering(question.use_adapter, context + answer, self.decoder.vocabulary)
+        with self._model_lock:
+            found: tuple[float, bool] = self.decoder.likelihood(context, answer, adapter)
             return found
 
     def close(self) -> None:

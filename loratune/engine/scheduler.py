@@ -121,8 +121,17 @@ class Decoder(ABC):
             answer: token ids, including the end token if it counts.
             adapter: PEFT's name of the adapter.
         """
-        parts = self._predicted(prompt, answer, [adapter])
-        return sum((_loss_of(logits[0], wanted) for logits, wanted in parts), 0.0)
+        likelihood: float = self.likelihood(prompt, answer, adapter)[0]
+        return -likelihood
+
+    @torch.inference_mode()  # type: ignore[untyped-decorator]
+    def likelihood(self, prompt: list[int], answer: list[int], adapter: str = BASE) -> tuple[float, bool]:
+        """Return the log-likelihood of an answer, in nats, and whether each token is the likeliest one; see `loss`."""
+        total, is_greedy = 0.0, True
+        for (logits,), wanted in self._predicted(prompt, answer, [adapter]):
+            total -= _loss_of(logits, wanted)
+            is_greedy = is_greedy and bool((logits.argmax(-1) == wanted).all())
+        return total, is_greedy
 
     @torch.inference_mode()  # type: ignore[untyped-decorator]
     def divergence(self, ids: list[int], adapter: str) -> Divergence:
