@@ -45,6 +45,7 @@ VARIANTS = {
     "bfloat16": ["--model.dtype", "bfloat16", "--lora.dropout", "0.1"],
     "checkpointing": ["--training.gradient_checkpointing", "--lora.dropout", "0.1"],
     "8-bit optimizer": ["--training.optimizer", "adamw_8bit"],
+    "start from the base": ["--lora.init", "pissa", "--lora.b_learning_rate_ratio", "4"],
     "4-bit base": ["--model.quantization", "nf4", "--lora.dropout", "0.1"],
 }
 

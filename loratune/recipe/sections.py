@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import datetime
-import re
 from collections.abc import Iterator
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, field_validator, model_validator
 from pydantic.fields import FieldInfo
@@ -13,19 +12,13 @@ from pydantic_core import to_jsonable_python
 
 from loratune.choices import BestBy, Dtype
 from loratune.recipe.data_sections import DataSettings
+from loratune.recipe.method_sections import LoraSettings, adapts_experts
 from loratune.recipe.names import DROPPED
-from loratune.recipe.section import HomePath, ModuleNames, Section, listed, named_modules
+from loratune.recipe.section import HomePath, Section, listed
 
 TINY_QWEN = "tiny-qwen"
-TargetGroup = Literal["all-linear", "attention", "mlp", "shared-experts", "experts"]
-EXPERTS = "experts"
 TEMPLATE_ARGUMENTS = ("enable_thinking", "preserve_thinking", "reasoning_effort")
 """Prompt settings that chat templates take as arguments of the same names."""
-LAYERS = re.compile(r"(?P<end>first|last) (?P<count>[1-9]\d*)|(?P<start>\d+)-(?P<stop>\d+)")
-
-
-def _listed_unless_named(value: Any) -> Any:
-    return value if value in get_args(TargetGroup) else named_modules(value)
 
 
 class ModelSettings(Section):
@@ -49,65 +42,6 @@ class ModelSettings(Section):
     """Attention implementation; auto uses the fastest that runs on the device."""
     sharding: Literal["none", "fsdp"] = "none"
     """Hold the base once over all processes (fsdp) instead of once in each; without effect for one process."""
-
-
-class LoraSettings(Section):
-    """The LoRA adapter."""
-
-    rank: int = Field(default=8, ge=1, le=4096)
-    """Rank of the update matrices; determines the adapter's capacity and memory."""
-    alpha: float = Field(default=16, gt=0)
-    """Scale of the update, which is multiplied by alpha / rank; twice the rank is a common choice."""
-    dropout: float = Field(default=0.05, ge=0, lt=1)
-    """Dropout probability of the adapter's inputs during training; with experts among the targets, 0."""
-    bias: Literal["none", "all", "lora_only"] = "none"
-    """Which bias terms are also trained."""
-    target_modules: Annotated[TargetGroup | list[str], BeforeValidator(_listed_unless_named)] = "all-linear"
-    """What to adapt: groups (all-linear, attention, mlp, shared-experts, experts), names, or regular expressions."""
-    layers: str | None = None
-    """Decoder layers to adapt: 'last 6', 'first 4' or '8-15' (counted from 0); default is all."""
-    modules_to_save: ModuleNames = []
-    """Modules to train in full and save with the adapter, such as embed_tokens."""
-    use_rslora: bool = False
-    """Scale by alpha / sqrt(rank), which keeps high ranks stable."""
-    use_dora: bool = False
-    """Train magnitude and direction separately (DoRA): closer to full fine-tuning, but slower."""
-
-    @field_validator("target_modules")
-    @classmethod
-    def _targets_not_empty(cls, targets: str | list[str]) -> str | list[str]:
-        if not targets or "" in list(targets):
-            raise ValueError("name at least one module")
-        return targets
-
-    @model_validator(mode="after")
-    def _experts_have_limits(self) -> LoraSettings:
-        """PEFT adds an update to the experts' matrices themselves, so it cannot drop out inputs or scale outputs."""
-        if not adapts_experts(self):
-            return self
-        if "dropout" not in self.model_fields_set:
-            object.__setattr__(self, "dropout", 0.0)
-        if odd := [name for name in ("dropout", "use_dora") if getattr(self, name)]:
-            raise ValueError(
-                f"PEFT has no {' and no '.join(odd)} for experts; leave {' and '.join(odd)} out, or experts out of "
-                "target_modules"
-            )
-        return self
-
-    @field_validator("layers")
-    @classmethod
-    def _layers_are_a_range(cls, layers: str | None) -> str | None:
-        if layers is None:
-            return None
-        match = LAYERS.fullmatch(layers)
-        if not match or (match["start"] and int(match["start"]) > int(match["stop"])):
-            raise ValueError("write 'last 6', 'first 4' or a range such as '8-15'")
-        return layers
-
-
-def adapts_experts(lora: LoraSettings) -> bool:
-    """Return whether the adapter changes the matrices of routed experts."""
-    return EXPERTS in listed(lora.target_modules)
 
 
 class PromptSettings(Section):
@@ -253,6 +187,11 @@ class Recipe(Section):
             raise ValueError(
                 "lora.target_modules experts adds to whole stacks of matrices, which nf4 dequantises one by one; take "
                 "model.quantization none or int8, or leave experts out"
+            )
+        if self.lora.starts_from_base and self.training.weight_decay:
+            raise ValueError(
+                f"lora.init {self.lora.init} begins with a part of the base, which training.weight_decay would shrink; "
+                "take 0"
             )
         if self.training.max_steps and self.training.warmup >= self.training.max_steps:
             raise ValueError("training.warmup must be shorter than training.max_steps")

@@ -13,9 +13,10 @@ from typing import Any, TypeVar
 
 from pydantic import ValidationError
 
+from loratune.recipe.method_sections import LoraSettings
 from loratune.recipe.names import with_current_names
 from loratune.recipe.section import Section
-from loratune.recipe.sections import LoraSettings, ModelSettings, PromptSettings, Recipe
+from loratune.recipe.sections import ModelSettings, PromptSettings, Recipe
 
 RECORD_VERSION = 1
 SectionKind = TypeVar("SectionKind", bound=Section)

@@ -13,8 +13,9 @@ from loratune.data.assembly.steps import PassLayout
 from loratune.data.encoding.encoder import Encoder
 from loratune.data.preparation import PreparedData
 from loratune.errors import Exit, LoratuneError
-from loratune.model.adapter.attach import AdapterSummary, attach_adapter, summarise_adapter
+from loratune.model.adapter.attach import attach_adapter
 from loratune.model.adapter.plain_copy import with_same_weights
+from loratune.model.adapter.summary import AdapterSummary, summarise_adapter
 from loratune.model.adapter.targets import resolve_targets
 from loratune.model.base import dtype_name, is_to_be_sharded, load_base
 from loratune.model.files import find_base, untried, weight_files
@@ -29,7 +30,8 @@ from loratune.model.sharding.sharded_base import require_apart_from_vocabulary, 
 from loratune.model.tokenizer import load_tokenizer, set_pad_token
 from loratune.protocols import AdaptedModel, CausalModel, Tokenizer
 from loratune.recipe.advice import advise
-from loratune.recipe.sections import Recipe, adapts_experts
+from loratune.recipe.method_sections import adapts_experts
+from loratune.recipe.sections import Recipe
 from loratune.runs.checkpoint import Checkpoint
 from loratune.runs.intact import require_intact
 from loratune.runs.tensor_hashes import TensorHashes

@@ -17,7 +17,7 @@ from loratune.errors import Exit, LoratuneError, bullet_list
 from loratune.model.architecture.roles import ADAPTED_BY_DEFAULT, Role, expert_stacks, module_roles
 from loratune.model.architecture.structure import causal_model, layer_count
 from loratune.protocols import AdaptedModel, CausalModel
-from loratune.recipe.sections import EXPERTS, LAYERS, LoraSettings
+from loratune.recipe.method_sections import EXPERTS, LAYERS, LoraSettings
 
 GROUPS: Mapping[str, tuple[Role, ...]] = {
     "all-linear": ADAPTED_BY_DEFAULT,

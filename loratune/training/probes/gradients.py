@@ -7,7 +7,7 @@ from typing import Any
 from loratune.errors import Exit, LoratuneError, bullet_list, counted
 from loratune.model.adapter.attach import is_adapter_weight
 from loratune.protocols import AdaptedModel
-from loratune.recipe.sections import LoraSettings
+from loratune.recipe.method_sections import LoraSettings
 from loratune.training.probes.passes import undisturbed
 
 SHOWN = 8

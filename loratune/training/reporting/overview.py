@@ -7,7 +7,7 @@ from pathlib import Path
 from loratune import console
 from loratune.data.preparation import PreparedData
 from loratune.errors import counted
-from loratune.model.adapter.attach import AdapterSummary
+from loratune.model.adapter.summary import AdapterSummary
 from loratune.model.architecture.roles import Role
 from loratune.recipe.sections import Recipe
 from loratune.runs.model_check import summary as check_summary
