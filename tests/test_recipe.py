@@ -527,6 +527,7 @@ SPECIAL = {
     "data.columns": st.dictionaries(NAME, NAME, max_size=3),
     "data.severity": st.dictionaries(st.sampled_from(["short", "overlap"]), st.sampled_from(["refuse", "ignore"])),
     "lora.target_modules": st.sampled_from(get_args(TargetGroup)) | st.lists(MODULE, min_size=1, max_size=3),
+    "freeze.layers": st.none(),
     "lora.layers": st.none() | st.sampled_from(["last 6", "first 1", "0-0", "8-15"]),
     "data.validation": st.floats(0, 0.9) | st.lists(NAME, min_size=1, max_size=2),
     "prompt.date": st.none() | st.dates().map(str),
@@ -541,6 +542,10 @@ def recipes(draw: st.DrawFn) -> Recipe:
         section, _, name = dotted.rpartition(".")
         place = values.setdefault(section, {}) if section else values
         place[name] = draw(SPECIAL[dotted] if dotted in SPECIAL else setting_values(field, field.annotation))
+    if values["method"] != "lora":
+        values["lora"] = {"target_modules": "all-linear", "init": "default"}
+        values["model"] |= {"quantization": "none", "sharding": "none"}
+    values["freeze"] = {"layers": "last 2", "modules": ["mlp"]} if values["method"] == "freeze" else {}
     if "experts" in listed(values["lora"]["target_modules"]):
         values["lora"] |= {"dropout": 0.0, "use_dora": False}
         values["model"]["quantization"] = "none"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from typing import Annotated, Any, Literal, get_args
 
-from pydantic import BeforeValidator, Field, field_validator, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, field_validator, model_validator
 
 from loratune.recipe.section import ModuleNames, Section, listed, named_modules
 
@@ -16,6 +16,17 @@ LAYERS = re.compile(r"(?P<end>first|last) (?P<count>[1-9]\d*)|(?P<start>\d+)-(?P
 
 def _listed_unless_named(value: Any) -> Any:
     return value if value in get_args(TargetGroup) else named_modules(value)
+
+
+def _range_of_layers(layers: str | None) -> str | None:
+    match = LAYERS.fullmatch(layers) if layers is not None else None
+    if layers is not None and (not match or (match["start"] and int(match["start"]) > int(match["stop"]))):
+        raise ValueError("write 'last 6', 'first 4' or a range such as '8-15'")
+    return layers
+
+
+Layers = Annotated[str | None, AfterValidator(_range_of_layers)]
+Method = Literal["lora", "full", "freeze"]
 
 
 class LoraSettings(Section):
@@ -31,7 +42,7 @@ class LoraSettings(Section):
     """Which bias terms are also trained."""
     target_modules: Annotated[TargetGroup | list[str], BeforeValidator(_listed_unless_named)] = "all-linear"
     """What to adapt: groups (all-linear, attention, mlp, shared-experts, experts), names, or regular expressions."""
-    layers: str | None = None
+    layers: Layers = None
     """Decoder layers to adapt: 'last 6', 'first 4' or '8-15' (counted from 0); default is all."""
     rank_pattern: dict[str, Annotated[int, Field(ge=1, le=4096)]] = {}
     """Other ranks of modules, by the end of their names or an expression for it, such as o_proj=16."""
@@ -85,17 +96,16 @@ class LoraSettings(Section):
         """The highest rank of a module in the saved adapter."""
         return max(self.rank, *self.rank_pattern.values(), 1) * (2 if self.starts_from_base else 1)
 
-    @field_validator("layers")
-    @classmethod
-    def _layers_are_a_range(cls, layers: str | None) -> str | None:
-        if layers is None:
-            return None
-        match = LAYERS.fullmatch(layers)
-        if not match or (match["start"] and int(match["start"]) > int(match["stop"])):
-            raise ValueError("write 'last 6', 'first 4' or a range such as '8-15'")
-        return layers
-
 
 def adapts_experts(lora: LoraSettings) -> bool:
     """Return whether the adapter changes the matrices of routed experts."""
     return EXPERTS in listed(lora.target_modules)
+
+
+class FreezeSettings(Section):
+    """What method freeze trains."""
+
+    layers: Layers = None
+    """Decoder layers to train: 'last 4', 'first 4' or '8-15' (counted from 0); default is all."""
+    modules: ModuleNames = []
+    """Modules to train, in these layers or outside of layers: names, groups or expressions; default is whole layers."""

@@ -12,7 +12,7 @@ from pydantic_core import to_jsonable_python
 
 from loratune.choices import BestBy, Dtype
 from loratune.recipe.data_sections import DataSettings
-from loratune.recipe.method_sections import LoraSettings, adapts_experts
+from loratune.recipe.method_sections import FreezeSettings, LoraSettings, Method, adapts_experts
 from loratune.recipe.names import DROPPED
 from loratune.recipe.section import HomePath, Section, listed
 
@@ -166,8 +166,11 @@ class TrackingSettings(Section):
 class Recipe(Section):
     """All settings of a run."""
 
+    method: Method = "lora"
+    """What is trained: an adapter (lora), all weights of the language model (full), or some of them (freeze)."""
     model: ModelSettings
     lora: LoraSettings = LoraSettings()
+    freeze: FreezeSettings = FreezeSettings()
     data: DataSettings
     prompt: PromptSettings = PromptSettings()
     training: TrainingSettings = TrainingSettings()
@@ -178,6 +181,32 @@ class Recipe(Section):
     """Run folder: the adapter, and the record of how it was trained."""
     seed: int = Field(default=42, ge=0, le=2**32 - 1)
     """Seed of the adapter's initialisation and shuffling, and of the split and sampling without data.seed."""
+
+    @property
+    def trains_base(self) -> bool:
+        """Whether weights of the base itself are trained, without an adapter's matrices."""
+        return self.method != "lora"
+
+    @model_validator(mode="after")
+    def _method_fits(self) -> Recipe:
+        unused: dict[str, Section] = {"lora": self.lora, "freeze": self.freeze}
+        unused.pop(self.method, None)
+        given = [
+            f"{section}.{name}"
+            for section, settings in unused.items()
+            for name in type(settings).model_fields
+            # Recipes that loratune has written hold every setting.
+            if getattr(settings, name) != getattr(type(settings)(), name)
+        ]
+        if given:
+            raise ValueError(f"method {self.method} makes no use of {', '.join(given)}; leave them out")
+        if self.method == "freeze" and self.freeze == FreezeSettings():
+            raise ValueError("method freeze needs freeze.layers or freeze.modules, which say what is trained")
+        if self.trains_base and self.model.quantization != "none":
+            raise ValueError(f"method {self.method} trains weights of the base and needs model.quantization none")
+        if self.trains_base and self.model.sharding != "none":
+            raise ValueError(f"method {self.method} needs model.sharding none: only frozen weights are sharded")
+        return self
 
     @model_validator(mode="after")
     def _settings_fit_together(self) -> Recipe:
@@ -221,13 +250,13 @@ def default_settings() -> dict[str, Any]:
 
 
 def flat_settings(recipe: Recipe) -> dict[str, Any]:
-    """Return dotted name → value, as JSON types, for each setting, including the keys of dict values."""
+    """Return dotted name → value, as JSON types, for each setting, and for each key in place of those with keys."""
     return dict(_flat(recipe.model_dump(mode="json")))
 
 
 def _flat(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
     for name, value in values.items():
-        if isinstance(value, dict) and value:
+        if isinstance(value, dict):
             yield from _flat(value, f"{prefix}{name}.")
         else:
             yield f"{prefix}{name}", value

@@ -23,10 +23,11 @@ from loratune.model.adapter.completeness import Shapes, require_complete, tensor
 from loratune.model.adapter.files import CONFIG_FILE, SETTINGS, WEIGHTS_FILE, read_config_values
 from loratune.model.adapter.other_layouts import in_peft_layout
 from loratune.model.adapter.own_parameters import own_parameters
+from loratune.model.adapter.own_weights import save_weights, trained_weights, trains_weights
 from loratune.model.adapter.patterns import as_expressions, settle_patterns, unmatched_stacks
 from loratune.model.adapter.starts import start_from_base
 from loratune.model.adapter.targets import Targets, check_attached, peft_targets, resolve_targets
-from loratune.model.adapter.tensors import read_tensors
+from loratune.model.adapter.tensors import PREFIX, read_tensors
 from loratune.model.adapter.values import check_weights
 from loratune.model.architecture.structure import causal_model, is_adapted
 from loratune.model.weights.unpacked import keep_unpacked
@@ -80,7 +81,7 @@ def attach_adapter(
     check_frozen(adapted, settings)
     if settings.starts_from_base:
         start_from_base(adapted, settings)
-    own_parameters(adapted).keep_trained_biases("default")
+    own_parameters(adapted).keep_trained("default")
     return adapted
 
 
@@ -134,6 +135,9 @@ def check_frozen(model: AdaptedModel, settings: LoraSettings) -> None:
 
 def save_adapter(model: AdaptedModel, folder: Path) -> None:
     """Write adapter_config.json and adapter_model.safetensors."""
+    if trains_weights(model):
+        save_weights(model, folder)
+        return
     model.create_or_update_model_card = lambda _: None  # PEFT's model card contains local paths
     # By default PEFT asks the hub whether the vocabulary was resized; loratune never resizes it.
     model.save_pretrained(folder, save_embedding_layers=False)
@@ -213,7 +217,8 @@ def load_adapter_weights(model: AdaptedModel, folder: Path) -> None:
     """
     check_weights(folder)
     weights = load_file(folder / WEIGHTS_FILE)
-    own = get_peft_model_state_dict(model, save_embedding_layers=False)
+    whole = {f"{PREFIX}{name}": weight for name, weight in trained_weights(model).items()}
+    own = whole or get_peft_model_state_dict(model, save_embedding_layers=False)
     strange = sorted(
         name
         for name in weights.keys() | own.keys()
@@ -224,7 +229,12 @@ def load_adapter_weights(model: AdaptedModel, folder: Path) -> None:
             f"{folder / WEIGHTS_FILE}: {len(strange)} tensors are not those that this run trains, first {strange[0]}",
             Exit.MODEL,
         )
-    set_peft_model_state_dict(model, weights)
+    if not whole:
+        set_peft_model_state_dict(model, weights)
+        return
+    with torch.no_grad():
+        for name, weight in whole.items():
+            weight.copy_(weights[name])
 
 
 def _peft_config(values: dict[str, Any], folder: Path) -> LoraConfig:

@@ -49,10 +49,7 @@ def show_model(
             ("weights", groups),
             *sharded,
             *quantised,
-            (
-                "adapter",
-                f"rank {recipe.lora.rank}, alpha {recipe.lora.alpha:g}, {console.memory(summary.adapter_bytes)}",
-            ),
+            _method(recipe, summary),
             ("trains", f"{summary.trainable_parameters:,} of {summary.total_parameters:,} parameters ({share:.2%})"),
             *_groups(summary),
             ("attention", str(checked.attention)),
@@ -61,6 +58,13 @@ def show_model(
         ],
         title="model",
     )
+
+
+def _method(recipe: Recipe, summary: AdapterSummary) -> tuple[str, str]:
+    size = console.memory(summary.adapter_bytes)
+    if recipe.trains_base:
+        return "method", f"{recipe.method}: weights of the base in float32, {size}, beside the base"
+    return "adapter", f"rank {recipe.lora.rank}, alpha {recipe.lora.alpha:g}, {size}"
 
 
 def _effect_text(effect: QuantizationEffect) -> str:
@@ -82,7 +86,7 @@ def parts_of_memory(summary: AdapterSummary, passes: PassPlan, base_bytes: int) 
     """Return the known parts of the training memory of a process that holds some bytes of the base."""
     parts = {
         "base": console.memory(base_bytes),
-        "adapter": console.memory(summary.adapter_bytes),
+        "trained weights": console.memory(summary.adapter_bytes),
         "gradients and optimizer": console.memory(3 * summary.adapter_bytes),
     }
     if passes.memory:
