@@ -12,7 +12,7 @@ import pytest
 import torch
 from conftest import ROWS, TinyModel
 from peft import PeftModel
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tiny_models import CONFIGS
 from transformers import AutoModelForCausalLM
 from typer.testing import Result
@@ -213,6 +213,16 @@ def test_a_weight_that_is_not_trained_as_asked_is_told(random_qwen: Path, plante
     told = "gets no gradient" if planted == "frozen" else "would be trained, but was not asked for"
     with pytest.raises(LoratuneError, match=rf"layers\.{layer}\.mlp\.up_proj\.weight {told}"):
         check_gradients(model, recipe_of(**settings), padded(model, [[5, 6, 7, 8]]))
+
+
+def test_a_file_without_one_of_the_trained_weights_is_refused(random_qwen: Path, tmp_path: Path) -> None:
+    save_adapter(in_place(random_qwen, method="freeze", freeze={"layers": "last 1"}), tmp_path)
+    path, lost = tmp_path / "adapter_model.safetensors", "model.layers.1.self_attn.q_proj.bias"
+    tensors = load_file(path)
+    del tensors[f"base_model.model.{lost}"]
+    save_file(tensors, path)
+    with pytest.raises(LoratuneError, match=f"{lost} was trained and is not in the file"):
+        load_adapter(load_plain(random_qwen), tmp_path)
 
 
 def test_rounding_for_the_closing_questions_is_undone(random_qwen: Path) -> None:
