@@ -177,9 +177,11 @@ def load(prepared: Prepared, start: Checkpoint | None = None) -> Session:
 def _made_trainable(
     model: CausalModel, prepared: Prepared
 ) -> tuple[AdaptedModel, Targets | OwnWeights, CausalModel | None]:
-    """Return the model with what the recipe's method trains, that, and the base as PEFT alone would use it.
+    """Prepare a model for the recipe's method.
 
-    The last one is None if weights of the base are trained: a copy of all would have to be written and read again.
+    Returns:
+        The model, as PEFT makes it; what is trained of it; and the base as PEFT alone would use it, or None if weights
+        of the base are trained: to compare them, all would have to be written and read again.
     """
     recipe, name = prepared.recipe, prepared.recipe.model.base
     if recipe.trains_base:
