@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import TinyModel
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.optimizers import create_loraplus_optimizer
 from peft.tuners.lora import LoraLayer
@@ -99,6 +100,35 @@ def test_a_start_from_the_base_is_trained_as_peft_trains_it(
             model = adapted(random_qwen, init=init, use_rslora=use_rslora)
         found = trained_by_hand(model, BaseStart(model, is_used=planted != "B stays behind"))
         assert float((found - expected).norm()) > 2e-2 * change, planted
+
+
+@pytest.mark.parametrize(
+    ("init", "kind", "flags"),
+    [
+        ("olora", "qwen2", ["--model.quantization", "int8"]),
+        ("pissa", "gpt2", []),  # whose matrices are transposed
+        pytest.param("pissa", "qwen2", ["--model.quantization", "int8"], marks=pytest.mark.slow),
+        pytest.param("pissa", "qwen2", ["--model.quantization", "nf4"], marks=pytest.mark.slow),
+        pytest.param("olora", "qwen2", ["--model.quantization", "nf4"], marks=pytest.mark.slow),
+        pytest.param("olora", "gpt2", [], marks=pytest.mark.slow),
+        pytest.param("pissa", "qwen2", ["--lora.use_dora"], marks=pytest.mark.slow),
+    ],
+)
+def test_a_start_from_any_base_has_no_effect_before_the_first_step(
+    tiny_model: TinyModel, cli: Cli, rows_file: Path, tmp_path: Path, init: str, kind: str, flags: list[str]
+) -> None:
+    """The run's own checks compare PEFT's reading of the files; here the first validation is the base's."""
+    losses = {}
+    for name, start in {"default": [], init: ["--lora.init", init, "--lora.rank", 2]}.items():
+        result = cli(
+            "sft", "--model.base", tiny_model(kind), "--model.dtype", "float32", "--data.train", rows_file, *flags,
+            "--data.validation", "0.2", "--training.max_steps", 2, "--evaluation.questions_share", 0, "--output",
+            tmp_path / name, *start,
+        )  # fmt: skip
+        assert result.exit_code == 0, result.stderr
+        losses[name] = json.loads((tmp_path / name / "report.json").read_text())["validation_loss"]
+    assert losses[init]["before"] == pytest.approx(losses["default"]["before"], rel=1e-6)
+    assert losses[init]["after"] != losses[init]["before"]
 
 
 def test_a_rank_above_that_of_the_base_is_refused_with_the_modules(random_qwen: Path) -> None:

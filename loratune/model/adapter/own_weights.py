@@ -24,7 +24,7 @@ from loratune.model.adapter.own_parameters import own_parameters
 from loratune.model.adapter.patterns import NO_TARGETS
 from loratune.model.adapter.targets import GROUPS, PATTERN, layer_of, layer_range
 from loratune.model.adapter.tensors import PREFIX
-from loratune.model.architecture.roles import module_roles
+from loratune.model.architecture.roles import is_within, module_roles
 from loratune.model.architecture.structure import language_parts, layer_count
 from loratune.model.architecture.vocabulary import vocabulary_of
 from loratune.model.weights.tensor_files import TensorInfo, write_shards
@@ -63,7 +63,7 @@ def resolve_weights(model: CausalModel, recipe: Recipe, held: Iterable[str]) -> 
     """
     inside = tuple(part.rstrip(".") for part in language_parts(model))
     named = dict(model.named_parameters(remove_duplicate=False))
-    names = [name for name in named if _is_within(name, inside)]
+    names = [name for name in named if is_within(name, inside)]
     if recipe.method == "freeze":
         chosen = {id(named[name]) for name in _chosen(model, recipe, names)}
         names = [name for name in names if id(named[name]) in chosen]  # with those that are tied to them
@@ -142,10 +142,6 @@ def save_weights(model: AdaptedModel, folder: Path) -> None:
     write_shards(folder, {WEIGHTS_FILE: infos}, piece)
 
 
-def _is_within(name: str, modules: Iterable[str]) -> bool:
-    return any(name == module or name.startswith(f"{module}.") for module in modules)
-
-
 def _chosen(model: CausalModel, recipe: Recipe, names: list[str]) -> list[str]:
     """Return the parameters of freeze.layers and freeze.modules.
 
@@ -170,7 +166,7 @@ def _chosen(model: CausalModel, recipe: Recipe, names: list[str]) -> list[str]:
         where = f" in freeze.layers {settings.layers!r} or outside of layers" if settings.layers else ""
         raise LoratuneError(f"freeze.modules{where}:\n{bullet_list(problems)}", Exit.USAGE)
     in_layers = [name for name in names if layers is None or layer_of(name) is None or layer_of(name) in layers]
-    return [name for name in in_layers if _is_within(name, chosen)]
+    return [name for name in in_layers if is_within(name, chosen)]
 
 
 def _above(name: str) -> Iterator[str]:
@@ -198,7 +194,7 @@ def _whole_modules(names: list[str], named: Mapping[str, Any]) -> tuple[tuple[st
     holders = sorted({name.rpartition(".")[0] for name in names}, key=lambda path: (path.count("."), path))
     whole: list[str] = []
     for path in holders:
-        if _is_within(path, whole):
+        if is_within(path, whole):
             continue
         frozen = [name for name in named if name.startswith(f"{path}.") and name not in trained]
         problems += [f"{name} is not trained, but {path} around it is" for name in frozen]

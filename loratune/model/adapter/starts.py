@@ -15,10 +15,10 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from peft.utils.integrations import dequantize_module_weight
 
 from loratune.errors import Exit, LoratuneError, bullet_list
 from loratune.model.adapter.targets import attached_layers
+from loratune.model.weights.dequantised import held_weight
 from loratune.protocols import AdaptedModel
 from loratune.recipe.method_sections import LoraSettings
 
@@ -38,7 +38,7 @@ def start_from_base(model: AdaptedModel, settings: LoraSettings) -> None:
         if rank > min(shape):
             problems.append(f"{name}: {shape[0]} × {shape[1]}, of rank {min(shape)} at most")
             continue
-        weight: Any = dequantize_module_weight(layer.get_base_layer()).detach()
+        weight: Any = held_weight(layer.get_base_layer()).detach()
         weight = (weight.T if layer.fan_in_fan_out else weight).float()
         split = principal_part if settings.init == "pissa" else orthogonal_part
         first, second = split(weight, rank, layer.scaling["default"])
