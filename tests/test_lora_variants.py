@@ -158,7 +158,7 @@ def by_peft(base: Path, adapter: Path) -> torch.Tensor:
     return logits_of(PeftModel.from_pretrained(base_of(base), str(adapter)))
 
 
-@pytest.mark.parametrize("init", STARTS)
+@pytest.mark.parametrize("init", ["pissa", pytest.param("olora", marks=pytest.mark.slow)])
 def test_a_run_that_starts_from_the_base_leaves_plain_lora_of_twice_the_rank(
     sft: Callable[..., Path], cli: Cli, random_qwen: Path, tmp_path: Path, init: str
 ) -> None:

@@ -116,7 +116,7 @@ def norm(tensors: Iterable[torch.Tensor]) -> float:
     return math.sqrt(sum(float(tensor.double().square().sum()) for tensor in tensors))
 
 
-@pytest.mark.parametrize("method", TRAINED)
+@pytest.mark.parametrize("method", ["full", "modules", pytest.param("layers", marks=pytest.mark.slow)])
 def test_a_run_takes_the_steps_of_a_plain_loop_and_is_merged_as_peft_reads_it(
     sft: Callable[..., Path], cli: Cli, random_qwen: Path, tmp_path: Path, method: str
 ) -> None:
@@ -297,7 +297,9 @@ def test_a_server_is_given_the_merged_model(sft: Callable[..., Path], cli: Cli, 
     assert done.exit_code == 0, done.stderr
 
 
-@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind.values[0] != "gpt2"])
+@pytest.mark.parametrize(
+    "kind", [pytest.param(kind, marks=[] if kind == "qwen3_5" else pytest.mark.slow) for kind in CONFIGS]
+)
 def test_all_weights_of_every_family_are_trained_in_bfloat16(
     tiny_model: TinyModel, cli: Cli, rows_file: Path, tmp_path: Path, kind: str
 ) -> None:
