@@ -170,7 +170,7 @@ def load(prepared: Prepared, start: Checkpoint | None = None) -> Session:
     prepared.start_up.stage_done("model")
     warnings = (*prepared.warnings, *weights.notes, *checked.warnings)
     known = vars(prepared) | {"arguments": arguments, "warnings": warnings}
-    known |= {"checked": checked, "passes": passes, "held": parts_of_memory(summary, passes, weights.own_bytes)}
+    known |= {"checked": checked, "passes": passes, "held": parts_of_memory(recipe, summary, passes, weights.own_bytes)}
     return Session(**known, model=adapted, weights=weights, summary=summary, notes=Notes())
 
 
