@@ -18,7 +18,8 @@ from loratune.model.kernels.linear_cross_entropy import add_labelled_loss
 from loratune.model.kernels.lora_linear import use_fused_lora
 from loratune.model.sharding.gathering import gathered_bytes, with_weights
 from loratune.model.weights.held import own_bytes
-from loratune.recipe.sections import LoraSettings, ModelSettings
+from loratune.recipe.method_sections import LoraSettings
+from loratune.recipe.sections import ModelSettings
 
 GATHER = "all_gather_single" if hasattr(distributed, "all_gather_single") else "all_gather_into_tensor"
 """torch's name of the operation that FSDP gathers with."""

@@ -15,11 +15,13 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from loratune.errors import Exit, LoratuneError
-from loratune.model.adapter.attach import attach_adapter, check_frozen, load_adapter, save_adapter, summarise_adapter
+from loratune.model.adapter.attach import attach_adapter, check_frozen, load_adapter, save_adapter
+from loratune.model.adapter.summary import summarise_adapter
 from loratune.model.adapter.targets import resolve_targets
 from loratune.model.base import load_base
 from loratune.model.hardware import detect_hardware
-from loratune.recipe.sections import LoraSettings, ModelSettings
+from loratune.recipe.method_sections import LoraSettings
+from loratune.recipe.sections import ModelSettings
 from loratune.writing import folder_in_one_step
 
 IDS = torch.tensor([[5, 6, 7, 8, 9]])

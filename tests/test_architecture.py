@@ -41,7 +41,7 @@ from loratune.model.architecture.structure import (
 from loratune.model.architecture.vocabulary import vocabulary_of
 from loratune.model.config import empty_model
 from loratune.model.weights.tensor_files import TensorFiles
-from loratune.recipe.sections import LoraSettings
+from loratune.recipe.method_sections import LoraSettings
 
 ROOT = Path(__file__).resolve().parent.parent / "loratune"
 NAMES = re.compile(
@@ -52,7 +52,7 @@ NOTHING = LayerMemory(has_keys=False, has_states=False, window=None, other=None)
 KEYS, STATES = NOTHING._replace(has_keys=True), NOTHING._replace(has_states=True)
 EXAMPLES = {
     "recipe/section.py": "how names are written in a recipe",
-    "recipe/sections.py": "examples of values in a setting's help",
+    "recipe/method_sections.py": "examples of values in a setting's help",
     "training/failures.py": "a command that a user may type",
 }
 """Files that name a module to a user, and why."""

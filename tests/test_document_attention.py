@@ -323,3 +323,21 @@ def test_what_the_kernel_does_not_serve_is_left_to_single_documents(
         torch.manual_seed(3)
         results.append(attend(layer, query, key, value, mask, **settings)[0])
     assert torch.equal(*results)
+
+
+def test_the_kernel_gets_the_type_of_autocast(random_qwen: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Trained norms of queries and keys are float32, and a kernel that torch does not cast for takes no mixture."""
+    seen: list[torch.dtype] = []
+
+    def note(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *rest: Any, **settings: Any) -> torch.Tensor:
+        seen.extend([query.dtype, key.dtype, value.dtype])
+        return varlen_by_mask(query, key, value, *rest, **settings)
+
+    monkeypatch.setattr(document_attention, "varlen_attn", note)
+    layer = AutoModelForCausalLM.from_pretrained(random_qwen).model.layers[0].self_attn
+    mask = document_attention.defer_mask(batch_size=1, q_length=6, kv_length=6)
+    settings = {"cu_seq_lens_q": torch.tensor([0, 4, 6], dtype=torch.int32), "max_length_q": 4, "scaling": 0.3}
+    query, key, value = torch.randn(1, 4, 6, 8), torch.randn(1, 2, 6, 8), torch.randn(1, 2, 6, 8).bfloat16()
+    with torch.autocast("cpu", torch.bfloat16):
+        document_attention.attend_by_varlen(layer, query, key, value, mask, **settings)
+    assert seen == [torch.bfloat16] * 3

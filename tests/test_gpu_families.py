@@ -32,7 +32,7 @@ from loratune.model.kernels.norm_mlp import use_fused_elementwise
 from loratune.model.kernels.packed_attention import VARLEN_ATTENTION, use_document_attention
 from loratune.model.kernels.packed_rows import PackedRows
 from loratune.model.kernels.recurrent_layers import call_modules_in_training
-from loratune.recipe.sections import LoraSettings
+from loratune.recipe.method_sections import LoraSettings
 from loratune.training.probes import isolation
 from loratune.training.probes.isolation import why_not_apart
 from loratune.training.probes.passes import packed, random_documents

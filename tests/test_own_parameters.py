@@ -26,7 +26,8 @@ from loratune.model.adapter.own_parameters import BASE, own_parameters
 from loratune.model.base import load_base
 from loratune.model.hardware import detect_hardware
 from loratune.model.weights.unpacked import keep_unpacked
-from loratune.recipe.sections import LoraSettings, ModelSettings
+from loratune.recipe.method_sections import LoraSettings
+from loratune.recipe.sections import ModelSettings
 
 Cli = Callable[..., Result]
 TARGETS = ["q_proj", "v_proj", "up_proj"]

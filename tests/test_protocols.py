@@ -15,7 +15,7 @@ from loratune.model.architecture.structure import decoder_of, text_config
 from loratune.model.config import empty_model
 from loratune.model.tokenizer import load_tokenizer
 from loratune.protocols import AdaptedModel, AddedToken, CausalModel, Decoder, ModelConfig, TextConfig, Tokenizer
-from loratune.recipe.sections import LoraSettings
+from loratune.recipe.method_sections import LoraSettings
 
 
 def unlike(stated: Any, found: Any) -> list[str]:

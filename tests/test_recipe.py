@@ -5,7 +5,7 @@ from __future__ import annotations
 import ast
 import re
 from pathlib import Path
-from typing import Any, Literal, get_args, get_origin
+from typing import Annotated, Any, Literal, get_args, get_origin
 
 import pytest
 import yaml
@@ -16,8 +16,9 @@ from pydantic import ValidationError
 from loratune.errors import Exit, LoratuneError
 from loratune.recipe.advice import advise
 from loratune.recipe.loading import dump_recipe, find_recipe, load_recipe, shipped_recipes
+from loratune.recipe.method_sections import TargetGroup
 from loratune.recipe.section import listed
-from loratune.recipe.sections import TEMPLATE_ARGUMENTS, Recipe, TargetGroup, iterate_settings
+from loratune.recipe.sections import TEMPLATE_ARGUMENTS, Recipe, iterate_settings
 
 PACKAGE = Path(__file__).resolve().parent.parent / "loratune"
 SETTINGS = dict(iterate_settings())
@@ -184,6 +185,8 @@ def test_a_warmup_from_one_up_counts_whole_steps(recipe_file: Any) -> None:
     [
         ("training: {max_steps: 10, warmup: 10}", "training.warmup must be shorter than training.max_steps"),
         ("model: {base: x, quantization: nf4}\nlora: {modules_to_save: lm_head}", "lora.modules_to_save"),
+        ("lora: {init: olora}\ntraining: {weight_decay: 0.1}", "which training.weight_decay would shrink"),
+        ("lora: {init: pissa, target_modules: experts}", "not available for experts"),
     ],
 )
 def test_settings_that_exclude_each_other_are_refused(recipe_file: Any, text: str, told: str) -> None:
@@ -295,6 +298,8 @@ def test_flags_alone_make_a_recipe() -> None:
         ("data.placeholders", ["name=x"], {"name": "x"}),
         ("data.placeholders", ["name=小李", "author=a=b"], {"name": "小李", "author": "a=b"}),
         ("data.placeholders", ["name="], {"name": ""}),
+        ("lora.rank_pattern", ["o_proj=16", "layers.0=4"], {"o_proj": 16, "layers.0": 4}),
+        ("lora.alpha_pattern", ["o_proj=1e-1"], {"o_proj": 0.1}),
         ("tracking.report_to", ["tensorboard", "wandb"], ["tensorboard", "wandb"]),
         ("lora.use_rslora", True, True),
         ("model.double_quantization", False, False),
@@ -323,6 +328,8 @@ def test_a_flag_is_read_as_its_setting_wants_it(recipe_file: Any, dotted: str, g
         ("data.placeholders", ["name"], "write name=value, got 'name'"),
         ("data.placeholders", ["=x"], "write name=value, got '=x'"),
         ("data.validation", ["1.5"], "between 0 and 0.9"),
+        ("lora.rank_pattern", ["o_proj=8.5"], "integer"),
+        ("lora.rank_pattern", ["o_proj=0"], "greater than or equal to 1"),
         ("model.hub", "github", "'huggingface' or 'modelscope'"),
         ("tracking.report_to", ["post"], "tensorboard"),
     ],
@@ -507,6 +514,9 @@ def setting_values(field: Any, kind: Any) -> st.SearchStrategy[Any]:
         return st.sampled_from(get_args(kind))
     if get_origin(kind) is list:
         return st.lists(setting_values(field, get_args(kind)[0]), min_size=1, max_size=3)
+    if get_origin(kind) is dict and get_origin(of := get_args(kind)[1]) is Annotated:
+        number, bounded = get_args(of)
+        return st.dictionaries(NAME, setting_values(bounded, number), max_size=3)
     if get_origin(kind) is dict:
         return st.dictionaries(NAME, TEXT, max_size=3)
     return st.one_of([setting_values(field, part) for part in get_args(kind)])
@@ -517,6 +527,7 @@ SPECIAL = {
     "data.columns": st.dictionaries(NAME, NAME, max_size=3),
     "data.severity": st.dictionaries(st.sampled_from(["short", "overlap"]), st.sampled_from(["refuse", "ignore"])),
     "lora.target_modules": st.sampled_from(get_args(TargetGroup)) | st.lists(MODULE, min_size=1, max_size=3),
+    "freeze.layers": st.none(),
     "lora.layers": st.none() | st.sampled_from(["last 6", "first 1", "0-0", "8-15"]),
     "data.validation": st.floats(0, 0.9) | st.lists(NAME, min_size=1, max_size=2),
     "prompt.date": st.none() | st.dates().map(str),
@@ -531,11 +542,18 @@ def recipes(draw: st.DrawFn) -> Recipe:
         section, _, name = dotted.rpartition(".")
         place = values.setdefault(section, {}) if section else values
         place[name] = draw(SPECIAL[dotted] if dotted in SPECIAL else setting_values(field, field.annotation))
+    if values["method"] != "lora":
+        values["lora"] = {"target_modules": "all-linear", "init": "default"}
+        values["model"] |= {"quantization": "none", "sharding": "none"}
+    values["freeze"] = {"layers": "last 2", "modules": ["mlp"]} if values["method"] == "freeze" else {}
     if "experts" in listed(values["lora"]["target_modules"]):
         values["lora"] |= {"dropout": 0.0, "use_dora": False}
         values["model"]["quantization"] = "none"
     if values["model"]["quantization"] != "none":
         values["lora"]["modules_to_save"] = []
+    if values["lora"]["init"] in ("pissa", "olora"):
+        values["training"]["weight_decay"] = 0.0
+        values["lora"]["target_modules"] = "all-linear"
     if "near_duplicates" in values["data"]["remove"]:
         values["data"]["near_duplicates"] = 0.8
     if values["training"]["max_steps"] and values["training"]["warmup"] >= values["training"]["max_steps"]:

@@ -45,6 +45,9 @@ VARIANTS = {
     "bfloat16": ["--model.dtype", "bfloat16", "--lora.dropout", "0.1"],
     "checkpointing": ["--training.gradient_checkpointing", "--lora.dropout", "0.1"],
     "8-bit optimizer": ["--training.optimizer", "adamw_8bit"],
+    "start from the base": ["--lora.init", "pissa", "--lora.b_learning_rate_ratio", "4"],
+    "all weights": ["--method", "full", "--model.dtype", "bfloat16"],
+    "some weights": ["--method", "freeze", "--freeze.layers", "last 1", "--freeze.modules", "mlp,norm"],
     "4-bit base": ["--model.quantization", "nf4", "--lora.dropout", "0.1"],
 }
 

@@ -47,7 +47,8 @@ from loratune.model.sharding.sharded_base import (
 from loratune.model.weights.held import bytes_by_group, value_count
 from loratune.model.weights.tensor_files import TensorFiles
 from loratune.model.weights.unpacked import keep_unpacked
-from loratune.recipe.sections import LoraSettings, ModelSettings
+from loratune.recipe.method_sections import LoraSettings
+from loratune.recipe.sections import ModelSettings
 from loratune.runs.folder import read_metrics
 from loratune.training.checkpoints.resuming import FREE
 

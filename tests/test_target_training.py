@@ -31,7 +31,7 @@ from loratune.model.adapter.targets import check_attached, resolve_targets
 from loratune.model.architecture.structure import decoder_of
 from loratune.model.config import auto_class, empty_model
 from loratune.model.hardware import detect_hardware
-from loratune.recipe.sections import LoraSettings
+from loratune.recipe.method_sections import LoraSettings
 from loratune.training.activations import measure_passes
 from loratune.training.trainer import AdapterTrainer
 

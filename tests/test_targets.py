@@ -20,7 +20,7 @@ from loratune.model.adapter.update_size import update_sizes
 from loratune.model.architecture.roles import Role, expert_stacks
 from loratune.model.config import empty_model
 from loratune.model.from_folder import load_plain
-from loratune.recipe.sections import LoraSettings
+from loratune.recipe.method_sections import LoraSettings
 from loratune.training.reporting.expert_use import ExpertCounter
 
 # Parts of names that are gates, routers, heads, or outside of the language model; found by reading the architectures.

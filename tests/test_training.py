@@ -509,13 +509,19 @@ def test_a_quantised_base_trains_and_answers_on_any_machine(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("packing", ["--training.packing", "--no-training.packing"])
-def test_two_processes_train_what_one_trains(random_qwen: Path, rows_file: Path, tmp_path: Path, packing: str) -> None:
+@pytest.mark.parametrize(
+    "more",
+    [["--lora.dropout", "0"], ["--lora.dropout", "0", "--no-training.packing"], ["--method", "full"]],
+    ids=["packed", "padded", "all weights"],
+)
+def test_two_processes_train_what_one_trains(
+    random_qwen: Path, rows_file: Path, tmp_path: Path, more: list[str]
+) -> None:
     odd = tmp_path / "odd.json"
     odd.write_text(json.dumps(ROWS[:1]))  # nothing is left for the second process
     flags = ["--model.base", str(random_qwen), "--model.dtype", "float32", "--data.train", str(rows_file),
              "--data.validation", str(odd), "--training.max_steps", "4",
-             "--training.batch_size", "11", "--lora.dropout", "0", packing]  # fmt: skip
+             "--training.batch_size", "11", *more]  # fmt: skip
     one = [sys.executable, "-m", "loratune", "sft", *flags, "--output", str(tmp_path / "one")]
     two = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "loratune", "sft", *flags,
            "--training.tokens_per_pass", "80", "--output", str(tmp_path / "two")]  # fmt: skip

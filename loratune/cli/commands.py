@@ -6,7 +6,7 @@ from types import ModuleType
 
 # Command → its one-line help.
 COMMANDS = {
-    "sft": "Train a LoRA adapter from a recipe.",
+    "sft": "Train a LoRA adapter, or a model's own weights, from a recipe.",
     "sweep": "Train a recipe with many values of some settings, and say which are best.",
     "data": "Inspect the training data of a recipe.",
     "merge": "Merge an adapter into its base model, and verify the result.",

@@ -1,4 +1,4 @@
-"""`loratune sft`: trains an adapter from a recipe."""
+"""`loratune sft`: trains an adapter, or a model's own weights, from a recipe."""
 
 from __future__ import annotations
 

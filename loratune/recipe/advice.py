@@ -3,15 +3,42 @@
 from __future__ import annotations
 
 from loratune.choices import ServerName
-from loratune.recipe.sections import LoraSettings, Recipe, TrainingSettings, adapts_experts
+from loratune.recipe.method_sections import LoraSettings, Method, adapts_experts
+from loratune.recipe.sections import Recipe, TrainingSettings
 from loratune.recipe.servers import INSTEAD, SERVERS, Part, max_lora_rank, unserved
 
 VLLM = SERVERS["vllm"]
+HIGHEST_OWN_RATE = 5e-5
 
 
 def advise(recipe: Recipe) -> list[str]:
     """Return one sentence of advice for each risky setting."""
-    return [*_advise_lora(recipe), *_advise_experts(recipe), *_advise_serving(recipe), *_advise_training(recipe)]
+    of_method = _advise_own_weights if recipe.trains_base else _advise_adapter
+    return [*of_method(recipe), *_advise_training(recipe)]
+
+
+def _advise_own_weights(recipe: Recipe) -> list[str]:
+    method, rate = recipe.method, recipe.training.learning_rate
+    advice = [
+        f"method {method}: the run folder holds the trained weights in float32, not a whole model. infer, serve and "
+        "export take them with the base; loratune merge writes the model folder that other programs need"
+    ]
+    if rate > HIGHEST_OWN_RATE:
+        advice.append(
+            f"training.learning_rate {rate:g} is above {HIGHEST_OWN_RATE:g}: weights of the base usually need 1e-5 to "
+            "2e-5, a tenth of an adapter's rate, and forget at higher ones"
+        )
+    return advice
+
+
+def _advise_adapter(recipe: Recipe) -> list[str]:
+    rate, advice = recipe.training.learning_rate, [*_advise_lora(recipe), *_advise_experts(recipe)]
+    if rate < 5e-5:
+        advice.append(
+            f"training.learning_rate {rate:g} is below 5e-5: LoRA starts from zero and hardly moves at rates for full "
+            "training; 1e-4 to 2e-4 is usual"
+        )
+    return [*advice, *_advise_serving(recipe)]
 
 
 def _advise_experts(recipe: Recipe) -> list[str]:
@@ -40,20 +67,25 @@ def _advise_lora(recipe: Recipe) -> list[str]:
             f"lora.rank {lora.rank} is above 64: it costs memory and overfits small data, and alpha / rank shrinks "
             "the update; try 8 to 64, or lora.use_rslora true"
         )
+    if lora.starts_from_base:
+        advice.append(
+            f"lora.init {lora.init}: the adapter is saved as plain LoRA of rank {2 * lora.rank}, which holds its start "
+            "too; it has twice the trained values in memory and files"
+        )
     return advice
 
 
 def _advise_serving(recipe: Recipe) -> list[str]:
     lora, advice = recipe.lora, []
-    if lora.rank > VLLM.ranks[-1]:
+    rank = lora.saved_rank
+    told = f"lora.rank {rank}" if rank == lora.rank else f"the adapter's highest rank, {rank},"
+    if rank > VLLM.ranks[-1]:
         advice.append(
-            f"lora.rank {lora.rank} is above {VLLM.ranks[-1]}, the most that vLLM can serve as an adapter: it has to "
-            "be merged"
+            f"{told} is above {VLLM.ranks[-1]}, the most that vLLM can serve as an adapter: it has to be merged"
         )
-    elif VLLM.default_rank and lora.rank > VLLM.default_rank:
+    elif VLLM.default_rank and rank > VLLM.default_rank:
         advice.append(
-            f"lora.rank {lora.rank} is above vLLM's default limit: serve it there with --max-lora-rank "
-            f"{max_lora_rank(lora.rank)}"
+            f"{told} is above vLLM's default limit: serve it there with --max-lora-rank {max_lora_rank(rank)}"
         )
     for setting, part in chosen_parts(lora).items():
         if servers := unserved(part):
@@ -69,15 +101,26 @@ def chosen_parts(lora: LoraSettings) -> dict[str, Part]:
         f"lora.bias {lora.bias}": (Part.BASE_BIASES, lora.bias != "none"),
         "lora.target_modules experts": (Part.STACKS, adapts_experts(lora)),
         "lora.modules_to_save": (Part.WHOLE_MODULES, bool(lora.modules_to_save)),
+        "lora.rank_pattern, lora.alpha_pattern": (Part.PATTERNS, _has_several_scales(lora)),
     }
     return {setting: part for setting, (part, is_chosen) in chosen.items() if is_chosen}
 
 
-def is_served(lora: LoraSettings, server: ServerName) -> bool:
+def _has_several_scales(lora: LoraSettings) -> bool:
+    """Return whether the patterns give modules other scales than the rest, as far as they name the same modules."""
+    patterns = {*lora.rank_pattern, *lora.alpha_pattern}
+    given = [(lora.rank_pattern.get(name, lora.rank), lora.alpha_pattern.get(name, lora.alpha)) for name in patterns]
+    power = 0.5 if lora.use_rslora else 1
+    return any(abs(alpha / rank**power - lora.alpha / lora.rank**power) > 1e-9 for rank, alpha in given)
+
+
+def is_served(method: Method, lora: LoraSettings, server: ServerName) -> bool:
     """Return whether a server serves the adapter of a recipe, as far as the recipe tells."""
     answers = SERVERS[server].answers
-    return max_lora_rank(lora.rank, server) is not None and all(
-        answers[part].is_served for part in chosen_parts(lora).values()
+    return (
+        method == "lora"
+        and max_lora_rank(lora.saved_rank, server) is not None
+        and all(answers[part].is_served for part in chosen_parts(lora).values())
     )
 
 
@@ -87,11 +130,6 @@ def _advise_training(recipe: Recipe) -> list[str]:
         advice.append(
             f"training.max_steps {training.max_steps} takes precedence over training.epochs {training.epochs:g}; "
             "give one"
-        )
-    if training.learning_rate < 5e-5:
-        advice.append(
-            f"training.learning_rate {training.learning_rate:g} is below 5e-5: LoRA starts from zero and hardly moves "
-            "at rates for full training; 1e-4 to 2e-4 is usual"
         )
     if training.learning_rate > 5e-3:
         advice.append(f"training.learning_rate {training.learning_rate:g} is above 5e-3: training often diverges there")

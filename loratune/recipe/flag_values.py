@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import types
-from typing import Any, Literal, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from pydantic.fields import FieldInfo
 
@@ -30,7 +30,9 @@ def parse_flag(given: Any, field: FieldInfo) -> Any:
     if isinstance(given, bool):
         return given
     if get_origin(kind) is dict:
-        return dict(_parse_pair(pair) for pair in given)
+        pairs = dict(_parse_pair(pair) for pair in given)
+        is_plain = is_text(_without_bounds(get_args(kind)[1]))
+        return pairs if is_plain else {name: _parse_yaml(value) for name, value in pairs.items()}
     if is_list(kind):
         texts = given if isinstance(given, list) else [given]
         items = [_parse_entry(text) for text in texts]
@@ -44,6 +46,10 @@ def parse_flag(given: Any, field: FieldInfo) -> Any:
     if is_text(kind):
         return None if given == "null" and type(None) in get_args(kind) else given
     return _parse_yaml(given)
+
+
+def _without_bounds(annotation: Any) -> Any:
+    return get_args(annotation)[0] if get_origin(annotation) is Annotated else annotation
 
 
 def _parse_entry(text: str) -> Any:

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import datetime
-import re
 from collections.abc import Iterator
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, field_validator, model_validator
 from pydantic.fields import FieldInfo
@@ -13,19 +12,13 @@ from pydantic_core import to_jsonable_python
 
 from loratune.choices import BestBy, Dtype
 from loratune.recipe.data_sections import DataSettings
+from loratune.recipe.method_sections import FreezeSettings, LoraSettings, Method, adapts_experts
 from loratune.recipe.names import DROPPED
-from loratune.recipe.section import HomePath, ModuleNames, Section, listed, named_modules
+from loratune.recipe.section import HomePath, Section, listed
 
 TINY_QWEN = "tiny-qwen"
-TargetGroup = Literal["all-linear", "attention", "mlp", "shared-experts", "experts"]
-EXPERTS = "experts"
 TEMPLATE_ARGUMENTS = ("enable_thinking", "preserve_thinking", "reasoning_effort")
 """Prompt settings that chat templates take as arguments of the same names."""
-LAYERS = re.compile(r"(?P<end>first|last) (?P<count>[1-9]\d*)|(?P<start>\d+)-(?P<stop>\d+)")
-
-
-def _listed_unless_named(value: Any) -> Any:
-    return value if value in get_args(TargetGroup) else named_modules(value)
 
 
 class ModelSettings(Section):
@@ -49,65 +42,6 @@ class ModelSettings(Section):
     """Attention implementation; auto uses the fastest that runs on the device."""
     sharding: Literal["none", "fsdp"] = "none"
     """Hold the base once over all processes (fsdp) instead of once in each; without effect for one process."""
-
-
-class LoraSettings(Section):
-    """The LoRA adapter."""
-
-    rank: int = Field(default=8, ge=1, le=4096)
-    """Rank of the update matrices; determines the adapter's capacity and memory."""
-    alpha: float = Field(default=16, gt=0)
-    """Scale of the update, which is multiplied by alpha / rank; twice the rank is a common choice."""
-    dropout: float = Field(default=0.05, ge=0, lt=1)
-    """Dropout probability of the adapter's inputs during training; with experts among the targets, 0."""
-    bias: Literal["none", "all", "lora_only"] = "none"
-    """Which bias terms are also trained."""
-    target_modules: Annotated[TargetGroup | list[str], BeforeValidator(_listed_unless_named)] = "all-linear"
-    """What to adapt: groups (all-linear, attention, mlp, shared-experts, experts), names, or regular expressions."""
-    layers: str | None = None
-    """Decoder layers to adapt: 'last 6', 'first 4' or '8-15' (counted from 0); default is all."""
-    modules_to_save: ModuleNames = []
-    """Modules to train in full and save with the adapter, such as embed_tokens."""
-    use_rslora: bool = False
-    """Scale by alpha / sqrt(rank), which keeps high ranks stable."""
-    use_dora: bool = False
-    """Train magnitude and direction separately (DoRA): closer to full fine-tuning, but slower."""
-
-    @field_validator("target_modules")
-    @classmethod
-    def _targets_not_empty(cls, targets: str | list[str]) -> str | list[str]:
-        if not targets or "" in list(targets):
-            raise ValueError("name at least one module")
-        return targets
-
-    @model_validator(mode="after")
-    def _experts_have_limits(self) -> LoraSettings:
-        """PEFT adds an update to the experts' matrices themselves, so it cannot drop out inputs or scale outputs."""
-        if not adapts_experts(self):
-            return self
-        if "dropout" not in self.model_fields_set:
-            object.__setattr__(self, "dropout", 0.0)
-        if odd := [name for name in ("dropout", "use_dora") if getattr(self, name)]:
-            raise ValueError(
-                f"PEFT has no {' and no '.join(odd)} for experts; leave {' and '.join(odd)} out, or experts out of "
-                "target_modules"
-            )
-        return self
-
-    @field_validator("layers")
-    @classmethod
-    def _layers_are_a_range(cls, layers: str | None) -> str | None:
-        if layers is None:
-            return None
-        match = LAYERS.fullmatch(layers)
-        if not match or (match["start"] and int(match["start"]) > int(match["stop"])):
-            raise ValueError("write 'last 6', 'first 4' or a range such as '8-15'")
-        return layers
-
-
-def adapts_experts(lora: LoraSettings) -> bool:
-    """Return whether the adapter changes the matrices of routed experts."""
-    return EXPERTS in listed(lora.target_modules)
 
 
 class PromptSettings(Section):
@@ -232,8 +166,11 @@ class TrackingSettings(Section):
 class Recipe(Section):
     """All settings of a run."""
 
+    method: Method = "lora"
+    """What is trained: an adapter (lora), all weights of the language model (full), or some of them (freeze)."""
     model: ModelSettings
     lora: LoraSettings = LoraSettings()
+    freeze: FreezeSettings = FreezeSettings()
     data: DataSettings
     prompt: PromptSettings = PromptSettings()
     training: TrainingSettings = TrainingSettings()
@@ -245,6 +182,32 @@ class Recipe(Section):
     seed: int = Field(default=42, ge=0, le=2**32 - 1)
     """Seed of the adapter's initialisation and shuffling, and of the split and sampling without data.seed."""
 
+    @property
+    def trains_base(self) -> bool:
+        """Whether weights of the base itself are trained, without an adapter's matrices."""
+        return self.method != "lora"
+
+    @model_validator(mode="after")
+    def _method_fits(self) -> Recipe:
+        unused: dict[str, Section] = {"lora": self.lora, "freeze": self.freeze}
+        unused.pop(self.method, None)
+        given = [
+            f"{section}.{name}"
+            for section, settings in unused.items()
+            for name in type(settings).model_fields
+            # Recipes that loratune has written hold every setting.
+            if getattr(settings, name) != getattr(type(settings)(), name)
+        ]
+        if given:
+            raise ValueError(f"method {self.method} makes no use of {', '.join(given)}; leave them out")
+        if self.method == "freeze" and self.freeze == FreezeSettings():
+            raise ValueError("method freeze needs freeze.layers or freeze.modules, which say what is trained")
+        if self.trains_base and self.model.quantization != "none":
+            raise ValueError(f"method {self.method} trains weights of the base and needs model.quantization none")
+        if self.trains_base and self.model.sharding != "none":
+            raise ValueError(f"method {self.method} needs model.sharding none: only frozen weights are sharded")
+        return self
+
     @model_validator(mode="after")
     def _settings_fit_together(self) -> Recipe:
         if self.lora.modules_to_save and self.model.quantization != "none":
@@ -253,6 +216,11 @@ class Recipe(Section):
             raise ValueError(
                 "lora.target_modules experts adds to whole stacks of matrices, which nf4 dequantises one by one; take "
                 "model.quantization none or int8, or leave experts out"
+            )
+        if self.lora.starts_from_base and self.training.weight_decay:
+            raise ValueError(
+                f"lora.init {self.lora.init} begins with a part of the base, which training.weight_decay would shrink; "
+                "take 0"
             )
         if self.training.max_steps and self.training.warmup >= self.training.max_steps:
             raise ValueError("training.warmup must be shorter than training.max_steps")
@@ -282,13 +250,13 @@ def default_settings() -> dict[str, Any]:
 
 
 def flat_settings(recipe: Recipe) -> dict[str, Any]:
-    """Return dotted name → value, as JSON types, for each setting, including the keys of dict values."""
+    """Return dotted name → value, as JSON types, for each setting, and for each key in place of those with keys."""
     return dict(_flat(recipe.model_dump(mode="json")))
 
 
 def _flat(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
     for name, value in values.items():
-        if isinstance(value, dict) and value:
+        if isinstance(value, dict):
             yield from _flat(value, f"{prefix}{name}.")
         else:
             yield f"{prefix}{name}", value

@@ -16,13 +16,12 @@ CARD = """\
 library_name: peft
 pipeline_tag: text-generation
 tags:
-- lora
-- loratune
+{tag}- loratune
 {base_line}---
 
 # {name}
 
-LoRA adapter for **{base}**, {made} with loratune {version}.
+{kind} for **{base}**, {made} with loratune {version}.
 
 | setting | value |
 |---|---|
@@ -41,10 +40,11 @@ tags:
 
 # {name}
 
-**{base}** with a LoRA adapter merged into its weights by loratune {version}; `verification.json` says how the result
+**{base}** with {change} by loratune {version}; `verification.json` says how the result
 was compared with base + adapter. It loads as any model of its base's architecture does.
 """
 CARD_NAME = "README.md"
+LORA = "LoRA adapter"
 TAG = "- loratune"
 """Line of every card."""
 CARD_BYTES = 1_000_000
@@ -84,12 +84,15 @@ def write_card(folder: Path, record: RunRecord, base_folder: str | None = None, 
         base_folder: folder of the base in training.
         model_class: transformers' class whose modules the adapter names, if the base has several.
     """
-    targets = record.lora.target_modules
+    is_lora, targets = record.method == "lora", record.lora.target_modules
     quantization = record.model.quantization
     prompt = record.prompt
-    rows = {
+    of_lora = {
         "rank, alpha, dropout": f"{record.lora.rank}, {record.lora.alpha:g}, {record.lora.dropout:g}",
         "targets": targets if isinstance(targets, str) else ", ".join(targets),
+    }
+    rows = {
+        **(of_lora if is_lora else {}),
         "base weights in training": record.model.dtype if quantization == "none" else quantization,
         "prompt template": prompt.template + "".join(f", {name}={value}" for name, value in _arguments(prompt).items()),
         **record.training,
@@ -99,7 +102,8 @@ def write_card(folder: Path, record: RunRecord, base_folder: str | None = None, 
     needed += ["the system prompt of the training"] if prompt.system else []
     needed += ["its instruction prefix"] if prompt.instruction_prefix else []
     advice = f"{_on(model_class)}; the prompt must be made with {' and '.join(needed)}"
-    _write(folder, record.name, (record.model.base, base_folder), "trained", rows, advice)
+    made = (LORA if is_lora else "Trained weights", "trained")
+    _write(folder, record.name, (record.model.base, base_folder), made, rows, advice)
 
 
 def _arguments(prompt: PromptSettings) -> dict[str, Any]:
@@ -125,7 +129,7 @@ def write_plain_card(folder: Path, name: str, config: dict[str, Any], model_clas
         folder,
         name,
         (str(config.get("base_model_name_or_path") or "an unnamed base"), None),
-        "exported",
+        (LORA, "exported"),
         rows,
         _on(model_class),
     )
@@ -135,7 +139,7 @@ def _on(model_class: str | None) -> str:
     return f", where `base_model` is a `{model_class}`" if model_class else ""
 
 
-def write_merged_card(folder: Path, name: str, base: str, base_folder: str | None) -> None:
+def write_merged_card(folder: Path, name: str, base: str, base_folder: str | None, is_lora: bool = True) -> None:
     """Write README.md for a merged model.
 
     Args:
@@ -143,24 +147,31 @@ def write_merged_card(folder: Path, name: str, base: str, base_folder: str | Non
         name: title of the card.
         base: name of the base.
         base_folder: folder of the base.
+        is_lora: whether a LoRA adapter was merged; otherwise weights were replaced.
     """
     base_id = hub_id(base, base_folder)
     text = MERGED_CARD.format(
         name=name,
         base=base_name(base, base_folder),
+        change="a LoRA adapter merged into its weights" if is_lora else "trained weights put in place of its own",
         base_line=f"base_model: {base_id}\nbase_model_relation: finetune\n" if base_id else "",
         version=__version__,
     )
     (folder / CARD_NAME).write_text(text, encoding="utf-8")
 
 
-def _write(folder: Path, name: str, base: tuple[str, str | None], made: str, rows: dict[str, str], advice: str) -> None:
+def _write(
+    folder: Path, name: str, base: tuple[str, str | None], made: tuple[str, str], rows: dict[str, str], advice: str
+) -> None:
+    kind, how = made
     base_id = hub_id(*base)
     text = CARD.format(
         name=name,
+        tag="- lora\n" if kind == LORA else "",
+        kind=kind,
         base=base_name(*base),
         base_line=f"base_model: {base_id}\n" if base_id else "",
-        made=made,
+        made=how,
         version=__version__,
         rows="\n".join(f"| {setting} | {value} |" for setting, value in rows.items()),
         advice=advice,

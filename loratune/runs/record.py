@@ -11,13 +11,15 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
-from pydantic import ValidationError
+from pydantic import TypeAdapter, ValidationError
 
+from loratune.recipe.method_sections import LoraSettings, Method
 from loratune.recipe.names import with_current_names
 from loratune.recipe.section import Section
-from loratune.recipe.sections import LoraSettings, ModelSettings, PromptSettings, Recipe
+from loratune.recipe.sections import ModelSettings, PromptSettings, Recipe
 
 RECORD_VERSION = 1
+_METHOD: TypeAdapter[Method] = TypeAdapter(Method)
 SectionKind = TypeVar("SectionKind", bound=Section)
 
 
@@ -32,6 +34,7 @@ class RunRecord:
     lora: LoraSettings
     prompt: PromptSettings
     learning_rate: float
+    method: Method = "lora"
     training: dict[str, str] = field(default_factory=dict)
     """Lines about the training for a model card."""
     columns: dict[str, str] = field(default_factory=dict)
@@ -48,9 +51,11 @@ class RunRecord:
             name=Path(recipe.output).name,
             model=recipe.model,
             lora=recipe.lora,
+            method=recipe.method,
             prompt=recipe.prompt,
             learning_rate=training.learning_rate,
-            training={
+            training=_trained_weights(recipe)
+            | {
                 "learning rate, schedule": f"{training.learning_rate:g}, {training.scheduler}",
                 "rows per step": str(training.batch_size),
                 "longest row": f"{training.max_length} tokens",
@@ -91,6 +96,7 @@ def read_record(values: Mapping[str, Any]) -> RunRecord:
             lora=_section("lora", LoraSettings, values),
             prompt=_section("prompt", PromptSettings, values),
             learning_rate=float(values["learning_rate"]),
+            method=_METHOD.validate_python(values.get("method", "lora")),
             training=dict(values["training"]),
             columns=dict(values["columns"]),
             placeholders=dict(values["placeholders"]),
@@ -98,6 +104,14 @@ def read_record(values: Mapping[str, Any]) -> RunRecord:
         )
     except (AttributeError, KeyError, TypeError, ValidationError) as error:
         raise ValueError(f"its record is damaged: {type(error).__name__}: {error}") from error
+
+
+def _trained_weights(recipe: Recipe) -> dict[str, str]:
+    """Return the card's line about weights of the base that were trained."""
+    if recipe.method == "freeze":
+        given = {"freeze.layers": recipe.freeze.layers, "freeze.modules": ", ".join(recipe.freeze.modules)}
+        return {"trained weights": "; ".join(f"{name} {value}" for name, value in given.items() if value)}
+    return {"trained weights": "all"} if recipe.method == "full" else {}
 
 
 def _section(name: str, kind: type[SectionKind], values: Mapping[str, Any]) -> SectionKind:

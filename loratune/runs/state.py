@@ -122,6 +122,7 @@ def serving_command(output: Path) -> Command | None:
         return None
     flags: dict[str, object] = {"--adapter": output}
     place = free_place(output.with_name(f"{output.name}-vllm"))
-    if is_served(run_record(output, read_manifest(output)).lora, "vllm"):
+    record = run_record(output, read_manifest(output))
+    if is_served(record.method, record.lora, "vllm"):
         return loratune("for vLLM", "export", flags | {"--format": "vllm", "--output": place})
     return loratune("for vLLM, which serves this adapter only merged", "merge", flags | {"--output": place})

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from torch.distributed.tensor import DTensor
 
 from loratune import console
+from loratune.model.adapter.summary import TRAINED_BYTES
 from loratune.model.adapter.targets import computes_stacks
 from loratune.model.architecture.structure import causal_model, decoder_of, text_config
 from loratune.model.hardware import Hardware
@@ -157,8 +158,11 @@ def measure_passes(model: AdaptedModel, is_packed: bool, longest: int, step: int
             fixed += round(2 * (few - per_token * length) / layers)  # a layer's copies of experts, and their gradients
             fixed += gathered_bytes(model)
     model.train(was_training)
-    # AdamW's two averages and the gradients each have the size of the weights.
-    fixed += 3 * sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
+    trained = [weight for weight in model.parameters() if weight.requires_grad]
+    # AdamW's two averages and the gradients each have the size of the weights in float32. Weights that become float32
+    # need as much once more: what they grow by, and the copy that autocast rounds.
+    trained = [weight for weight in model.parameters() if weight.requires_grad]
+    fixed += sum((3 + (weight.element_size() < TRAINED_BYTES)) * TRAINED_BYTES * weight.numel() for weight in trained)
     # The input of each layer is kept, and all of one layer while its gradients are computed.
     recomputed = layers * config.hidden_size * base.dtype.itemsize + kept / layers
     if hardware.is_gpu and has_copies:  # measured so

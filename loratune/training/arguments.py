@@ -65,11 +65,12 @@ def training_arguments(recipe: Recipe, hardware: Hardware, has_validation: bool)
         report_to="none",  # loratune runs trackers in separate processes
         # The base has its dtype already: autocast would convert tensors again and again, and disable fused LoRA layers.
         # Only float32 weights among the base's own need it.
-        bf16=dtype == torch.bfloat16 and bool(recipe.lora.modules_to_save or recipe.lora.bias != "none"),
+        bf16=dtype == torch.bfloat16
+        and bool(recipe.lora.modules_to_save or recipe.lora.bias != "none" or recipe.trains_base),
         fp16=hardware.is_gpu and dtype == torch.float16,
         use_cpu=not hardware.is_gpu,
         ddp_backend="gloo" if hardware.is_distributed and not hardware.is_gpu else None,
-        router_aux_loss_coef=0.0,  # routers are frozen, and their logits would be kept for nothing
+        router_aux_loss_coef=0.0,  # with an adapter routers are frozen, and their logits would be kept for nothing
     )
     arguments._n_gpu = min(1, arguments._n_gpu)  # else several GPUs make it nn.DataParallel, which TRL refuses
     return arguments, warnings

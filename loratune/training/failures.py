@@ -83,13 +83,15 @@ def memory_advice(recipe: Recipe) -> list[str]:
         advice.append(f"--training.tokens_per_pass {smaller}  (the same step in smaller parts)")
     if not training.gradient_checkpointing:
         advice.append("--training.gradient_checkpointing  (a third slower, far less memory)")
-    if recipe.model.quantization != "nf4":
+    if recipe.trains_base:
+        advice.append("--method lora  (float32 weights, gradients and AdamW's averages of the adapter alone)")
+    elif recipe.model.quantization != "nf4":
         advice.append("--model.quantization nf4  (a quarter of the base's memory)")
     if training.max_length > SHORTEST:
         advice.append(f"--training.max_length {max(SHORTEST, training.max_length // 2)}  (if few rows are that long)")
-    if lora.target_modules == "all-linear":
+    if lora.target_modules == "all-linear" and not recipe.trains_base:
         advice.append("--lora.target_modules q_proj --lora.target_modules v_proj  (fewer matrices)")
-    if lora.layers is None:
+    if lora.layers is None and not recipe.trains_base:
         layers = min(MANY_LAYERS, max(1, _layers(recipe) // 2))
         advice.append(f"--lora.layers 'last {layers}'  (no activations of earlier layers)")
     return advice[:ADVICE_LIMIT]

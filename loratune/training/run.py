@@ -196,7 +196,7 @@ def _build_trainer(session: Session, identity: dict[str, Any], watch: Watch) -> 
         stops=stops,
         seal=seal,
         watch=watch,
-        is_deterministic=recipe.training.deterministic,
+        recipe=recipe,
         processing_class=session.tokenizer,
     )
     watchers = add_watchers(session, trainer, metrics, keeper)

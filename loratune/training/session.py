@@ -13,9 +13,12 @@ from loratune.data.assembly.steps import PassLayout
 from loratune.data.encoding.encoder import Encoder
 from loratune.data.preparation import PreparedData
 from loratune.errors import Exit, LoratuneError
-from loratune.model.adapter.attach import AdapterSummary, attach_adapter, summarise_adapter
+from loratune.model.adapter.attach import attach_adapter
+from loratune.model.adapter.own_weights import OwnWeights, resolve_weights, train_weights
 from loratune.model.adapter.plain_copy import with_same_weights
-from loratune.model.adapter.targets import resolve_targets
+from loratune.model.adapter.summary import AdapterSummary, summarise_adapter
+from loratune.model.adapter.targets import Targets, resolve_targets
+from loratune.model.architecture.file_layout import parameter_infos
 from loratune.model.base import dtype_name, is_to_be_sharded, load_base
 from loratune.model.files import find_base, untried, weight_files
 from loratune.model.hardware import Hardware
@@ -29,7 +32,8 @@ from loratune.model.sharding.sharded_base import require_apart_from_vocabulary, 
 from loratune.model.tokenizer import load_tokenizer, set_pad_token
 from loratune.protocols import AdaptedModel, CausalModel, Tokenizer
 from loratune.recipe.advice import advise
-from loratune.recipe.sections import Recipe, adapts_experts
+from loratune.recipe.method_sections import adapts_experts
+from loratune.recipe.sections import Recipe
 from loratune.runs.checkpoint import Checkpoint
 from loratune.runs.intact import require_intact
 from loratune.runs.tensor_hashes import TensorHashes
@@ -148,11 +152,7 @@ def load(prepared: Prepared, start: Checkpoint | None = None) -> Session:
         model = load_base(recipe.model, prepared.base, hardware)
     weights = weights_of(model, recipe.model, prepared.base, prepared.data)
     loaded_attention = str(model.config._attn_implementation)
-    plain = _plain_copy(model, prepared.base)
-    targets = resolve_targets(model, recipe.lora)
-    if is_sharded(model):
-        require_apart_from_vocabulary(targets.roles)
-    adapted = attach_adapter(model, recipe.lora, recipe.model.base, recipe.seed, targets)
+    adapted, trained, plain = _made_trainable(model, prepared)
     with_weights(adapted, use_fused_lora)
     with_weights(model, use_fused_elementwise)
     call_modules_in_training(model)
@@ -161,7 +161,7 @@ def load(prepared: Prepared, start: Checkpoint | None = None) -> Session:
     del plain  # so that the memory that is free is measured without its adapter
     _require_one_layout(checked)
     attention = checked.attention
-    summary = summarise_adapter(adapted, targets)
+    summary = summarise_adapter(adapted, trained)
     passes = _plan_passes(prepared, adapted, checked, start)
     if start and (begun := start.progress.get(ATTENTION, attention.name)) != attention.name:
         console.warn(f"attention is {attention.name}, {begun} before the interruption, so bits may differ")
@@ -170,8 +170,28 @@ def load(prepared: Prepared, start: Checkpoint | None = None) -> Session:
     prepared.start_up.stage_done("model")
     warnings = (*prepared.warnings, *weights.notes, *checked.warnings)
     known = vars(prepared) | {"arguments": arguments, "warnings": warnings}
-    known |= {"checked": checked, "passes": passes, "held": parts_of_memory(summary, passes, weights.own_bytes)}
+    known |= {"checked": checked, "passes": passes, "held": parts_of_memory(recipe, summary, passes, weights.own_bytes)}
     return Session(**known, model=adapted, weights=weights, summary=summary, notes=Notes())
+
+
+def _made_trainable(
+    model: CausalModel, prepared: Prepared
+) -> tuple[AdaptedModel, Targets | OwnWeights, CausalModel | None]:
+    """Prepare a model for the recipe's method.
+
+    Returns:
+        The model, as PEFT makes it; what is trained of it; and the base as PEFT alone would use it, or None if weights
+        of the base are trained: to compare them, all would have to be written and read again.
+    """
+    recipe, name = prepared.recipe, prepared.recipe.model.base
+    if recipe.trains_base:
+        weights = resolve_weights(model, recipe, parameter_infos(prepared.base))
+        return train_weights(model, weights, name), weights, None
+    plain = _plain_copy(model, prepared.base)
+    targets = resolve_targets(model, recipe.lora)
+    if is_sharded(model):
+        require_apart_from_vocabulary(targets.roles)
+    return attach_adapter(model, recipe.lora, name, recipe.seed, targets), targets, plain
 
 
 def _plain_copy(model: CausalModel, folder: Path) -> CausalModel:

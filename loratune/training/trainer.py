@@ -16,15 +16,17 @@ from trl import SFTTrainer
 from loratune.data.assembly.dataset import as_dataset
 from loratune.data.preparation import PreparedData
 from loratune.model.adapter.attach import load_adapter_weights, save_adapter, train_in_float32
+from loratune.recipe.sections import Recipe
 from loratune.runs.checkpoint import step_folder
 from loratune.runs.folder import CHECKPOINTS
 from loratune.training.batching import Batching
 from loratune.training.checkpoints.signals import StopSignals, ValidationStopped
-from loratune.training.checkpoints.states import TRAINER_STATE, state_errors_explained
+from loratune.training.checkpoints.states import TRAINER_STATE, settings_kept, state_errors_explained
 from loratune.training.determinism import deterministic_kernels
 from loratune.training.processes.group import to_first
 from loratune.training.processes.replicas import Replicas
 from loratune.training.processes.watch import Watch
+from loratune.training.rates import with_rate_ratio
 from loratune.training.validation import FIGURES, figures, sums_of
 from loratune.writing import folder_in_one_step
 
@@ -39,7 +41,7 @@ class AdapterTrainer(SFTTrainer):
         stops: StopSignals,
         seal: Callable[[Path, int, int], None],
         watch: Watch,
-        is_deterministic: bool = False,
+        recipe: Recipe,
         **settings: Any,
     ) -> None:
         """Create a trainer.
@@ -50,7 +52,7 @@ class AdapterTrainer(SFTTrainer):
             stops: signals to check during validation.
             seal: completes a checkpoint; called with its folder, the step, and the total number of tokens.
             watch: notices that the run makes no progress.
-            is_deterministic: use deterministic kernels only.
+            recipe: the run's recipe, of which kernels and rates are taken.
             settings: arguments of SFTTrainer.
         """
         super().__init__(
@@ -62,7 +64,7 @@ class AdapterTrainer(SFTTrainer):
         self.remove_callback(PrinterCallback)
         train_in_float32(self.model)
         self._batching, self._data = batching, data
-        self._stops, self._seal, self._watch, self._is_deterministic = stops, seal, watch, is_deterministic
+        self._stops, self._seal, self._watch, self._recipe = stops, seal, watch, recipe
         self._newest_rows: list[int] = []
         self._own_tokens = 0
         """Of this process, since they were last added to those of all."""
@@ -75,6 +77,11 @@ class AdapterTrainer(SFTTrainer):
     def forget_rows(self) -> None:
         """Forget the rows of the steps so far, after a step with finite loss."""
         self._newest_rows.clear()
+
+    def create_optimizer(self, model: Any = None) -> Any:
+        """Create the optimizer with the rates of the matrices A and B."""
+        ratio = self._recipe.lora.b_learning_rate_ratio
+        return with_rate_ratio(super().create_optimizer(model), self.model, ratio)
 
     def _wrap_model(self, model: Any, *arguments: Any, **settings: Any) -> Any:
         """Return the model that steps call."""
@@ -105,7 +112,7 @@ class AdapterTrainer(SFTTrainer):
             The loss of this process, summed over the passes, detached.
         """
         model.train()
-        with deterministic_kernels(self._is_deterministic):
+        with deterministic_kernels(self._recipe.training.deterministic):
             losses = [self._backward(model, batch, num_items_in_batch) for batch in inputs["passes"]]
         if isinstance(model, Replicas):
             self._watch.advance()
@@ -255,25 +262,13 @@ class AdapterTrainer(SFTTrainer):
 
         transformers also takes the settings from the checkpoint, which silently ignores a changed learning rate.
         """
-        settings = [{name: value for name, value in group.items() if name != "params"} for group in self._groups()]
-        with state_errors_explained(Path(checkpoint or "")):
+        optimizer = None if checkpoint is None else self.optimizer
+        with settings_kept(optimizer, self.lr_scheduler), state_errors_explained(Path(checkpoint or "")):
             super()._load_optimizer_and_scheduler(checkpoint)
-        if checkpoint is None:
-            return
-        schedule = self.lr_scheduler  # a LambdaLR in all cases
-        schedule.base_lrs = [group["initial_lr"] for group in settings]
-        factors = (factor(schedule.last_epoch) for factor in schedule.lr_lambdas)
-        schedule._last_lr = [rate * factor for rate, factor in zip(schedule.base_lrs, factors, strict=True)]
-        for group, own, rate in zip(self._groups(), settings, schedule._last_lr, strict=True):
-            group.update(own | {"lr": rate})
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         with state_errors_explained(Path(checkpoint or "")):
             super()._load_rng_state(checkpoint)
-
-    def _groups(self) -> list[dict[str, Any]]:
-        groups: list[dict[str, Any]] = self.optimizer.param_groups
-        return groups
 
     def _maybe_log_save_evaluate(self, *arguments: Any, **settings: Any) -> None:
         self._watch.advance()  # the loss is gathered here

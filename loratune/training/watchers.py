@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, NamedTuple
 
+from loratune.training.base_start import BaseStart
 from loratune.training.callbacks import DivergenceGuard, Metrics, Progress
 from loratune.training.checkpoints.keeper import CheckpointKeeper
 from loratune.training.checkpoints.signals import StopSignals
@@ -22,6 +23,7 @@ class Watchers(NamedTuple):
 
     start_up: StartUp  # first: the others' work belongs to the next stage
     stops: StopSignals  # before the guard, which checks weights to be saved, also those saved for a signal
+    base_start: BaseStart  # before all that look at weights or save them
     guard: DivergenceGuard  # before those that record or save, so that nothing is kept of a diverged step
     metrics: Metrics
     progress: Progress  # after metrics: it shows the latest record
@@ -36,6 +38,7 @@ def add_watchers(session: Session, trainer: AdapterTrainer, metrics: Metrics, ke
     watchers = Watchers(
         start_up=session.start_up,
         stops=session.stops,
+        base_start=BaseStart(session.model, session.recipe.lora.starts_from_base),
         guard=DivergenceGuard(trainer, session.data.train.place, session.notes.warn),
         metrics=metrics,
         progress=Progress(metrics, session.hardware),

@@ -128,7 +128,8 @@ def adapted(kind: str, folder: Path, dtype: torch.dtype, attention: str) -> Any:
     from loratune.model.adapter.attach import attach_adapter
     from loratune.model.base import load_base
     from loratune.model.hardware import detect_hardware
-    from loratune.recipe.sections import LoraSettings, ModelSettings
+    from loratune.recipe.method_sections import LoraSettings
+    from loratune.recipe.sections import ModelSettings
 
     asked = ModelSettings(base=str(folder), dtype=str(dtype).removeprefix("torch."), attn_implementation=attention)
     base = load_base(asked, folder, detect_hardware())

@@ -57,7 +57,7 @@ def one_pass(folder: Path, quantization: str, kind: str) -> tuple[float, dict[st
     from loratune.model.kernels.linear_cross_entropy import add_labelled_loss
     from loratune.model.kernels.lora_linear import use_fused_lora
     from loratune.model.sharding.gathering import with_weights
-    from loratune.recipe.sections import LoraSettings
+    from loratune.recipe.method_sections import LoraSettings
 
     model = load(folder, quantization, kind)
     adapted: Any = attach_adapter(model, LoraSettings(rank=4, dropout=0), "base", 0)

@@ -78,7 +78,8 @@ def carry_out(job: Job) -> Verification[MergedModel]:
             changes = write_model_files(
                 job.source, job.encoder, job.base, candidate.folder, options.dtype, candidate.plan
             )
-            write_merged_card(candidate.folder, "Merged model", job.settings.base, str(job.base.absolute()))
+            is_lora = job.source.record is None or job.source.record.method == "lora"
+            write_merged_card(candidate.folder, "Merged model", job.settings.base, str(job.base.absolute()), is_lora)
         for candidate in candidates:
             _write(job, candidate)
             if options.verify:

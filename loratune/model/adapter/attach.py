@@ -1,11 +1,10 @@
-"""Attaches a LoRA adapter to a base through PEFT; checks, summarises, saves and loads it."""
+"""Attaches a LoRA adapter to a base through PEFT; checks, saves and loads it."""
 
 from __future__ import annotations
 
+import math
 import re
 import warnings
-from collections import Counter
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,6 @@ from peft import (
     get_peft_model_state_dict,
     set_peft_model_state_dict,
 )
-from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file
 
 from loratune.errors import Exit, LoratuneError, bullet_list
@@ -25,41 +23,16 @@ from loratune.model.adapter.completeness import Shapes, require_complete, tensor
 from loratune.model.adapter.files import CONFIG_FILE, SETTINGS, WEIGHTS_FILE, read_config_values
 from loratune.model.adapter.other_layouts import in_peft_layout
 from loratune.model.adapter.own_parameters import own_parameters
+from loratune.model.adapter.own_weights import save_weights, trained_weights, trains_weights
 from loratune.model.adapter.patterns import as_expressions, settle_patterns, unmatched_stacks
-from loratune.model.adapter.targets import Targets, attached_layers, check_attached, peft_targets, resolve_targets
-from loratune.model.adapter.tensors import read_tensors
+from loratune.model.adapter.starts import start_from_base
+from loratune.model.adapter.targets import Targets, check_attached, peft_targets, resolve_targets
+from loratune.model.adapter.tensors import PREFIX, read_tensors
 from loratune.model.adapter.values import check_weights
 from loratune.model.architecture.structure import causal_model, is_adapted
-from loratune.model.weights.held import held_bytes, value_count
 from loratune.model.weights.unpacked import keep_unpacked
 from loratune.protocols import AdaptedModel, CausalModel
-from loratune.recipe.sections import LoraSettings
-
-
-@dataclass(frozen=True)
-class GroupCounts:
-    """What an adapter has on the modules of one role."""
-
-    modules: int
-    """Number of matrices, or of parameters with the matrices of all experts of a layer."""
-    parameters: int
-
-
-@dataclass(frozen=True)
-class AdapterSummary:
-    """Numbers of parameters and bytes of base and adapter."""
-
-    trainable_parameters: int
-    total_parameters: int
-    """Of base and adapter; a quantised weight counts with its shape before quantisation."""
-    modules: dict[str, int]
-    """Target name → number of adapted modules with that name."""
-    groups: dict[str, GroupCounts]
-    """Role of modules → what the adapter has on them."""
-    left_out: tuple[str, ...]
-    """Linear modules that are not adapted, with the reason."""
-    base_bytes: int
-    adapter_bytes: int
+from loratune.recipe.method_sections import LoraSettings
 
 
 def attach_adapter(
@@ -79,12 +52,13 @@ def attach_adapter(
     """
     targets = targets or resolve_targets(model, settings)
     _check_modules_to_save(model, settings.modules_to_save)
+    _check_patterns(targets, settings)
     torch.manual_seed(seed)
     config = LoraConfig(
         task_type="CAUSAL_LM",
-        r=settings.rank,
-        lora_alpha=int(settings.alpha) if settings.alpha == int(settings.alpha) else settings.alpha,
+        **_ranks_and_alphas(settings),
         lora_dropout=settings.dropout,
+        init_lora_weights="gaussian" if settings.init == "gaussian" else True,
         bias=settings.bias,
         **peft_targets(model, targets, settings.layers),
         modules_to_save=settings.modules_to_save or None,
@@ -105,8 +79,27 @@ def attach_adapter(
     config.base_model_name_or_path = base_name  # PEFT puts the folder it was loaded from there
     check_attached(adapted, targets)
     check_frozen(adapted, settings)
-    own_parameters(adapted).keep_trained_biases("default")
+    if settings.starts_from_base:
+        start_from_base(adapted, settings)
+    own_parameters(adapted).keep_trained("default")
     return adapted
+
+
+def _ranks_and_alphas(settings: LoraSettings) -> dict[str, Any]:
+    """Return PEFT's settings of ranks and alphas; with twice the rank, layers still have the recipe's scale."""
+    times = 2 if settings.starts_from_base else 1
+    alphas = math.sqrt(times) if settings.use_rslora else times
+
+    def alpha(value: float) -> float:
+        value *= alphas
+        return int(value) if value == int(value) else value
+
+    return {
+        "r": times * settings.rank,
+        "lora_alpha": alpha(settings.alpha),
+        "rank_pattern": {name: times * rank for name, rank in settings.rank_pattern.items()},
+        "alpha_pattern": {name: alpha(value) for name, value in settings.alpha_pattern.items()},
+    }
 
 
 def is_adapter_weight(name: str) -> bool:
@@ -140,35 +133,11 @@ def check_frozen(model: AdaptedModel, settings: LoraSettings) -> None:
             raise RuntimeError(f"adapter weight {name} would not be trained")
 
 
-def summarise_adapter(model: AdaptedModel, targets: Targets) -> AdapterSummary:
-    """Count parameters, modules and bytes of base and adapter.
-
-    Args:
-        model: a PEFT model.
-        targets: that its adapter was attached to.
-    """
-    trainable, _ = model.get_nb_trainable_parameters()
-    total = sum(value_count(p) for p in model.parameters())
-    adapter_bytes = sum(held_bytes(p) for p in model.parameters() if p.requires_grad)
-    all_bytes = sum(held_bytes(p) for p in model.parameters())
-    counts = {name: _own_parameters(layer) for name, layer in attached_layers(model)}
-    modules = Counter(name.rpartition(".")[2] for name in counts)
-    groups = {
-        role.value: GroupCounts(len(names), sum(counts[name] for name in names))
-        for role in dict.fromkeys(targets.roles.values())
-        if (names := [name for name in counts if targets.roles.get(name) is role])
-    }
-    return AdapterSummary(
-        trainable, total, dict(modules), groups, targets.left_out, all_bytes - adapter_bytes, adapter_bytes
-    )
-
-
-def _own_parameters(layer: LoraLayer) -> int:
-    return sum(p.numel() for name in layer.adapter_layer_names for p in getattr(layer, name).parameters())
-
-
 def save_adapter(model: AdaptedModel, folder: Path) -> None:
     """Write adapter_config.json and adapter_model.safetensors."""
+    if trains_weights(model):
+        save_weights(model, folder)
+        return
     model.create_or_update_model_card = lambda _: None  # PEFT's model card contains local paths
     # By default PEFT asks the hub whether the vocabulary was resized; loratune never resizes it.
     model.save_pretrained(folder, save_embedding_layers=False)
@@ -248,7 +217,8 @@ def load_adapter_weights(model: AdaptedModel, folder: Path) -> None:
     """
     check_weights(folder)
     weights = load_file(folder / WEIGHTS_FILE)
-    own = get_peft_model_state_dict(model, save_embedding_layers=False)
+    whole = {f"{PREFIX}{name}": weight for name, weight in trained_weights(model).items()}
+    own = whole or get_peft_model_state_dict(model, save_embedding_layers=False)
     strange = sorted(
         name
         for name in weights.keys() | own.keys()
@@ -259,7 +229,12 @@ def load_adapter_weights(model: AdaptedModel, folder: Path) -> None:
             f"{folder / WEIGHTS_FILE}: {len(strange)} tensors are not those that this run trains, first {strange[0]}",
             Exit.MODEL,
         )
-    set_peft_model_state_dict(model, weights)
+    if not whole:
+        set_peft_model_state_dict(model, weights)
+        return
+    with torch.no_grad():
+        for name, weight in whole.items():
+            weight.copy_(weights[name])
 
 
 def _peft_config(values: dict[str, Any], folder: Path) -> LoraConfig:
@@ -278,6 +253,23 @@ def _check_modules_to_save(model: CausalModel, wanted: list[str]) -> None:
     unmatched = [name for name in wanted if name not in names]
     if unmatched:
         raise LoratuneError(f"lora.modules_to_save: no module is called {', '.join(unmatched)}", Exit.USAGE)
+
+
+def _check_patterns(targets: Targets, settings: LoraSettings) -> None:
+    """Refuse a pattern that no adapted module ends with, which PEFT would ignore."""
+    problems = []
+    for setting in ("rank_pattern", "alpha_pattern"):
+        for pattern in getattr(settings, setting):
+            try:
+                ending = re.compile(rf"(.*\.)?({pattern})")
+            except re.error as error:
+                problems.append(f"lora.{setting} {pattern!r} is not a regular expression: {error}")
+                continue
+            if not any(map(ending.fullmatch, targets.roles)):
+                names = ", ".join(dict.fromkeys(name.rpartition(".")[2] for name in targets.roles))
+                problems.append(f"lora.{setting} {pattern!r}: no module of the adapter ends so; it has {names}")
+    if problems:
+        raise LoratuneError("\n".join(problems), Exit.USAGE)
 
 
 def _first_lines(text: str, limit: int = 3) -> str:

@@ -64,15 +64,22 @@ class OwnParameters:
                 own[name] = nn.Parameter(value, requires_grad=False)
         self._values[adapter] = own
 
-    def keep_trained_biases(self, adapter: str) -> None:
-        """Copy the base's biases before an adapter trains them in place."""
+    def keep_trained(self, adapter: str) -> None:
+        """Copy the base's values of the parameters that an adapter trains in their place."""
         own: dict[str, Any] = {}
+        copies: dict[int, Any] = {}  # tied ones stay so
         for name, module in parameter_modules(self._model).items():
             parameter = module._parameters[_attribute(name)]
-            if name.endswith(".bias") and parameter.requires_grad:
+            if parameter.requires_grad:
+                if id(parameter) not in copies:
+                    copies[id(parameter)] = nn.Parameter(parameter.detach().clone(), requires_grad=False)
                 self._modules[name], own[name] = module, parameter
-                self._values[BASE][name] = nn.Parameter(parameter.detach().clone(), requires_grad=False)
+                self._values[BASE][name] = copies[id(parameter)]
         self._values[adapter], self._in_place = own, adapter
+
+    def values(self, adapter: str) -> dict[str, Any]:
+        """Return an adapter's parameters by their names in the base."""
+        return dict(self._values.get(adapter, {}))
 
     def names(self, adapter: str) -> list[str]:
         """Return the names of the base's parameters that an adapter replaces."""

@@ -22,6 +22,8 @@ from loratune.model.architecture.vocabulary import vocabulary_of
 SECONDS = 5.0
 """For all expressions of a config together; usual ones take milliseconds."""
 ALL_LINEAR = "all-linear"
+NO_TARGETS = "dummy-target-modules"
+"""PEFT's target_modules of an adapter without LoRA layers."""
 _FIRST_NUMBER = re.compile(r".*?\.[^.]*\.(?P<layer>\d+)\.")
 
 
@@ -89,7 +91,7 @@ def settle_patterns(values: dict[str, Any], base: Mapping[str, Sequence[int]], p
     """
     matcher, settled = _Matcher(base, place), dict(values)
     for key in ("target_modules", "exclude_modules"):
-        settled[key] = matcher.named(key, values.get(key))
+        settled[key] = values[key] if values.get(key) == NO_TARGETS else matcher.named(key, values.get(key))
     if str(values.get("target_modules")).lower() == ALL_LINEAR:  # PEFT ignores case, too
         matrices = (name for name in matcher.modules if len(base.get(f"{name}.weight", ())) == 2)
         left_out = vocabulary_of(base).modules

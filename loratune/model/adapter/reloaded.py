@@ -13,7 +13,7 @@ from peft import PeftModel
 
 from loratune.errors import Exit, LoratuneError, reason_of
 from loratune.model.adapter.attach import load_adapter
-from loratune.model.architecture.structure import text_config
+from loratune.model.architecture.structure import causal_model, text_config
 from loratune.model.from_folder import load_from_folder, load_plain
 from loratune.protocols import CausalModel
 
@@ -58,7 +58,9 @@ def own_logits(base: Path, adapter: Path) -> Logits:
     Raises:
         LoratuneError: the base cannot be loaded, or the adapter does not fit it.
     """
-    logits = _logits(load_adapter(load_plain(base), adapter))
+    model = load_plain(base)
+    before = _of(model)
+    logits = Logits(before, _of(load_adapter(model, adapter)), model.dtype)
     gc.collect()  # a model with hooks refers to itself, and another one needs its memory
     return logits
 
@@ -75,28 +77,23 @@ def reloaded_logits(base: Path, adapter: Path, auto: Any) -> Logits:
         LoratuneError: transformers cannot load the base, or PEFT the adapter.
     """
     model = load_from_folder(base, auto=auto, dtype="auto", attn_implementation="sdpa").eval()
+    before = _of(model)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # of missing tensors, which the logits tell
             adapted: Any = PeftModel.from_pretrained(model, str(adapter), torch_device="cpu")
     except (RuntimeError, ValueError, KeyError) as error:
         raise LoratuneError(f"PEFT cannot load it on {type(model).__name__}: {reason_of(error)}", Exit.MODEL) from error
-    return _logits(adapted.eval())
+    return Logits(before, _of(adapted.eval()), model.dtype)
 
 
-def _logits(model: Any) -> Logits:
+def _of(model: CausalModel) -> torch.Tensor:
+    """Return the logits of random tokens in float32."""
     # The tokens of images are at the end of a vocabulary.
-    vocabulary = text_config(model.get_base_model().config).vocab_size // 2
+    vocabulary = text_config(causal_model(model).config).vocab_size // 2
     ids = torch.randint(vocabulary, (ROWS, TOKENS), generator=torch.Generator().manual_seed(0))
     with torch.inference_mode():
-        adapted = _of(model, ids)
-        with model.disable_adapter():
-            base = _of(model, ids)
-    return Logits(base, adapted, model.get_base_model().dtype)
-
-
-def _of(model: CausalModel, ids: torch.Tensor) -> torch.Tensor:
-    logits: torch.Tensor = model(input_ids=ids, use_cache=False).logits
+        logits: torch.Tensor = model(input_ids=ids, use_cache=False).logits
     return logits.float()
 
 

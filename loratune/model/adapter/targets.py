@@ -17,7 +17,7 @@ from loratune.errors import Exit, LoratuneError, bullet_list
 from loratune.model.architecture.roles import ADAPTED_BY_DEFAULT, Role, expert_stacks, module_roles
 from loratune.model.architecture.structure import causal_model, layer_count
 from loratune.protocols import AdaptedModel, CausalModel
-from loratune.recipe.sections import EXPERTS, LAYERS, LoraSettings
+from loratune.recipe.method_sections import EXPERTS, LAYERS, LoraSettings
 
 GROUPS: Mapping[str, tuple[Role, ...]] = {
     "all-linear": ADAPTED_BY_DEFAULT,
@@ -109,7 +109,7 @@ def peft_targets(model: CausalModel, targets: Targets, layers: str | None) -> di
     """
     names = [name for name, _ in model.named_modules()]
     last = list(dict.fromkeys(map(_last, targets.modules)))
-    chosen = None if layers is None else list(_layer_range(layers, layer_count(model.config)))
+    chosen = None if layers is None else list(layer_range(layers, layer_count(model.config)))
     alike = [name for name in names if _last(name) in last]
     if set(_in_layers(alike, layers, layer_count(model.config))) != set(targets.modules):
         last, chosen = targets.modules, None  # the same name in another part of the model, or in another role
@@ -229,16 +229,22 @@ def _left_out(settings: LoraSettings, roles: Mapping[str, Role], replaced: set[s
 def _in_layers(names: Iterable[str], layers: str | None, count: int) -> list[str]:
     if layers is None:
         return list(names)
-    chosen = _layer_range(layers, count)
-    return [name for name in names if (number := _layer_of(name)) is not None and number in chosen]
+    chosen = layer_range(layers, count)
+    return [name for name in names if (number := layer_of(name)) is not None and number in chosen]
 
 
-def _layer_of(name: str) -> int | None:
+def layer_of(name: str) -> int | None:
+    """Return the number of the layer that a module or parameter is in; None outside of layers."""
     return next((int(part) for part in name.split(".") if part.isdigit()), None)
 
 
-def _layer_range(layers: str, count: int) -> range:
+def layer_range(layers: str, count: int, setting: str = "lora.layers") -> range:
     """Return the layer numbers of `last 6`, `first 4` or `8-15`, counted from 0.
+
+    Args:
+        layers: value of the setting.
+        count: number of the model's layers.
+        setting: name of the setting, for the message.
 
     Raises:
         LoratuneError: the model has fewer layers.
@@ -252,7 +258,7 @@ def _layer_range(layers: str, count: int) -> range:
     else:
         chosen = range(int(match["start"]), int(match["stop"]) + 1)
     if chosen.start < 0 or chosen.stop > count:
-        raise LoratuneError(f"lora.layers {layers!r}: the model has {count} layers, 0 to {count - 1}", Exit.USAGE)
+        raise LoratuneError(f"{setting} {layers!r}: the model has {count} layers, 0 to {count - 1}", Exit.USAGE)
     return chosen
 
 

@@ -268,12 +268,11 @@ def _missing(tensors: AdapterTensors, values: dict[str, Any], base: Mapping[str,
     embedding, _ = vocabulary_of(base).modules
     modules = [wanted] if isinstance(wanted, str) else list(wanted)
     modules += list(tokens) if isinstance(tokens, dict) else [embedding.rpartition(".")[2]] if tokens else []
-    held = [f".{name}" for name in (*tensors.whole, *tensors.rows)]
-    problems = [
-        f"{module} was trained and is not in the file"
-        for module in modules
-        if not any(f".{module}." in name for name in held)
-    ]
+    held, problems = {*tensors.whole, *tensors.rows}, []
+    for module in modules:
+        parts = {name for name in {*base} | held if f".{module}." in f".{name}"}
+        lost = sorted(parts - held) if parts & held else [module]
+        problems += [f"{name} was trained and is not in the file" for name in lost]
     adapted_names = {name.rpartition(".lora_")[0] for name in tensors.lora if name.endswith(".lora_B.weight")}
     if values.get("use_dora"):
         lengths = {name.rpartition(".lora_")[0] for name in tensors.lora if "lora_magnitude_vector" in name}

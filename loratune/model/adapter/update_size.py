@@ -9,6 +9,8 @@ from typing import Any
 from peft.tuners.lora.layer import ParamWrapper
 from peft.utils.integrations import dequantize_module_weight
 
+from loratune.model.adapter.own_parameters import own_parameters
+from loratune.model.adapter.own_weights import trained_weights
 from loratune.model.adapter.targets import attached_layers
 from loratune.protocols import AdaptedModel
 
@@ -16,7 +18,7 @@ from loratune.protocols import AdaptedModel
 def update_sizes(
     model: AdaptedModel, adapter: str = "default", norms: Mapping[str, float] | None = None
 ) -> dict[str, dict[str, float]]:
-    """Return target name → module → ‖ΔW‖ / ‖W‖ in Frobenius norms.
+    """Return target name → module → ‖ΔW‖ / ‖W‖ in Frobenius norms; of trained weights of the base, parameters.
 
     Args:
         model: the model with the adapter.
@@ -27,6 +29,12 @@ def update_sizes(
     for name, module in attached_layers(model):
         if adapter in module.lora_A:
             ratios[name.rpartition(".")[2]][name] = _ratio(module, adapter, _norm(name, module, norms or {}))
+    base = own_parameters(model).base_parameters()
+    for name, weight in trained_weights(model).items():
+        before = base[name].detach().float()
+        if norm := float(before.norm()):  # not of a bias that begins with zeros
+            change = weight.detach().float() - before
+            ratios[name.removesuffix(".weight").rpartition(".")[2]][name] = float(change.norm()) / norm
     return dict(ratios)
 
 

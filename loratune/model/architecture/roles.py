@@ -61,16 +61,16 @@ def module_roles(model: CausalModel) -> dict[str, Role]:
     for name, module in modules.items():
         if module is head or module is embedding:
             roles[name] = Role.HEAD if module is head else Role.EMBEDDING
-        elif not _is_within(name, [path]):  # a vision module, or an unused one
+        elif not is_within(name, [path]):  # a vision module, or an unused one
             continue
-        elif _is_within(name, routers):
+        elif is_within(name, routers):
             roles[name] = Role.ROUTER
         elif is_linear(module):
             if _is_gate(module, modules[name.rpartition(".")[0]]):
                 roles[name] = Role.GATE
-            elif _is_within(name, attention):
+            elif is_within(name, attention):
                 roles[name] = Role.ATTENTION
-            elif _is_within(name, mixtures):
+            elif is_within(name, mixtures):
                 roles[name] = Role.SHARED_EXPERT
             else:  # layers have their MLP in a module of its own, which undeclared attention may be too
                 roles[name] = Role.MLP if declared and _depth_in_layer(name, path) > 1 else Role.LINEAR
@@ -228,7 +228,8 @@ def _depth_in_layer(name: str, decoder: str) -> int:
     return len(below) - 1 - number
 
 
-def _is_within(name: str, paths: Iterable[str]) -> bool:
+def is_within(name: str, paths: Iterable[str]) -> bool:
+    """Return whether a module or parameter is in one of some modules, or one of them."""
     return any(name == path or name.startswith(f"{path}.") for path in paths)
 
 

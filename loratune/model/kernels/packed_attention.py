@@ -152,6 +152,8 @@ def attend_by_varlen(
     _document_lengths(query, settings)
     # Not by an index, whose gradient would be a copy.
     rows = [tensor.squeeze(0).transpose(0, 1) for tensor in (query, key, value)]
+    if torch.is_autocast_enabled(query.device.type):  # which trained norms of queries and keys leave in float32
+        rows = [tensor.to(torch.get_autocast_dtype(query.device.type)) for tensor in rows]
     return varlen(rows, borders, longest, window, settings.get("scaling")).unsqueeze(0), None
 
 

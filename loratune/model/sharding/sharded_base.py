@@ -38,7 +38,8 @@ from loratune.model.sharding.quantized_shards import (
 from loratune.model.weights.quantized_rows import Quantised, make_quantized
 from loratune.model.weights.tensor_files import TensorFiles
 from loratune.protocols import CausalModel
-from loratune.recipe.sections import LoraSettings, ModelSettings
+from loratune.recipe.method_sections import LoraSettings
+from loratune.recipe.sections import ModelSettings
 
 
 def load_sharded(
@@ -119,6 +120,7 @@ def require_shardable(settings: ModelSettings, lora: LoraSettings) -> None:
         "lora.modules_to_save": bool(lora.modules_to_save),
         f"lora.bias {lora.bias}": lora.bias != "none",
         "lora.use_dora": lora.use_dora,
+        f"lora.init {lora.init}": lora.starts_from_base,
     }
     if odd := [name for name, is_set in set_to.items() if is_set]:
         raise LoratuneError(

@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from peft.tuners.lora.layer import LoraLayer, ParamWrapper
-from peft.utils.integrations import dequantize_module_weight
 from torch import nn
 from torch.nn import functional
 
@@ -20,6 +19,7 @@ from loratune.model.architecture.structure import causal_model
 from loratune.model.base import load_base
 from loratune.model.from_folder import load_empty
 from loratune.model.hardware import Hardware
+from loratune.model.weights.dequantised import held_weight
 from loratune.model.weights.mapped import load_mapped
 from loratune.model.weights.stack import stacks_of
 from loratune.model.weights.unpacked import keep_unpacked
@@ -78,16 +78,6 @@ def _quantised_modules(model: CausalModel, kind: str) -> list[Any]:
 def _linear(module: Any, inputs: torch.Tensor) -> torch.Tensor:
     bias = None if module.bias is None else module.bias.float()
     return functional.linear(inputs.float(), held_weight(module).float(), bias)
-
-
-def held_weight(module: Any) -> torch.Tensor:
-    """Return the weight that a linear layer computes with, dequantised if it is quantised."""
-    if type(module.weight).__name__ != "Int8Params":
-        return dequantize_module_weight(module)
-    if module.weight.CB is not None:  # before its first forward pass
-        module.init_8bit_state()
-    scaled: torch.Tensor = module.state.CB.float() * (module.state.SCB.float() / 127).unsqueeze(1)
-    return scaled
 
 
 def _compute_buffers_in_float32(model: CausalModel, base: Path) -> None:

@@ -20,8 +20,8 @@ from torch.nn import functional
 from loratune.model.adapter.own_parameters import parameter_modules
 from loratune.model.adapter.peft_merge import Change
 from loratune.model.architecture.structure import causal_model
+from loratune.model.weights.dequantised import held_weight
 from loratune.model.weights.mapped import embedded
-from loratune.model.weights.reference import held_weight
 from loratune.model.weights.stack import Stack, stacks_of
 from loratune.protocols import CausalModel
 

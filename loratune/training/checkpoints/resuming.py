@@ -218,7 +218,7 @@ def _settings_of(checkpoint: Checkpoint) -> dict[str, Any]:
     known = default_settings() | with_current_names(settings)
     if ACCUMULATION in settings:  # with it, batch_size was the rows of one process
         known[BATCH_SIZE] *= checkpoint.identity["rest"].get("processes", 1)
-    return {name: value for name, value in known.items() if not _is_free(name)}
+    return {name: value for name, value in known.items() if not _is_free(name) and value != {}}
 
 
 def _is_free(name: str) -> bool:

@@ -105,3 +105,23 @@ def _fewest(checkpoint: Checkpoint) -> int:
 
 def _of_another_step(name: str, found: int, fewest: int, step: int) -> str | None:
     return None if fewest <= found <= step else f"{name} is of step {found}, the checkpoint of step {step}"
+
+
+@contextmanager
+def settings_kept(optimizer: Any, schedule: Any) -> Iterator[None]:
+    """Keep the settings of the recipe while the states of an optimizer and a LambdaLR are loaded from a checkpoint.
+
+    Args:
+        optimizer: the optimizer; None if nothing is loaded.
+        schedule: its schedule.
+    """
+    if optimizer is None:
+        yield
+        return
+    settings = [{name: value for name, value in group.items() if name != "params"} for group in optimizer.param_groups]
+    yield
+    schedule.base_lrs = [group["initial_lr"] for group in settings]
+    factors = (factor(schedule.last_epoch) for factor in schedule.lr_lambdas)
+    schedule._last_lr = [rate * factor for rate, factor in zip(schedule.base_lrs, factors, strict=True)]
+    for group, own, rate in zip(optimizer.param_groups, settings, schedule._last_lr, strict=True):
+        group.update(own | {"lr": rate})

@@ -44,13 +44,14 @@ class CheckedModel:
 
 
 def check_model(
-    model: AdaptedModel, plain: CausalModel, attention: AttentionChoice, loaded_attention: str, recipe: Recipe
+    model: AdaptedModel, plain: CausalModel | None, attention: AttentionChoice, loaded_attention: str, recipe: Recipe
 ) -> CheckedModel:
     """Measure on a model what its training relies on, and add the labelled loss to it.
 
     Args:
         model: the base with a fresh adapter, on its device.
-        plain: the base as PEFT alone would use it, see `with_same_weights`; it is changed.
+        plain: the base as PEFT alone would use it, see `with_same_weights`; it is changed. None leaves the check of
+            the saved adapter out.
         attention: chosen for the model.
         loaded_attention: name of the attention that the model was loaded with.
         recipe: the run's recipe.
@@ -75,11 +76,12 @@ def check_model(
     _, logits = _timed("logits", lambda: _with_loss(model), _logits_text)
     rows = random_documents(model, LENGTHS, seed=0)
     inputs = packed(model, rows) if packing.is_packed else padded(model, rows)
-    _, gradients = _timed("gradients", lambda: check_gradients(model, recipe.lora, inputs), _gradients_text)
-    unchecked, saved = _timed("saved adapter", lambda: check_saved_adapter(model, plain), _saved_text)
-    if unchecked:
-        warnings.append(_saved_text(unchecked))
-    checks += [order, logits, gradients, saved]
+    _, gradients = _timed("gradients", lambda: check_gradients(model, recipe, inputs), _gradients_text)
+    checks += [order, logits, gradients]
+    if plain is not None:
+        unchecked, saved = _timed("saved adapter", lambda: check_saved_adapter(model, plain), _saved_text)
+        warnings += [_saved_text(unchecked)] if unchecked else []
+        checks.append(saved)
     return CheckedModel(
         packing.attention, packing.is_packed, packing.is_masked, bool(problem), tuple(checks), tuple(warnings)
     )
@@ -115,7 +117,7 @@ def _order_text(_: None) -> str:
 
 
 def _gradients_text(weights: int) -> str:
-    return f"gradients reach all {counted(weights, 'weight')} of the adapter and no other"
+    return f"gradients reach all {counted(weights, 'trained weight')} and no other"
 
 
 def _saved_text(unchecked: str) -> str:

@@ -6,23 +6,24 @@ from typing import Any
 
 from loratune.errors import Exit, LoratuneError, bullet_list, counted
 from loratune.model.adapter.attach import is_adapter_weight
+from loratune.model.adapter.own_weights import trained_weights
 from loratune.protocols import AdaptedModel
-from loratune.recipe.sections import LoraSettings
+from loratune.recipe.sections import Recipe
 from loratune.training.probes.passes import undisturbed
 
 SHOWN = 8
 
 
-def check_gradients(model: AdaptedModel, settings: LoraSettings, inputs: dict[str, Any]) -> int:
-    """Check with a small pass that every weight of the adapter gets a gradient, and that no other weight would train.
+def check_gradients(model: AdaptedModel, recipe: Recipe, inputs: dict[str, Any]) -> int:
+    """Check with a small pass that every weight to be trained gets a gradient, and that no other weight would train.
 
     Args:
         model: the model with its labelled loss, and without gradients.
-        settings: what the adapter trains.
+        recipe: says what is trained.
         inputs: a pass with labels.
 
     Returns:
-        The number of the adapter's weights.
+        The number of weights, without trained biases of an adapter's base.
 
     Raises:
         LoratuneError: names the weights.
@@ -35,17 +36,23 @@ def check_gradients(model: AdaptedModel, settings: LoraSettings, inputs: dict[st
     finally:
         for parameter in named.values():
             parameter.grad = None
-    wanted = {name for name in named if is_adapter_weight(name)}
+    own = {id(weight) for weight in trained_weights(model).values()}
+    wanted = {name for name, weight in named.items() if is_adapter_weight(name) or id(weight) in own}
     trained = reached | {name for name, parameter in named.items() if parameter.requires_grad}
-    biases = {name for name in named if name.endswith(".bias") and settings.bias != "none"}
+    biases = {name for name in named if name.endswith(".bias") and recipe.lora.bias != "none"}
     lines = [
         *(f"{name} gets no gradient: the model does not use it for text" for name in sorted(wanted - reached)),
-        *(f"{name} would be trained, but does not belong to the adapter" for name in sorted(trained - wanted - biases)),
+        *(f"{name} would be trained, but was not asked for" for name in sorted(trained - wanted - biases)),
     ]
     if lines:
+        advice = {
+            "lora": "the settings in lora say; give other names in lora.target_modules",
+            "full": "method full says; method freeze with freeze.modules trains those that you name",
+            "freeze": "the settings in freeze say; give other names in freeze.modules",
+        }
         raise LoratuneError(
-            f"{counted(len(lines), 'weight')} would not be trained as the settings in lora say; give other names in "
-            f"lora.target_modules:\n{bullet_list(lines, limit=SHOWN)}",
+            f"{counted(len(lines), 'weight')} would not be trained as {advice[recipe.method]}:\n"
+            f"{bullet_list(lines, limit=SHOWN)}",
             Exit.USAGE,
         )
     return len(wanted)

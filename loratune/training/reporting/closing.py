@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from loratune import console
 from loratune.errors import Interrupted
+from loratune.model.adapter.own_weights import in_base_dtype
 from loratune.model.sharding.gathering import is_sharded
 from loratune.protocols import AdaptedModel
 from loratune.runs.folder import PLOT, REPORT
@@ -73,7 +74,8 @@ def _answers(session: Session, running: ActiveTraining) -> Answers | None:
         reading_speed=trained.tokens_per_second,
         is_over=lambda: session.stops.has_come,
     )
-    with leading(_model(running)) if is_sharded(_model(running)) else nullcontext():
+    gathering = leading(_model(running)) if is_sharded(_model(running)) else nullcontext()
+    with gathering, in_base_dtype(_model(running)):
         return ask_questions(_model(running), session.encoder, session.data, allowance)
 
 

@@ -86,7 +86,8 @@ def _about_updates(updates: Mapping[str, Updates], without_gradient: Sequence[st
         sentences.append(f"{_modules(unchanged)} unchanged: no gradient has reached them, or the learning rate was 0")
     if sizes and not broken and max(size.largest for size in sizes) < HARDLY:
         sentences.append(
-            "the adapter hardly changes the model: raise training.learning_rate, train longer, or raise lora.alpha"
+            "the training hardly changes the model: raise training.learning_rate, train longer, or, with LoRA, raise "
+            "lora.alpha"
         )
     if without_gradient:
         sentences.append(f"{_modules(without_gradient)} without a gradient in the first step")
@@ -97,8 +98,8 @@ def _about_answers(answers: Answers | None) -> list[str]:
     sentences = []
     if answers and answers.told and not answers.changed and not answers.cut_short:
         sentences.append(
-            f"none of {counted(len(answers.told), 'question')} is answered differently from the base: the adapter has "
-            "learnt nothing visible; raise training.learning_rate or lora.rank, or train longer"
+            f"none of {counted(len(answers.told), 'question')} is answered differently from the base: the training has "
+            "changed nothing visible; raise training.learning_rate, train longer, or, with LoRA, raise lora.rank"
         )
     if answers and answers.ended < answers.judged / 2:
         sentences.append(

@@ -7,7 +7,7 @@ from pathlib import Path
 from loratune import console
 from loratune.data.preparation import PreparedData
 from loratune.errors import counted
-from loratune.model.adapter.attach import AdapterSummary
+from loratune.model.adapter.summary import AdapterSummary
 from loratune.model.architecture.roles import Role
 from loratune.recipe.sections import Recipe
 from loratune.runs.model_check import summary as check_summary
@@ -49,10 +49,7 @@ def show_model(
             ("weights", groups),
             *sharded,
             *quantised,
-            (
-                "adapter",
-                f"rank {recipe.lora.rank}, alpha {recipe.lora.alpha:g}, {console.memory(summary.adapter_bytes)}",
-            ),
+            _method(recipe, summary),
             ("trains", f"{summary.trainable_parameters:,} of {summary.total_parameters:,} parameters ({share:.2%})"),
             *_groups(summary),
             ("attention", str(checked.attention)),
@@ -61,6 +58,13 @@ def show_model(
         ],
         title="model",
     )
+
+
+def _method(recipe: Recipe, summary: AdapterSummary) -> tuple[str, str]:
+    size = console.memory(summary.adapter_bytes)
+    if recipe.trains_base:
+        return "method", f"{recipe.method}: weights of the base in float32, {size}, beside the base"
+    return "adapter", f"rank {recipe.lora.rank}, alpha {recipe.lora.alpha:g}, {size}"
 
 
 def _effect_text(effect: QuantizationEffect) -> str:
@@ -78,11 +82,11 @@ def _groups(summary: AdapterSummary) -> list[tuple[str, str]]:
     return [*rows, ("left out", "; ".join(summary.left_out))] if summary.left_out else rows
 
 
-def parts_of_memory(summary: AdapterSummary, passes: PassPlan, base_bytes: int) -> dict[str, str]:
+def parts_of_memory(recipe: Recipe, summary: AdapterSummary, passes: PassPlan, base_bytes: int) -> dict[str, str]:
     """Return the known parts of the training memory of a process that holds some bytes of the base."""
     parts = {
         "base": console.memory(base_bytes),
-        "adapter": console.memory(summary.adapter_bytes),
+        "trained weights" if recipe.trains_base else "adapter": console.memory(summary.adapter_bytes),
         "gradients and optimizer": console.memory(3 * summary.adapter_bytes),
     }
     if passes.memory:

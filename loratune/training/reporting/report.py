@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, TypeVar
 from loratune import console
 from loratune.choices import BestOf
 from loratune.errors import counted
-from loratune.model.adapter.attach import AdapterSummary
+from loratune.model.adapter.summary import AdapterSummary
 from loratune.model.memory import peak_memory_bytes
 from loratune.runs.report import (
     AdapterCounts,

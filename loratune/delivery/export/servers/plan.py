@@ -33,6 +33,8 @@ SETTINGS = {
 """Settings of adapter_config.json that are parts; any value that is not false."""
 WITH_TENSORS = {Part.DORA, Part.LORA_BIAS, Part.TOKENS, Part.BASE_BIASES, Part.WHOLE_MODULES}
 """Parts with tensors other than LoRA's matrices."""
+SHOWN = 4
+"""Modules that a message names."""
 TENSOR = re.compile(r"base_model\.model\.(?P<module>.+)\.lora_(?:embedding_)?(?P<matrix>[AB])(?:\.weight)?")
 PARTS = {
     Projection.USUAL: Part.USUAL,
@@ -177,7 +179,8 @@ def _config_parts(config: dict[str, Any]) -> dict[Part, str]:
     parts = {part: part.value for key, part in SETTINGS.items() if config.get(key)}
     if saved := config.get("modules_to_save"):
         named = [saved] if isinstance(saved, str) else saved
-        parts[Part.WHOLE_MODULES] = f"modules trained in full (modules_to_save: {', '.join(named)})"
+        more = f", … {len(named) - SHOWN} more" if len(named) > SHOWN else ""
+        parts[Part.WHOLE_MODULES] = f"modules trained in full (modules_to_save: {', '.join(named[:SHOWN])}{more})"
     if config.get("bias", "none") != "none":
         parts[Part.BASE_BIASES] = f"trained biases of the base (bias: {config['bias']})"
     return parts
