@@ -158,10 +158,10 @@ def program(*words: str, **settings: Any) -> subprocess.CompletedProcess[str]:
 @pytest.mark.parametrize(
     ("words", "numbers"),
     [
-        ((), range(20)),
+        ((), range(21)),
         (("6-7",), range(6, 8)),
         (("merge", "0"), (0, 13)),
-        (("--from", "decoding"), range(11, 20)),
+        (("--from", "decoding"), range(11, 21)),
         (("--from", "3", "0-4"), (3, 4)),
     ],
 )

@@ -37,7 +37,7 @@ from loratune.runs.lock import lock_holder, run_lock
 from loratune.runs.manifest import Manifest, TrainedBase, TrainedTemplate
 from loratune.runs.output import begin_run, prepare_output
 from loratune.training.checkpoints.keeper import CheckpointKeeper
-from loratune.training.checkpoints.resuming import check_identity, find_start, identity_of
+from loratune.training.checkpoints.resuming import BEST_EXACT, check_identity, find_start, identity_of
 from loratune.training.trainer import AdapterTrainer
 from loratune.writing import folder_in_one_step
 
@@ -371,9 +371,9 @@ def test_any_setting_that_an_adapter_hangs_on_keeps_a_run_from_going_on(tmp_path
             shorter = name in ("training.epochs", "training.max_steps")
             other = {**identity, part: identity[part] | {name: 1000 if shorter else "another"}}
             with pytest.raises(LoratuneError, match=re.escape(name)) as caught:
-                check_identity(Checkpoint(tmp_path, 2, other, {}), identity, allow_changes=False)
+                check_identity(Checkpoint(tmp_path, 2, other, {BEST_EXACT: None}), identity, allow_changes=False)
             assert caught.value.exit_code == Exit.USAGE
-    check_identity(Checkpoint(tmp_path, 2, identity, {}), identity, allow_changes=False)
+    check_identity(Checkpoint(tmp_path, 2, identity, {BEST_EXACT: None}), identity, allow_changes=False)
 
 
 # --- numbers that go bad, rows that cannot be read ---
