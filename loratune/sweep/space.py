@@ -205,7 +205,7 @@ def stored(value: Any) -> Any:
 
 
 def text_of(value: Any) -> str:
-    """Return a value for tables and names: 0.0002, true, q_proj+v_proj."""
+    """Return a value for tables and names: 0.0002, true, attention+mlp."""
     if isinstance(value, bool) or value is None:
         return {True: "true", False: "false", None: "none"}[value]
     if isinstance(value, float):
