@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from peft import PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
@@ -20,6 +20,7 @@ from loratune.model.adapter.summary import summarise_adapter
 from loratune.model.adapter.targets import resolve_targets
 from loratune.model.base import load_base
 from loratune.model.hardware import detect_hardware
+from loratune.recipe.advice import first_steps
 from loratune.recipe.method_sections import LoraSettings
 from loratune.recipe.sections import ModelSettings
 from loratune.writing import folder_in_one_step
@@ -245,3 +246,28 @@ def test_copying_a_saved_adapter_elsewhere_keeps_it_usable(
 ) -> None:
     copy = shutil.copytree(saved[0], tmp_path / "elsewhere")
     torch.testing.assert_close(load_adapter(base_of(random_qwen), copy).eval()(IDS).logits, saved[1])
+
+
+def test_what_a_first_step_changes_follows_from_alpha_and_rate_and_not_from_the_rank() -> None:
+    """One step of Adam on PEFT's own layer: the change along the gradient, for each unit of `first_steps`."""
+
+    def change(rate: float, **settings: Any) -> float:
+        torch.manual_seed(0)
+        x, wanted = torch.randn(2, 64, 256)
+        lora, base = LoraSettings(**settings), torch.nn.Linear(256, 256, bias=False)
+        gradient = ((x @ base.weight.T - wanted).T @ x).detach()
+        names: Any = {"r": lora.rank, "lora_alpha": lora.alpha, "use_rslora": lora.use_rslora, "target_modules": ["0"]}
+        model: Any = get_peft_model(torch.nn.Sequential(base), LoraConfig(**names))
+        (model(x) - wanted).square().sum().backward()
+        torch.optim.AdamW(model.parameters(), lr=rate, weight_decay=0).step()
+        moved = -(model.base_model.model[0].get_delta_weight("default") * gradient).sum().item()
+        return moved / first_steps(lora, rate)
+
+    plain = change(1e-4, rank=16, alpha=32)
+    assert plain > 0
+    for rate, settings in (
+        (1e-4, {"rank": 128, "alpha": 32}),
+        (4e-4, {"rank": 16, "alpha": 8}),
+        (1e-4, {"rank": 64, "alpha": 4, "use_rslora": True}),
+    ):
+        assert change(rate, **settings) == pytest.approx(plain, rel=0.2)

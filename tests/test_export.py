@@ -113,7 +113,7 @@ def test_vllm_gets_a_line_that_a_shell_understands(cli: CLI, run: Path, random_q
     assert done.exit_code == 0, done.stderr
     words = shlex.split(done.stdout)
     assert words[:3] == ["vllm", "serve", str(random_qwen)]
-    assert words[words.index("--max-lora-rank") + 1] == "8"
+    assert words[words.index("--max-lora-rank") + 1] == "16"
     assert words[words.index("--lora-modules") + 1] == f"my-run={output}"
     template = Path(words[words.index("--chat-template") + 1])
     assert "You add numbers." in template.read_text(encoding="utf-8")

@@ -171,6 +171,7 @@ def test_with_dropout_the_same_seed_gives_the_same_run(random_qwen: Path, tmp_pa
 def test_the_quickstart_s_first_losses_are_the_recorded_ones(tmp_path: Path, cli: Any) -> None:
     flags = ["--model.dtype", "float32", "--lora.dropout", "0", "--data.validation", "0", "--output", tmp_path / "run"]
     flags += ["--training.max_steps", "6", "--training.scheduler", "constant", "--training.warmup", "0"]
+    flags += ["--lora.rank", "8", "--lora.alpha", "16", "--training.learning_rate", "4e-3"]  # those of the record
     assert cli("sft", "--config", "quickstart", *flags).exit_code == 0
     records = map(json.loads, (tmp_path / "run" / "metrics.jsonl").read_text().splitlines())
     assert [record["loss"] for record in records] == pytest.approx(

@@ -162,7 +162,7 @@ def by_peft(base: Path, adapter: Path) -> torch.Tensor:
 def test_a_run_that_starts_from_the_base_leaves_plain_lora_of_twice_the_rank(
     sft: Callable[..., Path], cli: Cli, random_qwen: Path, tmp_path: Path, init: str
 ) -> None:
-    run = sft("run", "--lora.init", init, "--lora.rank", RANK, "--training.optimizer", "adamw")
+    run = sft("run", "--lora.init", init, "--lora.rank", RANK, "--lora.alpha", 16, "--training.optimizer", "adamw")
     config = json.loads((run / "adapter" / "adapter_config.json").read_text())
     assert (config["r"], config["lora_alpha"], config["init_lora_weights"]) == (2 * RANK, 32, True)
     tensors = load_file(run / "adapter" / "adapter_model.safetensors")

@@ -243,7 +243,7 @@ def test_rounding_for_the_closing_questions_is_undone(random_qwen: Path) -> None
 @pytest.mark.parametrize(
     ("settings", "told"),
     [
-        ({"method": "full", "lora": {"rank": 16, "use_dora": True}}, "makes no use of lora.rank, lora.use_dora"),
+        ({"method": "full", "lora": {"rank": 8, "use_dora": True}}, "makes no use of lora.rank, lora.use_dora"),
         ({"method": "full", "freeze": {"layers": "last 1"}}, "makes no use of freeze.layers"),
         ({"freeze": {"modules": ["mlp"]}}, "method lora makes no use of freeze.modules"),
         ({"method": "freeze"}, "needs freeze.layers or freeze.modules"),

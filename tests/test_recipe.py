@@ -265,9 +265,9 @@ def test_a_byte_order_mark_and_windows_line_ends_are_accepted(tmp_path: Path) ->
 
 
 def test_a_flag_takes_precedence_over_the_recipe_and_the_recipe_over_the_default(recipe_file: Any) -> None:
-    config = recipe_file(MINIMAL + "lora: {rank: 16, alpha: 32}\n")
+    config = recipe_file(MINIMAL + "lora: {rank: 8, alpha: 24}\n")
     recipe = load_recipe(config, {"lora.rank": "4", "seed": "5"})
-    assert (recipe.lora.rank, recipe.lora.alpha, recipe.lora.dropout, recipe.seed) == (4, 32, 0.05, 5)
+    assert (recipe.lora.rank, recipe.lora.alpha, recipe.lora.dropout, recipe.seed) == (4, 24, 0.0, 5)
 
 
 def test_flags_alone_make_a_recipe() -> None:
@@ -645,8 +645,10 @@ def test_a_good_recipe_gets_no_advice() -> None:
 @pytest.mark.parametrize(
     ("sections", "told"),
     [
-        ({"lora": {"rank": 16, "alpha": 8}}, "scaled by 0.5"),
-        ({"lora": {"rank": 128, "alpha": 256}}, "lora.rank 128 is above 64"),
+        ({"lora": {"alpha": 4}}, "lora.alpha × training.learning_rate is 0.0012, below 0.002"),
+        ({"lora": {"alpha": 512}}, "lora.alpha × training.learning_rate is 0.15, above 0.08"),
+        ({"lora": {"alpha": 128, "use_rslora": True}}, "training.learning_rate × √lora.rank is 0.15, above 0.08"),
+        ({"lora": {"b_learning_rate_ratio": 16}}, "learning_rate × lora.b_learning_rate_ratio is 0.15, above 0.08"),
         ({"lora": {"rank": 32, "alpha": 64}}, "--max-lora-rank 32"),
         ({"lora": {"rank": 20, "alpha": 40}}, "--max-lora-rank 32"),  # vLLM takes no 20
         ({"lora": {"rank": 600, "alpha": 1200}}, "has to be merged"),
@@ -654,8 +656,8 @@ def test_a_good_recipe_gets_no_advice() -> None:
         ({"lora": {"use_rslora": True}}, "lora.use_rslora: SGLang cannot serve"),
         ({"lora": {"bias": "all"}}, "lora.bias all: vLLM and SGLang"),
         ({"lora": {"modules_to_save": ["head"]}}, "lora.modules_to_save: vLLM and SGLang"),
-        ({"training": {"learning_rate": 1e-5}}, "training.learning_rate 1e-05 is below 5e-5"),
-        ({"training": {"learning_rate": 0.1}}, "above 5e-3"),
+        ({"training": {"learning_rate": 1e-5}}, "training.learning_rate is 0.00032, below 0.002"),
+        ({"training": {"learning_rate": 0.1}}, "training.learning_rate is 3.2, above 0.08"),
         (
             {"training": {"max_steps": 400, "epochs": 2}},
             "training.max_steps 400 takes precedence over training.epochs 2",
@@ -668,13 +670,15 @@ def test_a_setting_that_usually_ends_badly_gets_advice(sections: dict[str, Any],
     assert any(told in sentence for sentence in advice(**sections))
 
 
-def test_rslora_takes_the_advice_about_its_scale_away() -> None:
-    told = " ".join(advice(lora={"rank": 128, "alpha": 64, "use_rslora": True}))
-    assert "above 64" not in told
-    assert "scaled by" not in told
-
-
 def test_the_borders_of_advice_are_good() -> None:
-    assert advice(lora={"rank": 16, "alpha": 16}) == []
-    assert advice(training={"learning_rate": 5e-5}) == []
-    assert len(advice(training={"learning_rate": 4.9e-5})) == 1
+    for lora, borders in (({"alpha": 32}, (2e-3 / 32, 0.08 / 32)), ({"alpha": 16, "rank": 16}, (2e-3 / 16, 0.08 / 16))):
+        for border, beyond in zip(borders, (0.99, 1.01), strict=True):
+            assert advice(lora=lora, training={"learning_rate": border}) == []
+            assert len(advice(lora=lora, training={"learning_rate": beyond * border})) == 1
+
+
+def test_a_rank_is_no_reason_for_advice_beyond_what_servers_take() -> None:
+    """The published sweep has its lowest losses at ranks of 64 and 128, with alpha 32 all the same."""
+    assert [told.partition(":")[0] for told in advice(lora={"rank": 128})] == [
+        "lora.rank 128 is above vLLM's default limit"
+    ]

@@ -64,7 +64,8 @@ def sft(cli: Callable[..., Result], random_qwen: Path, tmp_path: Path) -> Sft:
         return cli(
             "sft", "--model.base", random_qwen, "--data.train", tmp_path / "rows.json", "--data.validation", "0.2",
             "--data.severity", "repetitive=ignore", "--evaluation.every_steps", "2", "--checkpoints.every_steps", "2",
-            "--checkpoints.keep", "9", "--training.learning_rate", "1e-2", *FEW, "--output", tmp_path / name, *settings,
+            "--checkpoints.keep", "9", "--training.learning_rate", "1e-2", "--lora.dropout", "0.05", *FEW,
+            "--output", tmp_path / name, *settings,
         )  # fmt: skip
 
     return run

@@ -119,7 +119,7 @@ def test_a_sweep_is_what_its_run_folders_say(start: Start, cli: Cli, base: list[
     assert "already holds a sweep; continue or join it with --resume" in again.stderr
     other = cli("sweep", *base, *OVER, "--seeds", "2", "--lora.alpha", "4", "--output", folder, "--resume")
     assert other.exit_code == Exit.USAGE
-    assert "lora.alpha: 16 → 4" in other.stderr
+    assert "lora.alpha: 32 → 4" in other.stderr
     assert "seeds: 1 → 2" in other.stderr
 
 

@@ -124,7 +124,7 @@ def test_a_tracker_is_told_settings_and_every_record_in_order(
     made.close()
     (first, settings, pid), *logged, last = told()
     assert (first, settings["name"], last) == ("init", "run", ["finish"])
-    assert settings["config"]["training.learning_rate"] == 1e-4
+    assert settings["config"]["training.learning_rate"] == 3e-4
     assert settings["config"]["data.train"] == '["a.json", "b.json"]'
     assert logged == [["log", {k: v for k, v in one.items() if k != "step"}, one["step"]] for one in RECORDS]
     assert not is_alive(pid)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from loratune.choices import ServerName
 from loratune.recipe.method_sections import LoraSettings, Method, adapts_experts
 from loratune.recipe.sections import Recipe, TrainingSettings
@@ -9,6 +11,8 @@ from loratune.recipe.servers import INSTEAD, SERVERS, Part, max_lora_rank, unser
 
 VLLM = SERVERS["vllm"]
 HIGHEST_OWN_RATE = 5e-5
+SLOWEST, FASTEST = 2e-3, 0.08
+"""Bounds of `first_steps`; docs/defaults.md has the measurements."""
 
 
 def advise(recipe: Recipe) -> list[str]:
@@ -32,47 +36,44 @@ def _advise_own_weights(recipe: Recipe) -> list[str]:
 
 
 def _advise_adapter(recipe: Recipe) -> list[str]:
-    rate, advice = recipe.training.learning_rate, [*_advise_lora(recipe), *_advise_experts(recipe)]
-    if rate < 5e-5:
-        advice.append(
-            f"training.learning_rate {rate:g} is below 5e-5: LoRA starts from zero and hardly moves at rates for full "
-            "training; 1e-4 to 2e-4 is usual"
-        )
-    return [*advice, *_advise_serving(recipe)]
+    return [*_advise_lora(recipe), *_advise_experts(recipe), *_advise_serving(recipe)]
 
 
 def _advise_experts(recipe: Recipe) -> list[str]:
-    if not adapts_experts(recipe.lora):
+    if not adapts_experts(recipe.lora) or recipe.training.gradient_checkpointing is not None:
         return []
-    advice = []
-    if "dropout" not in recipe.lora.model_fields_set:
-        advice.append("lora.target_modules experts: lora.dropout is 0, since PEFT's adapter of experts has none")
-    if recipe.training.gradient_checkpointing is None:
-        advice.append(
-            "lora.target_modules experts: gradient checkpointing is on, because the changed matrices of all experts "
-            "would be kept for the backward pass otherwise"
-        )
-    return advice
+    return [
+        "lora.target_modules experts: gradient checkpointing is on, because the changed matrices of all experts would "
+        "be kept for the backward pass otherwise"
+    ]
+
+
+def first_steps(lora: LoraSettings, learning_rate: float) -> float:
+    """Return how fast the update grows at first: alpha × learning rate, times √rank with rank-stabilised scaling.
+
+    B starts at zero and Adam moves its entries by about its learning rate, so B·A grows with rank × learning rate, and
+    is multiplied by alpha / rank.
+    """
+    scale = math.sqrt(lora.rank) if lora.use_rslora else 1
+    return lora.alpha * learning_rate * lora.b_learning_rate_ratio * scale
 
 
 def _advise_lora(recipe: Recipe) -> list[str]:
-    lora, advice = recipe.lora, []
-    if lora.alpha < lora.rank and not lora.use_rslora:
-        advice.append(
-            f"lora.alpha {lora.alpha:g} is below lora.rank {lora.rank}: the update is scaled by "
-            f"{lora.alpha / lora.rank:g} and learns slowly; alpha = 2 × rank is the usual start"
-        )
-    if lora.rank > 64 and not lora.use_rslora:
-        advice.append(
-            f"lora.rank {lora.rank} is above 64: it costs memory and overfits small data, and alpha / rank shrinks "
-            "the update; try 8 to 64, or lora.use_rslora true"
-        )
+    lora = recipe.lora
     if lora.starts_from_base:
-        advice.append(
+        return [
             f"lora.init {lora.init}: the adapter is saved as plain LoRA of rank {2 * lora.rank}, which holds its start "
             "too; it has twice the trained values in memory and files"
-        )
-    return advice
+        ]
+    growth = first_steps(lora, recipe.training.learning_rate)
+    if SLOWEST <= growth <= FASTEST:
+        return []
+    factors = ["lora.alpha", "training.learning_rate"]
+    factors += ["lora.b_learning_rate_ratio"] * (lora.b_learning_rate_ratio != 1) + ["√lora.rank"] * lora.use_rslora
+    bound = f"below {SLOWEST:g}: the adapter learns slowly"
+    if growth > FASTEST:
+        bound = f"above {FASTEST:g}: training often diverges there"
+    return [f"{' × '.join(factors)} is {growth:.2g}, {bound}; 1e-2 is usual"]
 
 
 def _advise_serving(recipe: Recipe) -> list[str]:
@@ -131,8 +132,6 @@ def _advise_training(recipe: Recipe) -> list[str]:
             f"training.max_steps {training.max_steps} takes precedence over training.epochs {training.epochs:g}; "
             "give one"
         )
-    if training.learning_rate > 5e-3:
-        advice.append(f"training.learning_rate {training.learning_rate:g} is above 5e-3: training often diverges there")
     if not data.validation:
         advice.append(
             "no validation rows (data.validation): overfitting stays unnoticed, and the last step counts as the best; "

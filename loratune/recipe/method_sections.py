@@ -32,12 +32,12 @@ Method = Literal["lora", "full", "freeze"]
 class LoraSettings(Section):
     """The LoRA adapter."""
 
-    rank: int = Field(default=8, ge=1, le=4096)
+    rank: int = Field(default=16, ge=1, le=4096)
     """Rank of the update matrices; determines the adapter's capacity and memory."""
-    alpha: float = Field(default=16, gt=0)
-    """Scale of the update, which is multiplied by alpha / rank; twice the rank is a common choice."""
-    dropout: float = Field(default=0.05, ge=0, lt=1)
-    """Dropout probability of the adapter's inputs during training; with experts among the targets, 0."""
+    alpha: float = Field(default=32, gt=0)
+    """Scale of the update, which is multiplied by alpha / rank; keep it when changing the rank."""
+    dropout: float = Field(default=0.0, ge=0, lt=1)
+    """Dropout probability of the adapter's inputs during training."""
     bias: Literal["none", "all", "lora_only"] = "none"
     """Which bias terms are also trained."""
     target_modules: Annotated[TargetGroup | list[str], BeforeValidator(_listed_unless_named)] = "all-linear"
@@ -69,11 +69,8 @@ class LoraSettings(Section):
     @model_validator(mode="after")
     def _experts_have_limits(self) -> LoraSettings:
         """PEFT adds an update to the experts' matrices themselves, so it cannot drop out inputs or scale outputs."""
-        if not adapts_experts(self):
-            return self
-        if "dropout" not in self.model_fields_set:
-            object.__setattr__(self, "dropout", 0.0)
-        if odd := [name for name in ("dropout", "use_dora") if getattr(self, name)]:
+        odd = [name for name in ("dropout", "use_dora") if getattr(self, name)]
+        if odd and adapts_experts(self):
             raise ValueError(
                 f"PEFT has no {' and no '.join(odd)} for experts; leave {' and '.join(odd)} out, or experts out of "
                 "target_modules"

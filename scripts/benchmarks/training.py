@@ -66,7 +66,7 @@ def train_with_loratune(arguments: argparse.Namespace, train: Path, place: Path)
     flags = {
         "model.base": arguments.model, "model.quantization": arguments.quantization,
         "data.train": train, "data.validation": 0, "data.too_long": "truncate_answer",
-        "lora.dropout": 0, "training.batch_size": arguments.batch,
+        "lora.rank": 8, "lora.alpha": 16, "lora.dropout": 0, "training.batch_size": arguments.batch,
         "training.warmup": 0, "training.epochs": arguments.epochs, "training.max_length": arguments.max_length,
         "training.learning_rate": 2e-4, "output": place,
     }  # fmt: skip
@@ -88,7 +88,7 @@ def train_with_loratune(arguments: argparse.Namespace, train: Path, place: Path)
 
 def score_unseen(model: Path, rows: Path, adapter: str) -> float:
     """Return nats per answer token, computed without loratune."""
-    return float(printed_figures(HERE / "unseen_loss.py", model, rows, adapter)["nll"])
+    return float(printed_figures(HERE / "unseen_loss.py", model, adapter, rows)["nll"][0])
 
 
 def print_table(figures: dict[str, Any]) -> None:

@@ -13,8 +13,8 @@ from gpu_checks.table import Figures, Workplace
 
 KIND = "qwen3_5_moe"
 COMMON: dict[str, object] = {
-    "model.dtype": "bfloat16", "lora.dropout": 0, "data.validation": 0, "training.max_steps": 60,
-    "training.learning_rate": 5e-3, "training.warmup": 0, "evaluation.questions_share": 0,
+    "model.dtype": "bfloat16", "lora.rank": 8, "lora.alpha": 16, "lora.dropout": 0, "data.validation": 0,
+    "training.max_steps": 60, "training.learning_rate": 5e-3, "training.warmup": 0, "evaluation.questions_share": 0,
 }  # fmt: skip
 RUNS: dict[str, dict[str, object]] = {
     "all-linear": {},

@@ -21,7 +21,8 @@ STEPS, WARM_UP = 12, 5
 UNSEEN = 40
 BENCHMARKS = REPOSITORY / "scripts" / "benchmarks"
 COMMON: dict[str, object] = {
-    "model.dtype": "bfloat16", "data.validation": 0, "data.severity": "repetitive=ignore", "lora.dropout": 0.05,
+    "model.dtype": "bfloat16", "data.validation": 0, "data.severity": "repetitive=ignore",
+    "lora.rank": 8, "lora.alpha": 16, "lora.dropout": 0.05,
     "training.max_steps": STEPS, "training.warmup": 0, "evaluation.questions_share": 0,
 }  # fmt: skip
 LONG_ROWS, LONG_BATCH = range(50, 1001, 9), 8
@@ -76,9 +77,9 @@ def layers_of(place: Workplace) -> int:
 
 
 def shipped(base: Path, rows: Path) -> dict[str, object]:
-    """Return what the recipe qwen7b needs to train another base on other rows for some steps."""
-    names = ("data.validation", "data.severity", "training.max_steps", "training.warmup", "evaluation.questions_share")
-    return {name: COMMON[name] for name in names} | {"model.base": base, "data.train": rows}
+    """Return what the recipe qwen7b needs to train another base on other rows for some steps, with TRL's rank."""
+    settings = {name: value for name, value in COMMON.items() if name not in ("model.dtype", "lora.alpha")}
+    return settings | {"model.base": base, "data.train": rows}
 
 
 def long_settings(base: Path, rows: Path) -> dict[str, object]:
@@ -148,4 +149,4 @@ def trl_words(base: Path, rows: Path, output: Path, batch: int, steps: int, *oth
 
 def unseen_loss(base: Path, rows: Path, adapter: Path) -> float:
     """Return nats per answer token, computed without loratune."""
-    return float(printed_figures(BENCHMARKS / "unseen_loss.py", base, rows, adapter)["nll"])
+    return float(printed_figures(BENCHMARKS / "unseen_loss.py", base, adapter, rows)["nll"][0])
