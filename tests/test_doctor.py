@@ -58,6 +58,7 @@ GOOD = Machine(
     has_nvidia_device=True,
     are_gpus_hidden=False,
     torch=TORCH,
+    works_without_gpu=False,
     packages=dict.fromkeys(PACKAGES, "1.0"),
     trials=dict.fromkeys(["torch", *PACKAGES], RIGHT),
     packing=PackingFacts("varlen: one kernel for all documents of a batch", True, "apart", "bfloat16", 0),
@@ -119,6 +120,9 @@ MACHINES: dict[str, tuple[str, str, Machine, str, str]] = {
     "torch without CUDA": ("torch", "broken", changed(cuda=None, **NO_GPU), "/whl/cu130", "built without CUDA"),
     "a driver that fails": ("GPU", "broken", changed(**NO_GPU), "nvidia-smi", "insufficient"),
     "torch that crashes": ("torch", "broken", changed(torch=CRASH, packing=None), "pip install --force", "SIGSEGV"),
+    "a GPU that does not answer": (
+        "GPU", "broken", changed(torch=HANG, works_without_gpu=True, packing=None), "nvidia-smi", "torch itself works"
+    ),
     "a card of capability 7.0": ("GPU 0", "broken", changed(gpus=(V100,)), "/whl/cu126", "no kernels"),
     "a card later than torch": ("GPU 0", "broken", changed(gpus=(LATER,)), "--upgrade torch", "no kernels"),
     "a second card of capability 7.0": ("GPU 1", "broken", changed(gpus=(H100, V100)), "/whl/cu126", "7.0"),
@@ -250,6 +254,8 @@ def test_one_fault_makes_one_line_unless_another_is_its_cause() -> None:
         ("base", GOOD, {"files": dataclasses.replace(WHOLE, problems=("a: 5 bytes where its header declares 9",))},
          "hf download ORG/NAME --local-dir /models/base", "declares 9", Exit.MODEL),
         ("base", GOOD, {"files": dataclasses.replace(WHOLE, pointers=("model.safetensors",))}, "lfs pull", "LFS",
+         Exit.MODEL),
+        ("base", GOOD, {"files": Failure("refused", "no such folder")}, "--model.base MODEL", "no such folder",
          Exit.MODEL),
         ("base", GOOD, {"files": HANG}, "hf download", "no answer", Exit.MODEL),
         ("template", GOOD, {"template": Failure("refused", "no chat template")}, "hf download", "template",

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import inspect
 import json
 import os
+import resource
 import shutil
 import subprocess
 import sys
@@ -23,7 +25,7 @@ from torch.nn import functional
 from typer.testing import Result
 
 from loratune.doctor import measuring
-from loratune.doctor.facts import BaseFacts, Failure, HubFacts, Place, Trial
+from loratune.doctor.facts import BaseFacts, Failure, Gpu, HubFacts, Place, TorchFacts, Trial
 from loratune.doctor.isolated import measured
 from loratune.doctor.probes import packing, rows, trials
 from loratune.doctor.probes.base import base_facts
@@ -33,6 +35,7 @@ from loratune.doctor.probes.rows import check_rows_of
 from loratune.doctor.probes.template import check_template
 from loratune.doctor.probes.trials import try_package
 from loratune.errors import Exit, LoratuneError
+from loratune.model import nvidia
 
 Cli = Callable[..., Result]
 NO_BASE = {"base": None, "revision": None}
@@ -353,6 +356,14 @@ def test_a_place_is_written_to_and_left_as_it_was(tmp_path: Path) -> None:
 
 def test_a_place_that_cannot_be_written_to_says_why(tmp_path: Path) -> None:
     assert place("output", "/proc/none").reason
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (4096, before[1]))
+        found = place("output", str(tmp_path))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert "too large" in found.reason
+    assert not [*tmp_path.iterdir()]
 
 
 class _Answering(BaseHTTPRequestHandler):
@@ -429,6 +440,55 @@ def test_ways_to_exchange_are_left_out_one_by_one_where_it_fails(monkeypatch: py
     assert {name: isinstance(found, Trial) for name, found in measuring._exchanges(2).items()} == {
         "": False, "NCCL_P2P_DISABLE=1": True, "NCCL_SHM_DISABLE=1": False,
     }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("text", "driver"),
+    [
+        ("NVRM version: NVIDIA UNIX x86_64 Kernel Module  535.104.05  Sat Aug 19 01:15:15 UTC 2023\nGCC 12.2.0\n",
+         "535.104.05"),
+        ("NVRM version: NVIDIA UNIX Open Kernel Module for x86_64  580.95.05  Release Build  (dvs)\n", "580.95.05"),
+        ("", None),
+    ],
+)  # fmt: skip
+def test_the_driver_s_version_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str, driver: str | None
+) -> None:
+    (tmp_path / "version").write_text(text)
+    monkeypatch.setattr(nvidia, "DRIVER", tmp_path / "version")
+    assert measuring._driver() == driver
+
+
+def test_a_gpu_without_kernels_is_not_computed_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What would fail there would only repeat why."""
+    asked = []
+    old = Gpu("Tesla V100", (7, 0), 16 * 10**9, has_bfloat16=False)
+    torch_facts = TorchFacts("2.13.0", "13.0", ("sm_75", "sm_90"), (old, old), "", (), True, 1, 1, 10**10)
+
+    def answered(kind: Any, probe: str, *_: Any) -> Any:
+        asked.append(probe)
+        return torch_facts if probe == "torch_facts" else Failure("error", "not here")
+
+    monkeypatch.setattr(measuring, "measured", answered)
+    machine = measuring.measure_machine(None, None)
+    assert {*asked} == {"torch_facts", "place", "hub"}
+    assert not machine.can_compute
+    asked.clear()
+    torch_facts = dataclasses.replace(torch_facts, architectures=("sm_70",))
+    measuring.measure_machine(None, None)
+    assert {"trial", "packing", "exchange"} <= {*asked}
+
+
+def test_torch_that_fails_is_asked_again_without_the_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    def answered(kind: Any, probe: str, _: Any, __: float, environment: dict[str, str] | None = None) -> Any:
+        hidden = environment == {"CUDA_VISIBLE_DEVICES": "-1"}
+        facts = TorchFacts("2.13.0", "13.0", (), (), "", (), True, 1, 1, 10**10)
+        return facts if hidden else Failure("timeout", "no answer")
+
+    monkeypatch.setattr(measuring, "measured", answered)
+    machine = measuring.measure_machine(None, None)
+    assert machine.works_without_gpu
+    assert isinstance(machine.torch, Failure)
 
 
 @pytest.mark.slow

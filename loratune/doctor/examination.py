@@ -71,7 +71,7 @@ def judge(machine: Machine, recipe: RecipeFacts | None) -> Examination:
     groups = {
         "GPU and CPU": judge_gpu(machine, recipe),
         "Packages with kernels": judge_packages(machine),
-        f"Training {recipe.base if recipe else 'the practice model'}": judge_attention(machine, recipe is not None),
+        f"Training {recipe.base if recipe else 'the practice model'}": judge_attention(machine, recipe),
         "Several GPUs": judge_several_gpus(machine),
         "Memory and disk": judge_storage(machine),
         "Hub": judge_hub(machine, recipe),

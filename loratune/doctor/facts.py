@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
+from loratune.model.nvidia import has_kernels
+
 Token: TypeAlias = Literal["none", "accepted", "refused", "not tried"]
 
 
@@ -55,6 +57,10 @@ class TorchFacts:
     cores: int
     free_memory_bytes: int
     """Main memory that is free, within the container's limit."""
+
+    def runs_on(self, gpu: Gpu) -> bool:
+        """Return whether torch has kernels for a GPU."""
+        return has_kernels(gpu.capability, self.architectures)
 
 
 @dataclass(frozen=True)
@@ -154,6 +160,8 @@ class Machine:
     are_gpus_hidden: bool
     """Whether CUDA_VISIBLE_DEVICES excludes all GPUs."""
     torch: TorchFacts | Failure
+    works_without_gpu: bool
+    """Whether torch answers where the GPUs are hidden from it; only tried where it does not otherwise."""
     packages: Mapping[str, str | None]
     """Optional package → its version, None if it is not installed."""
     trials: Mapping[str, Trial | Failure]
@@ -167,6 +175,15 @@ class Machine:
     exchanges: Mapping[str, Trial | Failure]
     """An all-reduce over all GPUs, by the variable that was set for it: `` for none."""
     versions: Mapping[str, Version]
+
+    @property
+    def can_compute(self) -> bool:
+        """Whether torch can use what there is to compute with; if not, the other trials would only repeat why."""
+        if isinstance(self.torch, Failure):
+            return False
+        if self.torch.gpus:
+            return all(map(self.torch.runs_on, self.torch.gpus))
+        return self.are_gpus_hidden or not self.has_nvidia_device
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import shutil
 from collections.abc import Iterator
+from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, requires
 from pathlib import Path
 from typing import Any
@@ -91,24 +92,39 @@ def measure_machine(recipe: Recipe | None, facts: RecipeFacts | None) -> Machine
         output = str(recipe.output) if recipe else "."
         places = {kind: _ask(Place, "place", kind=kind, folder=output) for kind in LEAST_BYTES}
         hub = _hub(recipe, facts)
-    return Machine(
+    machine = Machine(
         driver=_driver(),
         has_nvidia_device=nvidia.DEVICE.exists(),
         are_gpus_hidden=nvidia.are_gpus_hidden(),
         torch=torch,
+        works_without_gpu=isinstance(torch, Failure) and _works_without_gpu(),
         packages=packages,
-        trials={} if isinstance(torch, Failure) else _trials(packages, gpus),
-        packing=None if isinstance(torch, Failure) else _packing(recipe, facts),
+        trials={},
+        packing=None,
         places=places,
         shared_memory_bytes=shutil.disk_usage(SHARED_MEMORY).total if SHARED_MEMORY.is_dir() else None,
         hub=hub,
-        exchanges=_exchanges(gpus) if gpus > 1 else {},
+        exchanges={},
         versions={name: Version(version_of(name), *range_) for name, range_ in _versions()},
+    )
+    if not machine.can_compute:
+        return machine
+    return replace(
+        machine,
+        trials=_trials(packages, gpus),
+        packing=_packing(recipe, facts),
+        exchanges=_exchanges(gpus) if gpus > 1 else {},
     )
 
 
 def _ask(kind: Any, probe: str, /, **arguments: Any) -> Any:
     return measured(kind, probe, arguments, SECONDS[probe])
+
+
+def _works_without_gpu() -> bool:
+    with console.status("asking torch without the GPU"):
+        hidden = {"CUDA_VISIBLE_DEVICES": "-1"}
+        return not isinstance(measured(TorchFacts, "torch_facts", {}, SECONDS["torch_facts"], hidden), Failure)
 
 
 def _trials(packages: dict[str, str | None], gpus: int) -> dict[str, Trial | Failure]:

@@ -9,7 +9,7 @@ from loratune.console import memory
 from loratune.doctor.facts import Failure, Gpu, Machine, RecipeFacts, TorchFacts, Trial
 from loratune.doctor.finding import Finding, broken, fine, shell, slower
 from loratune.extras import installing
-from loratune.model.nvidia import compiled_for, has_kernels
+from loratune.model.nvidia import compiled_for
 
 OLDEST_DRIVERS = {13: 580, 12: 525, 11: 450}
 """CUDA → the first driver that runs it, by their major versions."""
@@ -18,6 +18,7 @@ BUILDS = ((580, "cu130"), (525, "cu126"))
 OLDER_CARDS = "cu126"
 """The build that still has kernels for cards that CUDA 13 has dropped."""
 DRIVERS = "https://www.nvidia.com/drivers"
+DRIVER_SAYS = shell("see what the driver says", "nvidia-smi")
 REINSTALL = installing("install torch again", "--force-reinstall --no-cache-dir torch>=2.8")
 
 
@@ -25,7 +26,7 @@ def judge_gpu(machine: Machine, recipe: RecipeFacts | None) -> Iterator[Finding]
     """Yield findings about the device that training would run on."""
     torch = machine.torch
     if isinstance(torch, Failure):
-        yield broken("torch", f"torch cannot be loaded: {torch.text}", REINSTALL)
+        yield _unanswered(torch, machine.works_without_gpu)
         return
     if torch.gpus:
         if machine.driver:
@@ -37,6 +38,13 @@ def judge_gpu(machine: Machine, recipe: RecipeFacts | None) -> Iterator[Finding]
         return
     yield _without(machine, torch)
     yield _processor(torch, recipe)
+
+
+def _unanswered(failure: Failure, works_without_gpu: bool) -> Finding:
+    if not works_without_gpu:
+        return broken("torch", f"torch cannot be loaded: {failure.text}", REINSTALL)
+    text = f"asking for the GPU fails: {failure.text}. torch itself works; the driver or the GPU does not"
+    return broken("GPU", text, DRIVER_SAYS, shell("use the CPU meanwhile", "export CUDA_VISIBLE_DEVICES=-1"))
 
 
 def _without(machine: Machine, torch: TorchFacts) -> Finding:
@@ -63,13 +71,13 @@ def _without(machine: Machine, torch: TorchFacts) -> Finding:
         )
         return broken("driver", text, *builds)
     text = f"torch cannot use the GPU of this machine: {torch.reason}. If the driver was updated, restart the machine"
-    return broken("GPU", text, shell("see what the driver says", "nvidia-smi"))
+    return broken("GPU", text, DRIVER_SAYS)
 
 
 def _card(number: int, gpu: Gpu, machine: Machine, torch: TorchFacts) -> Finding:
     capability = ".".join(map(str, gpu.capability))
     name, about = f"GPU {number}", f"{gpu.name}, {memory(gpu.memory_bytes)}, compute capability {capability}"
-    if has_kernels(gpu.capability, torch.architectures):
+    if torch.runs_on(gpu):
         return fine(name, about)
     known = [at for _, at in compiled_for(torch.architectures)]
     names = ", ".join(f"{major}.{minor}" for major, minor in known)
@@ -87,7 +95,7 @@ def _products(trial: Trial | Failure | None) -> Iterator[Finding]:
             f"a product of two matrices on the GPU is {trial.difference:.0%} from that on the CPU: driver or GPU "
             "are damaged"
         )
-        yield broken("products", text, shell("see what the driver says", "nvidia-smi -q"))
+        yield broken("products", text, DRIVER_SAYS)
     elif trial:
         yield fine("products", "a product of two matrices is the same on the GPU and on the CPU")
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from loratune.commands import Command
-from loratune.doctor.facts import Failure, Machine, PackingFacts, TorchFacts, Trial
+from loratune.doctor.facts import Failure, Machine, PackingFacts, RecipeFacts, TorchFacts, Trial
 from loratune.doctor.finding import Finding, broken, fine, shell, slower
 from loratune.errors import Exit
 from loratune.extras import installing
@@ -42,39 +42,45 @@ def judge_packages(machine: Machine) -> Iterator[Finding]:
         yield _missing(name, machine) if version is None else _tried(name, version, machine.trials.get(name))
 
 
-def judge_attention(machine: Machine, is_recipes: bool) -> Iterator[Finding]:
+def judge_attention(machine: Machine, recipe: RecipeFacts | None) -> Iterator[Finding]:
     """Yield findings about the attention of a model, and whether packed rows are apart with it.
 
     Args:
         machine: the facts.
-        is_recipes: whether the model is a recipe's base.
+        recipe: the recipe that the model is the base of; None for the practice model.
     """
-    found = machine.packing
+    found, sft = machine.packing, f"loratune sft --config {recipe.config if recipe else 'quickstart'}"
     if found is None:
         return
     if isinstance(found, Failure):
-        text, remedies = f"a model cannot be loaded and run: {found.text}", list[Command]()
-        if "out of memory" in found.text:
-            remedies.append(shell("quantise the base", "loratune sft --model.quantization nf4"))
-        elif found.kind != "refused":
-            remedies += [_uninstall(name) for name in ("flash-attn", *_for_recurrent()) if machine.packages.get(name)]
-        else:
-            remedies.append(shell("see the whole error", "loratune --debug sft"))
-        yield broken("model", text, *remedies, exit_code=Exit.MODEL if is_recipes else Exit.IO)
+        text = f"a model cannot be loaded and run: {found.text}"
+        remedies = _for_failure(found, sft, machine)
+        yield broken("model", text, *remedies, exit_code=Exit.MODEL if recipe else Exit.IO)
         return
-    yield _attention(found, machine)
+    yield _attention(found, sft, machine)
     if found.is_packed:
         yield fine("packed rows", f"{found.reason} ({found.dtype})")
     elif found.is_packed is False:
         yield slower("packed rows", found.reason, *_recurrent_kernels(found, machine))
 
 
-def _attention(found: PackingFacts, machine: Machine) -> Finding:
+def _for_failure(failure: Failure, sft: str, machine: Machine) -> list[Command]:
+    if "out of memory" in failure.text:
+        return [shell("quantise the base", f"{sft} --model.quantization nf4")]
+    whole = shell("see the whole error", f"{sft} --debug")
+    if failure.kind == "refused":
+        return [whole]
+    # Packages that transformers calls wherever they are installed.
+    names = (name for name in ("flash-attn", *_for_recurrent()) if machine.packages.get(name))
+    return [*map(_uninstall, names), whole]
+
+
+def _attention(found: PackingFacts, sft: str, machine: Machine) -> Finding:
     is_by_document = found.is_packed and found.attention.startswith(("sdpa", "eager"))
     if not is_by_document or not _capable(machine) or "recipe says" in found.attention:
         return fine("attention", found.attention)
     if found.dtype == "float32":
-        return slower("attention", found.attention, shell("compute in 16 bits", "loratune sft --model.dtype auto"))
+        return slower("attention", found.attention, shell("compute in 16 bits", f"{sft} --model.dtype auto"))
     missing = [_install("flash-attn")] if machine.packages.get("flash-attn") is None else []
     return slower("attention", found.attention, *_recurrent_kernels(found, machine), *missing)
 
@@ -104,7 +110,7 @@ def _missing(name: str, machine: Machine) -> Finding:
 def _tried(name: str, version: str, trial: Trial | Failure | None) -> Finding:
     package = PACKAGES[name]
     if trial is None:
-        return fine(name, version)
+        return fine(name, f"{version}, not tried")
     if isinstance(trial, Trial) and trial.is_right:
         done = "computes what torch does" if trial.has_computed else "can be imported; it is not used on this machine"
         return fine(name, f"{version}, {done} ({package.use})")

@@ -35,6 +35,10 @@ def judge_recipe(recipe: RecipeFacts, machine: Machine) -> Iterator[Finding]:
 
 def _base(recipe: RecipeFacts, machine: Machine) -> Finding:
     files = recipe.files
+    if isinstance(files, Failure) and files.kind == "refused":
+        line = f"loratune sft --config {recipe.config} --model.base MODEL"
+        another = shell("name another one", line, MODEL="a folder, or a hub id")
+        return broken("base", files.text, another, exit_code=Exit.MODEL)
     if isinstance(files, Failure):
         return broken("base", f"{recipe.base}: {files.text}", *_fetch(recipe), exit_code=Exit.MODEL)
     if files.folder is None:

@@ -50,7 +50,9 @@ def _elsewhere(name: str) -> list[Command]:
     folder = {"FOLDER": "on another disk"}
     match name:
         case "output":
-            return [shell("write to another disk", "loratune sft --output FOLDER", **folder)]
+            return [
+                shell("write to another disk", "loratune sft --config RECIPE --output FOLDER", RECIPE="yours", **folder)
+            ]
         case "model cache":
             return [
                 shell("remove downloads that have not ended and old revisions", "hf cache prune"),
