@@ -127,6 +127,9 @@ MACHINES: dict[str, tuple[str, str, Machine, str, str]] = {
     "a card later than torch": ("GPU 0", "broken", changed(gpus=(LATER,)), "--upgrade torch", "no kernels"),
     "a second card of capability 7.0": ("GPU 1", "broken", changed(gpus=(H100, V100)), "/whl/cu126", "7.0"),
     "a GPU that computes wrongly": ("products", "broken", changed(trials=failing("torch", WRONG)), "nvidia-smi", "70%"),
+    "a GPU that computes no numbers": (
+        "products", "broken", changed(trials=failing("torch", Trial(None, 0.02))), "nvidia-smi", "not finite"
+    ),
     "a GPU that hangs": ("products", "broken", changed(trials=failing("torch", HANG)), "pip install", "no answer"),
     "hidden GPUs": ("GPU", "slower", changed(are_gpus_hidden=True, **NO_GPU), "unset CUDA_VISIBLE", "hides"),
     "a container without GPUs": (

@@ -21,10 +21,11 @@ from typing import Any
 import pytest
 import torch
 from huggingface_hub import constants
+from pydantic import TypeAdapter
 from torch.nn import functional
 from typer.testing import Result
 
-from loratune.doctor import measuring
+from loratune.doctor import isolated, measuring
 from loratune.doctor.facts import BaseFacts, Failure, Gpu, HubFacts, Place, TorchFacts, Trial
 from loratune.doctor.isolated import measured
 from loratune.doctor.probes import packing, rows, trials
@@ -102,6 +103,12 @@ def test_the_command_s_own_process_imports_nothing_that_may_crash() -> None:
     code = f"import sys, loratune.doctor.examination, loratune.doctor.measuring; print({{{names}}} & {{*sys.modules}})"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "set()"
+
+
+@pytest.mark.parametrize("facts", [Trial(None, 0.02), Trial(0.5, 0.02), Failure("timeout", "no answer")])
+def test_facts_are_the_same_behind_the_pipe(facts: Trial | Failure) -> None:
+    written = TypeAdapter(dict[str, Any]).dump_json({"failure" if isinstance(facts, Failure) else "facts": facts})
+    assert isolated._read(Trial, written) == facts
 
 
 # --- packages ---

@@ -67,8 +67,8 @@ class TorchFacts:
 class Trial:
     """A computation by a package, compared with the same one by torch."""
 
-    difference: float
-    """Norm of the difference, relative to torch's result."""
+    difference: float | None
+    """Norm of the difference, relative to torch's result; None if the package's result is not finite."""
     bound: float
     """Largest difference by rounding."""
     has_computed: bool = True
@@ -76,7 +76,10 @@ class Trial:
 
     @property
     def is_right(self) -> bool:
-        return not self.has_computed or self.difference <= self.bound
+        return not self.has_computed or (self.difference is not None and self.difference <= self.bound)
+
+    def __str__(self) -> str:
+        return "not finite" if self.difference is None else f"{self.difference:.0%} away"
 
 
 @dataclass(frozen=True)

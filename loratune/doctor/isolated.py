@@ -69,8 +69,9 @@ def _read(kind: type[Facts], output: bytes) -> Facts | Failure:
 
 def _end(process: subprocess.Popen[bytes]) -> None:
     """Kill a process with all that it has started."""
-    with suppress(ProcessLookupError, PermissionError):
-        os.killpg(process.pid, signal.SIGKILL)
+    if process.returncode is None:  # once it is waited for, its number may be another's
+        with suppress(ProcessLookupError, PermissionError):
+            os.killpg(process.pid, signal.SIGKILL)
     with suppress(subprocess.TimeoutExpired):
         process.wait(ENDING_SECONDS)
     for pipe in (process.stdin, process.stdout, process.stderr):

@@ -30,6 +30,7 @@ from loratune.doctor.judgement.packages import PACKAGES
 from loratune.doctor.judgement.several_gpus import WITHOUT
 from loratune.doctor.judgement.storage import LEAST_BYTES
 from loratune.model import nvidia
+from loratune.plain_files import is_folder
 from loratune.recipe.data_sections import SourceSettings
 from loratune.recipe.loading import SHIPPED
 from loratune.recipe.sections import TINY_QWEN, ModelSettings, Recipe
@@ -73,7 +74,7 @@ def measure_recipe(recipe: Recipe, config: str) -> RecipeFacts:
         }
     types = [recipe.model.dtype, *([recipe.model.compute_dtype] if recipe.model.quantization != "none" else [])]
     base = recipe.model.base
-    is_from_hub = base != TINY_QWEN and not Path(base).expanduser().is_dir()
+    is_from_hub = base != TINY_QWEN and not is_folder(Path(base).expanduser())
     return RecipeFacts(config, base, recipe.model.hub, is_from_hub, "bfloat16" in types, files, template, rows)
 
 

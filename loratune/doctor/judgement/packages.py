@@ -54,8 +54,9 @@ def judge_attention(machine: Machine, recipe: RecipeFacts | None) -> Iterator[Fi
         return
     if isinstance(found, Failure):
         text = f"a model cannot be loaded and run: {found.text}"
-        remedies = _for_failure(found, sft, machine)
-        yield broken("model", text, *remedies, exit_code=Exit.MODEL if recipe else Exit.IO)
+        is_base_at_fault = recipe is not None and not _is_out_of_memory(found)
+        code = Exit.MODEL if is_base_at_fault else Exit.IO
+        yield broken("model", text, *_for_failure(found, sft, machine), exit_code=code)
         return
     yield _attention(found, sft, machine)
     if found.is_packed:
@@ -65,7 +66,7 @@ def judge_attention(machine: Machine, recipe: RecipeFacts | None) -> Iterator[Fi
 
 
 def _for_failure(failure: Failure, sft: str, machine: Machine) -> list[Command]:
-    if "out of memory" in failure.text:
+    if _is_out_of_memory(failure):
         return [shell("quantise the base", f"{sft} --model.quantization nf4")]
     whole = shell("see the whole error", f"{sft} --debug")
     if failure.kind == "refused":
@@ -73,6 +74,10 @@ def _for_failure(failure: Failure, sft: str, machine: Machine) -> list[Command]:
     # Packages that transformers calls wherever they are installed.
     names = (name for name in ("flash-attn", *_for_recurrent()) if machine.packages.get(name))
     return [*map(_uninstall, names), whole]
+
+
+def _is_out_of_memory(failure: Failure) -> bool:
+    return failure.text.startswith("out of memory")
 
 
 def _attention(found: PackingFacts, sft: str, machine: Machine) -> Finding:
@@ -117,7 +122,7 @@ def _tried(name: str, version: str, trial: Trial | Failure | None) -> Finding:
     if isinstance(trial, Failure):
         reason, is_left_out = f"fails here: {trial.text}", package.is_left_out and not trial.is_crash
     else:
-        reason, is_left_out = f"computes something else than torch: {trial.difference:.0%} away", package.is_left_out
+        reason, is_left_out = f"computes something else than torch: {trial}", package.is_left_out
     if is_left_out:
         return slower(name, f"{version} {reason}; loratune does without it", _install(name, again=True))
     if name == "bitsandbytes":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -12,8 +13,12 @@ from loratune.model.nvidia import FLASH_CAPABILITY
 
 BOUND = 0.02
 """Largest relative difference of two ways to compute in bfloat16 or float16, as a norm."""
+LARGEST_ROUNDING = 0.2
+"""Of nf4, as a share of the weights. It is 0.09 of a normal distribution; codes without meaning give more than 1."""
 ONLY_IMPORTED = Trial(0.0, BOUND, has_computed=False)
 """Of a package for GPUs, without a GPU."""
+LARGEST_ROUNDING = 0.2
+"""Of nf4, as a share of the weights. It is 0.09 of a normal distribution; codes without meaning give more than 1."""
 ONLY_IMPORTED = Trial(0.0, BOUND, has_computed=False)
 """Of a package that this machine has no use for."""
 ROWS, WIDTH, HEADS, TOKENS = 16, 256, 4, 96
@@ -44,14 +49,14 @@ def try_package(package: str) -> Trial:
 
 def _products() -> Trial:
     """Products of matrices in half precision on each GPU, and the CPU's in float64."""
-    worst = 0.0
+    found: list[float | None] = []
     for number in range(torch.cuda.device_count()):
         device = torch.device("cuda", number)
         dtype = _half(device)
         x, weight = torch.randn(ROWS, WIDTH), torch.randn(WIDTH, WIDTH)
         expected = x.to(dtype).double() @ weight.to(dtype).double()
-        worst = max(worst, _difference(x.to(device, dtype) @ weight.to(device, dtype), expected))
-    return Trial(worst, BOUND)
+        found.append(_difference(x.to(device, dtype) @ weight.to(device, dtype), expected))
+    return Trial(None if None in found else max(one or 0.0 for one in found), BOUND)
 
 
 def _nf4() -> Trial:
@@ -67,8 +72,10 @@ def _nf4() -> Trial:
     codes = torch.stack((packed.view(-1) >> 4, packed.view(-1) & 15), dim=-1).flatten().long()
     meant = (state.code.float()[codes].view(-1, 64) * state.absmax.float()[:, None]).view(WIDTH, WIDTH)
     found = bnb.matmul_4bit(x, packed.t(), quant_state=state)
-    rounding = _difference(meant, weight)  # 0.09 of a normal distribution; codes without meaning give more than 1
-    return Trial(_difference(found, x.double() @ meant.double().T) if rounding < 0.2 else rounding, BOUND)
+    rounding = _difference(meant, weight)
+    if rounding is None or rounding > LARGEST_ROUNDING:
+        return Trial(rounding, BOUND)
+    return Trial(_difference(found, x.double() @ meant.double().T), BOUND)
 
 
 def _flash_attention() -> Trial:
@@ -153,8 +160,8 @@ def _half(device: torch.device) -> torch.dtype:
         return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
 
 
-def _difference(found: torch.Tensor, expected: torch.Tensor) -> float:
-    """Norm of the difference of two results, relative to the second; infinity if the first is not finite."""
+def _difference(found: torch.Tensor, expected: torch.Tensor) -> float | None:
+    """Norm of the difference of two results, relative to the second; None if the first is not finite."""
     found, expected = found.double().cpu(), expected.double().cpu()
     share = float((found - expected).norm() / expected.norm())
-    return share if share == share else float("inf")
+    return share if math.isfinite(share) else None
