@@ -238,6 +238,7 @@ def test_a_fault_of_a_machine_is_found_with_its_remedy(name: str) -> None:
 
 
 def test_a_good_machine_has_no_fault() -> None:
+    assert not bad(judge(changed(hub=HANG), RECIPE))  # a hub that the recipe does not need
     for machine in (GOOD, changed(exchanges={"": Trial(0, 0)}, **TWO), changed(hub=OFFLINE)):
         for recipe in (None, RECIPE):
             examination = judge(machine, recipe)

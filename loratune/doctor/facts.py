@@ -164,7 +164,7 @@ class Machine:
     """Whether CUDA_VISIBLE_DEVICES excludes all GPUs."""
     torch: TorchFacts | Failure
     works_without_gpu: bool
-    """Whether torch answers where the GPUs are hidden from it; only tried where it does not otherwise."""
+    """Whether torch answers where the GPU is hidden from it; only tried where it does not otherwise."""
     packages: Mapping[str, str | None]
     """Optional package → its version, None if it is not installed."""
     trials: Mapping[str, Trial | Failure]

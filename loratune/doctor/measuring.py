@@ -36,12 +36,15 @@ from loratune.recipe.loading import SHIPPED
 from loratune.recipe.sections import TINY_QWEN, ModelSettings, Recipe
 from loratune.runs.versions import LIBRARIES, version_of
 
-SECONDS = {"torch_facts": 120, "trial": 240, "exchange": 120, "packing": 900, "place": 30, "hub": 90}
+SECONDS = {
+    **{"torch_facts": 120, "trial": 240, "exchange": 120, "packing": 900, "place": 30, "hub": 90},
+    **{"base": 400, "template": 180, "rows": 120},
+}
 """Time limits of processes; importing torch alone takes seconds, and a busy machine takes several times as long."""
-SECONDS |= {"base": 400, "template": 180, "rows": 120}
 SHARED_MEMORY = Path("/dev/shm")
 CONSTRAINTS = SHIPPED / "constraints.txt"
 DRIVER_VERSION = re.compile(r"\b(\d{3,}\.\d+(?:\.\d+)?)\b")
+"""Of NVIDIA's driver, in the file that it shows."""
 WITHOUT_NETWORK = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
 OTHER_NAMES = {"flash-linear-attention": "fla-core"}
 """Package → one that has the same modules."""
@@ -98,7 +101,7 @@ def measure_machine(recipe: Recipe | None, facts: RecipeFacts | None) -> Machine
         has_nvidia_device=nvidia.DEVICE.exists(),
         are_gpus_hidden=nvidia.are_gpus_hidden(),
         torch=torch,
-        works_without_gpu=isinstance(torch, Failure) and _works_without_gpu(),
+        works_without_gpu=isinstance(torch, Failure) and nvidia.DEVICE.exists() and _works_without_gpu(),
         packages=packages,
         trials={},
         packing=None,

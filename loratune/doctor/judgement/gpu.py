@@ -32,7 +32,7 @@ def judge_gpu(machine: Machine, recipe: RecipeFacts | None) -> Iterator[Finding]
         if machine.driver:
             yield fine("driver", f"{machine.driver}, which runs torch {torch.version} (CUDA {torch.cuda})")
         for number, gpu in enumerate(torch.gpus):
-            yield _card(number, gpu, machine, torch)
+            yield _card(number, gpu, torch)
         yield from _products(machine.trials.get("torch"))
         yield _number_types(torch, recipe)
         return
@@ -58,7 +58,9 @@ def _without(machine: Machine, torch: TorchFacts) -> Finding:
         if machine.driver is None:
             return fine("GPU", "none; loratune computes on the CPU, which suits small models")
         text = "this machine has an NVIDIA driver, but the container is given no GPU, so loratune computes on the CPU"
-        return slower("GPU", text, shell("start the container with them", "docker run --gpus all IMAGE", IMAGE="yours"))
+        return slower(
+            "GPU", text, shell("start the container with the GPUs", "docker run --gpus all IMAGE", IMAGE="yours")
+        )
     builds = _builds_for(machine.driver)
     if torch.cuda is None:
         text = f"torch {torch.version} was built without CUDA, so it cannot use the GPU of this machine"
@@ -74,7 +76,7 @@ def _without(machine: Machine, torch: TorchFacts) -> Finding:
     return broken("GPU", text, DRIVER_SAYS)
 
 
-def _card(number: int, gpu: Gpu, machine: Machine, torch: TorchFacts) -> Finding:
+def _card(number: int, gpu: Gpu, torch: TorchFacts) -> Finding:
     capability = ".".join(map(str, gpu.capability))
     name, about = f"GPU {number}", f"{gpu.name}, {memory(gpu.memory_bytes)}, compute capability {capability}"
     if torch.runs_on(gpu):

@@ -16,11 +16,11 @@ PROXY = shell("if it needs a proxy, name it", "export HTTPS_PROXY=http://HOST:PO
 def judge_hub(machine: Machine, recipe: RecipeFacts | None) -> Iterator[Finding]:
     """Yield findings about the hub, the token and the recipe's base there."""
     hub = machine.hub
-    if isinstance(hub, Failure):
-        yield broken("hub", f"asking it fails: {hub.text}", PROXY, OFFLINE)
-        return
     if recipe and not recipe.needs_hub:
         yield fine("hub", "this recipe needs nothing from Hugging Face that is not on this machine")
+        return
+    if isinstance(hub, Failure):
+        yield broken("hub", f"asking it fails: {hub.text}", PROXY, OFFLINE)
         return
     if hub.is_offline:
         yield _offline(recipe)
