@@ -156,6 +156,10 @@ SPAN_STYLES = {
     "context control": "dim reverse",
     "trained": "green",
     "trained control": "green reverse",
+    "fine": "green",
+    "slower": "yellow",
+    "broken": "bold red",
+    "command": "cyan",
 }
 
 

@@ -6,11 +6,13 @@ import ctypes
 import logging
 import os
 import signal
+import sys
 import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from pathlib import Path
 from types import FrameType
 
 ENDING = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name))
@@ -83,6 +85,15 @@ def signal_at_end_of_parent(number: int, has_parent: Callable[[], bool]) -> None
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, int(number))
     if not has_parent():
         os.kill(os.getpid(), number)
+
+
+def program(module: str) -> tuple[str, ...]:
+    """Return the words that run a module with this Python.
+
+    With -m alone, Python imports the working folder's files first, such as a user's datasets.py.
+    """
+    is_apart = sys.version_info >= (3, 11) and str(Path.cwd()) not in sys.path  # Python 3.10 has no -P
+    return (sys.executable, *(("-P",) if is_apart else ()), "-m", module)
 
 
 def launch_problems() -> list[str]:

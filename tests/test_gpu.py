@@ -18,7 +18,7 @@ from loratune.engine import engine
 from loratune.engine.sampling import Sampling
 from loratune.engine.types import GenerationRequest
 from loratune.errors import Exit, LoratuneError
-from loratune.model import hardware
+from loratune.model import hardware, nvidia
 from loratune.model.hardware import Hardware, detect_hardware, resolve_attention
 from loratune.model.kernels.linear_cross_entropy import summed_loss
 from loratune.model.kernels.lora_linear import _Call, _FusedLinear
@@ -112,8 +112,8 @@ def test_a_gpu_that_torch_cannot_use_is_not_passed_over_in_silence(
 ) -> None:
     driver = tmp_path / "version"
     driver.write_text("NVRM version: NVIDIA UNIX x86_64 Kernel Module  535.104.05  Sat Aug 19\nGCC version: gcc 12\n")
-    monkeypatch.setattr(hardware, "NVIDIA_DRIVER", driver)
-    monkeypatch.setattr(hardware, "NVIDIA_DEVICE", tmp_path / "nvidiactl")
+    monkeypatch.setattr(nvidia, "DRIVER", driver)
+    monkeypatch.setattr(nvidia, "DEVICE", tmp_path / "nvidiactl")
     if has_device:
         (tmp_path / "nvidiactl").touch()
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)

@@ -61,8 +61,8 @@ def planted(checks: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Cal
 
 def test_the_table_is_the_whole_plan_and_every_function_is_there(checks: Any) -> None:
     table = importlib.import_module("gpu_checks.table")
-    assert len(table.CHECKS) == 21
-    assert len({check.name for check in table.CHECKS}) == 21
+    assert len(table.CHECKS) == 22
+    assert len({check.name for check in table.CHECKS}) == 22
     for check in table.CHECKS:
         module, _, name = check.function.partition(":")
         source = (ROOT / "scripts" / "gpu_checks" / f"{module}.py").read_text(encoding="utf-8")
@@ -158,10 +158,10 @@ def program(*words: str, **settings: Any) -> subprocess.CompletedProcess[str]:
 @pytest.mark.parametrize(
     ("words", "numbers"),
     [
-        ((), range(21)),
+        ((), range(22)),
         (("6-7",), range(6, 8)),
         (("merge", "0"), (0, 13)),
-        (("--from", "decoding"), range(11, 21)),
+        (("--from", "decoding"), range(11, 22)),
         (("--from", "3", "0-4"), (3, 4)),
     ],
 )

@@ -16,6 +16,7 @@ COMMANDS = {
     "eval": "Compare an adapter with its base or another adapter; exit code 7 if it is worse.",
     "serve": "Serve an OpenAI-compatible HTTP API and a chat page.",
     "runs": "Inspect runs.",
+    "doctor": "Examine this machine: what works, what is slower than it could be, and what mends it.",
     "launch": "Write a job file for a cluster: training that goes on after a preemption.",
 }
 DATA_COMMANDS = {
@@ -65,6 +66,10 @@ def command_module(name: str) -> ModuleType:
             from loratune.cli import serve
 
             return serve
+        case "doctor":
+            from loratune.cli import doctor
+
+            return doctor
         case _:
             return _module_in_group(name)
 

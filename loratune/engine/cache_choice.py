@@ -11,8 +11,8 @@ from loratune.engine.paged_cache import PAGE, Kernel, PagedBatch, PagedKVCache
 from loratune.engine.slot_states import rounded_slots
 from loratune.model.architecture.layer_memory import has_states
 from loratune.model.architecture.structure import head_size, key_value_heads, layer_count, text_config
-from loratune.model.hardware import FLASH_CAPABILITY
 from loratune.model.kernels.packed_attention import VARLEN_TOLERANCE, varlen_attn
+from loratune.model.nvidia import FLASH_CAPABILITY
 from loratune.multiples import round_up
 from loratune.protocols import CausalModel
 

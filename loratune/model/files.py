@@ -95,7 +95,7 @@ def check_base(folder: Path) -> None:
     """
     check_config(folder)
     for shard in weight_files(folder):
-        _check_safetensors(shard)
+        check_safetensors(shard)
 
 
 def check_config(folder: Path) -> None:
@@ -273,8 +273,12 @@ def _download_lock(settings: ModelSettings) -> Iterator[None]:
         yield
 
 
-def _check_safetensors(path: Path) -> None:
-    """Compare the file's size with its header before allocating memory."""
+def check_safetensors(path: Path) -> None:
+    """Compare the file's size with its header before allocating memory.
+
+    Raises:
+        LoratuneError: they do not match.
+    """
     read_header(path)
     try:
         with safe_open(path, framework="numpy"):  # validates dtype, shape and offset of every tensor

@@ -5,20 +5,15 @@ from __future__ import annotations
 import os
 import warnings
 from dataclasses import dataclass
-from pathlib import Path
 
 import psutil
 import torch
 from transformers.utils import is_flash_attn_2_available
 
 from loratune.errors import Exit, LoratuneError
+from loratune.model import nvidia
+from loratune.model.nvidia import FLASH_CAPABILITY, are_gpus_hidden, compiled_for, has_kernels
 from loratune.runtime import process_count
-
-NVIDIA_DEVICE = Path("/dev/nvidiactl")
-"""Exists where a process is given an NVIDIA GPU; the driver's file is visible in every container of the machine."""
-NVIDIA_DRIVER = Path("/proc/driver/nvidia/version")
-FLASH_CAPABILITY = (8, 0)
-"""The lowest that flash attention has kernels for."""
 
 
 @dataclass(frozen=True)
@@ -60,7 +55,7 @@ def detect_hardware() -> Hardware:
     _require_no_gpu()
     local_processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     if "OMP_NUM_THREADS" not in os.environ or local_processes > 1:
-        torch.set_num_threads(max(1, _usable_cores() // local_processes))
+        torch.set_num_threads(max(1, usable_cores() // local_processes))
     return cpu_hardware(processes)
 
 
@@ -105,12 +100,10 @@ def _require_kernels(name: str, capability: tuple[int, int]) -> None:
     Raises:
         LoratuneError: with the capabilities that torch was compiled for.
     """
-    compiled = [_architecture(name) for name in torch.cuda.get_arch_list() if "_" in name]  # ROCm's have none
-    # Code of an architecture runs on later ones of the same generation, PTX on all later ones.
-    fits = [at <= capability and (at[0] == capability[0] or kind == "compute") for kind, at in compiled]
-    if not fits or any(fits):
+    architectures = torch.cuda.get_arch_list()
+    if has_kernels(capability, architectures):
         return
-    names = ", ".join(f"{major}.{minor}" for _, (major, minor) in compiled)
+    names = ", ".join(f"{major}.{minor}" for _, (major, minor) in compiled_for(architectures))
     raise LoratuneError(
         f"{name} has compute capability {capability[0]}.{capability[1]}, and torch {torch.__version__} was compiled "
         f"for {names}. Install a build of torch for this card (https://pytorch.org/get-started/locally), or use the "
@@ -119,24 +112,17 @@ def _require_kernels(name: str, capability: tuple[int, int]) -> None:
     )
 
 
-def _architecture(name: str) -> tuple[str, tuple[int, int]]:
-    """(sm or compute, capability) of a name such as sm_90 or sm_120a."""
-    kind, _, number = name.partition("_")
-    major, minor = divmod(int(number.rstrip("af")), 10)
-    return kind, (major, minor)
-
-
 def _require_no_gpu() -> None:
     """Refuse to compute on the CPU without a word where a GPU is there.
 
     Raises:
         LoratuneError: there is an NVIDIA GPU that torch cannot use, and CUDA_VISIBLE_DEVICES does not exclude it.
     """
-    if os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1") or not NVIDIA_DEVICE.exists():
+    if are_gpus_hidden() or not nvidia.DEVICE.exists():
         return
-    driver = " ".join(NVIDIA_DRIVER.read_text().split("\n")[0].split()) if NVIDIA_DRIVER.exists() else "unknown"
+    driver = " ".join(nvidia.DRIVER.read_text().split("\n")[0].split()) if nvidia.DRIVER.exists() else "unknown"
     raise LoratuneError(
-        f"this machine has an NVIDIA GPU that torch cannot use: {_why_no_gpu()}\n"
+        f"this machine has an NVIDIA GPU that torch cannot use: {why_no_gpu()}\n"
         f"driver: {driver}; torch {torch.__version__}, made for CUDA {torch.version.cuda or 'none'}\n"
         "Install a newer driver, or a build of torch for this one (https://pytorch.org/get-started/locally); "
         "CUDA_VISIBLE_DEVICES=-1 uses the CPU",
@@ -144,8 +130,8 @@ def _require_no_gpu() -> None:
     )
 
 
-def _why_no_gpu() -> str:
-    """Return torch's reason, which is a warning or an exception."""
+def why_no_gpu() -> str:
+    """Return torch's reason for not using the GPU of this machine, which is a warning or an exception."""
     if torch.version.cuda is None:
         return "this build of torch has no CUDA"
     with warnings.catch_warnings(record=True) as seen:
@@ -157,7 +143,7 @@ def _why_no_gpu() -> str:
     return " ".join(str(seen[-1].message).split()) if seen else "no reason given"
 
 
-def _usable_cores() -> int:
+def usable_cores() -> int:
     """Return the number of physical cores, limited by the process's CPU affinity."""
     bound = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return min(psutil.cpu_count(logical=False) or bound, bound)

@@ -266,4 +266,19 @@ CHECKS = (
             on_gpu("mixture: memory / TRL", "≤", 0.8),
         ),
     ),
+    Check(
+        "doctor",
+        "doctor:doctor",
+        600,
+        False,
+        (
+            Bound("broken", "=", 0),
+            # Products and bitsandbytes on a GPU; a CPU has no products of its own to compare.
+            Bound("trials that compute", "≥", 1, "cpu"),
+            on_gpu("trials that compute", "≥", 2),
+            Bound("wrong sums", "=", 0),
+            Bound("crashes found", "=", 1),
+            Bound("broken beside the crash", "=", 0),
+        ),
+    ),
 )

@@ -9,8 +9,9 @@ from torch.nn import functional
 
 from loratune.model.architecture.structure import head_size, key_value_heads, text_config
 from loratune.model.base import dtype_name
-from loratune.model.hardware import FLASH_CAPABILITY, Hardware
+from loratune.model.hardware import Hardware
 from loratune.model.kernels.packed_attention import VARLEN_ATTENTION, VARLEN_TOLERANCE, use_document_attention, varlen
+from loratune.model.nvidia import FLASH_CAPABILITY
 from loratune.protocols import CausalModel
 
 TRIAL = (5, 130)

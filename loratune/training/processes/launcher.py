@@ -11,7 +11,6 @@ import re
 import signal
 import socket
 import subprocess
-import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -27,11 +26,10 @@ from loratune.errors import Exit, Interrupted, LoratuneError
 from loratune.model.hardware import visible_gpus
 from loratune.runs.folder import STATUS
 from loratune.runs.state import next_command
-from loratune.runtime import LAUNCHER, PASSED_ON, is_launched, signals_to
+from loratune.runtime import LAUNCHER, PASSED_ON, is_launched, program, signals_to
 
 HOST, LOOPBACK = "127.0.0.1", "lo"
-# With -m alone, Python imports the working folder's files first, such as a user's datasets.py.
-PROGRAM = (sys.executable, *(() if str(Path.cwd()) in sys.path else ("-P",)), "-m", "loratune")
+PROGRAM = program("loratune")
 POLL_SECONDS = 0.1
 SECONDS_AFTER_FAILURE = 20
 """How long the other processes may take to notice that one has failed, and to end by themselves."""

@@ -1,0 +1,1 @@
+"""What follows from the facts about a machine; nothing is measured here."""

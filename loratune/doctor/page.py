@@ -1,0 +1,33 @@
+"""Shows an examination in the terminal."""
+
+from __future__ import annotations
+
+import shutil
+import textwrap
+from collections.abc import Iterator
+
+from loratune import console
+from loratune.doctor.examination import Examination
+from loratune.doctor.finding import Finding
+
+INDENT = 8
+"""Columns of a state, such as `broken`."""
+
+
+def show(examination: Examination) -> None:
+    """Print the findings and their counts to stdout; commands are not wrapped, so that they can be copied."""
+    columns = max(40, shutil.get_terminal_size().columns)
+    for group in examination.groups:
+        lines = [span for finding in group.findings for span in _spans(finding, columns - INDENT)]
+        console.write_spans([(f"{group.title}\n", "title"), *lines, ("\n", "plain")], brackets=False)
+    console.write_result(examination.summary())
+
+
+def _spans(finding: Finding, columns: int) -> Iterator[tuple[str, str]]:
+    """Yield texts of a finding and their styles."""
+    yield finding.state.ljust(INDENT), finding.state
+    parts = f"{finding.name}: {finding.text}".splitlines()
+    lines = [line for part in parts for line in textwrap.wrap(part, columns, break_on_hyphens=False)]
+    yield ("\n" + " " * INDENT).join(lines) + "\n", "plain"
+    for command in finding.remedies:
+        yield f"{' ' * INDENT}  {command}\n", "command"
