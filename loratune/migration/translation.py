@@ -1,0 +1,105 @@
+"""Translates a config file into a recipe's text, with the lists of what became of each setting."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from loratune.commands import loratune
+from loratune.errors import counted
+from loratune.migration.config_file import read_config
+from loratune.migration.recipe_text import recipe_text, settle
+from loratune.migration.recognition import recognised
+from loratune.migration.sheet import Context, Entry, Sheet
+from loratune.migration.tool import Tool
+from loratune.recipe.sections import Recipe
+
+
+@dataclass(frozen=True)
+class Translation:
+    """A config in loratune's words."""
+
+    source: Path
+    tool: str
+    sheet: Sheet
+    text: str
+    """The recipe's file."""
+    recipe: Recipe | None
+    """None if the config names no base or no rows."""
+    program: str
+
+    @property
+    def lost(self) -> list[Entry]:
+        """What changes the result and is not taken."""
+        return self.sheet.lost
+
+    @property
+    def lists(self) -> list[tuple[str, list[tuple[str, str]]]]:
+        """Title and rows of each list, for the terminal."""
+        sheet = self.sheet
+        return [
+            (f"taken over ({_count(sheet.taken)})", [_row(entry, sheet) for entry in sheet.taken]),
+            (f"changed in meaning ({_count(sheet.changed)})", [_row(entry, sheet) for entry in sheet.changed]),
+            (f"not needed ({_count(sheet.unneeded)})", [_row(entry, sheet) for entry in sheet.unneeded]),
+            (
+                f"not taken, and the result is another ({_count(sheet.lost)})",
+                [_row(entry, sheet) for entry in sheet.lost],
+            ),
+        ]
+
+    def as_json(self) -> dict[str, Any]:
+        """Return lists and recipe as JSON types."""
+        sheet = self.sheet
+        lists = {name: getattr(sheet, name) for name in ("taken", "changed", "lost", "unneeded")}
+        listed = {name: [asdict(entry) for entry in entries] for name, entries in lists.items()}
+        return {"config": str(self.source), "tool": self.tool, **listed, "recipe": self.text}
+
+    def next_command(self, file: Path) -> str:
+        """Return the command that checks the rows of the written recipe."""
+        return loratune("check its rows", "data check", {"--config": file}).line
+
+
+def translate(
+    source: Path, tool: Tool | None, flags: dict[str, Any], devices: int | None, dataset_info: Path | None
+) -> Translation:
+    """Translate a config.
+
+    Args:
+        source: the file.
+        tool: the tool that it is for; None to recognise it.
+        flags: dotted setting → value as typed; they override the config.
+        devices: number of devices that the tool trained on; None if unknown.
+        dataset_info: LLaMA-Factory's descriptions of data sets; None to look where it does.
+
+    Raises:
+        LoratuneError: the file cannot be read, is of no known tool, or flags are wrong.
+    """
+    config = read_config(source)
+    tool = tool or recognised(config)
+    told = devices or _devices_of(config.environment)
+    sheet = tool.translate(config, Context(source.parent, config.program, told, dataset_info))
+    for setting in flags:
+        sheet.comments.pop(setting, None)
+    values, recipe = settle(sheet, flags, source)
+    return Translation(source, tool.name, sheet, recipe_text(sheet, values, source), recipe, config.program)
+
+
+def _devices_of(environment: dict[str, str]) -> int | None:
+    """Return the number of processes that the variables of a shell script ask for."""
+    names = ("NPROC_PER_NODE", "NNODES")
+    given = [environment[name] for name in names if environment.get(name, "").isdecimal()]
+    counts = [int(text[:6]) for text in given]
+    return None if "NPROC_PER_NODE" not in environment or not counts else max(1, counts[0] * (counts[1:] or [1])[0])
+
+
+def _count(entries: list[Entry]) -> str:
+    return counted(len({name for entry in entries for name in entry.names}), "setting")
+
+
+def _row(entry: Entry, sheet: Sheet) -> tuple[str, str]:
+    names = "\n".join(entry.names) or "(default)"
+    value = sheet.recipe.get(entry.setting)
+    here = f"{entry.setting}: {value}" if entry.setting in sheet.recipe else entry.setting
+    told = "; ".join(part for part in (here, entry.reason) if part)
+    return names, told
