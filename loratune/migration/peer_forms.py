@@ -150,7 +150,8 @@ def axolotl_alpaca(tokenizer: Any, row: dict[str, Any], spoken: Conversation) ->
     middle = f"### Input:\n{given}\n\n" if given else ""
     context = ", paired with an input that provides further context" if given else ""
     prompt = f"{TASK}{context}. {REQUEST}\n\n### Instruction:\n{asked}\n\n{middle}### Response:\n"
-    return encoded(tokenizer, [("{bos}", False), (prompt, False), (answer, True), ("{eos}", True)])
+    begins = "{bos}" if tokenizer("").input_ids == [tokenizer.bos_token_id] else ""
+    return encoded(tokenizer, [(begins, False), (prompt, False), (answer, True), ("{eos}", True)])
 
 
 def form_of(tool: str, known: dict[str, Any], tokenizer: Any) -> PeerForm | None:

@@ -6,7 +6,7 @@ import textwrap
 from pathlib import Path
 from typing import Any
 
-from loratune.migration.sheet import SETTINGS, Entry, Sheet
+from loratune.migration.sheet import MOST, SETTINGS, Entry, Sheet
 from loratune.printable import printable, shortened
 from loratune.recipe.loading import validate_settings
 from loratune.recipe.sections import Recipe
@@ -37,10 +37,20 @@ def settle(sheet: Sheet, flags: dict[str, Any], source: Path) -> tuple[dict[str,
         sheet.lost.append(Entry((), "", setting, f"the config names none; give --{setting}"))
         _put(values, setting, STAND_INS[setting])
     recipe = validate_settings(values, flags, source)
-    for setting in missing:
-        section, _, name = setting.partition(".")
-        del values[section][name]
-    return {name: inner for name, inner in values.items() if inner != {}}, None if missing else recipe
+    return _ordered(values, frozenset(missing)), None if missing else recipe
+
+
+def _ordered(values: dict[str, Any], left_out: frozenset[str]) -> dict[str, Any]:
+    """Return settings in the order of their declaration, and whole numbers as such."""
+    found: dict[str, Any] = {}
+    for setting in SETTINGS:
+        section, _, name = setting.rpartition(".")
+        place = values.get(section) or {} if section else values
+        if name in place and setting not in left_out:
+            value = place[name]
+            is_whole = isinstance(value, float) and value.is_integer() and abs(value) <= MOST
+            _put(found, setting, int(value) if is_whole else value)
+    return found
 
 
 def _put(values: dict[str, Any], setting: str, value: Any) -> None:

@@ -76,6 +76,8 @@ class Rows:
 
     def put(self, sheet: Sheet, setting: str) -> None:
         """Write the rows into a recipe, with what is not read of them."""
+        earlier = sheet.recipe.get("data.columns", {})
+        self.map_columns(earlier, setting)
         for problem in self.problems:
             sheet.lose(problem)
         for note in self.notes:
@@ -83,7 +85,7 @@ class Rows:
         if self.sources:
             sheet.take(setting, self.sources)
         if columns := {known: own for known, own in self.columns.items() if known != own}:
-            sheet.take("data.columns", sheet.recipe.get("data.columns", {}) | columns)
+            sheet.take("data.columns", columns | earlier)
 
 
 def is_file_name(name: str) -> bool:

@@ -78,7 +78,8 @@ def targets(sheet: Sheet, given: Given) -> None:
     if is_pattern and "," in named:
         sheet.lose("a regular expression with a comma is read as two names here; write it without one")
         return
-    found: list[str] = ["all-linear"] if is_everything else [named] if is_pattern else texts(named)
+    names = [named] if is_pattern else [name for name in texts(named) if name not in EVERY_LINEAR]
+    found = [*(["all-linear"] if is_everything else []), *names]
     stacks = texts(given.get("lora_target_parameters", []))
     if stacks and sheet.recipe.get("model.quantization") == "nf4":
         sheet.lose("experts are adapted only where the base is not in nf4")
@@ -171,7 +172,7 @@ MODEL_RULES: Rules = {
     ("lora_target", "lora_target_linear", "lora_target_parameters"): targets,
     ("modules_to_save", "lora_modules_to_save", "additional_target"): saved_modules,
     ("layers_to_transform",): layers,
-    ("fsdp", "deepspeed"): sharded,
+    ("fsdp", "fsdp_config", "deepspeed"): sharded,
     (
         "freeze_vit",
         "freeze_vision_tower",

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from loratune.errors import counted
 from loratune.migration.sheet import Sheet, is_off, number, texts, truth, whole
 from loratune.migration.tool import Rules
 
@@ -31,13 +32,11 @@ def rows_per_step(sheet: Sheet, given: Given) -> None:
     if total is not None:
         product, told = whole(total), f"{whole(total)} rows per step over all devices"
     elif steps is None or (isinstance(steps, str) and steps == "auto"):
-        sheet.note(
-            "there, the accumulation is chosen by the free memory; set training.batch_size", "training.batch_size"
-        )
+        sheet.lose("the rows of a step do not depend on the free memory here; give --training.batch_size")
         return
     else:
         product = rows * whole(steps) * (devices or 1)
-        told = f"{rows} per device × {whole(steps)} accumulated × {devices or 1} devices"
+        told = f"{rows} per device × {whole(steps)} accumulated × {counted(devices or 1, 'device')}"
         if devices is None:
             told += "; for more devices than one, multiply it (import --devices)"
     packed = not is_off(sheet.known.get("packing"))

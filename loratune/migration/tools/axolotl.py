@@ -198,13 +198,12 @@ def parts(sheet: Sheet, given: Given) -> None:
     sheet.lose("loratune trains LoRA adapters, and no part of the base in full but lora.modules_to_save")
 
 
-def options_of_bitsandbytes(values: dict[str, Any]) -> dict[str, Any]:
-    """Bring nested settings to one level."""
-    flat = {name: value for name, value in values.items() if name != "bnb_config_kwargs"}
+def one_level(values: dict[str, Any]) -> dict[str, Any]:
+    """Bring the options of bitsandbytes to the level of the others."""
     inner = values.get("bnb_config_kwargs")
-    if isinstance(flat.get("lora_target_linear"), bool) and not flat["lora_target_linear"]:
-        del flat["lora_target_linear"]
-    return flat | (inner if isinstance(inner, dict) else {})
+    if not isinstance(inner, dict):
+        return dict(values)
+    return {name: value for name, value in values.items() if name != "bnb_config_kwargs"} | inner
 
 
 AXOLOTL = Tool(
@@ -258,5 +257,5 @@ AXOLOTL = Tool(
         **MODEL_RULES,
         **TRAINING_RULES,
     },
-    unfolded=options_of_bitsandbytes,
+    unfolded=one_level,
 )

@@ -132,11 +132,7 @@ def _add_described(rows: Rows, name: str, entry: dict[str, Any], folder: Path) -
     if entry.get("formatting", "alpaca") == "alpaca":
         mapped = {ALPACA_COLUMNS[one]: str(own) for one, own in columns.items() if one in ALPACA_COLUMNS}
     else:
-        turns = str(columns.get("messages", "conversations"))
-        mapped = {} if turns in ("messages", "conversations") else {"conversations": turns}
-        check_turns(
-            rows, name, {tags["role_tag"], tags["content_tag"]}, {str(tags[one]): role for one, role in ROLES.items()}
-        )
+        mapped = _columns_of_turns(rows, name, columns, tags)
     rows.map_columns(mapped, name)
     count = whole(entry["num_samples"]) if entry.get("num_samples") else None
     if file_name := entry.get("file_name"):
@@ -147,6 +143,17 @@ def _add_described(rows: Rows, name: str, entry: dict[str, Any], folder: Path) -
         rows.add_hub(HUBS[hub], str(entry[hub]), entry.get("subset"), entry.get("split"), count)
     else:
         rows.problems.append(f"{name}: its description names neither a file nor a data set")
+
+
+def _columns_of_turns(rows: Rows, name: str, columns: dict[str, Any], tags: dict[str, Any]) -> dict[str, str]:
+    """Return the columns of rows with lists of turns, and record what no format has."""
+    keys = {str(tags["role_tag"]), str(tags["content_tag"])}
+    check_turns(rows, name, keys, {str(tags[one]): role for one, role in ROLES.items()})
+    if "system" in columns and keys != {"from", "value"}:
+        rows.problems.append(f"{name}: a column with the system prompt beside turns with role and content is not read")
+    turns = str(columns.get("messages", "conversations"))
+    mapped = {} if turns in ("messages", "conversations") else {"conversations": turns}
+    return mapped | {one: str(columns[one]) for one in ("system", "tools") if one in columns}
 
 
 def _add_listed(rows: Rows, listed: str, folder: Path) -> None:

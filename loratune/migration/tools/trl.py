@@ -12,6 +12,7 @@ from loratune.migration.sheet import Sheet, is_off, texts, truth, whole
 from loratune.migration.tool import Tool
 
 Given = Mapping[str, Any]
+CUT = "there, the end of longer rows is cut off; here the end of the answer that is too long"
 MARKS = (
     "dataset_name dataset_config dataset_train_split dataset_test_split use_peft assistant_only_loss "
     "completion_only_loss packing_strategy chat_template_path eos_token"
@@ -75,7 +76,7 @@ def longest(sheet: Sheet, given: Given) -> None:
     sheet.change(
         "training.max_length",
         whole(given["max_length"]),
-        "there, longer rows are truncated; see data.truncation_strategy",
+        CUT,
     )
     sheet.take("data.truncation_strategy", "truncate_answer")
 

@@ -12,6 +12,7 @@ from loratune.migration.sheet import Sheet, is_off, truth, whole
 from loratune.migration.tool import Tool
 
 Given = Mapping[str, Any]
+CUT = "there, the end of longer rows is cut off; here the end of the answer that is too long"
 SECTIONS = ("data", "training", "lora", "logging", "inference")
 READ_FORMATS = ("auto", "alpaca", "chatml", "sharegpt")
 
@@ -35,7 +36,7 @@ def longest(sheet: Sheet, given: Given) -> None:
     sheet.change(
         "training.max_length",
         whole(given["cutoff_len"]),
-        "there, longer rows are truncated; see data.truncation_strategy",
+        CUT,
     )
     sheet.take("data.truncation_strategy", "truncate_answer")
 
