@@ -252,6 +252,21 @@ def test_configs_of_unsloth_and_trl_become_recipes() -> None:
     assert (flat["lora.rank"], flat["training.batch_size"], flat["training.max_length"]) == (16, 8, 1024)
 
 
+def test_full_and_frozen_training_leave_the_adapter_s_settings_out() -> None:
+    lora = {"lora_rank": 8, "pissa_init": True, "quantization_bit": 4, "deepspeed": "ds_z3_config.json"}
+    found = imported(LLAMA_FACTORY | lora | {"finetuning_type": "full"})
+    assert not found.lost
+    assert load_recipe("recipe.yaml" if settings(found) else "", {}).trains_base
+    unused = {name for entry in found.sheet.unneeded for name in entry.names}
+    assert unused >= {"lora_rank", "lora_target", "pissa_init", "quantization_bit", "deepspeed"}
+    frozen = {"finetuning_type": "freeze", "freeze_trainable_layers": -3, "freeze_trainable_modules": "mlp"}
+    flat = settings(imported(LLAMA_FACTORY | frozen))
+    assert (flat["freeze.layers"], flat["freeze.modules"]) == ("first 3", ["mlp"])
+    assert settings(imported(LLAMA_FACTORY | {"pissa_init": True, "loraplus_lr_ratio": 16.0}))["lora.init"] == "pissa"
+    full = imported({"model": "tiny-qwen", "tuner_type": "full", "dataset": "a.jsonl", "max_length": 99})
+    assert settings(full)["training.learning_rate"] == 1e-5
+
+
 def test_a_config_is_recognised_by_its_names() -> None:
     for values, tool in [(LLAMA_FACTORY, "LLaMA-Factory"), (AXOLOTL, "axolotl"), (UNSLOTH, "unsloth"), (TRL, "TRL")]:
         assert recognised(read_config(written(values))).name == tool

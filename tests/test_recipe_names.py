@@ -192,6 +192,11 @@ def test_a_name_of_another_tool_is_answered_with_loratunes(tmp_path: Path, name:
         assert f"{place}: no such setting; in loratune this is {elsewhere}" in message
 
 
+def test_a_name_of_another_tool_is_in_one_table() -> None:
+    tables = (KNOWN_ELSEWHERE, WITHOUT_SETTING, NOT_OFFERED)
+    assert sum(map(len, tables)) == len({name for table in tables for name in table})
+
+
 def test_no_name_of_trl_or_peft_leads_to_a_setting_that_is_another_thing() -> None:
     """A guess by similarity is for typing mistakes; a name that these libraries have is no mistake."""
     similar = {

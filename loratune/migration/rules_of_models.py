@@ -41,6 +41,9 @@ def precision(sheet: Sheet, given: Given) -> None:
 
 
 def quantisation(sheet: Sheet, given: Given) -> None:
+    if trains_base(sheet):
+        sheet.skip("weights that are trained are not quantised")
+        return
     bits = given.get("quantization_bit", given.get("quant_bits"))
     method = str(given.get("quantization_method", given.get("quant_method", "bnb"))).lower()
     is_4bit = not is_off(given.get("load_in_4bit")) or (bits is not None and str(bits) == "4")
@@ -63,11 +66,28 @@ def quantisation(sheet: Sheet, given: Given) -> None:
 
 
 def method(sheet: Sheet, given: Given) -> None:
-    named = str(given["finetuning_type"])
-    if named not in METHODS:
-        sheet.lose(f"loratune trains {', '.join(dict.fromkeys(METHODS.values()))}, not {named}")
-    elif METHODS[named] != "lora":
-        sheet.take("method", METHODS[named], else_reason=f"loratune trains LoRA adapters, and not the base ({named})")
+    *_, named = (str(value) for value in given.values())
+    if named in METHODS:
+        sheet.take("method", METHODS[named])
+    else:
+        sheet.fail(f"loratune trains {', '.join(dict.fromkeys(METHODS.values()))}, not {named}")
+
+
+def trains_base(sheet: Sheet) -> bool:
+    """Return whether weights of the base are trained, which can be neither quantised nor sharded."""
+    return bool(sheet.recipe.get("method", "lora") != "lora")
+
+
+def start(sheet: Sheet, given: Given) -> None:
+    """Where the matrices of an adapter start; true is PEFT's usual start, or PiSSA's of `pissa_init`."""
+    for name, value in given.items():
+        named = "pissa" if name == "pissa_init" and not is_off(value) else str(value).lower()
+        if named in ("true", "false", "default"):
+            continue
+        if named in ("pissa", "olora") and number(sheet.known.get("weight_decay", 0)) > 0:
+            sheet.lose(f"{named} begins with a part of the base, which weight decay would shrink; give one of the two")
+        else:
+            sheet.take("lora.init", named)
 
 
 def targets(sheet: Sheet, given: Given) -> None:
@@ -123,7 +143,7 @@ def sharded(sheet: Sheet, given: Given) -> None:
     """Of what spreads a run over devices, only the sharding of the base has a setting."""
     named = [str(value).lower() for value in given.values() if not is_off(value)]
     is_sharded = any(mark in one for one in named for mark in ("zero3", "z3", "'stage': 3", "shard", "fsdp"))
-    if is_sharded and sheet.recipe.get("model.quantization") != "int8":
+    if is_sharded and sheet.recipe.get("model.quantization") != "int8" and not trains_base(sheet):
         sheet.take("model.sharding", "fsdp")
     elif named:
         sheet.skip("devices decide how a run is computed, not what is learnt; see sft --gpus")
@@ -152,6 +172,8 @@ def tokenizers_template(sheet: Sheet, named: str) -> None:
 
 
 MODEL_RULES: Rules = {
+    ("finetuning_type", "train_type", "tuner_type", "adapter"): method,
+    ("pissa_init", "init_weights", "init_lora_weights", "peft_init_lora_weights"): start,
     ("model_name_or_path",): base,
     ("torch_dtype", "dtype", "bf16", "fp16", "pure_bf16", "float16", "bfloat16"): precision,
     (
@@ -167,7 +189,6 @@ MODEL_RULES: Rules = {
         "double_quantization",
         "bnb_4bit_compute_dtype",
     ): quantisation,
-    ("finetuning_type",): method,
     ("lora_rank", "lora_alpha"): alpha,
     ("lora_target", "lora_target_linear", "lora_target_parameters"): targets,
     ("modules_to_save", "lora_modules_to_save", "additional_target"): saved_modules,

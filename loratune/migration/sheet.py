@@ -17,6 +17,8 @@ from loratune.recipe.sections import Recipe, iterate_settings
 Rule = Callable[["Sheet", Mapping[str, Any]], None]
 """Translates one group of settings: name → value of those that are given or have a default there."""
 SETTINGS = dict(iterate_settings())
+OF_METHODS = ("lora", "freeze")
+"""Sections that only the method of this name uses."""
 MOST = 10**15
 """Whole numbers above are no setting."""
 
@@ -88,29 +90,28 @@ class Sheet:
             self.taken.append(self._entry("", "as in loratune"))
         self._names, self._value = (), ""
 
-    def take(self, setting: str, value: Any, else_reason: str = "") -> None:
-        """Give a setting of the recipe its value; one that the recipe would refuse is lost.
-
-        Args:
-            setting: the dotted name.
-            value: its value.
-            else_reason: why it is lost, where this version has no such setting.
-        """
-        if problem := problem_of(setting, value):
-            reason = else_reason if else_reason and setting not in SETTINGS else f"{setting}: {problem}"
-            self.fail(reason)
-            return
-        self.recipe[setting] = value
-        if self._names or value != SETTINGS[setting].get_default():
+    def take(self, setting: str, value: Any) -> None:
+        """Give a setting of the recipe its value; one that the recipe would refuse is lost."""
+        if self._is_put(setting, value) and (self._names or value != SETTINGS[setting].get_default()):
             self.taken.append(self._entry(setting, "" if self._names else f"the default of {self.tool}"))
 
     def change(self, setting: str, value: Any, how: str) -> None:
         """Give a setting a value that does not mean the same here; `how` becomes its comment in the recipe."""
+        if self._is_put(setting, value):
+            self.note(how, setting)
+
+    def _is_put(self, setting: str, value: Any) -> bool:
+        """Put a value into the recipe, unless the method of training makes no use of it, or the recipe refuses it."""
+        section, method = setting.partition(".")[0], self.recipe.get("method", "lora")
+        if section in OF_METHODS and section != method:
+            if self._names:
+                self.skip(f"method {method} makes no use of it")
+            return False
         if problem := problem_of(setting, value):
-            self.lose(f"{setting}: {problem}")
-            return
+            self.fail(f"{setting}: {problem}")
+            return False
         self.recipe[setting] = value
-        self.note(how, setting)
+        return True
 
     def note(self, how: str, setting: str = "") -> None:
         """Record a change in meaning, of a setting or of the run as a whole."""

@@ -110,6 +110,8 @@ def as_type_of(setting: str, value: Any) -> Any:
     Raises:
         ValueError: it is of another kind.
     """
+    if isinstance(value, dict | list):
+        return value
     kinds = {SETTINGS[setting].annotation, *get_args(SETTINGS[setting].annotation)}
     for kind, read in ((bool, truth), (int, whole), (float, number)):
         if kind in kinds:

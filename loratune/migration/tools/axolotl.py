@@ -195,7 +195,7 @@ def experts(sheet: Sheet, given: Given) -> None:
 
 
 def parts(sheet: Sheet, given: Given) -> None:
-    sheet.lose("loratune trains LoRA adapters, and no part of the base in full but lora.modules_to_save")
+    sheet.lose("expressions for parameters are not those for modules; give --method freeze and --freeze.modules")
 
 
 def one_level(values: dict[str, Any]) -> dict[str, Any]:

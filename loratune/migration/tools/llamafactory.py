@@ -204,6 +204,20 @@ def template(sheet: Sheet, given: Given) -> None:
         sheet.take("prompt.enable_thinking", False)
 
 
+def frozen(sheet: Sheet, given: Given) -> None:
+    """Its method freeze trains the last layers, or the first if the number is negative."""
+    if sheet.recipe.get("method") != "freeze":
+        return
+    count = whole(given["freeze_trainable_layers"])
+    sheet.take("freeze.layers", f"{'last' if count > 0 else 'first'} {abs(count)}")
+    modules = [name for name in texts(given.get("freeze_trainable_modules", "all")) if name != "all"]
+    extra = texts(given.get("freeze_extra_modules", []))
+    if extra and not modules:
+        sheet.lose("modules beside whole layers are not trained; give --freeze.modules")
+    elif modules:
+        sheet.take("freeze.modules", modules + extra)
+
+
 def longest(sheet: Sheet, given: Given) -> None:
     sheet.change("training.max_length", whole(given["cutoff_len"]), CUT)
 
@@ -257,6 +271,7 @@ LLAMA_FACTORY = Tool(
         **TRAINING_DEFAULTS,
         "finetuning_type": "lora",
         "lora_rank": 8,
+        "freeze_trainable_layers": 2,
         "lora_dropout": 0.0,
         "lora_target": "all",
         "cutoff_len": 2048,
@@ -279,6 +294,7 @@ LLAMA_FACTORY = Tool(
         ("mask_history",): history,
         ("use_modelscope_hub",): hub,
         **MODEL_RULES,
+        ("freeze_trainable_layers", "freeze_trainable_modules", "freeze_extra_modules"): frozen,
         **TRAINING_RULES,
     },
     unfolded=unfolded,

@@ -8,12 +8,11 @@ from collections.abc import Mapping
 from typing import Any
 
 from loratune.migration.rows import HUB_ID, Rows, add_named, is_file_name, validation
-from loratune.migration.rules_of_models import MODEL_RULES, tokenizers_template
+from loratune.migration.rules_of_models import MODEL_RULES, tokenizers_template, trains_base
 from loratune.migration.rules_of_training import ROWS, TRAINING_DEFAULTS, TRAINING_RULES
 from loratune.migration.rules_of_training import rows_per_step as rows_over_devices
 from loratune.migration.sheet import Sheet, is_off, number, truth, whole
 from loratune.migration.tool import Tool
-from loratune.recipe.not_offered import NOT_OFFERED
 
 Given = Mapping[str, Any]
 DATA_SET = re.compile(
@@ -89,6 +88,12 @@ def base(sheet: Sheet, given: Given) -> None:
         sheet.take("model.hub", "modelscope")
 
 
+def rate(sheet: Sheet, given: Given) -> None:
+    """The rate by default depends on what is trained."""
+    usual = 1e-5 if trains_base(sheet) else 1e-4
+    sheet.take("training.learning_rate", number(given["learning_rate"] or usual))
+
+
 def placeholders(sheet: Sheet, given: Given) -> None:
     """The rows of self-cognition have {{NAME}} and {{AUTHOR}}, in Chinese and English."""
     for name, setting in (("model_name", "name"), ("model_author", "author")):
@@ -156,12 +161,6 @@ def streamed(sheet: Sheet, given: Given) -> None:
         sheet.skip("rows are kept in files, and never in memory as a whole")
 
 
-def start(sheet: Sheet, given: Given) -> None:
-    """Where the matrices of an adapter start; true is PEFT's usual start."""
-    if str(given["init_weights"]).lower() != "true":
-        sheet.take("lora.init", given["init_weights"], else_reason=NOT_OFFERED["init_weights"])
-
-
 def tools(sheet: Sheet, given: Given) -> None:
     sheet.note("tools and their calls are written by the tokenizer's own template here")
 
@@ -207,7 +206,7 @@ SWIFT = Tool(
         "lora_dropout": 0.05,
         "lora_target": "all-linear",
         "per_device_train_batch_size": 1,
-        "learning_rate": 1e-4,
+        "learning_rate": None,
         "num_train_epochs": 3,
         "lr_scheduler_type": "cosine",
         "warmup_ratio": 0.0,
@@ -228,7 +227,6 @@ SWIFT = Tool(
         ("template", "template_type", "system", "enable_thinking", "add_non_thinking_prefix"): template,
         ("task_type",): task,
         ("streaming",): streamed,
-        ("init_weights",): start,
         ("agent_template",): tools,
         ("use_chat_template",): plain_text,
         ("ENV", "env"): lambda sheet, given: sheet.skip("variables are set where sft is started"),
@@ -236,6 +234,7 @@ SWIFT = Tool(
         **{names: rule for names, rule in MODEL_RULES.items() if names != ("model_name_or_path",)},
         **TRAINING_RULES,
         ROWS: rows_per_step,
+        ("learning_rate",): rate,
     },
     is_dump=lambda values: "swift_version" in values or ("model_info" in values and "model_meta" in values),
 )

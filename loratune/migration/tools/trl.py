@@ -67,9 +67,7 @@ def trained_parts(sheet: Sheet, given: Given) -> None:
 
 def method(sheet: Sheet, given: Given) -> None:
     if not truth(given["use_peft"]):
-        sheet.take(
-            "method", "full", else_reason="loratune trains LoRA adapters; without use_peft, TRL trains every weight"
-        )
+        sheet.take("method", "full")
 
 
 def longest(sheet: Sheet, given: Given) -> None:
@@ -122,7 +120,7 @@ TRL = Tool(
         ("use_peft",): method,
         ("max_length",): longest,
         ("eos_token",): end_token,
-        **{names: rule for names, rule in MODEL_RULES.items() if names != ("finetuning_type",)},
+        **{names: rule for names, rule in MODEL_RULES.items() if "finetuning_type" not in names},
         **{names: rule for names, rule in TRAINING_RULES.items() if "eval_steps" not in names},
     },
 )
