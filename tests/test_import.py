@@ -205,6 +205,25 @@ def test_a_shell_script_is_read_and_not_executed(tmp_path: Path) -> None:
     assert [entry.names for entry in found.sheet.unneeded] == [("deepspeed",)]
 
 
+def test_the_dump_of_a_run_is_read_without_what_nobody_has_set() -> None:
+    """ms-swift writes every setting that it has, with its own defaults and names of no meaning here."""
+    dump = {
+        "swift_version": "3.9.0", "model": "org/base", "model_revision": None, "train_type": "lora", "rank": -1,
+        "adam_beta1": 0.9, "adam_beta2": 0.95, "adam_epsilon": 1e-8, "init_weights": True, "do_train": False,
+        "dataset": ["org/rows#5"], "val_dataset": [], "model_name": ["my-bot", None], "max_length": 512,
+        "target_modules": ["all-linear"], "gradient_accumulation_steps": 8, "global_world_size": 4, "use_hf": False,
+        "router_aux_loss_coef": 0.0, "acc_strategy": "token", "agent_template": "hermes", "seed": 7, "data_seed": 42,
+    }  # fmt: skip
+    found = imported(json.dumps(dump), "args.json")
+    assert not found.lost
+    flat = settings(found)
+    assert (flat["data.train"], flat["model.hub"]) == (["ms:org/rows:train#5"], "modelscope")
+    assert (flat["training.batch_size"], flat["seed"], flat["data.seed"]) == (32, 7, 42)
+    assert flat["lora.rank"] == 8
+    asked = imported(json.dumps(dump | {"adam_beta2": 0.9}), "args.json")
+    assert "adam_beta2 is 0.999 here" in reasons(asked)
+
+
 @pytest.mark.parametrize(
     ("line", "name", "value"),
     [
@@ -270,6 +289,9 @@ def test_full_and_frozen_training_leave_the_adapter_s_settings_out() -> None:
 def test_a_config_is_recognised_by_its_names() -> None:
     for values, tool in [(LLAMA_FACTORY, "LLaMA-Factory"), (AXOLOTL, "axolotl"), (UNSLOTH, "unsloth"), (TRL, "TRL")]:
         assert recognised(read_config(written(values))).name == tool
+    for tool in TOOLS.values():
+        grouped = [name for names in tool.rules for name in names]
+        assert len(grouped) == len(set(grouped)), tool.name
     for one, other in itertools.combinations(TOOLS.values(), 2):
         assert not one.marks & other.marks
     with pytest.raises(LoratuneError, match="none of these tools"):

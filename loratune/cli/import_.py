@@ -11,7 +11,7 @@ from loratune import console
 from loratune.cli.options import recipe_options
 from loratune.errors import Exit, LoratuneError
 from loratune.migration.recognition import TOOLS
-from loratune.migration.translation import Translation, translate
+from loratune.migration.translation import MOST_DEVICES, Translation, translate
 from loratune.writing import write_text
 
 DETAILS = f"""\
@@ -41,7 +41,11 @@ def command(
     devices: Annotated[
         int | None,
         typer.Option(
-            "--devices", metavar="count", min=1, max=65536, help="GPUs it trained on; rows per step grow with them."
+            "--devices",
+            metavar="count",
+            min=1,
+            max=MOST_DEVICES,
+            help="GPUs that it trained on, for the rows per step.",
         ),
     ] = None,
     dataset_info: Annotated[

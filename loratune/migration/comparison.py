@@ -106,11 +106,11 @@ def compare_rows(found: Translation, count: int) -> Comparison:
         return compared
     try:
         tokenizer = load_tokenizer(find_tokenizer(found.recipe.model))
+        encoder = Encoder(tokenizer, found.recipe.prompt).at_a_day()  # tries a template before it is used elsewhere
         form = form_of(found.tool, dict(found.sheet.known), tokenizer)
         if form is None:
             compared.problem = f"{found.tool}'s form of these rows is not known here"
             return compared
-        encoder = Encoder(tokenizer, found.recipe.prompt).at_a_day()
         for place, row, spoken in islice(_rows(found.recipe), count):
             compared.rows.append(_compared(place, row, spoken, form, encoder, found.recipe))
     except LoratuneError as error:

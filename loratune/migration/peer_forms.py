@@ -8,6 +8,7 @@ from typing import Any
 
 from loratune.data.encoding.encoder import IGNORED
 from loratune.data.formats.conversation import CLOSING, OPENING, Conversation
+from loratune.errors import first_line_of
 from loratune.migration.sheet import is_off
 
 EMPTY_THOUGHT = f"{OPENING}\n\n{CLOSING}\n\n"
@@ -84,7 +85,10 @@ class WholeTemplate:
             raise NotComparableError("it has tools")
 
         def written(count: int, asks: bool = False) -> str:
-            text = tokenizer.apply_chat_template(messages[:count], tokenize=False, add_generation_prompt=asks)
+            try:
+                text = tokenizer.apply_chat_template(messages[:count], tokenize=False, add_generation_prompt=asks)
+            except Exception as error:  # a template raises what it likes
+                raise NotComparableError(f"the template refuses it: {first_line_of(error)}") from error
             return str(text)
 
         whole = written(len(messages))

@@ -84,7 +84,8 @@ class Rows:
             sheet.note(note, setting if self.sources else "")
         if self.sources:
             sheet.take(setting, self.sources)
-        if columns := {known: own for known, own in self.columns.items() if known != own}:
+        columns = {known: own for known, own in self.columns.items() if known != own}
+        if columns.keys() - earlier.keys():
             sheet.take("data.columns", columns | earlier)
 
 

@@ -41,7 +41,7 @@ def rows_per_step(sheet: Sheet, given: Given) -> None:
             told += "; for more devices than one, multiply it (import --devices)"
     packed = not is_off(sheet.known.get("packing"))
     if packed:
-        length = sheet.known.get("cutoff_len", "max_length")
+        length = sheet.known.get("cutoff_len", sheet.known.get("max_length", "the model's"))
         told += f"; there, a row of a step is a pack of up to {length} tokens, here it is a row of the data"
     if packed or (devices is None and total is None):
         sheet.change("training.batch_size", product, told)
@@ -63,7 +63,7 @@ def length_of_run(sheet: Sheet, given: Given) -> None:
 
 
 def schedule(sheet: Sheet, given: Given) -> None:
-    """Schedule and warm-up, which some tools ignore for a constant rate."""
+    """Schedule and warm-up; transformers ignores the latter for a constant rate."""
     named = str(given.get("lr_scheduler_type", "linear"))
     known = SCHEDULES.get(named)
     if known is None:
@@ -207,6 +207,11 @@ def early_stopping(sheet: Sheet, given: Given) -> None:
         sheet.take("evaluation.early_stopping", whole(given["early_stopping_patience"]))
 
 
+def seed_of_data(sheet: Sheet, given: Given) -> None:
+    if whole(given["data_seed"]) != whole(sheet.known.get("seed", 42)):
+        sheet.take("data.seed", whole(given["data_seed"]))
+
+
 TRAINING_DEFAULTS: Given = {"load_best_model_at_end": False}
 """Defaults of all these tools that are not loratune's."""
 ROWS = ("per_device_train_batch_size", "gradient_accumulation_steps", "global_batch_size")
@@ -250,6 +255,7 @@ TRAINING_RULES: Rules = {
     ("overwrite_output_dir", "add_version"): overwriting,
     ("ddp_timeout",): timeout,
     ("do_train",): command,
+    ("data_seed",): seed_of_data,
     ("early_stopping_patience",): early_stopping,
 }
 """The order matters where a rule reads what another has written: validation is known before the best checkpoint."""

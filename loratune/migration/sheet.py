@@ -71,13 +71,19 @@ class Sheet:
     """What is not taken and does not change the result."""
     _names: tuple[str, ...] = ()
     _value: str = ""
+    _is_asked: bool = False
 
     @contextmanager
-    def of(self, given: Mapping[str, Any]) -> Iterator[None]:
+    def of(self, given: Mapping[str, Any], is_asked: bool = True) -> Iterator[None]:
         """Account for some settings: what the block reports is about them, and without a report nothing changes.
 
         An error of the block about a value, such as a text where a number belongs, is a loss.
+
+        Args:
+            given: name, as the file spells it → value.
+            is_asked: whether somebody has chosen the values; a tool's dump holds its defaults too.
         """
+        self._is_asked = is_asked and bool(given)
         self._names, self._value = tuple(given), ", ".join(shortened(str(value), 60) for value in given.values())
         before = self._count()
         try:
@@ -124,7 +130,7 @@ class Sheet:
 
         A default of the tool that loratune does not have is a change in meaning, because nobody asked for it.
         """
-        (self.lost if self._names else self.changed).append(self._entry("", reason))
+        (self.lost if self._is_asked else self.changed).append(self._entry("", reason))
 
     def fail(self, reason: str) -> None:
         """Record a loss that is one even where nothing is given, such as the method of training."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any, get_args
 
@@ -14,12 +15,22 @@ from loratune.recipe.suggestions import KNOWN_ELSEWHERE, WITHOUT_SETTING
 
 Rules = Mapping[tuple[str, ...], Rule]
 """Names that are translated together → how; a name is in one group."""
-LAST_NAMES = {
-    last: names[-1]
-    for last in {setting.rpartition(".")[2] for setting in SETTINGS}
-    if len(names := [setting for setting in SETTINGS if setting.rpartition(".")[2] == last]) == 1 or last in SETTINGS
+SAME_NAMES = {
+    setting.rpartition(".")[2]: setting
+    for setting in (
+        "model.revision",
+        "lora.use_rslora",
+        "lora.use_dora",
+        "lora.rank_pattern",
+        "lora.alpha_pattern",
+        "training.learning_rate",
+        "training.weight_decay",
+        "training.max_grad_norm",
+        "tracking.run_name",
+        "seed",
+    )
 }
-"""Name that only one setting has, or one of no section → that setting."""
+"""Names that loratune has in common with the tools → setting."""
 MOST_LIKE = 0.8
 """Similarity from which a name is taken for a misspelt one."""
 
@@ -47,6 +58,7 @@ class Tool:
     def names(self) -> set[str]:
         """Every name that is translated, or known to need no translation."""
         ruled = {name for names in self.rules for name in names}
+        ruled |= SAME_NAMES.keys()
         return ruled | self.aliases.keys() | KNOWN_ELSEWHERE.keys() | WITHOUT_SETTING.keys() | NOT_OFFERED.keys()
 
     def translate(self, config: Config, context: Context) -> Sheet:
@@ -70,22 +82,26 @@ class Tool:
             with sheet.of({spelled[name]: values.pop(name)}):
                 sheet.lose("it holds a variable of the shell, whose value is not known here")
         known = sheet.known = dict(self.defaults) | values
+        is_dump = self.is_dump(values)
+
+        def account(names: Iterable[str]) -> AbstractContextManager[None]:
+            here = {name: values[name] for name in names if name in values}
+            is_asked = not is_dump or any(self.defaults.get(name) != value for name, value in here.items())
+            return sheet.of({spelled[name]: value for name, value in here.items()}, is_asked)
+
         for names, rule in self.rules.items():
-            here = {name: known[name] for name in names if name in known}
-            if here:
-                with sheet.of({spelled[name]: values[name] for name in here if name in values}):
+            if here := {name: known[name] for name in names if name in known}:
+                with account(names):
                     rule(sheet, here)
         ruled = {name for names in self.rules for name in names}
-        is_dump = self.is_dump(values)
-        for name, value in (dict(self.defaults) | values).items():
-            if name not in ruled:
-                with sheet.of({spelled[name]: value} if name in values else {}):
-                    self._translate_by_table(sheet, name, value, is_dump)
+        for name in (name for name in known if name not in ruled):
+            with account([name]):
+                self._translate_by_table(sheet, name, known[name], is_dump)
         return sheet
 
     def _translate_by_table(self, sheet: Sheet, name: str, value: Any, is_dump: bool) -> None:
         """Translate a setting with the same meaning in all tools, or say why there is none."""
-        setting = KNOWN_ELSEWHERE.get(name, LAST_NAMES.get(name, ""))
+        setting = KNOWN_ELSEWHERE.get(name, SAME_NAMES.get(name, ""))
         if setting in SETTINGS:
             sheet.take(setting, as_type_of(setting, value))
         elif name in KNOWN_ELSEWHERE:

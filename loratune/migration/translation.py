@@ -15,6 +15,8 @@ from loratune.migration.sheet import Context, Entry, Sheet
 from loratune.migration.tool import Tool
 from loratune.recipe.sections import Recipe
 
+MOST_DEVICES = 65536
+
 
 @dataclass(frozen=True)
 class Translation:
@@ -38,15 +40,22 @@ class Translation:
     def lists(self) -> list[tuple[str, list[tuple[str, str]]]]:
         """Title and rows of each list, for the terminal."""
         sheet = self.sheet
-        return [
-            (f"taken over ({_count(sheet.taken)})", [_row(entry, sheet) for entry in sheet.taken]),
-            (f"changed in meaning ({_count(sheet.changed)})", [_row(entry, sheet) for entry in sheet.changed]),
-            (f"not needed ({_count(sheet.unneeded)})", [_row(entry, sheet) for entry in sheet.unneeded]),
-            (
-                f"not taken, and the result is another ({_count(sheet.lost)})",
-                [_row(entry, sheet) for entry in sheet.lost],
-            ),
-        ]
+        kinds = {
+            "taken over": sheet.taken,
+            "changed in meaning": sheet.changed,
+            "not needed": sheet.unneeded,
+            "not taken, and the result is another": sheet.lost,
+        }
+        return [(f"{title} ({_count(entries)})", self._rows(entries)) for title, entries in kinds.items()]
+
+    def _rows(self, entries: list[Entry]) -> list[tuple[str, str]]:
+        """Return names and what is told of them; names of which the same is told are together."""
+        names: dict[str, list[str]] = {}
+        for entry in entries:
+            here = f"{entry.setting}: {self.sheet.recipe.get(entry.setting)}" if entry.setting else ""
+            told = "; ".join(part for part in (here, entry.reason) if part)
+            names.setdefault(told, []).extend(entry.names or ["(default)"])
+        return [("\n".join(dict.fromkeys(several)), told) for told, several in names.items()]
 
     def as_json(self) -> dict[str, Any]:
         """Return lists and recipe as JSON types."""
@@ -86,20 +95,12 @@ def translate(
 
 
 def _devices_of(environment: dict[str, str]) -> int | None:
-    """Return the number of processes that the variables of a shell script ask for."""
-    names = ("NPROC_PER_NODE", "NNODES")
-    given = [environment[name] for name in names if environment.get(name, "").isdecimal()]
-    counts = [int(text[:6]) for text in given]
-    return None if "NPROC_PER_NODE" not in environment or not counts else max(1, counts[0] * (counts[1:] or [1])[0])
+    """Return the number of processes that the variables of a shell script ask for; None if they ask for none."""
+    processes, nodes = environment.get("NPROC_PER_NODE", ""), environment.get("NNODES", "1")
+    if not processes.isdecimal() or not nodes.isdecimal():
+        return None
+    return max(1, min(int(processes[:6]) * int(nodes[:6]), MOST_DEVICES))
 
 
 def _count(entries: list[Entry]) -> str:
     return counted(len({name for entry in entries for name in entry.names}), "setting")
-
-
-def _row(entry: Entry, sheet: Sheet) -> tuple[str, str]:
-    names = "\n".join(entry.names) or "(default)"
-    value = sheet.recipe.get(entry.setting)
-    here = f"{entry.setting}: {value}" if entry.setting in sheet.recipe else entry.setting
-    told = "; ".join(part for part in (here, entry.reason) if part)
-    return names, told

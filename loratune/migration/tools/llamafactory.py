@@ -183,14 +183,15 @@ def template(sheet: Sheet, given: Given) -> None:
     """Its templates are named; loratune renders by the tokenizer's own, or by one of two of its own."""
     named = str(given.get("template", ""))
     if named in OWN_TEMPLATES:
-        sheet.take("prompt.template", OWN_TEMPLATES[named])
+        how = f"there, {named} trains what follows the end token too, and may break lines otherwise (see import --rows)"
+        sheet.change("prompt.template", OWN_TEMPLATES[named], how)
     elif named in NO_TEMPLATE:
         sheet.lose("rows are rendered by a template; see prompt.template")
     elif named:
         tokenizers_template(sheet, named)
     if system := given.get("default_system"):
         sheet.take("prompt.system", str(system))
-    thinks = named.startswith(("qwen3", "qwen3_5")) and not named.endswith("_nothink")
+    thinks = named.startswith("qwen3") and not named.endswith("_nothink")
     if not thinks:
         return
     if truth(given.get("enable_thinking", True)):

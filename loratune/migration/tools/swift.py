@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from loratune.migration.rows import HUB_ID, Rows, add_named, is_file_name, validation
@@ -72,6 +73,8 @@ def _rows(named: Any, hub: str) -> Rows:
 
 def rows_per_step(sheet: Sheet, given: Given) -> None:
     """Without an accumulation, a step has 16 rows, or those of all devices if they are more."""
+    if sheet.context.devices is None and "global_world_size" in given:
+        sheet.context = replace(sheet.context, devices=whole(given["global_world_size"]))
     if "gradient_accumulation_steps" not in given and "global_batch_size" not in given:
         at_once = whole(given["per_device_train_batch_size"]) * (sheet.context.devices or 1)
         given = {**given, "global_batch_size": max(USUAL_ROWS, at_once)}
@@ -98,16 +101,13 @@ def placeholders(sheet: Sheet, given: Given) -> None:
     """The rows of self-cognition have {{NAME}} and {{AUTHOR}}, in Chinese and English."""
     for name, setting in (("model_name", "name"), ("model_author", "author")):
         value = given.get(name)
-        if value is None:
+        forms = [str(one) for one in (value if isinstance(value, list) else [value]) if one is not None]
+        if not forms:
             continue
-        first = (
-            str(value[0] if isinstance(value, list) else value).split(" ")[0] if isinstance(value, list) else str(value)
-        )
-        filled = sheet.recipe.get("data.placeholders", {}) | {setting: first}
-        if isinstance(value, list) and len(value) > 1:
-            sheet.change(
-                "data.placeholders", filled, f"there, {name} has a Chinese and an English form; here it is {first}"
-            )
+        filled = sheet.recipe.get("data.placeholders", {}) | {setting: forms[0]}
+        if len(forms) > 1:
+            how = f"there, {name} has a Chinese and an English form; here it is {forms[0]}"
+            sheet.change("data.placeholders", filled, how)
         else:
             sheet.take("data.placeholders", filled)
 
@@ -211,7 +211,9 @@ SWIFT = Tool(
         "lr_scheduler_type": "cosine",
         "warmup_ratio": 0.0,
         "weight_decay": 0.1,
+        "adam_beta1": 0.9,
         "adam_beta2": 0.95,
+        "adam_epsilon": 1e-8,
         "split_dataset_ratio": 0.0,
         "task_type": "causal_lm",
         "truncation_strategy": "delete",
@@ -232,8 +234,9 @@ SWIFT = Tool(
         ("ENV", "env"): lambda sheet, given: sheet.skip("variables are set where sft is started"),
         ("eval_dataset",): lambda sheet, given: sheet.skip("no part of training; see infer"),
         **{names: rule for names, rule in MODEL_RULES.items() if names != ("model_name_or_path",)},
-        **TRAINING_RULES,
-        ROWS: rows_per_step,
+        **{names: rule for names, rule in TRAINING_RULES.items() if names not in (ROWS, ("do_train",))},
+        ("do_train",): lambda sheet, given: sheet.skip("the command: loratune sft"),
+        (*ROWS, "global_world_size"): rows_per_step,
         ("learning_rate",): rate,
     },
     is_dump=lambda values: "swift_version" in values or ("model_info" in values and "model_meta" in values),

@@ -98,6 +98,7 @@ UNSLOTH = Tool(
         "random_seed": 3407,
         "cutoff_len": 2048,
         "load_in_4bit": True,
+        "train_on_completions": False,
         "data.validation": 0.0,
         "lora_target": "q_proj,k_proj,v_proj,o_proj,gate_proj,up_proj,down_proj",
     },
