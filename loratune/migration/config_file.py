@@ -39,30 +39,13 @@ def read_config(path: Path) -> Config:
     """
     text = read_text(path)
     if path.suffix == ".sh" or (path.suffix not in (".json", ".yaml", ".yml") and _is_command(text)):
-        return read_shell(path, text)
+        return _read_shell(path, text)
     values = parse(path, text)
     if not isinstance(values, dict) or not values:
         raise LoratuneError(f"{path}: it holds no settings (name: value)", Exit.USAGE)
     if len(values) > MOST_KEYS:
         raise LoratuneError(f"{path}: it has {len(values):,} names; at most {MOST_KEYS:,} are read", Exit.USAGE)
     return Config(path, {str(name): value for name, value in values.items() if not is_empty(value)})
-
-
-def read_shell(path: Path, text: str) -> Config:
-    """Read the first training command of a shell script.
-
-    Raises:
-        LoratuneError: there is none.
-    """
-    command = read_command(text)
-    if command is None:
-        raise LoratuneError(
-            f"{path}: no training command of a known tool is in it (swift sft, megatron sft, trl sft); give the YAML "
-            "file instead if the command names one",
-            Exit.USAGE,
-        )
-    values = {name: value for name, value in command.options.items() if not is_empty(value)}
-    return Config(path, values, command.program, command.environment)
 
 
 def read_text(path: Path) -> str:
@@ -109,3 +92,20 @@ def is_empty(value: Any) -> bool:
 
 def _is_command(text: str) -> bool:
     return text.startswith("#!") or read_command(text) is not None
+
+
+def _read_shell(path: Path, text: str) -> Config:
+    """Read the first training command of a shell script.
+
+    Raises:
+        LoratuneError: there is none.
+    """
+    command = read_command(text)
+    if command is None:
+        raise LoratuneError(
+            f"{path}: no training command of a known tool is in it (swift sft, megatron sft, trl sft); give the YAML "
+            "file instead if the command names one",
+            Exit.USAGE,
+        )
+    values = {name: value for name, value in command.options.items() if not is_empty(value)}
+    return Config(path, values, command.program, command.environment)

@@ -68,7 +68,7 @@ class Rows:
             name: name of the source.
         """
         for known, own in columns.items():
-            if self.columns.setdefault(known, own) != own:
+            if known != own and self.columns.setdefault(known, own) != own:
                 self.problems.append(
                     f"{name}: the column {known} is {own!r} there and {self.columns[known]!r} in another source, and "
                     "data.columns holds for all of them; rename the column in one of the files"
@@ -84,9 +84,8 @@ class Rows:
             sheet.note(note, setting if self.sources else "")
         if self.sources:
             sheet.take(setting, self.sources)
-        columns = {known: own for known, own in self.columns.items() if known != own}
-        if columns.keys() - earlier.keys():
-            sheet.take("data.columns", columns | earlier)
+        if self.columns.keys() - earlier.keys():
+            sheet.take("data.columns", self.columns | earlier)
 
 
 def is_file_name(name: str) -> bool:

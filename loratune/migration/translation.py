@@ -29,7 +29,6 @@ class Translation:
     """The recipe's file."""
     recipe: Recipe | None
     """None if the config names no base or no rows."""
-    program: str
 
     @property
     def lost(self) -> list[Entry]:
@@ -89,9 +88,9 @@ def translate(
     told = devices or _devices_of(config.environment)
     sheet = tool.translate(config, Context(source.parent, config.program, told, dataset_info))
     for setting in flags:
-        sheet.comments.pop(setting, None)
+        sheet.comments.pop(setting, None)  # it is about the value that the flag replaces
     values, recipe = settle(sheet, flags, source)
-    return Translation(source, tool.name, sheet, recipe_text(sheet, values, source), recipe, config.program)
+    return Translation(source, tool.name, sheet, recipe_text(sheet, values, source), recipe)
 
 
 def _devices_of(environment: dict[str, str]) -> int | None:
