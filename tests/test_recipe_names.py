@@ -16,6 +16,7 @@ from loratune.errors import Exit, LoratuneError
 from loratune.recipe import names
 from loratune.recipe.loading import load_recipe, load_written_recipe
 from loratune.recipe.names import RENAMED, with_current_names
+from loratune.recipe.not_offered import NOT_OFFERED
 from loratune.recipe.sections import flat_settings, iterate_settings
 from loratune.recipe.suggestions import KNOWN_ELSEWHERE, WITHOUT_SETTING, suggestion
 
@@ -191,6 +192,11 @@ def test_a_name_of_another_tool_is_answered_with_loratunes(tmp_path: Path, name:
         assert f"{place}: no such setting; in loratune this is {elsewhere}" in message
 
 
+def test_a_name_of_another_tool_is_in_one_table() -> None:
+    tables = (KNOWN_ELSEWHERE, WITHOUT_SETTING, NOT_OFFERED)
+    assert sum(map(len, tables)) == len({name for table in tables for name in table})
+
+
 def test_no_name_of_trl_or_peft_leads_to_a_setting_that_is_another_thing() -> None:
     """A guess by similarity is for typing mistakes; a name that these libraries have is no mistake."""
     similar = {
@@ -201,7 +207,7 @@ def test_no_name_of_trl_or_peft_leads_to_a_setting_that_is_another_thing() -> No
     own = {known.rpartition(".")[2] for known in SETTINGS}
     for name in {field.name for kind in (SFTConfig, LoraConfig) for field in fields(kind)} - own:
         found = suggestion(name, SETTINGS)
-        if name not in KNOWN_ELSEWHERE and name not in WITHOUT_SETTING:
+        if not any(name in table for table in (KNOWN_ELSEWHERE, WITHOUT_SETTING, NOT_OFFERED)):
             assert found in ("", f"; did you mean {similar.get(name)}?"), (name, found)
 
 

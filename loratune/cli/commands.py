@@ -8,6 +8,7 @@ from types import ModuleType
 COMMANDS = {
     "sft": "Train a LoRA adapter, or a model's own weights, from a recipe.",
     "sweep": "Train a recipe with many values of some settings, and say which are best.",
+    "import": "Translate a config of LLaMA-Factory, ms-swift, axolotl, unsloth or TRL into a recipe.",
     "data": "Inspect the training data of a recipe.",
     "merge": "Merge an adapter into its base model, and verify the result.",
     "export": "Convert an adapter or merged model for another program, and verify it.",
@@ -42,6 +43,10 @@ def command_module(name: str) -> ModuleType:
             from loratune.cli import sweep
 
             return sweep
+        case "import":
+            from loratune.cli import import_
+
+            return import_
         case "merge":
             from loratune.cli import merge
 

@@ -74,7 +74,7 @@ def load_recipe(config: str | None, flags: dict[str, Any]) -> Recipe:
     """
     path = find_recipe(config) if config is not None else None
     document = _read(path) if path else Document(values={})
-    return _validated(document, path, flags, is_own=False)
+    return _with_found_data(_validated(document, path, flags, is_own=False), path)
 
 
 def load_sweep(config: str | None, flags: dict[str, Any], sweep_flags: dict[str, Any]) -> tuple[Recipe, dict[str, Any]]:
@@ -114,7 +114,21 @@ def load_written_recipe(path: Path) -> Recipe:
     Raises:
         LoratuneError: lists all problems.
     """
-    return _validated(_read(path), path, {}, is_own=True)
+    return _with_found_data(_validated(_read(path), path, {}, is_own=True), path)
+
+
+def validate_settings(values: dict[str, Any], flags: dict[str, Any], source: Path) -> Recipe:
+    """Validate settings that are not read from a recipe's file; their data files stay as they are written.
+
+    Args:
+        values: section → setting → value; the flags are put into it.
+        flags: see `load_recipe`.
+        source: where the settings come from, for messages.
+
+    Raises:
+        LoratuneError: lists all problems.
+    """
+    return _validated(Document(values=values), source, flags, is_own=False)
 
 
 def _validated(document: Document, path: Path | None, flags: dict[str, Any], is_own: bool) -> Recipe:
@@ -146,7 +160,7 @@ def _validated(document: Document, path: Path | None, flags: dict[str, Any], is_
         count = f"{len(problems)} problems" if len(problems) > 1 else "a problem"
         listed = bullet_list([message for _, message in sorted(problems, key=lambda problem: problem[0])], limit=40)
         raise LoratuneError(f"{source}: the recipe has {count}:\n{listed}", Exit.USAGE)
-    return _with_found_data(recipe, path)
+    return recipe
 
 
 def _rename(document: Document, path: str, is_own: bool) -> list[str]:

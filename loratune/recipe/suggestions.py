@@ -6,6 +6,8 @@ import difflib
 from collections.abc import Iterable
 
 from loratune.recipe.names import DROPPED, RENAMED
+from loratune.recipe.not_needed import NOT_NEEDED
+from loratune.recipe.not_offered import NOT_OFFERED
 
 STEP_ROWS = "training.batch_size (per step: rows per device × accumulation × devices)"
 KNOWN_ELSEWHERE = {
@@ -15,6 +17,7 @@ KNOWN_ELSEWHERE = {
     "model_id": "model.base",
     "model_id_or_path": "model.base",
     "base_model": "model.base",
+    "revision_of_model": "model.revision",
     "pretrained_model_name_or_path": "model.base",
     "model_revision": "model.revision",
     "use_hf": "model.hub",
@@ -121,6 +124,11 @@ KNOWN_ELSEWHERE = {
     "max_seq_len": "training.max_length",
     "model_max_length": "training.max_length",
     "packing_length": "training.tokens_per_pass",
+    "global_batch_size": STEP_ROWS,
+    "train_iters": "training.max_steps",
+    "lr_warmup_fraction": "training.warmup",
+    "lr_warmup_iters": "training.warmup",
+    "fsdp": "model.sharding: fsdp",
     "sample_packing": "training.packing",
     "padding_free": "training.packing",
     "neat_packing": "training.packing",
@@ -135,6 +143,7 @@ KNOWN_ELSEWHERE = {
     "evals_per_epoch": "evaluation.every_steps",
     "eval_strategy": "evaluation.every_steps",
     "early_stopping_patience": "evaluation.early_stopping",
+    "early_stop_interval": "evaluation.early_stopping",
     "save_steps": "checkpoints.every_steps",
     "saves_per_epoch": "checkpoints.every_steps",
     "save_strategy": "checkpoints.every_steps",
@@ -142,35 +151,31 @@ KNOWN_ELSEWHERE = {
     "load_best_model_at_end": "checkpoints.keep_best",
     "metric_for_best_model": "checkpoints.best_by",
     "resume_from_checkpoint": "the flag --resume",
+    "auto_resume_from_checkpoints": "the flag --resume",
     "overwrite_output_dir": "the flag --overwrite",
     "logging_steps": "tracking.every_steps",
     "wandb_project": "the environment variable WANDB_PROJECT, with tracking.report_to: wandb",
     "wandb_name": "tracking.run_name",
     "use_wandb": "tracking.report_to: wandb",
     "use_swanlab": "tracking.report_to: swanlab",
+    "enable_wandb": "tracking.report_to: wandb",
+    "enable_tensorboard": "tracking.report_to: tensorboard",
     "output_dir": "output",
     "data_seed": "seed",
+    "random_seed": "seed",
     "stage": "the command: loratune sft",
     "do_train": "the command: loratune sft",
 }
-"""Name of a setting in transformers, TRL, PEFT, LLaMA-Factory, ms-swift or axolotl → its equivalent here."""
+"""Name of a setting in transformers, TRL, PEFT, LLaMA-Factory, ms-swift, axolotl or unsloth → its equivalent here."""
 
 
 WITHOUT_SETTING = {
-    "preprocessing_num_workers": "all CPU cores are used, and encoded rows are cached",
-    "dataset_num_proc": "all CPU cores are used, and encoded rows are cached",
-    "overwrite_cache": "rows are encoded again whenever an input has changed",
-    "use_liger_kernel": "Liger's kernels are used on a GPU if the package is installed",
-    "liger_kernel": "Liger's kernels are used on a GPU if the package is installed",
     "group_by_length": "packing leaves no padding, and without it rows of similar length are batched together",
     "length_column_name": "packing leaves no padding, and without it rows of similar length are batched together",
     "remove_unused_columns": "unknown columns are ignored, and data check lists them",
     "pissa_iter": "lora.init pissa takes 16 iterations",
     "pissa_convert": "with lora.init pissa the base stays as it is, and every saved adapter is plain LoRA",
     "loraplus_lr_embedding": "LoRA is never put on embeddings",
-    "use_qalora": "it trains plain LoRA, rsLoRA and DoRA",
-    "use_bdlora": "it trains plain LoRA, rsLoRA and DoRA",
-    "optim_target_modules": "every matrix of the adapter is trained by the same optimizer",
     "train_sampling_strategy": "rows are shuffled in each epoch, using the seed",
     "per_device_eval_batch_size": DROPPED["evaluation.batch_size"],
     "eval_batch_size": DROPPED["evaluation.batch_size"],
@@ -178,6 +183,7 @@ WITHOUT_SETTING = {
     "hub_revision": "merge and export push their results",
     "sweep": "a recipe trains once; loratune sweep reads the section",
     "trust_remote_code": "code from a model's folder is never run",
+    **NOT_NEEDED,
 }
 """Name of a setting in those tools → why loratune has no equivalent."""
 
@@ -192,7 +198,7 @@ def suggestion(setting: str, known: Iterable[str]) -> str:
     last = setting.rpartition(".")[2]
     if elsewhere := KNOWN_ELSEWHERE.get(last.lower().replace("-", "_")):
         return f"; in loratune this is {elsewhere}"
-    if reason := WITHOUT_SETTING.get(last.lower().replace("-", "_")):
+    if reason := (WITHOUT_SETTING | NOT_OFFERED).get(last.lower().replace("-", "_")):
         return f"; loratune has none: {reason}"
     near = _nearest(setting, last, list(known))
     return f"; did you mean {near}?" if near else ""

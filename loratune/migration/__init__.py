@@ -1,0 +1,1 @@
+"""Translates the configs of other training tools into recipes, and compares how both render rows."""

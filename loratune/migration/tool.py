@@ -1,0 +1,144 @@
+"""What the import knows of one tool: its names and defaults, and how it means them."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from typing import Any, get_args
+
+from loratune.migration.config_file import Config
+from loratune.migration.sheet import SETTINGS, Context, Rule, Sheet, is_off, number, truth, whole
+from loratune.recipe.not_offered import NOT_OFFERED
+from loratune.recipe.suggestions import KNOWN_ELSEWHERE, WITHOUT_SETTING
+
+Rules = Mapping[tuple[str, ...], Rule]
+"""Names that are translated together → how; a name is in one group."""
+SAME_NAMES = {
+    setting.rpartition(".")[2]: setting
+    for setting in (
+        "model.revision",
+        "lora.use_rslora",
+        "lora.use_dora",
+        "lora.rank_pattern",
+        "lora.alpha_pattern",
+        "training.learning_rate",
+        "training.weight_decay",
+        "training.max_grad_norm",
+        "tracking.run_name",
+        "seed",
+    )
+}
+"""Names that loratune has in common with the tools → setting."""
+MOST_LIKE = 0.8
+"""Similarity from which a name is taken for a misspelt one."""
+
+
+@dataclass(frozen=True)
+class Tool:
+    """A training tool whose configs can be read."""
+
+    name: str
+    marks: frozenset[str]
+    """Names that only this tool's configs have."""
+    aliases: Mapping[str, str] = field(default_factory=dict)
+    """Its names → those that the rules know."""
+    defaults: Mapping[str, Any] = field(default_factory=dict)
+    """Name as the rules know it → value that it has there if a config does not give it."""
+    rules: Rules = field(default_factory=dict)
+    programs: frozenset[str] = frozenset()
+    """Programs of shell commands that belong to it."""
+    unfolded: Callable[[dict[str, Any]], dict[str, Any]] = dict
+    """Brings nested settings to one level."""
+    is_dump: Callable[[Mapping[str, Any]], bool] = lambda values: False
+    """Whether a file holds every setting that the tool has, with those that nobody has set."""
+
+    @property
+    def names(self) -> set[str]:
+        """Every name that is translated, or known to need no translation."""
+        ruled = {name for names in self.rules for name in names}
+        ruled |= SAME_NAMES.keys()
+        return ruled | self.aliases.keys() | KNOWN_ELSEWHERE.keys() | WITHOUT_SETTING.keys() | NOT_OFFERED.keys()
+
+    def translate(self, config: Config, context: Context) -> Sheet:
+        """Return the recipe that a config means, and the account of each of its settings.
+
+        Args:
+            config: the file as read.
+            context: what the translation depends on beside it.
+        """
+        sheet = Sheet(self.name, context=context)
+        given = self.unfolded(config.values)
+        spelled, values = dict[str, str](), dict[str, Any]()
+        for name, value in given.items():
+            usual = self.aliases.get(name, name)
+            if usual in values:
+                with sheet.of({name: value}):
+                    sheet.lose(f"it is given as {spelled[usual]} too; leave one of them out")
+                continue
+            spelled[usual], values[usual] = name, value
+        for name in [name for name, value in values.items() if "$" in str(value) and _is_of_a_shell(value, config)]:
+            with sheet.of({spelled[name]: values.pop(name)}):
+                sheet.lose("it holds a variable of the shell, whose value is not known here")
+        known = sheet.known = dict(self.defaults) | values
+        is_dump = self.is_dump(values)
+
+        def account(names: Iterable[str]) -> AbstractContextManager[None]:
+            here = {name: values[name] for name in names if name in values}
+            is_asked = not is_dump or any(self.defaults.get(name) != value for name, value in here.items())
+            return sheet.of({spelled[name]: value for name, value in here.items()}, is_asked)
+
+        for names, rule in self.rules.items():
+            if here := {name: known[name] for name in names if name in known}:
+                with account(names):
+                    rule(sheet, here)
+        ruled = {name for names in self.rules for name in names}
+        for name in (name for name in known if name not in ruled):
+            with account([name]):
+                self._translate_by_table(sheet, name, known[name], is_dump)
+        return sheet
+
+    def _translate_by_table(self, sheet: Sheet, name: str, value: Any, is_dump: bool) -> None:
+        """Translate a setting with the same meaning in all tools, or say why there is none."""
+        setting = KNOWN_ELSEWHERE.get(name, SAME_NAMES.get(name, ""))
+        if setting in SETTINGS:
+            sheet.take(setting, as_type_of(setting, value))
+        elif name in KNOWN_ELSEWHERE:
+            sheet.lose(f"in loratune this is {KNOWN_ELSEWHERE[name]}; set it by hand")
+        elif name in WITHOUT_SETTING:
+            sheet.skip(WITHOUT_SETTING[name])
+        elif name in NOT_OFFERED:
+            if not is_off(value):
+                sheet.lose(NOT_OFFERED[name])
+        elif is_dump:
+            sheet.skip(f"a value of {self.name}'s dump that no table of loratune has")
+        else:
+            near = nearest(name, self.names)
+            sheet.lose(
+                f"{self.name} has no such setting that loratune knows" + (f"; did you mean {near}?" if near else "")
+            )
+
+
+def as_type_of(setting: str, value: Any) -> Any:
+    """Return a value with the type of a setting of the recipe.
+
+    Raises:
+        ValueError: it is of another kind.
+    """
+    if isinstance(value, dict | list):
+        return value
+    kinds = {SETTINGS[setting].annotation, *get_args(SETTINGS[setting].annotation)}
+    for kind, read in ((bool, truth), (int, whole), (float, number)):
+        if kind in kinds:
+            return read(value)
+    return str(value) if str in kinds else value
+
+
+def nearest(name: str, names: Iterable[str]) -> str:
+    """Return the known name that a name is like; empty if there is none."""
+    return next(iter(difflib.get_close_matches(name, sorted(names), n=1, cutoff=MOST_LIKE)), "")
+
+
+def _is_of_a_shell(value: Any, config: Config) -> bool:
+    return bool(config.program) and any("$" in str(one) for one in (value if isinstance(value, list) else [value]))

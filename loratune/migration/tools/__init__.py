@@ -1,0 +1,1 @@
+"""The tools whose configs are read, one file each."""

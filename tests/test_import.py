@@ -1,0 +1,492 @@
+"""`loratune import`: recipes from the configs of other tools, with an account of every setting, and rows compared."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import random
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from typer.testing import Result
+
+from loratune.data.encoding.encoder import IGNORED, Encoder, Example
+from loratune.data.formats.conversation import Conversation
+from loratune.errors import Exit, LoratuneError
+from loratune.migration import config_file
+from loratune.migration.comparison import compare_rows
+from loratune.migration.config_file import read_config
+from loratune.migration.peer_forms import CHATML, LLAMA_FACTORY_FORMS, WholeTemplate
+from loratune.migration.recognition import TOOLS, recognised
+from loratune.migration.sheet import Sheet
+from loratune.migration.tool import Tool
+from loratune.migration.translation import Translation, translate
+from loratune.model.files import find_tokenizer
+from loratune.model.tokenizer import load_tokenizer
+from loratune.recipe.loading import load_recipe
+from loratune.recipe.sections import ModelSettings, Recipe, flat_settings
+from loratune.recipe.yaml_reader import read_yaml
+
+CLI = Callable[..., Result]
+LLAMA_FACTORY = {
+    "model_name_or_path": "tiny-qwen",
+    "stage": "sft",
+    "do_train": True,
+    "finetuning_type": "lora",
+    "lora_target": "all",
+    "dataset": "mine,talk",
+    "dataset_dir": "data",
+    "template": "qwen3_nothink",
+    "cutoff_len": 2048,
+    "per_device_train_batch_size": 2,
+    "gradient_accumulation_steps": 8,
+    "warmup_ratio": 0.1,
+    "lr_scheduler_type": "cosine",
+    "bf16": True,
+    "report_to": "none",
+    "overwrite_cache": True,
+    "output_dir": "saves/mine",
+}
+DATA_SETS: dict[str, Any] = {
+    "mine": {"file_name": "mine.json", "columns": {"prompt": "question", "response": "answer"}},
+    "talk": {
+        "file_name": "talk.jsonl",
+        "formatting": "sharegpt",
+        "columns": {"messages": "turns"},
+        "tags": {"role_tag": "role", "content_tag": "content", "user_tag": "user", "assistant_tag": "assistant"},
+    },
+    "pictures": {"file_name": "p.json", "columns": {"prompt": "q", "images": "images"}},
+    "pairs": {"file_name": "p.json", "ranking": True},
+    "odd": {"file_name": "o.json", "formatting": "sharegpt", "tags": {"user_tag": "person"}},
+    "hub": {"hf_hub_url": "org/rows", "subset": "de", "split": "test", "num_samples": 7},
+}
+SWIFT = """\
+#!/bin/bash
+# don't run this: the options follow
+nproc_per_node=2
+touch planted
+CUDA_VISIBLE_DEVICES=0,1 NPROC_PER_NODE=$nproc_per_node \\
+swift sft \\
+    --model Qwen/Qwen2.5-7B-Instruct \\
+    --tuner_type lora \\
+    --dataset 'org/rows#500' rows.jsonl \\
+              'swift/self-cognition#20' \\
+    --model_name 'My bot' \\
+    --gradient_accumulation_steps $(expr 16 / $nproc_per_node) \\
+    --learning_rate 2e-4 \\
+    --system 'You are a helpful assistant.' \\
+    --max_length 2048 --use_hf true \\
+    --deepspeed zero2; rm -rf out
+"""
+AXOLOTL: dict[str, Any] = {
+    "base_model": "tiny-qwen",
+    "load_in_4bit": True,
+    "adapter": "qlora",
+    "lora_r": 32,
+    "lora_alpha": 16,
+    "lora_target_linear": True,
+    "datasets": [{"path": "org/rows", "type": "chat_template", "split": "train[:500]", "field_messages": "turns"}],
+    "val_set_size": 0.05,
+    "sequence_len": 4096,
+    "sample_packing": True,
+    "micro_batch_size": 2,
+    "gradient_accumulation_steps": 4,
+    "num_epochs": 2,
+    "optimizer": "adamw_bnb_8bit",
+    "lr_scheduler": "cosine",
+    "learning_rate": 0.0002,
+    "evals_per_epoch": 4,
+    "wandb_project": None,
+    "bf16": "auto",
+    "tf32": False,
+}
+UNSLOTH = {
+    "model": "tiny-qwen",
+    "data": {"dataset": "org/rows", "format_type": "auto"},
+    "training": {
+        "max_seq_length": 512,
+        "num_epochs": 0,
+        "max_steps": 30,
+        "train_on_completions": True,
+        "packing": False,
+    },
+    "lora": {"lora_r": 16, "target_modules": ["q_proj", "v_proj"], "use_loftq": False},
+    "logging": {"enable_wandb": False},
+}
+TRL = {"model_name_or_path": "tiny-qwen", "dataset_name": "org/rows", "use_peft": True, "assistant_only_loss": True}
+ROWS = [
+    {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]},
+    {"messages": [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Two?"},
+                  {"role": "assistant", "content": "2"}, {"role": "user", "content": "Three?"},
+                  {"role": "assistant", "content": "3"}]},
+]  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def _working_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "dataset_info.json").write_text(json.dumps(DATA_SETS))
+
+
+def written(values: Any, name: str = "config.yaml") -> Path:
+    path = Path(name)
+    path.write_text(values if isinstance(values, str) else yaml.safe_dump(values, allow_unicode=True))
+    return path
+
+
+def imported(values: Any, name: str = "config.yaml", **options: Any) -> Translation:
+    return translate(written(values, name), None, options.get("flags", {}), options.get("devices"), None)
+
+
+def settings(found: Translation) -> dict[str, Any]:
+    """Every setting of the recipe as `sft` loads it from its file."""
+    Path("recipe.yaml").write_text(found.text)
+    return flat_settings(load_recipe("recipe.yaml", {}))
+
+
+def reasons(found: Translation) -> str:
+    return "\n".join(f"{', '.join(entry.names)}: {entry.reason}" for entry in found.lost)
+
+
+def test_a_config_of_llama_factory_becomes_the_recipe_that_it_means() -> None:
+    found = imported(LLAMA_FACTORY, devices=2)
+    assert not found.lost
+    expected = flat_settings(
+        Recipe.model_validate(
+            {
+                "model": {"base": "tiny-qwen"},
+                "lora": {"rank": 8, "alpha": 16.0, "dropout": 0.0},
+                "data": {
+                    "train": ["data/mine.json", "data/talk.jsonl"],
+                    "validation": 0.0,
+                    "columns": {"instruction": "question", "output": "answer", "conversations": "turns"},
+                },
+                "training": {"batch_size": 32, "max_length": 2048, "learning_rate": 5e-5, "warmup": 0.1},
+                "output": "saves/mine",
+            }
+        )
+    )
+    assert settings(found) == expected
+    values = yaml.safe_load(found.text)
+    assert "rank" not in values["lora"]  # as in loratune
+    assert "# there, the template is LLaMA-Factory's qwen3_nothink" in found.text
+
+
+def test_a_setting_that_a_config_leaves_out_has_the_default_of_its_tool() -> None:
+    for tool, values, learning_rate, weight_decay in [
+        ("LLaMA-Factory", {**LLAMA_FACTORY}, 5e-5, 0.0),
+        ("ms-swift", {"model": "tiny-qwen", "tuner_type": "lora", "dataset": "a.jsonl", "max_length": 99}, 1e-4, 0.1),
+        ("TRL", TRL, 2e-5, 0.0),
+        ("unsloth", UNSLOTH, 2e-4, 0.01),
+    ]:
+        found = imported(values)
+        assert found.tool == tool
+        flat = settings(found)
+        assert (flat["training.learning_rate"], flat["training.weight_decay"]) == (learning_rate, weight_decay)
+        assert flat["data.validation"] == 0.0
+
+
+def test_a_shell_script_is_read_and_not_executed(tmp_path: Path) -> None:
+    found = imported(SWIFT, "run.sh")
+    flat = settings(found)
+    assert not found.lost
+    assert not (tmp_path / "planted").exists()
+    assert flat["data.train"][0] == "hf:org/rows:train#500"
+    assert flat["data.train"][2] == "hf:swift/self-cognition:train#20"
+    assert flat["data.placeholders.name"] == "My bot"
+    assert flat["training.batch_size"] == 1 * (16 // 2) * 2
+    assert flat["prompt.system"] == "You are a helpful assistant."
+    assert flat["lora.alpha"] == 32
+    assert [entry.names for entry in found.sheet.unneeded] == [("deepspeed",)]
+
+
+def test_the_dump_of_a_run_is_read_without_what_nobody_has_set() -> None:
+    """ms-swift writes every setting that it has, with its own defaults and names of no meaning here."""
+    dump = {
+        "swift_version": "3.9.0", "model": "org/base", "model_revision": None, "train_type": "lora", "rank": -1,
+        "adam_beta1": 0.9, "adam_beta2": 0.95, "adam_epsilon": 1e-8, "init_weights": True, "do_train": False,
+        "dataset": ["org/rows#5"], "val_dataset": [], "model_name": ["my-bot", None], "max_length": 512,
+        "target_modules": ["all-linear"], "gradient_accumulation_steps": 8, "global_world_size": 4, "use_hf": False,
+        "router_aux_loss_coef": 0.0, "acc_strategy": "token", "agent_template": "hermes", "seed": 7, "data_seed": 42,
+    }  # fmt: skip
+    found = imported(json.dumps(dump), "args.json")
+    assert not found.lost
+    flat = settings(found)
+    assert (flat["data.train"], flat["model.hub"]) == (["ms:org/rows:train#5"], "modelscope")
+    assert (flat["training.batch_size"], flat["seed"], flat["data.seed"]) == (32, 7, 42)
+    assert flat["lora.rank"] == 8
+    asked = imported(json.dumps(dump | {"adam_beta2": 0.9}), "args.json")
+    assert "adam_beta2 is 0.999 here" in reasons(asked)
+
+
+@pytest.mark.parametrize(
+    ("line", "name", "value"),
+    [
+        ("swift sft --learning_rate=1e-5 --warmup_ratio -0.5 --packing", "warmup_ratio", -0.5),
+        ("A=3; export B=4\nswift sft --x ${A}$B", "x", 34),
+        ("swift sft --x $((4 * 3)) # and --x 9", "x", 12),
+        ("swift sft --x $(reboot)", "x", "$(reboot)"),
+        ("torchrun --nproc_per_node 4 /opt/swift/cli/sft.py --x 'a#b;c'", "x", "a#b;c"),
+        ("swift infer --x 1 && swift sft --x 2", "x", 2),
+        ("swift sft --x 1 \\", "x", 1),
+    ],
+)
+def test_the_options_of_a_shell_command(line: str, name: str, value: Any) -> None:
+    assert read_config(written(line, "run.sh")).values[name] == value
+
+
+def test_a_variable_that_only_a_shell_knows_is_a_loss() -> None:
+    assert "a variable of the shell" in reasons(imported("swift sft --model $MODEL --dataset a.jsonl", "run.sh"))
+
+
+def test_a_config_of_axolotl_becomes_the_recipe_that_it_means() -> None:
+    found = imported(AXOLOTL)
+    flat = settings(found)
+    assert not found.lost
+    assert flat["model.quantization"] == "nf4"
+    assert (flat["lora.rank"], flat["lora.alpha"]) == (32, 16)
+    assert flat["lora.target_modules"] == "all-linear"
+    assert flat["data.train"] == ["hf:org/rows:train#500"]
+    assert flat["data.columns.messages"] == "turns"
+    assert flat["data.validation"] == 0.05
+    assert flat["checkpoints.keep_best"] is False  # axolotl's final adapter is the last one
+    assert flat["training.optimizer"] == "adamw_8bit"
+    assert flat["training.warmup"] == 0.03
+    assert "a row of a step is a pack of up to 4096 tokens" in " ".join(found.text.split()).replace("# ", "")
+
+
+def test_configs_of_unsloth_and_trl_become_recipes() -> None:
+    flat = settings(imported(UNSLOTH))
+    assert (flat["training.max_steps"], flat["training.epochs"]) == (30, 3)
+    assert flat["lora.target_modules"] == ["q_proj", "v_proj"]
+    assert flat["model.quantization"] == "nf4"
+    assert flat["training.warmup"] == 5
+    assert flat["seed"] == 3407
+    flat = settings(imported(TRL))
+    assert (flat["lora.rank"], flat["training.batch_size"], flat["training.max_length"]) == (16, 8, 1024)
+
+
+def test_full_and_frozen_training_leave_the_adapter_s_settings_out() -> None:
+    lora = {"lora_rank": 8, "pissa_init": True, "quantization_bit": 4, "deepspeed": "ds_z3_config.json"}
+    found = imported(LLAMA_FACTORY | lora | {"finetuning_type": "full"})
+    assert not found.lost
+    assert load_recipe("recipe.yaml" if settings(found) else "", {}).trains_base
+    unused = {name for entry in found.sheet.unneeded for name in entry.names}
+    assert unused >= {"lora_rank", "lora_target", "pissa_init", "quantization_bit", "deepspeed"}
+    frozen = {"finetuning_type": "freeze", "freeze_trainable_layers": -3, "freeze_trainable_modules": "mlp"}
+    flat = settings(imported(LLAMA_FACTORY | frozen))
+    assert (flat["freeze.layers"], flat["freeze.modules"]) == ("first 3", ["mlp"])
+    assert settings(imported(LLAMA_FACTORY | {"pissa_init": True, "loraplus_lr_ratio": 16.0}))["lora.init"] == "pissa"
+    full = imported({"model": "tiny-qwen", "tuner_type": "full", "dataset": "a.jsonl", "max_length": 99})
+    assert settings(full)["training.learning_rate"] == 1e-5
+
+
+def test_a_config_is_recognised_by_its_names() -> None:
+    for values, tool in [(LLAMA_FACTORY, "LLaMA-Factory"), (AXOLOTL, "axolotl"), (UNSLOTH, "unsloth"), (TRL, "TRL")]:
+        assert recognised(read_config(written(values))).name == tool
+    for tool in TOOLS.values():
+        grouped = [name for names in tool.rules for name in names]
+        assert len(grouped) == len(set(grouped)), tool.name
+    for one, other in itertools.combinations(TOOLS.values(), 2):
+        assert not one.marks & other.marks
+    with pytest.raises(LoratuneError, match="none of these tools"):
+        recognised(read_config(written({"model": {"base": "x"}, "colour": 1})))
+
+
+def test_an_unknown_name_is_a_loss_and_the_nearest_one_is_told() -> None:
+    found = imported(AXOLOTL | {"context_parapllel_size": 2})
+    assert "did you mean context_parallel_size?" in reasons(found)
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"stage": "dpo"}, "trains the stage sft, not dpo"),
+        ({"dataset": "pictures"}, "rows with images; only texts are trained"),
+        ({"dataset": "pairs"}, "preferences are not trained on"),
+        ({"dataset": "odd"}, "turns with the roles 'person' for user"),
+        ({"dataset": "nowhere"}, "does not describe it"),
+        ({"train_on_prompt": True}, "only answers are trained"),
+        ({"use_galore": True}, "a variant of AdamW"),
+        ({"quantization_bit": 3}, "4 bits .nf4. or 8 bits"),
+        ({"quantization_bit": 4, "quantization_method": "hqq"}, "by bitsandbytes, not by hqq"),
+        ({"lr_scheduler_type": "polynomial"}, "not polynomial"),
+        ({"adam_beta2": 0.95}, "adam_beta2 is 0.999 here"),
+        ({"learning_rate": "fast"}, "'fast' is not a number"),
+        ({"learning_rate": 7.5}, "less than or equal to 1"),
+        ({"val_size": 300}, "a number of rows"),
+        ({"adapter_name_or_path": "saves/old"}, "a new adapter"),
+        ({"max_steps": 5, "warmup_steps": 9}, "does not end within max_steps"),
+    ],
+)
+def test_what_changes_the_result_and_is_not_taken_is_a_loss(change: dict[str, Any], reason: str) -> None:
+    assert re.search(reason, reasons(imported(LLAMA_FACTORY | change)))
+    off = dict.fromkeys(change, None)
+    assert reason not in reasons(imported(LLAMA_FACTORY | off))
+
+
+def test_rows_of_a_hub_are_named_as_data_train_names_them() -> None:
+    assert settings(imported(LLAMA_FACTORY | {"dataset": "hub"}))["data.train"] == ["hf:org/rows:de:test#7"]
+
+
+def test_a_loss_ends_with_exit_code_2_and_writes_nothing(cli: CLI) -> None:
+    path = written(AXOLOTL | {"train_on_inputs": True})
+    result = cli("import", path, "-o", "recipe.yaml")
+    assert result.exit_code == Exit.USAGE
+    assert not Path("recipe.yaml").exists()
+    assert "train_on_inputs" in result.stderr
+    result = cli("import", path, "-o", "recipe.yaml", "--allow-loss")
+    assert result.exit_code == 0
+    text = Path("recipe.yaml").read_text()
+    assert "# - train_on_inputs: only answers are trained, never prompts" in text
+    load_recipe("recipe.yaml", {})
+
+
+def test_flags_override_the_config_and_a_file_is_kept(cli: CLI) -> None:
+    path = written({name: value for name, value in UNSLOTH.items() if name not in ("model", "data")})
+    assert "give --model.base" in cli("import", path).stderr
+    flags = ("--model.base", "tiny-qwen", "--data.train", "a.jsonl", "--lora.rank", 4)
+    assert cli("import", path, "-o", "recipe.yaml", *flags).exit_code == 0
+    assert load_recipe("recipe.yaml", {}).lora.rank == 4
+    assert "exists already" in cli("import", path, "-o", "recipe.yaml", *flags).stderr
+
+
+def test_json_has_the_lists_and_the_recipe(cli: CLI) -> None:
+    result = cli("import", written(LLAMA_FACTORY), "--json")
+    found = json.loads(result.stdout)
+    assert found["tool"] == "LLaMA-Factory"
+    assert found["recipe"] == imported(LLAMA_FACTORY).text
+    named = {
+        name for kind in ("taken", "changed", "lost", "unneeded") for entry in found[kind] for name in entry["names"]
+    }
+    assert named == set(LLAMA_FACTORY)
+
+
+def unaccounted(tool: Tool, values: dict[str, Any]) -> set[str]:
+    """Names of a config that no list has."""
+    path = Path("config.json")
+    path.write_text(json.dumps(values))
+    sheet = translate(path, tool, {}, None, None).sheet
+    listed = (*sheet.taken, *sheet.changed, *sheet.lost, *sheet.unneeded)
+    return set(tool.unfolded(values)) - {name for entry in listed for name in entry.names}
+
+
+@pytest.mark.parametrize("tool", TOOLS.values(), ids=TOOLS)
+def test_no_setting_is_lost_in_silence_and_no_value_ends_in_a_crash(tool: Tool) -> None:
+    chance = random.Random(0)
+    junk = [0, -1, 3, 1e308, 10**30, True, False, "no", "x,y", "\n# x", "\x07\u2028x", {"a": 1}, [[]], [{}], [None, 3],
+            "nan", "auto", "zero3", "a/b:c#5", "(q|k),v", "full",
+            [{"path": "a/b", "type": {}}], {"roles": 5}]  # fmt: skip
+    names = sorted(tool.names | tool.marks | {"unheard_of"})
+    for _ in range(60):
+        values = {chance.choice(names): chance.choice(junk) for _ in range(12)}
+        assert not unaccounted(tool, values)
+        assert not read_yaml(translate(Path("config.json"), tool, {}, None, None).text).problems
+
+
+def test_a_setting_that_a_rule_forgets_would_be_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    tool = TOOLS["llama-factory"]
+    assert not unaccounted(tool, LLAMA_FACTORY)
+    monkeypatch.setattr(Sheet, "take", lambda *_, **__: None)
+    told = itertools.count()
+    monkeypatch.setattr(Sheet, "_count", lambda _: next(told))  # as if each rule had told what it does
+    assert unaccounted(tool, LLAMA_FACTORY) >= {"model_name_or_path", "lora_target", "warmup_ratio"}
+
+
+@pytest.mark.parametrize(
+    ("text", "name", "message"),
+    [
+        ("base_model: !!python/object/apply:os.system ['touch planted']\n", "c.yaml", "the tag"),
+        ("a: &x [1]\nb: *x\n", "c.yaml", "aliases"),
+        ("a: 1\na: 2\n", "c.yaml", "already given on line 1"),
+        ('{"a": ' * 60 + "1" + "}" * 60, "c.json", "nested deeper than 20"),
+        ('{"a": "\\ud800"}', "c.json", "surrogate"),
+        ("- a\n", "c.yaml", "no settings"),
+        ("echo hello\n", "c.sh", "no training command"),
+    ],
+)
+def test_files_that_are_no_safe_config_are_refused(text: str, name: str, message: str) -> None:
+    with pytest.raises(LoratuneError, match=message) as refused:
+        read_config(written(text, name))
+    assert refused.value.exit_code == Exit.USAGE
+    assert not Path("planted").exists()
+
+
+def test_a_file_that_is_too_large_is_not_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    path = written("base_model: x\n" + "# comment\n" * 20)
+    read_config(path)
+    monkeypatch.setattr(config_file, "MOST_BYTES", 100)
+    with pytest.raises(LoratuneError, match="at most 100 are read"):
+        read_config(path)
+
+
+def conversation(row: dict[str, Any]) -> Conversation:
+    return Conversation(tuple(row["messages"]))
+
+
+def test_the_form_of_llama_factory_trains_the_line_break_after_an_answer() -> None:
+    """The expected ids are put together by hand from the template's text."""
+    tokenizer = load_tokenizer(find_tokenizer(ModelSettings(base="tiny-qwen")))
+    ids, labels = CHATML(tokenizer, {}, conversation(ROWS[1]))
+    text = (
+        "<|im_start|>system\nBe brief.<|im_end|>\n"
+        "<|im_start|>user\nTwo?<|im_end|>\n<|im_start|>assistant\n2<|im_end|>\n"
+        "<|im_start|>user\nThree?<|im_end|>\n<|im_start|>assistant\n3<|im_end|>\n"
+    )
+    assert tokenizer.decode(ids) == text
+    assert tokenizer.decode([label for label in labels if label != IGNORED]) == "2<|im_end|>\n3<|im_end|>\n"
+    alpaca = LLAMA_FACTORY_FORMS["alpaca"](tokenizer, {}, conversation(ROWS[0]))[0]
+    assert tokenizer.decode(alpaca) == (
+        "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
+        f"### Instruction:\nHi\n\n### Response:\nHello{tokenizer.eos_token}\n\n"
+    )
+
+
+def test_rows_are_compared_token_by_token(cli: CLI, monkeypatch: pytest.MonkeyPatch) -> None:
+    Path("rows.jsonl").write_text("\n".join(map(json.dumps, ROWS)))
+    same = compare_rows(imported(TRL | {"dataset_name": "rows.jsonl"}), 5)
+    assert [row.is_same for row in same.rows] == [True, True], same.lines
+    described = {"rows": {"file_name": "../rows.jsonl", "formatting": "sharegpt", "columns": {"messages": "messages"}}}
+    described["rows"]["tags"] = DATA_SETS["talk"]["tags"]
+    (Path("data") / "dataset_info.json").write_text(json.dumps(described))
+    Path("rows.jsonl").write_text(json.dumps({"messages": ROWS[1]["messages"][:3]}))
+    values = LLAMA_FACTORY | {"dataset": "rows"}
+    other = json.loads(cli("import", written(values), "--rows", 1, "--json").stdout)["rows"]["rows"]
+    (difference,) = other[0]["differences"]
+    assert (difference["there"], difference["here"]) == ("'\\n' (trained)", "nothing")
+    assert other[0]["trained_there"] == other[0]["trained_here"] + 1
+
+    plain = Encoder.encode
+
+    def also_training_prompts(*arguments: Any, **options: Any) -> list[Example]:
+        return [Example(one.input_ids, one.input_ids) for one in plain(*arguments, **options)]
+
+    monkeypatch.setattr(Encoder, "encode", also_training_prompts)
+    wrong = compare_rows(imported(TRL | {"dataset_name": "rows.jsonl"}), 5)
+    assert [row.is_same for row in wrong.rows] == [False]
+
+
+def test_trl_trains_whole_conversations_unless_told_otherwise() -> None:
+    Path("rows.jsonl").write_text(json.dumps(ROWS[0]))
+    found = imported(TRL | {"dataset_name": "rows.jsonl", "assistant_only_loss": False})
+    assert any("questions of conversations" in entry.reason for entry in found.sheet.changed)
+    (row,) = compare_rows(found, 1).rows
+    assert row.trained_there == row.tokens_there > row.trained_here
+
+
+def test_rows_that_cannot_be_compared_say_why(cli: CLI) -> None:
+    Path("rows.jsonl").write_text(json.dumps(ROWS[0]))
+    values = {"model": "tiny-qwen", "tuner_type": "lora", "dataset": "rows.jsonl", "template": "glm4", "max_length": 64}
+    result = cli("import", written(values), "--rows", 2, "-o", "recipe.yaml")
+    assert result.exit_code == 0
+    assert "rows are not compared: ms-swift's form of these rows is not known here" in " ".join(result.stderr.split())
+    found = imported(TRL | {"dataset_name": "rows.jsonl", "model_name_or_path": "./nowhere"})
+    assert "no such folder" in compare_rows(found, 1).problem
+    tokenizer = load_tokenizer(find_tokenizer(ModelSettings(base="tiny-qwen")))
+    with pytest.raises(ValueError, match="it has tools"):
+        WholeTemplate("answers")(tokenizer, {}, Conversation(tuple(ROWS[0]["messages"]), tools=({"type": "function"},)))
