@@ -281,10 +281,12 @@ def test_a_tied_head_is_trained_with_the_embedding(random_qwen: Path) -> None:
 
 
 def test_what_becomes_of_the_weights_is_told_before_training() -> None:
+    assert recipe_of(method="full").training.learning_rate == 2e-5
+    assert recipe_of(method="full", training={"learning_rate": 3e-4}).training.learning_rate == 3e-4
     told = " ".join(advise(recipe_of(method="full", training={"learning_rate": 1e-5})))
     assert "loratune merge writes the model folder that other programs need" in told
     assert "learning_rate" not in told
-    assert "above 5e-05" in " ".join(advise(recipe_of(method="full")))
+    assert "above 5e-05" in " ".join(advise(recipe_of(method="full", training={"learning_rate": 3e-4})))
 
 
 def test_a_server_is_given_the_merged_model(sft: Callable[..., Path], cli: Cli, tmp_path: Path) -> None:

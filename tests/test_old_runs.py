@@ -99,6 +99,31 @@ def test_an_interrupted_run_goes_on_to_its_end(old_run: Any, cli: Any) -> None:
     assert json.loads((run / "status.json").read_text(encoding="utf-8"))["state"] == "finished"
 
 
+LEFT_OUT = ("  alpha: 16\n", "  dropout: 0.05\n", "  learning_rate: 0.0001\n", "  max_length: 1024\n")
+"""Defaults of the earlier version, in the run's recipe."""
+
+
+@pytest.mark.parametrize("named", [False, True])
+def test_a_run_goes_on_with_the_defaults_that_it_began_with(
+    old_run: Any, cli: Any, tmp_path: Path, named: bool
+) -> None:
+    text = (old_run("interrupted") / "recipe.yaml").read_text(encoding="utf-8")
+    for line in LEFT_OUT:
+        assert line in text
+        text = text.replace(line, "")
+    (tmp_path / "own.yaml").write_text(text, encoding="utf-8")
+    flags = ["--training.learning_rate", 3e-4] if named else []
+    result = cli("sft", "--config", "own.yaml", "--resume", *flags)
+    said = " ".join(result.stderr.split())
+    if named:
+        assert result.exit_code == Exit.USAGE
+        assert "training.learning_rate: 0.0001 → 0.0003" in said
+        assert "lora.alpha" not in said
+    else:
+        assert result.exit_code == 0, result.stderr
+        assert "made with different settings" not in said
+
+
 def test_its_best_checkpoint_is_still_that_of_the_lowest_loss(old_run: Any, cli: Any) -> None:
     run = old_run("interrupted")
     resume = ("sft", "--config", run / "recipe.yaml", "--resume", "--checkpoints.best_by")

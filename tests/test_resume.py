@@ -190,7 +190,7 @@ def test_a_signal_that_another_process_has_told_of_does_not_count_twice() -> Non
 
 def test_a_signal_that_comes_while_the_processes_agree_counts_at_the_next_step(monkeypatch: pytest.MonkeyPatch) -> None:
     stops, control = StopSignals(), TrainerControl()
-    arguments = SimpleNamespace(world_size=2, device="cpu")
+    arguments, state = SimpleNamespace(world_size=2, device="cpu"), SimpleNamespace(global_step=1)
     signals = [signal.SIGTERM]
 
     def agree(numbers: torch.Tensor, _: Any) -> None:
@@ -200,9 +200,9 @@ def test_a_signal_that_comes_while_the_processes_agree_counts_at_the_next_step(m
 
     monkeypatch.setattr(torch.distributed, "all_reduce", agree)
     with stops.heeded(), stops.after_step(lambda: None):
-        stops.on_step_end(arguments, None, control)
+        stops.on_step_end(arguments, state, control)
         assert not control.should_training_stop
-        stops.on_step_end(arguments, None, control)
+        stops.on_step_end(arguments, state, control)
         assert (control.should_training_stop, control.should_save, stops.signal) == (True, True, signal.SIGTERM)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from types import ModuleType
 
 # Command → its one-line help.
@@ -32,78 +33,14 @@ LAUNCH_COMMANDS = {
 RUNS_COMMANDS = {"show": "Show a run's state, losses, checkpoints, and the next command."}
 
 
+MODULES = {"import": "import_"}
+"""Command → its module, where the name cannot be a module's."""
+
+
 def command_module(name: str) -> ModuleType:
-    """Import a command's module only when it runs, since some take seconds to import."""
-    match name:
-        case "sft":
-            from loratune.cli import sft
+    """Import a command's module only when it runs, since some take seconds to import.
 
-            return sft
-        case "sweep":
-            from loratune.cli import sweep
-
-            return sweep
-        case "import":
-            from loratune.cli import import_
-
-            return import_
-        case "merge":
-            from loratune.cli import merge
-
-            return merge
-        case "export":
-            from loratune.cli import export
-
-            return export
-        case "verify":
-            from loratune.cli import verify
-
-            return verify
-        case "infer":
-            from loratune.cli import infer
-
-            return infer
-        case "eval":
-            from loratune.cli import eval
-
-            return eval
-        case "serve":
-            from loratune.cli import serve
-
-            return serve
-        case "doctor":
-            from loratune.cli import doctor
-
-            return doctor
-        case _:
-            return _module_in_group(name)
-
-
-def _module_in_group(name: str) -> ModuleType:
-    match name:
-        case "data_check":
-            from loratune.cli import data_check
-
-            return data_check
-        case "data_preview":
-            from loratune.cli import data_preview
-
-            return data_preview
-        case "runs_show":
-            from loratune.cli import runs_show
-
-            return runs_show
-        case "launch_slurm":
-            from loratune.cli import launch_slurm
-
-            return launch_slurm
-        case "launch_sky":
-            from loratune.cli import launch_sky
-
-            return launch_sky
-        case "launch_k8s":
-            from loratune.cli import launch_k8s
-
-            return launch_k8s
-        case _:
-            raise ValueError(name)
+    Args:
+        name: of a command above, or of one in a group, such as data_check.
+    """
+    return importlib.import_module(f"loratune.cli.{MODULES.get(name, name)}")

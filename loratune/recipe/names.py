@@ -23,6 +23,15 @@ BATCH_SIZE, ACCUMULATION = "training.batch_size", "training.gradient_accumulatio
 EARLIER_BATCH_SIZE = 4
 """Default of training.batch_size when it was the rows of a micro-batch on one device."""
 
+EARLIER_DEFAULTS: dict[str, float] = {
+    "lora.rank": 8,
+    "lora.alpha": 16,
+    "lora.dropout": 0.05,
+    "training.learning_rate": 1e-4,
+    "training.max_length": 1024,
+}
+"""A run that began with these goes on with them, where its recipe leaves them out."""
+
 DROPPED: dict[str, str] = {
     ACCUMULATION: "training.batch_size is now the rows of a whole optimizer step, over all devices",
     "evaluation.batch_size": "a validation pass holds as many tokens as a training pass",

@@ -17,6 +17,8 @@ from loratune.recipe.names import DROPPED
 from loratune.recipe.section import HomePath, Section, listed
 
 TINY_QWEN = "tiny-qwen"
+OWN_RATE = 2e-5
+"""Learning rate of weights of the base itself."""
 TEMPLATE_ARGUMENTS = ("enable_thinking", "preserve_thinking", "reasoning_effort")
 """Prompt settings that chat templates take as arguments of the same names."""
 
@@ -90,7 +92,7 @@ class TrainingSettings(Section):
     max_steps: int | None = Field(default=None, ge=1)
     """Number of optimizer steps; overrides epochs."""
     learning_rate: float = Field(default=3e-4, gt=0, le=1)
-    """Peak learning rate; LoRA needs about ten times that of full fine-tuning: 2e-4 to 5e-4 with alpha 32."""
+    """Peak learning rate; 2e-5 by default with method full and freeze, which need about a tenth of an adapter's."""
     scheduler: Literal["cosine", "linear", "constant"] = "cosine"
     """Learning-rate schedule after warm-up."""
     warmup: float = Field(default=0.05, ge=0)
@@ -206,6 +208,8 @@ class Recipe(Section):
             raise ValueError(f"method {self.method} trains weights of the base and needs model.quantization none")
         if self.trains_base and self.model.sharding != "none":
             raise ValueError(f"method {self.method} needs model.sharding none: only frozen weights are sharded")
+        if self.trains_base and "learning_rate" not in self.training.model_fields_set:
+            object.__setattr__(self, "training", self.training.model_copy(update={"learning_rate": OWN_RATE}))
         return self
 
     @model_validator(mode="after")

@@ -104,7 +104,7 @@ def train(
         if resume and not begun:
             require_run_of_first(output)
         start = stack.enter_context(readable_everywhere(begun))
-        prepared = prepare(*as_begun(recipe, manifest), output, hardware, stops)
+        prepared = prepare(*as_begun(recipe, manifest, start), output, hardware, stops)
         if start and resume:
             check_identity(start, identity_now(prepared), resume.allow_changes)
             told = from_first(lambda: completion(output, start, prepared.plan.steps, recipe.evaluation.early_stopping))

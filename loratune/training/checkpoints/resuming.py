@@ -9,7 +9,7 @@ from typing import Any
 from loratune import console
 from loratune.errors import Exit, LoratuneError, counted
 from loratune.model.hardware import Hardware
-from loratune.recipe.names import ACCUMULATION, BATCH_SIZE, with_current_names
+from loratune.recipe.names import ACCUMULATION, BATCH_SIZE, EARLIER_DEFAULTS, with_current_names
 from loratune.recipe.sections import Recipe, default_settings, flat_settings
 from loratune.runs.checkpoint import Checkpoint, named_checkpoint, newest_checkpoint
 from loratune.runs.fingerprint import FULL
@@ -117,25 +117,38 @@ def begun_manifest(output: Path, start: Checkpoint | None) -> Manifest | None:
     return read_manifest(output) if start and (output / MANIFEST).is_file() else None
 
 
-def as_begun(recipe: Recipe, manifest: Manifest | None) -> tuple[Recipe, str | None]:
+def as_begun(recipe: Recipe, manifest: Manifest | None, start: Checkpoint | None = None) -> tuple[Recipe, str | None]:
     """Return the recipe and the date with which a run began, where the recipe does not fix them.
 
     Args:
         recipe: the recipe of the resumed run.
         manifest: see `begun_manifest`.
+        start: the checkpoint from which the run goes on.
 
     Returns:
-        The recipe, with generation prompts as the run began (earlier versions did not add any), and the date in
-        prompts.
+        The recipe, with the defaults of the version that began the run, and with generation prompts as it began
+        (earlier versions did not add any), and the date in prompts.
     """
     if manifest is None:
         return recipe, None
+    if start is not None:
+        recipe = _with_earlier_defaults(recipe, start.identity["settings"])
     known = manifest.template
     if "generation_prompt" not in recipe.prompt.model_fields_set:
         update = {"generation_prompt": known.generation_prompt or "template"}
         recipe = recipe.model_copy(update={"prompt": recipe.prompt.model_copy(update=update)})
     is_of_before = known.generation_prompt is None  # such versions rendered the start's date without recording it
     return recipe, (manifest.created[:10] if is_of_before else known.date) or None
+
+
+def _with_earlier_defaults(recipe: Recipe, begun: dict[str, Any]) -> Recipe:
+    """Return a recipe whose unset settings have the defaults of an earlier version, where a run began with them."""
+    for name, value in EARLIER_DEFAULTS.items():
+        section, _, setting = name.partition(".")
+        settings = getattr(recipe, section)
+        if setting not in settings.model_fields_set and begun.get(name) == value:
+            recipe = recipe.model_copy(update={section: settings.model_copy(update={setting: value})})
+    return recipe
 
 
 def identity_of(recipe: Recipe, manifest: Manifest, hardware: Hardware) -> dict[str, Any]:
