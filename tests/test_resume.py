@@ -46,8 +46,17 @@ VARIANTS = {
     "checkpointing": ["--training.gradient_checkpointing", "--lora.dropout", "0.1"],
     "8-bit optimizer": ["--training.optimizer", "adamw_8bit"],
     "start from the base": ["--lora.init", "pissa", "--lora.b_learning_rate_ratio", "4"],
-    "all weights": ["--method", "full", "--model.dtype", "bfloat16"],
-    "some weights": ["--method", "freeze", "--freeze.layers", "last 1", "--freeze.modules", "mlp,norm"],
+    "all weights": ["--method", "full", "--model.dtype", "bfloat16", "--lora.dropout", "0"],
+    "some weights": [
+        "--method",
+        "freeze",
+        "--freeze.layers",
+        "last 1",
+        "--freeze.modules",
+        "mlp,norm",
+        "--lora.dropout",
+        "0",
+    ],
     "4-bit base": ["--model.quantization", "nf4", "--lora.dropout", "0.1"],
 }
 
