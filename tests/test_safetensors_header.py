@@ -13,7 +13,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from loratune.errors import Exit, LoratuneError
-from loratune.model.files import _check_safetensors
+from loratune.model.files import check_safetensors
 from loratune.model.weights.tensor_files import TensorFiles
 from loratune.runs.fingerprint import sampled_fingerprint
 from loratune.runs.tensor_hashes import TensorHashes
@@ -70,7 +70,7 @@ DAMAGE: dict[str, Callable[[Path], object]] = {
 @pytest.mark.parametrize("damage", DAMAGE)
 def test_a_damaged_file_is_one_message_whoever_reads_it(path: Path, damage: str, read: str) -> None:
     readers: dict[str, Callable[[], object]] = {
-        "check": lambda: _check_safetensors(path),
+        "check": lambda: check_safetensors(path),
         "map": lambda: TensorFiles([path]),
         "hash": lambda: TensorHashes([path]).result(),
         "sample": lambda: sampled_fingerprint(path.parent, [path]),
