@@ -239,11 +239,13 @@ def test_leaked_rows_are_found_and_left_out(evaluate: Evaluate, short_run: Path)
 def test_rows_nearly_those_of_the_training_are_found(evaluate: Evaluate, tmp_path: Path) -> None:
     story = "The old ship left the harbour at dawn and sailed for nine days over a calm sea before land came in sight."
     rows = [{"instruction": f"Tell me story {n}.", "output": f"{story} It was island {n}."} for n in range(6)]
-    run = trained(tmp_path, "near", rows, steps=1)
+    counted = [{"instruction": "Count.", "output": " ".join(map(str, range(n, n + 100)))} for n in (100, 113, 126)]
+    run = trained(tmp_path, "near", [*rows, *counted[:2]], steps=1)
     tests = [{**rows[0], "output": rows[0]["output"] + " The end."}, {"instruction": "Who are you?", "output": "Me."}]
     tests[0]["instruction"] = "Tell me a story 0."
+    tests.append({**counted[2], "instruction": "Count on."})  # like the second, which is like the first
     found, _ = evaluate(run, tests)
-    assert found.leaks["tuned"].near == (1,)
+    assert found.leaks["tuned"].near == (1, 3)
     (tmp_path / "near.json").write_text("[]")
     found, done = evaluate(run, tests, "--overwrite")
     assert not found.leaks["tuned"].checked
