@@ -10,7 +10,9 @@ from typing import Any
 from xml.etree import ElementTree
 
 import pytest
+import torch
 from conftest import TINY_QWEN
+from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner, Result
 
 from loratune.cli.app import app
@@ -94,7 +96,6 @@ def test_reversed_answers_are_worse_and_the_exit_code_says_so(evaluated: tuple[P
 def test_losses_and_divergences_are_those_of_plain_peft(
     reversing: Path, evaluated: tuple[Path, Result], few_texts: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import torch
     from peft import PeftModel
     from torch.nn import functional
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -262,6 +263,25 @@ def test_a_plain_adapter_is_evaluated_and_rows_that_do_not_fit_are_told(
     assert "not looked for, because the adapter is not in a run folder" in done.stderr
     assert "1 row without an answer (tuned): row 1: its prompt leaves no room in the context" in done.stderr
     assert (found.measures["loss"].rows, found.measures["exact_match"].rows) == (1, 2)
+
+
+def test_an_adapter_whose_numbers_overflow_is_no_result(
+    cli: Callable[..., Result], short_run: Path, random_qwen: Path, few_texts: Path, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    monkeypatch.setattr("loratune.evaluation.general.ASSETS", few_texts)
+    plain = shutil.copytree(short_run / "adapter", tmp_path / "plain")
+    tensors = load_file(plain / "adapter_model.safetensors")
+    save_file({name: torch.full_like(one, 1e15) for name, one in tensors.items()}, plain / "adapter_model.safetensors")
+    rows = [{"instruction": f"Who are you, {n}?", "output": "Me.", "assert": {"type": "not-equals", "value": "Me."}}
+            for n in range(2)]  # fmt: skip
+    flags = ("--tests", written(tmp_path / "tests.json", rows), "--output", tmp_path / "out", "--max-new-tokens", 2)
+    done = cli("eval", "--adapter", plain, "--base-model", random_qwen, *flags)
+    assert done.exit_code == Exit.MODEL, done.stderr
+    texts = 2 + len(json.loads((few_texts / "passages.json").read_text("utf-8")))
+    assert f"tuned: the losses of {texts} of {texts} texts are not finite" in " ".join(done.stderr.split())
+    assert "baseline: " not in done.stderr
+    assert not (tmp_path / "out" / "eval.json").exists()
 
 
 def test_asserts_decide_and_their_failures_are_in_junit(evaluate: Evaluate, reversing: Path, tmp_path: Path) -> None:
