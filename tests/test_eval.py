@@ -197,10 +197,14 @@ def test_results_are_kept_and_what_is_missing_is_added(
     done = cli(*line, "--max-new-tokens", 16, "--decide-by", "exact_match", "--max-forgetting", 0)
     assert done.exit_code == 7, done.stderr
     assert read_evaluation(output).decided_by == "exact_match"
+    assert not (output / "junit.xml").exists()  # it was of the evaluation before
     other = cli(*line, "--max-new-tokens", 17)
     assert other.exit_code == Exit.USAGE
     assert "max_new_tokens: 16 there, 17 now" in other.stderr
     assert "--overwrite" in other.stderr
+    assert (output / "eval.json").is_file()
+    assert cli(*line, "--max-new-tokens", 17, "--overwrite").exit_code != 0
+    assert list(output.iterdir()) == []  # nothing that could be taken for the evaluation that did not finish
 
 
 def test_a_run_beside_itself_shows_no_difference(evaluate: Evaluate, short_run: Path) -> None:

@@ -22,10 +22,10 @@ from loratune.evaluation.general import (
     passage_kind,
 )
 from loratune.evaluation.judge import add_verdicts
-from loratune.evaluation.junit import write_junit
+from loratune.evaluation.junit import JUNIT, write_junit
 from loratune.evaluation.leaks import find_leaks
 from loratune.evaluation.measures import measure_rows, measures_of
-from loratune.evaluation.page.writing import write_page
+from loratune.evaluation.page.writing import PAGE, write_page
 from loratune.evaluation.request import Contest, EvaluationRequest, Loading, encoders_of, inputs_of, plan
 from loratune.evaluation.result import RESULT, Evaluation, Leaks, write_evaluation
 from loratune.evaluation.rows_file import EvaluationRows, read_tests, unscored
@@ -63,6 +63,8 @@ def evaluate(request: EvaluationRequest) -> Evaluation:
     inputs = inputs_of(request, contest, tests)
     _prepare_folder(request.output)
     with open_answers(request.output / ANSWERS, inputs, request.overwrite, request.output / RESULTS) as file:
+        if request.overwrite:
+            _remove(request.output, ANSWERS, PAGE, JUNIT, RESULT)
         warnings = _add_missing(request, contest, tests, file)
         _require_finite(request, contest, tests, file)
         judging = add_verdicts(request.judge, tests.rows, contest.sides, file) if request.judge else None
@@ -77,6 +79,8 @@ def evaluate(request: EvaluationRequest) -> Evaluation:
             write_page(request.output, evaluation, samples_of(evidence, evaluation))
             if request.junit:
                 write_junit(request.output, evaluation, samples_of(evidence, evaluation))
+            else:
+                _remove(request.output, JUNIT)
             write_evaluation(request.output, evaluation)
     return evaluation
 
@@ -113,6 +117,13 @@ def _prepare_folder(output: Path) -> None:
                 f"{output} holds something that is not an evaluation; choose another folder with --output", Exit.USAGE
             )
         output.mkdir(parents=True, exist_ok=True)
+
+
+def _remove(output: Path, *names: str) -> None:
+    """Remove files of an earlier evaluation, which would be taken for those of this one."""
+    with disk_errors_explained(output):
+        for name in names:
+            (output / name).unlink(missing_ok=True)
 
 
 def _add_missing(request: EvaluationRequest, contest: Contest, tests: EvaluationRows, file: AnswerFile) -> list[str]:
