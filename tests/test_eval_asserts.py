@@ -68,8 +68,10 @@ def test_an_expression_that_takes_too_long_does_not_hold(monkeypatch: pytest.Mon
         assert not holds({"type": kind, "value": "(a|aa)+$"}, "a" * 60 + "b")
 
 
-def test_a_schema_fetches_nothing() -> None:
-    assert not holds({"type": "is-json", "value": {"$ref": "http://127.0.0.1:9/schema.json"}}, "{}")
+@pytest.mark.parametrize("place", ["http://127.0.0.1:9/schema.json", "#/nowhere", "#"])
+def test_a_schema_fetches_nothing_and_does_not_hold_without_what_it_refers_to(place: str) -> None:
+    for kind in ("is-json", "not-is-json"):
+        assert not holds({"type": kind, "value": {"$ref": place}}, "{}")
 
 
 def test_all_that_is_wrong_with_asserts_is_told_at_once(tmp_path: Path) -> None:

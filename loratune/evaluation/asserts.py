@@ -32,6 +32,10 @@ class Said:
     """`name` and `arguments` of each tool call."""
 
 
+class UndecidedError(Exception):
+    """A schema cannot be applied."""
+
+
 @dataclass(frozen=True)
 class Assert:
     kind: str
@@ -50,10 +54,10 @@ class Assert:
         return f"{NEGATION * self.is_negated}{self.kind}{shown}"
 
     def holds(self, said: Said) -> bool:
-        """Return whether an answer fulfils it; an expression that takes too long counts as not fulfilled."""
+        """Return whether an answer fulfils it; one that cannot be decided counts as not fulfilled, negated or not."""
         try:
             return KINDS[self.kind].holds(self, said) != self.is_negated
-        except TimeoutError:
+        except (TimeoutError, UndecidedError):
             return False
 
 
@@ -176,8 +180,10 @@ def _fits_schema(one: Assert, said: Said) -> bool:
     kind = jsonschema.validators.validator_for(one.value)
     try:
         return bool(kind(one.value, registry=Registry()).is_valid(value))  # an empty registry fetches no reference
-    except (Unresolvable, RecursionError, OverflowError):  # the last by multipleOf, of 1e400
+    except OverflowError:  # multipleOf cannot divide 1e400
         return False
+    except (Unresolvable, RecursionError) as error:
+        raise UndecidedError from error
 
 
 def _refuse(name: str) -> None:
