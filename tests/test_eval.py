@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import json
 import shutil
 from collections.abc import Callable
@@ -216,12 +217,19 @@ def test_a_run_beside_itself_shows_no_difference(evaluate: Evaluate, short_run: 
 
 
 def test_runs_of_different_bases_are_compared_one_after_the_other(
-    evaluate: Evaluate, reversing: Path, short_run: Path
+    evaluate: Evaluate, reversing: Path, short_run: Path, tmp_path: Path
 ) -> None:
-    found, _ = evaluate(reversing, KNOWN[:6], "--against", short_run, "--decide-by", "exact_match")
+    held_out = {question[-1]["content"] for question in json.loads((short_run / "probe.json").read_text())["questions"]}
+    rows = json.loads((short_run.parent / "rows.json").read_text())
+    leaked = [row for row in rows if row["instruction"] not in held_out]
+    found, _ = evaluate(reversing, [*KNOWN[:6], *leaked], "--against", short_run, "--decide-by", "exact_match")
     # The other run has random weights; beside these, no answer is exact either.
     assert found.measures["exact_match"].equal == 6
     assert found.measures["loss"].baseline > 5
+    page = html.unescape((tmp_path / "out" / "eval.html").read_text("utf-8"))
+    assert not found.leaks["tuned"].rows
+    assert page.count("was in the baseline's training") == len(found.leaks["baseline"].rows) == len(leaked)
+    assert "was in the training" not in page
 
 
 def test_leaked_rows_are_found_and_left_out(evaluate: Evaluate, short_run: Path) -> None:
