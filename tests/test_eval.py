@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import json
 import shutil
 from collections.abc import Callable
@@ -10,7 +11,9 @@ from typing import Any
 from xml.etree import ElementTree
 
 import pytest
+import torch
 from conftest import TINY_QWEN
+from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner, Result
 
 from loratune.cli.app import app
@@ -94,7 +97,6 @@ def test_reversed_answers_are_worse_and_the_exit_code_says_so(evaluated: tuple[P
 def test_losses_and_divergences_are_those_of_plain_peft(
     reversing: Path, evaluated: tuple[Path, Result], few_texts: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import torch
     from peft import PeftModel
     from torch.nn import functional
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -196,10 +198,14 @@ def test_results_are_kept_and_what_is_missing_is_added(
     done = cli(*line, "--max-new-tokens", 16, "--decide-by", "exact_match", "--max-forgetting", 0)
     assert done.exit_code == 7, done.stderr
     assert read_evaluation(output).decided_by == "exact_match"
+    assert not (output / "junit.xml").exists()  # it was of the evaluation before
     other = cli(*line, "--max-new-tokens", 17)
     assert other.exit_code == Exit.USAGE
     assert "max_new_tokens: 16 there, 17 now" in other.stderr
     assert "--overwrite" in other.stderr
+    assert (output / "eval.json").is_file()
+    assert cli(*line, "--max-new-tokens", 17, "--overwrite").exit_code != 0
+    assert list(output.iterdir()) == []  # nothing that could be taken for the evaluation that did not finish
 
 
 def test_a_run_beside_itself_shows_no_difference(evaluate: Evaluate, short_run: Path) -> None:
@@ -211,12 +217,19 @@ def test_a_run_beside_itself_shows_no_difference(evaluate: Evaluate, short_run: 
 
 
 def test_runs_of_different_bases_are_compared_one_after_the_other(
-    evaluate: Evaluate, reversing: Path, short_run: Path
+    evaluate: Evaluate, reversing: Path, short_run: Path, tmp_path: Path
 ) -> None:
-    found, _ = evaluate(reversing, KNOWN[:6], "--against", short_run, "--decide-by", "exact_match")
+    held_out = {question[-1]["content"] for question in json.loads((short_run / "probe.json").read_text())["questions"]}
+    rows = json.loads((short_run.parent / "rows.json").read_text())
+    leaked = [row for row in rows if row["instruction"] not in held_out]
+    found, _ = evaluate(reversing, [*KNOWN[:6], *leaked], "--against", short_run, "--decide-by", "exact_match")
     # The other run has random weights; beside these, no answer is exact either.
     assert found.measures["exact_match"].equal == 6
     assert found.measures["loss"].baseline > 5
+    page = html.unescape((tmp_path / "out" / "eval.html").read_text("utf-8"))
+    assert not found.leaks["tuned"].rows
+    assert page.count("was in the baseline's training") == len(found.leaks["baseline"].rows) == len(leaked)
+    assert "was in the training" not in page
 
 
 def test_leaked_rows_are_found_and_left_out(evaluate: Evaluate, short_run: Path) -> None:
@@ -239,11 +252,13 @@ def test_leaked_rows_are_found_and_left_out(evaluate: Evaluate, short_run: Path)
 def test_rows_nearly_those_of_the_training_are_found(evaluate: Evaluate, tmp_path: Path) -> None:
     story = "The old ship left the harbour at dawn and sailed for nine days over a calm sea before land came in sight."
     rows = [{"instruction": f"Tell me story {n}.", "output": f"{story} It was island {n}."} for n in range(6)]
-    run = trained(tmp_path, "near", rows, steps=1)
+    counted = [{"instruction": "Count.", "output": " ".join(map(str, range(n, n + 100)))} for n in (100, 113, 126)]
+    run = trained(tmp_path, "near", [*rows, *counted[:2]], steps=1)
     tests = [{**rows[0], "output": rows[0]["output"] + " The end."}, {"instruction": "Who are you?", "output": "Me."}]
     tests[0]["instruction"] = "Tell me a story 0."
+    tests.append({**counted[2], "instruction": "Count on."})  # like the second, which is like the first
     found, _ = evaluate(run, tests)
-    assert found.leaks["tuned"].near == (1,)
+    assert found.leaks["tuned"].near == (1, 3)
     (tmp_path / "near.json").write_text("[]")
     found, done = evaluate(run, tests, "--overwrite")
     assert not found.leaks["tuned"].checked
@@ -260,6 +275,25 @@ def test_a_plain_adapter_is_evaluated_and_rows_that_do_not_fit_are_told(
     assert "not looked for, because the adapter is not in a run folder" in done.stderr
     assert "1 row without an answer (tuned): row 1: its prompt leaves no room in the context" in done.stderr
     assert (found.measures["loss"].rows, found.measures["exact_match"].rows) == (1, 2)
+
+
+def test_an_adapter_whose_numbers_overflow_is_no_result(
+    cli: Callable[..., Result], short_run: Path, random_qwen: Path, few_texts: Path, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    monkeypatch.setattr("loratune.evaluation.general.ASSETS", few_texts)
+    plain = shutil.copytree(short_run / "adapter", tmp_path / "plain")
+    tensors = load_file(plain / "adapter_model.safetensors")
+    save_file({name: torch.full_like(one, 1e15) for name, one in tensors.items()}, plain / "adapter_model.safetensors")
+    rows = [{"instruction": f"Who are you, {n}?", "output": "Me.", "assert": {"type": "not-equals", "value": "Me."}}
+            for n in range(2)]  # fmt: skip
+    flags = ("--tests", written(tmp_path / "tests.json", rows), "--output", tmp_path / "out", "--max-new-tokens", 2)
+    done = cli("eval", "--adapter", plain, "--base-model", random_qwen, *flags)
+    assert done.exit_code == Exit.MODEL, done.stderr
+    texts = 2 + len(json.loads((few_texts / "passages.json").read_text("utf-8")))
+    assert f"tuned: the losses of {texts} of {texts} texts are not finite" in " ".join(done.stderr.split())
+    assert "baseline: " not in done.stderr
+    assert not (tmp_path / "out" / "eval.json").exists()
 
 
 def test_asserts_decide_and_their_failures_are_in_junit(evaluate: Evaluate, reversing: Path, tmp_path: Path) -> None:
@@ -303,7 +337,7 @@ def test_what_cannot_be_evaluated_is_refused_before_a_model_is_loaded(
         assert done.exit_code == code, done.stderr
         return done.stderr
 
-    assert "give --tests, --output" in told("eval", "--adapter", short_run)
+    assert "give --tests or --tasks, --output" in told("eval", "--adapter", short_run)
     assert "go together" in told(*asked, "--judge", "http://127.0.0.1:1/v1")
     assert "give the base URL" in told(*asked, "--judge", "file:///etc", "--judge-model", "a")
     assert "there are asserts, judge, loss" in told(*asked, "--decide-by", "taste")

@@ -25,7 +25,11 @@ EXAMPLES: list[tuple[dict[str, Any], Any, Any]] = [
     ({"type": "regex", "value": r"\d{4}-\d\d"}, "on 2011-05", "on 11-05"),
     ({"type": "number", "value": 1234.5, "within": 0.5}, "2 + 2 is 1,235.", "1,234 or 4"),
     ({"type": "number", "value": -4}, "It is −4.", "It is 4."),
+    ({"type": "number", "value": 5}, "It is 3-5", "It is -5"),
+    ({"type": "number", "value": -5}, "x=-5", "3-5"),
     ({"type": "is-json"}, '{"a": [1]}', "{'a': 1}"),
+    ({"type": "is-json"}, "3", "NaN"),
+    ({"type": "is-json", "value": {"multipleOf": 0.5}}, "1.5", "1e400"),
     ({"type": "is-json", "value": SCHEMA}, '{"age": 3}', '{"age": "3"}'),
     ({"type": "tool-call", "value": CALL}, Said("", (CALL,)), Said("", (CALL, CALL))),
     ({"type": "tool-call", "value": {"name": "now"}}, Said("", ({"name": "now", "arguments": {}},)), "now()"),
@@ -64,8 +68,10 @@ def test_an_expression_that_takes_too_long_does_not_hold(monkeypatch: pytest.Mon
         assert not holds({"type": kind, "value": "(a|aa)+$"}, "a" * 60 + "b")
 
 
-def test_a_schema_fetches_nothing() -> None:
-    assert not holds({"type": "is-json", "value": {"$ref": "http://127.0.0.1:9/schema.json"}}, "{}")
+@pytest.mark.parametrize("place", ["http://127.0.0.1:9/schema.json", "#/nowhere", "#"])
+def test_a_schema_fetches_nothing_and_does_not_hold_without_what_it_refers_to(place: str) -> None:
+    for kind in ("is-json", "not-is-json"):
+        assert not holds({"type": kind, "value": {"$ref": place}}, "{}")
 
 
 def test_all_that_is_wrong_with_asserts_is_told_at_once(tmp_path: Path) -> None:
@@ -74,6 +80,8 @@ def test_all_that_is_wrong_with_asserts_is_told_at_once(tmp_path: Path) -> None:
         {"type": "number", "value": "4"}, {"type": "number", "value": 4, "within": -1},
         {"type": "contains", "value": "a", "threshold": 1}, {"type": "is-json", "value": {"type": "text"}},
         {"type": "contains-any", "value": []}, {"type": "tool-call", "value": {"function": "f"}},
+        {"type": "number", "value": 10**400}, {"type": "number", "value": float("nan")},
+        {"type": "number", "value": 4, "within": float("inf")}, {"type": "is-json", "value": {"$schema": ["a"]}},
     ]  # fmt: skip
     found, problems = read_asserts(wrong)
     assert found == []

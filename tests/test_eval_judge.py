@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 from typer.testing import Result
 
+from loratune.errors import Exit, LoratuneError
 from loratune.evaluation import judge
 from loratune.evaluation.judge import choice_in, preference
 from loratune.evaluation.result import read_evaluation
@@ -118,6 +119,29 @@ def test_the_key_is_the_environment_s_and_goes_nowhere_else(
     assert set(api.keys) == {"Bearer secret"}
     assert {one["path"] for one in api.asked} == {"/v1/chat/completions"}
     assert "secret" not in done.stderr
+
+
+def test_a_key_from_a_file_is_sent_without_its_line_break_and_a_strange_one_is_not_told(
+    evaluate: Callable[..., Result], api: Api, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OPENAI_API_KEY", "secret\nword")
+    api.reply = lambda _: "TIE"
+    done = evaluate()
+    assert done.exit_code == 3
+    assert "the key in OPENAI_API_KEY has characters" in done.stderr
+    assert "secret" not in done.stderr
+    assert api.asked == []
+    monkeypatch.setenv("OPENAI_API_KEY", " secret\n")
+    assert evaluate().exit_code == 0
+    assert set(api.keys) == {"Bearer secret"}
+    assert not [path for path in (tmp_path / "out").iterdir() if b"secret" in path.read_bytes()]
+
+
+@pytest.mark.parametrize("url", ["http://[::1/v1", "http://host:port/v1", "http:///v1", "ftp://host/v1"])
+def test_what_is_not_the_url_of_a_judge_is_refused(url: str) -> None:
+    with pytest.raises(LoratuneError, match="give the base URL") as caught:
+        judge.open_judge(url, "wise")
+    assert caught.value.exit_code == Exit.USAGE
 
 
 def test_what_the_judge_does_not_answer_is_told_and_nothing_is_lost(

@@ -422,6 +422,24 @@ def test_a_folder_whose_tasks_would_run_code_is_refused(
     assert not (folder.parent / "results").exists()
 
 
+@pytest.mark.parametrize("metric", [{"metric": "spoil"}, {"metric": "acc", "hf_evaluate": True}], ids=["name", "flag"])
+def test_a_metric_that_is_a_module_is_refused(
+    folder: Path, adapter: Path, metric: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(folder)
+    module = folder / metric["metric"] / f"{metric['metric']}.py"
+    module.parent.mkdir()
+    module.write_text(
+        "import evaluate\nfrom pathlib import Path\nPath('ran').touch()\nclass Spoil(evaluate.Metric): ...\n"
+    )
+    task = yaml.safe_load((folder / "chosen.yaml").read_text())
+    (folder / "chosen.yaml").write_text(yaml.safe_dump({**task, "metric_list": [metric]}))
+    with pytest.raises(LoratuneError, match=f"metric {metric['metric']} would be imported") as failure:
+        run_tasks(request_of(folder, adapter, "chosen"))
+    assert failure.value.exit_code == Exit.DATA
+    assert not Path("ran").exists()
+
+
 def test_a_template_that_reaches_for_code_is_refused(folder: Path, adapter: Path) -> None:
     task = folder / "chosen.yaml"
     task.write_text(task.read_text().replace("{{question}}", "{{ question.__class__.__mro__ }}"))
@@ -494,7 +512,7 @@ def test_flags_without_effect_and_tasks_that_cannot_be_loaded_are_refused_before
     for line, words in (
         ((*given, *tests, "--limit", 3, "--tasks-plain"), "without --tasks, --limit, --tasks-plain has no effect"),
         ((*given, *tasks, "--junit"), "without --tests, --junit has no effect"),
-        ((*given, "--tasks", " , "), "give --tests"),
+        ((*given, "--tasks", " , "), "give --tests or --tasks"),
         ((*given, *tests, *tasks, "--against", adapter), "leave out --against"),
     ):
         done = cli(*line)

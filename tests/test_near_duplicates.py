@@ -90,6 +90,14 @@ def test_a_row_that_is_only_like_one_that_is_left_out_stays() -> None:
     assert found(rows, 0.75) == [(1, 0)]
 
 
+def test_known_rows_all_stay_and_later_ones_are_compared_with_each() -> None:
+    ids = list(range(100))
+    rows = [ids, ids[11:] + list(range(200, 211)), ids[22:] + list(range(200, 222))]
+    assert find_near_duplicates(rows, 0.75, lambda _: None, known=2) == [(2, 1)]
+    assert find_near_duplicates([*rows, rows[2]], 0.75, lambda _: None, known=3) == [(3, 1)]
+    assert find_near_duplicates(rows, 0.75, lambda _: None, known=3) == []
+
+
 def test_short_rows_are_near_duplicates_where_they_are_equal() -> None:
     assert found([[], [7], [7], [8], [1, 2, 3], [], [1, 2, 3], [3, 2, 1], [1, 2, 3, 4], [0, 1, 2, 3, 4], [7]]) == [
         (2, 1),

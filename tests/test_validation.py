@@ -284,7 +284,11 @@ def test_a_checkpoint_of_a_version_that_counted_no_exact_answers_goes_on_by_its_
     del progress["best_exact_answers"]
     keeper.restore(progress)
     assert kept_by(keeper, [after(10, 0.4, 1.0)]) == []
-    assert kept_by(keeper, [after(15, 0.2, 0.9)]) == [15]
+    again = keeper_of(Path("run"))
+    again.restore(json.loads(json.dumps(keeper.progress)))
+    for one in (keeper, again):
+        assert kept_by(one, [after(15, 0.2, 0.9), after(20, 0.3, 1.0)]) == [15]
+    assert again.progress == keeper.progress
 
 
 def test_patience_counts_validations_that_are_not_better() -> None:

@@ -118,8 +118,9 @@ def command(
     of_rows |= {"--max-changed": max_changed != Bounds.changed, "--overwrite": overwrite, "--against": against}
     of_tasks: Flags = {"--tasks-folder": tasks_folder, "--limit": limit, "--tasks-plain": tasks_plain}
     _check(
-        {"--adapter": adapter, "--tests": tests or names or None, "--output": output}, of_rows, of_tasks, tests, names
-    )
+        {"--adapter": adapter, "--tests or --tasks": tests or names or None, "--output": output},
+        of_rows, of_tasks, tests, names,
+    )  # fmt: skip
     from loratune.evaluation.judge import open_judge
     from loratune.evaluation.measures import MEASURES
     from loratune.evaluation.request import EvaluationRequest

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -16,7 +17,8 @@ KEYS = ("type", "value", "within")
 NEGATION = "not-"
 REGEX_SECONDS = 2.0
 """Time limit of an expression on one answer."""
-NUMBER = regex.compile(r"[-+−]?\d[\d,]*(?:\.\d+)?(?:[eE][-+]?\d+)?")
+NUMBER = regex.compile(r"(?:(?<!\w)[-+−])?\d[\d,]*(?:\.\d+)?(?:[eE][-+]?\d+)?")
+"""The hyphen of 3-5 is no sign."""
 EXCERPT = 60
 
 
@@ -28,6 +30,10 @@ class Said:
     """Without reasoning and tool calls."""
     calls: tuple[dict[str, Any], ...] = ()
     """`name` and `arguments` of each tool call."""
+
+
+class UndecidedError(Exception):
+    """A schema cannot be applied."""
 
 
 @dataclass(frozen=True)
@@ -48,10 +54,10 @@ class Assert:
         return f"{NEGATION * self.is_negated}{self.kind}{shown}"
 
     def holds(self, said: Said) -> bool:
-        """Return whether an answer fulfils it; an expression that takes too long counts as not fulfilled."""
+        """Return whether an answer fulfils it; one that cannot be decided counts as not fulfilled, negated or not."""
         try:
             return KINDS[self.kind].holds(self, said) != self.is_negated
-        except TimeoutError:
+        except (TimeoutError, UndecidedError):
             return False
 
 
@@ -95,13 +101,17 @@ def _problem(value: Any) -> str:
     if unknown:
         return f"{kind} takes no {shortened(str(unknown[0]))!r}"
     within = value.get("within", 0)
-    if not _is_number(within) or within < 0:
+    if not (_is_number(within) and within >= 0):
         return "'within' is not a number from 0 up"
     return KINDS[kind].problem(value.get("value"))
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
+    """Return whether a value is a finite number that float holds."""
+    try:
+        return not isinstance(value, bool) and isinstance(value, int | float) and math.isfinite(value)
+    except OverflowError:
+        return False
 
 
 def _text(value: Any) -> str:
@@ -134,6 +144,8 @@ def _schema(value: Any) -> str:
         return "'value' is not a JSON schema"
     with required("the assert is-json", "eval"):
         import jsonschema
+    if isinstance(value, dict) and not isinstance(value.get("$schema", ""), str):
+        return "'value' is not a JSON schema: its $schema is not a text"
     try:
         jsonschema.validators.validator_for(value).check_schema(value)  # type: ignore[arg-type]
     except jsonschema.SchemaError as error:
@@ -156,7 +168,7 @@ def _has_number(one: Assert, said: Said) -> bool:
 
 def _fits_schema(one: Assert, said: Said) -> bool:
     try:
-        value = json.loads(said.text)
+        value = json.loads(said.text, parse_constant=_refuse)
     except (ValueError, RecursionError):
         return False
     if one.value is None:
@@ -168,8 +180,15 @@ def _fits_schema(one: Assert, said: Said) -> bool:
     kind = jsonschema.validators.validator_for(one.value)
     try:
         return bool(kind(one.value, registry=Registry()).is_valid(value))  # an empty registry fetches no reference
-    except (Unresolvable, RecursionError):
+    except OverflowError:  # multipleOf cannot divide 1e400
         return False
+    except (Unresolvable, RecursionError) as error:
+        raise UndecidedError from error
+
+
+def _refuse(name: str) -> None:
+    """Refuse NaN and Infinity, which Python reads and JSON does not have."""
+    raise ValueError(name)
 
 
 def _has_calls(one: Assert, said: Said) -> bool:

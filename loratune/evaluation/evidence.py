@@ -69,7 +69,7 @@ class Sample:
     """Those that do not hold for the baseline."""
     has_asserts: bool
     remarks: tuple[str, ...]
-    """What is wrong with the form of the tuned model's answer, and whether it was trained on the row."""
+    """What is wrong with the form of the tuned model's answer, and which models were trained on the row."""
 
 
 def evaluation_of(evidence: Evidence, inputs: About) -> Evaluation:
@@ -130,7 +130,8 @@ def _sample(evidence: Evidence, row: AskedRow, measure: str) -> Sample:
     number, (tuned, baseline) = row.number, evidence.contest.sides
     form = evidence.forms[tuned.name, number]
     remarks = {
-        "was in the training": number in evidence.leaked,
+        "was in the training": number in evidence.leaks["tuned"].rows,
+        "was in the baseline's training": number in evidence.leaks.get("baseline", Leaks(False)).rows,
         "did not end by itself": not form.ended,
         "repeats itself": form.repetitive,
         "thinks, though not asked to": form.unwanted_thinking,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from contextlib import closing
 from pathlib import Path
@@ -9,7 +10,7 @@ from pathlib import Path
 from loratune import console
 from loratune.data.encoding.encoder import Encoder
 from loratune.engine.engine import load_engine
-from loratune.errors import Exit, LoratuneError
+from loratune.errors import Exit, LoratuneError, bullet_list
 from loratune.evaluation.answer_form import AnswerForm, FormReader
 from loratune.evaluation.evidence import Evidence, evaluation_of, samples_of
 from loratune.evaluation.general import (
@@ -21,10 +22,10 @@ from loratune.evaluation.general import (
     passage_kind,
 )
 from loratune.evaluation.judge import add_verdicts
-from loratune.evaluation.junit import write_junit
+from loratune.evaluation.junit import JUNIT, write_junit
 from loratune.evaluation.leaks import find_leaks
 from loratune.evaluation.measures import measure_rows, measures_of
-from loratune.evaluation.page.writing import write_page
+from loratune.evaluation.page.writing import PAGE, write_page
 from loratune.evaluation.request import Contest, EvaluationRequest, Loading, encoders_of, inputs_of, plan
 from loratune.evaluation.result import RESULT, Evaluation, Leaks, write_evaluation
 from loratune.evaluation.rows_file import EvaluationRows, read_tests, unscored
@@ -62,7 +63,10 @@ def evaluate(request: EvaluationRequest) -> Evaluation:
     inputs = inputs_of(request, contest, tests)
     _prepare_folder(request.output)
     with open_answers(request.output / ANSWERS, inputs, request.overwrite, request.output / RESULTS) as file:
+        if request.overwrite:
+            _remove(request.output, ANSWERS, PAGE, JUNIT, RESULT)
         warnings = _add_missing(request, contest, tests, file)
+        _require_finite(request, contest, tests, file)
         judging = add_verdicts(request.judge, tests.rows, contest.sides, file) if request.judge else None
         work = Work(tests.rows, request.sampling, contest.sides, None, True)
         forms = _forms(contest, tests, encoders, file)
@@ -75,6 +79,8 @@ def evaluate(request: EvaluationRequest) -> Evaluation:
             write_page(request.output, evaluation, samples_of(evidence, evaluation))
             if request.junit:
                 write_junit(request.output, evaluation, samples_of(evidence, evaluation))
+            else:
+                _remove(request.output, JUNIT)
             write_evaluation(request.output, evaluation)
     return evaluation
 
@@ -113,6 +119,13 @@ def _prepare_folder(output: Path) -> None:
         output.mkdir(parents=True, exist_ok=True)
 
 
+def _remove(output: Path, *names: str) -> None:
+    """Remove files of an earlier evaluation, which would be taken for those of this one."""
+    with disk_errors_explained(output):
+        for name in names:
+            (output / name).unlink(missing_ok=True)
+
+
 def _add_missing(request: EvaluationRequest, contest: Contest, tests: EvaluationRows, file: AnswerFile) -> list[str]:
     """Load each base that something is missing of, and add it.
 
@@ -134,6 +147,31 @@ def _add_missing(request: EvaluationRequest, contest: Contest, tests: Evaluation
                     if side.use_adapter:
                         measure_passages(engine, side, file)
     return warnings
+
+
+def _require_finite(request: EvaluationRequest, contest: Contest, tests: EvaluationRows, file: AnswerFile) -> None:
+    """Refuse models whose losses are not finite: such rows would be left out, and NaN exceeds no bound.
+
+    Raises:
+        LoratuneError: names the models.
+    """
+    problems = []
+    for name, side in zip(("tuned", "baseline"), contest.sides, strict=True):
+        rows = [file.read(row.number, side.loss) for row in tests.rows]
+        losses = [one["loss"] for one in rows if one.get("tokens")]  # none where a row does not fit into the context
+        if request.general:
+            kind = passage_kind(side if side.use_adapter else contest.tuned)
+            passages = [file.read(one.number, kind) for one in load_passages()]
+            losses += [one["loss" if side.use_adapter else "base_loss"] for one in passages]
+        broken = sum(loss is None or not math.isfinite(loss) for loss in losses)
+        if broken:
+            problems.append(f"{name}: the losses of {broken:,} of {len(losses):,} texts are not finite numbers")
+    if problems:
+        raise LoratuneError(
+            f"nothing can be compared with a model whose numbers overflow:\n{bullet_list(problems)}\n"
+            "ask it with loratune infer; if it answers well, start over with --overwrite on another device",
+            Exit.MODEL,
+        )
 
 
 def _general_work(request: EvaluationRequest, loading: Loading) -> Work:

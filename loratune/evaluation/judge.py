@@ -93,8 +93,12 @@ def open_judge(url: str, model: str) -> Judge:
     Raises:
         LoratuneError: it is not a URL of http or https.
     """
-    parts = urllib.parse.urlsplit(url)
-    if parts.scheme not in ("http", "https") or not parts.hostname:
+    try:
+        parts = urllib.parse.urlsplit(url)
+        is_url = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+    except ValueError:  # brackets without an address, or a port that is no number
+        is_url = False
+    if not is_url:
         raise LoratuneError(f"--judge {url}: give the base URL of an API, such as http://127.0.0.1:8000/v1", Exit.USAGE)
     return Judge(url.rstrip("/"), model)
 
@@ -173,8 +177,7 @@ def _reply(judge: Judge, prompt: str) -> str:
         "max_tokens": ANSWER_TOKENS,
     }
     headers = {"Content-Type": "application/json"}
-    key = next(filter(None, map(os.environ.get, KEYS)), None)
-    if key:
+    if key := _key():
         headers["Authorization"] = f"Bearer {key}"
     request = urllib.request.Request(f"{judge.url}/chat/completions", json.dumps(body).encode(), headers)
     opener = urllib.request.build_opener(_NotFollowed)
@@ -189,6 +192,20 @@ def _reply(judge: Judge, prompt: str) -> str:
         except (KeyError, IndexError, TypeError) as error:
             raise ValueError("the judge's response is not one of OpenAI's API") from error
     raise AssertionError
+
+
+def _key() -> str:
+    """Return the key without the line break that files of secrets end with; empty if there is none.
+
+    Raises:
+        ValueError: it cannot be sent. http.client would say so with the key itself.
+    """
+    for name in KEYS:
+        if key := os.environ.get(name, "").strip():
+            if not (key.isascii() and key.isprintable()):
+                raise ValueError(f"the key in {name} has characters that a header cannot hold")
+            return key
+    return ""
 
 
 def _told(error: OSError | ValueError | HTTPException) -> str:

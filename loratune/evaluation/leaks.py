@@ -107,6 +107,6 @@ def _near(trained: Pool, sequences: dict[int, list[int]], prompts: Sequence[list
         *(one[shared:] for one in sequences.values()),
     ]
     with console.row_progress("looking for test rows among the training rows") as advance:
-        pairs = find_near_duplicates(ids, NEAR, advance)
+        pairs = find_near_duplicates(ids, NEAR, advance, known=count)
     numbers = list(sequences)
-    return tuple(sorted({numbers[row - count] for row, earlier in pairs if row >= count > earlier})), ""
+    return tuple(sorted(numbers[row - count] for row, earlier in pairs if earlier < count)), ""

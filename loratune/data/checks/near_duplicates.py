@@ -44,7 +44,7 @@ class _Rows:
 
 
 def find_near_duplicates(
-    rows: Iterable[TokenIds], threshold: float, progress: Callable[[int], None]
+    rows: Iterable[TokenIds], threshold: float, progress: Callable[[int], None], known: int = 0
 ) -> list[tuple[int, int]]:
     """Return pairs of a row and the earliest row that it resembles, ordered by the first.
 
@@ -55,16 +55,18 @@ def find_near_duplicates(
         rows: token ids of each row.
         threshold: minimum similarity of near duplicates, from 0 to 1.
         progress: called with the number of rows read since the previous call.
+        known: number of rows at the beginning that are not compared with each other, and all stay.
     """
-    known = _read(rows, threshold, progress)
-    buckets = _shared_buckets(known.bands)
+    read = _read(rows, threshold, progress)
+    buckets = _shared_buckets(read.bands)
     pairs = []
     for row in sorted(buckets):
-        candidates = {earlier for bucket in buckets[row] for earlier in bucket}
-        earliest = _earliest_similar(known, row, candidates, threshold)
-        if earliest is not None:
-            pairs.append((row, earliest))
-            continue
+        if row >= known:
+            candidates = {earlier for bucket in buckets[row] for earlier in bucket}
+            earliest = _earliest_similar(read, row, candidates, threshold)
+            if earliest is not None:
+                pairs.append((row, earliest))
+                continue
         for bucket in buckets[row]:
             bucket.append(row)
     return pairs
@@ -115,18 +117,18 @@ def _shared_buckets(bands: NDArray[np.uint64]) -> dict[int, list[Bucket]]:
     return buckets
 
 
-def _earliest_similar(known: _Rows, row: int, candidates: set[int], threshold: float) -> int | None:
+def _earliest_similar(read: _Rows, row: int, candidates: set[int], threshold: float) -> int | None:
     """Return the earliest candidate above the threshold, or None.
 
     Estimates filter first: rows of one template share many bands without being similar, and exact comparison of all of
     them takes a hundred times as long.
     """
     ordered = np.array(sorted(candidates), dtype=np.int64)
-    estimates = (known.signatures[ordered] == known.signatures[row]).mean(axis=1)
+    estimates = (read.signatures[ordered] == read.signatures[row]).mean(axis=1)
     least = threshold - DEVIATIONS * (threshold * (1 - threshold) / PERMUTATIONS) ** 0.5
     likely = (int(earlier) for earlier in ordered[estimates >= least])
-    mine = known.shingles[row]
-    return next((earlier for earlier in likely if _jaccard(known.shingles[earlier], mine) >= threshold), None)
+    mine = read.shingles[row]
+    return next((earlier for earlier in likely if _jaccard(read.shingles[earlier], mine) >= threshold), None)
 
 
 def _bands(threshold: float) -> tuple[int, int]:

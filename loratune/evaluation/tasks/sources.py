@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
@@ -32,7 +33,7 @@ def load_tasks(names: Sequence[str], folder: Path | None) -> dict[str, Any]:
         What the harness's `evaluate` takes.
 
     Raises:
-        LoratuneError: a name is unknown, a YAML file would run code, or rows cannot be loaded.
+        LoratuneError: a name is unknown, a YAML file or a metric would run code, or rows cannot be loaded.
     """
     if folder is not None:
         _require_no_code(folder)
@@ -48,7 +49,7 @@ def load_tasks(names: Sequence[str], folder: Path | None) -> dict[str, Any]:
         manager = TaskManager(include_path=str(folder) if folder else None)  # it reads some ten thousand files
     _require_known(names, manager.all_tasks, folder)
     try:
-        with console.status(f"loading {', '.join(names)}"):
+        with console.status(f"loading {', '.join(names)}"), _only_own_metrics() if folder else nullcontext():
             loaded: dict[str, Any] = manager.load(list(names))
     except Exception as error:  # what libraries of rows raise may be anything
         raise LoratuneError(
@@ -58,6 +59,33 @@ def load_tasks(names: Sequence[str], folder: Path | None) -> dict[str, Any]:
         if task.get_config("num_fewshot") is None:
             task.set_config(key="num_fewshot", value=0)
     return loaded
+
+
+@contextmanager
+def _only_own_metrics() -> Iterator[None]:
+    """Refuse metrics that the harness does not have.
+
+    It passes their names to the library evaluate, which imports a module of that name from a folder or the hub.
+    """
+    from lm_eval.api import task
+    from lm_eval.api.registry import METRIC_REGISTRY
+
+    plain = task.get_metric
+
+    def own_metric(name: str, hf_evaluate_metric: bool = False) -> Any:
+        if hf_evaluate_metric or name not in METRIC_REGISTRY:
+            raise LoratuneError(
+                f"metric {name} would be imported by the library evaluate, and with --tasks-folder only the harness's "
+                f"own run: {', '.join(sorted(METRIC_REGISTRY))}",
+                Exit.DATA,
+            )
+        return plain(name)
+
+    task.get_metric = own_metric
+    try:
+        yield
+    finally:
+        task.get_metric = plain
 
 
 def _sandboxed(environment: Any) -> SandboxedEnvironment:

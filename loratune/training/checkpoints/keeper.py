@@ -83,13 +83,15 @@ class CheckpointKeeper(TrainerCallback):
     @property
     def progress(self) -> dict[str, Any]:
         """State for checkpoints."""
-        return {
+        progress = {
             "best_step": self.best.step if self.best else None,
             "best_loss": self.best.loss if self.best else None,
-            BEST_EXACT: self.best.exact if self.best else None,
             "validations_since_best": self.validations_since_best,
             "stopped_early": self.stopped_early,
         }
+        if self.best_by != self.settings.best_by:  # restored without exact answers: the next resume does the same
+            return progress
+        return progress | {BEST_EXACT: self.best.exact if self.best else None}
 
     def restore(self, progress: dict[str, Any]) -> None:
         """Restore the state of a checkpoint. A run of a version that counted no exact answers goes on without."""
