@@ -221,6 +221,26 @@ def test_a_trial_that_diverges_or_cannot_be_ends_alone(start: Start, base: list[
 
 
 @pytest.mark.slow
+def test_methods_are_compared_each_with_its_own_settings(start: Start, base: list[str], tmp_path: Path) -> None:
+    over = ("--over", "lora.rank=2,4", "--over", "method=lora,full,freeze", "--over", "freeze.layers=last 1")
+    folder = tmp_path / "sweep"
+    done = start(
+        "sweep", *base, "--lora.alpha", "8", *over, "--no-halving", "--seeds", "2", "--output", folder, code=FORKED
+    )
+    assert done.exit_code() == 0, done.stderr
+    report = read(folder / "sweep.json")
+    mains = {trial["name"]: trial for trial in report["trials"] if trial["repeats"] is None}
+    assert len(mains) == 4
+    trained = {}
+    for name, trial in mains.items():
+        record = read(folder / "trials" / name / "manifest.json")["record"]
+        assert record["method"] == trial["settings"]["method"]
+        trained[tuple(trial["settings"].values())] = trial["trained_parameters"]
+    assert trained["full",] > trained["freeze", "last 1"] > trained[4, "lora"] == 2 * trained[2, "lora"]
+    assert load_recipe(str(folder / "best.yaml"), {}).method == report["best"]["settings"]["method"]
+
+
+@pytest.mark.slow
 def test_a_trial_that_is_killed_goes_on_once_and_then_has_failed(start: Start, base: list[str], tmp_path: Path) -> None:
     folder, whole = tmp_path / "sweep", tmp_path / "whole"
     command = ("sweep", *base, *OVER, "--no-halving", "--seeds", "1", "--output")
