@@ -23,6 +23,7 @@ from typer.testing import Result
 
 from loratune.errors import Exit, LoratuneError
 from loratune.recipe.loading import load_recipe, load_sweep, shipped_sweeps
+from loratune.recipe.method_sections import LoraSettings
 from loratune.recipe.sweep_section import seconds_of
 from loratune.sweep import start
 from loratune.sweep.comparison import QUANTILES, differ, noise_of, sentence_of, standings
@@ -152,7 +153,7 @@ def test_a_section_of_another_form_is_refused(tmp_path: Path, section: str) -> N
 @pytest.mark.parametrize("sampler", ["grid", "random", "tpe"])
 def test_a_trial_has_the_settings_that_its_method_makes_use_of(tmp_path: Path, sampler: str) -> None:
     path, folder = tmp_path / "r.yaml", tmp_path / "sweep"
-    path.write_text("model: {base: tiny-qwen}\ndata: {train: [x.json]}\nlora: {alpha: 32}\n")
+    path.write_text("model: {base: tiny-qwen}\ndata: {train: [x.json]}\nlora: {alpha: 8}\n")
     over = {"method": "lora,full,freeze", "lora.rank": "4,8", "freeze.layers": "last 1,last 2"}
     over |= {"training.learning_rate": "1e-4,1e-3"}
     about = {"over": over, "sampler": sampler} | ({} if sampler == "grid" else {"trials": 20})
@@ -170,7 +171,10 @@ def test_a_trial_has_the_settings_that_its_method_makes_use_of(tmp_path: Path, s
     assert len(tried) == (10 if sampler == "grid" else 20), "nothing twice in a grid"
     for chosen in tried:
         trained = sweep.recipe_of(chosen, "x")
-        assert (trained.method, trained.lora.alpha) == (chosen["method"], 32 if trained.method == "lora" else 16)
+        assert (trained.method, trained.lora.alpha) == (
+            chosen["method"],
+            8 if trained.method == "lora" else LoraSettings().alpha,
+        )
         assert trained.freeze.layers == chosen.get("freeze.layers")
 
 
