@@ -117,10 +117,12 @@ def test_a_sweep_is_what_its_run_folders_say(start: Start, cli: Cli, base: list[
     again = cli("sweep", *base, *OVER, "--output", folder)
     assert again.exit_code == Exit.USAGE
     assert "already holds a sweep; continue or join it with --resume" in again.stderr
-    other = cli("sweep", *base, *OVER, "--seeds", "2", "--lora.alpha", "4", "--output", folder, "--resume")
+    changes = (*OVER[:-1], "lora.rank=2,8", "--seeds", "2", "--lora.alpha", "4")
+    other = cli("sweep", *base, *changes, "--output", folder, "--resume")
     assert other.exit_code == Exit.USAGE
     assert "lora.alpha: 32 → 4" in other.stderr
     assert "seeds: 1 → 2" in other.stderr
+    assert "--over lora.rank: 2+4 → 2+8" in other.stderr
 
 
 def test_rows_that_are_refused_end_a_sweep_before_it_begins(start: Start, base: list[str], tmp_path: Path) -> None:

@@ -152,11 +152,14 @@ def _require_fitting(settings: SweepSettings, sampler: str, has_range: bool) -> 
         raise LoratuneError(f"the sweep cannot start:\n{bullet_list(problems)}", Exit.USAGE)
 
 
+def _all_settings(sweep: Sweep) -> dict[str, Any]:
+    over = {f"--over {name}": values for name, values in sweep.settings.over.items()}
+    return {**flat_settings(sweep.recipe), **sweep.settings.model_dump(exclude={*FREE, "over"}), **over}
+
+
 def _require_same(asked: Sweep, begun: Sweep) -> None:
     """Refuse to continue a sweep as another one."""
-    mine, known = (
-        {**flat_settings(one.recipe), **one.settings.model_dump(exclude=set(FREE))} for one in (asked, begun)
-    )
+    mine, known = map(_all_settings, (asked, begun))
     if asked.recipe.prompt.date is None:
         mine["prompt.date"] = known["prompt.date"]  # of the day on which the sweep began
     different = [
