@@ -178,6 +178,15 @@ def test_a_trial_has_the_settings_that_its_method_makes_use_of(tmp_path: Path, s
         assert trained.freeze.layers == chosen.get("freeze.layers")
 
 
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_each_method_has_its_own_default_of_the_rate(tmp_path: Path, method: str) -> None:
+    flags = {"model.base": "tiny-qwen", "data.train": ["x"], "method": method, "output": str(tmp_path / "sweep")}
+    sweep = open_sweep(None, flags, {"over": {"method": "lora,full"}}, resume=False)
+    for chosen in sweep.chosen:
+        alone = load_recipe(None, flags | {"method": chosen["method"]})
+        assert sweep.recipe_of(chosen, "x").training.learning_rate == alone.training.learning_rate
+
+
 def test_ranges_are_logarithmic_where_their_ends_are_far_apart() -> None:
     space = space_of({"training.learning_rate": "1e-5..1e-3", "lora.rank": "4..16", "lora.dropout": "0..0.1"}, recipe())
     assert space == {

@@ -209,7 +209,9 @@ class Recipe(Section):
         if self.trains_base and self.model.sharding != "none":
             raise ValueError(f"method {self.method} needs model.sharding none: only frozen weights are sharded")
         if self.trains_base and "learning_rate" not in self.training.model_fields_set:
-            object.__setattr__(self, "training", self.training.model_copy(update={"learning_rate": OWN_RATE}))
+            training = self.training.model_copy(update={"learning_rate": OWN_RATE})
+            training.model_fields_set.discard("learning_rate")  # a default still, also where the method changes
+            object.__setattr__(self, "training", training)
         return self
 
     @model_validator(mode="after")
