@@ -248,7 +248,7 @@ def test_patterns_without_a_module_are_refused_together(random_qwen: Path) -> No
     assert caught.value.exit_code == Exit.USAGE
     told = str(caught.value)
     assert "lora.rank_pattern 'o_proj': no module of the adapter ends so; it has gate_proj, up_proj, down_proj" in told
-    assert "lora.rank_pattern '(' is not a regular expression" in told
+    assert "lora.rank_pattern '(' is not a regular expression: missing ), unterminated subpattern at position 0" in told
     assert "lora.alpha_pattern 'head'" in told
 
 

@@ -262,7 +262,7 @@ def test_settings_that_a_method_does_not_take_are_refused(settings: dict[str, An
     [
         ({"layers": "last 3"}, "freeze.layers 'last 3': the model has 2 layers"),
         ({"modules": ["mlp", "ffn", "experts"]}, "ffn: no module is called so; there are embed_tokens"),
-        ({"modules": ["("]}, "freeze.modules '\\(' is not a regular expression"),
+        ({"modules": ["(", "ffn"]}, "freeze.modules:\n  '\\(' is not a regular expression: .*\n  ffn: no module"),
         ({"layers": "first 1", "modules": [r".*layers\.1\..*"]}, "in freeze.layers 'first 1' or outside"),
     ],
 )

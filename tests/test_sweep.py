@@ -23,6 +23,7 @@ from typer.testing import Result
 
 from loratune.errors import Exit, LoratuneError
 from loratune.recipe.loading import load_recipe, load_sweep, shipped_sweeps
+from loratune.recipe.method_sections import LoraSettings
 from loratune.recipe.sweep_section import seconds_of
 from loratune.sweep import start
 from loratune.sweep.comparison import QUANTILES, differ, noise_of, sentence_of, standings
@@ -64,11 +65,13 @@ def test_values_are_those_of_flags() -> None:
         "lora.use_rslora": "true,false",
         "lora.layers": "last 6,null",
         "data.remove": "short,[]",
+        "lora.rank_pattern": "o_proj=16,{q_proj: 2, k_proj: 4},{}",
     }
     space = space_of(over, recipe())
     typed = {name: axis.values for name, axis in space.items() if isinstance(axis, Choices)}
     assert typed["lora.target_modules"] == ("attention", ["q_proj", "v_proj"], "mlp")
     assert typed["data.remove"] == (["short"], [])
+    assert typed["lora.rank_pattern"] == ({"o_proj": 16}, {"q_proj": 2, "k_proj": 4}, {})
     for name, text in (("training.learning_rate", "2e-4"), ("lora.use_rslora", "false"), ("lora.layers", "null")):
         section, _, last = name.partition(".")
         assert getattr(getattr(recipe(**{name: text}), section), last) == typed[name][1]
@@ -77,10 +80,10 @@ def test_values_are_those_of_flags() -> None:
 def test_every_problem_is_told_at_once_and_nothing_is_written(cli: Cli, tmp_path: Path) -> None:
     over = (
         "lora.rank=0,8", "training.learning_rat=1e-4,2e-4", "model.base=a,b", "seed=1,2", "training.epochs=x,1",
-        "training.warmup=0.2..0.1", "lora.alpha=16,16", "data.validation=0.1,0.2",
+        "training.warmup=0.2..0.1", "lora.alpha=16,16", "data.validation=0.1,0.2", "freeze.layers=last 1,last 2",
     )  # fmt: skip
     base = ("--model.base", "tiny-qwen", "--data.train", "data/identity.json", "--output", tmp_path / "sweep")
-    done = cli("sweep", *base, *(word for one in over for word in ("--over", one)))
+    done = cli("sweep", *base, *(word for one in over for word in ("--over", one)), "--seeds", "0", "--budget", "2x")
     assert done.exit_code == Exit.USAGE
     for told in (
         "lora.rank: must be greater than or equal to 1; got 0",
@@ -91,8 +94,11 @@ def test_every_problem_is_told_at_once_and_nothing_is_written(cli: Cli, tmp_path
         "the first end of a range must be the lower one",
         "has a value twice: 16",
         "--over data.validation: cannot be swept",
+        "--over layers last 1: method lora makes no use of freeze.layers; leave it out",
+        "sweep.seeds: must be greater than or equal to 1; got 0",
+        "sweep.budget: write hours, minutes or seconds",
     ):
-        assert told in done.stderr
+        assert " ".join(done.stderr.split()).count(told) == 1
     assert not (tmp_path / "sweep").exists()
 
 
@@ -142,6 +148,43 @@ def test_a_section_of_another_form_is_refused(tmp_path: Path, section: str) -> N
     path.write_text(f"model: {{base: tiny-qwen}}\ndata: {{train: [x.json]}}\nsweep: {section}\n")
     with pytest.raises(LoratuneError, match=r"sweep\.over a line for each setting"):
         load_sweep(str(path), {}, {})
+
+
+@pytest.mark.parametrize("sampler", ["grid", "random", "tpe"])
+def test_a_trial_has_the_settings_that_its_method_makes_use_of(tmp_path: Path, sampler: str) -> None:
+    path, folder = tmp_path / "r.yaml", tmp_path / "sweep"
+    path.write_text("model: {base: tiny-qwen}\ndata: {train: [x.json]}\nlora: {alpha: 8}\n")
+    over = {"method": "lora,full,freeze", "lora.rank": "4,8", "freeze.layers": "last 1,last 2"}
+    over |= {"training.learning_rate": "1e-4,1e-3"}
+    about = {"over": over, "sampler": sampler} | ({} if sampler == "grid" else {"trials": 20})
+    sweep = open_sweep(str(path), {"output": str(folder)}, about, resume=False)
+    study = SweepStudy(folder, sweep.space)
+    for number in range(20):
+        if sampler == "tpe":
+            study.add(study.next_settings(seed=1), 9)
+            study.record(study.trials()[number], 0, outcome(float(number)), is_last=True)
+        elif number < len(sweep.chosen):
+            study.add(sweep.chosen[number], 9)
+    tried = [dict(trial.settings) for trial in SweepStudy(folder, sweep.space).trials()]
+    found = {tuple(values for name, values in one.items() if name != "training.learning_rate") for one in tried}
+    assert found == {("lora", 4), ("lora", 8), ("full",), ("freeze", "last 1"), ("freeze", "last 2")}
+    assert len(tried) == (10 if sampler == "grid" else 20), "nothing twice in a grid"
+    for chosen in tried:
+        trained = sweep.recipe_of(chosen, "x")
+        assert (trained.method, trained.lora.alpha) == (
+            chosen["method"],
+            8 if trained.method == "lora" else LoraSettings().alpha,
+        )
+        assert trained.freeze.layers == chosen.get("freeze.layers")
+
+
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_each_method_has_its_own_default_of_the_rate(tmp_path: Path, method: str) -> None:
+    flags = {"model.base": "tiny-qwen", "data.train": ["x"], "method": method, "output": str(tmp_path / "sweep")}
+    sweep = open_sweep(None, flags, {"over": {"method": "lora,full"}}, resume=False)
+    for chosen in sweep.chosen:
+        alone = load_recipe(None, flags | {"method": chosen["method"]})
+        assert sweep.recipe_of(chosen, "x").training.learning_rate == alone.training.learning_rate
 
 
 def test_ranges_are_logarithmic_where_their_ends_are_far_apart() -> None:
@@ -340,9 +383,15 @@ def test_the_sentence_says_whether_the_best_differ_more_than_seeds() -> None:
     assert sentence_of([], 0, SPACE) == "no trial has been trained to its end"
 
 
-def test_a_trial_that_was_lucky_once_is_not_the_best() -> None:
+def test_a_trial_that_was_lucky_once_is_not_the_best(tmp_path: Path) -> None:
     trials = repeated([2.0, 2.4, 2.4], [2.1, 2.1, 2.1], 2.2)
     assert [one.name for one in standings(trials, 0)] == ["01-x", "00-x", "02-x"]
+    told = sentence_of(trials, 0, SPACE)
+    assert "rank 32 over 8 is worth 7.9%" in told, "means over the seeds, (6.8 / 3 - 2.1) / 2.1"
+    assert "learning_rate 0.0002 with rank 8" in told, "what belongs together is not divided by commas"
+    sweep, _ = finished_sweep(tmp_path)
+    named = [row[0] for row in rows_of(report_of(sweep, trials))[1:]]
+    assert named == ["01", "00", "02"], "the table begins with the best"
 
 
 # --- processes ---
@@ -418,6 +467,7 @@ def test_the_report_reads_back_and_the_page_holds_all_that_it_shows(tmp_path: Pa
         ({"lora.rank": "8"}, {}),
         ({"lora.use_rslora": "true,false", "lora.layers": "null,last 2"}, {}),
         ({"lora.dropout": "0..0.1"}, {"sampler": "random", "trials": 3}),
+        ({"lora.rank": "4,8", "method": "lora,full,freeze", "freeze.layers": "last 1"}, {}),
     ],
 )
 def test_every_kind_of_setting_is_drawn(tmp_path: Path, over: dict[str, str], about: dict[str, Any]) -> None:
@@ -430,12 +480,16 @@ def test_every_kind_of_setting_is_drawn(tmp_path: Path, over: dict[str, str], ab
 
 def test_a_line_for_each_result_fits_into_eighty_columns(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     sweep, trials = finished_sweep(tmp_path)
-    long = replace(trials[0], outcomes={0: outcome(2.0, 123456, steps=1234567, seconds=1e6)}, seed=43)
+    words = {"lora.target_modules": ["q_proj", "k_proj", "v_proj", "o_proj"], "lora.rank": 8}
+    done = outcome(2.0, 123456, steps=1234567, seconds=1e6)
+    long = replace(trials[0], settings=words, outcomes={0: done}, seed=43)
     for trial in (long, trials[4]):
         tell_result(sweep, trial, [long, *trials[1:]], workers=1)
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 2
     assert all(len(line) <= 80 for line in lines)
+    assert ", seed 43  step 123456/1234567" in lines[0]
+    assert lines[0].index("  step") == lines[1].index("  failed")
     assert "failed (5): training diverged" in lines[1]
 
 

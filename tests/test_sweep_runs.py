@@ -117,10 +117,12 @@ def test_a_sweep_is_what_its_run_folders_say(start: Start, cli: Cli, base: list[
     again = cli("sweep", *base, *OVER, "--output", folder)
     assert again.exit_code == Exit.USAGE
     assert "already holds a sweep; continue or join it with --resume" in again.stderr
-    other = cli("sweep", *base, *OVER, "--seeds", "2", "--lora.alpha", "4", "--output", folder, "--resume")
+    changes = (*OVER[:-1], "lora.rank=2,8", "--seeds", "2", "--lora.alpha", "4")
+    other = cli("sweep", *base, *changes, "--output", folder, "--resume")
     assert other.exit_code == Exit.USAGE
     assert "lora.alpha: 32 → 4" in other.stderr
     assert "seeds: 1 → 2" in other.stderr
+    assert "--over lora.rank: 2+4 → 2+8" in other.stderr
 
 
 def test_rows_that_are_refused_end_a_sweep_before_it_begins(start: Start, base: list[str], tmp_path: Path) -> None:
@@ -218,6 +220,26 @@ def test_a_trial_that_diverges_or_cannot_be_ends_alone(start: Start, base: list[
     assert re.search(r"warning: 02-\S+ failed: lora\.target_modules: .*nothing_of_the_kind", told)
     study = optuna.load_study(study_name=NAME, storage=JournalStorage(JournalFileBackend(str(folder / JOURNAL))))
     assert sorted(trial.state.name for trial in study.trials) == ["COMPLETE", "FAIL", "RUNNING", "RUNNING"]
+
+
+@pytest.mark.slow
+def test_methods_are_compared_each_with_its_own_settings(start: Start, base: list[str], tmp_path: Path) -> None:
+    over = ("--over", "lora.rank=2,4", "--over", "method=lora,full,freeze", "--over", "freeze.layers=last 1")
+    folder = tmp_path / "sweep"
+    done = start(
+        "sweep", *base, "--lora.alpha", "8", *over, "--no-halving", "--seeds", "2", "--output", folder, code=FORKED
+    )
+    assert done.exit_code() == 0, done.stderr
+    report = read(folder / "sweep.json")
+    mains = {trial["name"]: trial for trial in report["trials"] if trial["repeats"] is None}
+    assert len(mains) == 4
+    trained = {}
+    for name, trial in mains.items():
+        record = read(folder / "trials" / name / "manifest.json")["record"]
+        assert record["method"] == trial["settings"]["method"]
+        trained[tuple(trial["settings"].values())] = trial["trained_parameters"]
+    assert trained["full",] > trained["freeze", "last 1"] > trained[4, "lora"] == 2 * trained[2, "lora"]
+    assert load_recipe(str(folder / "best.yaml"), {}).method == report["best"]["settings"]["method"]
 
 
 @pytest.mark.slow

@@ -132,6 +132,15 @@ def test_targets_that_match_nothing_or_something_else_are_refused(kind: str, tar
     assert told in str(raised.value)
 
 
+def test_all_targets_that_cannot_be_are_told_together() -> None:
+    with pytest.raises(LoratuneError) as raised:
+        resolve_targets(empty_model(tiny_config("qwen3")), LoraSettings(target_modules=["[", "ffn", "q_proj"]))
+    title, expression, name = str(raised.value).splitlines()
+    assert title == "lora.target_modules:"
+    assert "'[' is not a regular expression: unterminated character set at position 0" in expression
+    assert "no module is called ffn" in name
+
+
 def test_dora_is_refused_where_no_merge_has_it() -> None:
     model = empty_model(tiny_config("gpt2"))
     with pytest.raises(LoratuneError, match=r"lora\.use_dora: gpt2 holds its matrices as"):

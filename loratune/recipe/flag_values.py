@@ -30,11 +30,11 @@ def parse_flag(given: Any, field: FieldInfo) -> Any:
     if isinstance(given, bool):
         return given
     if get_origin(kind) is dict:
-        pairs = dict(_parse_pair(pair) for pair in given)
+        pairs = dict(_parse_pair(pair) for pair in _listed(given))
         is_plain = is_text(_without_bounds(get_args(kind)[1]))
         return pairs if is_plain else {name: _parse_yaml(value) for name, value in pairs.items()}
     if is_list(kind):
-        texts = given if isinstance(given, list) else [given]
+        texts = _listed(given)
         items = [_parse_entry(text) for text in texts]
         is_number_or_list = get_origin(kind) is not list
         if is_number_or_list and len(items) > 1 and any(isinstance(_parse_yaml(item), float | int) for item in texts):
@@ -46,6 +46,10 @@ def parse_flag(given: Any, field: FieldInfo) -> Any:
     if is_text(kind):
         return None if given == "null" and type(None) in get_args(kind) else given
     return _parse_yaml(given)
+
+
+def _listed(given: str | list[str]) -> list[str]:
+    return given if isinstance(given, list) else [given]
 
 
 def _without_bounds(annotation: Any) -> Any:

@@ -15,6 +15,7 @@ from loratune.errors import Exit, LoratuneError, bullet_list
 from loratune.plain_files import is_file, open_plain
 from loratune.recipe.data_sections import SourceSettings
 from loratune.recipe.flag_values import parse_flag
+from loratune.recipe.method_sections import METHOD, METHOD_SECTIONS
 from loratune.recipe.names import current_name, drop_keys, rename_keys
 from loratune.recipe.problems import described_problems
 from loratune.recipe.sections import Recipe, settings_with_dropped
@@ -194,18 +195,20 @@ def _renamed_flags(flags: dict[str, Any]) -> dict[str, Any]:
     return present
 
 
-def with_settings(recipe: Recipe, settings: Mapping[str, Any], shown: str = "") -> Recipe:
+def with_settings(recipe: Recipe, settings: Mapping[str, Any]) -> Recipe:
     """Return a recipe with other values of some settings; what the recipe leaves to defaults stays so.
 
     Args:
         recipe: the recipe.
-        settings: dotted setting → value, as in a recipe file.
-        shown: what the error names as the source of the values.
+        settings: dotted setting → value, as in a recipe file. With a method among them, what the recipe has for another
+            method is left out.
 
     Raises:
         LoratuneError: lists the problems, one a line.
     """
     values = recipe.model_dump(exclude_unset=True)
+    if METHOD in settings:
+        values = {name: own for name, own in values.items() if name not in METHOD_SECTIONS or name == settings[METHOD]}
     for dotted, value in settings.items():
         section, _, name = dotted.rpartition(".")
         (values.setdefault(section, {}) if section else values)[name] = value
@@ -213,7 +216,7 @@ def with_settings(recipe: Recipe, settings: Mapping[str, Any], shown: str = "") 
         return Recipe.model_validate(_with_sections(values))
     except ValidationError as error:
         problems = [message for _, message in described_problems(error.errors(), {}, set(settings))]
-        raise LoratuneError("\n".join(shown + problem for problem in problems), Exit.USAGE) from error
+        raise LoratuneError("\n".join(problems), Exit.USAGE) from error
 
 
 def dump_sweep(recipe: Recipe, sweep: SweepSettings) -> str:

@@ -27,6 +27,8 @@ def _range_of_layers(layers: str | None) -> str | None:
 
 Layers = Annotated[str | None, AfterValidator(_range_of_layers)]
 Method = Literal["lora", "full", "freeze"]
+METHOD, METHOD_SECTIONS = "method", ("lora", "freeze")
+"""Name of the setting, and the sections that are of use to the method of their name alone."""
 
 
 class LoraSettings(Section):

@@ -12,7 +12,7 @@ from pydantic_core import to_jsonable_python
 
 from loratune.choices import BestBy, Dtype
 from loratune.recipe.data_sections import DataSettings
-from loratune.recipe.method_sections import FreezeSettings, LoraSettings, Method, adapts_experts
+from loratune.recipe.method_sections import METHOD_SECTIONS, FreezeSettings, LoraSettings, Method, adapts_experts
 from loratune.recipe.names import DROPPED
 from loratune.recipe.section import HomePath, Section, listed
 
@@ -191,8 +191,7 @@ class Recipe(Section):
 
     @model_validator(mode="after")
     def _method_fits(self) -> Recipe:
-        unused: dict[str, Section] = {"lora": self.lora, "freeze": self.freeze}
-        unused.pop(self.method, None)
+        unused: dict[str, Section] = {name: getattr(self, name) for name in METHOD_SECTIONS if name != self.method}
         given = [
             f"{section}.{name}"
             for section, settings in unused.items()
@@ -201,7 +200,8 @@ class Recipe(Section):
             if getattr(settings, name) != getattr(type(settings)(), name)
         ]
         if given:
-            raise ValueError(f"method {self.method} makes no use of {', '.join(given)}; leave them out")
+            them = "it" if len(given) == 1 else "them"
+            raise ValueError(f"method {self.method} makes no use of {', '.join(given)}; leave {them} out")
         if self.method == "freeze" and self.freeze == FreezeSettings():
             raise ValueError("method freeze needs freeze.layers or freeze.modules, which say what is trained")
         if self.trains_base and self.model.quantization != "none":
@@ -209,7 +209,9 @@ class Recipe(Section):
         if self.trains_base and self.model.sharding != "none":
             raise ValueError(f"method {self.method} needs model.sharding none: only frozen weights are sharded")
         if self.trains_base and "learning_rate" not in self.training.model_fields_set:
-            object.__setattr__(self, "training", self.training.model_copy(update={"learning_rate": OWN_RATE}))
+            training = self.training.model_copy(update={"learning_rate": OWN_RATE})
+            training.model_fields_set.discard("learning_rate")  # a default still, also where the method changes
+            object.__setattr__(self, "training", training)
         return self
 
     @model_validator(mode="after")

@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from statistics import fmean, stdev, variance
 
-from loratune.sweep.plan import Trial, firsts, ranked
+from loratune.sweep.plan import Trial, firsts
 from loratune.sweep.report import Noise, Standing
 from loratune.sweep.space import Choices, Space, described, short_names, text_of
 
@@ -86,8 +86,8 @@ def _against(best: Standing, others: Sequence[Standing], noise: Noise | None) ->
 
 def _difference(best: Standing, other: Standing) -> str:
     """Return what another trial has that the best one has not."""
-    different = {name: value for name, value in other.settings.items() if value != best.settings[name]}
-    return described(different or other.settings)
+    different = {name: value for name, value in other.settings.items() if (name, value) not in best.settings.items()}
+    return described(different or other.settings, " with ")
 
 
 def _worths(trials: Sequence[Trial], best: Standing, space: Space, noise: Noise | None) -> list[str]:
@@ -98,23 +98,27 @@ def _worths(trials: Sequence[Trial], best: Standing, space: Space, noise: Noise 
         if not isinstance(axis, Choices) or not (pair := _best_with_and_without(trials, setting, best)):
             continue
         mine, other, rung = pair
-        low, high = mine.outcomes[rung], other.outcomes[rung]
         told = f"{names[setting]} {text_of(mine.settings[setting])} over {text_of(other.settings[setting])} is worth "
-        told += _percent(low.loss, high.loss)
+        told += _percent(mine.loss, other.loss)
         if rung < last:
-            told += f" at step {low.step}"
-        elif noise and abs(high.loss - low.loss) <= noise.least_difference:
+            step = next(trial.outcomes[rung].step for trial in trials if trial.name == mine.name)
+            told += f" at step {step}"
+        elif noise and not differ(mine, other, noise):
             told += ", within seed noise"
         worths.append(told)
     return worths
 
 
-def _best_with_and_without(trials: Sequence[Trial], setting: str, best: Standing) -> tuple[Trial, Trial, int] | None:
+def _best_with_and_without(
+    trials: Sequence[Trial], setting: str, best: Standing
+) -> tuple[Standing, Standing, int] | None:
     """Return the best trial with a value, the best with another one, and the highest rung that both have reached."""
+    if setting not in best.settings:
+        return None
     for rung in sorted({rung for trial in trials for rung in trial.outcomes}, reverse=True):
-        there = ranked(firsts(trials), rung)
-        mine = [trial for trial in there if trial.settings[setting] == best.settings[setting]]
-        others = [trial for trial in there if trial.settings[setting] != best.settings[setting]]
+        there = [one for one in standings(trials, rung) if setting in one.settings]
+        mine = [one for one in there if one.settings[setting] == best.settings[setting]]
+        others = [one for one in there if one.settings[setting] != best.settings[setting]]
         if mine and others:
             return mine[0], others[0], rung
     return None

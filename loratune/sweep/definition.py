@@ -101,12 +101,11 @@ def open_sweep(config: str | None, flags: Mapping[str, Any], sweep_flags: Mappin
 
 def _defined(config: str | None, flags: Mapping[str, Any], sweep_flags: Mapping[str, Any]) -> Sweep:
     recipe, section = load_sweep(config, dict(flags), dict(sweep_flags))
-    settings = _settings(section)
     folder = Path(recipe.output if "output" in recipe.model_fields_set else DEFAULT_FOLDER)
     recipe = with_settings(recipe, {"output": str(folder)})
     if not recipe.data.validation:
         raise LoratuneError("a sweep compares validation losses: set data.validation", Exit.USAGE)
-    space = space_of(settings.over, recipe)
+    settings, space = _checked(section, recipe)
     has_range = any(isinstance(axis, Range) for axis in space.values())
     sampler = settings.sampler or ("tpe" if has_range else "grid")
     _require_fitting(settings, sampler, has_range)
@@ -121,17 +120,24 @@ def _defined(config: str | None, flags: Mapping[str, Any], sweep_flags: Mapping[
     return Sweep(folder, recipe, settings, space, sampler, plan, tuple(chosen))
 
 
-def _settings(section: Mapping[str, Any]) -> SweepSettings:
+def _checked(section: Mapping[str, Any], recipe: Recipe) -> tuple[SweepSettings, Space]:
     if not section["over"]:
         raise LoratuneError(
             "nothing to vary; give a setting and its values, such as --over training.learning_rate=1e-4,2e-4,4e-4",
             Exit.USAGE,
         )
+    problems = list[str]()
     try:
-        return SweepSettings.model_validate(section)
+        settings = SweepSettings.model_validate(section)
     except ValidationError as error:
-        problems = [f"sweep.{one['loc'][0]}: {message_of(one, str(one['loc'][0]))}" for one in error.errors()]
-        raise LoratuneError(f"the sweep cannot start:\n{bullet_list(problems)}", Exit.USAGE) from error
+        problems += [f"sweep.{one['loc'][0]}: {message_of(one, str(one['loc'][0]))}" for one in error.errors()]
+    try:
+        space = space_of(section["over"], recipe)
+    except LoratuneError as error:
+        problems += error.message.splitlines()
+    if problems:
+        raise LoratuneError(f"the sweep cannot start:\n{bullet_list(problems, limit=40)}", Exit.USAGE)
+    return settings, space
 
 
 def _require_fitting(settings: SweepSettings, sampler: str, has_range: bool) -> None:
@@ -146,11 +152,14 @@ def _require_fitting(settings: SweepSettings, sampler: str, has_range: bool) -> 
         raise LoratuneError(f"the sweep cannot start:\n{bullet_list(problems)}", Exit.USAGE)
 
 
+def _all_settings(sweep: Sweep) -> dict[str, Any]:
+    over = {f"--over {name}": values for name, values in sweep.settings.over.items()}
+    return {**flat_settings(sweep.recipe), **sweep.settings.model_dump(exclude={*FREE, "over"}), **over}
+
+
 def _require_same(asked: Sweep, begun: Sweep) -> None:
     """Refuse to continue a sweep as another one."""
-    mine, known = (
-        {**flat_settings(one.recipe), **one.settings.model_dump(exclude=set(FREE))} for one in (asked, begun)
-    )
+    mine, known = map(_all_settings, (asked, begun))
     if asked.recipe.prompt.date is None:
         mine["prompt.date"] = known["prompt.date"]  # of the day on which the sweep began
     different = [

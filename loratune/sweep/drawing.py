@@ -70,6 +70,8 @@ def _draw_panel(axes: Any, report: SweepReport, trials: Sequence[tuple[TrialRepo
     values, spread = report.over[setting], {one.name: one for one in report.repeated}
     curves = dict[str, list[tuple[float, float, float]]]()
     for trial, loss in trials:
+        if setting not in trial.settings:  # its method makes no use of it
+            continue
         standing = spread.get(trial.name) if is_last else None
         point = (standing.loss, standing.deviation or 0.0) if standing else (loss, 0.0)
         place = _place(values, trial.settings[setting])
@@ -108,7 +110,8 @@ def _set_scale(axes: Any, values: Any) -> None:
 
 def _curve(trial: TrialReport, others: Sequence[str]) -> str:
     names = short_names(others)
-    return ", ".join(f"{names[other]} {text_of(trial.settings[other])}" for other in others)
+    there = [other for other in others if other in trial.settings]
+    return ", ".join(f"{names[other]} {text_of(trial.settings[other])}" for other in there)
 
 
 def _curves(report: SweepReport, others: Sequence[str]) -> list[str]:

@@ -93,7 +93,7 @@ class SweepReport:
     seconds_per_step: float | None = None
     """Mean over all trials."""
     trials: tuple[TrialReport, ...] = ()
-    """In order of the table: the furthest first, and among these the lowest loss."""
+    """In order of the table: the best first, then the furthest, and among these the lowest loss."""
     program: str = PROGRAM
     kind: str = KIND
 

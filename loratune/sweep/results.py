@@ -19,6 +19,8 @@ def report_of(sweep: Sweep, trials: Sequence[Trial]) -> SweepReport:
     """Return what is known of a sweep; while it runs, without what only its end can say."""
     price, last = measured(trials), sweep.plan.last
     found = standings(trials, last)
+    places = {one.name: place for place, one in enumerate(found)}
+    ordered = sorted(trials, key=lambda trial: (places.get(trial.name, len(places)), *_order(trial)))
     report = SweepReport(
         output=str(sweep.folder),
         base=sweep.recipe.model.base,
@@ -26,7 +28,7 @@ def report_of(sweep: Sweep, trials: Sequence[Trial]) -> SweepReport:
         sampler=sweep.sampler,
         shares=tuple(float(share) for share in sweep.plan.shares),
         seconds_per_step=price.seconds_per_step if price else None,
-        trials=tuple(_trial(sweep, trial, trials) for trial in sorted(trials, key=_order)),
+        trials=tuple(_trial(sweep, trial, trials) for trial in ordered),
     )
     if not found:
         return report

@@ -60,7 +60,7 @@ def tell_result(sweep: Sweep, trial: Trial, trials: Sequence[Trial], workers: in
     else:
         return
     seed = "" if trial.seed is None else f", seed {trial.seed}"
-    settings = shortened(described(trial.settings) + seed, SETTINGS_WIDTH)
+    settings = shortened(described(trial.settings), SETTINGS_WIDTH - len(seed)) + seed
     console.say(shortened(f"{trial.number:02d}  {settings:<{SETTINGS_WIDTH}}  {end}", COLUMNS))
 
 
@@ -82,7 +82,9 @@ def rows_of(report: SweepReport) -> list[tuple[str, ...]]:
     head = ("no.", *names.values(), "loss", "±", "step", "time", "memory", "params", "adapter")
     rows = []
     for trial in mains:
-        values = (shortened(text_of(trial.settings[name]), LONGEST_VALUE) for name in names)
+        values = (
+            shortened(text_of(trial.settings[name]), LONGEST_VALUE) if name in trial.settings else "" for name in names
+        )
         state = (trial.state if trial.state not in ORDINARY else "",) if has_states else ()
         rows.append((trial.name.partition("-")[0], *values, *_loss(report, trial), *_figures(trial), *state))
     return [(*head, "") if has_states else head, *rows]

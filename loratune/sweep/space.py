@@ -13,6 +13,7 @@ from typing import Any
 from loratune.errors import Exit, LoratuneError, bullet_list
 from loratune.recipe.flag_values import parse_flag
 from loratune.recipe.loading import with_settings
+from loratune.recipe.method_sections import METHOD, METHOD_SECTIONS
 from loratune.recipe.names import current_name
 from loratune.recipe.sections import Recipe, iterate_settings
 from loratune.recipe.suggestions import suggestion
@@ -81,7 +82,7 @@ def space_of(over: Mapping[str, Any], recipe: Recipe) -> Space:
         recipe: the recipe without the sweep.
 
     Raises:
-        LoratuneError: lists all problems.
+        LoratuneError: lists all problems, one a line.
     """
     fields, space, problems = dict(iterate_settings()), dict[str, Axis](), list[str]()
     for name, given in over.items():
@@ -96,10 +97,9 @@ def space_of(over: Mapping[str, Any], recipe: Recipe) -> Space:
             space[setting] = _axis(given, fields[setting])
         except ValueError as error:
             problems.append(f"--over {name}: {error}")
-            continue
-        problems += _problems_of_values(setting, space[setting], recipe)
+    problems += [f"--over {problem}" for problem in _problems_of_values(space, recipe)]
     if problems:
-        raise LoratuneError(f"the sweep cannot start:\n{bullet_list(problems, limit=40)}", Exit.USAGE)
+        raise LoratuneError("\n".join(problems), Exit.USAGE)
     return space
 
 
@@ -143,27 +143,44 @@ def _parsed(text: str, field: Any) -> Any:
     return document.values
 
 
-def _problems_of_values(setting: str, axis: Axis, recipe: Recipe) -> list[str]:
-    problems = []
-    for settings in single_values({setting: axis}):
+def _problems_of_values(space: Space, recipe: Recipe) -> list[str]:
+    problems = dict[str, None]()  # several settings may show the same one
+    for settings in single_values(space):
         try:
-            with_settings(recipe, settings, "--over ")
+            with_settings(recipe, settings)
         except LoratuneError as error:
-            problems += error.message.replace("--over --", "--over ").splitlines()
-    return problems
+            for problem in error.message.splitlines():
+                named = problem.removeprefix("--")
+                problems[named if named != problem else f"{described(settings)}: {problem}"] = None
+    return list(problems)
 
 
 def single_values(space: Space) -> list[Settings]:
-    """Return every value by itself, and the ends of ranges."""
+    """Return every value by itself, and the ends of ranges; a method, and what is of use to it alone, together."""
     found = list[Settings]()
     for setting, axis in space.items():
-        values = axis.values if isinstance(axis, Choices) else (axis.rounded(axis.low), axis.rounded(axis.high))
-        found += [{setting: value} for value in values]
+        for value in _some_values(axis):
+            method = value if setting == METHOD else setting.partition(".")[0]
+            is_of_method = METHOD in space and method in _some_values(space[METHOD])
+            own = [name for name in space if name.startswith(f"{method}.")] if is_of_method else []
+            together = {METHOD: method} if is_of_method else {}
+            found.append({**together, **{name: _some_values(space[name])[0] for name in own}, setting: value})
     return found
 
 
+def _some_values(axis: Axis) -> tuple[Any, ...]:
+    """Return the values of an axis, or the ends of a range."""
+    return axis.values if isinstance(axis, Choices) else (axis.rounded(axis.low), axis.rounded(axis.high))
+
+
+def of_use(settings: Settings) -> Settings:
+    """Return settings without those that their method makes no use of."""
+    unused = [f"{section}." for section in METHOD_SECTIONS if section != settings.get(METHOD, section)]
+    return {name: value for name, value in settings.items() if not name.startswith(tuple(unused))}
+
+
 def grid(space: Space) -> list[Settings]:
-    """Return every combination of the values; the last setting changes first.
+    """Return every combination of the values that are of use to its method; the last setting changes first.
 
     Raises:
         LoratuneError: there are too many.
@@ -175,7 +192,12 @@ def grid(space: Space) -> list[Settings]:
             f"the grid has {count:,} trials, {MOST_TRIALS:,} are the most; take fewer values, or --sampler random",
             Exit.USAGE,
         )
-    return [dict(zip(space, values, strict=True)) for values in itertools.product(*axes)]
+    found = list[Settings]()
+    for values in itertools.product(*axes):
+        settings = of_use(dict(zip(space, values, strict=True)))
+        if len(settings) == len(space) or settings not in found:
+            found.append(settings)
+    return found
 
 
 def require_valid(settings: Sequence[Settings], recipe: Recipe) -> None:
@@ -223,10 +245,10 @@ def short_names(settings: Sequence[str]) -> dict[str, str]:
     return {name: end if ends.count(end) == 1 else name for name, end in zip(settings, ends, strict=True)}
 
 
-def described(settings: Settings) -> str:
+def described(settings: Settings, between: str = ", ") -> str:
     """Return settings for a line: `learning_rate 0.0002, rank 8`."""
     names = short_names(list(settings))
-    return ", ".join(f"{names[setting]} {text_of(value)}" for setting, value in settings.items())
+    return between.join(f"{names[setting]} {text_of(value)}" for setting, value in settings.items())
 
 
 def folder_name(number: int, settings: Settings) -> str:

@@ -8,7 +8,7 @@ otherwise stays RUNNING, because it is tried again with --resume.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -23,7 +23,7 @@ from optuna.trial import FrozenTrial, TrialState, create_trial
 
 from loratune.errors import Exit, LoratuneError
 from loratune.sweep.plan import Failure, Outcome, Trial
-from loratune.sweep.space import Axis, Choices, Settings, Space, folder_name, stored
+from loratune.sweep.space import Axis, Choices, Settings, Space, folder_name, of_use, stored
 
 JOURNAL, CLAIMS = "study.log", "claims"
 NAME = "sweep"
@@ -87,7 +87,7 @@ class SweepStudy:
         trial = create_trial(
             state=TrialState.RUNNING,
             params={setting: stored(value) for setting, value in settings.items()},
-            distributions={setting: distribution(axis) for setting, axis in self._space.items()},
+            distributions={setting: distribution(self._space[setting]) for setting in settings},
             user_attrs=about,
         )
         self._storage.create_new_trial(self._id, trial)
@@ -156,7 +156,7 @@ class SweepStudy:
         return Trial(
             number=frozen.number,
             name=about["name"],
-            settings={name: _value(axis, frozen.params[name]) for name, axis in self._space.items()},
+            settings=_settings(self._space, frozen.params),
             steps=about["steps"],
             repeats=about["repeats"],
             seed=about["seed"],
@@ -171,7 +171,7 @@ def suggested(space: Space, sampler: BaseSampler, earlier: Sequence[FrozenTrial]
     study = optuna.create_study(sampler=sampler, direction="minimize")
     study.add_trials(earlier)
     chosen = study.ask({name: distribution(axis) for name, axis in space.items()})
-    return {name: _value(axis, chosen.params[name]) for name, axis in space.items()}
+    return of_use(_settings(space, chosen.params))
 
 
 def random_trials(space: Space, seed: int, count: int) -> list[Settings]:
@@ -186,6 +186,10 @@ def distribution(axis: Axis) -> BaseDistribution:
     if axis.is_whole:
         return IntDistribution(int(axis.low), int(axis.high), log=axis.is_log)
     return FloatDistribution(axis.low, axis.high, log=axis.is_log)
+
+
+def _settings(space: Space, params: Mapping[str, Any]) -> Settings:
+    return {name: _value(axis, params[name]) for name, axis in space.items() if name in params}
 
 
 def _value(axis: Axis, param: Any) -> Any:

@@ -26,7 +26,7 @@ from loratune.model.adapter.own_parameters import own_parameters
 from loratune.model.adapter.own_weights import save_weights, trained_weights, trains_weights
 from loratune.model.adapter.patterns import as_expressions, settle_patterns, unmatched_stacks
 from loratune.model.adapter.starts import start_from_base
-from loratune.model.adapter.targets import Targets, check_attached, peft_targets, resolve_targets
+from loratune.model.adapter.targets import Targets, check_attached, expression_problem, peft_targets, resolve_targets
 from loratune.model.adapter.tensors import PREFIX, read_tensors
 from loratune.model.adapter.values import check_weights
 from loratune.model.architecture.structure import causal_model, is_adapted
@@ -260,11 +260,10 @@ def _check_patterns(targets: Targets, settings: LoraSettings) -> None:
     problems = []
     for setting in ("rank_pattern", "alpha_pattern"):
         for pattern in getattr(settings, setting):
-            try:
-                ending = re.compile(rf"(.*\.)?({pattern})")
-            except re.error as error:
-                problems.append(f"lora.{setting} {pattern!r} is not a regular expression: {error}")
+            if problem := expression_problem(pattern):
+                problems.append(f"lora.{setting} {problem}")
                 continue
+            ending = re.compile(rf"(.*\.)?({pattern})")
             if not any(map(ending.fullmatch, targets.roles)):
                 names = ", ".join(dict.fromkeys(name.rpartition(".")[2] for name in targets.roles))
                 problems.append(f"lora.{setting} {pattern!r}: no module of the adapter ends so; it has {names}")

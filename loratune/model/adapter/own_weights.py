@@ -7,7 +7,6 @@ LoRA matrices, whose `modules_to_save` are the trained modules; so all that read
 from __future__ import annotations
 
 import copy
-import re
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -22,7 +21,7 @@ from loratune.errors import Exit, LoratuneError, bullet_list, counted
 from loratune.model.adapter.files import WEIGHTS_FILE
 from loratune.model.adapter.own_parameters import own_parameters
 from loratune.model.adapter.patterns import NO_TARGETS
-from loratune.model.adapter.targets import GROUPS, PATTERN, layer_of, layer_range
+from loratune.model.adapter.targets import GROUPS, expression_problem, layer_of, layer_range, names_of
 from loratune.model.adapter.tensors import PREFIX
 from loratune.model.architecture.roles import is_within, module_roles
 from loratune.model.architecture.structure import language_parts, layer_count
@@ -157,11 +156,13 @@ def _chosen(model: CausalModel, recipe: Recipe, names: list[str]) -> list[str]:
     roles, chosen, problems = module_roles(model), set[str](), list[str]()
     for given in settings.modules:
         # A module that holds layers is outside of them, but what is in it is not.
-        found = [path for path in allowed if _is_named(path, given, roles)]
+        is_group = given in GROUPS
+        found = [path for path in allowed if roles.get(path) in GROUPS[given]] if is_group else names_of(given, allowed)
         chosen.update(found)
         if not found:
             there = list(dict.fromkeys(path.rpartition(".")[2] for path in allowed if not path[-1].isdigit()))
-            problems.append(f"{given}: no module is called so; there are {', '.join(there[:SHOWN_NAMES])}")
+            unknown = f"{given}: no module is called so; there are {', '.join(there[:SHOWN_NAMES])}"
+            problems.append(expression_problem(given) or unknown)
     if problems:
         where = f" in freeze.layers {settings.layers!r} or outside of layers" if settings.layers else ""
         raise LoratuneError(f"freeze.modules{where}:\n{bullet_list(problems)}", Exit.USAGE)
@@ -175,17 +176,6 @@ def _above(name: str) -> Iterator[str]:
     while path:
         yield path
         path = path.rpartition(".")[0]
-
-
-def _is_named(path: str, given: str, roles: Mapping[str, Any]) -> bool:
-    if given in GROUPS:
-        return roles.get(path) in GROUPS[given]
-    if PATTERN.search(given):
-        try:
-            return re.fullmatch(given, path) is not None
-        except re.error as error:
-            raise LoratuneError(f"freeze.modules {given!r} is not a regular expression: {error}", Exit.USAGE) from error
-    return path == given or path.endswith(f".{given}")
 
 
 def _whole_modules(names: list[str], named: Mapping[str, Any]) -> tuple[tuple[str, ...], list[str]]:

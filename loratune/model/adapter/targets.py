@@ -164,18 +164,28 @@ def _matches(target: str, roles: Mapping[str, Role]) -> list[str]:
     if target in GROUPS:
         return [name for name, role in roles.items() if role in GROUPS[target]]
     named = [name for name, role in roles.items() if role not in NEVER]
-    if PATTERN.search(target):
-        try:
-            expression = re.compile(target)
-        except re.error as error:
-            raise LoratuneError(
-                f"lora.target_modules {target!r} is not a regular expression: {error}", Exit.USAGE
-            ) from error
-        return [name for name in named if expression.fullmatch(name)]
-    return [name for name in named if name == target or name.endswith(f".{target}")]
+    return names_of(target, named)
+
+
+def names_of(given: str, names: Iterable[str]) -> list[str]:
+    """Return the names that end with a name, or that match a regular expression; none if it is not a valid one."""
+    if not PATTERN.search(given):
+        return [name for name in names if name == given or name.endswith(f".{given}")]
+    return [] if expression_problem(given) else [name for name in names if re.fullmatch(given, name)]
+
+
+def expression_problem(given: str) -> str | None:
+    """Return why a text is not a regular expression; None if it is one, or needs not be."""
+    try:
+        re.compile(given if PATTERN.search(given) else "")
+    except re.error as error:
+        return f"{given!r} is not a regular expression: {error}"
+    return None
 
 
 def _what_there_is(target: str, roles: Mapping[str, Role]) -> str:
+    if problem := expression_problem(target):
+        return problem
     groups = ", ".join(group for group in GROUPS if _matches(group, roles))
     names = ", ".join(dict.fromkeys(_last(name) for name, role in roles.items() if role not in NEVER))
     if target in GROUPS:
