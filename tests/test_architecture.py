@@ -54,8 +54,10 @@ EXAMPLES = {
     "recipe/section.py": "how names are written in a recipe",
     "recipe/method_sections.py": "examples of values in a setting's help",
     "training/failures.py": "a command that a user may type",
+    "migration/rules_of_models.py": "values of axolotl's lora_target_parameters",
+    "migration/tools/unsloth.py": "the default of unsloth's target_modules",
 }
-"""Files that name a module to a user, and why."""
+"""Files that name a module to a user, or as another tool's config does, and why."""
 
 OTHER_LAYOUTS = ("qwen3_moe", "mixtral", "qwen3_5")
 """Architectures whose parameters are not their files' tensors."""
