@@ -110,7 +110,7 @@ IN_A_RUN: dict[str, tuple[Change, str]] = {
     "system prompt": (replace("recipe.yaml", "system: null", "system: Be rude."), "recipe.yaml; restore"),
     "template": (replace("recipe.yaml", "template: chat", "template: alpaca"), "recipe.yaml; restore"),
     "quantization": (replace("recipe.yaml", "quantization: none", "quantization: nf4"), "recipe.yaml; restore"),
-    "rank": (replace("recipe.yaml", "rank: 8", "rank: 64"), "recipe.yaml; restore"),
+    "rank": (replace("recipe.yaml", "rank: 16", "rank: 64"), "recipe.yaml; restore"),
     "a comment": (replace("recipe.yaml", "model:", "# mine\nmodel:"), "copy it and give the copy to sft"),
     "recipe cut": (lambda run: (run / "recipe.yaml").write_text("model:"), "recipe.yaml; restore"),
     "recipe gone": (lambda run: (run / "recipe.yaml").unlink(), "recipe.yaml; restore"),

@@ -173,7 +173,8 @@ def test_a_config_of_llama_factory_becomes_the_recipe_that_it_means() -> None:
     )
     assert settings(found) == expected
     values = yaml.safe_load(found.text)
-    assert "rank" not in values["lora"]  # as in loratune
+    assert values["lora"]["rank"] == 8
+    assert "max_length" not in values["training"]  # as in loratune
     assert "# there, the template is LLaMA-Factory's qwen3_nothink" in found.text
 
 
