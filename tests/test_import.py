@@ -174,7 +174,7 @@ def test_a_config_of_llama_factory_becomes_the_recipe_that_it_means() -> None:
     assert settings(found) == expected
     values = yaml.safe_load(found.text)
     assert values["lora"]["rank"] == 8
-    assert "max_length" not in values["training"]  # as in loratune
+    assert "scheduler" not in values["training"]  # cosine, as in loratune
     assert "# there, the template is LLaMA-Factory's qwen3_nothink" in found.text
 
 
