@@ -34,7 +34,7 @@ def settle(sheet: Sheet, flags: dict[str, Any], source: Path) -> tuple[dict[str,
             _put(values, setting, sheet.recipe[setting])
     missing = [setting for setting in STAND_INS if setting not in sheet.recipe and setting not in flags]
     for setting in missing:
-        sheet.lost.append(Entry((), "", setting, f"the config names none; give --{setting}"))
+        sheet.lost.append(Entry((), "", setting, f"nothing of the config gives it; give --{setting}"))
         _put(values, setting, STAND_INS[setting])
     recipe = validate_settings(values, flags, source)
     return _ordered(values, frozenset(missing)), None if missing else recipe

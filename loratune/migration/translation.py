@@ -51,9 +51,10 @@ class Translation:
         """Return names and what is told of them; names of which the same is told are together."""
         names: dict[str, list[str]] = {}
         for entry in entries:
-            here = f"{entry.setting}: {self.sheet.recipe.get(entry.setting)}" if entry.setting else ""
+            is_known = entry.setting in self.sheet.recipe
+            here = f"{entry.setting}: {self.sheet.recipe[entry.setting]}" if is_known else entry.setting
             told = "; ".join(part for part in (here, entry.reason) if part)
-            names.setdefault(told, []).extend(entry.names or ["(default)"])
+            names.setdefault(told, []).extend(entry.names or ["(default)" if is_known else "(missing)"])
         return [("\n".join(dict.fromkeys(several)), told) for told, several in names.items()]
 
     def as_json(self) -> dict[str, Any]:
