@@ -8,8 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from loratune.evaluation.statistics import Comparison, Verdict
-from loratune.plain_files import read_json_object
-from loratune.runs.typed_json import as_typed, require_version
+from loratune.runs.typed_json import read_typed
 from loratune.writing import PROGRAM, write_json
 
 RESULT = "eval.json"
@@ -174,6 +173,4 @@ def read_evaluation(folder: Path) -> Evaluation:
     Raises:
         LoratuneError: it is missing, damaged, or written by a later version of loratune.
     """
-    values = read_json_object(folder / RESULT)
-    require_version(values, RESULT_VERSION, folder / RESULT)
-    return as_typed(Evaluation, values, folder / RESULT)
+    return read_typed(Evaluation, folder / RESULT, RESULT_VERSION)

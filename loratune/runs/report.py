@@ -8,10 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from loratune.choices import BestOf
-from loratune.plain_files import read_json_object
 from loratune.runs.folder import REPORT
 from loratune.runs.model_check import ModelCheck
-from loratune.runs.typed_json import as_typed, require_version
+from loratune.runs.typed_json import read_typed
 from loratune.writing import write_json
 
 REPORT_VERSION = 1
@@ -241,6 +240,4 @@ def read_report(run: Path) -> Report:
     Raises:
         LoratuneError: it is missing, damaged, or written by a later version of loratune.
     """
-    values = read_json_object(run / REPORT)
-    require_version(values, REPORT_VERSION, run / REPORT)
-    return as_typed(Report, values, run / REPORT)
+    return read_typed(Report, run / REPORT, REPORT_VERSION)

@@ -9,8 +9,25 @@ from typing import Any, TypeVar
 from pydantic import TypeAdapter, ValidationError
 
 from loratune.errors import Exit, LoratuneError
+from loratune.plain_files import read_json_object
 
 Kind = TypeVar("Kind")
+
+
+def read_typed(kind: type[Kind], path: Path, version: int) -> Kind:
+    """Read a file of one format version; keys that this version of the program does not know are left out.
+
+    Args:
+        kind: the dataclass of the file's values.
+        path: of the file.
+        version: the format version that is read.
+
+    Raises:
+        LoratuneError: it is missing, damaged, or written by a later version of loratune.
+    """
+    values = read_json_object(path)
+    require_version(values, version, path)
+    return as_typed(kind, values, path)
 
 
 def as_typed(kind: type[Kind], values: Mapping[str, Any], path: Path) -> Kind:

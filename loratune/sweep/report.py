@@ -7,8 +7,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from loratune.plain_files import read_json_object
-from loratune.runs.typed_json import as_typed, require_version
+from loratune.runs.typed_json import read_typed
 from loratune.writing import PROGRAM, write_json
 
 SWEEP_REPORT, KIND = "sweep.json", "sweep"
@@ -113,6 +112,4 @@ def read_sweep_report(folder: Path) -> SweepReport:
     Raises:
         LoratuneError: it is missing, damaged, or written by a later version of loratune.
     """
-    values = read_json_object(folder / SWEEP_REPORT)
-    require_version(values, SWEEP_VERSION, folder / SWEEP_REPORT)
-    return as_typed(SweepReport, values, folder / SWEEP_REPORT)
+    return read_typed(SweepReport, folder / SWEEP_REPORT, SWEEP_VERSION)

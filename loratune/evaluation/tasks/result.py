@@ -7,8 +7,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from loratune.plain_files import read_json_object
-from loratune.runs.typed_json import as_typed, require_version
+from loratune.runs.typed_json import read_typed
 from loratune.writing import PROGRAM, write_json
 
 TASKS_RESULT = "eval_tasks.json"
@@ -120,7 +119,4 @@ def read_tasks(output: Path) -> TasksResult:
     Raises:
         LoratuneError: the file is missing, damaged, or written by a later version of loratune.
     """
-    path = output / TASKS_RESULT
-    values = read_json_object(path)
-    require_version(values, TASKS_VERSION, path)
-    return as_typed(TasksResult, values, path)
+    return read_typed(TasksResult, output / TASKS_RESULT, TASKS_VERSION)
