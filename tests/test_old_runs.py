@@ -118,10 +118,10 @@ def test_a_run_goes_on_with_the_defaults_that_it_began_with(
     if named:
         assert result.exit_code == Exit.USAGE
         assert "training.learning_rate: 0.0001 → 0.0003" in said
-        assert "lora.alpha" not in said
+        assert "lora.alpha: 16" not in said
     else:
         assert result.exit_code == 0, result.stderr
-        assert "made with different settings" not in said
+        assert "lora.alpha 16, lora.dropout 0.05, training.learning_rate 0.0001, training.max_length 1024, as" in said
 
 
 def test_its_best_checkpoint_is_still_that_of_the_lowest_loss(old_run: Any, cli: Any) -> None:

@@ -316,6 +316,18 @@ def test_a_sharded_base_trains_what_one_process_trains(
     assert all(0 < updates["largest"] < 1 for updates in health["updates"].values())
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("flags", [(), NF4])
+def test_a_process_may_have_no_expert(sft: Callable[..., Any], tmp_path: Path, flags: tuple[str, ...]) -> None:
+    """Of five, four processes have two, two, one, and none."""
+    sizes = WIDE | {"moe_intermediate_size": 64, "num_experts": 5}
+    base = with_tokenizer(make_tiny_model("qwen3_moe", tmp_path / "base", **sizes))
+    figures, adapter = sft("one", 1, base, *flags)
+    sharded, own = sft("sharded", 4, base, *flags, "--model.sharding", "fsdp")
+    assert sharded == pytest.approx(figures, rel=1e-5)
+    torch.testing.assert_close(own, adapter, rtol=1e-4, atol=1e-5)
+
+
 FAILING_QUESTIONS = """
 import torch
 from loratune.cli.app import main

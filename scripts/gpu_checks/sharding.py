@@ -44,14 +44,17 @@ def sharding(place: Workplace) -> Figures:
 
 def differences(folder: Path, quantization: str) -> dict[str, float]:
     """Return the relative differences of a pass with the sharded base from one with the whole base."""
-    whole, of_whole = one_pass(folder, quantization, "none")
-    sharded, of_sharded = one_pass(folder, quantization, "fsdp")
+    from loratune.model.sharding.gathering import sharded_units
+
+    whole, of_whole = one_pass(load(folder, quantization, "none"))
+    model = load(folder, quantization, "fsdp")
+    sharded, of_sharded = one_pass(model)
     apart = [relative_error(of_sharded[name], expected) for name, expected in of_whole.items()]
-    return {"loss": abs(sharded - whole) / whole, "gradients": max(apart), "units": of_units(folder, quantization)}
+    return {"loss": abs(sharded - whole) / whole, "gradients": max(apart), "units": len(sharded_units(model))}
 
 
-def one_pass(folder: Path, quantization: str, kind: str) -> tuple[float, dict[str, torch.Tensor]]:
-    """Return the loss and the adapter's gradients, with matrices that both have an effect."""
+def one_pass(model: Any) -> tuple[float, dict[str, torch.Tensor]]:
+    """Return the loss and the gradients of an adapter whose matrices both have an effect."""
     from loratune.model.adapter.attach import attach_adapter
     from loratune.model.adapter.plain_copy import perturbed
     from loratune.model.kernels.linear_cross_entropy import add_labelled_loss
@@ -59,7 +62,6 @@ def one_pass(folder: Path, quantization: str, kind: str) -> tuple[float, dict[st
     from loratune.model.sharding.gathering import with_weights
     from loratune.recipe.method_sections import LoraSettings
 
-    model = load(folder, quantization, kind)
     adapted: Any = attach_adapter(model, LoraSettings(rank=4, dropout=0), "base", 0)
     with_weights(adapted, use_fused_lora)
     add_labelled_loss(model)
@@ -68,12 +70,6 @@ def one_pass(folder: Path, quantization: str, kind: str) -> tuple[float, dict[st
         loss = adapted(input_ids=ids, labels=ids, summed_loss=True).loss_sum
         loss.backward()
     return float(loss.detach()), {name: one.grad for name, one in adapted.named_parameters() if one.grad is not None}
-
-
-def of_units(folder: Path, quantization: str) -> int:
-    from loratune.model.sharding.gathering import sharded_units
-
-    return len(sharded_units(load(folder, quantization, "fsdp")))
 
 
 def load(folder: Path, quantization: str, kind: str) -> Any:

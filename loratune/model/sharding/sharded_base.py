@@ -64,7 +64,8 @@ def load_sharded(
     model, layout = _without_values(folder, files, dtype, attention, quantised)
     mesh = init_device_mesh(hardware.device.type, (hardware.processes,))
     is_tied = _shard(model, mesh)
-    source, states = _Source(files, layout, hardware.device), dict[str, list[QuantState]]()
+    shapes = layout.shapes({name: info.shape for name, info in files.infos.items()})
+    source, states = _Source(files, layout, shapes, hardware.device), dict[str, list[QuantState]]()
     for name, module, attribute in _places(model):
         if quantised and name in quantised.matrices | quantised.stacks:
             states[name] = _quantise(module, attribute, name, source, dtype, quantised.double)
@@ -241,11 +242,15 @@ class _Source(NamedTuple):
 
     files: TensorFiles
     layout: FileLayout
+    shapes: Mapping[str, tuple[int, ...]]
+    """Of the parameters."""
     device: torch.device
 
     def rows(self, name: str, empty: DTensor, dtype: torch.dtype) -> torch.Tensor:
-        """Return this process's rows of a parameter."""
+        """Return this process's rows of a parameter; with few rows, some processes have none."""
         own = _own_rows(len(empty), empty.device_mesh)
+        if own.start == own.stop:
+            return torch.empty(0, *self.shapes[name][1:], dtype=dtype, device=self.device)
         return self.layout.rows(name, own, self.files).to(self.device, dtype, copy=True).contiguous()
 
 
@@ -268,8 +273,8 @@ def _quantise(
 ) -> list[QuantState]:
     """Give a parameter its codes; return the scales of all rows."""
     empty = getattr(module, attribute)
-    shape = torch.Size(source.layout.infos(source.files.infos)[name].shape)
-    parameter, states = read_codes(empty, source.rows(name, empty, dtype), shape, double)
+    values = source.rows(name, empty, dtype)
+    parameter, states = read_codes(empty, values, torch.Size(source.shapes[name]), double)
     setattr(module, attribute, parameter)
     return states
 

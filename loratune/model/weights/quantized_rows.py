@@ -91,8 +91,11 @@ def quantise(values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     Returns:
         For each, the codes, uint8 (matrices or rows, bytes), and the scales, float32 (matrices or rows, blocks).
     """
-    count, size = len(values), values[0].numel() if len(values) else 0
-    if not count or not size % BLOCK:
+    count, size = len(values), values.shape[1:].numel()
+    if not count:
+        codes = values.new_empty(0, -(-size // 2), dtype=torch.uint8)
+        return codes, values.new_empty(0, -(-size // BLOCK), dtype=torch.float32)
+    if not size % BLOCK:
         codes, scales = _quantise(values)
         return codes.view(count, -1), scales.view(count, -1)
     parts = [_quantise(matrix) for matrix in values]

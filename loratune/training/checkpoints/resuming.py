@@ -143,11 +143,15 @@ def as_begun(recipe: Recipe, manifest: Manifest | None, start: Checkpoint | None
 
 def _with_earlier_defaults(recipe: Recipe, begun: dict[str, Any]) -> Recipe:
     """Return a recipe whose unset settings have the defaults of an earlier version, where a run began with them."""
+    kept = []
     for name, value in EARLIER_DEFAULTS.items():
         section, _, setting = name.partition(".")
         settings = getattr(recipe, section)
         if setting not in settings.model_fields_set and begun.get(name) == value:
             recipe = recipe.model_copy(update={section: settings.model_copy(update={setting: value})})
+            kept.append(f"{name} {value:g}")
+    if kept:
+        console.say(f"{', '.join(kept)}, as the run began: the recipe leaves them out")
     return recipe
 
 

@@ -48,26 +48,24 @@ def leading(model: CausalModel) -> Iterator[None]:
             connected().set(RELEASED, "")
 
 
-def follow(model: CausalModel) -> int:
-    """Make passes until the first process has ended its work, and return how many.
+def follow(model: CausalModel) -> None:
+    """Make passes until the first process has ended its work.
 
     If it fails within a pass, the others wait for it there until the connection is lost. Where that is not noticed,
     this process ends: the run is finished by then.
     """
-    ids, passes = torch.zeros(1, 2, dtype=torch.long, device=model.device), 0
+    ids = torch.zeros(1, 2, dtype=torch.long, device=model.device)
     base, is_over = causal_model(model).eval(), threading.Event()
     in_background(lambda: _end_if_released(is_over))
     try:
         while _announce(False):
             with torch.no_grad():
                 base(input_ids=ids, use_cache=False)
-            passes += 1
     except RuntimeError as error:
         if lost_connection(error) is None:
             raise
     finally:
         is_over.set()
-    return passes
 
 
 def _announce(goes_on: bool) -> bool:
