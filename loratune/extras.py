@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from loratune.commands import Command
 from loratune.errors import Exit, LoratuneError
 
 
@@ -21,16 +20,6 @@ def needs(wanted: str, package: str, extra: str = "", reason: str = "") -> str:
     broken = f", which cannot be loaded ({reason})" if reason else ""
     target = f'"loratune[{extra}]"' if extra else package
     return f"{wanted} needs the package {package}{broken}: pip install {target}"
-
-
-def installing(purpose: str, line: str) -> Command:
-    """Return a command that installs packages.
-
-    Args:
-        purpose: see `Command`.
-        line: options and packages, separated by blanks.
-    """
-    return Command(purpose, ("pip", "install", *line.split()))
 
 
 @contextmanager

@@ -143,7 +143,11 @@ MACHINES: dict[str, tuple[str, str, Machine, str, str]] = {
         "1 of 16",
     ),
     "bitsandbytes missing": (
-        "bitsandbytes", "broken", changed(packages=without("bitsandbytes")), "pip install", "quantization needs it"
+        "bitsandbytes",
+        "broken",
+        changed(packages=without("bitsandbytes"), versions={"bitsandbytes": Version(None, ">=0.49", None)}),
+        "pip install",
+        "quantization needs it",
     ),
     "liger-kernel missing": ("liger-kernel", "slower", changed(packages=without("liger-kernel")), "loratune[gpu]", ""),
     "liger-kernel fails": ("liger-kernel", "slower", changed(trials=failing("liger-kernel", ERROR)), "liger", "symbol"),
@@ -300,6 +304,12 @@ def test_a_base_that_is_to_be_downloaded_needs_the_hub_and_space(
     assert any(remedy in command.line for command in found[about].remedies)
     assert examination.exit_code == code
     assert not bad(judge(changed(hub=dataclasses.replace(hub, base_bytes=None)), RECIPE))
+
+
+def test_rows_that_are_to_be_downloaded_need_the_hub() -> None:
+    absent = dataclasses.replace(RECIPE, rows={"hf:org/rows": False})
+    assert judge(changed(hub=OFFLINE), absent).exit_code == Exit.DATA
+    assert not bad(judge(changed(hub=OFFLINE), dataclasses.replace(RECIPE, rows={"hf:org/rows": True})))
 
 
 @pytest.mark.parametrize(("gpu", "state"), [(T4, "slower"), (H100, "fine")])

@@ -208,8 +208,12 @@ class RecipeFacts:
     """Source of rows → whether it is on this machine, or why it cannot be read."""
 
     @property
-    def needs_hub(self) -> bool:
-        """Whether something has to be downloaded from Hugging Face."""
+    def needs_base(self) -> bool:
+        """Whether the base has to be downloaded from Hugging Face."""
         is_here = isinstance(self.files, BaseFacts) and self.files.folder is not None
-        is_base_there = self.is_from_hub and self.hub == "huggingface" and not is_here
-        return is_base_there or any(is_here is False and source[:3] == "hf:" for source, is_here in self.rows.items())
+        return self.is_from_hub and self.hub == "huggingface" and not is_here
+
+    @property
+    def needs_hub(self) -> bool:
+        """Whether anything has to be downloaded from Hugging Face."""
+        return self.needs_base or any(is_here is False and source[:3] == "hf:" for source, is_here in self.rows.items())

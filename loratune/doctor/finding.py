@@ -54,3 +54,8 @@ def shell(purpose: str, line: str, **chosen: str) -> Command:
         chosen: see `Command`.
     """
     return Command(purpose, tuple(line.split()), chosen)
+
+
+def installing(purpose: str, line: str) -> Command:
+    """Return a command that installs packages; `line` has options and packages, separated by blanks."""
+    return shell(purpose, f"pip install {line}")

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from packaging.requirements import Requirement
+from packaging.utils import NormalizedName, canonicalize_name
 
 from loratune import console
 from loratune.doctor.facts import (
@@ -37,8 +38,15 @@ from loratune.recipe.sections import TINY_QWEN, ModelSettings, Recipe
 from loratune.runs.versions import LIBRARIES, version_of
 
 SECONDS = {
-    **{"torch_facts": 120, "trial": 240, "exchange": 120, "packing": 900, "place": 30, "hub": 90},
-    **{"base": 400, "template": 180, "rows": 120},
+    "torch_facts": 120,
+    "trial": 240,
+    "exchange": 120,
+    "packing": 900,
+    "place": 30,
+    "hub": 90,
+    "base": 400,
+    "template": 180,
+    "rows": 120,
 }
 """Time limits of processes; importing torch alone takes seconds, and a busy machine takes several times as long."""
 SHARED_MEMORY = Path("/dev/shm")
@@ -109,7 +117,7 @@ def measure_machine(recipe: Recipe | None, facts: RecipeFacts | None) -> Machine
         shared_memory_bytes=shutil.disk_usage(SHARED_MEMORY).total if SHARED_MEMORY.is_dir() else None,
         hub=hub,
         exchanges={},
-        versions={name: Version(version_of(name), *range_) for name, range_ in _versions()},
+        versions=dict(_versions()),
     )
     if not machine.can_compute:
         return machine
@@ -162,7 +170,7 @@ def _hub(recipe: Recipe | None, facts: RecipeFacts | None) -> HubFacts | Failure
 def _exchanges(gpus: int) -> dict[str, Trial | Failure]:
     """Try an all-reduce; where it fails, try it again without each way to exchange."""
     with console.status(f"adding up a tensor over {gpus} GPUs"):
-        tried = {"": measured(Trial, "exchange", {"count": gpus}, SECONDS["exchange"])}
+        tried = {"": _ask(Trial, "exchange", count=gpus)}
     for variable in WITHOUT if isinstance(tried[""], Failure) else ():
         name, _, value = variable.partition("=")
         with console.status(f"the same with {variable}"):
@@ -179,8 +187,8 @@ def _driver() -> str | None:
     return found[1] if found else None
 
 
-def _versions() -> Iterator[tuple[str, tuple[str, str | None]]]:
-    """Yield the packages that loratune needs: their names, its ranges, and the tested versions."""
+def _versions() -> Iterator[tuple[str, Version]]:
+    """Yield the packages that loratune needs, by their names."""
     tested = _tested_set()
     try:
         wanted = [Requirement(line) for line in requires("loratune") or ()]
@@ -188,17 +196,17 @@ def _versions() -> Iterator[tuple[str, tuple[str, str | None]]]:
         wanted = [Requirement(name) for name in LIBRARIES]
     for one in wanted:
         if one.marker is None or one.marker.evaluate({"extra": ""}):
-            yield one.name, (str(one.specifier), tested.get(one.name.lower().replace("_", "-")))
+            yield one.name, Version(version_of(one.name), str(one.specifier), tested.get(canonicalize_name(one.name)))
 
 
-def _tested_set() -> dict[str, str]:
+def _tested_set() -> dict[NormalizedName, str]:
     """Return package → version of constraints.txt, which an installed wheel has too."""
     try:
         lines = CONSTRAINTS.read_text(encoding="utf-8").splitlines()
     except OSError:
         return {}
     pairs = (line.partition("==") for line in lines if "==" in line)
-    return {name.lower().replace("_", "-"): version for name, _, version in pairs}
+    return {canonicalize_name(name): version for name, _, version in pairs}
 
 
 def _path_of(source: str | SourceSettings) -> str:

@@ -28,7 +28,7 @@ def recognised(config: Config) -> Tool:
     if not own[best]:
         raise LoratuneError(
             f"{config.path}: its names are those of none of these tools: {', '.join(TOOLS)}; if it is of one "
-            f"of them, give --tool ({', '.join(sorted(map(str, config.values))[:8])}, …)",
+            f"of them, give --tool ({', '.join(sorted(config.values)[:8])}, …)",
             Exit.USAGE,
         )
     return TOOLS[best]

@@ -11,7 +11,7 @@ from typing import Any
 from loratune.data.formats.chat_rows import SHAREGPT_ROLES
 from loratune.data.sources import file_kind, parse_source
 from loratune.errors import LoratuneError
-from loratune.migration.sheet import Sheet
+from loratune.migration.sheet import Sheet, texts
 from loratune.plain_files import is_folder
 
 HUB_ID = re.compile(r"[\w][\w.-]*/[\w][\w.-]*")
@@ -93,14 +93,25 @@ def is_file_name(name: str) -> bool:
     return bool(file_kind(name)) or name.startswith(("/", "./", "../", "~"))
 
 
-def add_named(rows: Rows, hub: str, name: str, sample: int | None = None, split: str | None = None) -> None:
-    """Add a file or a data set by its name alone."""
+def add_named(
+    rows: Rows, hub: str, name: str, sample: int | None = None, split: str | None = None, config: str | None = None
+) -> None:
+    """Add a file, a folder, or a data set of a hub, as `Rows.add_hub` does."""
     if is_file_name(name) or is_folder(Path(name)):
         rows.add(f"{name}#{sample}" if sample else name)
     elif HUB_ID.fullmatch(name):
-        rows.add_hub(hub, name, None, split, sample)
+        rows.add_hub(hub, name, config, split, sample)
     else:
         rows.problems.append(f"{name}: neither a file of rows nor owner/name of a data set")
+
+
+def add_loaded(rows: Rows, name: str, entry: Mapping[str, Any], split: str | None) -> None:
+    """Add what datasets' `load_dataset` would load: the `data_files` of an entry, else its path with its subset."""
+    files = texts(entry.get("data_files") or [])
+    for file in files:
+        add_named(rows, "hf", file)
+    if name and not files:
+        add_named(rows, "hf", name, split=split, config=entry.get("name"))
 
 
 def check_turns(rows: Rows, name: str, keys: set[str], roles: Mapping[str, str]) -> None:

@@ -66,7 +66,7 @@ def quantisation(sheet: Sheet, given: Given) -> None:
 
 
 def method(sheet: Sheet, given: Given) -> None:
-    *_, named = (str(value) for value in given.values())
+    named = str(given["finetuning_type"])
     if named in METHODS:
         sheet.take("method", METHODS[named])
     else:
@@ -172,7 +172,7 @@ def tokenizers_template(sheet: Sheet, named: str) -> None:
 
 
 MODEL_RULES: Rules = {
-    ("finetuning_type", "train_type", "tuner_type", "adapter"): method,
+    ("finetuning_type",): method,
     ("pissa_init", "init_weights", "init_lora_weights", "peft_init_lora_weights"): start,
     ("model_name_or_path",): base,
     ("torch_dtype", "dtype", "bf16", "fp16", "pure_bf16", "float16", "bfloat16"): precision,

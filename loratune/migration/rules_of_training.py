@@ -103,6 +103,21 @@ def adam_constants(sheet: Sheet, given: Given) -> None:
             sheet.lose(f"{name} is {ADAM[name]:g} here, and not {number(value):g}")
 
 
+def cut_off(sheet: Sheet, given: Given) -> None:
+    """The largest length, in a tool that cuts off the end of longer rows."""
+    (length,) = given.values()
+    how = "there, the end of longer rows is cut off; here the end of the answer that is too long"
+    sheet.change("training.max_length", whole(length), how)
+    sheet.take("data.truncation_strategy", "truncate_answer")
+
+
+def prompts_trained(sheet: Sheet, given: Given) -> None:
+    """The switch that has prompts trained as well."""
+    (asked,) = given.values()
+    if not is_off(asked):
+        sheet.lose("only answers are trained, never prompts")
+
+
 def neftune(sheet: Sheet, given: Given) -> None:
     alpha = given["neftune_noise_alpha"]
     if not is_off(alpha):
@@ -126,7 +141,7 @@ def packing(sheet: Sheet, given: Given) -> None:
 
 
 def checkpoints(sheet: Sheet, given: Given) -> None:
-    _every(sheet, "checkpoints.every_steps", given["save_steps"])
+    every(sheet, "checkpoints.every_steps", given["save_steps"])
 
 
 def kept_checkpoints(sheet: Sheet, given: Given) -> None:
@@ -139,10 +154,11 @@ def validations(sheet: Sheet, given: Given) -> None:
     if steps is None or is_off(steps):
         sheet.skip("validation is every evaluation.every_steps")
     else:
-        _every(sheet, "evaluation.every_steps", steps)
+        every(sheet, "evaluation.every_steps", steps)
 
 
-def _every(sheet: Sheet, setting: str, steps: Any) -> None:
+def every(sheet: Sheet, setting: str, steps: Any) -> None:
+    """Take a number of steps; there, a share of the run may stand in its place."""
     if is_off(steps):
         return
     if number(steps) < 1:

@@ -78,7 +78,7 @@ class Tool:
                     sheet.lose(f"it is given as {spelled[usual]} too; leave one of them out")
                 continue
             spelled[usual], values[usual] = name, value
-        for name in [name for name, value in values.items() if "$" in str(value) and _is_of_a_shell(value, config)]:
+        for name in [name for name, value in values.items() if _is_of_a_shell(value, config)]:
             with sheet.of({spelled[name]: values.pop(name)}):
                 sheet.lose("it holds a variable of the shell, whose value is not known here")
         known = sheet.known = dict(self.defaults) | values

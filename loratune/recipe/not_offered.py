@@ -9,14 +9,14 @@ NOT_OFFERED = {
         "use_galore use_apollo use_badam use_adam_mini use_muon "
         "lisa_n_layers lisa_activated_layers optim_target_modules embedding_lr "
         "embedding_lr_scale lr_groups optim_args vit_lr aligner_lr",
-        "every matrix of the adapter is trained by the same optimizer, a variant of AdamW",
+        "all trained weights have the same optimizer, a variant of AdamW",
     ),
     **named(
         "use_loftq loftq_config "
-        "peft use_qalora use_bdlora lora_target_parameters "
+        "peft use_qalora use_bdlora "
         "relora use_llama_pro llamapro_num_new_blocks reft_intervention_type lora_ga_direction "
         "nvfp4_merge_aware oft_target oft_block_size mixture_of_depths vision_all_linear",
-        "it trains LoRA, rsLoRA and DoRA",
+        "LoRA's variants here are rsLoRA, DoRA, LoRA+, PiSSA and OLoRA",
     ),
     **named(
         "use_dft_loss enable_dft_loss use_asft_loss use_eaft_loss use_eaft label_smoothing_factor loss_type "
@@ -73,10 +73,6 @@ NOT_OFFERED = {
     **named(
         "agent_template response_prefix use_chat_template",
         "prompts are rendered by the tokenizer's own template",
-    ),
-    **named(
-        "dataset_exact_deduplication",
-        "data.remove: duplicates removes them",
     ),
 }
 """Name in transformers, TRL, PEFT, LLaMA-Factory, ms-swift, axolotl or unsloth → what loratune does instead."""

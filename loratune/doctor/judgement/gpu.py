@@ -7,8 +7,7 @@ from collections.abc import Iterator
 from loratune.commands import Command
 from loratune.console import memory
 from loratune.doctor.facts import Failure, Gpu, Machine, RecipeFacts, TorchFacts, Trial
-from loratune.doctor.finding import Finding, broken, fine, shell, slower
-from loratune.extras import installing
+from loratune.doctor.finding import Finding, broken, fine, installing, shell, slower
 from loratune.model.nvidia import compiled_for
 
 OLDEST_DRIVERS = {13: 580, 12: 525, 11: 450}

@@ -45,5 +45,6 @@ def judge_hub(machine: Machine, recipe: RecipeFacts | None) -> Iterator[Finding]
 def _offline(recipe: RecipeFacts | None) -> Finding:
     if recipe:
         text = "HF_HUB_OFFLINE is set, and this recipe needs files that are not on this machine"
-        return broken("hub", text, shell("allow downloads", "unset HF_HUB_OFFLINE"), exit_code=Exit.MODEL)
+        code = Exit.MODEL if recipe.needs_base else Exit.DATA
+        return broken("hub", text, shell("allow downloads", "unset HF_HUB_OFFLINE"), exit_code=code)
     return fine("hub", "HF_HUB_OFFLINE is set, so only models on this machine are used")

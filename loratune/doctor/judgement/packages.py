@@ -7,9 +7,8 @@ from dataclasses import dataclass
 
 from loratune.commands import Command
 from loratune.doctor.facts import Failure, Machine, PackingFacts, RecipeFacts, TorchFacts, Trial
-from loratune.doctor.finding import Finding, broken, fine, shell, slower
+from loratune.doctor.finding import Finding, broken, fine, installing, shell, slower
 from loratune.errors import Exit
-from loratune.extras import installing
 from loratune.model.nvidia import FLASH_CAPABILITY
 
 

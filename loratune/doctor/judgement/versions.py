@@ -8,9 +8,9 @@ from packaging.specifiers import SpecifierSet
 
 from loratune.commands import Command
 from loratune.doctor.facts import Machine, Version
-from loratune.doctor.finding import Finding, broken, fine
+from loratune.doctor.finding import Finding, broken, fine, installing
+from loratune.doctor.judgement.packages import PACKAGES
 from loratune.errors import counted
-from loratune.extras import installing
 
 
 def judge_versions(machine: Machine) -> Iterator[Finding]:
@@ -18,7 +18,8 @@ def judge_versions(machine: Machine) -> Iterator[Finding]:
     good = {}
     for name, version in machine.versions.items():
         if version.installed is None:
-            yield broken(name, "not installed", _install(name, version))
+            if name not in PACKAGES:  # judged with what it is for
+                yield broken(name, "not installed", _install(name, version))
         elif not SpecifierSet(version.wanted).contains(version.installed, prereleases=True):
             text = f"{version.installed}, where loratune needs {version.wanted}"
             yield broken(name, text, _install(name, version))

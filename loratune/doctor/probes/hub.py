@@ -25,7 +25,7 @@ def hub_facts(base: str | None, revision: str | None) -> HubFacts:
     """
     endpoint = constants.ENDPOINT
     if constants.HF_HUB_OFFLINE:
-        return HubFacts(endpoint, True, "", "not tried", None, "HF_HUB_OFFLINE is set" if base else "")
+        return HubFacts(endpoint, True, "", "not tried", None, "")
     try:
         get_session().head(endpoint, timeout=SECONDS)
     except Exception as error:  # each HTTP library has its own exceptions

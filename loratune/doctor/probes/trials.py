@@ -16,10 +16,6 @@ BOUND = 0.02
 LARGEST_ROUNDING = 0.2
 """Of nf4, as a share of the weights. It is 0.09 of a normal distribution; codes without meaning give more than 1."""
 ONLY_IMPORTED = Trial(0.0, BOUND, has_computed=False)
-"""Of a package for GPUs, without a GPU."""
-LARGEST_ROUNDING = 0.2
-"""Of nf4, as a share of the weights. It is 0.09 of a normal distribution; codes without meaning give more than 1."""
-ONLY_IMPORTED = Trial(0.0, BOUND, has_computed=False)
 """Of a package that this machine has no use for."""
 ROWS, WIDTH, HEADS, TOKENS = 16, 256, 4, 96
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from loratune.migration.rows import HUB_ID, MEDIA, Rows, add_named, check_turns, is_file_name, validation
+from loratune.migration.rows import MEDIA, Rows, add_loaded, check_turns, validation
 from loratune.migration.rules_of_models import MODEL_RULES, tokenizers_template
-from loratune.migration.rules_of_training import TRAINING_DEFAULTS, TRAINING_RULES
+from loratune.migration.rules_of_training import TRAINING_DEFAULTS, TRAINING_RULES, prompts_trained
 from loratune.migration.sheet import Sheet, is_off, number, texts, whole
 from loratune.migration.tool import Tool
 
@@ -86,7 +86,8 @@ def _rows(entries: Any) -> tuple[Rows, set[str]]:
         if kind := _template_of(rows, name, entry.get("type", "chat_template")):
             templates.add(kind)
         entry = {**entry, **(entry["type"] if isinstance(entry.get("type"), dict) else {})}
-        _add_source(rows, name, entry)
+        split = entry.get("split", entry.get("train_on_split"))
+        add_loaded(rows, name, entry, str(split) if split else None)
         _check_source(rows, name, entry)
     return rows, templates
 
@@ -101,20 +102,6 @@ def _template_of(rows: Rows, name: str, kind: Any) -> str:
         rows.problems.append(f"{name}: rows of the type {kind} are not read; alpaca and chat_template are")
         return TYPES.get(first, "")
     return TYPES[first]
-
-
-def _add_source(rows: Rows, name: str, entry: Given) -> None:
-    split = entry.get("split", entry.get("train_on_split"))
-    files = [str(one) for one in texts(entry.get("data_files") or [])]
-    if files:
-        for file in files:
-            add_named(rows, "hf", file)
-    elif is_file_name(name):
-        add_named(rows, "hf", name)
-    elif HUB_ID.fullmatch(name):
-        rows.add_hub("hf", name, entry.get("name"), str(split) if split else None, None)
-    else:
-        add_named(rows, "hf", name)
 
 
 def _check_source(rows: Rows, name: str, entry: Given) -> None:
@@ -164,11 +151,6 @@ def longest(sheet: Sheet, given: Given) -> None:
     sheet.take("training.max_length", whole(given["cutoff_len"]))
 
 
-def prompts_trained(sheet: Sheet, given: Given) -> None:
-    if not is_off(given["train_on_inputs"]):
-        sheet.lose("only answers are trained, never prompts")
-
-
 def tokens(sheet: Sheet, given: Given) -> None:
     """Padding is never trained or seen; other tokens are those of the tokenizer."""
     named = given.get("special_tokens") or {}
@@ -192,6 +174,11 @@ def plugins(sheet: Sheet, given: Given) -> None:
 def experts(sheet: Sheet, given: Given) -> None:
     if not is_off(given["quantize_moe_experts"]):
         sheet.skip("a base in nf4 has the experts' matrices in 4 bits too")
+
+
+def deduplicated(sheet: Sheet, given: Given) -> None:
+    if not is_off(given["dataset_exact_deduplication"]):
+        sheet.take("data.remove", ["duplicates"])
 
 
 def parts(sheet: Sheet, given: Given) -> None:
@@ -254,6 +241,7 @@ AXOLOTL = Tool(
         ("plugins",): plugins,
         ("quantize_moe_experts",): experts,
         ("unfrozen_parameters",): parts,
+        ("dataset_exact_deduplication",): deduplicated,
         **MODEL_RULES,
         **TRAINING_RULES,
     },

@@ -7,7 +7,7 @@ from typing import Any
 
 from loratune.migration.rows import validation
 from loratune.migration.rules_of_models import MODEL_RULES, tokenizers_template
-from loratune.migration.rules_of_training import TRAINING_DEFAULTS, TRAINING_RULES
+from loratune.migration.rules_of_training import TRAINING_DEFAULTS, TRAINING_RULES, prompts_trained
 from loratune.migration.sheet import Sheet, is_off, number, texts, truth, whole
 from loratune.migration.tool import Tool
 from loratune.migration.tools.dataset_info import described_rows
@@ -92,11 +92,6 @@ def frozen(sheet: Sheet, given: Given) -> None:
 
 def longest(sheet: Sheet, given: Given) -> None:
     sheet.change("training.max_length", whole(given["cutoff_len"]), CUT)
-
-
-def prompts_trained(sheet: Sheet, given: Given) -> None:
-    if not is_off(given["train_on_prompt"]):
-        sheet.lose("only answers are trained, never prompts")
 
 
 def history(sheet: Sheet, given: Given) -> None:

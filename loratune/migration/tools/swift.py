@@ -196,7 +196,6 @@ SWIFT = Tool(
         "optimizer": "optim",
         "early_stop_interval": "early_stopping_patience",
         "adam_eps": "adam_epsilon",
-        "val_dataset_sample": "max_samples",
     },
     defaults={
         **TRAINING_DEFAULTS,
@@ -220,7 +219,7 @@ SWIFT = Tool(
         "optim": "adamw_torch_fused",
     },
     rules={
-        ("dataset", "columns", "use_hf_for_rows"): train_rows,
+        ("dataset", "columns"): train_rows,
         ("val_dataset", "split_dataset_ratio"): validation_rows,
         ("model_name_or_path", "use_hf"): base,
         ("model_name", "model_author"): placeholders,

@@ -5,14 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from loratune.migration.rows import HUB_ID, Rows, add_named
+from loratune.migration.rows import Rows, add_loaded
 from loratune.migration.rules_of_models import MODEL_RULES
-from loratune.migration.rules_of_training import TRAINING_DEFAULTS, TRAINING_RULES
-from loratune.migration.sheet import Sheet, is_off, texts, truth, whole
+from loratune.migration.rules_of_training import TRAINING_DEFAULTS, TRAINING_RULES, cut_off, every
+from loratune.migration.sheet import Sheet, is_off, truth
 from loratune.migration.tool import Tool
 
 Given = Mapping[str, Any]
-CUT = "there, the end of longer rows is cut off; here the end of the answer that is too long"
 MARKS = (
     "dataset_name dataset_config dataset_train_split dataset_test_split use_peft assistant_only_loss "
     "completion_only_loss packing_strategy chat_template_path eos_token"
@@ -31,12 +30,7 @@ def train_rows(sheet: Sheet, given: Given) -> None:
     for source in sources if isinstance(sources, list) else []:
         entry = source if isinstance(source, dict) else {"path": source}
         name = str(entry.get("path") or "")
-        for file in texts(entry.get("data_files") or []):
-            add_named(rows, "hf", file)
-        if HUB_ID.fullmatch(name) and not entry.get("data_files"):
-            rows.add_hub("hf", name, entry.get("name"), entry.get("split"), None)
-        elif name and not entry.get("data_files"):
-            add_named(rows, "hf", name)
+        add_loaded(rows, name, entry, entry.get("split"))
         if entry.get("columns"):
             rows.problems.append(f"{name}: a choice of columns is not read; loratune finds the format by the names")
     rows.put(sheet, "data.train")
@@ -51,8 +45,7 @@ def validation_rows(sheet: Sheet, given: Given) -> None:
         rows.put(sheet, "data.validation")
     else:
         sheet.take("data.validation", 0.0)
-    if not is_off(given.get("eval_steps", 0)):
-        sheet.take("evaluation.every_steps", whole(given["eval_steps"]))
+    every(sheet, "evaluation.every_steps", given.get("eval_steps"))
 
 
 def trained_parts(sheet: Sheet, given: Given) -> None:
@@ -68,15 +61,6 @@ def trained_parts(sheet: Sheet, given: Given) -> None:
 def method(sheet: Sheet, given: Given) -> None:
     if not truth(given["use_peft"]):
         sheet.take("method", "full")
-
-
-def longest(sheet: Sheet, given: Given) -> None:
-    sheet.change(
-        "training.max_length",
-        whole(given["max_length"]),
-        CUT,
-    )
-    sheet.take("data.truncation_strategy", "truncate_answer")
 
 
 def end_token(sheet: Sheet, given: Given) -> None:
@@ -118,7 +102,7 @@ TRL = Tool(
         ("eval_strategy", "eval_steps", "dataset_test_split"): validation_rows,
         ("assistant_only_loss", "completion_only_loss"): trained_parts,
         ("use_peft",): method,
-        ("max_length",): longest,
+        ("max_length",): cut_off,
         ("eos_token",): end_token,
         **{names: rule for names, rule in MODEL_RULES.items() if "finetuning_type" not in names},
         **{names: rule for names, rule in TRAINING_RULES.items() if "eval_steps" not in names},

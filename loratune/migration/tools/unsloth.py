@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from loratune.migration.config_file import is_empty
 from loratune.migration.rows import Rows, add_named
 from loratune.migration.rules_of_models import MODEL_RULES
-from loratune.migration.rules_of_training import TRAINING_DEFAULTS, TRAINING_RULES
-from loratune.migration.sheet import Sheet, is_off, truth, whole
+from loratune.migration.rules_of_training import TRAINING_DEFAULTS, TRAINING_RULES, cut_off, every
+from loratune.migration.sheet import Sheet, is_off, truth
 from loratune.migration.tool import Tool
 
 Given = Mapping[str, Any]
-CUT = "there, the end of longer rows is cut off; here the end of the answer that is too long"
 SECTIONS = ("data", "training", "lora", "logging", "inference")
 READ_FORMATS = ("auto", "alpaca", "chatml", "sharegpt")
 
@@ -32,15 +32,6 @@ def prompts_trained(sheet: Sheet, given: Given) -> None:
         sheet.lose("only answers are trained, never prompts (train_on_completions: false trains both)")
 
 
-def longest(sheet: Sheet, given: Given) -> None:
-    sheet.change(
-        "training.max_length",
-        whole(given["cutoff_len"]),
-        CUT,
-    )
-    sheet.take("data.truncation_strategy", "truncate_answer")
-
-
 def parts(sheet: Sheet, given: Given) -> None:
     """Which modules of a model with parts for images are adapted; here the language model's alone."""
     if is_off(given.get("finetune_language_layers", True)):
@@ -57,15 +48,14 @@ def parts(sheet: Sheet, given: Given) -> None:
 def no_validation(sheet: Sheet, given: Given) -> None:
     """It has no validation rows of its own in a config."""
     sheet.take("data.validation", 0.0)
-    if not is_off(given.get("eval_steps", 0)):
-        sheet.take("evaluation.every_steps", whole(given["eval_steps"]))
+    every(sheet, "evaluation.every_steps", given.get("eval_steps"))
 
 
 def one_level(values: dict[str, Any]) -> dict[str, Any]:
     flat: dict[str, Any] = {}
     for name, value in values.items():
         flat |= value if name in SECTIONS and isinstance(value, dict) else {name: value}
-    return {name: value for name, value in flat.items() if value not in (None, "", [], {})}
+    return {name: value for name, value in flat.items() if not is_empty(value)}
 
 
 UNSLOTH = Tool(
@@ -106,7 +96,7 @@ UNSLOTH = Tool(
         ("dataset", "local_dataset", "format_type"): train_rows,
         ("data.validation", "eval_steps"): no_validation,
         ("train_on_completions",): prompts_trained,
-        ("cutoff_len",): longest,
+        ("cutoff_len",): cut_off,
         **MODEL_RULES,
         (
             "finetune_vision_layers",
