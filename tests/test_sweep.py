@@ -142,6 +142,17 @@ def test_a_recipe_holds_a_sweep_that_flags_override_and_sft_does_not_read(tmp_pa
         load_recipe(str(path), {})
 
 
+def test_a_sweep_finds_the_rows_beside_its_recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / "project"
+    folder.mkdir()
+    (folder / "rows.json").write_text("[]")
+    path = folder / "r.yaml"
+    path.write_text("model: {base: x}\ndata: {train: rows.json, validation: rows.json}\n")
+    monkeypatch.chdir(tmp_path)
+    data = load_sweep(str(path), {}, {})[0].data
+    assert data.train == data.validation == [str(folder / "rows.json")]
+
+
 @pytest.mark.parametrize("section", ["[lora.rank]", "{over: [lora.rank]}", "{over: lora.rank}"])
 def test_a_section_of_another_form_is_refused(tmp_path: Path, section: str) -> None:
     path = tmp_path / "r.yaml"
@@ -493,8 +504,12 @@ def test_a_line_for_each_result_fits_into_eighty_columns(tmp_path: Path, capsys:
     assert "failed (5): training diverged" in lines[1]
 
 
-def test_shipped_sweeps_are_valid_and_told(cli: Cli, tmp_path: Path) -> None:
+def test_shipped_sweeps_are_valid_and_told_and_find_their_rows_from_any_folder(
+    cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
     for path in shipped_sweeps():
         sweep = open_sweep(path.stem, {"output": str(tmp_path / path.stem)}, {}, resume=False)
+        assert all(Path(str(name)).is_file() for name in sweep.recipe.data.train)
         assert len(list(itertools.islice(sweep.chosen, 3))) == 3
         assert path.stem in cli("sweep", "--help").stdout

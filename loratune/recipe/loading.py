@@ -104,7 +104,8 @@ def load_sweep(config: str | None, flags: dict[str, Any], sweep_flags: dict[str,
             Exit.USAGE,
         )
     over = {**over, **sweep_flags.pop("over", {})}
-    return _validated(document, path, flags, is_own=False), {**section, **sweep_flags, "over": over}
+    recipe = _with_found_data(_validated(document, path, flags, is_own=False), path)
+    return recipe, {**section, **sweep_flags, "over": over}
 
 
 def load_written_recipe(path: Path) -> Recipe:

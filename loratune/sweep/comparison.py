@@ -26,9 +26,8 @@ def standings(trials: Sequence[Trial], rung: int) -> list[Standing]:
     """
     found = []
     for trial in firsts(trials):
-        alike = [one for one in trials if one is trial or one.repeats == trial.number]
-        losses = [one.outcomes[rung].loss for one in alike if rung in one.outcomes]
         if rung in trial.outcomes:
+            losses = _losses(trial, trials, rung)
             deviation = stdev(losses) if len(losses) > 1 else None
             found.append(Standing(trial.name, trial.settings, fmean(losses), len(losses), deviation))
     return sorted(found, key=lambda one: (one.seeds == 1, one.loss))
@@ -36,14 +35,11 @@ def standings(trials: Sequence[Trial], rung: int) -> list[Standing]:
 
 def noise_of(trials: Sequence[Trial], rung: int) -> Noise | None:
     """Return how much losses differ by the seed; None where nothing was repeated."""
-    groups = []
-    for trial in firsts(trials):
-        alike = [one for one in trials if one is trial or one.repeats == trial.number]
-        groups.append([one.outcomes[rung].loss for one in alike if rung in one.outcomes])
-    degrees = sum(len(losses) - 1 for losses in groups if len(losses) > 1)
+    groups = [losses for trial in firsts(trials) if len(losses := _losses(trial, trials, rung)) > 1]
+    degrees = sum(len(losses) - 1 for losses in groups)
     if not degrees:
         return None
-    pooled = sum(variance(losses) * (len(losses) - 1) for losses in groups if len(losses) > 1) / degrees
+    pooled = sum(variance(losses) * (len(losses) - 1) for losses in groups) / degrees
     deviation = math.sqrt(pooled)
     return Noise(deviation, degrees, _quantile(degrees) * deviation * math.sqrt(2))
 
@@ -67,6 +63,12 @@ def sentence_of(trials: Sequence[Trial], rung: int, space: Space) -> str:
     if len(space) > 1:
         parts += _worths(trials, best, space, noise)
     return "; ".join(parts)
+
+
+def _losses(trial: Trial, trials: Sequence[Trial], rung: int) -> list[float]:
+    """Return the losses at a rung of a trial and its repetitions."""
+    alike = [one for one in trials if one is trial or one.repeats == trial.number]
+    return [one.outcomes[rung].loss for one in alike if rung in one.outcomes]
 
 
 def _quantile(degrees: int) -> float:

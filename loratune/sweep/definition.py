@@ -23,10 +23,7 @@ from loratune.sweep.study import random_trials
 SWEEP_RECIPE, TRIALS, LOGS = "sweep.yaml", "trials", "logs"
 DEFAULT_FOLDER = "out/sweep"
 DEFAULT_TRIALS = 16
-LEAST_HALVED = 4
 QUESTIONS = "evaluation.questions_share"
-FREE = ("budget",)
-"""Settings of a sweep that a later command may change."""
 
 
 @dataclass(frozen=True)
@@ -114,7 +111,7 @@ def _defined(config: str | None, flags: Mapping[str, Any], sweep_flags: Mapping[
     if sampler == "random":
         chosen = random_trials(space, recipe.seed, count)
     require_valid(chosen, recipe)
-    is_halved = sampler != "tpe" and count >= LEAST_HALVED if settings.halving is None else settings.halving
+    is_halved = sampler != "tpe" if settings.halving is None else settings.halving
     plan = Plan(count, shares_of(count, is_halved), settings.seeds, recipe.seed)
     settings = settings.model_copy(update={"over": {name: written(axis) for name, axis in space.items()}})
     return Sweep(folder, recipe, settings, space, sampler, plan, tuple(chosen))
@@ -153,8 +150,9 @@ def _require_fitting(settings: SweepSettings, sampler: str, has_range: bool) -> 
 
 
 def _all_settings(sweep: Sweep) -> dict[str, Any]:
+    """Return what a later command may not change: all but the budget."""
     over = {f"--over {name}": values for name, values in sweep.settings.over.items()}
-    return {**flat_settings(sweep.recipe), **sweep.settings.model_dump(exclude={*FREE, "over"}), **over}
+    return {**flat_settings(sweep.recipe), **sweep.settings.model_dump(exclude={"budget", "over"}), **over}
 
 
 def _require_same(asked: Sweep, begun: Sweep) -> None:

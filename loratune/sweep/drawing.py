@@ -121,7 +121,7 @@ def _curves(report: SweepReport, others: Sequence[str]) -> list[str]:
 
 
 def _are_numbers(values: Any) -> bool:
-    """Whether a setting's values have places on a scale: those of a range, which is text, and lists of numbers."""
+    """Return whether a setting's values have places on a scale: a range, which is text, or a list of numbers."""
     return isinstance(values, str) or all(isinstance(one, int | float) and not isinstance(one, bool) for one in values)
 
 

@@ -7,6 +7,7 @@ from fractions import Fraction
 from pathlib import Path
 
 from loratune.errors import LoratuneError
+from loratune.model.adapter.files import WEIGHTS_FILE
 from loratune.runs.checkpoint import checkpoint_steps, step_folder
 from loratune.runs.folder import ADAPTER, CHECKPOINTS, STATUS, read_metrics
 from loratune.runs.report import read_report
@@ -14,8 +15,6 @@ from loratune.runs.status import read_status
 from loratune.safetensors_header import read_header
 from loratune.sweep.plan import Outcome
 from loratune.training.steps import step_of
-
-WEIGHTS = "adapter_model.safetensors"
 
 
 def reached(run: Path, share: Fraction, process_seconds: float = 0.0, peak: int | None = None) -> Outcome | None:
@@ -56,7 +55,7 @@ def adapter_size(run: Path) -> tuple[int, int] | None:
     """Return the parameters and the bytes of a run's newest adapter; None if it has none, or one that is damaged."""
     steps = checkpoint_steps(run / CHECKPOINTS)
     folders = [run / ADAPTER, *(step_folder(run / CHECKPOINTS, step) for step in reversed(steps))]
-    path = next((folder / WEIGHTS for folder in folders if (folder / WEIGHTS).is_file()), None)
+    path = next((folder / WEIGHTS_FILE for folder in folders if (folder / WEIGHTS_FILE).is_file()), None)
     if path is None:
         return None
     try:

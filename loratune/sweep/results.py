@@ -12,7 +12,6 @@ from loratune.sweep.plan import Trial
 from loratune.sweep.price import measured
 from loratune.sweep.reached import adapter_size
 from loratune.sweep.report import SweepReport, TrialReport, TrialState
-from loratune.sweep.space import written
 
 
 def report_of(sweep: Sweep, trials: Sequence[Trial]) -> SweepReport:
@@ -24,7 +23,7 @@ def report_of(sweep: Sweep, trials: Sequence[Trial]) -> SweepReport:
     report = SweepReport(
         output=str(sweep.folder),
         base=sweep.recipe.model.base,
-        over={name: written(axis) for name, axis in sweep.space.items()},
+        over=sweep.settings.over,
         sampler=sweep.sampler,
         shares=tuple(float(share) for share in sweep.plan.shares),
         seconds_per_step=price.seconds_per_step if price else None,

@@ -47,6 +47,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     """Run what the results lack, and print the tables."""
+    if arguments.model and not (arguments.data and arguments.other):
+        raise SystemExit("--model needs --data and --other")
     arguments.results.touch()
     if arguments.model:
         known = {(result["model"], result["cell"], result["seed"]) for result in read(arguments.results)}

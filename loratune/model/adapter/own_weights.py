@@ -151,8 +151,11 @@ def _chosen(model: CausalModel, recipe: Recipe, names: list[str]) -> list[str]:
     layers = None if settings.layers is None else layer_range(settings.layers, count, "freeze.layers")
     if not settings.modules:
         return [name for name in names if layers is not None and layer_of(name) in layers]
-    paths = list(dict.fromkeys(path for name in names for path in _above(name)))
-    allowed = [path for path in paths if layers is None or layer_of(path) is None or layer_of(path) in layers]
+
+    def is_allowed(path: str) -> bool:
+        return layers is None or layer_of(path) is None or layer_of(path) in layers
+
+    allowed = list(filter(is_allowed, dict.fromkeys(path for name in names for path in _above(name))))
     roles, chosen, problems = module_roles(model), set[str](), list[str]()
     for given in settings.modules:
         # A module that holds layers is outside of them, but what is in it is not.
@@ -166,8 +169,7 @@ def _chosen(model: CausalModel, recipe: Recipe, names: list[str]) -> list[str]:
     if problems:
         where = f" in freeze.layers {settings.layers!r} or outside of layers" if settings.layers else ""
         raise LoratuneError(f"freeze.modules{where}:\n{bullet_list(problems)}", Exit.USAGE)
-    in_layers = [name for name in names if layers is None or layer_of(name) is None or layer_of(name) in layers]
-    return [name for name in in_layers if is_within(name, chosen)]
+    return [name for name in names if is_allowed(name) and is_within(name, chosen)]
 
 
 def _above(name: str) -> Iterator[str]:
