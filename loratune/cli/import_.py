@@ -80,7 +80,7 @@ def command(
         write_text(file, found.text)
         console.say(f"recipe: {file}", style="bold")
     if json:
-        about = found.as_json() | {"written": is_written, "file": str(file) if is_written and file else None}
+        about = found.as_json() | {"file": str(file) if is_written and file else None}
         console.write_json(about | {"rows": compared.as_json() if compared is not None else None})
     elif is_written and file is None:
         console.write_result(found.text, end="")

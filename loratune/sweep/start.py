@@ -20,12 +20,13 @@ from pathlib import Path
 from typing import Any
 
 from loratune.errors import Exit, Interrupted, LoratuneError
+from loratune.model.nvidia import DEVICE, are_gpus_hidden
 from loratune.recipe.sections import Recipe
 from loratune.runtime import ENDING, signal_at_end_of_parent
 
 PRELOADED = ["loratune.sweep.preload"]
 """What the server imports."""
-GPU_FILES = ("/dev/nvidiactl", "/dev/dxg", "/dev/kfd")
+GPU_FILES = (str(DEVICE), "/dev/dxg", "/dev/kfd")
 """One of them is there where a process may open a GPU: NVIDIA's, Windows' or AMD's."""
 
 
@@ -69,7 +70,7 @@ class Rehearsal:
 
 def context() -> Any:
     """Return the way in which processes are started."""
-    if os.environ.get("CUDA_VISIBLE_DEVICES") != "" and any(Path(file).exists() for file in GPU_FILES):
+    if not are_gpus_hidden() and any(Path(file).exists() for file in GPU_FILES):
         return multiprocessing.get_context("spawn")
     started = multiprocessing.get_context("forkserver")
     started.set_forkserver_preload(PRELOADED)
