@@ -19,7 +19,12 @@ def needs(wanted: str, package: str, extra: str = "", reason: str = "") -> str:
     """
     broken = f", which cannot be loaded ({reason})" if reason else ""
     target = f'"loratune[{extra}]"' if extra else package
-    return f"{wanted} needs the package {package}{broken}: pip install {target}"
+    return f"{wanted} needs the package {package}{broken}: {pip_install(target)}"
+
+
+def pip_install(target: str) -> str:
+    """Return the command line that installs `target`: packages and options, separated by blanks."""
+    return f"pip install {target}"
 
 
 @contextmanager

@@ -7,6 +7,7 @@ from typing import Literal, TypeAlias
 
 from loratune.commands import Command
 from loratune.errors import Exit
+from loratune.extras import pip_install
 
 State: TypeAlias = Literal["fine", "slower", "broken"]
 
@@ -58,4 +59,4 @@ def shell(purpose: str, line: str, **chosen: str) -> Command:
 
 def installing(purpose: str, line: str) -> Command:
     """Return a command that installs packages; `line` has options and packages, separated by blanks."""
-    return shell(purpose, f"pip install {line}")
+    return shell(purpose, pip_install(line))
