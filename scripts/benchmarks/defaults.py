@@ -27,7 +27,7 @@ SETTINGS = {
     "rank": "lora.rank", "alpha": "lora.alpha", "rate": "training.learning_rate", "dropout": "lora.dropout",
     "targets": "lora.target_modules", "epochs": "training.epochs", "decay": "training.weight_decay",
 }  # fmt: skip
-UNSET = {"dropout": "0", "targets": "all-linear", "epochs": "3", "decay": "0"}
+UNSET = {"dropout": "0", "targets": "all-linear", "epochs": "3", "decay": "0", "rows": "128"}
 UNTRAINED = "untrained"
 TEXTS = ("unseen", "other", "code")
 """What is scored: unseen rows, unseen rows in another language, source code."""
@@ -40,7 +40,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", type=Path, help="model to train; without it, nothing is")
     parser.add_argument("--data", type=Path, help="Alpaca rows: the first 900 for training, the others unseen")
     parser.add_argument("--other", type=Path, help="Alpaca rows in another language")
-    parser.add_argument("--rows", type=int, default=128, help="training rows")
     parser.add_argument("--seeds", nargs="+", default=["1", "2"])
     parser.add_argument("--cells", nargs="+", default=[], help="rank=16,alpha=32,rate=2e-4 and others in this form")
 
@@ -88,7 +87,7 @@ def write_rows(arguments: argparse.Namespace, place: Path) -> dict[str, Path]:
     library = Path(argparse.__file__).parent
     sources = [(library / f"{name}.py").read_text(encoding="utf-8") for name in MODULES.split()]
     rows = {
-        "train": [row for row in own[:FIRST_UNSEEN] if fits(row)][: arguments.rows],
+        "train": [row for row in own[:FIRST_UNSEEN] if fits(row)],
         "unseen": [row for row in own[FIRST_UNSEEN:] if fits(row)],
         "other": [row for row in other[FIRST_UNSEEN:] if fits(row)],
         "code": [{"text": source[len(source) // 2 :][:CHARACTERS]} for source in sources],
@@ -103,10 +102,14 @@ def train_and_score(model: Path, rows: dict[str, Path], place: Path, cell: str, 
     result: dict[str, Any] = {"model": model.name, "cell": cell, "seed": seed}
     adapter = "none"
     if cell != UNTRAINED:
+        settings = settings_of(cell)
+        few = rows["train"].with_name("first.json")
+        some = json.loads(rows["train"].read_text(encoding="utf-8"))[: int(settings.pop("rows"))]
+        few.write_text(json.dumps(some), encoding="utf-8")
         flags = {
-            "model.base": model, "model.dtype": "bfloat16", "data.train": rows["train"], "data.validation": 0,
+            "model.base": model, "model.dtype": "bfloat16", "data.train": few, "data.validation": 0,
             "training.batch_size": 16, "evaluation.questions_share": 0,
-            "seed": seed, "output": place, **{SETTINGS[name]: value for name, value in settings_of(cell).items()},
+            "seed": seed, "output": place, **{SETTINGS[name]: value for name, value in settings.items()},
         }  # fmt: skip
         words = [word for name, value in flags.items() for word in (f"--{name}", str(value))]
         measure([sys.executable, "-m", "loratune", "sft", "--overwrite", *words])
