@@ -1,4 +1,4 @@
-"""What CONTRIBUTING.md says is to be touched together: lists that must name the same things."""
+"""What docs/contributing.md says is to be touched together: lists that must name the same things."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from loratune.recipe.sections import TEMPLATE_ARGUMENTS
 ROOT = Path(__file__).resolve().parent.parent
 DATA_PAGE = (ROOT / "docs" / "data.md").read_text(encoding="utf-8")
 FOLDER_PAGE = (ROOT / "docs" / "run-folder.md").read_text(encoding="utf-8")
-GUIDE = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+GUIDE = (ROOT / "docs" / "contributing.md").read_text(encoding="utf-8")
 EXPORTS = [*FROM_ADAPTER, *FROM_MODEL]
 # The table of formats: a name, and a row whose tools are left to be imagined.
 EXAMPLES: dict[str, dict[str, Any]] = {
