@@ -69,19 +69,24 @@ def table(rows: list[tuple[str, str]], title: str = "", is_result: bool = False)
     grid.add_column(overflow="fold")
     for name, value in rows:
         grid.add_row(name, Text(printable(value)))
+    _print(grid, is_result)
+
+
+def _print(grid: Table, is_result: bool) -> None:
     page = Console(highlight=False, quiet=not is_main_process()) if is_result else _stderr
     with delivered() if is_result else nullcontext():
         page.print(grid, "", sep="\n")
 
 
-def comparison(rows: list[tuple[str, ...]]) -> None:
-    """Print a table with headers in the first row; the first column is left-aligned, the others right-aligned."""
-    page = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
+def comparison(rows: list[tuple[str, ...]], is_result: bool = False) -> None:
+    """Print a table with headers in the first row: figures, right-aligned, or results to stdout, left-aligned texts."""
+    grid = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
     for place, name in enumerate(rows[0]):
-        page.add_column(printable(name), justify="right" if place else "left")
+        side: Any = "right" if place and not is_result else "left"
+        grid.add_column(Text(printable(name)), justify=side, overflow="fold")
     for row in rows[1:]:
-        page.add_row(*(Text(printable(value)) for value in row))
-    _stderr.print(page, "", sep="\n")
+        grid.add_row(*(Text(printable(value)) for value in row))
+    _print(grid, is_result)
 
 
 def bars(counts: list[tuple[str, int]], title: str) -> None:
@@ -266,16 +271,9 @@ class StepProgress:
         self.total_steps = total_steps
         self._lines_every = max(1, total_steps // 20)
         self._last_line = 0
-        self._progress = Progress(
-            SpinnerColumn(),
-            TextColumn("step {task.completed}/{task.total}"),
-            BarColumn(bar_width=None),
-            TimeElapsedColumn(),
-            TextColumn("left"),
-            TimeRemainingColumn(),
-            console=_stderr,
-            expand=True,
-        )
+        columns = (SpinnerColumn(), TextColumn("step {task.completed}/{task.total}"), BarColumn(bar_width=None))
+        times = (TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn())
+        self._progress = Progress(*columns, *times, console=_stderr, expand=True)
         self._task = self._progress.add_task("training", total=total_steps)
         self._figures = Text("  waiting for the first step", style="dim")
         self._live = Live(Group(self._progress, self._figures), console=_stderr, refresh_per_second=4)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from typing import Any
+from unicodedata import combining, east_asian_width
 
 # All control characters but tab and line feed, and those that change the writing direction.
 UNPRINTABLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
@@ -27,6 +28,11 @@ def visible(text: str) -> str:
         return "␡" if code == 0x7F else chr(0x2400 + code) if code < 0x20 else f"⟨{code:04X}⟩"
 
     return UNPRINTABLE.sub(sign, text)
+
+
+def width_of(text: str) -> int:
+    """Return the columns that a text takes in a terminal, where Chinese characters take two."""
+    return sum(0 if combining(letter) else 2 if east_asian_width(letter) in "WF" else 1 for letter in text)
 
 
 def shortened(text: str, limit: int = 60) -> str:

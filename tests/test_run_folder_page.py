@@ -13,11 +13,12 @@ import pytest
 from test_sweep import finished_sweep
 from typer.testing import CliRunner
 
+from loratune.board.search import Search
 from loratune.sweep.results import report_of
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "run-folder.md"
 SOMETIMES = {
-    *("runs/*", ".lock-owner.json"),  # trackers, and while a process trains
+    *("runs/*", ".lock-owner.json", "tags.json"),  # trackers, while a process trains, and what a user adds
     *("model.safetensors.index.json", "Modelfile"),  # large models; and an export that this test does not make
 }
 SUMS = """\
@@ -124,6 +125,8 @@ def test_every_field_is_on_the_page_and_every_field_of_the_page_is_written(
         "manifest.json": [read(short_run / "manifest.json")],
         "status.json": [read(short_run / "status.json")],
         "metrics.jsonl": lines(short_run / "metrics.jsonl"),
+        "findings.json": [read(short_run / "findings.json")],
+        "tags.json": [{"format_version": 1, "tags": ["best"]}],
         "report.json": [read(short_run / "report.json")],
         "probe.json": [{"rows": read(short_run / "probe.json")["rows"], "questions": 1}],  # messages are another's
         "checkpoint.json": [read(next((short_run / "checkpoints").iterdir()) / "checkpoint.json")],
@@ -158,6 +161,21 @@ def test_every_file_is_on_the_page_and_every_file_of_the_page_is_written(short_r
         told = names[heading]
         assert {file for file in there if not any(fnmatchcase(file, name) for name in told)} == set(), heading
         assert {name for name in told if not any(fnmatchcase(file, name) for file in there)} <= SOMETIMES, heading
+
+
+def test_what_was_made_of_a_run_is_found_by_what_the_files_record(
+    short_run: Path, written: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "run").symlink_to(short_run)
+    (tmp_path / "made").symlink_to(written)
+    found = Search(tmp_path).find()
+    (run,) = found.runs
+    base = read(short_run / "manifest.json")["base"]["tensors_sha256"]
+    models = {model.name: model for model in found.models_of(run)}
+    assert set(models) == {f"made/{kind}" for kind in ("merged", "gguf", "bnb4", "vllm", "adapter")}
+    assert {model.base_sha256 for model in models.values()} == {base}
+    assert [one.name for one in found.evaluations_of(run)] == ["made/eval"]
+    assert not any(one.problems or one.changed for one in (run, *found.models))
 
 
 def test_a_page_that_has_aged_is_seen() -> None:

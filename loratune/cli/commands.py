@@ -17,7 +17,7 @@ COMMANDS = {
     "infer": "Chat with a trained adapter, answer one prompt, or answer a file of rows.",
     "eval": "Compare an adapter with its base or another adapter; exit code 7 if it is worse.",
     "serve": "Serve an OpenAI-compatible HTTP API and a chat page.",
-    "runs": "Inspect runs.",
+    "runs": "List, inspect, compare and tag runs.",
     "doctor": "Examine this machine: what works, what is slower than it could be, and what mends it.",
     "launch": "Write a job file for a cluster: training that goes on after a preemption.",
 }
@@ -30,7 +30,12 @@ LAUNCH_COMMANDS = {
     "sky": "Write a SkyPilot task for spot instances.",
     "k8s": "Write a Kubeflow TrainJob, or an ordinary Kubernetes Job.",
 }
-RUNS_COMMANDS = {"show": "Show a run's state, losses, checkpoints, and the next command."}
+RUNS_COMMANDS = {
+    "list": "List runs, merged models and exports, with states, losses, verdicts and tags.",
+    "show": "Show a run's state, losses, checkpoints, and the next command; or where a model comes from.",
+    "compare": "Compare runs: settings, data, losses at equal steps, answers.",
+    "tag": "Give a run tags, or remove them.",
+}
 
 
 MODULES = {"import": "import_"}

@@ -1,4 +1,4 @@
-"""`loratune runs show`: shows a run's state."""
+"""`loratune runs show`: shows a run's state, or where a model comes from."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from loratune import console
+from loratune.board.lineage import find_model, model_state, run_lineage
 from loratune.runs.state import run_state
 
 BASES = {
@@ -15,19 +16,26 @@ BASES = {
     "sampled": "identified by samples: 4096 bytes of each tensor",
     "nothing": "not identified",
 }
-DETAILS = "A run that is marked as running but has no process has crashed; it can be resumed."
+DETAILS = """\
+A run that is marked as running but has no process has crashed; it can be resumed.
+
+Of a merged model or an export it shows the run whose adapter is in it, and of a run the evaluations, merged models and
+exports of its adapter: those within its folder and beside it, found by hash. All files are compared with their hashes,
+also the rows, where they still lie where they lay."""
 
 
 def command(
-    run: Annotated[Path, typer.Argument(help="Run folder.", show_default=False)],
+    run: Annotated[Path, typer.Argument(help="Run folder, merged model or export.", show_default=False)],
     json: Annotated[bool, typer.Option("--json", help="Print the state as JSON to stdout.")] = False,
 ) -> None:
-    state = run_state(run)
+    model = find_model(run)
+    state = model_state(model) if model else run_state(run) | run_lineage(run)
     if json:
         console.write_json(state)
         return
-    console.table(_rows(state), title=state["output"], is_result=True)
-    if state["next"]:
+    rows = _model_rows(state) if model else [*_rows(state), *_lineage_rows(state)]
+    console.table(rows, title=state["output"], is_result=True)
+    if state.get("next"):
         console.next_step(f"next: {state['next']}")
 
 
@@ -49,3 +57,24 @@ def _rows(state: dict[str, Any]) -> list[tuple[str, str]]:
         ("files", changed if state["changed"] else "unchanged"),
         ("base", BASES[state["base_checked"]]),
     ]
+
+
+def _lineage_rows(state: dict[str, Any]) -> list[tuple[str, str]]:
+    rows = [("data", f"{file['path']}, {file['rows']:,} rows: {file['now']}") for file in state["data"]]
+    rows += [("tags", ", ".join(state["tags"]))] if state["tags"] else []
+    rows += [("evaluation", f"{one['name']}: {one['verdict']}; {one['sentence']}") for one in state["evaluations"]]
+    return [*rows, *((one["kind"], _made(one)) for one in state["models"])]
+
+
+def _made(model: dict[str, Any]) -> str:
+    told = [model["name"]]
+    told += ["another base than the run's"] if model["has_base_of_run"] is False else []
+    told += [f"changed: {', '.join(model['changed'])}"] if model["changed"] else []
+    return "; ".join(told)
+
+
+def _model_rows(state: dict[str, Any]) -> list[tuple[str, str]]:
+    unchanged = "no hashes were recorded" if state["changed"] is None else "unchanged"
+    changed = ", ".join(state["changed"] or ()) or unchanged
+    told = {name: state[name] for name in ("kind", "origin", "base", "verified")}
+    return [*((name, value) for name, value in told.items() if value), ("files", changed)]

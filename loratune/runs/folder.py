@@ -9,6 +9,8 @@ run/
   metrics.jsonl    one line per logged step
   report.json, loss.png
   probe.json       validation rows as ids, to verify merged and exported models
+  findings.json    what the checks of the rows have found
+  tags.json        the user's names for the run; not sealed
 """
 
 from __future__ import annotations
@@ -18,7 +20,7 @@ import json
 from collections.abc import Iterable, Mapping
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from loratune.plain_files import bounded_lines, open_plain
 from loratune.writing import PROGRAM as PROGRAM
@@ -29,12 +31,18 @@ SEALED_BY = "sha256"
 """Key of a file's hash of all else that it says."""
 RECIPE, MANIFEST, STATUS, REPORT = "recipe.yaml", "manifest.json", "status.json", "report.json"
 ADAPTER, CHECKPOINTS, METRICS, PLOT, PROBE = "adapter", "checkpoints", "metrics.jsonl", "loss.png", "probe.json"
+FINDINGS, TAGS = "findings.json", "tags.json"
 LOCK, LOCK_OWNER = ".lock", ".lock-owner.json"
 TRACKER_LOGS = "runs"
-RESUMED = (CHECKPOINTS, METRICS, TRACKER_LOGS, ADAPTER, MANIFEST)
+RESUMED = (CHECKPOINTS, METRICS, TRACKER_LOGS, ADAPTER, MANIFEST, TAGS)
 """What a resumed run keeps; an existing adapter is replaced only at the end."""
-CONTENTS = (RECIPE, MANIFEST, STATUS, REPORT, ADAPTER, CHECKPOINTS, METRICS, PLOT, PROBE, TRACKER_LOGS)
+CONTENTS = (
+    *(RECIPE, MANIFEST, STATUS, REPORT, ADAPTER, CHECKPOINTS, METRICS, PLOT, PROBE, FINDINGS, TAGS),
+    TRACKER_LOGS,
+)
 VERIFICATION = "verification.json"  # of a merged or exported folder
+NEWEST_BYTES = 1 << 14
+"""Of the metrics: the lines of the newest steps."""
 
 
 def sealed(path: Path) -> dict[str, Any]:
@@ -69,18 +77,33 @@ def file_sha256(path: Path) -> str:
 
 def read_metrics(output: Path) -> list[dict[str, float]]:
     """Return the records of a run, skipping incomplete lines, and others that are not loratune's."""
-    path, records = output / METRICS, list[dict[str, float]]()
+    path = output / METRICS
     if not path.is_file():
-        return records
+        return []
     with open_plain(path) as lines:
-        # After a power cut, a file may end with anything, even a hole of many gigabytes.
-        for line in bounded_lines(lines):
-            try:
-                record = json.loads(line)
-            except ValueError:
-                continue
-            if isinstance(record, dict) and isinstance(record.get("step"), int) and _are_numbers(record.values()):
-                records.append(record)
+        return _records(lines)
+
+
+def newest_metrics(output: Path) -> list[dict[str, float]]:
+    """Return the same of the end of the file alone, so that the time does not grow with the run."""
+    path = output / METRICS
+    if not path.is_file():
+        return []
+    with open_plain(path) as lines:
+        lines.seek(max(0, path.stat().st_size - NEWEST_BYTES))
+        return _records(lines)  # the line that is cut is no JSON
+
+
+def _records(lines: BinaryIO) -> list[dict[str, float]]:
+    records = list[dict[str, float]]()
+    # After a power cut, a file may end with anything, even a hole of many gigabytes.
+    for line in bounded_lines(lines):
+        try:
+            record = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(record, dict) and isinstance(record.get("step"), int) and _are_numbers(record.values()):
+            records.append(record)
     return records
 
 

@@ -17,6 +17,9 @@ from loratune.plain_files import read_plain_text
 from loratune.runs.folder import LOCK, LOCK_OWNER
 from loratune.writing import write_json
 
+ASKED_SECONDS = 0.2
+"""A command that asks whether a run still trains holds its lock for less than this."""
+
 
 @contextmanager
 def run_lock(output: Path) -> Iterator[None]:
@@ -45,7 +48,7 @@ def _acquired(output: Path) -> FileLock:
     try:
         output.mkdir(parents=True, exist_ok=True)
         lock = FileLock(output / LOCK)
-        lock.acquire(timeout=0)
+        lock.acquire(timeout=ASKED_SECONDS)
     except Timeout as error:
         raise LoratuneError(
             f"{output} is in use by {_name(output)}; wait for it, or choose another folder with --output", Exit.USAGE

@@ -15,6 +15,7 @@ from loratune.runs.folder import (
     ADAPTER,
     CHECKPOINTS,
     CONTENTS,
+    FINDINGS,
     LOCK,
     LOCK_OWNER,
     MANIFEST,
@@ -188,7 +189,8 @@ def begin_run(output: Path, recipe: Recipe, manifest: Manifest, keep: bool = Fal
 def seal_run(output: Path) -> None:
     """Add size and sha256 of all permanent files to the manifest; the last step of a run."""
     adapter_files = sorted(path for path in (output / ADAPTER).rglob("*") if path.is_file())
-    paths = [output / RECIPE, *(path for path in (output / PROBE, output / REPORT) if path.is_file()), *adapter_files]
+    others = (path for path in (output / PROBE, output / FINDINGS, output / REPORT) if path.is_file())
+    paths = [output / RECIPE, *others, *adapter_files]
     files = {str(path.relative_to(output)): sealed(path) for path in paths}
     write_files(output, files)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from pathlib import Path
 
 from loratune.errors import Exit, LoratuneError, bullet_list
@@ -10,7 +10,7 @@ from loratune.plain_files import read_json_object
 from loratune.recipe.names import with_current_names
 from loratune.runs.checkpoint import SEAL, Checkpoint, open_checkpoint
 from loratune.runs.file_hashes import Records, compare_files
-from loratune.runs.folder import ADAPTER, MANIFEST, PROBE, RECIPE, REPORT
+from loratune.runs.folder import ADAPTER, FINDINGS, MANIFEST, PROBE, RECIPE, REPORT, file_sha256
 from loratune.runs.manifest import AS_PLAIN, Manifest, read_manifest
 from loratune.runs.record import RunRecord
 from loratune.runs.report import Report, read_report
@@ -21,18 +21,21 @@ ADAPTER_CONFIG = "adapter_config.json"
 TO_PROMPT = (RECIPE, PROBE)
 """What every command reads of a run."""
 TO_INFER = (*TO_PROMPT, ADAPTER)
-ALL_SEALED = (*TO_INFER, REPORT)
+ALL_SEALED = (*TO_INFER, REPORT, FINDINGS)
 # Files that are read if they exist, so that adding one counts as a change.
 READ_IF_THERE = (ADAPTER_CONFIG, "adapter_model.safetensors", "config.json")
 
 
-def changed_files(run: Path, manifest: Manifest, parts: Collection[str]) -> list[str]:
+def changed_files(
+    run: Path, manifest: Manifest, parts: Collection[str], hash_of: Callable[[Path], str] = file_sha256
+) -> list[str]:
     """Return the files of a run that differ from its manifest, by hash.
 
     Args:
         run: run folder.
         manifest: result of `read_manifest`.
         parts: files and folders of the run to check, such as `TO_INFER`.
+        hash_of: gives a file's sha256.
 
     Raises:
         LoratuneError: the manifest has no file records.
@@ -40,7 +43,7 @@ def changed_files(run: Path, manifest: Manifest, parts: Collection[str]) -> list
     files, with_adapter = _sealed_files(run, manifest, ADAPTER in parts), ADAPTER in parts
     wanted = {name: record for name, record in files.items() if name.partition("/")[0] in parts}
     present = _read_names(run / ADAPTER, f"{ADAPTER}/") if with_adapter else []
-    check = compare_files(run, wanted, present)
+    check = compare_files(run, wanted, present, hash_of)
     return [*sorted((*check.changed, *check.missing)), *(f"{name} (added)" for name in check.added)]
 
 

@@ -6,17 +6,16 @@ from pathlib import Path
 from typing import Any
 
 from loratune.commands import Command, free_place, loratune
-from loratune.errors import Exit, LoratuneError
-from loratune.plain_files import require_folder
+from loratune.errors import LoratuneError
 from loratune.recipe.advice import is_served
 from loratune.runs.base_check import how_checked
 from loratune.runs.checkpoint import checkpoint_steps
-from loratune.runs.folder import ADAPTER, CHECKPOINTS, MANIFEST, RECIPE, STATUS, read_metrics
+from loratune.runs.folder import ADAPTER, CHECKPOINTS, MANIFEST, RECIPE, read_metrics
 from loratune.runs.lock import lock_holder
 from loratune.runs.manifest import read_manifest
 from loratune.runs.opening import run_record
 from loratune.runs.seals import ALL_SEALED, TO_PROMPT, changed_files
-from loratune.runs.status import read_status
+from loratune.runs.status import Status, read_status, require_run
 
 LOWER = 3
 """Divisor of a learning rate that diverged."""
@@ -38,13 +37,9 @@ def run_state(output: Path) -> dict[str, Any]:
     Raises:
         LoratuneError: the folder is not a run, or its status is damaged.
     """
-    require_folder(output, "a run folder")
-    if not (output / STATUS).is_file():
-        raise LoratuneError(f"{output} holds no run (no {STATUS} in it)", Exit.MODEL)
+    require_run(output)
     status = read_status(output)
-    records, state = read_metrics(output), str(status.state)
-    if state == "running" and lock_holder(output) is None:
-        state = "crashed"
+    records, state = read_metrics(output), state_now(output, status)
     losses, validations, exact = (
         [record[name] for record in records if name in record] for name in ("loss", "validation_loss", "exact_answers")
     )
@@ -65,6 +60,11 @@ def run_state(output: Path) -> dict[str, Any]:
         **_seal(output),
         "next": advised.line if advised else None,
     }
+
+
+def state_now(output: Path, status: Status) -> str:
+    """Return a run's state; a run that is marked as running and has no process has crashed."""
+    return "crashed" if status.state == "running" and lock_holder(output) is None else status.state
 
 
 def _seal(output: Path) -> dict[str, Any]:

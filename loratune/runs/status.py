@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from loratune.errors import Exit, LoratuneError
-from loratune.plain_files import read_json_object
+from loratune.plain_files import read_json_object, require_folder
 from loratune.runs.folder import STATUS, now
 from loratune.runs.typed_json import as_typed
 from loratune.writing import PROGRAM, write_json
@@ -29,6 +29,17 @@ class Status:
     """Completed steps; None while it runs."""
     steps: int | None = None
     """Planned steps."""
+
+
+def require_run(folder: Path) -> None:
+    """Raise if a folder is no run's.
+
+    Raises:
+        LoratuneError: it is not there, or has no status.
+    """
+    require_folder(folder, "a run folder")
+    if not (folder / STATUS).is_file():
+        raise LoratuneError(f"{folder} holds no run (no {STATUS} in it)", Exit.MODEL)
 
 
 def set_status(output: Path, state: str, **details: Any) -> None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -12,6 +13,8 @@ from loratune.errors import Exit, LoratuneError
 from loratune.plain_files import read_json_object
 
 Kind = TypeVar("Kind")
+_adapter: Callable[[Any], TypeAdapter[Any]] = cache(TypeAdapter)
+"""Making one takes milliseconds, and a folder may hold a thousand files of one kind."""
 
 
 def read_typed(kind: type[Kind], path: Path, version: int) -> Kind:
@@ -42,11 +45,12 @@ def as_typed(kind: type[Kind], values: Mapping[str, Any], path: Path) -> Kind:
         LoratuneError: a value is missing that has no default, or is of another type.
     """
     try:
-        return TypeAdapter(kind).validate_python(values)
+        made: Kind = _adapter(kind).validate_python(values)
     except ValidationError as error:
         problem = error.errors(include_url=False)[0]
         place = ".".join(str(part) for part in problem["loc"])
         raise LoratuneError(f"{path}: damaged: {place}: {problem['msg']}", Exit.MODEL) from error
+    return made
 
 
 def require_version(values: Mapping[str, Any], known: int, path: Path) -> None:

@@ -149,7 +149,10 @@ class MergedModel:
     base_checked: BaseChecked = "nothing"
     quantization_in_training: str = "none"
     merge_base: AddedTo = "original"
+    base_sha256: str | None = None
+    """Of all its tensors, as `base.tensors_sha256` of a run's manifest."""
     adapter_sha256: str | None = None
+    """Of the adapter's weights."""
     combined: Combined | None = None
     thinking: bool = False
     """As prompt.enable_thinking."""
@@ -180,6 +183,10 @@ class ExportedFolder:
     tool_call_parser: str | None = None
     reasoning_parser: str | None = None
     served: ServedAdapter | None = None
+    base_sha256: str | None = None
+    """These three are those of the merged model that was exported, or of the adapter."""
+    adapter_sha256: str | None = None
+    combined: Combined | None = None
 
 
 Proved = TypeVar("Proved", bound="MergedModel | ExportedFolder")

@@ -17,6 +17,7 @@ from loratune.model.hardware import detect_hardware
 from loratune.recipe.sections import Recipe
 from loratune.runs.card import write_card
 from loratune.runs.checkpoint import Checkpoint, open_checkpoint, seal_checkpoint, step_folder
+from loratune.runs.data_findings import DataFinding, save_findings
 from loratune.runs.folder import ADAPTER
 from loratune.runs.lock import run_lock
 from loratune.runs.manifest import Manifest
@@ -136,6 +137,7 @@ def _train(session: Session, start: Checkpoint | None) -> Report | None:
         begin_run(output, session.recipe, manifest, start is not None, session.plan.steps)
         probed = session.data.validation or session.data.train
         save_probe(output, as_dataset(probed), probed.questions(MAX_QUESTIONS))
+        save_findings(output, [DataFinding(**vars(one)) for one in session.data.found])
     trainer.accelerator.wait_for_everyone()
     with _status_kept(output, trainer):
         try:

@@ -17,6 +17,7 @@ from loratune.delivery.advice import SERVE
 from loratune.delivery.export.adapter_folder import export_adapter
 from loratune.delivery.export.comparison import SAME, FileProof, require_same
 from loratune.delivery.export.job import Export, ExportOptions
+from loratune.delivery.export.origin import of_adapter, of_model
 from loratune.delivery.export.rehearsal import rehearse
 from loratune.delivery.export.servers.flags import find_parsers
 from loratune.delivery.export.servers.plan import require_servable, serve_command
@@ -81,8 +82,10 @@ def export(
         if options.format in FROM_MODEL:
             with _merged(job, rehearse(job)) as model:
                 exported, further = FROM_MODEL[options.format](job, model)
+                exported = of_model(exported, model)
         else:
             exported, further = FROM_ADAPTER[options.format](job)
+            exported = of_adapter(exported, _source(job))
         return write_verification(folder, exported, recorded_files(folder)), further
 
 

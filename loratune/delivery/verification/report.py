@@ -8,9 +8,11 @@ from typing import TYPE_CHECKING
 from loratune import console
 from loratune.errors import counted
 from loratune.model.adapter.files import WEIGHTS_FILE
+from loratune.model.files import weight_files
 from loratune.runs.base_check import how_checked, known_hashes
 from loratune.runs.card import base_name
-from loratune.runs.folder import file_sha256
+from loratune.runs.folder import file_sha256, values_sha256
+from loratune.runs.tensor_hashes import TensorHashes
 from loratune.runs.verification import Answer, MergedModel, ModelProof, Parity, ReadBack
 
 if TYPE_CHECKING:
@@ -22,6 +24,7 @@ def described(job: Job, chosen: Candidate) -> MergedModel:
     return MergedModel(
         base=base_name(job.settings.base, str(job.base.absolute())),  # the folder may go to a hub: no local paths
         base_checked=how_checked(known_hashes(job.source)),
+        base_sha256=values_sha256(TensorHashes(weight_files(job.base)).result()),
         quantization_in_training=job.settings.quantization,
         merge_base=chosen.merge_base,
         adapter_sha256=file_sha256(job.source.adapter / WEIGHTS_FILE),

@@ -18,6 +18,7 @@ from loratune.model.files import find_base, weight_files
 from loratune.recipe.sections import TEMPLATE_ARGUMENTS, ModelSettings, PromptSettings
 from loratune.runs.fingerprint import fingerprint_base
 from loratune.runs.folder import file_sha256
+from loratune.runs.lineage import DIGESTED, adapter_digest
 from loratune.runs.opening import AdapterSource, base_settings, merged_prompt
 from loratune.runs.tokenizer_files import CHAT_TEMPLATE, NAMED_TEMPLATES, TOKENIZER_CONFIG, tokenizer_sha256
 
@@ -116,7 +117,5 @@ def _model_hash(settings: ModelSettings, folder: Path) -> str:
 
 
 def _adapter_hash(folder: Path) -> str:
-    paths = (path.relative_to(folder) for path in folder.rglob("*") if path.is_file())
-    names = sorted(path.as_posix() for path in paths if path.suffix in (".safetensors", ".json", ".jinja"))
-    known = [(name, file_sha256(folder / name)) for name in names]
-    return hashlib.sha256(json.dumps(known).encode()).hexdigest()
+    paths = (path for path in folder.rglob("*") if path.suffix in DIGESTED and path.is_file())
+    return adapter_digest({path.relative_to(folder).as_posix(): file_sha256(path) for path in paths})

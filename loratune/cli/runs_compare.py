@@ -1,0 +1,32 @@
+"""`loratune runs compare`: puts runs beside each other."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from loratune import console
+from loratune.board.comparison import compare_runs
+from loratune.board.opened import open_place
+from loratune.board.table import show_comparison
+from loratune.errors import Exit, LoratuneError
+
+DETAILS = """\
+Shows settings, data and versions that differ, the losses at the steps that all runs have logged, and what their bases
+and adapters answer to the same questions. Data is compared by hash and by the number of rows that were used."""
+
+
+def command(
+    runs: Annotated[list[Path], typer.Argument(help="Run folders, two or more.", show_default=False)],
+    json: Annotated[bool, typer.Option("--json", help="Print the comparison as JSON to stdout.")] = False,
+) -> None:
+    if len(runs) < 2:
+        raise LoratuneError("give two runs or more", Exit.USAGE)
+    found = compare_runs([open_place(run) for run in runs])
+    if json:
+        console.write_json(asdict(found))
+    else:
+        show_comparison(found)
