@@ -131,13 +131,13 @@ RESULTS = [
     "infer --adapter run --prompt hello --max-new-tokens 4",
     "infer --adapter run --prompt hello --max-new-tokens 4 --json",
     "runs show run --json",
-    "runs list . --json",
     "sft --config run/recipe.yaml --show",
     "data preview --config run/recipe.yaml",
     "data check --config run/recipe.yaml --json",
     "--version",
     "sft --help",
     "runs show run",
+    "runs list . --json",
 ]
 
 
