@@ -12,6 +12,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
+from fastapi import FastAPI
+
 from loratune.engine.types import Delta, GenerationRequest
 from loratune.errors import Exit, LoratuneError
 from loratune.generation.server.addresses import Address
@@ -28,7 +30,8 @@ class Served:
     """A running server."""
 
     address: Address
-    queue: Queue
+    queue: Queue | None
+    """None for a page without a model, which has no engine either."""
     engine: Any
 
     @property
@@ -100,19 +103,28 @@ def served(
     """Serve an engine on a free port."""
     queue = Queue(engine, slots, waiting)
     access = Access(api_key, LOOPBACK_NAMES, origins=origins)
-    address = Address("127.0.0.1", 0)
-    server = make_server(create_application(engine, queue, access, Limits(slots=slots, waiting=waiting, **limits)))
+    app = create_application(engine, queue, access, Limits(slots=slots, waiting=waiting, **limits))
+    try:
+        with running(app) as address:
+            yield Served(address, queue, engine)
+    finally:
+        queue.tokenizing.shutdown()
+
+
+@contextmanager
+def running(app: FastAPI) -> Iterator[Address]:
+    """Run a server of an application on a free port, in a thread."""
+    address, server = Address("127.0.0.1", 0), make_server(app)
     thread = threading.Thread(target=lambda: asyncio.run(server.serve([address.socket])))
     thread.start()
     try:
         while not server.started:
             time.sleep(0.01)
-        yield Served(address, queue, engine)
+        yield address
     finally:
         server.should_exit = True
         thread.join()
         address.socket.close()
-        queue.tokenizing.shutdown()
 
 
 @dataclass

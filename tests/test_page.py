@@ -18,7 +18,7 @@ from loratune.data.formats.registry import ConversationReader, detect_format
 from loratune.engine.engine import load_engine
 from loratune.engine.types import Delta
 from loratune.errors import Exit, LoratuneError
-from loratune.generation.server.page_files import FOLDER
+from loratune.generation.server.page_files import CHAT_PAGE
 
 PHONE = {"viewport": {"width": 360, "height": 740}, "is_mobile": True, "has_touch": True}
 ATTACK = """\
@@ -555,10 +555,10 @@ def test_both_languages_have_the_same_texts_and_the_page_uses_no_other(page: Any
     assert english.keys() == chinese.keys()
     for key, text in english.items():
         assert re.findall(r"\{\w+\}", text) == re.findall(r"\{\w+\}", chinese[key]), key
-    sources = "\n".join(path.read_text(encoding="utf-8") for path in FOLDER.iterdir() if path.name != "texts.js")
+    sources = "\n".join(path.read_text(encoding="utf-8") for path in CHAT_PAGE.iterdir() if path.name != "texts.js")
     used = set(re.findall(r'data-(?:text|label|hint)="(\w+)"', sources)) | set(re.findall(r'\bt\("(\w+)"', sources))
     assert used <= english.keys()
-    sources += (FOLDER / "texts.js").read_text(encoding="utf-8").partition("let language")[2]
+    sources += (CHAT_PAGE / "texts.js").read_text(encoding="utf-8").partition("let language")[2]
     assert {key for key in english if f'"{key}"' not in sources} == set()
 
 
@@ -628,7 +628,7 @@ def test_the_theme_can_be_chosen_and_stays(page: Any) -> None:
 
 
 def test_the_page_s_files_take_nothing_from_elsewhere_and_never_make_elements_of_texts() -> None:
-    for path in FOLDER.iterdir():
+    for path in CHAT_PAGE.iterdir():
         text = path.read_text(encoding="utf-8")
         assert not re.search(r"innerHTML|outerHTML|insertAdjacentHTML|document\.write|\beval\(|new Function", text), (
             path
@@ -636,5 +636,5 @@ def test_the_page_s_files_take_nothing_from_elsewhere_and_never_make_elements_of
         assert not re.search(r"""(?:src|href|url\(|from|import)\s*[=(]?\s*["']?(?:https?:)?//""", text), path
         assert text.count("\n") <= 300 or path.suffix == ".css", path
         assert max(map(len, text.splitlines())) <= 120 or path.suffix == ".html", path
-    page = (FOLDER / "index.html").read_text(encoding="utf-8")
+    page = (CHAT_PAGE / "index.html").read_text(encoding="utf-8")
     assert not re.search(r"<style|\sstyle=|\son\w+=|<script(?![^>]*\ssrc=)", page)

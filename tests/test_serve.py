@@ -395,27 +395,27 @@ def test_wrong_flags_are_one_message(cli: Callable[..., Result], flags: tuple[st
 
 
 def test_the_api_key_comes_from_the_flag_or_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    from loratune.cli.serve import _given_key
+    from loratune.cli.serving import given_key
 
     for name in ("LORATUNE_API_KEY", "LORATUNE_TOKEN"):
         monkeypatch.delenv(name, raising=False)
-    assert _given_key(None, False) is None
+    assert given_key(None, False) is None
     monkeypatch.setenv("LORATUNE_API_KEY", "from-there")
-    assert _given_key(None, False) == "from-there"
-    assert _given_key("given", False) == "given"
+    assert given_key(None, False) == "from-there"
+    assert given_key("given", False) == "given"
 
 
 def test_the_variable_of_earlier_versions_still_works(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from loratune.cli.serve import _given_key
+    from loratune.cli.serving import given_key
 
     monkeypatch.delenv("LORATUNE_API_KEY", raising=False)
     monkeypatch.setenv("LORATUNE_TOKEN", "from-before")
-    assert _given_key(None, False) == "from-before"
+    assert given_key(None, False) == "from-before"
     assert capsys.readouterr().err == "LORATUNE_TOKEN is now LORATUNE_API_KEY (the old name still works)\n"
     monkeypatch.setenv("LORATUNE_API_KEY", "from-now")
-    assert _given_key(None, False) == "from-now"
+    assert given_key(None, False) == "from-now"
     assert capsys.readouterr().err == ""
 
 

@@ -35,6 +35,7 @@ RUNS_COMMANDS = {
     "show": "Show a run's state, losses, checkpoints, and the next command; or where a model comes from.",
     "compare": "Compare runs: settings, data, losses at equal steps, answers.",
     "tag": "Give a run tags, or remove them.",
+    "serve": "Serve a page that shows the runs of a folder as they train.",
 }
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import secrets
 import shlex
 from typing import Annotated, Any
@@ -13,12 +12,21 @@ import typer
 
 from loratune import console
 from loratune.cli.flags import Adapters, Force, Model, MovedBase, asked_model, named_adapters
+from loratune.cli.serving import (
+    AllowHost,
+    ApiKey,
+    Host,
+    NoApiKey,
+    Port,
+    allowed_hosts,
+    given_key,
+    require_key_or_local,
+    tell_page,
+)
 from loratune.engine.sampling import NUMBERS
 from loratune.errors import Exit, LoratuneError
 from loratune.printable import LONGEST_PATH, shortened
 
-KEY_VARIABLE = "LORATUNE_API_KEY"
-EARLIER_VARIABLE = "LORATUNE_TOKEN"
 DETAILS = """\
 Implements the OpenAI API (/v1/chat/completions, /v1/completions, /v1/models) and a chat page. The base model and every
 adapter are available by name; requests run concurrently.
@@ -26,19 +34,6 @@ adapter are available by name; requests run concurrently.
 Requests need an API key: from --api-key or LORATUNE_API_KEY, or a generated one that is printed at startup. A signal
 drains running requests and exits; a second one exits at once."""
 
-Host = Annotated[str, typer.Option("--host", metavar="address", help="Address to listen on.")]
-Port = Annotated[int, typer.Option("--port", metavar="integer", min=0, max=65535, help="Port; 0 picks a free one.")]
-ApiKey = Annotated[
-    str | None,
-    typer.Option("--api-key", metavar="text", help="API key that requests must send; visible to other users in ps."),
-]
-NoApiKey = Annotated[
-    bool, typer.Option("--no-api-key", help="Accept requests without a key, from any user of this machine.")
-]
-AllowHost = Annotated[
-    list[str] | None,
-    typer.Option("--allow-host", metavar="name", help="Additional host name of this server. Repeatable."),
-]
 AllowOrigin = Annotated[
     list[str] | None,
     typer.Option(
@@ -78,18 +73,15 @@ def command(
     """Take the address, load the model, serve."""
     model = asked_model(bool(adapter), model, base_model)
     adapters = named_adapters(adapter or [])
-    given, origins = _given_key(api_key, no_api_key), frozenset(map(_checked_origin, allow_origin or []))
+    given, origins = given_key(api_key, no_api_key), frozenset(map(_checked_origin, allow_origin or []))
     from loratune.generation.server.addresses import Address
 
     with Address(host, port) as address:
-        if no_api_key and not address.is_local:
-            raise LoratuneError(
-                f"--no-api-key is only allowed for 127.0.0.1; --host {host} would let anyone send requests", Exit.USAGE
-            )
+        require_key_or_local(address, host, no_api_key)
         with console.status(f"loading {shortened(str(model or adapters[0][1]), LONGEST_PATH)}"):
             from loratune.engine.engine import load_engine
             from loratune.generation.server.application import Limits
-            from loratune.generation.server.middleware import LOOPBACK_NAMES, Access
+            from loratune.generation.server.middleware import Access
             from loratune.generation.server.running import run
 
             engine = load_engine(adapters, model, force, slots)
@@ -100,7 +92,7 @@ def command(
             if remark:
                 console.warn(remark)
         secret = None if no_api_key else given or secrets.token_urlsafe(24)
-        hosts = LOOPBACK_NAMES | {host.lower(), *map(str.lower, allow_host or [])}
+        hosts = allowed_hosts(host, allow_host)
         address.listen()
         _tell(address, engine, secret, is_made=secret != given)
         run(
@@ -109,24 +101,6 @@ def command(
             Access(secret, hosts, address.is_any, origins),
             Limits(slots, max_queue, max_new_tokens),
         )
-
-
-def _given_key(api_key: str | None, no_api_key: bool) -> str | None:
-    """Return the API key that the user has chosen; None if there is none."""
-    if no_api_key and api_key is not None:
-        raise LoratuneError("--api-key and --no-api-key exclude each other", Exit.USAGE)
-    chosen = api_key if api_key is not None else _key_of_environment()
-    if chosen is not None and (not chosen or not all("!" <= letter <= "~" for letter in chosen)):
-        raise LoratuneError(f"--api-key and {KEY_VARIABLE} take ASCII characters without blanks", Exit.USAGE)
-    return chosen
-
-
-def _key_of_environment() -> str | None:
-    earlier = os.environ.get(EARLIER_VARIABLE)
-    if earlier and not os.environ.get(KEY_VARIABLE):
-        console.say(f"{EARLIER_VARIABLE} is now {KEY_VARIABLE} (the old name still works)")
-        return earlier
-    return os.environ.get(KEY_VARIABLE) or None
 
 
 def _checked_origin(text: str) -> str:
@@ -148,10 +122,8 @@ def _check_names(engine: Any) -> None:
 
 def _tell(address: Any, engine: Any, secret: str | None, is_made: bool) -> None:
     """Print the page's address and an example request. A key that the user has chosen is not printed."""
-    if not address.is_local:
-        console.warn("other machines can connect, and the connection is not encrypted: use a TLS proxy in front")
     console.say(f"models: {', '.join([engine.base_name, *engine.adapters])}")
-    console.next_step(f"page: {address.url}/{f'#api_key={secret}' if secret and is_made else ''}")
+    tell_page(address, secret if is_made else None)
     name = (engine.adapters or [engine.base_name])[0]
     asked = {"model": name, "messages": [{"role": "user", "content": "Who are you?"}]}
     headers = ["Content-Type: application/json"]

@@ -22,7 +22,7 @@ from loratune.generation.server.middleware import (
     BodyLimitMiddleware,
     HostOriginMiddleware,
 )
-from loratune.generation.server.page_files import Page
+from loratune.generation.server.page_files import CHAT_PAGE, Page, add_page
 from loratune.generation.server.request_queue import Queue
 from loratune.generation.server.schemas import ChatRequest, CompletionRequest
 from loratune.generation.server.serializers import ChatCompletion, ErrorBody, Health, Model, ModelList, TextCompletion
@@ -84,7 +84,7 @@ def create_application(engine: Engine, queue: Queue, access: Access, limits: Lim
     _add_answers(app, Endpoints(queue, metrics, limits.new_tokens))
     _add_models(app, engine)
     _add_state(app, queue, metrics)
-    _add_page(app)
+    add_page(app, Page(CHAT_PAGE))
     handle_failures(app)
     # The middleware added last handles a request first.
     app.add_middleware(BodyLimitMiddleware, body_seconds=limits.body_seconds)
@@ -173,15 +173,3 @@ def _add_state(app: FastAPI, queue: Queue, metrics: Metrics) -> None:
     async def show_metrics() -> Response:
         """Return the metrics in Prometheus' format."""
         return Response(metrics.page(), media_type=CONTENT_TYPE_LATEST)
-
-
-def _add_page(app: FastAPI) -> None:
-    page = Page()
-
-    @app.get("/", include_in_schema=False)
-    async def index() -> Response:
-        return page.response("index.html")
-
-    @app.get("/page/{name}", include_in_schema=False)
-    async def page_file(name: str) -> Response:
-        return page.response(name)

@@ -1,14 +1,15 @@
-"""The chat page's files, read once at startup."""
+"""The files of a page, read once at startup."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
+from fastapi import FastAPI
 from starlette.responses import Response
 
 from loratune.generation.server.failures import ApiError
 
-FOLDER = Path(__file__).parent / "page"
+CHAT_PAGE = Path(__file__).parent / "page"
 TYPES = {".html": "text/html", ".css": "text/css", ".js": "text/javascript"}
 POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; img-src 'self' data:; "
@@ -19,10 +20,14 @@ HEADERS = {"Content-Security-Policy": POLICY, "Cache-Control": "no-cache"}
 
 
 class Page:
-    """The files by name."""
+    """The files by name.
 
-    def __init__(self) -> None:
-        files = sorted(path for path in FOLDER.iterdir() if path.suffix in TYPES)
+    Args:
+        folders: where they lie; a file of a later folder takes the place of an earlier one of its name.
+    """
+
+    def __init__(self, *folders: Path) -> None:
+        files = [path for folder in folders for path in sorted(folder.iterdir()) if path.suffix in TYPES]
         self.files = {path.name: (path.read_bytes(), TYPES[path.suffix]) for path in files}
 
     def response(self, name: str) -> Response:
@@ -35,3 +40,15 @@ class Page:
             raise ApiError(404, f"there is no file {name}", "not_found")
         content, kind = self.files[name]
         return Response(content, headers=HEADERS, media_type=kind)
+
+
+def add_page(app: FastAPI, page: Page) -> None:
+    """Serve a page, whose files need no key."""
+
+    @app.get("/", include_in_schema=False)
+    async def index() -> Response:
+        return page.response("index.html")
+
+    @app.get("/page/{name}", include_in_schema=False)
+    async def page_file(name: str) -> Response:
+        return page.response(name)

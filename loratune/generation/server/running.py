@@ -6,9 +6,9 @@ import asyncio
 import os
 import signal
 import socket
-from collections.abc import Iterator
+from collections.abc import Callable, Coroutine, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import uvicorn
 from fastapi import FastAPI
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from loratune.engine.engine import Engine
 
 FLUSH_SECONDS = 2
+Drain: TypeAlias = Callable[[], Coroutine[Any, Any, None]]
 
 
 def run(engine: Engine, address: Address, access: Access, limits: Limits) -> None:
@@ -41,11 +42,25 @@ def run(engine: Engine, address: Address, access: Access, limits: Limits) -> Non
         Interrupted: always, with the signal.
     """
     queue = Queue(engine, limits.slots, limits.waiting)
-    server = make_server(create_application(engine, queue, access, limits))
+    app = create_application(engine, queue, access, limits)
     try:
-        number = asyncio.run(_serve(server, queue, address.socket, limits.grace_seconds))
+        serve_until_signal(app, address, lambda: _drain(queue, limits.grace_seconds))
     finally:
         engine.close()
+
+
+def serve_until_signal(app: FastAPI, address: Address, drain: Drain) -> None:
+    """Serve an application until a signal arrives.
+
+    Args:
+        app: the application.
+        address: the bound address.
+        drain: ends what is under way; a second signal does not wait for it.
+
+    Raises:
+        Interrupted: always, with the signal.
+    """
+    number = asyncio.run(_serve(make_server(app), drain, address.socket))
     raise Interrupted(number, f"stopped by {signal.Signals(number).name}")
 
 
@@ -73,24 +88,22 @@ class _Server(uvicorn.Server):
         yield
 
 
-async def _serve(server: uvicorn.Server, queue: Queue, address: socket.socket, grace_seconds: float) -> int:
+async def _serve(server: uvicorn.Server, drain: Drain, address: socket.socket) -> int:
     """Serve until a signal arrives, and return its number."""
     came: asyncio.Queue[int] = asyncio.Queue()
     loop = asyncio.get_running_loop()
     with signals_to(lambda number, _: loop.call_soon_threadsafe(came.put_nowait, number)):
-        return await _serve_until(came, server, queue, address, grace_seconds)
+        return await _serve_until(came, server, drain, address)
 
 
-async def _serve_until(
-    came: asyncio.Queue[int], server: uvicorn.Server, queue: Queue, address: socket.socket, grace_seconds: float
-) -> int:
+async def _serve_until(came: asyncio.Queue[int], server: uvicorn.Server, drain: Drain, address: socket.socket) -> int:
     serving = asyncio.create_task(server.serve([address]))
     waiting = asyncio.create_task(came.get())
     await asyncio.wait({serving, waiting}, return_when=asyncio.FIRST_COMPLETED)
     if serving.done():
         serving.result()
     first = await waiting
-    draining = asyncio.create_task(_drain(queue, grace_seconds))
+    draining = asyncio.create_task(drain())
     again = asyncio.create_task(came.get())
     await asyncio.wait({draining, again}, return_when=asyncio.FIRST_COMPLETED)
     if again.done():

@@ -90,11 +90,18 @@ async function* events(response) {
   }
 }
 
-async function request(path, body = null, signal = undefined) {
+/** A value that may change: {tag, value}, or null if it is still the one of a tag. */
+export async function readJson(path, tag, signal) {
+  const response = await request(path, null, signal, tag ? { "If-None-Match": tag } : {});
+  if (response.status === 304) return null;
+  return { tag: response.headers.get("ETag"), value: await response.json() };
+}
+
+async function request(path, body = null, signal = undefined, headers = {}) {
   for (let wasWrong = false; ; wasWrong = true) {
     const used = recall("key");
-    const response = await send(path, body, signal, used);
-    if (response.ok) return response;
+    const response = await send(path, body, signal, used, headers);
+    if (response.ok || response.status === 304) return response;
     if (response.status !== 401) throw await failure(response);
     if (recall("key") !== used) continue; // another request has obtained a key meanwhile
     asking ??= askForKey(wasWrong || used !== null).finally(() => (asking = null));
@@ -105,8 +112,8 @@ async function request(path, body = null, signal = undefined) {
   }
 }
 
-async function send(path, body, signal, key) {
-  const headers = key ? { Authorization: `Bearer ${key}` } : {};
+async function send(path, body, signal, key, others) {
+  const headers = key ? { ...others, Authorization: `Bearer ${key}` } : { ...others };
   const options = { headers, signal, cache: "no-store" };
   if (body) {
     headers["Content-Type"] = "application/json";
