@@ -11,8 +11,8 @@ const FEWEST_TO_SMOOTH = 40;
 
 /**
  * @param {string} title
- * @param {{name: string, points: [number, number][], color: number, isDotted?: boolean}[]} lines color is that of
- *   theme.css's series, from 1.
+ * @param {{name: string, points: [number, number][], color: number, form: string}[]} lines color is that of
+ *   theme.css's series, from 1; form is "dotted", "noisy" (many points get their running mean), or "".
  * @param {(value: number) => string} format
  */
 export function chart(title, lines, format) {
@@ -53,18 +53,18 @@ function draw(plot, width) {
   );
 }
 
-/** A line; one of many points is faint, with its running mean over it. */
-function curve({ points, color, isDotted }, x, y) {
+/** A line; a noisy one of many points is faint, with its running mean over it. */
+function curve({ points, color, form }, x, y) {
   const path = (values) => values.map(([step, value], at) => `${at ? "L" : "M"}${x(step).toFixed(1)} ${y(value).toFixed(1)}`).join("");
   const kind = `series-${color}`;
-  if (points.length === 1 || isDotted) {
+  if (points.length === 1 || form === "dotted") {
     const dots = points.length > 80 ? [points.at(-1)] : points;
     return [
       svg(`path.curve.${kind}`, { d: path(points) }),
       ...dots.map(([step, value]) => svg(`circle.${kind}`, { cx: x(step), cy: y(value), r: 3.2 })),
     ];
   }
-  if (points.length < FEWEST_TO_SMOOTH) return [svg(`path.curve.${kind}`, { d: path(points) })];
+  if (points.length < FEWEST_TO_SMOOTH || form !== "noisy") return [svg(`path.curve.${kind}`, { d: path(points) })];
   return [svg(`path.curve.faint.${kind}`, { d: path(points) }), svg(`path.curve.${kind}`, { d: path(smoothed(points)) })];
 }
 

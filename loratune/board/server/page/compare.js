@@ -18,9 +18,9 @@ export function compareView(values) {
     el(
       "div.charts",
       null,
-      overlaid(values, "training loss", "Training loss, nats per token", (value) => number(value, 3)),
-      overlaid(values, "validation loss", "Validation loss, nats per token", (value) => number(value, 3), true),
-      overlaid(values, "exact answers", "Exact answers", percent, true),
+      overlaid(values, "training loss", "Training loss, nats per token", (value) => number(value, 3), "noisy"),
+      overlaid(values, "validation loss", "Validation loss, nats per token", (value) => number(value, 3), "dotted"),
+      overlaid(values, "exact answers", "Exact answers", percent, "dotted"),
     ),
     section("Settings that differ", beside(values.settings)),
     section("Data that differs, with its rows", beside(values.data)),
@@ -29,8 +29,8 @@ export function compareView(values) {
   );
 }
 
-function overlaid(values, name, title, format, isDotted = false) {
-  const lines = values.runs.map((run, at) => ({ name: run, points: values.curves[at][name] ?? [], color: at + 1, isDotted }));
+function overlaid(values, name, title, format, form) {
+  const lines = values.runs.map((run, at) => ({ name: run, points: values.curves[at][name] ?? [], color: at + 1, form }));
   return chart(title, lines, format);
 }
 

@@ -28,12 +28,12 @@ export function runView(run) {
 }
 
 function curves(found) {
-  const line = (name, color, isDotted = false) => ({ name, points: found[name] ?? [], color, isDotted });
+  const line = (name, color, form = "") => ({ name, points: found[name] ?? [], color, form });
   return el(
     "div.charts",
     null,
-    chart("Loss, nats per token", [line("training loss", 1), line("validation loss", 2, true)], (value) => number(value, 3)),
-    chart("Exact answers", [line("exact answers", 3, true)], percent),
+    chart("Loss, nats per token", [line("training loss", 1, "noisy"), line("validation loss", 2, "dotted")], (value) => number(value, 3)),
+    chart("Exact answers", [line("exact answers", 3, "dotted")], percent),
     chart("Learning rate", [line("learning rate", 4)], (value) => (value ? value.toExponential(1) : "0")),
   );
 }
