@@ -29,6 +29,7 @@ from loratune.evaluation.page.writing import PAGE, write_page
 from loratune.evaluation.request import Contest, EvaluationRequest, Loading, encoders_of, inputs_of, plan
 from loratune.evaluation.result import RESULT, Evaluation, Leaks, write_evaluation
 from loratune.evaluation.rows_file import EvaluationRows, read_tests, unscored
+from loratune.evaluation.tasks.result import TASKS_RESULT
 from loratune.generation.batch.answer_file import AnswerFile, json_line, open_answers
 from loratune.generation.batch.flow import check_tools
 from loratune.generation.batch.report import REFUSED
@@ -37,7 +38,7 @@ from loratune.runs.opening import open_adapter
 from loratune.writing import disk_errors_explained, write_pieces
 
 RESULTS, ANSWERS = "results.jsonl", "answers.jsonl"
-OWN = (RESULT, RESULTS, "eval_tasks.json")
+OWN = (RESULT, RESULTS, TASKS_RESULT)
 """Files by which an output folder is recognised."""
 
 
@@ -74,11 +75,12 @@ def evaluate(request: EvaluationRequest) -> Evaluation:
         leaks = _leaks(contest, tests, encoders, file)
         evidence = Evidence(request, contest, tests, file, found, forms, leaks, judging, tuple(warnings))
         evaluation = evaluation_of(evidence, inputs)
+        samples = samples_of(evidence, evaluation)
         with disk_errors_explained(request.output):
             write_pieces(request.output / ANSWERS, map(json_line, whole_rows(work, file, found)))
-            write_page(request.output, evaluation, samples_of(evidence, evaluation))
+            write_page(request.output, evaluation, samples)
             if request.junit:
-                write_junit(request.output, evaluation, samples_of(evidence, evaluation))
+                write_junit(request.output, evaluation, samples)
             else:
                 _remove(request.output, JUNIT)
             write_evaluation(request.output, evaluation)
@@ -156,7 +158,7 @@ def _require_finite(request: EvaluationRequest, contest: Contest, tests: Evaluat
         LoratuneError: names the models.
     """
     problems = []
-    for name, side in zip(("tuned", "baseline"), contest.sides, strict=True):
+    for name, side in contest.named.items():
         rows = [file.read(row.number, side.loss) for row in tests.rows]
         losses = [one["loss"] for one in rows if one.get("tokens")]  # none where a row does not fit into the context
         if request.general:
@@ -210,7 +212,7 @@ def _leaks(
 ) -> dict[str, Leaks]:
     """Look for the test rows that could be asked among the training rows of each adapter."""
     leaks = {}
-    for name, side, source in zip(("tuned", "baseline"), contest.sides, contest.sources, strict=False):
+    for (name, side), source in zip(contest.named.items(), contest.sources, strict=False):
         rows = [row for row in tests.rows if file.read(row.number, side.answer)["finish"] != REFUSED]
         leaks[name] = find_leaks(source, rows, encoders[side.name])
     return leaks

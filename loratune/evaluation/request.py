@@ -72,6 +72,11 @@ class Contest:
     def sides(self) -> tuple[Side, Side]:
         return self.tuned, self.baseline
 
+    @property
+    def named(self) -> dict[str, Side]:
+        """The sides, by their names in the result."""
+        return {"tuned": self.tuned, "baseline": self.baseline}
+
 
 def plan(request: EvaluationRequest, sources: Sequence[AdapterSource]) -> Contest:
     """Decide how the two models are loaded."""
