@@ -25,6 +25,7 @@ from loratune.errors import Exit, LoratuneError
 from loratune.recipe.loading import load_recipe, load_sweep, shipped_sweeps
 from loratune.recipe.method_sections import LoraSettings
 from loratune.recipe.sweep_section import seconds_of
+from loratune.runs.typed_json import read_typed
 from loratune.sweep import start
 from loratune.sweep.comparison import QUANTILES, differ, noise_of, sentence_of, standings
 from loratune.sweep.definition import Sweep, open_sweep
@@ -32,9 +33,9 @@ from loratune.sweep.drawing import draw
 from loratune.sweep.plan import Failure, Outcome, Plan, Trial, Work, firsts, shares_of
 from loratune.sweep.pool import places
 from loratune.sweep.price import duration, measured
-from loratune.sweep.report import read_sweep_report, write_sweep_report
+from loratune.sweep.report import SWEEP_REPORT, SWEEP_VERSION, SweepReport, write_sweep_report
 from loratune.sweep.results import report_of
-from loratune.sweep.showing import rows_of, tell_result
+from loratune.sweep.showing import rows_of, tell_result, tell_start
 from loratune.sweep.space import Choices, Range, grid, space_of
 from loratune.sweep.study import JOURNAL, NAME, SweepStudy
 
@@ -80,6 +81,7 @@ def test_values_are_those_of_flags() -> None:
 def test_every_problem_is_told_at_once_and_nothing_is_written(cli: Cli, tmp_path: Path) -> None:
     over = (
         "lora.rank=0,8", "training.learning_rat=1e-4,2e-4", "model.base=a,b", "seed=1,2", "training.epochs=x,1",
+        "evaluation.questions_share=0,1", "tracking.every_steps=1,2", "model.sharding=none,fsdp",
         "training.warmup=0.2..0.1", "lora.alpha=16,16", "data.validation=0.1,0.2", "freeze.layers=last 1,last 2",
     )  # fmt: skip
     base = ("--model.base", "tiny-qwen", "--data.train", "data/identity.json", "--output", tmp_path / "sweep")
@@ -90,6 +92,9 @@ def test_every_problem_is_told_at_once_and_nothing_is_written(cli: Cli, tmp_path
         "did you mean training.learning_rate?",
         "--over model.base: cannot be swept: a loss per token says nothing across vocabularies",
         "--over seed: cannot be swept",
+        "--over evaluation.questions_share: cannot be swept: it is of what is told and kept of a run",
+        "--over tracking.every_steps: cannot be swept: it is of what is told and kept of a run",
+        "--over model.sharding: cannot be swept: a trial trains in one process",
         "training.epochs: must be a valid number; got 'x'",
         "the first end of a range must be the lower one",
         "has a value twice: 16",
@@ -138,7 +143,7 @@ def test_a_recipe_holds_a_sweep_that_flags_override_and_sft_does_not_read(tmp_pa
     )
     _, section = load_sweep(str(path), {}, {"over": {"lora.alpha": "1,2"}, "seeds": 5})
     assert section == {"over": {"lora.rank": [4, 8], "lora.alpha": "1,2"}, "seeds": 5}
-    with pytest.raises(LoratuneError, match="a recipe trains once; loratune sweep reads the section"):
+    with pytest.raises(LoratuneError, match="line 3: sweep: a recipe trains once; loratune sweep reads the section"):
         load_recipe(str(path), {})
 
 
@@ -460,7 +465,8 @@ def test_the_report_reads_back_and_the_page_holds_all_that_it_shows(tmp_path: Pa
     (tmp_path / "sweep").mkdir()
     write_sweep_report(tmp_path / "sweep", report)
     written = json.loads(json.dumps(report.values()))
-    assert json.loads(json.dumps(read_sweep_report(tmp_path / "sweep").values())) == written
+    read = read_typed(SweepReport, tmp_path / "sweep" / SWEEP_REPORT, SWEEP_VERSION)
+    assert json.loads(json.dumps(read.values())) == written
     assert [trial.state for trial in report.trials if trial.name in ("04-x", "05-x")] == ["diverged", "waiting"]
     draw(tmp_path, report)
     assert (tmp_path / "sweep.png").read_bytes().startswith(b"\x89PNG")
@@ -487,6 +493,15 @@ def test_every_kind_of_setting_is_drawn(tmp_path: Path, over: dict[str, str], ab
     trials = [Trial(one, f"{one:02d}-x", values, 9, outcomes={0: outcome(2.0 + one)}) for one, values in chosen]
     draw(tmp_path, report_of(sweep, trials))
     assert (tmp_path / "sweep.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(("ranks", "told"), [("8", "the trial again, with 2"), ("8,16", "the best two again, with 2")])
+def test_what_is_trained_again_is_told(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], ranks: str, told: str
+) -> None:
+    sweep = sweep_of(tmp_path, {"lora.rank": ranks})
+    tell_start(sweep, [], [9] * len(sweep.chosen), workers=1)
+    assert f"then {told} other seeds" in capsys.readouterr().err
 
 
 def test_a_line_for_each_result_fits_into_eighty_columns(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

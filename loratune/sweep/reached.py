@@ -12,7 +12,7 @@ from loratune.runs.checkpoint import checkpoint_steps, step_folder
 from loratune.runs.folder import ADAPTER, CHECKPOINTS, STATUS, read_metrics
 from loratune.runs.report import read_report
 from loratune.runs.status import read_status
-from loratune.safetensors_header import read_header
+from loratune.safetensors_header import count_values
 from loratune.sweep.plan import Outcome
 from loratune.training.steps import step_of
 
@@ -59,7 +59,6 @@ def adapter_size(run: Path) -> tuple[int, int] | None:
     if path is None:
         return None
     try:
-        _, header = read_header(path)
+        return count_values(path), path.stat().st_size
     except LoratuneError:
         return None
-    return sum(math.prod(entry["shape"]) for entry in header.values()), path.stat().st_size

@@ -1,4 +1,4 @@
-"""sweep.json: what a sweep has tried and found. It is typed, and read and written here alone."""
+"""sweep.json: what a sweep has tried and found. It is typed, and written here alone."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from loratune.runs.typed_json import read_typed
 from loratune.writing import PROGRAM, write_json
 
 SWEEP_REPORT, KIND = "sweep.json", "sweep"
@@ -104,12 +103,3 @@ class SweepReport:
 def write_sweep_report(folder: Path, report: SweepReport) -> None:
     """Replace a sweep's report."""
     write_json(folder / SWEEP_REPORT, report.values())
-
-
-def read_sweep_report(folder: Path) -> SweepReport:
-    """Return what a sweep's report says; keys that this version does not know are left out.
-
-    Raises:
-        LoratuneError: it is missing, damaged, or written by a later version of loratune.
-    """
-    return read_typed(SweepReport, folder / SWEEP_REPORT, SWEEP_VERSION)

@@ -29,7 +29,8 @@ def tell_start(sweep: Sweep, trials: Sequence[Trial], steps: Sequence[int], work
     rungs = [f"{size} to {_steps(share, steps)}" for size, share in zip(plan.sizes(), plan.shares, strict=True)]
     console.say(f"{counted(plan.count, 'trial')} ({sweep.sampler}): {', then '.join(rungs)}", style="bold")
     if plan.seeds > 1:
-        console.say(f"then the best two again, with {counted(plan.seeds - 1, 'other seed')}")
+        best = "the best two" if plan.sizes()[-1] > 1 else "the trial"
+        console.say(f"then {best} again, with {counted(plan.seeds - 1, 'other seed')}")
     tell_price(sweep, trials, workers)
 
 
