@@ -13,14 +13,7 @@ from loratune.engine.engine import load_engine
 from loratune.errors import Exit, LoratuneError, bullet_list
 from loratune.evaluation.answer_form import AnswerForm, FormReader
 from loratune.evaluation.evidence import Evidence, evaluation_of, samples_of
-from loratune.evaluation.general import (
-    ANSWER_TOKENS,
-    general,
-    load_instructions,
-    load_passages,
-    measure_passages,
-    passage_kind,
-)
+from loratune.evaluation.general import ANSWER_TOKENS, general, measure_passages, passage_kind
 from loratune.evaluation.judge import add_verdicts
 from loratune.evaluation.junit import JUNIT, write_junit
 from loratune.evaluation.leaks import find_leaks
@@ -34,6 +27,7 @@ from loratune.generation.batch.answer_file import AnswerFile, json_line, open_an
 from loratune.generation.batch.flow import check_tools
 from loratune.generation.batch.report import REFUSED
 from loratune.generation.batch.row_answers import Side, Work, answer_rows, whole_rows
+from loratune.generation.general_texts import load_instructions, load_passages
 from loratune.runs.opening import open_adapter
 from loratune.writing import disk_errors_explained, write_pieces
 
@@ -164,7 +158,7 @@ def _require_finite(request: EvaluationRequest, contest: Contest, tests: Evaluat
         if request.general:
             kind = passage_kind(side if side.use_adapter else contest.tuned)
             passages = [file.read(one.number, kind) for one in load_passages()]
-            losses += [one["loss" if side.use_adapter else "base_loss"] for one in passages]
+            losses += [one["loss" if side.use_adapter else "base_loss"] for one in passages if one["tokens"]]
         broken = sum(loss is None or not math.isfinite(loss) for loss in losses)
         if broken:
             problems.append(f"{name}: the losses of {broken:,} of {len(losses):,} texts are not finite numbers")

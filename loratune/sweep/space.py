@@ -27,12 +27,12 @@ DIGITS = 3
 """Significant digits of a sampled number."""
 _NUMBER = r"[-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?"
 _RANGE = re.compile(rf"({_NUMBER})\.\.({_NUMBER})")
-_OTHER_BASE = "a loss per token says nothing across vocabularies; sweep each base by itself, and compare the models"
+_OTHER_BASE = "a base is named by model.base alone, of which losses are compared per byte"
 NOT_SWEPT = {
     "seed": "the best two are trained with other seeds anyway: --seeds",
     "data.seed": "losses on other validation rows cannot be compared",
+    "checkpoints.best_by": "it says which trial is better",
     "data.validation": "losses on other validation rows cannot be compared",
-    "model.base": _OTHER_BASE,
     "model.hub": _OTHER_BASE,
     "model.revision": _OTHER_BASE,
 }
