@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from pathlib import Path
 from typing import Any
@@ -45,6 +46,11 @@ def read_header(path: Path) -> tuple[int, dict[str, Any]]:
     if size != begin + end:
         raise LoratuneError(f"{path}: {size} bytes where its header declares {begin + end}; fetch it again", Exit.MODEL)
     return begin, header
+
+
+def count_values(path: Path) -> int:
+    """Return the number of values in all tensors of a file; see `read_header`."""
+    return sum(math.prod(entry["shape"]) for entry in read_header(path)[1].values())
 
 
 def _text_and_size(path: Path) -> tuple[bytes, int]:

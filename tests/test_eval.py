@@ -18,8 +18,9 @@ from typer.testing import CliRunner, Result
 
 from loratune.cli.app import app
 from loratune.errors import Exit
-from loratune.evaluation.general import changes, is_refusal, language_of, load_instructions, load_passages
+from loratune.evaluation.general import changes, is_refusal, language_of
 from loratune.evaluation.result import Evaluation, read_evaluation
+from loratune.generation.general_texts import load_instructions, load_passages
 
 GENERAL_ROWS = json.loads((Path(__file__).resolve().parent.parent / "data" / "general.json").read_text("utf-8"))
 KNOWN, OTHERS = GENERAL_ROWS[:16], GENERAL_ROWS[16:]
@@ -58,7 +59,7 @@ def evaluated(reversing: Path, few_texts: Path, tmp_path_factory: pytest.TempPat
     tests = written(folder / "tests.json", KNOWN)
     line = ["eval", "--adapter", reversing, "--tests", tests, "--output", folder / "out", "--junit", "--json"]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("loratune.evaluation.general.ASSETS", few_texts)
+        patch.setattr("loratune.generation.general_texts.ASSETS", few_texts)
         return folder / "out", CliRunner().invoke(app, [*map(str, line), "--max-new-tokens", "16"])
 
 
@@ -101,7 +102,7 @@ def test_losses_and_divergences_are_those_of_plain_peft(
     from torch.nn import functional
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    monkeypatch.setattr("loratune.evaluation.general.ASSETS", few_texts)
+    monkeypatch.setattr("loratune.generation.general_texts.ASSETS", few_texts)
     tokenizer = AutoTokenizer.from_pretrained(TINY_QWEN)
     base = AutoModelForCausalLM.from_pretrained(TINY_QWEN, dtype=torch.float32)
     model = PeftModel.from_pretrained(base, reversing / "adapter")
@@ -153,6 +154,10 @@ def test_a_text_is_read_in_parts_and_by_a_model_that_decodes_one_by_one(
     for found in (parts, engine.divergence(text, "own")):
         assert vars(found) == pytest.approx(vars(whole), rel=1e-4)
     assert whole.tokens > 7
+    engine.context_tokens = whole.tokens + 1
+    assert engine.divergence(text, "own").tokens == whole.tokens
+    engine.context_tokens = whole.tokens  # the beginning of a text is not compared
+    assert engine.divergence(text, "own").tokens == 0
     assert whole.kl > 1e-3
     engine.close()
 
@@ -180,7 +185,7 @@ def test_results_are_kept_and_what_is_missing_is_added(
     reversing: Path, evaluated: tuple[Path, Result], tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     cli: Callable[..., Result], few_texts: Path,
 ) -> None:  # fmt: skip
-    monkeypatch.setattr("loratune.evaluation.general.ASSETS", few_texts)
+    monkeypatch.setattr("loratune.generation.general_texts.ASSETS", few_texts)
     output = shutil.copytree(evaluated[0], tmp_path / "out")
     before = read_evaluation(output)
     line = ("eval", "--adapter", reversing, "--tests", evaluated[0].parent / "tests.json", "--output", output)
@@ -281,7 +286,7 @@ def test_an_adapter_whose_numbers_overflow_is_no_result(
     cli: Callable[..., Result], short_run: Path, random_qwen: Path, few_texts: Path, tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
-    monkeypatch.setattr("loratune.evaluation.general.ASSETS", few_texts)
+    monkeypatch.setattr("loratune.generation.general_texts.ASSETS", few_texts)
     plain = shutil.copytree(short_run / "adapter", tmp_path / "plain")
     tensors = load_file(plain / "adapter_model.safetensors")
     save_file({name: torch.full_like(one, 1e15) for name, one in tensors.items()}, plain / "adapter_model.safetensors")

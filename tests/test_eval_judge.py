@@ -18,7 +18,27 @@ from loratune.evaluation.judge import choice_in, preference
 from loratune.evaluation.result import read_evaluation
 
 Reply = Callable[[str], Any]
-"""From a prompt to the text of a reply, or to a status."""
+"""From a prompt to the text of a reply, to a status, or to a choice of the API."""
+TOKENS_OF_REASONING = 300
+
+
+class Reasoning:
+    """A reply that reasons first, as a server cuts it and tells it."""
+
+    def __init__(self, answer: str, form: str) -> None:
+        thought = "A, I think at first. "
+        self.form, self.thought = form, thought * (TOKENS_OF_REASONING // len(thought.split()))
+        self.answer = answer
+
+    def choice(self, limit: int) -> dict[str, Any]:
+        words = self.thought.split(" ")
+        is_cut = len(words) > limit
+        thought, answer = " ".join(words[:limit]), "" if is_cut else self.answer
+        if self.form == "field":
+            message: dict[str, Any] = {"content": answer or None, "reasoning_content": thought}
+        else:  # templates that end in the opening tag leave it out
+            message = {"content": f"{self.form}{thought}" + ("" if is_cut else f"</think>\n\n{answer}")}
+        return {"message": message, "finish_reason": "length" if is_cut else "stop"}
 
 
 class Api:
@@ -36,8 +56,11 @@ class Api:
                 api.asked.append({"path": self.path, **body})
                 api.keys.append(self.headers.get("Authorization"))
                 said = api.reply(body["messages"][0]["content"])
-                text = json.dumps({"choices": [{"message": {"content": said}}]}) if isinstance(said, str) else "busy"
-                self.send_response(200 if isinstance(said, str) else said)
+                if isinstance(said, Reasoning):
+                    said = said.choice(body["max_tokens"])
+                choice = {"message": {"content": said}} if isinstance(said, str) else said
+                text = "busy" if isinstance(said, int) else json.dumps({"choices": [choice]})
+                self.send_response(said if isinstance(said, int) else 200)
                 self.send_header("Location", "/elsewhere")
                 self.end_headers()
                 self.wfile.write(text.encode())
@@ -158,6 +181,29 @@ def test_what_the_judge_does_not_answer_is_told_and_nothing_is_lost(
     found = read_evaluation(tmp_path / "out")
     assert found.judge
     assert found.judge.judged == 8
+
+
+@pytest.mark.parametrize("form", ["field", "<think>\n", ""])
+def test_a_judge_that_reasons_first_is_given_the_tokens_for_it(
+    evaluate: Callable[..., Result], api: Api, tmp_path: Path, form: str
+) -> None:
+    api.reply = lambda prompt: Reasoning("B" if min(answers(prompt)) == answers(prompt)[1] else "A is better", form)
+    evaluate()
+    found = read_evaluation(tmp_path / "out")
+    assert found.judge
+    assert (found.judge.judged, found.judge.undecided, found.judge.not_judged) == (8, 0, 0)
+    limits = [one["max_tokens"] for one in api.asked]
+    assert limits[::2] == [judge.ANSWER_TOKENS] * (len(limits) // 2)
+    assert all(limit > TOKENS_OF_REASONING for limit in limits[1::2])
+
+
+def test_a_judge_that_never_stops_reasoning_has_said_nothing(
+    evaluate: Callable[..., Result], api: Api, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(judge, "REASONING_TOKENS", TOKENS_OF_REASONING // 2)
+    api.reply = lambda prompt: Reasoning("A", "") if "river 3" in prompt else "TIE"
+    done = evaluate()
+    assert "1 row not judged: row 4: the judge does not come to an answer within 150 tokens" in done.stderr
 
 
 def test_a_judge_that_is_down_is_asked_about_few_rows_and_the_answers_are_kept(

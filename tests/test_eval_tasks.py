@@ -30,7 +30,7 @@ from loratune.errors import Exit, LoratuneError
 from loratune.evaluation.tasks import run
 from loratune.evaluation.tasks.harness_model import HarnessModel, sampling_of
 from loratune.evaluation.tasks.result import Metric, TasksResult, read_tasks
-from loratune.evaluation.tasks.run import TasksRequest, run_tasks
+from loratune.evaluation.tasks.run import TasksRequest, find_tasks
 from loratune.evaluation.tasks.scores import ADAPTER, BASE
 from loratune.evaluation.tasks.table import show_tasks
 
@@ -118,6 +118,10 @@ def folder(tmp_path: Path) -> Path:
 
 def request_of(folder: Path, adapter: Path, *tasks: str, **others: Any) -> TasksRequest:
     return TasksRequest(tasks, folder.parent / "results", adapter, folder=folder, **others)
+
+
+def run_tasks(request: TasksRequest) -> TasksResult:
+    return run.run_tasks(request, find_tasks(request))
 
 
 def metric_of(result: TasksResult, task: str, name: str) -> Metric:
@@ -477,7 +481,7 @@ def test_all_unknown_tasks_are_told_at_once(folder: Path, adapter: Path, monkeyp
 def test_without_the_harness_the_extra_is_named(folder: Path, adapter: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "lm_eval", None)
     with pytest.raises(LoratuneError, match=r'pip install "loratune\[eval\]"') as failure:
-        run.run_tasks(request_of(folder, adapter, "chosen"))
+        run_tasks(request_of(folder, adapter, "chosen"))
     assert failure.value.exit_code == Exit.USAGE
 
 
@@ -514,6 +518,7 @@ def test_flags_without_effect_and_tasks_that_cannot_be_loaded_are_refused_before
         ((*given, *tasks, "--junit"), "without --tests, --junit has no effect"),
         ((*given, "--tasks", " , "), "give --tests or --tasks"),
         ((*given, *tests, *tasks, "--against", adapter), "leave out --against"),
+        ((*given, *tests, "--no-general", "--max-changed", "0.3"), "with --no-general, --max-changed has no effect"),
     ):
         done = cli(*line)
         assert done.exit_code == Exit.USAGE

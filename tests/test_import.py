@@ -221,6 +221,9 @@ def test_the_dump_of_a_run_is_read_without_what_nobody_has_set() -> None:
     assert (flat["data.train"], flat["model.hub"]) == (["ms:org/rows:train#5"], "modelscope")
     assert (flat["training.batch_size"], flat["seed"], flat["data.seed"]) == (32, 7, 42)
     assert flat["lora.rank"] == 8
+    eva = imported(json.dumps(dump | {"init_weights": "eva"}), "args.json")
+    assert settings(eva)["lora.init"] == "eva"
+    assert any("(rho 1)" in entry.reason for entry in eva.sheet.changed)
     asked = imported(json.dumps(dump | {"adam_beta2": 0.9}), "args.json")
     assert "adam_beta2 is 0.999 here" in reasons(asked)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -21,6 +22,8 @@ from typer.testing import Result
 from loratune.errors import Exit, LoratuneError
 from loratune.model.adapter import starts
 from loratune.model.adapter.attach import attach_adapter
+from loratune.model.adapter.input_start import start_from_inputs
+from loratune.model.adapter.targets import attached_layers
 from loratune.recipe.advice import advise
 from loratune.recipe.method_sections import LoraSettings
 from loratune.recipe.sections import Recipe
@@ -112,6 +115,12 @@ def test_a_start_from_the_base_is_trained_as_peft_trains_it(
         pytest.param("olora", "qwen2", ["--model.quantization", "nf4"], marks=pytest.mark.slow),
         pytest.param("olora", "gpt2", [], marks=pytest.mark.slow),
         pytest.param("pissa", "qwen2", ["--lora.use_dora"], marks=pytest.mark.slow),
+        ("eva", "gpt2", []),
+        pytest.param("eva", "qwen2", ["--model.quantization", "int8"], marks=pytest.mark.slow),
+        pytest.param("eva", "qwen2", ["--lora.use_dora"], marks=pytest.mark.slow),
+        pytest.param("eva", "qwen2", ["--model.quantization", "nf4"], marks=pytest.mark.slow),
+        pytest.param("eva", "qwen2_moe", ["--lora.target_modules", "shared-experts"], marks=pytest.mark.slow),
+        pytest.param("eva", "qwen3_5_text", [], marks=pytest.mark.slow),  # with recurrent layers
     ],
 )
 def test_a_start_from_any_base_has_no_effect_before_the_first_step(
@@ -129,6 +138,96 @@ def test_a_start_from_any_base_has_no_effect_before_the_first_step(
         losses[name] = json.loads((tmp_path / name / "report.json").read_text())["validation_loss"]
     assert losses[init]["before"] == pytest.approx(losses["default"]["before"], rel=1e-6)
     assert losses[init]["after"] != losses[init]["before"]
+
+
+PADDED = torch.tensor([[5, 6, 7, 8, 2000, 3000, 41, 40], [9, 60, 70, 80, 2001, 14, 0, 0]])
+MASK = torch.tensor([[1] * 8, [1] * 6 + [0] * 2]).bool()
+LABELLED = torch.tensor([[0, 0, 1, 1, 1, 1, 1, 1], [0, 1, 1, 1, 1, 1, 0, 0]]).bool()
+
+
+def inputs_of(model: Any, name: str) -> torch.Tensor:
+    """What a layer of the base reads at the labelled positions, each row by itself, in float64."""
+    found: list[torch.Tensor] = []
+    hook = model.get_submodule(name).register_forward_pre_hook(lambda _, inputs: found.append(inputs[0][0]))
+    with torch.inference_mode():
+        for ids, mask in zip(PADDED, MASK, strict=True):
+            model(input_ids=ids[mask][None])
+    hook.remove()
+    return torch.cat([states[one[: len(states)]] for states, one in zip(found, LABELLED, strict=True)]).double()
+
+
+def off_directions(model: Any, base: Any) -> list[str]:
+    """The layers whose A is not what the singular vectors of their inputs are, up to signs."""
+    off = []
+    for name, layer in attached_layers(model):
+        inputs = inputs_of(base, name)
+        _, _, right = torch.linalg.svd(inputs - inputs.mean(0), full_matrices=False)
+        weight = layer.lora_A["default"].weight.detach().double()
+        assert not layer.lora_B["default"].weight.any()
+        # The inputs are float32, and the gaps between their singular values are not much smaller than these.
+        if not torch.allclose((weight * right[:RANK]).sum(1).abs(), torch.ones(RANK).double(), atol=1e-6):
+            off.append(name)
+    return off
+
+
+def test_eva_begins_with_the_singular_vectors_of_what_each_layer_reads(random_qwen: Path) -> None:
+    base, model = base_of(random_qwen), adapted(random_qwen)
+    assert len(off_directions(model, base)) == len(list(attached_layers(model))) == 14
+    start_from_inputs(model, PADDED, MASK, LABELLED)
+    assert off_directions(model, base) == []
+    torch.testing.assert_close(logits_of(model), logits_of(base), rtol=0, atol=0)
+    start_from_inputs(model, PADDED, MASK, MASK)  # of questions too
+    assert off_directions(model, base)
+
+
+def test_eva_is_what_peft_computes_of_the_same_rows(random_qwen: Path) -> None:
+    from peft import EvaConfig
+    from peft.tuners.lora.eva import get_eva_state_dict
+
+    model = adapted(random_qwen)
+    start_from_inputs(model, PADDED, MASK, LABELLED)
+    config = LoraConfig(r=RANK, target_modules="all-linear", init_lora_weights="eva", eva_config=EvaConfig(rho=1.0))
+    other = get_peft_model(base_of(random_qwen), config, low_cpu_mem_usage=True)
+    batch = {"input_ids": PADDED, "attention_mask": MASK.long(), "labels": PADDED.where(LABELLED, -100)}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        known = get_eva_state_dict(other, [batch, batch], show_progress_bar=False)  # it stops when nothing changes
+    for name, layer in attached_layers(model):
+        expected = next(values for key, values in known.items() if key.endswith(name))
+        alike = (layer.lora_A["default"].weight * expected).sum(1).abs().float()
+        torch.testing.assert_close(alike, torch.ones(RANK), rtol=0, atol=1e-4)
+
+
+def test_directions_that_rows_do_not_have_are_refused_by_name(random_qwen: Path) -> None:
+    model = adapted(random_qwen, rank=12)
+    with pytest.raises(LoratuneError, match="the inputs at 11 answer tokens have too few directions") as caught:
+        start_from_inputs(model, PADDED, MASK, LABELLED)
+    assert "model.layers.0.self_attn.q_proj: 10 directions, and its rank is 12" in str(caught.value)
+    assert "and 9 more" in str(caught.value)
+    model = adapted(random_qwen, target_modules=["q_proj"])
+    model.config.num_hidden_layers = 1
+    with pytest.raises(LoratuneError, match=r"layers\.1\.self_attn\.q_proj: it does not read every token") as caught:
+        start_from_inputs(model, PADDED, MASK, LABELLED)
+    assert "layers.0" not in str(caught.value)
+    assert caught.value.exit_code == Exit.USAGE
+
+
+def test_a_run_with_eva_begins_with_the_first_rows_and_leaves_plain_lora(
+    sft: Callable[..., Path], random_qwen: Path
+) -> None:
+    flags = ("--lora.rank", RANK, "--training.batch_size", 4, "--training.learning_rate", "1e-9")
+    weights = {}
+    for name, more in {"default": [], "eva": ["--lora.init", "eva"], "again": ["--lora.init", "eva"]}.items():
+        run = sft(name, *flags, *more)
+        weights[name] = load_file(run / "adapter" / "adapter_model.safetensors")
+        config = json.loads((run / "adapter" / "adapter_config.json").read_text())
+        assert (config["r"], config["init_lora_weights"]) == (RANK, True)
+        assert by_peft(random_qwen, run / "adapter").isfinite().all()
+    for name, tensor in weights["eva"].items():
+        assert torch.equal(tensor, weights["again"][name])
+        if "lora_A" in name:
+            assert not torch.allclose(tensor, weights["default"][name], atol=1e-2)
+            torch.testing.assert_close(tensor @ tensor.T, torch.eye(RANK), rtol=0, atol=1e-5)
 
 
 def test_a_rank_above_that_of_the_base_is_refused_with_the_modules(random_qwen: Path) -> None:

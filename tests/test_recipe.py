@@ -187,6 +187,7 @@ def test_a_warmup_from_one_up_counts_whole_steps(recipe_file: Any) -> None:
         ("model: {base: x, quantization: nf4}\nlora: {modules_to_save: lm_head}", "lora.modules_to_save"),
         ("lora: {init: olora}\ntraining: {weight_decay: 0.1}", "which training.weight_decay would shrink"),
         ("lora: {init: pissa, target_modules: experts}", "not available for experts"),
+        ("lora: {init: eva, target_modules: experts}", "not available for experts"),
     ],
 )
 def test_settings_that_exclude_each_other_are_refused(recipe_file: Any, text: str, told: str) -> None:
@@ -553,6 +554,7 @@ def recipes(draw: st.DrawFn) -> Recipe:
         values["lora"]["modules_to_save"] = []
     if values["lora"]["init"] in ("pissa", "olora"):
         values["training"]["weight_decay"] = 0.0
+    if values["lora"]["init"] in ("pissa", "olora", "eva"):
         values["lora"]["target_modules"] = "all-linear"
     if "near_duplicates" in values["data"]["remove"]:
         values["data"]["near_duplicates"] = 0.8

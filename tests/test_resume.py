@@ -46,6 +46,7 @@ VARIANTS = {
     "checkpointing": ["--training.gradient_checkpointing", "--lora.dropout", "0.1"],
     "8-bit optimizer": ["--training.optimizer", "adamw_8bit"],
     "start from the base": ["--lora.init", "pissa", "--lora.b_learning_rate_ratio", "4"],
+    "start from the first rows": ["--lora.init", "eva", "--lora.rank", "4"],
     "all weights": ["--method", "full", "--model.dtype", "bfloat16", "--lora.dropout", "0"],
     "some weights": [
         "--method",

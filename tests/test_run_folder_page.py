@@ -100,7 +100,7 @@ def written(short_run: Path, few_texts: Path, tmp_path_factory: pytest.TempPathF
     (folder / "tasks" / "all.yaml").write_text(GROUP)
     tasks = ("--tasks", "all", "--tasks-folder", folder / "tasks", "--limit", 2)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("loratune.evaluation.general.ASSETS", few_texts)
+        patch.setattr("loratune.generation.general_texts.ASSETS", few_texts)
         loratune("eval", "--adapter", short_run, *tests, *tasks)
     return folder
 

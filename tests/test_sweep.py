@@ -25,18 +25,20 @@ from loratune.errors import Exit, LoratuneError
 from loratune.recipe.loading import load_recipe, load_sweep, shipped_sweeps
 from loratune.recipe.method_sections import LoraSettings
 from loratune.recipe.sweep_section import seconds_of
+from loratune.runs.typed_json import read_typed
 from loratune.sweep import start
-from loratune.sweep.comparison import QUANTILES, differ, noise_of, sentence_of, standings
+from loratune.sweep.comparison import QUANTILES, Findings, differ, noise_of, standings
 from loratune.sweep.definition import Sweep, open_sweep
 from loratune.sweep.drawing import draw
-from loratune.sweep.plan import Failure, Outcome, Plan, Trial, Work, firsts, shares_of
+from loratune.sweep.plan import Failure, Outcome, Plan, Trial, Work, firsts, ranked, shares_of
 from loratune.sweep.pool import places
 from loratune.sweep.price import duration, measured
-from loratune.sweep.report import read_sweep_report, write_sweep_report
+from loratune.sweep.report import SWEEP_REPORT, SWEEP_VERSION, SweepReport, write_sweep_report
 from loratune.sweep.results import report_of
-from loratune.sweep.showing import rows_of, tell_result
+from loratune.sweep.showing import rows_of, show_sweep, tell_result, tell_start
 from loratune.sweep.space import Choices, Range, grid, space_of
 from loratune.sweep.study import JOURNAL, NAME, SweepStudy
+from loratune.training.checkpoints.best import Validation, best_of
 
 Cli = Callable[..., Result]
 SPACE = {"training.learning_rate": Choices((1e-4, 2e-4, 4e-4)), "lora.rank": Choices((8, 32))}
@@ -79,8 +81,10 @@ def test_values_are_those_of_flags() -> None:
 
 def test_every_problem_is_told_at_once_and_nothing_is_written(cli: Cli, tmp_path: Path) -> None:
     over = (
-        "lora.rank=0,8", "training.learning_rat=1e-4,2e-4", "model.base=a,b", "seed=1,2", "training.epochs=x,1",
+        "lora.rank=0,8", "training.learning_rat=1e-4,2e-4", "model.revision=a,b", "seed=1,2", "training.epochs=x,1",
+        "evaluation.questions_share=0,1", "tracking.every_steps=1,2", "model.sharding=none,fsdp",
         "training.warmup=0.2..0.1", "lora.alpha=16,16", "data.validation=0.1,0.2", "freeze.layers=last 1,last 2",
+        "checkpoints.best_by=loss,exact",
     )  # fmt: skip
     base = ("--model.base", "tiny-qwen", "--data.train", "data/identity.json", "--output", tmp_path / "sweep")
     done = cli("sweep", *base, *(word for one in over for word in ("--over", one)), "--seeds", "0", "--budget", "2x")
@@ -88,8 +92,12 @@ def test_every_problem_is_told_at_once_and_nothing_is_written(cli: Cli, tmp_path
     for told in (
         "lora.rank: must be greater than or equal to 1; got 0",
         "did you mean training.learning_rate?",
-        "--over model.base: cannot be swept: a loss per token says nothing across vocabularies",
+        "--over model.revision: cannot be swept: a base is named by model.base alone",
+        "--over checkpoints.best_by: cannot be swept: it says which trial is better",
         "--over seed: cannot be swept",
+        "--over evaluation.questions_share: cannot be swept: it is of what is told and kept of a run",
+        "--over tracking.every_steps: cannot be swept: it is of what is told and kept of a run",
+        "--over model.sharding: cannot be swept: a trial trains in one process",
         "training.epochs: must be a valid number; got 'x'",
         "the first end of a range must be the lower one",
         "has a value twice: 16",
@@ -138,7 +146,7 @@ def test_a_recipe_holds_a_sweep_that_flags_override_and_sft_does_not_read(tmp_pa
     )
     _, section = load_sweep(str(path), {}, {"over": {"lora.alpha": "1,2"}, "seeds": 5})
     assert section == {"over": {"lora.rank": [4, 8], "lora.alpha": "1,2"}, "seeds": 5}
-    with pytest.raises(LoratuneError, match="a recipe trains once; loratune sweep reads the section"):
+    with pytest.raises(LoratuneError, match="line 3: sweep: a recipe trains once; loratune sweep reads the section"):
         load_recipe(str(path), {})
 
 
@@ -383,21 +391,100 @@ def test_noise_is_the_pooled_deviation_and_decides_as_student_s_test_does() -> N
 
 def test_the_sentence_says_whether_the_best_differ_more_than_seeds() -> None:
     apart = repeated([2.0, 2.001, 1.999], [2.1, 2.101, 2.099], 2.0005)
-    told = sentence_of(apart, 0, SPACE)
+    told = Findings(apart, 0, SPACE).sentence()
     assert told.startswith("learning_rate 0.0001, rank 8 is best (2.0000 ± 0.0010 over 3 seeds); ")
     assert "rank 32 is 5.0% worse, more than seeds differ" in told
     assert "learning_rate 0.0002 is within seed noise" in told
-    near = sentence_of(repeated([2.0, 2.1, 1.9], [2.02, 2.1, 1.98]), 0, SPACE)
+    near = Findings(repeated([2.0, 2.1, 1.9], [2.02, 2.1, 1.98]), 0, SPACE).sentence()
     assert "rank 32 is within seed noise" in near
     single = [trial for trial in apart if trial.repeats is None]
-    assert "how much seeds differ is not known" in sentence_of(single, 0, SPACE)
-    assert sentence_of([], 0, SPACE) == "no trial has been trained to its end"
+    assert "how much seeds differ is not known" in Findings(single, 0, SPACE).sentence()
+    assert Findings([], 0, SPACE).sentence() == "no trial has been trained to its end"
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    figures=st.lists(
+        st.tuples(st.floats(0.1, 3).map(lambda one: round(one, 1)), st.sampled_from([None, 0.0, 0.4, 0.5, 0.9, 1.0])),
+        min_size=1,
+        max_size=8,
+    ),
+    best_by=st.sampled_from(["auto", "loss", "exact"]),
+)
+def test_the_best_trial_is_the_one_that_sft_would_keep_of_such_validations(figures: list[Any], best_by: Any) -> None:
+    trials = [
+        Trial(number, str(number), {}, 90, outcomes={0: outcome(loss, exact=exact)})
+        for number, (loss, exact) in enumerate(figures)
+    ]
+    kept = best_of([Validation(number + 1, *figure) for number, figure in enumerate(figures)], best_by)
+    assert kept
+    assert ranked(trials, 0, best_by)[0].number == kept.step - 1
+    assert standings(trials, 0, best_by)[0].name == str(kept.step - 1)
+
+
+def answered(*figures: tuple[float, float]) -> list[Trial]:
+    """Trials with a loss and a share of exact answers; the first two settings with two seeds."""
+    trials = repeated([0.0, 0.0], [0.0, 0.0], *[0.0] * (len(figures) - 4))
+    order = [0, 1, *range(4, len(figures)), 2, 3]
+    return [
+        replace(trial, outcomes={0: outcome(figures[place][0], 90, exact=figures[place][1])})
+        for trial, place in zip(trials, order, strict=True)
+    ]
+
+
+def test_exact_answers_decide_where_rows_ask_for_them_and_are_told(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sweep, _ = finished_sweep(tmp_path)
+    trials = answered((0.30, 0.90), (0.20, 0.70), (0.32, 0.92), (0.22, 0.72), (0.10, 0.80))
+    report = report_of(sweep, trials)
+    assert report.ranked_by == "exact"
+    assert report.best
+    assert (report.best.name, report.best.exact) == ("00-x", pytest.approx(0.91))
+    assert report.noise
+    assert (report.noise.of, report.noise.deviation) == ("exact", pytest.approx(0.02 / math.sqrt(2)))
+    assert report.sentence
+    assert report.sentence.startswith(
+        "learning_rate 0.0001, rank 8 is best (91.0% ± 1.4% of the answers exact, loss 0.3100 ± 0.0141 over 2 seeds); "
+        "rank 32 is 20.0 points of exact answers worse, more than seeds differ"
+    )
+    head, *rows = rows_of(report)
+    assert [row[head.index("exact")] for row in rows] == ["91.0%", "71.0%", "80.0%"]
+    by_loss = replace(sweep, plan=replace(sweep.plan, best_by="loss"))
+    report = report_of(by_loss, trials)
+    assert report.best
+    assert (report.ranked_by, report.best.name) == ("loss", "01-x")
+    assert "exact" not in rows_of(report)[0]
+    for share in (0.9, 0.1):
+        tell_result(sweep, replace(trials[0], outcomes={0: outcome(0.3, exact=share)}), trials, workers=1)
+    assert ["90%" in line for line in capsys.readouterr().err.splitlines()] == [True, False]
+
+
+def test_what_was_forgotten_most_is_in_the_table_which_fits_into_eighty_columns(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sweep, _ = finished_sweep(tmp_path)
+    trials = answered((0.30, 0.90), (0.20, 0.70), (0.32, 0.92), (0.22, 0.72), (0.10, 0.80))
+    rises = [{"en": 0.1, "zh": 0.3}, {"en": -0.2, "zh": -0.3}, None, {"en": 0.5, "zh": 0.2}, None]
+    for number, rise in enumerate(rises):
+        about = replace(trials[number].outcomes[0], forgetting=rise, peak_memory_bytes=7 * 10**8)
+        trials[number] = replace(trials[number], outcomes={0: about})
+    report = report_of(sweep, trials)
+    head, *rows = rows_of(report)
+    assert {row[0]: row[head.index("forgot")] for row in rows} == {"00": "+0.400", "01": "-0.200", "02": ""}
+    show_sweep(report)
+    told = capsys.readouterr().err
+    tables, _, _ = told.partition("learning_rate 0.0001, rank 8 is best")
+    assert all(len(line) <= 80 for line in tables.splitlines())
+    assert tables.count("no.") == 2, "one table would be wider"
+    assert "…" not in told
+    assert {"forgot", "memory", "+0.400", "700 MB"} <= set(re.split(r"\s{2,}|\n", told))
 
 
 def test_a_trial_that_was_lucky_once_is_not_the_best(tmp_path: Path) -> None:
     trials = repeated([2.0, 2.4, 2.4], [2.1, 2.1, 2.1], 2.2)
     assert [one.name for one in standings(trials, 0)] == ["01-x", "00-x", "02-x"]
-    told = sentence_of(trials, 0, SPACE)
+    told = Findings(trials, 0, SPACE).sentence()
     assert "rank 32 over 8 is worth 7.9%" in told, "means over the seeds, (6.8 / 3 - 2.1) / 2.1"
     assert "learning_rate 0.0002 with rank 8" in told, "what belongs together is not divided by commas"
     sweep, _ = finished_sweep(tmp_path)
@@ -460,7 +547,8 @@ def test_the_report_reads_back_and_the_page_holds_all_that_it_shows(tmp_path: Pa
     (tmp_path / "sweep").mkdir()
     write_sweep_report(tmp_path / "sweep", report)
     written = json.loads(json.dumps(report.values()))
-    assert json.loads(json.dumps(read_sweep_report(tmp_path / "sweep").values())) == written
+    read = read_typed(SweepReport, tmp_path / "sweep" / SWEEP_REPORT, SWEEP_VERSION)
+    assert json.loads(json.dumps(read.values())) == written
     assert [trial.state for trial in report.trials if trial.name in ("04-x", "05-x")] == ["diverged", "waiting"]
     draw(tmp_path, report)
     assert (tmp_path / "sweep.png").read_bytes().startswith(b"\x89PNG")
@@ -487,6 +575,15 @@ def test_every_kind_of_setting_is_drawn(tmp_path: Path, over: dict[str, str], ab
     trials = [Trial(one, f"{one:02d}-x", values, 9, outcomes={0: outcome(2.0 + one)}) for one, values in chosen]
     draw(tmp_path, report_of(sweep, trials))
     assert (tmp_path / "sweep.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(("ranks", "told"), [("8", "the trial again, with 2"), ("8,16", "the best two again, with 2")])
+def test_what_is_trained_again_is_told(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], ranks: str, told: str
+) -> None:
+    sweep = sweep_of(tmp_path, {"lora.rank": ranks})
+    tell_start(sweep, [], [9] * len(sweep.chosen), workers=1)
+    assert f"then {told} other seeds" in capsys.readouterr().err
 
 
 def test_a_line_for_each_result_fits_into_eighty_columns(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

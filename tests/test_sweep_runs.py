@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import random
 import re
 import shutil
 import signal
+import statistics
 import time
 from collections.abc import Callable
 from fnmatch import fnmatchcase
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +26,7 @@ from test_run_folder_page import tables
 from typer.testing import Result
 
 from loratune.errors import Exit
+from loratune.generation.general_texts import load_passages
 from loratune.recipe.loading import load_recipe
 from loratune.sweep.study import JOURNAL, NAME
 
@@ -36,6 +40,8 @@ loratune.sweep.pool.context = lambda: multiprocessing.get_context("fork")
 from loratune.cli.app import main
 main()
 """
+ROUNDING = 5e-7
+"""Of losses of 7 nats a token in float32, of which a rise is the difference."""
 OVER = ("--over", "training.learning_rate=1e-3,1e-2", "--over", "lora.rank=2,4")
 
 
@@ -63,7 +69,8 @@ def read(path: Path) -> dict[str, Any]:
 def table(sweep: Path) -> list[Any]:
     """All that a sweep has found, without what depends on time."""
     report = read(sweep / "sweep.json")
-    kept = ("name", "settings", "state", "seed", "loss", "losses", "step", "trained_parameters", "message")
+    kept = ("name", "settings", "state", "seed", "loss", "losses", "exact", "forgetting", "step", "message")
+    kept += ("trained_parameters",)
     return [report["sentence"], report["noise"], [[trial[name] for name in kept] for trial in report["trials"]]]
 
 
@@ -91,6 +98,32 @@ def assert_told_by_hand(folder: Path) -> None:
     assert report["best"]["loss"] == min(ends.values())
 
 
+def rises(run: Path, base: Path) -> dict[str, list[tuple[float, int, int]]]:
+    """Language → for each passage the rise of its loss in nats, its tokens and its bytes, by plain PEFT."""
+    import torch
+    from peft import PeftModel
+    from torch.nn import functional
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), run / "adapter")
+    found: dict[str, list[tuple[float, int, int]]] = {}
+    for passage in load_passages():
+        ids = torch.tensor([tokenizer(passage.text).input_ids])
+
+        def loss(ids: Any = ids) -> float:
+            with torch.no_grad():
+                return float(functional.cross_entropy(model(ids).logits[0, :-1].double(), ids[0, 1:], reduction="sum"))
+
+        if ids.shape[1] > model.config.max_position_embeddings:
+            continue
+        tuned = loss()
+        with model.disable_adapter():
+            rise = tuned - loss()
+        found.setdefault(passage.language, []).append((rise, ids.shape[1] - 1, len(passage.text.encode())))
+    return found
+
+
 def test_a_sweep_is_what_its_run_folders_say(start: Start, cli: Cli, base: list[str], tmp_path: Path) -> None:
     folder = tmp_path / "sweep"
     done = start("sweep", *base, *OVER, "--seeds", "1", "--output", folder, "--json", code=FORKED)
@@ -98,6 +131,15 @@ def test_a_sweep_is_what_its_run_folders_say(start: Start, cli: Cli, base: list[
     report = read(folder / "sweep.json")
     assert json.loads(done.stdout) == report
     assert_told_by_hand(folder)
+    measured = {trial["name"]: trial["forgetting"] for trial in report["trials"]}
+    assert {name for name, rise in measured.items() if rise} == {
+        trial["name"] for trial in report["trials"] if trial["state"] == "finished"
+    }
+    best = report["best"]["name"]
+    for language, passages in rises(folder / "trials" / best, Path(base[1])).items():
+        assert measured[best][language] == pytest.approx(
+            statistics.fmean(rise / tokens for rise, tokens, _ in passages), rel=1e-3, abs=ROUNDING
+        )
 
     study = optuna.load_study(study_name=NAME, storage=JournalStorage(JournalFileBackend(str(folder / JOURNAL))))
     assert study.best_value == report["best"]["loss"]
@@ -174,6 +216,75 @@ def test_a_sweep_that_is_killed_at_random_ends_with_the_same_table(
         weights = "checkpoints/step-000003/adapter_model.safetensors"
         path = "adapter/adapter_model.safetensors" if (run / "adapter").is_dir() else weights
         assert (mine / path).read_bytes() == (run / path).read_bytes(), run.name
+
+
+@pytest.mark.slow
+def test_a_sweep_that_is_killed_while_it_measures_what_was_forgotten_measures_it_later(
+    start: Start, base: list[str], tmp_path: Path
+) -> None:
+    folder, whole = tmp_path / "sweep", tmp_path / "whole"
+    command = ("sweep", *base, *OVER, "--seeds", "1", "--output")
+    assert start(*command, whole, code=FORKED).exit_code() == 0
+    shutil.copytree(whole, folder)
+    lines = (folder / JOURNAL).read_text().splitlines(keepends=True)
+    first_end = next(number for number, line in enumerate(lines) if '"rung 1"' in line)
+    (folder / JOURNAL).write_text("".join(lines[: first_end - 2]))  # as if killed before the first whole run was told
+    assert start("sweep", "--output", folder, "--resume", code=FORKED).exit_code() == 0
+    assert table(folder) == table(whole)
+    logs = [path.read_text() for path in (folder / "logs").iterdir()]
+    assert sum("is complete: step 9 of 9" in log for log in logs) == 2, "nothing is trained twice"
+
+
+@pytest.mark.slow
+def test_bases_with_other_tokenizers_are_compared_by_bits_per_byte(
+    start: Start, base: list[str], tmp_path: Path
+) -> None:
+    """Of two bases with the same weights, the one whose tokenizer has fewer merges writes the rows in more tokens."""
+    from transformers import AutoTokenizer
+
+    plain, other, folder = Path(base[1]), tmp_path / "other", tmp_path / "sweep"
+    shutil.copytree(plain, other)
+    tokenizer = read(other / "tokenizer.json")
+    tokenizer["model"]["merges"] = tokenizer["model"]["merges"][:20]
+    (other / "tokenizer.json").write_text(json.dumps(tokenizer))
+    (tmp_path / "held_out.json").write_text(json.dumps(ROWS[:4]))
+    rows = [str(tmp_path / "held_out.json") if word == "0.2" else word for word in base]
+    line = ["sweep", *rows, "--training.learning_rate", "1e-2", "--over", f"model.base={plain},{other}"]
+    done = start(*line, "--seeds", "1", "--output", folder, code=FORKED)
+    assert done.exit_code() == 0, done.stderr
+    report = read(folder / "sweep.json")
+    assert report["unit"] == "bits per byte"
+    assert "bits per byte" in report["sentence"]
+    size = sum(len(row["output"].encode()) for row in ROWS[:4])
+    counts = set()
+    for trial in report["trials"]:
+        at = Path(trial["settings"]["model.base"])
+        spoken = AutoTokenizer.from_pretrained(at)
+        tokens = sum(len(spoken(row["output"]).input_ids) + 1 for row in ROWS[:4])  # with the end token
+        nats = read(folder / "trials" / trial["name"] / "report.json")["validation_loss"]["after"]
+        assert trial["loss"] == pytest.approx(nats * tokens / (size * math.log(2)))
+        for language, passages in rises(folder / "trials" / trial["name"], at).items():
+            by_hand = statistics.fmean(rise / (bytes_ * math.log(2)) for rise, _, bytes_ in passages)
+            assert trial["forgetting"][language] == pytest.approx(by_hand, rel=1e-3, abs=ROUNDING)
+        counts.add(tokens)
+    assert max(counts) > 1.1 * min(counts)
+    assert load_recipe(str(folder / "best.yaml"), {}).model.base == report["best"]["settings"]["model.base"]
+
+
+def test_a_run_is_finished_also_if_what_it_has_forgotten_cannot_be_measured(
+    short_run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from loratune.sweep import work
+
+    def fail(_: Path) -> None:
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(work, "train", lambda *_, **__: None)
+    monkeypatch.setattr(work, "measure_forgetting", fail)
+    recipe = load_recipe(str(short_run / "recipe.yaml"), {"output": str(short_run)})
+    trained = work.train_share(recipe, Fraction(1))
+    assert (trained.forgetting, trained.peak_memory_bytes) == (None, None), "it was complete before"
+    assert "the measurement of what was forgotten failed" in capsys.readouterr().err
 
 
 @pytest.mark.slow

@@ -17,6 +17,7 @@ from loratune.evaluation.bounds import Bounds
 
 if TYPE_CHECKING:
     from loratune.evaluation.request import EvaluationRequest
+    from loratune.evaluation.tasks.run import TasksRequest
 
 Flags: TypeAlias = dict[str, object]
 DETAILS = """\
@@ -34,7 +35,7 @@ come from the hub, or from files that they name.
 
 The exit code is 7 if the adapter is worse: in the deciding measure, by more than chance; in the form of its answers; or
 if it has forgotten more than the bounds allow. Rerunning the same command resumes; other asserts, bounds or a judge
-need no new answers."""
+need no new answers. Tasks are asked anew."""
 
 Tuned = Annotated[str | None, typer.Option("--adapter", "-a", metavar="folder", help=ADAPTER_HELP)]
 Tests = Annotated[
@@ -124,14 +125,15 @@ def command(
     from loratune.evaluation.judge import open_judge
     from loratune.evaluation.measures import MEASURES
     from loratune.evaluation.request import EvaluationRequest
+    from loratune.evaluation.tasks.run import TasksRequest
 
     if decide_by is not None and decide_by not in MEASURES:
         raise LoratuneError(f"--decide-by {decide_by}: there are {', '.join(MEASURES)}", Exit.USAGE)
-    tuned = adapter_folder(adapter)
+    tuned, folder = adapter_folder(adapter), Path(str(output))
     assert tuned is not None
-    request = EvaluationRequest(
-        tests=str(tests),
-        output=Path(str(output)),
+    rows = EvaluationRequest(
+        tests=tests,
+        output=folder,
         adapter=tuned,
         against=adapter_folder(against),
         model=base_model,
@@ -143,8 +145,9 @@ def command(
         junit=junit,
         overwrite=overwrite,
         force=force,
-    )
-    _run(request, bool(tests), (names, tasks_folder, limit, not tasks_plain), json)
+    ) if tests else None  # fmt: skip
+    benchmarks = TasksRequest(names, folder, tuned, base_model, tasks_folder, limit, not tasks_plain, sampling, force)
+    _run(rows, benchmarks if names else None, json)
 
 
 def _check(given: Flags, of_rows: Flags, of_tasks: Flags, tests: str | None, names: Sequence[str]) -> None:
@@ -156,32 +159,27 @@ def _check(given: Flags, of_rows: Flags, of_tasks: Flags, tests: str | None, nam
     for flag, value, others in (("--tests", tests, of_rows), ("--tasks", names, of_tasks)):
         if not value and (needless := [name for name, given in others.items() if given]):
             raise LoratuneError(f"without {flag}, {', '.join(needless)} has no effect", Exit.USAGE)
+    bounds = [name for name in ("--max-forgetting", "--max-changed") if of_rows[name]]
+    if of_rows["--no-general"] and bounds:
+        raise LoratuneError(f"with --no-general, {', '.join(bounds)} has no effect", Exit.USAGE)
     if names and of_rows["--against"]:
         raise LoratuneError("--tasks compares an adapter with its base; leave out --against", Exit.USAGE)
 
 
-def _run(
-    request: EvaluationRequest,
-    has_rows: bool,
-    tasks: tuple[tuple[str, ...], Path | None, int | None, bool],
-    as_json: bool,
-) -> None:
+def _run(rows: EvaluationRequest | None, benchmarks: TasksRequest | None, as_json: bool) -> None:
     """Compare the models on the rows, on the tasks, or on both; what is wrong with tasks is told before the rows."""
     from loratune.evaluation.flow import evaluate
     from loratune.evaluation.table import show_evaluation
-    from loratune.evaluation.tasks.run import TasksRequest, find_tasks, run_tasks
+    from loratune.evaluation.tasks.run import find_tasks, run_tasks
     from loratune.evaluation.tasks.table import show_tasks
 
-    names, folder, limit, uses_template = tasks
-    place = (names, request.output, request.adapter, request.model)
-    asked = TasksRequest(*place, folder, limit, uses_template, request.sampling, request.force)
-    found, told, is_worse = find_tasks(asked) if names else None, dict[str, Any](), False
-    if has_rows:
-        evaluation = evaluate(request)
-        show_evaluation(evaluation, request.output)
+    found, told, is_worse = find_tasks(benchmarks) if benchmarks else None, dict[str, Any](), False
+    if rows:
+        evaluation = evaluate(rows)
+        show_evaluation(evaluation, rows.output)
         told, is_worse = evaluation.summary(), evaluation.is_worse
-    if found:
-        result = run_tasks(asked, found)
+    if benchmarks and found:
+        result = run_tasks(benchmarks, found)
         show_tasks(result)
         told |= {"benchmarks": result.values()}
     if as_json:

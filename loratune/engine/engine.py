@@ -169,10 +169,11 @@ class Engine:
         return -self.likelihood(question, prompt, wanted)[0], len(wanted)
 
     def divergence(self, text: str, adapter: str) -> Divergence:
-        """Compare an adapter with its base on a text without a template; what exceeds the context is left out."""
-        question = GenerationRequest(text, adapter=adapter)
-        ids = self.prompt_ids(question)[: self.context_tokens]
-        name = self._voice(question).answering(True, ids, self.decoder.vocabulary)
+        """Compare an adapter with its base on a text without a template; on none of one that exceeds the context."""
+        ids = self.prompt_ids(GenerationRequest(text, adapter=adapter))
+        if len(ids) > self.context_tokens:  # a model with a longer context would read more of it
+            return Divergence(0, 0.0, 0.0, 0.0)
+        name = self.voices[adapter].answering(True, ids, self.decoder.vocabulary)
         with self._model_lock:
             found: Divergence = self.decoder.divergence(ids, name)
             return found

@@ -104,7 +104,7 @@ def evaluation_of(evidence: Evidence, inputs: About) -> Evaluation:
         measures=measures,
         form={
             called: summed(evidence.forms[side.name, row.number] for row in tests.rows)
-            for called, side in zip(("tuned", "baseline"), contest.sides, strict=True)
+            for called, side in contest.named.items()
         },
         general_text=texts,
         general_answers=answers,
@@ -172,7 +172,7 @@ def _nothing_decides(request: EvaluationRequest, judging: Judging | None) -> str
 def _about_unasked(evidence: Evidence) -> list[str]:
     """Tell which rows a model could not be asked, and count as answered wrongly."""
     told = []
-    for name, side in zip(("tuned", "baseline"), evidence.contest.sides, strict=True):
+    for name, side in evidence.contest.named.items():
         answers = {row.number: evidence.file.read(row.number, side.answer) for row in evidence.tests.rows}
         missing = [number for number, answer in answers.items() if answer["finish"] in (TOO_LONG, REFUSED)]
         if missing:

@@ -13,14 +13,7 @@ from loratune.engine.engine import load_engine
 from loratune.errors import Exit, LoratuneError, bullet_list
 from loratune.evaluation.answer_form import AnswerForm, FormReader
 from loratune.evaluation.evidence import Evidence, evaluation_of, samples_of
-from loratune.evaluation.general import (
-    ANSWER_TOKENS,
-    general,
-    load_instructions,
-    load_passages,
-    measure_passages,
-    passage_kind,
-)
+from loratune.evaluation.general import ANSWER_TOKENS, general, measure_passages, passage_kind
 from loratune.evaluation.judge import add_verdicts
 from loratune.evaluation.junit import JUNIT, write_junit
 from loratune.evaluation.leaks import find_leaks
@@ -29,15 +22,17 @@ from loratune.evaluation.page.writing import PAGE, write_page
 from loratune.evaluation.request import Contest, EvaluationRequest, Loading, encoders_of, inputs_of, plan
 from loratune.evaluation.result import RESULT, Evaluation, Leaks, write_evaluation
 from loratune.evaluation.rows_file import EvaluationRows, read_tests, unscored
+from loratune.evaluation.tasks.result import TASKS_RESULT
 from loratune.generation.batch.answer_file import AnswerFile, json_line, open_answers
 from loratune.generation.batch.flow import check_tools
 from loratune.generation.batch.report import REFUSED
 from loratune.generation.batch.row_answers import Side, Work, answer_rows, whole_rows
+from loratune.generation.general_texts import load_instructions, load_passages
 from loratune.runs.opening import open_adapter
 from loratune.writing import disk_errors_explained, write_pieces
 
 RESULTS, ANSWERS = "results.jsonl", "answers.jsonl"
-OWN = (RESULT, RESULTS, "eval_tasks.json")
+OWN = (RESULT, RESULTS, TASKS_RESULT)
 """Files by which an output folder is recognised."""
 
 
@@ -74,11 +69,12 @@ def evaluate(request: EvaluationRequest) -> Evaluation:
         leaks = _leaks(contest, tests, encoders, file)
         evidence = Evidence(request, contest, tests, file, found, forms, leaks, judging, tuple(warnings))
         evaluation = evaluation_of(evidence, inputs)
+        samples = samples_of(evidence, evaluation)
         with disk_errors_explained(request.output):
             write_pieces(request.output / ANSWERS, map(json_line, whole_rows(work, file, found)))
-            write_page(request.output, evaluation, samples_of(evidence, evaluation))
+            write_page(request.output, evaluation, samples)
             if request.junit:
-                write_junit(request.output, evaluation, samples_of(evidence, evaluation))
+                write_junit(request.output, evaluation, samples)
             else:
                 _remove(request.output, JUNIT)
             write_evaluation(request.output, evaluation)
@@ -156,13 +152,13 @@ def _require_finite(request: EvaluationRequest, contest: Contest, tests: Evaluat
         LoratuneError: names the models.
     """
     problems = []
-    for name, side in zip(("tuned", "baseline"), contest.sides, strict=True):
+    for name, side in contest.named.items():
         rows = [file.read(row.number, side.loss) for row in tests.rows]
         losses = [one["loss"] for one in rows if one.get("tokens")]  # none where a row does not fit into the context
         if request.general:
             kind = passage_kind(side if side.use_adapter else contest.tuned)
             passages = [file.read(one.number, kind) for one in load_passages()]
-            losses += [one["loss" if side.use_adapter else "base_loss"] for one in passages]
+            losses += [one["loss" if side.use_adapter else "base_loss"] for one in passages if one["tokens"]]
         broken = sum(loss is None or not math.isfinite(loss) for loss in losses)
         if broken:
             problems.append(f"{name}: the losses of {broken:,} of {len(losses):,} texts are not finite numbers")
@@ -210,7 +206,7 @@ def _leaks(
 ) -> dict[str, Leaks]:
     """Look for the test rows that could be asked among the training rows of each adapter."""
     leaks = {}
-    for name, side, source in zip(("tuned", "baseline"), contest.sides, contest.sources, strict=False):
+    for (name, side), source in zip(contest.named.items(), contest.sources, strict=False):
         rows = [row for row in tests.rows if file.read(row.number, side.answer)["finish"] != REFUSED]
         leaks[name] = find_leaks(source, rows, encoders[side.name])
     return leaks

@@ -1,23 +1,19 @@
-"""General text and instructions in English and Chinese, which show what a fine-tune has forgotten."""
+"""Compares two models on the bundled texts: what a fine-tune has forgotten."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
-from pathlib import Path
+from dataclasses import replace
 from typing import Any
 
-from loratune import console
 from loratune.engine.engine import Engine
 from loratune.evaluation.result import ChangedAnswer, GeneralAnswers, GeneralText
 from loratune.evaluation.statistics import compare
 from loratune.generation.batch.answer_file import AnswerFile
-from loratune.generation.batch.questions import AskedRow
 from loratune.generation.batch.row_answers import Side
-from loratune.plain_files import read_json
+from loratune.generation.general_texts import load_instructions, load_passages, read_passages
 
-ASSETS = Path(__file__).resolve().parent.parent / "assets" / "general"
 ANSWER_TOKENS = 64
 """Limit of an answer to an instruction: language and refusals show at its beginning."""
 CHINESE_SHARE = 0.2
@@ -34,37 +30,6 @@ REFUSAL = re.compile(
 )
 
 
-@dataclass(frozen=True)
-class Passage:
-    number: int
-    language: str
-    text: str
-
-
-@dataclass(frozen=True)
-class Instruction:
-    language: str
-    row: AskedRow
-
-
-def load_passages() -> list[Passage]:
-    """Return the bundled passages, numbered from 1."""
-    known: list[dict[str, str]] = read_json(ASSETS / "passages.json")
-    return [Passage(number, one["language"], one["text"]) for number, one in enumerate(known, start=1)]
-
-
-def load_instructions() -> list[Instruction]:
-    """Return the bundled instructions, as rows numbered from 1."""
-    known: list[dict[str, str]] = read_json(ASSETS / "instructions.json")
-    return [
-        Instruction(
-            one["language"],
-            AskedRow(number, dict(one), ({"role": "user", "content": one["instruction"]},), None),
-        )
-        for number, one in enumerate(known, start=1)
-    ]
-
-
 def general(side: Side) -> Side:
     """Return the side under whose name a side's answers to the instructions are kept."""
     return replace(side, name=f"general {side.name}".strip())
@@ -78,11 +43,8 @@ def passage_kind(side: Side) -> str:
 def measure_passages(engine: Engine, side: Side, file: AnswerFile) -> None:
     """Add the losses of a side's adapter and of its base on the passages that the file lacks."""
     todo = [one for one in load_passages() if not file.has(one.number, passage_kind(side))]
-    with console.counted_progress("passages read", len(todo)) as show:
-        for count, passage in enumerate(todo, start=1):
-            found = engine.divergence(passage.text, str(side.adapter))
-            file.add(passage.number, passage_kind(side), vars(found))
-            show(count, "")
+    for passage, found in read_passages(engine, str(side.adapter), todo):
+        file.add(passage.number, passage_kind(side), vars(found))
 
 
 def compare_passages(file: AnswerFile, tuned: Side, baseline: Side) -> dict[str, GeneralText]:

@@ -15,6 +15,7 @@ from http.client import HTTPException
 from typing import Any, Literal
 
 from loratune import console
+from loratune.data.formats.conversation import CLOSING, OPENING
 from loratune.errors import Exit, LoratuneError, reason_of
 from loratune.evaluation.result import Judging
 from loratune.evaluation.rows_file import question_of
@@ -33,6 +34,8 @@ FAILURES = 3
 """Rows in succession that cannot be judged before no more are asked."""
 MOST_BYTES = 1 << 20
 ANSWER_TOKENS = 16
+REASONING_TOKENS, REASONING_SECONDS = 4096, 600.0
+"""Limits of a reply that was cut at ANSWER_TOKENS, because the judge reasons first."""
 BUSY = (408, 429, 500, 502, 503, 504)
 PROMPT = """\
 Two assistants have answered the same request. Judge which answer serves the person who asked better: correct, \
@@ -169,12 +172,31 @@ def choice_in(reply: str) -> Choice:
 
 
 def _reply(judge: Judge, prompt: str) -> str:
-    """Return the judge's answer; servers that are busy are asked again."""
+    """Return the judge's answer without its reasoning, for which it gets more tokens if it needs them.
+
+    Raises:
+        ValueError: it does not come to an answer, or its response is not one of OpenAI's API.
+    """
+    for tokens, seconds in ((ANSWER_TOKENS, SECONDS), (REASONING_TOKENS, REASONING_SECONDS)):
+        response = _response(judge, prompt, tokens, seconds)
+        try:
+            choice = response["choices"][0]
+            is_cut, reply = choice.get("finish_reason") == "length", choice["message"]["content"] or ""
+            answer = reply.rpartition(CLOSING)[2].strip()
+        except (KeyError, IndexError, TypeError, AttributeError) as error:
+            raise ValueError("the judge's response is not one of OpenAI's API") from error
+        if answer and not is_cut and not answer.startswith(OPENING):  # a server may put reasoning elsewhere
+            return str(answer)
+    raise ValueError(f"the judge does not come to an answer within {REASONING_TOKENS:,} tokens")
+
+
+def _response(judge: Judge, prompt: str, tokens: int, seconds: float) -> Any:
+    """Return the judge's response; servers that are busy are asked again."""
     body = {
         "model": judge.model,
         "messages": [{"role": "user", "content": prompt}],
         "temperature": 0,
-        "max_tokens": ANSWER_TOKENS,
+        "max_tokens": tokens,
     }
     headers = {"Content-Type": "application/json"}
     if key := _key():
@@ -183,14 +205,12 @@ def _reply(judge: Judge, prompt: str) -> str:
     opener = urllib.request.build_opener(_NotFollowed)
     for attempt in range(TRIES):
         try:
-            with opener.open(request, timeout=SECONDS) as response:
-                return str(json.loads(response.read(MOST_BYTES))["choices"][0]["message"]["content"])
+            with opener.open(request, timeout=seconds) as response:
+                return json.loads(response.read(MOST_BYTES))
         except urllib.error.HTTPError as error:
             if error.code not in BUSY or attempt == TRIES - 1:
                 raise
             time.sleep(PAUSE_SECONDS * 2**attempt)
-        except (KeyError, IndexError, TypeError) as error:
-            raise ValueError("the judge's response is not one of OpenAI's API") from error
     raise AssertionError
 
 

@@ -12,12 +12,13 @@ from typing import Any
 from loratune.data.encoding.encoder import Encoder
 from loratune.engine.sampling import Sampling
 from loratune.evaluation.bounds import Bounds
-from loratune.evaluation.general import ANSWER_TOKENS, ASSETS
+from loratune.evaluation.general import ANSWER_TOKENS
 from loratune.evaluation.judge import Judge
 from loratune.evaluation.rows_file import EvaluationRows
 from loratune.generation.batch.answer_file import About
 from loratune.generation.batch.request import RowsRequest, encoder_of, everything_asked
 from loratune.generation.batch.row_answers import BASE, Side
+from loratune.generation.general_texts import ASSETS
 from loratune.model.files import find_base
 from loratune.runs.folder import file_sha256
 from loratune.runs.opening import AdapterSource, base_settings
@@ -71,6 +72,11 @@ class Contest:
     @property
     def sides(self) -> tuple[Side, Side]:
         return self.tuned, self.baseline
+
+    @property
+    def named(self) -> dict[str, Side]:
+        """The sides, by their names in the result."""
+        return {"tuned": self.tuned, "baseline": self.baseline}
 
 
 def plan(request: EvaluationRequest, sources: Sequence[AdapterSource]) -> Contest:

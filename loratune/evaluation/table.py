@@ -23,7 +23,7 @@ def show_evaluation(evaluation: Evaluation, output: Path) -> None:
     """
     for warning in evaluation.warnings:
         console.warn(warning)
-    console.comparison([("", "baseline", "tuned", "95 % of difference", "better", "worse"), *_lines(evaluation)])
+    console.comparison([("", "baseline", "tuned", "95 % interval", "better", "worse"), *_lines(evaluation)])
     console.say(f"{TITLES[evaluation.verdict]}: {evaluation.sentence}", style="bold")
     console.say(f"decided by {MEASURES[evaluation.decided_by].noun}")
     for one in evaluation.decisions:

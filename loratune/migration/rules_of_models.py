@@ -86,6 +86,8 @@ def start(sheet: Sheet, given: Given) -> None:
             continue
         if named in ("pissa", "olora") and number(sheet.known.get("weight_decay", 0)) > 0:
             sheet.lose(f"{named} begins with a part of the base, which weight decay would shrink; give one of the two")
+        elif named == "eva":
+            sheet.change("lora.init", named, "every layer keeps its rank (rho 1); PEFT moves ranks between layers")
         else:
             sheet.take("lora.init", named)
 

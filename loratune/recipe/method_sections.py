@@ -52,8 +52,8 @@ class LoraSettings(Section):
     """Other alphas of modules, named in the same way."""
     modules_to_save: ModuleNames = []
     """Modules to train in full and save with the adapter, such as embed_tokens."""
-    init: Literal["default", "gaussian", "pissa", "olora"] = "default"
-    """Initial matrices; pissa and olora begin with a part of the base's, and are saved with twice the rank."""
+    init: Literal["default", "gaussian", "pissa", "olora", "eva"] = "default"
+    """Initial matrices: pissa, olora: a part of the base's, saved with twice the rank; eva: A by the first rows."""
     b_learning_rate_ratio: float = Field(default=1, gt=0, le=1000)
     """Learning rate of the matrices B divided by that of A (LoRA+); the paper uses 16."""
     use_rslora: bool = False
@@ -81,7 +81,7 @@ class LoraSettings(Section):
 
     @model_validator(mode="after")
     def _start_fits(self) -> LoraSettings:
-        if self.starts_from_base and adapts_experts(self):
+        if (self.starts_from_base or self.starts_from_rows) and adapts_experts(self):
             raise ValueError(f"init {self.init} is not available for experts; leave one of the two out")
         return self
 
@@ -89,6 +89,11 @@ class LoraSettings(Section):
     def starts_from_base(self) -> bool:
         """Whether the matrices begin with a part of the base's; see `loratune.model.adapter.starts`."""
         return self.init in ("pissa", "olora")
+
+    @property
+    def starts_from_rows(self) -> bool:
+        """Whether A begins with directions of the layers' inputs; see `loratune.model.adapter.input_start`."""
+        return self.init == "eva"
 
     @property
     def saved_rank(self) -> int:

@@ -7,6 +7,7 @@ from pydantic_core import ErrorDetails
 from loratune.printable import shortened
 from loratune.recipe.sections import Recipe, iterate_settings
 from loratune.recipe.suggestions import suggestion
+from loratune.recipe.sweep_section import SWEEP
 
 FORMS = ("text", "settings")
 """Tags of the two forms of a data.train entry, which pydantic adds to an error's location."""
@@ -56,6 +57,8 @@ def message_of(detail: ErrorDetails, setting: str) -> str:
     value = shortened(repr(detail.get("input")))
     context = detail.get("ctx", {})
     match detail["type"]:
+        case "extra_forbidden" if setting == SWEEP:
+            return "a recipe trains once; loratune sweep reads the section: run that, or leave the section out"
         case "extra_forbidden":
             is_section = isinstance(detail.get("input"), dict) and "." not in setting
             known = Recipe.model_fields if is_section else (name for name, _ in iterate_settings())

@@ -183,7 +183,6 @@ WITHOUT_SETTING = {
     "eval_batch_size": DROPPED["evaluation.batch_size"],
     "eval_packing": "validation rows are packed like training rows",
     "hub_revision": "merge and export push their results",
-    "sweep": "a recipe trains once; loratune sweep reads the section",
     "trust_remote_code": "code from a model's folder is never run",
     **NOT_NEEDED,
 }

@@ -9,19 +9,20 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 from filelock import FileLock
 
 from loratune import console
 from loratune.errors import Exit, LoratuneError
 from loratune.runs.lock import lock_holder
-from loratune.sweep.definition import LOGS, Sweep
+from loratune.sweep.definition import BASE, LOGS, Sweep
 from loratune.sweep.plan import Failure, Outcome, Trial, Work, firsts
 from loratune.sweep.pool import Pool, Running
 from loratune.sweep.price import measured
 from loratune.sweep.reached import reached
 from loratune.sweep.report import SweepState
-from loratune.sweep.start import Ended
+from loratune.sweep.start import Ended, Rehearsal, Trained
 from loratune.sweep.study import SweepStudy
 
 
@@ -33,7 +34,7 @@ class Conductor:
         sweep: Sweep,
         study: SweepStudy,
         pool: Pool,
-        steps: int,
+        rehearsal: Rehearsal,
         seconds: float,
         tell: Callable[[Trial, Sequence[Trial]], None],
     ) -> None:
@@ -43,11 +44,11 @@ class Conductor:
             sweep: the sweep.
             study: its trials.
             pool: where processes run.
-            steps: of a whole run, as planned, for trials that tpe adds.
+            rehearsal: what is known of the trials.
             seconds: until when trials may run, from now on.
             tell: called with a trial that has a new result, and all trials.
         """
-        self._sweep, self._study, self._pool, self._steps, self._tell = sweep, study, pool, steps, tell
+        self._sweep, self._study, self._pool, self._rehearsal, self._tell = sweep, study, pool, rehearsal, tell
         self._end = time.monotonic() + seconds
         self._is_out_of_budget = False
         self._waits = False
@@ -107,8 +108,8 @@ class Conductor:
         if lock_holder(run):
             self._waits = True
             return False
-        if (outcome := self._reached(work)) is None:
-            return True
+        if work.rung == self._sweep.plan.last or (outcome := self._reached(work)) is None:
+            return True  # of a run that is complete, the process measures what it has forgotten
         self._record(work, outcome)  # a sweep was killed before it could
         return False
 
@@ -126,7 +127,7 @@ class Conductor:
             for trial, seed in plan.repetitions(trials):
                 self._study.add(trial.settings, trial.steps, trial, seed)
             if sweep.sampler == "tpe" and len(firsts(trials)) < plan.count:
-                self._study.add(self._study.next_settings(sweep.recipe.seed), self._steps)
+                self._study.add(self._study.next_settings(sweep.recipe.seed), self._rehearsal.steps[0])
             return len(self._study.trials()) > len(trials)
 
     def _collect(self, running: Running) -> None:
@@ -158,12 +159,18 @@ class Conductor:
             console.warn(f"{trial.name}: {ended.message or 'it was stopped'}; it goes on from its checkpoint")
         return is_first
 
-    def _reached(self, work: Work, seconds: float = 0.0, peak: int | None = None) -> Outcome | None:
+    def _reached(self, work: Work, seconds: float = 0.0, trained: Trained | None = None) -> Outcome | None:
+        peak, forgetting = (trained.peak_memory_bytes, trained.forgetting) if trained else (None, None)
         try:
             outcome = reached(self._sweep.run_folder(work.trial.name), work.share, seconds, peak)
         except LoratuneError:  # the training tells what is damaged
             return None
-        return outcome if outcome and math.isfinite(outcome.loss) else None
+        if outcome is None or not math.isfinite(outcome.loss):
+            return None
+        if not self._sweep.varies_base:
+            return replace(outcome, forgetting=forgetting.nats_per_token if forgetting else None)
+        loss = outcome.loss * self._rehearsal.bits_per_byte[work.trial.settings[BASE]]
+        return replace(outcome, loss=loss, forgetting=forgetting.bits_per_byte if forgetting else None)
 
     def _record(self, work: Work, outcome: Outcome) -> None:
         self._study.record(work.trial, work.rung, outcome, work.rung == self._sweep.plan.last)

@@ -17,13 +17,13 @@ from loratune.recipe.sweep_section import SweepSettings
 from loratune.runs.output import prepare_output
 from loratune.sweep.plan import Plan, shares_of
 from loratune.sweep.report import KIND, SWEEP_REPORT
-from loratune.sweep.space import Range, Settings, Space, grid, require_valid, space_of, text_of, written
+from loratune.sweep.space import Choices, Range, Settings, Space, grid, require_valid, space_of, text_of, written
 from loratune.sweep.study import random_trials
 
 SWEEP_RECIPE, TRIALS, LOGS = "sweep.yaml", "trials", "logs"
 DEFAULT_FOLDER = "out/sweep"
 DEFAULT_TRIALS = 16
-QUESTIONS = "evaluation.questions_share"
+QUESTIONS, BASE = "evaluation.questions_share", "model.base"
 
 
 @dataclass(frozen=True)
@@ -39,6 +39,12 @@ class Sweep:
     plan: Plan
     chosen: tuple[Settings, ...]
     """The settings of the trials; none for tpe, which chooses them one by one."""
+
+    @property
+    def varies_base(self) -> bool:
+        """Whether trials have different bases, so that losses are in bits per byte of the answers."""
+        bases = self.space.get(BASE)
+        return isinstance(bases, Choices) and len(bases.values) > 1
 
     def run_folder(self, name: str) -> Path:
         """Return the folder of a trial's run."""
@@ -112,7 +118,7 @@ def _defined(config: str | None, flags: Mapping[str, Any], sweep_flags: Mapping[
         chosen = random_trials(space, recipe.seed, count)
     require_valid(chosen, recipe)
     is_halved = sampler != "tpe" if settings.halving is None else settings.halving
-    plan = Plan(count, shares_of(count, is_halved), settings.seeds, recipe.seed)
+    plan = Plan(count, shares_of(count, is_halved), settings.seeds, recipe.seed, recipe.checkpoints.best_by)
     settings = settings.model_copy(update={"over": {name: written(axis) for name, axis in space.items()}})
     return Sweep(folder, recipe, settings, space, sampler, plan, tuple(chosen))
 

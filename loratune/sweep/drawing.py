@@ -23,6 +23,10 @@ ROOM = 36
 """Letters that fit below a panel in one line."""
 SPREAD = 3
 """Numbers that are this far apart are drawn on a logarithmic scale."""
+CAPTION = (
+    "Losses are in {unit}. “forgot” is by how much the loss of bundled general texts has risen, in English or Chinese, "
+    "whichever was forgotten more."
+)
 COLORS = ("#2b5c9e", "#d1495b", "#3a7d44", "#8e5bb5", "#c98a1b", "#3b9ba6", "#7a5c45", "#666666")
 STYLE = """\
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; color: #222 }
@@ -81,7 +85,7 @@ def _draw_panel(axes: Any, report: SweepReport, trials: Sequence[tuple[TrialRepo
         where, losses, errors = zip(*sorted(curves[name]), strict=True)
         color = COLORS[names.index(name) % len(COLORS)]
         axes.errorbar(where, losses, errors, **MARKS, linestyle=line, color=color, label=name or None)
-    axes.set(xlabel=setting, ylabel="validation loss (nats per token)")
+    axes.set(xlabel=setting, ylabel=f"validation loss ({report.unit})")
     axes.grid(alpha=0.25)
     _set_scale(axes, values)
     if any(curves):
@@ -140,10 +144,11 @@ def page_of(report: SweepReport, picture: bytes) -> str:
     failed = "".join(
         f"<li>{html.escape(trial.name)}: {html.escape(trial.message)}</li>" for trial in report.trials if trial.message
     )
+    what = {"loss": "Losses", "exact": "Shares of exact answers"}
     noise = (
-        f"<p>Losses differ by {report.noise.deviation:.4f} from seed to seed (standard deviation, "
+        f"<p>{what[report.noise.of]} differ by {report.noise.deviation:.4f} from seed to seed (standard deviation, "
         f"{report.noise.degrees} degrees of freedom); two single trials by more than "
-        f"{report.noise.least_difference:.4f} in 5 of 100 cases. ± is the deviation over the seeds.</p>"
+        f"{report.noise.least_difference:.4f} in 5 of 100 cases. ± is the deviation of the loss over the seeds.</p>"
         if report.noise
         else ""
     )
@@ -155,5 +160,6 @@ def page_of(report: SweepReport, picture: bytes) -> str:
         f'<img alt="validation loss over the settings" src="data:image/png;base64,'
         f'{base64.b64encode(picture).decode()}">\n'
         f'<div class="scroll"><table><tr>{"".join(f"<th>{html.escape(name)}</th>" for name in head)}</tr>\n'
-        f"{cells}</table></div>\n{noise}{f'<ul>{failed}</ul>' if failed else ''}</body></html>\n"
+        f"{cells}</table></div>\n<p>{CAPTION.format(unit=report.unit)}</p>\n{noise}"
+        f"{f'<ul>{failed}</ul>' if failed else ''}</body></html>\n"
     )

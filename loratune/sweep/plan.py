@@ -10,8 +10,11 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
+from typing import Protocol
 
+from loratune.choices import BestBy, BestOf
 from loratune.sweep.space import Settings
+from loratune.training.checkpoints.best import Validation, judged_by, rank
 
 KEPT = 3
 """One in this many trials goes on at a rung; each rung is this many times as long as the one before."""
@@ -19,12 +22,22 @@ REPEATED = 2
 """How many of the best are trained with other seeds."""
 
 
+class Result(Protocol):
+    """A validation loss and a share of exact answers."""
+
+    @property
+    def loss(self) -> float: ...
+
+    @property
+    def exact(self) -> float | None: ...
+
+
 @dataclass(frozen=True)
 class Outcome:
     """What a trial has reached at a rung."""
 
     loss: float
-    """Validation loss in nats per answer token; at the last rung that of the adapter that was kept."""
+    """Validation loss in the sweep's unit; at the last rung that of the adapter that was kept."""
     step: int
     steps: int
     """Of the whole run."""
@@ -33,6 +46,10 @@ class Outcome:
     process_seconds: float
     """Of the process that has reached it, with its start; 0 where that process was ended before it could say so."""
     peak_memory_bytes: int | None = None
+    exact: float | None = None
+    """Share of the validation answers that are exact."""
+    forgetting: Mapping[str, float] | None = None
+    """Language → rise of the loss of general text, in the sweep's unit; at the last rung only."""
 
 
 @dataclass(frozen=True)
@@ -94,6 +111,8 @@ class Plan:
     """With which the best are trained, with the recipe's own."""
     seed: int
     """The recipe's own."""
+    best_by: BestBy = "auto"
+    """Which of two results is better, as for the validations of a run."""
 
     @property
     def last(self) -> int:
@@ -115,7 +134,7 @@ class Plan:
             is_decided = (rung or len(here) == self.count) and all(trial.is_settled(rung) for trial in here)
             if not is_decided:
                 break
-            levels.append(ranked(here, rung)[: _kept(len(here))])
+            levels.append(ranked(here, rung, self.best_by)[: _kept(len(here))])
         return levels
 
     def best(self, trials: Sequence[Trial]) -> list[Trial]:
@@ -124,7 +143,7 @@ class Plan:
         is_known = len(firsts(trials)) == self.count and len(levels) == len(self.shares)
         if not is_known or not all(trial.is_settled(self.last) for trial in levels[-1]):
             return []
-        return ranked(levels[-1], self.last)[:REPEATED]
+        return ranked(levels[-1], self.last, self.best_by)[:REPEATED]
 
     def repetitions(self, trials: Sequence[Trial]) -> list[tuple[Trial, int]]:
         """Return trial and seed of each repetition that does not exist yet."""
@@ -174,10 +193,21 @@ def firsts(trials: Sequence[Trial]) -> list[Trial]:
     return [trial for trial in trials if trial.repeats is None]
 
 
-def ranked(trials: Sequence[Trial], rung: int) -> list[Trial]:
-    """Return the trials with a result at a rung, the lowest loss first."""
+def judged(result: Result, best_by: BestBy) -> BestOf:
+    """Return what says how good a result is."""
+    return judged_by(Validation(0, result.loss, result.exact), best_by)
+
+
+def order(result: Result, best_by: BestBy) -> tuple[float, float]:
+    """Return what is lower for a better result, by the rule that chooses among the validations of a run."""
+    exact, loss = rank(Validation(0, result.loss, result.exact), best_by)
+    return -exact, -loss
+
+
+def ranked(trials: Sequence[Trial], rung: int, best_by: BestBy) -> list[Trial]:
+    """Return the trials with a result at a rung, the best first."""
     there = [trial for trial in trials if rung in trial.outcomes]
-    return sorted(there, key=lambda trial: (trial.outcomes[rung].loss, trial.number))
+    return sorted(there, key=lambda trial: (*order(trial.outcomes[rung], best_by), trial.number))
 
 
 def _kept(count: int) -> int:

@@ -12,7 +12,7 @@ from loratune.runs.checkpoint import checkpoint_steps, step_folder
 from loratune.runs.folder import ADAPTER, CHECKPOINTS, STATUS, read_metrics
 from loratune.runs.report import read_report
 from loratune.runs.status import read_status
-from loratune.safetensors_header import read_header
+from loratune.safetensors_header import count_values
 from loratune.sweep.plan import Outcome
 from loratune.training.steps import step_of
 
@@ -40,15 +40,15 @@ def reached(run: Path, share: Fraction, process_seconds: float = 0.0, peak: int 
             return None
         loss, seconds = report.validation_loss.after, report.seconds or records[-1]["seconds"]
         peak = report.peak_memory_bytes if peak is None else peak
-        return Outcome(loss, report.steps, status.steps, seconds, process_seconds, peak)
+        exact = report.exact_answers.after if report.exact_answers else None
+        return Outcome(loss, report.steps, status.steps, seconds, process_seconds, peak, exact)
     step = step_of(share, status.steps)
     there = [record for record in records if record["step"] == step and "validation_loss" in record]
     if status.state != "interrupted" or not there or (status.step or 0) < (step or math.inf):
         return None
     newest = there[-1]
-    return Outcome(
-        newest["validation_loss"], int(newest["step"]), status.steps, newest["seconds"], process_seconds, peak
-    )
+    loss, seconds, exact = newest["validation_loss"], newest["seconds"], newest.get("exact_answers")
+    return Outcome(loss, int(newest["step"]), status.steps, seconds, process_seconds, peak, exact)
 
 
 def adapter_size(run: Path) -> tuple[int, int] | None:
@@ -59,7 +59,6 @@ def adapter_size(run: Path) -> tuple[int, int] | None:
     if path is None:
         return None
     try:
-        _, header = read_header(path)
+        return count_values(path), path.stat().st_size
     except LoratuneError:
         return None
-    return sum(math.prod(entry["shape"]) for entry in header.values()), path.stat().st_size

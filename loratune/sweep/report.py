@@ -1,4 +1,4 @@
-"""sweep.json: what a sweep has tried and found. It is typed, and read and written here alone."""
+"""sweep.json: what a sweep has tried and found. It is typed, and written here alone."""
 
 from __future__ import annotations
 
@@ -7,11 +7,13 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from loratune.runs.typed_json import read_typed
+from loratune.choices import BestOf
 from loratune.writing import PROGRAM, write_json
 
 SWEEP_REPORT, KIND = "sweep.json", "sweep"
 SWEEP_VERSION = 1
+NATS, BITS = "nats per token", "bits per byte"
+"""Units of losses; bytes of the answers, which are the same for every base, as tokens are not."""
 TrialState = Literal["finished", "stopped", "waiting", "diverged", "failed"]
 SweepState = Literal["running", "interrupted", "out of budget", "finished"]
 
@@ -31,9 +33,13 @@ class TrialReport:
     seed: int | None = None
     """Of a repetition."""
     loss: float | None = None
-    """Validation loss at its last rung, in nats per answer token."""
+    """Validation loss at its last rung."""
     losses: Mapping[str, float] = field(default_factory=dict)
     """Step of each rung → validation loss there."""
+    exact: float | None = None
+    """Share of exact validation answers at its last rung."""
+    forgetting: Mapping[str, float] | None = None
+    """Language → rise of the loss of general text; None before the end of the run, and if it was not measured."""
     step: int = 0
     steps: int = 0
     """Of its whole run."""
@@ -56,12 +62,15 @@ class Standing:
     """Mean over the seeds."""
     seeds: int
     deviation: float | None
-    """Standard deviation over the seeds; None for a single one."""
+    """Standard deviation of the loss over the seeds; None for a single one."""
+    exact: float | None = None
+    """Share of exact answers, mean over the seeds."""
+    exact_deviation: float | None = None
 
 
 @dataclass(frozen=True)
 class Noise:
-    """How much losses differ by the seed alone."""
+    """How much trials differ by the seed alone."""
 
     deviation: float
     """Pooled over the settings that were repeated."""
@@ -69,6 +78,8 @@ class Noise:
     """Degrees of freedom."""
     least_difference: float
     """Two single trials differ by more than this in 5 of 100 cases if only their seeds do."""
+    of: BestOf = "loss"
+    """What differs: the losses, or the shares of exact answers."""
 
 
 @dataclass(frozen=True)
@@ -82,13 +93,18 @@ class SweepReport:
     sampler: str
     shares: tuple[float, ...]
     """Of a run's steps, for each rung."""
+    unit: str = NATS
+    """Of losses and forgetting."""
     state: SweepState = "running"
     sentence: str | None = None
     """What the sweep has found."""
+    ranked_by: BestOf | None = None
+    """What says how good the best trial is."""
     best: Standing | None = None
     repeated: tuple[Standing, ...] = ()
     """The best trials over all seeds, the best one first."""
     noise: Noise | None = None
+    """Of what the trials are ranked by."""
     seconds_per_step: float | None = None
     """Mean over all trials."""
     trials: tuple[TrialReport, ...] = ()
@@ -104,12 +120,3 @@ class SweepReport:
 def write_sweep_report(folder: Path, report: SweepReport) -> None:
     """Replace a sweep's report."""
     write_json(folder / SWEEP_REPORT, report.values())
-
-
-def read_sweep_report(folder: Path) -> SweepReport:
-    """Return what a sweep's report says; keys that this version does not know are left out.
-
-    Raises:
-        LoratuneError: it is missing, damaged, or written by a later version of loratune.
-    """
-    return read_typed(SweepReport, folder / SWEEP_REPORT, SWEEP_VERSION)

@@ -5,27 +5,30 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
+from loratune.choices import BestBy
 from loratune.errors import Exit
-from loratune.sweep.comparison import noise_of, sentence_of, standings
+from loratune.sweep.comparison import Findings, noise_of, standings
 from loratune.sweep.definition import Sweep
-from loratune.sweep.plan import Trial
+from loratune.sweep.plan import Trial, judged, order
 from loratune.sweep.price import measured
 from loratune.sweep.reached import adapter_size
-from loratune.sweep.report import SweepReport, TrialReport, TrialState
+from loratune.sweep.report import BITS, NATS, SweepReport, TrialReport, TrialState
 
 
 def report_of(sweep: Sweep, trials: Sequence[Trial]) -> SweepReport:
     """Return what is known of a sweep; while it runs, without what only its end can say."""
-    price, last = measured(trials), sweep.plan.last
-    found = standings(trials, last)
+    price, last, best_by = measured(trials), sweep.plan.last, sweep.plan.best_by
+    unit = BITS if sweep.varies_base else NATS
+    found = standings(trials, last, best_by)
     places = {one.name: place for place, one in enumerate(found)}
-    ordered = sorted(trials, key=lambda trial: (places.get(trial.name, len(places)), *_order(trial)))
+    ordered = sorted(trials, key=lambda trial: (places.get(trial.name, len(places)), *_order(trial, best_by)))
     report = SweepReport(
         output=str(sweep.folder),
         base=sweep.recipe.model.base,
         over=sweep.settings.over,
         sampler=sweep.sampler,
         shares=tuple(float(share) for share in sweep.plan.shares),
+        unit=unit,
         seconds_per_step=price.seconds_per_step if price else None,
         trials=tuple(_trial(sweep, trial, trials) for trial in ordered),
     )
@@ -33,16 +36,17 @@ def report_of(sweep: Sweep, trials: Sequence[Trial]) -> SweepReport:
         return report
     return replace(
         report,
+        ranked_by=judged(found[0], best_by),
         best=found[0],
         repeated=tuple(one for one in found if one.seeds > 1),
-        noise=noise_of(trials, last),
-        sentence=sentence_of(trials, last, sweep.space),
+        noise=noise_of(trials, last, judged(found[0], best_by)),
+        sentence=Findings(trials, last, sweep.space, best_by, unit).sentence(),
     )
 
 
-def _order(trial: Trial) -> tuple[int, float, int]:
+def _order(trial: Trial, best_by: BestBy) -> tuple[float, ...]:
     newest = trial.newest
-    return (-max(trial.outcomes, default=-1), newest.loss if newest else 0.0, trial.number)
+    return (-max(trial.outcomes, default=-1), *(order(newest, best_by) if newest else ()), trial.number)
 
 
 def _trial(sweep: Sweep, trial: Trial, trials: Sequence[Trial]) -> TrialReport:
@@ -55,6 +59,8 @@ def _trial(sweep: Sweep, trial: Trial, trials: Sequence[Trial]) -> TrialReport:
         seed=trial.seed,
         loss=newest.loss if newest else None,
         losses={str(one.step): one.loss for _, one in sorted(trial.outcomes.items())},
+        exact=newest.exact if newest else None,
+        forgetting=newest.forgetting if newest else None,
         step=newest.step if newest else 0,
         steps=newest.steps if newest else trial.steps,
         seconds=newest.seconds if newest else None,

@@ -52,10 +52,10 @@ def run_sweep(sweep: Sweep, workers: int) -> SweepReport:
             )
         pool.places = places(workers, _gpus(rehearsal.gpus))
         sweep = _begun(sweep, rehearsal)
-        study = SweepStudy(sweep.folder, sweep.space)
+        study = SweepStudy(sweep.folder, sweep.space, sweep.plan.best_by)
         study.require_rows(rehearsal.rows)
         _add(sweep, study, rehearsal.steps)
-        end = _conducted(sweep, study, pool, rehearsal.steps, workers)
+        end = _conducted(sweep, study, pool, rehearsal, workers)
         trials = study.trials()
         if end == "finished":
             study.close()
@@ -119,9 +119,9 @@ def _add(sweep: Sweep, study: SweepStudy, steps: Sequence[int]) -> None:
         console.say(f"{trial.name} had failed and is tried again")
 
 
-def _conducted(sweep: Sweep, study: SweepStudy, pool: Pool, steps: Sequence[int], workers: int) -> SweepState:
+def _conducted(sweep: Sweep, study: SweepStudy, pool: Pool, rehearsal: Rehearsal, workers: int) -> SweepState:
     trials = study.trials()
-    tell_start(sweep, trials, steps, workers)
+    tell_start(sweep, trials, rehearsal.steps, workers)
     is_priced = any(trial.outcomes for trial in trials)
 
     def tell(trial: Trial, trials: Sequence[Trial]) -> None:
@@ -133,8 +133,8 @@ def _conducted(sweep: Sweep, study: SweepStudy, pool: Pool, steps: Sequence[int]
         write_sweep_report(sweep.folder, report_of(sweep, trials))
 
     budget = sweep.settings.budget
-    conductor = Conductor(sweep, study, pool, steps[0], seconds_of(budget) if budget else math.inf, tell)
-    end = conductor.run()
+    seconds = seconds_of(budget) if budget else math.inf
+    end = Conductor(sweep, study, pool, rehearsal, seconds, tell).run()
     if end == "out of budget":
         console.say(f"the budget of {budget} is used up; {go_on(sweep)} --budget {budget}")
     return end

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from loratune.errors import Exit, LoratuneError, bullet_list
+from loratune.recipe.effects import OF_SEVERAL_PROCESSES, TOLD_OR_KEPT, is_among
 from loratune.recipe.flag_values import parse_flag
 from loratune.recipe.loading import with_settings
 from loratune.recipe.method_sections import METHOD, METHOD_SECTIONS
@@ -26,13 +27,12 @@ DIGITS = 3
 """Significant digits of a sampled number."""
 _NUMBER = r"[-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?"
 _RANGE = re.compile(rf"({_NUMBER})\.\.({_NUMBER})")
-_OTHER_BASE = "a loss per token says nothing across vocabularies; sweep each base by itself, and compare the models"
+_OTHER_BASE = "a base is named by model.base alone, of which losses are compared per byte"
 NOT_SWEPT = {
-    "output": "each trial has a folder of its own",
     "seed": "the best two are trained with other seeds anyway: --seeds",
     "data.seed": "losses on other validation rows cannot be compared",
+    "checkpoints.best_by": "it says which trial is better",
     "data.validation": "losses on other validation rows cannot be compared",
-    "model.base": _OTHER_BASE,
     "model.hub": _OTHER_BASE,
     "model.revision": _OTHER_BASE,
 }
@@ -90,8 +90,8 @@ def space_of(over: Mapping[str, Any], recipe: Recipe) -> Space:
         try:
             if setting not in fields:
                 raise ValueError(f"no such setting{suggestion(setting, fields)}")
-            if setting in NOT_SWEPT:
-                raise ValueError(f"cannot be swept: {NOT_SWEPT[setting]}")
+            if reason := _why_not(setting):
+                raise ValueError(f"cannot be swept: {reason}")
             if setting in space:
                 raise ValueError("is given twice")
             space[setting] = _axis(given, fields[setting])
@@ -101,6 +101,15 @@ def space_of(over: Mapping[str, Any], recipe: Recipe) -> Space:
     if problems:
         raise LoratuneError("\n".join(problems), Exit.USAGE)
     return space
+
+
+def _why_not(setting: str) -> str | None:
+    """Return why a sweep cannot vary a setting; None if it can."""
+    if is_among(setting, TOLD_OR_KEPT):
+        return "it is of what is told and kept of a run, and acts on nothing that trials are compared by"
+    if is_among(setting, OF_SEVERAL_PROCESSES):
+        return "a trial trains in one process, where it does not act"
+    return NOT_SWEPT.get(setting)
 
 
 def _axis(given: Any, field: Any) -> Axis:

@@ -13,16 +13,19 @@ import signal
 import sys
 import traceback
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from fractions import Fraction
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from loratune.errors import Exit, Interrupted, LoratuneError
 from loratune.model.nvidia import DEVICE, are_gpus_hidden
 from loratune.recipe.sections import Recipe
 from loratune.runtime import ENDING, signal_at_end_of_parent
+
+if TYPE_CHECKING:
+    from loratune.sweep.forgetting import Forgetting
 
 PRELOADED = ["loratune.sweep.preload"]
 """What the server imports."""
@@ -55,6 +58,16 @@ class Ended:
 
 
 @dataclass(frozen=True)
+class Trained:
+    """What a process knows of its training beside what the run folder says."""
+
+    peak_memory_bytes: int | None
+    """None where the run was complete before."""
+    forgetting: Forgetting | None = None
+    """Of a complete run; None if it could not be measured."""
+
+
+@dataclass(frozen=True)
 class Rehearsal:
     """What is known of a sweep's trials before the first one."""
 
@@ -66,6 +79,8 @@ class Rehearsal:
     """The day that a template writes into prompts, which all trials have to share."""
     gpus: int
     """How many GPUs torch sees."""
+    bits_per_byte: Mapping[str, float] = field(default_factory=dict)
+    """Base → what a validation loss in nats per token is multiplied with; empty where all trials have one base."""
 
 
 def context() -> Any:

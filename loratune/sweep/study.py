@@ -21,8 +21,9 @@ from optuna.samplers import BaseSampler, RandomSampler, TPESampler
 from optuna.storages.journal import JournalFileBackend, JournalStorage
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
+from loratune.choices import BestBy
 from loratune.errors import Exit, LoratuneError
-from loratune.sweep.plan import Failure, Outcome, Trial
+from loratune.sweep.plan import Failure, Outcome, Trial, order
 from loratune.sweep.space import Axis, Choices, Settings, Space, folder_name, of_use, stored
 
 JOURNAL, CLAIMS = "study.log", "claims"
@@ -36,14 +37,19 @@ FIRST_AT_RANDOM = 5
 class SweepStudy:
     """The study in a sweep's folder."""
 
-    def __init__(self, folder: Path, space: Space) -> None:
+    def __init__(self, folder: Path, space: Space, best_by: BestBy = "auto") -> None:
         """Open the study, or create it.
+
+        Args:
+            folder: the sweep's folder.
+            space: what the sweep varies.
+            best_by: which of two results is better.
 
         Raises:
             LoratuneError: the journal is damaged.
         """
         optuna.logging.set_verbosity(optuna.logging.ERROR)
-        self._space, self._folder = space, folder
+        self._space, self._folder, self._best_by = space, folder, best_by
         (folder / CLAIMS).mkdir(parents=True, exist_ok=True)
         path = folder / JOURNAL
         # Unlike Optuna's own locks, the system releases this one when its process is killed.
@@ -122,7 +128,9 @@ class SweepStudy:
         self._storage.set_trial_user_attr(number, FAILURE, None)
         self._storage.set_trial_user_attr(number, f"{RUNG}{rung}", asdict(outcome))
         if is_last:
-            self._storage.set_trial_state_values(number, TrialState.COMPLETE, [outcome.loss])
+            # One number for Optuna: exact answers are below every loss, and among equals it sees no difference.
+            exact, loss = order(outcome, self._best_by)
+            self._storage.set_trial_state_values(number, TrialState.COMPLETE, [exact or loss])
 
     def fail(self, trial: Trial, failure: Failure) -> None:
         """Record that a trial has ended without a result."""

@@ -50,6 +50,7 @@ from loratune.training.arguments import training_arguments, with_gradient_checkp
 from loratune.training.checkpoints.resuming import ATTENTION, PASS_TOKENS
 from loratune.training.checkpoints.signals import StopSignals
 from loratune.training.determinism import request_deterministic_cublas
+from loratune.training.first_rows import start_from_rows
 from loratune.training.gate import pass_gate
 from loratune.training.notes import Notes
 from loratune.training.probes.checked_model import CheckedModel, check_model
@@ -153,6 +154,9 @@ def load(prepared: Prepared, start: Checkpoint | None = None) -> Session:
     weights = weights_of(model, recipe.model, prepared.base, prepared.data)
     loaded_attention = str(model.config._attn_implementation)
     adapted, trained, plain = _made_trainable(model, prepared)
+    if recipe.lora.starts_from_rows and not start:  # a checkpoint holds what has become of them
+        with console.status("reading the first rows for lora.init eva"):
+            start_from_rows(adapted, recipe.lora, prepared.data.train, recipe.seed)
     with_weights(adapted, use_fused_lora)
     with_weights(model, use_fused_elementwise)
     call_modules_in_training(model)

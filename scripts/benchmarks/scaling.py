@@ -77,8 +77,8 @@ def train_on(
     (place / "rows.json").write_text(json.dumps(rows))
     settings = {
         "model.base": arguments.model, "data.train": place / "rows.json", "data.validation": 0,
-        "data.too_long": "truncate_answer", "lora.rank": 8, "lora.dropout": 0, "training.batch_size": batch,
-        "training.steps": steps, "training.max_length": max_length,
+        "data.too_long": "truncate_answer", "lora.rank": 8, "lora.alpha": 16, "lora.dropout": 0,
+        "training.batch_size": batch, "training.steps": steps, "training.max_length": max_length,
         "checkpoints.every_steps": 1000, "output": place / "run",
     }  # fmt: skip
     command = [sys.executable, "-m", "loratune", "sft", "--overwrite", *flags]

@@ -72,6 +72,11 @@ class PassLayout:
         return passes or [[]]
 
 
+def order_of_rows(rows: int, seed: int, epoch: int) -> NDArray[np.int64]:
+    """Return the order in which an epoch trains on rows, by their indices."""
+    return np.random.default_rng([seed, epoch]).permutation(rows)
+
+
 class StepSampler:
     """A batch sampler whose batches are optimizer steps, each a list of passes.
 
@@ -109,7 +114,7 @@ class StepSampler:
         return -(-len(self.lengths) // self.batch_size)
 
     def __iter__(self) -> Iterator[list[list[int]]]:
-        order = np.random.default_rng([self.seed, self.epoch]).permutation(len(self.lengths))
+        order = order_of_rows(len(self.lengths), self.seed, self.epoch)
         for start in range(0, len(order), self.batch_size):
             rows = order[start : start + self.batch_size]
             yield [rows[members].tolist() for members in self.layout.passes(self.lengths[rows])]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 from typing import Any, cast
 
@@ -21,7 +20,7 @@ from loratune.model.kernels.attention_choice import choose_attention
 from loratune.model.memory import free_memory_bytes, is_out_of_memory
 from loratune.protocols import AdaptedModel, CausalModel
 from loratune.recipe.sections import ModelSettings
-from loratune.safetensors_header import read_header
+from loratune.safetensors_header import count_values
 from loratune.training.probes.isolation import choose_packing
 
 BYTES = {"int8": 1.1, "nf4": 0.6}
@@ -72,7 +71,7 @@ def _require_memory(settings: ModelSettings, folder: Path, hardware: Hardware) -
     Raises:
         LoratuneError: with both sizes.
     """
-    weights = sum(math.prod(entry["shape"]) for file in weight_files(folder) for entry in read_header(file)[1].values())
+    weights = sum(map(count_values, weight_files(folder)))
     dtype: torch.dtype = resolve_dtype(settings.dtype, hardware)
     needed, free = weights * BYTES.get(settings.quantization, dtype.itemsize), free_memory_bytes(hardware)
     if needed > free:

@@ -67,17 +67,16 @@ def find_tasks(request: TasksRequest) -> dict[str, Any]:
     return loaded
 
 
-def run_tasks(request: TasksRequest, loaded: dict[str, Any] | None = None) -> TasksResult:
+def run_tasks(request: TasksRequest, loaded: dict[str, Any]) -> TasksResult:
     """Ask an adapter and its base the tasks, and write eval_tasks.json.
 
     Args:
         request: the tasks and the adapter.
-        loaded: the tasks, if `find_tasks` has loaded them already.
+        loaded: the tasks, from `find_tasks`.
 
     Raises:
-        LoratuneError: see `find_tasks`; a task cannot be asked, or the adapter is invalid.
+        LoratuneError: a task cannot be asked, or the adapter is invalid.
     """
-    loaded = find_tasks(request) if loaded is None else loaded
     with console.status(f"loading {request.adapter}"):
         engine = load_engine([(ADAPTER, request.adapter)], request.model, request.force)
     for warning in engine.warnings:

@@ -121,7 +121,7 @@ def require_shardable(settings: ModelSettings, lora: LoraSettings) -> None:
         "lora.modules_to_save": bool(lora.modules_to_save),
         f"lora.bias {lora.bias}": lora.bias != "none",
         "lora.use_dora": lora.use_dora,
-        f"lora.init {lora.init}": lora.starts_from_base,
+        f"lora.init {lora.init}": lora.starts_from_base or lora.starts_from_rows,
     }
     if odd := [name for name, is_set in set_to.items() if is_set]:
         raise LoratuneError(

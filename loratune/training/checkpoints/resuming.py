@@ -9,6 +9,7 @@ from typing import Any
 from loratune import console
 from loratune.errors import Exit, LoratuneError, counted
 from loratune.model.hardware import Hardware
+from loratune.recipe.effects import OF_SEVERAL_PROCESSES, TOLD_OR_KEPT, is_among
 from loratune.recipe.names import ACCUMULATION, BATCH_SIZE, EARLIER_DEFAULTS, with_current_names
 from loratune.recipe.sections import Recipe, default_settings, flat_settings
 from loratune.runs.checkpoint import Checkpoint, named_checkpoint, newest_checkpoint
@@ -29,9 +30,10 @@ count them."""
 BEST_BY = "checkpoints.best_by"
 NEWEST, AUTO = "newest", "auto"
 FREE = (
-    *("output", "tracking", "checkpoints.keep", "checkpoints.every_steps", "data.train", "data.validation"),
-    *("prompt.date", "prompt.generation_prompt", "evaluation.questions_share"),
-    *("training.tokens_per_pass", "training.gradient_checkpointing", "training.ddp_timeout", "model.sharding"),
+    *TOLD_OR_KEPT,
+    *OF_SEVERAL_PROCESSES,
+    *("data.train", "data.validation", "prompt.date", "prompt.generation_prompt"),
+    *("training.tokens_per_pass", "training.gradient_checkpointing"),
 )
 """Settings and sections that do not affect the adapter; files and templates are compared by content."""
 DATE = "date in prompts"
@@ -163,7 +165,7 @@ def identity_of(recipe: Recipe, manifest: Manifest, hardware: Hardware) -> dict[
         manifest: the run's manifest with base, template, data and versions.
         hardware: number of processes, and the device.
     """
-    settings = {name: value for name, value in flat_settings(recipe).items() if not _is_free(name)}
+    settings = {name: value for name, value in flat_settings(recipe).items() if not is_among(name, FREE)}
     files = {
         f"data {number} {Path(use.path).name}": f"{use.rows} rows of {use.sha256[:12]}"
         for number, use in enumerate(manifest.data)
@@ -235,11 +237,7 @@ def _settings_of(checkpoint: Checkpoint) -> dict[str, Any]:
     known = default_settings() | with_current_names(settings)
     if ACCUMULATION in settings:  # with it, batch_size was the rows of one process
         known[BATCH_SIZE] *= checkpoint.identity["rest"].get("processes", 1)
-    return {name: value for name, value in known.items() if not _is_free(name) and value != {}}
-
-
-def _is_free(name: str) -> bool:
-    return any(name == free or name.startswith(f"{free}.") for free in FREE)
+    return {name: value for name, value in known.items() if not is_among(name, FREE) and value != {}}
 
 
 def _differences(old: dict[str, Any], new: dict[str, Any]) -> list[tuple[str, Any, Any]]:
