@@ -146,9 +146,17 @@ def table_lines(results: list[dict[str, Any]]) -> Iterator[str]:
 
 
 def points(results: list[dict[str, Any]]) -> dict[str, list[tuple[float, dict[str, float]]]]:
-    """Return model → (alpha × learning rate, changes of the losses) of each run, for the plot."""
-    models = dict.fromkeys(one["model"] for one in results)
-    return {model: [(pace(one["cell"]), one) for one in changes(results, model)] for model in models}
+    """Return model → (alpha × learning rate, changes of the losses) of each run, for the plot.
+
+    Runs of another length than most, and those that adapt some modules, are left out.
+    """
+    shown = {}
+    for model in dict.fromkeys(one["model"] for one in results):
+        runs = changes(results, model)
+        usual = statistics.mode(run["steps"] for run in runs)
+        alike = [run for run in runs if run["steps"] == usual and "targets=" not in run["cell"]]
+        shown[model] = [(pace(run["cell"]), run) for run in alike]
+    return shown
 
 
 def pace(cell: str) -> float:
