@@ -9,6 +9,17 @@ from pathlib import Path
 
 
 @dataclass(frozen=True)
+class CommandLine:
+    """A command, as JSON has it."""
+
+    purpose: str
+    line: str
+    """Quoted for a shell."""
+    chosen: Mapping[str, str]
+    """Placeholders in the line → what they stand for."""
+
+
+@dataclass(frozen=True)
 class Command:
     """A command line and its purpose."""
 
@@ -23,6 +34,11 @@ class Command:
     def line(self) -> str:
         """The quoted command line."""
         return shlex.join(self.words)
+
+    @property
+    def told(self) -> CommandLine:
+        """The command, as JSON has it."""
+        return CommandLine(self.purpose, self.line, dict(self.chosen))
 
     def __str__(self) -> str:
         told = "".join(f"  ({name}: {meaning})" for name, meaning in self.chosen.items())

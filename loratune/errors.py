@@ -2,6 +2,7 @@
 
 import errno
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from enum import IntEnum
 
 from loratune.commands import Command
@@ -21,6 +22,23 @@ class Exit(IntEnum):
     PEER = 8
 
 
+@dataclass(frozen=True)
+class Problem:
+    """One of the things that are wrong, and where."""
+
+    message: str
+    """What is wrong, without the place."""
+    file: str | None = None
+    line: int | None = None
+    """Counted from 1."""
+    row: int | None = None
+    """Of a file without lines; counted from 1."""
+    key: str | None = None
+    """A recipe's setting, or a flag with its dashes."""
+    remedy: str | None = None
+    """What to do, where that is apart from the message."""
+
+
 class LoratuneError(Exception):
     """An error that the user can fix; the message says what is wrong, where, and what to do.
 
@@ -28,13 +46,17 @@ class LoratuneError(Exception):
         message: the message without commands.
         exit_code: exit code of the process.
         commands: commands that help, in order; the caller has verified that they will be accepted (see `refusal`).
+        problems: what the message lists, for programs; default is to take them from its lines.
     """
 
-    def __init__(self, message: str, exit_code: Exit, commands: Sequence[Command] = ()) -> None:
+    def __init__(
+        self, message: str, exit_code: Exit, commands: Sequence[Command] = (), problems: Sequence[Problem] = ()
+    ) -> None:
         super().__init__("\n".join([message, *(f"  {command}" for command in commands)]))
         self.message = message
         self.exit_code = exit_code
         self.commands = tuple(commands)
+        self.problems = tuple(problems)
 
 
 class Interrupted(KeyboardInterrupt):

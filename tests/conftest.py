@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from documents import require_one_document
 from processes import COMMAND_LINE, Nursery, Program, opened_nursery
 from typer.testing import CliRunner, Result
 
@@ -152,13 +153,19 @@ def quick_end(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -
 
 @pytest.fixture
 def cli(quick_end: Callable[[], None]) -> Callable[..., Result]:
-    """Run a loratune command line in this process; the result holds exit_code, stdout and stderr."""
+    """Run a loratune command line in this process; the result holds exit_code, stdout and stderr.
+
+    With --json, stdout has to be one document that fits its schema, in whatever test.
+    """
     from loratune.cli.app import app
 
     def run(*arguments: Any, **options: Any) -> Result:
         if arguments[:1] == ("sft",) and "--show" not in arguments:
             quick_end()
-        return CliRunner().invoke(app, [str(argument) for argument in arguments], **options)
+        result = CliRunner().invoke(app, [str(argument) for argument in arguments], **options)
+        if "--json" in arguments:
+            require_one_document(result)
+        return result
 
     return run
 

@@ -239,7 +239,7 @@ def test_the_key_that_rows_are_under_is_told_of_a_fresh_file_and_of_a_cached_one
 def test_only_json_goes_to_stdout_and_only_if_it_is_asked_for(check: Run, rows_file: Path) -> None:
     assert check(rows_file).stdout == ""
     assert set(figures_of(check(rows_file, "--json"))) == {
-        *("files", "rows", "histogram", "training", "reasoning", "reasoning_form", "findings", "refused")
+        *("schema", "files", "rows", "histogram", "training", "reasoning", "reasoning_form", "findings", "refused")
     }
 
 
@@ -414,7 +414,7 @@ def test_tokens_are_listed_with_their_ids_and_whether_they_are_trained(preview: 
 
 
 def test_json_holds_text_ids_and_labels(preview: Run, rows_file: Path) -> None:
-    shown = json.loads(preview(rows_file, "--rows", "2", "--json").stdout)
+    shown = json.loads(preview(rows_file, "--rows", "2", "--json").stdout)["sequences"]
     for number, (found, row) in enumerate(zip(shown, ROWS[:2], strict=True), start=1):
         context, answer = context_of(row["instruction"]), f"{row['output']}<|im_end|>"
         before, trained = TOKENIZER(context).input_ids, TOKENIZER(answer).input_ids
@@ -431,7 +431,7 @@ def test_rows_go_on_in_the_next_source(preview: Run, tmp_path: Path, count: int,
     first, second = write_rows(tmp_path / "a.json", ROWS[:5]), write_rows(tmp_path / "b.json", ROWS[5:7])
     places = [f"{first} row {n}" for n in range(1, 6)] + [f"{second} row {n}" for n in (1, 2)]
     result = preview(first, "--data.train", second, "--rows", count, "--json")
-    assert [row["row"] for row in json.loads(result.stdout)] == places[:shown]
+    assert [row["row"] for row in json.loads(result.stdout)["sequences"]] == places[:shown]
 
 
 def test_three_rows_are_shown_unless_more_are_asked_for(preview: Run, rows_file: Path) -> None:
@@ -471,7 +471,7 @@ def test_control_characters_of_a_row_never_reach_the_terminal(
 
 def test_json_holds_control_characters_of_a_row_to_the_letter(preview: Run, tmp_path: Path) -> None:
     row = {"instruction": "a\x1b\x85b\x7f", "output": "c\x9b31m\u2028d"}
-    (shown,) = json.loads(preview(write_rows(tmp_path / "rows.json", [row]), "--json").stdout)
+    (shown,) = json.loads(preview(write_rows(tmp_path / "rows.json", [row]), "--json").stdout)["sequences"]
     assert shown["text"] == f"{context_of(row['instruction'])}{row['output']}<|im_end|>"
 
 
@@ -560,7 +560,7 @@ def test_packed_passes_are_shown_with_the_rows_that_share_them(cli: Run, tmp_pat
     path = write_rows(tmp_path / "rows.json", UNEVEN)
     flags = ("--model.base", "tiny-qwen", "--data.train", path, "--data.validation", "0", "--rows", "500", "--packed")
     flags += ("--training.tokens_per_pass", "200", "--data.severity", "repetitive=ignore")
-    batches = json.loads(cli("data", "preview", *flags, "--json").stdout)
+    batches = json.loads(cli("data", "preview", *flags, "--json").stdout)["passes"]
     lengths = [[len(row["input_ids"]) for row in batch] for batch in batches]
     assert sorted(length for batch in lengths for length in batch) == sorted(tokens for tokens, _ in lengths_of(UNEVEN))
     assert all(sum(batch) <= 200 for batch in lengths)

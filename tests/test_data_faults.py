@@ -340,7 +340,7 @@ def ids_of(cli: Run, path: Path, *flags: Any) -> list[list[int]]:
     flags = (*flags, "--data.validation", "0") if "--data.validation" not in flags else flags
     result = cli("data", "preview", "--model.base", "tiny-qwen", "--data.train", path, "--rows", "99", "--json", *flags)
     assert result.exit_code == 0, result.stderr
-    return [row["input_ids"] for row in json.loads(result.stdout)]
+    return [row["input_ids"] for row in json.loads(result.stdout)["sequences"]]
 
 
 @pytest.mark.parametrize("token", ["<|im_end|>", "<|im_start|>system", "<|endoftext|>", "<tool_call>", "<think>"])
@@ -643,7 +643,7 @@ def test_the_end_of_every_answer_is_trained_whatever_pads_a_batch(
     edit_tokenizer(model, pad_token=pad)
     end = AutoTokenizer.from_pretrained(model).convert_tokens_to_ids("<|im_end|>")
     shown = cli("data", "preview", "--model.base", model, "--data.train", rows_file, "--rows", "99", "--json")
-    assert [row["labels"][-1] for row in json.loads(shown.stdout)] == [end] * 11
+    assert [row["labels"][-1] for row in json.loads(shown.stdout)["sequences"]] == [end] * 11
 
 
 def test_the_loss_of_a_padded_batch_is_that_of_its_rows_where_the_end_token_pads(

@@ -496,7 +496,8 @@ def test_the_command_asks_the_tasks_and_prints_what_it_writes(
     done = cli(*given, "--tasks", "chosen, written", "--limit", 3, "--max-new-tokens", 2, "--json")
     assert done.exit_code == 0, done.stderr
     result = read_tasks(output)
-    assert json.loads(done.stdout) == {"benchmarks": json.loads((output / "eval_tasks.json").read_text())}
+    told = {"benchmarks": json.loads((output / "eval_tasks.json").read_text())}
+    assert json.loads(done.stdout) == {"schema": "loratune/eval/1"} | told
     assert [(one.name, one.rows) for one in result.tasks] == [("chosen", 3), ("written", 3)]
     cut = result.tasks[1].generated[ADAPTER].cut
     assert f"written: {cut} of 3 answers (adapter) cut by the limit of new tokens" in done.stderr

@@ -143,7 +143,7 @@ def test_json_tells_the_answer_its_length_and_its_end(cli: Callable[..., Result]
     turns = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Who are you?"}]
     prompt = tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_dict=False)
     found = told(cli, "--model", "tiny-qwen", "--system", "Be brief.", "-p", "Who are you?")
-    assert list(found) == ["answer", "reasoning", "prompt_tokens", "tokens", "finish"]
+    assert list(found) == ["schema", "answer", "reasoning", "prompt_tokens", "tokens", "finish"]
     assert found["prompt_tokens"] == len(prompt)
     assert found["tokens"] == len(tokenizer(found["answer"]).input_ids) + 1
     assert (found["reasoning"], found["finish"]) == ("", "stop")
@@ -275,5 +275,5 @@ def test_odd_names_of_adapters_are_refused(values: list[str]) -> None:
 def test_what_cannot_work_is_one_message(cli: Callable[..., Result], arguments: list[str], code: Exit) -> None:
     result = cli("infer", *arguments)
     assert result.exit_code == code
-    assert result.stdout == ""
+    assert (json.loads(result.stdout)["exit_code"] == code) if "--json" in arguments else result.stdout == ""
     assert "Traceback" not in result.stderr

@@ -61,6 +61,7 @@ def test_the_verification_says_what_was_merged_and_compared(merged: Merge, run: 
     result = merged("--json")
     assert result.exit_code == 0, result.stderr
     found = json.loads(result.stdout)  # and nothing else is on stdout
+    assert found.pop("schema") == "loratune/merge/1"
     assert found == report(output)
     assert (found["program"], found["format_version"]) == ("loratune", 1)
     for name in ("loratune", "torch", "transformers", "peft", "safetensors"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import json
 import re
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin
@@ -11,19 +12,24 @@ import pytest
 import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from jsonschema import Draft202012Validator
 from pydantic import ValidationError
 
 from loratune.errors import Exit, LoratuneError
 from loratune.recipe.advice import advise
-from loratune.recipe.loading import dump_recipe, find_recipe, load_recipe, shipped_recipes
+from loratune.recipe.json_schema import recipe_schema, sweep_schema
+from loratune.recipe.loading import dump_recipe, find_recipe, load_recipe, shipped_recipes, shipped_sweeps
 from loratune.recipe.method_sections import TargetGroup
+from loratune.recipe.names import DROPPED, RENAMED
 from loratune.recipe.section import listed
 from loratune.recipe.sections import TEMPLATE_ARGUMENTS, Recipe, iterate_settings
+from loratune.recipe.yaml_reader import read_yaml
 
 PACKAGE = Path(__file__).resolve().parent.parent / "loratune"
 SETTINGS = dict(iterate_settings())
 MINIMAL = "model: {base: x}\ndata: {train: [rows.json]}\n"
 SHIPPED = shipped_recipes()
+SCHEMA = Draft202012Validator(recipe_schema())
 
 
 @pytest.fixture
@@ -43,7 +49,23 @@ def refusal(config: str | None, flags: dict[str, Any] | None = None) -> str:
     with pytest.raises(LoratuneError) as caught:
         load_recipe(config, flags or {})
     assert caught.value.exit_code == Exit.USAGE
+    if config and not flags and "the recipe has" in str(caught.value):
+        assert_schema_refuses(Path(config), str(caught.value))
     return str(caught.value)
+
+
+INEXPRESSIBLE = (
+    *("got 8.0", "got 10.0", "must be a finite number", "got '9-3'"),
+    *("must be shorter than", "needs model.quantization none", "would shrink", "not available for experts"),
+)
+"""Parts of messages about what the schema has no words for: equal numbers of other types, and pairs of settings."""
+
+
+def assert_schema_refuses(recipe: Path, message: str) -> None:
+    """What is refused is refused by editors too, as far as a schema can; YAML itself is no matter of schemas."""
+    document = read_yaml(recipe.read_text(encoding="utf-8"))
+    if not document.problems and not any(part in message for part in INEXPRESSIBLE):
+        assert not SCHEMA.is_valid(document.values), message
 
 
 def value_of(recipe: Recipe, dotted: str) -> Any:
@@ -684,3 +706,48 @@ def test_a_rank_is_no_reason_for_advice_beyond_what_servers_take() -> None:
     assert [told.partition(":")[0] for told in advice(lora={"rank": 128})] == [
         "lora.rank 128 is above vLLM's default limit"
     ]
+
+
+# --- JSON Schema ---
+
+
+@pytest.mark.parametrize("path", [*SHIPPED, *shipped_sweeps()], ids=lambda path: path.stem)
+def test_a_shipped_recipe_names_a_schema_beside_it_that_it_fits(path: Path) -> None:
+    text = path.read_text(encoding="utf-8")
+    named = re.match(r"# yaml-language-server: \$schema=(\S+)\n", text)
+    assert named
+    schema = json.loads((path.parent / named[1]).read_text(encoding="utf-8"))
+    assert schema == (recipe_schema() if path in SHIPPED else sweep_schema())
+    assert [error.message for error in Draft202012Validator(schema).iter_errors(read_yaml(text).values)] == []
+
+
+def test_a_written_recipe_earlier_names_and_short_forms_fit_the_schema() -> None:
+    values = read_yaml(dump_recipe(load_recipe("quickstart", {}))).values
+    assert SCHEMA.is_valid(values)
+    short = {"model": {"base": "x"}, "data": {"train": "a.json"}}
+    assert SCHEMA.is_valid(short | {"lora": None, "tracking": {"report_to": "none"}})
+    for old, new in RENAMED.items():
+        section, _, name = old.rpartition(".")
+        known = short.get(section, {}) | {name: values[section][new.rpartition(".")[2]]}
+        assert SCHEMA.is_valid(short | {section: known}), old
+    for name in DROPPED:
+        section, _, key = name.rpartition(".")
+        assert SCHEMA.is_valid(short | {section: {key: 2}})
+
+
+def test_the_schema_describes_every_setting_with_default_and_bounds() -> None:
+    schema = recipe_schema()
+    for dotted, field in SETTINGS.items():
+        section, _, name = dotted.rpartition(".")
+        kind = Recipe.model_fields[section].annotation.__name__ if section else None
+        found = (schema["$defs"][kind] if kind else schema)["properties"][name]
+        assert found["description"] == " ".join((field.description or "").split())
+        assert found.get("default") == (None if field.is_required() else field.default), dotted
+    rank = schema["$defs"]["LoraSettings"]["properties"]["rank"]
+    assert (rank["minimum"], rank["maximum"]) == (1, 4096)
+    assert all(one["additionalProperties"] is False for one in [schema, *schema["$defs"].values()])
+
+
+def test_patterns_are_expressions_of_javascript_too() -> None:
+    """Editors run them; Python's names of groups are an error there."""
+    assert re.findall(r"\(\?(?!:)", json.dumps(recipe_schema())) == []

@@ -20,6 +20,7 @@ from typing import Any
 import optuna
 import pytest
 from conftest import ROWS
+from documents import faults
 from optuna.storages.journal import JournalFileBackend, JournalStorage
 from processes import Program, comes_true
 from test_run_folder_page import tables
@@ -129,7 +130,9 @@ def test_a_sweep_is_what_its_run_folders_say(start: Start, cli: Cli, base: list[
     done = start("sweep", *base, *OVER, "--seeds", "1", "--output", folder, "--json", code=FORKED)
     assert done.exit_code() == 0, done.stderr
     report = read(folder / "sweep.json")
-    assert json.loads(done.stdout) == report
+    document = json.loads(done.stdout)
+    assert faults(document) == []
+    assert document == {"schema": "loratune/sweep/1"} | report
     assert_told_by_hand(folder)
     measured = {trial["name"]: trial["forgetting"] for trial in report["trials"]}
     assert {name for name, rise in measured.items() if rise} == {

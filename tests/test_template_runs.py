@@ -118,7 +118,7 @@ def test_rows_of_another_day_are_never_taken_for_today_s(
     for day, flags in ((DAY, []), (NEXT_DAY, []), (NEXT_DAY, ["--prompt.date", DAY])):
         on(day)
         shown = cli("data", "preview", "--model.base", base, "--data.train", rows_file, "--json", *flags)
-        told.append(json.loads(shown.stdout)[0]["text"].partition("Today is ")[2][:11])
+        told.append(json.loads(shown.stdout)["sequences"][0]["text"].partition("Today is ")[2][:11])
         assert f"that of {flags[1] if flags else day}" in words(shown.stderr)
     assert told == ["28 Feb 2026", "01 Mar 2026", "28 Feb 2026"]
     undated = model_folder(tmp_path / "undated", CHATML)
@@ -207,7 +207,7 @@ def test_a_completed_prompt_is_told_by_every_command_and_stays_with_the_model(
         assert result.exit_code == 0, result.stderr
         assert words(result.stderr).count("ignores add_generation_prompt: prompts are completed") == 1
     header = f"<|im_start|>user\n{QUESTION}<|im_end|>\n<|im_start|>assistant\nIt is 0.<|im_end|>"
-    assert header in json.loads(cli("data", "preview", *rows, "--json").stdout)[0]["text"]
+    assert header in json.loads(cli("data", "preview", *rows, "--json").stdout)["sequences"][0]["text"]
     assert cli("merge", "--adapter", run, "--output", tmp_path / "merged").exit_code == 0
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "merged")
     messages: list[Any] = [{"role": "user", "content": QUESTION}]

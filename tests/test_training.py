@@ -104,7 +104,7 @@ def test_the_report_and_metrics_say_what_happened(sft: Callable[..., Result], tm
     result = sft("--json", "--evaluation.every_steps", "2")
     report, metrics = read_json(tmp_path / "run" / "report.json"), metrics_of(tmp_path / "run")
 
-    assert json.loads(result.stdout) == report
+    assert json.loads(result.stdout) == {"schema": "loratune/sft/1"} | report
     assert report["steps"] == 4
     assert report["rows"] == {"training": 11, "validation": 1}
     assert [line["step"] for line in metrics if "loss" in line] == [1, 2, 3, 4]

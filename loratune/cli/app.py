@@ -6,7 +6,6 @@ import functools
 import os
 import signal
 import sys
-import traceback
 from pathlib import Path
 from typing import Annotated, Any, ClassVar
 
@@ -14,14 +13,15 @@ import typer
 from typer.core import TyperGroup
 
 from loratune import __version__, console
-from loratune.cli.commands import COMMANDS, DATA_COMMANDS, LAUNCH_COMMANDS, RUNS_COMMANDS, command_module
+from loratune.cli.commands import COMMANDS, GROUPED, command_module
 from loratune.cli.completion import complete_if_asked
+from loratune.cli.documents import await_document
+from loratune.cli.failures import DEBUG, failures_told
 from loratune.cli.help import Command, option_panels
 from loratune.errors import Exit, LoratuneError, OutputLost
 from loratune.runtime import silence_libraries
 from loratune.streams import make_steady
 
-_DEBUG = "LORATUNE_DEBUG"
 _HELP_NAMES = {"help_option_names": ["-h", "--help"]}
 
 
@@ -57,28 +57,11 @@ class CommandGroup(TyperGroup):
         console.help_page(self.get_usage(ctx), self.help or "", panels)
 
 
-class DataGroup(CommandGroup):
-    """The group `loratune data`."""
-
-    table = DATA_COMMANDS
-    prefix = "data_"
+def _group_class(name: str) -> type[CommandGroup]:
+    return type(f"{name.capitalize()}Group", (CommandGroup,), {"table": GROUPED[name], "prefix": f"{name}_"})
 
 
-class RunsGroup(CommandGroup):
-    """The group `loratune runs`."""
-
-    table = RUNS_COMMANDS
-    prefix = "runs_"
-
-
-class LaunchGroup(CommandGroup):
-    """The group `loratune launch`."""
-
-    table = LAUNCH_COMMANDS
-    prefix = "launch_"
-
-
-GROUPS = {"data": DataGroup, "runs": RunsGroup, "launch": LaunchGroup}
+GROUPS = {name: _group_class(name) for name in GROUPED}
 
 
 class Group(CommandGroup):
@@ -102,8 +85,10 @@ class Group(CommandGroup):
         """Accept --debug anywhere on the line, because users append it to a command that has just failed."""
         if "--debug" in args:
             args = ["--debug", *(argument for argument in args if argument != "--debug")]
-        complete_if_asked(ctx, self.params, args)
-        return super().parse_args(ctx, args)
+        await_document(args)
+        with failures_told():
+            complete_if_asked(ctx, self.params, args)
+            return super().parse_args(ctx, args)
 
     def invoke(self, ctx: Any) -> Any:
         """Run the subcommand.
@@ -111,35 +96,9 @@ class Group(CommandGroup):
         Raises:
             typer.Exit: with the exit code of a failure.
         """
-        try:
+        with failures_told():
             _require_working_folder()
             return super().invoke(ctx)
-        except (LoratuneError, OSError, MemoryError) as error:
-            if os.environ.get(_DEBUG):
-                raise
-            message, code = _told(error)
-            console.error(message)
-            for advised in getattr(error, "commands", ()):
-                console.next_step(f"  {advised}")
-            raise typer.Exit(int(code)) from error
-        except Exception as error:
-            if _ran_out_of_memory(error) and not os.environ.get(_DEBUG):
-                console.error(
-                    f"out of memory: {str(error).splitlines()[0]}\n"
-                    "free some, or make the model smaller: --model.quantization nf4, or a smaller base"
-                )
-                raise typer.Exit(int(Exit.IO)) from error
-            library = _loaded_library(error)
-            if library is None or os.environ.get(_DEBUG):
-                raise
-            console.error(
-                f"{library} cannot be loaded: {type(error).__name__}: {error}\n"
-                "one of its environment variables may be wrong, or its installation damaged; --debug shows where"
-            )
-            raise typer.Exit(int(Exit.IO)) from error
-        except KeyboardInterrupt as error:
-            console.next_step(str(error) or "interrupted")  # intended, so not an error; the text may end in a command
-            raise typer.Exit(128 + getattr(error, "signal_number", signal.SIGINT)) from error
 
 
 def _require_working_folder() -> None:
@@ -154,32 +113,6 @@ def _require_working_folder() -> None:
         raise LoratuneError(
             f"the working folder is gone or not accessible ({error.strerror}); change to another one", Exit.IO
         ) from error
-
-
-def _ran_out_of_memory(error: Exception) -> bool:
-    """Return whether torch ran out of memory; without importing torch for other errors."""
-    if "torch" not in sys.modules:
-        return False
-    from loratune.model.memory import is_out_of_memory
-
-    return is_out_of_memory(error)
-
-
-def _loaded_library(error: Exception) -> str | None:
-    """Return the library whose import raised an error; None for other errors."""
-    frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__) if frame.f_code.co_name == "<module>"]
-    names = [str(frame.f_globals.get("__name__")).partition(".")[0] for frame in frames]
-    return next((name for name in reversed(names) if name != __name__.partition(".")[0]), None)
-
-
-def _told(error: LoratuneError | OSError | MemoryError) -> tuple[str, Exit]:
-    """Return message and exit code of a failure. Errors of the operating system never count as bugs."""
-    if isinstance(error, LoratuneError):
-        return error.message, error.exit_code
-    if isinstance(error, MemoryError):
-        return f"out of memory: {str(error) or 'the system has no more'}", Exit.IO
-    place = f"{error.filename}: " if error.filename is not None else ""
-    return f"{place}{error.strerror or error}; --debug shows where it occurred", Exit.IO
 
 
 app = typer.Typer(
@@ -206,7 +139,7 @@ def _main(
     ] = False,
 ) -> None:
     if debug:
-        os.environ[_DEBUG] = "1"
+        os.environ[DEBUG] = "1"
 
 
 def main() -> None:
@@ -220,7 +153,7 @@ def main() -> None:
     os.environ["MPLBACKEND"] = "agg"  # pictures are files; a notebook's backend may not be there
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")  # rows are encoded in one process
     try:
-        sys.exit(app())
+        sys.exit(app(prog_name="loratune"))  # also for `python -m loratune`, as messages suggest command lines
     except OutputLost as lost:
         if lost.has_no_reader:
             sys.exit(128 + signal.SIGPIPE)  # silently, as is usual for a closed pipe

@@ -20,6 +20,7 @@ COMMANDS = {
     "runs": "List, inspect, compare and tag runs.",
     "doctor": "Examine this machine: what works, what is slower than it could be, and what mends it.",
     "launch": "Write a job file for a cluster: training that goes on after a preemption.",
+    "schema": "Print the JSON Schema of recipes, or of what a command prints with --json.",
 }
 DATA_COMMANDS = {
     "check": "Check the rows of a recipe, as sft does; exit code 3 if sft would refuse them.",
@@ -38,9 +39,19 @@ RUNS_COMMANDS = {
     "serve": "Serve a page that shows the runs of a folder as they train.",
 }
 
+GROUPED = {"data": DATA_COMMANDS, "runs": RUNS_COMMANDS, "launch": LAUNCH_COMMANDS}
+"""Group of commands → its commands, with their one-line helps."""
 
 MODULES = {"import": "import_"}
 """Command → its module, where the name cannot be a module's."""
+
+
+def command_lines() -> list[tuple[str, ...]]:
+    """Return the words of every command: `("merge",)`, `("data", "check")`."""
+    lines: list[tuple[str, ...]] = []
+    for name in COMMANDS:
+        lines += [(name, inner) for inner in GROUPED[name]] if name in GROUPED else [(name,)]
+    return lines
 
 
 def command_module(name: str) -> ModuleType:

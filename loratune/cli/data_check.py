@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
-from loratune import console
+from loratune.cli.documents import Document
 from loratune.cli.flags import Config
 from loratune.cli.options import recipe_options
 from loratune.errors import Exit
@@ -15,6 +15,15 @@ from loratune.recipe.loading import load_recipe
 DETAILS = """\
 Takes the recipe and flags of sft. Reads, encodes and checks every row without loading the model, and caches the
 encoded rows for training; only changed data is encoded again."""
+
+
+def _printed() -> Any:
+    from loratune.training.data_report import DataReport
+
+    return DataReport
+
+
+DOCUMENT = Document("data-check", 1, _printed)
 
 
 @recipe_options
@@ -31,6 +40,6 @@ def command(
     report = data_report(recipe, pass_gate(recipe))
     show_data_report(report)
     if json:
-        console.write_json(report)
+        DOCUMENT.write(report)
     if report["refused"]:
         raise typer.Exit(int(Exit.DATA))

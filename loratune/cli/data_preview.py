@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from loratune import console
+from loratune.cli.documents import Document
 from loratune.cli.flags import Config
 from loratune.cli.options import recipe_options
 from loratune.recipe.loading import load_recipe
@@ -14,6 +15,15 @@ from loratune.recipe.loading import load_recipe
 DETAILS = """\
 Takes the recipe and flags of sft. Shows the first training rows as the model sees them: trained text is green (between
 ⟦ and ⟧ without colours), control tokens are inverted, ⏎ is a line break."""
+
+
+def _printed() -> Any:
+    from loratune.training.data_preview import PassesValues, SequencesValues
+
+    return SequencesValues | PassesValues
+
+
+DOCUMENT = Document("data-preview", 1, _printed)
 
 
 @recipe_options
@@ -32,7 +42,7 @@ def command(
     passes = preview_passes(recipe, rows) if packed else [preview_rows(recipe, rows)]
     if json:
         shown = [[preview.as_json() for preview in one] for one in passes]
-        console.write_json(shown if packed else shown[0])
+        DOCUMENT.write({"passes": shown} if packed else {"sequences": shown[0]})
         return
     for number, one in enumerate(passes, start=1):
         if packed:

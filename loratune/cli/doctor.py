@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
-from loratune import console
+from loratune.cli.documents import Document
 from loratune.cli.flags import Config
 from loratune.recipe.loading import load_recipe
 
@@ -17,6 +17,15 @@ in it, and whether tokenizer, template and rows can be read. Nothing is download
 
 Each check runs in a process of its own with a time limit, so a package that crashes or hangs is reported like any other
 fault. If something is broken, the exit code is 6 for the machine, 4 for the base, or 3 for rows."""
+
+
+def _printed() -> Any:
+    from loratune.doctor.examination import ExaminationValues
+
+    return ExaminationValues
+
+
+DOCUMENT = Document("doctor", 1, _printed)
 
 
 def command(
@@ -31,7 +40,7 @@ def command(
     facts = measure_recipe(recipe, config or "") if recipe else None
     examination = judge(measure_machine(recipe, facts), facts)
     if json:
-        console.write_json(examination.values())
+        DOCUMENT.write(examination.values())
     else:
         show(examination)
     if examination.exit_code:

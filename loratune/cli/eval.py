@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeAlias
 
 import typer
 
-from loratune import console
+from loratune.cli.documents import Document
 from loratune.cli.flags import ADAPTER_HELP, Force, Json, MovedBase, adapter_folder
 from loratune.cli.sampling import sampling_options
 from loratune.engine.sampling import Sampling
@@ -37,6 +37,14 @@ The exit code is 7 if the adapter is worse: in the deciding measure, by more tha
 if it has forgotten more than the bounds allow. Rerunning the same command resumes; other asserts, bounds or a judge
 need no new answers. Tasks are asked anew."""
 
+
+def _printed() -> Any:
+    from loratune.evaluation.printed import RowsAndTasks, TasksAlone
+
+    return RowsAndTasks | TasksAlone
+
+
+DOCUMENT = Document("eval", 1, _printed)
 Tuned = Annotated[str | None, typer.Option("--adapter", "-a", metavar="folder", help=ADAPTER_HELP)]
 Tests = Annotated[
     str | None, typer.Option("--tests", metavar="file", help="Rows with expected answers, with asserts, or both.")
@@ -177,12 +185,12 @@ def _run(rows: EvaluationRequest | None, benchmarks: TasksRequest | None, as_jso
     if rows:
         evaluation = evaluate(rows)
         show_evaluation(evaluation, rows.output)
-        told, is_worse = evaluation.summary(), evaluation.is_worse
+        told, is_worse = evaluation.values(), evaluation.is_worse
     if benchmarks and found:
         result = run_tasks(benchmarks, found)
         show_tasks(result)
         told |= {"benchmarks": result.values()}
     if as_json:
-        console.write_json(told)
+        DOCUMENT.write(told)
     if is_worse:
         raise typer.Exit(int(Exit.WORSE))

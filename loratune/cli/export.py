@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Annotated, get_args
+from typing import Annotated, Any, get_args
 
 import typer
 
 from loratune import console
 from loratune.choices import ExportFormat, GgufType, ServerName, listed
+from loratune.cli.documents import Document
 from loratune.cli.flags import (
     Adapter,
     DryRun,
@@ -38,6 +39,13 @@ llama.cpp's convert_hf_to_gguf.py converts merged models of others.
 --push lists the files that it would upload; --no-dry-run uploads them."""
 
 
+def _printed() -> Any:
+    from loratune.runs.verification_layout import PrintedExport
+
+    return PrintedExport
+
+
+DOCUMENT = Document("export", 1, _printed)
 Format = Annotated[
     ExportFormat,
     typer.Option("--format", "-f", metavar=listed(ExportFormat), help="What for."),
@@ -100,4 +108,4 @@ def command(
         elif format != "adapter" or destination is None:  # otherwise this command uploads it
             console.next_step(str(further))
     if json:
-        console.write_json(verification.sealed_values() | {"next": further.line})
+        DOCUMENT.write(verification.sealed_values() | {"next": further.line})

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from loratune import console
+from loratune.cli.documents import Document
 from loratune.cli.options import recipe_options
 from loratune.errors import Exit, LoratuneError
 from loratune.migration.recognition import TOOLS
@@ -20,6 +21,15 @@ names in it: {", ".join(TOOLS)}. Every setting is told as taken over, changed in
 2, and no recipe is written, if something is not taken that changes the result; --allow-loss writes it anyway.
 
 The settings of sft are flags here too, and override the config."""
+
+
+def _printed() -> Any:
+    from loratune.migration.comparison import ComparedTranslation
+
+    return ComparedTranslation
+
+
+DOCUMENT = Document("import", 1, _printed)
 
 
 def _tool_name(name: str | None) -> str | None:
@@ -80,8 +90,8 @@ def command(
         write_text(file, found.text)
         console.say(f"recipe: {file}", style="bold")
     if json:
-        about = found.as_json() | {"file": str(file) if is_written and file else None}
-        console.write_json(about | {"rows": compared.as_json() if compared is not None else None})
+        place = str(file) if is_written and file else None
+        DOCUMENT.write({**found.values(), "file": place, "rows": compared.as_json() if compared else None})
     elif is_written and file is None:
         console.write_result(found.text, end="")
     if not is_written:

@@ -7,8 +7,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from typing_extensions import TypedDict
 
 from loratune import console
+from loratune.cli.documents import Document
 from loratune.cli.flags import Adapters, Force, Json, Model, MovedBase, asked_model, named_adapters
 from loratune.cli.sampling import sampling_options
 from loratune.data.formats.conversation import has_half_a_pair
@@ -27,6 +29,25 @@ last answer may be missing. Rerunning the same command resumes. A row that the c
 place of an answer, and the exit code is 3."""
 
 
+class PromptAnswer(TypedDict):
+    """The answer to --prompt."""
+
+    answer: str
+    reasoning: str | None
+    prompt_tokens: int
+    tokens: int
+    """Of reasoning and answer."""
+    finish: str
+    """Why the answer ended: stop, length or tool_calls."""
+
+
+def _printed() -> Any:
+    from loratune.generation.batch.report import RowsSummary
+
+    return PromptAnswer | RowsSummary
+
+
+DOCUMENT = Document("infer", 1, _printed)
 NoAdapter = Annotated[
     bool,
     typer.Option("--no-adapter", help="Use the base model alone; with --metrics: score it too, for comparison."),
@@ -95,7 +116,7 @@ def command(
     )
     summary = answer_rows_of_file(request)
     if json:
-        console.write_json(summary)
+        DOCUMENT.write(summary)
     require_all_asked(summary)
 
 
@@ -167,12 +188,11 @@ def _write_answer(engine: Engine, sampling: Sampling, prompt: str, system: str |
     turns.append({"role": "user", "content": prompt})
     adapter = next(iter(engine.adapters), None)
     (_, answer) = next(engine.answers([GenerationRequest(turns, sampling, adapter, use_adapter)]))
-    console.write_json(
-        {
-            "answer": answer.text,
-            "reasoning": answer.reasoning,
-            "prompt_tokens": answer.prompt_tokens,
-            "tokens": answer.tokens,
-            "finish": answer.finish,
-        }
-    )
+    told: PromptAnswer = {
+        "answer": answer.text,
+        "reasoning": answer.reasoning,
+        "prompt_tokens": answer.prompt_tokens,
+        "tokens": answer.tokens,
+        "finish": answer.finish,
+    }
+    DOCUMENT.write(told)

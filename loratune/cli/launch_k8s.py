@@ -21,12 +21,14 @@ from loratune.cli.launching import (
     deliver,
     described_job,
     one_word,
+    printed,
 )
 from loratune.cli.options import recipe_options
 from loratune.errors import Exit, LoratuneError
 from loratune.launch.job import GRACE_SECONDS
 from loratune.launch.kubernetes import KubernetesOptions, kubernetes_objects
 
+DOCUMENT = printed("k8s")
 DETAILS = """\
 Takes the recipe and flags of sft, and checks them here. Writes a TrainJob of Kubeflow Trainer with a runtime of its
 own, or with --plain an ordinary Job; also the recipe, and a volume claim for the run unless --volume names one. Pods
@@ -90,4 +92,4 @@ def command(
     options = KubernetesOptions(
         image, namespace, volume, storage or 100, mount.rstrip("/"), from_secret or "loratune", retries, grace, plain
     )
-    deliver(kubernetes_objects(job, options), file, overwrite, json)
+    deliver(DOCUMENT, kubernetes_objects(job, options), file, overwrite, json)

@@ -21,12 +21,14 @@ from loratune.cli.launching import (
     deliver,
     described_job,
     one_word,
+    printed,
     require_gpus,
 )
 from loratune.cli.options import recipe_options
 from loratune.errors import Exit, LoratuneError
 from loratune.launch.sky import SkyOptions, sky_task
 
+DOCUMENT = printed("sky")
 DETAILS = """\
 Takes the recipe and flags of sft, and checks them here. The task is for sky jobs launch: SkyPilot uploads local rows
 and models, mounts a bucket for the run folder, and starts the job again when a spot instance is taken away. It is
@@ -81,4 +83,4 @@ def command(
         raise LoratuneError("SkyPilot chooses instances by the type of GPU; give --gpu-type, or --gpus 0", Exit.USAGE)
     require_gpus(gpus, gpu_type)
     job = described_job(config, flags, name, nodes, gpus, cpus, memory, secrets)
-    deliver(sky_task(job, SkyOptions(bucket, install, gpu_type, infra, spot, retries)), file, overwrite, json)
+    deliver(DOCUMENT, sky_task(job, SkyOptions(bucket, install, gpu_type, infra, spot, retries)), file, overwrite, json)

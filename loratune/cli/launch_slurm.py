@@ -23,6 +23,7 @@ from loratune.cli.launching import (
     deliver,
     described_job,
     one_word,
+    printed,
     require_gpus,
     words,
 )
@@ -30,6 +31,7 @@ from loratune.cli.options import recipe_options
 from loratune.launch.job import GRACE_SECONDS
 from loratune.launch.slurm import SlurmOptions, sbatch_script
 
+DOCUMENT = printed("slurm")
 DETAILS = """\
 Takes the recipe and flags of sft, and checks them here. The script holds the recipe with absolute paths, starts one
 task per GPU, and requeues itself when a signal has stopped the training. It is printed, and nothing is submitted.
@@ -79,4 +81,4 @@ def command(
     require_gpus(gpus, gpu_type)
     job = described_job(config, flags, name, nodes, gpus, cpus, memory, secrets)
     options = SlurmOptions(python, time, partition, account, gpu_type, tuple(sbatch or ()), grace, max_requeues)
-    deliver(sbatch_script(job, options), file, overwrite, json)
+    deliver(DOCUMENT, sbatch_script(job, options), file, overwrite, json)

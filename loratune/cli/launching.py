@@ -8,8 +8,10 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from typing_extensions import TypedDict
 
 from loratune import console
+from loratune.cli.documents import Document
 from loratune.errors import Exit, LoratuneError
 from loratune.launch.job import CPUS_PER_GPU, MEMORY_PER_GPU, Job, JobFile
 from loratune.printable import shortened
@@ -148,7 +150,24 @@ def _named_by(output: str) -> str:
     return name if JOB_NAME.fullmatch(name) else f"run-{name}"[:40].strip("-")
 
 
-def deliver(made: JobFile, file: Path | None, overwrite: bool, json: bool) -> None:
+class JobFileValues(TypedDict):
+    """A job file."""
+
+    file: str | None
+    """Where it was written; null if it was not."""
+    text: str
+    moved: dict[str, str]
+    """Path here → path in the job."""
+    next: str
+    """The command that submits it."""
+
+
+def printed(scheduler: str) -> Document:
+    """Return the document of a command that writes a job file."""
+    return Document(f"launch-{scheduler}", 1, lambda: JobFileValues)
+
+
+def deliver(document: Document, made: JobFile, file: Path | None, overwrite: bool, json: bool) -> None:
     """Print a job file, or write it in one step.
 
     Raises:
@@ -169,7 +188,8 @@ def deliver(made: JobFile, file: Path | None, overwrite: bool, json: bool) -> No
         submit = replace(made.submit, words=tuple(str(file) if word == "FILE" else word for word in made.submit.words))
     if json:
         name = None if file is None else str(file)
-        console.write_json({"file": name, "text": made.text, "moved": made.moved, "next": submit.line})
+        told: JobFileValues = {"file": name, "text": made.text, "moved": made.moved, "next": submit.line}
+        document.write(told)
         return
     if file is None:
         console.write_result(made.text, end="")

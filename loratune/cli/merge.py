@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from loratune import console
 from loratune.choices import Combination, Dtype, MergeBase, listed
+from loratune.cli.documents import Document
 from loratune.cli.flags import (
     ADAPTER_HELP,
     DryRun,
@@ -40,6 +41,13 @@ SIZE = re.compile(r"(?P<number>\d+(\.\d+)?)\s*(?P<unit>[kMGT]?)i?B?", re.IGNOREC
 UNITS = {"": 1, "k": 1e3, "m": 1e6, "g": 1e9, "t": 1e12}
 
 
+def _printed() -> Any:
+    from loratune.runs.verification_layout import MergedFile
+
+    return MergedFile
+
+
+DOCUMENT = Document("merge", 1, _printed)
 Adapters = Annotated[
     list[str],
     typer.Option("--adapter", "-a", metavar="folder", help=f"{ADAPTER_HELP} With several: name=folder each."),
@@ -123,7 +131,7 @@ def command(
             verification = merge_adapter(source, output, options)
         _show(verification.proved, output)
     if json:
-        console.write_json(verification.sealed_values())
+        DOCUMENT.write(verification.sealed_values())
 
 
 def _show(merged: MergedModel, output: Path) -> None:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
 from loratune import console
 from loratune.board.lineage import find_model, model_state, run_lineage
+from loratune.cli.documents import Document
 from loratune.runs.state import run_state
 
 BASES = {
@@ -16,6 +17,7 @@ BASES = {
     "sampled": "identified by samples: 4096 bytes of each tensor",
     "nothing": "not identified",
 }
+DOCUMENT = Document("runs-show", 1, lambda: RunState)
 DETAILS = """\
 A run that is marked as running but has no process has crashed; it can be resumed.
 
@@ -31,7 +33,7 @@ def command(
     model = find_model(run)
     state = model_state(model) if model else run_state(run) | run_lineage(run)
     if json:
-        console.write_json(state)
+        DOCUMENT.write(state)
         return
     rows = _model_rows(state) if model else [*_rows(state), *_lineage_rows(state)]
     console.table(rows, title=state["output"], is_result=True)
@@ -39,7 +41,7 @@ def command(
         console.next_step(f"next: {state['next']}")
 
 
-def _rows(state: dict[str, Any]) -> list[tuple[str, str]]:
+def _rows(state: RunState) -> list[tuple[str, str]]:
     of = f" of {state['steps']}" if state["steps"] else ""
     rows = [("state", f"{state['state']} at step {state['step']}{of}, {state['time']}")]
     if state["loss"] is not None:

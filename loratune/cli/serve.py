@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-import json
+import json as json_lines
+import os
 import secrets
 import shlex
 from typing import Annotated, Any
 from urllib.parse import urlsplit
 
 import typer
+from typing_extensions import TypedDict
 
 from loratune import console
+from loratune.cli.documents import Document
 from loratune.cli.flags import Adapters, Force, Model, MovedBase, asked_model, named_adapters
 from loratune.cli.serving import (
     AllowHost,
@@ -34,6 +37,22 @@ adapter are available by name; requests run concurrently.
 Requests need an API key: from --api-key or LORATUNE_API_KEY, or a generated one that is printed at startup. A signal
 drains running requests and exits; a second one exits at once."""
 
+
+class ServerValues(TypedDict):
+    """A server that accepts requests; printed once, before the first."""
+
+    url: str
+    """Without a path; the API is below /v1."""
+    models: list[str]
+    """Names of the base and the adapters."""
+    api_key: str | None
+    """The key, if it was generated; null if it was given, or none is needed."""
+    process: int
+    """ID of the process; SIGTERM ends it."""
+
+
+DOCUMENT = Document("serve", 1, lambda: ServerValues)
+Json = Annotated[bool, typer.Option("--json", help="Print address, models and key as JSON to stdout at startup.")]
 AllowOrigin = Annotated[
     list[str] | None,
     typer.Option(
@@ -69,6 +88,7 @@ def command(
     max_queue: MaxQueue = 64,
     max_new_tokens: MaxNewTokens = 4096,
     force: Force = False,
+    json: Json = False,
 ) -> None:
     """Take the address, load the model, serve."""
     model = asked_model(bool(adapter), model, base_model)
@@ -95,6 +115,8 @@ def command(
         hosts = allowed_hosts(host, allow_host)
         address.listen()
         _tell(address, engine, secret, is_made=secret != given)
+        if json:
+            DOCUMENT.write(_values(address, engine, secret if secret != given else None))
         run(
             engine,
             address,
@@ -120,6 +142,11 @@ def _check_names(engine: Any) -> None:
         )
 
 
+def _values(address: Any, engine: Any, made_key: str | None) -> ServerValues:
+    models = [engine.base_name, *engine.adapters]
+    return {"url": address.url, "models": models, "api_key": made_key, "process": os.getpid()}
+
+
 def _tell(address: Any, engine: Any, secret: str | None, is_made: bool) -> None:
     """Print the page's address and an example request. A key that the user has chosen is not printed."""
     console.say(f"models: {', '.join([engine.base_name, *engine.adapters])}")
@@ -130,4 +157,4 @@ def _tell(address: Any, engine: Any, secret: str | None, is_made: bool) -> None:
     if secret:
         headers.append(f"Authorization: Bearer {secret if is_made else 'API_KEY'}")
     command = ["curl", f"{address.url}/v1/chat/completions", *(part for line in headers for part in ("-H", line))]
-    console.next_step(f"try: {shlex.join([*command, '-d', json.dumps(asked, ensure_ascii=False)])}")
+    console.next_step(f"try: {shlex.join([*command, '-d', json_lines.dumps(asked, ensure_ascii=False)])}")

@@ -5,11 +5,13 @@ from __future__ import annotations
 import os
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+from typing_extensions import TypedDict
 
 from loratune import console
+from loratune.cli.documents import Document
 from loratune.cli.flags import Config
 from loratune.cli.options import recipe_options
 from loratune.errors import Exit, LoratuneError
@@ -21,6 +23,21 @@ DETAILS = """\
 Every setting of the recipe is also a flag; flags override the recipe, and the recipe overrides the
 defaults. A list takes its flag once per value: --data.train a.json --data.train b.json. Shipped
 recipes: """ + ", ".join(path.stem for path in shipped_recipes())
+
+
+class ShownRecipe(TypedDict):
+    """The resolved recipe, of --show."""
+
+    recipe: Recipe
+
+
+def _printed() -> Any:
+    from loratune.runs.report import ReportFile
+
+    return ReportFile | ShownRecipe
+
+
+DOCUMENT = Document("sft", 1, _printed)
 
 
 @recipe_options
@@ -59,6 +76,9 @@ def command(
     flags: dict[str, object],
 ) -> None:
     recipe = load_recipe(config, dict(flags))
+    if show and json:
+        DOCUMENT.write(ShownRecipe(recipe=recipe))
+        return
     if show:
         console.write_result(dump_recipe(recipe, is_ascii=not console.takes_all_characters()), end="")
         return
@@ -91,5 +111,5 @@ def _train(recipe: Recipe, overwrite: bool, resume: tuple[str, bool, bool] | Non
     report = train(recipe, overwrite, Resume(*resume) if resume else None)
     if report:
         attempted("the closing table", lambda: show_report(report))
-    if json:
-        console.write_json(report.values() if report else {})
+    if json and report:
+        DOCUMENT.write(report.values())

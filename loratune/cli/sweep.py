@@ -7,6 +7,7 @@ from typing import Annotated, Any
 import typer
 
 from loratune import console
+from loratune.cli.documents import Document
 from loratune.cli.flags import Config
 from loratune.cli.options import recipe_options
 from loratune.errors import Exit, LoratuneError
@@ -19,6 +20,15 @@ Every setting of the recipe can be varied: --over lora.rank=8,32 --over training
 All trials train to the first rung, the best third of them on, and the best two again with other seeds. The
 same command with --resume continues a sweep, or joins it from another process or machine. Shipped sweeps:
 """ + ", ".join(path.stem for path in shipped_sweeps())
+
+
+def _printed() -> Any:
+    from loratune.sweep.report import SweepFile
+
+    return SweepFile
+
+
+DOCUMENT = Document("sweep", 1, _printed)
 HELP = {name: " ".join((field.description or "").split()) for name, field in SweepSettings.model_fields.items()}
 
 
@@ -58,7 +68,7 @@ def command(
     if report.best:
         console.next_step(str(next_command(sweep)))
     if json:
-        console.write_json(report.values())
+        DOCUMENT.write(report.values())
 
 
 def _named(over: list[str]) -> dict[str, str]:

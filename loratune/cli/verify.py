@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from loratune import console
+from loratune.cli.documents import Document
 from loratune.cli.flags import Adapter, Force, Json, Logits, MovedBase, adapter_folder
 from loratune.errors import Exit, LoratuneError, counted
 from loratune.printable import LONGEST_PATH, shortened
@@ -20,6 +21,14 @@ check a model's folder in the same way before they load it.
 
 --adapter repeats the verification of a merge: every tensor, the logits, and some generations."""
 
+
+def _printed() -> Any:
+    from loratune.delivery.reverify import VerifiedValues
+
+    return VerifiedValues
+
+
+DOCUMENT = Document("verify", 1, _printed)
 Folder = Annotated[Path, typer.Argument(help="A merged model, an export, or a run folder.", show_default=False)]
 
 
@@ -48,7 +57,7 @@ def command(
     for warning in verified.warnings:
         console.warn(warning)
     if json:
-        console.write_json(verified.values())
+        DOCUMENT.write(verified.values())
         return
     for remark in verified.remarks:
         console.warn(f"{remark}; no program loads it")

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, Literal, get_args
 
 import torch
+from typing_extensions import TypedDict
 
 from loratune.choices import Dtype
 from loratune.delivery.merge.job import Candidate, Job, MergeOptions, base_files, job_of
@@ -21,6 +22,7 @@ from loratune.runs.folder import MANIFEST, VERIFICATION, file_sha256
 from loratune.runs.intact import check_files, is_idle, is_loaded, seal_remarks
 from loratune.runs.opening import AdapterSource, open_whole_run
 from loratune.runs.verification import AnyVerification, MergedModel, read_verification
+from loratune.runs.verification_layout import ExportedFile, MergedFile
 
 AS_MERGED = MergeOptions()
 KINDS = "a merged model, an export or a run folder"
@@ -47,9 +49,28 @@ class Verified:
     warnings: tuple[str, ...] = ()
 
     def values(self) -> dict[str, Any]:
-        """In JSON types; the hashes of the files are left out."""
+        """In JSON types, as `VerifiedValues`; the hashes of the files are left out."""
         proved = self.proved and {key: value for key, value in self.proved.values().items() if key != "files"}
         return {**vars(self), "folder": str(self.folder), "proved": proved}
+
+
+class VerifiedValues(TypedDict):
+    """What has become of a folder that was verified once."""
+
+    folder: str
+    kind: Literal["merged model", "export", "run"]
+    sealed: bool
+    """Whether there are hashes to compare with, and a hash of the file that holds them."""
+    files: int
+    """How many were compared."""
+    unchanged: int
+    """How many of them are as they were."""
+    proved: MergedFile | ExportedFile | None
+    """What verification.json says, or what has been proved again; null of a run."""
+    proved_again: bool
+    remarks: list[str]
+    """Differences in files that no program loads."""
+    warnings: list[str]
 
 
 def verify_folder(folder: Path, adapter: AdapterSource | None = None, options: MergeOptions = AS_MERGED) -> Verified:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
+
+from typing_extensions import TypedDict
 
 from loratune import __version__
-from loratune.commands import Command
+from loratune.commands import CommandLine
 from loratune.doctor.facts import Machine, RecipeFacts
-from loratune.doctor.finding import Finding, Group
+from loratune.doctor.finding import Finding, Group, State
 from loratune.doctor.judgement.gpu import judge_gpu
 from loratune.doctor.judgement.hub import judge_hub
 from loratune.doctor.judgement.packages import judge_attention, judge_packages
@@ -20,6 +21,35 @@ from loratune.doctor.judgement.versions import judge_versions
 from loratune.errors import Exit
 
 FORMAT_VERSION = 1
+
+
+class FindingValues(TypedDict):
+    """How one part of the machine is."""
+
+    name: str
+    state: State
+    text: str
+    remedies: list[CommandLine]
+    """Commands that mend it, the most likely one first."""
+
+
+class GroupValues(TypedDict):
+    """Findings about one subject."""
+
+    title: str
+    findings: list[FindingValues]
+
+
+class ExaminationValues(TypedDict):
+    """What was found about a machine, and about a recipe's files."""
+
+    format_version: int
+    program: str
+    exit_code: int
+    """0 if nothing is broken."""
+    groups: list[GroupValues]
+    machine: Machine
+    recipe: RecipeFacts | None
 
 
 @dataclass(frozen=True)
@@ -46,7 +76,7 @@ class Examination:
         slower = f"{counts['slower']} slower than could be"
         return f"{counts['broken']} broken, {slower}, {counts['fine']} fine"
 
-    def values(self) -> dict[str, Any]:
+    def values(self) -> ExaminationValues:
         """Return the examination as JSON has it."""
         return {
             "format_version": FORMAT_VERSION,
@@ -56,8 +86,8 @@ class Examination:
                 {"title": group.title, "findings": [_finding_values(finding) for finding in group.findings]}
                 for group in self.groups
             ],
-            "machine": asdict(self.machine),
-            "recipe": asdict(self.recipe) if self.recipe else None,
+            "machine": self.machine,
+            "recipe": self.recipe,
         }
 
 
@@ -82,14 +112,10 @@ def judge(machine: Machine, recipe: RecipeFacts | None) -> Examination:
     return Examination(tuple(group for group in found if group.findings), machine, recipe)
 
 
-def _finding_values(finding: Finding) -> dict[str, Any]:
+def _finding_values(finding: Finding) -> FindingValues:
     return {
         "name": finding.name,
         "state": finding.state,
         "text": finding.text,
-        "remedies": [_command_values(command) for command in finding.remedies],
+        "remedies": [command.told for command in finding.remedies],
     }
-
-
-def _command_values(command: Command) -> dict[str, Any]:
-    return {"purpose": command.purpose, "line": command.line, "chosen": dict(command.chosen)}

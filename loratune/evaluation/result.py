@@ -150,13 +150,6 @@ class Evaluation:
     def is_worse(self) -> bool:
         return self.verdict == "worse"
 
-    def summary(self) -> dict[str, Any]:
-        """The values without the answers and the hashes of the inputs."""
-        values = {name: value for name, value in self.values().items() if name != "inputs"}
-        if values["general_answers"]:
-            del values["general_answers"]["changed"]
-        return values
-
     def values(self) -> dict[str, Any]:
         """In JSON types, in the file's layout."""
         return {"program": PROGRAM, "format_version": RESULT_VERSION, **asdict(self)}

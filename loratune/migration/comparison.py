@@ -6,7 +6,9 @@ import difflib
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, replace
 from itertools import islice
-from typing import Any
+from typing import Annotated, Any
+
+from typing_extensions import TypedDict
 
 from loratune.data.checked_rows import check_rows
 from loratune.data.encoding.encoder import IGNORED, Encoder
@@ -16,10 +18,11 @@ from loratune.data.reading.files import Row, open_rows
 from loratune.data.sources import parse_source
 from loratune.errors import LoratuneError
 from loratune.migration.peer_forms import NotComparableError, PeerForm, form_of
-from loratune.migration.translation import Translation
+from loratune.migration.translation import Translation, TranslationValues
 from loratune.model.files import find_tokenizer
 from loratune.model.tokenizer import load_tokenizer
 from loratune.recipe.sections import Recipe
+from loratune.runs.typed_json import WRITTEN_BESIDE
 
 SHOWN = 3
 """Differences shown of a row."""
@@ -85,9 +88,32 @@ class Comparison:
         return lines
 
     def as_json(self) -> dict[str, Any]:
-        """Return the comparison as JSON types."""
+        """Return the comparison as JSON types, as `ComparisonValues`."""
         rows = [asdict(row) | {"same": row.is_same} for row in self.rows]
         return {"problem": self.problem or None, "rows": rows}
+
+
+class ComparedRowValues(TypedDict):
+    """One row, rendered by both tools."""
+
+    row: Annotated[ComparedRow, WRITTEN_BESIDE]
+    same: bool
+
+
+class ComparisonValues(TypedDict):
+    """The rows that were compared."""
+
+    problem: str | None
+    """Why none was."""
+    rows: list[ComparedRowValues]
+
+
+class ComparedTranslation(TranslationValues):
+    """What became of a config, and the comparison of --rows."""
+
+    file: str | None
+    """Where the recipe was written; null if it was not."""
+    rows: ComparisonValues | None
 
 
 def compare_rows(found: Translation, count: int) -> Comparison:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from typing_extensions import TypedDict
 
 from loratune.commands import loratune
 from loratune.errors import counted
@@ -16,6 +18,22 @@ from loratune.migration.tool import Tool
 from loratune.recipe.sections import Recipe
 
 MOST_DEVICES = 65536
+
+
+class TranslationValues(TypedDict):
+    """What became of a config."""
+
+    config: str
+    tool: str
+    taken: list[Entry]
+    """Settings that are taken over."""
+    changed: list[Entry]
+    """Settings that mean something else here."""
+    lost: list[Entry]
+    """Settings that are not taken, and without which the result is another."""
+    unneeded: list[Entry]
+    recipe: str
+    """Its text."""
 
 
 @dataclass(frozen=True)
@@ -57,12 +75,18 @@ class Translation:
             names.setdefault(told, []).extend(entry.names or ["(default)" if is_known else "(missing)"])
         return [("\n".join(dict.fromkeys(several)), told) for told, several in names.items()]
 
-    def as_json(self) -> dict[str, Any]:
-        """Return lists and recipe as JSON types."""
+    def values(self) -> TranslationValues:
+        """Return lists and recipe as JSON has them."""
         sheet = self.sheet
-        lists = {name: getattr(sheet, name) for name in ("taken", "changed", "lost", "unneeded")}
-        listed = {name: [asdict(entry) for entry in entries] for name, entries in lists.items()}
-        return {"config": str(self.source), "tool": self.tool, **listed, "recipe": self.text}
+        return {
+            "config": str(self.source),
+            "tool": self.tool,
+            "taken": sheet.taken,
+            "changed": sheet.changed,
+            "lost": sheet.lost,
+            "unneeded": sheet.unneeded,
+            "recipe": self.text,
+        }
 
     def next_command(self, file: Path) -> str:
         """Return the command that checks the rows of the written recipe."""

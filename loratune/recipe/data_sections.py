@@ -30,6 +30,11 @@ SourceEntry = Annotated[
     Annotated[HomePath, Field(min_length=1), Tag("text")] | Annotated[SourceSettings, Tag("settings")],
     Discriminator(_form),
 ]
+TrainingSources = Annotated[
+    list[SourceEntry],
+    BeforeValidator(listed, json_schema_input_type=SourceEntry | Annotated[list[SourceEntry], Field(min_length=1)]),
+]
+Share = Annotated[float, Field(ge=0, le=0.9)]
 
 
 def _names(entries: list[str | SourceSettings]) -> list[str]:
@@ -43,12 +48,15 @@ def _weight(entry: str | SourceSettings) -> float | None:
 class DataSettings(Section):
     """Training and validation rows, and how they are checked."""
 
-    train: Annotated[list[SourceEntry], BeforeValidator(listed)] = Field(
+    train: TrainingSources = Field(
         min_length=1,
         description="Rows: JSON, JSONL, CSV, Parquet (.gz, .zst), or hf:org/name:split; Alpaca, ShareGPT, messages or "
         "pairs. rows.json#500 draws 500, rows.json#2x takes each twice, {path: rows.json, weight: 10} mixes.",
     )
-    validation: Annotated[float | list[SourceEntry], BeforeValidator(listed)] = 0.1
+    validation: Annotated[
+        float | list[SourceEntry],
+        BeforeValidator(listed, json_schema_input_type=Share | SourceEntry | list[SourceEntry]),
+    ] = 0.1
     """Validation rows: a fraction of the training rows, or sources like those of train; 0 for none."""
     placeholders: dict[str, str] = {}
     """Values for {{name}}-like placeholders in the rows, as name=value."""
@@ -68,7 +76,7 @@ class DataSettings(Section):
     """Maximum number of rows that on_bad_row: skip may skip."""
     severity: dict[Finding, Literal["refuse", "warn", "ignore"]] = {}
     """Overrides the severity of findings (see remove), such as short=ignore, duplicates=refuse."""
-    remove: Annotated[list[Finding], BeforeValidator(listed)] = Field(
+    remove: Annotated[list[Finding], BeforeValidator(listed, json_schema_input_type=Finding | list[Finding])] = Field(
         default=[],
         description=f"Findings whose rows are removed, with a report: {', '.join(FINDINGS)}.",
     )

@@ -5,19 +5,20 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
 
 from loratune import console
-from loratune.errors import Exit, LoratuneError, bullet_list
+from loratune.errors import Exit, LoratuneError, Problem, bullet_list
 from loratune.plain_files import is_file, open_plain
 from loratune.recipe.data_sections import SourceSettings
 from loratune.recipe.flag_values import parse_flag
 from loratune.recipe.method_sections import METHOD, METHOD_SECTIONS
 from loratune.recipe.names import current_name, drop_keys, rename_keys
-from loratune.recipe.problems import described_problems
+from loratune.recipe.problems import described_problems, is_flag, with_place
 from loratune.recipe.sections import Recipe, settings_with_dropped
 from loratune.recipe.sweep_section import SWEEP, SweepSettings
 from loratune.recipe.yaml_reader import SURROGATE, Document, read_yaml, write_yaml
@@ -134,21 +135,21 @@ def validate_settings(values: dict[str, Any], flags: dict[str, Any], source: Pat
 
 
 def _validated(document: Document, path: Path | None, flags: dict[str, Any], is_own: bool) -> Recipe:
-    problems = [(line, f"line {line}: {message}") for line, message in document.problems]
+    problems = [Problem(message, line=line) for line, message in document.problems]
     values, recipe = document.values, None
     if values is None and not problems:
-        problems.append((0, "the file is empty; a recipe needs at least model.base and data.train"))
+        problems.append(Problem("the file is empty; a recipe needs at least model.base and data.train"))
     elif not isinstance(values, dict) and not problems:
-        problems.append((0, "the file must hold settings (section: …) at its top, not a list or a single value"))
+        problems.append(Problem("the file must hold settings (section: …) at its top, not a list or a single value"))
     if isinstance(values, dict):
-        problems += [(0, problem) for problem in _rename(document, str(path), is_own)]
+        problems += [Problem(problem) for problem in _rename(document, str(path), is_own)]
         flags = _renamed_flags(flags)
         wrong_flags = _lay_over(values, flags)
-        problems += [(0, f"--{dotted}: {message}") for dotted, message in wrong_flags.items()]
+        problems += [Problem(message, key=f"--{dotted}") for dotted, message in wrong_flags.items()]
         try:
             drop_keys(values, (lambda notice: None) if is_own else console.say)
         except ValueError as error:
-            problems.append((0, str(error)))
+            problems.append(Problem(str(error)))
         used_flags = flags.keys() - wrong_flags
         try:
             recipe = Recipe.model_validate(_with_sections(values))
@@ -156,12 +157,15 @@ def _validated(document: Document, path: Path | None, flags: dict[str, Any], is_
             known_lines = {line for line, _ in document.problems}
             # A value with a syntax problem is reported as missing too; its line is already listed.
             described = described_problems(error.errors(), document.lines, used_flags)
-            problems += [(line, message) for line, message in described if line not in known_lines]
+            problems += [problem for problem in described if problem.line not in known_lines]
     if problems or recipe is None:
         source = str(path) if path else "flags alone, without --config"
         count = f"{len(problems)} problems" if len(problems) > 1 else "a problem"
-        listed = bullet_list([message for _, message in sorted(problems, key=lambda problem: problem[0])], limit=40)
-        raise LoratuneError(f"{source}: the recipe has {count}:\n{listed}", Exit.USAGE)
+        problems.sort(key=lambda problem: problem.line or 0)
+        listed = bullet_list([with_place(problem) for problem in problems], limit=40)
+        file = str(path) if path else None
+        placed = [problem if is_flag(problem) else replace(problem, file=file) for problem in problems]
+        raise LoratuneError(f"{source}: the recipe has {count}:\n{listed}", Exit.USAGE, problems=placed)
     return recipe
 
 
@@ -216,7 +220,7 @@ def with_settings(recipe: Recipe, settings: Mapping[str, Any]) -> Recipe:
     try:
         return Recipe.model_validate(_with_sections(values))
     except ValidationError as error:
-        problems = [message for _, message in described_problems(error.errors(), {}, set(settings))]
+        problems = [with_place(problem) for problem in described_problems(error.errors(), {}, set(settings))]
         raise LoratuneError("\n".join(problems), Exit.USAGE) from error
 
 

@@ -11,6 +11,8 @@ from loratune.recipe.section import ModuleNames, Section, listed, named_modules
 
 TargetGroup = Literal["all-linear", "attention", "mlp", "shared-experts", "experts"]
 EXPERTS = "experts"
+Name = Annotated[str, Field(min_length=1)]
+Names = Annotated[list[Name], Field(min_length=1)]
 LAYERS = re.compile(r"(?P<end>first|last) (?P<count>[1-9]\d*)|(?P<start>\d+)-(?P<stop>\d+)")
 
 
@@ -25,7 +27,8 @@ def _range_of_layers(layers: str | None) -> str | None:
     return layers
 
 
-Layers = Annotated[str | None, AfterValidator(_range_of_layers)]
+LAYERS_TEXT = Field(json_schema_extra={"pattern": "^(?:(?:first|last) [1-9][0-9]*|[0-9]+-[0-9]+)$"})
+Layers = Annotated[Annotated[str, LAYERS_TEXT] | None, AfterValidator(_range_of_layers)]
 Method = Literal["lora", "full", "freeze"]
 METHOD, METHOD_SECTIONS = "method", ("lora", "freeze")
 """Name of the setting, and the sections that are of use to the method of their name alone."""
@@ -42,7 +45,10 @@ class LoraSettings(Section):
     """Dropout probability of the adapter's inputs during training."""
     bias: Literal["none", "all", "lora_only"] = "none"
     """Which bias terms are also trained."""
-    target_modules: Annotated[TargetGroup | list[str], BeforeValidator(_listed_unless_named)] = "all-linear"
+    target_modules: Annotated[
+        TargetGroup | list[str],
+        BeforeValidator(_listed_unless_named, json_schema_input_type=TargetGroup | Name | Names),
+    ] = "all-linear"
     """What to adapt: groups (all-linear, attention, mlp, shared-experts, experts), names, or regular expressions."""
     layers: Layers = None
     """Decoder layers to adapt: 'last 6', 'first 4' or '8-15' (counted from 0); default is all."""

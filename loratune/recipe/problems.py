@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pydantic_core import ErrorDetails
 
+from loratune.errors import Problem
 from loratune.printable import shortened
 from loratune.recipe.sections import Recipe, iterate_settings
 from loratune.recipe.suggestions import suggestion
@@ -13,13 +14,24 @@ FORMS = ("text", "settings")
 """Tags of the two forms of a data.train entry, which pydantic adds to an error's location."""
 
 
-def described_problems(details: list[ErrorDetails], lines: dict[str, int], flags: set[str]) -> list[tuple[int, str]]:
-    """Return line and text of each problem; errors for the branches of a union are merged into one."""
-    messages: dict[tuple[int, str], list[str]] = {}
+def described_problems(details: list[ErrorDetails], lines: dict[str, int], flags: set[str]) -> list[Problem]:
+    """Return each problem with its place; errors for the branches of a union are merged into one."""
+    messages: dict[tuple[int | None, str | None], list[str]] = {}
     for detail in details:
-        line, where, message = _describe(detail, lines, flags)
-        messages.setdefault((line, where), []).append(message)
-    return [(line, where + _joined(found)) for (line, where), found in messages.items()]
+        line, key, message = _describe(detail, lines, flags)
+        messages.setdefault((line, key), []).append(message)
+    return [Problem(_joined(found), line=line, key=key) for (line, key), found in messages.items()]
+
+
+def with_place(problem: Problem) -> str:
+    """Return a problem as a line of a message: `line 3: training.epochs: must be …`."""
+    places = (f"line {problem.line}" if problem.line else None, problem.key)
+    return ": ".join([*filter(None, places), problem.message])
+
+
+def is_flag(problem: Problem) -> bool:
+    """Return whether a problem is one of the command line, not of the recipe's file."""
+    return problem.key is not None and problem.key.startswith("--")
 
 
 def _joined(messages: list[str]) -> str:
@@ -31,8 +43,8 @@ def _joined(messages: list[str]) -> str:
     return f"{', or '.join(head for head, _, _ in parts)}; got {value}"
 
 
-def _describe(detail: ErrorDetails, lines: dict[str, int], flags: set[str]) -> tuple[int, str, str]:
-    """Return line, place with setting, and message of one pydantic error."""
+def _describe(detail: ErrorDetails, lines: dict[str, int], flags: set[str]) -> tuple[int | None, str | None, str]:
+    """Return line, setting or flag, and message of one pydantic error."""
     names = [str(part) for part in detail["loc"] if part not in FORMS]
     known = {name for name, _ in iterate_settings()} | set(Recipe.model_fields)
     line = _line(".".join(names), lines)
@@ -41,9 +53,8 @@ def _describe(detail: ErrorDetails, lines: dict[str, int], flags: set[str]) -> t
     setting = ".".join(names)
     message = message_of(detail, setting)
     if setting in flags:
-        return 0, f"--{setting}: ", message
-    place = f"line {line}: " if line else ""
-    return line, f"{place}{setting}: " if setting else place, message
+        return None, f"--{setting}", message
+    return line or None, setting or None, message
 
 
 def _line(dotted: str, lines: dict[str, int]) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from typing import Annotated, Any
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 
 
 def listed(value: Any) -> Any:
@@ -28,9 +28,9 @@ def _at_home(path: str) -> str:
     return os.path.expanduser(path) if path == "~" or path.startswith("~/") else path  # noqa: PTH111 - a text stays one
 
 
-HomePath = Annotated[str, AfterValidator(_at_home)]
+HomePath = Annotated[str, AfterValidator(_at_home), Field(json_schema_extra={"pattern": r"\S"})]
 """A path in which ~ is the home folder. The shell does not expand it in a recipe or after `=`."""
-ModuleNames = Annotated[list[str], BeforeValidator(named_modules)]
+ModuleNames = Annotated[list[str], BeforeValidator(named_modules, json_schema_input_type=str | list[str])]
 
 
 class Section(BaseModel):

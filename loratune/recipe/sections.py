@@ -22,6 +22,8 @@ OWN_RATE = 2e-5
 TEMPLATE_ARGUMENTS = ("enable_thinking", "preserve_thinking", "reasoning_effort")
 """Prompt settings that chat templates take as arguments of the same names."""
 
+Tracker = Literal["none", "tensorboard", "wandb", "swanlab", "trackio", "mlflow"]
+
 
 class ModelSettings(Section):
     """The base model, and how it is loaded."""
@@ -63,7 +65,7 @@ class PromptSettings(Section):
     """Text before each instruction, in training and inference."""
     generation_prompt: Literal["auto", "template"] = "auto"
     """auto adds a generation prompt if the template writes none; template uses the template unchanged."""
-    date: str | None = None
+    date: Annotated[str, Field(json_schema_extra={"pattern": "^[0-9]{4}-[0-9]{2}-[0-9]{2}$"})] | None = None
     """Date for templates that write today's date, such as 2026-11-26; default is the day the run starts."""
 
     @property
@@ -95,7 +97,9 @@ class TrainingSettings(Section):
     """Peak learning rate; 2e-5 by default with method full and freeze, which need about a tenth of an adapter's."""
     scheduler: Literal["cosine", "linear", "constant"] = "cosine"
     """Learning-rate schedule after warm-up."""
-    warmup: float = Field(default=0.05, ge=0)
+    warmup: float = Field(
+        default=0.05, ge=0, json_schema_extra={"anyOf": [{"exclusiveMaximum": 1}, {"type": "integer"}]}
+    )
     """Warm-up: a fraction of all steps if below 1, otherwise a number of steps."""
     weight_decay: float = Field(default=0.0, ge=0, le=1)
     """Weight decay of the adapter's matrices."""
@@ -155,9 +159,9 @@ class CheckpointSettings(Section):
 class TrackingSettings(Section):
     """The metrics and experiment trackers."""
 
-    report_to: Annotated[
-        list[Literal["none", "tensorboard", "wandb", "swanlab", "trackio", "mlflow"]], BeforeValidator(listed)
-    ] = ["none"]
+    report_to: Annotated[list[Tracker], BeforeValidator(listed, json_schema_input_type=Tracker | list[Tracker])] = [
+        "none"
+    ]
     """Experiment trackers, each from its own package; metrics.jsonl and loss.png are always written."""
     run_name: str | None = None
     """Name of the run in the trackers; default is the output folder's name."""

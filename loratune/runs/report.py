@@ -5,12 +5,15 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import GetJsonSchemaHandler
+from typing_extensions import TypedDict
 
 from loratune.choices import BestOf
 from loratune.runs.folder import REPORT
 from loratune.runs.model_check import ModelCheck
-from loratune.runs.typed_json import read_typed
+from loratune.runs.typed_json import WRITTEN_BESIDE, read_typed
 from loratune.writing import write_json
 
 REPORT_VERSION = 1
@@ -129,6 +132,10 @@ class Told:
     """Whether time was up before both answers were as long as they were to be."""
 
 
+COUNTS = ("changed", "judged", "ended", "cut_short")
+"""What is counted of answers, and written with them."""
+
+
 @dataclass(frozen=True)
 class Answers:
     """All questions that were asked."""
@@ -157,8 +164,16 @@ class Answers:
 
     def values(self) -> dict[str, Any]:
         """In JSON types, with the counts, which a reader of the file would else have to make."""
-        counts = {name: getattr(self, name) for name in ("changed", "judged", "ended", "cut_short")}
-        return counts | asdict(self)
+        return {name: getattr(self, name) for name in COUNTS} | asdict(self)
+
+    @classmethod
+    def __get_pydantic_json_schema__(cls, core: Any, handler: GetJsonSchemaHandler) -> dict[str, Any]:
+        schema = handler.resolve_ref_schema(handler(core))
+        counts = {name: {"type": "integer", "description": getattr(cls, name).__doc__} for name in COUNTS}
+        return schema | {
+            "properties": counts | schema["properties"],
+            "required": [*COUNTS, *schema["required"]],
+        }
 
 
 @dataclass(frozen=True)
@@ -227,6 +242,13 @@ class Report:
         if self.health and self.health.answers:
             values["health"]["answers"] = self.health.answers.values()
         return values
+
+
+class ReportFile(TypedDict):
+    """report.json of a run."""
+
+    format_version: int
+    report: Annotated[Report, WRITTEN_BESIDE]
 
 
 def write_report(run: Path, report: Report) -> None:

@@ -5,6 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from typing_extensions import TypedDict
+
+from loratune.choices import BaseChecked
 from loratune.commands import Command, free_place, loratune
 from loratune.errors import LoratuneError
 from loratune.recipe.advice import is_served
@@ -21,18 +24,40 @@ LOWER = 3
 """Divisor of a learning rate that diverged."""
 
 
-def run_state(output: Path) -> dict[str, Any]:
+class RunState(TypedDict):
+    """The state of a run."""
+
+    output: str
+    state: str
+    """running, interrupted, crashed, diverged, failed, or finished."""
+    step: int
+    steps: int | None
+    loss: float | None
+    """The newest training loss, in nats per answer token."""
+    validation_loss: float | None
+    best_validation_loss: float | None
+    exact_answers: float | None
+    """Share of the validation answers; null if they were not counted."""
+    best_exact_answers: float | None
+    seconds_left: float | None
+    """Of training, at the rate so far; null if nothing is to be expected."""
+    checkpoints: list[int]
+    """Their steps."""
+    time: str | None
+    """Of the last change of state."""
+    base_checked: BaseChecked
+    """How much of the base's weights later commands compare."""
+    changed: list[str]
+    """Files that differ from their hashes; commands that read them refuse the run."""
+    next: str | None
+    """The next command."""
+
+
+def run_state(output: Path) -> RunState:
     """Return the state of a run without reading weights.
 
     Args:
         output: run folder.
-
-    Returns:
-        output, state, step, steps, loss, validation_loss, best_validation_loss (None if there is none), exact_answers,
-        best_exact_answers (shares; None if they were not counted), checkpoints (steps), time (of the last change of
-        state), base_checked (how much of its base's weights later commands compare: every byte, sampled, or nothing),
-        changed (files that differ from their hashes, which commands that read them reject), next (the next command, or
-        None).
 
     Raises:
         LoratuneError: the folder is not a run, or its status is damaged.
@@ -55,6 +80,7 @@ def run_state(output: Path) -> dict[str, Any]:
         "best_validation_loss": min(validations, default=None),
         "exact_answers": exact[-1] if exact else None,
         "best_exact_answers": max(exact, default=None),
+        "seconds_left": _seconds_left(records, status.steps) if state == "running" else None,
         "checkpoints": steps,
         "time": status.time,
         **_seal(output),
@@ -67,7 +93,19 @@ def state_now(output: Path, status: Status) -> str:
     return "crashed" if status.state == "running" and lock_holder(output) is None else status.state
 
 
-def _seal(output: Path) -> dict[str, Any]:
+def _seconds_left(records: list[dict[str, Any]], steps: int | None) -> float | None:
+    """Return the expected time to the last step; None before the first step, and if the last is not known."""
+    newest = records[-1] if records else {}
+    step, seconds = newest.get("step"), newest.get("seconds")
+    return round(seconds / step * (steps - step), 1) if step and seconds and steps else None
+
+
+class _Seal(TypedDict):
+    base_checked: BaseChecked
+    changed: list[str]
+
+
+def _seal(output: Path) -> _Seal:
     """Return which checks later commands can do on a run, and what they would find."""
     if not (output / MANIFEST).is_file():
         missing = [f"{MANIFEST} (missing)"] if (output / ADAPTER).is_dir() else []

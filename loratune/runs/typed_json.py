@@ -7,7 +7,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar
 
-from pydantic import TypeAdapter, ValidationError
+from pydantic import Field, TypeAdapter, ValidationError
 
 from loratune.errors import Exit, LoratuneError
 from loratune.plain_files import read_json_object
@@ -15,6 +15,9 @@ from loratune.plain_files import read_json_object
 Kind = TypeVar("Kind")
 _adapter: Callable[[Any], TypeAdapter[Any]] = cache(TypeAdapter)
 """Making one takes milliseconds, and a folder may hold a thousand files of one kind."""
+BESIDE = "x-beside"
+WRITTEN_BESIDE = Field(json_schema_extra={BESIDE: True})
+"""Of a field whose own fields are written beside the others of its object."""
 
 
 def read_typed(kind: type[Kind], path: Path, version: int) -> Kind:

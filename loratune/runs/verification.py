@@ -6,7 +6,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import Annotated, Any, Generic, TypeVar
 
 from loratune.choices import AddedTo, BaseChecked, Proof
 from loratune.errors import Exit, LoratuneError
@@ -16,7 +16,7 @@ from loratune.runs.card import has_card
 from loratune.runs.exported import GgufReadBack, ServedAdapter
 from loratune.runs.file_hashes import Records, are_records
 from loratune.runs.folder import PROGRAM, SEALED_BY, VERIFICATION, has_changed, with_seal
-from loratune.runs.typed_json import as_typed, require_version
+from loratune.runs.typed_json import WRITTEN_BESIDE, as_typed, require_version
 from loratune.runs.versions import library_versions
 from loratune.writing import write_json
 
@@ -166,7 +166,7 @@ class MergedModel:
     warnings: tuple[str, ...] = ()
     changed_files: tuple[str, ...] = ()
     """What differs from the base's files beside the weights."""
-    models: ModelProof = field(default_factory=ModelProof)
+    models: Annotated[ModelProof, WRITTEN_BESIDE] = field(default_factory=ModelProof)
     seconds: MergeSeconds | None = None
 
 

@@ -5,9 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
+
+from typing_extensions import TypedDict
 
 from loratune.choices import BestOf
+from loratune.runs.typed_json import WRITTEN_BESIDE, read_typed
 from loratune.writing import PROGRAM, write_json
 
 SWEEP_REPORT, KIND = "sweep.json", "sweep"
@@ -115,6 +118,13 @@ class SweepReport:
     def values(self) -> dict[str, Any]:
         """In JSON types, in the file's layout."""
         return {"format_version": SWEEP_VERSION, **asdict(self)}
+
+
+class SweepFile(TypedDict):
+    """sweep.json of a sweep."""
+
+    format_version: int
+    report: Annotated[SweepReport, WRITTEN_BESIDE]
 
 
 def write_sweep_report(folder: Path, report: SweepReport) -> None:

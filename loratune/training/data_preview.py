@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import chain, groupby, islice
-from typing import Any
+
+from typing_extensions import TypedDict
 
 from loratune import console
 from loratune.data.assembly.split import Split
@@ -19,6 +20,29 @@ from loratune.recipe.sections import Recipe
 from loratune.training.gate import TEMPLATE, pass_gate
 
 
+class SequenceValues(TypedDict):
+    """One training sequence."""
+
+    row: str
+    """File and line of its row."""
+    text: str
+    input_ids: list[int]
+    labels: list[int]
+    """The ids of trained tokens, and -100 for the others."""
+
+
+class SequencesValues(TypedDict):
+    """The first training sequences."""
+
+    sequences: list[SequenceValues]
+
+
+class PassesValues(TypedDict):
+    """The sequences of the first packed passes (--packed)."""
+
+    passes: list[list[SequenceValues]]
+
+
 @dataclass(frozen=True)
 class Preview:
     """One training sequence."""
@@ -29,7 +53,7 @@ class Preview:
     labels: list[int]
     tokenizer: Tokenizer
 
-    def as_json(self) -> dict[str, Any]:
+    def as_json(self) -> SequenceValues:
         """Return the sequence as JSON types."""
         text = self.tokenizer.decode(self.input_ids)
         return {"row": self.place, "text": text, "input_ids": self.input_ids, "labels": self.labels}

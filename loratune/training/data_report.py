@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 from numpy.typing import NDArray
+from typing_extensions import TypedDict
 
 from loratune import console
 from loratune.data.assembly.packing import padding_efficiency
 from loratune.data.assembly.split import Split
-from loratune.data.preparation import PreparedData
+from loratune.data.checks.findings import Found
+from loratune.data.preparation import FileUse, PreparedData
 from loratune.data.template.reasoning_form import ReasoningForm
+from loratune.data.template.thinking import Reasoning
 from loratune.errors import counted
 from loratune.recipe.sections import Recipe, TrainingSettings
 from loratune.training.steps import plan_steps
@@ -22,22 +23,74 @@ SAMPLED_SEQUENCES = 20_000
 NICE_STEPS = (1, 2, 5, 10, 20, 25, 50, 100, 200, 250, 500)
 
 
-def data_report(recipe: Recipe, data: PreparedData) -> dict[str, Any]:
-    """Return the report as JSON types. Lengths are in tokens."""
+class SplitFigures(TypedDict):
+    """The rows of a split; lengths in tokens."""
+
+    rows: int
+    sequences: int
+    """Of which a row may make several."""
+    tokens: int
+    trained_tokens: int
+    shortest: int
+    median: int
+    longest: int
+
+
+Bin = TypedDict("Bin", {"from": int, "to": int, "rows": int})
+
+
+class TrainingFigures(TypedDict):
+    """The steps that the rows make."""
+
+    tokens_per_epoch: int
+    rows_per_step: int
+    steps_per_epoch: int
+    steps: int
+    padded_efficiency: float
+    """Share of the positions of a padded step that would carry tokens."""
+
+
+class OwnForm(TypedDict):
+    """The template's text around reasoning."""
+
+    before: str
+    after: str
+
+
+class DataReport(TypedDict):
+    """What `sft` would make of the rows; lengths in tokens."""
+
+    files: list[FileUse]
+    rows: dict[str, SplitFigures]
+    """training, and validation if there is any."""
+    histogram: list[Bin]
+    """Lengths of the training sequences; both ends are inclusive."""
+    training: TrainingFigures
+    reasoning: Reasoning | None
+    """How prompts ask for reasoning; null for templates without a thinking mode."""
+    reasoning_form: OwnForm | None
+    """null if it is that of rows, or not known."""
+    findings: list[Found]
+    refused: bool
+    """Whether a finding's level is refuse; the exit code is 3 then."""
+
+
+def data_report(recipe: Recipe, data: PreparedData) -> DataReport:
+    """Return the report. Lengths are in tokens."""
     splits = {"training": data.train} | ({"validation": data.validation} if data.validation else {})
     return {
-        "files": [vars(use) for use in data.files],
+        "files": data.files,
         "rows": {name: _split_figures(split) for name, split in splits.items()},
         "histogram": histogram(data.train.lengths),
         "training": _training_figures(recipe.training, data.train, recipe.seed),
-        "reasoning": vars(data.reasoning) if data.reasoning else None,
+        "reasoning": data.reasoning,
         "reasoning_form": _own_form(data.reasoning_form),
-        "findings": [vars(found) for found in data.found],
+        "findings": data.found,
         "refused": any(found.level == "refuse" for found in data.found),
     }
 
 
-def histogram(lengths: NDArray[np.int64]) -> list[dict[str, int]]:
+def histogram(lengths: NDArray[np.int64]) -> list[Bin]:
     """Return counts of lengths in bins of one round width; the last bin has all longer ones.
 
     Returns:
@@ -58,8 +111,8 @@ def histogram(lengths: NDArray[np.int64]) -> list[dict[str, int]]:
     ]
 
 
-def show_data_report(report: dict[str, Any]) -> None:
-    console.table([(_short(use["path"]), _file_line(use)) for use in report["files"]], title="files")
+def show_data_report(report: DataReport) -> None:
+    console.table([(_short(use.path), _file_line(use)) for use in report["files"]], title="files")
     console.table([(name, _split_line(figures)) for name, figures in report["rows"].items()], title="rows")
     bars = [(f"{bar['from']}–{bar['to']}", bar["rows"]) for bar in report["histogram"]]
     console.bars(bars, title="tokens of a training row")
@@ -76,35 +129,35 @@ def show_data_report(report: dict[str, Any]) -> None:
     if report["reasoning"]:
         console.table(_reasoning_lines(report["reasoning"], report["reasoning_form"]), title="prompts")
     for found in report["findings"]:
-        show = {"refuse": console.error, "warn": console.warn}.get(found["level"], console.say)
-        show(found["text"])
-    refusing = [found["name"] for found in report["findings"] if found["level"] == "refuse"]
+        show = {"refuse": console.error, "warn": console.warn}.get(found.level, console.say)
+        show(found.text)
+    refusing = [found.name for found in report["findings"] if found.level == "refuse"]
     if refusing:
         console.error(f"sft would refuse these rows: {', '.join(refusing)}")
     else:
         console.say("sft would train on these rows", style="bold")
 
 
-def _own_form(form: ReasoningForm) -> dict[str, str] | None:
+def _own_form(form: ReasoningForm) -> OwnForm | None:
     """Return the text around reasoning in answers; None if it is that of rows, or not known."""
     return None if form.is_of_rows else {"before": form.opening, "after": form.closing + form.answer_start}
 
 
-def _reasoning_lines(reasoning: dict[str, Any], form: dict[str, str] | None) -> list[tuple[str, str]]:
+def _reasoning_lines(reasoning: Reasoning, form: OwnForm | None) -> list[tuple[str, str]]:
     """Return how prompts ask for reasoning; line breaks of the template are shown as escapes."""
-    default = reasoning["by_default"]
+    default = reasoning.by_default
     known = "; the template has no other mode" if default is None else f"; the template's default is {_mode(default)}"
     lines = [
-        ("thinking", _mode(reasoning["is_enabled"]) + known),
-        ("they end in", repr(reasoning["prompt_end"]) if reasoning["prompt_end"] else "no reasoning block"),
-        ("earlier reasoning", "stays in them" if reasoning["keeps_earlier"] else "is left out"),
+        ("thinking", _mode(reasoning.is_enabled) + known),
+        ("they end in", repr(reasoning.prompt_end) if reasoning.prompt_end else "no reasoning block"),
+        ("earlier reasoning", "stays in them" if reasoning.keeps_earlier else "is left out"),
     ]
-    if reasoning["answer_start"]:
-        lines.append(("without reasoning", f"answers begin with {reasoning['answer_start']!r}, which is trained"))
+    if reasoning.answer_start:
+        lines.append(("without reasoning", f"answers begin with {reasoning.answer_start!r}, which is trained"))
     if form:
         lines.append(("reasoning", f"is trained between {form['before']!r} and {form['after']!r}"))
-    if reasoning["instruction"]:
-        lines.append(("instruction", f"{reasoning['instruction']!r} …"))
+    if reasoning.instruction:
+        lines.append(("instruction", f"{reasoning.instruction!r} …"))
     return lines
 
 
@@ -112,7 +165,7 @@ def _mode(is_thinking: bool) -> str:
     return "on" if is_thinking else "off"
 
 
-def _split_figures(split: Split) -> dict[str, Any]:
+def _split_figures(split: Split) -> SplitFigures:
     lengths = split.lengths
     return {
         "rows": len(split.pool),
@@ -125,7 +178,7 @@ def _split_figures(split: Split) -> dict[str, Any]:
     }
 
 
-def _training_figures(training: TrainingSettings, train: Split, seed: int) -> dict[str, Any]:
+def _training_figures(training: TrainingSettings, train: Split, seed: int) -> TrainingFigures:
     plan = plan_steps(training, len(train.lengths))
     return {
         "tokens_per_epoch": train.tokens,
@@ -143,14 +196,14 @@ def _padded_efficiency(lengths: NDArray[np.int64], training: TrainingSettings, s
     return round(padding_efficiency(lengths, training.batch_size, seed), 4)
 
 
-def _file_line(use: dict[str, Any]) -> str:
-    names = [" ".join(name.split())[:30] for name in use["ignored"]]
+def _file_line(use: FileUse) -> str:
+    names = [" ".join(name.split())[:30] for name in use.ignored]
     ignored = f"; ignored: {', '.join(names)}" if names else ""
-    used = f"{use['rows']:,} of " if use["rows"] != use["seen"] else ""
-    return f"{used}{counted(use['seen'], 'row')}, {use['format']}{ignored}"
+    used = f"{use.rows:,} of " if use.rows != use.seen else ""
+    return f"{used}{counted(use.seen, 'row')}, {use.format}{ignored}"
 
 
-def _split_line(figures: dict[str, Any]) -> str:
+def _split_line(figures: SplitFigures) -> str:
     sequences = f" in {figures['sequences']:,} sequences" if figures["sequences"] != figures["rows"] else ""
     return (
         f"{figures['rows']:,}{sequences}, {figures['tokens']:,} tokens "
@@ -159,7 +212,7 @@ def _split_line(figures: dict[str, Any]) -> str:
     )
 
 
-def _padding_line(figures: dict[str, Any]) -> str:
+def _padding_line(figures: TrainingFigures) -> str:
     return f"{figures['padded_efficiency']:.0%} of the positions of a padded step carry tokens; packed ones have none"
 
 

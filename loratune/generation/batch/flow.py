@@ -9,7 +9,7 @@ from loratune.data.encoding.encoder import Encoder
 from loratune.errors import Exit, LoratuneError, bullet_list, counted
 from loratune.generation.batch.answer_file import AnswerFile, check_output, finished_report, open_answers
 from loratune.generation.batch.questions import QuestionFile, read_questions
-from loratune.generation.batch.report import SHOWN_ROWS, report_of, show, summary_of
+from loratune.generation.batch.report import SHOWN_ROWS, RowsSummary, report_of, show, summary_of
 from loratune.generation.batch.request import RowsRequest, encoder_of, everything_asked
 from loratune.runs.opening import open_adapter
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from loratune.generation.batch.row_answers import Work
 
 
-def answer_rows_of_file(request: RowsRequest) -> dict[str, Any]:
+def answer_rows_of_file(request: RowsRequest) -> RowsSummary:
     """Answer all rows of a file that have no answer yet.
 
     Returns:
@@ -50,7 +50,7 @@ def answer_rows_of_file(request: RowsRequest) -> dict[str, Any]:
         return _make_missing(request, file, answers)
 
 
-def _make_missing(request: RowsRequest, file: QuestionFile, answers: AnswerFile) -> dict[str, Any]:
+def _make_missing(request: RowsRequest, file: QuestionFile, answers: AnswerFile) -> RowsSummary:
     """Load the model, generate and score the missing results, and write the final file."""
     with console.status(f"loading {request.adapter[1] if request.adapter else request.model}"):
         from loratune.generation.batch.row_answers import answer_rows, free_names, whole_rows
@@ -70,7 +70,8 @@ def _make_missing(request: RowsRequest, file: QuestionFile, answers: AnswerFile)
     report = report_of(work, answers, sums) | {"compares": request.compares}
     answers.finish(whole_rows(work, answers, scores), report)
     show(request, work, tally, report)
-    return summary_of(report, request) | {
+    return {
+        **summary_of(report, request),
         "answered": tally.answers,
         "kept": kept,
         "seconds": round(tally.seconds, 3),

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections import Counter
 from typing import TYPE_CHECKING, Any
 
+from typing_extensions import NotRequired, TypedDict
+
 from loratune import console
 from loratune.errors import Exit, LoratuneError, bullet_list, counted
 from loratune.generation.batch.answer_file import AnswerFile
@@ -21,6 +23,51 @@ SHOWN_ROWS = 5
 SHOWN = {"exact_match": "exact match", "rouge_l": "ROUGE-L", "bleu": "BLEU", "perplexity": "perplexity of references"}
 ANSWERS = "answers"
 """Name of the answers' metrics, next to those of the base."""
+
+
+class FileMetrics(TypedDict):
+    """The answers of a file beside the rows' own."""
+
+    exact_match: float
+    """A share, as ROUGE-L."""
+    rouge_l: float
+    bleu: float
+    """0 to 100."""
+    perplexity: float | None
+    """Of the rows' own answers."""
+    rows: int
+    """With an answer to compare with."""
+    rows_with_perplexity: int
+    reference_tokens: int
+
+
+class RefusedRow(TypedDict):
+    """A row that is no valid prompt."""
+
+    row: int
+    error: str
+
+
+class RowsSummary(TypedDict):
+    """The answers to the rows of a file."""
+
+    output: str
+    rows: int
+    tokens: int
+    finish: dict[str, int]
+    """Why answers ended → how many."""
+    too_long: list[int]
+    """Rows whose prompts do not fit into the context."""
+    metrics: dict[str, FileMetrics] | None
+    """answers, and base if it was asked too; null without --metrics."""
+    refused: list[RefusedRow]
+    answered: int
+    """By this command."""
+    kept: int
+    """Of an earlier, interrupted one."""
+    seconds: NotRequired[float]
+    """Of generation; missing if nothing was generated."""
+    tokens_per_second: NotRequired[float]
 
 
 def report_of(work: Work, answers: AnswerFile, sums: dict[str, dict[str, Any]]) -> dict[str, Any]:
@@ -46,11 +93,19 @@ def report_of(work: Work, answers: AnswerFile, sums: dict[str, dict[str, Any]]) 
     }
 
 
-def summary_of(report: dict[str, Any], request: RowsRequest) -> dict[str, Any]:
+def summary_of(report: dict[str, Any], request: RowsRequest) -> RowsSummary:
     """Return the summary for scripts, whether or not anything was generated."""
-    totals = {name: report.get(name) for name in ("rows", "tokens", "finish", "too_long", "metrics")}
-    refused = report.get("refused", [])  # missing in reports of earlier versions
-    return {"output": str(request.output), **totals, "refused": refused, "answered": 0, "kept": totals["rows"]}
+    return {
+        "output": str(request.output),
+        "rows": report["rows"],
+        "tokens": report["tokens"],
+        "finish": report["finish"],
+        "too_long": report["too_long"],
+        "metrics": report["metrics"],
+        "refused": report.get("refused", []),  # missing in reports of earlier versions
+        "answered": 0,
+        "kept": report["rows"],
+    }
 
 
 def show(request: RowsRequest, work: Work, tally: Tally, report: dict[str, Any]) -> None:
@@ -90,7 +145,7 @@ def _shown(key: str, value: float | None) -> str:
     return {"exact_match": f"{value:.1%}", "rouge_l": f"{value:.3f}", "bleu": f"{value:.1f}"}.get(key, f"{value:.3f}")
 
 
-def require_all_asked(summary: dict[str, Any]) -> None:
+def require_all_asked(summary: RowsSummary) -> None:
     """Raise if some rows could not be answered, after all others were.
 
     Args:
