@@ -22,6 +22,20 @@ class Exit(IntEnum):
     PEER = 8
 
 
+MEANINGS = {
+    Exit.OK: "done",
+    Exit.BUG: "a bug of loratune",
+    Exit.USAGE: "the command line or the recipe",
+    Exit.DATA: "rows",
+    Exit.MODEL: "a model, an adapter, a checkpoint, or a proof that failed",
+    Exit.DIVERGED: "the training diverged",
+    Exit.IO: "disk, memory, permission, or software of the machine",
+    Exit.WORSE: "an evaluation that came out worse",
+    Exit.PEER: "another process of the run was lost",
+}
+"""Exit code → what is at fault."""
+
+
 @dataclass(frozen=True)
 class Problem:
     """One of the things that are wrong, and where."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import signal
 from collections.abc import Callable
 from copy import deepcopy
@@ -16,6 +17,7 @@ from jsonschema import Draft202012Validator
 from processes import comes_true
 from typer.testing import CliRunner, Result
 
+from loratune.cli.agents_md import agents_text
 from loratune.cli.app import app
 from loratune.cli.commands import command_lines, command_module
 from loratune.cli.failures import problems_of
@@ -255,3 +257,36 @@ def test_a_schema_that_is_not_there_is_told_with_those_that_are(cli: Cli) -> Non
     assert result.exit_code == Exit.USAGE
     assert "recipe, sweep-recipe, sft" in result.stderr
     assert validator("error").is_valid(told(cli("schema", "nosuch", "--json")))
+
+
+# --- AGENTS.md ---
+
+
+def test_agents_md_is_written_once_and_names_every_command_and_exit_code(
+    cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    result = cli("agents-md", "--json")
+    text = Path("AGENTS.md").read_text(encoding="utf-8")
+    assert told(result) == {"schema": "loratune/agents-md/1", "file": "AGENTS.md", "text": text}
+    assert [line for line in command_lines() if f"| `loratune {' '.join(line)}` |" not in text] == []
+    assert [code for code in Exit if f"\n| {int(code)} | " not in text] == []
+
+    Path("AGENTS.md").write_text("mine")
+    refused = cli("agents-md", "--json")
+    assert (refused.exit_code, Path("AGENTS.md").read_text()) == (Exit.USAGE, "mine")
+    assert "AGENTS.md exists already" in refused.stderr
+    assert cli("agents-md", "--overwrite").exit_code == 0
+    assert Path("AGENTS.md").read_text(encoding="utf-8") == text
+
+
+def test_what_agents_md_tells_to_run_is_there() -> None:
+    blocks = "\n".join(re.findall(r"```bash\n(.*?)```", agents_text(), re.DOTALL))
+    lines = [line.partition("#")[0].split()[1:] for line in blocks.splitlines()]
+    assert len(lines) == 5
+    for words in lines:
+        command: Any = typer.main.get_command(app)
+        while hasattr(command, "list_commands"):
+            command = command.get_command(typer.Context(command), words.pop(0))
+        known = {name for parameter in command.params for name in parameter.opts}
+        assert {word for word in words if word.startswith("--")} <= known

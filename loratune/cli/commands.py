@@ -20,6 +20,8 @@ COMMANDS = {
     "runs": "List, inspect, compare and tag runs.",
     "doctor": "Examine this machine: what works, what is slower than it could be, and what mends it.",
     "launch": "Write a job file for a cluster: training that goes on after a preemption.",
+    "mcp": "Offer checks, training, answers, evaluation and merging to agents, over MCP.",
+    "agents-md": "Write an AGENTS.md that tells coding agents how to use loratune in a project.",
     "schema": "Print the JSON Schema of recipes, or of what a command prints with --json.",
 }
 DATA_COMMANDS = {
@@ -42,7 +44,7 @@ RUNS_COMMANDS = {
 GROUPED = {"data": DATA_COMMANDS, "runs": RUNS_COMMANDS, "launch": LAUNCH_COMMANDS}
 """Group of commands → its commands, with their one-line helps."""
 
-MODULES = {"import": "import_"}
+MODULES = {"import": "import_", "agents-md": "agents_md"}
 """Command → its module, where the name cannot be a module's."""
 
 

@@ -75,6 +75,12 @@ def lock_holder(run: Path) -> str | None:
     return None
 
 
+def is_held_by(run: Path, pid: int) -> bool:
+    """Return whether a process of this machine has taken a run folder's lock."""
+    owner = _owner(run)
+    return (owner.get("host"), owner.get("pid")) == (socket.gethostname(), pid)
+
+
 def _is_alive(owner: dict[str, Any]) -> bool:
     """Return whether a process may be alive; for another machine's it is assumed."""
     if owner.get("host") != socket.gethostname():

@@ -1,0 +1,129 @@
+"""Runs commands of loratune as processes, with --json and without a network."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import signal
+import subprocess
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from loratune.errors import Exit, LoratuneError
+from loratune.recipe.sections import iterate_settings
+from loratune.runtime import program
+
+Document = dict[str, Any]
+OFFLINE = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
+LOG_TAIL = 2000
+"""Characters of a log that are told of a process that has printed no document."""
+
+
+@dataclass
+class Calls:
+    """Runs command lines in a folder."""
+
+    folder: Path
+    _started: list[subprocess.Popen[bytes]] = field(default_factory=list)
+    """Trainings; asked now and then whether they have ended, so that none stays a zombie."""
+
+    async def run(self, *words: str) -> Document:
+        """Return the document that a command prints; if the caller gives up, the command gets SIGTERM.
+
+        Args:
+            words: of the command line, without --json.
+        """
+        process = await asyncio.create_subprocess_exec(
+            *self._line(words),
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            cwd=self.folder,
+            env=self._environment(),
+        )
+        try:
+            output, log = await process.communicate()
+        except asyncio.CancelledError:
+            process.send_signal(signal.SIGTERM)
+            raise
+        return _read(output, log.decode(errors="replace"))
+
+    def start(self, words: Sequence[str], output: Path, log: Path) -> subprocess.Popen[bytes]:
+        """Start a command in a session of its own, so that it goes on when the server ends.
+
+        Args:
+            words: of the command line, without --json.
+            output: file for its document.
+            log: file for its messages.
+        """
+        for one in self._started:
+            one.poll()
+        with output.open("wb") as document, log.open("wb") as messages:
+            process = subprocess.Popen(
+                self._line(words),
+                stdin=subprocess.DEVNULL,
+                stdout=document,
+                stderr=messages,
+                cwd=self.folder,
+                env=self._environment(),
+                start_new_session=True,
+            )
+        self._started.append(process)
+        return process
+
+    def _line(self, words: Sequence[str]) -> list[str]:
+        return [*program("loratune"), *words, "--json"]
+
+    def _environment(self) -> dict[str, str]:
+        return {**os.environ, **OFFLINE}
+
+
+def read_document(output: Path, log: Path) -> Document:
+    """Return the document that a started command has printed."""
+    return _read(output.read_bytes(), log.read_text(encoding="utf-8", errors="replace"))
+
+
+def _read(output: bytes, log: str) -> Document:
+    """Return a document.
+
+    Raises:
+        LoratuneError: there is none, because the process was killed; with the end of its messages.
+    """
+    try:
+        document = json.loads(output)
+        assert isinstance(document, dict)
+    except (ValueError, AssertionError) as error:
+        raise LoratuneError(f"the command ended without a result:\n{log[-LOG_TAIL:]}", Exit.BUG) from error
+    return document
+
+
+def flags(values: Mapping[str, Any]) -> list[str]:
+    """Return the words of flags; None and False leave a flag out. A value never becomes a flag of its own."""
+    given = {name: value for name, value in values.items() if value is not None and value is not False}
+    return [name if value is True else f"{name}={value}" for name, value in given.items()]
+
+
+def setting_flags(settings: Mapping[str, Any]) -> list[str]:
+    """Return the words of recipe settings, by dotted name.
+
+    Raises:
+        LoratuneError: a name is that of no setting, so that no other flag can be given in this way.
+    """
+    known = dict(iterate_settings())
+    if unknown := sorted(settings.keys() - known.keys()):
+        raise LoratuneError(
+            f"no such settings: {', '.join(unknown)}; `loratune schema recipe` lists them, such as training.max_steps",
+            Exit.USAGE,
+        )
+    words: list[str] = []
+    for name, value in settings.items():
+        if isinstance(value, bool):
+            words.append(f"--{name}" if value else f"--no-{name}")
+        elif isinstance(value, dict):
+            words += [f"--{name}={key}={inner}" for key, inner in value.items()]
+        else:
+            words += [f"--{name}={one}" for one in (value if isinstance(value, list) else [value])]
+    return words

@@ -1,0 +1,170 @@
+"""The tools of the MCP server, over standard input and output."""
+
+from __future__ import annotations
+
+import functools
+import json
+import logging
+from collections.abc import Awaitable, Callable
+from typing import Annotated, Any
+
+from pydantic import Field
+
+from loratune import __version__
+from loratune.errors import LoratuneError
+from loratune.extras import required
+from loratune.mcp_server.bounds import Bounds
+from loratune.mcp_server.calls import Calls, Document, flags, setting_flags
+from loratune.mcp_server.training import start_training
+
+with required("loratune mcp", "mcp", package="mcp"):
+    from mcp.server import MCPServer
+    from mcp.types import CallToolResult, TextContent, ToolAnnotations
+
+INSTRUCTIONS = """\
+Fine-tunes language models with LoRA. Usual order: check the recipe and its rows; sft starts the training and returns
+once it runs; status until its state is finished; eval or infer; merge. Results are the JSON documents of the command
+line; `loratune schema NAME` prints their schemas. Paths are relative to the server's folder. Nothing is replaced.
+"""
+READS = ToolAnnotations(read_only_hint=True, open_world_hint=False)
+WRITES = ToolAnnotations(read_only_hint=False, destructive_hint=False, open_world_hint=False)
+
+Recipe = Annotated[str, Field(description="A recipe: the path of a YAML file, or the name of a shipped one.")]
+Settings = Annotated[
+    dict[str, Any] | None,
+    Field(description='Settings that override the recipe, by dotted name: {"training.max_steps": 100}.'),
+]
+Adapter = Annotated[str, Field(description="Run folder, one of its checkpoints, or a plain PEFT folder.")]
+Output = Annotated[str, Field(description="Folder of the result, which must not exist.")]
+Tool = Callable[..., Awaitable[Document]]
+Failed = Callable[[LoratuneError], Document]
+
+
+class Tools:
+    """What agents can do; each tool runs a command of the command line.
+
+    Args:
+        bounds: the folders.
+        calls: runs the commands.
+    """
+
+    def __init__(self, bounds: Bounds, calls: Calls) -> None:
+        self.bounds, self.calls = bounds, calls
+
+    async def check(self, recipe: Recipe, settings: Settings = None) -> Document:
+        """Check a recipe and all of its rows, as sft does, without loading the model."""
+        return await self._with_recipe("data check", recipe, settings)
+
+    async def sft(self, recipe: Recipe, settings: Settings = None, resume: bool = False) -> Document:
+        """Start a training in the background, and return its run folder; it goes on if this server ends.
+
+        resume continues a run that was interrupted, from its newest checkpoint.
+        """
+        words, shown = await self._recipe_words(recipe, settings)
+        if "recipe" not in shown:
+            return shown
+        output = self.bounds.to_write(shown["recipe"]["output"])
+        line = ["sft", *words, f"--output={output}", *(["--resume=newest"] if resume else [])]
+        return await start_training(self.calls, line, output)
+
+    async def status(self, run: Annotated[str, Field(description="Run folder.")]) -> Document:
+        """Say how a training is going: state, step, losses, seconds that are left, and the next command."""
+        return await self.calls.run("runs", "show", str(self.bounds.to_read(run)))
+
+    async def infer(
+        self,
+        prompt: Annotated[str, Field(max_length=100_000)],
+        adapter: Annotated[str | None, Field(description="As for merge; leave it out for a model alone.")] = None,
+        model: Annotated[str | None, Field(description="A model's folder or name, instead of an adapter.")] = None,
+        system: str | None = None,
+        max_new_tokens: int | None = None,
+        temperature: float | None = None,
+    ) -> Document:
+        """Answer one prompt with an adapter, or with a model such as a merged one."""
+        asked = {
+            "--prompt": prompt,
+            "--system": system,
+            "--adapter": self.bounds.adapter(adapter) if adapter else None,
+            "--model": self.bounds.model(model) if model else None,
+            "--max-new-tokens": max_new_tokens,
+            "--temperature": temperature,
+        }
+        return await self.calls.run("infer", *flags(asked))
+
+    async def eval(
+        self,
+        adapter: Adapter,
+        tests: Annotated[str, Field(description="File of rows with expected answers or asserts.")],
+        output: Annotated[str, Field(description="Folder of the results; the same again goes on where it stopped.")],
+        against: Annotated[str | None, Field(description="Another adapter to compare with, not the base.")] = None,
+        general: Annotated[bool, Field(description="Look for what was forgotten, too.")] = True,
+        max_new_tokens: int | None = None,
+    ) -> Document:
+        """Compare an adapter with its base or another adapter, row by row, with intervals and a verdict."""
+        asked = {
+            "--adapter": self.bounds.adapter(adapter),
+            "--tests": self.bounds.to_read(tests),
+            "--output": self.bounds.to_write(output),
+            "--against": self.bounds.adapter(against) if against else None,
+            "--no-general": not general,
+            "--max-new-tokens": max_new_tokens,
+        }
+        return await self.calls.run("eval", *flags(asked))
+
+    async def merge(self, adapter: Adapter, output: Output) -> Document:
+        """Merge an adapter into its base, and prove that the files are the model that was trained."""
+        asked = {"--adapter": self.bounds.adapter(adapter), "--output": self.bounds.to_write(output)}
+        return await self.calls.run("merge", *flags(asked))
+
+    async def _with_recipe(self, command: str, recipe: str, settings: dict[str, Any] | None) -> Document:
+        """Run a command that takes a recipe and its settings, once the recipe is within the bounds."""
+        words, shown = await self._recipe_words(recipe, settings)
+        return await self.calls.run(*command.split(), *words) if "recipe" in shown else shown
+
+    async def _recipe_words(self, recipe: str, settings: dict[str, Any] | None) -> tuple[list[str], Document]:
+        """Return the flags of a recipe, and the document of the resolved one, or of what is wrong with it."""
+        words = [*flags({"--config": self.bounds.recipe(recipe)}), *setting_flags(settings or {})]
+        shown = await self.calls.run("sft", *words, "--show")
+        if "recipe" in shown:
+            self.bounds.require_recipe(shown["recipe"])
+        return words, shown
+
+
+def make_server(bounds: Bounds, failed: Failed) -> MCPServer[Any]:
+    """Return the server.
+
+    Args:
+        bounds: the folders.
+        failed: makes the document of an error.
+    """
+    tools = Tools(bounds, Calls(bounds.root))
+    server: MCPServer[Any] = MCPServer("loratune", version=__version__, instructions=INSTRUCTIONS, log_level="WARNING")
+    offered: list[tuple[Tool, ToolAnnotations]] = [
+        *((tool, READS) for tool in (tools.check, tools.status, tools.infer)),
+        *((tool, WRITES) for tool in (tools.sft, tools.eval, tools.merge)),
+    ]
+    for tool, about in offered:
+        server.tool(annotations=about)(_answered(tool, failed))
+    return server
+
+
+def serve(bounds: Bounds, failed: Failed) -> None:
+    """Serve until the client closes standard input."""
+    logging.getLogger("mcp").setLevel(logging.WARNING)
+    make_server(bounds, failed).run("stdio")
+
+
+def _answered(tool: Tool, failed: Failed) -> Callable[..., Any]:
+    """Turn a tool's document into a result of the protocol; an error's is marked as one."""
+
+    @functools.wraps(tool)
+    async def answer(**arguments: Any) -> CallToolResult:
+        try:
+            document = await tool(**arguments)
+        except LoratuneError as error:
+            document = failed(error)
+        text = TextContent(type="text", text=json.dumps(document, ensure_ascii=False, indent=1))
+        is_error = str(document.get("schema", "")).startswith("loratune/error/")
+        return CallToolResult(content=[text], structured_content=document, is_error=is_error)
+
+    return answer

@@ -1,0 +1,198 @@
+"""The MCP server: its bounds, and with the SDK's own client what agents do with it."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import sys
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from documents import faults
+
+from loratune.errors import Exit, LoratuneError
+from loratune.mcp_server.bounds import Bounds
+from loratune.mcp_server.calls import flags, setting_flags
+from loratune.recipe.loading import ASSETS, load_recipe
+from loratune.runs.state import run_state
+
+TOOLS = {"check", "sft", "status", "infer", "eval", "merge"}
+REPOSITORY = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    """A project, beside which there is a secret."""
+    (tmp_path / "secret.json").write_text("[]")
+    folder = tmp_path / "project"
+    (folder / "inner").mkdir(parents=True)
+    (folder / "rows.json").write_text("[]")
+    (folder / "out").symlink_to(tmp_path)
+    return folder.resolve()
+
+
+@pytest.fixture
+def bounds(root: Path) -> Bounds:
+    return Bounds(root, (ASSETS.resolve(),))
+
+
+# --- bounds ---
+
+
+@pytest.mark.parametrize(
+    "path", ["../secret.json", "/etc/passwd", "out/secret.json", "inner/../../secret.json", "a\0b"]
+)
+def test_paths_outside_of_the_root_are_refused_also_behind_links(bounds: Bounds, path: str) -> None:
+    for use in (bounds.to_read, bounds.to_write, bounds.adapter, bounds.recipe):
+        with pytest.raises(LoratuneError) as caught:
+            use(path)
+        assert caught.value.exit_code == Exit.USAGE
+
+
+def test_paths_inside_are_absolute_and_only_the_root_is_written(bounds: Bounds, root: Path) -> None:
+    assert bounds.to_read("inner/../rows.json") == root / "rows.json"
+    assert bounds.to_write("new/merged") == root / "new" / "merged"
+    assert bounds.to_read(str(ASSETS / "tiny-qwen")) == (ASSETS / "tiny-qwen").resolve()
+    with pytest.raises(LoratuneError, match="outside of"):
+        bounds.to_write(str(ASSETS / "new"))
+    assert (bounds.recipe("quickstart"), bounds.model("tiny-qwen")) == ("quickstart", "tiny-qwen")
+    assert bounds.model("Qwen/Qwen2.5-7B") == "Qwen/Qwen2.5-7B"
+
+
+@pytest.mark.parametrize(
+    ("setting", "value"),
+    [
+        ("output", "/elsewhere/run"),
+        ("output", "out/run"),
+        ("data.train", ["out/secret.json#5"]),
+        ("data.train", ["ms:org/rows"]),
+        ("data.validation", ["/etc/passwd"]),
+        ("model.base", "/"),
+        ("model.base", "./out"),
+        ("model.base", "~/model"),
+        ("model.hub", "modelscope"),
+        ("tracking.report_to", ["wandb"]),
+    ],
+)
+def test_a_recipe_that_goes_beyond_the_bounds_is_refused(bounds: Bounds, root: Path, setting: str, value: Any) -> None:
+    inside = {"model.base": "tiny-qwen", "data.train": ["rows.json#5"], "output": "run"}
+    bounds.require_recipe(load_recipe(None, dict(inside)).model_dump(mode="json"))
+    with pytest.raises(LoratuneError, match="the recipe goes beyond this server"):
+        bounds.require_recipe(load_recipe(None, inside | {setting: value}).model_dump(mode="json"))
+
+
+def test_an_adapter_whose_base_lies_outside_is_refused(bounds: Bounds, root: Path) -> None:
+    for place, values in {
+        "manifest.json": {"base": {"path": str(root.parent)}},
+        "adapter/adapter_config.json": {"base_model_name_or_path": str(root.parent)},
+    }.items():
+        run = root / place.replace("/", "-")
+        (run / place).parent.mkdir(parents=True)
+        (run / "checkpoints" / "step-4").mkdir(parents=True)
+        (run / place).write_text(json.dumps(values))
+        with pytest.raises(LoratuneError, match="outside of"):
+            bounds.adapter(str(run))
+    with pytest.raises(LoratuneError, match="outside of"):
+        bounds.adapter(str(root / "manifest.json" / "checkpoints" / "step-4"))
+
+
+def test_no_value_becomes_a_flag_and_only_settings_are_settings() -> None:
+    assert flags({"--prompt": "--force", "--general": False, "--x": None, "--y": True}) == ["--prompt=--force", "--y"]
+    given = {"training.packing": False, "data.train": ["a", "-b"], "data.placeholders": {"name": "x"}}
+    words = ["--no-training.packing", "--data.train=a", "--data.train=-b", "--data.placeholders=name=x"]
+    assert setting_flags(given) == words
+    for name in ("overwrite", "force", "training.nosuch", "output=x --overwrite"):
+        with pytest.raises(LoratuneError, match="no such settings"):
+            setting_flags({name: True})
+
+
+# --- the protocol ---
+
+Call = Callable[..., Awaitable[Any]]
+
+
+def in_session(root: Path, script: Callable[[Call], Awaitable[None]]) -> set[str]:
+    """Start the server as clients do, run a script of calls, and end it; return the names of its tools."""
+    mcp = pytest.importorskip("mcp")
+
+    async def run() -> set[str]:
+        line = ["-m", "loratune", "mcp", "--root", str(root)]
+        server = mcp.StdioServerParameters(command=sys.executable, args=line, env=dict(os.environ), cwd=str(REPOSITORY))
+        async with mcp.Client(server) as client:
+
+            async def call(tool: str, is_error: bool = False, **arguments: Any) -> Any:
+                result = await client.call_tool(tool, arguments)
+                assert result.is_error == is_error, result
+                assert json.loads(result.content[0].text) == result.structured_content
+                return result.structured_content
+
+            await script(call)
+            return {tool.name for tool in (await client.list_tools()).tools}
+
+    return asyncio.run(run())
+
+
+def test_a_client_lists_the_tools_and_gets_the_documents_of_the_command_line(short_run: Path, root: Path) -> None:
+    async def script(call: Call) -> None:
+        state = await call("status", run=str(short_run))
+        assert faults(state) == []
+        assert {key: state[key] for key in state if key != "schema"} == run_state(short_run)
+        for tool, arguments in {
+            "status": {"run": str(root)},
+            "check": {"recipe": "rows.json"},
+            "merge": {"adapter": str(short_run), "output": str(root)},
+            "sft": {"recipe": "quickstart", "settings": {"output": str(root.parent / "run")}},
+        }.items():
+            error = await call(tool, is_error=True, **arguments)
+            assert faults(error) == []
+            assert error["schema"] == "loratune/error/1"
+        assert "outside of" in error["message"]
+
+    assert in_session(short_run.parent, script) == TOOLS
+
+
+@pytest.mark.slow
+def test_a_client_trains_waits_asks_evaluates_and_merges(tmp_path: Path) -> None:
+    rows = [{"instruction": f"How much is {n}+{n}?", "output": f"It is {2 * n}."} for n in range(4)]
+    (tmp_path / "tests.json").write_text(json.dumps(rows))
+    small = {"training.max_steps": 40, "evaluation.questions_share": 0, "output": "run", "model.dtype": "float32"}
+
+    async def start(call: Call) -> None:
+        assert (await call("check", recipe="quickstart"))["refused"] is False
+        started = await call("sft", recipe="quickstart", settings=small)
+        assert (started["state"]["state"], started["output"]) == ("running", str(tmp_path / "run"))
+
+    in_session(tmp_path, start)
+    assert run_state(tmp_path / "run")["state"] == "running", "the training outlives the server"
+    assert len(list(tmp_path.glob("run-*"))) == 2, "the log and document of the one that runs"
+
+    async def go_on(call: Call) -> None:
+        while (state := await call("status", run="run"))["state"] == "running":
+            await asyncio.sleep(1)
+        assert (state["state"], state["step"]) == ("finished", 40)
+        assert (await call("infer", adapter="run", prompt="Who are you?"))["answer"]
+        found = await call("eval", adapter="run", tests="tests.json", output="found", general=False, max_new_tokens=8)
+        assert found["rows"] == 4
+        merged = await call("merge", adapter="run", output="merged")
+        assert merged["verified"] != "nothing"
+        assert (await call("infer", model="merged", prompt="Who are you?"))["tokens"] > 0
+        again = await call("sft", is_error=True, recipe="quickstart", settings=small)
+        assert "already holds a run" in again["message"]
+        assert "already" in (await call("merge", is_error=True, adapter="run", output="merged"))["message"]
+
+    in_session(tmp_path, go_on)
+    (document,) = tmp_path.glob("run-*.json")
+    assert faults(json.loads(document.read_text())) == []
+    assert (tmp_path / "merged" / "verification.json").is_file()
+
+
+def test_without_the_sdk_the_extra_is_named(cli: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "mcp", None)
+    monkeypatch.delitem(sys.modules, "loratune.mcp_server.server", raising=False)
+    result = cli("mcp")
+    assert result.exit_code == Exit.USAGE
+    assert 'pip install "loratune[mcp]"' in result.stderr
+    assert cli("mcp", "--root", "/nosuch").stderr.endswith("no such folder; give one that exists\n")
