@@ -199,7 +199,7 @@ def test_whatever_ends_a_command_is_a_document(
     def fail(*_: object) -> None:
         raise error
 
-    monkeypatch.setattr("loratune.cli.runs_show.run_state", fail)
+    monkeypatch.setattr("loratune.cli.runs_show.find_model", fail)
     result = CliRunner().invoke(app, ["runs", "show", "x", "--json"])
     assert (told(result)["exit_code"], result.exit_code) == (code, code)
     assert told(result)["message"].startswith(message)

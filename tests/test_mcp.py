@@ -139,7 +139,7 @@ def test_a_client_lists_the_tools_and_gets_the_documents_of_the_command_line(sho
     async def script(call: Call) -> None:
         state = await call("status", run=str(short_run))
         assert faults(state) == []
-        assert {key: state[key] for key in state if key != "schema"} == run_state(short_run)
+        assert state == state | run_state(short_run)
         for tool, arguments in {
             "status": {"run": str(root)},
             "check": {"recipe": "rows.json"},
@@ -190,7 +190,8 @@ def test_a_client_trains_waits_asks_evaluates_and_merges(tmp_path: Path) -> None
 
 
 def test_without_the_sdk_the_extra_is_named(cli: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "mcp", None)
+    for name in ("mcp", "mcp.server", "mcp.types"):
+        monkeypatch.setitem(sys.modules, name, None)
     monkeypatch.delitem(sys.modules, "loratune.mcp_server.server", raising=False)
     result = cli("mcp")
     assert result.exit_code == Exit.USAGE

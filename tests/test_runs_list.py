@@ -57,7 +57,7 @@ def listed(cli: Any, folder: Path, *flags: Any) -> dict[str, Any]:
     """Name → run, as the list says as JSON."""
     done = cli("runs", "list", folder, "--json", *flags)
     assert done.exit_code == 0, done.stderr
-    return {run["name"]: run for run in json.loads(done.stdout)[0]["runs"]}
+    return {run["name"]: run for run in json.loads(done.stdout)["folders"][0]["runs"]}
 
 
 def words(text: str) -> str:

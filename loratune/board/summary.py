@@ -6,7 +6,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
+
+from pydantic import Field
 
 from loratune.board.walk import Place, folder_bytes
 from loratune.errors import LoratuneError
@@ -53,7 +55,7 @@ class RunSummary:
     tags: tuple[str, ...]
     weights_sha256: str | None
     """Of the adapter's weights."""
-    digest: str | None
+    digest: Annotated[str | None, Field(exclude=True)]
     """Of the adapter's folder, as evaluations record it."""
     changed: tuple[str, ...]
     """Files that are missing or have another size than the run left them with."""

@@ -8,12 +8,13 @@ from typing import Annotated
 
 import typer
 
-from loratune import console
-from loratune.board.comparison import compare_runs
+from loratune.board.comparison import RunComparison, compare_runs
 from loratune.board.opened import open_place
 from loratune.board.table import show_comparison
+from loratune.cli.documents import Document
 from loratune.errors import Exit, LoratuneError
 
+DOCUMENT = Document("runs-compare", 1, lambda: RunComparison)
 DETAILS = """\
 Shows settings, data and versions that differ, the losses at the steps that all runs have logged, and what their bases
 and adapters answer to the same questions. Data is compared by hash and by the number of rows that were used."""
@@ -27,6 +28,6 @@ def command(
         raise LoratuneError("give two runs or more", Exit.USAGE)
     found = compare_runs([open_place(run) for run in runs])
     if json:
-        console.write_json(asdict(found))
+        DOCUMENT.write(asdict(found))
     else:
         show_comparison(found)

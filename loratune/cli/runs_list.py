@@ -8,12 +8,14 @@ from typing import Annotated, Any, Literal, get_args
 
 import typer
 
-from loratune import console
+from loratune.board.layout import RunsList
 from loratune.board.search import Found, Search
 from loratune.board.summary import DAMAGED, RunSummary
 from loratune.board.table import show_list
+from loratune.cli.documents import Document
 from loratune.errors import Exit, LoratuneError
 
+DOCUMENT = Document("runs-list", 1, lambda: RunsList)
 State = Literal["running", "finished", "interrupted", "crashed", "diverged", "failed", "damaged"]
 Order = Literal["age", "name", "loss", "size"]
 assert DAMAGED in get_args(State)
@@ -65,7 +67,7 @@ def command(
         if not json:
             show_list(found, runs, folder, with_models=not is_filtered)
     if json:
-        console.write_json(told)
+        DOCUMENT.write({"folders": told})
 
 
 def _values(folder: Path, found: Found, runs: list[RunSummary]) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import secrets
 from pathlib import Path
 from typing import Annotated
@@ -9,11 +10,14 @@ from typing import Annotated
 import typer
 
 from loratune import console
+from loratune.cli.documents import Document
 from loratune.cli.serving import (
     AllowHost,
     ApiKey,
     Host,
+    Json,
     NoApiKey,
+    PageValues,
     Port,
     allowed_hosts,
     given_key,
@@ -21,6 +25,7 @@ from loratune.cli.serving import (
     tell_page,
 )
 
+DOCUMENT = Document("runs-serve", 1, lambda: PageValues)
 DETAILS = """\
 The page lists the runs of a folder and shows each with its curves, also while another process trains it: findings in
 its rows, its health, answers before and after, evaluations, and what was made of it. Runs that are chosen are compared.
@@ -35,6 +40,7 @@ def command(
     api_key: ApiKey = None,
     no_api_key: NoApiKey = False,
     allow_host: AllowHost = None,
+    json: Json = False,
 ) -> None:
     given = given_key(api_key, no_api_key)
     from loratune.board.server.application import create_application
@@ -49,7 +55,10 @@ def command(
         app = create_application(folder, access)
         address.listen()
         console.say(f"runs in {folder}")
-        tell_page(address, secret if secret != given else None)
+        made_key = secret if secret != given else None
+        tell_page(address, made_key)
+        if json:
+            DOCUMENT.write(PageValues(url=address.url, api_key=made_key, process=os.getpid()))
         serve_until_signal(app, address, _nothing)
 
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from loratune import console
+from loratune.board.layout import ShownModel, ShownRun
 from loratune.board.lineage import find_model, model_state, run_lineage
 from loratune.cli.documents import Document
 from loratune.runs.state import run_state
@@ -17,7 +18,7 @@ BASES = {
     "sampled": "identified by samples: 4096 bytes of each tensor",
     "nothing": "not identified",
 }
-DOCUMENT = Document("runs-show", 1, lambda: RunState)
+DOCUMENT = Document("runs-show", 1, lambda: ShownRun | ShownModel)
 DETAILS = """\
 A run that is marked as running but has no process has crashed; it can be resumed.
 
@@ -31,7 +32,7 @@ def command(
     json: Annotated[bool, typer.Option("--json", help="Print the state as JSON to stdout.")] = False,
 ) -> None:
     model = find_model(run)
-    state = model_state(model) if model else run_state(run) | run_lineage(run)
+    state: dict[str, Any] = model_state(model) if model else {**run_state(run), **run_lineage(run)}
     if json:
         DOCUMENT.write(state)
         return
@@ -41,7 +42,7 @@ def command(
         console.next_step(f"next: {state['next']}")
 
 
-def _rows(state: RunState) -> list[tuple[str, str]]:
+def _rows(state: dict[str, Any]) -> list[tuple[str, str]]:
     of = f" of {state['steps']}" if state["steps"] else ""
     rows = [("state", f"{state['state']} at step {state['step']}{of}, {state['time']}")]
     if state["loss"] is not None:

@@ -10,7 +10,6 @@ from typing import Annotated, Any
 from urllib.parse import urlsplit
 
 import typer
-from typing_extensions import TypedDict
 
 from loratune import console
 from loratune.cli.documents import Document
@@ -19,7 +18,9 @@ from loratune.cli.serving import (
     AllowHost,
     ApiKey,
     Host,
+    Json,
     NoApiKey,
+    PageValues,
     Port,
     allowed_hosts,
     given_key,
@@ -38,21 +39,14 @@ Requests need an API key: from --api-key or LORATUNE_API_KEY, or a generated one
 drains running requests and exits; a second one exits at once."""
 
 
-class ServerValues(TypedDict):
-    """A server that accepts requests; printed once, before the first."""
+class ServerValues(PageValues):
+    """A server of the API and a page; the API is below /v1."""
 
-    url: str
-    """Without a path; the API is below /v1."""
     models: list[str]
     """Names of the base and the adapters."""
-    api_key: str | None
-    """The key, if it was generated; null if it was given, or none is needed."""
-    process: int
-    """ID of the process; SIGTERM ends it."""
 
 
 DOCUMENT = Document("serve", 1, lambda: ServerValues)
-Json = Annotated[bool, typer.Option("--json", help="Print address, models and key as JSON to stdout at startup.")]
 AllowOrigin = Annotated[
     list[str] | None,
     typer.Option(

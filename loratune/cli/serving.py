@@ -6,6 +6,7 @@ import os
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+from typing_extensions import TypedDict
 
 from loratune import console
 from loratune.errors import Exit, LoratuneError
@@ -28,6 +29,18 @@ AllowHost = Annotated[
     list[str] | None,
     typer.Option("--allow-host", metavar="name", help="Additional host name of this server. Repeatable."),
 ]
+Json = Annotated[bool, typer.Option("--json", help="Print address and key as JSON to stdout at startup.")]
+
+
+class PageValues(TypedDict):
+    """A server that accepts requests; printed once, before the first."""
+
+    url: str
+    """Without a path."""
+    api_key: str | None
+    """The key, if it was generated; null if it was given, or none is needed."""
+    process: int
+    """ID of the process; SIGTERM ends it."""
 
 
 def given_key(api_key: str | None, no_api_key: bool) -> str | None:

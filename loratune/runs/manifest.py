@@ -45,6 +45,8 @@ class TrainedTemplate:
 
 @dataclass(frozen=True)
 class TrainedFile:
+    """A source of rows."""
+
     path: str
     sha256: str
     rows: int

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 from typing_extensions import TypedDict
 
 from loratune.choices import BestOf
-from loratune.runs.typed_json import WRITTEN_BESIDE, read_typed
+from loratune.runs.typed_json import WRITTEN_BESIDE
 from loratune.writing import PROGRAM, write_json
 
 SWEEP_REPORT, KIND = "sweep.json", "sweep"
