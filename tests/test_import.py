@@ -377,6 +377,17 @@ def test_flags_override_the_config_and_a_file_is_kept(cli: CLI) -> None:
     assert "exists already" in cli("import", path, "-o", "recipe.yaml", *flags).stderr
 
 
+def test_a_recipe_replaces_neither_a_folder_nor_the_config(cli: CLI) -> None:
+    path = written(TRL | {"dataset_name": "rows.jsonl"})
+    before = path.read_bytes()
+    Path("folder").mkdir()
+    Path("link.yaml").symlink_to(path)
+    for place, told in (("folder", "is a folder"), (path, "the config itself"), ("link.yaml", "the config itself")):
+        result = cli("import", path, "-o", place, "--overwrite")
+        assert (result.exit_code, path.read_bytes()) == (Exit.USAGE, before)
+        assert told in result.stderr
+
+
 def test_json_has_the_lists_and_the_recipe(cli: CLI) -> None:
     result = cli("import", written(LLAMA_FACTORY), "--json")
     found = json.loads(result.stdout)
