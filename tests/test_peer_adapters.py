@@ -230,7 +230,9 @@ def test_pickled_weights_are_refused_with_the_command_that_converts_them(
     folder = tmp_path / "an adapter's"
     updates = write(random_qwen, folder, *CASES["PEFT 0.4"])
     wanted = logits_of(load_adapter(load_plain(random_qwen), folder))
-    torch.save(load_file(folder / "adapter_model.safetensors"), folder / "adapter_model.bin")
+    tensors = load_file(folder / "adapter_model.safetensors")
+    transposed = {name: values.T.contiguous().T for name, values in tensors.items()}  # safetensors holds rows only
+    torch.save(transposed, folder / "adapter_model.bin")
     (folder / "adapter_model.safetensors").unlink()
     with pytest.raises(LoratuneError, match="only pickled weights") as raised:
         load_adapter(load_plain(random_qwen), folder)

@@ -21,7 +21,8 @@ PICKLED_FILE = "adapter_model.bin"
 CONVERSION = (
     "import sys, torch, safetensors.torch as st; pickled, path = sys.argv[1:]; "
     "tensors = torch.load(pickled, map_location='cpu', weights_only=True); "
-    "st.save_file({name: value.clone() for name, value in tensors.items()}, path, {'format': 'pt'})"
+    "whole = {name: value.clone(memory_format=torch.contiguous_format) for name, value in tensors.items()}; "
+    "st.save_file(whole, path, {'format': 'pt'})"
 )
 """Program that writes pickled weights as safetensors. Its arguments are both paths; no code in the file is run."""
 HIGHEST = torch.finfo(torch.float32).max
