@@ -408,6 +408,14 @@ def unaccounted(tool: Tool, values: dict[str, Any]) -> set[str]:
     return set(tool.unfolded(values)) - {name for entry in listed for name in entry.names}
 
 
+@pytest.mark.parametrize("name", ["unsloth", "trl"])
+def test_another_tool_s_name_of_the_method_is_a_loss(name: str) -> None:
+    """The method decides what else is taken, so a name that is read last must not change it."""
+    found = translate(written({"tuner_type": "full", "load_in_4bit": True}), TOOLS[name], {}, None, None)
+    assert ("tuner_type",) in [entry.names for entry in found.lost]
+    assert not read_yaml(found.text).problems
+
+
 @pytest.mark.parametrize("tool", TOOLS.values(), ids=TOOLS)
 def test_no_setting_is_lost_in_silence_and_no_value_ends_in_a_crash(tool: Tool) -> None:
     chance = random.Random(0)
