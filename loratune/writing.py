@@ -51,6 +51,20 @@ def apply_umask(folder: Path) -> None:
             path.chmod(0o666 & ~current_umask())
 
 
+def check_new_file(path: Path, overwrite: bool) -> None:
+    """Check the place of a file that a command is to write, as its flags --file and --overwrite give it.
+
+    Raises:
+        LoratuneError: there is no such folder, the name is that of a folder, or the file exists and is to be kept.
+    """
+    if path.is_dir():
+        raise LoratuneError(f"{path} is a folder; give --file a name in it", Exit.USAGE)
+    if not path.parent.is_dir():
+        raise LoratuneError(f"{path.parent}: no such folder; make it, or choose another --file", Exit.IO)
+    if path.exists() and not overwrite:
+        raise LoratuneError(f"{path} exists already; choose another --file, or replace it with --overwrite", Exit.USAGE)
+
+
 def write_text(path: Path, text: str) -> None:
     """Replace a file's text atomically and durably."""
     write_pieces(path, [text.encode()])

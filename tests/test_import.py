@@ -20,9 +20,10 @@ from loratune.errors import Exit, LoratuneError
 from loratune.migration import config_file
 from loratune.migration.comparison import compare_rows
 from loratune.migration.config_file import read_config
-from loratune.migration.peer_forms import CHATML, LLAMA_FACTORY_FORMS, WholeTemplate
+from loratune.migration.peer_forms import CHATML, LLAMA_FACTORY_FORMS, WholeTemplate, form_of
 from loratune.migration.recognition import TOOLS, recognised
 from loratune.migration.sheet import Sheet
+from loratune.migration.shell_command import ShellCommand, read_command
 from loratune.migration.tool import Tool
 from loratune.migration.translation import Translation, translate
 from loratune.model.files import find_tokenizer
@@ -376,6 +377,17 @@ def test_flags_override_the_config_and_a_file_is_kept(cli: CLI) -> None:
     assert "exists already" in cli("import", path, "-o", "recipe.yaml", *flags).stderr
 
 
+def test_a_recipe_replaces_neither_a_folder_nor_the_config(cli: CLI) -> None:
+    path = written(TRL | {"dataset_name": "rows.jsonl"})
+    before = path.read_bytes()
+    Path("folder").mkdir()
+    Path("link.yaml").symlink_to(path)
+    for place, told in (("folder", "is a folder"), (path, "the config itself"), ("link.yaml", "the config itself")):
+        result = cli("import", path, "-o", place, "--overwrite")
+        assert (result.exit_code, path.read_bytes()) == (Exit.USAGE, before)
+        assert told in result.stderr
+
+
 def test_json_has_the_lists_and_the_recipe(cli: CLI) -> None:
     result = cli("import", written(LLAMA_FACTORY), "--json")
     found = json.loads(result.stdout)
@@ -394,6 +406,14 @@ def unaccounted(tool: Tool, values: dict[str, Any]) -> set[str]:
     sheet = translate(path, tool, {}, None, None).sheet
     listed = (*sheet.taken, *sheet.changed, *sheet.lost, *sheet.unneeded)
     return set(tool.unfolded(values)) - {name for entry in listed for name in entry.names}
+
+
+@pytest.mark.parametrize("name", ["unsloth", "trl"])
+def test_another_tool_s_name_of_the_method_is_a_loss(name: str) -> None:
+    """The method decides what else is taken, so a name that is read last must not change it."""
+    found = translate(written({"tuner_type": "full", "load_in_4bit": True}), TOOLS[name], {}, None, None)
+    assert ("tuner_type",) in [entry.names for entry in found.lost]
+    assert not read_yaml(found.text).problems
 
 
 @pytest.mark.parametrize("tool", TOOLS.values(), ids=TOOLS)
@@ -465,6 +485,37 @@ def test_the_form_of_llama_factory_trains_the_line_break_after_an_answer() -> No
         "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
         f"### Instruction:\nHi\n\n### Response:\nHello{tokenizer.eos_token}\n\n"
     )
+
+
+def test_the_form_of_llama_factory_without_thinking_leaves_reasoning_out() -> None:
+    """As 0.9.5 encodes such a row: an empty block that is not trained takes its place."""
+    tokenizer = load_tokenizer(find_tokenizer(ModelSettings(base="tiny-qwen")))
+    asked = {"role": "user", "content": "Two?"}
+    row = {"messages": [asked, {"role": "assistant", "content": "<think>\n1+1\n</think>\n\n2"}]}
+    for thinks, trained in ((False, "2<|im_end|>\n"), (True, "<think>\n1+1\n</think>\n\n2<|im_end|>\n")):
+        form = form_of("LLaMA-Factory", {"template": "qwen3", "enable_thinking": thinks}, tokenizer)
+        assert form is not None
+        ids, labels = form(tokenizer, {}, conversation(row))
+        assert tokenizer.decode([label for label in labels if label != IGNORED]) == trained
+        assert ("<think>\n\n</think>\n\n2" in tokenizer.decode(ids)) != thinks
+
+
+def test_a_script_is_split_into_words_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    read = list[str]()
+
+    def counted(text: str) -> ShellCommand | None:
+        read.append(text)
+        return read_command(text)
+
+    monkeypatch.setattr(config_file, "read_command", counted)
+    for name in ("train", "train.sh"):
+        path = tmp_path / name
+        path.write_text("#!/bin/bash\nswift sft --model a/b --dataset rows.jsonl\n")
+        assert read_config(path).values == {"model": "a/b", "dataset": "rows.jsonl"}
+    assert len(read) == 2
+    (tmp_path / "train").write_text("#!/bin/bash\necho nothing\n")
+    with pytest.raises(LoratuneError, match="no training command"):
+        read_config(tmp_path / "train")
 
 
 def test_rows_are_compared_token_by_token(cli: CLI, monkeypatch: pytest.MonkeyPatch) -> None:

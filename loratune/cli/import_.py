@@ -13,7 +13,7 @@ from loratune.cli.options import recipe_options
 from loratune.errors import Exit, LoratuneError
 from loratune.migration.recognition import TOOLS
 from loratune.migration.translation import MOST_DEVICES, Translation, translate
-from loratune.writing import write_text
+from loratune.writing import check_new_file, write_text
 
 DETAILS = f"""\
 Reads YAML, JSON, or the training command of a shell script, which is never executed, and recognises the tool by the
@@ -74,7 +74,7 @@ def command(
     *,
     flags: dict[str, object],
 ) -> None:
-    _check_place(file, overwrite)
+    _check_place(file, config, overwrite)
     found = translate(config, TOOLS[tool] if tool else None, dict(flags), devices, dataset_info)
     compared = None
     if rows:
@@ -101,13 +101,12 @@ def command(
         console.next_step(f"next: {found.next_command(file)}")
 
 
-def _check_place(file: Path | None, overwrite: bool) -> None:
+def _check_place(file: Path | None, config: Path, overwrite: bool) -> None:
     if file is None:
         return
-    if not file.parent.is_dir():
-        raise LoratuneError(f"{file.parent}: no such folder; make it, or choose another --file", Exit.IO)
-    if file.exists() and not overwrite:
-        raise LoratuneError(f"{file} exists already; choose another --file, or replace it with --overwrite", Exit.USAGE)
+    check_new_file(file, overwrite)
+    if file.exists() and config.exists() and file.samefile(config):
+        raise LoratuneError(f"{file} is the config itself, which is kept; choose another --file", Exit.USAGE)
 
 
 def _show(found: Translation) -> None:

@@ -16,7 +16,7 @@ from loratune.errors import Exit, LoratuneError
 from loratune.launch.job import CPUS_PER_GPU, MEMORY_PER_GPU, Job, JobFile
 from loratune.printable import shortened
 from loratune.recipe.loading import load_recipe
-from loratune.writing import write_text
+from loratune.writing import check_new_file, write_text
 
 PLAIN_WORD = re.compile(r"[\w.,:;=+@%/*\[\]()&|!~-]+", re.ASCII)
 """What an option of a scheduler may be, so that it is one word of one line."""
@@ -171,17 +171,12 @@ def deliver(document: Document, made: JobFile, file: Path | None, overwrite: boo
     """Print a job file, or write it in one step.
 
     Raises:
-        LoratuneError: the file exists already, or cannot be written.
+        LoratuneError: see `check_new_file`.
     """
     if file is None and not json and not made.text.isascii() and not console.takes_all_characters():
         raise LoratuneError("standard output cannot take all characters of the job file; give --file", Exit.USAGE)
     if file is not None:
-        if not file.parent.is_dir():
-            raise LoratuneError(f"{file.parent}: no such folder; make it, or choose another --file", Exit.IO)
-        if file.exists() and not overwrite:
-            raise LoratuneError(
-                f"{file} exists already; choose another --file, or replace it with --overwrite", Exit.USAGE
-            )
+        check_new_file(file, overwrite)
         write_text(file, made.text)
     submit = replace(made.submit, chosen={"FILE": "where you save it"})
     if file is not None:

@@ -35,11 +35,20 @@ def read_config(path: Path) -> Config:
     """Read a config.
 
     Raises:
-        LoratuneError: it cannot be read, holds no settings, or too many.
+        LoratuneError: it cannot be read, is a script without a training command, holds no settings, or too many.
     """
     text = read_text(path)
-    if path.suffix == ".sh" or (path.suffix not in (".json", ".yaml", ".yml") and _is_command(text)):
-        return _read_shell(path, text)
+    if path.suffix not in (".json", ".yaml", ".yml"):
+        command = read_command(text)
+        if command is not None:
+            values = {name: value for name, value in command.options.items() if not is_empty(value)}
+            return Config(path, values, command.program, command.environment)
+        if path.suffix == ".sh" or text.startswith("#!"):
+            raise LoratuneError(
+                f"{path}: no training command of a known tool is in it (swift sft, megatron sft, trl sft); give the "
+                "YAML file instead if the command names one",
+                Exit.USAGE,
+            )
     values = parse(path, text)
     if not isinstance(values, dict) or not values:
         raise LoratuneError(f"{path}: it holds no settings (name: value)", Exit.USAGE)
@@ -88,24 +97,3 @@ def parse(path: Path, text: str) -> Any:
 def is_empty(value: Any) -> bool:
     """Return whether a value says nothing: null, or an empty text, list or object."""
     return value is None or value == "" or value == [] or value == {}
-
-
-def _is_command(text: str) -> bool:
-    return text.startswith("#!") or read_command(text) is not None
-
-
-def _read_shell(path: Path, text: str) -> Config:
-    """Read the first training command of a shell script.
-
-    Raises:
-        LoratuneError: there is none.
-    """
-    command = read_command(text)
-    if command is None:
-        raise LoratuneError(
-            f"{path}: no training command of a known tool is in it (swift sft, megatron sft, trl sft); give the YAML "
-            "file instead if the command names one",
-            Exit.USAGE,
-        )
-    values = {name: value for name, value in command.options.items() if not is_empty(value)}
-    return Config(path, values, command.program, command.environment)

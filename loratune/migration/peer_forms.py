@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -12,6 +13,7 @@ from loratune.errors import first_line_of
 from loratune.migration.sheet import is_off
 
 EMPTY_THOUGHT = f"{OPENING}\n\n{CLOSING}\n\n"
+THOUGHT = re.compile(rf"{OPENING}\n.*?\n{CLOSING}\n\n", re.DOTALL)
 TASK = "Below is an instruction that describes a task"
 REQUEST = "Write a response that appropriately completes the request."
 Pieces = list[tuple[str, bool]]
@@ -37,6 +39,7 @@ class TurnForm:
     thought: str = ""
     """What an answer without reasoning begins with."""
     is_thought_trained: bool = True
+    """Whether the thought is trained; where it is not, the reasoning of answers is left out."""
     is_end_apart: bool = False
     """Whether the end is encoded apart from the answer."""
 
@@ -54,6 +57,8 @@ class TurnForm:
             if message["role"] == "user":
                 pieces.append((self.user.replace("{}", text), False))
                 continue
+            if self.thought and not self.is_thought_trained:
+                text = THOUGHT.sub("", text).lstrip("\n")
             if self.thought and OPENING not in text:
                 pieces.append((self.thought, is_trained and self.is_thought_trained))
             pieces += [(part, is_trained) for part in ((text, self.end) if self.is_end_apart else (text + self.end,))]

@@ -102,7 +102,9 @@ class Tool:
     def _translate_by_table(self, sheet: Sheet, name: str, value: Any, is_dump: bool) -> None:
         """Translate a setting with the same meaning in all tools, or say why there is none."""
         setting = KNOWN_ELSEWHERE.get(name, SAME_NAMES.get(name, ""))
-        if setting in SETTINGS:
+        if setting == "method":  # of another tool; what has been taken so far depends on the method
+            sheet.lose(f"{self.name} has no such setting; give --method")
+        elif setting in SETTINGS:
             sheet.take(setting, as_type_of(setting, value))
         elif name in KNOWN_ELSEWHERE:
             sheet.lose(f"in loratune this is {KNOWN_ELSEWHERE[name]}; set it by hand")

@@ -16,9 +16,10 @@ from loratune.data.encoding.encoder import Encoder
 from loratune.delivery.merge.sources import check_where_possible
 from loratune.delivery.template import write_portable_template
 from loratune.errors import Exit, LoratuneError, bullet_list
-from loratune.model.adapter.completeness import tensor_shapes
+from loratune.model.adapter.completeness import own_modules, tensor_shapes
 from loratune.model.adapter.files import CONFIG_FILE, WEIGHTS_FILE, read_config_values
 from loratune.model.adapter.other_layouts import in_peft_layout
+from loratune.model.adapter.patterns import with_current_patterns
 from loratune.model.adapter.renaming import renamed_config, renamed_tensors
 from loratune.model.architecture.served_class import ServedClass
 from loratune.model.tokenizer import load_tokenizer
@@ -64,14 +65,15 @@ def export_adapter(
     for warning in check_where_possible(source, model, force):
         console.warn(warning)
     files = in_peft_layout(source.adapter, served.trained_shapes) if served else source.adapter
-    config = read_config_values(files)
+    shapes = tensor_shapes(files)
+    config = with_current_patterns(read_config_values(files), own_modules(shapes), source.adapter)
     base_folder = _base_folder(source)
     config["base_model_name_or_path"] = _public_base(source, config, base_folder)
     names = None
     # SGLang reads no expressions, and vLLM only simple ones.
     if served is not None and (served.has_own_names or isinstance(config.get("target_modules"), str)):
         config = renamed_config(config, served.trained_shapes, served.parameters, source.adapter)
-        names = renamed_tensors(tensor_shapes(files), served.modules, source.adapter)
+        names = renamed_tensors(shapes, served.modules, source.adapter)
         tensors = load_file(files / WEIGHTS_FILE)
         save_file({names[name]: values for name, values in tensors.items()}, folder / WEIGHTS_FILE, {"format": "pt"})
     else:

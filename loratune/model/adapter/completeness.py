@@ -17,9 +17,9 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from loratune.errors import Exit, LoratuneError, reason_of
-from loratune.model.adapter.files import WEIGHTS_FILE
 from loratune.model.adapter.patterns import stacks_of
 from loratune.model.adapter.tensors import PART, PREFIX, WRAPPER
+from loratune.model.adapter.values import weights_file
 from loratune.model.architecture.vocabulary import vocabulary_of
 
 Shapes = Mapping[str, Sequence[int]]
@@ -58,9 +58,7 @@ def tensor_shapes(folder: Path) -> dict[str, list[int]]:
     Raises:
         LoratuneError: the file is missing or damaged.
     """
-    path = folder / WEIGHTS_FILE
-    if not path.is_file():  # opening a pipe would block
-        raise LoratuneError(f"{folder}: no {WEIGHTS_FILE} in it", Exit.MODEL)
+    path = weights_file(folder)
     try:
         with safe_open(path, framework="numpy") as file:
             return {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118

@@ -24,6 +24,9 @@ SECONDS = 5.0
 ALL_LINEAR = "all-linear"
 NO_TARGETS = "dummy-target-modules"
 """PEFT's target_modules of an adapter without LoRA layers."""
+PATTERN_KEYS = ("rank_pattern", "alpha_pattern")
+Patterns = Mapping[str, Mapping[str, Any]]
+"""Setting → name or expression → number."""
 _FIRST_NUMBER = re.compile(r".*?\.[^.]*\.(?P<layer>\d+)\.")
 
 
@@ -32,7 +35,7 @@ class _Matcher:
 
     def __init__(self, base: Mapping[str, Sequence[int]], place: Path) -> None:
         self.modules = modules_of(base)
-        self._adaptable = [*self.modules, *stacks_of(base)]
+        self.adaptable = [*self.modules, *stacks_of(base)]
         self._place = place
         self._end = time.monotonic() + SECONDS
 
@@ -57,9 +60,9 @@ class _Matcher:
     def ending_in(self, key: str, pattern: str) -> list[str]:
         """Return the modules and stacks that a key of rank_pattern or alpha_pattern selects: those ending with it."""
         if NAME.fullmatch(pattern):
-            return [name for name in self._adaptable if _ends_in(name, {pattern})]
-        found = self.matching(key, rf"(.*\.)?({pattern})", self._adaptable)
-        return [name for name, match in zip(self._adaptable, found, strict=True) if match]
+            return [name for name in self.adaptable if _ends_in(name, {pattern})]
+        found = self.matching(key, rf"(.*\.)?({pattern})", self.adaptable)
+        return [name for name, match in zip(self.adaptable, found, strict=True) if match]
 
     def named(self, key: str, given: Any) -> Any:
         """Resolve an expression of target_modules or exclude_modules to names; lists of names stay unchanged."""
@@ -96,15 +99,59 @@ def settle_patterns(values: dict[str, Any], base: Mapping[str, Sequence[int]], p
         matrices = (name for name in matcher.modules if len(base.get(f"{name}.weight", ())) == 2)
         left_out = vocabulary_of(base).modules
         settled["target_modules"] = [name for name in matrices if name not in left_out]
-    for key in ("rank_pattern", "alpha_pattern"):
-        settled[key] = by_module = dict[str, Any]()
-        for pattern, number in (values.get(key) or {}).items():
-            for name in matcher.ending_in(key, pattern):
-                by_module.setdefault(name, number)  # the first matching pattern wins
+    select = _selected_from_one_list if _is_before_0_14(values) else _selected
+    settled |= select(matcher, {key: values.get(key) or {} for key in PATTERN_KEYS})
     layers = _as_list(values.get("layers_pattern"))
     if not all(map(NAME.fullmatch, layers)):
         settled["layers_pattern"] = _layer_lists(matcher, layers)
     return settled
+
+
+def _selected(matcher: _Matcher, patterns: Patterns) -> Patterns:
+    """Return the numbers of rank_pattern and alpha_pattern by module; the first pattern that fits wins."""
+    found: dict[str, dict[str, Any]] = {key: {} for key in patterns}
+    for key, numbers in patterns.items():
+        for pattern, number in numbers.items():
+            for name in matcher.ending_in(key, pattern):
+                found[key].setdefault(name, number)
+    return found
+
+
+def _selected_from_one_list(matcher: _Matcher, patterns: Patterns) -> Patterns:
+    """Return what `_selected` does, as PEFT before 0.14 found it.
+
+    It took one pattern per module from those of both settings, so a pattern for ranks hides those for alphas. A pattern
+    began after a dot, unless it was the whole name, and its alternatives were no group.
+    """
+    first: dict[str, str] = {}
+    for key, numbers in patterns.items():
+        for pattern in numbers:
+            found = matcher.matching(key, rf"(?:.*\.{pattern}$).*", matcher.adaptable)
+            for name, match in zip(matcher.adaptable, found, strict=True):
+                if match:
+                    first.setdefault(name, pattern)
+    taken = [(name, first.get(name, name)) for name in matcher.adaptable]
+    return {key: {name: numbers[one] for name, one in taken if one in numbers} for key, numbers in patterns.items()}
+
+
+def with_current_patterns(values: dict[str, Any], base: Mapping[str, Sequence[int]], place: Path) -> dict[str, Any]:
+    """Return a config whose rank_pattern and alpha_pattern mean the same to every version of PEFT.
+
+    Args:
+        values, base, place: see `settle_patterns`; of the base, the adapted modules suffice.
+
+    Raises:
+        LoratuneError: see `settle_patterns`.
+    """
+    if not _is_before_0_14(values) or not any(values.get(key) for key in PATTERN_KEYS):
+        return values
+    settled = settle_patterns(values, base, place)
+    return values | {key: settled[key] for key in PATTERN_KEYS}
+
+
+def _is_before_0_14(values: Mapping[str, Any]) -> bool:
+    """Return whether PEFT wrote a config before 0.14: with every setting that it had, and without exclude_modules."""
+    return "layers_pattern" in values and "exclude_modules" not in values
 
 
 def modules_of(base: Iterable[str]) -> list[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shlex
 from collections import defaultdict
 from pathlib import Path
 from typing import Any
@@ -16,9 +17,33 @@ from loratune.model.adapter.files import WEIGHTS_FILE, read_config_values
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 PAIRS = {"lora_A.weight": "lora_B.weight", "lora_embedding_A": "lora_embedding_B"}
 """Name suffix of the matrix applied first → that of the other."""
+PICKLED_FILE = "adapter_model.bin"
+CONVERSION = (
+    "import sys, torch, safetensors.torch as st; pickled, path = sys.argv[1:]; "
+    "tensors = torch.load(pickled, map_location='cpu', weights_only=True); "
+    "whole = {name: value.clone(memory_format=torch.contiguous_format) for name, value in tensors.items()}; "
+    "st.save_file(whole, path, {'format': 'pt'})"
+)
+"""Program that writes pickled weights as safetensors. Its arguments are both paths; no code in the file is run."""
 HIGHEST = torch.finfo(torch.float32).max
 """Maximum of float32, in which loratune computes updates; bfloat16 has the same range."""
 TOO_LARGE = "makes updates larger than float32 can hold"
+
+
+def weights_file(folder: Path) -> Path:
+    """Return the path of an adapter's weights.
+
+    Raises:
+        LoratuneError: there are none, or only pickled ones; the message has the command that converts these.
+    """
+    path, pickled = folder / WEIGHTS_FILE, folder / PICKLED_FILE
+    if path.is_file():  # opening a pipe would block
+        return path
+    told = f"{folder}: no {WEIGHTS_FILE} in it"
+    if pickled.is_file():
+        command = shlex.join(["python", "-c", CONVERSION, str(pickled), str(path)])
+        told += f", only pickled weights, which are never opened. PyTorch converts them:\n  {command}"
+    raise LoratuneError(told, Exit.MODEL)
 
 
 def check_weights(folder: Path) -> None:
@@ -28,10 +53,7 @@ def check_weights(folder: Path) -> None:
         LoratuneError: the file is missing or damaged; or tensors have another dtype than floating point, contain NaN or
             infinity, or give an update that exceeds float32.
     """
-    path = folder / WEIGHTS_FILE
-    if not path.is_file():  # opening a pipe would block
-        pickled = " (only pickled weights, which are never opened)" if (folder / "adapter_model.bin").exists() else ""
-        raise LoratuneError(f"{folder}: no {WEIGHTS_FILE} in it{pickled}", Exit.MODEL)
+    path = weights_file(folder)
     values, found = read_config_values(folder), defaultdict[str, list[str]](list)
     try:
         with safe_open(path, framework="pt") as file:
