@@ -5,6 +5,8 @@ from __future__ import annotations
 import gc
 import json
 import shutil
+import subprocess
+import sys
 import threading
 import warnings
 from collections.abc import Callable, Iterator
@@ -30,6 +32,7 @@ from loratune.engine.types import Delta, GenerationRequest, joined
 from loratune.errors import Exit, LoratuneError
 from loratune.runs.adapter_folders import AdapterFolders
 
+BENCHMARK = Path(__file__).resolve().parent.parent / "scripts" / "benchmark"
 TEXT = "Once upon a time there was a river"
 TOKENS = 8
 
@@ -352,3 +355,15 @@ def test_a_file_that_changes_while_it_is_read_is_read_again(
         monkeypatch.setattr(store._opener, "open", slow)
         assert ask(engine, "a0") == said_by_peft(random_qwen, plain / "a0")
         assert store.loads == 1
+
+
+@pytest.mark.slow
+def test_a_store_with_many_more_adapters_than_fit_under_load(tmp_path: Path) -> None:
+    figures = tmp_path / "figures.json"
+    command = [sys.executable, BENCHMARK, "store", "--adapters", "60", "--clients", "20", "--seconds", "40"]
+    done = subprocess.run([*command, "--json", figures], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = json.loads(figures.read_text())
+    assert found["wrong"] == []
+    assert found["loratune_adapters_in_memory"] == 8
+    assert found["loratune_adapter_evictions_total"] > 8
