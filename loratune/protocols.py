@@ -206,6 +206,9 @@ class AdaptedModel(CausalModel, Protocol):
     def add_adapter(self, adapter_name: str, peft_config: Any) -> None:
         """Add an adapter with random weights."""
 
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Remove an adapter; another one becomes active if it was."""
+
     def add_weighted_adapter(self, adapters: list[str], weights: list[float], adapter_name: str, **how: Any) -> None:
         """Add a combination of existing adapters."""
 

@@ -145,6 +145,7 @@ class FakeEngine:
     adapters: list[str] = field(default_factory=list)
     warnings: tuple[str, ...] = ()
     context_tokens: int = 100
+    store: None = None
     questions: list[GenerationRequest] = field(default_factory=list)
     handles: list[FakeHandle] = field(default_factory=list)
     go: threading.Semaphore | None = None

@@ -20,7 +20,7 @@ from loratune.engine.sampling import Sampling
 from loratune.engine.sequence import RunningSequence
 from loratune.engine.slot_decoder import SlotDecoder
 from loratune.errors import Exit
-from loratune.model.adapter import attach as adapter_module
+from loratune.model.adapter import placing
 from loratune.model.adapter.attach import attach_adapter, load_adapter
 from loratune.model.adapter.own_parameters import BASE, own_parameters
 from loratune.model.base import load_base
@@ -245,7 +245,7 @@ def test_training_leaves_the_base_s_biases_to_the_base(biased_qwen: Path) -> Non
 def test_a_base_that_loading_has_changed_is_noticed(
     cli: Cli, random_qwen: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, written: str
 ) -> None:
-    folder, load = make_adapter(random_qwen, tmp_path / "a"), adapter_module.set_peft_model_state_dict
+    folder, load = make_adapter(random_qwen, tmp_path / "a"), placing.set_peft_model_state_dict
 
     def careless(model: Any, tensors: Any, name: str) -> Any:
         layer = model.base_model.model.model.layers[1].mlp.down_proj
@@ -255,7 +255,7 @@ def test_a_base_that_loading_has_changed_is_noticed(
             layer.weight = torch.nn.Parameter(layer.weight.detach().clone(), requires_grad=False)
         return load(model, tensors, name)
 
-    monkeypatch.setattr(adapter_module, "set_peft_model_state_dict", careless)
+    monkeypatch.setattr(placing, "set_peft_model_state_dict", careless)
     result = cli("infer", "--adapter", folder, "--base-model", random_qwen, "--prompt", "x", "--max-new-tokens", 1)
     assert result.exit_code == Exit.MODEL
     assert "has changed 1 parameter of the base, first model.layers.1.mlp.down_proj.weight" in " ".join(

@@ -6,6 +6,7 @@ import json as json_lines
 import os
 import secrets
 import shlex
+from pathlib import Path
 from typing import Annotated, Any
 from urllib.parse import urlsplit
 
@@ -28,12 +29,17 @@ from loratune.cli.serving import (
     tell_page,
 )
 from loratune.engine.sampling import NUMBERS
-from loratune.errors import Exit, LoratuneError
+from loratune.errors import Exit, LoratuneError, bullet_list, counted
+from loratune.plain_files import require_folder
 from loratune.printable import LONGEST_PATH, shortened
 
 DETAILS = """\
 Implements the OpenAI API (/v1/chat/completions, /v1/completions, /v1/models) and a chat page. The base model and every
 adapter are available by name; requests run concurrently.
+
+--adapters serves every run and PEFT folder in a folder by its name. Each is loaded when it is first asked for; new,
+changed and removed folders are noticed while the server runs, and vLLM's /v1/load_lora_adapter and
+/v1/unload_lora_adapter work for them.
 
 Requests need an API key: from --api-key or LORATUNE_API_KEY, or a generated one that is printed at startup. A signal
 drains running requests and exits; a second one exits at once."""
@@ -67,9 +73,26 @@ MaxNewTokens = Annotated[
     ),
 ]
 
+AdaptersFolder = Annotated[
+    Path | None,
+    typer.Option("--adapters", metavar="folder", help="Folder whose runs and PEFT folders are served by their names."),
+]
+InMemory = Annotated[
+    int,
+    typer.Option(
+        "--adapters-in-memory",
+        metavar="integer",
+        min=1,
+        max=1024,
+        help="Maximum number of adapters of --adapters that are in memory.",
+    ),
+]
+
 
 def command(
     adapter: Adapters = None,
+    adapters: AdaptersFolder = None,
+    adapters_in_memory: InMemory = 8,
     model: Model = None,
     base_model: MovedBase = None,
     host: Host = "127.0.0.1",
@@ -85,23 +108,26 @@ def command(
     json: Json = False,
 ) -> None:
     """Take the address, load the model, serve."""
-    model = asked_model(bool(adapter), model, base_model)
-    adapters = named_adapters(adapter or [])
+    named = named_adapters(adapter or [])
+    model = asked_model(bool(adapter or adapters), model, base_model)
+    like = _first_of(adapters, model, force) if adapters and not named else None
     given, origins = given_key(api_key, no_api_key), frozenset(map(_checked_origin, allow_origin or []))
     from loratune.generation.server.addresses import Address
 
     with Address(host, port) as address:
         require_key_or_local(address, host, no_api_key)
-        with console.status(f"loading {shortened(str(model or adapters[0][1]), LONGEST_PATH)}"):
+        with console.status(f"loading {shortened(str(model or like or named[0][1]), LONGEST_PATH)}"):
             from loratune.engine.engine import load_engine
             from loratune.generation.server.application import Limits
             from loratune.generation.server.middleware import Access
             from loratune.generation.server.running import run
 
-            engine = load_engine(adapters, model, force, slots)
+            engine = load_engine(named, model, force, slots, like)
         for warning in engine.warnings:
             console.warn(warning)
         _check_names(engine)
+        if adapters:
+            _open_store(engine, adapters, adapters_in_memory)
         for remark in dict.fromkeys(voice.encoder.about_calls for voice in engine.voices.values()):
             if remark:
                 console.warn(remark)
@@ -129,6 +155,43 @@ def _checked_origin(text: str) -> str:
     return text.lower()
 
 
+def _first_of(folder: Path, model: str | None, force: bool) -> Path | None:
+    """Return the first adapter of a folder whose training says how the base is loaded.
+
+    Args:
+        folder: the folder of --adapters.
+        model: the base, if the user has given it.
+        force: see `open_adapter`.
+
+    Raises:
+        LoratuneError: no adapter names a base, and the user has given none.
+    """
+    from loratune.runs.adapter_folders import AdapterFolders
+    from loratune.runs.opening import base_settings, open_adapter
+
+    require_folder(folder)
+    reasons = []
+    for found in AdapterFolders(folder).all().values():
+        try:
+            base_settings(open_adapter(found.path, force), model)
+        except LoratuneError as error:
+            reasons.append(str(error))
+        else:
+            return found.path
+    if model is None:
+        told = f":\n{bullet_list(reasons, limit=3)}" if reasons else ""
+        raise LoratuneError(f"{folder}: no adapter in it names its base; give it with --base-model{told}", Exit.USAGE)
+    return None
+
+
+def _open_store(engine: Any, folder: Path, most: int) -> None:
+    from loratune.engine.adapter_store import AdapterStore
+    from loratune.runs.adapter_folders import AdapterFolders
+
+    folders = AdapterFolders(folder, [engine.base_name, *engine.adapters])
+    engine.store = AdapterStore(engine, folders, most, console.warn)
+
+
 def _check_names(engine: Any) -> None:
     if engine.base_name in engine.adapters:
         raise LoratuneError(
@@ -144,6 +207,11 @@ def _values(address: Any, engine: Any, made_key: str | None) -> ServerValues:
 def _tell(address: Any, engine: Any, secret: str | None, is_made: bool) -> None:
     """Print the page's address and an example request. A key that the user has chosen is not printed."""
     console.say(f"models: {', '.join([engine.base_name, *engine.adapters])}")
+    if engine.store:
+        folders = engine.store.folders
+        console.say(
+            f"and {counted(len(folders.all()), 'adapter')} of {folders.folder}, at most {engine.store.most} in memory"
+        )
     tell_page(address, secret if is_made else None)
     name = (engine.adapters or [engine.base_name])[0]
     asked = {"model": name, "messages": [{"role": "user", "content": "Who are you?"}]}

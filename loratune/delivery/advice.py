@@ -10,8 +10,8 @@ from loratune.commands import Command, free_place, loratune
 from loratune.delivery.export.rehearsal import check_merge
 from loratune.delivery.merge.job import MergeOptions
 from loratune.errors import refusal
+from loratune.model.adapter.fitting import check_fits
 from loratune.model.adapter.other_layouts import in_peft_layout
-from loratune.model.adapter.tensors import check_fits
 from loratune.model.architecture.file_layout import parameter_infos
 from loratune.model.files import QuantizedFolderError, find_base, weight_files
 from loratune.model.tying import head_is_tied

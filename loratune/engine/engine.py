@@ -6,21 +6,27 @@ import atexit
 import queue
 import threading
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
-from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from loratune.data.encoding.encoder import Encoder
 from loratune.data.formats.conversation import Message
 from loratune.engine.cache_choice import CACHE_SHARE
 from loratune.engine.decoder_choice import open_decoder
-from loratune.engine.loading import LoadedModel, ServedModel, open_voices
+from loratune.engine.loading import Lease, LoadedModel, ServedModel, open_voices
 from loratune.engine.request_handle import RequestHandle, gathering, make_handle
+from loratune.engine.scheduler import Decoder
 from loratune.engine.sequence import RunningSequence
-from loratune.engine.types import NOTHING, Answer, Delta, Divergence, GenerationRequest, joined
+from loratune.engine.types import Answer, Delta, Divergence, GenerationRequest, joined
+from loratune.engine.worker import Worker
 from loratune.errors import Exit, LoratuneError
 from loratune.model.architecture.structure import text_config
 from loratune.model.hardware import detect_hardware
-from loratune.model.memory import free_memory_bytes, is_out_of_memory
+from loratune.model.memory import free_memory_bytes
+from loratune.protocols import CausalModel
+
+if TYPE_CHECKING:
+    from loratune.engine.adapter_store import AdapterStore
 
 AHEAD = 2
 """Submitted requests per slot, so that no slot waits for the next one."""
@@ -36,16 +42,19 @@ class Engine:
 
     def __init__(self, loaded: LoadedModel, slots: int = 32) -> None:
         self.model = model = loaded.model
+        self.base = loaded.base
+        self.store: AdapterStore | None = None
+        """Further adapters, which are loaded when they are asked for."""
         self.base_name, self.voices = loaded.base_name, loaded.voices
         self.warnings = list(loaded.warnings)
         self.adapters = [name for name in self.voices if name is not None]
         self.context_tokens: int = text_config(model.config).max_position_embeddings
         self.slots = slots
         hardware = detect_hardware()
-        self.decoder = open_decoder(model, slots, CACHE_SHARE * free_memory_bytes(hardware))
-        if self.decoder.notice:
-            self.warnings.append(self.decoder.notice)
-        room = self.decoder.room
+        decoder = open_decoder(model, slots, CACHE_SHARE * free_memory_bytes(hardware))
+        if decoder.notice:
+            self.warnings.append(decoder.notice)
+        room = decoder.room
         # Not on a CPU, whose memory is taken only as it is written.
         if hardware.is_gpu and room is not None and room < self.context_tokens:
             self.warnings.append(
@@ -53,21 +62,31 @@ class Engine:
                 f"{self.context_tokens:,}; longer conversations are refused"
             )
             self.context_tokens = room
-        self._inbox: queue.SimpleQueue[RequestHandle | None] = queue.SimpleQueue()
-        self._handles: dict[RunningSequence, RequestHandle] = {}
-        self._model_lock, self._tokenizer_lock = threading.Lock(), threading.Lock()
-        self._thread = threading.Thread(target=self._work, name="engine", daemon=True)
-        self._thread.start()
+        self._tokenizer_lock = threading.Lock()
+        self.worker = Worker(decoder)
         atexit.register(self.close)  # a thread inside torch would abort the process at exit
 
-    def prompt_ids(self, question: GenerationRequest) -> list[int]:
+    @property
+    def decoder(self) -> Decoder:
+        """The decoder, for which requests wait or run."""
+        return self.worker.decoder
+
+    @decoder.setter
+    def decoder(self, decoder: Decoder) -> None:
+        self.worker.decoder = decoder
+
+    def prompt_ids(self, question: GenerationRequest, voice: ServedModel | None = None) -> list[int]:
         """Return the token ids of a request's prompt.
+
+        Args:
+            question: the request.
+            voice: what answers it; None for the one of its adapter's name.
 
         Raises:
             ToolError: the template does not support tools or tool calls.
             LoratuneError: the template rejects the conversation.
         """
-        encoder = self._voice(question).encoder
+        encoder = (voice or self._voice(question)).encoder
         with self._tokenizer_lock:  # tokenizers are not thread-safe: concurrent use gives wrong ids
             if isinstance(question.messages, str):
                 ids: list[int] = encoder.tokenizer(question.messages, split_special_tokens=True).input_ids
@@ -78,30 +97,47 @@ class Engine:
         """Return the number of tokens of a request's prompt."""
         return len(self.prompt_ids(question))
 
-    def submit(self, question: GenerationRequest, deliver: Callable[[Delta], None]) -> RequestHandle:
+    def submit(
+        self, question: GenerationRequest, deliver: Callable[[Delta], None], lease: Lease | None = None
+    ) -> RequestHandle:
         """Submit a request; thread-safe.
 
         Args:
             question: the request.
             deliver: called from the engine's thread with each chunk; the last chunk has the finish reason.
+            lease: the adapter of a store that answers, released when the request has ended or failed; None for the
+                one of the request's name.
 
         Raises:
             LoratuneError: the prompt is empty or too long for the model's context.
         """
-        if not self._thread.is_alive():
+        try:
+            voice = lease.voice if lease else self._voice(question)
+            handle = self._handle(question, deliver, voice)
+            handle.ended = lease.release if lease else handle.ended
+        except BaseException:
+            if lease:
+                lease.release()
+            raise
+        self.worker.take(handle)
+        return handle
+
+    def _handle(
+        self, question: GenerationRequest, deliver: Callable[[Delta], None], voice: ServedModel
+    ) -> RequestHandle:
+        if not self.worker.is_alive:
             raise RuntimeError("the engine is closed")
-        voice, prompt = self._voice(question), self.prompt_ids(question)
+        prompt = self.prompt_ids(question, voice)
         room = self.context_tokens - len(prompt)
         if room < 1 or not prompt:
             fault = f"has {len(prompt):,} tokens and the model's context has {self.context_tokens:,}; shorten it"
             raise LoratuneError(f"the prompt {fault if prompt else 'is empty'}", Exit.USAGE)
         adapter = voice.answering(question.use_adapter, prompt, self.decoder.vocabulary)
         sampling = question.sampling.but(max_new_tokens=min(question.sampling.max_new_tokens, room))
-        running = RunningSequence(prompt, sampling, self._ends(voice.encoder), adapter)
+        version = voice.version if adapter == voice.adapter else ""
+        running = RunningSequence(prompt, sampling, self._ends(voice.encoder), adapter, version)
         with self._tokenizer_lock:
-            handle = make_handle(question, running, voice.encoder, deliver)
-        self._inbox.put(handle)
-        return handle
+            return make_handle(question, running, voice.encoder, deliver)
 
     def stream(self, question: GenerationRequest) -> Generator[Delta, None, None]:
         """Yield the answer in chunks. Closing the iterator cancels the answer within a token.
@@ -174,7 +210,7 @@ class Engine:
         if len(ids) > self.context_tokens:  # a model with a longer context would read more of it
             return Divergence(0, 0.0, 0.0, 0.0)
         name = self.voices[adapter].answering(True, ids, self.decoder.vocabulary)
-        with self._model_lock:
+        with self.worker.lock:
             found: Divergence = self.decoder.divergence(ids, name)
             return found
 
@@ -184,15 +220,21 @@ class Engine:
         The question names the model; its messages are not read.
         """
         adapter = self._voice(question).answering(question.use_adapter, context + answer, self.decoder.vocabulary)
-        with self._model_lock:
+        with self.worker.lock:
             found: tuple[float, bool] = self.decoder.likelihood(context, answer, adapter)
             return found
+
+    def use(self, model: CausalModel) -> None:
+        """Go on with the model after adapters have been exchanged, between two steps."""
+        self.model = model
+        self.decoder.use(model)
 
     def close(self) -> None:
         """Cancel all requests and free the KV cache."""
         atexit.unregister(self.close)
-        self._inbox.put(None)
-        self._thread.join()
+        if self.store:
+            self.store.close()
+        self.worker.close()
         self.decoder.close()
 
     def _voice(self, question: GenerationRequest) -> ServedModel:
@@ -207,81 +249,13 @@ class Engine:
         ends = known if isinstance(known, list) else [known]
         return frozenset({*ends, encoder.end_id, encoder.tokenizer.eos_token_id} - {None})
 
-    def _work(self) -> None:
-        """Run the engine's thread: accept requests, make a step, deliver new tokens."""
-        while self._take_in():
-            try:
-                for handle in [handle for handle in self._handles.values() if handle.is_cancelled.is_set()]:
-                    self._end(handle, "cancelled")
-                if self.decoder.is_idle:
-                    continue
-                with self._model_lock:
-                    advanced = self.decoder.step()
-                for running in advanced:
-                    self._hand_out(self._handles[running])
-            except BaseException as error:  # delivered to all waiting requests
-                for handle in list(self._handles.values()):
-                    self._end(handle, "error", _explained(error))
-                self.decoder.reset()
-        while not self._inbox.empty():
-            if late := self._inbox.get():
-                self._handles[late.running] = late
-        for handle in list(self._handles.values()):
-            self._end(handle, "cancelled")
-
-    def _take_in(self) -> bool:
-        """Accept submitted requests, blocking if there is no other work; return False at the end."""
-        wait = not self._handles
-        while wait or not self._inbox.empty():
-            handle = self._inbox.get()
-            if handle is None:
-                return False
-            self._handles[handle.running] = handle
-            self.decoder.add(handle.running)
-            wait = False
-        return True
-
-    def _hand_out(self, handle: RequestHandle) -> None:
-        running = handle.running
-        try:
-            piece = handle.push(running.tokens[-1])
-        except Exception as error:  # a decoding error ends only this request
-            self._end(handle, "error", error)
-            return
-        finish = "stop" if handle.is_stopped else running.finish
-        if finish:
-            self._end(handle, finish, before=piece)
-        elif piece.has_come:
-            self._tell(handle, piece)
-
-    def _end(
-        self, handle: RequestHandle, finish: str, error: BaseException | None = None, before: Delta = NOTHING
-    ) -> None:
-        """Deliver the last chunk and remove the request."""
-        self.decoder.remove(handle.running)
-        del self._handles[handle.running]
-        try:
-            last = handle.finish(before, finish, error)
-        except Exception as fault:
-            last = replace(before, finish="error", error=error or fault)
-        self._tell(handle, last)
-
-    def _tell(self, handle: RequestHandle, piece: Delta) -> None:
-        """Deliver a chunk; an exception in the consumer cancels only its own request."""
-        try:
-            handle.deliver(piece)
-        except Exception:
-            handle.cancel()
-
-
-def _explained(error: BaseException) -> BaseException:
-    if is_out_of_memory(error):
-        return LoratuneError("out of memory during generation; shorten the conversation, or use fewer slots", Exit.IO)
-    return error
-
 
 def load_engine(
-    adapters: Sequence[tuple[str, Path]], model: str | None, force: bool = False, slots: int = 32
+    adapters: Sequence[tuple[str, Path]],
+    model: str | None,
+    force: bool = False,
+    slots: int = 32,
+    like: Path | None = None,
 ) -> Engine:
     """Load a model with its adapters and start the engine.
 
@@ -290,6 +264,7 @@ def load_engine(
         model: hub id or folder of the base; None uses the base that the first adapter names.
         force: accept a different base, or an adapter whose files have changed.
         slots: maximum number of concurrent requests.
+        like: an adapter for which the base is loaded as for the first one, if none is given.
 
     Returns:
         The engine; its `warnings` list what could not be checked.
@@ -297,4 +272,4 @@ def load_engine(
     Raises:
         LoratuneError: a file is missing or damaged, or adapter and base do not match.
     """
-    return Engine(open_voices(adapters, model, force), slots)
+    return Engine(open_voices(adapters, model, force, like), slots)

@@ -6,12 +6,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from weakref import WeakValueDictionary
 
 from loratune.data.encoding.encoder import Encoder
-from loratune.errors import Exit, LoratuneError, counted
+from loratune.errors import Exit, LoratuneError
+from loratune.model.adapter.fitting import check_fits
 from loratune.model.adapter.other_layouts import in_peft_layout
-from loratune.model.adapter.own_parameters import BASE, own_parameters
-from loratune.model.adapter.tensors import check_fits
+from loratune.model.adapter.own_parameters import BASE
 from loratune.model.architecture.file_layout import parameter_infos
 from loratune.model.base import load_base
 from loratune.model.files import find_base, weight_files
@@ -25,6 +26,7 @@ from loratune.runs.base_check import BaseCheck, check_same_template, check_vocab
 from loratune.runs.intact import require_intact
 from loratune.runs.opening import AdapterSource, base_settings, merged_prompt, open_adapter
 from loratune.runs.tensor_hashes import TensorHashes
+from loratune.runs.tokenizer_files import tokenizer_sha256
 
 
 @dataclass(frozen=True)
@@ -34,6 +36,8 @@ class ServedModel:
     encoder: Encoder
     adapter: str = BASE
     """PEFT's name of the adapter."""
+    version: str = ""
+    """See `RunningSequence`."""
 
     def answering(self, use_adapter: bool, ids: Sequence[int], vocabulary: Callable[[str], int]) -> str:
         """Return PEFT's name of the adapter that answers a prompt.
@@ -58,10 +62,68 @@ class ServedModel:
 
 
 @dataclass(frozen=True)
+class Lease:
+    """An adapter that stays in memory until it is released."""
+
+    voice: ServedModel
+    release: Callable[[], None]
+    """To be called once."""
+
+
+class Encoders:
+    """Encoders of a tokenizer's files and prompt settings, shared as long as one is in use."""
+
+    def __init__(self) -> None:
+        self._known: WeakValueDictionary[tuple[str, str], Encoder] = WeakValueDictionary()
+
+    def of(self, folder: Path, prompt: PromptSettings) -> Encoder:
+        """Return an encoder. Dates in its prompts are current, whatever the training used."""
+        key = tokenizer_sha256(folder), prompt.model_dump_json()
+        encoder = self._known.get(key)
+        if encoder is None:
+            tokenizer = load_tokenizer(folder)
+            self._known[key] = encoder = Encoder(tokenizer, prompt.model_copy(update={"date": None}))
+            set_pad_token(tokenizer, {encoder.end_id, tokenizer.eos_token_id})
+        return encoder
+
+
+@dataclass(frozen=True)
+class ServedBase:
+    """A base, and what adapters are checked against it with."""
+
+    settings: ModelSettings
+    folder: Path
+    force: bool
+    """Accept a different base, or an adapter whose files have changed."""
+    hashes: TensorHashes
+    encoders: Encoders
+
+    def opened(self, source: AdapterSource, name: str) -> tuple[BaseCheck, Encoder]:
+        """Check that an adapter was trained on this base and with its template.
+
+        Args:
+            source: the adapter.
+            name: of the base, in messages.
+
+        Returns:
+            The comparison of the base's bytes, which may go on, and the adapter's encoder.
+
+        Raises:
+            LoratuneError: the base or the template is another one.
+        """
+        fits = partial(_check_fits, source, self.folder)
+        check = BaseCheck(source, name, self.folder, self.hashes, self.force, fits)
+        encoder = self.encoders.of(source.tokenizer_folder(self.folder), source.prompt)
+        check_same_template(source, encoder.template_sha256)
+        return check, encoder
+
+
+@dataclass(frozen=True)
 class LoadedModel:
     """A base model with its adapters, in eval mode."""
 
     model: CausalModel
+    base: ServedBase
     base_name: str
     """Name of the base for clients."""
     voices: dict[str | None, ServedModel]
@@ -70,25 +132,27 @@ class LoadedModel:
     """What could not be checked, or differs from training."""
 
 
-def open_voices(adapters: Sequence[tuple[str, Path]], model: str | None, force: bool = False) -> LoadedModel:
+def open_voices(
+    adapters: Sequence[tuple[str, Path]], model: str | None, force: bool = False, like: Path | None = None
+) -> LoadedModel:
     """Load a base model once and attach all adapters. See `load_engine` for arguments and errors."""
     sources = {name: open_adapter(path, force) for name, path in adapters}
-    settings, warnings = _settings(list(sources.values()), model)
+    first = [open_adapter(like, force)] if like and not sources else []
+    settings, warnings = _settings([*sources.values(), *first], model)
     folder = find_base(settings)
     warnings += require_intact(folder, force)
-    hashes, checks = TensorHashes(weight_files(folder)), list[BaseCheck]()  # computed while the model loads
+    # Hashes are computed while the model loads.
+    base, checks = ServedBase(settings, folder, force, TensorHashes(weight_files(folder)), Encoders()), []
     voices: dict[str | None, ServedModel] = {}
     for number, (name, source) in enumerate(sources.items()):
-        fits = partial(_check_fits, source, folder)
-        checks.append(BaseCheck(source, settings.base, folder, hashes, force, fits))
-        encoder = _encoder(source.tokenizer_folder(folder), source.prompt)
-        check_same_template(source, encoder.template_sha256)
+        check, encoder = base.opened(source, settings.base)
+        checks.append(check)
         voices[name] = ServedModel(encoder, f"adapter_{number}")
-        warnings += _about_template(encoder, source.prompt)
+        warnings += about_template(encoder, source.prompt)
     prompt = merged_prompt(folder)
     try:
-        voices[None] = ServedModel(_encoder(folder, prompt))
-        warnings += [] if sources else _about_template(voices[None].encoder, prompt)
+        voices[None] = ServedModel(base.encoders.of(folder, prompt))
+        warnings += [] if sources else about_template(voices[None].encoder, prompt)
     except LoratuneError:
         if not voices:
             raise
@@ -99,9 +163,9 @@ def open_voices(adapters: Sequence[tuple[str, Path]], model: str | None, force: 
         loaded, lacking = _with_adapters(loaded, named, folder)
         warnings += lacking
     warnings = [*(warning for check in checks for warning in check.finish()), *warnings]
-    known = [source.trained_base.name for source in sources.values() if source.manifest]
+    known = [source.trained_base.name for source in (*sources.values(), *first) if source.manifest]
     base_name = _short_name(model or next(iter(known), settings.base))
-    return LoadedModel(loaded.eval(), base_name, voices, tuple(warnings))
+    return LoadedModel(loaded.eval(), base, base_name, voices, tuple(warnings))
 
 
 def _with_adapters(
@@ -113,25 +177,15 @@ def _with_adapters(
         The model, and warnings about missing vocabulary.
     """
     # Deferred: importing PEFT takes seconds, which a model without adapters does not need.
-    from loratune.model.adapter.attach import load_adapter  # noqa: PLC0415
-    from loratune.model.kernels.lora_linear import use_fused_lora  # noqa: PLC0415
+    from loratune.engine.attached import AttachedAdapters  # noqa: PLC0415
+    from loratune.model.adapter.reading import AdapterReader  # noqa: PLC0415
 
-    own, lacking = own_parameters(model), list[str]()
-    base = own.fingerprint()
+    attached, reader, lacking = AttachedAdapters(model), AdapterReader(model), list[str]()
     for name, source in sources.items():
-        model = load_adapter(model, source.adapter, name)
-        found = own.fingerprint()
-        changed = sorted(key for key in {*base, *found} if base.get(key) != found.get(key))
-        if changed:
-            raise LoratuneError(
-                f"{source.adapter}: loading it has changed {counted(len(changed), 'parameter')} of the base, first "
-                f"{changed[0]}, so that the base and other adapters would give other answers; merge it, and give the "
-                "merged model",
-                Exit.MODEL,
-            )
-        lacking += check_vocabulary(source, folder, own.vocabulary(), own.vocabulary(name))
-    use_fused_lora(model)
-    return model, lacking
+        read = reader.read(source.adapter)
+        attached.put(read, name)
+        lacking += check_vocabulary(source, folder, reader.vocabulary, read.vocabulary)
+    return attached.model, lacking
 
 
 def _check_fits(source: AdapterSource, folder: Path) -> None:
@@ -148,25 +202,28 @@ def _settings(sources: Sequence[AdapterSource], model: str | None) -> tuple[Mode
     """Return the settings to load the base, those of the first adapter's training, and warnings about differences."""
     if not sources:
         return ModelSettings(base=model or ""), []
-    known = [base_settings(source, model) for source in sources]
-    others = [
-        f"{source.run or source.adapter} was trained with quantization {other.quantization}; the base is loaded with "
-        f"{known[0].quantization}, as for the first adapter"
-        for source, other in zip(sources, known, strict=True)
-        if other.quantization != known[0].quantization
+    settings = base_settings(sources[0], model)
+    return settings, [warning for source in sources for warning in other_quantization(source, settings, model)]
+
+
+def other_quantization(source: AdapterSource, settings: ModelSettings, model: str | None) -> list[str]:
+    """Return a warning if an adapter was trained on its base in another quantisation than it is loaded with.
+
+    Args:
+        source: the adapter.
+        settings: of the base as it is loaded.
+        model: see `base_settings`.
+    """
+    own = base_settings(source, model).quantization
+    if own == settings.quantization:
+        return []
+    return [
+        f"{source.run or source.adapter} was trained with quantization {own}; the base is loaded with "
+        f"{settings.quantization}, as for the first adapter"
     ]
-    return known[0], others
 
 
-def _encoder(folder: Path, prompt: PromptSettings) -> Encoder:
-    """Return a model's encoder. Dates in its prompts are current, whatever the training used."""
-    tokenizer = load_tokenizer(folder)
-    encoder = Encoder(tokenizer, prompt.model_copy(update={"date": None}))
-    set_pad_token(tokenizer, {encoder.end_id, tokenizer.eos_token_id})
-    return encoder
-
-
-def _about_template(encoder: Encoder, prompt: PromptSettings) -> list[str]:
+def about_template(encoder: Encoder, prompt: PromptSettings) -> list[str]:
     """Return warnings about a template.
 
     Args:

@@ -17,12 +17,12 @@ class PrefixCache:
 
     def __init__(self, cache: KVCache) -> None:
         self._cache = cache
-        self._kept: dict[int, tuple[str, list[int]]] = {}
-        """Slot → adapter and token ids."""
+        self._kept: dict[int, tuple[tuple[str, str], list[int]]] = {}
+        """Slot → `shares_with` and token ids."""
 
-    def keep(self, slot: int, adapter: str, ids: list[int]) -> None:
-        """Record the contents of a slot that is now free."""
-        self._kept[slot] = (adapter, ids)
+    def keep(self, slot: int, left: RunningSequence) -> None:
+        """Record the contents of a slot that is now free: those of a sequence."""
+        self._kept[slot] = (left.shares_with, left.ids[: left.held])
 
     def take(self, new: RunningSequence, running: Sequence[RunningSequence]) -> tuple[int, int]:
         """Find the longest cached prefix of a prompt; what its slot held is not known to other prompts any more.
@@ -37,9 +37,9 @@ class PrefixCache:
             all of its tokens.
         """
         self._kept = {place: known for place, known in self._kept.items() if self._cache.holds(place, len(known[1]))}
-        known = self._kept | {one.slot: (one.adapter, one.ids[: one.held]) for one in running}
+        known = self._kept | {one.slot: (one.shares_with, one.ids[: one.held]) for one in running}
         lengths = {
-            place: self._usable(new.prompt, ids) for place, (adapter, ids) in known.items() if adapter == new.adapter
+            place: self._usable(new.prompt, ids) for place, (key, ids) in known.items() if key == new.shares_with
         }
         source = max(lengths, key=lambda place: (lengths[place], place == new.slot), default=new.slot)
         self._kept.pop(new.slot, None)

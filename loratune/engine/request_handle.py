@@ -26,6 +26,8 @@ class RequestHandle:
     is_cancelled: threading.Event = field(default_factory=threading.Event)
     has_called: bool = False
     """Whether a chunk contained tool calls."""
+    ended: Callable[[], None] = lambda: None
+    """Called when nothing is computed for the request any more."""
 
     @property
     def prompt_tokens(self) -> int:

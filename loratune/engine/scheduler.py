@@ -71,6 +71,11 @@ class Decoder(ABC):
         """Return an adapter's vocabulary size; prompt ids must be below it."""
         return self._adapters.vocabulary(adapter)
 
+    def use(self, model: CausalModel) -> None:
+        """Go on with the same model, of which adapters have been exchanged; no running sequence has one of these."""
+        self.model = model
+        self._adapters = AdapterSwitch(model)
+
     def add(self, running: RunningSequence) -> None:
         self.waiting.append(running)
 

@@ -20,6 +20,8 @@ class RunningSequence:
     """Token ids that end an answer."""
     adapter: str = BASE
     """PEFT's name of it."""
+    version: str = ""
+    """What PEFT's name stands for, if that changes; keys and values are shared within a version."""
     tokens: list[int] = field(default_factory=list)
     """Made so far, the one that ends it included."""
     finish: str | None = None
@@ -33,6 +35,11 @@ class RunningSequence:
     def ids(self) -> list[int]:
         """Of prompt and answer."""
         return [*self.prompt, *self.tokens]
+
+    @property
+    def shares_with(self) -> tuple[str, str]:
+        """What sequences have in common whose keys and values of the same tokens are the same."""
+        return self.adapter, self.version
 
     @property
     def longest(self) -> int:

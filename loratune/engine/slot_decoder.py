@@ -116,7 +116,7 @@ class SlotDecoder(Decoder):
     def _leave(self, running: RunningSequence, last: RunningSequence) -> None:
         has_ended = self._cache.end(running.slot, last.slot, last.held)
         left = running if has_ended else last
-        self._prefixes.keep(last.slot, left.adapter, left.ids[: left.held])
+        self._prefixes.keep(last.slot, left)
 
     def _fits(self, lengths: Sequence[int]) -> bool:
         return self._cache.fits(lengths)

@@ -175,7 +175,8 @@ def check_vocabulary(source: AdapterSource, base: Path, base_rows: int, rows: in
     Raises:
         LoratuneError: the adapter's tokenizer has tokens without a row, while the base's has not.
     """
-    tokens = 0 if source.manifest else count_tokens(source.tokenizer_folder(base))
+    folder = source.tokenizer_folder(base)
+    tokens = 0 if source.manifest or folder == base else count_tokens(folder)
     if tokens > rows and tokens > count_tokens(base):
         raise LoratuneError(
             f"{source.adapter}: its tokenizer has {tokens} tokens and the model {rows} rows: its vocabulary was "

@@ -120,12 +120,12 @@ def open_adapter(path: Path, force: bool = False) -> AdapterSource:
         LoratuneError: there is no adapter, or its files have changed.
     """
     require_folder(path)
-    if _is_run(path):
+    if is_run(path):
         return _open_run(path, path / ADAPTER, force)
     for place in dict.fromkeys((path.absolute(), path.resolve())):  # a link into a run belongs to that run
-        if place.name == ADAPTER and _is_run(place.parent):
+        if place.name == ADAPTER and is_run(place.parent):
             return _open_run(place.parent, path, force)
-        if place.parent.name == CHECKPOINTS and _is_run(place.parent.parent):
+        if place.parent.name == CHECKPOINTS and is_run(place.parent.parent):
             return _open_checkpoint(place.parent.parent, path, force)
     if (path / SEAL).is_file():
         checkpoint, changed = open_sealed(path, force)
@@ -208,7 +208,7 @@ def merged_prompt(folder: Path) -> PromptSettings:
     return prompt_of(merged, folder / VERIFICATION)
 
 
-def _is_run(folder: Path) -> bool:
+def is_run(folder: Path) -> bool:
     """Return whether a folder is a run's; a PEFT folder may also contain the recipe of its training."""
     is_adapter = (folder / ADAPTER_CONFIG).is_file()
     return (folder / MANIFEST).is_file() or (not is_adapter and (folder / RECIPE).is_file())

@@ -15,7 +15,7 @@ import tempfile
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -95,8 +95,8 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 @contextmanager
-def server(arguments: argparse.Namespace) -> Iterator[tuple[int, int]]:
-    """Start `loratune serve`, and yield its port and process id."""
+def server(arguments: argparse.Namespace, more: Sequence[str] = ()) -> Iterator[tuple[int, int]]:
+    """Start `loratune serve`, with more flags if given, and yield its port and process id."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = int(probe.getsockname()[1])
@@ -112,7 +112,7 @@ def server(arguments: argparse.Namespace) -> Iterator[tuple[int, int]]:
         "--no-api-key",
     ]
     command += ["--slots", str(arguments.slots), "--max-queue", str(arguments.max_queue)]
-    command += [part for adapter in arguments.adapter for part in ("--adapter", adapter)]
+    command += [part for adapter in arguments.adapter for part in ("--adapter", adapter)] + list(more)
     with tempfile.TemporaryFile() as log:
         process = subprocess.Popen(command, stdout=log, stderr=log)
         try:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +11,7 @@ from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.middleware.cors import CORSMiddleware
 
 from loratune import __version__
-from loratune.generation.server.endpoints import Endpoints, unknown_model
+from loratune.generation.server.endpoints import Endpoints
 from loratune.generation.server.failures import handle_failures
 from loratune.generation.server.metrics import Metrics, MetricsMiddleware
 from loratune.generation.server.middleware import (
@@ -22,10 +21,12 @@ from loratune.generation.server.middleware import (
     BodyLimitMiddleware,
     HostOriginMiddleware,
 )
+from loratune.generation.server.model_routes import add_loading, add_models
+from loratune.generation.server.offered import OfferedAdapters
 from loratune.generation.server.page_files import CHAT_PAGE, Page, add_page
 from loratune.generation.server.request_queue import Queue
 from loratune.generation.server.schemas import ChatRequest, CompletionRequest
-from loratune.generation.server.serializers import ChatCompletion, ErrorBody, Health, Model, ModelList, TextCompletion
+from loratune.generation.server.serializers import FAILURES, ChatCompletion, Health, TextCompletion
 
 if TYPE_CHECKING:
     from loratune.engine.engine import Engine
@@ -33,10 +34,6 @@ if TYPE_CHECKING:
 ABOUT = """\
 Answers of a model and its adapters, with the API of OpenAI. Decoding is greedy unless the request sets a temperature.
 Unsupported request fields are rejected with an error that names them."""
-FAILURES: dict[int | str, dict[str, Any]] = {
-    "4XX": {"model": ErrorBody, "description": "The request cannot be answered."},
-    "5XX": {"model": ErrorBody, "description": "The server cannot answer now."},
-}
 EVENT = {"type": "object", "properties": {"data": {"type": "string"}}, "required": ["data"]}
 EVENTS: dict[int | str, dict[str, Any]] = {
     200: {
@@ -80,9 +77,14 @@ def create_application(engine: Engine, queue: Queue, access: Access, limits: Lim
         openapi_url="/openapi.json",
         redirect_slashes=False,
     )
-    metrics = Metrics(queue)
-    _add_answers(app, Endpoints(queue, metrics, limits.new_tokens))
-    _add_models(app, engine)
+    metrics, offered = Metrics(queue), None
+    if engine.store:
+        offered = OfferedAdapters(engine.store, [engine.base_name, *engine.adapters])
+        metrics.add_store(engine.store)
+        add_loading(app, offered)
+    responder = Endpoints(queue, metrics, limits.new_tokens, offered)
+    _add_answers(app, responder)
+    add_models(app, engine, responder)
     _add_state(app, queue, metrics)
     add_page(app, Page(CHAT_PAGE))
     handle_failures(app)
@@ -99,7 +101,8 @@ def create_application(engine: Engine, queue: Queue, access: Access, limits: Lim
         )
     app.add_middleware(HostOriginMiddleware, access=access)
     app.add_middleware(MetricsMiddleware, metrics=metrics)
-    _describe_models(app, [engine.base_name, *engine.adapters])
+    if not offered:
+        _describe_models(app, [engine.base_name, *engine.adapters])
     return app
 
 
@@ -125,29 +128,6 @@ def _add_answers(app: FastAPI, responder: Endpoints) -> None:
     async def complete(body: CompletionRequest, request: Request) -> Any:
         """Continue a text without a chat template."""
         return await responder.answer(body, request)
-
-
-def _add_models(app: FastAPI, engine: Engine) -> None:
-    bearer = [Depends(HTTPBearer(auto_error=False))]
-    since = int(time.time())
-
-    def described(name: str, parent: str | None = None) -> Model:
-        return Model(id=name, object="model", created=since, owned_by="loratune", parent=parent)
-
-    models = {engine.base_name: described(engine.base_name)}
-    models |= {name: described(name, engine.base_name) for name in engine.adapters}
-
-    @app.get("/v1/models", responses=FAILURES, dependencies=bearer)
-    async def list_models() -> ModelList:
-        """List the base model and the adapters."""
-        return ModelList(object="list", data=list(models.values()))
-
-    @app.get("/v1/models/{name:path}", responses=FAILURES, dependencies=bearer)
-    async def show_model(name: str) -> Model:
-        """Describe one model."""
-        if name not in models:
-            raise unknown_model(name, engine.base_name, engine.adapters)
-        return models[name]
 
 
 def _describe_models(app: FastAPI, names: list[str]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
+from functools import partial
 from typing import Any
 
 from starlette.requests import Request
@@ -13,12 +14,16 @@ from starlette.types import Receive, Scope, Send
 from loratune.engine.types import Delta, GenerationRequest
 from loratune.generation.server.failures import ApiError
 from loratune.generation.server.metrics import Metrics, Stopwatch
-from loratune.generation.server.request_queue import Queue, Reply
+from loratune.generation.server.offered import OfferedAdapters
+from loratune.generation.server.request_queue import Leasing, Queue, Reply
 from loratune.generation.server.schemas import ChatRequest, CompletionRequest
 from loratune.generation.server.serializers import ChatForm, Serializer, TextForm, event
 
 QUIET_SECONDS = 10.0
 """A stream without text for this long gets a comment, so that proxies do not close it."""
+
+MOST_SHOWN = 20
+"""Names of models in a message."""
 
 
 class Endpoints:
@@ -28,10 +33,14 @@ class Endpoints:
         queue: passes requests to the engine.
         metrics: receive timing and counts.
         most_new_tokens: the server's limit of tokens per answer.
+        offered: further adapters, if there is a store of them.
     """
 
-    def __init__(self, queue: Queue, metrics: Metrics, most_new_tokens: int) -> None:
+    def __init__(
+        self, queue: Queue, metrics: Metrics, most_new_tokens: int, offered: OfferedAdapters | None = None
+    ) -> None:
         self.queue = queue
+        self.offered = offered
         self.metrics = metrics
         self.most_new_tokens = most_new_tokens
 
@@ -41,10 +50,11 @@ class Endpoints:
         Raises:
             ApiError: the request failed.
         """
+        leasing = await self._leasing(body.model)
         question = self._question(body)
         form = ChatForm() if isinstance(body, ChatRequest) else TextForm()
         letter = Serializer(form, body.model, body.wants_usage)
-        reply = await self.queue.ask(question)
+        reply = await self.queue.ask(question, leasing)
         watch = Stopwatch(self.metrics, body.model, reply.started)
         headers = {"x-request-id": letter.id}
         if body.stream:
@@ -60,11 +70,30 @@ class Endpoints:
         watch.ended(str(piece.finish), reply.prompt_tokens, piece.tokens)
         return JSONResponse(letter.whole(piece, reply.prompt_tokens), headers=headers)
 
-    def _question(self, body: ChatRequest | CompletionRequest) -> GenerationRequest:
+    async def _leasing(self, model: str) -> Leasing | None:
+        """Return what lends the adapter to a request; None for a model that is always there.
+
+        Raises:
+            ApiError: there is no such model.
+        """
         engine = self.queue.engine
-        if body.model not in (engine.base_name, *engine.adapters):
-            raise unknown_model(body.model, engine.base_name, engine.adapters)
-        adapter = body.model if body.model in engine.adapters else None
+        if model in (engine.base_name, *engine.adapters):
+            return None
+        found = await self.offered.find(model) if self.offered else None
+        if found is None or self.offered is None:
+            raise await self.unknown(model)
+        return partial(self.offered.lease, found)
+
+    async def unknown(self, model: str) -> ApiError:
+        """Return the error for an unknown model, status 404."""
+        engine = self.queue.engine
+        known = [engine.base_name, *engine.adapters, *(await self.offered.all() if self.offered else ())]
+        more = f" and {len(known) - MOST_SHOWN:,} more" if len(known) > MOST_SHOWN else ""
+        message = f"no model is called {model}; there are {', '.join(known[:MOST_SHOWN])}{more}"
+        return ApiError(404, message, "model_not_found", "model")
+
+    def _question(self, body: ChatRequest | CompletionRequest) -> GenerationRequest:
+        adapter = None if body.model == self.queue.engine.base_name else body.model
         sampling = body.sampling(self.most_new_tokens)
         return GenerationRequest(body.asked(), sampling, adapter, tools=body.offered(), most_calls=body.most_calls)
 
@@ -81,12 +110,6 @@ class EventStream(StreamingResponse):
             await super().__call__(scope, receive, send)
         finally:
             self.reply.close()
-
-
-def unknown_model(name: str, base: str, adapters: list[str]) -> ApiError:
-    """Return the error for an unknown model, status 404."""
-    known = ", ".join([base, *adapters])
-    return ApiError(404, f"no model is called {name}; there are {known}", "model_not_found", "model")
 
 
 async def _events(reply: Reply, letter: Serializer, watch: Stopwatch) -> AsyncIterator[str]:

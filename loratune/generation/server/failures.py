@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -63,6 +64,21 @@ def from_loratune(error: LoratuneError) -> ApiError:
     # The engine rejects prompts that are too long; a template rejects an order of roles.
     code = "context_length_exceeded" if error.exit_code is Exit.USAGE else "invalid_value"
     return ApiError(400, str(error), code, "tools" if isinstance(error, ToolError) else "messages")
+
+
+def refused_adapter(error: LoratuneError, folder: Path) -> ApiError:
+    """Convert the refusal of an adapter; where the server keeps its adapters is left out.
+
+    Args:
+        error: the refusal.
+        folder: where that is.
+    """
+    message = str(error)
+    for place in (str(folder), str(folder.absolute())):
+        message = message.replace(f"{place}/", "")
+    if error.exit_code is Exit.IO:
+        return ApiError(503, message, "adapter_not_loaded", "model", retry_after=1)
+    return ApiError(400, message, "adapter_refused", "model")
 
 
 def handle_failures(app: FastAPI) -> None:

@@ -4,13 +4,20 @@ from __future__ import annotations
 
 import time
 import traceback
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
+from prometheus_client.registry import Collector
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from loratune import console
 from loratune.generation.server.failures import ApiError
 from loratune.generation.server.request_queue import Queue
+
+if TYPE_CHECKING:
+    from loratune.engine.adapter_store import AdapterStore
 
 SECONDS = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
 HEADERS = {
@@ -44,9 +51,24 @@ class Metrics:
         waiting = Gauge("loratune_waiting", "Requests waiting for a slot.", registry=self.registry)
         waiting.set_function(lambda: max(0, len(queue.replies) - queue.slots))
 
+    def add_store(self, store: AdapterStore) -> None:
+        """Show what a store of adapters does."""
+        self.registry.register(_OfStore(store))
+
     def page(self) -> bytes:
         """Return the metrics in Prometheus' text format."""
         return generate_latest(self.registry)
+
+
+class _OfStore(Collector):
+    def __init__(self, store: AdapterStore) -> None:
+        self._store = store
+
+    def collect(self) -> Iterator[CounterMetricFamily | GaugeMetricFamily]:
+        store = self._store
+        yield CounterMetricFamily("loratune_adapter_loads", "Adapters read into memory.", value=store.loads)
+        yield CounterMetricFamily("loratune_adapter_evictions", "Adapters that made room.", value=store.evictions)
+        yield GaugeMetricFamily("loratune_adapters_in_memory", "Adapters in memory.", value=store.in_memory)
 
 
 class MetricsMiddleware:

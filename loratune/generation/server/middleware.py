@@ -16,7 +16,8 @@ from loratune.generation.server.failures import ApiError
 
 OPEN_PATHS = ("/", "/health")
 OPEN_FOLDER = "/page/"
-ANSWER_PATHS = ("/v1/chat/completions", "/v1/completions")
+LOAD_PATH, UNLOAD_PATH = "/v1/load_lora_adapter", "/v1/unload_lora_adapter"
+PATHS_WITH_BODY = ("/v1/chat/completions", "/v1/completions", LOAD_PATH, UNLOAD_PATH)
 LOOPBACK_NAMES = frozenset({"localhost", "127.0.0.1", "::1"})
 LARGEST_BODY = 4 * 2**20
 BODY_SECONDS = 20.0
@@ -110,7 +111,7 @@ class BodyLimitMiddleware:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Pass the request on with its body, or respond with 408, 413 or 415."""
-        if scope["method"] != "POST" or scope["path"] not in ANSWER_PATHS:
+        if scope["method"] != "POST" or scope["path"] not in PATHS_WITH_BODY:
             await self.app(scope, receive, send)
             return
         try:

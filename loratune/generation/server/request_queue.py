@@ -5,9 +5,10 @@ from __future__ import annotations
 import asyncio
 import math
 import time
+from collections.abc import Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeAlias
 
 from loratune.engine.types import Delta, GenerationRequest, joined
 from loratune.errors import LoratuneError
@@ -15,8 +16,11 @@ from loratune.generation.server.failures import ApiError, from_loratune
 
 if TYPE_CHECKING:
     from loratune.engine.engine import Engine
+    from loratune.engine.loading import Lease
     from loratune.engine.request_handle import RequestHandle
 
+Leasing: TypeAlias = Callable[[], Awaitable["Lease"]]
+"""Waits for an adapter, and lends it to one request."""
 LONGEST_WAIT_SECONDS = 60
 STOPPING = "the server is stopping; try again in a moment"
 
@@ -40,11 +44,15 @@ class Queue:
         """A single thread, because tokenizers are not thread-safe."""
         self._usual_seconds = 1.0
 
-    async def ask(self, question: GenerationRequest) -> Reply:
+    async def ask(self, question: GenerationRequest, leasing: Leasing | None = None) -> Reply:
         """Submit a request.
 
+        Args:
+            question: the request.
+            leasing: lends it an adapter of a store.
+
         Raises:
-            ApiError: the queue is full, the server is stopping, or the request is invalid.
+            ApiError: the queue is full, the server is stopping, or the adapter is refused, or the request is invalid.
         """
         if self.is_stopping:
             raise ApiError(503, STOPPING, "stopping", retry_after=5)
@@ -53,7 +61,7 @@ class Queue:
         reply = Reply(self)
         self.replies.add(reply)
         try:
-            await reply.submit(question)
+            await reply.submit(question, await leasing() if leasing else None)
         except BaseException:
             reply.close()
             raise
@@ -102,22 +110,30 @@ class Reply:
         self._is_cancelled = False
         self._is_open = True
 
-    async def submit(self, question: GenerationRequest) -> None:
-        """Pass the request to the engine.
+    async def submit(self, question: GenerationRequest, lease: Lease | None = None) -> None:
+        """Pass the request to the engine, with the adapter that it was lent.
 
         Raises:
             ApiError: the request is invalid.
         """
+        submitting = self._queue.tokenizing.submit(self._submit, question, lease)
         try:
-            await self._loop.run_in_executor(self._queue.tokenizing, self._submit, question)
+            await asyncio.wrap_future(submitting)
         except LoratuneError as error:
             raise from_loratune(error) from error
+        except asyncio.CancelledError:
+            if submitting.cancel() and lease:  # it has not begun, and never will
+                lease.release()
+            raise
 
-    def _submit(self, question: GenerationRequest) -> None:
+    def _submit(self, question: GenerationRequest, lease: Lease | None) -> None:
         if self._is_cancelled:
+            if lease:
+                lease.release()
             self._deliver(Delta(finish="cancelled"))
             return
-        handle = self._queue.engine.submit(question, self._deliver)
+        lent = {"lease": lease} if lease else {}
+        handle = self._queue.engine.submit(question, self._deliver, **lent)
         self.prompt_tokens = handle.prompt_tokens
         self._handle = handle
         if self._is_cancelled:  # cancelled during submission, before the handle existed

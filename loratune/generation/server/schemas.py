@@ -162,6 +162,25 @@ class ChatRequest(AnswerRequest):
         return min(filter(None, (self.max_tokens, self.max_completion_tokens)), default=None)
 
 
+class LoadRequest(Fields):
+    """An adapter to be loaded, as vLLM's clients name it."""
+
+    lora_name: Name
+    """The name to offer it under."""
+    lora_path: Name
+    """Its folder in the store: the folder's name, or the path that ends with it."""
+    load_inplace: bool = False
+    """Replace an adapter that has been loaded under this name."""
+
+
+class UnloadRequest(Fields):
+    """An adapter not to be offered any more."""
+
+    lora_name: Name
+    lora_int_id: Annotated[int, WHOLE] | None = None
+    """Ignored."""
+
+
 class CompletionRequest(AnswerRequest):
     """A text to continue without a chat template."""
 

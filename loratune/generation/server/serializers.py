@@ -99,6 +99,8 @@ class Model(BaseModel):
     object: Literal["model"]
     created: int
     owned_by: str
+    root: str
+    """The base, or the adapter's folder in the store."""
     parent: str | None
 
 
@@ -128,6 +130,12 @@ class ErrorBody(BaseModel):
     """Response of every failed request."""
 
     error: ErrorDetail
+
+
+FAILURES: dict[int | str, dict[str, Any]] = {
+    "4XX": {"model": ErrorBody, "description": "The request cannot be answered."},
+    "5XX": {"model": ErrorBody, "description": "The server cannot answer now."},
+}
 
 
 def usage(prompt_tokens: int, tokens: int) -> dict[str, int]:

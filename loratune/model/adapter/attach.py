@@ -4,32 +4,31 @@ from __future__ import annotations
 
 import math
 import re
-import warnings
 from pathlib import Path
 from typing import Any
 
 import torch
 from peft import (
     LoraConfig,
-    PeftModelForCausalLM,
     get_peft_model,
     get_peft_model_state_dict,
     set_peft_model_state_dict,
 )
 from safetensors.torch import load_file
 
-from loratune.errors import Exit, LoratuneError, bullet_list
+from loratune.errors import Exit, LoratuneError
 from loratune.model.adapter.completeness import Shapes, require_complete, tensor_shapes
-from loratune.model.adapter.files import CONFIG_FILE, SETTINGS, WEIGHTS_FILE, read_config_values
+from loratune.model.adapter.files import WEIGHTS_FILE, read_config_values
 from loratune.model.adapter.other_layouts import in_peft_layout
 from loratune.model.adapter.own_parameters import own_parameters
 from loratune.model.adapter.own_weights import save_weights, trained_weights, trains_weights
-from loratune.model.adapter.patterns import as_expressions, settle_patterns, unmatched_stacks
+from loratune.model.adapter.patterns import settle_patterns, unmatched_stacks
+from loratune.model.adapter.placing import put_adapter
+from loratune.model.adapter.reading import AdapterReader, first_lines, peft_config, unfit
 from loratune.model.adapter.starts import start_from_base
 from loratune.model.adapter.targets import Targets, check_attached, expression_problem, peft_targets, resolve_targets
-from loratune.model.adapter.tensors import PREFIX, read_tensors
+from loratune.model.adapter.tensors import PREFIX
 from loratune.model.adapter.values import check_weights
-from loratune.model.architecture.structure import causal_model, is_adapted
 from loratune.model.weights.unpacked import keep_unpacked
 from loratune.protocols import AdaptedModel, CausalModel
 from loratune.recipe.method_sections import LoraSettings
@@ -73,7 +72,7 @@ def attach_adapter(
     except ValueError as error:  # of a module that PEFT refuses in some architectures
         names = ", ".join(dict.fromkeys(name.rpartition(".")[2] for name in targets.roles))
         raise LoratuneError(
-            f"lora.target_modules: PEFT refuses one of {names}; name the others instead: {_first_lines(str(error))}",
+            f"lora.target_modules: PEFT refuses one of {names}; name the others instead: {first_lines(str(error))}",
             Exit.USAGE,
         ) from error
     config.base_model_name_or_path = base_name  # PEFT puts the folder it was loaded from there
@@ -155,35 +154,7 @@ def load_adapter(model: CausalModel, folder: Path, name: str = "default", keep_d
     Raises:
         LoratuneError: the adapter is damaged, not LoRA, contains NaN, or does not match the base's shapes.
     """
-    own, problems = own_parameters(model), list[str]()
-    base = causal_model(model)
-    shapes = {parameter: tuple(values.shape) for parameter, values in own.base_parameters().items()}
-    files = in_peft_layout(folder, shapes)
-    values = settle_patterns(read_config_values(files), shapes, folder)
-    config = _peft_config(values, folder)
-    tensors = read_tensors(files, values, shapes, base.config.tie_word_embeddings, problems)
-    if problems:
-        raise _unfit(folder, problems)
-    lora = {tensor: tuple(values.shape) for tensor, values in tensors.lora.items()}
-    require_complete(folder, _peft_config(values, folder), lora, shapes)
-    own.add(name, tensors, keep_dtype)
-    own.select([name])  # PEFT derives the shapes of the adapter's matrices from the base's
-    try:
-        with warnings.catch_warnings():
-            # Warnings about tied matrices and biases, which PEFT cannot merge; loratune merges or rejects them.
-            warnings.simplefilter("ignore", UserWarning)
-            if is_adapted(model):
-                adapted = model
-                adapted.add_adapter(name, config)
-            else:
-                adapted = PeftModelForCausalLM(model, config, name)
-            set_peft_model_state_dict(adapted, tensors.lora, name)
-    except (RuntimeError, ValueError, KeyError) as error:
-        raise LoratuneError(
-            f"{folder}: the adapter does not fit the base model: {_first_lines(str(error))}", Exit.MODEL
-        ) from error
-    own.select([adapted.active_adapter])
-    return adapted.eval()
+    return put_adapter(model, AdapterReader(model).read(folder), name, keep_dtype)
 
 
 def check_adapter(folder: Path, base: Shapes) -> None:
@@ -200,13 +171,8 @@ def check_adapter(folder: Path, base: Shapes) -> None:
     files = in_peft_layout(folder, base)
     values = settle_patterns(read_config_values(files), base, folder)
     if problems := unmatched_stacks(values, base):
-        raise _unfit(folder, problems)
-    require_complete(folder, _peft_config(values, folder), tensor_shapes(files), base)
-
-
-def _unfit(folder: Path, problems: list[str]) -> LoratuneError:
-    told = bullet_list(problems, limit=5)
-    return LoratuneError(f"{folder}: the adapter does not fit the base model:\n{told}", Exit.MODEL)
+        raise unfit(folder, problems)
+    require_complete(folder, peft_config(values, folder), tensor_shapes(files), base)
 
 
 def load_adapter_weights(model: AdaptedModel, folder: Path) -> None:
@@ -237,17 +203,6 @@ def load_adapter_weights(model: AdaptedModel, folder: Path) -> None:
             weight.copy_(weights[name])
 
 
-def _peft_config(values: dict[str, Any], folder: Path) -> LoraConfig:
-    """Return PEFT's config for the LoRA layers; `OwnParameters` handles the rest."""
-    patterns = {key: as_expressions(values[key]) for key in ("rank_pattern", "alpha_pattern")}
-    own = ("bias", "modules_to_save", "trainable_token_indices")
-    lora = {key: value for key, value in values.items() if key in SETTINGS and key not in own}
-    try:
-        return LoraConfig(**(lora | patterns | {"task_type": "CAUSAL_LM", "inference_mode": True}))
-    except (ValueError, TypeError) as error:
-        raise LoratuneError(f"{folder / CONFIG_FILE}: {_first_lines(str(error))}", Exit.MODEL) from error
-
-
 def _check_modules_to_save(model: CausalModel, wanted: list[str]) -> None:
     names = {name.rpartition(".")[2] for name, _ in model.named_modules()}
     unmatched = [name for name in wanted if name not in names]
@@ -269,8 +224,3 @@ def _check_patterns(targets: Targets, settings: LoraSettings) -> None:
                 problems.append(f"lora.{setting} {pattern!r}: no module of the adapter ends so; it has {names}")
     if problems:
         raise LoratuneError("\n".join(problems), Exit.USAGE)
-
-
-def _first_lines(text: str, limit: int = 3) -> str:
-    lines = [re.sub(r"\s+", " ", line).strip() for line in text.splitlines() if line.strip()]
-    return " · ".join(lines[:limit]) + (f" · … {len(lines) - limit} more" if len(lines) > limit else "")

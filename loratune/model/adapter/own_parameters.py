@@ -64,6 +64,11 @@ class OwnParameters:
                 own[name] = nn.Parameter(value, requires_grad=False)
         self._values[adapter] = own
 
+    def remove(self, adapter: str) -> None:
+        """Let go of an adapter's parameters; the base's are active then."""
+        self.select([BASE])
+        self._values.pop(adapter, None)
+
     def keep_trained(self, adapter: str) -> None:
         """Copy the base's values of the parameters that an adapter trains in their place."""
         own: dict[str, Any] = {}

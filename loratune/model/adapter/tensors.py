@@ -176,33 +176,6 @@ def is_of_stack(name: str, values: Mapping[str, Any]) -> bool:
     return match is not None and any(f".{_module(match)}".endswith(holder) for holder in holders if holder)
 
 
-def check_fits(folder: Path, base: Mapping[str, Sequence[int]], is_tied: bool) -> None:
-    """Raise if an adapter does not match the base's shapes; needs only the headers of the base.
-
-    Args:
-        folder, base, is_tied: see `read_tensors`.
-
-    Raises:
-        LoratuneError: lists the mismatches.
-    """
-    problems: list[str] = []
-    vocabulary = vocabulary_of(base)
-    base = {vocabulary.head: base[vocabulary.embedding], **base} if is_tied else base
-    values = settle_patterns(read_config_values(folder), base, folder)
-    tensors = read_tensors(folder, values, base, is_tied, problems)
-    for name, tensor in tensors.lora.items():
-        match = PART.fullmatch(name.removeprefix(PREFIX))
-        side = {"lora_A.weight": 1, "lora_B.weight": 0}.get(match["part"]) if match else None
-        if match is None or side is None or tensor.ndim != 2 or match["module"] in tensors.stacks:
-            continue
-        target = WRAPPER.sub("", f"{match['module']}.") + "weight"
-        shape = base.get(target)
-        if shape is None or (tensor.shape[side] != shape[side] and target not in vocabulary):
-            problems.append(f"{name}: of shape {list(tensor.shape)} for a base of {shape and list(shape)}")
-    if problems:
-        raise LoratuneError(f"{folder} does not fit the base:\n{bullet_list(problems, limit=5)}", Exit.MODEL)
-
-
 def check_alone(folder: Path, modules: Mapping[str, Sequence[int]]) -> None:
     """Raise if an adapter's tensors do not match its own config, whatever the base.
 

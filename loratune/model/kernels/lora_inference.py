@@ -55,6 +55,11 @@ def mixed_lora_output(layer: Any, x: Any, names: tuple[str, ...]) -> Any:
     return y
 
 
+def forget_stacks() -> None:
+    """Let go of the matrices that layers keep, after an adapter has been taken off."""
+    _stacks.clear()
+
+
 @functools.lru_cache(maxsize=64)
 def _numbered(names: tuple[str, ...], device: Any) -> tuple[tuple[str, ...], Any]:
     """Return the different names, and the number of each row's name among them: int64 [rows] on the device."""
