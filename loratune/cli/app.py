@@ -19,6 +19,7 @@ from loratune.cli.documents import await_document
 from loratune.cli.failures import DEBUG, failures_told
 from loratune.cli.help import Command, option_panels
 from loratune.errors import Exit, LoratuneError, OutputLost
+from loratune.imports import defer_imports
 from loratune.runtime import silence_libraries
 from loratune.streams import make_steady
 
@@ -146,6 +147,7 @@ def main() -> None:
     """Entry point of the console script."""
     make_steady()
     silence_libraries()
+    defer_imports()
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     # Batches and answers of many lengths fragment GPU memory; torch reads this when it is imported.
     os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")

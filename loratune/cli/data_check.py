@@ -10,6 +10,7 @@ from loratune.cli.documents import Document
 from loratune.cli.flags import Config
 from loratune.cli.options import recipe_options
 from loratune.errors import Exit
+from loratune.imports import importing
 from loratune.recipe.loading import load_recipe
 
 DETAILS = """\
@@ -34,8 +35,9 @@ def command(
     flags: dict[str, object],
 ) -> None:
     recipe = load_recipe(config, dict(flags))
-    from loratune.training.data_report import data_report, show_data_report
-    from loratune.training.gate import pass_gate
+    with importing():
+        from loratune.training.data_report import data_report, show_data_report
+        from loratune.training.gate import pass_gate
 
     report = data_report(recipe, pass_gate(recipe))
     show_data_report(report)

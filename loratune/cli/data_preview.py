@@ -10,6 +10,7 @@ from loratune import console
 from loratune.cli.documents import Document
 from loratune.cli.flags import Config
 from loratune.cli.options import recipe_options
+from loratune.imports import importing
 from loratune.recipe.loading import load_recipe
 
 DETAILS = """\
@@ -37,7 +38,7 @@ def command(
     flags: dict[str, object],
 ) -> None:
     recipe = load_recipe(config, dict(flags))
-    with console.status("starting"):
+    with console.status("starting"), importing():
         from loratune.training.data_preview import preview_passes, preview_rows, show_pass, show_tokens
     passes = preview_passes(recipe, rows) if packed else [preview_rows(recipe, rows)]
     if json:

@@ -14,6 +14,7 @@ from loratune.cli.sampling import sampling_options
 from loratune.engine.sampling import Sampling
 from loratune.errors import Exit, LoratuneError
 from loratune.evaluation.bounds import Bounds
+from loratune.imports import importing
 
 if TYPE_CHECKING:
     from loratune.evaluation.request import EvaluationRequest
@@ -176,10 +177,11 @@ def _check(given: Flags, of_rows: Flags, of_tasks: Flags, tests: str | None, nam
 
 def _run(rows: EvaluationRequest | None, benchmarks: TasksRequest | None, as_json: bool) -> None:
     """Compare the models on the rows, on the tasks, or on both; what is wrong with tasks is told before the rows."""
-    from loratune.evaluation.flow import evaluate
-    from loratune.evaluation.table import show_evaluation
-    from loratune.evaluation.tasks.run import find_tasks, run_tasks
-    from loratune.evaluation.tasks.table import show_tasks
+    with importing():
+        from loratune.evaluation.flow import evaluate
+        from loratune.evaluation.table import show_evaluation
+        from loratune.evaluation.tasks.run import find_tasks, run_tasks
+        from loratune.evaluation.tasks.table import show_tasks
 
     found, told, is_worse = find_tasks(benchmarks) if benchmarks else None, dict[str, Any](), False
     if rows:

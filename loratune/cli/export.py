@@ -25,6 +25,7 @@ from loratune.cli.flags import (
 )
 from loratune.cli.push import push
 from loratune.errors import Exit, LoratuneError
+from loratune.imports import importing
 from loratune.model.architecture.families import GGUF_ARCHITECTURES
 
 DETAILS = f"""\
@@ -93,7 +94,7 @@ def command(
         raise LoratuneError(f"--quantization is for gguf and ollama, not for --format {format}", Exit.USAGE)
     if num_ctx and format != "ollama":
         raise LoratuneError(f"--num-ctx is for ollama, not for --format {format}", Exit.USAGE)
-    with console.status("starting"):
+    with console.status("starting"), importing():
         from loratune.delivery.export.export import export
         from loratune.delivery.export.job import ExportOptions
         from loratune.runs.opening import open_settled_adapter

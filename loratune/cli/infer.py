@@ -16,6 +16,7 @@ from loratune.cli.sampling import sampling_options
 from loratune.data.formats.conversation import has_half_a_pair
 from loratune.engine.sampling import Sampling
 from loratune.errors import Exit, LoratuneError
+from loratune.imports import importing
 from loratune.printable import LONGEST_PATH, shortened
 
 if TYPE_CHECKING:
@@ -107,9 +108,10 @@ def command(
         with closing(_load(adapters, model, force)) as engine:
             _talk(engine, sampling, prompt, system, use_adapter=not no_adapter, as_json=json)
         return
-    from loratune.generation.batch.flow import answer_rows_of_file
-    from loratune.generation.batch.report import require_all_asked
-    from loratune.generation.batch.request import RowsRequest
+    with importing():
+        from loratune.generation.batch.flow import answer_rows_of_file
+        from loratune.generation.batch.report import require_all_asked
+        from loratune.generation.batch.request import RowsRequest
 
     request = RowsRequest(
         input_, output, next(iter(adapters), None), model, no_adapter, metrics, system, sampling, overwrite, force
@@ -149,7 +151,8 @@ def _check_texts(texts: dict[str, Any]) -> None:
 def _load(adapters: list[tuple[str, Path]], model: str | None, force: bool) -> Engine:
     names = [str(path) for _, path in adapters] or [str(model)]
     with console.status(f"loading {', '.join(shortened(name, LONGEST_PATH) for name in names)}"):
-        from loratune.engine.engine import load_engine
+        with importing():
+            from loratune.engine.engine import load_engine
 
         engine = load_engine(adapters, model, force)
     for warning in engine.warnings:

@@ -27,6 +27,7 @@ from loratune.cli.flags import (
 from loratune.cli.push import push
 from loratune.commands import Command, loratune
 from loratune.errors import Exit, LoratuneError
+from loratune.imports import importing
 
 if TYPE_CHECKING:
     from loratune.runs.verification import MergedModel
@@ -108,11 +109,12 @@ def command(
     json: Json = False,
 ) -> None:
     adapters = named_adapters(adapter)
-    import torch
+    with importing():
+        import torch
 
-    from loratune.delivery.merge.job import MergeOptions
-    from loratune.delivery.merge.merge import merge_adapter
-    from loratune.delivery.merge.sources import open_adapters
+        from loratune.delivery.merge.job import MergeOptions
+        from loratune.delivery.merge.merge import merge_adapter
+        from loratune.delivery.merge.sources import open_adapters
 
     options = MergeOptions(
         model=base_model,

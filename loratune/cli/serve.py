@@ -30,6 +30,7 @@ from loratune.cli.serving import (
 )
 from loratune.engine.sampling import NUMBERS
 from loratune.errors import Exit, LoratuneError, bullet_list, counted
+from loratune.imports import importing
 from loratune.plain_files import require_folder
 from loratune.printable import LONGEST_PATH, shortened
 
@@ -117,10 +118,11 @@ def command(
     with Address(host, port) as address:
         require_key_or_local(address, host, no_api_key)
         with console.status(f"loading {shortened(str(model or like or named[0][1]), LONGEST_PATH)}"):
-            from loratune.engine.engine import load_engine
-            from loratune.generation.server.application import Limits
-            from loratune.generation.server.middleware import Access
-            from loratune.generation.server.running import run
+            with importing():
+                from loratune.engine.engine import load_engine
+                from loratune.generation.server.application import Limits
+                from loratune.generation.server.middleware import Access
+                from loratune.generation.server.running import run
 
             engine = load_engine(named, model, force, slots, like)
         for warning in engine.warnings:

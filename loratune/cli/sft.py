@@ -15,6 +15,7 @@ from loratune.cli.documents import Document
 from loratune.cli.flags import Config
 from loratune.cli.options import recipe_options
 from loratune.errors import Exit, LoratuneError
+from loratune.imports import importing
 from loratune.recipe.loading import dump_recipe, load_recipe, shipped_recipes
 from loratune.recipe.sections import Recipe
 from loratune.runtime import is_started_by_loratune
@@ -92,7 +93,7 @@ def command(
 
 def _launched(gpus: str, recipe: Recipe) -> bool:
     """Run the command line in a process for each GPU; return False where this process is enough."""
-    with console.status("starting"):
+    with console.status("starting"), importing():
         from loratune.training.processes.launcher import launch, processes_to_start
 
         count = processes_to_start(gpus)
@@ -103,7 +104,7 @@ def _launched(gpus: str, recipe: Recipe) -> bool:
 
 def _train(recipe: Recipe, overwrite: bool, resume: tuple[str, bool, bool] | None, json: bool) -> None:
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")  # TRL reports the creation of trainers to the hub
-    with console.status("starting"):
+    with console.status("starting"), importing():
         from loratune.training.checkpoints.resuming import Resume
         from loratune.training.failures import attempted
         from loratune.training.reporting.report import show_report

@@ -11,6 +11,7 @@ from loratune import console
 from loratune.cli.documents import Document
 from loratune.cli.flags import Adapter, Force, Json, Logits, MovedBase, adapter_folder
 from loratune.errors import Exit, LoratuneError, counted
+from loratune.imports import importing
 from loratune.printable import LONGEST_PATH, shortened
 
 DETAILS = """\
@@ -40,11 +41,12 @@ def command(
     force: Force = False,
     json: Json = False,
 ) -> None:
-    from loratune.delivery.merge.job import MergeOptions
-    from loratune.delivery.reverify import verify_folder
-    from loratune.delivery.verification.report import show_verification
-    from loratune.runs.opening import open_settled_adapter
-    from loratune.runs.verification import MergedModel
+    with importing():
+        from loratune.delivery.merge.job import MergeOptions
+        from loratune.delivery.reverify import verify_folder
+        from loratune.delivery.verification.report import show_verification
+        from loratune.runs.opening import open_settled_adapter
+        from loratune.runs.verification import MergedModel
 
     if adapter is None and (base_model is not None or not logits or force):
         raise LoratuneError(

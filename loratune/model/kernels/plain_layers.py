@@ -39,11 +39,13 @@ class LayerState(NamedTuple):
     """Whether a module has hooks or another forward than its class's."""
 
 
-@functools.cache
 def base_classes() -> dict[type, tuple[type, ...]]:
     """Return PEFT's layer class → known classes of its base layer."""
-    if not is_bnb_4bit_available():
-        return {Linear: (nn.Linear,)}
+    return _with_quantised() if is_bnb_4bit_available() else {Linear: (nn.Linear,)}
+
+
+@functools.cache
+def _with_quantised() -> dict[type, tuple[type, ...]]:
     layers = importlib.import_module("peft.tuners.lora.bnb")
     rows = importlib.import_module("loratune.model.weights.quantized_rows")
     return {Linear: (nn.Linear, rows.QuantizedLinear), layers.Linear4bit: (layers.bnb.nn.Linear4bit,)}

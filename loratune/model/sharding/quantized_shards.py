@@ -7,10 +7,9 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
-from bitsandbytes.functional import QuantState
 from torch import nn
 from torch.distributed.tensor import DTensor, Shard
 
@@ -20,7 +19,10 @@ from loratune.model.weights.quantized_stack import QuantizedStack, compute_with_
 from loratune.model.weights.stack import stacks_of
 from loratune.protocols import CausalModel
 
-States = Mapping[str, list[QuantState]]
+if TYPE_CHECKING:
+    from bitsandbytes.functional import QuantState
+
+States: TypeAlias = "Mapping[str, list[QuantState]]"
 """Parameter → scales of the matrix, or of each matrix of a stack."""
 
 

@@ -11,10 +11,9 @@ import re
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-from bitsandbytes.functional import QuantState
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -41,6 +40,9 @@ from loratune.protocols import CausalModel
 from loratune.recipe.method_sections import LoraSettings
 from loratune.recipe.sections import ModelSettings
 
+if TYPE_CHECKING:
+    from bitsandbytes.functional import QuantState
+
 
 def load_sharded(
     folder: Path, hardware: Hardware, dtype: torch.dtype, attention: str, quantised: Quantised | None = None
@@ -65,7 +67,8 @@ def load_sharded(
     mesh = init_device_mesh(hardware.device.type, (hardware.processes,))
     is_tied = _shard(model, mesh)
     shapes = layout.shapes({name: info.shape for name, info in files.infos.items()})
-    source, states = _Source(files, layout, shapes, hardware.device), dict[str, list[QuantState]]()
+    source = _Source(files, layout, shapes, hardware.device)
+    states: dict[str, list[QuantState]] = {}
     for name, module, attribute in _places(model):
         if quantised and name in quantised.matrices | quantised.stacks:
             states[name] = _quantise(module, attribute, name, source, dtype, quantised.double)

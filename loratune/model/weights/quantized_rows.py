@@ -8,12 +8,14 @@ in every process. Codes and scales have the values that bitsandbytes computes of
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-import bitsandbytes.functional
+import bitsandbytes
 import torch
-from bitsandbytes.functional import QuantState
 from torch import nn
+
+if TYPE_CHECKING:
+    from bitsandbytes.functional import QuantState
 
 bnb: Any = bitsandbytes  # partly untyped
 BLOCK = 64

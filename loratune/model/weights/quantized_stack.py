@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from types import MethodType
 from typing import Any, TypeGuard
 
-import bitsandbytes.functional as bnb
+import bitsandbytes
 import torch
 from torch import nn
 from torch.nn import functional
@@ -19,6 +19,8 @@ from torch.utils._pytree import tree_map_only
 
 from loratune.model.architecture.expert_pass import by_single_matrices, declares_layout
 from loratune.model.weights.stack import Stack, use_stacks
+
+bnb: Any = bitsandbytes  # partly untyped
 
 
 class QuantizedParameter(nn.Parameter):
@@ -39,7 +41,7 @@ class QuantizedParameter(nn.Parameter):
         if state.nested:
             state.state2 = copy.copy(state.state2)
             state.state2.absmax = state.state2.absmax[:1]
-        return bnb.dequantize_4bit(self.data[number, : (count + 1) // 2], state)
+        return bnb.functional.dequantize_4bit(self.data[number, : (count + 1) // 2], state)
 
 
 class QuantizedMatrix:
@@ -56,7 +58,7 @@ class QuantizedMatrix:
 
     def dequantised(self) -> torch.Tensor:
         """Return the matrix, in the dtype that it had."""
-        return bnb.dequantize_4bit(self.codes, self.state)
+        return bnb.functional.dequantize_4bit(self.codes, self.state)
 
     def __getattr__(self, name: str) -> Any:
         """Return an attribute or method of the dequantised matrix, such as its transpose."""
@@ -147,7 +149,7 @@ def quantize_stack(values: torch.Tensor, double: bool) -> QuantizedParameter:
     """
     states, codes = list[Any](), None
     for number, matrix in enumerate(values):
-        own, state = bnb.quantize_4bit(matrix.contiguous(), quant_type="nf4", compress_statistics=double)
+        own, state = bnb.functional.quantize_4bit(matrix.contiguous(), quant_type="nf4", compress_statistics=double)
         codes = own.new_empty(len(values), *own.shape) if codes is None else codes
         codes[number] = own
         if states:  # the tables of codes are the same for all
