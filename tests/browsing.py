@@ -114,6 +114,7 @@ class Scripted:
     base_name: str = "Qwen/base"
     adapters: list[str] = field(default_factory=lambda: ["robin", "wren"])
     context_tokens: int = 1000
+    store: None = None
     questions: list[GenerationRequest] = field(default_factory=list)
     handles: list[FakeHandle] = field(default_factory=list)
     go: threading.Semaphore | None = None

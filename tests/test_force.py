@@ -217,7 +217,7 @@ def test_an_adapter_of_pickles_is_never_opened(
     (plain / WEIGHTS).unlink()
     (plain / "adapter_model.bin").write_bytes(pickled)
     told = refusal(command, "--adapter", plain, "--base-model", random_qwen)
-    assert f"{plain}: no {WEIGHTS} in it (only pickled weights, which are never opened)" in told
+    assert f"{plain}: no {WEIGHTS} in it, only pickled weights, which are never opened" in told
 
 
 @pytest.mark.parametrize("command", ["merge", "infer"])
