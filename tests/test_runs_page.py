@@ -153,7 +153,7 @@ def test_a_real_training_is_shown(
 ) -> None:
     (tmp_path / "rows.json").write_text(json.dumps(ROWS))
     flags = ["--model.dtype", "float32", "--data.validation", "0.2", "--training.max_steps", "8"]
-    flags += ["--data.train", tmp_path / "rows.json", "--training.logging_steps", "1"]
+    flags += ["--data.train", tmp_path / "rows.json", "--tracking.every_steps", "1"]
     trainer = start("sft", "--model.base", random_qwen, "--output", folder / "run", *flags)
     with opened(browser, served, KEY_ADDRESS) as page:
         page.wait_for_selector(".runs .name a", timeout=300_000)
