@@ -36,6 +36,7 @@ from loratune.training.watchers import Watchers, add_watchers
 
 RUN_FILES = {
     ".lock", "recipe.yaml", "manifest.json", "status.json", "metrics.jsonl", "probe.json", "report.json", "loss.png",
+    "findings.json",
     "adapter/README.md", "adapter/adapter_config.json", "adapter/adapter_model.safetensors",
     "adapter/tokenizer.json", "adapter/tokenizer_config.json", "adapter/chat_template.jinja",
 }  # fmt: skip
@@ -464,7 +465,7 @@ def test_the_manifest_knows_base_data_and_files(sft: Callable[..., Result], tmp_
     assert manifest["base"]["path"]
     assert load_recipe(str(tmp_path / "run" / "recipe.yaml"), {}).training.max_steps == 4
     adapter = {name for name in RUN_FILES if name.startswith("adapter/")}
-    assert set(manifest["files"]) == adapter | {"recipe.yaml", "probe.json", "report.json"}
+    assert set(manifest["files"]) == adapter | {"recipe.yaml", "probe.json", "findings.json", "report.json"}
 
 
 @pytest.mark.parametrize("architecture", ["Qwen3", "Llama", "Mistral"])

@@ -61,9 +61,9 @@ def overall(decisions: Collection[Decision]) -> Verdict:
 def sentence_of(comparison: Comparison) -> str:
     """Return the result on the rows in one sentence, with what so many rows cannot show."""
     rows = counted(comparison.rows, "row")
-    cannot = f"{rows} cannot show less than {smallest_share(comparison.rows):.0%}"
+    cannot = f"with {rows}, a difference on less than {smallest_share(comparison.rows):.0%} of them would not show"
     if comparison.rows < FEWEST_DIFFERING:
-        cannot = f"{rows} are too few to show anything; {FEWEST_DIFFERING} is the least"
+        cannot = f"at least {FEWEST_DIFFERING} rows are needed to show a difference"
     return f"better on {comparison.better} of {rows}, worse on {comparison.worse}; {cannot}"
 
 
