@@ -167,7 +167,7 @@ def measure_passes(model: AdaptedModel, is_packed: bool, longest: int, step: int
     recomputed = layers * config.hidden_size * base.dtype.itemsize + kept / layers
     if hardware.is_gpu and has_copies:  # measured so
         recomputed = kept
-    return _scarcest(PassMemory(kept, min(kept, recomputed), fixed, free_memory_bytes(hardware)))
+    return scarcest(PassMemory(kept, min(kept, recomputed), fixed, free_memory_bytes(hardware)))
 
 
 @contextmanager
@@ -216,7 +216,7 @@ def _sample(model: AdaptedModel, is_packed: bool, lengths: Sequence[int]) -> dic
     return (packed if is_packed else padded)(model, [[0] * length for length in lengths])
 
 
-def _scarcest(memory: PassMemory) -> PassMemory:
+def scarcest(memory: PassMemory) -> PassMemory:
     """Return the worst figures of all processes: only with the same ones do they divide a step alike."""
     of_all = from_all(memory)
     return PassMemory(
