@@ -24,9 +24,9 @@ from loratune.model.kernels.norm_mlp import use_fused_elementwise
 from loratune.model.kernels.packed_attention import use_document_attention
 from loratune.recipe.loading import load_recipe
 from loratune.recipe.sections import Recipe
-from loratune.training.activations import PassPlan
+from loratune.training.activations import PassPlan, measure_passes
 from loratune.training.memory import trace as tracing
-from loratune.training.memory.expecting import Workload, expect_passes, optimizer_bytes
+from loratune.training.memory.expecting import Workload, expect_passes, optimizer_bytes, pass_memory
 from loratune.training.memory.live import LiveBytes
 from loratune.training.memory.planned import PlannedModel, planned_model
 from loratune.training.memory.planning import parse_size
@@ -135,6 +135,17 @@ def test_the_optimizer_s_bytes_are_those_of_its_states(random_qwen: Path) -> Non
     assert optimizer_bytes(it, recipe, cpu_hardware()) == states
 
 
+@pytest.mark.parametrize("kind", ["qwen2", "qwen3", "qwen3_moe"])
+def test_a_pass_is_not_chosen_larger_than_by_measuring(tiny_model: Callable[[str], Path], kind: str) -> None:
+    it, recipe = planned(tiny_model(kind))
+    model, work = loaded(recipe, tiny_model(kind)), Workload(np.array([256] * 16), 1)
+    found = pass_memory(it, recipe, work, cpu_hardware(), 0)
+    measured = measure_passes(model, True, 256, 16 * 256, cpu_hardware())
+    for tokens in (256, 1024, 4096):
+        for is_recomputed in (False, True):
+            assert found.needed(tokens, is_recomputed) >= measured.needed(tokens, is_recomputed)
+
+
 def test_a_term_that_is_left_out_is_seen(random_qwen: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Planted fault: tensors that an operator makes are not followed, so the comparison above fails."""
     plain = LiveBytes._follow
@@ -198,8 +209,11 @@ def test_a_config_alone_suffices(cli: Callable[..., Result], random_qwen: Path, 
     folder = tmp_path / "config only"
     folder.mkdir()
     (folder / "config.json").write_text((random_qwen / "config.json").read_text())
-    done = cli("plan", "--model.base", folder, "--data.train", "no.json", "--training.max_length", 64, "--gpu", "8GB")
+    line = ["--model.base", folder, "--data.train", "no.json", "--data.train", "nor this.json"]
+    done = cli("plan", *line, "--training.max_length", 64, "--no-training.packing", "--gpu", "8GB")
     assert done.exit_code == 0, done.stderr
     shown = " ".join(done.stderr.split())
     assert "every row is taken to have 64 tokens" in shown
     assert "it fits into 8.0 GB" in shown
+    assert "--data.train no.json --data.train 'nor this.json'" in shown
+    assert "--no-training.packing" in shown.partition("loratune sft")[2]

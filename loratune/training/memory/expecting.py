@@ -13,15 +13,19 @@ import psutil
 from numpy.typing import NDArray
 
 from loratune.data.assembly.steps import PassLayout, StepSampler
+from loratune.model.architecture.structure import causal_model, text_config
 from loratune.model.hardware import Hardware
 from loratune.recipe.method_sections import adapts_experts
 from loratune.recipe.sections import Recipe, TrainingSettings
 from loratune.training.activations import (
     EFFICIENT_TOKENS,
     MOST_TOKENS,
+    SPARE,
+    SPARE_ON_GPU,
     PassMemory,
     PassPlan,
     largest_step,
+    logits_bytes,
 )
 from loratune.training.memory.planned import PlannedModel
 from loratune.training.memory.prediction import (
@@ -90,6 +94,8 @@ def settings_of(recipe: Recipe, is_packed: bool) -> TrainingSettings:
 def pass_memory(planned: PlannedModel, recipe: Recipe, work: Workload, hardware: Hardware, room: int) -> PassMemory:
     """Return what a token takes, by passes of one and of four of the longest rows.
 
+    The margin is that of `measure_passes`: gaps of the allocator and kernels at work are in no trace.
+
     Args:
         planned: the recipe's model.
         recipe: the recipe.
@@ -98,15 +104,17 @@ def pass_memory(planned: PlannedModel, recipe: Recipe, work: Workload, hardware:
         room: bytes that there are beside the base and the adapter.
     """
     decided = settings_of(recipe, planned.is_packed).gradient_checkpointing
-    states = optimizer_bytes(planned, recipe, hardware) + planned.gathered_bytes
-    spare = 1 + (FRAGMENTED if hardware.is_gpu else 0)
+    beside = optimizer_bytes(planned, recipe, hardware) + planned.gathered_bytes
+    spare = SPARE_ON_GPU if hardware.is_gpu else SPARE
     kept, fixed = _slope(planned, work.longest, bool(decided))
-    found = PassMemory(spare * kept, spare * kept, round(spare * fixed) + states, room)
     step = largest_step(work.lengths, recipe.training, hardware.processes)
+    base = causal_model(planned.model)
+    beside += 0 if hardware.is_gpu else logits_bytes(step, text_config(base.config).vocab_size, base.dtype)
+    found = PassMemory(spare * kept, spare * kept, round(spare * fixed) + beside, room)
     if decided is not None or found.fitting(False) >= min(step, MOST_TOKENS[hardware.device.type]):
         return found  # recomputing would take less, which nobody asks for
     recomputed, more = _slope(planned, work.longest, True)
-    return PassMemory(found.kept, spare * min(kept, recomputed), round(spare * max(fixed, more)) + states, room)
+    return PassMemory(found.kept, spare * min(kept, recomputed), round(spare * max(fixed, more)) + beside, room)
 
 
 def _slope(planned: PlannedModel, longest: int, is_recomputed: bool) -> tuple[float, int]:

@@ -107,13 +107,6 @@ class Planner:
             expect_passes(planned, recipe, work, self.place.hardware, passes, self._process), notes=self.notes
         )
 
-    def rows_beyond(self, tokens: int) -> int:
-        """Return how many rows are longer than some tokens."""
-        return int((self.work.lengths > tokens).sum())
-
-    def fits(self, prediction: Prediction) -> bool:
-        return prediction.peak_bytes <= self.place.room_bytes
-
     def _planned(self, recipe: Recipe) -> PlannedModel:
         shaping = {"method", "model", "lora", "freeze"}
         key = recipe.model_dump_json(include=shaping) + str(recipe.training.packing)
