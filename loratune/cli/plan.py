@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from loratune import console
+from loratune.cli.documents import Document
 from loratune.cli.flags import Config
 from loratune.cli.options import recipe_options
 from loratune.errors import Exit
@@ -20,6 +21,15 @@ tokenizer to measure the rows; of a hub id, nothing else is downloaded. Without 
 free counts. Every setting of the recipe is also a flag.
 
 If it does not fit, the exit code is 6, and the changes that help are listed, the cheapest first, each computed anew."""
+
+
+def _printed() -> Any:
+    from loratune.training.memory.plan import PlanValues
+
+    return PlanValues
+
+
+DOCUMENT = Document("plan", 1, _printed)
 
 
 @recipe_options
@@ -47,7 +57,7 @@ def command(
     if fit is not None:
         write_fitted(found, fit)
     if json:
-        console.write_json(found.values())
+        DOCUMENT.write(found.values())
     else:
         show_plan(found, config, flags, fit)
     if not found.fits and fit is None:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from loratune.commands import flag_words, setting_flags
 from loratune.errors import LoratuneError
 from loratune.recipe.loading import with_settings
 from loratune.recipe.sections import Recipe
@@ -28,11 +29,7 @@ class Change:
     @property
     def flags(self) -> list[str]:
         """The words of a command line that make the change."""
-        words = []
-        for name, value in self.settings.items():
-            for one in value if isinstance(value, list) else [value]:
-                words += [f"--{name}"] if one is True else [f"--{name}", str(one)]
-        return words
+        return flag_words(setting_flags(self.settings))
 
     def of(self, recipe: Recipe) -> Recipe:
         """Return the recipe with the change."""

@@ -5,19 +5,54 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+from typing_extensions import TypedDict
 
 from loratune import console
-from loratune.commands import Command, loratune
+from loratune.commands import Command, loratune, setting_flags
 from loratune.errors import Exit, LoratuneError
 from loratune.model.architecture.structure import layer_count
 from loratune.recipe.loading import dump_recipe, with_settings
 from loratune.recipe.sections import Recipe
 from loratune.runs.report import read_report
+from loratune.runs.typed_json import WRITTEN_BESIDE
 from loratune.training.memory.changes import Change, Outcome, fitting, outcomes, possible_changes
 from loratune.training.memory.planning import Place, Planner, place_of
-from loratune.training.memory.prediction import Prediction
+from loratune.training.memory.prediction import Prediction, PredictionValues
 from loratune.writing import write_text
+
+
+class ChangeValues(TypedDict):
+    """A change, and what the recipe would take with it alone."""
+
+    settings: dict[str, Any]
+    """Dotted setting → value."""
+    price: str
+    peak_bytes: int
+    fits: bool
+
+
+class PlanValues(TypedDict):
+    """The memory of a recipe, and the changes that would make it fit."""
+
+    base: str
+    fits: bool
+    """The exit code is 6 if not."""
+    place: str
+    room_bytes: int
+    """Memory of the place, for each process."""
+    spare_bytes: int
+    """Of it, what is left; negative if it does not fit."""
+    prediction: Annotated[PredictionValues, WRITTEN_BESIDE]
+    seconds_per_step: float | None
+    """Of the last run in the recipe's output folder; null if there is none of this base."""
+    changes: list[ChangeValues]
+    """Those that save memory, the cheapest first; none if it fits."""
+    fit: dict[str, Any] | None
+    """The settings with which it fits; null if all changes do not suffice."""
+    fitted_bytes: int | None
+    """The peak with these; null if nothing is to be changed or nothing suffices."""
 
 
 @dataclass(frozen=True)
@@ -163,7 +198,7 @@ def _show_changes(found: Plan) -> None:
 
 
 def _next(found: Plan, config: str | None, flags: Mapping[str, Any], written: Path | None) -> Command:
-    given = {"--config": config, **{f"--{name}": value for name, value in flags.items()}}
+    given = {"--config": config, **setting_flags(flags)}
     gpus: dict[str, Any] = {"--gpus": found.prediction.processes} if found.prediction.processes > 1 else {}
     if written:
         return loratune("train it", "sft", {"--config": written} | gpus)
@@ -171,4 +206,6 @@ def _next(found: Plan, config: str | None, flags: Mapping[str, Any], written: Pa
         return loratune("train it", "sft", given | gpus)
     if found.fit is None:
         return loratune("see what a step is made of", "plan", given | {"--json": True})
-    return loratune("train what fits", "sft", given | {f"--{k}": v for k, v in found.fit_settings.items()} | gpus)
+    return loratune(
+        "train what fits", "sft", {"--config": config} | setting_flags({**flags, **found.fit_settings}) | gpus
+    )

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+
+from typing_extensions import TypedDict
 
 from loratune import console
 
@@ -15,6 +16,26 @@ WEIGHTS = "weights: "
 ADAPTER, GRADIENTS, OPTIMIZER = "adapter", "gradients", "optimizer"
 GATHERED, CACHE, STATES = "gathered layers", "key-value cache", "recurrent states"
 FRAGMENTS, CONTEXT, PROCESS = "fragmentation", "CUDA context", "interpreter and libraries"
+
+
+class PredictionValues(TypedDict):
+    """The memory of one device, or of one process on a CPU."""
+
+    peak_bytes: int
+    moment: str
+    """When most is held."""
+    terms: dict[str, int]
+    """What is held then: name → bytes, whose sum is the peak."""
+    moments: dict[str, dict[str, int]]
+    """Moment → what is held then beside the base and the adapter."""
+    device: str
+    """cpu or cuda."""
+    processes: int
+    tokens_per_pass: int
+    """Of the largest pass, with what fills it up."""
+    gradient_checkpointing: bool
+    notes: list[str]
+    """What was assumed."""
 
 
 @dataclass(frozen=True)
@@ -60,7 +81,7 @@ class Prediction:
     def __str__(self) -> str:
         return f"{console.memory(self.peak_bytes)} expected at the peak, in {self.moment}"
 
-    def values(self) -> dict[str, Any]:
+    def values(self) -> PredictionValues:
         """In JSON types."""
         return {
             "peak_bytes": self.peak_bytes,
