@@ -53,14 +53,30 @@ def loratune(
     Args:
         purpose: what it does.
         command: such as `merge` or `data check`.
-        flags: name → value; True stands for a flag without a value, None and False omit the flag.
+        flags: see `flag_words`.
         chosen: see `Command`.
     """
-    words = ["loratune", *command.split()]
+    return Command(purpose, ("loratune", *command.split(), *flag_words(flags)), chosen or {})
+
+
+def flag_words(flags: Mapping[str, object]) -> list[str]:
+    """Return the words of flags: name → value.
+
+    True stands for a flag without a value, None and False omit the flag, and a list repeats it.
+    """
+    words = []
     for name, value in flags.items():
-        if value is not None and value is not False:
-            words += [name] if value is True else [name, str(value)]
-    return Command(purpose, tuple(words), chosen or {})
+        for one in value if isinstance(value, list) else [value]:
+            if one is not None and one is not False:
+                words += [name] if one is True else [name, str(one)]
+    return words
+
+
+def setting_flags(settings: Mapping[str, object]) -> dict[str, object]:
+    """Return the flags of recipe settings by dotted name; one that is off has a flag that says so."""
+    return {
+        f"--no-{name}" if value is False else f"--{name}": value is False or value for name, value in settings.items()
+    }
 
 
 def free_place(wanted: Path) -> Path:

@@ -6,7 +6,7 @@ import codecs
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from typing import Any
 
@@ -87,6 +87,16 @@ def comparison(rows: list[tuple[str, ...]], is_result: bool = False) -> None:
     for row in rows[1:]:
         grid.add_row(*(Text(printable(value)) for value in row))
     _print(grid, is_result)
+
+
+def changes(rows: Sequence[tuple[str, ...]]) -> None:
+    """Print a table with headers in the first row, whose cells are folded where the terminal is narrow."""
+    page = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
+    for name in rows[0]:
+        page.add_column(printable(name), overflow="fold")
+    for row in rows[1:]:
+        page.add_row(*(Text(printable(value)) for value in row))
+    _stderr.print(page, "", sep="\n")
 
 
 def bars(counts: list[tuple[str, int]], title: str) -> None:

@@ -19,7 +19,7 @@ from loratune.mcp_server.calls import flags, setting_flags
 from loratune.recipe.loading import ASSETS, load_recipe
 from loratune.runs.state import run_state
 
-TOOLS = {"check", "sft", "status", "infer", "eval", "merge"}
+TOOLS = {"check", "plan", "sft", "status", "infer", "eval", "merge"}
 REPOSITORY = Path(__file__).resolve().parent.parent
 
 

@@ -309,7 +309,8 @@ def test_lack_of_memory_is_advice(sft: Callable[..., Result], monkeypatch: pytes
     assert re.search(
         r"out of memory with base [\d.]+ .?B, adapter [\d.]+ .?B, gradients and optimizer [\d.]+ .?B", said
     )
-    assert re.search(r"a pass of \d+ tokens; cheapest first: --training.tokens_per_pass 2048", said)
+    # A pass of so few tokens gains nothing from being divided.
+    assert re.search(r"a pass of \d{1,3} tokens; cheapest first: --training.gradient_checkpointing ", said)
     assert len(re.findall(" --[a-z]+[.]", said)) == 3
 
 

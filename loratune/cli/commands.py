@@ -8,6 +8,7 @@ from types import ModuleType
 # Command → its one-line help.
 COMMANDS = {
     "sft": "Train a LoRA adapter, or a model's own weights, from a recipe.",
+    "plan": "Say what memory a recipe takes, whether it fits, and what would make it fit; exit code 6 if not.",
     "sweep": "Train a recipe with many values of some settings, and say which are best.",
     "import": "Translate a config of LLaMA-Factory, ms-swift, axolotl, unsloth or TRL into a recipe.",
     "data": "Inspect the training data of a recipe.",

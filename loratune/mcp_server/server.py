@@ -55,6 +55,10 @@ class Tools:
         """Check a recipe and all of its rows, as sft does, without loading the model."""
         return await self._with_recipe("data check", recipe, settings)
 
+    async def plan(self, recipe: Recipe, settings: Settings = None) -> Document:
+        """Predict the memory that a recipe takes on this machine, without loading the model, and what makes it fit."""
+        return await self._with_recipe("plan", recipe, settings)
+
     async def sft(self, recipe: Recipe, settings: Settings = None, resume: bool = False) -> Document:
         """Start a training in the background, and return its run folder; it goes on if this server ends.
 
@@ -140,7 +144,7 @@ def make_server(bounds: Bounds, failed: Failed) -> MCPServer[Any]:
     tools = Tools(bounds, Calls(bounds.root))
     server: MCPServer[Any] = MCPServer("loratune", version=__version__, instructions=INSTRUCTIONS, log_level="WARNING")
     offered: list[tuple[Tool, ToolAnnotations]] = [
-        *((tool, READS) for tool in (tools.check, tools.status, tools.infer)),
+        *((tool, READS) for tool in (tools.check, tools.plan, tools.status, tools.infer)),
         *((tool, WRITES) for tool in (tools.sft, tools.eval, tools.merge)),
     ]
     for tool, about in offered:

@@ -67,6 +67,24 @@ def find_tokenizer(settings: ModelSettings) -> Path:
     return folder
 
 
+def find_config(settings: ModelSettings) -> tuple[Path, bool]:
+    """Return a folder with the base's config, and whether it has a tokenizer; no weights are downloaded.
+
+    Raises:
+        LoratuneError: there is no such folder, or the download failed.
+    """
+    folder = local_folder(settings) or _download(settings, SMALL_HUB_FILES)
+    has_tokenizer = has_tokenizer_files(folder)
+    if settings.base != TINY_QWEN:
+        check_config(folder, needs_tokenizer=False)
+    return folder, has_tokenizer
+
+
+def has_tokenizer_files(folder: Path) -> bool:
+    """Return whether a folder holds a tokenizer."""
+    return (folder / "tokenizer.json").is_file() or (folder / "vocab.json").is_file()
+
+
 def local_folder(settings: ModelSettings) -> Path | None:
     """Return the folder of the practice model or of a local path; None for a hub id.
 
@@ -98,7 +116,7 @@ def check_base(folder: Path) -> None:
         check_safetensors(shard)
 
 
-def check_config(folder: Path) -> None:
+def check_config(folder: Path, needs_tokenizer: bool = True) -> None:
     """Raise if a folder's config or tokenizer is missing or not allowed; weights are not checked.
 
     Raises:
@@ -128,7 +146,7 @@ def check_config(folder: Path) -> None:
             "--base-model beside an adapter, else --model). Training can quantise it: model.quantization nf4 or int8",
             Exit.MODEL,
         )
-    if not (folder / "tokenizer.json").is_file() and not (folder / "vocab.json").is_file():
+    if needs_tokenizer and not has_tokenizer_files(folder):
         raise LoratuneError(f"{folder}: no tokenizer.json in it", Exit.MODEL)
 
 

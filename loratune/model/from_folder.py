@@ -44,7 +44,7 @@ def load_from_folder(folder: Path, is_quantized: bool = False, auto: Any = None,
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     config, is_tied = load_config(folder, is_quantized), head_is_tied(folder)
-    options = options | {"attn_implementation": _supported_attention(config, options.get("attn_implementation"))}
+    options = options | {"attn_implementation": supported_attention(config, options.get("attn_implementation"))}
     if not is_quantized:
         _check_shapes(folder, config)
     with _failures_told(folder):
@@ -98,7 +98,7 @@ def load_empty(folder: Path, dtype: torch.dtype = torch.float32, **options: Any)
     _check_shapes(folder, config)
     config.tie_word_embeddings = is_tied
     options = options or {"attn_implementation": "sdpa", "experts_implementation": "eager"}
-    options = options | {"attn_implementation": _supported_attention(config, options.get("attn_implementation"))}
+    options = options | {"attn_implementation": supported_attention(config, options.get("attn_implementation"))}
     with _failures_told(folder), no_init_weights(), init_empty_weights(include_buffers=False):
         model = auto_class(type(config)).from_config(config, dtype=dtype, **options)
         model.generation_config = load_generation_config(folder)
@@ -143,7 +143,7 @@ def _failures_told(folder: Path) -> Iterator[None]:
         raise LoratuneError(f"{folder}: cannot be loaded: {reason_of(error)}", Exit.MODEL) from error
 
 
-def _supported_attention(config: ModelConfig, wanted: str | None) -> str | None:
+def supported_attention(config: ModelConfig, wanted: str | None) -> str | None:
     """Return the attention to ask for; None leaves the choice to transformers, for a model that has fewer kinds."""
     model_class = auto_class(type(config))._model_mapping[type(config)]
     return None if wanted == "sdpa" and not getattr(model_class, "_supports_sdpa", True) else wanted

@@ -221,6 +221,10 @@ class Report:
     """Without padding."""
     tokens_per_second: float | None = None
     peak_memory_bytes: int | None = None
+    predicted_memory_bytes: int | None = None
+    """The peak that was expected before the first step."""
+    predicted_memory: Mapping[str, int] | None = None
+    """Term → bytes of that peak; on a GPU, with what the peak does not count."""
     gradient_checkpointing: bool | None = None
     start_up_seconds: Mapping[str, float] | None = None
     """Stage → how long it took."""

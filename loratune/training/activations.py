@@ -154,7 +154,7 @@ def measure_passes(model: AdaptedModel, is_packed: bool, longest: int, step: int
             few, *more = (_kept_bytes(model, is_packed, [length] * count) for count in counts)
             per_token = (more[0] - few) / (3 * length) if more else few / length
             kept = SPARE * per_token
-            fixed = 2 * min(CHUNK_BYTES, step * config.vocab_size * base.dtype.itemsize)
+            fixed = logits_bytes(step, config.vocab_size, base.dtype)
             fixed += round(2 * (few - per_token * length) / layers)  # a layer's copies of experts, and their gradients
             fixed += gathered_bytes(model)
     model.train(was_training)
@@ -167,7 +167,13 @@ def measure_passes(model: AdaptedModel, is_packed: bool, longest: int, step: int
     recomputed = layers * config.hidden_size * base.dtype.itemsize + kept / layers
     if hardware.is_gpu and has_copies:  # measured so
         recomputed = kept
-    return _scarcest(PassMemory(kept, min(kept, recomputed), fixed, free_memory_bytes(hardware)))
+    return scarcest(PassMemory(kept, min(kept, recomputed), fixed, free_memory_bytes(hardware)))
+
+
+def logits_bytes(step: int, vocabulary: int, dtype: torch.dtype) -> int:
+    """Return what logits and their gradients take at most, a chunk at a time, of a step's tokens."""
+    whole: int = step * vocabulary * dtype.itemsize
+    return 2 * min(CHUNK_BYTES, whole)
 
 
 @contextmanager
@@ -216,7 +222,7 @@ def _sample(model: AdaptedModel, is_packed: bool, lengths: Sequence[int]) -> dic
     return (packed if is_packed else padded)(model, [[0] * length for length in lengths])
 
 
-def _scarcest(memory: PassMemory) -> PassMemory:
+def scarcest(memory: PassMemory) -> PassMemory:
     """Return the worst figures of all processes: only with the same ones do they divide a step alike."""
     of_all = from_all(memory)
     return PassMemory(

@@ -41,6 +41,7 @@ def training_arguments(recipe: Recipe, hardware: Hardware, has_validation: bool)
     optimizer = _served_optimizer(training.optimizer, hardware)
     if optimizer != training.optimizer:
         warnings.append(f"training.optimizer {training.optimizer} needs a GPU; {optimizer} is used")
+    autocast = autocast_type(recipe, dtype, hardware)
     arguments = SFTConfig(
         output_dir=recipe.output,
         seed=recipe.seed,
@@ -63,17 +64,26 @@ def training_arguments(recipe: Recipe, hardware: Hardware, has_validation: bool)
         logging_nan_inf_filter=False,  # the filter would log NaN as 0
         disable_tqdm=True,
         report_to="none",  # loratune runs trackers in separate processes
-        # The base has its dtype already: autocast would convert tensors again and again, and disable fused LoRA layers.
-        # Only float32 weights among the base's own need it.
-        bf16=dtype == torch.bfloat16
-        and bool(recipe.lora.modules_to_save or recipe.lora.bias != "none" or recipe.trains_base),
-        fp16=hardware.is_gpu and dtype == torch.float16,
+        bf16=autocast == torch.bfloat16,
+        fp16=autocast == torch.float16,
         use_cpu=not hardware.is_gpu,
         ddp_backend="gloo" if hardware.is_distributed and not hardware.is_gpu else None,
         router_aux_loss_coef=0.0,  # with an adapter routers are frozen, and their logits would be kept for nothing
     )
     arguments._n_gpu = min(1, arguments._n_gpu)  # else several GPUs make it nn.DataParallel, which TRL refuses
     return arguments, warnings
+
+
+def autocast_type(recipe: Recipe, dtype: torch.dtype, hardware: Hardware) -> torch.dtype | None:
+    """Return the type that autocast computes products in; None where there is none.
+
+    The base has its dtype already: autocast would convert tensors again and again, and disable fused LoRA layers. Only
+    float32 weights among the base's own need it.
+    """
+    if dtype == torch.float16 and hardware.is_gpu:
+        return dtype
+    has_wide = bool(recipe.lora.modules_to_save or recipe.lora.bias != "none" or recipe.trains_base)
+    return dtype if dtype == torch.bfloat16 and has_wide else None
 
 
 def _precision_warnings(recipe: Recipe, hardware: Hardware, dtype: torch.dtype) -> list[str]:

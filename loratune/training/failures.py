@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+import shlex
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from types import MappingProxyType
 from typing import TypeVar
 
 from loratune import console
@@ -15,11 +15,11 @@ from loratune.model.files import local_folder
 from loratune.model.memory import is_out_of_memory
 from loratune.plain_files import read_json_object
 from loratune.recipe.sections import Recipe
+from loratune.training.memory.changes import Change, possible_changes
+from loratune.training.memory.prediction import Prediction
 from loratune.writing import disk_errors_explained
 
 ADVICE_LIMIT = 3
-SHORTEST = 8
-"""Minimum of training.max_length."""
 MANY_LAYERS = 8
 Made = TypeVar("Made")
 
@@ -43,12 +43,12 @@ def attempted(what: str, make: Callable[[], Made], warn: Callable[[str], None] =
 
 
 @contextmanager
-def machine_errors_explained(recipe: Recipe, held: Mapping[str, str] = MappingProxyType({})) -> Iterator[None]:
+def machine_errors_explained(recipe: Recipe, prediction: Prediction | None = None) -> Iterator[None]:
     """Turn out-of-memory and disk errors into one message.
 
     Args:
         recipe: the settings that can be changed.
-        held: memory use by part, as far as known.
+        prediction: of the memory, as far as known.
 
     Raises:
         LoratuneError: for memory, with the parts and the changes that help, the cheapest first.
@@ -59,8 +59,11 @@ def machine_errors_explained(recipe: Recipe, held: Mapping[str, str] = MappingPr
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
             raise
-        sizes = ", ".join(f"{name} {size}" for name, size in held.items())
-        lines = ["out of memory" + (f" with {sizes}" if sizes else "") + "; cheapest first:", *memory_advice(recipe)]
+        told = ""
+        if prediction:
+            sizes = ", ".join(f"{name} {console.memory(size)}" for name, size in prediction.parts.items())
+            told = f" with {sizes}, a pass of {prediction.tokens:,} tokens"
+        lines = [f"out of memory{told}; cheapest first:", *memory_advice(recipe, prediction)]
         raise LoratuneError("\n  ".join(lines), Exit.IO) from error
 
 
@@ -74,24 +77,15 @@ def _layers(recipe: Recipe) -> int:
     return known if isinstance(known, int) else 2 * MANY_LAYERS
 
 
-def memory_advice(recipe: Recipe) -> list[str]:
-    """Return flags that save memory and are not used yet, the cheapest first."""
-    training, lora = recipe.training, recipe.lora
-    advice = []
-    if training.tokens_per_pass is None or training.tokens_per_pass > training.max_length:
-        smaller = max(training.max_length, (training.tokens_per_pass or 0) // 2)
-        advice.append(f"--training.tokens_per_pass {smaller}  (the same step in smaller parts)")
-    if not training.gradient_checkpointing:
-        advice.append("--training.gradient_checkpointing  (a third slower, far less memory)")
-    if recipe.trains_base:
-        advice.append("--method lora  (float32 weights, gradients and AdamW's averages of the adapter alone)")
-    elif recipe.model.quantization != "nf4":
-        advice.append("--model.quantization nf4  (a quarter of the base's memory)")
-    if training.max_length > SHORTEST:
-        advice.append(f"--training.max_length {max(SHORTEST, training.max_length // 2)}  (if few rows are that long)")
-    if lora.target_modules == "all-linear" and not recipe.trains_base:
-        advice.append("--lora.target_modules q_proj --lora.target_modules v_proj  (fewer matrices)")
-    if lora.layers is None and not recipe.trains_base:
-        layers = min(MANY_LAYERS, max(1, _layers(recipe) // 2))
-        advice.append(f"--lora.layers 'last {layers}'  (no activations of earlier layers)")
-    return advice[:ADVICE_LIMIT]
+def memory_advice(recipe: Recipe, prediction: Prediction | None = None) -> list[str]:
+    """Return flags that save memory and are not used yet, the cheapest first; `loratune plan` computes what each saves.
+
+    Args:
+        recipe: the recipe.
+        prediction: of its memory, as far as known.
+    """
+    tokens = prediction.tokens if prediction else recipe.training.tokens_per_pass or recipe.training.max_length
+    first = dict[tuple[str, ...], Change]()
+    for change in possible_changes(recipe, tokens, _layers(recipe), prediction.processes if prediction else 1):
+        first.setdefault(tuple(change.settings), change)
+    return [f"{shlex.join(change.flags)}  ({change.price})" for change in first.values()][:ADVICE_LIMIT]

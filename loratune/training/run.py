@@ -114,7 +114,7 @@ def train(
                 return open_report(output) if is_main_process() else None
         stops.last_step = step_of(share, prepared.plan.steps) if share else None
         session = load(prepared, start)
-        stack.enter_context(machine_errors_explained(recipe, session.held))
+        stack.enter_context(machine_errors_explained(recipe, session.prediction))
         return _train(session, start)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from transformers.utils import logging as transformers_logging
@@ -26,13 +26,12 @@ from loratune.model.kernels.attention_choice import choose_attention
 from loratune.model.kernels.lora_linear import use_fused_lora
 from loratune.model.kernels.norm_mlp import use_fused_elementwise
 from loratune.model.kernels.recurrent_layers import call_modules_in_training
-from loratune.model.memory import keep_freed_memory
+from loratune.model.memory import free_memory_bytes, keep_freed_memory
 from loratune.model.sharding.gathering import is_sharded, with_weights
 from loratune.model.sharding.sharded_base import require_apart_from_vocabulary, require_shardable, with_same_shards
 from loratune.model.tokenizer import load_tokenizer, set_pad_token
 from loratune.protocols import AdaptedModel, CausalModel, Tokenizer
 from loratune.recipe.advice import advise
-from loratune.recipe.method_sections import adapts_experts
 from loratune.recipe.sections import Recipe
 from loratune.runs.checkpoint import Checkpoint
 from loratune.runs.intact import require_intact
@@ -45,18 +44,23 @@ from loratune.training.activations import (
     largest_step,
     measure_passes,
     plan_passes,
+    scarcest,
 )
 from loratune.training.arguments import training_arguments, with_gradient_checkpointing
 from loratune.training.checkpoints.resuming import ATTENTION, PASS_TOKENS
 from loratune.training.checkpoints.signals import StopSignals
 from loratune.training.determinism import request_deterministic_cublas
+from loratune.training.failures import attempted
 from loratune.training.first_rows import start_from_rows
 from loratune.training.gate import pass_gate
+from loratune.training.memory.expecting import Workload, expect_passes, own_memory, pass_memory, settings_of
+from loratune.training.memory.planned import PlannedModel, planned_model
+from loratune.training.memory.prediction import Prediction
 from loratune.training.notes import Notes
 from loratune.training.probes.checked_model import CheckedModel, check_model
 from loratune.training.processes.group import from_all
 from loratune.training.quantization_effect import BaseWeights, weights_of
-from loratune.training.reporting.overview import parts_of_memory, show_data, show_model
+from loratune.training.reporting.overview import show_data, show_model
 from loratune.training.reporting.start_up import StartUp
 from loratune.training.steps import StepPlan, advise_steps, plan_steps
 
@@ -80,6 +84,8 @@ class Prepared:
     stops: StopSignals
     hashes: TensorHashes
     """Hashes of the base, computed while the model loads."""
+    resident_bytes: int
+    """What the process held before it loaded the model."""
 
 
 @dataclass
@@ -92,8 +98,8 @@ class Session(Prepared):
     summary: AdapterSummary
     checked: CheckedModel
     passes: PassPlan
-    held: dict[str, str]
-    """Memory use by part, for out-of-memory messages."""
+    prediction: Prediction | None
+    """Of this process's memory; None for a model that cannot be run without values."""
     notes: Notes
 
     @property
@@ -143,6 +149,7 @@ def prepare(recipe: Recipe, day: str | None, output: Path, hardware: Hardware, s
     start_up.stage_done("data")
     return Prepared(
         recipe, output, hardware, base, tokenizer, encoder, data, plan, arguments, warnings, start_up, stops, hashes,
+        own_memory(),
     )  # fmt: skip
 
 
@@ -166,15 +173,17 @@ def load(prepared: Prepared, start: Checkpoint | None = None) -> Session:
     _require_one_layout(checked)
     attention = checked.attention
     summary = summarise_adapter(adapted, trained)
-    passes = _plan_passes(prepared, adapted, checked, start)
+    passes, prediction = _plan_passes(prepared, adapted, checked, start)
     if start and (begun := start.progress.get(ATTENTION, attention.name)) != attention.name:
         console.warn(f"attention is {attention.name}, {begun} before the interruption, so bits may differ")
     arguments = with_gradient_checkpointing(prepared.arguments, passes.gradient_checkpointing)
     show_model(recipe, summary, dtype_name(model.dtype), checked, passes, weights)
+    if prediction:
+        console.say(f"memory: {prediction}")
     prepared.start_up.stage_done("model")
     warnings = (*prepared.warnings, *weights.notes, *checked.warnings)
     known = vars(prepared) | {"arguments": arguments, "warnings": warnings}
-    known |= {"checked": checked, "passes": passes, "held": parts_of_memory(recipe, summary, passes, weights.own_bytes)}
+    known |= {"checked": checked, "passes": passes, "prediction": prediction}
     return Session(**known, model=adapted, weights=weights, summary=summary, notes=Notes())
 
 
@@ -215,22 +224,37 @@ def _require_one_layout(checked: CheckedModel) -> None:
         )
 
 
-def _plan_passes(prepared: Prepared, model: AdaptedModel, checked: CheckedModel, start: Checkpoint | None) -> PassPlan:
-    """Choose the size of a pass, as before the interruption if it still fits."""
-    hardware, lengths = prepared.hardware, prepared.data.train.lengths
-    training = prepared.recipe.training.model_copy(update={"packing": checked.is_packed})
-    if adapts_experts(prepared.recipe.lora) and training.gradient_checkpointing is None:
-        # The changed matrices of all experts would be kept until the backward pass otherwise.
-        training = training.model_copy(update={"gradient_checkpointing": True})
-    longest, step = int(lengths.max()), largest_step(lengths, training, hardware.processes)
-    memory = None
+def _plan_passes(
+    prepared: Prepared, model: AdaptedModel, checked: CheckedModel, start: Checkpoint | None
+) -> tuple[PassPlan, Prediction | None]:
+    """Choose the size of a pass, as before the interruption if it still fits, and predict the memory of the run."""
+    hardware, recipe, work = prepared.hardware, prepared.recipe, _work(prepared)
+    training = settings_of(recipe, checked.is_packed)
+    planned = attempted("the prediction of memory", lambda: _planned(prepared, checked))
+    memory, step = None, largest_step(work.lengths, training, hardware.processes)
     if training.gradient_checkpointing is None or training.tokens_per_pass is None:
-        memory = measure_passes(model, training.packing, longest, step, hardware)
+        if planned is None or hardware.is_gpu:  # whose kernels take memory that no shape shows
+            memory = measure_passes(model, training.packing, work.longest, step, hardware)
+        else:
+            memory = scarcest(pass_memory(planned, recipe, work, hardware, free_memory_bytes(hardware)))
     begun = start.progress.get(PASS_TOKENS) if start else None
     wanted = begun or (MASKED_TOKENS if checked.is_masked else None)
-    passes = plan_passes(training, memory, longest, step, str(hardware.device.type), wanted)
+    passes = plan_passes(training, memory, work.longest, step, str(hardware.device.type), wanted)
     if begun and passes.tokens != begun:
         console.warn(
             f"a pass has up to {passes.tokens:,} tokens, {begun:,} before the interruption, so bits may differ"
         )
-    return passes
+    if planned is None:
+        return passes, None
+    resident = prepared.resident_bytes
+    return passes, attempted("memory", lambda: expect_passes(planned, recipe, work, hardware, passes, resident))
+
+
+def _planned(prepared: Prepared, checked: CheckedModel) -> PlannedModel:
+    planned = planned_model(prepared.recipe, prepared.base, prepared.hardware)
+    return replace(planned, is_packed=checked.is_packed, is_masked=checked.is_masked)
+
+
+def _work(prepared: Prepared) -> Workload:
+    train = prepared.data.train
+    return Workload(train.lengths, train.trained_tokens / train.tokens)

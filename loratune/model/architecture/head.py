@@ -62,31 +62,55 @@ def head_of(model: CausalModel) -> Any:
         LoratuneError: the logits do not follow from the hidden states.
     """
     head = output_layer(model)
-    seen: dict[str, torch.Tensor] = {}
-    hooks = [
-        decoder_of(model).register_forward_hook(lambda _, __, output: seen.update(states=output.last_hidden_state)),
-        head.register_forward_hook(lambda _, inputs, output: seen.update(given=inputs[0], made=output)),
-    ]
     was_training = model.training
     model.eval()
     try:
         with torch.no_grad():
-            ids = torch.arange(PROBED_TOKENS, device=model.device)[None]
-            logits = model(input_ids=ids, use_cache=False).logits
-            if _are_same(seen.get("given"), seen["states"]) and _are_same(seen["made"], logits):
+            seen = _seen(model)
+            if _are_same(seen.get("given"), seen["states"]) and _are_same(seen["made"], seen["logits"]):
                 return head
             own = OwnHead(model)
-            if _are_same(own(seen["states"][0])[None], logits):
+            if _are_same(own(seen["states"][0])[None], seen["logits"]):
                 return own
     finally:
-        for hook in hooks:
-            hook.remove()
         model.train(was_training)
     raise LoratuneError(
         f"{type(model).__name__}: its logits do not follow from its decoder's last states alone, so its loss cannot be "
         "computed on labelled positions only; loratune cannot train it",
         Exit.MODEL,
     )
+
+
+def head_by_identity(model: CausalModel) -> Any:
+    """Return the same for a model without values: its head's layer if states and logits are not computed with further.
+
+    Args:
+        model: run under a mode that makes tensors without values.
+    """
+    with torch.no_grad():
+        seen = _seen(model)
+    pairs = (("given", "states"), ("made", "logits"))
+    are_same = all(name in seen and _share_memory(seen[name], seen[other]) for name, other in pairs)
+    return output_layer(model) if are_same else OwnHead(model)
+
+
+def _seen(model: CausalModel) -> dict[str, torch.Tensor]:
+    """Return what decoder and head get and make in a pass of a few tokens."""
+    seen: dict[str, torch.Tensor] = {}
+    hooks = [
+        decoder_of(model).register_forward_hook(lambda _, __, output: seen.update(states=output.last_hidden_state)),
+        output_layer(model).register_forward_hook(lambda _, inputs, output: seen.update(given=inputs[0], made=output)),
+    ]
+    try:
+        ids = torch.arange(PROBED_TOKENS, device=model.device)[None]
+        return seen | {"logits": model(input_ids=ids, use_cache=False).logits}
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _share_memory(tensor: torch.Tensor, other: torch.Tensor) -> bool:
+    return bool(tensor.untyped_storage()._cdata == other.untyped_storage()._cdata)
 
 
 def _are_same(tensor: torch.Tensor | None, other: torch.Tensor) -> bool:

@@ -29,7 +29,9 @@ class AttentionChoice:
         return f"{self.name}: {self.reason}" if self.reason else self.name
 
 
-def choose_attention(model: CausalModel, hardware: Hardware, asked: str, is_packed: bool) -> AttentionChoice:
+def choose_attention(
+    model: CausalModel, hardware: Hardware, asked: str, is_packed: bool, is_tried: bool = True
+) -> AttentionChoice:
     """Set the attention of a loaded model for training.
 
     Args:
@@ -37,11 +39,12 @@ def choose_attention(model: CausalModel, hardware: Hardware, asked: str, is_pack
         hardware: that it is on.
         asked: the recipe's setting.
         is_packed: whether rows hold several documents.
+        is_tried: whether torch's kernel is run; else it is taken to work where the hardware suits.
     """
     loaded = str(model.config._attn_implementation)
     if not is_packed or asked not in ("auto", "sdpa"):
         return AttentionChoice(loaded, "as the recipe says" if asked != "auto" else "")
-    lacking = "as the recipe says" if asked == "sdpa" else _what_varlen_lacks(model, hardware)
+    lacking = "as the recipe says" if asked == "sdpa" else _what_varlen_lacks(model, hardware, is_tried)
     if not lacking:
         use_document_attention(model, VARLEN_ATTENTION)
         return AttentionChoice("varlen", "one kernel for all documents of a batch")
@@ -51,7 +54,7 @@ def choose_attention(model: CausalModel, hardware: Hardware, asked: str, is_pack
     return AttentionChoice("sdpa", f"one call per document, {lacking}")
 
 
-def _what_varlen_lacks(model: CausalModel, hardware: Hardware) -> str:
+def _what_varlen_lacks(model: CausalModel, hardware: Hardware, is_tried: bool) -> str:
     """Return why torch's kernel for all documents of a row cannot be used; empty if it can."""
     if not hardware.is_gpu:
         return "without a GPU"
@@ -63,7 +66,7 @@ def _what_varlen_lacks(model: CausalModel, hardware: Hardware) -> str:
         return f"since {type(model).__name__} has attention that its kernel does not know"
     if getattr(text_config(model.config), "attention_dropout", 0):
         return "since its kernel has no dropout"
-    return _what_fails(model)
+    return _what_fails(model) if is_tried else ""
 
 
 def _what_fails(model: CausalModel) -> str:

@@ -6,7 +6,7 @@ the hidden states of labelled positions are gathered, and head, cross-entropy an
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -55,10 +55,14 @@ class LabelLosses(NamedTuple):
     """See `LabelledLoss`."""
 
 
-def add_labelled_loss(model: CausalModel) -> Any:
+def add_labelled_loss(model: CausalModel, find_head: Callable[[CausalModel], Any] = head_of) -> Any:
     """Let a causal language model return `LabelledLoss` when it is called with labels and `summed_loss=True`.
 
     The call goes through the model's own forward, so that wrappers such as DDP work as usual.
+
+    Args:
+        model: the model.
+        find_head: finds what makes the logits.
 
     Returns:
         What makes the logits; see `head_of`.
@@ -66,7 +70,7 @@ def add_labelled_loss(model: CausalModel) -> Any:
     Raises:
         LoratuneError: the model's logits do not follow from its hidden states.
     """
-    plain_forward, head = model.forward, head_of(model)
+    plain_forward, head = model.forward, find_head(model)
 
     def forward(*arguments: Any, summed_loss: bool = False, **inputs: Any) -> Any:
         return _forward(model, head, **inputs) if summed_loss else plain_forward(*arguments, **inputs)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -41,11 +41,13 @@ def is_quantised(parameter: Any) -> bool:
     return type(parameter) not in (nn.Parameter, DTensor) or parameter.dtype == torch.uint8
 
 
-def bytes_by_group(model: CausalModel) -> dict[str, int]:
+def bytes_by_group(model: CausalModel, size_of: Callable[[Any], int] = held_bytes) -> dict[str, int]:
     """Return the memory of each group of weights, largest first; groups are named after roles.
 
     Args:
-        model: a causal language model without an adapter. If some of it is quantised, what is not is a group.
+        model: a causal language model without an adapter. If some of it is quantised, what is not is a group, and the
+            experts among that another one.
+        size_of: returns the bytes of a parameter.
     """
     roles, found = module_roles(model), defaultdict[str, int](int)
     rest = NOT_QUANTISED if any(is_quantised(parameter) for parameter in model.parameters()) else REST
@@ -54,10 +56,10 @@ def bytes_by_group(model: CausalModel) -> dict[str, int]:
         if role in (Role.EMBEDDING, Role.HEAD):
             group = VOCABULARY
         elif role is None or (rest == NOT_QUANTISED and not is_quantised(parameter)):
-            group = rest
+            group = f"{role.value}, {rest}" if role is Role.EXPERTS and parameter.ndim > 2 else rest
         else:
             group = role.value
-        found[group] += held_bytes(parameter)
+        found[group] += size_of(parameter)
     return dict(sorted(found.items(), key=lambda pair: -pair[1]))
 
 

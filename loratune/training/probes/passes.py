@@ -50,12 +50,12 @@ def random_documents(model: AdaptedModel, lengths: Sequence[int], seed: int) -> 
 
 def packed(model: AdaptedModel, documents: Documents) -> dict[str, Any]:
     """Return a packed pass of documents on the model's device, with labels."""
-    return _on_device(model, collate_packed(_rows(documents)))
+    return _on_device(model, collate_packed(as_rows(documents)))
 
 
 def padded(model: AdaptedModel, documents: Documents, pad_token_id: int = 0) -> dict[str, Any]:
     """Return a padded pass of documents on the model's device, with labels."""
-    return _on_device(model, collate_padded(_rows(documents), pad_token_id))
+    return _on_device(model, collate_padded(as_rows(documents), pad_token_id))
 
 
 def single(model: AdaptedModel, documents: Documents) -> dict[str, Any]:
@@ -77,7 +77,8 @@ def largest(states: torch.Tensor) -> float:
     return value if value == value else float("inf")
 
 
-def _rows(documents: Documents) -> list[dict[str, Any]]:
+def as_rows(documents: Documents) -> list[dict[str, Any]]:
+    """Return documents as the data loader reads rows, with labels at all tokens."""
     return [{"input_ids": list(ids), "labels": list(ids), "sequence": 0} for ids in documents]
 
 

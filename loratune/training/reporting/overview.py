@@ -80,15 +80,3 @@ def _groups(summary: AdapterSummary) -> list[tuple[str, str]]:
         kind = "stack" if name == Role.EXPERTS.value else "module"
         rows.append((f"on {name}", f"{counted(group.modules, kind)}, {group.parameters:,} parameters ({share:.0%})"))
     return [*rows, ("left out", "; ".join(summary.left_out))] if summary.left_out else rows
-
-
-def parts_of_memory(recipe: Recipe, summary: AdapterSummary, passes: PassPlan, base_bytes: int) -> dict[str, str]:
-    """Return the known parts of the training memory of a process that holds some bytes of the base."""
-    parts = {
-        "base": console.memory(base_bytes),
-        "trained weights" if recipe.trains_base else "adapter": console.memory(summary.adapter_bytes),
-        "gradients and optimizer": console.memory(3 * summary.adapter_bytes),
-    }
-    if passes.memory:
-        parts["activations"] = f"{console.memory(round(passes.largest * passes.memory.kept))} if kept"
-    return parts | {"a pass of": f"{passes.largest:,} tokens"}

@@ -59,7 +59,7 @@ ROWS: dict[str, Callable[[Report], str | None]] = {
     "stopped early": lambda it: STOPPED[it.best_by or "loss"] if it.stopped_early else None,
     "speed": lambda it: f"{it.tokens_per_second:g} tokens/s" if it.tokens_per_second else None,
     "start-up": lambda it: _stages_text(it.start_up_seconds) if it.start_up_seconds else None,
-    "peak memory": lambda it: console.memory(it.peak_memory_bytes) if it.peak_memory_bytes else None,
+    "peak memory": lambda it: _memory_text(it) if it.peak_memory_bytes else None,
     "experts": lambda it: _experts_text(it.health.expert_use) if it.health and it.health.expert_use else None,
     "update": lambda it: _update_text(it.health.updates) if it.health and it.health.updates else None,
 }
@@ -91,6 +91,8 @@ def report_of(session: Session, trainer: AdapterTrainer, metrics: Metrics, keepe
         seconds=told("seconds", lambda: metrics.records[-1]["seconds"]),
         tokens=told("tokens", lambda: int(metrics.of("tokens")[-1][1])),
         tokens_per_second=told("tokens_per_second", lambda: metrics.tokens_per_second),
+        predicted_memory_bytes=session.prediction.counted_bytes if session.prediction else None,
+        predicted_memory=session.prediction.terms if session.prediction else None,
         peak_memory_bytes=told("peak_memory_bytes", lambda: peak_memory_bytes(session.hardware)),
         gradient_checkpointing=session.arguments.gradient_checkpointing,
         start_up_seconds=dict(session.start_up.seconds),
@@ -187,6 +189,12 @@ def _disagreement(report: Report) -> str | None:
     most = f"step {exact.best_step}, with most exact answers ({exact.best:.1%})"
     taken, other, by_other = (lowest, most, "exact") if report.best_by == "loss" else (most, lowest, "loss")
     return f"{taken}; checkpoints.best_by {by_other} would take {other}"
+
+
+def _memory_text(report: Report) -> str:
+    peak, predicted = report.peak_memory_bytes or 0, report.predicted_memory_bytes
+    text = console.memory(peak)
+    return f"{text}, {console.memory(predicted)} predicted ({predicted / peak - 1:+.0%})" if predicted else text
 
 
 def _stages_text(stages: Mapping[str, float]) -> str:

@@ -1,0 +1,208 @@
+"""Predicts the memory of a run from its model without weights and the rows of its steps."""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any
+
+import numpy as np
+import psutil
+from numpy.typing import NDArray
+
+from loratune.data.assembly.steps import PassLayout, StepSampler
+from loratune.model.architecture.structure import causal_model, text_config
+from loratune.model.hardware import Hardware
+from loratune.recipe.method_sections import adapts_experts
+from loratune.recipe.sections import Recipe, TrainingSettings
+from loratune.training.activations import (
+    EFFICIENT_TOKENS,
+    MOST_TOKENS,
+    SPARE,
+    SPARE_ON_GPU,
+    PassMemory,
+    PassPlan,
+    largest_step,
+    logits_bytes,
+)
+from loratune.training.memory.planned import PlannedModel
+from loratune.training.memory.prediction import (
+    ADAPTER,
+    ANSWERS,
+    CACHE,
+    CONTEXT,
+    FRAGMENTS,
+    GATHERED,
+    GRADIENTS,
+    KEPT,
+    LOGITS,
+    OPTIMIZER,
+    PROCESS,
+    STATES,
+    STEP,
+    UPDATE,
+    WORKSPACE,
+    Prediction,
+)
+from loratune.training.memory.trace import Trace, cache_bytes, trace
+from loratune.training.reporting.answers import MAX_QUESTIONS, MAX_TOKENS
+
+LOOKED_AT = 200
+"""Number of steps whose passes are looked at."""
+CONTEXT_BYTES = 500_000_000
+"""Of CUDA and cuBLAS beside the allocator; assumed, since it depends on driver and card."""
+
+FRAGMENTED = 0.1
+"""Of what comes and goes on a GPU, on top: rounding and fragmentation of the allocator.
+
+On a CPU it is one more of the largest tensor, which later passes find no gap for between what has stayed.
+"""
+SMALL, BLOCK = 4096, 256
+"""Values of a tensor from which bitsandbytes has its state in 8 bits, and of a block with a scale."""
+
+
+@dataclass(frozen=True)
+class Workload:
+    """The rows that a run trains on."""
+
+    lengths: NDArray[np.int64]
+    """Tokens of each row."""
+    trained: float
+    """Share of the tokens with labels."""
+
+    @property
+    def longest(self) -> int:
+        return int(self.lengths.max())
+
+
+def own_memory() -> int:
+    """Return the resident memory of this process: interpreter and libraries, before there is a model."""
+    return int(psutil.Process(os.getpid()).memory_info().rss)
+
+
+def settings_of(recipe: Recipe, is_packed: bool) -> TrainingSettings:
+    """Return the settings with which a model is trained whose rows are found to be packed or not."""
+    changes: dict[str, Any] = {"packing": is_packed}
+    if adapts_experts(recipe.lora) and recipe.training.gradient_checkpointing is None:
+        # The changed matrices of all experts would be kept until the backward pass otherwise.
+        changes["gradient_checkpointing"] = True
+    return recipe.training.model_copy(update=changes)
+
+
+def pass_memory(planned: PlannedModel, recipe: Recipe, work: Workload, hardware: Hardware, room: int) -> PassMemory:
+    """Return what a token takes, by passes of one and of four of the longest rows.
+
+    The margin is that of `measure_passes`: gaps of the allocator and kernels at work are in no trace.
+
+    Args:
+        planned: the recipe's model.
+        recipe: the recipe.
+        work: the rows.
+        hardware: that it runs on.
+        room: bytes that there are beside the base and the adapter.
+    """
+    decided = settings_of(recipe, planned.is_packed).gradient_checkpointing
+    beside = optimizer_bytes(planned, recipe, hardware) + planned.gathered_bytes
+    spare = SPARE_ON_GPU if hardware.is_gpu else SPARE
+    kept, fixed = _slope(planned, work.longest, bool(decided))
+    step = largest_step(work.lengths, recipe.training, hardware.processes)
+    base = causal_model(planned.model)
+    beside += 0 if hardware.is_gpu else logits_bytes(step, text_config(base.config).vocab_size, base.dtype)
+    found = PassMemory(spare * kept, spare * kept, round(spare * fixed) + beside, room)
+    if decided is not None or found.fitting(False) >= min(step, MOST_TOKENS[hardware.device.type]):
+        return found  # recomputing would take less, which nobody asks for
+    recomputed, more = _slope(planned, work.longest, True)
+    return PassMemory(found.kept, spare * min(kept, recomputed), round(spare * max(fixed, more)) + beside, room)
+
+
+def _slope(planned: PlannedModel, longest: int, is_recomputed: bool) -> tuple[float, int]:
+    """Return what a pass takes for each token, and what it takes of however many, in bytes."""
+    setting = planned.setting(is_recomputed, is_repeated=True)
+    few, many = (trace(planned.model, planned.batch([longest] * count, 1), setting).peak for count in (1, 4))
+    slope = max(1.0, (many - few) / (3 * longest))
+    return slope, round(few - slope * longest)
+
+
+def expect_passes(
+    planned: PlannedModel, recipe: Recipe, work: Workload, hardware: Hardware, passes: PassPlan, process: int
+) -> Prediction:
+    """Predict the memory of a process whose passes are settled.
+
+    Args:
+        planned: the recipe's model.
+        recipe: the recipe.
+        work: the rows.
+        hardware: that it runs on.
+        passes: as settled.
+        process: resident bytes of the process before it loads the model.
+    """
+    found, tokens = _largest(planned, recipe, work, hardware, passes)
+    optimizer, trained = optimizer_bytes(planned, recipe, hardware), planned.adapter_bytes
+    resident = {ADAPTER: trained, OPTIMIZER: optimizer, GATHERED: planned.gathered_bytes}
+    resident[CONTEXT if hardware.is_gpu else PROCESS] = CONTEXT_BYTES if hardware.is_gpu else process
+    moments = {STEP: _step_terms(found, trained), UPDATE: _update_terms(planned, hardware)}
+    if recipe.evaluation.questions_share:
+        keys, states = cache_bytes(planned.model, MAX_QUESTIONS, work.longest + MAX_TOKENS)
+        moments[ANSWERS] = {CACHE: keys, STATES: states}
+    for terms in moments.values():
+        terms[FRAGMENTS] = round(FRAGMENTED * sum(terms.values())) if hardware.is_gpu else 0
+    if not hardware.is_gpu:
+        moments[STEP][FRAGMENTS] = found.largest
+    return Prediction(
+        planned.weights, resident, moments, tokens, passes.gradient_checkpointing, hardware.processes,
+        str(hardware.device.type),
+    )  # fmt: skip
+
+
+def _step_terms(found: Trace, trained: int) -> dict[str, int]:
+    """Return the terms of a pass at its peak."""
+    rest = found.peak - min(found.kept, found.peak)
+    gradients = min(found.before, trained)
+    terms = {GRADIENTS: gradients, KEPT: found.peak - rest - gradients, LOGITS: 0, WORKSPACE: 0}
+    terms[LOGITS if found.loss == found.peak else WORKSPACE] = rest
+    return terms
+
+
+def _update_terms(planned: PlannedModel, hardware: Hardware) -> dict[str, int]:
+    """Return the terms of the update: on a CPU AdamW makes two temporary tensors of each weight's size."""
+    largest = max(weight.numel() for weight in planned.model.parameters() if weight.requires_grad)
+    return {GRADIENTS: planned.adapter_bytes, WORKSPACE: 0 if hardware.is_gpu else 2 * 4 * largest}
+
+
+def _largest(
+    planned: PlannedModel, recipe: Recipe, work: Workload, hardware: Hardware, passes: PassPlan
+) -> tuple[Trace, int]:
+    """Run the passes of the run's first steps that may take most; return the one that does, and its tokens."""
+    kind = str(hardware.device.type)
+    most, longest, is_repeated = Counter[tuple[int, ...]](), Counter[tuple[int, ...]](), False
+    for process in range(hardware.processes):
+        layout = PassLayout(
+            passes.tokens, EFFICIENT_TOKENS[kind], planned.is_packed, hardware.processes, process, False
+        )
+        sampler = StepSampler(work.lengths, recipe.training.batch_size, recipe.seed, layout)
+        for step in islice(sampler, min(LOOKED_AT, recipe.training.max_steps or LOOKED_AT)):
+            is_repeated |= len(step) > 1
+            for rows in step:
+                lengths = tuple(int(work.lengths[row]) for row in rows) or (1,)
+                padded = len(lengths) * max(lengths)
+                most[lengths] = sum(lengths) if planned.is_packed else padded
+                longest[lengths] = sum(length**2 for length in lengths)
+    chosen = {most.most_common(1)[0][0], longest.most_common(1)[0][0]}
+    setting = planned.setting(passes.gradient_checkpointing, is_repeated)
+    traced = []
+    for lengths in chosen:
+        batch = planned.batch(list(lengths), work.trained)
+        traced.append((trace(planned.model, batch, setting), int(batch["input_ids"].numel())))
+    return max(traced, key=lambda pair: pair[0].peak)
+
+
+def optimizer_bytes(planned: PlannedModel, recipe: Recipe, hardware: Hardware) -> int:
+    """Return the bytes of AdamW's two averages of what is trained."""
+    sizes = [int(weight.numel()) for weight in planned.model.parameters() if weight.requires_grad]
+    name = recipe.training.optimizer
+    if "8bit" not in name or (name.startswith("paged") and not hardware.is_gpu):
+        return 8 * sum(sizes)
+    # bitsandbytes keeps those of small tensors in float32, and a scale for each block of the others.
+    return sum(8 * size if size < SMALL else 2 * size + 2 * 4 * -(-size // BLOCK) for size in sizes)

@@ -1,0 +1,139 @@
+"""Plans the memory of a recipe without weights: what it takes, whether it fits, and what would make it fit."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+
+import loratune.training.run  # noqa: F401  # what a run has imported is in memory
+from loratune.errors import Exit, LoratuneError, counted
+from loratune.model.config import load_config
+from loratune.model.files import find_config
+from loratune.model.hardware import Hardware, detect_hardware
+from loratune.model.memory import free_main_memory_bytes
+from loratune.recipe.sections import Recipe
+from loratune.training.activations import MASKED_TOKENS, PassPlan, largest_step, plan_passes
+from loratune.training.gate import pass_gate
+from loratune.training.memory.expecting import (
+    CONTEXT_BYTES,
+    Workload,
+    expect_passes,
+    own_memory,
+    pass_memory,
+    settings_of,
+)
+from loratune.training.memory.planned import PlannedModel, planned_model
+from loratune.training.memory.prediction import Prediction
+
+UNITS = {"KB": 1e3, "MB": 1e6, "GB": 1e9, "TB": 1e12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
+FLASH = (8, 0)
+"""Compute capability that is assumed of a GPU that is not there."""
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a run would take place."""
+
+    hardware: Hardware
+    room_bytes: int
+    """Memory of one GPU, or what this machine has free for each process."""
+    name: str
+
+
+def parse_size(text: str) -> int:
+    """Return the bytes of a size such as 24GB or 80GiB.
+
+    Raises:
+        LoratuneError: it has no unit.
+    """
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]i?b)\s*", text, re.IGNORECASE)
+    size = round(float(match[1]) * UNITS[match[2].upper()]) if match else 0
+    if not size:
+        raise LoratuneError(
+            f"--gpu {text}: write the memory of a card with its unit, such as 24GB or 80GiB", Exit.USAGE
+        )
+    return size
+
+
+def place_of(gpu: str | None, gpus: int | None) -> Place:
+    """Return where a run would take place: on GPUs of a size, or on this machine.
+
+    Args:
+        gpu: size of a card, which need not be there.
+        gpus: number of processes, each with a card.
+
+    Raises:
+        LoratuneError: the size has no unit.
+    """
+    count = gpus or 1
+    if gpu is not None:
+        name = f"{count} × {gpu}" if count > 1 else f"a GPU of {gpu}"
+        return Place(Hardware(torch.device("cuda", 0), True, name, count, FLASH), parse_size(gpu), name)
+    hardware = replace(detect_hardware(), processes=count)
+    if hardware.is_gpu:
+        free, _ = torch.cuda.mem_get_info()
+        return Place(hardware, int(free) + CONTEXT_BYTES, hardware.name)
+    return Place(hardware, free_main_memory_bytes() // count + own_memory(), "this machine")
+
+
+class Planner:
+    """Predicts the memory of a recipe and of variations of it.
+
+    Args:
+        recipe: the recipe.
+        place: where it would run.
+
+    Raises:
+        LoratuneError: base, rows or settings are not usable; as `sft` says it.
+    """
+
+    def __init__(self, recipe: Recipe, place: Place) -> None:
+        self.place = place
+        self._folder, has_tokenizer = find_config(recipe.model)
+        self.config = load_config(self._folder)
+        self._models: dict[str, PlannedModel] = {}
+        self.work, self.notes = _encoded(recipe) if has_tokenizer else _assumed(recipe)
+        self._process = own_memory()  # with what reads rows, as in a run
+
+    def predict(self, recipe: Recipe) -> Prediction:
+        """Predict the memory of the recipe, or of one that differs in settings of model, adapter or training."""
+        planned = self._planned(recipe)
+        work = Workload(np.minimum(self.work.lengths, recipe.training.max_length), self.work.trained)
+        passes = self._passes(planned, recipe, work)
+        return replace(
+            expect_passes(planned, recipe, work, self.place.hardware, passes, self._process), notes=self.notes
+        )
+
+    def _planned(self, recipe: Recipe) -> PlannedModel:
+        shaping = {"method", "model", "lora", "freeze"}
+        key = recipe.model_dump_json(include=shaping) + str(recipe.training.packing)
+        if key not in self._models:
+            self._models[key] = planned_model(recipe, self._folder, self.place.hardware)
+        return self._models[key]
+
+    def _passes(self, planned: PlannedModel, recipe: Recipe, work: Workload) -> PassPlan:
+        hardware, training = self.place.hardware, settings_of(recipe, planned.is_packed)
+        held = sum(planned.weights.values()) + planned.adapter_bytes
+        held += CONTEXT_BYTES if hardware.is_gpu else self._process
+        memory = None
+        if training.gradient_checkpointing is None or training.tokens_per_pass is None:
+            memory = pass_memory(planned, recipe, work, hardware, self.place.room_bytes - held)
+        step = largest_step(work.lengths, training, hardware.processes)
+        wanted = MASKED_TOKENS if planned.is_masked else None
+        return plan_passes(training, memory, work.longest, step, str(hardware.device.type), wanted)
+
+
+def _encoded(recipe: Recipe) -> tuple[Workload, tuple[str, ...]]:
+    data = pass_gate(recipe).checked()
+    return Workload(data.train.lengths, data.train.trained_tokens / data.train.tokens), ()
+
+
+def _assumed(recipe: Recipe) -> tuple[Workload, tuple[str, ...]]:
+    """Return rows of the largest length, where there is no tokenizer to encode those of the recipe."""
+    longest = recipe.training.max_length
+    lengths = np.full(recipe.training.batch_size, longest, dtype=np.int64)
+    tokens = counted(longest, "token")
+    return Workload(lengths, 1.0), (f"there is no tokenizer beside the config: every row is taken to have {tokens}",)
