@@ -29,6 +29,11 @@ from loratune.training.memory.planned import PlannedModel, planned_model
 from loratune.training.memory.prediction import Prediction
 
 UNITS = {"KB": 1e3, "MB": 1e6, "GB": 1e9, "TB": 1e12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
+NOT_YET = {
+    "cpu": "on a CPU, runs have taken 1.1 to 2.5 times the predicted memory: libraries and the allocator hold more",
+    "cuda": "no prediction has been compared with a run on a GPU yet",
+}
+"""Kind of device → what is known of the errors of its predictions."""
 FLASH = (8, 0)
 """Compute capability that is assumed of a GPU that is not there."""
 
@@ -103,9 +108,8 @@ class Planner:
         planned = self._planned(recipe)
         work = Workload(np.minimum(self.work.lengths, recipe.training.max_length), self.work.trained)
         passes = self._passes(planned, recipe, work)
-        return replace(
-            expect_passes(planned, recipe, work, self.place.hardware, passes, self._process), notes=self.notes
-        )
+        expected = expect_passes(planned, recipe, work, self.place.hardware, passes, self._process)
+        return replace(expected, notes=(*self.notes, NOT_YET[self.place.hardware.device.type]))
 
     def _planned(self, recipe: Recipe) -> PlannedModel:
         shaping = {"method", "model", "lora", "freeze"}
