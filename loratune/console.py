@@ -78,25 +78,15 @@ def _print(grid: Table, is_result: bool) -> None:
         page.print(grid, "", sep="\n")
 
 
-def comparison(rows: list[tuple[str, ...]], is_result: bool = False) -> None:
-    """Print a table with headers in the first row: figures, right-aligned, or results to stdout, left-aligned texts."""
+def comparison(rows: Sequence[tuple[str, ...]], is_result: bool = False, is_text: bool = False) -> None:
+    """Print a table with headers in the first row: figures, right-aligned, or texts; results to stdout, as texts."""
     grid = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
     for place, name in enumerate(rows[0]):
-        side: Any = "right" if place and not is_result else "left"
+        side: Any = "left" if is_result or is_text or not place else "right"
         grid.add_column(Text(printable(name)), justify=side, overflow="fold")
     for row in rows[1:]:
         grid.add_row(*(Text(printable(value)) for value in row))
     _print(grid, is_result)
-
-
-def changes(rows: Sequence[tuple[str, ...]]) -> None:
-    """Print a table with headers in the first row, whose cells are folded where the terminal is narrow."""
-    page = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
-    for name in rows[0]:
-        page.add_column(printable(name), overflow="fold")
-    for row in rows[1:]:
-        page.add_row(*(Text(printable(value)) for value in row))
-    _stderr.print(page, "", sep="\n")
 
 
 def bars(counts: list[tuple[str, int]], title: str) -> None:

@@ -53,7 +53,6 @@ KEYS, STATES = NOTHING._replace(has_keys=True), NOTHING._replace(has_states=True
 EXAMPLES = {
     "recipe/section.py": "how names are written in a recipe",
     "recipe/method_sections.py": "examples of values in a setting's help",
-    "training/failures.py": "a command that a user may type",
     "migration/rules_of_models.py": "values of axolotl's lora_target_parameters",
     "migration/tools/unsloth.py": "the default of unsloth's target_modules",
 }

@@ -68,16 +68,11 @@ def find_tokenizer(settings: ModelSettings) -> Path:
 
 
 def find_config(settings: ModelSettings) -> tuple[Path, bool]:
-    """Return a folder with the base's config, and whether it has a tokenizer; no weights are downloaded.
-
-    Raises:
-        LoratuneError: there is no such folder, or the download failed.
-    """
+    """Return a folder with the base's config, and whether it has a tokenizer; no weights are downloaded."""
     folder = local_folder(settings) or _download(settings, SMALL_HUB_FILES)
-    has_tokenizer = has_tokenizer_files(folder)
     if settings.base != TINY_QWEN:
         check_config(folder, needs_tokenizer=False)
-    return folder, has_tokenizer
+    return folder, has_tokenizer_files(folder)
 
 
 def has_tokenizer_files(folder: Path) -> bool:

@@ -55,14 +55,14 @@ class LabelLosses(NamedTuple):
     """See `LabelledLoss`."""
 
 
-def add_labelled_loss(model: CausalModel, find_head: Callable[[CausalModel], Any] = head_of) -> Any:
+def add_labelled_loss(model: CausalModel, find_head: Callable[[CausalModel], Any] | None = None) -> Any:
     """Let a causal language model return `LabelledLoss` when it is called with labels and `summed_loss=True`.
 
     The call goes through the model's own forward, so that wrappers such as DDP work as usual.
 
     Args:
         model: the model.
-        find_head: finds what makes the logits.
+        find_head: finds what makes the logits; `head_of` by default.
 
     Returns:
         What makes the logits; see `head_of`.
@@ -70,7 +70,7 @@ def add_labelled_loss(model: CausalModel, find_head: Callable[[CausalModel], Any
     Raises:
         LoratuneError: the model's logits do not follow from its hidden states.
     """
-    plain_forward, head = model.forward, find_head(model)
+    plain_forward, head = model.forward, (find_head or head_of)(model)
 
     def forward(*arguments: Any, summed_loss: bool = False, **inputs: Any) -> Any:
         return _forward(model, head, **inputs) if summed_loss else plain_forward(*arguments, **inputs)

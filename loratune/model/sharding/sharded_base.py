@@ -8,7 +8,6 @@ are attached afterwards belong to no unit: every process has all of them.
 from __future__ import annotations
 
 import re
-from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -34,7 +33,7 @@ from loratune.model.sharding.quantized_shards import (
     sharded_as,
     use_states,
 )
-from loratune.model.weights.held import held_bytes
+from loratune.model.sharding.units import layers_of, require_apart, unfit, units_of
 from loratune.model.weights.quantized_rows import Quantised, make_quantized
 from loratune.model.weights.tensor_files import TensorFiles
 from loratune.protocols import CausalModel
@@ -181,78 +180,18 @@ def _shard(model: CausalModel, mesh: DeviceMesh) -> bool:
     A weight is in one unit alone, so a tied head gets one of its own. It is given the embedding's shard later.
     """
     embedding, head = model.get_input_embeddings(), output_layer(model)
-    layers, decoder = _layers(model), decoder_of(model)
-    _require_apart(model, layers)
+    layers, decoder = layers_of(model), decoder_of(model)
+    require_apart(model, layers)
     is_tied = head.weight is embedding.weight
     if is_tied:
         head.weight = nn.Parameter(torch.empty_like(embedding.weight), requires_grad=False)
     scalars = {weight for weight in model.parameters() if not weight.ndim}  # which have no rows
-    for unit in _units(model):
+    for unit in units_of(model):
         fully_shard(unit, mesh=mesh, reshard_after_forward=True, ignored_params=scalars)
     # In its backward pass, a layer gathers the unit before it ahead; before the first one that is the embedding, which
     # no gradient is computed with. The decoder's own weights are gathered already.
     layers[0].set_modules_to_backward_prefetch([decoder])
     return is_tied
-
-
-def _layers(model: CausalModel) -> list[Any]:
-    decoder: Any = decoder_of(model)
-    return [layer for part in decoder.children() if isinstance(part, nn.ModuleList) for layer in part]
-
-
-def _units(model: CausalModel) -> list[Any]:
-    """Return the modules whose weights are gathered together; one within another comes first."""
-    return [*_layers(model), model.get_input_embeddings(), decoder_of(model), output_layer(model)]
-
-
-class Shares(NamedTuple):
-    """What each process would hold of a base."""
-
-    processes: int
-    divided: set[int]
-    """Identities of the parameters that are."""
-    gathered_bytes: int
-    """Of a unit, and of the one that is gathered next."""
-
-    def own_bytes(self, parameter: Any) -> int:
-        """Return the bytes that the first process holds of a parameter: some rows and all scales."""
-        if id(parameter) not in self.divided:
-            return held_bytes(parameter)
-        rows = -(-len(parameter) // self.processes)
-        elsewhere = (len(parameter) - rows) * parameter[0].numel() * parameter.element_size()
-        return held_bytes(parameter) - int(elsewhere)
-
-
-def shares_of(model: CausalModel, processes: int) -> Shares:
-    """Compute how a base would be divided.
-
-    Args:
-        model: without an adapter; it needs no values.
-        processes: that share it.
-
-    Raises:
-        LoratuneError: its layers are not apart from each other.
-    """
-    _require_apart(model, _layers(model))
-    divided: set[int] = set()
-    sizes = []
-    for unit in _units(model):
-        own = {id(one): one for one in unit.parameters() if one.ndim and id(one) not in divided}
-        divided |= own.keys()
-        sizes.append(sum(one.numel() * one.element_size() for one in own.values()))
-    return Shares(processes, divided, 2 * max(sizes))
-
-
-def _require_apart(model: CausalModel, layers: list[Any]) -> None:
-    """Refuse a model whose layers cannot be gathered one after the other.
-
-    Raises:
-        LoratuneError: says why.
-    """
-    weights = Counter(id(weight) for layer in layers for weight in layer.parameters())
-    if layers and max(weights.values(), default=1) == 1:
-        return
-    raise _unfit(model, "its layers share weights" if layers else "no list of layers is found in its decoder")
 
 
 def _require_running(model: CausalModel) -> None:
@@ -271,13 +210,7 @@ def _require_running(model: CausalModel) -> None:
     except RuntimeError as error:
         if "DTensor" not in str(error):
             raise
-        raise _unfit(model, "it reads weights outside the layer that they belong to") from error
-
-
-def _unfit(model: CausalModel, reason: str) -> LoratuneError:
-    return LoratuneError(
-        f"model.sharding fsdp does not fit {type(model).__name__}: {reason}; take model.sharding none", Exit.USAGE
-    )
+        raise unfit(model, "it reads weights outside the layer that they belong to") from error
 
 
 def _places(model: CausalModel) -> Iterator[tuple[str, Any, str]]:

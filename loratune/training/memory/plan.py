@@ -190,7 +190,7 @@ def _show_changes(found: Plan) -> None:
         peak = console.memory(one.peak_bytes)
         rows.append((" ".join(one.change.flags), peak, "yes" if one.fits else "no", one.change.price))
     if len(rows) > 1:
-        console.changes(rows)
+        console.comparison(rows, is_text=True)
     if found.fit is None:
         console.say("all of them together do not suffice: a smaller base, a larger card, or more of them with sharding")
     elif len(found.fit) > 1:

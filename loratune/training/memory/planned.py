@@ -27,7 +27,8 @@ from loratune.model.kernels.packed_rows import PackedRows
 from loratune.model.kernels.recurrent_layers import call_modules_in_training
 from loratune.model.outline import fill, outline
 from loratune.model.shapes_only import ShapesOnly
-from loratune.model.sharding.sharded_base import require_apart_from_vocabulary, require_shardable, shares_of
+from loratune.model.sharding.sharded_base import require_apart_from_vocabulary, require_shardable
+from loratune.model.sharding.units import shares_of
 from loratune.model.weights.held import bytes_by_group, held_bytes
 from loratune.protocols import AdaptedModel, CausalModel
 from loratune.recipe.method_sections import LoraSettings
