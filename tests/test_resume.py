@@ -494,14 +494,18 @@ def test_a_resumed_run_makes_the_passes_that_it_made_before(
     sft: Sft, stop: Callable[..., None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Whatever the memory that is free then; and a line says so if they no longer fit."""
-    free = "loratune.training.activations.free_memory_bytes"
     flags = ("--no-training.gradient_checkpointing",)
+
+    def set_free(size: float) -> None:
+        for module in ("activations", "session"):
+            monkeypatch.setattr(f"loratune.training.{module}.free_memory_bytes", lambda hardware: int(size))
+
     for name, first, second, changed in (("kept", 2e6, 4e9, False), ("shrunk", 4e9, 2e6, True)):
-        monkeypatch.setattr(free, lambda hardware, first=first: int(first))
+        set_free(first)
         stop(2)
         assert sft(name, *flags).exit_code == 143
         begun = json.loads((tmp_path / name / "checkpoints/step-000003/checkpoint.json").read_text())["progress"]
-        monkeypatch.setattr(free, lambda hardware, second=second: int(second))
+        set_free(second)
         result = sft(name, *flags, "--resume")
         assert result.exit_code == 0, result.stderr
         assert ("before the interruption, so bits may differ" in " ".join(result.stderr.split())) == changed
