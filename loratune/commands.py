@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import shlex
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -53,30 +54,43 @@ def loratune(
     Args:
         purpose: what it does.
         command: such as `merge` or `data check`.
-        flags: see `flag_words`.
+        flags: see `flag_values`.
         chosen: see `Command`.
     """
     return Command(purpose, ("loratune", *command.split(), *flag_words(flags)), chosen or {})
 
 
 def flag_words(flags: Mapping[str, object]) -> list[str]:
-    """Return the words of flags: name → value.
+    """Return the words of flags, each value as a word of its own; see `flag_values`."""
+    return [word for name, value in flag_values(flags) for word in (name, value) if word is not None]
 
-    True stands for a flag without a value, None and False omit the flag, and a list repeats it.
+
+def flag_values(flags: Mapping[str, object]) -> Iterator[tuple[str, str | None]]:
+    """Yield each flag with its value, None for a flag without one.
+
+    Args:
+        flags: name → value. True stands for a flag without a value, None and False omit the flag; a list repeats it,
+            and a mapping repeats it with NAME=VALUE.
     """
-    words = []
     for name, value in flags.items():
-        for one in value if isinstance(value, list) else [value]:
+        pairs = [f"{key}={inner}" for key, inner in value.items()] if isinstance(value, Mapping) else value
+        for one in pairs if isinstance(pairs, list) else [pairs]:
             if one is not None and one is not False:
-                words += [name] if one is True else [name, str(one)]
-    return words
+                yield name, None if one is True else str(one)
 
 
 def setting_flags(settings: Mapping[str, object]) -> dict[str, object]:
-    """Return the flags of recipe settings by dotted name; one that is off has a flag that says so."""
+    """Return the flags of recipe settings by dotted name, with values as they are typed; see `parse_flag`."""
     return {
-        f"--no-{name}" if value is False else f"--{name}": value is False or value for name, value in settings.items()
+        f"--no-{name}" if value is False else f"--{name}": value is False or _typed(value)
+        for name, value in settings.items()
     }
+
+
+def _typed(value: object) -> object:
+    if isinstance(value, list):
+        return [json.dumps(one, ensure_ascii=False) if isinstance(one, dict) else one for one in value]
+    return "null" if value is None else value
 
 
 def free_place(wanted: Path) -> Path:

@@ -58,11 +58,10 @@ def clean_environment(monkeypatch: pytest.MonkeyPatch, encoded_rows: Path) -> No
 
 
 @pytest.fixture(autouse=True)
-def _memory_is_predicted_where_it_is_tested(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Elsewhere passes are measured, as for a model that cannot be run without values: half of a tiny run's time."""
-    of_memory = ("test_plan", "test_memory", "test_run_folder_page")
-    if request.module.__name__ not in of_memory and "memory" not in request.node.name:
-        monkeypatch.setattr("loratune.training.session._planned", lambda prepared, checked: None)
+def _memory_is_predicted_where_it_matters(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Other runs are like those of a model that cannot be run without values: it takes half of a tiny run's time."""
+    if not request.node.get_closest_marker("predicts_memory"):
+        monkeypatch.setattr("loratune.training.session._predicted", lambda *prepared: None)
 
 
 @pytest.fixture(autouse=True)

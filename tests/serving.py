@@ -5,11 +5,14 @@ from __future__ import annotations
 import asyncio
 import json
 import socket
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from fastapi import FastAPI
@@ -182,3 +185,13 @@ def events(text: str) -> list[Any]:
     """The data of a stream's events; the last one, [DONE], as a text."""
     lines = [line.removeprefix("data: ") for line in text.splitlines() if line.startswith("data: ")]
     return [line if line == "[DONE]" else json.loads(line) for line in lines]
+
+
+def benchmark_figures(place: Path, *words: str) -> dict[str, Any]:
+    """Run `scripts/benchmark` with these words, and return its figures."""
+    figures = place / "figures.json"
+    command = [sys.executable, Path(__file__).parent.parent / "scripts" / "benchmark", *words, "--json", figures]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    found: dict[str, Any] = json.loads(figures.read_text())
+    return found

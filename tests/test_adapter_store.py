@@ -5,8 +5,6 @@ from __future__ import annotations
 import gc
 import json
 import shutil
-import subprocess
-import sys
 import threading
 import warnings
 from collections.abc import Callable, Iterator
@@ -20,6 +18,7 @@ import pytest
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
+from serving import benchmark_figures
 from test_own_parameters import make_adapter
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -32,7 +31,6 @@ from loratune.engine.types import Delta, GenerationRequest, joined
 from loratune.errors import Exit, LoratuneError
 from loratune.runs.adapter_folders import AdapterFolders
 
-BENCHMARK = Path(__file__).resolve().parent.parent / "scripts" / "benchmark"
 TEXT = "Once upon a time there was a river"
 TOKENS = 8
 
@@ -360,11 +358,7 @@ def test_a_file_that_changes_while_it_is_read_is_read_again(
 
 @pytest.mark.slow
 def test_a_store_with_many_more_adapters_than_fit_under_load(tmp_path: Path) -> None:
-    figures = tmp_path / "figures.json"
-    command = [sys.executable, BENCHMARK, "store", "--adapters", "60", "--clients", "20", "--seconds", "40"]
-    done = subprocess.run([*command, "--json", figures], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
-    found = json.loads(figures.read_text())
+    found = benchmark_figures(tmp_path, "store", "--adapters", "60", "--clients", "20", "--seconds", "40")
     assert found["wrong"] == []
     assert found["loratune_adapters_in_memory"] == 8
     assert found["loratune_adapter_evictions_total"] > 8

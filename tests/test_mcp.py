@@ -15,7 +15,7 @@ from documents import faults
 
 from loratune.errors import Exit, LoratuneError
 from loratune.mcp_server.bounds import Bounds
-from loratune.mcp_server.calls import flags, setting_flags
+from loratune.mcp_server.calls import flags, setting_words
 from loratune.recipe.loading import ASSETS, load_recipe
 from loratune.runs.state import run_state
 
@@ -103,10 +103,12 @@ def test_no_value_becomes_a_flag_and_only_settings_are_settings() -> None:
     assert flags({"--prompt": "--force", "--general": False, "--x": None, "--y": True}) == ["--prompt=--force", "--y"]
     given = {"training.packing": False, "data.train": ["a", "-b"], "data.placeholders": {"name": "x"}}
     words = ["--no-training.packing", "--data.train=a", "--data.train=-b", "--data.placeholders=name=x"]
-    assert setting_flags(given) == words
+    assert setting_words(given) == words
+    given = {"evaluation.early_stopping": None, "data.train": [{"path": "a.json", "weight": 2}]}
+    assert setting_words(given) == ["--evaluation.early_stopping=null", '--data.train={"path": "a.json", "weight": 2}']
     for name in ("overwrite", "force", "training.nosuch", "output=x --overwrite"):
         with pytest.raises(LoratuneError, match="no such settings"):
-            setting_flags({name: True})
+            setting_words({name: True})
 
 
 # --- the protocol ---

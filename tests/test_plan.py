@@ -34,6 +34,7 @@ from loratune.training.memory.prediction import ADAPTER, OPTIMIZER
 from loratune.training.memory.trace import Setting, trace
 from loratune.training.probes.passes import packed
 
+pytestmark = pytest.mark.predicts_memory
 LENGTHS = [70, 33, 9]
 ROWS = [{"instruction": f"Count to {number}.", "output": "one two three " * 60} for number in range(24)]
 

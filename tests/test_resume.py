@@ -497,8 +497,7 @@ def test_a_resumed_run_makes_the_passes_that_it_made_before(
     flags = ("--no-training.gradient_checkpointing",)
 
     def set_free(size: float) -> None:
-        for module in ("activations", "session"):
-            monkeypatch.setattr(f"loratune.training.{module}.free_memory_bytes", lambda hardware: int(size))
+        monkeypatch.setattr("loratune.training.activations.free_memory_bytes", lambda hardware: int(size))
 
     for name, first, second, changed in (("kept", 2e6, 4e9, False), ("shrunk", 4e9, 2e6, True)):
         set_free(first)

@@ -421,13 +421,18 @@ def test_the_variable_of_earlier_versions_still_works(
 
 def test_an_api_key_of_the_user_s_own_is_not_shown(capsys: pytest.CaptureFixture[str]) -> None:
     from loratune.cli.serve import _tell
-    from loratune.generation.server.addresses import Address
+    from loratune.cli.serving import served_address
 
-    with Address("127.0.0.1", 0) as address:
-        _tell(address, FakeEngine(), "my-own", is_made=False)
+    with served_address("127.0.0.1", 0, "my-own", False, None) as opened:
+        _tell(opened, FakeEngine())
+        assert opened.key == "my-own"
         assert "my-own" not in capsys.readouterr().err
-        _tell(address, FakeEngine(), "made", is_made=True)
-        assert capsys.readouterr().err.count("made") == 2
+        assert opened.values()["api_key"] is None
+    with served_address("127.0.0.1", 0, None, False, None) as opened:
+        _tell(opened, FakeEngine())
+        assert opened.key
+        assert capsys.readouterr().err.count(opened.key) == 2
+        assert opened.values()["api_key"] == opened.key
 
 
 def test_base_and_adapter_of_one_name_are_refused(cli: Callable[..., Result], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
-from serving import Served, events, served
+from serving import Served, benchmark_figures, events, served
 
 from loratune.engine.engine import load_engine
 
-BENCHMARK = Path(__file__).resolve().parent.parent / "scripts" / "benchmark"
 TEXTS = ["Once upon a time", "The river", "def main():", "从前", "1 2 3 4", "Dear all,"]
 
 
@@ -65,11 +62,7 @@ def test_a_short_answer_does_not_wait_for_a_long_one(running: Served) -> None:
 
 @pytest.mark.slow
 def test_a_storm_of_clients_that_come_and_go(tmp_path: Path) -> None:
-    figures = tmp_path / "figures.json"
-    command = [sys.executable, BENCHMARK, "serve", "--clients", "50", "--seconds", "20", "--rate-seconds", "10"]
-    done = subprocess.run([*command, "--json", figures], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
-    found = json.loads(figures.read_text())
+    found = benchmark_figures(tmp_path, "serve", "--clients", "50", "--seconds", "20", "--rate-seconds", "10")
     assert set(found["outcomes"]) <= {"right", "left", "429"}
     assert found["outcomes"]["right"] > 20
     assert found["wrong"] == []

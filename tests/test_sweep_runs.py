@@ -221,17 +221,22 @@ def test_a_sweep_that_is_killed_at_random_ends_with_the_same_table(
         assert (mine / path).read_bytes() == (run / path).read_bytes(), run.name
 
 
+def whole_and_cut_off(start: Start, base: list[str], tmp_path: Path) -> tuple[Path, Path]:
+    """The folder of a sweep, and of the same one as if it was killed before the first whole run was told."""
+    whole, folder = tmp_path / "whole", tmp_path / "sweep"
+    assert start("sweep", *base, *OVER, "--seeds", "1", "--output", whole, code=FORKED).exit_code() == 0
+    shutil.copytree(whole, folder)
+    lines = (folder / JOURNAL).read_text().splitlines(keepends=True)
+    first_end = next(number for number, line in enumerate(lines) if '"rung 1"' in line)
+    (folder / JOURNAL).write_text("".join(lines[: first_end - 2]))
+    return whole, folder
+
+
 @pytest.mark.slow
 def test_a_sweep_that_is_killed_while_it_measures_what_was_forgotten_measures_it_later(
     start: Start, base: list[str], tmp_path: Path
 ) -> None:
-    folder, whole = tmp_path / "sweep", tmp_path / "whole"
-    command = ("sweep", *base, *OVER, "--seeds", "1", "--output")
-    assert start(*command, whole, code=FORKED).exit_code() == 0
-    shutil.copytree(whole, folder)
-    lines = (folder / JOURNAL).read_text().splitlines(keepends=True)
-    first_end = next(number for number, line in enumerate(lines) if '"rung 1"' in line)
-    (folder / JOURNAL).write_text("".join(lines[: first_end - 2]))  # as if killed before the first whole run was told
+    whole, folder = whole_and_cut_off(start, base, tmp_path)
     assert start("sweep", "--output", folder, "--resume", code=FORKED).exit_code() == 0
     assert table(folder) == table(whole)
     logs = [path.read_text() for path in (folder / "logs").iterdir()]
@@ -385,15 +390,8 @@ def test_a_trial_that_is_killed_goes_on_once_and_then_has_failed(start: Start, b
 def test_a_damaged_trial_folder_is_told_and_costs_that_trial_alone(
     start: Start, base: list[str], tmp_path: Path
 ) -> None:
-    folder, whole = tmp_path / "sweep", tmp_path / "whole"
-    command = ("sweep", *base, *OVER, "--seeds", "1", "--output")
-    assert start(*command, whole, code=FORKED).exit_code() == 0
-    shutil.copytree(whole, folder)
-    report = read(whole / "sweep.json")
-    name = report["best"]["name"]
-    lines = (folder / JOURNAL).read_text().splitlines(keepends=True)
-    first_end = next(number for number, line in enumerate(lines) if '"rung 1"' in line)
-    (folder / JOURNAL).write_text("".join(lines[: first_end - 2]))  # as if killed before the first whole run was told
+    whole, folder = whole_and_cut_off(start, base, tmp_path)
+    name = read(whole / "sweep.json")["best"]["name"]
     run = folder / "trials" / name
     (run / "status.json").write_text(json.dumps({"program": "loratune", "state": "interrupted"}))
     (run / "manifest.json").write_text("{")

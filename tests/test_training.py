@@ -298,6 +298,7 @@ def test_an_interrupted_run_says_so_and_leaves_no_adapter(
     assert not (tmp_path / "run" / "adapter").exists()
 
 
+@pytest.mark.predicts_memory
 def test_lack_of_memory_is_advice(sft: Callable[..., Result], monkeypatch: pytest.MonkeyPatch) -> None:
     def lack(*_: Any) -> None:
         raise RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 1 bytes")

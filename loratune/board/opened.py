@@ -227,5 +227,5 @@ def open_place(folder: Path) -> OpenedRun:
 
 
 def beside(folder: Path, kinds: Sequence[Kind] = ("model", "evaluation")) -> Found:
-    """Return what lies within a folder and beside it."""
-    return Search(folder.absolute().parent, kinds).find()
+    """Return what lies directly within a folder and beside it; the folder above may be one of everything."""
+    return Search(folder.absolute().parent, kinds, depth=2).find()

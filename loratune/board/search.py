@@ -17,7 +17,7 @@ from loratune.board.summary import (
     summarise_model,
     summarise_run,
 )
-from loratune.board.walk import Kind, Place, Walk
+from loratune.board.walk import DEPTH, Kind, Place, Walk
 from loratune.errors import Exit, LoratuneError
 from loratune.evaluation.result import RESULT
 from loratune.plain_files import require_folder
@@ -121,21 +121,24 @@ class Search:
     Args:
         folder: the folder.
         kinds: what to look for; default is everything.
+        depth: number of levels of folders that are looked into.
 
     Raises:
         LoratuneError: there is no such folder.
     """
 
-    def __init__(self, folder: Path, kinds: Iterable[Kind] = ("run", "model", "evaluation")) -> None:
+    def __init__(
+        self, folder: Path, kinds: Iterable[Kind] = ("run", "model", "evaluation"), depth: int = DEPTH
+    ) -> None:
         require_folder(folder, "a folder of runs")
-        self.folder, self.kinds = folder, frozenset(kinds)
+        self.folder, self.kinds, self.depth = folder, frozenset(kinds), depth
         self._known: dict[Place, tuple[object, Summary | None]] = {}
         self._lock = threading.Lock()
 
     def find(self) -> Found:
         """Return what is there now."""
         with self._lock:
-            walk = Walk(self.folder)
+            walk = Walk(self.folder, self.depth)
             places = [place for place in walk.places if place.kind in self.kinds]
             summaries = [self._summary(place) for place in places]
             self._known = {place: self._known[place] for place in places}

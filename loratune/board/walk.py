@@ -34,6 +34,8 @@ class Walk:
     """What is below a folder."""
 
     root: Path
+    depth: int = DEPTH
+    """Number of levels of folders that are looked into."""
     places: list[Place] = field(default_factory=list)
     foreign: list[str] = field(default_factory=list)
     """Names of the folders directly below that hold nothing of loratune's, or cannot be read."""
@@ -43,7 +45,7 @@ class Walk:
     def __post_init__(self) -> None:
         about = self.root.stat()
         self._seen = {(about.st_dev, about.st_ino)}
-        self._enter(self.root, DEPTH)
+        self._enter(self.root, self.depth)
         self.places.sort(key=lambda place: place.name)
 
     def _enter(self, folder: Path, depth: int) -> bool:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import secrets
 from pathlib import Path
 from typing import Annotated
 
@@ -11,19 +9,7 @@ import typer
 
 from loratune import console
 from loratune.cli.documents import Document
-from loratune.cli.serving import (
-    AllowHost,
-    ApiKey,
-    Host,
-    Json,
-    NoApiKey,
-    PageValues,
-    Port,
-    allowed_hosts,
-    given_key,
-    require_key_or_local,
-    tell_page,
-)
+from loratune.cli.serving import AllowHost, ApiKey, Host, Json, NoApiKey, PageValues, Port, served_address
 
 DOCUMENT = Document("runs-serve", 1, lambda: PageValues)
 DETAILS = """\
@@ -42,24 +28,17 @@ def command(
     allow_host: AllowHost = None,
     json: Json = False,
 ) -> None:
-    given = given_key(api_key, no_api_key)
-    from loratune.board.server.application import create_application
-    from loratune.generation.server.addresses import Address
-    from loratune.generation.server.middleware import Access
-    from loratune.generation.server.running import serve_until_signal
+    with served_address(host, port, api_key, no_api_key, allow_host) as opened:
+        from loratune.board.server.application import create_application
+        from loratune.generation.server.running import serve_until_signal
 
-    with Address(host, port) as address:
-        require_key_or_local(address, host, no_api_key)
-        secret = None if no_api_key else given or secrets.token_urlsafe(24)
-        access = Access(secret, allowed_hosts(host, allow_host), address.is_any)
-        app = create_application(folder, access)
-        address.listen()
+        app = create_application(folder, opened.access())
+        opened.address.listen()
         console.say(f"runs in {folder}")
-        made_key = secret if secret != given else None
-        tell_page(address, made_key)
+        opened.tell_page()
         if json:
-            DOCUMENT.write(PageValues(url=address.url, api_key=made_key, process=os.getpid()))
-        serve_until_signal(app, address, _nothing)
+            DOCUMENT.write(opened.values())
+        serve_until_signal(app, opened.address, _nothing)
 
 
 async def _nothing() -> None:

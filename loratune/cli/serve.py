@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json as json_lines
-import os
-import secrets
 import shlex
 from pathlib import Path
 from typing import Annotated, Any
@@ -23,10 +21,8 @@ from loratune.cli.serving import (
     NoApiKey,
     PageValues,
     Port,
-    allowed_hosts,
-    given_key,
-    require_key_or_local,
-    tell_page,
+    ServedAddress,
+    served_address,
 )
 from loratune.engine.sampling import NUMBERS
 from loratune.errors import Exit, LoratuneError, bullet_list, counted
@@ -112,16 +108,12 @@ def command(
     named = named_adapters(adapter or [])
     model = asked_model(bool(adapter or adapters), model, base_model)
     like = _first_of(adapters, model, force) if adapters and not named else None
-    given, origins = given_key(api_key, no_api_key), frozenset(map(_checked_origin, allow_origin or []))
-    from loratune.generation.server.addresses import Address
-
-    with Address(host, port) as address:
-        require_key_or_local(address, host, no_api_key)
+    origins = frozenset(map(_checked_origin, allow_origin or []))
+    with served_address(host, port, api_key, no_api_key, allow_host) as opened:
         with console.status(f"loading {shortened(str(model or like or named[0][1]), LONGEST_PATH)}"):
             with importing():
                 from loratune.engine.engine import load_engine
                 from loratune.generation.server.application import Limits
-                from loratune.generation.server.middleware import Access
                 from loratune.generation.server.running import run
 
             engine = load_engine(named, model, force, slots, like)
@@ -133,18 +125,11 @@ def command(
         for remark in dict.fromkeys(voice.encoder.about_calls for voice in engine.voices.values()):
             if remark:
                 console.warn(remark)
-        secret = None if no_api_key else given or secrets.token_urlsafe(24)
-        hosts = allowed_hosts(host, allow_host)
-        address.listen()
-        _tell(address, engine, secret, is_made=secret != given)
+        opened.address.listen()
+        _tell(opened, engine)
         if json:
-            DOCUMENT.write(_values(address, engine, secret if secret != given else None))
-        run(
-            engine,
-            address,
-            Access(secret, hosts, address.is_any, origins),
-            Limits(slots, max_queue, max_new_tokens),
-        )
+            DOCUMENT.write({**opened.values(), "models": [engine.base_name, *engine.adapters]})
+        run(engine, opened.address, opened.access(origins), Limits(slots, max_queue, max_new_tokens))
 
 
 def _checked_origin(text: str) -> str:
@@ -201,24 +186,23 @@ def _check_names(engine: Any) -> None:
         )
 
 
-def _values(address: Any, engine: Any, made_key: str | None) -> ServerValues:
-    models = [engine.base_name, *engine.adapters]
-    return {"url": address.url, "models": models, "api_key": made_key, "process": os.getpid()}
-
-
-def _tell(address: Any, engine: Any, secret: str | None, is_made: bool) -> None:
-    """Print the page's address and an example request. A key that the user has chosen is not printed."""
+def _tell(opened: ServedAddress, engine: Any) -> None:
+    """Print the page's address and an example request."""
     console.say(f"models: {', '.join([engine.base_name, *engine.adapters])}")
     if engine.store:
         folders = engine.store.folders
         console.say(
             f"and {counted(len(folders.all()), 'adapter')} of {folders.folder}, at most {engine.store.most} in memory"
         )
-    tell_page(address, secret if is_made else None)
+    opened.tell_page()
     name = (engine.adapters or [engine.base_name])[0]
     asked = {"model": name, "messages": [{"role": "user", "content": "Who are you?"}]}
     headers = ["Content-Type: application/json"]
-    if secret:
-        headers.append(f"Authorization: Bearer {secret if is_made else 'API_KEY'}")
-    command = ["curl", f"{address.url}/v1/chat/completions", *(part for line in headers for part in ("-H", line))]
+    if opened.key:
+        headers.append(f"Authorization: Bearer {opened.made_key or 'API_KEY'}")
+    command = [
+        "curl",
+        f"{opened.address.url}/v1/chat/completions",
+        *(part for line in headers for part in ("-H", line)),
+    ]
     console.next_step(f"try: {shlex.join([*command, '-d', json_lines.dumps(asked, ensure_ascii=False)])}")

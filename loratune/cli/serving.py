@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import os
+import secrets
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -13,6 +17,7 @@ from loratune.errors import Exit, LoratuneError
 
 if TYPE_CHECKING:
     from loratune.generation.server.addresses import Address
+    from loratune.generation.server.middleware import Access
 
 KEY_VARIABLE = "LORATUNE_API_KEY"
 EARLIER_VARIABLE = "LORATUNE_TOKEN"
@@ -43,6 +48,63 @@ class PageValues(TypedDict):
     """ID of the process; SIGTERM ends it."""
 
 
+@dataclass(frozen=True)
+class ServedAddress:
+    """A bound address, and the key that requests to it need."""
+
+    address: Address
+    key: str | None
+    is_made: bool
+    """Whether loratune has made the key, which is printed then; one that the user has chosen is not."""
+    hosts: frozenset[str]
+    """Host names that requests may use."""
+
+    @property
+    def made_key(self) -> str | None:
+        return self.key if self.is_made else None
+
+    def access(self, origins: frozenset[str] = frozenset()) -> Access:
+        """Return who may send requests; see `Access`."""
+        from loratune.generation.server.middleware import Access
+
+        return Access(self.key, self.hosts, self.address.is_any, origins)
+
+    def values(self) -> PageValues:
+        return PageValues(url=self.address.url, api_key=self.made_key, process=os.getpid())
+
+    def tell_page(self) -> None:
+        """Print the address of the page."""
+        if not self.address.is_local:
+            console.warn("other machines can connect, and the connection is not encrypted: use a TLS proxy in front")
+        console.next_step(f"page: {self.address.url}/{f'#api_key={self.key}' if self.made_key else ''}")
+
+
+@contextmanager
+def served_address(
+    host: str, port: int, api_key: str | None, no_api_key: bool, allow_host: list[str] | None
+) -> Iterator[ServedAddress]:
+    """Take an address, at which nothing listens yet.
+
+    Args:
+        host, port, api_key, no_api_key, allow_host: the flags.
+
+    Raises:
+        LoratuneError: the flags exclude each other, the address is taken, or others could connect without a key.
+    """
+    given = given_key(api_key, no_api_key)
+    from loratune.generation.server.addresses import Address
+    from loratune.generation.server.middleware import LOOPBACK_NAMES
+
+    with Address(host, port) as address:
+        if no_api_key and not address.is_local:
+            raise LoratuneError(
+                f"--no-api-key is only allowed for 127.0.0.1; --host {host} would let anyone send requests", Exit.USAGE
+            )
+        hosts = LOOPBACK_NAMES | {host.lower(), *map(str.lower, allow_host or [])}
+        key = None if no_api_key else given or secrets.token_urlsafe(24)
+        yield ServedAddress(address, key, key is not None and given is None, hosts)
+
+
 def given_key(api_key: str | None, no_api_key: bool) -> str | None:
     """Return the API key that the user has chosen; None if there is none."""
     if no_api_key and api_key is not None:
@@ -59,29 +121,3 @@ def _key_of_environment() -> str | None:
         console.say(f"{EARLIER_VARIABLE} is now {KEY_VARIABLE} (the old name still works)")
         return earlier
     return os.environ.get(KEY_VARIABLE) or None
-
-
-def require_key_or_local(address: Address, host: str, no_api_key: bool) -> None:
-    """Refuse to serve without a key where other machines can connect.
-
-    Raises:
-        LoratuneError: they can.
-    """
-    if no_api_key and not address.is_local:
-        raise LoratuneError(
-            f"--no-api-key is only allowed for 127.0.0.1; --host {host} would let anyone send requests", Exit.USAGE
-        )
-
-
-def allowed_hosts(host: str, others: list[str] | None) -> frozenset[str]:
-    """Return the host names that requests may use."""
-    from loratune.generation.server.middleware import LOOPBACK_NAMES
-
-    return LOOPBACK_NAMES | {host.lower(), *map(str.lower, others or [])}
-
-
-def tell_page(address: Address, secret: str | None) -> None:
-    """Print the address of the page, with the key if loratune has made it."""
-    if not address.is_local:
-        console.warn("other machines can connect, and the connection is not encrypted: use a TLS proxy in front")
-    console.next_step(f"page: {address.url}/{f'#api_key={secret}' if secret else ''}")

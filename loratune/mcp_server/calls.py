@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from loratune.commands import flag_values, setting_flags
 from loratune.errors import Exit, LoratuneError
 from loratune.recipe.sections import iterate_settings
 from loratune.runtime import program
@@ -52,7 +53,7 @@ class Calls:
         return _read(output, log.decode(errors="replace"))
 
     def start(self, words: Sequence[str], output: Path, log: Path) -> subprocess.Popen[bytes]:
-        """Start a command in a session of its own, so that it goes on when the server ends.
+        """Start a command apart from the server's process group, so that it goes on when the server ends.
 
         Args:
             words: of the command line, without --json.
@@ -101,12 +102,11 @@ def _read(output: bytes, log: str) -> Document:
 
 
 def flags(values: Mapping[str, Any]) -> list[str]:
-    """Return the words of flags; None and False leave a flag out. A value never becomes a flag of its own."""
-    given = {name: value for name, value in values.items() if value is not None and value is not False}
-    return [name if value is True else f"{name}={value}" for name, value in given.items()]
+    """Return the words of flags; see `flag_values`. A value is never a word, so it cannot become a flag of its own."""
+    return [name if value is None else f"{name}={value}" for name, value in flag_values(values)]
 
 
-def setting_flags(settings: Mapping[str, Any]) -> list[str]:
+def setting_words(settings: Mapping[str, Any]) -> list[str]:
     """Return the words of recipe settings, by dotted name.
 
     Raises:
@@ -118,12 +118,4 @@ def setting_flags(settings: Mapping[str, Any]) -> list[str]:
             f"no such settings: {', '.join(unknown)}; `loratune schema recipe` lists them, such as training.max_steps",
             Exit.USAGE,
         )
-    words: list[str] = []
-    for name, value in settings.items():
-        if isinstance(value, bool):
-            words.append(f"--{name}" if value else f"--no-{name}")
-        elif isinstance(value, dict):
-            words += [f"--{name}={key}={inner}" for key, inner in value.items()]
-        else:
-            words += [f"--{name}={one}" for one in (value if isinstance(value, list) else [value])]
-    return words
+    return flags(setting_flags(settings))

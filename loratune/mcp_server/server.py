@@ -14,7 +14,7 @@ from loratune import __version__
 from loratune.errors import LoratuneError
 from loratune.extras import required
 from loratune.mcp_server.bounds import Bounds
-from loratune.mcp_server.calls import Calls, Document, flags, setting_flags
+from loratune.mcp_server.calls import Calls, Document, flags, setting_words
 from loratune.mcp_server.training import start_training
 
 with required("loratune mcp", "mcp", package="mcp"):
@@ -127,7 +127,7 @@ class Tools:
 
     async def _recipe_words(self, recipe: str, settings: dict[str, Any] | None) -> tuple[list[str], Document]:
         """Return the flags of a recipe, and the document of the resolved one, or of what is wrong with it."""
-        words = [*flags({"--config": self.bounds.recipe(recipe)}), *setting_flags(settings or {})]
+        words = [*flags({"--config": self.bounds.recipe(recipe)}), *setting_words(settings or {})]
         shown = await self.calls.run("sft", *words, "--show")
         if "recipe" in shown:
             self.bounds.require_recipe(shown["recipe"])

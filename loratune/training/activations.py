@@ -158,7 +158,6 @@ def measure_passes(model: AdaptedModel, is_packed: bool, longest: int, step: int
             fixed += round(2 * (few - per_token * length) / layers)  # a layer's copies of experts, and their gradients
             fixed += gathered_bytes(model)
     model.train(was_training)
-    trained = [weight for weight in model.parameters() if weight.requires_grad]
     # AdamW's two averages and the gradients each have the size of the weights in float32. Weights that become float32
     # need as much once more: what they grow by, and the copy that autocast rounds.
     trained = [weight for weight in model.parameters() if weight.requires_grad]
@@ -167,7 +166,7 @@ def measure_passes(model: AdaptedModel, is_packed: bool, longest: int, step: int
     recomputed = layers * config.hidden_size * base.dtype.itemsize + kept / layers
     if hardware.is_gpu and has_copies:  # measured so
         recomputed = kept
-    return scarcest(PassMemory(kept, min(kept, recomputed), fixed, free_memory_bytes(hardware)))
+    return _scarcest(PassMemory(kept, min(kept, recomputed), fixed, free_memory_bytes(hardware)))
 
 
 def logits_bytes(step: int, vocabulary: int, dtype: torch.dtype) -> int:
@@ -222,7 +221,7 @@ def _sample(model: AdaptedModel, is_packed: bool, lengths: Sequence[int]) -> dic
     return (packed if is_packed else padded)(model, [[0] * length for length in lengths])
 
 
-def scarcest(memory: PassMemory) -> PassMemory:
+def _scarcest(memory: PassMemory) -> PassMemory:
     """Return the worst figures of all processes: only with the same ones do they divide a step alike."""
     of_all = from_all(memory)
     return PassMemory(

@@ -25,7 +25,7 @@ Made = TypeVar("Made")
 
 
 def attempted(what: str, make: Callable[[], Made], warn: Callable[[str], None] = console.warn) -> Made | None:
-    """Run an optional step of a finished run.
+    """Run an optional step of a run.
 
     Args:
         what: name of the result, for the warning.

@@ -26,7 +26,7 @@ from loratune.model.kernels.attention_choice import choose_attention
 from loratune.model.kernels.lora_linear import use_fused_lora
 from loratune.model.kernels.norm_mlp import use_fused_elementwise
 from loratune.model.kernels.recurrent_layers import call_modules_in_training
-from loratune.model.memory import free_memory_bytes, keep_freed_memory
+from loratune.model.memory import keep_freed_memory
 from loratune.model.sharding.gathering import is_sharded, with_weights
 from loratune.model.sharding.sharded_base import require_apart_from_vocabulary, require_shardable, with_same_shards
 from loratune.model.tokenizer import load_tokenizer, set_pad_token
@@ -44,7 +44,6 @@ from loratune.training.activations import (
     largest_step,
     measure_passes,
     plan_passes,
-    scarcest,
 )
 from loratune.training.arguments import training_arguments, with_gradient_checkpointing
 from loratune.training.checkpoints.resuming import ATTENTION, PASS_TOKENS
@@ -53,8 +52,8 @@ from loratune.training.determinism import request_deterministic_cublas
 from loratune.training.failures import attempted
 from loratune.training.first_rows import start_from_rows
 from loratune.training.gate import pass_gate
-from loratune.training.memory.expecting import Workload, expect_passes, own_memory, pass_memory, settings_of
-from loratune.training.memory.planned import PlannedModel, planned_model
+from loratune.training.memory.expecting import Workload, expect_passes, own_memory, settings_of
+from loratune.training.memory.planned import planned_model
 from loratune.training.memory.prediction import Prediction
 from loratune.training.notes import Notes
 from loratune.training.probes.checked_model import CheckedModel, check_model
@@ -173,7 +172,8 @@ def load(prepared: Prepared, start: Checkpoint | None = None) -> Session:
     _require_one_layout(checked)
     attention = checked.attention
     summary = summarise_adapter(adapted, trained)
-    passes, prediction = _plan_passes(prepared, adapted, checked, start)
+    passes = _plan_passes(prepared, adapted, checked, start)
+    prediction = _predicted(prepared, checked, passes)
     if start and (begun := start.progress.get(ATTENTION, attention.name)) != attention.name:
         console.warn(f"attention is {attention.name}, {begun} before the interruption, so bits may differ")
     arguments = with_gradient_checkpointing(prepared.arguments, passes.gradient_checkpointing)
@@ -224,37 +224,32 @@ def _require_one_layout(checked: CheckedModel) -> None:
         )
 
 
-def _plan_passes(
-    prepared: Prepared, model: AdaptedModel, checked: CheckedModel, start: Checkpoint | None
-) -> tuple[PassPlan, Prediction | None]:
-    """Choose the size of a pass, as before the interruption if it still fits, and predict the memory of the run."""
-    hardware, recipe, work = prepared.hardware, prepared.recipe, _work(prepared)
-    training = settings_of(recipe, checked.is_packed)
-    planned = attempted("the prediction of memory", lambda: _planned(prepared, checked))
-    memory, step = None, largest_step(work.lengths, training, hardware.processes)
+def _plan_passes(prepared: Prepared, model: AdaptedModel, checked: CheckedModel, start: Checkpoint | None) -> PassPlan:
+    """Choose the size of a pass, as before the interruption if it still fits."""
+    hardware, lengths = prepared.hardware, prepared.data.train.lengths
+    training = settings_of(prepared.recipe, checked.is_packed)
+    longest, step = int(lengths.max()), largest_step(lengths, training, hardware.processes)
+    memory = None
     if training.gradient_checkpointing is None or training.tokens_per_pass is None:
-        if planned is None or hardware.is_gpu:  # whose kernels take memory that no shape shows
-            memory = measure_passes(model, training.packing, work.longest, step, hardware)
-        else:
-            memory = scarcest(pass_memory(planned, recipe, work, hardware, free_memory_bytes(hardware)))
+        memory = measure_passes(model, training.packing, longest, step, hardware)
     begun = start.progress.get(PASS_TOKENS) if start else None
     wanted = begun or (MASKED_TOKENS if checked.is_masked else None)
-    passes = plan_passes(training, memory, work.longest, step, str(hardware.device.type), wanted)
+    passes = plan_passes(training, memory, longest, step, str(hardware.device.type), wanted)
     if begun and passes.tokens != begun:
         console.warn(
             f"a pass has up to {passes.tokens:,} tokens, {begun:,} before the interruption, so bits may differ"
         )
-    if planned is None:
-        return passes, None
-    resident = prepared.resident_bytes
-    return passes, attempted("memory", lambda: expect_passes(planned, recipe, work, hardware, passes, resident))
+    return passes
 
 
-def _planned(prepared: Prepared, checked: CheckedModel) -> PlannedModel:
-    planned = planned_model(prepared.recipe, prepared.base, prepared.hardware)
-    return replace(planned, is_packed=checked.is_packed, is_masked=checked.is_masked)
+def _predicted(prepared: Prepared, checked: CheckedModel, passes: PassPlan) -> Prediction | None:
+    """Predict the memory of this process; None, after a warning, for a model that cannot be run without values."""
 
+    def predict() -> Prediction:
+        recipe, hardware, train = prepared.recipe, prepared.hardware, prepared.data.train
+        planned = planned_model(recipe, prepared.base, hardware)
+        planned = replace(planned, is_packed=checked.is_packed, is_masked=checked.is_masked)
+        work = Workload(train.lengths, train.trained_tokens / train.tokens)
+        return expect_passes(planned, recipe, work, hardware, passes, prepared.resident_bytes)
 
-def _work(prepared: Prepared) -> Workload:
-    train = prepared.data.train
-    return Workload(train.lengths, train.trained_tokens / train.tokens)
+    return attempted("the prediction of memory", predict)

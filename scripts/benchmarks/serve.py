@@ -67,6 +67,14 @@ class Storm:
         early, late = self.resident[quarter : 2 * quarter] or self.resident, self.resident[-quarter:]
         return statistics.median(late) / statistics.median(early) - 1
 
+    def watch(self, pid: int, work: Callable[[], None]) -> None:
+        """Sample the memory of a server and its children while a function runs."""
+        working = threading.Thread(target=work)
+        working.start()
+        while working.is_alive():
+            self.resident.append(sum(memory_of(one)[0] for one in descendants(pid)))
+            working.join(1)
+
 
 def run(arguments: argparse.Namespace) -> None:
     """Measure throughput, then run the load test; exit with 1 if a result is wrong."""
@@ -224,11 +232,7 @@ def let_loose(
             if outcome == "429":
                 time.sleep(chance.random())
 
-    watching = threading.Thread(target=in_threads, args=(arguments.clients, work))
-    watching.start()
-    while watching.is_alive():
-        storm.resident.append(sum(memory_of(one)[0] for one in descendants(pid)))
-        watching.join(1)
+    storm.watch(pid, lambda: in_threads(arguments.clients, work))
     return storm
 
 

@@ -9,13 +9,11 @@ import re
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 import warnings
 from pathlib import Path
 from typing import Any
 
-from benchmarks.processes import descendants, memory_of
 from benchmarks.serve import MOST_GROWTH, Storm, in_threads, send, server, whole_text
 
 TEXT = "Once upon a time"
@@ -134,11 +132,7 @@ def ask_at_random(port: int, pid: int, expected: dict[str, str], arguments: argp
                 storm.wrong.append(f"{name}: {text if status != 200 else said!r} instead of {expected[name]!r}")
             storm.outcomes[outcome] += 1
 
-    watching = threading.Thread(target=in_threads, args=(arguments.clients, work))
-    watching.start()
-    while watching.is_alive():
-        storm.resident.append(sum(memory_of(one)[0] for one in descendants(pid)))
-        watching.join(1)
+    storm.watch(pid, lambda: in_threads(arguments.clients, work))
     return storm
 
 
