@@ -23,10 +23,16 @@ from loratune.errors import Exit, LoratuneError
 from loratune.model.adapter import starts
 from loratune.model.adapter.attach import attach_adapter
 from loratune.model.adapter.input_start import start_from_inputs
+from loratune.model.adapter.own_parameters import own_parameters
 from loratune.model.adapter.targets import attached_layers
+from loratune.model.architecture.roles import quantised_matrices
+from loratune.model.base import load_base
+from loratune.model.hardware import detect_hardware
+from loratune.model.weights.dequantised import held_weight
+from loratune.model.weights.reference import inputs_unrounded
 from loratune.recipe.advice import advise
 from loratune.recipe.method_sections import LoraSettings
-from loratune.recipe.sections import Recipe
+from loratune.recipe.sections import ModelSettings, Recipe
 from loratune.training.base_start import BaseStart
 from loratune.training.rates import with_rate_ratio
 
@@ -255,6 +261,44 @@ def sft(cli: Cli, random_qwen: Path, rows_file: Path, tmp_path: Path) -> Callabl
 
 def by_peft(base: Path, adapter: Path) -> torch.Tensor:
     return logits_of(PeftModel.from_pretrained(base_of(base), str(adapter)))
+
+
+def test_dora_on_int8_is_peft_s_on_the_dequantised_weights(random_qwen: Path) -> None:
+    """On a CPU, PEFT's dequantisation would leave bitsandbytes' own layers without scales."""
+    settings = ModelSettings(base="x", dtype="float32", quantization="int8")
+    quantised, dense = load_base(settings, random_qwen, detect_hardware()), base_of(random_qwen)
+    for name in quantised_matrices(dense):
+        dense.get_parameter(name).data = held_weight(quantised.get_submodule(name.removesuffix(".weight")))
+    before = own_parameters(quantised).fingerprint()
+    lora = LoraSettings(rank=RANK, alpha=ALPHA, use_dora=True)
+    model, expected = (attach_adapter(base, lora, "base", 0) for base in (quantised, dense))
+    trained = {name: weight for name, weight in expected.named_parameters() if weight.requires_grad}
+    with torch.no_grad():
+        for name, weight in trained.items():
+            weight += 0.1 * torch.randn_like(weight)
+            model.get_parameter(name).copy_(weight)
+    expected(input_ids=IDS, labels=IDS).loss.backward()
+    wanted = logits_of(expected)
+    for _ in range(2):  # the first pass moves the scales
+        found = logits_of(model)
+        # bitsandbytes rounds what a layer reads to 1/127 of its largest value.
+        assert 0 < float((found - wanted).norm() / wanted.norm()) < 0.02
+    assert own_parameters(model).fingerprint() == before
+    with inputs_unrounded(model):
+        torch.testing.assert_close(logits_of(model), wanted, rtol=0, atol=1e-5)
+        model(input_ids=IDS, labels=IDS).loss.backward()
+    for name, weight in trained.items():
+        torch.testing.assert_close(model.get_parameter(name).grad, weight.grad, rtol=1e-4, atol=1e-6)
+
+
+def test_a_run_with_dora_on_int8_answers_and_is_merged(
+    sft: Callable[..., Path], cli: Cli, random_qwen: Path, tmp_path: Path
+) -> None:
+    run = sft("run", "--model.quantization", "int8", "--lora.use_dora")
+    answer = cli("infer", "--adapter", run, "--prompt", "How much?", "--max-new-tokens", 4)
+    assert answer.exit_code == 0, answer.stderr
+    done = cli("merge", "--adapter", run, "--output", tmp_path / "merged")
+    assert done.exit_code == 0, done.stderr
 
 
 @pytest.mark.parametrize("init", ["pissa", pytest.param("olora", marks=pytest.mark.slow)])

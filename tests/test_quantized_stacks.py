@@ -28,6 +28,7 @@ from loratune.model.files import weight_files
 from loratune.model.from_folder import load_from_folder, load_plain
 from loratune.model.hardware import detect_hardware
 from loratune.model.weights import quantized_stack, quantizer
+from loratune.model.weights.dequantised import held_weight
 from loratune.model.weights.held import NOT_QUANTISED, bytes_by_group, held_bytes, value_count
 from loratune.model.weights.quantized_files import DequantizedFiles
 from loratune.model.weights.quantized_stack import QuantizedParameter, quantize_stack, use_quantized_stacks
@@ -122,6 +123,15 @@ def test_a_dense_base_is_quantised_as_transformers_does_it(random_qwen: Path, do
 def test_a_model_without_layers_to_quantise_is_refused(tiny_model: TinyModel) -> None:
     with pytest.raises(LoratuneError, match="has no layer that bitsandbytes can quantise"):
         quantised(tiny_model("gpt2"))
+
+
+def test_int8_takes_the_four_dimensions_of_latent_attention(tiny_model: TinyModel) -> None:
+    layer = quantised(tiny_model("deepseek_v3"), "int8").model.layers[0].self_attn.kv_b_proj
+    states = torch.randn(2, 1, 5, layer.in_features)
+    rows = layer(states.view(10, -1))
+    assert torch.equal(layer(states), rows.view(2, 1, 5, -1))
+    expected = states.view(10, -1) @ held_weight(layer).T
+    assert float((rows - expected).norm() / expected.norm()) < 0.02, "inputs are rounded to 1/127 of the largest"
 
 
 def test_int8_leaves_stacks_as_they_are_and_gates_too(tiny_model: TinyModel) -> None:

@@ -39,13 +39,15 @@ def load_base(settings: ModelSettings, folder: Path, hardware: Hardware, in_own_
     options = {"dtype": dtype, "attn_implementation": attention, "device_map": {"": hardware.device}}
     if parts is None:
         return load_from_folder(folder, **options)
-    from loratune.model.weights.quantized_check import check_quantised  # takes bitsandbytes
+    from loratune.model.weights.int8_linear import complete_int8  # takes bitsandbytes
+    from loratune.model.weights.quantized_check import check_quantised
 
     if parts.stacks:  # other implementations take whole stacks
         options["experts_implementation"] = "eager"
     config = _quantization(settings, hardware, parts)
     model = load_from_folder(folder, quantization_config=config, **options)
     check_quantised(model, parts.matrices, parts.stacks, folder)
+    complete_int8(model)
     return model
 
 

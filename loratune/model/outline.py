@@ -89,6 +89,8 @@ def _make_nf4(model: CausalModel, settings: ModelSettings, computed: torch.dtype
 
 
 def _make_int8(model: Any) -> None:
+    from loratune.model.weights.int8_linear import Int8Linear  # runs bitsandbytes
+
     kept = kept_in_16_bits(model)
     for name in [name.removesuffix(".weight") for name in quantised_matrices(model)]:
         if name in kept:
@@ -97,7 +99,7 @@ def _make_int8(model: Any) -> None:
         parent = model.get_submodule(path)
         layer: Any = getattr(parent, attribute)
         # Without a threshold: how many columns are computed in 16 bits depends on values.
-        made = bnb.nn.Linear8bitLt(
+        made = Int8Linear(
             layer.in_features, layer.out_features, layer.bias is not None, False, threshold=0.0, device="meta"
         )
         codes = torch.zeros((), dtype=torch.int8).expand(layer.weight.shape)

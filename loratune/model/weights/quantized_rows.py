@@ -65,6 +65,14 @@ class QuantizedLinear(nn.Linear):
         """Return the matrix (out, in), in the dtype that it had."""
         return bnb.functional.dequantize_4bit(self.weight.data.view(-1, 1), self.quant_state)
 
+    # PEFT's DoRA adds to a layer's weight, unless the layer has these two, which are named as HQQ's.
+    dequantize = dequantised
+
+    @property
+    def W_q(self) -> nn.Parameter:  # noqa: N802
+        """The codes."""
+        return self.weight
+
 
 def make_quantized(model: nn.Module, quantised: Quantised) -> None:
     """Replace what is to be quantised by codes without values.

@@ -1,0 +1,43 @@
+"""LLM.int8 layers that take inputs of any shape, and that PEFT can dequantise on a CPU."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import bitsandbytes
+import torch
+from torch import nn
+
+bnb: Any = bitsandbytes  # partly untyped
+
+
+class Int8Linear(bnb.nn.Linear8bitLt):
+    """bitsandbytes' layer, with what it lacks for some models and for DoRA.
+
+    It takes inputs of two or three dimensions; multi-head latent attention has four.
+
+    PEFT dequantises the weight in each pass of DoRA, and on a CPU puts a copy there that shares its memory. The copy
+    has no scales, since the first pass has moved them into the layer's state, and the next pass would take none from
+    it. So the weight stays in the copy's place.
+    """
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Return the layer's output (..., out) of inputs (..., in)."""
+        made: torch.Tensor = super().forward(x.reshape(-1, x.shape[-1]))
+        return made.view(*x.shape[:-1], self.out_features)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        held = self._parameters.get("weight") if name == "weight" else None
+        if held is None or not isinstance(value, torch.Tensor) or not _share_memory(held, value):
+            super().__setattr__(name, value)
+
+
+def complete_int8(model: nn.Module) -> None:
+    """Make the LLM.int8 layers of a model `Int8Linear`."""
+    for module in model.modules():
+        if type(module) is bnb.nn.Linear8bitLt:
+            module.__class__ = Int8Linear
+
+
+def _share_memory(tensor: torch.Tensor, other: torch.Tensor) -> bool:
+    return bool(tensor.untyped_storage()._cdata == other.untyped_storage()._cdata)
