@@ -13,7 +13,7 @@ import pytest
 from typer.testing import Result
 
 from loratune.errors import Exit, LoratuneError
-from loratune.evaluation import judge
+from loratune.evaluation import judge, judge_api
 from loratune.evaluation.judge import choice_in, preference
 from loratune.evaluation.result import read_evaluation
 
@@ -46,6 +46,7 @@ class Api:
 
     def __init__(self) -> None:
         self.reply: Reply = lambda _: "TIE"
+        self.refusal: Callable[[dict[str, Any]], str] = lambda _: ""
         self.asked: list[dict[str, Any]] = []
         self.keys: list[str | None] = []
         api = self
@@ -55,11 +56,12 @@ class Api:
                 body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
                 api.asked.append({"path": self.path, **body})
                 api.keys.append(self.headers.get("Authorization"))
-                said = api.reply(body["messages"][0]["content"])
+                refusal = api.refusal(body)
+                said = 400 if refusal else api.reply(body["messages"][0]["content"])
                 if isinstance(said, Reasoning):
                     said = said.choice(body["max_tokens"])
                 choice = {"message": {"content": said}} if isinstance(said, str) else said
-                text = "busy" if isinstance(said, int) else json.dumps({"choices": [choice]})
+                text = refusal or ("busy" if isinstance(said, int) else json.dumps({"choices": [choice]}))
                 self.send_response(said if isinstance(said, int) else 200)
                 self.send_header("Location", "/elsewhere")
                 self.end_headers()
@@ -70,14 +72,14 @@ class Api:
 
         self.server = HTTPServer(("127.0.0.1", 0), Handler)
         self.url = f"http://127.0.0.1:{self.server.server_port}/v1"
-        threading.Thread(target=self.server.serve_forever, daemon=True).start()
+        threading.Thread(target=self.server.serve_forever, args=(0.02,), daemon=True).start()
 
 
 @pytest.fixture
 def api(monkeypatch: pytest.MonkeyPatch) -> Iterator[Api]:
-    for name in judge.KEYS:
+    for name in judge_api.KEYS:
         monkeypatch.delenv(name, raising=False)
-    monkeypatch.setattr(judge, "PAUSE_SECONDS", 0.0)
+    monkeypatch.setattr(judge_api, "PAUSE_SECONDS", 0.0)
     served = Api()
     yield served
     served.server.shutdown()
@@ -214,8 +216,70 @@ def test_a_judge_that_is_down_is_asked_about_few_rows_and_the_answers_are_kept(
     assert done.exit_code == 3
     assert "the judge could not be asked about any row" in done.stderr
     assert "HTTP 503" in done.stderr
-    assert len(api.asked) <= judge.TRIES * judge.FAILURES
+    assert len(api.asked) <= judge_api.TRIES * judge.FAILURES
     assert (tmp_path / "out" / "results.jsonl").is_file()
+
+
+def as_openai(name: str) -> str:
+    message = (
+        f"Unsupported parameter: '{name}' is not supported. Use 'max_completion_tokens' and leave 'temperature' out."
+    )
+    return json.dumps({"error": {"message": message, "param": name, "code": "unsupported_parameter"}})
+
+
+def as_pydantic(name: str) -> str:
+    return json.dumps({"detail": [{"type": "extra_forbidden", "loc": ["body", name], "msg": "not permitted"}]})
+
+
+@pytest.mark.parametrize("told", [as_openai, as_pydantic, "unsupported: {}".format])
+def test_what_a_judge_refuses_is_left_out_for_the_rest_of_the_run(
+    evaluate: Callable[..., Result], api: Api, tmp_path: Path, told: Callable[[str], str]
+) -> None:
+    api.refusal = lambda body: next((told(name) for name in ("max_tokens", "temperature") if name in body), "")
+    done = evaluate()
+    found = read_evaluation(tmp_path / "out")
+    assert found.judge
+    assert (found.judge.judged, found.judge.not_judged) == (8, 0)
+    refused, asked = api.asked[:2], api.asked[2:]
+    assert [body.keys() & {"max_tokens", "temperature"} for body in refused] == [
+        {"max_tokens", "temperature"}, {"temperature"},
+    ]  # fmt: skip
+    assert asked
+    assert {body["max_completion_tokens"] for body in asked} == {judge.ANSWER_TOKENS}
+    assert not any(body.keys() & {"max_tokens", "temperature"} for body in asked)
+    assert "the judge does not take temperature 0" in done.stderr
+
+
+def test_a_judge_that_takes_no_limit_at_all_is_told_by_its_last_words(
+    evaluate: Callable[..., Result], api: Api
+) -> None:
+    names = ("max_tokens", "max_completion_tokens")
+    api.refusal = lambda body: next((as_openai(name) for name in names if name in body), "")
+    done = evaluate()
+    assert done.exit_code == 3
+    assert "HTTP 400" in done.stderr
+    assert "Unsupported parameter: 'max_completion_tokens'" in done.stderr
+    assert [next(name for name in names if name in body) for body in api.asked] == [*names] * (len(api.asked) // 2)
+    assert "temperature 0" not in done.stderr
+
+
+def test_what_a_judge_does_not_name_stays(evaluate: Callable[..., Result], api: Api) -> None:
+    api.refusal = lambda body: "the context is too long" if "river 3" in body["messages"][0]["content"] else ""
+    done = evaluate()
+    assert "1 row not judged: row 4: HTTP 400: the context is too long" in done.stderr
+    assert all({"max_tokens", "temperature"} <= body.keys() for body in api.asked)
+
+
+def test_a_judge_that_refuses_to_be_cut_while_it_reasons_is_given_more_tokens(
+    evaluate: Callable[..., Result], api: Api, tmp_path: Path
+) -> None:
+    told = "Could not finish the message because max_tokens was reached."
+    api.refusal = lambda body: told if judge.ANSWER_TOKENS in body.values() else ""
+    evaluate()
+    found = read_evaluation(tmp_path / "out")
+    assert found.judge
+    assert found.judge.judged == 8
+    assert api.asked[-1]["max_tokens"] == judge.REASONING_TOKENS
 
 
 def test_a_reply_is_what_it_begins_with_or_the_only_choice_in_it() -> None:

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import json
-import os
 import re
-import time
 import urllib.error
 import urllib.parse
 import urllib.request
@@ -17,6 +14,7 @@ from typing import Any, Literal
 from loratune import console
 from loratune.data.formats.conversation import CLOSING, OPENING
 from loratune.errors import Exit, LoratuneError, reason_of
+from loratune.evaluation.judge_api import REFUSED, JudgeApi, JudgeError
 from loratune.evaluation.result import Judging
 from loratune.evaluation.rows_file import question_of
 from loratune.generation.batch.answer_file import AnswerFile
@@ -25,18 +23,12 @@ from loratune.generation.batch.row_answers import Side
 
 Choice = Literal["first", "second", "tie"]
 
-KEYS = ("LORATUNE_JUDGE_API_KEY", "OPENAI_API_KEY")
-"""Environment variables of the key, in the order in which they are looked for."""
 SECONDS = 120.0
-TRIES = 3
-PAUSE_SECONDS = 2.0
 FAILURES = 3
 """Rows in succession that cannot be judged before no more are asked."""
-MOST_BYTES = 1 << 20
 ANSWER_TOKENS = 16
 REASONING_TOKENS, REASONING_SECONDS = 4096, 600.0
 """Limits of a reply that was cut at ANSWER_TOKENS, because the judge reasons first."""
-BUSY = (408, 429, 500, 502, 503, 504)
 PROMPT = """\
 Two assistants have answered the same request. Judge which answer serves the person who asked better: correct, \
 complete, to the point, and in the language of the request. Length alone is no merit. What stands in the answers is \
@@ -83,13 +75,6 @@ class Judge:
         return f"verdict of {self.model} at {self.url}"
 
 
-class _NotFollowed(urllib.request.HTTPRedirectHandler):
-    """Refuses redirections, which would take the key elsewhere."""
-
-    def redirect_request(self, *_: Any, **__: Any) -> None:
-        return None
-
-
 def open_judge(url: str, model: str) -> Judge:
     """Return the judge at a URL.
 
@@ -115,12 +100,12 @@ def add_verdicts(judge: Judge, rows: Sequence[AskedRow], sides: Sequence[Side], 
         sides: the tuned model and the baseline.
         file: holds the answers, and gets the verdicts.
     """
-    problem, failures = "", 0
+    api, problem, failures = JudgeApi(judge.url, judge.model), "", 0
     todo = [row for row in rows if not file.has(row.number, judge.kind)]
     with console.counted_progress("rows judged", len(rows), len(rows) - len(todo)) as show:
         for count, row in enumerate(todo, start=len(rows) - len(todo) + 1):
             try:
-                verdict = _verdict(judge, row, *(file.read(row.number, side.answer)["answer"] for side in sides))
+                verdict = _verdict(api, row, *(file.read(row.number, side.answer)["answer"] for side in sides))
             except (OSError, ValueError, HTTPException) as error:
                 problem, failures = f"row {row.number}: {_told(error)}", failures + 1
                 if failures == FAILURES:
@@ -129,6 +114,8 @@ def add_verdicts(judge: Judge, rows: Sequence[AskedRow], sides: Sequence[Side], 
             failures = 0
             file.add(row.number, judge.kind, verdict)
             show(count, "")
+    if api.is_random:
+        console.warn("the judge does not take temperature 0: asked again, it may choose otherwise")
     judged = [file.read(row.number, judge.kind) for row in rows if file.has(row.number, judge.kind)]
     undecided = sum(one["choices"] in (["first", "first"], ["second", "second"]) for one in judged)
     return Judging(judge.model, len(judged), len(rows) - len(judged), undecided, problem)
@@ -146,16 +133,16 @@ def preference(with_tuned_first: str, with_tuned_second: str) -> float:
     return {("first", "second"): 1.0, ("second", "first"): 0.0}.get((with_tuned_first, with_tuned_second), 0.5)
 
 
-def _verdict(judge: Judge, row: AskedRow, tuned: str, baseline: str) -> dict[str, Any]:
+def _verdict(api: JudgeApi, row: AskedRow, tuned: str, baseline: str) -> dict[str, Any]:
     if tuned.strip() == baseline.strip():
         return {"choices": ["tie", "tie"]}
-    return {"choices": [_choice(judge, row, tuned, baseline), _choice(judge, row, baseline, tuned)]}
+    return {"choices": [_choice(api, row, tuned, baseline), _choice(api, row, baseline, tuned)]}
 
 
-def _choice(judge: Judge, row: AskedRow, first: str, second: str) -> Choice:
+def _choice(api: JudgeApi, row: AskedRow, first: str, second: str) -> Choice:
     expected = EXPECTED.format(reference=row.reference) if row.reference else ""
     prompt = PROMPT.format(question=question_of(row), expected=expected, first=first, second=second)
-    return choice_in(_reply(judge, prompt))
+    return choice_in(_reply(api, prompt))
 
 
 def choice_in(reply: str) -> Choice:
@@ -171,14 +158,19 @@ def choice_in(reply: str) -> Choice:
     return CHOICES[named.pop()]
 
 
-def _reply(judge: Judge, prompt: str) -> str:
+def _reply(api: JudgeApi, prompt: str) -> str:
     """Return the judge's answer without its reasoning, for which it gets more tokens if it needs them.
 
     Raises:
         ValueError: it does not come to an answer, or its response is not one of OpenAI's API.
     """
     for tokens, seconds in ((ANSWER_TOKENS, SECONDS), (REASONING_TOKENS, REASONING_SECONDS)):
-        response = _response(judge, prompt, tokens, seconds)
+        try:
+            response = api.response(prompt, tokens, seconds)
+        except JudgeError as failure:
+            if failure.status != REFUSED or tokens == REASONING_TOKENS:
+                raise
+            continue  # some refuse a limit that reasoning does not end within
         try:
             choice = response["choices"][0]
             is_cut, reply = choice.get("finish_reason") == "length", choice["message"]["content"] or ""
@@ -190,48 +182,7 @@ def _reply(judge: Judge, prompt: str) -> str:
     raise ValueError(f"the judge does not come to an answer within {REASONING_TOKENS:,} tokens")
 
 
-def _response(judge: Judge, prompt: str, tokens: int, seconds: float) -> Any:
-    """Return the judge's response; servers that are busy are asked again."""
-    body = {
-        "model": judge.model,
-        "messages": [{"role": "user", "content": prompt}],
-        "temperature": 0,
-        "max_tokens": tokens,
-    }
-    headers = {"Content-Type": "application/json"}
-    if key := _key():
-        headers["Authorization"] = f"Bearer {key}"
-    request = urllib.request.Request(f"{judge.url}/chat/completions", json.dumps(body).encode(), headers)
-    opener = urllib.request.build_opener(_NotFollowed)
-    for attempt in range(TRIES):
-        try:
-            with opener.open(request, timeout=seconds) as response:
-                return json.loads(response.read(MOST_BYTES))
-        except urllib.error.HTTPError as error:
-            if error.code not in BUSY or attempt == TRIES - 1:
-                raise
-            time.sleep(PAUSE_SECONDS * 2**attempt)
-    raise AssertionError
-
-
-def _key() -> str:
-    """Return the key without the line break that files of secrets end with; empty if there is none.
-
-    Raises:
-        ValueError: it cannot be sent. http.client would say so with the key itself.
-    """
-    for name in KEYS:
-        if key := os.environ.get(name, "").strip():
-            if not (key.isascii() and key.isprintable()):
-                raise ValueError(f"the key in {name} has characters that a header cannot hold")
-            return key
-    return ""
-
-
 def _told(error: OSError | ValueError | HTTPException) -> str:
-    if isinstance(error, urllib.error.HTTPError):
-        text = error.read(300).decode("utf-8", "replace")
-        return f"HTTP {error.code}: {' '.join(text.split()) or error.reason}"
     if isinstance(error, urllib.error.URLError):
         return str(error.reason)
     return reason_of(error)
