@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import gc
+import importlib
 import inspect
 import sys
 import threading
@@ -15,7 +16,7 @@ from importlib.util import module_from_spec
 from types import ModuleType
 from typing import Any
 
-_LOCK = threading.RLock()
+_bootstrap: Any = importlib.import_module("importlib._bootstrap")  # of Python's imports; its locks have no other name
 
 
 class DeferredModule(ModuleType):
@@ -25,15 +26,13 @@ class DeferredModule(ModuleType):
     """
 
     def __getattr__(self, name: str) -> Any:
-        with _LOCK:
-            loader = _loader(self)
-            # Its own code asks for what it has not defined yet, or Python asks whether it is a package.
-            if loader and (loader.is_running or name == "__path__"):
-                raise AttributeError(f"module {self.__name__!r} has no attribute {name!r}")
-            if loader and name in loader.substitutes:
-                return loader.substitutes[name](self, name)
-        _run(self)
-        return getattr(self, name)
+        loader = _loader(self)
+        if loader and loader.thread is None and name in loader.substitutes:
+            return loader.substitutes[name](self, name)
+        if name != "__path__":  # Python asks whether it is a package
+            _run(self)
+        # What it has not defined yet is not there for its own code, nor for that of a module that it is importing.
+        return ModuleType.__getattribute__(self, name)  # which is no `super` when the code has run
 
 
 class _Deferring(Loader):
@@ -41,7 +40,10 @@ class _Deferring(Loader):
 
     def __init__(self, loader: Loader, substitutes: dict[str, Substitute], inner: Sequence[ModuleSpec]) -> None:
         self.loader, self.substitutes, self.inner = loader, substitutes, inner
-        self.is_running = False
+        self.claim = threading.Lock()
+        """Held by the thread that runs the code, and for good when it has run; none waits for it."""
+        self.thread: int | None = None
+        """The thread that runs the code."""
         self.calls: list[tuple[str, Any]] = []
         """Calls that the module gets when its code has run: name of the function, argument."""
 
@@ -57,16 +59,29 @@ class _Deferring(Loader):
             if spec.loader:
                 spec.loader.exec_module(made)
 
-    def run(self, module: ModuleType, spec: ModuleSpec) -> None:
-        """Run the code of a module."""
-        self.is_running = True
+    def run(self, module: ModuleType) -> None:
+        """Run the code of a module that this thread has claimed."""
+        self.thread = threading.get_ident()
         try:
-            self.loader.exec_module(module)
-        finally:
-            self.is_running = False
-        module.__class__ = ModuleType
-        spec.loader = module.__loader__ = self.loader
-        for name, argument in self.calls:
+            with _bootstrap._ModuleLockManager(module.__name__):
+                self.loader.exec_module(module)
+                module.__class__ = ModuleType
+                module.__loader__ = self.loader
+                if module.__spec__:
+                    module.__spec__.loader = self.loader
+        except BaseException:
+            self.thread = None
+            self.claim.release()
+            raise
+        self.call(module)
+
+    def call(self, module: ModuleType) -> None:
+        """Make the calls that a module has got before its code has run."""
+        while True:
+            try:
+                name, argument = self.calls.pop(0)
+            except IndexError:  # two threads may make them
+                return
             getattr(module, name)(argument)
 
 
@@ -76,14 +91,29 @@ def _loader(module: ModuleType | None) -> _Deferring | None:
     return spec.loader if spec and isinstance(spec.loader, _Deferring) else None
 
 
-def _run(module: ModuleType) -> None:
-    """Run the code of a module if it has not run yet, and before it that of the package that it is in."""
-    with _LOCK:
-        if outer := sys.modules.get(module.__name__.rpartition(".")[0]):
-            _run(outer)
-        loader = _loader(module)
-        if loader and module.__spec__ and not loader.is_running:
-            loader.run(module, module.__spec__)
+def _run(module: ModuleType, waits: bool = True) -> None:
+    """Run the code of a module if it has not run yet, and before it that of the package that it is in.
+
+    If another thread runs it, this one waits by Python's own lock of the module, as an import does. Python finds
+    threads that would wait for each other; the module is then taken as far as it has run, as in any circular import.
+
+    Args:
+        module: any module.
+        waits: whether to wait for another thread.
+    """
+    if outer := sys.modules.get(module.__name__.rpartition(".")[0]):
+        _run(outer, waits)
+    while (loader := _loader(module)) and loader.thread != threading.get_ident():
+        if loader.claim.acquire(blocking=False):
+            loader.run(module)
+        elif not waits:
+            return
+        else:
+            try:
+                with _bootstrap._ModuleLockManager(module.__name__):
+                    pass
+            except _bootstrap._DeadlockError:
+                return
 
 
 # --- substitutes: what an attribute is before the code has run ---
@@ -110,6 +140,8 @@ def _passed_on(module: ModuleType, name: str) -> Any:
         if loader is None:
             return getattr(module, name)(decorated)
         loader.calls.append((name, decorated))
+        if _loader(module) is None:  # another thread has run it meanwhile
+            loader.call(module)
         return decorated
 
     return mark
@@ -168,19 +200,23 @@ COMPLETED: dict[str, Callable[[ModuleType], None]] = {"peft.import_utils": _answ
 
 
 class _Finder(MetaPathFinder):
-    """Finds the modules of the tables; one that is not where Python finds modules by itself is left to others."""
+    """Finds the modules of the tables; one that is not where Python finds modules by itself is left to others.
+
+    It runs no code, because Python calls it with a lock that all imports take.
+    """
 
     def find_spec(self, name: str, path: Sequence[str] | None, target: ModuleType | None = None) -> ModuleSpec | None:
         outer = sys.modules.get(name.rpartition(".")[0])
-        if outer and _loader(outer):
-            _run(outer)
-            if name in sys.modules:
-                return ModuleSpec(name, _Existing(sys.modules[name]))
-        if name not in DEFERRED and name not in COMPLETED:
+        deferring = _loader(outer)
+        is_inside = deferring is not None and deferring.thread != threading.get_ident()
+        if name not in DEFERRED and name not in COMPLETED and not is_inside:
             return None
         spec = PathFinder.find_spec(name, path, target)
         if spec is None or spec.loader is None:
             return None
+        if outer and is_inside:
+            spec.loader = _AfterPackage(spec.loader, outer)
+            return spec
         if name in COMPLETED:
             _follow(spec.loader, COMPLETED[name])
             return spec
@@ -190,17 +226,28 @@ class _Finder(MetaPathFinder):
         return spec
 
 
-class _Existing(Loader):
-    """The loader of a module that has been imported since Python began to look for it."""
+class _AfterPackage(Loader):
+    """The loader of a module in a package whose code has not run yet, and runs before."""
 
-    def __init__(self, module: ModuleType) -> None:
-        self.module, self.spec = module, module.__spec__
+    def __init__(self, loader: Loader, package: ModuleType) -> None:
+        self.loader, self.package = loader, package
+        self.imported: ModuleSpec | None = None
+        """Of the module, if the package has imported it."""
 
-    def create_module(self, spec: ModuleSpec) -> ModuleType:
-        return self.module
+    def create_module(self, spec: ModuleSpec) -> ModuleType | None:
+        # Another thread that runs the package may be waiting for this module.
+        _run(self.package, waits=False)
+        module = sys.modules.get(spec.name)
+        self.imported = module.__spec__ if module else None
+        return module or self.loader.create_module(spec)
 
     def exec_module(self, module: ModuleType) -> None:
-        module.__spec__ = self.spec
+        if self.imported:
+            module.__spec__ = self.imported
+            return
+        if module.__spec__:
+            module.__spec__.loader = module.__loader__ = self.loader
+        self.loader.exec_module(module)
 
 
 def _follow(loader: Any, complete: Callable[[ModuleType], None]) -> None:

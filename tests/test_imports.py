@@ -120,3 +120,83 @@ def test_a_library_s_caller_keeps_its_garbage_collection(monkeypatch: pytest.Mon
     monkeypatch.setattr(gc, "freeze", lambda: pytest.fail("what the caller has made is not searched any more"))
     with importing():
         assert gc.isenabled()
+
+
+MODULES = {
+    "heavy/__init__.py": """\
+import time
+from __main__ import heavy_runs, other_imports, PAUSES
+
+first = 1
+heavy_runs.set()
+other_imports.wait()
+time.sleep(PAUSES[0])
+import {imported}
+last = 2
+""",
+    "heavy/part.py": "first = 1\n",
+    "helper.py": """\
+import time
+from __main__ import other_imports, PAUSES
+
+other_imports.set()
+time.sleep(PAUSES[1])
+import {used}
+first = {used}.first
+""",
+    "other.py": "first = 1\n",
+}
+THREADS = """\
+import sys, threading, time
+from loratune import imports
+
+imports.DEFERRED.update(heavy={{}}, other={{}})
+imports.defer_imports()
+import heavy, other
+
+PAUSES = {pauses}
+heavy_runs, other_imports, found = threading.Event(), threading.Event(), {{}}
+
+class Asked:
+    def find_spec(self, name, path=None, target=None):
+        if name == "heavy.part" and threading.current_thread().name == "second":
+            other_imports.set()
+            time.sleep(PAUSES[1])
+
+sys.meta_path.insert(0, Asked())
+
+def first():
+    found["first"] = heavy.last
+
+def second():
+    heavy_runs.wait()
+    import {imported}
+    found["second"] = {imported}.first
+
+threads = [threading.Thread(target=one, name=one.__name__, daemon=True) for one in (first, second)]
+for thread in threads:
+    thread.start()
+for thread in threads:
+    thread.join(30)
+assert not any(thread.is_alive() for thread in threads), "they wait for each other"
+assert found == {{"first": 2, "second": 1}}, found
+assert type(heavy) is not imports.DeferredModule
+"""
+
+
+@pytest.mark.parametrize("pauses", [(0.1, 0), (0, 0.1)], ids=["its code waits last", "its code waits first"])
+@pytest.mark.parametrize(
+    ("imported", "used"),
+    [("helper", "other"), ("helper", "heavy"), ("heavy.part", "other")],
+    ids=["another that is put off", "the same", "a module in it"],
+)
+def test_threads_that_import_do_not_wait_for_each_other(
+    tmp_path: Path, imported: str, used: str, pauses: tuple[float, float]
+) -> None:
+    """One runs a module that was put off; the other is importing what that needs, and needs one that was put off."""
+    (tmp_path / "heavy").mkdir()
+    for name, code in MODULES.items():
+        (tmp_path / name).write_text(code.format(imported=imported, used=used))
+    (tmp_path / "main.py").write_text(THREADS.format(imported=imported, pauses=pauses))
+    done = subprocess.run([sys.executable, tmp_path / "main.py"], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
