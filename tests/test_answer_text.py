@@ -7,12 +7,13 @@ from functools import cache
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-from loratune.engine.text import TextStream
+from loratune.engine.text import MOST_HELD, TextStream
 from tests.conftest import TINY_QWEN
 
 
@@ -24,7 +25,9 @@ def byte_level() -> Any:
 @cache
 def with_word_marks() -> Any:
     """As SentencePiece writes: a word begins with ▁, which is no blank at the start of a text."""
-    vocabulary = {token: number for number, token in enumerate(["▁Hello", "▁world", "s", "!", "▁", "<0xE4>", "<0xBD>"])}
+    vocabulary = {
+        token: number for number, token in enumerate(["▁Hello", "▁world", "s", "!", "▁", "<0xE4>", "<0xBD>", "<0xA0>"])
+    }
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="!"))
     tokenizer.decoder = decoders.Sequence(
         [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
@@ -44,15 +47,64 @@ def streamed(tokenizer: Any, ids: list[int], **settings: Any) -> tuple[str, str,
     return "".join(p.text for p in parts), "".join(p.reasoning for p in parts), [p.text for p in parts]
 
 
-@settings(max_examples=150, deadline=None)
-@given(st.lists(st.integers(0, 1500), max_size=30))
-def test_any_ids_give_the_tokenizer_s_text(ids: list[int]) -> None:
+@cache
+def parts_of_characters() -> list[int]:
+    return [token for token in range(len(byte_level())) if "\ufffd" in byte_level().decode([token])]
+
+
+IDS = st.integers(0, len(byte_level()) - 1) | st.sampled_from(parts_of_characters())
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.lists(IDS, max_size=30) | st.lists(st.sampled_from(parts_of_characters()), max_size=100))
+def test_any_ids_give_the_tokenizer_s_text_and_no_piece_is_taken_back(ids: list[int]) -> None:
     tokenizer = byte_level()
     whole = tokenizer.decode(ids, skip_special_tokens=True)
-    text, reasoning, _ = streamed(tokenizer, ids)
-    # Bytes that are no character are told apart by what stands around them; all others are exact.
-    if "\ufffd" not in whole:
-        assert (text, reasoning) == (whole, "")
+    text, reasoning, pieces = streamed(tokenizer, ids)
+    assume("<think>" not in whole)
+    assert (text, reasoning) == (whole, "")
+    told = ""
+    for count, piece in enumerate(pieces[:-1], 1):
+        told += piece
+        known = tokenizer.decode(ids[:count], skip_special_tokens=True)
+        assert known.startswith(told)
+        assert not (piece and known == told and known.endswith("\ufffd")), "it may become a character"
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.text("你好🙂𠮷a\ufffd", max_size=40))
+def test_a_character_in_many_tokens_comes_whole(text: str) -> None:
+    tokenizer = byte_level()
+    single = {bytes([byte]): tokenizer.convert_tokens_to_ids(char) for byte, char in bytes_to_unicode().items()}
+    ids = [single[bytes([byte])] for byte in text.encode()]
+    whole, _, pieces = streamed(tokenizer, ids)
+    assert whole == text
+    assert "\ufffd" in text or not any("\ufffd" in piece for piece in pieces)
+
+
+@given(st.lists(st.sampled_from([[0], [1], [2], [3], [4], [5, 6, 7]]), max_size=12))
+def test_characters_in_bytes_follow_each_other(runs: list[list[int]]) -> None:
+    """Where the whole run of bytes counts, as in SentencePiece's fallback."""
+    tokenizer = with_word_marks()
+    ids = [token for run in runs for token in run]
+    whole, _, pieces = streamed(tokenizer, ids)
+    assert whole == tokenizer.decode(ids)
+    assert not any("\ufffd" in piece for piece in pieces)
+
+
+def test_bytes_that_never_become_characters_are_not_decoded_again_and_again() -> None:
+    tokenizer, longest = byte_level(), 0
+    decode = tokenizer.decode
+
+    class Counting:
+        def decode(self, ids: list[int], **settings: Any) -> str:
+            nonlocal longest
+            longest = max(longest, len(ids))
+            return str(decode(ids, **settings))
+
+    ids = parts_of_characters()[:1] * 500
+    assert streamed(Counting(), ids)[0] == decode(ids)
+    assert longest <= 2 * MOST_HELD
 
 
 @settings(max_examples=100, deadline=None)

@@ -14,6 +14,8 @@ UNFINISHED = "\ufffd"
 """What a tokenizer decodes an incomplete character to."""
 LONGEST_CHARACTER = 4
 """In byte-level tokens."""
+MOST_HELD = 32
+"""Tokens that may be held back; so many without a complete character are none."""
 
 
 class Parts(NamedTuple):
@@ -54,6 +56,9 @@ class TextStream:
         """Text of the template before an answer, which may come next."""
         self._stop = tuple(text for text in stop if text)
         self._ids: list[int] = []
+        """Of the last text that ended with a complete character, and of what has come since."""
+        self._since = 0
+        """Where in `_ids` that text ends."""
         self._told = ""
         """Text of `_ids` that has been emitted."""
         self._held = ""
@@ -68,16 +73,24 @@ class TextStream:
         """Add a token, and return the text that is now certain."""
         if token in self._marks:
             new = self._decode(self._ids)[len(self._told) :] + self._marks[token]
-            self._ids, self._told = [], ""
+            self._ids, self._since, self._told = [], 0, ""
             return self._sorted(new, is_last=False)
+        if not self._decode([token]) and not self._decode([token, token]):
+            return Parts("", "")  # special; a blank at the start of a text may be dropped, but not two
         self._ids.append(token)
         text = self._decode(self._ids)
-        if text.endswith(UNFINISHED) and len(self._ids) <= LONGEST_CHARACTER + 1:
-            return Parts("", "")
-        new = text[len(self._told) :]
-        # Keep the last token, since tokenizers may drop the leading space of a text's first token.
-        self._ids = self._ids[-1:]
-        self._told = self._decode(self._ids)
+        is_too_long = len(self._ids) - self._since > MOST_HELD
+        # Bytes that are no character yet are decoded to one replacement character, or to one each.
+        certain = text.removesuffix(UNFINISHED) if is_too_long else text.rstrip(UNFINISHED)
+        new = certain[len(self._told) :]
+        self._told += new
+        if certain == text:
+            # Keep some text, since tokenizers may drop the leading space of a text's first token.
+            self._ids = self._ids[self._since :]
+            self._since, self._told = len(self._ids), self._decode(self._ids)
+        elif is_too_long:
+            self._ids, self._since = self._ids[-LONGEST_CHARACTER:], 0
+            self._told = self._decode(self._ids).removesuffix(UNFINISHED)
         return self._sorted(new, is_last=False)
 
     def finish(self) -> Parts:
