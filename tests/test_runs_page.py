@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
 import os
+import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -14,17 +16,21 @@ import pytest
 from board_runs import FINDING, METRICS, TOLD, make_evaluation, make_model, make_run
 from browsing import KEY_ADDRESS, chromium, opened, text_of, wait_until
 from conftest import ROWS, tree
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from serving import API_KEY, Served, running
 
+from loratune.board import metrics
 from loratune.board.server.application import create_application
 from loratune.board.server.values import plain, thinned
 from loratune.errors import LoratuneError
 from loratune.generation.server.middleware import LOOPBACK_NAMES, Access
 from loratune.runs.data_findings import save_findings
+from loratune.runs.folder import read_metrics
 from loratune.runs.manifest import TrainedFile
 from loratune.runs.status import set_status
 from loratune.runs.tags import change_tags
-from loratune.writing import write_json
+from loratune.writing import write_json, write_text
 
 ATTACK = "<script>window.harmed=1</script><img src=x onerror='window.harmed=1'>"
 PHONE = {"viewport": {"width": 360, "height": 740}, "is_mobile": True, "has_touch": True}
@@ -313,6 +319,88 @@ def test_what_has_not_changed_is_not_sent_again(served: Served, folder: Path) ->
         status, others, text = served.request(path, If_None_Match=headers["etag"])
         assert (status, f"tag{len(path)}" in text) == (200, True)
         assert others["etag"] != headers["etag"]
+
+
+class Counted(io.FileIO):
+    """A file that counts the bytes that are read of all."""
+
+    read_bytes = 0
+
+    def readinto(self, buffer: Any) -> int:
+        count = super().readinto(buffer) or 0
+        Counted.read_bytes += count
+        return count
+
+
+def line_of(step: int) -> str:
+    return json.dumps({"step": step, "loss": 1 / (step + 1)}) + "\n"
+
+
+@pytest.fixture
+def counted(monkeypatch: pytest.MonkeyPatch) -> Callable[[], int]:
+    """The bytes of metrics that were read since the last call."""
+    monkeypatch.setattr(metrics, "open_plain", lambda path: io.BufferedReader(Counted(path)))
+
+    def count() -> int:
+        found, Counted.read_bytes = Counted.read_bytes, 0
+        return found
+
+    count()
+    return count
+
+
+def test_of_a_run_that_goes_on_only_what_was_appended_is_read(
+    served: Served, folder: Path, counted: Callable[[], int]
+) -> None:
+    run = make_run(folder / "run", "running")
+    path = run / "metrics.jsonl"
+    path.write_text("".join(map(line_of, range(5000))))
+
+    def last_step() -> int:
+        found: int = get(served, "/v1/run?name=run")["curves"]["training loss"][-1][0]
+        return found
+
+    assert last_step() == 4999
+    assert counted() == path.stat().st_size
+    assert last_step() == 4999
+    assert counted() <= metrics.COMPARED_BYTES
+    half = line_of(5001)[:9]
+    with path.open("a") as file:
+        file.write(line_of(5000) + half)
+    assert last_step() == 5000
+    with path.open("a") as file:
+        file.write(line_of(5001)[9:])
+    assert last_step() == 5001
+    assert counted() <= 2 * (len(line_of(5000) + line_of(5001)) + metrics.COMPARED_BYTES)
+
+
+@pytest.mark.parametrize("steps", [10, 40, 90], ids=["shortened", "the same length", "longer"])
+@pytest.mark.parametrize("is_replaced", [True, False])
+def test_metrics_that_are_written_again_are_read_from_the_beginning(
+    folder: Path, steps: int, is_replaced: bool
+) -> None:
+    """As a resumed run replaces them, and as a program may that does not."""
+    followed, path = metrics.FollowedMetrics(), folder / "metrics.jsonl"
+    path.write_text("".join(map(line_of, range(10, 50))))
+    assert followed.read(folder) == read_metrics(folder)
+    if is_replaced:
+        write_text(path, "".join(map(line_of, range(50, 50 + steps))))
+    else:
+        path.write_text("".join(map(line_of, range(50, 50 + steps))))
+    assert [record["step"] for record in followed.read(folder)] == [*range(50, 50 + steps)]
+    path.unlink()
+    assert followed.read(folder) == []
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.sampled_from([line_of(1), line_of(2)[:7], line_of(2)[7:], "\n", "{]", line_of(3)[:-1], "\0"])))
+def test_however_metrics_grow_they_are_read_as_at_once(pieces: list[str]) -> None:
+    with tempfile.TemporaryDirectory() as name:
+        followed, run = metrics.FollowedMetrics(), Path(name)
+        for piece in pieces:
+            with (run / "metrics.jsonl").open("a") as file:
+                file.write(piece)
+            assert followed.read(run) == read_metrics(run)
 
 
 def test_damage_is_shown_and_breaks_nothing(served: Served, folder: Path) -> None:

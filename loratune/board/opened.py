@@ -59,12 +59,15 @@ class OpenedRun:
         return health.answers.told if health and health.answers else ()
 
 
-def open_run(found: Found, summary: RunSummary) -> OpenedRun:
+def open_run(
+    found: Found, summary: RunSummary, metrics: Callable[[Path], list[dict[str, float]]] = read_metrics
+) -> OpenedRun:
     """Read all of a run that is shown.
 
     Args:
         found: where its evaluations and models are looked for.
         summary: the run.
+        metrics: reads the metrics of a folder.
     """
     folder = summary.folder
     run = OpenedRun(summary, [], found.evaluations_of(summary), found.models_of(summary))
@@ -75,7 +78,7 @@ def open_run(found: Found, summary: RunSummary) -> OpenedRun:
         except (LoratuneError, OSError) as error:
             run.problems.append(str(error))
 
-    read("metrics", lambda: read_metrics(folder))
+    read("metrics", lambda: metrics(folder))
     read("manifest", lambda: read_manifest(folder))
     read("settings", lambda: flat_settings(load_written_recipe(folder / RECIPE).model_dump(mode="json")))
     read("findings", lambda: read_findings(folder))

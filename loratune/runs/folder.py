@@ -20,7 +20,7 @@ import json
 from collections.abc import Iterable, Mapping
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from loratune.plain_files import bounded_lines, open_plain
 from loratune.writing import PROGRAM as PROGRAM
@@ -81,7 +81,7 @@ def read_metrics(output: Path) -> list[dict[str, float]]:
     if not path.is_file():
         return []
     with open_plain(path) as lines:
-        return _records(lines)
+        return records_of(bounded_lines(lines))
 
 
 def newest_metrics(output: Path) -> list[dict[str, float]]:
@@ -91,13 +91,14 @@ def newest_metrics(output: Path) -> list[dict[str, float]]:
         return []
     with open_plain(path) as lines:
         lines.seek(max(0, path.stat().st_size - NEWEST_BYTES))
-        return _records(lines)  # the line that is cut is no JSON
+        return records_of(bounded_lines(lines))  # the line that is cut is no JSON
 
 
-def _records(lines: BinaryIO) -> list[dict[str, float]]:
+def records_of(lines: Iterable[bytes]) -> list[dict[str, float]]:
+    """Return the records of a run in lines of its metrics."""
     records = list[dict[str, float]]()
     # After a power cut, a file may end with anything, even a hole of many gigabytes.
-    for line in bounded_lines(lines):
+    for line in lines:
         try:
             record = json.loads(line)
         except ValueError:

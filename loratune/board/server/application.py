@@ -11,6 +11,7 @@ from typing import Annotated, Any
 from fastapi import FastAPI, Query, Request, Response
 
 from loratune import __version__
+from loratune.board.metrics import FollowedMetrics
 from loratune.board.opened import OpenedRun, open_run
 from loratune.board.search import Found, Search
 from loratune.board.server.values import comparison_values, list_values, plain, run_values
@@ -36,7 +37,7 @@ def create_application(folder: Path, access: Access) -> FastAPI:
         LoratuneError: there is no such folder.
     """
     app = FastAPI(title="loratune runs", version=__version__, docs_url=None, redoc_url=None, openapi_url=None)
-    search = Search(folder)
+    search, metrics = Search(folder), FollowedMetrics()
 
     # Functions without async, which FastAPI runs in threads: reading a folder would stop all other answers.
     @app.get("/v1/runs")
@@ -46,14 +47,14 @@ def create_application(folder: Path, access: Access) -> FastAPI:
     @app.get("/v1/run")
     def show_run(request: Request, name: str) -> Response:
         found = search.find()
-        return _answer(request, run_values(found, _opened(found, name)))
+        return _answer(request, run_values(found, _opened(found, name, metrics)))
 
     @app.get("/v1/comparison")
     def show_comparison(request: Request, run: Annotated[list[str], Query()]) -> Response:
         if not 2 <= len(run) <= MOST_RUNS:
             raise ApiError(400, f"give 2 to {MOST_RUNS} runs", "wrong_number", "run")
         found = search.find()
-        return _answer(request, comparison_values([_opened(found, name) for name in run]))
+        return _answer(request, comparison_values([_opened(found, name, metrics) for name in run]))
 
     add_page(app, Page(CHAT_PAGE, OWN_PAGE))
     handle_failures(app)
@@ -63,10 +64,11 @@ def create_application(folder: Path, access: Access) -> FastAPI:
     return app
 
 
-def _opened(found: Found, name: str) -> OpenedRun:
+def _opened(found: Found, name: str, metrics: FollowedMetrics) -> OpenedRun:
     """Open a run by its name in the list; a name is never used as a path."""
     try:
-        return open_run(found, next((run for run in found.runs if visible(run.name) == name), None) or found.run(name))
+        run = next((run for run in found.runs if visible(run.name) == name), None) or found.run(name)
+        return open_run(found, run, metrics.read)
     except LoratuneError as error:
         raise ApiError(404, str(error), "not_found", "name") from error
 
