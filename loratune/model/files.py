@@ -111,6 +111,13 @@ def check_base(folder: Path) -> None:
         check_safetensors(shard)
 
 
+def _adapter_in(folder: Path) -> str:
+    """Return what to do with a folder that was given as a model and holds an adapter; empty without one."""
+    if not any((place / ADAPTER_CONFIG).exists() for place in (folder, folder / "adapter")):
+        return ""
+    return "; it holds an adapter, which infer, serve and export take with --adapter, and merge makes a model of"
+
+
 def check_config(folder: Path, needs_tokenizer: bool = True) -> None:
     """Raise if a folder's config or tokenizer is missing or not allowed; weights are not checked.
 
@@ -118,7 +125,9 @@ def check_config(folder: Path, needs_tokenizer: bool = True) -> None:
         LoratuneError: lists what is missing or not allowed.
     """
     if not (folder / CONFIG).exists():
-        raise LoratuneError(f"{folder}: no config.json in it, so it is not a model folder", Exit.MODEL)
+        raise LoratuneError(
+            f"{folder}: no config.json in it, so it is not a model folder{_adapter_in(folder)}", Exit.MODEL
+        )
     require_plain_files(folder)
     if (folder / ADAPTER_CONFIG).exists():
         raise LoratuneError(
