@@ -17,7 +17,7 @@ from loratune.plain_files import is_file, open_plain
 from loratune.recipe.data_sections import SourceSettings
 from loratune.recipe.flag_values import parse_flag
 from loratune.recipe.method_sections import METHOD, METHOD_SECTIONS
-from loratune.recipe.names import current_name, drop_keys, rename_keys
+from loratune.recipe.names import drop_keys, rename_keys, renamed_flags
 from loratune.recipe.problems import described_problems, is_flag, with_place
 from loratune.recipe.sections import Recipe, settings_with_dropped
 from loratune.recipe.sweep_section import SWEEP, SweepSettings
@@ -148,7 +148,7 @@ def _validated(document: Document, path: Path | None, flags: dict[str, Any], is_
         problems.append(Problem(f"{told}{advice}"))
     if isinstance(values, dict):
         problems += [Problem(problem) for problem in _rename(document, str(path), is_own)]
-        flags = _renamed_flags(flags)
+        flags = renamed_flags(flags)
         wrong_flags = _lay_over(values, flags)
         problems += [Problem(message, key=f"--{dotted}") for dotted, message in wrong_flags.items()]
         try:
@@ -186,23 +186,6 @@ def _rename(document: Document, path: str, is_own: bool) -> list[str]:
     if renamed and not is_own:
         console.say(f"{path}: {'; '.join(renamed)} (the old names still work)")
     return []
-
-
-def _renamed_flags(flags: dict[str, Any]) -> dict[str, Any]:
-    """Return flags under their present names, with a notice for each renamed one.
-
-    Raises:
-        LoratuneError: a setting is given under both names.
-    """
-    present: dict[str, Any] = {}
-    for name, value in flags.items():
-        now = current_name(name) or name
-        if now in present or (now != name and now in flags):
-            raise LoratuneError(f"--{name} is now called --{now}, and both are given; remove --{name}", Exit.USAGE)
-        if now != name:
-            console.say(f"--{name} is now --{now} (the old name still works)")
-        present[now] = value
-    return present
 
 
 def with_settings(recipe: Recipe, settings: Mapping[str, Any]) -> Recipe:
