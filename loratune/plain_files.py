@@ -49,7 +49,8 @@ def require_folder(path: Path, instead: str = "") -> None:
     """
     if not is_folder(path):
         advice = f"; give {instead}" if instead else ""
-        raise LoratuneError(f"{shortened(str(path), LONGEST_PATH)}: no such folder{advice}", Exit.MODEL)
+        problem = "a file, not a folder" if is_file(path) else "no such folder"
+        raise LoratuneError(f"{shortened(str(path), LONGEST_PATH)}: {problem}{advice}", Exit.MODEL)
 
 
 def open_plain(path: Path) -> BinaryIO:

@@ -22,6 +22,7 @@ from loratune.errors import Exit
 from loratune.evaluation.general import changes, is_refusal, language_of
 from loratune.evaluation.result import Evaluation, read_evaluation
 from loratune.generation.general_texts import load_instructions, load_passages
+from loratune.runs.state import evaluation_command
 
 GENERAL_ROWS = json.loads((Path(__file__).resolve().parent.parent / "data" / "general.json").read_text("utf-8"))
 KNOWN, OTHERS = GENERAL_ROWS[:16], GENERAL_ROWS[16:]
@@ -79,6 +80,19 @@ def evaluate(cli: Callable[..., Result], tmp_path: Path) -> Evaluate:
         return read_evaluation(output), done
 
     return run
+
+
+def test_the_command_that_a_run_ends_with_is_accepted(
+    cli: Callable[..., Result], short_run: Path, tmp_path: Path
+) -> None:
+    run = Path(shutil.copytree(short_run, tmp_path / "run"))
+    command = evaluation_command(run)
+    (placeholder,) = command.chosen
+    given = {placeholder: str(written(tmp_path / "tests.json", [{"instruction": "a", "output": "b"}]))}
+    done = cli(*(given.get(word, word) for word in command.words[1:]), "--no-general", "--max-new-tokens", 2)
+    assert done.exit_code in (0, Exit.WORSE), done.stderr
+    assert (tmp_path / "run-eval" / "eval.json").is_file()
+    assert evaluation_command(run).words[-1] == str(tmp_path / "run-eval-2")
 
 
 def test_reversed_answers_are_worse_and_the_exit_code_says_so(evaluated: tuple[Path, Result]) -> None:

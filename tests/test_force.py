@@ -159,6 +159,21 @@ def test_a_name_that_is_no_model_is_refused(refusal: Refusal, trained: Path, nam
     assert "no such folder" in told or "neither a run folder nor an adapter" in told
 
 
+def test_what_is_given_as_something_else_is_told_with_its_own_flag(
+    refusal: Refusal, trained: Path, base: Path, plain: Path
+) -> None:
+    for command in ("merge", "infer"):
+        assert "a whole model, not an adapter; infer, serve and export take it with --model" in refusal(
+            command, "--adapter", base
+        )
+        told = refusal(command, "--adapter", trained / "report.json")
+        assert "a file, not a folder" in told
+    for folder in (trained, plain):
+        assert "it holds an adapter, which infer, serve and export take with --adapter" in refusal(
+            "infer", "--model", folder
+        )
+
+
 @pytest.mark.parametrize("command", ["merge", "infer"])
 @pytest.mark.parametrize(
     "named", ["Qwen/Qwen2.5-0.5B", "https://huggingface.co/a/b", "file:///etc", "~", "x" * 5000, "x\0", "", None, 5]

@@ -317,6 +317,15 @@ def test_a_config_is_recognised_by_its_names() -> None:
         assert not one.marks & other.marks
     with pytest.raises(LoratuneError, match="none of these tools"):
         recognised(read_config(written({"model": {"base": "x"}, "colour": 1})))
+    with pytest.raises(LoratuneError, match="a recipe of loratune already"):  # unsloth too has a section `data`
+        recognised(read_config(written({"model": {"base": "x"}, "data": {"train": "a.json"}, "seed": 1})))
+
+
+def test_missing_descriptions_of_data_sets_are_told_with_the_flag_that_gives_them() -> None:
+    (Path("data") / "dataset_info.json").rename("elsewhere.json")
+    assert "--dataset-info says where it is" in reasons(imported(LLAMA_FACTORY))
+    given = translate(written(LLAMA_FACTORY), None, {}, None, Path("elsewhere.json"))
+    assert "dataset_info.json" not in reasons(given)
 
 
 def test_an_unknown_name_is_a_loss_and_the_nearest_one_is_told() -> None:

@@ -198,4 +198,5 @@ def test_without_the_sdk_the_extra_is_named(cli: Callable[..., Any], monkeypatch
     result = cli("mcp")
     assert result.exit_code == Exit.USAGE
     assert 'pip install "loratune[mcp]"' in result.stderr
+    assert all(f" {tool}" in " ".join(cli("mcp", "--help").stdout.partition("The tools")[2].split()) for tool in TOOLS)
     assert cli("mcp", "--root", "/nosuch").stderr.endswith("no such folder; give one that exists\n")

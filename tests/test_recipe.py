@@ -241,6 +241,7 @@ def test_an_unknown_key_is_told_with_its_line_and_the_nearest_name(recipe_file: 
         ("", "the file is empty"),
         ("# nothing\n", "the file is empty"),
         ("- model\n- data\n", "not a list"),
+        ('[{"instruction": "a", "output": "b"}]', "give rows with --data.train"),
         ("just words", "single value"),
         ("5", "single value"),
         ("model: {base: x}\n---\ndata: {train: a}\n", "line 2: not valid YAML"),
@@ -250,6 +251,18 @@ def test_an_unknown_key_is_told_with_its_line_and_the_nearest_name(recipe_file: 
 )
 def test_a_file_that_is_no_recipe_is_refused(recipe_file: Any, text: str, told: str) -> None:
     assert told in refusal(recipe_file(text))
+
+
+@pytest.mark.parametrize("name", ["rows.csv", "rows.jsonl", "rows.jsonl.gz", "rows.parquet"])
+def test_rows_in_place_of_a_recipe_are_told_with_their_flag(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_text("instruction,output\nHi: there,Hello\n")
+    assert "rows, not a recipe; give them with --data.train" in refusal(str(tmp_path / name))
+
+
+def test_a_run_in_place_of_its_recipe_is_told_with_the_recipe(tmp_path: Path) -> None:
+    assert "did you mean" not in refusal(str(tmp_path))
+    (tmp_path / "recipe.yaml").write_text("model: {base: tiny-qwen}\n")
+    assert f"did you mean {tmp_path / 'recipe.yaml'}?" in refusal(str(tmp_path))
 
 
 def test_a_refused_value_is_not_told_a_second_time_as_missing(recipe_file: Any) -> None:

@@ -23,7 +23,7 @@ from safetensors.torch import load_file
 from transformers import TrainerControl
 from typer.testing import Result
 
-from loratune.errors import Interrupted, Paused
+from loratune.errors import Exit, Interrupted, Paused
 from loratune.model.kernels.attention_choice import AttentionChoice
 from loratune.recipe.loading import load_written_recipe, with_settings
 from loratune.runs.lock import run_lock
@@ -163,6 +163,21 @@ def test_the_exit_code_tells_the_signal(sft: Sft, stop: Callable[..., None], tmp
     result = sft("run")
     assert result.exit_code == 128 + number
     assert "--resume" in result.stderr
+
+
+def test_a_run_that_is_there_is_offered_to_be_resumed_while_it_can_be(
+    sft: Sft, stop: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(AdapterTrainer, "training_step", AdapterTrainer.training_step)
+        stop(1)
+        assert sft("run").exit_code == 128 + signal.SIGTERM
+    monkeypatch.undo()
+    again = sft("run")
+    assert (again.exit_code, "go on with it with --resume" in " ".join(again.stderr.split())) == (Exit.USAGE, True)
+    assert sft("run", "--resume").exit_code == 0
+    again = sft("run")
+    assert (again.exit_code, "--resume" in again.stderr) == (Exit.USAGE, False)
 
 
 def test_a_signal_that_nohup_has_switched_off_stays_so(sft: Sft, stop: Callable[..., None]) -> None:

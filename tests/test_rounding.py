@@ -88,6 +88,11 @@ def test_an_update_that_rounding_takes_a_part_of_is_merged_with_a_warning(
     assert lost > 0.5 * effect, "a bound on the distance from base + adapter would refuse it"
     assert report["logits_with_rounding"]["original"]["mean_kl"] < 1e-6
     assert any(warning.startswith(WARNING) for warning in report["warnings"])
+    told = " ".join(cli("verify", output, env={"COLUMNS": "200"}).stderr.split())
+    rounded = report["logits_with_rounding"]["original"]["mean_kl"]
+    for label, mean_kl in (("logits", lost), ("rounded alike", rounded)):
+        assert f"mean KL {mean_kl:.1e}" in told.partition(f" {label} ")[2].partition("largest difference")[0]
+    assert "bounds rounded alike: largest difference" in told
     wide = merged(cli, tmp_path / "wide", "--adapter", adapter, "--model", base, "--dtype", "float32")
     assert wide["logits"]["original"]["mean_kl"] < 1e-6
     assert not any(warning.startswith(WARNING) for warning in wide["warnings"])

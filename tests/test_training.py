@@ -278,6 +278,12 @@ def test_callbacks_are_called_in_their_written_order(
     assert order("guard") < min(order("keeper"), order("trackers"))
 
 
+def test_a_validation_is_shown_once_it_says_something_of_the_adapter(sft: Callable[..., Result]) -> None:
+    result = sft("--evaluation.every_steps", "2", "--tracking.every_steps", "1")
+    lines = [line for line in result.stderr.splitlines() if line.startswith("step ")]
+    assert [" val " in line for line in lines] == [False, False, True, True], "the first is that of the base"
+
+
 def test_weights_spoilt_between_two_logs_are_never_saved(
     sft: Callable[..., Result], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -12,8 +12,9 @@ from loratune.cli.failures import document_of
 from loratune.errors import Exit, LoratuneError
 
 DETAILS = """\
-Speaks the protocol on standard input and output, as clients start it. The tools check, sft, status, infer, eval and
-merge run the commands of these names (check is data check, status is runs show), and answer with their JSON documents.
+Speaks the protocol on standard input and output, as clients start it. The tools check, plan, sft, status, infer,
+eval and merge run the commands of these names (check is data check, status is runs show), and answer with their JSON
+documents.
 
 sft trains in the background, and goes on if the server ends. Tools read and write below --root alone, also through
 links, read from --read too, use no network, and replace nothing."""

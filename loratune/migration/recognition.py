@@ -19,10 +19,14 @@ def recognised(config: Config) -> Tool:
     """Return the tool whose own names a config has most of.
 
     Raises:
-        LoratuneError: it has none of them.
+        LoratuneError: it has none of them, or is a recipe of loratune.
     """
     if config.program:
         return next(tool for tool in TOOLS.values() if config.program in tool.programs)
+    if all(isinstance(config.values.get(section), dict) for section in ("model", "data")) and (
+        "base" in config.values["model"]
+    ):
+        raise LoratuneError(f"{config.path}: a recipe of loratune already; train it with sft --config", Exit.USAGE)
     own = {name: tool.marks & config.values.keys() for name, tool in TOOLS.items()}
     best = max(own, key=lambda name: len(own[name]))
     if not own[best]:

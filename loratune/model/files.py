@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 from loratune.caches import cache_folder
 from loratune.errors import Exit, LoratuneError, bullet_list, named_reason_of
 from loratune.extras import required
-from loratune.model.architecture.families import FAMILIES
+from loratune.model.architecture.families import FAMILIES, is_native
 from loratune.model.architecture.structure import text_values
 from loratune.plain_files import CONFIG_BYTES, is_folder, read_json_object, require_plain_files
 from loratune.printable import LONGEST_PATH, shortened
@@ -111,6 +111,13 @@ def check_base(folder: Path) -> None:
         check_safetensors(shard)
 
 
+def _adapter_in(folder: Path) -> str:
+    """Return what to do with a folder that was given as a model and holds an adapter; empty without one."""
+    if not any((place / ADAPTER_CONFIG).exists() for place in (folder, folder / "adapter")):
+        return ""
+    return "; it holds an adapter, which infer, serve and export take with --adapter, and merge makes a model of"
+
+
 def check_config(folder: Path, needs_tokenizer: bool = True) -> None:
     """Raise if a folder's config or tokenizer is missing or not allowed; weights are not checked.
 
@@ -118,7 +125,9 @@ def check_config(folder: Path, needs_tokenizer: bool = True) -> None:
         LoratuneError: lists what is missing or not allowed.
     """
     if not (folder / CONFIG).exists():
-        raise LoratuneError(f"{folder}: no config.json in it, so it is not a model folder", Exit.MODEL)
+        raise LoratuneError(
+            f"{folder}: no config.json in it, so it is not a model folder{_adapter_in(folder)}", Exit.MODEL
+        )
     require_plain_files(folder)
     if (folder / ADAPTER_CONFIG).exists():
         raise LoratuneError(
@@ -143,21 +152,6 @@ def check_config(folder: Path, needs_tokenizer: bool = True) -> None:
         )
     if needs_tokenizer and not has_tokenizer_files(folder):
         raise LoratuneError(f"{folder}: no tokenizer.json in it", Exit.MODEL)
-
-
-def is_native(model_type: Any) -> bool:
-    """Return whether transformers itself has a language model of this type."""
-    if not isinstance(model_type, str):
-        return False
-    if model_type in FAMILIES:
-        return True
-    # Only for an architecture that loratune does not know: the import takes a second.
-    from transformers.models.auto import modeling_auto as known
-
-    return any(
-        model_type in names
-        for names in (known.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, known.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES)
-    )
 
 
 def untried(folder: Path) -> tuple[str, ...]:

@@ -17,7 +17,7 @@ from loratune.plain_files import is_file, open_plain
 from loratune.recipe.data_sections import SourceSettings
 from loratune.recipe.flag_values import parse_flag
 from loratune.recipe.method_sections import METHOD, METHOD_SECTIONS
-from loratune.recipe.names import current_name, drop_keys, rename_keys
+from loratune.recipe.names import drop_keys, rename_keys, renamed_flags
 from loratune.recipe.problems import described_problems, is_flag, with_place
 from loratune.recipe.sections import Recipe, settings_with_dropped
 from loratune.recipe.sweep_section import SWEEP, SweepSettings
@@ -25,6 +25,8 @@ from loratune.recipe.yaml_reader import SURROGATE, Document, read_yaml, write_ya
 
 MOST_BYTES = 2**20
 """Maximum size of a recipe in bytes; parsing this much takes about a second."""
+ROWS = re.compile(r"\.(jsonl|csv|parquet)(\.(gz|zst))?$")
+"""Ends of names that files of rows have and recipes don't; JSON may be either."""
 PACKAGE = Path(__file__).resolve().parent.parent
 ASSETS = PACKAGE / "assets"
 # An installed wheel has configs/ and data/ in its assets; a checkout has them next to the package.
@@ -57,7 +59,8 @@ def find_recipe(name: str, known: Iterable[Path] | None = None) -> Path:
     if bare in shipped:
         return shipped[bare]
     close = difflib.get_close_matches(bare, shipped, n=1)
-    hint = f"did you mean {close[0]}? " if close else ""
+    meant = str(path / "recipe.yaml") if is_file(path / "recipe.yaml") else "".join(close)
+    hint = f"did you mean {meant}? " if meant else ""
     raise LoratuneError(
         f"recipe {name!r}: no such file, and no shipped recipe of that name; {hint}shipped are: {', '.join(shipped)}",
         Exit.USAGE,
@@ -140,10 +143,12 @@ def _validated(document: Document, path: Path | None, flags: dict[str, Any], is_
     if values is None and not problems:
         problems.append(Problem("the file is empty; a recipe needs at least model.base and data.train"))
     elif not isinstance(values, dict) and not problems:
-        problems.append(Problem("the file must hold settings (section: …) at its top, not a list or a single value"))
+        advice = "; give rows with --data.train" if isinstance(values, list) else ""
+        told = "the file must hold settings (section: …) at its top, not a list or a single value"
+        problems.append(Problem(f"{told}{advice}"))
     if isinstance(values, dict):
         problems += [Problem(problem) for problem in _rename(document, str(path), is_own)]
-        flags = _renamed_flags(flags)
+        flags = renamed_flags(flags)
         wrong_flags = _lay_over(values, flags)
         problems += [Problem(message, key=f"--{dotted}") for dotted, message in wrong_flags.items()]
         try:
@@ -183,23 +188,6 @@ def _rename(document: Document, path: str, is_own: bool) -> list[str]:
     return []
 
 
-def _renamed_flags(flags: dict[str, Any]) -> dict[str, Any]:
-    """Return flags under their present names, with a notice for each renamed one.
-
-    Raises:
-        LoratuneError: a setting is given under both names.
-    """
-    present: dict[str, Any] = {}
-    for name, value in flags.items():
-        now = current_name(name) or name
-        if now in present or (now != name and now in flags):
-            raise LoratuneError(f"--{name} is now called --{now}, and both are given; remove --{name}", Exit.USAGE)
-        if now != name:
-            console.say(f"--{name} is now --{now} (the old name still works)")
-        present[now] = value
-    return present
-
-
 def with_settings(recipe: Recipe, settings: Mapping[str, Any]) -> Recipe:
     """Return a recipe with other values of some settings; what the recipe leaves to defaults stays so.
 
@@ -235,6 +223,10 @@ def dump_recipe(recipe: Recipe, is_ascii: bool = False) -> str:
 
 
 def _read(path: Path) -> Document:
+    if ROWS.search(path.name):
+        raise LoratuneError(
+            f"{path}: rows, not a recipe; give them with --data.train, and a recipe with --config", Exit.USAGE
+        )
     try:
         with open_plain(path) as file:
             content = file.read(MOST_BYTES + 1)

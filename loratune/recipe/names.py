@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
+from loratune import console
+from loratune.errors import Exit, LoratuneError
+
 RENAMED = {
     "model.attention": "model.attn_implementation",
     "lora.targets": "lora.target_modules",
@@ -129,3 +132,20 @@ def _section_of(values: dict[str, Any], dotted: str) -> tuple[dict[str, Any] | N
     section, _, name = dotted.rpartition(".")
     place = values.get(section) if section else values
     return (place if isinstance(place, dict) else None), name
+
+
+def renamed_flags(flags: dict[str, Any]) -> dict[str, Any]:
+    """Return flags under their present names, with a notice for each renamed one.
+
+    Raises:
+        LoratuneError: a setting is given under both names.
+    """
+    present: dict[str, Any] = {}
+    for name, value in flags.items():
+        now = current_name(name) or name
+        if now in present or (now != name and now in flags):
+            raise LoratuneError(f"--{name} is now called --{now}, and both are given; remove --{name}", Exit.USAGE)
+        if now != name:
+            console.say(f"--{name} is now --{now} (the old name still works)")
+        present[now] = value
+    return present

@@ -132,6 +132,10 @@ def open_adapter(path: Path, force: bool = False) -> AdapterSource:
         return AdapterSource(path, None, None, None, tuple(changed), checkpoint=checkpoint)
     if (path / ADAPTER_CONFIG).is_file():
         return AdapterSource(path, None, None, None, notes=tuple(require_intact(path, force)))
+    if is_file(path / "config.json"):
+        raise LoratuneError(
+            f"{path}: a whole model, not an adapter; infer, serve and export take it with --model", Exit.MODEL
+        )
     raise LoratuneError(f"{path}: neither a run folder nor an adapter (no {ADAPTER_CONFIG} in it)", Exit.MODEL)
 
 

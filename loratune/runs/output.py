@@ -31,7 +31,7 @@ from loratune.runs.folder import (
 )
 from loratune.runs.manifest import Manifest, read_manifest, write_files, write_manifest
 from loratune.runs.report import Report, write_report
-from loratune.runs.status import MENDED, set_status
+from loratune.runs.status import MENDED, read_status, set_status
 from loratune.writing import PROGRAM, TEMPORARY_NAME, remove, remove_unfinished, try_to_write, write_text
 
 
@@ -61,8 +61,10 @@ def prepare_output(output: Path, overwrite: bool, kind: str = "run", marker: str
                 f"{output} holds something that is not {named}; choose another folder with --output", Exit.USAGE
             )
         if not overwrite:
+            resumable = "go on with it with --resume, " if marker == STATUS and _is_unfinished(output) else ""
             raise LoratuneError(
-                f"{output} already holds {named}; choose another folder with --output, or replace it with --overwrite",
+                f"{output} already holds {named}; {resumable}choose another folder with --output, or replace it with "
+                "--overwrite",
                 Exit.USAGE,
             )
     elif output.exists() and not output.is_dir():
@@ -126,6 +128,11 @@ def _tell_of_damaged_status(output: Path) -> None:
             f"{MENDED} into it, and give the same command again",
             Exit.USAGE,
         )
+
+
+def _is_unfinished(output: Path) -> bool:
+    """Return whether a run has a checkpoint and can go on from it; a diverged one would diverge again."""
+    return read_status(output).state not in ("finished", "diverged") and any((output / CHECKPOINTS).glob("*"))
 
 
 def _is_passing(name: str) -> bool:

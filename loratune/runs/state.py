@@ -150,6 +150,13 @@ def _gpus(output: Path) -> int | None:
     return count if count > 1 else None
 
 
+def evaluation_command(output: Path) -> Command:
+    """Return the command that compares the adapter of a finished run with its base."""
+    place = free_place(output.with_name(f"{output.name}-eval"))
+    flags = {"--adapter": output, "--tests": "TESTS", "--output": place}
+    return loratune("is it better", "eval", flags, {"TESTS": "rows that it was not trained on"})
+
+
 def serving_command(output: Path) -> Command | None:
     """Return the command that prepares the adapter of a finished run for vLLM, merged if vLLM cannot serve it.
 

@@ -146,7 +146,7 @@ class Progress(TrainerCallback):
             return
         figures = [f"loss {losses[-1][1]:.4f}"]
         validations = self.metrics.of("validation_loss")
-        if validations:
+        if validations and validations[-1][0]:  # that of step 0 is the base's, and would look like no progress
             figures.append(f"val {validations[-1][1]:.4f}")
             figures += [f"exact {share:.0%}" for _, share in self.metrics.of("exact_answers")[-1:]]
         figures.append(f"lr {self.metrics.of('learning_rate')[-1][1]:.1e}")

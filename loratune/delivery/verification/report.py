@@ -73,6 +73,9 @@ def show_verification(merged: MergedModel) -> None:
         label = "logits" if len(logits) == 1 else name
         chosen = " ← taken" if len(logits) > 1 and name == merged.merge_base else ""
         rows.append((label, f"{parity_text(parity)}{chosen}"))
+    rounded = (models.logits_with_rounding or {}).get(merged.merge_base)
+    if rounded:  # the logits above are of other weights than base + adapter: those that the file's type can hold
+        rows.append(("rounded alike", f"base + adapter rounded as the file is; {parity_text(rounded)}"))
     if models.bounds:
         rows.append(("bounds", _bounds_text(models)))
     if models.computed_on:
@@ -83,7 +86,7 @@ def show_verification(merged: MergedModel) -> None:
     rows += [("beside", change) for change in merged.changed_files]
     console.table(rows, title="verified" if models.verified != "nothing" else "NOT VERIFIED")
     if models.answers:
-        console.table(_answer_rows(models.answers), title="answers, greedy")
+        console.table(_answer_rows(models.answers), title="answers, greedy; base+adapter up to its first other token")
 
 
 def _bounds_text(models: ModelProof) -> str:
@@ -93,10 +96,9 @@ def _bounds_text(models: ModelProof) -> str:
     origin = "the usual ones"
     if models.noise:
         origin = f"from what rounding alone does to this model in {counted(len(models.noise), 'run')}"
-    return (
-        f"largest difference {models.bounds.difference:.1e} of the largest logit, mean KL {models.bounds.mean_kl:.1e}: "
-        f"{origin}"
-    )
+    held = "rounded alike: " if models.logits_with_rounding else ""
+    allowed = f"largest difference {models.bounds.difference:.1e} of the largest logit"
+    return f"{held}{allowed}, mean KL {models.bounds.mean_kl:.1e}: {origin}"
 
 
 def _kept(back: ReadBack, dtype: str | None) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from loratune.errors import LoratuneError
+from loratune.errors import Exit, LoratuneError
 from loratune.migration.config_file import parse, read_text
 from loratune.migration.rows import MEDIA, Rows, add_named, check_turns
 from loratune.migration.sheet import Context, Sheet, texts, whole
@@ -72,7 +72,12 @@ def _dataset_info(folder: str, context: Context) -> tuple[dict[str, Any], Path]:
     """
     above = [Path(), context.folder, *context.folder.resolve().parents]
     places = [place / folder / "dataset_info.json" for place in above]
-    path = context.dataset_info or next((place for place in places if is_file(place)), places[0])
+    path = context.dataset_info or next((place for place in places if is_file(place)), None)
+    if path is None:
+        raise LoratuneError(
+            f"{places[0]}: no such file, also not beside the config or above it; --dataset-info says where it is",
+            Exit.USAGE,
+        )
     values = parse(path, read_text(path))
     return (values if isinstance(values, dict) else {}), path
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -69,3 +70,18 @@ GGUF_ARCHITECTURES = (
     "qwen35moe",
 )
 """GGUF's names of the architectures that loratune writes."""
+
+
+def is_native(model_type: Any) -> bool:
+    """Return whether transformers itself has a language model of this type."""
+    if not isinstance(model_type, str):
+        return False
+    if model_type in FAMILIES:
+        return True
+    # Only for an architecture that loratune does not know: the import takes a second.
+    from transformers.models.auto import modeling_auto as known
+
+    return any(
+        model_type in names
+        for names in (known.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, known.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES)
+    )

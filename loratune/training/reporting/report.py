@@ -27,7 +27,7 @@ from loratune.runs.report import (
     Updates,
     ValidationLosses,
 )
-from loratune.runs.state import next_command, serving_command
+from loratune.runs.state import evaluation_command, next_command, serving_command
 from loratune.runs.versions import library_versions
 from loratune.training.callbacks import Metrics
 from loratune.training.checkpoints.best import Validation, best_of, judged_by, validations
@@ -141,6 +141,7 @@ def show_report(report: Report) -> None:
     for sentence in health.sentences:
         console.warn(sentence)
     console.next_step(str(next_command(Path(report.output), "finished")))
+    console.next_step(str(evaluation_command(Path(report.output))))
     if serving := serving_command(Path(report.output)):
         console.next_step(str(serving))
 
