@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 import torch
 from hypothesis import given
@@ -25,8 +28,9 @@ from loratune.model.hardware import Hardware, detect_hardware
 from loratune.model.kernels.lora_linear import use_fused_lora
 from loratune.model.kernels.packed_attention import use_document_attention
 from loratune.recipe.sections import TrainingSettings
-from loratune.training import activations
+from loratune.training import activations, session
 from loratune.training.activations import SPARE, SPARE_ON_GPU, PassMemory, largest_step, measure_passes, plan_passes
+from loratune.training.memory.prediction import Prediction
 
 MB = 2**20
 
@@ -45,26 +49,103 @@ def sft(cli: Callable[..., Result], random_qwen: Path, rows_file: Path, tmp_path
 
 
 def group(folder: Path, version: int, limit: str, used: int, cached: int) -> None:
-    """The files in which Linux tells a container its memory."""
-    names = memory.GROUPS[0] if version == 2 else memory.GROUPS[1]
+    """The files in which Linux tells a container or a job its memory."""
+    folder.mkdir(parents=True, exist_ok=True)
     statistics = f"anon 5\ninactive_file {cached}\n"
-    for name, text in zip(names, (limit + "\n", f"{used}\n", statistics), strict=True):
-        (folder / name).parent.mkdir(exist_ok=True)
+    for name, text in zip(
+        memory.GROUP_FILES[0 if version == 2 else 1], (limit + "\n", f"{used}\n", statistics), strict=True
+    ):
         (folder / name).write_text(text)
+
+
+def free_in(root: Path, listing: str) -> int:
+    (root / "listing").write_text(listing)
+    return min(map(memory._free_in_group, memory._own_groups(root, root / "listing")))
 
 
 @pytest.mark.parametrize("version", [1, 2])
 def test_a_container_s_bound_counts_without_the_cache_of_files(tmp_path: Path, version: int) -> None:
-    group(tmp_path, version, str(100 * MB), 70 * MB, 20 * MB)
-    assert memory._free_in_group(tmp_path) == [50 * MB]
+    group(tmp_path if version == 2 else tmp_path / "memory", version, str(100 * MB), 70 * MB, 20 * MB)
+    assert free_in(tmp_path, "0::/\n5:memory:/\n") == 50 * MB
+    assert free_in(tmp_path, "0::/of the host\n5:cpu,memory:/of the host\n") == 50 * MB  # paths that it does not see
+
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_a_job_s_bound_counts_and_those_around_it(tmp_path: Path, version: int) -> None:
+    top = tmp_path if version == 2 else tmp_path / "memory"
+    listing = "0::/slurm/job_7/step_0\n" if version == 2 else "4:memory:/slurm/job_7/step_0\n0::/\n"
+    group(top / "slurm" / "job_7", version, str(100 * MB), 30 * MB, 0)
+    assert free_in(tmp_path, listing) == 70 * MB
+    group(top / "slurm" / "job_7" / "step_0", version, str(100 * MB), 90 * MB, 0)
+    assert free_in(tmp_path, listing) == 10 * MB
+    group(top / "slurm" / "job_8", version, str(100 * MB), 99 * MB, 0)  # of somebody else
+    assert free_in(tmp_path, listing) == 10 * MB
 
 
 def test_no_bound_is_none(tmp_path: Path) -> None:
-    assert memory._free_in_group(tmp_path) == []
+    assert free_in(tmp_path, "0::/\n") == sys.maxsize
     group(tmp_path, 2, "max", 70 * MB, 20 * MB)
-    assert memory._free_in_group(tmp_path) == []
+    assert free_in(tmp_path, "0::/\n") == sys.maxsize
     (tmp_path / "memory.stat").write_text("a b c\n")
-    assert memory._free_in_group(tmp_path) == []
+    assert free_in(tmp_path, "0::/\n") == sys.maxsize
+    assert list(memory._own_groups(tmp_path, tmp_path / "no listing")) == [tmp_path, tmp_path / "memory"]
+
+
+RESIDENT = """
+import ctypes, psutil, sys
+from loratune.model.memory import keep_freed_memory, return_large_blocks
+
+def left():
+    before = psutil.Process().memory_info().rss
+    blocks = [ctypes.create_string_buffer(1 << 20) for _ in range(64)]
+    stays = ctypes.create_string_buffer(1 << 12)  # above the others in the heap, which cannot shrink then
+    del blocks
+    return psutil.Process().memory_info().rss - before
+
+return_large_blocks()
+print(left())
+keep_freed_memory()
+print(left())
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="settings of glibc")
+def test_large_blocks_are_returned_or_kept() -> None:
+    done = subprocess.run([sys.executable, "-c", RESIDENT], capture_output=True, text=True, check=True)
+    returned, kept = map(int, done.stdout.split())
+    assert returned < 8 * MB
+    assert kept > 56 * MB
+
+
+@pytest.mark.parametrize("keeps", [True, False])
+def test_a_run_keeps_freed_blocks_if_they_are_expected_to_fit(
+    sft: Callable[..., Result], monkeypatch: pytest.MonkeyPatch, keeps: bool
+) -> None:
+    called: list[str] = []
+    for name in ("return_large_blocks", "keep_freed_memory"):
+        monkeypatch.setattr(session, name, lambda name=name: called.append(name))
+    expected = Prediction({}, {}, {"a moment": {}}, 1, False, keeps_freed=keeps)
+    monkeypatch.setattr(session, "_predicted", lambda *_: expected)
+    assert sft("run").exit_code == 0
+    assert called == ["return_large_blocks", "keep_freed_memory"][: 1 + keeps]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="pages of Linux")
+def test_pages_of_files_are_given_up_and_what_was_written_stays(tmp_path: Path) -> None:
+    read, written = (tmp_path / name for name in ("read.bin", "written.bin"))
+    values = {}
+    for path in (read, written):
+        path.write_bytes(bytes(range(256)) * (32 * MB // 256))
+        storage = torch.UntypedStorage.from_file(str(path), shared=False, nbytes=32 * MB)
+        values[path] = torch.empty(0, dtype=torch.uint8).set_(storage, 0, (32 * MB,), (1,))
+        assert int(values[path].sum(dtype=torch.int64)) == 32 * MB // 256 * 32_640
+    values[written][5] = 77
+    before = psutil.Process().memory_info().rss
+    memory.release_file_pages([read, written])
+    assert before - psutil.Process().memory_info().rss > 28 * MB
+    assert before - psutil.Process().memory_info().rss < 36 * MB  # those of the other one are still there
+    assert values[written][5] == 77
+    assert int(values[read].sum(dtype=torch.int64)) == 32 * MB // 256 * 32_640
 
 
 def test_free_memory_is_shared_by_the_processes_of_a_machine(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,7 +17,7 @@ from loratune.errors import Exit, LoratuneError
 from loratune.model.adapter.attach import attach_adapter, save_adapter
 from loratune.model.architecture.structure import causal_model
 from loratune.model.base import load_base
-from loratune.model.hardware import cpu_hardware
+from loratune.model.hardware import Hardware, cpu_hardware
 from loratune.model.kernels.linear_cross_entropy import add_labelled_loss
 from loratune.model.kernels.lora_linear import use_fused_lora
 from loratune.model.kernels.norm_mlp import use_fused_elementwise
@@ -26,15 +26,16 @@ from loratune.recipe.loading import load_recipe
 from loratune.recipe.sections import Recipe
 from loratune.training.activations import PassPlan, measure_passes
 from loratune.training.memory import trace as tracing
-from loratune.training.memory.expecting import Workload, expect_passes, optimizer_bytes, pass_memory
+from loratune.training.memory.expecting import ProcessMemory, Workload, expect_passes, optimizer_bytes, pass_memory
 from loratune.training.memory.live import LiveBytes
 from loratune.training.memory.planned import PlannedModel, planned_model
 from loratune.training.memory.planning import parse_size
-from loratune.training.memory.prediction import ADAPTER, OPTIMIZER
+from loratune.training.memory.prediction import ADAPTER, FREED, LOADING, OPTIMIZER, STEP, Prediction
 from loratune.training.memory.trace import Setting, trace
 from loratune.training.probes.passes import packed
 
 pytestmark = pytest.mark.predicts_memory
+GPU = Hardware(torch.device("cuda", 0), True, "a GPU", 1, (8, 0))
 LENGTHS = [70, 33, 9]
 ROWS = [{"instruction": f"Count to {number}.", "output": "one two three " * 60} for number in range(24)]
 
@@ -115,10 +116,13 @@ def test_layers_of_one_kind_stand_for_each_other(tiny_model: Callable[[str], Pat
             assert tracing._traced(it.model, batch, Setting()) == whole
 
 
-@pytest.mark.parametrize("kind", ["qwen3_moe", "gemma2", "lfm2", "gpt_oss"])
+@pytest.mark.parametrize("kind", ["qwen3_moe", "qwen3_5_moe", "gemma2", "lfm2", "gpt_oss"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("quantization", ["none", "nf4", "int8"])
-def test_other_families_are_planned(tiny_model: Callable[[str], Path], kind: str, quantization: str) -> None:
-    it, _ = planned(tiny_model(kind), model__quantization=quantization)
+def test_other_families_are_planned(
+    tiny_model: Callable[[str], Path], kind: str, dtype: str, quantization: str
+) -> None:
+    it, _ = planned(tiny_model(kind), model__quantization=quantization, model__dtype=dtype)
     assert trace(it.model, it.batch(LENGTHS, 1), Setting()).peak > 0
     if kind == "qwen3_moe" and quantization == "int8":
         assert it.weights["experts, not quantised"] > 0  # which int8 leaves in 16 bits
@@ -135,6 +139,34 @@ def test_weights_and_adapter_are_those_of_a_loaded_model(random_qwen: Path, tmp_
     save_adapter(model, tmp_path)
     saved = load_file(tmp_path / "adapter_model.safetensors")
     assert it.adapter_bytes == sum(4 * one.numel() for one in saved.values())
+
+
+@pytest.mark.parametrize(("dtype", "quantization"), [("float32", "none"), ("bfloat16", "none"), ("bfloat16", "nf4")])
+def test_pages_of_files_are_those_of_what_is_converted(random_qwen: Path, dtype: str, quantization: str) -> None:
+    it, recipe = planned(random_qwen, model__quantization=quantization, model__dtype=dtype)
+    stored = load_file(random_qwen / "model.safetensors")
+    model = load_base(recipe.model, random_qwen, cpu_hardware())
+    in_place = {name for name, one in model.named_parameters() if name in stored and one.dtype == stored[name].dtype}
+    assert it.file_bytes == sum(one.nbytes for name, one in stored.items() if name not in in_place)
+
+
+def test_freed_blocks_are_kept_where_there_is_room(random_qwen: Path) -> None:
+    it, recipe = planned(random_qwen)
+    work, passes = Workload(np.array([64] * 8), 0.5), PassPlan(128, 128, False, None)
+
+    def expected(room: int) -> Prediction:
+        return expect_passes(it, recipe, work, cpu_hardware(), passes, ProcessMemory(5_000, room))
+
+    fast = expected(10**12)
+    assert fast.keeps_freed
+    assert fast.moments[STEP][FREED] > 0
+    assert expected(fast.peak_bytes).keeps_freed
+    small = expected(fast.peak_bytes - 1)
+    assert not small.keeps_freed
+    assert fast.peak_bytes == small.peak_bytes + fast.moments[STEP][FREED]
+    on_gpu = expect_passes(it, recipe, work, GPU, passes, ProcessMemory(0, 10**12))
+    assert not on_gpu.keeps_freed
+    assert LOADING not in on_gpu.moments
 
 
 def test_the_optimizer_s_bytes_are_those_of_its_states(random_qwen: Path) -> None:
@@ -172,11 +204,11 @@ def test_a_term_that_is_left_out_is_seen(random_qwen: Path, monkeypatch: pytest.
 def test_the_peak_is_the_sum_of_its_terms(random_qwen: Path) -> None:
     it, recipe = planned(random_qwen)
     work, passes = Workload(np.array([64] * 8), 0.5), PassPlan(128, 128, False, None)
-    found = expect_passes(it, recipe, work, cpu_hardware(), passes, 5_000)
+    found = expect_passes(it, recipe, work, cpu_hardware(), passes, ProcessMemory(5_000, 10**12))
     assert found.peak_bytes == sum(found.terms.values())
     assert found.terms[ADAPTER] == it.adapter_bytes
     assert found.terms[OPTIMIZER] == 2 * it.adapter_bytes
-    shared = expect_passes(it, recipe, work, cpu_hardware(2), passes, 5_000)
+    shared = expect_passes(it, recipe, work, cpu_hardware(2), passes, ProcessMemory(5_000, 10**12))
     assert shared.processes == 2
 
 

@@ -18,7 +18,7 @@ from loratune.model.architecture.file_layout import file_layout
 from loratune.model.architecture.vocabulary import vocabulary_of
 from loratune.model.config import auto_class, empty_model, load_config, load_generation_config
 from loratune.model.files import weight_files
-from loratune.model.memory import is_out_of_memory
+from loratune.model.memory import is_out_of_memory, release_file_pages
 from loratune.model.tying import head_is_tied
 from loratune.model.weights.tensor_files import TensorFiles
 from loratune.model.weights.unpacked import keep_odd_sizes_unpacked
@@ -58,6 +58,7 @@ def load_from_folder(folder: Path, is_quantized: bool = False, auto: Any = None,
             output_loading_info=True,
             **options,
         )
+    release_file_pages(weight_files(folder))
     if info["missing_keys"]:
         raise _lacking(folder, info["missing_keys"])
     if info["unexpected_keys"]:

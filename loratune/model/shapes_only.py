@@ -53,8 +53,13 @@ class _Answers(TorchDispatchMode):
                 return torch.tensor([round(tokens * (number + 1) / experts) for number in range(experts)])
         if func is torch.ops.aten._local_scalar_dense.default and args[0].dtype == torch.bool:
             return True
-        if func is torch.ops.aten._grouped_mm.default and args[0].dtype == torch.float32:
-            # A CPU computes it, but the rule for its shape knows bfloat16 only.
-            halves = [one.bfloat16() if torch.is_tensor(one) and one.is_floating_point() else one for one in args]
-            return func(*halves, **(kwargs or {})).float()
+        if func is torch.ops.aten._grouped_mm.default:
+            # The rule for its shape wants bfloat16 and values that lie side by side.
+            plain = [
+                one.new_empty(one.shape, dtype=torch.bfloat16)
+                if torch.is_tensor(one) and one.is_floating_point()
+                else one
+                for one in args
+            ]
+            return func(*plain, **(kwargs or {})).to(args[0].dtype)
         return func(*args, **(kwargs or {}))

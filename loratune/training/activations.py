@@ -27,10 +27,10 @@ from loratune.training.processes.group import from_all
 
 SAMPLE_TOKENS = 256
 """Long enough that memory independent of the number of tokens hardly counts."""
-SPARE = 1.6
+SPARE = 1.2
 """Factor for gradients in flight, compiled kernels and allocator overhead on top of activations on a CPU.
 
-Qwen2.5 0.5B keeps 1.73 GB, and its resident memory grows by 3.1 GB in the first step.
+They are those of an allocator that returns freed blocks, which is set where keeping them would take too much.
 """
 SPARE_ON_GPU = 1.1
 """The same on a GPU, where the peak of whole passes is measured: rounding and fragmentation of the allocator."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch.nn import functional
@@ -14,6 +15,7 @@ from loratune.data.assembly.dataset import as_dataset
 from loratune.data.assembly.split import Split
 from loratune.data.preparation import PreparedData
 from loratune.errors import counted, reason_of
+from loratune.model.architecture.head import head_of
 from loratune.model.architecture.recurrent import recurrent_modules
 from loratune.model.architecture.roles import expert_stacks
 from loratune.model.architecture.structure import decoder_of
@@ -123,12 +125,13 @@ def measure_effect(model: CausalModel, folder: Path, split: Split, seconds: floa
     model.eval()
     try:
         with torch.inference_mode():
+            head, decoder = head_of(model), decoder_of(model)
             with unquantised(model, folder, advance):
-                expected = model(input_ids=ids, use_cache=False).logits
-            found = model(input_ids=ids, use_cache=False).logits
+                expected = decoder(input_ids=ids, use_cache=False).last_hidden_state
+            found = decoder(input_ids=ids, use_cache=False).last_hidden_state
+            return _compared(expected.flatten(0, 1), found.flatten(0, 1), head)
     finally:
         model.train(was_training)
-    return _compared(expected.flatten(0, 1), found.flatten(0, 1))
 
 
 def advice_on(model: CausalModel, quantization: str, effect: QuantizationEffect) -> list[str]:
@@ -144,11 +147,14 @@ def advice_on(model: CausalModel, quantization: str, effect: QuantizationEffect)
     ]
 
 
-def _compared(expected: torch.Tensor, found: torch.Tensor) -> QuantizationEffect:
-    """Compare logits (positions, vocabulary)."""
+def _compared(expected: torch.Tensor, found: torch.Tensor, head: Any) -> QuantizationEffect:
+    """Compare what a head, which is not quantised, makes of hidden states (positions, width).
+
+    Logits are made some positions at a time: those of all would take more than the quantised base of a small model.
+    """
     kl, same = 0.0, 0
-    for places in torch.arange(len(expected), device=expected.device).split(POSITIONS_AT_ONCE):
-        wanted, given = expected[places].float().log_softmax(-1), found[places].float().log_softmax(-1)
+    for one, other in zip(expected.split(POSITIONS_AT_ONCE), found.split(POSITIONS_AT_ONCE), strict=True):
+        wanted, given = (head(states).float().log_softmax(-1) for states in (one, other))
         kl += float(functional.kl_div(given, wanted, reduction="sum", log_target=True))
         same += int((wanted.argmax(-1) == given.argmax(-1)).sum())
     return QuantizationEffect(len(expected), kl / len(expected), same / len(expected))

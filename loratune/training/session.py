@@ -26,7 +26,7 @@ from loratune.model.kernels.attention_choice import choose_attention
 from loratune.model.kernels.lora_linear import use_fused_lora
 from loratune.model.kernels.norm_mlp import use_fused_elementwise
 from loratune.model.kernels.recurrent_layers import call_modules_in_training
-from loratune.model.memory import keep_freed_memory
+from loratune.model.memory import free_main_memory_bytes, keep_freed_memory, return_large_blocks
 from loratune.model.sharding.gathering import is_sharded, with_weights
 from loratune.model.sharding.sharded_base import require_apart_from_vocabulary, require_shardable, with_same_shards
 from loratune.model.tokenizer import load_tokenizer, set_pad_token
@@ -52,7 +52,7 @@ from loratune.training.determinism import request_deterministic_cublas
 from loratune.training.failures import attempted
 from loratune.training.first_rows import start_from_rows
 from loratune.training.gate import pass_gate
-from loratune.training.memory.expecting import Workload, expect_passes, own_memory, settings_of
+from loratune.training.memory.expecting import ProcessMemory, Workload, expect_passes, own_memory, settings_of
 from loratune.training.memory.planned import planned_model
 from loratune.training.memory.prediction import Prediction
 from loratune.training.notes import Notes
@@ -122,7 +122,7 @@ def prepare(recipe: Recipe, day: str | None, output: Path, hardware: Hardware, s
     if is_to_be_sharded(recipe.model, hardware):
         require_shardable(recipe.model, recipe.lora)
     transformers_logging.set_verbosity_error()
-    keep_freed_memory()
+    return_large_blocks()
     if recipe.training.deterministic:
         request_deterministic_cublas()
     data = pass_gate(recipe, day).checked()
@@ -174,6 +174,8 @@ def load(prepared: Prepared, start: Checkpoint | None = None) -> Session:
     summary = summarise_adapter(adapted, trained)
     passes = _plan_passes(prepared, adapted, checked, start)
     prediction = _predicted(prepared, checked, passes)
+    if prediction and prediction.keeps_freed:
+        keep_freed_memory()
     if start and (begun := start.progress.get(ATTENTION, attention.name)) != attention.name:
         console.warn(f"attention is {attention.name}, {begun} before the interruption, so bits may differ")
     arguments = with_gradient_checkpointing(prepared.arguments, passes.gradient_checkpointing)
@@ -250,6 +252,7 @@ def _predicted(prepared: Prepared, checked: CheckedModel, passes: PassPlan) -> P
         planned = planned_model(recipe, prepared.base, hardware)
         planned = replace(planned, is_packed=checked.is_packed, is_masked=checked.is_masked)
         work = Workload(train.lengths, train.trained_tokens / train.tokens)
-        return expect_passes(planned, recipe, work, hardware, passes, prepared.resident_bytes)
+        memory = ProcessMemory(prepared.resident_bytes, free_main_memory_bytes() + own_memory())
+        return expect_passes(planned, recipe, work, hardware, passes, memory)
 
     return attempted("the prediction of memory", predict)

@@ -63,6 +63,17 @@ def bytes_by_group(model: CausalModel, size_of: Callable[[Any], int] = held_byte
     return dict(sorted(found.items(), key=lambda pair: -pair[1]))
 
 
+def converted_bytes(model: CausalModel, stored: torch.dtype) -> int:
+    """Return the bytes of files whose values are converted or quantised on loading; all others are used in place.
+
+    Args:
+        model: a causal language model without an adapter.
+        stored: type of the files' values.
+    """
+    parameters = [one for one in model.parameters() if is_quantised(one) or one.dtype != stored]
+    return sum(value_count(one) for one in parameters) * int(stored.itemsize)
+
+
 def _states(parameter: Any) -> list[Any]:
     """Return bitsandbytes' states of a 4-bit parameter."""
     state = getattr(parameter, "quant_state", None)

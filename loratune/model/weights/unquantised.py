@@ -35,7 +35,11 @@ def unquantised(model: CausalModel, folder: Path, advance: Callable[[int, int], 
     quantised = {name for name, parameter in model.named_parameters() if is_quantised(parameter)}
     total = sum(infos[name].nbytes for name in quantised)
 
+    last: list[str] = []
+
     def read(name: str, number: int | None) -> torch.Tensor:
+        files.release(last)
+        last[:] = layout.tensors_of(name)
         matrices = 1 if number is None else infos[name].shape[0]
         advance(infos[name].nbytes // matrices, total)
         return layout.read(name, files) if number is None else layout.matrix(name, number, files)

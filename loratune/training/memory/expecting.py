@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any
 
@@ -33,10 +33,14 @@ from loratune.training.memory.prediction import (
     ANSWERS,
     CACHE,
     CONTEXT,
+    FILES,
+    FIRST_USE,
     FRAGMENTS,
+    FREED,
     GATHERED,
     GRADIENTS,
     KEPT,
+    LOADING,
     LOGITS,
     OPTIMIZER,
     PROCESS,
@@ -55,10 +59,11 @@ CONTEXT_BYTES = 500_000_000
 """Of CUDA and cuBLAS beside the allocator; assumed, since it depends on driver and card."""
 
 FRAGMENTED = 0.1
-"""Of what comes and goes on a GPU, on top: rounding and fragmentation of the allocator.
-
-On a CPU it is one more of the largest tensor, which later passes find no gap for between what has stayed.
-"""
+"""Of what comes and goes on a GPU, on top: rounding and fragmentation of the allocator."""
+KEPT_FREED = 0.4
+"""Of a pass without its logits, on top, where freed blocks are kept: tensors of later passes do not fit into all."""
+FIRST_USE_BYTES = 150_000_000
+"""Of libraries on a CPU at their first use, such as compiled kernels; 50 to 180 MB were seen."""
 SMALL, BLOCK = 4096, 256
 """Values of a tensor from which bitsandbytes has its state in 8 bits, and of a block with a scale."""
 
@@ -75,6 +80,16 @@ class Workload:
     @property
     def longest(self) -> int:
         return int(self.lengths.max())
+
+
+@dataclass(frozen=True)
+class ProcessMemory:
+    """Main memory of a process, in bytes."""
+
+    before: int
+    """Resident before it loads the model: interpreter and libraries."""
+    room: int
+    """What it may take in all."""
 
 
 def own_memory() -> int:
@@ -94,7 +109,7 @@ def settings_of(recipe: Recipe, is_packed: bool) -> TrainingSettings:
 def pass_memory(planned: PlannedModel, recipe: Recipe, work: Workload, hardware: Hardware, room: int) -> PassMemory:
     """Return what a token takes, by passes of one and of four of the longest rows.
 
-    The margin is that of `measure_passes`: gaps of the allocator and kernels at work are in no trace.
+    The margin is that of `measure_passes`: what kernels at work take is in no trace.
 
     Args:
         planned: the recipe's model.
@@ -107,8 +122,7 @@ def pass_memory(planned: PlannedModel, recipe: Recipe, work: Workload, hardware:
     beside = optimizer_bytes(planned, recipe, hardware) + planned.gathered_bytes
     spare = SPARE_ON_GPU if hardware.is_gpu else SPARE
     kept, fixed = _slope(planned, work.longest, bool(decided))
-    step = largest_step(work.lengths, recipe.training, hardware.processes)
-    base = causal_model(planned.model)
+    step, base = largest_step(work.lengths, recipe.training, hardware.processes), causal_model(planned.model)
     beside += 0 if hardware.is_gpu else logits_bytes(step, text_config(base.config).vocab_size, base.dtype)
     found = PassMemory(spare * kept, spare * kept, round(spare * fixed) + beside, room)
     if decided is not None or found.fitting(False) >= min(step, MOST_TOKENS[hardware.device.type]):
@@ -126,9 +140,17 @@ def _slope(planned: PlannedModel, longest: int, is_recomputed: bool) -> tuple[fl
 
 
 def expect_passes(
-    planned: PlannedModel, recipe: Recipe, work: Workload, hardware: Hardware, passes: PassPlan, process: int
+    planned: PlannedModel,
+    recipe: Recipe,
+    work: Workload,
+    hardware: Hardware,
+    passes: PassPlan,
+    memory: ProcessMemory,
 ) -> Prediction:
     """Predict the memory of a process whose passes are settled.
+
+    On a CPU, freed blocks are kept for reuse where there is room for that, unless weights are gathered or activations
+    recomputed: what is made again and again leaves more gaps.
 
     Args:
         planned: the recipe's model.
@@ -136,24 +158,30 @@ def expect_passes(
         work: the rows.
         hardware: that it runs on.
         passes: as settled.
-        process: resident bytes of the process before it loads the model.
+        memory: of the process.
     """
     found, tokens = _largest(planned, recipe, work, hardware, passes)
-    optimizer, trained = optimizer_bytes(planned, recipe, hardware), planned.adapter_bytes
-    resident = {ADAPTER: trained, OPTIMIZER: optimizer, GATHERED: planned.gathered_bytes}
-    resident[CONTEXT if hardware.is_gpu else PROCESS] = CONTEXT_BYTES if hardware.is_gpu else process
+    trained, optimizer = planned.adapter_bytes, optimizer_bytes(planned, recipe, hardware)
     moments = {STEP: _step_terms(found, trained), UPDATE: _update_terms(planned, hardware)}
     if recipe.evaluation.questions_share:
         keys, states = cache_bytes(planned.model, MAX_QUESTIONS, work.longest + MAX_TOKENS)
         moments[ANSWERS] = {CACHE: keys, STATES: states}
+    freed = round(KEPT_FREED * (sum(moments[STEP].values()) - moments[STEP][LOGITS]))
     for terms in moments.values():
         terms[FRAGMENTS] = round(FRAGMENTED * sum(terms.values())) if hardware.is_gpu else 0
+        terms |= {ADAPTER: trained, OPTIMIZER: optimizer, GATHERED: planned.gathered_bytes}
+        terms[FIRST_USE] = 0 if hardware.is_gpu else FIRST_USE_BYTES
+    beside = {CONTEXT: CONTEXT_BYTES} if hardware.is_gpu else {PROCESS: memory.before}
     if not hardware.is_gpu:
-        moments[STEP][FRAGMENTS] = found.largest
-    return Prediction(
-        planned.weights, resident, moments, tokens, passes.gradient_checkpointing, hardware.processes,
+        moments[LOADING] = {FILES: planned.file_bytes}
+    expected = Prediction(
+        planned.weights, beside, moments, tokens, passes.gradient_checkpointing, hardware.processes,
         str(hardware.device.type),
     )  # fmt: skip
+    if hardware.is_gpu or planned.gathered_bytes or passes.gradient_checkpointing:
+        return expected
+    faster = replace(expected, moments=moments | {STEP: moments[STEP] | {FREED: freed}}, keeps_freed=True)
+    return faster if faster.peak_bytes <= memory.room else expected
 
 
 def _step_terms(found: Trace, trained: int) -> dict[str, int]:

@@ -27,8 +27,6 @@ class LiveBytes(TorchDispatchMode):
         """Bytes that are held."""
         self.peak = 0
         """The most since the last `restart`."""
-        self.largest = 0
-        """Bytes of the largest storage that was made."""
 
     def restart(self) -> int:
         """Begin a new peak with what is held now; return the last one."""
@@ -48,7 +46,7 @@ class LiveBytes(TorchDispatchMode):
             return
         self._sizes[key] = storage.nbytes()
         self.now += self._sizes[key]
-        self.peak, self.largest = max(self.peak, self.now), max(self.largest, self._sizes[key])
+        self.peak = max(self.peak, self.now)
         weakref.finalize(storage, self._forget, key).atexit = False
 
     def _forget(self, key: int) -> None:

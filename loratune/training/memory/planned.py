@@ -18,6 +18,7 @@ from loratune.model.adapter.targets import resolve_targets
 from loratune.model.architecture.head import head_by_identity
 from loratune.model.architecture.structure import causal_model
 from loratune.model.base import is_to_be_sharded
+from loratune.model.config import load_config
 from loratune.model.hardware import Hardware
 from loratune.model.kernels.attention_choice import choose_attention
 from loratune.model.kernels.linear_cross_entropy import add_labelled_loss
@@ -29,7 +30,7 @@ from loratune.model.outline import fill, outline
 from loratune.model.shapes_only import ShapesOnly
 from loratune.model.sharding.sharded_base import require_apart_from_vocabulary, require_shardable
 from loratune.model.sharding.units import shares_of
-from loratune.model.weights.held import bytes_by_group, held_bytes
+from loratune.model.weights.held import bytes_by_group, converted_bytes, held_bytes
 from loratune.protocols import AdaptedModel, CausalModel
 from loratune.recipe.method_sections import LoraSettings
 from loratune.recipe.sections import Recipe
@@ -51,6 +52,8 @@ class PlannedModel:
     """Whether the attention of packed rows gets a mask of the whole row."""
     weights: dict[str, int]
     """Group of the base's weights → bytes in this process, largest first."""
+    file_bytes: int
+    """Of the base's files that are mapped while it loads, and are not the weights themselves then."""
     gathered_bytes: int
     """Of whole layers that a sharded base has at a time."""
     trained_values: int
@@ -96,6 +99,7 @@ def planned_model(recipe: Recipe, folder: Path, hardware: Hardware) -> PlannedMo
     dtype = base.dtype
     shares = shares_of(base, hardware.processes) if is_sharded else None
     weights = bytes_by_group(base, shares.own_bytes if shares else held_bytes)
+    files = 0 if shares else converted_bytes(base, getattr(load_config(folder), "dtype", None) or torch.bfloat16)
     adapted = _made_trainable(base, recipe, is_sharded)
     copies = {id(value): value for value in own_parameters(adapted).values(BASE).values()}.values()
     if copies:
@@ -113,6 +117,7 @@ def planned_model(recipe: Recipe, folder: Path, hardware: Hardware) -> PlannedMo
         is_packed,
         is_masked,
         weights,
+        files,
         shares.gathered_bytes if shares else 0,
         sum(weight.numel() for weight in adapted.parameters() if weight.requires_grad),
         autocast_type(recipe, dtype, hardware),

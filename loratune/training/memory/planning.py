@@ -14,11 +14,13 @@ from loratune.model.config import load_config
 from loratune.model.files import find_config
 from loratune.model.hardware import Hardware, detect_hardware
 from loratune.model.memory import free_main_memory_bytes
+from loratune.model.tokenizer import load_tokenizer
 from loratune.recipe.sections import Recipe
 from loratune.training.activations import MASKED_TOKENS, PassPlan, largest_step, plan_passes
 from loratune.training.gate import pass_gate
 from loratune.training.memory.expecting import (
     CONTEXT_BYTES,
+    ProcessMemory,
     Workload,
     expect_passes,
     own_memory,
@@ -29,11 +31,8 @@ from loratune.training.memory.planned import PlannedModel, planned_model
 from loratune.training.memory.prediction import Prediction
 
 UNITS = {"KB": 1e3, "MB": 1e6, "GB": 1e9, "TB": 1e12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
-NOT_YET = {
-    "cpu": "on a CPU, runs have taken 1.1 to 2.5 times the predicted memory: libraries and the allocator hold more",
-    "cuda": "no prediction has been compared with a run on a GPU yet",
-}
-"""Kind of device → what is known of the errors of its predictions."""
+NOT_YET = {"cuda": ("no prediction has been compared with a run on a GPU yet",)}
+"""Kind of device → what is to be known of its predictions."""
 FLASH = (8, 0)
 """Compute capability that is assumed of a GPU that is not there."""
 
@@ -101,15 +100,17 @@ class Planner:
         self.config = load_config(self._folder)
         self._models: dict[str, PlannedModel] = {}
         self.work, self.notes = _encoded(recipe) if has_tokenizer else _assumed(recipe)
-        self._process = own_memory()  # with what reads rows, as in a run
+        self._tokenizer = load_tokenizer(self._folder) if has_tokenizer else None
+        self._process = own_memory()  # with tokenizer and what reads rows, as in a run
 
     def predict(self, recipe: Recipe) -> Prediction:
         """Predict the memory of the recipe, or of one that differs in settings of model, adapter or training."""
         planned = self._planned(recipe)
         work = Workload(np.minimum(self.work.lengths, recipe.training.max_length), self.work.trained)
         passes = self._passes(planned, recipe, work)
-        expected = expect_passes(planned, recipe, work, self.place.hardware, passes, self._process)
-        return replace(expected, notes=(*self.notes, NOT_YET[self.place.hardware.device.type]))
+        memory = ProcessMemory(self._process, self.place.room_bytes)
+        expected = expect_passes(planned, recipe, work, self.place.hardware, passes, memory)
+        return replace(expected, notes=(*self.notes, *NOT_YET.get(self.place.hardware.device.type, ())))
 
     def _planned(self, recipe: Recipe) -> PlannedModel:
         shaping = {"method", "model", "lora", "freeze"}

@@ -9,13 +9,16 @@ from typing_extensions import TypedDict
 
 from loratune import console
 
-STEP, UPDATE, ANSWERS = "a step's largest pass", "the optimizer's update", "the closing questions"
+LOADING, STEP = "loading the base", "a step's largest pass"
+UPDATE, ANSWERS = "the optimizer's update", "the closing questions"
 """Moments at which a run may hold most."""
 KEPT, LOGITS, WORKSPACE = "kept activations", "logits", "workspace"
 WEIGHTS = "weights: "
 ADAPTER, GRADIENTS, OPTIMIZER = "adapter", "gradients", "optimizer"
 GATHERED, CACHE, STATES = "gathered layers", "key-value cache", "recurrent states"
-FRAGMENTS, CONTEXT, PROCESS = "fragmentation", "CUDA context", "interpreter and libraries"
+FILES, FREED = "pages of the base's files", "freed blocks kept for reuse"
+FRAGMENTS, CONTEXT = "fragmentation", "CUDA context"
+PROCESS, FIRST_USE = "interpreter and libraries", "what libraries take at their first use"
 
 
 class PredictionValues(TypedDict):
@@ -27,7 +30,9 @@ class PredictionValues(TypedDict):
     terms: dict[str, int]
     """What is held then: name → bytes, whose sum is the peak."""
     moments: dict[str, dict[str, int]]
-    """Moment → what is held then beside the base and the adapter."""
+    """Moment → what is held then beside the base and `beside`."""
+    keeps_freed: bool
+    """Whether freed blocks are kept for reuse, which is faster; on a CPU with room for it."""
     device: str
     """cpu or cuda."""
     processes: int
@@ -47,13 +52,15 @@ class Prediction:
     beside: Mapping[str, int]
     """What else is held all the time."""
     moments: Mapping[str, Mapping[str, int]]
-    """Moment → what is held then in addition; the largest term first."""
+    """Moment → what is held then in addition."""
     tokens: int
     """Of the largest pass, with what fills it up."""
     gradient_checkpointing: bool
     processes: int = 1
     device: str = "cpu"
     """cpu or cuda."""
+    keeps_freed: bool = False
+    """Whether freed blocks are kept for reuse, which is faster; on a CPU with room for it."""
     notes: tuple[str, ...] = field(default=())
     """What was assumed."""
 
@@ -88,6 +95,7 @@ class Prediction:
             "moment": self.moment,
             "terms": self.terms,
             "moments": {name: dict(terms) for name, terms in self.moments.items()},
+            "keeps_freed": self.keeps_freed,
             "device": self.device,
             "processes": self.processes,
             "tokens_per_pass": self.tokens,

@@ -41,8 +41,6 @@ class Trace:
     """The most while logits and loss are computed."""
     backward: int
     """The most in the backward pass."""
-    largest: int
-    """Of a single tensor."""
 
     @property
     def peak(self) -> int:
@@ -149,7 +147,7 @@ def _traced(model: AdaptedModel, batch: Batch, setting: Setting) -> Trace:
         hook.remove()
         for weight in trained:
             weight.grad = None
-    return Trace(before, kept, forward, of_loss, of_backward, live.largest)
+    return Trace(before, kept, forward, of_loss, of_backward)
 
 
 @contextmanager
