@@ -361,7 +361,7 @@ def test_what_cannot_be_evaluated_is_refused_before_a_model_is_loaded(
         assert done.exit_code == code, done.stderr
         return done.stderr
 
-    assert "give --tests or --tasks, --output" in told("eval", "--adapter", short_run)
+    assert "give --tests or --tasks, --output, a folder for the results" in told("eval", "--adapter", short_run)
     assert "go together" in told(*asked, "--judge", "http://127.0.0.1:1/v1")
     assert "give the base URL" in told(*asked, "--judge", "file:///etc", "--judge-model", "a")
     assert "there are asserts, judge, loss" in told(*asked, "--decide-by", "taste")

@@ -162,7 +162,8 @@ def command(
 def _check(given: Flags, of_rows: Flags, of_tasks: Flags, tests: str | None, names: Sequence[str]) -> None:
     """Refuse missing flags, and those that have no effect without another one."""
     if missing := [name for name, value in given.items() if value is None or not str(value).strip()]:
-        raise LoratuneError(f"give {', '.join(missing)}", Exit.USAGE)
+        folder = ", a folder for the results, such as out/faq-eval" if "--output" in missing else ""
+        raise LoratuneError(f"give {', '.join(missing)}{folder}", Exit.USAGE)
     if (of_rows["--judge"] is None) != (of_rows["--judge-model"] is None):
         raise LoratuneError("--judge and --judge-model go together; give both", Exit.USAGE)
     for flag, value, others in (("--tests", tests, of_rows), ("--tasks", names, of_tasks)):
