@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -139,6 +140,19 @@ def test_weights_and_adapter_are_those_of_a_loaded_model(random_qwen: Path, tmp_
     save_adapter(model, tmp_path)
     saved = load_file(tmp_path / "adapter_model.safetensors")
     assert it.adapter_bytes == sum(4 * one.numel() for one in saved.values())
+
+
+@pytest.mark.parametrize("quantization", ["nf4", "int8"])
+def test_kernels_are_those_of_a_loaded_model(random_qwen: Path, quantization: str) -> None:
+    """They are chosen by comparing results, which must not come from memory beside the tensors without values."""
+    it, recipe = planned(random_qwen, model__quantization=quantization)
+    model = loaded(recipe, random_qwen)
+    own, real = (
+        Counter(type(module).__name__ for module in one.modules() if "forward" in vars(module))
+        for one in (it.model, model)
+    )
+    assert own["Qwen2MLP"] == real["Qwen2MLP"] > 0
+    assert own["Qwen2RMSNorm"] == real["Qwen2RMSNorm"] > 0
 
 
 @pytest.mark.parametrize(("dtype", "quantization"), [("float32", "none"), ("bfloat16", "none"), ("bfloat16", "nf4")])

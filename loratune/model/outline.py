@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import bitsandbytes
+import numpy as np
 import torch
 from torch import nn
 from transformers.initialization import no_init_weights
@@ -58,14 +59,22 @@ def outline(settings: ModelSettings, folder: Path, hardware: Hardware) -> Causal
 
 
 def fill(model: nn.Module) -> None:
-    """Put the parameters and buffers of an outline on the CPU, each as one value that takes the place of all."""
+    """Put the parameters and buffers of an outline on the CPU: numbers as one that takes the place of all.
+
+    bitsandbytes reads codes by their address, so each of these tensors has all its bytes; they share their memory.
+    """
+    codes = [one for one in (*model.parameters(), *model.buffers()) if one.is_meta and not one.is_floating_point()]
+    zeros = torch.from_numpy(np.zeros(max((one.nbytes for one in codes), default=0), dtype=np.uint8))  # lazily there
     made: dict[int, Any] = {}
     for module in model.modules():
         for tensors in (module._parameters, module._buffers):
             for name, tensor in tensors.items():
                 if tensor is not None and tensor.is_meta:
                     if id(tensor) not in made:
-                        value = torch.full((), VALUE).to(tensor.dtype).expand(tensor.shape)
+                        if tensor.is_floating_point():
+                            value = torch.full((), VALUE).to(tensor.dtype).expand(tensor.shape)
+                        else:
+                            value = zeros[: tensor.nbytes].view(tensor.dtype).view(tensor.shape)
                         is_parameter = isinstance(tensor, nn.Parameter)
                         made[id(tensor)] = (
                             nn.Parameter(value, requires_grad=tensor.requires_grad) if is_parameter else value
