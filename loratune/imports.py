@@ -9,7 +9,7 @@ import inspect
 import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec, PathFinder
 from importlib.util import module_from_spec
@@ -243,7 +243,8 @@ class _AfterPackage(Loader):
 
     def exec_module(self, module: ModuleType) -> None:
         if self.imported:
-            module.__spec__ = self.imported
+            with suppress(AttributeError):  # torch's modules of settings refuse it, from Python too
+                module.__spec__ = self.imported
             return
         if module.__spec__:
             module.__spec__.loader = module.__loader__ = self.loader

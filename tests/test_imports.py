@@ -115,6 +115,16 @@ def test_a_module_that_is_put_off_behaves_as_one_that_is_not() -> None:
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.parametrize(
+    "line", ["import torch._dynamo.config", "from torch._subclasses import FakeTensorMode; FakeTensorMode()"]
+)
+def test_a_module_whose_package_imports_it_first_may_refuse_attributes(line: str) -> None:
+    """torch's modules of settings do, and Python passes over it."""
+    code = f"from loratune.imports import defer_imports; defer_imports(); import torch; {line}"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
 def test_a_library_s_caller_keeps_its_garbage_collection(monkeypatch: pytest.MonkeyPatch) -> None:
     """Only the command line, which puts imports off, may do without."""
     monkeypatch.setattr(gc, "freeze", lambda: pytest.fail("what the caller has made is not searched any more"))
