@@ -169,7 +169,7 @@ def test_a_push_to_nowhere_is_told_before_the_work(cli: CLI, run: Path, tmp_path
         (["--format", "adapter", "--model", "{merged}"], 2, "takes an adapter"),
         (["--format", "gguf", "--model", "/nowhere"], 4, "no such folder"),
         (["--format", "gguf", "--model", "{run}/adapter"], 4, "config.json"),
-        (["--format", "gguf", "--adapter", "{merged}"], 4, "adapter_config.json"),
+        (["--format", "gguf", "--adapter", "{merged}"], 4, "a whole model, not an adapter"),
         (["--format", "vllm", "-q", "q8_0", "--adapter", "{run}"], 2, "--quantization is for gguf"),
         (["--format", "gguf", "--num-ctx", "9", "--adapter", "{run}"], 2, "--num-ctx is for ollama"),
         (["--format", "adapter", "--no-dry-run", "--adapter", "{run}"], 2, "are for --push"),
