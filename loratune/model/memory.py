@@ -36,7 +36,7 @@ RECLAIMABLE = ("inactive_file", "total_inactive_file")
 def keep_freed_memory() -> None:
     """Make glibc keep large freed blocks, but for those of over 32 MiB, which logits take.
 
-    What is returned to the system comes back zeroed page by page, which makes training steps on a CPU up to a fifth
+    What is returned to the system comes back zeroed page by page, which makes training steps on a CPU up to a quarter
     slower. Blocks that are kept are not reused without gaps. Has no effect with another allocator.
     """
     _set_malloc(M_MMAP_THRESHOLD, 32 << 20)  # the most that mallopt documents
