@@ -106,7 +106,7 @@ def _own_groups(root: Path, listing: Path) -> Iterator[Path]:
         listing: the process's cgroups, a line of `number:controllers:path` for each hierarchy.
     """
     try:
-        lines = [line.split(":", 2) for line in listing.read_text().splitlines()]
+        lines = [line.split(":", 2) for line in listing.read_text().splitlines() if line.count(":") >= 2]
     except OSError:
         lines = []
     paths = {controllers: path for _, controllers, path in lines}  # version 2 has no controllers

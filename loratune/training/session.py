@@ -174,7 +174,8 @@ def load(prepared: Prepared, start: Checkpoint | None = None) -> Session:
     summary = summarise_adapter(adapted, trained)
     passes = _plan_passes(prepared, adapted, checked, start)
     prediction = _predicted(prepared, checked, passes)
-    if prediction and prediction.keeps_freed:
+    # Beside a GPU, main memory is not what a run lacks.
+    if not is_sharded(model) and (hardware.is_gpu or (prediction and prediction.keeps_freed)):
         keep_freed_memory()
     if start and (begun := start.progress.get(ATTENTION, attention.name)) != attention.name:
         console.warn(f"attention is {attention.name}, {begun} before the interruption, so bits may differ")

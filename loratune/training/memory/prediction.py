@@ -30,7 +30,7 @@ class PredictionValues(TypedDict):
     terms: dict[str, int]
     """What is held then: name → bytes, whose sum is the peak."""
     moments: dict[str, dict[str, int]]
-    """Moment → what is held then beside the base and `beside`."""
+    """Moment → what is held then, without the base and what every moment has."""
     keeps_freed: bool
     """Whether freed blocks are kept for reuse, which is faster; on a CPU with room for it."""
     device: str
