@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import subprocess
 import sys
@@ -171,6 +172,22 @@ def test_a_step_takes_what_the_allocator_hands_out(random_qwen: Path) -> None:
     assert hidden.requires_grad
     assert found.kept * 128 / SPARE == pytest.approx(held, rel=0.1)
     assert found.needed(128, is_recomputed=False) > found.kept * 128 > found.needed(128, True) - found.fixed
+
+
+def test_measuring_passes_leaves_no_tensor_behind(random_qwen: Path) -> None:
+    adapted = get_peft_model(
+        AutoModelForCausalLM.from_pretrained(random_qwen, dtype=torch.bfloat16),
+        LoraConfig(r=4, target_modules="all-linear"),
+    )
+
+    def tensors() -> int:
+        gc.collect()
+        return sum(issubclass(type(held), torch.Tensor) for held in gc.get_objects())
+
+    measure_passes(adapted, True, 128, 128, detect_hardware())
+    before = tensors()
+    measure_passes(adapted, True, 128, 128, detect_hardware())
+    assert tensors() == before
 
 
 def test_on_a_gpu_the_peaks_of_two_passes_give_bytes_per_token_and_what_every_pass_takes(

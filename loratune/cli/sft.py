@@ -104,8 +104,6 @@ def _launched(gpus: str, recipe: Recipe) -> bool:
 
 def _train(recipe: Recipe, overwrite: bool, resume: tuple[str, bool, bool] | None, json: bool) -> None:
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")  # TRL reports the creation of trainers to the hub
-    # Large blocks on a CPU are returned when they are freed, and huge pages are got again with fewer page faults.
-    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # torch reads it with its first tensor
     with console.status("starting"), importing():
         from loratune.training.checkpoints.resuming import Resume
         from loratune.training.failures import attempted

@@ -193,11 +193,11 @@ def _kept_bytes(model: AdaptedModel, is_packed: bool, lengths: Sequence[int]) ->
     known = {tensor.untyped_storage().data_ptr() for tensor in held}
     saved: list[torch.UntypedStorage] = []
 
-    def note(tensor: torch.Tensor) -> torch.Tensor:
+    def note(tensor: torch.Tensor) -> None:
+        # The tensor itself, given back, would belong to the graph that keeps it, and neither would ever be freed.
         saved.append(tensor.untyped_storage())
-        return tensor
 
-    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda _: None):
         states = decoder_of(causal_model(model))(**inputs, use_cache=False)
     # Only now, while the graph keeps them: gathered weights that were saved have no bytes any more.
     sizes = {storage.data_ptr(): storage.nbytes() for storage in saved if storage.data_ptr() not in known}

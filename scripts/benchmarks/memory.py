@@ -20,8 +20,8 @@ SHAPES: dict[str, dict[str, Any]] = {
     "deep": {"num_hidden_layers": 24, "hidden_size": 512, "intermediate_size": 1408, "num_attention_heads": 8},
 }
 """Of synthetic models of random weights, with Qwen2's layers."""
-STEPS = 2
 ROWS = 16
+"""Of a step."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -29,9 +29,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--models", type=Path, nargs="*", default=[], help="model folders")
     parser.add_argument("--shapes", choices=SHAPES, nargs="*", default=[], help="synthetic models")
     parser.add_argument("--held", choices=HELD, nargs="*", default=["bfloat16"])
-    parser.add_argument("--lengths", type=int, nargs="*", default=[256], help="tokens of a row")
+    parser.add_argument("--lengths", type=int, nargs="*", default=[256], help="tokens of a row; with --rows, at most")
     parser.add_argument("--passes", type=int, nargs="*", default=[1024], help="tokens of a pass")
     parser.add_argument("--checkpointing", choices=["no", "yes"], nargs="*", default=["no", "yes"])
+    parser.add_argument("--rows", type=Path, help="file of rows of many lengths, in place of rows of equal length")
+    parser.add_argument("--steps", type=int, default=2)
     parser.add_argument("--more", nargs="*", default=[], help="further settings, such as method=full")
     parser.add_argument("--json", type=Path, help="file that a line is added to for each setting")
     parser.add_argument("--plan-only", action="store_true", help="write predictions down before there is a run")
@@ -45,7 +47,7 @@ def run(arguments: argparse.Namespace) -> None:
         folders = [*arguments.models, *(synthetic(name, Path(place)) for name in arguments.shapes)]
         grid = product(folders, arguments.held, arguments.lengths, arguments.passes, arguments.checkpointing)
         for setting in grid:
-            told = compared(Path(place), *setting, more=arguments.more, plans_only=arguments.plan_only)
+            told = compared(Path(place), *setting, arguments)
             print_line(told)
             if arguments.json:
                 with arguments.json.open("a") as file:
@@ -61,43 +63,45 @@ def synthetic(name: str, place: Path) -> Path:
 
 
 def compared(
-    place: Path, folder: Path, held: str, length: int, tokens: int, recomputed: str, more: list[str], plans_only: bool
+    place: Path, folder: Path, held: str, length: int, tokens: int, recomputed: str, asked: argparse.Namespace
 ) -> dict[str, Any]:
     """Return prediction and peak of one setting."""
-    rows = place / "rows.json"
-    rows.write_text(json.dumps(rows_of(folder, length)))
+    rows = asked.rows or place / "rows.json"
+    if not asked.rows:
+        rows.write_text(json.dumps(rows_of(folder, length, asked.steps * ROWS)))
     dtype, quantization = (held, "none") if "float" in held else ("bfloat16", held)
     flags = {
         "model.base": folder, "model.dtype": dtype, "model.quantization": quantization, "data.train": rows,
-        "data.validation": 0, "training.max_steps": STEPS, "training.batch_size": ROWS,
-        "training.max_length": 4096, "training.tokens_per_pass": tokens, "evaluation.questions_share": 0,
-        "output": place / "run",
+        "data.validation": 0, "training.max_steps": asked.steps, "training.batch_size": ROWS,
+        "training.max_length": length if asked.rows else 4096, "training.tokens_per_pass": tokens,
+        "evaluation.questions_share": 0, "output": place / "run",
     }  # fmt: skip
-    flags |= dict(one.split("=", 1) for one in more)
+    flags |= dict(one.split("=", 1) for one in asked.more)
     line = [word for name, value in flags.items() for word in (f"--{name}", str(value))]
     line.append(f"--{'' if recomputed == 'yes' else 'no-'}training.gradient_checkpointing")
     planned = subprocess.run(
         [sys.executable, "-m", "loratune", "plan", *line, "--json"], capture_output=True, text=True, check=False
     )
     told = {
-        "base": folder.name, "held": held, "length": length, "pass": tokens, "recomputed": recomputed, "more": more,
+        "base": folder.name, "held": held, "length": length, "pass": tokens, "recomputed": recomputed,
+        "rows": asked.rows and asked.rows.name, "steps": asked.steps, "more": asked.more,
         "plan": json.loads(planned.stdout) if planned.stdout else planned.stderr[-2000:],
     }  # fmt: skip
-    if plans_only or isinstance(told["plan"], str):
+    if asked.plan_only or isinstance(told["plan"], str):
         return told
     measure([sys.executable, "-m", "loratune", "sft", "--overwrite", *line])
     report = json.loads((place / "run" / "report.json").read_text())
     return told | {"peak_bytes": report["peak_memory_bytes"]}
 
 
-def rows_of(folder: Path, length: int) -> list[dict[str, str]]:
-    """Return rows of about as many tokens, for two steps, no two alike."""
+def rows_of(folder: Path, length: int, count: int) -> list[dict[str, str]]:
+    """Return rows of about as many tokens, no two alike."""
     from loratune.model.tokenizer import load_tokenizer
 
     tokenizer = load_tokenizer(folder)
     ids = tokenizer("The river has many names. " * length)["input_ids"][: max(8, length - 40)]
     text = tokenizer.decode(ids)
-    return [{"instruction": f"{number} of them", "output": f"{text} {number}"} for number in range(STEPS * ROWS)]
+    return [{"instruction": f"{number} of them", "output": f"{text} {number}"} for number in range(count)]
 
 
 def print_line(told: dict[str, Any]) -> None:
