@@ -22,10 +22,12 @@ from loratune.delivery.verification.routes import Routes
 from loratune.errors import Exit, LoratuneError, bullet_list
 from loratune.model.architecture.roles import expert_stacks, quantised_matrices
 from loratune.model.architecture.vocabulary import vocabulary_of
+from loratune.model.files import weight_files
 from loratune.model.hardware import Hardware
 from loratune.model.weights.mapped import load_mapped
 from loratune.model.weights.reference import load_reference
 from loratune.model.weights.rounding import Rounding, tensor_modules
+from loratune.model.weights.tensor_files import TensorFiles
 from loratune.protocols import CausalModel
 from loratune.runs.probe import ProbeRow, read_probe
 from loratune.runs.verification import Bounds, ModelProof, Parity
@@ -137,7 +139,7 @@ def _roundings(job: Job, candidate: Candidate) -> dict[str, Rounding]:
         candidate: the merged model; its files have been verified.
     """
     files, tensors, changes = candidate.files, candidate.plan.tensors, candidate.peft.changes if candidate.peft else {}
-    vocabulary = vocabulary_of(files.infos)
+    vocabulary, merged = vocabulary_of(files.infos), TensorFiles(weight_files(candidate.folder))
     quantised = quantised_matrices(job.model) if job.settings.quantization != "none" else set()
     stacks = set(expert_stacks(job.model)) if job.settings.quantization == "nf4" else set()
     found = {}
@@ -146,16 +148,18 @@ def _roundings(job: Job, candidate: Candidate) -> dict[str, Rounding]:
         held = places[0].tensor
         written = tensors[vocabulary.embedding if held == vocabulary.head and candidate.plan.is_tied else held].info
         plain = files.infos[vocabulary.embedding if held not in files.infos else held]
+        rounding = Rounding(written.dtype)
+        if len(places) == 1:
+            rounding = replace(rounding, change=changes.get(held), found=merged.tensor(written.name))
         if parameter in stacks and candidate.merge_base == "original":
-            found[parameter] = Rounding(
-                written.dtype, original_matrix=functools.partial(job.layout.matrix, parameter, files=files)
-            )
+            original = functools.partial(job.layout.matrix, parameter, files=files)
+            found[parameter] = replace(rounding, original_matrix=original)
         elif parameter in quantised and candidate.merge_base == "original":
-            found[parameter] = Rounding(written.dtype, changes.get(held), original=files.tensor(held))
+            found[parameter] = replace(rounding, original=files.tensor(held))
         elif parameter in quantised | stacks:
-            found[parameter] = Rounding(written.dtype, changes.get(held), held_as=plain.dtype)
+            found[parameter] = replace(rounding, held_as=plain.dtype)
         elif written.dtype != plain.dtype or any(place.tensor in changes for place in places):
-            found[parameter] = Rounding(written.dtype, changes.get(held) if len(places) == 1 else None)
+            found[parameter] = rounding
     return found
 
 
