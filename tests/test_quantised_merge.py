@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -168,3 +169,18 @@ def test_a_merge_into_an_original_base_that_is_too_far_says_which_to_take(tmp_pa
     with pytest.raises(LoratuneError, match="--merge-base auto") as raised:
         verify._require_right(job, chosen)
     assert "please report" not in raised.value.message
+
+
+def test_a_merge_that_is_far_on_both_bases_says_so_and_does_not_advise_what_was_done(tmp_path: Path) -> None:
+    near = Parity(
+        tokens=9, largest_difference=8, mean_kl=1.1, top1_agreement=0.2, clear_disagreement=0.8, largest_logit=7
+    )
+    job: Any = SimpleNamespace(settings=settings_of(tmp_path, "int8"))
+    chosen: Any = SimpleNamespace(candidate=SimpleNamespace(merge_base="original"), parity=near)
+    other: Any = SimpleNamespace(
+        candidate=SimpleNamespace(merge_base="dequantized"), parity=dataclasses.replace(near, mean_kl=2.2)
+    )
+    with pytest.raises(LoratuneError, match=r"mean KL 1\.1 original and 2.2 dequantized") as raised:
+        verify._require_right(job, chosen, [other])
+    assert "--merge-base auto" not in raised.value.message
+    assert "--merge-base dequantized" in raised.value.message

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -41,6 +41,12 @@ OTHER_BASE_ADVICE = (
     "auto takes the closer"
 )
 
+NO_BASE_ADVICE = (
+    "on either base some logits are far from what was trained (mean KL {figures}), and this one is the closer. No "
+    "merged model rounds the inputs of layers to 8 bits, as LLM.int8 does. Train with model.quantization none or nf4; "
+    "or merge with --merge-base dequantized, whose weights are those of the training, and compare its answers"
+)
+
 
 def prove(job: Job, candidates: list[Candidate]) -> tuple[Candidate, ModelProof]:
     """Compare the merged models with base + adapter, and choose the closer one.
@@ -66,7 +72,7 @@ def _prove_on(job: Job, candidates: list[Candidate], hardware: Hardware) -> tupl
     reference = load_reference(job.settings, job.base, job.source.adapter, hardware)
     compared = _compare(job, candidates, reference, rows, hardware)
     chosen = min(compared, key=lambda one: one.parity.mean_kl)
-    bounds, noise = _require_right(job, chosen)
+    bounds, noise = _require_right(job, chosen, [one for one in compared if one is not chosen])
     effect = _effect(job, chosen.candidate, reference, rows, hardware)
     folder = chosen.candidate.folder
     merged = load_mapped(folder, in_float32=False, device=room_for(folder, hardware))
@@ -115,14 +121,21 @@ def _compare(
     ]
 
 
-def _require_right(job: Job, chosen: _Compared) -> tuple[Bounds, tuple[Parity, ...]]:
+def _require_right(job: Job, chosen: _Compared, others: Sequence[_Compared] = ()) -> tuple[Bounds, tuple[Parity, ...]]:
     """Refuse a merged model that is out of bounds.
+
+    Args:
+        job: the merge.
+        chosen: the closest merged model.
+        others: those on other bases.
 
     Returns:
         The bounds with the rounding errors, and the noise that they follow from; without any, they are the usual ones.
     """
     if job.settings.quantization != "none" and chosen.candidate.merge_base == "original":
-        _require_within(chosen.parity, OTHER_BASE, OTHER_BASE_ADVICE)
+        figures = " and ".join(f"{one.parity.mean_kl:.2g} {one.candidate.merge_base}" for one in (chosen, *others))
+        advice = NO_BASE_ADVICE.format(figures=figures) if others else OTHER_BASE_ADVICE
+        _require_within(chosen.parity, OTHER_BASE, advice)
     bounds, noise = EXACT, tuple[Parity, ...]()
     if check_parity(chosen.exact, EXACT):
         noise = chosen.noise()
