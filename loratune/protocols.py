@@ -184,6 +184,9 @@ class CausalModel(Module, Protocol):
     def set_attn_implementation(self, attn_implementation: str) -> None:
         """Select an attention implementation by name."""
 
+    def set_experts_implementation(self, experts_implementation: str) -> None:
+        """Choose how the matrices of a mixture's experts are computed with; nothing changes in other models."""
+
     def tie_weights(self) -> None:
         """Share the embedding's matrix with the head if the config says so."""
 

@@ -63,6 +63,36 @@ def test_the_reference_becomes_peft_s_merge_rounded_once(kind: str, dtype: torch
     assert after == like_peft, "nothing may be left of the rounding errors"
 
 
+def test_where_float32_decides_between_two_numbers_the_written_one_is_taken_and_no_other(tmp_path: Path) -> None:
+    base, adapter = make_model(tmp_path / "base", small(Qwen2Config), torch.bfloat16), tmp_path / "adapter"
+    make_adapter(base, adapter, use_dora=True)
+    name, rows = "model.layers.0.self_attn.q_proj.weight", torch.arange(4)
+    held = load_file(base / "model.safetensors")[name][rows]
+
+    def merged_rows() -> tuple[Any, torch.Tensor]:
+        change = PeftMerge(base, adapter, 3008, False).changes[name]
+        return change, change.rows(held.double(), rows)
+
+    tensors = load_file(adapter / "adapter_model.safetensors")
+    (magnitude,) = (key for key in tensors if "layers.0.self_attn.q_proj.lora_magnitude" in key)
+    step = 2.0**-8 * torch.frexp(merged_rows()[1][0, 0]).exponent.double().exp2()
+    middle = (merged_rows()[1][0, 0] / step).floor() * step + step / 2
+    tensors[magnitude][0] *= (middle / merged_rows()[1][0, 0]).float()
+    save_file(tensors, adapter / "adapter_model.safetensors", metadata={"format": "pt"})
+
+    change, merged = merged_rows()
+    rounded = merged.bfloat16()
+    written = rounded.clone()
+    written[0, 0] = 2 * middle - rounded[0, 0]  # the other neighbour, as near as the first
+    written[1, 1] *= 1 + 2.0**-7  # a fault of a step
+    error = Rounding(torch.bfloat16, change, found=written).error(held, rows)
+    assert written[0, 0] != rounded[0, 0]
+    expected = rounded.clone()
+    expected[0, 0] = written[0, 0]
+    torch.testing.assert_close(error.double(), expected.double() - merged, rtol=0, atol=1e-9)
+    assert not torch.equal(Rounding(torch.bfloat16, change).error(held, rows), error)
+
+
 def half_lost(tmp_path: Path, size: float = 0.1) -> tuple[Path, Path]:
     """A base whose large weights bfloat16 holds coarsely, and an adapter much of which is less than half a step."""
     base = make_model(tmp_path / "base", small(Qwen2Config, tie_word_embeddings=False, hidden_size=256), torch.bfloat16)

@@ -88,7 +88,7 @@ def carry_out(job: Job) -> Verification[MergedModel]:
         _check_updates_survived(job, candidates[0])
         until_files_proved = _seconds_since_start()
         with _removal_told(
-            "Its tensors were what PEFT makes of the adapter, so the fault is in how it is loaded or computed with; "
+            "Its tensors were what PEFT makes of the adapter, so what differs is how it is loaded or computed with; "
             "--no-logits leaves this comparison out"
         ):
             chosen, models = prove_models(job, candidates)

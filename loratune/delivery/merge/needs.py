@@ -15,6 +15,7 @@ from loratune.model.architecture.file_layout import prediction_tensors
 from loratune.model.architecture.roles import expert_stacks
 from loratune.model.architecture.structure import layer_count
 from loratune.model.architecture.vocabulary import vocabulary_of
+from loratune.model.hardware import detect_hardware, resolve_dtype
 
 if TYPE_CHECKING:
     from loratune.delivery.merge.job import Candidate, Job
@@ -84,6 +85,7 @@ def memory_bound(job: Job, candidates: list[Candidate]) -> int:
         activations = 40_000 * max(max(shape) for shape in matrices)
         logits = 32 * 4 * 7 * candidates[0].plan.vocabulary
         bound += activations + logits
-    if job.settings.quantization != "none":  # the reference model, with its embedding and its stacks in float32
-        bound += candidates[0].plan.nbytes + sum(4 * math.prod(shapes[name]) for name in stacked)
+    if job.settings.quantization != "none":  # the reference model is loaded before what is not quantised is mapped
+        dtype = resolve_dtype(job.settings.dtype, detect_hardware())
+        bound += sum(dtype.itemsize * math.prod(shape) for shape in shapes.values())
     return bound

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
+from loratune.model.weights.rounding_steps import steps_off
+
 if TYPE_CHECKING:
     from loratune.model.adapter.peft_merge import Change
 
@@ -54,9 +56,7 @@ class RowCheck:
         if not differs.any():
             return None
         places = differs.nonzero(as_tuple=True)
-        exact, found = merged[places].double(), written[places].double()
-        step = rounding_step(exact, written.dtype)
-        beyond = ((found - exact).abs() - tolerance.expand(written.shape)[places]) / step
+        beyond = steps_off(written[places], merged[places], tolerance.expand(written.shape)[places])
         wrong = (~(beyond <= 0.5)).nonzero()  # the negation also catches NaN
         if not len(wrong):
             return None
@@ -82,13 +82,12 @@ class RowCheck:
         original = original.double()
         merged = change.rows(original, numbers)
         tolerance = change.tolerance(merged, numbers).reshape(-1, *[1] * (merged.ndim - 1))
-        error = (written.double() - merged).abs()
-        steps = float(((error - tolerance) / rounding_step(merged, written.dtype)).max())
+        steps = float(steps_off(written, merged, tolerance).max())
         if not steps <= 0.5:
             return f"a row that is {steps:.3g} rounding steps away from PEFT's in float64"
         self.largest_steps = max(self.largest_steps, steps)
         if before.shape[1:] == written.shape[1:] and int(numbers.max()) < len(before):
-            self._lost += float(error.square().sum())
+            self._lost += float((written.double() - merged).square().sum())
             self._updates += float((merged - before[numbers].double()).square().sum())
         return self._run(change, original, merged, numbers)
 
@@ -111,10 +110,3 @@ class RowCheck:
         if effect > noise:
             self.largest_forward_error = max(self.largest_forward_error, error / effect)
         return None
-
-
-def rounding_step(values: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """Return the distance between adjacent numbers of a dtype around float64 values."""
-    limits = torch.finfo(dtype)
-    exponent = torch.frexp(values.abs().clamp_min(limits.tiny)).exponent - 1
-    return torch.ldexp(torch.ones_like(values), exponent) * limits.eps

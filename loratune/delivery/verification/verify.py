@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -22,10 +22,12 @@ from loratune.delivery.verification.routes import Routes
 from loratune.errors import Exit, LoratuneError, bullet_list
 from loratune.model.architecture.roles import expert_stacks, quantised_matrices
 from loratune.model.architecture.vocabulary import vocabulary_of
+from loratune.model.files import weight_files
 from loratune.model.hardware import Hardware
 from loratune.model.weights.mapped import load_mapped
 from loratune.model.weights.reference import load_reference
 from loratune.model.weights.rounding import Rounding, tensor_modules
+from loratune.model.weights.tensor_files import TensorFiles
 from loratune.protocols import CausalModel
 from loratune.runs.probe import ProbeRow, read_probe
 from loratune.runs.verification import Bounds, ModelProof, Parity
@@ -37,6 +39,12 @@ REPORT = "please report this with the versions that `loratune --version` and pip
 OTHER_BASE_ADVICE = (
     "the run trained on the quantised base, and the original one is too far from it for this adapter; --merge-base "
     "auto takes the closer"
+)
+
+NO_BASE_ADVICE = (
+    "on either base some logits are far from what was trained (mean KL {figures}), and this one is the closer. No "
+    "merged model rounds the inputs of layers to 8 bits, as LLM.int8 does. Train with model.quantization none or nf4; "
+    "or merge with --merge-base dequantized, whose weights are those of the training, and compare its answers"
 )
 
 
@@ -64,7 +72,7 @@ def _prove_on(job: Job, candidates: list[Candidate], hardware: Hardware) -> tupl
     reference = load_reference(job.settings, job.base, job.source.adapter, hardware)
     compared = _compare(job, candidates, reference, rows, hardware)
     chosen = min(compared, key=lambda one: one.parity.mean_kl)
-    bounds, noise = _require_right(job, chosen)
+    bounds, noise = _require_right(job, chosen, [one for one in compared if one is not chosen])
     effect = _effect(job, chosen.candidate, reference, rows, hardware)
     folder = chosen.candidate.folder
     merged = load_mapped(folder, in_float32=False, device=room_for(folder, hardware))
@@ -113,14 +121,21 @@ def _compare(
     ]
 
 
-def _require_right(job: Job, chosen: _Compared) -> tuple[Bounds, tuple[Parity, ...]]:
+def _require_right(job: Job, chosen: _Compared, others: Sequence[_Compared] = ()) -> tuple[Bounds, tuple[Parity, ...]]:
     """Refuse a merged model that is out of bounds.
+
+    Args:
+        job: the merge.
+        chosen: the closest merged model.
+        others: those on other bases.
 
     Returns:
         The bounds with the rounding errors, and the noise that they follow from; without any, they are the usual ones.
     """
     if job.settings.quantization != "none" and chosen.candidate.merge_base == "original":
-        _require_within(chosen.parity, OTHER_BASE, OTHER_BASE_ADVICE)
+        figures = " and ".join(f"{one.parity.mean_kl:.2g} {one.candidate.merge_base}" for one in (chosen, *others))
+        advice = NO_BASE_ADVICE.format(figures=figures) if others else OTHER_BASE_ADVICE
+        _require_within(chosen.parity, OTHER_BASE, advice)
     bounds, noise = EXACT, tuple[Parity, ...]()
     if check_parity(chosen.exact, EXACT):
         noise = chosen.noise()
@@ -137,7 +152,7 @@ def _roundings(job: Job, candidate: Candidate) -> dict[str, Rounding]:
         candidate: the merged model; its files have been verified.
     """
     files, tensors, changes = candidate.files, candidate.plan.tensors, candidate.peft.changes if candidate.peft else {}
-    vocabulary = vocabulary_of(files.infos)
+    vocabulary, merged = vocabulary_of(files.infos), TensorFiles(weight_files(candidate.folder))
     quantised = quantised_matrices(job.model) if job.settings.quantization != "none" else set()
     stacks = set(expert_stacks(job.model)) if job.settings.quantization == "nf4" else set()
     found = {}
@@ -146,16 +161,18 @@ def _roundings(job: Job, candidate: Candidate) -> dict[str, Rounding]:
         held = places[0].tensor
         written = tensors[vocabulary.embedding if held == vocabulary.head and candidate.plan.is_tied else held].info
         plain = files.infos[vocabulary.embedding if held not in files.infos else held]
+        rounding = Rounding(written.dtype)
+        if len(places) == 1:
+            rounding = replace(rounding, change=changes.get(held), found=merged.tensor(written.name))
         if parameter in stacks and candidate.merge_base == "original":
-            found[parameter] = Rounding(
-                written.dtype, original_matrix=functools.partial(job.layout.matrix, parameter, files=files)
-            )
+            original = functools.partial(job.layout.matrix, parameter, files=files)
+            found[parameter] = replace(rounding, original_matrix=original)
         elif parameter in quantised and candidate.merge_base == "original":
-            found[parameter] = Rounding(written.dtype, changes.get(held), original=files.tensor(held))
+            found[parameter] = replace(rounding, original=files.tensor(held))
         elif parameter in quantised | stacks:
-            found[parameter] = Rounding(written.dtype, changes.get(held), held_as=plain.dtype)
+            found[parameter] = replace(rounding, held_as=plain.dtype)
         elif written.dtype != plain.dtype or any(place.tensor in changes for place in places):
-            found[parameter] = Rounding(written.dtype, changes.get(held) if len(places) == 1 else None)
+            found[parameter] = rounding
     return found
 
 

@@ -91,14 +91,15 @@ class Change:
         return self.lora is not None and self.lora.is_dora
 
     def tolerance(self, merged: torch.Tensor, numbers: torch.Tensor) -> torch.Tensor:
-        """Return the maximum difference between two correct float32 computations of `rows` (n,)."""
+        """Return the maximum difference between two correct float32 computations of `rows` (n,), on their device."""
         eps = torch.finfo(torch.float32).eps
         if self.lora is None:
-            return torch.zeros(len(merged), dtype=torch.float32)
+            return torch.zeros(len(merged), dtype=torch.float32, device=merged.device)
         largest = merged.reshape(len(merged), -1).abs().amax(1).float()
         if self.is_bias:
             return 8 * eps * largest
-        return 2 * eps * (4 * largest + (self.lora.rank + 4) * self.lora.largest_updates(numbers))
+        updates = self.lora.largest_updates(numbers).to(largest.device)
+        return 2 * eps * (4 * largest + (self.lora.rank + 4) * updates)
 
 
 class PeftMerge:

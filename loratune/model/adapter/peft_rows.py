@@ -97,7 +97,7 @@ class LoraRows:
         bounds = down.amax(0) @ up if across else up @ down.amax(1)
         bounds = abs(self._layer.scaling[self._name]) * bounds
         if self._magnitude is not None and self._lengths is not None:
-            bounds = bounds * (self._magnitude[numbers].float() / self._lengths.float()).abs()
+            bounds = bounds * (self._magnitude[numbers].float() / self._lengths.to(bounds)).abs()
         return bounds
 
     def _up_rows(self, numbers: torch.Tensor) -> torch.Tensor:

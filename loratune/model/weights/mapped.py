@@ -21,6 +21,7 @@ from loratune.model.architecture.roles import expert_stacks
 from loratune.model.architecture.structure import causal_model
 from loratune.model.files import weight_files
 from loratune.model.from_folder import load_empty, load_plain
+from loratune.model.weights.held import is_quantised
 from loratune.model.weights.stack import Stack, use_stacks
 from loratune.model.weights.tensor_files import TensorFiles
 from loratune.protocols import CausalModel
@@ -47,26 +48,50 @@ def load_mapped(folder: Path, in_float32: bool = True, device: torch.device = CP
         LoratuneError: transformers cannot load it, or weights and config do not match.
     """
     files = TensorFiles(weight_files(folder))
-    is_large = sum(info.nbytes for info in files.infos.values()) > RESIDENT_BYTES
-    in_float32 = in_float32 or (is_large and bool(expert_stacks(load_empty(folder))))
-    model: Any = load_empty(folder) if in_float32 else load_plain(folder)  # mypy knows no attributes of its own
+    if in_float32 or (_is_large(files) and bool(expert_stacks(load_empty(folder)))):
+        return mapped_in_float32(load_empty(folder), files, device)
+    model: Any = load_plain(folder)  # mypy knows no attributes of its own
     layout = file_layout(model, files.infos)
-    if in_float32:
-        _bind_in_float32(model, layout, files, is_large, device)
-    else:
-        _bind(model, layout, files)
-        model.to(device)
-    model.computes_on = device
+    _bind(model, layout, files)
+    model.to(device)
+    return _computing(model, _linear, layout, files, device)
+
+
+def mapped_in_float32(model: CausalModel, files: TensorFiles, device: torch.device = CPU) -> CausalModel:
+    """Return a model that computes in float32 with its mapped files, except for its quantised weights, which stay.
+
+    Args:
+        model: a causal language model, with or without values, that reads stacks one matrix at a time; it is changed.
+        files: of its folder.
+        device: that it computes on; see `device_of`. Quantised weights are on it already.
+    """
+    layout = file_layout(model, files.infos)
+    _bind_in_float32(model, layout, files, device)
+    for module in model.modules():
+        if isinstance(module, nn.Embedding):
+            module.forward = functools.partial(_embedding_in_float32, module)
+    return _computing(model, _linear_in_float32, layout, files, device)
+
+
+def _computing(
+    model: Any, product: Callable[..., torch.Tensor], layout: FileLayout, files: TensorFiles, device: torch.device
+) -> CausalModel:
+    """Return a model whose linear layers compute with a function that takes the layer, and what to call afterwards."""
     names = {parameter: name for name, parameter in model.named_parameters()}
+    is_large = _is_large(files)
     for module in model.modules():
         if _is_linear(module):
             held = layout.tensors_of(names[module.weight])
-            release = functools.partial(files.release, held if is_large else [])
-            module.forward = functools.partial(_linear_in_float32 if in_float32 else _linear, module, release)
-        elif isinstance(module, nn.Embedding) and in_float32:
-            module.forward = functools.partial(_embedding_in_float32, module)
-    loaded: CausalModel = model
-    return loaded
+            module.forward = functools.partial(
+                product, module, functools.partial(files.release, held if is_large else [])
+            )
+    model.computes_on = device
+    computing: CausalModel = model
+    return computing
+
+
+def _is_large(files: TensorFiles) -> bool:
+    return sum(info.nbytes for info in files.infos.values()) > RESIDENT_BYTES
 
 
 def device_of(model: CausalModel) -> torch.device:
@@ -85,16 +110,14 @@ def _bind(model: CausalModel, layout: FileLayout, files: TensorFiles) -> None:
             parameter.data = layout.read(name, files)
 
 
-def _bind_in_float32(
-    model: CausalModel, layout: FileLayout, files: TensorFiles, is_large: bool, device: torch.device
-) -> None:
-    """Give a model without values those of its files: large matrices mapped, others as float32 copies on a device."""
-    stacked, bound = expert_stacks(model), dict[int, nn.Parameter]()
+def _bind_in_float32(model: CausalModel, layout: FileLayout, files: TensorFiles, device: torch.device) -> None:
+    """Give a model the values of its files: large matrices mapped, others as float32 copies on a device."""
+    stacked, bound, is_large = expert_stacks(model), dict[int, nn.Parameter](), _is_large(files)
     for path, module in model.named_modules():
         stacks = {}
         for attribute, empty in module._parameters.items():
             name = f"{path}.{attribute}"
-            if empty is None or id(empty) in bound or name not in layout.parts:
+            if empty is None or id(empty) in bound or name not in layout.parts or is_quantised(empty):
                 continue
             if name in stacked:
                 read = functools.partial(_matrix, layout, name, files, is_large, device)

@@ -17,11 +17,14 @@ from loratune.model.adapter.attach import load_adapter
 from loratune.model.adapter.peft_stacks import StackRows
 from loratune.model.architecture.structure import causal_model
 from loratune.model.base import load_base
+from loratune.model.files import weight_files
 from loratune.model.from_folder import load_empty
 from loratune.model.hardware import Hardware
 from loratune.model.weights.dequantised import held_weight
-from loratune.model.weights.mapped import load_mapped
+from loratune.model.weights.held import is_quantised
+from loratune.model.weights.mapped import load_mapped, mapped_in_float32
 from loratune.model.weights.stack import stacks_of
+from loratune.model.weights.tensor_files import TensorFiles
 from loratune.model.weights.unpacked import keep_unpacked
 from loratune.protocols import AdaptedModel, CausalModel
 from loratune.recipe.sections import ModelSettings
@@ -40,20 +43,30 @@ def load_reference(settings: ModelSettings, base: Path, adapter: Path, hardware:
         LoratuneError: the adapter does not match, or this machine cannot quantise.
     """
     if settings.quantization == "none":
-        adapted = load_adapter(load_mapped(base, device=hardware.device), adapter, keep_dtype=True)
-        if hardware.is_gpu:
-            _compute_updates_on(adapted, hardware.device)
-        _update_stacks(adapted)
-        return adapted
+        computing = load_mapped(base, device=hardware.device)
+    else:
+        computing = _load_quantised(settings, base, hardware)
+    adapted = load_adapter(computing, adapter, keep_dtype=True)
+    if hardware.is_gpu:
+        _compute_updates_on(adapted, hardware.device)
+    _update_stacks(adapted)
+    return adapted
+
+
+def _load_quantised(settings: ModelSettings, base: Path, hardware: Hardware) -> CausalModel:
+    """A base in float32 arithmetic, with the quantised weights of the training, and the others as the files have them.
+
+    The training has the others in its own dtype, in which a merged model never has them.
+    """
     # Flash attention would cast to the config's type.
     exact = settings.model_copy(update={"compute_dtype": "float32", "attn_implementation": "sdpa"})
     quantized = load_base(exact, base, hardware)
     keep_unpacked(quantized)  # the packed form computes in bfloat16
+    quantized.set_experts_implementation("eager")  # others take whole stacks
     _compute_buffers_in_float32(quantized, base)
-    adapted = load_adapter(quantized, adapter).float().eval()
-    for module in _quantised_modules(adapted, "Params4bit"):
+    for module in _quantised_modules(quantized, "Params4bit"):
         module.forward = functools.partial(_linear, module)  # bitsandbytes would dequantise to float32, as no training
-    return adapted
+    return mapped_in_float32(quantized, TensorFiles(weight_files(base)), hardware.device).eval()
 
 
 @contextmanager
@@ -99,7 +112,7 @@ def _compute_updates_on(model: AdaptedModel, device: torch.device) -> None:
             held = module._parameters if name.startswith("lora_") else {}
             for attribute, values in [(attribute, values) for attribute, values in held.items() if values is not None]:
                 held[attribute] = nn.Parameter(values.detach().to(device), requires_grad=False)
-        if layer.lora_variant:
+        if layer.lora_variant and not is_quantised(layer.get_base_layer().weight):
             layer.forward = functools.partial(_with_weight_on, device, layer.get_base_layer(), layer.forward)
 
 

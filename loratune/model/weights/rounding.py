@@ -22,6 +22,7 @@ from loratune.model.adapter.peft_merge import Change
 from loratune.model.architecture.structure import causal_model
 from loratune.model.weights.dequantised import held_weight
 from loratune.model.weights.mapped import embedded
+from loratune.model.weights.rounding_steps import steps_off
 from loratune.model.weights.stack import Stack, stacks_of
 from loratune.protocols import CausalModel
 
@@ -43,6 +44,8 @@ class Rounding:
     """Dtype that dequantised weights are rounded to before merging; None for other weights."""
     original_matrix: Callable[[int], torch.Tensor] | None = None
     """The same as `original` for a quantised stack: returns the plain matrix of a number."""
+    found: torch.Tensor | None = None
+    """The written tensor, of which ties are taken; see `_rounded`. None to round all values to the nearest."""
     seed: tuple[int, int] | None = None
     """Seeds noise of up to one unit in the last place of float32, which is added to the errors; None for none."""
 
@@ -57,10 +60,27 @@ class Rounding:
             merged_into = held.to(self.held_as or held.dtype)
         else:
             merged_into = self.original[numbers].to(held.device)
-        written = _merged(self.change, merged_into, numbers).to(self.dtype)
+        written = self._rounded(_merged(self.change, merged_into, numbers), numbers)
         # The reference's parameters already contain trained tokens and whole parameters; only LoRA is added.
         exact = _merged(replace(self.change, tokens=[]) if self.change else None, held, numbers)
         return (written.to(exact.dtype) - exact).float() + self._noise(exact, int(numbers[0]))
+
+    def _rounded(self, merged: torch.Tensor, numbers: torch.Tensor) -> torch.Tensor:
+        """Round PEFT's rows; where float32's rounding decides which of two numbers is nearer, take the written one.
+
+        The writer sums in float32 and PEFT's DoRA in float64, so a value in the middle between two numbers of 16 bits
+        may become either. A whole step of one weight changes logits more than all of float32's rounding.
+        """
+        rounded = merged.to(self.dtype)
+        if self.found is None or self.change is None or self.dtype == torch.float32:
+            return rounded
+        found = self.found[numbers].to(rounded.device)
+        places = (found != rounded).nonzero(as_tuple=True)
+        if not len(places[0]):
+            return rounded
+        off = steps_off(found[places], merged[places], self.change.tolerance(merged, numbers)[places[0]])
+        rounded[places] = torch.where(off <= 0.5, found[places], rounded[places])
+        return rounded
 
     def written(self, exact: torch.Tensor, number: int) -> torch.Tensor:
         """Return a matrix of a stack as it was written, in float32.
