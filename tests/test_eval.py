@@ -281,8 +281,9 @@ def test_rows_nearly_those_of_the_training_are_found(evaluate: Evaluate, tmp_pat
     tests = [{**rows[0], "output": rows[0]["output"] + " The end."}, {"instruction": "Who are you?", "output": "Me."}]
     tests[0]["instruction"] = "Tell me a story 0."
     tests.append({**counted[2], "instruction": "Count on."})  # like the second, which is like the first
-    found, _ = evaluate(run, tests)
+    found, done = evaluate(run, tests)
     assert found.leaks["tuned"].near == (1, 3)
+    assert f"2 nearly the same): {tmp_path / 'tests.json'} row 1, row 3" in " ".join(done.stderr.split())
     (tmp_path / "near.json").write_text("[]")
     found, done = evaluate(run, tests, "--overwrite")
     assert not found.leaks["tuned"].checked
@@ -297,7 +298,8 @@ def test_a_plain_adapter_is_evaluated_and_rows_that_do_not_fit_are_told(
     found, done = evaluate(plain, rows, "--base-model", random_qwen)
     assert not found.leaks["tuned"].checked
     assert "not looked for, because the adapter is not in a run folder" in done.stderr
-    assert "1 row without an answer (tuned): row 1: its prompt leaves no room in the context" in done.stderr
+    told = f"1 row without an answer (tuned): {tmp_path / 'tests.json'} row 1: its prompt leaves no room in the context"
+    assert told in " ".join(done.stderr.split())
     assert (found.measures["loss"].rows, found.measures["exact_match"].rows) == (1, 2)
 
 

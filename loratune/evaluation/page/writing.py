@@ -174,7 +174,7 @@ def _sample(one: Sample, is_open: bool) -> str:
     remarks = "; ".join((*one.remarks, *failed))
     texts = [("baseline", one.baseline), ("tuned", one.tuned)]
     wide = [("question", one.question), *([("expected", one.expected)] if one.expected else [])]
-    return _pair(f"row {one.row}{gain}{' · ' if remarks else ''}{remarks}", texts, wide, is_open)
+    return _pair(f"{one.place}{gain}{' · ' if remarks else ''}{remarks}", texts, wide, is_open)
 
 
 def _pair(
