@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from loratune.data.formats.conversation import with_reasoning, written_out
-from loratune.errors import Exit, LoratuneError, counted
+from loratune.errors import Exit, LoratuneError, agreeing, counted
 from loratune.evaluation.answer_form import AnswerForm, summed
 from loratune.evaluation.general import compare_answers, compare_passages
 from loratune.evaluation.measures import RowMeasures, compare_rows, gain
@@ -199,7 +199,7 @@ def _about_leaks(evidence: Evidence) -> list[str]:
             told.append(f"test rows in {whose}: {'' if one.checked else 'not looked for, because '}{one.reason}")
     left = len(evidence.tests.rows) - len(evidence.compared)
     if left:
-        told.append(f"{counted(left, 'row')} that a model was trained on {'is' if left == 1 else 'are'} left out")
+        told.append(f"{counted(left, 'row')} that a model was trained on {agreeing(left, 'are left out')}")
     elif evidence.leaked:
         told.append("a model was trained on every test row, so the figures show what it remembers")
     return told

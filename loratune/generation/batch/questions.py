@@ -13,7 +13,7 @@ from loratune.data.formats.conversation import Conversation, Message, written_ou
 from loratune.data.formats.registry import FORMATS, MUST_BE_FILLED, PLACEHOLDER, ConversationReader, detect_format
 from loratune.data.reading.files import BadRow, RowFile, open_rows
 from loratune.data.sources import parse_source
-from loratune.errors import Exit, LoratuneError, bullet_list
+from loratune.errors import Exit, LoratuneError, bullet_list, counted
 
 NEEDS = (
     f"each row needs {', '.join(kind.asks for kind in FORMATS[:-1])} or {FORMATS[-1].asks}; a list ends with a "
@@ -98,7 +98,7 @@ def questions_of(file: RowFile, columns: Mapping[str, str], placeholders: Mappin
     if bad:
         listed = bullet_list(bad, limit=SHOWN_ROWS)
         raise LoratuneError(
-            f"{file.name}: {len(bad):,} of {len(rows) + len(bad):,} rows cannot be answered:\n{listed}\n"
+            f"{file.name}: {len(bad):,} of {counted(len(rows) + len(bad), 'row')} cannot be answered:\n{listed}\n"
             f"{NEEDS}; correct or remove these rows",
             Exit.DATA,
         )

@@ -128,7 +128,7 @@ def show(request: RowsRequest, work: Work, file: QuestionFile, tally: Tally, rep
     console.say(f"answers: {request.output}", style="bold")
     if tally.seconds:
         rate = tally.tokens / tally.seconds
-        console.say(f"{counted(tally.answers, 'answer')}, {tally.tokens:,} tokens at {rate:,.0f} tokens/s")
+        console.say(f"{counted(tally.answers, 'answer')}, {counted(tally.tokens, 'token')} at {rate:,.0f} tokens/s")
 
 
 def _show_scores(sums: dict[str, dict[str, Any]], names: dict[str, str]) -> None:
