@@ -569,3 +569,13 @@ def test_packed_passes_are_shown_with_the_rows_that_share_them(cli: Run, tmp_pat
     assert shown.count("each row attends to itself alone") == len(batches)
     refused = cli("data", "preview", *flags[:9], "--no-training.packing")
     assert (refused.exit_code, "no packed passes" in " ".join(refused.stderr.split())) == (Exit.USAGE, True)
+
+
+def test_the_check_ends_with_the_command_that_trains_on_what_it_was_given(check: Run, tmp_path: Path) -> None:
+    path = write_rows(tmp_path / "rows.json", ROWS)
+    done = check(path, "--data.validation", "0", "--json")
+    (line,) = (line for line in done.stderr.splitlines() if line.startswith("train on them: "))
+    assert line.startswith("train on them: loratune sft --")
+    assert str(path) in line
+    assert line.endswith("--data.validation 0")
+    assert "train on them" not in check(write_rows(path, [{"instruction": "a", "output": " "}])).stderr

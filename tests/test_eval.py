@@ -5,6 +5,7 @@ from __future__ import annotations
 import html
 import json
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -363,7 +364,13 @@ def test_what_cannot_be_evaluated_is_refused_before_a_model_is_loaded(
         assert done.exit_code == code, done.stderr
         return done.stderr
 
-    assert "give --tests or --tasks, --output, a folder for the results" in told("eval", "--adapter", short_run)
+    missing = told("eval", "--adapter", short_run)
+    assert "--tests: a file of rows with expected answers; or benchmarks with --tasks" in missing
+    assert "--output: a folder for the results" in missing
+    assert "--adapter" not in missing
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(sys.modules, "rouge_score", None)
+        assert 'needs the package rouge_score: pip install "loratune[eval]"' in " ".join(told(*asked).split())
     assert "go together" in told(*asked, "--judge", "http://127.0.0.1:1/v1")
     assert "give the base URL" in told(*asked, "--judge", "file:///etc", "--judge-model", "a")
     assert "there are asserts, judge, loss" in told(*asked, "--decide-by", "taste")
