@@ -53,6 +53,10 @@ class Problem:
     """What to do, where that is apart from the message."""
 
 
+SINGULAR = {"are": "is", "have": "has", "hold": "holds", "equal": "equals", "differ": "differs", "stay": "stays"}
+"""Verb in the plural → in the singular; all others that are used have one form, such as `cannot`."""
+
+
 class LoratuneError(Exception):
     """An error that the user can fix; the message says what is wrong, where, and what to do.
 
@@ -128,9 +132,16 @@ def named_reason_of(error: BaseException) -> str:
     return f"{type(error).__name__}: {first_line_of(error) if str(error).strip() else 'no reason given'}"
 
 
-def counted(count: int, noun: str) -> str:
-    """Format a number with its noun: 1 row, 2,000 rows."""
-    return f"{count:,} {noun}{'' if count == 1 else 's'}"
+def counted(count: float, noun: str) -> str:
+    """Format a number with its noun, which may have an "of" behind it: 1 row, 2,000 rows of a file, 0.5 epochs."""
+    head, of, rest = noun.partition(" of ")
+    return f"{count:{'g' if isinstance(count, float) else ','}} {head}{'' if count == 1 else 's'}{of}{rest}"
+
+
+def agreeing(count: int, predicate: str) -> str:
+    """Return what is said of so many things, from its plural: "is short" for 1, and else "are short"."""
+    verb, *rest = predicate.split(" ", 1)
+    return " ".join([SINGULAR.get(verb, verb), *rest]) if count == 1 else predicate
 
 
 def bullet_list(problems: list[str], limit: int = 20, total: int | None = None) -> str:

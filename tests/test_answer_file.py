@@ -224,7 +224,7 @@ BAD_FILES = {
     "answer_first.jsonl": ('{"messages": [{"role": "assistant", "content": "a"}]}', "message 1 is an answer"),
     "tools.jsonl": (
         '{"messages": [{"role": "user", "content": "a"}], "tools": [{"name": "f"}]}',
-        "row 1: the chat template (chat) does not support tools",
+        "tools.jsonl:1: the chat template (chat) does not support tools",
     ),
     "placeholder.jsonl": ('{"prompt": "Are you {{ name }}?"}', "holds {{name}}, for which"),
     "unknown.csv": ("question,answer\na,b\n", "'instruction' is missing or empty"),
@@ -264,15 +264,16 @@ def test_a_column_that_an_answer_s_name_would_hide_is_kept_under_another(cli: Cl
 
 def test_a_question_that_does_not_fit_is_reported_and_the_others_are_answered(cli: Cli, rows: Path) -> None:
     with rows.open("a") as file:
-        file.write(json.dumps({"prompt": "long " * 3000, "completion": "b"}) + "\n")
+        for text in ("long ", "longer "):
+            file.write("\n" + json.dumps({"prompt": text * 3000, "completion": "b"}) + "\n")
     output = rows.with_name("a.jsonl")
     result = cli("infer", "--model", "tiny-qwen", "--input", rows, "--output", output, "--metrics")
     assert result.exit_code == 0, result.stderr
     last = lines_of(output)[-1]
     assert (last["answer"], last["finish"], last["tokens"]) == ("", "too_long", 0)
     assert last["metrics"]["exact_match"] is False
-    assert [line["finish"] for line in lines_of(output)[:-1]] == ["stop"] * 4
-    assert says(result, "1 row of 5 did not fit into the context and got no answer: row 5")
+    assert [line["finish"] for line in lines_of(output)[:-2]] == ["stop"] * 4
+    assert says(result, f"2 rows of 6 did not fit into the context and got no answer: {rows}:6, :8")
 
 
 @pytest.fixture
@@ -309,10 +310,10 @@ def test_rows_that_the_template_refuses_get_an_error_and_all_others_an_answer(
     assert [line["answer"] for line in found[1::2]] == ["", ""]
     assert all(line["answer"] for line in found[::2])
     summary = json.loads(done.stdout)
-    assert [one["row"] for one in summary["refused"]] == [2, 4]
+    assert [(one["row"], one["place"]) for one in summary["refused"]] == [(2, f"{rows}:2"), (4, f"{rows}:4")]
     assert summary["finish"]["refused"] == 2
     assert says(done, "2 of 4 rows could not be asked and got no answer")
-    assert says(done, "row 4: the tokenizer's chat template refuses the messages user, assistant, assistant, user")
+    assert says(done, f"{rows}:4: the tokenizer's chat template refuses the messages user, assistant, assistant, user")
 
 
 def test_a_complete_file_with_refused_rows_says_so_again(

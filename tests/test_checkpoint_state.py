@@ -172,7 +172,7 @@ def without_a_tensor(folder: Path) -> None:
 
 @pytest.mark.parametrize(
     ("change", "told"),
-    [(fewer_groups, "do not fit this run"), (without_a_tensor, "1 tensors are not those that this run trains")],
+    [(fewer_groups, "do not fit this run"), (without_a_tensor, "1 tensor that this run does not train")],
 )
 def test_states_of_another_shape_are_one_message(
     resume: Callable[..., Result], run: Path, change: Callable[[Path], Any], told: str

@@ -398,3 +398,13 @@ def test_flags_reach_the_recipe_as_they_are_written(cli: Cli, tmp_path: Path) ->
 def test_the_module_and_the_console_script_are_the_same_program() -> None:
     run = run_python("-m", "loratune", "--version")
     assert (run.returncode, run.stdout) == (0, f"loratune {loratune.__version__}\n")
+
+
+@pytest.mark.parametrize(("typed", "near"), [(("sf",), "sft"), (("data", "chek"), "check"), (("xyzzy",), "")])
+def test_a_misspelt_command_is_told_with_its_nearest(
+    cli: Callable[..., Result], typed: tuple[str, ...], near: str
+) -> None:
+    done = cli(*typed)
+    assert done.exit_code == Exit.USAGE
+    assert f"No such command '{typed[-1]}'." in done.stderr
+    assert (f"Did you mean {near}?" in done.stderr) == bool(near)

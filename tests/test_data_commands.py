@@ -272,7 +272,7 @@ def test_a_finding_is_told_with_its_row_refused_ignored_or_removed(check: Run, t
     report = figures_of(result, Exit.DATA if usual == "refuse" else Exit.OK)
     (found,) = report["findings"]
     assert (found["name"], found["level"], found["count"]) == (name, usual, 1)
-    assert found["text"].startswith("1 of 13 training rows ")
+    assert found["text"].startswith(tuple(f"1 of 13 rows of data.train {verb} " for verb in ("has", "holds", "is")))
     place = f"{path} row 13 is row 1" if name == "duplicates" else f"{path} row 13 «{odd['instruction']}»"
     assert found["text"].endswith(f"\n  {place}")
     assert f"--data.remove {name} removes them" in found["text"]
@@ -488,7 +488,7 @@ def test_rows_that_are_refused_are_not_shown(cli: Run, tmp_path: Path) -> None:
     result = cli("data", "preview", "--model.base", "tiny-qwen", "--data.train", path)
     assert result.exit_code == Exit.DATA
     assert result.stdout == ""
-    assert "have an answer without text" in " ".join(result.stderr.split())
+    assert "has an answer without text" in " ".join(result.stderr.split())
 
 
 def test_long_lines_are_not_broken(preview: Run, tmp_path: Path) -> None:
@@ -569,3 +569,13 @@ def test_packed_passes_are_shown_with_the_rows_that_share_them(cli: Run, tmp_pat
     assert shown.count("each row attends to itself alone") == len(batches)
     refused = cli("data", "preview", *flags[:9], "--no-training.packing")
     assert (refused.exit_code, "no packed passes" in " ".join(refused.stderr.split())) == (Exit.USAGE, True)
+
+
+def test_the_check_ends_with_the_command_that_trains_on_what_it_was_given(check: Run, tmp_path: Path) -> None:
+    path = write_rows(tmp_path / "rows.json", ROWS)
+    done = check(path, "--data.validation", "0", "--json")
+    (line,) = (line for line in done.stderr.splitlines() if line.startswith("train on them: "))
+    assert line.startswith("train on them: loratune sft --")
+    assert str(path) in line
+    assert line.endswith("--data.validation 0")
+    assert "train on them" not in check(write_rows(path, [{"instruction": "a", "output": " "}])).stderr

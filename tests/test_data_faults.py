@@ -284,7 +284,7 @@ def test_an_empty_answer_is_refused_allowed_or_removed(check: Run, sft: Run, tmp
     path = write(tmp_path / "rows.json", [*ROWS[:3], {"instruction": "Say nothing.", "output": empty}, *ROWS[3:]])
     before = tree(tmp_path)
     message = refusal(check(path))
-    assert "1 of 13 training rows have an answer without text" in message
+    assert "1 of 13 rows of data.train has an answer without text" in message
     assert f"{path} row 4 «Say nothing.»" in message
     assert f"{path} row 4 «Say nothing.»" in refusal(sft(path))
     assert tree(tmp_path) == before
@@ -366,7 +366,7 @@ def test_a_control_token_in_an_answer_is_refused(
     before = tree(tmp_path)
     for result in (check(bad, "--data.train", rows_file), sft(bad, "--data.train", rows_file)):
         message = refusal(result)
-        assert "hold control tokens such as <|im_end|> in an answer" in message
+        assert "holds control tokens such as <|im_end|> in an answer" in message
         assert f"{bad} row 2 «Hi?»" in message
         assert (
             f"{rows_file} row"
@@ -407,7 +407,7 @@ def test_a_question_that_fills_a_row_alone_is_left_out_with_a_count(check: Run, 
     assert found(figures) == {"too_long": 1}
     assert figures["rows"]["training"]["rows"] == 12
     assert figures["rows"]["training"]["sequences"] == 12
-    assert "1 of 13 training rows (7.7%) are longer than training.max_length 64 and left out" in result.stderr
+    assert "1 of 13 rows of data.train is longer than training.max_length 64 and left out (7.7%)" in result.stderr
     assert f"{path} row 2: " in result.stderr
 
 
@@ -415,7 +415,7 @@ def test_rows_that_are_all_too_long_stop_before_the_training(check: Run, sft: Ru
     path = write(tmp_path / "rows.json", [LONG_QUESTION, LONG_ANSWER])
     before = tree(tmp_path)
     for result in (check(path, *LIMIT), sft(path, *LIMIT)):
-        assert "all 2 training rows are longer than training.max_length 64" in refusal(result)
+        assert "no row of data.train has a token to train within training.max_length 64" in refusal(result)
     assert tree(tmp_path) == before
 
 
@@ -449,7 +449,7 @@ def test_a_shortened_row_keeps_what_its_policy_says(
     assert (ids[-1] == TOKENIZER.eos_token_id) == (policy == "truncate_prompt")
     text = TOKENIZER.decode(ids)
     assert ("It is so.<|im_end|>" if policy == "truncate_prompt" else "Why?<|im_end|>") in text
-    assert f"{len(whole) - 64} tokens are lost" in check(path, *LIMIT, "--data.truncation_strategy", policy).stderr
+    assert f"by {len(whole) - 64} tokens in all" in check(path, *LIMIT, "--data.truncation_strategy", policy).stderr
 
 
 def test_a_long_row_is_refused_where_the_policy_says_so(check: Run, sft: Run, tmp_path: Path) -> None:
@@ -520,7 +520,7 @@ def test_half_of_two_rows_is_one_row_on_each_side(check: Run, tmp_path: Path) ->
 def test_a_validation_file_without_a_usable_row_is_told(check: Run, tmp_path: Path, rows_file: Path) -> None:
     held_out = write(tmp_path / "held.json", [LONG_ANSWER])
     result = check(rows_file, "--data.validation", held_out, "--training.max_length", "64", "--json")
-    assert "1 of 1 validation rows (100.0%) are longer" in result.stderr
+    assert "1 of 1 row of data.validation is longer" in result.stderr
     assert set(report(result)["rows"]) == {"training"}
 
 

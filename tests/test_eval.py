@@ -5,6 +5,7 @@ from __future__ import annotations
 import html
 import json
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -281,8 +282,9 @@ def test_rows_nearly_those_of_the_training_are_found(evaluate: Evaluate, tmp_pat
     tests = [{**rows[0], "output": rows[0]["output"] + " The end."}, {"instruction": "Who are you?", "output": "Me."}]
     tests[0]["instruction"] = "Tell me a story 0."
     tests.append({**counted[2], "instruction": "Count on."})  # like the second, which is like the first
-    found, _ = evaluate(run, tests)
+    found, done = evaluate(run, tests)
     assert found.leaks["tuned"].near == (1, 3)
+    assert f"2 nearly the same): {tmp_path / 'tests.json'} row 1, row 3" in " ".join(done.stderr.split())
     (tmp_path / "near.json").write_text("[]")
     found, done = evaluate(run, tests, "--overwrite")
     assert not found.leaks["tuned"].checked
@@ -297,7 +299,8 @@ def test_a_plain_adapter_is_evaluated_and_rows_that_do_not_fit_are_told(
     found, done = evaluate(plain, rows, "--base-model", random_qwen)
     assert not found.leaks["tuned"].checked
     assert "not looked for, because the adapter is not in a run folder" in done.stderr
-    assert "1 row without an answer (tuned): row 1: its prompt leaves no room in the context" in done.stderr
+    told = f"1 row without an answer (tuned): {tmp_path / 'tests.json'} row 1: its prompt leaves no room in the context"
+    assert told in " ".join(done.stderr.split())
     assert (found.measures["loss"].rows, found.measures["exact_match"].rows) == (1, 2)
 
 
@@ -361,7 +364,13 @@ def test_what_cannot_be_evaluated_is_refused_before_a_model_is_loaded(
         assert done.exit_code == code, done.stderr
         return done.stderr
 
-    assert "give --tests or --tasks, --output, a folder for the results" in told("eval", "--adapter", short_run)
+    missing = told("eval", "--adapter", short_run)
+    assert "--tests: a file of rows with expected answers; or benchmarks with --tasks" in missing
+    assert "--output: a folder for the results" in missing
+    assert "--adapter" not in missing
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(sys.modules, "rouge_score", None)
+        assert 'needs the package rouge_score: pip install "loratune[eval]"' in " ".join(told(*asked).split())
     assert "go together" in told(*asked, "--judge", "http://127.0.0.1:1/v1")
     assert "give the base URL" in told(*asked, "--judge", "file:///etc", "--judge-model", "a")
     assert "there are asserts, judge, loss" in told(*asked, "--decide-by", "taste")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -88,8 +89,8 @@ def test_all_that_is_wrong_with_asserts_is_told_at_once(tmp_path: Path) -> None:
     assert len(problems) == len(wrong)
     path = tmp_path / "tests.jsonl"
     rows = [{"prompt": "a", "assert": wrong[:1]}, {"prompt": "b", "assert": wrong[1]}]
-    path.write_text("\n".join(map(json.dumps, rows)))
-    told = r"(?s)2 asserts.*row 1: assert 1.*row 2: assert 1: no type 'contain'"
+    path.write_text("\n\n".join(map(json.dumps, rows)))  # rows are named by their lines, as data check does
+    told = r"(?s)2 asserts.*tests\.jsonl:1: assert 1.*tests\.jsonl:3: assert 1: no type 'contain'"
     with pytest.raises(LoratuneError, match=told) as caught:
         read_tests(str(path), {}, {})
     assert caught.value.exit_code == Exit.DATA
@@ -107,7 +108,7 @@ def test_yaml_and_json_lines_give_the_same_rows(tmp_path: Path) -> None:
     ]
     (tmp_path / "tests.jsonl").write_text("\n".join(map(json.dumps, lines)))
     one, other = (read_tests(str(tmp_path / name), {}, {}) for name in ("tests.yaml", "tests.jsonl"))
-    assert one.rows == other.rows
+    assert one.rows == [replace(row, place=f"{tmp_path / 'tests.yaml'} row {row.number}") for row in other.rows]
     assert one.asserts == other.asserts
     assert [row.reference for row in one.rows] == [None, "你好！"]
 

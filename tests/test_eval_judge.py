@@ -90,8 +90,8 @@ def api(monkeypatch: pytest.MonkeyPatch) -> Iterator[Api]:
 def evaluate(cli: Callable[..., Result], short_run: Path, tmp_path: Path, api: Api) -> Callable[..., Result]:
     """Evaluate eight questions without expected answers by the judge."""
     rows = [{"instruction": f"Where does river {n} end?"} for n in range(8)]
-    (tmp_path / "tests.json").write_text(json.dumps(rows))
-    flags = ("--tests", tmp_path / "tests.json", "--output", tmp_path / "out", "--max-new-tokens", 4, "--no-general")
+    (tmp_path / "tests.jsonl").write_text("\n\n".join(map(json.dumps, rows)))
+    flags = ("--tests", tmp_path / "tests.jsonl", "--output", tmp_path / "out", "--max-new-tokens", 4, "--no-general")
 
     def run(*more: Any) -> Result:
         return cli("eval", "--adapter", short_run, *flags, "--judge", api.url, "--judge-model", "wise", *more)
@@ -175,7 +175,7 @@ def test_what_the_judge_does_not_answer_is_told_and_nothing_is_lost(
     api.reply = lambda prompt: "both are fine" if "river 3" in prompt else "tie, I think"
     done = evaluate()
     assert done.exit_code == 0, done.stderr
-    assert "1 row not judged: row 4: the judge's reply names neither A nor B nor TIE" in done.stderr
+    assert "tests.jsonl:7: the judge's reply names neither A nor B nor TIE" in " ".join(done.stderr.split())
     api.asked.clear()
     api.reply = lambda _: "TIE"
     assert evaluate().exit_code == 0
@@ -205,7 +205,7 @@ def test_a_judge_that_never_stops_reasoning_has_said_nothing(
     monkeypatch.setattr(judge, "REASONING_TOKENS", TOKENS_OF_REASONING // 2)
     api.reply = lambda prompt: Reasoning("A", "") if "river 3" in prompt else "TIE"
     done = evaluate()
-    assert "1 row not judged: row 4: the judge does not come to an answer within 150 tokens" in done.stderr
+    assert "tests.jsonl:7: the judge does not come to an answer within 150 tokens" in done.stderr
 
 
 def test_a_judge_that_is_down_is_asked_about_few_rows_and_the_answers_are_kept(
@@ -266,7 +266,7 @@ def test_a_judge_that_takes_no_limit_at_all_is_told_by_its_last_words(
 def test_what_a_judge_does_not_name_stays(evaluate: Callable[..., Result], api: Api) -> None:
     api.refusal = lambda body: "the context is too long" if "river 3" in body["messages"][0]["content"] else ""
     done = evaluate()
-    assert "1 row not judged: row 4: HTTP 400: the context is too long" in done.stderr
+    assert "tests.jsonl:7: HTTP 400: the context is too long" in done.stderr
     assert all({"max_tokens", "temperature"} <= body.keys() for body in api.asked)
 
 

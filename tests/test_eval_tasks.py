@@ -517,7 +517,7 @@ def test_flags_without_effect_and_tasks_that_cannot_be_loaded_are_refused_before
     for line, words in (
         ((*given, *tests, "--limit", 3, "--tasks-plain"), "without --tasks, --limit, --tasks-plain has no effect"),
         ((*given, *tasks, "--junit"), "without --tests, --junit has no effect"),
-        ((*given, "--tasks", " , "), "give --tests or --tasks"),
+        ((*given, "--tasks", " , "), "--tests: a file of rows"),
         ((*given, *tests, *tasks, "--against", adapter), "leave out --against"),
         ((*given, *tests, "--no-general", "--max-changed", "0.3"), "with --no-general, --max-changed has no effect"),
     ):

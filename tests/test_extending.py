@@ -17,6 +17,7 @@ from loratune.data.formats.registry import FORMATS, ConversationReader, Format, 
 from loratune.data.template.thinking import VALUES
 from loratune.delivery.export.export import FROM_ADAPTER, FROM_MODEL
 from loratune.delivery.export.rehearsal import CHECKS
+from loratune.errors import SINGULAR
 from loratune.recipe.findings import FINDINGS, Finding
 from loratune.recipe.sections import TEMPLATE_ARGUMENTS
 
@@ -35,6 +36,8 @@ EXAMPLES: dict[str, dict[str, Any]] = {
 def test_every_finding_is_told_in_words_and_every_flag_is_a_finding() -> None:
     assert list(FINDINGS) == list(get_args(Finding))
     assert set(FLAGS) <= set(FINDINGS)
+    verbs = {text.split()[0] for about in FINDINGS.values() for text in (about.sentence, about.of_removed) if text}
+    assert verbs <= SINGULAR.keys()  # a sentence is said of one row too
 
 
 def test_every_format_is_on_the_data_page_with_a_row_that_is_in_it() -> None:

@@ -351,7 +351,7 @@ def test_weights_that_are_no_numbers_are_refused(
     weights[first][1, 2] = value
     save_file(weights, plain / WEIGHTS)
     told = refusal(command, "--adapter", plain, "--base-model", random_qwen)
-    assert f"{plain / WEIGHTS}: holds NaN or infinity in 1 tensors, first {first}" in told
+    assert f"{plain / WEIGHTS}: holds NaN or infinity in 1 tensor, first {first}" in told
 
 
 @pytest.mark.parametrize("command", ["merge", "infer"])

@@ -492,7 +492,7 @@ def without(part: str) -> Change:
 
 
 CANNOT_BE_COMPUTED: dict[str, tuple[Change, str]] = {
-    "complex": (first_as(lambda t: t.to(torch.complex64)), "of an unsupported dtype (complex64) in 1 tensors"),
+    "complex": (first_as(lambda t: t.to(torch.complex64)), "of an unsupported dtype (complex64) in 1 tensor,"),
     "integers": (first_as(lambda t: torch.ones_like(t).to(torch.int32)), "(int32)"),
     "8 bits": (first_as(lambda t: t.to(torch.float8_e4m3fn)), "(float8_e4m3fn)"),
     "float64 beyond float32": (first_as(lambda t: t.double() + 1e300), "makes updates larger than float32 can hold"),

@@ -307,4 +307,4 @@ def test_rows_in_another_normal_form_are_told_once_with_their_number(
     done = cli("data", "check", *flags, "--json")
     assert done.exit_code == 0, done.stderr
     assert {one["name"]: one["count"] for one in json.loads(done.stdout)["findings"]} == {"normalized": 3}
-    assert "3 of 6 training rows hold characters that the tokenizer rewrites" in done.stderr
+    assert "3 of 6 rows of data.train hold characters that the tokenizer rewrites" in done.stderr

@@ -157,9 +157,13 @@ def test_rows_that_are_too_long_are_left_out_counted_and_named(encoder: Encoder,
     prepared = prepare(encoder, train=[path], validation=0.0)
     assert ids(prepared.train) == encoded(encoder, ROWS[:2])
     repeated, warning = prepared.warnings
-    assert repeated.startswith("6 of 9 training rows are repetitions (--data.remove duplicates removes them):\n")
+    assert repeated.startswith(
+        "6 of 9 rows of data.train are the same as an earlier row (--data.remove duplicates removes them):\n"
+    )
     length = len(encoded(encoder, [LONG])[0])
-    assert warning.startswith("7 of 9 training rows (77.8%) are longer than training.max_length 256 and left out:\n")
+    assert warning.startswith(
+        "7 of 9 rows of data.train are longer than training.max_length 256 and left out (77.8%):\n"
+    )
     assert [f"{path} row {number}: {length} tokens" in warning for number in range(1, 10)] == [
         *(False, True, False),
         *(True, True, True, True),
@@ -178,7 +182,7 @@ def test_a_row_of_exactly_the_longest_length_is_kept(encoder: Encoder, tmp_path:
 
 def test_nothing_is_left_where_all_rows_are_too_long(encoder: Encoder, tmp_path: Path) -> None:
     message = refusal(encoder, train=[write_rows(tmp_path / "rows.json", [LONG, LONG])], validation=0.0)
-    assert message.startswith("all 2 training rows are longer than training.max_length 256")
+    assert message.startswith("no row of data.train has a token to train within training.max_length 256")
 
 
 def test_validation_rows_that_are_all_too_long_leave_no_validation_and_a_warning(
@@ -187,7 +191,7 @@ def test_validation_rows_that_are_all_too_long_leave_no_validation_and_a_warning
     train, validation = write_rows(tmp_path / "a.json", ROWS), write_rows(tmp_path / "b.json", [LONG])
     prepared = prepare(encoder, train=[train], validation=[validation])
     assert prepared.validation is None
-    assert "1 of 1 validation rows (100.0%) are longer" in prepared.warnings[0]
+    assert "1 of 1 row of data.validation is longer" in prepared.warnings[0]
 
 
 def test_of_a_long_conversation_the_turns_that_fit_are_kept(encoder: Encoder, tmp_path: Path) -> None:
@@ -203,7 +207,7 @@ def test_of_a_long_conversation_the_turns_that_fit_are_kept(encoder: Encoder, tm
     path = write_rows(tmp_path / "rows.json", [row])
     prepared = prepare(Encoder(tokenizer, PromptSettings()), train=[path], validation=0.0)
     assert [tokenizer.decode(row) for row in ids(prepared.train)] == ["a\nshort<|im_end|>"]
-    assert "1 of 1 training rows" in prepared.warnings[0]
+    assert "1 of 1 row of data.train is longer" in prepared.warnings[0]
 
 
 def test_training_on_the_last_answer_is_asked_of_the_encoder(encoder: Encoder, tmp_path: Path) -> None:
@@ -247,8 +251,8 @@ def test_rows_that_repeat_and_rows_that_are_in_validation_too_are_told(encoder: 
     train = write_rows(tmp_path / "train.json", rows)
     held = write_rows(tmp_path / "held.json", [rows[3], {"instruction": "9", "output": "It is 9."}])
     repeated, shared = prepare(encoder, train=[train], validation=[held]).warnings
-    assert "2 of 5 training rows are repetitions" in repeated
+    assert "2 of 5 rows of data.train are the same as an earlier row" in repeated
     assert f"{train} row 5 is row 1" in repeated
-    assert "1 of 2 validation rows are training rows too" in shared
+    assert "1 of 2 validation rows is in training too" in shared
     assert f"{held} row 1 is {train} row 4" in shared
     assert "2 of 2 validation rows" in prepare(encoder, train=[held], validation=[held]).warnings[0]

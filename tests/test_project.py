@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ast
+import itertools
 import json
 import re
 import subprocess
@@ -11,6 +13,7 @@ from typing import get_args
 
 import pytest
 
+from loratune.errors import agreeing, counted
 from loratune.recipe.loading import load_recipe, shipped_recipes
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -46,14 +49,44 @@ def test_identity_rows_hold_both_placeholders_and_faq_rows_no_input() -> None:
 
 
 def test_no_function_is_longer_than_sixty_lines_and_no_module_than_three_hundred() -> None:
-    import ast
-
     for path in (ROOT / "loratune").rglob("*.py"):
         text = path.read_text(encoding="utf-8")
         assert text.count("\n") <= 300, path
         for node in ast.walk(ast.parse(text)):
             if isinstance(node, ast.FunctionDef):
                 assert (node.end_lineno or 0) - node.lineno < 60, f"{path}: {node.name}"
+
+
+BARE_COUNT = re.compile(
+    r" (?:training |more )?(?:rows|steps|epochs|tensors|trials|fields|sequences|checkpoints|cores)\b"
+)
+"""A noun in the plural behind a number that may be one."""
+
+
+def bare_counts(code: str) -> list[str]:
+    """The numbers in front of such a noun that `counted` does not format; constants and decimals are none."""
+    found = []
+    for node in ast.walk(ast.parse(code)):
+        for value, after in itertools.pairwise(node.values if isinstance(node, ast.JoinedStr) else ()):
+            if isinstance(value, ast.FormattedValue) and isinstance(after, ast.Constant):
+                told, is_decimal = ast.unparse(value.value), "." in ast.unparse(value.format_spec or ast.Constant(""))
+                if BARE_COUNT.match(str(after.value)) and not told.isupper() and not is_decimal:
+                    found.append(told)
+    return found
+
+
+def test_a_number_that_may_be_one_agrees_with_its_noun() -> None:
+    assert bare_counts('f"of {n:,} training rows"; f"{MOST} rows"; f"{counted(n, \'row\')} of"') == ["n"]
+    code = {path.stem: path.read_text(encoding="utf-8") for path in (ROOT / "loratune").rglob("*.py")}
+    bare = {name: found for name, text in code.items() if (found := bare_counts(text))}
+    of_vocabularies = {"base_check": ["rows", "rows"], "tensors": ["' or '.join(map(str, sizes))"]}
+    assert bare == of_vocabularies | {"resuming": ["use.rows"]}  # which checkpoints hold word for word
+    assert [counted(n, "row of data.train") for n in (0, 1, 2000)] == [
+        *("0 rows of data.train", "1 row of data.train", "2,000 rows of data.train"),
+    ]
+    assert [counted(n, "epoch") for n in (0.5, 1.0, 3.0)] == ["0.5 epochs", "1 epoch", "3 epochs"]
+    assert [agreeing(n, "are short") for n in (0, 1, 2)] == ["are short", "is short", "are short"]
+    assert agreeing(1, "cannot be read") == "cannot be read"
 
 
 def test_recipes_named_by_the_user_s_data_run_from_anywhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -252,7 +252,7 @@ def test_mixed_up_matrices_are_noticed(tiny_model: TinyModel, monkeypatch: pytes
         return quantize_stack(values[[0, 2, 1, 3]], double)
 
     monkeypatch.setattr(quantizer, "quantize_stack", mixed)
-    with pytest.raises(LoratuneError, match="2 matrices are not those of the files, first 1"):
+    with pytest.raises(LoratuneError, match="2 of its matrices differ from the files, first 1"):
         quantised(tiny_model(kind))
 
 

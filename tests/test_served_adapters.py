@@ -211,7 +211,7 @@ def test_a_tensor_of_no_module_is_an_error(
     adapter = adapter_of("qwen3_5")
     names = load_file(adapter / "adapter_model.safetensors").keys()
     strange = "base_model.model.model.layers.9.self_attn.q_proj.lora_A.weight"
-    with pytest.raises(LoratuneError, match=r"(?s)1 tensors are of no module of the base.*layers\.9"):
+    with pytest.raises(LoratuneError, match=r"(?s)1 tensor of no module of the base.*layers\.9"):
         renaming.renamed_tensors([*names, strange], served_class(tiny_model("qwen3_5")).modules, adapter)
 
 

@@ -129,7 +129,7 @@ FAULTS: dict[str, tuple[Edit, str]] = {
     "a part that nobody knows": (put(f"{Q0}.lora_C.weight", 4, 4), f"{Q0}.lora_C.weight"),
     "a tensor of a tensor": (
         put(f"{Q0}.weight.lora_A.weight", 4, 32),
-        f"1 tensors too many, 0 too few, first base_model.model.{Q0}.weight.lora_A.weight",
+        f"1 tensor too many, 0 too few, first base_model.model.{Q0}.weight.lora_A.weight",
     ),
     "a missing B": (edit_weights(lambda t: t.pop(B)), f"1 too few, first base_model.model.{Q0}.lora_B.weight"),
     "a missing A": (edit_weights(lambda t: t.pop(A)), f"1 too few, first base_model.model.{Q0}.lora_A.weight"),

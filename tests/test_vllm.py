@@ -91,7 +91,7 @@ def test_tensors_of_an_unknown_kind_are_a_problem(adapter: Callable[..., Path]) 
     tensors = load_file(folder / "adapter_model.safetensors")
     name = "base_model.model.model.layers.0.self_attn.q_proj.lora_magnitude_vector"
     save_file(tensors | {name: next(iter(tensors.values())).clone()}, folder / "adapter_model.safetensors")
-    assert check_for("vllm", folder).problems == [f"1 tensors that are not LoRA, first {name}"]
+    assert check_for("vllm", folder).problems == [f"1 tensor not of LoRA, first {name}"]
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ from loratune.board.comparison import Asked, Curve, Row, RunComparison
 from loratune.board.opened import duration, value_text
 from loratune.board.search import Found
 from loratune.board.summary import EvaluationSummary, ModelSummary, RunSummary
+from loratune.errors import counted
 from loratune.printable import width_of
 from loratune.runs.manifest import TrainedFile
 
@@ -122,7 +123,7 @@ def _changes(changed: Sequence[str]) -> list[str]:
 
 
 def _file(file: TrainedFile) -> str:
-    return f"{Path(file.path).name} ({file.rows:,} rows)"
+    return f"{Path(file.path).name} ({counted(file.rows, 'row')})"
 
 
 def origin_text(found: Found, model: ModelSummary) -> str:

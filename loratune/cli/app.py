@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import functools
 import os
 import signal
@@ -57,6 +58,13 @@ class CommandGroup(TyperGroup):
         if cmd_name not in self.table:
             return None
         return _command(f"{self.prefix}{cmd_name}", cmd_name, self.table[cmd_name])
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        """Find the command of a line; a name that there is not is told with the nearest one."""
+        near = difflib.get_close_matches(args[0], self.table, n=1)
+        if args[0] not in self.table and near:
+            ctx.fail(f"No such command {args[0]!r}. Did you mean {near[0]}?")
+        return super().resolve_command(ctx, args)
 
     def format_help(self, ctx: Any, formatter: Any) -> None:
         panels = {"commands": [(name, "", text) for name, text in self.table.items()]}

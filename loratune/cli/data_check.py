@@ -6,6 +6,8 @@ from typing import Annotated, Any
 
 import typer
 
+from loratune import console
+from loratune.cli.again import continued
 from loratune.cli.documents import Document
 from loratune.cli.flags import Config
 from loratune.cli.options import recipe_options
@@ -45,3 +47,4 @@ def command(
         DOCUMENT.write(report)
     if report["refused"]:
         raise typer.Exit(int(Exit.DATA))
+    console.next_step(str(continued("train on them", "sft", {"--json"})))

@@ -12,8 +12,9 @@ from loratune.cli.documents import Document
 from loratune.cli.flags import ADAPTER_HELP, Force, Json, MovedBase, adapter_folder
 from loratune.cli.sampling import sampling_options
 from loratune.engine.sampling import Sampling
-from loratune.errors import Exit, LoratuneError
+from loratune.errors import Exit, LoratuneError, bullet_list
 from loratune.evaluation.bounds import Bounds
+from loratune.extras import required
 from loratune.imports import importing
 
 if TYPE_CHECKING:
@@ -97,6 +98,13 @@ JudgeModel = Annotated[str | None, typer.Option("--judge-model", metavar="name",
 Junit = Annotated[bool, typer.Option("--junit", help="Write junit.xml too.")]
 OverwriteResults = Annotated[bool, typer.Option("--overwrite", help="Discard the results in the output folder.")]
 
+MEANT = {
+    "--adapter": "a run folder, one of its checkpoints, or a plain PEFT folder",
+    "--tests": "a file of rows with expected answers; or benchmarks with --tasks",
+    "--output": "a folder for the results, such as out/faq-eval",
+}
+"""Flag that an evaluation needs → what it takes."""
+
 
 @sampling_options
 def command(
@@ -128,9 +136,14 @@ def command(
     of_rows |= {"--max-changed": max_changed != Bounds.changed, "--overwrite": overwrite, "--against": against}
     of_tasks: Flags = {"--tasks-folder": tasks_folder, "--limit": limit, "--tasks-plain": tasks_plain}
     _check(
-        {"--adapter": adapter, "--tests or --tasks": tests or names or None, "--output": output},
+        {"--adapter": adapter, "--tests": tests or names or None, "--output": output},
         of_rows, of_tasks, tests, names,
     )  # fmt: skip
+    if tests:
+        with required("loratune eval", "eval"):  # before the metrics, which name the extra of `infer --metrics`
+            import jieba  # noqa: F401
+            import rouge_score  # noqa: F401
+            import sacrebleu  # noqa: F401
     from loratune.evaluation.judge import open_judge
     from loratune.evaluation.measures import MEASURES
     from loratune.evaluation.request import EvaluationRequest
@@ -162,8 +175,7 @@ def command(
 def _check(given: Flags, of_rows: Flags, of_tasks: Flags, tests: str | None, names: Sequence[str]) -> None:
     """Refuse missing flags, and those that have no effect without another one."""
     if missing := [name for name, value in given.items() if value is None or not str(value).strip()]:
-        folder = ", a folder for the results, such as out/faq-eval" if "--output" in missing else ""
-        raise LoratuneError(f"give {', '.join(missing)}{folder}", Exit.USAGE)
+        raise LoratuneError(f"give also:\n{bullet_list([f'{name}: {MEANT[name]}' for name in missing])}", Exit.USAGE)
     if (of_rows["--judge"] is None) != (of_rows["--judge-model"] is None):
         raise LoratuneError("--judge and --judge-model go together; give both", Exit.USAGE)
     for flag, value, others in (("--tests", tests, of_rows), ("--tasks", names, of_tasks)):

@@ -11,6 +11,7 @@ from loratune import console
 from loratune.board.layout import ShownModel, ShownRun
 from loratune.board.lineage import find_model, model_state, run_lineage
 from loratune.cli.documents import Document
+from loratune.errors import counted
 from loratune.runs.state import run_state
 
 BASES = {
@@ -63,7 +64,7 @@ def _rows(state: dict[str, Any]) -> list[tuple[str, str]]:
 
 
 def _lineage_rows(state: dict[str, Any]) -> list[tuple[str, str]]:
-    rows = [("data", f"{file['path']}, {file['rows']:,} rows: {file['now']}") for file in state["data"]]
+    rows = [("data", f"{file['path']}, {counted(file['rows'], 'row')}: {file['now']}") for file in state["data"]]
     rows += [("tags", ", ".join(state["tags"]))] if state["tags"] else []
     rows += [("evaluation", f"{one['name']}: {one['verdict']}; {one['sentence']}") for one in state["evaluations"]]
     return [*rows, *((one["kind"], _made(one)) for one in state["models"])]

@@ -11,7 +11,7 @@ from loratune.data.formats.columns import describe_unread_columns
 from loratune.data.formats.conversation import Conversation
 from loratune.data.formats.registry import FORMATS, ConversationReader, detect_format
 from loratune.data.reading.files import BadRow, Row, RowFile
-from loratune.errors import Exit, LoratuneError, bullet_list
+from loratune.errors import Exit, LoratuneError, bullet_list, counted
 from loratune.recipe.data_sections import DataSettings
 
 FORMAT_ROWS = 1000
@@ -120,7 +120,7 @@ def judge_log(file: RowFile, log: ReadingLog, data: DataSettings) -> str:
             "or alpaca",
             Exit.MODEL,
         )
-    message = f"{file.name}: {log.bad:,} of {log.seen:,} rows cannot be trained on:\n{listed}\n"
+    message = f"{file.name}: {log.bad:,} of {counted(log.seen, 'row')} cannot be trained on:\n{listed}\n"
     if data.on_bad_row == "skip" and log.bad <= data.max_bad_rows and log.good:
         return f"{message}they are left out"
     needs = next(kind.needs for kind in FORMATS if kind.name == log.format) + "; " if log.refused < log.bad else ""

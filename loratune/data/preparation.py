@@ -94,7 +94,7 @@ def prepare_data(data: DataSettings, rendering: Rendering, seed: int) -> Prepare
     loaded = _load(data, rendering, seed, found)
     train, validation = loaded[: len(data.train)], loaded[len(data.train) :]
     max_length = rendering.max_length
-    rows = _checked(train, "training", data, max_length, found)
+    rows = _checked(train, "train", data, max_length, found)
     times = mix(rows, seed)
     found += _unused_sources(rows, times)
     rows, times = rows.take(times > 0), times[times > 0]
@@ -168,23 +168,26 @@ def _for_each_source(entries: Sequence[str | SourceSettings], work: Callable[[So
 
 
 def _checked(
-    sources: Sequence[LoadedSource], purpose: str, data: DataSettings, max_length: int, found: list[Found]
+    sources: Sequence[LoadedSource], setting: str, data: DataSettings, max_length: int, found: list[Found]
 ) -> Pool:
-    """Return the rows without those of data.remove; findings and removals are appended to `found`."""
-    pool = Pool.of(sources)
+    """Return the rows without those of data.remove; findings and removals are appended to `found`.
+
+    The rows of data.train are checked before some of them become validation rows.
+    """
+    pool, noun = Pool.of(sources), f"row of data.{setting}"
     odd = find_rows(pool, data)
     gone = np.zeros(len(pool), bool)
     for unwanted in data.remove:
         rows = odd.pop(unwanted, None)
         if rows and len(rows.places):
             gone[rows.places] = True
-            found.append(describe_removed(unwanted, pool, rows, purpose))
+            found.append(describe_removed(unwanted, pool, rows, noun))
     kept = pool.take(~gone)
     for name, rows in odd.items():
-        found += describe(name, kept, rows.without(gone), data, purpose)
-    found += judge_lengths(kept, data, max_length, purpose)
+        found += describe(name, kept, rows.without(gone), data, noun)
+    found += judge_lengths(kept, data, max_length, noun)
     usable = kept.take(kept.has_usable_sequence(max_length))
-    if purpose == "training" and not len(usable):
+    if setting == "train" and not len(usable):
         raise _nothing_left(data, max_length, kept, found)
     return usable
 
@@ -193,11 +196,11 @@ def _leave_out_shared(rows: Pool, times: Indices, held_out: Pool, data: DataSett
     """Report validation rows that also occur in training, or remove them from training for `remove: overlap`."""
     taken = rows.take(times > 0)
     if "overlap" not in data.remove:
-        found += describe("overlap", held_out, shared_rows(held_out, taken), data, "validation", other=taken)
+        found += describe("overlap", held_out, shared_rows(held_out, taken), data, "validation row", other=taken)
         return
     shared = FoundRows(np.flatnonzero(np.isin(taken.digests, held_out.digests)))
     if len(shared.places):
-        found.append(describe_removed("overlap", taken, shared, "training"))
+        found.append(describe_removed("overlap", taken, shared, "training row"))
         times[np.isin(rows.digests, held_out.digests)] = 0
 
 
@@ -218,8 +221,8 @@ def _nothing_left(data: DataSettings, max_length: int, rows: Pool, found: Sequen
         return LoratuneError("\n".join([*removed, f"data.remove leaves no training row of {names}"]), Exit.DATA)
     too_long = [one.text for one in found if one.name in ("too_long", "untrained")]
     return LoratuneError(
-        f"all {len(rows)} training rows are longer than training.max_length {max_length}, or train no token; raise it, "
-        f"or shorten the rows\n{too_long[0] if too_long else ''}".rstrip(),
+        f"no row of data.train has a token to train within training.max_length {max_length}; raise it, or shorten the "
+        f"rows\n{too_long[0] if too_long else ''}".rstrip(),
         Exit.DATA,
     )
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from loratune.data.formats.conversation import with_reasoning, written_out
-from loratune.errors import Exit, LoratuneError, counted
+from loratune.errors import Exit, LoratuneError, agreeing, counted
 from loratune.evaluation.answer_form import AnswerForm, summed
 from loratune.evaluation.general import compare_answers, compare_passages
 from loratune.evaluation.measures import RowMeasures, compare_rows, gain
@@ -21,7 +21,7 @@ from loratune.generation.batch.report import REFUSED, TOO_LONG
 from loratune.generation.batch.row_answers import Side
 
 SHOWN = 8
-"""Row numbers in a warning."""
+"""Rows in a warning."""
 
 
 @dataclass(frozen=True)
@@ -57,6 +57,8 @@ class Sample:
     """One row with both answers, for people."""
 
     row: int
+    place: str
+    """Its file and line or row."""
     question: str
     expected: str
     tuned: str
@@ -139,6 +141,7 @@ def _sample(evidence: Evidence, row: AskedRow, measure: str) -> Sample:
     }
     return Sample(
         row=number,
+        place=row.place,
         question=question_of(row),
         expected=row.reference or "",
         tuned=_said(evidence.file, number, tuned),
@@ -177,7 +180,8 @@ def _about_unasked(evidence: Evidence) -> list[str]:
         missing = [number for number, answer in answers.items() if answer["finish"] in (TOO_LONG, REFUSED)]
         if missing:
             why = answers[missing[0]].get("error", "its prompt leaves no room in the context")
-            told.append(f"{counted(len(missing), 'row')} without an answer ({name}): row {_listed(missing)}: {why}")
+            places = evidence.tests.file.places(missing, SHOWN)
+            told.append(f"{counted(len(missing), 'row')} without an answer ({name}): {places}: {why}")
     return told
 
 
@@ -189,13 +193,13 @@ def _about_leaks(evidence: Evidence) -> list[str]:
             told.append(
                 f"{counted(len(one.rows), 'test row')} found in {whose} ({len(one.same)} the same, "
                 f"{len(one.same_question)} with the same question, {len(one.near)} nearly the same): "
-                f"row {_listed(sorted(one.rows))}"
+                f"{evidence.tests.file.places(sorted(one.rows), SHOWN)}"
             )
         if one.reason:
             told.append(f"test rows in {whose}: {'' if one.checked else 'not looked for, because '}{one.reason}")
     left = len(evidence.tests.rows) - len(evidence.compared)
     if left:
-        told.append(f"{counted(left, 'row')} that a model was trained on {'is' if left == 1 else 'are'} left out")
+        told.append(f"{counted(left, 'row')} that a model was trained on {agreeing(left, 'are left out')}")
     elif evidence.leaked:
         told.append("a model was trained on every test row, so the figures show what it remembers")
     return told
@@ -207,7 +211,3 @@ def _about_judge(judging: Judging | None) -> list[str]:
     return [
         f"{counted(judging.not_judged, 'row')} not judged: {judging.problem}; the same command asks about them again"
     ]
-
-
-def _listed(numbers: Sequence[int]) -> str:
-    return ", ".join(map(str, numbers[:SHOWN])) + (", …" if len(numbers) > SHOWN else "")

@@ -10,7 +10,7 @@ from pathlib import Path
 from loratune import console
 from loratune.data.encoding.encoder import Encoder
 from loratune.engine.engine import load_engine
-from loratune.errors import Exit, LoratuneError, bullet_list
+from loratune.errors import Exit, LoratuneError, agreeing, bullet_list, counted
 from loratune.evaluation.answer_form import AnswerForm, FormReader
 from loratune.evaluation.evidence import Evidence, evaluation_of, samples_of
 from loratune.evaluation.general import ANSWER_TOKENS, general, measure_passages, passage_kind
@@ -96,7 +96,8 @@ def _require_something_to_compare(request: EvaluationRequest, tests: EvaluationR
             Exit.DATA,
         )
     if missing and not request.judge:
-        console.warn(f"{len(missing):,} of {len(tests.rows):,} rows have neither an expected answer nor an 'assert'")
+        lacking = agreeing(len(missing), "have neither an expected answer nor an 'assert'")
+        console.warn(f"{len(missing):,} of {counted(len(tests.rows), 'row')} {lacking}")
 
 
 def _prepare_folder(output: Path) -> None:
@@ -161,7 +162,9 @@ def _require_finite(request: EvaluationRequest, contest: Contest, tests: Evaluat
             losses += [one["loss" if side.use_adapter else "base_loss"] for one in passages if one["tokens"]]
         broken = sum(loss is None or not math.isfinite(loss) for loss in losses)
         if broken:
-            problems.append(f"{name}: the losses of {broken:,} of {len(losses):,} texts are not finite numbers")
+            problems.append(
+                f"{name}: the losses of {broken:,} of {counted(len(losses), 'text')} are not finite numbers"
+            )
     if problems:
         raise LoratuneError(
             f"nothing can be compared with a model whose numbers overflow:\n{bullet_list(problems)}\n"

@@ -107,7 +107,7 @@ def add_verdicts(judge: Judge, rows: Sequence[AskedRow], sides: Sequence[Side], 
             try:
                 verdict = _verdict(api, row, *(file.read(row.number, side.answer)["answer"] for side in sides))
             except (OSError, ValueError, HTTPException) as error:
-                problem, failures = f"row {row.number}: {_told(error)}", failures + 1
+                problem, failures = f"{row.place}: {_told(error)}", failures + 1
                 if failures == FAILURES:
                     break
                 continue

@@ -43,7 +43,7 @@ def _add_suite(root: ElementTree.Element, name: str, tests: Sequence[tuple[str, 
 
 
 def _name(one: Sample) -> str:
-    return f"row {one.row}: {shortened(' '.join(one.question.split()), NAME_LENGTH)}"
+    return f"{one.place}: {shortened(' '.join(one.question.split()), NAME_LENGTH)}"
 
 
 def _why(one: Sample) -> str:

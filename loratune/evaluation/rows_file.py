@@ -51,7 +51,7 @@ def read_tests(entry: str, columns: Mapping[str, str], placeholders: Mapping[str
     asserts, bad = dict[int, tuple[Assert, ...]](), list[str]()
     for row in file.rows:
         found, problems = read_asserts(row.fields.get(ASSERT) or [])
-        bad += [f"row {row.number}: {problem}" for problem in problems]
+        bad += [f"{row.place}: {problem}" for problem in problems]
         if found:
             asserts[row.number] = tuple(found)
     if bad:

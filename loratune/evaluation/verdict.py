@@ -92,7 +92,7 @@ def _of_text(language: str, text: GeneralText, bound: float) -> Decision:
 def _of_answers(answers: GeneralAnswers, bound: float) -> Decision:
     changed = len({one.instruction for one in answers.changed})
     why = (
-        f"of {answers.asked} answers, {answers.language} changed their language, {answers.refusal} became refusals, "
+        f"of {counted(answers.asked, 'answer')}, {answers.language} in another language, {answers.refusal} refused, "
         f"{answers.empty} empty; the bound is {bound:.0%}"
     )
     return Decision("general instructions", "worse" if changed > bound * answers.asked else "no difference", why)

@@ -13,6 +13,7 @@ from loratune.generation.batch.questions import AskedRow
 from loratune.plain_files import read_json
 
 ASSETS = Path(__file__).resolve().parent.parent / "assets" / "general"
+INSTRUCTIONS = "instructions.json"
 
 
 @dataclass(frozen=True)
@@ -36,11 +37,17 @@ def load_passages() -> list[Passage]:
 
 def load_instructions() -> list[Instruction]:
     """Return the bundled instructions, as rows numbered from 1."""
-    known: list[dict[str, str]] = read_json(ASSETS / "instructions.json")
+    known: list[dict[str, str]] = read_json(ASSETS / INSTRUCTIONS)
     return [
         Instruction(
             one["language"],
-            AskedRow(number, dict(one), ({"role": "user", "content": one["instruction"]},), None),
+            AskedRow(
+                number,
+                f"{INSTRUCTIONS} row {number}",
+                dict(one),
+                ({"role": "user", "content": one["instruction"]},),
+                None,
+            ),
         )
         for number, one in enumerate(known, start=1)
     ]

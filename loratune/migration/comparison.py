@@ -16,7 +16,7 @@ from loratune.data.formats.conversation import Conversation
 from loratune.data.formats.registry import renamed
 from loratune.data.reading.files import Row, open_rows
 from loratune.data.sources import parse_source
-from loratune.errors import LoratuneError
+from loratune.errors import LoratuneError, agreeing, counted
 from loratune.migration.peer_forms import NotComparableError, PeerForm, form_of
 from loratune.migration.translation import Translation, TranslationValues
 from loratune.model.files import find_tokenizer
@@ -74,7 +74,8 @@ class Comparison:
             return [f"rows are not compared: {self.problem}"]
         same = sum(row.is_same for row in self.rows)
         lines = [
-            f"rendered by {self.tool}'s form and by loratune: {same} of {len(self.rows)} rows have equal ids and labels"
+            f"rendered by {self.tool}'s form and by loratune: {same} of {counted(len(self.rows), 'row')} "
+            f"{agreeing(same, 'have equal ids and labels')}"
         ]
         for row in self.rows:
             if row.problem:

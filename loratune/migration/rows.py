@@ -10,7 +10,7 @@ from typing import Any
 
 from loratune.data.formats.chat_rows import SHAREGPT_ROLES
 from loratune.data.sources import file_kind, parse_source
-from loratune.errors import LoratuneError
+from loratune.errors import LoratuneError, counted
 from loratune.migration.sheet import Sheet, texts
 from loratune.plain_files import is_folder
 
@@ -57,7 +57,7 @@ class Rows:
             return
         if found[2]:
             sample = int(found[2])
-            self.notes.append(f"{name}: there, the first {sample} rows are taken; here as many are drawn")
+            self.notes.append(f"{name}: there, the first {counted(sample, 'row')} of the file; here as many are drawn")
         self.add(f"{hub}:{name}{f':{config}' if config else ''}:{found[1]}{f'#{sample}' if sample else ''}")
 
     def map_columns(self, columns: Mapping[str, str], name: str) -> None:

@@ -30,7 +30,7 @@ def rows_per_step(sheet: Sheet, given: Given) -> None:
     rows, steps = whole(given.get("per_device_train_batch_size", 1)), given.get("gradient_accumulation_steps")
     total, devices = given.get("global_batch_size"), sheet.context.devices
     if total is not None:
-        product, told = whole(total), f"{whole(total)} rows per step over all devices"
+        product, told = whole(total), f"{counted(whole(total), 'row')} per step over all devices"
     elif steps is None or (isinstance(steps, str) and steps == "auto"):
         sheet.lose("the rows of a step do not depend on the free memory here; give --training.batch_size")
         return
@@ -80,7 +80,7 @@ def schedule(sheet: Sheet, given: Given) -> None:
         return
     warmup = float(int(warmup)) if warmup >= 1 else warmup
     if 0 < whole(sheet.known.get("max_steps") or 0) <= warmup:
-        sheet.lose(f"the warm-up of {warmup:g} steps does not end within max_steps")
+        sheet.lose(f"the warm-up of {counted(warmup, 'step')} does not end within max_steps")
         return
     sheet.take("training.warmup", warmup)
 

@@ -10,7 +10,7 @@ import psutil
 import torch
 from transformers.utils import is_flash_attn_2_available
 
-from loratune.errors import Exit, LoratuneError
+from loratune.errors import Exit, LoratuneError, counted
 from loratune.model import nvidia
 from loratune.model.nvidia import FLASH_CAPABILITY, are_gpus_hidden, compiled_for, has_kernels
 from loratune.runtime import process_count
@@ -63,7 +63,7 @@ def cpu_hardware(processes: int = 1) -> Hardware:
     """Return the CPU of this machine, with the threads that torch has now, whatever GPU is there."""
     threads = torch.get_num_threads()
     has_bfloat16 = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-    name = f"CPU, {threads} thread{'s' if threads > 1 else ''}"
+    name = f"CPU, {counted(threads, 'thread')}"
     return Hardware(torch.device("cpu"), has_bfloat16, name, processes)
 
 

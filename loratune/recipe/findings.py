@@ -29,7 +29,7 @@ class About(NamedTuple):
     """One finding."""
 
     sentence: str
-    """Predicate of the message "3 of 100 training rows …"."""
+    """Predicate of the message "3 of 100 rows of data.train …", in the plural."""
     usual: Literal["refuse", "warn"] = "warn"
     """Default severity."""
     of_removed: str = ""
@@ -42,7 +42,7 @@ FINDINGS: dict[Finding, About] = {
     "garbled": About("hold garbled characters, as of a text read in a wrong encoding"),
     "control_tokens": About("hold control tokens such as <|im_end|> in what is asked; they are encoded as plain text"),
     "control_tokens_in_answers": About(
-        "hold control tokens such as <|im_end|> in an answer, as if they had been through a chat template already",
+        "hold control tokens such as <|im_end|> in an answer, as if rendered by a chat template already",
         "refuse",
     ),
     "repetitive": About("have an answer that repeats itself"),
@@ -66,10 +66,10 @@ FINDINGS: dict[Finding, About] = {
         "and learns the rewritten form"
     ),
     "long_answers": About("have an answer more than ten times as long as half of all answers"),
-    "duplicates": About("are repetitions"),
+    "duplicates": About("are the same as an earlier row"),
     "near_duplicates": About("are nearly the same as an earlier row"),
     "overlap": About(
-        "are training rows too, so that the validation loss says less than it seems to",
+        "are in training too, so that the validation loss says less than it seems to",
         of_removed="are in validation too",
     ),
 }

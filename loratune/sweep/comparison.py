@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from statistics import fmean, stdev, variance
 
 from loratune.choices import BestBy, BestOf
+from loratune.errors import agreeing
 from loratune.sweep.plan import Trial, firsts, judged, order
 from loratune.sweep.report import NATS, Noise, Standing
 from loratune.sweep.space import Choices, Space, described, short_names, text_of
@@ -109,7 +110,7 @@ class Findings:
         alike = [_difference(best, one) for one in others if self._are_alike(best, one)]
         apart = [] if self._are_alike(best, others[0]) else [f"{told}, more than seeds differ"]
         named = " and ".join([", ".join(alike[:-1])] * (len(alike) > 1) + alike[-1:])
-        return apart + ([f"{named} {'is' if len(alike) == 1 else 'are'} within seed noise"] if alike else [])
+        return apart + ([f"{named} {agreeing(len(alike), 'are within seed noise')}"] if alike else [])
 
     def _worths(self, best: Standing) -> list[str]:
         """Return for each setting how much the best value gains over the next best, other settings at their best."""

@@ -11,6 +11,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
+from loratune.errors import counted
 from loratune.sweep.report import SweepReport, TrialReport
 from loratune.sweep.showing import rows_of
 from loratune.sweep.space import short_names, text_of
@@ -65,7 +66,7 @@ def _panels(report: SweepReport) -> list[tuple[str, list[tuple[TrialReport, floa
         steps = sorted({int(list(trial.losses)[rung]) for trial, _ in there})
         if there:
             ends = str(steps[0]) if len(steps) == 1 else f"{steps[0]} to {steps[-1]}"
-            panels.append((f"{len(there)} trials at step {ends}", there))
+            panels.append((f"{counted(len(there), 'trial')} at step {ends}", there))
     return panels[-MOST_PANELS:]
 
 

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from loratune.errors import Exit, LoratuneError, bullet_list
+from loratune.errors import Exit, LoratuneError, bullet_list, counted
 from loratune.recipe.effects import OF_SEVERAL_PROCESSES, TOLD_OR_KEPT, is_among
 from loratune.recipe.flag_values import parse_flag
 from loratune.recipe.loading import with_settings
@@ -198,7 +198,8 @@ def grid(space: Space) -> list[Settings]:
     count = math.prod(map(len, axes))
     if count > MOST_TRIALS:
         raise LoratuneError(
-            f"the grid has {count:,} trials, {MOST_TRIALS:,} are the most; take fewer values, or --sampler random",
+            f"the grid has {counted(count, 'trial')}, {MOST_TRIALS:,} are the most; take fewer values, or --sampler "
+            "random",
             Exit.USAGE,
         )
     found = list[Settings]()

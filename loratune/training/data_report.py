@@ -204,7 +204,7 @@ def _file_line(use: FileUse) -> str:
 
 
 def _split_line(figures: SplitFigures) -> str:
-    sequences = f" in {figures['sequences']:,} sequences" if figures["sequences"] != figures["rows"] else ""
+    sequences = f" in {counted(figures['sequences'], 'sequence')}" if figures["sequences"] != figures["rows"] else ""
     return (
         f"{figures['rows']:,}{sequences}, {figures['tokens']:,} tokens "
         f"({figures['trained_tokens'] / figures['tokens']:.0%} trained); "

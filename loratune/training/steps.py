@@ -37,8 +37,8 @@ def plan_steps(training: TrainingSettings, rows: int) -> StepPlan:
     steps = training.max_steps or math.ceil(training.epochs * steps_per_epoch)
     if training.warmup >= 1 and training.warmup >= steps:
         raise LoratuneError(
-            f"training.warmup {training.warmup:g} is not shorter than the run's {steps} steps; a fraction such as 0.05 "
-            "always fits",
+            f"training.warmup {training.warmup:g} is not shorter than the run's {counted(steps, 'step')}; a fraction "
+            "such as 0.05 always fits",
             Exit.USAGE,
         )
     return StepPlan(min(training.batch_size, rows), steps_per_epoch, steps)

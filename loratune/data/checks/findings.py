@@ -15,7 +15,7 @@ from loratune.data.assembly.pool import Indices, Pool, earlier_copies
 from loratune.data.checked_rows import SHOWN_ROWS
 from loratune.data.checks.inspection import FLAGS
 from loratune.data.encoding.encoded import CUT, UNENDED
-from loratune.errors import bullet_list
+from loratune.errors import agreeing, bullet_list, counted
 from loratune.extras import required
 from loratune.recipe.data_sections import DataSettings
 from loratune.recipe.findings import FINDINGS, Finding
@@ -69,7 +69,7 @@ def find_rows(pool: Pool, settings: DataSettings) -> dict[Finding, FoundRows]:
 
 
 def describe(
-    name: Finding, pool: Pool, rows: FoundRows, settings: DataSettings, purpose: str, other: Pool | None = None
+    name: Finding, pool: Pool, rows: FoundRows, settings: DataSettings, noun: str, other: Pool | None = None
 ) -> Iterator[Found]:
     """Yield a finding at the recipe's severity; nothing if there are no rows or it is ignored.
 
@@ -78,7 +78,7 @@ def describe(
         pool: the pool that `rows` refers to.
         rows: the affected rows.
         settings: holds the severities.
-        purpose: "training" or "validation", for the message.
+        noun: what the pool has, such as "row of data.train", for the message.
         other: the pool of the duplicates' originals, if not `pool`.
     """
     level = settings.severity.get(name, FINDINGS[name].usual)
@@ -88,20 +88,21 @@ def describe(
     if level == "refuse":
         advice += f", --data.severity {name}=warn takes them"
     text = (
-        f"{_counted(pool, rows, purpose)} {FINDINGS[name].sentence} ({advice}):\n{_listed(pool, rows, other or pool)}"
+        f"{_said(pool, rows.places, noun, FINDINGS[name].sentence)} ({advice}):\n{_listed(pool, rows, other or pool)}"
     )
     yield Found(name, level, len(rows.places), text)
 
 
-def describe_removed(name: Finding, pool: Pool, rows: FoundRows, purpose: str) -> Found:
+def describe_removed(name: Finding, pool: Pool, rows: FoundRows, noun: str) -> Found:
     """A finding whose rows have been removed."""
     sentence = FINDINGS[name].of_removed or FINDINGS[name].sentence
-    text = f"{_counted(pool, rows, purpose)} {sentence}; removed:\n{_listed(pool, rows, pool)}"
+    text = f"{_said(pool, rows.places, noun, sentence)}; removed:\n{_listed(pool, rows, pool)}"
     return Found(f"{name}, removed", "note", len(rows.places), text)
 
 
-def _counted(pool: Pool, rows: FoundRows, purpose: str) -> str:
-    return f"{len(rows.places):,} of {len(pool):,} {purpose} rows"
+def _said(pool: Pool, places: Indices, noun: str, predicate: str) -> str:
+    """Say something of some rows: 1 of 60 rows of data.train has an answer without text."""
+    return f"{len(places):,} of {counted(len(pool), noun)} {agreeing(len(places), predicate)}"
 
 
 def _listed(pool: Pool, rows: FoundRows, other: Pool) -> str:
@@ -162,7 +163,7 @@ def shared_rows(validation: Pool, train: Pool) -> FoundRows:
     return FoundRows(shared, np.array(twins, np.int64))
 
 
-def judge_lengths(pool: Pool, settings: DataSettings, max_length: int, purpose: str) -> Iterator[Found]:
+def judge_lengths(pool: Pool, settings: DataSettings, max_length: int, noun: str) -> Iterator[Found]:
     """Yield findings for rows that are too long, were truncated, or have nothing to train."""
     flags, trained = pool.of_each_row("flags"), pool.of_each_row("trained_of_rows")
     longest = pool.of_each_row("longest")
@@ -171,32 +172,31 @@ def judge_lengths(pool: Pool, settings: DataSettings, max_length: int, purpose: 
     if len(too_long):
         listed = [f"{pool.short_place(index)}: {longest[index]} tokens" for index in too_long[:SHOWN_ROWS]]
         refuses = settings.truncation_strategy == "refuse"
-        fate = "" if refuses else " and left out"
+        predicate = f"are longer than training.max_length {max_length}{'' if refuses else ' and left out'}"
+        share = f"{len(too_long) / len(pool):.1%}"
         yield Found(
             "too_long",
             "refuse" if refuses else "warn",
             len(too_long),
-            f"{len(too_long):,} of {len(pool):,} {purpose} rows ({len(too_long) / len(pool):.1%}) are longer than "
-            f"training.max_length {max_length}{fate}:\n{bullet_list(listed, limit=SHOWN_ROWS, total=len(too_long))}",
+            f"{_said(pool, too_long, noun, predicate)} ({share}):\n"
+            f"{bullet_list(listed, limit=SHOWN_ROWS, total=len(too_long))}",
         )
     cut = np.flatnonzero((flags & CUT > 0) & kept)
     if len(cut):
-        lost = pool.of_each_row("lost")[cut].sum()
-        yield _warning(
-            "cut", pool, cut, purpose, f"are shortened to training.max_length {max_length}; {lost} tokens are lost"
-        )
+        lost = counted(int(pool.of_each_row("lost")[cut].sum()), "token")
+        yield _warning("cut", pool, cut, noun, f"are shortened to training.max_length {max_length}, by {lost} in all")
     unended = np.flatnonzero((flags & UNENDED > 0) & kept)
     if len(unended):
-        yield _warning("unended", pool, unended, purpose, "have an answer without its end, which teaches no stopping")
+        yield _warning("unended", pool, unended, noun, "have an answer without its end, which teaches no stopping")
     untrained = np.flatnonzero(~kept)
     if len(untrained):
-        reason = f"cannot be shortened to training.max_length {max_length}, or train no token, and are left out"
-        yield _warning("untrained", pool, untrained, purpose, reason)
+        reason = f"have no token to train within training.max_length {max_length}; left out"
+        yield _warning("untrained", pool, untrained, noun, reason)
 
 
-def _warning(name: str, pool: Pool, rows: NDArray[np.int64], purpose: str, sentence: str) -> Found:
+def _warning(name: str, pool: Pool, rows: NDArray[np.int64], noun: str, predicate: str) -> Found:
     listed = bullet_list([pool.place(index) for index in rows[:SHOWN_ROWS]], limit=SHOWN_ROWS, total=len(rows))
-    return Found(name, "warn", len(rows), f"{len(rows):,} of {len(pool):,} {purpose} rows {sentence}:\n{listed}")
+    return Found(name, "warn", len(rows), f"{_said(pool, rows, noun, predicate)}:\n{listed}")
 
 
 def refusal(found: Sequence[Found]) -> str:

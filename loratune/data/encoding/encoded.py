@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from loratune.data.checked_rows import ReadingLog
 from loratune.data.checks.inspection import FLAGS
+from loratune.errors import counted
 
 if TYPE_CHECKING:
     from loratune.data.encoding.tokens import Ids
@@ -73,7 +74,7 @@ class EncodedRows:
         with pa.memory_map(str(self.path)) as mapped:
             self.table: pa.Table = pa.ipc.open_stream(mapped).read_all()
         if len(self.table) != info["sequences"]:
-            raise ValueError(f"{self.path}: {len(self.table)} sequences where {info['sequences']} were written")
+            raise ValueError(f"{self.path}: {len(self.table)} of {counted(info['sequences'], 'sequence')} there")
 
     def __len__(self) -> int:
         return len(self.starts)

@@ -9,7 +9,7 @@ from itertools import chain
 
 from loratune.data.reading.json_lines import split_lines
 from loratune.data.reading.rows import ROW_CAP, TOO_LONG, BadRow, Row
-from loratune.errors import Exit, LoratuneError
+from loratune.errors import Exit, LoratuneError, counted
 
 DELIMITERS = (",", ";", "\t")
 NAMES = {",": "a comma", ";": "a semicolon", "\t": "a tab"}
@@ -89,6 +89,6 @@ def _header(name: str, reader: Iterator[list[str]], number: int) -> list[str]:
 
 def _miscount(record: list[str], header: list[str], delimiter: str) -> str:
     return (
-        f"{len(record)} fields where the header has {len(header)}; "
+        f"{counted(len(record), 'field')} where the header has {len(header)}; "
         f"put texts that contain {NAMES[delimiter]} or a line end in double quotes"
     )

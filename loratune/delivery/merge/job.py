@@ -17,7 +17,7 @@ from loratune.delivery.merge.merged_weights import MergePlan
 from loratune.delivery.merge.sources import check_pair, training_encoder
 from loratune.delivery.merge.update import TensorUpdate, read_updates
 from loratune.delivery.template import about_the_date
-from loratune.errors import Exit, LoratuneError, counted
+from loratune.errors import Exit, LoratuneError, agreeing, counted
 from loratune.model.adapter.peft_merge import PeftMerge
 from loratune.model.architecture.file_layout import FileLayout, file_layout
 from loratune.model.architecture.roles import transposed_matrices
@@ -196,7 +196,7 @@ def unchanged_told(unchanged: Sequence[str], updated: int, change: str) -> str:
     """Return the sentence about updated tensors that still equal the base's."""
     return (
         f"{len(unchanged)} of {counted(updated, 'tensor')} that the adapter changes still "
-        f"{'equals' if len(unchanged) == 1 else 'equal'} the base's: the change is {change}"
+        f"{agreeing(len(unchanged), 'equal')} the base's: the change is {change}"
     )
 
 

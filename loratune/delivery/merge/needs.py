@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from loratune import console
 from loratune.delivery.merge.merged_weights import dtype_names
-from loratune.errors import Exit, LoratuneError, counted
+from loratune.errors import Exit, LoratuneError, agreeing, counted
 from loratune.model.adapter.files import WEIGHTS_FILE
 from loratune.model.architecture.file_layout import prediction_tensors
 from loratune.model.architecture.roles import expert_stacks
@@ -61,7 +61,7 @@ def announce(job: Job, candidates: list[Candidate], output: Path) -> None:
     if predicting:
         console.say(
             f"{counted(len(predicting), 'tensor')} for the prediction of further tokens, such as {predicting[0]}, "
-            f"{'stays' if len(predicting) == 1 else 'stay'} the base's: speculative decoding with them accepts fewer "
+            f"{agreeing(len(predicting), 'stay')} the base's: speculative decoding with them accepts fewer "
             "tokens of a fine-tuned model"
         )
     if needed > free:

@@ -16,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 
 from loratune.delivery.merge.merged_weights import PIECE_BYTES, MergePlan
 from loratune.delivery.verification.row_check import RowCheck
-from loratune.errors import Exit, LoratuneError
+from loratune.errors import Exit, LoratuneError, agreeing, counted
 from loratune.model.architecture.vocabulary import Vocabulary, vocabulary_of
 from loratune.model.weights.tensor_files import DTYPE_NAMES, INDEX, TensorFiles, TensorInfo
 from loratune.plain_files import read_json_object
@@ -119,8 +119,8 @@ def _check_names(plan: MergePlan, peft: PeftMerge, base: TensorFiles, dtype: tor
             problems.append(f"{name} was written as {plan.tensors[name].info.dtype}, and {asked} was asked for")
     if problems:
         raise LoratuneError(
-            f"{len(problems)} tensors of the merged model are not what PEFT makes of this adapter, first: "
-            f"{problems[0]}. Please report this with what pip list shows",
+            f"{counted(len(problems), 'tensor of the merged model')} {agreeing(len(problems), 'are not')} what PEFT "
+            f"makes of this adapter, first: {problems[0]}. Please report this with what pip list shows",
             Exit.MODEL,
         )
 

@@ -8,6 +8,7 @@ from loratune.commands import Command
 from loratune.console import memory
 from loratune.doctor.facts import Failure, Gpu, Machine, RecipeFacts, TorchFacts, Trial
 from loratune.doctor.finding import Finding, broken, fine, installing, shell, slower
+from loratune.errors import counted
 from loratune.model.nvidia import compiled_for
 
 OLDEST_DRIVERS = {13: 580, 12: 525, 11: 450}
@@ -111,15 +112,16 @@ def _number_types(torch: TorchFacts, recipe: RecipeFacts | None) -> Finding:
 
 
 def _processor(torch: TorchFacts, recipe: RecipeFacts | None) -> Finding:
+    cores = counted(torch.cores, "core")
     if torch.threads < torch.cores:
-        text = f"torch uses {torch.threads} of {torch.cores} cores, as OMP_NUM_THREADS says"
+        text = f"torch uses {torch.threads} of {cores}, as OMP_NUM_THREADS says"
         return slower("CPU", text, shell("use all of them", "unset OMP_NUM_THREADS"))
     if torch.cpu_has_bfloat16:
-        return fine("CPU", f"{torch.cores} cores that compute in bfloat16")
+        return fine("CPU", f"{cores} computing in bfloat16")
     if recipe and recipe.asks_for_bfloat16:
         text = "the recipe asks for bfloat16, which this CPU only emulates; auto takes float32 here"
         return slower("CPU", text, _automatic(recipe))
-    return fine("CPU", f"{torch.cores} cores that compute in float32, since they only emulate bfloat16")
+    return fine("CPU", f"{cores} computing in float32, since bfloat16 is only emulated")
 
 
 def _automatic(recipe: RecipeFacts) -> Command:

@@ -149,9 +149,9 @@ def _general(one: Evaluation) -> str:
     bound = one.inputs["settings"]["bounds"]["loss"]
     found = one.general_answers
     told = (
-        f"Of {found.asked} answers to general instructions, {found.language} changed their language, {found.refusal} "
-        f"became refusals, {found.empty} empty; {found.shorter} are less than half as long, and {found.longer} more "
-        "than twice."
+        f"Of {counted(found.asked, 'answer')} to general instructions, {found.language} in another language, "
+        f"{found.refusal} refused, {found.empty} empty; {found.shorter} less than half as long, and {found.longer} "
+        "more than twice."
     )
     changed = "".join(
         _pair(f"{each.change}: {each.instruction}", (("baseline", each.baseline), ("tuned", each.tuned)))
@@ -165,7 +165,7 @@ def _general(one: Evaluation) -> str:
 def _samples(samples: Sequence[Sample]) -> str:
     shown = "".join(_sample(sample, place < OPEN_SAMPLES) for place, sample in enumerate(samples[:MOST_SAMPLES]))
     left = len(samples) - MOST_SAMPLES
-    return shown + (f'<p class="dim">{left:,} more rows are in answers.jsonl.</p>' if left > 0 else "")
+    return shown + (f'<p class="dim">answers.jsonl has {counted(left, "more row")}.</p>' if left > 0 else "")
 
 
 def _sample(one: Sample, is_open: bool) -> str:
@@ -174,7 +174,7 @@ def _sample(one: Sample, is_open: bool) -> str:
     remarks = "; ".join((*one.remarks, *failed))
     texts = [("baseline", one.baseline), ("tuned", one.tuned)]
     wide = [("question", one.question), *([("expected", one.expected)] if one.expected else [])]
-    return _pair(f"row {one.row}{gain}{' · ' if remarks else ''}{remarks}", texts, wide, is_open)
+    return _pair(f"{one.place}{gain}{' · ' if remarks else ''}{remarks}", texts, wide, is_open)
 
 
 def _pair(

@@ -43,7 +43,7 @@ def answer_rows_of_file(request: RowsRequest) -> RowsSummary:
     report = None if request.overwrite else finished_report(request.output, about)
     if report and request.is_answered_by(report):
         console.say(f"{request.output} is complete: {counted(len(file.rows), 'row')}", style="bold")
-        return summary_of(report, request)
+        return summary_of(report, request, file)
     with open_answers(request.output, about, request.overwrite) as answers:
         if report and not answers.count("answer"):
             answers.take_finished()
@@ -69,9 +69,9 @@ def _make_missing(request: RowsRequest, file: QuestionFile, answers: AnswerFile)
     scores, sums = _scores(work, answers)
     report = report_of(work, answers, sums) | {"compares": request.compares}
     answers.finish(whole_rows(work, answers, scores), report)
-    show(request, work, tally, report)
+    show(request, work, file, tally, report)
     return {
-        **summary_of(report, request),
+        **summary_of(report, request, file),
         "answered": tally.answers,
         "kept": kept,
         "seconds": round(tally.seconds, 3),
@@ -114,7 +114,7 @@ def check_tools(file: QuestionFile, encoder: Encoder) -> None:
         try:
             encoder.check_tools(messages, row.tools)
         except LoratuneError as error:
-            bad.append(f"row {row.number}: {error}")
+            bad.append(f"{row.place}: {error}")
     if bad:
         listed = bullet_list(bad, limit=SHOWN_ROWS)
         raise LoratuneError(f"{file.name}: {counted(len(bad), 'row')} cannot be asked:\n{listed}", Exit.DATA)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
@@ -13,7 +13,7 @@ from loratune.data.formats.conversation import Conversation, Message, written_ou
 from loratune.data.formats.registry import FORMATS, MUST_BE_FILLED, PLACEHOLDER, ConversationReader, detect_format
 from loratune.data.reading.files import BadRow, RowFile, open_rows
 from loratune.data.sources import parse_source
-from loratune.errors import Exit, LoratuneError, bullet_list
+from loratune.errors import Exit, LoratuneError, bullet_list, counted
 
 NEEDS = (
     f"each row needs {', '.join(kind.asks for kind in FORMATS[:-1])} or {FORMATS[-1].asks}; a list ends with a "
@@ -25,6 +25,8 @@ NEEDS = (
 class AskedRow:
     number: int
     """Number from 1, in the order of the file."""
+    place: str
+    """File and line or row, for messages; see `RowFile.place`."""
     fields: dict[str, Any]
     """The row as in the file."""
     messages: tuple[Message, ...]
@@ -61,6 +63,12 @@ class QuestionFile:
     sha256: str
     rows: list[AskedRow]
 
+    def places(self, numbers: Sequence[int], limit: int) -> str:
+        """List the places of the first rows of some numbers, the file's name before the first alone."""
+        shown = [self.rows[number - 1].place for number in numbers[:limit]]
+        later = [place.removeprefix(self.name).lstrip() for place in shown[1:]]
+        return ", ".join([*shown[:1], *later, *(["…"] if len(numbers) > limit else [])])
+
 
 def read_questions(entry: str, columns: Mapping[str, str], placeholders: Mapping[str, str]) -> QuestionFile:
     """Read rows in any training format, whose last answer may be missing, or rows with only a `prompt`.
@@ -90,7 +98,7 @@ def questions_of(file: RowFile, columns: Mapping[str, str], placeholders: Mappin
     if bad:
         listed = bullet_list(bad, limit=SHOWN_ROWS)
         raise LoratuneError(
-            f"{file.name}: {len(bad):,} of {len(rows) + len(bad):,} rows cannot be answered:\n{listed}\n"
+            f"{file.name}: {len(bad):,} of {counted(len(rows) + len(bad), 'row')} cannot be answered:\n{listed}\n"
             f"{NEEDS}; correct or remove these rows",
             Exit.DATA,
         )
@@ -101,8 +109,8 @@ def questions_of(file: RowFile, columns: Mapping[str, str], placeholders: Mappin
 
 def _read(
     file: RowFile, columns: Mapping[str, str], placeholders: Mapping[str, str]
-) -> Iterator[tuple[dict[str, Any], tuple[Message, ...], Message | None, tuple[dict[str, Any], ...]] | str]:
-    """Fields, question, answer and tools of each row, or what is wrong with it and where."""
+) -> Iterator[tuple[str, dict[str, Any], tuple[Message, ...], Message | None, tuple[dict[str, Any], ...]] | str]:
+    """Place, fields, question, answer and tools of each row, or what is wrong with it and where."""
     first = [row.value for row in islice(file, FORMAT_ROWS) if not isinstance(row, BadRow)]
     kind = detect_format(first, columns, are_questions=True)
     reader = ConversationReader(kind, placeholders, columns, are_questions=True)
@@ -111,13 +119,13 @@ def _read(
             yield row.problem
             continue
         read = reader.read(row.value)
-        problem = read if isinstance(read, str) else _problem(read)
+        place, problem = file.place(row.number), read if isinstance(read, str) else _problem(read)
         if problem:
-            yield f"{file.place(row.number)}: {problem}"
+            yield f"{place}: {problem}"
         elif not isinstance(read, str):
             *asked, answer = read.messages
             is_given = bool(answer["content"].strip() or answer.get("tool_calls"))
-            yield row.value, tuple(asked), answer if is_given else None, read.tools
+            yield place, row.value, tuple(asked), answer if is_given else None, read.tools
 
 
 def _problem(conversation: Conversation) -> str:

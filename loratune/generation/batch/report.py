@@ -10,6 +10,7 @@ from typing_extensions import NotRequired, TypedDict
 from loratune import console
 from loratune.errors import Exit, LoratuneError, bullet_list, counted
 from loratune.generation.batch.answer_file import AnswerFile
+from loratune.generation.batch.questions import QuestionFile
 from loratune.generation.batch.request import RowsRequest
 
 if TYPE_CHECKING:
@@ -45,6 +46,8 @@ class RefusedRow(TypedDict):
     """A row that is no valid prompt."""
 
     row: int
+    place: str
+    """Its file and line or row."""
     error: str
 
 
@@ -93,8 +96,9 @@ def report_of(work: Work, answers: AnswerFile, sums: dict[str, dict[str, Any]]) 
     }
 
 
-def summary_of(report: dict[str, Any], request: RowsRequest) -> RowsSummary:
+def summary_of(report: dict[str, Any], request: RowsRequest, file: QuestionFile) -> RowsSummary:
     """Return the summary for scripts, whether or not anything was generated."""
+    refused = report.get("refused", [])  # missing in reports of earlier versions
     return {
         "output": str(request.output),
         "rows": report["rows"],
@@ -102,19 +106,20 @@ def summary_of(report: dict[str, Any], request: RowsRequest) -> RowsSummary:
         "finish": report["finish"],
         "too_long": report["too_long"],
         "metrics": report["metrics"],
-        "refused": report.get("refused", []),  # missing in reports of earlier versions
+        "refused": [
+            {"row": one["row"], "place": file.rows[one["row"] - 1].place, "error": one["error"]} for one in refused
+        ],
         "answered": 0,
         "kept": report["rows"],
     }
 
 
-def show(request: RowsRequest, work: Work, tally: Tally, report: dict[str, Any]) -> None:
+def show(request: RowsRequest, work: Work, file: QuestionFile, tally: Tally, report: dict[str, Any]) -> None:
     long = report["too_long"]
     if long:
-        listed = ", ".join(map(str, long[:SHOWN_ROWS])) + (", …" if len(long) > SHOWN_ROWS else "")
         console.warn(
             f"{counted(len(long), 'row')} of {len(work.rows):,} did not fit into the context and got no answer: "
-            f"row {listed}"
+            f"{file.places(long, SHOWN_ROWS)}"
         )
     if report["metrics"]:
         is_base = request.adapter and request.no_adapter and not request.compares
@@ -123,7 +128,7 @@ def show(request: RowsRequest, work: Work, tally: Tally, report: dict[str, Any])
     console.say(f"answers: {request.output}", style="bold")
     if tally.seconds:
         rate = tally.tokens / tally.seconds
-        console.say(f"{counted(tally.answers, 'answer')}, {tally.tokens:,} tokens at {rate:,.0f} tokens/s")
+        console.say(f"{counted(tally.answers, 'answer')}, {counted(tally.tokens, 'token')} at {rate:,.0f} tokens/s")
 
 
 def _show_scores(sums: dict[str, dict[str, Any]], names: dict[str, str]) -> None:
@@ -157,7 +162,7 @@ def require_all_asked(summary: RowsSummary) -> None:
     refused, total = summary["refused"], summary["rows"]
     if not refused:
         return
-    listed = bullet_list([f"row {one['row']}: {one['error']}" for one in refused], limit=SHOWN_ROWS)
+    listed = bullet_list([f"{one['place']}: {one['error']}" for one in refused], limit=SHOWN_ROWS)
     message = f"{len(refused):,} of {counted(total, 'row')} could not be asked and got no answer:\n{listed}\n"
     if len(refused) == total:
         raise LoratuneError(

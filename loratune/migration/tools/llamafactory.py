@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from loratune.errors import counted
 from loratune.migration.rows import validation
 from loratune.migration.rules_of_models import MODEL_RULES, tokenizers_template
 from loratune.migration.rules_of_training import TRAINING_DEFAULTS, TRAINING_RULES, prompts_trained
@@ -36,7 +37,7 @@ def train_rows(sheet: Sheet, given: Given) -> None:
     if not is_off(given.get("max_samples")) and rows.sources:
         count = whole(given["max_samples"])
         rows.sources = [source if "#" in source else f"{source}#{count}" for source in rows.sources]
-        rows.notes.append(f"there, the first {count} rows of each source are taken; here {count} of each are drawn")
+        rows.notes.append(f"there, the first {counted(count, 'row of each source')}; here as many are drawn")
     rows.put(sheet, "data.train")
 
 

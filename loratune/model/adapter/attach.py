@@ -16,7 +16,7 @@ from peft import (
 )
 from safetensors.torch import load_file
 
-from loratune.errors import Exit, LoratuneError
+from loratune.errors import Exit, LoratuneError, counted
 from loratune.model.adapter.completeness import Shapes, require_complete, tensor_shapes
 from loratune.model.adapter.files import WEIGHTS_FILE, read_config_values
 from loratune.model.adapter.other_layouts import in_peft_layout
@@ -192,7 +192,8 @@ def load_adapter_weights(model: AdaptedModel, folder: Path) -> None:
     )
     if strange:
         raise LoratuneError(
-            f"{folder / WEIGHTS_FILE}: {len(strange)} tensors are not those that this run trains, first {strange[0]}",
+            f"{folder / WEIGHTS_FILE}: {counted(len(strange), 'tensor')} that this run does not train, "
+            f"first {strange[0]}",
             Exit.MODEL,
         )
     if not whole:

@@ -16,7 +16,7 @@ from peft import LoraConfig, PeftModel, get_peft_model_state_dict
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
-from loratune.errors import Exit, LoratuneError, reason_of
+from loratune.errors import Exit, LoratuneError, counted, reason_of
 from loratune.model.adapter.patterns import stacks_of
 from loratune.model.adapter.tensors import PART, PREFIX, WRAPPER
 from loratune.model.adapter.values import weights_file
@@ -46,8 +46,8 @@ def require_complete(folder: Path, config: LoraConfig, given: Shapes, base: Shap
     strange = sorted(found ^ expected)
     if strange:
         raise LoratuneError(
-            f"{folder}: its config and its tensors do not match: {len(found - expected)} "
-            f"tensors too many, {len(expected - found)} too few, first {strange[0]}",
+            f"{folder}: its config and its tensors do not match: "
+            f"{counted(len(found - expected), 'tensor')} too many, {len(expected - found)} too few, first {strange[0]}",
             Exit.MODEL,
         )
 

@@ -23,7 +23,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from loratune import console
-from loratune.errors import Exit, LoratuneError, bullet_list
+from loratune.errors import Exit, LoratuneError, bullet_list, counted
 from loratune.model.adapter.completeness import tensor_shapes
 from loratune.model.adapter.files import CONFIG_FILE, WEIGHTS_FILE, read_config_values
 from loratune.model.adapter.foreign_file import ForeignFile, peft_name
@@ -188,7 +188,8 @@ def _config(
 
 def _unknown(file: ForeignFile, names: list[str]) -> LoratuneError:
     return LoratuneError(
-        f"{file.folder}: {len(names)} tensors have names of no layout that loratune reads, or of no module of the base:"
-        f"\n{bullet_list(sorted(names), limit=5)}\nconvert the adapter to PEFT's layout with the program that wrote it",
+        f"{file.folder}: {counted(len(names), 'tensor')} with names of no layout that loratune reads, or of no module "
+        f"of the base:\n{bullet_list(sorted(names), limit=5)}\n"
+        "convert the adapter to PEFT's layout with the program that wrote it",
         Exit.MODEL,
     )

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from loratune.errors import Exit, LoratuneError, bullet_list
+from loratune.errors import Exit, LoratuneError, bullet_list, counted
 from loratune.model.adapter.patterns import settle_patterns, targeted, targeted_stacks
 from loratune.model.adapter.tensors import PREFIX, WRAPPER
 from loratune.model.architecture.served_class import longest_known
@@ -37,7 +37,7 @@ def renamed_tensors(names: Iterable[str], modules: Mapping[str, str], place: Pat
             found[name] = f"{PREFIX}{modules[module]}{path.removeprefix(module)}"
     if strange:
         raise LoratuneError(
-            f"{place}: {len(strange)} tensors are of no module of the base, so that no program would apply them:\n"
+            f"{place}: {counted(len(strange), 'tensor')} of no module of the base, which no program would apply:\n"
             f"{bullet_list(sorted(strange), limit=5)}",
             Exit.MODEL,
         )

@@ -13,7 +13,7 @@ from peft.utils.transformers_weight_conversion import convert_peft_config_for_tr
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.pytorch_utils import Conv1D
 
-from loratune.errors import Exit, LoratuneError, bullet_list
+from loratune.errors import Exit, LoratuneError, bullet_list, counted
 from loratune.model.architecture.roles import ADAPTED_BY_DEFAULT, Role, expert_stacks, module_roles
 from loratune.model.architecture.structure import causal_model, layer_count
 from loratune.protocols import AdaptedModel, CausalModel
@@ -268,7 +268,8 @@ def layer_range(layers: str, count: int, setting: str = "lora.layers") -> range:
     else:
         chosen = range(int(match["start"]), int(match["stop"]) + 1)
     if chosen.start < 0 or chosen.stop > count:
-        raise LoratuneError(f"{setting} {layers!r}: the model has {count} layers, 0 to {count - 1}", Exit.USAGE)
+        there = f"{counted(count, 'layer')}, 0 to {count - 1}"
+        raise LoratuneError(f"{setting} {layers!r}: the model has {there}", Exit.USAGE)
     return chosen
 
 

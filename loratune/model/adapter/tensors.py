@@ -267,6 +267,6 @@ def _token_indices(values: dict[str, Any], module: str, count: int, problems: li
     if isinstance(given, dict):
         given = next((ids for name, ids in given.items() if f".{module}".endswith(f".{name}")), None)
     if not isinstance(given, list) or len(given) != count:
-        problems.append(f"{module}: {count} rows are trained, and trainable_token_indices does not say which")
+        problems.append(f"{module}: trainable_token_indices does not say which {counted(count, 'trained row')} it has")
         return []
     return given

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
-from loratune.errors import Exit, LoratuneError
+from loratune.errors import Exit, LoratuneError, counted
 from loratune.model.adapter.files import WEIGHTS_FILE, read_config_values
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -63,7 +63,7 @@ def check_weights(folder: Path) -> None:
     except (SafetensorError, OSError) as error:
         raise LoratuneError(f"{path}: damaged: {error}", Exit.MODEL) from error
     if found:
-        lines = [f"{problem} in {len(names)} tensors, first {names[0]}" for problem, names in found.items()]
+        lines = [f"{problem} in {counted(len(names), 'tensor')}, first {names[0]}" for problem, names in found.items()]
         raise LoratuneError(f"{path}: {'; '.join(lines)}", Exit.MODEL)
 
 

@@ -24,7 +24,7 @@ from transformers.core_model_loading import (
     rename_source_key,
 )
 
-from loratune.errors import Exit, LoratuneError
+from loratune.errors import Exit, LoratuneError, counted
 from loratune.model.config import empty_model, load_config
 from loratune.model.files import weight_files
 from loratune.model.weights.tensor_files import TensorFiles, TensorInfo
@@ -146,7 +146,7 @@ class FileLayout:
             return parameter
         if not _is_whole(parts):
             raise LoratuneError(
-                f"{parameter} is made of {len(parts)} tensors of the files, first {parts[0].tensor}; none of them "
+                f"{parameter} is made of {counted(len(parts), 'tensor of the files')}, first {parts[0].tensor}; none "
                 "equals it",
                 Exit.MODEL,
             )

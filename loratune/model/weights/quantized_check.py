@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from bitsandbytes.nn.modules import Linear4bit, Linear8bitLt
 
-from loratune.errors import Exit, LoratuneError, bullet_list
+from loratune.errors import Exit, LoratuneError, agreeing, bullet_list
 from loratune.model.architecture.file_layout import FileLayout, file_layout
 from loratune.model.files import weight_files
 from loratune.model.weights.quantized_stack import QuantizedParameter, is_quantized_stack
@@ -44,7 +44,8 @@ def check_quantised(model: CausalModel, matrices: set[str], stacks: set[str], fo
         layout = file_layout(model, files.infos)
         for name, parameter in held.items():
             wrong = _misplaced(name, parameter, layout, files)
-            problems += [f"{name}: {len(wrong)} matrices are not those of the files, first {one}" for one in wrong[:1]]
+            differ = agreeing(len(wrong), "differ from the files")
+            problems += [f"{name}: {len(wrong)} of its matrices {differ}, first {one}" for one in wrong[:1]]
     if problems:
         raise LoratuneError(
             f"{folder}: quantised otherwise than it was meant to be:\n{bullet_list(sorted(problems), limit=5)}\n"

@@ -9,7 +9,7 @@ from typing import Any
 from transformers import TrainerCallback
 
 from loratune import console
-from loratune.errors import Exit, LoratuneError
+from loratune.errors import Exit, LoratuneError, counted
 from loratune.recipe.sections import CheckpointSettings, EvaluationSettings
 from loratune.runs.checkpoint import checkpoint_steps, open_checkpoint, step_folder
 from loratune.runs.folder import CHECKPOINTS
@@ -34,7 +34,7 @@ def check_room(output: Path, settings: CheckpointSettings, adapter_bytes: int) -
     free = shutil.disk_usage(output).free
     if free < needed:
         raise LoratuneError(
-            f"{output}: {checkpoints} checkpoints and the adapter take {console.memory(needed)}, "
+            f"{output}: {counted(checkpoints, 'checkpoint')} and the adapter take {console.memory(needed)}, "
             f"{console.memory(free)} are free; make room, lower checkpoints.keep, or choose another --output",
             Exit.IO,
         )

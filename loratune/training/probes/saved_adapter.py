@@ -7,7 +7,7 @@ from tempfile import TemporaryDirectory
 
 from safetensors import SafetensorError
 
-from loratune.errors import Exit, LoratuneError, bullet_list, reason_of
+from loratune.errors import Exit, LoratuneError, bullet_list, counted, reason_of
 from loratune.model.adapter.attach import save_adapter
 from loratune.model.adapter.plain_copy import differing_tensors, load_by_peft, perturbed
 from loratune.protocols import AdaptedModel, CausalModel
@@ -48,7 +48,7 @@ def check_saved_adapter(model: AdaptedModel, plain: CausalModel) -> str:
             own, saved = (last_states(one, inputs) for one in (model, loaded))
             different = differing_tensors(model, loaded)
     if different:
-        raise _refusal(f"{len(different)} weights are lost or changed:\n{bullet_list(different, limit=SHOWN)}")
+        raise _refusal(f"{counted(len(different), 'weight')} lost or changed:\n{bullet_list(different, limit=SHOWN)}")
     effect, error = float((own - without).norm()), float((own - saved).norm())
     if error > ALONE_SHARES[model.dtype] * effect:  # not where float16 overflows, which says nothing of the files
         raise _refusal(f"the states differ by {error / effect:.1%} of the adapter's effect")

@@ -51,7 +51,7 @@ SHOWN: dict[str, Callable[[Told], str]] = {
 """What the closing table says of one question."""
 SHOWN_LETTERS = 140
 ROWS: dict[str, Callable[[Report], str | None]] = {
-    "steps": lambda it: f"{it.steps} ({it.epochs:g} epochs) in {it.seconds:.0f} s" if it.seconds else None,
+    "steps": lambda it: f"{it.steps} ({counted(it.epochs, 'epoch')}) in {it.seconds:.0f} s" if it.seconds else None,
     "training loss": lambda it: f"{it.loss.first:.4f} → {it.loss.last:.4f}" if it.loss else None,
     "validation loss": lambda it: _validation_text(it.validation_loss) if it.validation_loss else None,
     "exact answers": lambda it: _exact_text(it.exact_answers) if it.exact_answers else None,

@@ -12,7 +12,7 @@ from typing import Any
 from loratune.choices import ServerName
 from loratune.commands import Command
 from loratune.delivery.advice import SERVE, instead_of_serving
-from loratune.errors import Exit, LoratuneError, bullet_list
+from loratune.errors import Exit, LoratuneError, bullet_list, counted
 from loratune.model.adapter.completeness import tensor_shapes
 from loratune.model.adapter.files import CONFIG_FILE, read_config_values
 from loratune.model.adapter.other_layouts import in_peft_layout
@@ -87,7 +87,7 @@ def check_for(server: ServerName, adapter: Path) -> ServerAdvice:
     answers = SERVERS[server].answers
     problems = [_told(told, answers[part].told) for part, told in parts.items() if not answers[part].is_served]
     if others and not parts.keys() & WITH_TENSORS:
-        problems.append(f"{len(others)} tensors that are not LoRA, first {others[0]}")
+        problems.append(f"{counted(len(others), 'tensor')} not of LoRA, first {others[0]}")
     rank = max([config["r"], *ranks.values(), *config["rank_pattern"].values()])
     problems += [*_rank_problems(server, rank, matrices, ranks), *_stack_problems(kinds)]
     allowed = max_lora_rank(rank, server) or SERVERS[server].ranks[-1]
