@@ -7,6 +7,7 @@ import json
 import os
 import stat
 from collections.abc import Iterator
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -49,8 +50,18 @@ def require_folder(path: Path, instead: str = "") -> None:
     """
     if not is_folder(path):
         advice = f"; give {instead}" if instead else ""
-        problem = "a file, not a folder" if is_file(path) else "no such folder"
+        problem = "a file, not a folder" if is_file(path) else f"no such folder{_nearest_told(path)}"
         raise LoratuneError(f"{shortened(str(path), LONGEST_PATH)}: {problem}{advice}", Exit.MODEL)
+
+
+def _nearest_told(path: Path) -> str:
+    """Return a hint at the folder beside a missing one whose name is most like its own; empty if there is none."""
+    try:
+        beside = [folder.name for folder in path.parent.iterdir() if folder.is_dir()]
+    except OSError:
+        return ""
+    near = get_close_matches(path.name, beside, n=1)
+    return f"; did you mean {shortened(str(path.with_name(near[0])), LONGEST_PATH)}?" if near else ""
 
 
 def open_plain(path: Path) -> BinaryIO:

@@ -186,7 +186,7 @@ def test_stacked_experts_are_told_by_their_numbers_and_are_no_tensor_of_the_file
         for place, name in enumerate(["gate_proj", "up_proj"])
     )
     with pytest.raises(
-        LoratuneError, match=r"made of 8 tensors of the files, first .*experts\.0\.gate_proj.*none of them"
+        LoratuneError, match=r"made of 8 tensors of the files, first .*experts\.0\.gate_proj.*none equals it"
     ):
         layout.tensor_of(fused)
     assert layout.tensor_of("model.norm.weight") == "model.norm.weight"

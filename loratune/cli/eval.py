@@ -140,10 +140,7 @@ def command(
         of_rows, of_tasks, tests, names,
     )  # fmt: skip
     if tests:
-        with required("loratune eval", "eval"):  # before the metrics, which name the extra of `infer --metrics`
-            import jieba  # noqa: F401
-            import rouge_score  # noqa: F401
-            import sacrebleu  # noqa: F401
+        _require_extra()
     from loratune.evaluation.judge import open_judge
     from loratune.evaluation.measures import MEASURES
     from loratune.evaluation.request import EvaluationRequest
@@ -170,6 +167,14 @@ def command(
     ) if tests else None  # fmt: skip
     benchmarks = TasksRequest(names, folder, tuned, base_model, tasks_folder, limit, not tasks_plain, sampling, force)
     _run(rows, benchmarks if names else None, json)
+
+
+def _require_extra() -> None:
+    """Require what comparing answers needs, before the metrics do, which name the extra of `infer --metrics`."""
+    with required("loratune eval", "eval"):
+        import jieba  # noqa: F401
+        import rouge_score  # noqa: F401
+        import sacrebleu  # noqa: F401
 
 
 def _check(given: Flags, of_rows: Flags, of_tasks: Flags, tests: str | None, names: Sequence[str]) -> None:

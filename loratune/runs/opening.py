@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from loratune.commands import loratune
 from loratune.errors import Exit, LoratuneError
 from loratune.plain_files import is_file, is_folder, read_json_object, require_folder
 from loratune.printable import shortened
@@ -232,7 +233,8 @@ def _require_adapter(run: Path, adapter: Path) -> None:
         return
     checkpoints = sorted(str(folder) for folder in (run / CHECKPOINTS).glob("step-*"))
     state = read_status(run).state if (run / STATUS).is_file() else "unknown"
-    hint = f"; its newest checkpoint is {checkpoints[-1]}" if checkpoints else ""
+    resumed = loratune("go on with", "sft", {"--config": run / RECIPE, "--resume": True})
+    hint = f"; its newest checkpoint is {checkpoints[-1]}; {resumed}" if checkpoints else ""
     raise LoratuneError(f"{run}: the run has no adapter yet (state: {state}){hint}", Exit.MODEL)
 
 

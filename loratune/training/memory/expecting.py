@@ -60,8 +60,11 @@ CONTEXT_BYTES = 500_000_000
 
 FRAGMENTED = 0.1
 """Of what comes and goes on a GPU, on top: rounding and fragmentation of the allocator."""
-KEPT_FREED = 0.4
-"""Of a pass without its logits, on top, where freed blocks are kept: tensors of later passes do not fit into all."""
+KEPT_FREED, KEPT_FREED_QUANTISED = 0.4, 1.0
+"""Of a pass without its logits, on top, where freed blocks are kept: tensors of later passes do not fit into all.
+
+The products of a quantised base make 16-bit weights again and again, which come to lie between the others.
+"""
 FIRST_USE_BYTES = 150_000_000
 """Of libraries on a CPU at their first use, such as compiled kernels; 50 to 180 MB were seen."""
 SMALL, BLOCK = 4096, 256
@@ -166,7 +169,8 @@ def expect_passes(
     if recipe.evaluation.questions_share:
         keys, states = cache_bytes(planned.model, MAX_QUESTIONS, work.longest + MAX_TOKENS)
         moments[ANSWERS] = {CACHE: keys, STATES: states}
-    freed = round(KEPT_FREED * (sum(moments[STEP].values()) - moments[STEP][LOGITS]))
+    share = KEPT_FREED_QUANTISED if recipe.model.quantization != "none" else KEPT_FREED
+    freed = round(share * (sum(moments[STEP].values()) - moments[STEP][LOGITS]))
     for terms in moments.values():
         terms[FRAGMENTS] = round(FRAGMENTED * sum(terms.values())) if hardware.is_gpu else 0
         terms |= {ADAPTER: trained, OPTIMIZER: optimizer, GATHERED: planned.gathered_bytes}

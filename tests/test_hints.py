@@ -1,0 +1,32 @@
+"""Messages about folders that are not what was meant name the next step."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from loratune.errors import LoratuneError
+from loratune.plain_files import require_folder
+from loratune.runs.opening import _require_adapter
+
+
+def test_a_missing_folder_is_told_with_the_nearest_beside_it(tmp_path: Path) -> None:
+    (tmp_path / "support-bot").mkdir()
+    (tmp_path / "support-bto").write_text("a file is no folder")
+    with pytest.raises(LoratuneError, match=r"no such folder; did you mean .*/support-bot\?"):
+        require_folder(tmp_path / "suport-bot")
+    with pytest.raises(LoratuneError, match="no such folder$"):
+        require_folder(tmp_path / "else")
+    with pytest.raises(LoratuneError, match="no such folder$"):
+        require_folder(tmp_path / "nowhere" / "support-bot")
+
+
+@pytest.mark.parametrize("is_begun", [True, False])
+def test_a_run_without_an_adapter_is_told_with_the_command_that_goes_on(tmp_path: Path, is_begun: bool) -> None:
+    if is_begun:
+        (tmp_path / "checkpoints" / "step-4").mkdir(parents=True)
+    with pytest.raises(LoratuneError) as raised:
+        _require_adapter(tmp_path, tmp_path / "adapter")
+    resumed = f"go on with: loratune sft --config {tmp_path / 'recipe.yaml'} --resume"
+    assert (resumed in str(raised.value)) == is_begun
