@@ -16,9 +16,9 @@ def test_a_missing_folder_is_told_with_the_nearest_beside_it(tmp_path: Path) -> 
     (tmp_path / "support-bto").write_text("a file is no folder")
     with pytest.raises(LoratuneError, match=r"no such folder; did you mean .*/support-bot\?"):
         require_folder(tmp_path / "suport-bot")
-    with pytest.raises(LoratuneError, match="no such folder$"):
+    with pytest.raises(LoratuneError, match=r"no such folder$"):
         require_folder(tmp_path / "else")
-    with pytest.raises(LoratuneError, match="no such folder$"):
+    with pytest.raises(LoratuneError, match=r"no such folder$"):
         require_folder(tmp_path / "nowhere" / "support-bot")
 
 

@@ -321,7 +321,7 @@ def refused(result: Result, output: Path) -> str:
     return str(result.stderr)
 
 
-NOTICED = re.compile("the written file holds|(?:are|is) not what PEFT makes of this adapter")
+NOTICED = re.compile("the written file holds|not what PEFT makes of this adapter")
 
 
 def merge_refused(cli: Cli, base: Path, adapter: Path, output: Path, *flags: str) -> str:

@@ -87,7 +87,7 @@ def test_a_planted_fault_is_noticed_after_training(
     PLANTS_BY_TYPE[dtype][plant](monkeypatch)
     flags = [] if plant in RUN_TOO else ["--no-logits"]
     told = refused(cli("merge", "-a", run, "-o", output, *flags, env=WIDE), output)
-    assert "the written file holds" in told or "are not what PEFT makes of this adapter" in told
+    assert "the written file holds" in told or "not what PEFT makes of this adapter" in told
 
 
 @pytest.mark.parametrize("plant", BESIDE)

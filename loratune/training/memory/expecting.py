@@ -65,8 +65,8 @@ KEPT_FREED, KEPT_FREED_QUANTISED = 0.4, 1.0
 
 The products of a quantised base make 16-bit weights again and again, which come to lie between the others.
 """
-FIRST_USE_BYTES = 150_000_000
-"""Of libraries on a CPU at their first use, such as compiled kernels; 50 to 180 MB were seen."""
+FIRST_USE_BYTES = 200_000_000
+"""Of libraries on a CPU: 256 kernels of 16-bit products, 0.67 MB each, and what others take at their first use."""
 SMALL, BLOCK = 4096, 256
 """Values of a tensor from which bitsandbytes has its state in 8 bits, and of a block with a scale."""
 
