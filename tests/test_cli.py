@@ -408,3 +408,18 @@ def test_a_misspelt_command_is_told_with_its_nearest(
     assert done.exit_code == Exit.USAGE
     assert f"No such command '{typed[-1]}'." in done.stderr
     assert (f"Did you mean {near}?" in done.stderr) == bool(near)
+
+
+@pytest.mark.parametrize("chosen", [None, "64"])
+def test_kernels_of_16_bit_products_are_bounded_unless_the_user_bounds_them(chosen: str | None) -> None:
+    names = ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY")
+    code = (
+        "import atexit, os; from loratune.cli.app import main; "
+        f"atexit.register(lambda: print([os.environ[name] for name in {names}])); main()"
+    )
+    given = {name: value for name, value in os.environ.items() if name not in names}
+    given |= dict.fromkeys(names, chosen) if chosen else {}
+    done = subprocess.run(
+        [sys.executable, "-c", code, "--version"], env=given, capture_output=True, text=True, check=True
+    )
+    assert done.stdout.splitlines()[-1] == str([chosen or "256"] * 2)

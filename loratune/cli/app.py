@@ -28,8 +28,8 @@ _HELP_NAMES = {"help_option_names": ["-h", "--help"]}
 CACHED_KERNELS = 256
 """Kernels that oneDNN keeps: one for each shape of a 16-bit product on a CPU, about 0.67 MB and 0.5 ms to make.
 
-Its own bound is 1,024, so passes and prompts of many lengths would take 0.7 GB more as time goes by. A pass of a dense
-model needs about 30.
+Its own bound is 1,024, so passes and prompts of many lengths would take 0.7 GB as time goes by. A layer's shapes are
+used again by all others of a pass, so fewer kernels cost little.
 """
 
 
