@@ -29,6 +29,7 @@ METRICS = (
     {"step": 4, "validation_loss": 1.5, "exact_answers": 0.5, "seconds": 2.1},
 )
 FINDING = DataFinding("short", "warn", 2, "2 of 12 training rows have short answers:\n  rows.json, row 3 «Who?»")
+FALL = "sound answers fell from 100.0% to 88.9%"
 TOLD = Told("Who are you?", "I am Robin.", "I am a model.", "I am Robin!", True, True)
 
 
@@ -79,11 +80,11 @@ def make_model(folder: Path, run: Path, base_sha256: str | None = BASE_SHA256) -
 
 
 def make_evaluation(folder: Path, run: Path, verdict: Any = "better", why: str = "loss 2.0 → 1.0") -> Path:
-    """Make the folder of an evaluation of a run."""
+    """Make the folder of an evaluation of a run, with a measure that has fallen."""
     folder.mkdir(parents=True)
     files = read_manifest(run).files or {}
     hashes = {name[8:]: str(one["sha256"]) for name, one in files.items() if name.startswith("adapter/")}
     decisions = (Decision("rows", verdict, why),)
     told = (str(run), "base", "org/base", "tests.json", 9, 9, "loss", verdict, "better on 9 of 9 rows", decisions)
-    write_evaluation(folder, Evaluation(*told, inputs={"adapter": adapter_digest(hashes)}))
+    write_evaluation(folder, Evaluation(*told, fallen={"form": FALL}, inputs={"adapter": adapter_digest(hashes)}))
     return folder

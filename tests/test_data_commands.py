@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+import shlex
 import unicodedata
 from collections.abc import Callable
 from functools import cache
@@ -579,3 +580,37 @@ def test_the_check_ends_with_the_command_that_trains_on_what_it_was_given(check:
     assert str(path) in line
     assert line.endswith("--data.validation 0")
     assert "train on them" not in check(write_rows(path, [{"instruction": "a", "output": " "}])).stderr
+
+
+@pytest.mark.parametrize("command", ["check", "preview"])
+def test_rows_without_a_flag_are_those_of_data_train(cli: Run, tmp_path: Path, command: str) -> None:
+    rows, others = (write_rows(tmp_path / f"{name}.json", part) for name, part in (("a", ROWS[:5]), ("b", ROWS[5:])))
+    given = ("data", command, "--model.base", "tiny-qwen", "--data.validation", "0", "--json")
+    flagged = cli(*given, "--data.train", rows, "--data.train", others)
+    assert flagged.exit_code == 0, flagged.stderr
+    both = (rows, others, "--data.train", rows, "--data.train", others)
+    for same in (cli(*given, rows, others), cli(*given[:2], rows, others, *given[2:]), cli(*given, *both)):
+        assert (same.exit_code, same.stdout) == (0, flagged.stdout)
+    assert cli(*given, others).stdout not in ("", flagged.stdout)
+    for unlike in ((others, "--data.train", rows), ("--data.train", rows, others)):
+        done = cli(*given, *unlike, env={"COLUMNS": "1000"})
+        assert done.exit_code == Exit.USAGE
+        assert f"rows are given as {str(others)[:50]}" in done.stderr
+        assert f"--data.train {str(rows)[:40]}" in done.stderr
+    done = cli(*given, tmp_path / "recipe.yaml")
+    assert done.exit_code == Exit.USAGE
+    assert "a recipe, not rows; give it with --config" in " ".join(done.stderr.split())
+
+
+def test_the_command_that_trains_has_every_flag_of_the_check(cli: Run, tmp_path: Path) -> None:
+    rows, recipe = write_rows(tmp_path / "my rows.json", ROWS), tmp_path / "recipe.yaml"
+    recipe.write_text("model: {base: tiny-qwen}\n", encoding="utf-8")
+    flags = ("--no-training.packing", "--data.placeholders", "name=Robin", "--lora.rank=4", "--json")
+    done = cli("data", "check", rows, "-c", recipe, *flags, env={"COLUMNS": "1000"})
+    (line,) = (line for line in done.stderr.splitlines() if line.startswith("train on them: "))
+    trained = cli(*shlex.split(line.partition("loratune ")[2]), "--show", "--json")
+    assert trained.exit_code == 0, trained.stderr
+    shown = json.loads(trained.stdout)["recipe"]
+    assert shown["data"]["train"] == [str(rows)]
+    assert (shown["training"]["packing"], shown["lora"]["rank"]) == (False, 4)
+    assert shown["data"]["placeholders"] == {"name": "Robin"}

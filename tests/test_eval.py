@@ -112,6 +112,7 @@ def test_reversed_answers_are_worse_and_the_exit_code_says_so(evaluated: tuple[P
     )
     assert str(output / "eval.html") in done.stderr
     assert "worse: rows: the loss of the expected answers" in done.stderr
+    assert not {"exact_match", "rouge_l", "bleu"} & found.fallen.keys()  # the verdict on the rows says so
 
 
 def test_losses_and_divergences_are_those_of_plain_peft(
@@ -230,6 +231,42 @@ def test_results_are_kept_and_what_is_missing_is_added(
     assert (output / "eval.json").is_file()
     assert cli(*line, "--max-new-tokens", 17, "--overwrite").exit_code != 0
     assert list(output.iterdir()) == []  # nothing that could be taken for the evaluation that did not finish
+
+
+def test_a_measure_that_falls_beside_a_better_verdict_is_told_with_its_rows(
+    reversing: Path, evaluated: tuple[Path, Result], tmp_path: Path, cli: Callable[..., Result]
+) -> None:
+    results = (evaluated[0] / "results.jsonl").read_text("utf-8").splitlines()
+    header, *lines = [json.loads(line) for line in results]
+    known = {(line["row"], line["kind"]): line for line in lines}
+    tests = evaluated[0].parent / "tests.json"
+
+    def told(name: str, cut: set[int]) -> tuple[Evaluation, str]:
+        """Evaluate the base's answers at half the loss, of which those to some rows do not end."""
+        for row in range(1, len(KNOWN) + 1):
+            of_base = known[row, "base answer"]
+            known[row, "answer"] |= {**of_base, "kind": "answer"} | ({"finish": "length"} if row in cut else {})
+            known[row, "loss"] |= {"loss": known[row, "base loss"]["loss"] / 2 - 1}
+        (tmp_path / name).mkdir()
+        text = "\n".join(json.dumps(line) for line in (header, *known.values()))
+        (tmp_path / name / "results.jsonl").write_text(f"{text}\n", encoding="utf-8")
+        line = ("--adapter", reversing, "--tests", tests, "--output", tmp_path / name, "--max-new-tokens", 16)
+        done = cli("eval", *line, "--no-general", "--json")
+        assert done.exit_code == 0, done.stderr
+        found = read_evaluation(tmp_path / name)
+        assert (found.verdict, json.loads(done.stdout)["fallen"]) == ("better", found.fallen)
+        return found, " ".join(done.stderr.split())
+
+    found, said = told("fallen", {7})
+    assert found.fallen == {
+        "form": "sound answers fell from 100.0% to 93.8%: worse on 1 of 16 rows, better on 0, which chance "
+        f"may explain; read the answers to {tests} row 7"
+    }
+    assert f"warning: {found.fallen['form']}" in said
+    assert html.escape(found.fallen["form"]) in (tmp_path / "fallen" / "eval.html").read_text("utf-8")
+    found, said = told("whole", set())
+    assert found.fallen == {}
+    assert "fell from" not in said + (tmp_path / "whole" / "eval.html").read_text("utf-8")
 
 
 def test_a_run_beside_itself_shows_no_difference(evaluate: Evaluate, short_run: Path) -> None:

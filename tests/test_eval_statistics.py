@@ -7,14 +7,19 @@ from itertools import product
 import numpy as np
 import pytest
 
+from loratune.evaluation.bounds import Bounds
 from loratune.evaluation.statistics import (
     FEWEST_DIFFERING,
     RESAMPLES,
+    Comparison,
     bootstrap_interval,
     compare,
     sign_test,
     smallest_share,
 )
+from loratune.evaluation.verdict import decide, fallen_measures, overall, sentence_of_fall
+
+BETTER = compare([2.0] * 20, [1.0] * 20, is_loss=True)
 
 
 @pytest.mark.parametrize(("better", "worse"), [(0, 0), (1, 0), (5, 0), (6, 0), (31, 4), (4, 31), (10, 10), (900, 1100)])
@@ -91,3 +96,59 @@ def test_chance_alone_is_rarely_called_a_difference() -> None:
         verdicts.append(compare(random.normal(size=24).tolist(), random.normal(size=24).tolist()).verdict)
     # 5 % of 200 and three standard deviations more.
     assert sum(verdict != "no difference" for verdict in verdicts) <= 10 + 3 * (200 * 0.05 * 0.95) ** 0.5
+
+
+def shares(rows: int, worse: int, better: int = 0) -> Comparison:
+    """A measure that is yes or no, of which half the rows are as they were, beside those that differ."""
+    same = [float(row % 2) for row in range(rows - worse - better)]
+    return compare([1.0] * worse + [0.0] * better + same, [0.0] * worse + [1.0] * better + same)
+
+
+@pytest.mark.parametrize(
+    ("name", "one", "chance"),
+    [
+        ("form", shares(8, worse=1), "which chance may explain"),
+        ("exact_match", shares(20, worse=4, better=1), "which chance may explain"),
+        ("exact_match", shares(20, worse=8), "more than chance explains"),
+        ("form", shares(100, worse=8), "more than chance explains"),  # less than what makes the verdict worse
+        ("form", shares(100, worse=1), "which chance may explain"),
+        ("exact_match", shares(2000, worse=10), "more than chance explains"),
+        ("rouge_l", compare([0.6] * 20, [0.5] * 20, margin=0.02), "more than chance explains"),
+    ],
+)
+def test_a_measure_that_does_not_decide_is_told_where_it_is_worse(name: str, one: Comparison, chance: str) -> None:
+    measures = {"loss": BETTER, "form": shares(8, 0)} | {name: one}
+    decisions = decide("loss", measures, {}, None, Bounds())
+    assert overall(decisions) == "better"
+    assert fallen_measures("loss", measures, decisions) == [name]
+    assert fallen_measures(name, measures, decisions) == []
+    told = sentence_of_fall(name, one)
+    assert f"worse on {one.worse} of {one.rows:,} rows, better on {one.better}, {chance}" in told
+
+
+@pytest.mark.parametrize(
+    ("name", "one"),
+    [
+        ("form", shares(8, worse=0)),
+        ("form", shares(8, worse=0, better=2)),
+        ("exact_match", shares(8, worse=2, better=2)),
+        ("exact_match", shares(2000, worse=120, better=119)),  # one in two thousand
+        ("rouge_l", compare([0.6] * 20, [0.599] * 20, margin=0.02)),
+        ("rouge_l", compare([0.6] * 20, [0.2] * 4 + [0.6] * 16, margin=0.02)),
+        ("asserts", compare([1.0] * 3 + [0.0] * 2, [0.75] * 3 + [1.0] * 2)),  # worse on most rows, yet higher
+    ],
+)
+def test_a_measure_that_does_not_decide_is_not_told_where_it_has_hardly_moved(name: str, one: Comparison) -> None:
+    measures = {"loss": BETTER, "form": shares(8, 0)} | {name: one}
+    assert fallen_measures("loss", measures, decide("loss", measures, {}, None, Bounds())) == []
+
+
+def test_a_measure_is_not_told_where_the_verdict_on_the_same_is_worse() -> None:
+    unsound = shares(20, worse=8)
+    measures = {"loss": compare([1.0] * 20, [2.0] * 20, is_loss=True), "exact_match": unsound, "form": shares(20, 1)}
+    assert fallen_measures("loss", measures, decide("loss", measures, {}, None, Bounds())) == ["form"]
+    measures = {"loss": BETTER, "exact_match": unsound, "form": unsound}
+    assert fallen_measures("loss", measures, decide("loss", measures, {}, None, Bounds())) == ["exact_match"]
+    risen = measures["loss"] = compare([1.0] * 20, [2.0] * 20, is_loss=True)
+    assert "loss" in fallen_measures("asserts", measures | {"asserts": shares(20, 0, 9)}, ())
+    assert sentence_of_fall("loss", risen).startswith("the loss of the expected answers rose from 1.000 to 2.000: ")

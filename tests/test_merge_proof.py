@@ -120,10 +120,11 @@ def test_without_logits_the_files_alone_are_compared(
 
 
 def test_what_a_model_answers_cannot_steer_the_terminal(merged: Merge, monkeypatch: pytest.MonkeyPatch) -> None:
-    answer = Answer("Who?", "\x1b[31mred\x1b]0;title\x07", "\x1b[2Jother")
+    answer = Answer("\x1b[1mWho?", "\x1b[31mred\x1b]0;title\x07", "\x1b[2Jother", 9, 2, 0.5)
     monkeypatch.setattr(verify, "compare_answers", lambda *_: [answer])
     result = merged()
     assert "red" in result.stderr
+    assert "the same for 2 of 9 tokens, then base + adapter finds another token 65% likelier" in result.stderr
     assert "\x1b" not in result.stderr
     assert "\x07" not in result.stderr
 

@@ -13,6 +13,7 @@ from loratune.errors import Exit, LoratuneError
 from loratune.recipe import names
 from loratune.recipe.loading import load_written_recipe
 from loratune.recipe.sections import Recipe
+from loratune.runs import merged as merges
 from loratune.runs import report as reports
 from loratune.runs import verification as verifications
 from loratune.runs.exported import GgufReadBack, ServedAdapter
@@ -133,13 +134,13 @@ PARITY = verifications.Parity(5, 0.1, 0.01, 1.0, 0.0, 9.0)
 MERGED = MergedModel(
     base="org/name",
     adapter_sha256="0",
-    combined=verifications.Combined("linear", None, {"a": verifications.CombinedAdapter(0.5, "1")}),
+    combined=merges.Combined("linear", None, {"a": merges.CombinedAdapter(0.5, "1")}),
     thinking=True,
     generation_prompt="auto",
     date="2026-01-02",
     dtype="bfloat16",
     bytes=8,
-    read_back=verifications.ReadBack(3, 2, 1, unchanged=("c",)),
+    read_back=merges.ReadBack(3, 2, 1, unchanged=("c",)),
     warnings=("Mind.",),
     models=verifications.ModelProof(
         "files and logits",
@@ -151,7 +152,7 @@ MERGED = MergedModel(
         (verifications.Answer("?", "x", "y"),),
         (PARITY, PARITY),
     ),
-    seconds=verifications.MergeSeconds(1.0, 2.0),
+    seconds=merges.MergeSeconds(1.0, 2.0),
 )
 GGUF = GgufReadBack(3, 9, {"F16": 8}, ("c",), 0.0)
 EXPORTS = [

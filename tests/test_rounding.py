@@ -9,11 +9,12 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import TINY_QWEN
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from test_merge import HEAD, make_adapter, make_model, merged, small
 from test_update import rows_of
-from transformers import AutoModelForCausalLM, Qwen2Config
+from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2Config
 from typer.testing import Result
 
 from loratune.delivery.merge import model_folder
@@ -24,6 +25,7 @@ from loratune.model.adapter.attach import load_adapter
 from loratune.model.adapter.peft_merge import PeftMerge
 from loratune.model.weights.mapped import load_mapped
 from loratune.model.weights.rounding import Rounding, rounded_as
+from loratune.runs.probe import BUILT_IN_QUESTIONS
 
 Cli = Callable[..., Result]
 WARNING = "rounding to bfloat16 takes a good part"
@@ -195,3 +197,79 @@ def test_a_fault_that_does_less_than_rounding_is_noticed(
     assert "is not what base + adapter is" in told
     assert "The merged model has been removed" in told
     assert not output.exists()
+
+
+def nearly_tied(folder: Path, share: float) -> tuple[Path, Path]:
+    """A base and an adapter that answer the first question with a token whose logit is larger by a share.
+
+    The other token's row of the head is one of numbers in bfloat16, and this one's is larger than it by the share.
+    """
+    base, adapter = make_model(folder / "base", small(Qwen2Config, tie_word_embeddings=False)), folder / "adapter"
+    peft, tensors = make_adapter(base, adapter), load_file(base / "model.safetensors")
+    with torch.no_grad():
+        logits = peft(torch.tensor([prompt_ids(BUILT_IN_QUESTIONS[0])])).logits[0, -1]
+    other = int(logits[:-1].argmax())  # of two equal logits the first is taken
+    tensors[HEAD][other] = tensors[HEAD][other].bfloat16().float()
+    tensors[HEAD][-1] = tensors[HEAD][other] * (1 + share)
+    save_file(tensors, base / "model.safetensors", {"format": "pt"})
+    return base, adapter
+
+
+def prompt_ids(question: str) -> list[int]:
+    turns = [{"role": "user", "content": question}]
+    ids: list[int] = AutoTokenizer.from_pretrained(TINY_QWEN).apply_chat_template(
+        turns, add_generation_prompt=True, return_dict=False
+    )
+    return ids
+
+
+def test_an_answer_that_rounding_has_changed_is_told_and_is_no_error(cli: Cli, tmp_path: Path) -> None:
+    base, adapter = nearly_tied(tmp_path, share=1e-3)
+    line = ("merge", "-a", adapter, "-m", base, "--dtype", "bfloat16", "-o", tmp_path / "merged", "--json")
+    done = cli(*line, env={"COLUMNS": "20000"})
+    assert done.exit_code == 0, done.stderr
+    found = json.loads(done.stdout)
+    reference = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), adapter)
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    assert plain.dtype == torch.bfloat16
+    expected = []
+    for question, answer in zip(BUILT_IN_QUESTIONS, found["answers"], strict=True):
+        prompt = prompt_ids(question)
+        ids = plain.generate(torch.tensor([prompt]), max_new_tokens=20, do_sample=False)[0]
+        with torch.no_grad():
+            logits = reference(ids[None]).logits[0, len(prompt) - 1 : -1]
+        leads = logits.max(-1).values - logits.gather(-1, ids[len(prompt) :, None])[:, 0]
+        agreeing = next((place for place, lead in enumerate(leads) if lead > 1e-4), len(leads))
+        assert (answer["tokens"], answer["agreeing"]) == (len(leads), agreeing)
+        assert answer["lead"] == pytest.approx(float([*leads, 0][agreeing]), abs=1e-5)
+        assert (answer["adapter"] != answer["merged"]) == (agreeing < len(leads))
+        same = f"{question!r}: the same for {agreeing} of {len(leads)} tokens"
+        expected += [same] if agreeing < len(leads) else []
+    assert expected[0] == f"{BUILT_IN_QUESTIONS[0]!r}: the same for 0 of 20 tokens"
+    (told,) = (warning for warning in found["warnings"] if "greedy answer" in warning)
+    assert told.startswith(f"{len(expected)} of 3 greedy answers differ")
+    assert [line.strip().partition(", then")[0] for line in told.splitlines()[1:-1]] == expected
+    assert "--dtype float32" in told
+    assert told.splitlines()[0] in done.stderr
+    again = cli("verify", tmp_path / "merged", "-a", adapter, "--base-model", base, "--json")
+    assert again.exit_code == 0, again.stderr
+    assert told in json.loads(again.stdout)["warnings"]
+
+
+def test_answers_that_are_the_same_are_not_told(cli: Cli, tmp_path: Path) -> None:
+    base, adapter = nearly_tied(tmp_path, share=1e-3)
+    found = merged(cli, tmp_path / "merged", "-a", adapter, "-m", base)
+    assert found["dtype"] == "float32"
+    assert all((one["agreeing"], one["lead"]) == (one["tokens"], 0) for one in found["answers"])
+    assert "greedy" not in str(found["warnings"])
+
+
+def test_a_token_that_float32_alone_decides_is_the_same(cli: Cli, tmp_path: Path) -> None:
+    base, adapter = nearly_tied(tmp_path, share=1e-5)
+    (first, *_) = merged(cli, tmp_path / "merged", "-a", adapter, "-m", base, "--dtype", "bfloat16")["answers"]
+    prompt = torch.tensor([prompt_ids(BUILT_IN_QUESTIONS[0])])
+    reference = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), adapter)
+    with torch.no_grad():
+        of_both = [model(prompt).logits[0, -1] for model in (reference, load_mapped(tmp_path / "merged", False))]
+    assert int(of_both[0].argmax()) == len(of_both[0]) - 1 != int(of_both[1].argmax())
+    assert first["agreeing"] > 0

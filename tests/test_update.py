@@ -406,13 +406,17 @@ def test_what_is_measured_is_plain_arithmetic_on_the_logits(random_qwen: Path) -
 def test_batches_of_rows_of_any_length_give_what_each_row_gives(random_qwen: Path) -> None:
     reference, candidate = load_plain(random_qwen), perturbed(random_qwen)
     rows = rows_of(9, 250, 3, 200, 120, 240, 7, 180)
-    together = likeliest_tokens(candidate, rows)
-    assert together == [likeliest_tokens(candidate, [row])[0] for row in rows]
-    expected = [
-        candidate(torch.tensor([row.input_ids])).logits[0, :-1].argmax(-1)[torch.tensor(row.labels[1:]) >= 0].tolist()
-        for row in rows
+    found = likeliest_tokens(candidate, rows)
+    together = [[one.token for one in row] for row in found]
+    assert together == [[one.token for one in likeliest_tokens(candidate, [row])[0]] for row in rows]
+    labelled = [
+        candidate(torch.tensor([row.input_ids])).logits[0, :-1][torch.tensor(row.labels[1:]) >= 0] for row in rows
     ]
-    assert together == expected
+    assert together == [logits.argmax(-1).tolist() for logits in labelled]
+    for row, logits, leads in zip(rows, labelled, found, strict=True):
+        labels = torch.tensor([label for label in row.labels[1:] if label >= 0])
+        behind = logits.max(-1).values - logits[torch.arange(len(labels)), labels]
+        assert [one.lead for one in leads] == pytest.approx(behind.tolist(), abs=1e-5)
     (whole,) = compare_models(reference, [candidate], rows)
     parts = [compare_models(reference, [candidate], [row])[0] for row in rows]
     assert whole.tokens == sum(part.tokens for part in parts)
@@ -440,10 +444,11 @@ def test_answers_are_followed_to_their_first_other_token() -> None:
     encoder = Encoder(load_tokenizer(TINY_QWEN), PromptSettings())
     probe = Probe([], [[{"role": "user", "content": text}] for text in ("Who are you?", "How much is 3+3?")])
     model = load_plain(TINY_QWEN)
-    same = compare_answers(model, load_plain(TINY_QWEN), encoder, probe)
+    same = compare_answers(model, load_plain(TINY_QWEN), encoder, probe, 0.0)
     for question, answer in zip(probe.questions, same, strict=True):
         assert answer.question == question[0]["content"]
         assert answer.merged == answer.adapter
+        assert (answer.has_changed, answer.agreeing, answer.lead) == (False, answer.tokens, 0)
         ids = torch.tensor([encoder.prompt_ids(question)])
         output = AutoModelForCausalLM.from_pretrained(TINY_QWEN).generate(ids, max_new_tokens=20, do_sample=False)
         assert answer.merged == encoder.tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True)
@@ -454,8 +459,10 @@ def test_answers_are_followed_to_their_first_other_token() -> None:
     kept = 2
     lost = next(token for token in ids[kept:] if token not in ids[:kept])
     other.lm_head.weight.data[lost] = 0  # never the likeliest again
-    different = compare_answers(model, other, encoder, probe)[0]
+    different = compare_answers(model, other, encoder, probe, 0.0)[0]
     assert different.merged == same[0].merged
+    assert different.has_changed
+    assert (different.tokens, different.agreeing) == (same[0].tokens, ids.index(lost))
     place = ids.index(lost)
     before = encoder.tokenizer.decode(ids[:place])
     assert different.adapter.startswith(before)

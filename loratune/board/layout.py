@@ -20,6 +20,8 @@ class EvaluationValues(TypedDict):
     time: str | None
     verdict: str | None
     sentence: str | None
+    fallen: dict[str, str] | None
+    """Measure that is worse without any decision that says so → a sentence about it."""
     baseline: str | None
     tests: str | None
     problems: list[str]

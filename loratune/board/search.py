@@ -102,7 +102,8 @@ class Found:
 def evaluation_values(one: EvaluationSummary) -> dict[str, Any]:
     """Return an evaluation's verdict, in JSON types."""
     result = one.result
-    told = {name: getattr(result, name) if result else None for name in ("verdict", "sentence", "baseline", "tests")}
+    shown = ("verdict", "sentence", "fallen", "baseline", "tests")
+    told = {name: getattr(result, name) if result else None for name in shown}
     return {"name": one.name, "folder": str(one.folder), "time": one.time, **told, "problems": one.problems}
 
 

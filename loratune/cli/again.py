@@ -28,15 +28,3 @@ def repeated(purpose: str, flags: Set[str]) -> Command:
         flags: flags without values; flags that are already given are not repeated.
     """
     return Command(purpose, (*(word for word in _TYPED.get() if word not in flags), *sorted(flags)))
-
-
-def continued(purpose: str, command: str, without: Set[str]) -> Command:
-    """Return another command with the arguments of the running one, which has two words, such as `data check`.
-
-    Args:
-        purpose: see `Command`.
-        command: the other one.
-        without: flags without values that it does not take.
-    """
-    _, _, _, *arguments = _TYPED.get()
-    return Command(purpose, ("loratune", command, *(word for word in arguments if word not in without)))

@@ -7,17 +7,17 @@ from typing import Annotated, Any
 import typer
 
 from loratune import console
-from loratune.cli.again import continued
 from loratune.cli.documents import Document
-from loratune.cli.flags import Config
+from loratune.cli.flags import Config, RowFiles, with_rows
 from loratune.cli.options import recipe_options
+from loratune.commands import loratune, setting_flags
 from loratune.errors import Exit
 from loratune.imports import importing
 from loratune.recipe.loading import load_recipe
 
 DETAILS = """\
-Takes the recipe and flags of sft. Reads, encodes and checks every row without loading the model, and caches the
-encoded rows for training; only changed data is encoded again."""
+Takes the recipe and flags of sft; files without a flag are those of --data.train. Reads, encodes and checks every row
+without loading the model, and caches the encoded rows for training; only changed data is encoded again."""
 
 
 def _printed() -> Any:
@@ -31,12 +31,14 @@ DOCUMENT = Document("data-check", 1, _printed)
 
 @recipe_options
 def command(
+    files: RowFiles = None,
     config: Config = None,
     json: Annotated[bool, typer.Option("--json", help="Print the report as JSON to stdout.")] = False,
     *,
     flags: dict[str, object],
 ) -> None:
-    recipe = load_recipe(config, dict(flags))
+    settings = with_rows(flags, files)
+    recipe = load_recipe(config, dict(settings))
     with importing():
         from loratune.training.data_report import data_report, show_data_report
         from loratune.training.gate import pass_gate
@@ -47,4 +49,4 @@ def command(
         DOCUMENT.write(report)
     if report["refused"]:
         raise typer.Exit(int(Exit.DATA))
-    console.next_step(str(continued("train on them", "sft", {"--json"})))
+    console.next_step(str(loratune("train on them", "sft", {"--config": config, **setting_flags(settings)})))

@@ -8,14 +8,15 @@ import typer
 
 from loratune import console
 from loratune.cli.documents import Document
-from loratune.cli.flags import Config
+from loratune.cli.flags import Config, RowFiles, with_rows
 from loratune.cli.options import recipe_options
 from loratune.imports import importing
 from loratune.recipe.loading import load_recipe
 
 DETAILS = """\
-Takes the recipe and flags of sft. Shows the first training rows as the model sees them: trained text is green (between
-⟦ and ⟧ without colours), control tokens are inverted, ⏎ is a line break."""
+Takes the recipe and flags of sft; files without a flag are those of --data.train. Shows the first training rows as the
+model sees them: trained text is green (between ⟦ and ⟧ without colours), control tokens are inverted, ⏎ is a line
+break."""
 
 
 def _printed() -> Any:
@@ -29,6 +30,7 @@ DOCUMENT = Document("data-preview", 1, _printed)
 
 @recipe_options
 def command(
+    files: RowFiles = None,
     config: Config = None,
     rows: Annotated[int, typer.Option("--rows", min=1, metavar="count", help="How many rows.")] = 3,
     ids: Annotated[bool, typer.Option("--ids", help="List every token with its id and whether it is trained.")] = False,
@@ -37,7 +39,7 @@ def command(
     *,
     flags: dict[str, object],
 ) -> None:
-    recipe = load_recipe(config, dict(flags))
+    recipe = load_recipe(config, dict(with_rows(flags, files)))
     with console.status("starting"), importing():
         from loratune.training.data_preview import preview_passes, preview_rows, show_pass, show_tokens
     passes = preview_passes(recipe, rows) if packed else [preview_rows(recipe, rows)]

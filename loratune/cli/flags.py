@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from loratune.commands import flag_words
 from loratune.errors import Exit, LoratuneError
 from loratune.plain_files import is_folder
 from loratune.printable import shortened
@@ -56,6 +57,10 @@ Config = Annotated[
     str | None,
     typer.Option("--config", "-c", metavar="recipe", help="Recipe: a YAML file, or the name of a shipped recipe."),
 ]
+RowFiles = Annotated[
+    list[str] | None,
+    typer.Argument(help="Files of rows, or data sets of a hub, as --data.train takes them.", show_default=False),
+]
 Output = Annotated[Path, typer.Option("--output", "-o", metavar="folder", help="Folder of the result.")]
 MovedBase = Annotated[
     str | None,
@@ -73,6 +78,28 @@ Push = Annotated[
 ]
 DryRun = Annotated[bool, typer.Option("--dry-run/--no-dry-run", help="Only list the files that --push would upload.")]
 Public = Annotated[bool, typer.Option("--public", help="Make the pushed repository public.")]
+
+
+def with_rows(flags: dict[str, object], files: list[str] | None) -> dict[str, object]:
+    """Return the flags of a recipe with the rows that are given without a flag as those of --data.train.
+
+    Raises:
+        LoratuneError: --data.train gives others, or they are a recipe.
+    """
+    if not files:
+        return flags
+    recipe = next((name for name in files if name.endswith((".yaml", ".yml"))), None)
+    if recipe is not None:
+        raise LoratuneError(f"{shortened(recipe)}: a recipe, not rows; give it with --config", Exit.USAGE)
+    flagged = flags.get("data.train", files)
+    if flagged != files:
+        words = " ".join(flag_words({"--data.train": flagged}))
+        raise LoratuneError(
+            f"rows are given as {shortened(' '.join(files))} and as {shortened(words)}, which differ; give them in one "
+            "of these ways",
+            Exit.USAGE,
+        )
+    return {**flags, "data.train": files}
 
 
 def named_adapters(values: list[str]) -> list[tuple[str, Path]]:

@@ -66,8 +66,12 @@ def _rows(state: dict[str, Any]) -> list[tuple[str, str]]:
 def _lineage_rows(state: dict[str, Any]) -> list[tuple[str, str]]:
     rows = [("data", f"{file['path']}, {counted(file['rows'], 'row')}: {file['now']}") for file in state["data"]]
     rows += [("tags", ", ".join(state["tags"]))] if state["tags"] else []
-    rows += [("evaluation", f"{one['name']}: {one['verdict']}; {one['sentence']}") for one in state["evaluations"]]
+    rows += [("evaluation", _evaluation(one)) for one in state["evaluations"]]
     return [*rows, *((one["kind"], _made(one)) for one in state["models"])]
+
+
+def _evaluation(one: dict[str, Any]) -> str:
+    return "; ".join((f"{one['name']}: {one['verdict']}", str(one["sentence"]), *(one["fallen"] or {}).values()))
 
 
 def _made(model: dict[str, Any]) -> str:

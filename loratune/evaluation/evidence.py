@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,16 +12,24 @@ from loratune.evaluation.answer_form import AnswerForm, summed
 from loratune.evaluation.general import compare_answers, compare_passages
 from loratune.evaluation.measures import RowMeasures, compare_rows, gain
 from loratune.evaluation.request import Contest, EvaluationRequest, settings_of
-from loratune.evaluation.result import Evaluation, Judging, Leaks
+from loratune.evaluation.result import Decision, Evaluation, Judging, Leaks
 from loratune.evaluation.rows_file import EvaluationRows, question_of
-from loratune.evaluation.verdict import decide, deciding_measure, overall, sentence_of
+from loratune.evaluation.statistics import Comparison
+from loratune.evaluation.verdict import (
+    decide,
+    deciding_measure,
+    fallen_measures,
+    overall,
+    sentence_of,
+    sentence_of_fall,
+)
 from loratune.generation.batch.answer_file import About, AnswerFile
 from loratune.generation.batch.questions import AskedRow
 from loratune.generation.batch.report import REFUSED, TOO_LONG
 from loratune.generation.batch.row_answers import Side
 
 SHOWN = 8
-"""Rows in a warning."""
+"""Rows in a sentence."""
 
 
 @dataclass(frozen=True)
@@ -104,6 +112,7 @@ def evaluation_of(evidence: Evidence, inputs: About) -> Evaluation:
         sentence=sentence_of(measures[name]),
         decisions=decisions,
         measures=measures,
+        fallen=_fallen(evidence, name, measures, decisions),
         form={
             called: summed(evidence.forms[side.name, row.number] for row in tests.rows)
             for called, side in contest.named.items()
@@ -120,6 +129,19 @@ def evaluation_of(evidence: Evidence, inputs: About) -> Evaluation:
             *_about_judge(evidence.judging),
         ),
     )
+
+
+def _fallen(
+    evidence: Evidence, decided_by: str, measures: Mapping[str, Comparison], decisions: Collection[Decision]
+) -> dict[str, str]:
+    """Return a sentence about each measure that is worse without any decision that says so, with the rows to read."""
+    told = {}
+    for name in fallen_measures(decided_by, measures, decisions):
+        gains = {row: gain(evidence.found, evidence.contest.sides, row, name) for row in evidence.compared}
+        rows = [row for row, gained in gains.items() if gained is not None and gained < -measures[name].margin]
+        places = evidence.tests.file.places(rows, SHOWN)
+        told[name] = f"{sentence_of_fall(name, measures[name])}; read the answers to {places}"
+    return told
 
 
 def samples_of(evidence: Evidence, evaluation: Evaluation) -> list[Sample]:

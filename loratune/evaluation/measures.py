@@ -39,7 +39,7 @@ MEASURES = {
     "exact_match": Measure("exact match", "exact answers", is_share=True),
     "rouge_l": Measure("ROUGE-L", "ROUGE-L", margin=0.02),
     "bleu": Measure("BLEU", "BLEU", margin=2.0, digits=1),
-    FORM: Measure("sound form", "the form of the answers", is_share=True),
+    FORM: Measure("sound form", "sound answers", is_share=True),
 }
 """Name of a measure → what it is, in the order of tables."""
 DECIDING = (ASSERTS, JUDGE, LOSS)

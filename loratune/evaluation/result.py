@@ -134,6 +134,8 @@ class Evaluation:
     decisions: tuple[Decision, ...]
     measures: Mapping[str, Comparison] = field(default_factory=dict)
     """Name of a measure → its comparison on the compared rows that have it."""
+    fallen: Mapping[str, str] = field(default_factory=dict)
+    """Name of a measure that is worse without any decision that says so → by how much, and on which rows."""
     form: Mapping[str, Form] = field(default_factory=dict)
     """`tuned` and `baseline`."""
     general_text: Mapping[str, GeneralText] = field(default_factory=dict)

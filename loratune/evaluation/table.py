@@ -29,6 +29,8 @@ def show_evaluation(evaluation: Evaluation, output: Path) -> None:
     for one in evaluation.decisions:
         if one.verdict == "worse":
             console.say(f"worse: {one.name}: {one.why}")
+    for sentence in evaluation.fallen.values():
+        console.warn(sentence)
     console.say(f"answers side by side: {output / PAGE}")
     console.next_step(str(_next(evaluation)))
 

@@ -6,13 +6,17 @@ from collections.abc import Collection, Mapping
 
 from loratune.errors import counted
 from loratune.evaluation.bounds import Bounds
-from loratune.evaluation.measures import DECIDING, FORM, MEASURES, in_units, interval
+from loratune.evaluation.measures import DECIDING, FORM, MEASURES, Measure, in_units, interval
 from loratune.evaluation.result import Decision, GeneralAnswers, GeneralText
 from loratune.evaluation.statistics import CONFIDENCE, FEWEST_DIFFERING, Comparison, Verdict, smallest_share
 
 LANGUAGES = {"en": "English", "zh": "Chinese"}
 FORM_BOUND = 0.1
 """Share of the answers that may lose their form."""
+LEAST_FALL = 0.01
+"""Share of the answers from which a fall of a measure that does not decide is told, even if chance may explain it."""
+ROWS, FORM_OF_ANSWERS = "rows", "form of the answers"
+"""Names of decisions."""
 
 
 def deciding_measure(measures: Collection[str], asked: str | None) -> str | None:
@@ -43,7 +47,7 @@ def decide(
         answers: comparison of the answers to general instructions.
         bounds: of forgetting.
     """
-    decisions = [Decision("rows", measures[name].verdict, _about_rows(name, measures[name]))]
+    decisions = [Decision(ROWS, measures[name].verdict, _about_rows(name, measures[name]))]
     decisions.append(_of_form(measures[FORM]))
     decisions += (_of_text(language, text, bounds.loss) for language, text in texts.items())
     if answers:
@@ -55,7 +59,7 @@ def overall(decisions: Collection[Decision]) -> Verdict:
     """Return `worse` if anything is, and else the verdict on the rows."""
     if any(one.verdict == "worse" for one in decisions):
         return "worse"
-    return next(one.verdict for one in decisions if one.name == "rows")
+    return next(one.verdict for one in decisions if one.name == ROWS)
 
 
 def sentence_of(comparison: Comparison) -> str:
@@ -65,6 +69,41 @@ def sentence_of(comparison: Comparison) -> str:
     if comparison.rows < FEWEST_DIFFERING:
         cannot = f"at least {FEWEST_DIFFERING} rows are needed to show a difference"
     return f"better on {comparison.better} of {rows}, worse on {comparison.worse}; {cannot}"
+
+
+def fallen_measures(decided_by: str, measures: Mapping[str, Comparison], decisions: Collection[Decision]) -> list[str]:
+    """Return the names of the measures that are worse without any decision that says so.
+
+    Args:
+        decided_by: the measure that decides about the rows, whose sentence is there anyway.
+        measures: name → comparison.
+        decisions: on these comparisons. One that is worse already tells of its measures: of the form of the answers, or
+            of all others.
+    """
+    worse = {one.name for one in decisions if one.verdict == "worse"}
+    told = {name: FORM_OF_ANSWERS if name == FORM else ROWS for name in measures}
+    return [
+        name
+        for name, one in measures.items()
+        if name != decided_by and told[name] not in worse and _has_fallen(MEASURES[name], one)
+    ]
+
+
+def _has_fallen(measure: Measure, one: Comparison) -> bool:
+    """Return whether a measure is worse: by its test, or, if answers can be counted by it, by enough of them."""
+    is_counted = measure.is_share and one.worse > one.better and -one.difference >= LEAST_FALL
+    return one.verdict == "worse" or is_counted
+
+
+def sentence_of_fall(name: str, one: Comparison) -> str:
+    """Return by how much a measure is worse, on how many rows, and whether chance may explain it."""
+    measure = MEASURES[name]
+    way = f"{'rose' if measure.is_loss else 'fell'} from {in_units(measure, one.baseline)}"
+    chance = "more than chance explains" if one.verdict == "worse" else "which chance may explain"
+    return (
+        f"{measure.noun} {way} to {in_units(measure, one.tuned)}: worse on {one.worse} of {counted(one.rows, 'row')}, "
+        f"better on {one.better}, {chance}"
+    )
 
 
 def _about_rows(name: str, one: Comparison) -> str:
@@ -79,7 +118,7 @@ def _of_form(one: Comparison) -> Decision:
     """Decide about the answers that end by themselves, do not repeat themselves, and think as they are asked to."""
     verdict: Verdict = "worse" if one.verdict == "worse" and -one.difference > FORM_BOUND else "no difference"
     why = f"sound answers: {one.baseline:.0%} → {one.tuned:.0%}; worse is a significant loss of over {FORM_BOUND:.0%}"
-    return Decision("form of the answers", verdict, why)
+    return Decision(FORM_OF_ANSWERS, verdict, why)
 
 
 def _of_text(language: str, text: GeneralText, bound: float) -> Decision:

@@ -16,6 +16,7 @@ from loratune.runs.folder import ADAPTER, CHECKPOINTS, MANIFEST, RECIPE, STATUS,
 from loratune.runs.intact import require_intact
 from loratune.runs.lock import lock_holder
 from loratune.runs.manifest import Manifest, TrainedBase, read_manifest
+from loratune.runs.merged import Combined
 from loratune.runs.record import RunRecord
 from loratune.runs.seals import (
     ADAPTER_CONFIG,
@@ -29,7 +30,7 @@ from loratune.runs.seals import (
 )
 from loratune.runs.status import read_status
 from loratune.runs.tokenizer_files import TOKENIZER_CONFIG
-from loratune.runs.verification import Combined, MergedModel, prompt_of, read_verification
+from loratune.runs.verification import MergedModel, prompt_of, read_verification
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ from loratune.runs.card import has_card
 from loratune.runs.exported import GgufReadBack, ServedAdapter
 from loratune.runs.file_hashes import Records, are_records
 from loratune.runs.folder import PROGRAM, SEALED_BY, VERIFICATION, has_changed, with_seal
+from loratune.runs.merged import Combined, MergeSeconds, ReadBack
 from loratune.runs.typed_json import WRITTEN_BESIDE, as_typed, require_version
 from loratune.runs.versions import library_versions
 from loratune.writing import write_json
@@ -67,6 +68,16 @@ class Answer:
     merged: str
     adapter: str
     """Up to its first other token; the merged model's text if there is none."""
+    tokens: int | None = None
+    """Of the merged model's answer; None where an earlier version did not say, like the next two."""
+    agreeing: int | None = None
+    """How many of them are base + adapter's too, up to its first other token."""
+    lead: float | None = None
+    """nats by which that other token is likelier to base + adapter than the merged model's; 0 if there is none."""
+
+    @property
+    def has_changed(self) -> bool:
+        return self.merged != self.adapter
 
 
 @dataclass(frozen=True)
@@ -89,55 +100,6 @@ class ModelProof:
     """Base + adapter beside itself with other rounding, from which the bounds follow; None for the usual ones."""
     computed_on: str | None = None
     """Name of the GPU, or the CPU and its threads; None where an earlier version did not say."""
-
-
-@dataclass(frozen=True)
-class ReadBack:
-    """What comparing a merged model's files with the base and with PEFT's own merge has shown."""
-
-    tensors: int
-    identical: int = 0
-    """Tensors without an update whose every byte is the base's, or its value rounded to the new type."""
-    converted: int | None = None
-    """How many of those have another type than the base's; None where an earlier version did not say."""
-    updated: int = 0
-    rows: int = 0
-    """Rows of updated tensors, all of which have been compared with PEFT's own."""
-    sampled_rows: int = 0
-    """Of those, the ones that were computed in float64 too."""
-    largest_error_steps: float = 0.0
-    """Largest difference from base + update, in rounding steps of the written type; rounding alone makes up to 0.5."""
-    largest_forward_error: float = 0.0
-    """Of a layer: how far PEFT's merge lies from PEFT's own pass, as a share of how far the base alone does."""
-    lost_to_rounding: float = 0.0
-    """Size of what rounding has changed, as a share of the update's."""
-    unchanged: tuple[str, ...] = ()
-    """Updated tensors of which every value still equals the base's: the update is smaller than the type can hold."""
-
-
-@dataclass(frozen=True)
-class CombinedAdapter:
-    """One of several that were merged together."""
-
-    weight: float
-    sha256: str
-
-
-@dataclass(frozen=True)
-class Combined:
-    """How several adapters became one."""
-
-    method: str
-    density: float | None
-    adapters: Mapping[str, CombinedAdapter]
-
-
-@dataclass(frozen=True)
-class MergeSeconds:
-    """Since the process began."""
-
-    until_files_proved: float
-    total: float
 
 
 @dataclass(frozen=True)

@@ -32,10 +32,10 @@ from loratune.protocols import CausalModel
 from loratune.recipe.sections import ModelSettings
 from loratune.runs.base_check import check_vocabulary
 from loratune.runs.folder import VERIFICATION
+from loratune.runs.merged import ReadBack
 from loratune.runs.opening import AdapterSource, base_settings
 from loratune.runs.output import prepare_output, require_apart
 from loratune.runs.probe import read_probe
-from loratune.runs.verification import ReadBack
 from loratune.writing import disk_errors_explained
 
 

@@ -29,18 +29,17 @@ from loratune.delivery.merge.needs import announce
 from loratune.delivery.verification.beside import check_beside
 from loratune.delivery.verification.proof import EXACT, NOTICED
 from loratune.delivery.verification.read_back import read_back
-from loratune.delivery.verification.report import described
+from loratune.delivery.verification.report import about_changed, described
 from loratune.delivery.verification.verify import prove
 from loratune.errors import Exit, LoratuneError
 from loratune.model.adapter.peft_merge import PeftMerge
 from loratune.runs.card import write_merged_card
 from loratune.runs.intact import recorded_files
+from loratune.runs.merged import MergeSeconds, ReadBack
 from loratune.runs.opening import AdapterSource
 from loratune.runs.verification import (
     MergedModel,
-    MergeSeconds,
     ModelProof,
-    ReadBack,
     Verification,
     write_verification,
 )
@@ -122,6 +121,8 @@ def prove_models(job: Job, candidates: list[Candidate]) -> tuple[Candidate, Mode
     else:
         chosen, models = candidates[0], ModelProof("files" if job.options.verify else "nothing")
     _warn_of_rounding(job, chosen, models)
+    if told := about_changed(models.answers or (), job.settings.quantization, chosen.plan.dtype_names):
+        job.warn(told)
     return chosen, models
 
 

@@ -33,9 +33,9 @@ from loratune.recipe.sections import TINY_QWEN, ModelSettings
 from loratune.runs.base_check import BaseCheck, check_same_template
 from loratune.runs.folder import file_sha256
 from loratune.runs.intact import require_intact
+from loratune.runs.merged import Combined, CombinedAdapter
 from loratune.runs.opening import AdapterSource, base_settings, open_settled_adapter
 from loratune.runs.tensor_hashes import TensorHashes
-from loratune.runs.verification import Combined, CombinedAdapter
 
 
 @contextmanager

@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch.nn import functional
@@ -67,13 +68,22 @@ def compare_pairs(
     return [total.parity() for total in totals]
 
 
-def likeliest_tokens(model: CausalModel, rows: Sequence[ProbeRow]) -> list[list[int]]:
+class Likeliest(NamedTuple):
+    """A model's likeliest token at a labelled position."""
+
+    token: int
+    lead: float
+    """nats by which the token is likelier than the label; 0 if none is."""
+
+
+def likeliest_tokens(model: CausalModel, rows: Sequence[ProbeRow]) -> list[list[Likeliest]]:
     """For each row the model's likeliest token at every labelled position."""
+    labels = iter([row.labels[place + 1] for row in rows for place in _places(row)])
     found = [
-        int(token)
+        Likeliest(int(one.argmax()), float(one.max() - one[next(labels)]))
         for batch in _batches(rows, in_order=True)
         for logits in _logits(model, batch)
-        for token in logits.argmax(-1)
+        for one in logits
     ]
     places = iter(found)
     return [[next(places) for _ in _places(row)] for row in rows]

@@ -52,7 +52,9 @@ def probe_rows(probe: Probe, encoder: Encoder) -> list[ProbeRow]:
     return [ProbeRow(ids, [IGNORED, *ids[1:]]) for ids in prompts]
 
 
-def compare_answers(merged: CausalModel, reference: CausalModel, encoder: Encoder, probe: Probe) -> list[Answer]:
+def compare_answers(
+    merged: CausalModel, reference: CausalModel, encoder: Encoder, probe: Probe, undecided: float
+) -> list[Answer]:
     """Let the merged model answer greedily, and base + adapter confirm each token of it.
 
     One forward pass of the reference over an answer is enough; generating with it would take many times as long.
@@ -62,6 +64,8 @@ def compare_answers(merged: CausalModel, reference: CausalModel, encoder: Encode
         reference: base + adapter.
         encoder: renders the prompts.
         probe: the prompts.
+        undecided: difference of two of the reference's logits up to which rounding in float32 decides which is larger;
+            either token is its answer then.
     """
     prompts = [encoder.prompt_ids(question) for question in probe.questions]  # type: ignore[arg-type]
     answers = _generate(merged, prompts, encoder)
@@ -73,10 +77,13 @@ def compare_answers(merged: CausalModel, reference: CausalModel, encoder: Encode
     confirmed = likeliest_tokens(reference, rows)
     found = []
     for question, answer, likeliest in zip(probe.questions, answers, confirmed, strict=True):
-        same = next((place for place, token in enumerate(answer) if likeliest[place] != token), len(answer))
-        text = decode(answer, skip_special_tokens=True)
-        other = text if same == len(answer) else decode([*answer[:same], likeliest[same]], skip_special_tokens=True)
-        found.append(Answer(question[-1]["content"], text, other))
+        same = next((place for place, one in enumerate(likeliest) if one.lead > undecided), len(answer))
+        text, lead = decode(answer, skip_special_tokens=True), 0.0
+        other = text
+        if same < len(answer):
+            other = decode([*answer[:same], likeliest[same].token], skip_special_tokens=True)
+            lead = likeliest[same].lead
+        found.append(Answer(question[-1]["content"], text, other, len(answer), same, lead))
     return found
 
 

@@ -20,7 +20,7 @@ from loratune.errors import Exit, LoratuneError, agreeing, counted
 from loratune.model.architecture.vocabulary import Vocabulary, vocabulary_of
 from loratune.model.weights.tensor_files import DTYPE_NAMES, INDEX, TensorFiles, TensorInfo
 from loratune.plain_files import read_json_object
-from loratune.runs.verification import ReadBack
+from loratune.runs.merged import ReadBack
 
 if TYPE_CHECKING:
     from loratune.model.adapter.peft_merge import Change, PeftMerge

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 from loratune import console
-from loratune.errors import counted
+from loratune.errors import agreeing, bullet_list, counted
 from loratune.model.adapter.files import WEIGHTS_FILE
 from loratune.model.files import weight_files
+from loratune.printable import shortened
 from loratune.runs.base_check import how_checked, known_hashes
 from loratune.runs.card import base_name
 from loratune.runs.folder import file_sha256, values_sha256
+from loratune.runs.merged import ReadBack
 from loratune.runs.tensor_hashes import TensorHashes
-from loratune.runs.verification import Answer, MergedModel, ModelProof, Parity, ReadBack
+from loratune.runs.verification import Answer, MergedModel, ModelProof, Parity
 
 if TYPE_CHECKING:
     from loratune.delivery.merge.job import Candidate, Job
@@ -47,6 +50,8 @@ def _without_paths(text: str, job: Job) -> str:
     return text
 
 
+LARGE_LEAD = math.log(1000)
+"""nats from which on it makes no difference by how much another token is likelier."""
 BASE_CHECKED = {
     "every byte": "every byte of its weights compared with the trained one's",
     "sampled": "sampled: 4096 bytes of each tensor compared, since the run of an earlier version knows no more",
@@ -110,12 +115,42 @@ def _kept(back: ReadBack, dtype: str | None) -> str:
     return ", ".join([*(same if back.converted < back.identical or not converted else []), *converted])
 
 
+def about_changed(answers: Iterable[Answer], quantization: str, dtype: str) -> str | None:
+    """Return a warning about the greedy answers that are not those of base + adapter; None if all are.
+
+    Args:
+        answers: all of them.
+        quantization: of the base in training.
+        dtype: of the merged weights.
+    """
+    asked = list(answers)
+    changed = [answer for answer in asked if answer.has_changed]
+    if not changed:
+        return None
+    quantised = "" if quantization == "none" else f", and leaving the {quantization} of the training,"
+    wider = "" if dtype == "float32" else "; with --dtype float32, weights and answers are hardly rounded"
+    return (
+        f"{len(changed)} of {counted(len(asked), 'greedy answer')} {agreeing(len(changed), 'differ')} from base + "
+        f"adapter's, as rounding to {dtype}{quantised} may do:\n{bullet_list([*map(_change, changed)])}\n"
+        "read both answers, and score both models on rows of yours: loratune infer --input ROWS --output FILE "
+        f"--metrics, once with --model, once with --adapter{wider}"
+    )
+
+
+def _change(answer: Answer) -> str:
+    times = math.exp(min(answer.lead or 0.0, LARGE_LEAD))
+    likelier = f"{100 * (times - 1):.2g}% likelier" if times < 2 else f"{times:.0f} times as likely"
+    return (
+        f"{shortened(' '.join(answer.question.split()))!r}: the same for {answer.agreeing} of "
+        f"{counted(answer.tokens or 0, 'token')}, then base + adapter finds another token {likelier}"
+    )
+
+
 def _answer_rows(answers: Iterable[Answer]) -> list[tuple[str, str]]:
     rows = []
     for answer in answers:
-        is_same = answer.adapter == answer.merged
         rows += [("question", answer.question), ("merged", answer.merged)]
-        rows.append(("base+adapter", "the same" if is_same else f"{answer.adapter} …"))
+        rows.append(("base+adapter", f"{answer.adapter} …" if answer.has_changed else "the same"))
     return rows
 
 

@@ -76,7 +76,8 @@ def _prove_on(job: Job, candidates: list[Candidate], hardware: Hardware) -> tupl
     effect = _effect(job, chosen.candidate, reference, rows, hardware)
     folder = chosen.candidate.folder
     merged = load_mapped(folder, in_float32=False, device=room_for(folder, hardware))
-    answers = compare_answers(merged, reference, job.encoder, probe)
+    undecided = bounds.difference * max(1.0, chosen.exact.largest_logit)
+    answers = compare_answers(merged, reference, job.encoder, probe, undecided)
     return chosen.candidate, ModelProof(
         verified="files and logits",
         logits={one.candidate.merge_base: one.parity for one in compared},

@@ -73,7 +73,7 @@ def _head(one: Evaluation) -> str:
         f'<p class="dim">{_text(one.tuned)}, {_text(one.baseline)}; base {_text(one.base)}; {_text(one.tests)}, '
         f"{counted(one.rows, 'row')}</p>"
         f'<div class="verdict {one.verdict.split()[0]}"><strong>{TITLES[one.verdict]}</strong><br>'
-        f"{_text(one.sentence)} (by {_measure(one)})</div>"
+        f"{'<br>'.join([f'{_text(one.sentence)} (by {_measure(one)})', *map(_text, one.fallen.values())])}</div>"
     )
 
 
