@@ -23,6 +23,7 @@ from transformers import AutoModelForCausalLM
 
 from loratune.model.kernels import lora_linear
 from loratune.model.kernels.lora_linear import _draw_mask, _long_product, use_fused_lora
+from loratune.model.weights.int8_linear import complete_int8
 
 IN, HIDDEN, OUT = 6, 10, 7
 TERMS = 64
@@ -309,6 +310,50 @@ def test_four_bit_layers_that_are_repacked_after_the_first_call_are_left_to_peft
     monkeypatch.setattr(state, "packing_format_for_cpu", True, raising=False)
     monkeypatch.setattr(type(layer_of(model)), "forward", lambda layer, x: x)
     assert layer_of(model)(x) is x
+
+
+def eight_bit(dtype: Any) -> Any:
+    """A Net whose linear layers are quantised with LLM.int8, with an adapter."""
+    bnb = importlib.import_module("bitsandbytes")
+    torch.manual_seed(0)
+    net = Net().to(dtype)
+    for name in ("first", "second"):
+        old = net.get_submodule(name)
+        new = bnb.nn.Linear8bitLt(old.in_features, old.out_features, old.bias is not None, False, threshold=6.0)
+        new.load_state_dict(old.state_dict())
+        setattr(net, name, new.to("cpu"))
+    complete_int8(net)
+    net.is_loaded_in_8bit = True
+    config = LoraConfig(r=3, lora_alpha=5, target_modules=["first", "second"])
+    return filled(get_peft_model(net, config))
+
+
+@pytest.mark.parametrize("is_training", [True, False], ids=["training", "evaluation"])
+@pytest.mark.parametrize(("dtype", "terms"), [(torch.float32, TERMS), (torch.bfloat16, 4)], ids=str)
+def test_eight_bit_layers_give_what_peft_gives(dtype: Any, terms: int, is_training: bool) -> None:
+    """bitsandbytes multiplies by the dequantised weight in training, and by codes, with outliers apart, otherwise."""
+    own, fused = eight_bit(dtype).train(is_training), eight_bit(dtype).train(is_training)
+    assert use_fused_lora(fused) == 2
+    x = inputs(2, 5, IN, dtype=dtype)
+    x[0, 1, 2] = 20.0  # an outlier
+    expected = run(own, x)
+    assert len(expected) == 6
+    assert_same(run(fused, x), expected, terms, dtype)
+
+
+def test_eight_bit_layers_keep_what_the_backward_pass_needs() -> None:
+    """bitsandbytes keeps the input too, out of the sight of hooks, and PEFT keeps it in the adapter's dtype."""
+    model = eight_bit(torch.bfloat16).train()
+    use_fused_lora(model)
+    x, kept = inputs(2, IN, dtype=torch.bfloat16).requires_grad_().mul(2), list[torch.Tensor]()
+    input_of_layer = weakref.ref(x)
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.detach().clone()), lambda t: t):
+        y = layer_of(model)(x)
+    assert sorted(t.numel() for t in kept) == [2 * 3, 2 * IN, 3 * IN, 3 * HIDDEN]
+    del x
+    gc.collect()
+    assert y.grad_fn is not None
+    assert input_of_layer() is None
 
 
 def test_the_graph_of_a_step_is_freed() -> None:

@@ -25,7 +25,7 @@ _MAX_DROPOUT = 254 / 256
 def use_fused_lora(model: CausalModel) -> int:
     """Compute every plain LoRA layer in one function; PEFT keeps the others.
 
-    A layer is plain if it has one active adapter on a frozen `nn.Linear` or a 4-bit layer, without DoRA or other
+    A layer is plain if it has one active adapter on a frozen `nn.Linear` or a quantised layer, without DoRA or other
     variants, bias or merge. Each call compares the layer's state, and uses PEFT's forward if adapters are
     disabled, merged, several, or named per row, and under autocast.
 
@@ -234,8 +234,10 @@ def _add_branch(grad_x: Any, through_b: Any, lora_a: Any, mask: Any | None, gain
 
 
 def _dense_weight(base: Any, dtype: Any) -> Any:
-    """Return the base's (out, in) weight. A 4-bit weight is dequantised on each call, so that no dense copy stays."""
+    """Return the base's (out, in) weight. A quantised one is dequantised on each call, so that no dense copy stays."""
     if type(base) is nn.Linear:
         return base.weight
+    if hasattr(base, "weight_in"):  # LLM.int8
+        return base.weight_in(dtype)
     dense = base.dequantised() if hasattr(base, "dequantised") else dequantize_bnb_weight(base.weight)
     return dense.to(dtype)

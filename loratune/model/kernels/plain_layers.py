@@ -34,7 +34,7 @@ class LayerState(NamedTuple):
     base_weight: tuple[type, bool, bool]
     """Its class, whether it is trained, and whether it is in bitsandbytes' training format."""
     base_dtype: Any
-    """That the base computes in; None for a 4-bit layer that takes its first input's."""
+    """That the base computes in; None for LLM.int8, and for a 4-bit layer that takes its first input's."""
     has_additions: bool
     """Whether a module has hooks or another forward than its class's."""
 
@@ -48,7 +48,12 @@ def base_classes() -> dict[type, tuple[type, ...]]:
 def _with_quantised() -> dict[type, tuple[type, ...]]:
     layers = importlib.import_module("peft.tuners.lora.bnb")
     rows = importlib.import_module("loratune.model.weights.quantized_rows")
-    return {Linear: (nn.Linear, rows.QuantizedLinear), layers.Linear4bit: (layers.bnb.nn.Linear4bit,)}
+    int8 = importlib.import_module("loratune.model.weights.int8_linear")
+    return {
+        Linear: (nn.Linear, rows.QuantizedLinear),
+        layers.Linear4bit: (layers.bnb.nn.Linear4bit,),
+        layers.Linear8bitLt: (int8.Int8Linear,),
+    }
 
 
 def state_of(layer: Any) -> LayerState | None:
@@ -96,6 +101,8 @@ def _has_additions(module: Any) -> bool:
 
 
 def _trains_quantised(base: Any) -> bool:
+    if hasattr(base, "weight_in"):  # LLM.int8
+        return not base.state.has_fp16_weights
     state = getattr(base._parameters["weight"], "quant_state", None) or base.quant_state
     return state is not None and not getattr(state, "packing_format_for_cpu", False)
 

@@ -1,4 +1,4 @@
-"""LLM.int8 layers that take inputs of any shape, and that PEFT can dequantise on a CPU."""
+"""LLM.int8 layers that take inputs of any shape, and whose weights can be dequantised on a CPU."""
 
 from __future__ import annotations
 
@@ -21,10 +21,20 @@ class Int8Linear(bnb.nn.Linear8bitLt):
     it. So the weight stays in the copy's place.
     """
 
+    compute_dtype = None
+    """It computes in the dtype of its input."""
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Return the layer's output (..., out) of inputs (..., in)."""
         made: torch.Tensor = super().forward(x.reshape(-1, x.shape[-1]))
         return made.view(*x.shape[:-1], self.out_features)
+
+    def weight_in(self, dtype: torch.dtype) -> torch.Tensor:
+        """Return the weight (out, in) that codes and scales stand for, in a dtype."""
+        if self.weight.CB is not None:  # before its first forward pass
+            self.init_8bit_state()
+        weight: torch.Tensor = self.state.CB.to(dtype, copy=True)
+        return weight.mul_((self.state.SCB.float() / 127).unsqueeze(1))
 
     def __setattr__(self, name: str, value: Any) -> None:
         held = self._parameters.get("weight") if name == "weight" else None
