@@ -269,10 +269,11 @@ def no_tokenizer(base: Path) -> None:
     ],
 )
 def test_a_base_that_is_not_whole_is_found(base: Path, plant: Callable[[Path], None], text: str) -> None:
-    assert facts(base).is_whole
+    assert (facts(base).is_whole, facts(base).lacks_files) == (True, False)
     plant(base)
     found = facts(base)
     assert not found.is_whole
+    assert found.lacks_files == (plant in (gone, no_tokenizer))
     assert any(text in problem for problem in found.problems), found.problems
 
 
@@ -328,6 +329,8 @@ def test_a_hub_id_is_looked_for_in_the_cache(base: Path, tmp_path: Path, monkeyp
     content[-1] ^= 1
     blob.write_bytes(content)
     assert not base_facts({"base": "org/name"}).is_whole
+    weights.unlink()
+    assert base_facts({"base": "org/name"}).lacks_files
 
 
 def test_a_template_that_renders_nothing_is_found(base: Path) -> None:

@@ -11,7 +11,16 @@ from typing import Any
 
 from loratune.doctor.facts import BaseFacts
 from loratune.errors import LoratuneError, refusal
-from loratune.model.files import HUB_FILES, INDEX_BYTES, check_config, check_safetensors, local_folder, weight_files
+from loratune.model.files import (
+    CONFIG,
+    HUB_FILES,
+    INDEX_BYTES,
+    check_config,
+    check_safetensors,
+    has_tokenizer_files,
+    local_folder,
+    weight_files,
+)
 from loratune.plain_files import read_json_object
 from loratune.recipe.sections import ModelSettings
 from loratune.runs.folder import file_sha256
@@ -38,7 +47,7 @@ def base_facts(settings: dict[str, Any]) -> BaseFacts:
     try:
         files = weight_files(folder)
     except LoratuneError as error:
-        return BaseFacts(str(folder), (*problems, error.message), tuple(left), (), 0, 0)
+        return BaseFacts(str(folder), (*problems, error.message), tuple(left), (), 0, 0, lacks_files=True)
     pointers = [path for path in files if _begins_with(path, POINTER)]
     checked = {path: refusal(partial(check_safetensors, path)) for path in files}
     damaged = {path: error for path, error in checked.items() if error}
@@ -54,6 +63,7 @@ def base_facts(settings: dict[str, Any]) -> BaseFacts:
         tuple(path.name for path in pointers),
         sum(path.stat().st_size for path in files),
         compared,
+        lacks_files=not ((folder / CONFIG).exists() and has_tokenizer_files(folder)),
     )
 
 
