@@ -1,10 +1,10 @@
-"""The files of a base: complete, as long as their headers say, and with the hub's hashes where it has left them."""
+"""The files of a base: complete, as long as their headers say, and with the hub's hashes where they are known."""
 
 from __future__ import annotations
 
 import re
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -35,8 +35,13 @@ POINTER = b"version https://git-lfs.github.com/spec/"
 SHOWN_TENSORS = 3
 
 
-def base_facts(settings: dict[str, Any]) -> BaseFacts:
-    """Examine the base of a recipe where it lies on this machine; nothing is downloaded."""
+def base_facts(settings: dict[str, Any], hashes: Mapping[str, str] | None = None) -> BaseFacts:
+    """Examine the base of a recipe where it lies on this machine; nothing is downloaded.
+
+    Args:
+        settings: the recipe's `model`.
+        hashes: file → sha256 that the hub has told; others are those that its client has left.
+    """
     model = ModelSettings.model_validate(settings)
     folder = folder_of(model)
     left = [*_unfinished_in_cache(model)]
@@ -55,7 +60,7 @@ def base_facts(settings: dict[str, Any]) -> BaseFacts:
     whole = [path for path in files if path not in damaged]
     if not damaged:
         problems += _other_than_index(folder, whole)
-    compared, different = _compare_with_hub(folder, whole)
+    compared, different = _compare_with_hub(folder, whole, hashes or {})
     return BaseFacts(
         str(folder),
         (*problems, *different),
@@ -109,14 +114,15 @@ def _other_than_index(folder: Path, files: list[Path]) -> Iterator[str]:
             yield f"{path}: {text}: {shown}{', …' if len(found) > SHOWN_TENSORS else ''}"
 
 
-def _compare_with_hub(folder: Path, files: list[Path]) -> tuple[int, list[str]]:
+def _compare_with_hub(folder: Path, files: list[Path], hashes: Mapping[str, str]) -> tuple[int, list[str]]:
     """Return how many files were hashed, and which of them differ from what the hub has.
 
     Hugging Face's client names a file of its cache by its sha256, and writes it into a file beside those of a folder.
+    ModelScope's leaves none.
     """
     compared, different, end = 0, list[str](), time.monotonic() + COMPARED_SECONDS
     for path in files:
-        expected = _hash_from_hub(folder, path)
+        expected = hashes.get(path.name) or _hash_from_hub(folder, path)
         if expected and time.monotonic() < end:
             compared += 1
             if file_sha256(path) != expected:
