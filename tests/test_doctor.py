@@ -193,8 +193,9 @@ MACHINES: dict[str, tuple[str, str, Machine, str, str]] = {
     ),
     "a model whose kernels crash": ("model", "broken", changed(packing=CRASH), "pip uninstall flash-attn", "SIGSEGV"),
     "little memory": ("memory", "broken", changed(free_memory_bytes=10**8), "ps ", "100 MB"),
-    "a hub that does not answer": ("hub", "broken", changed(hub=UNREACHABLE), "HTTPS_PROXY", "no route"),
-    "a hub that hangs": ("hub", "broken", changed(hub=HANG), "HF_HUB_OFFLINE=1", "no answer"),
+    "a hub that does not answer": ("hub", "slower", changed(hub=UNREACHABLE), "HTTPS_PROXY", "no route"),
+    "a hub that hangs": ("hub", "slower", changed(hub=HANG), "HF_HUB_OFFLINE=1", "only models that are on"),
+    "a hub's client that crashes": ("hub", "broken", changed(hub=CRASH), "HF_HUB_OFFLINE=1", "SIGSEGV"),
     "a token that is refused": ("token", "broken", changed(hub=REFUSED), "hf auth login", "expired"),
     "an exchange that hangs": (
         "all-reduce", "broken", changed(exchanges={"": HANG, "NCCL_P2P_DISABLE=1": RIGHT}, **TWO),
@@ -284,12 +285,17 @@ def test_a_fault_of_a_recipe_s_files_is_found_with_its_remedy(
 
 ABSENT = BaseFacts(None, (), (), (), 0, 0)
 HALF = dataclasses.replace(ABSENT, unfinished=("abc.incomplete",))
+LACKING = dataclasses.replace(WHOLE, problems=("weights are missing: b.safetensors",), lacks_files=True)
 
 
 @pytest.mark.parametrize(
     ("hub", "files", "about", "remedy", "code"),
     [
         (UNREACHABLE, ABSENT, "hub", "HTTPS_PROXY", Exit.IO),
+        (UNREACHABLE, HALF, "hub", "--model.base FOLDER", Exit.IO),
+        (UNREACHABLE, LACKING, "hub", "--model.base FOLDER", Exit.IO),
+        (HANG, ABSENT, "hub", "HTTPS_PROXY", Exit.IO),
+        (CRASH, ABSENT, "hub", "HTTPS_PROXY", Exit.IO),
         (OFFLINE, ABSENT, "hub", "unset HF_HUB_OFFLINE", Exit.MODEL),
         (GATED, ABSENT, "base", "hf auth login", Exit.MODEL),
         (LARGE, ABSENT, "model cache", "hf cache prune", Exit.IO),
@@ -297,18 +303,33 @@ HALF = dataclasses.replace(ABSENT, unfinished=("abc.incomplete",))
     ],
 )
 def test_a_base_that_is_to_be_downloaded_needs_the_hub_and_space(
-    hub: HubFacts, files: BaseFacts, about: str, remedy: str, code: Exit
+    hub: HubFacts | Failure, files: BaseFacts, about: str, remedy: str, code: Exit
 ) -> None:
     examination = judge(changed(hub=hub), dataclasses.replace(FROM_HUB, files=files))
     found = {finding.name: finding for finding in bad(examination)}
+    assert found[about].state == "broken"
     assert any(remedy in command.line for command in found[about].remedies)
     assert examination.exit_code == code
-    assert not bad(judge(changed(hub=dataclasses.replace(hub, base_bytes=None)), RECIPE))
+    without_size = dataclasses.replace(hub, base_bytes=None) if isinstance(hub, HubFacts) else hub
+    for on_this_machine in (RECIPE, dataclasses.replace(FROM_HUB, files=WHOLE)):
+        assert not bad(judge(changed(hub=without_size), on_this_machine))
+
+
+@pytest.mark.parametrize("hub", [UNREACHABLE, HANG, OFFLINE])
+def test_a_base_that_the_hub_cannot_mend_is_the_only_fault_where_there_is_no_hub(hub: HubFacts | Failure) -> None:
+    """A quantised model, and a name that is neither a folder nor a hub id."""
+    for files in (dataclasses.replace(WHOLE, problems=("quantised already",)), Failure("refused", "no such folder")):
+        examination = judge(changed(hub=hub), dataclasses.replace(FROM_HUB, files=files))
+        assert [finding.name for finding in bad(examination)] == ["base"]
+        assert examination.exit_code == Exit.MODEL
 
 
 def test_rows_that_are_to_be_downloaded_need_the_hub() -> None:
     absent = dataclasses.replace(RECIPE, rows={"hf:org/rows": False})
     assert judge(changed(hub=OFFLINE), absent).exit_code == Exit.DATA
+    (found,) = bad(judge(changed(hub=UNREACHABLE), absent))
+    assert (found.name, found.state) == ("hub", "broken")
+    assert not any("--model.base" in command.line for command in found.remedies)
     assert not bad(judge(changed(hub=OFFLINE), dataclasses.replace(RECIPE, rows={"hf:org/rows": True})))
 
 

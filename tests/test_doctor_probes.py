@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import importlib.util
 import inspect
 import json
 import os
@@ -15,9 +16,11 @@ import threading
 import time
 import types
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
+from urllib.parse import parse_qs, urlsplit
 
 import pytest
 import torch
@@ -26,11 +29,12 @@ from pydantic import TypeAdapter
 from torch.nn import functional
 from typer.testing import Result
 
-from loratune.doctor import isolated, measuring
+from loratune.doctor import child, isolated, measuring
 from loratune.doctor.facts import BaseFacts, Failure, Gpu, HubFacts, Place, TorchFacts, Trial
 from loratune.doctor.isolated import measured
 from loratune.doctor.probes import packing, rows, trials
 from loratune.doctor.probes.base import base_facts
+from loratune.doctor.probes.hashes import modelscope_hashes
 from loratune.doctor.probes.hub import hub_facts
 from loratune.doctor.probes.places import place
 from loratune.doctor.probes.rows import check_rows_of
@@ -38,6 +42,7 @@ from loratune.doctor.probes.template import check_template
 from loratune.doctor.probes.trials import try_package
 from loratune.errors import Exit, LoratuneError
 from loratune.model import nvidia
+from loratune.recipe.loading import load_recipe
 
 Cli = Callable[..., Result]
 NO_BASE = {"base": None, "revision": None}
@@ -114,6 +119,13 @@ def test_the_command_s_own_process_imports_nothing_that_may_crash() -> None:
     code = f"import sys, loratune.doctor.examination, loratune.doctor.measuring; print({{{names}}} & {{*sys.modules}})"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "set()"
+
+
+def test_every_probe_has_a_time_limit_and_a_function() -> None:
+    assert {*child.PROBES} == {*measuring.SECONDS}
+    for name in child.PROBES:
+        with pytest.raises(TypeError, match="unexpected keyword argument 'nothing'"):
+            child.run(name, {"nothing": None})
 
 
 @pytest.mark.parametrize("facts", [Trial(None, 0.02), Trial(0.5, 0.02), Failure("timeout", "no answer")])
@@ -269,10 +281,11 @@ def no_tokenizer(base: Path) -> None:
     ],
 )
 def test_a_base_that_is_not_whole_is_found(base: Path, plant: Callable[[Path], None], text: str) -> None:
-    assert facts(base).is_whole
+    assert (facts(base).is_whole, facts(base).lacks_files) == (True, False)
     plant(base)
     found = facts(base)
     assert not found.is_whole
+    assert found.lacks_files == (plant in (gone, no_tokenizer))
     assert any(text in problem for problem in found.problems), found.problems
 
 
@@ -328,6 +341,186 @@ def test_a_hub_id_is_looked_for_in_the_cache(base: Path, tmp_path: Path, monkeyp
     content[-1] ^= 1
     blob.write_bytes(content)
     assert not base_facts({"base": "org/name"}).is_whole
+    weights.unlink()
+    assert base_facts({"base": "org/name"}).lacks_files
+
+
+class _OlderClient:
+    """The listing of `HubApi` in modelscope 1.30 to 1.37: entries as ModelScope sends them (modelscope/hub/api.py)."""
+
+    files: dict[str, bytes]
+    revisions: list[Any]
+
+    def get_model_files(
+        self, model_id: str, revision: str | None = "master", root: Any = None, recursive: bool = False
+    ) -> list[dict[str, Any]]:
+        assert (model_id, recursive) == ("org/name", True)
+        self.revisions.append(revision)
+        return [
+            {"Name": name, "Path": name, "Type": "blob", "Size": len(content), "Sha256": _sha256(content)}
+            for name, content in self.files.items()
+        ]
+
+
+class _NewerClient(_OlderClient):
+    """The same from 1.38 on: `list_repo_files` is passed on to modelscope_hub/api.py, and only it tells hashes."""
+
+    def get_model_files(self, *given: Any, **named: Any) -> list[dict[str, Any]]:
+        return [{"Path": file["Path"], "Size": file["Size"]} for file in super().get_model_files(*given, **named)]
+
+    def list_repo_files(
+        self, repo_id: str, repo_type: str, *, revision: str | None = None, recursive: bool = True
+    ) -> list[types.SimpleNamespace]:
+        assert repo_type == "model"
+        listed = _OlderClient.get_model_files(self, repo_id, revision, recursive=recursive)
+        return [types.SimpleNamespace(path=one["Path"], size=one["Size"], sha256=one["Sha256"]) for one in listed]
+
+
+def _sha256(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()
+
+
+FROM_MODELSCOPE = {"base": "org/name", "hub": "modelscope"}
+
+
+@pytest.fixture(params=[_OlderClient, _NewerClient])
+def modelscope(base: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> _OlderClient:
+    """ModelScope has the base, and its client a copy of it in its cache."""
+    kept = base.parent / "models" / "org--name" / "snapshots" / "master"
+    shutil.copytree(base, kept)
+    client = types.ModuleType("modelscope")
+    client.snapshot_download = lambda name, local_files_only, **_: str(kept)  # type: ignore[attr-defined]
+    api = types.ModuleType("modelscope.hub.api")
+    planted: type[_OlderClient] = request.param
+    planted.files = {path.name: path.read_bytes() for path in base.iterdir()}
+    planted.revisions = []
+    api.HubApi = planted  # type: ignore[attr-defined]
+    for module in (client, types.ModuleType("modelscope.hub"), api):
+        monkeypatch.setitem(sys.modules, module.__name__, module)
+    return planted()
+
+
+def from_modelscope(**settings: str) -> BaseFacts:
+    return base_facts(FROM_MODELSCOPE | settings, modelscope_hashes(FROM_MODELSCOPE | settings))
+
+
+def test_bytes_of_a_base_from_modelscope_are_compared_with_the_hashes_that_it_tells(modelscope: _OlderClient) -> None:
+    found = from_modelscope()
+    assert (found.is_whole, found.compared) == (True, 1)
+    weights = Path(found.folder or "") / "model.safetensors"
+    content = weights.read_bytes()
+    weights.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    (problem,) = from_modelscope().problems
+    assert f"its bytes are not those of the hub (sha256 {_sha256(content)[:12]}" in problem
+    weights.write_bytes(content[:-100])
+    found = from_modelscope()
+    assert found.compared == 0
+    assert "where its header declares" in found.problems[0]
+
+
+def test_modelscope_is_asked_for_the_revision_that_is_on_this_machine(modelscope: _OlderClient) -> None:
+    """A client that is asked for none takes the only one that it has."""
+    from_modelscope(revision="v2")
+    sys.modules["modelscope"].snapshot_download = lambda name, local_files_only, **_: "/kept/snapshots/v1"
+    modelscope_hashes(FROM_MODELSCOPE)
+    sys.modules["modelscope"].snapshot_download = lambda name, local_files_only, **_: "/kept/org/name"
+    modelscope_hashes(FROM_MODELSCOPE | {"revision": "v2"})
+    modelscope_hashes(FROM_MODELSCOPE)
+    assert modelscope.revisions == ["master", "v1", "v2", "master"]
+
+    def nothing(*_: Any, **__: Any) -> str:
+        raise ValueError
+
+    sys.modules["modelscope"].snapshot_download = nothing
+    assert modelscope_hashes(FROM_MODELSCOPE) == {}
+    assert len(modelscope.revisions) == 4
+
+
+@pytest.mark.parametrize("answer", [{"model.safetensors": "ab"}, Failure("timeout", "no answer after 60 s")])
+def test_a_base_is_examined_whether_or_not_modelscope_answers(
+    monkeypatch: pytest.MonkeyPatch, rows_file: Path, answer: Any
+) -> None:
+    asked: dict[str, Any] = {}
+
+    def answered(kind: Any, probe: str, arguments: Any, *_: Any) -> Any:
+        asked[probe] = arguments
+        return answer if probe == "hashes" else BaseFacts(None, (), (), (), 0, 0)
+
+    monkeypatch.setattr(measuring, "measured", answered)
+    recipe = load_recipe(None, {"model.base": "org/name", "data.train": [str(rows_file)]})
+    measuring.measure_recipe(recipe, "r.yaml")
+    assert ("hashes" in asked, asked["base"]["hashes"]) == (False, {})
+    recipe = load_recipe(None, {"model.base": "org/name", "model.hub": "modelscope", "data.train": [str(rows_file)]})
+    measuring.measure_recipe(recipe, "r.yaml")
+    assert asked["base"]["hashes"] == (answer if isinstance(answer, dict) else {})
+
+
+class _ModelScope(BaseHTTPRequestHandler):
+    """Lists and serves the files of a repository as modelscope_hub/_legacy_api.py asks for them."""
+
+    files: dict[str, bytes]
+
+    def do_GET(self) -> None:
+        address = urlsplit(self.path)
+        content = b"{}"
+        if address.path == "/api/v1/models/org/name/repo/files":
+            listed = [
+                {"Path": name, "Type": "blob", "Size": len(content), "Sha256": _sha256(content)}
+                for name, content in self.files.items()
+            ]
+            content = json.dumps({"Code": 200, "Success": True, "Data": {"Files": listed}}).encode()
+        elif address.path == "/api/v1/models/org/name/repo":
+            content = self.files[parse_qs(address.query)["FilePath"][0]]
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(content)))
+        self.end_headers()
+        self.wfile.write(content)
+
+    def log_message(self, *_: Any) -> None:
+        pass
+
+
+@contextmanager
+def serving(handler: type[BaseHTTPRequestHandler]) -> Iterator[str]:
+    """Answer on a port of this machine, and yield the address."""
+    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        yield f"http://127.0.0.1:{server.server_port}"
+    finally:
+        server.shutdown()
+        server.server_close()
+
+
+@pytest.mark.skipif(importlib.util.find_spec("modelscope") is None, reason="runs ModelScope's own client")
+def test_modelscope_s_own_client_tells_the_hashes_and_fetches_what_differs_again(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _ModelScope.files = {path.name: path.read_bytes() for path in base.iterdir()}
+    monkeypatch.setenv("MODELSCOPE_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("MODELSCOPE_HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    fetch = f"from loratune.model.files import find_base, ModelSettings as S; find_base(S(**{FROM_MODELSCOPE}))"
+
+    def examined() -> BaseFacts:
+        hashes = measuring._modelscope_hashes(FROM_MODELSCOPE)
+        found = measured(BaseFacts, "base", {"settings": FROM_MODELSCOPE, "hashes": hashes}, 120)
+        assert isinstance(found, BaseFacts), found
+        return found
+
+    with serving(_ModelScope) as address:
+        monkeypatch.setenv("MODELSCOPE_ENDPOINT", address)
+        assert examined() == BaseFacts(None, (), (), (), 0, 0)
+        subprocess.run([sys.executable, "-c", fetch], check=True)
+        found = examined()
+        assert (found.is_whole, found.compared) == (True, 1)
+        weights = Path(found.folder or "") / "model.safetensors"
+        content = weights.read_bytes()
+        weights.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+        assert "not those of the hub" in examined().problems[0]
+        subprocess.run([sys.executable, "-c", fetch], check=True)
+        assert examined().is_whole
+    assert examined().compared == 0  # nobody can be asked
 
 
 def test_a_template_that_renders_nothing_is_found(base: Path) -> None:
@@ -414,11 +607,8 @@ class _Answering(BaseHTTPRequestHandler):
 @pytest.fixture
 def address() -> Iterator[str]:
     """A hub on this machine."""
-    server = ThreadingHTTPServer(("127.0.0.1", 0), _Answering)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield f"http://127.0.0.1:{server.server_port}"
-    server.shutdown()
-    server.server_close()
+    with serving(_Answering) as address:
+        yield address
 
 
 def asked(endpoint: str, token: str, base: str | None = None) -> HubFacts:

@@ -124,9 +124,12 @@ class ModelScope(Hub):
                     self.files[action["path"]] = content
                 return self.data({})
             case "GET", "/api/v1/models/org/name/repo/files":
-                files = [{"Path": name, "Size": len(content), "Type": "blob"} for name, content in self.files.items()]
-                return self.data({"Files": files})
+                return self.data({"Files": [self.describe(name) for name in self.files]})
         return 404, {"Code": 404, "Message": f"no {path}", "Success": False}
+
+    def describe(self, name: str) -> dict[str, Any]:
+        content = self.files[name]
+        return {"Path": name, "Size": len(content), "Type": "blob", "Sha256": hashlib.sha256(content).hexdigest()}
 
     def data(self, value: Any) -> tuple[int, Any]:
         return 200, {"Code": 200, "Success": True, "Data": value}
@@ -183,11 +186,11 @@ class FakeHubApi:
         (folder_path / ".ms_upload_cache").write_text("{}")
         self.call("POST", f"/api/v1/repos/models/{repo_id}/commit/master", {"actions": actions})
 
-    def get_model_files(
-        self, model_id: str, revision: Any = None, root: Any = None, recursive: bool = True, **kwargs: Any
-    ) -> list[dict[str, Any]]:
-        listed: list[dict[str, Any]] = self.call("GET", f"/api/v1/models/{model_id}/repo/files")["Data"]["Files"]
-        return listed
+    def list_repo_files(
+        self, repo_id: str, repo_type: Any, *, revision: str | None = None, recursive: bool = True
+    ) -> list[types.SimpleNamespace]:
+        listed = self.call("GET", f"/api/v1/models/{repo_id}/repo/files")["Data"]["Files"]
+        return [types.SimpleNamespace(**{key.lower(): value for key, value in file.items()}) for file in listed]
 
 
 @pytest.fixture
@@ -442,8 +445,17 @@ def test_weights_of_the_right_size_but_other_contents_are_noticed(
         push(folder, HF)
 
 
+def test_modelscope_s_hashes_are_compared_as_well(
+    folder: Path, modelscope: Hub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(modelscope, "files", _Zeros())
+    with pytest.raises(LoratuneError, match="has other contents") as raised:
+        push(folder, MS)
+    assert all(f"{name} has other contents" in str(raised.value) for name in PUSHED if name != "empty.txt")
+
+
 class _Zeros(dict[str, bytes]):
-    """Blobs of which only the lengths are kept."""
+    """Files of which only the lengths are kept."""
 
     def __setitem__(self, name: str, content: bytes) -> None:
         super().__setitem__(name, bytes(len(content)))
@@ -484,10 +496,12 @@ def test_without_modelscope_s_client_its_installation_is_told(folder: Path, monk
 
 @pytest.mark.skipif(not HAS_MODELSCOPE, reason="compares with ModelScope's own client")
 def test_the_fake_client_has_the_signatures_of_the_real_one() -> None:
+    import modelscope_hub
     from modelscope.hub.api import HubApi
 
-    for name in ("__init__", "create_repo", "get_model", "upload_folder", "get_model_files"):
-        fake, real = (inspect.signature(getattr(api, name)).parameters for api in (FakeHubApi, HubApi))
+    for name in ("__init__", "create_repo", "get_model", "upload_folder", "list_repo_files"):
+        client = HubApi if hasattr(HubApi, name) else modelscope_hub.HubApi  # which it passes other names on to
+        fake, real = (inspect.signature(getattr(api, name)).parameters for api in (FakeHubApi, client))
         assert [(p.name, p.kind) for p in fake.values()] == [(p.name, p.kind) for p in real.values()]
 
 

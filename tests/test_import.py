@@ -6,6 +6,7 @@ import itertools
 import json
 import random
 import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from typer.testing import Result
 
 from loratune.data.encoding.encoder import IGNORED, Encoder, Example
 from loratune.data.formats.conversation import Conversation
+from loratune.data.formats.registry import ConversationReader, detect_format
 from loratune.errors import Exit, LoratuneError
 from loratune.migration import config_file
 from loratune.migration.comparison import compare_rows
@@ -288,6 +290,7 @@ def test_configs_of_unsloth_and_trl_become_recipes() -> None:
     assert flat["model.quantization"] == "nf4"
     assert flat["training.warmup"] == 5
     assert flat["seed"] == 3407
+    assert not imported(TRL | {"use_cpu": True}).lost
     flat = settings(imported(TRL))
     assert (flat["lora.rank"], flat["training.batch_size"], flat["training.max_length"]) == (16, 8, 1024)
 
@@ -527,9 +530,81 @@ def test_a_script_is_split_into_words_once(tmp_path: Path, monkeypatch: pytest.M
         read_config(tmp_path / "train")
 
 
+MARKING = (
+    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' }}{% if message['role'] == 'assistant' %}"
+    "{% generation %}{{ message['content'] + '<|im_end|>' }}{% endgeneration %}{% else %}"
+    "{{ message['content'] + '<|im_end|>' }}{% endif %}{{ '\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+"""ChatML that marks answers with the token that ends them, as loratune trains them."""
+
+
+def based_on(template: str, **values: Any) -> dict[str, Any]:
+    """Values of a TRL config of the practice model with another template and the rows of rows.jsonl."""
+    base = Path("base").absolute()
+    shutil.copytree(find_tokenizer(ModelSettings(base="tiny-qwen")), base, dirs_exist_ok=True)
+    (base / "chat_template.jinja").write_text(template)
+    return TRL | {"dataset_name": "rows.jsonl", "model_name_or_path": str(base)} | values
+
+
+TALK = [
+    {"role": "system", "content": "Be brief."},
+    {"role": "user", "content": "Two?"},
+    {"role": "assistant", "content": "2"},
+    {"role": "user", "content": "Three?"},
+    {"role": "assistant", "content": "3, of course."},
+]
+COMPLETED = {"prompt": TALK[:-1], "completion": TALK[-1:]}
+
+
+@pytest.mark.parametrize(
+    ("template", "row", "options", "trained"),
+    [
+        ("qwen2_5", {"messages": TALK}, {"assistant_only_loss": True}, "\n2<|im_end|>\n\n3, of course.<|im_end|>\n"),
+        ("qwen2_5", {"messages": TALK}, {}, None),
+        ("marking", {"messages": TALK}, {"assistant_only_loss": True}, "2<|im_end|>3, of course.<|im_end|>"),
+        ("qwen2_5", COMPLETED, {}, "3, of course.<|im_end|>\n"),
+        ("qwen2_5", COMPLETED, {"completion_only_loss": False}, None),
+        ("marking", COMPLETED, {"assistant_only_loss": True}, "3, of course.<|im_end|>"),
+    ],
+)
+def test_rows_are_rendered_as_trl_s_trainer_prepares_them(
+    template: str, row: dict[str, Any], options: dict[str, Any], trained: str | None
+) -> None:
+    from datasets import Dataset
+    from trl import SFTConfig, SFTTrainer
+    from trl.chat_template_utils import qwen2_5_chat_template
+
+    values = based_on(MARKING if template == "marking" else qwen2_5_chat_template)
+    config = SFTConfig("trained", report_to="none", use_cpu=True, bf16=False, **options)
+    trainer = SFTTrainer(values["model_name_or_path"], args=config, train_dataset=Dataset.from_list([row]))
+    prepared = trainer.train_dataset[0]
+    tokenizer = load_tokenizer(find_tokenizer(ModelSettings(base=values["model_name_or_path"])))
+    form = form_of("TRL", options, tokenizer)
+    assert form is not None
+    spoken = ConversationReader(detect_format([row], {}), {}, {}).read(row)
+    assert isinstance(spoken, Conversation)
+    ids, labels = form(tokenizer, row, spoken)
+    assert (ids, labels) == (prepared["input_ids"], prepared["labels"])
+    assert trained is None or tokenizer.decode([label for label in labels if label != IGNORED]) == trained
+
+
+def test_line_breaks_that_trl_trains_around_an_answer_are_told() -> None:
+    from trl.chat_template_utils import qwen2_5_chat_template
+
+    Path("rows.jsonl").write_text(json.dumps({"messages": TALK}))
+    (row,) = compare_rows(imported(based_on(qwen2_5_chat_template)), 1).rows
+    assert (row.trained_there - row.trained_here, len(row.differences)) == (4, 4)
+    assert any("line breaks" in entry.reason for entry in imported(TRL).sheet.changed)
+    (row,) = compare_rows(imported(TRL | {"dataset_name": "rows.jsonl"}), 1).rows
+    assert row.problem.startswith("TRL refuses it: The chat template is not training-compatible")
+    elsewhere = imported(TRL | {"dataset_name": "rows.jsonl", "chat_template_path": "marking.jinja"})
+    assert compare_rows(elsewhere, 1).problem == "TRL's form of these rows is not known here"
+
+
 def test_rows_are_compared_token_by_token(cli: CLI, monkeypatch: pytest.MonkeyPatch) -> None:
     Path("rows.jsonl").write_text("\n".join(map(json.dumps, ROWS)))
-    same = compare_rows(imported(TRL | {"dataset_name": "rows.jsonl"}), 5)
+    same = compare_rows(imported(based_on(MARKING)), 5)
     assert [row.is_same for row in same.rows] == [True, True], same.lines
     described = {"rows": {"file_name": "../rows.jsonl", "formatting": "sharegpt", "columns": {"messages": "messages"}}}
     described["rows"]["tags"] = DATA_SETS["talk"]["tags"]
@@ -547,7 +622,7 @@ def test_rows_are_compared_token_by_token(cli: CLI, monkeypatch: pytest.MonkeyPa
         return [Example(one.input_ids, one.input_ids) for one in plain(*arguments, **options)]
 
     monkeypatch.setattr(Encoder, "encode", also_training_prompts)
-    wrong = compare_rows(imported(TRL | {"dataset_name": "rows.jsonl"}), 5)
+    wrong = compare_rows(imported(based_on(MARKING)), 5)
     assert [row.is_same for row in wrong.rows] == [False]
 
 

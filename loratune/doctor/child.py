@@ -6,6 +6,7 @@ import json
 import os
 import signal
 import sys
+from importlib import import_module
 from typing import Any
 
 from pydantic import TypeAdapter
@@ -14,48 +15,25 @@ from loratune.doctor.facts import Failure
 from loratune.errors import LoratuneError, named_reason_of
 from loratune.runtime import PARENT, signal_at_end_of_parent
 
+PROBES = {
+    "torch_facts": "torch_facts:torch_facts",
+    "trial": "trials:try_package",
+    "exchange": "exchange:exchange",
+    "packing": "packing:packing_facts",
+    "place": "places:place",
+    "hub": "hub:hub_facts",
+    "hashes": "hashes:modelscope_hashes",
+    "base": "base:base_facts",
+    "template": "template:check_template",
+    "rows": "rows:check_rows_of",
+}
+"""Name → module in `probes` and its function."""
+
 
 def run(probe: str, arguments: dict[str, Any]) -> Any:
     """Import a probe and return what it measures; each imports only what it is about."""
-    match probe:
-        case "torch_facts":
-            from loratune.doctor.probes.torch_facts import torch_facts
-
-            return torch_facts(**arguments)
-        case "trial":
-            from loratune.doctor.probes.trials import try_package
-
-            return try_package(**arguments)
-        case "exchange":
-            from loratune.doctor.probes.exchange import exchange
-
-            return exchange(**arguments)
-        case "packing":
-            from loratune.doctor.probes.packing import packing_facts
-
-            return packing_facts(**arguments)
-        case "place":
-            from loratune.doctor.probes.places import place
-
-            return place(**arguments)
-        case "hub":
-            from loratune.doctor.probes.hub import hub_facts
-
-            return hub_facts(**arguments)
-        case "base":
-            from loratune.doctor.probes.base import base_facts
-
-            return base_facts(**arguments)
-        case "template":
-            from loratune.doctor.probes.template import check_template
-
-            return check_template(**arguments)
-        case "rows":
-            from loratune.doctor.probes.rows import check_rows_of
-
-            return check_rows_of(**arguments)
-        case _:
-            raise ValueError(probe)
+    module, _, function = PROBES[probe].partition(":")
+    return getattr(import_module(f"loratune.doctor.probes.{module}"), function)(**arguments)
 
 
 def main() -> None:

@@ -146,6 +146,8 @@ class BaseFacts:
     weight_bytes: int
     compared: int
     """Number of files whose bytes have been compared with the hub's hashes."""
+    lacks_files: bool = False
+    """Whether its config, its tokenizer or some of its weights are missing."""
 
     @property
     def is_whole(self) -> bool:
@@ -209,8 +211,11 @@ class RecipeFacts:
 
     @property
     def needs_base(self) -> bool:
-        """Whether the base has to be downloaded from Hugging Face."""
-        is_here = isinstance(self.files, BaseFacts) and self.files.folder is not None
+        """Whether the base, or a part of it, has to be downloaded from Hugging Face."""
+        if isinstance(self.files, Failure):
+            is_here = self.files.kind == "refused"  # neither a folder nor a hub id
+        else:
+            is_here = self.files.folder is not None and not self.files.lacks_files
         return self.is_from_hub and self.hub == "huggingface" and not is_here
 
     @property

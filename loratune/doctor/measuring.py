@@ -44,6 +44,7 @@ SECONDS = {
     "packing": 900,
     "place": 30,
     "hub": 90,
+    "hashes": 60,
     "base": 400,
     "template": 180,
     "rows": 120,
@@ -66,8 +67,11 @@ def measure_recipe(recipe: Recipe, config: str) -> RecipeFacts:
         config: its name, for commands.
     """
     model = recipe.model.model_dump(mode="json")
+    base = recipe.model.base
+    is_from_hub = base != TINY_QWEN and not is_folder(Path(base).expanduser())
+    hashes = _modelscope_hashes(model) if is_from_hub and recipe.model.hub == "modelscope" else {}
     with console.status("examining the base"):
-        files = _ask(BaseFacts, "base", settings=model)
+        files = _ask(BaseFacts, "base", settings=model, hashes=hashes)
     is_here = isinstance(files, BaseFacts) and files.folder is not None
     template = None
     if is_here:
@@ -84,9 +88,14 @@ def measure_recipe(recipe: Recipe, config: str) -> RecipeFacts:
             for source in sources
         }
     types = [recipe.model.dtype, *([recipe.model.compute_dtype] if recipe.model.quantization != "none" else [])]
-    base = recipe.model.base
-    is_from_hub = base != TINY_QWEN and not is_folder(Path(base).expanduser())
     return RecipeFacts(config, base, recipe.model.hub, is_from_hub, "bfloat16" in types, files, template, rows)
+
+
+def _modelscope_hashes(model: dict[str, Any]) -> dict[str, str]:
+    """Ask ModelScope for the hashes of a base on this machine; none if it does not tell them."""
+    with console.status("asking ModelScope for hashes"):
+        found = _ask(dict[str, str], "hashes", settings=model)
+    return {} if isinstance(found, Failure) else found
 
 
 def measure_machine(recipe: Recipe | None, facts: RecipeFacts | None) -> Machine:

@@ -1,10 +1,11 @@
-"""How other tools turn a conversation into ids and labels, written from what they document of each template."""
+"""How other tools turn a conversation into ids and labels: TRL by its package, others by what they document."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from itertools import takewhile
 from typing import Any
 
 from loratune.data.encoding.encoder import IGNORED
@@ -117,6 +118,53 @@ class WholeTemplate:
         return ids, labels
 
 
+@dataclass(frozen=True)
+class TrlForm:
+    """TRL's form, with the template that the installed TRL itself would train with."""
+
+    trains_answers: bool
+    """Whether only what that template marks as generated is trained."""
+    trains_completions: bool | None
+    """Whether the prompt of a prompt and completion is not trained; None if the config leaves it to TRL."""
+
+    def __call__(self, tokenizer: Any, row: dict[str, Any], spoken: Conversation) -> tuple[list[int], list[int]]:
+        """Return ids and labels."""
+        messages, completion = list(spoken.messages), row.get("completion")
+        if spoken.tools or any(message["role"] == "tool" for message in messages):
+            raise NotComparableError("it has tools")
+        if isinstance(completion, str):
+            raise NotComparableError("there, a prompt and completion of text get no template")
+        try:
+            options = {"chat_template": _training_template(tokenizer) if self.trains_answers else None}
+            whole = tokenizer.apply_chat_template(
+                messages, return_dict=True, return_assistant_tokens_mask=self.trains_answers, **options
+            )
+            ids, begin = list(whole["input_ids"]), 0
+            if completion and self.trains_completions is not False:
+                asked = messages[: len(messages) - len(completion)]
+                prompt = tokenizer.apply_chat_template(asked, add_generation_prompt=True, return_dict=True, **options)
+                same = takewhile(lambda pair: pair[0] == pair[1], zip(prompt["input_ids"], ids, strict=False))
+                begin = len(list(same))
+        except Exception as error:  # a template raises what it likes
+            raise NotComparableError(f"TRL refuses it: {first_line_of(error)}") from error
+        marks = whole.get("assistant_masks", [1] * len(ids))
+        return ids, [
+            token if mark and place >= begin else IGNORED
+            for place, (token, mark) in enumerate(zip(ids, marks, strict=True))
+        ]
+
+
+def _training_template(tokenizer: Any) -> str | None:
+    """Return the template by which TRL finds answers; None for the tokenizer's own, if that marks them.
+
+    Raises:
+        ValueError: TRL has none for this tokenizer, and would not train.
+    """
+    from trl.chat_template_utils import get_training_chat_template, has_generation_markers
+
+    return None if has_generation_markers(tokenizer.chat_template) else get_training_chat_template(tokenizer)
+
+
 CHATML = TurnForm(
     user="<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n",
     end="<|im_end|>\n",
@@ -188,11 +236,14 @@ def form_of(tool: str, known: dict[str, Any], tokenizer: Any) -> PeerForm | None
             if kinds == {"alpaca"}:
                 return axolotl_alpaca
             return WholeTemplate("answers") if kinds == {"chat_template"} and template == "tokenizer_default" else None
+        case "TRL" if known.get("chat_template_path"):
+            return None
         case "TRL":
-            is_whole = is_off(known.get("assistant_only_loss", False)) and is_off(
-                known.get("completion_only_loss", False)
+            completions = known.get("completion_only_loss")
+            return TrlForm(
+                not is_off(known.get("assistant_only_loss", False)),
+                None if completions is None else not is_off(completions),
             )
-            return WholeTemplate("everything" if is_whole else "answers")
         case _:
             return WholeTemplate("line" if not is_off(known.get("train_on_completions", False)) else "everything")
     return replace(found, default_system=system) if found and system else found

@@ -47,7 +47,7 @@ NOT_NEEDED = {
     ),
     **named(
         "ddp_find_unused_parameters ddp_backend ddp ddp_bucket_cap_mb local_rank device_map "
-        "accelerator_config sequence_parallel sequence_parallel_size sequence_parallel_degree "
+        "accelerator_config use_cpu no_cuda sequence_parallel sequence_parallel_size sequence_parallel_degree "
         "tensor_parallel_size tensor_model_parallel_size pipeline_model_parallel_size "
         "expert_model_parallel_size expert_tensor_parallel_size expert_parallel_size "
         "expert_parallel_num_nvl_bytes expert_parallel_token_capacity context_parallel_size cp_size cp_mode "

@@ -162,7 +162,26 @@ def _upload_to_modelscope(folder: Path, destination: Destination, private: bool)
     if private and api.get_model(destination.repository).get("Visibility") == MODELSCOPE_PUBLIC:
         raise _is_public(destination)
     api.upload_folder(repo_id=destination.repository, folder_path=folder, commit_message="Upload with loratune")
-    listed = api.get_model_files(destination.repository, revision="master", recursive=True)
+    return modelscope_files(destination.repository)
+
+
+def modelscope_files(repository: str, revision: str | None = None) -> dict[str, RemoteFile]:
+    """Ask ModelScope which files a repository has.
+
+    Args:
+        repository: org/name.
+        revision: branch, tag or commit; None for `master`, which the client downloads.
+
+    Returns:
+        Name in the repository → size and hash.
+    """
+    from modelscope.hub.api import HubApi
+
+    api, revision = HubApi(), revision or "master"
+    if hasattr(api, "list_repo_files"):  # modelscope 1.38 has it, and leaves the hashes out of get_model_files
+        files = api.list_repo_files(repository, "model", revision=revision)
+        return {file.path: RemoteFile(file.size, getattr(file, "sha256", None) or None) for file in files}
+    listed = api.get_model_files(repository, revision=revision, recursive=True)
     return {file["Path"]: RemoteFile(file["Size"], file.get("Sha256") or None) for file in listed}
 
 

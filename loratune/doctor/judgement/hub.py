@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from loratune.doctor.facts import Failure, Machine, RecipeFacts
-from loratune.doctor.finding import Finding, broken, fine, shell
+from loratune.doctor.finding import Finding, broken, fine, shell, slower
 from loratune.errors import Exit
 
 LOGIN = shell("log in", "hf auth login")
@@ -20,13 +20,14 @@ def judge_hub(machine: Machine, recipe: RecipeFacts | None) -> Iterator[Finding]
         yield fine("hub", "this recipe needs nothing from Hugging Face that is not on this machine")
         return
     if isinstance(hub, Failure):
-        yield broken("hub", f"asking it fails: {hub.text}", PROXY, OFFLINE)
+        text = f"asking it fails: {hub.text}"
+        yield _unreachable(text, recipe) if hub.kind == "timeout" else broken("hub", text, PROXY, OFFLINE)
         return
     if hub.is_offline:
         yield _offline(recipe)
         return
     if hub.reason:
-        yield broken("hub", f"{hub.endpoint} does not answer: {hub.reason}", PROXY, OFFLINE)
+        yield _unreachable(f"{hub.endpoint} does not answer: {hub.reason}", recipe)
         return
     yield fine("hub", f"{hub.endpoint} answers")
     if hub.token == "refused":
@@ -40,6 +41,15 @@ def judge_hub(machine: Machine, recipe: RecipeFacts | None) -> Iterator[Finding]
     if hub.base_reason and recipe:
         text = f"{recipe.base} cannot be downloaded: {hub.base_reason}"
         yield broken("base", text, LOGIN, exit_code=Exit.MODEL)
+
+
+def _unreachable(text: str, recipe: RecipeFacts | None) -> Finding:
+    if not recipe:
+        return slower("hub", f"{text}\nonly models that are on this machine can be used", PROXY, OFFLINE)
+    folder = shell(
+        "or give a folder", f"loratune sft --config {recipe.config} --model.base FOLDER", FOLDER="of the model"
+    )
+    return broken("hub", text, PROXY, *([folder] if recipe.needs_base else []))
 
 
 def _offline(recipe: RecipeFacts | None) -> Finding:

@@ -1,17 +1,26 @@
-"""The files of a base: complete, as long as their headers say, and with the hub's hashes where it has left them."""
+"""The files of a base: complete, as long as their headers say, and with the hub's hashes where they are known."""
 
 from __future__ import annotations
 
 import re
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from loratune.doctor.facts import BaseFacts
 from loratune.errors import LoratuneError, refusal
-from loratune.model.files import HUB_FILES, INDEX_BYTES, check_config, check_safetensors, local_folder, weight_files
+from loratune.model.files import (
+    CONFIG,
+    HUB_FILES,
+    INDEX_BYTES,
+    check_config,
+    check_safetensors,
+    has_tokenizer_files,
+    local_folder,
+    weight_files,
+)
 from loratune.plain_files import read_json_object
 from loratune.recipe.sections import ModelSettings
 from loratune.runs.folder import file_sha256
@@ -26,8 +35,13 @@ POINTER = b"version https://git-lfs.github.com/spec/"
 SHOWN_TENSORS = 3
 
 
-def base_facts(settings: dict[str, Any]) -> BaseFacts:
-    """Examine the base of a recipe where it lies on this machine; nothing is downloaded."""
+def base_facts(settings: dict[str, Any], hashes: Mapping[str, str] | None = None) -> BaseFacts:
+    """Examine the base of a recipe where it lies on this machine; nothing is downloaded.
+
+    Args:
+        settings: the recipe's `model`.
+        hashes: file → sha256 that the hub has told; others are those that its client has left.
+    """
     model = ModelSettings.model_validate(settings)
     folder = folder_of(model)
     left = [*_unfinished_in_cache(model)]
@@ -38,7 +52,7 @@ def base_facts(settings: dict[str, Any]) -> BaseFacts:
     try:
         files = weight_files(folder)
     except LoratuneError as error:
-        return BaseFacts(str(folder), (*problems, error.message), tuple(left), (), 0, 0)
+        return BaseFacts(str(folder), (*problems, error.message), tuple(left), (), 0, 0, lacks_files=True)
     pointers = [path for path in files if _begins_with(path, POINTER)]
     checked = {path: refusal(partial(check_safetensors, path)) for path in files}
     damaged = {path: error for path, error in checked.items() if error}
@@ -46,7 +60,7 @@ def base_facts(settings: dict[str, Any]) -> BaseFacts:
     whole = [path for path in files if path not in damaged]
     if not damaged:
         problems += _other_than_index(folder, whole)
-    compared, different = _compare_with_hub(folder, whole)
+    compared, different = _compare_with_hub(folder, whole, hashes or {})
     return BaseFacts(
         str(folder),
         (*problems, *different),
@@ -54,6 +68,7 @@ def base_facts(settings: dict[str, Any]) -> BaseFacts:
         tuple(path.name for path in pointers),
         sum(path.stat().st_size for path in files),
         compared,
+        lacks_files=not ((folder / CONFIG).exists() and has_tokenizer_files(folder)),
     )
 
 
@@ -99,14 +114,15 @@ def _other_than_index(folder: Path, files: list[Path]) -> Iterator[str]:
             yield f"{path}: {text}: {shown}{', …' if len(found) > SHOWN_TENSORS else ''}"
 
 
-def _compare_with_hub(folder: Path, files: list[Path]) -> tuple[int, list[str]]:
+def _compare_with_hub(folder: Path, files: list[Path], hashes: Mapping[str, str]) -> tuple[int, list[str]]:
     """Return how many files were hashed, and which of them differ from what the hub has.
 
     Hugging Face's client names a file of its cache by its sha256, and writes it into a file beside those of a folder.
+    ModelScope's leaves none.
     """
     compared, different, end = 0, list[str](), time.monotonic() + COMPARED_SECONDS
     for path in files:
-        expected = _hash_from_hub(folder, path)
+        expected = hashes.get(path.name) or _hash_from_hub(folder, path)
         if expected and time.monotonic() < end:
             compared += 1
             if file_sha256(path) != expected:

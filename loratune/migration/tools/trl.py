@@ -50,7 +50,13 @@ def validation_rows(sheet: Sheet, given: Given) -> None:
 
 def trained_parts(sheet: Sheet, given: Given) -> None:
     """It trains whole conversations unless told otherwise; of prompt and completion, the completion."""
-    if any(truth(given[name]) for name in ("assistant_only_loss", "completion_only_loss") if name in given):
+    if truth(given["assistant_only_loss"]):
+        sheet.note(
+            "there, what TRL's template marks is trained, with some models the line breaks around an answer as well "
+            "(import --rows compares them)"
+        )
+        return
+    if truth(given.get("completion_only_loss", False)):
         return
     if "completion_only_loss" in given:
         sheet.lose("only answers are trained, never prompts")
