@@ -14,7 +14,7 @@ from dataclasses import replace
 from loratune.delivery.verification.parity import InState, compare_pairs
 from loratune.delivery.verification.proof import EXACT
 from loratune.delivery.verification.routes import Routes
-from loratune.model.weights.reference import inputs_unrounded
+from loratune.model.weights.dequantised import inputs_unrounded
 from loratune.model.weights.rounding import Rounding, rounded_as
 from loratune.protocols import CausalModel
 from loratune.runs.probe import ProbeRow
