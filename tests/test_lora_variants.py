@@ -28,8 +28,7 @@ from loratune.model.adapter.targets import attached_layers
 from loratune.model.architecture.roles import quantised_matrices
 from loratune.model.base import load_base
 from loratune.model.hardware import detect_hardware
-from loratune.model.weights.dequantised import held_weight
-from loratune.model.weights.reference import inputs_unrounded
+from loratune.model.weights.dequantised import held_weight, inputs_unrounded
 from loratune.recipe.advice import advise
 from loratune.recipe.method_sections import LoraSettings
 from loratune.recipe.sections import ModelSettings, Recipe

@@ -32,10 +32,11 @@ from loratune.model.adapter.peft_merge import Change
 from loratune.model.adapter.peft_stacks import StackRows
 from loratune.model.architecture.file_layout import FileLayout, file_layout, prediction_tensors
 from loratune.model.architecture.roles import expert_stacks, transposed_matrices
+from loratune.model.architecture.structure import causal_model
 from loratune.model.from_folder import load_from_folder, load_plain
 from loratune.model.weights import mapped, reference
 from loratune.model.weights.mapped import load_mapped
-from loratune.model.weights.rounding import Rounding
+from loratune.model.weights.rounding import Rounding, rounded_as
 from loratune.model.weights.tensor_files import TensorFiles
 from loratune.runs.probe import ProbeRow
 
@@ -619,6 +620,21 @@ def test_noise_allows_right_merges_and_not_the_base_alone(models: Models, tmp_pa
     measured = ALLOWED * max(one.largest_difference / one.largest_logit for one in noise)
     assert right.largest_difference / right.largest_logit < measured < 1e-3
     assert bounds_of_noise([dataclasses.replace(right, largest_difference=0.0)]) == EXACT
+
+
+@pytest.mark.parametrize("width", [32, 2048])
+def test_noise_is_what_two_right_sums_of_a_layer_differ_by(tmp_path: Path, width: int) -> None:
+    """Whatever their length: float32 rounds a sum of 2,048 products by more than it rounds a weight."""
+    base = make_tiny_model("qwen2", tmp_path / "base", hidden_size=width, num_hidden_layers=1)
+    merged = adapter_of(base, tmp_path / "adapter").merge_and_unload()
+    ours = load_adapter(load_mapped(base), tmp_path / "adapter", keep_dtype=True)
+    name, inputs = "model.layers.0.self_attn.q_proj", torch.randn(50, width)
+    layer = causal_model(ours).get_submodule(name)
+    with torch.inference_mode():
+        apart = (merged.get_submodule(name)(inputs) - (without := layer(inputs))).norm()
+        for run in range(3):
+            with rounded_as(ours, {f"{name}.weight": Rounding(torch.float32, seed=(run, 0))}):
+                assert apart / 2 < (layer(inputs) - without).norm() < 2 * apart
 
 
 def test_a_merge_that_needs_other_bounds_says_where_they_come_from(

@@ -30,7 +30,7 @@ from loratune.model.adapter.plain_copy import perturbed, with_same_weights
 from loratune.model.architecture.recurrent import recurrent_modules
 from loratune.model.architecture.roles import Role, linear_modules
 from loratune.model.architecture.structure import decoder_of, output_layer
-from loratune.model.from_folder import load_from_folder
+from loratune.model.base import dtype_name, load_base
 from loratune.model.hardware import detect_hardware
 from loratune.model.kernels import linear_cross_entropy, packed_rows
 from loratune.model.kernels.attention_choice import AttentionChoice, choose_attention
@@ -39,6 +39,7 @@ from loratune.model.kernels.norm_mlp import use_fused_elementwise
 from loratune.model.kernels.packed_attention import _attend_by_products
 from loratune.model.kernels.packed_rows import PackedRows, _alike
 from loratune.recipe.loading import load_recipe
+from loratune.recipe.sections import ModelSettings
 from loratune.training import session
 from loratune.training.activations import measure_passes
 from loratune.training.probes import saved_adapter
@@ -75,9 +76,12 @@ class Trained(NamedTuple):
         return check_model(self.model, self.plain, attention, self.own_attention, recipe)
 
 
-def trained(base: Path, dtype: torch.dtype = torch.float32, targets: list[str] | None = None) -> Trained:
+def trained(
+    base: Path, dtype: torch.dtype = torch.float32, targets: list[str] | None = None, quantization: str = "none"
+) -> Trained:
     """Put LoRA on attention and recurrent layers, and none on experts, which PEFT treats in a way of its own."""
-    model = load_from_folder(base, dtype=dtype, attn_implementation="sdpa")
+    given = {"dtype": dtype_name(dtype), "attn_implementation": "sdpa", "quantization": quantization}
+    model = load_base(ModelSettings(base=str(base), **given), base, detect_hardware())
     names = targets or [*linear_modules(model, Role.ATTENTION), *recurrent_linears(model)]
     plain, other = with_same_weights(model), with_same_weights(model)
     own_attention = str(model.config._attn_implementation)
@@ -164,11 +168,18 @@ def test_recomputed_layers_have_the_documents_of_their_pass(tiny_model: TinyMode
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(
+    ("dtype", "quantization"),
+    [(torch.bfloat16, "none"), (torch.float32, "int8"), (torch.bfloat16, "int8")],
+    ids=lambda value: dtype_name(value) if isinstance(value, torch.dtype) else value,
+)
 @pytest.mark.parametrize("kind", [*CONFIGS])
-def test_checks_do_not_cry_wolf_in_bfloat16(tiny_model: TinyModel, kind: str) -> None:
-    it = trained(tiny_model(kind), torch.bfloat16)
+def test_checks_do_not_cry_wolf(tiny_model: TinyModel, kind: str, dtype: torch.dtype, quantization: str) -> None:
+    if (kind, quantization) == ("gpt2", "int8"):
+        pytest.skip("its layers are no nn.Linear")
+    it = trained(tiny_model(kind), dtype, quantization=quantization)
     assert it.checked().is_packed
-    it = trained(tiny_model(kind), torch.bfloat16)
+    it = trained(tiny_model(kind), dtype, quantization=quantization)
     checked = it.checked(**{"training.packing": False})
     assert (checked.is_packed, checked.is_single, checked.warnings) == (False, False, ())
 
@@ -229,6 +240,27 @@ def test_rows_are_padded_where_nothing_keeps_documents_apart(
         assert_same(step_of(it.model, padded(it.model, documents)), step_by_rows(it.reference, documents))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=dtype_name)
+@pytest.mark.parametrize("packing", [True, False])
+def test_what_llm_int8_shares_between_tokens_is_no_leak(
+    tiny_model: TinyModel, dtype: torch.dtype, packing: bool
+) -> None:
+    """It keeps a column of the inputs in 16 bits for all tokens of a pass where one of them has a large value there."""
+    it = trained(tiny_model("qwen3_5"), dtype, quantization="int8")
+    own, *others = (random_documents(it.model, (8,), seed=seed)[0] for seed in range(3))
+
+    def is_changed() -> bool:
+        states = [decoder_of(it.model.eval())(torch.tensor([own + other]))[0][:, : len(own)] for other in others]
+        return not torch.equal(*states)
+
+    assert is_changed()
+    checked = it.checked(**{"training.packing": packing})
+    assert (checked.is_packed, checked.is_single, checked.warnings) == (packing, False, ())
+    (order,) = (check.result for check in checked.checks if check.name == "order")
+    assert order == "no token sees a later one, but for how LLM.int8 rounds"
+    assert is_changed()
+
+
 @contextmanager
 def no_boundaries(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """The recurrent layers are not told of documents."""
@@ -282,6 +314,7 @@ def padding_on_the_left(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         yield
 
 
+@pytest.mark.parametrize("quantization", ["none", "int8"])
 @pytest.mark.parametrize(
     ("kind", "fault", "told"),
     [
@@ -294,9 +327,9 @@ def padding_on_the_left(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     ids=lambda value: getattr(value, "__name__", value),
 )
 def test_recurrent_layers_that_mix_documents_are_noticed(
-    tiny_model: TinyModel, monkeypatch: pytest.MonkeyPatch, kind: str, fault: Any, told: str
+    tiny_model: TinyModel, monkeypatch: pytest.MonkeyPatch, kind: str, fault: Any, told: str, quantization: str
 ) -> None:
-    it = trained(tiny_model(kind))
+    it = trained(tiny_model(kind), quantization=quantization)
     base = it.model.get_base_model()
     choose_attention(base, detect_hardware(), "auto", is_packed=True)
     with fault(monkeypatch):
@@ -355,9 +388,11 @@ def test_products_take_values_of_another_size_than_keys() -> None:
     torch.testing.assert_close(_attend_by_products(query, key, value, None), expected, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("quantization", ["none", "int8"])
 @pytest.mark.parametrize("packing", [True, False])
-def test_a_model_that_encodes_texts_is_refused(tmp_path: Path, packing: bool) -> None:
-    it = trained(make_tiny_model("gemma3_text", tmp_path / "base", use_bidirectional_attention=True))
+def test_a_model_that_encodes_texts_is_refused(tmp_path: Path, packing: bool, quantization: str) -> None:
+    base = make_tiny_model("gemma3_text", tmp_path / "base", use_bidirectional_attention=True)
+    it = trained(base, quantization=quantization)
     with pytest.raises(LoratuneError, match="Gemma3ForCausalLM: a token sees those after it"):
         it.checked(**{"training.packing": packing})
 
@@ -438,8 +473,9 @@ def test_an_adapter_that_its_files_do_not_give_back_is_refused(
         check_saved_adapter(it.model, it.plain)
 
 
-def test_states_that_peft_does_not_give_are_refused(tiny_model: TinyModel) -> None:
-    it = trained(tiny_model("qwen2"))
+@pytest.mark.parametrize("quantization", ["none", "int8"])
+def test_states_that_peft_does_not_give_are_refused(tiny_model: TinyModel, quantization: str) -> None:
+    it = trained(tiny_model("qwen2"), quantization=quantization)
     layer = it.model.base_model.model.model.layers[0].self_attn.q_proj
     layer.forward = lambda x, own=layer.forward: 1.5 * own(x)
     with pytest.raises(LoratuneError, match=r"the states differ by \d+\.\d% of the adapter's effect"):
@@ -458,8 +494,9 @@ def test_rows_are_passes_of_their_own_where_padding_matters(tiny_model: TinyMode
     assert "each row is a pass of its own" in checked.warnings[0]
 
 
-def test_padding_that_is_seen_is_noticed(tiny_model: TinyModel) -> None:
-    it = trained(tiny_model("qwen2"))
+@pytest.mark.parametrize("quantization", ["none", "int8"])
+def test_padding_that_is_seen_is_noticed(tiny_model: TinyModel, quantization: str) -> None:
+    it = trained(tiny_model("qwen2"), quantization=quantization)
     embedding = it.model.get_input_embeddings()
     embedding.register_forward_hook(lambda _, __, output: output + output.mean(1, keepdim=True))
     assert why_padding_matters(it.model) == "the padding's tokens change the states of a padded row"

@@ -2,7 +2,8 @@
 
 Two correct computations in float32 differ by some rounding errors of their sums. Most models turn these into
 differences of 1e-7 to 3e-6 of the largest logit. Some amplify them, such as those with a recurrent state. How much is
-measured: base + adapter runs with noise on its updated weights, and is compared with itself.
+measured: base + adapter runs with noise on its updated weights and with their sums in another order, and is compared
+with itself.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from dataclasses import replace
 from loratune.delivery.verification.parity import InState, compare_pairs
 from loratune.delivery.verification.proof import EXACT
 from loratune.delivery.verification.routes import Routes
-from loratune.model.weights.reference import inputs_unrounded
+from loratune.model.weights.dequantised import inputs_unrounded
 from loratune.model.weights.rounding import Rounding, rounded_as
 from loratune.protocols import CausalModel
 from loratune.runs.probe import ProbeRow
@@ -29,7 +30,7 @@ ALLOWED = 3
 def noise_of(
     reference: CausalModel, merged: CausalModel, roundings: Mapping[str, Rounding], rows: Sequence[ProbeRow]
 ) -> tuple[Parity, ...]:
-    """Compare base + adapter with itself under noise of one unit in the last place of float32, for each run.
+    """Compare base + adapter with itself under float32's noise, see `Rounding.seed`, for each run.
 
     Args:
         reference: base + adapter.

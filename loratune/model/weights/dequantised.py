@@ -1,11 +1,18 @@
-"""The weight that a linear layer computes with, quantised or not."""
+"""The weight that a linear layer computes with, quantised or not, and layers that compute with nothing else."""
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from peft.utils.integrations import dequantize_module_weight
+from torch.nn import functional
+
+from loratune.model.architecture.structure import causal_model
+from loratune.protocols import CausalModel
 
 
 def held_weight(module: Any) -> torch.Tensor:
@@ -14,3 +21,28 @@ def held_weight(module: Any) -> torch.Tensor:
         return dequantize_module_weight(module)
     scaled: torch.Tensor = module.weight_in(torch.float32)
     return scaled
+
+
+def exact_linear(module: Any, inputs: torch.Tensor) -> torch.Tensor:
+    """Return a linear layer's output of inputs (…, in) and its held weight, summed in float32, in the inputs' dtype."""
+    bias = None if module.bias is None else module.bias.float()
+    return functional.linear(inputs.float(), held_weight(module).float(), bias).to(inputs.dtype)
+
+
+def modules_with(model: CausalModel, kind: str) -> list[Any]:
+    """Return the modules whose weight is of a class of bitsandbytes, such as `Int8Params`."""
+    weights = ((module, module._parameters.get("weight")) for module in causal_model(model).modules())
+    return [module for module, weight in weights if type(weight).__name__ == kind]
+
+
+@contextmanager
+def inputs_unrounded(model: CausalModel) -> Iterator[None]:
+    """Let layers with LLM.int8 compute with their inputs as they are; they round them to 8 bits otherwise."""
+    modules = modules_with(model, "Int8Params")
+    for module in modules:
+        module.forward = functools.partial(exact_linear, module)
+    try:
+        yield
+    finally:
+        for module in modules:
+            del module.forward

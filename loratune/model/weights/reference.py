@@ -3,24 +3,21 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from peft.tuners.lora.layer import LoraLayer, ParamWrapper
 from torch import nn
-from torch.nn import functional
 
 from loratune.model.adapter.attach import load_adapter
 from loratune.model.adapter.peft_stacks import StackRows
-from loratune.model.architecture.structure import causal_model
 from loratune.model.base import load_base
 from loratune.model.files import weight_files
 from loratune.model.from_folder import load_empty
 from loratune.model.hardware import Hardware
-from loratune.model.weights.dequantised import held_weight
+from loratune.model.weights.dequantised import exact_linear, modules_with
 from loratune.model.weights.held import is_quantised
 from loratune.model.weights.mapped import load_mapped, mapped_in_float32
 from loratune.model.weights.stack import stacks_of
@@ -64,33 +61,10 @@ def _load_quantised(settings: ModelSettings, base: Path, hardware: Hardware) -> 
     keep_unpacked(quantized)  # the packed form computes in bfloat16
     quantized.set_experts_implementation("eager")  # others take whole stacks
     _compute_buffers_in_float32(quantized, base)
-    for module in _quantised_modules(quantized, "Params4bit"):
-        module.forward = functools.partial(_linear, module)  # bitsandbytes would dequantise to float32, as no training
+    for module in modules_with(quantized, "Params4bit"):
+        # bitsandbytes would dequantise to float32, as no training.
+        module.forward = functools.partial(exact_linear, module)
     return mapped_in_float32(quantized, TensorFiles(weight_files(base)), hardware.device).eval()
-
-
-@contextmanager
-def inputs_unrounded(model: CausalModel) -> Iterator[None]:
-    """Let layers with LLM.int8 compute in float32 with their weights; they round their inputs to 8 bits otherwise."""
-    modules = _quantised_modules(model, "Int8Params")
-    for module in modules:
-        module.forward = functools.partial(_linear, module)
-    try:
-        yield
-    finally:
-        for module in modules:
-            del module.forward
-
-
-def _quantised_modules(model: CausalModel, kind: str) -> list[Any]:
-    """Return the modules whose weight is of a class of bitsandbytes."""
-    weights = ((module, module._parameters.get("weight")) for module in causal_model(model).modules())
-    return [module for module, weight in weights if type(weight).__name__ == kind]
-
-
-def _linear(module: Any, inputs: torch.Tensor) -> torch.Tensor:
-    bias = None if module.bias is None else module.bias.float()
-    return functional.linear(inputs.float(), held_weight(module).float(), bias)
 
 
 def _compute_buffers_in_float32(model: CausalModel, base: Path) -> None:

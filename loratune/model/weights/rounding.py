@@ -47,7 +47,7 @@ class Rounding:
     found: torch.Tensor | None = None
     """The written tensor, of which ties are taken; see `_rounded`. None to round all values to the nearest."""
     seed: tuple[int, int] | None = None
-    """Seeds noise of up to one unit in the last place of float32, which is added to the errors; None for none."""
+    """Seeds noise: errors of up to one unit in the last place of float32, and sums in another order. None for none."""
 
     def error(self, held: torch.Tensor, numbers: torch.Tensor) -> torch.Tensor:
         """Return written rows minus PEFT's merge of the reference's rows, in float32.
@@ -91,6 +91,22 @@ class Rounding:
         """
         merged_into = self.original_matrix(number).to(exact.device) if self.original_matrix else exact
         return merged_into.to(self.held_as or merged_into.dtype).to(self.dtype).float() + self._noise(exact, number)
+
+    def sum_noise(self, values: torch.Tensor, held: torch.Tensor) -> torch.Tensor:
+        """Return what the order of a linear layer's sums makes of its outputs (…, rows), or a zero without a seed.
+
+        Float32's rounding of a sum grows with its length, and that of a weight does not. Two right sums of 2,048
+        products differ by five times what noise on each weight makes of them.
+
+        Args:
+            values: inputs (…, columns), in float32.
+            held: rows (rows, columns) that the reference computes with, on the same device.
+        """
+        if self.seed is None:
+            return torch.zeros(())
+        generator = torch.Generator().manual_seed(hash(self.seed) % 2**32)
+        order, weight = torch.randperm(held.shape[-1], generator=generator).to(held.device), held.float()
+        return functional.linear(values[..., order], weight[:, order]) - functional.linear(values, weight)
 
     def _noise(self, exact: torch.Tensor, number: int) -> torch.Tensor:
         if self.seed is None:
@@ -161,7 +177,9 @@ def _hook(module: Any, rounding: Rounding) -> Callable[..., torch.Tensor] | None
         weight, values, output = held_weight(module), inputs[0].float(), output.float()
         for numbers in torch.arange(len(weight)).split(max(1, PIECE_VALUES // weight.shape[1])):
             rows = slice(int(numbers[0]), int(numbers[-1]) + 1)
-            output[..., rows] += functional.linear(values, rounding.error(weight[rows].to(values.device), numbers))
+            held = weight[rows].to(values.device)
+            output[..., rows] += functional.linear(values, rounding.error(held, numbers))
+            output[..., rows] += rounding.sum_noise(values, held)
         return output
 
     def of_embedding(_: Any, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> torch.Tensor:

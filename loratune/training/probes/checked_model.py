@@ -13,6 +13,7 @@ from loratune.errors import counted
 from loratune.model.architecture.structure import causal_model
 from loratune.model.kernels.attention_choice import AttentionChoice
 from loratune.model.kernels.linear_cross_entropy import add_labelled_loss
+from loratune.model.weights.dequantised import modules_with
 from loratune.protocols import AdaptedModel, CausalModel
 from loratune.recipe.sections import Recipe
 from loratune.runs.model_check import ModelCheck
@@ -69,7 +70,7 @@ def check_model(
     if not packing.is_packed:
         problem, check = _timed("padding", lambda: why_padding_matters(model), _padding_text)
         checks.append(check)
-    _, order = _timed("order", lambda: check_causality(model, packing.is_packed), _order_text)
+    _, order = _timed("order", lambda: check_causality(model, packing.is_packed), lambda _: _order_text(model))
     if problem:
         warnings.append(f"each row is a pass of its own, which is slower: {problem}")
     # With the attention that is settled now, because others may not compute the model's scores.
@@ -112,8 +113,9 @@ def _padding_text(problem: str) -> str:
     return problem or "padding changes nothing"
 
 
-def _order_text(_: None) -> str:
-    return "no token sees a later one"
+def _order_text(model: AdaptedModel) -> str:
+    text = "no token sees a later one"
+    return f"{text}, but for how LLM.int8 rounds" if modules_with(model, "Int8Params") else text
 
 
 def _gradients_text(weights: int) -> str:

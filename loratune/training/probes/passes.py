@@ -10,6 +10,7 @@ import torch
 
 from loratune.data.assembly.batches import collate_packed, collate_padded
 from loratune.model.architecture.structure import causal_model, decoder_of, text_config
+from loratune.model.weights.dequantised import inputs_unrounded
 from loratune.protocols import AdaptedModel
 
 LARGEST_SHARES = {torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.02}
@@ -64,9 +65,13 @@ def single(model: AdaptedModel, documents: Documents) -> dict[str, Any]:
 
 
 def last_states(model: AdaptedModel, inputs: dict[str, Any]) -> torch.Tensor:
-    """Return the decoder's last states of a pass, float32 [rows, length, width], without gradients."""
+    """Return the decoder's last states of a pass, float32 [rows, length, width], without gradients.
+
+    Layers with LLM.int8 compute with their inputs unrounded. They would round those of a token by all tokens of a pass,
+    so that each changes the others a little however a model attends.
+    """
     given = {name: value for name, value in inputs.items() if name != "labels"}
-    with torch.no_grad():
+    with torch.no_grad(), inputs_unrounded(model):
         states: torch.Tensor = decoder_of(model)(**given, use_cache=False).last_hidden_state
     return states.float()
 
