@@ -1,6 +1,10 @@
-# loratune with CUDA. It has not been built yet: no machine with Docker and a GPU has been at hand.
+# loratune with CUDA:
 #   docker build -t loratune .
 #   docker run --gpus all -v "$PWD":/work -v loratune-cache:/home/loratune/.cache loratune sft --config recipe.yaml
+#   docker run --gpus all -v "$PWD":/work -p 8000:8000 loratune serve --model merged --host 0.0.0.0
+#
+# Built with Buildah on Debian 12 with its Python 3.11 in place of the image below. There it has trained, merged and
+# served on a CPU as its user. It has not run with Docker and a GPU yet.
 #
 # torch's own wheels bring CUDA's libraries, so the base needs Python only; constraints.txt is tested with 3.11.
 FROM python:3.11-slim-bookworm

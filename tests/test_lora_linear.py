@@ -23,6 +23,7 @@ from transformers import AutoModelForCausalLM
 
 from loratune.model.kernels import lora_linear
 from loratune.model.kernels.lora_linear import _draw_mask, _long_product, use_fused_lora
+from loratune.model.weights.dequantised import held_weight, inputs_unrounded
 from loratune.model.weights.int8_linear import complete_int8
 
 IN, HIDDEN, OUT = 6, 10, 7
@@ -339,6 +340,20 @@ def test_eight_bit_layers_give_what_peft_gives(dtype: Any, terms: int, is_traini
     expected = run(own, x)
     assert len(expected) == 6
     assert_same(run(fused, x), expected, terms, dtype)
+
+
+def test_checks_that_leave_the_inputs_unrounded_run_the_same_function(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, x = eight_bit(torch.float32).eval(), inputs(4, IN)
+    layer = layer_of(model)
+    weight = held_weight(layer.base_layer).double() + layer.get_delta_weight("default").detach().double()
+    expected = x.double() @ weight.t() + layer.base_layer.bias.detach().double()
+    use_fused_lora(model)
+    fused, plain = list[None](), lora_linear._FusedLinear.apply
+    monkeypatch.setattr(lora_linear._FusedLinear, "apply", lambda *rest: fused.append(None) or plain(*rest))
+    with inputs_unrounded(model):
+        assert_same_but_rounding(layer(x).detach(), expected, TERMS)
+    assert len(fused) == 1
+    assert error_of(layer(x).detach(), expected) > 1e-3  # with inputs rounded to 8 bits
 
 
 def test_eight_bit_layers_keep_what_the_backward_pass_needs() -> None:

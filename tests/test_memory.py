@@ -31,7 +31,7 @@ from loratune.model.kernels.packed_attention import use_document_attention
 from loratune.recipe.sections import TrainingSettings
 from loratune.training import activations, session
 from loratune.training.activations import SPARE, SPARE_ON_GPU, PassMemory, largest_step, measure_passes, plan_passes
-from loratune.training.memory.prediction import Prediction
+from loratune.training.memory.prediction import FREED, STEP, Prediction
 
 MB = 2**20
 
@@ -118,6 +118,48 @@ def test_large_blocks_are_returned_or_kept() -> None:
     assert kept > 56 * MB
 
 
+HELD = """
+import sys
+import torch
+from loratune.model.memory import hold_within, keep_freed_memory, resident_bytes
+
+MB = 1 << 20
+keep_freed_memory()
+model = torch.nn.Identity()
+before = resident_bytes()
+hold_within(model, before + int(sys.argv[1]) * MB)
+blocks = [torch.ones(MB, dtype=torch.uint8) for _ in range(int(sys.argv[2]))]
+gaps = [blocks.pop(-2) for _ in range(len(blocks) // 2)]  # every other block stays
+del gaps
+found = []
+for _ in range(2):
+    model(torch.ones(1))
+    found.append(resident_bytes() - before)
+    gaps = [torch.ones(MB, dtype=torch.uint8) for _ in range(32)]
+    del gaps
+print(*found, len(model._forward_pre_hooks))
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="settings of glibc")
+@pytest.mark.parametrize(
+    ("most", "blocks", "held", "looks"),
+    [(100, 128, (64, 96), 1), (200, 128, (128, 128), 1), (20, 128, (64, 96), 0)],
+    ids=["too many", "within", "more in use"],
+)
+def test_freed_blocks_are_returned_where_a_process_would_outgrow_its_bound(
+    most: int, blocks: int, held: tuple[int, int], looks: int
+) -> None:
+    """Half the blocks are freed. With more in use than the bound, nothing is returned a second time."""
+    done = subprocess.run(
+        [sys.executable, "-c", HELD, str(most), str(blocks)], capture_output=True, text=True, check=True
+    )
+    first, second, left = map(int, done.stdout.split())
+    assert abs(first / MB - held[0]) < 8
+    assert abs(second / MB - held[1]) < 8
+    assert left == looks
+
+
 @pytest.mark.parametrize("keeps", [True, False])
 def test_a_run_keeps_freed_blocks_if_they_are_expected_to_fit(
     sft: Callable[..., Result], monkeypatch: pytest.MonkeyPatch, keeps: bool
@@ -125,9 +167,12 @@ def test_a_run_keeps_freed_blocks_if_they_are_expected_to_fit(
     called: list[str] = []
     for name in ("return_large_blocks", "keep_freed_memory"):
         monkeypatch.setattr(session, name, lambda name=name: called.append(name))
-    expected = Prediction({}, {}, {"a moment": {}}, 1, False, keeps_freed=keeps)
+    expected = Prediction({}, {"all": 7}, {STEP: {FREED: 4}}, 1, False, keeps_freed=keeps)
     monkeypatch.setattr(session, "_predicted", lambda *_: expected)
+    bounds: list[int] = []
+    monkeypatch.setattr(session, "hold_within", lambda _, most: bounds.append(most))
     assert sft("run").exit_code == 0
+    assert bounds == [9] * keeps  # what is expected at the peak, with half the freed blocks
     assert called == ["return_large_blocks", "keep_freed_memory"][: 1 + keeps]
 
 

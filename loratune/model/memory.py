@@ -10,9 +10,11 @@ import resource
 import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import psutil
 import torch
+from torch import nn
 
 from loratune.model.hardware import Hardware
 
@@ -41,6 +43,30 @@ def keep_freed_memory() -> None:
     """
     _set_malloc(M_MMAP_THRESHOLD, 32 << 20)  # the most that mallopt documents
     _set_malloc(M_TRIM_THRESHOLD, -1)
+
+
+def hold_within(model: nn.Module, most: int) -> None:
+    """Return freed blocks to the system before each pass of a model that finds them to be too many.
+
+    Blocks that are kept are not reused without gaps, so a process grows for as long as its passes have new sizes.
+
+    Args:
+        model: that the passes call.
+        most: resident bytes of the process between two passes.
+    """
+
+    def look(*_: Any) -> None:
+        if resident_bytes() > most:
+            return_freed_memory()
+            if resident_bytes() > most:  # it holds more than was expected, so this saves nothing
+                looking.remove()
+
+    looking = model.register_forward_pre_hook(look)
+
+
+def resident_bytes() -> int:
+    """Return the resident memory of this process."""
+    return int(psutil.Process().memory_info().rss)
 
 
 def return_large_blocks() -> None:

@@ -26,7 +26,13 @@ from loratune.model.kernels.attention_choice import choose_attention
 from loratune.model.kernels.lora_linear import use_fused_lora
 from loratune.model.kernels.norm_mlp import use_fused_elementwise
 from loratune.model.kernels.recurrent_layers import call_modules_in_training
-from loratune.model.memory import free_main_memory_bytes, keep_freed_memory, return_large_blocks
+from loratune.model.memory import (
+    free_main_memory_bytes,
+    hold_within,
+    keep_freed_memory,
+    resident_bytes,
+    return_large_blocks,
+)
 from loratune.model.sharding.gathering import is_sharded, with_weights
 from loratune.model.sharding.sharded_base import require_apart_from_vocabulary, require_shardable, with_same_shards
 from loratune.model.tokenizer import load_tokenizer, set_pad_token
@@ -52,7 +58,7 @@ from loratune.training.determinism import request_deterministic_cublas
 from loratune.training.failures import attempted
 from loratune.training.first_rows import start_from_rows
 from loratune.training.gate import pass_gate
-from loratune.training.memory.expecting import ProcessMemory, Workload, expect_passes, own_memory, settings_of
+from loratune.training.memory.expecting import ProcessMemory, Workload, expect_passes, settings_of
 from loratune.training.memory.planned import planned_model
 from loratune.training.memory.prediction import Prediction
 from loratune.training.notes import Notes
@@ -148,7 +154,7 @@ def prepare(recipe: Recipe, day: str | None, output: Path, hardware: Hardware, s
     start_up.stage_done("data")
     return Prepared(
         recipe, output, hardware, base, tokenizer, encoder, data, plan, arguments, warnings, start_up, stops, hashes,
-        own_memory(),
+        resident_bytes(),
     )  # fmt: skip
 
 
@@ -177,6 +183,8 @@ def load(prepared: Prepared, start: Checkpoint | None = None) -> Session:
     # Beside a GPU, main memory is not what a run lacks.
     if not is_sharded(model) and (hardware.is_gpu or (prediction and prediction.keeps_freed)):
         keep_freed_memory()
+    if prediction and prediction.keeps_freed:
+        hold_within(adapted, prediction.between_passes)
     if start and (begun := start.progress.get(ATTENTION, attention.name)) != attention.name:
         console.warn(f"attention is {attention.name}, {begun} before the interruption, so bits may differ")
     arguments = with_gradient_checkpointing(prepared.arguments, passes.gradient_checkpointing)
@@ -253,7 +261,7 @@ def _predicted(prepared: Prepared, checked: CheckedModel, passes: PassPlan) -> P
         planned = planned_model(recipe, prepared.base, hardware)
         planned = replace(planned, is_packed=checked.is_packed, is_masked=checked.is_masked)
         work = Workload(train.lengths, train.trained_tokens / train.tokens)
-        memory = ProcessMemory(prepared.resident_bytes, free_main_memory_bytes() + own_memory())
+        memory = ProcessMemory(prepared.resident_bytes, free_main_memory_bytes() + resident_bytes())
         return expect_passes(planned, recipe, work, hardware, passes, memory)
 
     return attempted("the prediction of memory", predict)

@@ -12,6 +12,7 @@ from peft.tuners.lora import Linear
 from torch import nn
 
 from loratune.model.kernels.few_rows import takes_few_rows
+from loratune.model.weights.dequantised import is_unrounded
 
 
 class LayerState(NamedTuple):
@@ -97,7 +98,7 @@ def state_with(layer: Any, adapter: Any) -> LayerState | None:
 def _has_additions(module: Any) -> bool:
     own = vars(module)
     hooks = own["_forward_hooks"] or own["_forward_pre_hooks"] or own["_backward_hooks"] or own["_backward_pre_hooks"]
-    return bool(hooks) or ("forward" in own and not takes_few_rows(module))
+    return bool(hooks) or ("forward" in own and not (takes_few_rows(module) or is_unrounded(module)))
 
 
 def _trains_quantised(base: Any) -> bool:

@@ -29,6 +29,11 @@ def exact_linear(module: Any, inputs: torch.Tensor) -> torch.Tensor:
     return functional.linear(inputs.float(), held_weight(module).float(), bias).to(inputs.dtype)
 
 
+def is_unrounded(module: Any) -> bool:
+    """Return whether a layer computes by `exact_linear`, as `inputs_unrounded` has it."""
+    return getattr(vars(module).get("forward"), "func", None) is exact_linear
+
+
 def modules_with(model: CausalModel, kind: str) -> list[Any]:
     """Return the modules whose weight is of a class of bitsandbytes, such as `Int8Params`."""
     weights = ((module, module._parameters.get("weight")) for module in causal_model(model).modules())

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import os
 from collections import Counter
 from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any
 
 import numpy as np
-import psutil
 from numpy.typing import NDArray
 
 from loratune.data.assembly.steps import PassLayout, StepSampler
@@ -93,11 +91,6 @@ class ProcessMemory:
     """Resident before it loads the model: interpreter and libraries."""
     room: int
     """What it may take in all."""
-
-
-def own_memory() -> int:
-    """Return the resident memory of this process: interpreter and libraries, before there is a model."""
-    return int(psutil.Process(os.getpid()).memory_info().rss)
 
 
 def settings_of(recipe: Recipe, is_packed: bool) -> TrainingSettings:

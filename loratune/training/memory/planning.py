@@ -13,7 +13,7 @@ from loratune.errors import Exit, LoratuneError, counted
 from loratune.model.config import load_config
 from loratune.model.files import find_config
 from loratune.model.hardware import Hardware, detect_hardware
-from loratune.model.memory import free_main_memory_bytes
+from loratune.model.memory import free_main_memory_bytes, resident_bytes
 from loratune.model.tokenizer import load_tokenizer
 from loratune.recipe.sections import Recipe
 from loratune.training.activations import MASKED_TOKENS, PassPlan, largest_step, plan_passes
@@ -23,7 +23,6 @@ from loratune.training.memory.expecting import (
     ProcessMemory,
     Workload,
     expect_passes,
-    own_memory,
     pass_memory,
     settings_of,
 )
@@ -80,7 +79,7 @@ def place_of(gpu: str | None, gpus: int | None) -> Place:
     if hardware.is_gpu:
         free, _ = torch.cuda.mem_get_info()
         return Place(hardware, int(free) + CONTEXT_BYTES, hardware.name)
-    return Place(hardware, free_main_memory_bytes() // count + own_memory(), "this machine")
+    return Place(hardware, free_main_memory_bytes() // count + resident_bytes(), "this machine")
 
 
 class Planner:
@@ -101,7 +100,7 @@ class Planner:
         self._models: dict[str, PlannedModel] = {}
         self.work, self.notes = _encoded(recipe) if has_tokenizer else _assumed(recipe)
         self._tokenizer = load_tokenizer(self._folder) if has_tokenizer else None
-        self._process = own_memory()  # with tokenizer and what reads rows, as in a run
+        self._process = resident_bytes()  # with tokenizer and what reads rows, as in a run
 
     def predict(self, recipe: Recipe) -> Prediction:
         """Predict the memory of the recipe, or of one that differs in settings of model, adapter or training."""

@@ -81,6 +81,11 @@ class Prediction:
         return sum(self.terms.values())
 
     @property
+    def between_passes(self) -> int:
+        """Bytes from which a process that keeps freed blocks returns them between two passes."""
+        return self.peak_bytes - self.moments.get(STEP, {}).get(FREED, 0) // 2
+
+    @property
     def counted_bytes(self) -> int:
         """Of the peak, what a report's peak counts: on a GPU, what torch allocates."""
         return sum(size for name, size in self.terms.items() if name not in (CONTEXT, FRAGMENTS))
