@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import random
+import sys
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -12,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
+from serving import benchmark_figures
 from typer.testing import Result
 
 from loratune.errors import Exit, LoratuneError
@@ -31,7 +34,17 @@ from loratune.training.memory.expecting import ProcessMemory, Workload, expect_p
 from loratune.training.memory.live import LiveBytes
 from loratune.training.memory.planned import PlannedModel, planned_model
 from loratune.training.memory.planning import parse_size
-from loratune.training.memory.prediction import ADAPTER, FREED, LOADING, OPTIMIZER, STEP, Prediction
+from loratune.training.memory.prediction import (
+    ADAPTER,
+    FREED,
+    GRADIENTS,
+    KEPT,
+    LOADING,
+    OPTIMIZER,
+    STEP,
+    WORKSPACE,
+    Prediction,
+)
 from loratune.training.memory.trace import Setting, trace
 from loratune.training.probes.passes import packed
 
@@ -183,6 +196,21 @@ def test_freed_blocks_are_kept_where_there_is_room(random_qwen: Path) -> None:
     assert LOADING not in on_gpu.moments
 
 
+@pytest.mark.parametrize(("lengths", "share"), [([60, 61, 62, 63] * 8, 0.5), (list(range(20, 52)), 0.8)], ids=str)
+def test_more_freed_blocks_stay_beside_a_quantised_base_if_passes_have_many_sizes(
+    random_qwen: Path, lengths: list[int], share: float
+) -> None:
+    passes, found = PassPlan(64, 64, False, None), {}
+    for held in ("none", "nf4"):
+        it, recipe = planned(random_qwen, model__dtype="bfloat16", model__quantization=held, training__batch_size=8)
+        memory = ProcessMemory(5_000, 10**12)
+        terms = expect_passes(it, recipe, Workload(np.array(lengths), 0.5), cpu_hardware(), passes, memory).moments[
+            STEP
+        ]
+        found[held] = terms[FREED] / sum(terms[name] for name in (GRADIENTS, KEPT, WORKSPACE))
+    assert found == {"none": pytest.approx(0.4, abs=0.01), "nf4": pytest.approx(share, abs=0.01)}
+
+
 def test_the_optimizer_s_bytes_are_those_of_its_states(random_qwen: Path) -> None:
     it, recipe = planned(random_qwen)
     trained = [one for one in loaded(recipe, random_qwen).parameters() if one.requires_grad]
@@ -276,3 +304,21 @@ def test_a_config_alone_suffices(cli: Callable[..., Result], random_qwen: Path, 
     assert "it fits into 8.0 GB" in shown
     assert "--data.train no.json --data.train 'nor this.json'" in shown
     assert "--no-training.packing" in shown.partition("loratune sft")[2]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="plan's constants are those of glibc")
+@pytest.mark.parametrize("held", ["bfloat16", "nf4", "int8"])
+def test_the_peak_of_a_run_is_as_predicted(held: str, tmp_path: Path) -> None:
+    """A real run in a process of its own, with rows of many lengths: freed blocks do not fit the next pass."""
+    rows, draw = tmp_path / "rows.json", random.Random(0)
+    texts = [
+        " ".join(draw.choices(["the", "river", "has", "many", "names"], k=draw.randrange(5, 350))) for _ in range(400)
+    ]
+    rows.write_text(json.dumps([{"instruction": f"Text {at}", "output": text} for at, text in enumerate(texts)]))
+    told = benchmark_figures(
+        tmp_path, "memory", "--shapes", "deep", "--held", held, "--rows", str(rows), "--lengths", "512",
+        "--passes", "1024", "--steps", "8", "--checkpointing", "no",
+    )  # fmt: skip
+    assert told["plan"]["keeps_freed"]
+    assert 0.9 < told["plan"]["peak_bytes"] / told["peak_bytes"] < 1.1

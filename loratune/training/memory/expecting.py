@@ -58,10 +58,12 @@ CONTEXT_BYTES = 500_000_000
 
 FRAGMENTED = 0.1
 """Of what comes and goes on a GPU, on top: rounding and fragmentation of the allocator."""
-KEPT_FREED, KEPT_FREED_QUANTISED = 0.4, 1.0
-"""Of a pass without its logits, on top, where freed blocks are kept: tensors of later passes do not fit into all.
+KEPT_FREED = 0.4
+"""Of a pass without its logits, on top, where freed blocks are kept: tensors of later passes do not fit into all."""
+KEPT_FREED_QUANTISED = {False: 0.5, True: 0.8}
+"""The same beside a quantised base, by whether passes have many sizes.
 
-The products of a quantised base make 16-bit weights again and again, which come to lie between the others.
+Its products make 16-bit weights again and again, which come to lie between the others.
 """
 FIRST_USE_BYTES = 200_000_000
 """Of libraries on a CPU: 256 kernels of 16-bit products, 0.67 MB each, and what others take at their first use."""
@@ -81,6 +83,29 @@ class Workload:
     @property
     def longest(self) -> int:
         return int(self.lengths.max())
+
+
+@dataclass(frozen=True)
+class _Passes:
+    """The passes of a run's first steps, each as the lengths of its rows."""
+
+    tokens: Counter[tuple[int, ...]]
+    """With padding."""
+    pairs: Counter[tuple[int, ...]]
+    """Of tokens that may attend to each other."""
+    is_repeated: bool
+    """Whether a step has several."""
+
+    @property
+    def largest(self) -> set[tuple[int, ...]]:
+        """The passes that may take most."""
+        return {self.tokens.most_common(1)[0][0], self.pairs.most_common(1)[0][0]}
+
+    @property
+    def have_many_sizes(self) -> bool:
+        """Whether there are more than two, in eighths of the largest."""
+        most = max(self.tokens.values())
+        return len({round(8 * size / most) for size in self.tokens.values()}) > 2
 
 
 @dataclass(frozen=True)
@@ -156,13 +181,15 @@ def expect_passes(
         passes: as settled.
         memory: of the process.
     """
-    found, tokens = _largest(planned, recipe, work, hardware, passes)
+    looked = _look(planned, recipe, work, hardware, passes)
+    found, tokens = _largest(planned, work, passes, looked)
     trained, optimizer = planned.adapter_bytes, optimizer_bytes(planned, recipe, hardware)
     moments = {STEP: _step_terms(found, trained), UPDATE: _update_terms(planned, hardware)}
     if recipe.evaluation.questions_share:
         keys, states = cache_bytes(planned.model, MAX_QUESTIONS, work.longest + MAX_TOKENS)
         moments[ANSWERS] = {CACHE: keys, STATES: states}
-    share = KEPT_FREED_QUANTISED if recipe.model.quantization != "none" else KEPT_FREED
+    is_quantised = recipe.model.quantization != "none"
+    share = KEPT_FREED_QUANTISED[looked.have_many_sizes] if is_quantised else KEPT_FREED
     freed = round(share * (sum(moments[STEP].values()) - moments[STEP][LOGITS]))
     for terms in moments.values():
         terms[FRAGMENTS] = round(FRAGMENTED * sum(terms.values())) if hardware.is_gpu else 0
@@ -196,12 +223,10 @@ def _update_terms(planned: PlannedModel, hardware: Hardware) -> dict[str, int]:
     return {GRADIENTS: planned.adapter_bytes, WORKSPACE: 0 if hardware.is_gpu else 2 * 4 * largest}
 
 
-def _largest(
-    planned: PlannedModel, recipe: Recipe, work: Workload, hardware: Hardware, passes: PassPlan
-) -> tuple[Trace, int]:
-    """Run the passes of the run's first steps that may take most; return the one that does, and its tokens."""
+def _look(planned: PlannedModel, recipe: Recipe, work: Workload, hardware: Hardware, passes: PassPlan) -> _Passes:
+    """Return the passes of the run's first steps."""
     kind = str(hardware.device.type)
-    most, longest, is_repeated = Counter[tuple[int, ...]](), Counter[tuple[int, ...]](), False
+    tokens, pairs, is_repeated = Counter[tuple[int, ...]](), Counter[tuple[int, ...]](), False
     for process in range(hardware.processes):
         layout = PassLayout(
             passes.tokens, EFFICIENT_TOKENS[kind], planned.is_packed, hardware.processes, process, False
@@ -212,12 +237,16 @@ def _largest(
             for rows in step:
                 lengths = tuple(int(work.lengths[row]) for row in rows) or (1,)
                 padded = len(lengths) * max(lengths)
-                most[lengths] = sum(lengths) if planned.is_packed else padded
-                longest[lengths] = sum(length**2 for length in lengths)
-    chosen = {most.most_common(1)[0][0], longest.most_common(1)[0][0]}
-    setting = planned.setting(passes.gradient_checkpointing, is_repeated)
+                tokens[lengths] = sum(lengths) if planned.is_packed else padded
+                pairs[lengths] = sum(length**2 for length in lengths)
+    return _Passes(tokens, pairs, is_repeated)
+
+
+def _largest(planned: PlannedModel, work: Workload, passes: PassPlan, looked: _Passes) -> tuple[Trace, int]:
+    """Run the passes that may take most; return the one that does, and its tokens."""
+    setting = planned.setting(passes.gradient_checkpointing, looked.is_repeated)
     traced = []
-    for lengths in chosen:
+    for lengths in looked.largest:
         batch = planned.batch(list(lengths), work.trained)
         traced.append((trace(planned.model, batch, setting), int(batch["input_ids"].numel())))
     return max(traced, key=lambda pair: pair[0].peak)
