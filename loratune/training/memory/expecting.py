@@ -60,7 +60,7 @@ FRAGMENTED = 0.1
 """Of what comes and goes on a GPU, on top: rounding and fragmentation of the allocator."""
 KEPT_FREED = 0.4
 """Of a pass without its logits, on top, where freed blocks are kept: tensors of later passes do not fit into all."""
-KEPT_FREED_QUANTISED = {False: 0.5, True: 0.8}
+KEPT_FREED_QUANTISED = {False: 0.5, True: 0.9}
 """The same beside a quantised base, by whether passes have many sizes.
 
 Its products make 16-bit weights again and again, which come to lie between the others.
