@@ -152,6 +152,14 @@ def test_a_client_lists_the_tools_and_gets_the_documents_of_the_command_line(sho
             assert faults(error) == []
             assert error["schema"] == "loratune/error/1"
         assert "outside of" in error["message"]
+        for tool, arguments, told in [
+            ("sft", {"recipe": "quickstart", "setting": {}}, "there is no argument setting; did you mean settings?"),
+            ("infer", {"prompt": "hi", "max_tokens": 1}, "max_tokens; did you mean max_new_tokens?"),
+            ("infer", {}, "infer: argument prompt is missing"),
+        ]:
+            error = await call(tool, is_error=True, **arguments)
+            assert faults(error) == []
+            assert told in error["message"]
 
     assert in_session(short_run.parent, script) == TOOLS
 

@@ -213,6 +213,20 @@ def test_the_byte_that_does_not_fit_is_counted_from_the_start_of_the_file(
     assert f"not UTF-8 (byte {len(start)})" in message
 
 
+@pytest.mark.parametrize(
+    ("encoding", "text"),
+    [
+        ("gb18030", "Where do you deliver? 我们卖铜水壶。 Thanks. 保修期两年。"),
+        ("cp1250", "Where? Dodáváme měděné konvice do celé země. Žádné poplatky, příště lépe."),
+        ("cp1251", "Where? Мы продаём медные чайники по всей стране и в Европе."),
+    ],
+)
+def test_chinese_among_english_is_not_taken_for_letters_with_accents(tmp_path: Path, encoding: str, text: str) -> None:
+    rows = [GOOD] * 30 + [json.dumps({"instruction": text, "output": text}, ensure_ascii=False)] + [GOOD] * 30
+    message = refusal(write(tmp_path / "rows.jsonl", "\n".join(rows).encode(encoding)))
+    assert ("set data.encoding: gb18030 (" in message) == (encoding == "gb18030")
+
+
 def test_the_guess_is_made_from_the_lines_around_the_byte_that_does_not_fit(tmp_path: Path) -> None:
     for end in ("\n", ","):
         text = end.join([GOOD] * 100_000 + [json.dumps(row, ensure_ascii=False) for row in CHINESE] * 10)

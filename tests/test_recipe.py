@@ -764,3 +764,12 @@ def test_the_schema_describes_every_setting_with_default_and_bounds() -> None:
 def test_patterns_are_expressions_of_javascript_too() -> None:
     """Editors run them; Python's names of groups are an error there."""
     assert re.findall(r"\(\?(?!:)", json.dumps(recipe_schema())) == []
+
+
+def test_a_shipped_recipe_s_placeholders_are_for_its_own_rows() -> None:
+    own = {"name": "小李", "author": "小张"}
+    assert load_recipe("qwen7b", {}).data.placeholders == own
+    assert load_recipe("qwen7b", {"data.train": ["faq.json"]}).data.placeholders == {}
+    assert load_recipe("qwen7b", {"data.train": ["data/identity.json", "faq.json"]}).data.placeholders == own
+    given = {"data.train": ["faq.json"], "data.placeholders": ["name=Bo"]}
+    assert load_recipe("qwen7b", given).data.placeholders == {"name": "Bo"}

@@ -6,12 +6,13 @@ import functools
 import json
 import logging
 from collections.abc import Awaitable, Callable
+from difflib import get_close_matches
 from typing import Annotated, Any
 
 from pydantic import Field
 
 from loratune import __version__
-from loratune.errors import LoratuneError
+from loratune.errors import Exit, LoratuneError
 from loratune.extras import required
 from loratune.mcp_server.bounds import Bounds
 from loratune.mcp_server.calls import Calls, Document, flags, setting_words
@@ -20,6 +21,7 @@ from loratune.mcp_server.training import start_training
 with required("loratune mcp", "mcp", package="mcp"):
     from mcp.server import MCPServer
     from mcp.types import CallToolResult, TextContent, ToolAnnotations
+    from mcp.types import Tool as MCPTool
 
 INSTRUCTIONS = """\
 Fine-tunes language models with LoRA. Usual order: check the recipe and its rows; sft starts the training and returns
@@ -134,6 +136,43 @@ class Tools:
         return words, shown
 
 
+class StrictServer(MCPServer[Any]):
+    """Refuses arguments that a tool does not have, which the SDK leaves out, and tells of missing ones.
+
+    Args:
+        failed: makes the document of an error.
+    """
+
+    def __init__(self, failed: Failed, **settings: Any) -> None:
+        super().__init__(**settings)
+        self._failed = failed
+
+    async def list_tools(self) -> list[MCPTool]:
+        """Return the tools, whose schemas say that there are no other arguments."""
+        tools: list[MCPTool] = await super().list_tools()
+        for tool in tools:
+            tool.input_schema = {**tool.input_schema, "additionalProperties": False}
+        return tools
+
+    async def call_tool(self, name: str, arguments: dict[str, Any], context: Any = None) -> Any:
+        """Run a tool, or return the document of what is wrong with its arguments."""
+        schemas: dict[str, dict[str, Any]] = {tool.name: tool.input_schema for tool in await self.list_tools()}
+        if problems := _argument_problems(schemas.get(name, {}), arguments):
+            return _result(self._failed(LoratuneError(f"{name}: {'; '.join(problems)}", Exit.USAGE)))
+        return await super().call_tool(name, arguments, context)
+
+
+def _argument_problems(schema: dict[str, Any], arguments: dict[str, Any]) -> list[str]:
+    """Return what is wrong with the names of a tool's arguments."""
+    known = schema.get("properties", arguments)
+    problems = [f"argument {one} is missing" for one in schema.get("required", ()) if one not in arguments]
+    for one in arguments.keys() - known.keys():
+        near = get_close_matches(one, known, n=1)
+        meant = f"did you mean {near[0]}?" if near else f"there are {', '.join(known)}"
+        problems.append(f"there is no argument {one}; {meant}")
+    return problems
+
+
 def make_server(bounds: Bounds, failed: Failed) -> MCPServer[Any]:
     """Return the server.
 
@@ -142,7 +181,7 @@ def make_server(bounds: Bounds, failed: Failed) -> MCPServer[Any]:
         failed: makes the document of an error.
     """
     tools = Tools(bounds, Calls(bounds.root))
-    server: MCPServer[Any] = MCPServer("loratune", version=__version__, instructions=INSTRUCTIONS, log_level="WARNING")
+    server = StrictServer(failed, name="loratune", version=__version__, instructions=INSTRUCTIONS, log_level="WARNING")
     offered: list[tuple[Tool, ToolAnnotations]] = [
         *((tool, READS) for tool in (tools.check, tools.plan, tools.status, tools.infer)),
         *((tool, WRITES) for tool in (tools.sft, tools.eval, tools.merge)),
@@ -167,8 +206,12 @@ def _answered(tool: Tool, failed: Failed) -> Callable[..., Any]:
             document = await tool(**arguments)
         except LoratuneError as error:
             document = failed(error)
-        text = TextContent(type="text", text=json.dumps(document, ensure_ascii=False, indent=1))
-        is_error = str(document.get("schema", "")).startswith("loratune/error/")
-        return CallToolResult(content=[text], structured_content=document, is_error=is_error)
+        return _result(document)
 
     return answer
+
+
+def _result(document: Document) -> CallToolResult:
+    text = TextContent(type="text", text=json.dumps(document, ensure_ascii=False, indent=1))
+    is_error = str(document.get("schema", "")).startswith("loratune/error/")
+    return CallToolResult(content=[text], structured_content=document, is_error=is_error)

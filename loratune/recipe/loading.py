@@ -149,6 +149,7 @@ def _validated(document: Document, path: Path | None, flags: dict[str, Any], is_
     if isinstance(values, dict):
         problems += [Problem(problem) for problem in _rename(document, str(path), is_own)]
         flags = renamed_flags(flags)
+        _drop_examples(values, path, flags)
         wrong_flags = _lay_over(values, flags)
         problems += [Problem(message, key=f"--{dotted}") for dotted, message in wrong_flags.items()]
         try:
@@ -172,6 +173,15 @@ def _validated(document: Document, path: Path | None, flags: dict[str, Any], is_
         placed = [problem if is_flag(problem) else replace(problem, file=file) for problem in problems]
         raise LoratuneError(f"{source}: the recipe has {count}:\n{listed}", Exit.USAGE, problems=placed)
     return recipe
+
+
+def _drop_examples(values: dict[str, Any], path: Path | None, flags: dict[str, Any]) -> None:
+    """Leave out what a shipped recipe has for the placeholders of its own rows, if only other rows are trained on."""
+    data, given = values.get("data"), flags.get("data.train") or ()
+    if not path or not path.resolve().is_relative_to(SHIPPED / "configs") or not given or not isinstance(data, dict):
+        return
+    if {*([given] if isinstance(given, str) else given)}.isdisjoint(map(str, data.get("train") or ())):
+        data.pop("placeholders", None)
 
 
 def _rename(document: Document, path: str, is_own: bool) -> list[str]:

@@ -9,6 +9,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from charset_normalizer import from_bytes
+from charset_normalizer.utils import is_multi_byte_encoding
 
 from loratune.errors import Exit, LoratuneError
 
@@ -18,6 +19,7 @@ UNKNOWN_TO_ICONV = [
 ]
 """Encodings whose names glibc's iconv does not know; they are excluded from guesses."""
 UNPACKERS = {".gz": "gzip -dc", ".zst": "zstd -dc"}
+PAIRED = re.compile(rb"[\xa1-\xfe]+")
 SAMPLE = 1 << 20
 BEFORE_FAULT = 1 << 16
 
@@ -116,11 +118,20 @@ def _sample(blocks: Iterator[bytes], position: int) -> bytes:
     return kept[line or position - start :][:SAMPLE]
 
 
+def _has_pairs(sample: bytes, guess: str) -> bool:
+    """Return whether bytes beyond ASCII come in pairs, as Chinese does, where a guess has a byte for each character.
+
+    Letters with accents mostly stand alone.
+    """
+    runs = PAIRED.findall(sample.rstrip(bytes(range(0xA1, 0xFF))))  # the sample may end within a pair
+    return not is_multi_byte_encoding(guess) and bool(runs) and all(len(run) % 2 == 0 for run in runs)
+
+
 def _guess_encoding(sample: bytes) -> str:
     """Return iconv's name of the most likely encoding."""
     best = from_bytes(sample, cp_exclusion=UNKNOWN_TO_ICONV).best()
     name = best.encoding if best else "ENCODING"
-    if name in ("big5", "big5hkscs", "cp949", "euc_kr", "johab"):
+    if name in ("big5", "big5hkscs", "cp949", "euc_kr", "johab") or (best and _has_pairs(sample, name)):
         # A few characters do not distinguish these from GBK, which Chinese Excel and Notepad write.
         with suppress(UnicodeDecodeError):
             codecs.getincrementaldecoder("gb18030")().decode(sample)
