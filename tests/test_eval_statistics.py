@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from loratune.evaluation.bounds import Bounds
+from loratune.evaluation.result import Decision
 from loratune.evaluation.statistics import (
     FEWEST_DIFFERING,
     RESAMPLES,
@@ -17,7 +18,7 @@ from loratune.evaluation.statistics import (
     sign_test,
     smallest_share,
 )
-from loratune.evaluation.verdict import decide, fallen_measures, overall, sentence_of_fall
+from loratune.evaluation.verdict import decide, fallen_measures, overall, sentence_of, sentence_of_fall
 
 BETTER = compare([2.0] * 20, [1.0] * 20, is_loss=True)
 
@@ -152,3 +153,11 @@ def test_a_measure_is_not_told_where_the_verdict_on_the_same_is_worse() -> None:
     risen = measures["loss"] = compare([1.0] * 20, [2.0] * 20, is_loss=True)
     assert "loss" in fallen_measures("asserts", measures | {"asserts": shares(20, 0, 9)}, ())
     assert sentence_of_fall("loss", risen).startswith("the loss of the expected answers rose from 1.000 to 2.000: ")
+
+
+def test_what_makes_an_adapter_worse_beside_its_rows_comes_first() -> None:
+    rows = shares(16, worse=0, better=16)
+    fine, bad = Decision("rows", "better", ""), Decision("general text, English", "worse", "loss 4.4 → 4.9")
+    assert sentence_of(rows, [fine]).startswith("better on 16 of 16 rows")
+    assert sentence_of(rows, [fine, bad]).startswith("general text, English; the rows themselves: better on 16 of 16")
+    assert sentence_of(rows, [Decision("rows", "worse", ""), bad]).startswith("better on 16 of 16 rows")

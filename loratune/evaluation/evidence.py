@@ -109,7 +109,7 @@ def evaluation_of(evidence: Evidence, inputs: About) -> Evaluation:
         compared=len(evidence.compared),
         decided_by=name,
         verdict=overall(decisions),
-        sentence=sentence_of(measures[name]),
+        sentence=sentence_of(measures[name], decisions),
         decisions=decisions,
         measures=measures,
         fallen=_fallen(evidence, name, measures, decisions),

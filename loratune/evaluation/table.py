@@ -11,7 +11,7 @@ from loratune.evaluation.measures import LOSS, MEASURES, Measure, in_units, inte
 from loratune.evaluation.page.writing import PAGE, TITLES
 from loratune.evaluation.result import Evaluation
 from loratune.evaluation.statistics import Comparison
-from loratune.evaluation.verdict import LANGUAGES
+from loratune.evaluation.verdict import FORM_OF_ANSWERS, LANGUAGES, worse_beside_rows
 
 
 def show_evaluation(evaluation: Evaluation, output: Path) -> None:
@@ -25,10 +25,13 @@ def show_evaluation(evaluation: Evaluation, output: Path) -> None:
         console.warn(warning)
     console.comparison([("", "baseline", "tuned", "95 % interval", "better", "worse"), *_lines(evaluation)])
     console.say(f"{TITLES[evaluation.verdict]}: {evaluation.sentence}", style="bold")
-    console.say(f"decided by {MEASURES[evaluation.decided_by].noun}")
+    beside = worse_beside_rows(evaluation.decisions)
+    console.say(f"{'rows are ' if beside else ''}decided by {MEASURES[evaluation.decided_by].noun}")
     for one in evaluation.decisions:
         if one.verdict == "worse":
             console.say(f"worse: {one.name}: {one.why}")
+    if set(beside) - {FORM_OF_ANSWERS}:
+        console.say("what helps: a lower training.learning_rate, or general rows mixed into data.train")
     for sentence in evaluation.fallen.values():
         console.warn(sentence)
     console.say(f"answers side by side: {output / PAGE}")

@@ -62,13 +62,21 @@ def overall(decisions: Collection[Decision]) -> Verdict:
     return next(one.verdict for one in decisions if one.name == ROWS)
 
 
-def sentence_of(comparison: Comparison) -> str:
-    """Return the result on the rows in one sentence, with what so many rows cannot show."""
+def worse_beside_rows(decisions: Collection[Decision]) -> list[str]:
+    """Return the names of the decisions that make an adapter worse which is not worse on the rows."""
+    worse = [one.name for one in decisions if one.verdict == "worse"]
+    return [] if ROWS in worse else worse
+
+
+def sentence_of(comparison: Comparison, decisions: Collection[Decision]) -> str:
+    """Return the result in one sentence: what makes it worse beside the rows, and the rows, with what they cannot show."""
     rows = counted(comparison.rows, "row")
     cannot = f"with {rows}, a difference on less than {smallest_share(comparison.rows):.0%} of them would not show"
     if comparison.rows < FEWEST_DIFFERING:
         cannot = f"at least {FEWEST_DIFFERING} rows are needed to show a difference"
-    return f"better on {comparison.better} of {rows}, worse on {comparison.worse}; {cannot}"
+    on_rows = f"better on {comparison.better} of {rows}, worse on {comparison.worse}; {cannot}"
+    beside = worse_beside_rows(decisions)
+    return f"{' and '.join(beside)}; the rows themselves: {on_rows}" if beside else on_rows
 
 
 def fallen_measures(decided_by: str, measures: Mapping[str, Comparison], decisions: Collection[Decision]) -> list[str]:
