@@ -59,6 +59,15 @@ VARIANTS = {
         "0",
     ],
     "4-bit base": ["--model.quantization", "nf4", "--lora.dropout", "0.1"],
+    "biases of a 4-bit base": ["--model.quantization", "nf4", "--model.dtype", "bfloat16", "--lora.bias", "all"],
+    "biases of an 8-bit base": [
+        "--model.quantization",
+        "int8",
+        "--model.dtype",
+        "bfloat16",
+        "--lora.bias",
+        "lora_only",
+    ],
 }
 
 
@@ -140,6 +149,10 @@ def test_a_run_stopped_after_any_step_resumes_to_the_same_bits(
     assert sft("whole", *flags).exit_code == 0
     steps = status(tmp_path / "whole")["steps"]
     assert steps >= 4
+    if "--lora.bias" in flags:
+        biases = [weight for name, weight in adapter(tmp_path / "whole").items() if name.endswith("bias")]
+        assert {bias.dtype for bias in biases} == {torch.float32}
+        assert all((bias != bias.bfloat16()).any() for bias in biases)
     for step in (step for step in stopped_in if step < steps):
         with monkeypatch.context() as patch:
             patch.setattr(AdapterTrainer, "training_step", AdapterTrainer.training_step)

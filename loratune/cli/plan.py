@@ -39,7 +39,8 @@ def command(
         str | None, typer.Option("--gpu", metavar="size", help="Memory of a card, such as 24GB or 80GiB.")
     ] = None,
     gpus: Annotated[
-        int | None, typer.Option("--gpus", metavar="integer", min=1, help="Number of cards, with a process for each.")
+        int | None,
+        typer.Option("--gpus", metavar="integer", min=1, max=1024, help="Number of cards, each with a process."),
     ] = None,
     fit: Annotated[
         Path | None, typer.Option("--fit", metavar="file", help="Write the recipe with the changes that make it fit.")

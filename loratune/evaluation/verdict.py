@@ -69,7 +69,7 @@ def worse_beside_rows(decisions: Collection[Decision]) -> list[str]:
 
 
 def sentence_of(comparison: Comparison, decisions: Collection[Decision]) -> str:
-    """Return the result in one sentence: what makes it worse beside the rows, and the rows, with what they cannot show."""
+    """Return the result in one sentence: what makes it worse beside the rows, the rows, and what they cannot show."""
     rows = counted(comparison.rows, "row")
     cannot = f"with {rows}, a difference on less than {smallest_share(comparison.rows):.0%} of them would not show"
     if comparison.rows < FEWEST_DIFFERING:

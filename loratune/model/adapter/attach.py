@@ -115,6 +115,10 @@ def train_in_float32(model: Any) -> None:
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
+    if getattr(model, "is_loaded_in_4bit", False):
+        from loratune.model.weights.trained_bias import keep_biases  # takes bitsandbytes
+
+        keep_biases(model)
 
 
 def check_frozen(model: AdaptedModel, settings: LoraSettings) -> None:

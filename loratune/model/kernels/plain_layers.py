@@ -50,9 +50,10 @@ def _with_quantised() -> dict[type, tuple[type, ...]]:
     layers = importlib.import_module("peft.tuners.lora.bnb")
     rows = importlib.import_module("loratune.model.weights.quantized_rows")
     int8 = importlib.import_module("loratune.model.weights.int8_linear")
+    trained_bias = importlib.import_module("loratune.model.weights.trained_bias")
     return {
         Linear: (nn.Linear, rows.QuantizedLinear),
-        layers.Linear4bit: (layers.bnb.nn.Linear4bit,),
+        layers.Linear4bit: (layers.bnb.nn.Linear4bit, trained_bias.OwnBias4bit),
         layers.Linear8bitLt: (int8.Int8Linear,),
     }
 

@@ -8,10 +8,12 @@ import bitsandbytes
 import torch
 from torch import nn
 
+from loratune.model.weights.trained_bias import OwnBias
+
 bnb: Any = bitsandbytes  # partly untyped
 
 
-class Int8Linear(bnb.nn.Linear8bitLt):
+class Int8Linear(OwnBias, bnb.nn.Linear8bitLt):
     """bitsandbytes' layer, with what it lacks for some models and for DoRA.
 
     It takes inputs of two or three dimensions; multi-head latent attention has four.

@@ -52,7 +52,7 @@ from loratune.training.memory.trace import Trace, cache_bytes, trace
 from loratune.training.reporting.answers import MAX_QUESTIONS, MAX_TOKENS
 
 LOOKED_AT = 200
-"""Number of steps whose passes are looked at."""
+"""Number of steps whose passes are looked at; fewer of many processes, each of which divides a step anew."""
 CONTEXT_BYTES = 500_000_000
 """Of CUDA and cuBLAS beside the allocator; assumed, since it depends on driver and card."""
 
@@ -227,12 +227,13 @@ def _look(planned: PlannedModel, recipe: Recipe, work: Workload, hardware: Hardw
     """Return the passes of the run's first steps."""
     kind = str(hardware.device.type)
     tokens, pairs, is_repeated = Counter[tuple[int, ...]](), Counter[tuple[int, ...]](), False
+    steps = min(recipe.training.max_steps or LOOKED_AT, LOOKED_AT, max(1, 4 * LOOKED_AT // hardware.processes))
     for process in range(hardware.processes):
         layout = PassLayout(
             passes.tokens, EFFICIENT_TOKENS[kind], planned.is_packed, hardware.processes, process, False
         )
         sampler = StepSampler(work.lengths, recipe.training.batch_size, recipe.seed, layout)
-        for step in islice(sampler, min(LOOKED_AT, recipe.training.max_steps or LOOKED_AT)):
+        for step in islice(sampler, steps):
             is_repeated |= len(step) > 1
             for rows in step:
                 lengths = tuple(int(work.lengths[row]) for row in rows) or (1,)
