@@ -44,7 +44,31 @@ class Command(TyperCommand):
             filled.append(argument)
             if argument in self.implied and argument in known and after.startswith("-"):
                 filled.append(self.implied[argument])
-        return super().parse_args(ctx, filled)
+        try:
+            return super().parse_args(ctx, filled)
+        except Exception as error:
+            self._advise(error, args)
+            raise
+
+    def _advise(self, error: Any, args: list[str]) -> None:
+        """Add the flag that is meant to an error of Click about an unknown one, or about a word without one."""
+        # Recipes take long to import, which help need not.
+        from loratune.recipe.loading import is_recipe_name
+        from loratune.recipe.suggestions import suggestion
+
+        shown = (name for option in self.params if not getattr(option, "hidden", False) for name in option.opts)
+        known = {name.removeprefix("--") for name in shown if name.startswith("--")}
+        if hasattr(error, "possibilities"):
+            takes_settings = any("." in name for name in known)
+            advice = suggestion(error.option_name.lstrip("-"), known, "--") if takes_settings else ""
+            error.possibilities = None if advice else error.possibilities
+        elif "unexpected extra argument" in getattr(error, "message", "") and "config" in known:
+            given = [args[place] for place in self._places_of_flags(args)]
+            recipe = next((word for word in given if is_recipe_name(word)), "")
+            advice = f"; a recipe is given as --config {recipe}" if recipe else ""
+        else:
+            return
+        error.message += advice
 
     def _with_present_names(self, args: list[str]) -> list[str]:
         """Replace flags of earlier versions, with a notice for each.

@@ -41,6 +41,11 @@ def shipped_sweeps() -> list[Path]:
     return sorted((SHIPPED / "configs" / "sweeps").glob("*.yaml"))
 
 
+def is_recipe_name(word: str) -> bool:
+    """Return whether a word of a command line is the name of a YAML file or of a shipped recipe."""
+    return Path(word).suffix in (".yaml", ".yml") or word in {path.stem for path in shipped_recipes()}
+
+
 def _is_recipe(path: Path) -> bool:
     return path.suffix in (".yaml", ".yml") and is_file(path)
 
