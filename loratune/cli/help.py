@@ -47,12 +47,13 @@ class Command(TyperCommand):
         try:
             return super().parse_args(ctx, filled)
         except Exception as error:
-            self._advise(error, args)
+            if hasattr(error, "message"):  # Click's, and not that help was shown
+                error.message += self._advice(error, args)
             raise
 
-    def _advise(self, error: Any, args: list[str]) -> None:
-        """Add the flag that is meant to an error of Click about an unknown one, or about a word without one."""
-        # Recipes take long to import, which help need not.
+    def _advice(self, error: Any, args: list[str]) -> str:
+        """Return the flag that is meant by an unknown one, or by a word without one, as the end of a sentence."""
+        # These take long to import, which help need not.
         from loratune.recipe.loading import is_recipe_name
         from loratune.recipe.suggestions import suggestion
 
@@ -62,13 +63,12 @@ class Command(TyperCommand):
             takes_settings = any("." in name for name in known)
             advice = suggestion(error.option_name.lstrip("-"), known, "--") if takes_settings else ""
             error.possibilities = None if advice else error.possibilities
-        elif "unexpected extra argument" in getattr(error, "message", "") and "config" in known:
+            return advice
+        if "unexpected extra argument" in error.message and "config" in known:
             given = [args[place] for place in self._places_of_flags(args)]
             recipe = next((word for word in given if is_recipe_name(word)), "")
-            advice = f"; a recipe is given as --config {recipe}" if recipe else ""
-        else:
-            return
-        error.message += advice
+            return f"; a recipe is given as --config {recipe}" if recipe else ""
+        return ""
 
     def _with_present_names(self, args: list[str]) -> list[str]:
         """Replace flags of earlier versions, with a notice for each.
