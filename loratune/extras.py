@@ -4,8 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib.util import find_spec
 
 from loratune.errors import Exit, LoratuneError
+
+FOR_EVALUATION = ("jieba", "rouge_score", "sacrebleu")
+"""Modules without which `loratune eval` compares no answers; all are of the extra `eval`."""
 
 
 def needs(wanted: str, package: str, extra: str = "", reason: str = "") -> str:
@@ -25,6 +29,16 @@ def needs(wanted: str, package: str, extra: str = "", reason: str = "") -> str:
 def pip_install(target: str) -> str:
     """Return the command line that installs `target`: packages and options, separated by blanks."""
     return f"pip install {target}"
+
+
+def first_install(modules: tuple[str, ...], extra: str) -> str:
+    """Return what has to be typed before a command that needs some modules; empty if all are installed.
+
+    Args:
+        modules: names of top-level modules, which are looked for and not imported.
+        extra: loratune's extra that installs them.
+    """
+    return "" if all(map(find_spec, modules)) else pip_install(f'"loratune[{extra}]"')
 
 
 @contextmanager

@@ -6,12 +6,12 @@ import errno
 import json
 import os
 import stat
-from collections.abc import Iterator
-from difflib import get_close_matches
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from loratune.errors import Exit, LoratuneError
+from loratune.nearest import nearest
 from loratune.printable import LONGEST_PATH, shortened
 
 CONFIG_BYTES = 20_000_000
@@ -50,18 +50,30 @@ def require_folder(path: Path, instead: str = "") -> None:
     """
     if not is_folder(path):
         advice = f"; give {instead}" if instead else ""
-        problem = "a file, not a folder" if is_file(path) else f"no such folder{_nearest_told(path)}"
+        problem = "a file, not a folder" if is_file(path) else f"no such folder{nearest_told(path, is_folder)}"
         raise LoratuneError(f"{shortened(str(path), LONGEST_PATH)}: {problem}{advice}", Exit.MODEL)
 
 
-def _nearest_told(path: Path) -> str:
-    """Return a hint at the folder beside a missing one whose name is most like its own; empty if there is none."""
+def nearest_told(path: Path, fits: Callable[[Path], bool]) -> str:
+    """Return a hint at what `nearest_beside` finds; empty if there is nothing."""
+    near = nearest_beside(path, fits)
+    return f"; did you mean {near}?" if near else ""
+
+
+def nearest_beside(path: Path, fits: Callable[[Path], bool]) -> str:
+    """Return the path beside a missing one whose name is most like its own; empty if there is none.
+
+    Args:
+        path: what was given.
+        fits: whether a path beside it may be meant.
+    """
     try:
-        beside = [folder.name for folder in path.parent.iterdir() if folder.is_dir()]
-    except OSError:
+        # A suffix in common makes no names alike.
+        beside = {other.name.removesuffix(path.suffix): other for other in path.parent.iterdir() if fits(other)}
+    except (OSError, ValueError):  # ValueError: a NUL in the name
         return ""
-    near = get_close_matches(path.name, beside, n=1)
-    return f"; did you mean {shortened(str(path.with_name(near[0])), LONGEST_PATH)}?" if near else ""
+    near = nearest(path.stem, beside)
+    return shortened(str(beside[near]), LONGEST_PATH) if near else ""
 
 
 def open_plain(path: Path) -> BinaryIO:

@@ -433,6 +433,27 @@ def test_rows_about_pictures_are_counted_and_can_be_left_out(cli: Callable[..., 
             {"prompt": "2+2?", "answer": ["4", "5"], "response": "4"},
             "--data.columns instruction=prompt --data.columns output=response",
         ),
+        (
+            {"instuction": "2+2?", "input": "", "output": "4"},
+            "perhaps misspelt: 'instuction' for 'instruction'; correct this in the file, or give "
+            "--data.columns instruction=instuction",
+        ),
+        (
+            {"instruction": "2+2?", "ouput": "4"},
+            "'ouput' for 'output'; correct this in the file, or give",
+        ),
+        (
+            {"prompt": "2+2?", "completon": "4"},
+            "--data.columns instruction=prompt --data.columns output=completon",
+        ),
+        (
+            {"question": "2+2?", "output": "4"},
+            "to train on 'output' as the answer: --data.columns instruction=question",
+        ),
+        (
+            {"mesages": [{"role": "user", "content": "2+2?"}, {"role": "assistant", "content": "4"}]},
+            "--data.columns messages=mesages",
+        ),
     ],
 )
 def test_the_line_that_would_read_unknown_columns_is_given_and_works(
@@ -477,7 +498,11 @@ def test_files_for_other_kinds_of_training_are_told_what_they_are(row: dict[str,
 
 
 def test_columns_beside_known_ones_are_not_explained() -> None:
-    for row in ({"instruction": "a", "output": "b", "text": "a b"}, {"messages": [], "text": "x"}, {"output": "b"}):
+    for row in (
+        *({"instruction": "a", "output": "b", "text": "a b"}, {"messages": [], "text": "x"}, {"output": "b"}),
+        # Nothing is misspelt where what is known can be read.
+        *({"instruction": "a", "output": "b", "ouput": "c"}, {"input": "a", "output": "b", "instructions": "c"}),
+    ):
         assert describe_unread_columns([row], detect_format([row], {}), {}) == ""
 
 

@@ -18,6 +18,7 @@ from typer.testing import Result
 
 import loratune
 from loratune.cli import app
+from loratune.cli.commands import COMMANDS, ELSEWHERE, command_lines
 from loratune.cli.flags import RENAMED_BESIDE_AN_ADAPTER, RENAMED_FLAGS
 from loratune.errors import Exit, LoratuneError
 from loratune.recipe.loading import load_recipe, shipped_recipes
@@ -400,7 +401,17 @@ def test_the_module_and_the_console_script_are_the_same_program() -> None:
     assert (run.returncode, run.stdout) == (0, f"loratune {loratune.__version__}\n")
 
 
-@pytest.mark.parametrize(("typed", "near"), [(("sf",), "sft"), (("data", "chek"), "check"), (("xyzzy",), "")])
+@pytest.mark.parametrize(
+    ("typed", "near"),
+    [
+        (("sf",), "sft"),
+        (("data", "chek"), "check"),
+        (("xyzzy",), ""),
+        # What other tools call it, and a command without its group.
+        *[(("train",), "sft"), (("fine-tune",), "sft"), (("chat",), "infer"), (("check",), "data check")],
+        *[(("data", "train"), ""), (("runs", "slurm"), "")],
+    ],
+)
 def test_a_misspelt_command_is_told_with_its_nearest(
     cli: Callable[..., Result], typed: tuple[str, ...], near: str
 ) -> None:
@@ -408,6 +419,43 @@ def test_a_misspelt_command_is_told_with_its_nearest(
     assert done.exit_code == Exit.USAGE
     assert f"No such command '{typed[-1]}'." in done.stderr
     assert (f"Did you mean {near}?" in done.stderr) == bool(near)
+
+
+def test_commands_of_other_tools_stand_for_commands_that_there_are() -> None:
+    assert {tuple(command.split()) for command in ELSEWHERE.values()} <= {*command_lines()}
+    assert not ELSEWHERE.keys() & COMMANDS.keys()
+
+
+@pytest.mark.parametrize(
+    ("typed", "told"),
+    [
+        (("sft", "--steps", "5"), "--steps; did you mean --training.max_steps?"),
+        (("plan", "--steps=5"), "--steps; did you mean --training.max_steps?"),
+        (("sft", "--iters", "5"), "--iters; in loratune this is --training.max_steps"),
+        (("sft", "--load_in_4bit", "true"), "in loratune this is --model.quantization nf4"),
+        (("sft", "--output_dir", "x"), "in loratune this is --output"),
+        (("sft", "--resume_from_checkpoint", "x"), "in loratune this is the flag --resume"),
+        (("sft", "--group_by_length"), "loratune has none: packing leaves no padding"),
+        (("sft", "--overwrit"), "did you mean --overwrite?"),
+        (("merge", "--adaptr", "x"), "(Possible options: --adapter)"),
+        (("sft", "recipe.yaml"), "(recipe.yaml); a recipe is given as --config recipe.yaml"),
+        (("plan", "--seed", "x.yaml", "quickstart"), "(quickstart); a recipe is given as --config quickstart"),
+    ],
+)
+def test_an_unknown_flag_or_word_is_told_with_the_flag_that_is_meant(
+    cli: Cli, typed: tuple[str, ...], told: str
+) -> None:
+    done = cli(*typed, env={"COLUMNS": "200"})
+    assert done.exit_code == Exit.USAGE
+    assert told in done.stderr
+
+
+@pytest.mark.parametrize("typed", [("merge", "--lora_r", "8"), ("sft", "rows.json"), ("merge", "recipe.yaml")])
+def test_nothing_is_made_of_a_word_that_means_nothing_there(cli: Cli, typed: tuple[str, ...]) -> None:
+    done = cli(*typed)
+    assert done.exit_code == Exit.USAGE
+    assert "in loratune this is" not in done.stderr
+    assert "--config" not in done.stderr
 
 
 @pytest.mark.parametrize("chosen", [None, "64"])

@@ -435,6 +435,34 @@ def test_rows_go_on_in_the_next_source(preview: Run, tmp_path: Path, count: int,
     assert [row["row"] for row in json.loads(result.stdout)["sequences"]] == places[:shown]
 
 
+@pytest.mark.parametrize(("share", "held"), [("0.1", 1), ("0.5", 4), ("0.75", 6), ("0", 0)])
+def test_rows_held_for_validation_are_named(
+    cli: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, share: str, held: int
+) -> None:
+    monkeypatch.setenv("COLUMNS", "2000")
+    files = write_rows(tmp_path / "a.json", ROWS[:5]), write_rows(tmp_path / "b.json", ROWS[5:8])
+    line = ("data", "preview", *files, "--model.base", "tiny-qwen", "--data.validation", share)
+    whole = cli(*line, "--rows", "99", "--json")
+    shown = {row["row"] for row in json.loads(whole.stdout)["sequences"]}
+    places = [
+        f"{file} row {number}" for file, count in zip(files, (5, 3), strict=True) for number in range(1, count + 1)
+    ]
+    hidden = [place for place in places if place not in shown]
+    assert len(hidden) == held
+    (told,) = (line for line in whole.stderr.splitlines() if line.startswith(f"all of {8 - held} training sequences"))
+    counted = f"{held} row is" if held == 1 else f"{held} rows are"
+    named = f"{counted} held for validation: {', '.join(hidden[:5])}{', …' if held > 5 else ''}"
+    assert told.partition("; ")[2] == (named if held else "")
+    assert f"the first 1 of {8 - held} training sequences (--rows shows more)" in cli(*line, "--rows", "1").stderr
+
+
+def test_rows_of_another_file_for_validation_are_not_called_held(cli: Run, tmp_path: Path) -> None:
+    files = write_rows(tmp_path / "a.json", ROWS[:5]), write_rows(tmp_path / "b.json", ROWS[5:8])
+    done = cli("data", "preview", files[0], "--model.base", "tiny-qwen", "--data.validation", files[1])
+    assert done.exit_code == 0, done.stderr
+    assert "held" not in done.stderr
+
+
 def test_three_rows_are_shown_unless_more_are_asked_for(preview: Run, rows_file: Path) -> None:
     assert preview(rows_file).stdout.count("⟦") == 3
 

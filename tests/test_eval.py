@@ -96,6 +96,16 @@ def test_the_command_that_a_run_ends_with_is_accepted(
     assert evaluation_command(run).words[-1] == str(tmp_path / "run-eval-2")
 
 
+@pytest.mark.parametrize("missing", ["jieba", "rouge_score", "sacrebleu", ""])
+def test_a_run_ends_with_what_its_evaluation_needs_installed(tmp_path: Path, missing: str) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        if missing:
+            patch.setitem(sys.modules, missing, None)
+        told = str(evaluation_command(tmp_path / "run"))
+    install = ', after pip install "loratune[eval]"' if missing else ""
+    assert told.startswith(f"is it better{install}: loratune eval ")
+
+
 def test_reversed_answers_are_worse_and_the_exit_code_says_so(evaluated: tuple[Path, Result]) -> None:
     output, done = evaluated
     found = read_evaluation(output)

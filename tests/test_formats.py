@@ -154,6 +154,8 @@ def test_a_row_that_does_not_fit_is_told_with_each_fault_once(change: dict[str, 
     [
         ({}, "'output' is missing; 'instruction' is missing or empty"),
         ({"question": "a", "answer": "b"}, "'output' is missing; 'instruction' is missing or empty"),
+        ({"instruction": "a", "ouput": "b"}, "'output' is missing, but there is 'ouput'"),
+        ({"instuction": "a", "output": "b"}, "'instruction' is missing or empty, but there is 'instuction'"),
         ({"instruction": 1, "input": 2, "output": 3, "system": 4, "history": 5}, "'history' is not a list"),
         (["a", "b"], "is a list, not an object"),
         ("a", "is a text, not an object"),
@@ -164,6 +166,26 @@ def test_a_row_that_does_not_fit_is_told_with_each_fault_once(change: dict[str, 
 )
 def test_every_fault_of_a_row_is_told(value: Any, told: str) -> None:
     assert told in refusal(value)
+
+
+@pytest.mark.parametrize(
+    ("first", "row", "told"),
+    [
+        (
+            {"prompt": "a", "completion": "b"},
+            {"prompt": "a", "completon": "b"},
+            "'completion' is missing, but there is",
+        ),
+        ({"messages": []}, {"mesages": []}, "'messages' is null, not a list of turns, but there is 'mesages'"),
+        ({"instruction": ""}, {"instruction": "a", "output": None, "ouput": "b"}, "'output' is null"),
+        ({"instruction": ""}, {"instruction": "a", "answer": "b"}, "'output' is missing"),
+    ],
+)
+def test_a_misspelt_column_of_a_row_is_named(first: dict[str, Any], row: dict[str, Any], told: str) -> None:
+    problem = ConversationReader(detect_format([first], {}), {}, {}).read(row)
+    assert isinstance(problem, str)
+    assert problem.startswith(told)
+    assert ("but there is" in problem) == ("but there is" in told)
 
 
 TEXTS = st.text(st.characters(exclude_categories=[]), max_size=4)

@@ -6,8 +6,10 @@ from pathlib import Path
 
 import pytest
 
+from loratune.data.reading.files import open_rows
 from loratune.errors import LoratuneError
 from loratune.plain_files import require_folder
+from loratune.recipe.loading import find_recipe
 from loratune.runs.opening import _require_adapter
 
 
@@ -20,6 +22,22 @@ def test_a_missing_folder_is_told_with_the_nearest_beside_it(tmp_path: Path) -> 
         require_folder(tmp_path / "else")
     with pytest.raises(LoratuneError, match=r"no such folder$"):
         require_folder(tmp_path / "nowhere" / "support-bot")
+
+
+def test_a_missing_file_of_rows_is_told_with_the_nearest_beside_it(tmp_path: Path) -> None:
+    (tmp_path / "kettles.json").write_text("[]")
+    (tmp_path / "ketles.json").mkdir()
+    with pytest.raises(LoratuneError, match=r"; did you mean .*/kettles\.json\?$"):
+        open_rows(str(tmp_path / "kettle.json"))
+    with pytest.raises(LoratuneError, match=r"no such file \(looked from .*\)$"):
+        open_rows(str(tmp_path / "tests.jsonl"))
+
+
+def test_a_missing_recipe_is_told_with_the_nearest_beside_it(tmp_path: Path) -> None:
+    (tmp_path / "recipe.yaml").write_text("seed: 1")
+    (tmp_path / "recipe.yl").write_text("no recipe")
+    with pytest.raises(LoratuneError, match=r"; did you mean .*/recipe\.yaml\? shipped are"):
+        find_recipe(str(tmp_path / "recipe.yml"))
 
 
 @pytest.mark.parametrize("is_begun", [True, False])

@@ -30,10 +30,10 @@ from loratune.recipe.loading import load_recipe
 from loratune.recipe.sections import Recipe
 from loratune.training.activations import PassPlan, measure_passes
 from loratune.training.memory import trace as tracing
+from loratune.training.memory.card import parse_size
 from loratune.training.memory.expecting import ProcessMemory, Workload, expect_passes, optimizer_bytes, pass_memory
 from loratune.training.memory.live import LiveBytes
 from loratune.training.memory.planned import PlannedModel, planned_model
-from loratune.training.memory.planning import parse_size
 from loratune.training.memory.prediction import (
     ADAPTER,
     FREED,
@@ -259,6 +259,12 @@ def test_a_size_has_a_unit(text: str, size: int) -> None:
     assert parse_size(text) == size
     with pytest.raises(LoratuneError, match="with its unit"):
         parse_size("24")
+
+
+def test_a_card_without_a_size_is_refused_before_anything_is_planned(cli: Callable[..., Result]) -> None:
+    done = cli("plan", "--config", "quickstart", "--gpu", "4090")
+    assert done.exit_code == Exit.USAGE
+    assert done.stderr.startswith("error: --gpu 4090: ")
 
 
 def test_a_recipe_that_does_not_fit_is_changed_until_it_does(

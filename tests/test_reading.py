@@ -285,9 +285,26 @@ def test_broken_json_is_told_with_line_column_and_excerpt(tmp_path: Path, text: 
     path = write(tmp_path / "rows.json", text)
     message = refusal(path)
     assert message.startswith(tuple(f"{path}:{place}: not valid JSON: " for place in expected))
-    excerpt = message.rpartition("«")[2].rstrip("»")
+    excerpt = message.rpartition("«")[2].rpartition("»")[0]
     assert excerpt
     assert excerpt in text.replace("\n", "⏎")
+
+
+@pytest.mark.parametrize(
+    ("text", "bracket"),
+    [
+        ('[\n  {"output": "a"},\n]', "]"),
+        ('[{"output": "a", }]', "}"),
+        ('[{"output": "a",, "b": 1}]', ""),
+        ('[{"output": , "b": []}]', ""),
+        ('[{"output": "a"}, {"output": ]', ""),
+    ],
+)
+def test_a_comma_before_a_closing_bracket_is_told(tmp_path: Path, text: str, bracket: str) -> None:
+    lines = write(tmp_path / "rows.jsonl", text.replace("\n", "").strip("[]"))
+    documents = [refusal(write(tmp_path / "rows.json", text))]
+    for message in documents + (problems(lines) if bracket == "}" else []):
+        assert message.endswith(f"»; remove the comma before {bracket}") == bool(bracket)
 
 
 def test_one_bad_line_among_many_is_told_with_its_number(tmp_path: Path) -> None:

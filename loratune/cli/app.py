@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import functools
 import os
 import signal
@@ -14,7 +13,7 @@ import typer
 from typer.core import TyperGroup
 
 from loratune import __version__, console
-from loratune.cli.commands import COMMANDS, GROUPED, command_module
+from loratune.cli.commands import COMMANDS, GROUPED, command_meant, command_module
 from loratune.cli.completion import complete_if_asked
 from loratune.cli.documents import await_document
 from loratune.cli.failures import DEBUG, failures_told
@@ -60,10 +59,10 @@ class CommandGroup(TyperGroup):
         return _command(f"{self.prefix}{cmd_name}", cmd_name, self.table[cmd_name])
 
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
-        """Find the command of a line; a name that there is not is told with the nearest one."""
-        near = difflib.get_close_matches(args[0], self.table, n=1)
-        if args[0] not in self.table and near:
-            ctx.fail(f"No such command {args[0]!r}. Did you mean {near[0]}?")
+        """Find the command of a line; a name that there is not is told with the one that is meant."""
+        meant = "" if args[0] in self.table else command_meant(args[0], self.table)
+        if meant:
+            ctx.fail(f"No such command {args[0]!r}. Did you mean {meant}?")
         return super().resolve_command(ctx, args)
 
     def format_help(self, ctx: Any, formatter: Any) -> None:

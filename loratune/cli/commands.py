@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import importlib
+from collections.abc import Iterable
 from types import ModuleType
+
+from loratune.nearest import nearest
 
 # Command → its one-line help.
 COMMANDS = {
@@ -45,6 +48,21 @@ RUNS_COMMANDS = {
 GROUPED = {"data": DATA_COMMANDS, "runs": RUNS_COMMANDS, "launch": LAUNCH_COMMANDS}
 """Group of commands → its commands, with their one-line helps."""
 
+ELSEWHERE = {
+    "train": "sft",
+    "finetune": "sft",
+    "fine-tune": "sft",
+    "chat": "infer",
+    "generate": "infer",
+    "predict": "infer",
+    "evaluate": "eval",
+    "preprocess": "data check",
+    "convert": "export",
+    "api": "serve",
+    "deploy": "serve",
+}
+"""Command of LLaMA-Factory, ms-swift, axolotl, unsloth, torchtune or litgpt → its equivalent here."""
+
 MODULES = {"import": "import_", "agents-md": "agents_md"}
 """Command → its module, where the name cannot be a module's."""
 
@@ -55,6 +73,19 @@ def command_lines() -> list[tuple[str, ...]]:
     for name in COMMANDS:
         lines += [(name, inner) for inner in GROUPED[name]] if name in GROUPED else [(name,)]
     return lines
+
+
+def command_meant(name: str, known: Iterable[str]) -> str:
+    """Return the command that is likely meant by an unknown one; empty if none is.
+
+    Args:
+        name: as typed.
+        known: the commands that there are at its place.
+    """
+    if name in ELSEWHERE and ELSEWHERE[name].split()[0] in known:
+        return ELSEWHERE[name]
+    grouped = (f"{group} {name}" for group, inner in GROUPED.items() if group in known and name in inner)
+    return next(grouped, "") or nearest(name, known)
 
 
 def command_module(name: str) -> ModuleType:

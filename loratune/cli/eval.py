@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeAlias
 
@@ -14,7 +15,7 @@ from loratune.cli.sampling import sampling_options
 from loratune.engine.sampling import Sampling
 from loratune.errors import Exit, LoratuneError, bullet_list
 from loratune.evaluation.bounds import Bounds
-from loratune.extras import required
+from loratune.extras import FOR_EVALUATION, required
 from loratune.imports import importing
 
 if TYPE_CHECKING:
@@ -172,9 +173,8 @@ def command(
 def _require_extra() -> None:
     """Require what comparing answers needs, before the metrics do, which name the extra of `infer --metrics`."""
     with required("loratune eval", "eval"):
-        import jieba  # noqa: F401
-        import rouge_score  # noqa: F401
-        import sacrebleu  # noqa: F401
+        for module in FOR_EVALUATION:
+            import_module(module)
 
 
 def _check(given: Flags, of_rows: Flags, of_tasks: Flags, tests: str | None, names: Sequence[str]) -> None:

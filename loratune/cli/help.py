@@ -44,7 +44,31 @@ class Command(TyperCommand):
             filled.append(argument)
             if argument in self.implied and argument in known and after.startswith("-"):
                 filled.append(self.implied[argument])
-        return super().parse_args(ctx, filled)
+        try:
+            return super().parse_args(ctx, filled)
+        except Exception as error:
+            if hasattr(error, "message"):  # Click's, and not that help was shown
+                error.message += self._advice(error, args)
+            raise
+
+    def _advice(self, error: Any, args: list[str]) -> str:
+        """Return the flag that is meant by an unknown one, or by a word without one, as the end of a sentence."""
+        # These take long to import, which help need not.
+        from loratune.recipe.loading import is_recipe_name
+        from loratune.recipe.suggestions import suggestion
+
+        shown = (name for option in self.params if not getattr(option, "hidden", False) for name in option.opts)
+        known = {name.removeprefix("--") for name in shown if name.startswith("--")}
+        if hasattr(error, "possibilities"):
+            takes_settings = any("." in name for name in known)
+            advice = suggestion(error.option_name.lstrip("-"), known, "--") if takes_settings else ""
+            error.possibilities = None if advice else error.possibilities
+            return advice
+        if "unexpected extra argument" in error.message and "config" in known:
+            given = [args[place] for place in self._places_of_flags(args)]
+            recipe = next((word for word in given if is_recipe_name(word)), "")
+            return f"; a recipe is given as --config {recipe}" if recipe else ""
+        return ""
 
     def _with_present_names(self, args: list[str]) -> list[str]:
         """Replace flags of earlier versions, with a notice for each.

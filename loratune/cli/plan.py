@@ -14,6 +14,7 @@ from loratune.cli.flags import Config
 from loratune.cli.options import recipe_options
 from loratune.errors import Exit
 from loratune.recipe.loading import load_recipe
+from loratune.training.memory.card import parse_size
 
 DETAILS = """\
 Runs the recipe's largest pass on tensors without values and counts what it holds. Needs the base's config, and its
@@ -49,6 +50,8 @@ def command(
     *,
     flags: dict[str, object],
 ) -> None:
+    if gpu is not None:
+        parse_size(gpu)  # before what takes seconds
     recipe = load_recipe(config, dict(flags))
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     with console.status("planning"):

@@ -10,7 +10,7 @@ from pathlib import Path, PurePosixPath
 from loratune.data.sources import hub_name, parse_source
 from loratune.errors import Exit, LoratuneError, bullet_list
 from loratune.model.files import local_folder
-from loratune.plain_files import is_file
+from loratune.plain_files import is_file, nearest_told
 from loratune.recipe.data_sections import SourceSettings
 from loratune.recipe.loading import SHIPPED
 from loratune.recipe.sections import TINY_QWEN, Recipe
@@ -85,7 +85,7 @@ class _Placing:
             if hub_name(name) or self._is_own(name):
                 return entry
             if not is_file(Path(name)):
-                raise LoratuneError(f"{name}: no such file", Exit.DATA)
+                raise LoratuneError(f"{name}: no such file{nearest_told(Path(name), is_file)}", Exit.DATA)
         except LoratuneError as problem:
             self.problems.append(problem)
             return entry

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
@@ -13,7 +12,8 @@ from pydantic import ValidationError
 
 from loratune import console
 from loratune.errors import Exit, LoratuneError, Problem, bullet_list
-from loratune.plain_files import is_file, open_plain
+from loratune.nearest import nearest
+from loratune.plain_files import is_file, nearest_beside, open_plain
 from loratune.recipe.data_sections import SourceSettings
 from loratune.recipe.flag_values import parse_flag
 from loratune.recipe.method_sections import METHOD, METHOD_SECTIONS
@@ -41,6 +41,15 @@ def shipped_sweeps() -> list[Path]:
     return sorted((SHIPPED / "configs" / "sweeps").glob("*.yaml"))
 
 
+def is_recipe_name(word: str) -> bool:
+    """Return whether a word of a command line is the name of a YAML file or of a shipped recipe."""
+    return Path(word).suffix in (".yaml", ".yml") or word in {path.stem for path in shipped_recipes()}
+
+
+def _is_recipe(path: Path) -> bool:
+    return path.suffix in (".yaml", ".yml") and is_file(path)
+
+
 def find_recipe(name: str, known: Iterable[Path] | None = None) -> Path:
     """Return the path of a recipe file, or of a shipped recipe given by name.
 
@@ -58,8 +67,8 @@ def find_recipe(name: str, known: Iterable[Path] | None = None) -> Path:
     bare = name.removesuffix(".yaml")
     if bare in shipped:
         return shipped[bare]
-    close = difflib.get_close_matches(bare, shipped, n=1)
-    meant = str(path / "recipe.yaml") if is_file(path / "recipe.yaml") else "".join(close)
+    inner = path / "recipe.yaml"
+    meant = str(inner) if is_file(inner) else nearest_beside(path, _is_recipe) or nearest(bare, shipped)
     hint = f"did you mean {meant}? " if meant else ""
     raise LoratuneError(
         f"recipe {name!r}: no such file, and no shipped recipe of that name; {hint}shipped are: {', '.join(shipped)}",

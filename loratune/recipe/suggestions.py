@@ -128,6 +128,7 @@ KNOWN_ELSEWHERE = {
     "packing_length": "training.tokens_per_pass",
     "global_batch_size": STEP_ROWS,
     "train_iters": "training.max_steps",
+    "iters": "training.max_steps",
     "lr_warmup_fraction": "training.warmup",
     "lr_warmup_iters": "training.warmup",
     "fsdp": "model.sharding: fsdp",
@@ -189,20 +190,28 @@ WITHOUT_SETTING = {
 """Name of a setting in those tools → why loratune has no equivalent."""
 
 
-def suggestion(setting: str, known: Iterable[str]) -> str:
+def suggestion(setting: str, known: Iterable[str], dashes: str = "") -> str:
     """Return a suggestion for an unknown setting, as the end of a sentence; empty if there is none.
 
     Args:
         setting: the dotted name as written.
         known: dotted names of possible settings, or of sections if a section was written.
+        dashes: what comes before them where they are flags.
     """
     last = setting.rpartition(".")[2]
     if elsewhere := KNOWN_ELSEWHERE.get(last.lower().replace("-", "_")):
-        return f"; in loratune this is {elsewhere}"
+        return f"; in loratune this is {_as_flag(elsewhere, known) if dashes else elsewhere}"
     if reason := (WITHOUT_SETTING | NOT_OFFERED).get(last.lower().replace("-", "_")):
         return f"; loratune has none: {reason}"
     near = _nearest(setting, last, list(known))
-    return f"; did you mean {near}?" if near else ""
+    return f"; did you mean {dashes}{near}?" if near else ""
+
+
+def _as_flag(equivalent: str, known: Iterable[str]) -> str:
+    """Return an equivalent of the table as it is written on a command line."""
+    name, *value = equivalent.split(" ", 1)
+    name = name.removesuffix(":")
+    return " ".join([f"--{name}", *value]) if name in known else equivalent
 
 
 def _nearest(setting: str, last: str, known: list[str]) -> str | None:

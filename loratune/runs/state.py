@@ -10,6 +10,7 @@ from typing_extensions import TypedDict
 from loratune.choices import BaseChecked
 from loratune.commands import Command, free_place, loratune
 from loratune.errors import LoratuneError
+from loratune.extras import FOR_EVALUATION, first_install
 from loratune.recipe.advice import is_served
 from loratune.runs.base_check import how_checked
 from loratune.runs.checkpoint import checkpoint_steps
@@ -151,10 +152,12 @@ def _gpus(output: Path) -> int | None:
 
 
 def evaluation_command(output: Path) -> Command:
-    """Return the command that compares the adapter of a finished run with its base."""
+    """Return the command that compares the adapter of a finished run with its base, and what it needs installed."""
     place = free_place(output.with_name(f"{output.name}-eval"))
     flags = {"--adapter": output, "--tests": "TESTS", "--output": place}
-    return loratune("is it better", "eval", flags, {"TESTS": "rows that it was not trained on"})
+    install = first_install(FOR_EVALUATION, "eval")
+    purpose = f"is it better, after {install}" if install else "is it better"
+    return loratune(purpose, "eval", flags, {"TESTS": "rows that it was not trained on"})
 
 
 def serving_command(output: Path) -> Command | None:

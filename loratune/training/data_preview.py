@@ -12,12 +12,16 @@ from loratune import console
 from loratune.data.assembly.split import Split
 from loratune.data.assembly.steps import PassLayout, StepSampler
 from loratune.data.encoding.encoder import IGNORED
-from loratune.errors import Exit, LoratuneError, counted
+from loratune.data.preparation import PreparedData
+from loratune.errors import Exit, LoratuneError, agreeing, counted
 from loratune.model.files import find_tokenizer
 from loratune.model.tokenizer import load_tokenizer
 from loratune.protocols import Tokenizer
 from loratune.recipe.sections import Recipe
 from loratune.training.gate import TEMPLATE, pass_gate
+
+SHOWN_PLACES = 5
+"""Rows that are named of those held for validation."""
 
 
 class SequenceValues(TypedDict):
@@ -74,13 +78,17 @@ class Preview:
 
 
 def preview_rows(recipe: Recipe, count: int) -> list[Preview]:
-    """Return the first training sequences of a recipe.
+    """Return the first training sequences of a recipe, and print of how many, and which rows are none.
 
     Raises:
         LoratuneError: any error of training before the model is loaded.
     """
-    train = _training_rows(recipe)
-    return _previews(recipe, train, [list(range(min(count, len(train))))])[0]
+    data = _checked_rows(recipe)
+    count = min(count, len(data.train))
+    of_all = counted(len(data.train), "training sequence")
+    told = f"the first {count:,} of {of_all} (--rows shows more)" if count < len(data.train) else f"all of {of_all}"
+    console.say(told + _held_out(data))
+    return _previews(recipe, data.train, [list(range(count))])[0]
 
 
 def preview_passes(recipe: Recipe, count: int) -> list[list[Preview]]:
@@ -95,19 +103,30 @@ def preview_passes(recipe: Recipe, count: int) -> list[list[Preview]]:
     training = recipe.training
     if not training.packing:
         raise LoratuneError("training.packing is false; there are no packed passes", Exit.USAGE)
-    train = _training_rows(recipe)
+    train = _checked_rows(recipe).train
     layout = PassLayout(training.tokens_per_pass or train.tokens, efficient_tokens=0, is_packed=True)
     steps = StepSampler(train.lengths, training.batch_size, recipe.seed, layout)
     return _previews(recipe, train, list(islice(chain.from_iterable(steps), count)))
 
 
-def _training_rows(recipe: Recipe) -> Split:
-    """Return the training split, and print warnings about the template, since the preview shows its output."""
+def _checked_rows(recipe: Recipe) -> PreparedData:
+    """Return the rows of a recipe, and print warnings about the template, since the preview shows its output."""
     data = pass_gate(recipe).checked()
     for found in data.found:
         if found.name == TEMPLATE:
             console.warn(found.text)
-    return data.train
+    return data
+
+
+def _held_out(data: PreparedData) -> str:
+    """Return which rows of the files that are trained on are held for validation; empty if none are."""
+    rows = data.validation.pool if data.validation else None
+    if rows is None or rows.sources is not data.train.pool.sources:
+        return ""
+    places = [rows.short_place(row) for row in range(min(SHOWN_PLACES, len(rows)))]
+    more = ", …" if len(rows) > SHOWN_PLACES else ""
+    held = agreeing(len(rows), "are held for validation")
+    return f"; {counted(len(rows), 'row')} {held}: {', '.join(places)}{more}"
 
 
 def _previews(recipe: Recipe, train: Split, groups: list[list[int]]) -> list[list[Preview]]:

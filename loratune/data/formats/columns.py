@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from loratune.data.formats.registry import ALPACA, Format, renamed
+from loratune.nearest import MISSPELT, nearest
 
 # Column names in public datasets for each of Alpaca's columns, the most likely first.
 GUESSES = {
@@ -23,7 +24,7 @@ NO_PREFERENCE = "preference training (DPO) is not offered"
 
 
 def describe_unread_columns(first: Sequence[Any], kind: Format, columns: Mapping[str, str]) -> str:
-    """Describe the columns of a file without a known answer column, and the flags that would map them.
+    """Describe the columns of a file without a known column of questions or answers, and the flags that map them.
 
     Args:
         first: the first rows of the file.
@@ -35,7 +36,7 @@ def describe_unread_columns(first: Sequence[Any], kind: Format, columns: Mapping
     """
     rows = [renamed(value, columns) for value in first if isinstance(value, dict)]
     row: dict[str, Any] = next(iter(rows), {})
-    if kind is not ALPACA or not row or any("output" in one for one in rows):
+    if kind is not ALPACA or not row or (_has_question(rows) and any("output" in one for one in rows)):
         return ""
     row = {name: next((one[name] for one in rows if one.get(name) is not None), None) for name in row}
     named = f"its columns are {', '.join(map(repr, row))}, in which no format is recognised"
@@ -59,13 +60,24 @@ def _of_texts(row: Mapping[str, Any], named: str, is_preference: bool) -> str:
         is_preference: whether rows have a chosen and a rejected answer.
     """
     texts = {name for name, value in row.items() if isinstance(value, str | None)}
-    pairs = {known: next((name for name in names if name in texts), None) for known, names in GUESSES.items()}
-    if "instruction" in row and not pairs["output"]:
+    # Of a file with answers that has no questions, `input` is blank.
+    free = texts - {"input"} if "output" in row else texts
+    pairs = {known: next((name for name in names if name in free), "") for known, names in GUESSES.items()}
+    misspelt = {
+        known: _misspelt([name for name in row if name in free], GUESSES[known])
+        for known in ("instruction", "output")
+        if not pairs[known]
+    }
+    pairs |= {known: name for known, (name, _) in misspelt.items()}
+    if ("instruction" in row and not pairs["output"]) or ("output" in row and not pairs["instruction"]):
         return ""
     if pairs["instruction"] and pairs["output"]:
         flags = " ".join(
             f"{FLAG} {shlex.quote(f'{known}={name}')}" for known, name in pairs.items() if name and name != known
         )
+        if misspelt:
+            told = " and ".join(f"{name!r} for {meant!r}" for name, meant in misspelt.values())
+            return f"{named}, perhaps misspelt: {told}; correct this in the file, or give {flags}"
         return f"{named}; to train on {pairs['output']!r} as the answer: {flags}"
     plain = next((name for name in TEXT_NAMES if isinstance(row.get(name), str)), None)
     if is_preference:
@@ -81,6 +93,17 @@ def _of_texts(row: Mapping[str, Any], named: str, is_preference: bool) -> str:
         if len(row) == 1:
             return named
     return f"{named}; {FLAG} instruction=… {FLAG} output=… names the columns of question and answer"
+
+
+def _misspelt(columns: Sequence[str], names: Sequence[str]) -> tuple[str, str]:
+    """Return the first column that is one of some names misspelt, and that name; empty if there is none."""
+    found = ((name, nearest(name, names, MISSPELT)) for name in columns if name not in GUESSES["input"] + TEXT_NAMES)
+    return next((one for one in found if one[1]), ("", ""))
+
+
+def _has_question(rows: Sequence[Mapping[str, Any]]) -> bool:
+    """Return whether any of some rows has a column with a question, or a text as its input."""
+    return any("instruction" in one or str(one.get("input") or "").strip() for one in rows)
 
 
 def _key_of_turns(value: Any) -> str:

@@ -16,7 +16,10 @@ from loratune.data.formats.conversation import Conversation, Message, kind_of
 from loratune.data.formats.row_media import named_media, referred_media
 from loratune.data.formats.row_tools import tools_of
 from loratune.errors import Exit, LoratuneError
+from loratune.nearest import MISSPELT, nearest
 
+NAMED_FIRST = re.compile(r"'(\w+)' is ")
+"""Matches the column that a problem begins with."""
 PLACEHOLDER = re.compile(r"\{\{\s*(\w+)\s*\}\}")
 # The two placeholders in published identity datasets; others may be literal text.
 MUST_BE_FILLED = ("name", "author")
@@ -147,7 +150,7 @@ class ConversationReader:
             return "its values are nested too deep to be checked"
 
     def _read(self, given: Any) -> Conversation | str:
-        value = renamed(given, self._columns)
+        value = row = renamed(given, self._columns)
         value = self.kind.answered(value) if self._are_questions and isinstance(value, dict) else value
         value = renamed(value, self.kind.columns)
         found = [f"is {kind_of(value)}, not an object"]
@@ -156,7 +159,7 @@ class ConversationReader:
         unread = {} if found else self.kind.unread(value)
         found = found or referred_media(unread, value)
         if found:
-            return "; ".join(_in_file_s_words(problem, self.kind) for problem in found)
+            return "; ".join(_in_file_s_words(problem, self.kind, row) for problem in found)
         self.ignored.update(unread)
         turns = tuple(_filled(message, self._fill) for message in self.kind.messages(value))
         is_set = turns[0]["role"] == "system"
@@ -199,10 +202,15 @@ def renamed(value: Any, columns: Mapping[str, str] | None) -> Any:
     return rest | {known: value[own] for known, own in columns.items() if own in value}
 
 
-def _in_file_s_words(problem: str, kind: Format) -> str:
+def _in_file_s_words(problem: str, kind: Format, row: Any) -> str:
+    """Return a problem with the names that a row's format has for its columns, and what it has misspelt of them."""
     for known, own in (kind.columns or {}).items():
         problem = problem.replace(f"'{known}'", f"'{own}'")
-    return problem
+    named = NAMED_FIRST.match(problem)
+    if not named or named[1] in row:
+        return problem
+    misspelt = nearest(named[1], map(str, row), MISSPELT)
+    return f"{problem}, but there is {misspelt!r}" if misspelt else problem
 
 
 def _filled(message: Message, fill: _Filler) -> Message:

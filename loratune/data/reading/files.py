@@ -20,6 +20,7 @@ from loratune.data.reading.parquet import rows_of_parquet
 from loratune.data.reading.rows import BadRow, Row
 from loratune.data.sources import FileKind, file_kind, hub_name
 from loratune.errors import Exit, LoratuneError
+from loratune.plain_files import is_file, nearest_told
 
 __all__ = ["BadRow", "Row", "RowFile", "open_rows"]
 
@@ -160,4 +161,5 @@ def _unreadable(name: str, error: OSError | ValueError) -> LoratuneError:
     if isinstance(error, OSError) and not isinstance(error, FileNotFoundError):
         return LoratuneError(f"{name}: cannot be read: {error.strerror}", Exit.IO)
     # ValueError: a NUL in the name
-    return LoratuneError(f"{name}: no such file (looked from {Path.cwd()})", Exit.DATA)
+    near = nearest_told(Path(name), is_file)
+    return LoratuneError(f"{name}: no such file (looked from {Path.cwd()}){near}", Exit.DATA)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import re
 from typing import Any
 
 EXCERPT = 30
 """Number of characters shown before and after an error."""
+CLOSED_BEHIND_A_COMMA = re.compile(r",\s*([\]}])")
 
 
 def explain_fault(name: str, error: Exception, place: tuple[int, int], text: str, index: int) -> str:
@@ -25,7 +27,11 @@ def explain_fault(name: str, error: Exception, place: tuple[int, int], text: str
     if not isinstance(error, json.JSONDecodeError):
         return f"{name}:{line}: {error}"
     excerpt = text[max(0, index - EXCERPT) : index + EXCERPT].replace("\n", "⏎")
-    return f"{name}:{line}:{column}: not valid JSON: {error.msg}, near «{excerpt}»"
+    # The error is at the bracket; newer versions of Python place it at the comma.
+    comma = index if text.startswith(",", index) else len(text[:index].rstrip()) - 1
+    closed = CLOSED_BEHIND_A_COMMA.match(text, max(0, comma))
+    remedy = f"; remove the comma before {closed[1]}" if closed else ""
+    return f"{name}:{line}:{column}: not valid JSON: {error.msg}, near «{excerpt}»{remedy}"
 
 
 def _refuse_repeated_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ from jinja2.sandbox import SandboxedEnvironment
 
 from loratune import console
 from loratune.errors import Exit, LoratuneError, bullet_list
+from loratune.nearest import nearest
 from loratune.plain_files import read_plain_text, require_folder
 
 CODE_TAG = "!function"
@@ -101,8 +101,8 @@ def _require_known(names: Sequence[str], known: Sequence[str], folder: Path | No
         return
     lines = []
     for name in unknown:
-        near = get_close_matches(name, known, n=1)
-        lines.append(f"{name}: {f'did you mean {near[0]}?' if near else 'no task, group or tag is called that'}")
+        near = nearest(name, known)
+        lines.append(f"{name}: {f'did you mean {near}?' if near else 'no task, group or tag is called that'}")
     places = f"lm-evaluation-harness or {folder}" if folder else "lm-evaluation-harness"
     raise LoratuneError(f"unknown tasks; {places} has them by name:\n{bullet_list(lines)}", Exit.USAGE)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +10,7 @@ from loratune import console
 from loratune.errors import Exit, LoratuneError, counted
 from loratune.generation.chat.settings import NAMES, changed, rows_of
 from loratune.generation.chat.state import BASE, ChatState, Turn
+from loratune.nearest import nearest
 
 TRAINED = "default"
 KEYS = [
@@ -59,8 +59,8 @@ def run_command(state: ChatState, line: str) -> Asked | None:
     """
     name, _, rest = line.partition(" ")
     if name not in COMMANDS:
-        near = difflib.get_close_matches(name, COMMANDS, 1)
-        hint = f"did you mean {near[0]}?" if near else "/help lists them"
+        near = nearest(name, COMMANDS)
+        hint = f"did you mean {near}?" if near else "/help lists them"
         raise LoratuneError(f"no command {name}; {hint} (a question that begins with / is typed //…)", Exit.USAGE)
     command = COMMANDS[name]
     if rest.strip() and not command.takes:
@@ -142,8 +142,8 @@ def _adapter(state: ChatState, rest: str) -> None:
     elif rest == BASE:
         state.use_adapter = False
     elif rest:
-        near = difflib.get_close_matches(rest, [*names, BASE], 1)
-        hint = f"did you mean {near[0]}?" if near else f"there are {', '.join([*names, BASE])}"
+        near = nearest(rest, [*names, BASE])
+        hint = f"did you mean {near}?" if near else f"there are {', '.join([*names, BASE])}"
         raise LoratuneError(f"no adapter {rest!r}; {hint}", Exit.USAGE)
     rows = [*names, *([] if BASE in names else [BASE])]
     notes = {BASE: state.engine.base_name} if BASE not in names else {}

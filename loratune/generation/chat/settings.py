@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import difflib
 import shlex
 from typing import Any
 
 from loratune.engine.sampling import NUMBERS, Sampling
 from loratune.errors import Exit, LoratuneError
+from loratune.nearest import nearest
 
 UNSET = "default"
 
@@ -36,8 +36,8 @@ def changed(sampling: Sampling, arguments: str) -> Sampling:
         name, sign, value = word.partition("=")
         name = name.replace("-", "_")
         if name not in NAMES:
-            near = difflib.get_close_matches(name, NAMES, 1)
-            hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(NAMES)}"
+            near = nearest(name, NAMES)
+            hint = f"did you mean {near}?" if near else f"there are {', '.join(NAMES)}"
             raise LoratuneError(f"/set: no setting {name!r}; {hint}", Exit.USAGE)
         if not sign:
             raise LoratuneError(f"/set: write {name}=value, without spaces", Exit.USAGE)

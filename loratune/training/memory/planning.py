@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 
 import loratune.training.run  # noqa: F401  # what a run has imported is in memory
-from loratune.errors import Exit, LoratuneError, counted
+from loratune.errors import counted
 from loratune.model.config import load_config
 from loratune.model.files import find_config
 from loratune.model.hardware import Hardware, detect_hardware
@@ -18,6 +17,7 @@ from loratune.model.tokenizer import load_tokenizer
 from loratune.recipe.sections import Recipe
 from loratune.training.activations import MASKED_TOKENS, PassPlan, largest_step, plan_passes
 from loratune.training.gate import pass_gate
+from loratune.training.memory.card import parse_size
 from loratune.training.memory.expecting import (
     CONTEXT_BYTES,
     ProcessMemory,
@@ -29,7 +29,6 @@ from loratune.training.memory.expecting import (
 from loratune.training.memory.planned import PlannedModel, planned_model
 from loratune.training.memory.prediction import Prediction
 
-UNITS = {"KB": 1e3, "MB": 1e6, "GB": 1e9, "TB": 1e12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
 NOT_YET = {"cuda": ("no prediction has been compared with a run on a GPU yet",)}
 """Kind of device → what is to be known of its predictions."""
 FLASH = (8, 0)
@@ -44,21 +43,6 @@ class Place:
     room_bytes: int
     """Memory of one GPU, or what this machine has free for each process."""
     name: str
-
-
-def parse_size(text: str) -> int:
-    """Return the bytes of a size such as 24GB or 80GiB.
-
-    Raises:
-        LoratuneError: it has no unit.
-    """
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]i?b)\s*", text, re.IGNORECASE)
-    size = round(float(match[1]) * UNITS[match[2].upper()]) if match else 0
-    if not size:
-        raise LoratuneError(
-            f"--gpu {text}: write the memory of a card with its unit, such as 24GB or 80GiB", Exit.USAGE
-        )
-    return size
 
 
 def place_of(gpu: str | None, gpus: int | None) -> Place:
