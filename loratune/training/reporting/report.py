@@ -152,9 +152,10 @@ def _answer_rows(answers: Answers | None) -> list[tuple[str, str]]:
         return []
     summary = f"{answers.changed} of {len(answers.told)} differ from the base's"
     if answers.judged:
-        summary += f", {answers.ended} of {answers.judged} end by themselves"
+        seen = "" if answers.judged == len(answers.told) else " with enough time and tokens"
+        summary += f", {answers.ended} of {answers.judged}{seen} end by themselves"
     if answers.cut_short:
-        summary += f", {answers.cut_short} cut short for time (evaluation.questions_share)"
+        summary += f", {answers.cut_short} cut short for time, the base's or the adapter's (evaluation.questions_share)"
     shown = next((one for one in answers.told if one.has_changed), answers.told[0])
     said = [(name, _one_line(text(shown))) for name, text in SHOWN.items()]
     return [("answers", summary), *said]
