@@ -12,6 +12,8 @@ from loratune.runs.typed_json import read_typed
 from loratune.writing import PROGRAM, write_json
 
 RESULT = "eval.json"
+RESULTS = "results.jsonl"
+"""Answers and losses as they arrive, from which a rerun goes on; there from the start, unlike the result."""
 RESULT_VERSION = 1
 
 
