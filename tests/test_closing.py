@@ -99,7 +99,8 @@ def test_what_fails_at_the_end_is_told_and_costs_nothing_else(
     assert (run / "loss.png").exists() == (missing != "plot")
     assert (run / "adapter" / "README.md").exists() == (missing != "card")
     assert ("next: loratune infer" in result.stderr) == (missing != "table")
-    assert ("is it better: loratune eval" in result.stderr) == (missing != "table")
+    for advice in ("is it better: loratune eval", "merge it: loratune merge", "for vLLM: loratune export"):
+        assert result.stderr.count(advice) == (missing != "table")
     assert "stopped early" not in result.stderr
     if missing not in ("table", "plot") and place != "reporting.closing.replace_report":
         assert any(type(error).__name__ in warning for warning in report["warnings"])

@@ -70,7 +70,7 @@ class GeneralAnswers:
 
 @dataclass(frozen=True)
 class Form:
-    """How answers to the rows are formed: numbers of answers."""
+    """How answers to the compared rows are formed: numbers of answers."""
 
     answers: int
     ended: int
