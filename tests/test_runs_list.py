@@ -412,7 +412,7 @@ def test_runs_that_set_other_rows_aside_do_not_have_the_same_data(cli: Any, fold
     assert "the data is the same" not in words(done.stderr)
     assert "read, split and ordered differ: data.validation" in words(done.stderr)
     rows = rows_of(compared(cli, one, two)["figures"])["rows"]
-    assert rows == ["10 rows trained, 2 for validation", "12 rows trained, 0 for validation"]
+    assert rows == ["12 rows: 10 trained, 2 for validation", "12 rows: 12 trained, 0 for validation"]
 
 
 def test_an_edited_recipe_is_told_and_a_damaged_run_is_compared_as_far_as_it_can_be(cli: Any, folder: Path) -> None:

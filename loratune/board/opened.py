@@ -123,7 +123,8 @@ def _rows(run: OpenedRun) -> str | None:
     """Return the numbers of rows after the split; before the end of the run, that of all rows."""
     split = run.report.rows if run.report else None
     if split and split.training:
-        return f"{counted(split.training, 'row')} trained, {split.validation:,} for validation"
+        total = counted(split.training + split.validation, "row")
+        return f"{total}: {split.training:,} trained, {split.validation:,} for validation"
     return None if run.summary.rows is None else counted(run.summary.rows, "row")
 
 
