@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM
 from typer.testing import Result
 
 from loratune.commands import Command, free_place, loratune
+from loratune.delivery.advice import serve_merged
 from loratune.delivery.export.servers.plan import check_for
 from loratune.errors import Exit
 from loratune.model.files import check_base
@@ -168,10 +169,16 @@ def test_what_a_success_names_next_is_not_refused(
     assert run_advice(cli, done, {"ORG": "me"}, 1)[0] == first[target]
 
 
-def test_a_merge_and_a_run_name_commands_that_run(cli: CLI, short_run: Path, tmp_path: Path) -> None:
+@pytest.mark.usefixtures("_no_server")
+def test_a_merge_and_a_run_name_commands_that_run(
+    cli: CLI, short_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     done = cli("merge", "--adapter", short_run, "--output", tmp_path / "it's merged")
     assert done.exit_code == 0, done.stderr
-    assert run_advice(cli, done, {}) == ["loratune infer", "vllm serve"]
+    assert run_advice(cli, done, {}) == ["loratune infer", "loratune serve"]
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.cuda, "is_available", lambda: True)
+        assert serve_merged(tmp_path / "it's merged").words[:2] == ("vllm", "serve")
     assert run_advice(cli, cli("runs", "show", short_run), {}) == ["loratune infer"]
     serving = serving_command(short_run)
     assert serving

@@ -23,8 +23,10 @@ from typer.testing import Result
 from loratune.engine.scheduler import Decoder
 from loratune.runs import output
 from loratune.runs.opening import open_settled_adapter, open_whole_run
+from loratune.runs.report import Answers, Health, Report, Told
 from loratune.training import run as session
 from loratune.training.reporting import answers, closing
+from loratune.training.reporting.report import show_report
 
 Sft = Callable[..., Result]
 Series = list[tuple[int, float]]
@@ -97,7 +99,8 @@ def test_what_fails_at_the_end_is_told_and_costs_nothing_else(
     assert (run / "loss.png").exists() == (missing != "plot")
     assert (run / "adapter" / "README.md").exists() == (missing != "card")
     assert ("next: loratune infer" in result.stderr) == (missing != "table")
-    assert ("is it better: loratune eval" in result.stderr) == (missing != "table")
+    for advice in ("is it better: loratune eval", "merge it: loratune merge", "for vLLM: loratune export"):
+        assert result.stderr.count(advice) == (missing != "table")
     assert "stopped early" not in result.stderr
     if missing not in ("table", "plot") and place != "reporting.closing.replace_report":
         assert any(type(error).__name__ in warning for warning in report["warnings"])
@@ -238,6 +241,24 @@ def test_answers_are_cut_short_where_time_is_up_and_none_is_dropped(
     assert health["sentences"] == []  # five equal tokens do not show that nothing has been learnt
     assert "8 cut short for time" in result.stderr
     assert "answering 8 questions with and without the adapter, for 10 s at most" in result.stderr
+
+
+def test_the_closing_table_says_of_how_many_answers_an_end_was_seen(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def told(count: int, ended: bool | None, cut_short: bool) -> tuple[Told, ...]:
+        return (Told("q", "a", "b", "c", has_changed=True, ended=ended, cut_short=cut_short),) * count
+
+    def shown(*answers: Told) -> str:
+        report = Report(output=str(tmp_path), base="b", steps=1, epochs=1, health=Health(answers=Answers(answers)))
+        show_report(report)
+        return " ".join(capsys.readouterr().err.split())
+
+    assert "4 of 4 differ from the base's, 3 of 4 end by themselves asked" in shown(
+        *told(3, True, False), *told(1, False, False)
+    )
+    part = shown(*told(4, True, False), *told(2, True, True), *told(2, None, True))
+    assert "6 of 6 with enough time and tokens end by themselves, 4 cut short for time, the base's or" in part
 
 
 @pytest.mark.whole_end

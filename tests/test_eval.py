@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import html
 import json
+import re
 import shutil
 import sys
 from collections.abc import Callable
@@ -304,7 +305,7 @@ def test_runs_of_different_bases_are_compared_one_after_the_other(
     assert "was in the training" not in page
 
 
-def test_leaked_rows_are_found_and_left_out(evaluate: Evaluate, short_run: Path) -> None:
+def test_leaked_rows_are_found_and_left_out(evaluate: Evaluate, short_run: Path, tmp_path: Path) -> None:
     trained_on = json.loads((short_run.parent / "rows.json").read_text())
     held_out = json.loads((short_run / "probe.json").read_text())["questions"]
     unseen = {question[-1]["content"] for question in held_out}
@@ -319,6 +320,28 @@ def test_leaked_rows_are_found_and_left_out(evaluate: Evaluate, short_run: Path)
     assert (13 in leaks.same_question) == (trained_on[0]["instruction"] not in unseen)
     assert found.compared == found.measures["loss"].rows == len(rows) - len(leaks.rows)
     assert f"{len(leaks.rows)} test rows found in the training rows" in done.stderr
+    assert found.form["tuned"].answers == found.compared < len(rows)
+    page = html.unescape((tmp_path / "out" / "eval.html").read_text("utf-8"))
+    shown = [int(number) for number in re.findall(r"row (\d+)", page.partition("most damaged first")[2])]
+    assert {*shown[found.compared :]} == {*leaks.rows}, "rows that are left out come last"
+
+
+def test_an_adapter_that_is_merged_already_is_not_to_be_merged_again(
+    cli: Callable[..., Result], evaluate: Evaluate, short_run: Path, tmp_path: Path
+) -> None:
+    run = Path(shutil.copytree(short_run, tmp_path / "run"))
+    rows = [{"instruction": f"What is {n}?", "output": "It is that."} for n in range(8)]
+    _, done = evaluate(run, rows, "--against", short_run)
+    assert f"merge it: loratune merge --adapter {run} --output {run}-merged" in " ".join(done.stderr.split())
+    assert cli("merge", "--adapter", run, "--output", tmp_path / "whole", "--no-logits").exit_code == 0
+    _, done = evaluate(run, rows, "--against", short_run)
+    assert f"try it: loratune infer --model {tmp_path / 'whole'}" in " ".join(done.stderr.split())
+    verification = json.loads((tmp_path / "whole" / "verification.json").read_text())
+    verification |= {"adapter_sha256": "0" * 64}
+    del verification["sha256"]
+    (tmp_path / "whole" / "verification.json").write_text(json.dumps(verification))
+    _, done = evaluate(run, rows, "--against", short_run)
+    assert "merge it: loratune merge" in done.stderr, "the model is of another adapter"
 
 
 def test_rows_nearly_those_of_the_training_are_found(evaluate: Evaluate, tmp_path: Path) -> None:

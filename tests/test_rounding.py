@@ -124,6 +124,9 @@ def test_an_update_that_rounding_takes_a_part_of_is_merged_with_a_warning(
     rounded = report["logits_with_rounding"]["original"]["mean_kl"]
     for label, mean_kl in (("logits", lost), ("rounded alike", rounded)):
         assert f"mean KL {mean_kl:.1e}" in told.partition(f" {label} ")[2].partition("largest difference")[0]
+    one = report["logits_with_rounding"]["original"]
+    share = one["largest_difference"] / max(1, one["largest_logit"])
+    assert f"largest difference {share:.2g} of the largest logit ({one['largest_logit']:.3g})" in told
     assert "bounds rounded alike: largest difference" in told
     wide = merged(cli, tmp_path / "wide", "--adapter", adapter, "--model", base, "--dtype", "float32")
     assert wide["logits"]["original"]["mean_kl"] < 1e-6

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,6 +17,7 @@ from conftest import tree
 
 from loratune.board.search import Search
 from loratune.errors import Exit, LoratuneError
+from loratune.generation.batch.answer_file import open_answers
 from loratune.recipe.loading import load_recipe
 from loratune.runs.lineage import sealed_digest
 from loratune.runs.lock import run_lock
@@ -207,6 +209,24 @@ def test_what_is_damaged_or_foreign_has_a_line_and_ends_nothing(cli: Any, folder
     assert "nothing of loratune's in: photos" in words(done.stderr)
 
 
+def test_an_evaluation_on_the_way_is_told_and_results_of_others_are_not(cli: Any, folder: Path) -> None:
+    run = make_run(folder / "run")
+    (folder / "strange").mkdir()
+    (folder / "strange" / "results.jsonl").write_text('{"score": 1}\n')
+    begun = folder / "begun"
+    begun.mkdir()
+    with open_answers(begun / "answers.jsonl", {"adapter": "a"}, False, begun / "results.jsonl") as file:
+        told = words(cli("runs", "list", folder).stderr)
+        assert f"evaluation {begun}: not finished" in told
+        assert "strange" not in told
+        assert "nothing of loratune's" not in told
+        file.add(1, "answer", {"answer": "A model."})
+    assert f"evaluation {begun}: not finished" in words(cli("runs", "list", folder).stderr)
+    make_evaluation(folder / "done", run)
+    shutil.copy(folder / "done" / "eval.json", begun)
+    assert "not finished" not in words(cli("runs", "list", folder).stderr)
+
+
 def test_a_folder_that_is_not_there_is_an_error(cli: Any, tmp_path: Path) -> None:
     done = cli("runs", "list", tmp_path / "nowhere")
     assert (done.exit_code, "no such folder" in done.stderr) == (Exit.MODEL, True)
@@ -380,6 +400,19 @@ def test_runs_that_are_alike_and_runs_without_a_common_step_are_told_so(cli: Any
     assert "no setting differs" in done.stderr
     assert "the data is the same" in done.stderr
     assert "no step was logged in all of them" in done.stderr
+
+
+def test_runs_that_set_other_rows_aside_do_not_have_the_same_data(cli: Any, folder: Path) -> None:
+    one = make_run(folder / "one")
+    two = make_run(folder / "two", settings={"data.validation": "0"})
+    report = json.loads((two / "report.json").read_text())
+    report["rows"] = {"training": 12, "validation": 0}
+    (two / "report.json").write_text(json.dumps(report))
+    done = cli("runs", "compare", one, two)
+    assert "the data is the same" not in words(done.stderr)
+    assert "read, split and ordered differ: data.validation" in words(done.stderr)
+    rows = rows_of(compared(cli, one, two)["figures"])["rows"]
+    assert rows == ["12 rows: 10 trained, 2 for validation", "12 rows: 12 trained, 0 for validation"]
 
 
 def test_an_edited_recipe_is_told_and_a_damaged_run_is_compared_as_far_as_it_can_be(cli: Any, folder: Path) -> None:

@@ -191,6 +191,14 @@ def test_files_that_no_program_loads_are_told_and_refuse_nothing(cli: Cli, merge
     assert asked.exit_code == 0, asked.stderr
 
 
+def test_figures_of_the_merge_are_told_apart_from_those_computed_again(cli: Cli, merged: Path, short_run: Path) -> None:
+    for flags, is_recorded in (((), True), (("--adapter", short_run, "--no-logits"), False)):
+        result = cli("verify", merged, *flags, env={"COLUMNS": "200"})
+        assert result.exit_code == 0, result.stderr
+        assert "tensors read back" in result.stderr
+        assert ("figures of verification.json" in result.stderr) == is_recorded
+
+
 def test_folders_of_earlier_versions_open_but_cannot_be_verified(cli: Cli, merged: Path) -> None:
     edit_verification(lambda values: values.pop("files"), seal_of)(merged)
     assert cli("infer", "--model", merged, "--prompt", "hi", "--max-new-tokens", "1").exit_code == 0

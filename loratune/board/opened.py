@@ -119,6 +119,15 @@ def _steps(run: OpenedRun) -> str:
     return f"{one.step} of {one.steps}" if one.steps and one.steps != one.step else str(one.step)
 
 
+def _rows(run: OpenedRun) -> str | None:
+    """Return the numbers of rows after the split; before the end of the run, that of all rows."""
+    split = run.report.rows if run.report else None
+    if split and split.training:
+        total = counted(split.training + split.validation, "row")
+        return f"{total}: {split.training:,} trained, {split.validation:,} for validation"
+    return None if run.summary.rows is None else counted(run.summary.rows, "row")
+
+
 def _validation(run: OpenedRun) -> str | None:
     losses = run.report.validation_loss if run.report else None
     if losses is None:
@@ -186,7 +195,7 @@ FIGURES: dict[str, Callable[[OpenedRun], str | None]] = {
     "steps": _steps,
     "base": lambda run: run.summary.base,
     "base weights": lambda run: (run.summary.base_sha256 or "")[:12] or None,
-    "rows": lambda run: None if run.summary.rows is None else counted(run.summary.rows, "row"),
+    "rows": _rows,
     "training loss": lambda run: (
         _arrow(run.report.loss.first, run.report.loss.last)
         if run.report and run.report.loss

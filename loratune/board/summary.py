@@ -12,7 +12,8 @@ from pydantic import Field
 
 from loratune.board.walk import Place, folder_bytes
 from loratune.errors import LoratuneError
-from loratune.evaluation.result import RESULT, Evaluation, read_evaluation
+from loratune.evaluation.result import RESULT, RESULTS, Evaluation, read_evaluation
+from loratune.generation.batch.answer_file import is_answer_file
 from loratune.plain_files import is_file
 from loratune.runs.file_hashes import Records
 from loratune.runs.fingerprint import FULL
@@ -27,6 +28,8 @@ from loratune.runs.verification import AnyVerification, ExportedFolder, MergedMo
 
 DAMAGED = "damaged"
 """State of a run whose status cannot be read."""
+UNFINISHED = "not finished; loratune eval is writing it, or goes on with it when called again"
+"""Problem of an evaluation without a result."""
 Value = TypeVar("Value")
 
 
@@ -190,8 +193,11 @@ def _kind_of(verification: AnyVerification | None) -> str:
     return f"export {proved.format}" if isinstance(proved, ExportedFolder) else verification.kind
 
 
-def summarise_evaluation(place: Place) -> EvaluationSummary:
-    """Return what a list says of an evaluation."""
+def summarise_evaluation(place: Place) -> EvaluationSummary | None:
+    """Return what a list says of an evaluation; None for another program's results.jsonl."""
+    if not is_file(place.folder / RESULT):
+        is_own = is_answer_file(place.folder / RESULTS)
+        return EvaluationSummary(place.name, place.folder, None, None, None, (UNFINISHED,)) if is_own else None
     reading = _Reading()
     result = reading.attempt(lambda: read_evaluation(place.folder))
     digest = result.inputs.get("adapter") if result else None

@@ -160,7 +160,7 @@ def show_comparison(found: RunComparison) -> None:
         console.warn(problem)
     _show("", found.runs, found.figures)
     _show("settings that differ", found.runs, found.settings, "no setting differs")
-    _show("data that differs, with its rows", found.runs, found.data, "the data is the same")
+    _show("data that differs, with its rows", found.runs, found.data, _about_same_files(found))
     _show("versions that differ", found.runs, found.versions)
     for curve in found.curves:
         _show_curve(curve, found.runs)
@@ -168,6 +168,17 @@ def show_comparison(found: RunComparison) -> None:
         console.say("no step was logged in all of them")
     for asked in found.answers:
         console.table(_asked_rows(found.runs, asked), is_result=True)
+
+
+def _about_same_files(found: RunComparison) -> str:
+    """Return how the data of runs compares whose files are the same: trained rows follow from settings too."""
+    differing = [row.name for row in found.settings if row.name.startswith("data.") or row.name == "seed"]
+    if not differing:
+        return "the data is the same"
+    return (
+        "the files of rows are the same; settings by which rows are read, split and ordered differ: "
+        f"{', '.join(differing)}"
+    )
 
 
 def _asked_rows(runs: Sequence[str], asked: Asked) -> list[tuple[str, str]]:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from loratune.evaluation.result import RESULT
+from loratune.evaluation.result import RESULT, RESULTS
 from loratune.runs.folder import CONTENTS, MANIFEST, STATUS, VERIFICATION
 
 Kind = Literal["run", "model", "evaluation"]
@@ -97,7 +97,7 @@ def _kind_of(names: set[str]) -> Kind | None:
         return "run"
     if VERIFICATION in names:
         return "model"
-    return "evaluation" if RESULT in names else None
+    return "evaluation" if names & {RESULT, RESULTS} else None
 
 
 def folder_bytes(folder: Path) -> int:

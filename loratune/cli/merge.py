@@ -25,7 +25,7 @@ from loratune.cli.flags import (
     named_adapters,
 )
 from loratune.cli.push import push
-from loratune.commands import Command, loratune
+from loratune.commands import loratune
 from loratune.errors import Exit, LoratuneError
 from loratune.imports import importing
 
@@ -137,12 +137,13 @@ def command(
 
 
 def _show(merged: MergedModel, output: Path) -> None:
+    from loratune.delivery.advice import serve_merged
     from loratune.delivery.verification.report import show_verification
 
     show_verification(merged)
     console.say(f"merged model: {output}", style="bold")
     console.next_step(str(loratune("try it", "infer", {"--model": output})))
-    console.next_step(str(Command("serve it", ("vllm", "serve", str(output)))))
+    console.next_step(str(serve_merged(output)))
 
 
 def parse_size(text: str) -> int:

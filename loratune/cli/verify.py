@@ -64,7 +64,7 @@ def command(
     for remark in verified.remarks:
         console.warn(f"{remark}; no program loads it")
     if verified.proved and isinstance(verified.proved.proved, MergedModel):
-        show_verification(verified.proved.proved)
+        show_verification(verified.proved.proved, is_recorded=not verified.proved_again)
     again = ", and its merge is proved again" if verified.proved_again else ""
     files = counted(verified.files, "file")
     if verified.unchanged == verified.files:

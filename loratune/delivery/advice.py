@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
+import torch
+
 from loratune.choices import ServerName
 from loratune.commands import Command, free_place, loratune
 from loratune.delivery.export.rehearsal import check_merge
@@ -28,6 +30,13 @@ SERVE: dict[ServerName, tuple[str, ...]] = {
     "sglang": ("python", "-m", "sglang.launch_server", "--model-path"),
 }
 """How a server is given a model."""
+
+
+def serve_merged(folder: Path) -> Command:
+    """Return the command that serves a merged model: with vLLM where torch has a GPU, with loratune elsewhere."""
+    if torch.cuda.is_available():
+        return Command("serve it", (*SERVE["vllm"], str(folder)))
+    return loratune("serve it", "serve", {"--model": folder})
 
 
 def instead_of_serving(

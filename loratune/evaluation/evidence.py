@@ -72,7 +72,7 @@ class Sample:
     tuned: str
     baseline: str
     gain: float | None
-    """By how much the tuned model is better in the deciding measure; None if the row lacks it."""
+    """By how much the tuned model is better in the deciding measure; None if the row lacks it or is left out."""
     failed: tuple[str, ...]
     """Asserts that do not hold for the tuned model."""
     failed_before: tuple[str, ...]
@@ -114,7 +114,7 @@ def evaluation_of(evidence: Evidence, inputs: About) -> Evaluation:
         measures=measures,
         fallen=_fallen(evidence, name, measures, decisions),
         form={
-            called: summed(evidence.forms[side.name, row.number] for row in tests.rows)
+            called: summed(evidence.forms[side.name, row] for row in evidence.compared)
             for called, side in contest.named.items()
         },
         general_text=texts,
@@ -145,12 +145,16 @@ def _fallen(
 
 
 def samples_of(evidence: Evidence, evaluation: Evaluation) -> list[Sample]:
-    """Return all rows with both answers, the most damaged first; rows without the deciding measure come last."""
-    samples = [_sample(evidence, row, evaluation.decided_by) for row in evidence.tests.rows]
+    """Return all rows with both answers, the most damaged first; rows that decide nothing come last."""
+    compared = {*evidence.compared}
+    samples = [
+        _sample(evidence, row, evaluation.decided_by if row.number in compared else None) for row in evidence.tests.rows
+    ]
     return sorted(samples, key=lambda one: (one.gain is None, one.gain or 0.0, one.row))
 
 
-def _sample(evidence: Evidence, row: AskedRow, measure: str) -> Sample:
+def _sample(evidence: Evidence, row: AskedRow, measure: str | None) -> Sample:
+    """Return a row's sample; measure is the deciding one, None for a row that is left out."""
     number, (tuned, baseline) = row.number, evidence.contest.sides
     form = evidence.forms[tuned.name, number]
     remarks = {
@@ -168,7 +172,7 @@ def _sample(evidence: Evidence, row: AskedRow, measure: str) -> Sample:
         expected=row.reference or "",
         tuned=_said(evidence.file, number, tuned),
         baseline=_said(evidence.file, number, baseline),
-        gain=gain(evidence.found, evidence.contest.sides, number, measure),
+        gain=gain(evidence.found, evidence.contest.sides, number, measure) if measure else None,
         failed=tuple(evidence.found[tuned.name, number].get("failed_asserts", ())),
         failed_before=tuple(evidence.found[baseline.name, number].get("failed_asserts", ())),
         has_asserts=number in evidence.tests.asserts,

@@ -20,7 +20,7 @@ from loratune.evaluation.leaks import find_leaks
 from loratune.evaluation.measures import measure_rows, measures_of
 from loratune.evaluation.page.writing import PAGE, write_page
 from loratune.evaluation.request import Contest, EvaluationRequest, Loading, encoders_of, inputs_of, plan
-from loratune.evaluation.result import RESULT, Evaluation, Leaks, write_evaluation
+from loratune.evaluation.result import RESULT, RESULTS, Evaluation, Leaks, write_evaluation
 from loratune.evaluation.rows_file import EvaluationRows, read_tests, unscored
 from loratune.evaluation.tasks.result import TASKS_RESULT
 from loratune.generation.batch.answer_file import AnswerFile, json_line, open_answers
@@ -31,7 +31,7 @@ from loratune.generation.general_texts import load_instructions, load_passages
 from loratune.runs.opening import open_adapter
 from loratune.writing import disk_errors_explained, write_pieces
 
-RESULTS, ANSWERS = "results.jsonl", "answers.jsonl"
+ANSWERS = "answers.jsonl"
 OWN = (RESULT, RESULTS, TASKS_RESULT)
 """Files by which an output folder is recognised."""
 

@@ -12,6 +12,8 @@ from loratune.runs.typed_json import read_typed
 from loratune.writing import PROGRAM, write_json
 
 RESULT = "eval.json"
+RESULTS = "results.jsonl"
+"""Answers and losses as they arrive, from which a rerun goes on; there from the start, unlike the result."""
 RESULT_VERSION = 1
 
 
@@ -68,7 +70,7 @@ class GeneralAnswers:
 
 @dataclass(frozen=True)
 class Form:
-    """How answers to the rows are formed: numbers of answers."""
+    """How answers to the compared rows are formed: numbers of answers."""
 
     answers: int
     ended: int

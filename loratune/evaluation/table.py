@@ -6,12 +6,14 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from loratune import console
-from loratune.commands import Command, free_place, loratune
+from loratune.commands import Command, loratune
 from loratune.evaluation.measures import LOSS, MEASURES, Measure, in_units, interval
 from loratune.evaluation.page.writing import PAGE, TITLES
 from loratune.evaluation.result import Evaluation
 from loratune.evaluation.statistics import Comparison
 from loratune.evaluation.verdict import FORM_OF_ANSWERS, LANGUAGES, worse_beside_rows
+from loratune.runs.lineage import merged_beside
+from loratune.runs.state import merging_command
 
 
 def show_evaluation(evaluation: Evaluation, output: Path) -> None:
@@ -51,8 +53,9 @@ def _line(title: str, measure: Measure, found: Comparison) -> tuple[str, ...]:
 
 
 def _next(one: Evaluation) -> Command:
-    """Return the command to go on with: merge what is not worse, and ask what is."""
+    """Return the command to go on with: merge what is not worse, or ask the merged model, and ask what is worse."""
     if one.is_worse:
         return loratune("ask it yourself", "infer", {"--adapter": one.tuned})
-    run = Path(one.tuned)
-    return loratune("merge it", "merge", {"--adapter": one.tuned, "--output": free_place(Path(f"{run}-merged"))})
+    if merged := merged_beside(Path(one.tuned)):
+        return loratune("it is merged; try it", "infer", {"--model": merged})
+    return merging_command(Path(one.tuned))

@@ -5,11 +5,14 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from pathlib import PurePosixPath
+from contextlib import suppress
+from pathlib import Path, PurePosixPath
 
-from loratune.runs.folder import ADAPTER
-from loratune.runs.manifest import Manifest
-from loratune.runs.verification import ExportedFolder, MergedModel
+from loratune.errors import LoratuneError
+from loratune.plain_files import is_file
+from loratune.runs.folder import ADAPTER, VERIFICATION
+from loratune.runs.manifest import Manifest, read_manifest
+from loratune.runs.verification import ExportedFolder, MergedModel, read_verification
 
 ADAPTER_WEIGHTS = f"{ADAPTER}/adapter_model.safetensors"
 DIGESTED = (".safetensors", ".json", ".jinja")
@@ -44,3 +47,26 @@ def merged_weights(proved: MergedModel | ExportedFolder) -> tuple[str, ...]:
     if proved.combined:
         return tuple(one.sha256 for one in proved.combined.adapters.values())
     return () if proved.adapter_sha256 is None else (proved.adapter_sha256,)
+
+
+def merged_beside(run: Path) -> Path | None:
+    """Return the merged model of a run's present adapter alone in a folder beside it; None without one.
+
+    What cannot be read is no such model.
+    """
+    with suppress(LoratuneError, OSError):
+        weights = sealed_weights(read_manifest(run))
+        for folder in sorted(run.absolute().parent.iterdir()) if weights else ():
+            if _is_merged_of(folder, str(weights)):
+                return run.parent / folder.name if run.name not in ("", "..") else folder
+    return None
+
+
+def _is_merged_of(folder: Path, weights: str) -> bool:
+    if not is_file(folder / VERIFICATION):
+        return False
+    with suppress(LoratuneError, OSError):
+        verification = read_verification(folder)
+        proved = verification.proved if verification else None
+        return isinstance(proved, MergedModel) and merged_weights(proved) == (weights,)
+    return False

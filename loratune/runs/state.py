@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -160,6 +161,11 @@ def evaluation_command(output: Path) -> Command:
     return loratune(purpose, "eval", flags, {"TESTS": "rows that it was not trained on"})
 
 
+def merging_command(output: Path) -> Command:
+    """Return the command that merges an adapter into its base."""
+    return loratune("merge it", "merge", {"--adapter": output, "--output": free_place(Path(f"{output}-merged"))})
+
+
 def serving_command(output: Path) -> Command | None:
     """Return the command that prepares the adapter of a finished run for vLLM, merged if vLLM cannot serve it.
 
@@ -168,9 +174,8 @@ def serving_command(output: Path) -> Command | None:
     """
     if not (output / MANIFEST).is_file():
         return None
-    flags: dict[str, object] = {"--adapter": output}
-    place = free_place(output.with_name(f"{output.name}-vllm"))
     record = run_record(output, read_manifest(output))
-    if is_served(record.method, record.lora, "vllm"):
-        return loratune("for vLLM", "export", flags | {"--format": "vllm", "--output": place})
-    return loratune("for vLLM, which serves this adapter only merged", "merge", flags | {"--output": place})
+    if not is_served(record.method, record.lora, "vllm"):
+        return replace(merging_command(output), purpose="merge it, as vLLM serves this adapter only merged")
+    place = free_place(output.with_name(f"{output.name}-vllm"))
+    return loratune("for vLLM", "export", {"--adapter": output, "--format": "vllm", "--output": place})

@@ -48,6 +48,11 @@ class Parity:
     largest_logit: float
     """The reference's, by absolute value: the scale of the difference."""
 
+    @property
+    def relative_difference(self) -> float:
+        """The largest difference as a share of the largest logit, as `Bounds.difference` is; of 1 if all are below."""
+        return self.largest_difference / max(1.0, self.largest_logit)
+
 
 @dataclass(frozen=True)
 class Bounds:

@@ -64,7 +64,7 @@ def in_rounded_state(reference: CausalModel, roundings: Mapping[str, Rounding], 
 
 def bounds_of_noise(noise: Sequence[Parity]) -> Bounds:
     """Return what noise may explain: a multiple of its largest effect, but at least what float32 makes of any model."""
-    difference = max(one.largest_difference / max(1.0, one.largest_logit) for one in noise)
+    difference = max(one.relative_difference for one in noise)
     return Bounds(
         max(EXACT.difference, ALLOWED * difference),
         max(EXACT.mean_kl, ALLOWED * max(one.mean_kl for one in noise)),

@@ -50,6 +50,7 @@ def _without_paths(text: str, job: Job) -> str:
     return text
 
 
+RECORDED = "when it was merged: figures of verification.json, which --adapter computes again"
 LARGE_LEAD = math.log(1000)
 """nats from which on it makes no difference by how much another token is likelier."""
 BASE_CHECKED = {
@@ -59,8 +60,13 @@ BASE_CHECKED = {
 }
 
 
-def show_verification(merged: MergedModel) -> None:
-    """The closing table of a merge."""
+def show_verification(merged: MergedModel, is_recorded: bool = False) -> None:
+    """Print the closing table of a merge.
+
+    Args:
+        merged: the merge.
+        is_recorded: whether the figures were read from verification.json, not computed now.
+    """
     back, models = merged.read_back, merged.models
     rows = []
     if back:
@@ -89,7 +95,8 @@ def show_verification(merged: MergedModel) -> None:
     if models.without_adapter:
         rows.append(("base alone", parity_text(models.without_adapter)))
     rows += [("beside", change) for change in merged.changed_files]
-    console.table(rows, title="verified" if models.verified != "nothing" else "NOT VERIFIED")
+    title = "verified" if models.verified != "nothing" else "NOT VERIFIED"
+    console.table(rows, title=f"{title} {RECORDED}" if is_recorded else title)
     if models.answers:
         console.table(_answer_rows(models.answers), title="answers, greedy; base+adapter up to its first other token")
 
@@ -158,5 +165,5 @@ def parity_text(parity: Parity) -> str:
     """A comparison of logits in a line."""
     return (
         f"{counted(parity.tokens, 'token')}: same likeliest {parity.top1_agreement:.2%}, mean KL {parity.mean_kl:.1e}, "
-        f"largest difference {parity.largest_difference:.2g} of {parity.largest_logit:.3g}"
+        f"largest difference {parity.relative_difference:.2g} of the largest logit ({parity.largest_logit:.3g})"
     )

@@ -127,7 +127,9 @@ def _forms(one: Evaluation) -> str:
         (title, *(f"{getattr(one.form[side], name)} of {one.form[side].answers}" for side in ("baseline", "tuned")))
         for name, title in FORMS.items()
     ]
-    return _table(("", "baseline", "tuned"), rows)
+    left = one.rows - one.compared
+    note = f"Without {counted(left, 'row')} that a model was trained on." if left else ""
+    return _table(("", "baseline", "tuned"), rows) + (f'<p class="dim">{note}</p>' if note else "")
 
 
 def _general(one: Evaluation) -> str:

@@ -70,6 +70,11 @@ def finished_report(output: Path, about: About) -> dict[str, Any] | None:
     return report
 
 
+def is_answer_file(part: Path) -> bool:
+    """Return whether a file holds results that loratune writes, finished or not."""
+    return _is_header(_header_of(part))
+
+
 class AnswerFile:
     """Appends results as they arrive; created by `open_answers`.
 
@@ -180,7 +185,7 @@ class AnswerFile:
             self._begin(header)
             return
         known = _parsed(first)
-        if known.get("program") != PROGRAM or known.get("format") != FORMAT:
+        if not _is_header(known):
             raise LoratuneError(
                 f"{self.part} was not written by loratune or was changed since; {START_ANEW}", Exit.USAGE
             )
@@ -241,6 +246,10 @@ def _beside(output: Path, ending: str) -> Path:
 
 def _header(about: About) -> dict[str, Any]:
     return {"program": PROGRAM, "format": FORMAT, "about": about}
+
+
+def _is_header(known: dict[str, Any]) -> bool:
+    return known.get("program") == PROGRAM and known.get("format") == FORMAT
 
 
 def _locked(part: Path) -> int:

@@ -27,7 +27,7 @@ from loratune.runs.report import (
     Updates,
     ValidationLosses,
 )
-from loratune.runs.state import evaluation_command, next_command, serving_command
+from loratune.runs.state import evaluation_command, merging_command, next_command, serving_command
 from loratune.runs.versions import library_versions
 from loratune.training.callbacks import Metrics
 from loratune.training.checkpoints.best import Validation, best_of, judged_by, validations
@@ -140,10 +140,11 @@ def show_report(report: Report) -> None:
     console.table(rows, title="done")
     for sentence in health.sentences:
         console.warn(sentence)
-    console.next_step(str(next_command(Path(report.output), "finished")))
-    console.next_step(str(evaluation_command(Path(report.output))))
-    if serving := serving_command(Path(report.output)):
-        console.next_step(str(serving))
+    output = Path(report.output)
+    commands = (next_command(output, "finished"), evaluation_command(output), merging_command(output))
+    # Serving may be the same merge, with the reason for it.
+    for command in {one.words: one for one in (*commands, serving_command(output)) if one}.values():
+        console.next_step(str(command))
 
 
 def _answer_rows(answers: Answers | None) -> list[tuple[str, str]]:
@@ -152,9 +153,10 @@ def _answer_rows(answers: Answers | None) -> list[tuple[str, str]]:
         return []
     summary = f"{answers.changed} of {len(answers.told)} differ from the base's"
     if answers.judged:
-        summary += f", {answers.ended} of {answers.judged} end by themselves"
+        seen = "" if answers.judged == len(answers.told) else " with enough time and tokens"
+        summary += f", {answers.ended} of {answers.judged}{seen} end by themselves"
     if answers.cut_short:
-        summary += f", {answers.cut_short} cut short for time (evaluation.questions_share)"
+        summary += f", {answers.cut_short} cut short for time, the base's or the adapter's (evaluation.questions_share)"
     shown = next((one for one in answers.told if one.has_changed), answers.told[0])
     said = [(name, _one_line(text(shown))) for name, text in SHOWN.items()]
     return [("answers", summary), *said]

@@ -50,7 +50,7 @@ function showRows(values, box) {
   const head = Object.keys(TITLES).map((column) => ({ node: heading(column, values, box), kind: FIGURES.has(column) ? "figure" : null }));
   const none = values.runs.length ? "No run matches the filter." : "There is no run in this folder yet. It appears here as soon as one starts.";
   box.replaceChildren(
-    runs.length ? table([{ node: el("span.visually-hidden", null, "Chosen") }, ...head], runs.map((run) => row(run, values, box)), "runs") : el("p.empty", null, none),
+    runs.length ? table([{ node: el("span.visually-hidden", null, "Chosen") }, ...head], runs.map((run) => row(run, values, box)), "runs cards") : el("p.empty", null, none),
   );
   showChosen();
 }
@@ -119,15 +119,15 @@ function others(values) {
   const strange = values.evaluations.filter((one) => !digested.has(one.name));
   const models = values.models.map((model) => [
     { node: [el("span", null, model.name), model.problems.map((one) => el("span.details.bad", null, one)), changes(model)], kind: "name" },
-    model.kind,
-    { node: model.runs.length ? model.runs.map((name) => el("a.listed", { href: address(name) }, name)) : model.origin },
-    model.verified ?? "–",
-    { node: bytes(model.bytes), kind: "figure" },
-    { node: age(model.time), kind: "figure" },
+    { node: model.kind, label: "Kind" },
+    { node: model.runs.length ? model.runs.map((name) => el("a.listed", { href: address(name) }, name)) : model.origin, label: "From" },
+    { node: model.verified ?? "–", label: "Verified" },
+    figure("size", bytes(model.bytes)),
+    figure("age", age(model.time)),
   ]);
   const head = ["Folder", "Kind", "From", "Verified", { node: "Size", kind: "figure" }, { node: "Age", kind: "figure" }];
   return [
-    section("Merged models and exports", models.length ? table(head, models) : null),
+    section("Merged models and exports", models.length ? table(head, models, "cards") : null),
     section("Evaluations of no run here", strange.map((one) => el("p", null, one.name, " ", one.verdict ? verdictChip(one.verdict) : null, one.problems.map((problem) => el("span.details.bad", null, problem))))),
     values.foreign.length ? el("p.dim", null, `Nothing of loratune's in: ${values.foreign.join(", ")}`) : null,
     values.is_cut ? el("p.bad", null, "The folder holds too many folders; not all were looked into.") : null,
