@@ -257,6 +257,7 @@ def test_an_answer_that_rounding_has_changed_is_told_and_is_no_error(cli: Cli, t
     again = cli("verify", tmp_path / "merged", "-a", adapter, "--base-model", base, "--json")
     assert again.exit_code == 0, again.stderr
     assert told in json.loads(again.stdout)["warnings"]
+    assert told in json.loads(cli("verify", tmp_path / "merged", "--json").stdout)["warnings"]  # as recorded
 
 
 def test_answers_that_are_the_same_are_not_told(cli: Cli, tmp_path: Path) -> None:

@@ -105,6 +105,8 @@ def verify_folder(folder: Path, adapter: AdapterSource | None = None, options: M
     if adapter:
         merged, unchecked = _prove_again(folder, verification, adapter, options)
         proved, warnings = replace(verification, proved=merged), [*warnings, *unchecked]
+    elif isinstance(verification.proved, MergedModel):
+        warnings = [*warnings, *verification.proved.warnings]  # from when it was merged
     return Verified(
         folder,
         verification.kind,

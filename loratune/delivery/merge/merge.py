@@ -121,7 +121,9 @@ def prove_models(job: Job, candidates: list[Candidate]) -> tuple[Candidate, Mode
     else:
         chosen, models = candidates[0], ModelProof("files" if job.options.verify else "nothing")
     _warn_of_rounding(job, chosen, models)
-    if told := about_changed(models.answers or (), job.settings.quantization, chosen.plan.dtype_names):
+    quantization = job.settings.quantization
+    left = quantization if quantization != "none" and chosen.merge_base == "original" else None
+    if told := about_changed(models.answers or (), left, chosen.plan.dtype_names):
         job.warn(told)
     return chosen, models
 

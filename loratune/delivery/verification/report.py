@@ -122,20 +122,21 @@ def _kept(back: ReadBack, dtype: str | None) -> str:
     return ", ".join([*(same if back.converted < back.identical or not converted else []), *converted])
 
 
-def about_changed(answers: Iterable[Answer], quantization: str, dtype: str) -> str | None:
+def about_changed(answers: Iterable[Answer], left_quantization: str | None, dtype: str) -> str | None:
     """Return a warning about the greedy answers that are not those of base + adapter; None if all are.
 
     Args:
         answers: all of them.
-        quantization: of the base in training.
+        left_quantization: of the base in training, if it was merged into the base without; otherwise None.
         dtype: of the merged weights.
     """
     asked = list(answers)
     changed = [answer for answer in asked if answer.has_changed]
     if not changed:
         return None
-    quantised = "" if quantization == "none" else f", and leaving the {quantization} of the training,"
+    quantised = f", and leaving the {left_quantization} of the training," if left_quantization else ""
     wider = "" if dtype == "float32" else "; with --dtype float32, weights and answers are hardly rounded"
+    wider += "; --merge-base dequantized merges into the base as it was trained on" if left_quantization else ""
     return (
         f"{len(changed)} of {counted(len(asked), 'greedy answer')} {agreeing(len(changed), 'differ')} from base + "
         f"adapter's, as rounding to {dtype}{quantised} may do:\n{bullet_list([*map(_change, changed)])}\n"
