@@ -7,10 +7,13 @@ from typing import Any
 import bitsandbytes
 import torch
 from torch import nn
+from torch.nn import functional
 
 from loratune.model.weights.trained_bias import OwnBias
 
 bnb: Any = bitsandbytes  # partly untyped
+PIECE_VALUES = 1 << 20
+"""Values that are dequantised at a time on a CPU."""
 
 
 class Int8Linear(OwnBias, bnb.nn.Linear8bitLt):
@@ -28,15 +31,27 @@ class Int8Linear(OwnBias, bnb.nn.Linear8bitLt):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Return the layer's output (..., out) of inputs (..., in)."""
-        made: torch.Tensor = super().forward(x.reshape(-1, x.shape[-1]))
+        rows = x.reshape(-1, x.shape[-1])
+        if self.training and x.device.type == "cpu" and not torch.is_grad_enabled():
+            # What bitsandbytes computes in training on a CPU, with the whole weight in float32 twice on the way.
+            bias = None if self.bias is None else self.bias.to(x.dtype)
+            made = functional.linear(rows, self.weight_in(x.dtype), bias)
+        else:
+            made = super().forward(rows)
         return made.view(*x.shape[:-1], self.out_features)
 
     def weight_in(self, dtype: torch.dtype) -> torch.Tensor:
         """Return the weight (out, in) that codes and scales stand for, in a dtype."""
         if self.weight.CB is not None:  # before its first forward pass
             self.init_8bit_state()
-        weight: torch.Tensor = self.state.CB.to(dtype, copy=True)
-        return weight.mul_((self.state.SCB.float() / 127).unsqueeze(1))
+        codes, scales = self.state.CB, (self.state.SCB.float() / 127).unsqueeze(1)
+        weight = torch.empty(codes.shape, dtype=dtype, device=codes.device)
+        # A CPU multiplies numbers of different dtypes by way of copies in float32.
+        count = len(codes) if codes.is_cuda else max(1, PIECE_VALUES // codes.shape[1])
+        for start in range(0, len(codes), count):
+            piece = slice(start, start + count)
+            torch.mul(codes[piece], scales[piece], out=weight[piece])
+        return weight
 
     def __setattr__(self, name: str, value: Any) -> None:
         held = self._parameters.get("weight") if name == "weight" else None
