@@ -13,7 +13,7 @@ from pydantic import Field
 from loratune.board.walk import Place, folder_bytes
 from loratune.errors import LoratuneError
 from loratune.evaluation.result import RESULT, RESULTS, Evaluation, read_evaluation
-from loratune.generation.batch.answer_file import is_answer_file
+from loratune.generation.batch.answer_header import is_answer_file
 from loratune.plain_files import is_file
 from loratune.runs.file_hashes import Records
 from loratune.runs.fingerprint import FULL

@@ -15,7 +15,7 @@ from loratune.evaluation.bounds import Bounds
 from loratune.evaluation.general import ANSWER_TOKENS
 from loratune.evaluation.judge import Judge
 from loratune.evaluation.rows_file import EvaluationRows
-from loratune.generation.batch.answer_file import About
+from loratune.generation.batch.answer_header import About
 from loratune.generation.batch.request import RowsRequest, encoder_of, everything_asked
 from loratune.generation.batch.row_answers import BASE, Side
 from loratune.generation.general_texts import ASSETS

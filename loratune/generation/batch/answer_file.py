@@ -16,18 +16,23 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from loratune.errors import Exit, LoratuneError, bullet_list
-from loratune.plain_files import LONGEST_LINE, bounded_lines, is_folder, open_plain, read_plain
+from loratune.errors import Exit, LoratuneError
+from loratune.generation.batch.answer_header import (
+    START_ANEW,
+    About,
+    check_same,
+    header_of,
+    header_values,
+    is_header,
+    parsed,
+)
+from loratune.plain_files import LONGEST_LINE, bounded_lines, is_folder, read_plain
 from loratune.runs.folder import PROGRAM, file_sha256
 from loratune.writing import disk_errors_explained, write_json, write_pieces
 
-FORMAT, PART, REPORT = 1, ".part", ".report.json"
+PART, REPORT = ".part", ".report.json"
 ANSWER = ("answer", "reasoning", "tool_calls", "finish", "error", "tokens")
 """Fields of an answer."""
-START_ANEW = "start over with --overwrite, or choose another place with --output"
-
-About = dict[str, Any]
-"""The inputs that determine the answers: name → JSON value."""
 
 
 def check_output(output: Path, input_name: str) -> None:
@@ -59,20 +64,15 @@ def finished_report(output: Path, about: About) -> dict[str, Any] | None:
         return None
     report = _read_json(_beside(output, REPORT))
     if report.get("program") != PROGRAM or report.get("sha256") != file_sha256(output):
-        if _header_of(_beside(output, PART)) == _header(about):
+        if header_of(_beside(output, PART)) == header_values(about):
             return None  # killed while finishing
         raise LoratuneError(
             f"{output} exists, but was not written by loratune or was changed since; replace it with --overwrite, "
             "or choose another file with --output",
             Exit.USAGE,
         )
-    _check_same(output, report.get("about"), about)
+    check_same(output, report.get("about"), about)
     return report
-
-
-def is_answer_file(part: Path) -> bool:
-    """Return whether a file holds results that loratune writes, finished or not."""
-    return _is_header(_header_of(part))
 
 
 class AnswerFile:
@@ -123,7 +123,7 @@ class AnswerFile:
         """Import the answers of a complete file, so that only additional results are generated."""
         with self.output.open("rb") as lines:
             for line in lines:
-                row = _parsed(line)
+                row = parsed(line)
                 for kind, values in (("answer", row), ("base answer", row.get("base"))):
                     if values:
                         self.add(row["row"], kind, {name: values[name] for name in ANSWER if name in values})
@@ -161,7 +161,7 @@ class AnswerFile:
         Raises:
             LoratuneError: the results belong to other inputs, or the file cannot be written.
         """
-        header = json_line(_header(self.about))
+        header = json_line(header_values(self.about))
         if overwrite:
             # Without its report, the old file no longer counts as complete, and the new one can be resumed.
             _beside(self.output, REPORT).unlink(missing_ok=True)
@@ -184,15 +184,15 @@ class AnswerFile:
         if not first or (not first.endswith(b"\n") and header.startswith(first)):
             self._begin(header)
             return
-        known = _parsed(first)
-        if not _is_header(known):
+        known = parsed(first)
+        if not is_header(known):
             raise LoratuneError(
                 f"{self.part} was not written by loratune or was changed since; {START_ANEW}", Exit.USAGE
             )
-        _check_same(self.part, known.get("about"), self.about)
+        check_same(self.part, known.get("about"), self.about)
         self._end = len(first)
         for line in bounded_lines(lines):
-            value = _parsed(line)
+            value = parsed(line)
             if not line.endswith(b"\n") or not isinstance(value.get("row"), int) or "kind" not in value:
                 break
             self._places[value["row"], str(value["kind"])] = (self._end, len(line))
@@ -244,14 +244,6 @@ def _beside(output: Path, ending: str) -> Path:
     return output.with_name(output.name + ending)
 
 
-def _header(about: About) -> dict[str, Any]:
-    return {"program": PROGRAM, "format": FORMAT, "about": about}
-
-
-def _is_header(known: dict[str, Any]) -> bool:
-    return known.get("program") == PROGRAM and known.get("format") == FORMAT
-
-
 def _locked(part: Path) -> int:
     while True:
         handle = os.open(part, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)
@@ -269,39 +261,8 @@ def _locked(part: Path) -> int:
         os.close(handle)
 
 
-def _check_same(place: Path, known: Any, about: About) -> None:
-    known = known if isinstance(known, dict) else {}
-    names = [name for name in {**known, **about} if known.get(name) != about.get(name)]
-    if not names:
-        return
-    listed = bullet_list([f"{name}: {_shown(known.get(name))} there, {_shown(about.get(name))} now" for name in names])
-    raise LoratuneError(f"{place} holds answers to something else:\n{listed}\n{START_ANEW}", Exit.USAGE)
-
-
-def _shown(value: Any) -> str:
-    text = json.dumps(value, ensure_ascii=False)
-    return text if len(text) <= 60 else f"{text[:57]}…"
-
-
-def _header_of(part: Path) -> dict[str, Any]:
-    try:
-        with open_plain(part) as file:
-            return _parsed(file.readline(LONGEST_LINE))
-    except OSError:
-        return {}
-
-
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        return _parsed(read_plain(path))
+        return parsed(read_plain(path))
     except OSError:
         return {}
-
-
-def _parsed(text: bytes) -> dict[str, Any]:
-    """Parse a JSON object; return an empty one for anything else."""
-    try:
-        value = json.loads(text)
-    except (ValueError, RecursionError):
-        return {}
-    return value if isinstance(value, dict) else {}

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 from loratune.data.encoding.encoder import Encoder
 from loratune.data.template.facts import template_facts
 from loratune.engine.sampling import Sampling
-from loratune.generation.batch.answer_file import About
+from loratune.generation.batch.answer_header import About
 from loratune.generation.batch.questions import AskedRow, QuestionFile
 from loratune.model.files import find_base, weight_files
 from loratune.recipe.sections import TEMPLATE_ARGUMENTS, ModelSettings, PromptSettings
