@@ -14,11 +14,11 @@ from loratune import console
 from loratune.errors import Exit, LoratuneError, Problem, bullet_list
 from loratune.nearest import nearest
 from loratune.plain_files import is_file, nearest_beside, open_plain
-from loratune.recipe.data_sections import SourceSettings
 from loratune.recipe.flag_values import parse_flag
 from loratune.recipe.method_sections import METHOD, METHOD_SECTIONS
 from loratune.recipe.names import drop_keys, rename_keys, renamed_flags
 from loratune.recipe.problems import described_problems, is_flag, with_place
+from loratune.recipe.row_places import drop_examples, with_found_rows
 from loratune.recipe.sections import Recipe, settings_with_dropped
 from loratune.recipe.sweep_section import SWEEP, SweepSettings
 from loratune.recipe.yaml_reader import SURROGATE, Document, read_yaml, write_yaml
@@ -88,7 +88,7 @@ def load_recipe(config: str | None, flags: dict[str, Any]) -> Recipe:
     """
     path = find_recipe(config) if config is not None else None
     document = _read(path) if path else Document(values={})
-    return _with_found_data(_validated(document, path, flags, is_own=False), path)
+    return with_found_rows(_validated(document, path, flags, is_own=False), path, SHIPPED)
 
 
 def load_sweep(config: str | None, flags: dict[str, Any], sweep_flags: dict[str, Any]) -> tuple[Recipe, dict[str, Any]]:
@@ -117,7 +117,7 @@ def load_sweep(config: str | None, flags: dict[str, Any], sweep_flags: dict[str,
             Exit.USAGE,
         )
     over = {**over, **sweep_flags.pop("over", {})}
-    recipe = _with_found_data(_validated(document, path, flags, is_own=False), path)
+    recipe = with_found_rows(_validated(document, path, flags, is_own=False), path, SHIPPED)
     return recipe, {**section, **sweep_flags, "over": over}
 
 
@@ -129,7 +129,7 @@ def load_written_recipe(path: Path) -> Recipe:
     Raises:
         LoratuneError: lists all problems.
     """
-    return _with_found_data(_validated(_read(path), path, {}, is_own=True), path)
+    return with_found_rows(_validated(_read(path), path, {}, is_own=True), path, SHIPPED)
 
 
 def validate_settings(values: dict[str, Any], flags: dict[str, Any], source: Path) -> Recipe:
@@ -158,7 +158,7 @@ def _validated(document: Document, path: Path | None, flags: dict[str, Any], is_
     if isinstance(values, dict):
         problems += [Problem(problem) for problem in _rename(document, str(path), is_own)]
         flags = renamed_flags(flags)
-        _drop_examples(values, path, flags)
+        drop_examples(values, path, flags, SHIPPED)
         wrong_flags = _lay_over(values, flags)
         problems += [Problem(message, key=f"--{dotted}") for dotted, message in wrong_flags.items()]
         try:
@@ -182,15 +182,6 @@ def _validated(document: Document, path: Path | None, flags: dict[str, Any], is_
         placed = [problem if is_flag(problem) else replace(problem, file=file) for problem in problems]
         raise LoratuneError(f"{source}: the recipe has {count}:\n{listed}", Exit.USAGE, problems=placed)
     return recipe
-
-
-def _drop_examples(values: dict[str, Any], path: Path | None, flags: dict[str, Any]) -> None:
-    """Leave out what a shipped recipe has for the placeholders of its own rows, if only other rows are trained on."""
-    data, given = values.get("data"), flags.get("data.train") or ()
-    if not path or not path.resolve().is_relative_to(SHIPPED / "configs") or not given or not isinstance(data, dict):
-        return
-    if {*([given] if isinstance(given, str) else given)}.isdisjoint(map(str, data.get("train") or ())):
-        data.pop("placeholders", None)
 
 
 def _rename(document: Document, path: str, is_own: bool) -> list[str]:
@@ -289,21 +280,3 @@ def _lay_over(values: dict[str, Any], flags: dict[str, Any]) -> dict[str, str]:
             values[section] = place
         place[name] = value
     return problems
-
-
-def _with_found_data(recipe: Recipe, path: Path | None) -> Recipe:
-    """Resolve data files that do not exist in the working folder relative to the recipe."""
-    places = [path.parent, path.parent.parent, SHIPPED] if path else [SHIPPED]
-
-    def find(entry: str | SourceSettings) -> str | SourceSettings:
-        if isinstance(entry, SourceSettings):
-            return entry.model_copy(update={"path": find(entry.path)})
-        plain = re.sub(r"(#\d*x?)+$", "", entry)
-        if is_file(Path(plain)) or Path(plain).is_absolute() or plain.startswith(("hf:", "ms:")):
-            return entry
-        return next((str((place / entry).resolve()) for place in places if is_file(place / plain)), entry)
-
-    data = recipe.data
-    validation = data.validation if isinstance(data.validation, float) else [find(entry) for entry in data.validation]
-    found = data.model_copy(update={"train": [find(entry) for entry in data.train], "validation": validation})
-    return recipe.model_copy(update={"data": found})
