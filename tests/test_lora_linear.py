@@ -250,22 +250,38 @@ def test_autocast_is_left_to_peft() -> None:
         assert_same(run(fused, inputs(4, IN)), run(own, inputs(4, IN)), terms=0)
 
 
+def quantised(dtype: Any, make: Callable[[nn.Linear], Any], flag: str) -> Any:
+    """A Net whose linear layers are quantised, with an adapter.
+
+    Args:
+        dtype: of the Net.
+        make: makes an empty quantised layer for a plain one.
+        flag: by which PEFT sees that a model is quantised.
+    """
+    torch.manual_seed(0)
+    net = Net().to(dtype)
+    for name in ("first", "second"):
+        old = net.get_submodule(name)
+        new = make(old)
+        new.load_state_dict(old.state_dict())
+        setattr(net, name, new.to("cpu"))
+    complete_int8(net)
+    setattr(net, flag, True)
+    return filled(get_peft_model(net, LoraConfig(r=3, lora_alpha=5, target_modules=["first", "second"])))
+
+
 def four_bit(compute_dtype: Any, double: bool) -> Any:
     """A Net whose linear layers are quantised to nf4, with an adapter."""
     bnb = importlib.import_module("bitsandbytes")
-    torch.manual_seed(0)
-    net = Net().to(compute_dtype)
-    for name in ("first", "second"):
-        old = net.get_submodule(name)
+
+    def make(old: nn.Linear) -> Any:
         new = bnb.nn.Linear4bit(
             old.in_features, old.out_features, old.bias is not None, compute_dtype, double, "nf4"
         )  # fmt: skip
-        new.load_state_dict(old.state_dict())
         new.support_avx512bf16_for_cpu = False
-        setattr(net, name, new.to("cpu"))
-    net.is_loaded_in_4bit = True
-    config = LoraConfig(r=3, lora_alpha=5, target_modules=["first", "second"])
-    return filled(get_peft_model(net, config))
+        return new
+
+    return quantised(compute_dtype, make, "is_loaded_in_4bit")
 
 
 @pytest.mark.parametrize("double", [False, True], ids=["single", "double"])
@@ -316,17 +332,11 @@ def test_four_bit_layers_that_are_repacked_after_the_first_call_are_left_to_peft
 def eight_bit(dtype: Any) -> Any:
     """A Net whose linear layers are quantised with LLM.int8, with an adapter."""
     bnb = importlib.import_module("bitsandbytes")
-    torch.manual_seed(0)
-    net = Net().to(dtype)
-    for name in ("first", "second"):
-        old = net.get_submodule(name)
-        new = bnb.nn.Linear8bitLt(old.in_features, old.out_features, old.bias is not None, False, threshold=6.0)
-        new.load_state_dict(old.state_dict())
-        setattr(net, name, new.to("cpu"))
-    complete_int8(net)
-    net.is_loaded_in_8bit = True
-    config = LoraConfig(r=3, lora_alpha=5, target_modules=["first", "second"])
-    return filled(get_peft_model(net, config))
+
+    def make(old: nn.Linear) -> Any:
+        return bnb.nn.Linear8bitLt(old.in_features, old.out_features, old.bias is not None, False, threshold=6.0)
+
+    return quantised(dtype, make, "is_loaded_in_8bit")
 
 
 @pytest.mark.parametrize("is_training", [True, False], ids=["training", "evaluation"])

@@ -6,7 +6,6 @@ import functools
 import json
 import logging
 from collections.abc import Awaitable, Callable
-from difflib import get_close_matches
 from typing import Annotated, Any
 
 from pydantic import Field
@@ -17,6 +16,7 @@ from loratune.extras import required
 from loratune.mcp_server.bounds import Bounds
 from loratune.mcp_server.calls import Calls, Document, flags, setting_words
 from loratune.mcp_server.training import start_training
+from loratune.nearest import nearest
 
 with required("loratune mcp", "mcp", package="mcp"):
     from mcp.server import MCPServer
@@ -167,8 +167,8 @@ def _argument_problems(schema: dict[str, Any], arguments: dict[str, Any]) -> lis
     known = schema.get("properties", arguments)
     problems = [f"argument {one} is missing" for one in schema.get("required", ()) if one not in arguments]
     for one in arguments.keys() - known.keys():
-        near = get_close_matches(one, known, n=1)
-        meant = f"did you mean {near[0]}?" if near else f"there are {', '.join(known)}"
+        near = nearest(one, known)
+        meant = f"did you mean {near}?" if near else f"there are {', '.join(known)}"
         problems.append(f"there is no argument {one}; {meant}")
     return problems
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
@@ -10,6 +9,7 @@ from typing import Any, get_args
 
 from loratune.migration.config_file import Config
 from loratune.migration.sheet import SETTINGS, Context, Rule, Sheet, is_off, number, truth, whole
+from loratune.nearest import MISSPELT, nearest
 from loratune.recipe.not_offered import NOT_OFFERED
 from loratune.recipe.suggestions import KNOWN_ELSEWHERE, WITHOUT_SETTING
 
@@ -31,8 +31,6 @@ SAME_NAMES = {
     )
 }
 """Names that loratune has in common with the tools → setting."""
-MOST_LIKE = 0.8
-"""Similarity from which a name is taken for a misspelt one."""
 
 
 @dataclass(frozen=True)
@@ -116,7 +114,7 @@ class Tool:
         elif is_dump:
             sheet.skip(f"a value of {self.name}'s dump that no table of loratune has")
         else:
-            near = nearest(name, self.names)
+            near = nearest(name, sorted(self.names), MISSPELT)
             sheet.lose(
                 f"{self.name} has no such setting that loratune knows" + (f"; did you mean {near}?" if near else "")
             )
@@ -135,11 +133,6 @@ def as_type_of(setting: str, value: Any) -> Any:
         if kind in kinds:
             return read(value)
     return str(value) if str in kinds else value
-
-
-def nearest(name: str, names: Iterable[str]) -> str:
-    """Return the known name that a name is like; empty if there is none."""
-    return next(iter(difflib.get_close_matches(name, sorted(names), n=1, cutoff=MOST_LIKE)), "")
 
 
 def _is_of_a_shell(value: Any, config: Config) -> bool:
