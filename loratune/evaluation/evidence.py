@@ -23,10 +23,9 @@ from loratune.evaluation.verdict import (
     sentence_of,
     sentence_of_fall,
 )
-from loratune.generation.batch.answer_file import AnswerFile
+from loratune.generation.batch.answer_file import REFUSED, TOO_LONG, AnswerFile
 from loratune.generation.batch.answer_header import About
 from loratune.generation.batch.questions import AskedRow
-from loratune.generation.batch.report import REFUSED, TOO_LONG
 from loratune.generation.batch.row_answers import Side
 
 SHOWN = 8

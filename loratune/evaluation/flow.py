@@ -23,9 +23,8 @@ from loratune.evaluation.request import Contest, EvaluationRequest, Loading, enc
 from loratune.evaluation.result import RESULT, RESULTS, Evaluation, Leaks, write_evaluation
 from loratune.evaluation.rows_file import EvaluationRows, read_tests, unscored
 from loratune.evaluation.tasks.result import TASKS_RESULT
-from loratune.generation.batch.answer_file import AnswerFile, json_line, open_answers
+from loratune.generation.batch.answer_file import REFUSED, AnswerFile, json_line, open_answers
 from loratune.generation.batch.flow import check_tools
-from loratune.generation.batch.report import REFUSED
 from loratune.generation.batch.row_answers import Side, Work, answer_rows, whole_rows
 from loratune.generation.general_texts import load_instructions, load_passages
 from loratune.runs.opening import open_adapter

@@ -33,6 +33,10 @@ from loratune.writing import disk_errors_explained, write_json, write_pieces
 PART, REPORT = ".part", ".report.json"
 ANSWER = ("answer", "reasoning", "tool_calls", "finish", "error", "tokens")
 """Fields of an answer."""
+TOO_LONG = "too_long"
+"""Finish reason of rows whose prompt does not fit into the context."""
+REFUSED = "refused"
+"""Finish reason of rows that are not valid prompts; `error` has the reason."""
 
 
 def check_output(output: Path, input_name: str) -> None:

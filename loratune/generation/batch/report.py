@@ -3,23 +3,17 @@
 from __future__ import annotations
 
 from collections import Counter
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from typing_extensions import NotRequired, TypedDict
 
 from loratune import console
 from loratune.errors import Exit, LoratuneError, bullet_list, counted
-from loratune.generation.batch.answer_file import AnswerFile
+from loratune.generation.batch.answer_file import REFUSED, TOO_LONG, AnswerFile
 from loratune.generation.batch.questions import QuestionFile
 from loratune.generation.batch.request import RowsRequest
+from loratune.generation.batch.row_answers import Tally, Work
 
-if TYPE_CHECKING:
-    from loratune.generation.batch.row_answers import Tally, Work
-
-TOO_LONG = "too_long"
-"""Finish reason of rows whose prompt does not fit into the context."""
-REFUSED = "refused"
-"""Finish reason of rows that are not valid prompts; `error` has the reason."""
 SHOWN_ROWS = 5
 SHOWN = {"exact_match": "exact match", "rouge_l": "ROUGE-L", "bleu": "BLEU", "perplexity": "perplexity of references"}
 ANSWERS = "answers"

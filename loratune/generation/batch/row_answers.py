@@ -19,9 +19,8 @@ from loratune.engine.request_handle import RequestHandle
 from loratune.engine.sampling import SEEDS, Sampling
 from loratune.engine.types import Delta, GenerationRequest, joined
 from loratune.errors import Interrupted, LoratuneError, counted
-from loratune.generation.batch.answer_file import AnswerFile
+from loratune.generation.batch.answer_file import REFUSED, TOO_LONG, AnswerFile
 from loratune.generation.batch.questions import AskedRow
-from loratune.generation.batch.report import REFUSED, TOO_LONG
 from loratune.runtime import signals_to
 
 BASE = "base"
