@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -55,16 +55,8 @@ from loratune.training.reporting.report import report_of
 from loratune.training.session import Session, load, prepare
 from loratune.training.steps import step_of
 from loratune.training.trainer import AdapterTrainer
-from loratune.training.watchers import Watchers, add_watchers
+from loratune.training.watchers import ActiveTraining, add_watchers
 from loratune.writing import folder_in_one_step
-
-
-@dataclass(frozen=True)
-class ActiveTraining:
-    """The trainer and its callbacks."""
-
-    trainer: AdapterTrainer
-    watchers: Watchers
 
 
 def train(

@@ -1,4 +1,4 @@
-"""The callbacks of a run and their order."""
+"""The callbacks of a run and their order, and the run with them."""
 
 from __future__ import annotations
 
@@ -31,6 +31,13 @@ class Watchers(NamedTuple):
     flow: GradientFlow
     expert_counter: ExpertCounter
     trackers: Trackers
+
+
+class ActiveTraining(NamedTuple):
+    """The trainer and its callbacks."""
+
+    trainer: AdapterTrainer
+    watchers: Watchers
 
 
 def add_watchers(session: Session, trainer: AdapterTrainer, metrics: Metrics, keeper: CheckpointKeeper) -> Watchers:

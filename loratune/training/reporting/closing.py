@@ -21,8 +21,8 @@ from loratune.training.reporting.health import examine
 from loratune.training.reporting.plot import plot_losses
 
 if TYPE_CHECKING:
-    from loratune.training.run import ActiveTraining
     from loratune.training.session import Session
+    from loratune.training.watchers import ActiveTraining
 
 LEAST_SECONDS = 10.0
 """Minimum time for sample generations after a short training."""
