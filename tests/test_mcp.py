@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import re
 import sys
 from collections.abc import Awaitable, Callable
 from pathlib import Path
@@ -16,6 +17,7 @@ from documents import faults
 from loratune.errors import Exit, LoratuneError
 from loratune.mcp_server.bounds import Bounds
 from loratune.mcp_server.calls import flags, setting_words
+from loratune.mcp_server.wording import in_arguments
 from loratune.recipe.loading import ASSETS, load_recipe
 from loratune.runs.state import run_state
 
@@ -107,8 +109,39 @@ def test_no_value_becomes_a_flag_and_only_settings_are_settings() -> None:
     given = {"evaluation.early_stopping": None, "data.train": [{"path": "a.json", "weight": 2}]}
     assert setting_words(given) == ["--evaluation.early_stopping=null", '--data.train={"path": "a.json", "weight": 2}']
     for name in ("overwrite", "force", "training.nosuch", "output=x --overwrite"):
-        with pytest.raises(LoratuneError, match="no such settings"):
+        with pytest.raises(LoratuneError, match="no such setting"):
             setting_words({name: True})
+    with pytest.raises(LoratuneError) as caught:
+        setting_words({"lora.rnk": 4, "lr": 1})
+    found = {one.key: one.message for one in caught.value.problems}
+    assert found["lora.rnk"].endswith("did you mean lora.rank?")
+    assert found["lr"].endswith("this is training.learning_rate")
+
+
+# --- the words of messages ---
+
+ERROR = {"schema": "loratune/error/1", "exit_code": 2, "commands": []}
+
+
+@pytest.mark.parametrize(
+    ("told", "arguments", "expected"),
+    [
+        ("give --max-new-tokens", ["max_new_tokens"], "give `max_new_tokens`"),
+        ("leave out --config.", ["recipe"], "leave out `recipe`."),
+        ("--output or --overwrite", ["output"], "`output` or --overwrite (only on the command line)"),
+        ("raise --lora.rank", ["settings"], 'raise `settings["lora.rank"]`'),
+        ("raise --lora.rank", ["adapter"], "raise --lora.rank (only on the command line)"),
+        ("--no-general is quicker", ["general"], "`general`: false is quicker"),
+        ("go on: loratune sft --resume; or --resume", ["resume"], "go on: loratune sft --resume; or `resume`"),
+        ("a--b and ---", ["b"], "a--b and ---"),
+    ],
+)
+def test_flags_in_messages_become_arguments(told: str, arguments: list[str], expected: str) -> None:
+    problem = {"message": told, "remedy": None, "key": "--max-new-tokens"}
+    found = in_arguments({**ERROR, "message": told, "problems": [problem]}, dict.fromkeys(arguments))
+    assert found["message"] == found["problems"][0]["message"] == expected
+    assert found["problems"][0]["remedy"] is None
+    assert found["problems"][0]["key"] == ("max_new_tokens" if "max_new_tokens" in arguments else "max-new-tokens")
 
 
 # --- the protocol ---
@@ -153,13 +186,21 @@ def test_a_client_lists_the_tools_and_gets_the_documents_of_the_command_line(sho
             assert error["schema"] == "loratune/error/1"
         assert "outside of" in error["message"]
         for tool, arguments, told in [
-            ("sft", {"recipe": "quickstart", "setting": {}}, "there is no argument setting; did you mean settings?"),
-            ("infer", {"prompt": "hi", "max_tokens": 1}, "max_tokens; did you mean max_new_tokens?"),
-            ("infer", {}, "infer: argument prompt is missing"),
+            ("sft", {"recipe": "quickstart", "setting": {}}, "setting: no such argument; did you mean settings?"),
+            ("infer", {"prompt": "hi", "max_tokens": 1}, "max_tokens: no such argument; did you mean max_new_tokens?"),
+            ("infer", {}, "prompt: must be given"),
+            ("infer", {"prompt": 5, "max_new_tokens": "many"}, "prompt: must be a valid string; got 5"),
+            ("infer", {"prompt": "hi"}, "give a run folder with `adapter`, or a model with `model`"),
+            ("mege", {}, "there is no tool mege; did you mean merge?"),
+            ("check", {"recipe": "quickstart", "settings": {"lora.rnk": 4}}, "did you mean lora.rank?"),
+            ("sft", {"recipe": "quickstart", "settings": {"output": "rows.json/x"}}, "rows.json: File exists"),
+            ("sft", {"recipe": "quickstart", "settings": {"output": str(short_run)}}, 'with `settings["output"]`'),
+            ("sft", {"recipe": "quickstart", "settings": {"output": "no"}, "resume": True}, "`resume` auto starts"),
         ]:
             error = await call(tool, is_error=True, **arguments)
             assert faults(error) == []
             assert told in error["message"]
+            assert "--" not in re.sub(r"--[a-z]+ \(only on the command line\)", "", json.dumps(error))
 
     assert in_session(short_run.parent, script) == TOOLS
 
@@ -174,6 +215,7 @@ def test_a_client_trains_waits_asks_evaluates_and_merges(tmp_path: Path) -> None
         assert (await call("check", recipe="quickstart"))["refused"] is False
         started = await call("sft", recipe="quickstart", settings=small)
         assert (started["state"]["state"], started["output"]) == ("running", str(tmp_path / "run"))
+        assert faults(started) == []
 
     in_session(tmp_path, start)
     assert run_state(tmp_path / "run")["state"] == "running", "the training outlives the server"

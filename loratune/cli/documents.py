@@ -30,12 +30,16 @@ class Document:
         """Name and version, as the document says them."""
         return f"loratune/{self.name}/{self.version}"
 
-    def write(self, values: Mapping[str, Any]) -> None:
-        """Print the document, after which an error is told on stderr alone."""
+    def of(self, values: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the document in JSON types."""
         from pydantic_core import to_jsonable_python
 
+        return {KEY: self.schema, **to_jsonable_python(values)}
+
+    def write(self, values: Mapping[str, Any]) -> None:
+        """Print the document, after which an error is told on stderr alone."""
         _AWAITED.set(False)
-        console.write_json({KEY: self.schema, **to_jsonable_python(values)})
+        console.write_json(self.of(values))
 
     def json_schema(self) -> dict[str, Any]:
         """Return the JSON Schema of the document."""

@@ -15,7 +15,7 @@ from typing import Any
 import typer
 
 from loratune import console
-from loratune.cli.documents import KEY, Document, is_awaited
+from loratune.cli.documents import Document, is_awaited
 from loratune.commands import Command, CommandLine
 from loratune.errors import Exit, LoratuneError, Problem
 
@@ -66,9 +66,9 @@ def failures_told() -> Iterator[None]:
         raise typer.Exit(failure.exit_code) from error
 
 
-def document_of(error: LoratuneError) -> dict[str, Any]:
+def document_of(error: Exception) -> dict[str, Any]:
     """Return the document of an error that is told in another way than by the end of a command."""
-    return {KEY: DOCUMENT.schema, **asdict(_failure_of(error)[0])}
+    return DOCUMENT.of(asdict(_failure_of(error)[0]))
 
 
 def _failure_of(error: BaseException) -> tuple[Failure, bool]:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
+from loratune.cli.documents import Document
 from loratune.cli.failures import document_of
 from loratune.errors import Exit, LoratuneError
 
@@ -19,6 +20,15 @@ documents.
 sft trains in the background, and goes on if the server ends. Tools read and write below --root alone, also through
 links, read from --read too, use no network, and replace nothing."""
 
+
+def _started() -> Any:
+    from loratune.mcp_server.training import StartedTraining
+
+    return StartedTraining
+
+
+STARTED = Document("mcp-sft", 1, _started)
+"""The answer of the tool sft; the other tools answer with the documents of their commands."""
 Root = Annotated[Path, typer.Option("--root", metavar="folder", help="Folder of the project: all paths are below it.")]
 Read = Annotated[
     list[Path] | None,
@@ -38,4 +48,5 @@ def command(root: Root = Path(), read: Read = None) -> None:
 
     readable = [*(read or []), Path(HF_HUB_CACHE), ASSETS]
     place = Path(os.path.realpath(root))
-    serve(Bounds(place, tuple(Path(os.path.realpath(folder)) for folder in readable)), document_of)
+    bounds = Bounds(place, tuple(Path(os.path.realpath(folder)) for folder in readable))
+    serve(bounds, document_of, STARTED.of)

@@ -8,7 +8,7 @@ import typer
 from typing_extensions import TypedDict
 
 from loratune import console
-from loratune.cli import failures
+from loratune.cli import failures, mcp
 from loratune.cli.commands import command_lines, command_module
 from loratune.cli.documents import Document
 from loratune.errors import Exit, LoratuneError
@@ -42,10 +42,10 @@ DOCUMENT = Document("schema", 1, lambda: Schemas)
 
 
 def documents() -> dict[str, Document]:
-    """Return name → document of every command that prints one, and of errors."""
+    """Return name → document of every command that prints one, of the agents' tools, and of errors."""
     modules = [command_module("_".join(line)) for line in command_lines()]
     found: list[Document] = [module.DOCUMENT for module in modules if hasattr(module, "DOCUMENT")]
-    return {document.name: document for document in [*found, failures.DOCUMENT]}
+    return {document.name: document for document in [*found, mcp.STARTED, failures.DOCUMENT]}
 
 
 def command(

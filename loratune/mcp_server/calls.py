@@ -13,8 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from loratune.commands import flag_values, setting_flags
-from loratune.errors import Exit, LoratuneError
+from loratune.errors import Exit, LoratuneError, Problem, bullet_list
 from loratune.recipe.sections import iterate_settings
+from loratune.recipe.suggestions import suggestion
 from loratune.runtime import program
 
 Document = dict[str, Any]
@@ -113,9 +114,13 @@ def setting_words(settings: Mapping[str, Any]) -> list[str]:
         LoratuneError: a name is that of no setting, so that no other flag can be given in this way.
     """
     known = dict(iterate_settings())
-    if unknown := sorted(settings.keys() - known.keys()):
+    unknown = [one for one in settings if one not in known]
+    if unknown:
+        problems = [Problem(f"no such setting{suggestion(one, known)}", key=one) for one in unknown]
+        listed = bullet_list([f"{one.key}: {one.message}" for one in problems])
         raise LoratuneError(
-            f"no such settings: {', '.join(unknown)}; `loratune schema recipe` lists them, such as training.max_steps",
+            f"settings:\n{listed}\n`loratune schema recipe` lists the settings, such as training.max_steps",
             Exit.USAGE,
+            problems=problems,
         )
     return flags(setting_flags(settings))

@@ -5,21 +5,25 @@ from __future__ import annotations
 import functools
 import json
 import logging
-from collections.abc import Awaitable, Callable
+import traceback
+from collections.abc import Awaitable, Callable, Iterable, Mapping
 from typing import Annotated, Any
 
-from pydantic import Field
+from pydantic import Field, ValidationError
 
 from loratune import __version__
-from loratune.errors import Exit, LoratuneError
+from loratune.errors import Exit, LoratuneError, Problem, bullet_list
 from loratune.extras import required
 from loratune.mcp_server.bounds import Bounds
 from loratune.mcp_server.calls import Calls, Document, flags, setting_words
 from loratune.mcp_server.training import start_training
+from loratune.mcp_server.wording import in_arguments
 from loratune.nearest import nearest
+from loratune.recipe.problems import message_of
 
 with required("loratune mcp", "mcp", package="mcp"):
     from mcp.server import MCPServer
+    from mcp.server.mcpserver.exceptions import ToolError
     from mcp.types import CallToolResult, TextContent, ToolAnnotations
     from mcp.types import Tool as MCPTool
 
@@ -36,10 +40,18 @@ Settings = Annotated[
     dict[str, Any] | None,
     Field(description='Settings that override the recipe, by dotted name: {"training.max_steps": 100}.'),
 ]
+Resume = Annotated[
+    bool | int | str,
+    Field(
+        description="Continue the run that is there: true from its newest checkpoint, or from the step of another one; "
+        '"auto" starts it where there is none.'
+    ),
+]
 Adapter = Annotated[str, Field(description="Run folder, one of its checkpoints, or a plain PEFT folder.")]
 Output = Annotated[str, Field(description="Folder of the result, which must not exist.")]
 Tool = Callable[..., Awaitable[Document]]
-Failed = Callable[[LoratuneError], Document]
+Failed = Callable[[Exception], Document]
+Started = Callable[[Document], Document]
 
 
 class Tools:
@@ -48,30 +60,38 @@ class Tools:
     Args:
         bounds: the folders.
         calls: runs the commands.
+        started: makes the document of a training that was started.
     """
 
-    def __init__(self, bounds: Bounds, calls: Calls) -> None:
-        self.bounds, self.calls = bounds, calls
+    def __init__(self, bounds: Bounds, calls: Calls, started: Started) -> None:
+        self.bounds, self.calls, self.started = bounds, calls, started
 
     async def check(self, recipe: Recipe, settings: Settings = None) -> Document:
         """Check a recipe and all of its rows, as sft does, without loading the model."""
         return await self._with_recipe("data check", recipe, settings)
 
-    async def plan(self, recipe: Recipe, settings: Settings = None) -> Document:
-        """Predict the memory that a recipe takes on this machine, without loading the model, and what makes it fit."""
-        return await self._with_recipe("plan", recipe, settings)
+    async def plan(
+        self,
+        recipe: Recipe,
+        settings: Settings = None,
+        gpu: Annotated[str | None, Field(description="Memory of a card, such as 24GB; else this machine's.")] = None,
+        gpus: Annotated[int | None, Field(description="Number of cards.")] = None,
+    ) -> Document:
+        """Predict the memory that a recipe takes, without loading the model, and what makes it fit."""
+        return await self._with_recipe("plan", recipe, settings, {"--gpu": gpu, "--gpus": gpus})
 
-    async def sft(self, recipe: Recipe, settings: Settings = None, resume: bool = False) -> Document:
+    async def sft(self, recipe: Recipe, settings: Settings = None, resume: Resume = False) -> Document:
         """Start a training in the background, and return its run folder; it goes on if this server ends.
 
-        resume continues a run that was interrupted, from its newest checkpoint.
+        It is written to the folder of the setting "output", which must not hold a run unless that is resumed.
         """
         words, shown = await self._recipe_words(recipe, settings)
         if "recipe" not in shown:
             return shown
         output = self.bounds.to_write(shown["recipe"]["output"])
-        line = ["sft", *words, f"--output={output}", *(["--resume=newest"] if resume else [])]
-        return await start_training(self.calls, line, output)
+        line = ["sft", *words, *flags({"--output": output, "--resume": "newest" if resume is True else resume})]
+        found = await start_training(self.calls, line, output)
+        return self.started(found) if "state" in found else found
 
     async def status(self, run: Annotated[str, Field(description="Run folder.")]) -> Document:
         """Say how a training is going: state, step, losses, seconds that are left, and the next command."""
@@ -122,10 +142,12 @@ class Tools:
         asked = {"--adapter": self.bounds.adapter(adapter), "--output": self.bounds.to_write(output)}
         return await self.calls.run("merge", *flags(asked))
 
-    async def _with_recipe(self, command: str, recipe: str, settings: dict[str, Any] | None) -> Document:
-        """Run a command that takes a recipe and its settings, once the recipe is within the bounds."""
+    async def _with_recipe(
+        self, command: str, recipe: str, settings: dict[str, Any] | None, others: Mapping[str, object] | None = None
+    ) -> Document:
+        """Run a command that takes a recipe, its settings and other flags, once the recipe is within the bounds."""
         words, shown = await self._recipe_words(recipe, settings)
-        return await self.calls.run(*command.split(), *words) if "recipe" in shown else shown
+        return await self.calls.run(*command.split(), *words, *flags(others or {})) if "recipe" in shown else shown
 
     async def _recipe_words(self, recipe: str, settings: dict[str, Any] | None) -> tuple[list[str], Document]:
         """Return the flags of a recipe, and the document of the resolved one, or of what is wrong with it."""
@@ -137,7 +159,9 @@ class Tools:
 
 
 class StrictServer(MCPServer[Any]):
-    """Refuses arguments that a tool does not have, which the SDK leaves out, and tells of missing ones.
+    """Answers every mistake of a call with the document of an error.
+
+    The SDK leaves out arguments that a tool does not have, and tells of others in pydantic's words.
 
     Args:
         failed: makes the document of an error.
@@ -157,30 +181,61 @@ class StrictServer(MCPServer[Any]):
     async def call_tool(self, name: str, arguments: dict[str, Any], context: Any = None) -> Any:
         """Run a tool, or return the document of what is wrong with its arguments."""
         schemas: dict[str, dict[str, Any]] = {tool.name: tool.input_schema for tool in await self.list_tools()}
-        if problems := _argument_problems(schemas.get(name, {}), arguments):
-            return _result(self._failed(LoratuneError(f"{name}: {'; '.join(problems)}", Exit.USAGE)))
-        return await super().call_tool(name, arguments, context)
+        try:
+            if name not in schemas:
+                raise LoratuneError(f"there is no tool {name}; {_meant(name, schemas)}", Exit.USAGE)
+            _require_arguments(name, _name_problems(schemas[name], arguments))
+            try:
+                result = await super().call_tool(name, arguments, context)
+            except ToolError as error:
+                if not isinstance(error.__cause__, ValidationError):
+                    raise
+                _require_arguments(name, _value_problems(error.__cause__))
+        except LoratuneError as error:
+            return _result(self._failed(error))
+        is_told = result.is_error and result.structured_content
+        own = schemas[name].get("properties", {})
+        return _result(in_arguments(result.structured_content, own)) if is_told else result
 
 
-def _argument_problems(schema: dict[str, Any], arguments: dict[str, Any]) -> list[str]:
+def _require_arguments(tool: str, problems: list[Problem]) -> None:
+    """Raise if there are problems with the arguments of a call."""
+    if problems:
+        listed = bullet_list([f"{one.key}: {one.message}" for one in problems])
+        raise LoratuneError(f"the arguments of {tool} are not usable:\n{listed}", Exit.USAGE, problems=problems)
+
+
+def _name_problems(schema: dict[str, Any], arguments: dict[str, Any]) -> list[Problem]:
     """Return what is wrong with the names of a tool's arguments."""
-    known = schema.get("properties", arguments)
-    problems = [f"argument {one} is missing" for one in schema.get("required", ()) if one not in arguments]
-    for one in arguments.keys() - known.keys():
-        near = nearest(one, known)
-        meant = f"did you mean {near}?" if near else f"there are {', '.join(known)}"
-        problems.append(f"there is no argument {one}; {meant}")
-    return problems
+    known = schema.get("properties", {})
+    missing = [Problem("must be given", key=one) for one in schema.get("required", ()) if one not in arguments]
+    others = (one for one in arguments if one not in known)
+    return missing + [Problem(f"no such argument; {_meant(one, known)}", key=one) for one in others]
 
 
-def make_server(bounds: Bounds, failed: Failed) -> MCPServer[Any]:
+def _value_problems(error: ValidationError) -> list[Problem]:
+    """Return what is wrong with the values of a tool's arguments."""
+    found: dict[str, str] = {}
+    for detail in error.errors(include_url=False):
+        name = str(detail["loc"][0])
+        found.setdefault(name, message_of(detail, name))
+    return [Problem(message, key=name) for name, message in found.items()]
+
+
+def _meant(name: str, known: Iterable[str]) -> str:
+    near = nearest(name, known)
+    return f"did you mean {near}?" if near else f"there are {', '.join(known)}"
+
+
+def make_server(bounds: Bounds, failed: Failed, started: Started) -> MCPServer[Any]:
     """Return the server.
 
     Args:
         bounds: the folders.
         failed: makes the document of an error.
+        started: makes the document of a training that was started.
     """
-    tools = Tools(bounds, Calls(bounds.root))
+    tools = Tools(bounds, Calls(bounds.root), started)
     server = StrictServer(failed, name="loratune", version=__version__, instructions=INSTRUCTIONS, log_level="WARNING")
     offered: list[tuple[Tool, ToolAnnotations]] = [
         *((tool, READS) for tool in (tools.check, tools.plan, tools.status, tools.infer)),
@@ -191,10 +246,10 @@ def make_server(bounds: Bounds, failed: Failed) -> MCPServer[Any]:
     return server
 
 
-def serve(bounds: Bounds, failed: Failed) -> None:
+def serve(bounds: Bounds, failed: Failed, started: Started) -> None:
     """Serve until the client closes standard input."""
     logging.getLogger("mcp").setLevel(logging.WARNING)
-    make_server(bounds, failed).run("stdio")
+    make_server(bounds, failed, started).run("stdio")
 
 
 def _answered(tool: Tool, failed: Failed) -> Callable[..., Any]:
@@ -204,8 +259,10 @@ def _answered(tool: Tool, failed: Failed) -> Callable[..., Any]:
     async def answer(**arguments: Any) -> CallToolResult:
         try:
             document = await tool(**arguments)
-        except LoratuneError as error:
+        except Exception as error:
             document = failed(error)
+            if document["exit_code"] == Exit.BUG:
+                traceback.print_exc()
         return _result(document)
 
     return answer

@@ -7,6 +7,9 @@ import os
 import subprocess
 import tempfile
 from pathlib import Path
+from typing import Any
+
+from typing_extensions import TypedDict
 
 from loratune.errors import LoratuneError
 from loratune.mcp_server.calls import Calls, Document, read_document
@@ -15,6 +18,19 @@ from loratune.runs.lock import is_held_by
 from loratune.runs.status import read_status
 
 POLL_SECONDS = 0.2
+
+
+class StartedTraining(TypedDict):
+    """A training that runs apart from the server, or has ended already."""
+
+    output: str
+    """The run folder."""
+    process: int
+    """ID of its process; SIGTERM ends it after its step, with a checkpoint."""
+    log: str
+    """File with its messages."""
+    state: dict[str, Any]
+    """The document of `runs show`, or the one that `sft` has ended with."""
 
 
 async def start_training(calls: Calls, words: list[str], output: Path) -> Document:
@@ -28,7 +44,7 @@ async def start_training(calls: Calls, words: list[str], output: Path) -> Docume
         output: the run folder.
 
     Returns:
-        output, process, log, and state: the document of `runs show`, or the one that `sft` has ended with.
+        The keys of `StartedTraining`, or the document of the error with which it was refused.
     """
     output.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(".log", f"{output.name}-", output.parent)

@@ -1,0 +1,60 @@
+"""Puts what the command line says of its flags into the words of a tool's caller, who has arguments and settings."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from loratune.recipe.sections import settings_with_dropped
+
+COMMAND = r"loratune [a-z][^;\n`]*"
+"""A whole command line, which stays as it is: a person can run it."""
+FLAG = r"(?<![\w-])--(?P<no>no-)?(?P<name>[a-z]\w*(?:[-.]\w+)*)"
+COMMAND_OR_FLAG = re.compile(f"{COMMAND}|{FLAG}")
+RENAMED = {"config": "recipe"}
+"""Flag → the argument that takes its value, where the names differ."""
+APART = "only on the command line"
+
+
+def in_arguments(error: Mapping[str, Any], arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the document of an error, with a tool's arguments in place of the flags that they stand for.
+
+    A flag that the tool does not have stays, and is said to be one of the command line alone.
+
+    Args:
+        error: see `Failure`.
+        arguments: name → schema of the tool's arguments.
+    """
+
+    def worded(text: str | None) -> str | None:
+        return None if text is None else COMMAND_OR_FLAG.sub(lambda match: _replaced(match, arguments), text)
+
+    problems = [
+        one | {"message": worded(one["message"]), "remedy": worded(one["remedy"]), "key": _key(one["key"], arguments)}
+        for one in error["problems"]
+    ]
+    return {**error, "message": worded(error["message"]), "problems": problems}
+
+
+def _replaced(match: re.Match[str], arguments: Mapping[str, Any]) -> str:
+    flag = match["name"]
+    if flag is None:
+        return match[0]
+    argument = _argument(flag)
+    if argument in arguments:
+        shown = argument
+    elif "settings" in arguments and flag in settings_with_dropped():
+        shown = f'settings["{flag}"]'
+    else:
+        return f"{match[0]} ({APART})"
+    return f"`{shown}`{': false' if match['no'] else ''}"
+
+
+def _key(key: str | None, arguments: Mapping[str, Any]) -> str | None:
+    flag = (key or "").removeprefix("--")
+    return _argument(flag) if _argument(flag) in arguments else flag or None
+
+
+def _argument(flag: str) -> str:
+    return RENAMED.get(flag, flag.replace("-", "_"))
