@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shlex
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -93,7 +94,9 @@ def _typed(value: object) -> object:
     return "null" if value is None else value
 
 
-def free_place(wanted: Path) -> Path:
-    """Return a path that does not exist: the given one, or one with a number appended."""
-    tried = (wanted.with_name(f"{wanted.name}{end}") for end in ("", *(f"-{number}" for number in range(2, 1000))))
-    return next((place for place in tried if not place.exists() and not place.is_symlink()), wanted)
+def free_place(wanted: Path, ending: str = "") -> Path:
+    """Return a path that does not exist: the given one with an ending behind its name, and with a number if need be."""
+    named = wanted if wanted.name not in ("", "..") else wanted.resolve()
+    places = (named.parent / f"{named.name}{ending}{end}" for end in ("", *(f"-{number}" for number in range(2, 1000))))
+    first = next(places)
+    return next((place for place in (first, *places) if not os.path.lexists(place)), first)

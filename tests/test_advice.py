@@ -24,7 +24,7 @@ from loratune.errors import Exit
 from loratune.model.files import check_base
 from loratune.recipe.loading import load_recipe
 from loratune.runs.manifest import Manifest, read_manifest, write_manifest
-from loratune.runs.state import next_command, serving_command
+from loratune.runs.state import evaluation_command, next_command, serving_command
 from loratune.runs.status import set_status
 from loratune.runs.tokenizer_files import copy_tokenizer_files
 from loratune.training import failures
@@ -393,3 +393,14 @@ def test_a_free_place_is_one_that_nothing_has(tmp_path: Path) -> None:
     (tmp_path / "a").mkdir()
     (tmp_path / "a-2").symlink_to(tmp_path / "nowhere")
     assert free_place(tmp_path / "a") == tmp_path / "a-3"
+
+
+@pytest.mark.parametrize("written", [".", "..", "../run/.", "/", "a"])
+def test_a_place_beside_a_folder_without_a_name_of_its_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, written: str
+) -> None:
+    (tmp_path / "above" / "run").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "above" / "run")
+    place = free_place(Path(written), "-merged")
+    assert str(place.resolve()) == f"{Path(written).resolve()}-merged"
+    assert str(evaluation_command(Path(written)).words[-1]).endswith("-eval")

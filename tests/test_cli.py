@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import statistics
@@ -21,7 +22,7 @@ from loratune.cli import app
 from loratune.cli.commands import COMMANDS, ELSEWHERE, command_lines
 from loratune.cli.flags import RENAMED_BESIDE_AN_ADAPTER, RENAMED_FLAGS
 from loratune.errors import Exit, LoratuneError
-from loratune.recipe.loading import load_recipe, shipped_recipes
+from loratune.recipe.loading import ASSETS, load_recipe, shipped_recipes
 from loratune.recipe.sections import iterate_settings
 
 Cli = Callable[..., Result]
@@ -440,6 +441,16 @@ def test_commands_of_other_tools_stand_for_commands_that_there_are() -> None:
         (("merge", "--adaptr", "x"), "(Possible options: --adapter)"),
         (("sft", "recipe.yaml"), "(recipe.yaml); a recipe is given as --config recipe.yaml"),
         (("plan", "--seed", "x.yaml", "quickstart"), "(quickstart); a recipe is given as --config quickstart"),
+        (("sft", "rows.json"), "(rows.json); rows are given as --data.train rows.json"),
+        (("sft", "quickstart", "a.jsonl.gz"), "--config quickstart; rows are given as --data.train a.jsonl.gz"),
+        (("infer", "a.csv", "b.csv"), "(a.csv b.csv); rows are given as --input a.csv"),
+        (("eval", "tests.jsonl"), "rows are given as --tests tests.jsonl"),
+        (("serve", str(Path(__file__).parent)), "; an adapter is given as --adapter /"),
+        (("infer", str(ASSETS / "tiny-qwen")), "; a model is given as --model /"),
+        (("export", "-o", "x", "--format", "gguff"), "--format' / '-f': 'gguff' is not one of 'gguf', 'ollama', "),
+        (("export", "-o", "x", "--format", "gguff"), "; did you mean gguf?"),
+        (("export", "-o", "x", "-f", "gguf", "-q", "q4_k_m"), "llama.cpp's llama-quantize makes smaller ones"),
+        (("merge", "-a", "x", "-o", "y", "--density", "5"), "it must be less than or equal to 1"),
     ],
 )
 def test_an_unknown_flag_or_word_is_told_with_the_flag_that_is_meant(
@@ -456,6 +467,35 @@ def test_nothing_is_made_of_a_word_that_means_nothing_there(cli: Cli, typed: tup
     assert done.exit_code == Exit.USAGE
     assert "in loratune this is" not in done.stderr
     assert "--config" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("typed", "missing", "line"),
+    [
+        (("merge", "--adapter", "out/run"), ["--output"], "merge --adapter out/run --json --output OUTPUT"),
+        (("merge", "-o", "x"), ["--adapter"], "merge -o x --json --adapter ADAPTER"),
+        (("merge", "TESTS"), ["--adapter", "--output"], "merge --json --adapter TESTS --output OUTPUT"),
+        (("merge", "nowhere"), ["--adapter", "--output"], "merge --json --adapter ADAPTER --output OUTPUT"),
+        (("export", "-fgguf"), ["--output"], "export -fgguf --json --output OUTPUT"),
+        (
+            ("export", "--adapter=a"),
+            ["--output", "--format"],
+            "export --adapter=a --json --output OUTPUT --format FORMAT",
+        ),
+        (("verify",), ["FOLDER"], "verify --json FOLDER"),
+    ],
+)
+def test_all_that_a_line_lacks_is_told_with_the_whole_line(
+    cli: Cli, typed: tuple[str, ...], missing: list[str], line: str
+) -> None:
+    here = str(Path(__file__).parent)
+    done = cli(*(word.replace("TESTS", here) for word in typed), "--json")
+    assert done.exit_code == Exit.USAGE
+    error = json.loads(done.stdout)
+    (command,) = error["commands"]
+    assert command["line"] == f"loratune {line}".replace("TESTS", here)
+    assert [(one["key"], one["remedy"]) for one in error["problems"]] == [(name, f"give {name}") for name in missing]
+    assert all(name in command["line"].split() for name in command["chosen"])
 
 
 @pytest.mark.parametrize("chosen", [None, "64"])

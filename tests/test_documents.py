@@ -160,7 +160,6 @@ def test_a_recipe_s_problems_have_file_line_key_and_remedy(cli: Cli, tmp_path: P
     ("line", "key"),
     [
         (("nosuch",), None),
-        (("merge",), "--adapter"),
         (("merge", "--nosuch"), "--nosuch"),
         (("data", "nosuch"), None),
         (("--nosuch",), "--nosuch"),

@@ -64,7 +64,11 @@ Merged = Annotated[
 Quantization = Annotated[
     GgufType | None,
     typer.Option(
-        "--quantization", "-q", metavar=listed(GgufType), help="Type of a GGUF file's weights; default is f16."
+        "--quantization",
+        "-q",
+        metavar=listed(GgufType),
+        help="Type of a GGUF file's weights; default is f16. llama.cpp's llama-quantize makes smaller ones of it, such "
+        "as q4_k_m.",
     ),
 ]
 NumCtx = Annotated[

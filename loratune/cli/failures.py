@@ -102,7 +102,7 @@ def _failure_of(error: BaseException) -> tuple[Failure, bool]:
 
 def _failure(message: str, code: int, problems: Sequence[Problem] = (), commands: Sequence[Command] = ()) -> Failure:
     """Return a failure with the problems that are given, or else with those that its message lists."""
-    told = tuple(replace(one, remedy=_remedy(one.message)) for one in problems) or problems_of(message)
+    told = tuple(replace(one, remedy=one.remedy or _remedy(one.message)) for one in problems) or problems_of(message)
     return Failure(int(code), message, told, tuple(command.told for command in commands))
 
 

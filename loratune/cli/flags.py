@@ -61,7 +61,9 @@ RowFiles = Annotated[
     list[str] | None,
     typer.Argument(help="Files of rows, or data sets of a hub, as --data.train takes them.", show_default=False),
 ]
-Output = Annotated[Path, typer.Option("--output", "-o", metavar="folder", help="Folder of the result.")]
+Output = Annotated[
+    Path, typer.Option("--output", "-o", metavar="folder", help="Folder of the result, such as out/run-merged.")
+]
 MovedBase = Annotated[
     str | None,
     typer.Option("--base-model", metavar="model", callback=filled, help="Where the adapter's base lies now."),

@@ -8,6 +8,7 @@ from typing import Any, ClassVar, NamedTuple
 from typer.core import TyperCommand
 
 from loratune import console
+from loratune.cli.advice import advised_message, whole_line
 from loratune.cli.again import remember
 from loratune.cli.flags import ADAPTER_FLAGS, RENAMED_BESIDE_AN_ADAPTER, RENAMED_FLAGS
 from loratune.errors import Exit, LoratuneError
@@ -47,28 +48,22 @@ class Command(TyperCommand):
         try:
             return super().parse_args(ctx, filled)
         except Exception as error:
-            if hasattr(error, "message"):  # Click's, and not that help was shown
-                error.message += self._advice(error, args)
+            if not hasattr(error, "message"):  # not Click's, as where help was shown
+                raise
+            options = [one for one in self.params if not getattr(one, "hidden", False)]
+            words = self._words_without_a_flag(args)
+            if hasattr(error, "param_type"):  # Click's for what is missing, of which it tells the first
+                given = {_FlagGiven.of(args[place]).name for place in self._places_of_flags(args)}
+                missing = [one for one in options if one.required and not given & {*one.opts}]
+                raise whole_line(missing, options, words) from error
+            error.message = advised_message(error, options, words)
             raise
 
-    def _advice(self, error: Any, args: list[str]) -> str:
-        """Return the flag that is meant by an unknown one, or by a word without one, as the end of a sentence."""
-        # These take long to import, which help need not.
-        from loratune.recipe.loading import is_recipe_name
-        from loratune.recipe.suggestions import suggestion
-
-        shown = (name for option in self.params if not getattr(option, "hidden", False) for name in option.opts)
-        known = {name.removeprefix("--") for name in shown if name.startswith("--")}
-        if hasattr(error, "possibilities"):
-            takes_settings = any("." in name for name in known)
-            advice = suggestion(error.option_name.lstrip("-"), known, "--") if takes_settings else ""
-            error.possibilities = None if advice else error.possibilities
-            return advice
-        if "unexpected extra argument" in error.message and "config" in known:
-            given = [args[place] for place in self._places_of_flags(args)]
-            recipe = next((word for word in given if is_recipe_name(word)), "")
-            return f"; a recipe is given as --config {recipe}" if recipe else ""
-        return ""
+    def _words_without_a_flag(self, args: list[str]) -> list[str]:
+        """Return the words that are neither flags nor their values; none for a command that takes such words."""
+        if any(one.param_type_name == "argument" for one in self.params):
+            return []
+        return [args[place] for place in self._places_of_flags(args) if not args[place].startswith("-")]
 
     def _with_present_names(self, args: list[str]) -> list[str]:
         """Replace flags of earlier versions, with a notice for each.

@@ -45,7 +45,7 @@ def sbatch_script(job: Job, options: SlurmOptions) -> JobFile:
     """Return the script of a job whose nodes see this machine's files."""
     output = Path(job.recipe.output).absolute()
     files = placed(job.recipe, str, str(output))
-    recipe = str(output.with_name(f"{output.name}.job.yaml"))
+    recipe = f"{output}.job.yaml"
     parts = [
         "#!/bin/bash",
         _about(job, options, str(output)),

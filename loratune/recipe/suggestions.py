@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterable
 
+from loratune.nearest import MISSPELT, nearest
 from loratune.recipe.names import DROPPED, RENAMED
 from loratune.recipe.not_needed import NOT_NEEDED
 from loratune.recipe.not_offered import NOT_OFFERED
 
+ALIKE_IN_A_SECTION = 0.75
+"""See `ALIKE`; names of one section begin alike."""
 STEP_ROWS = "training.batch_size (per step: rows per device × accumulation × devices)"
 KNOWN_ELSEWHERE = {
     # The model.
@@ -214,13 +216,11 @@ def _as_flag(equivalent: str, known: Iterable[str]) -> str:
     return " ".join([f"--{name}", *value]) if name in known else equivalent
 
 
-def _nearest(setting: str, last: str, known: list[str]) -> str | None:
+def _nearest(setting: str, last: str, known: list[str]) -> str:
     """Return the setting with the most similar name, comparing last parts first and then whole names."""
     by_last: dict[str, list[str]] = {}
     for name in [*known, *RENAMED]:
         by_last.setdefault(name.rpartition(".")[2], []).append(RENAMED.get(name, name))
-    for cutoff in (1.0, 0.8):
-        for match in difflib.get_close_matches(last, by_last, n=1, cutoff=cutoff):
-            candidates = by_last[match]  # of several with this name, the one in the closest section
-            return max(candidates, key=lambda name: difflib.SequenceMatcher(None, setting, name).ratio())
-    return next(iter(difflib.get_close_matches(setting, known, n=1, cutoff=0.75)), None)
+    if near := nearest(last, by_last, MISSPELT):
+        return nearest(setting, by_last[near], least=0)  # of several with this name, the one in the closest section
+    return nearest(setting, known, ALIKE_IN_A_SECTION)

@@ -154,7 +154,7 @@ def _gpus(output: Path) -> int | None:
 
 def evaluation_command(output: Path) -> Command:
     """Return the command that compares the adapter of a finished run with its base, and what it needs installed."""
-    place = free_place(output.with_name(f"{output.name}-eval"))
+    place = free_place(output, "-eval")
     flags = {"--adapter": output, "--tests": "TESTS", "--output": place}
     install = first_install(FOR_EVALUATION, "eval")
     purpose = f"is it better, after {install}" if install else "is it better"
@@ -163,7 +163,7 @@ def evaluation_command(output: Path) -> Command:
 
 def merging_command(output: Path) -> Command:
     """Return the command that merges an adapter into its base."""
-    return loratune("merge it", "merge", {"--adapter": output, "--output": free_place(Path(f"{output}-merged"))})
+    return loratune("merge it", "merge", {"--adapter": output, "--output": free_place(output, "-merged")})
 
 
 def serving_command(output: Path) -> Command | None:
@@ -177,5 +177,5 @@ def serving_command(output: Path) -> Command | None:
     record = run_record(output, read_manifest(output))
     if not is_served(record.method, record.lora, "vllm"):
         return replace(merging_command(output), purpose="merge it, as vLLM serves this adapter only merged")
-    place = free_place(output.with_name(f"{output.name}-vllm"))
+    place = free_place(output, "-vllm")
     return loratune("for vLLM", "export", {"--adapter": output, "--format": "vllm", "--output": place})

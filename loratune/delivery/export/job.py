@@ -85,4 +85,4 @@ class Export:
 
     def place_beside(self, ending: str) -> Path:
         """Return a free folder name for an export suggested instead of this one."""
-        return free_place(self.output.with_name(f"{self.output.name}-{ending}"))
+        return free_place(self.output, f"-{ending}")

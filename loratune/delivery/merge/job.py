@@ -121,7 +121,7 @@ class Job:
         options, output = replace(self.options, **others), self.output
         if options.stands_in_for:  # an export has no such options
             purpose += ", and export the merged model with --model"
-            output = free_place(options.stands_in_for.with_name(f"{options.stands_in_for.name}-merged"))
+            output = free_place(options.stands_in_for, "-merged")
             options = replace(options, overwrite=False)
         return [options.command(purpose, self.source, output)]
 

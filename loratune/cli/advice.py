@@ -1,0 +1,127 @@
+"""Says of a wrong command line what is meant by it, and how the whole line goes.
+
+What takes long to import is imported where a line is wrong, since help and running commands need none of it.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from loratune.cli.again import typed
+from loratune.commands import Command
+from loratune.errors import Exit, LoratuneError, Problem, bullet_list
+from loratune.nearest import MISSPELT, nearest
+from loratune.plain_files import is_file, is_folder
+
+CHOICE = re.compile(r"(?:Value error, )?(?P<told>'(?P<given>.*)' is not one of (?P<known>'.*'))\.")
+"""Typer's message of a value that is none of an option's choices."""
+
+
+@dataclass(frozen=True)
+class _Kind:
+    """What a word without a flag may be, and the flags that take it."""
+
+    told: str
+    fits: Callable[[str], object]
+    flags: tuple[str, ...]
+
+
+def _is_recipe(word: str) -> bool:
+    from loratune.recipe.loading import is_recipe_name
+
+    return is_recipe_name(word)
+
+
+def _is_rows(word: str) -> bool:
+    from loratune.data.sources import file_kind, hub_name
+
+    return bool(file_kind(word) or hub_name(word))
+
+
+KINDS = (
+    _Kind("a recipe is given as", _is_recipe, ("--config",)),
+    _Kind("rows are given as", _is_rows, ("--data.train", "--input", "--tests")),
+    _Kind("a model is given as", lambda word: is_file(Path(word) / "config.json"), ("--model",)),
+    _Kind("an adapter is given as", is_folder, ("--adapter",)),
+)
+
+
+def advised_message(error: Any, options: Sequence[Any], words: Sequence[str]) -> str:
+    """Return the message of a usage error, with what is meant.
+
+    Args:
+        error: Click's.
+        options: of the command, without hidden ones.
+        words: of its line that are given without a flag.
+    """
+    message = str(error.message)
+    if hasattr(error, "possibilities"):
+        return message + _flag_meant(error, [name for one in options for name in one.opts])
+    if match := CHOICE.fullmatch(message):
+        near = nearest(match["given"], (name.strip("'") for name in match["known"].split(", ")), MISSPELT)
+        return match["told"] + (f"; did you mean {near}?" if near else f". {error.param.help}")
+    if "unexpected extra argument" in message:
+        return message + "".join(f"; {kind.told} {flag} {word}" for word, kind, flag in _flags_of(words, options))
+    return message.replace("Input should be", "it must be")
+
+
+def whole_line(missing: Sequence[Any], options: Sequence[Any], words: Sequence[str]) -> LoratuneError:
+    """Return the error of a line that lacks options, with the line that has them.
+
+    Args:
+        missing: the options and arguments that it lacks.
+        options: see `advised_message`.
+        words: see `advised_message`; they become values of the options that they are meant for.
+    """
+    meant = {flag: word for word, _, flag in _flags_of(words, options)}
+    line, chosen = [word for word in typed() if word not in words], dict[str, str]()
+    for one in missing:
+        value = str(one.name).upper()
+        if (flag := _flag_of(one)) in meant:
+            value = meant[flag]
+        else:
+            chosen[value] = _about(one)
+        line += [flag, value] if flag else [value]
+    named = {_flag_of(one) or str(one.name).upper(): _about(one) for one in missing}
+    return LoratuneError(
+        f"give also:\n{bullet_list([f'{name}: {about}' for name, about in named.items()])}",
+        Exit.USAGE,
+        [Command("the whole line", tuple(line), chosen)],
+        [Problem(about, key=name, remedy=f"give {name}") for name, about in named.items()],
+    )
+
+
+def _about(option: Any) -> str:
+    text = str(option.help or "").removesuffix(".")
+    return f"{text}: {option.metavar}" if "|" in str(option.metavar) else text
+
+
+def _flag_of(option: Any) -> str:
+    """Return the long flag of an option; empty for an argument."""
+    return max(option.opts, key=len) if option.param_type_name == "option" else ""
+
+
+def _flag_meant(error: Any, known: list[str]) -> str:
+    """Return the end of the sentence on an unknown flag; Click's own names are kept if there is nothing better."""
+    from loratune.recipe.suggestions import suggestion
+
+    names = {name.removeprefix("--") for name in known if name.startswith("--")}
+    takes_settings = any("." in name for name in names)
+    advice = suggestion(error.option_name.lstrip("-"), names, "--") if takes_settings else ""
+    error.possibilities = None if advice else error.possibilities
+    return advice
+
+
+def _flags_of(words: Sequence[str], options: Sequence[Any]) -> Iterator[tuple[str, _Kind, str]]:
+    """Yield each word that one of the options takes, with its kind and the flag; no flag is given two words."""
+    known = {name for one in options for name in one.opts}
+    for word in words:
+        kind = next((kind for kind in KINDS if kind.fits(word)), None)
+        flag = next((flag for flag in kind.flags if flag in known), "") if kind else ""
+        if kind and flag:
+            known.remove(flag)
+            yield word, kind, flag
