@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import re
 import sys
 from collections import Counter
 from collections.abc import Callable
@@ -17,7 +18,8 @@ from safetensors.torch import load_file
 from serving import benchmark_figures
 from typer.testing import Result
 
-from loratune.errors import Exit, LoratuneError
+from loratune import console
+from loratune.errors import Exit
 from loratune.model.adapter.attach import attach_adapter, save_adapter
 from loratune.model.architecture.structure import causal_model
 from loratune.model.base import load_base
@@ -28,9 +30,9 @@ from loratune.model.kernels.norm_mlp import use_fused_elementwise
 from loratune.model.kernels.packed_attention import use_document_attention
 from loratune.recipe.loading import load_recipe
 from loratune.recipe.sections import Recipe
+from loratune.sizes import parse_size
 from loratune.training.activations import PassPlan, measure_passes
 from loratune.training.memory import trace as tracing
-from loratune.training.memory.card import parse_size
 from loratune.training.memory.expecting import ProcessMemory, Workload, expect_passes, optimizer_bytes, pass_memory
 from loratune.training.memory.live import LiveBytes
 from loratune.training.memory.planned import PlannedModel, planned_model
@@ -254,22 +256,27 @@ def test_the_peak_is_the_sum_of_its_terms(random_qwen: Path) -> None:
     assert shared.processes == 2
 
 
-@pytest.mark.parametrize(("text", "size"), [("24GB", 24 * 10**9), ("80 GiB", 80 * 2**30), ("1.5mb", 1_500_000)])
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [("24GB", 24 * 10**9), ("80 GiB", 80 * 2**30), ("1.5mb", 1_500_000), ("5G", 5 * 10**9), ("7Mi", 7 * 2**20)],
+)
 def test_a_size_has_a_unit(text: str, size: int) -> None:
-    assert parse_size(text) == size
-    with pytest.raises(LoratuneError, match="with its unit"):
-        parse_size("24")
+    assert parse_size(text, "--gpu", 10**6, 10**13, "a size") == size
 
 
-def test_a_card_without_a_size_is_refused_before_anything_is_planned(cli: Callable[..., Result]) -> None:
-    done = cli("plan", "--config", "quickstart", "--gpu", "4090")
+@pytest.mark.parametrize("size", ["4090", "24", "24 GBit", "GB", "99999999TB", "0.9MB", "9" * 400 + "GB", "-24GB", ""])
+def test_a_card_without_a_size_is_refused_before_anything_is_planned(cli: Callable[..., Result], size: str) -> None:
+    done = cli("plan", "--config", "quickstart", "--gpu", size)
     assert done.exit_code == Exit.USAGE
-    assert done.stderr.startswith("error: --gpu 4090: ")
+    told = "".join(done.stderr.split())
+    assert told.endswith("".join(f"error: --gpu {size!r}: give the memory of a card, such as 24GB or 80GiB".split()))
+    assert told.startswith("error:")
 
 
 def test_a_recipe_that_does_not_fit_is_changed_until_it_does(
-    cli: Callable[..., Result], random_qwen: Path, tmp_path: Path
+    cli: Callable[..., Result], random_qwen: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(console, "LINE_SECONDS", -1)  # a line for each
     rows = tmp_path / "rows.json"
     rows.write_text(json.dumps(ROWS))
     line = ("--model.base", random_qwen, "--data.train", rows, "--data.validation", 0, "--model.dtype", "float32")
@@ -289,8 +296,15 @@ def test_a_recipe_that_does_not_fit_is_changed_until_it_does(
     assert told["fit"]
     assert told["fitted_bytes"] <= told["room_bytes"]
     assert all(one["peak_bytes"] < told["peak_bytes"] for one in told["changes"])
+    tried = re.findall(r"(\d+)/(\d+) changes tried  --", small.stderr)
+    assert [int(number) for number, _ in tried] == list(range(len(tried)))
+    assert len(told["changes"]) <= len(tried) == int(tried[0][1])
     recipe = tmp_path / "fits.yaml"
     assert cli("plan", *line, "--gpu", tight, "--fit", recipe).exit_code == 0
+    refused = cli("plan", *line, "--gpu", tight, "--fit", recipe)
+    assert refused.exit_code == Exit.USAGE
+    assert "exists; --fit writes a new file" in " ".join(refused.stderr.split())
+    assert "planning" not in refused.stderr
     again = cli("plan", "--config", recipe, "--gpu", tight, "--json")
     assert again.exit_code == 0, again.stderr
     assert json.loads(again.stdout)["peak_bytes"] == told["fitted_bytes"]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -26,8 +25,8 @@ from loratune.cli.flags import (
 )
 from loratune.cli.push import push
 from loratune.commands import loratune
-from loratune.errors import Exit, LoratuneError
 from loratune.imports import importing
+from loratune.sizes import parse_size
 
 if TYPE_CHECKING:
     from loratune.runs.verification import MergedModel
@@ -38,8 +37,6 @@ PEFT's own merge, the other files, the logits on validation rows of the run, and
 the result is deleted and the exit code is 4.
 
 Several adapters: --adapter a=out/run1 --adapter b=out/run2 --weights 0.7,0.3 --combine linear"""
-SIZE = re.compile(r"(?P<number>\d+(\.\d+)?)\s*(?P<unit>[kMGT]?)i?B?", re.IGNORECASE)
-UNITS = {"": 1, "k": 1e3, "m": 1e6, "g": 1e9, "t": 1e12}
 
 
 def _printed() -> Any:
@@ -119,7 +116,7 @@ def command(
     options = MergeOptions(
         model=base_model,
         dtype=getattr(torch, dtype) if dtype else None,
-        shard_bytes=parse_size(shard_size),
+        shard_bytes=parse_size(shard_size, "--shard-size", 1, 2**63, "a size such as 5GB or 900MB"),
         merge_base=merge_base,
         verify=verify,
         logits=logits,
@@ -144,16 +141,3 @@ def _show(merged: MergedModel, output: Path) -> None:
     console.say(f"merged model: {output}", style="bold")
     console.next_step(str(loratune("try it", "infer", {"--model": output})))
     console.next_step(str(serve_merged(output)))
-
-
-def parse_size(text: str) -> int:
-    """Parse a size in bytes: `5GB`, `900MB` or `123`.
-
-    Raises:
-        LoratuneError: the text is not a size, or is zero.
-    """
-    match = SIZE.fullmatch(text.strip())
-    size = float(match["number"]) * UNITS[match["unit"].lower()] if match else 0
-    if not 1 <= size < float("inf"):
-        raise LoratuneError(f"--shard-size {text!r}: give a size such as 5GB or 900MB", Exit.USAGE)
-    return int(size)

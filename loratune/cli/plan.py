@@ -12,9 +12,9 @@ from loratune import console
 from loratune.cli.documents import Document
 from loratune.cli.flags import Config
 from loratune.cli.options import recipe_options
-from loratune.errors import Exit
+from loratune.errors import Exit, LoratuneError
 from loratune.recipe.loading import load_recipe
-from loratune.training.memory.card import parse_size
+from loratune.sizes import parse_size
 
 DETAILS = """\
 Runs the recipe's largest pass on tensors without values and counts what it holds. Needs the base's config, and its
@@ -22,6 +22,9 @@ tokenizer to measure the rows; of a hub id, nothing else is downloaded. Without 
 free counts. Every setting of the recipe is also a flag.
 
 If it does not fit, the exit code is 6, and the changes that help are listed, the cheapest first, each computed anew."""
+
+CARD = (10**6, 10**13)
+"""Bounds of a card's memory in bytes; the largest cards of 2026 have 0.4 TB."""
 
 
 def _printed() -> Any:
@@ -50,14 +53,18 @@ def command(
     *,
     flags: dict[str, object],
 ) -> None:
-    if gpu is not None:
-        parse_size(gpu)  # before what takes seconds
+    card = (
+        None if gpu is None else (gpu, parse_size(gpu, "--gpu", *CARD, "the memory of a card, such as 24GB or 80GiB"))
+    )
+    if fit is not None and fit.exists():
+        raise LoratuneError(f"{fit} exists; --fit writes a new file", Exit.USAGE)
     recipe = load_recipe(config, dict(flags))
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
-    with console.status("planning"):
+    with console.status("starting"):
         from loratune.training.memory.plan import plan, show_plan, write_fitted
+        from loratune.training.memory.planning import place_of
 
-        found = plan(recipe, gpu, gpus)
+    found = plan(recipe, place_of(card, gpus), is_here=card is None)
     if fit is not None:
         write_fitted(found, fit)
     if json:

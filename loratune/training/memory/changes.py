@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -84,14 +84,20 @@ def _halves(most: int, least: int) -> Iterator[int]:
 
 
 def outcomes(
-    recipe: Recipe, changes: Iterator[Change], predict: Callable[[Recipe], Prediction], room: int
+    recipe: Recipe,
+    changes: Sequence[Change],
+    predict: Callable[[Recipe], Prediction],
+    room: int,
+    tell: Callable[[int, str], None],
 ) -> list[Outcome]:
     """Predict the memory with each change alone, in order; what saves nothing or does not fit the recipe is left out.
 
-    Of several sizes of one setting, the largest that suffices stays, or else the smallest.
+    Of several sizes of one setting, the largest that suffices stays, or else the smallest. Before each change, `tell`
+    is called with the number of those that have been tried, and the words of the change.
     """
     before, found = predict(recipe).peak_bytes, dict[tuple[str, ...], Outcome]()
-    for change in changes:
+    for tried, change in enumerate(changes):
+        tell(tried, " ".join(change.flags))
         name = tuple(change.settings)
         if name in found and found[name].fits:
             continue

@@ -18,7 +18,7 @@ from loratune.recipe.sections import Recipe
 from loratune.runs.report import read_report
 from loratune.runs.typed_json import WRITTEN_BESIDE
 from loratune.training.memory.changes import Change, Outcome, fitting, outcomes, possible_changes
-from loratune.training.memory.planning import Place, Planner, place_of
+from loratune.training.memory.planning import Place, Planner
 from loratune.training.memory.prediction import Prediction, PredictionValues
 from loratune.writing import write_text
 
@@ -108,28 +108,30 @@ class Plan:
         }
 
 
-def plan(recipe: Recipe, gpu: str | None, gpus: int | None) -> Plan:
+def plan(recipe: Recipe, place: Place, is_here: bool) -> Plan:
     """Predict the memory of a recipe, and of its changes if it does not fit.
 
     Args:
         recipe: the recipe.
-        gpu: memory of a card, such as 24GB; None for this machine.
-        gpus: number of cards.
+        place: where it would run.
+        is_here: whether that is this machine, where earlier runs took place.
 
     Raises:
         LoratuneError: base, rows or settings are not usable; as `sft` says it.
     """
-    place = place_of(gpu, gpus)
-    planner = Planner(recipe, place)
-    found = planner.predict(recipe)
-    seconds = _seconds_per_step(recipe) if gpu is None else None
+    with console.status("planning"):
+        planner = Planner(recipe, place)
+        found = planner.predict(recipe)
+    seconds = _seconds_per_step(recipe) if is_here else None
     room = place.room_bytes
     if found.peak_bytes <= room:
         return Plan(recipe, place, found, seconds_per_step=seconds)
     layers = layer_count(planner.config)
-    possible = possible_changes(recipe, found.tokens, layers, place.hardware.processes)
-    changes = outcomes(recipe, possible, planner.predict, room)
-    fit = fitting(recipe, changes, planner.predict, room)
+    possible = list(possible_changes(recipe, found.tokens, layers, place.hardware.processes))
+    with console.counted_progress("changes tried", len(possible)) as tell:
+        changes = outcomes(recipe, possible, planner.predict, room, tell)
+    with console.status("adding changes until it fits"):
+        fit = fitting(recipe, changes, planner.predict, room)
     made = Plan(recipe, place, found, tuple(changes), None if fit is None else tuple(fit), None, seconds)
     if made.fitted is None:
         return made
@@ -149,12 +151,10 @@ def write_fitted(found: Plan, path: Path) -> None:
     """Write the recipe that fits.
 
     Raises:
-        LoratuneError: there is none, or the file exists.
+        LoratuneError: there is none.
     """
     if found.fitted is None:
         raise LoratuneError(f"no change known here makes it fit, so {path} is not written", Exit.IO)
-    if path.exists():
-        raise LoratuneError(f"{path} exists; --fit writes a new file", Exit.USAGE)
     write_text(path, dump_recipe(found.fitted))
 
 

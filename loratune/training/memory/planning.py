@@ -17,7 +17,6 @@ from loratune.model.tokenizer import load_tokenizer
 from loratune.recipe.sections import Recipe
 from loratune.training.activations import MASKED_TOKENS, PassPlan, largest_step, plan_passes
 from loratune.training.gate import pass_gate
-from loratune.training.memory.card import parse_size
 from loratune.training.memory.expecting import (
     CONTEXT_BYTES,
     ProcessMemory,
@@ -45,20 +44,18 @@ class Place:
     name: str
 
 
-def place_of(gpu: str | None, gpus: int | None) -> Place:
+def place_of(card: tuple[str, int] | None, gpus: int | None) -> Place:
     """Return where a run would take place: on GPUs of a size, or on this machine.
 
     Args:
-        gpu: size of a card, which need not be there.
+        card: memory of a card, as the user has written it and in bytes; None for this machine.
         gpus: number of processes, each with a card.
-
-    Raises:
-        LoratuneError: the size has no unit.
     """
     count = gpus or 1
-    if gpu is not None:
-        name = f"{count} × {gpu}" if count > 1 else f"a GPU of {gpu}"
-        return Place(Hardware(torch.device("cuda", 0), True, name, count, FLASH), parse_size(gpu), name)
+    if card is not None:
+        written, size_bytes = card
+        name = f"{count} × {written}" if count > 1 else f"a GPU of {written}"
+        return Place(Hardware(torch.device("cuda", 0), True, name, count, FLASH), size_bytes, name)
     hardware = replace(detect_hardware(), processes=count)
     if hardware.is_gpu:
         free, _ = torch.cuda.mem_get_info()
