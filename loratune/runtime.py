@@ -112,6 +112,16 @@ def launch_problems() -> list[str]:
     return problems
 
 
+def heed_interrupts() -> None:
+    """Have SIGINT interrupt this process as usual, also where a script has started it in the background.
+
+    A shell without job control has such processes ignore SIGINT. A server is ended by it nevertheless, since it has
+    no other end.
+    """
+    if threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
 @contextmanager
 def signals_to(handler: Handler, numbers: Sequence[int] = ENDING) -> Iterator[None]:
     """Handle signals, and restore the previous handlers at the end.

@@ -19,7 +19,7 @@ import torch
 from conftest import TINY_QWEN
 from openai import OpenAI
 from peft import PeftModel
-from processes import Program, comes_true
+from processes import COMMAND_LINE, Program, comes_true
 from serving import API_KEY, FakeEngine, Served, chat, events, served
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import Result
@@ -350,14 +350,27 @@ def test_the_command_says_where_the_page_is_and_a_line_that_works(
     for name in ("LORATUNE_API_KEY", "LORATUNE_TOKEN"):
         monkeypatch.delenv(name, raising=False)
     server = start("serve", "--model", "tiny-qwen", "--port", free_port)
-    assert comes_true(lambda: re.search("try: .*\n", server.stderr) or server.has_ended()), server.stderr
+    assert comes_true(lambda: "}]}'\n" in server.stderr or server.has_ended()), server.stderr
     (page,) = re.findall(rf"page: (http://127.0.0.1:{free_port}/)#api_key=(\S+)", server.stderr)
-    (curl,) = re.findall("try: (curl .*)\n", server.stderr)
+    (curl,) = re.findall(r"try: (curl .*?}'\n)", server.stderr, re.DOTALL)
+    assert max(map(len, curl.splitlines())) < 80
     assert page[1] in curl
     answer = subprocess.run(["sh", "-c", curl], capture_output=True, text=True, check=True).stdout
     assert "tiny-qwen" in json.loads(answer)["choices"][0]["message"]["content"]
     server.send(signal.SIGTERM)
     assert server.exit_code() == 143
+
+
+@pytest.mark.parametrize("command", [("serve", "--model", "tiny-qwen"), ("runs", "serve", ".")])
+def test_an_interrupt_ends_a_server_that_a_script_has_put_in_the_background(
+    start: Callable[..., Program], command: tuple[str, ...]
+) -> None:
+    ignored = "import signal; signal.signal(signal.SIGINT, signal.SIG_IGN)"  # as a shell without job control does
+    server = start(*command, "--port", 0, code=f"{ignored}\n{COMMAND_LINE}")
+    assert comes_true(lambda: "page: " in server.stderr or server.has_ended()), server.stderr
+    server.send(signal.SIGINT)
+    assert comes_true(server.has_ended, 20), "the signal was ignored"
+    assert server.exit_code() == 130
 
 
 def test_a_taken_port_is_told_before_the_model_is_loaded(cli: Callable[..., Result]) -> None:

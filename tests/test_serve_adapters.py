@@ -164,7 +164,8 @@ def test_without_a_store_there_is_nothing_to_load() -> None:
 def test_the_command_serves_a_folder_of_runs(start: Callable[..., Program], short_run: Path, tmp_path: Path) -> None:
     shutil.copytree(short_run, tmp_path / "store" / "run")
     program = start("serve", "--adapters", tmp_path / "store", "--port", 0, "--adapters-in-memory", 3)
-    assert comes_true(lambda: "try: " in program.stderr)
+    assert comes_true(lambda: "}]}'" in program.stderr)
+    assert """-d '{"model": "run",""" in program.stderr, "an adapter is asked, not the base"
     told = " ".join(program.stderr.split())
     assert f"and 1 adapter of {tmp_path / 'store'}, at most 3 in memory" in told
     found = re.search(r"page: (\S+)/#api_key=(\S+)", told)

@@ -126,7 +126,7 @@ def command(
             if remark:
                 console.warn(remark)
         opened.address.listen()
-        _tell(opened, engine)
+        _tell(opened, engine, like)
         if json:
             DOCUMENT.write({**opened.values(), "models": [engine.base_name, *engine.adapters]})
         run(engine, opened.address, opened.access(origins), Limits(slots, max_queue, max_new_tokens))
@@ -186,23 +186,28 @@ def _check_names(engine: Any) -> None:
         )
 
 
-def _tell(opened: ServedAddress, engine: Any) -> None:
-    """Print the page's address and an example request."""
+def _tell(opened: ServedAddress, engine: Any, like: Path | None) -> None:
+    """Print the page's address and an example request.
+
+    Args:
+        opened: the address.
+        engine: what is served.
+        like: an adapter of --adapters that can be loaded.
+    """
     console.say(f"models: {', '.join([engine.base_name, *engine.adapters])}")
+    names = list(engine.adapters)
     if engine.store:
         folders = engine.store.folders
-        console.say(
-            f"and {counted(len(folders.all()), 'adapter')} of {folders.folder}, at most {engine.store.most} in memory"
-        )
+        known = folders.all()
+        names += [name for name, found in known.items() if found.path == like]
+        console.say(f"and {counted(len(known), 'adapter')} of {folders.folder}, at most {engine.store.most} in memory")
     opened.tell_page()
-    name = (engine.adapters or [engine.base_name])[0]
-    asked = {"model": name, "messages": [{"role": "user", "content": "Who are you?"}]}
+    model = json_lines.dumps([*names, engine.base_name][0], ensure_ascii=False)
+    messages = '[{"role": "user", "content": "Who are you?"}]'
     headers = ["Content-Type: application/json"]
     if opened.key:
         headers.append(f"Authorization: Bearer {opened.made_key or 'API_KEY'}")
-    command = [
-        "curl",
-        f"{opened.address.url}/v1/chat/completions",
-        *(part for line in headers for part in ("-H", line)),
-    ]
-    console.next_step(f"try: {shlex.join([*command, '-d', json_lines.dumps(asked, ensure_ascii=False)])}")
+    data = f'{{"model": {model},\n    "messages": {messages}}}'  # lines of fewer than 80 columns, as messages have them
+    parts = [("curl", f"{opened.address.url}/v1/chat/completions"), *(("-H", line) for line in headers), ("-d", data)]
+    lines = " \\\n  ".join(shlex.join(part) for part in parts)
+    console.next_step(f"try: {lines}")

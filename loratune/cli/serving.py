@@ -14,6 +14,7 @@ from typing_extensions import TypedDict
 
 from loratune import console
 from loratune.errors import Exit, LoratuneError
+from loratune.runtime import heed_interrupts
 
 if TYPE_CHECKING:
     from loratune.generation.server.addresses import Address
@@ -92,6 +93,7 @@ def served_address(
         LoratuneError: the flags exclude each other, the address is taken, or others could connect without a key.
     """
     given = given_key(api_key, no_api_key)
+    heed_interrupts()
     from loratune.generation.server.addresses import Address
     from loratune.generation.server.middleware import LOOPBACK_NAMES
 
