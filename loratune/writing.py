@@ -129,9 +129,17 @@ def write_json(path: Path, value: Any) -> None:
         write_text(path, json.dumps(value, indent=2) + "\n")
 
 
+ELSEWHERE = "make room, or choose another folder with --output"
+"""What to do where a command cannot write its result."""
+
+
 @contextmanager
-def disk_errors_explained(output: Path) -> Iterator[None]:
+def disk_errors_explained(output: Path, remedy: str = ELSEWHERE) -> Iterator[None]:
     """Turn disk errors into one message.
+
+    Args:
+        output: what is written.
+        remedy: what to do.
 
     Raises:
         LoratuneError: something could not be written.
@@ -146,7 +154,7 @@ def disk_errors_explained(output: Path) -> Iterator[None]:
         reason = "it is a link" if error.errno == errno.ELOOP else error.strerror
         raise LoratuneError(
             f"{error.filename or output}: cannot be {'read' if is_unreadable else 'written'}: {reason}. What had been "
-            "saved before is untouched; make room, or choose another folder with --output",
+            f"saved before is untouched; {remedy}",
             Exit.IO,
         ) from error
     except RuntimeError as error:
@@ -154,7 +162,7 @@ def disk_errors_explained(output: Path) -> Iterator[None]:
             raise
         raise LoratuneError(
             f"{output}: a file cannot be written: the disk is full, or the file-size limit (ulimit -f) was "
-            "reached. What had been saved before is untouched; make room, or choose another folder with --output",
+            f"reached. What had been saved before is untouched; {remedy}",
             Exit.IO,
         ) from error
 

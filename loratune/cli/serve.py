@@ -186,7 +186,7 @@ def _check_names(engine: Any) -> None:
         )
 
 
-def _tell(opened: ServedAddress, engine: Any, like: Path | None) -> None:
+def _tell(opened: ServedAddress, engine: Any, like: Path | None = None) -> None:
     """Print the page's address and an example request.
 
     Args:

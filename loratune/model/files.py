@@ -132,7 +132,7 @@ def check_config(folder: Path, needs_tokenizer: bool = True) -> None:
     if (folder / ADAPTER_CONFIG).exists():
         raise LoratuneError(
             f"{folder}: an adapter is next to the weights ({ADAPTER_CONFIG}), and the model would not be the base "
-            "itself. Move the adapter's files to a separate folder, and give that one with --adapter",
+            "itself. Move the adapter's files to a separate folder, which infer, serve and export take with --adapter",
             Exit.MODEL,
         )
     config = read_json_object(folder / CONFIG, CONFIG_BYTES)

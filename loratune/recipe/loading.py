@@ -235,7 +235,8 @@ def dump_recipe(recipe: Recipe, is_ascii: bool = False) -> str:
 def _read(path: Path) -> Document:
     if ROWS.search(path.name):
         raise LoratuneError(
-            f"{path}: rows, not a recipe; give them with --data.train, and a recipe with --config", Exit.USAGE
+            f"{path}: rows, not a recipe; give them with --data.train to sft or data check, and a recipe with --config",
+            Exit.USAGE,
         )
     try:
         with open_plain(path) as file:

@@ -54,6 +54,6 @@ def change_tags(run: Path, add: Iterable[str] = (), remove: Iterable[str] = ()) 
         told = f"its tags are {', '.join(sorted(known))}" if known else "it has no tags"
         raise LoratuneError(f"{run} is not tagged {', '.join(missing)}; {told}", Exit.USAGE)
     tags = sorted((known | added) - removed)
-    with disk_errors_explained(run / TAGS):
+    with disk_errors_explained(run / TAGS, "make room, or allow writing there"):
         write_json(run / TAGS, {"format_version": TAGS_VERSION, KEY: tags})
     return tuple(tags)
