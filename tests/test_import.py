@@ -152,6 +152,19 @@ def settings(found: Translation) -> dict[str, Any]:
     return flat_settings(load_recipe("recipe.yaml", {}))
 
 
+def test_what_a_misspelt_name_leaves_to_a_default_is_told_as_one() -> None:
+    found = imported(LLAMA_FACTORY | {"dataset": "tlak", "lora_alpha": 8, "lora_rnk": 4})
+    (entry,) = (entry for entry in found.sheet.taken if entry.setting == "lora.rank")
+    assert (entry.names, entry.defaults) == (("lora_alpha",), ("lora_rank",))
+    (rows,) = (rows for title, rows in found.lists if title.startswith("taken over"))
+    assert ("lora_alpha\nlora_rank (default)", "lora.rank: 8") in rows
+    assert "did you mean lora_rank?" in reasons(found)
+    assert "does not describe it; did you mean talk?" in reasons(found)
+    given = imported(LLAMA_FACTORY | {"lora_alpha": 8, "lora_rank": 4})
+    (entry,) = (entry for entry in given.sheet.taken if entry.setting == "lora.rank")
+    assert entry.defaults == ()
+
+
 def reasons(found: Translation) -> str:
     return "\n".join(f"{', '.join(entry.names)}: {entry.reason}" for entry in found.lost)
 
@@ -615,6 +628,9 @@ def test_rows_are_compared_token_by_token(cli: CLI, monkeypatch: pytest.MonkeyPa
     (difference,) = other[0]["differences"]
     assert (difference["there"], difference["here"]) == ("'\\n' (trained)", "nothing")
     assert other[0]["trained_there"] == other[0]["trained_here"] + 1
+    assert difference["part"] == "after the end"
+    told = compare_rows(imported(values), 1)
+    assert told.lines[-1].startswith("1 row differs only in blanks after the end token")
 
     plain = Encoder.encode
 
@@ -626,12 +642,42 @@ def test_rows_are_compared_token_by_token(cli: CLI, monkeypatch: pytest.MonkeyPa
     assert [row.is_same for row in wrong.rows] == [False]
 
 
+@pytest.mark.parametrize(
+    ("planted", "part", "told"),
+    [
+        (
+            lambda ids, labels: ([ids[0], *ids], [IGNORED, *labels]),
+            "prompt",
+            "1 row differs in text that is not trained",
+        ),
+        (
+            lambda ids, labels: ([*ids, ids[0]], [*labels, ids[0]]),
+            "trained",
+            "1 row differs in what is trained, so that",
+        ),
+        (lambda ids, labels: (ids, labels), None, "1 of 1 row has equal ids and labels"),
+    ],
+)
+def test_where_rows_differ_and_what_that_changes_is_told(
+    monkeypatch: pytest.MonkeyPatch, planted: Callable[..., Any], part: str | None, told: str
+) -> None:
+    Path("rows.jsonl").write_text(json.dumps(ROWS[0]))
+    found = imported(based_on(MARKING))
+    monkeypatch.setattr(
+        "loratune.migration.comparison.form_of", lambda *about: lambda *row: planted(*form_of(*about)(*row))
+    )
+    compared = compare_rows(found, 1)
+    assert compared.rows[0].part == part
+    assert told in compared.lines[-1]
+
+
 def test_trl_trains_whole_conversations_unless_told_otherwise() -> None:
     Path("rows.jsonl").write_text(json.dumps(ROWS[0]))
     found = imported(TRL | {"dataset_name": "rows.jsonl", "assistant_only_loss": False})
     assert any("questions of conversations" in entry.reason for entry in found.sheet.changed)
     (row,) = compare_rows(found, 1).rows
     assert row.trained_there == row.tokens_there > row.trained_here
+    assert row.part == "trained"
 
 
 def test_rows_that_cannot_be_compared_say_why(cli: CLI) -> None:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import difflib
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, replace
 from itertools import islice
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal, TypeAlias
 
 from typing_extensions import TypedDict
 
@@ -26,6 +27,14 @@ from loratune.runs.typed_json import WRITTEN_BESIDE
 
 SHOWN = 3
 """Differences shown of a row."""
+Part: TypeAlias = Literal["after the end", "prompt", "trained"]
+EFFECTS: dict[Part, str] = {
+    "after the end": "differ only in blanks after the end token, which count in the mean loss of one of them: prompts "
+    "and answers are the same, and generation stops before the blanks",
+    "prompt": "differ in text that is not trained, so that the answers are learnt after another one",
+    "trained": "differ in what is trained, so that the result is another",
+}
+"""Where rows differ, the least first → what is said of them."""
 Tokens = list[tuple[int, bool]]
 """Ids, each with whether it is trained."""
 
@@ -38,6 +47,8 @@ class Difference:
     """Number of tokens before it, there."""
     there: str
     here: str
+    part: Part
+    """What it concerns: trained tokens, only blanks of them after an end token, or none."""
 
 
 @dataclass(frozen=True)
@@ -57,6 +68,12 @@ class ComparedRow:
     @property
     def is_same(self) -> bool:
         return not self.differences and not self.problem
+
+    @property
+    def part(self) -> Part | None:
+        """Where the difference is that matters most; None if there is none."""
+        parts = {one.part for one in self.differences}
+        return next((part for part in reversed(EFFECTS) if part in parts), None)
 
 
 @dataclass
@@ -86,7 +103,14 @@ class Comparison:
                 lines += [
                     f"    after {one.token}: {one.there} there, {one.here} here" for one in row.differences[:SHOWN]
                 ]
-        return lines
+        return lines + self._effects
+
+    @property
+    def _effects(self) -> list[str]:
+        """Say of the rows that differ whether that changes what is learnt."""
+        counts = Counter(row.part for row in self.rows)
+        told = ((counts[part], effect) for part, effect in EFFECTS.items())
+        return [f"{counted(count, 'row')} {agreeing(count, effect)}" for count, effect in told if count]
 
     def as_json(self) -> dict[str, Any]:
         """Return the comparison as JSON types, as `ComparisonValues`."""
@@ -171,12 +195,26 @@ def _compared(
     here = [token for example in examples for token in _tokens(list(example.input_ids), list(example.labels))]
     changes = difflib.SequenceMatcher(a=there, b=here, autojunk=False).get_opcodes()
     differences = tuple(
-        Difference(a, _told(there[a:b], encoder.tokenizer), _told(here[c:d], encoder.tokenizer))
+        Difference(
+            a,
+            _told(there[a:b], encoder.tokenizer),
+            _told(here[c:d], encoder.tokenizer),
+            _part(there[a:b] + here[c:d], there[a - 1 : a], encoder),
+        )
         for tag, a, b, c, d in changes
         if tag != "equal"
     )
     there_trained, here_trained = (sum(is_trained for _, is_trained in tokens) for tokens in (there, here))
     return ComparedRow(place, len(there), len(here), there_trained, here_trained, differences)
+
+
+def _part(tokens: Tokens, before: Tokens, encoder: Encoder) -> Part:
+    """Return what a difference concerns, from its tokens of both tools and the one before them."""
+    trained = [token for token, is_trained in tokens if is_trained]
+    if not trained:
+        return "prompt"
+    is_after_end = [token for token, _ in before] == [encoder.end_id]
+    return "after the end" if is_after_end and not encoder.tokenizer.decode(trained).strip() else "trained"
 
 
 def _tokens(ids: list[int], labels: list[int]) -> Tokens:

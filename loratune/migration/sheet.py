@@ -49,6 +49,8 @@ class Entry:
     """Setting of the recipe; empty if there is none."""
     reason: str = ""
     """How the meaning has changed, or why nothing is taken."""
+    defaults: tuple[str, ...] = ()
+    """Names that belong to them and that the file leaves out, so that the tool's defaults count."""
 
 
 @dataclass
@@ -71,10 +73,11 @@ class Sheet:
     """What is not taken and does not change the result."""
     _names: tuple[str, ...] = ()
     _value: str = ""
+    _defaults: tuple[str, ...] = ()
     _is_asked: bool = False
 
     @contextmanager
-    def of(self, given: Mapping[str, Any], is_asked: bool = True) -> Iterator[None]:
+    def of(self, given: Mapping[str, Any], is_asked: bool = True, defaults: tuple[str, ...] = ()) -> Iterator[None]:
         """Account for some settings: what the block reports is about them, and without a report nothing changes.
 
         An error of the block about a value, such as a text where a number belongs, is a loss.
@@ -82,8 +85,10 @@ class Sheet:
         Args:
             given: name, as the file spells it → value.
             is_asked: whether somebody has chosen the values; a tool's dump holds its defaults too.
+            defaults: names beside them that are not given and have a default.
         """
         self._is_asked = is_asked and bool(given)
+        self._defaults = defaults if given else ()
         self._names, self._value = tuple(given), ", ".join(shortened(str(value), 60) for value in given.values())
         before = self._count()
         try:
@@ -94,7 +99,7 @@ class Sheet:
             self.lose(f"its value is of a kind that {self.tool} does not take")
         if self._count() == before and given:
             self.taken.append(self._entry("", "as in loratune"))
-        self._names, self._value = (), ""
+        self._names, self._value, self._defaults = (), "", ()
 
     def take(self, setting: str, value: Any) -> None:
         """Give a setting of the recipe its value; one that the recipe would refuse is lost."""
@@ -141,7 +146,7 @@ class Sheet:
         self.unneeded.append(self._entry("", reason))
 
     def _entry(self, setting: str, reason: str) -> Entry:
-        return Entry(self._names, self._value, setting, reason)
+        return Entry(self._names, self._value, setting, reason, self._defaults)
 
     def _count(self) -> int:
         return sum(map(len, (self.taken, self.changed, self.lost, self.unneeded)))

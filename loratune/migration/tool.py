@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any, get_args
@@ -82,10 +82,11 @@ class Tool:
         known = sheet.known = dict(self.defaults) | values
         is_dump = self.is_dump(values)
 
-        def account(names: Iterable[str]) -> AbstractContextManager[None]:
+        def account(names: Collection[str]) -> AbstractContextManager[None]:
             here = {name: values[name] for name in names if name in values}
             is_asked = not is_dump or any(self.defaults.get(name) != value for name, value in here.items())
-            return sheet.of({spelled[name]: value for name, value in here.items()}, is_asked)
+            left_out = tuple(self._own_name(name) for name in names if name in self.defaults and name not in values)
+            return sheet.of({spelled[name]: value for name, value in here.items()}, is_asked, left_out)
 
         for names, rule in self.rules.items():
             if here := {name: known[name] for name in names if name in known}:
@@ -96,6 +97,10 @@ class Tool:
             with account([name]):
                 self._translate_by_table(sheet, name, known[name], is_dump)
         return sheet
+
+    def _own_name(self, name: str) -> str:
+        """Return what the tool calls a setting that the rules know under another name."""
+        return next((own for own, usual in self.aliases.items() if usual == name), name)
 
     def _translate_by_table(self, sheet: Sheet, name: str, value: Any, is_dump: bool) -> None:
         """Translate a setting with the same meaning in all tools, or say why there is none."""

@@ -72,7 +72,8 @@ class Translation:
             is_known = entry.setting in self.sheet.recipe
             here = f"{entry.setting}: {self.sheet.recipe[entry.setting]}" if is_known else entry.setting
             told = "; ".join(part for part in (here, entry.reason) if part)
-            names.setdefault(told, []).extend(entry.names or ["(default)" if is_known else "(missing)"])
+            named = [*entry.names, *(f"{name} (default)" for name in entry.defaults)]
+            names.setdefault(told, []).extend(named or ["(default)" if is_known else "(missing)"])
         return [("\n".join(dict.fromkeys(several)), told) for told, several in names.items()]
 
     def values(self) -> TranslationValues:

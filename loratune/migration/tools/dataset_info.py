@@ -9,6 +9,7 @@ from loratune.errors import Exit, LoratuneError
 from loratune.migration.config_file import parse, read_text
 from loratune.migration.rows import MEDIA, Rows, add_named, check_turns
 from loratune.migration.sheet import Context, Sheet, texts, whole
+from loratune.nearest import nearest
 from loratune.plain_files import is_file
 
 ALPACA_COLUMNS = {
@@ -60,7 +61,8 @@ def described_rows(sheet: Sheet, named: Any, listed: Any) -> Rows:
         if isinstance(entry, dict):
             _add_described(rows, name, entry, path.parent)
         else:
-            rows.problems.append(f"{name}: {path} does not describe it")
+            near = nearest(name, map(str, about))
+            rows.problems.append(f"{name}: {path} does not describe it" + (f"; did you mean {near}?" if near else ""))
     return rows
 
 
