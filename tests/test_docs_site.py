@@ -15,6 +15,7 @@ import pytest
 import typer
 
 from loratune.cli.app import app
+from loratune.errors import LoratuneError
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -61,8 +62,8 @@ def fault(words: list[str], whole: bool = True) -> str:
             _, command, left = command.resolve_command(context, left)
         if not hasattr(command, "resolve_command"):
             command.make_context(command.name, left)
-    except USAGE_ERROR as error:
-        incomplete = re.search("Missing parameter|requires an argument", str(error))
+    except (USAGE_ERROR, LoratuneError) as error:
+        incomplete = re.search("give also|requires an argument", str(error))
         return "" if incomplete and not whole else f"loratune {shlex.join(words)}: {error}"
     return ""
 
