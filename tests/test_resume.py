@@ -26,10 +26,11 @@ from typer.testing import Result
 from loratune.errors import Exit, Interrupted, Paused
 from loratune.model.kernels.attention_choice import AttentionChoice
 from loratune.recipe.loading import load_written_recipe, with_settings
+from loratune.runs.checkpoint import Checkpoint
 from loratune.runs.lock import run_lock
 from loratune.training import run as training_run
 from loratune.training import session
-from loratune.training.checkpoints.resuming import AUTO, Resume
+from loratune.training.checkpoints.resuming import AUTO, Resume, changed_passes
 from loratune.training.checkpoints.signals import StopSignals
 from loratune.training.trainer import AdapterTrainer
 
@@ -554,6 +555,24 @@ def test_a_run_that_goes_on_elsewhere_says_so(
         r"other versions or hardware; bits may differ: device: CPU.* → NVIDIA T4", " ".join(result.stderr.split())
     )
     assert "attention is varlen, sdpa before the interruption" in " ".join(result.stderr.split())
+
+
+@pytest.mark.parametrize(
+    ("progress", "is_packed", "quantization", "told"),
+    [
+        ({"packed": True}, True, "int8", []),
+        ({"packed": False}, True, "none", ["rows are packed, padded before the interruption"]),
+        ({"packed": True}, False, "int8", ["rows are padded, packed before the interruption"]),
+        ({}, True, "int8", ["the checkpoint is of an earlier version, which computed LoRA beside int8"]),
+        ({}, True, "nf4", []),
+    ],
+)
+def test_passes_that_are_others_than_before_are_told(
+    progress: dict[str, bool], is_packed: bool, quantization: str, told: list[str]
+) -> None:
+    start = Checkpoint(Path(), 3, {}, progress)
+    found = changed_passes(start, "sdpa", is_packed, quantization)
+    assert [line.startswith(begins) for line, begins in zip(found, told, strict=True)] == [True] * len(told)
 
 
 @pytest.mark.slow

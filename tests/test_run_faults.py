@@ -343,6 +343,21 @@ def test_a_checkpoint_of_other_versions_goes_on_with_a_warning_that_names_both(
     assert "steps after 4 follow the learning rate schedule of the longer run" in said
 
 
+def test_an_int8_run_of_an_earlier_version_says_that_its_bits_may_differ(sft: Sft, tmp_path: Path) -> None:
+    flags = ("--model.quantization", "int8", "--evaluation.questions_share", "0", "--lora.dropout", "0")
+    assert sft(*flags).exit_code == 0
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "step-000004")
+    shutil.rmtree(tmp_path / "run" / "adapter")
+    checkpoint = tmp_path / "run" / "checkpoints" / "step-000002"
+    progress = open_checkpoint(checkpoint).progress
+    assert progress.pop("packed") is True
+    (tmp_path / "run" / "status.json").write_text('{"program": "loratune", "state": "running"}')
+    reseal(checkpoint, progress=progress)
+    resumed = sft(*flags, "--resume")
+    assert resumed.exit_code == 0, resumed.stderr
+    assert "which computed LoRA beside int8 in other steps and may have padded rows" in words(resumed.stderr)
+
+
 def test_a_checkpoint_of_another_format_is_refused_and_never_gone_back_behind(
     cli: Callable[..., Result], finished: Path
 ) -> None:

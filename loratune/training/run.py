@@ -35,6 +35,7 @@ from loratune.training.callbacks import Metrics
 from loratune.training.checkpoints.keeper import CheckpointKeeper, check_room
 from loratune.training.checkpoints.resuming import (
     ATTENTION,
+    PACKED,
     PASS_TOKENS,
     Resume,
     as_begun,
@@ -179,7 +180,8 @@ def _build_trainer(session: Session, identity: dict[str, Any], watch: Watch) -> 
 
     def seal(folder: Path, step: int, tokens: int) -> None:
         stood = {**metrics.progress, **keeper.progress, "tokens": tokens, "validation_is_due": stops.validation_is_due}
-        ran = {PASS_TOKENS: session.passes.tokens, ATTENTION: session.checked.attention.name}
+        checked = session.checked
+        ran = {PASS_TOKENS: session.passes.tokens, ATTENTION: checked.attention.name, PACKED: checked.is_packed}
         seal_checkpoint(folder, step, identity, stood | ran)
 
     trainer = AdapterTrainer(

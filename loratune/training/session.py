@@ -52,7 +52,7 @@ from loratune.training.activations import (
     plan_passes,
 )
 from loratune.training.arguments import training_arguments, with_gradient_checkpointing
-from loratune.training.checkpoints.resuming import ATTENTION, PASS_TOKENS
+from loratune.training.checkpoints.resuming import PASS_TOKENS, changed_passes
 from loratune.training.checkpoints.signals import StopSignals
 from loratune.training.determinism import request_deterministic_cublas
 from loratune.training.failures import attempted
@@ -185,8 +185,8 @@ def load(prepared: Prepared, start: Checkpoint | None = None) -> Session:
         keep_freed_memory()
     if prediction and prediction.keeps_freed:
         hold_within(adapted, prediction.between_passes)
-    if start and (begun := start.progress.get(ATTENTION, attention.name)) != attention.name:
-        console.warn(f"attention is {attention.name}, {begun} before the interruption, so bits may differ")
+    for told in changed_passes(start, attention.name, checked.is_packed, recipe.model.quantization) if start else ():
+        console.warn(f"{told}, so bits may differ")
     arguments = with_gradient_checkpointing(prepared.arguments, passes.gradient_checkpointing)
     show_model(recipe, summary, dtype_name(model.dtype), checked, passes, weights)
     if prediction:

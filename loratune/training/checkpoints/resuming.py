@@ -24,6 +24,8 @@ PASS_TOKENS = "tokens_per_pass"
 """In a checkpoint's progress: maximum tokens of a pass. Earlier versions, which drew rows in another order, lack it."""
 ATTENTION = "attention"
 """In a checkpoint's progress: name of the attention implementation."""
+PACKED = "packed"
+"""In a checkpoint's progress: whether rows are packed. Earlier versions, which computed int8 otherwise, lack it."""
 BEST_EXACT = "best_exact_answers"
 """In a checkpoint's progress: share of exact answers of the best validation. Earlier versions, which lack it, did not
 count them."""
@@ -229,6 +231,29 @@ def check_identity(checkpoint: Checkpoint, identity: dict[str, Any], allow_chang
     console.warn(
         f"different settings from step {checkpoint.step} on; neither alone gives this adapter:\n{_lines(changed)}"
     )
+
+
+def changed_passes(start: Checkpoint, attention: str, is_packed: bool, quantization: str) -> list[str]:
+    """Return what makes the passes of a resumed run others than before, so that bits may differ.
+
+    Args:
+        start: the checkpoint from which the run goes on.
+        attention: name of the present implementation.
+        is_packed: whether rows are packed now.
+        quantization: of the base.
+    """
+    begun, told = start.progress, []
+    if (before := begun.get(ATTENTION, attention)) != attention:
+        told.append(f"attention is {attention}, {before} before the interruption")
+    if begun.get(PACKED, is_packed) != is_packed:
+        now, before = ("packed", "padded") if is_packed else ("padded", "packed")
+        told.append(f"rows are {now}, {before} before the interruption")
+    if PACKED not in begun and quantization == "int8":
+        told.append(
+            "the checkpoint is of an earlier version, which computed LoRA beside int8 in other steps and may have "
+            "padded rows that are packed now"
+        )
+    return told
 
 
 def _settings_of(checkpoint: Checkpoint) -> dict[str, Any]:
