@@ -441,6 +441,8 @@ def test_commands_of_other_tools_stand_for_commands_that_there_are() -> None:
         (("merge", "--adaptr", "x"), "(Possible options: --adapter)"),
         (("sft", "recipe.yaml"), "(recipe.yaml); a recipe is given as --config recipe.yaml"),
         (("plan", "--seed", "x.yaml", "quickstart"), "(quickstart); a recipe is given as --config quickstart"),
+        (("merge", "--format", "gguf"), "No such option: --format; export takes it"),
+        (("infer", "--tests", "a.jsonl"), "No such option: --tests; eval takes it"),
         (("sft", "rows.json"), "(rows.json); rows are given as --data.train rows.json"),
         (("sft", "quickstart", "a.jsonl.gz"), "--config quickstart; rows are given as --data.train a.jsonl.gz"),
         (("infer", "a.csv", "b.csv"), "(a.csv b.csv); rows are given as --input a.csv"),

@@ -11,7 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from typer import Context
+
 from loratune.cli.again import typed
+from loratune.cli.commands import command_lines
 from loratune.commands import Command
 from loratune.errors import Exit, LoratuneError, Problem, bullet_list
 from loratune.nearest import MISSPELT, nearest
@@ -112,8 +115,22 @@ def _flag_meant(error: Any, known: list[str]) -> str:
     names = {name.removeprefix("--") for name in known if name.startswith("--")}
     takes_settings = any("." in name for name in names)
     advice = suggestion(error.option_name.lstrip("-"), names, "--") if takes_settings else ""
+    if not advice and (others := _commands_with(error.option_name, error.ctx.find_root().command)):
+        advice = f"; {', '.join(others[:3])} {'takes' if len(others) == 1 else 'take'} it"
     error.possibilities = None if advice else error.possibilities
     return advice
+
+
+def _commands_with(flag: str, root: Any) -> list[str]:
+    """Return the commands that have a flag."""
+    found = []
+    for line in command_lines():
+        command, context = root, Context(root)
+        for word in line:
+            command = command.get_command(context, word) if hasattr(command, "get_command") else None
+        if command and any(flag in one.opts for one in command.params if not getattr(one, "hidden", False)):
+            found.append(" ".join(line))
+    return found
 
 
 def _flags_of(words: Sequence[str], options: Sequence[Any]) -> Iterator[tuple[str, _Kind, str]]:
