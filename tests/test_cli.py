@@ -484,7 +484,10 @@ def test_nothing_is_made_of_a_word_that_means_nothing_there(cli: Cli, typed: tup
             ["--output", "--format"],
             "export --adapter=a --json --output OUTPUT --format FORMAT",
         ),
+        (("merge", "TESTS", "-o", "TESTS"), ["--adapter"], "merge -o TESTS --json --adapter TESTS"),
         (("verify",), ["FOLDER"], "verify --json FOLDER"),
+        (("runs", "tag"), ["RUN", "NAMES"], "runs tag --json RUN NAMES"),
+        (("runs", "tag", "TESTS"), ["NAMES"], "runs tag TESTS --json NAMES"),
     ],
 )
 def test_all_that_a_line_lacks_is_told_with_the_whole_line(

@@ -13,7 +13,6 @@ from typing import Any
 
 from typer import Context
 
-from loratune.cli.again import typed
 from loratune.cli.commands import command_lines
 from loratune.commands import Command
 from loratune.errors import Exit, LoratuneError, Problem, bullet_list
@@ -72,28 +71,31 @@ def advised_message(error: Any, options: Sequence[Any], words: Sequence[str]) ->
     return message.replace("Input should be", "it must be")
 
 
-def whole_line(missing: Sequence[Any], options: Sequence[Any], words: Sequence[str]) -> LoratuneError:
+def whole_line(
+    missing: Sequence[Any], options: Sequence[Any], words: Sequence[str], line: Sequence[str]
+) -> LoratuneError:
     """Return the error of a line that lacks options, with the line that has them.
 
     Args:
         missing: the options and arguments that it lacks.
         options: see `advised_message`.
         words: see `advised_message`; they become values of the options that they are meant for.
+        line: the words of the line but for these.
     """
     meant = {flag: word for word, _, flag in _flags_of(words, options)}
-    line, chosen = [word for word in typed() if word not in words], dict[str, str]()
+    added, chosen = list[str](), dict[str, str]()
     for one in missing:
         value = str(one.name).upper()
         if (flag := _flag_of(one)) in meant:
             value = meant[flag]
         else:
             chosen[value] = _about(one)
-        line += [flag, value] if flag else [value]
+        added += [flag, value] if flag else [value]
     named = {_flag_of(one) or str(one.name).upper(): _about(one) for one in missing}
     return LoratuneError(
         f"give also:\n{bullet_list([f'{name}: {about}' for name, about in named.items()])}",
         Exit.USAGE,
-        [Command("the whole line", tuple(line), chosen)],
+        [Command("the whole line", (*line, *added), chosen)],
         [Problem(about, key=name, remedy=f"give {name}") for name, about in named.items()],
     )
 

@@ -20,11 +20,6 @@ def remember(path: str, arguments: Sequence[str]) -> None:
     _TYPED.set(("loratune", *path.split()[1:], *arguments))
 
 
-def typed() -> tuple[str, ...]:
-    """Return the words of the running command line."""
-    return _TYPED.get()
-
-
 def repeated(purpose: str, flags: Set[str]) -> Command:
     """Return the running command with flags added.
 
@@ -32,4 +27,4 @@ def repeated(purpose: str, flags: Set[str]) -> Command:
         purpose: see `Command`.
         flags: flags without values; flags that are already given are not repeated.
     """
-    return Command(purpose, (*(word for word in typed() if word not in flags), *sorted(flags)))
+    return Command(purpose, (*(word for word in _TYPED.get() if word not in flags), *sorted(flags)))

@@ -48,22 +48,28 @@ class Command(TyperCommand):
         try:
             return super().parse_args(ctx, filled)
         except Exception as error:
-            if not hasattr(error, "message"):  # not Click's, as where help was shown
-                raise
-            options = [one for one in self.params if not getattr(one, "hidden", False)]
-            words = self._words_without_a_flag(args)
-            if hasattr(error, "param_type"):  # Click's for what is missing, of which it tells the first
-                given = {_FlagGiven.of(args[place]).name for place in self._places_of_flags(args)}
-                missing = [one for one in options if one.required and not given & {*one.opts}]
-                raise whole_line(missing, options, words) from error
-            error.message = advised_message(error, options, words)
+            if hasattr(error, "message"):  # Click's, and not that help was shown
+                self._advise(error, ctx, args)
             raise
 
-    def _words_without_a_flag(self, args: list[str]) -> list[str]:
-        """Return the words that are neither flags nor their values; none for a command that takes such words."""
-        if any(one.param_type_name == "argument" for one in self.params):
-            return []
-        return [args[place] for place in self._places_of_flags(args) if not args[place].startswith("-")]
+    def _advise(self, error: Any, ctx: Any, args: list[str]) -> None:
+        """Have an error of the line say what is meant.
+
+        Raises:
+            LoratuneError: something is missing, of which Click tells the first alone.
+        """
+        options = [one for one in self.params if not getattr(one, "hidden", False)]
+        arguments = [one for one in options if one.param_type_name == "argument"]
+        places = [place for place in self._places_of_flags(args) if not args[place].startswith("-")]
+        strays = [] if arguments else places
+        words = [args[place] for place in strays]
+        if hasattr(error, "param_type"):
+            flags = {_FlagGiven.of(args[place]).name for place in self._places_of_flags(args)}
+            given = [one for one in options if flags & {*one.opts}] + arguments[: len(places)]
+            missing = [one for one in options if one.required and one not in given]
+            kept = [word for place, word in enumerate(args) if place not in strays]
+            raise whole_line(missing, options, words, ["loratune", *ctx.command_path.split()[1:], *kept]) from error
+        error.message = advised_message(error, options, words)
 
     def _with_present_names(self, args: list[str]) -> list[str]:
         """Replace flags of earlier versions, with a notice for each.
