@@ -24,7 +24,8 @@ free counts. Every setting of the recipe is also a flag.
 If it does not fit, the exit code is 6, and the changes that help are listed, the cheapest first, each computed anew."""
 
 CARD = (10**6, 10**13)
-"""Bounds of a card's memory in bytes; the largest cards of 2026 have 0.4 TB."""
+"""Bounds of a card's memory in bytes; what is beyond them is a number without its unit, or with a wrong one."""
+MEMORY = "the memory of a card, such as 24GB or 80GiB"
 
 
 def _printed() -> Any:
@@ -53,9 +54,7 @@ def command(
     *,
     flags: dict[str, object],
 ) -> None:
-    card = (
-        None if gpu is None else (gpu, parse_size(gpu, "--gpu", *CARD, "the memory of a card, such as 24GB or 80GiB"))
-    )
+    card = None if gpu is None else (gpu, parse_size(gpu, "--gpu", *CARD, MEMORY))
     if fit is not None and fit.exists():
         raise LoratuneError(f"{fit} exists; --fit writes a new file", Exit.USAGE)
     recipe = load_recipe(config, dict(flags))
