@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 from loratune.commands import flag_words, setting_flags
 from loratune.errors import LoratuneError
@@ -16,6 +16,10 @@ SHORTEST = 128
 """Tokens of a row; few have their answers within less."""
 SMALLEST_PASS = 256
 """Tokens of a pass; smaller ones save little, and each costs a launch of every kernel."""
+
+
+Tell: TypeAlias = Callable[[int, str], None]
+"""Called before each prediction with a count of changes, and the words of the one that is tried."""
 
 
 @dataclass(frozen=True)
@@ -30,6 +34,11 @@ class Change:
     def flags(self) -> list[str]:
         """The words of a command line that make the change."""
         return flag_words(setting_flags(self.settings))
+
+    @property
+    def words(self) -> str:
+        """The same as one text, for messages."""
+        return " ".join(self.flags)
 
     def of(self, recipe: Recipe) -> Recipe:
         """Return the recipe with the change."""
@@ -88,16 +97,15 @@ def outcomes(
     changes: Sequence[Change],
     predict: Callable[[Recipe], Prediction],
     room: int,
-    tell: Callable[[int, str], None],
+    tell: Tell,
 ) -> list[Outcome]:
     """Predict the memory with each change alone, in order; what saves nothing or does not fit the recipe is left out.
 
-    Of several sizes of one setting, the largest that suffices stays, or else the smallest. Before each change, `tell`
-    is called with the number of those that have been tried, and the words of the change.
+    Of several sizes of one setting, the largest that suffices stays, or else the smallest.
     """
     before, found = predict(recipe).peak_bytes, dict[tuple[str, ...], Outcome]()
     for tried, change in enumerate(changes):
-        tell(tried, " ".join(change.flags))
+        tell(tried, change.words)
         name = tuple(change.settings)
         if name in found and found[name].fits:
             continue
@@ -111,7 +119,7 @@ def outcomes(
 
 
 def fitting(
-    recipe: Recipe, found: list[Outcome], predict: Callable[[Recipe], Prediction], room: int
+    recipe: Recipe, found: list[Outcome], predict: Callable[[Recipe], Prediction], room: int, tell: Tell
 ) -> list[Change] | None:
     """Return the cheapest changes with which a recipe fits; None if all together do not suffice.
 
@@ -123,20 +131,24 @@ def fitting(
         return [alone]
     taken: list[Change] = []
     for one in found:
+        tell(len(taken), one.change.words)
         try:
             peak = predict(_with(recipe, [*taken, one.change])).peak_bytes
         except LoratuneError:  # two changes that exclude each other
             continue
         taken.append(one.change)
         if peak <= room:
-            return _needed(recipe, taken, predict, room)
+            return _needed(recipe, taken, predict, room, tell)
     return None
 
 
-def _needed(recipe: Recipe, taken: list[Change], predict: Callable[[Recipe], Prediction], room: int) -> list[Change]:
+def _needed(
+    recipe: Recipe, taken: list[Change], predict: Callable[[Recipe], Prediction], room: int, tell: Tell
+) -> list[Change]:
     """Leave out changes without which a recipe still fits, the dearest of the earlier ones first."""
     for change in reversed(taken[:-1]):
         rest = [one for one in taken if one is not change]
+        tell(len(rest), f"without {change.words}")
         if predict(_with(recipe, rest)).peak_bytes <= room:
             taken = rest
     return taken

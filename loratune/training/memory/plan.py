@@ -130,8 +130,8 @@ def plan(recipe: Recipe, place: Place, is_here: bool) -> Plan:
     possible = list(possible_changes(recipe, found.tokens, layers, place.hardware.processes))
     with console.counted_progress("changes tried", len(possible)) as tell:
         changes = outcomes(recipe, possible, planner.predict, room, tell)
-    with console.status("adding changes until it fits"):
-        fit = fitting(recipe, changes, planner.predict, room)
+    with console.counted_progress("changes together", len(changes)) as tell:
+        fit = fitting(recipe, changes, planner.predict, room, tell)
     made = Plan(recipe, place, found, tuple(changes), None if fit is None else tuple(fit), None, seconds)
     if made.fitted is None:
         return made
@@ -188,7 +188,7 @@ def _show_changes(found: Plan) -> None:
     rows = [("change", "peak", "fits", "price")]
     for one in found.changes:
         peak = console.memory(one.peak_bytes)
-        rows.append((" ".join(one.change.flags), peak, "yes" if one.fits else "no", one.change.price))
+        rows.append((one.change.words, peak, "yes" if one.fits else "no", one.change.price))
     if len(rows) > 1:
         console.comparison(rows, is_text=True)
     if found.fit is None:
