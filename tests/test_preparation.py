@@ -86,7 +86,16 @@ def test_a_fraction_splits_off_that_share_and_leaves_rows_on_both_sides(
     prepared = prepare(encoder, train=[write_rows(tmp_path / "rows.json", ROWS[:rows])], validation=fraction)
     assert len(ids(prepared.validation)) == validation
     assert sorted(ids(prepared.train) + ids(prepared.validation)) == sorted(encoded(encoder, ROWS[:rows]))
-    assert prepared.warnings == []
+    assert [one.name for one in prepared.found] == ["few_rows"] * (rows * fraction < 0.5)
+
+
+def test_of_rows_too_few_to_split_it_is_told_how_many_are_left(encoder: Encoder, tmp_path: Path) -> None:
+    rows = write_rows(tmp_path / "rows.json", ROWS[:2])
+    (told,) = prepare(encoder, train=[rows], validation=0.1).warnings
+    assert told.startswith(
+        "1 of 2 rows is held for validation, since data.validation 0.1 takes at least one; 1 is left"
+    )
+    assert prepare(encoder, train=[rows], validation=0.5).warnings == []  # as many as were asked for
 
 
 def test_the_split_depends_on_the_seed_and_on_nothing_else(encoder: Encoder, rows_file: Path) -> None:
@@ -234,6 +243,43 @@ def test_faults_of_several_files_are_told_together(encoder: Encoder, tmp_path: P
     ):
         assert told in message
     assert str(rows_file) not in message
+
+
+def test_rows_of_all_kinds_of_faults_are_told_at_once(encoder: Encoder, tmp_path: Path) -> None:
+    odd = [{"instruction": "a", "ouput": "b"}, {"instruction": "c", "output": ""}, *ROWS[:3]]
+    unfilled = write_rows(tmp_path / "unfilled.json", [{"instruction": "{{name}}?", "output": "{{name}}."}, odd[0]])
+    held_out = write_rows(tmp_path / "held.json", [{"instruction": "d", "output": "<|im_end|>"}, ROWS[0], {"x": 1}])
+    train = write_rows(tmp_path / "train.json", odd)
+    severity = {"overlap": "refuse"}
+    message = refusal(encoder, train=[train, unfilled], validation=[held_out], severity=severity)
+    for told in (
+        f"{train}: 1 of 5 rows cannot be trained on:\n  {train} row 1: 'output' is missing, but there is 'ouput'",
+        f"{train} row 2 «c»",
+        f"{unfilled}: rows hold {{{{name}}}}; give values in data.placeholders",
+        f"{unfilled} row 2: 'output' is missing",
+        f"{held_out} row 3: 'output' is missing",
+        f"{held_out} row 1 «d»",
+        f"{held_out} row 2 is {train} row 3",
+    ):
+        assert message.count(told) == 1, told
+
+
+def test_of_many_faulty_rows_the_first_are_told_and_all_are_counted(encoder: Encoder, tmp_path: Path) -> None:
+    odd = [row for n in range(500) for row in ({"instruction": f"{n}"}, {"instruction": f"{n}?", "output": ""})]
+    message = refusal(encoder, train=[write_rows(tmp_path / "rows.json", odd)])
+    assert message.count("'output' is missing") == message.count("?»") == 5
+    assert message.count("… and 495 more") == 2
+
+
+def test_without_a_tokenizer_its_error_is_told_behind_those_of_the_rows(tmp_path: Path) -> None:
+    from loratune.recipe.loading import load_recipe
+    from loratune.training.gate import pass_gate
+
+    odd = write_rows(tmp_path / "rows.json", [{"instruction": "a"}])
+    model = tmp_path / "model"
+    recipe = {"model.base": str(model), "data.train": [odd]}
+    with pytest.raises(LoratuneError, match=rf"(?s)rows.json row 1: 'output' is missing.*{model}.*no such folder"):
+        pass_gate(load_recipe(None, recipe))
 
 
 def test_a_file_that_cannot_be_opened_is_a_failure_of_the_disk(

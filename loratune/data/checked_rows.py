@@ -9,7 +9,7 @@ from itertools import islice
 
 from loratune.data.formats.columns import describe_unread_columns
 from loratune.data.formats.conversation import Conversation
-from loratune.data.formats.registry import FORMATS, ConversationReader, detect_format
+from loratune.data.formats.registry import FORMATS, ConversationReader, describe_unfilled, detect_format
 from loratune.data.reading.files import BadRow, Row, RowFile
 from loratune.errors import Exit, LoratuneError, bullet_list, counted
 from loratune.recipe.data_sections import DataSettings
@@ -35,6 +35,8 @@ class ReadingLog:
     """Row numbers and problems of the first bad rows, without the file's name: a cached log may serve another path."""
     ignored: list[str] = field(default_factory=list)
     """Keys that the format does not use; at most ten."""
+    unfilled: list[str] = field(default_factory=list)
+    """Required placeholders without a value."""
     under: str = ""
     """Key of the list that holds the rows, if they are nested in an object."""
 
@@ -66,7 +68,7 @@ class CheckedRows:
         """Yield row numbers and conversations; bad rows are logged and skipped.
 
         Raises:
-            LoratuneError: placeholders without a value, or a file without any rows.
+            LoratuneError: a file without any rows, or one that is damaged.
         """
         log = self.log = ReadingLog(self.reader.kind.name)
         for row in self.file:
@@ -80,7 +82,7 @@ class CheckedRows:
             if self.chosen is None or row.number in self.chosen:
                 yield row.number, read
         log.ignored = sorted(map(str, self.reader.ignored))[:10]
-        self.reader.check_placeholders()
+        log.unfilled = self.reader.unfilled
 
     def refuse(self, number: int, error: LoratuneError) -> None:
         """Count an already yielded row as bad because it cannot be rendered."""
@@ -131,3 +133,13 @@ def judge_log(file: RowFile, log: ReadingLog, data: DataSettings) -> str:
     else:
         reason = "--data.on_bad_row skip leaves them out"
     raise LoratuneError(f"{message}{needs}correct or remove these rows ({reason})", Exit.DATA)
+
+
+def check_filled(file: RowFile, log: ReadingLog) -> None:
+    """Raise if rows hold a placeholder without a value.
+
+    Raises:
+        LoratuneError: names the flags that would set it.
+    """
+    if log.unfilled:
+        raise LoratuneError(f"{file.name}: {describe_unfilled(log.unfilled)}", Exit.DATA)

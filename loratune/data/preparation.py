@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 
 from loratune.data.assembly.pool import Indices, Pool, draw_validation, mix
 from loratune.data.assembly.split import Split
-from loratune.data.checked_rows import ReadingLog, check_rows, judge_log
+from loratune.data.checked_rows import ReadingLog
 from loratune.data.checks.findings import (
     Found,
     FoundRows,
@@ -21,13 +20,12 @@ from loratune.data.checks.findings import (
     refusal,
     shared_rows,
 )
-from loratune.data.encoding.loaded_source import LoadedSource, Rendering, load_source
-from loratune.data.reading.files import open_rows
-from loratune.data.sources import Source, parse_source
+from loratune.data.encoding.loaded_source import LoadedSource, Rendering
+from loratune.data.loading import SourceLoader
 from loratune.data.template.reasoning_form import ReasoningForm
 from loratune.data.template.thinking import Reasoning
-from loratune.errors import Exit, LoratuneError, counted
-from loratune.recipe.data_sections import DataSettings, SourceSettings
+from loratune.errors import Exit, LoratuneError, agreeing, counted
+from loratune.recipe.data_sections import DataSettings
 from loratune.recipe.sections import PromptSettings
 
 
@@ -87,14 +85,22 @@ def prepare_data(data: DataSettings, rendering: Rendering, seed: int) -> Prepare
         seed: seeds samples, mixture and split.
 
     Raises:
-        LoratuneError: a source cannot be read, or no row is left to train on. Other findings that refuse the data raise
-            only in `PreparedData.checked`, so that all can be shown together.
+        LoratuneError: lists the sources that cannot be read or hold rows that cannot be trained on, with the findings
+            that refuse rows of the others; or no row is left to train on. Where all sources can be used, findings that
+            refuse the data raise only in `PreparedData.checked`, so that the others can be shown with them.
     """
-    found: list[Found] = []
-    loaded = _load(data, rendering, seed, found)
-    train, validation = loaded[: len(data.train)], loaded[len(data.train) :]
-    max_length = rendering.max_length
-    rows = _checked(train, "train", data, max_length, found)
+    loader = SourceLoader(data, rendering, seed)
+    train, validation = loader.load(data.train), loader.load(data.validation_sources, may_repeat=False)
+    found, max_length = loader.found, rendering.max_length
+    kept = _cleaned(train, "train", data, max_length, found)
+    rows = kept.take(kept.has_usable_sequence(max_length))
+    held_out = _cleaned(validation, "validation", data, max_length, found)
+    held_out = held_out.take(held_out.has_usable_sequence(max_length))
+    if loader.problems:
+        _leave_out_shared(rows, np.ones(len(rows), np.int64), held_out, data, found)
+        raise LoratuneError("\n".join(filter(None, [*loader.problems, refusal(found)])), Exit.DATA)
+    if not len(rows):
+        raise _nothing_left(data, max_length, kept, found)
     times = mix(rows, seed)
     found += _unused_sources(rows, times)
     rows, times = rows.take(times > 0), times[times > 0]
@@ -102,72 +108,16 @@ def prepare_data(data: DataSettings, rendering: Rendering, seed: int) -> Prepare
         is_held_out = draw_validation(rows, data.validation, seed)
         held_out = rows.take(is_held_out)
         times[is_held_out] = 0
-        if data.validation and not len(held_out):
-            text = f"{counted(len(rows), 'row')} cannot be split; there is no validation"
-            found.append(Found("no_validation", "warn", len(rows), text))
-    else:
-        held_out = _checked(validation, "validation", data, max_length, found)
+        found += _poor_split(len(rows), len(held_out), data.validation)
     _leave_out_shared(rows, times, held_out, data, found)
     splits = Split(rows.take(np.repeat(np.arange(len(rows)), times)), max_length), Split(held_out, max_length)
     if not len(splits[0]):
         raise _nothing_left(data, max_length, splits[0].pool, found)
     held_out_split = splits[1] if len(splits[1]) else None
-    return PreparedData(splits[0], held_out_split, _file_uses(loaded, splits), found, rendering.prompt)
+    return PreparedData(splits[0], held_out_split, _file_uses([*train, *validation], splits), found, rendering.prompt)
 
 
-def check_sources(data: DataSettings) -> None:
-    """Read all rows without encoding them, for recipes without a tokenizer at hand.
-
-    Raises:
-        LoratuneError: a source cannot be read, or holds rows that cannot be trained on.
-    """
-
-    def read(source: Source) -> None:
-        rows = check_rows(open_rows(source.name, data.encoding), data)
-        deque(rows, maxlen=0)
-        judge_log(rows.file, rows.log, data)
-
-    _for_each_source([*data.train, *_validation_entries(data)], read)
-
-
-def _validation_entries(data: DataSettings) -> list[str | SourceSettings]:
-    return data.validation if isinstance(data.validation, list) else []
-
-
-def _load(data: DataSettings, rendering: Rendering, seed: int, found: list[Found]) -> list[LoadedSource]:
-    """Load the sources of the training rows, then those of the validation rows."""
-    loaded: list[LoadedSource] = []
-
-    def load(source: Source) -> None:
-        if source.repeat > 1 and len(loaded) >= len(data.train):
-            raise LoratuneError(
-                f"{source.name}: validation rows are never repeated; remove #{source.repeat}x", Exit.USAGE
-            )
-        one = load_source(source, data, rendering, seed)
-        left_out = judge_log(one.file, one.rows.log, data)
-        if left_out:
-            found.append(Found("bad_rows", "warn", one.rows.log.bad, left_out))
-        loaded.append(one)
-
-    _for_each_source([*data.train, *_validation_entries(data)], load)
-    return loaded
-
-
-def _for_each_source(entries: Sequence[str | SourceSettings], work: Callable[[Source], None]) -> None:
-    """Call `work` with each source; data errors of several sources are raised as one."""
-    problems: list[str] = []
-    for entry in entries:
-        try:
-            work(parse_source(entry))
-        except LoratuneError as error:
-            if error.exit_code != Exit.DATA or len(entries) == 1:
-                raise
-            problems.append(str(error))
-    if problems:
-        raise LoratuneError("\n".join(problems), Exit.DATA)
-
-
-def _checked(
+def _cleaned(
     sources: Sequence[LoadedSource], setting: str, data: DataSettings, max_length: int, found: list[Found]
 ) -> Pool:
     """Return the rows without those of data.remove; findings and removals are appended to `found`.
@@ -186,10 +136,21 @@ def _checked(
     for name, rows in odd.items():
         found += describe(name, kept, rows.without(gone), data, noun)
     found += judge_lengths(kept, data, max_length, noun)
-    usable = kept.take(kept.has_usable_sequence(max_length))
-    if setting == "train" and not len(usable):
-        raise _nothing_left(data, max_length, kept, found)
-    return usable
+    return kept
+
+
+def _poor_split(rows: int, held_out: int, share: float) -> Iterator[Found]:
+    """Yield a finding for rows that are too few to hold a share of them for validation."""
+    if share and not held_out:
+        text = f"{counted(rows, 'row')} cannot be split; there is no validation"
+        yield Found("no_validation", "warn", rows, text)
+    elif held_out and not round(rows * share):
+        left = rows - held_out
+        text = (
+            f"{held_out} of {counted(rows, 'row')} is held for validation, since data.validation {share:g} takes at "
+            f"least one; {left} {agreeing(left, 'are')} left to train on, and --data.validation 0 trains on all"
+        )
+        yield Found("few_rows", "warn", rows, text)
 
 
 def _leave_out_shared(rows: Pool, times: Indices, held_out: Pool, data: DataSettings, found: list[Found]) -> None:

@@ -114,9 +114,14 @@ class DataSettings(Section):
         return _names(self.train)
 
     @property
+    def validation_sources(self) -> list[str | SourceSettings]:
+        """The sources of validation rows; empty if a fraction is split off."""
+        return self.validation if isinstance(self.validation, list) else []
+
+    @property
     def validation_names(self) -> list[str]:
         """Names of the validation sources, as in the recipe; empty if a fraction is split off."""
-        return _names(self.validation) if isinstance(self.validation, list) else []
+        return _names(self.validation_sources)
 
     @field_validator("train")
     @classmethod

@@ -10,9 +10,10 @@ from typing import Any
 from loratune.data.checks.findings import Found
 from loratune.data.encoding.encoder import Encoder
 from loratune.data.encoding.loaded_source import Rendering
-from loratune.data.preparation import PreparedData, check_sources, prepare_data
+from loratune.data.loading import problems_of_sources
+from loratune.data.preparation import PreparedData, prepare_data
 from loratune.data.template.facts import TemplateFacts, template_facts
-from loratune.errors import LoratuneError
+from loratune.errors import Exit, LoratuneError
 from loratune.model.files import find_tokenizer
 from loratune.recipe.sections import PromptSettings, Recipe
 from loratune.runs.tokenizer_files import tokenizer_sha256
@@ -45,9 +46,11 @@ def pass_gate(recipe: Recipe, day: str | None = None) -> PreparedData:
         folder = find_tokenizer(recipe.model)
         sha256 = tokenizer_sha256(folder)
         facts = template_facts(prompt, sha256, lambda: Encoder(tokenizer(), prompt))
-    except LoratuneError:
-        check_sources(recipe.data)  # reports bad rows even without a tokenizer or template
-        raise
+    except LoratuneError as error:
+        problems = problems_of_sources([*recipe.data.train, *recipe.data.validation_sources], recipe.data)
+        if not problems:
+            raise
+        raise LoratuneError("\n".join([*problems, str(error)]), Exit.DATA) from error
     if facts.is_dated and not prompt.date:
         prompt = prompt.model_copy(update={"date": day or date.today().isoformat()})
     remarks = list(_about_template(facts, prompt))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import shlex
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -15,7 +15,6 @@ from loratune.data.formats.chat_rows import CONVERSATIONS, MESSAGES, ChatRows
 from loratune.data.formats.conversation import Conversation, Message, kind_of
 from loratune.data.formats.row_media import named_media, referred_media
 from loratune.data.formats.row_tools import tools_of
-from loratune.errors import Exit, LoratuneError
 from loratune.nearest import MISSPELT, nearest
 
 NAMED_FIRST = re.compile(r"'(\w+)' is ")
@@ -167,13 +166,10 @@ class ConversationReader:
         untrained = frozenset(place + len(added) for place in self.kind.untrained(value))
         return Conversation((*added, *turns), untrained, self.kind.tools(value))
 
-    def check_placeholders(self) -> None:
-        """Raise if rows contain placeholders without a value.
-
-        Raises:
-            LoratuneError: names the flags that would set them.
-        """
-        self._fill.check()
+    @property
+    def unfilled(self) -> list[str]:
+        """Required placeholders of the rows read so far that have no value, sorted."""
+        return sorted(self._fill.missing)
 
 
 def detect_format(first: Iterable[Any], columns: Mapping[str, str], are_questions: bool = False) -> Format:
@@ -192,6 +188,13 @@ def detect_format(first: Iterable[Any], columns: Mapping[str, str], are_question
             if kind.is_of(kind.answered(row) if are_questions else row):
                 return kind
     return ALPACA
+
+
+def describe_unfilled(names: Sequence[str]) -> str:
+    """Describe placeholders without a value, and the flags that set them."""
+    flags = " ".join(f"--data.placeholders {shlex.quote(f'{name}=TEXT')}" for name in names)
+    held = ", ".join("{{" + name + "}}" for name in names)
+    return f"rows hold {held}; give values in data.placeholders, or as {flags}"
 
 
 def renamed(value: Any, columns: Mapping[str, str] | None) -> Any:
@@ -243,17 +246,3 @@ class _Filler:
         if name not in self.values and name in MUST_BE_FILLED:
             self.missing.add(name)
         return self.values.get(name, match[0])
-
-    def check(self) -> None:
-        """Raise if a required placeholder has no value.
-
-        Raises:
-            LoratuneError: names the flags that would set them.
-        """
-        if self.missing:
-            flags = " ".join(f"--data.placeholders {shlex.quote(f'{name}=TEXT')}" for name in sorted(self.missing))
-            raise LoratuneError(
-                f"rows hold {', '.join('{{' + name + '}}' for name in sorted(self.missing))}; "
-                f"give values in data.placeholders, or as {flags}",
-                Exit.DATA,
-            )
