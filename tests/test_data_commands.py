@@ -6,6 +6,7 @@ import json
 import math
 import re
 import shlex
+import shutil
 import unicodedata
 from collections.abc import Callable
 from functools import cache
@@ -194,7 +195,9 @@ def test_the_tables_show_what_the_json_says(check: Run, tmp_path: Path) -> None:
     assert lines["validation"].startswith(f"{report['rows']['validation']['rows']}, ")
     assert lines["an epoch"].startswith(f"{train['tokens']:,} tokens, {training['steps_per_epoch']} step")
     assert lines["the run"] == f"{training['steps']} steps"
-    assert lines["padding"].startswith(f"{training['padded_efficiency']:.0%} of the positions")
+    assert lines["padding"].startswith(
+        f"{1 - training['padded_efficiency']:.0%} of a step's positions if rows are padded"
+    )
     for bar in report["histogram"]:
         label = f"{bar['from']}–{bar['to']}"
         assert lines[label].split()[-1] == str(bar["rows"])
@@ -240,7 +243,8 @@ def test_the_key_that_rows_are_under_is_told_of_a_fresh_file_and_of_a_cached_one
 def test_only_json_goes_to_stdout_and_only_if_it_is_asked_for(check: Run, rows_file: Path) -> None:
     assert check(rows_file).stdout == ""
     assert set(figures_of(check(rows_file, "--json"))) == {
-        *("schema", "files", "rows", "histogram", "training", "reasoning", "reasoning_form", "findings", "refused")
+        *("schema", "files", "template", "rows", "histogram", "training", "reasoning", "reasoning_form", "findings"),
+        "refused",
     }
 
 
@@ -427,12 +431,22 @@ def test_json_holds_text_ids_and_labels(preview: Run, rows_file: Path) -> None:
         }
 
 
-@pytest.mark.parametrize(("count", "shown"), [(1, 1), (4, 4), (6, 6), (99, 7)])
-def test_rows_go_on_in_the_next_source(preview: Run, tmp_path: Path, count: int, shown: int) -> None:
-    first, second = write_rows(tmp_path / "a.json", ROWS[:5]), write_rows(tmp_path / "b.json", ROWS[5:7])
-    places = [f"{first} row {n}" for n in range(1, 6)] + [f"{second} row {n}" for n in (1, 2)]
-    result = preview(first, "--data.train", second, "--rows", count, "--json")
-    assert [row["row"] for row in json.loads(result.stdout)["sequences"]] == places[:shown]
+@pytest.mark.parametrize(("count", "shown"), [(1, (1, 0)), (4, (2, 2)), (6, (4, 2)), (99, (5, 2))])
+def test_each_source_shows_as_many_rows_as_it_has_of_its_share(
+    preview: Run, tmp_path: Path, count: int, shown: tuple[int, int]
+) -> None:
+    files = write_rows(tmp_path / "a.json", ROWS[:5]), write_rows(tmp_path / "b.json", ROWS[5:7])
+    places = [f"{file} row {n + 1}" for file, of_it in zip(files, shown, strict=True) for n in range(of_it)]
+    result = preview(files[0], "--data.train", files[1], "--rows", count, "--json")
+    assert [row["row"] for row in json.loads(result.stdout)["sequences"]] == places
+    assert ("(--rows shows more), of each file in turn" in result.stderr) == (count < 7)
+
+
+def test_a_row_that_is_repeated_is_shown_once(preview: Run, rows_file: Path) -> None:
+    result = preview(f"{rows_file}#3x", "--json")
+    shown = [row["row"] for row in json.loads(result.stdout)["sequences"]]
+    assert shown == [f"{rows_file} row {n}" for n in (1, 2, 3)]
+    assert "the first 3 of 12 training sequences" in result.stderr
 
 
 @pytest.mark.parametrize(("share", "held"), [("0.1", 1), ("0.5", 4), ("0.75", 6), ("0", 0)])
@@ -465,6 +479,31 @@ def test_rows_of_another_file_for_validation_are_not_called_held(cli: Run, tmp_p
 
 def test_three_rows_are_shown_unless_more_are_asked_for(preview: Run, rows_file: Path) -> None:
     assert preview(rows_file).stdout.count("⟦") == 3
+
+
+def test_a_template_that_replaces_the_one_a_model_was_trained_on_is_told(
+    cli: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "1000")
+    base, rows = tmp_path / "base", write_rows(tmp_path / "rows.json", ROWS)
+    shutil.copytree(TINY_QWEN, base)
+    generation = base / "generation_config.json"
+
+    def told(template: str) -> bool:
+        done = cli("data", "check", rows, "--model.base", base, "--prompt.template", template)
+        assert done.exit_code == 0, done.stderr
+        assert lines_of(done.stderr)["template"].startswith(f"{template}, ")
+        return "stops on its end token" in done.stderr
+
+    assert (told("plain"), told("alpaca"), told("chat")) == (True, True, False)
+    planned = cli("plan", "--model.base", base, "--data.train", rows, "--prompt.template", "plain", "--gpu", "24GB")
+    assert "--prompt.template chat uses it" in planned.stdout + planned.stderr
+    # A base model stops on another token than the one with which its chat template ends answers.
+    known = json.loads(generation.read_text())
+    generation.write_text(json.dumps(known | {"eos_token_id": TOKENIZER.convert_tokens_to_ids("<|endoftext|>")}))
+    assert not told("plain")
+    generation.write_text(json.dumps(known | {"eos_token_id": [0, TOKENIZER.eos_token_id]}))
+    assert told("plain")
 
 
 @pytest.mark.parametrize("ids", [False, True])
@@ -583,6 +622,28 @@ def test_a_shipped_recipe_is_checked_and_shown_from_any_folder(
     assert cli("data", "check", "--config", "quickstart").exit_code == 0
     assert "⟦" in cli("data", "preview", "--config", "quickstart").stdout
     assert list(tmp_path.iterdir()) == []
+
+
+def test_rows_that_are_shipped_are_told_from_a_file_of_that_name(
+    check: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    shipped = check("data/general.json")
+    assert lines_of(shipped.stderr)["data/general.json"].endswith("alpaca; shipped with loratune")
+    (tmp_path / "data").mkdir()
+    write_rows(tmp_path / "data" / "general.json", ROWS)
+    assert lines_of(check("data/general.json").stderr)["data/general.json"] == f"{len(ROWS)} rows, alpaca"
+
+
+def test_without_a_tokenizer_the_check_says_what_it_could_check(cli: Run, tmp_path: Path) -> None:
+    line = ("data", "check", write_rows(tmp_path / "rows.json", ROWS), "--model.base", tmp_path / "none")
+    done = cli(*line)
+    assert done.exit_code == Exit.MODEL
+    assert done.stderr.startswith("the rows can be read, and have questions and answers; all else is checked with the")
+    write_rows(tmp_path / "rows.json", [{"instruction": "a"}])
+    done = cli(*line)
+    assert done.exit_code == Exit.DATA
+    assert "can be read" not in done.stderr
 
 
 def test_packed_passes_are_shown_with_the_rows_that_share_them(cli: Run, tmp_path: Path) -> None:

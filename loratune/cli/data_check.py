@@ -11,7 +11,7 @@ from loratune.cli.documents import Document
 from loratune.cli.flags import Config, RowFiles, with_rows
 from loratune.cli.options import recipe_options
 from loratune.commands import loratune, setting_flags
-from loratune.errors import Exit
+from loratune.errors import Exit, LoratuneError
 from loratune.imports import importing
 from loratune.recipe.loading import load_recipe
 
@@ -43,7 +43,13 @@ def command(
         from loratune.training.data_report import data_report, show_data_report
         from loratune.training.gate import pass_gate
 
-    report = data_report(recipe, pass_gate(recipe))
+    try:
+        data = pass_gate(recipe)
+    except LoratuneError as error:
+        if error.exit_code == Exit.MODEL:
+            console.say("the rows can be read, and have questions and answers; all else is checked with the tokenizer")
+        raise
+    report = data_report(recipe, data)
     show_data_report(report)
     if json:
         DOCUMENT.write(report)

@@ -256,9 +256,11 @@ def _download(settings: ModelSettings, patterns: list[str]) -> Path:
                 )
             )
     except Exception as error:  # each hub client and HTTP library has its own exceptions
+        other = "" if settings.hub == "modelscope" else " (or --model.hub modelscope, or HF_ENDPOINT with a mirror)"
         raise LoratuneError(
             f"{place}, and loading it from {settings.hub} failed: {named_reason_of(error)}\n"
-            "check the name and the network, or download the model elsewhere and give its folder",
+            f"check the name and the network{other}, or download the model elsewhere and give its folder: --model.base "
+            "PATH for a recipe, --model PATH beside --adapter",
             Exit.MODEL,
         ) from error
 

@@ -41,6 +41,12 @@ def shipped_sweeps() -> list[Path]:
     return sorted((SHIPPED / "configs" / "sweeps").glob("*.yaml"))
 
 
+def shipped_rows(path: str) -> str:
+    """Return what recipes call a file of rows that loratune ships, such as data/general.json; empty for other files."""
+    shipped = SHIPPED.resolve()
+    return str(Path(path).relative_to(shipped)) if Path(path).is_relative_to(shipped / "data") else ""
+
+
 def is_recipe_name(word: str) -> bool:
     """Return whether a word of a command line is the name of a YAML file or of a shipped recipe."""
     return Path(word).suffix in (".yaml", ".yml") or word in {path.stem for path in shipped_recipes()}

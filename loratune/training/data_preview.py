@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import chain, groupby, islice
 
+import numpy as np
+from numpy.typing import NDArray
 from typing_extensions import TypedDict
 
 from loratune import console
@@ -84,11 +86,29 @@ def preview_rows(recipe: Recipe, count: int) -> list[Preview]:
         LoratuneError: any error of training before the model is loaded.
     """
     data = _checked_rows(recipe)
-    count = min(count, len(data.train))
-    of_all = counted(len(data.train), "training sequence")
-    told = f"the first {count:,} of {of_all} (--rows shows more)" if count < len(data.train) else f"all of {of_all}"
+    firsts = _without_repeats(data.train.parts)
+    total = sum(map(len, firsts))
+    of_all = counted(total, "training sequence")
+    told = f"the first {count:,} of {of_all} (--rows shows more)" if count < total else f"all of {of_all}"
+    if count < total and len(firsts) > 1:
+        told += ", of each file in turn"
     console.say(told + _held_out(data))
-    return _previews(recipe, data.train, [list(range(count))])[0]
+    return _previews(recipe, data.train, [_in_turn(firsts, count)])[0]
+
+
+def _without_repeats(parts: Sequence[NDArray[np.int64]]) -> list[list[int]]:
+    """Return the places of each source's sequences in the split; of one that #2x repeats, only the first."""
+    starts = np.cumsum([0, *map(len, parts)])
+    return [
+        (start + np.sort(np.unique(part, return_index=True)[1])).tolist()
+        for start, part in zip(starts, parts, strict=False)
+    ]
+
+
+def _in_turn(firsts: Sequence[Sequence[int]], count: int) -> list[int]:
+    """Return so many places, one of each source after the other, in the order of the sources."""
+    ranked = sorted((rank, place) for places in firsts for rank, place in enumerate(places[:count]))
+    return sorted(place for _, place in ranked[:count])
 
 
 def preview_passes(recipe: Recipe, count: int) -> list[list[Preview]]:

@@ -14,6 +14,7 @@ from loratune.data.preparation import FileUse, PreparedData
 from loratune.data.template.reasoning_form import ReasoningForm
 from loratune.data.template.thinking import Reasoning
 from loratune.errors import counted
+from loratune.recipe.loading import shipped_rows
 from loratune.recipe.sections import Recipe, TrainingSettings
 from loratune.training.steps import plan_steps
 
@@ -61,6 +62,8 @@ class DataReport(TypedDict):
     """What `sft` would make of the rows; lengths in tokens."""
 
     files: list[FileUse]
+    template: str
+    """prompt.template: chat is the tokenizer's own."""
     rows: dict[str, SplitFigures]
     """training, and validation if there is any."""
     histogram: list[Bin]
@@ -80,6 +83,7 @@ def data_report(recipe: Recipe, data: PreparedData) -> DataReport:
     splits = {"training": data.train} | ({"validation": data.validation} if data.validation else {})
     return {
         "files": data.files,
+        "template": data.prompt.template,
         "rows": {name: _split_figures(split) for name, split in splits.items()},
         "histogram": histogram(data.train.lengths),
         "training": _training_figures(recipe.training, data.train, recipe.seed),
@@ -112,7 +116,8 @@ def histogram(lengths: NDArray[np.int64]) -> list[Bin]:
 
 
 def show_data_report(report: DataReport) -> None:
-    console.table([(_short(use.path), _file_line(use)) for use in report["files"]], title="files")
+    files = [(shipped_rows(use.path) or _short(use.path), _file_line(use)) for use in report["files"]]
+    console.table(files, title="files")
     console.table([(name, _split_line(figures)) for name, figures in report["rows"].items()], title="rows")
     bars = [(f"{bar['from']}–{bar['to']}", bar["rows"]) for bar in report["histogram"]]
     console.bars(bars, title="tokens of a training row")
@@ -126,8 +131,10 @@ def show_data_report(report: DataReport) -> None:
         ],
         title="training",
     )  # fmt: skip
-    if report["reasoning"]:
-        console.table(_reasoning_lines(report["reasoning"], report["reasoning_form"]), title="prompts")
+    reasoning = _reasoning_lines(report["reasoning"], report["reasoning_form"]) if report["reasoning"] else []
+    template = report["template"]
+    whose = "of the tokenizer" if template == "chat" else "of loratune"
+    console.table([("template", f"{template}, {whose}"), *reasoning], title="prompts")
     for found in report["findings"]:
         show = {"refuse": console.error, "warn": console.warn}.get(found.level, console.say)
         show(found.text)
@@ -200,7 +207,8 @@ def _file_line(use: FileUse) -> str:
     names = [" ".join(name.split())[:30] for name in use.ignored]
     ignored = f"; ignored: {', '.join(names)}" if names else ""
     used = f"{use.rows:,} of " if use.rows != use.seen else ""
-    return f"{used}{counted(use.seen, 'row')}, {use.format}{ignored}"
+    shipped = "; shipped with loratune" if shipped_rows(use.path) else ""
+    return f"{used}{counted(use.seen, 'row')}, {use.format}{ignored}{shipped}"
 
 
 def _split_line(figures: SplitFigures) -> str:
@@ -213,7 +221,7 @@ def _split_line(figures: SplitFigures) -> str:
 
 
 def _padding_line(figures: TrainingFigures) -> str:
-    return f"{figures['padded_efficiency']:.0%} of the positions of a padded step carry tokens; packed ones have none"
+    return f"{1 - figures['padded_efficiency']:.0%} of a step's positions if rows are padded, none if packed"
 
 
 def _short(path: str) -> str:

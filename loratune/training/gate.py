@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from datetime import date
 from functools import cache
 from typing import Any
@@ -15,6 +15,7 @@ from loratune.data.preparation import PreparedData, prepare_data
 from loratune.data.template.facts import TemplateFacts, template_facts
 from loratune.errors import Exit, LoratuneError
 from loratune.model.files import find_tokenizer
+from loratune.model.stop_tokens import stop_ids
 from loratune.recipe.sections import PromptSettings, Recipe
 from loratune.runs.tokenizer_files import tokenizer_sha256
 
@@ -53,7 +54,7 @@ def pass_gate(recipe: Recipe, day: str | None = None) -> PreparedData:
         raise LoratuneError("\n".join([*problems, str(error)]), Exit.DATA) from error
     if facts.is_dated and not prompt.date:
         prompt = prompt.model_copy(update={"date": day or date.today().isoformat()})
-    remarks = list(_about_template(facts, prompt))
+    remarks = list(_about_template(facts, prompt, stop_ids(folder)))
     rendering = Rendering(prompt, sha256, lambda: Encoder(tokenizer(), prompt), recipe.training.max_length)
     seed = recipe.seed if recipe.data.seed is None else recipe.data.seed
     prepared = prepare_data(recipe.data, rendering, seed)
@@ -62,9 +63,16 @@ def pass_gate(recipe: Recipe, day: str | None = None) -> PreparedData:
     return prepared
 
 
-def _about_template(facts: TemplateFacts, prompt: PromptSettings) -> Iterator[Found]:
+def _about_template(facts: TemplateFacts, prompt: PromptSettings, stops: Sequence[int]) -> Iterator[Found]:
     for remark in facts.remarks:
         yield Found(TEMPLATE, "warn", 0, remark)
+    # A base model may have a chat template too, but it does not stop as that one ends answers.
+    if facts.replaced_end is not None and facts.replaced_end in stops:
+        text = (
+            f"prompt.template is {prompt.template}, but the model has a chat template of its own and stops on its end "
+            "token, so it has been trained on that template; --prompt.template chat uses it"
+        )
+        yield Found(TEMPLATE, "warn", 0, text)
     if facts.is_dated:
         text = (
             f"the chat template writes the date into prompts: that of {prompt.date} (prompt.date) all through the "

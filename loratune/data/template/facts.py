@@ -28,6 +28,8 @@ class TemplateFacts:
     """How it asks for reasoning; None if it has no thinking mode."""
     form: ReasoningForm
     """How it writes reasoning."""
+    replaced_end: int | None
+    """Id of the token with which the tokenizer's template ends answers, if the settings have another template."""
 
 
 def template_facts(prompt: PromptSettings, tokenizer_sha256: str, make_encoder: Callable[[], Encoder]) -> TemplateFacts:
@@ -50,7 +52,9 @@ def template_facts(prompt: PromptSettings, tokenizer_sha256: str, make_encoder: 
         except (OSError, ValueError, TypeError, LookupError):  # new, or damaged
             shutil.rmtree(entry, ignore_errors=True)
             encoder = make_encoder()
-            facts = TemplateFacts(encoder.is_dated, encoder.remarks, encoder.reasoning, encoder.reasoning_form)
+            facts = TemplateFacts(
+                encoder.is_dated, encoder.remarks, encoder.reasoning, encoder.reasoning_form, encoder.replaced_end
+            )
             with new_entry(entry) as folder:
                 (folder / FACTS).write_text(json.dumps(asdict(facts)), encoding="utf-8")
         mark_used(entry)

@@ -168,6 +168,17 @@ class ChatRenderer:
         )
 
     @property
+    def replaced_end(self) -> int | None:
+        """Id of the token with which the tokenizer's template ends answers, if the settings have another template."""
+        if self.settings.template not in OWN_TEMPLATES or self.tokenizer.chat_template is None:
+            return None
+        try:
+            own = ChatRenderer(self.tokenizer, self.settings.model_copy(update={"template": "chat"}))
+        except LoratuneError:  # which may be why it is replaced
+            return None
+        return own.end_id if own._plain.end_token else None
+
+    @property
     def reads_reasoning(self) -> bool:
         """Whether the template renders the reasoning of a message."""
         return bool(self.reasoning_form.key)

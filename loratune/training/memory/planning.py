@@ -16,7 +16,7 @@ from loratune.model.memory import free_main_memory_bytes, resident_bytes
 from loratune.model.tokenizer import load_tokenizer
 from loratune.recipe.sections import Recipe
 from loratune.training.activations import MASKED_TOKENS, PassPlan, largest_step, plan_passes
-from loratune.training.gate import pass_gate
+from loratune.training.gate import TEMPLATE, pass_gate
 from loratune.training.memory.expecting import (
     CONTEXT_BYTES,
     ProcessMemory,
@@ -112,8 +112,10 @@ class Planner:
 
 
 def _encoded(recipe: Recipe) -> tuple[Workload, tuple[str, ...]]:
+    """Return the rows of the recipe, and warnings about the template that they are rendered with."""
     data = pass_gate(recipe).checked()
-    return Workload(data.train.lengths, data.train.trained_tokens / data.train.tokens), ()
+    notes = tuple(one.text for one in data.found if one.name == TEMPLATE and one.level == "warn")
+    return Workload(data.train.lengths, data.train.trained_tokens / data.train.tokens), notes
 
 
 def _assumed(recipe: Recipe) -> tuple[Workload, tuple[str, ...]]:

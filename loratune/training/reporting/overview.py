@@ -9,6 +9,7 @@ from loratune.data.preparation import PreparedData
 from loratune.errors import counted
 from loratune.model.adapter.summary import AdapterSummary
 from loratune.model.architecture.roles import Role
+from loratune.recipe.loading import shipped_rows
 from loratune.recipe.sections import Recipe
 from loratune.runs.model_check import summary as check_summary
 from loratune.runs.report import QuantizationEffect
@@ -29,7 +30,11 @@ def show_data(recipe: Recipe, data: PreparedData) -> None:
         for name, split in splits
         if split is not None
     ]
-    files = ", ".join(f"{Path(use.path).name} ({use.rows} {use.format})" for use in data.files)
+    files = ", ".join(
+        f"{shipped_rows(use.path) or Path(use.path).name} ({use.rows} {use.format}"
+        f"{', shipped with loratune' if shipped_rows(use.path) else ''})"
+        for use in data.files
+    )
     console.table([("files", files), *rows, ("template", recipe.prompt.template)], title="data")
 
 
