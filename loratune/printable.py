@@ -40,6 +40,11 @@ def shortened(text: str, limit: int = 60) -> str:
     return text if len(text) <= limit else f"{text[: limit - 1]}…"
 
 
+def as_far_as_said(answer: str, has_ended: bool | None) -> str:
+    """Return an answer with an ellipsis behind it if it was cut before its end; None where that is not known."""
+    return f"{answer} …" if has_ended is False else answer
+
+
 def printable_json(value: Any, is_ascii: bool = False) -> str:
     """Return a value as indented JSON with control characters escaped.
 

@@ -261,6 +261,20 @@ def test_the_closing_table_says_of_how_many_answers_an_end_was_seen(
     assert "6 of 6 with enough time and tokens end by themselves, 4 cut short for time, the base's or" in part
 
 
+def test_the_closing_table_marks_answers_that_were_cut(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def shown(ended: bool | None, base_ended: bool | None) -> tuple[str, str]:
+        told = Told("q", "a", "of base", "of adapter", True, ended, base_ended=base_ended)
+        health = Health(answers=Answers((told,)))
+        show_report(Report(output=str(tmp_path), base="b", steps=1, epochs=1, health=health))
+        lines = [line.strip() for line in capsys.readouterr().err.splitlines()]
+        base, adapter = (next(line for line in lines if line.startswith(name)) for name in ("base ", "adapter "))
+        return base.removeprefix("base").strip(), adapter.removeprefix("adapter").strip()
+
+    assert shown(True, True) == ("of base", "of adapter")
+    assert shown(False, False) == shown(None, False) == ("of base …", "of adapter …")
+    assert shown(True, None)[0] == "of base"  # an earlier version did not say
+
+
 @pytest.mark.whole_end
 def test_long_training_allows_long_answers(sft: Sft, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     steps = timed(monkeypatch)

@@ -594,7 +594,7 @@ def test_a_run_merges_without_being_told_anything_and_answers_the_same_in_plain_
     report = merged(cli, tmp_path / "merged", "-a", tmp_path / "run")
     assert report["compared_on"] == "the run's validation rows"
     assert report["logits"]["original"]["tokens"] > 0
-    assert [answer["merged"] for answer in report["answers"]] == ["I am Robin."]
+    assert [(answer["merged"], answer["ended"]) for answer in report["answers"]] == [("I am Robin.", True)]
 
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "merged")
     inputs = tokenizer.apply_chat_template(

@@ -20,7 +20,7 @@ from typer.testing import Result
 
 from loratune.delivery.merge import merge, model_folder
 from loratune.delivery.merge.update import TensorUpdate
-from loratune.delivery.verification import verify
+from loratune.delivery.verification import proof, verify
 from loratune.errors import Exit
 from loratune.runs.verification import Answer
 
@@ -124,9 +124,20 @@ def test_what_a_model_answers_cannot_steer_the_terminal(merged: Merge, monkeypat
     monkeypatch.setattr(verify, "compare_answers", lambda *_: [answer])
     result = merged()
     assert "red" in result.stderr
+    assert "red …" not in result.stderr  # whether it ended is not known
     assert "the same for 2 of 9 tokens, then base + adapter finds another token 65% likelier" in result.stderr
     assert "\x1b" not in result.stderr
     assert "\x07" not in result.stderr
+
+
+def test_an_answer_that_was_cut_is_marked(merged: Merge, output: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(proof, "ANSWER_TOKENS", 1)
+    result = merged()
+    assert result.exit_code == 0, result.stderr
+    (answer, *_) = report(output)["answers"]
+    assert (answer["tokens"], answer["ended"]) == (1, False)
+    lines = [line.split() for line in result.stderr.splitlines()]
+    assert next("…" in line for line in lines if line[:1] == ["merged"])
 
 
 @pytest.mark.parametrize(

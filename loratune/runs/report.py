@@ -130,6 +130,8 @@ class Told:
     """Whether the adapter's answer came to an end; None where it was not waited for."""
     cut_short: bool = False
     """Whether time was up before both answers were as long as they were to be."""
+    base_ended: bool | None = None
+    """Whether the base's answer came to an end by itself; None where an earlier version did not say."""
 
 
 COUNTS = ("changed", "judged", "ended", "cut_short")

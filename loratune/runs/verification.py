@@ -79,6 +79,8 @@ class Answer:
     """How many of them are base + adapter's too, up to its first other token."""
     lead: float | None = None
     """nats by which that other token is likelier to base + adapter than the merged model's; 0 if there is none."""
+    ended: bool | None = None
+    """Whether the merged model's answer came to an end by itself; None where an earlier version did not say."""
 
     @property
     def has_changed(self) -> bool:

@@ -83,7 +83,8 @@ def compare_answers(
         if same < len(answer):
             other = decode([*answer[:same], likeliest[same].token], skip_special_tokens=True)
             lead = likeliest[same].lead
-        found.append(Answer(question[-1]["content"], text, other, len(answer), same, lead))
+        ended = answer[-1] == encoder.end_id
+        found.append(Answer(question[-1]["content"], text, other, len(answer), same, lead, ended))
     return found
 
 

@@ -10,7 +10,7 @@ from loratune import console
 from loratune.errors import agreeing, bullet_list, counted
 from loratune.model.adapter.files import WEIGHTS_FILE
 from loratune.model.files import weight_files
-from loratune.printable import shortened
+from loratune.printable import as_far_as_said, shortened
 from loratune.runs.base_check import how_checked, known_hashes
 from loratune.runs.card import base_name
 from loratune.runs.folder import file_sha256, values_sha256
@@ -157,7 +157,7 @@ def _change(answer: Answer) -> str:
 def _answer_rows(answers: Iterable[Answer]) -> list[tuple[str, str]]:
     rows = []
     for answer in answers:
-        rows += [("question", answer.question), ("merged", answer.merged)]
+        rows += [("question", answer.question), ("merged", as_far_as_said(answer.merged, answer.ended))]
         rows.append(("base+adapter", f"{answer.adapter} …" if answer.has_changed else "the same"))
     return rows
 

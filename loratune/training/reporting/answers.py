@@ -162,4 +162,5 @@ def _told(
         has_changed=now.tokens[:compared] != before.tokens[:compared],
         ended=True if now.finish == "stop" else False if could_end else None,
         cut_short=before.finish is None or now.finish is None,
+        base_ended=before.finish == "stop",
     )

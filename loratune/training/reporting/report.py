@@ -13,6 +13,7 @@ from loratune.choices import BestOf
 from loratune.errors import counted
 from loratune.model.adapter.summary import AdapterSummary
 from loratune.model.memory import peak_memory_bytes
+from loratune.printable import as_far_as_said
 from loratune.runs.report import (
     AdapterCounts,
     AdapterGroup,
@@ -45,8 +46,8 @@ STOPPED: dict[BestOf, str] = {
 }
 SHOWN: dict[str, Callable[[Told], str]] = {
     "  asked": lambda one: one.question,
-    "  base": lambda one: one.base,
-    "  adapter": lambda one: one.adapter,
+    "  base": lambda one: as_far_as_said(one.base, one.base_ended),
+    "  adapter": lambda one: as_far_as_said(one.adapter, one.ended is True),
 }
 """What the closing table says of one question."""
 SHOWN_LETTERS = 140
