@@ -14,9 +14,9 @@ from loratune.imports import importing
 from loratune.recipe.loading import load_recipe
 
 DETAILS = """\
-Takes the recipe and flags of sft; files without a flag are those of --data.train. Shows the first training rows as the
-model sees them: trained text is green (between ⟦ and ⟧ without colours), control tokens are inverted, ⏎ is a line
-break."""
+Takes the recipe and flags of sft; files without a flag are those of --data.train. Shows the first training rows of each
+file as the model sees them: trained text is green (between ⟦ and ⟧ without colours), control tokens are inverted, ⏎ is
+a line break."""
 
 
 def _printed() -> Any:
