@@ -30,12 +30,16 @@ class Measure:
     is_loss: bool = False
     digits: int = 3
     is_share: bool = False
+    unit: str = ""
+    """Of a value as `in_units` writes it; empty for numbers without one, and for shares."""
 
 
 MEASURES = {
     ASSERTS: Measure("asserts that hold", "the asserts that hold", is_share=True),
     JUDGE: Measure("judge prefers it", "the judge's preference", is_share=True),
-    LOSS: Measure("loss of answers", "the loss of the expected answers", margin=0.02, is_loss=True),
+    LOSS: Measure(
+        "loss of answers", "the loss of the expected answers", margin=0.02, is_loss=True, unit="nats per token"
+    ),
     "exact_match": Measure("exact match", "exact answers", is_share=True),
     "rouge_l": Measure("ROUGE-L", "ROUGE-L", margin=0.02),
     "bleu": Measure("BLEU", "BLEU", margin=2.0, digits=1),

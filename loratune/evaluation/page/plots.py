@@ -12,6 +12,8 @@ WIDTH = 680
 BARS_HEIGHT = 180
 LINE_HEIGHT = 46
 LEFT, RIGHT = 110, 90
+BARS_LEFT = 76
+"""Room for `-12.34` in the letters of a narrow window, which are larger because the plot is drawn smaller."""
 WIDEST_BAR = 24.0
 
 
@@ -25,20 +27,21 @@ def gains_plot(gains: Sequence[float], title: str) -> str:
     ordered = sorted(gains)
     top, bottom = max(0.0, ordered[-1]), min(0.0, ordered[0])
     scale = (BARS_HEIGHT - 20) / ((top - bottom) or 1.0)
-    step = (WIDTH - 60) / len(ordered)
+    step = (WIDTH - BARS_LEFT) / len(ordered)
     width, zero = max(0.5, min(WIDEST_BAR, step * 0.8)), 10 + top * scale
     bars = "".join(
-        f'<rect class="{"gain" if value > 0 else "loss"}" x="{50 + place * step:.2f}" width="{width:.2f}" '
+        f'<rect class="{"gain" if value > 0 else "loss"}" x="{BARS_LEFT + place * step:.2f}" width="{width:.2f}" '
         f'y="{zero - max(value, 0) * scale:.2f}" height="{abs(value) * scale:.2f}"/>'
         for place, value in enumerate(ordered)
     )
     marks = "".join(
-        f'<text x="44" y="{zero - value * scale + 4:.2f}" text-anchor="end">{value:+.2f}</text>'
+        f'<text x="{BARS_LEFT - 6}" y="{zero - value * scale + 4:.2f}" text-anchor="end">{value:+.2f}</text>'
         for value in dict.fromkeys((top, bottom))
         if value
     )
-    axis = f'<line class="axis" x1="50" x2="{WIDTH}" y1="{zero:.2f}" y2="{zero:.2f}"/>'
-    return _svg(BARS_HEIGHT, title, f'{bars}{axis}{marks}<text x="44" y="{zero + 4:.2f}" text-anchor="end">0</text>')
+    axis = f'<line class="axis" x1="{BARS_LEFT}" x2="{WIDTH}" y1="{zero:.2f}" y2="{zero:.2f}"/>'
+    origin = f'<text x="{BARS_LEFT - 6}" y="{zero + 4:.2f}" text-anchor="end">0</text>'
+    return _svg(BARS_HEIGHT, title, f"{bars}{axis}{marks}{origin}")
 
 
 def forgetting_plot(texts: Mapping[str, GeneralText], bound: float) -> str:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from loratune.errors import counted
 from loratune.evaluation.evidence import Sample
-from loratune.evaluation.measures import LOSS, MEASURES, in_units, interval
+from loratune.evaluation.measures import LOSS, MEASURES, Measure, in_units, interval
 from loratune.evaluation.page.plots import forgetting_plot, gains_plot
 from loratune.evaluation.result import Evaluation
 from loratune.evaluation.verdict import LANGUAGES
@@ -46,7 +46,7 @@ def write_page(folder: Path, evaluation: Evaluation, samples: Sequence[Sample]) 
         _section("Form of the answers", _forms(evaluation)),
         _section("What was forgotten", _general(evaluation)),
         _section("Notes", "".join(f"<p>{_text(one)}</p>" for one in evaluation.warnings)),
-        _section(f"Answers, most damaged first ({_measure(evaluation)})", _samples(samples)),
+        _section(f"Answers, most damaged first ({_measure(evaluation)})", _samples(evaluation, samples)),
     ]
     title = f"{Path(evaluation.tuned).name} beside {Path(evaluation.baseline).name}"
     style = STYLE.read_text(encoding="utf-8")
@@ -82,10 +82,18 @@ def _measure(one: Evaluation) -> str:
 
 
 def _table(head: Iterable[str], rows: Iterable[Iterable[str]], kind: str = "") -> str:
-    """Return a table of finished cells."""
-    top = "".join(f"<th>{cell}</th>" for cell in head)
-    lines = "".join(f"<tr>{''.join(f'<td>{cell}</td>' for cell in row)}</tr>" for row in rows)
-    return f'<div class="scroll"><table class="{kind}"><tr>{top}</tr>{lines}</table></div>'
+    """Return a table of finished cells; each carries its column's name, which a narrow window shows beside it."""
+    names = list(head)
+    top = "".join(f"<th>{name}</th>" for name in names)
+    lines = "".join(
+        f"<tr>{''.join(f'<td{_label(name)}>{cell}</td>' for name, cell in zip(names, row, strict=True))}</tr>"
+        for row in rows
+    )
+    return f'<table class="{kind}"><thead><tr>{top}</tr></thead><tbody>{lines}</tbody></table>'
+
+
+def _label(name: str) -> str:
+    return f' data-label="{name}"' if name else ""
 
 
 def _decisions(one: Evaluation) -> str:
@@ -103,7 +111,7 @@ def _measures(one: Evaluation) -> str:
         measure = MEASURES[name]
         rows.append(
             (
-                measure.title,
+                ", ".join(filter(None, (measure.title, measure.unit))),
                 in_units(measure, found.baseline),
                 in_units(measure, found.tuned),
                 in_units(measure, found.difference, "+"),
@@ -118,7 +126,9 @@ def _measures(one: Evaluation) -> str:
 
 def _gains(one: Evaluation, samples: Sequence[Sample]) -> str:
     gains = [sample.gain for sample in samples if sample.gain is not None]
-    caption = f"A bar for each row: by how much {_measure(one)} became better, from the most damaged row on."
+    unit = MEASURES[one.decided_by].unit
+    by = f"by how {f'many {unit}' if unit else 'much'}"
+    caption = f"A bar for each row: {by} {_measure(one)} became better, from the most damaged row on."
     return f'{gains_plot(gains, "gain of each row")}<p class="dim">{caption}</p>' if gains else ""
 
 
@@ -164,19 +174,28 @@ def _general(one: Evaluation) -> str:
     return f"{table}{plot}<p>{told}</p>{changed}"
 
 
-def _samples(samples: Sequence[Sample]) -> str:
-    shown = "".join(_sample(sample, place < OPEN_SAMPLES) for place, sample in enumerate(samples[:MOST_SAMPLES]))
+def _samples(evaluation: Evaluation, samples: Sequence[Sample]) -> str:
+    measure = MEASURES[evaluation.decided_by]
+    shown = "".join(
+        _sample(sample, measure, place < OPEN_SAMPLES) for place, sample in enumerate(samples[:MOST_SAMPLES])
+    )
     left = len(samples) - MOST_SAMPLES
     return shown + (f'<p class="dim">answers.jsonl has {counted(left, "more row")}.</p>' if left > 0 else "")
 
 
-def _sample(one: Sample, is_open: bool) -> str:
-    gain = "" if one.gain is None else f" {one.gain:+.3f}"
+def _sample(one: Sample, measure: Measure, is_open: bool) -> str:
+    gained = [] if one.gain is None else [_gained(measure, one.gain)]
     failed = [f"assert failed: {text}" for text in one.failed]
-    remarks = "; ".join((*one.remarks, *failed))
+    remarks = "; ".join((*gained, *one.remarks, *failed))
     texts = [("baseline", one.baseline), ("tuned", one.tuned)]
     wide = [("question", one.question), *([("expected", one.expected)] if one.expected else [])]
-    return _pair(f"{one.place}{gain}{' · ' if remarks else ''}{remarks}", texts, wide, is_open)
+    return _pair(f"{one.place}{' · ' if remarks else ''}{remarks}", texts, wide, is_open)
+
+
+def _gained(measure: Measure, gain: float) -> str:
+    if not gain:
+        return "equal"
+    return f"{'better' if gain > 0 else 'worse'} by {in_units(measure, abs(gain))} {measure.unit}".rstrip()
 
 
 def _pair(
