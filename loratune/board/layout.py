@@ -24,6 +24,8 @@ class EvaluationValues(TypedDict):
     """Measure that is worse without any decision that says so → a sentence about it."""
     baseline: str | None
     tests: str | None
+    tasks: list[str]
+    """Names of the benchmark tasks that were asked."""
     problems: list[str]
 
 

@@ -20,11 +20,12 @@ from loratune.board.summary import (
 from loratune.board.walk import DEPTH, Kind, Place, Walk
 from loratune.errors import Exit, LoratuneError
 from loratune.evaluation.result import RESULT
+from loratune.evaluation.tasks.result import TASKS_RESULT
 from loratune.plain_files import require_folder
 from loratune.runs.folder import MANIFEST, METRICS, REPORT, STATUS, TAGS, VERIFICATION
 
 Summary: TypeAlias = RunSummary | ModelSummary | EvaluationSummary
-READ = (STATUS, MANIFEST, REPORT, METRICS, TAGS, VERIFICATION, RESULT)
+READ = (STATUS, MANIFEST, REPORT, METRICS, TAGS, VERIFICATION, RESULT, TASKS_RESULT)
 """Files that a summary is made of."""
 PASSING = ("running", "crashed")
 """States of a run that may change although no file does."""
@@ -100,11 +101,13 @@ class Found:
 
 
 def evaluation_values(one: EvaluationSummary) -> dict[str, Any]:
-    """Return an evaluation's verdict, in JSON types."""
+    """Return an evaluation's verdict and tasks, in JSON types."""
     result = one.result
     shown = ("verdict", "sentence", "fallen", "baseline", "tests")
     told = {name: getattr(result, name) if result else None for name in shown}
-    return {"name": one.name, "folder": str(one.folder), "time": one.time, **told, "problems": one.problems}
+    tasks = [task.name for task in one.benchmarks.tasks] if one.benchmarks else []
+    place = {"name": one.name, "folder": str(one.folder), "time": one.time}
+    return {**place, **told, "tasks": tasks, "problems": one.problems}
 
 
 def model_values(model: ModelSummary, run: RunSummary | None = None) -> dict[str, Any]:

@@ -13,11 +13,12 @@ from pydantic import Field
 from loratune.board.walk import Place, folder_bytes
 from loratune.errors import LoratuneError
 from loratune.evaluation.result import RESULT, RESULTS, Evaluation, read_evaluation
+from loratune.evaluation.tasks.result import TASKS_RESULT, TasksResult, read_tasks
 from loratune.generation.batch.answer_header import is_answer_file
 from loratune.plain_files import is_file
 from loratune.runs.file_hashes import Records
 from loratune.runs.fingerprint import FULL
-from loratune.runs.folder import REPORT, VERIFICATION, newest_metrics
+from loratune.runs.folder import REPORT, VERIFICATION, newest_metrics, trained_steps
 from loratune.runs.lineage import merged_weights, sealed_digest, sealed_weights
 from loratune.runs.manifest import Manifest, TrainedFile, read_manifest
 from loratune.runs.report import Report, read_report
@@ -51,7 +52,7 @@ class RunSummary:
     loss: float | None
     """Training loss in nats per token, of the newest steps."""
     validation_loss: float | None
-    """Of the adapter that was kept, or of the newest validation."""
+    """Of the adapter that was kept, or of the newest validation; None until the adapter has been validated."""
     exact_answers: float | None
     """Share."""
     bytes: int
@@ -102,6 +103,8 @@ class EvaluationSummary:
     """None if it cannot be read."""
     digest: str | None
     """Of the adapter that was evaluated."""
+    benchmarks: TasksResult | None
+    """None if no tasks were asked, or their scores cannot be read."""
     problems: tuple[str, ...]
 
 
@@ -156,7 +159,7 @@ def _figures_of(report: Report, status: Status | None) -> dict[str, Any]:
 
 
 def _newest_figures(folder: Path, status: Status | None) -> dict[str, Any]:
-    records = newest_metrics(folder)
+    records = trained_steps(newest_metrics(folder))
     newest = {name: value for record in records for name, value in record.items()}
     names = ("loss", "validation_loss", "exact_answers")
     step = status.step if status and status.step is not None else int(newest.get("step", 0))
@@ -194,15 +197,18 @@ def _kind_of(verification: AnyVerification | None) -> str:
 
 
 def summarise_evaluation(place: Place) -> EvaluationSummary | None:
-    """Return what a list says of an evaluation; None for another program's results.jsonl."""
-    if not is_file(place.folder / RESULT):
-        is_own = is_answer_file(place.folder / RESULTS)
-        return EvaluationSummary(place.name, place.folder, None, None, None, (UNFINISHED,)) if is_own else None
-    reading = _Reading()
-    result = reading.attempt(lambda: read_evaluation(place.folder))
+    """Return what a list says of an evaluation, of rows or tasks; None for another program's results.jsonl."""
+    folder, reading = place.folder, _Reading()
+    benchmarks = reading.attempt(lambda: read_tasks(folder)) if is_file(folder / TASKS_RESULT) else None
+    result, time = None, _written(folder / RESULT) or _written(folder / TASKS_RESULT)
+    if is_file(folder / RESULT):
+        result = reading.attempt(lambda: read_evaluation(folder))
+    elif is_answer_file(folder / RESULTS):
+        time, reading.problems = None, [UNFINISHED]
+    elif not is_file(folder / TASKS_RESULT):
+        return None
     digest = result.inputs.get("adapter") if result else None
-    time = _written(place.folder / RESULT)
-    return EvaluationSummary(place.name, place.folder, time, result, digest, tuple(reading.problems))
+    return EvaluationSummary(place.name, folder, time, result, digest, benchmarks, tuple(reading.problems))
 
 
 def _of_other_size(folder: Path, records: Records) -> tuple[str, ...]:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Literal
 
 from loratune.evaluation.result import RESULT, RESULTS
+from loratune.evaluation.tasks.result import TASKS_RESULT
 from loratune.runs.folder import CONTENTS, MANIFEST, STATUS, VERIFICATION
 
 Kind = Literal["run", "model", "evaluation"]
@@ -97,7 +98,7 @@ def _kind_of(names: set[str]) -> Kind | None:
         return "run"
     if VERIFICATION in names:
         return "model"
-    return "evaluation" if names & {RESULT, RESULTS} else None
+    return "evaluation" if names & {RESULT, RESULTS, TASKS_RESULT} else None
 
 
 def folder_bytes(folder: Path) -> int:

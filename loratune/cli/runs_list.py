@@ -21,9 +21,9 @@ Order = Literal["age", "name", "loss", "size"]
 assert DAMAGED in get_args(State)
 DETAILS = """\
 Looks for runs below the folders, also in those of sweeps, and reads their small files only. Losses are in nats per
-token; `valid.` is the validation loss of the adapter that was kept. The verdict of an evaluation, and what a run was
-merged or exported into, are found by the hashes of its adapter, whatever the folders are called. Files that are missing
-or have another size are named; `loratune runs show` compares the hashes.
+token; `valid.` is the validation loss of the adapter that was kept, or the newest while it is trained. The verdict of
+an evaluation, and what a run was merged or exported into, are found by the hashes of its adapter, whatever the folders
+are called. Files that are missing or have another size are named; `loratune runs show` compares the hashes.
 
 A folder that is damaged has a line that says why."""
 ORDERS: dict[Order, Callable[[RunSummary], Any]] = {

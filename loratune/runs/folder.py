@@ -94,6 +94,11 @@ def newest_metrics(output: Path) -> list[dict[str, float]]:
         return records_of(bounded_lines(lines))  # the line that is cut is no JSON
 
 
+def trained_steps(records: list[dict[str, float]]) -> list[dict[str, float]]:
+    """Return the records of the adapter: the validation of step 0 is the base's, and would look like no progress."""
+    return [record for record in records if record["step"]]
+
+
 def records_of(lines: Iterable[bytes]) -> list[dict[str, float]]:
     """Return the records of a run in lines of its metrics."""
     records = list[dict[str, float]]()

@@ -15,7 +15,7 @@ from loratune.extras import FOR_EVALUATION, first_install
 from loratune.recipe.advice import is_served
 from loratune.runs.base_check import how_checked
 from loratune.runs.checkpoint import checkpoint_steps
-from loratune.runs.folder import ADAPTER, CHECKPOINTS, MANIFEST, RECIPE, read_metrics
+from loratune.runs.folder import ADAPTER, CHECKPOINTS, MANIFEST, RECIPE, read_metrics, trained_steps
 from loratune.runs.lock import lock_holder
 from loratune.runs.manifest import read_manifest
 from loratune.runs.opening import run_record
@@ -68,7 +68,8 @@ def run_state(output: Path) -> RunState:
     status = read_status(output)
     records, state = read_metrics(output), state_now(output, status)
     losses, validations, exact = (
-        [record[name] for record in records if name in record] for name in ("loss", "validation_loss", "exact_answers")
+        [record[name] for record in trained_steps(records) if name in record]
+        for name in ("loss", "validation_loss", "exact_answers")
     )
     steps = checkpoint_steps(output / CHECKPOINTS)
     advised = next_command(output, state)

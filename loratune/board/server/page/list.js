@@ -128,10 +128,14 @@ function others(values) {
   const head = ["Folder", "Kind", "From", "Verified", { node: "Size", kind: "figure" }, { node: "Age", kind: "figure" }];
   return [
     section("Merged models and exports", models.length ? table(head, models, "cards") : null),
-    section("Evaluations of no run here", strange.map((one) => el("p", null, one.name, " ", one.verdict ? verdictChip(one.verdict) : null, one.problems.map((problem) => el("span.details.bad", null, problem))))),
+    section("Other evaluations", strange.map((one) => el("p", null, one.name, " ", one.verdict ? verdictChip(one.verdict) : el("span.dim", null, asked(one)), one.problems.map((problem) => el("span.details.bad", null, problem))))),
     values.foreign.length ? el("p.dim", null, `Nothing of loratune's in: ${values.foreign.join(", ")}`) : null,
     values.is_cut ? el("p.bad", null, "The folder holds too many folders; not all were looked into.") : null,
   ];
+}
+
+function asked(evaluation) {
+  return evaluation.tasks.length ? `benchmark tasks: ${evaluation.tasks.join(", ")}` : null;
 }
 
 function changes(model) {
