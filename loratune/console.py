@@ -1,59 +1,89 @@
-"""The only module that prints: messages, tables and progress to stderr, results to stdout."""
+"""The only module that prints, beside `progress`: messages and tables to stderr, results to stdout."""
 
 from __future__ import annotations
 
 import codecs
 import os
+import shlex
 import sys
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from typing import Any
 
 from rich.cells import cell_len
-from rich.console import Console, Group
-from rich.live import Live
+from rich.console import Console
 from rich.panel import Panel
-from rich.progress import (
-    BarColumn,
-    DownloadColumn,
-    Progress,
-    ProgressColumn,
-    SpinnerColumn,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
 from rich.table import Table
 from rich.text import Text
 
+from loratune.commands import Command
 from loratune.printable import printable, printable_json
 from loratune.runtime import is_main_process
 from loratune.streams import delivered
 
-LINE_SECONDS = 15
-"""Minimum interval of progress lines without a terminal."""
-_stderr = Console(stderr=True, highlight=False, quiet=not is_main_process())
+stderr = Console(stderr=True, highlight=False, quiet=not is_main_process())
+"""Of the main process; the others print errors alone."""
 
 
-def say(message: str, style: str = "") -> None:
-    """Print a line for the user that is not a result."""
-    _stderr.print(Text(printable(message), style=style))
+def say(message: str, style: str = "", wraps: bool = True) -> None:
+    """Print a line for the user that is not a result; one with an address is not wrapped, so that it can be copied."""
+    stderr.print(Text(printable(message), style=style), soft_wrap=not wraps)
 
 
-def next_step(message: str) -> None:
-    """Print a suggested command; lines are not wrapped, so that they can be copied."""
-    _stderr.print(Text(printable(message)), soft_wrap=True)
+def next_step(command: Command, indent: str = "") -> None:
+    """Print a suggested command, in lines that can be pasted into a shell."""
+    for line in command_lines(command, stderr.width - len(indent)):
+        say(indent + line, wraps=False)
+
+
+def command_lines(command: Command, columns: int) -> list[str]:
+    """Return a command's text in lines that fit, each but the last with the backslash by which a shell reads on.
+
+    A flag stays with its value, and what is longer than a line stays whole.
+    """
+    if cell_len(str(command)) <= columns:
+        return [str(command)]
+    first, *parts = _parts(command.words)
+    lines = [f"{command.purpose}: {first}"]
+    for part in parts:
+        if cell_len(lines[-1]) + 1 + max(map(cell_len, part.splitlines())) + len(" \\") <= columns:
+            lines[-1] += f" {part}"
+        else:
+            lines[-1] += " \\"
+            lines += f"    {part}".splitlines()
+    return [*lines, *(f"    ({name}: {meaning})" for name, meaning in command.chosen.items())]
+
+
+def _parts(words: Sequence[str]) -> list[str]:
+    """Return the words of a command as a shell takes them, a flag and its value as one."""
+    parts = list[str]()
+    for word, before in zip(words, ("", *words[:-1]), strict=True):
+        if before.startswith("-") and not word.startswith("-"):
+            parts[-1] += f" {shlex.quote(word)}"
+        else:
+            parts.append(shlex.quote(word))
+    return parts
+
+
+def wrapped(text: str, columns: int) -> list[str]:
+    """Return a text in lines that are broken between words; a word that is longer stays whole."""
+    lines = list[str]()
+    for word in text.split():
+        if lines and cell_len(lines[-1]) + 1 + cell_len(word) <= columns:
+            lines[-1] += f" {word}"
+        else:
+            lines.append(word)
+    return lines
 
 
 def warn(message: str) -> None:
-    _stderr.print(Text("warning: ", style="yellow").append(printable(message), style="default"))
+    stderr.print(Text("warning: ", style="yellow").append(printable(message), style="default"))
 
 
 def error(message: str) -> None:
     """Print why the command failed; every process prints it, since only one of several may have failed."""
-    _stderr.quiet = False
-    _stderr.print(Text("error: ", style="bold red").append(printable(message), style="default"))
+    stderr.quiet = False
+    stderr.print(Text("error: ", style="bold red").append(printable(message), style="default"))
 
 
 def interject(message: str) -> None:
@@ -64,18 +94,19 @@ def interject(message: str) -> None:
 
 def table(rows: list[tuple[str, str]], title: str = "", is_result: bool = False) -> None:
     """Print names and values in two columns; results go to stdout."""
-    grid = _grid(title)
+    grid = _grid()
     grid.add_column(style="dim", no_wrap=True)
     grid.add_column(overflow="fold")
     for name, value in rows:
         grid.add_row(name, Text(printable(value)))
-    _print(grid, is_result)
+    _print(grid, is_result, title)
 
 
-def _print(grid: Table, is_result: bool) -> None:
-    page = Console(highlight=False, quiet=not is_main_process()) if is_result else _stderr
+def _print(grid: Table, is_result: bool = False, title: str = "") -> None:
+    """Print a table below its title, which rich itself would wrap at the width of the table."""
+    page = Console(highlight=False, quiet=not is_main_process()) if is_result else stderr
     with delivered() if is_result else nullcontext():
-        page.print(grid, "", sep="\n")
+        page.print(*([Text(printable(title), style="bold")] if title else []), grid, "", sep="\n")
 
 
 def comparison(rows: Sequence[tuple[str, ...]], is_result: bool = False, is_text: bool = False) -> None:
@@ -91,20 +122,19 @@ def comparison(rows: Sequence[tuple[str, ...]], is_result: bool = False, is_text
 
 def bars(counts: list[tuple[str, int]], title: str) -> None:
     """Print a histogram with a label, a bar and the count in each line."""
-    grid = _grid(title)
+    grid = _grid()
     grid.add_column(style="dim", justify="right", no_wrap=True)
     grid.add_column(no_wrap=True)
-    width, most = max(10, min(40, _stderr.width - 30)), max(count for _, count in counts)
+    width, most = max(10, min(40, stderr.width - 30)), max(count for _, count in counts)
     for label, count in counts:
         eighths = round(count / most * width * 8)
         bar = "█" * (eighths // 8) + " ▏▎▍▌▋▊▉"[eighths % 8].strip()
         grid.add_row(label, f"{bar or '▏' * (count > 0)} {count:,}")
-    _stderr.print(grid, "", sep="\n")
+    _print(grid, title=title)
 
 
-def _grid(title: str) -> Table:
-    style: dict[str, Any] = {"title_justify": "left", "title_style": "bold"}
-    return Table(title=title, box=None, show_header=False, padding=(0, 2, 0, 0), **style)
+def _grid() -> Table:
+    return Table(box=None, show_header=False, padding=(0, 2, 0, 0))
 
 
 def help_page(usage: str, text: str, panels: dict[str, list[tuple[str, str, str]]]) -> None:
@@ -188,109 +218,34 @@ def write_spans(spans: list[tuple[str, str]], brackets: bool = True) -> None:
 
 
 def memory(size_bytes: float) -> str:
-    """Format a size: 988 MB, 1.3 GB."""
-    for unit, scale in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if size_bytes >= scale:
-            value = size_bytes / scale
-            return f"{value:.1f} {unit}" if value < 100 else f"{value:.0f} {unit}"
-    return f"{size_bytes:.0f} B"
+    """Format a size: 988 MB, 1.3 GB; the unit is chosen after rounding, so that there is no 1000 MB."""
+    text, value = f"{size_bytes:.0f} B", round(size_bytes) / 1e3
+    for unit in ("kB", "MB", "GB", "TB"):
+        if value < 1:
+            break
+        value = round(value, 1 if value < 99.95 else 0)
+        text, value = f"{value:.{1 if value < 100 else 0}f} {unit}", value / 1e3
+    return text
+
+
+def duration(seconds: float) -> str:
+    """Return a time in two units at most: 40 s, 3 min 20 s, 2 h 5 min, 3 d."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{seconds:.1f} s" if seconds < 10 else f"{whole} s"
+    for size, unit, small, smaller in ((86400, "d", 3600, "h"), (3600, "h", 60, "min"), (60, "min", 1, "s")):
+        if whole >= size:
+            rest = whole % size // small
+            return f"{whole // size} {unit}" + (f" {rest} {smaller}" if rest else "")
+    raise AssertionError(seconds)
 
 
 @contextmanager
 def status(message: str) -> Iterator[None]:
     """Show a spinner during the `with` block; print a plain line if there is no terminal."""
-    if not _stderr.is_terminal:
+    if not stderr.is_terminal:
         say(message)
         yield
         return
-    with _stderr.status(message):
+    with stderr.status(message):
         yield
-
-
-@contextmanager
-def byte_progress(message: str, total_bytes: int) -> Iterator[Callable[[int], None]]:
-    """Show a bar; yields a function to call with each number of processed bytes. One line without a terminal."""
-    columns = (TextColumn(message), BarColumn(bar_width=None), DownloadColumn(), TimeElapsedColumn())
-    with _advancing(message, total_bytes, *columns) as advance:
-        yield advance
-
-
-@contextmanager
-def row_progress(message: str) -> Iterator[Callable[[int], None]]:
-    """Show a count of rows; yields a function to call with each number of new rows. One line without a terminal."""
-    columns = (SpinnerColumn(), TextColumn(message), TextColumn("{task.completed:,} rows"), TimeElapsedColumn())
-    with _advancing(message, None, *columns) as advance:
-        yield advance
-
-
-@contextmanager
-def _advancing(message: str, total: int | None, *columns: ProgressColumn) -> Iterator[Callable[[int], None]]:
-    if not _stderr.is_terminal:
-        say(message)
-        yield lambda _: None
-        return
-    with Progress(*columns, console=_stderr, expand=total is not None, transient=True) as progress:
-        task = progress.add_task(message, total=total)
-        yield lambda count: progress.advance(task, count)
-
-
-@contextmanager
-def counted_progress(noun: str, total: int, done: int = 0) -> Iterator[Callable[[int, str], None]]:
-    """Show a bar with the remaining time; yields a function to call with the count and some figures.
-
-    Without a terminal it prints lines.
-    """
-    if not _stderr.is_terminal:
-        yield _telling_now_and_then(noun, total)
-        return
-    columns = (
-        *(SpinnerColumn(), TextColumn(f"{{task.completed:,}}/{total:,} {noun}"), BarColumn(bar_width=None)),
-        *(TextColumn("{task.fields[figures]}"), TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn()),
-    )
-    with Progress(*columns, console=_stderr, expand=True, transient=True) as progress:
-        task = progress.add_task(noun, total=total, completed=done, figures="")
-        yield lambda count, figures: progress.update(task, completed=count, figures=figures)
-
-
-def _telling_now_and_then(noun: str, total: int) -> Callable[[int, str], None]:
-    printed = time.monotonic()
-
-    def tell(count: int, figures: str) -> None:
-        nonlocal printed
-        if count == total or time.monotonic() - printed > LINE_SECONDS:
-            printed = time.monotonic()
-            say(f"{count:,}/{total:,} {noun}  {figures}".rstrip())
-
-    return tell
-
-
-class StepProgress:
-    """The training progress bar with a line of metrics; plain lines without a terminal."""
-
-    def __init__(self, total_steps: int) -> None:
-        self.total_steps = total_steps
-        self._lines_every = max(1, total_steps // 20)
-        self._last_line = 0
-        columns = (SpinnerColumn(), TextColumn("step {task.completed}/{task.total}"), BarColumn(bar_width=None))
-        times = (TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn())
-        self._progress = Progress(*columns, *times, console=_stderr, expand=True)
-        self._task = self._progress.add_task("training", total=total_steps)
-        self._figures = Text("  waiting for the first step", style="dim")
-        self._live = Live(Group(self._progress, self._figures), console=_stderr, refresh_per_second=4)
-
-    def start(self) -> None:
-        if _stderr.is_terminal:
-            self._live.start()
-
-    def update(self, step: int, figures: str) -> None:
-        self._progress.update(self._task, completed=step)
-        self._figures.plain = f"  {figures}"
-        is_due = step % self._lines_every == 0 or step in (1, self.total_steps)
-        if not _stderr.is_terminal and is_due and step > self._last_line:
-            self._last_line = step
-            say(f"step {step}/{self.total_steps}  {figures}")
-
-    def stop(self) -> None:
-        """Stop updating the bar, and leave it on the screen."""
-        self._live.stop()
-        say("")

@@ -53,7 +53,7 @@ def clean_environment(monkeypatch: pytest.MonkeyPatch, encoded_rows: Path) -> No
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("COLUMNS", "20000")  # no message is broken into lines, however long the paths in it are
     for size in ("_width", "_height"):  # which rich keeps, where COLUMNS and LINES are set when it is imported
-        monkeypatch.setattr(f"loratune.console._stderr.{size}", None)
+        monkeypatch.setattr(f"loratune.console.stderr.{size}", None)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
 
 

@@ -607,7 +607,7 @@ def terminal(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Callab
             try:
                 sys.stdin, sys.stdout, sys.stderr = open(0), open(1, "w"), open(2, "w")  # noqa: SIM115
                 # What rich has found out about the test's own stderr does not hold here.
-                console._stderr = Console(stderr=True, highlight=False)
+                console.stderr = Console(stderr=True, highlight=False)
                 sys.__stdin__, sys.__stdout__, sys.__stderr__ = sys.stdin, sys.stdout, sys.stderr
                 code = program()
             finally:

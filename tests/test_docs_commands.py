@@ -24,6 +24,7 @@ from typing import Any
 import pytest
 import yaml
 from conftest import TINY_QWEN
+from rich.cells import cell_len
 from test_docs_site import PAGES, commands, shell_blocks
 
 DOCS = Path(__file__).resolve().parent.parent / "docs"
@@ -38,6 +39,11 @@ REFUSED = {
 }
 """Exit code and message of commands that need a GPU or the hub."""
 REVISION = "0" * 40
+COLUMNS = 80
+LONGEST_WORD = 60
+"""A line with a longer one, which is a path or an address, may be wider than the terminal: neither can be broken."""
+OF_TEXTS = {"agents-md", "data preview", "import", "infer", "launch", "schema"}
+"""Commands whose stdout is a document, or the text of rows and models, of which no line is broken."""
 
 
 def is_lasting(words: list[str]) -> bool:
@@ -97,7 +103,7 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def folder(prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A copy for the commands of one page."""
     monkeypatch.setenv("HF_HUB_CACHE", str(prepared / "hub"))
-    monkeypatch.setenv("COLUMNS", "80")
+    monkeypatch.setenv("COLUMNS", str(COLUMNS))
     return shutil.copytree(prepared, tmp_path / "place", symlinks=True)
 
 
@@ -108,8 +114,15 @@ def made_by(words: list[str]) -> str:
     return flags.get("--output") or flags.get("--fit") or ("out/qwen7b" if training else "")
 
 
+def too_wide(words: list[str], printed: subprocess.CompletedProcess[str]) -> list[str]:
+    """The lines of a command's output that are wider than the terminal, though they could be broken."""
+    is_document = OF_TEXTS & {words[0], " ".join(words[:2])} or {"--json", "--show"} & {*words}
+    lines = (printed.stderr + ("" if is_document else printed.stdout)).splitlines()
+    return [line for line in lines if cell_len(line) > COLUMNS and max(map(len, line.split())) <= LONGEST_WORD]
+
+
 def fault(folder: Path, words: list[str]) -> str:
-    """How a command ends other than it should; "" for nothing. What it makes is not there before."""
+    """How a command ends or prints other than it should; "" for nothing. What it makes is not there before."""
     if made := made_by(words):
         shutil.rmtree(folder / made, ignore_errors=True)
         (folder / made).unlink(missing_ok=True)
@@ -117,7 +130,8 @@ def fault(folder: Path, words: list[str]) -> str:
     expected, message = next((end for part, end in REFUSED.items() if part in line), (0, ""))
     done = run(folder, [GIVEN.get(word, word) for word in words])
     if done.returncode == expected and message in done.stderr:
-        return ""
+        wide = too_wide(words, done)
+        return "\n".join(("", f"loratune {line}: lines of over {COLUMNS} columns:", *wide)) if wide else ""
     return f"loratune {line}\nexit code {done.returncode}\n{done.stderr[-1500:]}"
 
 
@@ -133,8 +147,13 @@ def test_the_commands_of_a_page_work(page: Path, folder: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_command_that_does_not_work_is_found(folder: Path) -> None:
+def test_a_command_that_does_not_work_or_fit_is_found(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert "no shipped recipe" in fault(folder, ["data", "check", "--config", "my-recipe"])
+    listing = ["runs", "list"]
+    assert fault(folder, listing) == ""
+    monkeypatch.setenv("COLUMNS", "300")
+    shutil.copytree(folder / "out" / "run", folder / "out" / "-".join(["run"] * 15))
+    assert "lines of over 80 columns" in fault(folder, listing)
 
 
 @contextmanager

@@ -404,6 +404,23 @@ def test_asserts_decide_and_their_failures_are_in_junit(evaluate: Evaluate, reve
     assert "Worse: better on 0 of 8 rows, worse on 8" in done.stderr
 
 
+def test_the_time_of_general_answers_is_told_beforehand_where_it_is_long(
+    evaluate: Evaluate, short_run: Path, few_texts: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("loratune.generation.general_texts.ASSETS", few_texts)
+    rows = [{"instruction": "How much?", "output": "Two."}]
+    for least, is_told in ((60, False), (0, True)):
+        monkeypatch.setattr("loratune.evaluation.flow.ANNOUNCED_SECONDS", least)
+        _, done = evaluate(short_run, rows, "--general", "--overwrite")
+        told = re.search(
+            r"general instructions: (\d+) answers of at most 16 tokens, so at most .* tokens/s", done.stderr
+        )
+        assert bool(told) == is_told
+        assert not told or f"{told[1]}/{told[1]} answers" in done.stderr
+    _, done = evaluate(short_run, rows, "--general")
+    assert "general instructions" not in done.stderr, "all answers are there"
+
+
 def test_texts_of_rows_and_models_are_text_on_the_page(evaluate: Evaluate, short_run: Path, tmp_path: Path) -> None:
     from browsing import chromium
 
@@ -421,6 +438,25 @@ def test_texts_of_rows_and_models_are_text_on_the_page(evaluate: Evaluate, short
         assert '</pre><script>document.title = "forged"</script>' in page.locator("pre").first.inner_text()
         assert page.locator("img").count() == 0
         assert complaints == []
+
+
+def test_the_page_fits_a_narrow_window_and_tells_units(evaluated: tuple[Path, Result]) -> None:
+    from browsing import chromium, text_of
+
+    found = read_evaluation(evaluated[0])
+    with chromium() as browser:
+        page = browser.new_page(viewport={"width": 400, "height": 800})
+        page.goto((evaluated[0] / "eval.html").absolute().as_uri())
+        wide = "[...document.querySelectorAll('*')].filter((one) => one.getBoundingClientRect().right > innerWidth + 1)"
+        assert page.evaluate(f"{wide}.map((one) => one.outerHTML.slice(0, 80))") == []
+        assert page.locator("th").first.is_hidden()
+        label = "getComputedStyle(document.querySelector('td[data-label=better]'), '::before').content"
+        assert "better" in page.evaluate(label), "the name of its column stands beside a figure"
+        assert all("· worse by" in title and "nats per token" in title for title in text_of(page, "summary")[-16:])
+        assert page.locator("rect").count() == found.compared
+        page.set_viewport_size({"width": 1200, "height": 800})
+        assert page.locator("th").first.is_visible()
+        assert page.evaluate(label) == "none"
 
 
 def test_what_cannot_be_evaluated_is_refused_before_a_model_is_loaded(

@@ -17,6 +17,7 @@ from conftest import tree
 
 from loratune.board.search import Search
 from loratune.errors import Exit, LoratuneError
+from loratune.evaluation.tasks.result import TaskResult, TasksResult, write_tasks
 from loratune.generation.batch.answer_file import open_answers
 from loratune.recipe.loading import load_recipe
 from loratune.runs.lineage import sealed_digest
@@ -86,6 +87,17 @@ def test_every_state_is_told_and_a_run_runs_while_its_lock_is_held(cli: Any, fol
     assert (other["loss"], other["validation_loss"], other["step"], other["steps"]) == (1.0, 1.5, 4, 4)
     assert finished["bytes"] == sum(path.stat().st_size for path in (folder / "finished").rglob("*") if path.is_file())
     assert crashed.is_dir()
+
+
+def test_a_validation_of_the_base_is_not_told_as_that_of_the_adapter(cli: Any, folder: Path) -> None:
+    run = make_run(folder / "new", "running", metrics=METRICS[:2])
+    with run_lock(run):
+        found, shown = listed(cli, folder)["new"], cli("runs", "show", run).stdout
+        assert (found["loss"], found["validation_loss"], found["exact_answers"]) == (2.0, None, None)
+        assert "validation loss" not in shown
+        assert "2.5000" not in cli("runs", "list", folder).stdout + shown
+        make_run(folder / "new", "running")
+        assert listed(cli, folder)["new"]["validation_loss"] == 1.5
 
 
 def test_the_list_is_filtered_and_sorted(cli: Any, folder: Path) -> None:
@@ -225,6 +237,21 @@ def test_an_evaluation_on_the_way_is_told_and_results_of_others_are_not(cli: Any
     make_evaluation(folder / "done", run)
     shutil.copy(folder / "done" / "eval.json", begun)
     assert "not finished" not in words(cli("runs", "list", folder).stderr)
+
+
+def test_benchmarks_alone_are_listed_with_their_tasks(cli: Any, folder: Path) -> None:
+    (folder / "scores").mkdir()
+    search = Search(folder)
+    assert search.find().foreign == ("scores",)
+    tasks = tuple(TaskResult(name, None, 4, 4, 0, ()) for name in ("gsm8k", "ours"))
+    write_tasks(folder / "scores", TasksResult("out/faq", "org/base", None, {}, None, tasks))
+    found = search.find()
+    assert (found.foreign, found.values()["evaluations"][0]["tasks"]) == ((), ["gsm8k", "ours"])
+    assert f"evaluation {folder}/scores: benchmark tasks (gsm8k, ours) of out/faq" in words(
+        cli("runs", "list", folder).stderr
+    )
+    (folder / "scores" / "eval_tasks.json").write_text("{")
+    assert "eval_tasks.json: cannot be read" in words(cli("runs", "list", folder).stderr)
 
 
 def test_a_folder_that_is_not_there_is_an_error(cli: Any, tmp_path: Path) -> None:

@@ -23,6 +23,7 @@ from serving import API_KEY, Served, running
 from loratune.board import metrics
 from loratune.board.server.application import create_application
 from loratune.board.server.values import plain, thinned
+from loratune.console import memory
 from loratune.errors import LoratuneError
 from loratune.generation.server.middleware import LOOPBACK_NAMES, Access
 from loratune.runs.data_findings import save_findings
@@ -107,6 +108,13 @@ def test_runs_are_listed_filtered_chosen_and_compared(browser: Any, served: Serv
         assert text_of(page, ".side pre") == ["I am Robin.", "I am a model.", "I am Robin!", "Robin."]
         page.click("text=All runs")
         page.wait_for_selector("table.runs")
+
+
+def test_sizes_are_written_as_in_a_terminal(browser: Any, served: Served) -> None:
+    sizes = [0, 999, 1000, 99_949, 99_960, 999_499, 999_500, 1_500_000, 999_600_000, 24 * 10**9, 2 * 10**15]
+    script = "(sizes) => import('/page/dom.js').then((module) => sizes.map(module.bytes))"
+    with opened(browser, served, KEY_ADDRESS) as page:
+        assert page.evaluate(script, sizes) == [memory(size) for size in sizes]
 
 
 def test_a_run_is_shown_with_all_that_is_known_of_it(browser: Any, served: Served, folder: Path) -> None:

@@ -197,6 +197,8 @@ def test_figures_of_the_merge_are_told_apart_from_those_computed_again(cli: Cli,
         assert result.exit_code == 0, result.stderr
         assert "tensors read back" in result.stderr
         assert ("figures of verification.json" in result.stderr) == is_recorded
+        told = result.stderr
+        assert told.index("as they were verified") < told.index("tensors read back"), "what was done now comes first"
 
 
 def test_folders_of_earlier_versions_open_but_cannot_be_verified(cli: Cli, merged: Path) -> None:

@@ -153,7 +153,7 @@ def _seconds(run: OpenedRun) -> float | None:
 
 def _time(run: OpenedRun) -> str | None:
     seconds = _seconds(run)
-    return None if seconds is None else duration(seconds)
+    return None if seconds is None else console.duration(seconds)
 
 
 def _speed(run: OpenedRun) -> str | None:
@@ -214,18 +214,6 @@ FIGURES: dict[str, Callable[[OpenedRun], str | None]] = {
     "files changed": lambda run: ", ".join(run.changed) or None,
 }
 """What is said of a run in a line each; None where nothing is known."""
-
-
-def duration(seconds: float) -> str:
-    """Return a time in two units at most: 40 s, 3 min 20 s, 2 h 5 min, 3 d."""
-    whole = round(seconds)
-    if whole < 60:
-        return f"{seconds:.1f} s" if seconds < 10 else f"{whole} s"
-    for size, unit, small, smaller in ((86400, "d", 3600, "h"), (3600, "h", 60, "min"), (60, "min", 1, "s")):
-        if whole >= size:
-            rest = whole % size // small
-            return f"{whole // size} {unit}" + (f" {rest} {smaller}" if rest else "")
-    raise AssertionError(seconds)
 
 
 def open_place(folder: Path) -> OpenedRun:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from loratune import console
 from loratune.board.comparison import Asked, Curve, Row, RunComparison
-from loratune.board.opened import duration, value_text
+from loratune.board.opened import value_text
 from loratune.board.search import Found
 from loratune.board.summary import EvaluationSummary, ModelSummary, RunSummary
 from loratune.errors import counted
@@ -43,8 +43,7 @@ def show_list(found: Found, runs: Sequence[RunSummary], root: Path, with_models:
         models = [(_model_cells(model, root), _model_details(found, model)) for model in found.models]
         _show_entries(MODEL_COLUMNS, models)
     for one in _without_run(found):
-        told = one.problems[0] if one.problems else "its adapter is none of these runs', or has been trained anew since"
-        console.say(f"evaluation {root / one.name}: {told}")
+        console.say(f"evaluation {_place(root, one.folder)}: {_other_evaluation(one)}")
     if found.foreign:
         console.say(f"nothing of loratune's in: {', '.join(found.foreign)}")
     if found.is_cut:
@@ -58,25 +57,35 @@ def _show_entries(head: tuple[str, ...], entries: Sequence[tuple[tuple[str, ...]
     """
     rows = [head, *(cells for cells, _ in entries)]
     columns = [place for place in range(1, len(head)) if any(cells[place] for cells, _ in entries)]
+    width = shutil.get_terminal_size().columns
     widths = {place: max(width_of(row[place]) for row in rows) for place in columns}
-    room = max(0, shutil.get_terminal_size().columns - sum(width + 2 for width in widths.values()))
+    room = max(0, width - sum(each + 2 for each in widths.values()))
     name_width = min(room, max(width_of(row[0]) for row in rows))
 
     def line(cells: tuple[str, ...]) -> str:
         gap = name_width - width_of(cells[0])
         name = cells[0] + (" " * gap if gap >= 0 else f"\n{' ' * name_width}")
-        figures = (cells[place] + " " * (width - width_of(cells[place])) for place, width in widths.items())
+        figures = (cells[place] + " " * (each - width_of(cells[place])) for place, each in widths.items())
         return "  ".join((name, *figures)).rstrip() + "\n"
 
     spans = [(line(head), "context")]
     for cells, details in entries:
-        spans += [(line(cells), "plain"), *((f"  {detail}\n", "context") for detail in details)]
+        told = (f"  {part}\n" for detail in details for part in console.wrapped(detail, width - 2))
+        spans += [(line(cells), "plain"), *((part, "context") for part in told)]
     console.write_spans([*spans, ("\n", "context")], brackets=False)
 
 
 def _without_run(found: Found) -> list[EvaluationSummary]:
     known = {run.digest for run in found.runs if run.digest}
     return [one for one in found.evaluations if one.digest not in known]
+
+
+def _other_evaluation(one: EvaluationSummary) -> str:
+    if one.problems:
+        return one.problems[0]
+    if one.result is None and one.benchmarks:
+        return f"benchmark tasks ({', '.join(task.name for task in one.benchmarks.tasks)}) of {one.benchmarks.adapter}"
+    return "its adapter is none of these runs', or has been trained anew since"
 
 
 def _run_cells(found: Found, run: RunSummary, root: Path) -> tuple[str, ...]:
@@ -151,7 +160,7 @@ def age(time: str | None) -> str:
     if then.tzinfo is None:
         return ""
     seconds = max(0.0, (datetime.now(timezone.utc) - then).total_seconds())
-    return " ".join(duration(round(seconds)).split()[:2])
+    return " ".join(console.duration(round(seconds)).split()[:2])
 
 
 def show_comparison(found: RunComparison) -> None:

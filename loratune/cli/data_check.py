@@ -55,4 +55,4 @@ def command(
         DOCUMENT.write(report)
     if report["refused"]:
         raise typer.Exit(int(Exit.DATA))
-    console.next_step(str(loratune("train on them", "sft", {"--config": config, **setting_flags(settings)})))
+    console.next_step(loratune("train on them", "sft", {"--config": config, **setting_flags(settings)}))

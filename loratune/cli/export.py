@@ -111,6 +111,6 @@ def command(
         if format in get_args(ServerName) and not json:
             console.write_result(further.line)
         elif format != "adapter" or destination is None:  # otherwise this command uploads it
-            console.next_step(str(further))
+            console.next_step(further)
     if json:
         DOCUMENT.write(verification.sealed_values() | {"next": further.line})

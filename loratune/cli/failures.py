@@ -59,10 +59,10 @@ def failures_told() -> Iterator[None]:
             DOCUMENT.write(asdict(failure))
         if not is_for_user or (os.environ.get(DEBUG) and isinstance(error, Exception)):
             raise
-        show = console.error if isinstance(error, Exception) else console.next_step  # a signal is intended
+        show = console.error if isinstance(error, Exception) else console.say  # a signal is intended
         show(failure.message)
         for advised in getattr(error, "commands", ()):
-            console.next_step(f"  {advised}")
+            console.next_step(advised, indent="  ")
         raise typer.Exit(failure.exit_code) from error
 
 

@@ -98,7 +98,7 @@ def command(
         console.error("no recipe is written, because its result would be another; --allow-loss writes it anyway")
         raise typer.Exit(int(Exit.USAGE))
     if file is not None:
-        console.next_step(f"next: {found.next_command(file)}")
+        console.next_step(found.next_command(file))
 
 
 def _check_place(file: Path | None, config: Path, overwrite: bool) -> None:

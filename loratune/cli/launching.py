@@ -190,4 +190,4 @@ def deliver(document: Document, made: JobFile, file: Path | None, overwrite: boo
         console.write_result(made.text, end="")
     else:
         console.say(f"job file: {file}", style="bold")
-    console.next_step(str(submit))
+    console.next_step(submit)

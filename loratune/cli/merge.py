@@ -139,5 +139,5 @@ def _show(merged: MergedModel, output: Path) -> None:
 
     show_verification(merged)
     console.say(f"merged model: {output}", style="bold")
-    console.next_step(str(loratune("try it", "infer", {"--model": output})))
-    console.next_step(str(serve_merged(output)))
+    console.next_step(loratune("try it", "infer", {"--model": output}))
+    console.next_step(serve_merged(output))

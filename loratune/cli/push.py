@@ -38,4 +38,4 @@ def push(text: str | None, folder: Path, private: bool, dry_run: bool) -> Iterat
     console.table(files, title=f"{'would push' if dry_run else 'pushed'} to {destination.url}")
     if dry_run:
         console.say("dry run: nothing was uploaded")
-        console.next_step(str(repeated("upload it", {"--no-dry-run", "--overwrite"})))
+        console.next_step(repeated("upload it", {"--no-dry-run", "--overwrite"}))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -11,6 +12,7 @@ from loratune import console
 from loratune.board.layout import ShownModel, ShownRun
 from loratune.board.lineage import find_model, model_state, run_lineage
 from loratune.cli.documents import Document
+from loratune.commands import Command
 from loratune.errors import counted
 from loratune.runs.state import run_state
 
@@ -40,7 +42,7 @@ def command(
     rows = _model_rows(state) if model else [*_rows(state), *_lineage_rows(state)]
     console.table(rows, title=state["output"], is_result=True)
     if state.get("next"):
-        console.next_step(f"next: {state['next']}")
+        console.next_step(Command("next", tuple(shlex.split(state["next"]))))
 
 
 def _rows(state: dict[str, Any]) -> list[tuple[str, str]]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json as json_lines
-import shlex
 from pathlib import Path
 from typing import Annotated, Any
 from urllib.parse import urlsplit
@@ -24,6 +23,7 @@ from loratune.cli.serving import (
     ServedAddress,
     served_address,
 )
+from loratune.commands import Command
 from loratune.engine.sampling import NUMBERS
 from loratune.errors import Exit, LoratuneError, bullet_list, counted
 from loratune.imports import importing
@@ -207,7 +207,6 @@ def _tell(opened: ServedAddress, engine: Any, like: Path | None = None) -> None:
     headers = ["Content-Type: application/json"]
     if opened.key:
         headers.append(f"Authorization: Bearer {opened.made_key or 'API_KEY'}")
-    data = f'{{"model": {model},\n    "messages": {messages}}}'  # lines of fewer than 80 columns, as messages have them
-    parts = [("curl", f"{opened.address.url}/v1/chat/completions"), *(("-H", line) for line in headers), ("-d", data)]
-    lines = " \\\n  ".join(shlex.join(part) for part in parts)
-    console.next_step(f"try: {lines}")
+    words = ["curl", f"{opened.address.url}/v1/chat/completions", *(part for line in headers for part in ("-H", line))]
+    data = f'{{"model": {model},\n{" " * 9}"messages": {messages}}}'  # two lines, below each other
+    console.next_step(Command("try", (*words, "-d", data)))

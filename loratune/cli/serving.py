@@ -77,7 +77,7 @@ class ServedAddress:
         """Print the address of the page."""
         if not self.address.is_local:
             console.warn("other machines can connect, and the connection is not encrypted: use a TLS proxy in front")
-        console.next_step(f"page: {self.address.url}/{f'#api_key={self.key}' if self.made_key else ''}")
+        console.say(f"page: {self.address.url}/{f'#api_key={self.key}' if self.made_key else ''}", wraps=False)
 
 
 @contextmanager

@@ -66,7 +66,7 @@ def command(
     show_sweep(report)
     console.say(f"sweep folder: {report.output}")
     if report.best:
-        console.next_step(str(next_command(sweep)))
+        console.next_step(next_command(sweep))
     if json:
         DOCUMENT.write(report.values())
 

@@ -63,12 +63,12 @@ def command(
         return
     for remark in verified.remarks:
         console.warn(f"{remark}; no program loads it")
-    if verified.proved and isinstance(verified.proved.proved, MergedModel):
-        show_verification(verified.proved.proved, is_recorded=not verified.proved_again)
-    again = ", and its merge is proved again" if verified.proved_again else ""
+    again = ", and its merge is proved again" if verified.proved_again else ", by their hashes"
     files = counted(verified.files, "file")
     if verified.unchanged == verified.files:
         found = f"{files} as {'it was' if verified.files == 1 else 'they were'} verified"
     else:
         found = f"{verified.unchanged:,} of {files} as they were verified"
     console.say(f"{folder}: {verified.kind}, {found}{again}", style="bold")
+    if verified.proved and isinstance(verified.proved.proved, MergedModel):
+        show_verification(verified.proved.proved, is_recorded=not verified.proved_again)

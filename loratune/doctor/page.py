@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-import textwrap
 from collections.abc import Iterator
 
 from loratune import console
@@ -15,7 +14,7 @@ INDENT = 8
 
 
 def show(examination: Examination) -> None:
-    """Print the findings and their counts to stdout; commands are not wrapped, so that they can be copied."""
+    """Print the findings and their counts to stdout."""
     columns = max(40, shutil.get_terminal_size().columns)
     for group in examination.groups:
         lines = [span for finding in group.findings for span in _spans(finding, columns - INDENT)]
@@ -27,7 +26,8 @@ def _spans(finding: Finding, columns: int) -> Iterator[tuple[str, str]]:
     """Yield texts of a finding and their styles."""
     yield finding.state.ljust(INDENT), finding.state
     parts = f"{finding.name}: {finding.text}".splitlines()
-    lines = [line for part in parts for line in textwrap.wrap(part, columns, break_on_hyphens=False)]
+    lines = [line for part in parts for line in console.wrapped(part, columns)]
     yield ("\n" + " " * INDENT).join(lines) + "\n", "plain"
     for command in finding.remedies:
-        yield f"{' ' * INDENT}  {command}\n", "command"
+        for line in console.command_lines(command, columns - 2):
+            yield f"{' ' * INDENT}  {line}\n", "command"

@@ -25,12 +25,14 @@ from loratune.evaluation.rows_file import EvaluationRows, read_tests, unscored
 from loratune.evaluation.tasks.result import TASKS_RESULT
 from loratune.generation.batch.answer_file import REFUSED, AnswerFile, json_line, open_answers
 from loratune.generation.batch.flow import check_tools
-from loratune.generation.batch.row_answers import Side, Work, answer_rows, whole_rows
+from loratune.generation.batch.row_answers import Side, Tally, Work, answer_rows, whole_rows
 from loratune.generation.general_texts import load_instructions, load_passages
 from loratune.runs.opening import open_adapter
 from loratune.writing import disk_errors_explained, write_pieces
 
 ANSWERS = "answers.jsonl"
+ANNOUNCED_SECONDS = 60
+"""Time of the general answers from which it is told beforehand."""
 OWN = (RESULT, RESULTS, TASKS_RESULT)
 """Files by which an output folder is recognised."""
 
@@ -136,9 +138,11 @@ def _add_missing(request: EvaluationRequest, contest: Contest, tests: Evaluation
             engine = load_engine(loading.adapters, loading.model, request.force)
         warnings += engine.warnings
         with closing(engine):
-            answer_rows(engine, Work(tests.rows, request.sampling, loading.sides, None, True), file)
+            tally = answer_rows(engine, Work(tests.rows, request.sampling, loading.sides, None, True), file)
             if request.general:
-                answer_rows(engine, _general_work(request, loading), file)
+                work = _general_work(request, loading)
+                _announce_general(work, tally, file)
+                answer_rows(engine, work, file)
                 for side in loading.sides:
                     if side.use_adapter:
                         measure_passages(engine, side, file)
@@ -176,6 +180,18 @@ def _general_work(request: EvaluationRequest, loading: Loading) -> Work:
     limit = min(ANSWER_TOKENS, request.sampling.max_new_tokens)
     rows = [one.row for one in load_instructions()]
     return Work(rows, request.sampling.but(max_new_tokens=limit), tuple(map(general, loading.sides)), None, False)
+
+
+def _announce_general(work: Work, tally: Tally, file: AnswerFile) -> None:
+    """Tell how long the general answers take at most at the speed of the rows' answers, if it is worth telling."""
+    missing = sum(not file.has(row.number, side.answer) for row in work.rows for side in work.sides)
+    limit = work.sampling.max_new_tokens
+    seconds = missing * limit * tally.seconds / tally.tokens if tally.tokens else 0.0
+    if seconds > ANNOUNCED_SECONDS:
+        console.say(
+            f"general instructions: {counted(missing, 'answer')} of at most {limit} tokens, so at most "
+            f"{console.duration(seconds)} at {tally.tokens / tally.seconds:,.0f} tokens/s; --no-general leaves them out"
+        )
 
 
 def _is_complete(request: EvaluationRequest, side: Side, tests: EvaluationRows, file: AnswerFile) -> bool:

@@ -20,6 +20,7 @@ from loratune.evaluation.rows_file import question_of
 from loratune.generation.batch.answer_file import AnswerFile
 from loratune.generation.batch.questions import AskedRow
 from loratune.generation.batch.row_answers import Side
+from loratune.progress import counted_progress
 
 Choice = Literal["first", "second", "tie"]
 
@@ -102,7 +103,7 @@ def add_verdicts(judge: Judge, rows: Sequence[AskedRow], sides: Sequence[Side], 
     """
     api, problem, failures = JudgeApi(judge.url, judge.model), "", 0
     todo = [row for row in rows if not file.has(row.number, judge.kind)]
-    with console.counted_progress("rows judged", len(rows), len(rows) - len(todo)) as show:
+    with counted_progress("rows judged", len(rows), len(rows) - len(todo)) as show:
         for count, row in enumerate(todo, start=len(rows) - len(todo) + 1):
             try:
                 verdict = _verdict(api, row, *(file.read(row.number, side.answer)["answer"] for side in sides))

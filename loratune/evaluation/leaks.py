@@ -8,7 +8,6 @@ from pathlib import Path
 
 import numpy as np
 
-from loratune import console
 from loratune.data.assembly.pool import Pool
 from loratune.data.encoding.encoder import Encoder
 from loratune.data.encoding.row_encoder import row_digest
@@ -19,6 +18,7 @@ from loratune.errors import LoratuneError, first_line_of
 from loratune.evaluation.result import Leaks
 from loratune.extras import needs
 from loratune.generation.batch.questions import AskedRow
+from loratune.progress import row_progress
 from loratune.recipe.loading import load_written_recipe
 from loratune.runs.folder import RECIPE
 from loratune.runs.manifest import Manifest
@@ -106,7 +106,7 @@ def _near(trained: Pool, sequences: dict[int, list[int]], prompts: Sequence[list
         *(trained.input_ids(index)[shared:] for index in range(count)),
         *(one[shared:] for one in sequences.values()),
     ]
-    with console.row_progress("looking for test rows among the training rows") as advance:
+    with row_progress("looking for test rows among the training rows") as advance:
         pairs = find_near_duplicates(ids, NEAR, advance, known=count)
     numbers = list(sequences)
     return tuple(sorted(numbers[row - count] for row, earlier in pairs if earlier < count)), ""

@@ -37,7 +37,7 @@ def show_evaluation(evaluation: Evaluation, output: Path) -> None:
     for sentence in evaluation.fallen.values():
         console.warn(sentence)
     console.say(f"answers side by side: {output / PAGE}")
-    console.next_step(str(_next(evaluation)))
+    console.next_step(_next(evaluation))
 
 
 def _lines(one: Evaluation) -> Iterator[tuple[str, ...]]:

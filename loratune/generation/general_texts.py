@@ -6,11 +6,11 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from loratune import console
 from loratune.engine.engine import Engine
 from loratune.engine.types import Divergence
 from loratune.generation.batch.questions import AskedRow
 from loratune.plain_files import read_json
+from loratune.progress import counted_progress
 
 ASSETS = Path(__file__).resolve().parent.parent / "assets" / "general"
 INSTRUCTIONS = "instructions.json"
@@ -61,7 +61,7 @@ def read_passages(engine: Engine, adapter: str, passages: Sequence[Passage]) -> 
         adapter: name of the adapter.
         passages: the passages to read.
     """
-    with console.counted_progress("passages read", len(passages)) as show:
+    with counted_progress("passages read", len(passages)) as show:
         for count, passage in enumerate(passages, start=1):
             yield passage, engine.divergence(passage.text, adapter)
             show(count, "")

@@ -8,7 +8,7 @@ from typing import Any
 
 from typing_extensions import TypedDict
 
-from loratune.commands import loratune
+from loratune.commands import Command, loratune
 from loratune.errors import counted
 from loratune.migration.config_file import read_config
 from loratune.migration.recipe_text import recipe_text, settle
@@ -89,9 +89,9 @@ class Translation:
             "recipe": self.text,
         }
 
-    def next_command(self, file: Path) -> str:
+    def next_command(self, file: Path) -> Command:
         """Return the command that checks the rows of the written recipe."""
-        return loratune("check its rows", "data check", {"--config": file}).line
+        return loratune("check its rows", "data check", {"--config": file})
 
 
 def translate(

@@ -15,6 +15,7 @@ from loratune import console
 from loratune.errors import Exit, LoratuneError, bullet_list
 from loratune.model.hardware import Hardware
 from loratune.model.memory import peak_memory_bytes
+from loratune.progress import StepProgress
 from loratune.runs.folder import METRICS, read_metrics
 from loratune.runtime import is_main_process
 from loratune.writing import append_text, write_text
@@ -132,11 +133,11 @@ class Progress(TrainerCallback):
     def __init__(self, metrics: Metrics, hardware: Hardware) -> None:
         self.metrics = metrics
         self.hardware = hardware
-        self.bar: console.StepProgress | None = None
+        self.bar: StepProgress | None = None
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         if state.is_world_process_zero:
-            self.bar = console.StepProgress(state.max_steps)
+            self.bar = StepProgress(state.max_steps)
             self.bar.start()
 
     def on_log(self, args: Any, state: Any, control: Any, **_: Any) -> None:

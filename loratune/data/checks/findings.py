@@ -10,13 +10,13 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from loratune import console
 from loratune.data.assembly.pool import Indices, Pool, earlier_copies
 from loratune.data.checked_rows import SHOWN_ROWS
 from loratune.data.checks.inspection import FLAGS
 from loratune.data.encoding.encoded import CUT, UNENDED
 from loratune.errors import agreeing, bullet_list, counted
 from loratune.extras import required
+from loratune.progress import row_progress
 from loratune.recipe.data_sections import DataSettings
 from loratune.recipe.findings import FINDINGS, Finding
 
@@ -140,7 +140,7 @@ def _near_duplicates(pool: Pool, threshold: float, equal: Indices) -> FoundRows:
     candidates = np.setdiff1d(np.arange(len(pool)), equal)
     shared = _shared_beginning(pool, candidates[:100])
     ids = (pool.input_ids(index)[shared:] for index in candidates)
-    with console.row_progress("looking for similar rows") as advance:
+    with row_progress("looking for similar rows") as advance:
         pairs = find_near_duplicates(ids, threshold, advance)
     later, earlier = np.array(pairs, np.int64).reshape(-1, 2).T
     return FoundRows(candidates[later], candidates[earlier])

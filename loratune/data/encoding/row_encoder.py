@@ -16,7 +16,6 @@ from typing import Any, TypeAlias
 import numpy as np
 import pyarrow as pa
 
-from loratune import console
 from loratune.data.checked_rows import CheckedRows
 from loratune.data.checks.inspection import Inspector
 from loratune.data.encoding.encoded import CUT, INFO, ROWS, SCHEMA, UNENDED, Line
@@ -25,6 +24,7 @@ from loratune.data.encoding.tokens import Ids, normal_form
 from loratune.data.encoding.truncation import shorten
 from loratune.data.formats.conversation import Conversation
 from loratune.errors import LoratuneError
+from loratune.progress import row_progress
 from loratune.recipe.data_sections import DataSettings
 
 BATCH_ROWS = 1000
@@ -66,7 +66,7 @@ class RowEncoder:
             _rare_garbage_collection(),
             pa.OSFile(str(folder / ROWS), "wb") as sink,
             pa.ipc.new_stream(sink, SCHEMA) as writer,
-            console.row_progress(f"encoding {Path(rows.file.name).name}") as advance,
+            row_progress(f"encoding {Path(rows.file.name).name}") as advance,
         ):
             while batch := list(islice(iterator, BATCH_ROWS)):
                 lines = self._encode(batch, rows)

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable
 
 import psutil
 
+from loratune import console
 from loratune.errors import Exit, LoratuneError
 
 CPU_SECONDS = 3
@@ -62,7 +63,7 @@ def try_template(text: str, renderings: Iterable[Callable[[], str]]) -> None:
         cause = f"writes more than {CHARACTERS:,} characters" if verdict == _TOO_LARGE else "does not come to an end"
         raise LoratuneError(
             f"the tokenizer's chat template {cause} for a conversation of a few words ({CPU_SECONDS} s and "
-            f"{MEMORY_BYTES // 1_000_000} MB are allowed); fetch the model's files again, correct the template, or set "
+            f"{console.memory(MEMORY_BYTES)} are allowed); fetch the model's files again, correct the template, or set "
             "prompt.template to plain or alpaca",
             Exit.MODEL,
         )

@@ -132,7 +132,7 @@ def _check_ollama(job: Export, model: Rehearsal) -> None:
             f"{written.lost_tools}: Ollama will say that the model does not support tools. llama.cpp's server takes "
             "the template from the GGUF file, tools included"
         )
-        console.next_step(f"  {_llama_server(job.output / job.gguf_name)}")
+        console.next_step(_llama_server(job.output / job.gguf_name), indent="  ")
 
 
 def _llama_server(file: Path) -> Command:

@@ -12,7 +12,6 @@ from pathlib import Path
 import psutil
 import torch
 
-from loratune import console
 from loratune.choices import AddedTo
 from loratune.delivery.merge.job import (
     Candidate,
@@ -33,6 +32,7 @@ from loratune.delivery.verification.report import about_changed, described
 from loratune.delivery.verification.verify import prove
 from loratune.errors import Exit, LoratuneError
 from loratune.model.adapter.peft_merge import PeftMerge
+from loratune.progress import byte_progress
 from loratune.runs.card import write_merged_card
 from loratune.runs.intact import recorded_files
 from loratune.runs.merged import MergeSeconds, ReadBack
@@ -136,7 +136,7 @@ def prove_files(job: Job, candidate: Candidate) -> None:
     """
     plan = candidate.plan
     peft = candidate.peft = PeftMerge(job.base, job.source.adapter, plan.vocabulary, job.is_tied)
-    with console.byte_progress("reading back", plan.nbytes) as advance:
+    with byte_progress("reading back", plan.nbytes) as advance:
         candidate.read_back = read_back(plan, peft, candidate.files, candidate.folder, advance, job.options.dtype)
     check_beside(job.base, job.source.tokenizer_folder(job.base), job.encoder, candidate.folder)
 
@@ -202,7 +202,7 @@ def _candidates(job: Job, folder: Path) -> list[Candidate]:
 
 def _write(job: Job, candidate: Candidate) -> None:
     plan, files, folder = candidate.plan, candidate.files, candidate.folder
-    with console.byte_progress("merging", plan.nbytes) as advance:
+    with byte_progress("merging", plan.nbytes) as advance:
         try:
             write_merged(plan, files, folder, advance)
         except TooLargeError as error:

@@ -18,6 +18,7 @@ from loratune.engine.sampling import SEEDS, Sampling
 from loratune.engine.types import GenerationRequest
 from loratune.errors import Exit, LoratuneError, counted
 from loratune.evaluation.tasks.result import Generated
+from loratune.progress import counted_progress
 
 LIMITS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
 """Names of a task's limit of new tokens; the first that is given counts."""
@@ -124,7 +125,7 @@ class HarnessModel(TemplateLM):
             if self._engine.prompt_tokens(question) < self._engine.context_tokens
         ]
         texts, lengths = [""] * len(requests), dict.fromkeys(fitting, False)
-        with console.counted_progress("answers", len(fitting)) as show:
+        with counted_progress("answers", len(fitting)) as show:
             answers = self._engine.answers(questions[number] for number in fitting)
             for count, (place, answer) in enumerate(answers, start=1):
                 texts[fitting[place]], lengths[fitting[place]] = answer.text, answer.finish == "length"
@@ -136,7 +137,7 @@ class HarnessModel(TemplateLM):
 
     def _each(self, given: Sequence[Any], what: str, measure: Callable[[Any], Any]) -> list[Any]:
         found = []
-        with console.counted_progress(what, len(given)) as show:
+        with counted_progress(what, len(given)) as show:
             for count, one in enumerate(given, start=1):
                 found.append(measure(one))
                 show(count, "")

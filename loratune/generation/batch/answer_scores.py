@@ -5,11 +5,11 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from loratune import console
 from loratune.data.formats.conversation import written_out
 from loratune.generation.batch.answer_file import AnswerFile
 from loratune.generation.batch.row_answers import Side, Work
 from loratune.generation.batch.text_metrics import TextMetrics
+from loratune.progress import counted_progress
 
 LARGEST_EXPONENT = 700.0
 """Limits the exponent so that the perplexity does not overflow."""
@@ -32,7 +32,7 @@ def score_rows(work: Work, file: AnswerFile) -> tuple[RowScores, dict[str, dict[
     texts = TextMetrics(references.values())
     rows: RowScores = {}
     total = len(references) * len(work.sides)
-    with console.counted_progress("answers compared", total) as show:
+    with counted_progress("answers compared", total) as show:
         for side in work.sides:
             for number, reference in references.items():
                 answer = _said(file, number, side)

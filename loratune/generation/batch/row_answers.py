@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from loratune import console
 from loratune.data.formats.conversation import Message
 from loratune.engine.engine import AHEAD, Engine
 from loratune.engine.request_handle import RequestHandle
@@ -21,6 +20,7 @@ from loratune.engine.types import Delta, GenerationRequest, joined
 from loratune.errors import Interrupted, LoratuneError, counted
 from loratune.generation.batch.answer_file import REFUSED, TOO_LONG, AnswerFile
 from loratune.generation.batch.questions import AskedRow
+from loratune.progress import counted_progress
 from loratune.runtime import signals_to
 
 BASE = "base"
@@ -129,7 +129,7 @@ class _Answering:
         kept = total - len(self._waiting)
         started = time.monotonic()
         try:
-            with console.counted_progress("answers", total, kept) as show:
+            with counted_progress("answers", total, kept) as show:
                 while self._waiting or self._open:
                     self._hand_in()
                     with suppress(queue.Empty):
@@ -202,7 +202,7 @@ def _add_losses(engine: Engine, work: Work, file: AnswerFile, events: queue.Simp
         if row.answer is not None and not file.has(row.number, side.loss)
     ]
     total = sum(row.answer is not None for row in work.rows) * len(work.sides)
-    with console.counted_progress("references scored", total, total - len(todo)) as show:
+    with counted_progress("references scored", total, total - len(todo)) as show:
         for count, (side, row, answer) in enumerate(todo, start=total - len(todo) + 1):
             if not events.empty():
                 raise Interrupted(events.get())

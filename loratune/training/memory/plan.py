@@ -172,7 +172,7 @@ def show_plan(found: Plan, config: str | None, flags: Mapping[str, Any], written
     if found.seconds_per_step:
         console.say(f"a step took {found.seconds_per_step:.1f} s in the last run in {found.recipe.output}")
     _show_changes(found)
-    console.next_step(str(_next(found, config, flags, written)))
+    console.next_step(_next(found, config, flags, written))
 
 
 def _verdict(found: Plan) -> str:

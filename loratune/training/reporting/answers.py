@@ -20,6 +20,7 @@ from loratune.engine.scheduler import Decoder
 from loratune.engine.sequence import RunningSequence
 from loratune.errors import LoratuneError, counted
 from loratune.model.adapter.own_parameters import BASE
+from loratune.progress import counted_progress
 from loratune.protocols import AdaptedModel
 from loratune.runs.report import Answers, Told
 
@@ -108,7 +109,7 @@ def _readable(
 def _decode(decoder: Decoder, before: list[RunningSequence], now: list[RunningSequence], allowance: Allowance) -> bool:
     """Generate the answers, those of the base in half of the time; return False if the user interrupted."""
     start, total = time.monotonic(), sum(running.sampling.max_new_tokens for running in (*before, *now))
-    with console.counted_progress("tokens", total) as tell:
+    with counted_progress("tokens", total) as tell:
         # Separately, so that no step mixes adapters.
         for rows, until in ((before, start + allowance.seconds / 2), (now, start + allowance.seconds)):
             for running in rows:

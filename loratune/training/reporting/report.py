@@ -145,7 +145,7 @@ def show_report(report: Report) -> None:
     commands = (next_command(output, "finished"), evaluation_command(output), merging_command(output))
     # Serving may be the same merge, with the reason for it.
     for command in {one.words: one for one in (*commands, serving_command(output)) if one}.values():
-        console.next_step(str(command))
+        console.next_step(command)
 
 
 def _answer_rows(answers: Answers | None) -> list[tuple[str, str]]:

@@ -81,10 +81,15 @@ export function percent(value) {
   return value === null || value === undefined ? "–" : `${(100 * value).toFixed(1)} %`;
 }
 
+/** A size as `console.memory` writes it. */
 export function bytes(size) {
-  const units = [[1e9, "GB"], [1e6, "MB"], [1e3, "kB"]];
-  const [scale, unit] = units.find(([each]) => size >= each) ?? [1, "B"];
-  return `${(size / scale).toFixed(scale > 1 && size / scale < 100 ? 1 : 0)} ${unit}`;
+  let [text, value] = [`${size} B`, size / 1e3];
+  for (const unit of ["kB", "MB", "GB", "TB"]) {
+    if (value < 1) break;
+    value = Number(value.toFixed(value < 99.95 ? 1 : 0));
+    [text, value] = [`${value.toFixed(value < 100 ? 1 : 0)} ${unit}`, value / 1e3];
+  }
+  return text;
 }
 
 /** How long ago a time was. */

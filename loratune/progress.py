@@ -1,0 +1,132 @@
+"""Progress on stderr: bars on a terminal, and lines now and then where there is none."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from rich.console import Group
+from rich.live import Live
+from rich.progress import (
+    BarColumn,
+    Progress,
+    ProgressColumn,
+    SpinnerColumn,
+    Task,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from rich.text import Text
+
+from loratune import console
+from loratune.console import duration, memory, say
+
+FIRST_LINE_SECONDS, LINE_SECONDS = 5, 15
+"""Without a terminal: time before the first line of a progress, and the least between two of them."""
+MOST_LINES = 40
+"""Of a progress without a terminal, if it goes on as fast as it began."""
+
+
+@contextmanager
+def byte_progress(message: str, total_bytes: int) -> Iterator[Callable[[int], None]]:
+    """Show a bar; yields a function to call with each number of processed bytes. One line without a terminal."""
+    columns = (TextColumn(message), BarColumn(bar_width=None), _Bytes(), TimeElapsedColumn())
+    with _advancing(message, total_bytes, *columns) as advance:
+        yield advance
+
+
+class _Bytes(ProgressColumn):
+    """How much of how much."""
+
+    def render(self, task: Task) -> Text:
+        return Text(f"{memory(task.completed)} of {memory(task.total or 0)}", style="progress.download")
+
+
+@contextmanager
+def row_progress(message: str) -> Iterator[Callable[[int], None]]:
+    """Show a count of rows; yields a function to call with each number of new rows. One line without a terminal."""
+    columns = (SpinnerColumn(), TextColumn(message), TextColumn("{task.completed:,} rows"), TimeElapsedColumn())
+    with _advancing(message, None, *columns) as advance:
+        yield advance
+
+
+@contextmanager
+def _advancing(message: str, total: int | None, *columns: ProgressColumn) -> Iterator[Callable[[int], None]]:
+    if not console.stderr.is_terminal:
+        say(message)
+        yield lambda _: None
+        return
+    with Progress(*columns, console=console.stderr, expand=total is not None, transient=True) as progress:
+        task = progress.add_task(message, total=total)
+        yield lambda count: progress.advance(task, count)
+
+
+@contextmanager
+def counted_progress(noun: str, total: int, done: int = 0) -> Iterator[Callable[[int, str], None]]:
+    """Show a bar with the remaining time; yields a function to call with the count and some figures.
+
+    Without a terminal it prints lines with the remaining time, at growing intervals and only of a new count.
+    """
+    if not console.stderr.is_terminal:
+        yield _telling_now_and_then(noun, total, done)
+        return
+    columns = (
+        *(SpinnerColumn(), TextColumn(f"{{task.completed:,}}/{total:,} {noun}"), BarColumn(bar_width=None)),
+        *(TextColumn("{task.fields[figures]}"), TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn()),
+    )
+    with Progress(*columns, console=console.stderr, expand=True, transient=True) as progress:
+        task = progress.add_task(noun, total=total, completed=done, figures="")
+        yield lambda count, figures: progress.update(task, completed=count, figures=figures)
+
+
+def _telling_now_and_then(noun: str, total: int, done: int) -> Callable[[int, str], None]:
+    start = printed_at = time.monotonic()
+    printed = done
+
+    def tell(count: int, figures: str) -> None:
+        nonlocal printed_at, printed
+        if count == printed:
+            return
+        now = time.monotonic()
+        left = (now - start) * (total - count) / max(1, count - done)
+        pause = FIRST_LINE_SECONDS if printed == done else max(LINE_SECONDS, (now - start + left) / MOST_LINES)
+        if count == total or now - printed_at >= pause:
+            printed_at, printed = now, count
+            parts = (f"{count:,}/{total:,} {noun}", figures, f"{duration(left)} left" if count < total else "")
+            say("  ".join(filter(None, parts)))
+
+    return tell
+
+
+class StepProgress:
+    """The training progress bar with a line of metrics; plain lines without a terminal."""
+
+    def __init__(self, total_steps: int) -> None:
+        self.total_steps = total_steps
+        self._lines_every = max(1, total_steps // 20)
+        self._last_line = 0
+        columns = (SpinnerColumn(), TextColumn("step {task.completed}/{task.total}"), BarColumn(bar_width=None))
+        times = (TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn())
+        self._progress = Progress(*columns, *times, console=console.stderr, expand=True)
+        self._task = self._progress.add_task("training", total=total_steps)
+        self._figures = Text("  waiting for the first step", style="dim")
+        self._live = Live(Group(self._progress, self._figures), console=console.stderr, refresh_per_second=4)
+
+    def start(self) -> None:
+        if console.stderr.is_terminal:
+            self._live.start()
+
+    def update(self, step: int, figures: str) -> None:
+        self._progress.update(self._task, completed=step)
+        self._figures.plain = f"  {figures}"
+        is_due = step % self._lines_every == 0 or step in (1, self.total_steps)
+        if not console.stderr.is_terminal and is_due and step > self._last_line:
+            self._last_line = step
+            say(f"step {step}/{self.total_steps}  {figures}")
+
+    def stop(self) -> None:
+        """Stop updating the bar, and leave it on the screen."""
+        self._live.stop()
+        say("")

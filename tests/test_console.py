@@ -1,0 +1,111 @@
+"""What the console writes itself: sizes, times, progress without a terminal, and commands for a shell."""
+
+from __future__ import annotations
+
+import subprocess
+from types import SimpleNamespace
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from rich.cells import cell_len
+
+from loratune import console, progress
+from loratune.commands import Command, loratune
+
+UNITS = {"B": 1, "kB": 1e3, "MB": 1e6, "GB": 1e9, "TB": 1e12}
+
+
+@pytest.mark.parametrize(
+    ("size", "text"),
+    [
+        (0, "0 B"), (999, "999 B"), (1000, "1.0 kB"), (99_949, "99.9 kB"), (99_960, "100 kB"), (999_499, "999 kB"),
+        (999_500, "1.0 MB"), (999_600_000, "1.0 GB"), (1_000_000_000, "1.0 GB"), (24 * 10**9, "24.0 GB"),
+        (999_960_000_000, "1.0 TB"), (2e15, "2000 TB"),
+    ],
+)  # fmt: skip
+def test_a_size_has_the_largest_unit_that_leaves_a_digit(size: float, text: str) -> None:
+    assert console.memory(size) == text
+
+
+@given(st.integers(0, 10**15 - 10**12))
+def test_a_size_is_what_it_says_to_its_last_digit_and_never_1000_of_a_unit(size: int) -> None:
+    number, unit = console.memory(size).split()
+    assert float(number) < 1000
+    assert abs(float(number) * UNITS[unit] - size) <= (0.051 if "." in number else 0.501) * UNITS[unit]
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"), [(4.2, "4.2 s"), (59.4, "59 s"), (60, "1 min"), (200, "3 min 20 s"), (7500, "2 h 5 min")]
+)
+def test_a_time_has_two_units_at_most(seconds: float, text: str) -> None:
+    assert console.duration(seconds) == text
+
+
+# --- progress without a terminal ---
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
+    now = SimpleNamespace(seconds=0.0)
+    monkeypatch.setattr(progress, "time", SimpleNamespace(monotonic=lambda: now.seconds))
+    return now
+
+
+def told(clock: SimpleNamespace, counts: list[int], total: int, capsys: pytest.CaptureFixture[str]) -> list[str]:
+    """The lines of a progress whose count is told every half second."""
+    with progress.counted_progress("answers", total, counts[0]) as show:
+        for count in counts:
+            show(count, "9 tokens/s")
+            clock.seconds += 0.5
+    return capsys.readouterr().err.splitlines()
+
+
+def test_a_count_is_told_once_with_the_time_left(clock: SimpleNamespace, capsys: pytest.CaptureFixture[str]) -> None:
+    lines = told(clock, [0] * 20 + [5] * 20 + [19] * 400 + [20], 20, capsys)
+    assert lines == [
+        "5/20 answers  9 tokens/s  30 s left",
+        "19/20 answers  9 tokens/s  1.3 s left",
+        "20/20 answers  9 tokens/s",
+    ]
+
+
+def test_the_time_left_is_that_of_what_was_not_kept(clock: SimpleNamespace, capsys: pytest.CaptureFixture[str]) -> None:
+    (first, *_) = told(clock, [80] * 20 + [85] * 2, 100, capsys)
+    assert first == "85/100 answers  9 tokens/s  30 s left"
+
+
+def test_a_log_of_hours_has_few_lines_and_a_short_one_only_the_last(
+    clock: SimpleNamespace, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lines = told(clock, list(range(20_000)), 20_000, capsys)
+    assert progress.MOST_LINES / 2 < len(lines) <= progress.MOST_LINES + 1
+    assert told(clock, list(range(8)), 7, capsys) == ["7/7 answers  9 tokens/s"]
+
+
+# --- commands ---
+
+WORDS = ("loratune", "eval", "--adapter", "out/faq 2", "--no-general", "--output", "out/it's", '{"a":\n "b"}')
+
+
+@pytest.mark.parametrize("columns", [20, 40, 80, 200])
+def test_a_command_in_lines_is_the_same_command_for_a_shell(columns: int) -> None:
+    command = Command("", ("printf", "%s\\0", *WORDS))
+    lines = console.command_lines(command, columns)
+    done = subprocess.run(["sh", "-c", "\n".join(lines)[2:]], capture_output=True, text=True, check=True)
+    assert done.stdout.split("\0") == [*WORDS, ""]
+    assert len(lines) > 1 or columns == 200
+
+
+def test_a_command_is_broken_between_flags_only_where_it_does_not_fit() -> None:
+    command = loratune("merge it", "merge", {"--adapter": "out/小李", "--output": "OUT"}, {"OUT": "a folder"})
+    whole = "merge it: loratune merge --adapter 'out/小李' --output OUT  (OUT: a folder)"
+    assert console.command_lines(command, cell_len(whole)) == [whole]
+    lines = console.command_lines(command, 50)
+    assert lines == ["merge it: loratune merge --adapter 'out/小李' \\", "    --output OUT", "    (OUT: a folder)"]
+    assert max(map(cell_len, lines)) <= 50
+
+
+def test_words_are_kept_whole_where_a_text_is_broken() -> None:
+    text = "小李 reads " + "a-very-long-name-of-a-file " * 2
+    assert console.wrapped(text, 12) == ["小李 reads", "a-very-long-name-of-a-file", "a-very-long-name-of-a-file"]
