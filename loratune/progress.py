@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Protocol
 
 from rich.console import Group
 from rich.live import Live
@@ -63,9 +64,22 @@ def _advancing(message: str, total: int | None, *columns: ProgressColumn) -> Ite
         yield lambda count: progress.advance(task, count)
 
 
+class Tell(Protocol):
+    """Shows a count."""
+
+    def __call__(self, count: int, figures: str, begun: float = 0.0) -> None:
+        """Show it.
+
+        Args:
+            count: how many are finished.
+            figures: shown beside it.
+            begun: how many the unfinished ones amount to, where many are made at once.
+        """
+
+
 @contextmanager
-def counted_progress(noun: str, total: int, done: int = 0) -> Iterator[Callable[[int, str], None]]:
-    """Show a bar with the remaining time; yields a function to call with the count and some figures.
+def counted_progress(noun: str, total: int, done: int = 0) -> Iterator[Tell]:
+    """Show a bar with the remaining time, and yield how to tell the count.
 
     Without a terminal it prints lines with the remaining time, at growing intervals and only of a new count.
     """
@@ -78,19 +92,23 @@ def counted_progress(noun: str, total: int, done: int = 0) -> Iterator[Callable[
     )
     with Progress(*columns, console=console.stderr, expand=True, transient=True) as progress:
         task = progress.add_task(noun, total=total, completed=done, figures="")
-        yield lambda count, figures: progress.update(task, completed=count, figures=figures)
+
+        def tell(count: int, figures: str, begun: float = 0.0) -> None:
+            progress.update(task, completed=count, figures=figures)
+
+        yield tell
 
 
-def _telling_now_and_then(noun: str, total: int, done: int) -> Callable[[int, str], None]:
+def _telling_now_and_then(noun: str, total: int, done: int) -> Tell:
     start = printed_at = time.monotonic()
     printed = done
 
-    def tell(count: int, figures: str) -> None:
+    def tell(count: int, figures: str, begun: float = 0.0) -> None:
         nonlocal printed_at, printed
         if count == printed:
             return
         now = time.monotonic()
-        left = (now - start) * (total - count) / max(1, count - done)
+        left = (now - start) * max(0.0, total - count - begun) / max(1.0, count - done + begun)
         pause = FIRST_LINE_SECONDS if printed == done else max(LINE_SECONDS, (now - start + left) / MOST_LINES)
         if count == total or now - printed_at >= pause:
             printed_at, printed = now, count

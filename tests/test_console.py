@@ -75,6 +75,13 @@ def test_the_time_left_is_that_of_what_was_not_kept(clock: SimpleNamespace, caps
     assert first == "85/100 answers  9 tokens/s  30 s left"
 
 
+def test_what_is_begun_counts_for_the_time_left(clock: SimpleNamespace, capsys: pytest.CaptureFixture[str]) -> None:
+    with progress.counted_progress("answers", 24) as show:
+        clock.seconds = 38.0
+        show(1, "97 tokens/s", 22.8)
+    assert capsys.readouterr().err == "1/24 answers  97 tokens/s  0.3 s left\n"
+
+
 def test_a_log_of_hours_has_few_lines_and_a_short_one_only_the_last(
     clock: SimpleNamespace, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -122,6 +122,7 @@ class _Answering:
         )
         self._open: dict[tuple[int, str], RequestHandle] = {}
         """Row and kind of the answers in progress."""
+        self._ended_tokens = 0
 
     def run(self) -> None:
         """Generate until nothing is missing."""
@@ -135,11 +136,19 @@ class _Answering:
                     with suppress(queue.Empty):
                         self._take(self.events.get(timeout=SHOW_SECONDS) if self._open else None)
                     rate = self.tally.tokens / (time.monotonic() - started)
-                    show(kept + self.tally.answers, f"{rate:,.0f} tokens/s")
+                    show(kept + self.tally.answers, f"{rate:,.0f} tokens/s", self._begun())
         finally:
             self.tally.seconds = time.monotonic() - started
             for handle in self._open.values():
                 handle.cancel()
+
+    def _begun(self) -> float:
+        """Return how many answers those in progress amount to, if they get as long as the ended ones.
+
+        Short answers end first, so one as long as the limit is counted with them.
+        """
+        usual = (self._ended_tokens + self.work.sampling.max_new_tokens) / (self.tally.answers + 1)
+        return min((self.tally.tokens - self._ended_tokens) / usual, len(self._open))
 
     def _hand_in(self) -> None:
         while self._waiting and len(self._open) < AHEAD * self.engine.slots:
@@ -191,6 +200,7 @@ class _Answering:
     def _keep(self, key: tuple[int, str], values: dict[str, Any]) -> None:
         self.file.add(*key, values)
         self.tally.answers += 1
+        self._ended_tokens += values["tokens"]
 
 
 def _add_losses(engine: Engine, work: Work, file: AnswerFile, events: queue.SimpleQueue[Any]) -> None:
