@@ -599,6 +599,11 @@ def test_a_line_for_each_result_fits_into_eighty_columns(tmp_path: Path, capsys:
     assert ", seed 43  step 123456/1234567" in lines[0]
     assert lines[0].index("  step") == lines[1].index("  failed")
     assert "failed (5): training diverged" in lines[1]
+    short = replace(long, settings={"lora.rank": 8}, seed=None)
+    tell_result(sweep, short, [short, *trials[1:]], workers=1)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert len(line) <= 80
+    assert line.endswith(" left"), "what does not fit is taken from the blanks"
 
 
 def test_shipped_sweeps_are_valid_and_told_and_find_their_rows_from_any_folder(

@@ -66,7 +66,10 @@ def tell_result(sweep: Sweep, trial: Trial, trials: Sequence[Trial], workers: in
         return
     seed = "" if trial.seed is None else f", seed {trial.seed}"
     settings = shortened(described(trial.settings), SETTINGS_WIDTH - len(seed)) + seed
-    console.say(shortened(f"{trial.number:02d}  {settings:<{SETTINGS_WIDTH}}  {end}", COLUMNS))
+    line = f"{trial.number:02d}  {settings:<{SETTINGS_WIDTH}}  {end}"
+    if not trial.failure and len(line) > COLUMNS:  # blanks are left out before the time left is
+        line = f"{trial.number:02d}  {settings:<{max(0, SETTINGS_WIDTH - len(line) + COLUMNS)}}  {end}"
+    console.say(shortened(line, COLUMNS))
 
 
 def show_sweep(report: SweepReport) -> None:
