@@ -29,8 +29,9 @@ def gains_plot(gains: Sequence[float], title: str) -> str:
     scale = (BARS_HEIGHT - 20) / ((top - bottom) or 1.0)
     step = (WIDTH - BARS_LEFT) / len(ordered)
     width, zero = max(0.5, min(WIDEST_BAR, step * 0.8)), 10 + top * scale
+    left = BARS_LEFT + (step - width) / 2
     bars = "".join(
-        f'<rect class="{"gain" if value > 0 else "loss"}" x="{BARS_LEFT + place * step:.2f}" width="{width:.2f}" '
+        f'<rect class="{"gain" if value > 0 else "loss"}" x="{left + place * step:.2f}" width="{width:.2f}" '
         f'y="{zero - max(value, 0) * scale:.2f}" height="{abs(value) * scale:.2f}"/>'
         for place, value in enumerate(ordered)
     )
