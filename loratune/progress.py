@@ -101,18 +101,19 @@ def counted_progress(noun: str, total: int, done: int = 0) -> Iterator[Tell]:
 
 def _telling_now_and_then(noun: str, total: int, done: int) -> Tell:
     start = printed_at = time.monotonic()
-    printed = done
+    printed: int | None = None
 
     def tell(count: int, figures: str, begun: float = 0.0) -> None:
         nonlocal printed_at, printed
         if count == printed:
             return
         now = time.monotonic()
-        left = (now - start) * max(0.0, total - count - begun) / max(1.0, count - done + begun)
-        pause = FIRST_LINE_SECONDS if printed == done else max(LINE_SECONDS, (now - start + left) / MOST_LINES)
+        made = count - done + begun
+        left = (now - start) * max(0.0, total - done - made) / made if made > 0 else 0.0
+        pause = FIRST_LINE_SECONDS if printed is None else max(LINE_SECONDS, (now - start + left) / MOST_LINES)
         if count == total or now - printed_at >= pause:
             printed_at, printed = now, count
-            parts = (f"{count:,}/{total:,} {noun}", figures, f"{duration(left)} left" if count < total else "")
+            parts = (f"{count:,}/{total:,} {noun}", figures, f"{duration(left)} left" if left else "")
             say("  ".join(filter(None, parts)))
 
     return tell

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import random
 import re
 import sys
@@ -18,7 +19,7 @@ from safetensors.torch import load_file
 from serving import benchmark_figures
 from typer.testing import Result
 
-from loratune import console
+from loratune import progress
 from loratune.errors import Exit
 from loratune.model.adapter.attach import attach_adapter, save_adapter
 from loratune.model.architecture.structure import causal_model
@@ -276,7 +277,9 @@ def test_a_card_without_a_size_is_refused_before_anything_is_planned(cli: Callab
 def test_a_recipe_that_does_not_fit_is_changed_until_it_does(
     cli: Callable[..., Result], random_qwen: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(console, "LINE_SECONDS", -1)  # a line for each
+    a_line_for_each = {"FIRST_LINE_SECONDS": -1, "LINE_SECONDS": -1, "MOST_LINES": math.inf}
+    for name, value in a_line_for_each.items():
+        monkeypatch.setattr(progress, name, value)
     rows = tmp_path / "rows.json"
     rows.write_text(json.dumps(ROWS))
     line = ("--model.base", random_qwen, "--data.train", rows, "--data.validation", 0, "--model.dtype", "float32")

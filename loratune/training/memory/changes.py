@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import Any
 
 from loratune.commands import flag_words, setting_flags
 from loratune.errors import LoratuneError
+from loratune.progress import Tell
 from loratune.recipe.loading import with_settings
 from loratune.recipe.sections import Recipe
 from loratune.training.memory.prediction import Prediction
@@ -16,10 +17,6 @@ SHORTEST = 128
 """Tokens of a row; few have their answers within less."""
 SMALLEST_PASS = 256
 """Tokens of a pass; smaller ones save little, and each costs a launch of every kernel."""
-
-
-Tell: TypeAlias = Callable[[int, str], None]
-"""Called before each prediction with a count of changes, and the words of the one that is tried."""
 
 
 @dataclass(frozen=True)
@@ -101,7 +98,8 @@ def outcomes(
 ) -> list[Outcome]:
     """Predict the memory with each change alone, in order; what saves nothing or does not fit the recipe is left out.
 
-    Of several sizes of one setting, the largest that suffices stays, or else the smallest.
+    Of several sizes of one setting, the largest that suffices stays, or else the smallest. Before each prediction, the
+    change is told.
     """
     before, found = predict(recipe).peak_bytes, dict[tuple[str, ...], Outcome]()
     for tried, change in enumerate(changes):

@@ -13,6 +13,7 @@ from loratune import console
 from loratune.commands import Command, loratune, setting_flags
 from loratune.errors import Exit, LoratuneError
 from loratune.model.architecture.structure import layer_count
+from loratune.progress import counted_progress
 from loratune.recipe.loading import dump_recipe, with_settings
 from loratune.recipe.sections import Recipe
 from loratune.runs.report import read_report
@@ -128,9 +129,9 @@ def plan(recipe: Recipe, place: Place, is_here: bool) -> Plan:
         return Plan(recipe, place, found, seconds_per_step=seconds)
     layers = layer_count(planner.config)
     possible = list(possible_changes(recipe, found.tokens, layers, place.hardware.processes))
-    with console.counted_progress("changes tried", len(possible)) as tell:
+    with counted_progress("changes tried", len(possible)) as tell:
         changes = outcomes(recipe, possible, planner.predict, room, tell)
-    with console.counted_progress("changes together", len(changes)) as tell:
+    with counted_progress("changes together", len(changes)) as tell:
         fit = fitting(recipe, changes, planner.predict, room, tell)
     made = Plan(recipe, place, found, tuple(changes), None if fit is None else tuple(fit), None, seconds)
     if made.fitted is None:
