@@ -103,7 +103,7 @@ def _about_answers(answers: Answers | None) -> list[str]:
         )
     if answers and answers.ended < answers.judged / 2:
         sentences.append(
-            f"{answers.judged - answers.ended} of {counted(answers.judged, 'answer')} did not reach an end token: "
+            f"{answers.judged - answers.ended} of {counted(answers.judged, 'answer')} did not end with an end token: "
             "train longer, and look for answers that are cut off in the rows (loratune data preview); until then "
             "limit them with --max-new-tokens"
         )
