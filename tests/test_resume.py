@@ -136,8 +136,15 @@ def status(run: Path) -> dict[str, Any]:
     return dict(json.loads((run / "status.json").read_text()))
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
-@pytest.mark.parametrize("stopped_in", [[2], pytest.param([0, 1, 3, 4, 5], marks=pytest.mark.slow)], ids=str)
+@pytest.mark.parametrize(
+    ("variant", "stopped_in"),
+    [
+        *((variant, [2]) for variant in VARIANTS),
+        ("all weights", [5]),  # no step is left, but a validation, in the types of the steps
+        *(pytest.param(variant, [0, 1, 3, 4, 5], marks=pytest.mark.slow) for variant in VARIANTS),
+    ],
+    ids=str,
+)
 def test_a_run_stopped_after_any_step_resumes_to_the_same_bits(
     sft: Sft,
     stop: Callable[..., None],

@@ -247,6 +247,7 @@ class AdapterTrainer(SFTTrainer):
         if not is_at_end:
             self.train(resume_from_checkpoint=str(checkpoint))
             return
+        self.accelerator.prepare_model(self.model, evaluation_mode=True)  # autocast, as in steps
         self._load_from_checkpoint(str(checkpoint))
         self.state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE))
         self.callback_handler.on_train_begin(self.args, self.state, self.control)
