@@ -523,7 +523,7 @@ def test_runs_show_tells_how_a_run_stands(
         (run / "status.json").write_text(kept)
     table = cli("runs", "show", run)
     assert "finished at step 6 of 6" in table.stdout
-    assert f"loratune infer --adapter {run}" in " ".join(table.stderr.split())
+    assert f"loratune infer --adapter {run}" in " ".join(table.stderr.replace("\\\n", "").split())
 
 
 def test_a_resumed_run_makes_the_passes_that_it_made_before(
