@@ -309,6 +309,9 @@ def test_resume_auto_starts_goes_on_and_ends(
         path for path in after if not path.name.startswith(".lock")
     }
     assert all(after[path] == before[path] for path in before if not path.name.startswith(".lock"))
+    unfinished[1].write_text("{")  # of a process that was killed while it wrote the last report
+    assert sft("run", "--resume", "auto").exit_code == 0
+    assert not unfinished[1].exists()
 
 
 def damage(path: Path, how: str) -> None:

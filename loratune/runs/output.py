@@ -164,6 +164,12 @@ def check_links(output: Path) -> None:
         )
 
 
+def clear_unfinished(output: Path) -> None:
+    """Remove what a killed process had begun to write into a run folder, whose lock the caller holds."""
+    for left in [*remove_unfinished(output), *remove_unfinished(output / CHECKPOINTS)]:
+        console.say(f"removed {left}, which an earlier process had not finished")
+
+
 def begin_run(output: Path, recipe: Recipe, manifest: Manifest, keep: bool = False, steps: int | None = None) -> None:
     """Create a run folder; files of an earlier run are removed, and nothing else.
 
@@ -180,8 +186,7 @@ def begin_run(output: Path, recipe: Recipe, manifest: Manifest, keep: bool = Fal
         # First, so that the folder is recognisable as a run if the process is killed.
         set_status(output, "running", **({"steps": steps} if steps else {}))
         # Before removing files, since it may restore what a killed process had moved away.
-        for left in [*remove_unfinished(output), *remove_unfinished(output / CHECKPOINTS)]:
-            console.say(f"removed {left}, which an earlier process had not finished")
+        clear_unfinished(output)
         for name in removed:
             remove(output / name)
     except OSError as error:

@@ -21,7 +21,7 @@ from loratune.runs.data_findings import DataFinding, save_findings
 from loratune.runs.folder import ADAPTER
 from loratune.runs.lock import run_lock
 from loratune.runs.manifest import Manifest
-from loratune.runs.output import begin_run, prepare_output, seal_run
+from loratune.runs.output import begin_run, clear_unfinished, prepare_output, seal_run
 from loratune.runs.probe import MAX_QUESTIONS, save_probe
 from loratune.runs.record import RunRecord
 from loratune.runs.report import Report, write_report
@@ -104,7 +104,10 @@ def train(
             told = from_first(lambda: completion(output, start, prepared.plan.steps, recipe.evaluation.early_stopping))
             if told:
                 console.say(told)
-                return open_report(output) if is_main_process() else None
+                if not is_main_process():
+                    return None
+                attempted("the removal of unfinished files", lambda: clear_unfinished(output))
+                return open_report(output)
         stops.last_step = step_of(share, prepared.plan.steps) if share else None
         session = load(prepared, start)
         stack.enter_context(machine_errors_explained(recipe, session.prediction))

@@ -68,7 +68,7 @@ class Runner:
 
     def _train(self, name: str, flags: tuple[str, ...], sabotage: Sabotage | None) -> None:
         """Train and exit; never returns."""
-        from loratune.cli.app import app
+        from loratune.cli.app import main
 
         code = 1
         try:
@@ -77,7 +77,8 @@ class Runner:
             os.dup2(log, 2)
             if sabotage:
                 sabotage()
-            app(["sft", *self.flags, *flags, f"--output={self.place / name}"])
+            sys.argv = ["loratune", "sft", *self.flags, *flags, f"--output={self.place / name}"]
+            main()
         except SystemExit as error:
             code = int(error.code or 0)
         except BaseException:
