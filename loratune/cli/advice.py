@@ -6,6 +6,7 @@ What takes long to import is imported where a line is wrong, since help and runn
 from __future__ import annotations
 
 import re
+import shlex
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -67,35 +68,41 @@ def advised_message(error: Any, options: Sequence[Any], words: Sequence[str]) ->
         near = nearest(match["given"], (name.strip("'") for name in match["known"].split(", ")), MISSPELT)
         return match["told"] + (f"; did you mean {near}?" if near else f". {error.param.help}")
     if "unexpected extra argument" in message:
-        return message + "".join(f"; {kind.told} {flag} {word}" for word, kind, flag in _flags_of(words, options))
+        return message + "".join(
+            f"; {kind.told} {shlex.join((flag, word))}" for word, kind, flag in _flags_of(words, options)
+        )
     return message.replace("Input should be", "it must be")
 
 
-def whole_line(
-    missing: Sequence[Any], options: Sequence[Any], words: Sequence[str], line: Sequence[str]
-) -> LoratuneError:
+def whole_line(missing: Sequence[Any], free: Sequence[Any], words: Sequence[str], line: Sequence[str]) -> LoratuneError:
     """Return the error of a line that lacks options, with the line that has them.
 
     Args:
         missing: the options and arguments that it lacks.
-        options: see `advised_message`.
-        words: see `advised_message`; they become values of the options that they are meant for.
+        free: the options that it does not give, those that it lacks among them.
+        words: see `advised_message`; they become values of the free options that they are meant for, and the others are
+            left out.
         line: the words of the line but for these.
     """
-    meant = {flag: word for word, _, flag in _flags_of(words, options)}
-    added, chosen = list[str](), dict[str, str]()
+    meant = {flag: word for word, _, flag in _flags_of(words, free)}
+    flags, arguments, chosen = list[str](), list[str](), dict[str, str]()
     for one in missing:
         value = str(one.name).upper()
         if (flag := _flag_of(one)) in meant:
-            value = meant[flag]
+            value = meant.pop(flag)
         else:
             chosen[value] = _about(one)
-        added += [flag, value] if flag else [value]
+        if flag:
+            flags += [flag, value]
+        else:
+            arguments.append(value)
+    flags += [part for given in meant.items() for part in given]
+    end = line.index("--") if "--" in line else len(line)  # what follows is never a flag
     named = {_flag_of(one) or str(one.name).upper(): _about(one) for one in missing}
     return LoratuneError(
         f"give also:\n{bullet_list([f'{name}: {about}' for name, about in named.items()])}",
         Exit.USAGE,
-        [Command("the whole line", (*line, *added), chosen)],
+        [Command("the whole line", (*line[:end], *flags, *line[end:], *arguments), chosen)],
         [Problem(about, key=name, remedy=f"give {name}") for name, about in named.items()],
     )
 

@@ -66,9 +66,10 @@ class Command(TyperCommand):
         if hasattr(error, "param_type"):
             flags = {_FlagGiven.of(args[place]).name for place in self._places_of_flags(args)}
             given = [one for one in options if flags & {*one.opts}] + arguments[: len(places)]
-            missing = [one for one in options if one.required and one not in given]
+            free = [one for one in options if one not in given]
+            missing = [one for one in free if one.required]
             kept = [word for place, word in enumerate(args) if place not in strays]
-            raise whole_line(missing, options, words, ["loratune", *ctx.command_path.split()[1:], *kept]) from error
+            raise whole_line(missing, free, words, ["loratune", *ctx.command_path.split()[1:], *kept]) from error
         error.message = advised_message(error, options, words)
 
     def _with_present_names(self, args: list[str]) -> list[str]:
