@@ -65,16 +65,23 @@ class LoratuneError(Exception):
         exit_code: exit code of the process.
         commands: commands that help, in order; the caller has verified that they will be accepted (see `refusal`).
         problems: what the message lists, for programs; default is to take them from its lines.
+        parts: messages that are joined in this one; each lists problems of its own, and what to do about them.
     """
 
     def __init__(
-        self, message: str, exit_code: Exit, commands: Sequence[Command] = (), problems: Sequence[Problem] = ()
+        self,
+        message: str,
+        exit_code: Exit,
+        commands: Sequence[Command] = (),
+        problems: Sequence[Problem] = (),
+        parts: Sequence[str] = (),
     ) -> None:
         super().__init__("\n".join([message, *(f"  {command}" for command in commands)]))
         self.message = message
         self.exit_code = exit_code
         self.commands = tuple(commands)
         self.problems = tuple(problems)
+        self.parts = tuple(parts) or (message,)
 
 
 class Interrupted(KeyboardInterrupt):
@@ -106,6 +113,11 @@ class OutputLost(BaseException):
         super().__init__("it is closed" if is_closed else getattr(reason, "strerror", None) or str(reason))
         self.has_no_reader = isinstance(reason, BrokenPipeError)
         """Whether the reader of a pipe has closed it, as `head` does."""
+
+
+def joined(messages: Sequence[str], exit_code: Exit, commands: Sequence[Command] = ()) -> LoratuneError:
+    """Return one error with several messages."""
+    return LoratuneError("\n".join(messages), exit_code, commands, parts=messages)
 
 
 def refusal(check: Callable[[], object]) -> LoratuneError | None:

@@ -311,6 +311,18 @@ def test_all_reasons_for_a_refusal_are_named_at_once(check: Run, tmp_path: Path)
     assert {one["name"] for one in cleaned["findings"]} == {f"{name}, removed" for name in ODD}
 
 
+def test_each_problem_of_several_files_has_its_own_remedy_in_json(check: Run, tmp_path: Path) -> None:
+    bad = write_rows(tmp_path / "bad.json", [{"instruction": "a"}])
+    unfilled = write_rows(tmp_path / "unfilled.json", [{"instruction": "{{name}}?", "output": "b"}])
+    missing = str(tmp_path / "missing.json")
+    result = check(bad, "--data.train", unfilled, "--data.train", missing, "--json")
+    problems = figures_of(result, Exit.DATA)["problems"]
+    assert [one["file"] for one in problems] == [str(bad), str(unfilled), missing]
+    assert "correct or remove these rows" in problems[0]["remedy"]
+    assert "--data.placeholders name=TEXT" in problems[1]["remedy"]
+    assert problems[2]["remedy"] is None
+
+
 def test_of_many_rows_with_a_finding_five_are_shown(check: Run, tmp_path: Path) -> None:
     rows = [*ROWS, *[{"instruction": f"Letter {n}?", "output": "A"} for n in range(8)]]
     (found,) = figures_of(

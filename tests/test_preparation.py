@@ -245,6 +245,11 @@ def test_faults_of_several_files_are_told_together(encoder: Encoder, tmp_path: P
     assert str(rows_file) not in message
 
 
+def test_a_fault_of_a_file_that_is_given_twice_is_told_once(encoder: Encoder, tmp_path: Path) -> None:
+    wrong = write_rows(tmp_path / "wrong.json", [{"instruction": "a"}])
+    assert refusal(encoder, train=[wrong, wrong], validation=[wrong]).count("'output' is missing") == 1
+
+
 def test_rows_of_all_kinds_of_faults_are_told_at_once(encoder: Encoder, tmp_path: Path) -> None:
     odd = [{"instruction": "a", "ouput": "b"}, {"instruction": "c", "output": ""}, *ROWS[:3]]
     unfilled = write_rows(tmp_path / "unfilled.json", [{"instruction": "{{name}}?", "output": "{{name}}."}, odd[0]])

@@ -77,7 +77,7 @@ def _failure_of(error: BaseException) -> tuple[Failure, bool]:
         code = 128 + getattr(error, "signal_number", signal.SIGINT)
         return _failure(str(error) or "interrupted", code), True
     if isinstance(error, LoratuneError):
-        return _failure(error.message, error.exit_code, error.problems, error.commands), True
+        return _failure(error.message, error.exit_code, error.problems, error.commands, error.parts), True
     if isinstance(error, (OSError, MemoryError)):
         return _failure(_system_message(error), Exit.IO), True
     if hasattr(error, "format_message") and hasattr(error, "exit_code"):  # Click's; newer Typers have one of their own
@@ -100,10 +100,17 @@ def _failure_of(error: BaseException) -> tuple[Failure, bool]:
     return Failure(int(Exit.BUG), message, (Problem(message, remedy=remedy),)), False
 
 
-def _failure(message: str, code: int, problems: Sequence[Problem] = (), commands: Sequence[Command] = ()) -> Failure:
-    """Return a failure with the problems that are given, or else with those that its message lists."""
-    told = tuple(replace(one, remedy=one.remedy or _remedy(one.message)) for one in problems) or problems_of(message)
-    return Failure(int(code), message, told, tuple(command.told for command in commands))
+def _failure(
+    message: str,
+    code: int,
+    problems: Sequence[Problem] = (),
+    commands: Sequence[Command] = (),
+    parts: Sequence[str] = (),
+) -> Failure:
+    """Return a failure with the problems that are given, or else with those that each part of its message lists."""
+    told = [replace(one, remedy=one.remedy or _remedy(one.message)) for one in problems]
+    listed = told or [one for part in parts or [message] for one in problems_of(part)]
+    return Failure(int(code), message, tuple(listed), tuple(command.told for command in commands))
 
 
 def _usage_failure(error: Any) -> Failure:

@@ -74,10 +74,11 @@ def problems_of_sources(entries: Sequence[str | SourceSettings], data: DataSetti
 
 @contextmanager
 def _collected(problems: list[str]) -> Iterator[None]:
-    """Append an error of the data to `problems` instead of raising it."""
+    """Append an error of the data to `problems` instead of raising it; a file may be given twice, and is told once."""
     try:
         yield
     except LoratuneError as error:
         if error.exit_code != Exit.DATA:
             raise
-        problems.append(str(error))
+        if (told := str(error)) not in problems:
+            problems.append(told)

@@ -17,14 +17,14 @@ from loratune.data.checks.findings import (
     describe_removed,
     find_rows,
     judge_lengths,
-    refusal,
+    refusals,
     shared_rows,
 )
 from loratune.data.encoding.loaded_source import LoadedSource, Rendering
 from loratune.data.loading import SourceLoader
 from loratune.data.template.reasoning_form import ReasoningForm
 from loratune.data.template.thinking import Reasoning
-from loratune.errors import Exit, LoratuneError, agreeing, counted
+from loratune.errors import Exit, LoratuneError, agreeing, counted, joined
 from loratune.recipe.data_sections import DataSettings
 from loratune.recipe.sections import PromptSettings
 
@@ -65,9 +65,9 @@ class PreparedData:
         Raises:
             LoratuneError: lists every finding that refuses the data.
         """
-        message = refusal(self.found)
-        if message:
-            raise LoratuneError(message, Exit.DATA)
+        messages = refusals(self.found)
+        if messages:
+            raise joined(messages, Exit.DATA)
         return self
 
     @property
@@ -98,7 +98,7 @@ def prepare_data(data: DataSettings, rendering: Rendering, seed: int) -> Prepare
     held_out = held_out.take(held_out.has_usable_sequence(max_length))
     if loader.problems:
         _leave_out_shared(rows, np.ones(len(rows), np.int64), held_out, data, found)
-        raise LoratuneError("\n".join(filter(None, [*loader.problems, refusal(found)])), Exit.DATA)
+        raise joined([*loader.problems, *refusals(found)], Exit.DATA)
     if not len(rows):
         raise _nothing_left(data, max_length, kept, found)
     times = mix(rows, seed)

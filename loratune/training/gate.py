@@ -13,7 +13,7 @@ from loratune.data.encoding.loaded_source import Rendering
 from loratune.data.loading import problems_of_sources
 from loratune.data.preparation import PreparedData, prepare_data
 from loratune.data.template.facts import TemplateFacts, template_facts
-from loratune.errors import Exit, LoratuneError
+from loratune.errors import Exit, LoratuneError, joined
 from loratune.model.files import find_tokenizer
 from loratune.model.stop_tokens import stop_ids
 from loratune.recipe.sections import PromptSettings, Recipe
@@ -51,7 +51,7 @@ def pass_gate(recipe: Recipe, day: str | None = None) -> PreparedData:
         problems = problems_of_sources([*recipe.data.train, *recipe.data.validation_sources], recipe.data)
         if not problems:
             raise
-        raise LoratuneError("\n".join([*problems, str(error)]), Exit.DATA) from error
+        raise joined([*problems, error.message], Exit.DATA, error.commands) from error
     if facts.is_dated and not prompt.date:
         prompt = prompt.model_copy(update={"date": day or date.today().isoformat()})
     remarks = list(_about_template(facts, prompt, stop_ids(folder)))

@@ -199,6 +199,6 @@ def _warning(name: str, pool: Pool, rows: NDArray[np.int64], noun: str, predicat
     return Found(name, "warn", len(rows), f"{_said(pool, rows, noun, predicate)}:\n{listed}")
 
 
-def refusal(found: Sequence[Found]) -> str:
-    """Join the messages of all findings that refuse the data; empty if there are none."""
-    return "\n".join(one.text for one in found if one.level == "refuse")
+def refusals(found: Sequence[Found]) -> list[str]:
+    """Return the messages of all findings that refuse the data."""
+    return [one.text for one in found if one.level == "refuse"]
