@@ -16,7 +16,7 @@ from documents import faults
 
 from loratune.errors import Exit, LoratuneError
 from loratune.mcp_server.bounds import Bounds
-from loratune.mcp_server.calls import flags, setting_words
+from loratune.mcp_server.calls import Calls, flags, setting_words
 from loratune.mcp_server.wording import in_arguments
 from loratune.recipe.loading import ASSETS, load_recipe
 from loratune.runs.state import run_state
@@ -45,13 +45,17 @@ def bounds(root: Path) -> Bounds:
 
 
 @pytest.mark.parametrize(
-    "path", ["../secret.json", "/etc/passwd", "out/secret.json", "inner/../../secret.json", "a\0b"]
+    "path", ["../secret.json", "/etc/passwd", "out/secret.json", "inner/../../secret.json", "a\0b", "~/secret.json"]
 )
 def test_paths_outside_of_the_root_are_refused_also_behind_links(bounds: Bounds, path: str) -> None:
     for use in (bounds.to_read, bounds.to_write, bounds.adapter, bounds.recipe):
         with pytest.raises(LoratuneError) as caught:
             use(path)
         assert caught.value.exit_code == Exit.USAGE
+
+
+def test_a_home_of_nobody_is_a_name_like_others(bounds: Bounds, root: Path) -> None:
+    assert bounds.to_write("~nobody-of-that-name/run") == root / "~nobody-of-that-name" / "run"
 
 
 def test_paths_inside_are_absolute_and_only_the_root_is_written(bounds: Bounds, root: Path) -> None:
@@ -134,6 +138,7 @@ ERROR = {"schema": "loratune/error/1", "exit_code": 2, "commands": []}
         ("--no-general is quicker", ["general"], "`general`: false is quicker"),
         ("go on: loratune sft --resume; or --resume", ["resume"], "go on: loratune sft --resume; or `resume`"),
         ("a--b and ---", ["b"], "a--b and ---"),
+        ("'--b': must be a number; got '--b --c'", ["b"], "'`b`': must be a number; got '--b --c'"),
     ],
 )
 def test_flags_in_messages_become_arguments(told: str, arguments: list[str], expected: str) -> None:
@@ -142,6 +147,13 @@ def test_flags_in_messages_become_arguments(told: str, arguments: list[str], exp
     assert found["message"] == found["problems"][0]["message"] == expected
     assert found["problems"][0]["remedy"] is None
     assert found["problems"][0]["key"] == ("max_new_tokens" if "max_new_tokens" in arguments else "max-new-tokens")
+
+
+@pytest.mark.parametrize("value", ["小" * 90_000, "a\0b", "\ud800"])
+def test_what_no_process_can_be_given_is_a_mistake_of_the_caller(root: Path, value: str) -> None:
+    with pytest.raises(LoratuneError, match="an argument") as caught:
+        asyncio.run(Calls(root).run("infer", *flags({"--prompt": value})))
+    assert caught.value.exit_code == Exit.USAGE
 
 
 # --- the protocol ---

@@ -47,7 +47,7 @@ class Bounds:
     def _within(self, path: str, folders: tuple[Path, ...]) -> Path:
         if "\0" in path:
             raise LoratuneError(f"{path!r} is no path; leave out the character NUL", Exit.USAGE)
-        found = Path(os.path.realpath(self.root / Path(path).expanduser()))
+        found = Path(os.path.realpath(self.root / _expanded(path)))
         if not any(found.is_relative_to(folder) for folder in folders):
             read = ", or start the server with --read for it" if len(folders) > 1 else ""
             raise LoratuneError(f"{path} is outside of {self.root}; give a path below it{read}", Exit.USAGE)
@@ -100,6 +100,14 @@ class Bounds:
         plain = re.sub(r"(#\d*x?)+$", "", source)
         if not source.startswith("hf:") and not Path(plain).is_relative_to(SHIPPED / "data"):
             self.to_read(plain)
+
+
+def _expanded(path: str) -> Path:
+    """Return a path with the home that its ~ stands for; one of nobody is a name like others."""
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:
+        return Path(path)
 
 
 def _bases(adapter: Path) -> Iterator[str]:

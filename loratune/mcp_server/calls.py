@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import json
 import os
 import signal
 import subprocess
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -37,15 +39,19 @@ class Calls:
 
         Args:
             words: of the command line, without --json.
+
+        Raises:
+            LoratuneError: no process can be given the words, or it has printed no document.
         """
-        process = await asyncio.create_subprocess_exec(
-            *self._line(words),
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            cwd=self.folder,
-            env=self._environment(),
-        )
+        with _limits_explained():
+            process = await asyncio.create_subprocess_exec(
+                *self._line(words),
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                cwd=self.folder,
+                env=self._environment(),
+            )
         try:
             output, log = await process.communicate()
         except asyncio.CancelledError:
@@ -63,7 +69,7 @@ class Calls:
         """
         for one in self._started:
             one.poll()
-        with output.open("wb") as document, log.open("wb") as messages:
+        with _limits_explained(), output.open("wb") as document, log.open("wb") as messages:
             process = subprocess.Popen(
                 self._line(words),
                 stdin=subprocess.DEVNULL,
@@ -81,6 +87,24 @@ class Calls:
 
     def _environment(self) -> dict[str, str]:
         return {**os.environ, **OFFLINE}
+
+
+@contextmanager
+def _limits_explained() -> Iterator[None]:
+    """Turn the system's refusal of a process's words into a message for who gave them."""
+    try:
+        yield
+    except ValueError as error:
+        raise LoratuneError(
+            f"an argument holds a character that no process can be given: {error}", Exit.USAGE
+        ) from error
+    except OSError as error:
+        if error.errno != errno.E2BIG:
+            raise
+        raise LoratuneError(
+            "an argument is longer than a process can be given; shorten it, or give long texts as rows in a file",
+            Exit.USAGE,
+        ) from error
 
 
 def read_document(output: Path, log: Path) -> Document:

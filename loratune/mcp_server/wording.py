@@ -10,8 +10,10 @@ from loratune.recipe.sections import settings_with_dropped
 
 COMMAND = r"loratune [a-z][^;\n`]*"
 """A whole command line, which stays as it is: a person can run it."""
+GIVEN = r"""got (?:'[^'\n]*'|"[^"\n]*")"""
+"""A value that was given, which is quoted as it is."""
 FLAG = r"(?<![\w-])--(?P<no>no-)?(?P<name>[a-z]\w*(?:[-.]\w+)*)"
-COMMAND_OR_FLAG = re.compile(f"{COMMAND}|{FLAG}")
+COMMAND_OR_FLAG = re.compile(f"{COMMAND}|{GIVEN}|{FLAG}")
 RENAMED = {"config": "recipe"}
 """Flag → the argument that takes its value, where the names differ."""
 APART = "only on the command line"
