@@ -39,18 +39,19 @@ def next_step(command: Command, indent: str = "") -> None:
 def command_lines(command: Command, columns: int) -> list[str]:
     """Return a command's text in lines that fit, each but the last with the backslash by which a shell reads on.
 
-    A flag stays with its value, and what is longer than a line stays whole.
+    A flag stays with its value, and what is longer than a line stays whole, as does a word with line breaks.
     """
     if cell_len(str(command)) <= columns:
         return [str(command)]
     first, *parts = _parts(command.words)
     lines = [f"{command.purpose}: {first}"]
     for part in parts:
-        if cell_len(lines[-1]) + 1 + max(map(cell_len, part.splitlines())) + len(" \\") <= columns:
+        last, widest = lines[-1].rpartition("\n")[2], max(map(cell_len, part.split("\n")))
+        if cell_len(last) + 1 + widest + len(" \\") <= columns:
             lines[-1] += f" {part}"
         else:
             lines[-1] += " \\"
-            lines += f"    {part}".splitlines()
+            lines.append(f"    {part}")
     return [*lines, *(f"    ({name}: {meaning})" for name, meaning in command.chosen.items())]
 
 
@@ -247,5 +248,5 @@ def status(message: str) -> Iterator[None]:
         say(message)
         yield
         return
-    with stderr.status(message):
+    with stderr.status(Text(printable(message))):
         yield

@@ -23,6 +23,7 @@ from rich.text import Text
 
 from loratune import console
 from loratune.console import duration, memory, say
+from loratune.printable import printable
 
 FIRST_LINE_SECONDS, LINE_SECONDS = 5, 15
 """Without a terminal: time before the first line of a progress, and the least between two of them."""
@@ -33,9 +34,14 @@ MOST_LINES = 40
 @contextmanager
 def byte_progress(message: str, total_bytes: int) -> Iterator[Callable[[int], None]]:
     """Show a bar; yields a function to call with each number of processed bytes. One line without a terminal."""
-    columns = (TextColumn(message), BarColumn(bar_width=None), _Bytes(), TimeElapsedColumn())
-    with _advancing(message, total_bytes, *columns) as advance:
+    columns = (BarColumn(bar_width=None), _Bytes(), TimeElapsedColumn())
+    with _advancing(message, total_bytes, _plain("description"), *columns) as advance:
         yield advance
+
+
+def _plain(of: str) -> TextColumn:
+    """Return a column with a text of the task as it is: names of files may hold brackets and braces."""
+    return TextColumn(f"{{task.{of}}}", markup=False)
 
 
 class _Bytes(ProgressColumn):
@@ -48,7 +54,7 @@ class _Bytes(ProgressColumn):
 @contextmanager
 def row_progress(message: str) -> Iterator[Callable[[int], None]]:
     """Show a count of rows; yields a function to call with each number of new rows. One line without a terminal."""
-    columns = (SpinnerColumn(), TextColumn(message), TextColumn("{task.completed:,} rows"), TimeElapsedColumn())
+    columns = (SpinnerColumn(), _plain("description"), TextColumn("{task.completed:,} rows"), TimeElapsedColumn())
     with _advancing(message, None, *columns) as advance:
         yield advance
 
@@ -60,7 +66,7 @@ def _advancing(message: str, total: int | None, *columns: ProgressColumn) -> Ite
         yield lambda _: None
         return
     with Progress(*columns, console=console.stderr, expand=total is not None, transient=True) as progress:
-        task = progress.add_task(message, total=total)
+        task = progress.add_task(printable(message), total=total)
         yield lambda count: progress.advance(task, count)
 
 
@@ -88,7 +94,7 @@ def counted_progress(noun: str, total: int, done: int = 0) -> Iterator[Tell]:
         return
     columns = (
         *(SpinnerColumn(), TextColumn(f"{{task.completed:,}}/{total:,} {noun}"), BarColumn(bar_width=None)),
-        *(TextColumn("{task.fields[figures]}"), TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn()),
+        *(_plain("fields[figures]"), TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn()),
     )
     with Progress(*columns, console=console.stderr, expand=True, transient=True) as progress:
         task = progress.add_task(noun, total=total, completed=done, figures="")

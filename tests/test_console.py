@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import subprocess
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from types import SimpleNamespace
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from rich.cells import cell_len
+from rich.console import Console
 
 from loratune import console, progress
 from loratune.commands import Command, loratune
@@ -91,9 +94,26 @@ def test_a_log_of_hours_has_few_lines_and_a_short_one_only_the_last(
     assert told(clock, list(range(8)), 7, capsys) == ["7/7 answers  9 tokens/s"]
 
 
+@pytest.mark.parametrize("message", ["encoding [bold]a[/x] {b} {0}.json", "a\x1b[31mb"])
+def test_names_are_shown_as_they_are_on_a_terminal(
+    message: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(console, "stderr", Console(stderr=True, width=80, force_terminal=True, color_system=None))
+    shown: list[Callable[[], AbstractContextManager[object]]] = [
+        lambda: progress.row_progress(message),
+        lambda: progress.byte_progress(message, 9),
+        lambda: console.status(message),
+    ]
+    for show in shown:
+        with show():
+            pass
+        assert message.replace("\x1b", "") in capsys.readouterr().err
+
+
 # --- commands ---
 
-WORDS = ("loratune", "eval", "--adapter", "out/faq 2", "--no-general", "--output", "out/it's", '{"a":\n "b"}')
+ODD = ("out/faq 2", "out/it's", '{"a":\n "b"}', "a\u2028b\x85c")
+WORDS = ("loratune", "eval", "--adapter", ODD[0], "--no-general", "--output", *ODD[1:])
 
 
 @pytest.mark.parametrize("columns", [20, 40, 80, 200])
@@ -103,6 +123,18 @@ def test_a_command_in_lines_is_the_same_command_for_a_shell(columns: int) -> Non
     done = subprocess.run(["sh", "-c", "\n".join(lines)[2:]], capture_output=True, text=True, check=True)
     assert done.stdout.split("\0") == [*WORDS, ""]
     assert len(lines) > 1 or columns == 200
+
+
+def test_an_indented_command_is_the_same_command_for_a_shell(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(console, "stderr", Console(stderr=True, width=40))
+    words = ("Be brief.\nBe kind.", "a" * 40, "\n\nWhy?")
+    console.next_step(Command("", ("printf", "%s\\0", *words)), indent="  ")
+    printed = capsys.readouterr().err
+    done = subprocess.run(["sh", "-c", printed.removeprefix("  : ")], capture_output=True, text=True, check=True)
+    assert done.stdout.split("\0") == [*words, ""]
+    assert "\\\n      '\n\nWhy?'" in printed
 
 
 def test_a_command_is_broken_between_flags_only_where_it_does_not_fit() -> None:
