@@ -99,7 +99,7 @@ def table(rows: list[tuple[str, str]], title: str = "", is_result: bool = False)
     grid.add_column(style="dim", no_wrap=True)
     grid.add_column(overflow="fold")
     for name, value in rows:
-        grid.add_row(name, Text(printable(value)))
+        grid.add_row(Text(printable(name)), Text(printable(value)))
     _print(grid, is_result, title)
 
 
@@ -130,7 +130,7 @@ def bars(counts: list[tuple[str, int]], title: str) -> None:
     for label, count in counts:
         eighths = round(count / most * width * 8)
         bar = "█" * (eighths // 8) + " ▏▎▍▌▋▊▉"[eighths % 8].strip()
-        grid.add_row(label, f"{bar or '▏' * (count > 0)} {count:,}")
+        grid.add_row(Text(printable(label)), f"{bar or '▏' * (count > 0)} {count:,}")
     _print(grid, title=title)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import subprocess
 from collections.abc import Callable
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from types import SimpleNamespace
 
 import pytest
@@ -103,6 +103,8 @@ def test_names_are_shown_as_they_are_on_a_terminal(
         lambda: progress.row_progress(message),
         lambda: progress.byte_progress(message, 9),
         lambda: console.status(message),
+        lambda: nullcontext(console.table([(message, "2 rows")])),
+        lambda: nullcontext(console.bars([(message, 2)], "rows")),
     ]
     for show in shown:
         with show():
