@@ -8,6 +8,7 @@ import re
 import shutil
 import sys
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
@@ -22,6 +23,7 @@ from typer.testing import CliRunner, Result
 from loratune.cli.app import app
 from loratune.errors import Exit
 from loratune.evaluation.general import changes, is_refusal, language_of
+from loratune.evaluation.page.plots import gains_plot
 from loratune.evaluation.result import Evaluation, read_evaluation
 from loratune.generation.general_texts import load_instructions, load_passages
 from loratune.runs.state import evaluation_command
@@ -303,6 +305,14 @@ def test_runs_of_different_bases_are_compared_one_after_the_other(
     assert not found.leaks["tuned"].rows
     assert page.count("was in the baseline's training") == len(found.leaks["baseline"].rows) == len(leaked)
     assert "was in the training" not in page
+
+
+@pytest.mark.parametrize("gains", [[-0.05, 0.03, 1.7], [-1.7, 0.05], [-1.0, 1.0], [0.0], [-2.0]])
+def test_labels_of_the_gains_do_not_overlap(gains: list[float]) -> None:
+    labels = re.findall(r'<text x="\d+" y="([\d.]+)" text-anchor="end">([^<]*)', gains_plot(gains, "gains"))
+    heights = sorted(float(y) for y, _ in labels)
+    assert all(below - above >= 20 for above, below in pairwise(heights))
+    assert {"0", f"{max(gains, key=abs):+.2f}"} - {text for _, text in labels} <= {"+0.00"}
 
 
 def test_leaked_rows_are_found_and_left_out(evaluate: Evaluate, short_run: Path, tmp_path: Path) -> None:

@@ -14,6 +14,8 @@ LINE_HEIGHT = 46
 LEFT, RIGHT = 110, 90
 BARS_LEFT = 76
 """Room for `-12.34` in the letters of a narrow window, which are larger because the plot is drawn smaller."""
+LETTERS = 20
+"""Height of these letters; labels that are nearer to each other would overlap."""
 WIDEST_BAR = 24.0
 
 
@@ -37,8 +39,8 @@ def gains_plot(gains: Sequence[float], title: str) -> str:
     )
     marks = "".join(
         f'<text x="{BARS_LEFT - 6}" y="{zero - value * scale + 4:.2f}" text-anchor="end">{value:+.2f}</text>'
-        for value in dict.fromkeys((top, bottom))
-        if value
+        for value in (top, bottom)
+        if abs(value) * scale > LETTERS
     )
     axis = f'<line class="axis" x1="{BARS_LEFT}" x2="{WIDTH}" y1="{zero:.2f}" y2="{zero:.2f}"/>'
     origin = f'<text x="{BARS_LEFT - 6}" y="{zero + 4:.2f}" text-anchor="end">0</text>'
