@@ -89,12 +89,15 @@ class Interrupted(KeyboardInterrupt):
 
     Args:
         signal_number: number of the signal.
-        message: the state of the work, and how to continue.
+        message: the state of the work.
+        commands: how to continue.
     """
 
-    def __init__(self, signal_number: int, message: str = "interrupted") -> None:
-        super().__init__(message)
+    def __init__(self, signal_number: int, message: str = "interrupted", commands: Sequence[Command] = ()) -> None:
+        super().__init__("\n".join([message, *(f"  {command}" for command in commands)]))
         self.signal_number = signal_number
+        self.message = message
+        self.commands = tuple(commands)
 
 
 class Paused(Interrupted):

@@ -15,13 +15,16 @@ import typer
 from documents import faults, validator
 from jsonschema import Draft202012Validator
 from processes import comes_true
+from rich.console import Console
 from typer.testing import CliRunner, Result
 
+from loratune import console
 from loratune.cli.agents_md import agents_text
 from loratune.cli.app import app
 from loratune.cli.commands import command_lines, command_module
 from loratune.cli.failures import problems_of
 from loratune.cli.schema import documents
+from loratune.commands import Command
 from loratune.errors import Exit, Interrupted, LoratuneError, Problem
 
 Cli = Callable[..., Result]
@@ -188,6 +191,7 @@ def test_rows_with_faults_have_their_places(cli: Cli, tmp_path: Path) -> None:
     [
         (ValueError("odd"), Exit.BUG, "ValueError: odd"),
         (Interrupted(signal.SIGTERM, "stopped; go on with --resume"), 143, "stopped; go on with --resume"),
+        (KeyboardInterrupt(), 130, "interrupted"),
         (PermissionError(13, "Permission denied", "/x"), Exit.IO, "/x: Permission denied; --debug shows where"),
         (LoratuneError("a; do b", Exit.MODEL), Exit.MODEL, "a; do b"),
     ],
@@ -204,6 +208,23 @@ def test_whatever_ends_a_command_is_a_document(
     assert told(result)["message"].startswith(message)
     assert faults(told(result)) == []
     assert CliRunner().invoke(app, ["runs", "show", "x"]).stdout == ""
+
+
+def test_the_command_that_goes_on_after_a_signal_can_be_pasted_and_is_in_the_document(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    go_on = Command("go on with", ("loratune", "sft", "--config", "a" * 30, "--resume"))
+
+    def stop(*_: object) -> None:
+        raise Interrupted(signal.SIGTERM, "stopped", [go_on])
+
+    monkeypatch.setattr("loratune.cli.runs_show.find_model", stop)
+    monkeypatch.setattr(console, "stderr", Console(stderr=True, width=70))
+    result = CliRunner().invoke(app, ["runs", "show", "x", "--json"])
+    assert (told(result)["message"], told(result)["commands"][0]["line"]) == ("stopped", go_on.line)
+    assert result.stderr.splitlines() == [
+        "stopped", f"  go on with: loratune sft --config {'a' * 30} \\", "      --resume",
+    ]  # fmt: skip
 
 
 def test_a_failure_after_the_document_does_not_print_another(

@@ -75,7 +75,8 @@ def _failure_of(error: BaseException) -> tuple[Failure, bool]:
     """Return what is told of an exception, and whether it is told here: Typer does so itself, and Python of bugs."""
     if isinstance(error, KeyboardInterrupt):
         code = 128 + getattr(error, "signal_number", signal.SIGINT)
-        return _failure(str(error) or "interrupted", code), True
+        commands = getattr(error, "commands", ())
+        return _failure(getattr(error, "message", "interrupted"), code, commands=commands), True
     if isinstance(error, LoratuneError):
         return _failure(error.message, error.exit_code, error.problems, error.commands, error.parts), True
     if isinstance(error, (OSError, MemoryError)):

@@ -62,7 +62,7 @@ def run_sweep(sweep: Sweep, workers: int) -> SweepReport:
         report = replace(report_of(sweep, trials), state=end)
         _leave(sweep, report, trials)
     if pool.signal:
-        raise Interrupted(pool.signal, f"interrupted; the trials are saved; {go_on(sweep)}")
+        raise Interrupted(pool.signal, "interrupted; the trials are saved", [go_on(sweep)])
     if any(trial.failure for trial in trials) and not any(trial.outcomes for trial in trials):
         raise _nothing(trials)
     return report

@@ -246,5 +246,6 @@ def _status_kept(output: Path, trainer: AdapterTrainer) -> Iterator[None]:
             set_status(output, state, step=step, steps=steps)
         if isinstance(error, Interrupted):
             go_on = next_command(output, "interrupted")
-            raise type(error)(error.signal_number, f"interrupted after step {step} of {steps}; {go_on}") from error
+            told = f"interrupted after step {step} of {steps}"
+            raise type(error)(error.signal_number, told, [go_on] if go_on else []) from error
         raise
