@@ -506,6 +506,7 @@ def test_runs_show_tells_how_a_run_stands(
     stop(2)
     assert sft("run").exit_code == 143
     monkeypatch.undo()
+    monkeypatch.setenv("COLUMNS", "1000")  # no command is broken into lines, however long the path is
     state = shown(cli, run)
     last = [json.loads(line) for line in metrics(run)]
     assert (state["state"], state["step"], state["steps"], state["checkpoints"]) == ("interrupted", 3, 6, [2, 3])
